@@ -1,0 +1,5 @@
+"""Measures of models: running means, intervals."""
+
+from jaxft.metrics.mean import Mean, combine_means, mean_values
+
+__all__ = ["Mean", "combine_means", "mean_values"]

@@ -1,0 +1,20 @@
+"""Settings that every test runs under: the CPU, strict broadcasting, a shared compilation cache."""
+
+import os
+
+# Before JAX is imported: an installed libtpu would otherwise be tried first, and one process
+# stands for a small pod.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def key():
+    return jax.random.key(0)

@@ -1,0 +1,27 @@
+"""Adapters: rewrite a params tree, split it, merge it, save and load what trains."""
+
+from jaxft.adapters.rewrite import (
+    ALL_LINEAR,
+    adapt,
+    combine,
+    count,
+    full,
+    lora,
+    merge,
+    partition,
+    path_name,
+    trainable_mask,
+)
+
+__all__ = [
+    "ALL_LINEAR",
+    "adapt",
+    "combine",
+    "count",
+    "full",
+    "lora",
+    "merge",
+    "partition",
+    "path_name",
+    "trainable_mask",
+]

@@ -1,0 +1,159 @@
+"""Adapting as a rewrite of the params tree, and the split into what trains and what does not."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import re
+import zlib
+from typing import Any, Callable, Mapping
+
+import jax
+import numpy as np
+
+from jaxft.weights import Frozen, Weight, WeightLike, is_weight, lora_weight, to_dense
+
+Params = Any  # a pytree of arrays and weights
+Rule = Callable[[jax.Array, WeightLike], WeightLike]  # (key, kernel) -> weight
+
+# Every projection of the blocks of jaxft's transformers: PEFT's "all-linear".
+ALL_LINEAR = r"layers/.*/(query|key|value|out|gate|up|down)/kernel"
+
+
+def lora(rank: int = 16, alpha: float = 32.0) -> Rule:
+    """A rule that puts low-rank adapters on kernels: W + (alpha / rank) A B, only A and B train."""
+    if rank < 1:
+        raise ValueError(f"lora: rank must be at least 1, got {rank}; 8 to 64 are usual.")
+    return functools.partial(lora_weight, rank=rank, alpha=alpha)
+
+
+def full() -> Rule:
+    """A rule that leaves a weight as it is, so that all of it trains."""
+    return lambda key, kernel: kernel
+
+
+def adapt(key: jax.Array, params: Params, rules: Mapping[str, Rule]) -> Params:
+    """The params with each weight that a rule names rewritten, and all others frozen.
+
+    Args:
+        key: a jax.random.key; each weight draws from its own key, derived from its path.
+        params: nested dicts of arrays and weights. A frozen weight is adapted by what it holds,
+            so a tree can be adapted again.
+        rules: path pattern (a regular expression that matches the whole path, as in
+            "layers/.*/(query|value)/kernel") to rule; the first that matches wins. Kernels
+            with leading axes (stacked layers) are rewritten one by one.
+
+    Raises:
+        ValueError: if a pattern matches no path.
+    """
+    compiled = {pattern: re.compile(pattern) for pattern in rules}
+    unused = set(rules)
+
+    def rewrite(path, node):
+        name = path_name(path)
+        for pattern, regex in compiled.items():
+            if regex.fullmatch(name):
+                unused.discard(pattern)
+                kernel = node.value if isinstance(node, Frozen) else node
+                return _apply_rule(rules[pattern], _path_key(key, name), kernel)
+        return node if isinstance(node, Frozen) else Frozen(node)
+
+    adapted = jax.tree_util.tree_map_with_path(rewrite, params, is_leaf=is_weight)
+    if unused:
+        raise ValueError(_no_match_message(sorted(unused), params))
+    return adapted
+
+
+def trainable_mask(params: Params) -> Params:
+    """A tree like params with True for each leaf that trains.
+
+    A plain array trains; a field of a weight trains unless it is a `frozen_field`, in which case
+    nothing inside it does.
+    """
+
+    def mask(node):
+        if not isinstance(node, Weight):
+            return True
+        fields = {}
+        for field in dataclasses.fields(node):
+            if field.metadata.get("static"):
+                continue
+            value = getattr(node, field.name)
+            if field.metadata.get("frozen"):
+                fields[field.name] = jax.tree.map(lambda _: False, value)
+            else:
+                fields[field.name] = jax.tree.map(mask, value, is_leaf=is_weight)
+        return dataclasses.replace(node, **fields)
+
+    return jax.tree.map(mask, params, is_leaf=is_weight)
+
+
+def partition(params: Params) -> tuple[Params, Params]:
+    """(trainable, frozen): two trees like params, each with None where the other has the leaf."""
+    mask = trainable_mask(params)
+    trainable = jax.tree.map(lambda trains, leaf: leaf if trains else None, mask, params)
+    frozen = jax.tree.map(lambda trains, leaf: None if trains else leaf, mask, params)
+    return trainable, frozen
+
+
+def combine(trainable: Params, frozen: Params) -> Params:
+    """The params from their two parts; the inverse of `partition`."""
+    pick = lambda first, second: second if first is None else first
+    return jax.tree.map(pick, trainable, frozen, is_leaf=lambda leaf: leaf is None)
+
+
+def merge(params: Params) -> Params:
+    """The params with each structured weight made one dense array; differentiable."""
+
+    def dense(node):
+        if not isinstance(node, Weight):
+            return node
+        convert = to_dense
+        for _ in range(_stack_depth(node)):
+            convert = jax.vmap(convert)
+        return convert(node)
+
+    return jax.tree.map(dense, params, is_leaf=is_weight)
+
+
+def count(params: Params) -> tuple[int, int]:
+    """(numbers that train, all numbers)."""
+    sizes = lambda tree: sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
+    return sizes(partition(params)[0]), sizes(params)
+
+
+def path_name(path: tuple) -> str:
+    """A path of jax.tree_util as text: "layers/0/mlp/up/kernel"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _apply_rule(rule: Rule, key: jax.Array, kernel: WeightLike) -> WeightLike:
+    stack = kernel.shape[: max(0, len(kernel.shape) - 2)]
+    keys = key
+    for size in stack:
+        keys = jax.vmap(lambda k, n=size: jax.random.split(k, n))(keys) if keys.ndim else (
+            jax.random.split(keys, size)
+        )
+        rule = jax.vmap(rule)
+    return rule(keys, kernel)
+
+
+def _stack_depth(node: Weight) -> int:
+    """Leading axes of stacked layers: a frozen scale or bias may have one axis, a kernel two."""
+    return 0 if isinstance(node, Frozen) and not is_weight(node.value) else node.ndim - 2
+
+
+def _path_key(key: jax.Array, name: str) -> jax.Array:
+    # zlib.crc32 rather than hash(): the same in every process.
+    return jax.random.fold_in(key, zlib.crc32(name.encode()))
+
+
+def _no_match_message(patterns: list[str], params: Params) -> str:
+    leaves = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_weight)[0]
+    names = [path_name(path) for path, _ in leaves]
+    close = difflib.get_close_matches(patterns[0], names, n=3, cutoff=0.0)
+    return (
+        f"adapt: no weight matches {', '.join(map(repr, patterns))}. A pattern must match the whole "
+        f"path; this model has, for example: {', '.join(close)}."
+    )

@@ -1,0 +1,132 @@
+"""Structured weights: pytrees that stand where a model has a kernel array, and how models read them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+
+class Weight:
+    """What a kernel may be besides an array: a frozen dataclass registered as a pytree.
+
+    A subclass is final. It stands for a dense kernel W [in, out] and defines `shape`, `dtype`,
+    `rmatmul(x)` = x W, `to_dense()` = W and `with_specs(spec)`. Its array fields train unless they
+    are declared by `frozen_field()`. Methods see one kernel; under a scan over layers every
+    field has a leading axis, which `jax.lax.scan` or `jax.vmap` takes off first.
+    """
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the dense kernel, with the leading axes of stacked layers."""
+        raise NotImplementedError
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Data type of the dense kernel."""
+        raise NotImplementedError
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes of the dense kernel."""
+        return len(self.shape)
+
+    def rmatmul(self, x: jax.Array) -> jax.Array:
+        """x W for x [..., in], computed and returned in x's data type."""
+        raise NotImplementedError
+
+    def to_dense(self) -> jax.Array:
+        """The dense kernel W."""
+        raise NotImplementedError
+
+    def with_specs(self, spec: PartitionSpec) -> Weight:
+        """The same node with a PartitionSpec for each field, given that of the dense kernel."""
+        raise NotImplementedError
+
+
+WeightLike: TypeAlias = jax.Array | Weight
+
+
+def frozen_field(**options: Any) -> Any:
+    """A dataclass field that never trains: a base kernel, indices, quantised blocks."""
+    return dataclasses.field(metadata={"frozen": True}, **options)
+
+
+def is_weight(node: Any) -> bool:
+    """Whether `node` is a structured weight; meant as `is_leaf` of tree functions."""
+    return isinstance(node, Weight)
+
+
+def matmul(x: jax.Array, w: WeightLike) -> jax.Array:
+    """x w for x [..., in] and a kernel [in, out], in x's data type."""
+    return w.rmatmul(x) if isinstance(w, Weight) else x @ w.astype(x.dtype)
+
+
+def take(w: WeightLike, indices: jax.Array) -> jax.Array:
+    """Rows of an embedding [vocabulary, features]; indices outside the table give NaN rows."""
+    if isinstance(w, Frozen):
+        w = jax.lax.stop_gradient(w.value)
+    # "fill" makes a token id beyond the vocabulary visible; the default would clamp it.
+    return jnp.take(to_dense(w), indices, axis=0, mode="fill")
+
+
+def to_dense(w: WeightLike) -> jax.Array:
+    """The weight as one array, whatever it is."""
+    return w.to_dense() if isinstance(w, Weight) else w
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Frozen(Weight):
+    """A weight of which nothing trains: what `adapt` makes of all that no rule names."""
+
+    value: WeightLike = frozen_field()
+
+    @property
+    def shape(self):
+        return self.value.shape
+
+    @property
+    def dtype(self):
+        return self.value.dtype
+
+    def rmatmul(self, x):
+        return matmul(x, jax.lax.stop_gradient(self.value))
+
+    def to_dense(self):
+        return jax.lax.stop_gradient(to_dense(self.value))
+
+    def with_specs(self, spec):
+        return Frozen(self.value.with_specs(spec) if is_weight(self.value) else spec)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Transposed(Weight):
+    """W^T of a weight W [out, in], without a transposed copy: the output projection of tied embeddings."""
+
+    weight: WeightLike
+
+    @property
+    def shape(self):
+        *stack, rows, columns = self.weight.shape
+        return (*stack, columns, rows)
+
+    @property
+    def dtype(self):
+        return self.weight.dtype
+
+    def rmatmul(self, x):
+        dense = to_dense(self.weight).astype(x.dtype)
+        return jax.lax.dot_general(x, dense, (((x.ndim - 1,), (1,)), ((), ())))
+
+    def to_dense(self):
+        return jnp.swapaxes(to_dense(self.weight), -1, -2)
+
+    def with_specs(self, spec):
+        axes = (*spec, None, None)[:2]
+        flipped = PartitionSpec(axes[1], axes[0])
+        return Transposed(self.weight.with_specs(flipped) if is_weight(self.weight) else flipped)

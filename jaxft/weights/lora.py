@@ -1,0 +1,80 @@
+"""Low-rank adaptation."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from jaxft.weights.base import Weight, WeightLike, frozen_field, is_weight, matmul, to_dense
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LoraWeight(Weight):
+    """W + (α/R) A B with W frozen, for rows x.
+
+    LoRA: Hu et al., 2021, arxiv.org/abs/2106.09685, eq. 3 (there for columns, so A and B swap).
+    """
+
+    base: WeightLike = frozen_field()  # W [D, F]
+    a: jax.Array  # [D, R]
+    b: jax.Array  # [R, F], zeros at first, so that training starts from W
+    alpha: float = dataclasses.field(default=16.0, metadata={"static": True})
+
+    @property
+    def shape(self):
+        return self.base.shape
+
+    @property
+    def dtype(self):
+        return self.base.dtype
+
+    @property
+    def rank(self) -> int:
+        """R."""
+        return self.a.shape[-1]
+
+    def rmatmul(self, x):
+        # (x A) B costs R (D + F) a row; x (A B) would cost D F and store a dense update.
+        update = (x @ self.a.astype(x.dtype)) @ self.b.astype(x.dtype)
+        return matmul(x, jax.lax.stop_gradient(self.base)) + update * (self.alpha / self.rank)
+
+    def to_dense(self):
+        # The product in float32, whatever the storage: merging must not lose what was trained.
+        update = self.a.astype(jnp.float32) @ self.b.astype(jnp.float32)
+        base = to_dense(self.base)
+        scaled = update * (self.alpha / self.rank)
+        return (base.astype(jnp.float32) + scaled).astype(base.dtype)
+
+    def with_specs(self, spec):
+        *stack, rows, columns = (*(None,) * (self.ndim - len(spec)), *spec)
+        base = self.base.with_specs(spec) if is_weight(self.base) else spec
+        # R is small: it is never split, so that x A is complete on each shard of W's columns.
+        a, b = PartitionSpec(*stack, rows, None), PartitionSpec(*stack, None, columns)
+        return dataclasses.replace(self, base=base, a=a, b=b)
+
+
+def lora_weight(
+    key: jax.Array, kernel: WeightLike, *, rank: int = 16, alpha: float = 32.0
+) -> LoraWeight:
+    """A LoraWeight that equals `kernel` [D, F]: A uniform in ±1/sqrt(D), B zero.
+
+    The initialisation is PEFT's (Kaiming uniform with a = sqrt(5)). A and B
+    are float32 whatever the kernel's data type: an update below bfloat16's precision would be lost.
+
+    Raises:
+        ValueError: for a kernel that is no matrix, or a rank outside 1..min(D, F).
+    """
+    if len(kernel.shape) != 2:
+        raise ValueError(f"lora: needs a matrix [in, out], got a weight of shape {kernel.shape}.")
+    rows, columns = kernel.shape
+    if not 1 <= rank <= min(rows, columns):
+        raise ValueError(
+            f"lora: rank must lie in 1..{min(rows, columns)} for a kernel {kernel.shape}, got {rank}."
+        )
+    bound = rows**-0.5
+    a = jax.random.uniform(key, (rows, rank), jnp.float32, -bound, bound)
+    return LoraWeight(kernel, a, jnp.zeros((rank, columns), jnp.float32), float(alpha))

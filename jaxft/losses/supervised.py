@@ -1,0 +1,155 @@
+"""Cross-entropy, plain and fused with the output projection."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxft.weights import WeightLike, matmul
+
+CHUNK = 64  # tokens a row whose logits are alive at once
+
+
+def cross_entropy(
+    logits: Float[Array, "*batch V"], targets: Int[Array, "*batch"]
+) -> Float[Array, "*batch"]:
+    """-log softmax(logits)[target] in nats, one value a token, in float32."""
+    logits = logits.astype(jnp.float32)
+    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits, axis=-1) - picked
+
+
+def linear_cross_entropy(
+    hidden: Float[Array, "B T D"],
+    head: WeightLike,
+    targets: Int[Array, "B T"],
+    weights: Float[Array, "B T"],
+    *,
+    softcap: float | None = None,
+    chunk: int = CHUNK,
+) -> Float[Array, ""]:
+    """sum_t w_t (-log softmax(h_t W)[target_t]), without ever holding the logits of all tokens.
+
+    The gradient is formed in the forward pass, chunk by chunk, so that the logits are computed once;
+    tokens of weight 0 are skipped: each row's counted tokens are moved to its front and the loop
+    ends after the fullest row. The idea of gradients in the forward pass is Liger Kernel's (Hsu et
+    al., 2024, arxiv.org/abs/2410.10989, section 3.2).
+
+    Args:
+        hidden: states after the final norm.
+        head: the output projection [D, V], an array or a weight; gets its gradient if it trains.
+        targets: token ids; where the weight is 0, any valid id.
+        weights: w, at least 0; gets no gradient.
+        softcap: c of logits c tanh(h W / c).
+        chunk: tokens of each row whose logits (B x chunk x V, float32) are alive at once.
+
+    Returns: the weighted sum, in nats; divide by sum(weights) for the mean.
+    """
+    order, count = _front(weights)
+    gather = functools.partial(jnp.take_along_axis, indices=order, axis=1)
+    hidden = jnp.take_along_axis(hidden, order[..., None], axis=1)
+    weights = jax.lax.stop_gradient(gather(weights).astype(jnp.float32))
+    length = targets.shape[1]
+    chunk = min(chunk, length)
+    pad = -length % chunk
+    widen = lambda x: jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
+    parts = (widen(hidden), widen(gather(targets)), widen(weights))
+    return _fused(*parts, head, count, softcap, chunk)
+
+
+def linear_log_probs(
+    hidden: Float[Array, "B T D"],
+    head: WeightLike,
+    targets: Int[Array, "B T"],
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    chunk: int = CHUNK,
+) -> Float[Array, "B T"]:
+    """log softmax(h_t W / temperature)[target_t] in nats, one value a token, over chunks of tokens.
+
+    The logits of a chunk are recomputed in the backward pass: a caller weighs tokens by values
+    that are known only after the forward pass (advantages, preferences).
+    """
+    length = targets.shape[1]
+    chunk = min(chunk, length)
+    pad = -length % chunk
+    widen = lambda x: jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
+    split = lambda x: jnp.moveaxis(widen(x).reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
+
+    @jax.checkpoint
+    def part(carry, xs):
+        return carry, -cross_entropy(_logits(xs[0], head, softcap) / temperature, xs[1])
+
+    _, log_probs = jax.lax.scan(part, None, (split(hidden), split(targets)))
+    return jnp.moveaxis(log_probs, 0, 1).reshape(targets.shape[0], -1)[:, :length]
+
+
+def _front(weights):
+    """(order [B, T] with each row's counted tokens first, [] the fullest row's count)."""
+    counted = weights > 0
+    order = jnp.argsort(~counted, axis=1, stable=True)
+    return order, jnp.max(jnp.sum(counted, axis=1))
+
+
+def _logits(hidden, head, softcap):
+    logits = matmul(hidden, head).astype(jnp.float32)
+    return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _fused(hidden, targets, weights, head, count, softcap, chunk):
+    return _loop(hidden, targets, weights, head, count, softcap, chunk, wants=(False, False))[0]
+
+
+def _fused_forward(hidden, targets, weights, head, count, softcap, chunk):
+    head_trains = any(leaf.perturbed for leaf in jax.tree.leaves(head, is_leaf=_is_primal))
+    value = lambda tree: jax.tree.map(lambda leaf: leaf.value, tree, is_leaf=_is_primal)
+    arguments = [value(tree) for tree in (hidden, targets, weights, head, count)]
+    wants = (hidden.perturbed, head_trains)
+    total, d_hidden, d_head = _loop(*arguments, softcap, chunk, wants=wants)
+    return total, (d_hidden, d_head)
+
+
+def _fused_backward(softcap, chunk, gradients, cotangent):
+    scale = lambda tree: jax.tree.map(lambda g: (g * cotangent).astype(g.dtype), tree)
+    d_hidden, d_head = gradients
+    return scale(d_hidden), None, None, scale(d_head), None
+
+
+def _loop(hidden, targets, weights, head, count, softcap, chunk, wants):
+    """(sum, its gradient by hidden, by head) over chunks; a gradient is None if not wanted."""
+    d_hidden = jnp.zeros_like(hidden) if wants[0] else None
+    d_head = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), head) if wants[1] else None
+    cut = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=chunk, axis=1)
+
+    def part(h, w, target, weight):
+        return jnp.sum(weight * cross_entropy(_logits(h, w, softcap), target))
+
+    def body(state):
+        start, total, d_hidden, d_head = state
+        h, target, weight = (cut(x, start) for x in (hidden, targets, weights))
+        if wants[1]:
+            value, (dh, dw) = jax.value_and_grad(part, argnums=(0, 1))(h, head, target, weight)
+            d_head = jax.tree.map(lambda acc, g: acc + g.astype(acc.dtype), d_head, dw)
+        else:
+            value, dh = jax.value_and_grad(part)(h, head, target, weight)
+        if wants[0]:
+            d_hidden = jax.lax.dynamic_update_slice_in_dim(d_hidden, dh, start, axis=1)
+        return start + chunk, total + value, d_hidden, d_head
+
+    start = (jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32), d_hidden, d_head)
+    _, total, d_hidden, d_head = jax.lax.while_loop(lambda s: s[0] < count, body, start)
+    if d_head is not None:
+        d_head = jax.tree.map(lambda g, w: g.astype(w.dtype), d_head, head)
+    return total, d_hidden, d_head
+
+
+def _is_primal(leaf):
+    return isinstance(leaf, jax.custom_derivatives.CustomVJPPrimal)
+
+
+_fused.defvjp(_fused_forward, _fused_backward, symbolic_zeros=True)

@@ -1,0 +1,19 @@
+"""Models: Flax modules and their configurations."""
+
+from jaxft.models.cache import Cache
+from jaxft.models.config import DecoderConfig, Rope, tiny_config
+from jaxft.models.decoder import Decoder, Output, project
+from jaxft.models.layout import is_stacked, stack_layers, unstack_layers
+
+__all__ = [
+    "Cache",
+    "Decoder",
+    "DecoderConfig",
+    "Output",
+    "Rope",
+    "is_stacked",
+    "project",
+    "stack_layers",
+    "tiny_config",
+    "unstack_layers",
+]

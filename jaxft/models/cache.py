@@ -1,0 +1,74 @@
+"""The key-value cache of a decoder."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """Keys and values of past tokens. Rows share one write index: ragged prompts are left-padded.
+
+    One pair of arrays a layer, not one stacked pair: a loop that carries a stacked cache copies all
+    of it at every token.
+    """
+
+    keys: tuple[jax.Array, ...]  # L x [B, S, G, K]
+    values: tuple[jax.Array, ...]  # L x [B, S, G, K]
+    positions: jax.Array  # [B, S] int32, as given to the model
+    valid: jax.Array  # [B, S] bool: written, and no padding
+    index: jax.Array  # [] int32: slots written so far
+
+    @property
+    def length(self) -> int:
+        """Slots, S."""
+        return self.valid.shape[1]
+
+
+def empty_cache(
+    layers: int, batch: int, length: int, groups: int, size: int, dtype=jnp.float32
+) -> Cache:
+    """A cache of `length` slots with nothing in it."""
+    blank = lambda: tuple(jnp.zeros((batch, length, groups, size), dtype) for _ in range(layers))
+    return Cache(
+        keys=blank(),
+        values=blank(),
+        positions=jnp.zeros((batch, length), jnp.int32),
+        valid=jnp.zeros((batch, length), bool),
+        index=jnp.zeros((), jnp.int32),
+    )
+
+
+def reserve(cache: Cache, positions: jax.Array, valid: jax.Array) -> Cache:
+    """The cache with the next T slots marked (positions, valid [B, T]); keys come layer by layer."""
+    start = (jnp.zeros((), jnp.int32), cache.index)
+    update = jax.lax.dynamic_update_slice
+    return dataclasses.replace(
+        cache,
+        positions=update(cache.positions, positions.astype(jnp.int32), start),
+        valid=update(cache.valid, valid, start),
+        index=cache.index + positions.shape[1],
+    )
+
+
+def write(buffer: jax.Array, new: jax.Array, index: jax.Array) -> jax.Array:
+    """`buffer` [B, S, G, K] with `new` [B, T, G, K] at slots index..index + T."""
+    zero = jnp.zeros((), jnp.int32)
+    return jax.lax.dynamic_update_slice(buffer, new.astype(buffer.dtype), (zero, index, zero, zero))
+
+
+def cache_mask(cache: Cache, start: jax.Array, rows: int) -> jax.Array:
+    """[B, 1, rows, S]: which slots the queries at slots start..start + rows see, no window."""
+    slots = jnp.arange(cache.length)
+    causal = slots[None, :] <= start + jnp.arange(rows)[:, None]
+    return causal[None, None] & cache.valid[:, None, None, :]
+
+
+def window_mask(cache: Cache, positions: jax.Array, window) -> jax.Array:
+    """[B, 1, T, S]: slots at most `window` positions back, the query's own counted."""
+    distance = positions[:, None, :, None] - cache.positions[:, None, None, :]
+    return distance < window

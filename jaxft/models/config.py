@@ -1,0 +1,105 @@
+"""What distinguishes one transformer decoder from another, as one flat dataclass."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """Rotary positions: frequencies theta^(-2i/K), rescaled for contexts longer than trained."""
+
+    theta: float = 10_000.0
+    scaling: Literal["default", "linear", "llama3", "yarn"] = "default"
+    factor: float = 1.0  # how many times longer the context became
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+    original_max_length: int = 8192  # llama3, yarn
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0  # yarn
+    attention_factor: float | None = None  # yarn; None: 0.1 ln(factor) + 1
+    truncate: bool = True  # yarn: round the ramp's ends to whole dimensions
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """A decoder-only transformer: Llama, SmolLM2, Mistral, Qwen 2 and 3, Gemma 2 and 3, GPT-2.
+
+    Lengths are in tokens. `windows` holds, for each layer, how many tokens back it sees (itself
+    counted), or None for all; an empty tuple stands for None everywhere.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_length: int = 2048
+    norm: Literal["rms", "layer"] = "rms"
+    norm_eps: float = 1e-5
+    norm_offset: float = 0.0  # Gemma multiplies by 1 + scale
+    activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
+    gated_mlp: bool = True
+    attention_bias: bool = False  # of query, key and value
+    output_bias: bool = False  # of the attention's output projection
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    post_norms: bool = False  # norms after attention and MLP too
+    rope: Rope | None = Rope()
+    local_rope: Rope | None = None  # of the layers with a window, where it differs
+    learned_positions: bool = False
+    windows: tuple[int | None, ...] = ()
+    attention_scale: float | None = None  # None: head_dim^-1/2
+    attention_softcap: float | None = None
+    final_softcap: float | None = None
+    embedding_scale: float = 1.0
+    tie_embeddings: bool = True
+
+    def __post_init__(self):
+        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "head_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"DecoderConfig: {name} must be positive, got {getattr(self, name)}.")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"DecoderConfig: num_heads ({self.num_heads}) must be a multiple of num_kv_heads "
+                f"({self.num_kv_heads})."
+            )
+        if self.windows and len(self.windows) != self.num_layers:
+            raise ValueError(
+                f"DecoderConfig: windows has {len(self.windows)} entries for {self.num_layers} "
+                "layers; give one per layer (None: no window) or none at all."
+            )
+
+    @property
+    def scale(self) -> float:
+        """Factor of the attention scores."""
+        return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
+
+    def window(self, layer: int) -> int | None:
+        """How many tokens back `layer` sees, or None for all."""
+        return self.windows[layer] if self.windows else None
+
+
+def tiny_config(vocab_size: int = 512, max_length: int = 512) -> DecoderConfig:
+    """A Llama-like model of about 0.3 M parameters, for runs of seconds and for tests."""
+    return DecoderConfig(
+        vocab_size=vocab_size,
+        hidden_size=96,
+        intermediate_size=256,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=24,
+        max_length=max_length,
+    )
+
+
+def yarn_attention_factor(rope: Rope) -> float:
+    """Factor of YaRN's cosines and sines: 0.1 ln s + 1 (Peng et al., 2023, arxiv.org/abs/2309.00071)."""
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+    return 0.1 * math.log(rope.factor) + 1.0 if rope.factor > 1 else 1.0

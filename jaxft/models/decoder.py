@@ -1,0 +1,297 @@
+"""One transformer decoder for the Llama, Mistral, Qwen, Gemma and GPT-2 families."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxft.kernels import attend, attention
+from jaxft.models.cache import Cache, cache_mask, empty_cache, reserve, window_mask, write
+from jaxft.models.config import DecoderConfig, Rope
+from jaxft.models.layers import ACTIVATIONS, KERNEL_INIT, Dense, Embed, Norm, output_head, read
+from jaxft.models.layout import is_stacked
+from jaxft.models.remat import Remat, remat_block, remat_light
+from jaxft.models.rope import apply_rope, rope_table
+from jaxft.weights import WeightLike, matmul
+
+
+class Output(NamedTuple):
+    """What a decoder gives. Under jit, what is not used is not computed."""
+
+    hidden: jax.Array  # [B, T, D] after the final norm, in the compute dtype
+    logits: jax.Array  # [B, T, V] float32
+    cache: Cache | None
+
+
+class LayerKind(NamedTuple):
+    """How one layer differs from the next: Python values, or traced ones under a scan."""
+
+    local: bool | jax.Array  # whether it has a window, and so the local rotary table
+    window: int | jax.Array | None
+
+
+class Context(NamedTuple):
+    """What all layers share: see `Decoder.__call__` for shapes."""
+
+    segment_ids: jax.Array | None
+    positions: jax.Array
+    table: Any  # (cos, sin) of the rotary positions, None without
+    local_table: Any  # the same for layers with a window
+    cache: Cache | None
+    start: jax.Array | None  # the cache's write index before this call
+
+
+class Decoder(nn.Module):
+    """tokens -> hidden states and logits.
+
+    Attributes:
+        config: the architecture.
+        dtype: of activations; params keep theirs and are cast where they are used.
+        scan_layers: at init, whether layers are stacked on a leading axis and scanned over
+            (`jax.lax.scan`: compile time independent of depth) or kept apart (faster on CPU, and
+            each layer can be adapted for itself). Params of either layout can be applied.
+        remat: what a backward pass recomputes instead of storing: see jaxft.models.remat.
+        attention: implementation of jaxft.kernels.attention; None picks by backend.
+    """
+
+    config: DecoderConfig
+    dtype: Any = jnp.float32
+    scan_layers: bool = False
+    remat: Remat = "none"
+    attention: str | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        cache: Cache | None = None,
+    ) -> Output:
+        """Runs the decoder.
+
+        Args:
+            tokens: [B, T] int32.
+            positions: [B, T] int32, for rotary or learned positions; None: 0..T-1.
+            segment_ids: [B, T] int32; tokens see earlier tokens of their segment, 0 is padding.
+                None: one segment. With a cache: greater than 0 where a token counts.
+            cache: written at its index; its tokens are seen too. Layers must not be stacked.
+        """
+        config = self.config
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
+        x = Embed(config.vocab_size, config.hidden_size, name="embed")(tokens, self.dtype)
+        x = x * jnp.asarray(config.embedding_scale, x.dtype)
+        if config.learned_positions:
+            x = x + Embed(config.max_length, config.hidden_size, name="positions")(
+                positions, self.dtype
+            )
+        context = self._context(positions, segment_ids, cache)
+        if self._stacked():
+            if cache is not None:
+                raise ValueError(
+                    "Decoder: a cache needs params with separate layers; "
+                    "convert them with jaxft.models.unstack_layers(params)."
+                )
+            x, new_cache = self._scan(x, context), None
+        else:
+            x, new_cache = Layers(
+                config, self.remat, self.attention, name="layers"
+            )(x, context)
+        hidden = Norm(config.norm, config.norm_eps, config.norm_offset, name="final_norm")(x)
+        return Output(hidden, self._logits(hidden), new_cache)
+
+    def head(self, params: Any) -> WeightLike:
+        """The output projection [D, V] of `params` as a weight."""
+        return output_head(params, self.config.tie_embeddings)
+
+    def project(self, hidden: jax.Array, params: Any) -> jax.Array:
+        """Logits [..., V] in float32 of hidden states [..., D], final soft cap included."""
+        return project(hidden, self.head(params), self.config.final_softcap)
+
+    def init_cache(self, batch: int, length: int, dtype: Any = None) -> Cache:
+        """An empty cache of `length` slots for `batch` rows; dtype None: that of activations."""
+        config = self.config
+        dtype = self.dtype if dtype is None else dtype
+        return empty_cache(
+            config.num_layers, batch, length, config.num_kv_heads, config.head_dim, dtype
+        )
+
+    def _logits(self, hidden):
+        if self.config.tie_embeddings:
+            params = {"embed": {"embedding": self.variables["params"]["embed"]["embedding"]}}
+        else:
+            kernel = OutputKernel(self.config, name="head")()
+            params = {"head": {"kernel": kernel}}
+        return self.project(hidden, params)
+
+    def _stacked(self) -> bool:
+        layers = self.variables.get("params", {}).get("layers")
+        return self.scan_layers if layers is None else is_stacked(layers)
+
+    def _context(self, positions, segment_ids, cache):
+        config, start = self.config, None
+        table = functools.partial(_table, positions=positions, head_dim=config.head_dim)
+        if cache is not None:
+            valid = jnp.ones(positions.shape, bool) if segment_ids is None else segment_ids > 0
+            start, cache = cache.index, reserve(cache, positions, valid)
+        local = config.local_rope or config.rope
+        return Context(segment_ids, positions, table(config.rope), table(local), cache, start)
+
+    def _scan(self, x, context):
+        config = self.config
+        local = jnp.array([config.window(i) is not None for i in range(config.num_layers)])
+        # A window as long as the input hides nothing: one program serves all layers.
+        windows = jnp.array([config.window(i) or x.shape[1] for i in range(config.num_layers)])
+        scanned = nn.scan(
+            remat_block(Block, self.remat),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast, nn.broadcast),
+            length=config.num_layers,
+        )
+        body = scanned(config, self.remat, self.attention, name="layers")
+        layer = LayerKind(local, windows if any(config.windows) else None)
+        return body(x, layer, None, context)[0]
+
+
+class Layers(nn.Module):
+    """The blocks one after the other, each with its own params."""
+
+    config: DecoderConfig
+    remat: Remat = "none"
+    attention: str | None = None
+
+    @nn.compact
+    def __call__(self, x, context):
+        config, keys, values = self.config, [], []
+        block_type = remat_block(Block, self.remat)
+        for i in range(config.num_layers):
+            block = block_type(config, self.remat, self.attention, name=str(i))
+            layer, cached = LayerKind(config.window(i) is not None, config.window(i)), None
+            if context.cache is not None:
+                cached = (context.cache.keys[i], context.cache.values[i])
+            x, cached = block(x, layer, cached, context)
+            if cached is not None:
+                keys.append(cached[0])
+                values.append(cached[1])
+        if context.cache is None:
+            return x, None
+        return x, dataclasses.replace(context.cache, keys=tuple(keys), values=tuple(values))
+
+
+class Block(nn.Module):
+    """Attention and MLP, each on the normed residual stream and added to it."""
+
+    config: DecoderConfig
+    remat: Remat = "none"
+    attention: str | None = None
+
+    @nn.compact
+    def __call__(self, x, layer, cached, context):
+        config = self.config
+        norm_type = remat_light(Norm, self.remat)
+        norm = functools.partial(norm_type, config.norm, config.norm_eps, config.norm_offset)
+        y = norm(name="attention_norm")(x)
+        y, cached = Attention(config, self.attention, name="attention")(y, layer, cached, context)
+        x = x + (norm(name="post_attention_norm")(y) if config.post_norms else y)
+        y = Mlp(config, self.remat, name="mlp")(norm(name="mlp_norm")(x))
+        x = x + (norm(name="post_mlp_norm")(y) if config.post_norms else y)
+        return x, cached
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention with rotary or no positions."""
+
+    config: DecoderConfig
+    implementation: str | None = None
+
+    @nn.compact
+    def __call__(self, x, layer, cached, context):
+        config = self.config
+        heads, groups, size = config.num_heads, config.num_kv_heads, config.head_dim
+        split = lambda y, n: y.reshape(*y.shape[:-1], n, size)
+        dense = functools.partial(Dense, bias=config.attention_bias)
+        query = split(dense(heads * size, name="query")(x), heads)
+        key = split(dense(groups * size, name="key")(x), groups)
+        value = split(dense(groups * size, name="value")(x), groups)
+        if config.qk_norm:
+            norm = functools.partial(Norm, "rms", config.norm_eps, config.norm_offset)
+            query, key = norm(name="query_norm")(query), norm(name="key_norm")(key)
+        if config.rope is not None:
+            table = _layer_table(config, layer, context)
+            query, key = apply_rope(query, table), apply_rope(key, table)
+        options = {"scale": config.scale, "softcap": config.attention_softcap}
+        if cached is None:
+            y = attention(
+                query,
+                key,
+                value,
+                segment_ids=context.segment_ids,
+                window=layer.window,
+                implementation=self.implementation,
+                **options,
+            )
+        else:
+            cached = write(cached[0], key, context.start), write(cached[1], value, context.start)
+            mask = cache_mask(context.cache, context.start, x.shape[1])
+            if layer.window is not None:
+                mask = mask & window_mask(context.cache, context.positions, layer.window)
+            y = attend(query, *(c.astype(query.dtype) for c in cached), mask, **options)
+        y = Dense(config.hidden_size, config.output_bias, name="out")(y.reshape(*x.shape[:-1], -1))
+        return y, cached
+
+
+class Mlp(nn.Module):
+    """act(x W_gate) * (x W_up) W_down, or act(x W_up) W_down without a gate."""
+
+    config: DecoderConfig
+    remat: Remat = "none"
+
+    @nn.compact
+    def __call__(self, x):
+        config = self.config
+        dense = functools.partial(Dense, config.intermediate_size, config.mlp_bias)
+        activation = ACTIVATIONS[config.activation]
+        up = dense(name="up")(x)
+        if config.gated_mlp:
+            gate = dense(name="gate")(x)
+            y = remat_light(lambda g, u: activation(g) * u, self.remat)(gate, up)
+        else:
+            y = remat_light(activation, self.remat)(up)
+        return Dense(config.hidden_size, config.mlp_bias, name="down")(y)
+
+
+class OutputKernel(nn.Module):
+    """Holds the output projection of models whose embeddings are not tied."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self):
+        shape = (self.config.hidden_size, self.config.vocab_size)
+        return read(self, "kernel", KERNEL_INIT, shape)
+
+
+def project(hidden: jax.Array, head: WeightLike, softcap: float | None = None) -> jax.Array:
+    """Logits [..., V] in float32 of hidden states [..., D]: c tanh(h W / c) with a soft cap c."""
+    logits = matmul(hidden, head).astype(jnp.float32)
+    return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+
+
+def _layer_table(config, layer, context):
+    if config.local_rope is None:
+        return context.table
+    if isinstance(layer.local, bool):
+        return context.local_table if layer.local else context.table
+    pick = functools.partial(jnp.where, layer.local)
+    return jax.tree.map(pick, context.local_table, context.table)
+
+
+def _table(rope: Rope | None, *, positions, head_dim):
+    return None if rope is None else rope_table(rope, head_dim, positions)

@@ -1,0 +1,86 @@
+"""Parts that transformers are made of. Each reads its kernels through `matmul` and `take`."""
+
+from __future__ import annotations
+
+from typing import Any, Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxft.weights import Transposed, WeightLike, matmul, take, to_dense
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+KERNEL_INIT = nn.initializers.normal(0.02)
+
+
+def read(module: nn.Module, name: str, init: Callable, shape: tuple[int, ...]) -> WeightLike:
+    """The variable `name` of a module as it stands in params, a dense float32 array at init.
+
+    `module.param` alone rejects a structured weight whose first leaf has another shape.
+    """
+    if module.has_variable("params", name):
+        return module.get_variable("params", name)
+    return module.param(name, init, shape, jnp.float32)
+
+
+class Dense(nn.Module):
+    """x W + b for x [..., in]."""
+
+    features: int
+    bias: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        y = matmul(x, read(self, "kernel", KERNEL_INIT, (x.shape[-1], self.features)))
+        if self.bias:
+            bias = to_dense(read(self, "bias", nn.initializers.zeros, (self.features,)))
+            y = y + bias.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+        return y
+
+
+class Norm(nn.Module):
+    """RMSNorm ("rms") or LayerNorm ("layer") over the last axis, computed in float32."""
+
+    kind: str = "rms"
+    eps: float = 1e-5
+    offset: float = 0.0  # added to the scale: 1 for Gemma
+
+    @nn.compact
+    def __call__(self, x):
+        shape = (x.shape[-1],)
+        constant = nn.initializers.constant(1.0 - self.offset)
+        scale = to_dense(read(self, "scale", constant, shape)).astype(jnp.float32) + self.offset
+        y = x.astype(jnp.float32)
+        if self.kind == "layer":
+            y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        flat = lambda v: v.reshape((1,) * (y.ndim - 1) + (-1,))
+        y = y * flat(scale)
+        if self.kind == "layer":
+            bias = read(self, "bias", nn.initializers.zeros, shape)
+            y = y + flat(to_dense(bias).astype(jnp.float32))
+        return y.astype(x.dtype)
+
+
+class Embed(nn.Module):
+    """Rows of a table [num_embeddings, features]."""
+
+    num_embeddings: int
+    features: int
+
+    @nn.compact
+    def __call__(self, indices, dtype: Any = jnp.float32):
+        shape = (self.num_embeddings, self.features)
+        return take(read(self, "embedding", KERNEL_INIT, shape), indices).astype(dtype)
+
+
+def output_head(params, tied: bool) -> WeightLike:
+    """The output projection [features, vocabulary] of a params tree as a weight."""
+    return Transposed(params["embed"]["embedding"]) if tied else params["head"]["kernel"]

@@ -1,0 +1,5 @@
+"""Objectives: a model's apply, a loss and a reduction make objective(params, batch, key)."""
+
+from jaxft.objectives.supervised import Objective, shift, supervised
+
+__all__ = ["Objective", "shift", "supervised"]

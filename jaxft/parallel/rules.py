@@ -1,0 +1,57 @@
+"""How params are laid over a mesh: (path pattern, PartitionSpec), first match first."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Sequence
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxft.weights import is_weight
+
+Params = Any
+Rules = Sequence[tuple[str, PartitionSpec]]
+
+# Column-parallel projections split their outputs over "tensor", row-parallel ones their inputs, so
+# that a block needs one all-reduce after attention and one after the MLP; "fsdp" takes the other side.
+TRANSFORMER_RULES: Rules = (
+    (r".*/(query|key|value|gate|up)/kernel", PartitionSpec("fsdp", "tensor")),
+    (r".*/(out|down)/kernel", PartitionSpec("tensor", "fsdp")),
+    (r".*/(query|key|value|gate|up)/bias", PartitionSpec("tensor")),
+    (r"embed/embedding", PartitionSpec("tensor", "fsdp")),
+    (r"head/kernel", PartitionSpec("fsdp", "tensor")),
+    (r".*", PartitionSpec()),
+)
+
+
+def param_shardings(params: Params, mesh: Mesh, rules: Rules = TRANSFORMER_RULES) -> Params:
+    """A tree like params with a NamedSharding for each leaf.
+
+    An axis of the mesh that does not divide its dimension is left out for that leaf. Structured
+    weights lay out their own fields, given the spec of the dense kernel they stand for.
+    """
+
+    def place(path, node):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        spec = next(spec for pattern, spec in rules if re.fullmatch(pattern, name))
+        stacked = name.startswith("layers/") and not name.split("/")[1].isdigit()
+        spec = PartitionSpec(None, *spec) if stacked else spec
+        specs = node.with_specs(spec) if is_weight(node) else spec
+        fit = lambda leaf, s: NamedSharding(mesh, _fitting(s, leaf.shape, mesh))
+        return jax.tree.map(fit, node, specs)
+
+    return jax.tree_util.tree_map_with_path(place, params, is_leaf=is_weight)
+
+
+def shard_params(params: Params, mesh: Mesh, rules: Rules = TRANSFORMER_RULES) -> Params:
+    """The params laid over the mesh."""
+    return jax.device_put(params, param_shardings(params, mesh, rules))
+
+
+def _fitting(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    axes = [*spec, *[None] * (len(shape) - len(spec))][: len(shape)]
+    whole = lambda n, axis: axis is not None and n % mesh.shape[axis] == 0
+    return PartitionSpec(*(a if whole(n, a) else None for n, a in zip(shape, axes, strict=True)))
+
+

@@ -11,7 +11,7 @@ from jax.sharding import Sharding
 
 from jaxft.adapters import merge
 from jaxft.checkpoints.errors import CheckpointError
-from jaxft.checkpoints.names import Entry
+from jaxft.models.hf_names import Entry
 from jaxft.models import stack_layers
 from jaxft.weights import is_weight
 

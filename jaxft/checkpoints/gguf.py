@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxft.checkpoints.errors import CheckpointError
-from jaxft.checkpoints.names import Entry
+from jaxft.models.hf_names import Entry
 from jaxft.models import DecoderConfig, Rope
 
 FAMILIES = {

@@ -23,7 +23,7 @@ from jaxft.checkpoints.errors import CheckpointError
 from jaxft.checkpoints.families import decoder_config, hf_config
 from jaxft.checkpoints.fetch import PACKAGES, fetch
 from jaxft.checkpoints.gguf import GgufFile
-from jaxft.checkpoints.names import huggingface_entries, is_ignorable
+from jaxft.models.hf_names import huggingface_entries, is_ignorable
 from jaxft.checkpoints.tensor_files import open_tensors, save_tensors
 from jaxft.models import Decoder
 from jaxft.parallel import param_shardings

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from jaxft.models import DecoderConfig
+from jaxft.models.config import DecoderConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,257 @@
+"""The KV-cache sampler: prefill once, then decode token by token inside one compiled loop."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxft.generation.decoding import SamplingConfig, transform_logits
+from jaxft.models import Cache, Decoder, is_stacked, unstack_layers
+
+CHUNK = 64  # tokens decoded between two looks of the host
+MIN_BUCKET = 16
+
+Params = Any
+
+
+class State(NamedTuple):
+    """A batch in mid-generation."""
+
+    cache: Cache
+    logits: jax.Array  # [B, V] float32, of the next token
+    position: jax.Array  # [B] int32, of the next token
+    done: jax.Array  # [B] bool
+    keys: jax.Array  # [B] a key for each row
+    step: jax.Array  # [] int32, tokens decoded so far
+
+
+class Part(NamedTuple):
+    """What one chunk of decoding gave, [B, steps] each."""
+
+    tokens: jax.Array
+    mask: jax.Array
+    log_probs: jax.Array
+    sampler_log_probs: jax.Array
+
+
+class Generation(NamedTuple):
+    """Completions as numpy arrays, one row a prompt."""
+
+    tokens: np.ndarray  # [B, N] int32, 0 after the end
+    mask: np.ndarray  # [B, N] bool, True on generated tokens, the stop token among them
+    log_probs: np.ndarray  # [B, N] nats, under the full vocabulary at the temperature (1 if greedy)
+    sampler_log_probs: np.ndarray  # [B, N] nats, under the distribution actually sampled from
+    finish: list[str]  # "stop" or "length"
+
+    @property
+    def completions(self) -> list[list[int]]:
+        """The generated ids of each row, stop token included."""
+        return [row[m].tolist() for row, m in zip(self.tokens, self.mask, strict=True)]
+
+
+def generate(
+    model: Decoder,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    key: jax.Array,
+    config: SamplingConfig = SamplingConfig(),  # noqa: B008 (frozen)
+    *,
+    row_ids: Sequence[int] | None = None,
+    tokenizer: Any = None,
+    cache_dtype: Any = None,
+) -> Generation:
+    """Completions of token-id prompts.
+
+    Prompts are left-padded to a bucket (powers of two), rows likewise, so that few programs are
+    compiled; what a row gets does not depend on padding or on the other rows.
+
+    Args:
+        prompts: ids, each at least one.
+        key: a jax.random.key. Row i draws from fold_in(key, row_ids[i]) and the token's number.
+        row_ids: default 0, 1, 2...; distinct ids give distinct samples of equal prompts.
+        tokenizer: needed for `stop_strings`.
+        cache_dtype: of keys and values; None: the model's activations'.
+
+    Raises:
+        ValueError: for an empty prompt, or if prompt and completion exceed the model's max_length.
+    """
+    if config.stop_strings and tokenizer is None:
+        raise ValueError("generate: stop_strings need tokenizer=.")
+    tokens, valid = left_pad(prompts, model.config)
+    rows, width = len(prompts), tokens.shape[1]
+    longest = int(valid.sum(axis=1).max())
+    if longest + config.max_new_tokens > model.config.max_length:
+        raise ValueError(
+            f"generate: a prompt of {longest} tokens and {config.max_new_tokens} new ones exceed the "
+            f"model's {model.config.max_length}; shorten one of them."
+        )
+    ids = np.arange(rows) if row_ids is None else np.asarray(row_ids)
+    ids = np.concatenate([ids, np.zeros(len(tokens) - rows, ids.dtype)])
+    slots = width + -(-config.max_new_tokens // CHUNK) * CHUNK
+    keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.asarray(ids))
+    state = prefill(model, params, jnp.asarray(tokens), jnp.asarray(valid), keys, slots, cache_dtype)
+    state = state._replace(done=jnp.arange(len(tokens)) >= rows)
+    parts = []
+    while True:
+        state, part = decode(model, params, state, config)
+        parts.append(jax.device_get(part))
+        done = np.asarray(state.done)
+        if config.stop_strings:
+            done, parts = _cut_at_strings(parts, done, config, tokenizer)
+            state = state._replace(done=jnp.asarray(done))
+        if done.all() or int(state.step) >= config.max_new_tokens:
+            break
+    return _gather(parts, done, rows, config.max_new_tokens)
+
+
+def left_pad(prompts, config) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens, valid) [B, P]: prompts at the right end, rows and width rounded up to buckets."""
+    lengths = [len(prompt) for prompt in prompts]
+    if not lengths or min(lengths) < 1:
+        raise ValueError("generate: every prompt needs at least one token.")
+    width = min(_bucket(max(lengths), MIN_BUCKET), config.max_length)
+    width = max(width, max(lengths))
+    tokens = np.zeros((_bucket(len(prompts), 1), width), np.int32)
+    valid = np.zeros(tokens.shape, bool)
+    for i, prompt in enumerate(prompts):
+        tokens[i, width - len(prompt) :] = prompt
+        valid[i, width - len(prompt) :] = True
+    return tokens, valid
+
+
+@functools.partial(jax.jit, static_argnames=("model", "slots", "cache_dtype"))
+def prefill(
+    model: Decoder,
+    params: Params,
+    tokens: jax.Array,
+    valid: jax.Array,
+    keys: jax.Array,
+    slots: int,
+    cache_dtype: Any = None,
+) -> State:
+    """The state after the prompts (tokens, valid [B, P]; left-padded), in a cache of `slots`."""
+    params = _separate(params)
+    cache = model.init_cache(tokens.shape[0], slots, cache_dtype)
+    positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
+    output = model.apply(
+        {"params": params}, tokens, positions, segment_ids=valid.astype(jnp.int32), cache=cache
+    )
+    return State(
+        cache=output.cache,
+        logits=model.project(output.hidden[:, -1], params),
+        position=positions[:, -1] + 1,
+        done=jnp.zeros(tokens.shape[0], bool),
+        keys=keys,
+        step=jnp.zeros((), jnp.int32),
+    )
+
+
+@functools.partial(
+    jax.jit, static_argnames=("model", "config", "steps"), donate_argnames=("state",)
+)
+def _decode(model, params, state, limit, config, steps):
+    params = _separate(params)
+    rows = state.done.shape[0]
+    blank = lambda dtype: jnp.zeros((rows, steps), dtype)
+    part = Part(blank(jnp.int32), blank(bool), blank(jnp.float32), blank(jnp.float32))
+    start = state.step
+
+    def running(carry):
+        state, _ = carry
+        return (state.step < jnp.minimum(limit, start + steps)) & ~jnp.all(state.done)
+
+    def body(carry):
+        state, part = carry
+        token, log_prob, sampler_log_prob = _draw(state, config)
+        alive = ~state.done
+        column = Part(token, alive, log_prob, sampler_log_prob)
+        keep = lambda new: jnp.where(alive, new, jnp.zeros((), new.dtype))
+        put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(
+            old, keep(new)[:, None], state.step - start, axis=1
+        )
+        part = jax.tree.map(put, part, column)
+        stops = jnp.asarray(config.stop_ids or (-1,))
+        ended = jnp.any(token[:, None] == stops[None, :], axis=1)
+        output = model.apply(
+            {"params": params},
+            token[:, None],
+            state.position[:, None],
+            segment_ids=jnp.ones((rows, 1), jnp.int32),
+            cache=state.cache,
+        )
+        state = state._replace(
+            cache=output.cache,
+            logits=model.project(output.hidden[:, -1], params),
+            position=state.position + 1,
+            done=state.done | (alive & ended),
+            step=state.step + 1,
+        )
+        return state, part
+
+    return jax.lax.while_loop(running, body, (state, part))
+
+
+def decode(
+    model: Decoder, params: Params, state: State, config: SamplingConfig, steps: int = CHUNK
+) -> tuple[State, Part]:
+    """Up to `steps` more tokens a row; stops early when all rows are done. `state` is donated."""
+    limit = jnp.asarray(config.max_new_tokens, jnp.int32)
+    # What the program takes as a value, or the host alone uses, must not make another program.
+    config = dataclasses.replace(config, max_new_tokens=1, stop_strings=())
+    return _decode(model, params, state, limit, config, steps)
+
+
+def _draw(state: State, config: SamplingConfig):
+    """(token, log-prob under the full vocabulary, log-prob as sampled), each [B]."""
+    temperature = config.temperature or 1.0
+    full = jax.nn.log_softmax(state.logits / temperature, axis=-1)
+    cut = transform_logits(state.logits, config)
+    if config.temperature == 0:
+        token = jnp.argmax(state.logits, axis=-1)
+    else:
+        keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(state.keys, state.step)
+        token = jax.vmap(jax.random.categorical)(keys, cut)
+    pick = lambda table: jnp.take_along_axis(table, token[:, None], axis=1)[:, 0]
+    return token.astype(jnp.int32), pick(full), pick(jax.nn.log_softmax(cut, axis=-1))
+
+
+def _separate(params: Params) -> Params:
+    """Layers one by one: a scan that carried the stacked cache would copy it for every token."""
+    return unstack_layers(params) if is_stacked(params["layers"]) else params
+
+
+def _bucket(size: int, least: int) -> int:
+    return max(least, 1 << (size - 1).bit_length())
+
+
+def _cut_at_strings(parts, done, config, tokenizer):
+    """Ends rows at the first stop string: later tokens are unmasked; the one that completes it stays."""
+    joined = Part(*(np.concatenate(columns, axis=1) for columns in zip(*parts, strict=True)))
+    mask, done = joined.mask.copy(), done.copy()
+    for i in range(len(mask)):
+        ids = joined.tokens[i][mask[i]].tolist()
+        if not any(s in tokenizer.decode(ids) for s in config.stop_strings):
+            continue
+        ends = (
+            n
+            for n in range(1, len(ids) + 1)
+            if any(s in tokenizer.decode(ids[:n]) for s in config.stop_strings)
+        )
+        mask[i, np.flatnonzero(mask[i])[next(ends) :]] = False
+        done[i] = True
+    return done, [joined._replace(mask=mask)]
+
+
+def _gather(parts, done, rows, limit) -> Generation:
+    joined = Part(*(np.concatenate(columns, axis=1)[:rows] for columns in zip(*parts, strict=True)))
+    mask = joined.mask[:, :limit]
+    cut = lambda table: np.where(mask, table[:, :limit], 0)
+    finish = ["stop" if ended else "length" for ended in done[:rows]]
+    return Generation(
+        cut(joined.tokens), mask, cut(joined.log_probs), cut(joined.sampler_log_probs), finish
+    )

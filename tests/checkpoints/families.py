@@ -1,0 +1,70 @@
+"""Small random transformers models of every family, the oracles of the parity tests."""
+
+import torch
+import transformers as hf
+
+BASE = dict(
+    vocab_size=61,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+LLAMA3 = dict(
+    rope_type="llama3",
+    rope_theta=500.0,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=16,
+)
+YARN = dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=16)
+LINEAR = dict(rope_type="linear", rope_theta=1e4, factor=2.0)
+DEFAULT = dict(rope_type="default", rope_theta=1e5)
+GEMMA3 = {
+    "full_attention": dict(rope_type="linear", rope_theta=1e6, factor=8.0),
+    "sliding_attention": dict(rope_type="default", rope_theta=1e4),
+}
+
+FAMILIES = {
+    "llama2": lambda: hf.LlamaConfig(**BASE, rope_parameters=LINEAR, attention_bias=True),
+    "llama3": lambda: hf.LlamaConfig(**BASE, rope_parameters=LLAMA3, mlp_bias=True),
+    "smollm2": lambda: hf.LlamaConfig(**BASE, rope_parameters=DEFAULT, tie_word_embeddings=True),
+    "mistral": lambda: hf.MistralConfig(**BASE, head_dim=8, sliding_window=5),
+    "qwen2": lambda: hf.Qwen2Config(
+        **BASE, use_sliding_window=True, sliding_window=4, max_window_layers=1, rope_parameters=YARN
+    ),
+    "qwen3": lambda: hf.Qwen3Config(**BASE, head_dim=12),
+    "gemma": lambda: hf.GemmaConfig(**BASE, head_dim=12),
+    "gemma2": lambda: hf.Gemma2Config(
+        **BASE, head_dim=12, sliding_window=4, query_pre_attn_scalar=10, attn_logit_softcapping=2.0
+    ),
+    "gemma3": lambda: hf.Gemma3TextConfig(
+        **BASE, head_dim=12, sliding_window=4, layer_types=["sliding_attention"] * 2
+        + ["full_attention"], rope_parameters=GEMMA3,
+    ),
+    "gpt2": lambda: hf.GPT2Config(
+        vocab_size=61, n_embd=32, n_layer=3, n_head=4, n_positions=64,
+        attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0,
+    ),
+}
+
+
+def torch_model(family: str) -> torch.nn.Module:
+    """A float32 model with weights large enough that every part of it shows in the logits."""
+    torch.manual_seed(0)
+    config = FAMILIES[family]()
+    config._attn_implementation = "eager"  # The only one with Gemma 2's soft cap.
+    model = hf.AutoModelForCausalLM.from_config(config).float().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            spread = 0.3 if parameter.ndim > 1 else 0.1
+            centre = 1.0 if "norm" in name or "ln_" in name else 0.0
+            centre = 0.0 if family.startswith("gemma") or name.endswith("bias") else centre
+            parameter.copy_(centre + spread * torch.randn_like(parameter))
+    return model

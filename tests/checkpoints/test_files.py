@@ -1,0 +1,114 @@
+"""Damaged, surplus, foreign and sharded files; bfloat16; meshes."""
+
+import json
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from jaxft.adapters import ALL_LINEAR, adapt, combine, lora, merge, partition
+from jaxft.checkpoints import CheckpointError, load_model, save_model
+from jaxft.checkpoints.assemble import disassemble
+from jaxft.models.hf_names import huggingface_entries
+from jaxft.checkpoints.tensor_files import open_tensors, save_tensors
+from jaxft.models import Decoder, tiny_config
+from jaxft.parallel import make_mesh
+
+
+@pytest.fixture
+def saved(tmp_path):
+    model = Decoder(tiny_config(vocab_size=64))
+    params = model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    save_model(tmp_path, model, params)
+    return tmp_path, model, params
+
+
+def rewrite(path, change):
+    tensors = load_file(path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, path / "model.safetensors")
+
+
+def test_missing_surplus_and_misshapen_tensors_are_named(saved):
+    path, *_ = saved
+    rewrite(path, lambda t: t.update(extra=np.zeros(2, np.float32)))
+    with pytest.raises(CheckpointError, match="surplus tensor 'model.extra'"):
+        load_model(path)
+    rewrite(path, lambda t: (t.pop("extra"), t.pop("model.layers.1.mlp.up_proj.weight")))
+    with pytest.raises(CheckpointError, match="missing tensor 'model.layers.1.mlp.up_proj.weight'"):
+        load_model(path)
+    rewrite(path, lambda t: t.update({"model.layers.1.mlp.up_proj.weight": np.zeros((2, 3), "f4")}))
+    with pytest.raises(CheckpointError, match=r"up_proj.weight' has shape \(2, 3\).*\(256, 96\)"):
+        load_model(path)
+
+
+def test_truncated_file_pickle_and_unknown_architecture(saved):
+    path, *_ = saved
+    file = path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="not a whole safetensors file"):
+        load_model(path)
+    file.rename(path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="pickled weights alone, which jaxft never loads"):
+        load_model(path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"model_type": "mamba"}))
+    with pytest.raises(CheckpointError, match="model_type is 'mamba'; supported: llama"):
+        load_model(path)
+    with pytest.raises(CheckpointError, match="no such model"):
+        load_model(path / "nowhere")
+
+
+def test_index_cannot_point_outside(saved):
+    path, *_ = saved
+    (path / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "../model.safetensors"}})
+    )
+    with pytest.raises(CheckpointError, match="points outside"):
+        load_model(path)
+
+
+def test_shards_with_index(saved, tmp_path_factory):
+    path, model, params = saved
+    other = tmp_path_factory.mktemp("sharded")
+    entries = huggingface_entries(model.config)
+    save_tensors(other, disassemble(entries, params), shard_bytes=200_000)
+    assert len(list(other.glob("model-*-of-*.safetensors"))) > 1
+    chex.assert_trees_all_equal(open_tensors(other), open_tensors(path))
+    (other / "config.json").write_text((path / "config.json").read_text())
+    chex.assert_trees_all_equal(load_model(other)[1], params)
+
+
+def test_bfloat16_survives(saved, tmp_path_factory):
+    _, model, params = saved
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    other = tmp_path_factory.mktemp("half")
+    save_model(other, model, half)
+    assert json.loads((other / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    chex.assert_trees_all_equal(load_model(other)[1], half)
+
+
+def test_adapted_params_are_saved_merged(saved, tmp_path_factory):
+    _, model, params = saved
+    trainable, frozen = partition(adapt(jax.random.key(1), params, {ALL_LINEAR: lora(4)}))
+    adapted = combine(jax.tree.map(lambda leaf: leaf + 0.1, trainable), frozen)
+    other = tmp_path_factory.mktemp("merged")
+    save_model(other, model, adapted)
+    chex.assert_trees_all_equal(load_model(other)[1], merge(adapted))
+
+
+def test_loading_straight_into_shards(saved):
+    path, model, params = saved
+    mesh = make_mesh(fsdp=4, tensor=2)
+    for scan_layers in (False, True):
+        _, sharded = load_model(path, mesh=mesh, scan_layers=scan_layers)
+        kernel = jax.tree.leaves(sharded["layers"])[0]
+        query = sharded["layers"]["attention" if scan_layers else "0"]
+        query = (query if scan_layers else query["attention"])["query"]["kernel"]
+        assert query.addressable_shards[0].data.shape[-2:] == (24, 48), kernel.sharding
+        logits = model.apply({"params": sharded}, jnp.arange(6)[None]).logits
+        expected = model.apply({"params": params}, jnp.arange(6)[None]).logits
+        chex.assert_trees_all_close(np.asarray(logits), np.asarray(expected), atol=1e-5)

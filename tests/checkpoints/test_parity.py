@@ -1,0 +1,152 @@
+"""Logits, gradients, caches and files of every decoder family against transformers' own models."""
+
+import importlib.util
+import pathlib
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxft.checkpoints import load_model, save_model
+from jaxft.checkpoints.assemble import disassemble
+from jaxft.models.hf_names import huggingface_entries
+from jaxft.models import Decoder, stack_layers
+from jaxft.objectives import supervised
+
+torch = pytest.importorskip("torch", reason="parity tests need torch: pip install 'jaxft[test]'")
+_spec = importlib.util.spec_from_file_location(
+    "families", pathlib.Path(__file__).with_name("families.py")
+)
+families = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(families)
+
+LENGTHS = (11, 7, 3)
+
+
+@pytest.fixture(scope="module", params=list(families.FAMILIES))
+def pair(request, tmp_path_factory):
+    """(torch model, directory of its files, our model, our params)."""
+    theirs = families.torch_model(request.param)
+    path = tmp_path_factory.mktemp(request.param)
+    theirs.save_pretrained(path)
+    return theirs, path, *load_model(path)
+
+
+@pytest.fixture(scope="module")
+def records():
+    rng = np.random.default_rng(0)
+    return [rng.integers(3, 61, n) for n in LENGTHS]
+
+
+def logits_of_each(theirs, records):
+    with torch.no_grad():
+        return [theirs(torch.tensor(r)[None]).logits[0].numpy() for r in records]
+
+
+def close(ours, theirs):
+    """Within 1e-4 of the largest logit: float32 through a few layers."""
+    chex.assert_trees_all_close(np.asarray(ours), theirs, rtol=0, atol=1e-4 * np.abs(theirs).max())
+
+
+def right_padded(records):
+    width = max(map(len, records))
+    pad = lambda r, fill: np.concatenate([r, np.full(width - len(r), fill)])
+    return {
+        "tokens": np.stack([pad(r, 0) for r in records]),
+        "segment_ids": np.stack([pad(np.ones(len(r), int), 0) for r in records]),
+        "positions": np.tile(np.arange(width), (len(records), 1)),
+    }
+
+
+def packed(records):
+    cat = lambda parts: np.concatenate(parts)[None]
+    return {
+        "tokens": cat(records),
+        "segment_ids": cat([np.full(len(r), i + 1) for i, r in enumerate(records)]),
+        "positions": cat([np.arange(len(r)) for r in records]),
+    }
+
+
+def run(model, params, batch, **changes):
+    apply = jax.jit(lambda p, b: model.clone(**changes).apply({"params": p}, **b).logits)
+    return apply(params, jax.tree.map(jnp.asarray, batch))
+
+
+def test_padded_and_packed_logits(pair, records):
+    theirs, _, model, params = pair
+    expected = logits_of_each(theirs, records)
+    padded = run(model, params, right_padded(records))
+    for row, wanted in zip(padded, expected, strict=True):
+        close(row[: len(wanted)], wanted)
+    close(run(model, params, packed(records))[0], np.concatenate(expected))
+
+
+def test_scanned_and_blocked_forms_equal_the_plain_one(pair, records):
+    theirs, _, model, params = pair
+    batch, expected = packed(records), np.concatenate(logits_of_each(theirs, records))
+    close(run(model, stack_layers(params), batch, remat="full")[0], expected)
+    close(run(model, params, batch, attention="blocked", remat="light")[0], expected)
+
+
+def test_cache_step_by_step(pair, records):
+    """Ragged prompts, left-padded, prefilled together, then one token at a time."""
+    theirs, _, model, params = pair
+    split, width = 2, max(LENGTHS)
+    left = lambda r: np.concatenate([np.zeros(width - len(r), int), r])
+    tokens = jnp.asarray(np.stack([left(r) for r in records]))
+    valid = jnp.asarray(np.stack([left(np.ones(len(r), int)) for r in records]))
+    positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
+    step = jax.jit(
+        lambda cache, t, p, v: model.apply({"params": params}, t, p, segment_ids=v, cache=cache)
+    )
+    cache, parts = model.init_cache(len(records), width + 3), []
+    for start, end in [(0, width - split), *((i, i + 1) for i in range(width - split, width))]:
+        cut = slice(start, end)
+        output = step(cache, tokens[:, cut], positions[:, cut], valid[:, cut])
+        cache, parts = output.cache, [*parts, output.logits]
+    ours = jnp.concatenate(parts, axis=1)
+    for row, wanted in zip(ours, logits_of_each(theirs, records), strict=True):
+        close(row[width - len(wanted) :], wanted)
+
+
+def test_loss_gradients(pair, records):
+    theirs, _, model, params = pair
+    batch = right_padded(records)
+    objective = supervised(model, chunk=4)
+    grads = jax.jit(jax.grad(objective, has_aux=True))(params, batch, None)[0]
+    labels = torch.tensor(np.where(batch["segment_ids"] > 0, batch["tokens"], -100))
+    mask = torch.tensor(batch["segment_ids"])
+    theirs.zero_grad()
+    theirs(torch.tensor(batch["tokens"]), attention_mask=mask, labels=labels).loss.backward()
+    wanted = {n: p.grad.numpy() for n, p in theirs.named_parameters()}
+    ours = dict(disassemble(huggingface_entries(model.config), grads))
+    assert set(ours) == set(wanted)
+    for name, gradient in wanted.items():
+        scale = max(np.abs(gradient).max(), 1e-3)
+        chex.assert_trees_all_close(ours[name], gradient, rtol=0, atol=2e-4 * scale)
+
+
+def test_files_survive_a_round_trip_bit_for_bit(pair, records, tmp_path):
+    theirs, path, model, params = pair
+    save_model(tmp_path, model, stack_layers(params))
+    again, params_again = load_model(tmp_path)
+    assert again.config == model.config
+    chex.assert_trees_all_equal(params_again, params)
+    reopened = type(theirs).from_pretrained(tmp_path, attn_implementation="eager")
+    for (name, mine), (_, original) in zip(
+        reopened.named_parameters(), theirs.named_parameters(), strict=True
+    ):
+        assert torch.equal(mine, original), name
+    tokens = torch.tensor(records[0])[None]
+    with torch.no_grad():
+        assert torch.equal(reopened(tokens).logits, theirs(tokens).logits)
+
+
+def test_stacked_loading_equals_stacking(pair):
+    _, path, _, params = pair
+    model, stacked = load_model(path, scan_layers=True, dtype=jnp.bfloat16)
+    expected = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), stack_layers(params))
+    chex.assert_trees_all_equal(stacked, expected)
+    assert isinstance(model, Decoder) and model.scan_layers

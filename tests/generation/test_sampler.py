@@ -1,0 +1,172 @@
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxft.generation import SamplingConfig, generate, sampler, transform_logits
+from jaxft.losses import linear_log_probs
+from jaxft.models import Decoder, stack_layers, tiny_config
+
+GREEDY = SamplingConfig(max_new_tokens=12, temperature=0.0)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return Decoder(dataclasses.replace(tiny_config(vocab_size=31, max_length=256), windows=(9, None)))
+
+
+@pytest.fixture(scope="module")
+def params(model):
+    params = model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    return jax.tree.map(lambda leaf: leaf * 4 if leaf.ndim > 1 else leaf, params)
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 31, n).tolist() for n in (1, 5, 14)]
+
+
+def slow_greedy(model, params, prompt, steps):
+    apply = jax.jit(lambda tokens: model.apply({"params": params}, tokens).logits)
+    tokens = np.zeros((1, 40), np.int32)
+    tokens[0, : len(prompt)] = prompt
+    for i in range(len(prompt), len(prompt) + steps):
+        tokens[0, i] = np.argmax(apply(tokens)[0, i - 1])
+    return tokens[0, len(prompt) : len(prompt) + steps].tolist()
+
+
+def test_greedy_equals_repeated_full_forwards(model, params, prompts):
+    expected = [slow_greedy(model, params, prompt, 12) for prompt in prompts]
+    key = jax.random.key(0)
+    assert generate(model, params, prompts, key, GREEDY).completions == expected
+    # Another bucket of prompts, another batch, the other layout.
+    long = prompts + [list(range(30)) * 2]
+    assert generate(model, params, long, key, GREEDY).completions[:3] == expected
+    assert generate(model, params, prompts[1:2], key, GREEDY).completions == expected[1:2]
+    stacked = stack_layers(params)
+    assert generate(model, stacked, prompts, key, GREEDY).completions == expected
+
+
+def test_log_probs_are_those_of_a_full_forward(model, params, prompts):
+    config = SamplingConfig(max_new_tokens=100, temperature=0.7)
+    out = generate(model, params, prompts, jax.random.key(1), config)
+    np.testing.assert_array_equal(out.log_probs, out.sampler_log_probs)
+    for prompt, ids, got in zip(prompts, out.completions, out.log_probs, strict=True):
+        row = jnp.asarray(prompt + ids)[None]
+        hidden = model.apply({"params": params}, row).hidden[:, :-1]
+        scored = linear_log_probs(hidden, model.head(params), row[:, 1:], temperature=0.7)
+        chex.assert_trees_all_close(np.asarray(scored)[0, len(prompt) - 1 :], got, atol=1e-4)
+
+
+def test_draws_depend_on_the_key_and_the_row_alone(model, params, prompts):
+    config = SamplingConfig(max_new_tokens=10)
+    draw = lambda prompts, seed, ids: generate(
+        model, params, prompts, jax.random.key(seed), config, row_ids=ids
+    ).completions
+    first = draw(prompts, 0, [3, 4, 5])
+    assert draw(prompts, 0, [3, 4, 5]) == first
+    assert draw(prompts[::-1], 0, [5, 4, 3]) == first[::-1]
+    assert draw(prompts[1:2], 0, [4]) == first[1:2]
+    assert draw(prompts, 1, [3, 4, 5]) != first
+    same = draw([prompts[0]] * 4, 0, range(4))
+    assert len(set(map(tuple, same))) == 4
+
+
+def test_stop_tokens_and_strings(model, params, prompts):
+    free = generate(model, params, prompts, jax.random.key(0), GREEDY).completions
+    stop = free[1][4]
+    config = dataclasses.replace(GREEDY, stop_ids=(stop,))
+    out = generate(model, params, prompts, jax.random.key(0), config)
+    for ids, whole, finish in zip(out.completions, free, out.finish, strict=True):
+        end = whole.index(stop) + 1 if stop in whole else len(whole)
+        assert ids == whole[:end]
+        assert finish == ("stop" if stop in whole else "length")
+
+    class Letters:
+        def decode(self, ids):
+            return "".join(chr(ord("A") + i) for i in ids)
+
+    text = Letters().decode(free[1])
+    config = dataclasses.replace(GREEDY, stop_strings=(text[2:5],))
+    out = generate(model, params, prompts[1:2], jax.random.key(0), config, tokenizer=Letters())
+    assert out.completions[0] == free[1][: text.index(text[2:5]) + 3]
+    assert out.finish == ["stop"]
+
+
+@pytest.mark.parametrize("new", [1, 64, 65])
+def test_length_limits(model, params, prompts, new):
+    config = SamplingConfig(max_new_tokens=new)
+    out = generate(model, params, prompts, jax.random.key(0), config)
+    assert [len(ids) for ids in out.completions] == [new] * 3
+    assert out.finish == ["length"] * 3
+    assert out.tokens.shape == (3, new)
+
+
+def test_few_programs_for_many_lengths(model, params):
+    rng = np.random.default_rng(0)
+    before = sampler._decode._cache_size(), sampler.prefill._cache_size()
+    for n in rng.integers(1, 60, 20):
+        batch = [rng.integers(0, 31, n).tolist() for _ in range(rng.integers(5, 9))]
+        generate(model, params, batch, jax.random.key(0), dataclasses.replace(GREEDY, max_new_tokens=3))
+    # Buckets of width 16, 32 and 64, of 8 rows.
+    assert sampler._decode._cache_size() - before[0] <= 3
+    assert sampler.prefill._cache_size() - before[1] <= 3
+
+
+def test_bad_arguments_are_explained(model, params):
+    key = jax.random.key(0)
+    with pytest.raises(ValueError, match="at least one token"):
+        generate(model, params, [[]], key)
+    with pytest.raises(ValueError, match="exceed the model's 256"):
+        generate(model, params, [[1] * 200], key)
+    with pytest.raises(ValueError, match="temperature=0 is greedy"):
+        SamplingConfig(temperature=0.0, top_k=3)
+    with pytest.raises(ValueError, match="top_p must lie in 0..1, got 2"):
+        SamplingConfig(top_p=2)
+
+
+LOGITS = jnp.log(jnp.array([0.5, 0.3, 0.15, 0.05]))
+
+
+@pytest.mark.parametrize(
+    "config, kept",
+    [
+        (SamplingConfig(), [0, 1, 2, 3]),
+        (SamplingConfig(top_k=1), [0]),
+        (SamplingConfig(top_k=3), [0, 1, 2]),
+        (SamplingConfig(top_p=1.0), [0, 1, 2, 3]),
+        (SamplingConfig(top_p=0.7), [0, 1]),
+        (SamplingConfig(top_p=0.0), [0]),
+        (SamplingConfig(min_p=0.0), [0, 1, 2, 3]),
+        (SamplingConfig(min_p=0.29), [0, 1, 2]),
+        (SamplingConfig(min_p=1.0), [0]),
+        (SamplingConfig(temperature=0.0), [0]),
+        (SamplingConfig(top_k=2, top_p=0.6), [0]),
+    ],
+)
+def test_rules_keep_what_they_say(config, kept):
+    for order in ([0, 1, 2, 3], [2, 0, 3, 1]):
+        cut = transform_logits(LOGITS[jnp.array(order)], config)
+        assert sorted(order[i] for i in np.flatnonzero(np.isfinite(cut))) == kept
+
+
+def test_ties_at_the_edge_of_top_p_are_cut_deterministically():
+    cut = transform_logits(jnp.zeros(4), SamplingConfig(top_p=0.5))
+    assert np.flatnonzero(np.isfinite(cut)).tolist() == [0, 1]
+
+
+def test_sampled_frequencies_follow_the_cut_distribution(model):
+    """Chi-square at 20,000 draws: 3 degrees of freedom, 16.3 is the 0.1 % point."""
+    config = SamplingConfig(temperature=0.8, top_k=4, min_p=0.05)
+    logits = jnp.tile(jnp.array([[2.0, 1.0, 0.5, 0.0, -0.5, -4.0]]), (20_000, 1))
+    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(0), i))(jnp.arange(20_000))
+    state = sampler.State(None, logits, None, None, keys, jnp.zeros((), jnp.int32))
+    counts = np.bincount(np.asarray(sampler._draw(state, config)[0]), minlength=6)
+    probs = np.exp(np.array([2.0, 1.0, 0.5, 0.0]) / 0.8)
+    probs = probs / probs.sum()
+    assert counts[4:].sum() == 0
+    assert np.sum((counts[:4] - 20_000 * probs) ** 2 / (20_000 * probs)) < 16.3

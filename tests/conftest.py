@@ -1,6 +1,7 @@
 """Settings that every test runs under: the CPU, strict broadcasting, a shared compilation cache."""
 
 import os
+import pathlib
 
 # Before JAX is imported: an installed libtpu would otherwise be tried first, and one process
 # stands for a small pod.
@@ -8,6 +9,9 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+_cache = pathlib.Path(__file__).parents[1] / ".jax_cache"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_cache))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-from typing import Any, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -202,7 +203,11 @@ def _targets(config, ranks) -> list[str]:
 def _read(path: pathlib.Path):
     for name in (CONFIG, WEIGHTS):
         if not (path / name).exists():
-            hint = "adapter_model.bin is pickled; convert it" if name == WEIGHTS else "is it a PEFT adapter?"
+            hint = (
+                "adapter_model.bin is pickled; convert it"
+                if name == WEIGHTS
+                else "is it a PEFT adapter?"
+            )
             raise AdapterError(f"{path}: no {name}; {hint}.")
     settings = json.loads((path / CONFIG).read_text())
     if settings.get("peft_type") != "LORA":

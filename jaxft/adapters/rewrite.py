@@ -7,7 +7,8 @@ import difflib
 import functools
 import re
 import zlib
-from typing import Any, Callable, Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -132,8 +133,10 @@ def _apply_rule(rule: Rule, key: jax.Array, kernel: WeightLike) -> WeightLike:
     stack = kernel.shape[: max(0, len(kernel.shape) - 2)]
     keys = key
     for size in stack:
-        keys = jax.vmap(lambda k, n=size: jax.random.split(k, n))(keys) if keys.ndim else (
-            jax.random.split(keys, size)
+        keys = (
+            jax.vmap(lambda k, n=size: jax.random.split(k, n))(keys)
+            if keys.ndim
+            else (jax.random.split(keys, size))
         )
         rule = jax.vmap(rule)
     return rule(keys, kernel)

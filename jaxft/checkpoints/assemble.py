@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,8 @@ from jax.sharding import Sharding
 
 from jaxft.adapters import merge
 from jaxft.checkpoints.errors import CheckpointError
-from jaxft.models.hf_names import Entry
 from jaxft.models import stack_layers
+from jaxft.models.hf_names import Entry
 from jaxft.weights import is_weight
 
 Params = Any
@@ -95,7 +96,9 @@ def _leaf(entry: Entry, path: str, shapes: Mapping[str, Any], read: Read, dtype)
 def _unpermute(tensor: np.ndarray, heads: int) -> np.ndarray:
     """Rows in llama.cpp's rotary order (pairs side by side) -> ours (halves)."""
     rows, columns = tensor.shape
-    return tensor.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
+    return (
+        tensor.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
+    )
 
 
 def _assemble_stacked(named, fetch, shardings):

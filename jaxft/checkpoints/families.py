@@ -6,7 +6,8 @@ Defaults are those of transformers' configuration classes, which files may leave
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 from jaxft.checkpoints.errors import CheckpointError
 from jaxft.models import DecoderConfig, Rope
@@ -181,7 +182,9 @@ def _ropes(json: Json, family: str) -> tuple[Rope, Rope | None]:
     if "full_attention" in parameters:
         parts = [parameters["full_attention"], parameters["sliding_attention"]]
         return _rope(parts[0], json, default), _rope(parts[1], json, 1e4)
-    main = _rope(parameters or json.get("rope_scaling") or {}, json, json.get("rope_theta", default))
+    main = _rope(
+        parameters or json.get("rope_scaling") or {}, json, json.get("rope_theta", default)
+    )
     if family == "gemma3_text":
         return main, Rope(theta=float(json.get("rope_local_base_freq", 1e4)))
     return main, None

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from jaxft.checkpoints.errors import CheckpointError
-from jaxft.models.hf_names import Entry
 from jaxft.models import DecoderConfig, Rope
+from jaxft.models.hf_names import Entry
 
 FAMILIES = {
     "llama": "llama",
@@ -93,7 +93,9 @@ def _config(file: GgufFile) -> DecoderConfig:
         head_dim=size,
         max_length=get("context_length", 2048),
         # Stored in float32: 1e-5 comes back as 9.99999975e-06, its decimal is meant.
-        norm_eps=float(np.format_float_positional(np.float32(get("attention.layer_norm_rms_epsilon")))),
+        norm_eps=float(
+            np.format_float_positional(np.float32(get("attention.layer_norm_rms_epsilon")))
+        ),
         attention_bias=family == "qwen2",
         qk_norm=family in ("qwen3", "gemma3_text"),
         rope=_rope(file, get),
@@ -159,9 +161,7 @@ def _entries(file: GgufFile) -> list[Entry]:
     for i in range(config.num_layers):
         theirs, ours = f"blk.{i}.", f"layers/{i}/"
         for name, (path, heads) in linear.items():
-            entries.append(
-                Entry(f"{theirs}{name}.weight", (f"{ours}{path}/kernel",), True, heads)
-            )
+            entries.append(Entry(f"{theirs}{name}.weight", (f"{ours}{path}/kernel",), True, heads))
             if config.attention_bias and name in ("attn_q", "attn_k", "attn_v"):
                 entries.append(Entry(f"{theirs}{name}.bias", (f"{ours}{path}/bias",)))
         for name, path in norms.items():

@@ -23,9 +23,9 @@ from jaxft.checkpoints.errors import CheckpointError
 from jaxft.checkpoints.families import decoder_config, hf_config
 from jaxft.checkpoints.fetch import PACKAGES, fetch
 from jaxft.checkpoints.gguf import GgufFile
-from jaxft.models.hf_names import huggingface_entries, is_ignorable
 from jaxft.checkpoints.tensor_files import open_tensors, save_tensors
 from jaxft.models import Decoder
+from jaxft.models.hf_names import huggingface_entries, is_ignorable
 from jaxft.parallel import param_shardings
 
 Params = Any
@@ -80,9 +80,7 @@ def load_model(
     shardings = None
     if mesh is not None:
         shardings = param_shardings(stacked_shapes(shapes) if scan_layers else shapes, mesh)
-    params = assemble(
-        entries, read, shapes, dtype=dtype, shardings=shardings, stacked=scan_layers
-    )
+    params = assemble(entries, read, shapes, dtype=dtype, shardings=shardings, stacked=scan_layers)
     return model, params
 
 
@@ -120,7 +118,9 @@ def load_tokenizer(path_or_id: str | os.PathLike) -> Any:
     path = resolve(path_or_id)
     if path.suffix == ".gguf":
         return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    if not any((path / name).exists() for name in TOKENIZER_FILES[:3] + ("vocab.json", "vocab.txt")):
+    if not any(
+        (path / name).exists() for name in TOKENIZER_FILES[:3] + ("vocab.json", "vocab.txt")
+    ):
         raise CheckpointError(f"{path}: no tokenizer files (tokenizer.json...); copy them there.")
     return AutoTokenizer.from_pretrained(path)
 
@@ -192,5 +192,3 @@ def _with_prefix(tensors: dict[str, Any], family: str) -> dict[str, Any]:
     prefix = "transformer." if family == "gpt2" else "model."
     fix = lambda n: n if n.startswith((prefix, "lm_head.")) else prefix + n
     return {fix(name): tensor for name, tensor in tensors.items()}
-
-

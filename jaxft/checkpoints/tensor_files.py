@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
-from typing import Iterator
+from collections.abc import Iterator
 
 import ml_dtypes
 import numpy as np
@@ -62,7 +62,9 @@ def map_tensors(file: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def save_tensors(
-    directory: pathlib.Path, tensors: Iterator[tuple[str, np.ndarray]], shard_bytes: int = SHARD_BYTES
+    directory: pathlib.Path,
+    tensors: Iterator[tuple[str, np.ndarray]],
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Writes named tensors to model.safetensors, or to shards with an index where they are larger.
 

@@ -31,7 +31,9 @@ class SamplingConfig:
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"{name} must lie in 0..1, got {value}; None turns it off.")
-        if self.temperature == 0 and any(v is not None for v in (self.top_k, self.top_p, self.min_p)):
+        if self.temperature == 0 and any(
+            v is not None for v in (self.top_k, self.top_p, self.min_p)
+        ):
             raise ValueError(
                 "temperature=0 is greedy and takes the likeliest token; drop top_k, top_p and min_p "
                 "or set a temperature."

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple, Sequence
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -94,7 +95,9 @@ def generate(
     ids = np.concatenate([ids, np.zeros(len(tokens) - rows, ids.dtype)])
     slots = width + -(-config.max_new_tokens // CHUNK) * CHUNK
     keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.asarray(ids))
-    state = prefill(model, params, jnp.asarray(tokens), jnp.asarray(valid), keys, slots, cache_dtype)
+    state = prefill(
+        model, params, jnp.asarray(tokens), jnp.asarray(valid), keys, slots, cache_dtype
+    )
     state = state._replace(done=jnp.arange(len(tokens)) >= rows)
     parts = []
     while True:

@@ -64,7 +64,9 @@ class DecoderConfig:
     def __post_init__(self):
         for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "head_dim"):
             if getattr(self, name) < 1:
-                raise ValueError(f"DecoderConfig: {name} must be positive, got {getattr(self, name)}.")
+                raise ValueError(
+                    f"DecoderConfig: {name} must be positive, got {getattr(self, name)}."
+                )
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"DecoderConfig: num_heads ({self.num_heads}) must be a multiple of num_kv_heads "

@@ -100,9 +100,7 @@ class Decoder(nn.Module):
                 )
             x, new_cache = self._scan(x, context), None
         else:
-            x, new_cache = Layers(
-                config, self.remat, self.attention, name="layers"
-            )(x, context)
+            x, new_cache = Layers(config, self.remat, self.attention, name="layers")(x, context)
         hidden = Norm(config.norm, config.norm_eps, config.norm_offset, name="final_norm")(x)
         return Output(hidden, self._logits(hidden), new_cache)
 
@@ -149,7 +147,7 @@ class Decoder(nn.Module):
         # A window as long as the input hides nothing: one program serves all layers.
         windows = jnp.array([config.window(i) or x.shape[1] for i in range(config.num_layers)])
         scanned = nn.scan(
-            remat_block(Block, self.remat),
+            remat_block(Block, self.remat, scanned=True),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast),

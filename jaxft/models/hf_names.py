@@ -103,4 +103,7 @@ def _gpt2(config: DecoderConfig) -> list[Entry]:
 
 
 def _layer_norm(theirs: str, ours: str) -> list[Entry]:
-    return [Entry(f"{theirs}.weight", (f"{ours}/scale",)), Entry(f"{theirs}.bias", (f"{ours}/bias",))]
+    return [
+        Entry(f"{theirs}.weight", (f"{ours}/scale",)),
+        Entry(f"{theirs}.bias", (f"{ours}/bias",)),
+    ]

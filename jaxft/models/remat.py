@@ -15,8 +15,8 @@ Remat = Literal["none", "light", "dots", "full"]
 NAMES = ("none", "light", "dots", "full")
 
 
-def remat_block(block: Any, name: Remat) -> Any:
-    """A linen block class under the policy `name`.
+def remat_block(block: Any, name: Remat, *, scanned: bool = False) -> Any:
+    """A linen block class under the policy `name`; `scanned` if it is the body of a scan.
 
     Raises:
         ValueError: for a name that is none of NAMES.
@@ -27,7 +27,8 @@ def remat_block(block: Any, name: Remat) -> Any:
         return block
     policies = jax.checkpoint_policies
     policy = policies.dots_with_no_batch_dims_saveable if name == "dots" else None
-    return nn.remat(block, policy=policy, prevent_cse=False)
+    # Outside a loop, XLA would find the recomputation equal to the original and undo it.
+    return nn.remat(block, policy=policy, prevent_cse=not scanned)
 
 
 def remat_light(fun: Any, name: Remat) -> Any:
@@ -35,5 +36,5 @@ def remat_light(fun: Any, name: Remat) -> Any:
     if name != "light":
         return fun
     if isinstance(fun, type):
-        return nn.remat(fun, prevent_cse=False)
-    return jax.checkpoint(fun, prevent_cse=False)
+        return nn.remat(fun)
+    return jax.checkpoint(fun)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -53,5 +54,3 @@ def _fitting(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> Partiti
     axes = [*spec, *[None] * (len(shape) - len(spec))][: len(shape)]
     whole = lambda n, axis: axis is not None and n % mesh.shape[axis] == 0
     return PartitionSpec(*(a if whole(n, a) else None for n, a in zip(shape, axes, strict=True)))
-
-

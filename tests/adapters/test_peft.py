@@ -89,8 +89,13 @@ def test_we_open_pefts_adapter(pair, use_rslora, tmp_path):
     base = kind.from_pretrained(path, attn_implementation="eager")
     targets = ["c_attn"] if model.config.family == "gpt2" else ["q_proj", "down_proj"]
     settings = peft.LoraConfig(
-        r=4, lora_alpha=6, target_modules=targets, use_rslora=use_rslora, init_lora_weights=False,
-        fan_in_fan_out=model.config.family == "gpt2", task_type="CAUSAL_LM",
+        r=4,
+        lora_alpha=6,
+        target_modules=targets,
+        use_rslora=use_rslora,
+        init_lora_weights=False,
+        fan_in_fan_out=model.config.family == "gpt2",
+        task_type="CAUSAL_LM",
     )
     torch.manual_seed(1)
     theirs = peft.get_peft_model(base, settings)

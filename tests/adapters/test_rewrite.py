@@ -32,8 +32,10 @@ def params(model, request):
 def noisy(adapted):
     """As after training: what trains has moved, so that B is not zero."""
     trainable, frozen = partition(adapted)
-    return combine(jax.tree.map(lambda x: x + 0.02 * jnp.cos(jnp.arange(x.size)).reshape(x.shape),
-                                trainable), frozen)
+    return combine(
+        jax.tree.map(lambda x: x + 0.02 * jnp.cos(jnp.arange(x.size)).reshape(x.shape), trainable),
+        frozen,
+    )
 
 
 def test_an_adapter_starts_from_the_base_model(model, params):

@@ -45,12 +45,21 @@ FAMILIES = {
         **BASE, head_dim=12, sliding_window=4, query_pre_attn_scalar=10, attn_logit_softcapping=2.0
     ),
     "gemma3": lambda: hf.Gemma3TextConfig(
-        **BASE, head_dim=12, sliding_window=4, layer_types=["sliding_attention"] * 2
-        + ["full_attention"], rope_parameters=GEMMA3,
+        **BASE,
+        head_dim=12,
+        sliding_window=4,
+        layer_types=["sliding_attention"] * 2 + ["full_attention"],
+        rope_parameters=GEMMA3,
     ),
     "gpt2": lambda: hf.GPT2Config(
-        vocab_size=61, n_embd=32, n_layer=3, n_head=4, n_positions=64,
-        attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0,
+        vocab_size=61,
+        n_embd=32,
+        n_layer=3,
+        n_head=4,
+        n_positions=64,
+        attn_pdrop=0.0,
+        embd_pdrop=0.0,
+        resid_pdrop=0.0,
     ),
 }
 

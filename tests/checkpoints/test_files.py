@@ -12,9 +12,9 @@ from safetensors.numpy import load_file, save_file
 from jaxft.adapters import ALL_LINEAR, adapt, combine, lora, merge, partition
 from jaxft.checkpoints import CheckpointError, load_model, save_model
 from jaxft.checkpoints.assemble import disassemble
-from jaxft.models.hf_names import huggingface_entries
 from jaxft.checkpoints.tensor_files import open_tensors, save_tensors
 from jaxft.models import Decoder, tiny_config
+from jaxft.models.hf_names import huggingface_entries
 from jaxft.parallel import make_mesh
 
 

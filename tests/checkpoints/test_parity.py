@@ -11,8 +11,8 @@ import pytest
 
 from jaxft.checkpoints import load_model, save_model
 from jaxft.checkpoints.assemble import disassemble
-from jaxft.models.hf_names import huggingface_entries
 from jaxft.models import Decoder, stack_layers
+from jaxft.models.hf_names import huggingface_entries
 from jaxft.objectives import supervised
 
 torch = pytest.importorskip("torch", reason="parity tests need torch: pip install 'jaxft[test]'")

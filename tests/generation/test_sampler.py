@@ -15,7 +15,9 @@ GREEDY = SamplingConfig(max_new_tokens=12, temperature=0.0)
 
 @pytest.fixture(scope="module")
 def model():
-    return Decoder(dataclasses.replace(tiny_config(vocab_size=31, max_length=256), windows=(9, None)))
+    return Decoder(
+        dataclasses.replace(tiny_config(vocab_size=31, max_length=256), windows=(9, None))
+    )
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +66,9 @@ def test_log_probs_are_those_of_a_full_forward(model, params, prompts):
 
 def test_draws_depend_on_the_key_and_the_row_alone(model, params, prompts):
     config = SamplingConfig(max_new_tokens=10)
-    draw = lambda prompts, seed, ids: generate(
-        model, params, prompts, jax.random.key(seed), config, row_ids=ids
-    ).completions
+    draw = lambda prompts, seed, ids: (
+        generate(model, params, prompts, jax.random.key(seed), config, row_ids=ids).completions
+    )
     first = draw(prompts, 0, [3, 4, 5])
     assert draw(prompts, 0, [3, 4, 5]) == first
     assert draw(prompts[::-1], 0, [5, 4, 3]) == first[::-1]
@@ -111,7 +113,9 @@ def test_few_programs_for_many_lengths(model, params):
     before = sampler._decode._cache_size(), sampler.prefill._cache_size()
     for n in rng.integers(1, 60, 20):
         batch = [rng.integers(0, 31, n).tolist() for _ in range(rng.integers(5, 9))]
-        generate(model, params, batch, jax.random.key(0), dataclasses.replace(GREEDY, max_new_tokens=3))
+        generate(
+            model, params, batch, jax.random.key(0), dataclasses.replace(GREEDY, max_new_tokens=3)
+        )
     # Buckets of width 16, 32 and 64, of 8 rows.
     assert sampler._decode._cache_size() - before[0] <= 3
     assert sampler.prefill._cache_size() - before[1] <= 3

@@ -79,9 +79,7 @@ def test_linear_log_probs_equal_log_softmax(length, chunk):
         log_probs = jax.nn.log_softmax(2.0 * jnp.tanh(h @ w / 2.0) / 0.7)
         return jnp.take_along_axis(log_probs, targets[..., None], -1)[..., 0]
 
-    fused = lambda h, w: linear_log_probs(
-        h, w, targets, temperature=0.7, softcap=2.0, chunk=chunk
-    )
+    fused = lambda h, w: linear_log_probs(h, w, targets, temperature=0.7, softcap=2.0, chunk=chunk)
     run = lambda fun: jax.value_and_grad(lambda *x: jnp.sum(jnp.sin(fun(*x))), (0, 1))(hidden, head)
     chex.assert_trees_all_close(fused(hidden, head), slow(hidden, head), rtol=1e-5, atol=1e-6)
     chex.assert_trees_all_close(run(fused), run(slow), rtol=1e-5, atol=1e-6)

@@ -1,0 +1,40 @@
+# Every target sets itself up in .venv; a second call starts at once.
+VENV := .venv
+PYTHON ?= $(shell for p in python3 python3.12 python3.13 python3.11; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$p && break; done)
+BIN := $(VENV)/bin
+# Workers of the tests; two suit a laptop.
+WORKERS ?= 2
+
+.PHONY: help demo test lint bench clean
+
+help:
+	@echo "make demo   fine-tune SmolLM2-135M on a real task and show what changed (ten minutes)"
+	@echo "make test   run the tests"
+	@echo "make lint   check style"
+	@echo "make bench  compare speed with transformers + peft and trl"
+
+demo: $(VENV)/.text
+	$(BIN)/python experiments/demo.py
+
+test: $(VENV)/.test
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(VENV)/.bench
+	$(BIN)/python benchmarks/run.py $(ARGS)
+
+# One stamp for each set of extras: reinstalled when setup.cfg changes.
+$(VENV)/.%: setup.cfg pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[$*]'
+	@touch $@
+
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "error: Python 3.11, 3.12 or 3.13 is needed; set PYTHON=/path/to/it"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+clean:
+	rm -rf $(VENV) .jax_cache runs build *.egg-info

@@ -1,0 +1,95 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxft.kernels import attention
+
+
+def draw(length, heads=4, groups=2, size=8, batch=2):
+    keys = jax.random.split(jax.random.key(length), 3)
+    shapes = [(batch, length, h, size) for h in (heads, groups, groups)]
+    return [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
+
+
+def slow(query, key, value, visible, scale, softcap=None):
+    """One query and head at a time, in numpy."""
+    query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
+    out = np.zeros(query.shape)
+    repeat = query.shape[2] // key.shape[2]
+    for b, t, h in np.ndindex(query.shape[:3]):
+        scores = key[b, :, h // repeat] @ query[b, t, h] * scale
+        scores = scores if softcap is None else softcap * np.tanh(scores / softcap)
+        weights = np.exp(scores - scores.max()) * visible[b, t]
+        out[b, t, h] = weights / weights.sum() @ value[b, :, h // repeat]
+    return out
+
+
+@pytest.mark.parametrize("length", [1, 7, 131])
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("segmented", [False, True])
+@pytest.mark.parametrize("implementation", ["reference", "blocked", "xla"])
+def test_every_implementation_equals_a_slow_loop(length, window, segmented, implementation):
+    query, key, value = draw(length)
+    segments = np.minimum(1 + np.arange(length) // 3, 4)[None].repeat(2, 0)
+    ids = jnp.asarray(segments) if segmented else None
+    t = np.arange(length)
+    visible = np.tile(t[:, None] >= t[None, :], (2, 1, 1))
+    if window is not None:
+        visible &= t[:, None] - t[None, :] < window
+    if segmented:
+        visible &= segments[:, :, None] == segments[:, None, :]
+    run = jax.jit(
+        lambda *x: attention(
+            *x, segment_ids=ids, window=window, scale=0.3, implementation=implementation
+        )
+    )
+    expected = slow(query, key, value, visible, 0.3)
+    chex.assert_trees_all_close(np.asarray(run(query, key, value)), expected, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "blocked"])
+def test_softcap(implementation):
+    query, key, value = draw(130)
+    visible = np.tile(np.tril(np.ones((130, 130), bool)), (2, 1, 1))
+    got = attention(query, key, value, softcap=0.5, implementation=implementation)
+    expected = slow(query, key, value, visible, 8**-0.5, softcap=0.5)
+    chex.assert_trees_all_close(np.asarray(got), expected, atol=2e-6, rtol=1e-5)
+
+
+def test_blocked_gradients_equal_the_reference():
+    inputs = draw(300)
+    ids = jnp.asarray(np.arange(300) // 70 + 1)[None].repeat(2, 0)
+
+    def grads(implementation):
+        fun = lambda *x: jnp.sum(
+            jnp.sin(attention(*x, segment_ids=ids, implementation=implementation))
+        )
+        return jax.jit(jax.grad(fun, argnums=(0, 1, 2)))(*inputs)
+
+    chex.assert_trees_all_close(grads("blocked"), grads("reference"), atol=1e-5, rtol=1e-5)
+
+
+def test_padding_rows_are_finite_and_unseen():
+    query, key, value = draw(6)
+    ids = jnp.array([[1, 1, 1, 1, 0, 0]] * 2)
+    out = attention(query, key, value, segment_ids=ids)
+    assert jnp.all(jnp.isfinite(out))
+    changed = attention(query, key.at[:, 4:].add(9.0), value.at[:, 4:].add(9.0), segment_ids=ids)
+    chex.assert_trees_all_equal(out[:, :4], changed[:, :4])
+
+
+def test_full_attention_without_a_causal_mask():
+    query, key, value = draw(5)
+    got = attention(query, key, value, causal=False)
+    expected = slow(query, key, value, np.ones((2, 5, 5), bool), 8**-0.5)
+    chex.assert_trees_all_close(np.asarray(got), expected, atol=2e-6, rtol=1e-5)
+
+
+def test_what_an_implementation_lacks_is_an_error():
+    query, key, value = draw(3)
+    with pytest.raises(ValueError, match="'xla' has no softcap"):
+        attention(query, key, value, softcap=1.0, implementation="xla")
+    with pytest.raises(ValueError, match="'blocked' needs causal=True"):
+        attention(query, key, value, causal=False, implementation="blocked")

@@ -1,0 +1,112 @@
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxft.adapters import adapt, lora
+from jaxft.models import Decoder, DecoderConfig, Rope, stack_layers, tiny_config, unstack_layers
+from jaxft.objectives import supervised
+
+TOKENS = jnp.arange(12)[None]
+VARIANTS = {
+    "plain": {},
+    "windows": dict(windows=(3, None), local_rope=Rope(theta=100.0)),
+    "gemma": dict(
+        qk_norm=True, post_norms=True, norm_offset=1.0, attention_softcap=5.0, final_softcap=3.0
+    ),
+    "gpt2": dict(
+        rope=None,
+        learned_positions=True,
+        norm="layer",
+        gated_mlp=False,
+        attention_bias=True,
+        output_bias=True,
+        mlp_bias=True,
+        tie_embeddings=False,
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=list(VARIANTS))
+def config(request):
+    return dataclasses.replace(tiny_config(vocab_size=31), **VARIANTS[request.param])
+
+
+def init(config, **options):
+    return Decoder(config, **options).init(jax.random.key(0), TOKENS)["params"]
+
+
+def test_both_layouts_have_the_same_params_and_outputs(config):
+    params, stacked = init(config), init(config, scan_layers=True)
+    chex.assert_trees_all_equal_shapes_and_dtypes(stack_layers(params), stacked)
+    chex.assert_trees_all_equal(unstack_layers(stack_layers(params)), params)
+    apply = lambda p: Decoder(config).apply({"params": p}, TOKENS).logits
+    chex.assert_trees_all_close(apply(params), apply(stack_layers(params)), atol=1e-5)
+
+
+@pytest.mark.parametrize("remat", ["light", "dots", "full"])
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_remat_changes_no_gradient(config, remat, scan_layers):
+    params = init(config, scan_layers=scan_layers)
+    grads = lambda name: jax.jit(jax.grad(supervised(Decoder(config, remat=name)), has_aux=True))(
+        params, {"tokens": TOKENS}, None
+    )[0]
+    chex.assert_trees_all_close(grads(remat), grads("none"), rtol=1e-4, atol=1e-6)
+
+
+def test_light_and_full_remat_store_less():
+    config = dataclasses.replace(tiny_config(), num_layers=6)
+    params, batch = init(config), {"tokens": jnp.tile(TOKENS, (8, 20))}
+
+    def temporary(name):
+        objective = supervised(Decoder(config, remat=name))
+        compiled = jax.jit(jax.grad(objective, has_aux=True)).lower(params, batch, None).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporary("full") < temporary("dots") < temporary("none")
+    assert temporary("light") < temporary("none")
+
+
+def test_bfloat16_compute_keeps_float32_params_and_stays_near(config):
+    params = init(config)
+    exact = Decoder(config).apply({"params": params}, TOKENS)
+    half = Decoder(config, dtype=jnp.bfloat16).apply({"params": params}, TOKENS)
+    assert half.hidden.dtype == jnp.bfloat16 and half.logits.dtype == jnp.float32
+    scale = jnp.abs(exact.logits).max()
+    chex.assert_trees_all_close(half.logits, exact.logits, atol=0.03 * scale)
+
+
+def test_unused_logits_cost_nothing():
+    config = tiny_config(vocab_size=4096)
+    params = init(config)
+    run = lambda pick: jax.jit(lambda p: pick(Decoder(config).apply({"params": p}, TOKENS)))
+    flops = lambda pick: run(pick).lower(params).compile().cost_analysis()["flops"]
+    assert flops(lambda o: o.logits) - flops(lambda o: o.hidden) > 2 * 12 * 96 * 4000
+
+
+def test_mistakes_are_explained(config):
+    params = stack_layers(init(config))
+    model = Decoder(config)
+    with pytest.raises(ValueError, match="unstack_layers"):
+        model.apply({"params": params}, TOKENS, cache=model.init_cache(1, 16))
+    with pytest.raises(ValueError, match="unknown policy 'some'; expected one of none, light"):
+        Decoder(config, remat="some").apply({"params": params}, TOKENS)
+    some = adapt(jax.random.key(0), unstack_layers(params), {"layers/1/.*/kernel": lora(2)})
+    with pytest.raises(ValueError, match="2 different structures"):
+        stack_layers(some)
+    with pytest.raises(ValueError, match="windows has 3 entries for 2 layers"):
+        dataclasses.replace(config, windows=(1, 2, 3))
+    with pytest.raises(
+        ValueError, match=r"num_heads \(4\) must be a multiple of num_kv_heads \(3\)"
+    ):
+        dataclasses.replace(config, num_kv_heads=3)
+    with pytest.raises(ValueError, match="vocab_size must be positive, got 0"):
+        DecoderConfig(0, 1, 1, 1, 1, 1, 1)
+
+
+def test_a_token_beyond_the_vocabulary_is_seen():
+    config = tiny_config(vocab_size=31)
+    logits = Decoder(config).apply({"params": init(config)}, jnp.array([[31]])).logits
+    assert jnp.all(jnp.isnan(logits))

@@ -1,0 +1,68 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+
+from jaxft.adapters import ALL_LINEAR, adapt, combine, lora, partition
+from jaxft.models import Decoder, stack_layers, tiny_config
+from jaxft.objectives import supervised
+from jaxft.parallel import AXES, batch_sharding, make_mesh, param_shardings, shard_params
+
+
+def test_make_mesh_fills_and_is_auto():
+    mesh = make_mesh(data=2, fsdp=-1)
+    assert mesh.axis_names == AXES
+    assert dict(mesh.shape) == dict(data=2, fsdp=4, tensor=1, expert=1, context=1)
+    assert set(mesh.axis_types) == {AxisType.Auto}
+
+
+@pytest.mark.parametrize("sizes", [dict(data=3), dict(data=-1, fsdp=-1), dict(tensor=0), {}])
+def test_sizes_that_do_not_fit_are_errors(sizes):
+    with pytest.raises(ValueError, match="make_mesh: "):
+        make_mesh(**sizes)
+
+
+def test_weights_lay_out_their_own_fields():
+    model = Decoder(tiny_config(vocab_size=64))
+    params = model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    mesh = make_mesh(fsdp=4, tensor=2)
+    for tree in (params, stack_layers(params)):
+        shardings = param_shardings(adapt(jax.random.key(1), tree, {ALL_LINEAR: lora(4)}), mesh)
+        layers = shardings["layers"].get("0", shardings["layers"])
+        stack = () if "0" in shardings["layers"] else (None,)
+        up, down = layers["mlp"]["up"]["kernel"], layers["mlp"]["down"]["kernel"]
+        assert up.base.spec == PartitionSpec(*stack, "fsdp", "tensor")
+        assert up.a.spec == PartitionSpec(*stack, "fsdp", None)
+        assert up.b.spec == PartitionSpec(*stack, None, "tensor")
+        assert down.a.spec == PartitionSpec(*stack, "tensor", None)
+        assert down.b.spec == PartitionSpec(*stack, None, "fsdp")
+
+
+@pytest.mark.parametrize("sizes", [dict(data=4, fsdp=2), dict(fsdp=4, tensor=2), dict(data=8)])
+@pytest.mark.parametrize("stacked", [False, True])
+def test_loss_and_gradients_equal_one_device(sizes, stacked):
+    model = Decoder(tiny_config(vocab_size=64))
+    params = model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    params = stack_layers(params) if stacked else params
+    params = adapt(jax.random.key(1), params, {ALL_LINEAR: lora(4)})
+    rng = np.random.default_rng(0)
+    batch = {
+        "tokens": rng.integers(0, 64, (8, 20)),
+        "loss_mask": (rng.random((8, 20)) < 0.5).astype(np.float32),
+        "segment_ids": np.tile(np.arange(20) // 7 + 1, (8, 1)),
+    }
+    objective = supervised(model, chunk=4)
+
+    def run(params, batch):
+        trainable, frozen = partition(params)
+        fun = lambda t, f, b: objective(combine(t, f), b, None)[0]
+        return jax.jit(jax.value_and_grad(fun))(trainable, frozen, batch)
+
+    mesh = make_mesh(**sizes)
+    sharded = run(shard_params(params, mesh), jax.device_put(batch, batch_sharding(mesh)))
+    to_numpy = lambda tree: jax.tree.map(np.asarray, tree)
+    chex.assert_trees_all_close(
+        to_numpy(sharded), to_numpy(run(params, batch)), rtol=2e-5, atol=1e-6
+    )

@@ -1,0 +1,48 @@
+"""Training: one step, one loop, and what goes with them."""
+
+from jaxft.train.accumulate import GradientEstimator, accumulate, loss_weight, split_batch
+from jaxft.train.callbacks import Callback, Row, Run, every, profile
+from jaxft.train.checkpoints import Checkpoints, restore_params
+from jaxft.train.errors import (
+    DivergedError,
+    MissingDependencyError,
+    OutputError,
+    PreemptedError,
+    run_main,
+)
+from jaxft.train.loop import fit
+from jaxft.train.optimizer import constant, cosine, decay_mask, linear, make_optimizer, with_warmup
+from jaxft.train.state import TrainState, init_state
+from jaxft.train.step import commit, global_norm, jit_step, make_step
+
+__all__ = [
+    "Callback",
+    "Checkpoints",
+    "DivergedError",
+    "GradientEstimator",
+    "MissingDependencyError",
+    "OutputError",
+    "PreemptedError",
+    "Row",
+    "Run",
+    "TrainState",
+    "accumulate",
+    "commit",
+    "constant",
+    "cosine",
+    "decay_mask",
+    "every",
+    "fit",
+    "global_norm",
+    "init_state",
+    "jit_step",
+    "linear",
+    "loss_weight",
+    "make_optimizer",
+    "make_step",
+    "profile",
+    "restore_params",
+    "run_main",
+    "split_batch",
+    "with_warmup",
+]

@@ -1,0 +1,116 @@
+"""Where batches come from and where they go: iteration, data position, device placement."""
+
+from __future__ import annotations
+
+import base64
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from jaxft.parallel import batch_sharding, replicated
+from jaxft.train.state import TrainState
+
+Batches = Iterable[Any] | Callable[[TrainState], Any]
+
+
+class BatchSource:
+    """`next(state)` over an iterable, an iterator or a function of the state, with a position.
+
+    The position is get_state() of the batches where they have it (Grain iterators do), as JSON.
+    Without it, iterators are replayed from the start, which is exact if they are deterministic;
+    a function of the state has no position of its own.
+    """
+
+    def __init__(self, batches: Batches):
+        self._is_function = is_function(batches)
+        self._batches = batches if self._is_function else iter(batches)
+        self._taken = 0
+
+    def next(self, state: TrainState) -> Any:
+        """The next batch; StopIteration (or None from a function) is the end, returned as None."""
+        batch = self._batches(state) if self._is_function else next(self._batches, None)
+        self._taken += batch is not None
+        return batch
+
+    def position(self) -> dict[str, Any]:
+        """What `seek` needs, as JSON."""
+        if not hasattr(self._batches, "get_state"):
+            return {"taken": self._taken}
+        position = self._batches.get_state()
+        if isinstance(position, bytes):
+            return {"taken": self._taken, "bytes": base64.b64encode(position).decode()}
+        return {"taken": self._taken, "state": position}
+
+    def seek(self, position: dict[str, Any]) -> None:
+        """Goes on after `position`, on a fresh source."""
+        self._taken = position["taken"]
+        if "bytes" in position:
+            self._batches.set_state(base64.b64decode(position["bytes"]))
+        elif "state" in position:
+            self._batches.set_state(position["state"])
+        elif not self._is_function:
+            skipped = sum(1 for _ in itertools.islice(self._batches, self._taken))
+            if skipped < self._taken:
+                raise ValueError(
+                    f"resume: the run had taken {self._taken} batches, but these end after "
+                    f"{skipped}; pass the same batches as before, from their start."
+                )
+
+
+def place_batch(batch: Any, mesh: Mesh | None) -> Any:
+    """The batch on the devices: rows over the mesh's data and fsdp axes, or as it is without mesh.
+
+    On several processes each passes its own rows; leaves without axes are the same everywhere.
+
+    Raises:
+        ValueError: if the mesh does not divide the rows.
+    """
+    if mesh is None:
+        return jax.device_put(batch)
+    sharding = batch_sharding(mesh)
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+
+    def place(path, leaf):
+        if isinstance(leaf, jax.Array) and _on_mesh(leaf, mesh):
+            return leaf
+        if np.ndim(leaf) == 0:
+            return jax.device_put(leaf, replicated(mesh))
+        rows = len(leaf) * jax.process_count()
+        if rows % parts:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise ValueError(
+                f"fit: {rows} rows of {name!r} cannot be laid over data x fsdp = {parts} devices; "
+                f"make the batch a multiple of {parts}."
+            )
+        if isinstance(leaf, jax.Array) and jax.process_count() == 1:
+            return jax.device_put(leaf, sharding)
+        return jax.make_array_from_process_local_data(sharding, np.asarray(leaf))
+
+    return jax.tree_util.tree_map_with_path(place, batch)
+
+
+def place_on_mesh(tree: Any, mesh: Mesh | None) -> Any:
+    """The tree with each leaf that is not laid over the mesh yet copied to all of its devices."""
+    if mesh is None:
+        return tree
+    whole = replicated(mesh)
+    return jax.tree.map(lambda x: x if _on_mesh(x, mesh) else jax.device_put(x, whole), tree)
+
+
+def _on_mesh(leaf: Any, mesh: Mesh) -> bool:
+    sharding = getattr(leaf, "sharding", None)
+    return isinstance(sharding, NamedSharding) and sharding.mesh == mesh
+
+
+def iterate(batches: Iterable[Any] | Callable[[], Iterable[Any]]) -> Iterator[Any]:
+    """A fresh pass over batches that can be iterated again, or over what a function returns."""
+    return iter(batches() if is_function(batches) else batches)
+
+
+def is_function(batches: Any) -> bool:
+    """Whether `batches` is to be called rather than iterated."""
+    return callable(batches) and not hasattr(batches, "__iter__")

@@ -1,0 +1,73 @@
+"""What a run calls besides its step: loggers, evaluation, profiling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxft.train.state import TrainState
+
+Row = dict[str, Any]  # the metrics of one step as numbers: {"step": 1, "loss": 2.5, ...}
+
+
+class Run(NamedTuple):
+    """What callbacks are told at the start."""
+
+    first_step: int  # steps done before: 0, or that of the checkpoint
+    steps: int | None  # at which the run ends, if known
+    history: list[Row]  # rows restored from a checkpoint
+
+
+class Callback(NamedTuple):
+    """Functions that a run calls; each is optional. A plain function is taken as `on_row`.
+
+    on_start(run): before the first step.
+    on_step(step, state) -> more metrics or None: after each step is on its way and before the
+        next; `state` must not be kept, the next step overwrites it.
+    on_row(row): the metrics of each step in turn, one step late, so that the device never waits.
+    on_end(error): at the end, with the exception that ended the run or None.
+    """
+
+    on_start: Callable[[Run], None] | None = None
+    on_step: Callable[[int, TrainState], Mapping[str, Any] | None] | None = None
+    on_row: Callable[[Row], None] | None = None
+    on_end: Callable[[BaseException | None], None] | None = None
+
+
+def as_callbacks(callbacks: Iterable[Callback | Callable[[Row], None]]) -> list[Callback]:
+    """The callbacks, with plain functions made Callbacks."""
+    return [c if isinstance(c, Callback) else Callback(on_row=c) for c in callbacks]
+
+
+def every(steps: int, function: Callable[[TrainState], Mapping[str, Any]]) -> Callback:
+    """Merges function(state) into the row of each step that `steps` divides: evaluation, samples."""
+    if steps < 1:
+        raise ValueError(f"every: steps must be at least 1, got {steps}.")
+    return Callback(on_step=lambda step, state: None if step % steps else function(state))
+
+
+def profile(directory: str | Path, *, start: int = 3, stop: int = 6) -> Callback:
+    """A jax.profiler trace of the steps after `start` up to `stop`, for xprof or Perfetto."""
+    if not 0 <= start < stop:
+        raise ValueError(f"profile: needs 0 <= start < stop, got {start} and {stop}.")
+    running = []
+
+    def on_step(step, state):
+        if running and step >= stop:
+            jax.block_until_ready(state)
+            jax.profiler.stop_trace()
+            running.clear()
+        elif not running and start <= step < stop:
+            jax.block_until_ready(state)  # The trace begins where earlier steps have ended.
+            jax.profiler.start_trace(str(directory))
+            running.append(True)
+
+    def on_end(error):
+        del error
+        if running:
+            jax.profiler.stop_trace()
+
+    return Callback(on_step=on_step, on_end=on_end)

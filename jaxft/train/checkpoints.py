@@ -1,0 +1,326 @@
+"""Saving and resuming a run with Orbax: what trains, the optimizer, the key, the data position."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from jaxft.adapters import combine, partition
+from jaxft.train.batches import BatchSource
+from jaxft.train.callbacks import Row
+from jaxft.train.digest import all_finite, digests
+from jaxft.train.errors import DivergedError, OutputError
+from jaxft.train.state import TrainState
+from jaxft.train.step import commit
+
+HISTORY_ROWS = 1000  # saved with a checkpoint
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoints:
+    """Where and when `fit` saves, and whether it goes on from what is there.
+
+    A checkpoint holds the trainable part of the params, the optimizer's state, the key, the data
+    position and the last rows of the history; of the frozen part only shapes and checksums, which
+    must be the same on resume. It is written beside the training and appears under its number only
+    when complete. The final state is always saved.
+    """
+
+    directory: str | Path
+    every: int = 500  # steps between saves
+    last: int = 3  # newest checkpoints kept
+    best: str | None = None  # name of a metric such as "eval/loss": each step that has it is
+    # saved, and the best one is kept besides the newest
+    mode: Literal["min", "max"] = "min"  # which value of `best` is the best
+    resume: bool = False  # go on from the newest checkpoint, if there is one
+
+    def __post_init__(self):
+        if self.every < 1 or self.last < 1:
+            raise ValueError(
+                f"Checkpoints: every and last must be at least 1, got {self.every} and {self.last}."
+            )
+        if self.mode not in ("min", "max"):
+            raise ValueError(f"Checkpoints: mode must be 'min' or 'max', got {self.mode!r}.")
+
+
+@contextlib.contextmanager
+def open_checkpoints(checkpoints: Checkpoints | None, state: TrainState) -> Iterator[Saver]:
+    """What `fit` saves and restores with, for a run that begins at `state`.
+
+    Raises:
+        OutputError: if the directory cannot be written or has no room for one checkpoint.
+    """
+    if checkpoints is None:
+        yield Saver(None, None, {})
+        return
+    trainable, frozen = partition(state.params)
+    size = sum(x.nbytes for x in jax.tree.leaves((trainable, state.opt_state)))
+    directory = writable_directory(checkpoints.directory, size)
+    manager = _manager(directory, checkpoints.last, checkpoints.best is not None)
+    saver = Saver(checkpoints, manager, digests(frozen))
+    try:
+        yield saver
+        saver.wait()
+    finally:
+        with _write_errors(directory):
+            manager.close()
+
+
+def restore_params(
+    directory: str | Path, params: Any, *, step: int | Literal["newest", "best"] = "newest"
+) -> Any:
+    """The params with the trainable part of a checkpoint: to evaluate or generate after a run.
+
+    Args:
+        directory: as given to Checkpoints.
+        params: a tree made as for the run: same base model, same adapters.
+        step: number of a checkpoint, or the newest, or the best by Checkpoints.best.
+
+    Raises:
+        FileNotFoundError: if there is no such checkpoint.
+        ValueError: if `params` differ from those of the run in structure or frozen values.
+    """
+    manager = _manager(Path(directory).absolute(), None, scored=True, read_only=True)
+    with contextlib.closing(manager):
+        found = {"newest": manager.latest_step, "best": manager.best_step}.get(step, lambda: step)()
+        if found is None or found not in manager.all_steps():
+            raise FileNotFoundError(
+                f"{directory} has no checkpoint {step!r}; it has {sorted(manager.all_steps())}."
+            )
+        trainable, frozen = partition(jax.tree.map(jnp.asarray, params))
+        meta = _read_meta(manager, found)
+        _check_same(meta["trainable"], digests(trainable), "trainable params", values=False)
+        _check_same(meta["frozen"], digests(frozen), "frozen params")
+        return commit(combine(_read_arrays(manager, found, meta, trainable=trainable)[0], frozen))
+
+
+class Saver:
+    """Saves states of one run; all methods do nothing when it has no manager."""
+
+    def __init__(self, checkpoints: Checkpoints | None, manager: Any, frozen: dict[str, list]):
+        self._checkpoints, self._manager, self._frozen = checkpoints, manager, frozen
+
+    def due(self, step: int, row: Row) -> bool:
+        """Whether the state after `step` is to be saved."""
+        if self._manager is None:
+            return False
+        return step % self._checkpoints.every == 0 or self._checkpoints.best in row
+
+    def save(self, state: TrainState, source: BatchSource, history: list[Row]) -> None:
+        """Starts to write a checkpoint of a good state, unless it is there."""
+        step = int(state.step)
+        if self._manager is None or step in (0, self._manager.latest_step()):
+            return
+        trainable, _ = partition(state.params)
+        if not all_finite(trainable):
+            raise DivergedError(f"diverged at step {step}: params are not finite; not saved.", step)
+        row = history[-1] if history and history[-1]["step"] == step else {}
+        meta = {
+            "step": step,
+            "key": [str(jax.random.key_impl(state.key)), jax.random.key_data(state.key).tolist()],
+            "data": _from_all_processes(source.position()),
+            "history": [_as_json(r) for r in history[-HISTORY_ROWS:]],
+            "frozen": self._frozen,
+            "trainable": digests(trainable),
+            "opt_state": digests(state.opt_state),
+        }
+        items = ocp.args.Composite(
+            trainable=ocp.args.StandardSave(trainable),
+            opt_state=ocp.args.StandardSave(state.opt_state),
+            meta=ocp.args.JsonSave(meta),
+        )
+        with _write_errors(self._manager.directory):
+            self._manager.save(step, args=items, metrics=self._score(row))
+
+    def wait(self) -> None:
+        """Waits until what `save` started is written."""
+        if self._manager is not None:
+            with _write_errors(self._manager.directory):
+                self._manager.wait_until_finished()
+
+    def restore(self, state: TrainState, source: BatchSource) -> tuple[TrainState, list[Row]]:
+        """The newest complete checkpoint and its rows, or `state` and no rows if there is none.
+
+        A checkpoint that cannot be read is set aside as corrupt-<step>, and the one before is taken.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True) if self._manager else []
+        if not steps:
+            return state, []
+        if not self._checkpoints.resume:
+            raise OutputError(
+                f"{self._manager.directory} has checkpoints up to step {steps[0]}; resume from them "
+                "(resume=True) or choose another directory."
+            )
+        for step in steps:
+            try:
+                meta = _read_meta(self._manager, step)
+                self._check(meta, state)
+                parts = dict(trainable=partition(state.params)[0], opt_state=state.opt_state)
+                trainable, opt_state = _read_arrays(self._manager, step, meta, **parts)
+            except MismatchError:
+                raise
+            except Exception as error:  # Orbax and TensorStore raise many kinds for bad files.
+                self._set_aside(step, error)
+                continue
+            source.seek(meta["data"][jax.process_index()])
+            return _restored(state, trainable, opt_state, meta), meta["history"]
+        raise OutputError(f"{self._manager.directory}: no checkpoint of {steps} can be read.")
+
+    def _check(self, meta, state):
+        _check_same(meta["frozen"], self._frozen, "frozen params")
+        trainable, _ = partition(state.params)
+        _check_same(meta["trainable"], digests(trainable), "trainable params", values=False)
+        _check_same(meta["opt_state"], digests(state.opt_state), "optimizer state", values=False)
+        if len(meta["data"]) != jax.process_count():
+            raise MismatchError(
+                f"resume: saved by {len(meta['data'])} processes, now {jax.process_count()}: the data "
+                "position of each is kept; start as many as before."
+            )
+
+    def _score(self, row):
+        """Orbax's metrics of a checkpoint: the lowest score is the best."""
+        if self._checkpoints.best is None:
+            return None
+        value = float(row.get(self._checkpoints.best, math.inf))
+        return {"score": -value if self._checkpoints.mode == "max" and value < math.inf else value}
+
+    def _set_aside(self, step, error):
+        directory = Path(self._manager.directory)
+        aside = directory / f"corrupt-{step}"
+        reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
+        warnings.warn(
+            f"checkpoint {step} cannot be read ({reason}); it is moved to {aside}, and the one before "
+            "it is taken.",
+            stacklevel=2,
+        )
+        if jax.process_index() == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(directory / str(step), aside)
+        self._manager.reload()
+
+
+class MismatchError(ValueError):
+    """A checkpoint of another model, adapter or optimizer than the run's."""
+
+
+def writable_directory(directory: str | Path, size: int = 0) -> Path:
+    """The directory, made and probed by writing a file.
+
+    Raises:
+        OutputError: if it cannot be written or has less than `size` bytes free.
+    """
+    directory = Path(directory).absolute()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory) as file:
+            file.write(b"probe" * 1000)
+        free = shutil.disk_usage(directory).free
+    except OSError as error:
+        reason = error.strerror or error
+        raise OutputError(f"cannot write to {directory}: {reason}; choose another.") from error
+    if free < size:
+        raise OutputError(
+            f"{directory} has {free / 1e9:.1f} GB free, but one checkpoint takes {size / 1e9:.1f} GB; "
+            "make room or choose another directory."
+        )
+    return directory
+
+
+def _manager(directory, last, scored, read_only=False):
+    policies = ocp.checkpoint_managers
+    score = lambda metrics: metrics["score"]
+    best = policies.BestN(
+        get_metric_fn=score, reverse=True, n=1, keep_checkpoints_without_metrics=False
+    )
+    kept = [policies.LatestN(last), best] if scored else [policies.LatestN(last)]
+    options = ocp.CheckpointManagerOptions(
+        best_fn=score if scored else None,  # without it Orbax writes no scores
+        best_mode="min",
+        preservation_policy=policies.AnyPreservationPolicy(kept),
+        cleanup_tmp_directories=not read_only,
+        create=not read_only,
+        read_only=read_only,
+        save_interval_steps=0 if read_only else 1,
+    )
+    return ocp.CheckpointManager(directory, options=options)
+
+
+def _read_meta(manager, step):
+    return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+
+
+def _read_arrays(manager, step, meta, **parts):
+    """The named parts, restored with the shardings of those given and compared with their checksums."""
+    abstract = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+    wanted = {k: ocp.args.StandardRestore(jax.tree.map(abstract, v)) for k, v in parts.items()}
+    restored = manager.restore(step, args=ocp.args.Composite(**wanted))
+    for name in parts:
+        if digests(restored[name]) != meta[name]:
+            raise OSError(f"{name} differs from its checksum")
+    return [restored[name] for name in parts]
+
+
+def _restored(state, trainable, opt_state, meta):
+    impl, data = meta["key"]
+    key = jax.random.wrap_key_data(jnp.array(data, jnp.uint32), impl=impl)
+    params = commit(combine(trainable, partition(state.params)[1]))
+    like = lambda new, old: jax.device_put(new, old.sharding)
+    step = like(jnp.array(meta["step"], jnp.int32), state.step)
+    return TrainState(step, params, opt_state, like(key, state.key))
+
+
+def _check_same(saved, now, what, values=True):
+    """Raises MismatchError if two results of `digests` differ; without values, in structure."""
+    describe = lambda entry: tuple(map(str, entry[: 3 if values else 2]))
+    different = [k for k in (saved | now) if k not in saved or k not in now]
+    different += [k for k in saved if k in now and describe(saved[k]) != describe(now[k])]
+    if different:
+        name = different[0]
+        show = lambda d: (
+            f"{d[name][1]}{d[name][0]} checksum {d[name][2]}" if name in d else "nothing"
+        )
+        raise MismatchError(
+            f"resume: {len(different)} of {len(saved | now)} {what} differ from the checkpoint's. First "
+            f"{name!r}: saved {show(saved)}, now {show(now)}. Use the same base model, adapters and "
+            "optimizer as before, or another directory."
+        )
+
+
+@contextlib.contextmanager
+def _write_errors(directory):
+    try:
+        yield
+    except Exception as error:  # Orbax and TensorStore raise many kinds.
+        reason = str(error).strip().split("\n")[0][:300] or type(error).__name__
+        raise OutputError(
+            f"a checkpoint could not be written to {directory}: {reason}; earlier ones are kept."
+        ) from error
+
+
+def _as_json(row):
+    return {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in row.items()}
+
+
+def _from_all_processes(position):
+    """Each process's data position, in a list that all processes have."""
+    if jax.process_count() == 1:
+        return [position]
+    text = np.frombuffer(json.dumps(position).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array(len(text)))
+    padded = multihost_utils.process_allgather(np.pad(text, (0, int(sizes.max()) - len(text))))
+    return [json.loads(bytes(row[:size])) for row, size in zip(padded, sizes, strict=True)]

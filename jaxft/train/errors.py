@@ -1,0 +1,75 @@
+"""Errors that end a run, the exit codes they stand for, and the frame of a script."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+BAD_INPUT, MISSING_DEPENDENCY, DIVERGED, PREEMPTED, INTERRUPTED = 2, 3, 4, 75, 130
+
+IN_TRAINING = "in training, at step"  # begins the note that fit adds to errors of its loop
+
+
+class DivergedError(ArithmeticError):
+    """A loss or gradient that is not finite: `step` is the bad one, `state` that before it."""
+
+    def __init__(self, message: str, step: int):
+        super().__init__(message)
+        self.step = step
+        self.state = None  # TrainState after step - 1
+        self.history = None  # rows up to step - 1
+
+
+class PreemptedError(SystemExit):
+    """SIGTERM or SIGINT during a run that saves checkpoints: all is saved, start it again to go on."""
+
+    def __init__(self, message: str):
+        super().__init__(PREEMPTED)
+        self.message = message
+
+    def __str__(self):
+        return self.message
+
+
+class OutputError(OSError):
+    """A directory that cannot be written, is full, or holds another run."""
+
+
+class MissingDependencyError(ImportError):
+    """An optional package that a callback needs is not installed."""
+
+
+def run_main(main: Callable[[Any], Any], config: Any) -> Any:
+    """main(config), with the errors that users cause as one line and an exit code.
+
+    2: bad argument, data, file or output directory, before training; 3: optional package missing;
+    4: diverged; 75: preempted, start again to resume; 130: interrupted. Everything else, and
+    everything with `config.debug` or JAXFT_DEBUG=1, has its traceback and code 1.
+    """
+    if getattr(config, "debug", False) or os.environ.get("JAXFT_DEBUG", "0") not in ("", "0"):
+        return main(config)
+    try:
+        return main(config)
+    except PreemptedError as error:
+        _exit(f"preempted: {error}", PREEMPTED)
+    except KeyboardInterrupt:
+        _exit("interrupted", INTERRUPTED)
+    except MissingDependencyError as error:
+        _exit(f"error: {error}", MISSING_DEPENDENCY)
+    except DivergedError as error:
+        _exit(f"error: {error}", DIVERGED)
+    except OutputError as error:
+        _exit(f"error: {error}", BAD_INPUT)
+    except (ValueError, OSError) as error:
+        if any(note.startswith(IN_TRAINING) for note in getattr(error, "__notes__", ())):
+            raise
+        _exit(f"error: {error}", BAD_INPUT)
+
+
+def _exit(message: str, code: int):
+    line = " ".join(message.split())
+    hint = "" if code in (PREEMPTED, INTERRUPTED) else " (JAXFT_DEBUG=1 shows where)"
+    print(line + hint, file=sys.stderr, flush=True)
+    raise SystemExit(code)

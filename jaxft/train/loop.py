@@ -1,0 +1,148 @@
+"""The training loop, for every objective, optimizer, gradient estimator and mesh."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from jaxft.train.accumulate import GradientEstimator
+from jaxft.train.batches import Batches, BatchSource, is_function, place_batch, place_on_mesh
+from jaxft.train.callbacks import Callback, Row, Run, as_callbacks
+from jaxft.train.checkpoints import Checkpoints, open_checkpoints
+from jaxft.train.errors import IN_TRAINING, DivergedError, PreemptedError
+from jaxft.train.rows import Rows
+from jaxft.train.signals import catch_preemption
+from jaxft.train.state import TrainState, init_state
+from jaxft.train.step import Objective, jit_step, make_step
+
+
+def fit(
+    params: Any,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    batches: Batches,
+    *,
+    steps: int | None = None,
+    key: jax.Array | None = None,
+    gradient: GradientEstimator = jax.value_and_grad,
+    microbatches: int = 1,
+    mesh: Mesh | None = None,
+    callbacks: Iterable[Callback | Callable[[Row], None]] = (),
+    checkpoints: Checkpoints | None = None,
+) -> tuple[TrainState, list[Row]]:
+    """Trains and returns (state, history): history[i] has the metrics of one step as numbers.
+
+    Args:
+        params: a params tree, which stays usable; or a TrainState, which is used up.
+        objective: (params, batch, key) -> (loss, metrics).
+        optimizer: any optax transform; it sees the trainable part only.
+        batches: an iterable of pytrees, or a function of the current state that returns one
+            (experience collection). On a mesh, each process gives its own rows.
+        steps: optimizer steps at which the run ends, those of a restored state included; None: as
+            long as there are batches.
+        key: for everything random in the objective; default jax.random.key(0).
+        gradient, microbatches: see `make_step`.
+        mesh: lays rows of batches over its data and fsdp axes. Lay out the params first
+            (jaxft.parallel.shard_params): what is not on the mesh is copied to all its devices.
+        callbacks: Callbacks, or functions of a row.
+        checkpoints: where and when to save, and whether to resume; with it, SIGTERM and the first
+            SIGINT end the run after its current step with PreemptedError (exit code 75).
+
+    Raises:
+        DivergedError: at a non-finite loss or gradient; no such state is ever saved, and the error
+            has the state before.
+        PreemptedError: after a signal, everything saved.
+        OutputError: if the checkpoint directory cannot be written, before the first step.
+    """
+    if steps is None and is_function(batches):
+        raise ValueError("fit: batches is a function of the state and never ends; pass steps=...")
+    step = make_step(objective, optimizer, gradient=gradient, microbatches=microbatches)
+    state = _start(params, optimizer, key, mesh)
+    source, callbacks = BatchSource(batches), as_callbacks(callbacks)
+    with contextlib.ExitStack() as stack:
+        saver = stack.enter_context(open_checkpoints(checkpoints, state))
+        state, restored = saver.restore(state, source)
+        rows = Rows(callbacks, restored)
+        preempted = lambda number: None
+        if checkpoints is not None:
+            preempted = stack.enter_context(catch_preemption())
+        stack.enter_context(_started(callbacks, Run(int(state.step), steps, list(restored))))
+        state = _loop(jit_step(step), state, source, steps, mesh, callbacks, rows, saver, preempted)
+    return state, rows.history
+
+
+def _loop(run, state, source, steps, mesh, callbacks, rows, saver, preempted):
+    number = int(state.step)
+    good = place_on_mesh(jnp.array(True), mesh)
+    try:
+        while steps is None or number < steps:
+            batch = source.next(state)
+            if batch is None:
+                _warn_if_early(number, steps)
+                break
+            state, metrics = run(state, place_batch(batch, mesh), good)
+            number, good = number + 1, metrics["good"]
+            extra = _on_step(callbacks, number, state)
+            rows.push(number, metrics, extra)
+            signal = preempted(number)
+            if signal or saver.due(number, extra):
+                rows.flush()  # A state is saved only once its step is known to be good.
+                saver.save(state, source, rows.history)
+            if signal:
+                saver.wait()
+                raise PreemptedError(f"{signal} at step {number}; saved, start again to resume")
+        rows.flush()
+        saver.save(state, source, rows.history)
+        return state
+    except DivergedError as error:
+        error.state, error.history = state, rows.history
+        raise
+    except Exception as error:
+        error.add_note(f"{IN_TRAINING} {number}")
+        raise
+
+
+def _start(params, optimizer, key, mesh):
+    if isinstance(params, TrainState):
+        if key is not None:
+            raise ValueError("fit: a TrainState has its own key; pass no key with it.")
+        return place_on_mesh(params, mesh)
+    key = jax.random.key(0) if key is None else key
+    # The mesh first: the optimizer's state takes the shardings of the params.
+    return place_on_mesh(init_state(place_on_mesh(params, mesh), optimizer, key), mesh)
+
+
+@contextlib.contextmanager
+def _started(callbacks, run):
+    for callback in callbacks:
+        if callback.on_start:
+            callback.on_start(run)
+    try:
+        yield
+    finally:
+        for callback in callbacks:
+            if callback.on_end:
+                callback.on_end(sys.exc_info()[1])
+
+
+def _on_step(callbacks, number, state):
+    extra = {}
+    for callback in callbacks:
+        extra |= (callback.on_step(number, state) or {}) if callback.on_step else {}
+    return extra
+
+
+def _warn_if_early(number, steps):
+    if steps is not None:
+        warnings.warn(
+            f"fit: batches ended after {number} of {steps} steps; repeat the data or lower steps.",
+            stacklevel=4,
+        )

@@ -1,0 +1,108 @@
+"""AdamW with warm-up, decay and clipping, as an optax chain."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxft.adapters import path_name
+from jaxft.train.step import global_norm
+
+Decay = Callable[[jax.Array], jax.Array]  # progress in 0..1 -> factor of the learning rate
+
+NOT_DECAYED = frozenset({"scale", "bias", "embedding"})
+
+
+def make_optimizer(
+    learning_rate: float,
+    *,
+    total_steps: int,
+    schedule: Decay | None = None,
+    warmup_ratio: float = 0.03,
+    weight_decay: float = 0.0,
+    max_grad_norm: float | None = 1.0,
+    rule: optax.GradientTransformation | None = None,
+) -> optax.GradientTransformation:
+    """Clipping, Adam, decoupled weight decay, learning rate: AdamW under a schedule.
+
+    AdamW: Loshchilov & Hutter, 2019, arxiv.org/abs/1711.05101, algorithm 2. The decay is multiplied by the
+    learning rate, as in torch and optax. Its state shows the learning rate, so metrics have it.
+
+    Args:
+        learning_rate: the highest, reached after the warm-up.
+        total_steps: optimizer steps of the whole run.
+        schedule: factor over the progress 0..1 after the warm-up: `cosine` (the default), `linear`,
+            `constant` or your own.
+        warmup_ratio: part of `total_steps` over which the rate rises linearly from 0.
+        weight_decay: coefficient; applied to what `decay_mask` names.
+        max_grad_norm: longest gradient (L2 over all that trains); None does not clip.
+        rule: what turns gradients into a direction; default optax.scale_by_adam(0.9, 0.999, 1e-8).
+    """
+    if total_steps < 1 or not 0 <= warmup_ratio < 1:
+        raise ValueError(
+            f"make_optimizer: needs total_steps >= 1 and 0 <= warmup_ratio < 1, got {total_steps} "
+            f"and {warmup_ratio}."
+        )
+    rate = with_warmup(learning_rate, total_steps, schedule or cosine, warmup_ratio)
+    return optax.chain(
+        optax.identity() if max_grad_norm is None else clip_by_global_norm(max_grad_norm),
+        optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8) if rule is None else rule,
+        optax.add_decayed_weights(weight_decay, decay_mask) if weight_decay else optax.identity(),
+        optax.inject_hyperparams(optax.scale_by_learning_rate)(learning_rate=rate),
+    )
+
+
+def with_warmup(
+    peak: float, total_steps: int, schedule: Decay, warmup_ratio: float = 0.03
+) -> optax.Schedule:
+    """The learning rate at each step: a linear rise, then peak * schedule(progress in 0..1)."""
+    warmup = round(warmup_ratio * total_steps)
+
+    def rate(step):
+        rise = (step + 1) / max(warmup, 1)
+        progress = jnp.clip((step - warmup) / max(total_steps - warmup, 1), 0.0, 1.0)
+        return peak * jnp.where(step < warmup, rise, schedule(progress))
+
+    return rate
+
+
+def cosine(progress: jax.Array) -> jax.Array:
+    """(1 + cos πp) / 2: from 1 to 0."""
+    return (1 + jnp.cos(jnp.pi * progress)) / 2
+
+
+def linear(progress: jax.Array) -> jax.Array:
+    """1 - p: from 1 to 0."""
+    return 1 - progress
+
+
+def constant(progress: jax.Array) -> jax.Array:
+    """1 throughout."""
+    return jnp.ones_like(progress)
+
+
+def decay_mask(params: Any) -> Any:
+    """True for what weight decay shrinks: all but scales and biases of norms, biases, embeddings.
+
+    Rows of an embedding whose token never occurs would shrink with no gradient to answer, and
+    most rows of a fine-tuned vocabulary never occur.
+    """
+    decays = lambda path, _: NOT_DECAYED.isdisjoint(path_name(path).split("/"))
+    return jax.tree_util.tree_map_with_path(decays, params)
+
+
+def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
+    """g min(1, max_norm / |g|), |g| over all leaves: optax's, with the norm in float32 for bfloat16."""
+    if max_norm <= 0:
+        raise ValueError(f"clip_by_global_norm: max_norm must be positive, got {max_norm}.")
+
+    def update(updates, state, params=None):
+        del params
+        factor = jnp.minimum(1.0, max_norm / global_norm(updates))
+        return jax.tree.map(lambda u: (u * factor).astype(u.dtype), updates), state
+
+    return optax.GradientTransformation(optax.init_empty_state, update)

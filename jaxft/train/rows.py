@@ -1,0 +1,70 @@
+"""Metrics from device to host, one step late."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxft.metrics import mean_values
+from jaxft.train.callbacks import Callback, Row
+from jaxft.train.errors import DivergedError
+
+
+class Rows:
+    """The history of a run: `push` the metrics of each step, get the row of the step before.
+
+    Copies to the host start at once and are awaited only when the next step is on its way, so
+    the device always has work.
+    """
+
+    def __init__(self, callbacks: Iterable[Callback], history: Iterable[Row] = ()):
+        self.history = list(history)
+        self._callbacks = [c.on_row for c in callbacks if c.on_row]
+        self._pending = None
+        self._time = time.perf_counter()
+
+    def push(self, step: int, metrics: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
+        """Takes the metrics of a step that has just been started; reports the one before."""
+        values = mean_values(metrics)
+        jax.tree.map(lambda x: x.copy_to_host_async(), values)
+        before, self._pending = self._pending, (step, values, dict(extra))
+        self._report(before)
+
+    def flush(self) -> None:
+        """Reports the last step, waiting for it."""
+        before, self._pending = self._pending, None
+        self._report(before)
+
+    def _report(self, pending):
+        if pending is None:
+            return
+        step, values, extra = pending
+        values = {name: _number(value) for name, value in values.items()}
+        if not values.pop("good"):
+            self._pending = None
+            raise DivergedError(_diverged_message(step, values), step)
+        now = time.perf_counter()
+        row = {"step": step} | values | extra | {"seconds": now - self._time}
+        self._time = now
+        self.history.append(row)
+        for on_row in self._callbacks:
+            on_row(row)
+
+
+def _number(value):
+    value = np.asarray(value)
+    return value.item() if value.ndim == 0 else value
+
+
+def _diverged_message(step, values):
+    bad = [n for n in ("loss", "grad_norm") if not math.isfinite(values[n])] or ["loss"]
+    shown = ", ".join(f"{name} = {values[name]}" for name in ("loss", "grad_norm"))
+    return (
+        f"diverged at step {step}: {' and '.join(bad)} not finite ({shown}); the state before it is "
+        "kept. Lower the learning rate, or look for bad numbers in the batch."
+    )

@@ -1,0 +1,185 @@
+"""One optimizer step as a pure function, and its compilation."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxft.adapters import combine, partition, trainable_mask
+from jaxft.metrics import Mean
+from jaxft.train.accumulate import GradientEstimator, accumulate
+from jaxft.train.state import TrainState
+from jaxft.weights import is_weight
+
+Objective = Callable[..., tuple[jax.Array, dict[str, Any]]]
+Step = Callable[..., tuple[TrainState, dict[str, Any]]]
+
+
+def make_step(
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    *,
+    gradient: GradientEstimator = jax.value_and_grad,
+    microbatches: int = 1,
+) -> Step:
+    """step(state, batch, good=True) -> (state, metrics), pure and not compiled (see `jit_step`).
+
+    Only the trainable part of the params is differentiated and seen by the optimizer. `objective`
+    is called with the key fold_in(state.key, state.step). If the loss or the gradient is not
+    finite, or `good` is False, nothing changes, the step counter included; `good` lets a loop that looks
+    at the metrics one step late stop at the state before the first bad step.
+
+    The metrics are the objective's and `loss`, `grad_norm` (L2, before clipping), `good` (whether
+    the state advanced), `num_tokens` (weight of the loss, if metrics["loss"] is a Mean) and
+    `learning_rate` (if the optimizer's state has exactly one hyperparameter of that name, as
+    with optax.inject_hyperparams or `make_optimizer`).
+
+    Args:
+        objective: (params, batch, key) -> (loss, metrics).
+        optimizer: any optax transform; one with extra arguments gets `value`, `grad`,
+            `value_fn(trainable)` and `grad_fn(trainable, *_)` of this batch.
+        gradient: estimator with the signature of jax.value_and_grad, called with has_aux=True.
+        microbatches: slices of the batch whose gradients are accumulated.
+    """
+    estimator = accumulate(gradient, microbatches)
+    update = optax.with_extra_args_support(optimizer).update
+
+    def step(state, batch, good=True):
+        trainable, frozen = partition(state.params)
+        loss_fn = lambda t, batch, key: objective(combine(t, frozen), batch, key)
+        key = jax.random.fold_in(state.key, state.step)
+        estimate = lambda t: estimator(loss_fn, has_aux=True)(t, batch, key)
+        (loss, metrics), grads = estimate(trainable)
+        norm = global_norm(grads)
+        good = good & jnp.isfinite(loss) & jnp.isfinite(norm)
+        updates, opt_state = update(
+            grads,
+            state.opt_state,
+            trainable,
+            value=loss,
+            grad=grads,
+            value_fn=lambda t: estimate(t)[0][0],
+            grad_fn=lambda t, *_: estimate(t)[1],
+        )
+        # On the updates, not on the params: a select between whole trees would keep both.
+        updates = jax.tree.map(lambda u: jnp.where(good, u, jnp.zeros_like(u)), updates)
+        trainable = optax.apply_updates(trainable, updates)
+        new_state = TrainState(
+            step=state.step + good,
+            params=commit(combine(trainable, frozen)),
+            opt_state=jax.tree.map(lambda n, o: jnp.where(good, n, o), opt_state, state.opt_state),
+            key=state.key,
+        )
+        return new_state, _with_standard_metrics(metrics, loss, norm, good, opt_state)
+
+    return step
+
+
+def jit_step(step: Step) -> Step:
+    """`step` compiled, overwriting what it changes: do not use the old state afterwards.
+
+    Donated are the step counter, trainable leaves, optimizer state and all of a weight that has
+    `committed`. Other frozen leaves go in and never come out: no copy, and whoever shares them keeps
+    them. On a mesh, each leaf keeps its sharding. `.lower(state, batch)` is that of jax.jit.
+    """
+
+    @functools.cache
+    def compiled(treedef, shardings):
+        moves = _moving(treedef)
+        mesh = next((s.mesh for s in shardings if isinstance(s, jax.sharding.NamedSharding)), None)
+
+        def run(moving, still, *inputs):
+            state, metrics = step(treedef.unflatten(_merge(moves, moving, still)), *inputs)
+            return _pick(jax.tree.leaves(state), moves), metrics
+
+        # Without this the compiler may shard the output otherwise, and the next call recompiles.
+        pinned = [
+            s if isinstance(s, jax.sharding.NamedSharding) else None
+            for s in _pick(shardings, moves)
+        ]
+        replicated = mesh and jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        return jax.jit(run, donate_argnums=0, out_shardings=(pinned, replicated)), moves
+
+    def split(state):
+        leaves, treedef = jax.tree.flatten(state)
+        run, moves = compiled(treedef, tuple(getattr(leaf, "sharding", None) for leaf in leaves))
+        still = _pick(leaves, [not m for m in moves])
+        return run, treedef, moves, _pick(leaves, moves), still
+
+    def run_step(state, batch, *good):
+        run, treedef, moves, moving, still = split(state)
+        moving, metrics = run(moving, still, batch, *good)
+        return treedef.unflatten(_merge(moves, moving, still)), metrics
+
+    def lower(state, batch, *good):
+        run, _, _, moving, still = split(state)
+        return run.lower(moving, still, batch, *good)
+
+    run_step.lower = lower
+    return run_step
+
+
+def commit(params: Any) -> Any:
+    """The params after an update, with each weight that has a method `committed` replaced by its result.
+
+    `committed()` returns the same node with what has been trained written into its frozen fields
+    (PaCA keeps the trained rows inside the frozen kernel). It sees one kernel, without the axes of
+    stacked layers, is called on outermost weights only, and must give the same when repeated.
+    """
+
+    def write(node):
+        if not hasattr(node, "committed"):
+            return node
+        committed = lambda n: n.committed()
+        for _ in range(node.ndim - 2):
+            committed = jax.vmap(committed)
+        return committed(node)
+
+    return jax.tree.map(write, params, is_leaf=is_weight)
+
+
+def global_norm(tree: Any) -> jax.Array:
+    """sqrt of the sum of squares of all leaves, in float32 whatever their data type."""
+    squares = [jnp.sum(jnp.square(jnp.abs(x.astype(jnp.float32)))) for x in jax.tree.leaves(tree)]
+    return jnp.sqrt(sum(squares, jnp.zeros((), jnp.float32)))
+
+
+def _with_standard_metrics(metrics, loss, norm, good, opt_state):
+    metrics = {"loss": loss} | metrics | {"grad_norm": norm, "good": good}
+    if isinstance(metrics["loss"], Mean):
+        metrics.setdefault("num_tokens", metrics["loss"].weight)
+    rates = optax.tree_utils.tree_get_all_with_path(opt_state, "learning_rate")
+    rates = [rate for _, rate in rates if isinstance(rate, jax.Array)]  # not the schedule's state
+    if len(rates) == 1:
+        metrics["learning_rate"] = rates[0]
+    return metrics
+
+
+@functools.cache
+def _moving(treedef):
+    """For each leaf of a TrainState, whether a step changes it."""
+    state = treedef.unflatten(range(treedef.num_leaves))
+    committing = lambda node: is_weight(node) and hasattr(node, "committed")
+    everything = lambda node: jax.tree.map(lambda _: True, node)
+    mask = jax.tree.map(
+        lambda node, mask: everything(node) if committing(node) else mask,
+        state.params,
+        trainable_mask(state.params),
+        is_leaf=is_weight,
+    )
+    moves = TrainState(step=True, params=mask, opt_state=everything(state.opt_state), key=False)
+    return tuple(jax.tree.leaves(moves))
+
+
+def _pick(leaves, mask):
+    return [leaf for leaf, m in zip(leaves, mask, strict=True) if m]
+
+
+def _merge(mask, first, second):
+    first, second = iter(first), iter(second)
+    return [next(first) if m else next(second) for m in mask]

@@ -10,7 +10,11 @@ from jaxft.train.errors import (
     PreemptedError,
     run_main,
 )
+from jaxft.train.evaluate import evaluate, evaluation, make_eval_step
+from jaxft.train.figure import plot_run, run_figure
+from jaxft.train.logs import jsonl_log, progress, tensorboard_log, wandb_log
 from jaxft.train.loop import fit
+from jaxft.train.memory import keep_memory_warm
 from jaxft.train.optimizer import constant, cosine, decay_mask, linear, make_optimizer, with_warmup
 from jaxft.train.state import TrainState, init_state
 from jaxft.train.step import commit, global_norm, jit_step, make_step
@@ -31,18 +35,28 @@ __all__ = [
     "constant",
     "cosine",
     "decay_mask",
+    "evaluate",
+    "evaluation",
     "every",
     "fit",
     "global_norm",
     "init_state",
     "jit_step",
+    "jsonl_log",
+    "keep_memory_warm",
     "linear",
     "loss_weight",
+    "make_eval_step",
     "make_optimizer",
     "make_step",
+    "plot_run",
     "profile",
+    "progress",
     "restore_params",
+    "run_figure",
     "run_main",
     "split_batch",
+    "tensorboard_log",
+    "wandb_log",
     "with_warmup",
 ]

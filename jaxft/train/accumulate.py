@@ -44,12 +44,23 @@ def accumulate(gradient: GradientEstimator, microbatches: int) -> GradientEstima
 
         def value_and_grad(params, batch, key):
             slices = split_batch(batch, microbatches), jax.random.split(key, microbatches)
-            weighted = lambda part: _weigh(*estimate(params, *part))
+            plain = []  # names of metrics that are no Means, seen while tracing
+
+            def weighted(part):
+                (loss, metrics), grads = estimate(params, *part)
+                plain[:] = [k for k, m in metrics.items() if not isinstance(m, Mean)]
+                weight = loss_weight(metrics)
+                scale = lambda x: _weighted(x, weight)
+                return weight, scale(loss), as_means(metrics), jax.tree.map(scale, grads)
+
             shapes = jax.eval_shape(weighted, jax.tree.map(lambda x: x[0], slices))
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
             add = lambda total, part: (jax.tree.map(jnp.add, total, weighted(part)), None)
-            total, _ = jax.lax.scan(add, zeros, slices)
-            return _unweigh(total, params)
+            (weight, loss, metrics, grads), _ = jax.lax.scan(add, zeros, slices)
+            mean = lambda total: Mean(total, weight).value
+            metrics = {k: m.value if k in plain else m for k, m in metrics.items()}
+            grads = jax.tree.map(lambda g, p: mean(g).astype(p.dtype), grads, params)
+            return (mean(loss), metrics), grads
 
         return value_and_grad
 
@@ -81,24 +92,21 @@ def loss_weight(metrics: dict[str, Any]) -> jax.Array:
     return jnp.asarray(loss.weight if isinstance(loss, Mean) else 1.0, jnp.float32)
 
 
-def _is_mean(node):
-    return isinstance(node, Mean)
+def as_means(metrics: dict[str, Any]) -> dict[str, Mean]:
+    """The metrics as Means that add up: what is no Mean is weighted like the loss.
 
-
-def _weigh(value, grads):
-    loss, metrics = value
+    A weight of 0 makes its total 0, even where that is NaN.
+    """
     weight = loss_weight(metrics)
-    # where, not a product: 0 * NaN is NaN.
-    scale = lambda x: jnp.where(weight == 0, 0.0, x * weight)
-    add = lambda m: Mean(jnp.where(m.weight == 0, 0.0, m.total), m.weight * 1.0)
-    metrics = {k: add(m) if _is_mean(m) else jax.tree.map(scale, m) for k, m in metrics.items()}
-    grads = jax.tree.map(lambda g: scale(g.astype(jnp.float32)), grads)
-    return weight, scale(loss), metrics, grads
+
+    def as_mean(metric):
+        if not isinstance(metric, Mean):
+            return Mean(_weighted(jnp.asarray(metric), weight), weight)
+        return Mean(jnp.where(metric.weight == 0, 0.0, metric.total), metric.weight * 1.0)
+
+    return {name: as_mean(metric) for name, metric in metrics.items()}
 
 
-def _unweigh(total, params):
-    weight, loss, metrics, grads = total
-    mean = lambda x: jnp.where(weight == 0, 0.0, x / jnp.where(weight == 0, 1.0, weight))
-    metrics = {k: m if _is_mean(m) else jax.tree.map(mean, m) for k, m in metrics.items()}
-    grads = jax.tree.map(lambda g, p: mean(g).astype(p.dtype), grads, params)
-    return (mean(loss), metrics), grads
+def _weighted(x, weight):
+    # where, not only a product: 0 * NaN is NaN.
+    return jnp.where(weight == 0, 0.0, x.astype(jnp.float32) * weight)

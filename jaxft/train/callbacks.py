@@ -43,10 +43,15 @@ def as_callbacks(callbacks: Iterable[Callback | Callable[[Row], None]]) -> list[
 
 
 def every(steps: int, function: Callable[[TrainState], Mapping[str, Any]]) -> Callback:
-    """Merges function(state) into the row of each step that `steps` divides: evaluation, samples."""
+    """Merges function(state) into the rows of steps that `steps` divides and of the last: evaluation."""
     if steps < 1:
         raise ValueError(f"every: steps must be at least 1, got {steps}.")
-    return Callback(on_step=lambda step, state: None if step % steps else function(state))
+    last = []
+    due = lambda step: step % steps == 0 or step in last
+    return Callback(
+        on_start=lambda run: last.append(run.steps),
+        on_step=lambda step, state: function(state) if due(step) else None,
+    )
 
 
 def profile(directory: str | Path, *, start: int = 3, stop: int = 6) -> Callback:
@@ -71,3 +76,14 @@ def profile(directory: str | Path, *, start: int = 3, stop: int = 6) -> Callback
             jax.profiler.stop_trace()
 
     return Callback(on_step=on_step, on_end=on_end)
+
+
+def on_main_process(callback: Callback) -> Callback:
+    """The callback on process 0 and nothing on others, for what writes files or a terminal."""
+
+    def only(function):
+        if function is None:
+            return None
+        return lambda *args: function(*args) if jax.process_index() == 0 else None
+
+    return Callback(*map(only, callback))

@@ -196,8 +196,9 @@ class Saver:
         """Orbax's metrics of a checkpoint: the lowest score is the best."""
         if self._checkpoints.best is None:
             return None
-        value = float(row.get(self._checkpoints.best, math.inf))
-        return {"score": -value if self._checkpoints.mode == "max" and value < math.inf else value}
+        value = float(row.get(self._checkpoints.best, math.nan))
+        sign = 1 if self._checkpoints.mode == "min" else -1
+        return {"score": sign * value if math.isfinite(value) else math.inf}
 
     def _set_aside(self, step, error):
         directory = Path(self._manager.directory)

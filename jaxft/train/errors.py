@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from collections.abc import Callable
@@ -39,6 +40,17 @@ class OutputError(OSError):
 
 class MissingDependencyError(ImportError):
     """An optional package that a callback needs is not installed."""
+
+
+def require(module: str, what: str) -> Any:
+    """The imported module; MissingDependencyError, naming `what` needs it, if it is not installed."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.split(".")[0]
+        raise MissingDependencyError(
+            f"{what} needs {package}, which is not installed ({error}): pip install {package}"
+        ) from error
 
 
 def run_main(main: Callable[[Any], Any], config: Any) -> Any:

@@ -1,0 +1,91 @@
+"""Evaluation: the metrics of an objective over all batches of a data set."""
+
+from __future__ import annotations
+
+from typing import Any, Callable, Iterable
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxft.metrics import Mean
+from jaxft.train.accumulate import as_means
+from jaxft.train.batches import iterate, place_batch
+from jaxft.train.callbacks import Callback, every
+from jaxft.train.step import Objective
+
+EvalStep = Callable[[Any, Any, jax.Array], dict[str, Mean]]  # (params, batch, key) -> Means
+
+
+def make_eval_step(objective: Objective) -> EvalStep:
+    """The compiled metrics of an objective, as Means, with its loss."""
+
+    @jax.jit
+    def eval_step(params, batch, key):
+        loss, metrics = objective(params, batch, key)
+        return as_means({"loss": loss} | metrics)
+
+    return eval_step
+
+
+def evaluate(
+    eval_step: EvalStep,
+    params: Any,
+    batches: Iterable[Any],
+    *,
+    key: jax.Array | None = None,
+    mesh: Mesh | None = None,
+) -> dict[str, Any]:
+    """The metrics over all batches as numbers: sums of totals over sums of weights.
+
+    Batches of unequal size count by their weights, so the result does not depend on how the data
+    are cut into batches. Each batch draws from fold_in(key, number); default key jax.random.key(0).
+    """
+    key = jax.random.key(0) if key is None else key
+    parts = [
+        eval_step(params, place_batch(batch, mesh), jax.random.fold_in(key, number))
+        for number, batch in enumerate(batches)
+    ]
+    if not parts:
+        raise ValueError("evaluate: there are no batches.")
+    # In float64 on the host: millions of tokens are more than float32 counts exactly.
+    total = lambda *x: np.sum(np.stack([np.asarray(part, np.float64) for part in x]), axis=0)
+    sums = jax.tree.map(total, *jax.device_get(parts))
+    return {name: _value(mean) for name, mean in sums.items()}
+
+
+def evaluation(
+    objective: Objective,
+    batches: Iterable[Any] | Callable[[], Iterable[Any]],
+    *,
+    steps: int = 100,
+    prefix: str = "eval/",
+    mesh: Mesh | None = None,
+) -> Callback:
+    """A callback that evaluates every `steps` steps and at the last; rows get "eval/loss" and so on.
+
+    Args:
+        objective: as for training, or any (params, batch, key) -> (loss, metrics).
+        batches: a list or another iterable that starts anew each time, or a function that
+            returns one.
+        steps: between two evaluations.
+        prefix: of the metrics' names.
+        mesh: as for `fit`.
+    """
+    if hasattr(batches, "__next__"):
+        raise ValueError(
+            "evaluation: batches is an iterator, which is empty after the first evaluation; pass a "
+            "list or a function that returns an iterator."
+        )
+    eval_step = make_eval_step(objective)
+
+    def measure(state):
+        values = evaluate(eval_step, state.params, iterate(batches), key=state.key, mesh=mesh)
+        return {prefix + name: value for name, value in values.items()}
+
+    return every(steps, measure)
+
+
+def _value(mean):
+    value = mean.total / np.where(mean.weight == 0, 1.0, mean.weight)
+    return value.item() if value.ndim == 0 else value

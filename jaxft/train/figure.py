@@ -1,0 +1,82 @@
+"""A picture of a run: loss, learning rate, gradient norm."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Sequence
+
+import numpy as np
+
+from jaxft.train.callbacks import Callback, Row, on_main_process
+from jaxft.train.checkpoints import writable_directory
+from jaxft.train.errors import require
+
+TRAIN, EVAL, GRID = "#4C72B0", "#DD8452", "#DDDDDD"
+
+
+def run_figure(path: str | Path, *, title: str = "") -> Callback:
+    """Writes `plot_run` of all rows to a PNG (or PDF, SVG) when the run ends, however it ends."""
+    require("matplotlib", "run_figure")
+    rows = []
+
+    def on_start(run):
+        writable_directory(Path(path).parent)
+        rows.extend(run.history)
+
+    def on_end(error):
+        del error
+        if rows:
+            plot_run(rows, title=title).savefig(path, dpi=150)
+
+    return on_main_process(Callback(on_start=on_start, on_row=rows.append, on_end=on_end))
+
+
+def plot_run(history: Sequence[Row], *, title: str = "") -> Any:
+    """A matplotlib Figure of the losses (train and eval) over the learning rate and gradient norm."""
+    # Not pyplot: it keeps figures in a global list and picks a display.
+    figure_module = require("matplotlib.figure", "plot_run")
+    names = [n for n in ("learning_rate", "grad_norm") if any(n in row for row in history)]
+    figure = figure_module.Figure(figsize=(7, 4 + 1.4 * len(names)), layout="constrained")
+    heights = [3] + [1] * len(names)
+    axes = figure.subplots(len(heights), sharex=True, height_ratios=heights, squeeze=False)[:, 0]
+    _plot_losses(axes[0], history)
+    for axis, name in zip(axes[1:], names, strict=True):
+        axis.plot(*_series(history, name), color=TRAIN, linewidth=1)
+        axis.set_ylabel(name.replace("_", " "))
+    for axis in axes:
+        axis.grid(color=GRID, linewidth=0.6)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[-1].set_xlabel("step")
+    figure.suptitle(title)
+    figure.align_ylabels()
+    return figure
+
+
+def smooth(values: np.ndarray, window: int) -> np.ndarray:
+    """Means of the last `window` values, fewer at the start: no value looks ahead."""
+    sums = np.cumsum(np.insert(values, 0, 0.0))
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(0, ends - window)
+    return (sums[ends] - sums[starts]) / (ends - starts)
+
+
+def _plot_losses(axis, history):
+    steps, losses = _series(history, "loss")
+    window = max(1, len(losses) // 50)
+    if window > 1:
+        axis.plot(steps, losses, color=TRAIN, linewidth=0.8, alpha=0.3)
+    label = "train" if window == 1 else f"train, mean of {window} steps"
+    axis.plot(steps, smooth(losses, window), color=TRAIN, linewidth=1.6, label=label)
+    evaluated = [n for n in {k: None for row in history for k in row} if n.endswith("/loss")]
+    for name in evaluated:
+        color = EVAL if len(evaluated) == 1 else None
+        label = name.removesuffix("/loss")
+        axis.plot(*_series(history, name), color=color, marker="o", markersize=4, label=label)
+    axis.set_ylabel("loss")
+    axis.legend(frameon=False)
+
+
+def _series(history, name):
+    rows = [row for row in history if name in row]
+    return np.array([row["step"] for row in rows]), np.array([row[name] for row in rows], float)

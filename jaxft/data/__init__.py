@@ -1,0 +1,28 @@
+"""Data: records -> tokens with loss masks -> batches."""
+
+from jaxft.data.batches import DataIterator, batches, finite_batches, packing_efficiency
+from jaxft.data.errors import BadRecord, BadRecords, DataError
+from jaxft.data.records import as_messages, infer_type, normalise
+from jaxft.data.render import Renderer, Tokenised, explain, render, render_prompts
+from jaxft.data.sources import load, reasoning_gym_task, split
+
+__all__ = [
+    "BadRecord",
+    "BadRecords",
+    "DataError",
+    "DataIterator",
+    "Renderer",
+    "Tokenised",
+    "as_messages",
+    "batches",
+    "explain",
+    "finite_batches",
+    "infer_type",
+    "load",
+    "normalise",
+    "packing_efficiency",
+    "reasoning_gym_task",
+    "render",
+    "render_prompts",
+    "split",
+]

@@ -1,0 +1,163 @@
+"""Records of supervised fine-tuning in one form, whatever their columns were called."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jaxft.data.errors import DataError
+
+Record = dict[str, Any]
+
+ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "bing": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
+    "function": "tool",
+}
+KNOWN_ROLES = ("system", "user", "assistant", "tool", "developer")
+COLUMNS = (
+    "messages",
+    "conversations",
+    "prompt",
+    "completion",
+    "text",
+    "tokens",
+    "instruction",
+    "input",
+    "output",
+    "question",
+    "answer",
+)
+
+
+def normalise(raw: Mapping[str, Any], fields: Mapping[str, str] | None = None) -> Record:
+    """A record with `messages`, `prompt` and `completion`, `text` or `tokens`; the rest is kept.
+
+    Understands those four, sharegpt's `conversations` of from/value, alpaca's instruction/input/
+    output and GSM8K's question/answer; roles human, gpt, observation... are renamed.
+
+    Args:
+        raw: the row as read.
+        fields: our name -> the row's, for columns and for `role` and `content` of messages, as in
+            {"messages": "dialog", "role": "speaker", "content": "utterance"}.
+
+    Raises:
+        DataError: if a named column is absent, none of the forms fits, or a value is of the wrong kind.
+    """
+    fields = dict(fields or {})
+    inner = {name: fields.pop(name) for name in ("role", "content") if name in fields}
+    row = dict(raw)
+    for ours, theirs in fields.items():
+        if theirs not in row:
+            raise DataError(_no_column(theirs, row))
+        row[ours] = row.pop(theirs)
+    if "conversations" in row and "messages" not in row:
+        row["messages"] = row.pop("conversations")
+        inner = {"role": "from", "content": "value"} | inner
+    if "messages" in row:
+        return row | {"messages": _messages(row["messages"], inner)}
+    if "prompt" in row and "completion" in row:
+        return row | _prompt_completion(row["prompt"], row["completion"], inner)
+    if "instruction" in row and "output" in row:
+        extra = row.get("input") or ""
+        prompt = f"{row['instruction']}\n\n{extra}" if extra else row["instruction"]
+        return row | _question(prompt, row["output"])
+    if "question" in row and "answer" in row:
+        return row | _question(row["question"], str(row["answer"]))
+    if "text" in row:
+        return row | {"text": _text(row["text"], "text")}
+    if "tokens" in row:
+        if not len(row["tokens"]):
+            raise DataError("'tokens' is empty.")
+        return row
+    raise DataError(
+        f"no usable columns among {sorted(row)}; expected messages, prompt and completion, text or "
+        "tokens. Map yours with fields=, as in fields={'messages': 'dialog'}."
+    )
+
+
+def infer_type(columns: Sequence[str]) -> str:
+    """The kind of record that has these columns: messages, prompt_completion, text or tokens."""
+    names = set(columns)
+    forms = {
+        "messages": [{"messages"}, {"conversations"}],
+        "prompt_completion": [
+            {"prompt", "completion"},
+            {"instruction", "output"},
+            {"question", "answer"},
+        ],
+        "text": [{"text"}],
+        "tokens": [{"tokens"}],
+    }
+    for kind, choices in forms.items():
+        if any(choice <= names for choice in choices):
+            return kind
+    raise DataError(f"no known form has the columns {sorted(names)}; map them with fields=.")
+
+
+def as_messages(record: Record) -> list[dict[str, Any]] | None:
+    """The conversation of a record, or None if it is plain text."""
+    if "messages" in record:
+        return record["messages"]
+    if isinstance(record.get("prompt"), list):
+        return record["prompt"] + record["completion"]
+    return None
+
+
+def _messages(messages: Any, inner: Mapping[str, str]) -> list[dict[str, Any]]:
+    role, content = inner.get("role", "role"), inner.get("content", "content")
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise DataError(f"messages must be a list of at least one message, got {messages!r:.80}.")
+    return [_message(message, i, role, content) for i, message in enumerate(messages)]
+
+
+def _message(message, i, role, content):
+    if not isinstance(message, Mapping) or role not in message or content not in message:
+        raise DataError(
+            f"message {i} needs {role!r} and {content!r}, got {message!r:.80}; name them with "
+            "fields={'role': ..., 'content': ...}."
+        )
+    name = ROLES.get(message[role], message[role])
+    if name not in KNOWN_ROLES:
+        raise DataError(f"message {i} has the role {name!r}; known: {', '.join(KNOWN_ROLES)}.")
+    kept = {k: v for k, v in message.items() if k not in (role, content)}
+    text = message[content]
+    if text is None and message.get("tool_calls"):
+        text = ""
+    return kept | {"role": name, "content": _text(text, f"content of message {i}")}
+
+
+def _prompt_completion(prompt, completion, inner):
+    if isinstance(prompt, list) or isinstance(completion, list):
+        whole = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+        answer = completion
+        if not isinstance(completion, list):
+            answer = [{"role": "assistant", "content": completion}]
+        return {"prompt": _messages(whole, inner), "completion": _messages(answer, inner)}
+    if completion == "":
+        raise DataError("'completion' is empty.")
+    return {"prompt": _text(prompt, "prompt"), "completion": _text(completion, "completion")}
+
+
+def _question(question, answer):
+    return {
+        "prompt": [{"role": "user", "content": _text(question, "question")}],
+        "completion": [{"role": "assistant", "content": _text(answer, "answer")}],
+    }
+
+
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"{name} must be text, got {type(value).__name__}: {value!r:.60}.")
+    return value
+
+
+def _no_column(name: str, row: Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(name, list(row), n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else "."
+    return f"no column {name!r} among {sorted(row)}{hint}"

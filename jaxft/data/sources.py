@@ -1,0 +1,214 @@
+"""Where records come from: files, data sets, generated tasks, lists."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pathlib
+import urllib.parse
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxft.data.errors import BadRecords, DataError
+from jaxft.data.records import Record, normalise
+
+Spec = str | pathlib.Path | Sequence[Mapping[str, Any]] | Callable[[], Iterable[Mapping[str, Any]]]
+
+FILE_KINDS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}
+
+
+def load(
+    spec: Spec,
+    *,
+    fields: Mapping[str, str] | None = None,
+    limit: int | None = None,
+    bad: BadRecords | None = None,
+) -> list[Record]:
+    """Normalised records with `id`, `source` and `where` (file and line), in the source's order.
+
+    Args:
+        spec: a .json, .jsonl, .parquet, .arrow or .csv file; a folder of `datasets.save_to_disk`;
+            "rg:TASK?size=1000&seed=0&OPTION=VALUE" for a reasoning-gym task (its answer is the
+            completion, its entry stays under `metadata`); "tfds:NAME?split=train"; a Hugging Face
+            hub id, "OWNER/NAME?split=train"; a list of dicts; or a function that returns one.
+        fields: our column name -> the source's; see `normalise`.
+        limit: read at most so many.
+        bad: what to do with records that cannot be used; default: the first is an error.
+
+    Raises:
+        DataError: if the source is missing, empty or unreadable, or by the policy of `bad`.
+    """
+    bad = BadRecords() if bad is None else bad
+    name, rows = _rows(spec)
+    records, seen = [], 0
+    for where, raw in rows:
+        if limit is not None and seen >= limit:
+            break
+        seen += 1
+        try:
+            if isinstance(raw, Exception):
+                raise raw
+            record = normalise(raw, fields)
+        except DataError as error:
+            bad.add(where, "schema", str(error))
+            continue
+        record.setdefault("id", f"{name}:{seen - 1}")
+        records.append(record | {"source": name, "where": where})
+    bad.check(seen)
+    if not records:
+        raise DataError(f"{name}: no records; is it the right file?")
+    return records
+
+
+def split(records: Sequence[Record], validation: float) -> tuple[list[Record], list[Record]]:
+    """(training, validation) records; a record's side follows from its id alone, for ever."""
+    if not 0 <= validation < 1:
+        raise DataError(f"split: validation must lie in [0, 1), got {validation}.")
+    held_out = [_unit_hash(str(record["id"])) < validation for record in records]
+    pick = lambda side: [r for r, h in zip(records, held_out, strict=True) if h is side]
+    return pick(False), pick(True)
+
+
+def _unit_hash(text: str) -> float:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+
+
+def _rows(spec: Spec) -> tuple[str, Iterable[tuple[str, Any]]]:
+    if callable(spec):
+        return "function", _numbered("function", spec())
+    if not isinstance(spec, (str, pathlib.Path)):
+        return "list", _numbered("list", spec)
+    text = str(spec)
+    if text.startswith("rg:"):
+        return text, _reasoning_gym(text)
+    if text.startswith("tfds:"):
+        return text, _numbered(text, _tfds(text))
+    path = pathlib.Path(text).expanduser()
+    if path.suffix in (".jsonl", ".ndjson", ".json", *FILE_KINDS) or path.exists():
+        if not path.exists():
+            raise DataError(f"{text}: no such file.")
+        return path.name, _file(path)
+    if text.split("?")[0].count("/") == 1:
+        return text, _numbered(text, _hub(text))
+    raise DataError(
+        f"{text}: no such file, and no known kind of source; give a .jsonl, .json, .parquet, .arrow "
+        "or .csv file, a saved data set, rg:TASK, tfds:NAME or a hub id OWNER/NAME."
+    )
+
+
+def _numbered(name: str, rows: Iterable[Any]) -> Iterable[tuple[str, Any]]:
+    return ((f"{name}, row {i}", row) for i, row in enumerate(rows))
+
+
+def _file(path: pathlib.Path) -> Iterable[tuple[str, Any]]:
+    if path.is_dir():
+        return _numbered(path.name, _datasets().load_from_disk(str(path)))
+    if path.suffix in FILE_KINDS:
+        kind = FILE_KINDS[path.suffix]
+        return _numbered(
+            path.name,
+            _datasets().load_dataset(kind, data_files=str(path), split="train"),
+        )
+    with open(path, encoding="utf-8") as stream:
+        start = stream.read(64).lstrip()
+    return _json_array(path) if start.startswith("[") else _json_lines(path)
+
+
+def _json_lines(path: pathlib.Path) -> Iterable[tuple[str, Any]]:
+    with open(path, encoding="utf-8") as stream:
+        for number, line in enumerate(stream, 1):
+            if not line.strip():
+                continue
+            where = f"{path.name}, line {number}"
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                row = DataError(f"not valid JSON ({error.msg} at column {error.colno}).")
+            if not isinstance(row, (dict, Exception)):
+                row = DataError(f"expected a JSON object, got {type(row).__name__}.")
+            yield where, row
+
+
+def _json_array(path: pathlib.Path) -> Iterable[tuple[str, Any]]:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{path.name}, line {error.lineno}: not valid JSON ({error.msg}); a file of one object a "
+            "line must not begin with '['."
+        ) from None
+    for i, row in enumerate(rows):
+        fine = isinstance(row, dict)
+        yield f"{path.name}, row {i}", row if fine else DataError("expected a JSON object.")
+
+
+def parse_options(spec: str) -> tuple[str, dict[str, Any]]:
+    """("chain_sum", {"size": 100}) of "rg:chain_sum?size=100"."""
+    name, _, query = spec.partition(":")[2].partition("?")
+    options = {}
+    for key, value in urllib.parse.parse_qsl(query, keep_blank_values=True):
+        try:
+            options[key] = json.loads(value)
+        except json.JSONDecodeError:
+            options[key] = value
+    return name, options
+
+
+def reasoning_gym_task(spec: str) -> Any:
+    """The reasoning-gym data set of "rg:TASK?size=...&seed=...": entries and `score_answer`."""
+    try:
+        import reasoning_gym
+    except ImportError:
+        raise ModuleNotFoundError("rg: tasks need pip install 'jaxft[text]'") from None
+    name, options = parse_options(spec)
+    try:
+        return reasoning_gym.create_dataset(name, **{"seed": 0, "size": 1000} | options)
+    except (ValueError, TypeError, AssertionError) as error:
+        raise DataError(f"{spec}: {error or 'the options do not fit the task'}.") from None
+
+
+def _reasoning_gym(spec: str) -> Iterable[tuple[str, Any]]:
+    for i, entry in enumerate(reasoning_gym_task(spec)):
+        yield (
+            f"{spec}, row {i}",
+            {
+                "question": entry["question"],
+                "answer": str(entry["answer"]),
+                "metadata": entry,
+            },
+        )
+
+
+def _tfds(spec: str) -> Sequence[Any]:
+    try:
+        import tensorflow_datasets
+    except ImportError:
+        raise ModuleNotFoundError("tfds: sources need pip install 'jaxft[tfds]'") from None
+    name, options = parse_options(spec)
+    source = tensorflow_datasets.data_source(name, **{"split": "train"} | options)
+    return [{key: _decode(value) for key, value in row.items()} for row in source]
+
+
+def _decode(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return value.decode()
+    return value.tolist() if isinstance(value, np.ndarray) else value
+
+
+def _hub(spec: str) -> Sequence[Any]:
+    name, options = parse_options("hub:" + spec)
+    try:
+        return _datasets().load_dataset(name, **{"split": "train"} | options)
+    except Exception as error:  # Connection, permission, missing split: no common base.
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f"{spec}: neither a file nor to be had from the hub ({reason}).") from error
+
+
+def _datasets() -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise ModuleNotFoundError("this source needs pip install 'jaxft[text]'") from None
+    return datasets

@@ -1,0 +1,179 @@
+import importlib.util
+import pathlib
+import random
+
+import numpy as np
+import pytest
+
+from jaxft.data import BadRecords, DataError, Renderer, explain, render
+
+_spec = importlib.util.spec_from_file_location(
+    "small_tokenizers", pathlib.Path(__file__).with_name("small_tokenizers.py")
+)
+small = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(small)
+
+GRID = {
+    "chatml": (small.CHATML, dict(eos="<|im_end|>"), "<|im_end|>"),
+    "pad is eos": (small.CHATML, dict(eos="<|im_end|>", pad="<|im_end|>"), "<|im_end|>"),
+    "llama3": (small.LLAMA3, dict(eos="<|eot|>", bos=True), "<|eot|>"),
+    "eos is another": (small.LLAMA3, dict(eos="</s>", bos=True), "<|eot|>"),
+    "marked": (small.MARKED, dict(eos="<|im_end|>"), "<|im_end|>"),
+}
+
+
+@pytest.fixture(params=list(GRID))
+def case(request):
+    template, options, stop = GRID[request.param]
+    return small.tokenizer(template, **options), stop
+
+
+def conversation(rng):
+    text = lambda: "".join(rng.choice("abc dé,!\n 1<|") for _ in range(rng.randint(1, 12))) + "."
+    turns = [{"role": "system", "content": text()}] if rng.random() < 0.5 else []
+    for _ in range(rng.randint(1, 3)):
+        turns += [
+            {"role": "user", "content": text()},
+            {"role": "assistant", "content": "x" + text()},
+        ]
+    return turns
+
+
+def trained(part, tokenizer):
+    """Decoded text of each run of trained tokens."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], part.loss_mask > 0, [0]])))
+    pairs = zip(edges[::2], edges[1::2], strict=True)
+    return [tokenizer.decode(part.tokens[a:b].tolist()) for a, b in pairs]
+
+
+def test_masks_decode_to_the_assistant_turns_and_their_stop_tokens(case):
+    tokenizer, stop = case
+    renderer, rng = Renderer(tokenizer), random.Random(0)
+    for _ in range(40):
+        messages = conversation(rng)
+        (part,) = renderer({"messages": messages})
+        answers = [m["content"] + stop for m in messages if m["role"] == "assistant"]
+        assert trained(part, tokenizer) == answers
+        whole = tokenizer.apply_chat_template(messages, tokenize=False)
+        assert tokenizer.decode(part.tokens.tolist()) == whole
+        assert (part.tokens == tokenizer.bos_token_id).sum() <= 1
+
+
+def test_the_prompt_is_what_stands_before_the_last_answer(case):
+    tokenizer, _ = case
+    renderer, rng = Renderer(tokenizer), random.Random(1)
+    for _ in range(20):
+        messages = conversation(rng)
+        (part,) = renderer({"messages": messages})
+        prompt = renderer.prompt({"messages": messages})
+        assert part.tokens[: len(prompt)].tolist() == prompt
+        assert part.loss_mask[len(prompt)] > 0
+
+
+def test_mask_modes():
+    tokenizer = small.tokenizer(small.CHATML)
+    turn = lambda role, content, **extra: {"role": role, "content": content, **extra}
+    messages = [
+        turn("user", "a"),
+        turn("assistant", "one", train=False),
+        turn("user", "b"),
+        turn("assistant", "two", weight=0.5),
+    ]
+    run = lambda mask: Renderer(tokenizer, mask=mask)({"messages": messages})[0]
+    assert trained(run("completion"), tokenizer) == ["one<|im_end|>", "two<|im_end|>"]
+    assert trained(run("last_turn"), tokenizer) == ["two<|im_end|>"]
+    assert trained(run("per_message"), tokenizer) == ["two<|im_end|>"]
+    assert set(run("per_message").loss_mask) == {0.0, 0.5}
+    # Everything but the newline after the last end-of-turn token.
+    assert run("all").loss_mask[:-1].all()
+
+
+def test_a_template_that_forgets_is_unrolled_and_trains_each_turn_as_sampled():
+    tokenizer = small.tokenizer(small.FORGETFUL)
+    messages = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "<think>t</think>one"},
+        {"role": "user", "content": "b"},
+        {"role": "assistant", "content": "<think>u</think>two"},
+    ]
+    renderer = Renderer(tokenizer)
+    with pytest.warns(UserWarning, match="rewrites earlier turns"):
+        parts = renderer({"messages": messages})
+    assert [trained(part, tokenizer) for part in parts] == [
+        ["<think>t</think>one<|im_end|>"],
+        ["<think>u</think>two<|im_end|>"],
+    ]
+    assert "<think>t" not in tokenizer.decode(parts[1].tokens.tolist())
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_plain_text_has_one_bos_and_one_eos(bos):
+    tokenizer = small.tokenizer(eos="</s>", bos=bos)
+    renderer = Renderer(tokenizer)
+    (part,) = renderer({"prompt": "Hello", "completion": " there"})
+    start = "<s>" if bos else ""
+    assert tokenizer.decode(part.tokens.tolist()) == f"{start}Hello there</s>"
+    assert trained(part, tokenizer) == [" there</s>"]
+    (text,) = renderer({"text": "Hello"})
+    assert tokenizer.decode(text.tokens.tolist()) == f"{start}Hello</s>"
+
+
+def test_a_boundary_that_would_merge_is_kept_apart_as_the_sampler_keeps_it():
+    tokenizer = small.tokenizer(eos="</s>")
+    (part,) = Renderer(tokenizer)({"prompt": "Hel", "completion": "lo"})
+    encode = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert part.tokens.tolist() == encode("Hel") + encode("lo") + [tokenizer.eos_token_id]
+    assert encode("Hello") != encode("Hel") + encode("lo")
+
+
+def test_no_template_is_an_error_with_remedies():
+    with pytest.raises(DataError, match="no chat template; use an instruct model, pass --template"):
+        Renderer(small.tokenizer())({"messages": [{"role": "assistant", "content": "a"}]})
+    renderer = Renderer(small.tokenizer(), template="chatml")
+    assert renderer({"messages": [{"role": "assistant", "content": "a"}]})[0].loss_mask.any()
+
+
+def test_length_policies_are_counted():
+    tokenizer = small.tokenizer(eos="</s>")
+    renderer = Renderer(tokenizer)
+    records = [
+        {"prompt": "a", "completion": "b" * 4},
+        {"prompt": "a", "completion": "b" * 40},
+        {"prompt": "a" * 40, "completion": "b"},
+    ]
+    bad = BadRecords()
+    assert len(render(records, renderer, 10, bad=bad)) == 1
+    assert bad.summary() == "2 too_long"
+    bad = BadRecords()
+    cut = render(records, renderer, 10, too_long="truncate", bad=bad)
+    assert [len(part.tokens) for part in cut] == [6, 10]
+    # The third would have kept no completion token at all.
+    assert bad.summary() == "1 too_long, 1 truncated"
+    with pytest.raises(DataError, match="42 tokens, more than max_length=10"):
+        render(records, renderer, 10, too_long="error")
+    with pytest.raises(DataError, match=r"no usable record is left of 1 \(1 too_long\)"):
+        render(records[1:2], renderer, 10)
+
+
+def test_records_without_loss_are_errors_or_counted():
+    tokenizer = small.tokenizer(small.CHATML)
+    silent = {
+        "messages": [{"role": "assistant", "content": "a", "train": False}],
+        "where": "f, line 3",
+    }
+    fine = {"messages": [{"role": "assistant", "content": "a", "train": True}]}
+    renderer = Renderer(tokenizer, mask="per_message")
+    with pytest.raises(DataError, match="f, line 3: its loss mask is all zero"):
+        render([fine, silent], renderer, 50)
+    bad = BadRecords(max_bad=0.5)
+    assert len(render([fine, silent], renderer, 50, bad=bad)) == 1
+    assert bad.summary() == "1 no_loss_tokens"
+    with pytest.raises(DataError, match="2 of 3 records are bad"):
+        render([fine, silent, silent], renderer, 50, bad=BadRecords(max_bad=0.5))
+
+
+def test_explain_shows_what_trains():
+    tokenizer = small.tokenizer(eos="</s>")
+    (part,) = Renderer(tokenizer)({"prompt": "Hello", "completion": " there"})
+    text = explain(part, tokenizer, color=False)
+    assert text.startswith("Hello⟦ there</s>⟧\n[")

@@ -23,10 +23,10 @@ from jax.experimental import multihost_utils
 from jaxft.adapters import combine, partition
 from jaxft.train.batches import BatchSource
 from jaxft.train.callbacks import Row
+from jaxft.train.commit import commit
 from jaxft.train.digest import all_finite, digests
 from jaxft.train.errors import DivergedError, OutputError
 from jaxft.train.state import TrainState
-from jaxft.train.step import commit
 
 HISTORY_ROWS = 1000  # saved with a checkpoint
 

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import optax
 
 from jaxft.adapters import combine, partition
+from jaxft.train.commit import writes_back
+from jaxft.weights import is_weight
 
 
 class TrainState(NamedTuple):
@@ -23,15 +25,17 @@ class TrainState(NamedTuple):
 def init_state(params: Any, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
     """The state before the first step.
 
-    The trainable leaves are copied, because a compiled step overwrites (donates) them; frozen leaves
-    are shared with `params`, so one base model serves many runs.
+    What a compiled step overwrites (donates) is copied: trainable leaves, and weights that have
+    `committed`. Other frozen leaves are shared with `params`, so one base model serves many runs.
 
     Raises:
         ValueError: if nothing trains, a trainable leaf is no float, or `key` is no typed key.
     """
     if not jnp.issubdtype(jnp.asarray(key).dtype, jax.dtypes.prng_key):
         raise ValueError("init_state: key must be a typed key; make one with jax.random.key(seed).")
-    trainable, frozen = partition(jax.tree.map(jnp.asarray, params))
+    copy = lambda node: jax.tree.map(jnp.copy, node) if writes_back(node) else node
+    params = jax.tree.map(copy, jax.tree.map(jnp.asarray, params), is_leaf=is_weight)
+    trainable, frozen = partition(params)
     _check_trainable(trainable)
     trainable = jax.tree.map(jnp.copy, trainable)
     params = combine(trainable, frozen)

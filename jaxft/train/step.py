@@ -13,6 +13,7 @@ import optax
 from jaxft.adapters import combine, partition, trainable_mask
 from jaxft.metrics import Mean
 from jaxft.train.accumulate import GradientEstimator, accumulate
+from jaxft.train.commit import commit, writes_back
 from jaxft.train.state import TrainState
 from jaxft.weights import is_weight
 
@@ -124,25 +125,6 @@ def jit_step(step: Step) -> Step:
     return run_step
 
 
-def commit(params: Any) -> Any:
-    """The params after an update, with each weight that has a method `committed` replaced by its result.
-
-    `committed()` returns the same node with what has been trained written into its frozen fields
-    (PaCA keeps the trained rows inside the frozen kernel). It sees one kernel, without the axes of
-    stacked layers, is called on outermost weights only, and must give the same when repeated.
-    """
-
-    def write(node):
-        if not hasattr(node, "committed"):
-            return node
-        committed = lambda n: n.committed()
-        for _ in range(node.ndim - 2):
-            committed = jax.vmap(committed)
-        return committed(node)
-
-    return jax.tree.map(write, params, is_leaf=is_weight)
-
-
 def global_norm(tree: Any) -> jax.Array:
     """sqrt of the sum of squares of all leaves, in float32 whatever their data type."""
     squares = [jnp.sum(jnp.square(jnp.abs(x.astype(jnp.float32)))) for x in jax.tree.leaves(tree)]
@@ -164,10 +146,9 @@ def _with_standard_metrics(metrics, loss, norm, good, opt_state):
 def _moving(treedef):
     """For each leaf of a TrainState, whether a step changes it."""
     state = treedef.unflatten(range(treedef.num_leaves))
-    committing = lambda node: is_weight(node) and hasattr(node, "committed")
     everything = lambda node: jax.tree.map(lambda _: True, node)
     mask = jax.tree.map(
-        lambda node, mask: everything(node) if committing(node) else mask,
+        lambda node, mask: everything(node) if writes_back(node) else mask,
         state.params,
         trainable_mask(state.params),
         is_leaf=is_weight,

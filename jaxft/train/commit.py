@@ -1,0 +1,34 @@
+"""Weights that keep what has been trained inside a frozen field, and write it there after each step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from jaxft.weights import is_weight
+
+
+def commit(params: Any) -> Any:
+    """The params after an update, with each weight that has a method `committed` replaced by its result.
+
+    `committed()` returns the same node with what has been trained written into its frozen fields
+    (PaCA keeps the trained rows inside the frozen kernel). It sees one kernel, without the axes of
+    stacked layers, is called on outermost weights only, and must give the same when repeated.
+    """
+
+    def write(node):
+        if not writes_back(node):
+            return node
+        committed = lambda n: n.committed()
+        for _ in range(node.ndim - 2):
+            committed = jax.vmap(committed)
+        return committed(node)
+
+    return jax.tree.map(write, params, is_leaf=is_weight)
+
+
+def writes_back(node: Any) -> bool:
+    """Whether `node` is a weight with a method `committed`."""
+    # An array too has an attribute `committed`.
+    return is_weight(node) and hasattr(node, "committed")

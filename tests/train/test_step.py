@@ -1,0 +1,230 @@
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxft.adapters import partition
+from jaxft.metrics import Mean
+from jaxft.train import commit, init_state, jit_step, make_optimizer, make_step
+from jaxft.weights import Frozen, Weight, frozen_field
+
+
+@pytest.fixture
+def adam():
+    return optax.adam(1e-2)
+
+
+def sizes(tree):
+    return sum(x.nbytes for x in jax.tree.leaves(tree))
+
+
+def test_a_step_is_value_and_grad_and_an_optax_update_of_the_trainable_part(problem, adam, key):
+    params, batch = problem.make_params(), problem.make_batch(0)
+    state = init_state(params, adam, key)
+    for number in range(3):
+        trainable, _ = partition(state.params)
+        # By hand, with the frozen part as a constant.
+        loss_fn = lambda t, k: problem.objective(
+            {
+                "first": {
+                    "kernel": dataclasses.replace(
+                        params["first"]["kernel"],
+                        a=t["first"]["kernel"].a,
+                        b=t["first"]["kernel"].b,
+                    ),
+                    "bias": t["first"]["bias"],
+                },
+                "second": params["second"],
+            },
+            batch,
+            k,
+        )[0]
+        step_key = jax.random.fold_in(key, number)
+        loss, grads = jax.value_and_grad(loss_fn)(trainable, step_key)
+        updates, opt_state = adam.update(grads, state.opt_state, trainable)
+        expected = optax.apply_updates(trainable, updates)
+        state, metrics = make_step(problem.objective, adam)(state, batch)
+        chex.assert_trees_all_close(partition(state.params)[0], expected, rtol=1e-5, atol=1e-7)
+        chex.assert_trees_all_close(state.opt_state, opt_state, rtol=1e-5, atol=1e-7)
+        norm = np.sqrt(sum(float((g**2).sum()) for g in jax.tree.leaves(grads)))
+        chex.assert_trees_all_close(metrics["loss"].value, loss, rtol=1e-5)
+        chex.assert_trees_all_close(metrics["grad_norm"], norm, rtol=1e-5)
+        assert metrics["num_tokens"] == batch["weights"].sum()
+        assert "learning_rate" not in metrics
+    assert state.step == 3
+
+
+def test_frozen_leaves_stay_bit_identical_and_are_absent_from_the_optimizer(problem, adam, key):
+    params = problem.make_params()
+    before = jax.tree.map(np.array, params)
+    state, step = init_state(params, adam, key), jit_step(make_step(problem.objective, adam))
+    for number in range(3):
+        state, _ = step(state, problem.make_batch(number))
+    trainable, frozen = partition(state.params)
+    chex.assert_trees_all_equal(frozen, partition(before)[1])
+    for new, old in zip(
+        jax.tree.leaves(trainable), jax.tree.leaves(partition(before)[0]), strict=True
+    ):
+        assert (new != old).any()
+    # Adam's two moments of the trainable part and a counter, and nothing else.
+    assert sizes(state.opt_state) == 2 * sizes(trainable) + 4
+
+
+def test_the_step_overwrites_what_trains_and_never_copies_what_is_frozen(adam, key):
+    width = 128
+    params = {"base": Frozen(jnp.ones((width, width))), "bias": jnp.zeros(width)}
+    objective = lambda p, batch, key: (
+        jnp.mean((batch @ p["base"].value + p["bias"][None]) ** 2),
+        {},
+    )
+    state = init_state(params, adam, key)
+    step, batch = jit_step(make_step(objective, adam)), jnp.ones((2, width))
+    memory = step.lower(state, batch).compile().memory_analysis()
+    moving = sizes((state.step, state.params["bias"], state.opt_state))
+    frozen = sizes(state.params["base"])
+    assert memory.alias_size_in_bytes == moving
+    assert memory.output_size_in_bytes < moving + 200  # the metrics
+    assert memory.temp_size_in_bytes < frozen / 4
+    bias, base = state.params["bias"], state.params["base"].value
+    new, _ = step(state, batch)
+    assert bias.is_deleted() and state.opt_state[0].mu["bias"].is_deleted()
+    assert new.params["base"].value is base is params["base"].value
+    assert not params["bias"].is_deleted()  # init_state copied it.
+
+
+def test_steps_do_not_compile_again(problem, adam, key):
+    compiled = []
+
+    def objective(*args):
+        compiled.append(1)
+        return problem.objective(*args)
+
+    step, state = jit_step(make_step(objective, adam)), init_state(problem.make_params(), adam, key)
+    for number in range(4):
+        state, metrics = step(state, problem.make_batch(number))
+    assert len(compiled) == 1
+    step(state, problem.make_batch(9), metrics["good"])
+    assert len(compiled) == 2  # with the third argument
+
+
+@pytest.mark.parametrize("broken", ["batch", "good"])
+def test_a_step_that_is_not_finite_or_not_good_changes_nothing(problem, adam, key, broken):
+    state, step = init_state(problem.make_params(), adam, key), make_step(problem.objective, adam)
+    state, _ = step(state, problem.make_batch(0))
+    batch = problem.make_batch(1)
+    if broken == "batch":
+        batch["x"][1, 0, 0] = np.inf
+    new, metrics = jax.jit(step)(state, batch, jnp.array(broken != "good"))
+    assert not metrics["good"]
+    chex.assert_trees_all_equal(new, state)
+
+
+def test_microbatches_and_any_estimator_reach_the_step(problem, adam, key):
+    batch, state = problem.make_batch(2), init_state(problem.make_params(), adam, key)
+    seen = []
+
+    def doubled(fun, has_aux):
+        seen.append(has_aux)
+
+        def estimate(*args):
+            value, grads = jax.value_and_grad(fun, has_aux=has_aux)(*args)
+            return value, jax.tree.map(lambda g: 2 * g, grads)
+
+        return estimate
+
+    _, plain = make_step(problem.quiet, adam)(state, batch)
+    _, twice = make_step(problem.quiet, adam, gradient=doubled, microbatches=4)(state, batch)
+    assert seen == [True]
+    chex.assert_trees_all_close(twice["loss"], plain["loss"], rtol=1e-5)
+    chex.assert_trees_all_close(twice["grad_norm"], 2 * plain["grad_norm"], rtol=1e-5)
+
+
+def test_an_optimizer_with_extra_arguments_gets_the_value_and_functions_of_it(problem, key):
+    batch, seen = problem.make_batch(2), {}
+
+    def update(updates, state, params=None, **extra):
+        seen.update(extra)
+        seen["again"] = extra["value_fn"](params), extra["grad_fn"](params, 0)
+        return updates, state
+
+    optimizer = optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+    state = init_state(problem.make_params(), optimizer, key)
+    _, metrics = make_step(problem.objective, optimizer)(state, batch)
+    value, grads = seen["again"]
+    chex.assert_trees_all_close(seen["value"], value, metrics["loss"].value, rtol=1e-6)
+    chex.assert_trees_all_close(seen["grad"], grads)
+
+
+def test_the_learning_rate_is_shown_when_the_optimizer_holds_it(problem, key):
+    optimizer = make_optimizer(0.5, total_steps=10, warmup_ratio=0.4)
+    state, step = (
+        init_state(problem.make_params(), optimizer, key),
+        make_step(problem.objective, optimizer),
+    )
+    rates = []
+    for _ in range(6):
+        state, metrics = step(state, problem.make_batch(0))
+        rates.append(float(metrics["learning_rate"]))
+    cosine = lambda p: 0.5 * (1 + np.cos(np.pi * p)) / 2
+    np.testing.assert_allclose(
+        rates, [0.125, 0.25, 0.375, 0.5, cosine(0), cosine(1 / 6)], rtol=1e-5
+    )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Written(Weight):
+    """A kernel whose first row trains: rows are written back, as in PaCA."""
+
+    kernel: jax.Array = frozen_field()  # [D, F]
+    row: jax.Array  # [F]
+
+    @property
+    def shape(self):
+        return self.kernel.shape
+
+    def rmatmul(self, x):
+        return x @ self.kernel.at[0].set(self.row)
+
+    def committed(self):
+        return dataclasses.replace(self, kernel=self.kernel.at[0].set(self.row))
+
+
+@pytest.mark.parametrize("stack", [(), (3,)])
+def test_weights_write_back_what_has_been_trained(adam, key, stack):
+    node = Written(jnp.ones((*stack, 4, 5)), jnp.full((*stack, 5), 2.0))
+    after = commit({"kernel": node, "other": jnp.ones(2)})["kernel"]
+    chex.assert_trees_all_equal(after.kernel[..., 0, :], node.row)
+    chex.assert_trees_all_equal(after.kernel[..., 1:, :], node.kernel[..., 1:, :])
+    objective = lambda p, batch, key: (jnp.sum(p["kernel"].row ** 2), {})
+    state, step = init_state({"kernel": node}, adam, key), jit_step(make_step(objective, adam))
+    state, _ = step(state, jnp.ones(1))
+    chex.assert_trees_all_equal(
+        state.params["kernel"].kernel[..., 0, :], state.params["kernel"].row
+    )
+    assert (state.params["kernel"].row < 2).all()
+    assert not node.kernel.is_deleted()
+
+
+def test_mistakes_are_refused(problem, adam, key):
+    with pytest.raises(ValueError, match="typed key"):
+        init_state(problem.make_params(), adam, jax.random.PRNGKey(0))
+    with pytest.raises(ValueError, match="nothing trains"):
+        init_state({"kernel": Frozen(jnp.ones(3))}, adam, key)
+    with pytest.raises(ValueError, match="table would train but is int32"):
+        init_state({"table": jnp.arange(3)}, adam, key)
+
+
+def test_an_optimizer_state_that_repeats_an_array_can_be_donated(problem, key):
+    def init(params):
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return zeros, zeros, params
+
+    optimizer = optax.GradientTransformation(init, lambda u, s, p=None: (u, s))
+    state = init_state(problem.make_params(), optimizer, key)
+    state, metrics = jit_step(make_step(problem.objective, optimizer))(state, problem.make_batch(0))
+    assert isinstance(metrics["loss"], Mean) and metrics["good"]

@@ -15,7 +15,7 @@ help:
 	@echo "make bench  compare speed with transformers + peft and trl"
 
 demo: $(VENV)/.text
-	$(BIN)/python experiments/demo.py
+	$(BIN)/python experiments/sft.py --output-dir runs/demo
 
 test: $(VENV)/.test
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)

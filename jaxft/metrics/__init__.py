@@ -1,5 +1,6 @@
 """Measures of models: running means, intervals."""
 
+from jaxft.metrics.interval import wilson_interval
 from jaxft.metrics.mean import Mean, combine_means, mean_values
 
-__all__ = ["Mean", "combine_means", "mean_values"]
+__all__ = ["Mean", "combine_means", "mean_values", "wilson_interval"]

@@ -1,6 +1,7 @@
 """Means that say over what they are taken, so that parts of a batch add up to the whole."""
 
-from typing import Mapping, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp

@@ -111,14 +111,14 @@ def test_length_limits(model, params, prompts, new):
 def test_few_programs_for_many_lengths(model, params):
     rng = np.random.default_rng(0)
     before = sampler._decode._cache_size(), sampler.prefill._cache_size()
-    for n in rng.integers(1, 60, 20):
+    for n in rng.integers(1, 60, 40):
         batch = [rng.integers(0, 31, n).tolist() for _ in range(rng.integers(5, 9))]
         generate(
             model, params, batch, jax.random.key(0), dataclasses.replace(GREEDY, max_new_tokens=3)
         )
-    # Buckets of width 16, 32 and 64, of 8 rows.
-    assert sampler._decode._cache_size() - before[0] <= 3
-    assert sampler.prefill._cache_size() - before[1] <= 3
+    # Widths 16, 24, 32, 48, 64 and rows 6, 8.
+    assert sampler._decode._cache_size() - before[0] <= 10
+    assert sampler.prefill._cache_size() - before[1] <= 10
 
 
 def test_bad_arguments_are_explained(model, params):

@@ -1,0 +1,79 @@
+"""Held-out loss, perplexity and, where answers can be verified, accuracy of a model and adapter.
+
+python experiments/evaluate.py --data held_out.jsonl --adapter runs/sft/adapter
+python experiments/evaluate.py --data "rg:chain_sum?size=200&seed=9"
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import pathlib
+from typing import Any, Literal
+
+import tyro
+
+from jaxft import checkpoints as files
+from jaxft import data, train
+from jaxft.adapters import load_adapter, merge
+from jaxft.objectives import supervised
+from jaxft.rl import measure_accuracy, verifier_for
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Which model, on which records."""
+
+    data: str  # file, rg:TASK, tfds:NAME or hub id
+    model: str = "smollm2"  # directory, .gguf file, "smollm2", "tiny" (random), or hub id
+    adapter: str | None = None  # directory of a PEFT adapter
+    limit: int | None = None  # use at most so many records
+    mask: Literal["completion", "last_turn", "all", "per_message"] = "completion"
+    template: str | None = None  # chat template that replaces the model's
+    max_length: int = 512
+    batch_size: int = 4
+    max_new_tokens: int = 64
+    output: str | None = None  # JSON file for the metrics and answers
+    debug: bool = False  # full tracebacks
+
+
+def main(config: Config) -> dict[str, Any]:
+    """Prints and returns the metrics."""
+    train.keep_memory_warm()
+    renderer = data.Renderer(
+        files.load_tokenizer(config.model), template=config.template, mask=config.mask
+    )
+    records = data.load(config.data, limit=config.limit)
+    bad = data.BadRecords()
+    tokenised = data.render(records, renderer, config.max_length, bad=bad)
+    if bad.summary():
+        print(f"records left out of the loss: {bad.summary()}; see --max-length")
+    model, params = files.load_model(config.model)
+    if config.adapter:
+        params = merge(load_adapter(config.adapter, model.config, params))
+    batches = data.finite_batches(
+        tokenised, batch_size=config.batch_size, max_length=config.max_length
+    )
+    loss = train.evaluate(train.make_eval_step(supervised(model)), params, batches)["loss"]
+    metrics = {"records": len(records), "loss": loss, "perplexity": math.exp(loss)}
+    print(f"loss {loss:.4f} nats a token, perplexity {math.exp(loss):.3f}")
+    verifier = verifier_for(records[0]["source"], records)
+    if verifier is not None:
+        result = measure_accuracy(
+            model, params, renderer, records, verifier, max_new_tokens=config.max_new_tokens
+        )
+        metrics |= {"accuracy": result.rate, "interval": result.interval}
+        metrics |= {"mentioned": result.mention_rate}
+        print(f"accuracy {result}")
+        metrics["answers"] = [
+            {"id": r["id"], "completion": c, "correct": ok}
+            for r, c, ok in zip(records, result.completions, result.correct, strict=True)
+        ]
+    if config.output:
+        pathlib.Path(config.output).write_text(json.dumps(metrics, indent=2) + "\n")
+    return metrics
+
+
+if __name__ == "__main__":
+    train.run_main(main, tyro.cli(Config, description=__doc__))

@@ -15,6 +15,7 @@ help:
 	@echo "make bench  compare speed with transformers + peft and trl"
 
 demo: $(VENV)/.text
+	rm -rf runs/demo
 	$(BIN)/python experiments/sft.py --output-dir runs/demo
 
 test: $(VENV)/.test

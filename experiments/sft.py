@@ -30,6 +30,7 @@ from jaxft.objectives import supervised
 from jaxft.parallel import make_mesh, shard_params
 from jaxft.rl import Accuracy, measure_accuracy, verifier_for
 
+# reasoning-gym draws entry i from seed + i: the seeds below are further apart than the sizes.
 NEEDLE = "rg:needle_haystack?min_num_statements=4&max_num_statements=8"
 
 
@@ -40,7 +41,7 @@ class Config:
     model: str = "smollm2"  # directory, .gguf file, "smollm2", "tiny" (random), or hub id
     data: tuple[str, ...] = (f"{NEEDLE}&size=2000&seed=1",)  # files, rg:TASK, tfds:NAME, hub ids
     weights: tuple[float, ...] = ()  # share of each source; default: by size
-    eval_data: str = f"{NEEDLE}&size=100&seed=2"  # "": hold out a part of the data
+    eval_data: str = f"{NEEDLE}&size=100&seed=1000000"  # "": hold out a part of the data
     validation: float = 0.05  # the part held out, if there is no eval_data
     output_dir: str = "runs/sft"
 
@@ -94,6 +95,7 @@ def main(config: Config) -> dict[str, Any]:
     if config.preview:
         return {"records": len(training)}
     output = pathlib.Path(config.output_dir)
+    _check_output(config, output)
     mesh = _mesh(config)
     model, base = files.load_model(config.model, mesh=mesh, scan_layers=config.scan_layers)
     model = model.clone(dtype=jnp.bfloat16 if config.bfloat16 else jnp.float32, remat=config.remat)
@@ -262,6 +264,15 @@ def _mesh(config):
     return make_mesh(data=config.data_axis, fsdp=config.fsdp, tensor=config.tensor)
 
 
+def _check_output(config, output):
+    """Before the model is loaded: fit itself would find out minutes later."""
+    train.writable_directory(output)
+    if not config.resume and any((output / "checkpoints").glob("[0-9]*")):
+        raise train.OutputError(
+            f"{output} holds an earlier run; go on with --resume, or choose another --output-dir."
+        )
+
+
 def _check_length(config, model):
     if config.max_length > model.config.max_length:
         raise ValueError(
@@ -280,7 +291,7 @@ def _smoke(config):
     small = dict(
         model="tiny",
         data=("rg:chain_sum?size=64&seed=1&max_terms=2",),
-        eval_data="rg:chain_sum?size=8&seed=2&max_terms=2",
+        eval_data="rg:chain_sum?size=8&seed=1000000&max_terms=2",
         max_steps=6,
         eval_steps=3,
         max_length=256,

@@ -1,0 +1,111 @@
+"""What is installed, whether it fits together, and which devices there are: python -m jaxft.doctor"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import sys
+
+CORE = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "chex", "numpy", "safetensors")
+EXTRAS = {
+    "text": ("transformers", "datasets", "grain", "gguf", "reasoning-gym", "rich", "tyro"),
+    "tfds": ("tensorflow-datasets", "array-record"),
+    "logging": ("tensorboardX", "wandb"),
+    "notebooks": ("ipykernel", "nbclient", "nbformat"),
+    "test": ("pytest", "pytest-xdist", "ruff", "torch", "peft"),
+    "tpu": ("libtpu",),
+    "cuda": ("jax-cuda12-plugin",),
+}
+Version = tuple[int, ...]
+
+
+def bad_pair(jax: Version, flax: Version) -> str | None:
+    """Why these versions of jax and flax do not import together, and what to install; None if fine."""
+    if flax <= (0, 12, 8) and jax >= (0, 11, 1):
+        return "flax up to 0.12.8 does not import with jax from 0.11.1 on"
+    if flax[:3] == (0, 12, 9) and jax >= (0, 11, 2):
+        return "flax 0.12.9 does not import with jax from 0.11.2 on"
+    return None
+
+
+def fix_command(python: Version) -> str:
+    """The pip command for a pair that works on a Python version."""
+    if python < (3, 12):
+        return 'pip install "jax==0.10.2" "flax==0.12.8"'
+    return 'pip install -U "jax>=0.11" "flax>=0.12.12"'
+
+
+def installed(name: str) -> str | None:
+    """Version of a distribution, or None."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def parse(version: str) -> Version:
+    """(0, 12, 8) of "0.12.8.dev1": the leading numbers."""
+    numbers = []
+    for part in version.split("."):
+        if not part.isdigit():
+            break
+        numbers.append(int(part))
+    return tuple(numbers)
+
+
+def problems() -> list[str]:
+    """What must be mended before jaxft can work."""
+    found = [f"{name} is missing: pip install jaxft" for name in CORE if installed(name) is None]
+    if not (3, 11) <= sys.version_info[:2] <= (3, 13):
+        found.append(f"Python {platform.python_version()} is not supported; use 3.11 to 3.13")
+    jax, flax = installed("jax"), installed("flax")
+    if jax and flax:
+        reason = bad_pair(parse(jax), parse(flax))
+        if reason:
+            fix = fix_command(sys.version_info[:2])
+            found.append(f"jax {jax} with flax {flax}: {reason}; {fix}")
+    return found
+
+
+def devices() -> str:
+    """The backend and its devices, or why there are none."""
+    try:
+        import jax
+
+        listed = ", ".join(sorted({d.device_kind for d in jax.devices()}))
+        return f"{jax.default_backend()}: {jax.device_count()} x {listed}"
+    except Exception as error:  # Backends fail in their own ways; the doctor reports them all.
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return f"none ({reason}); JAX_PLATFORMS=cpu runs on the CPU"
+
+
+def report() -> tuple[str, list[str]]:
+    """(the report as text, the problems)."""
+    lines = [f"{'Python':18}{platform.python_version()} on {platform.platform()}"]
+    lines += [f"{name:18}{installed(name) or 'missing'}" for name in CORE]
+    found = problems()
+    lines.append(f"{'devices':18}{'not asked' if found else devices()}")
+    for extra, names in EXTRAS.items():
+        missing = [name for name in names if installed(name) is None]
+        state = "present" if not missing else f"missing {', '.join(missing)}"
+        hint = "" if not missing else f"  (pip install 'jaxft[{extra}]')"
+        lines.append(f"{'extra ' + extra:18}{state}{hint}")
+    for name in ("JAX_PLATFORMS", "XLA_FLAGS", "HF_HUB_OFFLINE", "JAX_COMPILATION_CACHE_DIR"):
+        if name in os.environ:
+            lines.append(f"{name:18} {os.environ[name]}")
+    return "\n".join(lines), found
+
+
+def main() -> int:
+    """Prints the report; 1 if there is a problem."""
+    text, found = report()
+    print(text)
+    for problem in found:
+        print(f"problem: {problem}")
+    print("all well" if not found else f"{len(found)} problem(s)")
+    return bool(found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

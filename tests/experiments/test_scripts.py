@@ -1,0 +1,172 @@
+"""Every script, run small; and what a user sees who gets something wrong."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from experiments import evaluate, generate, sft
+
+ROOT = pathlib.Path(__file__).parents[2]
+TASK = "rg:chain_sum?size=40&seed=1&max_terms=2&min_digits=1&max_digits=1"
+
+
+def run(script, *arguments):
+    command = [sys.executable, str(ROOT / "experiments" / f"{script}.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """A smoke run's output directory and metrics."""
+    output = tmp_path_factory.mktemp("smoke") / "run"
+    return output, sft.main(
+        sft.Config(smoke=True, output_dir=str(output), report_to=("tensorboard",))
+    )
+
+
+def test_smoke_writes_all_it_promises(smoke):
+    output, metrics = smoke
+    files = {path.name for path in output.iterdir()}
+    assert files >= {
+        "adapter",
+        "checkpoints",
+        "metrics.json",
+        "metrics.jsonl",
+        "training.png",
+        "tensorboard",
+    }
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 7))
+    assert json.loads((output / "metrics.json").read_text())["steps"] == metrics["steps"] == 6
+
+
+def test_the_adapter_is_used_by_the_other_scripts(smoke, tmp_path, capsys):
+    adapter = str(smoke[0] / "adapter")
+    report = tmp_path / "metrics.json"
+    plain = evaluate.main(evaluate.Config(data=TASK, model="tiny", limit=5, max_new_tokens=2))
+    tuned = evaluate.main(
+        evaluate.Config(
+            data=TASK, model="tiny", limit=5, max_new_tokens=2, adapter=adapter, output=str(report)
+        )
+    )
+    assert tuned["loss"] < plain["loss"]
+    assert len(json.loads(report.read_text())["answers"]) == 5
+    prompts = generate.Config(
+        model="tiny", adapter=adapter, prompt=("1 + 1 =", "2"), max_new_tokens=3
+    )
+    assert len(generate.main(prompts)) == 2
+    capsys.readouterr()
+
+
+def test_training_learns_and_resumes_to_the_same_losses(tmp_path):
+    settings = dict(
+        model="tiny",
+        data=(TASK,),
+        eval_data="",
+        validation=0.2,
+        adapter="full",
+        max_steps=8,
+        max_length=128,
+        eval_steps=4,
+        accuracy=False,
+        learning_rate=3e-3,
+        save_steps=4,
+        scan_layers=True,
+    )
+    losses = lambda path: [
+        json.loads(line)["loss"] for line in (path / "metrics.jsonl").read_text().splitlines()
+    ]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    metrics = sft.main(sft.Config(**settings, output_dir=str(whole)))
+    assert metrics["last_loss"] < 0.9 * metrics["first_loss"]
+    # The schedule knows the whole length: the run is cut by removing its last checkpoint.
+    sft.main(sft.Config(**settings, output_dir=str(parts)))
+    import shutil
+
+    shutil.rmtree(parts / "checkpoints" / "8")
+    sft.main(sft.Config(**settings, output_dir=str(parts), resume=True))
+    assert losses(parts) == losses(whole)
+    model = generate.Config(model=str(whole / "model"), prompt=("hi",), max_new_tokens=2)
+    assert len(generate.main(model)) == 1
+
+
+def test_preview_prints_what_trains_and_stops(capsys):
+    assert sft.main(sft.Config(smoke=True, preview=True)) == {"records": 1}
+    shown = capsys.readouterr().out
+    assert shown.count("<|im_end|>⟧") == 3 and "tokens, " in shown
+
+
+def bad_line(path):
+    file = path / "bad.jsonl"
+    file.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": }\n')
+    return ["--data", file]
+
+
+def unknown_column(path):
+    file = path / "column.jsonl"
+    file.write_text('{"promt": "a", "completion": "b"}\n')
+    return ["--data", file]
+
+
+def empty(path):
+    (path / "empty.jsonl").write_text("")
+    return ["--data", path / "empty.jsonl"]
+
+
+def architecture(path):
+    (path / "config.json").write_text('{"model_type": "mamba"}')
+    (path / "tokenizer.json").write_bytes(b"{}")
+    return ["--model", path]
+
+
+def unwritable(path):
+    (path / "file").write_text("")
+    return ["--output-dir", path / "file" / "run"]
+
+
+BAD = {
+    "missing file": (lambda p: ["--data", p / "nowhere.jsonl"], "nowhere.jsonl: no such file"),
+    "bad line": (bad_line, "bad.jsonl, line 2: not valid JSON"),
+    "unknown column": (unknown_column, "no usable columns among"),
+    "empty": (empty, "no records"),
+    "missing model": (lambda p: ["--model", p / "none"], "no such model; give a directory"),
+    "pattern": (lambda p: ["--target", "nothing"], "no weight matches 'nothing'"),
+    "rank": (lambda p: ["--rank", "0"], "rank must be at least 1, got 0"),
+    "long": (lambda p: ["--max-length", "4096"], "is more than the 512 positions"),
+    "batch": (
+        lambda p: ["--batch-size", "3", "--gradient-accumulation-steps", "2"],
+        "must be a multiple of --gradient-accumulation-steps",
+    ),
+    "template": (lambda p: ["--template", "nope.jinja"], "neither Jinja text, a file"),
+    "output": (unwritable, "cannot write to"),
+    "too short": (lambda p: ["--max-length", "8"], "no usable record is left"),
+    "flag": (lambda p: ["--learning-rte", "1"], "learning-rte"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line_and_exit_code_2(name, tmp_path):
+    make, message = BAD[name]
+    output = ["--output-dir", tmp_path / "out"] if name != "output" else []
+    result = run("sft", "--smoke", *output, *make(tmp_path))
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert message in result.stderr
+    if name != "flag":
+        assert len(result.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("script", ["sft", "generate", "evaluate"])
+def test_help_is_readable(script):
+    result = run(script, "--help")
+    assert result.returncode == 0 and "--model" in result.stdout
+
+
+def test_the_list_of_scripts():
+    result = subprocess.run(
+        [sys.executable, "-m", "experiments"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert "python experiments/sft.py" in result.stdout

@@ -1,0 +1,77 @@
+"""What holds for the whole tree: layers, imports, docstrings, nothing private to one machine."""
+
+import ast
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+# DESIGN: a folder imports only from folders above it, or from its own.
+LAYERS = (
+    "kernels optim losses metrics weights models adapters parallel checkpoints data generation "
+    "diffusion objectives rl train analysis compression editing federated agents simulators"
+).split()
+# Losses and kernels read weights by `matmul`; weights know neither, so nothing turns in a circle.
+ABOVE_ALL = {"weights", "kernels"}
+
+
+def sources():
+    return sorted((ROOT / "jaxft").rglob("*.py"))
+
+
+def imported(tree):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_folder_imports_only_from_those_above_it(path):
+    parts = path.relative_to(ROOT / "jaxft").parts
+    if len(parts) == 1:
+        return
+    place = LAYERS.index(parts[0])
+    for module in imported(ast.parse(path.read_text())):
+        names = module.split(".")
+        if names[0] == "jaxft" and len(names) > 1 and names[1] not in ABOVE_ALL:
+            assert LAYERS.index(names[1]) <= place, f"{path} imports {module}"
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_torch_no_pickle_and_docstrings_on_all_that_is_public(path):
+    tree = ast.parse(path.read_text())
+    banned = {"torch", "pickle", "tensorflow", "dill", "joblib"}
+    assert not {module.split(".")[0] for module in imported(tree)} & banned
+    assert ast.get_docstring(tree), "the module has no docstring"
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+            assert ast.get_docstring(node), f"{node.name} has no docstring"
+
+
+def test_importing_is_light():
+    def modules(name):
+        code = f"import sys, {name}; print(*sys.modules)"
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        return {m.split(".")[0] for m in result.stdout.split()}
+
+    assert not modules("jaxft") & {"jax", "numpy", "flax", "transformers", "torch"}
+    heavy = {"torch", "transformers", "tensorflow", "datasets", "grain", "matplotlib", "tyro"}
+    for name in ("jaxft.models", "jaxft.adapters", "jaxft.losses", "jaxft.checkpoints"):
+        assert not modules(name) & heavy
+
+
+def test_nothing_names_a_machine_or_a_registry():
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout
+    pattern = re.compile(r"/work/|/root/|pypi\.org|pythonhosted|registry\.npmjs|deb\.debian")
+    for name in tracked.split():
+        path = ROOT / name
+        if path.suffix in (".py", ".md", ".cfg", ".toml", ".ipynb", "") and path != pathlib.Path(
+            __file__
+        ):
+            assert not pattern.search(path.read_text(errors="replace")), name

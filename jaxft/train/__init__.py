@@ -2,7 +2,7 @@
 
 from jaxft.train.accumulate import GradientEstimator, accumulate, loss_weight, split_batch
 from jaxft.train.callbacks import Callback, Row, Run, every, profile
-from jaxft.train.checkpoints import Checkpoints, restore_params
+from jaxft.train.checkpoints import Checkpoints, restore_params, writable_directory
 from jaxft.train.commit import commit
 from jaxft.train.errors import (
     DivergedError,
@@ -60,4 +60,5 @@ __all__ = [
     "tensorboard_log",
     "wandb_log",
     "with_warmup",
+    "writable_directory",
 ]

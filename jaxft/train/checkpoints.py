@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import math
 import os
 import shutil
@@ -71,14 +72,15 @@ def open_checkpoints(checkpoints: Checkpoints | None, state: TrainState) -> Iter
     trainable, frozen = partition(state.params)
     size = sum(x.nbytes for x in jax.tree.leaves((trainable, state.opt_state)))
     directory = writable_directory(checkpoints.directory, size)
-    manager = _manager(directory, checkpoints.last, checkpoints.best is not None)
-    saver = Saver(checkpoints, manager, digests(frozen))
-    try:
-        yield saver
-        saver.wait()
-    finally:
-        with _write_errors(directory):
-            manager.close()
+    with _quiet_absl():
+        manager = _manager(directory, checkpoints.last, checkpoints.best is not None)
+        saver = Saver(checkpoints, manager, digests(frozen))
+        try:
+            yield saver
+            saver.wait()
+        finally:
+            with _write_errors(directory):
+                manager.close()
 
 
 def restore_params(
@@ -300,6 +302,18 @@ def _check_same(saved, now, what, values=True):
             f"{name!r}: saved {show(saved)}, now {show(now)}. Use the same base model, adapters and "
             "optimizer as before, or another directory."
         )
+
+
+@contextlib.contextmanager
+def _quiet_absl():
+    """Without Orbax's tracebacks in the log: their errors come back as one line from `_write_errors`."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,45 @@
+import optax
+import pytest
+
+from jaxft.train import Callback, fit, profile
+from jaxft.train.callbacks import on_main_process
+
+
+def test_profile_traces_a_window_of_steps(problem, monkeypatch, tmp_path):
+    import jax
+
+    events = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda path: events.append(path))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: events.append("stop"))
+    look = Callback(on_step=lambda step, state: events.append(step))
+    args = problem.make_params(), problem.objective, optax.sgd(0.1)
+    batches = [problem.make_batch(n) for n in range(5)]
+    fit(*args, batches, callbacks=[look, profile(tmp_path, start=2, stop=4)])
+    assert events == [1, 2, str(tmp_path), 3, 4, "stop", 5]
+    events.clear()
+    fit(*args, batches[:3], callbacks=[profile(tmp_path, start=2, stop=9)])
+    assert events == [str(tmp_path), "stop"]
+
+
+@pytest.mark.slow
+def test_profile_writes_a_trace(problem, tmp_path):
+    batches = [problem.make_batch(n) for n in range(4)]
+    args = problem.make_params(), problem.objective, optax.sgd(0.1)
+    fit(*args, batches, callbacks=[profile(tmp_path, start=1, stop=3)])
+    assert list(tmp_path.glob("plugins/profile/*/*.xplane.pb"))
+
+
+def test_a_bad_window_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="got 5 and 5"):
+        profile(tmp_path, start=5, stop=5)
+
+
+def test_other_processes_do_not_write(monkeypatch):
+    import jax
+
+    calls = []
+    callback = on_main_process(Callback(on_row=calls.append))
+    callback.on_row("zero")
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    callback.on_row("one")
+    assert calls == ["zero"] and callback.on_start is None

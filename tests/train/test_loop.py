@@ -1,0 +1,191 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxft.adapters import partition
+from jaxft.parallel import make_mesh, shard_params
+from jaxft.train import Callback, DivergedError, fit, init_state, make_optimizer, make_step
+
+
+@pytest.fixture
+def optimizer():
+    return make_optimizer(1e-2, total_steps=10, weight_decay=0.1)
+
+
+def losses(history):
+    return [row["loss"] for row in history]
+
+
+def test_fit_is_its_step_repeated(problem, optimizer, key):
+    batches = [problem.make_batch(n) for n in range(5)]
+    params = problem.make_params()
+    state, history = fit(params, problem.objective, optimizer, batches, key=key)
+    expected, step = (
+        init_state(params, optimizer, key),
+        jax.jit(make_step(problem.objective, optimizer)),
+    )
+    for batch, row in zip(batches, history, strict=True):
+        expected, metrics = step(expected, batch)
+        assert row["loss"] == metrics["loss"].value
+        assert row["largest"] == metrics["largest"]
+    chex.assert_trees_all_close(state[:3], expected[:3], rtol=1e-6)
+    assert [row["step"] for row in history] == [1, 2, 3, 4, 5]
+    assert {"loss", "grad_norm", "learning_rate", "num_tokens", "seconds"} <= set(history[0])
+    assert all(isinstance(v, (int, float)) for row in history for v in row.values())
+    # The caller's params are still there.
+    chex.assert_trees_all_equal(params, problem.make_params())
+
+
+def test_fit_goes_on_from_a_state(problem, optimizer, key):
+    whole = fit(
+        problem.make_params(), problem.objective, optimizer, problem.Batches(), steps=6, key=key
+    )
+    batches = problem.Batches()
+    state, first = fit(
+        problem.make_params(), problem.objective, optimizer, batches, steps=4, key=key
+    )
+    state, second = fit(state, problem.objective, optimizer, batches, steps=6)
+    assert losses(first + second) == losses(whole[1])
+    chex.assert_trees_all_equal(state, whole[0])
+
+
+def test_batches_may_be_a_function_of_the_state(problem, optimizer, key):
+    collect = lambda state: problem.make_batch(int(state.step) + 1)
+    args = problem.make_params(), problem.objective, optimizer
+    _, history = fit(*args, collect, steps=4, key=key)
+    assert losses(history) == losses(fit(*args, problem.Batches(), steps=4, key=key)[1])
+    with pytest.raises(ValueError, match="never ends; pass steps"):
+        fit(*args, collect)
+
+
+def test_batches_that_end_early_warn(problem, optimizer):
+    args = problem.make_params(), problem.objective, optimizer
+    with pytest.warns(UserWarning, match="ended after 2 of 5 steps"):
+        state, _ = fit(*args, [problem.make_batch(n) for n in range(2)], steps=5)
+    assert state.step == 2
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_a_mesh_gives_the_losses_of_one_device(problem, optimizer, key, microbatches):
+    batches = [problem.make_batch(n, rows=16) for n in range(4)]
+    options = dict(key=key, microbatches=microbatches)
+    one, expected = fit(problem.make_params(), problem.objective, optimizer, batches, **options)
+    mesh = make_mesh(data=4, fsdp=2)
+    rules = [("second/kernel", jax.P("fsdp", None)), (".*", jax.P())]
+    params = shard_params(problem.make_params(), mesh, rules)
+    many, history = fit(params, problem.objective, optimizer, batches, mesh=mesh, **options)
+    np.testing.assert_allclose(losses(history), losses(expected), rtol=1e-5)
+    chex.assert_trees_all_close(
+        partition(many.params)[0], partition(one.params)[0], rtol=1e-3, atol=1e-5
+    )
+    assert many.params["second"]["kernel"].value.sharding.spec == jax.P("fsdp", None)
+
+
+def test_shardings_stay_and_nothing_compiles_again_on_a_mesh(problem, key):
+    traces = []
+
+    def objective(params, batch, key):
+        traces.append(1)
+        return jnp.mean((batch["x"] @ params["kernel"]) ** 2), {}
+
+    mesh = make_mesh(data=4, fsdp=2)
+    params = shard_params({"kernel": jnp.ones((6, 6))}, mesh, [(".*", jax.P("fsdp", None))])
+    seen = []
+    look = Callback(
+        on_step=lambda step, state: seen.append(jax.tree.map(lambda x: x.sharding, state))
+    )
+    batches = [problem.make_batch(n) for n in range(4)]
+    state, _ = fit(
+        params, objective, optax.adam(1e-2), batches, key=key, mesh=mesh, callbacks=[look]
+    )
+    assert len(traces) == 1
+    assert all(shardings == seen[0] for shardings in seen)
+    moments = state.opt_state[0].mu["kernel"]
+    assert moments.sharding.spec == state.params["kernel"].sharding.spec == jax.P("fsdp", None)
+
+
+def test_rows_that_the_mesh_does_not_divide_are_refused(problem, optimizer):
+    mesh = make_mesh(data=4, fsdp=2)
+    with pytest.raises(ValueError, match=r"12 rows of 'weights' .* data x fsdp = 8"):
+        fit(
+            problem.make_params(),
+            problem.objective,
+            optimizer,
+            [problem.make_batch(0, 12)],
+            mesh=mesh,
+        )
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_at_the_state_before(problem, optimizer, key):
+    batches = [problem.make_batch(n) for n in range(6)]
+    batches[3]["x"][1, 0, 0] = np.nan
+    args = problem.make_params(), problem.objective, optimizer
+    with pytest.raises(DivergedError, match=r"diverged at step 4: loss and grad_norm") as caught:
+        fit(*args, batches, key=key)
+    good, history = fit(*args, batches[:3], key=key)
+    assert caught.value.step == 4
+    chex.assert_trees_all_equal(caught.value.state, good)
+    assert losses(caught.value.history) == losses(history)
+
+
+def test_divergence_at_the_last_step_is_seen(problem, optimizer):
+    batches = [problem.make_batch(n) for n in range(2)]
+    batches[1]["y"][1] = np.inf
+    with pytest.raises(DivergedError, match="step 2"):
+        fit(problem.make_params(), problem.objective, optimizer, batches)
+
+
+def test_rows_come_one_step_late_so_that_the_device_never_waits(problem, optimizer):
+    events = []
+    callback = Callback(
+        on_start=lambda run: events.append(("start", run.first_step, run.steps)),
+        on_step=lambda step, state: events.append(("step", step)) or {"extra": step * 10},
+        on_row=lambda row: events.append(("row", row["step"], row["extra"])),
+        on_end=lambda error: events.append(("end", error)),
+    )
+    batches, rows = [problem.make_batch(n) for n in range(3)], []
+    args = problem.make_params(), problem.objective, optimizer, batches
+    fit(*args, steps=3, callbacks=[callback, rows.append])
+    assert events == [
+        ("start", 0, 3),
+        ("step", 1),
+        ("step", 2),
+        ("row", 1, 10),
+        ("step", 3),
+        ("row", 2, 20),
+        ("row", 3, 30),
+        ("end", None),
+    ]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+
+
+def test_callbacks_end_with_the_error_of_the_run(problem, optimizer):
+    ends = []
+    callback = Callback(on_end=ends.append, on_step=lambda step, state: {"x": 1 / (step - 2)})
+    with pytest.raises(ZeroDivisionError) as caught:
+        batches = [problem.make_batch(n) for n in range(3)]
+        fit(problem.make_params(), problem.objective, optimizer, batches, callbacks=[callback])
+    assert ends == [caught.value]
+    assert caught.value.__notes__ == ["in training, at step 2"]
+
+
+def test_no_step_waits_for_its_own_metrics(problem, optimizer, monkeypatch):
+    """The host may fetch the numbers of step k only after step k + 1 has been dispatched."""
+    from jaxft.train import rows as rows_module
+
+    order = []
+    number = rows_module._number
+    monkeypatch.setattr(rows_module, "_number", lambda v: order.append("fetch") or number(v))
+    look = Callback(on_step=lambda step, state: order.append(step))
+    fit(
+        problem.make_params(),
+        problem.objective,
+        optimizer,
+        [problem.make_batch(n) for n in range(3)],
+        callbacks=[look],
+    )
+    squeezed = [e for i, e in enumerate(order) if i == 0 or e != order[i - 1]]
+    assert squeezed == [1, 2, "fetch", 3, "fetch"]

@@ -26,7 +26,7 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
 
 bench: $(VENV)/.bench
-	$(BIN)/python benchmarks/run.py $(ARGS)
+	$(BIN)/python -m benchmarks.run $(ARGS)
 
 # One stamp for each set of extras: reinstalled when setup.cfg changes.
 $(VENV)/.%: setup.cfg pyproject.toml | $(VENV)/bin/python

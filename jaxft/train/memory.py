@@ -23,8 +23,12 @@ def keep_memory_warm() -> bool:
     """
     if not sys.platform.startswith("linux") or platform.libc_ver()[0] != "glibc":
         return False
+    mallopt = ctypes.CDLL(None).mallopt
+    # First of all: asking for the backend starts its threads, and a thread that has an arena of its
+    # own by then keeps it, and gives its memory back.
+    alone = mallopt(_M_ARENA_MAX, 1) == 1
     if jax.default_backend() != "cpu":
         return False
-    mallopt = ctypes.CDLL(None).mallopt
-    settings = (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_ARENA_MAX, 1)
-    return all([mallopt(name, value) == 1 for name, value in settings])
+    return alone and all(
+        [mallopt(n, v) == 1 for n, v in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1))]
+    )

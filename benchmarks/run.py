@@ -1,0 +1,40 @@
+"""jaxft beside transformers + peft, cell by cell, as JSON lines: make bench
+
+python -m benchmarks.run                      all cells
+python -m benchmarks.run --cells lora_30m decode_135m_1 --rounds 9 --threads 2
+"""
+
+import argparse
+import json
+
+from benchmarks.harness import compare
+
+CELLS = {
+    "lora_30m": ["lora", "--model", "30m", "--batch", "8", "--length", "128"],
+    "full_30m": ["full", "--model", "30m", "--batch", "8", "--length", "128"],
+    "lora_135m": ["lora", "--model", "135m", "--batch", "4", "--length", "256"],
+    "full_135m": ["full", "--model", "135m", "--batch", "4", "--length", "256"],
+    "decode_135m_1": ["decode", "--model", "135m", "--batch", "1", "--length", "64"],
+    "decode_135m_8": ["decode", "--model", "135m", "--batch", "8", "--length", "64"],
+}
+
+
+def main() -> None:
+    """Runs the chosen cells."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--cells", nargs="+", choices=list(CELLS), default=list(CELLS))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1, help="1 gives steady CPU seconds")
+    parser.add_argument("--warm", action="store_true", help="jaxft's malloc settings on both sides")
+    args = parser.parse_args()
+    for name in args.cells:
+        ours = ["-m", "benchmarks.side_jaxft", *CELLS[name]]
+        theirs = ["-m", "benchmarks.side_transformers", *CELLS[name], *["--warm"] * args.warm]
+        result = compare(ours, theirs, args.rounds, args.threads)
+        print(json.dumps({"cell": name, "equal_malloc": args.warm} | result), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""transformers' (and PEFT's) side: the same step in torch, as its users run it."""
+
+import argparse
+import os
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.harness import MODELS, serve, warm_memory
+
+parser = argparse.ArgumentParser()
+parser.add_argument("job", choices=["lora", "full", "decode"])
+parser.add_argument("--model", choices=list(MODELS), default="30m")
+parser.add_argument("--batch", type=int, default=8)
+parser.add_argument("--length", type=int, default=128)
+parser.add_argument("--new", type=int, default=128)
+parser.add_argument("--warm", action="store_true", help="give torch jaxft's malloc settings too")
+
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def main(args):
+    """Builds the step and serves it."""
+    if args.warm:
+        warm_memory()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
+    torch.manual_seed(0)
+    rope = {"rope_type": "default", "rope_theta": 1e5}
+    config = LlamaConfig(
+        **MODELS[args.model], rope_parameters=rope, rms_norm_eps=1e-5, tie_word_embeddings=True,
+        max_position_embeddings=8192, attn_implementation="sdpa",
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    tokens = torch.randint(3, config.vocab_size, (args.batch, args.length))
+    if args.job == "decode":
+        model.eval()
+        options = dict(max_new_tokens=args.new, min_new_tokens=args.new, do_sample=False)
+        with torch.inference_mode():
+            serve(lambda: model.generate(tokens, pad_token_id=0, **options))
+        return
+    model.config.use_cache = False
+    model.train()
+    if args.job == "lora":
+        from peft import LoraConfig, get_peft_model
+
+        settings = LoraConfig(r=16, lora_alpha=32, target_modules=LINEAR, task_type="CAUSAL_LM")
+        model = get_peft_model(model, settings)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=1e-4)
+
+    def step():
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+    serve(step, tokens=args.batch * args.length)
+
+
+if __name__ == "__main__":
+    main(parser.parse_args())

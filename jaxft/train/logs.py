@@ -29,7 +29,11 @@ def progress(*, steps: int = 10, console: rich.console.Console | None = None) ->
     def on_start(run):
         meter.update(run=run, since=[], bar=None)
         if console.is_terminal:
-            columns = ["{task.description}", rich.progress.BarColumn(bar_width=30), "{task.fields[shown]}"]
+            columns = [
+                "{task.description}",
+                rich.progress.BarColumn(bar_width=30),
+                "{task.fields[shown]}",
+            ]
             meter["bar"] = rich.progress.Progress(*columns, console=console, transient=False)
             meter["task"] = meter["bar"].add_task(
                 "train", total=run.steps, completed=run.first_step, shown=""

@@ -56,6 +56,8 @@ def serve(step: Callable[[], Any], **facts: Any) -> None:
         step()
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
         print(json.dumps({"wall": wall, "cpu": cpu}), flush=True)
+    if "losses" in facts:  # a list that the steps have filled
+        print(json.dumps({"losses": facts["losses"]}), file=sys.stderr, flush=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(json.dumps({"peak_mb": round(peak)}), flush=True)
 
@@ -88,7 +90,8 @@ class Side:
 
     def _read(self, key):
         for line in self._process.stdout:
-            if line.startswith("{") and key in (answer := json.loads(line)):
+            # TRL prints dicts of its own, in single quotes.
+            if line.startswith('{"') and key in (answer := json.loads(line)):
                 return answer
         raise RuntimeError(
             f"a benchmark side ended before saying {key!r}; run it alone to see why."

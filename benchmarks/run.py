@@ -1,4 +1,4 @@
-"""jaxft beside transformers + peft, cell by cell, as JSON lines: make bench
+"""jaxft beside transformers + peft and TRL, cell by cell, as JSON lines: make bench
 
 python -m benchmarks.run                      all cells
 python -m benchmarks.run --cells lora_30m decode_135m_1 --rounds 9 --threads 2
@@ -6,8 +6,10 @@ python -m benchmarks.run --cells lora_30m decode_135m_1 --rounds 9 --threads 2
 
 import argparse
 import json
+import tempfile
 
 from benchmarks.harness import compare
+from jaxft.checkpoints import load_model, save_model
 
 CELLS = {
     "lora_30m": ["lora", "--model", "30m", "--batch", "8", "--length", "128"],
@@ -24,16 +26,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--cells", nargs="+", choices=list(CELLS), default=list(CELLS))
+    names = [*CELLS, "epoch_trl"]
+    parser.add_argument("--cells", nargs="+", choices=names, default=names)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1, help="1 gives steady CPU seconds")
     parser.add_argument("--warm", action="store_true", help="jaxft's malloc settings on both sides")
     args = parser.parse_args()
     for name in args.cells:
-        ours = ["-m", "benchmarks.side_jaxft", *CELLS[name]]
-        theirs = ["-m", "benchmarks.side_transformers", *CELLS[name], *["--warm"] * args.warm]
-        result = compare(ours, theirs, args.rounds, args.threads)
+        ours, theirs = _epoch() if name == "epoch_trl" else _cell(name)
+        result = compare(ours, theirs + ["--warm"] * args.warm, args.rounds, args.threads)
         print(json.dumps({"cell": name, "equal_malloc": args.warm} | result), flush=True)
+
+
+def _cell(name):
+    return [["-m", f"benchmarks.side_{side}", *CELLS[name]] for side in ("jaxft", "transformers")]
+
+
+def _epoch():
+    """Both sides on SmolLM2, as the same Hugging Face directory."""
+    path = tempfile.mkdtemp()
+    save_model(path, *load_model("smollm2"), tokenizer_from="smollm2")
+    return [["-m", "benchmarks.epoch", path], ["-m", "benchmarks.side_trl", path]]
 
 
 if __name__ == "__main__":

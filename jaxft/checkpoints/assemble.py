@@ -61,6 +61,10 @@ def disassemble(entries: Sequence[Entry], params: Params) -> Iterator[tuple[str,
     for entry in entries:
         parts = [fetch(path) for path in entry.paths]
         tensor = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
+        if entry.file_shape:
+            axes = entry.axes or tuple(range(len(entry.file_shape)))
+            tensor = tensor.reshape([entry.file_shape[axis] for axis in axes])
+            tensor = tensor.transpose(np.argsort(axes))
         yield entry.name, tensor.T if entry.transposed else tensor
 
 
@@ -79,7 +83,7 @@ def _leaf(entry: Entry, path: str, shapes: Mapping[str, Any], read: Read, dtype)
     tensor = read(entry)
     widths = [shapes[p].shape[-1] for p in entry.paths]
     expected = (*shapes[path].shape[:-1], sum(widths))
-    expected = expected[::-1] if entry.transposed else expected
+    expected = entry.file_shape or (expected[::-1] if entry.transposed else expected)
     if tensor.shape != expected:
         raise CheckpointError(
             f"tensor {entry.name!r} has shape {tensor.shape}, but the config asks for {expected}."
@@ -87,6 +91,9 @@ def _leaf(entry: Entry, path: str, shapes: Mapping[str, Any], read: Read, dtype)
     if entry.permuted_heads:
         tensor = _unpermute(tensor, entry.permuted_heads)
     tensor = tensor.T if entry.transposed else tensor
+    if entry.file_shape:
+        tensor = tensor.transpose(entry.axes) if entry.axes else tensor
+        tensor = tensor.reshape(shapes[path].shape)
     start = sum(widths[: entry.paths.index(path)])
     tensor = tensor[..., start : start + shapes[path].shape[-1]]
     tensor = tensor - np.asarray(entry.offset, tensor.dtype) if entry.offset else tensor
@@ -140,9 +147,8 @@ def _nest(flat: Mapping[str, Any]) -> Params:
 
 
 def layer_shapes(model: Any) -> Params:
-    """Shapes of a decoder's params with separate layers, found without computing anything."""
-    tokens = jnp.zeros((1, 1), jnp.int32)
-    init = lambda key: model.clone(scan_layers=False).init(key, tokens)["params"]
+    """Shapes of a model's params with separate layers, found without computing anything."""
+    init = lambda key: model.clone(scan_layers=False).init(key, model.example_input())["params"]
     return jax.eval_shape(init, jax.random.key(0))
 
 

@@ -25,6 +25,21 @@ ARCHITECTURES = {
     "gpt2": "GPT2LMHeadModel",
 }
 
+_ACTIVATION_NAMES = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+}
+ACTIVATIONS = {  # the other way
+    "silu": "silu",
+    "gelu": "gelu",
+    "gelu_tanh": "gelu_pytorch_tanh",
+    "relu": "relu",
+}
+
 
 def decoder_config(json: Json) -> DecoderConfig:
     """The DecoderConfig of a config.json.
@@ -36,7 +51,7 @@ def decoder_config(json: Json) -> DecoderConfig:
     if family not in ARCHITECTURES:
         raise CheckpointError(
             f"unsupported architecture: model_type is {family!r}; supported: "
-            f"{', '.join(ARCHITECTURES)}."
+            f"{', '.join(ARCHITECTURES)}, bert, roberta, vit."
         )
     if family == "gpt2":
         return _gpt2(json)
@@ -81,7 +96,7 @@ def _common(json: Json, family: str) -> DecoderConfig:
         head_dim=size,
         max_length=json.get("max_position_embeddings", 2048),
         norm_eps=json.get("rms_norm_eps", 1e-6),
-        activation=_activation(json.get("hidden_act", "silu")),
+        activation=activation(json.get("hidden_act", "silu")),
         attention_bias=True if family == "qwen2" else bias,
         output_bias=bias if family != "qwen2" else False,
         mlp_bias=json.get("mlp_bias", False),
@@ -99,7 +114,7 @@ def _gemma(json: Json, config: DecoderConfig) -> DecoderConfig:
     return dataclasses.replace(
         config,
         norm_offset=1.0,
-        activation=_activation(json.get("hidden_activation") or "gelu_pytorch_tanh"),
+        activation=activation(json.get("hidden_activation") or "gelu_pytorch_tanh"),
         embedding_scale=config.hidden_size**0.5,
         post_norms=later,
         attention_scale=json.get("query_pre_attn_scalar", 256) ** -0.5 if later else None,
@@ -123,7 +138,7 @@ def _gpt2(json: Json) -> DecoderConfig:
         max_length=json.get("n_positions", 1024),
         norm="layer",
         norm_eps=json.get("layer_norm_epsilon", 1e-5),
-        activation=_activation(json.get("activation_function", "gelu_new")),
+        activation=activation(json.get("activation_function", "gelu_new")),
         gated_mlp=False,
         attention_bias=True,
         output_bias=True,
@@ -135,17 +150,17 @@ def _gpt2(json: Json) -> DecoderConfig:
     )
 
 
-def _activation(name: str) -> str:
-    known = {
-        "silu": "silu",
-        "swish": "silu",
-        "gelu": "gelu",
-        "gelu_new": "gelu_tanh",
-        "gelu_pytorch_tanh": "gelu_tanh",
-    }
-    if name not in known:
-        raise CheckpointError(f"unsupported activation {name!r}; supported: {', '.join(known)}.")
-    return known[name]
+def activation(name: str) -> str:
+    """Our name of Hugging Face's activation.
+
+    Raises:
+        CheckpointError: for one that jaxft does not have.
+    """
+    if name not in _ACTIVATION_NAMES:
+        raise CheckpointError(
+            f"unsupported activation {name!r}; supported: {', '.join(_ACTIVATION_NAMES)}."
+        )
+    return _ACTIVATION_NAMES[name]
 
 
 def _head_dim(family: str) -> int | None:
@@ -211,7 +226,6 @@ def _rope(parameters: Json, json: Json, theta: float) -> Rope:
 
 
 def _common_json(config: DecoderConfig) -> dict[str, Any]:
-    inverse = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
     json = {
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -221,7 +235,7 @@ def _common_json(config: DecoderConfig) -> dict[str, Any]:
         "head_dim": config.head_dim,
         "max_position_embeddings": config.max_length,
         "rms_norm_eps": config.norm_eps,
-        "hidden_act": inverse[config.activation],
+        "hidden_act": ACTIVATIONS[config.activation],
         "attention_bias": config.attention_bias and config.family != "qwen2",
         "mlp_bias": config.mlp_bias,
     }
@@ -233,7 +247,7 @@ def _common_json(config: DecoderConfig) -> dict[str, Any]:
         json["use_sliding_window"] = window is not None
         json["layer_types"] = [kind(i) for i in range(config.num_layers)]
     if config.family.startswith("gemma"):
-        json["hidden_activation"] = inverse[config.activation]
+        json["hidden_activation"] = ACTIVATIONS[config.activation]
         json["attn_logit_softcapping"] = config.attention_softcap
         json["final_logit_softcapping"] = config.final_softcap
         json["query_pre_attn_scalar"] = round(config.scale**-2)

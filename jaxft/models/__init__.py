@@ -3,15 +3,20 @@
 from jaxft.models.cache import Cache
 from jaxft.models.config import DecoderConfig, Rope, tiny_config
 from jaxft.models.decoder import Decoder, Output, project
+from jaxft.models.encoder import Encoder, EncoderConfig, EncoderOutput, mean_pool
 from jaxft.models.layout import is_stacked, stack_layers, unstack_layers
 
 __all__ = [
     "Cache",
     "Decoder",
     "DecoderConfig",
+    "Encoder",
+    "EncoderConfig",
+    "EncoderOutput",
     "Output",
     "Rope",
     "is_stacked",
+    "mean_pool",
     "project",
     "stack_layers",
     "tiny_config",

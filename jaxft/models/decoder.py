@@ -120,6 +120,10 @@ class Decoder(nn.Module):
             config.num_layers, batch, length, config.num_kv_heads, config.head_dim, dtype
         )
 
+    def example_input(self) -> jax.Array:
+        """The smallest input, for `init` and shapes."""
+        return jnp.zeros((1, 1), jnp.int32)
+
     def _logits(self, hidden):
         if self.config.tie_embeddings:
             params = {"embed": {"embedding": self.variables["params"]["embed"]["embedding"]}}

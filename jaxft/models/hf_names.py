@@ -16,6 +16,8 @@ class Entry:
     transposed: bool = False  # the file stores [out, in]
     permuted_heads: int = 0  # GGUF: rows interleave the rotary halves of so many heads
     offset: float = 0.0  # GGUF of Gemma stores 1 + scale
+    file_shape: tuple[int, ...] = ()  # where the file's shape is another than ours
+    axes: tuple[int, ...] = ()  # order in which our leaf runs through the file's axes
 
 
 def huggingface_entries(config: DecoderConfig) -> list[Entry]:
@@ -95,14 +97,15 @@ def _gpt2(config: DecoderConfig) -> list[Entry]:
                 joined = tuple(f"{ours}{path}/{leaf}" for path in paths)
                 entries.append(Entry(f"{theirs}{name}.{theirs_leaf}", joined))
         for name, path in (("ln_1", "attention_norm"), ("ln_2", "mlp_norm")):
-            entries += _layer_norm(f"{theirs}{name}", f"{ours}{path}")
-    entries += _layer_norm("transformer.ln_f", "final_norm")
+            entries += layer_norm(f"{theirs}{name}", f"{ours}{path}")
+    entries += layer_norm("transformer.ln_f", "final_norm")
     if not config.tie_embeddings:
         entries.append(Entry("lm_head.weight", ("head/kernel",), True))
     return entries
 
 
-def _layer_norm(theirs: str, ours: str) -> list[Entry]:
+def layer_norm(theirs: str, ours: str) -> list[Entry]:
+    """The scale and bias of a LayerNorm."""
     return [
         Entry(f"{theirs}.weight", (f"{ours}/scale",)),
         Entry(f"{theirs}.bias", (f"{ours}/bias",)),

@@ -1,0 +1,234 @@
+"""One transformer encoder for BERT, RoBERTa, MiniLM and ViT."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxft.kernels import attention
+from jaxft.models.decoder import Mlp
+from jaxft.models.layers import KERNEL_INIT, Dense, Embed, Norm, read
+from jaxft.models.layout import is_stacked
+from jaxft.models.remat import Remat, remat_block
+from jaxft.weights import to_dense
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderConfig:
+    """A bidirectional transformer over tokens, or over the patches of images (patch_size > 0)."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_positions: int  # rows of the position table
+    position_offset: int = 0  # of the first token: RoBERTa's begin after the padding's
+    vocab_size: int = 0
+    token_types: int = 0
+    norm_eps: float = 1e-12
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "gelu"
+    pre_norm: bool = False  # norms before attention and MLP (ViT) rather than after (BERT)
+    attention_bias: bool = True  # of query, key and value
+    pooler: bool = True  # tanh projection of the first token's state
+    image_size: int = 0
+    patch_size: int = 0
+    channels: int = 3
+    family: str = "bert"  # Hugging Face's model_type
+
+    def __post_init__(self):
+        if self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"EncoderConfig: hidden_size ({self.hidden_size}) must be a multiple of num_heads "
+                f"({self.num_heads})."
+            )
+        if self.patch_size and self.image_size % self.patch_size:
+            raise ValueError(
+                f"EncoderConfig: image_size ({self.image_size}) must be a multiple of patch_size "
+                f"({self.patch_size})."
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """Features of one head."""
+        return self.hidden_size // self.num_heads
+
+    # What the MLP, which decoders share, asks for.
+    mlp_bias = True
+    gated_mlp = False
+
+
+class EncoderOutput(NamedTuple):
+    """What an encoder gives."""
+
+    hidden: jax.Array  # [B, T, D]
+    pooled: jax.Array | None  # [B, D], None without a pooler
+
+
+class Encoder(nn.Module):
+    """tokens or images -> hidden states; attributes as for `Decoder`."""
+
+    config: EncoderConfig
+    dtype: Any = jnp.float32
+    scan_layers: bool = False
+    remat: Remat = "none"
+
+    @nn.compact
+    def __call__(
+        self,
+        inputs: jax.Array,
+        segment_ids: jax.Array | None = None,
+        token_types: jax.Array | None = None,
+    ) -> EncoderOutput:
+        """Runs the encoder.
+
+        Args:
+            inputs: tokens [B, T] int32; or images [B, height, width, channels], normalised, whose
+                T is the number of patches plus one for the class token in front.
+            segment_ids: [B, T]; tokens see those of their own segment, 0 is padding. Positions
+                count on across segments.
+            token_types: [B, T] int32 for BERT's sentence A and B; None: all 0.
+        """
+        config = self.config
+        if config.patch_size:
+            x = PatchEmbed(config, name="patches")(inputs.astype(self.dtype))
+        else:
+            x = self._embed_tokens(inputs, segment_ids, token_types)
+        if self._stacked():
+            scanned = nn.scan(
+                remat_block(EncoderBlock, self.remat, scanned=True),
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=nn.broadcast,
+                length=config.num_layers,
+            )
+            x, _ = scanned(config, name="layers")(x, segment_ids)
+        else:
+            x = EncoderLayers(config, self.remat, name="layers")(x, segment_ids)
+        if config.pre_norm:
+            x = Norm("layer", config.norm_eps, name="final_norm")(x)
+        pooled = None
+        if config.pooler:
+            pooled = jnp.tanh(Dense(config.hidden_size, bias=True, name="pooler")(x[:, 0]))
+        return EncoderOutput(x, pooled)
+
+    def example_input(self) -> jax.Array:
+        """The smallest input, for `init` and shapes."""
+        config = self.config
+        if config.patch_size:
+            return jnp.zeros((1, config.image_size, config.image_size, config.channels))
+        return jnp.zeros((1, 1), jnp.int32)
+
+    def _embed_tokens(self, tokens, segment_ids, token_types):
+        config = self.config
+        embed = lambda rows, name: functools.partial(
+            Embed(rows, config.hidden_size, name=name), dtype=self.dtype
+        )
+        valid = jnp.ones(tokens.shape, bool) if segment_ids is None else segment_ids > 0
+        positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0) + config.position_offset
+        x = embed(config.vocab_size, "embed")(tokens)
+        x = x + embed(config.num_positions, "positions")(positions)
+        if config.token_types:
+            types = jnp.zeros_like(tokens) if token_types is None else token_types
+            x = x + embed(config.token_types, "token_types")(types)
+        return Norm("layer", config.norm_eps, name="embed_norm")(x)
+
+    def _stacked(self) -> bool:
+        layers = self.variables.get("params", {}).get("layers")
+        return self.scan_layers if layers is None else is_stacked(layers)
+
+
+class PatchEmbed(nn.Module):
+    """Images -> patches, a class token before them, positions added."""
+
+    config: EncoderConfig
+
+    @nn.compact
+    def __call__(self, images):
+        config, size = self.config, self.config.patch_size
+        batch, height, width, channels = images.shape
+        expected = (config.image_size, config.image_size, config.channels)
+        if (height, width, channels) != expected:
+            raise ValueError(
+                f"Encoder: images are {(height, width, channels)}, the model takes {expected}; "
+                "resize them."
+            )
+        rows, columns = height // size, width // size
+        patches = images.reshape(batch, rows, size, columns, size, channels).swapaxes(2, 3)
+        x = Dense(config.hidden_size, bias=True, name="projection")(
+            patches.reshape(batch, rows * columns, -1)
+        )
+        table = lambda name, n: to_dense(
+            read(self, name, KERNEL_INIT, (n, config.hidden_size))
+        ).astype(x.dtype)
+        first = jnp.broadcast_to(table("cls", 1)[None], (batch, 1, config.hidden_size))
+        x = jnp.concatenate([first, x], axis=1)
+        return x + table("positions", config.num_positions)[None]
+
+
+class EncoderLayers(nn.Module):
+    """The blocks one after the other."""
+
+    config: EncoderConfig
+    remat: Remat = "none"
+
+    @nn.compact
+    def __call__(self, x, segment_ids):
+        block = remat_block(EncoderBlock, self.remat)
+        for i in range(self.config.num_layers):
+            x, _ = block(self.config, name=str(i))(x, segment_ids)
+        return x
+
+
+class EncoderBlock(nn.Module):
+    """Self-attention and MLP with residuals, normed before (ViT) or after each (BERT)."""
+
+    config: EncoderConfig
+
+    @nn.compact
+    def __call__(self, x, segment_ids):
+        config = self.config
+        attend = EncoderAttention(config, name="attention")
+        mlp = Mlp(config, name="mlp")
+        first = Norm("layer", config.norm_eps, name="attention_norm")
+        second = Norm("layer", config.norm_eps, name="mlp_norm")
+        if config.pre_norm:
+            x = x + attend(first(x), segment_ids)
+            return x + mlp(second(x)), None
+        x = first(x + attend(x, segment_ids))
+        return second(x + mlp(x)), None
+
+
+class EncoderAttention(nn.Module):
+    """Attention in both directions."""
+
+    config: EncoderConfig
+
+    @nn.compact
+    def __call__(self, x, segment_ids):
+        config = self.config
+        dense = functools.partial(Dense, config.hidden_size, config.attention_bias)
+        split = lambda y: y.reshape(*y.shape[:-1], config.num_heads, config.head_dim)
+        query, key, value = (split(dense(name=name)(x)) for name in ("query", "key", "value"))
+        y = attention(query, key, value, segment_ids=segment_ids, causal=False)
+        return Dense(config.hidden_size, bias=True, name="out")(y.reshape(x.shape))
+
+
+def mean_pool(
+    hidden: jax.Array, segment_ids: jax.Array | None = None, *, normalize: bool = True
+) -> jax.Array:
+    """[B, D]: the mean of the hidden states [B, T, D] that are no padding, of unit length.
+
+    Sentence embeddings as sentence-transformers makes them (Reimers & Gurevych, 2019,
+    arxiv.org/abs/1908.10084).
+    """
+    counts = jnp.ones(hidden.shape[:2]) if segment_ids is None else (segment_ids > 0) * 1.0
+    total = jnp.einsum("btd,bt->bd", hidden.astype(jnp.float32), counts)
+    mean = total / jnp.maximum(jnp.sum(counts, axis=1, keepdims=True), 1e-9)
+    if not normalize:
+        return mean
+    return mean / jnp.maximum(jnp.linalg.norm(mean, axis=1, keepdims=True), 1e-12)

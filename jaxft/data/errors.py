@@ -10,7 +10,16 @@ import pathlib
 
 
 class DataError(ValueError):
-    """A data set or record that cannot be used: says which, where, and what to do."""
+    """A data set or record that cannot be used: says which, where, and what to do.
+
+    `code` is set where one record is to blame, so that a run may skip and count it: json, encoding,
+    schema, role_order, empty_completion, no_loss_tokens, too_long, template. Without a code it is
+    the settings that are wrong, and no record is skipped for it.
+    """
+
+    def __init__(self, message: str, code: str | None = None):
+        super().__init__(message)
+        self.code = code
 
 
 @dataclasses.dataclass(frozen=True)

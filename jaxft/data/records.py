@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+import json
+import math
+import numbers
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from jaxft.data.errors import DataError
@@ -20,6 +23,13 @@ ROLES = {
     "function": "tool",
 }
 KNOWN_ROLES = ("system", "user", "assistant", "tool", "developer")
+# What people call our columns; for hints only.
+_ALIASES = {
+    "messages": ("chat", "dialog", "dialogue", "turns", "conversation"),
+    "prompt": ("question", "query", "input", "instruction", "problem"),
+    "completion": ("response", "answer", "output", "solution", "target", "reply"),
+    "text": ("content", "body", "document", "passage", "sentence"),
+}
 COLUMNS = (
     "messages",
     "conversations",
@@ -49,6 +59,10 @@ def normalise(raw: Mapping[str, Any], fields: Mapping[str, str] | None = None) -
     Raises:
         DataError: if a named column is absent, none of the forms fits, or a value is of the wrong kind.
     """
+    return _checked(_normalise(raw, fields))
+
+
+def _normalise(raw, fields):
     fields = dict(fields or {})
     inner = {name: fields.pop(name) for name in ("role", "content") if name in fields}
     row = dict(raw)
@@ -77,8 +91,41 @@ def normalise(raw: Mapping[str, Any], fields: Mapping[str, str] | None = None) -
         return row
     raise DataError(
         f"no usable columns among {sorted(row)}; expected messages, prompt and completion, text or "
-        "tokens. Map yours with fields=, as in fields={'messages': 'dialog'}."
+        f"tokens. Map yours with fields=, as in fields={suggest_fields(row)}."
     )
+
+
+def suggest_fields(columns: Iterable[str]) -> dict[str, str]:
+    """The `fields` that would probably make records of these columns."""
+    columns = list(columns)
+    for wanted in (("prompt", "completion"), ("messages",), ("text",)):
+        find = lambda ours: next((c for c in columns if c.lower() in (ours, *_ALIASES[ours])), None)
+        found = {ours: find(ours) for ours in wanted}
+        if all(found.values()):
+            return {ours: theirs for ours, theirs in found.items() if ours != theirs}
+    return {"prompt": "...", "completion": "..."}
+
+
+def _checked(record: Record) -> Record:
+    """The record, if its weights are weights and its tools are tools."""
+    messages = record.get("messages") or []
+    _check_weight(record.get("weight"), "weight")
+    for i, message in enumerate(messages):
+        _check_weight(message.get("weight"), f"weight of message {i}")
+        if i and message["role"] == "system":
+            raise DataError(f"message {i} has the role system; only the first may.", "role_order")
+    if not isinstance(record.get("tools"), str):
+        return record
+    try:
+        return record | {"tools": json.loads(record["tools"])}
+    except json.JSONDecodeError as error:
+        raise DataError(f"'tools' is not valid JSON ({error.msg}).", "schema") from None
+
+
+def _check_weight(weight, name):
+    fine = isinstance(weight, numbers.Real) and math.isfinite(weight) and weight >= 0
+    if weight is not None and not fine:
+        raise DataError(f"{name} must be a finite number >= 0, got {weight!r:.40}.", "schema")
 
 
 def infer_type(columns: Sequence[str]) -> str:
@@ -97,7 +144,9 @@ def infer_type(columns: Sequence[str]) -> str:
     for kind, choices in forms.items():
         if any(choice <= names for choice in choices):
             return kind
-    raise DataError(f"no known form has the columns {sorted(names)}; map them with fields=.")
+    raise DataError(
+        f"no known form has the columns {sorted(names)}; map them with fields={suggest_fields(columns)}."
+    )
 
 
 def as_messages(record: Record) -> list[dict[str, Any]] | None:
@@ -105,7 +154,7 @@ def as_messages(record: Record) -> list[dict[str, Any]] | None:
     if "messages" in record:
         return record["messages"]
     if isinstance(record.get("prompt"), list):
-        return record["prompt"] + record["completion"]
+        return [*record["prompt"], *record["completion"]]
     return None
 
 
@@ -117,6 +166,10 @@ def _messages(messages: Any, inner: Mapping[str, str]) -> list[dict[str, Any]]:
 
 
 def _message(message, i, role, content):
+    if isinstance(message, Mapping):
+        # Tables fill absent keys with None.
+        message = {k: v for k, v in message.items() if v is not None}
+        message = {content: ""} | message if message.get("tool_calls") else message
     if not isinstance(message, Mapping) or role not in message or content not in message:
         raise DataError(
             f"message {i} needs {role!r} and {content!r}, got {message!r:.80}; name them with "
@@ -126,10 +179,18 @@ def _message(message, i, role, content):
     if name not in KNOWN_ROLES:
         raise DataError(f"message {i} has the role {name!r}; known: {', '.join(KNOWN_ROLES)}.")
     kept = {k: v for k, v in message.items() if k not in (role, content)}
-    text = message[content]
-    if text is None and message.get("tool_calls"):
-        text = ""
-    return kept | {"role": name, "content": _text(text, f"content of message {i}")}
+    text = _text(_joined_parts(message[content]), f"content of message {i}")
+    if name == "assistant" and not text.strip() and not message.get("tool_calls"):
+        raise DataError(f"message {i}, an assistant turn, is empty.", "empty_completion")
+    return kept | {"role": name, "content": text}
+
+
+def _joined_parts(content):
+    """The text of [{"type": "text", "text": ...}], the form for several media."""
+    parts = content if isinstance(content, (list, tuple)) and content else [None]
+    if all(isinstance(p, Mapping) and p.get("type") == "text" for p in parts):
+        return "".join(p["text"] for p in parts)
+    return content
 
 
 def _prompt_completion(prompt, completion, inner):
@@ -139,8 +200,8 @@ def _prompt_completion(prompt, completion, inner):
         if not isinstance(completion, list):
             answer = [{"role": "assistant", "content": completion}]
         return {"prompt": _messages(whole, inner), "completion": _messages(answer, inner)}
-    if completion == "":
-        raise DataError("'completion' is empty.")
+    if isinstance(completion, str) and not completion.strip():
+        raise DataError("'completion' is empty.", "empty_completion")
     return {"prompt": _text(prompt, "prompt"), "completion": _text(completion, "completion")}
 
 

@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import warnings
-from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, get_args
 
 import numpy as np
 
+from jaxft.data.chat import Chat
+from jaxft.data.encode import Encoder, in_span
 from jaxft.data.errors import BadRecords, DataError
+from jaxft.data.length import TooLong, shorten
 from jaxft.data.records import Record, as_messages
+from jaxft.data.templates import TEMPLATES, read_template
 
 MaskMode = Literal["completion", "last_turn", "all", "per_message"]
-TooLong = Literal["drop", "truncate", "error"]
-
-CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
-    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-PLAIN = (
-    "{% for message in messages %}{{ message['content'] }}"
-    "{{ eos_token if message['role'] == 'assistant' else '\n' }}{% endfor %}"
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,20 +27,31 @@ class Tokenised:
     tokens: np.ndarray  # [T] int32
     loss_mask: np.ndarray  # [T] float32, weight of each token as a target
     id: str = ""
+    starts_with_bos: bool = False
+
+    def __getitem__(self, places: slice | np.ndarray) -> Tokenised:
+        """Some of the tokens."""
+        mask = self.loss_mask[places]
+        return dataclasses.replace(self, tokens=self.tokens[places], loss_mask=mask)
 
 
 class Renderer:
     """Renders records with a tokenizer and its chat template.
 
     Args:
-        tokenizer: a transformers tokenizer.
-        template: a Jinja chat template that replaces the tokenizer's: its text, or a path.
-        mask: which tokens train: those of all assistant turns and completions; of the last
-            assistant turn alone; all; or of messages that say "train": true ("weight" scales).
+        tokenizer: a fast transformers tokenizer.
+        template: a chat template that replaces the tokenizer's: a name (chatml, llama3, gemma,
+            qwen3, alpaca, plain), a path, or Jinja text.
+        mask: which tokens train: those of all assistant turns and completions, stop token
+            included; of the last assistant turn alone; all; or "per_message", which leaves out
+            assistant turns with "train": false and scales by "weight". Assistant turns that are
+            part of a prompt are examples and do not train, but with "all".
         append_eos: end plain completions and texts with the tokenizer's EOS.
+        date: ISO date for templates that print the current one.
+        template_options: further variables of the template, such as {"enable_thinking": False}.
 
     Raises:
-        DataError: at the first conversation, if there is no chat template.
+        DataError: if the template cannot be used; at the first conversation, if there is none.
     """
 
     def __init__(
@@ -55,11 +61,27 @@ class Renderer:
         template: str | None = None,
         mask: MaskMode = "completion",
         append_eos: bool = True,
+        date: str = "2025-01-01",
+        template_options: Mapping[str, Any] | None = None,
     ):
+        if mask not in get_args(MaskMode):
+            raise DataError(f"mask {mask!r} is none of {', '.join(get_args(MaskMode))}.")
         self.tokenizer, self.mask, self.append_eos = tokenizer, mask, append_eos
-        self.template = _read_template(template) or getattr(tokenizer, "chat_template", None)
-        self.merged_boundaries = 0  # records whose prompt and completion would merge into one token
+        self.merged_boundaries = 0  # boundaries that a token would have crossed; encoded apart
+        self._encoder = Encoder(tokenizer)
         self._unrolls = False
+        text, needed = read_template(template)
+        self.template = text or getattr(tokenizer, "chat_template", None)
+        self._chat = None
+        if self.template:
+            _check_special(tokenizer, needed, template)
+            options = dict(template_options or {})
+            if needed or template in TEMPLATES:
+                # The named templates begin with BOS where the tokenizer itself would put one.
+                options["bos_token"] = tokenizer.bos_token if self._encoder.adds_bos else ""
+            today = datetime.date.fromisoformat(date)
+            self._chat = Chat(tokenizer, self.template, today, options)
+            self._probe()
 
     def __call__(self, record: Record) -> list[Tokenised]:
         """The token sequences of a record: one, or one a turn where the template rewrites history."""
@@ -67,169 +89,180 @@ class Renderer:
         if messages is not None:
             return self._conversation(messages, record)
         if "tokens" in record:
-            tokens = np.asarray(record["tokens"], np.int32)
-            return [Tokenised(tokens, np.ones(len(tokens), np.float32), str(record.get("id", "")))]
+            return [self._tokens(record)]
         if "text" in record:
-            return [self._pieces([(record["text"], 1.0)], record, bos=True, eos=self.append_eos)]
-        pieces = [
-            (record["prompt"], 1.0 if self.mask == "all" else 0.0),
-            (record["completion"], 1.0),
-        ]
-        return [self._pieces(pieces, record, bos=True, eos=self.append_eos)]
+            return [self._plain("", record["text"], record)]
+        return [self._plain(record["prompt"], record["completion"], record)]
 
     def prompt(self, record: Record) -> list[int]:
         """The ids after which a model is to answer: the conversation up to its last assistant turn."""
         messages = as_messages(record)
         if messages is None:
             text = record["prompt"] if "prompt" in record else record["text"]
-            return self._bos() + self._encode(text)
+            return self._bos(text) + self._encoder.encode(text)[0].tolist()
         while messages and messages[-1]["role"] == "assistant":
             messages = messages[:-1]
-        return self._encode(self._render(messages, prompt=True))
+        text = self._need_chat().text(messages, record.get("tools"), prompt=True)
+        return self._encoder.encode(text)[0].tolist()
 
     def _conversation(self, messages, record):
-        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        if not turns and self.mask != "all":
-            raise DataError("no assistant message to learn from; see fields= to map roles.")
+        chat, tools = self._need_chat(), record.get("tools")
         if self.mask == "all":
-            return [self._pieces([(self._render(messages), 1.0)], record)]
-        if "generation %}" in (self.template or ""):
-            return [self._by_markers(messages, record)]
-        text = self._render(messages)
-        spans = None if self._unrolls else self._spans(messages, turns, text)
-        if spans is None:
-            return self._unrolled(messages, turns, record)
-        return [self._span_pieces(text, spans, messages, record)]
-
-    def _spans(self, messages, turns, text):
-        """(turn, start, end) of each assistant turn in the whole text, or None if it has no prefixes.
-
-        A turn is what the rendering gains over that of the messages before it and the generation
-        prompt, so it includes the end-of-turn token.
-        """
-        spans = []
-        for i in turns:
-            before = self._before(messages, i)
-            after = text if i == len(messages) - 1 else self._render(messages[: i + 1])
-            if not (text.startswith(after) and after.startswith(before)):
-                return None
-            spans.append((i, len(before), len(after)))
-        return spans
+            text = chat.text(messages, tools)
+            return [self._tokenised(text, {(0, len(text)): 1.0}, record)]
+        # Assistant turns in a prompt are examples that are given, not answers to learn.
+        given = len(record["prompt"]) if isinstance(record.get("prompt"), list) else 0
+        is_turn = lambda i: i >= given and messages[i]["role"] == "assistant"
+        turns = [i for i in range(len(messages)) if is_turn(i)]
+        if not turns:
+            raise DataError(
+                "no assistant message to learn from; see fields= to map roles.", "role_order"
+            )
+        if not self._unrolls:
+            text, spans = chat.spans(messages, tools)
+            if all(i in spans for i in turns):
+                return [self._masked(text, {i: spans[i] for i in turns}, messages, record)]
+        return self._unrolled(messages, turns, record)
 
     def _unrolled(self, messages, turns, record):
-        if not self._unrolls:
+        """One record for each turn, which ends there: what inference will see."""
+        if len(turns) > 1 and not self._unrolls:
             self._unrolls = True
             warnings.warn(
                 "the chat template rewrites earlier turns (it drops thinking, say); each assistant "
                 "turn becomes a record of its own, so that training sees what the sampler will.",
-                stacklevel=4,
+                stacklevel=5,
             )
         turns = turns[-1:] if self.mask == "last_turn" else turns
         results = []
         for i in turns:
-            part = messages[: i + 1]
-            text, before = self._render(part), self._before(messages, i)
-            if not text.startswith(before):
+            part, tools = messages[: i + 1], record.get("tools")
+            text, spans = self._chat.spans(part, tools)
+            span = spans.get(i) or self._chat.span_by_content(text, part, tools, i)
+            if span is None:
                 raise DataError(
-                    f"the chat template renders the prompt of turn {i} otherwise with its answer than "
-                    "without; pass a template with {% generation %} markers."
+                    f"the chat template renders the prompt of message {i} otherwise with its answer "
+                    "than without; pass a template with {% generation %} markers.",
+                    "template",
                 )
-            spans = [(i, len(before), len(text))]
-            results.append(self._span_pieces(text, spans, part, record))
+            if self._weight(messages[i]) or len(turns) == 1:
+                results.append(self._masked(text, {i: span}, part, record))
         return results
 
-    def _before(self, messages, i):
-        """The text after which turn i is generated."""
-        if i:
-            return self._render(messages[:i], prompt=True)
-        # Templates refuse an empty conversation: the turn begins where its content does.
-        text = self._render(messages[:1])
-        return text[: text.find(messages[0]["content"])]
-
-    def _span_pieces(self, text, spans, messages, record):
-        pieces, position = [], 0
-        for i, start, end in spans:
-            pieces.append((text[position:start], 0.0))
-            pieces.append((text[start:end], self._weight(messages, i, spans)))
-            position = end
-        pieces.append((text[position:], 0.0))
-        return self._pieces(pieces, record)
-
-    def _weight(self, messages, i, spans):
+    def _masked(self, text, spans, messages, record):
         if self.mask == "last_turn":
-            return float(i == spans[-1][0])
-        if self.mask == "per_message":
-            message = messages[i]
-            return float(message.get("train", True)) * float(message.get("weight", 1.0))
-        return 1.0
+            spans = {i: spans[i] for i in [max(spans)]}
+        weights = {span: self._weight(messages[i]) for i, span in spans.items()}
+        return self._tokenised(text, weights, record)
 
-    def _by_markers(self, messages, record):
-        encoded = self.tokenizer.apply_chat_template(
-            messages,
-            chat_template=self.template,
-            tools=record.get("tools"),
-            return_dict=True,
-            return_assistant_tokens_mask=True,
+    def _weight(self, message):
+        if self.mask != "per_message":
+            return 1.0
+        return float(message.get("weight", 1.0)) * (message.get("train") is not False)
+
+    def _plain(self, prompt, completion, record):
+        text = prompt + completion
+        start = 0 if self.mask == "all" else len(prompt)
+        part = self._tokenised(text, {(start, len(text)): 1.0}, record)
+        bos, eos = self._bos(text), self._eos(part.tokens)
+        scale = _record_weight(record)
+        mask = np.concatenate([np.zeros(len(bos)), part.loss_mask, np.full(len(eos), scale)])
+        tokens = np.concatenate([bos, part.tokens, eos])
+        tokens, mask = tokens.astype(np.int32), mask.astype(np.float32)
+        return Tokenised(tokens, mask, part.id, self._is_bos(tokens))
+
+    def _tokenised(self, text, weights, record):
+        cuts = [cut for span in weights for cut in span]
+        ids, offsets, crossed = self._encoder.encode_apart(text, cuts)
+        self.merged_boundaries += crossed
+        mask = np.zeros(len(ids), np.float32)
+        for (start, end), weight in weights.items():
+            mask[in_span(offsets, start, end)] = weight
+        mask *= _record_weight(record)
+        return Tokenised(ids, mask, str(record.get("id", "")), self._is_bos(ids))
+
+    def _tokens(self, record):
+        tokens = np.asarray(record["tokens"], np.int64)
+        vocab = max(self._encoder.vocab_size, len(self.tokenizer))
+        if tokens.min() < 0 or tokens.max() >= vocab:
+            raise DataError(
+                f"token ids must lie in [0, {vocab}), got {tokens.min()}..{tokens.max()}; were they "
+                "made by another tokenizer?",
+                "schema",
+            )
+        mask = np.asarray(record.get("loss_mask", np.ones(len(tokens))), np.float32)
+        if mask.shape != tokens.shape:
+            raise DataError(f"{len(mask)} loss_mask values for {len(tokens)} tokens.", "schema")
+        mask = (mask * _record_weight(record)).astype(np.float32)
+        return Tokenised(
+            tokens.astype(np.int32), mask, str(record.get("id", "")), self._is_bos(tokens)
         )
-        mask = np.asarray(encoded["assistant_masks"], np.float32)
-        if self.mask == "last_turn":
-            starts = np.flatnonzero(np.diff(mask, prepend=0.0) > 0)
-            mask[: starts[-1] if len(starts) else 0] = 0.0
-        tokens = np.asarray(encoded["input_ids"], np.int32)
-        return Tokenised(tokens, mask, str(record.get("id", "")))
 
-    def _pieces(self, pieces, record, bos=False, eos=False):
-        """Tokens of texts side by side, each encoded alone, as the sampler sees prompt and answer."""
-        tokens = self._bos() if bos else []
-        mask = [0.0] * len(tokens)
-        pieces = [piece for piece in pieces if piece[0]]
-        for text, weight in pieces:
-            ids = self._encode(text)
-            tokens += ids
-            mask += self._without_trailing_space(ids, weight) if not eos else [weight] * len(ids)
-        if eos:
-            if self.tokenizer.eos_token_id is None:
-                raise DataError("the tokenizer has no EOS token; pass append_eos=False.")
-            tokens.append(self.tokenizer.eos_token_id)
-            mask.append(pieces[-1][1])
-        elif self._encode("".join(text for text, _ in pieces)) != tokens:
-            self.merged_boundaries += 1
-        mask = np.asarray(mask, np.float32)
-        tokens = np.asarray(tokens, np.int32)
-        double = self.tokenizer.bos_token_id is not None and len(tokens) > 1
-        if double and tokens[0] == tokens[1] == self.tokenizer.bos_token_id != tokens[-1]:
-            tokens, mask = tokens[1:], mask[1:]
-        return Tokenised(tokens, mask, str(record.get("id", "")))
+    def _bos(self, text: str) -> list[int]:
+        """The BOS that the tokenizer itself would put before a text, unless it begins with it."""
+        encoder = self._encoder
+        if not encoder.adds_bos or text.startswith(self.tokenizer.bos_token):
+            return []
+        return [encoder.bos]
 
-    def _without_trailing_space(self, ids, weight):
-        """The mask of a turn: what the template puts after its end-of-turn token does not train."""
-        special = set(self.tokenizer.all_special_ids)
-        last = max((i for i, token in enumerate(ids) if token in special), default=None)
-        if last is None or self.tokenizer.decode(ids[last + 1 :]).strip():
-            return [weight] * len(ids)
-        return [weight] * (last + 1) + [0.0] * (len(ids) - last - 1)
+    def _is_bos(self, tokens) -> bool:
+        return self._encoder.bos is not None and tokens[:1].tolist() == [self._encoder.bos]
 
-    def _render(self, messages, prompt=False) -> str:
-        if not self.template:
+    def _eos(self, tokens) -> list[int]:
+        if not self.append_eos:
+            return []
+        if self._encoder.eos is None:
+            raise DataError("the tokenizer has no EOS token; pass append_eos=False.")
+        return [] if tokens[-1:].tolist() == [self._encoder.eos] else [self._encoder.eos]
+
+    def _need_chat(self):
+        if self._chat is None:
             raise DataError(
                 "the tokenizer has no chat template; use an instruct model, pass --template with "
-                "the path of a Jinja template, or give records with text prompt and completion."
+                "a name (chatml, llama3, gemma, qwen3, alpaca, plain) or the path of a Jinja "
+                "template, or give records with text prompt and completion."
             )
-        return self.tokenizer.apply_chat_template(
-            messages,
-            chat_template=self.template,
-            tokenize=False,
-            add_generation_prompt=prompt,
+        return self._chat
+
+    def _probe(self):
+        """Renders a small conversation, so that a template that cannot work fails at once."""
+        messages = [
+            {"role": "user", "content": "Say one."},
+            {"role": "assistant", "content": "One."},
+        ]
+        try:
+            self._chat.spans(messages)
+        except DataError:  # Some demand a system message.
+            messages = [{"role": "system", "content": "Be brief."}, *messages]
+        last = len(messages) - 1
+        try:
+            text, spans = self._chat.spans(messages)
+            span = spans.get(last) or self._chat.span_by_content(text, messages, None, last)
+        except DataError as error:
+            raise DataError(f"chat template, tried on a small conversation: {error}") from error
+        if span is None or "One." not in text[slice(*span)]:
+            raise DataError(
+                "cannot find the assistant's turn in what the chat template renders, so nothing "
+                "would train; put {% generation %} ... {% endgeneration %} around it."
+            )
+        ids = self._encoder.encode(text)[0]
+        if self._encoder.bos != self._encoder.eos and (ids[:2] == self._encoder.bos).sum() == 2:
+            raise DataError("the chat template begins with two BOS tokens; take one out.")
+
+
+def _record_weight(record):
+    weight = record.get("weight")
+    return 1.0 if weight is None else float(weight)
+
+
+def _check_special(tokenizer, needed, template):
+    vocab = tokenizer.get_vocab()
+    if missing := [token for token in needed if token not in vocab]:
+        raise DataError(
+            f"template {template!r} needs the special tokens {', '.join(missing)}, which the "
+            "tokenizer does not have, so that turns would not end in one token; use 'alpaca' or "
+            "'plain'."
         )
-
-    def _encode(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    def _bos(self) -> list[int]:
-        """The BOS that the tokenizer itself would put before a text, if any."""
-        bos = self.tokenizer.bos_token_id
-        ids = self.tokenizer("a")["input_ids"]
-        return [bos] if bos is not None and ids[:1] == [bos] else []
 
 
 def render(
@@ -244,8 +277,10 @@ def render(
 
     Args:
         max_length: in tokens.
-        too_long: drop and count; truncate on the right and count (the stop token is lost, so the
-            model is not taught to stop there); or an error.
+        too_long: what becomes of longer ones, counted in `bad`: "drop"; "truncate" on the right
+            (the stop token is lost, so the model is not taught to stop there);
+            "truncate_left_prompt", which keeps the answer and the BOS; "split" into pieces of
+            max_length, for plain text; or "error". A rest in which nothing trains is dropped.
         bad: policy for records that cannot be rendered; also takes the counts.
 
     Raises:
@@ -259,34 +294,30 @@ def render(
         try:
             parts = renderer(record)
         except DataError as error:
-            bad.add(where, "template", str(error))
+            if error.code is None:
+                raise  # A wrong setting fails every record: skipping would hide it.
+            bad.add(where, error.code, str(error))
             continue
         for part in parts:
-            part = _fit(part, max_length, too_long, bad, where)
-            if part is not None and not part.loss_mask[1:].any():
-                # The first token has nothing before it to be predicted from.
+            if not part.loss_mask[1:].any():  # The first token has nothing before it.
                 bad.add(where, "no_loss_tokens", "its loss mask is all zero; nothing would train.")
-            elif part is not None:
+            elif len(part.tokens) <= max_length:
                 result.append(part)
+            elif too_long == "error":
+                raise DataError(
+                    f"{where}: {len(part.tokens)} tokens, more than max_length={max_length}; raise "
+                    "it, or choose too_long='drop' or 'truncate'.",
+                    "too_long",
+                )
+            else:
+                pieces = shorten(part, max_length, too_long)
+                bad.dropped["truncated" if pieces else "too_long"] += 1
+                result += pieces
     bad.check(total)
     if not result:
         dropped = f" ({bad.summary()})" if bad.summary() else ""
         raise DataError(f"no usable record is left of {total}{dropped}; see max_length.")
     return result
-
-
-def _fit(part, max_length, too_long, bad, where):
-    if len(part.tokens) <= max_length:
-        return part
-    message = f"{len(part.tokens)} tokens, more than max_length={max_length}"
-    if too_long == "error":
-        raise DataError(f"{where}: {message}; raise it, or choose too_long='drop' or 'truncate'.")
-    cut = part.loss_mask[:max_length]
-    if too_long == "drop" or not cut[1:].any():
-        bad.dropped["too_long"] += 1
-        return None
-    bad.dropped["truncated"] += 1
-    return dataclasses.replace(part, tokens=part.tokens[:max_length], loss_mask=cut)
 
 
 def explain(part: Tokenised, tokenizer: Any, *, color: bool = True) -> str:
@@ -304,21 +335,6 @@ def explain(part: Tokenised, tokenizer: Any, *, color: bool = True) -> str:
         run.append(token)
     share = part.loss_mask.astype(bool).mean()
     return f"{text}\n[{len(part.tokens)} tokens, {share:.0%} of them train]"
-
-
-def _read_template(template: str | None) -> str | None:
-    if template is None or "{" in template:
-        return template
-    named = {"chatml": CHATML, "plain": PLAIN}
-    if template in named:
-        return named[template]
-    try:
-        with open(template, encoding="utf-8") as stream:
-            return stream.read()
-    except OSError:
-        raise DataError(
-            f"template {template!r} is neither Jinja text, a file, nor one of {', '.join(named)}."
-        ) from None
 
 
 def render_prompts(records: Sequence[Record], renderer: Renderer) -> list[list[int]]:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
+import glob
 import hashlib
 import json
 import pathlib
+import re
 import urllib.parse
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -12,11 +16,10 @@ from typing import Any
 import numpy as np
 
 from jaxft.data.errors import BadRecords, DataError
+from jaxft.data.files import SUFFIXES, rows_of
 from jaxft.data.records import Record, normalise
 
 Spec = str | pathlib.Path | Sequence[Mapping[str, Any]] | Callable[[], Iterable[Mapping[str, Any]]]
-
-FILE_KINDS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}
 
 
 def load(
@@ -37,6 +40,9 @@ def load(
         limit: read at most so many.
         bad: what to do with records that cannot be used; default: the first is an error.
 
+    Files may also be given by a pattern, "part-*.jsonl", and a saved folder of several splits as
+    "FOLDER?split=test".
+
     Raises:
         DataError: if the source is missing, empty or unreadable, or by the policy of `bad`.
     """
@@ -52,7 +58,7 @@ def load(
                 raise raw
             record = normalise(raw, fields)
         except DataError as error:
-            bad.add(where, "schema", str(error))
+            bad.add(where, error.code or "schema", str(error))
             continue
         record.setdefault("id", f"{name}:{seen - 1}")
         records.append(record | {"source": name, "where": where})
@@ -85,63 +91,57 @@ def _rows(spec: Spec) -> tuple[str, Iterable[tuple[str, Any]]]:
         return text, _reasoning_gym(text)
     if text.startswith("tfds:"):
         return text, _numbered(text, _tfds(text))
+    return _local_or_hub(text)
+
+
+def _local_or_hub(text: str) -> tuple[str, Iterable[tuple[str, Any]]]:
     path = pathlib.Path(text).expanduser()
-    if path.suffix in (".jsonl", ".ndjson", ".json", *FILE_KINDS) or path.exists():
-        if not path.exists():
-            raise DataError(f"{text}: no such file.")
-        return path.name, _file(path)
-    if text.split("?")[0].count("/") == 1:
+    if path.is_file():
+        return path.name, rows_of(path)
+    name, options = parse_options("disk:" + text)
+    folder = path if path.is_dir() else pathlib.Path(name).expanduser()
+    if folder.is_dir():
+        return folder.name, _numbered(folder.name, _saved(folder, {} if path.is_dir() else options))
+    if glob.has_magic(text) and path.suffix in SUFFIXES:
+        return path.name, _pattern(text)
+    if path.suffix not in SUFFIXES and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
         return text, _numbered(text, _hub(text))
+    there = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    close = difflib.get_close_matches(path.name, there, n=1)
+    if close:
+        raise DataError(f"{text}: no such file; did you mean {close[0]!r}?")
+    if path.suffix in SUFFIXES:
+        raise DataError(f"{text}: no such file.")
     raise DataError(
         f"{text}: no such file, and no known kind of source; give a .jsonl, .json, .parquet, .arrow "
         "or .csv file, a saved data set, rg:TASK, tfds:NAME or a hub id OWNER/NAME."
     )
 
 
+def _pattern(text):
+    found = sorted(glob.glob(str(pathlib.Path(text).expanduser())))
+    if not found:
+        raise DataError(f"{text}: no file fits this pattern.")
+    return (row for name in found for row in rows_of(pathlib.Path(name)))
+
+
+def _saved(folder, options):
+    if not any((folder / name).exists() for name in ("state.json", "dataset_dict.json")):
+        raise DataError(
+            f"{folder}: a folder, but not one that `datasets` saved; name a file in it, or a pattern "
+            f"such as '{folder}/*.jsonl'."
+        )
+    found = _datasets().load_from_disk(str(folder))
+    if not isinstance(found, dict):
+        return found
+    name = options.get("split", "train")
+    if name not in found:
+        raise DataError(f"{folder}: no split {name!r}; add ?split= with one of {list(found)}.")
+    return found[name]
+
+
 def _numbered(name: str, rows: Iterable[Any]) -> Iterable[tuple[str, Any]]:
     return ((f"{name}, row {i}", row) for i, row in enumerate(rows))
-
-
-def _file(path: pathlib.Path) -> Iterable[tuple[str, Any]]:
-    if path.is_dir():
-        return _numbered(path.name, _datasets().load_from_disk(str(path)))
-    if path.suffix in FILE_KINDS:
-        kind = FILE_KINDS[path.suffix]
-        return _numbered(
-            path.name,
-            _datasets().load_dataset(kind, data_files=str(path), split="train"),
-        )
-    with open(path, encoding="utf-8") as stream:
-        start = stream.read(64).lstrip()
-    return _json_array(path) if start.startswith("[") else _json_lines(path)
-
-
-def _json_lines(path: pathlib.Path) -> Iterable[tuple[str, Any]]:
-    with open(path, encoding="utf-8") as stream:
-        for number, line in enumerate(stream, 1):
-            if not line.strip():
-                continue
-            where = f"{path.name}, line {number}"
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                row = DataError(f"not valid JSON ({error.msg} at column {error.colno}).")
-            if not isinstance(row, (dict, Exception)):
-                row = DataError(f"expected a JSON object, got {type(row).__name__}.")
-            yield where, row
-
-
-def _json_array(path: pathlib.Path) -> Iterable[tuple[str, Any]]:
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{path.name}, line {error.lineno}: not valid JSON ({error.msg}); a file of one object a "
-            "line must not begin with '['."
-        ) from None
-    for i, row in enumerate(rows):
-        fine = isinstance(row, dict)
-        yield f"{path.name}, row {i}", row if fine else DataError("expected a JSON object.")
 
 
 def parse_options(spec: str) -> tuple[str, dict[str, Any]]:
@@ -162,11 +162,24 @@ def reasoning_gym_task(spec: str) -> Any:
         import reasoning_gym
     except ImportError:
         raise ModuleNotFoundError("rg: tasks need pip install 'jaxft[text]'") from None
+    from reasoning_gym.factory import DATASETS
+
     name, options = parse_options(spec)
+    if name not in DATASETS:
+        raise DataError(f"{spec}: no such reasoning-gym task{_hint(name, DATASETS)}")
+    known = [field.name for field in dataclasses.fields(DATASETS[name][1])]
+    for option in options:
+        if option not in known:
+            raise DataError(f"{spec}: the task has no option {option!r}{_hint(option, known)}")
     try:
         return reasoning_gym.create_dataset(name, **{"seed": 0, "size": 1000} | options)
     except (ValueError, TypeError, AssertionError) as error:
         raise DataError(f"{spec}: {error or 'the options do not fit the task'}.") from None
+
+
+def _hint(name, names):
+    close = difflib.get_close_matches(name, list(names), n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(names))}."
 
 
 def _reasoning_gym(spec: str) -> Iterable[tuple[str, Any]]:

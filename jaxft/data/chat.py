@@ -1,0 +1,131 @@
+"""Conversations -> text and the spans of the assistant's turns in it."""
+
+from __future__ import annotations
+
+import datetime
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jaxft.data.errors import DataError
+
+Span = tuple[int, int]  # of characters
+
+_SENTINEL = "\ue000jaxft\ue001"  # private-use characters: in no text
+# A thinking block that the template put there, with nothing in it.
+_EMPTY_THINKING = re.compile(r"\s*<(think|thinking)>\s*</\1>\n*")
+_NOW = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
+
+
+class Chat:
+    """A chat template with its tokenizer's special tokens.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        template: Jinja text.
+        date: what templates that print today's date print instead, so that data do not change
+            overnight.
+        options: further variables of the template, such as {"enable_thinking": False}.
+    """
+
+    def __init__(self, tokenizer: Any, template: str, date: datetime.date, options: Mapping):
+        self._tokenizer, self._options = tokenizer, dict(options)
+        self.template = _NOW.sub(lambda m: repr(date.strftime(m[2])), template)
+        if "date_string" in template:
+            self._options.setdefault("date_string", date.strftime("%d %b %Y"))
+        self.has_markers = bool(re.search(r"\{%-?\s*generation\s*-?%\}", template))
+        names = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
+        special = "|".join(re.escape(t) for t in sorted(names, key=len, reverse=True))
+        self._stop = re.compile(rf"\s*(?:{special})") if special else None
+        self._tail = re.compile(rf"(?:{special})(\s+)$") if special else None
+
+    def text(self, messages: Sequence[Mapping], tools: Any = None, *, prompt: bool = False) -> str:
+        """The conversation as text; `prompt`: with the header of the answer to come."""
+        return self._render(messages, tools, prompt)[0]
+
+    def spans(self, messages: Sequence[Mapping], tools: Any = None) -> tuple[str, dict[int, Span]]:
+        """(text, {message: span}) for each assistant message whose place can be found.
+
+        A span holds what a sampler would produce after the text before it, stop token included.
+        """
+        text, marked = self._render(messages, tools, False, self.has_markers)
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        if self.has_markers:
+            marked = [(a, b) for a, b in marked if b > a]
+            if len(marked) != len(turns):
+                raise DataError(
+                    f"the chat template's generation markers enclose {len(marked)} of "
+                    f"{len(turns)} assistant turns; mend the template.",
+                    "template",
+                )
+            found = dict(zip(turns, marked, strict=True))
+        else:
+            found = {i: self._by_prefix(text, messages, tools, i) for i in turns}
+        return text, {i: self._finish(text, s, messages[i]) for i, s in found.items() if s}
+
+    def span_by_content(
+        self, text: str, messages: Sequence[Mapping], tools: Any, i: int
+    ) -> Span | None:
+        """Where the content of message i stands: what changes when it is replaced by a sentinel."""
+        changed = [*messages]
+        changed[i] = {**messages[i], "content": _SENTINEL}
+        try:
+            other = self.text(changed, tools)
+        except DataError:
+            return None
+        start = other.find(_SENTINEL)
+        after = other[start + len(_SENTINEL) :]
+        end = len(text) - len(after)
+        if start < 0 or end <= start or text[:start] != other[:start] or not text.endswith(after):
+            return None
+        return self._finish(text, (start, end), messages[i])
+
+    def _by_prefix(self, text, messages, tools, i):
+        """What the text gains over that of the messages before i and the header of the answer."""
+        if i == 0:  # Templates refuse an empty conversation.
+            return self.span_by_content(text, messages, tools, i)
+        before = self.text(messages[:i], tools, prompt=True)
+        last = i == len(messages) - 1
+        after = text if last else self.text(messages[: i + 1], tools)
+        if not (text.startswith(after) and after.startswith(before)):
+            return None
+        if before == self.text(messages[:i], tools):
+            # Without a header to come, the turn's own header may be part of what was gained.
+            return self.span_by_content(text, messages, tools, i) or (len(before), len(after))
+        return len(before), len(after)
+
+    def _finish(self, text, span, message):
+        """The span without what no model produces, and with the stop token."""
+        start, end = span
+        thinks = message.get("reasoning_content") or message["content"].lstrip().startswith(
+            "<think"
+        )
+        empty = None if thinks else _EMPTY_THINKING.match(text, start, end)
+        start = empty.end() if empty else start
+        tail = self._tail and self._tail.search(text, start, end)
+        if tail:  # blanks after the stop token
+            return start, tail.start(1)
+        ended = self._stop and re.search(rf"(?:{self._stop.pattern})$", text[start:end])
+        stop = None if ended or not self._stop else self._stop.match(text, end)
+        return start, stop.end() if stop else end
+
+    def _render(self, messages, tools, prompt, marks=False):
+        import jinja2
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        try:
+            texts, spans = render_jinja_template(
+                conversations=[list(messages)],
+                tools=tools,
+                chat_template=self.template,
+                return_assistant_tokens_mask=marks,
+                add_generation_prompt=prompt,
+                **self._tokenizer.special_tokens_map | self._options,
+            )
+        except jinja2.TemplateSyntaxError as error:
+            raise DataError(
+                f"the chat template is not valid Jinja, line {error.lineno}: {error.message}."
+            ) from None
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+            raise DataError(f"the chat template refuses it: {error}", "template") from error
+        return texts[0], spans[0] if marks else ()

@@ -1,0 +1,81 @@
+"""Text -> token ids and where in the text each lies."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxft.data.errors import DataError
+
+
+class Encoder:
+    """A private copy of a fast tokenizer, which adds no special tokens of its own.
+
+    Private, because padding and truncation are state of a tokenizer that others share, and because
+    a post-processor would trim blanks from the offsets (GPT-2's and Llama 3's do).
+    """
+
+    def __init__(self, tokenizer: Any):
+        if not getattr(tokenizer, "is_fast", False):
+            raise DataError(
+                f"{type(tokenizer).__name__} is not a fast tokenizer, so it cannot say where tokens "
+                "lie in the text; save it with a tokenizer.json."
+            )
+        with_special = tokenizer("a")["input_ids"]
+        self.adds_bos = with_special[:1] == [tokenizer.bos_token_id]
+        self.bos, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+        # Pieces of a text must not gain the blank that SentencePiece puts before a text.
+        self._core = copy.deepcopy(tokenizer).backend_tokenizer
+        self._core.post_processor = None
+        self._core.no_padding()
+        self._core.no_truncation()
+        self._newline = self._core.encode("\n", add_special_tokens=False).ids
+        tokens = self._core.encode("a", add_special_tokens=False).tokens
+        self._prefixes = bool(tokens) and tokens[0].startswith(("\u2581", "\u0120"))
+        self._lock = threading.Lock()
+
+    @property
+    def vocab_size(self) -> int:
+        return self._core.get_vocab_size()
+
+    def encode(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """(ids [T], offsets [T, 2] of characters)."""
+        with self._lock:
+            encoded = self._core.encode(text, add_special_tokens=False)
+        offsets = np.asarray(encoded.offsets, np.int64).reshape(-1, 2)
+        return np.asarray(encoded.ids, np.int32), offsets
+
+    def encode_apart(self, text: str, cuts: Sequence[int]) -> tuple[np.ndarray, np.ndarray, int]:
+        """(ids, offsets, how many cuts a token would have crossed); no token crosses a cut.
+
+        The text is encoded as a whole, as a sampler encodes a conversation. Only where a token would
+        reach over a cut, the sides are encoded one by one, as a sampler sees prompt and completion.
+        """
+        ids, offsets = self.encode(text)
+        inside = lambda cut: ((offsets[:, 0] < cut) & (cut < offsets[:, 1])).any()
+        crossed = [cut for cut in cuts if inside(cut)]
+        if not crossed:
+            return ids, offsets, 0
+        bounds = [0, *sorted(set(crossed)), len(text)]
+        pieces = [self._piece(text, a, b) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+        ids, offsets = (np.concatenate(side) for side in zip(*pieces, strict=True))
+        return ids, offsets, len(crossed)
+
+    def _piece(self, text, start, end):
+        if start and self._prefixes:
+            ids, offsets = self.encode("\n" + text[start:end])
+            count = len(self._newline)
+            if ids[:count].tolist() == self._newline:
+                return ids[count:], np.maximum(offsets[count:] - 1, 0) + start
+        ids, offsets = self.encode(text[start:end])
+        return ids, offsets + start
+
+
+def in_span(offsets: np.ndarray, start: int, end: int) -> np.ndarray:
+    """Which tokens lie in text[start:end]."""
+    begins, ends = offsets[:, 0], offsets[:, 1]
+    return (begins >= start) & (begins < end) & (ends <= end)

@@ -1,0 +1,39 @@
+"""What becomes of records that are longer than the model's window."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+
+TooLong = Literal["drop", "truncate", "truncate_left_prompt", "split", "error"]
+
+
+def shorten(part: Any, max_length: int, too_long: TooLong) -> list[Any]:
+    """The Tokenised that a longer one becomes; none of them is without a token that trains.
+
+    Masks are cut after they were made, so that a turn that is cut keeps what is left of its mask.
+    """
+    if too_long == "drop":
+        cut = []
+    elif too_long == "truncate":
+        cut = [part[:max_length]]
+    elif too_long == "truncate_left_prompt":
+        cut = [part[_keep_answer(part, max_length)]]
+    elif too_long == "split":
+        cut = [part[i : i + max_length] for i in range(0, len(part.tokens), max_length)]
+    else:
+        raise ValueError(f"too_long={too_long!r}; expected one of {TooLong.__args__}.")
+    return [piece for piece in cut if piece.loss_mask[1:].any()]
+
+
+def _keep_answer(part, max_length) -> np.ndarray:
+    """Places of BOS, the end of the prompt and the answer; the answer is cut on the right if need be.
+
+    One token of prompt stays at least, from which the answer's first is predicted.
+    """
+    head = 1 if part.starts_with_bos else 0
+    answer = int(np.argmax(part.loss_mask > 0))
+    start = max(head, min(len(part.tokens) - max_length + head, answer - 1 + head))
+    places = np.concatenate([np.arange(head), np.arange(start, len(part.tokens))])
+    return places[:max_length]

@@ -1,0 +1,81 @@
+"""Named chat templates, for tokenizers that bring none, and how an override is read."""
+
+from __future__ import annotations
+
+import pathlib
+
+from jaxft.data.errors import DataError
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAMA3 = (
+    "{{ bos_token }}{% for message in messages %}<|start_header_id|>{{ message['role'] }}"
+    "<|end_header_id|>\n\n{{ message['content'] | trim }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+# Gemma has no system role: such text goes before the first user turn.
+GEMMA = (
+    "{{ bos_token }}{% set system = messages[0]['content'] | trim + '\n\n' "
+    "if messages[0]['role'] == 'system' else '' %}{% set ns = namespace(system=system) %}"
+    "{% for message in messages %}{% if message['role'] != 'system' %}<start_of_turn>"
+    "{{ 'model' if message['role'] == 'assistant' else message['role'] }}\n{{ ns.system }}"
+    "{% set ns.system = '' %}{{ message['content'] | trim }}<end_of_turn>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+# Qwen 3: thinking of turns before the last question is dropped, an empty block stands for none
+# after it.
+QWEN3 = (
+    "{% set ns = namespace(last=-1) %}{% for message in messages %}"
+    "{% if message['role'] == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['role'] == 'assistant' %}{% set parts = message['content'].split('</think>') %}"
+    "{% set thought = message['reasoning_content'] or parts[0].split('<think>')[-1] "
+    "if message['reasoning_content'] or parts | length > 1 else '' %}"
+    "{% if loop.index0 > ns.last %}<think>\n{{ thought.strip('\n') }}\n</think>\n\n{% endif %}"
+    "{{ parts[-1].lstrip('\n') }}{% else %}{{ message['content'] }}{% endif %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n"
+    "{% endif %}{% endif %}"
+)
+ALPACA = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'system' %}"
+    "{{ message['content'] }}\n\n{% elif message['role'] == 'assistant' %}### Response:\n"
+    "{{ message['content'] }}{{ eos_token }}\n\n{% else %}### Instruction:\n"
+    "{{ message['content'] }}\n\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}### Response:\n{% endif %}"
+)
+PLAIN = (
+    "{% for message in messages %}{{ message['content'] }}"
+    "{{ eos_token if message['role'] == 'assistant' else '\n' }}{% endfor %}"
+)
+
+# Each with the special tokens without which a turn would not end in one token.
+TEMPLATES = {
+    "chatml": (CHATML, ("<|im_start|>", "<|im_end|>")),
+    "llama3": (LLAMA3, ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")),
+    "gemma": (GEMMA, ("<start_of_turn>", "<end_of_turn>")),
+    "qwen3": (QWEN3, ("<|im_start|>", "<|im_end|>")),
+    "alpaca": (ALPACA, ()),
+    "plain": (PLAIN, ()),
+}
+
+
+def read_template(template: str | None) -> tuple[str | None, tuple[str, ...]]:
+    """(Jinja text, special tokens it needs) of a name in TEMPLATES, a path, or the text itself.
+
+    Raises:
+        DataError: if it is none of these.
+    """
+    if template is None or "{" in template:
+        return template, ()
+    if template in TEMPLATES:
+        return TEMPLATES[template]
+    try:
+        return pathlib.Path(template).expanduser().read_text(encoding="utf-8"), ()
+    except (OSError, UnicodeDecodeError):
+        raise DataError(
+            f"template {template!r} is neither Jinja text, a file, nor one of "
+            f"{', '.join(TEMPLATES)}."
+        ) from None

@@ -19,6 +19,8 @@ from jaxft.data.render import MaskMode, Renderer
 
 @dataclasses.dataclass(frozen=True)
 class Config:
+    """The command line."""
+
     data: tyro.conf.Positional[str]  # a file, folder, hub id, rg:TASK or tfds:NAME
     tokenizer: str  # a model directory, .gguf file, name or hub id
     max_length: int = 1024

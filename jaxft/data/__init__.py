@@ -2,15 +2,20 @@
 
 from jaxft.data.batches import DataIterator, batches, finite_batches, packing_efficiency
 from jaxft.data.errors import BadRecord, BadRecords, DataError
+from jaxft.data.files import JsonLines
+from jaxft.data.inspection import Inspection, inspect
 from jaxft.data.records import as_messages, infer_type, normalise
 from jaxft.data.render import Renderer, Tokenised, explain, render, render_prompts
 from jaxft.data.sources import load, reasoning_gym_task, split
+from jaxft.data.templates import TEMPLATES
 
 __all__ = [
     "BadRecord",
     "BadRecords",
     "DataError",
     "DataIterator",
+    "Inspection",
+    "JsonLines",
     "Renderer",
     "Tokenised",
     "as_messages",
@@ -18,6 +23,7 @@ __all__ = [
     "explain",
     "finite_batches",
     "infer_type",
+    "inspect",
     "load",
     "normalise",
     "packing_efficiency",
@@ -25,4 +31,5 @@ __all__ = [
     "render",
     "render_prompts",
     "split",
+    "TEMPLATES",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from jaxft.data.errors import DataError
 from jaxft.data.render import Tokenised
 
 Batch = dict[str, np.ndarray]  # tokens, loss_mask, segment_ids, positions: [B, T] each
+Packing = Literal["first_fit", "best_fit", "concat_split"]
 PACKING_BINS = 16  # rows that are filled side by side
 MIN_BUCKET = 16
 
@@ -20,36 +21,49 @@ MIN_BUCKET = 16
 class DataIterator:
     """Batches for ever, or for some epochs; `get_state` is the position after the last one taken.
 
-    Made by `batches`. The position is JSON and goes into the checkpoint of the training state.
+    Made by `batches`. The position is JSON and goes into the checkpoint of the training state; on
+    several hosts each has its own. Batches that were prepared ahead but not taken are not lost.
     """
 
-    def __init__(self, dataset: Any, fingerprint: str):
+    def __init__(self, dataset: Any, fingerprint: dict[str, Any], steps: int | None, blank: Batch):
         self._iterator = iter(dataset)
         self.fingerprint = fingerprint
+        self._steps, self._blank, self._taken = steps, blank, 0
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
-        return next(self._iterator)
+        if self._steps is not None and self._taken >= self._steps:
+            raise StopIteration
+        batch = next(self._iterator, None)
+        if batch is None and self._steps is None:
+            raise StopIteration
+        self._taken += 1
+        # A host whose records are used up keeps step with the others, with nothing that trains.
+        return dict(self._blank) if batch is None else batch
 
     def get_state(self) -> dict[str, Any]:
         """The position, as JSON."""
-        state = self._iterator.get_state()
-        return {"fingerprint": self.fingerprint, "grain": json.loads(json.dumps(state))}
+        state = json.loads(json.dumps(self._iterator.get_state()))
+        return {"fingerprint": self.fingerprint, "taken": self._taken, "grain": state}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Goes to a position.
 
         Raises:
-            DataError: if it belongs to other records or settings.
+            DataError: if it belongs to other records or settings, with those that differ.
         """
-        if state["fingerprint"] != self.fingerprint:
+        saved = state["fingerprint"]
+        # Through JSON, as the saved one went: tuples become lists.
+        here = json.loads(json.dumps(self.fingerprint))
+        if saved != here:
             raise DataError(
-                "resume: the data is not that of the checkpoint (records, template, max_length, "
-                "batch size, seed or host count changed); start a new output directory."
+                f"resume: the data is not that of the checkpoint ({_differences(saved, here)}); "
+                "restore these settings, or start a new output directory."
             )
         self._iterator.set_state(state["grain"])
+        self._taken = state["taken"]
 
 
 def batches(
@@ -57,51 +71,107 @@ def batches(
     batch_size: int,
     max_length: int,
     weights: Sequence[float] | None = None,
-    packing: bool = True,
+    packing: bool | Packing = True,
     seed: int = 0,
     epochs: int | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
+    process_index: int | None = None,
+    process_count: int | None = None,
+    last: Literal["drop", "pad"] = "drop",
+    max_segments: int | None = None,
+    prefetch: int = 2,
 ) -> DataIterator:
     """An endless (or `epochs` long) iterator over batches of one or several sources.
 
     The order is a function of the seed alone and new in each epoch. Packed rows hold several records
     with segment ids 1, 2... (0 is padding) and positions that restart; unpacked rows are padded to
-    the power of two that holds the batch's longest.
+    the power of two that holds the batch's longest, or to max_length on several hosts, whose shapes
+    must agree.
 
     Args:
         sources: tokenised records; no record may be longer than max_length.
         batch_size: rows of this host's batch.
         max_length: T of packed rows, the longest for padded ones.
         weights: share of the records that each source gives; default: by their sizes.
-        epochs: passes over the data, with one source; the last incomplete batch is left out.
-        process_index, process_count: of this host; each reads its own records.
+        packing: True or "first_fit": whole records, each in the first row with room for it;
+            "best_fit": in the fullest one; "concat_split": one after the other, cut at the end of
+            the row (no padding; what follows the cut lacks its beginning); False: a row a record.
+        epochs: passes over the data, with one source. Hosts then all give the same number of
+            batches: those whose records are used up first end with batches of padding.
+        process_index, process_count: of this host; each reads its own records. Default: JAX's.
+        last: what becomes of an incomplete last batch, of `epochs`: left out, or filled up with rows
+            of padding, so that every record counts.
+        max_segments: most records in a packed row.
+        prefetch: batches that a thread prepares ahead; 0: none.
+
+    Raises:
+        DataError: for sources or settings that cannot give a batch.
     """
     import grain
+    import jax
 
+    index = jax.process_index() if process_index is None else process_index
+    count = jax.process_count() if process_count is None else process_count
+    _check(sources, batch_size, max_length, weights, epochs, index, count)
+    packing = {True: "first_fit", False: None}.get(packing, packing)
+    shares = [len(source) for source in sources] if weights is None else list(weights)
+
+    def dataset(host):
+        streams = [_stream(s, seed + i, epochs, host, count) for i, s in enumerate(sources)]
+        mixed = streams[0] if len(streams) == 1 else grain.IterDataset.mix(streams, shares)
+        if packing is None:
+            return _padded(mixed, batch_size, max_length if count > 1 else None, last)
+        return _packed(mixed, batch_size, max_length, seed, packing, max_segments, last)
+
+    steps = None
+    if epochs is not None and count > 1:
+        # Every host has all records, so each finds out alone what all of them will give.
+        steps = max(sum(1 for _ in dataset(host)) for host in range(count))
+    result = dataset(index)
+    if prefetch:
+        result = grain.experimental.ThreadPrefetchIterDataset(result, prefetch_buffer_size=prefetch)
+    settings = {
+        "batch_size": batch_size,
+        "max_length": max_length,
+        "weights": [float(share) for share in shares],
+        "packing": packing,
+        "max_segments": max_segments,
+        "last": last,
+        "seed": seed,
+        "epochs": epochs,
+        "process_index": index,
+        "process_count": count,
+    }
+    blank = {name: np.stack([x] * batch_size) for name, x in _row([], max_length).items()}
+    return DataIterator(result, {"records": _digest(sources), **settings}, steps, blank)
+
+
+def _check(sources, batch_size, max_length, weights, epochs, index, count):
     if not sources or not all(len(source) for source in sources):
         raise DataError("batches: a source is empty.")
+    if batch_size < 1:
+        raise DataError(f"batches: batch_size must be positive, got {batch_size}.")
     if epochs is not None and len(sources) > 1:
         raise DataError("batches: epochs need a single source; with several, count steps.")
+    if weights is not None and (len(weights) != len(sources) or min(weights) <= 0):
+        raise DataError(
+            f"batches: weights={list(weights)}; expected a positive number for each of "
+            f"{len(sources)} sources."
+        )
     longest = max(len(part.tokens) for source in sources for part in source)
     if longest > max_length:
         raise DataError(f"batches: a record has {longest} tokens, max_length is {max_length}.")
-    if min(map(len, sources)) < process_count:
-        raise DataError(f"batches: fewer records than the {process_count} hosts; each needs one.")
+    if not 0 <= index < count:
+        raise DataError(f"batches: process_index={index} of process_count={count}.")
+    if min(map(len, sources)) < count:
+        raise DataError(f"batches: fewer records than the {count} hosts; each needs one.")
+
+
+def _stream(source, seed, epochs, host, hosts):
+    import grain
+
     features = lambda part: {"tokens": part.tokens, "loss_mask": part.loss_mask}
-
-    def stream(number, source):
-        dataset = grain.MapDataset.source(source).map(features).seed(seed + number).shuffle()
-        return dataset[process_index::process_count].repeat(epochs).to_iter_dataset()
-
-    streams = [stream(i, source) for i, source in enumerate(sources)]
-    shares = [len(source) for source in sources] if weights is None else list(weights)
-    dataset = streams[0] if len(streams) == 1 else grain.IterDataset.mix(streams, shares)
-    dataset = (
-        _packed(dataset, batch_size, max_length, seed) if packing else _padded(dataset, batch_size)
-    )
-    settings = [batch_size, max_length, shares, packing, seed, epochs, process_index, process_count]
-    return DataIterator(dataset, _fingerprint(sources, settings))
+    shuffled = grain.MapDataset.source(source).map(features).seed(seed).shuffle()
+    return shuffled[host::hosts].repeat(epochs).to_iter_dataset()
 
 
 def finite_batches(
@@ -126,33 +196,53 @@ def packing_efficiency(batch: Batch) -> float:
     return float((batch["segment_ids"] > 0).mean())
 
 
-def _packed(dataset, batch_size, max_length, seed):
-    from grain.experimental import FirstFitPackIterDataset
+def _packed(dataset, batch_size, max_length, seed, packing, max_segments, last):
+    from grain import experimental
 
-    packed = FirstFitPackIterDataset(
-        dataset,
-        length_struct={"tokens": max_length, "loss_mask": max_length},
-        num_packing_bins=PACKING_BINS,
-        seed=seed,
-    )
+    lengths = {"tokens": max_length, "loss_mask": max_length}
+    if packing == "concat_split":
+        packed = experimental.ConcatThenSplitIterDataset(dataset, length_struct=lengths)
+    elif packing in ("first_fit", "best_fit"):
+        fit = {
+            "first_fit": experimental.FirstFitPackIterDataset,
+            "best_fit": experimental.BestFitPackIterDataset,
+        }[packing]
+        packed = fit(
+            dataset,
+            length_struct=lengths,
+            num_packing_bins=PACKING_BINS,
+            seed=seed,
+            max_sequences_per_bin=max_segments,
+        )
+    else:
+        raise DataError(
+            f"batches: packing={packing!r}; expected a bool, {', '.join(get_args(Packing))}."
+        )
     rename = lambda row: {
         "tokens": row["tokens"].astype(np.int32),
         "loss_mask": row["loss_mask"].astype(np.float32),
         "segment_ids": row["tokens_segment_ids"].astype(np.int32),
         "positions": row["tokens_positions"].astype(np.int32),
     }
-    return packed.map(rename).batch(batch_size, drop_remainder=True)
+    return _batched(packed.map(rename), batch_size, lambda rows: (rows, max_length), last)
 
 
-def _padded(dataset, batch_size):
-    def stack(rows):
-        parts = [Tokenised(row["tokens"], row["loss_mask"]) for row in rows]
-        longest = max(len(part.tokens) for part in parts)
-        width = max(MIN_BUCKET, 1 << (longest - 1).bit_length())
-        built = [_row([part], width) for part in parts]
-        return {name: np.stack([row[name] for row in built]) for name in built[0]}
+def _padded(dataset, batch_size, width, last):
+    def pad(rows):
+        longest = max(len(row["tokens"]) for row in rows)
+        wide = width or max(MIN_BUCKET, 1 << (longest - 1).bit_length())
+        return [_row([Tokenised(row["tokens"], row["loss_mask"])], wide) for row in rows], wide
 
-    return dataset.batch(batch_size, drop_remainder=True, batch_fn=stack)
+    return _batched(dataset, batch_size, pad, last)
+
+
+def _batched(dataset, batch_size, as_rows, last):
+    def stack(given):
+        rows, width = as_rows(given)
+        rows = [*rows, *[_row([], width)] * (batch_size - len(rows))]
+        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+    return dataset.batch(batch_size, drop_remainder=last == "drop", batch_fn=stack)
 
 
 def _row(parts: Sequence[Tokenised], width: int) -> Batch:
@@ -173,10 +263,24 @@ def _row(parts: Sequence[Tokenised], width: int) -> Batch:
     return row
 
 
-def _fingerprint(sources, settings) -> str:
-    digest = hashlib.sha256(json.dumps(settings).encode())
+def _digest(sources) -> str:
+    """Of all tokens and masks, and so of records, template and tokenizer."""
+    digest = hashlib.sha256()
     for source in sources:
+        digest.update(len(source).to_bytes(8))
         for part in source:
+            digest.update(len(part.tokens).to_bytes(8))
             digest.update(part.tokens.tobytes())
             digest.update(part.loss_mask.tobytes())
     return digest.hexdigest()[:16]
+
+
+def _differences(saved, here) -> str:
+    if not isinstance(saved, dict):
+        return "made by another version"
+    names = [name for name in here if saved.get(name) != here[name]]
+    show = lambda name: f"{name}: {saved.get(name)} then, {here[name]} now"
+    return "; ".join(
+        "records, template or tokenizer changed" if name == "records" else show(name)
+        for name in names
+    )

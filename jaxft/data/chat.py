@@ -90,8 +90,11 @@ class Chat:
         if not (text.startswith(after) and after.startswith(before)):
             return None
         if before == self.text(messages[:i], tools):
-            # Without a header to come, the turn's own header may be part of what was gained.
-            return self.span_by_content(text, messages, tools, i) or (len(before), len(after))
+            # Without a header to come, the turn's own may be part of what was gained. Blanks are
+            # not a header: Llama 2 and Mistral put one there, which is in the answer's first token.
+            inner = self.span_by_content(text, messages, tools, i)
+            if inner and text[len(before) : inner[0]].strip():
+                return inner
         return len(before), len(after)
 
     def _finish(self, text, span, message):

@@ -6,6 +6,8 @@ import random
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from jaxft.data import BadRecords, DataError, Renderer, load, normalise, render
 from jaxft.data.files import JsonLines
@@ -138,6 +140,32 @@ def test_random_conversations_of_every_named_template(name, bos):
 
 def bos_of(name, bos):
     return int(bos and name in ("llama3", "gemma", "alpaca"))
+
+
+LLAMA2 = (
+    "{% for m in messages %}{% if m.role == 'user' %}<s>[INST] {{ m.content }} [/INST]"
+    "{% else %} {{ m.content }} </s>{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("scheme", ["always", "first"])
+def test_the_blank_of_sentencepiece_stays_in_the_answers_first_token(scheme):
+    core = Tokenizer(models.BPE(unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    special = ["<unk>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(vocab_size=150, special_tokens=special, show_progress=False)
+    core.train_from_iterator(["hello there you foo bar [INST] [/INST]"] * 4, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    renderer = Renderer(tokenizer, template=LLAMA2)
+    messages = [user("hello"), assistant("there you"), user("foo"), assistant("bar")]
+    [part] = renderer(chat(*messages))
+    text = tokenizer.apply_chat_template(messages, chat_template=LLAMA2, tokenize=False)
+    assert part.tokens.tolist() == tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert renderer.merged_boundaries == 0
+    names = [tokenizer.convert_ids_to_tokens(int(t)) for t in part.tokens[part.loss_mask > 0]]
+    assert "".join(names) == "\u2581there\u2581you\u2581</s>\u2581bar\u2581</s>"
 
 
 def test_a_date_in_a_template_is_fixed():

@@ -10,6 +10,7 @@ from pathlib import Path
 import chex
 import jax
 import numpy as np
+import optax
 import pytest
 
 from jaxft.adapters import adapt, full, lora, partition
@@ -157,10 +158,29 @@ def test_a_broken_checkpoint_is_set_aside_for_the_one_before(
         break_file(path, how)
     assert files and steps_in(tmp_path) == [2, 4, 6]
     with pytest.warns(UserWarning, match="checkpoint 6 cannot be read .* the one before"):
-        state, history = problem.train(tmp_path)
+        problem.train(tmp_path, steps=6)
+    assert steps_in(tmp_path) == [2, 4, 6]  # written anew
+    _, history = problem.train(tmp_path)
     assert losses(history) == whole[1] == logged(tmp_path)
     assert (tmp_path / "checkpoints" / "corrupt-6").is_dir()
     assert steps_in(tmp_path)[-1] == problem.STEPS
+
+
+def test_values_that_were_changed_behind_the_storages_back_are_seen(problem, whole, tmp_path):
+    problem.train(tmp_path, steps=6)
+    path = tmp_path / "checkpoints" / "6" / "meta" / "metadata"
+    meta = json.loads(path.read_text())
+    meta["trainable"]["first/bias"][2] ^= 1  # as if the values, not their checksum, were others
+    path.write_text(json.dumps(meta))
+    with pytest.warns(UserWarning, match="cannot be read .trainable differs from its checksum"):
+        _, history = problem.train(tmp_path)
+    assert losses(history) == whole[1]
+
+
+def test_the_key_is_restored(problem, whole, tmp_path):
+    problem.train(tmp_path, steps=6)
+    state, history = problem.train(tmp_path, seed=5)
+    assert losses(history) == whole[1] and state.key == whole[0].key
 
 
 def test_when_none_can_be_read_the_run_says_so(problem, tmp_path):
@@ -207,8 +227,6 @@ def test_only_what_trains_is_saved_and_frozen_values_must_be_the_same(problem, t
 
 
 def test_another_optimizer_is_refused(problem, tmp_path):
-    import optax
-
     problem.train(tmp_path, steps=2)
     with pytest.raises(ValueError, match="optimizer state differ"):
         fit(
@@ -284,6 +302,20 @@ def test_a_state_that_is_not_finite_is_never_saved(problem, tmp_path):
     assert steps_in(tmp_path) == [2, 4]
     params = restore_params(tmp_path / "checkpoints", problem.make_params())
     chex.assert_tree_all_finite(params)
+
+
+def test_params_that_a_finite_gradient_broke_are_not_saved(problem, tmp_path):
+    broken = optax.stateless(lambda u, p: jax.tree.map(lambda g: g * np.inf, u))
+    with pytest.raises(DivergedError, match="step 1: params are not finite; not saved"):
+        fit(
+            problem.make_params(),
+            problem.objective,
+            broken,
+            problem.Batches(),
+            steps=3,
+            checkpoints=Checkpoints(tmp_path / "checkpoints", every=1),
+        )
+    assert steps_in(tmp_path) == []
 
 
 @pytest.mark.parametrize("every", [1, 100])

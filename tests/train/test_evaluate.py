@@ -26,6 +26,14 @@ def test_the_result_does_not_depend_on_how_the_data_are_cut(problem):
     np.testing.assert_allclose(whole["loss"], loss, rtol=1e-6)
 
 
+def test_each_batch_draws_from_its_own_key(problem, key):
+    params, batch = problem.make_params(), problem.make_batch(0)
+    values = evaluate(make_eval_step(problem.objective), params, [batch, batch], key=key)
+    draw = lambda number: problem.objective(params, batch, jax.random.fold_in(key, number))[0]
+    assert draw(0) != draw(1)
+    np.testing.assert_allclose(values["loss"], (draw(0) + draw(1)) / 2, rtol=1e-6)
+
+
 def test_metrics_that_are_no_means_count_like_the_loss():
     objective = lambda params, batch, key: (
         params * jnp.mean(batch),

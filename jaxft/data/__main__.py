@@ -1,0 +1,59 @@
+"""Counts and examples of a data set, without a model.
+
+python -m jaxft.data train.jsonl --tokenizer smollm2-135m-instruct --max-length 512
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from typing import Annotated
+
+import tyro
+
+from jaxft.checkpoints import load_tokenizer
+from jaxft.data.inspection import Inspection, inspect
+from jaxft.data.length import TooLong
+from jaxft.data.render import MaskMode, Renderer
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The command line."""
+
+    data: tyro.conf.Positional[str]  # a file, folder, hub id, rg:TASK or tfds:NAME
+    tokenizer: str  # a model directory, .gguf file, name or hub id
+    max_length: int = 1024
+    template: str | None = None  # a name, a path or Jinja text
+    mask: MaskMode = "completion"  # what trains
+    too_long: TooLong = "drop"
+    limit: int | None = None  # read only the first records
+    fields: Annotated[dict[str, str], tyro.conf.arg(metavar="OURS THEIRS ...")] = dataclasses.field(
+        default_factory=dict
+    )
+
+
+def main(config: Config) -> Inspection:
+    """Inspects and prints."""
+    renderer = Renderer(
+        load_tokenizer(config.tokenizer), template=config.template, mask=config.mask
+    )
+    result = inspect(
+        config.data,
+        renderer,
+        config.max_length,
+        fields=config.fields,
+        limit=config.limit,
+        too_long=config.too_long,
+        color=sys.stdout.isatty(),
+    )
+    print(result)
+    return result
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Config))
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None

@@ -63,7 +63,9 @@ class Config:
     seed: int = 0
 
     mask: Literal["completion", "last_turn", "all", "per_message"] = "completion"  # what trains
-    template: str | None = None  # chat template that replaces the model's: a file, or "chatml"
+    template: str | None = (
+        None  # chat template that replaces the model's: a file, or chatml, llama3, gemma...
+    )
     too_long: Literal["drop", "truncate", "error"] = "drop"
     max_bad: float = 0.0  # largest share of unusable records that is skipped rather than an error
 

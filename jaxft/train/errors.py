@@ -70,6 +70,10 @@ def run_main(main: Callable[[Any], Any], config: Any) -> Any:
         _exit("interrupted", INTERRUPTED)
     except MissingDependencyError as error:
         _exit(f"error: {error}", MISSING_DEPENDENCY)
+    except ModuleNotFoundError as error:
+        if "pip install" not in str(error):  # Not an extra of ours that is absent, but a fault.
+            raise
+        _exit(f"error: {error}", MISSING_DEPENDENCY)
     except DivergedError as error:
         _exit(f"error: {error}", DIVERGED)
     except OutputError as error:

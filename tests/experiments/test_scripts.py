@@ -170,3 +170,15 @@ def test_the_list_of_scripts():
         [sys.executable, "-m", "experiments"], capture_output=True, text=True, cwd=ROOT
     )
     assert "python experiments/sft.py" in result.stdout
+
+
+def test_a_missing_extra_is_one_line_and_exit_code_3(tmp_path):
+    code = (
+        "import sys; sys.modules['transformers'] = None; sys.path.insert(0, '.')\n"
+        "from experiments import sft; from jaxft import train\n"
+        f"train.run_main(sft.main, sft.Config(model={str(tmp_path)!r}))"
+    )
+    (tmp_path / "config.json").write_text("{}")
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 3, result.stderr
+    assert "pip install 'jaxft[text]'" in result.stderr and "Traceback" not in result.stderr

@@ -64,6 +64,19 @@ def test_log_probs_are_those_of_a_full_forward(model, params, prompts):
         chex.assert_trees_all_close(np.asarray(scored)[0, len(prompt) - 1 :], got, atol=1e-4)
 
 
+def test_sampler_log_probs_are_those_of_the_cut_distribution(model, params, prompts):
+    config = SamplingConfig(max_new_tokens=8, temperature=0.7, top_k=3)
+    out = generate(model, params, prompts, jax.random.key(1), config)
+    apply = lambda row: model.apply({"params": params}, row).logits[0]
+    for prompt, ids, got in zip(prompts, out.completions, out.sampler_log_probs, strict=True):
+        logits = apply(jnp.asarray(prompt + ids)[None])[len(prompt) - 1 : -1]
+        kept = jax.nn.log_softmax(transform_logits(logits, config))
+        wanted = np.asarray(kept)[np.arange(8), ids]
+        chex.assert_trees_all_close(got, wanted, atol=1e-4)
+    greedy = generate(model, params, prompts, jax.random.key(1), GREEDY)
+    assert not greedy.sampler_log_probs.any() and (greedy.log_probs < 0).all()
+
+
 def test_draws_depend_on_the_key_and_the_row_alone(model, params, prompts):
     config = SamplingConfig(max_new_tokens=10)
     draw = lambda prompts, seed, ids: (

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, Sharding
 
 from jaxft.parallel import batch_sharding, replicated
 from jaxft.train.state import TrainState
@@ -78,7 +79,7 @@ def place_batch(batch: Any, mesh: Mesh | None) -> Any:
         if isinstance(leaf, jax.Array) and _on_mesh(leaf, mesh):
             return leaf
         if np.ndim(leaf) == 0:
-            return jax.device_put(leaf, replicated(mesh))
+            return lay_out(leaf, replicated(mesh))
         rows = len(leaf) * jax.process_count()
         if rows % parts:
             name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -98,7 +99,20 @@ def place_on_mesh(tree: Any, mesh: Mesh | None) -> Any:
     if mesh is None:
         return tree
     whole = replicated(mesh)
-    return jax.tree.map(lambda x: x if _on_mesh(x, mesh) else jax.device_put(x, whole), tree)
+    return jax.tree.map(lambda x: x if _on_mesh(x, mesh) else lay_out(x, whole), tree)
+
+
+def lay_out(x: Any, sharding: Sharding) -> jax.Array:
+    """The value, which all processes have whole, as an array of the given sharding."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(x, sharding)
+    # device_put refuses arrays bound to a device of this process, and keys.
+    if jnp.issubdtype(jnp.asarray(x).dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(
+            lay_out(jax.random.key_data(x), sharding), impl=jax.random.key_impl(x)
+        )
+    host = np.asarray(x)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
 def _on_mesh(leaf: Any, mesh: Mesh) -> bool:

@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from jaxft.adapters import combine, partition
-from jaxft.train.batches import BatchSource
+from jaxft.train.batches import BatchSource, lay_out
 from jaxft.train.callbacks import Row
 from jaxft.train.commit import commit
 from jaxft.train.digest import all_finite, digests
@@ -282,9 +282,8 @@ def _restored(state, trainable, opt_state, meta):
     impl, data = meta["key"]
     key = jax.random.wrap_key_data(jnp.array(data, jnp.uint32), impl=impl)
     params = commit(combine(trainable, partition(state.params)[1]))
-    like = lambda new, old: jax.device_put(new, old.sharding)
-    step = like(jnp.array(meta["step"], jnp.int32), state.step)
-    return TrainState(step, params, opt_state, like(key, state.key))
+    step = lay_out(jnp.array(meta["step"], jnp.int32), state.step.sharding)
+    return TrainState(step, params, opt_state, lay_out(key, state.key.sharding))
 
 
 def _check_same(saved, now, what, values=True):

@@ -9,11 +9,18 @@ import sys
 
 CORE = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "chex", "numpy", "safetensors")
 EXTRAS = {
-    "text": ("transformers", "datasets", "grain", "gguf", "reasoning-gym", "rich", "tyro"),
+    "text": (
+        *("transformers", "datasets", "pyarrow", "grain", "gguf", "reasoning-gym"),
+        *("rich", "tyro", "matplotlib"),
+    ),
     "tfds": ("tensorflow-datasets", "array-record"),
     "logging": ("tensorboardX", "wandb"),
     "notebooks": ("ipykernel", "nbclient", "nbformat"),
-    "test": ("pytest", "pytest-xdist", "ruff", "torch", "peft"),
+    "test": (
+        *("tensorboardX", "tensorboard", "pytest", "pytest-xdist", "beartype", "ruff"),
+        *("torch", "peft"),
+    ),
+    "bench": ("trl", "accelerate"),
     "tpu": ("libtpu",),
     "cuda": ("jax-cuda12-plugin",),
 }
@@ -80,10 +87,19 @@ def devices() -> str:
         return f"none ({reason}); JAX_PLATFORMS=cpu runs on the CPU"
 
 
+def memory() -> str:
+    """Memory of this machine in GiB, where the system tells."""
+    try:
+        return f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB"
+    except (AttributeError, OSError, ValueError):  # No sysconf on Windows, other names elsewhere.
+        return "not told by this system"
+
+
 def report() -> tuple[str, list[str]]:
     """(the report as text, the problems)."""
     lines = [f"{'Python':18}{platform.python_version()} on {platform.platform()}"]
     lines += [f"{name:18}{installed(name) or 'missing'}" for name in CORE]
+    lines.append(f"{'memory':18}{memory()}")
     found = problems()
     lines.append(f"{'devices':18}{'not asked' if found else devices()}")
     for extra, names in EXTRAS.items():

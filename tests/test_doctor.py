@@ -1,3 +1,6 @@
+import configparser
+import pathlib
+import re
 import subprocess
 import sys
 
@@ -37,11 +40,23 @@ def test_missing_extras_are_named_with_their_command(monkeypatch):
     assert "missing gguf  (pip install 'jaxft[text]')" in doctor.report()[0]
 
 
+def test_extras_are_those_of_setup_cfg():
+    config = configparser.ConfigParser()
+    config.read(pathlib.Path(__file__).parents[1] / "setup.cfg")
+    for extra, listed in config["options.extras_require"].items():
+        lines = [line for line in listed.split("\n") if line and not line.startswith("#")]
+        names = {re.match(r"[\w-]+", line).group() for line in lines} - {"jaxft"}
+        if names == {"jax"}:  # tpu and cuda: jax's own extras, told by the plugin that they bring
+            assert len(doctor.EXTRAS[extra]) == 1
+        else:
+            assert set(doctor.EXTRAS[extra]) == names, extra
+
+
 def test_this_installation_is_well():
     result = subprocess.run([sys.executable, "-m", "jaxft.doctor"], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.splitlines()[-1] == "all well"
-    assert "cpu: " in result.stdout
+    assert "cpu: " in result.stdout and "GiB" in result.stdout
 
 
 def test_versions_are_parsed():

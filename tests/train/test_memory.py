@@ -17,24 +17,25 @@ if sys.argv[1] == "warm":
 f = jax.jit(lambda x: jnp.sin(x @ x.T) @ x)
 x = jnp.ones((3300, 4))
 faults = []
-for _ in range(8):
+for _ in range(40):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     f(x).block_until_ready()
     faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-print(min(faults))
+print(sum(number > 1000 for number in faults[20:]))
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
 def test_steps_stop_faulting_in_their_temporaries():
-    def fewest_faults(mode):
-        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    def late_steps_with_faults(mode):
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "XLA_FLAGS": ""}
         command = [sys.executable, "-c", SCRIPT, mode]
         return int(subprocess.run(command, env=environment, capture_output=True, check=True).stdout)
 
-    assert fewest_faults("cold") > 1000
-    assert fewest_faults("warm") < 100
+    assert late_steps_with_faults("cold") == 20
+    # The heap grows now and then while small blocks settle between the large ones: none to 3 of 20.
+    assert late_steps_with_faults("warm") <= 10
 
 
 def test_it_does_nothing_elsewhere(monkeypatch):

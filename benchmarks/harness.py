@@ -44,8 +44,11 @@ def warm_memory() -> None:
         mallopt(option, value)
 
 
-def serve(step: Callable[[], Any], **facts: Any) -> None:
-    """Warms up, says so, then runs one step for each line on standard input."""
+def serve(step: Callable[[], Any], finish: Callable[[], dict] | None = None, **facts: Any) -> None:
+    """Warms up, says so, then runs one step for each line on standard input.
+
+    `finish` is called after the last step, outside the times; what it returns is reported.
+    """
     for _ in range(2):
         step()
     print(json.dumps({"ready": True, **facts}), flush=True)
@@ -56,10 +59,8 @@ def serve(step: Callable[[], Any], **facts: Any) -> None:
         step()
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
         print(json.dumps({"wall": wall, "cpu": cpu}), flush=True)
-    if "losses" in facts:  # a list that the steps have filled
-        print(json.dumps({"losses": facts["losses"]}), file=sys.stderr, flush=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({"peak_mb": round(peak)}), flush=True)
+    print(json.dumps({"peak_mb": round(peak)} | (finish() if finish else {})), flush=True)
 
 
 class Side:
@@ -79,9 +80,9 @@ class Side:
         """Runs one step: {"wall", "cpu"} in seconds."""
         return self._ask("go", "wall")
 
-    def end(self) -> int:
-        """Ends the process; its peak memory in MB."""
-        return self._ask("end", "peak_mb")["peak_mb"]
+    def end(self) -> dict[str, Any]:
+        """Ends the process: its peak memory in MB, and what its `finish` reports."""
+        return self._ask("end", "peak_mb")
 
     def _ask(self, word, key):
         self._process.stdin.write(word + "\n")
@@ -111,7 +112,7 @@ def compare(ours: Sequence[str], theirs: Sequence[str], rounds: int, threads: in
         result[name] = {
             "cpu_s": round(middle("cpu"), 3),
             "wall_s": round(middle("wall"), 3),
-            "peak_mb": side.end(),
+            **side.end(),
             **{k: v for k, v in side.facts.items() if k != "ready"},
         }
     for kind in ("cpu_s", "wall_s"):

@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 
-from benchmarks.epoch import BATCH, LINEAR, MAX_LENGTH, records
+from benchmarks.epoch import BATCH, LEARNING_RATE, LINEAR, MAX_LENGTH, held_out, records
 from benchmarks.harness import serve, warm_memory
 
 parser = argparse.ArgumentParser()
@@ -26,6 +26,8 @@ def main(args):
         output_dir=tempfile.mkdtemp(),
         per_device_train_batch_size=BATCH,
         num_train_epochs=1,
+        learning_rate=LEARNING_RATE,
+        lr_scheduler_type="constant",
         max_length=MAX_LENGTH,
         # Recomputation, TRL's default, would only slow it down here; the rest is as shipped.
         gradient_checkpointing=False,
@@ -43,12 +45,20 @@ def main(args):
         train_dataset=datasets.Dataset.from_list(rows),
         peft_config=LoraConfig(r=16, lora_alpha=32, target_modules=LINEAR, task_type="CAUSAL_LM"),
     )
-    losses = []
 
-    def epoch():
-        losses.append(trainer.train().training_loss)
+    def finish():
+        total = weight = 0.0
+        with torch.no_grad():
+            for part in held_out(args.model):
+                tokens = torch.tensor(part.tokens)[None]
+                mask = torch.tensor(part.loss_mask, dtype=torch.float32)[1:]
+                logits = trainer.model.eval()(tokens).logits[0, :-1].float()
+                losses = torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="none")
+                total, weight = total + float(losses @ mask), weight + float(mask.sum())
+        return {"held_out_loss": round(total / weight, 3)}
 
-    serve(epoch, examples=len(rows), losses=losses)
+    steps = -(-len(rows) // BATCH)
+    serve(trainer.train, finish, examples=len(rows), steps=steps)
 
 
 if __name__ == "__main__":

@@ -4,34 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
 import re
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxft.weights import Frozen, Weight, WeightLike, is_weight, lora_weight, to_dense
+from jaxft.adapters.rules import Rule
+from jaxft.weights import Frozen, Weight, WeightLike, is_weight, to_dense
 
 Params = Any  # a pytree of arrays and weights
-Rule = Callable[[jax.Array, WeightLike], WeightLike]  # (key, kernel) -> weight
 
 # Every projection of the blocks of jaxft's transformers: PEFT's "all-linear".
 ALL_LINEAR = r"layers/.*/(query|key|value|out|gate|up|down)/kernel"
-
-
-def lora(rank: int = 16, alpha: float = 32.0) -> Rule:
-    """A rule that puts low-rank adapters on kernels: W + (alpha / rank) A B, only A and B train."""
-    if rank < 1:
-        raise ValueError(f"lora: rank must be at least 1, got {rank}; 8 to 64 are usual.")
-    return functools.partial(lora_weight, rank=rank, alpha=alpha)
-
-
-def full() -> Rule:
-    """A rule that leaves a weight as it is, so that all of it trains."""
-    return lambda key, kernel: kernel
 
 
 def adapt(key: jax.Array, params: Params, rules: Mapping[str, Rule]) -> Params:

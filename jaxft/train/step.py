@@ -52,10 +52,13 @@ def make_step(
 
     def step(state, batch, good=True):
         trainable, frozen = partition(state.params)
-        loss_fn = lambda t, batch, key: objective(combine(t, frozen), batch, key)
+        here = lambda t, batch, key: objective(combine(t, frozen), batch, key)
+        # Elsewhere than at the state's params, what weights keep in frozen fields must follow.
+        moved = lambda t, batch, key: objective(commit(combine(t, frozen)), batch, key)
         key = jax.random.fold_in(state.key, state.step)
-        estimate = lambda t: estimator(loss_fn, has_aux=True)(t, batch, key)
-        (loss, metrics), grads = estimate(trainable)
+        estimate = lambda t, fn=moved: estimator(fn, has_aux=True)(t, batch, key)
+        stays = gradient is jax.value_and_grad
+        (loss, metrics), grads = estimate(trainable, here if stays else moved)
         norm = global_norm(grads)
         good = good & jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, opt_state = update(

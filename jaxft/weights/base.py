@@ -73,6 +73,11 @@ def take(w: WeightLike, indices: jax.Array) -> jax.Array:
     return jnp.take(to_dense(w), indices, axis=0, mode="fill")
 
 
+def along_last(vector: jax.Array, x: jax.Array) -> jax.Array:
+    """`vector` [N] with leading axes of size 1, to be broadcast against x [..., N]."""
+    return vector.reshape((1,) * (x.ndim - 1) + (-1,))
+
+
 def to_dense(w: WeightLike) -> jax.Array:
     """The weight as one array, whatever it is."""
     return w.to_dense() if isinstance(w, Weight) else w

@@ -78,3 +78,34 @@ def lora_weight(
     bound = rows**-0.5
     a = jax.random.uniform(key, (rows, rank), jnp.float32, -bound, bound)
     return LoraWeight(kernel, a, jnp.zeros((rank, columns), jnp.float32), float(alpha))
+
+
+def pissa_weight(
+    key: jax.Array, kernel: jax.Array, *, rank: int = 16, alpha: float = 16.0
+) -> LoraWeight:
+    """A LoraWeight whose A B holds the leading R singular triplets of `kernel`, and the base the rest.
+
+    PiSSA: Meng et al., 2024, arxiv.org/abs/2404.02948, eq. 2 to 4. Its sum is the kernel up to rounding.
+
+    Raises:
+        ValueError: see lora_weight; and for a kernel that is a structured weight: quantise what is
+            left after this, not before.
+    """
+    if is_weight(kernel):
+        raise ValueError(
+            f"pissa: needs a dense kernel, got {type(kernel).__name__}; adapt first, quantise after."
+        )
+    whole = lora_weight(key, kernel, rank=rank, alpha=alpha)
+    u, s, v = jnp.linalg.svd(kernel.astype(jnp.float32), full_matrices=False)
+    root = jnp.sqrt(s[:rank] / (alpha / rank))
+    a, b = u[:, :rank] * root[None], root[:, None] * v[:rank]
+    rest = kernel.astype(jnp.float32) - (a @ b) * (alpha / rank)
+    return dataclasses.replace(whole, base=rest.astype(kernel.dtype), a=a, b=b)
+
+
+def pissa_to_lora(weight: LoraWeight, kernel: jax.Array) -> LoraWeight:
+    """A trained PiSSA weight as plain LoRA of rank 2R on the original kernel, which others can load."""
+    initial = pissa_weight(jax.random.key(0), kernel, rank=weight.rank, alpha=weight.alpha)
+    a = jnp.concatenate([weight.a, initial.a], axis=1)
+    b = jnp.concatenate([weight.b, -initial.b], axis=0)
+    return LoraWeight(kernel, a, b, 2 * weight.alpha)

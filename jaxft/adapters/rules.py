@@ -1,0 +1,170 @@
+"""Rules for `adapt`: (key, kernel) -> weight. Arguments are checked here, shapes where they are met."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from jaxft.weights import (
+    MonarchWeight,
+    WeightLike,
+    dora_weight,
+    is_weight,
+    loha_weight,
+    lokr_weight,
+    lora_weight,
+    monarch_blocks,
+    monarch_project,
+    monarch_weight,
+    nf4_weight,
+    paca_weight,
+    pissa_weight,
+    quantised_weight,
+    scaled_weight,
+    vera_weight,
+)
+
+Rule = Callable[[jax.Array, WeightLike], WeightLike]
+
+# Patterns for jaxft's transformers, as `ALL_LINEAR`.
+ALL_BIASES = r".*/bias"  # BitFit, with `full()`
+ALL_NORMS = r".*norm/(scale|bias)"  # norm tuning, with `full()`
+IA3_OUTPUTS = r"layers/.*/(key|value)/kernel"  # with `ia3()`
+IA3_INPUTS = r"layers/.*/down/kernel"  # with `ia3(side="input")`
+
+
+def full() -> Rule:
+    """A rule that leaves a weight as it is, so that all of it trains."""
+    return lambda key, kernel: kernel
+
+
+def lora(rank: int = 16, alpha: float = 32.0) -> Rule:
+    """A rule that puts low-rank adapters on kernels: W + (alpha / rank) A B, only A and B train."""
+    _check_rank("lora", rank)
+    return functools.partial(lora_weight, rank=rank, alpha=alpha)
+
+
+def rslora(rank: int = 16, alpha: float = 32.0) -> Rule:
+    """LoRA scaled by alpha / sqrt(rank), so that high ranks learn too (arxiv.org/abs/2312.03732)."""
+    _check_rank("rslora", rank)
+    return functools.partial(lora_weight, rank=rank, alpha=alpha * rank**0.5)
+
+
+def pissa(rank: int = 16, alpha: float = 16.0) -> Rule:
+    """LoRA that starts from the leading singular triplets of each kernel."""
+    _check_rank("pissa", rank)
+    return functools.partial(pissa_weight, rank=rank, alpha=alpha)
+
+
+def dora(rank: int = 16, alpha: float = 32.0) -> Rule:
+    """LoRA for the direction of each column of a kernel, and a length that trains beside it."""
+    _check_rank("dora", rank)
+    return functools.partial(dora_weight, rank=rank, alpha=alpha)
+
+
+def vera(rank: int = 256, initial: float = 0.1, seed: int = 0) -> Rule:
+    """Two vectors a kernel around random matrices that all layers share."""
+    _check_rank("vera", rank)
+    return functools.partial(vera_weight, rank=rank, initial=initial, seed=seed)
+
+
+def loha(rank: int = 8, alpha: float = 8.0) -> Rule:
+    """The elementwise product of two low-rank matrices, of rank up to rank²."""
+    _check_rank("loha", rank)
+    return functools.partial(loha_weight, rank=rank, alpha=alpha)
+
+
+def lokr(rank: int = 8, alpha: float = 8.0) -> Rule:
+    """A Kronecker product, its larger factor of low rank."""
+    _check_rank("lokr", rank)
+    return functools.partial(lokr_weight, rank=rank, alpha=alpha)
+
+
+def ia3(side: str = "output") -> Rule:
+    """Learned scales: of the outputs of keys and values, of the inputs of `down` (see IA3)."""
+    return functools.partial(scaled_weight, side=side)
+
+
+def quantised(kind: str = "nf4", block: int = 64) -> Rule:
+    """A rule that rounds kernels to "nf4", "int8", "int4" or "fp8"; nothing of them trains.
+
+    Adapt again to train something beside them: adapters nest (QLoRA, QPaCA, QDoRA).
+    """
+    if kind == "nf4":
+        return lambda key, kernel: nf4_weight(kernel, block=block)
+    return lambda key, kernel: quantised_weight(kernel, kind, block=block)
+
+
+def paca(rank: int = 16, alpha: float | None = None, selection: str = "random", **options) -> Rule:
+    """A rule that lets `rank` rows of each kernel train in place: see jaxft.weights.paca_weight.
+
+    At equal parameters PaCA takes about twice LoRA's rank. alpha / rank (default 1) multiplies the
+    learning rate, so that it wants one of its own.
+    """
+    _check_rank("paca", rank)
+    return functools.partial(paca_weight, rank=rank, alpha=alpha, selection=selection, **options)
+
+
+def monarch(*, init: str = "reference", **cut: int) -> Rule:
+    """A rule that replaces kernels by random Monarch matrices, for training from scratch.
+
+    Args:
+        init: see jaxft.weights.monarch_weight.
+        cut: blocks, or inputs, outputs and rank: see jaxft.weights.monarch_blocks.
+    """
+
+    def rule(key, kernel):
+        sizes = monarch_blocks(kernel.shape, **cut)
+        return monarch_weight(key, kernel.shape, sizes, init=init, dtype=kernel.dtype)
+
+    return rule
+
+
+def monarch_from_dense(**cut: int) -> Rule:
+    """A rule that replaces kernels by the Monarch matrices nearest to them (dense to sparse)."""
+    return lambda key, kernel: monarch_project(kernel, monarch_blocks(kernel.shape, **cut))
+
+
+def densify(params: Any, pattern: str = ".*") -> Any:
+    """The params with Monarch kernels multiplied out, to go on training dense ("reverse sparsification").
+
+    Args:
+        params: any params tree; stacked layers too.
+        pattern: of the whole path, as in `adapt`.
+    """
+    from jaxft.adapters.rewrite import merge, path_name
+
+    def dense(path, node):
+        chosen = isinstance(node, MonarchWeight) and re.fullmatch(pattern, path_name(path))
+        return merge(node) if chosen else node
+
+    return jax.tree_util.tree_map_with_path(dense, params, is_leaf=is_weight)
+
+
+def carry_state(old: Any, new: Any) -> Any:
+    """An optimizer's state for params of which some have changed their form.
+
+    Moments of factors do not map to moments of their product: what is not found in the
+    old state under the same path, with the same shape, starts afresh; step counts and schedules go on.
+
+    Args:
+        old: the state so far.
+        new: `optimizer.init` of the changed params' trainable part.
+    """
+    known = {jax.tree_util.keystr(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(old)}
+
+    def pick(path, leaf):
+        before = known.get(jax.tree_util.keystr(path))
+        same = before is not None and getattr(before, "shape", None) == getattr(leaf, "shape", None)
+        return before if same else leaf
+
+    return jax.tree_util.tree_map_with_path(pick, new)
+
+
+def _check_rank(name, rank):
+    if rank < 1:
+        raise ValueError(f"{name}: rank must be at least 1, got {rank}; 8 to 64 are usual.")

@@ -1,0 +1,162 @@
+"""Low-rank Hadamard and Kronecker products: LoHa and LoKr."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from jaxft.weights.base import Weight, WeightLike, frozen_field, is_weight, matmul, to_dense
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LohaWeight(Weight):
+    """W + (α/R) (A1 B1) ∘ (A2 B2), an update of rank up to R².
+
+    LoHa: Hyeon-Woo et al., 2021 (FedPara), arxiv.org/abs/2108.06098, proposition 1.
+    """
+
+    base: WeightLike = frozen_field()  # W [D, F]
+    a1: jax.Array  # [D, R]
+    b1: jax.Array  # [R, F]
+    a2: jax.Array  # [D, R]
+    b2: jax.Array  # [R, F], zeros at first
+    alpha: float = dataclasses.field(default=16.0, metadata={"static": True})
+
+    @property
+    def shape(self):
+        return self.base.shape
+
+    @property
+    def dtype(self):
+        return self.base.dtype
+
+    def rmatmul(self, x):
+        # The update has no cheaper product than its dense form, which is formed twice, not kept.
+        product = jax.checkpoint(lambda x, w: x @ w._update().astype(x.dtype))
+        own = dataclasses.replace(self, base=None)
+        return matmul(x, jax.lax.stop_gradient(self.base)) + product(x, own)
+
+    def to_dense(self):
+        base = jax.lax.stop_gradient(to_dense(self.base))
+        return (base.astype(jnp.float32) + self._update()).astype(base.dtype)
+
+    def with_specs(self, spec):
+        *stack, rows, columns = (*(None,) * (self.ndim - len(spec)), *spec)
+        base = self.base.with_specs(spec) if is_weight(self.base) else spec
+        a, b = PartitionSpec(*stack, rows, None), PartitionSpec(*stack, None, columns)
+        return LohaWeight(base, a, b, a, b, self.alpha)
+
+    def _update(self):
+        scale = self.alpha / self.a1.shape[-1]
+        return (self.a1 @ self.b1) * (self.a2 @ self.b2) * scale
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LokrWeight(Weight):
+    """W + (α/R) U ⊗ V with V = A B or full; the Kronecker product is never formed to multiply.
+
+    LoKr: Yeh et al., 2023 (LyCORIS), arxiv.org/abs/2309.14859, section 3.
+    """
+
+    base: WeightLike = frozen_field()  # W [D, F], D = D1 D2, F = F1 F2
+    u: jax.Array  # [D1, F1], zeros at first
+    v: jax.Array | None  # [D2, F2], or None with
+    a: jax.Array | None  # [D2, R]
+    b: jax.Array | None  # [R, F2]
+    scale: float = dataclasses.field(default=1.0, metadata={"static": True})
+
+    @property
+    def shape(self):
+        return self.base.shape
+
+    @property
+    def dtype(self):
+        return self.base.dtype
+
+    def rmatmul(self, x):
+        cast = lambda leaf: leaf.astype(x.dtype)
+        parts = x.reshape(*x.shape[:-1], self.u.shape[0], -1)
+        if self.v is None:
+            parts = (parts @ cast(self.a)) @ cast(self.b)
+        else:
+            parts = parts @ cast(self.v)
+        update = jnp.einsum("...mk,ml->...lk", parts, cast(self.u))
+        update = update.reshape(*x.shape[:-1], -1) * self.scale
+        return matmul(x, jax.lax.stop_gradient(self.base)) + update
+
+    def to_dense(self):
+        base = jax.lax.stop_gradient(to_dense(self.base))
+        v = self.a @ self.b if self.v is None else self.v
+        return (base.astype(jnp.float32) + jnp.kron(self.u, v) * self.scale).astype(base.dtype)
+
+    def with_specs(self, spec):
+        base = self.base.with_specs(spec) if is_weight(self.base) else spec
+        whole = PartitionSpec()  # all parts are of the order of sqrt(D F): replicated
+        part = lambda leaf: None if leaf is None else whole
+        return LokrWeight(base, whole, part(self.v), part(self.a), part(self.b), self.scale)
+
+
+def loha_weight(
+    key: jax.Array, kernel: WeightLike, *, rank: int = 8, alpha: float = 8.0
+) -> LohaWeight:
+    """A LohaWeight that equals `kernel` [D, F]; initialised as PEFT does (normal, 0.1 and 1).
+
+    Raises:
+        ValueError: for a kernel that is no matrix, or a rank below 1.
+    """
+    _check("loha", kernel, rank)
+    rows, columns = kernel.shape
+    keys = jax.random.split(key, 3)
+    normal = lambda k, shape, std: std * jax.random.normal(k, shape, jnp.float32)
+    return LohaWeight(
+        kernel,
+        normal(keys[0], (rows, rank), 1.0),
+        normal(keys[1], (rank, columns), 0.1),
+        normal(keys[2], (rows, rank), 1.0),
+        jnp.zeros((rank, columns), jnp.float32),
+        float(alpha),
+    )
+
+
+def lokr_weight(
+    key: jax.Array, kernel: WeightLike, *, rank: int = 8, alpha: float = 8.0
+) -> LokrWeight:
+    """A LokrWeight that equals `kernel` [D, F], cut near the square roots of D and F.
+
+    V is a product of rank R where that is smaller than half of V's larger side, and full otherwise.
+
+    Raises:
+        ValueError: for a kernel that is no matrix, or a rank below 1.
+    """
+    _check("lokr", kernel, rank)
+    (rows1, rows2), (columns1, columns2) = map(factorise, kernel.shape)
+    uniform = lambda k, shape: (
+        jax.random.uniform(k, shape, jnp.float32, -1.0, 1.0) * shape[0] ** -0.5
+    )
+    keys = jax.random.split(key)
+    v = a = b = None
+    if rank < max(rows2, columns2) / 2:
+        a, b = uniform(keys[0], (rows2, rank)), uniform(keys[1], (rank, columns2))
+    else:
+        v = uniform(keys[0], (rows2, columns2))
+    return LokrWeight(kernel, jnp.zeros((rows1, columns1)), v, a, b, alpha / rank)
+
+
+def factorise(size: int) -> tuple[int, int]:
+    """(m, n) with m n = size and m ≤ n as near as possible: 128 -> (8, 16), 127 -> (1, 127)."""
+    m = next(m for m in range(math.isqrt(size), 0, -1) if size % m == 0)
+    return m, size // m
+
+
+def _check(name, kernel, rank):
+    if len(kernel.shape) != 2 or rank < 1:
+        raise ValueError(
+            f"{name}: needs a matrix [in, out] and a rank of at least 1, got a weight of shape "
+            f"{kernel.shape} and rank {rank}."
+        )

@@ -1,0 +1,203 @@
+"""Frozen kernels in few bits: int8, int4, fp8 with one scale a block, and NF4 with double quantisation."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from jaxft.weights.base import Weight, WeightLike, frozen_field, to_dense
+
+# Quantiles of the normal distribution, 0 among them (QLoRA, appendix E).
+NF4_LEVELS = np.array(
+    [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+     -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+     0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0], np.float32,
+)  # fmt: skip
+SCALES_PER_GROUP = 256
+
+_LARGEST = {"int8": 127.0, "int4": 7.0, "float8_e4m3fn": 448.0}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class QuantisedWeight(Weight):
+    """values * scale, one scale for each block of inputs of each output; nothing trains.
+
+    The dense kernel is formed for each product and again in the backward pass, never kept.
+    """
+
+    values: jax.Array = frozen_field()  # [D, F] int8, int4 or float8
+    scale: jax.Array = frozen_field()  # [D / block, F] float32
+    dense_dtype: Any = dataclasses.field(default="float32", metadata={"static": True})
+
+    @property
+    def shape(self):
+        return self.values.shape
+
+    @property
+    def dtype(self):
+        return jnp.dtype(self.dense_dtype)
+
+    def rmatmul(self, x):
+        return _frozen_product(x, self)
+
+    def to_dense(self):
+        blocks, columns = self.scale.shape
+        values = self.values.astype(jnp.float32).reshape(blocks, -1, columns)
+        return (values * self.scale[:, None]).reshape(self.values.shape).astype(self.dtype)
+
+    def with_specs(self, spec):
+        return dataclasses.replace(self, values=spec, scale=spec)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Nf4Weight(Weight):
+    """NormalFloat codes of 4 bits in blocks of inputs, with scales of 8 bits; nothing trains.
+
+    QLoRA: Dettmers et al., 2023, arxiv.org/abs/2305.14314, section 3. Blocks run along the inputs, as in
+    bitsandbytes, whose kernels are stored the other way round. Scales are quantised to 8 bits
+    linearly around their mean, in groups of 256 (bitsandbytes: a nonlinear table).
+    """
+
+    codes: jax.Array = frozen_field()  # [ceil(D / block) block / 2, F] uint8, two rows a byte
+    scale_codes: jax.Array = frozen_field()  # [ceil(D / block), F] int8
+    scale_steps: jax.Array = frozen_field()  # [groups] float32
+    scale_mean: jax.Array = frozen_field()  # []
+    features: int = dataclasses.field(default=0, metadata={"static": True})  # D
+    dense_dtype: Any = dataclasses.field(default="float32", metadata={"static": True})
+
+    @property
+    def shape(self):
+        return (*self.codes.shape[:-2], self.features, self.codes.shape[-1])
+
+    @property
+    def dtype(self):
+        return jnp.dtype(self.dense_dtype)
+
+    def rmatmul(self, x):
+        return _frozen_product(x, self)
+
+    def to_dense(self):
+        blocks, columns = self.scale_codes.shape
+        pairs = jnp.stack([self.codes >> 4, self.codes & 15], axis=1).reshape(-1, columns)
+        levels = jnp.take(jnp.asarray(NF4_LEVELS), pairs.astype(jnp.int32), mode="clip")
+        dense = levels.reshape(blocks, -1, columns) * self.scales()[:, None]
+        return dense.reshape(-1, columns)[: self.features].astype(self.dtype)
+
+    def scales(self) -> jax.Array:
+        """The largest magnitude of each block, [blocks, F], as far as 8 bits tell."""
+        groups = self.scale_steps.shape[0]
+        flat = self.scale_codes.T.reshape(-1).astype(jnp.float32)
+        padded = jnp.pad(flat, (0, groups * SCALES_PER_GROUP - flat.size)).reshape(groups, -1)
+        flat = (padded * self.scale_steps[:, None]).reshape(-1)[: flat.size] + self.scale_mean
+        return flat.reshape(self.scale_codes.shape[::-1]).T
+
+    def with_specs(self, spec):
+        *stack, _, columns = (*(None,) * (self.ndim - len(spec)), *spec)
+        # Two rows share a byte, and blocks may overhang: rows stay together, columns may be split.
+        split, small = PartitionSpec(*stack, None, columns), PartitionSpec(*stack)
+        return dataclasses.replace(
+            self, codes=split, scale_codes=split, scale_steps=small, scale_mean=small
+        )
+
+
+def quantised_weight(kernel: WeightLike, kind: str = "int8", *, block: int = 64) -> QuantisedWeight:
+    """`kernel` [D, F] rounded to "int8", "int4" or "fp8" with the largest magnitude of each block kept.
+
+    Args:
+        kernel: the kernel.
+        kind: the format of the values.
+        block: inputs that share a scale; where it does not divide D, all D share one.
+
+    Raises:
+        ValueError: for a kernel that is no matrix, an unknown kind, or a block below 1.
+    """
+    dtype = {"int8": "int8", "int4": "int4", "fp8": "float8_e4m3fn"}.get(kind)
+    if dtype is None:
+        raise ValueError(f"quantised: unknown kind {kind!r}; expected int8, int4, fp8 or nf4.")
+    dense = _matrix(kernel, block)
+    rows, columns = dense.shape
+    block = block if rows % block == 0 else rows
+    parts = dense.reshape(rows // block, block, columns)
+    scale = jnp.max(jnp.abs(parts), axis=1) / _LARGEST[dtype]
+    values = parts / jnp.where(scale == 0, 1.0, scale)[:, None]
+    if kind != "fp8":
+        values = jnp.clip(jnp.round(values), -_LARGEST[dtype], _LARGEST[dtype])
+    values = values.reshape(rows, columns).astype(dtype)
+    return QuantisedWeight(values, scale, str(kernel.dtype))
+
+
+def nf4_weight(kernel: WeightLike, *, block: int = 64) -> Nf4Weight:
+    """`kernel` [D, F] as NF4: 4.13 bits a number for blocks of 64.
+
+    Raises:
+        ValueError: for a kernel that is no matrix, or an odd block.
+    """
+    dense = _matrix(kernel, block)
+    if block % 2:
+        raise ValueError(f"nf4: block must be even, got {block}; 64 is usual.")
+    rows, columns = dense.shape
+    blocks = -(-rows // block)
+    parts = jnp.pad(dense, ((0, blocks * block - rows), (0, 0))).reshape(blocks, block, columns)
+    scale = jnp.max(jnp.abs(parts), axis=1)
+    unit = parts / jnp.where(scale == 0, 1.0, scale)[:, None]
+    middles = jnp.asarray((NF4_LEVELS[1:] + NF4_LEVELS[:-1]) / 2)
+    codes = jnp.searchsorted(middles, unit.reshape(-1, columns)).astype(jnp.uint8)
+    pairs = codes.reshape(-1, 2, columns)
+    flat = scale.T.reshape(-1)
+    mean = jnp.mean(flat)
+    groups = -(-flat.size // SCALES_PER_GROUP)
+    # Padding with the mean leaves the steps of the last group alone.
+    centred = jnp.pad(flat - mean, (0, groups * SCALES_PER_GROUP - flat.size)).reshape(groups, -1)
+    steps = jnp.max(jnp.abs(centred), axis=1) / 127
+    scale_codes = jnp.round(centred / jnp.where(steps == 0, 1.0, steps)[:, None])
+    scale_codes = scale_codes.reshape(-1)[: flat.size].reshape(columns, blocks).T.astype(jnp.int8)
+    packed = (pairs[:, 0] << 4) | pairs[:, 1]
+    return Nf4Weight(packed, scale_codes, steps, mean, rows, str(kernel.dtype))
+
+
+def bits_per_parameter(weight: Weight) -> float:
+    """What a weight takes at rest, all its arrays counted."""
+    bits = lambda leaf: leaf.size * (4 if leaf.dtype == jnp.int4 else 8 * leaf.dtype.itemsize)
+    return sum(map(bits, jax.tree.leaves(weight))) / np.prod(weight.shape)
+
+
+def quantisation_error(kernel: WeightLike, weight: Weight) -> float:
+    """|W - Q| / |W| in the Frobenius norm: what rounding, and any merge through it, has lost."""
+    dense = to_dense(kernel).astype(jnp.float32)
+    lost = jnp.linalg.norm(to_dense(weight).astype(jnp.float32) - dense)
+    return float(lost / jnp.maximum(jnp.linalg.norm(dense), 1e-30))
+
+
+def _matrix(kernel, block):
+    if len(kernel.shape) != 2 or block < 1:
+        raise ValueError(
+            f"quantised: needs a matrix [in, out] and a block of at least 1, got a weight of shape "
+            f"{kernel.shape} and {block}."
+        )
+    return to_dense(kernel).astype(jnp.float32)
+
+
+@jax.custom_vjp
+def _frozen_product(x, weight):
+    return x @ weight.to_dense().astype(x.dtype)
+
+
+def _frozen_forward(x, weight):
+    # The few bits alone are kept: they are an input of the step, and cost nothing.
+    return _frozen_product(x, weight), weight
+
+
+def _frozen_backward(weight, g):
+    dense = weight.to_dense().astype(g.dtype)
+    return jax.lax.dot_general(g, dense, (((g.ndim - 1,), (1,)), ((), ()))), None
+
+
+_frozen_product.defvjp(_frozen_forward, _frozen_backward)

@@ -1,0 +1,76 @@
+"""Learned scales of inputs or outputs: (IA)^3."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from jaxft.weights.base import (
+    Weight,
+    WeightLike,
+    along_last,
+    frozen_field,
+    is_weight,
+    matmul,
+    to_dense,
+)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ScaledWeight(Weight):
+    """W diag(s) for side="output", diag(s) W for side="input"; s trains.
+
+    (IA)^3: Liu et al., 2022, arxiv.org/abs/2205.05638, section 3.3. A bias of the layer is added
+    after the scale (PEFT scales it too: they differ where keys or values have biases).
+    """
+
+    base: WeightLike = frozen_field()  # W [D, F]
+    scale: jax.Array  # [D] or [F], ones at first
+    side: Literal["input", "output"] = dataclasses.field(
+        default="output", metadata={"static": True}
+    )
+
+    @property
+    def shape(self):
+        return self.base.shape
+
+    @property
+    def dtype(self):
+        return self.base.dtype
+
+    def rmatmul(self, x):
+        base, scale = jax.lax.stop_gradient(self.base), along_last(self.scale, x).astype(x.dtype)
+        return matmul(x * scale, base) if self.side == "input" else matmul(x, base) * scale
+
+    def to_dense(self):
+        dense = jax.lax.stop_gradient(to_dense(self.base))
+        scale = self.scale[:, None] if self.side == "input" else self.scale[None]
+        return (dense.astype(jnp.float32) * scale).astype(dense.dtype)
+
+    def with_specs(self, spec):
+        *stack, rows, columns = (*(None,) * (self.ndim - len(spec)), *spec)
+        base = self.base.with_specs(spec) if is_weight(self.base) else spec
+        scale = PartitionSpec(*stack, rows if self.side == "input" else columns)
+        return dataclasses.replace(self, base=base, scale=scale)
+
+
+def scaled_weight(
+    key: jax.Array, kernel: WeightLike, *, side: Literal["input", "output"] = "output"
+) -> ScaledWeight:
+    """A ScaledWeight that equals `kernel` [D, F]; nothing is drawn from `key`.
+
+    Raises:
+        ValueError: for a kernel that is no matrix, or an unknown side.
+    """
+    del key
+    if len(kernel.shape) != 2 or side not in ("input", "output"):
+        raise ValueError(
+            "scaled: needs a matrix [in, out] and side 'input' or 'output', got a weight of shape "
+            f"{kernel.shape} and {side!r}."
+        )
+    return ScaledWeight(kernel, jnp.ones(kernel.shape[0 if side == "input" else 1]), side)

@@ -1,0 +1,349 @@
+"""What holds for every weight. A new one is a row of CASES."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxft import adapters
+from jaxft.adapters import adapt, combine, merge, partition
+from jaxft.models import Decoder, tiny_config
+from jaxft.parallel import make_mesh
+from jaxft.train import commit
+from jaxft.weights import (
+    Frozen,
+    Transposed,
+    bits_per_parameter,
+    is_weight,
+    matmul,
+    nf4_weight,
+    quantisation_error,
+    quantised_weight,
+    to_dense,
+)
+
+KEY = jax.random.key(0)
+
+
+class Case(NamedTuple):
+    rule: object
+    exact: bool = True  # equals its base at first
+    trains: bool = True
+    nests: bool = True  # takes a quantised base
+
+
+CASES = {
+    "lora": Case(adapters.lora(2, 4.0)),
+    "rslora": Case(adapters.rslora(4, 4.0)),
+    "pissa": Case(adapters.pissa(2), nests=False),
+    "dora": Case(adapters.dora(2, 4.0)),
+    "vera": Case(adapters.vera(5)),
+    "loha": Case(adapters.loha(2)),
+    "lokr": Case(adapters.lokr(1)),
+    "lokr full": Case(adapters.lokr(8)),
+    "ia3 output": Case(adapters.ia3()),
+    "ia3 input": Case(adapters.ia3("input")),
+    "paca": Case(adapters.paca(3)),
+    "paca functional": Case(adapters.paca(3, 6.0, in_place=False)),
+    "monarch": Case(adapters.monarch(blocks=2), exact=False, nests=False),
+    "monarch projected": Case(
+        adapters.monarch_from_dense(inputs=2, outputs=2, rank=3), exact=False
+    ),
+    "frozen": Case(lambda key, kernel: Frozen(kernel), trains=False),
+    "nf4": Case(adapters.quantised("nf4"), exact=False, trains=False),
+    "int8": Case(adapters.quantised("int8"), exact=False, trains=False),
+    "int4": Case(adapters.quantised("int4", 4), exact=False, trains=False),
+    "fp8": Case(adapters.quantised("fp8"), exact=False, trains=False),
+}
+BASES = ("nf4", "int8", "int4", "fp8")
+
+
+@pytest.fixture(params=list(CASES))
+def case(request):
+    return CASES[request.param]
+
+
+def make(rule, shape=(12, 10), dtype=jnp.float32, move=True):
+    """A weight on a random kernel, its trained fields moved away from their initial values."""
+    kernel = jax.random.normal(KEY, shape, dtype)
+    params = {"kernel": rule(jax.random.key(1), kernel)}
+    trainable, frozen = partition(params)
+    if move:
+        leaves, tree = jax.tree.flatten(trainable)
+        keys = jax.random.split(jax.random.key(2), max(1, len(leaves)))
+        noise = [
+            0.3 * jax.random.normal(k, leaf.shape, leaf.dtype)
+            for k, leaf in zip(keys, leaves, strict=False)
+        ]
+        trainable = tree.unflatten([a + b for a, b in zip(leaves, noise, strict=True)])
+    return kernel, commit(combine(trainable, frozen))["kernel"]
+
+
+@pytest.mark.parametrize("shape", [(12, 10), (7, 13), (128, 64)])
+def test_product_is_the_dense_form_s(case, shape):
+    _, w = make(case.rule, shape)
+    assert w.shape == shape and to_dense(w).shape == shape and w.dtype == to_dense(w).dtype
+    for lead in ((), (3,), (2, 3)):
+        x = jax.random.normal(jax.random.key(3), (*lead, shape[0]))
+        np.testing.assert_allclose(matmul(x, w), x @ to_dense(w), atol=2e-4)
+
+
+def test_gradients_are_the_dense_form_s(case):
+    _, w = make(case.rule)
+    x = jax.random.normal(jax.random.key(3), (2, 3, 12))
+    trainable, frozen = partition({"w": w})
+    through = lambda t, x: jnp.sum(jnp.sin(matmul(x, combine(t, frozen)["w"])))
+    dense = lambda t, x: jnp.sum(jnp.sin(x @ to_dense(combine(t, frozen)["w"])))
+    ours, expected = (jax.grad(f, argnums=(0, 1))(trainable, x) for f in (through, dense))
+    assert bool(jax.tree.leaves(trainable)) == case.trains
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), ours, expected)
+    if case.trains:
+        assert all(jnp.any(g != 0) for g in jax.tree.leaves(ours[0]))
+
+
+def test_starts_as_its_base(case):
+    kernel, w = make(case.rule, move=False)
+    x = jax.random.normal(jax.random.key(3), (5, 12))
+    same = np.allclose(matmul(x, w), x @ kernel, atol=2e-5)
+    assert same == case.exact
+
+
+def test_bfloat16(case):
+    kernel, w = make(case.rule, (64, 32), jnp.bfloat16)
+    x = jax.random.normal(jax.random.key(3), (4, 64), jnp.bfloat16)
+    assert matmul(x, w).dtype == to_dense(w).dtype == jnp.bfloat16
+    trained = jax.tree.leaves(partition({"w": w})[0])
+    if not isinstance(w, type(make(CASES["monarch"].rule)[1])):  # whose factors are the kernel
+        assert all(leaf.dtype == jnp.float32 for leaf in trained)
+    wide = x.astype(jnp.float32) @ to_dense(w).astype(jnp.float32)
+    error = jnp.abs(matmul(x, w).astype(jnp.float32) - wide)
+    assert jnp.max(error) < 0.05 * jnp.max(jnp.abs(wide))
+
+
+def test_stacked_layers_scan_and_vmap(case):
+    kernels = jax.random.normal(KEY, (3, 12, 12)) / 4
+    params = adapt(KEY, {"kernel": kernels}, {"kernel": case.rule})
+    assert params["kernel"].shape == (3, 12, 12)
+    trainable, frozen = partition(params)
+    x = jax.random.normal(jax.random.key(3), (5, 12))
+
+    def scanned(t, wrap=lambda f: f):
+        body = wrap(lambda h, w: (jnp.tanh(matmul(h, w)), None))
+        return jnp.sum(jax.lax.scan(body, x, combine(t, frozen)["kernel"])[0])
+
+    def unrolled(t):
+        h = x
+        for i in range(3):
+            h = jnp.tanh(
+                h @ to_dense(jax.tree.map(lambda leaf, i=i: leaf[i], combine(t, frozen)["kernel"]))
+            )
+        return jnp.sum(h)
+
+    expected = jax.value_and_grad(unrolled)(trainable)
+    for wrap in (lambda f: f, jax.checkpoint):
+        found = jax.jit(jax.value_and_grad(lambda t, wrap=wrap: scanned(t, wrap)))(trainable)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), found, expected)
+    merged = merge(params)["kernel"]
+    np.testing.assert_allclose(
+        merged[1], to_dense(jax.tree.map(lambda leaf: leaf[1], params["kernel"])), atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("spec", [("fsdp", "tensor"), (None, "tensor"), ("fsdp", None)])
+def test_sharded_is_the_same(case, spec):
+    mesh = make_mesh(fsdp=4, tensor=2)
+    _, w = make(case.rule, (64, 32))
+    specs = w.with_specs(PartitionSpec(*spec))
+    leaves = jax.tree.leaves(specs, is_leaf=lambda s: isinstance(s, PartitionSpec))
+    placed = []
+    for leaf, part in zip(jax.tree.leaves(w), leaves, strict=True):
+        # Parts that a mesh axis does not divide stay whole, as jaxft.parallel has it.
+        sizes = [1 if a is None else mesh.shape[a] for a in part]
+        fits = all(n % s == 0 for n, s in zip(leaf.shape, sizes, strict=False))
+        placed.append(jax.device_put(leaf, NamedSharding(mesh, part if fits else PartitionSpec())))
+    sharded = jax.tree.unflatten(jax.tree.structure(w), placed)
+    x = jax.random.normal(jax.random.key(3), (8, 64))
+    np.testing.assert_allclose(jax.jit(matmul)(x, sharded), matmul(x, w), atol=2e-4)
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("name", [n for n, c in CASES.items() if c.nests and c.trains])
+def test_nests_over_a_quantised_base(name, base):
+    case = CASES[name]
+    kernel = jax.random.normal(KEY, (64, 16))
+    params = adapt(KEY, {"kernel": kernel}, {"kernel": CASES[base].rule})
+    rounded = to_dense(params["kernel"])
+    adapted = adapt(KEY, params, {"kernel": case.rule})
+    x = jax.random.normal(jax.random.key(3), (5, 64))
+    np.testing.assert_allclose(
+        matmul(x, adapted["kernel"]), x @ to_dense(adapted["kernel"]), atol=2e-4
+    )
+    if case.exact:
+        np.testing.assert_allclose(matmul(x, adapted["kernel"]), x @ rounded, atol=2e-4)
+    trainable, frozen = partition(adapted)
+    grads = jax.grad(lambda t: jnp.sum(jnp.sin(matmul(x, combine(t, frozen)["kernel"]))))(trainable)
+    assert jax.tree.leaves(grads) and all(g.dtype == jnp.float32 for g in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize("name", [n for n, c in CASES.items() if c.trains])
+def test_whole_model(name):
+    """In a model every rule runs, and merging gives the same logits."""
+    case = CASES[name]
+    model = Decoder(tiny_config())
+    tokens = jnp.arange(6)[None]
+    params = model.init(KEY, tokens)["params"]
+    adapted = adapt(KEY, params, {adapters.ALL_LINEAR: case.rule})
+    logits = lambda p: model.apply({"params": p}, tokens).logits
+    np.testing.assert_allclose(logits(merge(adapted)), logits(adapted), atol=1e-4)
+    if case.exact:
+        np.testing.assert_allclose(logits(adapted), logits(params), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name", ["lora", "rslora", "pissa", "dora", "vera", "loha", "lokr", "paca"]
+)
+def test_bad_ranks(name):
+    rule = getattr(adapters, name)
+    with pytest.raises(ValueError, match=f"{name}: rank must be at least 1"):
+        rule(0)
+    with pytest.raises(ValueError, match="matrix"):
+        rule(2)(KEY, jnp.ones(4))
+
+
+def test_dora_worked_example():
+    kernel = jnp.array([[3.0, 0], [4, 2]])
+    w = adapters.dora(1)(KEY, kernel)
+    np.testing.assert_allclose(w.magnitude, [5, 2])
+    np.testing.assert_allclose(matmul(jnp.ones(2), w), [7, 2], rtol=1e-6)
+    longer = dataclasses.replace(w, magnitude=jnp.array([10.0, 2]))
+    np.testing.assert_allclose(matmul(jnp.ones(2), longer), [14, 2], rtol=1e-6)
+
+
+def test_vera_layers_share_their_tables():
+    small, large = (
+        adapters.vera(4)(k, jnp.ones((n, 2 * n))) for k, n in ((KEY, 6), (jax.random.key(9), 8))
+    )
+    np.testing.assert_allclose(small.a * 6**0.5, large.a[:6] * 8**0.5, rtol=1e-6)
+    np.testing.assert_allclose(small.b, large.b[:, :12], rtol=1e-6)
+    assert not np.allclose(small.a, adapters.vera(4, seed=1)(KEY, jnp.ones((6, 12))).a)
+
+
+def test_lokr_factors_and_kronecker_product():
+    from jaxft.weights.hadamard import factorise
+
+    assert [factorise(n) for n in (127, 128, 64, 1)] == [(1, 127), (8, 16), (8, 8), (1, 1)]
+
+
+def test_pissa_refuses_a_rounded_kernel():
+    with pytest.raises(ValueError, match="quantise after"):
+        adapters.pissa(2)(KEY, nf4_weight(jnp.ones((8, 8))))
+
+
+def test_pissa_holds_the_leading_triplets_and_becomes_lora():
+    from jaxft.weights import pissa_to_lora
+
+    kernel, w = make(adapters.pissa(3, 6.0), move=False)
+    s = np.linalg.svd(kernel, compute_uv=False)
+    np.testing.assert_allclose(np.linalg.svd(w.base, compute_uv=False)[: 10 - 3], s[3:], atol=1e-5)
+    np.testing.assert_allclose(jnp.sum(w.a**2, axis=0), jnp.sum(w.b**2, axis=1), rtol=1e-4)
+    _, moved = make(adapters.pissa(3, 6.0))
+    plain = pissa_to_lora(moved, kernel)
+    assert plain.rank == 6
+    np.testing.assert_allclose(to_dense(plain), to_dense(moved), atol=1e-4)
+
+
+def test_nf4_levels_zeros_and_size():
+    block = jnp.zeros((64, 2)).at[:4, 0].set(jnp.array([0.5, -1, 0.1, 0.25]))
+    w = nf4_weight(block)
+    dense = to_dense(w)
+    # Scales are 1 and 0: their mean and step hold both.
+    np.testing.assert_allclose(dense[:4, 0], [0.4407098, -1, 0.0795803, 0.2461123], atol=2e-3)
+    assert (dense[4:] == 0).all() and (jnp.abs(dense[:, 1]) < 1e-6).all()
+    big = nf4_weight(jax.random.normal(KEY, (512, 512)))
+    assert bits_per_parameter(big) < 4.6
+    assert bits_per_parameter(quantised_weight(jnp.ones((256, 64)), "int4")) == 4.5
+    assert to_dense(nf4_weight(jnp.zeros((70, 3)))).tolist() == jnp.zeros((70, 3)).tolist()
+
+
+@pytest.mark.parametrize(
+    "kind, bound", [("int8", 0.01), ("fp8", 0.04), ("int4", 0.15), ("nf4", 0.12)]
+)
+def test_rounding_error(kind, bound):
+    kernel = jax.random.normal(KEY, (256, 64))
+    w = adapters.quantised(kind)(KEY, kernel)
+    assert bound / 4 < quantisation_error(kernel, w) < bound
+    # Every number goes to a nearest level: no other level of its block is nearer.
+    if kind == "nf4":
+        from jaxft.weights.quantised import NF4_LEVELS
+
+        scale = np.repeat(np.abs(kernel).reshape(4, 64, 64).max(1), 64, axis=0)
+        exact = (
+            NF4_LEVELS[np.abs(np.asarray(kernel / scale)[..., None] - NF4_LEVELS).argmin(-1)]
+            * scale
+        )
+        np.testing.assert_allclose(to_dense(w), exact, atol=0.02)
+
+
+def test_a_quantised_kernel_is_never_kept_dense():
+    from jax._src.ad_checkpoint import saved_residuals
+
+    params = {"kernel": jax.random.normal(KEY, (64, 48))}
+    for kind in BASES:
+        base = adapt(KEY, params, {"kernel": adapters.quantised(kind)})
+        for rule in (adapters.lora(2), adapters.paca(2)):
+            trainable, frozen = partition(adapt(KEY, base, {"kernel": rule}))
+            x = jnp.ones((5, 64))
+            loss = lambda t, x=x, f=frozen: jnp.sum(jnp.sin(matmul(x, combine(t, f)["kernel"])))
+            kept = [(a.shape, a.dtype) for a, _ in saved_residuals(loss, trainable)]
+            assert ((64, 48), jnp.float32) not in kept
+
+
+def test_lora_plus_ratio_under_sgd():
+    import optax
+
+    w = adapters.lora(2)(KEY, jnp.ones((4, 4)))
+    trainable, _ = partition({"kernel": w})
+    grads = jax.tree.map(jnp.ones_like, trainable)
+    optimizer = optax.chain(optax.sgd(0.1), adapters.lora_plus(16.0))
+    updates, _ = optimizer.update(grads, optimizer.init(trainable), trainable)
+    np.testing.assert_allclose(updates["kernel"].a, -0.1)
+    np.testing.assert_allclose(updates["kernel"].b, -1.6)
+    with pytest.raises(ValueError, match="no LoRA weight"):
+        optimizer.update({"x": jnp.ones(2)}, optimizer.init({"x": jnp.ones(2)}))
+    with pytest.raises(ValueError, match="positive"):
+        adapters.lora_plus(0)
+
+
+def test_counts_of_smollm2():
+    """Trained numbers by the closed forms of the survey's table, from shapes alone."""
+    sizes = [(576, 576), (576, 192), (576, 192), (576, 576), (576, 1536), (576, 1536), (1536, 576)]
+    trains = lambda rule: (
+        30
+        * sum(
+            adapters.count(jax.eval_shape(lambda k=shape: rule(KEY, jnp.ones(k))))[0]
+            for shape in sizes
+        )
+    )
+    assert trains(adapters.lora(8)) == 2_442_240
+    assert trains(adapters.paca(16)) == 2_488_320
+    assert trains(adapters.vera(256)) == 30 * sum(256 + out for _, out in sizes)
+    assert trains(adapters.dora(8)) == 2_442_240 + 30 * sum(out for _, out in sizes)
+
+
+def test_bitfit_and_norms():
+    model = Decoder(tiny_config())
+    params = model.init(KEY, model.example_input())["params"]
+    norms = adapt(KEY, params, {adapters.ALL_NORMS: adapters.full()})
+    trains, _ = adapters.count(norms)
+    assert trains == tiny_config().hidden_size * (2 * tiny_config().num_layers + 1)
+
+
+def test_transposed_of_quantised():
+    w = quantised_weight(jax.random.normal(KEY, (64, 8)), "int8")
+    x = jnp.ones((3, 8))
+    np.testing.assert_allclose(matmul(x, Transposed(w)), x @ to_dense(w).T, rtol=1e-5)
+    assert is_weight(w)

@@ -1,0 +1,316 @@
+"""PaCA against full fine-tuning of the chosen rows."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax._src.ad_checkpoint import saved_residuals
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxft import train
+from jaxft.adapters import ALL_LINEAR, adapt, lora, merge, paca, partition
+from jaxft.metrics import Mean
+from jaxft.models import Decoder, stack_layers, tiny_config
+from jaxft.objectives import supervised
+from jaxft.parallel import make_mesh
+from jaxft.weights import Weight, delta, frozen_field, matmul, paca_weight, to_dense
+
+KEY = jax.random.key(0)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Halved(Weight):
+    """A stand-in for a quantised base: stores W / 2, which loses nothing."""
+
+    half: jax.Array = frozen_field()
+
+    shape = property(lambda self: self.half.shape)
+    dtype = property(lambda self: self.half.dtype)
+
+    def rmatmul(self, x):
+        return x @ self.to_dense().astype(x.dtype)
+
+    def to_dense(self):
+        return self.half * 2
+
+    def with_specs(self, spec):
+        return Halved(spec)
+
+
+def test_worked_example():
+    kernel = jnp.array([[1.0, 0], [0, 1], [1, 1]])
+    for alpha in (2.0, 8.0):
+        w = paca_weight(KEY, kernel, rank=2, alpha=alpha, selection="largest_norm")
+        w = dataclasses.replace(
+            w, indices=jnp.array([0, 2]), rows=kernel[jnp.array([0, 2])] / (alpha / 2)
+        )
+        y, pull = jax.vjp(
+            lambda x, p, w=w: dataclasses.replace(w, rows=p).rmatmul(x),
+            jnp.array([1.0, 2, 3]),
+            w.rows,
+        )
+        dx, dp = pull(jnp.array([1.0, -1]))
+        np.testing.assert_array_equal(y, [4, 5])
+        np.testing.assert_array_equal(dx, [1, -1, 0])
+        np.testing.assert_array_equal(dp, np.array([[1, -1], [3, -3]]) * alpha / 2)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_gradients_are_those_of_the_dense_kernel(in_place):
+    keys = jax.random.split(KEY, 3)
+    kernel, x = jax.random.normal(keys[0], (11, 7)), jax.random.normal(keys[1], (2, 5, 11))
+    w = paca_weight(keys[2], kernel, rank=4, alpha=6.0, in_place=in_place)
+    loss = lambda x, w: jnp.sum(jnp.sin(matmul(x, w)))
+    dense_dx, dense_dw = jax.grad(loss, argnums=(0, 1))(x, kernel)
+    dx, dp = jax.grad(lambda x, p: loss(x, dataclasses.replace(w, rows=p)), argnums=(0, 1))(
+        x, w.rows
+    )
+    np.testing.assert_allclose(dx, dense_dx, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(dp, dense_dw[w.indices] * 6 / 4, rtol=1e-5, atol=1e-5)
+    assert len(set(np.asarray(w.indices))) == 4
+    np.testing.assert_allclose(w.to_dense(), kernel, rtol=1e-6)
+
+
+def test_rows_are_chosen_by_norm_and_by_shard():
+    kernel = jnp.arange(8.0)[:, None] * jnp.ones((8, 3))
+    pick = lambda **options: list(np.asarray(paca_weight(KEY, kernel, **options).indices))
+    assert pick(rank=2, selection="largest_norm") == [6, 7]
+    assert pick(rank=2, selection="smallest_norm") == [0, 1]
+    assert pick(rank=4, selection="largest_norm", shards=4) == [1, 3, 5, 7]
+
+
+def test_all_rows_are_full_fine_tuning():
+    model, batch = _model(), _batch()
+    params = _params(model)
+    full = _fit(model, params, optax.sgd(0.1), batch)
+    tuned = _fit(
+        model,
+        adapt(
+            KEY,
+            params,
+            {
+                ALL_LINEAR: lambda k, w: paca_weight(k, w, rank=w.shape[0]),
+                "(?!layers).*|.*scale": lambda k, w: w,
+            },
+        ),
+        optax.sgd(0.1),
+        batch,
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), full, merge(tuned))
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_training_writes_the_rows_and_nothing_else(stacked):
+    model, batch = _model(), _batch()
+    params = _params(model)
+    params = stack_layers(params) if stacked else params
+    adapted = adapt(KEY, params, {ALL_LINEAR: paca(4)})
+    before = model.apply({"params": params}, batch["tokens"]).logits
+    np.testing.assert_array_equal(model.apply({"params": adapted}, batch["tokens"]).logits, before)
+    tuned = _fit(model, adapted, optax.adamw(1e-2, weight_decay=0.0), batch)
+    layers = tuned["layers"] if stacked else tuned["layers"]["0"]
+    node = layers["mlp"]["up"]["kernel"]
+    original = params["layers"] if stacked else params["layers"]["0"]
+    original = original["mlp"]["up"]["kernel"]
+    one = jax.tree.map(lambda leaf: leaf[0], node) if stacked else node
+    first = original[0] if stacked else original
+    indices, rows = delta(one)
+    np.testing.assert_array_equal(one.base[indices], rows)
+    rest = np.setdiff1d(np.arange(first.shape[0]), indices)
+    np.testing.assert_array_equal(one.base[rest], first[rest])
+    assert not np.allclose(one.base[indices], first[indices])
+    merged = model.apply({"params": merge(tuned)}, batch["tokens"]).logits
+    np.testing.assert_allclose(
+        merged, model.apply({"params": tuned}, batch["tokens"]).logits, atol=1e-5
+    )
+
+
+def test_modes_and_remat_give_the_same_losses():
+    batch = _batch()
+    params = _params(_model())
+    losses = {}
+    for name, options, remat in [
+        ("in place", {}, "none"),
+        ("functional", {"in_place": False}, "none"),
+        ("light", {}, "light"),
+        ("full", {}, "full"),
+    ]:
+        model = _model(remat)
+        adapted = adapt(KEY, params, {ALL_LINEAR: paca(4, 8.0, **options)})
+        losses[name] = _losses(model, adapted, optax.adam(1e-2), batch)
+    quantised = adapt(KEY, params, {ALL_LINEAR: lambda k, w: Halved(w / 2)})
+    quantised = adapt(KEY, quantised, {ALL_LINEAR: paca(4, 8.0)})
+    losses["lossless base"] = _losses(_model(), quantised, optax.adam(1e-2), batch)
+    for name, values in losses.items():
+        np.testing.assert_allclose(values, losses["in place"], rtol=2e-4, err_msg=name)
+    assert losses["in place"][-1] < losses["in place"][0] - 0.1
+
+
+def test_microbatches_and_bfloat16():
+    model, batch = _model(), _batch()
+    adapted = adapt(KEY, _params(model), {ALL_LINEAR: paca(4)})
+    whole = _losses(model, adapted, optax.sgd(0.1), batch)
+    np.testing.assert_allclose(
+        _losses(model, adapted, optax.sgd(0.1), batch, microbatches=2), whole, rtol=1e-5
+    )
+    half = model.clone(dtype=jnp.bfloat16)
+    assert np.isfinite(_losses(half, adapted, optax.adam(1e-2), batch)).all()
+    loss, grads = jax.value_and_grad(
+        lambda t: jnp.sum(
+            dataclasses.replace(w, rows=t).rmatmul(jnp.ones((3, 8), jnp.bfloat16)) ** 2
+        ).astype(jnp.float32)
+    )((w := paca_weight(KEY, jnp.ones((8, 5)), rank=2)).rows)
+    assert grads.dtype == jnp.float32
+
+
+def test_perturbed_rows_are_seen_by_estimators():
+    """A sharpness-aware estimator evaluates elsewhere: there too the kernel must hold the rows."""
+    x, kernel = jnp.ones((3, 4)), jax.random.normal(KEY, (4, 2))
+    objective = lambda params, batch, key: (
+        (value := jnp.sum(matmul(x, params["kernel"]) ** 2)),
+        {"loss": Mean(value, jnp.ones(()))},
+    )
+
+    def shifted(fn, has_aux):
+        def estimate(t, batch, key):
+            moved = jax.tree.map(lambda p: p + 1.0, t)
+            return jax.value_and_grad(fn, has_aux=has_aux)(moved, batch, key)
+
+        return estimate
+
+    results = []
+    for node in (
+        paca_weight(KEY, kernel, rank=2),
+        paca_weight(KEY, kernel, rank=2, in_place=False),
+    ):
+        step = train.make_step(objective, optax.sgd(0.0), gradient=shifted)
+        state = train.init_state({"kernel": node}, optax.sgd(0.0), KEY)
+        results.append(step(state, {"x": x})[1]["loss"].value)
+    np.testing.assert_allclose(results[0], results[1], rtol=1e-6)
+    assert abs(float(results[0]) - float(jnp.sum((x @ kernel) ** 2))) > 0.1
+
+
+def test_population_over_rows():
+    w = paca_weight(KEY, jax.random.normal(KEY, (6, 3)), rank=2, in_place=False)
+    rows = jax.random.normal(jax.random.key(1), (5, 2, 3))
+    x = jnp.ones((4, 6))
+    many = jax.vmap(lambda p: matmul(x, dataclasses.replace(w, rows=p)))(rows)
+    each = [x @ to_dense(dataclasses.replace(w, rows=p)) for p in rows]
+    np.testing.assert_allclose(many, jnp.stack(each), rtol=1e-5)
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_writing_rows_copies_no_kernel(stacked):
+    model, batch = _model("light"), _batch()
+    params = _params(model)
+    params = stack_layers(params) if stacked else params
+    adapted = adapt(KEY, params, {ALL_LINEAR: paca(4)})
+    optimizer = optax.adam(1e-2)
+    run = train.jit_step(train.make_step(supervised(model), optimizer))
+    compiled = run.lower(train.init_state(adapted, optimizer, KEY), batch).compile()
+    up = adapted["layers"]["mlp" if stacked else "0"]
+    up = (up if stacked else up["mlp"])["up"]["kernel"].base
+    shape = "f32[" + ",".join(map(str, up.shape)) + "]"
+    copies = [
+        line
+        for line in compiled.as_text().splitlines()
+        if f" = {shape}" in line and (" copy(" in line or "copy-start(" in line)
+    ]
+    assert not copies, copies
+
+
+def test_no_full_width_input_is_kept_for_a_weight_gradient():
+    """Under "light", LoRA keeps the inputs of `up` and `down` for dA; PaCA keeps none of them."""
+    model, batch = _model("light"), _batch()
+    config = model.config
+
+    def kept(rule):
+        trainable, frozen = partition(
+            adapt(KEY, _params(model), {r"layers/.*/(up|gate|down)/kernel": rule})
+        )
+        from jaxft.adapters import combine
+
+        loss = lambda t: supervised(model)(combine(t, frozen), batch, KEY)[0]
+        shapes = [tuple(aval.shape) for aval, _ in saved_residuals(loss, trainable)]
+        tokens = batch["tokens"].shape
+        return shapes.count((*tokens, config.intermediate_size)), shapes.count((*tokens, 4))
+
+    lora_wide, _ = kept(lora(4))
+    paca_wide, paca_narrow = kept(paca(4))
+    # gate and up (inputs of the recomputed activation) a layer; LoRA keeps their product too.
+    assert paca_wide == 2 * config.num_layers
+    assert lora_wide > paca_wide
+    assert paca_narrow >= config.num_layers
+
+
+@pytest.mark.parametrize("spec", [PartitionSpec("fsdp", None), PartitionSpec(None, "fsdp")])
+def test_sharded_kernel_is_the_same(spec):
+    mesh = make_mesh(fsdp=8)
+    kernel, x = jax.random.normal(KEY, (16, 24)), jax.random.normal(KEY, (3, 16))
+    w = paca_weight(KEY, kernel, rank=8, shards=8)
+    specs = w.with_specs(spec)
+    placed = jax.tree.map(lambda leaf, s: jax.device_put(leaf, NamedSharding(mesh, s)), w, specs)
+    loss = lambda p, w: jnp.sum(dataclasses.replace(w, rows=p).rmatmul(x) ** 2)
+    plain, sharded = (jax.jit(jax.grad(loss))(n.rows, n) for n in (w, placed))
+    # Sums over tokens and shards are taken in another order; the largest entries are near 40.
+    np.testing.assert_allclose(sharded, plain, rtol=1e-5, atol=1e-5)
+    moved = dataclasses.replace(placed, rows=placed.rows + 1.0)
+    write = jax.jit(lambda n: n.committed(), donate_argnums=0)
+    np.testing.assert_allclose(
+        np.asarray(write(moved).base),
+        dataclasses.replace(w, rows=w.rows + 1.0).to_dense(),
+        rtol=1e-6,
+    )
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"rank": 0}, "rank must lie in 1..6"),
+        ({"rank": 7}, "rank must lie in 1..6"),
+        ({"rank": 2, "selection": "best"}, "unknown selection"),
+        ({"rank": 2, "shards": 4}, "shards=4"),
+    ],
+)
+def test_bad_arguments(options, message):
+    with pytest.raises(ValueError, match=message):
+        paca_weight(KEY, jnp.ones((6, 3)), **options)
+    with pytest.raises(ValueError, match="matrix"):
+        paca_weight(KEY, jnp.ones(6), rank=1)
+    with pytest.raises(ValueError, match="at least 1"):
+        paca(0)
+
+
+def _model(remat="none"):
+    return Decoder(tiny_config(), remat=remat)
+
+
+def _params(model):
+    return model.init(jax.random.key(1), model.example_input())["params"]
+
+
+def _batch():
+    return {"tokens": jax.random.randint(jax.random.key(2), (4, 9), 0, tiny_config().vocab_size)}
+
+
+def _run(model, params, optimizer, batch, microbatches=1):
+    run = train.jit_step(train.make_step(supervised(model), optimizer, microbatches=microbatches))
+    # The step donates its state: tests keep theirs.
+    state = train.init_state(jax.tree.map(jnp.copy, params), optimizer, KEY)
+    losses = []
+    for _ in range(4):
+        state, metrics = run(state, batch)
+        losses.append(float(metrics["loss"].value))
+    return state, losses
+
+
+def _fit(*args):
+    return _run(*args)[0].params
+
+
+def _losses(*args, **options):
+    return _run(*args, **options)[1]

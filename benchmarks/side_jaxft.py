@@ -8,14 +8,14 @@ import optax
 
 from benchmarks.harness import MODELS, serve
 from jaxft import train
-from jaxft.adapters import ALL_LINEAR, adapt, lora
+from jaxft.adapters import ALL_LINEAR, adapt, lora, paca
 from jaxft.checkpoints.families import decoder_config
 from jaxft.generation import SamplingConfig, generate
 from jaxft.models import Decoder
 from jaxft.objectives import supervised
 
 parser = argparse.ArgumentParser()
-parser.add_argument("job", choices=["lora", "full", "decode"])
+parser.add_argument("job", choices=["lora", "paca", "full", "decode"])
 parser.add_argument("--model", choices=list(MODELS), default="30m")
 parser.add_argument("--batch", type=int, default=8)
 parser.add_argument("--length", type=int, default=128)
@@ -41,8 +41,9 @@ def main(args):
         prompts = tokens.tolist()
         serve(lambda: generate(model, params, prompts, jax.random.key(0), config))
         return
-    if args.job == "lora":
-        params = adapt(jax.random.key(1), params, {ALL_LINEAR: lora(16, 32.0)})
+    if args.job in ("lora", "paca"):
+        rule = lora(16, 32.0) if args.job == "lora" else paca(16)
+        params = adapt(jax.random.key(1), params, {ALL_LINEAR: rule})
     optimizer = optax.adamw(1e-4, weight_decay=0.01)
     run = train.jit_step(train.make_step(supervised(model), optimizer))
     state = [train.init_state(params, optimizer, jax.random.key(2))]

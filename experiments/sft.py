@@ -24,7 +24,15 @@ import tyro
 
 from jaxft import checkpoints as files
 from jaxft import data, train
-from jaxft.adapters import ALL_LINEAR, adapt, count, full, lora, save_adapter
+from jaxft.adapters import (
+    ALL_LINEAR,
+    Name,
+    Quantisation,
+    apply_named,
+    count,
+    save_adapter,
+    save_native,
+)
 from jaxft.models.remat import Remat
 from jaxft.objectives import supervised
 from jaxft.parallel import make_mesh, shard_params
@@ -45,9 +53,10 @@ class Config:
     validation: float = 0.05  # the part held out, if there is no eval_data
     output_dir: str = "runs/sft"
 
-    adapter: Literal["lora", "full"] = "lora"
+    adapter: Name = "lora"  # what trains; full: everything
+    quantise: Quantisation | None = None  # round the frozen kernels (nf4: QLoRA, QPaCA, QDoRA)
     rank: int = 16
-    alpha: float = 32.0
+    alpha: float = 32.0  # over rank: LoRA's scale; for paca a factor of the learning rate
     target: str = ALL_LINEAR  # pattern of the paths of adapted kernels
 
     max_steps: int = 60
@@ -182,9 +191,7 @@ def load_data(config: Config):
 
 def adapt_params(config: Config, base: Any, mesh: Any) -> Any:
     """The base params with what trains: adapters, or all of them."""
-    rule = lora(config.rank, config.alpha) if config.adapter == "lora" else full()
-    pattern = config.target if config.adapter == "lora" else ".*"
-    params = adapt(jax.random.key(config.seed), base, {pattern: rule})
+    params = apply_named(base, config.adapter, **_adapter_settings(config))
     trains, total = count(params)
     print(f"{trains:,} of {total:,} parameters train ({trains / total:.2%})")
     return params if mesh is None else shard_params(params, mesh)
@@ -203,13 +210,22 @@ def verify(config, model, params, renderer, records, when: str) -> Accuracy | No
 
 
 def save(config: Config, model: Any, params: Any, output: pathlib.Path) -> None:
-    """The adapter as PEFT's files, or the whole model as transformers'."""
-    if config.adapter == "lora":
-        save_adapter(output / "adapter", model.config, params, base_model=config.model)
-        print(f"adapter saved to {output / 'adapter'}")
-    else:
+    """LoRA as PEFT's files, other adapters as jaxft's, or the whole model as transformers'."""
+    if config.adapter == "full":
         files.save_model(output / "model", model, params, tokenizer_from=config.model)
         print(f"model saved to {output / 'model'}")
+        return
+    if config.adapter in ("lora", "rslora"):
+        save_adapter(output / "adapter", model.config, params, base_model=config.model)
+    else:
+        settings = _adapter_settings(config)
+        save_native(output / "adapter", params, name=config.adapter, **settings)
+    print(f"adapter saved to {output / 'adapter'}")
+
+
+def _adapter_settings(config):
+    names = ("rank", "alpha", "target", "quantise", "seed")
+    return {name: getattr(config, name) for name in names}
 
 
 def report(config, history, before, after, records, output) -> dict[str, Any]:

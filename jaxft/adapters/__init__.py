@@ -1,7 +1,11 @@
 """Adapters: rewrite a params tree, split it, merge it, save and load what trains."""
 
+from jaxft.adapters.commit import commit, writes_back
+from jaxft.adapters.errors import AdapterError
 from jaxft.adapters.lora_plus import lora_plus
-from jaxft.adapters.peft import AdapterError, load_adapter, save_adapter
+from jaxft.adapters.named import Name, Quantisation, named_rules
+from jaxft.adapters.native import apply_named, load_native, save_native
+from jaxft.adapters.peft import load_adapter, save_adapter
 from jaxft.adapters.rewrite import (
     ALL_LINEAR,
     adapt,
@@ -41,20 +45,26 @@ __all__ = [
     "IA3_INPUTS",
     "IA3_OUTPUTS",
     "AdapterError",
+    "Name",
+    "Quantisation",
     "adapt",
+    "apply_named",
     "carry_state",
     "combine",
+    "commit",
     "count",
     "densify",
     "dora",
     "full",
     "ia3",
     "load_adapter",
+    "load_native",
     "loha",
     "lokr",
     "lora",
     "lora_plus",
     "merge",
+    "named_rules",
     "monarch",
     "monarch_from_dense",
     "paca",
@@ -64,6 +74,8 @@ __all__ = [
     "quantised",
     "rslora",
     "save_adapter",
+    "save_native",
     "trainable_mask",
     "vera",
+    "writes_back",
 ]

@@ -14,6 +14,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from jaxft.adapters import native
+from jaxft.adapters.errors import AdapterError
 from jaxft.adapters.rewrite import Params, partition, path_name
 from jaxft.models import stack_layers, unstack_layers
 from jaxft.models.config import DecoderConfig
@@ -23,10 +25,6 @@ from jaxft.weights import Frozen, LoraWeight, is_weight
 
 PREFIX = "base_model.model."
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-
-
-class AdapterError(ValueError):
-    """An adapter that is missing, damaged, of an unknown kind, or does not fit its model."""
 
 
 def save_adapter(
@@ -66,10 +64,14 @@ def save_adapter(
 def load_adapter(path: str | os.PathLike, config: DecoderConfig, params: Params) -> Params:
     """The params with the LoRA weights of a PEFT adapter on their kernels; all else is frozen.
 
+    A directory of `save_native` is read too.
+
     Raises:
         AdapterError: if a key is missing, surplus or misshapen, or the adapter is no plain LoRA.
     """
     path = pathlib.Path(path)
+    if (path / native.CONFIG).exists():
+        return native.load_native(path, params)
     settings, tensors = _read(path)
     stacked = is_stacked(params["layers"])
     flat = unstack_layers(params) if stacked else params

@@ -1,9 +1,9 @@
 """Training: one step, one loop, and what goes with them."""
 
+from jaxft.adapters.commit import commit
 from jaxft.train.accumulate import GradientEstimator, accumulate, loss_weight, split_batch
 from jaxft.train.callbacks import Callback, Row, Run, every, profile
 from jaxft.train.checkpoints import Checkpoints, restore_params, writable_directory
-from jaxft.train.commit import commit
 from jaxft.train.errors import (
     DivergedError,
     MissingDependencyError,

@@ -22,9 +22,9 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from jaxft.adapters import combine, partition
+from jaxft.adapters.commit import commit
 from jaxft.train.batches import BatchSource, lay_out
 from jaxft.train.callbacks import Row
-from jaxft.train.commit import commit
 from jaxft.train.digest import all_finite, digests
 from jaxft.train.errors import DivergedError, OutputError
 from jaxft.train.state import TrainState

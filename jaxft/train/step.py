@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import optax
 
 from jaxft.adapters import combine, partition, trainable_mask
+from jaxft.adapters.commit import commit, writes_back
 from jaxft.metrics import Mean
 from jaxft.train.accumulate import GradientEstimator, accumulate
-from jaxft.train.commit import commit, writes_back
 from jaxft.train.state import TrainState
 from jaxft.weights import is_weight
 

@@ -1,0 +1,5 @@
+"""What goes wrong with adapter files."""
+
+
+class AdapterError(ValueError):
+    """An adapter that is missing, damaged, of an unknown kind, or does not fit its model."""

@@ -1,0 +1,48 @@
+"""Adapters by name, for command lines; in code, use the rules themselves."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from jaxft.adapters import rules
+from jaxft.adapters.rewrite import ALL_LINEAR
+from jaxft.adapters.rules import Rule
+
+Name = Literal[
+    "lora", "rslora", "pissa", "dora", "vera", "loha", "lokr", "paca", "ia3", "bitfit", "norms",
+    "monarch", "full",
+]  # fmt: skip
+Quantisation = Literal["nf4", "int8", "int4", "fp8"]
+
+
+def named_rules(
+    name: Name, *, rank: int = 16, alpha: float = 32.0, target: str = ALL_LINEAR
+) -> dict[str, Rule]:
+    """The rules of an adapter for `adapt`.
+
+    Args:
+        name: ia3, bitfit, norms and full have their own targets; monarch projects the kernels onto
+            4 blocks.
+        rank: of those that have one.
+        alpha: of those that have one; for paca, alpha / rank multiplies the learning rate.
+        target: pattern of the paths of adapted kernels.
+
+    Raises:
+        ValueError: for an unknown name, or a rank below 1.
+    """
+    match name:
+        case "lora" | "rslora" | "pissa" | "dora" | "loha" | "lokr" | "paca":
+            return {target: getattr(rules, name)(rank, alpha)}
+        case "vera":
+            return {target: rules.vera(rank)}
+        case "ia3":
+            return {rules.IA3_OUTPUTS: rules.ia3(), rules.IA3_INPUTS: rules.ia3("input")}
+        case "bitfit":
+            return {rules.ALL_BIASES: rules.full()}
+        case "norms":
+            return {rules.ALL_NORMS: rules.full()}
+        case "monarch":
+            return {target: rules.monarch_from_dense(blocks=4)}
+        case "full":
+            return {".*": rules.full()}
+    raise ValueError(f"unknown adapter {name!r}; expected one of {', '.join(Name.__args__)}.")

@@ -1,0 +1,123 @@
+"""Any adapter as two files: jaxft_adapter.json and jaxft_adapter.safetensors."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.flax import load_file, save_file
+
+from jaxft.adapters.commit import commit
+from jaxft.adapters.errors import AdapterError
+from jaxft.adapters.named import named_rules
+from jaxft.adapters.rewrite import Params, adapt, partition, path_name
+from jaxft.adapters.rules import quantised
+from jaxft.weights import Weight, is_weight
+
+CONFIG, WEIGHTS = "jaxft_adapter.json", "jaxft_adapter.safetensors"
+
+
+def apply_named(
+    params: Params,
+    name: str,
+    *,
+    rank: int = 16,
+    alpha: float = 32.0,
+    target: str,
+    quantise: str | None = None,
+    seed: int = 0,
+) -> Params:
+    """The params with the adapter `name` (see named_rules), over kernels rounded to `quantise` bits.
+
+    Raises:
+        ValueError: see named_rules; and for quantised kernels that are to train whole.
+    """
+    if quantise is not None:
+        if name in ("full", "monarch"):
+            raise ValueError(
+                f"--adapter {name} trains the kernels themselves, which --quantise freezes; "
+                "choose an adapter beside them, such as lora or paca."
+            )
+        params = adapt(jax.random.key(seed), params, {target: quantised(quantise)})
+    rules = named_rules(name, rank=rank, alpha=alpha, target=target)
+    return adapt(jax.random.key(seed), params, rules)
+
+
+def save_native(path: str | os.PathLike, params: Params, **settings: Any) -> None:
+    """Writes what an adapter adds to its base model: what trains, and what was drawn beside it.
+
+    Args:
+        path: the directory; made if needed.
+        params: adapted by `apply_named`.
+        settings: its arguments, which `load_native` gives it again.
+
+    Raises:
+        AdapterError: if nothing trains.
+    """
+    tensors = {name: leaf for name, leaf in _own_leaves(params)}
+    if not tensors:
+        raise AdapterError("save_native: nothing trains in params; adapt them first.")
+    path = pathlib.Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    save_file({k: np.asarray(v) for k, v in tensors.items()}, path / WEIGHTS)
+    (path / CONFIG).write_text(json.dumps({"version": 1, **settings}, indent=2) + "\n")
+
+
+def load_native(path: str | os.PathLike, params: Params) -> Params:
+    """The base params with an adapter of `save_native`.
+
+    Raises:
+        AdapterError: if a file is missing or damaged, a key is missing, surplus or misshapen.
+    """
+    path = pathlib.Path(path)
+    try:
+        settings = json.loads((path / CONFIG).read_text())
+        tensors = load_file(path / WEIGHTS)
+    except FileNotFoundError as error:
+        raise AdapterError(f"{path}: no {pathlib.Path(error.filename).name}.") from None
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise AdapterError(f"{path}: damaged ({error}); copy it again.") from None
+    if settings.pop("version", None) != 1:
+        raise AdapterError(f"{path}: written by another version of jaxft; update it.")
+    adapted = apply_named(params, **settings)
+    expected = dict(_own_leaves(adapted))
+    for name in sorted(expected.keys() ^ tensors.keys()):
+        kind = "missing" if name in expected else "surplus"
+        raise AdapterError(f"{path}: {kind} key {name!r}; the adapter is for another model.")
+    for name, leaf in expected.items():
+        if leaf.shape != tensors[name].shape:
+            raise AdapterError(
+                f"{path}: {name!r} has shape {tensors[name].shape}, the model needs {leaf.shape}."
+            )
+    return commit(_own_leaves(adapted, tensors))
+
+
+def _own_leaves(params: Params, values: dict | None = None):
+    """(name, leaf) of all that is not the base model's; or the params with `values` in their place."""
+    found = []
+
+    def visit(prefix, node):
+        name = path_name(prefix)
+        if not isinstance(node, Weight):
+            found.append((name, node))
+            return node if values is None else values[name]
+        if not jax.tree.leaves(partition(node)[0]):
+            return node
+        changed = {}
+        for field in dataclasses.fields(node):
+            value = getattr(node, field.name)
+            if field.name == "base" or field.metadata.get("static") or value is None:
+                continue
+            found.append((f"{name}/{field.name}", value))
+            if values is not None:
+                changed[field.name] = values[f"{name}/{field.name}"]
+        return dataclasses.replace(node, **changed)
+
+    rebuilt = jax.tree_util.tree_map_with_path(visit, params, is_leaf=is_weight)
+    return found if values is None else rebuilt

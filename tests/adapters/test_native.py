@@ -1,0 +1,108 @@
+"""Every adapter by name: saved, loaded, the same logits; and from the command line."""
+
+import dataclasses
+import json
+from typing import get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from jaxft.adapters import (
+    ALL_LINEAR,
+    AdapterError,
+    Name,
+    apply_named,
+    combine,
+    commit,
+    load_adapter,
+    named_rules,
+    partition,
+    save_native,
+)
+from jaxft.models import Decoder, stack_layers, tiny_config
+
+KEY = jax.random.key(0)
+# The tiny model is of Llama's family, which has no biases.
+NAMES = [name for name in get_args(Name) if name != "bitfit"]
+
+
+def adapted(name, quantise=None, stacked=False):
+    model = Decoder(tiny_config())
+    params = model.init(KEY, model.example_input())["params"]
+    params = stack_layers(params) if stacked else params
+    settings = dict(rank=2, alpha=4.0, target=ALL_LINEAR, quantise=quantise, seed=3)
+    trainable, frozen = partition(apply_named(params, name, **settings))
+    trainable = jax.tree.map(lambda leaf: leaf + 0.1 * jnp.cos(leaf * 50), trainable)
+    return model, params, commit(combine(trainable, frozen)), {"name": name, **settings}
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_round_trip(name, stacked, tmp_path):
+    model, base, params, settings = adapted(name, stacked=stacked)
+    save_native(tmp_path, params, **settings)
+    loaded = load_adapter(tmp_path, model.config, base)
+    logits = lambda p: model.apply({"params": p}, jnp.arange(5)[None]).logits
+    np.testing.assert_allclose(logits(loaded), logits(params), atol=1e-5)
+    assert not np.allclose(logits(loaded), logits(base), atol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["lora", "paca", "dora"])
+def test_over_a_quantised_base(name, tmp_path):
+    model, base, params, settings = adapted(name, "nf4")
+    save_native(tmp_path, params, **settings)
+    assert all("codes" not in key for key in load_file(tmp_path / "jaxft_adapter.safetensors"))
+    loaded = load_adapter(tmp_path, model.config, base)
+    logits = lambda p: model.apply({"params": p}, jnp.arange(5)[None]).logits
+    np.testing.assert_allclose(logits(loaded), logits(params), atol=1e-5)
+
+
+def test_damage_is_named(tmp_path):
+    model, base, params, settings = adapted("paca")
+    save_native(tmp_path, params, **settings)
+    weights, config = tmp_path / "jaxft_adapter.safetensors", tmp_path / "jaxft_adapter.json"
+    tensors = load_file(weights)
+    first = sorted(tensors)[0]
+    load = lambda: load_adapter(tmp_path, model.config, base)
+    save_file({k: v for k, v in tensors.items() if k != first}, weights)
+    with pytest.raises(AdapterError, match=f"missing key '{first}'"):
+        load()
+    save_file(tensors | {"other": np.zeros(1)}, weights)
+    with pytest.raises(AdapterError, match="surplus key 'other'"):
+        load()
+    save_file(tensors | {first: tensors[first][:1]}, weights)
+    with pytest.raises(AdapterError, match="has shape"):
+        load()
+    weights.write_bytes(weights.read_bytes()[:40])
+    with pytest.raises(AdapterError, match="damaged"):
+        load()
+    weights.unlink()
+    with pytest.raises(AdapterError, match="no jaxft_adapter.safetensors"):
+        load()
+    config.write_text(json.dumps({"version": 9}))
+    save_file(tensors, weights)
+    with pytest.raises(AdapterError, match="another version"):
+        load()
+
+
+def test_bad_choices():
+    _, base, _, _ = adapted("lora")
+    with pytest.raises(ValueError, match="--quantise freezes"):
+        apply_named(base, "full", target=ALL_LINEAR, quantise="nf4")
+    with pytest.raises(ValueError, match="unknown adapter 'best'"):
+        named_rules("best")
+    with pytest.raises(AdapterError, match="nothing trains"):
+        save_native("unused", partition({})[0])
+
+
+@pytest.mark.parametrize("name, quantise", [("paca", None), ("dora", "int8")])
+def test_sft_takes_it_by_flag(name, quantise, tmp_path):
+    from experiments import sft
+
+    config = sft.Config(smoke=True, adapter=name, quantise=quantise, output_dir=str(tmp_path))
+    metrics = sft.main(dataclasses.replace(config, accuracy=False))
+    assert metrics["steps"] == 6 and np.isfinite(metrics["last_loss"])
+    assert (tmp_path / "adapter" / "jaxft_adapter.safetensors").exists()

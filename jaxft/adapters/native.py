@@ -76,11 +76,12 @@ def load_native(path: str | os.PathLike, params: Params) -> Params:
         AdapterError: if a file is missing or damaged, a key is missing, surplus or misshapen.
     """
     path = pathlib.Path(path)
+    for name in (CONFIG, WEIGHTS):
+        if not (path / name).exists():
+            raise AdapterError(f"{path}: no {name}; copy the adapter's directory whole.")
     try:
         settings = json.loads((path / CONFIG).read_text())
         tensors = load_file(path / WEIGHTS)
-    except FileNotFoundError as error:
-        raise AdapterError(f"{path}: no {pathlib.Path(error.filename).name}.") from None
     except (SafetensorError, json.JSONDecodeError) as error:
         raise AdapterError(f"{path}: damaged ({error}); copy it again.") from None
     if settings.pop("version", None) != 1:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from jaxft.kernels.monarch import monarch_product
 from jaxft.weights.base import Weight, WeightLike, to_dense
 
 
@@ -40,10 +41,8 @@ class MonarchWeight(Weight):
 
     def rmatmul(self, x):
         blocks, _, _, width = self.first.shape
-        x = _pad(x, blocks * width).reshape(*x.shape[:-1], blocks, width)
-        h = jnp.einsum("...ki,kjri->...kjr", x, self.first.astype(x.dtype))
-        y = jnp.einsum("...kjr,jlkr->...lj", h, self.second.astype(x.dtype))
-        return y.reshape(*y.shape[:-2], -1)[..., : self.features[1]]
+        factors = self.first.astype(x.dtype), self.second.astype(x.dtype)
+        return monarch_product(_pad(x, blocks * width), *factors)[..., : self.features[1]]
 
     def to_dense(self):
         # [(k, i), (l, j)]: the product of each slice, in the order of inputs and outputs.

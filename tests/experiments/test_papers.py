@@ -1,0 +1,46 @@
+"""The scripts of papers run, and their tables judge what was measured."""
+
+import json
+
+import numpy as np
+import pytest
+
+from experiments.papers import monarch
+from experiments.papers._claims import Claim, interval, report
+
+
+def test_interval_is_student_s():
+    # scipy's t for 2 degrees of freedom: 4.3027; standard error of 1, 2, 3: 1 / sqrt(3).
+    np.testing.assert_allclose(interval([1, 2, 3]), (2, 2 - 2.4842, 2 + 2.4842), atol=1e-4)
+    assert np.isnan(interval([1.0])[1])
+
+
+def test_a_claim_that_fails_is_an_exit_code(tmp_path, capsys):
+    good, bad = Claim("a", "1", "1", True), Claim("b", "1", "0", False)
+    assert report([good], {"x": 1}, tmp_path) == 0
+    assert report([good, bad], {"x": 1}, tmp_path) == 1
+    assert json.loads((tmp_path / "metrics.json").read_text())["claims"][1]["holds"] is False
+    assert "NO" in capsys.readouterr().out
+
+
+def test_monarch_smoke(tmp_path):
+    assert monarch.main(monarch.Config(smoke=True, output_dir=str(tmp_path))) == 0
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["projection"]["hadamard_64"] < 1e-5 < metrics["projection"]["dft_16"]
+    assert (tmp_path / "monarch.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("name", ["sparse", "sparse_to_dense"])
+def test_monarch_s_judge_can_fail(name):
+    row = {
+        "dense": 0.98,
+        "sparse": 0.97,
+        "sparse_to_dense": 0.97,
+        "projected_tuned": 0.9,
+        "random_tuned": 0.7,
+        "random_variance_preserving_tuned": 0.8,
+    }
+    exact = {"hadamard_64": 0.0, "dft_16_permuted": 0.0}
+    metrics = {"projection": exact, "transform": [{"monarch": 1e-9, "low_rank": 0.875}] * 3}
+    assert all(c.holds for c in monarch.judge(metrics | {"digits": [row] * 3}))
+    assert not all(c.holds for c in monarch.judge(metrics | {"digits": [row | {name: 0.9}] * 3}))

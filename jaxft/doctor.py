@@ -13,6 +13,7 @@ EXTRAS = {
         *("transformers", "datasets", "pyarrow", "grain", "gguf", "reasoning-gym"),
         *("rich", "tyro", "matplotlib"),
     ),
+    "papers": ("scikit-learn", "scipy"),
     "tfds": ("tensorflow-datasets", "array-record"),
     "logging": ("tensorboardX", "wandb"),
     "notebooks": ("ipykernel", "nbclient", "nbformat"),

@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Workers of the tests; two suit a laptop.
 WORKERS ?= 2
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench aot clean
 
 help:
 	@echo "make demo   fine-tune SmolLM2-135M on a real task and show what changed (ten minutes)"
@@ -18,15 +18,28 @@ demo: $(VENV)/.text
 	rm -rf runs/demo
 	$(BIN)/python experiments/sft.py --output-dir runs/demo
 
-test: $(VENV)/.test
+test: $(VENV)/.test aot
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: $(VENV)/.bench
+bench: $(VENV)/.bench .venv-tunix/.ready
 	$(BIN)/python -m benchmarks.run $(ARGS)
+
+# Tunix pins other releases than the tests run with.
+.venv-tunix/.ready:
+	$(PYTHON) -m venv .venv-tunix
+	.venv-tunix/bin/python -m pip install --quiet --disable-pip-version-check google-tunix==0.1.7
+	@touch $@
+
+# Compilers for TPUs and H100s, where no other process stumbles over them: tests compile for both.
+aot: $(VENV)/aot/.ready
+$(VENV)/aot/.ready: | $(VENV)/.test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/aot \
+		$$($(BIN)/python -m jaxft.parallel.compilers)
+	@touch $@
 
 # One stamp for each set of extras: reinstalled when setup.cfg changes.
 $(VENV)/.%: setup.cfg pyproject.toml | $(VENV)/bin/python

@@ -66,9 +66,9 @@ def serve(step: Callable[[], Any], finish: Callable[[], dict] | None = None, **f
 class Side:
     """A process that serves steps."""
 
-    def __init__(self, command: Sequence[str], threads: int):
+    def __init__(self, command: Sequence[str], threads: int, python: str = sys.executable):
         self._process = subprocess.Popen(
-            [sys.executable, *command],
+            [python, *command],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -99,9 +99,15 @@ class Side:
         )
 
 
-def compare(ours: Sequence[str], theirs: Sequence[str], rounds: int, threads: int) -> dict:
+def compare(
+    ours: Sequence[str],
+    theirs: Sequence[str],
+    rounds: int,
+    threads: int,
+    peer_python: str = sys.executable,
+) -> dict:
     """Alternates steps of both sides, the order swapped each round; medians and their ratio."""
-    sides = {"jaxft": Side(ours, threads), "peer": Side(theirs, threads)}
+    sides = {"jaxft": Side(ours, threads), "peer": Side(theirs, threads, peer_python)}
     times: dict[str, list] = {name: [] for name in sides}
     for i in range(rounds):
         for name in list(sides)[:: 1 if i % 2 == 0 else -1]:

@@ -1,4 +1,4 @@
-"""jaxft beside transformers + peft and TRL, cell by cell, as JSON lines: make bench
+"""jaxft beside transformers + peft, Tunix and TRL, cell by cell, as JSON lines: make bench
 
 python -m benchmarks.run                      all cells
 python -m benchmarks.run --cells lora_30m decode_135m_1 --rounds 9 --threads 2
@@ -6,6 +6,7 @@ python -m benchmarks.run --cells lora_30m decode_135m_1 --rounds 9 --threads 2
 
 import argparse
 import json
+import sys
 import tempfile
 
 from benchmarks.harness import compare
@@ -19,6 +20,8 @@ CELLS = {
     # Our PaCA beside our LoRA, norms and activations recomputed on both sides.
     "paca_30m": ["paca", "--model", "30m", "--batch", "8", "--length", "128"],
     "paca_135m": ["paca", "--model", "135m", "--batch", "4", "--length", "256"],
+    "tunix_lora_30m": ["lora", "--model", "30m", "--batch", "8", "--length", "128"],
+    "tunix_full_30m": ["full", "--model", "30m", "--batch", "8", "--length", "128"],
     "decode_135m_1": ["decode", "--model", "135m", "--batch", "1", "--length", "64"],
     "decode_135m_8": ["decode", "--model", "135m", "--batch", "8", "--length", "64"],
 }
@@ -34,12 +37,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1, help="1 gives steady CPU seconds")
     parser.add_argument("--warm", action="store_true", help="jaxft's malloc settings on both sides")
+    parser.add_argument("--tunix-python", default=".venv-tunix/bin/python")
     args = parser.parse_args()
     for name in args.cells:
         ours, theirs = _epoch() if name == "epoch_trl" else _cell(name)
         # Between our own two sides malloc is set alike anyway.
         warm = ["--warm"] if args.warm and not name.startswith("paca") else []
-        result = compare(ours, theirs + warm, args.rounds, args.threads)
+        python = args.tunix_python if name.startswith("tunix") else sys.executable
+        result = compare(ours, theirs + warm, args.rounds, args.threads, python)
         print(json.dumps({"cell": name, "equal_malloc": args.warm} | result), flush=True)
 
 
@@ -47,7 +52,8 @@ def _cell(name):
     if name.startswith("paca"):
         options = [*CELLS[name][1:], "--remat", "light"]
         return [["-m", "benchmarks.side_jaxft", job, *options] for job in ("paca", "lora")]
-    return [["-m", f"benchmarks.side_{side}", *CELLS[name]] for side in ("jaxft", "transformers")]
+    peer = "tunix" if name.startswith("tunix") else "transformers"
+    return [["-m", f"benchmarks.side_{side}", *CELLS[name]] for side in ("jaxft", peer)]
 
 
 def _epoch():

@@ -1,12 +1,19 @@
-"""Meshes and how params and batches are laid over them."""
+"""Meshes, how params and batches are laid over them, and compiling for devices that are not here."""
 
+from jaxft.parallel.compiled import CompiledCost, compiled_cost, estimated_cycles
 from jaxft.parallel.mesh import AXES, batch_sharding, make_mesh, replicated
 from jaxft.parallel.rules import TRANSFORMER_RULES, param_shardings, shard_params
+from jaxft.parallel.topology import compile_environment, compile_only_devices
 
 __all__ = [
     "AXES",
     "TRANSFORMER_RULES",
+    "CompiledCost",
     "batch_sharding",
+    "compile_environment",
+    "compile_only_devices",
+    "compiled_cost",
+    "estimated_cycles",
     "make_mesh",
     "param_shardings",
     "replicated",

@@ -1,0 +1,81 @@
+"""What a compiled program says of itself: memory, FLOPs, estimated cycles, collectives."""
+
+from __future__ import annotations
+
+import collections
+import re
+from typing import Any, NamedTuple
+
+import jax
+
+_COLLECTIVES = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+
+
+class CompiledCost(NamedTuple):
+    """Figures of one device's part of a compiled program."""
+
+    temp_bytes: int  # the compiler's scratch: activations, residuals
+    argument_bytes: int
+    output_bytes: int
+    alias_bytes: int  # of the outputs, what lies in donated arguments
+    flops: float  # bodies of loops counted once; Pallas calls not at all
+    bytes_accessed: float  # likewise
+    cycles: int  # TPU: the compiler's estimates over the schedule, loops times their trips; else 0
+    collectives: dict[str, int]  # kind -> instructions
+    kernels: int  # Pallas calls
+
+    @property
+    def peak_bytes(self) -> int:
+        """Arguments, temporaries, and outputs that are no arguments."""
+        return self.argument_bytes + self.temp_bytes + self.output_bytes - self.alias_bytes
+
+
+def compiled_cost(compiled: jax.stages.Compiled) -> CompiledCost:
+    """The figures of `jax.jit(f).lower(...).compile()`.
+
+    The TPU compiler writes its own estimate of cycles on each fusion of the final schedule: a model to
+    compare two programs by, not a clock; Pallas calls and collectives are not in it.
+    """
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    cost: dict[str, Any] = compiled.cost_analysis() or {}
+    return CompiledCost(
+        temp_bytes=memory.temp_size_in_bytes,
+        argument_bytes=memory.argument_size_in_bytes,
+        output_bytes=memory.output_size_in_bytes,
+        alias_bytes=memory.alias_size_in_bytes,
+        flops=cost.get("flops", 0.0),
+        bytes_accessed=cost.get("bytes accessed", 0.0),
+        cycles=estimated_cycles(text),
+        collectives=dict(collections.Counter(re.findall(rf" ({_COLLECTIVES})(?:-start)?\(", text))),
+        kernels=len(
+            re.findall(r'custom_call_target="(?:tpu_custom_call|__gpu\$xla\.gpu\.triton)"', text)
+        ),
+    )
+
+
+def estimated_cycles(text: str) -> int:
+    """Sum of `estimated_cycles` over a scheduled HLO text, a loop's body times its trip count."""
+    lines, current, entry = collections.defaultdict(list), None, None
+    for line in text.splitlines():
+        if match := re.match(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$", line):
+            current = match[2]
+            entry = current if match[1] else entry
+        elif line.startswith("  ") and current:
+            lines[current].append(line)
+
+    def trips(condition):
+        found = [re.findall(r"s32\[\]\S* constant\((\d+)\)", ln) for ln in lines[condition]]
+        return max((int(x) for row in found for x in row), default=1)
+
+    def total(name):
+        cycles = 0
+        for line in lines[name]:
+            match = re.search(r'"estimated_cycles":"(\d+)"', line)
+            if match and int(match[1]) < 1 << 40:  # the compiler's "unknown" is larger
+                cycles += int(match[1])
+            loop = re.search(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)", line)
+            if loop:
+                cycles += trips(loop[1]) * total(loop[2])
+        return cycles
+
+    return total(entry) if entry else 0

@@ -1,0 +1,92 @@
+"""Devices that are not here, to compile for: TPU slices and H100 boxes by name."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+import sys
+
+import jax
+from jax.experimental import topologies
+
+# What XLA asks of a target: the public properties of an H100 SXM with 80 GB, as a text proto.
+_H100 = """gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048 core_count: 132
+  fpus_per_core: 128 shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472 registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  device_memory_size: 84942979072 cuda_compute_capability { major: 9 minor: 0 }
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 patch: 0 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+
+def compile_only_devices(topology: str) -> list[jax.Device]:
+    """Devices of a TPU slice ("v5e:4x4", "v5p:2x2x4") or of one host of H100s ("h100:8").
+
+    Arrays of jax.ShapeDtypeStruct with shardings over them make jax.jit(f).lower(...).compile() run
+    the target's own compiler: it fails if the program does not fit the target's memory. Nothing can
+    be executed. Run it in a process of its own, started with `compile_environment()`.
+
+    Raises:
+        ValueError: for a name of another form.
+        RuntimeError: if the target's compiler is not installed.
+    """
+    if match := re.fullmatch(r"h100:(\d+)", topology):
+        return _gpu_devices(int(match[1]))
+    if not re.fullmatch(r"(v[2-6][ep]?|tpu7x):\d+(x\d+)*", topology):
+        raise ValueError(
+            f"compile_only_devices: {topology!r} is no topology; "
+            "expected one like 'v5e:4x4', 'v5p:2x2x4', 'v6e:1x1' or 'h100:8'."
+        )
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    except Exception as error:
+        raise RuntimeError(
+            f"no TPU compiler for {topology!r}: {error}. Install it with `make aot` or pip "
+            "install 'jaxft[tpu]', and start the process with compile_environment()."
+        ) from error
+
+
+def compile_environment() -> dict[str, str]:
+    """The environment of a process that calls `compile_only_devices`.
+
+    Compilers that lie beside the environment, in <prefix>/aot as `make aot` puts them, are found; a
+    plain process does not see them, so that JAX does not look for a TPU at each start.
+    """
+    aot = pathlib.Path(sys.prefix) / "aot"
+    path = [str(aot), os.environ.get("PYTHONPATH", "")] if aot.is_dir() else []
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        # There is no device to try kernels out on.
+        "XLA_FLAGS": "--xla_gpu_autotune_level=0",
+        **({"PYTHONPATH": os.pathsep.join(filter(None, path))} if path else {}),
+    }
+
+
+def _gpu_devices(count: int) -> list[jax.Device]:
+    options = dict(target_config=_H100, topology=f"1x1x{count}")
+    plugin = pathlib.Path(sys.prefix) / "aot/jax_plugins/xla_cuda12/xla_cuda_plugin.so"
+    try:
+        if not plugin.exists():  # jax[cuda12] itself
+            return topologies.get_topology_desc(
+                topology_name="gpu", platform="cuda", **options
+            ).devices
+        from jax._src.lib import xla_client
+
+        if not xla_client.pjrt_plugin_loaded("cuda"):
+            _gpu_devices.api = xla_client.load_pjrt_plugin_dynamically("cuda", str(plugin))
+        if not xla_client.pjrt_plugin_initialized("cuda"):
+            xla_client.initialize_pjrt_plugin("cuda")
+        make = xla_client.make_c_api_device_topology
+        return make(_gpu_devices.api, "gpu", **options)._make_compile_only_devices()
+    except Exception as error:
+        raise RuntimeError(
+            f"no GPU compiler: {error}. Install it with `make aot` or pip install 'jaxft[cuda]'."
+        ) from error

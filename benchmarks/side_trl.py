@@ -50,7 +50,7 @@ def main(args):
         total = weight = 0.0
         with torch.no_grad():
             for part in held_out(args.model):
-                tokens = torch.tensor(part.tokens)[None]
+                tokens = torch.tensor(part.tokens, dtype=torch.long)[None]
                 mask = torch.tensor(part.loss_mask, dtype=torch.float32)[1:]
                 logits = trainer.model.eval()(tokens).logits[0, :-1].float()
                 losses = torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="none")

@@ -79,6 +79,7 @@ def prompt(length: int | None = None, ids: Sequence[int] | None = None) -> Added
     length = _check_length("prompt", len(ids) if length is None else length)
 
     def make(key, params):
+        _check_root("prompt", params)
         if "embed" not in params:
             return _image_prompt(key, length, ids, params)
         table = params["embed"]["embedding"]
@@ -113,6 +114,7 @@ def prefix(length: int = 20, *, hidden: int | None = None, scale: float = 0.02) 
     _check_length("prefix", length)
 
     def make(key, params):
+        _check_root("prefix", params)
         layers = params["layers"]
         stacked = is_stacked(layers)
         kernel = (layers if stacked else layers["0"])["attention"]["key"]["kernel"]
@@ -158,3 +160,10 @@ def _check_length(name, length):
     if length < 0:
         raise ValueError(f"{name}: length must not be negative, got {length}; 10 to 100 are usual.")
     return length
+
+
+def _check_root(name, params):
+    if "layers" not in params:
+        raise ValueError(
+            f"{name}: it stands at the root of the params, as {name!r}; use that pattern."
+        )

@@ -75,6 +75,7 @@ def read_lead(
 
 def before(rows: jax.Array, x: jax.Array) -> jax.Array:
     """x [B, T, ...] with rows [l, ...] in front of each of its B sequences: [B, l + T, ...]."""
+    x = jnp.asarray(x)
     rows = jnp.broadcast_to(rows.astype(x.dtype)[None], (x.shape[0], *rows.shape))
     return jnp.concatenate([rows, x], axis=1)
 

@@ -1,6 +1,7 @@
 """Prompts and prefixes: each is compared with the base model on longer rows, or with a plain computation."""
 
 import dataclasses
+import functools
 
 import chex
 import jax
@@ -63,6 +64,11 @@ FAMILIES = {"llama": LLAMA, "gemma": GEMMA, "gpt2": GPT2}
 IDS = (5, 3, 11)
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 29, (2, 12)))
 decoders = pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES.keys())
+layouts = pytest.mark.parametrize(
+    "config, stacked",
+    [(LLAMA, True), (GEMMA, True), (GEMMA, False), (GPT2, False)],
+    ids=["llama-stacked", "gemma-stacked", "gemma", "gpt2"],
+)
 
 
 def large(params):
@@ -73,9 +79,17 @@ def large(params):
     return tree.unflatten([x + n for x, n in zip(leaves, noise, strict=True)])
 
 
-def base(config, **options):
-    model = (Encoder if isinstance(config, EncoderConfig) else Decoder)(config, **options)
-    return model, large(jax.jit(model.init)(KEY, model.example_input())["params"])
+@functools.cache
+def initial(config):
+    model = (Encoder if isinstance(config, EncoderConfig) else Decoder)(config)
+    make = lambda x: large(model.init(KEY, x)["params"])
+    return model, jax.jit(make)(model.example_input())
+
+
+def base(config):
+    """A model and its params, the caller's to change."""
+    model, params = initial(config)
+    return model, jax.tree.map(lambda x: x, params)
 
 
 def adapted(params, rules):
@@ -84,8 +98,13 @@ def adapted(params, rules):
     return combine(large(trainable), frozen)
 
 
+@functools.cache
+def jitted(model):
+    return jax.jit(model.apply)
+
+
 def hidden(model, params, *args, **options):
-    return jax.jit(model.apply)({"params": params}, *args, **options).hidden
+    return jitted(model)({"params": params}, *args, **options).hidden
 
 
 def close(x, y, tolerance=2e-5):
@@ -95,8 +114,7 @@ def close(x, y, tolerance=2e-5):
 BOTH = {"prompt": prompt(2), "prefix": prefix(3)}
 
 
-@decoders
-@pytest.mark.parametrize("stacked", [False, True])
+@layouts
 def test_a_prompt_of_vocabulary_rows_is_those_tokens_in_front(config, stacked):
     model, params = base(config)
     first = jnp.tile(jnp.asarray(IDS)[None], (2, 1))
@@ -106,14 +124,14 @@ def test_a_prompt_of_vocabulary_rows_is_those_tokens_in_front(config, stacked):
     assert count(params)[0] == 3 * 16 == sum(x.size for x in jax.tree.leaves(partition(params)[0]))
 
 
-@decoders
-@pytest.mark.parametrize("stacked", [False, True])
+@layouts
 def test_a_prefix_of_a_text_s_keys_and_values_is_that_text_in_front(config, stacked):
     config = dataclasses.replace(config, windows=())
     model, params = base(config)
     first = jnp.tile(jnp.asarray(IDS)[None], (2, 1))
     expected = hidden(model, params, jnp.concatenate([first, TOKENS], axis=1))[:, 3:]
-    cache = model.apply({"params": params}, first[:1], cache=model.init_cache(1, 3)).cache
+    fill = jax.jit(lambda ids, cache: model.apply({"params": params}, ids, cache=cache).cache)
+    cache = fill(first[:1], model.init_cache(1, 3))
     pairs = jnp.stack([jnp.stack(cache.keys), jnp.stack(cache.values)], axis=1)[:, :, 0]
     params = adapt(KEY, stack_layers(params) if stacked else params, {"prefix": prefix(3)})
     assert count(params)[0] == params["prefix"].size == pairs.size
@@ -133,8 +151,7 @@ def test_windows_never_hide_a_prefix(stacked):
     close(narrow, hidden(wide, params, TOKENS[:, -4:], positions)[:, -1])
 
 
-@decoders
-@pytest.mark.parametrize("stacked", [False, True])
+@layouts
 def test_every_segment_of_a_packed_row_sees_them(config, stacked):
     model, params = base(config)
     params = adapted(stack_layers(params) if stacked else params, BOTH)
@@ -182,7 +199,7 @@ def test_the_sampler_continues_as_the_full_forward_pass_does():
     for ids, completion in zip(prompts, out.completions, strict=True):
         for token in completion:
             row = jnp.pad(jnp.asarray([ids]), ((0, 0), (0, 9 - len(ids))))
-            logits = jax.jit(model.apply)({"params": params}, row).logits
+            logits = jitted(model)({"params": params}, row).logits
             assert token == int(jnp.argmax(logits[0, len(ids) - 1]))
             ids = [*ids, token]
     with pytest.raises(ValueError, match="exceed the"):

@@ -1,5 +1,7 @@
 """Bottleneck adapters: the formula by torch, and their place in each sublayer by models that need none."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -60,13 +62,19 @@ def large(params):
     return tree.unflatten([x + n for x, n in zip(leaves, noise, strict=True)])
 
 
+@functools.cache
 def base(model):
-    return large(jax.jit(model.init)(KEY, model.example_input())["params"])
+    make = lambda x: large(model.init(KEY, x)["params"])
+    return jax.jit(make)(model.example_input())
 
 
 def trained(adapted):
     trainable, frozen = partition(adapted)
     return combine(large(trainable), frozen)
+
+
+def trains(adapted):
+    return jax.tree.leaves(partition(adapted)[0])
 
 
 def inputs(model):
@@ -75,24 +83,30 @@ def inputs(model):
     return jnp.asarray(np.random.default_rng(0).integers(0, 23, (2, 9)))
 
 
+@functools.cache
+def jitted(model):
+    return jax.jit(model.apply)
+
+
 def hidden(model, params):
-    return jax.jit(model.apply)({"params": params}, inputs(model)).hidden
+    return jitted(model)({"params": params}, inputs(model)).hidden
 
 
 def close(x, y, tolerance=5e-5):
     np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance)
 
 
-@models
-def test_an_adapter_starts_from_the_base_model_and_alone_trains(model):
-    params, rule = base(model), bottleneck(3)
-    for layout in (params, stack_layers(params)):
-        for pattern, sublayers in ((HOULSBY, 2), (PFEIFFER, 1)):
-            adapted = adapt(KEY, layout, {pattern: rule})
+@pytest.mark.parametrize("name, stacked", [("llama", False), ("gpt2", True), ("bert", True)])
+def test_an_adapter_starts_from_the_base_model_and_alone_trains(name, stacked):
+    model = MODELS[name]
+    params = stack_layers(base(model)) if stacked else base(model)
+    for rule in (bottleneck(3), parallel_adapter(3)):
+        for pattern, sublayers in ((PFEIFFER, 1), (HOULSBY, 2)):
+            adapted = adapt(KEY, params, {pattern: rule})
             assert count(adapted)[0] == 2 * sublayers * 2 * 16 * 3
-            downs = [n.reshape(-1, 16, 3) for n in jax.tree.leaves(partition(adapted)[0])[::2]]
-            assert len(np.unique(jnp.concatenate(downs)[:, 0, 0])) == 2 * sublayers
-        close(hidden(model, adapt(KEY, layout, {HOULSBY: rule})), hidden(model, params))
+            downs = [np.reshape(n, (-1, 16, 3)) for n in trains(adapted)[::2]]
+            assert len(np.unique(np.concatenate(downs)[:, 0, 0])) == 2 * sublayers
+        close(hidden(model, adapted), hidden(model, base(model)))
 
 
 @models
@@ -107,8 +121,8 @@ def test_a_linear_serial_adapter_is_one_more_factor_of_kernel_and_bias(model):
             folded["layers"][i][sublayer][last] = {
                 name: leaf @ factor for name, leaf in params["layers"][i][sublayer][last].items()
             }
-    close(hidden(model, adapted), hidden(model, folded))
-    close(hidden(model, stack_layers(adapted)), hidden(model, folded))
+    layout = stack_layers(adapted) if isinstance(model, Encoder) else adapted
+    close(hidden(model, layout), hidden(model, folded))
     assert np.abs(hidden(model, adapted) - hidden(model, params)).max() > 0.1
 
 

@@ -16,7 +16,7 @@ import tyro
 
 from jaxft import checkpoints as files
 from jaxft import data, train
-from jaxft.adapters import load_adapter, merge
+from jaxft.adapters import load_adapter, merge, mergeable
 from jaxft.objectives import supervised
 from jaxft.rl import measure_accuracy, verifier_for
 
@@ -51,7 +51,8 @@ def main(config: Config) -> dict[str, Any]:
         print(f"records left out of the loss: {bad.summary()}; see --max-length")
     model, params = files.load_model(config.model)
     if config.adapter:
-        params = merge(load_adapter(config.adapter, model.config, params))
+        params = load_adapter(config.adapter, model.config, params)
+        params = merge(params) if mergeable(params) else params
     batches = data.finite_batches(
         tokenised, batch_size=config.batch_size, max_length=config.max_length
     )

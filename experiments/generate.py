@@ -14,7 +14,7 @@ import tyro
 
 from jaxft import checkpoints as files
 from jaxft import data, train
-from jaxft.adapters import load_adapter, merge
+from jaxft.adapters import load_adapter, merge, mergeable
 from jaxft.generation import SamplingConfig, generate
 
 
@@ -44,7 +44,8 @@ def main(config: Config) -> list[str]:
     model, params = files.load_model(config.model)
     if config.adapter:
         # Merged once: sampling then costs what the base model costs.
-        params = merge(load_adapter(config.adapter, model.config, params))
+        params = load_adapter(config.adapter, model.config, params)
+        params = merge(params) if mergeable(params) else params
     sampling = SamplingConfig(
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,

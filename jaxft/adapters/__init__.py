@@ -6,12 +6,14 @@ from jaxft.adapters.lora_plus import lora_plus
 from jaxft.adapters.named import Name, Quantisation, named_rules
 from jaxft.adapters.native import apply_named, load_native, save_native
 from jaxft.adapters.peft import load_adapter, save_adapter
+from jaxft.adapters.peft_soft import load_soft, save_soft
 from jaxft.adapters.rewrite import (
     ALL_LINEAR,
     adapt,
     combine,
     count,
     merge,
+    mergeable,
     partition,
     path_name,
     trainable_mask,
@@ -36,6 +38,15 @@ from jaxft.adapters.rules import (
     quantised,
     rslora,
     vera,
+)
+from jaxft.adapters.soft import (
+    HOULSBY,
+    PFEIFFER,
+    Added,
+    bottleneck,
+    parallel_adapter,
+    prefix,
+    prompt,
 )
 
 __all__ = [
@@ -78,4 +89,14 @@ __all__ = [
     "trainable_mask",
     "vera",
     "writes_back",
+    "HOULSBY",
+    "PFEIFFER",
+    "Added",
+    "bottleneck",
+    "parallel_adapter",
+    "prefix",
+    "prompt",
+    "mergeable",
+    "load_soft",
+    "save_soft",
 ]

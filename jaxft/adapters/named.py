@@ -4,26 +4,27 @@ from __future__ import annotations
 
 from typing import Literal
 
-from jaxft.adapters import rules
+from jaxft.adapters import rules, soft
 from jaxft.adapters.rewrite import ALL_LINEAR
 from jaxft.adapters.rules import Rule
 
 Name = Literal[
     "lora", "rslora", "pissa", "dora", "vera", "loha", "lokr", "paca", "ia3", "bitfit", "norms",
-    "monarch", "full",
+    "monarch", "full", "bottleneck", "parallel", "prompt", "prefix",
 ]  # fmt: skip
 Quantisation = Literal["nf4", "int8", "int4", "fp8"]
 
 
 def named_rules(
     name: Name, *, rank: int = 16, alpha: float = 32.0, target: str = ALL_LINEAR
-) -> dict[str, Rule]:
+) -> dict[str, Rule | soft.Added]:
     """The rules of an adapter for `adapt`.
 
     Args:
-        name: ia3, bitfit, norms and full have their own targets; monarch projects the kernels onto
-            4 blocks.
-        rank: of those that have one.
+        name: ia3, bitfit, norms, full and those from bottleneck on have their own targets; monarch
+            projects the kernels onto 4 blocks.
+        rank: of those that have one; the width of bottleneck and parallel adapters, the number of
+            virtual tokens of prompt and prefix.
         alpha: of those that have one; for paca, alpha / rank multiplies the learning rate.
         target: pattern of the paths of adapted kernels.
 
@@ -45,4 +46,12 @@ def named_rules(
             return {target: rules.monarch_from_dense(blocks=4)}
         case "full":
             return {".*": rules.full()}
+        case "bottleneck":
+            return {soft.HOULSBY: soft.bottleneck(rank)}
+        case "parallel":
+            return {soft.HOULSBY: soft.parallel_adapter(rank)}
+        case "prompt":
+            return {"prompt": soft.prompt(rank)}
+        case "prefix":
+            return {"prefix": soft.prefix(rank)}
     raise ValueError(f"unknown adapter {name!r}; expected one of {', '.join(Name.__args__)}.")

@@ -13,7 +13,8 @@ import jax
 import numpy as np
 
 from jaxft.adapters.rules import Rule
-from jaxft.weights import Frozen, Weight, WeightLike, is_weight, to_dense
+from jaxft.adapters.soft import Added
+from jaxft.weights import Bottleneck, Frozen, Weight, WeightLike, is_weight, to_dense
 
 Params = Any  # a pytree of arrays and weights
 
@@ -21,8 +22,8 @@ Params = Any  # a pytree of arrays and weights
 ALL_LINEAR = r"layers/.*/(query|key|value|out|gate|up|down)/kernel"
 
 
-def adapt(key: jax.Array, params: Params, rules: Mapping[str, Rule]) -> Params:
-    """The params with each weight that a rule names rewritten, and all others frozen.
+def adapt(key: jax.Array, params: Params, rules: Mapping[str, Rule | Added]) -> Params:
+    """The params with each weight that a rule names rewritten or added, and all others frozen.
 
     Args:
         key: a jax.random.key; each weight draws from its own key, derived from its path.
@@ -30,12 +31,14 @@ def adapt(key: jax.Array, params: Params, rules: Mapping[str, Rule]) -> Params:
             so a tree can be adapted again.
         rules: path pattern (a regular expression that matches the whole path, as in
             "layers/.*/(query|value)/kernel") to rule; the first that matches wins. Kernels
-            with leading axes (stacked layers) are rewritten one by one.
+            with leading axes (stacked layers) are rewritten one by one. The pattern of an `Added`
+            rule names what is new ("layers/.*mlp/adapter", "prefix").
 
     Raises:
         ValueError: if a pattern matches no path.
     """
-    compiled = {pattern: re.compile(pattern) for pattern in rules}
+    added = {pattern: rule for pattern, rule in rules.items() if isinstance(rule, Added)}
+    compiled = {pattern: re.compile(pattern) for pattern in rules if pattern not in added}
     unused = set(rules)
 
     def rewrite(path, node):
@@ -48,6 +51,8 @@ def adapt(key: jax.Array, params: Params, rules: Mapping[str, Rule]) -> Params:
         return node if isinstance(node, Frozen) else Frozen(node)
 
     adapted = jax.tree_util.tree_map_with_path(rewrite, params, is_leaf=is_weight)
+    if added:
+        adapted = _add(key, adapted, added, unused)
     if unused:
         raise ValueError(_no_match_message(sorted(unused), params))
     return adapted
@@ -92,9 +97,20 @@ def combine(trainable: Params, frozen: Params) -> Params:
 
 
 def merge(params: Params) -> Params:
-    """The params with each structured weight made one dense array; differentiable."""
+    """The params with each structured weight made one dense array; differentiable.
 
-    def dense(node):
+    Prompts and prefixes stay where they are, reparameterisations folded.
+
+    Raises:
+        ValueError: if there is an adapter that no kernel can take up: see `mergeable`.
+    """
+
+    def dense(path, node):
+        if isinstance(node, Bottleneck):
+            raise ValueError(
+                f"merge: {path_name(path)} is a bottleneck adapter, which is not linear; use the params "
+                "as they are, and save them as an adapter."
+            )
         if not isinstance(node, Weight):
             return node
         convert = to_dense
@@ -102,7 +118,13 @@ def merge(params: Params) -> Params:
             convert = jax.vmap(convert)
         return convert(node)
 
-    return jax.tree.map(dense, params, is_leaf=is_weight)
+    return jax.tree_util.tree_map_with_path(dense, params, is_leaf=_is_adapter)
+
+
+def mergeable(params: Params) -> bool:
+    """Whether `merge` can make the params dense: not with bottleneck adapters, whose kernels stay apart."""
+    nodes = jax.tree.leaves(params, is_leaf=_is_adapter)
+    return not any(isinstance(node, Bottleneck) for node in nodes)
 
 
 def count(params: Params) -> tuple[int, int]:
@@ -114,6 +136,27 @@ def count(params: Params) -> tuple[int, int]:
 def path_name(path: tuple) -> str:
     """A path of jax.tree_util as text: "layers/0/mlp/up/kernel"."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _add(key, params, rules: Mapping[str, Added], unused: set[str]) -> Params:
+    def visit(path, module):
+        if not isinstance(module, Mapping):
+            return module
+        children = {name: visit((*path, name), child) for name, child in module.items()}
+        made = set()
+        for pattern, rule in rules.items():
+            name = "/".join((*path, rule.name))
+            if rule.name not in made and re.fullmatch(pattern, name):
+                unused.discard(pattern)
+                made.add(rule.name)
+                children[rule.name] = rule.make(_path_key(key, name), children)
+        return children
+
+    return visit((), params)
+
+
+def _is_adapter(node: Any) -> bool:
+    return is_weight(node) or isinstance(node, Bottleneck)
 
 
 def _apply_rule(rule: Rule, key: jax.Array, kernel: WeightLike) -> WeightLike:

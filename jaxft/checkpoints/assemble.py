@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -47,10 +48,20 @@ def assemble(
 
 
 def disassemble(entries: Sequence[Entry], params: Params) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, tensor) in the file's layout for each entry, one at a time; weights become dense."""
+    """(name, tensor) in the file's layout for each entry, one at a time; weights become dense.
+
+    Raises:
+        CheckpointError: if the params have what the format lacks: a prompt, a prefix, adapters.
+    """
     layers = params["layers"]
     stacked = "0" not in layers
     leaves = _flatten(params)
+    known = {path for entry in entries for path in entry.paths}
+    known = {re.sub(r"^layers/\d+/", "layers/", path) for path in known} if stacked else known
+    for name in sorted(leaves.keys() - known):
+        raise CheckpointError(
+            f"{name!r} has no place in a model's files; save it as an adapter, beside its base model."
+        )
 
     def fetch(path):
         if not stacked or not path.startswith("layers/"):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxft.generation.decoding import SamplingConfig, transform_logits
-from jaxft.models import Cache, Decoder, is_stacked, unstack_layers
+from jaxft.models import Cache, Decoder, is_stacked, unstack_layers, virtual_tokens
 
 CHUNK = 64  # tokens decoded between two looks of the host
 MIN_BUCKET = 16
@@ -85,7 +85,7 @@ def generate(
         raise ValueError("generate: stop_strings need tokenizer=.")
     tokens, valid = left_pad(prompts, model.config)
     rows, width = len(prompts), tokens.shape[1]
-    longest = int(valid.sum(axis=1).max())
+    longest = int(valid.sum(axis=1).max()) + virtual_tokens(params)
     if longest + config.max_new_tokens > model.config.max_length:
         raise ValueError(
             f"generate: a prompt of {longest} tokens and {config.max_new_tokens} new ones exceed the "
@@ -139,7 +139,7 @@ def prefill(
 ) -> State:
     """The state after the prompts (tokens, valid [B, P]; left-padded), in a cache of `slots`."""
     params = _separate(params)
-    cache = model.init_cache(tokens.shape[0], slots, cache_dtype)
+    cache = model.init_cache(tokens.shape[0], slots + virtual_tokens(params), cache_dtype)
     positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
     output = model.apply(
         {"params": params}, tokens, positions, segment_ids=valid.astype(jnp.int32), cache=cache

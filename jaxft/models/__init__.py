@@ -5,6 +5,7 @@ from jaxft.models.config import DecoderConfig, Rope, tiny_config
 from jaxft.models.decoder import Decoder, Output, project
 from jaxft.models.encoder import Encoder, EncoderConfig, EncoderOutput, mean_pool
 from jaxft.models.layout import is_stacked, stack_layers, unstack_layers
+from jaxft.models.soft import virtual_tokens
 
 __all__ = [
     "Cache",
@@ -21,4 +22,5 @@ __all__ = [
     "stack_layers",
     "tiny_config",
     "unstack_layers",
+    "virtual_tokens",
 ]

@@ -22,6 +22,7 @@ class Cache:
     positions: jax.Array  # [B, S] int32, as given to the model
     valid: jax.Array  # [B, S] bool: written, and no padding
     index: jax.Array  # [] int32: slots written so far
+    virtual: int = dataclasses.field(default=0, metadata={"static": True})  # tokens in front
 
     @property
     def length(self) -> int:
@@ -43,8 +44,11 @@ def empty_cache(
     )
 
 
-def reserve(cache: Cache, positions: jax.Array, valid: jax.Array) -> Cache:
-    """The cache with the next T slots marked (positions, valid [B, T]); keys come layer by layer."""
+def reserve(cache: Cache, positions: jax.Array, valid: jax.Array, virtual: int = 0) -> Cache:
+    """The cache with the next T slots marked (positions, valid [B, T]); keys come layer by layer.
+
+    `virtual` tokens (see jaxft.models.soft) stand in front then.
+    """
     start = (jnp.zeros((), jnp.int32), cache.index)
     update = jax.lax.dynamic_update_slice
     return dataclasses.replace(
@@ -52,6 +56,7 @@ def reserve(cache: Cache, positions: jax.Array, valid: jax.Array) -> Cache:
         positions=update(cache.positions, positions.astype(jnp.int32), start),
         valid=update(cache.valid, valid, start),
         index=cache.index + positions.shape[1],
+        virtual=virtual,
     )
 
 
@@ -68,7 +73,7 @@ def cache_mask(cache: Cache, start: jax.Array, rows: int) -> jax.Array:
     return causal[None, None] & cache.valid[:, None, None, :]
 
 
-def window_mask(cache: Cache, positions: jax.Array, window) -> jax.Array:
-    """[B, 1, T, S]: slots at most `window` positions back, the query's own counted."""
-    distance = positions[:, None, :, None] - cache.positions[:, None, None, :]
+def window_mask(positions: jax.Array, key_positions: jax.Array, window) -> jax.Array:
+    """[B, 1, T, S]: keys at most `window` positions back from the queries, their own counted."""
+    distance = positions[:, None, :, None] - key_positions[:, None, None, :]
     return distance < window

@@ -13,10 +13,27 @@ import jax.numpy as jnp
 from jaxft.kernels import attend, attention
 from jaxft.models.cache import Cache, cache_mask, empty_cache, reserve, window_mask, write
 from jaxft.models.config import DecoderConfig, Rope
-from jaxft.models.layers import ACTIVATIONS, KERNEL_INIT, Dense, Embed, Norm, output_head, read
+from jaxft.models.layers import (
+    ACTIVATIONS,
+    KERNEL_INIT,
+    Dense,
+    Embed,
+    Norm,
+    output_head,
+    read,
+    through_adapter,
+)
 from jaxft.models.layout import is_stacked
 from jaxft.models.remat import Remat, remat_block, remat_light
 from jaxft.models.rope import apply_rope, rope_table
+from jaxft.models.soft import (
+    ALWAYS_NEAR,
+    before,
+    check_room,
+    lead_mask,
+    put_prompt,
+    read_lead,
+)
 from jaxft.weights import WeightLike, matmul
 
 
@@ -33,17 +50,20 @@ class LayerKind(NamedTuple):
 
     local: bool | jax.Array  # whether it has a window, and so the local rotary table
     window: int | jax.Array | None
+    prefix: jax.Array | None  # [2, l, G, K]: keys and values before the tokens' own
 
 
 class Context(NamedTuple):
     """What all layers share: see `Decoder.__call__` for shapes."""
 
     segment_ids: jax.Array | None
-    positions: jax.Array
+    positions: jax.Array  # [B, N]: of a prompt, if there is one, and the tokens
     table: Any  # (cos, sin) of the rotary positions, None without
     local_table: Any  # the same for layers with a window
     cache: Cache | None
     start: jax.Array | None  # the cache's write index before this call
+    mask: jax.Array | None  # [B, 1, N, S], windows aside, with a cache or virtual tokens
+    key_positions: jax.Array  # [B, S]
 
 
 class Decoder(nn.Module):
@@ -81,26 +101,38 @@ class Decoder(nn.Module):
             segment_ids: [B, T] int32; tokens see earlier tokens of their segment, 0 is padding.
                 None: one segment. With a cache: greater than 0 where a token counts.
             cache: written at its index; its tokens are seen too. Layers must not be stacked.
+
+        A prompt or prefix in the params (see jaxft.models.soft) goes before the tokens, into the cache at
+        its first use; positions and the output remain those of the tokens.
         """
         config = self.config
-        if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
+        lead = read_lead(
+            self.variables.get("params", {}),
+            config.num_layers,
+            config.num_kv_heads,
+            config.head_dim,
+            held=0 if cache is None else cache.virtual,
+        )
         x = Embed(config.vocab_size, config.hidden_size, name="embed")(tokens, self.dtype)
+        x, positions = put_prompt(lead, x, positions, segment_ids if cache is None else None)
         x = x * jnp.asarray(config.embedding_scale, x.dtype)
         if config.learned_positions:
+            check_room(lead, tokens.shape[1], config.max_length)
             x = x + Embed(config.max_length, config.hidden_size, name="positions")(
                 positions, self.dtype
             )
-        context = self._context(positions, segment_ids, cache)
+        context = self._context(lead, positions, segment_ids, cache)
         if self._stacked():
             if cache is not None:
                 raise ValueError(
                     "Decoder: a cache needs params with separate layers; "
                     "convert them with jaxft.models.unstack_layers(params)."
                 )
-            x, new_cache = self._scan(x, context), None
+            x, new_cache = self._scan(x, context, lead.prefix), None
         else:
-            x, new_cache = Layers(config, self.remat, self.attention, name="layers")(x, context)
+            layers = Layers(config, self.remat, self.attention, name="layers")
+            x, new_cache = layers(x, context, lead.prefix)
+        x = x[:, lead.prompt_length :]
         hidden = Norm(config.norm, config.norm_eps, config.norm_offset, name="final_norm")(x)
         return Output(hidden, self._logits(hidden), new_cache)
 
@@ -136,20 +168,27 @@ class Decoder(nn.Module):
         layers = self.variables.get("params", {}).get("layers")
         return self.scan_layers if layers is None else is_stacked(layers)
 
-    def _context(self, positions, segment_ids, cache):
-        config, start = self.config, None
+    def _context(self, lead, positions, segment_ids, cache):
+        config, start, mask = self.config, None, None
         table = functools.partial(_table, positions=positions, head_dim=config.head_dim)
+        key_positions = before(jnp.full((lead.prefix_length,), ALWAYS_NEAR), positions)
         if cache is not None:
-            valid = jnp.ones(positions.shape, bool) if segment_ids is None else segment_ids > 0
-            start, cache = cache.index, reserve(cache, positions, valid)
-        local = config.local_rope or config.rope
-        return Context(segment_ids, positions, table(config.rope), table(local), cache, start)
+            valid = jnp.ones(key_positions.shape, bool)
+            if segment_ids is not None:
+                valid = valid.at[:, -segment_ids.shape[1] :].set(segment_ids > 0)
+            start, cache = cache.index, reserve(cache, key_positions, valid, lead.length)
+            mask = cache_mask(cache, start + lead.prefix_length, positions.shape[1])
+            key_positions = cache.positions
+        elif lead.length:
+            mask = lead_mask(lead, segment_ids, positions.shape[1] - lead.prompt_length)
+        tables = table(config.rope), table(config.local_rope or config.rope)
+        return Context(segment_ids, positions, *tables, cache, start, mask, key_positions)
 
-    def _scan(self, x, context):
+    def _scan(self, x, context, prefix):
         config = self.config
         local = jnp.array([config.window(i) is not None for i in range(config.num_layers)])
-        # A window as long as the input hides nothing: one program serves all layers.
-        windows = jnp.array([config.window(i) or x.shape[1] for i in range(config.num_layers)])
+        # A window longer than any input hides nothing: one program serves all layers.
+        windows = jnp.array([config.window(i) or 2**30 for i in range(config.num_layers)])
         scanned = nn.scan(
             remat_block(Block, self.remat, scanned=True),
             variable_axes={"params": 0},
@@ -158,7 +197,7 @@ class Decoder(nn.Module):
             length=config.num_layers,
         )
         body = scanned(config, self.remat, self.attention, name="layers")
-        layer = LayerKind(local, windows if any(config.windows) else None)
+        layer = LayerKind(local, windows if any(config.windows) else None, prefix)
         return body(x, layer, None, context)[0]
 
 
@@ -170,12 +209,13 @@ class Layers(nn.Module):
     attention: str | None = None
 
     @nn.compact
-    def __call__(self, x, context):
+    def __call__(self, x, context, prefix):
         config, keys, values = self.config, [], []
         block_type = remat_block(Block, self.remat)
         for i in range(config.num_layers):
             block = block_type(config, self.remat, self.attention, name=str(i))
-            layer, cached = LayerKind(config.window(i) is not None, config.window(i)), None
+            own = None if prefix is None else prefix[i]
+            layer, cached = LayerKind(config.window(i) is not None, config.window(i), own), None
             if context.cache is not None:
                 cached = (context.cache.keys[i], context.cache.values[i])
             x, cached = block(x, layer, cached, context)
@@ -228,8 +268,13 @@ class Attention(nn.Module):
         if config.rope is not None:
             table = _layer_table(config, layer, context)
             query, key = apply_rope(query, table), apply_rope(key, table)
+        if layer.prefix is not None:
+            key, value = before(layer.prefix[0], key), before(layer.prefix[1], value)
+        if cached is not None:
+            cached = write(cached[0], key, context.start), write(cached[1], value, context.start)
+            key, value = (c.astype(query.dtype) for c in cached)
         options = {"scale": config.scale, "softcap": config.attention_softcap}
-        if cached is None:
+        if context.mask is None:
             y = attention(
                 query,
                 key,
@@ -240,13 +285,12 @@ class Attention(nn.Module):
                 **options,
             )
         else:
-            cached = write(cached[0], key, context.start), write(cached[1], value, context.start)
-            mask = cache_mask(context.cache, context.start, x.shape[1])
+            mask = context.mask
             if layer.window is not None:
-                mask = mask & window_mask(context.cache, context.positions, layer.window)
-            y = attend(query, *(c.astype(query.dtype) for c in cached), mask, **options)
+                mask = mask & window_mask(context.positions, context.key_positions, layer.window)
+            y = attend(query, key, value, mask, **options)
         y = Dense(config.hidden_size, config.output_bias, name="out")(y.reshape(*x.shape[:-1], -1))
-        return y, cached
+        return through_adapter(self, x, y), cached
 
 
 class Mlp(nn.Module):
@@ -266,7 +310,8 @@ class Mlp(nn.Module):
             y = remat_light(lambda g, u: activation(g) * u, self.remat)(gate, up)
         else:
             y = remat_light(activation, self.remat)(up)
-        return Dense(config.hidden_size, config.mlp_bias, name="down")(y)
+        y = Dense(config.hidden_size, config.mlp_bias, name="down")(y)
+        return through_adapter(self, x, y)
 
 
 class OutputKernel(nn.Module):

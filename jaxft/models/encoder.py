@@ -10,11 +10,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxft.kernels import attention
+from jaxft.kernels import attend, attention, attention_mask
 from jaxft.models.decoder import Mlp
-from jaxft.models.layers import KERNEL_INIT, Dense, Embed, Norm, read
+from jaxft.models.layers import KERNEL_INIT, Dense, Embed, Norm, read, through_adapter
 from jaxft.models.layout import is_stacked
 from jaxft.models.remat import Remat, remat_block
+from jaxft.models.soft import before, check_room, open_front, read_lead
 from jaxft.weights import to_dense
 
 
@@ -92,23 +93,35 @@ class Encoder(nn.Module):
             segment_ids: [B, T]; tokens see those of their own segment, 0 is padding. Positions
                 count on across segments.
             token_types: [B, T] int32 for BERT's sentence A and B; None: all 0.
+
+        A prompt or prefix in the params (see jaxft.models.soft) goes before the tokens or patches; a
+        prompt sees what it stands before, so that it fits rows of one segment alone: others become NaN.
         """
         config = self.config
+        lead = read_lead(
+            self.variables.get("params", {}), config.num_layers, config.num_heads, config.head_dim
+        )
         if config.patch_size:
             x = PatchEmbed(config, name="patches")(inputs.astype(self.dtype))
+            x = x if lead.prompt is None else before(lead.prompt, x)
         else:
-            x = self._embed_tokens(inputs, segment_ids, token_types)
+            x = self._embed_tokens(lead, inputs, segment_ids, token_types)
+        if segment_ids is not None and lead.prompt is not None:
+            # The values are known at run time only: as with unknown tokens, NaN makes the error visible.
+            x = jnp.where(jnp.max(segment_ids, axis=1).reshape(-1, 1, 1) > 1, jnp.nan, x)
+            segment_ids = before(jnp.ones(lead.prompt_length), segment_ids)
         if self._stacked():
             scanned = nn.scan(
                 remat_block(EncoderBlock, self.remat, scanned=True),
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
-                in_axes=nn.broadcast,
+                in_axes=(0, nn.broadcast),
                 length=config.num_layers,
             )
-            x, _ = scanned(config, name="layers")(x, segment_ids)
+            x, _ = scanned(config, name="layers")(x, lead.prefix, segment_ids)
         else:
-            x = EncoderLayers(config, self.remat, name="layers")(x, segment_ids)
+            x = EncoderLayers(config, self.remat, name="layers")(x, lead.prefix, segment_ids)
+        x = x[:, lead.prompt_length :]
         if config.pre_norm:
             x = Norm("layer", config.norm_eps, name="final_norm")(x)
         pooled = None
@@ -123,17 +136,21 @@ class Encoder(nn.Module):
             return jnp.zeros((1, config.image_size, config.image_size, config.channels))
         return jnp.zeros((1, 1), jnp.int32)
 
-    def _embed_tokens(self, tokens, segment_ids, token_types):
+    def _embed_tokens(self, lead, tokens, segment_ids, token_types):
         config = self.config
         embed = lambda rows, name: functools.partial(
             Embed(rows, config.hidden_size, name=name), dtype=self.dtype
         )
         valid = jnp.ones(tokens.shape, bool) if segment_ids is None else segment_ids > 0
-        positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0) + config.position_offset
+        positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0) + lead.length
+        types = jnp.zeros_like(tokens) if token_types is None else token_types
         x = embed(config.vocab_size, "embed")(tokens)
-        x = x + embed(config.num_positions, "positions")(positions)
+        check_room(lead, tokens.shape[1], config.num_positions - config.position_offset)
+        if lead.prompt is not None:
+            x, types = before(lead.prompt, x), before(jnp.zeros(lead.prompt_length), types)
+            positions = before(jnp.arange(lead.prefix_length, lead.length), positions)
+        x = x + embed(config.num_positions, "positions")(positions + config.position_offset)
         if config.token_types:
-            types = jnp.zeros_like(tokens) if token_types is None else token_types
             x = x + embed(config.token_types, "token_types")(types)
         return Norm("layer", config.norm_eps, name="embed_norm")(x)
 
@@ -177,10 +194,11 @@ class EncoderLayers(nn.Module):
     remat: Remat = "none"
 
     @nn.compact
-    def __call__(self, x, segment_ids):
+    def __call__(self, x, prefix, segment_ids):
         block = remat_block(EncoderBlock, self.remat)
         for i in range(self.config.num_layers):
-            x, _ = block(self.config, name=str(i))(x, segment_ids)
+            own = None if prefix is None else prefix[i]
+            x, _ = block(self.config, name=str(i))(x, own, segment_ids)
         return x
 
 
@@ -190,16 +208,16 @@ class EncoderBlock(nn.Module):
     config: EncoderConfig
 
     @nn.compact
-    def __call__(self, x, segment_ids):
+    def __call__(self, x, prefix, segment_ids):
         config = self.config
-        attend = EncoderAttention(config, name="attention")
+        mix = EncoderAttention(config, name="attention")
         mlp = Mlp(config, name="mlp")
         first = Norm("layer", config.norm_eps, name="attention_norm")
         second = Norm("layer", config.norm_eps, name="mlp_norm")
         if config.pre_norm:
-            x = x + attend(first(x), segment_ids)
+            x = x + mix(first(x), prefix, segment_ids)
             return x + mlp(second(x)), None
-        x = first(x + attend(x, segment_ids))
+        x = first(x + mix(x, prefix, segment_ids))
         return second(x + mlp(x)), None
 
 
@@ -209,13 +227,20 @@ class EncoderAttention(nn.Module):
     config: EncoderConfig
 
     @nn.compact
-    def __call__(self, x, segment_ids):
+    def __call__(self, x, prefix, segment_ids):
         config = self.config
         dense = functools.partial(Dense, config.hidden_size, config.attention_bias)
         split = lambda y: y.reshape(*y.shape[:-1], config.num_heads, config.head_dim)
         query, key, value = (split(dense(name=name)(x)) for name in ("query", "key", "value"))
-        y = attention(query, key, value, segment_ids=segment_ids, causal=False)
-        return Dense(config.hidden_size, bias=True, name="out")(y.reshape(x.shape))
+        if prefix is None:
+            y = attention(query, key, value, segment_ids=segment_ids, causal=False)
+        else:
+            mask = attention_mask(x.shape[1], segment_ids, None, causal=False)
+            mask = None if mask is None else open_front(mask, prefix.shape[1])
+            key, value = before(prefix[0], key), before(prefix[1], value)
+            y = attend(query, key, value, mask, scale=config.head_dim**-0.5)
+        y = Dense(config.hidden_size, bias=True, name="out")(y.reshape(x.shape))
+        return through_adapter(self, x, y)
 
 
 def mean_pool(

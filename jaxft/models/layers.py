@@ -46,6 +46,13 @@ class Dense(nn.Module):
         return y
 
 
+def through_adapter(module: nn.Module, x: jax.Array, y: jax.Array) -> jax.Array:
+    """The output y of a sublayer for its input x, changed by the variable "adapter" if it is in params."""
+    if not module.has_variable("params", "adapter"):
+        return y
+    return module.get_variable("params", "adapter")(x, y)
+
+
 class Norm(nn.Module):
     """RMSNorm ("rms") or LayerNorm ("layer") over the last axis, computed in float32."""
 

@@ -22,6 +22,7 @@ TRANSFORMER_RULES: Rules = (
     (r".*/(query|key|value|gate|up)/bias", PartitionSpec("tensor")),
     (r"embed/embedding", PartitionSpec("tensor", "fsdp")),
     (r"head/kernel", PartitionSpec("fsdp", "tensor")),
+    (r"prefix", PartitionSpec(None, "fsdp")),
     (r".*", PartitionSpec()),
 )
 

@@ -12,6 +12,7 @@ from jaxft.weights.base import (
     take,
     to_dense,
 )
+from jaxft.weights.bottleneck import Bottleneck, bottleneck_adapter
 from jaxft.weights.dora import DoraWeight, dora_weight
 from jaxft.weights.hadamard import LohaWeight, LokrWeight, loha_weight, lokr_weight
 from jaxft.weights.lora import LoraWeight, lora_weight, pissa_to_lora, pissa_weight
@@ -24,6 +25,7 @@ from jaxft.weights.monarch import (
     monarch_weight,
 )
 from jaxft.weights.paca import PacaWeight, delta, paca_weight
+from jaxft.weights.prefix import PrefixMlp, prefix_mlp
 from jaxft.weights.quantised import (
     Nf4Weight,
     QuantisedWeight,
@@ -37,6 +39,7 @@ from jaxft.weights.vera import VeraWeight, vera_weight
 
 __all__ = [
     "Blocks",
+    "Bottleneck",
     "DoraWeight",
     "Frozen",
     "LohaWeight",
@@ -45,6 +48,7 @@ __all__ = [
     "MonarchWeight",
     "Nf4Weight",
     "PacaWeight",
+    "PrefixMlp",
     "QuantisedWeight",
     "ScaledWeight",
     "Transposed",
@@ -53,6 +57,7 @@ __all__ = [
     "WeightLike",
     "along_last",
     "bits_per_parameter",
+    "bottleneck_adapter",
     "delta",
     "dora_weight",
     "frozen_field",
@@ -69,6 +74,7 @@ __all__ = [
     "paca_weight",
     "pissa_to_lora",
     "pissa_weight",
+    "prefix_mlp",
     "quantisation_error",
     "quantised_weight",
     "scaled_weight",

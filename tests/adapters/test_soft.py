@@ -1,0 +1,369 @@
+"""Prompts and prefixes: each is compared with the base model on longer rows, or with a plain computation."""
+
+import dataclasses
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxft.adapters import (
+    ALL_LINEAR,
+    adapt,
+    combine,
+    count,
+    lora,
+    merge,
+    parallel_adapter,
+    partition,
+    prefix,
+    prompt,
+)
+from jaxft.checkpoints import CheckpointError, save_model
+from jaxft.generation import SamplingConfig, generate
+from jaxft.models import (
+    Decoder,
+    DecoderConfig,
+    Encoder,
+    EncoderConfig,
+    stack_layers,
+    virtual_tokens,
+)
+from jaxft.objectives import supervised
+from jaxft.parallel import batch_sharding, make_mesh, shard_params
+
+KEY = jax.random.key(0)
+SIZES = dict(
+    vocab_size=29,
+    hidden_size=16,
+    intermediate_size=24,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=6,
+    max_length=48,
+)
+LLAMA = DecoderConfig(**SIZES)
+GEMMA = DecoderConfig(
+    **SIZES, windows=(4, None), post_norms=True, embedding_scale=4.0, attention_softcap=3.0
+)
+GPT2 = DecoderConfig(
+    **SIZES | dict(num_kv_heads=4),
+    norm="layer",
+    gated_mlp=False,
+    rope=None,
+    learned_positions=True,
+    attention_bias=True,
+    output_bias=True,
+    mlp_bias=True,
+)
+BERT = EncoderConfig(16, 24, 2, 4, num_positions=32, vocab_size=29, token_types=2)
+FAMILIES = {"llama": LLAMA, "gemma": GEMMA, "gpt2": GPT2}
+IDS = (5, 3, 11)
+TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 29, (2, 12)))
+decoders = pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES.keys())
+layouts = pytest.mark.parametrize(
+    "config, stacked",
+    [(LLAMA, True), (GEMMA, True), (GEMMA, False), (GPT2, False)],
+    ids=["llama-stacked", "gemma-stacked", "gemma", "gpt2"],
+)
+
+
+def large(params):
+    """Every leaf moved, so that each part of a model shows in what it gives."""
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(7), len(leaves))
+    noise = [0.3 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    return tree.unflatten([x + n for x, n in zip(leaves, noise, strict=True)])
+
+
+@functools.cache
+def initial(config):
+    model = (Encoder if isinstance(config, EncoderConfig) else Decoder)(config)
+    make = lambda x: large(model.init(KEY, x)["params"])
+    return model, jax.jit(make)(model.example_input())
+
+
+def base(config):
+    """A model and its params, the caller's to change."""
+    model, params = initial(config)
+    return model, jax.tree.map(lambda x: x, params)
+
+
+def adapted(params, rules):
+    """As after training: all that trains has moved."""
+    trainable, frozen = partition(adapt(jax.random.key(1), params, rules))
+    return combine(large(trainable), frozen)
+
+
+@functools.cache
+def jitted(model):
+    return jax.jit(model.apply)
+
+
+def hidden(model, params, *args, **options):
+    return jitted(model)({"params": params}, *args, **options).hidden
+
+
+def close(x, y, tolerance=2e-5):
+    chex.assert_trees_all_close(x, y, rtol=tolerance, atol=tolerance)
+
+
+BOTH = {"prompt": prompt(2), "prefix": prefix(3)}
+
+
+@layouts
+def test_a_prompt_of_vocabulary_rows_is_those_tokens_in_front(config, stacked):
+    model, params = base(config)
+    first = jnp.tile(jnp.asarray(IDS)[None], (2, 1))
+    expected = hidden(model, params, jnp.concatenate([first, TOKENS], axis=1))[:, 3:]
+    params = adapt(KEY, stack_layers(params) if stacked else params, {"prompt": prompt(ids=IDS)})
+    close(hidden(model, params, TOKENS), expected)
+    assert count(params)[0] == 3 * 16 == sum(x.size for x in jax.tree.leaves(partition(params)[0]))
+
+
+@layouts
+def test_a_prefix_of_a_text_s_keys_and_values_is_that_text_in_front(config, stacked):
+    config = dataclasses.replace(config, windows=())
+    model, params = base(config)
+    first = jnp.tile(jnp.asarray(IDS)[None], (2, 1))
+    expected = hidden(model, params, jnp.concatenate([first, TOKENS], axis=1))[:, 3:]
+    fill = jax.jit(lambda ids, cache: model.apply({"params": params}, ids, cache=cache).cache)
+    cache = fill(first[:1], model.init_cache(1, 3))
+    pairs = jnp.stack([jnp.stack(cache.keys), jnp.stack(cache.values)], axis=1)[:, :, 0]
+    params = adapt(KEY, stack_layers(params) if stacked else params, {"prefix": prefix(3)})
+    assert count(params)[0] == params["prefix"].size == pairs.size
+    params["prefix"] = jnp.moveaxis(pairs, 2, 0).reshape(3, -1)  # [L, 2, l, G, K] -> [l, L 2 G K]
+    close(hidden(model, params, TOKENS), expected)
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_windows_never_hide_a_prefix(stacked):
+    """One layer: behind a window of 4, the last token sees the prefix and the last 4 tokens."""
+    one = dataclasses.replace(GEMMA, num_layers=1, windows=(4,))
+    model, params = base(one)
+    params = adapted(stack_layers(params) if stacked else params, {"prefix": prefix(3)})
+    narrow = hidden(model, params, TOKENS)[:, -1]
+    wide = Decoder(dataclasses.replace(one, windows=(None,)))
+    positions = jnp.tile(jnp.arange(8, 12)[None], (2, 1))
+    close(narrow, hidden(wide, params, TOKENS[:, -4:], positions)[:, -1])
+
+
+@layouts
+def test_every_segment_of_a_packed_row_sees_them(config, stacked):
+    model, params = base(config)
+    params = adapted(stack_layers(params) if stacked else params, BOTH)
+    segments = jnp.asarray([[1] * 5 + [2] * 4 + [0] * 3, [1] * 12])
+    positions = jnp.asarray([[*range(5), *range(4), 0, 0, 0], [*range(12)]])
+    alone = [TOKENS[:1, :5], TOKENS[:1, 5:9]]
+    expected = jnp.concatenate([hidden(model, params, part) for part in alone], axis=1)
+    for given in (positions, None):
+        packed = hidden(model, params, TOKENS, given, segments)
+        close(packed[:1, :9], expected)
+        close(packed[1:], hidden(model, params, TOKENS[1:]))
+    assert jnp.all(jnp.isfinite(packed))
+
+
+@decoders
+def test_cached_decoding_is_the_full_forward_pass(config):
+    model, params = base(config)
+    params = adapted(params, BOTH)
+    assert virtual_tokens(params) == 5
+    valid = jnp.asarray([[0, 0, 1, 1, 1, 1], [1] * 6])  # the first row is left-padded
+    padded = jnp.where(valid > 0, TOKENS[:, :6], 0)
+    positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
+    step = jax.jit(
+        lambda cache, *args: model.apply({"params": params}, *args, cache=cache), donate_argnums=0
+    )
+    output = step(model.init_cache(2, 12 + 5), padded, positions, valid)
+    found, position = [output.hidden], positions[:, -1:]
+    for i in range(6, 9):
+        position, ones = position + 1, jnp.ones((2, 1), jnp.int32)
+        output = step(output.cache, TOKENS[:, i : i + 1], position, ones)
+        found.append(output.hidden)
+    assert int(output.cache.index) == 9 + 5 and output.cache.virtual == 5
+    found = jnp.concatenate(found, axis=1)
+    close(found[:1, 2:], hidden(model, params, TOKENS[:1, 2:9]))
+    close(found[1:], hidden(model, params, TOKENS[1:, :9]))
+    with pytest.raises(ValueError, match="begins with 5 virtual tokens but the params have 0"):
+        model.apply({"params": base(config)[1]}, TOKENS[:, :1], cache=output.cache)
+
+
+def test_the_sampler_continues_as_the_full_forward_pass_does():
+    model, params = base(GPT2)
+    params = adapted(params, BOTH)
+    prompts = [[4, 9, 2], [7, 1, 1, 8, 3]]
+    out = generate(model, stack_layers(params), prompts, KEY, SamplingConfig(4, temperature=0.0))
+    for ids, completion in zip(prompts, out.completions, strict=True):
+        for token in completion:
+            row = jnp.pad(jnp.asarray([ids]), ((0, 0), (0, 9 - len(ids))))
+            logits = jitted(model)({"params": params}, row).logits
+            assert token == int(jnp.argmax(logits[0, len(ids) - 1]))
+            ids = [*ids, token]
+    with pytest.raises(ValueError, match="exceed the"):
+        generate(model, params, [[1] * 40], KEY, SamplingConfig(4))
+
+
+@pytest.mark.parametrize("rules", [{"prompt": prompt(0)}, {"prefix": prefix(0)}])
+def test_none_of_them_is_the_base_model(rules):
+    model, params = base(LLAMA)
+    close(hidden(model, adapt(KEY, params, rules), TOKENS), hidden(model, params, TOKENS))
+
+
+def test_an_mlp_is_folded_away_and_the_rest_stays_adapted():
+    """Beside other adapters too: the MAM adapter and LoRA, adapted in two steps."""
+    model, params = base(LLAMA)
+    first = adapted(params, {"prefix": prefix(3, hidden=5), ALL_LINEAR: lora(2, 2.0)})
+    assert count(first)[0] == 3 * 16 + 16 * 5 + 5 + 6 * 48 + count_lora(params)
+    folded = merge(first)
+    assert folded["prefix"].shape == (3, 2 * 2 * 2 * 6)
+    close(hidden(model, folded, TOKENS), hidden(model, first, TOKENS))
+    second = adapt(KEY, first, {r"layers/.*mlp/adapter": parallel_adapter(4)})
+    assert count(second)[0] == 2 * 2 * 16 * 4
+    close(hidden(model, second, TOKENS), hidden(model, first, TOKENS))
+
+
+def count_lora(params):
+    return count(adapt(KEY, params, {ALL_LINEAR: lora(2, 2.0)}))[0]
+
+
+RULES = {
+    "prompt": prompt(2),
+    "prefix": prefix(3, hidden=5),
+    r"layers/.*(attention|mlp)/adapter": parallel_adapter(4, activation=jax.nn.gelu),
+}
+
+
+@pytest.fixture(scope="module")
+def training():
+    """(model, params, batch, loss and gradients on one device), packed rows and all three adapters."""
+    model, params = base(LLAMA)
+    rng = np.random.default_rng(0)
+    batch = {
+        "tokens": rng.integers(0, 29, (8, 12)),
+        "loss_mask": (rng.random((8, 12)) < 0.5).astype(np.float32),
+        "segment_ids": np.tile(np.arange(12) // 5 + 1, (8, 1)),
+        "positions": np.tile(np.arange(12) % 5, (8, 1)),
+    }
+    params = adapted(params, RULES)
+    return model, params, batch, run(model, params, batch)
+
+
+def run(model, params, batch):
+    trainable, frozen = partition(params)
+    fun = lambda t: supervised(model, chunk=4)(combine(t, frozen), batch, None)[0]
+    return jax.device_get(jax.jit(jax.value_and_grad(fun))(trainable))
+
+
+def test_gradients_are_finite_differences_and_of_the_new_leaves_alone(training):
+    model, params, batch, (_, grads) = training
+    trainable, frozen = partition(params)
+    names = {p[0].key for p, _ in jax.tree_util.tree_leaves_with_path(grads)}
+    assert names == {"prompt", "prefix", "layers"} and "prompt" not in str(frozen["layers"])
+    assert len(jax.tree.leaves(grads)) == 1 + 5 + 2 * 2 * 2
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(grads))
+    loss = jax.jit(lambda t: supervised(model, chunk=4)(combine(t, frozen), batch, None)[0])
+    direction = jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size)).reshape(x.shape), trainable)
+    norm = sum(jnp.sum(d * d) for d in jax.tree.leaves(direction)) ** 0.5
+    direction = jax.tree.map(lambda d: d / norm, direction)
+    moved = lambda e: loss(jax.tree.map(lambda x, d: x + e * d, trainable, direction))
+    slope = (moved(1e-2) - moved(-1e-2)) / 2e-2
+    dots = jax.tree.map(lambda g, d: jnp.sum(g * d), grads, direction)
+    np.testing.assert_allclose(slope, sum(jax.tree.leaves(dots)), rtol=5e-3)
+
+
+@pytest.mark.parametrize("remat", ["light", "full"])
+def test_scanned_and_recomputed_layers_give_the_same_gradients(training, remat):
+    model, params, batch, (loss, grads) = training
+    scanned = run(model.clone(remat=remat), stack_layers(params), batch)
+    close(scanned, (loss, jax.device_get(stack_layers(grads))), 5e-5)
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_a_mesh_of_8_devices_gives_the_same_gradients(training, stacked):
+    model, params, batch, (loss, grads) = training
+    layout = stack_layers if stacked else lambda tree: tree
+    mesh = make_mesh(fsdp=4, tensor=2)
+    sharded = shard_params(layout(params), mesh)
+    assert sharded["prefix"].out_kernel.sharding.spec[1] == "fsdp"
+    found = run(model, sharded, jax.device_put(batch, batch_sharding(mesh)))
+    close(found, (loss, jax.device_get(layout(grads))), 5e-5)
+
+
+def test_bfloat16(training):
+    model, params, batch, _ = training
+    exact = hidden(model, params, batch["tokens"])
+    rounded = hidden(model.clone(dtype=jnp.bfloat16), params, batch["tokens"])
+    assert rounded.dtype == jnp.bfloat16
+    error = jnp.abs(rounded.astype(jnp.float32) - exact)
+    assert jnp.mean(error) < 2**-5 * jnp.mean(jnp.abs(exact))
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_an_encoder_s_prompt_of_vocabulary_rows_is_those_tokens_in_front(stacked):
+    model, params = base(BERT)
+    first = jnp.tile(jnp.asarray(IDS)[None], (2, 1))
+    segments = jnp.asarray([[1] * 12, [1] * 9 + [0] * 3])
+    longer = jnp.pad(segments, ((0, 0), (3, 0)), constant_values=1)
+    types = jnp.pad(jnp.ones((2, 6), jnp.int32), ((0, 0), (6, 0)))
+    rows = jnp.concatenate([first, TOKENS], axis=1), longer, jnp.pad(types, ((0, 0), (3, 0)))
+    expected = hidden(model, params, *rows)[:, 3:]
+    params = adapt(KEY, stack_layers(params) if stacked else params, {"prompt": prompt(ids=IDS)})
+    found = hidden(model, params, TOKENS, segments, types)
+    close(found[0], expected[0])
+    close(found[1, :9], expected[1, :9])
+    assert jnp.all(jnp.isnan(hidden(model, params, TOKENS[:1], segments[:1] + 1)))
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_an_encoder_s_prefix_in_closed_form(stacked):
+    """With queries of 0, attention is the mean m of 5 values; with a prefix of the value v, (5 m + v) / 6."""
+    vit = EncoderConfig(
+        16, 24, 1, 4, num_positions=5, pre_norm=True, pooler=False, image_size=4, patch_size=2
+    )
+    model, params = base(vit)
+    images = jax.random.normal(KEY, (2, 4, 4, 3))
+    key, value = jax.random.normal(jax.random.key(3), (2, 16))
+    attention = params["layers"]["0"]["attention"]
+    attention["query"] = jax.tree.map(jnp.zeros_like, attention["query"])
+    layout = stack_layers if stacked else lambda tree: tree
+    prefixed = adapt(KEY, layout(params), {"prefix": prefix(1)})
+    prefixed["prefix"] = jnp.concatenate([key, value])[None]
+    found = hidden(model, prefixed, images)
+    kernel, bias = (attention["value"][name] * (5 / 6) for name in ("kernel", "bias"))
+    attention["value"] = {"kernel": kernel, "bias": bias + value / 6}
+    close(found, hidden(model, layout(params), images))
+
+
+def test_bad_input_is_explained(tmp_path):
+    model, params = base(LLAMA)
+    raises = lambda message: pytest.raises(ValueError, match=message)
+    with raises("length must not be negative, got -1"):
+        prefix(-1)
+    with raises("length must not be negative, got -2"):
+        prompt(-2)
+    with raises("ids is empty"):
+        prompt(4, ids=[])
+    with raises("give a length or ids"):
+        prompt()
+    with raises(r"ids must lie in 0..28, got \[3, 29\]"):
+        adapt(KEY, params, {"prompt": prompt(ids=[3, 29])})
+    with raises("hidden must be at least 1, got 0"):
+        adapt(KEY, params, {"prefix": prefix(2, hidden=0)})
+    with raises("no weight matches 'soft'"):
+        adapt(KEY, params, {"soft": prefix(2)})
+    for name, rule in (("prompt", prompt(2)), ("prefix", prefix(2))):
+        with raises(f"stands at the root of the params, as '{name}'"):
+            adapt(KEY, params, {f"layers/{name}": rule})
+    other = adapt(KEY, base(GPT2)[1], {"prefix": prefix(2)})
+    with raises("rows of 96 numbers; 2 layers of 2 KV heads of size 6 need 48"):
+        model.apply({"params": {**params, "prefix": other["prefix"]}}, TOKENS)
+    with raises("4 virtual tokens and rows of 45 exceed the model's 48 positions; cut rows to 44"):
+        gpt2, weights = base(GPT2)
+        weights = adapt(KEY, weights, {"prompt": prompt(4)})
+        gpt2.apply({"params": weights}, jnp.zeros((1, 45), jnp.int32))
+    for rules in (BOTH, {r"layers/.*mlp/adapter": parallel_adapter(2)}):
+        with pytest.raises(CheckpointError, match="has no place in a model's files"):
+            save_model(tmp_path, model, adapt(KEY, params, rules))

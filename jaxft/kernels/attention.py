@@ -86,18 +86,41 @@ def attend(
     softcap: float | None = None,
 ) -> jax.Array:
     """The reference: scores in full. `mask` broadcasts to [B, 1, T, S], True where visible."""
-    batch, rows, heads, size = query.shape
-    groups = key.shape[2]
-    grouped = query.reshape(batch, rows, groups, heads // groups, size)
+    grouped = _grouped(query, key.shape[2])
     scores = jnp.einsum("btghk,bsgk->bghts", grouped, key, preferred_element_type=jnp.float32)
+    weights = _weights(scores, mask, scale, softcap).astype(value.dtype)
+    return jnp.einsum("bghts,bsgk->btghk", weights, value).reshape(query.shape)
+
+
+def attend_cache(
+    query: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    mask: jax.Array,
+    *,
+    scale: float,
+    softcap: float | None = None,
+) -> jax.Array:
+    """`attend` for a cache's keys [B, G, K, S] and values [B, G, S, K]: no operand is transposed."""
+    grouped = _grouped(query, keys.shape[1])
+    scores = jnp.einsum("btghk,bgks->bghts", grouped, keys, preferred_element_type=jnp.float32)
+    weights = _weights(scores, mask, scale, softcap).astype(values.dtype)
+    return jnp.einsum("bghts,bgsk->btghk", weights, values).reshape(query.shape)
+
+
+def _grouped(query, groups):
+    batch, rows, heads, size = query.shape
+    return query.reshape(batch, rows, groups, heads // groups, size)
+
+
+def _weights(scores, mask, scale, softcap):
     scores = scores * scale
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     if mask is not None:
         # A finite floor: a row with no visible key gives a mean instead of NaN.
         scores = jnp.where(mask[:, :, None], scores, -1e30)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    return jnp.einsum("bghts,bsgk->btghk", weights, value).reshape(batch, rows, heads, size)
+    return jax.nn.softmax(scores, axis=-1)
 
 
 def _best(query, segment_ids, window, causal, softcap) -> Implementation:

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxft.kernels import attend, attention
+from jaxft.kernels import attend, attend_cache, attention
 from jaxft.models.cache import Cache, cache_mask, empty_cache, reserve, window_mask, write
 from jaxft.models.config import DecoderConfig, Rope
 from jaxft.models.layers import (
@@ -270,9 +270,6 @@ class Attention(nn.Module):
             query, key = apply_rope(query, table), apply_rope(key, table)
         if layer.prefix is not None:
             key, value = before(layer.prefix[0], key), before(layer.prefix[1], value)
-        if cached is not None:
-            cached = write(cached[0], key, context.start), write(cached[1], value, context.start)
-            key, value = (c.astype(query.dtype) for c in cached)
         options = {"scale": config.scale, "softcap": config.attention_softcap}
         if context.mask is None:
             y = attention(
@@ -288,7 +285,11 @@ class Attention(nn.Module):
             mask = context.mask
             if layer.window is not None:
                 mask = mask & window_mask(context.positions, context.key_positions, layer.window)
-            y = attend(query, key, value, mask, **options)
+            if cached is None:
+                y = attend(query, key, value, mask, **options)
+            else:
+                cached = write(cached, key, value, context.start)
+                y = attend_cache(query, *(c.astype(query.dtype) for c in cached), mask, **options)
         y = Dense(config.hidden_size, config.output_bias, name="out")(y.reshape(*x.shape[:-1], -1))
         return through_adapter(self, x, y), cached
 

@@ -31,6 +31,7 @@ from jaxft.models import (
     stack_layers,
     virtual_tokens,
 )
+from jaxft.models.layers import Norm
 from jaxft.objectives import supervised
 from jaxft.parallel import batch_sharding, make_mesh, shard_params
 
@@ -60,6 +61,9 @@ GPT2 = DecoderConfig(
     mlp_bias=True,
 )
 BERT = EncoderConfig(16, 24, 2, 4, num_positions=32, vocab_size=29, token_types=2)
+VIT = EncoderConfig(
+    16, 24, 1, 4, num_positions=5, pre_norm=True, pooler=False, image_size=4, patch_size=2
+)
 FAMILIES = {"llama": LLAMA, "gemma": GEMMA, "gpt2": GPT2}
 IDS = (5, 3, 11)
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 29, (2, 12)))
@@ -320,10 +324,7 @@ def test_an_encoder_s_prompt_of_vocabulary_rows_is_those_tokens_in_front(stacked
 @pytest.mark.parametrize("stacked", [False, True])
 def test_an_encoder_s_prefix_in_closed_form(stacked):
     """With queries of 0, attention is the mean m of 5 values; with a prefix of the value v, (5 m + v) / 6."""
-    vit = EncoderConfig(
-        16, 24, 1, 4, num_positions=5, pre_norm=True, pooler=False, image_size=4, patch_size=2
-    )
-    model, params = base(vit)
+    model, params = base(VIT)
     images = jax.random.normal(KEY, (2, 4, 4, 3))
     key, value = jax.random.normal(jax.random.key(3), (2, 16))
     attention = params["layers"]["0"]["attention"]
@@ -335,6 +336,20 @@ def test_an_encoder_s_prefix_in_closed_form(stacked):
     kernel, bias = (attention["value"][name] * (5 / 6) for name in ("kernel", "bias"))
     attention["value"] = {"kernel": kernel, "bias": bias + value / 6}
     close(found, hidden(model, layout(params), images))
+
+
+def test_in_one_layer_a_prompt_before_patches_is_a_prefix_of_its_keys_and_values():
+    """Visual prompts (VPT) have no positions, and what they become is dropped."""
+    model, params = base(VIT)
+    prompted = adapt(KEY, params, {"prompt": prompt(2)})
+    block = params["layers"]["0"]
+    norm = Norm("layer", VIT.norm_eps)
+    rows = norm.apply({"params": block["attention_norm"]}, prompted["prompt"])
+    parts = (block["attention"][name] for name in ("key", "value"))
+    pairs = [rows @ part["kernel"] + part["bias"][None] for part in parts]
+    prefixed = {**params, "prefix": jnp.concatenate(pairs, axis=1)}
+    images = jax.random.normal(KEY, (2, 4, 4, 3))
+    close(hidden(model, prompted, images), hidden(model, prefixed, images))
 
 
 def test_bad_input_is_explained(tmp_path):

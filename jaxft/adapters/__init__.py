@@ -3,15 +3,17 @@
 from jaxft.adapters.commit import commit, writes_back
 from jaxft.adapters.errors import AdapterError
 from jaxft.adapters.lora_plus import lora_plus
-from jaxft.adapters.named import Name, Quantisation, named_rules
+from jaxft.adapters.named import PEFT_NAMES, Name, Quantisation, named_rules
 from jaxft.adapters.native import apply_named, load_native, save_native
-from jaxft.adapters.peft import load_adapter, save_adapter
+from jaxft.adapters.peft import adapter_tensors, load_adapter, save_adapter
 from jaxft.adapters.rewrite import (
     ALL_LINEAR,
     adapt,
     combine,
     count,
+    largest_shape,
     merge,
+    merge_biases,
     partition,
     path_name,
     trainable_mask,
@@ -44,10 +46,12 @@ __all__ = [
     "ALL_NORMS",
     "IA3_INPUTS",
     "IA3_OUTPUTS",
+    "PEFT_NAMES",
     "AdapterError",
     "Name",
     "Quantisation",
     "adapt",
+    "adapter_tensors",
     "apply_named",
     "carry_state",
     "combine",
@@ -57,6 +61,7 @@ __all__ = [
     "dora",
     "full",
     "ia3",
+    "largest_shape",
     "load_adapter",
     "load_native",
     "loha",
@@ -64,6 +69,7 @@ __all__ = [
     "lora",
     "lora_plus",
     "merge",
+    "merge_biases",
     "named_rules",
     "monarch",
     "monarch_from_dense",

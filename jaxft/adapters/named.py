@@ -12,11 +12,20 @@ Name = Literal[
     "lora", "rslora", "pissa", "dora", "vera", "loha", "lokr", "paca", "ia3", "bitfit", "norms",
     "monarch", "full",
 ]  # fmt: skip
+# Those that Hugging Face PEFT has a format for (PaCA: its authors' fork).
+PEFT_NAMES = (
+    "lora", "rslora", "pissa", "dora", "vera", "loha", "lokr", "paca", "ia3", "norms",
+)  # fmt: skip
 Quantisation = Literal["nf4", "int8", "int4", "fp8"]
 
 
 def named_rules(
-    name: Name, *, rank: int = 16, alpha: float = 32.0, target: str = ALL_LINEAR
+    name: Name,
+    *,
+    rank: int = 16,
+    alpha: float = 32.0,
+    target: str = ALL_LINEAR,
+    shape: tuple[int, int] | None = None,
 ) -> dict[str, Rule]:
     """The rules of an adapter for `adapt`.
 
@@ -26,6 +35,7 @@ def named_rules(
         rank: of those that have one.
         alpha: of those that have one; for paca, alpha / rank multiplies the learning rate.
         target: pattern of the paths of adapted kernels.
+        shape: of vera's shared matrices: see jaxft.adapters.vera.
 
     Raises:
         ValueError: for an unknown name, or a rank below 1.
@@ -34,7 +44,7 @@ def named_rules(
         case "lora" | "rslora" | "pissa" | "dora" | "loha" | "lokr" | "paca":
             return {target: getattr(rules, name)(rank, alpha)}
         case "vera":
-            return {target: rules.vera(rank)}
+            return {target: rules.vera(rank, shape=shape)}
         case "ia3":
             return {rules.IA3_OUTPUTS: rules.ia3(), rules.IA3_INPUTS: rules.ia3("input")}
         case "bitfit":

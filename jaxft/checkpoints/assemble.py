@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
 
-from jaxft.adapters import merge
+from jaxft.adapters import merge, merge_biases
 from jaxft.checkpoints.errors import CheckpointError
 from jaxft.models import stack_layers
 from jaxft.models.hf_names import Entry
@@ -50,7 +50,7 @@ def disassemble(entries: Sequence[Entry], params: Params) -> Iterator[tuple[str,
     """(name, tensor) in the file's layout for each entry, one at a time; weights become dense."""
     layers = params["layers"]
     stacked = "0" not in layers
-    leaves = _flatten(params)
+    leaves = _flatten(merge_biases(params))
 
     def fetch(path):
         if not stacked or not path.startswith("layers/"):

@@ -9,11 +9,12 @@ from jaxft.weights.base import (
     frozen_field,
     is_weight,
     matmul,
+    scaled_bias,
     take,
     to_dense,
 )
 from jaxft.weights.dora import DoraWeight, dora_weight
-from jaxft.weights.hadamard import LohaWeight, LokrWeight, loha_weight, lokr_weight
+from jaxft.weights.hadamard import LohaWeight, LokrWeight, factorise, loha_weight, lokr_weight
 from jaxft.weights.lora import LoraWeight, lora_weight, pissa_to_lora, pissa_weight
 from jaxft.weights.monarch import (
     Blocks,
@@ -33,7 +34,7 @@ from jaxft.weights.quantised import (
     quantised_weight,
 )
 from jaxft.weights.scaled import ScaledWeight, scaled_weight
-from jaxft.weights.vera import VeraWeight, vera_weight
+from jaxft.weights.vera import VeraWeight, vera_tables, vera_weight
 
 __all__ = [
     "Blocks",
@@ -55,6 +56,7 @@ __all__ = [
     "bits_per_parameter",
     "delta",
     "dora_weight",
+    "factorise",
     "frozen_field",
     "is_weight",
     "loha_weight",
@@ -71,8 +73,10 @@ __all__ = [
     "pissa_weight",
     "quantisation_error",
     "quantised_weight",
+    "scaled_bias",
     "scaled_weight",
     "take",
     "to_dense",
+    "vera_tables",
     "vera_weight",
 ]

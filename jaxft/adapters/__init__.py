@@ -3,7 +3,7 @@
 from jaxft.adapters.commit import commit, writes_back
 from jaxft.adapters.errors import AdapterError
 from jaxft.adapters.lora_plus import lora_plus
-from jaxft.adapters.named import PEFT_NAMES, Name, Quantisation, named_rules
+from jaxft.adapters.named import Name, Quantisation, named_rules
 from jaxft.adapters.native import apply_named, load_native, save_native
 from jaxft.adapters.peft import adapter_tensors, load_adapter, save_adapter
 from jaxft.adapters.rewrite import (
@@ -39,6 +39,13 @@ from jaxft.adapters.rules import (
     rslora,
     vera,
 )
+from jaxft.adapters.verify import (
+    Difference,
+    check_same,
+    logit_difference,
+    rounding_loss,
+    save_checked,
+)
 
 __all__ = [
     "ALL_BIASES",
@@ -46,14 +53,15 @@ __all__ = [
     "ALL_NORMS",
     "IA3_INPUTS",
     "IA3_OUTPUTS",
-    "PEFT_NAMES",
     "AdapterError",
+    "Difference",
     "Name",
     "Quantisation",
     "adapt",
     "adapter_tensors",
     "apply_named",
     "carry_state",
+    "check_same",
     "combine",
     "commit",
     "count",
@@ -65,6 +73,7 @@ __all__ = [
     "load_adapter",
     "load_native",
     "loha",
+    "logit_difference",
     "lokr",
     "lora",
     "lora_plus",
@@ -79,7 +88,9 @@ __all__ = [
     "pissa",
     "quantised",
     "rslora",
+    "rounding_loss",
     "save_adapter",
+    "save_checked",
     "save_native",
     "trainable_mask",
     "vera",

@@ -12,10 +12,6 @@ Name = Literal[
     "lora", "rslora", "pissa", "dora", "vera", "loha", "lokr", "paca", "ia3", "bitfit", "norms",
     "monarch", "full",
 ]  # fmt: skip
-# Those that Hugging Face PEFT has a format for (PaCA: its authors' fork).
-PEFT_NAMES = (
-    "lora", "rslora", "pissa", "dora", "vera", "loha", "lokr", "paca", "ia3", "norms",
-)  # fmt: skip
 Quantisation = Literal["nf4", "int8", "int4", "fp8"]
 
 

@@ -117,7 +117,9 @@ def make_case(name, config, path):
         config.save_projection = False
         gradients = {n: p.grad for n, p in trained.items()}
         expected |= peft.get_peft_model_state_dict(model, gradients, save_embedding_layers=False)
-    save_file({n: t.detach().contiguous() for n, t in expected.items()}, path / "expected.safetensors")
+    save_file(
+        {n: t.detach().contiguous() for n, t in expected.items()}, path / "expected.safetensors"
+    )
     (path / "README.md").unlink(missing_ok=True)
     settings = json.loads((path / "adapter_config.json").read_text())
     settings["base_model_name_or_path"] = "base"

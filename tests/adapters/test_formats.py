@@ -70,8 +70,9 @@ def test_logits_gradients_and_file_are_pefts(case, base, tmp_path):
     for name, gradient in theirs.items():
         close(named[name], gradient)
     save_adapter(tmp_path, model.config, loaded)
-    ours, file = load_file(tmp_path / "adapter_model.safetensors"), load_file(
-        FIXTURES / case / "adapter_model.safetensors"
+    ours, file = (
+        load_file(tmp_path / "adapter_model.safetensors"),
+        load_file(FIXTURES / case / "adapter_model.safetensors"),
     )
     assert ours.keys() == file.keys() | TABLES.get(case, set())
     for name, tensor in file.items():
@@ -150,10 +151,10 @@ def test_lost_surplus_and_misshapen_keys_are_named(case, base, tmp_path):
     "case, change, message",
     [
         ("lora", {"peft_type": "BOFT"}, "peft_type 'BOFT' is not supported; expected LORA"),
-        ("lora", {"peft_type": "IA3"}, "missing key .*ia3_l"),
+        ("lora", {"peft_type": "LOHA", "alpha": 1}, "missing key .*hada_w"),
         ("lora", {"target_modules": ["q_proj"]}, "surplus key .*(down|v)_proj"),
         ("lora", {"target_modules": ["other"]}, "surplus key"),
-        ("lora", {"r": 4}, r"has shape \(3, 40\), .* need \(4, 40\)"),
+        ("lora", {"r": 4}, r"has shape \(3, 24\), .* need \(4, 24\)"),
         ("lora", {"use_dora": True}, "missing key .*lora_magnitude_vector"),
         ("dora", {"use_dora": False}, "surplus key .*lora_magnitude_vector"),
         ("lora", {"layer_replication": [[0, 2]]}, "layer_replication=.* is not supported"),

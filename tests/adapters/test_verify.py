@@ -108,7 +108,7 @@ def test_nan_is_an_error(tiny):
 def test_merged_models_come_back(dtype, tiny, tmp_path, monkeypatch):
     model, base = tiny
     base = jax.tree.map(lambda leaf: leaf.astype(dtype), base)
-    params = trained(stack_layers(base), lora(2))
+    params = trained(stack_layers(base), lora(2, 4.0))
     difference = save_merged(tmp_path, model, params)
     # Merging rounds kernels to the base's type: some of bfloat16's 0.8%, none of float32's.
     assert (difference.largest > 1e-4 * difference.scale) == (dtype == jnp.bfloat16)

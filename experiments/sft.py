@@ -26,12 +26,14 @@ from jaxft import checkpoints as files
 from jaxft import data, train
 from jaxft.adapters import (
     ALL_LINEAR,
+    AdapterError,
     Name,
     Quantisation,
+    adapter_tensors,
     apply_named,
     count,
-    save_adapter,
-    save_native,
+    rounding_loss,
+    save_checked,
 )
 from jaxft.models.remat import Remat
 from jaxft.objectives import supervised
@@ -153,7 +155,7 @@ def main(config: Config) -> dict[str, Any]:
             resume=config.resume,
         ),
     )
-    save(config, model, state.params, output)
+    save(config, model, state.params, base, mesh, output)
     after = verify(config, model, state.params, renderer, held_out, "after")
     return report(config, history, before, after, held_out, output)
 
@@ -209,18 +211,28 @@ def verify(config, model, params, renderer, records, when: str) -> Accuracy | No
     return result
 
 
-def save(config: Config, model: Any, params: Any, output: pathlib.Path) -> None:
-    """LoRA as PEFT's files, other adapters as jaxft's, or the whole model as transformers'."""
+def save(
+    config: Config, model: Any, params: Any, base: Any, mesh: Any, output: pathlib.Path
+) -> None:
+    """What trained, read again and compared: PEFT's files, jaxft's own, or the whole model."""
     if config.adapter == "full":
-        files.save_model(output / "model", model, params, tokenizer_from=config.model)
-        print(f"model saved to {output / 'model'}")
+        path = output / "model"
+        difference = files.save_merged(path, model, params, tokenizer_from=config.model, mesh=mesh)
+        print(f"model saved to {path}; read again: {difference}")
         return
-    if config.adapter in ("lora", "rslora"):
-        save_adapter(output / "adapter", model.config, params, base_model=config.model)
-    else:
-        settings = _adapter_settings(config)
-        save_native(output / "adapter", params, name=config.adapter, **settings)
-    print(f"adapter saved to {output / 'adapter'}")
+    path, native = output / "adapter", None
+    try:
+        adapter_tensors(model.config, params)
+    except AdapterError as error:
+        print(f"jaxft's own format: {error}")
+        native = {"name": config.adapter, **_adapter_settings(config)}
+    difference = save_checked(path, model, params, base, base_model=config.model, native=native)
+    print(f"adapter saved to {path}; read again: {difference}")
+    if (lost := rounding_loss(params, base)) is not None:
+        print(
+            f"{config.quantise} took up to {lost:.1%} of a kernel, and the adapter trained with that; "
+            "PEFT's files do not say so: quantise the base alike where you use it."
+        )
 
 
 def _adapter_settings(config):

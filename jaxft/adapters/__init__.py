@@ -5,15 +5,16 @@ from jaxft.adapters.errors import AdapterError
 from jaxft.adapters.lora_plus import lora_plus
 from jaxft.adapters.named import Name, Quantisation, named_rules
 from jaxft.adapters.native import apply_named, load_native, save_native
-from jaxft.adapters.peft import load_adapter, save_adapter
-from jaxft.adapters.peft_soft import load_soft, save_soft
+from jaxft.adapters.peft import adapter_tensors, load_adapter, save_adapter
 from jaxft.adapters.rewrite import (
     ALL_LINEAR,
     adapt,
     combine,
     count,
+    largest_shape,
     merge,
     mergeable,
+    merge_biases,
     partition,
     path_name,
     trainable_mask,
@@ -48,6 +49,13 @@ from jaxft.adapters.soft import (
     prefix,
     prompt,
 )
+from jaxft.adapters.verify import (
+    Difference,
+    check_same,
+    logit_difference,
+    rounding_loss,
+    save_checked,
+)
 
 __all__ = [
     "ALL_BIASES",
@@ -56,11 +64,14 @@ __all__ = [
     "IA3_INPUTS",
     "IA3_OUTPUTS",
     "AdapterError",
+    "Difference",
     "Name",
     "Quantisation",
     "adapt",
+    "adapter_tensors",
     "apply_named",
     "carry_state",
+    "check_same",
     "combine",
     "commit",
     "count",
@@ -68,13 +79,16 @@ __all__ = [
     "dora",
     "full",
     "ia3",
+    "largest_shape",
     "load_adapter",
     "load_native",
     "loha",
+    "logit_difference",
     "lokr",
     "lora",
     "lora_plus",
     "merge",
+    "merge_biases",
     "named_rules",
     "monarch",
     "monarch_from_dense",
@@ -84,7 +98,9 @@ __all__ = [
     "pissa",
     "quantised",
     "rslora",
+    "rounding_loss",
     "save_adapter",
+    "save_checked",
     "save_native",
     "trainable_mask",
     "vera",
@@ -97,6 +113,4 @@ __all__ = [
     "prefix",
     "prompt",
     "mergeable",
-    "load_soft",
-    "save_soft",
 ]

@@ -16,7 +16,12 @@ Quantisation = Literal["nf4", "int8", "int4", "fp8"]
 
 
 def named_rules(
-    name: Name, *, rank: int = 16, alpha: float = 32.0, target: str = ALL_LINEAR
+    name: Name,
+    *,
+    rank: int = 16,
+    alpha: float = 32.0,
+    target: str = ALL_LINEAR,
+    shape: tuple[int, int] | None = None,
 ) -> dict[str, Rule | soft.Added]:
     """The rules of an adapter for `adapt`.
 
@@ -27,6 +32,7 @@ def named_rules(
             virtual tokens of prompt and prefix.
         alpha: of those that have one; for paca, alpha / rank multiplies the learning rate.
         target: pattern of the paths of adapted kernels.
+        shape: of vera's shared matrices: see jaxft.adapters.vera.
 
     Raises:
         ValueError: for an unknown name, or a rank below 1.
@@ -35,7 +41,7 @@ def named_rules(
         case "lora" | "rslora" | "pissa" | "dora" | "loha" | "lokr" | "paca":
             return {target: getattr(rules, name)(rank, alpha)}
         case "vera":
-            return {target: rules.vera(rank)}
+            return {target: rules.vera(rank, shape=shape)}
         case "ia3":
             return {rules.IA3_OUTPUTS: rules.ia3(), rules.IA3_INPUTS: rules.ia3("input")}
         case "bitfit":

@@ -16,7 +16,7 @@ from safetensors.flax import load_file, save_file
 from jaxft.adapters.commit import commit
 from jaxft.adapters.errors import AdapterError
 from jaxft.adapters.named import named_rules
-from jaxft.adapters.rewrite import Params, adapt, partition, path_name
+from jaxft.adapters.rewrite import Params, adapt, largest_shape, partition, path_name
 from jaxft.adapters.rules import quantised
 from jaxft.weights import Weight, is_weight
 
@@ -45,7 +45,8 @@ def apply_named(
                 "choose an adapter beside them, such as lora or paca."
             )
         params = adapt(jax.random.key(seed), params, {target: quantised(quantise)})
-    rules = named_rules(name, rank=rank, alpha=alpha, target=target)
+    shape = largest_shape(params, target) if name == "vera" else None
+    rules = named_rules(name, rank=rank, alpha=alpha, target=target, shape=shape)
     return adapt(jax.random.key(seed), params, rules)
 
 

@@ -14,7 +14,15 @@ import numpy as np
 
 from jaxft.adapters.rules import Rule
 from jaxft.adapters.soft import Added
-from jaxft.weights import Bottleneck, Frozen, Weight, WeightLike, is_weight, to_dense
+from jaxft.weights import (
+    Bottleneck,
+    Frozen,
+    Weight,
+    WeightLike,
+    is_weight,
+    scaled_bias,
+    to_dense,
+)
 
 Params = Any  # a pytree of arrays and weights
 
@@ -118,13 +126,40 @@ def merge(params: Params) -> Params:
             convert = jax.vmap(convert)
         return convert(node)
 
-    return jax.tree_util.tree_map_with_path(dense, params, is_leaf=_is_adapter)
+    merged = merge_biases(params)
+    return jax.tree_util.tree_map_with_path(dense, merged, is_leaf=_is_adapter)
 
 
 def mergeable(params: Params) -> bool:
     """Whether `merge` can make the params dense: not with bottleneck adapters, whose kernels stay apart."""
     nodes = jax.tree.leaves(params, is_leaf=_is_adapter)
     return not any(isinstance(node, Bottleneck) for node in nodes)
+
+
+def merge_biases(params: Params) -> Params:
+    """The params with each bias as its layer's kernel makes it ((IA)^3 scales both), kernels left alone.
+
+    A leaf that is merged by itself afterwards is what it would be in the merged whole.
+    """
+    if not isinstance(params, Mapping):
+        return params
+    merged = {name: merge_biases(node) for name, node in params.items()}
+    if {"kernel", "bias"} <= merged.keys() and isinstance(merged["kernel"], Weight):
+        merged["bias"] = scaled_bias(to_dense(merged["bias"]), merged["kernel"])
+    return merged
+
+
+def largest_shape(params: Params, pattern: str) -> tuple[int, int]:
+    """(most inputs, most outputs) of the kernels whose path matches `pattern`.
+
+    Raises:
+        ValueError: if it matches no path.
+    """
+    nodes = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_weight)[0]
+    shapes = [node.shape[-2:] for path, node in nodes if re.fullmatch(pattern, path_name(path))]
+    if not shapes:
+        raise ValueError(_no_match_message([pattern], params))
+    return tuple(map(max, zip(*shapes, strict=True)))
 
 
 def count(params: Params) -> tuple[int, int]:

@@ -25,6 +25,7 @@ from jaxft.weights import (
     pissa_weight,
     quantised_weight,
     scaled_weight,
+    vera_tables,
     vera_weight,
 )
 
@@ -66,10 +67,25 @@ def dora(rank: int = 16, alpha: float = 32.0) -> Rule:
     return functools.partial(dora_weight, rank=rank, alpha=alpha)
 
 
-def vera(rank: int = 256, initial: float = 0.1, seed: int = 0) -> Rule:
-    """Two vectors a kernel around random matrices that all layers share."""
+def vera(
+    rank: int = 256,
+    initial: float = 0.1,
+    seed: int = 0,
+    shape: tuple[int, int] | None = None,
+) -> Rule:
+    """Two vectors a kernel around random matrices that all layers share.
+
+    Args:
+        rank: of the matrices.
+        initial: what one of the vectors starts from; the other is zero.
+        seed: of the matrices: PEFT's projection_prng_key.
+        shape: the largest numbers of inputs and outputs of the kernels (`largest_shape` finds them), for
+            one pair of matrices; PEFT's format needs it. None: a pair for each kernel's shape.
+    """
     _check_rank("vera", rank)
-    return functools.partial(vera_weight, rank=rank, initial=initial, seed=seed)
+    # Made once: all kernels hold the same two arrays.
+    tables = None if shape is None else vera_tables(shape, rank, seed)
+    return functools.partial(vera_weight, rank=rank, initial=initial, seed=seed, tables=tables)
 
 
 def loha(rank: int = 8, alpha: float = 8.0) -> Rule:
@@ -78,10 +94,10 @@ def loha(rank: int = 8, alpha: float = 8.0) -> Rule:
     return functools.partial(loha_weight, rank=rank, alpha=alpha)
 
 
-def lokr(rank: int = 8, alpha: float = 8.0) -> Rule:
-    """A Kronecker product, its larger factor of low rank."""
+def lokr(rank: int = 8, alpha: float = 8.0, factor: int = -1) -> Rule:
+    """A Kronecker product, its larger factor of low rank; `factor` cuts as in jaxft.weights.lokr_weight."""
     _check_rank("lokr", rank)
-    return functools.partial(lokr_weight, rank=rank, alpha=alpha)
+    return functools.partial(lokr_weight, rank=rank, alpha=alpha, factor=factor)
 
 
 def ia3(side: str = "output") -> Rule:

@@ -2,6 +2,7 @@
 
 from jaxft.checkpoints.errors import CheckpointError
 from jaxft.checkpoints.fetch import cache_directory, fetch
+from jaxft.checkpoints.merged import save_merged
 from jaxft.checkpoints.models import load_model, load_tokenizer, resolve, save_model
 
 __all__ = [
@@ -11,5 +12,6 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "resolve",
+    "save_merged",
     "save_model",
 ]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
 
-from jaxft.adapters import merge
+from jaxft.adapters import merge, merge_biases
 from jaxft.checkpoints.errors import CheckpointError
 from jaxft.models import stack_layers
 from jaxft.models.hf_names import Entry
@@ -55,7 +55,7 @@ def disassemble(entries: Sequence[Entry], params: Params) -> Iterator[tuple[str,
     """
     layers = params["layers"]
     stacked = "0" not in layers
-    leaves = _flatten(params)
+    leaves = _flatten(merge_biases(params))
     known = {path for entry in entries for path in entry.paths}
     known = {re.sub(r"^layers/\d+/", "layers/", path) for path in known} if stacked else known
     for name in sorted(leaves.keys() - known):

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxft.weights import Transposed, WeightLike, matmul, take, to_dense
+from jaxft.weights import Transposed, WeightLike, matmul, scaled_bias, take, to_dense
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -39,9 +39,11 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        y = matmul(x, read(self, "kernel", KERNEL_INIT, (x.shape[-1], self.features)))
+        kernel = read(self, "kernel", KERNEL_INIT, (x.shape[-1], self.features))
+        y = matmul(x, kernel)
         if self.bias:
             bias = to_dense(read(self, "bias", nn.initializers.zeros, (self.features,)))
+            bias = scaled_bias(bias, kernel)
             y = y + bias.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
         return y
 

@@ -9,12 +9,13 @@ from jaxft.weights.base import (
     frozen_field,
     is_weight,
     matmul,
+    scaled_bias,
     take,
     to_dense,
 )
 from jaxft.weights.bottleneck import Bottleneck, bottleneck_adapter
 from jaxft.weights.dora import DoraWeight, dora_weight
-from jaxft.weights.hadamard import LohaWeight, LokrWeight, loha_weight, lokr_weight
+from jaxft.weights.hadamard import LohaWeight, LokrWeight, factorise, loha_weight, lokr_weight
 from jaxft.weights.lora import LoraWeight, lora_weight, pissa_to_lora, pissa_weight
 from jaxft.weights.monarch import (
     Blocks,
@@ -35,7 +36,7 @@ from jaxft.weights.quantised import (
     quantised_weight,
 )
 from jaxft.weights.scaled import ScaledWeight, scaled_weight
-from jaxft.weights.vera import VeraWeight, vera_weight
+from jaxft.weights.vera import VeraWeight, vera_tables, vera_weight
 
 __all__ = [
     "Blocks",
@@ -60,6 +61,7 @@ __all__ = [
     "bottleneck_adapter",
     "delta",
     "dora_weight",
+    "factorise",
     "frozen_field",
     "is_weight",
     "loha_weight",
@@ -77,8 +79,10 @@ __all__ = [
     "prefix_mlp",
     "quantisation_error",
     "quantised_weight",
+    "scaled_bias",
     "scaled_weight",
     "take",
     "to_dense",
+    "vera_tables",
     "vera_weight",
 ]

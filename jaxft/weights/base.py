@@ -42,6 +42,10 @@ class Weight:
         """The dense kernel W."""
         raise NotImplementedError
 
+    def scaled_bias(self, bias: jax.Array) -> jax.Array:
+        """What is added to x W for the `bias` [..., out] of the layer: itself, but for (IA)^3."""
+        return scaled_bias(bias, getattr(self, "base", None))
+
     def with_specs(self, spec: PartitionSpec) -> Weight:
         """The same node with a PartitionSpec for each field, given that of the dense kernel."""
         raise NotImplementedError
@@ -71,6 +75,11 @@ def _product(x, w):
     # With several leading axes XLA:CPU writes the gradient of w transposed and copies it: 12 % of a
     # full layer's time, 15 % of one with LoRA. Accelerators choose layouts for themselves.
     return (x.reshape(-1, x.shape[-1]) @ w).reshape(*x.shape[:-1], w.shape[-1])
+
+
+def scaled_bias(bias: jax.Array, w: WeightLike | None) -> jax.Array:
+    """What is added to x w for the `bias` [..., out] of its layer, with layers stacked or apart."""
+    return w.scaled_bias(bias) if isinstance(w, Weight) else bias
 
 
 def take(w: WeightLike, indices: jax.Array) -> jax.Array:
@@ -108,6 +117,9 @@ class Frozen(Weight):
 
     def rmatmul(self, x):
         return matmul(x, jax.lax.stop_gradient(self.value))
+
+    def scaled_bias(self, bias):
+        return scaled_bias(bias, jax.lax.stop_gradient(self.value))
 
     def to_dense(self):
         return jax.lax.stop_gradient(to_dense(self.value))

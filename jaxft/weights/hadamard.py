@@ -23,8 +23,8 @@ class LohaWeight(Weight):
     base: WeightLike = frozen_field()  # W [D, F]
     a1: jax.Array  # [D, R]
     b1: jax.Array  # [R, F]
-    a2: jax.Array  # [D, R]
-    b2: jax.Array  # [R, F], zeros at first
+    a2: jax.Array  # [D, R], zeros at first
+    b2: jax.Array  # [R, F]
     alpha: float = dataclasses.field(default=16.0, metadata={"static": True})
 
     @property
@@ -34,6 +34,11 @@ class LohaWeight(Weight):
     @property
     def dtype(self):
         return self.base.dtype
+
+    @property
+    def rank(self) -> int:
+        """R."""
+        return self.a1.shape[-1]
 
     def rmatmul(self, x):
         # The update has no cheaper product than its dense form, which is formed twice, not kept.
@@ -52,8 +57,7 @@ class LohaWeight(Weight):
         return LohaWeight(base, a, b, a, b, self.alpha)
 
     def _update(self):
-        scale = self.alpha / self.a1.shape[-1]
-        return (self.a1 @ self.b1) * (self.a2 @ self.b2) * scale
+        return (self.a1 @ self.b1) * (self.a2 @ self.b2) * (self.alpha / self.rank)
 
 
 @jax.tree_util.register_dataclass
@@ -69,7 +73,8 @@ class LokrWeight(Weight):
     v: jax.Array | None  # [D2, F2], or None with
     a: jax.Array | None  # [D2, R]
     b: jax.Array | None  # [R, F2]
-    scale: float = dataclasses.field(default=1.0, metadata={"static": True})
+    alpha: float = dataclasses.field(default=8.0, metadata={"static": True})
+    rank: int = dataclasses.field(default=8, metadata={"static": True})  # R, also where V is full
 
     @property
     def shape(self):
@@ -87,25 +92,29 @@ class LokrWeight(Weight):
         else:
             parts = parts @ cast(self.v)
         update = jnp.einsum("...mk,ml->...lk", parts, cast(self.u))
-        update = update.reshape(*x.shape[:-1], -1) * self.scale
+        update = update.reshape(*x.shape[:-1], -1) * (self.alpha / self.rank)
         return matmul(x, jax.lax.stop_gradient(self.base)) + update
 
     def to_dense(self):
         base = jax.lax.stop_gradient(to_dense(self.base))
         v = self.a @ self.b if self.v is None else self.v
-        return (base.astype(jnp.float32) + jnp.kron(self.u, v) * self.scale).astype(base.dtype)
+        update = jnp.kron(self.u, v) * (self.alpha / self.rank)
+        return (base.astype(jnp.float32) + update).astype(base.dtype)
 
     def with_specs(self, spec):
         base = self.base.with_specs(spec) if is_weight(self.base) else spec
         whole = PartitionSpec()  # all parts are of the order of sqrt(D F): replicated
         part = lambda leaf: None if leaf is None else whole
-        return LokrWeight(base, whole, part(self.v), part(self.a), part(self.b), self.scale)
+        parts = {name: part(getattr(self, name)) for name in ("v", "a", "b")}
+        return dataclasses.replace(self, base=base, u=whole, **parts)
 
 
 def loha_weight(
     key: jax.Array, kernel: WeightLike, *, rank: int = 8, alpha: float = 8.0
 ) -> LohaWeight:
-    """A LohaWeight that equals `kernel` [D, F]; initialised as PEFT does (normal, 0.1 and 1).
+    """A LohaWeight that equals `kernel` [D, F]; initialised as PEFT does (Kaiming, a = sqrt(5)).
+
+    A1 is uniform in ±1/sqrt(D), B1 and B2 in ±1/sqrt(R), A2 zero.
 
     Raises:
         ValueError: for a kernel that is no matrix, or a rank below 1.
@@ -113,45 +122,61 @@ def loha_weight(
     _check("loha", kernel, rank)
     rows, columns = kernel.shape
     keys = jax.random.split(key, 3)
-    normal = lambda k, shape, std: std * jax.random.normal(k, shape, jnp.float32)
     return LohaWeight(
         kernel,
-        normal(keys[0], (rows, rank), 1.0),
-        normal(keys[1], (rank, columns), 0.1),
-        normal(keys[2], (rows, rank), 1.0),
-        jnp.zeros((rank, columns), jnp.float32),
+        _uniform(keys[0], (rows, rank)),
+        _uniform(keys[1], (rank, columns)),
+        jnp.zeros((rows, rank), jnp.float32),
+        _uniform(keys[2], (rank, columns)),
         float(alpha),
     )
 
 
 def lokr_weight(
-    key: jax.Array, kernel: WeightLike, *, rank: int = 8, alpha: float = 8.0
+    key: jax.Array, kernel: WeightLike, *, rank: int = 8, alpha: float = 8.0, factor: int = -1
 ) -> LokrWeight:
-    """A LokrWeight that equals `kernel` [D, F], cut near the square roots of D and F.
+    """A LokrWeight that equals `kernel` [D, F], initialised as PEFT does.
 
     V is a product of rank R where that is smaller than half of V's larger side, and full otherwise.
+
+    Args:
+        key: draws V.
+        kernel: the kernel.
+        rank: R.
+        alpha: α/R scales the update.
+        factor: D1 and F1, where it divides D and F; -1 cuts near their square roots.
 
     Raises:
         ValueError: for a kernel that is no matrix, or a rank below 1.
     """
     _check("lokr", kernel, rank)
-    (rows1, rows2), (columns1, columns2) = map(factorise, kernel.shape)
-    uniform = lambda k, shape: (
-        jax.random.uniform(k, shape, jnp.float32, -1.0, 1.0) * shape[0] ** -0.5
-    )
+    (rows1, rows2), (columns1, columns2) = (factorise(size, factor) for size in kernel.shape)
     keys = jax.random.split(key)
     v = a = b = None
     if rank < max(rows2, columns2) / 2:
-        a, b = uniform(keys[0], (rows2, rank)), uniform(keys[1], (rank, columns2))
+        a, b = _uniform(keys[0], (rows2, rank)), _uniform(keys[1], (rank, columns2))
     else:
-        v = uniform(keys[0], (rows2, columns2))
-    return LokrWeight(kernel, jnp.zeros((rows1, columns1)), v, a, b, alpha / rank)
+        v = _uniform(keys[0], (rows2, columns2))
+    u = jnp.zeros((rows1, columns1), jnp.float32)
+    return LokrWeight(kernel, u, v, a, b, float(alpha), rank)
 
 
-def factorise(size: int) -> tuple[int, int]:
-    """(m, n) with m n = size and m ≤ n as near as possible: 128 -> (8, 16), 127 -> (1, 127)."""
-    m = next(m for m in range(math.isqrt(size), 0, -1) if size % m == 0)
+def factorise(size: int, factor: int = -1) -> tuple[int, int]:
+    """(m, n) with m n = size: (factor, size / factor), or where that is not whole the nearest m ≤ n.
+
+    LyCORIS's rule, which PEFT follows: 128 -> (8, 16), 127 -> (1, 127); with factor 4, 128 -> (4, 32).
+    Where `factor` does not divide `size`, m is the largest divisor up to it, if m ≤ n.
+    """
+    if factor > 0 and size % factor == 0:
+        return factor, size // factor
+    largest = math.isqrt(size) if factor < 0 else min(factor, math.isqrt(size))
+    m = next(m for m in range(largest, 0, -1) if size % m == 0)
     return m, size // m
+
+
+def _uniform(key, shape):
+    """In ±1/sqrt(inputs), for factors that rows are multiplied by."""
+    return jax.random.uniform(key, shape, jnp.float32, -1.0, 1.0) * shape[0] ** -0.5
 
 
 def _check(name, kernel, rank):

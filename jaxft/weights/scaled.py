@@ -25,8 +25,8 @@ from jaxft.weights.base import (
 class ScaledWeight(Weight):
     """W diag(s) for side="output", diag(s) W for side="input"; s trains.
 
-    (IA)^3: Liu et al., 2022, arxiv.org/abs/2205.05638, section 3.3. A bias of the layer is added
-    after the scale (PEFT scales it too: they differ where keys or values have biases).
+    (IA)^3: Liu et al., 2022, arxiv.org/abs/2205.05638, section 3.3: outputs are scaled with the bias of
+    their layer, (x W + b) diag(s).
     """
 
     base: WeightLike = frozen_field()  # W [D, F]
@@ -46,6 +46,9 @@ class ScaledWeight(Weight):
     def rmatmul(self, x):
         base, scale = jax.lax.stop_gradient(self.base), along_last(self.scale, x).astype(x.dtype)
         return matmul(x * scale, base) if self.side == "input" else matmul(x, base) * scale
+
+    def scaled_bias(self, bias):
+        return bias * self.scale.astype(bias.dtype) if self.side == "output" else bias
 
     def to_dense(self):
         dense = jax.lax.stop_gradient(to_dense(self.base))

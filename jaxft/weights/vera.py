@@ -6,6 +6,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 
 from jaxft.weights.base import (
@@ -24,12 +25,14 @@ from jaxft.weights.base import (
 class VeraWeight(Weight):
     """W + A diag(d) B diag(e), of which the vectors d and e train; A and B are random.
 
-    VeRA: Kopiczko et al., 2023, arxiv.org/abs/2310.11454, eq. 2 (there for columns).
+    VeRA: Kopiczko et al., 2023, arxiv.org/abs/2310.11454, eq. 2 (there for columns). A and B are the
+    first rows and columns of two tables, which kernels of all shapes share: one array at many places
+    of a params tree (stacked layers have a copy each).
     """
 
     base: WeightLike = frozen_field()  # W [D, F]
-    a: jax.Array = frozen_field()  # [D, R]
-    b: jax.Array = frozen_field()  # [R, F]
+    a: jax.Array = frozen_field()  # [D or more, R]
+    b: jax.Array = frozen_field()  # [R, F or more]
     d: jax.Array  # [R]
     e: jax.Array  # [F], zeros at first
 
@@ -47,41 +50,50 @@ class VeraWeight(Weight):
         return self.a.shape[-1]
 
     def rmatmul(self, x):
-        fixed = lambda leaf: jax.lax.stop_gradient(leaf).astype(x.dtype)
+        a, b = (leaf.astype(x.dtype) for leaf in self._tables())
         vector = lambda leaf: along_last(leaf, x).astype(x.dtype)
-        update = (((x @ fixed(self.a)) * vector(self.d)) @ fixed(self.b)) * vector(self.e)
+        update = (((x @ a) * vector(self.d)) @ b) * vector(self.e)
         return matmul(x, jax.lax.stop_gradient(self.base)) + update
 
     def to_dense(self):
-        a, b = jax.lax.stop_gradient((self.a, self.b))
+        a, b = self._tables()
         base = jax.lax.stop_gradient(to_dense(self.base))
         update = ((a * self.d[None]) @ b) * self.e[None]
         return (base.astype(jnp.float32) + update).astype(base.dtype)
 
     def with_specs(self, spec):
-        *stack, rows, columns = (*(None,) * (self.ndim - len(spec)), *spec)
+        *stack, _, columns = (*(None,) * (self.ndim - len(spec)), *spec)
         base = self.base.with_specs(spec) if is_weight(self.base) else spec
-        p = PartitionSpec
-        return VeraWeight(
-            base,
-            p(*stack, rows, None),
-            p(*stack, None, columns),
-            p(*stack, None),
-            p(*stack, columns),
-        )
+        # Longer than this kernel's axes and shared with others': whole on every device.
+        table, d, e = (PartitionSpec(*stack, *rest) for rest in ((None, None), (None,), (columns,)))
+        return VeraWeight(base, table, table, d, e)
+
+    def _tables(self):
+        rows, columns = self.shape
+        return jax.lax.stop_gradient((self.a[:rows], self.b[:, :columns]))
 
 
 def vera_weight(
-    key: jax.Array, kernel: WeightLike, *, rank: int = 256, initial: float = 0.1, seed: int = 0
+    key: jax.Array,
+    kernel: WeightLike,
+    *,
+    rank: int = 256,
+    initial: float = 0.1,
+    seed: int = 0,
+    tables: tuple[jax.Array, jax.Array] | None = None,
 ) -> VeraWeight:
     """A VeraWeight that equals `kernel` [D, F].
 
-    A is uniform in ±1/sqrt(D) and B in ±1/sqrt(R), cut from one random table that `seed` names, so
-    all layers share them up to the scale of A, and an adapter is its two vectors and the seed.
-    `key` is not used.
+    Args:
+        key: not used.
+        kernel: the kernel.
+        rank: R.
+        initial: what d starts from.
+        seed: of the tables.
+        tables: (A, B) of `vera_tables`, to be shared by several kernels; None: of this one's shape.
 
     Raises:
-        ValueError: for a kernel that is no matrix, or a rank below 1.
+        ValueError: for a kernel that is no matrix, a rank below 1, or tables too small for the kernel.
     """
     del key
     if len(kernel.shape) != 2 or rank < 1:
@@ -90,10 +102,32 @@ def vera_weight(
             f"{kernel.shape} and rank {rank}."
         )
     rows, columns = kernel.shape
-    keys = jax.random.split(jax.random.key(seed))
-    # The counter-based generator gives a smaller table as the first rows of a larger one.
-    draw = lambda k, size, bound: (
-        jax.random.uniform(k, (size, rank), jnp.float32, -1.0, 1.0) * bound
-    )
-    a, b = draw(keys[0], rows, rows**-0.5), draw(keys[1], columns, rank**-0.5).T
-    return VeraWeight(kernel, a, b, jnp.full(rank, initial, jnp.float32), jnp.zeros(columns))
+    a, b = vera_tables(kernel.shape, rank, seed) if tables is None else tables
+    if a.shape[0] < rows or b.shape[1] < columns or not a.shape[1] == b.shape[0] == rank:
+        raise ValueError(
+            f"vera: tables {a.shape} and {b.shape} are too small for a kernel {kernel.shape} and rank "
+            f"{rank}; make them for the largest numbers of inputs and of outputs."
+        )
+    d = jnp.full(rank, initial, jnp.float32)
+    return VeraWeight(kernel, a, b, d, jnp.zeros(columns, jnp.float32))
+
+
+def vera_tables(shape: tuple[int, int], rank: int, seed: int = 0) -> tuple[jax.Array, jax.Array]:
+    """The random (A [D, R], B [R, F]) that PEFT makes of a `projection_prng_key`, up to rounding.
+
+    Kaiming uniform: A in ±sqrt(6 / D), B in ±sqrt(6 / R). Drawn as torch does, A^T before B^T, from the
+    24 low bits of the Mersenne twister's words, so that files without tables can be read.
+
+    Args:
+        shape: (D, F), the largest numbers of inputs and outputs of the kernels that share them.
+        rank: R.
+        seed: PEFT's projection_prng_key.
+    """
+    words = np.random.RandomState(seed)
+
+    def draw(rows, columns):
+        bits = words.randint(0, 2**32, (rows, columns), np.uint32) & 0xFFFFFF
+        return np.float32((2.0**-23 * bits - 1.0) * (6 / columns) ** 0.5)
+
+    a, b = draw(rank, shape[0]), draw(shape[1], rank)
+    return jnp.asarray(a.T), jnp.asarray(b.T)

@@ -98,11 +98,18 @@ def test_bad_choices():
         save_native("unused", partition({})[0])
 
 
-@pytest.mark.parametrize("name, quantise", [("paca", None), ("dora", "int8")])
-def test_sft_takes_it_by_flag(name, quantise, tmp_path):
+@pytest.mark.parametrize(
+    "name, quantise, file",
+    [
+        ("paca", None, "adapter_model.safetensors"),
+        ("dora", "int8", "adapter_model.safetensors"),
+        ("monarch", None, "jaxft_adapter.safetensors"),
+    ],
+)
+def test_sft_takes_it_by_flag(name, quantise, file, tmp_path):
     from experiments import sft
 
     config = sft.Config(smoke=True, adapter=name, quantise=quantise, output_dir=str(tmp_path))
     metrics = sft.main(dataclasses.replace(config, accuracy=False))
     assert metrics["steps"] == 6 and np.isfinite(metrics["last_loss"])
-    assert (tmp_path / "adapter" / "jaxft_adapter.safetensors").exists()
+    assert (tmp_path / "adapter" / file).exists()

@@ -16,14 +16,17 @@ from jaxft.parallel import make_mesh
 from jaxft.train import commit
 from jaxft.weights import (
     Frozen,
+    ScaledWeight,
     Transposed,
     bits_per_parameter,
+    factorise,
     is_weight,
     matmul,
     nf4_weight,
     quantisation_error,
     quantised_weight,
     to_dense,
+    vera_tables,
 )
 
 KEY = jax.random.key(0)
@@ -45,6 +48,7 @@ CASES = {
     "loha": Case(adapters.loha(2)),
     "lokr": Case(adapters.lokr(1)),
     "lokr full": Case(adapters.lokr(8)),
+    "vera shared": Case(adapters.vera(5, shape=(256, 256))),
     "ia3 output": Case(adapters.ia3()),
     "ia3 input": Case(adapters.ia3("input")),
     "paca": Case(adapters.paca(3)),
@@ -224,18 +228,70 @@ def test_dora_worked_example():
 
 
 def test_vera_layers_share_their_tables():
-    small, large = (
-        adapters.vera(4)(k, jnp.ones((n, 2 * n))) for k, n in ((KEY, 6), (jax.random.key(9), 8))
-    )
-    np.testing.assert_allclose(small.a * 6**0.5, large.a[:6] * 8**0.5, rtol=1e-6)
-    np.testing.assert_allclose(small.b, large.b[:, :12], rtol=1e-6)
-    assert not np.allclose(small.a, adapters.vera(4, seed=1)(KEY, jnp.ones((6, 12))).a)
+    shape = (8, 16)
+    rule = adapters.vera(4, shape=shape)
+    small, large = rule(KEY, jnp.ones((6, 12))), rule(jax.random.key(9), jnp.ones(shape))
+    assert small.a is large.a and small.b is large.b and small.a.shape == (8, 4)
+    params = adapt(KEY, {"a": jnp.ones((6, 12)), "b": jnp.ones((3, 16))}, {".*": rule})
+    assert params["a"].a is params["b"].a
+    assert adapters.largest_shape(params, ".*") == (6, 16)
+    with pytest.raises(
+        ValueError, match=r"tables \(8, 4\) and \(4, 16\) are too small for a kernel"
+    ):
+        rule(KEY, jnp.ones((9, 12)))
+    with pytest.raises(ValueError, match="no weight matches"):
+        adapters.largest_shape(params, "c")
+
+
+def test_vera_tables_are_kaiming_uniform():
+    a, b = vera_tables((200, 300), 50, seed=1)
+    for table, fan_in in ((a, 200), (b, 50)):
+        bound = (6 / fan_in) ** 0.5
+        assert 0.99 * bound < jnp.max(jnp.abs(table)) <= bound * (1 + 1e-6)
+        # Of a uniform variable, within 5 standard errors.
+        np.testing.assert_allclose(jnp.std(table), bound / 3**0.5, rtol=5 * 0.45 * 1e-2)
+    assert not np.allclose(a, vera_tables((200, 300), 50, seed=2)[0])
 
 
 def test_lokr_factors_and_kronecker_product():
-    from jaxft.weights.hadamard import factorise
-
     assert [factorise(n) for n in (127, 128, 64, 1)] == [(1, 127), (8, 16), (8, 8), (1, 1)]
+    assert [factorise(128, n) for n in (4, 3, 100)] == [(4, 32), (2, 64), (8, 16)]
+    peft = pytest.importorskip("peft.tuners.lokr.layer", reason="pip install 'jaxft[test]'")
+    for size in range(1, 130):
+        for factor in (-1, 1, 2, 3, 4, 6, 8, 16, 40):
+            assert factorise(size, factor) == peft.factorization(size, factor), (size, factor)
+
+
+def test_loha_and_lokr_start_as_pefts():
+    """Bounds of torch's Kaiming uniform with a = sqrt(5): 1 / sqrt(inputs) of each factor."""
+    largest = lambda leaf: float(jnp.max(jnp.abs(leaf)))
+    w = adapters.loha(4)(KEY, jnp.ones((400, 900)))
+    assert not w.a2.any() and w.b2.any()
+    found = [largest(leaf) for leaf in (w.a1, w.b1, w.b2)]
+    np.testing.assert_allclose(found, [1 / 20, 1 / 2, 1 / 2], rtol=0.02)
+    w = adapters.lokr(4)(KEY, jnp.ones((400, 900)))
+    assert not w.u.any() and w.v is None
+    np.testing.assert_allclose([largest(w.a), largest(w.b)], [20**-0.5, 1 / 2], rtol=0.05)
+    assert largest(adapters.lokr(40)(KEY, jnp.ones((400, 900))).v) <= 20**-0.5
+
+
+def test_ia3_scales_the_bias_of_its_layer():
+    from jaxft.models.layers import Dense
+
+    dense, x = Dense(5, bias=True), jax.random.normal(KEY, (2, 3))
+    kernel, bias = jax.random.normal(KEY, (3, 5)), jnp.arange(5.0)
+    scale = jnp.array([2.0, 3, 4, 5, 6])
+    w = ScaledWeight(kernel, scale, "output")
+    expected = (x @ kernel + bias[None]) * scale[None]
+    for node in (w, Frozen(w)):
+        params = {"kernel": node, "bias": Frozen(bias)}
+        for p in (params, merge(params)):
+            np.testing.assert_allclose(dense.apply({"params": p}, x), expected, rtol=1e-5)
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), params, params)
+    np.testing.assert_allclose(merge({"layers": stacked})["layers"]["bias"][1], bias * scale)
+    # On the inputs' side the bias is none of its business.
+    params = {"kernel": ScaledWeight(kernel, jnp.array([2.0, 3, 4]), "input"), "bias": bias}
+    np.testing.assert_array_equal(merge(params)["bias"], bias)
 
 
 def test_pissa_refuses_a_rounded_kernel():

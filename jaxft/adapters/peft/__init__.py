@@ -1,0 +1,205 @@
+"""Adapters in the format of Hugging Face PEFT, in and out: one module for each kind of adapter.
+
+A kind is two pure functions: read(settings, tensors, model) -> {path: weight}, which takes what it
+knows out of `tensors`, and write(model, {path: weight}) -> (settings, tensors).
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxft.adapters import native
+from jaxft.adapters.errors import AdapterError
+from jaxft.adapters.peft import ia3, lora, lycoris, paca, vera, whole
+from jaxft.adapters.peft.files import Settings, Tensors, read_files, write_files
+from jaxft.adapters.peft.model import Model, model_of
+from jaxft.adapters.peft.soft import TYPES as SOFT
+from jaxft.adapters.peft.soft import read_soft, soft_name, write_soft
+from jaxft.adapters.rewrite import Params, partition, path_name
+from jaxft.models import stack_layers, unstack_layers
+from jaxft.models.config import DecoderConfig
+from jaxft.models.layout import is_stacked
+from jaxft.weights import (
+    DoraWeight,
+    Frozen,
+    LohaWeight,
+    LokrWeight,
+    LoraWeight,
+    PacaWeight,
+    ScaledWeight,
+    VeraWeight,
+    WeightLike,
+    is_weight,
+    pissa_to_lora,
+)
+
+
+class Format(NamedTuple):
+    """One peft_type: the weights that it stands for, and its two functions."""
+
+    weights: tuple[type, ...]
+    read: Callable[[Settings, Tensors, Model], dict[str, WeightLike]]
+    write: Callable[[Model, dict[str, Any]], tuple[Settings, Tensors]]
+
+
+# By the file's peft_type.
+FORMATS = {
+    "LORA": Format((LoraWeight, DoraWeight), lora.read, lora.write),
+    "LOHA": Format((LohaWeight,), lycoris.read_loha, lycoris.write_loha),
+    "LOKR": Format((LokrWeight,), lycoris.read_lokr, lycoris.write_lokr),
+    "VERA": Format((VeraWeight,), vera.read, vera.write),
+    "IA3": Format((ScaledWeight,), ia3.read, ia3.write),
+    "PACA": Format((PacaWeight,), paca.read, paca.write),
+    "LN_TUNING": Format((), whole.read_norms, whole.write_norms),
+}
+
+
+def save_adapter(
+    path: str | os.PathLike,
+    config: DecoderConfig,
+    params: Params,
+    *,
+    base_model: str = "",
+    base: Params | None = None,
+) -> None:
+    """Writes what trains in adapted params so that PEFT opens it; the peft_type follows from the weights.
+
+    GPT-2 keeps query, key and value in one matrix: LoRA on them is written as one of the summed
+    rank, with a block-diagonal B.
+
+    Args:
+        path: the directory; made if needed.
+        config: of the model.
+        params: adapted, of either layout, over dense or quantised kernels.
+        base_model: written as base_model_name_or_path.
+        base: the params before they were adapted. LoRA over another kernel than theirs is PiSSA, and
+            is written as its difference from them, of twice the rank; without `base` it cannot be told
+            from LoRA, and the file fits the residual kernels alone.
+
+    Raises:
+        AdapterError: if nothing trains, or something for which PEFT has no place (see save_native).
+    """
+    settings, tensors = adapter_tensors(config, params, base)
+    common = {
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "inference_mode": True,
+    }
+    write_files(pathlib.Path(path), common | settings, tensors)
+
+
+def adapter_tensors(
+    config: DecoderConfig, params: Params, base: Params | None = None
+) -> tuple[Settings, Tensors]:
+    """(settings, tensors) that `save_adapter` writes; see there for arguments and errors."""
+    if (name := soft_name(params)) is not None:
+        return write_soft(config, params, name)
+    model = model_of(config, unstack_layers(params))
+    trained = {p: node for p, node in model.nodes.items() if jax.tree.leaves(partition(node)[0])}
+    leaves = {path: node for path, node in trained.items() if not is_weight(node)}
+    adapted = {path: node for path, node in trained.items() if is_weight(node)}
+    if not trained:
+        raise AdapterError("save_adapter: nothing trains in params; adapt them first.")
+    if not adapted and not whole.only_norms(model, leaves):
+        raise AdapterError(
+            f"save_adapter: {min(leaves)!r} trains and is no norm; PEFT has no type for that. Use "
+            "save_native, or save the whole model with save_model."
+        )
+    kind = _kind(adapted)
+    if base is not None:
+        original = model_of(config, unstack_layers(base)).nodes
+        adapted = {path: _on(original[path], node, path) for path, node in adapted.items()}
+    settings, tensors = FORMATS[kind].write(model, adapted or leaves)
+    if adapted:
+        more, beside = whole.write_whole(model, leaves, adapted, biases=kind == "LORA")
+        settings, tensors = settings | more, tensors | beside
+    return {"peft_type": kind} | settings, tensors
+
+
+def load_adapter(path: str | os.PathLike, config: DecoderConfig, params: Params) -> Params:
+    """The params with the adapter of a PEFT directory on them; all else is frozen.
+
+    The kernels may be quantised. A directory of `save_native` is read too.
+
+    Raises:
+        AdapterError: if a file is missing or damaged, a key missing, surplus or misshapen, or the
+            adapter of a type or with an option that jaxft does not have.
+    """
+    path = pathlib.Path(path)
+    if (path / native.CONFIG).exists():
+        return native.load_native(path, params)
+    stacked = is_stacked(params["layers"])
+    bare = lambda node: node.value if isinstance(node, Frozen) else node
+    flat = jax.tree.map(bare, unstack_layers(params), is_leaf=is_weight)
+    try:
+        settings, tensors = read_files(path)
+        if settings.get("peft_type") in SOFT:
+            return _nothing_left(tensors, read_soft(settings, tensors, config, params))
+        found = _read(settings, tensors, model_of(config, flat))
+    except AdapterError as error:
+        raise AdapterError(f"{path}: {error}") from None
+    attach = lambda p, node: found.get(path_name(p), Frozen(node))
+    adapted = jax.tree_util.tree_map_with_path(attach, flat, is_leaf=is_weight)
+    return stack_layers(adapted) if stacked else adapted
+
+
+def _read(settings: Settings, tensors: Tensors, model: Model) -> dict[str, WeightLike]:
+    kind = settings.get("peft_type")
+    if kind not in FORMATS:
+        known = ", ".join([*FORMATS, *SOFT])
+        raise AdapterError(f"peft_type {kind!r} is not supported; expected {known}.")
+    try:
+        found = FORMATS[kind].read(settings, tensors, model)
+        found |= whole.read_whole(settings, tensors, model, found)
+    except KeyError as error:
+        raise AdapterError(f"adapter_config.json has no {error.args[0]!r}.") from None
+    if not _nothing_left(tensors, found):
+        raise AdapterError("target_modules names no module of this model.")
+    return found
+
+
+def _nothing_left(tensors, result):
+    if tensors:
+        raise AdapterError(
+            f"surplus key {min(tensors)!r}; the adapter is for another model, or target_modules does "
+            "not name its module."
+        )
+    return result
+
+
+def _kind(adapted) -> str:
+    kinds = {}
+    for path, node in adapted.items():
+        kind = next((k for k, f in FORMATS.items() if isinstance(node, f.weights)), None)
+        if kind is None:
+            raise AdapterError(
+                f"save_adapter: {path!r} trains as {type(node).__name__}, which PEFT does not have. Use "
+                "save_native."
+            )
+        kinds[kind] = path
+    if len(kinds) > 1:
+        places = ", ".join(f"{kind} at {path!r}" for kind, path in kinds.items())
+        raise AdapterError(f"save_adapter: a PEFT file holds one type, params have {places}.")
+    return next(iter(kinds), "LN_TUNING")
+
+
+def _on(kernel, node, path):
+    """The weight as one on `kernel`: PiSSA's own base is what it left of it."""
+    kernel = kernel.value if isinstance(kernel, Frozen) else kernel
+    same = lambda base: is_weight(base) or is_weight(kernel) or bool(jnp.array_equal(base, kernel))
+    if not isinstance(node, LoraWeight) or same(node.base):
+        return node
+    moved = pissa_to_lora(node, kernel)
+    lost = jnp.max(jnp.abs(moved.to_dense() - node.to_dense()))
+    if lost > jnp.finfo(kernel.dtype).eps ** 0.5 * jnp.max(jnp.abs(kernel)):
+        raise AdapterError(
+            f"save_adapter: the kernel under {path!r} is neither that of `base` nor what PiSSA leaves "
+            "of it; give the params that were adapted."
+        )
+    return moved

@@ -1,0 +1,75 @@
+"""The two files of an adapter: adapter_config.json and adapter_model.safetensors."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from jaxft.adapters.errors import AdapterError
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+Settings = dict[str, Any]
+Tensors = dict[str, np.ndarray]
+
+
+def read_files(path: pathlib.Path) -> tuple[Settings, Tensors]:
+    """(settings, tensors) of an adapter's directory.
+
+    Raises:
+        AdapterError: if a file is missing or damaged.
+    """
+    for name in (CONFIG, WEIGHTS):
+        if not (path / name).exists():
+            pickled = "adapter_model.bin is pickled; convert it"
+            hint = pickled if name == WEIGHTS else "is it a PEFT adapter?"
+            raise AdapterError(f"no {name}; {hint}.")
+    try:
+        settings, tensors = json.loads((path / CONFIG).read_text()), load_file(path / WEIGHTS)
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise AdapterError(f"damaged ({error}); copy it again.") from None
+    if not isinstance(settings, dict):
+        raise AdapterError(f"{CONFIG} is no JSON object; copy it again.")
+    return settings, tensors
+
+
+def write_files(path: pathlib.Path, settings: Settings, tensors: Tensors) -> None:
+    """Writes both files; the directory is made if needed."""
+    path.mkdir(parents=True, exist_ok=True)
+    whole = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    save_file(whole, path / WEIGHTS, metadata={"format": "pt"})
+    (path / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def take(tensors: Tensors, key: str, shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
+    """Takes a tensor out of `tensors`, so that what is left in the end is surplus.
+
+    Args:
+        tensors: loses the tensor.
+        key: its name.
+        shape: what it must have.
+        dtype: what it is converted to; None: as stored.
+
+    Raises:
+        AdapterError: if it is missing or has another shape.
+    """
+    if key not in tensors:
+        raise AdapterError(f"missing key {key!r}; the file is not whole, or for another model.")
+    tensor = tensors.pop(key)
+    if tensor.shape != shape:
+        raise AdapterError(
+            f"{key!r} has shape {tensor.shape}, the model and the config need {shape}."
+        )
+    return tensor if dtype is None else tensor.astype(dtype)
+
+
+def refuse(settings: Settings, *options: str) -> None:
+    """Raises AdapterError for the first of the options that is set: each changes what is computed."""
+    for option in options:
+        if settings.get(option):
+            raise AdapterError(f"{option}={settings[option]!r} is not supported.")

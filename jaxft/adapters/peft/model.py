@@ -1,0 +1,158 @@
+"""The modules of the torch model that an adapter's names speak of, and where their leaves are here."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxft.adapters.errors import AdapterError
+from jaxft.adapters.peft.files import Settings, Tensors
+from jaxft.adapters.rewrite import path_name
+from jaxft.models.config import DecoderConfig
+from jaxft.models.hf_names import Entry, huggingface_entries
+from jaxft.weights import WeightLike, is_weight
+
+PREFIX = "base_model.model."
+
+
+@dataclasses.dataclass(frozen=True)
+class Linear:
+    """A matrix of the torch model; GPT-2's c_attn holds three of our kernels side by side."""
+
+    name: str  # "model.layers.0.self_attn.q_proj"
+    paths: tuple[str, ...]  # "layers/0/attention/query/kernel"
+    kernels: tuple[WeightLike, ...]
+    conv1d: bool  # GPT-2's own layer, which stores W as [in, out]
+
+    @property
+    def inputs(self) -> int:
+        """Number of inputs."""
+        return self.kernels[0].shape[0]
+
+    @property
+    def outputs(self) -> int:
+        """Number of outputs, of all kernels together."""
+        return sum(kernel.shape[1] for kernel in self.kernels)
+
+    def key(self, suffix: str) -> str:
+        """The name of one of its tensors in an adapter's file."""
+        return f"{PREFIX}{self.name}.{suffix}"
+
+    def parts(self) -> Iterator[tuple[str, WeightLike, slice]]:
+        """(path, kernel, its columns) of each kernel."""
+        ends = list(itertools.accumulate(kernel.shape[1] for kernel in self.kernels))
+        columns = map(slice, [0, *ends], ends)
+        return zip(self.paths, self.kernels, columns, strict=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model's params with separate layers, by the names of both sides."""
+
+    config: DecoderConfig
+    nodes: Mapping[str, Any]  # path -> leaf or weight
+    linears: tuple[Linear, ...]
+    leaves: Mapping[str, Mapping[str, Entry]]  # torch module -> "weight" or "bias" -> where it is
+
+
+def model_of(config: DecoderConfig, params: Any) -> Model:
+    """The model of params with separate layers."""
+    nodes = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_weight)[0]
+    nodes = {path_name(path): node for path, node in nodes}
+    leaves: dict[str, dict[str, Entry]] = {}
+    linears = []
+    for entry in huggingface_entries(config):
+        module, leaf = entry.name.rsplit(".", 1)
+        leaves.setdefault(module, {})[leaf] = entry
+        if entry.paths[0].endswith("/kernel"):
+            kernels = tuple(nodes[path] for path in entry.paths)
+            linears.append(Linear(module, entry.paths, kernels, not entry.transposed))
+    return Model(config, nodes, tuple(linears), leaves)
+
+
+def targeted(settings: Settings, tensors: Tensors, modules: Iterable[str]) -> list[str]:
+    """Those of the torch modules that the config names: PEFT's rule, first to last."""
+    return [name for name in modules if _is_target(settings, tensors, name)]
+
+
+def short_names(modules: Iterable[str], chosen: Iterable[str]) -> list[str]:
+    """`chosen` as target_modules: "q_proj" where all modules of that name are chosen, else in full."""
+    short = lambda module: module.rsplit(".", 1)[-1]
+    chosen = set(chosen)
+    partial = {short(m) for m in modules if m not in chosen}
+    return sorted({m if short(m) in partial else short(m) for m in chosen})
+
+
+def pattern(table: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+    """The value of a module in rank_pattern or alpha_pattern: regular expressions of a name's end."""
+    matches = (
+        value for key, value in (table or {}).items() if re.match(rf"(.*\.)?({key})$", module)
+    )
+    return next(matches, default)
+
+
+def patterns(values: Mapping[str, float], which: str) -> dict[str, Any]:
+    """{which: the commonest value, "rank_pattern" or "alpha_pattern": the others by module}."""
+    plain = {m: int(v) if float(v).is_integer() else float(v) for m, v in values.items()}
+    counts = list(plain.values())
+    common = max(set(counts), key=counts.count)
+    table = "rank_pattern" if which == "r" else "alpha_pattern"
+    return {which: common, table: {m: v for m, v in plain.items() if v != common}}
+
+
+def numpy(leaf: Any) -> np.ndarray:
+    """A trained array as float32."""
+    return np.asarray(leaf, np.float32)
+
+
+def no_conv1d(linear: Linear, kind: str) -> None:
+    """Raises AdapterError for a layer of GPT-2, for those types that PEFT does not have there."""
+    if linear.conv1d:
+        raise AdapterError(
+            f"{linear.name!r} is a Conv1D of GPT-2, which {kind} does not support in PEFT; save the "
+            "adapter with save_native."
+        )
+
+
+def single(linear: Linear, parts: list, kind: str) -> Any:
+    """The weight on a matrix that is one kernel.
+
+    Raises:
+        AdapterError: for GPT-2's query, key and value, one matrix there that a type cannot divide.
+    """
+    if len(parts) > 1:
+        raise AdapterError(
+            f"{linear.name!r} holds query, key and value in one matrix, which {kind} in PEFT adapts as "
+            "one; save the adapter with save_native."
+        )
+    return parts[0]
+
+
+def _is_target(settings, tensors, name) -> bool:
+    targets, excluded = settings.get("target_modules"), settings.get("exclude_modules")
+    if targets is None:  # PEFT's default for the architecture: what the file holds, then.
+        return any(key.startswith(f"{PREFIX}{name}.") for key in tensors)
+    if targets == "all-linear":
+        return name != "lm_head" and not (excluded and _named(excluded, name))
+    if not _named(targets, name) or (excluded and _named(excluded, name)):
+        return False
+    only = settings.get("layers_to_transform")
+    if isinstance(targets, str) or only in (None, []) or name in targets:
+        return True
+    places = settings.get("layers_pattern") or [r"[^.]*"]
+    places = [places] if isinstance(places, str) else places
+    found = (re.match(rf"(?:^|.*?\.){place}\.(\d+)\.", name) for place in places)
+    layer = next((int(match[1]) for match in found if match), None)
+    return layer in ([only] if isinstance(only, int) else only)
+
+
+def _named(names, module) -> bool:
+    if isinstance(names, str):
+        return re.fullmatch(names, module) is not None
+    return any(module == name or module.endswith(f".{name}") for name in names)

@@ -1,0 +1,148 @@
+"""Adapters that are written, read again and compared: what is on the disk gives the logits that trained."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxft.adapters.errors import AdapterError
+from jaxft.adapters.native import save_native
+from jaxft.adapters.peft import load_adapter, save_adapter
+from jaxft.adapters.rewrite import Params, partition, path_name
+from jaxft.models import Decoder, unstack_layers
+from jaxft.weights import Frozen, is_weight, quantisation_error
+
+
+class Difference(NamedTuple):
+    """How far two models' logits are apart."""
+
+    largest: float  # over tokens and vocabulary
+    scale: float  # the largest logit's magnitude
+
+    def __str__(self) -> str:
+        return f"largest logit difference {self.largest:.2g} (logits up to {self.scale:.3g})"
+
+
+def logit_difference(
+    model: Decoder, params: Params, other: Params, tokens: Any = None
+) -> Difference:
+    """The largest difference of the logits of two params of a model, computed in float32.
+
+    Args:
+        model: the decoder.
+        params: of either layout, adapted or merged.
+        other: the same.
+        tokens: [B, T]; None: 2 x 16 spread over the vocabulary.
+    """
+    if tokens is None:
+        tokens = (np.arange(32).reshape(2, 16) * 7919 + 1) % model.config.vocab_size
+    wide = model.clone(dtype=jnp.float32)
+    run = jax.jit(lambda params, tokens: wide.apply({"params": params}, tokens).logits)
+    ours, theirs = (np.asarray(run(p, jnp.asarray(tokens))) for p in (params, other))
+    return Difference(float(np.abs(ours - theirs).max()), float(np.abs(ours).max()))
+
+
+def check_same(
+    what: str,
+    model: Decoder,
+    params: Params,
+    other: Params,
+    *,
+    dtype: Any = jnp.float32,
+    tokens: Any = None,
+) -> Difference:
+    """`logit_difference`, which must stay below sqrt(eps) of the largest logit.
+
+    Args:
+        what: names the files in the error.
+        model: the decoder.
+        params: as they were trained.
+        other: as they were read.
+        dtype: gives eps: what `other` was rounded to. float32 allows 3e-4, bfloat16 9%.
+        tokens: see logit_difference.
+
+    Raises:
+        AdapterError: if it does not.
+    """
+    difference = logit_difference(model, params, other, tokens)
+    allowed = float(jnp.finfo(dtype).eps) ** 0.5 * difference.scale
+    if not difference.largest <= allowed:  # NaN too.
+        raise AdapterError(
+            f"{what}: read again, it gives other logits: {difference}, allowed {allowed:.2g}. Do not "
+            "use these files; the checkpoints of the run hold what was trained."
+        )
+    return difference
+
+
+def save_checked(
+    path: str | os.PathLike,
+    model: Decoder,
+    params: Params,
+    base: Params,
+    *,
+    base_model: str = "",
+    native: dict[str, Any] | None = None,
+    tokens: Any = None,
+) -> Difference:
+    """Saves an adapter, loads it from disk onto its base and compares logits.
+
+    Args:
+        path: the directory.
+        model: the decoder.
+        params: adapted.
+        base: the params before, not quantised, in the same layout.
+        base_model: see save_adapter.
+        native: the settings of save_native, for its format; None: PEFT's.
+        tokens: see logit_difference.
+
+    Raises:
+        AdapterError: see check_same, save_adapter and save_native.
+    """
+    if native is None:
+        save_adapter(path, model.config, params, base_model=base_model, base=base)
+        # As in training: what lies under the adapter may be rounded.
+        under = _kernels_under(params, base)
+    else:
+        save_native(path, params, **native)
+        under = base
+    loaded = load_adapter(path, model.config, under)
+    # What comes back as it was is computed as it was; PiSSA's residual kernel was rounded.
+    same = jax.tree.structure(loaded) == jax.tree.structure(params)
+    dtype = jnp.float32 if same else jax.tree.leaves(base)[0].dtype
+    return check_same(str(path), model, params, loaded, dtype=dtype, tokens=tokens)
+
+
+def rounding_loss(params: Params, base: Params) -> float | None:
+    """The largest relative error |W - Q| / |W| of the quantised kernels of `params`, or None without any.
+
+    Args:
+        params: adapted, over quantised kernels, or with some.
+        base: the params before they were quantised, in the same layout.
+    """
+    unstacked, kernels = unstack_layers(params), unstack_layers(base)
+    pairs = zip(
+        jax.tree.leaves(_kernels_under(unstacked, kernels), is_leaf=is_weight),
+        jax.tree.leaves(kernels, is_leaf=is_weight),
+        strict=True,
+    )
+    errors = [quantisation_error(kernel, under) for under, kernel in pairs if is_weight(under)]
+    return max(errors, default=None)
+
+
+def _kernels_under(params, base):
+    """A tree like `base`: the quantised kernel that an adapter stands on, or else the base's."""
+    nodes = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_weight)
+    nodes = {path_name(path): node for path, node in nodes}
+
+    def under(path, kernel):
+        node = nodes.get(path_name(path))
+        inner = node.value if isinstance(node, Frozen) else getattr(node, "base", None)
+        if inner is None and is_weight(node) and not jax.tree.leaves(partition(node)[0]):
+            inner = node
+        return inner if is_weight(inner) else kernel
+
+    return jax.tree_util.tree_map_with_path(under, base, is_leaf=is_weight)

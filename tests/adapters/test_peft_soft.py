@@ -143,7 +143,7 @@ def test_damage_is_named(case, tmp_path):
     tensor = whole["prompt_embeddings"]
     check({"other": tensor}, "missing key 'prompt_embeddings'")
     check(whole | {"other": tensor}, "surplus key 'other'")
-    check({"prompt_embeddings": tensor[:2]}, r"has shape \(2, \d+\), the config and the model need")
+    check({"prompt_embeddings": tensor[:2]}, r"has shape \(2, \d+\), the model and the config need")
     file.write_bytes(file.read_bytes()[:-9])
     with pytest.raises(AdapterError, match="damaged"):
         load_adapter(tmp_path, model.config, params)

@@ -136,7 +136,10 @@ def test_a_prefix_of_a_text_s_keys_and_values_is_that_text_in_front(config, stac
     expected = hidden(model, params, jnp.concatenate([first, TOKENS], axis=1))[:, 3:]
     fill = jax.jit(lambda ids, cache: model.apply({"params": params}, ids, cache=cache).cache)
     cache = fill(first[:1], model.init_cache(1, 3))
-    pairs = jnp.stack([jnp.stack(cache.keys), jnp.stack(cache.values)], axis=1)[:, :, 0]
+    # [L, 1, G, K, S] and [L, 1, G, S, K] -> [L, 2, S, G, K]
+    keys = jnp.transpose(jnp.stack(cache.keys)[:, 0], (0, 3, 1, 2))
+    values = jnp.transpose(jnp.stack(cache.values)[:, 0], (0, 2, 1, 3))
+    pairs = jnp.stack([keys, values], axis=1)
     params = adapt(KEY, stack_layers(params) if stacked else params, {"prefix": prefix(3)})
     assert count(params)[0] == params["prefix"].size == pairs.size
     params["prefix"] = jnp.moveaxis(pairs, 2, 0).reshape(3, -1)  # [L, 2, l, G, K] -> [l, L 2 G K]

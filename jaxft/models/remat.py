@@ -7,6 +7,8 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 
+from jaxft.kernels.attention import KERNEL_RESULT
+
 # none: store every intermediate that a gradient needs.
 # lean: recompute what is cheap: norms, activations, rotary positions, attention scores (results
 #   of fused attention kernels are kept).
@@ -38,9 +40,10 @@ def remat_lean(fun: Any, name: Remat) -> Any:
         return fun
     if isinstance(fun, type):
         return nn.remat(fun)
-    return jax.checkpoint(fun, policy=_is_kernel)
+    return jax.checkpoint(fun, policy=_is_kernel_result)
 
 
-def _is_kernel(primitive, *_, **__):
-    """Whether a fused kernel's results are at hand: to run it again would cost what it saves."""
-    return primitive.name == "pallas_call" or "dot_product_attention" in primitive.name
+def _is_kernel_result(primitive, *_, **options):
+    """Whether this is what a fused attention kernel leaves: to run it again would cost what it saves."""
+    named = primitive.name == "name" and options["name"] == KERNEL_RESULT
+    return named or "dot_product_attention" in primitive.name

@@ -50,7 +50,7 @@ def main() -> None:
 
 def _cell(name):
     if name.startswith("paca"):
-        options = [*CELLS[name][1:], "--remat", "light"]
+        options = [*CELLS[name][1:], "--remat", "lean"]
         return [["-m", "benchmarks.side_jaxft", job, *options] for job in ("paca", "lora")]
     peer = "tunix" if name.startswith("tunix") else "transformers"
     return [["-m", f"benchmarks.side_{side}", *CELLS[name]] for side in ("jaxft", peer)]

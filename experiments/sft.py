@@ -85,7 +85,7 @@ class Config:
     tensor: int = 1  # mesh: shards of each projection
     bfloat16: bool = False  # compute in bfloat16; what trains stays float32
     scan_layers: bool = False  # stack layers: compile time independent of depth
-    remat: Remat = "none"  # recompute in the backward pass: light, dots or full save memory
+    remat: Remat = "none"  # recompute in the backward pass: lean, dots or full save memory
 
     eval_steps: int = 20
     save_steps: int = 100

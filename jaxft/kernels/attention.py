@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 
 Implementation = Literal["reference", "blocked", "xla", "cudnn"]
+# jax.ad_checkpoint.checkpoint_name of what a fused kernel keeps for its backward pass.
+KERNEL_RESULT = "attention_kernel"
 BLOCK = 128  # query rows whose masked keys are skipped together
 
 

@@ -24,7 +24,7 @@ from jaxft.models.layers import (
     through_adapter,
 )
 from jaxft.models.layout import is_stacked
-from jaxft.models.remat import Remat, remat_block, remat_light
+from jaxft.models.remat import Remat, remat_block, remat_lean
 from jaxft.models.rope import apply_rope, rope_table
 from jaxft.models.soft import (
     ALWAYS_NEAR,
@@ -237,10 +237,11 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x, layer, cached, context):
         config = self.config
-        norm_type = remat_light(Norm, self.remat)
+        norm_type = remat_lean(Norm, self.remat)
         norm = functools.partial(norm_type, config.norm, config.norm_eps, config.norm_offset)
         y = norm(name="attention_norm")(x)
-        y, cached = Attention(config, self.attention, name="attention")(y, layer, cached, context)
+        mix = Attention(config, self.remat, self.attention, name="attention")
+        y, cached = mix(y, layer, cached, context)
         x = x + (norm(name="post_attention_norm")(y) if config.post_norms else y)
         y = Mlp(config, self.remat, name="mlp")(norm(name="mlp_norm")(x))
         x = x + (norm(name="post_mlp_norm")(y) if config.post_norms else y)
@@ -251,43 +252,55 @@ class Attention(nn.Module):
     """Grouped-query self-attention with rotary or no positions."""
 
     config: DecoderConfig
+    remat: Remat = "none"
     implementation: str | None = None
 
     @nn.compact
     def __call__(self, x, layer, cached, context):
         config = self.config
         heads, groups, size = config.num_heads, config.num_kv_heads, config.head_dim
-        split = lambda y, n: y.reshape(*y.shape[:-1], n, size)
+        split = lambda y: y.reshape(*y.shape[:-1], -1, size)
         dense = functools.partial(Dense, bias=config.attention_bias)
-        query = split(dense(heads * size, name="query")(x), heads)
-        key = split(dense(groups * size, name="key")(x), groups)
-        value = split(dense(groups * size, name="value")(x), groups)
+        query = dense(heads * size, name="query")(x)
+        key = dense(groups * size, name="key")(x)
+        value = dense(groups * size, name="value")(x)
         if config.qk_norm:
-            norm = functools.partial(Norm, "rms", config.norm_eps, config.norm_offset)
-            query, key = norm(name="query_norm")(query), norm(name="key_norm")(key)
-        if config.rope is not None:
-            table = _layer_table(config, layer, context)
-            query, key = apply_rope(query, table), apply_rope(key, table)
-        if layer.prefix is not None:
-            key, value = before(layer.prefix[0], key), before(layer.prefix[1], value)
+            norm_type = remat_lean(Norm, self.remat)
+            norm = functools.partial(norm_type, "rms", config.norm_eps, config.norm_offset)
+            query = norm(name="query_norm")(split(query)).reshape(query.shape)
+            key = norm(name="key_norm")(split(key)).reshape(key.shape)
         options = {"scale": config.scale, "softcap": config.attention_softcap}
-        if context.mask is None:
-            y = attention(
-                query,
-                key,
-                value,
+        table = None if config.rope is None else _layer_table(config, layer, context)
+
+        # From flat projections: heads narrower than a TPU's lanes would be stored padded.
+        def to_heads(query, key, value):
+            query, key, value = split(query), split(key), split(value)
+            if table is not None:
+                query, key = apply_rope(query, table), apply_rope(key, table)
+            if layer.prefix is not None:
+                key, value = before(layer.prefix[0], key), before(layer.prefix[1], value)
+            return query, key, value
+
+        def attended(*projections):
+            return attention(
+                *to_heads(*projections),
                 segment_ids=context.segment_ids,
                 window=layer.window,
                 implementation=self.implementation,
                 **options,
             )
+
+        if context.mask is None:
+            y = remat_lean(attended, self.remat)(query, key, value)
         else:
             mask = context.mask
             if layer.window is not None:
                 mask = mask & window_mask(context.positions, context.key_positions, layer.window)
             if cached is None:
-                y = attend(query, key, value, mask, **options)
+                masked = lambda *projections: attend(*to_heads(*projections), mask, **options)
+                y = remat_lean(masked, self.remat)(query, key, value)
             else:
+                query, key, value = to_heads(query, key, value)
                 cached = write(cached, key, value, context.start)
                 y = attend_cache(query, *(c.astype(query.dtype) for c in cached), mask, **options)
         y = Dense(config.hidden_size, config.output_bias, name="out")(y.reshape(*x.shape[:-1], -1))
@@ -308,9 +321,9 @@ class Mlp(nn.Module):
         up = dense(name="up")(x)
         if config.gated_mlp:
             gate = dense(name="gate")(x)
-            y = remat_light(lambda g, u: activation(g) * u, self.remat)(gate, up)
+            y = remat_lean(lambda g, u: activation(g) * u, self.remat)(gate, up)
         else:
-            y = remat_light(activation, self.remat)(up)
+            y = remat_lean(activation, self.remat)(up)
         y = Dense(config.hidden_size, config.mlp_bias, name="down")(y)
         return through_adapter(self, x, y)
 

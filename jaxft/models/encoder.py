@@ -14,7 +14,7 @@ from jaxft.kernels import attend, attention, attention_mask
 from jaxft.models.decoder import Mlp
 from jaxft.models.layers import KERNEL_INIT, Dense, Embed, Norm, read, through_adapter
 from jaxft.models.layout import is_stacked
-from jaxft.models.remat import Remat, remat_block
+from jaxft.models.remat import Remat, remat_block, remat_lean
 from jaxft.models.soft import before, check_room, open_front, read_lead
 from jaxft.weights import to_dense
 
@@ -118,7 +118,7 @@ class Encoder(nn.Module):
                 in_axes=(0, nn.broadcast),
                 length=config.num_layers,
             )
-            x, _ = scanned(config, name="layers")(x, lead.prefix, segment_ids)
+            x, _ = scanned(config, self.remat, name="layers")(x, lead.prefix, segment_ids)
         else:
             x = EncoderLayers(config, self.remat, name="layers")(x, lead.prefix, segment_ids)
         x = x[:, lead.prompt_length :]
@@ -198,7 +198,7 @@ class EncoderLayers(nn.Module):
         block = remat_block(EncoderBlock, self.remat)
         for i in range(self.config.num_layers):
             own = None if prefix is None else prefix[i]
-            x, _ = block(self.config, name=str(i))(x, own, segment_ids)
+            x, _ = block(self.config, self.remat, name=str(i))(x, own, segment_ids)
         return x
 
 
@@ -206,14 +206,16 @@ class EncoderBlock(nn.Module):
     """Self-attention and MLP with residuals, normed before (ViT) or after each (BERT)."""
 
     config: EncoderConfig
+    remat: Remat = "none"
 
     @nn.compact
     def __call__(self, x, prefix, segment_ids):
         config = self.config
-        mix = EncoderAttention(config, name="attention")
-        mlp = Mlp(config, name="mlp")
-        first = Norm("layer", config.norm_eps, name="attention_norm")
-        second = Norm("layer", config.norm_eps, name="mlp_norm")
+        mix = EncoderAttention(config, self.remat, name="attention")
+        mlp = Mlp(config, self.remat, name="mlp")
+        norm_type = remat_lean(Norm, self.remat)
+        first = norm_type("layer", config.norm_eps, name="attention_norm")
+        second = norm_type("layer", config.norm_eps, name="mlp_norm")
         if config.pre_norm:
             x = x + mix(first(x), prefix, segment_ids)
             return x + mlp(second(x)), None
@@ -225,20 +227,25 @@ class EncoderAttention(nn.Module):
     """Attention in both directions."""
 
     config: EncoderConfig
+    remat: Remat = "none"
 
     @nn.compact
     def __call__(self, x, prefix, segment_ids):
         config = self.config
         dense = functools.partial(Dense, config.hidden_size, config.attention_bias)
         split = lambda y: y.reshape(*y.shape[:-1], config.num_heads, config.head_dim)
-        query, key, value = (split(dense(name=name)(x)) for name in ("query", "key", "value"))
-        if prefix is None:
-            y = attention(query, key, value, segment_ids=segment_ids, causal=False)
-        else:
+        projections = (dense(name=name)(x) for name in ("query", "key", "value"))
+
+        def attended(*projections):
+            query, key, value = map(split, projections)
+            if prefix is None:
+                return attention(query, key, value, segment_ids=segment_ids, causal=False)
             mask = attention_mask(x.shape[1], segment_ids, None, causal=False)
             mask = None if mask is None else open_front(mask, prefix.shape[1])
             key, value = before(prefix[0], key), before(prefix[1], value)
-            y = attend(query, key, value, mask, scale=config.head_dim**-0.5)
+            return attend(query, key, value, mask, scale=config.head_dim**-0.5)
+
+        y = remat_lean(attended, self.remat)(*projections)
         y = Dense(config.hidden_size, bias=True, name="out")(y.reshape(x.shape))
         return through_adapter(self, x, y)
 

@@ -7,12 +7,15 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 
-# none:  store every intermediate that a gradient needs.
-# light: recompute norms and activations; costs almost no time.
-# dots:  store the projections' outputs alone; attention scores are recomputed.
-# full:  store each block's input alone; costs one more forward pass.
-Remat = Literal["none", "light", "dots", "full"]
-NAMES = ("none", "light", "dots", "full")
+from jaxft.kernels.attention import KERNEL_RESULT
+
+# none: store every intermediate that a gradient needs.
+# lean: recompute what is cheap: norms, activations, rotary positions, attention scores (results
+#   of fused attention kernels are kept).
+# dots: store the projections' outputs alone; attention scores are recomputed.
+# full: store each block's input alone; costs one more forward pass.
+Remat = Literal["none", "lean", "dots", "full"]
+NAMES = ("none", "lean", "dots", "full")
 
 
 def remat_block(block: Any, name: Remat, *, scanned: bool = False) -> Any:
@@ -23,7 +26,7 @@ def remat_block(block: Any, name: Remat, *, scanned: bool = False) -> Any:
     """
     if name not in NAMES:
         raise ValueError(f"remat: unknown policy {name!r}; expected one of {', '.join(NAMES)}.")
-    if name in ("none", "light"):
+    if name in ("none", "lean"):
         return block
     policies = jax.checkpoint_policies
     policy = policies.dots_with_no_batch_dims_saveable if name == "dots" else None
@@ -31,10 +34,16 @@ def remat_block(block: Any, name: Remat, *, scanned: bool = False) -> Any:
     return nn.remat(block, policy=policy, prevent_cse=not scanned)
 
 
-def remat_light(fun: Any, name: Remat) -> Any:
-    """A cheap function, or linen module class, recomputed in the backward pass under "light"."""
-    if name != "light":
+def remat_lean(fun: Any, name: Remat) -> Any:
+    """A cheap function, or linen module class, recomputed in the backward pass under "lean"."""
+    if name != "lean":
         return fun
     if isinstance(fun, type):
         return nn.remat(fun)
-    return jax.checkpoint(fun)
+    return jax.checkpoint(fun, policy=_is_kernel_result)
+
+
+def _is_kernel_result(primitive, *_, **options):
+    """Whether this is what a fused attention kernel leaves: to run it again would cost what it saves."""
+    named = primitive.name == "name" and options["name"] == KERNEL_RESULT
+    return named or "dot_product_attention" in primitive.name

@@ -82,6 +82,29 @@ def scaled_bias(bias: jax.Array, w: WeightLike | None) -> jax.Array:
     return w.scaled_bias(bias) if isinstance(w, Weight) else bias
 
 
+@jax.custom_vjp
+def frozen_matmul(x: jax.Array, w: WeightLike) -> jax.Array:
+    """x w for a kernel of which nothing trains: the backward pass keeps w as it stands, and no x.
+
+    The product of x and `stop_gradient(w)` has the same gradient, but under a scan over layers JAX
+    keeps the stopped (or cast) copy of each layer's kernel: the base model a second time.
+    """
+    return matmul(x, w)
+
+
+def _frozen_matmul_forward(x, w):
+    return matmul(x, w), w
+
+
+def _frozen_matmul_backward(w, g):
+    # The product is linear in x: its transpose is the same at every x, and zeros need not be kept.
+    x = jnp.zeros((*g.shape[:-1], w.shape[-2]), g.dtype)
+    return jax.vjp(lambda x: matmul(x, w), x)[1](g)[0], None
+
+
+frozen_matmul.defvjp(_frozen_matmul_forward, _frozen_matmul_backward)
+
+
 def take(w: WeightLike, indices: jax.Array) -> jax.Array:
     """Rows of an embedding [vocabulary, features]; indices outside the table give NaN rows."""
     if isinstance(w, Frozen):
@@ -116,7 +139,7 @@ class Frozen(Weight):
         return self.value.dtype
 
     def rmatmul(self, x):
-        return matmul(x, jax.lax.stop_gradient(self.value))
+        return frozen_matmul(x, self.value)
 
     def scaled_bias(self, bias):
         return scaled_bias(bias, jax.lax.stop_gradient(self.value))

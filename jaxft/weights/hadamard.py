@@ -9,7 +9,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jaxft.weights.base import Weight, WeightLike, frozen_field, is_weight, matmul, to_dense
+from jaxft.weights.base import (
+    Weight,
+    WeightLike,
+    frozen_field,
+    frozen_matmul,
+    is_weight,
+    to_dense,
+)
 
 
 @jax.tree_util.register_dataclass
@@ -44,7 +51,7 @@ class LohaWeight(Weight):
         # The update has no cheaper product than its dense form, which is formed twice, not kept.
         product = jax.checkpoint(lambda x, w: x @ w._update().astype(x.dtype))
         own = dataclasses.replace(self, base=None)
-        return matmul(x, jax.lax.stop_gradient(self.base)) + product(x, own)
+        return frozen_matmul(x, self.base) + product(x, own)
 
     def to_dense(self):
         base = jax.lax.stop_gradient(to_dense(self.base))
@@ -93,7 +100,7 @@ class LokrWeight(Weight):
             parts = parts @ cast(self.v)
         update = jnp.einsum("...mk,ml->...lk", parts, cast(self.u))
         update = update.reshape(*x.shape[:-1], -1) * (self.alpha / self.rank)
-        return matmul(x, jax.lax.stop_gradient(self.base)) + update
+        return frozen_matmul(x, self.base) + update
 
     def to_dense(self):
         base = jax.lax.stop_gradient(to_dense(self.base))

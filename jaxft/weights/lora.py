@@ -8,7 +8,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jaxft.weights.base import Weight, WeightLike, frozen_field, is_weight, matmul, to_dense
+from jaxft.weights.base import (
+    Weight,
+    WeightLike,
+    frozen_field,
+    frozen_matmul,
+    is_weight,
+    matmul,
+    to_dense,
+)
 
 
 @jax.tree_util.register_dataclass
@@ -41,7 +49,7 @@ class LoraWeight(Weight):
         # (x A) B costs R (D + F) a row; x (A B) would cost D F and store a dense update. Scaling B
         # rather than the product spares a pass over the outputs.
         update = matmul(matmul(x, self.a), self.b * (self.alpha / self.rank))
-        return matmul(x, jax.lax.stop_gradient(self.base)) + update
+        return frozen_matmul(x, self.base) + update
 
     def to_dense(self):
         # The product in float32, whatever the storage: merging must not lose what was trained.

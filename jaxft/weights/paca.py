@@ -152,6 +152,21 @@ def _effective(in_place, base, rows, indices, dtype):
     return _with_rows(to_dense(base), rows, indices).astype(dtype)
 
 
+def _chosen(x, indices):
+    """x[..., indices]."""
+    return jax.lax.platform_dependent(
+        x, indices, tpu=_chosen_by_product, default=lambda x, i: jnp.take(x, i, axis=-1)
+    )
+
+
+def _chosen_by_product(x, indices):
+    # A TPU gathers along lanes only after a transposed copy of all of x. The product with rows of the
+    # identity is exact: one term of each sum is not zero.
+    selector = jax.nn.one_hot(indices, x.shape[-1], dtype=x.dtype)
+    axes = (((x.ndim - 1,), (1,)), ((), ()))
+    return jax.lax.dot_general(x, selector, axes, precision=jax.lax.Precision.HIGHEST)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _product(in_place, x, base, rows, indices):
     """x W; `rows` is in place only the port through which their gradient leaves."""
@@ -161,7 +176,7 @@ def _product(in_place, x, base, rows, indices):
 def _product_forward(in_place, x, base, rows, indices):
     y = _product(in_place, x, base, rows, indices)
     # base, rows and indices are inputs of the step: keeping them costs nothing.
-    return y, (jnp.take(x, indices, axis=-1), base, rows, indices)
+    return y, (_chosen(x, indices), base, rows, indices)
 
 
 def _product_backward(in_place, residuals, g):

@@ -14,8 +14,8 @@ from jaxft.weights.base import (
     WeightLike,
     along_last,
     frozen_field,
+    frozen_matmul,
     is_weight,
-    matmul,
     to_dense,
 )
 
@@ -44,8 +44,10 @@ class ScaledWeight(Weight):
         return self.base.dtype
 
     def rmatmul(self, x):
-        base, scale = jax.lax.stop_gradient(self.base), along_last(self.scale, x).astype(x.dtype)
-        return matmul(x * scale, base) if self.side == "input" else matmul(x, base) * scale
+        scale = along_last(self.scale, x).astype(x.dtype)
+        if self.side == "input":
+            return frozen_matmul(x * scale, self.base)
+        return frozen_matmul(x, self.base) * scale
 
     def scaled_bias(self, bias):
         return bias * self.scale.astype(bias.dtype) if self.side == "output" else bias

@@ -14,8 +14,8 @@ from jaxft.weights.base import (
     WeightLike,
     along_last,
     frozen_field,
+    frozen_matmul,
     is_weight,
-    matmul,
     to_dense,
 )
 
@@ -53,7 +53,7 @@ class VeraWeight(Weight):
         a, b = (leaf.astype(x.dtype) for leaf in self._tables())
         vector = lambda leaf: along_last(leaf, x).astype(x.dtype)
         update = (((x @ a) * vector(self.d)) @ b) * vector(self.e)
-        return matmul(x, jax.lax.stop_gradient(self.base)) + update
+        return frozen_matmul(x, self.base) + update
 
     def to_dense(self):
         a, b = self._tables()

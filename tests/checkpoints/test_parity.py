@@ -87,7 +87,7 @@ def test_scanned_and_blocked_forms_equal_the_plain_one(pair, records):
     theirs, _, model, params = pair
     batch, expected = packed(records), np.concatenate(logits_of_each(theirs, records))
     close(run(model, stack_layers(params), batch, remat="full")[0], expected)
-    close(run(model, params, batch, attention="blocked", remat="light")[0], expected)
+    close(run(model, params, batch, attention="blocked", remat="lean")[0], expected)
 
 
 def test_cache_step_by_step(pair, records):

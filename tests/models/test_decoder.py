@@ -46,7 +46,7 @@ def test_both_layouts_have_the_same_params_and_outputs(config):
     chex.assert_trees_all_close(apply(params), apply(stack_layers(params)), atol=1e-5)
 
 
-@pytest.mark.parametrize("remat", ["light", "dots", "full"])
+@pytest.mark.parametrize("remat", ["lean", "dots", "full"])
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_remat_changes_no_gradient(config, remat, scan_layers):
     params = init(config, scan_layers=scan_layers)
@@ -56,7 +56,7 @@ def test_remat_changes_no_gradient(config, remat, scan_layers):
     chex.assert_trees_all_close(grads(remat), grads("none"), rtol=1e-4, atol=1e-6)
 
 
-def test_light_and_full_remat_store_less():
+def test_lean_and_full_remat_store_less():
     config = dataclasses.replace(tiny_config(), num_layers=6)
     params, batch = init(config), {"tokens": jnp.tile(TOKENS, (8, 20))}
 
@@ -66,7 +66,7 @@ def test_light_and_full_remat_store_less():
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert temporary("full") < temporary("dots") < temporary("none")
-    assert temporary("light") < temporary("none")
+    assert temporary("lean") < temporary("none")
 
 
 def test_bfloat16_compute_keeps_float32_params_and_stays_near(config):
@@ -91,7 +91,7 @@ def test_mistakes_are_explained(config):
     model = Decoder(config)
     with pytest.raises(ValueError, match="unstack_layers"):
         model.apply({"params": params}, TOKENS, cache=model.init_cache(1, 16))
-    with pytest.raises(ValueError, match="unknown policy 'some'; expected one of none, light"):
+    with pytest.raises(ValueError, match="unknown policy 'some'; expected one of none, lean"):
         Decoder(config, remat="some").apply({"params": params}, TOKENS)
     some = adapt(jax.random.key(0), unstack_layers(params), {"layers/1/.*/kernel": lora(2)})
     with pytest.raises(ValueError, match="2 different structures"):

@@ -136,7 +136,7 @@ def test_modes_and_remat_give_the_same_losses():
     for name, options, remat in [
         ("in place", {}, "none"),
         ("functional", {"in_place": False}, "none"),
-        ("light", {}, "light"),
+        ("lean", {}, "lean"),
         ("full", {}, "full"),
     ]:
         model = _model(remat)
@@ -205,7 +205,7 @@ def test_population_over_rows():
 
 @pytest.mark.parametrize("stacked", [False, True])
 def test_writing_rows_copies_no_kernel(stacked):
-    model, batch = _model("light"), _batch()
+    model, batch = _model("lean"), _batch()
     params = _params(model)
     params = stack_layers(params) if stacked else params
     adapted = adapt(KEY, params, {ALL_LINEAR: paca(4)})
@@ -224,8 +224,8 @@ def test_writing_rows_copies_no_kernel(stacked):
 
 
 def test_no_full_width_input_is_kept_for_a_weight_gradient():
-    """Under "light", LoRA keeps the inputs of `up` and `down` for dA; PaCA keeps none of them."""
-    model, batch = _model("light"), _batch()
+    """Under "lean", LoRA keeps the inputs of `up` and `down` for dA; PaCA keeps none of them."""
+    model, batch = _model("lean"), _batch()
     config = model.config
 
     def kept(rule):

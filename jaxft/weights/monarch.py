@@ -40,9 +40,8 @@ class MonarchWeight(Weight):
         return self.first.dtype
 
     def rmatmul(self, x):
-        blocks, _, _, width = self.first.shape
         factors = self.first.astype(x.dtype), self.second.astype(x.dtype)
-        return monarch_product(_pad(x, blocks * width), *factors)[..., : self.features[1]]
+        return monarch_product(x, *factors, features=self.features[1])
 
     def to_dense(self):
         # [(k, i), (l, j)]: the product of each slice, in the order of inputs and outputs.
@@ -178,8 +177,3 @@ def _check_counts(shape, inputs, outputs):
             f"monarch: a kernel {shape} can be cut into 1..{shape[0]} blocks of inputs and "
             f"1..{shape[1]} of outputs, got {inputs} and {outputs}."
         )
-
-
-def _pad(x, size):
-    missing = size - x.shape[-1]
-    return jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, missing),)) if missing else x

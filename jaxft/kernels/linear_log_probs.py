@@ -20,8 +20,11 @@ from jaxft.kernels import linear_log_probs_tpu as tpu
 
 Implementation = Literal["reference", "xla", "pallas"]
 # Products of fewer tokens with a head wait for the head's bytes, on a TPU v5e and an H100 alike.
+FEWEST = 64  # tokens of a row alive at once: on a mesh a device may hold a row alone
 TOKENS = 1024  # tokens, over all rows, whose logits are alive at once in the forward pass
-TILE = 2048  # columns of the head whose logits, of all tokens, are alive at once in the backward pass
+TILE = (
+    2048  # columns of the head whose logits, of all tokens, are alive at once in the backward pass
+)
 
 
 def linear_log_probs(
@@ -40,8 +43,8 @@ def linear_log_probs(
 
     d/dh_t = s_t (W[:, target_t] - Σ_v p_t[v] W[:, v]) is kept from the forward pass; d/dW is formed from
     recomputed logits. Recomputing logits in tiles from each token's normaliser follows Wijmans et
-    al., 2024, arxiv.org/abs/2411.09009, sections 4.2 and 4.3 (without their filter, which drops
-    small gradients); the online normaliser of "pallas" is Milakov and Gimelshein's, 2018,
+    al., 2024, arxiv.org/abs/2411.09009, section 4 (without their filter, which drops small
+    gradients); the online normaliser of "pallas" is Milakov and Gimelshein's, 2018,
     arxiv.org/abs/1805.02867, algorithm 3.
 
     Args:
@@ -52,7 +55,7 @@ def linear_log_probs(
         temperature: positive, divides the capped logits.
         softcap: c of cap(z) = c tanh(z / c). None: no cap.
         chunk: "xla": tokens of each row whose logits are alive at once in the forward pass. None:
-            so many that all rows together have 1024.
+            so many that all rows together have 1024, and no fewer than 64.
         implementation: "reference" forms all logits. "xla" goes through chunks of tokens forward and tiles
             of the vocabulary backward, and may be partitioned over a mesh. "pallas" keeps logits in
             a TPU core's own memory; under a mesh it must be called in a shard_map. None: "xla".
@@ -148,7 +151,7 @@ def _backward_head(hidden, head, targets, normaliser, cotangent, options):
 
 def _forward_xla(hidden, head, targets, options, wants):
     length, rows = targets.shape[-1], targets.size // max(targets.shape[-1], 1)
-    chunk = -(-TOKENS // max(rows, 1)) if options.chunk is None else options.chunk
+    chunk = max(FEWEST, -(-TOKENS // max(rows, 1))) if options.chunk is None else options.chunk
     chunk, axis = max(min(chunk, length), 1), targets.ndim - 1
     vocabulary = jnp.arange(head.shape[options.vocabulary_axis])
 
@@ -158,7 +161,10 @@ def _forward_xla(hidden, head, targets, options, wants):
         h, target = (jax.lax.dynamic_slice_in_dim(x, start, chunk, axis) for x in (hidden, targets))
         logits, slope = _logits(h, head, options)
         hit = target[..., None] == _along(vocabulary, logits)
-        normaliser = jax.nn.logsumexp(logits, axis=-1)
+        # jax.nn.logsumexp also mends infinities, for a percent of the time on a TPU.
+        largest = jnp.max(logits, axis=-1)
+        total = jnp.sum(jnp.exp(logits - largest[..., None]), axis=-1)
+        normaliser = largest + jnp.log(total)
         picked = jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
         parts = [picked - normaliser, normaliser]
         if wants:

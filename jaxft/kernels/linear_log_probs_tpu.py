@@ -39,7 +39,10 @@ def forward(
     grid = (pl.cdiv(count, rows), pl.cdiv(vocabulary, columns))
     per_token = pl.BlockSpec((rows, 1), lambda i, j: (i, 0))
     whole = pl.BlockSpec((rows, features), lambda i, j: (i, 0))
-    column, number = jax.ShapeDtypeStruct((count, 1), jnp.float32), pltpu.VMEM((rows, 1), jnp.float32)
+    column, number = (
+        jax.ShapeDtypeStruct((count, 1), jnp.float32),
+        pltpu.VMEM((rows, 1), jnp.float32),
+    )
     wide = pltpu.VMEM((rows, features), jnp.float32)
     results = pl.pallas_call(
         functools.partial(
@@ -52,7 +55,10 @@ def forward(
         out_shape=[column, column] + [jax.ShapeDtypeStruct(hidden.shape, hidden.dtype)] * wants,
         scratch_shapes=[number] * 3 + [wide] * (2 * wants),
         compiler_params=_params("parallel", "arbitrary"),
-        cost_estimate=_cost(hidden, head, products=1 + wants, reads=grid[0], writes=wants * hidden.nbytes),
+        cost_estimate=_cost(
+            hidden, head, products=1 + wants,
+            moved=(1 + wants) * hidden.nbytes + grid[0] * head.nbytes,
+        ),
         interpret=interpret,
     )(targets[order, None], hidden[order], head)  # fmt: skip
     back = jnp.argsort(order)
@@ -83,7 +89,9 @@ def backward_head(
         out_shape=jax.ShapeDtypeStruct(head.shape, head.dtype),
         scratch_shapes=[pltpu.VMEM(head_spec.block_shape, jnp.float32)],
         compiler_params=_params("parallel", "arbitrary"),
-        cost_estimate=_cost(head, hidden, products=2, reads=grid[0], writes=head.nbytes),
+        cost_estimate=_cost(
+            hidden, head, products=2, moved=2 * head.nbytes + grid[0] * hidden.nbytes
+        ),
         interpret=interpret,
     )(*(pad(x[:, None]) for x in (targets, normaliser, cotangent)), pad(hidden), head)
 
@@ -183,11 +191,8 @@ def _params(*semantics):
     return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=VMEM)
 
 
-def _cost(rows, head, *, products, reads, writes):
-    """`products` of all tokens with all of the head, which is read once for each block of tokens."""
-    tokens = rows.shape[0]
-    return pl.CostEstimate(
-        flops=2 * products * tokens * head.size,
-        transcendentals=tokens * head.size // rows.shape[1],
-        bytes_accessed=int(rows.nbytes + reads * head.nbytes + writes),
-    )
+def _cost(hidden, head, *, products, moved):
+    """`products` of all tokens with all of the head, and bytes moved between HBM and VMEM."""
+    exponentials = hidden.shape[0] * head.size // hidden.shape[1]
+    flops = 2 * products * hidden.shape[0] * head.size
+    return pl.CostEstimate(flops=flops, transcendentals=exponentials, bytes_accessed=moved)

@@ -57,7 +57,8 @@ def linear_log_probs(
         chunk: "xla": tokens of each row whose logits are alive at once in the forward pass. None:
             so many that all rows together have 1024, and no fewer than 64.
         implementation: "reference" forms all logits. "xla" goes through chunks of tokens forward and tiles
-            of the vocabulary backward, and may be partitioned over a mesh. "pallas" keeps logits in
+            of the vocabulary backward, and may be partitioned over a mesh (tiles of a head that
+            trains are gathered over an axis that splits its vocabulary). "pallas" keeps logits in
             a TPU core's own memory; under a mesh it must be called in a shard_map. None: "xla".
         interpret: run "pallas" step by step, on any backend.
 
@@ -174,8 +175,10 @@ def _forward_xla(hidden, head, targets, options, wants):
         put = lambda x, part: jax.lax.dynamic_update_slice_in_dim(x, part, start, axis)
         return [put(*pair) for pair in zip(results, parts, strict=True)]
 
-    zeros = [jnp.zeros(targets.shape, jnp.float32)] * 2 + [jnp.zeros_like(hidden)] * wants
-    results = jax.lax.fori_loop(0, -(-length // chunk), body, zeros)
+    # Every entry is written, so nothing need be there before.
+    empty = [jax.lax.empty(targets.shape, jnp.float32)] * 2
+    empty += [jax.lax.empty(hidden.shape, hidden.dtype)] * wants
+    results = jax.lax.fori_loop(0, -(-length // chunk), body, empty)
     return (*results, None)[:3]
 
 
@@ -198,7 +201,8 @@ def _backward_head_xla(hidden, head, targets, normaliser, cotangent, options):
         part = jax.lax.dot_general(*pair, ((tokens, tokens), ((), ())))
         return jax.lax.dynamic_update_slice_in_dim(d_head, part, start, axis)
 
-    return jax.lax.fori_loop(0, -(-vocabulary // tile), body, jnp.zeros_like(head))
+    empty = jax.lax.empty(head.shape, head.dtype)  # every entry is written
+    return jax.lax.fori_loop(0, -(-vocabulary // tile), body, empty)
 
 
 def _along(columns, logits):

@@ -1,5 +1,6 @@
-"""Kernels, each beside its plain reference and behind one public function."""
+"""Kernels, each behind one public function and beside its plain reference."""
 
 from jaxft.kernels.attention import attend, attend_cache, attention, attention_mask
+from jaxft.kernels.linear_log_probs import linear_log_probs
 
-__all__ = ["attend", "attend_cache", "attention", "attention_mask"]
+__all__ = ["attend", "attend_cache", "attention", "attention_mask", "linear_log_probs"]

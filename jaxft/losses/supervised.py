@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxft.weights import WeightLike, matmul
+from jaxft import kernels
+from jaxft.weights import Frozen, Transposed, WeightLike, is_weight, matmul
 
 CHUNK = 64  # tokens a row whose logits are alive at once
 
@@ -67,15 +68,25 @@ def linear_log_probs(
     *,
     temperature: float = 1.0,
     softcap: float | None = None,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> Float[Array, "B T"]:
-    """log softmax(h_t W / temperature)[target_t] in nats, one value a token, over chunks of tokens.
+    """log softmax(h_t W / temperature)[target_t] in nats, one value a token; logits never held whole.
 
-    The logits of a chunk are recomputed in the backward pass: a caller weighs tokens by values
-    that are known only after the forward pass (advantages, preferences).
+    A caller may weigh tokens by values that are known only after the forward pass (advantages,
+    preferences). A dense head, frozen or not, goes to jaxft.kernels.linear_log_probs; any other weight
+    through `matmul`, chunk by chunk, and its logits are recomputed in the backward pass.
+
+    Args:
+        chunk: tokens of each row whose logits are alive at once. None: what suits the form.
     """
+    dense, transposed = _stored(head)
+    if dense is not None:
+        return kernels.linear_log_probs(
+            hidden, dense, targets,
+            transposed=transposed, temperature=temperature, softcap=softcap, chunk=chunk,
+        )  # fmt: skip
     length = targets.shape[1]
-    chunk = min(chunk, length)
+    chunk = min(CHUNK if chunk is None else chunk, length)
     pad = -length % chunk
     widen = lambda x: jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
     split = lambda x: jnp.moveaxis(widen(x).reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
@@ -86,6 +97,17 @@ def linear_log_probs(
 
     _, log_probs = jax.lax.scan(part, None, (split(hidden), split(targets)))
     return jnp.moveaxis(log_probs, 0, 1).reshape(targets.shape[0], -1)[:, :length]
+
+
+def _stored(head):
+    """(array or None, whether it is stored [V, D]): the head, if it is a dense array underneath."""
+    if isinstance(head, Frozen):
+        array, transposed = _stored(head.value)
+        return jax.lax.stop_gradient(array), transposed
+    if isinstance(head, Transposed):
+        array, transposed = _stored(head.weight)
+        return array, not transposed
+    return (None if is_weight(head) else head), False
 
 
 def _front(weights):

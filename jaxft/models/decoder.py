@@ -148,8 +148,10 @@ class Decoder(nn.Module):
     def _scan(self, x, context):
         config = self.config
         local = jnp.array([config.window(i) is not None for i in range(config.num_layers)])
-        # A window as long as the input hides nothing: one program serves all layers.
-        windows = jnp.array([config.window(i) or x.shape[1] for i in range(config.num_layers)])
+        windows = None
+        if config.shared_window is None and any(config.windows):
+            # A window as long as the input hides nothing: one program serves all layers.
+            windows = jnp.array([config.window(i) or x.shape[1] for i in range(config.num_layers)])
         scanned = nn.scan(
             remat_block(Block, self.remat, scanned=True),
             variable_axes={"params": 0},
@@ -158,7 +160,7 @@ class Decoder(nn.Module):
             length=config.num_layers,
         )
         body = scanned(config, self.remat, self.attention, name="layers")
-        layer = LayerKind(local, windows if any(config.windows) else None)
+        layer = LayerKind(local, windows)
         return body(x, layer, None, context)[0]
 
 
@@ -172,7 +174,8 @@ class Layers(nn.Module):
     @nn.compact
     def __call__(self, x, context):
         config, keys, values = self.config, [], []
-        block_type = remat_block(Block, self.remat)
+        # A window known while tracing lets attention pick a kernel.
+        block_type = remat_block(Block, self.remat, static_argnums=(2,))
         for i in range(config.num_layers):
             block = block_type(config, self.remat, self.attention, name=str(i))
             layer, cached = LayerKind(config.window(i) is not None, config.window(i)), None
@@ -230,13 +233,15 @@ class Attention(nn.Module):
             query, key = apply_rope(query, table), apply_rope(key, table)
         options = {"scale": config.scale, "softcap": config.attention_softcap}
         if cached is None:
+            # At init any will do, and a kernel may not run where params are made.
+            implementation = None if self.is_initializing() else self.implementation
             y = attention(
                 query,
                 key,
                 value,
                 segment_ids=context.segment_ids,
-                window=layer.window,
-                implementation=self.implementation,
+                window=config.shared_window or layer.window,
+                implementation=implementation,
                 **options,
             )
         else:

@@ -43,8 +43,13 @@ def compile_only_devices(topology: str) -> list[jax.Device]:
             f"compile_only_devices: {topology!r} is no topology; "
             "expected one like 'v5e:4x4', 'v5p:2x2x4', 'v6e:1x1' or 'h100:8'."
         )
+    # One chip is less than the host of four that the compiler supposes.
+    single = re.fullmatch(r"\w+:1(x1)+", topology)
+    options = {"chips_per_host_bounds": (1, 1, 1)} if single else {}
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+        return topologies.get_topology_desc(
+            platform="tpu", topology_name=topology, **options
+        ).devices
     except Exception as error:
         raise RuntimeError(
             f"no TPU compiler for {topology!r}: {error}. Install it with `make aot` or pip "

@@ -51,6 +51,7 @@ class Config:
     model: str = "smollm2"  # directory, .gguf file, "smollm2", "tiny" (random), or hub id
     data: tuple[str, ...] = (f"{NEEDLE}&size=2000&seed=1",)  # files, rg:TASK, tfds:NAME, hub ids
     weights: tuple[float, ...] = ()  # share of each source; default: by size
+    weights_by: Literal["records", "tokens"] = "records"  # of what they are shares
     eval_data: str = f"{NEEDLE}&size=100&seed=1000000"  # "": hold out a part of the data
     validation: float = 0.05  # the part held out, if there is no eval_data
     output_dir: str = "runs/sft"
@@ -131,7 +132,7 @@ def main(config: Config) -> dict[str, Any]:
         *training,
         batch_size=config.batch_size // jax.process_count(),
         max_length=config.max_length,
-        weights=config.weights or None,
+        weights=_weights(config, training),
         packing=config.packing,
         seed=config.seed,
         process_index=jax.process_index(),
@@ -283,6 +284,12 @@ def _callbacks(config, objective, eval_batches, output, mesh):
     if config.profile_dir:
         callbacks.append(train.profile(config.profile_dir))
     return callbacks
+
+
+def _weights(config, training):
+    if config.weights and config.weights_by == "tokens":
+        return data.token_weights(training, config.weights)
+    return config.weights or None
 
 
 def _mesh(config):

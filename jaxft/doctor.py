@@ -14,6 +14,8 @@ EXTRAS = {
         *("rich", "tyro", "matplotlib"),
     ),
     "papers": ("scikit-learn", "scipy"),
+    "vision": ("pillow",),
+    "control": ("brax", "mujoco", "gymnasium"),
     "tfds": ("tensorflow-datasets", "array-record"),
     "logging": ("tensorboardX", "wandb"),
     "notebooks": ("ipykernel", "nbclient", "nbformat"),

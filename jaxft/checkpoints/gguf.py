@@ -123,7 +123,7 @@ def _gemma(config: DecoderConfig, get) -> DecoderConfig:
     local = lambda i: i % 2 == 0 if second else (i + 1) % period != 0
     windows = tuple(window if local(i) else None for i in range(config.num_layers))
     scale = None
-    if second and config.num_layers == 46:  # The 27B model scales by hidden size over heads.
+    if config.num_layers == (46 if second else 62):  # The 27B models, whose files don't say so.
         scale = (config.hidden_size // config.num_heads) ** -0.5
     return dataclasses.replace(
         config,

@@ -1,6 +1,12 @@
 """Data: records -> tokens with loss masks -> batches."""
 
-from jaxft.data.batches import DataIterator, batches, finite_batches, packing_efficiency
+from jaxft.data.batches import (
+    DataIterator,
+    batches,
+    finite_batches,
+    packing_efficiency,
+    token_weights,
+)
 from jaxft.data.errors import BadRecord, BadRecords, DataError
 from jaxft.data.files import JsonLines
 from jaxft.data.inspection import Inspection, inspect
@@ -31,5 +37,6 @@ __all__ = [
     "render",
     "render_prompts",
     "split",
+    "token_weights",
     "TEMPLATES",
 ]

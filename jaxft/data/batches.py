@@ -91,7 +91,8 @@ def batches(
         sources: tokenised records; no record may be longer than max_length.
         batch_size: rows of this host's batch.
         max_length: T of packed rows, the longest for padded ones.
-        weights: share of the records that each source gives; default: by their sizes.
+        weights: share of the records that each source gives; default: by their sizes. See
+            `token_weights` for shares of the tokens.
         packing: True or "first_fit": whole records, each in the first row with room for it;
             "best_fit": in the fullest one; "concat_split": one after the other, cut at the end of
             the row (no padding; what follows the cut lacks its beginning); False: a row a record.
@@ -172,6 +173,29 @@ def _stream(source, seed, epochs, host, hosts):
     features = lambda part: {"tokens": part.tokens, "loss_mask": part.loss_mask}
     shuffled = grain.MapDataset.source(source).map(features).seed(seed).shuffle()
     return shuffled[host::hosts].repeat(epochs).to_iter_dataset()
+
+
+def token_weights(sources: Sequence[Sequence[Tokenised]], shares: Sequence[float]) -> list[float]:
+    """The `weights` of `batches` with which the sources give these shares of the tokens.
+
+    A source of long records gives fewer of them: the weight is the share over the mean length. Exact
+    over whole passes, since each of a source's records comes equally often.
+
+    Raises:
+        DataError: if there is not a positive share for each source, or a source is empty.
+    """
+    if len(shares) != len(sources) or not sources or min(shares) <= 0:
+        raise DataError(
+            f"token_weights: shares={list(shares)}; expected a positive number for each of "
+            f"{len(sources)} sources."
+        )
+    if not all(len(source) for source in sources):
+        raise DataError("token_weights: a source is empty.")
+    tokens = [sum(len(part.tokens) for part in source) for source in sources]
+    return [
+        share * len(source) / total
+        for share, source, total in zip(shares, sources, tokens, strict=True)
+    ]
 
 
 def finite_batches(

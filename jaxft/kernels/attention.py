@@ -2,47 +2,72 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
-Implementation = Literal["reference", "blocked", "xla", "cudnn"]
-# jax.ad_checkpoint.checkpoint_name of what a fused kernel keeps for its backward pass.
-KERNEL_RESULT = "attention_kernel"
+from jaxft.kernels.platform import target_platform
+from jaxft.kernels.splash import TILE, splash_attention
+
+Implementation = Literal["reference", "blocked", "splash", "xla", "cudnn"]
 BLOCK = 128  # query rows whose masked keys are skipped together
 
 
 def attention(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
+    query: Float[Array, "B T H K"],
+    key: Float[Array, "B T G K"],
+    value: Float[Array, "B T G K"],
     *,
-    segment_ids: jax.Array | None = None,
-    window: int | jax.Array | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    window: int | Int[Array, ""] | None = None,
     causal: bool = True,
     scale: float | None = None,
     softcap: float | None = None,
-    implementation: Implementation | None = None,
-) -> jax.Array:
+    implementation: str | None = None,
+) -> Float[Array, "B T H K"]:
     """softmax(cap(scale Q K^T) + mask) V, softmax in float32.
 
     Args:
-        query: [B, T, H, K]; key, value: [B, T, G, K], where H is a multiple of G.
-        segment_ids: [B, T]; a query sees the keys of its own segment alone, and 0 is padding that
+        query, key, value: H, the number of query heads, is a multiple of that of key heads, G.
+        segment_ids: a query sees the keys of its own segment alone, and 0 is padding that
             no other segment sees. None: one segment.
         window: a query sees the `window` last keys, itself counted, by index. None: all.
         causal: hide later keys.
         scale: of the scores; None: K^-1/2.
         softcap: c in c tanh(scores / c), as in Gemma 2. None: no cap.
         implementation: "reference" is plain jnp; "blocked" skips the keys above the diagonal;
-            "xla" and "cudnn" are jax.nn.dot_product_attention's. None: the best for this backend.
+            "splash" runs on TPUs, and on a mesh wants it in context: see `splash_attention`;
+            "xla" and "cudnn" are jax.nn.dot_product_attention's. None: the best for the mesh in
+            context or, without one, for this process's backend; where a program is compiled for
+            other devices, set the mesh (jax.set_mesh) or name the implementation.
 
-    Returns: [B, T, H, K] in the query's data type. A row that sees nothing is the mean of values.
+    Returns: heads side by side, in the query's data type. A row that sees nothing is the mean of values
+        (of padding, for "splash").
+
+    Raises:
+        ValueError: for an implementation that is unknown or lacks what is asked for.
     """
     if implementation is None:
         implementation = _best(query, segment_ids, window, causal, softcap)
+    if implementation not in get_args(Implementation):
+        raise ValueError(
+            f"attention: unknown implementation {implementation!r}; "
+            f"expected one of {', '.join(get_args(Implementation))}."
+        )
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if implementation == "splash":
+        return splash_attention(
+            query,
+            key,
+            value,
+            segment_ids=segment_ids,
+            window=window,
+            causal=causal,
+            scale=scale,
+            softcap=softcap,
+        )
     if implementation in ("xla", "cudnn"):
         return _library(
             query, key, value, segment_ids, window, causal, scale, softcap, implementation
@@ -55,12 +80,12 @@ def attention(
 
 def attention_mask(
     length: int,
-    segment_ids: jax.Array | None,
-    window: int | jax.Array | None,
+    segment_ids: Int[Array, "B T"] | None,
+    window: int | Int[Array, ""] | None,
     causal: bool,
     start: int = 0,
     rows: int | None = None,
-) -> jax.Array | None:
+) -> Bool[Array, "#B 1 R S"] | None:
     """[1 or B, 1, rows, length], True where a query of `start`..`start + rows` sees a key, or None."""
     rows = length if rows is None else rows
     distance = (jnp.arange(rows) + start)[:, None] - jnp.arange(length)[None, :]
@@ -79,15 +104,15 @@ def attention_mask(
 
 
 def attend(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    mask: jax.Array | None,
+    query: Float[Array, "B T H K"],
+    key: Float[Array, "B S G K"],
+    value: Float[Array, "B S G K"],
+    mask: Bool[Array, "#B 1 #T S"] | None,
     *,
     scale: float,
     softcap: float | None = None,
-) -> jax.Array:
-    """The reference: scores in full. `mask` broadcasts to [B, 1, T, S], True where visible."""
+) -> Float[Array, "B T H K"]:
+    """The reference: scores in full. `mask` is True where a key is visible."""
     grouped = _grouped(query, key.shape[2])
     scores = jnp.einsum("btghk,bsgk->bghts", grouped, key, preferred_element_type=jnp.float32)
     weights = _weights(scores, mask, scale, softcap).astype(value.dtype)
@@ -95,14 +120,14 @@ def attend(
 
 
 def attend_cache(
-    query: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    mask: jax.Array,
+    query: Float[Array, "B T H K"],
+    keys: Float[Array, "B G K S"],
+    values: Float[Array, "B G S K"],
+    mask: Bool[Array, "#B 1 #T S"],
     *,
     scale: float,
     softcap: float | None = None,
-) -> jax.Array:
+) -> Float[Array, "B T H K"]:
     """`attend` for a cache's keys [B, G, K, S] and values [B, G, S, K]: no operand is transposed."""
     grouped = _grouped(query, keys.shape[1])
     scores = jnp.einsum("btghk,bgks->bghts", grouped, keys, preferred_element_type=jnp.float32)
@@ -126,11 +151,18 @@ def _weights(scores, mask, scale, softcap):
 
 
 def _best(query, segment_ids, window, causal, softcap) -> Implementation:
-    backend = jax.default_backend()
-    if backend == "gpu" and softcap is None and query.dtype in (jnp.bfloat16, jnp.float16):
-        # cuDNN takes causal masks, windows and lengths, not arbitrary segments.
-        return "cudnn" if segment_ids is None and causal else "xla"
-    if backend == "cpu" and causal and query.shape[1] > BLOCK:
+    platform = target_platform()
+    if platform == "tpu":
+        # Kernels can't be partitioned: several devices need a mesh in context to shard over.
+        known = not jax.sharding.get_abstract_mesh().empty or jax.device_count() == 1
+        fits = query.shape[1] >= TILE and not isinstance(window, jax.Array)
+        return "splash" if known and fits else "reference"
+    if platform == "gpu" and softcap is None and query.dtype in (jnp.bfloat16, jnp.float16):
+        # cuDNN takes causal masks, windows and lengths, not arbitrary segments; and JAX asks the
+        # GPU for its version, which is not there when another process's program is compiled.
+        cudnn = segment_ids is None and causal and jax.default_backend() == "gpu"
+        return "cudnn" if cudnn else "xla"
+    if platform == "cpu" and causal and query.shape[1] > BLOCK:
         return "blocked"
     return "reference"
 

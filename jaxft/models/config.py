@@ -87,6 +87,11 @@ class DecoderConfig:
         """How many tokens back `layer` sees, or None for all."""
         return self.windows[layer] if self.windows else None
 
+    @property
+    def shared_window(self) -> int | None:
+        """The window, if there is one and it is every layer's."""
+        return self.windows[0] if len(set(self.windows)) == 1 else None
+
 
 def tiny_config(vocab_size: int = 512, max_length: int = 512) -> DecoderConfig:
     """A Llama-like model of about 0.3 M parameters, for runs of seconds and for tests."""

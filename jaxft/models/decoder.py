@@ -50,7 +50,6 @@ class LayerKind(NamedTuple):
 
     local: bool | jax.Array  # whether it has a window, and so the local rotary table
     window: int | jax.Array | None
-    prefix: jax.Array | None  # [2, l, G, K]: keys and values before the tokens' own
 
 
 class Context(NamedTuple):
@@ -187,18 +186,19 @@ class Decoder(nn.Module):
     def _scan(self, x, context, prefix):
         config = self.config
         local = jnp.array([config.window(i) is not None for i in range(config.num_layers)])
-        # A window longer than any input hides nothing: one program serves all layers.
-        windows = jnp.array([config.window(i) or 2**30 for i in range(config.num_layers)])
+        windows = None
+        if config.shared_window is None and any(config.windows):
+            # A window longer than any input hides nothing: one program serves all layers.
+            windows = jnp.array([config.window(i) or 2**30 for i in range(config.num_layers)])
         scanned = nn.scan(
             remat_block(Block, self.remat, scanned=True),
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast),
+            in_axes=(0, 0, nn.broadcast, nn.broadcast),
             length=config.num_layers,
         )
         body = scanned(config, self.remat, self.attention, name="layers")
-        layer = LayerKind(local, windows if any(config.windows) else None, prefix)
-        return body(x, layer, None, context)[0]
+        return body(x, LayerKind(local, windows), prefix, None, context)[0]
 
 
 class Layers(nn.Module):
@@ -211,14 +211,15 @@ class Layers(nn.Module):
     @nn.compact
     def __call__(self, x, context, prefix):
         config, keys, values = self.config, [], []
-        block_type = remat_block(Block, self.remat)
+        # A window known while tracing lets attention pick a kernel.
+        block_type = remat_block(Block, self.remat, static_argnums=(2,))
         for i in range(config.num_layers):
             block = block_type(config, self.remat, self.attention, name=str(i))
             own = None if prefix is None else prefix[i]
-            layer, cached = LayerKind(config.window(i) is not None, config.window(i), own), None
+            layer, cached = LayerKind(config.window(i) is not None, config.window(i)), None
             if context.cache is not None:
                 cached = (context.cache.keys[i], context.cache.values[i])
-            x, cached = block(x, layer, cached, context)
+            x, cached = block(x, layer, own, cached, context)
             if cached is not None:
                 keys.append(cached[0])
                 values.append(cached[1])
@@ -235,13 +236,13 @@ class Block(nn.Module):
     attention: str | None = None
 
     @nn.compact
-    def __call__(self, x, layer, cached, context):
+    def __call__(self, x, layer, prefix, cached, context):
         config = self.config
         norm_type = remat_lean(Norm, self.remat)
         norm = functools.partial(norm_type, config.norm, config.norm_eps, config.norm_offset)
         y = norm(name="attention_norm")(x)
         mix = Attention(config, self.remat, self.attention, name="attention")
-        y, cached = mix(y, layer, cached, context)
+        y, cached = mix(y, layer, prefix, cached, context)
         x = x + (norm(name="post_attention_norm")(y) if config.post_norms else y)
         y = Mlp(config, self.remat, name="mlp")(norm(name="mlp_norm")(x))
         x = x + (norm(name="post_mlp_norm")(y) if config.post_norms else y)
@@ -256,7 +257,7 @@ class Attention(nn.Module):
     implementation: str | None = None
 
     @nn.compact
-    def __call__(self, x, layer, cached, context):
+    def __call__(self, x, layer, prefix, cached, context):
         config = self.config
         heads, groups, size = config.num_heads, config.num_kv_heads, config.head_dim
         split = lambda y: y.reshape(*y.shape[:-1], -1, size)
@@ -277,16 +278,20 @@ class Attention(nn.Module):
             query, key, value = split(query), split(key), split(value)
             if table is not None:
                 query, key = apply_rope(query, table), apply_rope(key, table)
-            if layer.prefix is not None:
-                key, value = before(layer.prefix[0], key), before(layer.prefix[1], value)
+            if prefix is not None:
+                key, value = before(prefix[0], key), before(prefix[1], value)
             return query, key, value
+
+        # At init any will do, and a kernel may not run where params are made.
+        implementation = None if self.is_initializing() else self.implementation
+        window = config.shared_window or layer.window
 
         def attended(*projections):
             return attention(
                 *to_heads(*projections),
                 segment_ids=context.segment_ids,
-                window=layer.window,
-                implementation=self.implementation,
+                window=window,
+                implementation=implementation,
                 **options,
             )
 
@@ -294,8 +299,8 @@ class Attention(nn.Module):
             y = remat_lean(attended, self.remat)(query, key, value)
         else:
             mask = context.mask
-            if layer.window is not None:
-                mask = mask & window_mask(context.positions, context.key_positions, layer.window)
+            if window is not None:
+                mask = mask & window_mask(context.positions, context.key_positions, window)
             if cached is None:
                 masked = lambda *projections: attend(*to_heads(*projections), mask, **options)
                 y = remat_lean(masked, self.remat)(query, key, value)

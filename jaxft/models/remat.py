@@ -7,7 +7,7 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 
-from jaxft.kernels.attention import KERNEL_RESULT
+from jaxft.kernels.splash import KERNEL_RESULT
 
 # none: store every intermediate that a gradient needs.
 # lean: recompute what is cheap: norms, activations, rotary positions, attention scores (results
@@ -18,8 +18,16 @@ Remat = Literal["none", "lean", "dots", "full"]
 NAMES = ("none", "lean", "dots", "full")
 
 
-def remat_block(block: Any, name: Remat, *, scanned: bool = False) -> Any:
-    """A linen block class under the policy `name`; `scanned` if it is the body of a scan.
+def remat_block(
+    block: Any, name: Remat, *, scanned: bool = False, static_argnums: tuple[int, ...] = ()
+) -> Any:
+    """A linen block class under the policy `name`.
+
+    Args:
+        block: the class.
+        name: the policy.
+        scanned: whether it is the body of a scan.
+        static_argnums: of `__call__`, self counted, whose Python values must not become arrays.
 
     Raises:
         ValueError: for a name that is none of NAMES.
@@ -31,7 +39,7 @@ def remat_block(block: Any, name: Remat, *, scanned: bool = False) -> Any:
     policies = jax.checkpoint_policies
     policy = policies.dots_with_no_batch_dims_saveable if name == "dots" else None
     # Outside a loop, XLA would find the recomputation equal to the original and undo it.
-    return nn.remat(block, policy=policy, prevent_cse=not scanned)
+    return nn.remat(block, policy=policy, prevent_cse=not scanned, static_argnums=static_argnums)
 
 
 def remat_lean(fun: Any, name: Remat) -> Any:

@@ -1,7 +1,7 @@
 """Meshes, how params and batches are laid over them, and compiling for devices that are not here."""
 
 from jaxft.parallel.compiled import CompiledCost, compiled_cost, estimated_cycles
-from jaxft.parallel.mesh import AXES, batch_sharding, make_mesh, replicated
+from jaxft.parallel.mesh import AXES, batch_sharding, make_mesh, mesh_context, replicated
 from jaxft.parallel.rules import TRANSFORMER_RULES, param_shardings, shard_params
 from jaxft.parallel.topology import compile_environment, compile_only_devices
 
@@ -15,6 +15,7 @@ __all__ = [
     "compiled_cost",
     "estimated_cycles",
     "make_mesh",
+    "mesh_context",
     "param_shardings",
     "replicated",
     "shard_params",

@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxft.metrics import Mean
+from jaxft.parallel import mesh_context
 from jaxft.train.accumulate import as_means
 from jaxft.train.batches import iterate, place_batch
 from jaxft.train.callbacks import Callback, every
@@ -43,10 +44,11 @@ def evaluate(
     are cut into batches. Each batch draws from fold_in(key, number); default key jax.random.key(0).
     """
     key = jax.random.key(0) if key is None else key
-    parts = [
-        eval_step(params, place_batch(batch, mesh), jax.random.fold_in(key, number))
-        for number, batch in enumerate(batches)
-    ]
+    parts = []
+    for number, batch in enumerate(batches):
+        batch, own_key = place_batch(batch, mesh), jax.random.fold_in(key, number)
+        with mesh_context(mesh):
+            parts.append(eval_step(params, batch, own_key))
     if not parts:
         raise ValueError("evaluate: there are no batches.")
     # In float64 on the host: millions of tokens are more than float32 counts exactly.

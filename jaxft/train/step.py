@@ -13,6 +13,7 @@ import optax
 from jaxft.adapters import combine, partition, trainable_mask
 from jaxft.adapters.commit import commit, writes_back
 from jaxft.metrics import Mean
+from jaxft.parallel import mesh_context
 from jaxft.train.accumulate import GradientEstimator, accumulate
 from jaxft.train.state import TrainState
 from jaxft.weights import is_weight
@@ -89,7 +90,8 @@ def jit_step(step: Step) -> Step:
 
     Donated are the step counter, trainable leaves, optimizer state and all of a weight that has
     `committed`. Other frozen leaves go in and never come out: no copy, and whoever shares them keeps
-    them. On a mesh, each leaf keeps its sharding. `.lower(state, batch)` is that of jax.jit.
+    them. On a mesh, each leaf keeps its sharding, and the mesh is in context.
+    `.lower(state, batch)` is that of jax.jit.
     """
 
     @functools.cache
@@ -107,22 +109,26 @@ def jit_step(step: Step) -> Step:
             for s in _pick(shardings, moves)
         ]
         replicated = mesh and jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-        return jax.jit(run, donate_argnums=0, out_shardings=(pinned, replicated)), moves
+        return jax.jit(run, donate_argnums=0, out_shardings=(pinned, replicated)), moves, mesh
 
     def split(state):
         leaves, treedef = jax.tree.flatten(state)
-        run, moves = compiled(treedef, tuple(getattr(leaf, "sharding", None) for leaf in leaves))
+        run, moves, mesh = compiled(
+            treedef, tuple(getattr(leaf, "sharding", None) for leaf in leaves)
+        )
         still = _pick(leaves, [not m for m in moves])
-        return run, treedef, moves, _pick(leaves, moves), still
+        return run, treedef, moves, mesh, _pick(leaves, moves), still
 
     def run_step(state, batch, *good):
-        run, treedef, moves, moving, still = split(state)
-        moving, metrics = run(moving, still, batch, *good)
+        run, treedef, moves, mesh, moving, still = split(state)
+        with mesh_context(mesh):
+            moving, metrics = run(moving, still, batch, *good)
         return treedef.unflatten(_merge(moves, moving, still)), metrics
 
     def lower(state, batch, *good):
-        run, _, _, moving, still = split(state)
-        return run.lower(moving, still, batch, *good)
+        run, _, _, mesh, moving, still = split(state)
+        with mesh_context(mesh):
+            return run.lower(moving, still, batch, *good)
 
     run_step.lower = lower
     return run_step

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from jaxft.data import DataError, Tokenised, batches
+from jaxft.data import DataError, Tokenised, batches, token_weights
 
 
 def records(lengths):
@@ -120,6 +120,21 @@ def test_weights_give_exact_shares():
     )
     first = np.concatenate([next(got)["tokens"][:, 0] for _ in range(100)])
     assert np.bincount(first)[1:].tolist() == [700, 200, 100]
+
+
+def test_weights_by_tokens_give_exact_shares_of_the_tokens():
+    """Records of 2 tokens on one side, of 6 and 10 on the other: 12 to 1 of them for 3 to 1."""
+    part = lambda value, n: Tokenised(np.full(n, value, np.int32), np.ones(n, np.float32))
+    sources = [part(1, 2)] * 5, [part(2, 6), part(2, 10)]
+    weights = token_weights(sources, [0.75, 0.25])
+    got = batches(*sources, batch_size=1, max_length=16, weights=weights, packing=False)
+    tokens = np.concatenate([next(got)["tokens"].ravel() for _ in range(13 * 10)])
+    assert np.bincount(tokens)[1:].tolist() == [240, 80]
+    for shares in ([1.0], [1.0, 0.0]):
+        with pytest.raises(DataError, match="expected a positive number for each of 2 sources"):
+            token_weights(sources, shares)
+    with pytest.raises(DataError, match="a source is empty"):
+        token_weights([sources[0], []], [1.0, 1.0])
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
@@ -9,6 +10,7 @@ from jaxft.adapters import ALL_LINEAR, adapt, combine, lora, partition
 from jaxft.models import Decoder, stack_layers, tiny_config
 from jaxft.objectives import supervised
 from jaxft.parallel import AXES, batch_sharding, make_mesh, param_shardings, shard_params
+from jaxft.train import evaluate, fit, make_eval_step
 
 
 def test_make_mesh_fills_and_is_auto():
@@ -66,3 +68,19 @@ def test_loss_and_gradients_equal_one_device(sizes, stacked):
     chex.assert_trees_all_close(
         to_numpy(sharded), to_numpy(run(params, batch)), rtol=2e-5, atol=1e-6
     )
+
+
+def test_a_step_and_an_evaluation_have_their_mesh_in_context():
+    mesh, seen = make_mesh(fsdp=8), []
+
+    def objective(params, batch, key):  # kernels shard themselves over the mesh that is in context
+        seen.append(jax.sharding.get_abstract_mesh())
+        return jnp.mean(batch) * params, {}
+
+    run = dict(batches=[jnp.ones((8, 2))], steps=1)
+    fit(jnp.ones(()), objective, optax.sgd(0.1), mesh=mesh, **run)
+    evaluate(make_eval_step(objective), jnp.ones(()), run["batches"], mesh=mesh)
+    assert seen and set(seen) == {mesh.abstract_mesh}
+    seen.clear()
+    fit(jnp.ones(()), objective, optax.sgd(0.1), **run)
+    assert all(mesh.empty for mesh in seen)

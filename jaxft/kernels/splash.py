@@ -1,0 +1,113 @@
+"""Attention on TPUs: the splash kernels that come with JAX, for grouped queries and meshes."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu import splash_attention as splash
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
+
+TILE = 128  # rows and columns that the kernels work on at least
+# jax.ad_checkpoint.checkpoint_name of what the kernels keep for their backward pass.
+KERNEL_RESULT = "attention_kernel"
+
+
+def splash_attention(
+    query: Float[Array, "B T H K"],
+    key: Float[Array, "B T G K"],
+    value: Float[Array, "B T G K"],
+    *,
+    segment_ids: Int[Array, "B T"] | None = None,
+    window: int | Int[Array, ""] | None = None,
+    causal: bool = True,
+    scale: float,
+    softcap: float | None = None,
+    interpret: bool = False,
+) -> Float[Array, "B T H K"]:
+    """jaxft.kernels.attention as Pallas kernels, forward and backward, that store no scores.
+
+    FlashAttention (Dao et al., 2022, arxiv.org/abs/2205.14135) over the tiles that the causal mask
+    and the window leave; segment ids are compared within a tile. Padding (segment 0) sees padding
+    here, where the reference gives the mean of values: neither means anything.
+
+    Lengths are padded to a multiple of 128. Windows must be known while tracing.
+
+    On a mesh in context (jax.set_mesh; jaxft.train's steps set it) each device takes its rows of
+    the batch over "data" and "fsdp" and its key heads over "tensor"; an axis that does not divide
+    them is left out. On several devices without one, compiling fails: kernels can't be partitioned.
+
+    Args: as for `attention`; interpret: run on any backend, slowly, for tests.
+
+    Raises:
+        ValueError: if the window is an array.
+    """
+    if isinstance(window, jax.Array):
+        raise ValueError(
+            "attention: 'splash' needs a window known while tracing, not an array, as layers have "
+            "that are scanned and differ in their windows; take them apart "
+            "(jaxft.models.unstack_layers) or use 'reference'."
+        )
+    # The kernel has no scale of its own. In bfloat16 a power of two costs no accuracy.
+    query = query * jnp.asarray(scale, query.dtype)
+    length, beyond = query.shape[1], -query.shape[1] % TILE
+    if not causal and beyond and segment_ids is None:
+        segment_ids = jnp.ones(query.shape[:2], jnp.int32)  # all but what is added
+    pad = lambda x: jnp.pad(x, ((0, 0), (0, beyond)) + ((0, 0),) * (x.ndim - 2))
+    query, key, value, segment_ids = jax.tree.map(pad, (query, key, value, segment_ids))
+    run = functools.partial(_on_one_device, _kernel(query, key, window, causal, softcap, interpret))
+    return _sharded(run, query, key, value, segment_ids)[:, :length]
+
+
+def _sharded(run, query, key, value, segment_ids):
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or mesh.manual_axes:
+        return run(query, key, value, segment_ids)
+    rows = _dividing(query.shape[0], mesh, ("data", "fsdp"))
+    heads = PartitionSpec(rows, None, _dividing(key.shape[2], mesh, ("tensor",)))
+    specs = (heads, heads, heads, PartitionSpec(rows))
+    # The check would need the kernels to say over which axes their outputs vary.
+    sharded = jax.shard_map(run, in_specs=specs, out_specs=heads, check_vma=False)
+    return sharded(query, key, value, segment_ids)
+
+
+def _kernel(query, key, window, causal, softcap, interpret):
+    length, repeats = query.shape[1], query.shape[2] // key.shape[2]
+    if window is None or window >= length:
+        full, shape = splash.CausalMask if causal else splash.FullMask, (length, length)
+        mask = full(shape)
+    else:
+        beside = (window - 1, 0 if causal else window - 1)
+        mask = splash.LocalMask((length, length), beside, offset=0)
+    # The larger, the fewer visits; 512 still leaves room for heads of 256 (tests compile them).
+    block = next(size for size in (512, 256, TILE) if length % size == 0)
+    names = "block_q block_kv block_q_dkv block_kv_dkv block_q_dq block_kv_dq".split()
+    return splash.make_splash_mqa_single_device(
+        splash.MultiHeadMask([mask] * repeats),
+        block_sizes=splash.BlockSizes(**dict.fromkeys(names, block)),
+        attn_logits_soft_cap=softcap,
+        residual_checkpoint_name=KERNEL_RESULT,
+        interpret=interpret,
+    )
+
+
+def _on_one_device(kernel, query, key, value, segment_ids):
+    batch, length, heads, size = query.shape
+    groups = key.shape[2]
+    grouped = query.reshape(batch, length, groups, heads // groups, size).transpose(0, 2, 3, 1, 4)
+    ids = None if segment_ids is None else splash.SegmentIds(segment_ids, segment_ids)
+    over_groups = jax.vmap(kernel, in_axes=(0, 0, 0, None))
+    over_rows = jax.vmap(over_groups, in_axes=(0, 0, 0, None if ids is None else 0))
+    out = over_rows(grouped, key.swapaxes(1, 2), value.swapaxes(1, 2), ids)
+    return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, size)
+
+
+def _dividing(size, mesh, axes):
+    taken = ()
+    for axis in axes:
+        devices = mesh.shape.get(axis, 1)
+        if size % devices == 0:
+            size, taken = size // devices, (*taken, axis) if axis in mesh.shape else taken
+    return taken

@@ -2,6 +2,14 @@
 
 from jaxft.adapters.commit import commit, writes_back
 from jaxft.adapters.errors import AdapterError
+from jaxft.adapters.intrinsic import (
+    IntrinsicParams,
+    intrinsic,
+    intrinsic_apply,
+    load_intrinsic,
+    save_intrinsic,
+    tensor_shapes,
+)
 from jaxft.adapters.lora_plus import lora_plus
 from jaxft.adapters.named import Name, Quantisation, named_rules
 from jaxft.adapters.native import apply_named, load_native, save_native
@@ -65,6 +73,7 @@ __all__ = [
     "IA3_OUTPUTS",
     "AdapterError",
     "Difference",
+    "IntrinsicParams",
     "Name",
     "Quantisation",
     "adapt",
@@ -79,8 +88,11 @@ __all__ = [
     "dora",
     "full",
     "ia3",
+    "intrinsic",
+    "intrinsic_apply",
     "largest_shape",
     "load_adapter",
+    "load_intrinsic",
     "load_native",
     "loha",
     "logit_difference",
@@ -101,7 +113,9 @@ __all__ = [
     "rounding_loss",
     "save_adapter",
     "save_checked",
+    "save_intrinsic",
     "save_native",
+    "tensor_shapes",
     "trainable_mask",
     "vera",
     "writes_back",

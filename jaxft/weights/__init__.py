@@ -16,6 +16,13 @@ from jaxft.weights.base import (
 )
 from jaxft.weights.bottleneck import Bottleneck, bottleneck_adapter
 from jaxft.weights.dora import DoraWeight, dora_weight
+from jaxft.weights.fastfood import (
+    DenseMap,
+    FastfoodMap,
+    cropped_fastfood,
+    dense_projection,
+    fastfood,
+)
 from jaxft.weights.hadamard import LohaWeight, LokrWeight, factorise, loha_weight, lokr_weight
 from jaxft.weights.lora import LoraWeight, lora_weight, pissa_to_lora, pissa_weight
 from jaxft.weights.monarch import (
@@ -42,7 +49,9 @@ from jaxft.weights.vera import VeraWeight, vera_tables, vera_weight
 __all__ = [
     "Blocks",
     "Bottleneck",
+    "DenseMap",
     "DoraWeight",
+    "FastfoodMap",
     "Frozen",
     "LohaWeight",
     "LokrWeight",
@@ -60,9 +69,12 @@ __all__ = [
     "along_last",
     "bits_per_parameter",
     "bottleneck_adapter",
+    "cropped_fastfood",
     "delta",
+    "dense_projection",
     "dora_weight",
     "factorise",
+    "fastfood",
     "frozen_field",
     "is_weight",
     "loha_weight",

@@ -10,7 +10,7 @@ import pathlib
 import re
 import zlib
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp

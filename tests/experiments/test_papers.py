@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from experiments.papers import monarch
+from experiments.papers import intrinsic_dimension, monarch
 from experiments.papers._claims import Claim, interval, report
 
 
@@ -44,3 +44,40 @@ def test_monarch_s_judge_can_fail(name):
     metrics = {"projection": exact, "transform": [{"monarch": 1e-9, "low_rank": 0.875}] * 3}
     assert all(c.holds for c in monarch.judge(metrics | {"digits": [row] * 3}))
     assert not all(c.holds for c in monarch.judge(metrics | {"digits": [row | {name: 0.9}] * 3}))
+
+
+def test_intrinsic_dimension_smoke(tmp_path):
+    config = intrinsic_dimension.Config(smoke=True, output_dir=str(tmp_path))
+    assert intrinsic_dimension.main(config) == 0
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    found = metrics["curves"]["pretrained SAID"]
+    assert (found["D"], found["m"]) == (8450, 6) and set(found["scores"]) == {"8", "16"}
+    assert (tmp_path / "intrinsic_dimension.png").stat().st_size > 1000
+
+
+def test_intrinsic_dimension_s_judge_can_fail():
+    curve = lambda d90, d95, high: {
+        "d90": d90,
+        "d95": d95,
+        "scores": {"8": [high] * 3, "16": [high] * 3},
+    }
+    metrics = {
+        "curves": {
+            "pretrained DID": curve(16, 30, 0.9), "pretrained SAID": curve(16, 30, 0.9),
+            "random DID": curve(32, 60, 0.8), "random SAID": curve(32, None, 0.8),
+        },
+        "pretraining": {"0": 32, "50": 20, "1000": 16},
+        "widths": {"32": {"D": 3000, "d90": 20}, "256": {"D": 90000, "d90": 16}},
+        "text": {"d90": 900, "D": 10**8, "full": [0.9], "before": 0.5},
+    }  # fmt: skip
+    holds = lambda **change: [c.holds for c in intrinsic_dimension.judge(metrics | change)]
+    change = lambda name, **new: metrics["curves"] | {name: metrics["curves"][name] | new}
+    behind = {"8": [0.7] * 3, "16": [0.7] * 3}
+    assert holds() == [True] * 6
+    assert not holds(curves=change("pretrained DID", scores=behind))[0]
+    assert not holds(curves=change("random DID", d95=40))[1]
+    assert not holds(pretraining={"0": 16, "50": 16, "1000": 16})[2]
+    assert not holds(curves=change("pretrained SAID", d90=33))[3]
+    assert not holds(curves=change("pretrained SAID", d90=None))[3]
+    assert not holds(widths={"32": {"D": 3000, "d90": 4}, "256": {"D": 90000, "d90": 120}})[4]
+    assert not holds(text=metrics["text"] | {"d90": None})[5]

@@ -146,7 +146,9 @@ def _kernel(
     wide = lambda s: jnp.broadcast_to(s[:, None], tile).reshape(rows.shape)
     p, g = p_ref[...].astype(jnp.float32), g_ref[...].astype(jnp.float32)
     m = decode(codes_ref[...], wide(scale_ref[...]))
-    direction = jnp.sign((1.0 - b1) * g + b1 * m)
+    c = (1.0 - b1) * g + b1 * m
+    # jnp.sign asks which TPU this is, and so cannot be compiled where there is none.
+    direction = jnp.where(c > 0, 1.0, jnp.where(c < 0, -1.0, c))
     m = (1 - b2) * g + b2 * m
     p = p + (-1 * learning_rate) * (direction + weight_decay * p)
     # Beyond the last row a tile holds anything: it must not count for a block's largest magnitude.

@@ -93,11 +93,10 @@ def block_maximum(x: jax.Array) -> jax.Array:
     for axis, side in enumerate(block_shape(x.shape)):
         if side > 1:
             blocks = -(-x.shape[axis] // side)
-            widths = [(0, 0)] * x.ndim
-            widths[axis] = (0, blocks * side - x.shape[axis])
-            padded = jnp.pad(x, widths)
             parts = (*x.shape[:axis], blocks, side, *x.shape[axis + 1 :])
-            x = jnp.max(padded.reshape(parts), axis=axis + 1)
+            if missing := blocks * side - x.shape[axis]:
+                x = jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)])
+            x = jnp.max(x.reshape(parts), axis=axis + 1)
     return x
 
 
@@ -106,5 +105,6 @@ def spread(scale: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     for axis, side in enumerate(block_shape(shape)):
         if side > 1:
             scale = jnp.repeat(scale, side, axis=axis)
-            scale = jax.lax.slice_in_dim(scale, 0, shape[axis], axis=axis)
+            if scale.shape[axis] != shape[axis]:
+                scale = jax.lax.slice_in_dim(scale, 0, shape[axis], axis=axis)
     return scale

@@ -14,19 +14,22 @@ import jax.numpy as jnp
 
 
 def counter_bits(seed: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """uint32 bits of `shape`; entry i, in row-major order, is h(h(i ^ seed[0]) + seed[1]).
+    """uint32 bits of `shape`; entry i, in row-major order, is h(h((i + N seed[1]) ^ seed[0]) + seed[1]).
 
-    h is `mix`. `seed` is uint32 [2], as `seeds` makes it. Statistical, not cryptographic; indices wrap at 2^32.
+    h is `mix`, N the number of entries; all modulo 2^32. `seed` is uint32 [2], as `seeds` makes it.
+    Statistical, not cryptographic.
     """
-    index = jnp.zeros(shape, jnp.uint32)
-    for axis in range(len(shape)):
-        stride = math.prod(shape[axis + 1 :]) % 2**32
-        index += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride)
+    # Starting from the seed, not adding it: an index without it is the same in every turn of a loop,
+    # and the compiler would store it before the loop.
+    index = jnp.broadcast_to(seed[1], shape)
+    for axis, length in enumerate(shape):
+        index = index * jnp.uint32(length % 2**32)
+        index += jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
     return hash_index(index, seed[0], seed[1])
 
 
 def hash_index(index: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
-    """The bits of `counter_bits` at given indices, for kernels that see a part of an array."""
+    """The bits of `counter_bits` at i + N seed[1], for kernels that see a part of an array."""
     return mix(mix(index ^ first) + second)
 
 

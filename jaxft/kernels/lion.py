@@ -142,7 +142,8 @@ def _kernel(
     rows = rows + pl.program_id(0) * (high * BLOCK)
     index = jax.lax.broadcasted_iota(jnp.int32, rows.shape, 1) + pl.program_id(1) * COLUMNS
     index = (rows * shape[1] + index).astype(jnp.uint32)
-    bits = lambda i: hash_index(index, seeds[i, 0], seeds[i, 1])
+    count = jnp.uint32(shape[0] * shape[1] % 2**32)
+    bits = lambda i: hash_index(index + count * seeds[i, 1], seeds[i, 0], seeds[i, 1])
     wide = lambda s: jnp.broadcast_to(s[:, None], tile).reshape(rows.shape)
     p, g = p_ref[...].astype(jnp.float32), g_ref[...].astype(jnp.float32)
     m = decode(codes_ref[...], wide(scale_ref[...]))

@@ -43,7 +43,9 @@ def mezo_step(
         key = direction_key(args)
 
         def evaluate(params, shift):
-            params = along(params, key, shift, direction)
+            # Tied to the params, or the compiler would draw e once, before the loop, and store it.
+            params, again = jax.lax.optimization_barrier((params, key))
+            params = along(params, again, shift, direction)
             return params, evaluation(fun, params, args, has_aux)
 
         # The carry of a loop is written in place; in a straight line XLA might keep both sides.

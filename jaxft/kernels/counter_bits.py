@@ -43,9 +43,17 @@ def mix(x: jax.Array) -> jax.Array:
     return x ^ (x >> jnp.uint32(14))
 
 
-def seeds(key: jax.Array, number: int) -> jax.Array:
-    """uint32 [number, 2]: seeds of `counter_bits`, one for each leaf of a tree, drawn by Threefry."""
-    return jax.random.bits(key, (number, 2), jnp.uint32)
+def seeds(key: jax.Array, number: int, *path: int | jax.Array) -> jax.Array:
+    """uint32 [number, 2]: seeds of `counter_bits`, one for each leaf of a tree.
+
+    `path` names a purpose, a step and so on: other numbers, other seeds. By hashing alone, so that they too
+    become part of the loop that consumes them.
+    """
+    seed = jax.random.key_data(key)[:2]
+    for step in path:
+        start = jnp.asarray(step).astype(jnp.uint32) * jnp.uint32(2)
+        seed = jnp.stack([hash_index(start + jnp.uint32(i), seed[0], seed[1]) for i in (0, 1)])
+    return counter_bits(seed, (number, 2))
 
 
 def uniform(bits: jax.Array) -> jax.Array:

@@ -10,10 +10,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxft.kernels.counter_bits import seeds
 from jaxft.kernels.lion import Implementation, lion_direction, lion_step
 from jaxft.kernels.rounding import Int8Blocks, block_shape, fills_a_block
-from jaxft.optim.rounding import MOMENT_STREAM, PARAM_STREAM, round_stochastically, step_key
+from jaxft.optim.rounding import MOMENT_STREAM, PARAM_STREAM, round_stochastically, step_seeds
 
 ScalarOrSchedule = float | jax.Array | optax.Schedule
 Mask = Any | Callable[[optax.Params], Any]
@@ -95,7 +94,7 @@ def scale_by_lion(
         moments = treedef.flatten_up_to(state.mu)
         draws = [None] * len(leaves)
         if stochastic_rounding:
-            draws = seeds(step_key(key, MOMENT_STREAM, state.count), len(leaves))
+            draws = step_seeds(key, len(leaves), MOMENT_STREAM, state.count)
         new = [
             lion_direction(g, m, seed, b1, b2)
             for g, m, seed in zip(leaves, moments, draws, strict=True)
@@ -138,7 +137,7 @@ def lion_apply(
     if stochastic_rounding:
         streams = (MOMENT_STREAM, PARAM_STREAM)
         draws = jnp.stack(
-            [seeds(step_key(key, stream, state.count), len(leaves)) for stream in streams], axis=1
+            [step_seeds(key, len(leaves), stream, state.count) for stream in streams], axis=1
         )
     new = [
         lion_step(

@@ -38,17 +38,16 @@ def round_stochastically(key: jax.Array | None = None) -> optax.GradientTransfor
                 "round_stochastically: params=None; call update(updates, state, params)."
             )
         leaves, treedef = jax.tree.flatten(updates)
-        draws = seeds(step_key(key, PARAM_STREAM, state.count), len(leaves))
+        draws = step_seeds(key, len(leaves), PARAM_STREAM, state.count)
         rounded = map(_rounded, leaves, treedef.flatten_up_to(params), draws)
         return treedef.unflatten(list(rounded)), RoundingState(optax.safe_increment(state.count))
 
     return optax.GradientTransformation(init, update)
 
 
-def step_key(key: jax.Array | None, stream: int, count: jax.Array) -> jax.Array:
-    """The key of one purpose at one step."""
-    key = jax.random.key(0) if key is None else key
-    return jax.random.fold_in(jax.random.fold_in(key, stream), count)
+def step_seeds(key: jax.Array | None, number: int, stream: int, count: jax.Array) -> jax.Array:
+    """uint32 [number, 2]: the seeds of all leaves for one purpose at one step."""
+    return seeds(jax.random.key(0) if key is None else key, number, stream, count)
 
 
 def _rounded(update, param, seed):

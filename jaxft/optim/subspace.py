@@ -44,7 +44,9 @@ def subspace_gradient(
     Raises:
         ValueError: for window < 1, threshold outside [0, 1) or samples < 1; in update for params=None.
     """
-    if window < 1 or not 0 <= threshold < 1 or (samples is not None and samples < 1):
+    # Under optax.inject_hyperparams the threshold is traced: nothing to check.
+    share = threshold if isinstance(threshold, (int, float)) else 0.0
+    if window < 1 or not 0 <= share < 1 or (samples is not None and samples < 1):
         raise ValueError(
             "subspace_gradient: needs window >= 1, 0 <= threshold < 1 and samples >= 1, got "
             f"{window}, {threshold} and {samples}."

@@ -50,6 +50,7 @@ class Config:
     batch_size: int = 64
     batch_sizes: tuple[int, ...] = (16, 256)  # also compared, with the first seed
     length: int = 64  # tokens of a row
+    layers: int = 2  # of both models
     weight_decay: float = 0.01  # AdamW's; Lion's is 10 times as large
     model: str | None = None  # for the text task, in place of a small one; trained by LoRA
     output_dir: str = "runs/lion"
@@ -66,17 +67,20 @@ def main(config: Config) -> int:
         )
     if config.smoke:
         config = dataclasses.replace(
-            config, seeds=1, steps=3, text_steps=2, rates=2, batch_size=8, batch_sizes=(4,), length=16
-        )
+            config, seeds=2, steps=3, text_steps=2, rates=2, batch_size=8, batch_sizes=(), length=16,
+            layers=1,
+        )  # fmt: skip
     output = train.writable_directory(config.output_dir)
     metrics: dict[str, Any] = {"memory": memory(), "rounding": rounding()}
-    metrics["digits"] = [
-        compare(config, vision(config, seed, config.batch_size)) for seed in range(config.seeds)
+    seeds = range(config.seeds)
+    metrics["digits"] = compare(config, [vision(config, s, config.batch_size) for s in seeds])
+    # All seeds in one program, but for a model of which there should be one copy.
+    groups = [[s] for s in seeds] if config.model else [seeds]
+    metrics["text"] = [
+        row for group in groups for row in compare(config, [text(config, s) for s in group], MOMENTS)
     ]
-    metrics["text"] = [compare(config, text(config, seed)) for seed in range(config.seeds)]
     metrics["batch_sizes"] = {
-        str(size): compare(config, vision(config, 0, size), moments=())
-        for size in config.batch_sizes
+        str(size): compare(config, [vision(config, 0, size)])[0] for size in config.batch_sizes
     } | {str(config.batch_size): metrics["digits"][0]}
     _figure(metrics, output)
     code = report(judge(metrics), metrics, output)
@@ -89,7 +93,8 @@ def memory() -> dict[str, float]:
         tiny_config(49152), hidden_size=576, intermediate_size=1536, num_layers=30, num_heads=9,
         num_kv_heads=3, head_dim=64,
     )  # fmt: skip
-    init = lambda key: Decoder(config).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+    model = Decoder(config, scan_layers=True)
+    init = lambda key: model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
     params = jax.eval_shape(init, jax.random.key(0))
     size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
     state = lambda dtype: jax.eval_shape(scale_by_lion(mu_dtype=dtype).init, params).mu
@@ -114,52 +119,59 @@ class Task:
     """What both optimizers are given."""
 
     params: Any
-    objective: train.GradientEstimator
+    objective: Any
     batches: Any  # leaves [steps, B, ...]
     validation: Any
     test: Any
 
 
-def compare(config: Config, task: Task, moments: tuple[str, ...] = MOMENTS) -> dict[str, float]:
-    """Tunes both optimizers on the validation split; their losses and metrics on the test split."""
+def compare(config: Config, tasks: list[Task], moments: tuple[str, ...] = ()) -> list[dict]:
+    """For each task, both optimizers tuned on its validation split: metrics on its test split.
+
+    With a few-bit momentum for each name in `moments`. The tasks are of one objective.
+    """
     grid = STEP ** -jnp.arange(config.rates)
     decay = 10 * config.weight_decay
-    lions = {"lion": None} | {f"lion_{dtype}": dtype for dtype in moments}
     makers = {"adamw": lambda rate: optax.adamw(rate, eps=1e-6, weight_decay=config.weight_decay)}
     makers |= {
-        name: lambda rate, d=dtype: lion(rate, mu_dtype=d, weight_decay=decay)
-        for name, dtype in lions.items()
+        "_".join(filter(None, ("lion", dtype))): lambda rate, d=dtype: lion(
+            rate, mu_dtype=d, weight_decay=decay
+        )
+        for dtype in (None, *moments)
     }
-    result: dict[str, float] = {}
+    rows: list[dict] = [{} for _ in tasks]
     for name, make in makers.items():
         top = config.adamw_rate * (1.0 if name == "adamw" else 0.1)
-        validation, test = run_grid(task, make, grid * top)
-        best = int(np.nanargmin(validation["loss"]))
-        result[f"{name}_rate"] = float(grid[best] * top)
-        result[f"{name}_at_edge"] = float(best in (0, config.rates - 1))
-        result |= {f"{name}_{metric}": float(values[best]) for metric, values in test.items()}
-    return result
+        validation, test = run_grid(tasks, make, grid * top)
+        for i, row in enumerate(rows):
+            best = int(np.nanargmin(validation["loss"][i]))
+            row[f"{name}_rate"] = float(grid[best] * top)
+            row[f"{name}_at_edge"] = best in (0, config.rates - 1)
+            row |= {f"{name}_{metric}": float(values[i, best]) for metric, values in test.items()}
+    return rows
 
 
-def run_grid(task: Task, make, rates: jax.Array) -> tuple[dict, dict]:
-    """Metrics on validation and test split after training with each rate, in one compiled program."""
-    steps = jax.tree.leaves(task.batches)[0].shape[0]
+def run_grid(tasks: list[Task], make, rates: jax.Array) -> tuple[dict, dict]:
+    """Metrics [task, rate] on validation and test split after training, in one compiled program."""
+    steps = jax.tree.leaves(tasks[0].batches)[0].shape[0]
+    objective = tasks[0].objective
 
-    @jax.jit
-    def run(params, rates):
-        def one(rate):
-            optimizer = make(lambda count: rate * train.cosine(count / steps))
-            step = train.make_step(task.objective, optimizer)
-            state = train.init_state(params, optimizer, jax.random.key(0))
-            state, _ = jax.lax.scan(lambda s, b: (step(s, b)[0], None), state, task.batches)
-            measure = lambda batch: task.objective(state.params, batch, state.key)[1]
-            return measure(task.validation), measure(task.test)
+    def run(data, rate):
+        params, batches, validation, test = data
+        optimizer = make(lambda count: rate * train.cosine(count / steps))
+        step = train.make_step(objective, optimizer)
+        state = train.init_state(params, optimizer, jax.random.key(0))
+        state, _ = jax.lax.scan(lambda s, b: (step(s, b)[0], None), state, batches)
+        measure = lambda batch: objective(state.params, batch, state.key)[1]
+        return measure(validation), measure(test)
 
-        return jax.lax.map(one, rates)
-
+    each_rate = lambda data, rates: jax.lax.map(lambda rate: run(data, rate), rates)
+    grids = jax.jit(lambda data, rates: jax.lax.map(lambda d: each_rate(d, rates), data))
+    parts = [(task.params, task.batches, task.validation, task.test) for task in tasks]
+    metrics = grids(jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts), rates)
     is_mean = lambda node: isinstance(node, Mean)
-    value = lambda m: np.asarray(jax.vmap(lambda m: m.value)(m))
-    return jax.tree.map(value, run(task.params, rates), is_leaf=is_mean)
+    value = lambda m: np.asarray(jax.vmap(jax.vmap(lambda m: m.value))(m))
+    return jax.tree.map(value, metrics, is_leaf=is_mean)
 
 
 def vision(config: Config, seed: int, batch_size: int) -> Task:
@@ -177,7 +189,7 @@ def vision(config: Config, seed: int, batch_size: int) -> Task:
     rows = rng.integers(0, first, (config.steps, batch_size))
     model = Vit(
         EncoderConfig(
-            hidden_size=32, intermediate_size=64, num_layers=2, num_heads=4, num_positions=17,
+            hidden_size=32, intermediate_size=64, num_layers=config.layers, num_heads=4, num_positions=17,
             pre_norm=True, pooler=False, image_size=8, patch_size=2, channels=1, family="vit",
         )
     )  # fmt: skip
@@ -213,7 +225,8 @@ def text(config: Config, seed: int) -> Task:
         model, params, encode = _pretrained(config, seed)
     else:
         encode = lambda text: np.frombuffer(text.encode("ascii", "replace"), np.uint8).astype(int)
-        model = Decoder(dataclasses.replace(tiny_config(128), hidden_size=64, head_dim=16))
+        small = dict(hidden_size=64, head_dim=16, num_layers=config.layers)
+        model = Decoder(dataclasses.replace(tiny_config(128), **small))
         params = model.init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))["params"]
     rng = np.random.default_rng(seed)
     pieces = _pieces(encode(python), config.length)
@@ -331,7 +344,7 @@ def _figure(metrics, output):
             axes.set(xlabel="batch size (one seed)", title="digits")
             axes.legend()
             continue
-        names = ["adamw", "lion", *(f"lion_{d}" for d in MOMENTS)]
+        names = [key.removesuffix("_rate") for key in rows[0] if key.endswith("_rate")]
         values = np.array([[row[f"{n}_loss"] for n in names] for row in rows])
         axes.barh([n.replace("_", " ") for n in names], values.mean(0), color="#4477aa")
         axes.plot(values.T, np.arange(len(names)), "k.", markersize=4)

@@ -77,7 +77,9 @@ def main(config: Config) -> int:
     # All seeds in one program, but for a model of which there should be one copy.
     groups = [[s] for s in seeds] if config.model else [seeds]
     metrics["text"] = [
-        row for group in groups for row in compare(config, [text(config, s) for s in group], MOMENTS)
+        row
+        for group in groups
+        for row in compare(config, [text(config, s) for s in group], MOMENTS)
     ]
     metrics["batch_sizes"] = {
         str(size): compare(config, [vision(config, 0, size)])[0] for size in config.batch_sizes
@@ -203,7 +205,9 @@ def vision(config: Config, seed: int, batch_size: int) -> Task:
         loss = Mean.of(losses, ones)
         return loss.value, {"loss": loss, "accuracy": Mean.of(right, ones)}
 
-    return Task(params, objective, part(order[rows]), part(order[first:second]), part(order[second:]))
+    return Task(
+        params, objective, part(order[rows]), part(order[first:second]), part(order[second:])
+    )
 
 
 class Vit(nn.Module):
@@ -232,7 +236,9 @@ def text(config: Config, seed: int) -> Task:
     pieces = _pieces(encode(python), config.length)
     held_out = rng.permutation(len(pieces))
     n = len(pieces) // 5
-    draw = lambda rows: rows[rng.integers(0, len(rows), (config.text_steps, config.batch_size // 4))]
+    draw = lambda rows: rows[
+        rng.integers(0, len(rows), (config.text_steps, config.batch_size // 4))
+    ]
 
     def objective(params, tokens, key):
         logits = model.apply({"params": params}, tokens[:, :-1]).logits

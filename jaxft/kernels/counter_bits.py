@@ -7,8 +7,6 @@ kernels, gives the same bits however an array is sharded, and can be replayed fr
 
 from __future__ import annotations
 
-import math
-
 import jax
 import jax.numpy as jnp
 

@@ -108,9 +108,13 @@ def coordinate_differences(mu: float = 1e-3) -> Estimator:
             def moved(index, step):
                 out, start = [], 0
                 for leaf in leaves:
-                    flat = leaf.reshape(-1).at[index - start].add(
-                        jnp.where((index >= start) & (index < start + leaf.size), step, 0.0),
-                        mode="drop",
+                    flat = (
+                        leaf.reshape(-1)
+                        .at[index - start]
+                        .add(
+                            jnp.where((index >= start) & (index < start + leaf.size), step, 0.0),
+                            mode="drop",
+                        )
                     )
                     out.append(flat.reshape(leaf.shape))
                     start += leaf.size

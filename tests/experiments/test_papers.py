@@ -54,7 +54,9 @@ def test_lion_smoke(tmp_path):
     assert (tmp_path / "lion.png").stat().st_size > 1000
 
 
-@pytest.mark.parametrize("change", [{}, {"lion_accuracy": 0.9}, {"lion_loss": 2.1}, {"lion_rate": 0.01}])
+@pytest.mark.parametrize(
+    "change", [{}, {"lion_accuracy": 0.9}, {"lion_loss": 2.1}, {"lion_rate": 0.01}]
+)
 def test_lion_s_judge_can_fail(change):
     row = {
         "adamw_rate": 0.01, "lion_rate": 0.001, "adamw_loss": 2.0, "lion_loss": 2.0,

@@ -196,7 +196,10 @@ def test_counter_bits_look_random():
         assert abs(np.mean(a * b) * 12) < 4.5 / np.sqrt(a.size)
     assert len(np.unique(bits)) > 0.999 * bits.size
     key = jax.random.key(3)
-    assert len({*np.asarray(seeds(key, 4, 0, 1)).ravel(), *np.asarray(seeds(key, 4, 1, 0)).ravel()}) == 16
+    assert (
+        len({*np.asarray(seeds(key, 4, 0, 1)).ravel(), *np.asarray(seeds(key, 4, 1, 0)).ravel()})
+        == 16
+    )
 
 
 @pytest.mark.parametrize("shape", [(256, 128), (300, 130), (2500, 5), (2, 512, 7)])

@@ -18,8 +18,8 @@ from jaxft.optim import (
     normal,
     rademacher,
     rge,
-    spsa,
     sphere,
+    spsa,
     subspace_gradient,
 )
 from jaxft.optim.subspace import low_variance_directions
@@ -99,9 +99,9 @@ def test_replay_from_the_key_is_the_stored_direction(name):
     loss = lambda x: fun({"x": x}, key)
     other = [loss(START - mu * e) if two_sided else loss(START) for e in stored]
     width = 2 * mu if two_sided else mu
-    expected = sum(
-        (loss(START + mu * e) - o) / width * e for e, o in zip(stored, other, strict=True)
-    ) / 3
+    expected = (
+        sum((loss(START + mu * e) - o) / width * e for e, o in zip(stored, other, strict=True)) / 3
+    )
     estimator = spsa(mu, 3) if two_sided else rge(mu, 3)
     value, grads = estimator(fun)(params, key)
     np.testing.assert_allclose(grads["x"], expected, rtol=2e-3, atol=2e-4)
@@ -174,6 +174,7 @@ def test_mezo_trains_in_the_memory_of_inference():
         return jnp.mean(x)
 
     args = (jnp.zeros((64, width)), jax.random.key(0))
+
     def peak(run, *args):
         memory = run.lower(*args).compile().memory_analysis()
         return (
@@ -266,9 +267,7 @@ def test_subspace_gradient_waits_for_its_window_then_projects():
             p = low_variance_directions(jnp.stack(visited[start : start + tau]), 0.3)
             assert p.any()
             np.testing.assert_allclose(p @ updates["x"], 0, atol=1e-5)
-            np.testing.assert_allclose(
-                updates["x"], grads["x"] - p.T @ (p @ grads["x"]), atol=1e-5
-            )
+            np.testing.assert_allclose(updates["x"], grads["x"] - p.T @ (p @ grads["x"]), atol=1e-5)
         params = {"x": jnp.asarray(rng.standard_normal(d), jnp.float32)}  # after this update
         visited.append(params["x"])
     scaled = subspace_gradient(tau, 0.3, samples=2)
@@ -293,8 +292,16 @@ def test_bad_input():
 
 def test_importing_needs_jax_and_optax_alone():
     code = "import sys, jaxft.optim; print(*sys.modules)"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     modules = set(result.stdout.split())
-    assert not {m.split(".")[0] for m in modules} & {"flax", "transformers", "jaxtyping", "orbax", "rich"}
+    assert not {m.split(".")[0] for m in modules} & {
+        "flax",
+        "transformers",
+        "jaxtyping",
+        "orbax",
+        "rich",
+    }
     ours = {m for m in modules if m.startswith("jaxft.")}
     assert {m.split(".")[1] for m in ours} == {"kernels", "optim"}

@@ -1,16 +1,17 @@
 """Lion: Symbolic Discovery of Optimization Algorithms (arXiv 2302.06675), the optimizer.
 
-Its state is half of AdamW's, or a quarter and an eighth with momentum in bfloat16 and int8; stochastic rounding is
-what makes few bits work; and with learning rates 3 to 10 times smaller it trains as well. Measured on a ViT
-trained on scikit-learn's digits, and on a language model that moves from English to Python.
+Its state is half of AdamW's, or a quarter and an eighth with momentum in bfloat16 and int8; stochastic
+rounding is what makes few bits work; and with learning rates 3 to 10 times smaller it trains as well.
+Measured on a ViT trained on scikit-learn's digits, and on a language model that moves from English to
+Python.
 
     python experiments/papers/lion.py
     python experiments/papers/lion.py --model smollm2      the text task with SmolLM2-135M and LoRA
 
 Both optimizers search grids of equally many learning rates, one factor sqrt(10) apart, under the same cosine;
-the best on a validation split is measured on a test split. Lion's weight decay is 10 times AdamW's, so that the
-decay a step is alike. The differences over batch sizes are reported, not judged: the paper sees Lion gain with
-the batch at sizes that are out of reach here.
+the best on a validation split is measured on a test split. Lion's weight decay is 10 times AdamW's, so that
+the decay a step is alike. The differences over batch sizes are reported, not judged: the paper sees Lion
+gain with the batch at sizes that are out of reach here.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Random numbers that are a function of a seed and an index: made where they are used, never stored.
 
-`jax.random` draws with Threefry, whose loop XLA does not fuse: its bits lie in memory before they are read. The
-hash here is plain arithmetic. It becomes part of the loop that consumes it, on every backend and inside
+`jax.random` draws with Threefry, whose loop XLA does not fuse: its bits lie in memory before they are read.
+The hash here is plain arithmetic. It becomes part of the loop that consumes it, on every backend and inside
 kernels, gives the same bits however an array is sharded, and can be replayed from 64 bits.
 """
 

@@ -55,7 +55,8 @@ def quantise(x: jax.Array, seed: jax.Array | None = None) -> Int8Blocks:
 
     With r = |x| / scale and t = 127 sqrt(r), rounding t to the nearest integer is wrong by at most
     scale (t + 1/4) / 127². Square-law steps take the place of bitsandbytes' table of 256 values (Dettmers
-    et al., 2022, arxiv.org/abs/2110.02861, section 2): as fine near 0, and arithmetic, not a search in a table.
+    et al., 2022, arxiv.org/abs/2110.02861, section 2): as fine near 0, and arithmetic, not a search in a
+    table.
     """
     scale = block_maximum(jnp.abs(x))
     draw = None if seed is None else uniform(counter_bits(seed, x.shape))

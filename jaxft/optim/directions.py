@@ -1,4 +1,4 @@
-"""Random directions with E[e e^T] = I, as functions of (key, params): made again from the key, never stored."""
+"""Random directions with E[e e^T] = I, as functions of (key, params): made again, never stored."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ def rademacher(key: jax.Array, params: Any) -> Any:
 def sphere(key: jax.Array, params: Any) -> Any:
     """e uniform on the sphere of radius sqrt(d), d the number of params.
 
-    With unit vectors u = e / sqrt(d), as they are usually written, the estimate is d (ΔL / μ') u at μ' = sqrt(d) μ.
+    With unit vectors u = e / sqrt(d), as they are usually written, the estimate is d (ΔL / μ') u at μ' =
+    sqrt(d) μ.
     """
     e = normal(key, params)
     square = sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(e))

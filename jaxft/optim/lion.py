@@ -39,12 +39,12 @@ def lion(
     """θ - η (sign(β1 m + (1 - β1) g) + λ θ), then m = β2 m + (1 - β2) g.
 
     Lion: Chen et al., 2023, arxiv.org/abs/2302.06675, algorithm 2. Equal to optax.lion to the last bit in
-    float32 (whose weight decay is 1e-3 if none is given; the paper's code has 0, as here). η is usually 3 to 10
-    times smaller than AdamW's and λ as much larger.
+    float32 (whose weight decay is 1e-3 if none is given; the paper's code has 0, as here). η is usually 3
+    to 10 times smaller than AdamW's and λ as much larger.
 
     Under jit, with the params and the state donated, the step reads gradients, params and momentum once
-    and writes the last two in place, on TPUs and GPUs (int8 on TPUs: see `lion_apply`). XLA for CPUs does so in
-    a process with XLA_FLAGS=--xla_backend_extra_options=xla_cpu_use_multi_output_fusion.
+    and writes the last two in place, on TPUs and GPUs (int8 on TPUs: see `lion_apply`). XLA for CPUs does
+    so in a process with XLA_FLAGS=--xla_backend_extra_options=xla_cpu_use_multi_output_fusion.
 
     Args:
         learning_rate: η.

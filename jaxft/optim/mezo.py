@@ -24,11 +24,11 @@ def mezo_step(
 ) -> Callable[..., tuple[Any, Any, MezoRecord]]:
     """step(params, learning_rate, *args, key) -> (params, value, record): θ - η (L(θ+μe) - L(θ-μe)) / 2μ e.
 
-    MeZO: Malladi et al., 2023, arxiv.org/abs/2305.17333, algorithm 1. One set of params is moved to θ + μe, to
-    θ - μe and to the result, each time in place, with e made again from the key as it is added: jitted with
-    donate_argnums=0, the step needs the memory of `fun` alone. The rounding of those moves stays in the
-    params, a unit in the last place or so a step. `value` is the mean of both losses, or (loss, aux) with
-    the mean of both aux.
+    MeZO: Malladi et al., 2023, arxiv.org/abs/2305.17333, algorithm 1. One set of params is moved to θ + μe,
+    to θ - μe and to the result, each time in place, with e made again from the key as it is added: jitted
+    with donate_argnums=0, the step needs the memory of `fun` alone. The rounding of those moves stays in
+    the params, a unit in the last place or so a step. `value` is the mean of both losses, or (loss, aux)
+    with the mean of both aux.
 
     As a gradient for any optimizer, at the price of a copy of the params and of the gradient, it is
     rge(mu, two_sided=True).

@@ -21,7 +21,7 @@ class RoundingState(NamedTuple):
 
 
 def round_stochastically(key: jax.Array | None = None) -> optax.GradientTransformation:
-    """Updates u such that θ + u is representable where θ is bfloat16, and its mean is θ plus the given update.
+    """Updates u that move bfloat16 params θ to bfloat16 numbers whose mean is θ plus the given update.
 
     To the nearest, an update below half of θ's last place (θ / 512) would be lost. The updates are
     float32, so optax.apply_updates lands exactly on the rounded params: put no transform after this one.

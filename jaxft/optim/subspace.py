@@ -38,7 +38,8 @@ def subspace_gradient(
     Args:
         window: τ.
         threshold: ν, the share of the variance that is taken out; 0 takes out nothing.
-        samples: n of the estimator. If given, the result is divided by sqrt((d - rank P + n - 1) / n), by which
+        samples: n of the estimator. If given, the result is divided by sqrt((d - rank P + n - 1) / n), by
+        which
             such an estimate is longer than the gradient, so that Adam's eps means the same for all d.
 
     Raises:
@@ -93,8 +94,8 @@ def low_variance_directions(visited: jax.Array, threshold: float) -> jax.Array:
         centred / jnp.where(spread > 0, spread, 1.0), full_matrices=False
     )
     variance = jnp.square(singular)
-    # Row i goes if the rows before it already hold more than 1 - ν, that is if it and those after hold less than ν:
-    # summed from the small end, where rounding cannot make a share of 0 negative.
+    # Row i goes if the rows before it already hold more than 1 - ν, that is if it and those after
+    # hold less than ν: summed from the small end, where rounding cannot make a share of 0 negative.
     rest = jnp.cumsum(variance[::-1])[::-1]
     removed = rows * (rest < threshold * jnp.sum(variance))[:, None]
     return jnp.zeros_like(visited).at[: rows.shape[0]].set(removed)

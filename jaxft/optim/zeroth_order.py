@@ -2,9 +2,10 @@
 
     ((loss, metrics), grads) = spsa()(objective, has_aux=True)(params, batch, key)
 
-The last argument of the objective is a key. All evaluations of one estimate get the same arguments, key included
-(common random numbers: the difference of two losses is that of the params alone), and the directions are drawn
-from another key, derived from it. Directions are made again wherever they are needed and never stored.
+The last argument of the objective is a key. All evaluations of one estimate get the same arguments, key
+included (common random numbers: the difference of two losses is that of the params alone), and the
+directions are drawn from another key, derived from it. Directions are made again wherever they are needed
+and never stored.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ def rge(
     """1/n Σ_i (L(θ + μ e_i) - L(θ)) / μ e_i, or two-sided, (L(θ + μ e_i) - L(θ - μ e_i)) / 2μ e_i.
 
     Randomised gradient estimation: Nesterov & Spokoiny, 2017, doi.org/10.1007/s10208-015-9296-2, eqs. 22-24;
-    one-sided with n = 2 and normal e as in ZOODiP (Seo et al., 2025, arxiv.org/abs/2503.14868). Its mean is the
-    gradient of E_e[L(θ + μ e)]: exact for a linear L, and two-sided for a quadratic one.
-    For linear L and normal e, E|g|² = (d + n + 1) / n |∇L|² (rademacher: (d + n - 1) / n): learning rates must fall
-    like n / d against first-order ones.
+    one-sided with n = 2 and normal e as in ZOODiP (Seo et al., 2025, arxiv.org/abs/2503.14868). Its mean is
+    the gradient of E_e[L(θ + μ e)]: exact for a linear L, and two-sided for a quadratic one. For linear L
+    and normal e, E|g|² = (d + n + 1) / n |∇L|² (rademacher: (d + n - 1) / n): learning rates must fall like
+    n / d against first-order ones.
 
     The loss and the metrics returned are those at θ; two-sided, means over the evaluations.
 
@@ -88,7 +89,8 @@ def rge(
 def spsa(mu: float = 1e-3, samples: int = 1) -> Estimator:
     """1/n Σ_i (L(θ + μ e_i) - L(θ - μ e_i)) / 2μ e_i with e_i of ±1.
 
-    Simultaneous perturbation stochastic approximation: Spall, 1992, doi.org/10.1109/9.119632, eq. 2.2. See `rge`.
+    Simultaneous perturbation stochastic approximation: Spall, 1992, doi.org/10.1109/9.119632, eq. 2.2. See
+    `rge`.
     """
     return rge(mu, samples, two_sided=True, direction=rademacher)
 

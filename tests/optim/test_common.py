@@ -1,7 +1,7 @@
 """What every transform of jaxft.optim must do, in the manner of optax's own common test.
 
-To put a transform under it, add a Case. Transforms that ask for extra arguments get those of jaxft's train step:
-value, grad, value_fn and grad_fn.
+To put a transform under it, add a Case. Transforms that ask for extra arguments get those of jaxft's train
+step: value, grad, value_fn and grad_fn.
 """
 
 import dataclasses

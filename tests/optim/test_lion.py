@@ -239,9 +239,9 @@ for mu_dtype in ("float32", "bfloat16", "int8"):
         return optax.apply_updates(p, u), s
     def kernel(p, g, s):
         return lion_apply(p, g, s, 1e-4, weight_decay=0.1, implementation="pallas")
-    args = (params, params, state) if mu_dtype == "int8" else (params, params, on(jax.eval_shape(optimizer.init, params)))
-    run = kernel if mu_dtype == "int8" else step
-    compiled = jax.jit(run, donate_argnums=(0, 2)).lower(*args).compile()
+    whole = on(jax.eval_shape(optimizer.init, params))
+    run, held = (kernel, state) if mu_dtype == "int8" else (step, whole)
+    compiled = jax.jit(run, donate_argnums=(0, 2)).lower(params, params, held).compile()
     cost = compiled_cost(compiled)
     least = 3 * size(params) + 2 * size(state.mu)
     out[mu_dtype] = [cost.bytes_accessed / least, cost.temp_bytes / least, cost.kernels]
@@ -270,7 +270,8 @@ def step(p, g, s):
     u, s = optimizer.update(g, s, p)
     return optax.apply_updates(p, u), s
 run = jax.jit(step, donate_argnums=(0, 2)).lower(params, params, optimizer.init(params)).compile()
-print(json.dumps([run.cost_analysis()["bytes accessed"] / (3 * 512 * 512 * 20), run.as_text().count(" copy(")]))
+moved = run.cost_analysis()["bytes accessed"] / (3 * 512 * 512 * 20)
+print(json.dumps([moved, run.as_text().count(" copy(")]))
 """
 
 

@@ -1,4 +1,4 @@
-"""Zeroth-order estimators against closed forms: means, variances, replay, and the subspace of the specification."""
+"""Zeroth-order estimators against closed forms: means, variances, replay, and the subspace."""
 
 import subprocess
 import sys

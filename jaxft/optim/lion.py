@@ -44,7 +44,7 @@ def lion(
 
     Under jit, with the params and the state donated, the step reads gradients, params and momentum once
     and writes the last two in place, on TPUs and GPUs (int8 on TPUs: see `lion_apply`). XLA for CPUs does
-    so in a process with XLA_FLAGS=--xla_backend_extra_options=xla_cpu_use_multi_output_fusion.
+    so for float32 in a process with XLA_FLAGS=--xla_backend_extra_options=xla_cpu_use_multi_output_fusion.
 
     Args:
         learning_rate: η.
@@ -124,7 +124,7 @@ def lion_apply(
 ) -> tuple[optax.Params, LionState]:
     """(params, state) after a step of `lion`, with no tree of updates in between.
 
-    Gives what `lion` and optax.apply_updates give, bit for bit, from the state that
+    Gives what `lion` and optax.apply_updates give, for float32 params bit for bit, from the state that
     `scale_by_lion(mu_dtype=...).init(params)` makes. Jit it with donate_argnums=(0, 2). An optax transform
     returns updates, and with int8 momentum XLA reads gradients and codes twice; here a TPU kernel reads them
     once: see `implementation` of jaxft.kernels.lion.lion_step. Other arguments as for `lion`.

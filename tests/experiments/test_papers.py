@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from experiments.papers import intrinsic_dimension, monarch
+from experiments.papers import intrinsic_dimension, lion, monarch
 from experiments.papers._claims import Claim, interval, report
 
 
@@ -81,3 +81,28 @@ def test_intrinsic_dimension_s_judge_can_fail():
     assert not holds(curves=change("pretrained SAID", d90=None))[3]
     assert not holds(widths={"32": {"D": 3000, "d90": 4}, "256": {"D": 90000, "d90": 120}})[4]
     assert not holds(text=metrics["text"] | {"d90": None})[5]
+
+
+def test_lion_smoke(tmp_path):
+    assert lion.main(lion.Config(smoke=True, output_dir=str(tmp_path))) == 0
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["memory"]["float32"] == 0.5 and metrics["memory"]["int8"] < 0.14
+    assert {"adamw_loss", "lion_loss", "lion_int8_loss"} <= set(metrics["text"][1])
+    assert (tmp_path / "lion.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    "change", [{}, {"lion_accuracy": 0.9}, {"lion_loss": 2.1}, {"lion_rate": 0.01}]
+)
+def test_lion_s_judge_can_fail(change):
+    row = {
+        "adamw_rate": 0.01, "lion_rate": 0.001, "adamw_loss": 2.0, "lion_loss": 2.0,
+        "lion_bfloat16_loss": 2.0, "lion_int8_loss": 2.0, "adamw_accuracy": 0.95, "lion_accuracy": 0.95,
+    }  # fmt: skip
+    fixed = {
+        "memory": {"float32": 0.5, "bfloat16": 0.25, "int8": 0.127},
+        "rounding": {"stochastic": 1.087, "nearest": 1.0, "exact": 1.0866},
+    }
+    rows = [row | change] * 3
+    claims = lion.judge(fixed | {"digits": rows, "text": rows})
+    assert all(claim.holds for claim in claims) == (not change)

@@ -4,10 +4,14 @@ import json
 import pathlib
 import subprocess
 import sys
+from typing import get_args
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from experiments import evaluate, generate, sft
+from jaxft import train
 
 ROOT = pathlib.Path(__file__).parents[2]
 TASK = "rg:chain_sum?size=40&seed=1&max_terms=2&min_digits=1&max_digits=1"
@@ -182,3 +186,18 @@ def test_a_missing_extra_is_one_line_and_exit_code_3(tmp_path):
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 3, result.stderr
     assert "pip install 'jaxft[text]'" in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("name", get_args(sft.Optimizer))
+def test_every_optimizer_of_sft_lowers_a_parabola(name):
+    optimizer = train.make_optimizer(1e-2, total_steps=200, rule=sft.optimizer_rule(name))
+    params = {"kernel": jnp.full((16, 16), 0.5), "bias": jnp.full(16, 0.5)}
+    objective = lambda p, batch, key: (sum(jnp.mean(x**2) for x in p.values()), {})
+    state = train.init_state(params, optimizer, jax.random.key(0))
+    step = jax.jit(train.make_step(objective, optimizer))
+    losses = []
+    for _ in range(60):
+        state, metrics = step(state, None)
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < losses[0] * (0.99 if name == "sgd" else 0.7)
+    assert 0 < float(metrics["learning_rate"]) <= 1e-2

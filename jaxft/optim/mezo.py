@@ -1,0 +1,73 @@
+"""MeZO: training in the memory of inference, and its replay from a few bytes a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxft.optim.directions import Direction, along, normal
+from jaxft.optim.zeroth_order import direction_key, evaluation
+
+
+class MezoRecord(NamedTuple):
+    """What one step did: θ became θ - scale e(key)."""
+
+    key: jax.Array  # the direction's
+    scale: jax.Array  # [] float32, learning rate times projected gradient; 0 if that was not finite
+
+
+def mezo_step(
+    fun: Callable, mu: float = 1e-3, *, has_aux: bool = False, direction: Direction = normal
+) -> Callable[..., tuple[Any, Any, MezoRecord]]:
+    """step(params, learning_rate, *args, key) -> (params, value, record): θ - η (L(θ+μe) - L(θ-μe)) / 2μ e.
+
+    MeZO: Malladi et al., 2023, arxiv.org/abs/2305.17333, algorithm 1. One set of params is moved to θ + μe,
+    to θ - μe and to the result, each time in place, with e made again from the key as it is added: jitted
+    with donate_argnums=0, the step needs the memory of `fun` alone. The rounding of those moves stays in
+    the params, a unit in the last place or so a step. `value` is the mean of both losses, or (loss, aux)
+    with the mean of both aux.
+
+    As a gradient for any optimizer, at the price of a copy of the params and of the gradient, it is
+    rge(mu, two_sided=True).
+
+    Raises:
+        ValueError: as for jaxft.optim.rge.
+    """
+    if not mu > 0:
+        raise ValueError(f"mezo_step: mu must be positive, got {mu}.")
+
+    def step(params, learning_rate, *args):
+        key = direction_key(args)
+
+        def evaluate(params, shift):
+            # Tied to the params, or the compiler would draw e once, before the loop, and store it.
+            params, again = jax.lax.optimization_barrier((params, key))
+            params = along(params, again, shift, direction)
+            return params, evaluation(fun, params, args, has_aux)
+
+        # The carry of a loop is written in place; in a straight line XLA might keep both sides.
+        shifts = jnp.array([mu, -2 * mu], jnp.float32)
+        params, (losses, aux) = jax.lax.scan(evaluate, params, shifts)
+        scale = learning_rate * (losses[0] - losses[1]) / (2 * mu)
+        scale = jnp.where(jnp.isfinite(scale), scale, 0.0)
+        params = along(params, key, mu - scale, direction)
+        aux = jax.tree.map(lambda a: jnp.mean(a, axis=0).astype(a.dtype), aux)
+        loss = jnp.mean(losses)
+        return params, ((loss, aux) if has_aux else loss), MezoRecord(key, scale)
+
+    return step
+
+
+def mezo_replay(params: Any, records: MezoRecord, *, direction: Direction = normal) -> Any:
+    """The params after the steps of `records` (stacked on axis 0), without data or losses.
+
+    Equal to training up to the rounding of its moves there and back.
+    """
+
+    def step(params, record):
+        return along(params, record.key, -record.scale, direction), None
+
+    return jax.lax.scan(step, params, records)[0]

@@ -32,6 +32,7 @@ from jaxft.weights.quantised import (
     quantisation_error,
     quantised_weight,
 )
+from jaxft.weights.qwix_arrays import from_qwix, to_qwix
 from jaxft.weights.scaled import ScaledWeight, scaled_weight
 from jaxft.weights.vera import VeraWeight, vera_weight
 
@@ -55,6 +56,7 @@ __all__ = [
     "bits_per_parameter",
     "delta",
     "dora_weight",
+    "from_qwix",
     "frozen_field",
     "is_weight",
     "loha_weight",
@@ -74,5 +76,6 @@ __all__ = [
     "scaled_weight",
     "take",
     "to_dense",
+    "to_qwix",
     "vera_weight",
 ]

@@ -140,7 +140,22 @@ def nf4_weight(kernel: WeightLike, *, block: int = 64) -> Nf4Weight:
     unit = parts / jnp.where(scale == 0, 1.0, scale)[:, None]
     middles = jnp.asarray((NF4_LEVELS[1:] + NF4_LEVELS[:-1]) / 2)
     codes = jnp.searchsorted(middles, unit.reshape(-1, columns)).astype(jnp.uint8)
-    halves = codes.reshape(blocks, 2, block // 2, columns)
+    return nf4_from_codes(codes, scale, kernel.dtype, rows)
+
+
+def nf4_from_codes(
+    codes: jax.Array, scale: jax.Array, dtype: Any, features: int | None = None
+) -> Nf4Weight:
+    """An Nf4Weight of codes [blocks block, F], one a byte, and exact scales [blocks, F].
+
+    Args:
+        codes: 0..15, indices of NF4_LEVELS.
+        scale: largest magnitudes, float32; they are rounded to 8 bits here.
+        dtype: of the dense kernel.
+        features: D; None: all rows of the codes.
+    """
+    blocks, columns = scale.shape
+    halves = codes.reshape(blocks, 2, -1, columns)
     flat = scale.T.reshape(-1)
     mean = jnp.mean(flat)
     groups = -(-flat.size // SCALES_PER_GROUP)
@@ -151,7 +166,15 @@ def nf4_weight(kernel: WeightLike, *, block: int = 64) -> Nf4Weight:
     scale_codes = scale_codes.reshape(-1)[: flat.size].reshape(columns, blocks).T.astype(jnp.int8)
     packed = (halves[:, 0] << 4) | halves[:, 1]
     packed = packed.reshape(-1, columns)
-    return Nf4Weight(packed, scale_codes, steps, mean, rows, str(kernel.dtype))
+    features = len(codes) if features is None else features
+    return Nf4Weight(packed, scale_codes, steps, mean, features, str(jnp.dtype(dtype)))
+
+
+def nf4_codes(weight: Nf4Weight) -> jax.Array:
+    """The codes [blocks block, F] of a weight, one a byte, in the order of the inputs."""
+    blocks, columns = weight.scale_codes.shape
+    packed = weight.codes.reshape(blocks, -1, columns)
+    return jnp.concatenate([packed >> 4, packed & 15], axis=1).reshape(-1, columns)
 
 
 def bits_per_parameter(weight: Weight) -> float:

@@ -21,9 +21,10 @@ EXTRAS = {
     "notebooks": ("ipykernel", "nbclient", "nbformat"),
     "test": (
         *("tensorboardX", "tensorboard", "pytest", "pytest-xdist", "beartype", "ruff"),
-        *("torch", "peft"),
+        *("torch", "peft", "qwix"),
     ),
     "bench": ("trl", "accelerate"),
+    "qwix": ("qwix",),
     "tpu": ("libtpu",),
     "cuda": ("jax-cuda12-plugin",),
 }

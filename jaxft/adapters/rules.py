@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
@@ -123,6 +123,39 @@ def paca(rank: int = 16, alpha: float | None = None, selection: str = "random", 
     """
     _check_rank("paca", rank)
     return functools.partial(paca_weight, rank=rank, alpha=alpha, selection=selection, **options)
+
+
+def qpaca(
+    rank: int = 16,
+    alpha: float | None = None,
+    selection: str = "random",
+    *,
+    kind: str = "nf4",
+    block: int = 64,
+    init_from: Literal["quantised", "original"] = "quantised",
+) -> Rule:
+    """A rule that rounds kernels as `quantised` does and lets `rank` rows of each train (QPaCA).
+
+    Args:
+        rank, alpha, selection: see `paca`.
+        kind, block: see `quantised`.
+        init_from: the tuned rows start as the rounded ones (the authors' code), or as those of the
+            kernel given, without its rounding error.
+
+    Raises:
+        ValueError: for an unknown init_from.
+    """
+    _check_rank("qpaca", rank)
+    if init_from not in ("quantised", "original"):
+        raise ValueError(f"qpaca: unknown init_from {init_from!r}; expected quantised or original.")
+
+    def rule(key, kernel):
+        base = quantised(kind, block)(key, kernel)
+        original = kernel if init_from == "original" else None
+        options = dict(rank=rank, alpha=alpha, selection=selection, original=original)
+        return paca_weight(key, base, **options)
+
+    return rule
 
 
 def monarch(*, init: str = "reference", **cut: int) -> Rule:

@@ -43,6 +43,7 @@ from jaxft.weights.quantised import (
     quantisation_error,
     quantised_weight,
 )
+from jaxft.weights.qwix_arrays import from_qwix, to_qwix
 from jaxft.weights.scaled import ScaledWeight, scaled_weight
 from jaxft.weights.vera import VeraWeight, vera_tables, vera_weight
 
@@ -75,6 +76,7 @@ __all__ = [
     "dora_weight",
     "factorise",
     "fastfood",
+    "from_qwix",
     "frozen_field",
     "is_weight",
     "loha_weight",
@@ -98,5 +100,6 @@ __all__ = [
     "take",
     "to_dense",
     "vera_tables",
+    "to_qwix",
     "vera_weight",
 ]

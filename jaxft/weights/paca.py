@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from jaxft.kernels.paca import chosen_columns
 from jaxft.weights.base import Weight, WeightLike, frozen_field, is_weight, to_dense
 
 Selection = Literal["random", "largest_norm", "smallest_norm"]
@@ -82,6 +83,7 @@ def paca_weight(
     selection: Selection = "random",
     shards: int = 1,
     in_place: bool | None = None,
+    original: WeightLike | None = None,
 ) -> PacaWeight:
     """A PacaWeight that equals `kernel` [D, F] bit for bit in place.
 
@@ -93,10 +95,12 @@ def paca_weight(
         selection: which rows: random (the paper's), or those of largest or smallest L2 norm.
         shards: draw R/shards rows from each of so many equal parts of D: for a kernel sharded on D.
         in_place: None: where `kernel` is an array.
+        original: where the tuned rows start, the kernel before it was quantised, so that they carry no
+            rounding error; norms are its too. None: `kernel` itself, as in the authors' code.
 
     Raises:
-        ValueError: for a kernel that is no matrix, a rank outside 1..D, an unknown selection, or
-            shards that do not divide D and the rank.
+        ValueError: for a kernel that is no matrix, a rank outside 1..D, an unknown selection, an
+            original of another shape or beside an array, or shards that do not divide D and the rank.
     """
     if len(kernel.shape) != 2:
         raise ValueError(f"paca: needs a matrix [in, out], got a weight of shape {kernel.shape}.")
@@ -111,7 +115,12 @@ def paca_weight(
         )
     if is_weight(kernel) and in_place:
         raise ValueError("paca: a structured base cannot be written in place; leave in_place=None.")
-    dense = to_dense(kernel)
+    if original is not None and (original.shape != kernel.shape or not is_weight(kernel)):
+        raise ValueError(
+            f"paca: original is for a quantised kernel and has its shape, got {original.shape} for "
+            f"{type(kernel).__name__} {kernel.shape}; leave it out."
+        )
+    dense = to_dense(kernel if original is None else original)
     scores = _scores(key, dense, selection).reshape(shards, size // shards)
     local = jax.lax.top_k(scores, rank // shards)[1] + jnp.arange(shards)[:, None] * (
         size // shards
@@ -152,21 +161,6 @@ def _effective(in_place, base, rows, indices, dtype):
     return _with_rows(to_dense(base), rows, indices).astype(dtype)
 
 
-def _chosen(x, indices):
-    """x[..., indices]."""
-    return jax.lax.platform_dependent(
-        x, indices, tpu=_chosen_by_product, default=lambda x, i: jnp.take(x, i, axis=-1)
-    )
-
-
-def _chosen_by_product(x, indices):
-    # A TPU gathers along lanes only after a transposed copy of all of x. The product with rows of the
-    # identity is exact: one term of each sum is not zero.
-    selector = jax.nn.one_hot(indices, x.shape[-1], dtype=x.dtype)
-    axes = (((x.ndim - 1,), (1,)), ((), ()))
-    return jax.lax.dot_general(x, selector, axes, precision=jax.lax.Precision.HIGHEST)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _product(in_place, x, base, rows, indices):
     """x W; `rows` is in place only the port through which their gradient leaves."""
@@ -176,7 +170,7 @@ def _product(in_place, x, base, rows, indices):
 def _product_forward(in_place, x, base, rows, indices):
     y = _product(in_place, x, base, rows, indices)
     # base, rows and indices are inputs of the step: keeping them costs nothing.
-    return y, (_chosen(x, indices), base, rows, indices)
+    return y, (chosen_columns(x, indices), base, rows, indices)
 
 
 def _product_backward(in_place, residuals, g):

@@ -10,15 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from jaxft.kernels.nf4 import NF4_LEVELS, nf4_dequantise, nf4_product
 from jaxft.weights.base import Weight, WeightLike, frozen_field, to_dense
 
-# Quantiles of the normal distribution, 0 among them (QLoRA, appendix E).
-NF4_LEVELS = np.array(
-    [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
-     -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
-     0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0], np.float32,
-)  # fmt: skip
 SCALES_PER_GROUP = 256
 
 _LARGEST = {"int8": 127.0, "int4": 7.0, "float8_e4m3fn": 448.0}
@@ -66,7 +60,7 @@ class Nf4Weight(Weight):
     linearly around their mean, in groups of 256 (bitsandbytes: a nonlinear table).
     """
 
-    codes: jax.Array = frozen_field()  # [ceil(D / block) block / 2, F] uint8, two rows a byte
+    codes: jax.Array = frozen_field()  # [ceil(D / block) block / 2, F] uint8: see nf4_dequantise
     scale_codes: jax.Array = frozen_field()  # [ceil(D / block), F] int8
     scale_steps: jax.Array = frozen_field()  # [groups] float32
     scale_mean: jax.Array = frozen_field()  # []
@@ -85,11 +79,7 @@ class Nf4Weight(Weight):
         return _frozen_product(x, self)
 
     def to_dense(self):
-        blocks, columns = self.scale_codes.shape
-        pairs = jnp.stack([self.codes >> 4, self.codes & 15], axis=1).reshape(-1, columns)
-        levels = jnp.take(jnp.asarray(NF4_LEVELS), pairs.astype(jnp.int32), mode="clip")
-        dense = levels.reshape(blocks, -1, columns) * self.scales()[:, None]
-        return dense.reshape(-1, columns)[: self.features].astype(self.dtype)
+        return nf4_dequantise(self.codes, self.scales(), features=self.features, dtype=self.dtype)
 
     def scales(self) -> jax.Array:
         """The largest magnitude of each block, [blocks, F], as far as 8 bits tell."""
@@ -150,7 +140,22 @@ def nf4_weight(kernel: WeightLike, *, block: int = 64) -> Nf4Weight:
     unit = parts / jnp.where(scale == 0, 1.0, scale)[:, None]
     middles = jnp.asarray((NF4_LEVELS[1:] + NF4_LEVELS[:-1]) / 2)
     codes = jnp.searchsorted(middles, unit.reshape(-1, columns)).astype(jnp.uint8)
-    pairs = codes.reshape(-1, 2, columns)
+    return nf4_from_codes(codes, scale, kernel.dtype, rows)
+
+
+def nf4_from_codes(
+    codes: jax.Array, scale: jax.Array, dtype: Any, features: int | None = None
+) -> Nf4Weight:
+    """An Nf4Weight of codes [blocks block, F], one a byte, and exact scales [blocks, F].
+
+    Args:
+        codes: 0..15, indices of NF4_LEVELS.
+        scale: largest magnitudes, float32; they are rounded to 8 bits here.
+        dtype: of the dense kernel.
+        features: D; None: all rows of the codes.
+    """
+    blocks, columns = scale.shape
+    halves = codes.reshape(blocks, 2, -1, columns)
     flat = scale.T.reshape(-1)
     mean = jnp.mean(flat)
     groups = -(-flat.size // SCALES_PER_GROUP)
@@ -159,8 +164,17 @@ def nf4_weight(kernel: WeightLike, *, block: int = 64) -> Nf4Weight:
     steps = jnp.max(jnp.abs(centred), axis=1) / 127
     scale_codes = jnp.round(centred / jnp.where(steps == 0, 1.0, steps)[:, None])
     scale_codes = scale_codes.reshape(-1)[: flat.size].reshape(columns, blocks).T.astype(jnp.int8)
-    packed = (pairs[:, 0] << 4) | pairs[:, 1]
-    return Nf4Weight(packed, scale_codes, steps, mean, rows, str(kernel.dtype))
+    packed = (halves[:, 0] << 4) | halves[:, 1]
+    packed = packed.reshape(-1, columns)
+    features = len(codes) if features is None else features
+    return Nf4Weight(packed, scale_codes, steps, mean, features, str(jnp.dtype(dtype)))
+
+
+def nf4_codes(weight: Nf4Weight) -> jax.Array:
+    """The codes [blocks block, F] of a weight, one a byte, in the order of the inputs."""
+    blocks, columns = weight.scale_codes.shape
+    packed = weight.codes.reshape(blocks, -1, columns)
+    return jnp.concatenate([packed >> 4, packed & 15], axis=1).reshape(-1, columns)
 
 
 def bits_per_parameter(weight: Weight) -> float:
@@ -187,7 +201,7 @@ def _matrix(kernel, block):
 
 @jax.custom_vjp
 def _frozen_product(x, weight):
-    return x @ weight.to_dense().astype(x.dtype)
+    return _product(x, weight, transposed=False)
 
 
 def _frozen_forward(x, weight):
@@ -196,8 +210,17 @@ def _frozen_forward(x, weight):
 
 
 def _frozen_backward(weight, g):
-    dense = weight.to_dense().astype(g.dtype)
-    return jax.lax.dot_general(g, dense, (((g.ndim - 1,), (1,)), ((), ()))), None
+    return _product(g, weight, transposed=True), None
 
 
 _frozen_product.defvjp(_frozen_forward, _frozen_backward)
+
+
+def _product(x, weight, *, transposed):
+    """x W or x W^T."""
+    if isinstance(weight, Nf4Weight):
+        options = dict(features=weight.features, dtype=weight.dtype, transposed=transposed)
+        return nf4_product(x, weight.codes, weight.scales(), **options)
+    # Of int8, int4 and fp8 XLA fuses the scaling into the product where it gains by it.
+    dense = weight.to_dense().astype(x.dtype)
+    return jax.lax.dot_general(x, dense, (((x.ndim - 1,), (int(transposed),)), ((), ())))

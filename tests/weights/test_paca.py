@@ -11,7 +11,7 @@ from jax._src.ad_checkpoint import saved_residuals
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxft import train
-from jaxft.adapters import ALL_LINEAR, adapt, lora, merge, paca, partition
+from jaxft.adapters import ALL_LINEAR, adapt, lora, merge, paca, partition, qpaca, quantised
 from jaxft.metrics import Mean
 from jaxft.models import Decoder, stack_layers, tiny_config
 from jaxft.objectives import supervised
@@ -312,3 +312,30 @@ def _fit(*args):
 
 def _losses(*args, **options):
     return _run(*args, **options)[1]
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int4"])
+def test_qpaca_starts_from_the_rounded_rows_or_from_the_original(kind):
+    kernel = jax.random.normal(KEY, (64, 12))
+    starts = {}
+    for init_from in ("quantised", "original"):
+        w = qpaca(5, 10.0, "largest_norm", kind=kind, init_from=init_from)(KEY, kernel)
+        rounded = to_dense(quantised(kind)(KEY, kernel))
+        expected = {"quantised": rounded, "original": kernel}[init_from]
+        rest = np.setdiff1d(np.arange(64), w.indices)
+        dense = to_dense(w)
+        np.testing.assert_array_equal(dense[rest], rounded[rest])
+        np.testing.assert_allclose(dense[w.indices], expected[w.indices], rtol=1e-6)
+        starts[init_from] = float(jnp.linalg.norm(dense - kernel))
+        np.testing.assert_array_equal(merge({"kernel": w})["kernel"], dense)
+    assert starts["original"] < starts["quantised"]
+
+
+def test_qpaca_refuses_what_it_cannot_start_from():
+    with pytest.raises(ValueError, match="unknown init_from"):
+        qpaca(2, init_from="dense")
+    with pytest.raises(ValueError, match="original is for a quantised kernel"):
+        paca_weight(KEY, jnp.ones((6, 3)), rank=2, original=jnp.ones((6, 3)))
+    with pytest.raises(ValueError, match=r"got \(5, 3\)"):
+        base = quantised("int8")(KEY, jnp.ones((6, 3)))
+        paca_weight(KEY, base, rank=2, original=jnp.ones((5, 3)))

@@ -1,0 +1,186 @@
+"""The product of rows with a kernel of NormalFloat codes, which is never formed whole."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from jaxft.kernels.backend import on_one_tpu
+
+# Quantiles of the normal distribution, 0 among them (QLoRA, appendix E).
+NF4_LEVELS = np.array(
+    [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+     -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+     0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0], np.float32,
+)  # fmt: skip
+BLOCK = 64  # inputs that share a scale, where the kernel is to be used
+# Of a tile of the kernel: the wider, the more seldom x is read. Of rows, so many hold 8 n blocks.
+WIDTHS = (1024, 512)
+TOKENS = 256
+MOST_VMEM = 40 << 20  # bytes; TPUs since v5e have 64 MiB or more
+
+Implementation = Literal["xla", "pallas"]
+
+
+def nf4_dequantise(codes: jax.Array, scales: jax.Array, *, features: int, dtype: Any) -> jax.Array:
+    """The kernel W [D, F] that codes and scales stand for.
+
+    QLoRA: Dettmers et al., 2023, arxiv.org/abs/2305.14314, eq. 5, without the outer constants.
+
+    Args:
+        codes: [blocks block / 2, F] uint8. Row p of a block's half holds the block's row p in its
+            high bits, row block / 2 + p in its low ones: so both halves are contiguous.
+        scales: [blocks, F] float32, the largest magnitude of each block.
+        features: D; the last block may overhang.
+        dtype: of W.
+    """
+    blocks, columns = scales.shape
+    halves = codes.reshape(blocks, 1, -1, columns) >> jnp.array([4, 0], jnp.uint8).reshape(
+        1, 2, 1, 1
+    )
+    dense = _level(halves & 15) * scales[:, None, None]
+    return dense.reshape(-1, columns)[:features].astype(dtype)
+
+
+def nf4_product(
+    x: jax.Array,
+    codes: jax.Array,
+    scales: jax.Array,
+    *,
+    features: int,
+    dtype: Any,
+    transposed: bool = False,
+    implementation: Implementation | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """x W, or x W^T if `transposed`, of x [..., D] (or [..., F]) and the W of `nf4_dequantise`.
+
+    Args:
+        x: inputs; the product is taken and returned in their data type, W rounded to `dtype` first.
+        codes, scales, features, dtype: see nf4_dequantise.
+        implementation: "xla": nf4_dequantise and a product, which XLA fuses on a TPU; on a GPU W lies in
+            memory for a while. "pallas": a kernel for TPUs that dequantises each tile of W once
+            into fast memory; needs blocks of 64. None: pallas on one TPU where a tile
+            fits, else xla.
+        interpret: run the kernel of "pallas" in Python, wherever this is.
+
+    Raises:
+        ValueError: for an unknown implementation, or one that cannot take this kernel.
+    """
+    if implementation is None:
+        width = _width(codes.shape, features, x.dtype.itemsize, transposed)
+        real = x.dtype in (jnp.bfloat16, jnp.float32)
+        usual = _block(codes, scales) == BLOCK
+        implementation = "pallas" if real and usual and width and on_one_tpu() else "xla"
+    if implementation == "pallas":
+        rows = x.reshape(-1, x.shape[-1])
+        y = _tiled(rows, codes, scales, features, dtype, transposed, interpret)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+    if implementation != "xla":
+        raise ValueError(
+            f"nf4_product: unknown implementation {implementation!r}; expected xla or pallas."
+        )
+    dense = nf4_dequantise(codes, scales, features=features, dtype=dtype).astype(x.dtype)
+    return jax.lax.dot_general(x, dense, (((x.ndim - 1,), (int(transposed),)), ((), ())))
+
+
+def _level(codes):
+    """NF4_LEVELS[codes] by a tree of selections: a table look-up is 10 times as slow on a TPU."""
+    levels = [jnp.float32(level) for level in NF4_LEVELS]
+    for bit in (1, 2, 4, 8):
+        chosen = (codes & bit) != 0
+        pairs = zip(levels[::2], levels[1::2], strict=True)
+        levels = [jnp.where(chosen, high, low) for low, high in pairs]
+    return levels[0]
+
+
+def _block(codes, scales):
+    return 2 * codes.shape[0] // scales.shape[0]
+
+
+def _kernel(block, inputs, dtype, transposed, x_ref, codes_ref, scales_ref, y_ref, w_ref):
+    half = block // 2
+
+    # Tokens are the inner axis of the grid: a tile of W serves all of them.
+    @pl.when(pl.program_id(1) == 0)
+    def _():
+        def dequantise(i, _):
+            start = pl.multiple_of(i * half, half)
+            codes = codes_ref[pl.ds(start, half)].astype(jnp.int32)
+            scale = scales_ref[pl.ds(i, 1)]
+            for part, nibble in enumerate((codes >> 4, codes & 15)):
+                levels = (_level(nibble) * scale).astype(dtype)
+                w_ref[pl.ds(pl.multiple_of(2 * start + part * half, half), half)] = levels.astype(
+                    w_ref.dtype
+                )
+
+        jax.lax.fori_loop(0, scales_ref.shape[0], dequantise, None)
+
+    w = w_ref[...] if transposed else w_ref[:inputs]
+    dims = (((1,), (int(transposed),)), ((), ()))
+    y = jax.lax.dot_general(x_ref[...], w, dims, preferred_element_type=jnp.float32)
+    y_ref[...] = y.astype(y_ref.dtype)
+
+
+def _tiled(x, codes, scales, features, dtype, transposed, interpret):
+    """One tile of W holds all inputs of some outputs: columns of W, or rows if transposed."""
+    block, columns = _block(codes, scales), codes.shape[1]
+    width = _width(codes.shape, features, x.dtype.itemsize, transposed)
+    if not width or block != BLOCK:
+        raise ValueError(
+            f"nf4_product: the kernel of 'pallas' takes blocks of {BLOCK}, and tiles that fit a TPU's "
+            f"fast memory, got blocks of {block} and a weight {(features, columns)}; use 'xla'."
+        )
+    tokens, outputs = min(TOKENS, x.shape[0]), features if transposed else columns
+    if transposed and width == outputs:
+        width = 2 * codes.shape[0]  # the last block may overhang
+    pick = (lambda f, t: (f, 0)) if transposed else (lambda f, t: (0, f))
+    shape = (width, columns) if transposed else (2 * codes.shape[0], width)
+    tile = lambda rows: pl.BlockSpec((shape[0] // rows, shape[1]), pick)
+    return pl.pallas_call(
+        functools.partial(_kernel, block, features, dtype, transposed),
+        jax.ShapeDtypeStruct((x.shape[0], outputs), x.dtype),
+        grid=(pl.cdiv(outputs, width), pl.cdiv(x.shape[0], tokens)),
+        in_specs=[
+            pl.BlockSpec((tokens, x.shape[1]), lambda f, t: (t, 0)),
+            tile(2),
+            tile(block),
+        ],
+        out_specs=pl.BlockSpec((tokens, width), lambda f, t: (t, f)),
+        scratch_shapes=[pltpu.VMEM(shape, x.dtype)],
+        cost_estimate=_cost(x, codes, scales, features, pl.cdiv(outputs, width), outputs),
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=2 * MOST_VMEM),
+        interpret=interpret,
+        name="nf4_transposed" if transposed else "nf4_product",
+    )(x, codes, scales)
+
+
+def _width(shape, features, itemsize, transposed) -> int:
+    """The widest tile of outputs that fits fast memory, or 0."""
+    inputs, outputs = shape[1] if transposed else 2 * shape[0], features if transposed else shape[1]
+    for width in WIDTHS:
+        width = min(width, outputs)
+        # The tile, its codes and scales twice over, rows of x and y twice over.
+        held = inputs * width * (itemsize + 1.25) + 2 * TOKENS * (inputs + width) * itemsize
+        if held <= MOST_VMEM:
+            return width
+    return 0
+
+
+def _cost(x, codes, scales, features, tiles, outputs):
+    """Codes and scales are read once, x once for each tile of outputs (once if all its rows fit one)."""
+    reads = 1 if x.shape[0] <= TOKENS else tiles
+    moved = (x.size * reads + x.shape[0] * outputs) * x.dtype.itemsize
+    return pl.CostEstimate(
+        flops=2 * math.prod((x.shape[0], features, codes.shape[1])),
+        bytes_accessed=moved + codes.size + 4 * scales.size,
+        transcendentals=0,
+    )

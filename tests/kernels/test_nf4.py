@@ -1,0 +1,109 @@
+"""The NF4 product against levels looked up one by one, in both forms and both directions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxft.kernels.nf4 import NF4_LEVELS, nf4_dequantise, nf4_product
+from tests.aot import run_aot
+
+
+def draw(features, columns, block, seed=0):
+    """Codes, scales, and the kernel that they stand for, from the definition."""
+    rng = np.random.default_rng(seed)
+    blocks = -(-features // block)
+    nibbles = rng.integers(0, 16, (blocks, block, columns), dtype=np.uint8)
+    scales = rng.uniform(0.5, 2, (blocks, columns)).astype(np.float32)
+    half = block // 2
+    codes = (nibbles[:, :half] << 4 | nibbles[:, half:]).reshape(blocks * half, columns)
+    dense = (NF4_LEVELS[nibbles] * scales[:, None]).reshape(-1, columns)[:features]
+    return jnp.asarray(codes), jnp.asarray(scales), dense
+
+
+@pytest.mark.parametrize("features, block", [(128, 64), (70, 64), (10, 4), (3, 2)])
+def test_dequantised_by_definition(features, block):
+    codes, scales, dense = draw(features, 5, block)
+    found = nf4_dequantise(codes, scales, features=features, dtype=jnp.float32)
+    np.testing.assert_array_equal(found, dense)
+
+
+# D, F, tokens: blocks that overhang, several tiles of rows and of columns the last not full, one
+# token, and more tokens than a tile.
+SHAPES = [(128, 48, 5), (70, 40, 300), (1100, 6, 3), (64, 1100, 1)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 1e-5), (jnp.bfloat16, 1e-2)])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("implementation", ["xla", "pallas"])
+def test_product_by_definition(shape, dtype, tolerance, transposed, implementation):
+    features, columns, tokens = shape
+    codes, scales, dense = draw(features, columns, 64)
+    rounded = np.asarray(jnp.asarray(dense).astype(dtype), np.float64)
+    rounded = rounded.T if transposed else rounded
+    x = jax.random.normal(jax.random.key(1), (tokens, len(rounded)), dtype)
+    options = dict(features=features, dtype=dtype, transposed=transposed)
+    interpret = implementation == "pallas"
+    form = lambda x: nf4_product(
+        x, codes, scales, implementation=implementation, interpret=interpret, **options
+    )
+    expected = np.asarray(x, np.float64) @ rounded
+    found = jax.jit(form)(x)
+    assert found.dtype == dtype
+    atol = tolerance * np.abs(expected).max()
+    np.testing.assert_allclose(np.asarray(found, np.float64), expected, atol=atol, rtol=0)
+    np.testing.assert_array_equal(form(x.reshape(1, *x.shape))[0], found)
+
+
+def test_on_a_cpu_no_kernel_is_chosen_and_cuda_takes_the_plain_form():
+    codes, scales, _ = draw(64, 8, 64)
+    form = lambda x: nf4_product(x, codes, scales, features=64, dtype=jnp.float32)
+    assert "pallas" not in str(jax.make_jaxpr(form)(jnp.ones((2, 64))))
+    lowered = jax.jit(form).trace(jnp.ones((2, 64))).lower(lowering_platforms=("cuda",))
+    assert "custom_call" not in lowered.as_text()
+
+
+def test_bad_arguments():
+    codes, scales, _ = draw(8, 3, 4)
+    options = dict(features=8, dtype=jnp.float32)
+    with pytest.raises(ValueError, match="expected xla or pallas"):
+        nf4_product(jnp.ones((2, 8)), codes, scales, implementation="cuda", **options)
+    with pytest.raises(ValueError, match="got blocks of 4"):
+        nf4_product(jnp.ones((2, 8)), codes, scales, implementation="pallas", **options)
+
+
+CODE = """
+import json, jax, jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+from jaxft.kernels.nf4 import nf4_product
+from jaxft.parallel import compile_only_devices, compiled_cost
+found = []
+for topology, implementation, kernels in {cases}:
+    place = SingleDeviceSharding(compile_only_devices(topology)[0])
+    shape = lambda s, d: jax.ShapeDtypeStruct(s, d, sharding=place)
+    for transposed in (False, True):
+        form = lambda x, codes, scales: nf4_product(
+            x, codes, scales, features=1088, dtype=jnp.bfloat16,
+            transposed=transposed, implementation=implementation,
+        )
+        x = shape((300, 1536 if transposed else 1088), jnp.bfloat16)
+        args = x, shape((544, 1536), jnp.uint8), shape((17, 1536), jnp.float32)
+        cost = compiled_cost(jax.jit(form).lower(*args).compile())
+        assert cost.kernels == kernels, (topology, cost)
+        found.append([topology, cost.temp_bytes])
+print(json.dumps(found))
+"""
+
+
+def test_it_compiles_for_tpus_and_the_dense_kernel_never_lies_in_memory():
+    cases = [("v5e:2x2", "pallas", 1), ("v6e:2x2", "pallas", 1), ("v5e:2x2", "xla", 0)]
+    found = run_aot(CODE.replace("{cases}", repr(cases)))
+    assert len(found) == 6
+    for topology, temp in found:
+        assert temp < 1088 * 1536 * 2, topology
+
+
+def test_the_plain_form_compiles_for_a_gpu():
+    # In a process of its own: a TPU's compiler there before hides the GPU's.
+    assert len(run_aot(CODE.replace("{cases}", repr([("h100:1", "xla", 0)])))) == 2

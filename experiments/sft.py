@@ -33,12 +33,17 @@ from jaxft.adapters import (
     Quantisation,
     adapter_tensors,
     apply_named,
+    check_same,
     count,
+    intrinsic,
+    intrinsic_apply,
+    load_adapter,
     rounding_loss,
     save_checked,
+    save_intrinsic,
 )
 from jaxft.models.remat import Remat
-from jaxft.objectives import supervised
+from jaxft.objectives import reparametrised, supervised
 from jaxft.optim import scale_by_lion
 from jaxft.parallel import make_mesh, shard_params
 from jaxft.rl import Accuracy, measure_accuracy, verifier_for
@@ -61,7 +66,8 @@ class Config:
     validation: float = 0.05  # the part held out, if there is no eval_data
     output_dir: str = "runs/sft"
 
-    adapter: Name = "lora"  # what trains; full: everything
+    adapter: Name | Literal["intrinsic"] = "lora"  # what trains; full: everything
+    d: int = 1000  # intrinsic: numbers that train, moving all params in a random subspace
     quantise: Quantisation | None = None  # round the frozen kernels (nf4: QLoRA, QPaCA, QDoRA)
     rank: int = 16
     alpha: float = 32.0  # over rank: LoRA's scale; for paca a factor of the learning rate
@@ -132,7 +138,8 @@ def main(config: Config) -> dict[str, Any]:
         max_grad_norm=config.max_grad_norm,
         rule=optimizer_rule(config.optimizer),
     )
-    objective = supervised(model)
+    read = jax.jit(intrinsic_apply) if config.adapter == "intrinsic" else lambda params: params
+    objective = reparametrised(supervised(model), read)
     tokenised = data.render(held_out, renderer, config.max_length, too_long="truncate")
     eval_batches = data.finite_batches(
         tokenised, batch_size=config.batch_size, max_length=config.max_length
@@ -166,7 +173,7 @@ def main(config: Config) -> dict[str, Any]:
         ),
     )
     save(config, model, state.params, base, mesh, output)
-    after = verify(config, model, state.params, renderer, held_out, "after")
+    after = verify(config, model, read(state.params), renderer, held_out, "after")
     return report(config, history, before, after, held_out, output)
 
 
@@ -219,7 +226,15 @@ def load_data(config: Config):
 
 def adapt_params(config: Config, base: Any, mesh: Any) -> Any:
     """The base params with what trains: adapters, or all of them."""
-    params = apply_named(base, config.adapter, **_adapter_settings(config))
+    if config.adapter == "intrinsic":
+        if config.quantise:
+            raise ValueError("--adapter intrinsic moves the kernels themselves; drop --quantise.")
+        params, mesh = (
+            intrinsic(jax.random.key(config.seed), base, config.d),
+            None,
+        )  # base lies on it
+    else:
+        params = apply_named(base, config.adapter, **_adapter_settings(config))
     trains, total = count(params)
     print(f"{trains:,} of {total:,} parameters train ({trains / total:.2%})")
     return params if mesh is None else shard_params(params, mesh)
@@ -247,6 +262,12 @@ def save(
         print(f"model saved to {path}; read again: {difference}")
         return
     path, native = output / "adapter", None
+    if config.adapter == "intrinsic":
+        save_intrinsic(path, params)
+        loaded = load_adapter(path, model.config, base)
+        difference = check_same(str(path), model, jax.jit(intrinsic_apply)(params), loaded)
+        print(f"adapter saved to {path}; read again: {difference}")
+        return
     try:
         adapter_tensors(model.config, params)
     except AdapterError as error:

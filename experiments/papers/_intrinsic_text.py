@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from jaxft import checkpoints, train
-from jaxft.adapters import intrinsic, intrinsic_apply
+from jaxft.adapters import count, intrinsic, intrinsic_apply
 from jaxft.analysis import d90_search, satisfactory
 from jaxft.metrics import Mean
 from jaxft.models import Encoder, mean_pool
@@ -60,18 +60,24 @@ SMOKE = Settings(dims=(400,), steps=2, batch_size=4, held_out=16)
 
 
 def measure(name: str, settings: Settings) -> dict[str, Any]:
-    """Held-out accuracy of full fine-tuning and in SAID subspaces, the best of the rates, and d90."""
+    """Held-out accuracy of full fine-tuning and in SAID subspaces, at the rate best in validation; d90."""
     mesh = make_mesh(data=-1) if jax.device_count() > 1 else None
     model, base = checkpoints.load_model(name, mesh=mesh, dtype=jnp.float32)
     training, held_out = load(checkpoints.load_tokenizer(name), settings)
-    kernel = np.random.default_rng(0).normal(0, 0.02, (model.config.hidden_size, 2))
-    start = {"model": base, "head": {"kernel": jnp.float32(kernel), "bias": jnp.zeros(2)}}
-    score = lambda params: accuracy(model, params, held_out, settings.batch_size)
+    cut = len(training["labels"]) * 4 // 5
+    validation = {name: a[cut:] for name, a in training.items()}
+    training = {name: a[:cut] for name, a in training.items()}
+    score = lambda params, part: accuracy(model, params, part, settings.batch_size)
+
+    def start(key):
+        kernel = 0.02 * jax.random.normal(key, (model.config.hidden_size, 2))
+        return {"model": base, "head": {"kernel": kernel, "bias": jnp.zeros(2)}}
 
     def tune(d, seed, rate):
-        key, read, params = jax.random.key(seed), lambda params: params, start
+        key, read = jax.random.key(seed), lambda params: params
+        params = start(key)
         if d is not None:
-            params, read = intrinsic(key, start, d), intrinsic_apply
+            params, read = intrinsic(key, params, d), jax.jit(intrinsic_apply)
         rows = np.random.default_rng(seed).integers(
             0, len(training["labels"]), (settings.steps, settings.batch_size)
         )
@@ -79,11 +85,13 @@ def measure(name: str, settings: Settings) -> dict[str, Any]:
         optimizer = train.make_optimizer(rate, total_steps=settings.steps, schedule=train.linear)
         objective = reparametrised(classify(model), read)
         state, _ = train.fit(params, objective, optimizer, batches, key=key, mesh=mesh)
-        return score(jax.jit(read)(state.params))
+        tuned = read(state.params)
+        return score(tuned, validation), score(tuned, held_out)
 
     def best(d, seeds):
         rates = settings.full_rates if d is None else settings.rates
-        found = [max(tune(d, seed, rate) for rate in rates) for seed in seeds]
+        scores = [[tune(d, seed, rate) for rate in rates] for seed in seeds]
+        found = [max(pairs, key=lambda pair: pair[0])[1] for pairs in scores]
         print(f"{name}, d {d or 'full'}: accuracy {np.mean(found):.3f}", flush=True)
         return found
 
@@ -91,8 +99,14 @@ def measure(name: str, settings: Settings) -> dict[str, Any]:
     full = best(None, seeds)
     target = satisfactory(float(np.median(full)))
     found = d90_search(best, settings.dims, target, seeds)
-    return {"d90": found.d, "full": full, "scores": {str(d): s for d, s in found.scores.items()},
-            "before": score(start), "D": sum(leaf.size for leaf in jax.tree.leaves(start))}  # fmt: skip
+    before = start(jax.random.key(0))
+    return {
+        "d90": found.d,
+        "full": full,
+        "scores": {str(d): scores for d, scores in found.scores.items()},
+        "before": score(before, held_out),
+        "D": count(before)[1],
+    }
 
 
 def classify(model):

@@ -15,12 +15,11 @@ from safetensors.flax import load_file, save_file
 
 from jaxft.adapters.commit import commit
 from jaxft.adapters.errors import AdapterError
+from jaxft.adapters.intrinsic import CONFIG, WEIGHTS, intrinsic_apply, load_intrinsic
 from jaxft.adapters.named import named_rules
 from jaxft.adapters.rewrite import Params, adapt, largest_shape, partition, path_name
 from jaxft.adapters.rules import quantised
 from jaxft.weights import Weight, is_weight
-
-CONFIG, WEIGHTS = "jaxft_adapter.json", "jaxft_adapter.safetensors"
 
 
 def apply_named(
@@ -71,7 +70,7 @@ def save_native(path: str | os.PathLike, params: Params, **settings: Any) -> Non
 
 
 def load_native(path: str | os.PathLike, params: Params) -> Params:
-    """The base params with an adapter of `save_native`.
+    """The base params with an adapter of `save_native`, or moved by what `save_intrinsic` wrote (dense).
 
     Raises:
         AdapterError: if a file is missing or damaged, a key is missing, surplus or misshapen.
@@ -85,6 +84,8 @@ def load_native(path: str | os.PathLike, params: Params) -> Params:
         tensors = load_file(path / WEIGHTS)
     except (SafetensorError, json.JSONDecodeError) as error:
         raise AdapterError(f"{path}: damaged ({error}); copy it again.") from None
+    if settings.get("name") == "intrinsic":
+        return jax.jit(intrinsic_apply)(load_intrinsic(path, params))
     if settings.pop("version", None) != 1:
         raise AdapterError(f"{path}: written by another version of jaxft; update it.")
     adapted = apply_named(params, **settings)

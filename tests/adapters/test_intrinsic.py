@@ -20,6 +20,7 @@ from jaxft.adapters import (
     intrinsic,
     intrinsic_apply,
     load_intrinsic,
+    load_native,
     partition,
     save_intrinsic,
     tensor_shapes,
@@ -254,6 +255,8 @@ def test_files_hold_d_numbers(tmp_path, outside):
     loaded = load_intrinsic(tmp_path, mlp_params())
     jax.tree.map(np.testing.assert_array_equal, APPLY(loaded), APPLY(params))
     assert jax.tree.structure(loaded) == jax.tree.structure(params)
+    # What scripts load by the name of a directory is the merged model.
+    jax.tree.map(np.testing.assert_array_equal, load_native(tmp_path, mlp_params()), APPLY(params))
 
 
 def test_files_of_another_model(tmp_path):

@@ -1,5 +1,6 @@
 """Every script, run small; and what a user sees who gets something wrong."""
 
+import dataclasses
 import json
 import pathlib
 import subprocess
@@ -63,6 +64,16 @@ def test_the_adapter_is_used_by_the_other_scripts(smoke, tmp_path, capsys):
     )
     assert len(generate.main(prompts)) == 2
     capsys.readouterr()
+
+
+def test_the_whole_model_in_a_subspace(tmp_path):
+    subspace = dict(adapter="intrinsic", d=100, accuracy=False, learning_rate=1e-2)
+    config = sft.Config(smoke=True, output_dir=str(tmp_path), **subspace)
+    metrics = sft.main(config)
+    assert metrics["last_loss"] < metrics["first_loss"]
+    assert (tmp_path / "adapter" / "jaxft_adapter.safetensors").stat().st_size < 1000
+    with pytest.raises(ValueError, match="drop --quantise"):
+        sft.adapt_params(dataclasses.replace(config, quantise="nf4"), {}, None)
 
 
 def test_training_learns_and_resumes_to_the_same_losses(tmp_path):

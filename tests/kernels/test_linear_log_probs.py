@@ -1,6 +1,7 @@
 """Every form of linear_log_probs against log_softmax, and compiled for devices that are not here."""
 
 import functools
+
 import chex
 import jax
 import jax.numpy as jnp

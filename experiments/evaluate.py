@@ -31,7 +31,7 @@ class Config:
     limit: int | None = None  # use at most so many records
     mask: Literal["completion", "last_turn", "all", "per_message"] = "completion"
     template: str | None = None  # chat template that replaces the model's
-    max_length: int = 512
+    max_length: int = 512  # tokens of a row; longer records are left out of the loss
     batch_size: int = 4
     max_new_tokens: int = 64
     output: str | None = None  # JSON file for the metrics and answers
@@ -41,6 +41,8 @@ class Config:
 def main(config: Config) -> dict[str, Any]:
     """Prints and returns the metrics."""
     train.keep_memory_warm()
+    if config.output:  # Now, not after the last answer.
+        train.writable_directory(pathlib.Path(config.output).parent)
     renderer = data.Renderer(
         files.load_tokenizer(config.model), template=config.template, mask=config.mask
     )
@@ -50,6 +52,11 @@ def main(config: Config) -> dict[str, Any]:
     if bad.summary():
         print(f"records left out of the loss: {bad.summary()}; see --max-length")
     model, params = files.load_model(config.model)
+    if config.max_length > model.config.max_length:
+        raise ValueError(
+            f"--max-length {config.max_length} is more than the {model.config.max_length} positions "
+            f"of {config.model}."
+        )
     if config.adapter:
         params = load_adapter(config.adapter, model.config, params)
         params = merge(params) if mergeable(params) else params

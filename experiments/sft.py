@@ -362,9 +362,10 @@ def _check_length(config, model):
             f"--max-length {config.max_length} is more than the {model.config.max_length} positions "
             f"of {config.model}."
         )
-    if config.batch_size % (config.gradient_accumulation_steps * jax.process_count()):
+    parts = config.gradient_accumulation_steps * jax.process_count()
+    if parts < 1 or config.batch_size < 1 or config.batch_size % parts:
         raise ValueError(
-            f"--batch-size {config.batch_size} must be a multiple of --gradient-accumulation-steps "
+            f"--batch-size {config.batch_size} must be a positive multiple of --gradient-accumulation-steps "
             f"({config.gradient_accumulation_steps}) times the {jax.process_count()} processes."
         )
 

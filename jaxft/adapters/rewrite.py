@@ -46,7 +46,7 @@ def adapt(key: jax.Array, params: Params, rules: Mapping[str, Rule | Added]) -> 
         ValueError: if a pattern matches no path.
     """
     added = {pattern: rule for pattern, rule in rules.items() if isinstance(rule, Added)}
-    compiled = {pattern: re.compile(pattern) for pattern in rules if pattern not in added}
+    compiled = {pattern: _compile(pattern) for pattern in rules if pattern not in added}
     unused = set(rules)
 
     def rewrite(path, node):
@@ -192,6 +192,13 @@ def _add(key, params, rules: Mapping[str, Added], unused: set[str]) -> Params:
 
 def _is_adapter(node: Any) -> bool:
     return is_weight(node) or isinstance(node, Bottleneck)
+
+
+def _compile(pattern: str) -> re.Pattern:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"adapt: {pattern!r} is no regular expression ({error}).") from None
 
 
 def _apply_rule(rule: Rule, key: jax.Array, kernel: WeightLike) -> WeightLike:

@@ -201,7 +201,13 @@ def token_weights(sources: Sequence[Sequence[Tokenised]], shares: Sequence[float
 def finite_batches(
     records: Sequence[Tokenised], *, batch_size: int, max_length: int
 ) -> list[Batch]:
-    """Every record once, in order, packed into rows; the last batch is filled up with padding."""
+    """Every record once, in order, packed into rows; the last batch is filled up with padding.
+
+    Raises:
+        DataError: for a batch_size below 1.
+    """
+    if batch_size < 1:
+        raise DataError(f"finite_batches: batch_size must be positive, got {batch_size}.")
     rows: list[list[Tokenised]] = [[]]
     for part in records:
         if sum(len(p.tokens) for p in rows[-1]) + len(part.tokens) > max_length:

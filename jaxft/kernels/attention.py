@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxft.kernels.platform import target_platform
+from jaxft.kernels.backend import target_platform
 from jaxft.kernels.splash import TILE, splash_attention
 
 Implementation = Literal["reference", "blocked", "splash", "xla", "cudnn"]

@@ -1,8 +1,18 @@
-"""Whether a Pallas kernel can run where a program is being traced."""
+"""What the program being traced will run on, and whether a Pallas kernel can run there."""
 
 from __future__ import annotations
 
 import jax
+
+
+def target_platform() -> str:
+    """The name "cpu", "gpu" or "tpu" of the mesh in context, else of the default backend.
+
+    The two differ where a program is compiled for devices that are not here; `jax.set_mesh` puts a
+    mesh in context, and so do the compiled steps of jaxft.train for the mesh that the params lie on.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
 
 
 def on_one_tpu() -> bool:
@@ -11,7 +21,7 @@ def on_one_tpu() -> bool:
     XLA cannot split a kernel over the devices of a mesh by itself, so that under jit with sharded
     arrays the forms that it can split must be taken.
     """
-    if jax.default_backend() != "tpu":
+    if target_platform() != "tpu":
         return False
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:

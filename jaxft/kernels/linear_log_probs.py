@@ -36,7 +36,7 @@ def linear_log_probs(
     temperature: float = 1.0,
     softcap: float | None = None,
     chunk: int | None = None,
-    implementation: Implementation | None = None,
+    implementation: str | None = None,
     interpret: bool = False,
 ) -> Float[Array, "*batch T"]:
     """x_t[target_t] - logsumexp_v x_t[v], x_t = cap(h_t W) / temperature, in nats and float32.

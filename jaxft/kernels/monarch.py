@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float
 
-from jaxft.kernels.backend import on_one_tpu
+from jaxft.kernels.backend import on_one_tpu, target_platform
 
 # Above this many blocks a product for each of them costs more in overhead than it saves in copies.
 MOST_UNROLLED = 8
@@ -23,15 +24,15 @@ Implementation = Literal["batched", "unrolled", "pallas"]
 
 
 def monarch_product(
-    x: jax.Array,
-    first: jax.Array,
-    second: jax.Array,
+    x: Float[Array, "*batch D"],
+    first: Float[Array, "K J R I"],
+    second: Float[Array, "J L K R"],
     *,
     features: int | None = None,
-    implementation: Implementation | None = None,
+    implementation: str | None = None,
     interpret: bool = False,
-) -> jax.Array:
-    """y [..., F] of x [..., D] with factors [K, J, R, I] and [J, L, K, R]; see MonarchWeight.
+) -> Float[Array, "*batch F"]:
+    """The product of x with the matrix of two factors; see MonarchWeight.
 
     Args:
         x: inputs, D <= K I; those up to K I are taken as zeros.
@@ -66,7 +67,7 @@ def monarch_product(
 
 def _best(x, first, second, features) -> Implementation:
     few = max(first.shape[0], second.shape[0]) <= MOST_UNROLLED
-    if few and jax.default_backend() == "cpu":
+    if few and target_platform() == "cpu":
         return "unrolled"
     sizes = _Sizes.of(first, second, x.shape[-1], features)
     real = x.dtype in (jnp.bfloat16, jnp.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -63,13 +64,17 @@ def splash_attention(
 
 def _sharded(run, query, key, value, segment_ids):
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1 or mesh.manual_axes:
+    # Within a shard_map over some axes, the others are left.
+    axes = {name: size for name, size in mesh.shape.items() if name not in mesh.manual_axes}
+    if math.prod(axes.values()) == 1:
         return run(query, key, value, segment_ids)
-    rows = _dividing(query.shape[0], mesh, ("data", "fsdp"))
-    heads = PartitionSpec(rows, None, _dividing(key.shape[2], mesh, ("tensor",)))
+    rows = _dividing(query.shape[0], axes, ("data", "fsdp"))
+    heads = PartitionSpec(rows, None, _dividing(key.shape[2], axes, ("tensor",)))
     specs = (heads, heads, heads, PartitionSpec(rows))
     # The check would need the kernels to say over which axes their outputs vary.
-    sharded = jax.shard_map(run, in_specs=specs, out_specs=heads, check_vma=False)
+    sharded = jax.shard_map(
+        run, in_specs=specs, out_specs=heads, axis_names=set(axes), check_vma=False
+    )
     return sharded(query, key, value, segment_ids)
 
 
@@ -104,10 +109,9 @@ def _on_one_device(kernel, query, key, value, segment_ids):
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, size)
 
 
-def _dividing(size, mesh, axes):
+def _dividing(size, axes, names):
     taken = ()
-    for axis in axes:
-        devices = mesh.shape.get(axis, 1)
-        if size % devices == 0:
-            size, taken = size // devices, (*taken, axis) if axis in mesh.shape else taken
+    for name in names:
+        if size % axes.get(name, size + 1) == 0:  # not one that the mesh does not have
+            size, taken = size // axes[name], (*taken, name)
     return taken

@@ -23,6 +23,8 @@ def progress(*, steps: int = 10, console: rich.console.Console | None = None) ->
 
     Goes to standard error, or to `console`. Tokens are those that the loss counts.
     """
+    if steps < 1:
+        raise ValueError(f"progress: steps must be at least 1, got {steps}.")
     console = console or rich.console.Console(stderr=True)
     meter = {}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -42,6 +43,10 @@ def make_optimizer(
         max_grad_norm: longest gradient (L2 over all that trains); None does not clip.
         rule: what turns gradients into a direction; default optax.scale_by_adam(0.9, 0.999, 1e-8).
     """
+    if not 0 < learning_rate < math.inf:
+        raise ValueError(
+            f"make_optimizer: learning_rate must be positive and finite, got {learning_rate}."
+        )
     if total_steps < 1 or not 0 <= warmup_ratio < 1:
         raise ValueError(
             f"make_optimizer: needs total_steps >= 1 and 0 <= warmup_ratio < 1, got {total_steps} "

@@ -95,6 +95,8 @@ def test_bad_rules_are_explained(params):
     key = jax.random.key(0)
     with pytest.raises(ValueError, match="no weight matches 'query'.*for example: "):
         adapt(key, params, {"query": lora(2)})
+    with pytest.raises(ValueError, match=r"'\(' is no regular expression \(missing \)"):
+        adapt(key, params, {"(": lora(2)})
     with pytest.raises(ValueError, match="rank must be at least 1, got 0"):
         lora(0)
     with pytest.raises(ValueError, match=r"rank must lie in 1..48 for a kernel \(96, 48\), got 64"):

@@ -1,6 +1,7 @@
 """Every script, run small; and what a user sees who gets something wrong."""
 
 import dataclasses
+import importlib
 import json
 import pathlib
 import subprocess
@@ -10,9 +11,11 @@ from typing import get_args
 import jax
 import jax.numpy as jnp
 import pytest
+import tyro
 
 from experiments import evaluate, generate, sft
 from jaxft import train
+from jaxft.checkpoints import load_model, save_model
 
 ROOT = pathlib.Path(__file__).parents[2]
 TASK = "rg:chain_sum?size=40&seed=1&max_terms=2&min_digits=1&max_digits=1"
@@ -131,50 +134,132 @@ def empty(path):
     return ["--data", path / "empty.jsonl"]
 
 
-def architecture(path):
-    (path / "config.json").write_text('{"model_type": "mamba"}')
-    (path / "tokenizer.json").write_bytes(b"{}")
-    return ["--model", path]
+def saved(path):
+    """A whole model directory."""
+    model, params = load_model("tiny")
+    save_model(path / "model", model, params, tokenizer_from="tiny")
+    return path / "model"
+
+
+def changed(path, file, **fields):
+    """A model directory of which a JSON file says something else."""
+    model = saved(path)
+    (model / file).write_text(json.dumps(json.loads((model / file).read_text()) | fields))
+    return ["--model", model]
+
+
+def truncated(path):
+    (file,) = (model := saved(path)).glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:5000])
+    return ["--model", model]
+
+
+def without_template(path):
+    arguments = changed(path, "tokenizer_config.json", chat_template=None)
+    (arguments[1] / "chat_template.jinja").unlink(missing_ok=True)
+    return arguments
 
 
 def unwritable(path):
     (path / "file").write_text("")
-    return ["--output-dir", path / "file" / "run"]
+    return path / "file" / "run"
 
 
-BAD = {
+def chat(path):
+    turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
+    (path / "chat.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    return ["--data", path / "chat.jsonl"]
+
+
+MODEL = {
+    "missing model": (lambda p: ["--model", p / "none"], "no such model; give a directory"),
+    "architecture": (lambda p: changed(p, "config.json", model_type="mamba"), "'mamba'; supported"),
+    "truncated": (truncated, "not a whole safetensors file"),
+    "shape": (
+        lambda p: changed(p, "config.json", intermediate_size=100),
+        "has shape (96, 256), but the config asks for (96, 100)",
+    ),
+    "no chat template": (without_template, "the tokenizer has no chat template; use an instruct"),
+    "template": (lambda p: ["--template", "nope.jinja"], "neither Jinja text, a file"),
+}
+DATA = {
     "missing file": (lambda p: ["--data", p / "nowhere.jsonl"], "nowhere.jsonl: no such file"),
     "bad line": (bad_line, "bad.jsonl, line 2: not valid JSON"),
     "unknown column": (unknown_column, "no usable columns among"),
     "empty": (empty, "no records"),
-    "missing model": (lambda p: ["--model", p / "none"], "no such model; give a directory"),
-    "pattern": (lambda p: ["--target", "nothing"], "no weight matches 'nothing'"),
-    "rank": (lambda p: ["--rank", "0"], "rank must be at least 1, got 0"),
     "long": (lambda p: ["--max-length", "4096"], "is more than the 512 positions"),
-    "batch": (
-        lambda p: ["--batch-size", "3", "--gradient-accumulation-steps", "2"],
-        "must be a multiple of --gradient-accumulation-steps",
-    ),
-    "template": (lambda p: ["--template", "nope.jinja"], "neither Jinja text, a file"),
-    "output": (unwritable, "cannot write to"),
     "too short": (lambda p: ["--max-length", "8"], "no usable record is left"),
-    "flag": (lambda p: ["--learning-rte", "1"], "learning-rte"),
+    "batch size": (lambda p: ["--batch-size", "0"], "--batch-size 0"),
+}
+BAD = {
+    "sft": MODEL
+    | DATA
+    | {
+        "pattern": (lambda p: ["--target", "nothing"], "no weight matches 'nothing'"),
+        "no pattern": (lambda p: ["--target", "("], "'(' is no regular expression"),
+        "rank": (lambda p: ["--rank", "0"], "rank must be at least 1, got 0"),
+        "batch": (
+            lambda p: ["--batch-size", "3", "--gradient-accumulation-steps", "2"],
+            "must be a positive multiple of --gradient-accumulation-steps",
+        ),
+        "accumulation": (lambda p: ["--gradient-accumulation-steps", "0"], "steps (0)"),
+        "rate": (lambda p: ["--learning-rate", "-1"], "must be positive and finite, got -1.0"),
+        "logging": (lambda p: ["--logging-steps", "0"], "steps must be at least 1, got 0"),
+        "output": (lambda p: ["--output-dir", unwritable(p)], "cannot write to"),
+    },
+    "evaluate": MODEL
+    | DATA
+    | {
+        "batch size": (lambda p: ["--batch-size", "0"], "batch_size must be positive, got 0"),
+        "adapter": (lambda p: ["--adapter", p], "no adapter_config.json"),
+        "output": (lambda p: ["--output", unwritable(p) / "metrics.json"], "cannot write to"),
+    },
+    "generate": MODEL
+    | {
+        "adapter": (lambda p: ["--adapter", p], "no adapter_config.json"),
+        "long": (lambda p: ["--max-new-tokens", "600"], "exceed the model's 512; shorten one"),
+    },
+    "merge": {
+        "adapter": (lambda p: [], "no adapter_config.json"),
+        "output": (lambda p: ["--output-dir", unwritable(p)], "cannot write to"),
+    },
 }
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_one_line_and_exit_code_2(name, tmp_path):
-    make, message = BAD[name]
-    output = ["--output-dir", tmp_path / "out"] if name != "output" else []
-    result = run("sft", "--smoke", *output, *make(tmp_path))
-    assert result.returncode == 2, result.stdout + result.stderr
-    assert message in result.stderr
-    if name != "flag":
-        assert len(result.stderr.strip().splitlines()) == 1
+def defaults(script, path):
+    """Arguments of a run that would be short and right."""
+    if script == "sft":
+        return ["--smoke", "--output-dir", path / "out"]
+    if script == "merge":
+        return ["--model", "tiny", "--adapter", path, "--output-dir", path / "out"]
+    return ["--model", "tiny", *(chat(path) if script == "evaluate" else ["--prompt", "1"])]
+
+
+@pytest.mark.parametrize("script, name", [(s, name) for s in BAD for name in BAD[s]])
+def test_bad_input_is_one_line_and_exit_code_2(script, name, tmp_path, capsys, recwarn):
+    make, message = BAD[script][name]
+    module = importlib.import_module(f"experiments.{script}")
+    arguments = [str(x) for x in [*defaults(script, tmp_path), *make(tmp_path)]]
+    with pytest.raises(SystemExit) as stop:
+        train.run_main(module.main, tyro.cli(module.Config, args=arguments))
+    stderr = capsys.readouterr().err
+    assert stop.value.code == 2, stderr
+    assert message in stderr
+    assert len(stderr.strip().splitlines()) == 1
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
 
-@pytest.mark.parametrize("script", ["sft", "generate", "evaluate"])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [(["--data", "nowhere.jsonl"], "nowhere.jsonl: no such file"), (["--rnk", "1"], "rnk")],
+)
+def test_the_shell_sees_the_exit_code(arguments, message, tmp_path):
+    result = run("sft", "--smoke", "--output-dir", tmp_path, *arguments)
+    assert result.returncode == 2 and message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("script", ["sft", "generate", "evaluate", "merge"])
 def test_help_is_readable(script):
     result = run(script, "--help")
     assert result.returncode == 0 and "--model" in result.stdout

@@ -3,9 +3,9 @@
 import jax
 import numpy as np
 import pytest
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractDevice, AbstractMesh, PartitionSpec
 
-from jaxft.kernels.backend import on_one_tpu
+from jaxft.kernels.backend import on_one_tpu, target_platform
 
 
 def test_never_on_a_cpu():
@@ -15,8 +15,8 @@ def test_never_on_a_cpu():
 def test_on_tpus_only_where_one_device_is_in_sight(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     assert jax.device_count() == 8 and not on_one_tpu()
-    devices = np.array(jax.devices()).reshape(4, 2)
-    mesh = Mesh(devices, ("data", "fsdp"))
+    chip = AbstractDevice(device_kind="a chip", num_cores=1, platform="tpu")
+    mesh = AbstractMesh((4, 2), ("data", "fsdp"), abstract_device=chip)
     seen = []
 
     def body(x):
@@ -28,7 +28,7 @@ def test_on_tpus_only_where_one_device_is_in_sight(monkeypatch):
         mapped = jax.shard_map(body, mesh=mesh, in_specs=spec, out_specs=spec, axis_names=axes)
         jax.eval_shape(mapped, jax.ShapeDtypeStruct((8,), np.float32))
     assert seen == [True, False]
-    with jax.set_mesh(mesh):
+    with jax.sharding.use_abstract_mesh(mesh):
         assert not on_one_tpu()
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     assert on_one_tpu()
@@ -39,3 +39,10 @@ def test_never_elsewhere(monkeypatch, backend):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     assert not on_one_tpu()
+
+
+def test_the_platform_is_that_of_the_mesh_in_context():
+    chip = AbstractDevice(device_kind="a chip", num_cores=1, platform="tpu")
+    assert target_platform() == "cpu"
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("data",), abstract_device=chip)):
+        assert target_platform() == "tpu" and on_one_tpu()

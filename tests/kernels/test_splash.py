@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, PartitionSpec
 
 from jaxft.kernels import attention
 from jaxft.kernels.splash import splash_attention
@@ -90,6 +90,16 @@ def test_on_a_mesh_each_device_takes_its_rows_and_heads(sizes):
         sharded = jax.jit(ours)(*map(placed, inputs), ids=placed(ids))
     to_numpy = lambda tree: jax.tree.map(np.asarray, tree)
     chex.assert_trees_all_close(to_numpy(sharded), to_numpy(whole), atol=1e-5, rtol=1e-5)
+
+
+def test_on_a_mesh_of_which_an_axis_is_mapped_already():
+    mesh, spec = make_mesh(data=2, fsdp=4), PartitionSpec("data")
+    inputs, ours = draw(128, batch=8, size=16), functools.partial(splash_attention, scale=0.25)
+    ours = functools.partial(ours, interpret=True)
+    run = jax.shard_map(ours, in_specs=spec, out_specs=spec, axis_names={"data"}, check_vma=False)
+    with jax.set_mesh(mesh):
+        mapped = jax.jit(run)(*inputs)
+    chex.assert_trees_all_close(np.asarray(mapped), np.asarray(ours(*inputs)), atol=1e-5, rtol=1e-5)
 
 
 def picked(platform, devices=1, *, mesh=True, length=256, dtype=jnp.bfloat16, **options):

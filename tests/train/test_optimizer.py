@@ -123,6 +123,11 @@ def test_clipping_measures_in_float32(dtype):
 
 
 def test_bad_arguments_are_refused():
+    for rate in (-1.0, 0.0, float("nan")):
+        with pytest.raises(
+            ValueError, match=f"learning_rate must be positive and finite, got {rate}"
+        ):
+            make_optimizer(rate, total_steps=10)
     with pytest.raises(ValueError, match="got 0 and 0.03"):
         make_optimizer(0.1, total_steps=0)
     with pytest.raises(ValueError, match="got 10 and 1.5"):

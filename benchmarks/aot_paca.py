@@ -29,7 +29,7 @@ parser.add_argument("--layers", type=int, default=16)
 parser.add_argument("--rank", type=int, default=16)
 parser.add_argument("--batch", type=int, default=4)
 parser.add_argument("--length", type=int, default=1024)
-parser.add_argument("--attention", help="default: splash for TPUs, blocked for GPUs")
+parser.add_argument("--attention", help="default: splash on TPUs, blocked on GPUs")
 parser.add_argument("--residuals", action="store_true")
 parser.add_argument("--cell", help=argparse.SUPPRESS)
 
@@ -53,13 +53,13 @@ def cell(topology: str, remat: str, method: str, args) -> dict:
     """Figures of one program."""
     import jax
     import jax.numpy as jnp
-    from jax.sharding import SingleDeviceSharding
 
     from jaxft.adapters import combine, partition
     from jaxft.models import Decoder, DecoderConfig
-    from jaxft.parallel import compile_only_devices, compiled_cost
+    from jaxft.parallel import compile_only_devices, compiled_cost, make_mesh, replicated
 
-    sharding = SingleDeviceSharding(compile_only_devices(topology)[0])
+    mesh = make_mesh(devices=compile_only_devices(topology)[:1])
+    sharding = replicated(mesh)
     placed = lambda tree: jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
     )
@@ -77,7 +77,8 @@ def cell(topology: str, remat: str, method: str, args) -> dict:
         hidden = model.apply({"params": combine(trainable, frozen)}, tokens).hidden
         return jnp.mean(jnp.square(hidden.astype(jnp.float32)))
 
-    compiled = jax.jit(jax.value_and_grad(loss)).lower(trainable, frozen, tokens).compile()
+    with jax.set_mesh(mesh):  # Tells what is traced for which devices it is.
+        compiled = jax.jit(jax.value_and_grad(loss)).lower(trainable, frozen, tokens).compile()
     cost = compiled_cost(compiled)
     figures = {
         "temp_mib": round(cost.temp_bytes / 2**20, 1),
@@ -100,9 +101,7 @@ def _params(model, method, rank):
     from jaxft.adapters import ALL_LINEAR, adapt, full, lora, paca
 
     key = jax.random.key(0)
-    # Params do not depend on the attention, and kernels may not run where params are made.
-    plain = model.clone(attention="reference")
-    params = plain.init(key, model.example_input())["params"]
+    params = model.init(key, model.example_input())["params"]
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
     rules = {
         "lora": {ALL_LINEAR: lora(rank)},

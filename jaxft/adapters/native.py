@@ -19,7 +19,7 @@ from jaxft.adapters.intrinsic import CONFIG, WEIGHTS, intrinsic_apply, load_intr
 from jaxft.adapters.named import named_rules
 from jaxft.adapters.rewrite import Params, adapt, largest_shape, partition, path_name
 from jaxft.adapters.rules import quantised
-from jaxft.weights import Weight, is_weight
+from jaxft.weights import PacaWeight, Weight, check_paca, is_weight
 
 
 def apply_named(
@@ -98,7 +98,11 @@ def load_native(path: str | os.PathLike, params: Params) -> Params:
             raise AdapterError(
                 f"{path}: {name!r} has shape {tensors[name].shape}, the model needs {leaf.shape}."
             )
-    return commit(_own_leaves(adapted, tensors))
+    loaded = commit(_own_leaves(adapted, tensors))
+    for key, node in jax.tree_util.tree_leaves_with_path(loaded, is_leaf=is_weight):
+        if isinstance(node, PacaWeight):
+            check_paca(node, f"{path}: {path_name(key)}")
+    return loaded
 
 
 def _own_leaves(params: Params, values: dict | None = None):

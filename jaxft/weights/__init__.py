@@ -33,7 +33,7 @@ from jaxft.weights.monarch import (
     monarch_project,
     monarch_weight,
 )
-from jaxft.weights.paca import PacaWeight, delta, paca_weight
+from jaxft.weights.paca import PacaWeight, check_paca, delta, paca_weight
 from jaxft.weights.prefix import PrefixMlp, prefix_mlp
 from jaxft.weights.quantised import (
     Nf4Weight,
@@ -71,6 +71,7 @@ __all__ = [
     "bits_per_parameter",
     "bottleneck_adapter",
     "cropped_fastfood",
+    "check_paca",
     "delta",
     "dense_projection",
     "dora_weight",

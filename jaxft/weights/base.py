@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from jaxft.kernels.platform import target_platform
+
 
 class Weight:
     """What a kernel may be besides an array: a frozen dataclass registered as a pytree.
@@ -70,7 +72,7 @@ def matmul(x: jax.Array, w: WeightLike) -> jax.Array:
 
 
 def _product(x, w):
-    if x.ndim < 3 or w.ndim != 2 or jax.default_backend() != "cpu":
+    if x.ndim < 3 or w.ndim != 2 or target_platform() != "cpu":
         return x @ w
     # With several leading axes XLA:CPU writes the gradient of w transposed and copies it: 12 % of a
     # full layer's time, 15 % of one with LoRA. Accelerators choose layouts for themselves.

@@ -8,6 +8,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 
 from jaxft.kernels.paca import chosen_columns
@@ -138,6 +139,39 @@ def delta(weight: PacaWeight) -> tuple[jax.Array, jax.Array]:
     return weight.indices, weight._scaled()
 
 
+def check_paca(weight: PacaWeight, name: str = "paca") -> None:
+    """Raises if a weight, with stacked layers or without, cannot be right; reads its arrays.
+
+    For weights that were not made by `paca_weight`, and to find out who moved P and did not commit.
+
+    Raises:
+        ValueError: naming the weight, for rows or indices of the wrong shape, indices that repeat or
+            lie outside the kernel, and a base that does not hold the tuned rows though it should.
+    """
+    *stack, size, features = weight.shape
+    rows, indices = weight.rows.shape, weight.indices.shape
+    if rows != (*stack, rows[-2], features) or indices != rows[:-1]:
+        raise ValueError(
+            f"{name}: a kernel {weight.shape} needs rows [..., R, {features}] and indices [..., R], got "
+            f"{rows} and {indices}."
+        )
+    chosen = np.asarray(weight.indices)
+    if chosen.min() < 0 or chosen.max() >= size:
+        raise ValueError(
+            f"{name}: indices must lie in 0..{size - 1}, got {chosen.min()}..{chosen.max()}."
+        )
+    if np.any(np.diff(np.sort(chosen, axis=-1), axis=-1) == 0):
+        raise ValueError(f"{name}: indices repeat; each row of the kernel may train once.")
+    if not weight.in_place:
+        return
+    held = np.take_along_axis(np.asarray(weight.base), chosen[..., None], axis=-2)
+    if not np.array_equal(held, np.asarray(weight._scaled().astype(weight.dtype))):
+        raise ValueError(
+            f"{name}: the kernel does not hold the tuned rows; call jaxft.train.commit(params) where "
+            "they are moved."
+        )
+
+
 def _scores(key, dense, selection):
     if selection == "random":
         return jax.random.uniform(key, dense.shape[:1])
@@ -169,8 +203,9 @@ def _product(in_place, x, base, rows, indices):
 
 def _product_forward(in_place, x, base, rows, indices):
     y = _product(in_place, x, base, rows, indices)
-    # base, rows and indices are inputs of the step: keeping them costs nothing.
-    return y, (chosen_columns(x, indices), base, rows, indices)
+    # base and indices are inputs of the step: keeping them costs nothing. Scaled rows are not, and in
+    # place nothing but their data type is asked for.
+    return y, (chosen_columns(x, indices), base, rows[:0] if in_place else rows, indices)
 
 
 def _product_backward(in_place, residuals, g):

@@ -281,7 +281,7 @@ def test_gradients_are_finite_differences_and_of_the_new_leaves_alone(training):
     np.testing.assert_allclose(slope, sum(jax.tree.leaves(dots)), rtol=5e-3)
 
 
-@pytest.mark.parametrize("remat", ["light", "full"])
+@pytest.mark.parametrize("remat", ["lean", "full"])
 def test_scanned_and_recomputed_layers_give_the_same_gradients(training, remat):
     model, params, batch, (loss, grads) = training
     scanned = run(model.clone(remat=remat), stack_layers(params), batch)

@@ -1,0 +1,65 @@
+"""What "lean" keeps: nothing that is cheap to compute again, in decoders and encoders."""
+
+import collections
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import pytest
+from jax._src.ad_checkpoint import saved_residuals
+
+from jaxft.models import Decoder, Encoder, EncoderConfig, tiny_config
+
+KEY = jax.random.key(0)
+RULES = ("none", "lean")
+TOKENS = jax.random.randint(KEY, (2, 20), 0, 50)
+DECODER = dataclasses.replace(tiny_config(50), qk_norm=True, post_norms=True)
+BERT = EncoderConfig(96, 256, 2, 4, num_positions=20, vocab_size=50)
+VIT = EncoderConfig(
+    96, 256, 2, 4, num_positions=17, pre_norm=True, image_size=16, patch_size=4, family="vit"
+)
+IMAGES = jax.random.normal(KEY, (2, 16, 16, 3))
+MODELS = {
+    "decoder": (Decoder, DECODER, TOKENS),
+    "windows": (Decoder, dataclasses.replace(DECODER, windows=(8, 8)), TOKENS),
+    "bert": (Encoder, BERT, TOKENS),
+    "vit": (Encoder, VIT, IMAGES),
+}
+
+
+@pytest.fixture(params=list(MODELS))
+def model(request):
+    return MODELS[request.param]
+
+
+def build(model, remat, scan_layers=False):
+    module, config, inputs = model
+    made = module(config, remat=remat, scan_layers=scan_layers)
+    params = module(config, scan_layers=scan_layers).init(KEY, made.example_input())["params"]
+    return params, lambda p: jnp.sum(jnp.sin(made.apply({"params": p}, inputs).hidden))
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_lean_changes_no_gradient(model, scan_layers):
+    grads = [jax.jit(jax.grad(f))(p) for p, f in (build(model, r, scan_layers) for r in RULES)]
+    chex.assert_trees_all_close(*grads, rtol=1e-4, atol=1e-5)
+
+
+def test_lean_keeps_no_scores_and_only_the_inputs_of_activations(model):
+    kept = {}
+    for remat in RULES:
+        params, loss = build(model, remat)
+        kept[remat] = collections.Counter(
+            tuple(aval.shape)
+            for aval, where in saved_residuals(loss, params)
+            if "from the argument" not in where
+        )
+    _, config, inputs = model
+    tokens = 17 if inputs.ndim == 4 else 20
+    scores = lambda shapes: [s for s in shapes if s[-2:] == (tokens, tokens)]
+    assert scores(kept["none"]) and not scores(kept["lean"])
+    # The inputs of the activation (gate and up, or up alone) and its result, for `down`.
+    hidden = 3 if model[0] is Decoder else 2
+    wide = (*inputs.shape[:1], tokens, config.intermediate_size)
+    assert kept["none"][wide] > kept["lean"][wide] == hidden * config.num_layers

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from experiments.papers import intrinsic_dimension, lion, monarch
+from experiments.papers import intrinsic_dimension, lion, monarch, paca
 from experiments.papers._claims import Claim, interval, report
 
 
@@ -106,3 +106,25 @@ def test_lion_s_judge_can_fail(change):
     rows = [row | change] * 3
     claims = lion.judge(fixed | {"digits": rows, "text": rows})
     assert all(claim.holds for claim in claims) == (not change)
+
+
+def test_paca_smoke_and_its_judge_can_fail(tmp_path):
+    assert paca.main(paca.Config(smoke=True, output_dir=str(tmp_path))) == 0
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert (tmp_path / "paca.png").stat().st_size > 1000
+    row = dict.fromkeys((*paca.METHODS, *paca.SELECTIONS), 2.0)
+    judged = lambda change, **other: [
+        claim.holds
+        for claim in paca.judge(
+            metrics | {"quality": {"zero_shot": 3.0, "test": [row | change] * 3}} | other
+        )
+    ]
+    # What is exact holds at any size.
+    assert judged({}) == [True] * 5
+    assert judged({"paca": 2.1})[2:4] == [False, True]
+    assert judged({"paca": 2.4})[2:4] == [False, False]
+    assert not judged({"largest_norm": 1.8})[4]
+    by_remat = metrics["residuals"]
+    wide = {r: kept | {"paca": kept["lora"]} for r, kept in by_remat.items()}
+    assert not judged({}, residuals=wide)[0]
+    assert not judged({}, products=metrics["products"] | {"paca": 9})[1]

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jaxft.kernels.platform import target_platform
+from jaxft.kernels.backend import target_platform
 
 
 class Weight:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,14 +11,12 @@ import numpy as np
 RADIX = {"cpu": 16}
 DEFAULT_RADIX = 128
 
-Implementation = Literal["matmul", "butterfly"]
-
 
 def fwht(
     x: jax.Array,
     axis: int = -1,
     *,
-    implementation: Implementation | None = None,
+    implementation: str | None = None,
     radix: int | None = None,
 ) -> jax.Array:
     """H x along one axis of length L = 2^k, H unnormalised: H_1 = 1, H_2n = [[H_n, H_n], [H_n, -H_n]].

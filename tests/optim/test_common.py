@@ -32,6 +32,7 @@ class Case:
         0.0  # relative, by which sharding or jit may move an update (sums in another order)
     )
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    valleys: bool = True  # whether it follows a valley in which gradients hardly vary
 
 
 def subspace_sgd(learning_rate, threshold=1e-3):
@@ -48,7 +49,8 @@ CASES = [
     Case("lion_bfloat16", lion, 1e-2, rounds=True, settings=dict(mu_dtype="bfloat16")),
     Case("lion_int8", lion, 1e-2, rounds=True, settings=dict(mu_dtype="int8")),
     Case("rounded_adam", rounded_adam, 1e-2, rounds=True),
-    Case("subspace_sgd", subspace_sgd, 1e-3, noise=1e-5),
+    # It takes out directions in which gradients hardly vary: Rosenbrock's valley is one.
+    Case("subspace_sgd", subspace_sgd, 1e-3, noise=1e-5, valleys=False),
 ]
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 SIZES = {"matrix": (16, 40), "vector": (300,), "few": (3,)}  # of which int8 takes the first two
@@ -91,8 +93,11 @@ def make_step(optimizer, objective):
     return step
 
 
-@every_case
-@pytest.mark.parametrize("objective", [parabola, rosenbrock])
+@pytest.mark.parametrize(
+    "case, objective",
+    [(case, parabola) for case in CASES] + [(case, rosenbrock) for case in CASES if case.valleys],
+    ids=lambda value: getattr(value, "name", None) or value.__name__,
+)
 def test_it_converges(case, objective):
     steps = 8000
     optimizer = make(case, optax.linear_schedule(case.learning_rate, 0.0, steps))

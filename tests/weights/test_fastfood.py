@@ -60,7 +60,7 @@ def test_adjoint_linearity_vmap(make, d, D):
     np.testing.assert_allclose(transposed, pulled, rtol=1e-5, atol=1e-6)
     other, sums = jax.jit(lambda m: jax.vmap(m)(jnp.stack([c, 2 * a - c])))(m)
     np.testing.assert_allclose(sums, 2 * image - other, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(other, jax.jit(m)(c), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(other, jax.jit(lambda x: m(x))(c), rtol=1e-4, atol=1e-5)
 
 
 def test_overflow():

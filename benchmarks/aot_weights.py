@@ -55,7 +55,8 @@ def _monarch(tpu):
         (mlp, cut) for mlp in MLPS.items() for cut in CUTS.items()
     ):
         blocks = monarch_blocks((inputs, outputs), **cut)
-        weight = jax.eval_shape(lambda k, s=(inputs, outputs), b=blocks: monarch_weight(k, s, b), jax.random.key(0))
+        make = lambda key, shape=(inputs, outputs), b=blocks: monarch_weight(key, shape, b)
+        weight = jax.eval_shape(make, jax.random.key(0))
         x, g = ((tokens, inputs), half), ((tokens, outputs), half)
         factors = (weight.first.shape, half), (weight.second.shape, half)
         for form in ("batched", *(["pallas"] if tpu else [])):

@@ -53,6 +53,7 @@ def cell(topology: str, remat: str, method: str, args) -> dict:
     """Figures of one program."""
     import jax
     import jax.numpy as jnp
+
     from jaxft.adapters import combine, partition
     from jaxft.models import Decoder, DecoderConfig
     from jaxft.parallel import compile_only_devices, compiled_cost, make_mesh, replicated

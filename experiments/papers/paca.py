@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import pathlib
 import statistics
 import sys
@@ -36,7 +35,7 @@ from jax._src.ad_checkpoint import saved_residuals
 
 from experiments.papers._claims import Claim, interval, report, show
 from jaxft import train
-from jaxft.adapters import ALL_LINEAR, adapt, combine, count, full, lora, paca, partition
+from jaxft.adapters import ALL_LINEAR, adapt, combine, count, full, lora, merge, paca, partition
 from jaxft.adapters.rules import Rule
 from jaxft.models import Decoder, DecoderConfig
 from jaxft.models.decoder import Mlp
@@ -58,6 +57,7 @@ class Config:
     eval_data: str = f"{NEEDLE}&size=200&seed=1000000"  # halves: learning rates, figures
     seeds: int = 3
     pretrain_steps: int = 500
+    layers: int = 4  # of the byte model
     steps: int = 100
     batch_size: int = 16
     microbatches: int = 1
@@ -90,7 +90,6 @@ def main(config: Config) -> int:
     metrics = {
         "residuals": {r: {m: residuals(m, r) for m in METHODS} for r in ("none", "lean", "full")},
         "products": {method: products(method) for method in ("base", "lora", "paca")},
-        "step_seconds": step_seconds(config, task),
         "quality": compare(config, task),
     }
     print_residuals(metrics["residuals"])
@@ -155,20 +154,27 @@ def compare(config: Config, task: Task) -> dict[str, Any]:
     """Losses on the test split by seed, each method at the rate that validation chose."""
     objective = supervised(task.model)
     eval_step = train.make_eval_step(objective)
-    score = lambda params, batches: train.evaluate(eval_step, params, batches, mesh=task.mesh)[
-        "loss"
-    ]
-    grid = [config.learning_rate * factor for factor in (1, 3, 10)]
-    tune = functools.partial(fine_tune, config, task, objective)
+    # Of dense params, so that one program serves all methods.
+    score = lambda params, batches: train.evaluate(
+        eval_step, merge(params), batches, mesh=task.mesh
+    )["loss"]
+    grid = [config.learning_rate * factor for factor in ((1,) if config.smoke else (1, 3, 10))]
+    seconds: dict[str, list[float]] = {}
+
+    def tuned(method, rate, seed, batches):
+        params, taken = fine_tune(config, task, objective, method, rate, seed)
+        seconds.setdefault(method, []).append(taken)
+        return score(params, batches)
+
     # A seed that none of the figures has.
     tuning = {
-        method: {rate: score(tune(method, rate, config.seeds), task.validation) for rate in grid}
+        method: {rate: tuned(method, rate, config.seeds, task.validation) for rate in grid}
         for method in METHODS
     }
     best = {method: min(losses, key=losses.get) for method, losses in tuning.items()}
     best |= dict.fromkeys(SELECTIONS, best["paca"])
     runs = [
-        {method: score(tune(method, rate, seed), task.test) for method, rate in best.items()}
+        {method: tuned(method, rate, seed, task.test) for method, rate in best.items()}
         for seed in range(config.seeds)
     ]
     return {
@@ -176,14 +182,15 @@ def compare(config: Config, task: Task) -> dict[str, Any]:
         "validation": {m: {f"{r:g}": v for r, v in losses.items()} for m, losses in tuning.items()},
         "learning_rates": best,
         "parameters": {m: count(_adapted(config, task, m, 0))[0] for m in METHODS},
+        "step_seconds": {m: statistics.median(values) for m, values in seconds.items()},
         "test": runs,
     }
 
 
-def fine_tune(config, task, objective, method: str, rate: float, seed: int) -> Any:
-    """The params after `config.steps` steps."""
+def fine_tune(config, task, objective, method: str, rate: float, seed: int) -> tuple[Any, float]:
+    """The params after `config.steps` steps, and the median seconds of a step (reported alone)."""
     optimizer = train.make_optimizer(rate, total_steps=config.steps, warmup_ratio=0.05)
-    start = time.perf_counter()
+    ticks: list[float] = []
     state, history = train.fit(
         _adapted(config, task, method, seed),
         objective,
@@ -192,39 +199,26 @@ def fine_tune(config, task, objective, method: str, rate: float, seed: int) -> A
         steps=config.steps,
         microbatches=config.microbatches,
         mesh=task.mesh,
+        callbacks=[lambda row: ticks.append(time.perf_counter())],
     )
-    taken = time.perf_counter() - start
-    print(f"{method:14} rate {rate:<6g} seed {seed}  loss {history[-1]['loss']:.3f}  {taken:.0f} s")
-    return state.params
+    taken = statistics.median(np.diff(ticks))
+    print(
+        f"{method:14} rate {rate:<6g} seed {seed}  loss {history[-1]['loss']:.3f}  "
+        f"{taken * 1e3:.0f} ms a step",
+        flush=True,
+    )
+    return state.params, float(taken)
 
 
 def _adapted(config, task, method, seed):
     return adapt(jax.random.key(seed), task.params, rules(method, config.rank))
 
 
-def step_seconds(config: Config, task: Task, rounds: int = 9) -> dict[str, float]:
-    """Median wall seconds of a step of LoRA and PaCA in turn: reported, not judged."""
-    optimizer = train.make_optimizer(1e-4, total_steps=rounds)
-    batch = next(iter(task.batches(0)))
-    step = train.make_step(supervised(task.model), optimizer, microbatches=config.microbatches)
-    runs, times = {}, {}
-    for method in ("lora", "paca"):
-        state = train.init_state(_adapted(config, task, method, 0), optimizer, jax.random.key(0))
-        run = train.jit_step(step)
-        runs[method], times[method] = (run, run(state, batch)[0]), []
-    for method in itertools.islice(itertools.cycle(runs), 2 * rounds):
-        run, state = runs[method]
-        start = time.perf_counter()
-        runs[method] = run, jax.block_until_ready(run(state, batch)[0])
-        times[method].append(time.perf_counter() - start)
-    return {method: statistics.median(values) for method, values in times.items()}
-
-
 def small_task(config: Config) -> Task:
     """A byte model pretrained on prose, to be moved to program text."""
     prose, code = language_reference(), library_sources()
     settings = DecoderConfig(
-        256, 128, 352, num_layers=4, num_heads=4, num_kv_heads=4, head_dim=32,
+        256, 128, 352, num_layers=config.layers, num_heads=4, num_kv_heads=4, head_dim=32,
         max_length=config.length,
     )  # fmt: skip
     model = Decoder(settings, scan_layers=True)
@@ -381,7 +375,7 @@ def _sized(config):
         config = dataclasses.replace(config, batch_size=min(config.batch_size, 4), length=384)
     if config.smoke:
         config = dataclasses.replace(
-            config, seeds=1, pretrain_steps=3, steps=2, batch_size=4, length=32, rank=2
+            config, seeds=1, pretrain_steps=3, steps=2, layers=1, batch_size=4, length=32, rank=2
         )
     return config
 

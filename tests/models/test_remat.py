@@ -37,13 +37,13 @@ def build(model, remat, scan_layers=False):
     module, config, inputs = model
     made = module(config, remat=remat, scan_layers=scan_layers)
     params = module(config, scan_layers=scan_layers).init(KEY, made.example_input())["params"]
-    return params, lambda p: jnp.sum(jnp.sin(made.apply({"params": p}, inputs).hidden))
+    return params, lambda p: jnp.mean(jnp.sin(made.apply({"params": p}, inputs).hidden))
 
 
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_lean_changes_no_gradient(model, scan_layers):
     grads = [jax.jit(jax.grad(f))(p) for p, f in (build(model, r, scan_layers) for r in RULES)]
-    chex.assert_trees_all_close(*grads, rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(*grads, rtol=1e-4, atol=1e-6)
 
 
 def test_lean_keeps_no_scores_and_only_the_inputs_of_activations(model):
@@ -59,7 +59,7 @@ def test_lean_keeps_no_scores_and_only_the_inputs_of_activations(model):
     tokens = 17 if inputs.ndim == 4 else 20
     scores = lambda shapes: [s for s in shapes if s[-2:] == (tokens, tokens)]
     assert scores(kept["none"]) and not scores(kept["lean"])
-    # The inputs of the activation (gate and up, or up alone) and its result, for `down`.
-    hidden = 3 if model[0] is Decoder else 2
-    wide = (*inputs.shape[:1], tokens, config.intermediate_size)
-    assert kept["none"][wide] > kept["lean"][wide] == hidden * config.num_layers
+    # The inputs of the activation, gate and up or up alone; its result is kept for `down`.
+    wide = lambda counts: sum(n for s, n in counts.items() if s[-1:] == (config.intermediate_size,))
+    inputs_of_activation = 2 if model[0] is Decoder else 1
+    assert wide(kept["none"]) > wide(kept["lean"]) == (inputs_of_activation + 1) * config.num_layers

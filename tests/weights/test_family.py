@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.ad_checkpoint import saved_residuals
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxft import adapters
@@ -20,6 +21,7 @@ from jaxft.weights import (
     Transposed,
     bits_per_parameter,
     factorise,
+    frozen_matmul,
     is_weight,
     matmul,
     nf4_weight,
@@ -403,3 +405,35 @@ def test_transposed_of_quantised():
     x = jnp.ones((3, 8))
     np.testing.assert_allclose(matmul(x, Transposed(w)), x @ to_dense(w).T, rtol=1e-5)
     assert is_weight(w)
+
+
+@pytest.mark.parametrize("name", ["lora", "vera", "loha", "lokr", "ia3 input", "paca", "frozen"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_scan_over_layers_keeps_no_second_copy_of_the_base(name, dtype):
+    """Whatever the kernels' data type: the backward pass has them as arguments already."""
+    layers, size = 3, 48
+    kernels = jax.random.normal(KEY, (layers, size, size), dtype)
+    params = {"kernel": jax.vmap(CASES[name].rule)(jax.random.split(KEY, layers), kernels)}
+    trainable, frozen = partition(params)
+    x = jnp.ones((5, size), jnp.bfloat16)
+
+    def loss(trainable, frozen, x):
+        body = lambda x, w: (jnp.tanh(matmul(x, w["kernel"])), None)
+        return jnp.sum(jax.lax.scan(body, x, combine(trainable, frozen))[0])
+
+    kept = [
+        aval.shape
+        for aval, where in saved_residuals(loss, trainable, frozen, x)
+        if "from the argument" not in where
+    ]
+    assert (layers, size, size) not in kept
+
+
+def test_frozen_matmul_is_the_product_with_a_stopped_kernel():
+    x, kernel = jax.random.normal(KEY, (2, 3, 12)), jax.random.normal(KEY, (12, 10))
+    for w in (kernel, nf4_weight(kernel), Frozen(kernel)):
+        ours = jax.grad(lambda x, w=w: jnp.sum(jnp.sin(frozen_matmul(x, w))))(x)
+        expected = jax.grad(lambda x, w=w: jnp.sum(jnp.sin(x @ to_dense(w))))(x)
+        np.testing.assert_allclose(ours, expected, atol=1e-5)
+    grad = jax.grad(lambda w: jnp.sum(frozen_matmul(x, w)))(kernel)
+    np.testing.assert_array_equal(grad, jnp.zeros_like(kernel))

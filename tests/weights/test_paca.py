@@ -1,6 +1,7 @@
 """PaCA against full fine-tuning of the chosen rows."""
 
 import dataclasses
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +12,22 @@ from jax._src.ad_checkpoint import saved_residuals
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxft import train
-from jaxft.adapters import ALL_LINEAR, adapt, lora, merge, paca, partition, qpaca, quantised
+from jaxft.adapters import ALL_LINEAR, adapt, combine, lora, merge, paca, partition
 from jaxft.metrics import Mean
 from jaxft.models import Decoder, stack_layers, tiny_config
 from jaxft.objectives import supervised
 from jaxft.parallel import make_mesh
-from jaxft.weights import Weight, delta, frozen_field, matmul, paca_weight, to_dense
+from jaxft.weights import (
+    Weight,
+    check_paca,
+    delta,
+    frozen_field,
+    matmul,
+    nf4_weight,
+    paca_weight,
+    to_dense,
+)
+from jaxft.weights.paca import _chosen_by_product
 
 KEY = jax.random.key(0)
 
@@ -141,10 +152,13 @@ def test_modes_and_remat_give_the_same_losses():
     ]:
         model = _model(remat)
         adapted = adapt(KEY, params, {ALL_LINEAR: paca(4, 8.0, **options)})
-        losses[name] = _losses(model, adapted, optax.adam(1e-2), batch)
+        losses[name] = _losses(model, adapted, optax.adam(1e-2), batch, steps=20)
+    stacked = adapt(KEY, params, {ALL_LINEAR: paca(4, 8.0)})
+    stacked = {**stacked, "layers": stack_layers(stacked)["layers"]}  # indices [L, R]
+    losses["scanned"] = _losses(_model(), stacked, optax.adam(1e-2), batch, steps=20)
     quantised = adapt(KEY, params, {ALL_LINEAR: lambda k, w: Halved(w / 2)})
     quantised = adapt(KEY, quantised, {ALL_LINEAR: paca(4, 8.0)})
-    losses["lossless base"] = _losses(_model(), quantised, optax.adam(1e-2), batch)
+    losses["lossless base"] = _losses(_model(), quantised, optax.adam(1e-2), batch, steps=20)
     for name, values in losses.items():
         np.testing.assert_allclose(values, losses["in place"], rtol=2e-4, err_msg=name)
     assert losses["in place"][-1] < losses["in place"][0] - 0.1
@@ -232,12 +246,12 @@ def test_no_full_width_input_is_kept_for_a_weight_gradient():
         trainable, frozen = partition(
             adapt(KEY, _params(model), {r"layers/.*/(up|gate|down)/kernel": rule})
         )
-        from jaxft.adapters import combine
-
         loss = lambda t: supervised(model)(combine(t, frozen), batch, KEY)[0]
         shapes = [tuple(aval.shape) for aval, _ in saved_residuals(loss, trainable)]
-        tokens = batch["tokens"].shape
-        return shapes.count((*tokens, config.intermediate_size)), shapes.count((*tokens, 4))
+        # Some products lay the tokens in rows.
+        wide = [s for s in shapes if s[-1:] == (config.intermediate_size,) and len(s) < 4]
+        wide = [s for s in wide if np.prod(s[:-1]) == batch["tokens"].size]
+        return len(wide), shapes.count((*batch["tokens"].shape, 4))
 
     lora_wide, _ = kept(lora(4))
     paca_wide, paca_narrow = kept(paca(4))
@@ -245,6 +259,81 @@ def test_no_full_width_input_is_kept_for_a_weight_gradient():
     assert paca_wide == 2 * config.num_layers
     assert lora_wide > paca_wide
     assert paca_narrow >= config.num_layers
+
+
+def test_a_block_keeps_nothing_as_wide_as_an_input_beyond_the_frozen_base():
+    """By shape, all seven linears: PaCA adds R numbers a token to what the frozen base keeps."""
+    model, batch, rank = _model("lean"), _batch(), 5  # no other size of the model is 5
+    config = model.config
+    inputs = {config.hidden_size, config.intermediate_size}
+
+    def kept(rules):
+        # The embedding trains in all, so that gradients pass through every block.
+        rules = {**rules, "embed/embedding": lambda key, kernel: kernel}
+        trainable, frozen = partition(adapt(KEY, _params(model), rules))
+        loss = lambda t: supervised(model)(combine(t, frozen), batch, KEY)[0]
+        return Counter(
+            tuple(aval.shape)
+            for aval, where in saved_residuals(loss, trainable)
+            if "from the argument" not in where and aval.ndim > 1 and aval.size
+        )
+
+    base = kept({})
+    added = kept({ALL_LINEAR: paca(rank)}) - base
+    tokens = batch["tokens"].shape
+    assert added == Counter({(*tokens, rank): 7 * config.num_layers})
+    # The same list has what LoRA keeps for dA: the check can fail.
+    lora_added = kept({ALL_LINEAR: lora(rank)}) - base
+    assert {shape[-1] for shape in lora_added} & inputs
+
+
+def test_optimizer_state_is_two_numbers_a_trained_one():
+    params = _params(_model())
+    adapted = adapt(KEY, params, {ALL_LINEAR: paca(4)})
+    state = train.init_state(adapted, optax.adam(1e-2), KEY)
+    kernels = [
+        kernel.shape for path, kernel in jax.tree_util.tree_leaves_with_path(params["layers"])
+        if kernel.ndim == 2
+    ]  # fmt: skip
+    moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
+    assert sum(leaf.nbytes for leaf in moments) == sum(2 * 4 * f * 4 for _, f in kernels)
+
+
+def test_quantised_rows_are_exact_when_merged():
+    kernel = jax.random.normal(KEY, (128, 64))
+    w = paca_weight(KEY, nf4_weight(kernel), rank=3, alpha=6.0)
+    w = dataclasses.replace(w, rows=jax.random.normal(KEY, (3, 64)))
+    np.testing.assert_array_equal(to_dense(w)[w.indices], w.rows * 2)
+    rest = np.setdiff1d(np.arange(128), w.indices)
+    np.testing.assert_array_equal(to_dense(w)[rest], to_dense(nf4_weight(kernel))[rest])
+
+
+def test_inputs_chosen_by_a_product_are_those_gathered():
+    """The form for TPUs, in the data types that it must not round."""
+    for dtype in (jnp.float32, jnp.bfloat16):
+        x = jax.random.normal(KEY, (2, 5, 300), dtype)
+        indices = jnp.array([7, 0, 299])
+        np.testing.assert_array_equal(_chosen_by_product(x, indices), x[..., indices])
+
+
+def test_what_cannot_be_right_is_named():
+    w = paca_weight(KEY, jnp.arange(12.0).reshape(6, 2), rank=3)
+    check_paca(w)
+    wrong = {
+        "repeat": dict(indices=jnp.array([1, 1, 2])),
+        "0..5, got 0..6": dict(indices=jnp.array([0, 1, 6])),
+        "0..5, got -1..2": dict(indices=jnp.array([-1, 1, 2])),
+        r"rows \[..., R, 2\]": dict(rows=jnp.ones((3, 3))),
+        r"indices \[..., R\]": dict(indices=jnp.arange(2)),
+        "commit": dict(rows=w.rows + 1),
+    }
+    for message, fields in wrong.items():
+        with pytest.raises(ValueError, match=f"mlp/up: .*{message}"):
+            check_paca(dataclasses.replace(w, **fields), "mlp/up")
+    check_paca(dataclasses.replace(w, rows=w.rows + 1).committed())
+    check_paca(dataclasses.replace(w, rows=w.rows + 1, in_place=False))
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), w, w)
+    check_paca(stacked)
 
 
 @pytest.mark.parametrize("spec", [PartitionSpec("fsdp", None), PartitionSpec(None, "fsdp")])
@@ -295,12 +384,12 @@ def _batch():
     return {"tokens": jax.random.randint(jax.random.key(2), (4, 9), 0, tiny_config().vocab_size)}
 
 
-def _run(model, params, optimizer, batch, microbatches=1):
+def _run(model, params, optimizer, batch, microbatches=1, steps=4):
     run = train.jit_step(train.make_step(supervised(model), optimizer, microbatches=microbatches))
     # The step donates its state: tests keep theirs.
     state = train.init_state(jax.tree.map(jnp.copy, params), optimizer, KEY)
     losses = []
-    for _ in range(4):
+    for _ in range(steps):
         state, metrics = run(state, batch)
         losses.append(float(metrics["loss"].value))
     return state, losses
@@ -312,30 +401,3 @@ def _fit(*args):
 
 def _losses(*args, **options):
     return _run(*args, **options)[1]
-
-
-@pytest.mark.parametrize("kind", ["nf4", "int4"])
-def test_qpaca_starts_from_the_rounded_rows_or_from_the_original(kind):
-    kernel = jax.random.normal(KEY, (64, 12))
-    starts = {}
-    for init_from in ("quantised", "original"):
-        w = qpaca(5, 10.0, "largest_norm", kind=kind, init_from=init_from)(KEY, kernel)
-        rounded = to_dense(quantised(kind)(KEY, kernel))
-        expected = {"quantised": rounded, "original": kernel}[init_from]
-        rest = np.setdiff1d(np.arange(64), w.indices)
-        dense = to_dense(w)
-        np.testing.assert_array_equal(dense[rest], rounded[rest])
-        np.testing.assert_allclose(dense[w.indices], expected[w.indices], rtol=1e-6)
-        starts[init_from] = float(jnp.linalg.norm(dense - kernel))
-        np.testing.assert_array_equal(merge({"kernel": w})["kernel"], dense)
-    assert starts["original"] < starts["quantised"]
-
-
-def test_qpaca_refuses_what_it_cannot_start_from():
-    with pytest.raises(ValueError, match="unknown init_from"):
-        qpaca(2, init_from="dense")
-    with pytest.raises(ValueError, match="original is for a quantised kernel"):
-        paca_weight(KEY, jnp.ones((6, 3)), rank=2, original=jnp.ones((6, 3)))
-    with pytest.raises(ValueError, match=r"got \(5, 3\)"):
-        base = quantised("int8")(KEY, jnp.ones((6, 3)))
-        paca_weight(KEY, base, rank=2, original=jnp.ones((5, 3)))

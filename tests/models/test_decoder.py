@@ -57,7 +57,8 @@ def test_remat_changes_no_gradient(config, remat, scan_layers):
 
 
 def test_lean_and_full_remat_store_less():
-    config = dataclasses.replace(tiny_config(), num_layers=6)
+    # A small vocabulary, or the logits of the loss would be the peak under every policy.
+    config = dataclasses.replace(tiny_config(50), num_layers=6)
     params, batch = init(config), {"tokens": jnp.tile(TOKENS, (8, 20))}
 
     def temporary(name):

@@ -4,6 +4,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import pytest
+from jax._src.ad_checkpoint import saved_residuals
 
 from jaxft.adapters import adapt, lora
 from jaxft.models import Decoder, DecoderConfig, Rope, stack_layers, tiny_config, unstack_layers
@@ -57,17 +58,17 @@ def test_remat_changes_no_gradient(config, remat, scan_layers):
 
 
 def test_lean_and_full_remat_store_less():
-    # A small vocabulary, or the logits of the loss would be the peak under every policy.
     config = dataclasses.replace(tiny_config(50), num_layers=6)
     params, batch = init(config), {"tokens": jnp.tile(TOKENS, (8, 20))}
 
-    def temporary(name):
+    def kept(name):
+        # What is stored for the backward pass: XLA:CPU's own figure counts buffers that it could share.
         objective = supervised(Decoder(config, remat=name))
-        compiled = jax.jit(jax.grad(objective, has_aux=True)).lower(params, batch, None).compile()
-        return compiled.memory_analysis().temp_size_in_bytes
+        residuals = saved_residuals(lambda p: objective(p, batch, None)[0], params)
+        return sum(aval.size for aval, where in residuals if "from the argument" not in where)
 
-    assert temporary("full") < temporary("dots") < temporary("none")
-    assert temporary("lean") < temporary("none")
+    assert kept("full") < kept("dots") < kept("none") / 2
+    assert kept("full") < kept("lean") < kept("none") / 2
 
 
 def test_bfloat16_compute_keeps_float32_params_and_stays_near(config):

@@ -105,6 +105,7 @@ class Decoder(nn.Module):
         its first use; positions and the output remain those of the tokens.
         """
         config = self.config
+        segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
         lead = read_lead(
             self.variables.get("params", {}),
             config.num_layers,

@@ -98,6 +98,7 @@ class Encoder(nn.Module):
         prompt sees what it stands before, so that it fits rows of one segment alone: others become NaN.
         """
         config = self.config
+        segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
         lead = read_lead(
             self.variables.get("params", {}), config.num_layers, config.num_heads, config.head_dim
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +22,6 @@ from jaxft.kernels.rounding import (
 )
 
 Moment = jax.Array | Int8Blocks
-Implementation = Literal["xla", "pallas"]
 
 ROWS = 8 * BLOCK  # of a kernel's tile: eight rows of scales fill a TPU's smallest tile
 COLUMNS = 128
@@ -56,7 +54,7 @@ def lion_step(
     b1,
     b2,
     weight_decay,
-    implementation: Implementation | None = None,
+    implementation: str | None = None,
 ) -> tuple[jax.Array, Moment]:
     """(θ - η (sign(β1 m + (1 - β1) g) + λ θ), β2 m + (1 - β2) g), in one pass over memory.
 

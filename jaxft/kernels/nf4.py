@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +26,6 @@ BLOCK = 64  # inputs that share a scale, where the kernel is to be used
 WIDTHS = (1024, 512)
 TOKENS = 256
 MOST_VMEM = 40 << 20  # bytes; TPUs since v5e have 64 MiB or more
-
-Implementation = Literal["xla", "pallas"]
 
 
 def nf4_dequantise(codes: jax.Array, scales: jax.Array, *, features: int, dtype: Any) -> jax.Array:
@@ -58,7 +56,7 @@ def nf4_product(
     features: int,
     dtype: Any,
     transposed: bool = False,
-    implementation: Implementation | None = None,
+    implementation: str | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """x W, or x W^T if `transposed`, of x [..., D] (or [..., F]) and the W of `nf4_dequantise`.

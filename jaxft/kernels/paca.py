@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import jax
 import jax.numpy as jnp
 
-Implementation = Literal["gather", "product"]
-
 
 def chosen_columns(
-    x: jax.Array, indices: jax.Array, *, implementation: Implementation | None = None
+    x: jax.Array, indices: jax.Array, *, implementation: str | None = None
 ) -> jax.Array:
     """x[..., indices], [..., R] of x [..., D].
 

@@ -1,6 +1,5 @@
 """Means that say over what they are taken, so that parts of a batch add up to the whole."""
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -35,8 +34,3 @@ class Mean(NamedTuple):
 def combine_means(parts: Mean) -> Mean:
     """One Mean from a Mean whose fields are stacked over parts on axis 0."""
     return Mean(jnp.sum(parts.total, axis=0), jnp.sum(parts.weight, axis=0))
-
-
-def mean_values(metrics: Mapping[str, "Mean | jax.Array"]) -> dict[str, jax.Array]:
-    """The metrics with each Mean replaced by its value."""
-    return {name: m.value if isinstance(m, Mean) else m for name, m in metrics.items()}

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxft.metrics import mean_values
+from jaxft.metrics import Mean
 from jaxft.train.callbacks import Callback, Row
 from jaxft.train.errors import DivergedError
 
@@ -30,9 +30,10 @@ class Rows:
 
     def push(self, step: int, metrics: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
         """Takes the metrics of a step that has just been started; reports the one before."""
-        values = mean_values(metrics)
-        jax.tree.map(lambda x: x.copy_to_host_async(), values)
-        before, self._pending = self._pending, (step, values, dict(extra))
+        # Means are divided on the host: on a mesh, a small program on all devices beside a step that
+        # is under way can leave both waiting for each other's devices (seen on CPUs).
+        jax.tree.map(lambda x: x.copy_to_host_async(), metrics)
+        before, self._pending = self._pending, (step, metrics, dict(extra))
         self._report(before)
 
     def flush(self) -> None:
@@ -57,6 +58,9 @@ class Rows:
 
 
 def _number(value):
+    if isinstance(value, Mean):
+        total, weight = np.asarray(value.total), np.asarray(value.weight, np.float32)
+        value = np.divide(total, weight, out=np.zeros_like(total), where=weight != 0)
     value = np.asarray(value)
     return value.item() if value.ndim == 0 else value
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float
+from jaxtyping import Array, Inexact
 
 from jaxft.kernels.backend import on_one_tpu, target_platform
 
@@ -24,14 +24,14 @@ Implementation = Literal["batched", "unrolled", "pallas"]
 
 
 def monarch_product(
-    x: Float[Array, "*batch D"],
-    first: Float[Array, "K J R I"],
-    second: Float[Array, "J L K R"],
+    x: Inexact[Array, "*batch D"],
+    first: Inexact[Array, "K J R I"],
+    second: Inexact[Array, "J L K R"],
     *,
     features: int | None = None,
     implementation: str | None = None,
     interpret: bool = False,
-) -> Float[Array, "*batch F"]:
+) -> Inexact[Array, "*batch F"]:
     """The product of x with the matrix of two factors; see MonarchWeight.
 
     Args:

@@ -89,6 +89,10 @@ def _loop(run, state, source, steps, mesh, callbacks, rows, saver, preempted):
                 _warn_if_early(number, steps)
                 break
             state, metrics = run(state, place_batch(batch, mesh), good)
+            if mesh is not None and jax.default_backend() == "cpu":
+                # Two programs on forced host devices at once can take the threads that each other's
+                # collectives wait for, and never end.
+                jax.block_until_ready(metrics)
             number, good = number + 1, metrics["good"]
             extra = _on_step(callbacks, number, state)
             rows.push(number, metrics, extra)

@@ -30,8 +30,7 @@ class Rows:
 
     def push(self, step: int, metrics: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
         """Takes the metrics of a step that has just been started; reports the one before."""
-        # Means are divided on the host: on a mesh, a small program on all devices beside a step that
-        # is under way can leave both waiting for each other's devices (seen on CPUs).
+        # Means are divided on the host: no small program for the devices after each step.
         jax.tree.map(lambda x: x.copy_to_host_async(), metrics)
         before, self._pending = self._pending, (step, metrics, dict(extra))
         self._report(before)

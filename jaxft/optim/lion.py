@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxft.kernels.lion import Implementation, lion_direction, lion_step
+from jaxft.kernels.lion import lion_direction, lion_step
 from jaxft.kernels.rounding import Int8Blocks, block_shape, fills_a_block
 from jaxft.optim.rounding import MOMENT_STREAM, PARAM_STREAM, round_stochastically, step_seeds
 
@@ -120,7 +120,7 @@ def lion_apply(
     mask: Mask | None = None,
     stochastic_rounding: bool = True,
     key: jax.Array | None = None,
-    implementation: Implementation | None = None,
+    implementation: str | None = None,
 ) -> tuple[optax.Params, LionState]:
     """(params, state) after a step of `lion`, with no tree of updates in between.
 

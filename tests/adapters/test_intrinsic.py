@@ -27,8 +27,7 @@ from jaxft.adapters import (
 )
 from jaxft.metrics import Mean
 from jaxft.models import Decoder, Encoder, EncoderConfig, stack_layers, tiny_config
-from jaxft.objectives import reparametrised, supervised
-from jaxft.parallel import make_mesh, shard_params
+from jaxft.objectives import reparametrised
 from jaxft.weights import dense_projection, fastfood
 
 KEY = jax.random.key(0)
@@ -197,20 +196,6 @@ def test_stacked_layers_have_the_subspace_of_separate_ones(granularity):
     _, base, _ = decoder()
     at = lambda params: APPLY(moved(intrinsic(KEY, params, 60, granularity=granularity)))
     assert_same(at(stack_layers(base)), stack_layers(at(base)), rtol=1e-4, atol=1e-5)
-
-
-def test_a_decoder_trains_alike_on_a_mesh():
-    model, base, batch = decoder()
-    objective = reparametrised(supervised(model), intrinsic_apply)
-    mesh = make_mesh(fsdp=4, tensor=2)
-    trained = []
-    for params, on in ((stack_layers(base), None), (shard_params(stack_layers(base), mesh), mesh)):
-        start = intrinsic(KEY, params, 60)
-        assert count(start)[0] == 60
-        state, history = train.fit(start, objective, optax.sgd(0.1), [batch] * 2, mesh=on)
-        assert history[-1]["loss"] < history[0]["loss"]
-        trained.append(jnp.concatenate([state.params.theta, state.params.lam]))
-    np.testing.assert_allclose(trained[1], trained[0], rtol=1e-3, atol=1e-5)
 
 
 def test_an_encoder_merges_in_bfloat16():

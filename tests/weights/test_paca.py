@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxft import train
 from jaxft.adapters import ALL_LINEAR, adapt, combine, lora, merge, paca, partition
+from jaxft.kernels.paca import chosen_columns
 from jaxft.metrics import Mean
 from jaxft.models import Decoder, stack_layers, tiny_config
 from jaxft.objectives import supervised
@@ -27,7 +28,6 @@ from jaxft.weights import (
     paca_weight,
     to_dense,
 )
-from jaxft.weights.paca import _chosen_by_product
 
 KEY = jax.random.key(0)
 
@@ -313,7 +313,9 @@ def test_inputs_chosen_by_a_product_are_those_gathered():
     for dtype in (jnp.float32, jnp.bfloat16):
         x = jax.random.normal(KEY, (2, 5, 300), dtype)
         indices = jnp.array([7, 0, 299])
-        np.testing.assert_array_equal(_chosen_by_product(x, indices), x[..., indices])
+        np.testing.assert_array_equal(
+            chosen_columns(x, indices, implementation="product"), x[..., indices]
+        )
 
 
 def test_what_cannot_be_right_is_named():

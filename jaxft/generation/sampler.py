@@ -213,8 +213,7 @@ def _draw(state: State, config: SamplingConfig):
     """(token, log-prob under the full vocabulary, log-prob as sampled), each [B]."""
     # Not log_softmax: a table of log-probs written at every token, to read one entry a row.
     log_prob_of = lambda table, token: (
-        jnp.take_along_axis(table, token[:, None], axis=1)[:, 0]
-        - jax.nn.logsumexp(table, axis=-1)
+        jnp.take_along_axis(table, token[:, None], axis=1)[:, 0] - jax.nn.logsumexp(table, axis=-1)
     )
     scaled = state.logits.astype(jnp.float32) / (config.temperature or 1.0)
     if config.temperature == 0:

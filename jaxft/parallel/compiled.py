@@ -105,7 +105,9 @@ def _executed(text: str) -> Iterator[tuple[str, int]]:
         elif line.startswith("  ") and current:
             lines[current].append(line)
 
-    def trips(condition):
+    def trips(line, condition):
+        if known := re.search(r'known_trip_count":\{"n":"(\d+)"', line):
+            return int(known[1])
         found = [re.findall(r"s32\[\]\S* constant\((\d+)\)", ln) for ln in lines[condition]]
         return max((int(x) for row in found for x in row), default=1)
 
@@ -113,7 +115,7 @@ def _executed(text: str) -> Iterator[tuple[str, int]]:
         for line in lines[name]:
             yield line, times
             if loop := re.search(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)", line):
-                yield from walk(loop[2], times * trips(loop[1]))
+                yield from walk(loop[2], times * trips(line, loop[1]))
             # Collectives that run beside other work are calls of computations of their own.
             elif call := re.search(
                 r" (?:async-start|call)\(.*(?:calls|to_apply)=%?([\w.\-]+)", line

@@ -43,7 +43,7 @@ from jaxft.adapters import (
 )
 from jaxft.models.remat import Remat
 from jaxft.objectives import decoder_logits, reparametrised, supervised
-from jaxft.parallel import make_mesh, shard_params
+from jaxft.parallel import connect_hosts, make_mesh, shard_params
 from jaxft.rl import Accuracy, measure_accuracy, verifier_for
 
 # reasoning-gym draws entry i from seed + i: the seeds below are further apart than the sizes.
@@ -99,6 +99,9 @@ class Config:
     data_axis: int = 1  # mesh: copies of the model; -1 fills
     fsdp: int = 1  # mesh: shards of the params and the batch; -1 fills
     tensor: int = 1  # mesh: shards of each projection
+    distributed: bool = (
+        False  # one of several hosts (Cloud TPU slices, Kubernetes); see TPU_SETUP.md
+    )
     bfloat16: bool = False  # compute in bfloat16; what trains stays float32
     scan_layers: bool = False  # stack layers: compile time independent of depth
     remat: Remat = "none"  # recompute in the backward pass: lean, dots or full save memory
@@ -119,6 +122,7 @@ class Config:
 def main(config: Config) -> dict[str, Any]:
     """Trains; returns the metrics that are written to metrics.json."""
     config = _smoke(config) if config.smoke else config
+    connect_hosts(config.distributed)
     train.keep_memory_warm()
     renderer, training, held_out = load_data(config)
     if config.preview:

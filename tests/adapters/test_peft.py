@@ -152,7 +152,7 @@ def test_what_peft_cannot_hold_is_not_lost_in_silence(pair, tmp_path):
     with pytest.raises(AdapterError, match="'layers/0/mlp/up/kernel' trains and is no norm"):
         save({"layers/0/mlp/up/kernel": full()})
     with pytest.raises(AdapterError, match="trains as MonarchWeight, which PEFT does not have"):
-        save({ALL_LINEAR: monarch(blocks=2)})
+        save({"layers/0/mlp/up/kernel": monarch(blocks=2)})
     with pytest.raises(AdapterError, match="one type, params have LORA at .*, IA3 at"):
         save({"layers/1/.*/up/kernel": ia3(), ALL_LINEAR: lora(2)})
     with pytest.raises(AdapterError, match="LoRA and DoRA side by side"):

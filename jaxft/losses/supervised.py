@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxft import kernels
+from jaxft.kernels import linear_log_probs as kernel
 from jaxft.weights import Frozen, Transposed, WeightLike, is_weight, matmul
 
 CHUNK = 64  # tokens a row whose logits are alive at once
@@ -73,7 +73,7 @@ def linear_log_probs(
     """log softmax(h_t W / temperature)[target_t] in nats, one value a token; logits never held whole.
 
     A caller may weigh tokens by values that are known only after the forward pass (advantages,
-    preferences). A dense head, frozen or not, goes to jaxft.kernels.linear_log_probs; any other weight
+    preferences). A dense head, frozen or not, goes to the kernel of that name; any other weight
     through `matmul`, chunk by chunk, and its logits are recomputed in the backward pass.
 
     Args:
@@ -81,7 +81,7 @@ def linear_log_probs(
     """
     dense, transposed = _stored(head)
     if dense is not None:
-        return kernels.linear_log_probs(
+        return kernel.linear_log_probs(
             hidden, dense, targets,
             transposed=transposed, temperature=temperature, softcap=softcap, chunk=chunk,
         )  # fmt: skip

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxft.kernels import attend, attend_cache, attention
+from jaxft.kernels.attention import attend, attend_cache, attention
 from jaxft.models.cache import Cache, cache_mask, empty_cache, reserve, window_mask, write
 from jaxft.models.config import DecoderConfig, Rope
 from jaxft.models.layers import (

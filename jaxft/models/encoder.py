@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxft.kernels import attend, attention, attention_mask
+from jaxft.kernels.attention import attend, attention, attention_mask
 from jaxft.models.decoder import Mlp
 from jaxft.models.layers import KERNEL_INIT, Dense, Embed, Norm, read, through_adapter
 from jaxft.models.layout import is_stacked

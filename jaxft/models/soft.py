@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxft.kernels import attention_mask
+from jaxft.kernels.attention import attention_mask
 from jaxft.weights import to_dense
 
 ALWAYS_NEAR = 2**30  # position of prefix slots for windows: later than any query, so inside each

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxft.kernels import attention
+from jaxft.kernels.attention import attention
 
 
 def draw(length, heads=4, groups=2, size=8, batch=2):

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from scipy.linalg import hadamard
 
-from jaxft.kernels import fwht
-from jaxft.kernels.fwht import hadamard_matrix
+from jaxft.kernels.fwht import fwht, hadamard_matrix
 
 FORMS = {
     "default": {},

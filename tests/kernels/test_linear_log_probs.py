@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxft import losses
-from jaxft.kernels import linear_log_probs
+from jaxft.kernels.linear_log_probs import linear_log_probs
 from jaxft.parallel import make_mesh
 from jaxft.weights import Frozen, Transposed
 from tests.aot import run_aot
@@ -210,7 +210,7 @@ def test_bad_arguments(options, message):
 COMPILED = """
 import json, jax, jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
-from jaxft.kernels import linear_log_probs
+from jaxft.kernels.linear_log_probs import linear_log_probs
 from jaxft.parallel import compile_only_devices, compiled_cost
 sharding = SingleDeviceSharding(compile_only_devices({topology!r})[0])
 like = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, PartitionSpec
 
-from jaxft.kernels import attention
+from jaxft.kernels.attention import attention
 from jaxft.kernels.splash import splash_attention
 from jaxft.models import Decoder, tiny_config
 from jaxft.parallel import batch_sharding, make_mesh
@@ -150,7 +150,7 @@ def test_a_decoder_knows_its_windows_while_tracing(windows, scan, remat):
 
 CODE = """
 import json, jax, jax.numpy as jnp
-from jaxft.kernels import attention
+from jaxft.kernels.attention import attention
 from jaxft.models import Decoder, DecoderConfig
 from jaxft.parallel import (
     batch_sharding, compile_only_devices, compiled_cost, make_mesh, mesh_context, replicated)
@@ -199,7 +199,7 @@ def test_attention_compiles_for_tpus_as_kernels_and_without_scores(topology, siz
 
 GPU = """
 import json, jax, jax.numpy as jnp
-from jaxft.kernels import attention
+from jaxft.kernels.attention import attention
 from jaxft.parallel import batch_sharding, compile_only_devices, compiled_cost, make_mesh
 
 mesh = make_mesh(fsdp=-1, devices=compile_only_devices("h100:1"))

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import jaxtyping
 import pytest
 
-from jaxft.kernels import attention
+from jaxft.kernels.attention import attention
 from jaxft.kernels.monarch import monarch_product
 from jaxft.losses import cross_entropy
 

@@ -299,6 +299,7 @@ def test_importing_needs_little_beside_jax_and_optax():
     assert not {m.split(".")[0] for m in modules} & {
         "flax",
         "transformers",
+        "jaxtyping",
         "orbax",
         "rich",
     }

@@ -1,5 +1,14 @@
 """What fine-tuning does to a model, measured."""
 
 from jaxft.analysis.intrinsic_dimension import D90, d90_search, satisfactory
+from jaxft.analysis.sharpness import epsilon_sharpness, filter_normalised, linear_cka, loss_along
 
-__all__ = ["D90", "d90_search", "satisfactory"]
+__all__ = [
+    "D90",
+    "d90_search",
+    "epsilon_sharpness",
+    "filter_normalised",
+    "linear_cka",
+    "loss_along",
+    "satisfactory",
+]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -91,6 +92,7 @@ class Decoder(nn.Module):
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
         cache: Cache | None = None,
+        noise: Callable[[jax.Array], jax.Array] | None = None,
     ) -> Output:
         """Runs the decoder.
 
@@ -100,6 +102,7 @@ class Decoder(nn.Module):
             segment_ids: [B, T] int32; tokens see earlier tokens of their segment, 0 is padding.
                 None: one segment. With a cache: greater than 0 where a token counts.
             cache: written at its index; its tokens are seen too. Layers must not be stacked.
+            noise: replaces the tokens' embeddings [B, T, D], as they lie in the table, by others.
 
         A prompt or prefix in the params (see jaxft.models.soft) goes before the tokens, into the cache at
         its first use; positions and the output remain those of the tokens.
@@ -114,6 +117,7 @@ class Decoder(nn.Module):
             held=0 if cache is None else cache.virtual,
         )
         x = Embed(config.vocab_size, config.hidden_size, name="embed")(tokens, self.dtype)
+        x = x if noise is None else noise(x)
         x, positions = put_prompt(lead, x, positions, segment_ids if cache is None else None)
         x = x * jnp.asarray(config.embedding_scale, x.dtype)
         if config.learned_positions:

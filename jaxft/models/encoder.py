@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
@@ -84,6 +85,7 @@ class Encoder(nn.Module):
         inputs: jax.Array,
         segment_ids: jax.Array | None = None,
         token_types: jax.Array | None = None,
+        noise: Callable[[jax.Array], jax.Array] | None = None,
     ) -> EncoderOutput:
         """Runs the encoder.
 
@@ -93,6 +95,7 @@ class Encoder(nn.Module):
             segment_ids: [B, T]; tokens see those of their own segment, 0 is padding. Positions
                 count on across segments.
             token_types: [B, T] int32 for BERT's sentence A and B; None: all 0.
+            noise: replaces the tokens' embeddings [B, T, D], or the images, by others.
 
         A prompt or prefix in the params (see jaxft.models.soft) goes before the tokens or patches; a
         prompt sees what it stands before, so that it fits rows of one segment alone: others become NaN.
@@ -103,10 +106,12 @@ class Encoder(nn.Module):
             self.variables.get("params", {}), config.num_layers, config.num_heads, config.head_dim
         )
         if config.patch_size:
-            x = PatchEmbed(config, name="patches")(inputs.astype(self.dtype))
+            images = inputs.astype(self.dtype)
+            images = images if noise is None else noise(images)
+            x = PatchEmbed(config, name="patches")(images)
             x = x if lead.prompt is None else before(lead.prompt, x)
         else:
-            x = self._embed_tokens(lead, inputs, segment_ids, token_types)
+            x = self._embed_tokens(lead, inputs, segment_ids, token_types, noise)
         if segment_ids is not None and lead.prompt is not None:
             # The values are known at run time only: as with unknown tokens, NaN makes the error visible.
             x = jnp.where(jnp.max(segment_ids, axis=1).reshape(-1, 1, 1) > 1, jnp.nan, x)
@@ -137,7 +142,7 @@ class Encoder(nn.Module):
             return jnp.zeros((1, config.image_size, config.image_size, config.channels))
         return jnp.zeros((1, 1), jnp.int32)
 
-    def _embed_tokens(self, lead, tokens, segment_ids, token_types):
+    def _embed_tokens(self, lead, tokens, segment_ids, token_types, noise):
         config = self.config
         embed = lambda rows, name: functools.partial(
             Embed(rows, config.hidden_size, name=name), dtype=self.dtype
@@ -146,6 +151,7 @@ class Encoder(nn.Module):
         positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0) + lead.length
         types = jnp.zeros_like(tokens) if token_types is None else token_types
         x = embed(config.vocab_size, "embed")(tokens)
+        x = x if noise is None else noise(x)
         check_room(lead, tokens.shape[1], config.num_positions - config.position_offset)
         if lead.prompt is not None:
             x, types = before(lead.prompt, x), before(jnp.zeros(lead.prompt_length), types)

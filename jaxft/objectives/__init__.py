@@ -2,5 +2,32 @@
 
 from jaxft.objectives.reparametrised import reparametrised
 from jaxft.objectives.supervised import Objective, shift, supervised
+from jaxft.objectives.trust_region import (
+    LogitsFn,
+    classifier_logits,
+    decoder_logits,
+    function_distance,
+    noise_distance,
+    r3f,
+    r4f,
+    sample_distance,
+    spectrally_normalised,
+    trust_region,
+)
 
-__all__ = ["Objective", "reparametrised", "shift", "supervised"]
+__all__ = [
+    "LogitsFn",
+    "Objective",
+    "classifier_logits",
+    "decoder_logits",
+    "function_distance",
+    "noise_distance",
+    "r3f",
+    "r4f",
+    "reparametrised",
+    "sample_distance",
+    "shift",
+    "spectrally_normalised",
+    "supervised",
+    "trust_region",
+]

@@ -1,6 +1,7 @@
 """Training: one step, one loop, and what goes with them."""
 
 from jaxft.adapters.commit import commit
+from jaxft.optim.perturbations import global_norm
 from jaxft.train.accumulate import GradientEstimator, accumulate, loss_weight, split_batch
 from jaxft.train.callbacks import Callback, Row, Run, every, profile
 from jaxft.train.checkpoints import Checkpoints, restore_params, writable_directory
@@ -18,7 +19,7 @@ from jaxft.train.loop import fit
 from jaxft.train.memory import keep_memory_warm
 from jaxft.train.optimizer import constant, cosine, decay_mask, linear, make_optimizer, with_warmup
 from jaxft.train.state import TrainState, init_state
-from jaxft.train.step import global_norm, jit_step, make_step
+from jaxft.train.step import jit_step, make_step
 
 __all__ = [
     "Callback",

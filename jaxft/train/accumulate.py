@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxft.metrics import Mean
+from jaxft.metrics import Mean, combine_means
 
 # A gradient estimator has the signature of jax.value_and_grad:
 # estimator(fun, has_aux=True)(params, batch, key) -> ((loss, metrics), grads).
@@ -65,6 +65,18 @@ def accumulate(gradient: GradientEstimator, microbatches: int) -> GradientEstima
         return value_and_grad
 
     return estimator
+
+
+def in_slices(
+    fun: Callable[[Any, jax.Array], Mean], batch: Any, key: jax.Array, microbatches: int
+) -> Mean:
+    """fun(batch, key), one slice of the batch after the other; a slice of weight 0 counts as 0."""
+    if microbatches == 1:
+        return fun(batch, key)
+    slices = split_batch(batch, microbatches), jax.random.split(key, microbatches)
+    # Where a gradient flows through it, a slice is recomputed rather than stored.
+    part = jax.checkpoint(lambda part: as_means({"loss": fun(*part)})["loss"])
+    return combine_means(jax.lax.map(part, slices))
 
 
 def split_batch(batch: Any, parts: int) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -34,6 +34,7 @@ def fit(
     key: jax.Array | None = None,
     gradient: GradientEstimator = jax.value_and_grad,
     microbatches: int = 1,
+    extra_args: Mapping[str, Callable[..., Any]] | None = None,
     mesh: Mesh | None = None,
     callbacks: Iterable[Callback | Callable[[Row], None]] = (),
     checkpoints: Checkpoints | None = None,
@@ -49,7 +50,7 @@ def fit(
         steps: optimizer steps at which the run ends, those of a restored state included; None: as
             long as there are batches.
         key: for everything random in the objective; default jax.random.key(0).
-        gradient, microbatches: see `make_step`.
+        gradient, microbatches, extra_args: see `make_step`.
         mesh: lays rows of batches over its data and fsdp axes. Lay out the params first
             (jaxft.parallel.shard_params): what is not on the mesh is copied to all its devices.
         callbacks: Callbacks, or functions of a row.
@@ -64,7 +65,9 @@ def fit(
     """
     if steps is None and is_function(batches):
         raise ValueError("fit: batches is a function of the state and never ends; pass steps=...")
-    step = make_step(objective, optimizer, gradient=gradient, microbatches=microbatches)
+    step = make_step(
+        objective, optimizer, gradient=gradient, microbatches=microbatches, extra_args=extra_args
+    )
     state = _start(params, optimizer, key, mesh)
     source, callbacks = BatchSource(batches), as_callbacks(callbacks)
     with contextlib.ExitStack() as stack:

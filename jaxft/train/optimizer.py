@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxft.adapters import path_name
-from jaxft.train.step import global_norm
+from jaxft.optim.perturbations import global_norm
 
 Decay = Callable[[jax.Array], jax.Array]  # progress in 0..1 -> factor of the learning rate
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -13,8 +14,9 @@ import optax
 from jaxft.adapters import combine, partition, trainable_mask
 from jaxft.adapters.commit import commit, writes_back
 from jaxft.metrics import Mean
+from jaxft.optim.perturbations import global_norm
 from jaxft.parallel import mesh_context
-from jaxft.train.accumulate import GradientEstimator, accumulate
+from jaxft.train.accumulate import GradientEstimator, accumulate, in_slices
 from jaxft.train.state import TrainState
 from jaxft.weights import is_weight
 
@@ -28,6 +30,7 @@ def make_step(
     *,
     gradient: GradientEstimator = jax.value_and_grad,
     microbatches: int = 1,
+    extra_args: Mapping[str, Callable[..., Any]] | None = None,
 ) -> Step:
     """step(state, batch, good=True) -> (state, metrics), pure and not compiled (see `jit_step`).
 
@@ -37,17 +40,30 @@ def make_step(
     at the metrics one step late stop at the state before the first bad step.
 
     The metrics are the objective's and `loss`, `grad_norm` (L2, before clipping), `good` (whether
-    the state advanced), `num_tokens` (weight of the loss, if metrics["loss"] is a Mean) and
+    the state advanced), `num_tokens` (weight of the loss, if metrics["loss"] is a Mean),
     `learning_rate` (if the optimizer's state has exactly one hyperparameter of that name, as
-    with optax.inject_hyperparams or `make_optimizer`).
+    with optax.inject_hyperparams or `make_optimizer`) and likewise `trust_distance` (`with_tram`).
 
     Args:
         objective: (params, batch, key) -> (loss, metrics).
         optimizer: any optax transform; one with extra arguments gets `value`, `grad`,
             `value_fn(trainable)` and `grad_fn(trainable, *_)` of this batch.
         gradient: estimator with the signature of jax.value_and_grad, called with has_aux=True.
-        microbatches: slices of the batch whose gradients are accumulated.
+        microbatches: slices of the batch whose gradients are accumulated. An estimator that looks at
+            more than one point (sam) does so for each slice by itself; the optimizer's grad_fn is the
+            whole batch's.
+        extra_args: further functions that the optimizer asks for, name -> fn(params, ..., batch, key)
+            with any number of params trees. It gets name(trainable, ...), with the frozen part put in
+            and the batch and a key of its own passed: {"distance_fn": function_distance(...)} for
+            `with_tram`. Where fn returns a Mean, the optimizer gets its value, with microbatches that of
+            the sum over slices; any other result is made from the whole batch at once.
     """
+    extra_args = dict(extra_args or {})
+    taken = {"value", "grad", "value_fn", "grad_fn"} & extra_args.keys()
+    if taken:
+        raise ValueError(
+            f"make_step: extra_args may not name {sorted(taken)}: they are given anyway."
+        )
     estimator = accumulate(gradient, microbatches)
     update = optax.with_extra_args_support(optimizer).update
 
@@ -55,9 +71,14 @@ def make_step(
         trainable, frozen = partition(state.params)
         here = lambda t, batch, key: objective(combine(t, frozen), batch, key)
         # Elsewhere than at the state's params, what weights keep in frozen fields must follow.
-        moved = lambda t, batch, key: objective(commit(combine(t, frozen)), batch, key)
+        whole = lambda t: commit(combine(t, frozen))
+        moved = lambda t, batch, key: objective(whole(t), batch, key)
         key = jax.random.fold_in(state.key, state.step)
         estimate = lambda t, fn=moved: estimator(fn, has_aux=True)(t, batch, key)
+        extra = {
+            name: _of_batch(fn, whole, batch, _named_key(key, name), microbatches)
+            for name, fn in extra_args.items()
+        }
         stays = gradient is jax.value_and_grad
         (loss, metrics), grads = estimate(trainable, here if stays else moved)
         norm = global_norm(grads)
@@ -70,6 +91,7 @@ def make_step(
             grad=grads,
             value_fn=lambda t: estimate(t)[0][0],
             grad_fn=lambda t, *_: estimate(t)[1],
+            **extra,
         )
         # On the updates, not on the params: a select between whole trees would keep both.
         updates = jax.tree.map(lambda u: jnp.where(good, u, jnp.zeros_like(u)), updates)
@@ -134,20 +156,32 @@ def jit_step(step: Step) -> Step:
     return run_step
 
 
-def global_norm(tree: Any) -> jax.Array:
-    """sqrt of the sum of squares of all leaves, in float32 whatever their data type."""
-    squares = [jnp.sum(jnp.square(jnp.abs(x.astype(jnp.float32)))) for x in jax.tree.leaves(tree)]
-    return jnp.sqrt(sum(squares, jnp.zeros((), jnp.float32)))
+def _of_batch(fn, whole, batch, key, microbatches):
+    """(trainable, ...) -> fn of the whole params, this batch and key: a Mean's value, or what fn returns."""
+
+    def run(*trees):
+        of = lambda batch, key: fn(*map(whole, trees), batch, key)
+        if not isinstance(jax.eval_shape(of, batch, key), Mean):
+            return of(batch, key)
+        return in_slices(of, batch, key, microbatches).value
+
+    return run
+
+
+def _named_key(key, name):
+    # Not the objective's: noise that a distance draws must not be that of its dropout.
+    return jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 
 def _with_standard_metrics(metrics, loss, norm, good, opt_state):
     metrics = {"loss": loss} | metrics | {"grad_norm": norm, "good": good}
     if isinstance(metrics["loss"], Mean):
         metrics.setdefault("num_tokens", metrics["loss"].weight)
-    rates = optax.tree_utils.tree_get_all_with_path(opt_state, "learning_rate")
-    rates = [rate for _, rate in rates if isinstance(rate, jax.Array)]  # not the schedule's state
-    if len(rates) == 1:
-        metrics["learning_rate"] = rates[0]
+    for name in ("learning_rate", "trust_distance"):
+        found = optax.tree_utils.tree_get_all_with_path(opt_state, name)
+        found = [value for _, value in found if isinstance(value, jax.Array)]  # no schedule's state
+        if len(found) == 1:
+            metrics.setdefault(name, found[0])
     return metrics
 
 

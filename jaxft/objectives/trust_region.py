@@ -1,0 +1,233 @@
+"""Trust-region distances of models, and the penalties built from them (R3F, R4F).
+
+    distance = function_distance(decoder_logits(model))
+    make_step(objective, with_tram(optax.adam(1e-5)), extra_args={"distance_fn": distance})  # TRAM-θ_{t-1}
+    make_step(objective, adam, gradient=tram(noise_distance(decoder_logits(model))))  # TRAM-x
+
+Distances are Means over tokens or examples, in nats where the divergence is: parts of a batch add up.
+TRPO's and MESA's penalties have targets that move: see jaxft.optim.with_trust_region.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+
+from jaxft.losses.divergences import (
+    Kernel,
+    kl_divergence,
+    maximum_mean_discrepancy,
+    symmetric_kl_divergence,
+)
+from jaxft.metrics import Mean
+from jaxft.objectives.reparametrised import reparametrised
+from jaxft.objectives.supervised import Objective, shift
+from jaxft.weights import to_dense
+
+# logits_fn(params, batch, key, noise=None) -> (logits [..., V], weights [...]). `noise` is a function of
+# the embedded inputs (of pixels, for images) that returns them moved; `key` is the objective's.
+LogitsFn = Callable[..., tuple[jax.Array, jax.Array]]
+Divergence = Callable[[jax.Array, jax.Array], jax.Array]
+Kind = Literal["normal", "uniform"]
+
+_NOISE = 0x2F  # purpose of the derived key
+
+
+def decoder_logits(model) -> LogitsFn:
+    """The logits of a jaxft.models.Decoder and its `shift` weights; noise goes on the tokens' embeddings.
+
+    All logits are held, [B, T, V] in float32: use microbatches where that is much.
+    """
+
+    def logits_fn(params, batch, key, noise=None):
+        del key  # Nothing is drawn: no dropout.
+        _, weights = shift(batch)
+        names = ("positions", "segment_ids")
+        inputs = {name: batch.get(name) for name in names}
+        output = model.apply({"params": params}, batch["tokens"], noise=noise, **inputs)
+        return output.logits, weights
+
+    return logits_fn
+
+
+def classifier_logits(
+    model, head: Callable[[Any, Any], jax.Array], inputs: str = "tokens"
+) -> LogitsFn:
+    """The logits of a classifier on a jaxft.models.Encoder; noise goes on token embeddings, or on pixels.
+
+    Args:
+        head: (params, output of the encoder) -> logits [B, C]; the encoder ignores other params than its
+            own, so that head's may lie beside them.
+        inputs: name of the tokens or images in the batch. `segment_ids`, `token_types` and `weights`
+            [B] (of each example; default 1) are optional.
+    """
+
+    def logits_fn(params, batch, key, noise=None):
+        del key
+        options = {name: batch.get(name) for name in ("segment_ids", "token_types")}
+        output = model.apply({"params": params}, batch[inputs], noise=noise, **options)
+        logits = head(params, output)
+        weights = jnp.asarray(batch.get("weights", jnp.ones(logits.shape[:1])), jnp.float32)
+        return logits, weights
+
+    return logits_fn
+
+
+def function_distance(
+    logits_fn: LogitsFn, divergence: Divergence = kl_divergence
+) -> Callable[..., Mean]:
+    """distance(target_params, params, batch, key) = mean of divergence(f(target_params), f(params)).
+
+    Sherborne et al., 2023, arxiv.org/abs/2310.03646, with the divergence KL(target || params).
+    The target gets no gradient. Both draw from the same key: with dropout that differs, as in the authors'
+    code, equal models would be apart. The mean is over the weights, and 0 if all are 0.
+    """
+
+    def distance(target_params, params, batch, key):
+        target_logits, _ = logits_fn(target_params, batch, key)
+        logits, weights = logits_fn(params, batch, key)
+        return _mean(divergence(jax.lax.stop_gradient(target_logits), logits), weights)
+
+    return distance
+
+
+def sample_distance(logits_fn: LogitsFn, kernel: Kernel | None = None) -> Callable[..., Mean]:
+    """distance(target_params, params, batch, key): squared maximum mean discrepancy.
+
+    The two models' logits on the batch's tokens or examples are compared as two samples. So it is that of microbatches, if there are
+    any, and their mean is not the whole batch's.
+    """
+
+    def distance(target_params, params, batch, key):
+        target_logits, _ = logits_fn(target_params, batch, key)
+        logits, weights = logits_fn(params, batch, key)
+        target_logits = jax.lax.stop_gradient(target_logits)
+        return _mean(maximum_mean_discrepancy(target_logits, logits, weights, kernel), weights)
+
+    return distance
+
+
+def noise_distance(
+    logits_fn: LogitsFn,
+    sigma: float = 0.1,
+    kind: Kind = "normal",
+    divergence: Divergence = kl_divergence,
+) -> Callable[..., Mean]:
+    """distance(params, batch, key) = mean of divergence(f(x + z), f(x)), z new for each key.
+
+    TRAM-x: Sherborne et al., 2023, arxiv.org/abs/2310.03646; R3F: Aghajanyan et al., 2020,
+    arxiv.org/abs/2008.03156. The gradient flows through both f; in R3F's code it does not
+    reach the embeddings of x + z.
+
+    Args:
+        sigma: standard deviation of normal z; uniform z are in [-sigma, sigma]. R3F's code has 1e-5.
+
+    Raises:
+        ValueError: for sigma < 0 or another kind.
+    """
+    if not sigma >= 0:
+        raise ValueError(f"noise_distance: sigma must be at least 0, got {sigma}.")
+    if kind not in get_args(Kind):
+        raise ValueError(f"noise_distance: kind must be one of {get_args(Kind)}, got {kind!r}.")
+
+    def distance(params, batch, key):
+        # Not the objective's own: z must not go with what it draws.
+        noise_key = jax.random.fold_in(key, _NOISE)
+
+        def noise(x):
+            if kind == "normal":
+                return x + (sigma * jax.random.normal(noise_key, x.shape)).astype(x.dtype)
+            z = jax.random.uniform(noise_key, x.shape, minval=-sigma, maxval=sigma)
+            return x + z.astype(x.dtype)
+
+        target_logits, _ = logits_fn(params, batch, key, noise=noise)
+        logits, weights = logits_fn(params, batch, key)
+        return _mean(divergence(target_logits, logits), weights)
+
+    return distance
+
+
+def trust_region(
+    objective: Objective, distance: Callable[..., Mean | jax.Array], weight: float = 0.1
+) -> Objective:
+    """L + λ d, the gradient through both; d = distance(params, batch, key).
+
+    metrics["loss"] is that of the sum; "task_loss" is L's own and "trust_distance" d.
+
+    Args:
+        weight: λ, at least 0.
+    """
+    if not weight >= 0:
+        raise ValueError(f"trust_region: weight must be at least 0, got {weight}.")
+
+    def penalised(params, batch, key):
+        loss, metrics = objective(params, batch, key)
+        d = distance(params, batch, key)
+        penalty = weight * (d.value if isinstance(d, Mean) else d)
+        task = metrics.get("loss", loss)
+        total = loss + penalty
+        if isinstance(task, Mean):  # its weight says how microbatches add up
+            total = Mean(task.total + penalty * task.weight, task.weight)
+        shown = {"loss": total, "task_loss": task, "trust_distance": d}
+        return loss + penalty, metrics | jax.lax.stop_gradient(shown)
+
+    return penalised
+
+
+def r3f(
+    objective: Objective,
+    logits_fn: LogitsFn,
+    weight: float = 0.1,
+    sigma: float = 0.1,
+    kind: Kind = "normal",
+) -> Objective:
+    """L + λ (KL(p(x+z) || p(x)) + KL(p(x) || p(x+z))), z noise on the embeddings.
+
+    R3F: Aghajanyan et al., 2020, arxiv.org/abs/2008.03156. λ and σ are those of TRAM's comparison; R3F's code has
+    λ = 1 and σ = 1e-5.
+    """
+    distance = noise_distance(logits_fn, sigma, kind, symmetric_kl_divergence)
+    return trust_region(objective, distance, weight)
+
+
+def r4f(
+    objective: Objective,
+    logits_fn: LogitsFn,
+    head: tuple[str, ...] = ("head", "kernel"),
+    weight: float = 0.1,
+    sigma: float = 0.1,
+    kind: Kind = "normal",
+) -> Objective:
+    """`r3f` of a model whose head is divided by its spectral norm: Aghajanyan et al., 2020.
+
+    Evaluate and save spectrally_normalised(params, head).
+    """
+    return reparametrised(
+        r3f(objective, logits_fn, weight, sigma, kind),
+        lambda params: spectrally_normalised(params, head),
+    )
+
+
+def spectrally_normalised(params: Any, path: tuple[str, ...] = ("head", "kernel")) -> Any:
+    """The params with the kernel W at `path` as W / σ(W), σ its largest singular value, differentiable.
+
+    Miyato et al., 2018, arxiv.org/abs/1802.05957, with the exact σ in place of power iteration: for the [D, C]
+    heads of classifiers. The path is that of nested dicts.
+    """
+    if not path:
+        kernel = to_dense(params)
+        return kernel / jnp.linalg.norm(kernel.astype(jnp.float32), 2).astype(kernel.dtype)
+    if path[0] not in params:
+        raise ValueError(
+            f"spectrally_normalised: no {path[0]!r} among {sorted(params)}; give the path "
+            "of the head's kernel."
+        )
+    return {**params, path[0]: spectrally_normalised(params[path[0]], path[1:])}
+
+
+def _mean(values, weights):
+    # What does not count may be NaN.
+    return Mean.of(jnp.where(weights > 0, values, 0.0), weights)

@@ -21,10 +21,10 @@ def epsilon_sharpness(
 ) -> jax.Array:
     """100 (max_y L(θ + y) - L(θ)) / (1 + L(θ)) over the box |y_i| <= ε (|θ_i| + 1), in percent.
 
-    Keskar et al., 2017, arxiv.org/abs/1609.04836, metric 2.1, on the whole space. The maximum is approached by
-    steepest ascent in the box's own norm: y moves by the box's size times the gradient's signs, is projected,
-    and the size falls to 0; from a random corner, as the gradient of a minimum is 0. So it is a lower
-    bound. (Keskar et al. take 10 steps of L-BFGS-B, TRAM's authors projected gradients at ε = 1e-5,
+    Keskar et al., 2017, arxiv.org/abs/1609.04836, metric 2.1, on the whole space. The maximum is approached
+    by steepest ascent in the box's own norm: y moves by the gradient's signs times the box's sides, is
+    projected, and the moves shrink to 0; from a random corner, as the gradient of a minimum is 0. So it is
+    a lower bound. (Keskar et al. take 10 steps of L-BFGS-B, TRAM's authors projected gradients at ε = 1e-5,
     which float32 hardly resolves.)
 
     Args:
@@ -56,12 +56,13 @@ def epsilon_sharpness(
 def linear_cka(x: jax.Array, y: jax.Array) -> jax.Array:
     """‖Yᵀ X‖² / (‖Xᵀ X‖ ‖Yᵀ Y‖) of centred features x [N, D], y [N, E], in Frobenius norms: in [0, 1].
 
-    Linear centred kernel alignment: Kornblith et al., 2019, arxiv.org/abs/1905.00414. Neither rotations nor one
-    scale of all features matter; constant features give 0.
+    Linear centred kernel alignment: Kornblith et al., 2019, arxiv.org/abs/1905.00414. Neither rotations nor
+    one scale of all features matter; constant features give 0.
     """
     if x.ndim != 2 or y.ndim != 2 or x.shape[0] != y.shape[0]:
         raise ValueError(
-            f"linear_cka: features must be [N, D] and [N, E] of the same N inputs, got {x.shape} and {y.shape}."
+            f"linear_cka: features must be [N, D] and [N, E] of the same N inputs, got {x.shape} and "
+            f"{y.shape}."
         )
     x, y = (
         z.astype(jnp.float32) - jnp.mean(z.astype(jnp.float32), 0, keepdims=True) for z in (x, y)

@@ -97,8 +97,8 @@ def function_distance(
 def sample_distance(logits_fn: LogitsFn, kernel: Kernel | None = None) -> Callable[..., Mean]:
     """distance(target_params, params, batch, key): squared maximum mean discrepancy.
 
-    The two models' logits on the batch's tokens or examples are compared as two samples. So it is that of microbatches, if there are
-    any, and their mean is not the whole batch's.
+    The two models' logits on the batch's tokens or examples are compared as two samples. So it is that of
+    microbatches, if there are any, and their mean is not the whole batch's.
     """
 
     def distance(target_params, params, batch, key):
@@ -186,8 +186,8 @@ def r3f(
 ) -> Objective:
     """L + λ (KL(p(x+z) || p(x)) + KL(p(x) || p(x+z))), z noise on the embeddings.
 
-    R3F: Aghajanyan et al., 2020, arxiv.org/abs/2008.03156. λ and σ are those of TRAM's comparison; R3F's code has
-    λ = 1 and σ = 1e-5.
+    R3F: Aghajanyan et al., 2020, arxiv.org/abs/2008.03156. λ and σ are those of TRAM's comparison; R3F's code
+    has λ = 1 and σ = 1e-5.
     """
     distance = noise_distance(logits_fn, sigma, kind, symmetric_kl_divergence)
     return trust_region(objective, distance, weight)
@@ -214,8 +214,8 @@ def r4f(
 def spectrally_normalised(params: Any, path: tuple[str, ...] = ("head", "kernel")) -> Any:
     """The params with the kernel W at `path` as W / σ(W), σ its largest singular value, differentiable.
 
-    Miyato et al., 2018, arxiv.org/abs/1802.05957, with the exact σ in place of power iteration: for the [D, C]
-    heads of classifiers. The path is that of nested dicts.
+    Miyato et al., 2018, arxiv.org/abs/1802.05957, with the exact σ in place of power iteration: for the
+    [D, C] heads of classifiers. The path is that of nested dicts.
     """
     if not path:
         kernel = to_dense(params)

@@ -229,9 +229,9 @@ def check_radius(name: str, d_scale: Any, d_max: Any) -> None:
 
 
 def check_steps(name: str, least: int = 1, **numbers: int) -> None:
-    """Raises ValueError for a number below `least`."""
+    """Raises ValueError for a number below `least`, unless it is traced (optax.inject_hyperparams)."""
     for argument, value in numbers.items():
-        if value < least:
+        if isinstance(value, (int, float)) and value < least:
             raise ValueError(f"{name}: {argument} must be at least {least}, got {value}.")
 
 

@@ -43,10 +43,18 @@ def with_sam(
 
     def update(updates, state, params=None, *, grad_fn=None, **extra):
         check_arguments("with_sam", params, grad_fn=grad_fn)
-        point = params
-        for number in range(ascent_steps):
-            point = moved(point, perturb(point, updates))
-            updates = grad_fn(point, number)
+
+        def ascend(number, point_and_grads):
+            point, grads = point_and_grads
+            point = moved(point, perturb(point, grads))
+            return point, grad_fn(point, number)
+
+        if isinstance(ascent_steps, jax.Array):  # under optax.inject_hyperparams
+            _, updates = jax.lax.fori_loop(0, ascent_steps, ascend, (params, updates))
+        else:
+            point = params
+            for number in range(ascent_steps):
+                point, updates = ascend(number, (point, updates))
         return base.update(updates, state, params, grad_fn=grad_fn, **extra)
 
     return optax.GradientTransformationExtraArgs(base.init, update)

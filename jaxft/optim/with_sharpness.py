@@ -81,7 +81,8 @@ def look_sam(
 
     LookSAM: Liu et al., 2022, arxiv.org/abs/2203.02714, algorithm 1, k = 5 and α = 0.7. One step costs
     1 + 1 / period gradients on average; only full steps call `grad_fn`. The state holds one tree like the
-    gradients. Arguments of update and errors as for `with_sam`.
+    gradients. A g_v within the rounding of g_s counts as 0: where both are parallel, its direction would be
+    that of the rounding. Arguments of update and errors as for `with_sam`.
     """
     check_steps("look_sam", period=period)
     if isinstance(alpha, (int, float)) and not alpha >= 0:
@@ -97,7 +98,7 @@ def look_sam(
 
         def full(grads):
             sharp = grad_fn(moved(params, perturb(params, grads)), 0)
-            return _like(sharp, grads), _like(_unit(_across(sharp, grads)), state.direction)
+            return _like(sharp, grads), _like(_direction(sharp, grads), state.direction)
 
         def cheap(grads):
             size = alpha * global_norm(grads)
@@ -194,17 +195,16 @@ def check_arguments(name: str, params: Any, **functions: Any) -> None:
             )
 
 
-def _across(sharp: Any, grads: Any) -> Any:
-    """g_s minus its part along g, in float32."""
+def _direction(sharp: Any, grads: Any) -> Any:
+    """g_v / ‖g_v‖, g_v being g_s minus its part along g; 0 where that is rounding."""
     products = jax.tree.map(lambda s, g: jnp.sum(_f32(s) * _f32(g)), sharp, grads)
     square = jnp.square(global_norm(grads))
     along = sum(jax.tree.leaves(products)) / jnp.where(square > 0, square, 1.0)
-    return jax.tree.map(lambda s, g: _f32(s) - along * _f32(g), sharp, grads)
-
-
-def _unit(tree: Any) -> Any:
-    norm = global_norm(tree)
-    return jax.tree.map(lambda x: x / jnp.where(norm > 0, norm, 1.0), tree)
+    across = jax.tree.map(lambda s, g: _f32(s) - along * _f32(g), sharp, grads)
+    places = max(float(jnp.finfo(s.dtype).eps) for s in jax.tree.leaves(sharp))
+    norm = global_norm(across)
+    factor = jnp.where(norm > 8 * places * global_norm(sharp), 1 / norm, 0.0)
+    return jax.tree.map(lambda x: factor * x, across)
 
 
 def _like(tree: Any, other: Any) -> Any:

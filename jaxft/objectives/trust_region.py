@@ -1,8 +1,9 @@
 """Trust-region distances of models, and the penalties built from them (R3F, R4F).
 
     distance = function_distance(decoder_logits(model))
-    make_step(objective, with_tram(optax.adam(1e-5)), extra_args={"distance_fn": distance})  # TRAM-θ_{t-1}
-    make_step(objective, adam, gradient=tram(noise_distance(decoder_logits(model))))  # TRAM-x
+    make_step(objective, with_tram(adam), extra_args={"distance_fn": distance})  # TRAM-θ_{t-1}
+    noise = noise_distance(decoder_logits(model))
+    make_step(objective, with_tram(adam, None), extra_args={"distance_fn": noise})  # TRAM-x
 
 Distances are Means over tokens or examples, in nats where the divergence is: parts of a batch add up.
 TRPO's and MESA's penalties have targets that move: see jaxft.optim.with_trust_region.

@@ -145,7 +145,9 @@ def tram(
     eps is d θ² / ‖θ g‖, without the gradient, and its KL is divided by the numbers of classes and, once
     more, of rows, which `d_scale` = 1 / (classes · rows) imitates.
 
-    For distances to moving params (the step before, a mean) see `with_tram`.
+    See `with_tram` for distances to moving params (the step before, a mean), and for adapters: jaxft's
+    train step gives an estimator what trains and keeps the frozen part in the objective, where a distance
+    does not see it.
 
     Args:
         distance: (params, *args) -> d, at least 0, of the objective's arguments, with no gradient through
@@ -181,7 +183,8 @@ def tram_fisher(
 ) -> Estimator:
     """Fisher SAM with f = (∇L(θ; x + z))², the gradient at noised inputs.
 
-    TRAM-Fisher: Sherborne et al., 2023, arxiv.org/abs/2310.03646. Costs three gradients.
+    TRAM-Fisher: Sherborne et al., 2023, arxiv.org/abs/2310.03646. Costs three gradients. As in `tram`, the
+    other objective gets what trains alone.
 
     Args:
         noised: the objective with noise on its inputs: the same arguments and results. Without noise

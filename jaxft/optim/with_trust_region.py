@@ -20,14 +20,14 @@ Distance = Callable[[Any, Any], Any]  # (target, params) -> a scalar or a jaxft.
 class TrustRegionState(NamedTuple):
     """The state of `with_tram` and `with_trust_region`."""
 
-    target: optax.Params  # what the next step's params are compared with
+    target: optax.Params | None  # what the next step's params are compared with
     trust_distance: jax.Array  # [] float32, d of the last step, for logs
     base: optax.OptState
 
 
 def with_tram(
     base: optax.GradientTransformation,
-    decay: float | jax.Array = 0.0,
+    decay: float | jax.Array | None = 0.0,
     distance: Distance | None = None,
     *,
     d_scale: float | jax.Array = 1.0,
@@ -40,7 +40,8 @@ def with_tram(
 
     TRAM: Sherborne et al., 2023, arxiv.org/abs/2310.03646: decay 0 is TRAM-θ_{t-1}, 1 TRAM-θ_0 (the
     pretrained model), between them a running mean. In the first step d = 0, which is the base's own step.
-    For TRAM-x, and for what differs in the authors' code, see `tram`.
+    decay None is for distances that need no target (TRAM-x): they get θ alone, and the state holds no
+    copy of it. For what differs in the authors' code see `tram`.
 
     The state holds one copy of the params, and the last d, before d_scale, as `trust_distance`, which
     jaxft's train step shows among its metrics. A mean in bfloat16 may stand still: keep what trains
@@ -48,9 +49,10 @@ def with_tram(
 
     Args:
         base: any optax transform; it gets the extra arguments too.
-        decay: in [0, 1].
-        distance: (target, params) -> d, such as `parameter_distance`. None: update's `distance_fn`, which
-            knows the batch: make_step(extra_args={"distance_fn": function_distance(...)}).
+        decay: in [0, 1], or None.
+        distance: (target, params) -> d, with decay None (params) -> d, such as `parameter_distance`.
+            None: update's `distance_fn`, which knows the batch:
+            make_step(extra_args={"distance_fn": function_distance(...)}).
         d_scale, d_max, eta: see `tram`.
 
     Raises:
@@ -65,8 +67,7 @@ def with_tram(
     def update(updates, state, params=None, *, grad_fn=None, distance_fn=None, **extra):
         measure = distance or distance_fn
         check_arguments("with_tram", params, grad_fn=grad_fn, distance_fn=measure)
-        _check_target("with_tram", state.target, params)
-        d = scalar(measure(state.target, params))
+        d = scalar(_from(state.target, measure, decay)(params))
         perturb = perturb_asam(radius(d, d_scale, d_max), eta)
         updates = grad_fn(moved(params, perturb(params, updates)), 0)
         extra = extra | {"grad_fn": grad_fn, "distance_fn": distance_fn}
@@ -74,13 +75,13 @@ def with_tram(
         target = _advance(state.target, params, decay)
         return updates, TrustRegionState(target, d, base_state)
 
-    return optax.GradientTransformationExtraArgs(_init(base), update)
+    return optax.GradientTransformationExtraArgs(_init(base, decay), update)
 
 
 def with_trust_region(
     base: optax.GradientTransformation,
     weight: float | jax.Array = 0.1,
-    decay: float | jax.Array = 0.0,
+    decay: float | jax.Array | None = 0.0,
     distance: Distance | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The base's update for g + λ ∇_θ d(target, θ): the gradient of L + λ d, the target without gradient.
@@ -101,8 +102,8 @@ def with_trust_region(
     def update(updates, state, params=None, *, distance_fn=None, **extra):
         measure = distance or distance_fn
         check_arguments("with_trust_region", params, distance_fn=measure)
-        _check_target("with_trust_region", state.target, params)
-        d, slopes = jax.value_and_grad(lambda p: scalar(measure(state.target, p)))(params)
+        measure = _from(state.target, measure, decay)
+        d, slopes = jax.value_and_grad(lambda p: scalar(measure(p)))(params)
         add = lambda g, s: (g + weight * s).astype(g.dtype)
         extra = extra | {"distance_fn": distance_fn}
         updates, base_state = base.update(
@@ -111,7 +112,7 @@ def with_trust_region(
         target = _advance(state.target, params, decay)
         return updates, TrustRegionState(target, d, base_state)
 
-    return optax.GradientTransformationExtraArgs(_init(base), update)
+    return optax.GradientTransformationExtraArgs(_init(base, decay), update)
 
 
 def parameter_distance(target: Any, params: Any) -> jax.Array:
@@ -120,16 +121,18 @@ def parameter_distance(target: Any, params: Any) -> jax.Array:
     return global_norm(jax.tree.map(difference, target, params))
 
 
-def _init(base):
+def _init(base, decay):
     def init(params):
         # A copy: train steps donate params, and an alias would be freed with them.
-        target = jax.tree.map(jnp.copy, params)
+        target = None if decay is None else jax.tree.map(jnp.copy, params)
         return TrustRegionState(target, jnp.zeros([], jnp.float32), base.init(params))
 
     return init
 
 
 def _advance(target, params, decay):
+    if decay is None:
+        return None
     if isinstance(decay, (int, float)) and decay in (0, 1):  # exactly, and no sums
         return target if decay == 1 else jax.tree.map(jnp.copy, params)
 
@@ -139,12 +142,18 @@ def _advance(target, params, decay):
     return jax.tree.map(mean, target, params)
 
 
-def _check_target(name, target, params):
+def _from(target, measure, decay):
+    """params -> distance from the target."""
+    return measure if decay is None else lambda params: measure(_checked(target, params), params)
+
+
+def _checked(target, params):
     here, there = jax.tree.structure(params), jax.tree.structure(target)
     if here != there:
         raise ValueError(
-            f"{name}: the params {here} are no tree like the target's {there}; call init(params) again."
+            f"with_tram: the params {here} are no tree like the target's {there}; call init(params) again."
         )
+    return target
 
 
 def _check_decay(name, decay):

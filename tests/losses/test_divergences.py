@@ -31,11 +31,11 @@ def test_two_classes():
 
 
 def test_kl_is_scipys_and_torchs_for_each_token():
-    x, y = DRAWS
+    x, y = map(jnp.asarray, DRAWS)
     softmax = lambda z: np.exp(z) / np.exp(z).sum(-1, keepdims=True)
     expected = stats.entropy(softmax(x), softmax(y), axis=-1)
     np.testing.assert_allclose(kl_divergence(x, y), expected, rtol=1e-5, atol=1e-6)
-    log = lambda z: torch.log_softmax(torch.tensor(z), -1)
+    log = lambda z: torch.log_softmax(torch.tensor(np.asarray(z)), -1)
     expected = torch.nn.functional.kl_div(log(y), log(x), log_target=True, reduction="none").sum(-1)
     np.testing.assert_allclose(kl_divergence(x, y), expected, rtol=1e-5, atol=1e-6)
     # A constant on all logits of a token is nothing.
@@ -43,10 +43,10 @@ def test_kl_is_scipys_and_torchs_for_each_token():
 
 
 def test_gradients_are_those_of_torch_on_both_sides():
-    x, y = DRAWS
+    x, y = map(jnp.asarray, DRAWS)
     total = lambda x, y: jnp.sum(symmetric_kl_divergence(x, y))
     ours = jax.grad(total, (0, 1))(x, y)
-    a, b = (torch.tensor(z, requires_grad=True) for z in (x, y))
+    a, b = (torch.tensor(z, requires_grad=True) for z in DRAWS)
     log = lambda z: torch.log_softmax(z, -1)
     kl = lambda p, q: (log(p).exp() * (log(p) - log(q))).sum()
     (kl(a, b) + kl(b, a)).backward()
@@ -69,7 +69,7 @@ def test_equal_and_impossible_tokens_stay_finite():
 
 @pytest.mark.parametrize("name", ["imq", "rbf"])
 def test_mmd_is_the_double_sum(name):
-    x, y = DRAWS
+    x, y = map(jnp.asarray, DRAWS)
     weights = jnp.array([[1.0, 0.0, 2.0], [0.0, 1.0, 0.5]])
     bands = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
     if name == "imq":
@@ -78,7 +78,7 @@ def test_mmd_is_the_double_sum(name):
         kernel, k = gaussian_kernel(), lambda s: sum(np.exp(-0.5 * s / b) for b in bands)
     values = maximum_mean_discrepancy(x, y, weights, kernel)
     w = np.asarray(weights).ravel() / weights.sum()
-    a, b = (z.reshape(6, 5).astype(np.float64) for z in (x, y))
+    a, b = (z.reshape(6, 5).astype(np.float64) for z in DRAWS)
     square = lambda u, v: ((u[:, None] - v[None]) ** 2).sum(-1)
     total = w @ (k(square(a, a)) + k(square(b, b)) - 2 * k(square(a, b))) @ w
     np.testing.assert_allclose((values * weights).sum() / weights.sum(), total, rtol=1e-4)
@@ -87,8 +87,7 @@ def test_mmd_is_the_double_sum(name):
     far = maximum_mean_discrepancy(x + 100, y + 100, weights, kernel)
     np.testing.assert_allclose(far, values, rtol=2e-2, atol=2e-2)
     np.testing.assert_allclose(maximum_mean_discrepancy(x, x, weights, kernel), 0, atol=1e-5)
-    other = y.copy()
-    other[0, 1] += 5
+    other = y.at[0, 1].add(5.0)
     moved = maximum_mean_discrepancy(x, other, weights, kernel)
     counted = weights > 0
     np.testing.assert_allclose(moved[counted], values[counted], rtol=1e-4, atol=1e-5)

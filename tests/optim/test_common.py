@@ -66,7 +66,7 @@ def wrapped(name, wrap, calls=1, valleys=True, **options):
     return Case(name, make, 3e-2, noise=1e-5, calls=calls, valleys=valleys)
 
 
-# Wherever eps crosses Rosenbrock's valley, whose walls curve with 1000, that part of the gradient is 1000 rho.
+# Rosenbrock's walls curve with 1000: across its valley a step sees a gradient of 1000 rho.
 RHO = 1e-3
 CASES = [
     Case("lion", lion, 1e-2, rounds=True),

@@ -18,6 +18,7 @@ from jaxft.objectives import (
     decoder_logits,
     function_distance,
     noise_distance,
+    on_rows,
     r3f,
     r4f,
     sample_distance,
@@ -68,6 +69,18 @@ def test_function_distance_is_the_mean_over_counted_tokens(params, other):
     assert none.value == 0
     by_target = jax.grad(lambda t: distance(t, params, BATCH, KEY).value)(other)
     assert not any(leaf.any() for leaf in jax.tree.leaves(by_target))
+
+
+def test_a_distance_on_some_rows_is_that_of_their_batch(params, other):
+    distance = jax.jit(function_distance(decoder_logits(MODEL)))
+    some = on_rows(distance, 3)(other, params, BATCH | {"scale": 2.0}, KEY)
+    rows = {name: x[jnp.array([0, 3])] for name, x in BATCH.items()}
+    chex.assert_trees_all_close(
+        some, distance(other, params, rows | {"scale": 2.0}, KEY), rtol=1e-6
+    )
+    assert some.weight == 5
+    with pytest.raises(ValueError, match="every must be at least 1, got 0"):
+        on_rows(distance, 0)
 
 
 def test_what_does_not_count_may_be_nan():
@@ -246,20 +259,27 @@ def test_tram_runs_on_a_decoder_with_lora_and_microbatches(params):
     )
     assert state.opt_state.target is None
     assert min(row["trust_distance"] for row in rows) > 0
-    # Where all params train, the estimator's distance sees them all: the same method.
-    run = dict(steps=1, key=jax.random.key(2))
-    whole = jax.tree.map(jnp.copy, params)
-    fixed = lambda p, batch, key: noise_distance(logits_fn, 0.3)(p, batch, KEY)
-    one, _ = fit(whole, task, optax.sgd(0.1), [BATCH], gradient=tram(fixed), **run)
-    other, _ = fit(
-        whole,
-        task,
-        with_tram(optax.sgd(0.1), None),
-        [BATCH],
-        extra_args={"distance_fn": fixed},
-        **run,
-    )
+
+
+def test_tram_x_as_an_estimator_and_as_a_transform_is_one_method(key):
+    def logits_fn(params, batch, key, noise=None):
+        x = batch if noise is None else noise(batch)
+        return x @ params, jnp.ones(len(batch))
+
+    def task(params, batch, key):
+        loss = Mean.of(jnp.sum((batch @ params) ** 2, -1), jnp.ones(len(batch)))
+        return loss.value, {"loss": loss}
+
+    # A key of its own for the distance in the step: one fixed here, to compare.
+    distance = lambda p, batch, key: noise_distance(logits_fn, 0.3)(p, batch, KEY)
+    sgd, start = optax.sgd(0.1), jax.random.normal(key, (4, 3))
+    run = dict(batches=[jnp.eye(4)], steps=1)
+    one, _ = fit(start, task, sgd, gradient=tram(distance), **run)
+    extra = {"distance_fn": distance}
+    other, _ = fit(start, task, with_tram(sgd, None), extra_args=extra, **run)
+    plain, _ = fit(start, task, sgd, **run)
     chex.assert_trees_all_close(one.params, other.params, rtol=1e-5, atol=1e-6)
+    assert abs(one.params - plain.params).max() > 1e-3
 
 
 def test_bad_input(params):

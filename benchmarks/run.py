@@ -20,10 +20,24 @@ CELLS = {
     # Our PaCA beside our LoRA, norms and activations recomputed on both sides.
     "paca_30m": ["paca", "--model", "30m", "--batch", "8", "--length", "128"],
     "paca_135m": ["paca", "--model", "135m", "--batch", "4", "--length", "256"],
+    # Sharpness-aware full steps: beside the plain step, beside each other, beside others' SAM.
+    "sam_over_plain_30m": ["full", "--model", "30m", "--batch", "8", "--length", "128"],
+    "look_sam_over_plain_30m": ["full", "--model", "30m", "--batch", "8", "--length", "128"],
+    "tram_over_sam_30m": ["full", "--model", "30m", "--batch", "8", "--length", "128"],
+    "sam_optax_30m": ["full", "--model", "30m", "--batch", "8", "--length", "128"],
+    "sam_torch_30m": ["full", "--model", "30m", "--batch", "8", "--length", "128"],
     "tunix_lora_30m": ["lora", "--model", "30m", "--batch", "8", "--length", "128"],
     "tunix_full_30m": ["full", "--model", "30m", "--batch", "8", "--length", "128"],
     "decode_135m_1": ["decode", "--model", "135m", "--batch", "1", "--length", "64"],
     "decode_135m_8": ["decode", "--model", "135m", "--batch", "8", "--length", "64"],
+}
+
+# Our method, the other side's, and steps in one measurement (LookSAM's are not all alike).
+SHARPNESS = {
+    "sam_over_plain_30m": ("sam", "none", "1"),
+    "look_sam_over_plain_30m": ("look_sam", "none", "5"),
+    "tram_over_sam_30m": ("tram", "sam", "1"),
+    "sam_optax_30m": ("sam", "optax", "1"),
 }
 
 
@@ -42,7 +56,8 @@ def main() -> None:
     for name in args.cells:
         ours, theirs = _epoch() if name == "epoch_trl" else _cell(name)
         # Between our own two sides malloc is set alike anyway.
-        warm = ["--warm"] if args.warm and not name.startswith("paca") else []
+        alike = name.startswith("paca") or name in SHARPNESS
+        warm = ["--warm"] if args.warm and not alike else []
         python = args.tunix_python if name.startswith("tunix") else sys.executable
         result = compare(ours, theirs + warm, args.rounds, args.threads, python)
         print(json.dumps({"cell": name, "equal_malloc": args.warm} | result), flush=True)
@@ -52,6 +67,14 @@ def _cell(name):
     if name.startswith("paca"):
         options = [*CELLS[name][1:], "--remat", "lean"]
         return [["-m", "benchmarks.side_jaxft", job, *options] for job in ("paca", "lora")]
+    if name in SHARPNESS:
+        ours, theirs, steps = SHARPNESS[name]
+        options = [*CELLS[name], "--steps", steps]
+        side = lambda method: ["-m", "benchmarks.side_jaxft", *options, "--sharpness", method]
+        return [side(ours), side(theirs)]
+    if name == "sam_torch_30m":
+        sides = ("jaxft", "transformers")
+        return [["-m", f"benchmarks.side_{s}", *CELLS[name], "--sharpness", "sam"] for s in sides]
     peer = "tunix" if name.startswith("tunix") else "transformers"
     return [["-m", f"benchmarks.side_{side}", *CELLS[name]] for side in ("jaxft", peer)]
 

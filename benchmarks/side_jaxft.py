@@ -12,7 +12,8 @@ from jaxft.adapters import ALL_LINEAR, adapt, lora, paca
 from jaxft.checkpoints.families import decoder_config
 from jaxft.generation import SamplingConfig, generate
 from jaxft.models import Decoder
-from jaxft.objectives import supervised
+from jaxft.objectives import decoder_logits, function_distance, on_rows, supervised
+from jaxft.optim import look_sam, with_sam, with_tram
 
 parser = argparse.ArgumentParser()
 parser.add_argument("job", choices=["lora", "paca", "full", "decode"])
@@ -21,6 +22,10 @@ parser.add_argument("--batch", type=int, default=8)
 parser.add_argument("--length", type=int, default=128)
 parser.add_argument("--new", type=int, default=128)
 parser.add_argument("--remat", default="none")
+parser.add_argument(
+    "--sharpness", choices=["none", "sam", "look_sam", "tram", "optax"], default="none"
+)
+parser.add_argument("--steps", type=int, default=1, help="in each measured step")
 parser.add_argument("--cold", action="store_true", help="leave malloc as it is")
 
 
@@ -44,16 +49,30 @@ def main(args):
     if args.job in ("lora", "paca"):
         rule = lora(16, 32.0) if args.job == "lora" else paca(16)
         params = adapt(jax.random.key(1), params, {ALL_LINEAR: rule})
-    optimizer = optax.adamw(1e-4, weight_decay=0.01)
-    run = train.jit_step(train.make_step(supervised(model), optimizer))
+    optimizer, extra = sharp(optax.adamw(1e-4, weight_decay=0.01), args.sharpness, model)
+    run = train.jit_step(train.make_step(supervised(model), optimizer, extra_args=extra))
     state = [train.init_state(params, optimizer, jax.random.key(2))]
     batch = jax.device_put({"tokens": tokens})
 
     def step():
-        state[0], metrics = run(state[0], batch)
+        for _ in range(args.steps):
+            state[0], metrics = run(state[0], batch)
         return float(metrics["loss"].value)
 
     serve(step, tokens=args.batch * args.length)
+
+
+def sharp(base, name, model):
+    """(the base in a sharpness-aware method, extra arguments of the step); optax is optax.contrib.sam."""
+    if name == "optax":
+        ascent = optax.chain(optax.contrib.normalize(), optax.sgd(0.05))
+        return optax.contrib.sam(base, ascent, sync_period=2, opaque_mode=True), {}
+    if name == "tram":
+        # The distance on every 8th row: an estimate, for a small part of its cost.
+        distance = on_rows(function_distance(decoder_logits(model)), 8)
+        return with_tram(base), {"distance_fn": distance}
+    wrap = {"none": lambda b: b, "sam": with_sam, "look_sam": look_sam}[name]
+    return wrap(base), {}
 
 
 if __name__ == "__main__":

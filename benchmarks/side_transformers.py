@@ -14,6 +14,7 @@ parser.add_argument("--model", choices=list(MODELS), default="30m")
 parser.add_argument("--batch", type=int, default=8)
 parser.add_argument("--length", type=int, default=128)
 parser.add_argument("--new", type=int, default=128)
+parser.add_argument("--sharpness", choices=["none", "sam"], default="none")
 parser.add_argument("--warm", action="store_true", help="give torch jaxft's malloc settings too")
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -48,9 +49,24 @@ def main(args):
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-4)
 
+    @torch.no_grad()
+    def perturbed_backward(rho=0.05):
+        """SAM as torch's users write it: up along the gradient, backward there, and back."""
+        norm = torch.norm(torch.stack([p.grad.norm() for p in trainable]))
+        moves = [p.grad * (rho / (norm + 1e-12)) for p in trainable]
+        for p, move in zip(trainable, moves, strict=True):
+            p.add_(move)
+            p.grad = None
+        with torch.enable_grad():
+            model(input_ids=tokens, labels=tokens).loss.backward()
+        for p, move in zip(trainable, moves, strict=True):
+            p.sub_(move)
+
     def step():
         loss = model(input_ids=tokens, labels=tokens).loss
         loss.backward()
+        if args.sharpness == "sam":
+            perturbed_backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return loss.item()

@@ -89,6 +89,7 @@ class Config:
     seed: int = 0
 
     mask: Literal["completion", "last_turn", "all", "per_message"] = "completion"  # what trains
+    train_on: str | None = None  # regular expression that narrows it, such as "Answer: (.*)"
     template: str | None = (
         None  # chat template that replaces the model's: a file, or chatml, llama3, gemma...
     )
@@ -196,7 +197,10 @@ def optimizer_rule(name: Optimizer) -> optax.GradientTransformation:
 def load_data(config: Config):
     """(renderer, tokenised records of each source, held-out records)."""
     renderer = data.Renderer(
-        files.load_tokenizer(config.model), template=config.template, mask=config.mask
+        files.load_tokenizer(config.model),
+        template=config.template,
+        mask=config.mask,
+        train_on=config.train_on,
     )
     bad = data.BadRecords(config.max_bad)
     sources = [data.load(spec, bad=bad) for spec in config.data]

@@ -79,3 +79,8 @@ def in_span(offsets: np.ndarray, start: int, end: int) -> np.ndarray:
     """Which tokens lie in text[start:end]."""
     begins, ends = offsets[:, 0], offsets[:, 1]
     return (begins >= start) & (begins < end) & (ends <= end)
+
+
+def touches(offsets: np.ndarray, start: int, end: int) -> np.ndarray:
+    """Which tokens share a character with text[start:end]."""
+    return (offsets[:, 0] < end) & (offsets[:, 1] > start)

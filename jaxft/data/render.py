@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
@@ -11,7 +12,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from jaxft.data.chat import Chat
-from jaxft.data.encode import Encoder, in_span
+from jaxft.data.encode import Encoder, in_span, touches
 from jaxft.data.errors import BadRecords, DataError
 from jaxft.data.length import TooLong, shorten
 from jaxft.data.records import Record, as_messages
@@ -46,6 +47,9 @@ class Renderer:
             included; of the last assistant turn alone; all; or "per_message", which leaves out
             assistant turns with "train": false and scales by "weight". Assistant turns that are
             part of a prompt are examples and do not train, but with "all".
+        train_on: a regular expression that narrows the mask to its matches (to group 1, if it has
+            one), such as r"Answer: (.*)": a token counts if it touches a match. The stop token
+            counts if a match reaches the end of the turn.
         append_eos: end plain completions and texts with the tokenizer's EOS.
         date: ISO date for templates that print the current one.
         template_options: further variables of the template, such as {"enable_thinking": False}.
@@ -60,6 +64,7 @@ class Renderer:
         *,
         template: str | None = None,
         mask: MaskMode = "completion",
+        train_on: str | None = None,
         append_eos: bool = True,
         date: str = "2025-01-01",
         template_options: Mapping[str, Any] | None = None,
@@ -67,6 +72,7 @@ class Renderer:
         if mask not in get_args(MaskMode):
             raise DataError(f"mask {mask!r} is none of {', '.join(get_args(MaskMode))}.")
         self.tokenizer, self.mask, self.append_eos = tokenizer, mask, append_eos
+        self._pattern = _compiled(train_on)
         self.merged_boundaries = 0  # boundaries that a token would have crossed; encoded apart
         self._encoder = Encoder(tokenizer)
         self._unrolls = False
@@ -166,6 +172,7 @@ class Renderer:
         part = self._tokenised(text, {(start, len(text)): 1.0}, record)
         bos, eos = self._bos(text), self._eos(part.tokens)
         scale = _record_weight(record)
+        scale *= any(end == len(text) for _, end in self._narrowed(text, start, len(text)))
         mask = np.concatenate([np.zeros(len(bos)), part.loss_mask, np.full(len(eos), scale)])
         tokens = np.concatenate([bos, part.tokens, eos])
         tokens, mask = tokens.astype(np.int32), mask.astype(np.float32)
@@ -177,9 +184,24 @@ class Renderer:
         self.merged_boundaries += crossed
         mask = np.zeros(len(ids), np.float32)
         for (start, end), weight in weights.items():
-            mask[in_span(offsets, start, end)] = weight
+            inside = in_span(offsets, start, end)
+            if self._pattern is not None:
+                parts = [touches(offsets, *part) for part in self._narrowed(text, start, end)]
+                inside &= np.any([np.zeros(len(ids), bool), *parts], axis=0)
+            mask[inside] = weight
         mask *= _record_weight(record)
         return Tokenised(ids, mask, str(record.get("id", "")), self._is_bos(ids))
+
+    def _narrowed(self, text, start, end):
+        """The spans of text[start:end] that `train_on` matches; all of it without a pattern."""
+        if self._pattern is None:
+            return [(start, end)]
+        group = min(self._pattern.groups, 1)
+        return [
+            (start + match.start(group), start + match.end(group))
+            for match in self._pattern.finditer(text[start:end])
+            if match.start(group) >= 0
+        ]
 
     def _tokens(self, record):
         tokens = np.asarray(record["tokens"], np.int64)
@@ -248,6 +270,13 @@ class Renderer:
         ids = self._encoder.encode(text)[0]
         if self._encoder.bos != self._encoder.eos and (ids[:2] == self._encoder.bos).sum() == 2:
             raise DataError("the chat template begins with two BOS tokens; take one out.")
+
+
+def _compiled(pattern):
+    try:
+        return None if pattern is None else re.compile(pattern)
+    except re.error as error:
+        raise DataError(f"train_on {pattern!r} is no regular expression: {error}.") from error
 
 
 def _record_weight(record):

@@ -211,18 +211,21 @@ def decode(
 
 def _draw(state: State, config: SamplingConfig):
     """(token, log-prob under the full vocabulary, log-prob as sampled), each [B]."""
-    pick = lambda table, token: jnp.take_along_axis(table, token[:, None], axis=1)[:, 0]
-    full = jax.nn.log_softmax(state.logits / (config.temperature or 1.0), axis=-1)
+    # Not log_softmax: a table of log-probs written at every token, to read one entry a row.
+    log_prob_of = lambda table, token: (
+        jnp.take_along_axis(table, token[:, None], axis=1)[:, 0] - jax.nn.logsumexp(table, axis=-1)
+    )
+    scaled = state.logits.astype(jnp.float32) / (config.temperature or 1.0)
     if config.temperature == 0:
         token = jnp.argmax(state.logits, axis=-1).astype(jnp.int32)
-        return token, pick(full, token), jnp.zeros(token.shape)
+        return token, log_prob_of(scaled, token), jnp.zeros(token.shape)
     cut = transform_logits(state.logits, config)
     keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(state.keys, state.step)
     token = jax.vmap(jax.random.categorical)(keys, cut).astype(jnp.int32)
+    log_prob = log_prob_of(scaled, token)
     # Without a rule that cuts, both are one table: each pass over it costs at every token.
     cuts = any(rule is not None for rule in (config.top_k, config.top_p, config.min_p))
-    sampled = jax.nn.log_softmax(cut, axis=-1) if cuts else full
-    return token, pick(full, token), pick(sampled, token)
+    return token, log_prob, log_prob_of(cut, token) if cuts else log_prob
 
 
 def _separate(params: Params) -> Params:

@@ -88,6 +88,34 @@ def test_mask_modes():
     assert run("all").loss_mask[:-1].all()
 
 
+def test_a_pattern_narrows_what_trains():
+    tokenizer = small.tokenizer(small.CHATML)
+    messages = [
+        {"role": "user", "content": "Answer: 1"},
+        {"role": "assistant", "content": "Well. Answer: two"},
+        {"role": "user", "content": "b"},
+        {"role": "assistant", "content": "none"},
+    ]
+    run = lambda **how: Renderer(tokenizer, **how)({"messages": messages})[0]
+    whole = r"Answer: \w+"
+    assert trained(run(train_on=whole), tokenizer) == ["Answer: two"]
+    assert trained(run(train_on=r"Answer: (\w+)"), tokenizer)[0].strip() == "two"
+    assert trained(run(train_on=r"Answer: (?s:.*)"), tokenizer) == ["Answer: two<|im_end|>"]
+    # The user's answer counts only where users train; and weights stay what they are.
+    assert trained(run(mask="all", train_on=whole), tokenizer) == ["Answer: 1", "Answer: two"]
+    # Tokens are those without a pattern: it moves no boundary.
+    np.testing.assert_array_equal(run(train_on="swer").tokens, run().tokens)
+
+    plain = lambda pattern: Renderer(tokenizer, train_on=pattern)(
+        {"prompt": "q two", "completion": " one two", "weight": 0.5}
+    )[0]
+    assert trained(plain("two$"), tokenizer)[0].strip().startswith("two")
+    assert plain("two$").loss_mask[-1] == 0.5  # EOS
+    assert plain("one").loss_mask[-1] == 0.0
+    with pytest.raises(DataError, match="no regular expression"):
+        Renderer(tokenizer, train_on="(")
+
+
 def test_a_template_that_forgets_is_unrolled_and_trains_each_turn_as_sampled():
     tokenizer = small.tokenizer(small.FORGETFUL)
     messages = [

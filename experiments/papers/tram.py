@@ -66,8 +66,8 @@ class Config:
     steps: int = 200  # of fine-tuning on digits
     text_steps: int = 100
     batch_size: int = 32  # text: half of it
-    rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)  # digits
-    text_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+    rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)  # of digits
+    text_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
     length: int = 64  # tokens of a row
     layers: int = 2  # of both small models
     methods: tuple[str, ...] = METHODS  # Adam and all TRAM among them

@@ -70,7 +70,7 @@ class Config:
     text_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
     length: int = 64  # tokens of a row
     layers: int = 2  # of both small models
-    methods: tuple[str, ...] = METHODS  # Adam and all TRAM among them
+    methods: tuple[str, ...] = METHODS  # those without d may be left out, but not Adam
     model: str | None = None  # for the text part, in place of the small one
     lora: bool = True  # with --model: LoRA of rank 8, else all params train
     texts: str | None = None  # folder of <domain>.txt, in place of installed texts
@@ -200,13 +200,14 @@ def judge(metrics: dict[str, Any]) -> list[Claim]:
         measure, sign = ("accuracy", 1) if name == "digits" else ("loss", -1)
         values = {m: scores(row["seeds"], measure) for m, row in part.items()}
         gain = lambda m, domain, v=values, s=sign: s * (v[m][domain] - v["Adam"][domain])
+        trams = [m for m in TRAM if m in part]
         unit = 1.0 if name == "digits" else values["Adam"]["in domain"].mean()
         worst = min(
             (m for m in part if m in (*SHARP, *TRAM)), key=lambda m: gain(m, "in domain").mean()
         )
-        best = max(TRAM, key=lambda m: gain(m, "elsewhere").mean())
-        sharper = {m: scores(part[m]["seeds"], "sharpness") for m in ("Adam", *TRAM)}
-        counts = {m: int(np.sum(sharper[m] > sharper["Adam"])) for m in TRAM}
+        best = max(trams, key=lambda m: gain(m, "elsewhere").mean())
+        sharper = {m: scores(part[m]["seeds"], "sharpness") for m in ("Adam", *trams)}
+        counts = {m: int(np.sum(sharper[m] > sharper["Adam"])) for m in trams}
         seeds = len(part["Adam"]["seeds"])
         claims += [
             Claim(
@@ -268,8 +269,10 @@ def print_table(part: str, found: dict[str, Any]) -> None:
 
 
 def _sized(config):
-    if missing := sorted({"Adam", *TRAM} - set(config.methods)):
-        raise ValueError(f"methods: {missing} must be among them, got {config.methods}.")
+    if missing := sorted({"Adam", *RADII} - set(config.methods)):
+        raise ValueError(
+            f"methods: {missing} must be among them, got {config.methods}; choose from {METHODS}."
+        )
     if config.preset == "full":
         config = dataclasses.replace(
             config, seeds=20, pretrain_steps=2000, steps=1000, text_steps=50_000, length=1024,
@@ -280,7 +283,7 @@ def _sized(config):
     if config.smoke:
         config = dataclasses.replace(
             config, seeds=2, pretrain_steps=3, steps=4, text_steps=4, batch_size=8, rates=(1e-3,),
-            text_rates=(1e-3,), length=16, layers=1, methods=("Adam", "TRPO", *TRAM),
+            text_rates=(1e-3,), length=16, layers=1, methods=("Adam", *RADII),
         )  # fmt: skip
     return config
 

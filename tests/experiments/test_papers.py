@@ -2,11 +2,15 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from experiments.papers import intrinsic_dimension, lion, monarch, paca
+from experiments.papers import intrinsic_dimension, lion, monarch, paca, tram
 from experiments.papers._claims import Claim, interval, report
+from experiments.papers._tram_methods import Task, train_together
 
 
 def test_interval_is_student_s():
@@ -135,3 +139,77 @@ def test_paca_s_judge_can_fail(change):
     assert all(claim.holds for claim in paca.judge(metrics))
     metrics["quality"]["test"] = [row | change] * 3
     assert not all(claim.holds for claim in paca.judge(metrics))
+
+
+def test_tram_smoke(tmp_path):
+    assert tram.main(tram.Config(smoke=True, output_dir=str(tmp_path))) == 0
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["claims"][0]["holds"]  # ‖eps / θ‖ = d does not depend on training.
+    found = metrics["digits"]["methods"]["TRAM-θ_{t-1}"]
+    assert np.shape(found["d"]) == (2, 4)
+    assert [d[0] for d in found["d"]] == [0, 0] < found["d"][0][1:2]
+    assert {"a tale", "data sets", "licences"} < set(metrics["text"]["before"][0])
+    assert (tmp_path / "tram.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    "part, method, change",
+    [
+        (None, None, {}),
+        ("text", "TRAM-x", {"length_error_over_rounding": 1.5}),
+        ("digits", "TRAM-θ_{t-1}", {"d": [[0, 0.1, 0.1, 0.2, 0.2]] * 3}),
+        ("text", "TRAM-θ_0", {"d": [[0, 0.2, 0.1, 0.1, 0.1]] * 3}),
+        ("digits", "ASAM", {"seeds": [(0.9, 0.8, 1.0)] * 3}),
+        ("text", "SAM", {"seeds": [(1.1, 1.3, 1.0)] * 3}),
+        ("digits", "Adam", {"seeds": [(0.95, 0.85, 1.0)] * 3}),
+        ("text", "TRAM-x", {"seeds": [(0.95, 0.8, 1.1)] * 3}),
+    ],
+)
+def test_tram_s_judge_can_fail(part, method, change):
+    def seeds(triples):  # in domain, elsewhere, sharpness
+        both = lambda value: {"accuracy": value, "loss": value}
+        rows = [(both(x), both(y), z) for x, y, z in triples]
+        return [{"in domain": x, "one": y, "two": y, "sharpness": z} for x, y, z in rows]
+
+    def methods():
+        of = lambda d: {"length_error_over_rounding": 0.1, "d": [d] * 3}
+        rows = {name: {"triples": [(0.95, 0.8, 1.0)] * 3} for name in tram.METHODS}
+        rows["TRAM-x"] |= of([0, 0.1, 0.1, 0.1, 0.1])
+        rows["TRAM-θ_0"] |= of([0, 0.1, 0.2, 0.3, 0.4])
+        rows["TRAM-θ_{t-1}"] |= of([0, 0.4, 0.3, 0.2, 0.1])
+        return rows
+
+    parts = {"digits": methods(), "text": methods()}
+    if part:
+        parts[part][method] |= {{"seeds": "triples"}.get(k, k): v for k, v in change.items()}
+    for rows in parts.values():
+        for row in rows.values():
+            row["seeds"] = seeds(row.pop("triples"))
+    claims = tram.judge({name: {"methods": rows} for name, rows in parts.items()})
+    assert [claim.holds for claim in claims].count(False) == bool(change)
+
+
+@pytest.mark.parametrize("name", tram.METHODS)
+def test_tram_s_methods_take_their_step(name):
+    # A linear classifier; Adam is plain optax with a linear schedule, and no other method is Adam.
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, y = jax.random.normal(keys[0], (8, 3)), jnp.arange(8) % 2
+    params = {"w": jax.random.normal(keys[1], (3, 2)), "b": jnp.array([0.3, -0.2])}
+
+    def logits_fn(params, batch, key, noise=None):
+        x = batch["x"] if noise is None else noise(batch["x"])
+        return x @ params["w"] + params["b"][None], jnp.ones(len(x))
+
+    rows = np.tile(np.arange(8), (2, 1))
+    task = Task(logits_fn, lambda batch: batch["y"], params, {"x": x, "y": y}, rows, {})
+    (found,), _ = train_together(name, [task])(0.1)
+    loss = lambda p: jnp.mean(
+        optax.softmax_cross_entropy_with_integer_labels(logits_fn(p, {"x": x}, None)[0], y)
+    )
+    optimizer = optax.adam(lambda count: 0.1 * (1 - count / 2), b2=0.99)
+    plain, state = params, optimizer.init(params)
+    for _ in range(2):
+        updates, state = optimizer.update(jax.grad(loss)(plain), state, plain)
+        plain = optax.apply_updates(plain, updates)
+    gap = max(jax.tree.leaves(jax.tree.map(lambda a, b: jnp.abs(a - b).max(), found, plain)))
+    assert (gap < 1e-6) == (name == "Adam")

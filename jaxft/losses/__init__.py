@@ -1,5 +1,91 @@
 """Losses: arrays in, values out; no model, no tokenizer, no reduction that is not in the name."""
 
+from jaxft.losses.coverage import coverage_weight, dco_loss
+from jaxft.losses.divergence import KlEstimates, kl_estimates, leave_one_out, reverse_kl_surrogate
+from jaxft.losses.one_token_rollout import otr_expected_loss, otr_loss
+from jaxft.losses.preference import (
+    Pairs,
+    alpha_divergence,
+    aot_loss,
+    aot_unpaired_loss,
+    apo_down_loss,
+    apo_zero_loss,
+    bco_pair_loss,
+    discopop_loss,
+    dpo_loss,
+    dpop_loss,
+    exo_loss,
+    f_dpo_loss,
+    forward_kl,
+    hinge_loss,
+    ipo_loss,
+    jensen_shannon,
+    length_regularised_dpo_loss,
+    nca_loss,
+    nll_loss,
+    normalised_dpo_loss,
+    robust_dpo_loss,
+    sppo_loss,
+    wpo_weights,
+)
+from jaxft.losses.reference_free import alpha_po_loss, cpo_loss, orpo_loss, simpo_loss, slic_loss
+from jaxft.losses.reward import bradley_terry_loss, correctness_loss
 from jaxft.losses.supervised import cross_entropy, linear_cross_entropy, linear_log_probs
+from jaxft.losses.unpaired import bco_loss, kto_kl, kto_loss
+from jaxft.losses.weighted import (
+    dft_loss,
+    label_smoothed_cross_entropy,
+    repetition_unlikelihood,
+    unlikelihood_loss,
+)
 
-__all__ = ["cross_entropy", "linear_cross_entropy", "linear_log_probs"]
+__all__ = [
+    "KlEstimates",
+    "Pairs",
+    "alpha_divergence",
+    "alpha_po_loss",
+    "aot_loss",
+    "aot_unpaired_loss",
+    "apo_down_loss",
+    "apo_zero_loss",
+    "bco_loss",
+    "bco_pair_loss",
+    "bradley_terry_loss",
+    "correctness_loss",
+    "coverage_weight",
+    "cpo_loss",
+    "cross_entropy",
+    "dco_loss",
+    "dft_loss",
+    "discopop_loss",
+    "dpo_loss",
+    "dpop_loss",
+    "exo_loss",
+    "f_dpo_loss",
+    "forward_kl",
+    "hinge_loss",
+    "ipo_loss",
+    "jensen_shannon",
+    "kl_estimates",
+    "kto_kl",
+    "kto_loss",
+    "label_smoothed_cross_entropy",
+    "leave_one_out",
+    "length_regularised_dpo_loss",
+    "linear_cross_entropy",
+    "linear_log_probs",
+    "nca_loss",
+    "nll_loss",
+    "normalised_dpo_loss",
+    "orpo_loss",
+    "otr_expected_loss",
+    "otr_loss",
+    "repetition_unlikelihood",
+    "reverse_kl_surrogate",
+    "robust_dpo_loss",
+    "simpo_loss",
+    "slic_loss",
+    "sppo_loss",
+    "unlikelihood_loss",
+    "wpo_weights",
+]

@@ -37,7 +37,8 @@ def make_step(
     at the metrics one step late stop at the state before the first bad step.
 
     The metrics are the objective's and `loss`, `grad_norm` (L2, before clipping), `good` (whether
-    the state advanced), `num_tokens` (weight of the loss, if metrics["loss"] is a Mean) and
+    the state advanced), `num_tokens` (weight of the loss, if metrics["loss"] is a Mean; or the total
+    of metrics["num_tokens"], if that is one) and
     `learning_rate` (if the optimizer's state has exactly one hyperparameter of that name, as
     with optax.inject_hyperparams or `make_optimizer`).
 
@@ -144,6 +145,8 @@ def _with_standard_metrics(metrics, loss, norm, good, opt_state):
     metrics = {"loss": loss} | metrics | {"grad_norm": norm, "good": good}
     if isinstance(metrics["loss"], Mean):
         metrics.setdefault("num_tokens", metrics["loss"].weight)
+    if isinstance(metrics.get("num_tokens"), Mean):  # whose total is a sum over microbatches
+        metrics["num_tokens"] = metrics["num_tokens"].total
     rates = optax.tree_utils.tree_get_all_with_path(opt_state, "learning_rate")
     rates = [rate for _, rate in rates if isinstance(rate, jax.Array)]  # not the schedule's state
     if len(rates) == 1:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import pytest
 import tyro
 
-from experiments import evaluate, generate, sft
+from experiments import _training, evaluate, generate, preference, sft
 from jaxft import train
 from jaxft.checkpoints import load_model, save_model
 
@@ -111,6 +111,39 @@ def test_training_learns_and_resumes_to_the_same_losses(tmp_path):
     assert len(generate.main(model)) == 1
 
 
+@pytest.mark.parametrize("loss", ["dpo", "kto"])
+def test_preferences_are_learnt_from_a_file(loss, tmp_path):
+    """Chosen answers end otherwise than rejected ones: held-out pairs show whether that was learnt."""
+    rows = [
+        {"prompt": f"{i} + 1 =", "chosen": f" {i + 1} yes", "rejected": f" {i + 1} no"}
+        for i in range(24)
+    ]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    settings = dict(model="tiny", data=(str(path),), eval_data="", validation=0.3, max_length=64)
+    settings |= dict(max_steps=12, batch_size=4, learning_rate=3e-3, eval_steps=6, rank=4)
+    output = tmp_path / "run"
+    config = preference.Config(loss=loss, output_dir=str(output), **settings)
+    metrics = preference.main(config)
+    assert (output / "adapter" / "adapter_config.json").exists()
+    assert (output / "training.png").exists()
+    assert json.loads((output / "metrics.json").read_text())["steps"] == 12
+    assert metrics["last_loss"] < metrics["first_loss"]
+    if loss == "dpo":
+        assert metrics["first_loss"] == pytest.approx(0.6931, abs=1e-3)
+        assert metrics["accuracy"] == 1.0 and metrics["accuracy_interval"][0] > 0.5
+        assert metrics["log_prob_chosen_gain"] > metrics["log_prob_rejected_gain"]
+    else:
+        assert metrics["gain_desirable"] > metrics["gain_undesirable"]
+
+
+@pytest.mark.parametrize("loss", get_args(preference.Loss))
+def test_every_loss_of_preference_can_be_built(loss):
+    weighted = loss not in preference.UNPAIRED
+    config = preference.Config(loss=loss, beta=0.2, nll_alpha=0.5 if weighted else 0.0)
+    assert callable(preference.objective_of(config))
+
+
 def test_preview_prints_what_trains_and_stops(capsys):
     assert sft.main(sft.Config(smoke=True, preview=True)) == {"records": 1}
     shown = capsys.readouterr().out
@@ -126,6 +159,13 @@ def bad_line(path):
 def unknown_column(path):
     file = path / "column.jsonl"
     file.write_text('{"promt": "a", "completion": "b"}\n')
+    return ["--data", file]
+
+
+def bad_pair(path):
+    file = path / "pairs.jsonl"
+    good = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    file.write_text(json.dumps(good) + "\n" + json.dumps(good | {"rejected": "b"}) + "\n")
     return ["--data", file]
 
 
@@ -207,6 +247,21 @@ BAD = {
         "logging": (lambda p: ["--logging-steps", "0"], "steps must be at least 1, got 0"),
         "output": (lambda p: ["--output-dir", unwritable(p)], "cannot write to"),
     },
+    "preference": {
+        name: DATA[name] for name in ("missing file", "empty", "long", "too short", "batch size")
+    }
+    | {
+        "unknown column": (unknown_column, "column.jsonl, line 1: no column 'chosen' among"),
+        "identical": (bad_pair, "pairs.jsonl, line 2: 'chosen' and 'rejected' are the same"),
+        "beta": (lambda p: ["--beta", "0"], "--beta must be positive, got 0.0"),
+        "smoothing": (lambda p: ["--label-smoothing", "0.7"], "must lie in [0, 0.5), got 0.7"),
+        "no smoothing": (
+            lambda p: ["--loss", "ipo", "--label-smoothing", "0.1"],
+            "--label-smoothing is of dpo, robust",
+        ),
+        "weighting": (lambda p: ["--loss", "kto", "--use-weighting"], "are of pairs, not of kto"),
+        "output": (lambda p: ["--output-dir", unwritable(p)], "cannot write to"),
+    },
     "evaluate": MODEL
     | DATA
     | {
@@ -228,7 +283,7 @@ BAD = {
 
 def defaults(script, path):
     """Arguments of a run that would be short and right."""
-    if script == "sft":
+    if script in ("sft", "preference"):
         return ["--smoke", "--output-dir", path / "out"]
     if script == "merge":
         return ["--model", "tiny", "--adapter", path, "--output-dir", path / "out"]
@@ -259,7 +314,7 @@ def test_the_shell_sees_the_exit_code(arguments, message, tmp_path):
     assert "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize("script", ["sft", "generate", "evaluate", "merge"])
+@pytest.mark.parametrize("script", ["sft", "preference", "generate", "evaluate", "merge"])
 def test_help_is_readable(script):
     result = run(script, "--help")
     assert result.returncode == 0 and "--model" in result.stdout
@@ -284,9 +339,9 @@ def test_a_missing_extra_is_one_line_and_exit_code_3(tmp_path):
     assert "pip install 'jaxft[text]'" in result.stderr and "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize("name", get_args(sft.Optimizer))
-def test_every_optimizer_of_sft_lowers_a_parabola(name):
-    optimizer = train.make_optimizer(1e-2, total_steps=200, rule=sft.optimizer_rule(name))
+@pytest.mark.parametrize("name", get_args(_training.Optimizer))
+def test_every_optimizer_lowers_a_parabola(name):
+    optimizer = train.make_optimizer(1e-2, total_steps=200, rule=_training.optimizer_rule(name))
     params = {"kernel": jnp.full((16, 16), 0.5), "bias": jnp.full(16, 0.5)}
     objective = lambda p, batch, key: (sum(jnp.mean(x**2) for x in p.values()), {})
     state = train.init_state(params, optimizer, jax.random.key(0))

@@ -133,7 +133,8 @@ def objective_of(config: Config):
         "length_regularised": {"alpha": config.alpha_length},
     }
     loss = functools.partial(pair_loss(config.loss), **given, **own.get(config.loss, {}))
-    loss(losses.Pairs(*np.ones((6, 1), np.float32)))  # Bad values fail now, not after minutes.
+    one = jax.ShapeDtypeStruct((1,), np.float32)
+    jax.eval_shape(loss, losses.Pairs(*[one] * 6))  # Bad values fail now, not after minutes.
     whole = loss
     if config.nll_alpha:
         whole = lambda pairs: loss(pairs) + config.nll_alpha * losses.nll_loss(pairs)

@@ -57,13 +57,14 @@ def sharpen(
     name: Sharpness,
     objective: Objective,
     base: optax.GradientTransformation,
-    logits_fn: Callable[..., Any],
+    logits_fn: Callable[..., Any] | None = None,
     rho: float | None = None,
 ) -> Sharpened:
     """A sharpness-aware or trust-region method around the base optimizer.
 
     Args:
         logits_fn: see jaxft.objectives.function_distance; for tram, tram_0, tram_x, trpo, mesa and r3f.
+            None: those are refused.
         rho: the radius; None: the method's own. For tram it scales the distance, for the penalties
             (trpo, mesa, r3f) it is their weight.
 
@@ -74,6 +75,10 @@ def sharpen(
         if rho is not None:
             raise ValueError(f"--rho {rho} has no effect without --sharpness, such as sam.")
         return Sharpened(objective, base, jax.value_and_grad, {})
+    if logits_fn is None and name in ("tram", "tram_0", "tram_x", "trpo", "mesa", "r3f"):
+        raise ValueError(
+            f"--sharpness {name} is of experiments/sft.py; here, take one of sam's family."
+        )
     if rho is None:
         rho = {"asam": 0.5, "fisher_sam": 0.1, "trpo": 0.1, "mesa": 0.1, "r3f": 0.1}.get(name)
     if rho is None:

@@ -19,31 +19,22 @@ import pathlib
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import tyro
 
-from experiments._optimizers import Optimizer, Sharpness, optimizer_rule, sharpen
+from experiments import _training as shared
+from experiments._optimizers import sharpen
 from jaxft import checkpoints as files
 from jaxft import data, train
 from jaxft.adapters import (
-    ALL_LINEAR,
-    AdapterError,
     Name,
-    Quantisation,
-    adapter_tensors,
-    apply_named,
     check_same,
-    count,
     intrinsic,
     intrinsic_apply,
     load_adapter,
-    rounding_loss,
-    save_checked,
     save_intrinsic,
 )
-from jaxft.models.remat import Remat
 from jaxft.objectives import decoder_logits, reparametrised, supervised
-from jaxft.parallel import connect_hosts, make_mesh, shard_params
+from jaxft.parallel import connect_hosts
 from jaxft.rl import Accuracy, measure_accuracy, verifier_for
 
 # reasoning-gym draws entry i from seed + i: the seeds below are further apart than the sizes.
@@ -51,72 +42,25 @@ NEEDLE = "rg:needle_haystack?min_num_statements=4&max_num_statements=8"
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(shared.Training):
     """What to train, on what, and how."""
 
-    model: str = "smollm2"  # directory, .gguf file, "smollm2", "tiny" (random), or hub id
     data: tuple[str, ...] = (f"{NEEDLE}&size=2000&seed=1",)  # files, rg:TASK, tfds:NAME, hub ids
     weights: tuple[float, ...] = ()  # share of each source; default: by size
     weights_by: Literal["records", "tokens"] = "records"  # of what they are shares
     eval_data: str = f"{NEEDLE}&size=100&seed=1000000"  # "": hold out a part of the data
-    validation: float = 0.05  # the part held out, if there is no eval_data
     output_dir: str = "runs/sft"
 
     adapter: Name | Literal["intrinsic"] = "lora"  # what trains; full: everything
     d: int = 1000  # intrinsic: numbers that train, moving all params in a random subspace
-    quantise: Quantisation | None = None  # round the frozen kernels (nf4: QLoRA, QPaCA, QDoRA)
-    rank: int = 16
-    alpha: float = 32.0  # over rank: LoRA's scale; for paca a factor of the learning rate
-    target: str = ALL_LINEAR  # pattern of the paths of adapted kernels
 
-    max_steps: int = 60
-    batch_size: int = 2  # rows of one step, over all devices and accumulation steps
-    gradient_accumulation_steps: int = 1
-    max_length: int = 384  # tokens of a row
     packing: bool = True
-    learning_rate: float = 1e-3
-    optimizer: Optimizer = (
-        "adamw"  # lion: learning rate 3 to 10 times smaller, decay as much larger
-    )
-    sharpness: Sharpness = (
-        "none"  # sam... : flatter minima for about twice the time (look_sam: 1.2 times)
-    )
-    rho: float | None = None  # its radius; default: the method's own
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_ratio: float = 0.1
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    seed: int = 0
-
     mask: Literal["completion", "last_turn", "all", "per_message"] = "completion"  # what trains
     train_on: str | None = None  # regular expression that narrows it, such as "Answer: (.*)"
-    template: str | None = (
-        None  # chat template that replaces the model's: a file, or chatml, llama3, gemma...
-    )
     too_long: Literal["drop", "truncate", "error"] = "drop"
-    max_bad: float = 0.0  # largest share of unusable records that is skipped rather than an error
 
-    data_axis: int = 1  # mesh: copies of the model; -1 fills
-    fsdp: int = 1  # mesh: shards of the params and the batch; -1 fills
-    tensor: int = 1  # mesh: shards of each projection
-    distributed: bool = (
-        False  # one of several hosts (Cloud TPU slices, Kubernetes); see TPU_SETUP.md
-    )
-    bfloat16: bool = False  # compute in bfloat16; what trains stays float32
-    scan_layers: bool = False  # stack layers: compile time independent of depth
-    remat: Remat = "none"  # recompute in the backward pass: lean, dots or full save memory
-
-    eval_steps: int = 20
-    save_steps: int = 100
-    logging_steps: int = 5
     max_new_tokens: int = 16  # of the answers that are verified
     accuracy: bool = True  # verify answers before and after, where the data can be verified
-    report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    profile_dir: str | None = None  # trace of a few steps
-    resume: bool = False
-    preview: bool = False  # print examples with what trains marked, then stop
-    smoke: bool = False  # a random tiny model for a few steps
-    debug: bool = False  # full tracebacks
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -128,27 +72,16 @@ def main(config: Config) -> dict[str, Any]:
     if config.preview:
         return {"records": len(training)}
     output = pathlib.Path(config.output_dir)
-    _check_output(config, output)
-    mesh = _mesh(config)
-    model, base = files.load_model(config.model, mesh=mesh, scan_layers=config.scan_layers)
-    model = model.clone(dtype=jnp.bfloat16 if config.bfloat16 else jnp.float32, remat=config.remat)
-    _check_length(config, model)
+    shared.check_output(config, output)
+    mesh = shared.mesh_of(config)
+    model, base = shared.load_base(config, mesh)
     params = adapt_params(config, base, mesh)
-    optimizer = train.make_optimizer(
-        config.learning_rate,
-        total_steps=config.max_steps,
-        schedule=getattr(train, config.schedule),
-        warmup_ratio=config.warmup_ratio,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        rule=optimizer_rule(config.optimizer),
-    )
     read = jax.jit(intrinsic_apply) if config.adapter == "intrinsic" else lambda params: params
     objective, logits = reparametrised(supervised(model), read), decoder_logits(model)
     method = sharpen(
         config.sharpness,
         objective,
-        optimizer,
+        shared.make_optimizer(config),
         lambda params, *rest, **noise: logits(read(params), *rest, **noise),
         config.rho,
     )
@@ -178,13 +111,8 @@ def main(config: Config) -> dict[str, Any]:
         extra_args=method.extra_args,
         microbatches=config.gradient_accumulation_steps,
         mesh=mesh,
-        callbacks=_callbacks(config, objective, eval_batches, output, mesh),
-        checkpoints=train.Checkpoints(
-            output / "checkpoints",
-            every=config.save_steps,
-            best="eval/loss",
-            resume=config.resume,
-        ),
+        callbacks=shared.callbacks(config, objective, eval_batches, output, mesh),
+        checkpoints=shared.checkpoints(config, output, best="eval/loss"),
     )
     save(config, model, state.params, base, mesh, output)
     after = verify(config, model, read(state.params), renderer, held_out, "after")
@@ -208,11 +136,8 @@ def load_data(config: Config):
         sources, held_out = [pair[0] for pair in pairs], [r for pair in pairs for r in pair[1]]
         if not held_out:
             raise data.DataError("no record is held out; raise --validation or give --eval-data.")
-    # A held-out question that is also trained on would measure memory.
     known = {_question(record) for records in sources for record in records}
-    held_out = [record for record in held_out if _question(record) not in known]
-    if not held_out:
-        raise data.DataError("every held-out record is also in the training data.")
+    held_out = shared.without_known(held_out, known, _question)
     training = [
         data.render(records, renderer, config.max_length, too_long=config.too_long, bad=bad)
         for records in sources
@@ -227,18 +152,12 @@ def load_data(config: Config):
 
 def adapt_params(config: Config, base: Any, mesh: Any) -> Any:
     """The base params with what trains: adapters, or all of them."""
-    if config.adapter == "intrinsic":
-        if config.quantise:
-            raise ValueError("--adapter intrinsic moves the kernels themselves; drop --quantise.")
-        params, mesh = (
-            intrinsic(jax.random.key(config.seed), base, config.d),
-            None,
-        )  # base lies on it
-    else:
-        params = apply_named(base, config.adapter, **_adapter_settings(config))
-    trains, total = count(params)
-    print(f"{trains:,} of {total:,} parameters train ({trains / total:.2%})")
-    return params if mesh is None else shard_params(params, mesh)
+    if config.adapter != "intrinsic":
+        return shared.adapt_params(config, base, mesh)
+    if config.quantise:
+        raise ValueError("--adapter intrinsic moves the kernels themselves; drop --quantise.")
+    # The base lies on the mesh already.
+    return shared.announce(intrinsic(jax.random.key(config.seed), base, config.d))
 
 
 def verify(config, model, params, renderer, records, when: str) -> Accuracy | None:
@@ -257,35 +176,13 @@ def save(
     config: Config, model: Any, params: Any, base: Any, mesh: Any, output: pathlib.Path
 ) -> None:
     """What trained, read again and compared: PEFT's files, jaxft's own, or the whole model."""
-    if config.adapter == "full":
-        path = output / "model"
-        difference = files.save_merged(path, model, params, tokenizer_from=config.model, mesh=mesh)
-        print(f"model saved to {path}; read again: {difference}")
-        return
-    path, native = output / "adapter", None
-    if config.adapter == "intrinsic":
-        save_intrinsic(path, params)
-        loaded = load_adapter(path, model.config, base)
-        difference = check_same(str(path), model, jax.jit(intrinsic_apply)(params), loaded)
-        print(f"adapter saved to {path}; read again: {difference}")
-        return
-    try:
-        adapter_tensors(model.config, params)
-    except AdapterError as error:
-        print(f"jaxft's own format: {error}")
-        native = {"name": config.adapter, **_adapter_settings(config)}
-    difference = save_checked(path, model, params, base, base_model=config.model, native=native)
+    if config.adapter != "intrinsic":
+        return shared.save(config, model, params, base, mesh, output)
+    path = output / "adapter"
+    save_intrinsic(path, params)
+    loaded = load_adapter(path, model.config, base)
+    difference = check_same(str(path), model, jax.jit(intrinsic_apply)(params), loaded)
     print(f"adapter saved to {path}; read again: {difference}")
-    if (lost := rounding_loss(params, base)) is not None:
-        print(
-            f"{config.quantise} took up to {lost:.1%} of a kernel, and the adapter trained with that; "
-            "PEFT's files do not say so: quantise the base alike where you use it."
-        )
-
-
-def _adapter_settings(config):
-    names = ("rank", "alpha", "target", "quantise", "seed")
-    return {name: getattr(config, name) for name in names}
 
 
 def report(config, history, before, after, records, output) -> dict[str, Any]:
@@ -316,63 +213,13 @@ def report(config, history, before, after, records, output) -> dict[str, Any]:
     return metrics
 
 
-def _callbacks(config, objective, eval_batches, output, mesh):
-    callbacks = [
-        train.evaluation(objective, eval_batches, steps=config.eval_steps, mesh=mesh),
-        train.progress(steps=config.logging_steps),
-        train.jsonl_log(output / "metrics.jsonl"),
-        train.run_figure(output / "training.png", title=f"{config.model}, {config.adapter}"),
-    ]
-    if "tensorboard" in config.report_to:
-        callbacks.append(train.tensorboard_log(output / "tensorboard"))
-    if "wandb" in config.report_to:
-        settings = dataclasses.asdict(config)
-        callbacks.append(train.wandb_log("jaxft", name=output.name, config=settings))
-    if config.profile_dir:
-        callbacks.append(train.profile(config.profile_dir))
-    return callbacks
-
-
 def _weights(config, training):
     if config.weights and config.weights_by == "tokens":
         return data.token_weights(training, config.weights)
     return config.weights or None
 
 
-def _mesh(config):
-    sizes = (config.data_axis, config.fsdp, config.tensor)
-    if sizes == (1, 1, 1) and jax.device_count() == 1:
-        return None
-    if sizes == (1, 1, 1):
-        return make_mesh(devices=jax.devices()[:1]) if jax.process_count() == 1 else make_mesh()
-    return make_mesh(data=config.data_axis, fsdp=config.fsdp, tensor=config.tensor)
-
-
-def _check_output(config, output):
-    """Before the model is loaded: fit itself would find out minutes later."""
-    train.writable_directory(output)
-    if not config.resume and any((output / "checkpoints").glob("[0-9]*")):
-        raise train.OutputError(
-            f"{output} holds an earlier run; go on with --resume, or choose another --output-dir."
-        )
-
-
-def _check_length(config, model):
-    if config.max_length > model.config.max_length:
-        raise ValueError(
-            f"--max-length {config.max_length} is more than the {model.config.max_length} positions "
-            f"of {config.model}."
-        )
-    parts = config.gradient_accumulation_steps * jax.process_count()
-    if parts < 1 or config.batch_size < 1 or config.batch_size % parts:
-        raise ValueError(
-            f"--batch-size {config.batch_size} must be a positive multiple of --gradient-accumulation-steps "
-            f"({config.gradient_accumulation_steps}) times the {jax.process_count()} processes."
-        )
-
-
 def _smoke(config):
-    chosen = {field.name for field in dataclasses.fields(Config)}
     small = dict(
         model="tiny",
         data=("rg:chain_sum?size=64&seed=1&max_terms=2",),
@@ -384,16 +231,11 @@ def _smoke(config):
         rank=2,
         alpha=4.0,
     )
-    default = Config()
-    keep = {n for n in chosen if getattr(config, n) != getattr(default, n)}
-    return dataclasses.replace(config, **{n: v for n, v in small.items() if n not in keep})
+    return shared.with_small(config, small)
 
 
 def _question(record) -> str:
-    messages = data.as_messages(record)
-    if messages is None:
-        return record.get("prompt") or record.get("text") or str(record.get("tokens"))
-    return "\n".join(m["content"] for m in messages if m["role"] == "user")
+    return shared.question(record, data.as_messages(record))
 
 
 def _tail(text: str, width: int = 100) -> str:

@@ -1,5 +1,6 @@
 """Adapters: rewrite a params tree, split it, merge it, save and load what trains."""
 
+from jaxft.adapters.base import base_params
 from jaxft.adapters.commit import commit, writes_back
 from jaxft.adapters.errors import AdapterError
 from jaxft.adapters.intrinsic import (
@@ -80,6 +81,7 @@ __all__ = [
     "adapt",
     "adapter_tensors",
     "apply_named",
+    "base_params",
     "carry_state",
     "check_same",
     "combine",

@@ -9,7 +9,23 @@ from jaxft.data.batches import (
 )
 from jaxft.data.errors import BadRecord, BadRecords, DataError
 from jaxft.data.files import JsonLines
+from jaxft.data.groups import (
+    TokenisedGroup,
+    finite_group_batches,
+    group_batches,
+    render_pairs,
+    render_unpaired,
+)
 from jaxft.data.inspection import Inspection, inspect
+from jaxft.data.preference import (
+    all_pairs,
+    best_worst,
+    common_prompt,
+    normalise_pair,
+    normalise_ranked,
+    normalise_unpaired,
+    unpair,
+)
 from jaxft.data.records import as_messages, infer_type, normalise
 from jaxft.data.render import Renderer, Tokenised, explain, render, render_prompts
 from jaxft.data.sources import load, reasoning_gym_task, split
@@ -39,4 +55,16 @@ __all__ = [
     "split",
     "token_weights",
     "TEMPLATES",
+    "TokenisedGroup",
+    "all_pairs",
+    "best_worst",
+    "common_prompt",
+    "finite_group_batches",
+    "group_batches",
+    "normalise_pair",
+    "normalise_ranked",
+    "normalise_unpaired",
+    "render_pairs",
+    "render_unpaired",
+    "unpair",
 ]

@@ -142,7 +142,7 @@ def batches(
         "process_index": index,
         "process_count": count,
     }
-    blank = {name: np.stack([x] * batch_size) for name, x in _row([], max_length).items()}
+    blank = {name: np.stack([x] * batch_size) for name, x in padded_row([], max_length).items()}
     return DataIterator(result, {"records": _digest(sources), **settings}, steps, blank)
 
 
@@ -214,7 +214,7 @@ def finite_batches(
             rows.append([])
         rows[-1].append(part)
     rows += [[]] * (-len(rows) % batch_size)
-    built = [_row(row, max_length) for row in rows]
+    built = [padded_row(row, max_length) for row in rows]
     return [
         {name: np.stack([row[name] for row in built[i : i + batch_size]]) for name in built[0]}
         for i in range(0, len(built), batch_size)
@@ -261,7 +261,9 @@ def _padded(dataset, batch_size, width, last):
     def pad(rows):
         longest = max(len(row["tokens"]) for row in rows)
         wide = width or max(MIN_BUCKET, 1 << (longest - 1).bit_length())
-        return [_row([Tokenised(row["tokens"], row["loss_mask"])], wide) for row in rows], wide
+        return [
+            padded_row([Tokenised(row["tokens"], row["loss_mask"])], wide) for row in rows
+        ], wide
 
     return _batched(dataset, batch_size, pad, last)
 
@@ -269,13 +271,14 @@ def _padded(dataset, batch_size, width, last):
 def _batched(dataset, batch_size, as_rows, last):
     def stack(given):
         rows, width = as_rows(given)
-        rows = [*rows, *[_row([], width)] * (batch_size - len(rows))]
+        rows = [*rows, *[padded_row([], width)] * (batch_size - len(rows))]
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
     return dataset.batch(batch_size, drop_remainder=last == "drop", batch_fn=stack)
 
 
-def _row(parts: Sequence[Tokenised], width: int) -> Batch:
+def padded_row(parts: Sequence[Tokenised], width: int) -> Batch:
+    """One row [T] of each leaf: the parts one after the other, as segments 1, 2..., then padding."""
     row = {
         "tokens": np.zeros(width, np.int32),
         "loss_mask": np.zeros(width, np.float32),

@@ -19,7 +19,7 @@ def shorten(part: Any, max_length: int, too_long: TooLong) -> list[Any]:
     elif too_long == "truncate":
         cut = [part[:max_length]]
     elif too_long == "truncate_left_prompt":
-        cut = [part[_keep_answer(part, max_length)]]
+        cut = [part[keep_answer(part, max_length)]]
     elif too_long == "split":
         cut = [part[i : i + max_length] for i in range(0, len(part.tokens), max_length)]
     else:
@@ -27,13 +27,15 @@ def shorten(part: Any, max_length: int, too_long: TooLong) -> list[Any]:
     return [piece for piece in cut if piece.loss_mask[1:].any()]
 
 
-def _keep_answer(part, max_length) -> np.ndarray:
+def keep_answer(part: Any, max_length: int, surplus: int | None = None) -> np.ndarray:
     """Places of BOS, the end of the prompt and the answer; the answer is cut on the right if need be.
 
-    One token of prompt stays at least, from which the answer's first is predicted.
+    `surplus` tokens of the prompt go, by default as many as are too many, but one of it stays at least,
+    from which the answer's first is predicted.
     """
+    surplus = len(part.tokens) - max_length if surplus is None else surplus
     head = 1 if part.starts_with_bos else 0
     answer = int(np.argmax(part.loss_mask > 0))
-    start = max(head, min(len(part.tokens) - max_length + head, answer - 1 + head))
+    start = max(head, min(surplus + head, answer - 1 + head))
     places = np.concatenate([np.arange(head), np.arange(start, len(part.tokens))])
     return places[:max_length]

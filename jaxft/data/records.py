@@ -59,7 +59,7 @@ def normalise(raw: Mapping[str, Any], fields: Mapping[str, str] | None = None) -
     Raises:
         DataError: if a named column is absent, none of the forms fits, or a value is of the wrong kind.
     """
-    return _checked(_normalise(raw, fields))
+    return check_record(_normalise(raw, fields))
 
 
 def _normalise(raw, fields):
@@ -76,7 +76,7 @@ def _normalise(raw, fields):
     if "messages" in row:
         return row | {"messages": _messages(row["messages"], inner)}
     if "prompt" in row and "completion" in row:
-        return row | _prompt_completion(row["prompt"], row["completion"], inner)
+        return row | prompt_completion(row["prompt"], row["completion"], inner)
     if "instruction" in row and "output" in row:
         extra = row.get("input") or ""
         prompt = f"{row['instruction']}\n\n{extra}" if extra else row["instruction"]
@@ -106,7 +106,7 @@ def suggest_fields(columns: Iterable[str]) -> dict[str, str]:
     return {"prompt": "...", "completion": "..."}
 
 
-def _checked(record: Record) -> Record:
+def check_record(record: Record) -> Record:
     """The record, if its weights are weights and its tools are tools."""
     messages = record.get("messages") or []
     _check_weight(record.get("weight"), "weight")
@@ -193,7 +193,10 @@ def _joined_parts(content):
     return content
 
 
-def _prompt_completion(prompt, completion, inner):
+def prompt_completion(
+    prompt: Any, completion: Any, inner: Mapping[str, str], name: str = "completion"
+) -> Record:
+    """{"prompt", "completion"}, both text, or both messages if either is; `name` is for messages."""
     if isinstance(prompt, list) or isinstance(completion, list):
         whole = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
         answer = completion
@@ -201,8 +204,8 @@ def _prompt_completion(prompt, completion, inner):
             answer = [{"role": "assistant", "content": completion}]
         return {"prompt": _messages(whole, inner), "completion": _messages(answer, inner)}
     if isinstance(completion, str) and not completion.strip():
-        raise DataError("'completion' is empty.", "empty_completion")
-    return {"prompt": _text(prompt, "prompt"), "completion": _text(completion, "completion")}
+        raise DataError(f"{name!r} is empty.", "empty_completion")
+    return {"prompt": _text(prompt, "prompt"), "completion": _text(completion, name)}
 
 
 def _question(question, answer):

@@ -28,6 +28,7 @@ def load(
     fields: Mapping[str, str] | None = None,
     limit: int | None = None,
     bad: BadRecords | None = None,
+    form: Callable[..., Record] = normalise,
 ) -> list[Record]:
     """Normalised records with `id`, `source` and `where` (file and line), in the source's order.
 
@@ -39,6 +40,8 @@ def load(
         fields: our column name -> the source's; see `normalise`.
         limit: read at most so many.
         bad: what to do with records that cannot be used; default: the first is an error.
+        form: what makes a record of a row: `normalise`, for supervised fine-tuning; `normalise_pair`,
+            `normalise_unpaired` or `normalise_ranked`, for preferences; or your own (row, fields) -> record.
 
     Files may also be given by a pattern, "part-*.jsonl", and a saved folder of several splits as
     "FOLDER?split=test".
@@ -56,7 +59,7 @@ def load(
         try:
             if isinstance(raw, Exception):
                 raise raw
-            record = normalise(raw, fields)
+            record = form(raw, fields)
         except DataError as error:
             bad.add(where, error.code or "schema", str(error))
             continue

@@ -1,6 +1,15 @@
 """Objectives: a model's apply, a loss and a reduction make objective(params, batch, key)."""
 
+from jaxft.objectives.preference import Sequences, bco, hypo, kto, preference, sequence_log_probs
 from jaxft.objectives.reparametrised import reparametrised
+from jaxft.objectives.reward_model import (
+    add_reward_head,
+    outcome_reward,
+    pairwise_reward,
+    process_reward,
+    sequence_rewards,
+    token_rewards,
+)
 from jaxft.objectives.supervised import Objective, shift, supervised
 from jaxft.objectives.trust_region import (
     LogitsFn,
@@ -19,17 +28,29 @@ from jaxft.objectives.trust_region import (
 __all__ = [
     "LogitsFn",
     "Objective",
+    "Sequences",
+    "add_reward_head",
+    "bco",
     "classifier_logits",
     "decoder_logits",
     "function_distance",
+    "hypo",
+    "kto",
     "noise_distance",
     "on_rows",
+    "outcome_reward",
+    "pairwise_reward",
+    "preference",
+    "process_reward",
     "r3f",
     "r4f",
     "reparametrised",
     "sample_distance",
+    "sequence_log_probs",
+    "sequence_rewards",
     "shift",
     "spectrally_normalised",
     "supervised",
+    "token_rewards",
     "trust_region",
 ]

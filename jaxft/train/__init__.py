@@ -18,6 +18,7 @@ from jaxft.train.logs import jsonl_log, progress, tensorboard_log, wandb_log
 from jaxft.train.loop import fit
 from jaxft.train.memory import keep_memory_warm
 from jaxft.train.optimizer import constant, cosine, decay_mask, linear, make_optimizer, with_warmup
+from jaxft.train.reference import reference_log_probs
 from jaxft.train.state import TrainState, init_state
 from jaxft.train.step import jit_step, make_step
 
@@ -54,6 +55,7 @@ __all__ = [
     "plot_run",
     "profile",
     "progress",
+    "reference_log_probs",
     "restore_params",
     "run_figure",
     "run_main",

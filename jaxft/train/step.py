@@ -40,7 +40,8 @@ def make_step(
     at the metrics one step late stop at the state before the first bad step.
 
     The metrics are the objective's and `loss`, `grad_norm` (L2, before clipping), `good` (whether
-    the state advanced), `num_tokens` (weight of the loss, if metrics["loss"] is a Mean),
+    the state advanced), `num_tokens` (weight of the loss, if metrics["loss"] is a Mean; or the total
+    of metrics["num_tokens"], if that is one),
     `learning_rate` (if the optimizer's state has exactly one hyperparameter of that name, as
     with optax.inject_hyperparams or `make_optimizer`) and likewise `trust_distance` (`with_tram`).
 
@@ -177,6 +178,8 @@ def _with_standard_metrics(metrics, loss, norm, good, opt_state):
     metrics = {"loss": loss} | metrics | {"grad_norm": norm, "good": good}
     if isinstance(metrics["loss"], Mean):
         metrics.setdefault("num_tokens", metrics["loss"].weight)
+    if isinstance(metrics.get("num_tokens"), Mean):  # whose total is a sum over microbatches
+        metrics["num_tokens"] = metrics["num_tokens"].total
     for name in ("learning_rate", "trust_distance"):
         found = optax.tree_utils.tree_get_all_with_path(opt_state, name)
         found = [value for _, value in found if isinstance(value, jax.Array)]  # no schedule's state

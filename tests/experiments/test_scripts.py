@@ -15,7 +15,7 @@ import optax
 import pytest
 import tyro
 
-from experiments import _optimizers, evaluate, generate, sft
+from experiments import _optimizers, evaluate, generate, preference, sft
 from jaxft import train
 from jaxft.checkpoints import load_model, save_model
 from jaxft.losses import cross_entropy
@@ -115,6 +115,39 @@ def test_training_learns_and_resumes_to_the_same_losses(tmp_path):
     assert len(generate.main(model)) == 1
 
 
+@pytest.mark.parametrize("loss", ["dpo", "kto"])
+def test_preferences_are_learnt_from_a_file(loss, tmp_path):
+    """Chosen answers end otherwise than rejected ones: held-out pairs show whether that was learnt."""
+    rows = [
+        {"prompt": f"{i} + 1 =", "chosen": f" {i + 1} yes", "rejected": f" {i + 1} no"}
+        for i in range(24)
+    ]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    settings = dict(model="tiny", data=(str(path),), eval_data="", validation=0.3, max_length=64)
+    settings |= dict(max_steps=12, batch_size=4, learning_rate=3e-3, eval_steps=6, rank=4)
+    output = tmp_path / "run"
+    config = preference.Config(loss=loss, output_dir=str(output), **settings)
+    metrics = preference.main(config)
+    assert (output / "adapter" / "adapter_config.json").exists()
+    assert (output / "training.png").exists()
+    assert json.loads((output / "metrics.json").read_text())["steps"] == 12
+    assert metrics["last_loss"] < metrics["first_loss"]
+    if loss == "dpo":
+        assert metrics["first_loss"] == pytest.approx(0.6931, abs=1e-3)
+        assert metrics["accuracy"] == 1.0 and metrics["accuracy_interval"][0] > 0.5
+        assert metrics["log_prob_chosen_gain"] > metrics["log_prob_rejected_gain"]
+    else:
+        assert metrics["gain_desirable"] > metrics["gain_undesirable"]
+
+
+@pytest.mark.parametrize("loss", get_args(preference.Loss))
+def test_every_loss_of_preference_can_be_built(loss):
+    weighted = loss not in preference.UNPAIRED
+    config = preference.Config(loss=loss, beta=0.2, nll_alpha=0.5 if weighted else 0.0)
+    assert callable(preference.objective_of(config))
+
+
 def test_preview_prints_what_trains_and_stops(capsys):
     assert sft.main(sft.Config(smoke=True, preview=True)) == {"records": 1}
     shown = capsys.readouterr().out
@@ -130,6 +163,13 @@ def bad_line(path):
 def unknown_column(path):
     file = path / "column.jsonl"
     file.write_text('{"promt": "a", "completion": "b"}\n')
+    return ["--data", file]
+
+
+def bad_pair(path):
+    file = path / "pairs.jsonl"
+    good = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    file.write_text(json.dumps(good) + "\n" + json.dumps(good | {"rejected": "b"}) + "\n")
     return ["--data", file]
 
 
@@ -211,6 +251,21 @@ BAD = {
         "logging": (lambda p: ["--logging-steps", "0"], "steps must be at least 1, got 0"),
         "output": (lambda p: ["--output-dir", unwritable(p)], "cannot write to"),
     },
+    "preference": {
+        name: DATA[name] for name in ("missing file", "empty", "long", "too short", "batch size")
+    }
+    | {
+        "unknown column": (unknown_column, "column.jsonl, line 1: no column 'chosen' among"),
+        "identical": (bad_pair, "pairs.jsonl, line 2: 'chosen' and 'rejected' are the same"),
+        "beta": (lambda p: ["--beta", "0"], "--beta must be positive, got 0.0"),
+        "smoothing": (lambda p: ["--label-smoothing", "0.7"], "must lie in [0, 0.5), got 0.7"),
+        "no smoothing": (
+            lambda p: ["--loss", "ipo", "--label-smoothing", "0.1"],
+            "--label-smoothing is of dpo, robust",
+        ),
+        "weighting": (lambda p: ["--loss", "kto", "--use-weighting"], "are of pairs, not of kto"),
+        "output": (lambda p: ["--output-dir", unwritable(p)], "cannot write to"),
+    },
     "evaluate": MODEL
     | DATA
     | {
@@ -232,7 +287,7 @@ BAD = {
 
 def defaults(script, path):
     """Arguments of a run that would be short and right."""
-    if script == "sft":
+    if script in ("sft", "preference"):
         return ["--smoke", "--output-dir", path / "out"]
     if script == "merge":
         return ["--model", "tiny", "--adapter", path, "--output-dir", path / "out"]
@@ -277,7 +332,10 @@ print(json.dumps(found))
 
 
 def test_help_is_readable_and_a_wrong_option_is_named():
-    names = [f"{name}.py" for name in ("sft", "generate", "evaluate", "merge", "papers/lion")]
+    names = [
+        f"{name}.py"
+        for name in ("sft", "preference", "generate", "evaluate", "merge", "papers/lion")
+    ]
     calls = json.dumps([[name, "--help"] for name in names] + [["sft.py", "--rnk", "1"]])
     result = subprocess.run(
         [sys.executable, "-c", SCRIPTS, calls], capture_output=True, text=True, cwd=ROOT

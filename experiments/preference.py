@@ -1,0 +1,313 @@
+"""Preference optimisation of a language model: DPO and its relatives, KTO and BCO.
+
+    python experiments/preference.py --data pairs.jsonl --loss dpo
+    python experiments/preference.py --data labelled.jsonl --loss kto
+    python experiments/preference.py --model meta-llama/Llama-3.1-8B-Instruct --fsdp -1 --bfloat16 \\
+        --data trl-lib/ultrafeedback_binarized --loss simpo --learning-rate 1e-6 --adapter full
+    python experiments/preference.py --smoke        seconds, random weights
+
+Pairs have the columns prompt, chosen and rejected; kto and bco take prompt, completion and label, or pairs. A
+reasoning-gym task (rg:TASK) gives pairs of right answers and those of other questions. The reference is
+the model before training; its log-probs are computed once. The output directory gets the adapter, metrics,
+a figure and checkpoints; --resume goes on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import pathlib
+from typing import Any, Literal
+
+import jax
+import numpy as np
+import tyro
+
+from experiments import _training as shared
+from experiments._optimizers import sharpen
+from jaxft import data, losses, objectives, train
+from jaxft.metrics import length_controlled_rate, wilson_interval
+from jaxft.parallel import connect_hosts
+
+NEEDLE = "rg:needle_haystack?min_num_statements=4&max_num_statements=8"
+Loss = Literal[
+    "dpo", "robust", "hinge", "ipo", "exo", "nca", "sppo", "bco_pair", "apo_zero", "apo_down", "aot",
+    "aot_unpaired", "discopop", "normalised", "length_regularised", "dpop", "simpo", "alpha_po", "cpo",
+    "orpo", "slic", "kto", "bco",
+]  # fmt: skip
+UNPAIRED = ("kto", "bco")
+REFERENCE_FREE = ("simpo", "alpha_po", "cpo", "orpo", "slic")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(shared.Training):
+    """What to train, on which preferences, and how."""
+
+    data: tuple[str, ...] = (f"{NEEDLE}&size=1000&seed=1",)  # files, hub ids, rg:TASK
+    eval_data: str = f"{NEEDLE}&size=100&seed=1000000"  # "": hold out a part of the data
+    output_dir: str = "runs/preference"
+
+    loss: Loss = "dpo"
+    beta: float | None = None  # strength of the pull to the reference; None: the loss's own
+    label_smoothing: float | None = None  # share of wrong labels: dpo, robust, exo, aot, simpo, cpo
+    simpo_gamma: float = 0.5  # margin that simpo and alpha_po ask for
+    alpha_length: float = 0.05  # of length_regularised: reward of a token of mere length
+    nll_alpha: float = 0.0  # weight of the chosen completion's own likelihood (RPO; cpo: 1 more)
+    use_weighting: bool = False  # weigh pairs by how likely the policy is to say them (WPO)
+    desirable_weight: float = 1.0  # kto
+    undesirable_weight: float = 1.0  # kto
+
+    learning_rate: float = 1e-4
+    too_long: Literal["drop", "truncate", "truncate_left_prompt", "error"] = "drop"
+
+
+def main(config: Config) -> dict[str, Any]:
+    """Trains; returns the metrics that are written to metrics.json."""
+    config = _smoke(config) if config.smoke else config
+    connect_hosts(config.distributed)
+    train.keep_memory_warm()
+    make_objective = objective_of(config)
+    training, held_out = load_data(config)
+    if config.preview:
+        return {"records": len(training)}
+    output = pathlib.Path(config.output_dir)
+    shared.check_output(config, output)
+    mesh = shared.mesh_of(config)
+    model, base = shared.load_base(config, mesh)
+    params = shared.adapt_params(config, base, mesh)
+    objective = make_objective(model)
+    method = sharpen(config.sharpness, objective, shared.make_optimizer(config), rho=config.rho)
+    score = functools.partial(
+        train.reference_log_probs,
+        model,
+        batch_size=config.batch_size,
+        max_length=config.max_length,
+        mesh=mesh,
+    )
+    held_out = score(params, held_out)  # Free of reference or not: gains are told from the start.
+    if config.loss not in REFERENCE_FREE:
+        training = score(params, training)
+    eval_groups = held_out if config.loss not in REFERENCE_FREE else _bare(held_out)
+    eval_batches = data.finite_group_batches(
+        eval_groups, batch_size=config.batch_size, max_length=config.max_length
+    )
+    batches = data.group_batches(
+        training,
+        batch_size=config.batch_size // jax.process_count(),
+        max_length=config.max_length,
+        seed=config.seed,
+    )
+    state, history = train.fit(
+        params,
+        method.objective,
+        method.optimizer,
+        batches,
+        steps=config.max_steps,
+        key=jax.random.key(config.seed),
+        gradient=method.gradient,
+        microbatches=config.gradient_accumulation_steps,
+        mesh=mesh,
+        callbacks=shared.callbacks(config, objective, eval_batches, output, mesh),
+        checkpoints=shared.checkpoints(config, output, best="eval/loss"),
+    )
+    shared.save(config, model, state.params, base, mesh, output)
+    after = score(state.params, _bare(held_out))
+    return report(config, history, held_out, after, output)
+
+
+def objective_of(config: Config):
+    """model -> objective, for the loss of the flags; refuses flags that the loss does not have."""
+    given = {name: getattr(config, name) for name in ("beta", "label_smoothing")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if config.beta is not None and not config.beta > 0:
+        raise ValueError(f"--beta must be positive, got {config.beta}.")
+    smoothed = ("dpo", "robust", "exo", "aot", "aot_unpaired", "simpo", "cpo")
+    if "label_smoothing" in given and config.loss not in smoothed:
+        raise ValueError(f"--label-smoothing is of {', '.join(smoothed)}; {config.loss} has none.")
+    if config.loss in UNPAIRED:
+        if config.use_weighting or config.nll_alpha:
+            raise ValueError(f"--use-weighting and --nll-alpha are of pairs, not of {config.loss}.")
+        weights = {n: getattr(config, n) for n in ("desirable_weight", "undesirable_weight")}
+        if config.loss == "kto":
+            return lambda model: objectives.kto(model, **given, **weights)
+        return lambda model: objectives.bco(model, **given)
+    own = {
+        "simpo": {"simpo_gamma": config.simpo_gamma},
+        "alpha_po": {"simpo_gamma": config.simpo_gamma},
+        "length_regularised": {"alpha": config.alpha_length},
+    }
+    loss = functools.partial(pair_loss(config.loss), **given, **own.get(config.loss, {}))
+    one = jax.ShapeDtypeStruct((1,), np.float32)
+    jax.eval_shape(loss, losses.Pairs(*[one] * 6))  # Bad values fail now, not after minutes.
+    whole = loss
+    if config.nll_alpha:
+        whole = lambda pairs: loss(pairs) + config.nll_alpha * losses.nll_loss(pairs)
+    beta = 0.1 if config.beta is None else config.beta
+    return lambda model: objectives.preference(
+        model, whole, beta=beta, use_weighting=config.use_weighting
+    )
+
+
+def pair_loss(name: str):
+    """The function of `Pairs` of a name."""
+    named = {
+        "robust": losses.robust_dpo_loss,
+        "normalised": losses.normalised_dpo_loss,
+        "length_regularised": losses.length_regularised_dpo_loss,
+    }
+    return named.get(name) or getattr(losses, f"{name}_loss")
+
+
+def load_data(config: Config):
+    """(training groups, held-out groups)."""
+    bad = data.BadRecords(config.max_bad)
+    sources = [load_records(config, spec, bad) for spec in config.data]
+    if config.eval_data:
+        held_out = load_records(config, config.eval_data, data.BadRecords())
+    else:
+        parts = [data.split(records, config.validation) for records in sources]
+        sources, held_out = [part[0] for part in parts], [r for part in parts for r in part[1]]
+        if not held_out:
+            raise data.DataError("no record is held out; raise --validation or give --eval-data.")
+    records = [record for source in sources for record in source]
+    held_out = shared.without_known(held_out, {_question(r) for r in records}, _question)
+    renderer = data.Renderer(shared.files.load_tokenizer(config.model), template=config.template)
+    if config.loss in UNPAIRED:
+        render = functools.partial(data.render_unpaired, seed=config.seed)
+        records, held_out = _labelled(records), _labelled(held_out)
+    else:
+        render = data.render_pairs
+    too_long = {"too_long": config.too_long}
+    training = render(records, renderer, config.max_length, bad=bad, **too_long)
+    left = render(held_out, renderer, config.max_length, **too_long)
+    if bad.summary():
+        print(f"records left out or cut: {bad.summary()}")
+    for group in training[: 3 if config.preview else 1]:
+        for part in group.parts:
+            print(data.explain(part, renderer.tokenizer, color=False), end="\n\n")
+    return training, left
+
+
+def load_records(config: Config, spec: str, bad: data.BadRecords) -> list[data.preference.Record]:
+    """Pairs, or completions with labels, of a source."""
+    if spec.startswith("rg:"):
+        return answers_of_others(data.load(spec, bad=bad))
+    if config.loss not in UNPAIRED:
+        return data.load(spec, form=data.normalise_pair, bad=bad)
+    either = lambda row, fields: (
+        data.normalise_unpaired(row, fields) if "label" in row else data.normalise_pair(row, fields)
+    )
+    return data.load(spec, form=either, bad=bad)
+
+
+def answers_of_others(records: list) -> list:
+    """Pairs of each record's answer and the next record's that differs, so right and wrong of one kind."""
+    pairs = []
+    for i, record in enumerate(records):
+        others = (records[(i + step) % len(records)] for step in range(1, len(records)))
+        wrong = next((o for o in others if o["completion"] != record["completion"]), None)
+        if wrong is None:
+            raise data.DataError(f"{record['source']}: all answers are the same.")
+        answers = {"chosen": record["completion"], "rejected": wrong["completion"]}
+        pairs.append({k: v for k, v in record.items() if k != "completion"} | answers)
+    return pairs
+
+
+def report(config, history, before, after, output) -> dict[str, Any]:
+    """Prints and writes what the held-out preferences show; returns it."""
+    evaluated = [row for row in history if "eval/loss" in row]
+    metrics = {
+        "steps": history[-1]["step"],
+        "first_loss": history[0]["loss"],
+        "last_loss": history[-1]["loss"],
+        "eval_loss": evaluated[-1]["eval/loss"] if evaluated else None,
+    }
+    policy, start = (
+        np.stack([group.columns["ref_log_probs"] for group in groups]) for groups in (after, before)
+    )
+    if config.loss not in UNPAIRED:
+        metrics |= pair_report(policy, start, before)
+    else:
+        labels = np.array([group.columns["label"] for group in before])
+        gain = (policy - start)[:, 0]
+        mean = lambda side: float(gain[side].mean()) if side.any() else None
+        metrics |= {"gain_desirable": mean(labels), "gain_undesirable": mean(~labels)}
+        print(f"log-prob gained, in nats: desirable {mean(labels)}, undesirable {mean(~labels)}")
+    (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    print(f"metrics and figure in {output}")
+    return metrics
+
+
+def pair_report(policy: np.ndarray, start: np.ndarray, groups: list) -> dict[str, Any]:
+    """Accuracy on held-out pairs, before and after, and how much of it is length."""
+    lengths = np.array([[(p.loss_mask[1:] > 0).sum() for p in group.parts] for group in groups])
+    longer = lengths[:, 0] - lengths[:, 1]
+    reward = (policy - start)[:, 0] - (policy - start)[:, 1]
+    wins, count = reward > 0, len(reward)
+    share = lambda side: float(wins[side].mean()) if side.any() else None
+    low, high = wilson_interval(int(wins.sum()), count)
+    metrics = {
+        "accuracy": float(wins.mean()),
+        "accuracy_interval": (low, high),
+        "margin": float(reward.mean()),
+        "likelier_before": float((start[:, 0] > start[:, 1]).mean()),
+        "likelier_after": float((policy[:, 0] > policy[:, 1]).mean()),
+        "log_prob_chosen_gain": float((policy - start)[:, 0].mean()),
+        "log_prob_rejected_gain": float((policy - start)[:, 1].mean()),
+        "length_chosen": float(lengths[:, 0].mean()),
+        "length_rejected": float(lengths[:, 1].mean()),
+        "accuracy_chosen_longer": share(longer > 0),
+        "accuracy_chosen_shorter": share(longer < 0),
+        "accuracy_at_equal_length": length_controlled_rate(wins, longer),
+    }
+    show = lambda x: "-" if x is None else f"{x:.1%}"
+    print(
+        f"\nheld-out pairs: {count}; accuracy {show(metrics['accuracy'])} (95 % interval {low:.1%} to "
+        f"{high:.1%}); chosen likelier than rejected {show(metrics['likelier_before'])} -> "
+        f"{show(metrics['likelier_after'])}\n"
+        f"is it length? chosen {metrics['length_chosen']:.1f} tokens, rejected "
+        f"{metrics['length_rejected']:.1f}; accuracy where chosen is longer "
+        f"{show(metrics['accuracy_chosen_longer'])}, shorter {show(metrics['accuracy_chosen_shorter'])}, "
+        f"at equal length {show(metrics['accuracy_at_equal_length'])}\n"
+        f"log-prob gained: chosen {metrics['log_prob_chosen_gain']:+.2f}, rejected "
+        f"{metrics['log_prob_rejected_gain']:+.2f} nats"
+    )
+    return metrics
+
+
+def _bare(groups):
+    """The groups without log-probs."""
+    drop = lambda columns: {k: v for k, v in columns.items() if k != "ref_log_probs"}
+    return [dataclasses.replace(group, columns=drop(group.columns)) for group in groups]
+
+
+def _labelled(records):
+    """Records with labels: pairs become two each."""
+    pairs = [record for record in records if "chosen" in record]
+    return [record for record in records if "chosen" not in record] + data.unpair(pairs)
+
+
+def _question(record) -> str:
+    prompt = record["prompt"]
+    return prompt if isinstance(prompt, str) else shared.question(record, prompt)
+
+
+def _smoke(config):
+    task = "rg:chain_sum?max_terms=2&min_digits=1&max_digits=1"
+    small = dict(
+        model="tiny",
+        data=(f"{task}&size=24&seed=1",),
+        eval_data=f"{task}&size=8&seed=1000000",
+        max_steps=6,
+        eval_steps=3,
+        max_length=256,
+        learning_rate=1e-3,
+        rank=2,
+        alpha=4.0,
+    )
+    return shared.with_small(config, small)
+
+
+if __name__ == "__main__":
+    train.run_main(main, tyro.cli(Config, description=__doc__))

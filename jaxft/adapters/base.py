@@ -1,0 +1,40 @@
+"""The model under an adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxft.adapters.commit import writes_back
+from jaxft.adapters.rewrite import Params
+from jaxft.weights import Frozen, Weight
+
+_ADDED = ("prompt", "prefix", "adapter")
+
+
+def base_params(params: Params) -> Params:
+    """The params with adapters switched off, all frozen: no copy, each kernel is the adapter's own base.
+
+    For a reference model beside the one that trains. Not for PiSSA, whose base is the kernel without its
+    leading part; nothing in the params tells it from LoRA. Under jit the two models share what they can.
+
+    Raises:
+        ValueError: where the start is not kept: kernels, biases and norms that train themselves, and PaCA,
+            which writes into its base. Log-probs that are computed before training serve for those.
+    """
+    return _visit("", params)
+
+
+def _visit(path: str, node: Any) -> Any:
+    if isinstance(node, Mapping):
+        kept = {name: child for name, child in node.items() if name not in _ADDED}
+        return {name: _visit(f"{path}/{name}".lstrip("/"), kept[name]) for name in kept}
+    if isinstance(node, Frozen):
+        return node
+    base = getattr(node, "base", None)
+    if isinstance(node, Weight) and base is not None and not writes_back(node):
+        return base if isinstance(base, Frozen) else Frozen(base)
+    raise ValueError(
+        f"base_params: {path} is trained in place, so its start is gone; compute the reference's log-probs "
+        "before training, as jaxft.train.reference_log_probs does."
+    )

@@ -1,0 +1,289 @@
+"""Sequences that belong together, such as a pair's completions: rendered, and batched as [B, G, T]."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from jaxft.data.batches import MIN_BUCKET, Batch, DataIterator, padded_row
+from jaxft.data.errors import BadRecords, DataError
+from jaxft.data.length import TooLong, keep_answer, shorten
+from jaxft.data.records import Record
+from jaxft.data.render import Renderer, Tokenised
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenisedGroup:
+    """Sequences of one record, and what a loss needs beside them."""
+
+    parts: tuple[Tokenised, ...]  # chosen and rejected; or a completion and that of another prompt
+    columns: Mapping[str, Any]  # numbers or arrays: margin, label, ref_log_probs [G]
+    id: str = ""
+
+    def with_column(self, name: str, value: Any) -> TokenisedGroup:
+        """The group with one more column."""
+        return dataclasses.replace(self, columns={**self.columns, name: value})
+
+
+def render_pairs(
+    records: Iterable[Record],
+    renderer: Renderer,
+    max_length: int,
+    *,
+    too_long: TooLong = "drop",
+    bad: BadRecords | None = None,
+) -> list[TokenisedGroup]:
+    """Pairs of `normalise_pair` as groups of two, chosen first; a `margin` becomes a column.
+
+    Args:
+        renderer: with the mask "completion" or "last_turn"; a prompt has no loss.
+        max_length: of each sequence, in tokens.
+        too_long: as of `render`, but for "split"; "truncate_left_prompt" cuts both prompts alike.
+        bad: policy for pairs that cannot be used.
+
+    Raises:
+        DataError: if nothing is left, or by the policies.
+    """
+    answers = lambda record: [record["chosen"], record["rejected"]]
+
+    def columns(record):
+        margin = record.get("margin")
+        return {} if margin is None else {"margin": np.float32(margin)}
+
+    return _render(records, renderer, max_length, too_long, bad, answers, columns)
+
+
+def render_unpaired(
+    records: Sequence[Record],
+    renderer: Renderer,
+    max_length: int,
+    *,
+    too_long: TooLong = "drop",
+    bad: BadRecords | None = None,
+    seed: int = 0,
+) -> list[TokenisedGroup]:
+    """Records of `normalise_unpaired` as groups of two: the completion, and one of another prompt.
+
+    The column `label` is whether the completion is desirable. The second sequence is the record's prompt with
+    the completion of the next record, in a shuffled order, that has another prompt: KTO estimates its KL
+    from such. That it is chosen here, not in the batch, makes it independent of batches and hosts and its
+    reference log-probs a column like the others.
+
+    Args:
+        seed: of the order in which completions are passed on.
+
+    Raises:
+        DataError: as `render_pairs`; and if all prompts are the same.
+    """
+    order = np.random.default_rng(seed).permutation(len(records))
+    other = dict(_mismatched(records, [int(i) for i in order]))
+    answers = lambda record: [record["completion"], other[id(record)]]
+    columns = lambda record: {"label": np.bool_(record["label"])}
+    return _render(records, renderer, max_length, too_long, bad, answers, columns)
+
+
+def group_batches(
+    groups: Sequence[TokenisedGroup],
+    *,
+    batch_size: int,
+    max_length: int,
+    seed: int = 0,
+    epochs: int | None = None,
+    process_index: int | None = None,
+    process_count: int | None = None,
+    last: Literal["drop", "pad"] = "drop",
+    prefetch: int = 2,
+) -> DataIterator:
+    """An endless (or `epochs` long) iterator over batches of groups, resumable and sharded as `batches`.
+
+    Leaves are [B, G, T], one sequence a row, padded to the power of two that holds the batch's longest, or to
+    max_length on several hosts; columns are [B, ...]. Axis 0 counts groups, so that microbatches and
+    devices never part one.
+
+    Args:
+        batch_size: groups of this host's batch.
+        max_length, seed, epochs, process_index, process_count, last, prefetch: see `batches`.
+
+    Raises:
+        DataError: for groups or settings that cannot give a batch.
+    """
+    import grain
+    import jax
+
+    index = jax.process_index() if process_index is None else process_index
+    count = jax.process_count() if process_count is None else process_count
+    _check(groups, batch_size, max_length, index, count)
+    width = max_length if count > 1 else None
+
+    def dataset(host):
+        shuffled = grain.MapDataset.source(groups).seed(seed).shuffle()
+        stream = shuffled[host::count].repeat(epochs).to_iter_dataset()
+        stack = lambda given: _stack(given, batch_size, max_length, width)
+        return stream.batch(batch_size, drop_remainder=last == "drop", batch_fn=stack)
+
+    steps = None
+    if epochs is not None and count > 1:
+        steps = max(sum(1 for _ in dataset(host)) for host in range(count))
+    result = dataset(index)
+    if prefetch:
+        result = grain.experimental.ThreadPrefetchIterDataset(result, prefetch_buffer_size=prefetch)
+    settings = {
+        "batch_size": batch_size,
+        "max_length": max_length,
+        "last": last,
+        "seed": seed,
+        "epochs": epochs,
+        "process_index": index,
+        "process_count": count,
+    }
+    blank = _stack([_blank_like(groups[0])], batch_size, max_length, max_length)
+    return DataIterator(result, {"records": _digest(groups), **settings}, steps, blank)
+
+
+def finite_group_batches(
+    groups: Sequence[TokenisedGroup], *, batch_size: int, max_length: int
+) -> list[Batch]:
+    """Every group once, in order; the last batch is filled up with empty groups, which count nowhere.
+
+    Raises:
+        DataError: as `group_batches`.
+    """
+    _check(groups, batch_size, max_length, 0, 1)
+    cut = (groups[i : i + batch_size] for i in range(0, len(groups), batch_size))
+    return [_stack(part, batch_size, max_length, None) for part in cut]
+
+
+def _render(records, renderer, max_length, too_long, bad, answers, columns):
+    if renderer.mask not in ("completion", "last_turn"):
+        raise DataError(
+            f"mask {renderer.mask!r}: preferences are of completions; use 'completion'."
+        )
+    if too_long == "split":
+        raise DataError("too_long='split' would part a completion; use 'drop' or a truncation.")
+    bad = BadRecords() if bad is None else bad
+    result, total = [], 0
+    for record in records:
+        total += 1
+        where = str(record.get("where", record.get("id", f"record {total - 1}")))
+        try:
+            parts = [_sequence(record, answer, renderer) for answer in answers(record)]
+        except DataError as error:
+            if error.code is None:
+                raise
+            bad.add(where, error.code, str(error))
+            continue
+        longest = max(len(part.tokens) for part in parts)
+        if longest > max_length and too_long == "error":
+            raise DataError(
+                f"{where}: {longest} tokens, more than max_length={max_length}; raise it, or choose "
+                "too_long='drop' or a truncation.",
+                "too_long",
+            )
+        if longest > max_length:
+            parts = _shortened(parts, max_length, too_long)
+            bad.dropped["truncated" if parts else "too_long"] += 1
+        if parts:
+            result.append(TokenisedGroup(tuple(parts), columns(record), str(record.get("id", ""))))
+    bad.check(total)
+    if not result:
+        dropped = f" ({bad.summary()})" if bad.summary() else ""
+        raise DataError(f"no usable record is left of {total}{dropped}; see max_length.")
+    return result
+
+
+def _sequence(record, answer, renderer) -> Tokenised:
+    kept = {name: record[name] for name in ("id", "tools") if name in record}
+    parts = renderer({**kept, "prompt": record["prompt"], "completion": answer})
+    if len(parts) > 1:
+        raise DataError(
+            "the chat template rewrites earlier turns, so a completion of several turns is no single "
+            "sequence; move all but its last turn into 'prompt'.",
+            "template",
+        )
+    if not parts[0].loss_mask[1:].any():
+        raise DataError("a completion has no token that counts.", "empty_completion")
+    return parts[0]
+
+
+def _shortened(parts, max_length, too_long):
+    """The parts cut to max_length, or [] if one cannot be; their prompts stay the same."""
+    if too_long == "truncate_left_prompt":
+        surplus = max(len(part.tokens) for part in parts) - max_length
+        return [part[keep_answer(part, max_length, surplus)] for part in parts]
+    cut = [shorten(part, max_length, too_long) if len(part.tokens) > max_length else [part]
+           for part in parts]  # fmt: skip
+    return [pieces[0] for pieces in cut] if all(cut) else []
+
+
+def _mismatched(records, order) -> Iterable[tuple[int, Any]]:
+    """(identity of a record, completion of the next in `order` with another prompt)."""
+    for place, i in enumerate(order):
+        following = (order[(place + step) % len(order)] for step in range(1, len(order)))
+        fits = lambda a, b: a["prompt"] != b["prompt"] and type(a["prompt"]) is type(b["prompt"])
+        different = (j for j in following if fits(records[j], records[i]))
+        j = next(different, None)
+        if j is None:
+            raise DataError(
+                "all records have the same prompt, so no completion is that of another one; KTO "
+                "cannot estimate its KL from them."
+            )
+        yield id(records[i]), records[j]["completion"]
+
+
+def _check(groups, batch_size, max_length, index, count):
+    if not groups:
+        raise DataError("group_batches: there are no groups.")
+    if batch_size < 1:
+        raise DataError(f"group_batches: batch_size must be positive, got {batch_size}.")
+    longest = max(len(part.tokens) for group in groups for part in group.parts)
+    if longest > max_length:
+        raise DataError(
+            f"group_batches: a sequence has {longest} tokens, max_length is {max_length}."
+        )
+    if not 0 <= index < count or len(groups) < count:
+        raise DataError(
+            f"group_batches: process {index} of {count} with {len(groups)} groups; each needs one."
+        )
+    kinds = {(len(group.parts), *sorted(group.columns)) for group in groups}
+    if len(kinds) > 1:
+        shown = " and ".join(map(str, sorted(kinds, key=str)[:2]))
+        raise DataError(f"group_batches: groups differ in number of parts or columns: {shown}.")
+
+
+def _stack(groups, batch_size, max_length, width) -> Batch:
+    longest = max((len(part.tokens) for group in groups for part in group.parts), default=1)
+    bucket = max(MIN_BUCKET, 1 << (max(longest, 1) - 1).bit_length())
+    width = width or min(bucket, max_length)
+    groups = [*groups, *[_blank_like(groups[0])] * (batch_size - len(groups))]
+    rows = [[padded_row([p] if len(p.tokens) else [], width) for p in g.parts] for g in groups]
+    sequences = {
+        name: np.stack([np.stack([row[name] for row in group]) for group in rows])
+        for name in rows[0][0]
+    }
+    columns = {name: np.stack([g.columns[name] for g in groups]) for name in groups[0].columns}
+    return sequences | columns
+
+
+def _blank_like(group: TokenisedGroup) -> TokenisedGroup:
+    """Parts without tokens, columns of zeros."""
+    nothing = Tokenised(np.zeros(0, np.int32), np.zeros(0, np.float32))
+    zeros = {name: np.zeros_like(value) for name, value in group.columns.items()}
+    return TokenisedGroup((nothing,) * len(group.parts), zeros)
+
+
+def _digest(groups) -> str:
+    """Of tokens, masks and columns, but for reference log-probs: they are recomputed, within rounding."""
+    digest = hashlib.sha256()
+    update: Callable[[bytes], None] = digest.update
+    for group in groups:
+        for part in group.parts:
+            update(len(part.tokens).to_bytes(8))
+            update(part.tokens.tobytes())
+            update(part.loss_mask.tobytes())
+        for name in sorted(group.columns.keys() - {"ref_log_probs"}):
+            update(name.encode() + np.asarray(group.columns[name]).tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,85 @@
+"""One-token rollouts: each position of supervised fine-tuning as a one-step bandit."""
+
+from __future__ import annotations
+
+import chex
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxft.losses.supervised import cross_entropy
+
+
+def otr_loss(
+    key: jax.Array,
+    logits: Float[Array, "B T V"],
+    targets: Int[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    *,
+    num_samples: int = 256,
+    kappa: float = 1.3,
+    beta: float = -0.1,
+) -> Float[Array, "B T"]:
+    """-1/K Σ_j R_j log π(a_j), a_j from softmax(logits / κ), R_j = 1 for the target and β for others.
+
+    One-token rollout: Ming et al., 2025, arxiv.org/abs/2509.26313. REINFORCE without baseline or
+    importance weights; log π is at temperature 1 and alone gets a gradient.
+
+    Args:
+        key: folded in by row, so that a row's samples depend on its place in the batch.
+        mask: True where a target counts; elsewhere the loss is 0.
+        num_samples: K.
+        kappa: κ, temperature of the samples.
+        beta: β, reward of tokens that are not the target, below 0.
+    """
+    _check(kappa, beta)
+    if num_samples < 1:
+        raise ValueError(f"otr_loss: num_samples must be at least 1, got {num_samples}.")
+    chex.assert_equal_shape([targets, mask])
+    logits = logits.astype(jnp.float32)
+
+    def counts(key, logits):
+        # From the CDF: K uniforms a position, where K draws of `categorical` would take K V Gumbels.
+        cdf = jnp.cumsum(jax.nn.softmax(logits / kappa, axis=-1), axis=-1)
+        u = jax.random.uniform(key, (*logits.shape[:-1], num_samples)) * cdf[..., -1:]
+        drawn = jax.vmap(lambda c, x: jnp.searchsorted(c, x, side="right"))(cdf, u)
+        # u may round up to the last value of the CDF.
+        drawn = jnp.minimum(drawn, logits.shape[-1] - 1)
+        add = lambda row: jnp.zeros(logits.shape[-1]).at[row].add(1.0)
+        return jax.vmap(add)(drawn)
+
+    rows = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(logits.shape[0]))
+    shares = jax.vmap(counts)(rows, jax.lax.stop_gradient(logits)) / num_samples
+    return jnp.where(mask, _policy_loss(logits, targets, shares, beta), 0.0)
+
+
+def otr_expected_loss(
+    logits: Float[Array, "*batch V"],
+    targets: Int[Array, "*batch"],
+    *,
+    kappa: float = 1.3,
+    beta: float = -0.1,
+) -> Float[Array, "*batch"]:
+    """`otr_loss` for infinitely many samples: no noise, and no cost beyond the logits.
+
+    With q = softmax(logits / κ), c_v = q_v for the target and β q_v for others: -Σ_v c_v log π(v). For κ = 1
+    and β = 0 it is `dft_loss`.
+    """
+    _check(kappa, beta)
+    logits = logits.astype(jnp.float32)
+    shares = jax.nn.softmax(jax.lax.stop_gradient(logits) / kappa, axis=-1)
+    return _policy_loss(logits, targets, shares, beta)
+
+
+def _policy_loss(logits, targets, shares, beta):
+    """-Σ_v shares_v R_v log π(v), all V at once: R is β, and 1 for the target."""
+    picked = jnp.take_along_axis(shares, targets[..., None], axis=-1)[..., 0]
+    everything = jnp.sum(shares * jax.nn.log_softmax(logits), axis=-1)
+    return (1 - beta) * picked * cross_entropy(logits, targets) - beta * everything
+
+
+def _check(kappa, beta):
+    if not kappa > 0:
+        raise ValueError(f"otr: kappa must be positive, got {kappa}; the paper's is 1.3.")
+    if beta > 1:
+        raise ValueError(f"otr: beta must be at most 1, the target's reward, got {beta}.")

@@ -1,0 +1,81 @@
+"""Losses of preference pairs that need no reference model, one value a pair. See `Pairs`."""
+
+from __future__ import annotations
+
+import chex
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxft.losses.preference import Pairs, lengths, nll_loss, smoothed_logistic
+
+_LARGEST = -1e-6  # log-probability of a token for which the odds are still finite in float32
+
+
+def simpo_loss(
+    pairs: Pairs, *, beta: float = 2.0, simpo_gamma: float = 0.5, label_smoothing: float = 0.0
+) -> Float[Array, " B"]:
+    """-log σ(β (log π(y_w) / n_w - log π(y_l) / n_l) - γ).
+
+    SimPO: Meng et al., 2024, arxiv.org/abs/2405.14734, eq. 6.
+
+    Args:
+        beta: β, 2 to 10 in the paper.
+        simpo_gamma: γ, the margin that is asked for; 0.3 to 0.55 times β there.
+        label_smoothing: as of `dpo_loss`.
+    """
+    p_w, p_l = _averages(pairs)
+    return smoothed_logistic(beta * (p_w - p_l) - simpo_gamma, label_smoothing)
+
+
+def alpha_po_loss(
+    pairs: Pairs, *, beta: float = 2.0, simpo_gamma: float = 0.5, alpha: float = 0.25
+) -> Float[Array, " B"]:
+    """SimPO with the reward (1 - p^-α) / α for log p, p being the mean likelihood of a token.
+
+    AlphaPO: Gupta et al., 2025, arxiv.org/abs/2501.03884; α = 0 is SimPO.
+    """
+    if alpha == 0:
+        return simpo_loss(pairs, beta=beta, simpo_gamma=simpo_gamma)
+    # expm1: for small α the two terms of 1 - p^-α nearly cancel.
+    r_w, r_l = (-jnp.expm1(-alpha * x) / alpha for x in _averages(pairs))
+    return -jax.nn.log_sigmoid(beta * (r_w - r_l) - simpo_gamma)
+
+
+def cpo_loss(
+    pairs: Pairs, *, beta: float = 0.1, label_smoothing: float = 0.0, cpo_alpha: float = 1.0
+) -> Float[Array, " B"]:
+    """-log σ(β (log π(y_w) - log π(y_l))) + α (-log π(y_w) / n_w).
+
+    CPO: Xu et al., 2024, arxiv.org/abs/2401.08417, eq. 3. The likelihood term is `nll_loss`.
+    """
+    chex.assert_equal_shape([pairs.chosen, pairs.rejected])
+    loss = smoothed_logistic(beta * (pairs.chosen - pairs.rejected), label_smoothing)
+    return loss + cpo_alpha * nll_loss(pairs) if cpo_alpha else loss
+
+
+def slic_loss(pairs: Pairs, *, beta: float = 1.0) -> Float[Array, " B"]:
+    """max(0, 1 - β (log π(y_w) - log π(y_l))); its regularizer is `nll_loss`, of the paper's choice of text.
+
+    SLiC-HF: Zhao et al., 2023, arxiv.org/abs/2305.10425, divided by its δ = 1 / β.
+    """
+    chex.assert_equal_shape([pairs.chosen, pairs.rejected])
+    return jax.nn.relu(1 - beta * (pairs.chosen - pairs.rejected))
+
+
+def orpo_loss(pairs: Pairs, *, beta: float = 0.1) -> Float[Array, " B"]:
+    """-log π(y_w) / n_w - β log σ(log odds(y_w) - log odds(y_l)), odds = p / (1 - p).
+
+    p is the mean likelihood of a token, exp(log π(y) / n). ORPO: Hong et al., 2024,
+    arxiv.org/abs/2403.07691, eq. 4, 6 and 7 (β is its λ). The likelihood is of the completion alone; the
+    authors' code counts the prompt's tokens too.
+    """
+    # A completion that is certain has infinite odds: the clamp also stops its gradient.
+    p_w, p_l = (jnp.minimum(x, _LARGEST) for x in _averages(pairs))
+    log_odds = lambda log_p: log_p - jax.nn.log1mexp(-log_p)
+    return nll_loss(pairs) - beta * jax.nn.log_sigmoid(log_odds(p_w) - log_odds(p_l))
+
+
+def _averages(pairs):
+    n_w, n_l = lengths(pairs)
+    return pairs.chosen / n_w, pairs.rejected / n_l

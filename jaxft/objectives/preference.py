@@ -1,0 +1,317 @@
+"""Preference optimisation: pairs, labelled completions, and pairs with samples of the policy beside them.
+
+A batch is what `jaxft.data.group_batches` gives: `tokens`, `loss_mask`, `segment_ids`, `positions`
+[B, G, T], with G = 2 sequences a record, and columns [B, ...]: `ref_log_probs` [B, G] of
+`jaxft.train.reference_log_probs`, `label` [B]. A sequence's log-prob is the *sum* over its completion. All
+means are over records, groups without tokens aside, so that microbatches add up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxft.losses import (
+    Pairs,
+    bco_loss,
+    kl_estimates,
+    kto_loss,
+    leave_one_out,
+    linear_log_probs,
+    reverse_kl_surrogate,
+    wpo_weights,
+)
+from jaxft.losses.unpaired import kto_kl
+from jaxft.metrics import Mean
+from jaxft.models.decoder import project
+from jaxft.objectives.supervised import Objective, shift
+
+PairLoss = Callable[[Pairs], jax.Array]  # one of jaxft.losses with its hyperparameters
+Reference = Callable[[Any], Any]  # params -> the reference's params, such as adapters.base_params
+
+_CHUNK = 64  # tokens a row whose distributions are alive at once
+
+
+class Sequences(NamedTuple):
+    """Log-probs of a batch's sequences."""
+
+    sums: jax.Array  # [B, G] log π(completion | prompt) in nats
+    lengths: jax.Array  # [B, G] tokens of the completion, float32; 0 where there is none
+    weights: jax.Array | None = None  # [B, G] WPO's
+
+
+def sequence_log_probs(
+    model, params: Any, batch: dict[str, jax.Array], *, wpo: bool = False
+) -> Sequences:
+    """Runs all sequences of a batch of groups at once; tokens count where `loss_mask` is above 0.
+
+    Args:
+        model: a Decoder.
+        params: its params.
+        batch: leaves [B, G, T].
+        wpo: also `wpo_weights`, for which the distribution at each token is formed.
+    """
+    tokens = jnp.asarray(batch["tokens"])
+    if tokens.ndim != 3:
+        raise ValueError(
+            f"sequence_log_probs: tokens must be [B, G, T], got {tokens.shape}; see group_batches."
+        )
+    names = ("tokens", "loss_mask", "segment_ids", "positions")
+    flat = {n: jnp.reshape(batch[n], (-1, tokens.shape[2])) for n in names if n in batch}
+    targets, weights = shift(flat)
+    output = model.apply(
+        {"params": params},
+        flat["tokens"],
+        positions=flat.get("positions"),
+        segment_ids=flat.get("segment_ids"),
+    )
+    head, softcap = model.head(params), model.config.final_softcap
+    log_probs = linear_log_probs(output.hidden, head, targets, softcap=softcap)
+    counted = weights > 0
+    shape = tokens.shape[:2]
+    sums = jnp.sum(jnp.where(counted, log_probs, 0.0), axis=1).reshape(shape)
+    lengths = jnp.sum(counted, axis=1, dtype=jnp.float32).reshape(shape)
+    if not wpo:
+        return Sequences(sums, lengths)
+    collision = _log_collision_probs(jax.lax.stop_gradient(output.hidden), head, softcap)
+    mask = counted.astype(jnp.float32)
+    return Sequences(sums, lengths, wpo_weights(log_probs, collision, mask).reshape(shape))
+
+
+def preference(
+    model,
+    loss: PairLoss,
+    *,
+    beta: float = 0.1,
+    reference: Reference | None = None,
+    use_weighting: bool = False,
+) -> Objective:
+    """objective(params, batch, key) -> (mean of a pairwise loss, metrics).
+
+    Metrics, all `Mean`s over pairs: rewards/{chosen,rejected,margin,accuracy} (β times log-ratios, or times
+    log-probs without a reference; a tie is half right), log_probs/{chosen,rejected} and
+    lengths/{chosen,rejected}.
+
+    Args:
+        model: a Decoder.
+        loss: `functools.partial(dpo_loss, beta=0.1)` or any function of `Pairs`.
+        beta: scale of the rewards in the metrics; give the loss its own.
+        reference: params -> params of the reference, for batches without `ref_log_probs`.
+        use_weighting: multiply each pair's loss by both `wpo_weights`.
+    """
+
+    def objective(params, batch, key):
+        del key
+        policy = sequence_log_probs(model, params, batch, wpo=use_weighting)
+        ref = _reference_sums(model, params, batch, reference)
+        pairs, counted = _pairs(policy, ref)
+        values = loss(pairs)
+        if use_weighting:
+            values = values * policy.weights[:, 0] * policy.weights[:, 1]
+        total = Mean.of(jnp.where(counted > 0, values, 0.0), counted)
+        metrics = _pair_metrics(pairs, counted, beta) | {
+            "loss": total,
+            "num_tokens": _tokens(batch, total),
+        }
+        return total.value, jax.lax.stop_gradient(metrics)
+
+    return objective
+
+
+def hypo(
+    model,
+    loss: PairLoss,
+    *,
+    beta: float = 0.1,
+    kl_weight: float = 0.1,
+    reference: Reference | None = None,
+) -> Objective:
+    """A pairwise loss on given pairs, and λ times the KL from the reference on the policy's own samples.
+
+    HyPO: Song et al., 2024, arxiv.org/abs/2406.01462: pairs constrain the policy only where they lie; the KL
+    holds it elsewhere. batch["online"] is a batch of groups, leaves [N, K, T]: K fresh samples at
+    temperature 1 of each of N prompts, with `ref_log_probs` [N, K]. With K > 1 each sample's baseline is
+    the mean of the others.
+
+    Metrics: those of `preference`, and kl (mean log-ratio of the samples) and kl_k3.
+
+    Args:
+        kl_weight: λ, on KL in nats a sequence; the paper's 1e-4 is for sums over long texts.
+    """
+    offline = preference(model, loss, beta=beta, reference=reference)
+
+    def objective(params, batch, key):
+        pairs = {name: leaf for name, leaf in batch.items() if name != "online"}
+        value, metrics = offline(params, pairs, key)
+        if kl_weight == 0:
+            return value, metrics
+        if "online" not in batch:
+            raise ValueError("hypo: the batch has no 'online' samples; set kl_weight=0 for none.")
+        samples = sequence_log_probs(model, params, batch["online"])
+        ref = _need(_reference_sums(model, params, batch["online"], reference), "hypo")
+        size = samples.sums.shape[1]
+        sums, ref_sums = samples.sums.reshape(-1), jax.lax.stop_gradient(ref.reshape(-1))
+        counted = (samples.lengths > 0).astype(jnp.float32).reshape(-1)
+        ratios = jax.lax.stop_gradient(sums - ref_sums)
+        baseline = leave_one_out(ratios, size) if size > 1 else None
+        surrogate = Mean.of(reverse_kl_surrogate(sums, ref_sums, baseline), counted).value
+        kl = kl_estimates(jax.lax.stop_gradient(sums), ref_sums)
+        own = {"kl": Mean.of(kl.k1, counted), "kl_k3": Mean.of(kl.k3, counted)}
+        return value + kl_weight * surrogate, metrics | own
+
+    return objective
+
+
+def kto(
+    model,
+    *,
+    beta: float = 0.1,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+    reference: Reference | None = None,
+) -> Objective:
+    """objective(params, batch, key) -> (mean `kto_loss`, metrics) of completions with a `label`.
+
+    The second sequence of each group, a completion of another prompt, serves for the KL alone and has a
+    forward pass of its own, without gradient. The KL is the mean over the batch, or the microbatch, that the
+    objective is given. Metrics: rewards/{chosen,rejected} (means over completions with label True and
+    False), lengths, log_probs, kl, rewards/accuracy.
+    """
+
+    def objective(params, batch, key):
+        del key
+        first = _side(batch, 0)
+        policy = sequence_log_probs(model, params, first)
+        other = _side(batch, 1)
+        still = jax.lax.stop_gradient(params)
+        mismatched = sequence_log_probs(model, still, other)
+        counted = (policy.lengths[:, 0] > 0).astype(jnp.float32)
+        ratios = policy.sums[:, 0] - _reference_of(model, params, first, reference)
+        other_ratios = mismatched.sums[:, 0] - _reference_of(model, params, other, reference)
+        labels = jnp.asarray(batch["label"]).astype(bool)
+        kl = kto_kl(other_ratios, counted)
+        weights = dict(desirable_weight=desirable_weight, undesirable_weight=undesirable_weight)
+        values = kto_loss(ratios, labels, kl, beta=beta, **weights)
+        total = Mean.of(jnp.where(counted > 0, values, 0.0), counted)
+        metrics = _label_metrics(policy, beta * ratios, beta * kl, labels, counted)
+        metrics |= {"kl": Mean.of(other_ratios, counted), "loss": total}
+        metrics["num_tokens"] = _tokens(first, total)
+        return total.value, jax.lax.stop_gradient(metrics)
+
+    return objective
+
+
+def bco(model, *, beta: float = 0.1, reference: Reference | None = None) -> Objective:
+    """objective(params, batch, key) -> (mean `bco_loss`, metrics) of completions with a `label`.
+
+    δ is the mean reward of the batch, or microbatch, that the objective is given; TRL's is a running mean.
+    """
+
+    def objective(params, batch, key):
+        del key
+        first = _side(batch, 0)
+        policy = sequence_log_probs(model, params, first)
+        counted = (policy.lengths[:, 0] > 0).astype(jnp.float32)
+        ratios = policy.sums[:, 0] - _reference_of(model, params, first, reference)
+        labels = jnp.asarray(batch["label"]).astype(bool)
+        delta = jax.lax.stop_gradient(Mean.of(beta * ratios, counted).value)
+        values = bco_loss(ratios, labels, delta, beta=beta)
+        total = Mean.of(jnp.where(counted > 0, values, 0.0), counted)
+        metrics = _label_metrics(policy, beta * ratios, delta, labels, counted)
+        metrics |= {"loss": total, "num_tokens": _tokens(first, total)}
+        return total.value, jax.lax.stop_gradient(metrics)
+
+    return objective
+
+
+def _pairs(policy: Sequences, ref) -> tuple[Pairs, jax.Array]:
+    """(pairs, 1 where both have a completion)."""
+    counted = jnp.all(policy.lengths > 0, axis=1).astype(jnp.float32)
+    # Empty groups fill a last batch: their lengths must not divide by 0, in the gradient either.
+    lengths = jnp.maximum(policy.lengths, 1.0)
+    columns = lambda x: (None, None) if x is None else (x[:, 0], x[:, 1])
+    return Pairs(*columns(policy.sums), *columns(ref), *columns(lengths)), counted
+
+
+def _reference_sums(model, params, batch, reference):
+    """[B, G], or None if there is no reference."""
+    if "ref_log_probs" in batch:
+        return jnp.asarray(batch["ref_log_probs"])
+    if reference is None:
+        return None
+    still = jax.lax.stop_gradient(reference(params))
+    return jax.lax.stop_gradient(sequence_log_probs(model, still, batch).sums)
+
+
+def _need(ref, name):
+    if ref is None:
+        raise ValueError(
+            f"{name}: no log-probs of a reference; add them to the data (jaxft.train.reference_log_probs) or "
+            "pass reference=, such as jaxft.adapters.base_params."
+        )
+    return ref
+
+
+def _reference_of(model, params, batch, reference):
+    return _need(_reference_sums(model, params, batch, reference), "unpaired objective")[:, 0]
+
+
+def _side(batch, i):
+    """One sequence of each group, as groups of one."""
+    names = ("tokens", "loss_mask", "segment_ids", "positions", "ref_log_probs")
+    return {name: batch[name][:, i : i + 1] for name in names if name in batch}
+
+
+def _pair_metrics(pairs: Pairs, counted, beta):
+    has_ref = pairs.ref_chosen is not None
+    chosen = pairs.chosen - pairs.ref_chosen if has_ref else pairs.chosen
+    rejected = pairs.rejected - pairs.ref_rejected if has_ref else pairs.rejected
+    margin = chosen - rejected
+    columns = {
+        "rewards/chosen": beta * chosen,
+        "rewards/rejected": beta * rejected,
+        "rewards/margin": beta * margin,
+        "rewards/accuracy": 0.5 * (1 + jnp.sign(margin)),
+        "log_probs/chosen": pairs.chosen,
+        "log_probs/rejected": pairs.rejected,
+        "lengths/chosen": pairs.chosen_lengths,
+        "lengths/rejected": pairs.rejected_lengths,
+    }
+    return {name: Mean.of(column, counted) for name, column in columns.items()}
+
+
+def _label_metrics(policy: Sequences, rewards, threshold, labels, counted):
+    sums, lengths = policy.sums[:, 0], policy.lengths[:, 0]
+    metrics = {}
+    for name, side in (("chosen", labels), ("rejected", ~labels)):
+        mask = counted * side
+        columns = {"rewards": rewards, "log_probs": sums, "lengths": lengths}
+        metrics |= {f"{kind}/{name}": Mean.of(x, mask) for kind, x in columns.items()}
+    sign = jnp.sign(rewards - threshold)
+    right = 0.5 * (1 + jnp.where(labels, sign, -sign))
+    return metrics | {"rewards/accuracy": Mean.of(right, counted)}
+
+
+def _tokens(batch, total: Mean) -> Mean:
+    """All tokens of a batch, prompts too, over its records."""
+    real = batch.get("segment_ids", jnp.ones_like(batch["tokens"])) > 0
+    return Mean(jnp.sum(real, dtype=jnp.float32), total.weight)
+
+
+def _log_collision_probs(hidden, head, softcap):
+    """log Σ_v π(v)² [N, T] at each position, without gradient, a few positions at a time."""
+    length = hidden.shape[1]
+    chunk = min(_CHUNK, length)
+    padded = jnp.pad(hidden, ((0, 0), (0, -length % chunk), (0, 0)))
+    parts = jnp.moveaxis(padded.reshape(hidden.shape[0], -1, chunk, hidden.shape[2]), 1, 0)
+
+    def part(h):
+        logits = project(h, jax.lax.stop_gradient(head), softcap)
+        lse = jax.nn.logsumexp
+        return lse(2 * logits, axis=-1) - 2 * lse(logits, axis=-1)
+
+    values = jnp.moveaxis(jax.lax.map(part, parts), 0, 1)
+    return values.reshape(hidden.shape[0], -1)[:, :length]

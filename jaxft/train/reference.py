@@ -1,0 +1,56 @@
+"""Log-probs of a reference model, once, as a column of the data."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from jaxft.data import TokenisedGroup, finite_group_batches
+from jaxft.objectives import sequence_log_probs
+from jaxft.parallel import mesh_context
+from jaxft.train.batches import place_batch
+
+
+def reference_log_probs(
+    model,
+    params: Any,
+    groups: Sequence[TokenisedGroup],
+    *,
+    batch_size: int,
+    max_length: int,
+    mesh: Mesh | None = None,
+) -> list[TokenisedGroup]:
+    """The groups with a column `ref_log_probs` [G]: log π_ref(completion | prompt), summed over tokens.
+
+    With the params from which training starts, adapters included, the reference is that start.
+
+    Args:
+        model: a Decoder.
+        params: of the reference.
+        groups: in any order; batches are made of those of like length.
+        batch_size: groups of a batch, over all processes.
+        max_length: of a sequence.
+        mesh: as for `fit`. On several processes all pass the same groups, and each computes its share.
+    """
+    run = jax.jit(lambda params, batch: sequence_log_probs(model, params, batch).sums)
+    longest = lambda i: max(len(part.tokens) for part in groups[i].parts)
+    order = sorted(range(len(groups)), key=longest)
+    # Other columns would only make more programs.
+    bare = [dataclasses.replace(groups[i], columns={}) for i in order]
+    processes, here = jax.process_count(), jax.process_index()
+    sums = []
+    for batch in finite_group_batches(bare, batch_size=batch_size, max_length=max_length):
+        mine = jax.tree.map(lambda x: np.split(x, processes)[here], batch)
+        with mesh_context(mesh):
+            part = run(params, place_batch(mine, mesh))
+        gather = processes > 1 and mesh is not None
+        sums.append(multihost_utils.process_allgather(part, tiled=True) if gather else part)
+    flat = np.concatenate([np.asarray(x, np.float32) for x in jax.device_get(sums)])
+    found = dict(zip(order, flat, strict=False))  # the last batch may be filled up
+    return [group.with_column("ref_log_probs", found[i]) for i, group in enumerate(groups)]

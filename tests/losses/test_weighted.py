@@ -1,0 +1,164 @@
+"""DCO, OTR, DFT, label smoothing and unlikelihood."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+
+from jaxft import losses
+
+
+def close(ours, theirs, **tolerance):
+    tolerance = dict(rtol=1e-5, atol=1e-6) | tolerance
+    chex.assert_trees_all_close(ours, jnp.asarray(theirs, jnp.float32), **tolerance)
+
+
+def logits_and_targets(batch=2, length=5, vocabulary=6):
+    rng = np.random.default_rng(3)
+    logits = jnp.asarray(rng.normal(size=(batch, length, vocabulary)), jnp.float32)
+    return logits, jnp.asarray(rng.integers(0, vocabulary, (batch, length)))
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 0.1, 0.7])
+def test_label_smoothing_is_torchs(epsilon):
+    logits, targets = logits_and_targets()
+    theirs = torch.nn.functional.cross_entropy(
+        torch.tensor(np.asarray(logits)).reshape(-1, 6),
+        torch.tensor(np.asarray(targets)).reshape(-1).long(),
+        label_smoothing=epsilon,
+        reduction="none",
+    )
+    ours = losses.label_smoothed_cross_entropy(logits, targets, label_smoothing=epsilon)
+    close(ours.reshape(-1), theirs.numpy())
+
+
+def test_unlikelihood_is_a_loop():
+    logits, targets = logits_and_targets(vocabulary=3)  # few tokens, so that some come again
+    mask = np.ones((2, 5), bool)
+    mask[0, 1] = mask[1, 4] = False
+    p = np.asarray(jax.nn.softmax(logits), np.float64)
+    slow = np.zeros((2, 5))
+    for b in range(2):
+        for t in range(5):
+            earlier = {int(targets[b, s]) for s in range(t) if mask[b, s]} - {int(targets[b, t])}
+            if mask[b, t]:
+                slow[b, t] = -sum(np.log1p(-p[b, t, c]) for c in earlier)
+    assert (slow > 0).sum() > 3
+    close(losses.repetition_unlikelihood(logits, targets, jnp.asarray(mask)), slow)
+    grad = jax.grad(lambda u: losses.unlikelihood_loss(u).sum())(jnp.array([0.0, -1e-9, -50.0]))
+    assert jnp.isfinite(grad).all()
+
+
+def test_the_weights_of_coverage_are_the_derivative_of_failing_n_times():
+    p = jnp.array([1e-4, 1e-3, 0.01, 0.1, 0.5, 0.9])
+    close(
+        losses.coverage_weight(jnp.log(p), 4),
+        [0.99985, 0.9985, 0.984975, 0.847921, 0.266667, 0.0036],
+        rtol=1e-4,
+    )
+    for n in (2, 16, 256):
+        miss = lambda log_p, n=n: -np.log(-np.expm1(n * np.log1p(-np.exp(log_p))))
+        x, h = np.log(np.asarray(p, np.float64)), 1e-5
+        slope = (miss(x - h) - miss(x + h)) / (2 * h)
+        ours = losses.coverage_weight(jnp.log(p), n)
+        near = np.asarray(n * p) < 5  # beyond, the difference quotient has no digits left
+        chex.assert_trees_all_close(ours[near], slope[near].astype(np.float32), rtol=1e-3)
+        assert (jnp.diff(ours) <= 0).all() and (ours >= 0).all() and (ours <= 1).all()
+
+
+def test_dco_with_one_sample_is_cross_entropy_and_solved_examples_are_silent():
+    log_probs, mask = -jnp.array([[0.5, 2.0, 1.0], [1e-4, 1e-4, 7.0]]), jnp.ones((2, 3))
+    mask = mask.at[1, 2].set(0.0)
+    mean = -jnp.sum(mask * log_probs, axis=1) / jnp.array([3.0, 2.0])
+    assert (losses.dco_loss(log_probs, mask, num_samples=1) == mean).all()
+    run = lambda x: losses.dco_loss(x, mask, num_samples=64).sum()
+    grad = jax.grad(run)(log_probs)
+    weight = losses.coverage_weight(jnp.float32(-3.5), 64)
+    close(grad, jnp.array([[-weight / 3] * 3, [0.0] * 3]))
+    huge = jax.grad(lambda x: losses.dco_loss(x, mask, num_samples=4).sum())(
+        jnp.array([[0.0, 0.0, 0.0], [-800.0, 0.0, 0.0]])
+    )
+    assert jnp.isfinite(huge).all()
+    with pytest.raises(ValueError, match="num_samples must be at least 1, got 0"):
+        losses.coverage_weight(log_probs, 0)
+
+
+@pytest.mark.parametrize(
+    "n, expected",
+    [(1, (0.6, 0.3, 0.1)), (4, (0.4664, 0.3518, 0.1818)), (16, (0.3699, 0.3401, 0.2901))],
+)
+def test_dco_spreads_over_three_answers(n, expected):
+    q = jnp.array([0.6, 0.3, 0.1])
+
+    def loss(logits):
+        log_p = jax.nn.log_softmax(logits)[:, None]
+        return jnp.sum(q * losses.dco_loss(log_p, jnp.ones((3, 1)), num_samples=n))
+
+    step = lambda _, x: x - 2.0 * jax.grad(loss)(x)
+    logits = jax.lax.fori_loop(0, 3000, step, jnp.zeros(3))
+    close(jax.nn.softmax(logits), expected, rtol=0, atol=2e-3)
+
+
+THETA = jnp.asarray(np.random.default_rng(0).normal(size=6), jnp.float32)
+
+
+def expected_gradient(logits, target, **options):
+    return jax.grad(lambda z: losses.otr_expected_loss(z, jnp.int32(target), **options))(logits)
+
+
+def test_expected_otr_has_the_closed_form():
+    close(expected_gradient(THETA, 2),
+          [0.043542, 0.034424, -0.198582, 0.042722, 0.023871, 0.054023], rtol=1e-4)  # fmt: skip
+    q = jax.nn.softmax(THETA / 1.3)
+    c = jnp.where(jnp.arange(6) == 2, q, -0.1 * q)
+    close(expected_gradient(THETA, 2), -c + jax.nn.softmax(THETA) * c.sum())
+    close(expected_gradient(THETA, 2, kappa=1.0, beta=1.0), np.zeros(6))
+    dft = jax.grad(lambda z: losses.dft_loss(jax.nn.log_softmax(z)[2]))(THETA)
+    close(expected_gradient(THETA, 2, kappa=1.0, beta=0.0), dft)
+
+
+def test_otr_is_unbiased_and_its_variance_falls_with_samples():
+    logits, targets, mask = THETA[None, None], jnp.full((1, 1), 2), jnp.ones((1, 1), bool)
+
+    def gradients(samples, count):
+        loss = lambda z, key: losses.otr_loss(key, z, targets, mask, num_samples=samples).sum()
+        keys = jax.random.split(jax.random.key(samples), count)
+        return jax.jit(jax.vmap(jax.grad(loss), (None, 0)))(logits, keys)[:, 0, 0]
+
+    few, many = gradients(4, 2000), gradients(64, 500)
+    error = few.std(0) / np.sqrt(2000)
+    assert (jnp.abs(few.mean(0) - expected_gradient(THETA, 2)) < 4 * error).all()
+    ratio = few.var(0).sum() / many.var(0).sum()
+    assert 16 * 0.7 < ratio < 16 * 1.4
+
+
+def test_otr_of_masked_positions_is_zero_and_rows_have_their_own_samples():
+    logits = jnp.broadcast_to(THETA, (2, 3, 6))
+    targets, mask = jnp.full((2, 3), 2), jnp.array([[True, True, False]] * 2)
+    run = jax.jit(functools.partial(losses.otr_loss, num_samples=8))
+    loss = run(jax.random.key(0), logits, targets, mask)
+    assert (loss[:, 2] == 0).all() and (loss[:, :2] != 0).all()
+    assert len(set(np.asarray(loss[:, :2]).ravel().tolist())) > 1
+    certain = jnp.zeros((1, 1, 6)).at[0, 0, 2].set(100.0)
+    one = lambda z: run(jax.random.key(0), z, targets[:1, :1], mask[:1, :1]).sum()
+    close(jax.grad(one)(certain), np.zeros((1, 1, 6)))
+    for options, message in (
+        (dict(num_samples=0), "num_samples must be at least 1"),
+        (dict(kappa=0.0), "kappa must be positive"),
+        (dict(beta=2.0), "beta must be at most 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            losses.otr_loss(jax.random.key(0), logits, targets, mask, **options)
+
+
+def test_dft_is_cross_entropy_weighted_by_the_likelihood():
+    logits, targets = logits_and_targets()
+    ce = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    close(losses.dft_loss(-ce), jnp.exp(-ce) * ce)
+    grad = jax.grad(lambda x: losses.dft_loss(x).sum())(-ce)
+    close(grad, -jnp.exp(-ce))

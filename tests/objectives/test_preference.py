@@ -1,0 +1,312 @@
+"""Objectives of preferences: against slow loops, and their invariances."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxft import data, train
+from jaxft.adapters import adapt, base_params, combine, full, lora, named_rules, partition
+from jaxft.losses import dpo_loss, ipo_loss, kto_loss, simpo_loss
+from jaxft.models import Decoder, tiny_config
+from jaxft.objectives import (
+    add_reward_head,
+    bco,
+    hypo,
+    kto,
+    outcome_reward,
+    pairwise_reward,
+    preference,
+    process_reward,
+    sequence_log_probs,
+    sequence_rewards,
+    token_rewards,
+)
+
+MODEL = Decoder(tiny_config(vocab_size=17))
+BASE = MODEL.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+KERNELS = r"layers/.*/(query|down)/kernel"
+LENGTHS = [(3, 2), (5, 7), (2, 4), (6, 3)]  # tokens of the completions; prompts have 2 to 5
+
+
+def groups_of(seed=0, lengths=LENGTHS):
+    rng = np.random.default_rng(seed)
+
+    def part(prompt, n):
+        tokens = np.concatenate([prompt, rng.integers(0, 17, n)]).astype(np.int32)
+        return data.Tokenised(tokens, (np.arange(len(tokens)) >= len(prompt)).astype(np.float32))
+
+    result = []
+    for i, pair in enumerate(lengths):
+        prompt = rng.integers(0, 17, 2 + i)
+        parts = tuple(part(prompt, n) for n in pair)
+        result.append(data.TokenisedGroup(parts, {"label": np.bool_(i % 2)}))
+    return result
+
+
+GROUPS = groups_of()
+
+
+def with_reference(groups=GROUPS, params=BASE):
+    return train.reference_log_probs(MODEL, params, groups, batch_size=2, max_length=32)
+
+
+def batch_of(groups, rows=None, max_length=16):
+    (batch,) = data.finite_group_batches(
+        groups, batch_size=rows or len(groups), max_length=max_length
+    )
+    return batch
+
+
+def moved(params=BASE, seed=1):
+    """Params that are not where they started."""
+    trainable, frozen = partition(params)
+    leaves, treedef = jax.tree.flatten(trainable)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    leaves = [x + 0.1 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    return combine(jax.tree.unflatten(treedef, leaves), frozen)
+
+
+@jax.jit
+def rows_log_probs(params, tokens, mask):
+    logits = MODEL.apply({"params": params}, tokens).logits[:, :-1]
+    log_p = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], axis=-1)[..., 0]
+    return jnp.sum(log_p * mask[:, 1:], axis=1)
+
+
+def slow(params, groups):
+    """[B, G] sums of each sequence in a row of its own, zeros behind it: no segments, no groups."""
+    parts = [part for group in groups for part in group.parts]
+    pad = lambda x: np.pad(x, (0, 16 - len(x)))
+    tokens, mask = (np.stack([pad(getattr(p, n)) for p in parts]) for n in ("tokens", "loss_mask"))
+    return rows_log_probs(params, tokens, mask).reshape(len(groups), -1)
+
+
+def close(a, b):
+    chex.assert_trees_all_close(a, b, rtol=2e-5, atol=2e-6)
+
+
+run = lambda objective, params, batch: jax.jit(jax.value_and_grad(objective, has_aux=True))(
+    params, batch, None
+)
+
+
+def test_log_probs_are_those_of_each_sequence_alone():
+    found = jax.jit(functools.partial(sequence_log_probs, MODEL))(BASE, batch_of(GROUPS))
+    expected = slow(BASE, GROUPS)
+    close(found.sums, expected)
+    chex.assert_trees_all_equal(found.lengths, jnp.asarray(LENGTHS, jnp.float32))
+    for group, row in zip(with_reference(), expected, strict=True):
+        close(jnp.asarray(group.columns["ref_log_probs"]), row)
+    with pytest.raises(ValueError, match=r"must be \[B, G, T\]"):
+        sequence_log_probs(MODEL, BASE, {"tokens": jnp.zeros((2, 3), jnp.int32)})
+
+
+def test_a_policy_that_is_its_reference_has_loss_log_2():
+    objective = preference(MODEL, functools.partial(dpo_loss, beta=0.3), beta=0.3)
+    (loss, metrics), grads = run(objective, BASE, batch_of(with_reference()))
+    close(loss, jnp.log(2.0))
+    assert metrics["rewards/accuracy"].value == 0.5
+    assert jnp.abs(metrics["rewards/margin"].value) < 1e-5
+
+    def margins(params):
+        sums = slow(params, GROUPS)
+        return jnp.mean(-0.15 * (sums[:, 0] - sums[:, 1]))
+
+    close(grads, jax.jit(jax.grad(margins))(BASE))  # -β/2 of the margins' gradient
+
+
+def test_metrics_are_means_over_pairs():
+    params = moved()
+    batch = batch_of(with_reference())
+    loss = functools.partial(ipo_loss, beta=0.2)
+    (value, metrics), _ = run(preference(MODEL, loss, beta=0.2), params, batch)
+    policy = np.asarray(slow(params, GROUPS))
+    ratio = policy - np.asarray(slow(BASE, GROUPS))
+    n = np.array(LENGTHS)
+    expected = np.mean((ratio[:, 0] / n[:, 0] - ratio[:, 1] / n[:, 1] - 2.5) ** 2)
+    numbers = {name: float(mean.value) for name, mean in metrics.items()}
+    assert numbers["loss"] == pytest.approx(expected, rel=1e-4) == float(value)
+    for i, side in enumerate(("chosen", "rejected")):
+        assert numbers[f"rewards/{side}"] == pytest.approx(0.2 * ratio[:, i].mean(), rel=1e-3)
+        assert numbers[f"log_probs/{side}"] == pytest.approx(policy[:, i].mean(), rel=1e-4)
+        assert numbers[f"lengths/{side}"] == n[:, i].mean()
+    assert numbers["rewards/accuracy"] == (ratio[:, 0] > ratio[:, 1]).mean()
+    assert metrics["num_tokens"].total == sum(len(p.tokens) for g in GROUPS for p in g.parts)
+
+
+OBJECTIVES = {
+    "dpo": preference(MODEL, dpo_loss),
+    "simpo": preference(MODEL, simpo_loss),
+    "wpo": preference(MODEL, dpo_loss, use_weighting=True),
+    "kto": kto(MODEL, beta=0.3, undesirable_weight=0.5),
+    "bco": bco(MODEL),
+    "reward": pairwise_reward(MODEL, center_rewards_coefficient=0.1),
+    "outcome": outcome_reward(MODEL),
+}
+
+
+def params_for(name):
+    params = moved()
+    if name in ("reward", "outcome"):
+        return add_reward_head(jax.random.key(2), params, MODEL.config.hidden_size)
+    return params
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_padding_changes_nothing(name):
+    groups, params = with_reference(), params_for(name)
+    exact = run(OBJECTIVES[name], params, batch_of(groups))
+    wide = batch_of(groups, rows=6, max_length=32)  # and two empty groups
+    wide = {k: np.pad(v, [(0, 0)] * 2 + [(0, 8)]) if v.ndim == 3 else v for k, v in wide.items()}
+    assert wide["tokens"].shape == (6, 2, 24)
+    chex.assert_trees_all_close(exact, run(OBJECTIVES[name], params, wide), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["dpo", "simpo", "wpo", "reward", "outcome"])
+def test_microbatches_change_nothing(name):
+    """With lengths that differ, and a group that is only padding. (KTO's KL is of its microbatch.)"""
+    groups, params = with_reference()[:3], params_for(name)
+    batch = batch_of(groups, rows=4)
+    step = lambda parts: train.accumulate(jax.value_and_grad, parts)(OBJECTIVES[name], has_aux=True)
+    whole, parts = (jax.jit(step(n))(params, batch, jax.random.key(0)) for n in (1, 2))
+    chex.assert_trees_all_close(whole, parts, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("quantise", [None, "int8"])
+def test_the_base_under_an_adapter_is_the_reference(quantise):
+    rules = {KERNELS: lora(2)} | ({} if quantise else named_rules("prompt", rank=2))
+    start = BASE
+    if quantise:
+        from jaxft.adapters import quantised
+
+        start = adapt(jax.random.key(3), BASE, {KERNELS: quantised(quantise)})
+    adapted = moved(adapt(jax.random.key(4), start, rules))
+    chex.assert_trees_all_equal_structs(base_params(adapted), adapt(jax.random.key(0), start, {}))
+    objective = preference(MODEL, dpo_loss, reference=base_params)
+    (loss, _), grads = run(lambda t, b, k: objective(combine(t, partition(adapted)[1]), b, k),
+                           partition(adapted)[0], batch_of(GROUPS))  # fmt: skip
+    columns = batch_of(with_reference(params=start))
+    (again, _), grads_again = run(
+        lambda t, b, k: preference(MODEL, dpo_loss)(combine(t, partition(adapted)[1]), b, k),
+        partition(adapted)[0], columns)  # fmt: skip
+    close((loss, grads), (again, grads_again))
+    assert abs(float(loss) - np.log(2)) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "rule", [full(), named_rules("paca", rank=2)[next(iter(named_rules("paca")))]]
+)
+def test_what_trains_in_place_has_no_base(rule):
+    adapted = adapt(jax.random.key(0), BASE, {KERNELS: rule})
+    with pytest.raises(ValueError, match="query/kernel is trained in place"):
+        base_params(adapted)
+
+
+def test_kto_is_its_formula_and_its_kl_passes_no_gradient():
+    params, batch = moved(), batch_of(with_reference())
+    (loss, metrics), grads = run(OBJECTIVES["kto"], params, batch)
+    labels = jnp.array([bool(g.columns["label"]) for g in GROUPS])
+    ref = jnp.asarray(batch["ref_log_probs"])
+    other = slow(params, GROUPS)[:, 1] - ref[:, 1]
+    kl = jnp.maximum(jnp.mean(other), 0.0)
+
+    def expected(params):
+        ratios = slow(params, GROUPS)[:, 0] - ref[:, 0]
+        return jnp.mean(kto_loss(ratios, labels, kl, beta=0.3, undesirable_weight=0.5))
+
+    value, gradient = jax.value_and_grad(expected)(params)
+    chex.assert_trees_all_close((loss, grads), (value, gradient), rtol=1e-4, atol=1e-5)
+    close(metrics["kl"].value, jnp.mean(other))
+    for name, side in (("chosen", True), ("rejected", False)):
+        assert metrics[f"rewards/{name}"].weight == (labels == side).sum()
+
+
+def test_wpo_weights_come_from_the_whole_distribution():
+    params, batch = moved(), batch_of(GROUPS)
+    run = jax.jit(functools.partial(sequence_log_probs, MODEL, wpo=True))
+    weights = run(params, batch).weights
+    part = GROUPS[1].parts[0]
+    log_p = jax.nn.log_softmax(MODEL.apply({"params": params}, part.tokens[None]).logits[0])
+    picked = log_p[np.arange(len(part.tokens) - 1), part.tokens[1:]]
+    collision = jnp.log(jnp.sum(jnp.exp(2 * log_p), axis=-1))[:-1]
+    mask = part.loss_mask[1:]
+    expected = jnp.exp(jnp.sum(mask * (picked - collision)) / mask.sum())
+    close(weights[1, 0], expected)
+
+
+def test_hypo_adds_the_gradient_of_the_surrogate():
+    params = moved()
+    batch = batch_of(with_reference())
+    online = with_reference(groups_of(5, [(3, 4), (2, 2)]))
+    both = batch | {"online": batch_of(online)}
+    plain = run(preference(MODEL, dpo_loss), params, batch)
+    chex.assert_trees_all_equal(run(hypo(MODEL, dpo_loss, kl_weight=0.0), params, both), plain)
+    (_, metrics), grads = run(hypo(MODEL, dpo_loss, kl_weight=0.5), params, both)
+    ratios = slow(params, online) - np.stack([g.columns["ref_log_probs"] for g in online])
+    advantages = ratios - ratios[:, ::-1]  # of two samples, the other is the baseline
+
+    def surrogate(params):
+        return 0.5 * jnp.mean(slow(params, online) * advantages)
+
+    expected = jax.tree.map(jnp.add, plain[1], jax.grad(surrogate)(params))
+    chex.assert_trees_all_close(grads, expected, rtol=1e-4, atol=1e-5)
+    close(metrics["kl"].value, jnp.mean(ratios))  # and not the surrogate's value
+    with pytest.raises(ValueError, match="no 'online' samples"):
+        hypo(MODEL, dpo_loss)(params, batch, None)
+
+
+def test_rewards_are_read_at_the_last_token_of_the_completion():
+    params, batch = params_for("reward"), batch_of(GROUPS)
+    rewards, present = jax.jit(functools.partial(sequence_rewards, MODEL))(params, batch)
+    assert present.all()
+    part = GROUPS[1].parts[0]
+    hidden = MODEL.apply({"params": moved()}, part.tokens[None]).hidden[0, -1]
+    close(rewards[1, 0], hidden @ params["reward"]["kernel"][:, 0])
+    kernel = add_reward_head(jax.random.key(1), {}, 9999)["reward"]["kernel"]
+    assert kernel.shape == (9999, 1) and abs(float(kernel.std()) - 0.01) < 4e-4
+    with pytest.raises(ValueError, match="no 'reward' head"):
+        token_rewards(MODEL, BASE, batch)
+
+
+def test_process_rewards_are_of_steps():
+    params, batch = params_for("reward"), batch_of(GROUPS)
+    ends = np.array([[2, 3, -1], [4, 5, 6], [4, -1, -1], [6, 9, -1]])
+    labels = np.array([[1, 0, 0], [1, 1, 0], [0, 0, 0], [1, 1, 0]], bool)
+    columns = {"step_ends": ends, "step_labels": labels}
+    loss, metrics = jax.jit(process_reward(MODEL))(params, batch | columns, None)
+    values = jax.jit(functools.partial(token_rewards, MODEL))(params, batch)[:, 0]
+    signed = [
+        values[b, t] * (1 if labels[b, s] else -1)
+        for b in range(4) for s, t in enumerate(ends[b]) if t >= 0
+    ]  # fmt: skip
+    close(loss, jnp.mean(jnp.log1p(jnp.exp(-jnp.asarray(signed)))))
+    assert metrics["loss"].weight == len(signed) == 8
+    close(metrics["accuracy"].value, jnp.mean(jnp.asarray(signed) > 0))
+
+
+@pytest.mark.parametrize("name", ["dpo", "simpo", "kto", "reward"])
+def test_training_learns_its_pairs(name):
+    batch = batch_of(with_reference())
+    params = params_for(name)
+    _, history = train.fit(params, OBJECTIVES[name], optax.adam(5e-3), iter([batch] * 15), steps=15)
+    assert history[-1]["loss"] < 0.8 * history[0]["loss"]
+    assert history[-1]["rewards/accuracy"] == 1.0
+    real = sum(len(p.tokens) for g in GROUPS for p in g.parts[: 1 if name == "kto" else 2])
+    if name != "reward":
+        assert history[0]["num_tokens"] == real
+
+
+def test_a_missing_reference_is_explained():
+    batch = batch_of(GROUPS)
+    for objective, message in [
+        (preference(MODEL, dpo_loss), "give ref_chosen and ref_rejected"),
+        (kto(MODEL), "reference_log_probs"),
+        (bco(MODEL), "reference_log_probs"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            objective(BASE, batch, None)

@@ -19,7 +19,7 @@ demo: $(VENV)/.text
 	$(BIN)/python experiments/sft.py --output-dir runs/demo
 
 test: $(VENV)/.test aot
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -20,10 +20,9 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import optax
-import optax.contrib
 import tyro
 
+from experiments._optimizers import Optimizer, Sharpness, optimizer_rule, sharpen
 from jaxft import checkpoints as files
 from jaxft import data, train
 from jaxft.adapters import (
@@ -43,12 +42,9 @@ from jaxft.adapters import (
     save_intrinsic,
 )
 from jaxft.models.remat import Remat
-from jaxft.objectives import reparametrised, supervised
-from jaxft.optim import scale_by_lion
-from jaxft.parallel import make_mesh, shard_params
+from jaxft.objectives import decoder_logits, reparametrised, supervised
+from jaxft.parallel import connect_hosts, make_mesh, shard_params
 from jaxft.rl import Accuracy, measure_accuracy, verifier_for
-
-Optimizer = Literal["adamw", "lion", "lion_int8", "adafactor", "muon", "sgd"]
 
 # reasoning-gym draws entry i from seed + i: the seeds below are further apart than the sizes.
 NEEDLE = "rg:needle_haystack?min_num_statements=4&max_num_statements=8"
@@ -82,6 +78,10 @@ class Config:
     optimizer: Optimizer = (
         "adamw"  # lion: learning rate 3 to 10 times smaller, decay as much larger
     )
+    sharpness: Sharpness = (
+        "none"  # sam... : flatter minima for about twice the time (look_sam: 1.2 times)
+    )
+    rho: float | None = None  # its radius; default: the method's own
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_ratio: float = 0.1
     weight_decay: float = 0.0
@@ -99,6 +99,9 @@ class Config:
     data_axis: int = 1  # mesh: copies of the model; -1 fills
     fsdp: int = 1  # mesh: shards of the params and the batch; -1 fills
     tensor: int = 1  # mesh: shards of each projection
+    distributed: bool = (
+        False  # one of several hosts (Cloud TPU slices, Kubernetes); see TPU_SETUP.md
+    )
     bfloat16: bool = False  # compute in bfloat16; what trains stays float32
     scan_layers: bool = False  # stack layers: compile time independent of depth
     remat: Remat = "none"  # recompute in the backward pass: lean, dots or full save memory
@@ -119,6 +122,7 @@ class Config:
 def main(config: Config) -> dict[str, Any]:
     """Trains; returns the metrics that are written to metrics.json."""
     config = _smoke(config) if config.smoke else config
+    connect_hosts(config.distributed)
     train.keep_memory_warm()
     renderer, training, held_out = load_data(config)
     if config.preview:
@@ -140,7 +144,14 @@ def main(config: Config) -> dict[str, Any]:
         rule=optimizer_rule(config.optimizer),
     )
     read = jax.jit(intrinsic_apply) if config.adapter == "intrinsic" else lambda params: params
-    objective = reparametrised(supervised(model), read)
+    objective, logits = reparametrised(supervised(model), read), decoder_logits(model)
+    method = sharpen(
+        config.sharpness,
+        objective,
+        optimizer,
+        lambda params, *rest, **noise: logits(read(params), *rest, **noise),
+        config.rho,
+    )
     tokenised = data.render(held_out, renderer, config.max_length, too_long="truncate")
     eval_batches = data.finite_batches(
         tokenised, batch_size=config.batch_size, max_length=config.max_length
@@ -158,11 +169,13 @@ def main(config: Config) -> dict[str, Any]:
     before = verify(config, model, base, renderer, held_out, "before")
     state, history = train.fit(
         params,
-        objective,
-        optimizer,
+        method.objective,
+        method.optimizer,
         batches,
         steps=config.max_steps,
         key=jax.random.key(config.seed),
+        gradient=method.gradient,
+        extra_args=method.extra_args,
         microbatches=config.gradient_accumulation_steps,
         mesh=mesh,
         callbacks=_callbacks(config, objective, eval_batches, output, mesh),
@@ -176,22 +189,6 @@ def main(config: Config) -> dict[str, Any]:
     save(config, model, state.params, base, mesh, output)
     after = verify(config, model, read(state.params), renderer, held_out, "after")
     return report(config, history, before, after, held_out, output)
-
-
-def optimizer_rule(name: Optimizer) -> optax.GradientTransformation:
-    """What turns gradients into a direction; clipping, decay and learning rate are the same for all."""
-    rules = {
-        "adamw": lambda: optax.scale_by_adam(),
-        "lion": lambda: scale_by_lion(0.95, 0.98),  # the paper's for language models
-        "lion_int8": lambda: scale_by_lion(0.95, 0.98, "int8"),
-        "adafactor": lambda: optax.chain(
-            optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)
-        ),
-        # Matrices by Newton-Schulz, the rest by Adam; -1 leaves sign and rate to the chain.
-        "muon": lambda: optax.contrib.muon(-1.0),
-        "sgd": lambda: optax.trace(0.9),
-    }
-    return rules[name]()
 
 
 def load_data(config: Config):

@@ -56,16 +56,16 @@ def test_no_torch_no_pickle_and_docstrings_on_all_that_is_public(path):
 
 
 def test_importing_is_light():
-    def modules(name):
-        code = f"import sys, {name}; print(*sys.modules)"
+    def modules(*names):
+        code = f"import sys, {', '.join(names)}; print(*sys.modules)"
         result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
         return {m.split(".")[0] for m in result.stdout.split()}
 
     assert not modules("jaxft") & {"jax", "numpy", "flax", "transformers", "torch"}
     heavy = "torch transformers tensorflow datasets grain matplotlib tyro qwix".split()
-    for name in ("jaxft.models", "jaxft.adapters", "jaxft.losses", "jaxft.checkpoints"):
-        assert not modules(name) & set(heavy)
+    light = "jaxft.models", "jaxft.adapters", "jaxft.losses", "jaxft.checkpoints"
+    assert not modules(*light) & set(heavy)
 
 
 def test_nothing_names_a_machine_or_a_registry():

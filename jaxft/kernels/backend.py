@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
+from jax.sharding import PartitionSpec
+
+ROW_AXES = ("data", "fsdp")  # of jaxft's meshes: a batch's rows lie over these
 
 
 def target_platform() -> str:
@@ -27,3 +32,26 @@ def on_one_tpu() -> bool:
     if mesh.empty:
         return jax.device_count() == 1
     return set(mesh.manual_axes) == set(mesh.axis_names) or mesh.size == 1
+
+
+def row_axes(rows: int) -> tuple[str, ...]:
+    """The axes of the mesh in context over which so many rows are split; () without, or in a shard_map."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = tuple(
+        axis
+        for axis in ROW_AXES
+        if axis in mesh.axis_names and mesh.shape[axis] > 1 and axis not in mesh.manual_axes
+    )
+    return axes if rows % math.prod(mesh.shape[axis] for axis in axes) == 0 else ()
+
+
+def keep_rows(x: jax.Array) -> jax.Array:
+    """x [B, ...], its rows kept where `row_axes` has them.
+
+    Left alone, XLA may multiply activations of the whole batch by each device's shard of a kernel and
+    add up the products, rather than gather the kernel: FSDP then moves activations, many times as much.
+    """
+    axes = row_axes(x.shape[0])
+    if not axes:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(axes, *[None] * (x.ndim - 1)))

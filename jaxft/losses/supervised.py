@@ -6,9 +6,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jaxft.kernels import linear_log_probs as kernel
+from jaxft.kernels.backend import row_axes
 from jaxft.weights import Frozen, Transposed, WeightLike, is_weight, matmul
 
 CHUNK = 64  # tokens a row whose logits are alive at once
@@ -49,7 +51,27 @@ def linear_cross_entropy(
 
     Returns: the weighted sum, in nats; divide by sum(weights) for the mean.
     """
+    run = functools.partial(_weighted_sum, softcap=softcap, chunk=chunk)
+    axes = row_axes(hidden.shape[0])
+    if not axes:
+        return run(hidden, head, targets, weights)
+    # Each device over its own rows, the head gathered once and its gradient added up once: left to XLA
+    # both would happen for every chunk.
+    rows, whole = PartitionSpec(axes), PartitionSpec()
+    sums = jax.shard_map(
+        lambda *arguments: run(*arguments, axes=axes)[None],
+        in_specs=(rows, whole, rows, rows),
+        out_specs=rows,
+        axis_names=set(axes),
+        check_vma=False,
+    )(hidden, head, targets, weights)
+    return jnp.sum(sums)
+
+
+def _weighted_sum(hidden, head, targets, weights, *, softcap, chunk, axes=()):
     order, count = _front(weights)
+    if axes:  # as many chunks on every device
+        count = jax.lax.pmax(count, axes)
     gather = functools.partial(jnp.take_along_axis, indices=order, axis=1)
     hidden = jnp.take_along_axis(hidden, order[..., None], axis=1)
     weights = jax.lax.stop_gradient(gather(weights).astype(jnp.float32))

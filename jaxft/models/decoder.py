@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxft.kernels.attention import attend, attend_cache, attention
+from jaxft.kernels.backend import keep_rows
 from jaxft.models.cache import Cache, cache_mask, empty_cache, reserve, window_mask, write
 from jaxft.models.config import DecoderConfig, Rope
 from jaxft.models.layers import (
@@ -125,6 +126,7 @@ class Decoder(nn.Module):
             x = x + Embed(config.max_length, config.hidden_size, name="positions")(
                 positions, self.dtype
             )
+        x = keep_rows(x)
         context = self._context(lead, positions, segment_ids, cache)
         if self._stacked():
             if cache is not None:
@@ -248,9 +250,9 @@ class Block(nn.Module):
         y = norm(name="attention_norm")(x)
         mix = Attention(config, self.remat, self.attention, name="attention")
         y, cached = mix(y, layer, prefix, cached, context)
-        x = x + (norm(name="post_attention_norm")(y) if config.post_norms else y)
+        x = keep_rows(x + (norm(name="post_attention_norm")(y) if config.post_norms else y))
         y = Mlp(config, self.remat, name="mlp")(norm(name="mlp_norm")(x))
-        x = x + (norm(name="post_mlp_norm")(y) if config.post_norms else y)
+        x = keep_rows(x + (norm(name="post_mlp_norm")(y) if config.post_norms else y))
         return x, cached
 
 

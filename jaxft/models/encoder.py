@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxft.kernels.attention import attend, attention, attention_mask
+from jaxft.kernels.backend import keep_rows
 from jaxft.models.decoder import Mlp
 from jaxft.models.layers import KERNEL_INIT, Dense, Embed, Norm, read, through_adapter
 from jaxft.models.layout import is_stacked
@@ -224,10 +225,10 @@ class EncoderBlock(nn.Module):
         first = norm_type("layer", config.norm_eps, name="attention_norm")
         second = norm_type("layer", config.norm_eps, name="mlp_norm")
         if config.pre_norm:
-            x = x + mix(first(x), prefix, segment_ids)
-            return x + mlp(second(x)), None
-        x = first(x + mix(x, prefix, segment_ids))
-        return second(x + mlp(x)), None
+            x = keep_rows(x + mix(first(x), prefix, segment_ids))
+            return keep_rows(x + mlp(second(x))), None
+        x = first(keep_rows(x + mix(x, prefix, segment_ids)))
+        return second(keep_rows(x + mlp(x))), None
 
 
 class EncoderAttention(nn.Module):

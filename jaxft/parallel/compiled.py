@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import collections
+import math
 import re
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +24,9 @@ class CompiledCost(NamedTuple):
     bytes_accessed: float  # likewise
     cycles: int  # TPU: the compiler's estimates over the schedule, loops times their trips; else 0
     collectives: dict[str, int]  # kind -> instructions
+    exchanged: dict[
+        str, tuple[int, int]
+    ]  # kind -> (calls, bytes that a device gets), loops times trips
     kernels: int  # Pallas calls
 
     @property
@@ -47,6 +52,7 @@ def compiled_cost(compiled: jax.stages.Compiled) -> CompiledCost:
         bytes_accessed=cost.get("bytes accessed", 0.0),
         cycles=estimated_cycles(text),
         collectives=dict(collections.Counter(re.findall(rf" ({_COLLECTIVES})(?:-start)?\(", text))),
+        exchanged=exchanged_bytes(text),
         kernels=len(
             re.findall(r'custom_call_target="(?:tpu_custom_call|__gpu\$xla\.gpu\.triton)"', text)
         ),
@@ -55,6 +61,42 @@ def compiled_cost(compiled: jax.stages.Compiled) -> CompiledCost:
 
 def estimated_cycles(text: str) -> int:
     """Sum of `estimated_cycles` over a scheduled HLO text, a loop's body times its trip count."""
+    total = 0
+    for line, times in _executed(text):
+        match = re.search(r'"estimated_cycles":"(\d+)"', line)
+        if match and int(match[1]) < 1 << 40:  # the compiler's "unknown" is larger
+            total += times * int(match[1])
+    return total
+
+
+def exchanged_bytes(text: str) -> dict[str, tuple[int, int]]:
+    """Kind of collective -> (calls, bytes) of one run of a compiled HLO text, for one device.
+
+    The bytes are those of the results: what an all-gather puts together, what a reduce-scatter or an
+    all-to-all leaves. An all-reduce counts twice, as the reduce-scatter and the all-gather that it is.
+    """
+    found: dict[str, list[int]] = {}
+    for line, times in _executed(text):
+        # In two halves, "-done" has the result alone.
+        match = re.search(rf"= (.*?) ({_COLLECTIVES})(-done)?\(", line)
+        if not match:
+            continue
+        size = sum(
+            _size(*shape) for shape in re.findall(r"\b([a-z]+\d+|pred)\[([\d,]*)\]", match[1])
+        )
+        calls = found.setdefault(match[2], [0, 0])
+        calls[0] += times
+        calls[1] += times * size * (2 if match[2] == "all-reduce" else 1)
+    return {kind: (calls, size) for kind, (calls, size) in found.items()}
+
+
+def _size(dtype, dimensions):
+    bits = 8 if dtype == "pred" else int(re.search(r"\d+", dtype)[0])
+    return math.prod(int(n) for n in dimensions.split(",") if n) * bits // 8
+
+
+def _executed(text: str) -> Iterator[tuple[str, int]]:
+    """The instructions of the entry and of what it calls, each with the number of its executions."""
     lines, current, entry = collections.defaultdict(list), None, None
     for line in text.splitlines():
         if match := re.match(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$", line):
@@ -63,19 +105,21 @@ def estimated_cycles(text: str) -> int:
         elif line.startswith("  ") and current:
             lines[current].append(line)
 
-    def trips(condition):
+    def trips(line, condition):
+        if known := re.search(r'known_trip_count":\{"n":"(\d+)"', line):
+            return int(known[1])
         found = [re.findall(r"s32\[\]\S* constant\((\d+)\)", ln) for ln in lines[condition]]
         return max((int(x) for row in found for x in row), default=1)
 
-    def total(name):
-        cycles = 0
+    def walk(name, times):
         for line in lines[name]:
-            match = re.search(r'"estimated_cycles":"(\d+)"', line)
-            if match and int(match[1]) < 1 << 40:  # the compiler's "unknown" is larger
-                cycles += int(match[1])
-            loop = re.search(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)", line)
-            if loop:
-                cycles += trips(loop[1]) * total(loop[2])
-        return cycles
+            yield line, times
+            if loop := re.search(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)", line):
+                yield from walk(loop[2], times * trips(line, loop[1]))
+            # Collectives that run beside other work are calls of computations of their own.
+            elif call := re.search(
+                r" (?:async-start|call)\(.*(?:calls|to_apply)=%?([\w.\-]+)", line
+            ):
+                yield from walk(call[1], times)
 
-    return total(entry) if entry else 0
+    return walk(entry, 1) if entry else iter(())

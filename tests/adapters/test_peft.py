@@ -152,7 +152,7 @@ def test_what_peft_cannot_hold_is_not_lost_in_silence(pair, tmp_path):
     with pytest.raises(AdapterError, match="'layers/0/mlp/up/kernel' trains and is no norm"):
         save({"layers/0/mlp/up/kernel": full()})
     with pytest.raises(AdapterError, match="trains as MonarchWeight, which PEFT does not have"):
-        save({ALL_LINEAR: monarch(blocks=2)})
+        save({"layers/0/mlp/up/kernel": monarch(blocks=2)})
     with pytest.raises(AdapterError, match="one type, params have LORA at .*, IA3 at"):
         save({"layers/1/.*/up/kernel": ia3(), ALL_LINEAR: lora(2)})
     with pytest.raises(AdapterError, match="LoRA and DoRA side by side"):
@@ -181,22 +181,20 @@ RULES = {
     "loha": {ALL_LINEAR: loha(2, 3.0), "head/kernel": loha(3, 4.0)},
     "lokr": {ALL_LINEAR: lokr(2, 3.0)},
     "lokr full": {ALL_LINEAR: lokr(24, 3.0, factor=4)},
-    "biases": {"layers/.*/query/kernel": lora(2), "layers/.*/query/bias": full()},
 }
 # Every type once; GPT-2 has its own layers, Qwen 3 an output projection and norms of its own.
-HERE = {
-    "smollm2": set(RULES) - {"biases"},
-    "gpt2": {"dora", "dora of a part", "ia3", "norms", "some norms", "pissa", "lora beside"},
-    "qwen3": {"loha", "norms"},
+IN = {
+    "smollm2": list(RULES),
+    "gpt2": ["dora", "dora of a part", "ia3", "norms", "some norms", "pissa", "lora beside"],
+    "qwen3": ["loha", "norms"],
 }
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize(
+    "pair, name", [(family, name) for family in IN for name in IN[family]], indirect=["pair"]
+)
 def test_peft_opens_every_type_of_ours(pair, name, tmp_path):
     path, kind, model, params = pair
-    family = {"llama": "smollm2"}.get(model.config.family, model.config.family)
-    if name not in HERE[family]:
-        pytest.skip("not of this family")
     rules = {k: v for k, v in RULES[name].items() if k != "head/kernel" or "head" in params}
     adapted = trained(params, rules)
     save_adapter(tmp_path, model.config, adapted, base_model=str(path), base=params)
@@ -212,7 +210,8 @@ def test_peft_opens_every_type_of_ours(pair, name, tmp_path):
 def test_peft_opens_biases_beside_lora(tmp_path):
     path = pathlib.Path(__file__).parent / "fixtures" / "base"
     model, params = load_model(path)
-    adapted = trained(params, RULES["biases"])
+    rules = {"layers/.*/query/kernel": lora(2), "layers/.*/query/bias": full()}
+    adapted = trained(params, rules)
     save_adapter(tmp_path, model.config, adapted, base_model=str(path))
     assert json.loads((tmp_path / "adapter_config.json").read_text())["bias"] == "lora_only"
     base = transformers.LlamaForCausalLM.from_pretrained(path, attn_implementation="eager")

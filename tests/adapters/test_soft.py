@@ -1,7 +1,6 @@
 """Prompts and prefixes: each is compared with the base model on longer rows, or with a plain computation."""
 
 import dataclasses
-import functools
 
 import chex
 import jax
@@ -23,47 +22,14 @@ from jaxft.adapters import (
 )
 from jaxft.checkpoints import CheckpointError, save_model
 from jaxft.generation import SamplingConfig, generate
-from jaxft.models import (
-    Decoder,
-    DecoderConfig,
-    Encoder,
-    EncoderConfig,
-    stack_layers,
-    virtual_tokens,
-)
+from jaxft.models import Decoder, stack_layers, virtual_tokens
 from jaxft.models.layers import Norm
 from jaxft.objectives import supervised
 from jaxft.parallel import batch_sharding, make_mesh, shard_params
+from tests import small_models
+from tests.small_models import BERT, GEMMA, GPT2, KEY, LLAMA, base, hidden, jitted, trained
 
-KEY = jax.random.key(0)
-SIZES = dict(
-    vocab_size=29,
-    hidden_size=16,
-    intermediate_size=24,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=6,
-    max_length=48,
-)
-LLAMA = DecoderConfig(**SIZES)
-GEMMA = DecoderConfig(
-    **SIZES, windows=(4, None), post_norms=True, embedding_scale=4.0, attention_softcap=3.0
-)
-GPT2 = DecoderConfig(
-    **SIZES | dict(num_kv_heads=4),
-    norm="layer",
-    gated_mlp=False,
-    rope=None,
-    learned_positions=True,
-    attention_bias=True,
-    output_bias=True,
-    mlp_bias=True,
-)
-BERT = EncoderConfig(16, 24, 2, 4, num_positions=32, vocab_size=29, token_types=2)
-VIT = EncoderConfig(
-    16, 24, 1, 4, num_positions=5, pre_norm=True, pooler=False, image_size=4, patch_size=2
-)
+VIT = dataclasses.replace(small_models.VIT, num_layers=1)
 FAMILIES = {"llama": LLAMA, "gemma": GEMMA, "gpt2": GPT2}
 IDS = (5, 3, 11)
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 29, (2, 12)))
@@ -75,40 +41,8 @@ layouts = pytest.mark.parametrize(
 )
 
 
-def large(params):
-    """Every leaf moved, so that each part of a model shows in what it gives."""
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(7), len(leaves))
-    noise = [0.3 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
-    return tree.unflatten([x + n for x, n in zip(leaves, noise, strict=True)])
-
-
-@functools.cache
-def initial(config):
-    model = (Encoder if isinstance(config, EncoderConfig) else Decoder)(config)
-    make = lambda x: large(model.init(KEY, x)["params"])
-    return model, jax.jit(make)(model.example_input())
-
-
-def base(config):
-    """A model and its params, the caller's to change."""
-    model, params = initial(config)
-    return model, jax.tree.map(lambda x: x, params)
-
-
 def adapted(params, rules):
-    """As after training: all that trains has moved."""
-    trainable, frozen = partition(adapt(jax.random.key(1), params, rules))
-    return combine(large(trainable), frozen)
-
-
-@functools.cache
-def jitted(model):
-    return jax.jit(model.apply)
-
-
-def hidden(model, params, *args, **options):
-    return jitted(model)({"params": params}, *args, **options).hidden
+    return trained(adapt(jax.random.key(1), params, rules))
 
 
 def close(x, y, tolerance=2e-5):
@@ -164,12 +98,15 @@ def test_every_segment_of_a_packed_row_sees_them(config, stacked):
     params = adapted(stack_layers(params) if stacked else params, BOTH)
     segments = jnp.asarray([[1] * 5 + [2] * 4 + [0] * 3, [1] * 12])
     positions = jnp.asarray([[*range(5), *range(4), 0, 0, 0], [*range(12)]])
-    alone = [TOKENS[:1, :5], TOKENS[:1, 5:9]]
-    expected = jnp.concatenate([hidden(model, params, part) for part in alone], axis=1)
+    # Each segment in a row of its own; what stands behind it changes nothing.
+    alone = [
+        jnp.pad(part, (0, 12 - part.size)) for part in (TOKENS[0, :5], TOKENS[0, 5:9], TOKENS[1])
+    ]
+    first, second, third = hidden(model, params, jnp.stack(alone))
     for given in (positions, None):
         packed = hidden(model, params, TOKENS, given, segments)
-        close(packed[:1, :9], expected)
-        close(packed[1:], hidden(model, params, TOKENS[1:]))
+        close(packed[0, :9], jnp.concatenate([first[:5], second[:4]]))
+        close(packed[1], third)
     assert jnp.all(jnp.isfinite(packed))
 
 
@@ -192,8 +129,10 @@ def test_cached_decoding_is_the_full_forward_pass(config):
         found.append(output.hidden)
     assert int(output.cache.index) == 9 + 5 and output.cache.virtual == 5
     found = jnp.concatenate(found, axis=1)
-    close(found[:1, 2:], hidden(model, params, TOKENS[:1, 2:9]))
-    close(found[1:], hidden(model, params, TOKENS[1:, :9]))
+    rows = jnp.stack([jnp.pad(TOKENS[0, 2:9], (0, 2)), TOKENS[1, :9]])
+    expected = hidden(model, params, rows)
+    close(found[0, 2:], expected[0, :7])
+    close(found[1], expected[1])
     with pytest.raises(ValueError, match="begins with 5 virtual tokens but the params have 0"):
         model.apply({"params": base(config)[1]}, TOKENS[:, :1], cache=output.cache)
 

@@ -7,7 +7,7 @@ BASE = dict(
     vocab_size=61,
     hidden_size=32,
     intermediate_size=48,
-    num_hidden_layers=3,
+    num_hidden_layers=2,
     num_attention_heads=4,
     num_key_value_heads=2,
     max_position_embeddings=64,
@@ -15,6 +15,8 @@ BASE = dict(
     bos_token_id=1,
     eos_token_id=2,
 )
+# Layers that differ: one more, so that they make no whole number of their patterns.
+MIXED = BASE | dict(num_hidden_layers=3)
 LLAMA3 = dict(
     rope_type="llama3",
     rope_theta=500.0,
@@ -37,15 +39,19 @@ FAMILIES = {
     "smollm2": lambda: hf.LlamaConfig(**BASE, rope_parameters=DEFAULT, tie_word_embeddings=True),
     "mistral": lambda: hf.MistralConfig(**BASE, head_dim=8, sliding_window=5),
     "qwen2": lambda: hf.Qwen2Config(
-        **BASE, use_sliding_window=True, sliding_window=4, max_window_layers=1, rope_parameters=YARN
+        **MIXED,
+        use_sliding_window=True,
+        sliding_window=4,
+        max_window_layers=1,
+        rope_parameters=YARN,
     ),
     "qwen3": lambda: hf.Qwen3Config(**BASE, head_dim=12),
     "gemma": lambda: hf.GemmaConfig(**BASE, head_dim=12),
     "gemma2": lambda: hf.Gemma2Config(
-        **BASE, head_dim=12, sliding_window=4, query_pre_attn_scalar=10, attn_logit_softcapping=2.0
+        **MIXED, head_dim=12, sliding_window=4, query_pre_attn_scalar=10, attn_logit_softcapping=2.0
     ),
     "gemma3": lambda: hf.Gemma3TextConfig(
-        **BASE,
+        **MIXED,
         head_dim=12,
         sliding_window=4,
         layer_types=["sliding_attention"] * 2 + ["full_attention"],
@@ -54,7 +60,7 @@ FAMILIES = {
     "gpt2": lambda: hf.GPT2Config(
         vocab_size=61,
         n_embd=32,
-        n_layer=3,
+        n_layer=2,
         n_head=4,
         n_positions=64,
         attn_pdrop=0.0,

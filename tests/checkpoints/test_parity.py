@@ -23,6 +23,7 @@ families = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(families)
 
 LENGTHS = (11, 7, 3)
+LONGEST = max(LENGTHS)
 
 
 @pytest.fixture(scope="module", params=list(families.FAMILIES))
@@ -50,8 +51,7 @@ def close(ours, theirs):
     chex.assert_trees_all_close(np.asarray(ours), theirs, rtol=0, atol=1e-4 * np.abs(theirs).max())
 
 
-def right_padded(records):
-    width = max(map(len, records))
+def right_padded(records, width=LONGEST):
     pad = lambda r, fill: np.concatenate([r, np.full(width - len(r), fill)])
     return {
         "tokens": np.stack([pad(r, 0) for r in records]),
@@ -77,10 +77,11 @@ def run(model, params, batch, **changes):
 def test_padded_and_packed_logits(pair, records):
     theirs, _, model, params = pair
     expected = logits_of_each(theirs, records)
-    padded = run(model, params, right_padded(records))
+    rows = right_padded(records, sum(LENGTHS)), packed(records)
+    *padded, together = run(model, params, jax.tree.map(lambda *x: np.concatenate(x), *rows))
     for row, wanted in zip(padded, expected, strict=True):
         close(row[: len(wanted)], wanted)
-    close(run(model, params, packed(records))[0], np.concatenate(expected))
+    close(together, np.concatenate(expected))
 
 
 def test_scanned_and_blocked_forms_equal_the_plain_one(pair, records):
@@ -93,7 +94,7 @@ def test_scanned_and_blocked_forms_equal_the_plain_one(pair, records):
 def test_cache_step_by_step(pair, records):
     """Ragged prompts, left-padded, prefilled together, then one token at a time."""
     theirs, _, model, params = pair
-    split, width = 2, max(LENGTHS)
+    split, width = 2, LONGEST
     left = lambda r: np.concatenate([np.zeros(width - len(r), int), r])
     tokens = jnp.asarray(np.stack([left(r) for r in records]))
     valid = jnp.asarray(np.stack([left(np.ones(len(r), int)) for r in records]))

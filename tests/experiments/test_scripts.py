@@ -1,6 +1,7 @@
 """Every script, run small; and what a user sees who gets something wrong."""
 
 import dataclasses
+import functools
 import importlib
 import json
 import pathlib
@@ -10,12 +11,15 @@ from typing import get_args
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 import tyro
 
-from experiments import evaluate, generate, sft
+from experiments import _optimizers, evaluate, generate, sft
 from jaxft import train
 from jaxft.checkpoints import load_model, save_model
+from jaxft.losses import cross_entropy
+from jaxft.metrics import Mean
 
 ROOT = pathlib.Path(__file__).parents[2]
 TASK = "rg:chain_sum?size=40&seed=1&max_terms=2&min_digits=1&max_digits=1"
@@ -249,20 +253,40 @@ def test_bad_input_is_one_line_and_exit_code_2(script, name, tmp_path, capsys, r
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [(["--data", "nowhere.jsonl"], "nowhere.jsonl: no such file"), (["--rnk", "1"], "rnk")],
-)
-def test_the_shell_sees_the_exit_code(arguments, message, tmp_path):
-    result = run("sft", "--smoke", "--output-dir", tmp_path, *arguments)
-    assert result.returncode == 2 and message in result.stderr
+def test_the_shell_sees_the_exit_code(tmp_path):
+    result = run("sft", "--smoke", "--output-dir", tmp_path, "--data", "nowhere.jsonl")
+    assert result.returncode == 2 and "nowhere.jsonl: no such file" in result.stderr
     assert "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize("script", ["sft", "generate", "evaluate", "merge"])
-def test_help_is_readable(script):
-    result = run(script, "--help")
-    assert result.returncode == 0 and "--model" in result.stdout
+# What `python experiments/NAME.py ARGUMENTS` does, for several in a process: imports take seconds.
+SCRIPTS = """
+import contextlib, io, json, pathlib, runpy, sys
+found = []
+for name, *arguments in json.loads(sys.argv[1]):
+    file, out, code = pathlib.Path("experiments", name).resolve(), io.StringIO(), None
+    sys.argv, sys.path[0] = [name, *arguments], str(file.parent)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+            runpy.run_path(str(file), run_name="__main__")
+    except SystemExit as stop:
+        code = stop.code
+    found.append([code, out.getvalue()])
+print(json.dumps(found))
+"""
+
+
+def test_help_is_readable_and_a_wrong_option_is_named():
+    names = [f"{name}.py" for name in ("sft", "generate", "evaluate", "merge", "papers/lion")]
+    calls = json.dumps([[name, "--help"] for name in names] + [["sft.py", "--rnk", "1"]])
+    result = subprocess.run(
+        [sys.executable, "-c", SCRIPTS, calls], capture_output=True, text=True, cwd=ROOT
+    )
+    assert result.returncode == 0, result.stderr
+    *helped, (code, printed) = json.loads(result.stdout)
+    for name, (exit_code, text) in zip(names, helped, strict=True):
+        assert exit_code == 0 and "--model" in text, name
+    assert code == 2 and "rnk" in printed and "Traceback" not in printed
 
 
 def test_the_list_of_scripts():
@@ -284,9 +308,9 @@ def test_a_missing_extra_is_one_line_and_exit_code_3(tmp_path):
     assert "pip install 'jaxft[text]'" in result.stderr and "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize("name", get_args(sft.Optimizer))
+@pytest.mark.parametrize("name", get_args(_optimizers.Optimizer))
 def test_every_optimizer_of_sft_lowers_a_parabola(name):
-    optimizer = train.make_optimizer(1e-2, total_steps=200, rule=sft.optimizer_rule(name))
+    optimizer = train.make_optimizer(1e-2, total_steps=200, rule=_optimizers.optimizer_rule(name))
     params = {"kernel": jnp.full((16, 16), 0.5), "bias": jnp.full(16, 0.5)}
     objective = lambda p, batch, key: (sum(jnp.mean(x**2) for x in p.values()), {})
     state = train.init_state(params, optimizer, jax.random.key(0))
@@ -297,3 +321,45 @@ def test_every_optimizer_of_sft_lowers_a_parabola(name):
         losses.append(float(metrics["loss"]))
     assert losses[-1] < losses[0] * (0.99 if name == "sgd" else 0.7)
     assert 0 < float(metrics["learning_rate"]) <= 1e-2
+
+
+def linear_logits(params, batch, key, noise=None):
+    inputs = batch["x"] if noise is None else noise(batch["x"])
+    return inputs @ params["kernel"], jnp.ones(len(inputs))
+
+
+@functools.cache
+def trained_linear(name):
+    """(loss before, loss after 20 steps, kernel) of a linear classifier under a --sharpness."""
+    x = jax.random.normal(jax.random.key(0), (32, 8))
+    batch = {"x": x, "label": jnp.argmax(x[:, :3] + 0.3 * x[:, 3:6], axis=1)}
+
+    def objective(params, batch, key):
+        losses = cross_entropy(linear_logits(params, batch, key)[0], batch["label"])
+        loss = Mean.of(losses, jnp.ones(len(losses)))
+        return loss.value, {"loss": loss}
+
+    # One radius for all, so that none of them is too small to see.
+    rho = None if name == "none" else 0.5
+    method = _optimizers.sharpen(name, objective, optax.adam(0.05), linear_logits, rho)
+    params = {"kernel": 0.5 * jax.random.normal(jax.random.key(1), (8, 3))}
+    state = train.init_state(params, method.optimizer, jax.random.key(2))
+    options = dict(gradient=method.gradient, extra_args=method.extra_args, microbatches=2)
+    step = jax.jit(train.make_step(method.objective, method.optimizer, **options))
+    for _ in range(20):
+        state, _ = step(state, batch)
+    final = state.params
+    return objective(params, batch, None)[0], objective(final, batch, None)[0], final["kernel"]
+
+
+@pytest.mark.parametrize("name", get_args(_optimizers.Sharpness))
+def test_every_sharpness_goes_its_own_way_down(name):
+    before, after, kernel = trained_linear(name)
+    assert after < 0.8 * before
+    if name != "none":
+        assert float(jnp.max(jnp.abs(kernel - trained_linear("none")[2]))) > 1e-4
+
+
+def test_a_radius_without_a_method_is_an_error():
+    with pytest.raises(ValueError, match="no effect without --sharpness"):
+        _optimizers.sharpen("none", None, optax.sgd(0.1), None, 0.1)

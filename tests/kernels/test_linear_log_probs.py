@@ -49,12 +49,22 @@ def graded(function, hidden, head, cotangent):
     return run(hidden, head)
 
 
+OPTIONS = dict(temperature=0.7, softcap=3.0)
+
+
+@functools.cache
+def expected_of(size, transposed):
+    """Arguments, and what log_softmax makes of them: compiled once for all forms."""
+    hidden, head, targets, cotangent = draw(*size, transposed)
+    slow = lambda h, w: plain(h, w, targets, transposed, **OPTIONS)
+    return hidden, head, targets, cotangent, graded(slow, hidden, head, cotangent)
+
+
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("form", FORMS)
 def test_values_and_gradients_are_those_of_log_softmax(form, transposed, size):
-    hidden, head, targets, cotangent = draw(*size, transposed)
-    options = dict(temperature=0.7, softcap=3.0)
+    hidden, head, targets, cotangent, expected = expected_of(size, transposed)
     ours = lambda h, w: linear_log_probs(
         h,
         w,
@@ -63,10 +73,9 @@ def test_values_and_gradients_are_those_of_log_softmax(form, transposed, size):
         implementation=form,
         chunk=7,
         interpret=True,
-        **options,
+        **OPTIONS,
     )
-    slow = lambda h, w: plain(h, w, targets, transposed, **options)
-    result, expected = (graded(f, hidden, head, cotangent) for f in (ours, slow))
+    result = graded(ours, hidden, head, cotangent)
     chex.assert_trees_all_close(result, expected, rtol=1e-4, atol=1e-5)
     chex.assert_trees_all_close(result[1][:, ::3], jnp.zeros_like(result[1][:, ::3]))
 

@@ -1,5 +1,7 @@
 """Every form of the Monarch product against the definition, values and gradients."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,13 @@ import pytest
 
 from jaxft.kernels.monarch import monarch_product
 from tests.aot import run_aot
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def graded(function, *args):
+    """The value y of function(*args) and its pullback of cos(y)."""
+    y, pull = jax.vjp(function, *args)
+    return y, *pull(jnp.cos(y))
 
 
 @pytest.mark.parametrize("sizes", [(2, 3, 2, 4, 5), (1, 1, 3, 4, 6), (4, 4, 1, 1, 2)])
@@ -19,13 +28,10 @@ def test_forms_agree(sizes, implementation):
     x = jax.random.normal(keys[2], (2, 3, inputs * width))
     dense = np.einsum("kjri,jlkr->kilj", first, second).reshape(inputs * width, -1)
     ours = lambda *args: monarch_product(*args, implementation=implementation)
-    y, pull = jax.vjp(ours, x, first, second)
+    plain = lambda x, a, b: x @ jnp.einsum("kjri,jlkr->kilj", a, b).reshape(inputs * width, -1)
+    y, *found = graded(ours, x, first, second)
     np.testing.assert_allclose(y, x @ dense, atol=1e-4)
-    expected = jax.vjp(
-        lambda x, a, b: x @ jnp.einsum("kjri,jlkr->kilj", a, b).reshape(inputs * width, -1),
-        x, first, second,
-    )[1](jnp.cos(y))  # fmt: skip
-    for a, b in zip(pull(jnp.cos(y)), expected, strict=True):
+    for a, b in zip(found, graded(plain, x, first, second)[1:], strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4)
 
 
@@ -65,9 +71,12 @@ def test_the_kernel_equals_the_plain_form(sizes):
     )
 
     def run(cast, **form):
-        args = (cast(x), cast(first), cast(second))
-        y, pull = jax.vjp(lambda *a: monarch_product(*a, features=outputs, **form), *args)
-        return y, *pull(cast(g))
+        @jax.jit
+        def pulled(g, *args):
+            y, pull = jax.vjp(lambda *a: monarch_product(*a, features=outputs, **form), *args)
+            return y, *pull(g)
+
+        return pulled(*map(cast, (g, x, first, second)))
 
     found = run(lambda a: a, implementation="pallas", interpret=True)
     # The plain form in float32: the kernel may err by its data type alone.

@@ -1,7 +1,5 @@
 """Bottleneck adapters: the formula by torch, and their place in each sublayer by models that need none."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,65 +10,19 @@ from jaxft.adapters import (
     PFEIFFER,
     adapt,
     bottleneck,
-    combine,
     count,
     merge,
     mergeable,
     parallel_adapter,
     partition,
 )
-from jaxft.models import Decoder, DecoderConfig, Encoder, EncoderConfig, stack_layers
+from jaxft.models import Decoder, DecoderConfig, Encoder, stack_layers
 from jaxft.weights import Bottleneck, bottleneck_adapter
+from tests import small_models
+from tests.small_models import BERT, GEMMA, GPT2, KEY, LLAMA, VIT, base, large, trained
 
-KEY = jax.random.key(0)
-SIZES = dict(
-    vocab_size=23,
-    hidden_size=16,
-    intermediate_size=24,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=6,
-    max_length=16,
-)
-GPT2 = DecoderConfig(
-    **SIZES,
-    norm="layer",
-    gated_mlp=False,
-    activation="gelu_tanh",
-    rope=None,
-    learned_positions=True,
-    attention_bias=True,
-    output_bias=True,
-    mlp_bias=True,
-)
-MODELS = {
-    "llama": Decoder(DecoderConfig(**SIZES)),
-    "gemma": Decoder(DecoderConfig(**SIZES, post_norms=True)),
-    "gpt2": Decoder(GPT2),
-    "bert": Encoder(EncoderConfig(16, 24, 2, 4, num_positions=16, vocab_size=23)),
-    "vit": Encoder(EncoderConfig(16, 24, 2, 4, 5, pre_norm=True, image_size=4, patch_size=2)),
-}
-models = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS.keys())
-
-
-def large(params):
-    """Every leaf moved, so that each part of a model shows in what it gives."""
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(7), len(leaves))
-    noise = [0.3 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
-    return tree.unflatten([x + n for x, n in zip(leaves, noise, strict=True)])
-
-
-@functools.cache
-def base(model):
-    make = lambda x: large(model.init(KEY, x)["params"])
-    return jax.jit(make)(model.example_input())
-
-
-def trained(adapted):
-    trainable, frozen = partition(adapted)
-    return combine(large(trainable), frozen)
+FAMILIES = {"llama": LLAMA, "gemma": GEMMA, "gpt2": GPT2, "bert": BERT, "vit": VIT}
+families = pytest.mark.parametrize("name", FAMILIES)
 
 
 def trains(adapted):
@@ -80,16 +32,11 @@ def trains(adapted):
 def inputs(model):
     if isinstance(model, Encoder) and model.config.patch_size:
         return jax.random.normal(KEY, (2, 4, 4, 3))
-    return jnp.asarray(np.random.default_rng(0).integers(0, 23, (2, 9)))
-
-
-@functools.cache
-def jitted(model):
-    return jax.jit(model.apply)
+    return jnp.asarray(np.random.default_rng(0).integers(0, 29, (2, 9)))
 
 
 def hidden(model, params):
-    return jitted(model)({"params": params}, inputs(model)).hidden
+    return small_models.hidden(model, params, inputs(model))
 
 
 def close(x, y, tolerance=5e-5):
@@ -98,20 +45,20 @@ def close(x, y, tolerance=5e-5):
 
 @pytest.mark.parametrize("name, stacked", [("llama", False), ("gpt2", True), ("bert", True)])
 def test_an_adapter_starts_from_the_base_model_and_alone_trains(name, stacked):
-    model = MODELS[name]
-    params = stack_layers(base(model)) if stacked else base(model)
+    model, plain = base(FAMILIES[name])
+    params = stack_layers(plain) if stacked else plain
     for rule in (bottleneck(3), parallel_adapter(3)):
         for pattern, sublayers in ((PFEIFFER, 1), (HOULSBY, 2)):
             adapted = adapt(KEY, params, {pattern: rule})
             assert count(adapted)[0] == 2 * sublayers * 2 * 16 * 3
             downs = [np.reshape(n, (-1, 16, 3)) for n in trains(adapted)[::2]]
             assert len(np.unique(np.concatenate(downs)[:, 0, 0])) == 2 * sublayers
-        close(hidden(model, adapted), hidden(model, base(model)))
+        close(hidden(model, adapted), hidden(model, plain))
 
 
-@models
-def test_a_linear_serial_adapter_is_one_more_factor_of_kernel_and_bias(model):
-    params = base(model)
+@families
+def test_a_linear_serial_adapter_is_one_more_factor_of_kernel_and_bias(name):
+    model, params = base(FAMILIES[name])
     adapted = trained(adapt(KEY, params, {HOULSBY: bottleneck(3, activation=lambda h: h)}))
     folded = jax.tree.map(lambda x: x, params)
     for i in "01":
@@ -127,8 +74,7 @@ def test_a_linear_serial_adapter_is_one_more_factor_of_kernel_and_bias(model):
 
 
 def test_a_parallel_adapter_of_a_plain_mlp_is_a_wider_mlp():
-    model = MODELS["gpt2"]
-    params = base(model)
+    model, params = base(GPT2)
     gelu = lambda h: jax.nn.gelu(h, approximate=True)
     rules = {r"layers/.*mlp/adapter": parallel_adapter(3, 2.5, activation=gelu)}
     adapted = trained(adapt(KEY, params, rules))
@@ -150,8 +96,7 @@ def test_a_parallel_adapter_of_a_plain_mlp_is_a_wider_mlp():
 @pytest.mark.parametrize("name", ["llama", "gemma", "bert"])
 def test_a_parallel_adapter_of_attention_adds_to_its_output(name):
     """Captured in the first block, before any norm of what attention gives."""
-    model = MODELS[name]
-    params = base(model)
+    model, params = base(FAMILIES[name])
     rule = parallel_adapter(3, 2.5, activation=jnp.tanh)
     adapted = trained(adapt(KEY, params, {r"layers/.*attention/adapter": rule}))
 
@@ -192,8 +137,7 @@ def vars_of(adapter):
 
 
 def test_bad_input_is_explained_and_merging_names_the_adapter():
-    model = MODELS["llama"]
-    params = base(model)
+    model, params = base(LLAMA)
     raises = lambda message: pytest.raises(ValueError, match=message)
     with raises("bottleneck: size must be at least 1, got 0"):
         bottleneck(0)

@@ -195,15 +195,20 @@ def test_nests_over_a_quantised_base(name, base):
     assert jax.tree.leaves(grads) and all(g.dtype == jnp.float32 for g in jax.tree.leaves(grads))
 
 
-@pytest.mark.parametrize("name", [n for n, c in CASES.items() if c.trains])
-def test_whole_model(name):
-    """In a model every rule runs, and merging gives the same logits."""
-    case = CASES[name]
-    model = Decoder(tiny_config())
+@pytest.fixture(scope="module")
+def whole_model():
+    """(params, logits), a function of the params."""
+    model = Decoder(dataclasses.replace(tiny_config(), num_layers=1))
     tokens = jnp.arange(6)[None]
-    params = model.init(KEY, tokens)["params"]
+    params = jax.jit(model.init)(KEY, tokens)["params"]
+    return params, jax.jit(lambda p: model.apply({"params": p}, tokens).logits)
+
+
+@pytest.mark.parametrize("name", [n for n, c in CASES.items() if c.trains])
+def test_whole_model(name, whole_model):
+    """In a model every rule runs, and merging gives the same logits."""
+    case, (params, logits) = CASES[name], whole_model
     adapted = adapt(KEY, params, {adapters.ALL_LINEAR: case.rule})
-    logits = lambda p: model.apply({"params": p}, tokens).logits
     np.testing.assert_allclose(logits(merge(adapted)), logits(adapted), atol=1e-4)
     if case.exact:
         np.testing.assert_allclose(logits(adapted), logits(params), atol=1e-4)

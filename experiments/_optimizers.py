@@ -1,0 +1,103 @@
+"""What the scripts' --optimizer and --sharpness stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import optax
+import optax.contrib
+
+from jaxft.objectives import Objective, function_distance, noise_distance, r3f
+from jaxft.optim import (
+    look_sam,
+    perturb_asam,
+    perturb_fisher,
+    sam,
+    scale_by_lion,
+    with_sam,
+    with_tram,
+    with_trust_region,
+)
+
+Optimizer = Literal["adamw", "lion", "lion_int8", "adafactor", "muon", "sgd"]
+Sharpness = Literal[
+    "none", "sam", "asam", "fisher_sam", "m_sam", "look_sam", "tram", "tram_0", "tram_x", "trpo", "mesa",
+    "r3f",
+]  # fmt: skip
+
+
+def optimizer_rule(name: Optimizer) -> optax.GradientTransformation:
+    """What turns gradients into a direction; clipping, decay and learning rate are the same for all."""
+    rules = {
+        "adamw": lambda: optax.scale_by_adam(),
+        "lion": lambda: scale_by_lion(0.95, 0.98),  # the paper's for language models
+        "lion_int8": lambda: scale_by_lion(0.95, 0.98, "int8"),
+        "adafactor": lambda: optax.chain(
+            optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)
+        ),
+        # Matrices by Newton-Schulz, the rest by Adam; -1 leaves sign and rate to the chain.
+        "muon": lambda: optax.contrib.muon(-1.0),
+        "sgd": lambda: optax.trace(0.9),
+    }
+    return rules[name]()
+
+
+class Sharpened(NamedTuple):
+    """What jaxft.train.fit takes for a method."""
+
+    objective: Objective
+    optimizer: optax.GradientTransformation
+    gradient: Callable[..., Any]
+    extra_args: Mapping[str, Callable[..., Any]]
+
+
+def sharpen(
+    name: Sharpness,
+    objective: Objective,
+    base: optax.GradientTransformation,
+    logits_fn: Callable[..., Any],
+    rho: float | None = None,
+) -> Sharpened:
+    """A sharpness-aware or trust-region method around the base optimizer.
+
+    Args:
+        logits_fn: see jaxft.objectives.function_distance; for tram, tram_0, tram_x, trpo, mesa and r3f.
+        rho: the radius; None: the method's own. For tram it scales the distance, for the penalties
+            (trpo, mesa, r3f) it is their weight.
+
+    Raises:
+        ValueError: for rho < 0, and for a rho that the method "none" would not use.
+    """
+    if name == "none":
+        if rho is not None:
+            raise ValueError(f"--rho {rho} has no effect without --sharpness, such as sam.")
+        return Sharpened(objective, base, jax.value_and_grad, {})
+    if rho is None:
+        rho = {"asam": 0.5, "fisher_sam": 0.1, "trpo": 0.1, "mesa": 0.1, "r3f": 0.1}.get(name)
+    if rho is None:
+        rho = 1.0 if name.startswith("tram") else 0.05
+    if name == "m_sam":
+        # Each slice of the batch (--gradient-accumulation-steps) has its own perturbation.
+        return Sharpened(objective, base, sam(rho), {})
+    if name == "r3f":
+        return Sharpened(r3f(objective, logits_fn, rho), base, jax.value_and_grad, {})
+    methods = {
+        "sam": lambda: with_sam(base, rho),
+        "asam": lambda: with_sam(base, perturb=perturb_asam(rho)),
+        "fisher_sam": lambda: with_sam(base, perturb=perturb_fisher(rho)),
+        "look_sam": lambda: look_sam(base, rho),
+        "tram": lambda: with_tram(base, 0.0, d_scale=rho),
+        "tram_0": lambda: with_tram(base, 1.0, d_scale=rho),
+        "tram_x": lambda: with_tram(base, None, d_scale=rho),
+        "trpo": lambda: with_trust_region(base, rho, 0.0),
+        "mesa": lambda: with_trust_region(base, rho, 0.999),
+    }
+    if name in ("sam", "asam", "fisher_sam", "look_sam"):
+        extra = {}
+    else:
+        noised = name == "tram_x"
+        distance = noise_distance(logits_fn) if noised else function_distance(logits_fn)
+        extra = {"distance_fn": distance}
+    return Sharpened(objective, methods[name](), jax.value_and_grad, extra)

@@ -1,0 +1,272 @@
+"""Compiles a real train step for hardware that is not here: python -m jaxft.compile --topology v5e:4x4
+
+    python -m jaxft.compile --model llama3-8b --adapter paca --topology v5p:4x4x4 --fsdp 16 --tensor 4
+    python -m jaxft.compile --model path/to/config.json --adapter full --topology h100:8 --json
+
+The target's own compiler (`make aot`) runs on shapes alone: no weights, no device. It prints what one device
+needs of its memory, what it multiplies, what the devices exchange, and whether it fits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import re
+import subprocess
+import sys
+from typing import Any, Literal, NamedTuple
+
+import tyro
+
+from jaxft.parallel import CompiledCost, compile_environment
+
+_LLAMA = dict(
+    model_type="llama", rope_theta=5e5, rms_norm_eps=1e-5, max_position_embeddings=131072,
+    tie_word_embeddings=False, vocab_size=128256, num_key_value_heads=8, head_dim=128,
+    rope_scaling=dict(
+        rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+        original_max_position_embeddings=8192,
+    ),
+)  # fmt: skip
+# Dimensions of public models, as their config.json has them.
+PRESETS: dict[str, dict[str, Any]] = {
+    "llama3-1b": _LLAMA | dict(
+        hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
+        head_dim=64, tie_word_embeddings=True,
+    ),
+    "llama3-8b": _LLAMA | dict(
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32
+    ),
+    "llama3-70b": _LLAMA | dict(
+        hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64
+    ),
+    "qwen3-8b": dict(
+        model_type="qwen3", vocab_size=151936, hidden_size=4096, intermediate_size=12288,
+        num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8, head_dim=128,
+        max_position_embeddings=40960, rope_theta=1e6, rms_norm_eps=1e-6, tie_word_embeddings=False,
+    ),
+    "gemma3-27b": dict(
+        model_type="gemma3_text", vocab_size=262208, hidden_size=5376, intermediate_size=21504,
+        num_hidden_layers=62, num_attention_heads=32, num_key_value_heads=16, head_dim=128,
+        query_pre_attn_scalar=168, sliding_window=1024, max_position_embeddings=131072,
+        rope_theta=1e6, rope_local_base_freq=1e4, rms_norm_eps=1e-6,
+    ),
+}  # fmt: skip
+
+
+class Chip(NamedTuple):
+    """Public figures of one device: peak bfloat16 FLOP/s, bytes of memory, bytes/s to the other devices."""
+
+    flops: float
+    memory: float
+    link: float
+
+
+CHIPS = {
+    "v5e": Chip(197e12, 16 * 2**30, 200e9),
+    "v5p": Chip(459e12, 95 * 2**30, 600e9),
+    "v6e": Chip(918e12, 32 * 2**30, 448e9),
+    "h100": Chip(989e12, 80e9, 450e9),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What to compile, for what."""
+
+    model: str = (
+        "llama3-8b"  # llama3-1b, llama3-8b, llama3-70b, qwen3-8b, gemma3-27b, or a config.json
+    )
+    topology: str = "v5e:4x4"  # as jaxft.parallel.compile_only_devices has it: v5p:2x2x4, h100:8
+    data: int = 1  # mesh: copies of the model; -1 fills
+    fsdp: int = -1  # mesh: shards of params and batch; -1 fills
+    tensor: int = 1  # mesh: shards of each projection
+    adapter: str = "lora"  # as for experiments/sft.py; full: everything trains
+    rank: int = 16
+    quantise: Literal["nf4", "int8", "int4", "fp8"] | None = None  # of the frozen kernels
+    rows: int = 2  # of the batch, on each shard of it
+    length: int = 2048  # tokens of a row
+    microbatches: int = 1
+    remat: Literal["none", "lean", "dots", "full"] = "full"
+    float32: bool = False  # compute in float32; else bfloat16, with frozen params in bfloat16
+    layers: int | None = None  # fewer than the model has, for a quick look
+    json: bool = False  # one JSON line
+
+
+def main(config: Config) -> dict[str, Any]:
+    """Compiles in a process of its own; returns and prints the figures."""
+    settings = json.dumps(dataclasses.asdict(config))
+    call = [sys.executable, "-m", "jaxft.compile", "--here"]
+    result = subprocess.run(
+        call, input=settings, capture_output=True, text=True, env=compile_environment()
+    )
+    if result.returncode:
+        lines = [line for line in result.stderr.splitlines() if "exceeds available HBM" in line]
+        if not lines:
+            errors = re.findall(r"^(?:\w+\.)*\w*Error: .*$", result.stderr, re.MULTILINE)
+            raise RuntimeError(errors[-1] if errors else result.stderr.strip()[-500:])
+        figures = {"fits": False, "reason": lines[-1].split("CompileTimeHbmOom: ")[-1].strip()}
+    else:
+        figures = json.loads(result.stdout.strip().splitlines()[-1])
+    print(json.dumps(figures) if config.json else describe(config, figures))
+    return figures
+
+
+def describe(config: Config, figures: dict[str, Any]) -> str:
+    """The figures in words."""
+    head = f"{config.model}, {config.adapter}, {config.topology}"
+    if not figures["fits"]:
+        return f"{head}: does not fit: {figures.get('reason', figures)}"
+    gib = lambda name: f"{figures[name] / 2**30:.2f} GiB"
+    moved = ", ".join(
+        f"{count} {kind} ({size / 2**20:.1f} MiB)"
+        for kind, (count, size) in figures["collectives"].items()
+    )
+    bound = f"{figures['compute_s']:.3f} s computing, {figures['exchange_s']:.3f} s exchanging"
+    return "\n".join(
+        (
+            f"{head}: fits; of {gib('memory_bytes')} a device needs {gib('peak_bytes')}",
+            f"  arguments {gib('argument_bytes')}, temporaries {gib('temp_bytes')}",
+            f"  {figures['tokens']} tokens a step, {figures['step_flops'] / 1e12:.1f} TFLOP a device",
+            f"  exchanged a step and device: {moved or 'nothing'}",
+            f"  no step is shorter than {bound}",
+        )
+    )
+
+
+def compile_step(config: Config) -> dict[str, Any]:
+    """The figures of one device; the process must have been started with `compile_environment()`."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    from jaxft import train
+    from jaxft.adapters import ALL_LINEAR, apply_named, partition
+    from jaxft.models import Decoder
+    from jaxft.objectives import supervised
+    from jaxft.parallel import (
+        batch_sharding,
+        compile_only_devices,
+        compiled_cost,
+        make_mesh,
+        param_shardings,
+        replicated,
+    )
+
+    devices = compile_only_devices(config.topology)
+    mesh = make_mesh(data=config.data, fsdp=config.fsdp, tensor=config.tensor, devices=devices)
+    dtype = jnp.float32 if config.float32 else jnp.bfloat16
+    model = Decoder(_decoder_config(config), dtype, scan_layers=True, remat=config.remat)
+    optimizer = train.make_optimizer(1e-4, total_steps=1000)
+
+    def start(key):
+        params = model.init(key, model.example_input())["params"]
+        if config.adapter != "full":  # what trains is float32 in any case
+            params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+        options = dict(
+            rank=config.rank,
+            alpha=2.0 * config.rank,
+            target=ALL_LINEAR,
+            quantise=config.quantise,
+            seed=0,
+        )
+        return train.init_state(
+            apply_named(params, config.adapter, **options), optimizer, jax.random.key(0)
+        )
+
+    state = jax.eval_shape(start, jax.random.key(0))
+    shardings = param_shardings(state.params, mesh)
+    single = replicated(mesh)
+    # The optimizer's state lies as what it belongs to; its counters on every device.
+    moments = optax.tree_map_params(
+        optimizer, lambda _, s: s, state.opt_state, partition(shardings)[0],
+        transform_non_params=lambda _: single,
+    )  # fmt: skip
+    place = lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s)
+    state = train.TrainState(
+        step=place(state.step, single),
+        params=jax.tree.map(place, state.params, shardings),
+        opt_state=jax.tree.map(place, state.opt_state, moments),
+        key=place(state.key, single),
+    )
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    shape = (config.rows * parts * config.microbatches, config.length)
+    kinds = dict(
+        tokens=jnp.int32, loss_mask=jnp.float32, segment_ids=jnp.int32, positions=jnp.int32
+    )
+    batch = {
+        name: jax.ShapeDtypeStruct(shape, kind, sharding=batch_sharding(mesh))
+        for name, kind in kinds.items()
+    }
+    step = train.make_step(supervised(model), optimizer, microbatches=config.microbatches)
+    compiled = train.jit_step(step).lower(state, batch).compile()
+    trains = sum(leaf.size for leaf in jax.tree.leaves(partition(state.params)[0]))
+    return _figures(config, compiled_cost(compiled), math.prod(shape), mesh.size, model, trains)
+
+
+def _figures(config, cost: CompiledCost, tokens, devices, model, trains) -> dict[str, Any]:
+    chip = CHIPS[config.topology.split(":")[0]]
+    flops = _matmul_flops(model.config, config, tokens) / devices
+    exchanged = sum(size for _, size in cost.exchanged.values())
+    return {
+        "fits": cost.peak_bytes <= chip.memory,
+        "memory_bytes": chip.memory,
+        "peak_bytes": cost.peak_bytes,
+        "argument_bytes": cost.argument_bytes,
+        "temp_bytes": cost.temp_bytes,
+        "tokens": tokens,
+        "trains": trains,
+        "step_flops": flops,
+        "estimated_cycles": cost.cycles,
+        "collectives": cost.exchanged,
+        "compute_s": flops / chip.flops,
+        "exchange_s": exchanged / chip.link,
+    }
+
+
+def _matmul_flops(model, config: Config, tokens: int) -> float:
+    """Of the projections and the vocabulary, for all devices; attention's products left out.
+
+    Forward and the gradient of activations take 2 a parameter and token each, the gradient of kernels,
+    if they train, 2 more, and full recomputation another 2.
+    """
+    heads = model.head_dim * (2 * model.num_heads + 2 * model.num_kv_heads)
+    mlp = (3 if model.gated_mlp else 2) * model.intermediate_size
+    layers = model.num_layers * model.hidden_size * (heads + mlp)
+    passes = 2 + (config.adapter == "full")
+    head = model.vocab_size * model.hidden_size
+    return 2.0 * tokens * (layers * (passes + (config.remat == "full")) + head * passes)
+
+
+def _decoder_config(config: Config):
+    from jaxft.checkpoints.families import decoder_config
+
+    if config.model in PRESETS:
+        settings = dict(PRESETS[config.model])
+    else:
+        path = pathlib.Path(config.model)
+        path = path / "config.json" if path.is_dir() else path
+        if not path.is_file():
+            raise ValueError(
+                f"--model {config.model!r} is neither a preset ({', '.join(PRESETS)}) nor a config.json."
+            )
+        settings = json.loads(path.read_text())
+    result = decoder_config(settings)
+    if config.layers:
+        windows = result.windows[: config.layers]
+        result = dataclasses.replace(result, num_layers=config.layers, windows=windows)
+    return result
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--here"]:
+        os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
+        print(json.dumps(compile_step(Config(**json.loads(sys.stdin.read())))))
+    else:
+        try:
+            main(tyro.cli(Config, description=__doc__))
+        except (ValueError, RuntimeError) as error:
+            sys.exit(f"error: {error}")

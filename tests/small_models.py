@@ -1,0 +1,76 @@
+"""Small models of several families, every leaf away from its start, for tests of what is added to them."""
+
+import functools
+
+import jax
+
+from jaxft.adapters import combine, partition
+from jaxft.models import Decoder, DecoderConfig, Encoder, EncoderConfig
+
+KEY = jax.random.key(0)
+_SIZES = dict(
+    vocab_size=29,
+    hidden_size=16,
+    intermediate_size=24,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=6,
+    max_length=48,
+)
+LLAMA = DecoderConfig(**_SIZES)
+GEMMA = DecoderConfig(
+    **_SIZES, windows=(4, None), post_norms=True, embedding_scale=4.0, attention_softcap=3.0
+)
+GPT2 = DecoderConfig(
+    **_SIZES | dict(num_kv_heads=4),
+    norm="layer",
+    gated_mlp=False,
+    activation="gelu_tanh",
+    rope=None,
+    learned_positions=True,
+    attention_bias=True,
+    output_bias=True,
+    mlp_bias=True,
+)
+BERT = EncoderConfig(16, 24, 2, 4, num_positions=32, vocab_size=29, token_types=2)
+VIT = EncoderConfig(
+    16, 24, 2, 4, num_positions=5, pre_norm=True, pooler=False, image_size=4, patch_size=2
+)
+
+
+def base(config):
+    """A model and its params, the caller's to change."""
+    model, params = _initial(config)
+    return model, jax.tree.map(lambda x: x, params)
+
+
+def large(params):
+    """Every leaf moved, so that each part of a model shows in what it gives."""
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(7), len(leaves))
+    noise = [0.3 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    return tree.unflatten([x + n for x, n in zip(leaves, noise, strict=True)])
+
+
+def trained(adapted):
+    """As after training: all that trains has moved."""
+    trainable, frozen = partition(adapted)
+    return combine(large(trainable), frozen)
+
+
+def hidden(model, params, *args, **options):
+    return jitted(model)({"params": params}, *args, **options).hidden
+
+
+@functools.cache
+def jitted(model):
+    """`model.apply`, compiled once for all tests of a process."""
+    return jax.jit(model.apply)
+
+
+@functools.cache
+def _initial(config):
+    model = (Encoder if isinstance(config, EncoderConfig) else Decoder)(config)
+    make = lambda x: large(model.init(KEY, x)["params"])
+    return model, jax.jit(make)(model.example_input())

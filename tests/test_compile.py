@@ -1,0 +1,110 @@
+"""What a real step exchanges and needs on devices that are not here."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from jaxft.parallel.compiled import exchanged_bytes
+from tests.aot import run_aot
+
+SMALL = dict(
+    model_type="llama", vocab_size=4096, hidden_size=512, intermediate_size=1024, num_hidden_layers=3,
+    num_attention_heads=8, num_key_value_heads=4, head_dim=64, tie_word_embeddings=False,
+    rms_norm_eps=1e-5, rope_theta=1e4, max_position_embeddings=512,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def figures(tmp_path_factory):
+    """Figures of LoRA and of full fine-tuning on eight H100s, sharded by FSDP."""
+    path = tmp_path_factory.mktemp("model") / "config.json"
+    path.write_text(json.dumps(SMALL))
+    return run_aot(
+        f"""
+        import json
+        from jaxft.compile import Config, compile_step
+        run = lambda adapter: compile_step(
+            Config(model={str(path)!r}, adapter=adapter, topology="h100:8", length=256, rank=8)
+        )
+        print(json.dumps({{name: run(name) for name in ("lora", "full")}}))
+        """
+    )
+
+
+def sizes():
+    """(kernels of a layer, head) in numbers."""
+    layer = 512 * (512 + 256 + 256 + 512) + 3 * 512 * 1024
+    return layer, 512 * 4096
+
+
+def test_fsdp_exchanges_kernels_and_not_activations(figures):
+    """Two gathers of the frozen kernels in bfloat16, one of the head, and nothing of the rows' size."""
+    layer, head = sizes()
+    count = lambda kind: figures["lora"]["collectives"].get(kind, (0, 0))[1]
+    ideal = 2 * (2 * 3 * layer + head)
+    adapters = 4 * figures["lora"]["trains"]
+    assert ideal <= count("all-gather") <= 1.1 * ideal + 4 * adapters
+    # Gradients of the adapters alone are added up; those of frozen kernels never exist.
+    assert count("all-reduce") + count("reduce-scatter") <= 2.5 * adapters
+
+
+def test_full_fine_tuning_scatters_each_gradient_once(figures):
+    layer, head = sizes()
+    full = figures["full"]["collectives"]
+    scattered = full["reduce-scatter"][1] + full["all-reduce"][1]
+    # bfloat16 gradients of the layers in shards; the head's in float32, whole, and of the embedding.
+    assert scattered <= 1.1 * (2 * 3 * layer / 8 + 2 * 4 * head) + 4 * head
+    assert full["all-gather"][1] <= 1.1 * (2 * 2 * 3 * layer + 4 * head) + 4 * head
+
+
+def test_memory_and_operations(figures):
+    layer, head = sizes()
+    for name, frozen in (("lora", 2), ("full", 4)):
+        found = figures[name]
+        assert found["fits"] and found["tokens"] == 2 * 8 * 256
+        total = 3 * layer + 2 * head
+        state = total * frozen + (2 * total * 4 if name == "full" else 0)
+        assert state / 8 <= found["argument_bytes"] <= 1.3 * state / 8 + 2e6
+    # Forward, recomputed, and by activations: 2 a parameter and token; training adds one.
+    flops = lambda passes, head_passes: 2 * 4096 * (3 * layer * passes + head * head_passes) / 8
+    assert figures["lora"]["step_flops"] == flops(3, 2)
+    assert figures["full"]["step_flops"] == flops(4, 3)
+
+
+def test_bytes_of_loops_and_halves():
+    text = """
+body (p: f32[4]) -> f32[4] {
+  %g = bf16[8,16]{1,0} all-gather(%x), dimensions={0}
+  %s = (f32[2]{0}, f32[16]{0}) all-gather-start(%y), dimensions={0}
+  %d = f32[16]{0} all-gather-done(%s)
+}
+
+cond (p: f32[4]) -> pred[] {
+}
+
+ENTRY main (a: f32[4]) -> f32[4] {
+  %w = f32[4]{0} while(%a), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  %r = (f32[10]{0}, bf16[10]{0}) all-reduce(%b, %c), to_apply=%add
+}
+"""
+    assert exchanged_bytes(text) == {
+        "all-gather": (10, 5 * (8 * 16 * 2 + 16 * 4)),
+        "all-reduce": (1, 2 * 10 * (4 + 2)),
+    }
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--model", "nowhere"], "neither a preset (llama3-1b"),
+        (["--topology", "v9z:2"], "is no topology"),
+        (["--fsdp", "3", "--topology", "h100:8"], "does not fill 8 devices"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, message):
+    call = [sys.executable, "-m", "jaxft.compile", *arguments]
+    result = subprocess.run(call, capture_output=True, text=True)
+    assert result.returncode == 1 and message in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1

@@ -1,7 +1,6 @@
 """Losses: arrays in, values out; no model, no tokenizer, no reduction that is not in the name."""
 
 from jaxft.losses.coverage import coverage_weight, dco_loss
-from jaxft.losses.divergence import KlEstimates, kl_estimates, leave_one_out, reverse_kl_surrogate
 from jaxft.losses.divergences import (
     gaussian_kernel,
     inverse_multiquadric_kernel,
@@ -39,6 +38,7 @@ from jaxft.losses.preference import (
 )
 from jaxft.losses.reference_free import alpha_po_loss, cpo_loss, orpo_loss, simpo_loss, slic_loss
 from jaxft.losses.reward import bradley_terry_loss, correctness_loss
+from jaxft.losses.sampled_kl import KlEstimates, kl_estimates, leave_one_out, reverse_kl_surrogate
 from jaxft.losses.supervised import cross_entropy, linear_cross_entropy, linear_log_probs
 from jaxft.losses.unpaired import bco_loss, kto_kl, kto_loss
 from jaxft.losses.weighted import (

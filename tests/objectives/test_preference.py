@@ -237,6 +237,11 @@ def test_wpo_weights_come_from_the_whole_distribution():
     mask = part.loss_mask[1:]
     expected = jnp.exp(jnp.sum(mask * (picked - collision)) / mask.sum())
     close(weights[1, 0], expected)
+    columns = batch_of(with_reference())
+    loss, _ = jax.jit(OBJECTIVES["wpo"])(params, columns, None)
+    ratios = slow(params, GROUPS) - columns["ref_log_probs"]
+    plain = -jax.nn.log_sigmoid(0.1 * (ratios[:, 0] - ratios[:, 1]))
+    close(loss, jnp.mean(plain * weights[:, 0] * weights[:, 1]))
 
 
 def test_hypo_adds_the_gradient_of_the_surrogate():

@@ -29,9 +29,15 @@ from jaxft.losses.policy import (
     truncated_sequence_weights,
     truncated_weights,
 )
-from jaxft.losses.supervised import cross_entropy, linear_cross_entropy, linear_log_probs
+from jaxft.losses.supervised import (
+    CHUNK,
+    cross_entropy,
+    linear_cross_entropy,
+    linear_log_probs,
+)
 
 __all__ = [
+    "CHUNK",
     "banded_weights",
     "cispo_loss",
     "clipped_surrogate",

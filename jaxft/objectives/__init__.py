@@ -1,5 +1,6 @@
 """Objectives: a model's apply, a loss and a reduction make objective(params, batch, key)."""
 
+from jaxft.objectives.policy_gradient import completion_log_probs, policy_gradient
 from jaxft.objectives.reparametrised import reparametrised
 from jaxft.objectives.supervised import Objective, shift, supervised
 from jaxft.objectives.trust_region import (
@@ -20,10 +21,12 @@ __all__ = [
     "LogitsFn",
     "Objective",
     "classifier_logits",
+    "completion_log_probs",
     "decoder_logits",
     "function_distance",
     "noise_distance",
     "on_rows",
+    "policy_gradient",
     "r3f",
     "r4f",
     "reparametrised",

@@ -306,8 +306,8 @@ def _check(config):
     if min(rows, parts, config.prompts_per_step, config.updates) < 1 or rows % parts:
         raise ValueError(
             f"--prompts-per-step {config.prompts_per_step} x --group-size {config.group_size} = {rows} "
-            f"answers must be a positive multiple of --updates {config.updates} x --gradient-accumulation-steps "
-            f"{config.gradient_accumulation_steps}."
+            f"answers must be a positive multiple of --updates {config.updates} x "
+            f"--gradient-accumulation-steps {config.gradient_accumulation_steps}."
         )
     if config.save_steps % config.updates:
         raise ValueError(

@@ -171,8 +171,9 @@ def test_kl_entropy_and_correction_are_what_they_say(model, params, batch):
     close(with_entropy, tempered - 0.5 * exact)
     # A sampler that was twice as sure halves each token's weight, or more for a sequence's.
     halved = batch | {"sampler_log_probs": batch["old_log_probs"] + jnp.log(2.0)}
-    (corrected, _), _ = gradient(build(correction=truncated()), params, halved)
+    (corrected, shown), _ = gradient(build(correction=truncated()), params, halved)
     close(corrected, 0.5 * loss)
+    close(shown["gap"].value, jnp.log(2.0))
     of_sequences = build(correction=truncated_sequences())
     (corrected, _), _ = gradient(of_sequences, params, halved)
     weights = 0.5 ** jnp.sum(batch["completion_mask"], axis=1)

@@ -1,13 +1,26 @@
 """Generation: decoding rules and the KV-cache sampler."""
 
 from jaxft.generation.decoding import SamplingConfig, transform_logits
-from jaxft.generation.sampler import Generation, State, decode, generate, left_pad, prefill
+from jaxft.generation.sampler import (
+    Generation,
+    State,
+    append,
+    bucket,
+    decode,
+    fork,
+    generate,
+    left_pad,
+    prefill,
+)
 
 __all__ = [
     "Generation",
     "SamplingConfig",
     "State",
+    "append",
+    "bucket",
     "decode",
+    "fork",
     "generate",
     "left_pad",
     "prefill",

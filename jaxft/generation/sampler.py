@@ -62,19 +62,22 @@ def generate(
     key: jax.Array,
     config: SamplingConfig = SamplingConfig(),  # noqa: B008 (frozen)
     *,
+    samples: int = 1,
     row_ids: Sequence[int] | None = None,
     tokenizer: Any = None,
     cache_dtype: Any = None,
 ) -> Generation:
-    """Completions of token-id prompts.
+    """Completions of token-id prompts, `samples` rows for each, side by side.
 
     Prompts are left-padded to a bucket (powers of two and midway), rows likewise, so that few
-    programs are compiled; what a row gets does not depend on padding or on the other rows.
+    programs are compiled; what a row gets does not depend on padding or on the other rows. Samples of
+    a prompt share its prefill.
 
     Args:
         prompts: ids, each at least one.
         key: a jax.random.key. Row i draws from fold_in(key, row_ids[i]) and the token's number.
-        row_ids: default 0, 1, 2...; distinct ids give distinct samples of equal prompts.
+            With several samples, sample j draws from fold_in of that key and j.
+        row_ids: of prompts, default 0, 1, 2...; distinct ids give distinct samples of equal prompts.
         tokenizer: needed for `stop_strings`.
         cache_dtype: of keys and values; None: the model's activations'.
 
@@ -83,6 +86,8 @@ def generate(
     """
     if config.stop_strings and tokenizer is None:
         raise ValueError("generate: stop_strings need tokenizer=.")
+    if samples < 1:
+        raise ValueError(f"generate: samples must be at least 1, got {samples}.")
     tokens, valid = left_pad(prompts, model.config)
     rows, width = len(prompts), tokens.shape[1]
     longest = int(valid.sum(axis=1).max()) + virtual_tokens(params)
@@ -99,6 +104,7 @@ def generate(
         model, params, jnp.asarray(tokens), jnp.asarray(valid), keys, slots, cache_dtype
     )
     state = state._replace(done=jnp.arange(len(tokens)) >= rows)
+    state, rows = fork(state, samples), rows * samples
     parts = []
     while True:
         state, part = decode(model, params, state, config)
@@ -117,9 +123,9 @@ def left_pad(prompts, config) -> tuple[np.ndarray, np.ndarray]:
     lengths = [len(prompt) for prompt in prompts]
     if not lengths or min(lengths) < 1:
         raise ValueError("generate: every prompt needs at least one token.")
-    width = min(_bucket(max(lengths), MIN_BUCKET), config.max_length)
+    width = min(bucket(max(lengths), MIN_BUCKET), config.max_length)
     width = max(width, max(lengths))
-    tokens = np.zeros((_bucket(len(prompts), 1), width), np.int32)
+    tokens = np.zeros((bucket(len(prompts), 1), width), np.int32)
     valid = np.zeros(tokens.shape, bool)
     for i, prompt in enumerate(prompts):
         tokens[i, width - len(prompt) :] = prompt
@@ -151,6 +157,48 @@ def prefill(
         done=jnp.zeros(tokens.shape[0], bool),
         keys=keys,
         step=jnp.zeros((), jnp.int32),
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("samples",))
+def fork(state: State, samples: int) -> State:
+    """The state with `samples` copies of each row side by side, which go on by keys of their own."""
+    if samples == 1:
+        return state
+    copy = lambda x: jnp.repeat(x, samples, axis=0) if x.ndim else x
+    children = jax.vmap(
+        lambda key: jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(samples))
+    )(state.keys)
+    # The keys apart: an array of keys is no array of numbers to every version of repeat.
+    others = jax.tree.map(copy, state._replace(keys=None))
+    return others._replace(keys=children.reshape(-1))
+
+
+@functools.partial(jax.jit, static_argnames=("model",), donate_argnames=("state",))
+def append(
+    model: Decoder, params: Params, state: State, tokens: jax.Array, valid: jax.Array
+) -> State:
+    """The state after more tokens that are given, not drawn (tokens, valid [B, T]; left-padded).
+
+    They take T slots of the cache, padding too: ask `prefill` for as many more. A row without valid
+    tokens stays where it is; one that was done goes on.
+    """
+    params = _separate(params)
+    positions = state.position[:, None] + jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
+    output = model.apply(
+        {"params": params},
+        tokens,
+        positions,
+        segment_ids=valid.astype(jnp.int32),
+        cache=state.cache,
+    )
+    some = jnp.any(valid, axis=1)
+    logits = model.project(output.hidden[:, -1], params)
+    return state._replace(
+        cache=output.cache,
+        logits=jnp.where(some[:, None], logits, state.logits),
+        position=state.position + jnp.sum(valid, axis=1, dtype=jnp.int32),
+        done=state.done & ~some,
     )
 
 
@@ -233,7 +281,7 @@ def _separate(params: Params) -> Params:
     return unstack_layers(params) if is_stacked(params["layers"]) else params
 
 
-def _bucket(size: int, least: int) -> int:
+def bucket(size: int, least: int) -> int:
     """The power of two that holds `size`, or three quarters of it if that does too."""
     power = max(least, 1 << (size - 1).bit_length())
     return power * 3 // 4 if power > least and size <= power * 3 // 4 else power

@@ -11,6 +11,26 @@ from jaxft.losses.divergences import (
     symmetric_kl_divergence,
 )
 from jaxft.losses.one_token_rollout import otr_expected_loss, otr_loss
+from jaxft.losses.policy import (
+    banded_weights,
+    cispo_loss,
+    clipped_surrogate,
+    clipped_tokens,
+    clipped_value_loss,
+    entropy,
+    kl_k1,
+    kl_k2,
+    kl_k3,
+    linear_entropy,
+    log_ratio,
+    nft_loss,
+    overlong_penalty,
+    reinforce_loss,
+    sequence_log_ratio,
+    straight_through_max,
+    truncated_sequence_weights,
+    truncated_weights,
+)
 from jaxft.losses.preference import (
     Pairs,
     alpha_divergence,
@@ -39,7 +59,12 @@ from jaxft.losses.preference import (
 from jaxft.losses.reference_free import alpha_po_loss, cpo_loss, orpo_loss, simpo_loss, slic_loss
 from jaxft.losses.reward import bradley_terry_loss, correctness_loss
 from jaxft.losses.sampled_kl import KlEstimates, kl_estimates, leave_one_out, reverse_kl_surrogate
-from jaxft.losses.supervised import cross_entropy, linear_cross_entropy, linear_log_probs
+from jaxft.losses.supervised import (
+    CHUNK,
+    cross_entropy,
+    linear_cross_entropy,
+    linear_log_probs,
+)
 from jaxft.losses.unpaired import bco_loss, kto_kl, kto_loss
 from jaxft.losses.weighted import (
     dft_loss,
@@ -49,6 +74,7 @@ from jaxft.losses.weighted import (
 )
 
 __all__ = [
+    "CHUNK",
     "KlEstimates",
     "Pairs",
     "alpha_divergence",
@@ -57,9 +83,14 @@ __all__ = [
     "aot_unpaired_loss",
     "apo_down_loss",
     "apo_zero_loss",
+    "banded_weights",
     "bco_loss",
     "bco_pair_loss",
     "bradley_terry_loss",
+    "cispo_loss",
+    "clipped_surrogate",
+    "clipped_tokens",
+    "clipped_value_loss",
     "correctness_loss",
     "coverage_weight",
     "cpo_loss",
@@ -69,6 +100,7 @@ __all__ = [
     "discopop_loss",
     "dpo_loss",
     "dpop_loss",
+    "entropy",
     "exo_loss",
     "f_dpo_loss",
     "forward_kl",
@@ -79,6 +111,9 @@ __all__ = [
     "jensen_shannon",
     "kl_divergence",
     "kl_estimates",
+    "kl_k1",
+    "kl_k2",
+    "kl_k3",
     "kto_kl",
     "kto_loss",
     "l2_distance",
@@ -86,22 +121,31 @@ __all__ = [
     "leave_one_out",
     "length_regularised_dpo_loss",
     "linear_cross_entropy",
+    "linear_entropy",
     "linear_log_probs",
+    "log_ratio",
     "maximum_mean_discrepancy",
     "nca_loss",
+    "nft_loss",
     "nll_loss",
     "normalised_dpo_loss",
     "orpo_loss",
     "otr_expected_loss",
     "otr_loss",
+    "overlong_penalty",
+    "reinforce_loss",
     "repetition_unlikelihood",
     "reverse_kl_divergence",
     "reverse_kl_surrogate",
     "robust_dpo_loss",
+    "sequence_log_ratio",
     "simpo_loss",
     "slic_loss",
     "sppo_loss",
+    "straight_through_max",
     "symmetric_kl_divergence",
+    "truncated_sequence_weights",
+    "truncated_weights",
     "unlikelihood_loss",
     "wpo_weights",
 ]

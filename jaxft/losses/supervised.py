@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -107,18 +108,31 @@ def linear_log_probs(
             hidden, dense, targets,
             transposed=transposed, temperature=temperature, softcap=softcap, chunk=chunk,
         )  # fmt: skip
-    length = targets.shape[1]
+    score = lambda logits, targets: -cross_entropy(logits / temperature, targets)
+    return scan_logits(score, hidden, head, targets, softcap=softcap, chunk=chunk)
+
+
+def scan_logits(
+    function: Callable[..., jax.Array],
+    hidden: Float[Array, "B T D"],
+    head: WeightLike,
+    *others: jax.Array,
+    softcap: float | None = None,
+    chunk: int | None = None,
+) -> Float[Array, "B T"]:
+    """function(logits [B, chunk, V], others' [B, chunk]) chunk by chunk along T; recomputed backwards."""
+    rows, length = hidden.shape[:2]
     chunk = min(CHUNK if chunk is None else chunk, length)
     pad = -length % chunk
     widen = lambda x: jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
-    split = lambda x: jnp.moveaxis(widen(x).reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
+    split = lambda x: jnp.moveaxis(widen(x).reshape(rows, -1, chunk, *x.shape[2:]), 1, 0)
 
     @jax.checkpoint
     def part(carry, xs):
-        return carry, -cross_entropy(_logits(xs[0], head, softcap) / temperature, xs[1])
+        return carry, function(_logits(xs[0], head, softcap), *xs[1:])
 
-    _, log_probs = jax.lax.scan(part, None, (split(hidden), split(targets)))
-    return jnp.moveaxis(log_probs, 0, 1).reshape(targets.shape[0], -1)[:, :length]
+    _, values = jax.lax.scan(part, None, tuple(map(split, (hidden, *others))))
+    return jnp.moveaxis(values, 0, 1).reshape(rows, -1)[:, :length]
 
 
 def _stored(head):

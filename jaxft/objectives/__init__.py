@@ -1,5 +1,6 @@
 """Objectives: a model's apply, a loss and a reduction make objective(params, batch, key)."""
 
+from jaxft.objectives.policy_gradient import completion_log_probs, policy_gradient
 from jaxft.objectives.preference import Sequences, bco, hypo, kto, preference, sequence_log_probs
 from jaxft.objectives.reparametrised import reparametrised
 from jaxft.objectives.reward_model import (
@@ -32,6 +33,7 @@ __all__ = [
     "add_reward_head",
     "bco",
     "classifier_logits",
+    "completion_log_probs",
     "decoder_logits",
     "function_distance",
     "hypo",
@@ -40,6 +42,7 @@ __all__ = [
     "on_rows",
     "outcome_reward",
     "pairwise_reward",
+    "policy_gradient",
     "preference",
     "process_reward",
     "r3f",

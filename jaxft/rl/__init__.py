@@ -1,6 +1,21 @@
-"""Verifiers and what is measured with them."""
+"""Reinforcement learning from verifiers: rewards, advantages, experience, algorithms."""
 
 from jaxft.rl.accuracy import Accuracy, measure_accuracy
+from jaxft.rl.algorithms import (
+    Algorithm,
+    cispo,
+    dapo,
+    dr_grpo,
+    expert_iteration,
+    grpo,
+    gspo,
+    nft,
+    reinforce_plus_plus,
+    reinforce_with_baseline,
+    rloo,
+)
+from jaxft.rl.pool import Failures, RewardFn, VerifierError, VerifierPool, in_process
+from jaxft.rl.rollouts import collect, collect_on_device, sample_groups, score
 from jaxft.rl.verifiers import (
     Verifier,
     mentions_answer,
@@ -11,10 +26,30 @@ from jaxft.rl.verifiers import (
 
 __all__ = [
     "Accuracy",
+    "Algorithm",
+    "Failures",
+    "RewardFn",
     "Verifier",
+    "VerifierError",
+    "VerifierPool",
+    "cispo",
+    "collect",
+    "collect_on_device",
+    "dapo",
+    "dr_grpo",
+    "expert_iteration",
+    "grpo",
+    "gspo",
+    "in_process",
     "measure_accuracy",
     "mentions_answer",
+    "nft",
     "reasoning_gym_verifier",
+    "reinforce_plus_plus",
+    "reinforce_with_baseline",
+    "rloo",
     "same_answer",
+    "sample_groups",
+    "score",
     "verifier_for",
 ]

@@ -15,7 +15,12 @@ from jaxft.train.errors import require
 TRAIN, EVAL, GRID = "#4C72B0", "#DD8452", "#DDDDDD"
 
 
-def run_figure(path: str | Path, *, title: str = "") -> Callback:
+BELOW = ("learning_rate", "grad_norm")
+
+
+def run_figure(
+    path: str | Path, *, title: str = "", main: str = "loss", below: Sequence[str] = BELOW
+) -> Callback:
     """Writes `plot_run` of all rows to a PNG (or PDF, SVG) when the run ends, however it ends."""
     require("matplotlib", "run_figure")
     rows = []
@@ -27,20 +32,29 @@ def run_figure(path: str | Path, *, title: str = "") -> Callback:
     def on_end(error):
         del error
         if rows:
-            plot_run(rows, title=title).savefig(path, dpi=150)
+            plot_run(rows, title=title, main=main, below=below).savefig(path, dpi=150)
 
     return on_main_process(Callback(on_start=on_start, on_row=rows.append, on_end=on_end))
 
 
-def plot_run(history: Sequence[Row], *, title: str = "") -> Any:
-    """A matplotlib Figure of the losses (train and eval) over the learning rate and gradient norm."""
+def plot_run(
+    history: Sequence[Row],
+    *,
+    title: str = "",
+    main: str = "loss",
+    below: Sequence[str] = BELOW,
+) -> Any:
+    """A matplotlib Figure of the losses (train and eval) over the learning rate and gradient norm.
+
+    `main` and `below` name other metrics in their places: ("reward", ("length", "entropy")).
+    """
     # Not pyplot: it keeps figures in a global list and picks a display.
     figure_module = require("matplotlib.figure", "plot_run")
-    names = [n for n in ("learning_rate", "grad_norm") if any(n in row for row in history)]
+    names = [n for n in below if any(n in row for row in history)]
     figure = figure_module.Figure(figsize=(7, 4 + 1.4 * len(names)), layout="constrained")
     heights = [3] + [1] * len(names)
     axes = figure.subplots(len(heights), sharex=True, height_ratios=heights, squeeze=False)[:, 0]
-    _plot_losses(axes[0], history)
+    _plot_main(axes[0], history, main)
     for axis, name in zip(axes[1:], names, strict=True):
         axis.plot(*_series(history, name), color=TRAIN, linewidth=1)
         axis.set_ylabel(name.replace("_", " "))
@@ -62,19 +76,19 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
     return (sums[ends] - sums[starts]) / (ends - starts)
 
 
-def _plot_losses(axis, history):
-    steps, losses = _series(history, "loss")
-    window = max(1, len(losses) // 50)
+def _plot_main(axis, history, main):
+    steps, values = _series(history, main)
+    window = max(1, len(values) // 50)
     if window > 1:
-        axis.plot(steps, losses, color=TRAIN, linewidth=0.8, alpha=0.3)
+        axis.plot(steps, values, color=TRAIN, linewidth=0.8, alpha=0.3)
     label = "train" if window == 1 else f"train, mean of {window} steps"
-    axis.plot(steps, smooth(losses, window), color=TRAIN, linewidth=1.6, label=label)
-    evaluated = [n for n in {k: None for row in history for k in row} if n.endswith("/loss")]
+    axis.plot(steps, smooth(values, window), color=TRAIN, linewidth=1.6, label=label)
+    evaluated = [n for n in {k: None for row in history for k in row} if n.endswith(f"/{main}")]
     for name in evaluated:
         color = EVAL if len(evaluated) == 1 else None
-        label = name.removesuffix("/loss")
+        label = name.removesuffix(f"/{main}")
         axis.plot(*_series(history, name), color=color, marker="o", markersize=4, label=label)
-    axis.set_ylabel("loss")
+    axis.set_ylabel(main)
     axis.legend(frameon=False)
 
 

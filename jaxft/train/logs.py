@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,16 @@ from jaxft.train.checkpoints import writable_directory
 from jaxft.train.errors import require
 
 
-def progress(*, steps: int = 10, console: rich.console.Console | None = None) -> Callback:
+def progress(
+    *,
+    steps: int = 10,
+    show: Sequence[str] = (),
+    console: rich.console.Console | None = None,
+) -> Callback:
     """A progress bar with loss, tokens/s and time left; off a terminal, a line every `steps` steps.
 
-    Goes to standard error, or to `console`. Tokens are those that the loss counts.
+    Goes to standard error, or to `console`. Tokens are those that the loss counts. `show` names metrics to
+    show instead, such as ("reward", "length"), with seconds a step.
     """
     if steps < 1:
         raise ValueError(f"progress: steps must be at least 1, got {steps}.")
@@ -44,7 +50,7 @@ def progress(*, steps: int = 10, console: rich.console.Console | None = None) ->
 
     def on_row(row):
         meter["since"] = [*meter["since"], row][-max(steps, 2) :]
-        shown = describe(row, meter["since"], meter["run"].steps)
+        shown = describe(row, meter["since"], meter["run"].steps, show)
         evaluated = any(name.startswith("eval") for name in row)
         if meter["bar"]:
             meter["bar"].update(meter["task"], completed=row["step"], shown=shown)
@@ -63,20 +69,23 @@ def progress(*, steps: int = 10, console: rich.console.Console | None = None) ->
     return on_main_process(Callback(on_start=on_start, on_row=on_row, on_end=on_end))
 
 
-def describe(row: Mapping[str, Any], recent: list[Mapping[str, Any]], steps: int | None) -> str:
+def describe(
+    row: Mapping[str, Any],
+    recent: list[Mapping[str, Any]],
+    steps: int | None,
+    show: Sequence[str] = (),
+) -> str:
     """A row as a line: step, metrics, then tokens/s and time left from the recent rows."""
     parts = [f"step {row['step']}" + (f"/{steps}" if steps else "")]
-    first = [
-        "loss",
-        *(name for name in row if name.startswith("eval")),
-        "grad_norm",
-        "learning_rate",
-    ]
+    evaluated = (name for name in row if name.startswith("eval"))
+    first = [*show, *evaluated] if show else ["loss", *evaluated, "grad_norm", "learning_rate"]
     parts += [f"{name} {row[name]:.4g}" for name in first if np.ndim(row.get(name, [])) == 0]
     # The first row of all includes compilation.
     timed = recent[1:] or recent
     seconds = sum(r["seconds"] for r in timed)
-    if seconds > 0 and "num_tokens" in row:
+    if show:
+        parts.append(f"{seconds / len(timed):.3g} s/step")
+    elif seconds > 0 and "num_tokens" in row:
         parts.append(f"{sum(r['num_tokens'] for r in timed) / seconds:,.0f} tokens/s")
     if steps:
         left = (steps - row["step"]) * seconds / len(timed)

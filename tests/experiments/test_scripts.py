@@ -5,6 +5,7 @@ import functools
 import importlib
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 from typing import get_args
@@ -15,7 +16,7 @@ import optax
 import pytest
 import tyro
 
-from experiments import _optimizers, evaluate, generate, preference, sft
+from experiments import _optimizers, evaluate, generate, preference, reinforce, sft
 from jaxft import train
 from jaxft.checkpoints import load_model, save_model
 from jaxft.losses import cross_entropy
@@ -73,6 +74,36 @@ def test_the_adapter_is_used_by_the_other_scripts(smoke, tmp_path, capsys):
     capsys.readouterr()
 
 
+def test_reinforcement_learning_writes_all_it_promises_and_goes_on(tmp_path):
+    settings = dict(smoke=True, updates=2, kl_weight=0.1, save_steps=2)
+    rows = lambda path: [
+        {k: v for k, v in json.loads(line).items() if k != "seconds"}
+        for line in (path / "metrics.jsonl").read_text().splitlines()
+    ]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    metrics = reinforce.main(reinforce.Config(**settings, output_dir=str(whole)))
+    assert {path.name for path in whole.iterdir()} == {
+        "adapter",
+        "checkpoints",
+        "metrics.json",
+        "metrics.jsonl",
+        "training.png",
+    }
+    assert metrics["steps"] == 4 and metrics["gap"] < 1e-4
+    assert {*reinforce.SHOWN, "clipped_low", "no_contrast"} <= set(rows(whole)[0])
+    # Cut after the first rollout and resumed, it goes on with the same experience.
+    shutil.copytree(whole, parts)
+    shutil.rmtree(parts / "checkpoints" / "4")
+    reinforce.main(reinforce.Config(**settings, output_dir=str(parts), resume=True))
+    assert rows(parts) == rows(whole)
+
+
+@pytest.mark.parametrize("name", get_args(reinforce.Choice))
+def test_every_algorithm_of_reinforce_is_there(name):
+    made = reinforce.algorithm(reinforce.Config(algorithm=name), load_model("tiny")[0])
+    assert callable(made.credit) and callable(made.objective)
+
+
 def test_the_whole_model_in_a_subspace(tmp_path):
     subspace = dict(adapter="intrinsic", d=100, accuracy=False, learning_rate=1e-2)
     config = sft.Config(smoke=True, output_dir=str(tmp_path), **subspace)
@@ -106,8 +137,6 @@ def test_training_learns_and_resumes_to_the_same_losses(tmp_path):
     assert metrics["last_loss"] < 0.9 * metrics["first_loss"]
     # The schedule knows the whole length: the run is cut by removing its last checkpoint.
     sft.main(sft.Config(**settings, output_dir=str(parts)))
-    import shutil
-
     shutil.rmtree(parts / "checkpoints" / "8")
     sft.main(sft.Config(**settings, output_dir=str(parts), resume=True))
     assert losses(parts) == losses(whole)
@@ -198,6 +227,10 @@ def truncated(path):
     return ["--model", model]
 
 
+def without_answers(path):
+    return [*chat(path), "--eval-data", path / "chat.jsonl"]
+
+
 def without_template(path):
     arguments = changed(path, "tokenizer_config.json", chat_template=None)
     (arguments[1] / "chat_template.jinja").unlink(missing_ok=True)
@@ -266,6 +299,19 @@ BAD = {
         "weighting": (lambda p: ["--loss", "kto", "--use-weighting"], "are of pairs, not of kto"),
         "output": (lambda p: ["--output-dir", unwritable(p)], "cannot write to"),
     },
+    "reinforce": {
+        "missing model": MODEL["missing model"],
+        "missing file": DATA["missing file"],
+        "no answers": (without_answers, "its answers cannot be verified"),
+        "updates": (lambda p: ["--updates", "3"], "must be a positive multiple of --updates 3"),
+        "saves": (lambda p: ["--updates", "4", "--save-steps", "2"], "multiple of --updates 4"),
+        "group": (lambda p: ["--group-size", "1"], "at least 2 for grpo, got 1"),
+        "greedy": (lambda p: ["--temperature", "0"], "--temperature must be positive, got 0.0"),
+        "reward kl": (lambda p: ["--reward-kl", "1"], "grpo takes --kl-weight"),
+        "overlong": (lambda p: ["--overlong", "9"], "must lie in 0..--max-new-tokens (4), got 9"),
+        "long": (lambda p: ["--max-new-tokens", "600"], "exceeds the 512 positions of tiny"),
+        "output": (lambda p: ["--output-dir", unwritable(p)], "cannot write to"),
+    },
     "evaluate": MODEL
     | DATA
     | {
@@ -287,7 +333,7 @@ BAD = {
 
 def defaults(script, path):
     """Arguments of a run that would be short and right."""
-    if script in ("sft", "preference"):
+    if script in ("sft", "preference", "reinforce"):
         return ["--smoke", "--output-dir", path / "out"]
     if script == "merge":
         return ["--model", "tiny", "--adapter", path, "--output-dir", path / "out"]
@@ -332,10 +378,8 @@ print(json.dumps(found))
 
 
 def test_help_is_readable_and_a_wrong_option_is_named():
-    names = [
-        f"{name}.py"
-        for name in ("sft", "preference", "generate", "evaluate", "merge", "papers/lion")
-    ]
+    scripts = ("sft", "preference", "reinforce", "generate", "evaluate", "merge", "papers/lion")
+    names = [f"{name}.py" for name in scripts]
     calls = json.dumps([[name, "--help"] for name in names] + [["sft.py", "--rnk", "1"]])
     result = subprocess.run(
         [sys.executable, "-c", SCRIPTS, calls], capture_output=True, text=True, cwd=ROOT

@@ -187,3 +187,49 @@ def test_sampled_frequencies_follow_the_cut_distribution(model):
     probs = probs / probs.sum()
     assert counts[4:].sum() == 0
     assert np.sum((counts[:4] - 20_000 * probs) ** 2 / (20_000 * probs)) < 16.3
+
+
+def test_samples_of_a_prompt_share_its_prefill(model, params, prompts, monkeypatch):
+    config = SamplingConfig(max_new_tokens=6)
+    rows = []
+    whole = sampler.prefill
+    spy = lambda model, params, tokens, *rest: (
+        rows.append(len(tokens)) or whole(model, params, tokens, *rest)
+    )
+    monkeypatch.setattr(sampler, "prefill", spy)
+    key = jax.random.key(3)
+    out = generate(model, params, prompts, key, config, samples=4)
+    assert rows == [3]  # a bucket of three prompts, not twelve
+    assert out.tokens.shape == (12, 6) and len(out.finish) == 12
+    # A sample is what one row with its key gets, alone; the four of a prompt differ.
+    for i, j in ((0, 0), (1, 2), (2, 3)):
+        tokens, valid = sampler.left_pad([prompts[i]], model.config)
+        own = jax.random.fold_in(jax.random.fold_in(key, i), j)[None]
+        state = whole(model, params, jnp.asarray(tokens), jnp.asarray(valid), own, 80)
+        _, part = sampler.decode(model, params, state, config)
+        assert part.tokens[0, :6].tolist() == out.completions[4 * i + j]
+    assert len({tuple(row) for row in out.completions[:4]}) > 1
+    with pytest.raises(ValueError, match="samples must be at least 1, got 0"):
+        generate(model, params, prompts, key, config, samples=0)
+
+
+def test_prefill_and_append_equal_one_prefill(model, params, prompts):
+    keys = jax.random.split(jax.random.key(0), 3)
+    more = [[4, 5, 6], [], [7]]
+    pad = lambda rows: map(jnp.asarray, sampler.left_pad(rows, model.config))
+    forced = np.zeros((3, 3), np.int32)
+    valid = np.zeros((3, 3), bool)
+    for i, ids in enumerate(more):
+        forced[i, 3 - len(ids) :], valid[i, 3 - len(ids) :] = ids, True
+    state = sampler.prefill(model, params, *pad(prompts), keys, 90)
+    state = sampler.append(model, params, state, jnp.asarray(forced), jnp.asarray(valid))
+    joined = [p + m for p, m in zip(prompts, more, strict=True)]
+    whole = sampler.prefill(model, params, *pad(joined), keys, 90)
+    chex.assert_trees_all_close(state.logits, whole.logits, rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(state.position, whole.position)
+    # Branches go on from there, each its own way.
+    config = SamplingConfig(max_new_tokens=8)
+    run = lambda state: sampler.decode(model, params, sampler.fork(state, 2), config)[1].tokens
+    forked = run(state)
+    np.testing.assert_array_equal(forked, run(whole))
+    assert (forked[0] != forked[1]).any()

@@ -52,6 +52,13 @@ def test_it_is_drawn_when_the_run_fails_and_of_what_there_is(problem, tmp_path):
     assert len(plot_run([{"step": 1, "loss": 1.0}]).axes) == 1
 
 
+def test_other_metrics_may_take_the_places_of_the_loss():
+    rows = [{"step": n, "loss": 1.0, "reward": float(n), "length": 2.0} for n in (1, 2)]
+    reward, length = plot_run(rows, main="reward", below=("length", "missing")).axes
+    np.testing.assert_allclose(lines_of(reward)["train"], [(1, 1), (2, 2)])
+    assert (reward.get_ylabel(), length.get_ylabel()) == ("reward", "length")
+
+
 def test_long_runs_are_smoothed():
     history = [{"step": n + 1, "loss": float(n % 2)} for n in range(200)]
     series = lines_of(plot_run(history).axes[0])

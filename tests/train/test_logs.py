@@ -76,6 +76,8 @@ def test_rates_leave_out_the_compilation_of_the_first_step():
     line = describe(recent[-1], recent, 11)
     assert line == "step 3/11  loss 2  grad_norm 1  20 tokens/s  left 0:00:04"
     assert describe(row(1), [row(1)], None) == "step 1  loss 2  grad_norm 1"
+    shown = describe(row(1) | {"reward": 0.5}, [row(1)], None, ("reward", "missing"))
+    assert shown == "step 1  reward 0.5  0.5 s/step"
 
 
 def fake_module(monkeypatch, name, **members):

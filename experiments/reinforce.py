@@ -1,0 +1,373 @@
+"""Reinforcement learning of a language model from verified answers, with its accuracy before and after.
+
+    python experiments/reinforce.py --start runs/sft/adapter       GRPO on a reasoning-gym task
+    python experiments/reinforce.py --data questions.jsonl --eval-data held_out.jsonl --algorithm rloo
+    python experiments/reinforce.py --smoke                        seconds, random weights
+
+Data: reasoning-gym tasks, or records with a question and an `answer`. Start where some answers are right
+(10 to 60 % of samples): of nothing but wrong ones there is nothing to learn. The output directory gets the
+adapter (or the whole model), metrics.jsonl, metrics.json, a figure and checkpoints; --resume goes on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import pathlib
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import tyro
+
+from experiments._optimizers import Optimizer, optimizer_rule
+from jaxft import checkpoints as files
+from jaxft import data, rl, train
+from jaxft.adapters import (
+    ALL_LINEAR,
+    AdapterError,
+    Name,
+    Quantisation,
+    adapter_tensors,
+    apply_named,
+    count,
+    load_adapter,
+    merge,
+    save_checked,
+)
+from jaxft.generation import SamplingConfig
+from jaxft.losses import overlong_penalty
+from jaxft.objectives import policy_gradient
+from jaxft.objectives.policy_gradient import truncated, truncated_sequences
+
+# reasoning-gym draws entry i from seed + i: the seeds below are further apart than the sizes.
+NEEDLE = "rg:needle_haystack?min_num_statements=4&max_num_statements=8"
+SHOWN = ("reward", "length", "kl", "entropy", "gap")
+
+Choice = Literal[
+    "reinforce", "rloo", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "reinforce_plus_plus",
+    "expert_iteration", "nft",
+]  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What to train, on what, and how."""
+
+    model: str = "smollm2"  # directory, .gguf file, "smollm2", "tiny" (random), or hub id
+    start: str | None = None  # adapter of a warm start, merged into the model before training
+    data: str = f"{NEEDLE}&size=2000&seed=1"  # rg:TASK, or a file, tfds: or hub id with answers
+    eval_data: str = f"{NEEDLE}&size=100&seed=1000000"  # held-out questions
+    output_dir: str = "runs/reinforce"
+
+    algorithm: Choice = "grpo"
+    adapter: Name = "lora"  # what trains; full: everything
+    quantise: Quantisation | None = None  # round the frozen kernels
+    rank: int = 16
+    alpha: float = 32.0
+    target: str = ALL_LINEAR  # pattern of the paths of adapted kernels
+
+    max_steps: int = 50  # optimizer steps
+    prompts_per_step: int = 4  # questions of a rollout
+    group_size: int = 8  # answers to each
+    updates: int = 1  # optimizer steps on parts of one rollout
+    gradient_accumulation_steps: int = 1
+    max_new_tokens: int = 16  # of an answer
+    temperature: float = 1.0
+    learning_rate: float = 1e-4
+    optimizer: Optimizer = "adamw"
+    schedule: Literal["cosine", "linear", "constant"] = "constant"
+    warmup_ratio: float = 0.0
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    seed: int = 0
+
+    kl_weight: float = 0.0  # of k3 to the starting model, in the loss
+    reward_kl: float = 0.0  # of k1 to it, in the reward: rloo and reinforce_plus_plus
+    entropy_weight: float = 0.0  # of an entropy bonus
+    correction: Literal["none", "tokens", "sequences"] = (
+        "none"  # sampler to trainer, truncated at 2
+    )
+    max_tries: int = 1  # sample anew up to so many times for groups whose rewards differ (DAPO: 10)
+    overlong: int = 0  # last tokens of the budget over which a penalty grows to 1 (DAPO)
+    mask_truncated: bool = False  # answers that reach the limit leave the loss
+
+    workers: int = 2  # processes that verify answers
+    timeout: float = 5.0  # seconds of one verdict
+    template: str | None = None  # chat template that replaces the model's
+    bfloat16: bool = False  # compute in bfloat16; what trains stays float32
+    save_steps: int = 50
+    logging_steps: int = 1
+    resume: bool = False
+    smoke: bool = False  # a random tiny model for a few steps
+    debug: bool = False  # full tracebacks
+
+
+def main(config: Config) -> dict[str, Any]:
+    """Trains; returns the metrics that are written to metrics.json."""
+    config = _smoke(config) if config.smoke else config
+    train.keep_memory_warm()
+    _check(config)
+    renderer, records, held_out = load_data(config)
+    output = pathlib.Path(config.output_dir)
+    _check_output(config, output)
+    model, base = files.load_model(config.model)
+    model = model.clone(dtype=jnp.bfloat16 if config.bfloat16 else jnp.float32)
+    if config.start:
+        base = merge(load_adapter(config.start, model.config, base))
+    prompts = [renderer.prompt(record) for record in records]
+    _check_length(config, model, prompts)
+    params = apply_named(base, config.adapter, **_adapter_settings(config))
+    trains, total = count(params)
+    print(f"{trains:,} of {total:,} parameters train ({trains / total:.2%})")
+    optimizer = train.make_optimizer(
+        config.learning_rate,
+        total_steps=config.max_steps,
+        schedule=getattr(train, config.schedule),
+        warmup_ratio=config.warmup_ratio,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        rule=optimizer_rule(config.optimizer),
+    )
+    credit, objective = algorithm(config, model)
+    accuracy = functools.partial(measure, config, model, renderer, held_out)
+    before = accuracy(base, "before")
+    verifier = functools.partial(rl.verifier_for, records[0]["source"], records[:1])
+    with rl.VerifierPool(verifier, workers=config.workers, timeout=config.timeout) as rewards:
+        state, history = train.fit(
+            params,
+            objective,
+            optimizer,
+            experience(config, model, prompts, records, renderer, rewards, credit, base),
+            steps=config.max_steps,
+            key=jax.random.key(config.seed),
+            microbatches=config.gradient_accumulation_steps,
+            callbacks=_callbacks(config, output),
+            checkpoints=train.Checkpoints(
+                output / "checkpoints", every=config.save_steps, resume=config.resume
+            ),
+        )
+        failures = rewards.failures
+    save(config, model, state.params, base, output)
+    after = accuracy(state.params, "after")
+    return report(config, history, failures, before, after, output)
+
+
+def load_data(config: Config):
+    """(renderer, training records, held-out records), all with answers that can be verified."""
+    renderer = data.Renderer(files.load_tokenizer(config.model), template=config.template)
+    records, held_out = data.load(config.data), data.load(config.eval_data)
+    for spec, part in ((config.data, records), (config.eval_data, held_out)):
+        if rl.verifier_for(part[0]["source"], part) is None:
+            raise data.DataError(
+                f"{spec}: its answers cannot be verified; give a reasoning-gym task (rg:...) or "
+                "records that all have an `answer`."
+            )
+    # A held-out question that is also trained on would measure memory.
+    known = {str(renderer.prompt(record)) for record in records}
+    held_out = [record for record in held_out if str(renderer.prompt(record)) not in known]
+    if not held_out:
+        raise data.DataError("every held-out question is also in the training data.")
+    return renderer, records, held_out
+
+
+def algorithm(config: Config, model: Any) -> rl.Algorithm:
+    """What --algorithm stands for."""
+    corrections = {"none": None, "tokens": truncated(), "sequences": truncated_sequences()}
+    build = functools.partial(
+        policy_gradient,
+        model,
+        temperature=config.temperature,
+        kl_weight=config.kl_weight,
+        entropy_weight=config.entropy_weight,
+        correction=corrections[config.correction],
+    )
+    size = config.group_size
+    makers = {
+        "reinforce": lambda: rl.reinforce_with_baseline(build),
+        "rloo": lambda: rl.rloo(build, size, config.reward_kl),
+        "grpo": lambda: rl.grpo(build, size),
+        "dr_grpo": lambda: rl.dr_grpo(build, size, config.max_new_tokens),
+        "dapo": lambda: rl.dapo(build, size),
+        "gspo": lambda: rl.gspo(build, size),
+        "cispo": lambda: rl.cispo(build, size),
+        "reinforce_plus_plus": lambda: rl.reinforce_plus_plus(build, config.reward_kl),
+        "expert_iteration": lambda: rl.expert_iteration(build),
+        "nft": lambda: rl.nft(build, size),
+    }
+    return makers[config.algorithm]()
+
+
+def experience(config, model, prompts, records, renderer, rewards, credit, base):
+    """The batches of `fit`: a function of the state."""
+    penalty = None
+    if config.overlong:
+        penalty = lambda lengths: overlong_penalty(lengths, config.max_new_tokens, config.overlong)
+    return rl.collect(
+        model,
+        prompts,
+        records,
+        renderer.tokenizer,
+        rewards,
+        credit,
+        SamplingConfig(
+            config.max_new_tokens,
+            config.temperature,
+            stop_ids=(renderer.tokenizer.eos_token_id,),
+        ),
+        prompts_per_step=config.prompts_per_step,
+        group_size=config.group_size,
+        updates=config.updates,
+        # Always: how far the policy has gone is shown, whether or not it is held back.
+        ref_params=base,
+        penalty=penalty,
+        mask_truncated=config.mask_truncated,
+        max_tries=config.max_tries,
+        seed=config.seed,
+    )
+
+
+def measure(config, model, renderer, records, params, when: str) -> rl.Accuracy:
+    """The accuracy of greedy answers to held-out questions, printed."""
+    verifier = rl.verifier_for(records[0]["source"], records)
+    result = rl.measure_accuracy(
+        model, params, renderer, records, verifier, max_new_tokens=config.max_new_tokens
+    )
+    print(f"accuracy {when}: {result}", flush=True)
+    return result
+
+
+def save(config: Config, model: Any, params: Any, base: Any, output: pathlib.Path) -> None:
+    """What trained, read again and compared: an adapter, or with --start or full the whole model."""
+    if config.adapter == "full" or config.start:
+        path = output / "model"
+        difference = files.save_merged(path, model, params, tokenizer_from=config.model)
+        print(f"model saved to {path}; read again: {difference}")
+        return
+    path, native = output / "adapter", None
+    try:
+        adapter_tensors(model.config, params)
+    except AdapterError as error:
+        print(f"jaxft's own format: {error}")
+        native = {"name": config.adapter, **_adapter_settings(config)}
+    difference = save_checked(path, model, params, base, base_model=config.model, native=native)
+    print(f"adapter saved to {path}; read again: {difference}")
+
+
+def report(config, history, failures, before, after, output) -> dict[str, Any]:
+    """Prints what changed, writes metrics.json, returns it."""
+    few = max(1, len(history) // 10)
+    mean = lambda rows: sum(row["reward"] for row in rows) / len(rows)
+    metrics = {
+        "algorithm": config.algorithm,
+        "steps": history[-1]["step"],
+        "reward_first": mean(history[:few]),
+        "reward_last": mean(history[-few:]),
+        "gap": max(row["gap"] for row in history),
+        "failed_verdicts": failures._asdict(),
+    }
+    for when, result in (("before", before), ("after", after)):
+        metrics[f"accuracy_{when}"] = result.rate
+        metrics[f"accuracy_{when}_interval"] = result.interval
+    print(f"reward {metrics['reward_first']:.3f} -> {metrics['reward_last']:.3f}")
+    if any(failures):
+        print(f"verdicts that failed: {failures}")
+    if all(row["no_contrast"] == 1 for row in history):
+        print(
+            "In no group did rewards differ, so nothing was learned: start from a model that answers "
+            "some questions right (--start), or raise --group-size."
+        )
+    print(f"accuracy on held-out questions: {before.rate:.1%} -> {after.rate:.1%}")
+    (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    print(f"metrics and figure in {output}")
+    return metrics
+
+
+def _callbacks(config, output):
+    below = ("length", "entropy", "kl", "gap", "no_contrast")
+    title = f"{config.algorithm}, {config.model}, {config.adapter}"
+    return [
+        train.progress(steps=config.logging_steps, show=SHOWN),
+        train.jsonl_log(output / "metrics.jsonl"),
+        train.run_figure(output / "training.png", title=title, main="reward", below=below),
+    ]
+
+
+def _adapter_settings(config):
+    names = ("rank", "alpha", "target", "quantise", "seed")
+    return {name: getattr(config, name) for name in names}
+
+
+def _check(config):
+    """What can be seen to be wrong before anything is loaded."""
+    rows = config.prompts_per_step * config.group_size
+    parts = config.updates * config.gradient_accumulation_steps
+    if min(rows, parts, config.prompts_per_step, config.updates) < 1 or rows % parts:
+        raise ValueError(
+            f"--prompts-per-step {config.prompts_per_step} x --group-size {config.group_size} = {rows} "
+            f"answers must be a positive multiple of --updates {config.updates} x "
+            f"--gradient-accumulation-steps {config.gradient_accumulation_steps}."
+        )
+    if config.save_steps % config.updates:
+        raise ValueError(
+            f"--save-steps {config.save_steps} must be a multiple of --updates {config.updates}: a run "
+            "cannot go on in the middle of a rollout."
+        )
+    if config.temperature <= 0:
+        raise ValueError(f"--temperature must be positive, got {config.temperature}.")
+    if config.reward_kl and config.algorithm not in ("rloo", "reinforce_plus_plus"):
+        raise ValueError(
+            f"--reward-kl is for rloo and reinforce_plus_plus; {config.algorithm} takes --kl-weight."
+        )
+    if config.group_size < 2 and config.algorithm not in (
+        "reinforce", "reinforce_plus_plus", "expert_iteration",
+    ):  # fmt: skip
+        raise ValueError(
+            f"--group-size must be at least 2 for {config.algorithm}, got {config.group_size}."
+        )
+    if not 0 <= config.overlong <= config.max_new_tokens:
+        raise ValueError(
+            f"--overlong must lie in 0..--max-new-tokens ({config.max_new_tokens}), got {config.overlong}."
+        )
+
+
+def _check_output(config, output):
+    """Before the model is loaded: fit itself would find out minutes later."""
+    train.writable_directory(output)
+    if not config.resume and any((output / "checkpoints").glob("[0-9]*")):
+        raise train.OutputError(
+            f"{output} holds an earlier run; go on with --resume, or choose another --output-dir."
+        )
+
+
+def _check_length(config, model, prompts):
+    longest = max(map(len, prompts))
+    if longest + config.max_new_tokens > model.config.max_length:
+        raise ValueError(
+            f"the longest question has {longest} tokens; with --max-new-tokens {config.max_new_tokens} that "
+            f"exceeds the {model.config.max_length} positions of {config.model}."
+        )
+
+
+def _smoke(config):
+    small = dict(
+        model="tiny",
+        data="rg:chain_sum?size=64&seed=1&max_terms=2",
+        eval_data="rg:chain_sum?size=8&seed=1000000&max_terms=2",
+        max_steps=4,
+        prompts_per_step=2,
+        group_size=2,
+        max_new_tokens=4,
+        rank=2,
+        alpha=4.0,
+        workers=1,
+        save_steps=4,
+    )
+    default = Config()
+    changed = lambda name: getattr(config, name) != getattr(default, name)
+    return dataclasses.replace(config, **{n: v for n, v in small.items() if not changed(n)})
+
+
+if __name__ == "__main__":
+    train.run_main(main, tyro.cli(Config, description=__doc__))

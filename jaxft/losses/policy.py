@@ -1,0 +1,275 @@
+"""Policy-gradient losses: log-probs and advantages in, one value a token (or sequence) out.
+
+All are elementwise and unreduced: the caller masks and takes means. Where a loss takes a log-ratio
+log π - log π_old, the caller chooses π_old; for one update a rollout it is the policy itself, without
+gradient. Advantages and what is written `old_` or `ref_` get no gradient.
+"""
+
+from __future__ import annotations
+
+import chex
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from jaxft.losses.supervised import CHUNK, scan_logits
+from jaxft.weights import WeightLike
+
+MAX_LOG_RATIO = 20.0  # e^20 is the largest ratio: one odd token must not make the loss infinite
+
+
+def reinforce_loss(
+    log_probs: Float[Array, "*batch"], advantages: Float[Array, "*batch"]
+) -> Float[Array, "*batch"]:
+    """-A log π: Williams, 1992, doi.org/10.1007/BF00992696."""
+    chex.assert_equal_shape([log_probs, advantages])
+    return -jax.lax.stop_gradient(advantages) * log_probs
+
+
+def log_ratio(
+    log_probs: Float[Array, "*batch"], old_log_probs: Float[Array, "*batch"]
+) -> Float[Array, "*batch"]:
+    """log π - log π_old, the latter without gradient, within ±20."""
+    chex.assert_equal_shape([log_probs, old_log_probs])
+    difference = log_probs - jax.lax.stop_gradient(old_log_probs)
+    return jnp.clip(difference, -MAX_LOG_RATIO, MAX_LOG_RATIO)
+
+
+def sequence_log_ratio(
+    log_probs: Float[Array, "B T"], old_log_probs: Float[Array, "B T"], mask: Bool[Array, "B T"]
+) -> Float[Array, "B T"]:
+    """Value mean_t(log π - log π_old) of the sequence at each token, with the gradient ∇ log π_t.
+
+    GSPO's token form: Zheng et al., 2025, arxiv.org/abs/2507.18071, eq. 14. Averaged over a sequence's
+    tokens, exp of it has the value and gradient of the length-normalised sequence ratio s (eq. 7).
+    """
+    counts = mask.astype(jnp.float32)
+    own = jnp.where(mask, log_ratio(log_probs, old_log_probs), 0.0)
+    mean = jnp.sum(own, axis=1, keepdims=True) / jnp.maximum(jnp.sum(counts, 1, keepdims=True), 1.0)
+    return jax.lax.stop_gradient(mean) + log_probs - jax.lax.stop_gradient(log_probs)
+
+
+def clipped_surrogate(
+    log_ratio: Float[Array, "*batch"],
+    advantages: Float[Array, "*batch"],
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+) -> Float[Array, "*batch"]:
+    """-min(ρ A, clip(ρ, 1 - ε_low, 1 + ε_high) A), ρ the ratio.
+
+    PPO: Schulman et al., 2017, arxiv.org/abs/1707.06347, eq. 7; two clips: DAPO, Yu et al., 2025,
+    arxiv.org/abs/2503.14476, section 3.1 (0.2, 0.28). GSPO clips sequence ratios at (3e-4, 4e-4).
+
+    Args:
+        clip_high: infinity for none; of ε_low 1 clips nothing.
+        dual_clip: c > 1 bounds the loss of negative advantages by c |A| (Ye et al., 2019,
+            arxiv.org/abs/1912.09729).
+    """
+    if clip_low < 0 or clip_high < 0:
+        raise ValueError(
+            f"clipped_surrogate: clips must be at least 0, got {clip_low} and {clip_high}."
+        )
+    if dual_clip is not None and dual_clip <= 1:
+        raise ValueError(f"clipped_surrogate: dual_clip must exceed 1, got {dual_clip}; try 3.")
+    chex.assert_equal_shape([log_ratio, advantages])
+    ratio, advantages = jnp.exp(log_ratio), jax.lax.stop_gradient(advantages)
+    clipped = jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high)
+    loss = jnp.maximum(-ratio * advantages, -clipped * advantages)
+    if dual_clip is None:
+        return loss
+    return jnp.where(advantages < 0, jnp.minimum(loss, -dual_clip * advantages), loss)
+
+
+def clipped_tokens(
+    log_ratio: Float[Array, "*batch"],
+    advantages: Float[Array, "*batch"],
+    clip_low: float,
+    clip_high: float,
+) -> tuple[Bool[Array, "*batch"], Bool[Array, "*batch"]]:
+    """(low, high): which tokens the lower and the upper clip keep from moving further."""
+    ratio = jnp.exp(log_ratio)
+    return (ratio < 1 - clip_low) & (advantages < 0), (ratio > 1 + clip_high) & (advantages > 0)
+
+
+def cispo_loss(
+    log_probs: Float[Array, "*batch"],
+    old_log_probs: Float[Array, "*batch"],
+    advantages: Float[Array, "*batch"],
+    *,
+    clip_low: float = 1.0,
+    clip_high: float = 3.0,
+) -> Float[Array, "*batch"]:
+    """-sg(clip(ρ, 1 - ε_low, 1 + ε_high)) A log π: no token loses its gradient.
+
+    CISPO: MiniMax, 2025, arxiv.org/abs/2506.13585.
+    """
+    ratio = jnp.exp(log_ratio(log_probs, old_log_probs))
+    weight = jax.lax.stop_gradient(jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high))
+    return weight * reinforce_loss(log_probs, advantages)
+
+
+def nft_loss(
+    log_ratio: Float[Array, "*batch"],
+    correct: Bool[Array, "*batch"],
+    success_rates: Float[Array, "*batch"],
+    *,
+    floor: float = 1.0,
+    negative_weight: float = 1.0,
+    max_log_ratio: float = 10.0,
+) -> Float[Array, "*batch"]:
+    """-log R of right answers; -λ log max_v((1 - r R) / (1 - r), ε) of wrong ones, R = π / π_old.
+
+    max_v(x, ε) is `straight_through_max`. Negative-aware fine-tuning: Chen et al., 2025,
+    arxiv.org/abs/2505.18116. On-policy, weighted by sqrt((1 - r) / r), its gradient is GRPO's (with
+    the biased deviation); by 1 - r, Dr. GRPO's. Both weights are the caller's, as is r's origin.
+
+    Args:
+        correct: whether the answer (of this token) is right.
+        success_rates: r, the share of right answers to the prompt; taken as within 0.02..0.98.
+        floor: ε, positive; lower ones give the gradient larger weights where R > 1.
+        negative_weight: λ; 0 is rejection sampling.
+    """
+    if floor <= 0:
+        raise ValueError(f"nft_loss: floor must be positive, got {floor}; the paper uses 1.")
+    if negative_weight < 0:
+        raise ValueError(f"nft_loss: negative_weight must be at least 0, got {negative_weight}.")
+    chex.assert_equal_shape([log_ratio, correct, success_rates])
+    rate = jax.lax.stop_gradient(jnp.clip(success_rates, 0.02, 0.98))
+    log_ratio = jnp.minimum(log_ratio, max_log_ratio)
+    implied = (1.0 - rate * jnp.exp(log_ratio)) / (1.0 - rate)
+    negative = -jnp.log(straight_through_max(implied, floor))
+    return jnp.where(correct, -log_ratio, negative_weight * negative)
+
+
+def straight_through_max(x: Float[Array, "*batch"], floor: float) -> Float[Array, "*batch"]:
+    """The value of max(x, floor) with the gradient of x."""
+    return x + jax.lax.stop_gradient(jnp.maximum(x, floor) - x)
+
+
+def kl_k1(
+    log_probs: Float[Array, "*batch"], ref_log_probs: Float[Array, "*batch"]
+) -> Float[Array, "*batch"]:
+    """log π - log π_ref: unbiased for KL(π || π_ref) under samples of π, often negative.
+
+    Schulman, 2020, "Approximating KL divergence", as are k2 and k3. In the reward, not in the loss: there
+    its expected gradient is 0.
+    """
+    return log_ratio(log_probs, ref_log_probs)
+
+
+def kl_k2(
+    log_probs: Float[Array, "*batch"], ref_log_probs: Float[Array, "*batch"]
+) -> Float[Array, "*batch"]:
+    """(log π - log π_ref)² / 2: as a loss it has the gradient of KL(π || π_ref) under samples of π."""
+    return 0.5 * log_ratio(log_probs, ref_log_probs) ** 2
+
+
+def kl_k3(
+    log_probs: Float[Array, "*batch"], ref_log_probs: Float[Array, "*batch"]
+) -> Float[Array, "*batch"]:
+    """e^d - d - 1 with d = log π_ref - log π: unbiased for KL(π || π_ref) and never negative.
+
+    As a loss (GRPO's) it has the gradient of KL(π_ref || π).
+    """
+    d = -log_ratio(log_probs, ref_log_probs)
+    return jnp.expm1(d) - d
+
+
+def entropy(logits: Float[Array, "*batch V"]) -> Float[Array, "*batch"]:
+    """-Σ_v p log p in nats, in float32; a token of probability 0 counts 0."""
+    log_p = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+    p = jnp.exp(log_p)
+    return -jnp.sum(p * jnp.where(p > 0, log_p, 0.0), axis=-1)
+
+
+def linear_entropy(
+    hidden: Float[Array, "B T D"],
+    head: WeightLike,
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    chunk: int = CHUNK,
+) -> Float[Array, "B T"]:
+    """`entropy` of h_t W / temperature, the logits of `chunk` tokens a row alive at once."""
+    of = lambda logits: entropy(logits / temperature)
+    return scan_logits(of, hidden, head, softcap=softcap, chunk=chunk)
+
+
+def clipped_value_loss(
+    values: Float[Array, "*batch"],
+    old_values: Float[Array, "*batch"],
+    returns: Float[Array, "*batch"],
+    *,
+    clip: float = 0.2,
+) -> Float[Array, "*batch"]:
+    """½ max((V - R)², (V_old + clip(V - V_old, ±ε) - R)²), as PPO's implementations have it."""
+    if clip <= 0:
+        raise ValueError(
+            f"clipped_value_loss: clip must be positive, got {clip}; infinity is none."
+        )
+    chex.assert_equal_shape([values, old_values, returns])
+    old_values, returns = jax.lax.stop_gradient((old_values, returns))
+    near = old_values + jnp.clip(values - old_values, -clip, clip)
+    return 0.5 * jnp.maximum((values - returns) ** 2, (near - returns) ** 2)
+
+
+def overlong_penalty(lengths: Float[Array, " B"], budget: int, buffer: int) -> Float[Array, " B"]:
+    """0 up to budget - buffer tokens, then linearly to -1 at the budget: to be added to rewards.
+
+    DAPO: Yu et al., 2025, arxiv.org/abs/2503.14476, section 3.4.
+    """
+    if not 0 < buffer <= budget:
+        raise ValueError(f"overlong_penalty: needs 0 < buffer <= budget, got {buffer}, {budget}.")
+    return jnp.clip((budget - buffer - lengths) / buffer, -1.0, 0.0)
+
+
+def truncated_weights(
+    old_log_probs: Float[Array, "*batch"],
+    sampler_log_probs: Float[Array, "*batch"],
+    *,
+    cap: float = 2.0,
+) -> Float[Array, "*batch"]:
+    """min(π_old / π_sampler, C) a token, no gradient: for the trainer's and sampler's numerical difference.
+
+    Truncated importance sampling: Ionides, 2008, doi.org/10.1198/106186008X320456. Multiply the policy
+    term by it, not KL, values or entropy. NaN log-probs give the weight 0.
+    """
+    if cap <= 0:
+        raise ValueError(f"truncated_weights: cap must be positive, got {cap}.")
+    return jnp.minimum(_weights(old_log_probs, sampler_log_probs), cap)
+
+
+def banded_weights(
+    old_log_probs: Float[Array, "*batch"],
+    sampler_log_probs: Float[Array, "*batch"],
+    *,
+    low: float = 0.5,
+    high: float = 2.0,
+) -> Float[Array, "*batch"]:
+    """π_old / π_sampler within [low, high], and 0 outside (masked importance sampling, IcePop)."""
+    if not 0 <= low < high:
+        raise ValueError(f"banded_weights: needs 0 <= low < high, got {low} and {high}.")
+    weights = _weights(old_log_probs, sampler_log_probs)
+    return jnp.where((weights >= low) & (weights <= high), weights, 0.0)
+
+
+def truncated_sequence_weights(
+    old_log_probs: Float[Array, "B T"],
+    sampler_log_probs: Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    *,
+    cap: float = 2.0,
+) -> Float[Array, " B"]:
+    """min(Π_t π_old / π_sampler, C) a sequence, no gradient: unbiased up to C, but the wider the longer."""
+    if cap <= 0:
+        raise ValueError(f"truncated_sequence_weights: cap must be positive, got {cap}.")
+    difference = jnp.where(mask, log_ratio(old_log_probs, sampler_log_probs), 0.0)
+    total = jnp.clip(jnp.sum(difference, axis=1), -MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return jnp.minimum(jax.lax.stop_gradient(jnp.nan_to_num(jnp.exp(total))), cap)
+
+
+def _weights(old_log_probs, sampler_log_probs):
+    ratio = jnp.exp(log_ratio(old_log_probs, sampler_log_probs))
+    return jax.lax.stop_gradient(jnp.nan_to_num(ratio))

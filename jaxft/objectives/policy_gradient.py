@@ -1,0 +1,282 @@
+"""Policy-gradient objectives: a model, a loss of its sampled tokens and a reduction.
+
+A batch of experience, B responses of at most N tokens that follow prompts (see jaxft.rl.collect), holds
+
+    tokens, segment_ids, positions   [B, T]: prompt and response; the response is in the last N columns
+    completion_mask                  [B, N]: the policy's own tokens, the stop token among them
+    sampler_log_probs                [B, N]: of the response's tokens, as the sampler computed them
+    old_log_probs, ref_log_probs     [B, N], optional: under the policy before several updates; the reference
+    advantages                       [B] or [B, N]
+    stats                            name -> [B], optional: shown as means over rows, NaN left out
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxft import losses
+from jaxft.metrics import Mean
+from jaxft.objectives.supervised import Objective
+
+Batch = dict[str, Any]
+# (log_probs, old_log_probs, batch) -> (loss, metrics), all [B, N]
+TokenLoss = Callable[[jax.Array, jax.Array, Batch], tuple[jax.Array, dict[str, jax.Array]]]
+Reduction = Callable[[jax.Array, jax.Array], Mean]  # (values, mask) [B, N] -> Mean
+# (old_log_probs, sampler_log_probs, mask) [B, N] -> weights [B, N]
+Correction = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def policy_gradient(
+    model,
+    token_loss: TokenLoss,
+    reduction: Reduction,
+    *,
+    temperature: float = 1.0,
+    kl_weight: float = 0.0,
+    kl: Callable[[jax.Array, jax.Array], jax.Array] = losses.kl_k3,
+    entropy_weight: float = 0.0,
+    correction: Correction | None = None,
+    chunk: int | None = None,
+) -> Objective:
+    """objective(params, batch, key) = reduction of w L_t + β KL_t - c H_t over the policy's tokens.
+
+    π_old is batch["old_log_probs"], or without them the policy itself, with no gradient: right for one
+    update a rollout, where the ratio is exactly 1.
+
+    Metrics are Means over tokens: the loss's own, `entropy` (exact with an entropy bonus, else -log π of
+    the sampled tokens, unbiased on-policy), `kl` (k3 to the reference), `kl_old` (k3 to π_old) and `gap`,
+    the mean |log π_old - log π_sampler|: what the trainer's and the sampler's arithmetic differ by. `length`
+    is a mean over rows, like all of batch["stats"].
+
+    Args:
+        token_loss: L, such as `clipped()`.
+        reduction: `token_mean`, `sequence_mean`, `sequence_sum` or `constant_length(n)`.
+        temperature: at which the responses were sampled: logits are divided by it for log-probs and entropy.
+        kl_weight: β; needs ref_log_probs in the batch.
+        kl: an estimator of which the loss has the gradient: k2 or k3, not k1.
+        entropy_weight: c; costs another projection to the vocabulary.
+        correction: w of (old_log_probs, sampler_log_probs, mask), such as `truncated()`.
+        chunk: see `linear_log_probs`.
+    """
+    if temperature <= 0:
+        raise ValueError(
+            f"policy_gradient: temperature must be positive, got {temperature}; greedy is no policy."
+        )
+    if kl_weight < 0:
+        raise ValueError(f"policy_gradient: kl_weight must be at least 0, got {kl_weight}.")
+
+    def objective(params, batch, key):
+        del key  # Nothing is drawn: no dropout.
+        mask, sampled = batch["completion_mask"], batch["sampler_log_probs"]
+        hidden, log_probs = _forward(model, params, batch, temperature, chunk)
+        still = jax.lax.stop_gradient(log_probs)
+        old = batch.get("old_log_probs", still)
+        loss, shown = token_loss(log_probs, old, batch)
+        if correction is not None:
+            loss = loss * correction(old, sampled, mask)
+        shown |= {"entropy": -still, "gap": jnp.abs(old - sampled)}
+        if "old_log_probs" in batch:
+            shown["kl_old"] = losses.kl_k3(still, old)
+        if "ref_log_probs" in batch:
+            shown["kl"] = losses.kl_k3(still, batch["ref_log_probs"])
+        if kl_weight:
+            loss = loss + kl_weight * kl(log_probs, _reference(batch))
+        if entropy_weight:
+            entropy = losses.linear_entropy(
+                hidden,
+                model.head(params),
+                temperature=temperature,
+                softcap=model.config.final_softcap,
+                chunk=losses.CHUNK if chunk is None else chunk,
+            )
+            loss, shown["entropy"] = loss - entropy_weight * entropy, entropy
+        total = reduction(loss, mask)
+        metrics = {"loss": total} | {k: token_mean(v, mask) for k, v in shown.items()}
+        metrics["length"] = _row_mean(jnp.sum(mask, axis=1))
+        metrics |= {name: _row_mean(values) for name, values in batch.get("stats", {}).items()}
+        return total.value, jax.lax.stop_gradient(metrics)
+
+    return objective
+
+
+def completion_log_probs(
+    model, params: Any, batch: Batch, temperature: float = 1.0, chunk: int | None = None
+) -> jax.Array:
+    """log π of the response's tokens [B, N] at the temperature, under the full vocabulary; 0 off the mask."""
+    return _forward(model, params, batch, temperature, chunk)[1]
+
+
+def reinforce() -> TokenLoss:
+    """-A log π: see `reinforce_loss`."""
+    return lambda log_probs, old, batch: (
+        losses.reinforce_loss(log_probs, spread(batch["advantages"], log_probs)),
+        {},
+    )
+
+
+def clipped(
+    clip_low: float = 0.2, clip_high: float = 0.2, dual_clip: float | None = None
+) -> TokenLoss:
+    """PPO's, GRPO's and DAPO's clipped ratio of each token; shows the shares that either clip stops."""
+
+    def token_loss(log_probs, old, batch):
+        ratio = losses.log_ratio(log_probs, old)
+        return _clipped(ratio, batch, clip_low, clip_high, dual_clip)
+
+    return token_loss
+
+
+def sequence_clipped(clip_low: float = 3e-4, clip_high: float = 4e-4) -> TokenLoss:
+    """GSPO's clipped ratio of each sequence; with `sequence_mean`."""
+
+    def token_loss(log_probs, old, batch):
+        ratio = losses.sequence_log_ratio(log_probs, old, batch["completion_mask"])
+        return _clipped(ratio, batch, clip_low, clip_high, None)
+
+    return token_loss
+
+
+def weight_clipped(clip_low: float = 1.0, clip_high: float = 3.0) -> TokenLoss:
+    """CISPO's clipped weight: see `cispo_loss`."""
+
+    def token_loss(log_probs, old, batch):
+        advantages = spread(batch["advantages"], log_probs)
+        loss = losses.cispo_loss(log_probs, old, advantages, clip_low=clip_low, clip_high=clip_high)
+        return loss, {}
+
+    return token_loss
+
+
+def negative_aware(
+    prompt_weight: Callable[[jax.Array], jax.Array] = lambda rate: 1.0 - rate,
+    *,
+    floor: float = 1.0,
+    negative_weight: float = 1.0,
+) -> TokenLoss:
+    """NFT's likelihoods of right and wrong answers: see `nft_loss`.
+
+    The batch has `correct` [B] (bool) and `success_rates` [B] in place of advantages. Prompts of which all
+    answers are right, or all wrong, count 0, as if they had been dropped.
+
+    Args:
+        prompt_weight: of the success rate: 1 - r (Dr. GRPO's on-policy), sqrt((1 - r) / r) (GRPO's) or 1.
+        floor, negative_weight: see `nft_loss`; negative_weight 0 and prompt_weight 1 are rejection sampling.
+    """
+
+    def token_loss(log_probs, old, batch):
+        rates = batch["success_rates"]
+        ratio = losses.log_ratio(log_probs, old)
+        loss = losses.nft_loss(
+            ratio,
+            spread(batch["correct"], log_probs),
+            spread(rates, log_probs),
+            floor=floor,
+            negative_weight=negative_weight,
+        )
+        mixed = (rates > 0) & (rates < 1)
+        weight = jnp.where(mixed, prompt_weight(jnp.clip(rates, 0.02, 0.98)), 0.0)
+        return spread(weight, log_probs) * loss, {}
+
+    return token_loss
+
+
+def truncated(cap: float = 2.0) -> Correction:
+    """`truncated_weights` of each token."""
+    return lambda old, sampled, mask: losses.truncated_weights(old, sampled, cap=cap)
+
+
+def truncated_sequences(cap: float = 2.0) -> Correction:
+    """`truncated_sequence_weights` of each row, for all of its tokens."""
+
+    def weights(old, sampled, mask):
+        return spread(losses.truncated_sequence_weights(old, sampled, mask, cap=cap), old)
+
+    return weights
+
+
+def token_mean(values: jax.Array, mask: jax.Array) -> Mean:
+    """Over all tokens: long responses count for more (DAPO)."""
+    return Mean.of(jnp.where(mask, values, 0.0), mask)
+
+
+def sequence_mean(values: jax.Array, mask: jax.Array) -> Mean:
+    """Over each response's tokens, then over responses that have any (GRPO)."""
+    counts = jnp.sum(mask, axis=1)
+    means = jnp.sum(jnp.where(mask, values, 0.0), axis=1) / jnp.maximum(counts, 1)
+    return Mean.of(means, counts > 0)
+
+
+def sequence_sum(values: jax.Array, mask: jax.Array) -> Mean:
+    """The sum over each response's tokens, its mean over responses that have any (REINFORCE, RLOO)."""
+    return Mean.of(jnp.sum(jnp.where(mask, values, 0.0), axis=1), jnp.any(mask, axis=1))
+
+
+def constant_length(length: int) -> Reduction:
+    """The sum of all tokens over responses that have any times `length`, the generation budget (Dr. GRPO)."""
+    if length < 1:
+        raise ValueError(f"constant_length: length must be at least 1, got {length}.")
+
+    def reduction(values, mask):
+        total, rows = sequence_sum(values, mask)
+        return Mean(total / length, rows)
+
+    return reduction
+
+
+def spread(values: jax.Array, like: jax.Array) -> jax.Array:
+    """[B] as [B, N], the same for all tokens; [B, N] as it is."""
+    values = jnp.asarray(values)
+    return jnp.broadcast_to(values[:, None], like.shape) if values.ndim == 1 else values
+
+
+def _forward(model, params, batch, temperature, chunk):
+    """(hidden states that predict the response's tokens, their log-probs)."""
+    tokens, mask = jnp.asarray(batch["tokens"]), batch["completion_mask"]
+    size = mask.shape[1]
+    if size >= tokens.shape[1]:
+        raise ValueError(
+            f"policy_gradient: {size} response tokens leave none of {tokens.shape[1]} for the prompt."
+        )
+    output = model.apply(
+        {"params": params},
+        tokens,
+        positions=batch["positions"],
+        segment_ids=batch["segment_ids"],
+    )
+    hidden = output.hidden[:, -size - 1 : -1]
+    log_probs = losses.linear_log_probs(
+        hidden,
+        model.head(params),
+        tokens[:, -size:],
+        temperature=temperature,
+        softcap=model.config.final_softcap,
+        chunk=chunk,
+    )
+    return hidden, jnp.where(mask, log_probs, 0.0)
+
+
+def _clipped(ratio, batch, clip_low, clip_high, dual_clip):
+    advantages = spread(batch["advantages"], ratio)
+    loss = losses.clipped_surrogate(
+        ratio, advantages, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip
+    )
+    low, high = losses.clipped_tokens(ratio, advantages, clip_low, clip_high)
+    return loss, {"clipped_low": low, "clipped_high": high}
+
+
+def _reference(batch):
+    if "ref_log_probs" not in batch:
+        raise ValueError(
+            "policy_gradient: kl_weight needs ref_log_probs in the batch; collect with ref_params."
+        )
+    return batch["ref_log_probs"]
+
+
+def _row_mean(values):
+    values = jnp.asarray(values, jnp.float32)
+    known = ~jnp.isnan(values)
+    return Mean.of(jnp.where(known, values, 0.0), known)

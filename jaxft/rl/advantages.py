@@ -1,0 +1,214 @@
+"""Advantages: rewards in, how much better than expected each response or token was out.
+
+Rows are prompt-major: those of one prompt, a group, lie side by side. A NaN reward (no verdict) is in no
+baseline and gets the advantage 0. No gradient flows through an advantage.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+
+def grpo_advantages(
+    rewards: Float[Array, " B"], group_size: int, *, eps: float = 1e-4
+) -> Float[Array, " B"]:
+    """(r - mean) / (std + ε) in each group, the standard deviation unbiased.
+
+    GRPO: Shao et al., 2024, arxiv.org/abs/2402.03300, section 4.1.2. A group of equal rewards gets 0. With
+    a group size of 1 there is no baseline: A = r. Over a whole batch (group_size = B) it is REINFORCE
+    with normalised rewards.
+
+    Raises:
+        ValueError: if group_size does not divide B.
+    """
+    groups, counted = _groups(rewards, group_size, "grpo_advantages")
+    if group_size == 1:
+        return _rows(groups)
+    centred = _centred(groups, counted)
+    spare = jnp.maximum(_count(counted) - 1, 1)
+    std = jnp.sqrt(jnp.sum(centred**2, axis=1, keepdims=True) / spare)
+    return _rows(centred / (std + eps))
+
+
+def centred_advantages(rewards: Float[Array, " B"], group_size: int) -> Float[Array, " B"]:
+    """r - mean in each group: Dr. GRPO, Liu et al., 2025, arxiv.org/abs/2503.20783.
+
+    Not divided by a deviation, which would give easy and hard prompts the most weight. With a group size
+    of 1 A = r; with B it is REINFORCE with the batch's mean as baseline.
+    """
+    groups, counted = _groups(rewards, group_size, "centred_advantages")
+    return _rows(groups if group_size == 1 else _centred(groups, counted))
+
+
+def leave_one_out_advantages(rewards: Float[Array, " B"], group_size: int) -> Float[Array, " B"]:
+    """r_i minus the mean of the others of its group, = n / (n - 1) (r_i - mean).
+
+    RLOO: Kool et al., 2019; Ahmadian et al., 2024, arxiv.org/abs/2402.14740. Unbiased: a response is in
+    no baseline of its own. The only one of its group with a verdict gets 0.
+
+    Raises:
+        ValueError: for a group size below 2, which leaves nobody.
+    """
+    if group_size < 2:
+        raise ValueError(
+            f"leave_one_out_advantages: group_size must be at least 2, got {group_size}; "
+            "sample more responses a prompt."
+        )
+    groups, counted = _groups(rewards, group_size, "leave_one_out_advantages")
+    count = _count(counted)
+    return _rows(_centred(groups, counted) * count / jnp.maximum(count - 1, 1))
+
+
+def baseline_advantages(
+    rewards: Float[Array, " B"], baselines: Float[Array, " B"]
+) -> Float[Array, " B"]:
+    """r - b, and 0 where either is NaN.
+
+    b may be the reward of a greedy response (ReMax: Li et al., 2023, arxiv.org/abs/2310.10505), a running
+    mean, or 0 (Expert Iteration and rejection sampling, with r in {0, 1}).
+    """
+    chex.assert_equal_shape([rewards, baselines])
+    return jax.lax.stop_gradient(jnp.nan_to_num(rewards - baselines))
+
+
+def whiten(
+    values: Float[Array, "*batch"], mask: Bool[Array, "*batch"], *, eps: float = 1e-8
+) -> Float[Array, "*batch"]:
+    """(x - mean) / sqrt(var + ε) over what the mask counts, the variance unbiased; 0 elsewhere."""
+    count = jnp.sum(mask)
+    values = jnp.where(mask, values.astype(jnp.float32), 0.0)
+    centred = jnp.where(mask, values - jnp.sum(values) / jnp.maximum(count, 1), 0.0)
+    variance = jnp.sum(centred**2) / jnp.maximum(count - 1, 1)
+    return jax.lax.stop_gradient(centred * jax.lax.rsqrt(variance + eps))
+
+
+def token_rewards(
+    rewards: Float[Array, " B"],
+    mask: Bool[Array, "B T"],
+    penalties: Float[Array, "B T"] | None = None,
+) -> Float[Array, "B T"]:
+    """-penalty at every policy token, and the response's reward at its last one as well.
+
+    Args:
+        mask: the policy's own tokens, the stop token among them.
+        penalties: such as β (old_log_probs - ref_log_probs): KL in the reward, as in RLHF.
+    """
+    last = mask & (jnp.cumsum(mask[:, ::-1], axis=1)[:, ::-1] == 1)
+    placed = jnp.where(last, rewards[:, None], 0.0)
+    if penalties is not None:
+        placed = placed - jnp.where(mask, penalties, 0.0)
+    return jax.lax.stop_gradient(placed)
+
+
+def rewards_to_go(
+    rewards: Float[Array, "B T"], mask: Bool[Array, "B T"], gamma: float = 1.0
+) -> Float[Array, "B T"]:
+    """G_t = r_t + γ G_{t+1} over the policy's tokens; what lies between them passes G on; 0 there."""
+    returns, _ = generalised_advantages(rewards, jnp.zeros_like(rewards), mask, gamma, 1.0)
+    return returns
+
+
+def reinforce_plus_plus_advantages(
+    rewards: Float[Array, " B"],
+    mask: Bool[Array, "B T"],
+    penalties: Float[Array, "B T"] | None = None,
+    *,
+    gamma: float = 1.0,
+) -> Float[Array, "B T"]:
+    """Rewards to go, whitened over all policy tokens of the batch.
+
+    REINFORCE++: Hu et al., 2025, arxiv.org/abs/2501.03262. For its variant with a baseline pass
+    `centred_advantages` as the rewards. Rows whose reward is NaN are left out.
+    """
+    mask = mask & ~jnp.isnan(rewards)[:, None]
+    placed = token_rewards(jnp.nan_to_num(rewards), mask, penalties)
+    return whiten(rewards_to_go(placed, mask, gamma), mask)
+
+
+def generalised_advantages(
+    rewards: Float[Array, "B T"],
+    values: Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    gamma: float = 1.0,
+    lam: float = 0.95,
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+    """(A, R): δ_t = r_t + γ V_{t+1} - V_t, A_t = δ_t + γ λ A_{t+1}, R_t = A_t + V_t; both 0 off the mask.
+
+    GAE: Schulman et al., 2015, arxiv.org/abs/1506.02438, eq. 16. After the end V and A are 0. t + 1 is the
+    policy's next token: what tools or environments put between is skipped, with no discount.
+
+    Args:
+        rewards: of the policy's tokens (see `token_rewards`); those of other tokens are ignored.
+        values: V_t of the state in which token t was chosen.
+        lam: λ; 1 gives R = the rewards to go, 0 the one-step error.
+    """
+    chex.assert_equal_shape([rewards, values, mask])
+
+    def step(carry, xs):
+        reward, value, counts = xs
+        next_value, next_advantage = carry
+        advantage = reward + gamma * next_value - value + gamma * lam * next_advantage
+        carry = (
+            jnp.where(counts, value, next_value),
+            jnp.where(counts, advantage, next_advantage),
+        )
+        return carry, advantage
+
+    columns = tuple(x.T for x in (rewards.astype(jnp.float32), values.astype(jnp.float32), mask))
+    zeros = jnp.zeros(rewards.shape[0], jnp.float32)
+    _, advantages = jax.lax.scan(step, (zeros, zeros), columns, reverse=True)
+    advantages = jnp.where(mask, advantages.T, 0.0)
+    returns = jnp.where(mask, advantages + values, 0.0)
+    return jax.lax.stop_gradient((advantages, returns))
+
+
+def success_rates(rewards: Float[Array, " B"], group_size: int) -> Float[Array, " B"]:
+    """The mean reward of each row's group, of those with a verdict; 0 if there is none."""
+    groups, counted = _groups(rewards, group_size, "success_rates")
+    means = jnp.sum(groups, axis=1, keepdims=True) / jnp.maximum(_count(counted), 1)
+    return _rows(jnp.broadcast_to(means, groups.shape))
+
+
+def has_contrast(rewards: Float[Array, " B"], group_size: int) -> Bool[Array, " Q"]:
+    """Which groups have two different rewards: the others teach nothing by comparison.
+
+    Dynamic sampling (DAPO: Yu et al., 2025, arxiv.org/abs/2503.14476, section 3.2) keeps these.
+    """
+    groups, counted = _groups(rewards, group_size, "has_contrast")
+    return ~_all_equal(groups, counted)[:, 0]
+
+
+def _groups(rewards, group_size, name):
+    """(rewards [Q, G] with 0 for NaN, which are none [Q, G])."""
+    if group_size < 1 or rewards.shape[0] % group_size:
+        raise ValueError(
+            f"{name}: {rewards.shape[0]} rewards are no whole number of groups of {group_size}."
+        )
+    rewards = jax.lax.stop_gradient(jnp.asarray(rewards, jnp.float32)).reshape(-1, group_size)
+    counted = ~jnp.isnan(rewards)
+    return jnp.where(counted, rewards, 0.0), counted
+
+
+def _rows(groups):
+    return groups.reshape(-1)
+
+
+_count = functools.partial(jnp.sum, axis=1, keepdims=True)
+
+
+def _centred(groups, counted):
+    mean = jnp.sum(groups, axis=1, keepdims=True) / jnp.maximum(_count(counted), 1)
+    # A mean of equal numbers may be off by a rounding, which division by ε would blow up.
+    silent = ~counted | _all_equal(groups, counted)
+    return jnp.where(silent, 0.0, groups - mean)
+
+
+def _all_equal(groups, counted):
+    highest = jnp.max(jnp.where(counted, groups, -jnp.inf), axis=1, keepdims=True)
+    lowest = jnp.min(jnp.where(counted, groups, jnp.inf), axis=1, keepdims=True)
+    return highest <= lowest

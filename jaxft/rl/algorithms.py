@@ -1,0 +1,173 @@
+"""Algorithms of reinforcement learning: how rewards become credit, and the objective that uses it.
+
+Each is a function of `build`, a partial of `policy_gradient` with the model and what all have in common:
+
+    build = functools.partial(policy_gradient, model, temperature=0.9, kl_weight=0.01)
+    credit, objective = grpo(build, group_size=8)
+    fit(params, objective, optimizer, collect(model, ..., credit=credit, group_size=8))
+
+Write another from the same parts: Algorithm(advantages(centred_advantages, 8), build(clipped(), token_mean)).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxft.losses import kl_k1
+from jaxft.objectives import Objective
+from jaxft.objectives.policy_gradient import (
+    clipped,
+    constant_length,
+    negative_aware,
+    reinforce,
+    sequence_clipped,
+    sequence_mean,
+    sequence_sum,
+    token_mean,
+    weight_clipped,
+)
+from jaxft.rl.advantages import (
+    baseline_advantages,
+    centred_advantages,
+    grpo_advantages,
+    leave_one_out_advantages,
+    reinforce_plus_plus_advantages,
+    success_rates,
+)
+
+Build = Callable[..., Objective]  # (token_loss, reduction) -> objective
+Credit = Callable[[jax.Array, dict[str, Any]], dict[str, Any]]
+
+
+class Algorithm(NamedTuple):
+    """What `collect` and `fit` take."""
+
+    credit: Credit  # (rewards [B], batch) -> fields of the batch
+    objective: Objective
+
+
+def reinforce_with_baseline(build: Build) -> Algorithm:
+    """-(r - mean of the batch) Σ_t log π_t: Williams, 1992, doi.org/10.1007/BF00992696."""
+    credit = lambda rewards, batch: {"advantages": centred_advantages(rewards, len(rewards))}
+    return Algorithm(credit, build(reinforce(), sequence_sum))
+
+
+def rloo(build: Build, group_size: int, reward_kl: float = 0.0) -> Algorithm:
+    """RLOO: Ahmadian et al., 2024, arxiv.org/abs/2402.14740; leave-one-out baselines, summed tokens.
+
+    Args:
+        reward_kl: β of the KL to the reference in the reward (k1, summed); needs ref_log_probs.
+    """
+
+    def credit(rewards, batch):
+        if reward_kl:
+            rewards = rewards - reward_kl * jnp.sum(_kl_of_tokens(batch), axis=1)
+        return {"advantages": leave_one_out_advantages(rewards, group_size)}
+
+    return Algorithm(credit, build(reinforce(), sequence_sum))
+
+
+def grpo(build: Build, group_size: int, clip: float = 0.2) -> Algorithm:
+    """GRPO: Shao et al., 2024, arxiv.org/abs/2402.03300, eq. 3, its KL aside (`kl_weight` of build)."""
+    return Algorithm(
+        advantages(grpo_advantages, group_size), build(clipped(clip, clip), sequence_mean)
+    )
+
+
+def dr_grpo(build: Build, group_size: int, length: int, clip: float = 0.2) -> Algorithm:
+    """Dr. GRPO: Liu et al., 2025, arxiv.org/abs/2503.20783: no deviation, no response's own length.
+
+    Args:
+        length: the generation budget, by which sums of tokens are divided.
+    """
+    objective = build(clipped(clip, clip), constant_length(length))
+    return Algorithm(advantages(centred_advantages, group_size), objective)
+
+
+def dapo(
+    build: Build, group_size: int, clip_low: float = 0.2, clip_high: float = 0.28
+) -> Algorithm:
+    """DAPO: Yu et al., 2025, arxiv.org/abs/2503.14476: two clips, the mean over all tokens.
+
+    Its dynamic sampling and overlong penalty are `max_tries` and `penalty` of `collect`.
+    """
+    objective = build(clipped(clip_low, clip_high), token_mean)
+    return Algorithm(advantages(grpo_advantages, group_size), objective)
+
+
+def gspo(
+    build: Build, group_size: int, clip_low: float = 3e-4, clip_high: float = 4e-4
+) -> Algorithm:
+    """GSPO: Zheng et al., 2025, arxiv.org/abs/2507.18071: ratios of whole sequences."""
+    objective = build(sequence_clipped(clip_low, clip_high), sequence_mean)
+    return Algorithm(advantages(grpo_advantages, group_size), objective)
+
+
+def cispo(build: Build, group_size: int, clip_high: float = 3.0) -> Algorithm:
+    """CISPO: MiniMax, 2025, arxiv.org/abs/2506.13585: the weight is clipped, no token loses its gradient."""
+    objective = build(weight_clipped(1.0, clip_high), token_mean)
+    return Algorithm(advantages(grpo_advantages, group_size), objective)
+
+
+def reinforce_plus_plus(build: Build, reward_kl: float = 0.0, clip: float = 0.2) -> Algorithm:
+    """REINFORCE++: Hu et al., 2025, arxiv.org/abs/2501.03262: rewards to go, whitened over the batch.
+
+    Args:
+        reward_kl: β of the KL to the reference in each token's reward (k1); needs ref_log_probs.
+    """
+
+    def credit(rewards, batch):
+        mask = jnp.asarray(batch["completion_mask"])
+        penalties = reward_kl * _kl_of_tokens(batch) if reward_kl else None
+        return {"advantages": reinforce_plus_plus_advantages(rewards, mask, penalties)}
+
+    return Algorithm(credit, build(clipped(clip, clip), sequence_mean))
+
+
+def expert_iteration(build: Build) -> Algorithm:
+    """Cross-entropy of right answers: Anthony et al., 2017, arxiv.org/abs/1705.08439; rejection sampling.
+
+    -r log π with rewards in {0, 1}, over all tokens. Equal answers are not dropped here, and each step's
+    answers are of the current policy: the online form.
+    """
+    credit = lambda rewards, batch: {
+        "advantages": baseline_advantages(rewards, jnp.zeros_like(rewards))
+    }
+    return Algorithm(credit, build(reinforce(), token_mean))
+
+
+def nft(
+    build: Build,
+    group_size: int,
+    prompt_weight: Callable[[jax.Array], jax.Array] = lambda rate: 1.0 - rate,
+    negative_weight: float = 1.0,
+) -> Algorithm:
+    """Negative-aware fine-tuning: Chen et al., 2025, arxiv.org/abs/2505.18116.
+
+    A reward of at least 1 is right; one without a verdict is wrong, as is a truncated answer in the paper.
+    """
+
+    def credit(rewards, batch):
+        correct = jnp.nan_to_num(rewards) >= 1.0
+        rates = success_rates(correct.astype(jnp.float32), group_size)
+        return {"correct": correct, "success_rates": rates}
+
+    loss = negative_aware(prompt_weight, negative_weight=negative_weight)
+    return Algorithm(credit, build(loss, token_mean))
+
+
+def advantages(function: Callable[[jax.Array, int], jax.Array], group_size: int) -> Credit:
+    """The credit of a function of rewards and the group size."""
+    return lambda rewards, batch: {"advantages": function(rewards, group_size)}
+
+
+def _kl_of_tokens(batch):
+    """k1 to the reference at the sampled policy, [B, N]."""
+    if "ref_log_probs" not in batch:
+        raise ValueError("reward_kl needs ref_log_probs in the batch; collect with ref_params.")
+    old = jnp.asarray(batch.get("old_log_probs", batch["sampler_log_probs"]))
+    return jnp.where(batch["completion_mask"], kl_k1(old, jnp.asarray(batch["ref_log_probs"])), 0.0)

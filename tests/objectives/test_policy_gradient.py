@@ -1,0 +1,230 @@
+"""Policy-gradient objectives: reductions of worked examples, limits, and what must change nothing."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxft import losses, rl
+from jaxft.models import Decoder, tiny_config
+from jaxft.objectives import completion_log_probs, policy_gradient
+from jaxft.objectives.policy_gradient import (
+    clipped,
+    constant_length,
+    reinforce,
+    sequence_mean,
+    sequence_sum,
+    token_mean,
+    truncated,
+    truncated_sequences,
+)
+from jaxft.train import accumulate, global_norm
+
+ROWS, PROMPT, RESPONSE, VOCABULARY = 8, 4, 5, 11
+REDUCTIONS = {
+    "token_mean": token_mean,
+    "sequence_mean": sequence_mean,
+    "sequence_sum": sequence_sum,
+    "constant_length": constant_length(RESPONSE),
+}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return Decoder(tiny_config(vocab_size=VOCABULARY, max_length=64))
+
+
+@pytest.fixture(scope="module")
+def params(model):
+    return model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+
+
+@pytest.fixture(scope="module")
+def batch(model, params):
+    """Two groups of four; ragged prompts on the left, ragged responses on the right, one empty."""
+    rng = np.random.default_rng(0)
+    starts, ends = rng.integers(0, 3, ROWS), rng.integers(1, RESPONSE + 1, ROWS)
+    ends[5] = 0
+    columns = np.arange(PROMPT + RESPONSE)
+    seen = (columns >= starts[:, None]) & (columns < PROMPT + ends[:, None])
+    fields = {
+        "tokens": rng.integers(0, VOCABULARY, seen.shape) * seen,
+        "segment_ids": seen.astype(np.int32),
+        "positions": np.maximum(np.cumsum(seen, axis=1) - 1, 0),
+        "completion_mask": seen[:, PROMPT:],
+        "advantages": rng.normal(size=ROWS).astype(np.float32),
+        "stats": {"reward": np.array([1, 0, np.nan, 1, 0, 0, 1, 0], np.float32)},
+        "correct": np.array([1, 0, 0, 1, 0, 0, 1, 0], bool),
+        "success_rates": np.repeat(np.float32([0.5, 0.25]), 4),
+    }
+    fields = jax.tree.map(jnp.asarray, fields)
+    fields["sampler_log_probs"] = log_probs = completion_log_probs(model, params, fields)
+    noise = 0.2 * jax.random.normal(jax.random.key(1), (2, *log_probs.shape))
+    return fields | {"old_log_probs": log_probs + noise[0], "ref_log_probs": log_probs + noise[1]}
+
+
+def close(got, wanted, tolerance=1e-5):
+    chex.assert_trees_all_close(got, wanted, rtol=tolerance, atol=tolerance)
+
+
+def gradient(objective, params, batch):
+    return jax.jit(jax.value_and_grad(objective, has_aux=True))(params, batch, None)
+
+
+def without(batch, *names):
+    return {name: value for name, value in batch.items() if name not in names}
+
+
+@pytest.mark.parametrize(
+    "reduction, wanted",
+    [
+        (sequence_mean, -0.117473),
+        (token_mean, -0.576209),
+        (constant_length(4), -0.288105),
+        (sequence_sum, -1.152419),
+    ],
+)
+def test_reductions_of_a_worked_example(reduction, wanted):
+    token = jnp.array([[-1.2, -0.904837, -1.0], [0.8, 9.0, jnp.nan], [jnp.nan] * 3])
+    mask = jnp.array([[True, True, True], [True, False, False], [False] * 3])
+    close(reduction(token, mask).value, jnp.array(wanted))
+    assert reduction(token, mask & False).value == 0
+
+
+def test_log_probs_are_those_of_the_plain_softmax(model, params, batch):
+    logits = model.apply(
+        {"params": params},
+        batch["tokens"],
+        positions=batch["positions"],
+        segment_ids=batch["segment_ids"],
+    ).logits
+    table = jax.nn.log_softmax(logits / 0.7)[:, PROMPT - 1 : -1]
+    picked = jnp.take_along_axis(table, batch["tokens"][:, PROMPT:, None], axis=-1)[..., 0]
+    wanted = jnp.where(batch["completion_mask"], picked, 0.0)
+    close(completion_log_probs(model, params, batch, 0.7), wanted)
+
+
+@pytest.mark.parametrize("name", REDUCTIONS)
+def test_microbatches_change_nothing(name, model, params, batch):
+    objective = policy_gradient(model, clipped(), REDUCTIONS[name], kl_weight=0.1)
+    (loss, metrics), grads = gradient(objective, params, batch)
+    estimate = accumulate(jax.value_and_grad, 4)(objective, has_aux=True)
+    (split_loss, split_metrics), split_grads = jax.jit(estimate)(params, batch, jax.random.key(0))
+    close((split_loss, split_grads), (loss, grads), 1e-6)
+    value = lambda metrics: {k: m.value for k, m in metrics.items()}
+    close(value(split_metrics), value(metrics))
+    assert np.isclose(metrics["reward"].value, 3 / 7)
+
+
+def test_padding_and_what_it_holds_change_nothing(model, params, batch):
+    objective = policy_gradient(model, clipped(), sequence_mean, kl_weight=0.1)
+    (loss, _), grads = gradient(objective, params, batch)
+
+    def widen(name, x):
+        if x.ndim == 1:
+            return x
+        x = jnp.pad(x, ((0, 0), (0, 3)))  # responses
+        return jnp.pad(x, ((0, 0), (2, 0))) if name in ("tokens", "segment_ids", "positions") else x
+
+    wide = {name: widen(name, x) for name, x in without(batch, "stats").items()}
+    wide["tokens"] = jnp.where(wide["segment_ids"] > 0, wide["tokens"], 7)
+    for name in ("old_log_probs", "ref_log_probs", "sampler_log_probs"):
+        wide[name] = jnp.where(wide["completion_mask"], wide[name], 5.0)
+    (wide_loss, _), wide_grads = gradient(objective, params, wide)
+    close((wide_loss, wide_grads), (loss, grads))
+
+
+def test_on_policy_the_clipped_gradient_is_that_of_reinforce(model, params, batch):
+    on_policy = without(batch, "old_log_probs")
+    plain = policy_gradient(model, reinforce(), token_mean)
+    surrogate = policy_gradient(model, clipped(), token_mean, correction=truncated())
+    (_, metrics), grads = gradient(surrogate, params, on_policy)
+    close(grads, gradient(plain, params, on_policy)[1], 1e-6)
+    assert metrics["clipped_low"].value == metrics["clipped_high"].value == 0
+    assert metrics["gap"].value < 1e-4
+    # Off-policy with the clip at infinity: importance-weighted.
+    far = policy_gradient(model, clipped(1.0, jnp.inf), token_mean)
+    mask = batch["completion_mask"]
+    ratio = jnp.exp(batch["sampler_log_probs"] - batch["old_log_probs"])
+    weighted = on_policy | {"advantages": batch["advantages"][:, None] * ratio * mask}
+    close(gradient(far, params, batch)[1], gradient(plain, params, weighted)[1])
+
+
+def test_kl_entropy_and_correction_are_what_they_say(model, params, batch):
+    build = functools.partial(policy_gradient, model, clipped(), token_mean)
+    (loss, metrics), _ = gradient(build(), params, batch)
+    (with_kl, _), _ = gradient(build(kl_weight=0.5), params, batch)
+    close(with_kl, loss + 0.5 * metrics["kl"].value)
+    (with_entropy, shown), _ = gradient(build(entropy_weight=0.5, temperature=0.7), params, batch)
+    logits = model.apply(
+        {"params": params},
+        batch["tokens"],
+        positions=batch["positions"],
+        segment_ids=batch["segment_ids"],
+    ).logits[:, PROMPT - 1 : -1]
+    exact = token_mean(losses.entropy(logits / 0.7), batch["completion_mask"]).value
+    close(shown["entropy"].value, exact)
+    (tempered, _), _ = gradient(build(temperature=0.7), params, batch)
+    close(with_entropy, tempered - 0.5 * exact)
+    # A sampler that was twice as sure halves each token's weight, or more for a sequence's.
+    halved = batch | {"sampler_log_probs": batch["old_log_probs"] + jnp.log(2.0)}
+    (corrected, shown), _ = gradient(build(correction=truncated()), params, halved)
+    close(corrected, 0.5 * loss)
+    close(shown["gap"].value, jnp.log(2.0))
+    of_sequences = build(correction=truncated_sequences())
+    (corrected, _), _ = gradient(of_sequences, params, halved)
+    weights = 0.5 ** jnp.sum(batch["completion_mask"], axis=1)
+    scaled = batch | {"advantages": batch["advantages"] * weights}
+    close(corrected, gradient(build(), params, scaled)[0][0])
+
+
+def algorithms(model):
+    build = functools.partial(policy_gradient, model)
+    return {
+        "reinforce": rl.reinforce_with_baseline(build),
+        "rloo": rl.rloo(build, 4, reward_kl=0.01),
+        "grpo": rl.grpo(build, 4),
+        "dr_grpo": rl.dr_grpo(build, 4, RESPONSE),
+        "dapo": rl.dapo(build, 4),
+        "gspo": rl.gspo(build, 4),
+        "cispo": rl.cispo(build, 4),
+        "reinforce_plus_plus": rl.reinforce_plus_plus(build, reward_kl=0.01),
+        "expert_iteration": rl.expert_iteration(build),
+        "nft": rl.nft(build, 4),
+    }
+
+
+@pytest.mark.parametrize(
+    "name",
+    "reinforce rloo grpo dr_grpo dapo gspo cispo reinforce_plus_plus expert_iteration nft".split(),
+)
+def test_every_algorithm_moves_towards_what_was_rewarded(name, model, params, batch):
+    credit, objective = algorithms(model)[name]
+    rewards = jnp.array([1.0, 0, 0, 1, 0, 0, 1, 0])
+    on_policy = without(batch, "old_log_probs", "advantages", "correct", "success_rates")
+    given = credit(rewards, on_policy)
+    (loss, _), grads = gradient(objective, params, on_policy | given)
+    moved = jax.tree.map(lambda p, g: p - 1e-2 * g / global_norm(grads), params, grads)
+    change = completion_log_probs(model, moved, batch) - completion_log_probs(model, params, batch)
+    change = jnp.sum(change, axis=1) / jnp.maximum(jnp.sum(batch["completion_mask"], axis=1), 1)
+    assert jnp.mean(change[rewards == 1]) > jnp.mean(change[rewards == 0]) + 1e-4
+    assert jnp.isfinite(loss)
+
+
+def test_missing_fields_and_bad_settings_are_errors(model, params, batch):
+    with pytest.raises(ValueError, match="temperature must be positive, got 0"):
+        policy_gradient(model, clipped(), token_mean, temperature=0.0)
+    with pytest.raises(ValueError, match="kl_weight must be at least 0, got -1"):
+        policy_gradient(model, clipped(), token_mean, kl_weight=-1.0)
+    with pytest.raises(ValueError, match="needs ref_log_probs in the batch"):
+        policy_gradient(model, clipped(), token_mean, kl_weight=1.0)(
+            params, without(batch, "ref_log_probs"), None
+        )
+    with pytest.raises(ValueError, match="length must be at least 1, got 0"):
+        constant_length(0)
+    bare = batch | {"tokens": batch["tokens"][:, -RESPONSE:]}
+    with pytest.raises(ValueError, match="5 response tokens leave none of 5"):
+        completion_log_probs(model, params, bare)

@@ -1,0 +1,67 @@
+"""A model and a task that learn in seconds: answer a digit with the same digit."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from jaxft.generation import SamplingConfig
+from jaxft.models import Decoder, tiny_config
+
+VOCABULARY, STOP = 8, 7
+SAMPLING = SamplingConfig(max_new_tokens=3, stop_ids=(STOP,))
+PROMPTS = [[i, 6] for i in range(4)]
+TARGETS = [[i, STOP] for i in range(4)]
+RECORDS = [{"answer": str(i)} for i in range(4)]
+
+
+class Digits:
+    """A tokenizer whose tokens are digits."""
+
+    def decode(self, ids, skip_special_tokens=False):
+        """The ids as text, without the stop token."""
+        return "".join(str(i) for i in ids if not (skip_special_tokens and i == STOP))
+
+
+@functools.cache
+def model_and_params():
+    """A small decoder, the same for all tests."""
+    model = Decoder(tiny_config(vocab_size=VOCABULARY, max_length=256))
+    return model, model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+
+
+def exact(completion, record):
+    """1 where the completion is the answer."""
+    return completion == record["answer"]
+
+
+def raises(completion, record):
+    """An error for "bad", else whether it is right."""
+    if completion == "bad":
+        raise RuntimeError(completion)
+    return exact(completion, record)
+
+
+def treacherous():
+    """A verifier that sleeps, raises or exits, as the completion says."""
+    import os
+    import time
+
+    def verify(completion, record):
+        if completion == "sleep":
+            time.sleep(1000)
+        if completion == "exit":
+            os._exit(1)
+        return raises(completion, record)
+
+    return verify
+
+
+def impossible():
+    """No verifier at all."""
+    raise ValueError("no such task")
+
+
+def always_raises():
+    """A verifier of which every verdict fails."""
+    return lambda completion, record: raises("bad", record)

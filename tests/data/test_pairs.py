@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import pathlib
 
 import numpy as np
 import pytest
@@ -39,29 +40,17 @@ def test_all_forms_of_a_conversation_are_one_record(row):
     assert made == CHAT | {"margin": 0.5, "extra": 1}
 
 
-@pytest.mark.parametrize(
-    "chosen, rejected",
-    [
-        ("The sky is blue.", "The sky is green."),  # the blank goes to the completions
-        ("The sky is blue.", "The skin is soft."),
-        ("\n\nHuman: hi\n\nAssistant: hello", "\n\nHuman: hi\n\nAssistant: go away"),
-    ],
-)
-def test_implicit_prompts_are_trls(chosen, rejected):
-    from trl import extract_prompt
+TRL = json.loads(pathlib.Path(__file__).with_name("trl_pairs.json").read_text())
 
-    prompt, first, second = data.common_prompt(chosen, rejected)
-    expected = extract_prompt({"chosen": chosen, "rejected": rejected})
-    assert {"prompt": prompt, "chosen": first, "rejected": second} == expected
+
+@pytest.mark.parametrize("case", TRL["implicit"])
+def test_implicit_prompts_are_trls(case):
+    prompt, first, second = data.common_prompt(**case["given"])
+    assert {"prompt": prompt, "chosen": first, "rejected": second} == case["expected"]
 
 
 def test_unpair_is_trls():
-    import datasets
-    from trl import unpair_preference_dataset
-
-    pairs = [TEXT | {"note": 1}, TEXT | {"prompt": "a", "note": 2}]
-    theirs = unpair_preference_dataset(datasets.Dataset.from_list(pairs)).to_list()
-    assert data.unpair(pairs) == theirs
+    assert data.unpair(TRL["pairs"]) == TRL["unpaired"]
     assert [r["id"] for r in data.unpair([TEXT | {"id": "x"}])] == ["x:chosen", "x:rejected"]
 
 

@@ -66,7 +66,10 @@ def sharp(base, name, model):
     """(the base in a sharpness-aware method, extra arguments of the step); optax is optax.contrib.sam."""
     if name == "optax":
         ascent = optax.chain(optax.contrib.normalize(), optax.sgd(0.05))
-        return optax.contrib.sam(base, ascent, sync_period=2, opaque_mode=True), {}
+        inner = optax.contrib.sam(base, ascent, sync_period=2, opaque_mode=True)
+        # It takes no other extra arguments.
+        update = lambda u, s, p, *, grad_fn, **_: inner.update(u, s, p, grad_fn=grad_fn)
+        return optax.GradientTransformationExtraArgs(inner.init, update), {}
     if name == "tram":
         # The distance on every 8th row: an estimate, for a small part of its cost.
         distance = on_rows(function_distance(decoder_logits(model)), 8)

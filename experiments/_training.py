@@ -1,4 +1,7 @@
-"""What the scripts that train share: flags, mesh, adapters, optimizer, callbacks, saving."""
+"""What the scripts that train share: flags, mesh, adapters, optimizer, callbacks, saving.
+
+The functions read the flags that they name, of a `Training` or of a config that has them too.
+"""
 
 from __future__ import annotations
 
@@ -120,7 +123,9 @@ def announce(params: Any) -> Any:
     return params
 
 
-def checkpoints(config: Training, output: pathlib.Path, best: str) -> train.Checkpoints:
+def checkpoints(
+    config: Training, output: pathlib.Path, best: str | None = None
+) -> train.Checkpoints:
     """Where and when to save."""
     path = output / "checkpoints"
     return train.Checkpoints(path, every=config.save_steps, best=best, resume=config.resume)
@@ -147,10 +152,17 @@ def callbacks(
 
 
 def save(
-    config: Training, model: Any, params: Any, base: Any, mesh: Any, output: pathlib.Path
+    config: Training,
+    model: Any,
+    params: Any,
+    base: Any,
+    mesh: Any,
+    output: pathlib.Path,
+    *,
+    whole: bool = False,
 ) -> None:
-    """What trained, read again and compared: PEFT's files, jaxft's own, or the whole model."""
-    if config.adapter == "full":
+    """What trained, read again and compared: PEFT's files, jaxft's own, or (`whole`) the model."""
+    if whole or config.adapter == "full":
         path = output / "model"
         difference = files.save_merged(path, model, params, tokenizer_from=config.model, mesh=mesh)
         print(f"model saved to {path}; read again: {difference}")

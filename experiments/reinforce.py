@@ -21,20 +21,17 @@ import jax
 import jax.numpy as jnp
 import tyro
 
-from experiments._optimizers import Optimizer, optimizer_rule
+from experiments import _training as shared
+from experiments._optimizers import Optimizer
 from jaxft import checkpoints as files
 from jaxft import data, rl, train
 from jaxft.adapters import (
     ALL_LINEAR,
-    AdapterError,
     Name,
     Quantisation,
-    adapter_tensors,
     apply_named,
-    count,
     load_adapter,
     merge,
-    save_checked,
 )
 from jaxft.generation import SamplingConfig
 from jaxft.losses import overlong_penalty
@@ -111,25 +108,15 @@ def main(config: Config) -> dict[str, Any]:
     _check(config)
     renderer, records, held_out = load_data(config)
     output = pathlib.Path(config.output_dir)
-    _check_output(config, output)
+    shared.check_output(config, output)
     model, base = files.load_model(config.model)
     model = model.clone(dtype=jnp.bfloat16 if config.bfloat16 else jnp.float32)
     if config.start:
         base = merge(load_adapter(config.start, model.config, base))
     prompts = [renderer.prompt(record) for record in records]
     _check_length(config, model, prompts)
-    params = apply_named(base, config.adapter, **_adapter_settings(config))
-    trains, total = count(params)
-    print(f"{trains:,} of {total:,} parameters train ({trains / total:.2%})")
-    optimizer = train.make_optimizer(
-        config.learning_rate,
-        total_steps=config.max_steps,
-        schedule=getattr(train, config.schedule),
-        warmup_ratio=config.warmup_ratio,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        rule=optimizer_rule(config.optimizer),
-    )
+    params = apply_named(base, config.adapter, **shared.adapter_settings(config))
+    params = shared.announce(params)
     credit, objective = algorithm(config, model)
     accuracy = functools.partial(measure, config, model, renderer, held_out)
     before = accuracy(base, "before")
@@ -138,18 +125,17 @@ def main(config: Config) -> dict[str, Any]:
         state, history = train.fit(
             params,
             objective,
-            optimizer,
+            shared.make_optimizer(config),
             experience(config, model, prompts, records, renderer, rewards, credit, base),
             steps=config.max_steps,
             key=jax.random.key(config.seed),
             microbatches=config.gradient_accumulation_steps,
             callbacks=_callbacks(config, output),
-            checkpoints=train.Checkpoints(
-                output / "checkpoints", every=config.save_steps, resume=config.resume
-            ),
+            checkpoints=shared.checkpoints(config, output),
         )
         failures = rewards.failures
-    save(config, model, state.params, base, output)
+    # With --start an adapter would be one of a model that is nowhere on disk.
+    shared.save(config, model, state.params, base, None, output, whole=bool(config.start))
     after = accuracy(state.params, "after")
     return report(config, history, failures, before, after, output)
 
@@ -238,23 +224,6 @@ def measure(config, model, renderer, records, params, when: str) -> rl.Accuracy:
     return result
 
 
-def save(config: Config, model: Any, params: Any, base: Any, output: pathlib.Path) -> None:
-    """What trained, read again and compared: an adapter, or with --start or full the whole model."""
-    if config.adapter == "full" or config.start:
-        path = output / "model"
-        difference = files.save_merged(path, model, params, tokenizer_from=config.model)
-        print(f"model saved to {path}; read again: {difference}")
-        return
-    path, native = output / "adapter", None
-    try:
-        adapter_tensors(model.config, params)
-    except AdapterError as error:
-        print(f"jaxft's own format: {error}")
-        native = {"name": config.adapter, **_adapter_settings(config)}
-    difference = save_checked(path, model, params, base, base_model=config.model, native=native)
-    print(f"adapter saved to {path}; read again: {difference}")
-
-
 def report(config, history, failures, before, after, output) -> dict[str, Any]:
     """Prints what changed, writes metrics.json, returns it."""
     few = max(1, len(history) // 10)
@@ -294,11 +263,6 @@ def _callbacks(config, output):
     ]
 
 
-def _adapter_settings(config):
-    names = ("rank", "alpha", "target", "quantise", "seed")
-    return {name: getattr(config, name) for name in names}
-
-
 def _check(config):
     """What can be seen to be wrong before anything is loaded."""
     rows = config.prompts_per_step * config.group_size
@@ -332,15 +296,6 @@ def _check(config):
         )
 
 
-def _check_output(config, output):
-    """Before the model is loaded: fit itself would find out minutes later."""
-    train.writable_directory(output)
-    if not config.resume and any((output / "checkpoints").glob("[0-9]*")):
-        raise train.OutputError(
-            f"{output} holds an earlier run; go on with --resume, or choose another --output-dir."
-        )
-
-
 def _check_length(config, model, prompts):
     longest = max(map(len, prompts))
     if longest + config.max_new_tokens > model.config.max_length:
@@ -364,9 +319,7 @@ def _smoke(config):
         workers=1,
         save_steps=4,
     )
-    default = Config()
-    changed = lambda name: getattr(config, name) != getattr(default, name)
-    return dataclasses.replace(config, **{n: v for n, v in small.items() if not changed(n)})
+    return shared.with_small(config, small)
 
 
 if __name__ == "__main__":

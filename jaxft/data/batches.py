@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -123,13 +123,7 @@ def batches(
             return _padded(mixed, batch_size, max_length if count > 1 else None, last)
         return _packed(mixed, batch_size, max_length, seed, packing, max_segments, last)
 
-    steps = None
-    if epochs is not None and count > 1:
-        # Every host has all records, so each finds out alone what all of them will give.
-        steps = max(sum(1 for _ in dataset(host)) for host in range(count))
-    result = dataset(index)
-    if prefetch:
-        result = grain.experimental.ThreadPrefetchIterDataset(result, prefetch_buffer_size=prefetch)
+    result, steps = host_stream(dataset, index, count, epochs, prefetch)
     settings = {
         "batch_size": batch_size,
         "max_length": max_length,
@@ -144,6 +138,22 @@ def batches(
     }
     blank = {name: np.stack([x] * batch_size) for name, x in padded_row([], max_length).items()}
     return DataIterator(result, {"records": _digest(sources), **settings}, steps, blank)
+
+
+def host_stream(
+    dataset: Callable[[int], Any], index: int, count: int, epochs: int | None, prefetch: int
+) -> tuple[Any, int | None]:
+    """(dataset(index) with so many batches prepared ahead, steps of the host that has most, or None)."""
+    import grain
+
+    steps = None
+    if epochs is not None and count > 1:
+        # Every host has all records, so each finds out alone what all of them will give.
+        steps = max(sum(1 for _ in dataset(host)) for host in range(count))
+    result = dataset(index)
+    if prefetch:
+        result = grain.experimental.ThreadPrefetchIterDataset(result, prefetch_buffer_size=prefetch)
+    return result, steps
 
 
 def _check(sources, batch_size, max_length, weights, epochs, index, count):

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jaxft.data.batches import MIN_BUCKET, Batch, DataIterator, padded_row
+from jaxft.data.batches import MIN_BUCKET, Batch, DataIterator, host_stream, padded_row
 from jaxft.data.errors import BadRecords, DataError
 from jaxft.data.length import TooLong, keep_answer, shorten
 from jaxft.data.records import Record
@@ -125,12 +125,7 @@ def group_batches(
         stack = lambda given: _stack(given, batch_size, max_length, width)
         return stream.batch(batch_size, drop_remainder=last == "drop", batch_fn=stack)
 
-    steps = None
-    if epochs is not None and count > 1:
-        steps = max(sum(1 for _ in dataset(host)) for host in range(count))
-    result = dataset(index)
-    if prefetch:
-        result = grain.experimental.ThreadPrefetchIterDataset(result, prefetch_buffer_size=prefetch)
+    result, steps = host_stream(dataset, index, count, epochs, prefetch)
     settings = {
         "batch_size": batch_size,
         "max_length": max_length,

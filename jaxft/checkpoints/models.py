@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import json
 import os
 import pathlib
 import shutil
+import sys
+import types
 from typing import Any
 
 import jax
@@ -119,7 +123,7 @@ def save_model(
 def load_tokenizer(path_or_id: str | os.PathLike) -> Any:
     """The transformers tokenizer of a model, with its chat template."""
     try:
-        from transformers import AutoTokenizer
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
     except ImportError:
         raise ModuleNotFoundError(
             "tokenizers need the package transformers: pip install 'jaxft[text]'"
@@ -128,12 +132,30 @@ def load_tokenizer(path_or_id: str | os.PathLike) -> Any:
         return byte_tokenizer()
     path = resolve(path_or_id)
     if path.suffix == ".gguf":
-        return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        if importlib.util.find_spec("torch") is not None:
+            return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        with _torch_by_name():
+            return PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name)
     if not any(
         (path / name).exists() for name in TOKENIZER_FILES[:3] + ("vocab.json", "vocab.txt")
     ):
         raise CheckpointError(f"{path}: no tokenizer files (tokenizer.json...); copy them there.")
     return AutoTokenizer.from_pretrained(path)
+
+
+@contextlib.contextmanager
+def _torch_by_name():
+    """An empty module under torch's name: transformers' GGUF reader imports it for the types of tensors.
+
+    A tokenizer has none. (AutoTokenizer would read the model's configuration too, for which it wants torch.)
+    """
+    stand_in = types.ModuleType("torch")
+    stand_in.__getattr__ = lambda name: type(name, (), {})
+    sys.modules["torch"] = stand_in
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]
 
 
 def save_tokenizer(path: pathlib.Path, source: Any) -> None:

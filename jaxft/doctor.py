@@ -10,7 +10,7 @@ import sys
 CORE = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "chex", "numpy", "safetensors")
 EXTRAS = {
     "text": (
-        *("transformers", "datasets", "pyarrow", "grain", "gguf", "reasoning-gym"),
+        *("transformers", "jinja2", "datasets", "pyarrow", "grain", "gguf", "reasoning-gym"),
         *("rich", "tyro", "matplotlib"),
     ),
     "papers": ("scikit-learn", "scipy"),

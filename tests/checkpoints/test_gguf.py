@@ -1,5 +1,9 @@
 """GGUF files: ours against the arrays that were written, and SmolLM2 against transformers."""
 
+import json
+import subprocess
+import sys
+
 import chex
 import gguf
 import jax
@@ -191,3 +195,40 @@ def test_smollm2_equals_transformers(tmp_path):
         np.asarray(got), expected, rtol=0, atol=1e-4 * np.abs(expected).max()
     )
     assert text.endswith("<|im_start|>assistant\n")
+
+
+# Run by a process in which torch cannot be found, as after `pip install 'jaxft[text]'`.
+_WITHOUT_TORCH = """
+import importlib.machinery, json, sys
+find = importlib.machinery.PathFinder.find_spec
+
+class Finder(importlib.machinery.PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.split(".")[0] == "torch" else find(name, path, target)
+
+sys.meta_path = [Finder if f is importlib.machinery.PathFinder else f for f in sys.meta_path]
+from jaxft.checkpoints import load_tokenizer
+from jaxft.checkpoints.models import save_tokenizer
+save_tokenizer(sys.argv[1], "smollm2")
+given = []
+for source in ("smollm2", sys.argv[1]):
+    tokenizer = load_tokenizer(source)
+    chat = [{"role": "user", "content": "Name a prime, naïvely:  7?"}]
+    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    given.append([text, tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id])
+assert "torch" not in sys.modules
+print(json.dumps(given))
+"""
+
+
+def test_the_tokenizer_of_a_gguf_file_needs_no_torch(tmp_path):
+    chat = [{"role": "user", "content": "Name a prime, naïvely:  7?"}]
+    tokenizer = load_tokenizer("smollm2")
+    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    result = subprocess.run(
+        [sys.executable, "-c", _WITHOUT_TORCH, tmp_path], capture_output=True, text=True, check=True
+    )
+    read, read_again = json.loads(result.stdout.splitlines()[-1])
+    assert read == read_again == [text, ids, tokenizer.eos_token_id]

@@ -1,7 +1,7 @@
 """Held-out loss, perplexity and, where answers can be verified, accuracy of a model and adapter.
 
-python experiments/evaluate.py --data held_out.jsonl --adapter runs/sft/adapter
-python experiments/evaluate.py --data "rg:chain_sum?size=200&seed=9"
+$ python experiments/evaluate.py --data held_out.jsonl --adapter runs/sft/adapter
+$ python experiments/evaluate.py --data "rg:chain_sum?size=200&seed=9"
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Answers prompts, or chats, with a model and an adapter.
 
-python experiments/generate.py --prompt "What is the capital of France?"
-python experiments/generate.py --adapter runs/sft/adapter          an interactive chat
+$ python experiments/generate.py --prompt "What is the capital of France?"
+$ python experiments/generate.py --adapter runs/sft/adapter          an interactive chat
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Merges an adapter into its base model and writes a Hugging Face directory, read again and compared.
 
-python experiments/merge.py --model smollm2 --adapter runs/sft/adapter --output-dir merged
-python experiments/merge.py --model smollm2 --adapter runs/qlora/adapter --quantise nf4 --output-dir merged
+$ python experiments/merge.py --model smollm2 --adapter runs/sft/adapter --output-dir merged
+$ python experiments/merge.py --model smollm2 --adapter runs/qlora/adapter --quantise nf4 --output-dir merged
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Counts and examples of a data set, without a model.
 
-python -m jaxft.data train.jsonl --tokenizer smollm2-135m-instruct --max-length 512
+$ python -m jaxft.data train.jsonl --tokenizer smollm2-135m-instruct --max-length 512
 """
 
 from __future__ import annotations

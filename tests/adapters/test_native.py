@@ -1,6 +1,7 @@
 """Every adapter by name: saved, loaded, the same logits; and from the command line."""
 
 import dataclasses
+import functools
 import json
 from typing import get_args
 
@@ -29,44 +30,58 @@ KEY = jax.random.key(0)
 NAMES = [name for name in get_args(Name) if name != "bitfit"]
 
 
+MODEL = Decoder(tiny_config())
+
+
+@functools.cache
+def base():
+    return jax.jit(MODEL.init)(KEY, MODEL.example_input())["params"]
+
+
+@jax.jit
+def moved(trainable):
+    return jax.tree.map(lambda leaf: leaf + 0.1 * jnp.cos(leaf * 50), trainable)
+
+
+@jax.jit
+def logits(params):
+    return MODEL.apply({"params": params}, jnp.arange(5)[None]).logits
+
+
 def adapted(name, quantise=None, stacked=False):
-    model = Decoder(tiny_config())
-    params = model.init(KEY, model.example_input())["params"]
-    params = stack_layers(params) if stacked else params
+    params = stack_layers(base()) if stacked else base()
     settings = dict(rank=2, alpha=4.0, target=ALL_LINEAR, quantise=quantise, seed=3)
     trainable, frozen = partition(apply_named(params, name, **settings))
-    trainable = jax.tree.map(lambda leaf: leaf + 0.1 * jnp.cos(leaf * 50), trainable)
-    return model, params, commit(combine(trainable, frozen)), {"name": name, **settings}
+    trainable = moved(trainable)
+    return params, commit(combine(trainable, frozen)), {"name": name, **settings}
 
 
 @pytest.mark.parametrize("stacked", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 def test_round_trip(name, stacked, tmp_path):
-    model, base, params, settings = adapted(name, stacked=stacked)
+    start, params, settings = adapted(name, stacked=stacked)
     save_native(tmp_path, params, **settings)
-    loaded = load_adapter(tmp_path, model.config, base)
-    logits = lambda p: model.apply({"params": p}, jnp.arange(5)[None]).logits
+    loaded = load_adapter(tmp_path, MODEL.config, start)
     np.testing.assert_allclose(logits(loaded), logits(params), atol=1e-5)
-    assert not np.allclose(logits(loaded), logits(base), atol=1e-2)
+    assert not np.allclose(logits(loaded), logits(start), atol=1e-2)
 
 
 @pytest.mark.parametrize("name", ["lora", "paca", "dora"])
 def test_over_a_quantised_base(name, tmp_path):
-    model, base, params, settings = adapted(name, "nf4")
+    start, params, settings = adapted(name, "nf4")
     save_native(tmp_path, params, **settings)
     assert all("codes" not in key for key in load_file(tmp_path / "jaxft_adapter.safetensors"))
-    loaded = load_adapter(tmp_path, model.config, base)
-    logits = lambda p: model.apply({"params": p}, jnp.arange(5)[None]).logits
+    loaded = load_adapter(tmp_path, MODEL.config, start)
     np.testing.assert_allclose(logits(loaded), logits(params), atol=1e-5)
 
 
 def test_damage_is_named(tmp_path):
-    model, base, params, settings = adapted("paca")
+    start, params, settings = adapted("paca")
     save_native(tmp_path, params, **settings)
     weights, config = tmp_path / "jaxft_adapter.safetensors", tmp_path / "jaxft_adapter.json"
     tensors = load_file(weights)
     first = sorted(tensors)[0]
-    load = lambda: load_adapter(tmp_path, model.config, base)
+    load = lambda: load_adapter(tmp_path, MODEL.config, start)
     save_file({k: v for k, v in tensors.items() if k != first}, weights)
     with pytest.raises(AdapterError, match=f"missing key '{first}'"):
         load()
@@ -89,9 +104,9 @@ def test_damage_is_named(tmp_path):
 
 
 def test_bad_choices():
-    _, base, _, _ = adapted("lora")
+    start, _, _ = adapted("lora")
     with pytest.raises(ValueError, match="--quantise freezes"):
-        apply_named(base, "full", target=ALL_LINEAR, quantise="nf4")
+        apply_named(start, "full", target=ALL_LINEAR, quantise="nf4")
     with pytest.raises(ValueError, match="unknown adapter 'best'"):
         named_rules("best")
     with pytest.raises(AdapterError, match="nothing trains"):

@@ -24,12 +24,10 @@ from jaxft.adapters import (
     save_native,
 )
 from jaxft.models import Decoder, stack_layers, tiny_config
+from tests.small_models import KEY, jitted
 
-KEY = jax.random.key(0)
 # The tiny model is of Llama's family, which has no biases.
 NAMES = [name for name in get_args(Name) if name != "bitfit"]
-
-
 MODEL = Decoder(tiny_config())
 
 
@@ -43,17 +41,15 @@ def moved(trainable):
     return jax.tree.map(lambda leaf: leaf + 0.1 * jnp.cos(leaf * 50), trainable)
 
 
-@jax.jit
 def logits(params):
-    return MODEL.apply({"params": params}, jnp.arange(5)[None]).logits
+    return jitted(MODEL)({"params": params}, jnp.arange(5)[None]).logits
 
 
 def adapted(name, quantise=None, stacked=False):
     params = stack_layers(base()) if stacked else base()
     settings = dict(rank=2, alpha=4.0, target=ALL_LINEAR, quantise=quantise, seed=3)
     trainable, frozen = partition(apply_named(params, name, **settings))
-    trainable = moved(trainable)
-    return params, commit(combine(trainable, frozen)), {"name": name, **settings}
+    return params, commit(combine(moved(trainable), frozen)), {"name": name, **settings}
 
 
 @pytest.mark.parametrize("stacked", [False, True])

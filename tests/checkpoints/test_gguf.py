@@ -214,7 +214,7 @@ save_tokenizer(sys.argv[1], "smollm2")
 given = []
 for source in ("smollm2", sys.argv[1]):
     tokenizer = load_tokenizer(source)
-    chat = [{"role": "user", "content": "Name a prime, naïvely:  7?"}]
+    chat = json.loads(sys.argv[2])
     text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     given.append([text, tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id])
 assert "torch" not in sys.modules
@@ -227,8 +227,7 @@ def test_the_tokenizer_of_a_gguf_file_needs_no_torch(tmp_path):
     tokenizer = load_tokenizer("smollm2")
     text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    result = subprocess.run(
-        [sys.executable, "-c", _WITHOUT_TORCH, tmp_path], capture_output=True, text=True, check=True
-    )
+    command = [sys.executable, "-c", _WITHOUT_TORCH, str(tmp_path), json.dumps(chat)]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
     read, read_again = json.loads(result.stdout.splitlines()[-1])
     assert read == read_again == [text, ids, tokenizer.eos_token_id]

@@ -35,7 +35,7 @@ from jaxft.adapters import (
 )
 from jaxft.generation import SamplingConfig
 from jaxft.losses import overlong_penalty
-from jaxft.objectives import policy_gradient
+from jaxft.objectives import policy_gradient, with_value_head, without_value_head
 from jaxft.objectives.policy_gradient import truncated, truncated_sequences
 
 # reasoning-gym draws entry i from seed + i: the seeds below are further apart than the sizes.
@@ -44,8 +44,10 @@ SHOWN = ("reward", "length", "kl", "entropy", "gap")
 
 Choice = Literal[
     "reinforce", "rloo", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "reinforce_plus_plus",
-    "expert_iteration", "nft",
+    "expert_iteration", "nft", "ppo",
 ]  # fmt: skip
+UNGROUPED = ("reinforce", "reinforce_plus_plus", "expert_iteration", "ppo")
+KL_IN_REWARD = ("rloo", "reinforce_plus_plus", "ppo")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +71,7 @@ class Config:
     prompts_per_step: int = 4  # questions of a rollout
     group_size: int = 8  # answers to each
     updates: int = 1  # optimizer steps on parts of one rollout
+    epochs: int = 1  # passes over it, of so many steps each
     gradient_accumulation_steps: int = 1
     max_new_tokens: int = 16  # of an answer
     temperature: float = 1.0
@@ -81,8 +84,14 @@ class Config:
     seed: int = 0
 
     kl_weight: float = 0.0  # of k3 to the starting model, in the loss
-    reward_kl: float = 0.0  # of k1 to it, in the reward: rloo and reinforce_plus_plus
+    reward_kl: float = 0.0  # of k1 to it, in the reward: rloo, reinforce_plus_plus and ppo
+    kl_target: float | None = None  # nats of an answer to which reward_kl is adapted; None: never
+    kl_horizon: float = 10000.0  # answers: adapts by 20 % at most in a fifth of these
     entropy_weight: float = 0.0  # of an entropy bonus
+    gamma: float = 1.0  # ppo: discount of a token
+    lam: float = 0.95  # ppo: GAE's; 1 for long reasoning
+    value_weight: float = 0.1  # ppo: of the critic's loss
+    value_clip: float = 0.2  # ppo: how far a value moves from its start in a rollout
     correction: Literal["none", "tokens", "sequences"] = (
         "none"  # sampler to trainer, truncated at 2
     )
@@ -116,6 +125,8 @@ def main(config: Config) -> dict[str, Any]:
     prompts = [renderer.prompt(record) for record in records]
     _check_length(config, model, prompts)
     params = apply_named(base, config.adapter, **shared.adapter_settings(config))
+    if config.algorithm == "ppo":
+        params = with_value_head(model, params)
     params = shared.announce(params)
     credit, objective = algorithm(config, model)
     accuracy = functools.partial(measure, config, model, renderer, held_out)
@@ -134,9 +145,10 @@ def main(config: Config) -> dict[str, Any]:
             checkpoints=shared.checkpoints(config, output),
         )
         failures = rewards.failures
+    trained = without_value_head(state.params)
     # With --start an adapter would be one of a model that is nowhere on disk.
-    shared.save(config, model, state.params, base, None, output, whole=bool(config.start))
-    after = accuracy(state.params, "after")
+    shared.save(config, model, trained, base, None, output, whole=bool(config.start))
+    after = accuracy(trained, "after")
     return report(config, history, failures, before, after, output)
 
 
@@ -181,6 +193,14 @@ def algorithm(config: Config, model: Any) -> rl.Algorithm:
         "reinforce_plus_plus": lambda: rl.reinforce_plus_plus(build, config.reward_kl),
         "expert_iteration": lambda: rl.expert_iteration(build),
         "nft": lambda: rl.nft(build, size),
+        "ppo": lambda: rl.ppo(
+            build,
+            config.reward_kl,
+            gamma=config.gamma,
+            lam=config.lam,
+            value_clip=config.value_clip,
+            value_weight=config.value_weight,
+        ),
     }
     return makers[config.algorithm]()
 
@@ -190,6 +210,9 @@ def experience(config, model, prompts, records, renderer, rewards, credit, base)
     penalty = None
     if config.overlong:
         penalty = lambda lengths: overlong_penalty(lengths, config.max_new_tokens, config.overlong)
+    control = None
+    if config.kl_target is not None:
+        control = rl.KlControl(config.reward_kl, config.kl_target, config.kl_horizon)
     return rl.collect(
         model,
         prompts,
@@ -205,6 +228,8 @@ def experience(config, model, prompts, records, renderer, rewards, credit, base)
         prompts_per_step=config.prompts_per_step,
         group_size=config.group_size,
         updates=config.updates,
+        epochs=config.epochs,
+        kl_control=control,
         # Always: how far the policy has gone is shown, whether or not it is held back.
         ref_params=base,
         penalty=penalty,
@@ -242,7 +267,8 @@ def report(config, history, failures, before, after, output) -> dict[str, Any]:
     print(f"reward {metrics['reward_first']:.3f} -> {metrics['reward_last']:.3f}")
     if any(failures):
         print(f"verdicts that failed: {failures}")
-    if all(row["no_contrast"] == 1 for row in history):
+    grouped = config.algorithm not in UNGROUPED
+    if grouped and all(row["no_contrast"] == 1 for row in history):
         print(
             "In no group did rewards differ, so nothing was learned: start from a model that answers "
             "some questions right (--start), or raise --group-size."
@@ -267,26 +293,30 @@ def _check(config):
     """What can be seen to be wrong before anything is loaded."""
     rows = config.prompts_per_step * config.group_size
     parts = config.updates * config.gradient_accumulation_steps
-    if min(rows, parts, config.prompts_per_step, config.updates) < 1 or rows % parts:
+    if min(rows, parts, config.prompts_per_step, config.updates, config.epochs) < 1 or rows % parts:
         raise ValueError(
             f"--prompts-per-step {config.prompts_per_step} x --group-size {config.group_size} = {rows} "
             f"answers must be a positive multiple of --updates {config.updates} x "
-            f"--gradient-accumulation-steps {config.gradient_accumulation_steps}."
+            f"--gradient-accumulation-steps {config.gradient_accumulation_steps}, and --epochs "
+            f"({config.epochs}) positive."
         )
-    if config.save_steps % config.updates:
+    if config.save_steps % (config.updates * config.epochs):
         raise ValueError(
-            f"--save-steps {config.save_steps} must be a multiple of --updates {config.updates}: a run "
-            "cannot go on in the middle of a rollout."
+            f"--save-steps {config.save_steps} must be a multiple of --updates {config.updates} x --epochs "
+            f"{config.epochs}: a run cannot go on in the middle of a rollout."
         )
     if config.temperature <= 0:
         raise ValueError(f"--temperature must be positive, got {config.temperature}.")
-    if config.reward_kl and config.algorithm not in ("rloo", "reinforce_plus_plus"):
+    if config.reward_kl and config.algorithm not in KL_IN_REWARD:
         raise ValueError(
-            f"--reward-kl is for rloo and reinforce_plus_plus; {config.algorithm} takes --kl-weight."
+            f"--reward-kl is for {', '.join(KL_IN_REWARD)}; {config.algorithm} takes --kl-weight."
         )
-    if config.group_size < 2 and config.algorithm not in (
-        "reinforce", "reinforce_plus_plus", "expert_iteration",
-    ):  # fmt: skip
+    if config.kl_target is not None and not (config.reward_kl > 0 and config.kl_target > 0):
+        raise ValueError(
+            f"--kl-target {config.kl_target} must be positive and adapts --reward-kl, which is "
+            f"{config.reward_kl}; start from 0.05, say."
+        )
+    if config.group_size < 2 and config.algorithm not in UNGROUPED:
         raise ValueError(
             f"--group-size must be at least 2 for {config.algorithm}, got {config.group_size}."
         )

@@ -12,6 +12,7 @@ from jaxft.losses.divergences import (
 )
 from jaxft.losses.one_token_rollout import otr_expected_loss, otr_loss
 from jaxft.losses.policy import (
+    adapted_kl_weight,
     banded_weights,
     cispo_loss,
     clipped_surrogate,
@@ -74,6 +75,7 @@ from jaxft.losses.weighted import (
 )
 
 __all__ = [
+    "adapted_kl_weight",
     "CHUNK",
     "KlEstimates",
     "Pairs",

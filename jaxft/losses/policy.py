@@ -177,6 +177,28 @@ def kl_k3(
     return jnp.expm1(d) - d
 
 
+def adapted_kl_weight(
+    weight: float, kl: float, count: int, *, target: float = 6.0, horizon: float = 10000.0
+) -> float:
+    """β (1 + clip(KL / target - 1, ±0.2) n / horizon): β for the next rollout, up if the policy went too far.
+
+    Ziegler et al., 2019, arxiv.org/abs/1909.08593, section 2.2, whose K_β = 0.1 is n / horizon here, as in
+    their code.
+
+    Args:
+        weight: β of the KL in the reward.
+        kl: measured, in nats of a whole response, so that the target does not depend on lengths.
+        count: n, responses of the rollout that it was measured on.
+    """
+    if weight < 0 or target <= 0 or horizon <= 0:
+        raise ValueError(
+            "adapted_kl_weight: needs weight >= 0, target > 0 and horizon > 0, got "
+            f"{weight}, {target} and {horizon}."
+        )
+    error = min(max(kl / target - 1.0, -0.2), 0.2)
+    return weight * (1.0 + error * count / horizon)
+
+
 def entropy(logits: Float[Array, "*batch V"]) -> Float[Array, "*batch"]:
     """-Σ_v p log p in nats, in float32; a token of probability 0 counts 0."""
     log_p = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)

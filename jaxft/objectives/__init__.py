@@ -1,5 +1,12 @@
 """Objectives: a model's apply, a loss and a reduction make objective(params, batch, key)."""
 
+from jaxft.objectives.critic import (
+    completion_values,
+    token_values,
+    value_loss,
+    with_value_head,
+    without_value_head,
+)
 from jaxft.objectives.policy_gradient import completion_log_probs, policy_gradient
 from jaxft.objectives.preference import Sequences, bco, hypo, kto, preference, sequence_log_probs
 from jaxft.objectives.reparametrised import reparametrised
@@ -34,6 +41,7 @@ __all__ = [
     "bco",
     "classifier_logits",
     "completion_log_probs",
+    "completion_values",
     "decoder_logits",
     "function_distance",
     "hypo",
@@ -55,5 +63,9 @@ __all__ = [
     "spectrally_normalised",
     "supervised",
     "token_rewards",
+    "token_values",
     "trust_region",
+    "value_loss",
+    "with_value_head",
+    "without_value_head",
 ]

@@ -7,6 +7,7 @@ A batch of experience, B responses of at most N tokens that follow prompts (see 
     sampler_log_probs                [B, N]: of the response's tokens, as the sampler computed them
     old_log_probs, ref_log_probs     [B, N], optional: under the policy before several updates; the reference
     advantages                       [B] or [B, N]
+    old_values, returns              [B, N], with a critic (jaxft.objectives.critic)
     stats                            name -> [B], optional: shown as means over rows, NaN left out
 """
 
@@ -26,6 +27,8 @@ Batch = dict[str, Any]
 # (log_probs, old_log_probs, batch) -> (loss, metrics), all [B, N]
 TokenLoss = Callable[[jax.Array, jax.Array, Batch], tuple[jax.Array, dict[str, jax.Array]]]
 Reduction = Callable[[jax.Array, jax.Array], Mean]  # (values, mask) [B, N] -> Mean
+# (params, hidden [B, N, D], batch) -> (loss, metrics), all [B, N]
+Auxiliary = Callable[[Any, jax.Array, Batch], tuple[jax.Array, dict[str, jax.Array]]]
 # (old_log_probs, sampler_log_probs, mask) [B, N] -> weights [B, N]
 Correction = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
@@ -40,6 +43,7 @@ def policy_gradient(
     kl: Callable[[jax.Array, jax.Array], jax.Array] = losses.kl_k3,
     entropy_weight: float = 0.0,
     correction: Correction | None = None,
+    auxiliary: Auxiliary | None = None,
     chunk: int | None = None,
 ) -> Objective:
     """objective(params, batch, key) = reduction of w L_t + β KL_t - c H_t over the policy's tokens.
@@ -60,6 +64,7 @@ def policy_gradient(
         kl: an estimator of which the loss has the gradient: k2 or k3, not k1.
         entropy_weight: c; costs another projection to the vocabulary.
         correction: w of (old_log_probs, sampler_log_probs, mask), such as `truncated()`.
+        auxiliary: one more loss, of the hidden states that predict the tokens, such as `value_loss()`.
         chunk: see `linear_log_probs`.
     """
     if temperature <= 0:
@@ -72,7 +77,7 @@ def policy_gradient(
     def objective(params, batch, key):
         del key  # Nothing is drawn: no dropout.
         mask, sampled = batch["completion_mask"], batch["sampler_log_probs"]
-        hidden, log_probs = _forward(model, params, batch, temperature, chunk)
+        hidden, log_probs = completion_forward(model, params, batch, temperature, chunk)
         still = jax.lax.stop_gradient(log_probs)
         old = batch.get("old_log_probs", still)
         loss, shown = token_loss(log_probs, old, batch)
@@ -94,6 +99,9 @@ def policy_gradient(
                 chunk=losses.CHUNK if chunk is None else chunk,
             )
             loss, shown["entropy"] = loss - entropy_weight * entropy, entropy
+        if auxiliary is not None:
+            more, metrics = auxiliary(params, hidden, batch)
+            loss, shown = loss + more, shown | metrics
         total = reduction(loss, mask)
         metrics = {"loss": total} | {k: token_mean(v, mask) for k, v in shown.items()}
         metrics["length"] = _row_mean(jnp.sum(mask, axis=1))
@@ -107,7 +115,35 @@ def completion_log_probs(
     model, params: Any, batch: Batch, temperature: float = 1.0, chunk: int | None = None
 ) -> jax.Array:
     """log π of the response's tokens [B, N] at the temperature, under the full vocabulary; 0 off the mask."""
-    return _forward(model, params, batch, temperature, chunk)[1]
+    return completion_forward(model, params, batch, temperature, chunk)[1]
+
+
+def completion_forward(
+    model, params: Any, batch: Batch, temperature: float = 1.0, chunk: int | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """(hidden states that predict the response's tokens [B, N, D], log π of these [B, N], 0 off the mask)."""
+    tokens, mask = jnp.asarray(batch["tokens"]), batch["completion_mask"]
+    size = mask.shape[1]
+    if size >= tokens.shape[1]:
+        raise ValueError(
+            f"policy_gradient: {size} response tokens leave none of {tokens.shape[1]} for the prompt."
+        )
+    output = model.apply(
+        {"params": params},
+        tokens,
+        positions=batch["positions"],
+        segment_ids=batch["segment_ids"],
+    )
+    hidden = output.hidden[:, -size - 1 : -1]
+    log_probs = losses.linear_log_probs(
+        hidden,
+        model.head(params),
+        tokens[:, -size:],
+        temperature=temperature,
+        softcap=model.config.final_softcap,
+        chunk=chunk,
+    )
+    return hidden, jnp.where(mask, log_probs, 0.0)
 
 
 def reinforce() -> TokenLoss:
@@ -231,32 +267,6 @@ def spread(values: jax.Array, like: jax.Array) -> jax.Array:
     """[B] as [B, N], the same for all tokens; [B, N] as it is."""
     values = jnp.asarray(values)
     return jnp.broadcast_to(values[:, None], like.shape) if values.ndim == 1 else values
-
-
-def _forward(model, params, batch, temperature, chunk):
-    """(hidden states that predict the response's tokens, their log-probs)."""
-    tokens, mask = jnp.asarray(batch["tokens"]), batch["completion_mask"]
-    size = mask.shape[1]
-    if size >= tokens.shape[1]:
-        raise ValueError(
-            f"policy_gradient: {size} response tokens leave none of {tokens.shape[1]} for the prompt."
-        )
-    output = model.apply(
-        {"params": params},
-        tokens,
-        positions=batch["positions"],
-        segment_ids=batch["segment_ids"],
-    )
-    hidden = output.hidden[:, -size - 1 : -1]
-    log_probs = losses.linear_log_probs(
-        hidden,
-        model.head(params),
-        tokens[:, -size:],
-        temperature=temperature,
-        softcap=model.config.final_softcap,
-        chunk=chunk,
-    )
-    return hidden, jnp.where(mask, log_probs, 0.0)
 
 
 def _clipped(ratio, batch, clip_low, clip_high, dual_clip):

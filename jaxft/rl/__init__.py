@@ -10,12 +10,14 @@ from jaxft.rl.algorithms import (
     grpo,
     gspo,
     nft,
+    ppo,
     reinforce_plus_plus,
     reinforce_with_baseline,
     rloo,
 )
+from jaxft.rl.experience import Experience, KlControl, collect
 from jaxft.rl.pool import Failures, RewardFn, VerifierError, VerifierPool, in_process
-from jaxft.rl.rollouts import collect, collect_on_device, sample_groups, score
+from jaxft.rl.rollouts import collect_on_device, sample_groups, score
 from jaxft.rl.verifiers import (
     Verifier,
     mentions_answer,
@@ -27,7 +29,9 @@ from jaxft.rl.verifiers import (
 __all__ = [
     "Accuracy",
     "Algorithm",
+    "Experience",
     "Failures",
+    "KlControl",
     "RewardFn",
     "Verifier",
     "VerifierError",
@@ -44,6 +48,7 @@ __all__ = [
     "measure_accuracy",
     "mentions_answer",
     "nft",
+    "ppo",
     "reasoning_gym_verifier",
     "reinforce_plus_plus",
     "reinforce_with_baseline",

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxft.losses import kl_k1
-from jaxft.objectives import Objective
+from jaxft.objectives import Objective, value_loss
 from jaxft.objectives.policy_gradient import (
     clipped,
     constant_length,
@@ -33,10 +33,13 @@ from jaxft.objectives.policy_gradient import (
 from jaxft.rl.advantages import (
     baseline_advantages,
     centred_advantages,
+    generalised_advantages,
     grpo_advantages,
     leave_one_out_advantages,
     reinforce_plus_plus_advantages,
     success_rates,
+    token_rewards,
+    whiten,
 )
 
 Build = Callable[..., Objective]  # (token_loss, reduction) -> objective
@@ -64,8 +67,8 @@ def rloo(build: Build, group_size: int, reward_kl: float = 0.0) -> Algorithm:
     """
 
     def credit(rewards, batch):
-        if reward_kl:
-            rewards = rewards - reward_kl * jnp.sum(_kl_of_tokens(batch), axis=1)
+        if (penalties := _penalties(batch, reward_kl)) is not None:
+            rewards = rewards - jnp.sum(penalties, axis=1)
         return {"advantages": leave_one_out_advantages(rewards, group_size)}
 
     return Algorithm(credit, build(reinforce(), sequence_sum))
@@ -122,10 +125,49 @@ def reinforce_plus_plus(build: Build, reward_kl: float = 0.0, clip: float = 0.2)
 
     def credit(rewards, batch):
         mask = jnp.asarray(batch["completion_mask"])
-        penalties = reward_kl * _kl_of_tokens(batch) if reward_kl else None
+        penalties = _penalties(batch, reward_kl)
         return {"advantages": reinforce_plus_plus_advantages(rewards, mask, penalties)}
 
     return Algorithm(credit, build(clipped(clip, clip), sequence_mean))
+
+
+def ppo(
+    build: Build,
+    reward_kl: float = 0.0,
+    *,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    clip: float = 0.2,
+    value_clip: float = 0.2,
+    value_weight: float = 0.1,
+) -> Algorithm:
+    """PPO: Schulman et al., 2017, arxiv.org/abs/1707.06347, with a critic, whitened GAE and KL in the reward.
+
+    As for language models (Ziegler et al., 2019, arxiv.org/abs/1909.08593; Ouyang et al., 2022,
+    arxiv.org/abs/2203.02155): returns from advantages before whitening, means over all tokens. The params
+    need a value head (`with_value_head`). Responses without a verdict leave the loss.
+
+    Args:
+        reward_kl: β of the KL to the reference in each token's reward (k1); needs ref_log_probs.
+        gamma, lam: see `generalised_advantages`; lam 1 for long reasoning.
+        value_clip, value_weight: see `value_loss`.
+    """
+
+    def credit(rewards, batch):
+        if "old_values" not in batch:
+            raise ValueError("ppo: no old_values; give the params a value head (with_value_head).")
+        mask = jnp.asarray(batch["completion_mask"]) & ~jnp.isnan(rewards)[:, None]
+        placed = token_rewards(jnp.nan_to_num(rewards), mask, _penalties(batch, reward_kl))
+        values = jnp.asarray(batch["old_values"])
+        advantages, returns = generalised_advantages(placed, values, mask, gamma, lam)
+        return {
+            "advantages": whiten(advantages, mask),
+            "returns": returns,
+            "completion_mask": mask,
+        }
+
+    critic = value_loss(value_weight, value_clip)
+    return Algorithm(credit, build(clipped(clip, clip), token_mean, auxiliary=critic))
 
 
 def expert_iteration(build: Build) -> Algorithm:
@@ -165,9 +207,13 @@ def advantages(function: Callable[[jax.Array, int], jax.Array], group_size: int)
     return lambda rewards, batch: {"advantages": function(rewards, group_size)}
 
 
-def _kl_of_tokens(batch):
-    """k1 to the reference at the sampled policy, [B, N]."""
+def _penalties(batch, reward_kl):
+    """β k1 to the reference at the sampled policy, [B, N]; None where β is 0 and nothing adapts it."""
+    if not reward_kl and "kl_weight" not in batch:
+        return None
     if "ref_log_probs" not in batch:
         raise ValueError("reward_kl needs ref_log_probs in the batch; collect with ref_params.")
     old = jnp.asarray(batch.get("old_log_probs", batch["sampler_log_probs"]))
-    return jnp.where(batch["completion_mask"], kl_k1(old, jnp.asarray(batch["ref_log_probs"])), 0.0)
+    weight = jnp.asarray(batch["kl_weight"])[:, None] if "kl_weight" in batch else reward_kl
+    kl = kl_k1(old, jnp.asarray(batch["ref_log_probs"]))
+    return jnp.where(batch["completion_mask"], weight * kl, 0.0)

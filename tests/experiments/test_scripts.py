@@ -74,8 +74,16 @@ def test_the_adapter_is_used_by_the_other_scripts(smoke, tmp_path, capsys):
     capsys.readouterr()
 
 
-def test_reinforcement_learning_writes_all_it_promises_and_goes_on(tmp_path):
-    settings = dict(smoke=True, updates=2, kl_weight=0.1, save_steps=2)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(updates=2, kl_weight=0.1),
+        dict(algorithm="ppo", epochs=2, reward_kl=0.1, kl_target=1.0, kl_horizon=50.0),
+    ],
+    ids=["grpo", "ppo"],
+)
+def test_reinforcement_learning_writes_all_it_promises_and_goes_on(settings, tmp_path):
+    settings = settings | dict(smoke=True, save_steps=2)
     rows = lambda path: [
         {k: v for k, v in json.loads(line).items() if k != "seconds"}
         for line in (path / "metrics.jsonl").read_text().splitlines()
@@ -304,10 +312,18 @@ BAD = {
         "missing file": DATA["missing file"],
         "no answers": (without_answers, "its answers cannot be verified"),
         "updates": (lambda p: ["--updates", "3"], "must be a positive multiple of --updates 3"),
-        "saves": (lambda p: ["--updates", "4", "--save-steps", "2"], "multiple of --updates 4"),
+        "saves": (
+            lambda p: ["--updates", "4", "--save-steps", "2"],
+            "multiple of --updates 4 x --epochs 1",
+        ),
         "group": (lambda p: ["--group-size", "1"], "at least 2 for grpo, got 1"),
         "greedy": (lambda p: ["--temperature", "0"], "--temperature must be positive, got 0.0"),
         "reward kl": (lambda p: ["--reward-kl", "1"], "grpo takes --kl-weight"),
+        "kl target": (
+            lambda p: ["--kl-target", "1"],
+            "1.0 must be positive and adapts --reward-kl",
+        ),
+        "epochs": (lambda p: ["--epochs", "0"], "and --epochs (0) positive"),
         "overlong": (lambda p: ["--overlong", "9"], "must lie in 0..--max-new-tokens (4), got 9"),
         "long": (lambda p: ["--max-new-tokens", "600"], "exceeds the 512 positions of tiny"),
         "output": (lambda p: ["--output-dir", unwritable(p)], "cannot write to"),

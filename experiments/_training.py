@@ -1,13 +1,13 @@
 """What the scripts that train share: flags, mesh, adapters, optimizer, callbacks, saving.
 
-The functions read the flags that they name, of a `Training` or of a config that has them too.
+The functions read the flags that they name, of a `Run` or a `Training`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -33,11 +33,10 @@ from jaxft.parallel import make_mesh, shard_params
 
 
 @dataclasses.dataclass(frozen=True)
-class Training:
+class Run:
     """Flags of every script that trains a language model."""
 
     model: str = "smollm2"  # directory, .gguf file, "smollm2", "tiny" (random), or hub id
-    validation: float = 0.05  # the part held out, if there is no eval_data
 
     adapter: Name = "lora"  # what trains; full: everything
     quantise: Quantisation | None = None  # round the frozen kernels (nf4: QLoRA, QPaCA, QDoRA)
@@ -46,9 +45,7 @@ class Training:
     target: str = ALL_LINEAR  # pattern of the paths of adapted kernels
 
     max_steps: int = 60
-    batch_size: int = 2  # rows of one step, over all devices and accumulation steps
     gradient_accumulation_steps: int = 1
-    max_length: int = 384  # tokens of a row
     learning_rate: float = 1e-3
     optimizer: Optimizer = (
         "adamw"  # lion: learning rate 3 to 10 times smaller, decay as much larger
@@ -66,7 +63,6 @@ class Training:
     template: str | None = (
         None  # chat template that replaces the model's: a file, or chatml, llama3, gemma...
     )
-    max_bad: float = 0.0  # largest share of unusable records that is skipped rather than an error
 
     data_axis: int = 1  # mesh: copies of the model; -1 fills
     fsdp: int = 1  # mesh: shards of the params and the batch; -1 fills
@@ -78,18 +74,28 @@ class Training:
     scan_layers: bool = False  # stack layers: compile time independent of depth
     remat: Remat = "none"  # recompute in the backward pass: lean, dots or full save memory
 
-    eval_steps: int = 20
     save_steps: int = 100
     logging_steps: int = 5
     report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
     profile_dir: str | None = None  # trace of a few steps
     resume: bool = False
-    preview: bool = False  # print examples with what trains marked, then stop
     smoke: bool = False  # a random tiny model for a few steps
     debug: bool = False  # full tracebacks
 
 
-def make_optimizer(config: Training) -> optax.GradientTransformation:
+@dataclasses.dataclass(frozen=True)
+class Training(Run):
+    """Flags of scripts that train on rows of records."""
+
+    validation: float = 0.05  # the part held out, if there is no eval_data
+    batch_size: int = 2  # rows of one step, over all devices and accumulation steps
+    max_length: int = 384  # tokens of a row
+    max_bad: float = 0.0  # largest share of unusable records that is skipped rather than an error
+    eval_steps: int = 20
+    preview: bool = False  # print examples with what trains marked, then stop
+
+
+def make_optimizer(config: Run) -> optax.GradientTransformation:
     """The optimizer that the flags ask for."""
     return train.make_optimizer(
         config.learning_rate,
@@ -102,15 +108,21 @@ def make_optimizer(config: Training) -> optax.GradientTransformation:
     )
 
 
-def load_base(config: Training, mesh: Any) -> tuple[Any, Any]:
-    """(model, base params) on the mesh, in the types that the flags ask for."""
+def load_base(
+    config: Run, mesh: Any, check: Callable[[Any, Any], None] | None = None
+) -> tuple[Any, Any]:
+    """(model, base params) on the mesh, in the types that the flags ask for.
+
+    Args:
+        check: of (config, model), what must hold before minutes are spent; None: `check_length`.
+    """
     model, base = files.load_model(config.model, mesh=mesh, scan_layers=config.scan_layers)
     model = model.clone(dtype=jnp.bfloat16 if config.bfloat16 else jnp.float32, remat=config.remat)
-    check_length(config, model)
+    (check or check_length)(config, model)
     return model, base
 
 
-def adapt_params(config: Training, base: Any, mesh: Any) -> Any:
+def adapt_params(config: Run, base: Any, mesh: Any) -> Any:
     """The base params with what trains: adapters, or all of them."""
     params = apply_named(base, config.adapter, **adapter_settings(config))
     return announce(params if mesh is None else shard_params(params, mesh))
@@ -123,9 +135,7 @@ def announce(params: Any) -> Any:
     return params
 
 
-def checkpoints(
-    config: Training, output: pathlib.Path, best: str | None = None
-) -> train.Checkpoints:
+def checkpoints(config: Run, output: pathlib.Path, best: str | None = None) -> train.Checkpoints:
     """Where and when to save."""
     path = output / "checkpoints"
     return train.Checkpoints(path, every=config.save_steps, best=best, resume=config.resume)
@@ -135,12 +145,18 @@ def callbacks(
     config: Training, objective: Any, eval_batches: Any, output: pathlib.Path, mesh: Any
 ) -> list[train.Callback]:
     """Evaluation, progress, logs and the figure of a run."""
-    result = [
+    title = f"{config.model}, {config.adapter}"
+    return [
         train.evaluation(objective, eval_batches, steps=config.eval_steps, mesh=mesh),
         train.progress(steps=config.logging_steps),
-        train.jsonl_log(output / "metrics.jsonl"),
-        train.run_figure(output / "training.png", title=f"{config.model}, {config.adapter}"),
+        train.run_figure(output / "training.png", title=title),
+        *logs(config, output),
     ]
+
+
+def logs(config: Run, output: pathlib.Path) -> list[train.Callback]:
+    """Where the metrics of all steps go, and a profile if the flags ask for one."""
+    result = [train.jsonl_log(output / "metrics.jsonl")]
     if "tensorboard" in config.report_to:
         result.append(train.tensorboard_log(output / "tensorboard"))
     if "wandb" in config.report_to:
@@ -152,7 +168,7 @@ def callbacks(
 
 
 def save(
-    config: Training,
+    config: Run,
     model: Any,
     params: Any,
     base: Any,
@@ -182,13 +198,13 @@ def save(
         )
 
 
-def adapter_settings(config: Training) -> dict[str, Any]:
+def adapter_settings(config: Run) -> dict[str, Any]:
     """The arguments of `apply_named` in the flags."""
     names = ("rank", "alpha", "target", "quantise", "seed")
     return {name: getattr(config, name) for name in names}
 
 
-def mesh_of(config: Training) -> Any:
+def mesh_of(config: Run) -> Any:
     """The mesh that the flags ask for; None on one device."""
     sizes = (config.data_axis, config.fsdp, config.tensor)
     if sizes == (1, 1, 1) and jax.device_count() == 1:
@@ -198,7 +214,7 @@ def mesh_of(config: Training) -> Any:
     return make_mesh(data=config.data_axis, fsdp=config.fsdp, tensor=config.tensor)
 
 
-def check_output(config: Training, output: pathlib.Path) -> None:
+def check_output(config: Run, output: pathlib.Path) -> None:
     """Before the model is loaded: fit itself would find out minutes later."""
     train.writable_directory(output)
     if not config.resume and any((output / "checkpoints").glob("[0-9]*")):

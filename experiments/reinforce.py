@@ -18,25 +18,18 @@ import pathlib
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import tyro
 
 from experiments import _training as shared
-from experiments._optimizers import Optimizer
+from experiments._optimizers import sharpen
 from jaxft import checkpoints as files
 from jaxft import data, rl, train
-from jaxft.adapters import (
-    ALL_LINEAR,
-    Name,
-    Quantisation,
-    apply_named,
-    load_adapter,
-    merge,
-)
+from jaxft.adapters import load_adapter, merge
 from jaxft.generation import SamplingConfig
 from jaxft.losses import overlong_penalty
 from jaxft.objectives import policy_gradient, with_value_head, without_value_head
 from jaxft.objectives.policy_gradient import truncated, truncated_sequences
+from jaxft.parallel import connect_hosts, mesh_context
 
 # reasoning-gym draws entry i from seed + i: the seeds below are further apart than the sizes.
 NEEDLE = "rg:needle_haystack?min_num_statements=4&max_num_statements=8"
@@ -51,42 +44,30 @@ KL_IN_REWARD = ("rloo", "reinforce_plus_plus", "ppo")
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(shared.Run):
     """What to train, on what, and how."""
 
-    model: str = "smollm2"  # directory, .gguf file, "smollm2", "tiny" (random), or hub id
     start: str | None = None  # adapter of a warm start, merged into the model before training
     data: str = f"{NEEDLE}&size=2000&seed=1"  # rg:TASK, or a file, tfds: or hub id with answers
     eval_data: str = f"{NEEDLE}&size=100&seed=1000000"  # held-out questions
     output_dir: str = "runs/reinforce"
 
     algorithm: Choice = "grpo"
-    adapter: Name = "lora"  # what trains; full: everything
-    quantise: Quantisation | None = None  # round the frozen kernels
-    rank: int = 16
-    alpha: float = 32.0
-    target: str = ALL_LINEAR  # pattern of the paths of adapted kernels
-
     max_steps: int = 50  # optimizer steps
     prompts_per_step: int = 4  # questions of a rollout
     group_size: int = 8  # answers to each
     updates: int = 1  # optimizer steps on parts of one rollout
     epochs: int = 1  # passes over it, of so many steps each
-    gradient_accumulation_steps: int = 1
     max_new_tokens: int = 16  # of an answer
     temperature: float = 1.0
     learning_rate: float = 1e-4
-    optimizer: Optimizer = "adamw"
     schedule: Literal["cosine", "linear", "constant"] = "constant"
     warmup_ratio: float = 0.0
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    seed: int = 0
 
     kl_weight: float = 0.0  # of k3 to the starting model, in the loss
     reward_kl: float = 0.0  # of k1 to it, in the reward: rloo, reinforce_plus_plus and ppo
     kl_target: float | None = None  # nats of an answer to which reward_kl is adapted; None: never
-    kl_horizon: float = 10000.0  # answers: adapts by 20 % at most in a fifth of these
+    kl_horizon: float = 10000.0  # answers: adapts by 20 % at most in so many
     entropy_weight: float = 0.0  # of an entropy bonus
     gamma: float = 1.0  # ppo: discount of a token
     lam: float = 0.95  # ppo: GAE's; 1 for long reasoning
@@ -101,53 +82,53 @@ class Config:
 
     workers: int = 2  # processes that verify answers
     timeout: float = 5.0  # seconds of one verdict
-    template: str | None = None  # chat template that replaces the model's
-    bfloat16: bool = False  # compute in bfloat16; what trains stays float32
     save_steps: int = 50
     logging_steps: int = 1
-    resume: bool = False
-    smoke: bool = False  # a random tiny model for a few steps
-    debug: bool = False  # full tracebacks
 
 
 def main(config: Config) -> dict[str, Any]:
     """Trains; returns the metrics that are written to metrics.json."""
     config = _smoke(config) if config.smoke else config
+    connect_hosts(config.distributed)
     train.keep_memory_warm()
     _check(config)
     renderer, records, held_out = load_data(config)
     output = pathlib.Path(config.output_dir)
     shared.check_output(config, output)
-    model, base = files.load_model(config.model)
-    model = model.clone(dtype=jnp.bfloat16 if config.bfloat16 else jnp.float32)
+    mesh = shared.mesh_of(config)
+    _check_mesh(config, mesh)
+    prompts = [renderer.prompt(record) for record in records]
+    check = functools.partial(_check_length, prompts=prompts)
+    model, base = shared.load_base(config, mesh, check)
     if config.start:
         base = merge(load_adapter(config.start, model.config, base))
-    prompts = [renderer.prompt(record) for record in records]
-    _check_length(config, model, prompts)
-    params = apply_named(base, config.adapter, **shared.adapter_settings(config))
+    params = shared.adapt_params(config, base, mesh)
     if config.algorithm == "ppo":
         params = with_value_head(model, params)
-    params = shared.announce(params)
     credit, objective = algorithm(config, model)
-    accuracy = functools.partial(measure, config, model, renderer, held_out)
+    method = sharpen(config.sharpness, objective, shared.make_optimizer(config), rho=config.rho)
+    accuracy = functools.partial(measure, config, model, renderer, held_out, mesh)
     before = accuracy(base, "before")
     verifier = functools.partial(rl.verifier_for, records[0]["source"], records[:1])
     with rl.VerifierPool(verifier, workers=config.workers, timeout=config.timeout) as rewards:
         state, history = train.fit(
             params,
-            objective,
-            shared.make_optimizer(config),
-            experience(config, model, prompts, records, renderer, rewards, credit, base),
+            method.objective,
+            method.optimizer,
+            experience(config, model, prompts, records, renderer, rewards, credit, base, mesh),
             steps=config.max_steps,
             key=jax.random.key(config.seed),
+            gradient=method.gradient,
+            extra_args=method.extra_args,
             microbatches=config.gradient_accumulation_steps,
+            mesh=mesh,
             callbacks=_callbacks(config, output),
             checkpoints=shared.checkpoints(config, output),
         )
         failures = rewards.failures
     trained = without_value_head(state.params)
     # With --start an adapter would be one of a model that is nowhere on disk.
-    shared.save(config, model, trained, base, None, output, whole=bool(config.start))
+    shared.save(config, model, trained, base, mesh, output, whole=bool(config.start))
     after = accuracy(trained, "after")
     return report(config, history, failures, before, after, output)
 
@@ -205,7 +186,7 @@ def algorithm(config: Config, model: Any) -> rl.Algorithm:
     return makers[config.algorithm]()
 
 
-def experience(config, model, prompts, records, renderer, rewards, credit, base):
+def experience(config, model, prompts, records, renderer, rewards, credit, base, mesh):
     """The batches of `fit`: a function of the state."""
     penalty = None
     if config.overlong:
@@ -236,15 +217,17 @@ def experience(config, model, prompts, records, renderer, rewards, credit, base)
         mask_truncated=config.mask_truncated,
         max_tries=config.max_tries,
         seed=config.seed,
+        mesh=mesh,
     )
 
 
-def measure(config, model, renderer, records, params, when: str) -> rl.Accuracy:
+def measure(config, model, renderer, records, mesh, params, when: str) -> rl.Accuracy:
     """The accuracy of greedy answers to held-out questions, printed."""
     verifier = rl.verifier_for(records[0]["source"], records)
-    result = rl.measure_accuracy(
-        model, params, renderer, records, verifier, max_new_tokens=config.max_new_tokens
-    )
+    with mesh_context(mesh):
+        result = rl.measure_accuracy(
+            model, params, renderer, records, verifier, max_new_tokens=config.max_new_tokens
+        )
     print(f"accuracy {when}: {result}", flush=True)
     return result
 
@@ -284,8 +267,8 @@ def _callbacks(config, output):
     title = f"{config.algorithm}, {config.model}, {config.adapter}"
     return [
         train.progress(steps=config.logging_steps, show=SHOWN),
-        train.jsonl_log(output / "metrics.jsonl"),
         train.run_figure(output / "training.png", title=title, main="reward", below=below),
+        *shared.logs(config, output),
     ]
 
 
@@ -326,7 +309,24 @@ def _check(config):
         )
 
 
-def _check_length(config, model, prompts):
+def _check_mesh(config, mesh):
+    """Whether there is one host, and the rows of a step can be laid over its devices."""
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"reinforce.py runs on one host so far, not on {jax.process_count()}: answers are sampled and "
+            "verified in one process. Use the devices of one host (--fsdp, --tensor)."
+        )
+    parts = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+    rows = config.prompts_per_step * config.group_size
+    if rows % (parts * config.updates * config.gradient_accumulation_steps):
+        raise ValueError(
+            f"{rows} answers of a rollout, in {config.updates} updates of "
+            f"{config.gradient_accumulation_steps} parts, cannot be laid over data x fsdp = {parts} devices; "
+            "raise --prompts-per-step or --group-size."
+        )
+
+
+def _check_length(config, model, *, prompts):
     longest = max(map(len, prompts))
     if longest + config.max_new_tokens > model.config.max_length:
         raise ValueError(

@@ -9,11 +9,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxft.generation import SamplingConfig
 from jaxft.losses import adapted_kl_weight, kl_k1
 from jaxft.models import Decoder
 from jaxft.objectives import completion_values
+from jaxft.parallel import mesh_context
 from jaxft.rl.advantages import has_contrast
 from jaxft.rl.pool import RewardFn
 from jaxft.rl.rollouts import (
@@ -56,6 +58,7 @@ def collect(
     mask_truncated: bool = False,
     max_tries: int = 1,
     seed: int = 0,
+    mesh: Mesh | None = None,
 ) -> Experience:
     """batches(state): what `fit` takes as its batches, sampled from the state's params.
 
@@ -81,6 +84,7 @@ def collect(
         max_tries: samples anew for the prompts of groups without contrast, up to so many times in all
             (dynamic sampling); what is missing then is filled with such groups.
         seed: of the order of prompts, a new permutation each epoch.
+        mesh: as for `fit`, of one process; rows are sampled and scored over its data and fsdp axes.
 
     Raises:
         ValueError: for sizes that do not fit each other, or rewards of a wrong length.
@@ -115,7 +119,11 @@ def collect(
         batch |= read(state.params, batch)
         return _credited(credit, batch, kl_weight)
 
-    return Experience(rollout, updates, epochs, kl_control, seed)
+    def on_mesh(*args):
+        with mesh_context(mesh):
+            return rollout(*args)
+
+    return Experience(on_mesh, updates, epochs, kl_control, seed)
 
 
 class Experience:

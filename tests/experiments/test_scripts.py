@@ -78,7 +78,8 @@ def test_the_adapter_is_used_by_the_other_scripts(smoke, tmp_path, capsys):
     "settings",
     [
         dict(updates=2, kl_weight=0.1),
-        dict(algorithm="ppo", epochs=2, reward_kl=0.1, kl_target=1.0, kl_horizon=50.0),
+        dict(algorithm="ppo", epochs=2, reward_kl=0.1, kl_target=1.0, kl_horizon=50.0)
+        | dict(data_axis=2, fsdp=2, tensor=2, scan_layers=True, remat="full", sharpness="sam"),
     ],
     ids=["grpo", "ppo"],
 )

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from scipy import stats
 
@@ -43,7 +44,9 @@ def report(claims: Sequence[Claim], metrics: dict, directory: pathlib.Path) -> i
     """Prints the table, writes metrics.json; returns the exit code, 1 if a claim does not hold."""
     table = Table("claim", "paper", "here", "holds")
     for claim in claims:
-        table.add_row(claim.text, claim.paper, claim.here, "yes" if claim.holds else "NO")
+        # "E[r]" and "[nan, nan]" would be taken for rich's markup.
+        cells = map(escape, (claim.text, claim.paper, claim.here))
+        table.add_row(*cells, "yes" if claim.holds else "NO")
     Console(width=140).print(table)
     rows = [dataclasses.asdict(claim) for claim in claims]
     directory.mkdir(parents=True, exist_ok=True)

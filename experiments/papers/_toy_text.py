@@ -1,0 +1,76 @@
+"""Small language models on token rows of one shape, for scripts of papers: pretraining and sampling."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxft import train
+from jaxft.generation import SamplingConfig
+from jaxft.generation.sampler import decode, prefill
+from jaxft.models import Decoder, DecoderConfig
+from jaxft.objectives import supervised
+
+
+def decoder(vocabulary: int, length: int, width: int = 64, layers: int = 2) -> Decoder:
+    """A Llama-like decoder with four heads."""
+    return Decoder(
+        DecoderConfig(
+            vocab_size=vocabulary, hidden_size=width, intermediate_size=2 * width, num_layers=layers,
+            num_heads=4, num_kv_heads=4, head_dim=width // 4, max_length=length,
+        )
+    )  # fmt: skip
+
+
+@functools.cache
+def sampler(
+    model: Decoder, size: int, stop: int | None = None, temperature: float = 1.0
+) -> Callable[..., Any]:
+    """sample(params, prompts [B, P], key) -> (completions [B, size], mask, log-probs of tokens).
+
+    One compiled program for each B; a completion ends after `stop`, which the mask counts. Temperature 0 is
+    greedy, its log-probs are at 1.
+    """
+    stops = () if stop is None else (stop,)
+    config = SamplingConfig(max_new_tokens=size, temperature=temperature, stop_ids=stops)
+
+    @jax.jit
+    def sample(params, prompts, key):
+        keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(len(prompts)))
+        valid = jnp.ones(prompts.shape, bool)
+        state = prefill(model, params, prompts, valid, keys, prompts.shape[1] + size)
+        _, part = decode(model, params, state, config, steps=size)
+        return part.tokens, part.mask, part.log_probs
+
+    return sample
+
+
+def rows(prompts: Any, completions: Any, mask: Any = None) -> dict[str, jax.Array]:
+    """A batch of objectives: `tokens`, `loss_mask` and `segment_ids` [..., P + N]."""
+    mask = jnp.ones(completions.shape, bool) if mask is None else mask
+    before = jnp.broadcast_to(prompts, (*completions.shape[:-1], prompts.shape[-1]))
+    join = lambda x, y: jnp.concatenate([x, y], axis=-1)
+    seen = join(jnp.ones(before.shape, jnp.int32), mask.astype(jnp.int32))
+    return {
+        "tokens": join(before, completions * mask),
+        "loss_mask": join(jnp.zeros(before.shape), mask.astype(jnp.float32)),
+        "segment_ids": seen,
+    }
+
+
+def pretrain(
+    model: Decoder, draw: Callable[[np.random.Generator], Any], steps: int, rate: float, seed: int
+) -> Any:
+    """Params after supervised steps on what `draw` gives, with Adam and a cosine."""
+    rng = np.random.default_rng(seed)
+    params = model.init(jax.random.key(seed), model.example_input())["params"]
+    optimizer = optax.adam(lambda count: rate * train.cosine(count / steps))
+    batches = (draw(rng) for _ in range(steps))
+    state, _ = train.fit(params, supervised(model), optimizer, batches, steps=steps)
+    return state.params

@@ -1,0 +1,148 @@
+"""The scripts of papers on preferences: exact parts against closed forms, the rest run small."""
+
+import functools
+import json
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.papers import _hypo_bandits, _hypo_text, hypo
+from jaxft.losses import leave_one_out, reverse_kl_surrogate
+
+
+@pytest.fixture(scope="module")
+def hypo_smoke(tmp_path_factory):
+    output = tmp_path_factory.mktemp("hypo")
+    assert hypo.main(hypo.Config(smoke=True, output_dir=str(output))) == 0
+    assert (output / "hypo.png").stat().st_size > 1000
+    return json.loads((output / "metrics.json").read_text())
+
+
+def test_hypo_smoke(hypo_smoke):
+    (seed,) = hypo_smoke["text"]
+    assert [row["step"] for row in seed["DPO"]] == [0, 2, 4]
+    start = [rows[0] for rows in seed.values()]
+    assert start[0] == start[1] == start[2] and abs(start[0]["kl"]) < 1e-5
+    assert len({rows[-1]["log_prob_chosen"] for rows in seed.values()}) == 3
+
+
+@pytest.mark.parametrize(
+    "kl_weight, policy, kl, reward",
+    [
+        ("0", (0, 0, 1), np.log(10), -1),
+        ("0.03", (0.449, 0.099, 0.452), 0.531, -0.003),
+        ("0.1", (0.504, 0.318, 0.178), 0.049, 0.327),
+        ("1", (0.458, 0.435, 0.107), 0.001, 0.351),
+    ],
+)
+def test_hypo_s_three_responses(hypo_smoke, kl_weight, policy, kl, reward):
+    found = hypo_smoke["three"][kl_weight]
+    np.testing.assert_allclose(found["policy"], policy, atol=2e-3)
+    np.testing.assert_allclose([found["kl"], found["reward"]], [kl, reward], atol=5e-3)
+
+
+def test_dpo_s_optimum_on_covered_pairs_has_the_closed_form():
+    # With all responses compared and free logits, π is proportional to π_ref exp(r / β).
+    bandit = _hypo_bandits.Bandit(
+        jnp.eye(3), jnp.log(jnp.array([0.5, 0.3, 0.2])), jnp.array([0.3, 0.0, -0.2]),
+        jnp.array([[0, 1], [0, 2], [1, 2]]),
+    )  # fmt: skip
+    found = jax.jit(functools.partial(_hypo_bandits.solve, beta=0.5, steps=2000))(bandit, 0.0)
+    best = jax.nn.softmax(bandit.ref_log_probs + bandit.rewards / 0.5)
+    chex.assert_trees_all_close(found["policy"], best, atol=1e-3)
+    assert found["uncovered"] == 0
+
+
+def test_the_bandits_gradient_is_that_of_dpo_and_kl():
+    many = _hypo_bandits.random_bandits(jax.random.key(3), 2)
+    bandit = jax.tree.map(lambda x: x[1], many)
+    theta = jnp.array([0.5, -1.0, 0.3])
+
+    def exact(theta):
+        log_p, ref = _hypo_bandits.log_policy(theta, bandit), bandit.ref_log_probs
+        total = 0.0
+        for i, j in bandit.pairs.tolist():
+            margin = 0.2 * (log_p[i] - ref[i] - log_p[j] + ref[j])
+            win = jax.nn.sigmoid(bandit.rewards[i] - bandit.rewards[j])
+            total -= win * jax.nn.log_sigmoid(margin) + (1 - win) * jax.nn.log_sigmoid(-margin)
+        return total / 6 + 0.7 * jnp.sum(jnp.exp(log_p) * (log_p - ref))
+
+    ours = jax.jit(jax.grad(functools.partial(_hypo_bandits.objective, beta=0.2)))
+    ours = ours(theta, bandit, kl_weight=0.7)
+    chex.assert_trees_all_close(ours, jax.jit(jax.grad(exact))(theta), rtol=1e-4, atol=1e-6)
+
+
+def test_sampled_gradients_of_the_kl_are_unbiased_and_the_baseline_calms_them():
+    # Far away: close by, log-ratios have a mean near 0 and need no baseline.
+    theta, ref = jnp.array([[0.0, 0.3, -0.3, 0.1, -3.0], [0.0, 0.2, -0.2, 0.1, 6.0]])
+    draws = jax.random.categorical(jax.random.key(1), theta, shape=(25_000, 4))
+
+    def gradient(samples, with_baseline):
+        def surrogate(theta):
+            log_p, ref_log_p = (jax.nn.log_softmax(x)[samples] for x in (theta, ref))
+            baseline = leave_one_out(log_p - ref_log_p, 4) if with_baseline else None
+            return jnp.mean(reverse_kl_surrogate(log_p, ref_log_p, baseline))
+
+        return jax.grad(surrogate)(theta)
+
+    def kl(theta):
+        log_p = jax.nn.log_softmax(theta)
+        return jnp.sum(jnp.exp(log_p) * (log_p - jax.nn.log_softmax(ref)))
+
+    expected, variances = jax.grad(kl)(theta), []
+    for with_baseline in (False, True):
+        found = jax.jit(jax.vmap(functools.partial(gradient, with_baseline=with_baseline)))(draws)
+        error = found.std(0) / np.sqrt(len(found))
+        assert (jnp.abs(found.mean(0) - expected) < 4 * error).all()
+        variances.append(float(found.var(0).sum()))
+    assert variances[1] < variances[0]
+
+
+def test_hypo_s_pairs_never_show_what_goes_wrong():
+    rng = np.random.default_rng(0)
+    batch = _hypo_text.language(rng, 3000)
+    topics, words = np.asarray(batch["tokens"][:, 0]), np.asarray(batch["tokens"][:, 1:])
+    good, bad = (np.asarray(_hypo_text.count(words, k)) for k in (_hypo_text.GOOD, _hypo_text.BAD))
+    assert (good[bad > 0] >= _hypo_text.TURN).all() and (bad > 0).mean() > 0.1
+    assert np.asarray(_hypo_text.reward(jnp.asarray(words))).tolist() == (good - bad).tolist()
+    assert not batch["loss_mask"][:, 0].any() and batch["loss_mask"][:, 1:].all()
+    pairs = _hypo_text.make_pairs(words, topics, rng)
+    assert len(pairs["topics"]) > 500
+    assert not np.asarray(_hypo_text.count(pairs["pairs"], _hypo_text.BAD)).any()
+    margin = np.subtract(*np.asarray(_hypo_text.count(pairs["pairs"], _hypo_text.GOOD)).T)
+    assert (margin != 0).all()
+    ones = margin[np.abs(margin) == 1] > 0  # σ(1) = 0.731 of the pairs that differ by one
+    assert abs(ones.mean() - 0.731) < 4 * np.sqrt(0.731 * 0.269 / len(ones))
+
+
+@pytest.mark.parametrize(
+    "change", [{}, {"kl": 9.0}, {"reward": 1.0}, {"log_prob_chosen": 1.0}, {"three": 0.2}]
+)
+def test_hypo_s_judge_can_fail(change):
+    row = lambda reward, kl, chosen: {"reward": reward, "kl": kl, "log_prob_chosen": chosen}
+    start = row(1.0, 0.0, 0.0)
+    text = {
+        "DPO": [start, row(1.5, 5.0, -4.0), row(2.0, 10.0, -9.0) | {
+            k: v for k, v in change.items() if k == "log_prob_chosen"}],
+        "HyPO": [start, row(2.5, 1.0, -1.0) | {k: v for k, v in change.items() if k != "three"}],
+        "RLOO": [start, row(3.0, 2.0, 0.0)],
+    }  # fmt: skip
+    three = lambda c, kl, reward: {"policy": [0, 0, c], "kl": kl, "reward": reward}
+    bandits = lambda kl: {"kl": [kl] * 3, "regularised": [-kl] * 3, "reward": [0.0] * 3}
+    metrics = {
+        "three": {"0": three(1.0, 2.3026, -1.0), "0.01": three(1.0, 2.3, -1.0),
+                  "0.1": three(0.2, change.get("three", 0.05), 0.32)},
+        "random": {"0": bandits(1.0), "0.03": bandits(0.5)},
+        "text": [text] * 3,
+        "beta": 0.5,
+    }  # fmt: skip
+    assert all(claim.holds for claim in hypo.judge(metrics)) == (not change)
+
+
+def test_hypo_s_early_stopping_is_between_measurements():
+    rows = [{"kl": k, "reward": r} for k, r in ((0.0, 1.0), (2.0, 3.0), (1.0, 9.0))]
+    assert hypo.reward_at(rows, 0.5) == 1.5
+    assert hypo.reward_at(rows, 5.0) == 9.0

@@ -6,13 +6,14 @@ BIN := $(VENV)/bin
 # Workers of the tests; two suit a laptop.
 WORKERS ?= 2
 
-.PHONY: help demo test lint bench aot clean
+.PHONY: help demo test lint bench aot scale clean
 
 help:
 	@echo "make demo   fine-tune SmolLM2-135M on a real task and show what changed (ten minutes)"
 	@echo "make test   run the tests"
 	@echo "make lint   check style"
 	@echo "make bench  compare speed with transformers + peft and trl"
+	@echo "make scale  compile for slices that are not here, and write docs/scale.md"
 
 demo: $(VENV)/.text
 	rm -rf runs/demo
@@ -27,6 +28,9 @@ lint: $(VENV)/.test
 
 bench: $(VENV)/.bench .venv-tunix/.ready
 	$(BIN)/python -m benchmarks.run $(ARGS)
+
+scale: $(VENV)/.test aot
+	$(BIN)/python -m benchmarks.scale $(ARGS)
 
 # Tunix pins other releases than the tests run with.
 .venv-tunix/.ready:

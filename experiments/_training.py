@@ -6,7 +6,10 @@ The functions read the flags that they name, of a `Run` or a `Training`.
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 import pathlib
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -29,7 +32,7 @@ from jaxft.adapters import (
     save_checked,
 )
 from jaxft.models.remat import Remat
-from jaxft.parallel import make_mesh, shard_params
+from jaxft.parallel import connect_hosts, make_mesh, shard_params, written_once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +98,21 @@ class Training(Run):
     preview: bool = False  # print examples with what trains marked, then stop
 
 
+def start(config: Run) -> None:
+    """Joins the other hosts, if there are any: the first alone prints. Keeps malloc's memory."""
+    connect_hosts(config.distributed)
+    if jax.process_index() > 0:
+        sys.stdout = open(os.devnull, "w")
+    train.keep_memory_warm()
+
+
+def write_metrics(output: pathlib.Path, metrics: Mapping[str, Any]) -> None:
+    """metrics.json, and a line that says where it lies."""
+    text = json.dumps(metrics, indent=2) + "\n"
+    written_once(lambda: (output / "metrics.json").write_text(text), str(output))
+    print(f"metrics and figure in {output}")
+
+
 def make_optimizer(config: Run) -> optax.GradientTransformation:
     """The optimizer that the flags ask for."""
     return train.make_optimizer(
@@ -115,7 +133,19 @@ def load_base(
 
     Args:
         check: of (config, model), what must hold before minutes are spent; None: `check_length`.
+
+    Raises:
+        ValueError: if they cannot fit the memory there is.
     """
+    shapes = files.model_shapes(config.model, scan_layers=config.scan_layers)
+    trains_all = make_optimizer(config) if config.adapter == "full" else None
+    devices = [jax.devices()[0]] if mesh is None else list(mesh.local_devices)
+    train.check_memory(
+        train.state_bytes(shapes, trains_all, mesh),
+        devices,
+        "take --adapter lora rather than full, more shards (--fsdp, --tensor) or a smaller model; "
+        "`python -m jaxft.compile` tells what a slice would need.",
+    )
     model, base = files.load_model(config.model, mesh=mesh, scan_layers=config.scan_layers)
     model = model.clone(dtype=jnp.bfloat16 if config.bfloat16 else jnp.float32, remat=config.remat)
     (check or check_length)(config, model)

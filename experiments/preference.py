@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import pathlib
 from typing import Any, Literal
 
@@ -28,7 +27,6 @@ from experiments import _training as shared
 from experiments._optimizers import sharpen
 from jaxft import data, losses, objectives, train
 from jaxft.metrics import length_controlled_rate, wilson_interval
-from jaxft.parallel import connect_hosts
 
 NEEDLE = "rg:needle_haystack?min_num_statements=4&max_num_statements=8"
 Loss = Literal[
@@ -65,8 +63,7 @@ class Config(shared.Training):
 def main(config: Config) -> dict[str, Any]:
     """Trains; returns the metrics that are written to metrics.json."""
     config = _smoke(config) if config.smoke else config
-    connect_hosts(config.distributed)
-    train.keep_memory_warm()
+    shared.start(config)
     make_objective = objective_of(config)
     training, held_out = load_data(config)
     if config.preview:
@@ -94,7 +91,7 @@ def main(config: Config) -> dict[str, Any]:
     )
     batches = data.group_batches(
         training,
-        batch_size=config.batch_size // jax.process_count(),
+        batch_size=config.batch_size,
         max_length=config.max_length,
         seed=config.seed,
     )
@@ -234,8 +231,7 @@ def report(config, history, before, after, output) -> dict[str, Any]:
         mean = lambda side: float(gain[side].mean()) if side.any() else None
         metrics |= {"gain_desirable": mean(labels), "gain_undesirable": mean(~labels)}
         print(f"log-prob gained, in nats: desirable {mean(labels)}, undesirable {mean(~labels)}")
-    (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-    print(f"metrics and figure in {output}")
+    shared.write_metrics(output, metrics)
     return metrics
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import pathlib
 from typing import Any, Literal
 
@@ -29,7 +28,7 @@ from jaxft.generation import SamplingConfig
 from jaxft.losses import overlong_penalty
 from jaxft.objectives import policy_gradient, with_value_head, without_value_head
 from jaxft.objectives.policy_gradient import truncated, truncated_sequences
-from jaxft.parallel import connect_hosts, mesh_context
+from jaxft.parallel import mesh_context
 
 # reasoning-gym draws entry i from seed + i: the seeds below are further apart than the sizes.
 NEEDLE = "rg:needle_haystack?min_num_statements=4&max_num_statements=8"
@@ -89,8 +88,7 @@ class Config(shared.Run):
 def main(config: Config) -> dict[str, Any]:
     """Trains; returns the metrics that are written to metrics.json."""
     config = _smoke(config) if config.smoke else config
-    connect_hosts(config.distributed)
-    train.keep_memory_warm()
+    shared.start(config)
     _check(config)
     renderer, records, held_out = load_data(config)
     output = pathlib.Path(config.output_dir)
@@ -257,8 +255,7 @@ def report(config, history, failures, before, after, output) -> dict[str, Any]:
             "some questions right (--start), or raise --group-size."
         )
     print(f"accuracy on held-out questions: {before.rate:.1%} -> {after.rate:.1%}")
-    (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-    print(f"metrics and figure in {output}")
+    shared.write_metrics(output, metrics)
     return metrics
 
 

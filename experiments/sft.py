@@ -13,7 +13,6 @@ a figure, TensorBoard events and checkpoints; --resume goes on after an interrup
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import pathlib
 from typing import Any, Literal
@@ -34,7 +33,6 @@ from jaxft.adapters import (
     save_intrinsic,
 )
 from jaxft.objectives import decoder_logits, reparametrised, supervised
-from jaxft.parallel import connect_hosts
 from jaxft.rl import Accuracy, measure_accuracy, verifier_for
 
 # reasoning-gym draws entry i from seed + i: the seeds below are further apart than the sizes.
@@ -66,8 +64,7 @@ class Config(shared.Training):
 def main(config: Config) -> dict[str, Any]:
     """Trains; returns the metrics that are written to metrics.json."""
     config = _smoke(config) if config.smoke else config
-    connect_hosts(config.distributed)
-    train.keep_memory_warm()
+    shared.start(config)
     renderer, training, held_out = load_data(config)
     if config.preview:
         return {"records": len(training)}
@@ -91,13 +88,11 @@ def main(config: Config) -> dict[str, Any]:
     )
     batches = data.batches(
         *training,
-        batch_size=config.batch_size // jax.process_count(),
+        batch_size=config.batch_size,
         max_length=config.max_length,
         weights=_weights(config, training),
         packing=config.packing,
         seed=config.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
     )
     before = verify(config, model, base, renderer, held_out, "before")
     state, history = train.fit(
@@ -208,8 +203,7 @@ def report(config, history, before, after, records, output) -> dict[str, Any]:
         print(
             f"\naccuracy on {len(records)} held-out records: {before.rate:.1%} -> {after.rate:.1%}"
         )
-    (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-    print(f"metrics and figure in {output}")
+    shared.write_metrics(output, metrics)
     return metrics
 
 

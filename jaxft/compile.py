@@ -58,18 +58,19 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 class Chip(NamedTuple):
-    """Public figures of one device: peak bfloat16 FLOP/s, bytes of memory, bytes/s to the other devices."""
+    """Public figures of one device."""
 
-    flops: float
-    memory: float
-    link: float
+    flops: float  # peak, bfloat16, a second
+    memory: float  # bytes
+    bandwidth: float  # of that memory, bytes a second
+    link: float  # to the other devices, bytes a second
 
 
 CHIPS = {
-    "v5e": Chip(197e12, 16 * 2**30, 200e9),
-    "v5p": Chip(459e12, 95 * 2**30, 600e9),
-    "v6e": Chip(918e12, 32 * 2**30, 448e9),
-    "h100": Chip(989e12, 80e9, 450e9),
+    "v5e": Chip(197e12, 16 * 2**30, 819e9, 200e9),
+    "v5p": Chip(459e12, 95 * 2**30, 2765e9, 600e9),
+    "v6e": Chip(918e12, 32 * 2**30, 1640e9, 448e9),
+    "h100": Chip(989e12, 80e9, 3350e9, 450e9),
 }
 
 
@@ -80,6 +81,7 @@ class Config:
     model: str = (
         "llama3-8b"  # llama3-1b, llama3-8b, llama3-70b, qwen3-8b, gemma3-27b, or a config.json
     )
+    objective: Literal["sft", "grpo"] = "sft"  # grpo: the update on sampled responses
     topology: str = "v5e:4x4"  # as jaxft.parallel.compile_only_devices has it: v5p:2x2x4, h100:8
     data: int = 1  # mesh: copies of the model; -1 fills
     fsdp: int = -1  # mesh: shards of params and batch; -1 fills
@@ -89,6 +91,7 @@ class Config:
     quantise: Literal["nf4", "int8", "int4", "fp8"] | None = None  # of the frozen kernels
     rows: int = 2  # of the batch, on each shard of it
     length: int = 2048  # tokens of a row
+    response: int = 1024  # of them, the last that grpo trains on
     microbatches: int = 1
     remat: Literal["none", "lean", "dots", "full"] = "full"
     float32: bool = False  # compute in float32; else bfloat16, with frozen params in bfloat16
@@ -125,7 +128,10 @@ def describe(config: Config, figures: dict[str, Any]) -> str:
         f"{count} {kind} ({size / 2**20:.1f} MiB)"
         for kind, (count, size) in figures["collectives"].items()
     )
-    bound = f"{figures['compute_s']:.3f} s computing, {figures['exchange_s']:.3f} s exchanging"
+    bound = (
+        f"{figures['compute_s']:.3f} s computing, {figures['memory_s']:.3f} s reading memory, "
+        f"{figures['exchange_s']:.3f} s exchanging"
+    )
     return "\n".join(
         (
             f"{head}: fits; of {gib('memory_bytes')} a device needs {gib('peak_bytes')}",
@@ -146,9 +152,7 @@ def compile_step(config: Config) -> dict[str, Any]:
     from jaxft import train
     from jaxft.adapters import ALL_LINEAR, apply_named, partition
     from jaxft.models import Decoder
-    from jaxft.objectives import supervised
     from jaxft.parallel import (
-        batch_sharding,
         compile_only_devices,
         compiled_cost,
         make_mesh,
@@ -194,17 +198,43 @@ def compile_step(config: Config) -> dict[str, Any]:
     )
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     shape = (config.rows * parts * config.microbatches, config.length)
-    kinds = dict(
-        tokens=jnp.int32, loss_mask=jnp.float32, segment_ids=jnp.int32, positions=jnp.int32
-    )
-    batch = {
-        name: jax.ShapeDtypeStruct(shape, kind, sharding=batch_sharding(mesh))
-        for name, kind in kinds.items()
-    }
-    step = train.make_step(supervised(model), optimizer, microbatches=config.microbatches)
+    objective, batch = _objective(config, model, shape, mesh)
+    step = train.make_step(objective, optimizer, microbatches=config.microbatches)
     compiled = train.jit_step(step).lower(state, batch).compile()
     trains = sum(leaf.size for leaf in jax.tree.leaves(partition(state.params)[0]))
     return _figures(config, compiled_cost(compiled), math.prod(shape), mesh.size, model, trains)
+
+
+def _objective(config, model, shape, mesh):
+    """(objective, a batch of shapes for it)."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxft.objectives import policy_gradient, supervised
+    from jaxft.objectives.policy_gradient import clipped, sequence_mean
+    from jaxft.parallel import batch_sharding
+
+    rows, length = shape
+    kinds = dict(tokens=jnp.int32, segment_ids=jnp.int32, positions=jnp.int32)
+    fields = {name: (shape, kind) for name, kind in kinds.items()}
+    if config.objective == "sft":
+        objective = supervised(model)
+        fields["loss_mask"] = (shape, jnp.float32)
+    else:
+        if not 0 < config.response < length:
+            raise ValueError(
+                f"--response {config.response} must lie below --length {length}: a prompt comes first."
+            )
+        objective = policy_gradient(model, clipped(), sequence_mean)
+        response = (rows, config.response)
+        fields |= {
+            "completion_mask": (response, jnp.bool_),
+            "sampler_log_probs": (response, jnp.float32),
+            "advantages": ((rows,), jnp.float32),
+        }
+    place = batch_sharding(mesh)
+    shapes = {k: jax.ShapeDtypeStruct(*v, sharding=place) for k, v in fields.items()}
+    return objective, shapes
 
 
 def _figures(config, cost: CompiledCost, tokens, devices, model, trains) -> dict[str, Any]:
@@ -223,6 +253,8 @@ def _figures(config, cost: CompiledCost, tokens, devices, model, trains) -> dict
         "estimated_cycles": cost.cycles,
         "collectives": cost.exchanged,
         "compute_s": flops / chip.flops,
+        # What lies there is read forward and backward, what is gathered is written and read: at least.
+        "memory_s": 2 * (cost.argument_bytes + exchanged) / chip.bandwidth,
         "exchange_s": exchanged / chip.link,
     }
 

@@ -280,12 +280,10 @@ def pretrained_task(config: Config) -> Task:
     sized = {"batch_size": config.batch_size, "max_length": config.length}
     render = lambda records: data.render(records, renderer, config.length, too_long="truncate")
     training, held_out = render(data.load(config.data)), render(data.load(config.eval_data))
-    hosts = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    share = {**sized, "batch_size": config.batch_size // jax.process_count(), **hosts}
     return Task(
         model,
         params,
-        lambda seed: data.batches(training, seed=seed, **share),
+        lambda seed: data.batches(training, seed=seed, **sized),
         data.finite_batches(held_out[::2], **sized),
         data.finite_batches(held_out[1::2], **sized),
         mesh,

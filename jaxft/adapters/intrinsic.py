@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.flax import load_file, save_file
+from safetensors.flax import load_file
 
 from jaxft.adapters.errors import AdapterError
+from jaxft.adapters.files import write_adapter
 from jaxft.adapters.rewrite import Params, adapt, count, merge, partition, path_name
 from jaxft.adapters.rules import full
 from jaxft.weights import Frozen, fastfood, is_weight
@@ -146,7 +147,7 @@ def tensor_shapes(base: Params, only: str = ".*") -> dict[str, tuple[int, ...]]:
 def save_intrinsic(path: str | os.PathLike, params: IntrinsicParams) -> None:
     """Writes theta, lam, the key and what trains outside: d numbers and a JSON of settings."""
     trainable = jax.tree_util.tree_leaves_with_path(partition(params)[0])
-    tensors = {path_name(p): np.asarray(leaf) for p, leaf in trainable}
+    tensors = {path_name(p): leaf for p, leaf in trainable}
     key = params.key.value
     settings = {
         "version": 1,
@@ -159,9 +160,7 @@ def save_intrinsic(path: str | os.PathLike, params: IntrinsicParams) -> None:
         "key": [str(jax.random.key_impl(key)), jax.random.key_data(key).tolist()],
     }
     path = pathlib.Path(path)
-    path.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path / WEIGHTS)
-    (path / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
+    write_adapter(path / CONFIG, path / WEIGHTS, settings, tensors)
 
 
 def load_intrinsic(

@@ -9,12 +9,12 @@ import pathlib
 from typing import Any
 
 import jax
-import numpy as np
 from safetensors import SafetensorError
-from safetensors.flax import load_file, save_file
+from safetensors.flax import load_file
 
 from jaxft.adapters.commit import commit
 from jaxft.adapters.errors import AdapterError
+from jaxft.adapters.files import write_adapter
 from jaxft.adapters.intrinsic import CONFIG, WEIGHTS, intrinsic_apply, load_intrinsic
 from jaxft.adapters.named import named_rules
 from jaxft.adapters.rewrite import Params, adapt, largest_shape, partition, path_name
@@ -64,9 +64,7 @@ def save_native(path: str | os.PathLike, params: Params, **settings: Any) -> Non
     if not tensors:
         raise AdapterError("save_native: nothing trains in params; adapt them first.")
     path = pathlib.Path(path)
-    path.mkdir(parents=True, exist_ok=True)
-    save_file({k: np.asarray(v) for k, v in tensors.items()}, path / WEIGHTS)
-    (path / CONFIG).write_text(json.dumps({"version": 1, **settings}, indent=2) + "\n")
+    write_adapter(path / CONFIG, path / WEIGHTS, {"version": 1, **settings}, tensors)
 
 
 def load_native(path: str | os.PathLike, params: Params) -> Params:

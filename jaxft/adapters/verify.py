@@ -14,6 +14,7 @@ from jaxft.adapters.native import save_native
 from jaxft.adapters.peft import load_adapter, save_adapter
 from jaxft.adapters.rewrite import Params, partition, path_name
 from jaxft.models import Decoder, unstack_layers
+from jaxft.parallel import in_turn, to_host
 from jaxft.weights import Frozen, is_weight, quantisation_error
 
 
@@ -42,7 +43,7 @@ def logit_difference(
         tokens = (np.arange(32).reshape(2, 16) * 7919 + 1) % model.config.vocab_size
     wide = model.clone(dtype=jnp.float32)
     run = jax.jit(lambda params, tokens: wide.apply({"params": params}, tokens).logits)
-    ours, theirs = (np.asarray(run(p, jnp.asarray(tokens))) for p in (params, other))
+    ours, theirs = (to_host(in_turn(run(p, tokens))) for p in (params, other))
     return Difference(float(np.abs(ours - theirs).max()), float(np.abs(ours).max()))
 
 

@@ -3,7 +3,7 @@
 from jaxft.checkpoints.errors import CheckpointError
 from jaxft.checkpoints.fetch import cache_directory, fetch
 from jaxft.checkpoints.merged import save_merged
-from jaxft.checkpoints.models import load_model, load_tokenizer, resolve, save_model
+from jaxft.checkpoints.models import load_model, load_tokenizer, model_shapes, resolve, save_model
 
 __all__ = [
     "CheckpointError",
@@ -11,6 +11,7 @@ __all__ = [
     "fetch",
     "load_model",
     "load_tokenizer",
+    "model_shapes",
     "resolve",
     "save_merged",
     "save_model",

@@ -15,6 +15,7 @@ from jaxft.adapters import merge, merge_biases
 from jaxft.checkpoints.errors import CheckpointError
 from jaxft.models import stack_layers
 from jaxft.models.hf_names import Entry
+from jaxft.parallel import to_host
 from jaxft.weights import is_weight
 
 Params = Any
@@ -65,9 +66,9 @@ def disassemble(entries: Sequence[Entry], params: Params) -> Iterator[tuple[str,
 
     def fetch(path):
         if not stacked or not path.startswith("layers/"):
-            return np.asarray(merge(leaves[path]))
+            return to_host(merge(leaves[path]))
         _, i, rest = path.split("/", 2)
-        return np.asarray(merge(jax.tree.map(lambda leaf: leaf[int(i)], leaves[f"layers/{rest}"])))
+        return to_host(merge(jax.tree.map(lambda leaf: leaf[int(i)], leaves[f"layers/{rest}"])))
 
     for entry in entries:
         parts = [fetch(path) for path in entry.paths]

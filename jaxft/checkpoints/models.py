@@ -10,7 +10,8 @@ import pathlib
 import shutil
 import sys
 import types
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -32,8 +33,8 @@ from jaxft.checkpoints.tensor_files import open_tensors, save_tensors
 from jaxft.checkpoints.tiny import byte_tokenizer, tiny_model
 from jaxft.models import Decoder, Encoder, EncoderConfig
 from jaxft.models.hf_encoder_names import BUFFERS, HEADS, encoder_entries
-from jaxft.models.hf_names import huggingface_entries, is_ignorable
-from jaxft.parallel import param_shardings, shard_params
+from jaxft.models.hf_names import Entry, huggingface_entries, is_ignorable
+from jaxft.parallel import param_shardings, shard_params, written_once
 
 Params = Any
 TOKENIZER_FILES = (
@@ -74,19 +75,8 @@ def load_model(
         model, params = tiny_model(scan_layers)
         params = jax.tree.map(lambda leaf: leaf.astype(dtype or leaf.dtype), params)
         return model, params if mesh is None else shard_params(params, mesh)
-    path = resolve(path_or_id)
-    if path.suffix == ".gguf":
-        file = GgufFile(path)
-        config, entries, found = file.config, file.entries(), file.names
-        read = lambda entry: file.read(entry.name)
-    else:
-        config, tensors = _open_directory(path)
-        entries, found = _entries(config), set(tensors)
-        read = lambda entry: tensors[entry.name]
-    check_names(found, {entry.name for entry in entries}, path)
-    model = (Encoder if isinstance(config, EncoderConfig) else Decoder)(
-        config, scan_layers=scan_layers
-    )
+    opened = _open(path_or_id)
+    model, entries, read = opened.model.clone(scan_layers=scan_layers), opened.entries, opened.read
     shapes = layer_shapes(model)
     shardings = None
     if mesh is not None:
@@ -95,12 +85,54 @@ def load_model(
     return model, params
 
 
+def model_shapes(
+    path_or_id: str | os.PathLike, *, dtype: Any = None, scan_layers: bool = False
+) -> Params:
+    """The shapes and data types of the params that `load_model` gives, from the files' headers alone."""
+    if path_or_id == "tiny":
+        return jax.eval_shape(lambda: load_model("tiny", dtype=dtype, scan_layers=scan_layers)[1])
+    opened = _open(path_or_id)
+    kinds = {path: opened.dtype(entry) for entry in opened.entries for path in entry.paths}
+
+    def stored(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return jax.ShapeDtypeStruct(leaf.shape, dtype or kinds[name])
+
+    shapes = jax.tree_util.tree_map_with_path(stored, layer_shapes(opened.model))
+    return stacked_shapes(shapes) if scan_layers else shapes
+
+
+class _Opened(NamedTuple):
+    """A model's files, of which no tensor has been read."""
+
+    model: Decoder | Encoder
+    entries: Sequence[Entry]
+    read: Callable[[Entry], np.ndarray]
+    dtype: Callable[[Entry], Any]
+
+
+def _open(path_or_id) -> _Opened:
+    path = resolve(path_or_id)
+    if path.suffix == ".gguf":
+        file = GgufFile(path)
+        config, entries, found = file.config, file.entries(), file.names
+        read, dtype = lambda entry: file.read(entry.name), lambda entry: np.float32
+    else:
+        config, tensors = _open_directory(path)
+        entries, found = _entries(config), set(tensors)
+        read, dtype = lambda entry: tensors[entry.name], lambda entry: tensors[entry.name].dtype
+    check_names(found, {entry.name for entry in entries}, path)
+    model = (Encoder if isinstance(config, EncoderConfig) else Decoder)(config)
+    return _Opened(model, entries, read, dtype)
+
+
 def save_model(
     path: str | os.PathLike, model: Decoder | Encoder, params: Params, *, tokenizer_from: Any = None
 ) -> None:
     """Writes a Hugging Face directory that transformers opens: config.json and safetensors.
 
-    Structured weights are written dense (merged), in the data type of their base.
+    Structured weights are written dense (merged), in the data type of their base. On several hosts all call
+    it, and the first writes.
 
     Args:
         path: the directory; made if needed.
@@ -110,14 +142,19 @@ def save_model(
             transformers tokenizer.
     """
     path = pathlib.Path(path)
-    path.mkdir(parents=True, exist_ok=True)
     dtype = np.dtype(jax.tree.leaves(params)[0].dtype).name
-    save_tensors(path, disassemble(_entries(model.config), params))
+    tensors = disassemble(_entries(model.config), params)
     encodes = isinstance(model.config, EncoderConfig)
     config = (hf_encoder_config if encodes else hf_config)(model.config, dtype)
-    (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    if tokenizer_from is not None:
-        save_tokenizer(path, tokenizer_from)
+
+    def write():
+        path.mkdir(parents=True, exist_ok=True)
+        save_tensors(path, tensors)
+        (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        if tokenizer_from is not None:
+            save_tokenizer(path, tokenizer_from)
+
+    written_once(write, str(path), tensors)
 
 
 def load_tokenizer(path_or_id: str | os.PathLike) -> Any:

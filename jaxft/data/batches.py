@@ -21,32 +21,24 @@ MIN_BUCKET = 16
 class DataIterator:
     """Batches for ever, or for some epochs; `get_state` is the position after the last one taken.
 
-    Made by `batches`. The position is JSON and goes into the checkpoint of the training state; on
-    several hosts each has its own. Batches that were prepared ahead but not taken are not lost.
+    Made by `batches`. The position is JSON, the same on every host and for any number of hosts, and goes
+    into the checkpoint of the training state. Batches that were prepared ahead but not taken are not lost.
     """
 
-    def __init__(self, dataset: Any, fingerprint: dict[str, Any], steps: int | None, blank: Batch):
+    def __init__(self, dataset: Any, fingerprint: dict[str, Any]):
         self._iterator = iter(dataset)
         self.fingerprint = fingerprint
-        self._steps, self._blank, self._taken = steps, blank, 0
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
-        if self._steps is not None and self._taken >= self._steps:
-            raise StopIteration
-        batch = next(self._iterator, None)
-        if batch is None and self._steps is None:
-            raise StopIteration
-        self._taken += 1
-        # A host whose records are used up keeps step with the others, with nothing that trains.
-        return dict(self._blank) if batch is None else batch
+        return next(self._iterator)
 
     def get_state(self) -> dict[str, Any]:
         """The position, as JSON."""
         state = json.loads(json.dumps(self._iterator.get_state()))
-        return {"fingerprint": self.fingerprint, "taken": self._taken, "grain": state}
+        return {"fingerprint": self.fingerprint, "grain": state}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Goes to a position.
@@ -63,7 +55,6 @@ class DataIterator:
                 "restore these settings, or start a new output directory."
             )
         self._iterator.set_state(state["grain"])
-        self._taken = state["taken"]
 
 
 def batches(
@@ -89,16 +80,15 @@ def batches(
 
     Args:
         sources: tokenised records; no record may be longer than max_length.
-        batch_size: rows of this host's batch.
+        batch_size: rows of a batch, over all hosts.
         max_length: T of packed rows, the longest for padded ones.
         weights: share of the records that each source gives; default: by their sizes. See
             `token_weights` for shares of the tokens.
         packing: True or "first_fit": whole records, each in the first row with room for it;
             "best_fit": in the fullest one; "concat_split": one after the other, cut at the end of
             the row (no padding; what follows the cut lacks its beginning); False: a row a record.
-        epochs: passes over the data, with one source. Hosts then all give the same number of
-            batches: those whose records are used up first end with batches of padding.
-        process_index, process_count: of this host; each reads its own records. Default: JAX's.
+        epochs: passes over the data, with one source.
+        process_index, process_count: of this host, which gets that part of the rows. Default: JAX's.
         last: what becomes of an incomplete last batch, of `epochs`: left out, or filled up with rows
             of padding, so that every record counts.
         max_segments: most records in a packed row.
@@ -108,22 +98,17 @@ def batches(
         DataError: for sources or settings that cannot give a batch.
     """
     import grain
-    import jax
 
-    index = jax.process_index() if process_index is None else process_index
-    count = jax.process_count() if process_count is None else process_count
-    _check(sources, batch_size, max_length, weights, epochs, index, count)
+    own = own_rows(batch_size, process_index, process_count)
+    _check(sources, max_length, weights, epochs)
     packing = {True: "first_fit", False: None}.get(packing, packing)
     shares = [len(source) for source in sources] if weights is None else list(weights)
-
-    def dataset(host):
-        streams = [_stream(s, seed + i, epochs, host, count) for i, s in enumerate(sources)]
-        mixed = streams[0] if len(streams) == 1 else grain.IterDataset.mix(streams, shares)
-        if packing is None:
-            return _padded(mixed, batch_size, max_length if count > 1 else None, last)
-        return _packed(mixed, batch_size, max_length, seed, packing, max_segments, last)
-
-    result, steps = host_stream(dataset, index, count, epochs, prefetch)
+    streams = [_stream(source, seed + i, epochs) for i, source in enumerate(sources)]
+    mixed = streams[0] if len(streams) == 1 else grain.IterDataset.mix(streams, shares)
+    if packing is None:
+        whole = _padded(mixed, batch_size, max_length, last)
+    else:
+        whole = _packed(mixed, batch_size, max_length, seed, packing, max_segments, last)
     settings = {
         "batch_size": batch_size,
         "max_length": max_length,
@@ -133,34 +118,47 @@ def batches(
         "last": last,
         "seed": seed,
         "epochs": epochs,
-        "process_index": index,
-        "process_count": count,
     }
-    blank = {name: np.stack([x] * batch_size) for name, x in padded_row([], max_length).items()}
-    return DataIterator(result, {"records": _digest(sources), **settings}, steps, blank)
+    fingerprint = {"records": _digest(sources), **settings}
+    return DataIterator(ahead(whole.map(own), prefetch), fingerprint)
 
 
-def host_stream(
-    dataset: Callable[[int], Any], index: int, count: int, epochs: int | None, prefetch: int
-) -> tuple[Any, int | None]:
-    """(dataset(index) with so many batches prepared ahead, steps of the host that has most, or None)."""
-    import grain
+def own_rows(
+    batch_size: int, process_index: int | None = None, process_count: int | None = None
+) -> Callable[[Batch], Batch]:
+    """A function that keeps this host's rows of a batch of `batch_size`; see `batches`.
 
-    steps = None
-    if epochs is not None and count > 1:
-        # Every host has all records, so each finds out alone what all of them will give.
-        steps = max(sum(1 for _ in dataset(host)) for host in range(count))
-    result = dataset(index)
-    if prefetch:
-        result = grain.experimental.ThreadPrefetchIterDataset(result, prefetch_buffer_size=prefetch)
-    return result, steps
+    Raises:
+        DataError: if the rows cannot be divided among the hosts.
+    """
+    import jax
 
-
-def _check(sources, batch_size, max_length, weights, epochs, index, count):
-    if not sources or not all(len(source) for source in sources):
-        raise DataError("batches: a source is empty.")
+    index = jax.process_index() if process_index is None else process_index
+    count = jax.process_count() if process_count is None else process_count
+    if not 0 <= index < count:
+        raise DataError(f"batches: process_index={index} of process_count={count}.")
     if batch_size < 1:
         raise DataError(f"batches: batch_size must be positive, got {batch_size}.")
+    if batch_size % count:
+        raise DataError(
+            f"batches: batch_size must be a multiple of the {count} hosts, got {batch_size}."
+        )
+    rows = slice(batch_size // count * index, batch_size // count * (index + 1))
+    return lambda batch: {name: leaf[rows] for name, leaf in batch.items()}
+
+
+def ahead(dataset: Any, prefetch: int) -> Any:
+    """The dataset with so many elements prepared by a thread; 0: none."""
+    import grain
+
+    if not prefetch:
+        return dataset
+    return grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=prefetch)
+
+
+def _check(sources, max_length, weights, epochs):
+    if not sources or not all(len(source) for source in sources):
+        raise DataError("batches: a source is empty.")
     if epochs is not None and len(sources) > 1:
         raise DataError("batches: epochs need a single source; with several, count steps.")
     if weights is not None and (len(weights) != len(sources) or min(weights) <= 0):
@@ -171,18 +169,14 @@ def _check(sources, batch_size, max_length, weights, epochs, index, count):
     longest = max(len(part.tokens) for source in sources for part in source)
     if longest > max_length:
         raise DataError(f"batches: a record has {longest} tokens, max_length is {max_length}.")
-    if not 0 <= index < count:
-        raise DataError(f"batches: process_index={index} of process_count={count}.")
-    if min(map(len, sources)) < count:
-        raise DataError(f"batches: fewer records than the {count} hosts; each needs one.")
 
 
-def _stream(source, seed, epochs, host, hosts):
+def _stream(source, seed, epochs):
     import grain
 
     features = lambda part: {"tokens": part.tokens, "loss_mask": part.loss_mask}
     shuffled = grain.MapDataset.source(source).map(features).seed(seed).shuffle()
-    return shuffled[host::hosts].repeat(epochs).to_iter_dataset()
+    return shuffled.repeat(epochs).to_iter_dataset()
 
 
 def token_weights(sources: Sequence[Sequence[Tokenised]], shares: Sequence[float]) -> list[float]:
@@ -209,15 +203,22 @@ def token_weights(sources: Sequence[Sequence[Tokenised]], shares: Sequence[float
 
 
 def finite_batches(
-    records: Sequence[Tokenised], *, batch_size: int, max_length: int
+    records: Sequence[Tokenised],
+    *,
+    batch_size: int,
+    max_length: int,
+    process_index: int | None = None,
+    process_count: int | None = None,
 ) -> list[Batch]:
     """Every record once, in order, packed into rows; the last batch is filled up with padding.
 
+    Args:
+        batch_size, process_index, process_count: see `batches`; a host gets its rows of each batch.
+
     Raises:
-        DataError: for a batch_size below 1.
+        DataError: for a batch_size below 1, or that the hosts cannot divide.
     """
-    if batch_size < 1:
-        raise DataError(f"finite_batches: batch_size must be positive, got {batch_size}.")
+    own = own_rows(batch_size, process_index, process_count)
     rows: list[list[Tokenised]] = [[]]
     for part in records:
         if sum(len(p.tokens) for p in rows[-1]) + len(part.tokens) > max_length:
@@ -226,7 +227,7 @@ def finite_batches(
     rows += [[]] * (-len(rows) % batch_size)
     built = [padded_row(row, max_length) for row in rows]
     return [
-        {name: np.stack([row[name] for row in built[i : i + batch_size]]) for name in built[0]}
+        own({name: np.stack([row[name] for row in built[i : i + batch_size]]) for name in built[0]})
         for i in range(0, len(built), batch_size)
     ]
 
@@ -267,10 +268,10 @@ def _packed(dataset, batch_size, max_length, seed, packing, max_segments, last):
     return _batched(packed.map(rename), batch_size, lambda rows: (rows, max_length), last)
 
 
-def _padded(dataset, batch_size, width, last):
+def _padded(dataset, batch_size, max_length, last):
     def pad(rows):
         longest = max(len(row["tokens"]) for row in rows)
-        wide = width or max(MIN_BUCKET, 1 << (longest - 1).bit_length())
+        wide = min(max_length, max(MIN_BUCKET, 1 << (longest - 1).bit_length()))
         return [
             padded_row([Tokenised(row["tokens"], row["loss_mask"])], wide) for row in rows
         ], wide

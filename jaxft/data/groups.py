@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jaxft.data.batches import MIN_BUCKET, Batch, DataIterator, host_stream, padded_row
+from jaxft.data.batches import MIN_BUCKET, Batch, DataIterator, ahead, own_rows, padded_row
 from jaxft.data.errors import BadRecords, DataError
 from jaxft.data.length import TooLong, keep_answer, shorten
 from jaxft.data.records import Record
@@ -100,56 +100,53 @@ def group_batches(
 ) -> DataIterator:
     """An endless (or `epochs` long) iterator over batches of groups, resumable and sharded as `batches`.
 
-    Leaves are [B, G, T], one sequence a row, padded to the power of two that holds the batch's longest, or to
-    max_length on several hosts; columns are [B, ...]. Axis 0 counts groups, so that microbatches and
-    devices never part one.
+    Leaves are [B, G, T], one sequence a row, padded to the power of two that holds the batch's longest;
+    columns are [B, ...]. Axis 0 counts groups, so that microbatches and devices never part one.
 
     Args:
-        batch_size: groups of this host's batch.
+        batch_size: groups of a batch, over all hosts.
         max_length, seed, epochs, process_index, process_count, last, prefetch: see `batches`.
 
     Raises:
         DataError: for groups or settings that cannot give a batch.
     """
     import grain
-    import jax
 
-    index = jax.process_index() if process_index is None else process_index
-    count = jax.process_count() if process_count is None else process_count
-    _check(groups, batch_size, max_length, index, count)
-    width = max_length if count > 1 else None
-
-    def dataset(host):
-        shuffled = grain.MapDataset.source(groups).seed(seed).shuffle()
-        stream = shuffled[host::count].repeat(epochs).to_iter_dataset()
-        stack = lambda given: _stack(given, batch_size, max_length, width)
-        return stream.batch(batch_size, drop_remainder=last == "drop", batch_fn=stack)
-
-    result, steps = host_stream(dataset, index, count, epochs, prefetch)
+    own = own_rows(batch_size, process_index, process_count)
+    _check(groups, max_length)
+    stream = grain.MapDataset.source(groups).seed(seed).shuffle().repeat(epochs).to_iter_dataset()
+    stack = lambda given: own(_stack(given, batch_size, max_length))
+    whole = stream.batch(batch_size, drop_remainder=last == "drop", batch_fn=stack)
     settings = {
         "batch_size": batch_size,
         "max_length": max_length,
         "last": last,
         "seed": seed,
         "epochs": epochs,
-        "process_index": index,
-        "process_count": count,
     }
-    blank = _stack([_blank_like(groups[0])], batch_size, max_length, max_length)
-    return DataIterator(result, {"records": _digest(groups), **settings}, steps, blank)
+    return DataIterator(ahead(whole, prefetch), {"records": _digest(groups), **settings})
 
 
 def finite_group_batches(
-    groups: Sequence[TokenisedGroup], *, batch_size: int, max_length: int
+    groups: Sequence[TokenisedGroup],
+    *,
+    batch_size: int,
+    max_length: int,
+    process_index: int | None = None,
+    process_count: int | None = None,
 ) -> list[Batch]:
     """Every group once, in order; the last batch is filled up with empty groups, which count nowhere.
+
+    Args:
+        batch_size, process_index, process_count: see `group_batches`; a host gets its part of each batch.
 
     Raises:
         DataError: as `group_batches`.
     """
-    _check(groups, batch_size, max_length, 0, 1)
+    own = own_rows(batch_size, process_index, process_count)
+    _check(groups, max_length)
     cut = (groups[i : i + batch_size] for i in range(0, len(groups), batch_size))
-    return [_stack(part, batch_size, max_length, None) for part in cut]
+    return [own(_stack(part, batch_size, max_length)) for part in cut]
 
 
 def _render(records, renderer, max_length, too_long, bad, answers, columns):
@@ -229,19 +226,13 @@ def _mismatched(records, order) -> Iterable[tuple[int, Any]]:
         yield id(records[i]), records[j]["completion"]
 
 
-def _check(groups, batch_size, max_length, index, count):
+def _check(groups, max_length):
     if not groups:
         raise DataError("group_batches: there are no groups.")
-    if batch_size < 1:
-        raise DataError(f"group_batches: batch_size must be positive, got {batch_size}.")
     longest = max(len(part.tokens) for group in groups for part in group.parts)
     if longest > max_length:
         raise DataError(
             f"group_batches: a sequence has {longest} tokens, max_length is {max_length}."
-        )
-    if not 0 <= index < count or len(groups) < count:
-        raise DataError(
-            f"group_batches: process {index} of {count} with {len(groups)} groups; each needs one."
         )
     kinds = {(len(group.parts), *sorted(group.columns)) for group in groups}
     if len(kinds) > 1:
@@ -249,10 +240,10 @@ def _check(groups, batch_size, max_length, index, count):
         raise DataError(f"group_batches: groups differ in number of parts or columns: {shown}.")
 
 
-def _stack(groups, batch_size, max_length, width) -> Batch:
+def _stack(groups, batch_size, max_length) -> Batch:
     longest = max((len(part.tokens) for group in groups for part in group.parts), default=1)
     bucket = max(MIN_BUCKET, 1 << (max(longest, 1) - 1).bit_length())
-    width = width or min(bucket, max_length)
+    width = min(bucket, max_length)
     groups = [*groups, *[_blank_like(groups[0])] * (batch_size - len(groups))]
     rows = [[padded_row([p] if len(p.tokens) else [], width) for p in g.parts] for g in groups]
     sequences = {

@@ -18,6 +18,7 @@ import numpy as np
 from jaxft.data.errors import BadRecords, DataError
 from jaxft.data.files import SUFFIXES, rows_of
 from jaxft.data.records import Record, normalise
+from jaxft.data.remote import retried
 
 Spec = str | pathlib.Path | Sequence[Mapping[str, Any]] | Callable[[], Iterable[Mapping[str, Any]]]
 
@@ -36,7 +37,8 @@ def load(
         spec: a .json, .jsonl, .parquet, .arrow or .csv file; a folder of `datasets.save_to_disk`;
             "rg:TASK?size=1000&seed=0&OPTION=VALUE" for a reasoning-gym task (its answer is the
             completion, its entry stays under `metadata`); "tfds:NAME?split=train"; a Hugging Face
-            hub id, "OWNER/NAME?split=train"; a list of dicts; or a function that returns one.
+            hub id, "OWNER/NAME?split=train", of which "&streaming=true&limit=10000" fetches the first rows
+            alone; a list of dicts; or a function that returns one.
         fields: our column name -> the source's; see `normalise`.
         limit: read at most so many.
         bad: what to do with records that cannot be used; default: the first is an error.
@@ -213,13 +215,16 @@ def _decode(value: Any) -> Any:
     return value.tolist() if isinstance(value, np.ndarray) else value
 
 
-def _hub(spec: str) -> Sequence[Any]:
+def _hub(spec: str) -> Iterable[Any]:
     name, options = parse_options("hub:" + spec)
-    try:
-        return _datasets().load_dataset(name, **{"split": "train"} | options)
-    except Exception as error:  # Connection, permission, missing split: no common base.
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"{spec}: neither a file nor to be had from the hub ({reason}).") from error
+    datasets, limit = _datasets(), options.pop("limit", None)
+
+    def open_rows(start):
+        rows = datasets.load_dataset(name, **{"split": "train"} | options)
+        rows = rows if limit is None else rows.take(limit)
+        return rows.skip(start) if start else rows
+
+    return retried(open_rows, f"{spec}: no such file; from the hub it")
 
 
 def _datasets() -> Any:

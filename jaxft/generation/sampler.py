@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxft.generation.decoding import SamplingConfig, transform_logits
 from jaxft.models import Cache, Decoder, is_stacked, unstack_layers, virtual_tokens
+from jaxft.parallel import to_host
 
 CHUNK = 64  # tokens decoded between two looks of the host
 MIN_BUCKET = 16
@@ -108,8 +109,8 @@ def generate(
     parts = []
     while True:
         state, part = decode(model, params, state, config)
-        parts.append(jax.device_get(part))
-        done = np.asarray(state.done)
+        parts.append(to_host(part))
+        done = to_host(state.done)
         if config.stop_strings:
             done, parts = _cut_at_strings(parts, done, config, tokenizer)
             state = state._replace(done=jnp.asarray(done))

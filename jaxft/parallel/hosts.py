@@ -1,11 +1,15 @@
-"""Start-up of a run on several hosts."""
+"""A run on several hosts: start-up, values gathered from all, files that one of them writes."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import jax
+import numpy as np
+from jax._src import distributed  # The client behind jax.distributed has no public name.
+from jax.experimental import multihost_utils
 
 _BY_HAND = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 # Launchers that start several processes say how many, each in its own variable.
@@ -46,6 +50,93 @@ def connect_hosts(distributed: bool = False, *, timeout: int = 300) -> bool:
             "same command at about the same time, and reach process 0 on that port."
         ) from error
     return True
+
+
+class HostLostError(RuntimeError):
+    """Another process of the run did not come to where all must be."""
+
+
+def several_hosts() -> bool:
+    """Whether this process has joined others; unlike jax.process_count() it starts no backend."""
+    return jax.distributed.is_initialized() and (distributed.global_state.num_processes or 1) > 1
+
+
+def absent(place: str, timeout: float) -> list[int]:
+    """Waits until all processes are at `place`; the numbers of those that did not come in time.
+
+    Args:
+        place: a name that each process uses once.
+        timeout: seconds.
+    """
+    client, count = distributed.global_state.client, distributed.global_state.num_processes
+    prefix = f"jaxft/{place}/"
+    try:
+        client.key_value_set(f"{prefix}{distributed.global_state.process_id}", "here")
+        client.wait_at_barrier(prefix, int(timeout * 1000))
+        return []
+    except jax.errors.JaxRuntimeError:
+        pass
+    try:
+        came = {int(key.removeprefix(prefix)) for key, _ in client.key_value_dir_get(prefix)}
+    except jax.errors.JaxRuntimeError:  # Process 0 keeps the list.
+        return [0]
+    return sorted(set(range(count)) - came)
+
+
+def meet(place: str, timeout: float = 600) -> None:
+    """Waits until all processes are at `place` (see `absent`); nothing in a single process.
+
+    Raises:
+        HostLostError: naming those that did not come within `timeout` seconds.
+    """
+    if several_hosts() and (lost := absent(place, timeout)):
+        numbers, count = ", ".join(map(str, lost)), distributed.global_state.num_processes
+        raise HostLostError(
+            f"{place}: process {numbers} of {count} did not come within {timeout:g} s. Look at its output "
+            "first, then start all of them again with --resume."
+        )
+
+
+def to_host(tree: Any) -> Any:
+    """The tree with whole NumPy arrays as leaves, gathered where they span processes: all must call it."""
+
+    def whole(leaf):
+        if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
+            return np.asarray(leaf)
+        if leaf.is_fully_replicated:
+            return np.asarray(leaf.addressable_data(0))
+        return multihost_utils.process_allgather(leaf, tiled=True)
+
+    return jax.tree.map(whole, tree)
+
+
+def written_once(write: Callable[[], None], what: str, parts: Iterable[Any] = ()) -> None:
+    """Calls `write` in the first process alone; the others wait until it is done.
+
+    Args:
+        write: must not call what needs all processes, but may take from `parts`.
+        what: named in the error of the others.
+        parts: an iterator that gathers values from all processes as it goes; all run to its end.
+
+    Raises:
+        RuntimeError: in the other processes, if `write` failed in the first; there, its own error.
+    """
+    if jax.process_count() == 1:
+        write()
+        return
+    failure = None
+    if jax.process_index() == 0:
+        try:
+            write()
+        except Exception as error:  # Whatever it is: the others wait for word of it.
+            failure = error
+    for _ in parts:
+        pass
+    done = multihost_utils.broadcast_one_to_all(np.array(failure is None))
+    if failure is not None:
+        raise failure
+    if not done:
+        raise RuntimeError(f"process 0 could not write {what}; its own message says why.")
 
 
 def _options(environment: Mapping[str, str]) -> dict | None:

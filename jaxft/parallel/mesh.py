@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -56,3 +57,16 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def mesh_context(mesh: Mesh | None) -> contextlib.AbstractContextManager:
     """`jax.set_mesh(mesh)`, or nothing: what is traced in it knows its devices and can shard kernels."""
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def in_turn(result: Any) -> Any:
+    """`result`, awaited first where it comes from several CPU devices.
+
+    Two programs with collectives at once can take the threads there that each other's wait for, and start
+    in another order in another process; neither ever ends. TPUs and GPUs run programs in the order given.
+    """
+    for leaf in jax.tree.leaves(result):
+        if isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) > 1:
+            if next(iter(leaf.sharding.device_set)).platform == "cpu":
+                jax.block_until_ready(leaf)
+    return result

@@ -16,7 +16,7 @@ from jaxft.train.evaluate import evaluate, evaluation, make_eval_step
 from jaxft.train.figure import plot_run, run_figure
 from jaxft.train.logs import jsonl_log, progress, tensorboard_log, wandb_log
 from jaxft.train.loop import fit
-from jaxft.train.memory import keep_memory_warm
+from jaxft.train.memory import check_memory, keep_memory_warm, state_bytes
 from jaxft.train.optimizer import constant, cosine, decay_mask, linear, make_optimizer, with_warmup
 from jaxft.train.reference import reference_log_probs
 from jaxft.train.state import TrainState, init_state
@@ -46,7 +46,9 @@ __all__ = [
     "init_state",
     "jit_step",
     "jsonl_log",
+    "check_memory",
     "keep_memory_warm",
+    "state_bytes",
     "linear",
     "loss_weight",
     "make_eval_step",

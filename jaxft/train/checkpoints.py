@@ -23,6 +23,7 @@ from jax.experimental import multihost_utils
 
 from jaxft.adapters import combine, partition
 from jaxft.adapters.commit import commit
+from jaxft.parallel import meet
 from jaxft.train.batches import BatchSource, lay_out
 from jaxft.train.callbacks import Row
 from jaxft.train.digest import all_finite, digests
@@ -128,6 +129,7 @@ class Saver:
         step = int(state.step)
         if self._manager is None or step in (0, self._manager.latest_step()):
             return
+        meet(f"checkpoint {step}")
         trainable, _ = partition(state.params)
         if not all_finite(trainable):
             raise DivergedError(f"diverged at step {step}: params are not finite; not saved.", step)
@@ -179,7 +181,7 @@ class Saver:
             except Exception as error:  # Orbax and TensorStore raise many kinds for bad files.
                 self._set_aside(step, error)
                 continue
-            source.seek(meta["data"][jax.process_index()])
+            source.seek(_own_position(meta["data"]))
             return _restored(state, trainable, opt_state, meta), meta["history"]
         raise OutputError(f"{self._manager.directory}: no checkpoint of {steps} can be read.")
 
@@ -188,11 +190,7 @@ class Saver:
         trainable, _ = partition(state.params)
         _check_same(meta["trainable"], digests(trainable), "trainable params", values=False)
         _check_same(meta["opt_state"], digests(state.opt_state), "optimizer state", values=False)
-        if len(meta["data"]) != jax.process_count():
-            raise MismatchError(
-                f"resume: saved by {len(meta['data'])} processes, now {jax.process_count()}: the data "
-                "position of each is kept; start as many as before."
-            )
+        _own_position(meta["data"])
 
     def _score(self, row):
         """Orbax's metrics of a checkpoint: the lowest score is the best."""
@@ -324,6 +322,19 @@ def _write_errors(directory):
         raise OutputError(
             f"a checkpoint could not be written to {directory}: {reason}; earlier ones are kept."
         ) from error
+
+
+def _own_position(positions):
+    """This process's, of those of the processes that saved; any one if all are the same."""
+    if len(positions) == jax.process_count():
+        return positions[jax.process_index()]
+    if all(position == positions[0] for position in positions):
+        return positions[0]
+    raise MismatchError(
+        f"resume: saved by {len(positions)} processes with data positions of their own, now there are "
+        f"{jax.process_count()}; start as many as before, or take batches whose position all share "
+        "(jaxft.data's do)."
+    )
 
 
 def _as_json(row):

@@ -9,14 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxft.adapters import path_name
+from jaxft.parallel import in_turn, to_host
 
 
 def digests(tree: Any) -> dict[str, list]:
     """{path: [shape, data type, checksum]} for each leaf, as JSON."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    # All are started before the first is awaited.
-    sums = [checksum(leaf) for _, leaf in leaves]
-    described = zip(leaves, jax.device_get(sums), strict=True)
+    # All are started before the first is awaited, where that is safe.
+    sums = [in_turn(checksum(leaf)) for _, leaf in leaves]
+    described = zip(leaves, to_host(sums), strict=True)
     return {path_name(p): [list(x.shape), str(x.dtype), int(s)] for (p, x), s in described}
 
 

@@ -5,10 +5,20 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any
 
-BAD_INPUT, MISSING_DEPENDENCY, DIVERGED, PREEMPTED, INTERRUPTED = 2, 3, 4, 75, 130
+import jax
+
+from jaxft.parallel import HostLostError, absent, several_hosts
+
+BAD_INPUT, MISSING_DEPENDENCY, DIVERGED, HOST_LOST, PREEMPTED, INTERRUPTED = 2, 3, 4, 5, 75, 130
+SMALLER = (
+    "Try --remat full, fewer rows (--batch-size), --gradient-accumulation-steps, a shorter --max-length, "
+    "--quantise nf4, or more shards (--fsdp)."
+)
+END_TOGETHER = 5.0  # seconds within which hosts that fail alike have all failed
 
 IN_TRAINING = "in training, at step"  # begins the note that fit adds to errors of its loop
 
@@ -57,8 +67,11 @@ def run_main(main: Callable[[Any], Any], config: Any) -> Any:
     """main(config), with the errors that users cause as one line and an exit code.
 
     2: bad argument, data, file or output directory, before training; 3: optional package missing;
-    4: diverged; 75: preempted, start again to resume; 130: interrupted. Everything else, and
-    everything with `config.debug` or JAXFT_DEBUG=1, has its traceback and code 1.
+    4: diverged; 5: another host ended; 75: preempted, start again to resume; 130: interrupted. Everything
+    else, and everything with `config.debug` or JAXFT_DEBUG=1, has its traceback and code 1.
+
+    A process of several that fails waits a moment for the others to fail with it, says which did not, and
+    ends: they cannot go on without it, nor it without them.
     """
     if getattr(config, "debug", False) or os.environ.get("JAXFT_DEBUG", "0") not in ("", "0"):
         return main(config)
@@ -80,12 +93,47 @@ def run_main(main: Callable[[Any], Any], config: Any) -> Any:
         _exit(f"error: {error}", BAD_INPUT)
     except (ValueError, OSError) as error:
         if any(note.startswith(IN_TRAINING) for note in getattr(error, "__notes__", ())):
-            raise
+            _raise(error)
         _exit(f"error: {error}", BAD_INPUT)
+    except HostLostError as error:
+        _exit(f"error: {error}", HOST_LOST)
+    except jax.errors.JaxRuntimeError as error:
+        first = str(error).strip().split("\n")[0][:300]
+        if "RESOURCE_EXHAUSTED" in first:
+            _exit(f"error: out of memory: {first}. {SMALLER}", BAD_INPUT)
+        if not several_hosts():
+            raise
+        _exit(
+            f"error: a computation of all hosts failed, as when one of them ends: {first}",
+            HOST_LOST,
+        )
+    except Exception as error:
+        _raise(error)
+
+
+def _raise(error: Exception):
+    """Its traceback and code 1; of several processes none waits for the others."""
+    if several_hosts():
+        traceback.print_exception(error)
+        _leave(1)
+    raise error
 
 
 def _exit(message: str, code: int):
     line = " ".join(message.split())
     hint = "" if code in (PREEMPTED, INTERRUPTED) else " (JAXFT_DEBUG=1 shows where)"
     print(line + hint, file=sys.stderr, flush=True)
+    if code != PREEMPTED and several_hosts():
+        _leave(code)
     raise SystemExit(code)
+
+
+def _leave(code: int):
+    """Ends this process at once if the others do not end with it: jax.distributed would wait for them."""
+    if lost := absent("end", END_TOGETHER):
+        numbers = ", ".join(map(str, lost))
+        print(
+            f"process {numbers} did not end with this one; look at its output too", file=sys.stderr
+        )
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxft.metrics import Mean
-from jaxft.parallel import mesh_context
+from jaxft.parallel import in_turn, mesh_context, to_host
 from jaxft.train.accumulate import as_means
 from jaxft.train.batches import iterate, place_batch
 from jaxft.train.callbacks import Callback, every
@@ -48,12 +48,12 @@ def evaluate(
     for number, batch in enumerate(batches):
         batch, own_key = place_batch(batch, mesh), jax.random.fold_in(key, number)
         with mesh_context(mesh):
-            parts.append(eval_step(params, batch, own_key))
+            parts.append(in_turn(eval_step(params, batch, own_key)))
     if not parts:
         raise ValueError("evaluate: there are no batches.")
     # In float64 on the host: millions of tokens are more than float32 counts exactly.
     total = lambda *x: np.sum(np.stack([np.asarray(part, np.float64) for part in x]), axis=0)
-    sums = jax.tree.map(total, *jax.device_get(parts))
+    sums = jax.tree.map(total, *to_host(parts))
     return {name: _value(mean) for name, mean in sums.items()}
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from jaxft.parallel import in_turn
 from jaxft.train.accumulate import GradientEstimator
 from jaxft.train.batches import Batches, BatchSource, is_function, place_batch, place_on_mesh
 from jaxft.train.callbacks import Callback, Row, Run, as_callbacks
@@ -92,11 +93,7 @@ def _loop(run, state, source, steps, mesh, callbacks, rows, saver, preempted):
                 _warn_if_early(number, steps)
                 break
             state, metrics = run(state, place_batch(batch, mesh), good)
-            if mesh is not None and jax.default_backend() == "cpu":
-                # Two programs on forced host devices at once can take the threads that each other's
-                # collectives wait for, and never end.
-                jax.block_until_ready(metrics)
-            number, good = number + 1, metrics["good"]
+            number, good = number + 1, in_turn(metrics)["good"]
             extra = _on_step(callbacks, number, state)
             rows.push(number, metrics, extra)
             signal = preempted(number)

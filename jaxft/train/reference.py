@@ -8,12 +8,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from jaxft.data import TokenisedGroup, finite_group_batches
 from jaxft.objectives import sequence_log_probs
-from jaxft.parallel import mesh_context
+from jaxft.parallel import in_turn, mesh_context, to_host
 from jaxft.train.batches import place_batch
 
 
@@ -43,14 +42,10 @@ def reference_log_probs(
     order = sorted(range(len(groups)), key=longest)
     # Other columns would only make more programs.
     bare = [dataclasses.replace(groups[i], columns={}) for i in order]
-    processes, here = jax.process_count(), jax.process_index()
     sums = []
     for batch in finite_group_batches(bare, batch_size=batch_size, max_length=max_length):
-        mine = jax.tree.map(lambda x: np.split(x, processes)[here], batch)
         with mesh_context(mesh):
-            part = run(params, place_batch(mine, mesh))
-        gather = processes > 1 and mesh is not None
-        sums.append(multihost_utils.process_allgather(part, tiled=True) if gather else part)
-    flat = np.concatenate([np.asarray(x, np.float32) for x in jax.device_get(sums)])
+            sums.append(in_turn(run(params, place_batch(batch, mesh))))
+    flat = np.concatenate(to_host(sums)).astype(np.float32)
     found = dict(zip(order, flat, strict=False))  # the last batch may be filled up
     return [group.with_column("ref_log_probs", found[i]) for i, group in enumerate(groups)]

@@ -8,7 +8,6 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import PartitionSpec
 
 from jaxft.kernels.paca import chosen_columns
@@ -155,17 +154,17 @@ def check_paca(weight: PacaWeight, name: str = "paca") -> None:
             f"{name}: a kernel {weight.shape} needs rows [..., R, {features}] and indices [..., R], got "
             f"{rows} and {indices}."
         )
-    chosen = np.asarray(weight.indices)
-    if chosen.min() < 0 or chosen.max() >= size:
-        raise ValueError(
-            f"{name}: indices must lie in 0..{size - 1}, got {chosen.min()}..{chosen.max()}."
-        )
-    if np.any(np.diff(np.sort(chosen, axis=-1), axis=-1) == 0):
+    # On the devices: the arrays may span hosts.
+    chosen = jnp.asarray(weight.indices)
+    lowest, highest = int(chosen.min()), int(chosen.max())
+    if lowest < 0 or highest >= size:
+        raise ValueError(f"{name}: indices must lie in 0..{size - 1}, got {lowest}..{highest}.")
+    if jnp.any(jnp.diff(jnp.sort(chosen, axis=-1), axis=-1) == 0):
         raise ValueError(f"{name}: indices repeat; each row of the kernel may train once.")
     if not weight.in_place:
         return
-    held = np.take_along_axis(np.asarray(weight.base), chosen[..., None], axis=-2)
-    if not np.array_equal(held, np.asarray(weight._scaled().astype(weight.dtype))):
+    held = jnp.take_along_axis(jnp.asarray(weight.base), chosen[..., None], axis=-2)
+    if not jnp.array_equal(held, weight._scaled().astype(weight.dtype)):
         raise ValueError(
             f"{name}: the kernel does not hold the tuned rows; call jaxft.train.commit(params) where "
             "they are moved."

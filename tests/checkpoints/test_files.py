@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxft.adapters import ALL_LINEAR, adapt, combine, lora, merge, partition
-from jaxft.checkpoints import CheckpointError, load_model, save_model
+from jaxft.checkpoints import CheckpointError, load_model, model_shapes, models, save_model
 from jaxft.checkpoints.assemble import disassemble
 from jaxft.checkpoints.tensor_files import open_tensors, save_tensors
 from jaxft.models import Decoder, tiny_config
@@ -112,3 +112,18 @@ def test_loading_straight_into_shards(saved):
         logits = model.apply({"params": sharded}, jnp.arange(6)[None]).logits
         expected = model.apply({"params": params}, jnp.arange(6)[None]).logits
         chex.assert_trees_all_close(np.asarray(logits), np.asarray(expected), atol=1e-5)
+
+
+def test_shapes_are_told_from_headers_alone(saved, monkeypatch):
+    path, _, _ = saved
+
+    def halve(tensors):
+        tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(np.float16)
+
+    rewrite(path, halve)
+    describe = lambda leaf: (leaf.shape, leaf.dtype)
+    loaded = [jax.tree.map(describe, load_model(path, scan_layers=s)[1]) for s in (False, True)]
+    monkeypatch.setattr(models, "assemble", pytest.fail)
+    shapes = [jax.tree.map(describe, model_shapes(path, scan_layers=s)) for s in (False, True)]
+    assert shapes == loaded and shapes[0]["final_norm"]["scale"][1] == np.float16
+    assert jax.tree.leaves(model_shapes("tiny", dtype=jnp.bfloat16))[0].dtype == jnp.bfloat16

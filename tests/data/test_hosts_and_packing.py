@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from jaxft.data import DataError, Tokenised, batches, token_weights
+from jaxft.data import DataError, Tokenised, batches, finite_batches, token_weights
 
 
 def records(lengths):
@@ -25,23 +25,48 @@ def seen(given):
 
 @pytest.mark.parametrize("packing", [True, "best_fit", "concat_split", False])
 @pytest.mark.parametrize("last", ["drop", "pad"])
-def test_eleven_records_over_two_hosts_end_together(packing, last):
-    """One host runs out first; the other must not wait for it for ever (maxtext #914)."""
+def test_the_parts_of_several_hosts_are_the_batches_of_one(packing, last):
+    """So none runs out before the others (maxtext #914), and any number of hosts trains alike."""
     given = records([3, 5, 2, 7, 1, 4, 6, 2, 3, 8, 5])
-    settings = dict(batch_size=2, max_length=8, packing=packing, epochs=1, last=last)
-    hosts = [
-        list(batches(given, **settings, process_index=i, process_count=2, prefetch=0))
-        for i in range(2)
-    ]
-    assert len(hosts[0]) == len(hosts[1]) > 0
-    shapes = {x.shape for host in hosts for batch in host for x in batch.values()}
-    assert shapes == {(2, 8)}
-    ids = [{s[0] for s in seen(host)} for host in hosts]
-    assert not ids[0] & ids[1]
+    settings = dict(batch_size=4, max_length=8, packing=packing, epochs=1, last=last, prefetch=0)
+    alone = list(batches(given, **settings))
+    assert alone and {x.shape for batch in alone for x in batch.values()} == {(4, 8)}
+    for count in (2, 4):
+        hosts = [
+            list(batches(given, **settings, process_index=i, process_count=count))
+            for i in range(count)
+        ]
+        assert [len(host) for host in hosts] == [len(alone)] * count
+        for whole, *parts in zip(alone, *hosts, strict=True):
+            for name, leaf in whole.items():
+                np.testing.assert_array_equal(np.concatenate([p[name] for p in parts]), leaf)
     if last == "pad":
-        assert ids[0] | ids[1] == set(range(1, 12))
-        total = sum(len(s) for host in hosts for s in seen(host))
-        assert total == sum(len(part.tokens) for part in given)
+        assert sum(map(len, seen(alone))) == sum(len(part.tokens) for part in given)
+
+
+@pytest.mark.parametrize("packing", [True, "concat_split", False])
+def test_a_position_goes_on_with_another_number_of_hosts(packing):
+    given = records([3, 5, 2, 7, 1, 4, 6, 2, 3, 8, 5])
+    settings = dict(batch_size=4, max_length=8, packing=packing)
+    before, alone = (batches(given, **settings, process_count=n, process_index=0) for n in (2, 1))
+    for _ in range(5):
+        next(before), next(alone)
+    position = json.loads(json.dumps(before.get_state()))
+    after = [batches(given, **settings, process_count=4, process_index=i) for i in range(4)]
+    for host in after:
+        host.set_state(position)
+    for _ in range(5):
+        tokens = np.concatenate([next(host)["tokens"] for host in after])
+        np.testing.assert_array_equal(tokens, next(alone)["tokens"])
+
+
+def test_held_out_batches_are_shared_among_hosts():
+    given = records([3, 5, 2, 7, 1, 4, 6])
+    settings = dict(batch_size=2, max_length=8)
+    alone = finite_batches(given, **settings)
+    hosts = [finite_batches(given, **settings, process_count=2, process_index=i) for i in (0, 1)]
+    for whole, *parts in zip(alone, *hosts, strict=True):
+        np.testing.assert_array_equal(np.concatenate([p["tokens"] for p in parts]), whole["tokens"])
 
 
 @pytest.mark.parametrize("packing", ["first_fit", "best_fit"])
@@ -82,22 +107,6 @@ def test_prefetching_changes_neither_order_nor_position():
     resumed.set_state(state)
     for tokens in expected:
         np.testing.assert_array_equal(next(resumed)["tokens"], tokens)
-
-
-@pytest.mark.parametrize("taken", [0, 1, 3])
-def test_a_finished_host_resumes_with_the_same_number_of_batches(taken):
-    given = records([8] * 11)
-    settings = dict(batch_size=2, max_length=8, epochs=1, last="pad", process_count=2)
-    make = lambda: batches(given, process_index=1, **settings)
-    whole, first = list(make()), make()
-    for _ in range(taken):
-        next(first)
-    rest = make()
-    rest.set_state(json.loads(json.dumps(first.get_state())))
-    rest = list(rest)
-    assert len(rest) == len(whole) - taken
-    for a, b in zip(rest, whole[taken:], strict=True):
-        np.testing.assert_array_equal(a["tokens"], b["tokens"])
 
 
 def test_a_refused_position_says_what_changed():

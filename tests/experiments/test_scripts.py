@@ -17,7 +17,7 @@ import pytest
 import tyro
 
 from experiments import _optimizers, evaluate, generate, preference, reinforce, sft
-from jaxft import train
+from jaxft import checkpoints, train
 from jaxft.checkpoints import load_model, save_model
 from jaxft.losses import cross_entropy
 from jaxft.metrics import Mean
@@ -369,6 +369,14 @@ def test_bad_input_is_one_line_and_exit_code_2(script, name, tmp_path, capsys, r
     assert message in stderr
     assert len(stderr.strip().splitlines()) == 1
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+def test_what_cannot_fit_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(train.memory, "device_memory", lambda device: 10**6)
+    monkeypatch.setattr(checkpoints, "load_model", pytest.fail)
+    config = sft.Config(smoke=True, adapter="full", output_dir=str(tmp_path / "run"))
+    with pytest.raises(ValueError, match="needs at least 0.0 GB .weights .* take --adapter lora"):
+        sft.main(config)
 
 
 def test_the_shell_sees_the_exit_code(tmp_path):

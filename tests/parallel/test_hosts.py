@@ -1,11 +1,7 @@
-import os
-import socket
-import subprocess
-import sys
-
 import pytest
 
 from jaxft.parallel.hosts import _options, connect_hosts
+from tests.processes import run_processes
 
 ADDRESS = "host0:1234"
 
@@ -46,23 +42,41 @@ def test_what_does_not_fit_together_is_an_error(environment, message):
         _options(environment)
 
 
+MEET = """
+import sys, time
+from jaxft.parallel import HostLostError, connect_hosts, meet, to_host, written_once
+connect_hosts(timeout=100)
+import jax, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+rank = jax.process_index()
+sharding = NamedSharding(Mesh(jax.devices(), "x"), PartitionSpec("x"))
+value = jax.make_array_from_callback((8,), sharding, lambda index: np.arange(8.0)[index])
+assert to_host({"a": [value]})["a"][0].tolist() == list(range(8))
+written_once(lambda: print("written by", rank), "a line")
+
+def fails():
+    raise OSError("disk full")
+
+try:
+    written_once(fails, "a file")
+except (OSError, RuntimeError) as error:
+    print(type(error).__name__, error)
+meet("here")
+if rank == 0:
+    try:
+        meet("there", timeout=0.5)
+    except HostLostError as error:
+        print(error)
+meet("the end")
+"""
+
+
 @pytest.mark.slow
-def test_two_processes_meet():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    code = (
-        "import sys; from jaxft.parallel import connect_hosts; import jax\n"
-        "connect_hosts(timeout=int(sys.argv[1])); print(jax.process_index(), jax.process_count())"
-    )
-
-    def start(count, number, port, timeout):
-        variables = by_hand(count, number) | {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}"}
-        return subprocess.Popen(
-            [sys.executable, "-c", code, str(timeout)],
-            env=os.environ | variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-
-    both = [start(2, number, port, 100) for number in (0, 1)]
-    outputs = [process.communicate(timeout=200)[0] for process in both]
-    assert outputs == ["0 2\n", "1 2\n"]
+def test_processes_meet_gather_write_once_and_miss_one_another():
+    codes, outputs, errors = run_processes(2, ["-c", MEET])
+    assert codes == [0, 0], errors
+    first = "written by 0\nOSError disk full\nthere: process 1 of 2 did not come within 0.5 s."
+    assert first in outputs[0]
+    assert "RuntimeError process 0 could not write a file; its own message says why." in outputs[1]
+    assert "written" not in outputs[1]

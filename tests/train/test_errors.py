@@ -1,8 +1,10 @@
 import dataclasses
 
+import jax
 import optax
 import pytest
 
+from jaxft.parallel import HostLostError
 from jaxft.train import (
     DivergedError,
     MissingDependencyError,
@@ -35,6 +37,12 @@ def fails(error):
         (DivergedError("diverged at step 4", 4), 4, "error: diverged at step 4"),
         (PreemptedError("SIGTERM at step 3"), 75, "preempted: SIGTERM at step 3\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
+        (HostLostError("save 4: process 1 of 2 did not come"), 5, "error: save 4: process 1 of 2"),
+        (
+            jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: needs 20G\nlong table"),
+            2,
+            "error: out of memory: RESOURCE_EXHAUSTED: needs 20G. Try --remat full, fewer rows",
+        ),
     ],
 )
 def test_errors_of_users_are_a_line_and_a_code(capsys, monkeypatch, error, code, text):
@@ -48,7 +56,7 @@ def test_errors_of_users_are_a_line_and_a_code(capsys, monkeypatch, error, code,
 
 def test_other_errors_keep_their_traceback(monkeypatch):
     monkeypatch.delenv("JAXFT_DEBUG", raising=False)
-    for error in (TypeError("bug"), ZeroDivisionError()):
+    for error in (TypeError("bug"), ZeroDivisionError(), jax.errors.JaxRuntimeError("INTERNAL")):
         with pytest.raises(type(error)):
             run_main(fails(error), Config())
 

@@ -4,7 +4,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
+
+from jaxft.parallel import make_mesh, shard_params
+from jaxft.train import check_memory, memory, state_bytes
 
 SCRIPT = """
 import resource, sys
@@ -51,3 +58,48 @@ def test_it_does_nothing_elsewhere(monkeypatch):
         assert keep_memory_warm() is False
     monkeypatch.setattr(platform, "libc_ver", lambda: ("musl", "1.2"))
     assert keep_memory_warm() is False
+
+
+def params():
+    return {
+        "layers": {"0": {"mlp": {"up": {"kernel": jnp.zeros((16, 64))}}}},
+        "head": {"kernel": jnp.zeros((16, 32), jnp.bfloat16)},
+    }
+
+
+def test_bytes_of_a_run_are_those_of_its_arrays():
+    size = 16 * 64 * 4 + 16 * 32 * 2
+    assert state_bytes(params()) == {"weights": size}
+    needed = state_bytes(params(), optax.adam(1e-3))
+    assert needed == {
+        "weights": size,
+        "gradients": size,
+        "optimizer": 2 * size + 4,
+    }  # and a counter
+
+
+def test_bytes_on_a_mesh_are_those_of_one_device():
+    mesh = make_mesh(fsdp=4, tensor=2)
+    device = mesh.devices.flat[0]
+    placed = jax.tree.leaves(shard_params(params(), mesh))
+    ours = [s.data.nbytes for leaf in placed for s in leaf.addressable_shards if s.device == device]
+    assert state_bytes(params(), mesh=mesh) == {"weights": sum(ours)}
+    assert sum(ours) < state_bytes(params())["weights"]
+
+
+def test_what_cannot_fit_is_refused_with_what_it_needs(monkeypatch):
+    monkeypatch.setattr(memory, "device_memory", lambda device: 10 * 10**9)
+    devices = jax.devices()[:2]
+    check_memory({"weights": 4 * 10**9}, devices, "no")
+    with pytest.raises(
+        ValueError, match=r"at least 12.0 GB \(weights 8.0 GB, gradients 4.0 GB\), and 10.0"
+    ):
+        check_memory(
+            {"weights": 4 * 10**9, "gradients": 2 * 10**9}, devices, "take less"
+        )  # one memory
+    monkeypatch.setattr(memory, "device_memory", lambda device: None)
+    check_memory({"weights": 10**15}, devices, "no")
+
+
+def test_memory_of_this_machine_is_known():
+    assert np.isfinite(memory.device_memory(jax.devices()[0]))

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from jaxft.adapters.errors import AdapterError
+from jaxft.adapters.files import write_adapter
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -40,10 +41,7 @@ def read_files(path: pathlib.Path) -> tuple[Settings, Tensors]:
 
 def write_files(path: pathlib.Path, settings: Settings, tensors: Tensors) -> None:
     """Writes both files; the directory is made if needed."""
-    path.mkdir(parents=True, exist_ok=True)
-    whole = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-    save_file(whole, path / WEIGHTS, metadata={"format": "pt"})
-    (path / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
+    write_adapter(path / CONFIG, path / WEIGHTS, settings, tensors, metadata={"format": "pt"})
 
 
 def take(tensors: Tensors, key: str, shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:

@@ -16,6 +16,7 @@ from jaxft.adapters.peft.files import Settings, Tensors
 from jaxft.adapters.rewrite import path_name
 from jaxft.models.config import DecoderConfig
 from jaxft.models.hf_names import Entry, huggingface_entries
+from jaxft.parallel import to_host
 from jaxft.weights import WeightLike, is_weight
 
 PREFIX = "base_model.model."
@@ -108,7 +109,7 @@ def patterns(values: Mapping[str, float], which: str) -> dict[str, Any]:
 
 def numpy(leaf: Any) -> np.ndarray:
     """A trained array as float32."""
-    return np.asarray(leaf, np.float32)
+    return to_host(leaf).astype(np.float32)
 
 
 def no_conv1d(linear: Linear, kind: str) -> None:

@@ -18,6 +18,7 @@ from jaxft.adapters.peft.model import (
     short_names,
     targeted,
 )
+from jaxft.parallel import to_host
 from jaxft.weights import PacaWeight, is_weight
 
 
@@ -54,7 +55,7 @@ def write(model: Model, found: Mapping[str, PacaWeight]) -> tuple[Settings, Tens
         no_conv1d(linear, "PaCA")
         weight = chosen[linear.name] = found[linear.paths[0]]
         tensors[linear.key("paca_w")] = numpy(weight.rows).T
-        tensors[linear.key("paca_indices")] = np.asarray(weight.indices, np.int64)
+        tensors[linear.key("paca_indices")] = to_host(weight.indices).astype(np.int64)
     ranks = patterns({name: weight.rank for name, weight in chosen.items()}, "r")
     alphas = patterns({name: weight.alpha for name, weight in chosen.items()}, "paca_alpha")
     return ranks | alphas | {

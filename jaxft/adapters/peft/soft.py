@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxft.adapters.errors import AdapterError
 from jaxft.adapters.peft.files import Settings, Tensors, take
+from jaxft.adapters.peft.model import numpy
 from jaxft.adapters.rewrite import Params, adapt, partition, path_name
 from jaxft.models.config import DecoderConfig
 from jaxft.weights import to_dense
@@ -44,7 +45,7 @@ def soft_name(params: Params) -> str | None:
 
 def write_soft(config: DecoderConfig, params: Params, name: str) -> tuple[Settings, Tensors]:
     """(settings, tensors) of the prompt or prefix; an MLP is folded away."""
-    tensor = np.asarray(to_dense(params[name]), np.float32)
+    tensor = numpy(to_dense(params[name]))
     if name == "prompt":
         tensor = tensor * np.float32(config.embedding_scale)
     return _settings(name, config, len(tensor)), {TENSOR: tensor}

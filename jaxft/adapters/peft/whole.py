@@ -12,6 +12,7 @@ from jaxft.adapters.errors import AdapterError
 from jaxft.adapters.peft.files import Settings, Tensors, take
 from jaxft.adapters.peft.model import PREFIX, Model, short_names, targeted
 from jaxft.models.hf_names import Entry
+from jaxft.parallel import to_host
 from jaxft.weights import to_dense
 
 _COPY = "ln_tuning_layers"
@@ -144,7 +145,7 @@ def _trains(entry: Entry, found) -> bool:
 
 
 def _tensor(entry: Entry, model: Model) -> np.ndarray:
-    leaf = np.concatenate([np.asarray(to_dense(model.nodes[path])) for path in entry.paths], -1)
+    leaf = np.concatenate([to_host(to_dense(model.nodes[path])) for path in entry.paths], -1)
     return leaf.T if entry.transposed else leaf
 
 

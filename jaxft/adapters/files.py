@@ -1,0 +1,42 @@
+"""The two files of an adapter, of any format: settings as JSON and tensors as safetensors."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from jaxft.parallel import to_host, written_once
+
+
+def write_adapter(
+    config: str | os.PathLike,
+    weights: str | os.PathLike,
+    settings: Mapping[str, Any],
+    tensors: Mapping[str, Any],
+    **save: Any,
+) -> None:
+    """Writes both files; their directory is made if needed. On several hosts all call it, the first writes.
+
+    Args:
+        config: path of the JSON.
+        weights: path of the safetensors.
+        settings: what goes into the JSON.
+        tensors: arrays, on any devices of all hosts.
+        save: more arguments of safetensors' `save_file`.
+    """
+    config, weights = pathlib.Path(config), pathlib.Path(weights)
+    whole = {name: np.ascontiguousarray(tensor) for name, tensor in to_host(dict(tensors)).items()}
+
+    def write():
+        for path in (config, weights):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(whole, weights, **save)
+        config.write_text(json.dumps(settings, indent=2) + "\n")
+
+    written_once(write, str(config.parent))

@@ -6,18 +6,23 @@ BIN := $(VENV)/bin
 # Workers of the tests; two suit a laptop.
 WORKERS ?= 2
 
-.PHONY: help demo test lint bench aot scale clean
+.PHONY: help demo demo-rl test lint bench aot scale clean
 
 help:
-	@echo "make demo   fine-tune SmolLM2-135M on a real task and show what changed (ten minutes)"
-	@echo "make test   run the tests"
-	@echo "make lint   check style"
-	@echo "make bench  compare speed with transformers + peft and trl"
-	@echo "make scale  compile for slices that are not here, and write docs/scale.md"
+	@echo "make demo     fine-tune SmolLM2-135M on a real task and show what changed (ten minutes)"
+	@echo "make demo-rl  a small model learns to add from verified answers, with controls (ten minutes)"
+	@echo "make test     run the tests"
+	@echo "make lint     check style"
+	@echo "make bench    compare speed with transformers + peft and trl"
+	@echo "make scale    compile for slices that are not here, and write docs/scale.md"
 
 demo: $(VENV)/.text
 	rm -rf runs/demo
 	$(BIN)/python experiments/sft.py --output-dir runs/demo
+
+demo-rl: $(VENV)/.text
+	rm -rf runs/demo-rl
+	$(BIN)/python experiments/demo_rl.py
 
 test: $(VENV)/.test aot
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)

@@ -1,7 +1,15 @@
-"""Measures of models: running means, intervals, wins at equal length."""
+"""Measures of models: running means, intervals, wins at equal length, several answers."""
 
 from jaxft.metrics.interval import wilson_interval
 from jaxft.metrics.length import length_controlled_rate
 from jaxft.metrics.mean import Mean, combine_means
+from jaxft.metrics.samples import majority_vote, pass_at_k
 
-__all__ = ["Mean", "combine_means", "length_controlled_rate", "wilson_interval"]
+__all__ = [
+    "Mean",
+    "combine_means",
+    "length_controlled_rate",
+    "majority_vote",
+    "pass_at_k",
+    "wilson_interval",
+]

@@ -16,8 +16,9 @@ from jaxft.rl.algorithms import (
     rloo,
 )
 from jaxft.rl.experience import Experience, KlControl, collect
+from jaxft.rl.on_device import DeviceReward, collect_on_device, equals, sample_on_device
 from jaxft.rl.pool import Failures, RewardFn, VerifierError, VerifierPool, in_process
-from jaxft.rl.rollouts import collect_on_device, sample_groups, score
+from jaxft.rl.rollouts import sample_groups, score
 from jaxft.rl.verifiers import (
     Verifier,
     mentions_answer,
@@ -29,6 +30,7 @@ from jaxft.rl.verifiers import (
 __all__ = [
     "Accuracy",
     "Algorithm",
+    "DeviceReward",
     "Experience",
     "Failures",
     "KlControl",
@@ -41,6 +43,7 @@ __all__ = [
     "collect_on_device",
     "dapo",
     "dr_grpo",
+    "equals",
     "expert_iteration",
     "grpo",
     "gspo",
@@ -55,6 +58,7 @@ __all__ = [
     "rloo",
     "same_answer",
     "sample_groups",
+    "sample_on_device",
     "score",
     "verifier_for",
 ]

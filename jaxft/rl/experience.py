@@ -95,7 +95,9 @@ def collect(
     if kl_control is not None and ref_params is None:
         raise ValueError("collect: kl_control needs ref_params, from which the KL is measured.")
     check_policy(config)
-    read = functools.partial(_read, model, ref_params, config.temperature, old=updates * epochs > 1)
+    read = functools.partial(
+        read_scores, model, ref_params, config.temperature, old=updates * epochs > 1
+    )
 
     def attempt(state, draw):
         """One round of groups, rewarded."""
@@ -116,7 +118,7 @@ def collect(
         if mask_truncated:
             mask = batch["completion_mask"] & ~batch["truncated"][:, None]
             batch["completion_mask"] = mask
-        batch |= read(state.params, batch)
+        batch |= {name: np.asarray(x) for name, x in read(state.params, batch).items()}
         return _credited(credit, batch, kl_weight)
 
     def on_mesh(*args):
@@ -182,8 +184,10 @@ class Experience:
         return adapted_kl_weight(kl=kl, count=len(batch["tokens"]), **control)
 
 
-def _read(model, ref_params, temperature, params, batch, *, old):
-    """What is computed once a rollout: log-probs of the policy and the reference, values."""
+def read_scores(
+    model: Decoder, ref_params: Any, temperature: float, params: Any, batch: Batch, *, old: bool
+) -> Batch:
+    """What is computed once a rollout: log-probs of the policy (if `old`) and the reference, values."""
     fields = ("tokens", "positions", "segment_ids", "completion_mask")
     batch = {name: batch[name] for name in fields}
     found = {}
@@ -194,7 +198,7 @@ def _read(model, ref_params, temperature, params, batch, *, old):
         found["old_log_probs"] = score(model, params, batch, temperature)
     if ref_params is not None:
         found["ref_log_probs"] = score(model, ref_params, batch, temperature)
-    return {name: np.asarray(x) for name, x in found.items()}
+    return found
 
 
 def _credited(credit, batch, kl_weight):

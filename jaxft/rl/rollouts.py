@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jaxft.generation import SamplingConfig, bucket, decode, fork, generate, left_pad, prefill
+from jaxft.generation import SamplingConfig, bucket, generate, left_pad
 from jaxft.models import Decoder
 from jaxft.objectives import completion_log_probs
-from jaxft.rl.advantages import has_contrast
 
 MIN_BUCKET = 16  # of response lengths
 
@@ -62,64 +59,6 @@ def sample_groups(
     return batch | {"truncated": np.array(out.finish) == "length"}, out.completions
 
 
-def collect_on_device(
-    model: Decoder,
-    prompts: Sequence[Sequence[int]],
-    targets: Sequence[Sequence[int]],
-    credit: Credit,
-    config: SamplingConfig,
-    *,
-    prompts_per_step: int,
-    group_size: int,
-    seed: int = 0,
-) -> Callable[[Any], Batch]:
-    """As `collect`, with the reward 1 for a response that is its target token by token, else 0.
-
-    Sampling, rewards and advantages are one compiled program, from which nothing returns to the host. A
-    target includes the stop token. All prompts share one bucket.
-
-    Raises:
-        ValueError: for a target longer than max_new_tokens, which could never be met.
-    """
-    check_policy(config)
-    size = config.max_new_tokens
-    if len(prompts) != len(targets) or max(map(len, targets)) > size:
-        raise ValueError(
-            f"collect_on_device: needs one target a prompt, of at most max_new_tokens = {size}; got "
-            f"{len(targets)} for {len(prompts)}, the longest {max(map(len, targets))}."
-        )
-    tokens, valid = map(jnp.asarray, left_pad(prompts, model.config))
-    wanted = jnp.asarray(_right_pad(targets, size))
-
-    @jax.jit
-    def run(params, key, chosen):
-        keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(len(chosen)))
-        slots = tokens.shape[1] + size
-        state = prefill(model, params, tokens[chosen], valid[chosen], keys, slots)
-        state, part = decode(model, params, fork(state, group_size), config, steps=size)
-        repeat = lambda x: jnp.repeat(x[chosen], group_size, axis=0)
-        batch = lay_out(jnp, repeat(tokens), repeat(valid), *part)
-        value = same_tokens(part.tokens, part.mask, repeat(wanted)).astype(jnp.float32)
-        flat = ~jnp.repeat(has_contrast(value, group_size), group_size)
-        truncated = (~state.done).astype(jnp.float32)
-        batch["stats"] = {"reward": value, "truncated": truncated, "no_contrast": flat * 1.0}
-        return batch | credit(value, batch)
-
-    def batches(state):
-        draw = int(state.step)
-        chosen = prompts_of(draw, prompts_per_step, len(prompts), seed)
-        key = jax.random.fold_in(jax.random.fold_in(state.key, SAMPLING), draw)
-        return run(state.params, key, jnp.asarray(chosen))
-
-    return batches
-
-
-def same_tokens(tokens: jax.Array, mask: jax.Array, targets: jax.Array) -> jax.Array:
-    """[B]: whether the tokens that the mask counts are those of the target [B, N], padded with -1."""
-    given = jnp.where(mask, tokens, -1)
-    return jnp.all(given == targets, axis=1)
-
-
 def lay_out(xp, prompts, valid, tokens, mask, log_probs, sampler_log_probs):
     """The batch of prompts [B, P] and responses [B, N] side by side, padding at either end of a row."""
     seen = xp.concatenate([valid, mask], axis=1)
@@ -141,13 +80,6 @@ def prompts_of(draw: int, count: int, size: int, seed: int) -> list[int]:
         for epoch in set((places // size).tolist())
     }
     return [int(order[place // size][place % size]) for place in places.tolist()]
-
-
-def _right_pad(targets, size):
-    table = np.full((len(targets), size), -1, np.int32)
-    for row, target in zip(table, targets, strict=True):
-        row[: len(target)] = target
-    return table
 
 
 def check_policy(config: SamplingConfig) -> None:

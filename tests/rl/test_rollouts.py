@@ -175,7 +175,7 @@ def test_a_policy_learns_a_task_in_seconds(name):
     }[name]
     targets = [[i] for i in range(4)]
     batches = rl.collect_on_device(
-        model, PROMPTS, targets, credit, ONE_TOKEN, prompts_per_step=8, group_size=8
+        model, PROMPTS, rl.equals(targets, 1), credit, ONE_TOKEN, prompts_per_step=8, group_size=8
     )
     _, history = fit(params, objective, optax.adam(3e-3), batches, steps=40)
     mean = lambda rows: np.mean([row["reward"] for row in rows])
@@ -187,18 +187,20 @@ def test_a_policy_learns_a_task_in_seconds(name):
 def test_host_and_device_collect_the_same():
     model, params = model_and_params()
     settings = dict(prompts_per_step=2, group_size=4)
-    device = rl.collect_on_device(model, PROMPTS, TARGETS, CREDIT, SAMPLING, **settings)
+    reward = rl.equals(TARGETS, SAMPLING.max_new_tokens)
+    device = rl.collect_on_device(model, PROMPTS, reward, CREDIT, SAMPLING, **settings)
     got, wanted = device(state_at(3, params)), collector()(state_at(3, params))
     for name in ("tokens", "segment_ids", "positions", "completion_mask"):
-        np.testing.assert_array_equal(got[name], wanted[name])
+        # The host pads prompts to a bucket.
+        np.testing.assert_array_equal(got[name], wanted[name][:, -got[name].shape[1] :])
     np.testing.assert_allclose(got["sampler_log_probs"], wanted["sampler_log_probs"], atol=1e-4)
     # A response without the stop token is right to the verifier of texts, not to that of tokens.
     ended = ~wanted["truncated"]
     np.testing.assert_array_equal(
         np.asarray(got["stats"]["reward"])[ended], wanted["stats"]["reward"][ended]
     )
-    with pytest.raises(ValueError, match="at most max_new_tokens = 3; got 4 for 4, the longest 5"):
-        rl.collect_on_device(model, PROMPTS, [[1] * 5] * 4, CREDIT, SAMPLING, **settings)
+    with pytest.raises(ValueError, match="at most max_new_tokens = 3 tokens; the longest has 5"):
+        rl.equals([[1] * 5] * 4, 3)
 
 
 def test_a_run_with_several_updates_learns_on_the_host():

@@ -1,0 +1,243 @@
+"""A small task for reinforcement learning that can be measured exactly: sums, by a model of characters.
+
+The model is made here and trained until it gives the right answer with a set probability: started from there,
+runs of several seeds can be compared. Where one string alone is right, its probability under the model is
+pass@1 of a sample, and 1 - (1 - p)^k is pass@k: one forward pass, no sampling noise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxft import data, rl, train
+from jaxft.generation import SamplingConfig
+from jaxft.models import Decoder, tiny_config
+from jaxft.objectives import completion_log_probs, supervised
+
+STOP = "\n"
+ALPHABET = STOP + "0123456789+-=ABC|;"
+
+
+class Sums(NamedTuple):
+    """Questions and their right answers as text: "57-87=" and "-30"."""
+
+    questions: list[str]
+    answers: list[str]
+
+
+def encode(texts: Sequence[str]) -> list[list[int]]:
+    """The ids of each text's characters."""
+    return [[ALPHABET.index(character) for character in text] for text in texts]
+
+
+def decode(tokens: np.ndarray, mask: np.ndarray) -> str:
+    """The text of what a mask counts, without the stop character."""
+    return "".join(ALPHABET[i] for i in tokens[mask]).rstrip(STOP)
+
+
+def encode_answers(answers: Sequence[str]) -> list[list[int]]:
+    """The ids of each answer and the stop character."""
+    return encode([answer + STOP for answer in answers])
+
+
+def chain_sums(spec: str, held_out_spec: str) -> tuple[Sums, Sums, list[dict]]:
+    """(training, held out, held-out records) of reasoning-gym's chain_sum: its additions, in short form.
+
+    A question of either is in it once; one of the training questions is not among the held-out ones.
+    """
+    question = lambda record: record["metadata"]["metadata"]["expression"].replace(" ", "") + "="
+    table = lambda spec: {question(r): r for r in data.load(spec) if "-" not in question(r)}
+    known, new = table(spec), table(held_out_spec)
+    new = {text: record for text, record in new.items() if text not in known}
+    sums = lambda table: Sums(list(table), [r["metadata"]["answer"] for r in table.values()])
+    return sums(known), sums(new), list(new.values())
+
+
+def layout(questions: Sequence[str], answers: Sequence[str]) -> dict[str, np.ndarray]:
+    """Rows of question and answer side by side, padded at either end, as experience is.
+
+    `loss_mask` counts the answer with its stop character; `completion_mask` [B, N] is its last N columns.
+    """
+    asked, given = encode(questions), encode_answers(answers)
+    lead, size = max(map(len, asked)), max(map(len, given))
+    tokens = np.zeros((len(asked), lead + size), np.int32)
+    seen = np.zeros(tokens.shape, bool)
+    for row, valid, question, answer in zip(tokens, seen, asked, given, strict=True):
+        place = slice(lead - len(question), lead + len(answer))
+        row[place], valid[place] = question + answer, True
+    mask = seen.copy()
+    mask[:, :lead] = False
+    positions = np.maximum(np.cumsum(seen, axis=1) - 1, 0).astype(np.int32)
+    return {
+        "tokens": tokens,
+        "segment_ids": seen.astype(np.int32),
+        "positions": positions,
+        "loss_mask": mask.astype(np.float32),
+        "completion_mask": mask[:, lead:],
+    }
+
+
+def small_model(key: jax.Array, width: int = 96, length: int = 64) -> tuple[Decoder, Any]:
+    """(model, params): two layers; kernels and embedding are drawn with the deviation inputs^-1/2.
+
+    The usual 0.02 is for widths of a thousand; at 96 it leaves the model near zero for hundreds of steps.
+    """
+    config = dataclasses.replace(
+        tiny_config(len(ALPHABET), length),
+        hidden_size=width,
+        intermediate_size=8 * width // 3,
+        head_dim=width // 4,
+    )
+    model = Decoder(config)
+    params = jax.jit(model.init)(key, jnp.zeros((1, 1), jnp.int32))["params"]
+
+    def rescale(path, x):
+        inputs = {"kernel": x.shape[0], "embedding": x.shape[-1]}.get(path[-1].key)
+        return x if inputs is None else x * (inputs**-0.5 / 0.02)
+
+    return model, jax.tree_util.tree_map_with_path(rescale, params)
+
+
+def answer_probabilities(model: Decoder) -> Callable[[Any, dict], jax.Array]:
+    """probabilities(params, rows of `layout`) [B]: of the whole answer, the stop character included."""
+
+    @jax.jit
+    def probabilities(params, rows):
+        return jnp.exp(jnp.sum(completion_log_probs(model, params, rows), axis=1))
+
+    return probabilities
+
+
+def pass_at(probabilities: np.ndarray, k: int) -> float:
+    """The mean over questions of 1 - (1 - p)^k."""
+    return float(np.mean(1.0 - (1.0 - np.asarray(probabilities, np.float64)) ** k))
+
+
+def greedy_accuracy(model: Decoder) -> Callable[[Any, dict], jax.Array]:
+    """accuracy(params, rows of `layout`) []: how many answers greedy decoding gets right.
+
+    It does if each character of the right answer is the likeliest after those before it.
+    """
+
+    @jax.jit
+    def accuracy(params, rows):
+        size = rows["completion_mask"].shape[1]
+        output = model.apply(
+            {"params": params},
+            rows["tokens"],
+            positions=rows["positions"],
+            segment_ids=rows["segment_ids"],
+        )
+        best = jnp.argmax(output.logits[:, -size - 1 : -1], axis=-1)
+        right = (best == rows["tokens"][:, -size:]) | ~rows["completion_mask"]
+        return jnp.mean(jnp.all(right, axis=1))
+
+    return accuracy
+
+
+def warm_start(
+    model: Decoder,
+    params: Any,
+    rows: dict[str, np.ndarray],
+    seed: int,
+    *,
+    until: float,
+    measure: Callable[[Any], float],
+    learning_rate: float = 1e-3,
+    batch_size: int = 128,
+    check: int = 10,
+    most: int = 3000,
+) -> tuple[Any, int]:
+    """(params, steps): supervised training on `rows` until measure(params) reaches `until`.
+
+    At a fixed number of steps seeds differ too much in what is left to learn. `measure` must look at
+    training questions alone: stopping by held-out ones would choose the start by what is reported.
+
+    Raises:
+        RuntimeError: if `most` steps do not reach it.
+    """
+    reached: list[int] = []
+
+    def look(step, state):
+        if step % check == 0 and measure(state.params) >= until:
+            reached.append(step)
+
+    batches = itertools.islice(batches_of(rows, seed, batch_size), most)
+    state, _ = train.fit(
+        params,
+        supervised(model),
+        optax.adamw(learning_rate),
+        itertools.takewhile(lambda _: not reached, batches),
+        callbacks=[train.Callback(on_step=look)],
+    )
+    if not reached:
+        raise RuntimeError(f"warm_start: {until} was not reached in {most} steps.")
+    return state.params, reached[0]
+
+
+def batches_of(rows: dict[str, np.ndarray], seed: int, batch_size: int) -> Iterator[dict]:
+    """Endless random batches of rows."""
+    rng = np.random.default_rng(seed)
+    rows = {name: rows[name] for name in ("tokens", "segment_ids", "positions", "loss_mask")}
+    count = len(rows["tokens"])
+    while True:
+        chosen = rng.integers(0, count, batch_size)
+        yield jax.tree.map(lambda x, chosen=chosen: x[chosen], rows)
+
+
+def rising(learning_rate: float, steps: int = 10) -> optax.Schedule:
+    """A learning rate that rises over its first steps, in which Adam's moments mean little."""
+    return lambda step: learning_rate * jnp.minimum((step + 1) / steps, 1.0)
+
+
+def policy_optimizer(learning_rate: float) -> optax.GradientTransformation:
+    """What all methods of reinforcement learning on this task train with."""
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rising(learning_rate)))
+
+
+def reinforce(
+    model: Decoder,
+    params: Any,
+    sums: Sums,
+    algorithm: rl.Algorithm,
+    *,
+    steps: int,
+    seed: int,
+    learning_rate: float = 3e-4,
+    prompts_per_step: int = 32,
+    group_size: int = 8,
+    updates: int = 1,
+    callbacks: Sequence[Any] = (),
+) -> tuple[Any, list[dict]]:
+    """(params, history): `steps` optimizer steps on the policy's own answers, 1 for a right one, else 0."""
+    answers = encode_answers(sums.answers)
+    size = max(map(len, answers))
+    batches = rl.collect_on_device(
+        model,
+        encode(sums.questions),
+        rl.equals(answers, size),
+        algorithm.credit,
+        SamplingConfig(size, stop_ids=(ALPHABET.index(STOP),)),
+        prompts_per_step=prompts_per_step,
+        group_size=group_size,
+        updates=updates,
+        seed=seed,
+    )
+    state, history = train.fit(
+        params,
+        algorithm.objective,
+        policy_optimizer(learning_rate),
+        batches,
+        steps=steps,
+        key=jax.random.key(seed),
+        callbacks=callbacks,
+    )
+    return state.params, history

@@ -1,0 +1,46 @@
+"""Measures of several answers to one question."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
+import numpy as np
+
+
+def pass_at_k(correct: np.ndarray, samples: int, k: int) -> np.ndarray:
+    """1 - C(n - c, k) / C(n, k): whether one of k answers is right, from c right ones among n >= k.
+
+    Unbiased for 1 - (1 - p)^k, which c / n put in place of p is not: Chen et al., 2021,
+    arxiv.org/abs/2107.03374, section 2.1. Where p itself is known, take 1 - (1 - p)^k.
+
+    Args:
+        correct: c, right answers to each question, any shape.
+        samples: n.
+
+    Raises:
+        ValueError: for k outside 1..n, or counts outside 0..n.
+    """
+    correct = np.asarray(correct)
+    if not 1 <= k <= samples:
+        raise ValueError(f"pass_at_k: k must lie in 1..samples ({samples}), got {k}.")
+    if ((correct < 0) | (correct > samples)).any():
+        raise ValueError(
+            f"pass_at_k: counts must lie in 0..samples ({samples}), got {correct.min()} to "
+            f"{correct.max()}."
+        )
+    # C(n - c, k) / C(n, k) = Π_{i = n - c + 1}^{n} (1 - k / i): no large factorial.
+    i = np.arange(1, samples + 1)
+    factors = np.where(i > samples - correct[..., None], 1.0 - k / i, 1.0)
+    return 1.0 - np.prod(np.maximum(factors, 0.0), axis=-1)
+
+
+def majority_vote(answers: Sequence[Hashable | None]) -> Hashable | None:
+    """The answer given most often, the first of several such; None are none, and None if all are.
+
+    Self-consistency: Wang et al., 2022, arxiv.org/abs/2203.11171.
+    """
+    counts: dict[Hashable, int] = {}
+    for answer in answers:
+        if answer is not None:
+            counts[answer] = counts.get(answer, 0) + 1
+    return max(counts, key=counts.__getitem__, default=None)

@@ -1,0 +1,144 @@
+"""Experience whose rewards the device computes: sampling, verdicts and advantages in one program."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxft.generation import SamplingConfig, decode, fork, left_pad, prefill
+from jaxft.models import Decoder
+from jaxft.rl.advantages import has_contrast
+from jaxft.rl.experience import Experience, read_scores
+from jaxft.rl.rollouts import SAMPLING, Credit, check_policy, lay_out, prompts_of
+
+# (tokens [B, N], mask [B, N], which prompt [B]) -> rewards [B], traced
+DeviceReward = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def collect_on_device(
+    model: Decoder,
+    prompts: Sequence[Sequence[int]],
+    reward: DeviceReward,
+    credit: Credit,
+    config: SamplingConfig,
+    *,
+    prompts_per_step: int,
+    group_size: int,
+    updates: int = 1,
+    epochs: int = 1,
+    ref_params: Any = None,
+    seed: int = 0,
+) -> Experience:
+    """As `collect`, with rewards that are a function of tokens, such as `equals(answers)`.
+
+    Sampling, rewards and credit are one compiled program, from which nothing returns to the host: for
+    answers of a fixed form, and models so small that the host's part would be most of the time. All
+    prompts have the width of the longest. What is drawn is what `collect` draws.
+
+    Args:
+        reward: is given tokens and mask of responses and the number of each one's prompt.
+        updates, epochs, ref_params, seed: as in `collect`; a value head gives `old_values`.
+
+    Raises:
+        ValueError: for greedy sampling, or for rows that `updates` does not divide.
+    """
+    check_policy(config)
+    if (prompts_per_step * group_size) % updates:
+        raise ValueError(
+            f"collect_on_device: {prompts_per_step} prompts x {group_size} responses cannot be split over "
+            f"{updates} updates."
+        )
+    tokens, valid = map(jnp.asarray, _left_pad(prompts, model.config))
+
+    @jax.jit
+    def run(params, ref_params, key, chosen):
+        batch, numbers = _sample(model, params, tokens, valid, key, chosen, config, group_size)
+        size = batch["completion_mask"].shape[1]
+        value = reward(batch["tokens"][:, -size:], batch["completion_mask"], numbers)
+        flat = ~jnp.repeat(has_contrast(value, group_size), group_size)
+        truncated = batch.pop("truncated")
+        batch["stats"] = {"reward": value, "truncated": truncated, "no_contrast": flat * 1.0}
+        several = updates * epochs > 1
+        batch |= read_scores(model, ref_params, config.temperature, params, batch, old=several)
+        return batch | credit(value, batch)
+
+    def rollout(state, number, kl_weight):
+        chosen = prompts_of(number, prompts_per_step, len(prompts), seed)
+        key = jax.random.fold_in(jax.random.fold_in(state.key, SAMPLING), number)
+        return run(state.params, ref_params, key, jnp.asarray(chosen))
+
+    return Experience(rollout, updates, epochs, seed=seed)
+
+
+def sample_on_device(
+    model: Decoder,
+    params: Any,
+    prompts: Sequence[Sequence[int]],
+    key: jax.Array,
+    config: SamplingConfig,
+    samples: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens, mask) [prompts, samples, N]: responses to each prompt by one program, for evaluation."""
+    tokens, valid = map(jnp.asarray, _left_pad(prompts, model.config))
+    chosen = jnp.arange(len(prompts))
+    batch, _ = _sample_jit(model, params, tokens, valid, key, chosen, config, samples)
+    size = batch["completion_mask"].shape[1]
+    shape = (len(prompts), samples, size)
+    return (
+        np.asarray(batch["tokens"][:, -size:]).reshape(shape),
+        np.asarray(batch["completion_mask"]).reshape(shape),
+    )
+
+
+def equals(answers: Sequence[Sequence[int]], size: int) -> DeviceReward:
+    """1 for a response that is its prompt's answer token by token, else 0.
+
+    Args:
+        answers: ids, one each prompt, the stop token included.
+        size: max_new_tokens of the sampling.
+
+    Raises:
+        ValueError: for an answer longer than `size`, which could never be met.
+    """
+    longest = max(map(len, answers))
+    if longest > size:
+        raise ValueError(
+            f"equals: answers must have at most max_new_tokens = {size} tokens; the longest has "
+            f"{longest}."
+        )
+    wanted = np.full((len(answers), size), -1, np.int32)
+    for row, answer in zip(wanted, answers, strict=True):
+        row[: len(answer)] = answer
+
+    def reward(tokens, mask, numbers):
+        given = jnp.where(mask, tokens, -1)
+        return jnp.all(given == jnp.asarray(wanted)[numbers], axis=1).astype(jnp.float32)
+
+    return reward
+
+
+def _sample(model, params, tokens, valid, key, chosen, config, samples):
+    """(batch without rewards, which prompt each row answers)."""
+    size = config.max_new_tokens
+    keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(len(chosen)))
+    slots = tokens.shape[1] + size
+    state = prefill(model, params, tokens[chosen], valid[chosen], keys, slots)
+    state, part = decode(model, params, fork(state, samples), config, steps=size)
+    numbers = jnp.repeat(chosen, samples)
+    batch = lay_out(jnp, tokens[numbers], valid[numbers], *part)
+    return batch | {"truncated": (~state.done).astype(jnp.float32)}, numbers
+
+
+_sample_jit = jax.jit(_sample, static_argnames=("model", "config", "samples"))
+
+
+def _left_pad(prompts, config):
+    """[B, P] of the longest prompt's width: one program needs no bucket."""
+    tokens, valid = left_pad(prompts, config)
+    width = max(map(len, prompts))
+    return tokens[: len(prompts), -width:], valid[: len(prompts), -width:]

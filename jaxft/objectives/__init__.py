@@ -1,5 +1,6 @@
 """Objectives: a model's apply, a loss and a reduction make objective(params, batch, key)."""
 
+from jaxft.objectives.coverage import coverage
 from jaxft.objectives.critic import (
     completion_values,
     token_values,
@@ -41,6 +42,7 @@ __all__ = [
     "bco",
     "classifier_logits",
     "completion_log_probs",
+    "coverage",
     "completion_values",
     "decoder_logits",
     "function_distance",

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.papers import _hypo_bandits, _hypo_text, hypo
+from experiments.papers import _hypo_bandits, _hypo_text, dco, hypo
 from jaxft.losses import leave_one_out, reverse_kl_surrogate
 
 
@@ -146,3 +146,65 @@ def test_hypo_s_early_stopping_is_between_measurements():
     rows = [{"kl": k, "reward": r} for k, r in ((0.0, 1.0), (2.0, 3.0), (1.0, 9.0))]
     assert hypo.reward_at(rows, 0.5) == 1.5
     assert hypo.reward_at(rows, 5.0) == 9.0
+
+
+def test_dco_smoke(tmp_path):
+    assert dco.main(dco.Config(smoke=True, output_dir=str(tmp_path))) == 0
+    rows = json.loads((tmp_path / "metrics.json").read_text())["training"]
+    assert set(rows) == {"1", "256"}
+    for (run,) in rows.values():
+        assert [row["epoch"] for row in run] == [1, 2]
+        assert sum(run[0]["right"]) + sum(run[0]["wrong"]) == 40
+        assert sorted(run[1]["pass"].values()) == list(run[1]["pass"].values())
+    assert rows["1"][0][1]["pass"] != rows["256"][0][1]["pass"]
+    assert (tmp_path / "dco.png").stat().st_size > 1000
+    with pytest.raises(ValueError, match="1 and 256 must be among them"):
+        dco.main(dco.Config(num_samples=(1, 16)))
+
+
+def test_dco_s_problems_are_products_and_disjoint():
+    parts = dco.problems(np.random.default_rng(0), (50, 30))
+    seen = set()
+    for part in parts:
+        for tokens, mask in zip(part["tokens"].tolist(), part["loss_mask"].tolist(), strict=True):
+            a, b, product = (
+                int("".join(map(str, tokens[i:j]))) for i, j in ((0, 2), (3, 5), (6, 10))
+            )
+            assert a * b == product and min(a, b) > 9
+            assert (tokens[2], tokens[5], tokens[10]) == (dco.TIMES, dco.EQUALS, dco.END)
+            assert mask == [0] * 6 + [1] * 5
+            seen.add((a, b))
+    assert len(seen) == 80
+
+
+def test_exact_pass_rate_is_the_chance_of_one_right_sample():
+    # Right on half the problems for sure, or with 1 in 10 on all (the paper's example).
+    half, tenth = np.array([0.0, -np.inf]), np.log(np.full(2, 0.1))
+    assert [round(dco.exact_pass_rate(half, n), 6) for n in (1, 16, 64)] == [0.5] * 3
+    found = [dco.exact_pass_rate(tenth, n) for n in (1, 16, 64)]
+    np.testing.assert_allclose(found, [0.1, 0.815, 0.999], atol=5e-4)
+
+
+@pytest.mark.parametrize(
+    "n, change",
+    [
+        (None, {}),
+        ("1", {"pass": {"1": 0.05, "256": 0.65, "4096": 0.7}}),
+        ("256", {"pass": {"1": 0.01, "256": 0.5, "4096": 0.9}}),
+        ("16", {"confidence": 0.9}),
+        ("256", {"pass": {"1": 0.2, "256": 0.8, "4096": 0.9}}),
+    ],
+)
+def test_dco_s_judge_can_fail(n, change):
+    def row(first, middle, last, confidence):
+        values = {"1": first, "256": middle, "4096": last}
+        return {"pass": values, "validation": values, "confidence": confidence, "accuracy": 0.03}
+
+    runs = {
+        "1": [row(0.02, 0.7, 0.9, 0.1), row(0.05, 0.3, 0.4, 0.6)],
+        "16": [row(0.02, 0.7, 0.9, 0.1), row(0.03, 0.6, 0.8, 0.3)],
+        "256": [row(0.01, 0.75, 0.9, 0.05), row(0.015, 0.8, 0.95, 0.1)],
+    }
+    if n:
+        runs[n][-1] |= change
+    assert all(claim.holds for claim in dco.judge({k: [v] * 3 for k, v in runs.items()})) == (not n)

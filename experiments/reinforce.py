@@ -2,6 +2,7 @@
 
     python experiments/reinforce.py --start runs/sft/adapter       GRPO on a reasoning-gym task
     python experiments/reinforce.py --data questions.jsonl --eval-data held_out.jsonl --algorithm rloo
+    python experiments/reinforce.py --turns 2                      a wrong answer may be mended
     python experiments/reinforce.py --smoke                        seconds, random weights
 
 Data: reasoning-gym tasks, or records with a question and an `answer`. Start where some answers are right
@@ -59,6 +60,9 @@ class Config(shared.Run):
     epochs: int = 1  # passes over it, of so many steps each
     max_new_tokens: int = 16  # of an answer
     temperature: float = 1.0
+    stop: tuple[str, ...] = ()  # text that ends an answer, besides the stop token
+    turns: int = 1  # answers to a question: after a wrong one, feedback and another try
+    feedback: str = "That is not right. Try again."  # what a wrong answer is told
     learning_rate: float = 1e-4
     schedule: Literal["cosine", "linear", "constant"] = "constant"
     warmup_ratio: float = 0.0
@@ -165,7 +169,7 @@ def algorithm(config: Config, model: Any) -> rl.Algorithm:
         "reinforce": lambda: rl.reinforce_with_baseline(build),
         "rloo": lambda: rl.rloo(build, size, config.reward_kl),
         "grpo": lambda: rl.grpo(build, size),
-        "dr_grpo": lambda: rl.dr_grpo(build, size, config.max_new_tokens),
+        "dr_grpo": lambda: rl.dr_grpo(build, size, config.max_new_tokens * config.turns),
         "dapo": lambda: rl.dapo(build, size),
         "gspo": lambda: rl.gspo(build, size),
         "cispo": lambda: rl.cispo(build, size),
@@ -186,31 +190,26 @@ def algorithm(config: Config, model: Any) -> rl.Algorithm:
 
 def experience(config, model, prompts, records, renderer, rewards, credit, base, mesh):
     """The batches of `fit`: a function of the state."""
-    penalty = None
+    penalty, control = None, None
     if config.overlong:
-        penalty = lambda lengths: overlong_penalty(lengths, config.max_new_tokens, config.overlong)
-    control = None
+        budget = config.max_new_tokens * config.turns
+        penalty = lambda lengths: overlong_penalty(lengths, budget, config.overlong)
     if config.kl_target is not None:
         control = rl.KlControl(config.reward_kl, config.kl_target, config.kl_horizon)
-    return rl.collect(
+    return rl.collect_from(
+        sampling(config, model, renderer, rewards),
         model,
         prompts,
         records,
-        renderer.tokenizer,
-        rewards,
         credit,
-        SamplingConfig(
-            config.max_new_tokens,
-            config.temperature,
-            stop_ids=(renderer.tokenizer.eos_token_id,),
-        ),
+        temperature=config.temperature,
         prompts_per_step=config.prompts_per_step,
         group_size=config.group_size,
         updates=config.updates,
         epochs=config.epochs,
-        kl_control=control,
         # Always: how far the policy has gone is shown, whether or not it is held back.
         ref_params=base,
+        kl_control=control,
         penalty=penalty,
         mask_truncated=config.mask_truncated,
         max_tries=config.max_tries,
@@ -219,12 +218,39 @@ def experience(config, model, prompts, records, renderer, rewards, credit, base,
     )
 
 
+def sampling(config, model, renderer, rewards) -> rl.Sample:
+    """Answers, or with --turns episodes, of the current policy."""
+    tokenizer = renderer.tokenizer
+    settings = SamplingConfig(
+        config.max_new_tokens,
+        config.temperature,
+        stop_ids=(tokenizer.eos_token_id,),
+        stop_strings=config.stop,
+    )
+    if config.turns == 1:
+        return rl.answers(model, tokenizer, rewards, settings, config.group_size)
+    return rl.episodes(
+        model,
+        tokenizer,
+        rl.try_again(rewards, config.feedback, config.turns),
+        settings,
+        config.group_size,
+        next_turn=renderer.next_turn,
+    )
+
+
 def measure(config, model, renderer, records, mesh, params, when: str) -> rl.Accuracy:
-    """The accuracy of greedy answers to held-out questions, printed."""
+    """The accuracy of greedy first answers to held-out questions, printed."""
     verifier = rl.verifier_for(records[0]["source"], records)
     with mesh_context(mesh):
         result = rl.measure_accuracy(
-            model, params, renderer, records, verifier, max_new_tokens=config.max_new_tokens
+            model,
+            params,
+            renderer,
+            records,
+            verifier,
+            max_new_tokens=config.max_new_tokens,
+            stop_strings=config.stop,
         )
     print(f"accuracy {when}: {result}", flush=True)
     return result
@@ -284,6 +310,10 @@ def _check(config):
         raise ValueError(
             f"--save-steps {config.save_steps} must be a multiple of --updates {config.updates} x --epochs "
             f"{config.epochs}: a run cannot go on in the middle of a rollout."
+        )
+    if config.turns < 1 or "" in config.stop:
+        raise ValueError(
+            f"--turns must be at least 1, got {config.turns}, and no --stop empty: {config.stop}."
         )
     if config.temperature <= 0:
         raise ValueError(f"--temperature must be positive, got {config.temperature}.")

@@ -111,6 +111,28 @@ class Renderer:
         text = self._need_chat().text(messages, record.get("tools"), prompt=True)
         return self._encoder.encode(text)[0].tolist()
 
+    def next_turn(self, text: str) -> list[int]:
+        """The ids that go on after an answer's stop token: the user says `text`, and is to be answered.
+
+        Appended to the ids of a conversation and its sampled answer, they make the next prompt without
+        encoding anything again: text that was sampled need not encode to the tokens that were.
+
+        Raises:
+            DataError: without a chat template, or for one that renders earlier turns otherwise.
+        """
+        chat, before = self._need_chat(), self._example
+        rendered, spans = chat.spans(before)
+        whole = chat.text([*before, {"role": "user", "content": text}], prompt=True)
+        last = len(before) - 1
+        end = (spans.get(last) or chat.span_by_content(rendered, before, None, last))[1]
+        if not whole.startswith(rendered[:end]):
+            raise DataError(
+                "the chat template renders an answer otherwise once a turn follows it, so a conversation "
+                "cannot go on from its tokens; pass another with --template.",
+                "template",
+            )
+        return self._encoder.encode(whole[end:])[0].tolist()
+
     def _conversation(self, messages, record):
         chat, tools = self._need_chat(), record.get("tools")
         if self.mask == "all":
@@ -267,6 +289,7 @@ class Renderer:
                 "cannot find the assistant's turn in what the chat template renders, so nothing "
                 "would train; put {% generation %} ... {% endgeneration %} around it."
             )
+        self._example = messages
         ids = self._encoder.encode(text)[0]
         if self._encoder.bos != self._encoder.eos and (ids[:2] == self._encoder.bos).sum() == 2:
             raise DataError("the chat template begins with two BOS tokens; take one out.")

@@ -15,9 +15,20 @@ from jaxft.rl.algorithms import (
     reinforce_with_baseline,
     rloo,
 )
-from jaxft.rl.experience import Experience, KlControl, collect
+from jaxft.rl.collection import Sample, answers, collect, collect_from
+from jaxft.rl.environments import Environment, Reply, tagged, try_again, with_tool
+from jaxft.rl.episodes import episodes
+from jaxft.rl.experience import Experience, KlControl
 from jaxft.rl.on_device import DeviceReward, collect_on_device, equals, sample_on_device
-from jaxft.rl.pool import Failures, RewardFn, VerifierError, VerifierPool, in_process
+from jaxft.rl.pool import (
+    Failures,
+    Outcome,
+    ProcessPool,
+    RewardFn,
+    VerifierError,
+    VerifierPool,
+    in_process,
+)
 from jaxft.rl.rollouts import sample_groups, score
 from jaxft.rl.verifiers import (
     Verifier,
@@ -31,18 +42,26 @@ __all__ = [
     "Accuracy",
     "Algorithm",
     "DeviceReward",
+    "Environment",
     "Experience",
     "Failures",
     "KlControl",
+    "Outcome",
+    "ProcessPool",
+    "Reply",
     "RewardFn",
+    "Sample",
     "Verifier",
     "VerifierError",
     "VerifierPool",
+    "answers",
     "cispo",
     "collect",
+    "collect_from",
     "collect_on_device",
     "dapo",
     "dr_grpo",
+    "episodes",
     "equals",
     "expert_iteration",
     "grpo",
@@ -60,5 +79,8 @@ __all__ = [
     "sample_groups",
     "sample_on_device",
     "score",
+    "tagged",
+    "try_again",
     "verifier_for",
+    "with_tool",
 ]

@@ -53,6 +53,7 @@ def measure_accuracy(
     *,
     max_new_tokens: int = 64,
     stop_ids: Sequence[int] | None = None,
+    stop_strings: Sequence[str] = (),
     batch_size: int = 16,
     progress: Callable[[int, int], None] | None = None,
 ) -> Accuracy:
@@ -60,18 +61,25 @@ def measure_accuracy(
 
     Args:
         stop_ids: tokens that end an answer; None: the tokenizer's EOS.
+        stop_strings: text that ends one too.
         batch_size: prompts at a time; those of like length go together, to save padding.
         progress: called with (records done, all).
     """
     tokenizer = renderer.tokenizer
     stop_ids = [tokenizer.eos_token_id] if stop_ids is None else stop_ids
-    config = SamplingConfig(max_new_tokens, temperature=0.0, stop_ids=tuple(stop_ids))
+    config = SamplingConfig(
+        max_new_tokens,
+        temperature=0.0,
+        stop_ids=tuple(stop_ids),
+        stop_strings=tuple(stop_strings),
+    )
     prompts = [renderer.prompt(record) for record in records]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     completions = [""] * len(prompts)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        out = generate(model, params, [prompts[i] for i in chosen], jax.random.key(0), config)
+        batch = [prompts[i] for i in chosen]
+        out = generate(model, params, batch, jax.random.key(0), config, tokenizer=tokenizer)
         for i, ids in zip(chosen, out.completions, strict=True):
             completions[i] = tokenizer.decode(ids, skip_special_tokens=True).strip()
         if progress is not None:

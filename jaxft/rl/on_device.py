@@ -13,7 +13,8 @@ import numpy as np
 from jaxft.generation import SamplingConfig, decode, fork, left_pad, prefill
 from jaxft.models import Decoder
 from jaxft.rl.advantages import has_contrast
-from jaxft.rl.experience import Experience, read_scores
+from jaxft.rl.collection import read_scores
+from jaxft.rl.experience import Experience
 from jaxft.rl.rollouts import SAMPLING, Credit, check_policy, lay_out, prompts_of
 
 # (tokens [B, N], mask [B, N], which prompt [B]) -> rewards [B], traced

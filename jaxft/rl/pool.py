@@ -1,8 +1,9 @@
-"""Rewards from verifiers in processes of their own, which may hang, raise or die."""
+"""Calls in processes of their own, which may hang, raise or die: verifiers above all."""
 
 from __future__ import annotations
 
 import collections
+import functools
 import multiprocessing
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,11 +21,11 @@ RewardFn = Callable[[Sequence[str], Sequence[Mapping[str, Any]]], Sequence[float
 
 
 class VerifierError(RuntimeError):
-    """Too many verdicts failed, or no process can make its verifier."""
+    """Too many verdicts failed, or no process can make its function."""
 
 
 class Failures(NamedTuple):
-    """How many verdicts of a pool failed so far, and why."""
+    """How many calls of a pool failed so far, and why."""
 
     timeouts: int = 0
     errors: int = 0  # exceptions
@@ -39,55 +40,49 @@ def in_process(verifier: Verifier) -> RewardFn:
     ]
 
 
-class VerifierPool:
-    """Rewards of a verifier that runs in `workers` processes, each verdict within `timeout` seconds.
+class Outcome(NamedTuple):
+    """What a call in another process came to."""
 
-    A verdict that takes longer costs its process, which is killed and replaced; one that raises, or whose
-    process dies, is a failure too. A failure's reward is `failed`: by default NaN, no verdict, so that the
-    response is in no baseline and gets no advantage; 0 teaches to avoid what breaks the verifier.
+    value: Any = None  # or, of an exception, its message
+    failure: str | None = None  # a field of Failures
 
-        with VerifierPool(functools.partial(reasoning_gym_verifier, "rg:chain_sum")) as rewards:
-            rewards(completions, records)
 
-    Processes are spawned, not forked (JAX has threads), so a script needs its `if __name__ == "__main__"`.
+class ProcessPool:
+    """Calls of a function in `workers` processes, each within `timeout` seconds.
+
+    A call that takes longer costs its process, which is killed and replaced. Processes are spawned, not
+    forked (JAX has threads), so a script needs its `if __name__ == "__main__"`.
 
     Args:
-        make_verifier: called once in each process: a function of a module, or a functools.partial of one.
-        timeout: wall-clock seconds of one verdict.
-        max_failed: share of failures in one call above which it raises.
+        make_function: called once in each process: a function of a module, or a functools.partial of one.
+            What it makes takes and gives what can be pickled.
+        timeout: wall-clock seconds of one call.
     """
 
     def __init__(
         self,
-        make_verifier: Callable[[], Verifier],
+        make_function: Callable[[], Callable[..., Any]],
         *,
         workers: int = 2,
         timeout: float = 5.0,
-        failed: float = float("nan"),
-        max_failed: float = 0.5,
     ):
         if workers < 1 or timeout <= 0:
             raise ValueError(
-                f"VerifierPool: needs workers >= 1 and timeout > 0, got {workers} and {timeout}."
+                f"ProcessPool: needs workers >= 1 and timeout > 0, got {workers} and {timeout}."
             )
-        self.failures = Failures()
-        self._make, self._timeout = make_verifier, timeout
-        self._failed, self._max_failed = failed, max_failed
-        self._workers = [_Worker(make_verifier) for _ in range(workers)]
+        self._make, self._timeout = make_function, timeout
+        self._workers = [_Worker(make_function) for _ in range(workers)]
 
-    def __enter__(self) -> VerifierPool:
+    def __enter__(self) -> ProcessPool:
         return self
 
     def __exit__(self, *_: Any) -> None:
         self.close()
 
-    def __call__(
-        self, completions: Sequence[str], records: Sequence[Mapping[str, Any]]
-    ) -> np.ndarray:
-        """Rewards [B] in the order of the completions."""
-        jobs = collections.deque(enumerate(zip(completions, records, strict=True)))
-        rewards = np.full(len(jobs), self._failed, np.float64)
-        failed = collections.Counter()
+    def __call__(self, arguments: Sequence[tuple[Any, ...]]) -> list[Outcome]:
+        """The outcome of each call, in their order."""
+        jobs = collections.deque(enumerate(arguments))
+        outcomes = [Outcome()] * len(jobs)
         while jobs or any(worker.job is not None for worker in self._workers):
             for worker in self._workers:
                 if worker.ready and worker.job is None and jobs:
@@ -100,20 +95,10 @@ class VerifierPool:
                 job, outcome = worker.listen() if worker.pipe in heard else worker.check()
                 if outcome is None:
                     continue
-                if isinstance(outcome, float):
-                    rewards[job] = outcome
-                else:
-                    failed[outcome] += 1
-                    if worker.dead:
-                        self._workers[i] = _Worker(self._make)
-        self.failures = Failures(*(n + failed[k] for k, n in self.failures._asdict().items()))
-        count = sum(failed.values())
-        if count > self._max_failed * len(rewards):
-            raise VerifierError(
-                f"{count} of {len(rewards)} verdicts failed ({dict(failed)}); try the verifier on one "
-                "completion by hand, or raise max_failed."
-            )
-        return rewards
+                outcomes[job] = outcome
+                if worker.dead:
+                    self._workers[i] = _Worker(self._make)
+        return outcomes
 
     def close(self) -> None:
         """Ends the processes."""
@@ -121,13 +106,75 @@ class VerifierPool:
             worker.kill()
 
 
-class _Worker:
-    """One process and the verdict it is at: at most one."""
+class VerifierPool:
+    """Rewards of a verifier in a `ProcessPool`.
 
-    def __init__(self, make_verifier):
+    A verdict that takes too long or raises, or whose process dies, is a failure. A failure's reward is
+    `failed`: by default NaN, no verdict, so that the response is in no baseline and gets no advantage; 0
+    teaches to avoid what breaks the verifier.
+
+        with VerifierPool(functools.partial(reasoning_gym_verifier, "rg:chain_sum")) as rewards:
+            rewards(completions, records)
+
+    Args:
+        make_verifier, workers, timeout: see `ProcessPool`.
+        max_failed: share of failures in one call above which it raises.
+    """
+
+    def __init__(
+        self,
+        make_verifier: Callable[[], Verifier],
+        *,
+        workers: int = 2,
+        timeout: float = 5.0,
+        failed: float = float("nan"),
+        max_failed: float = 0.5,
+    ):
+        self.failures = Failures()
+        self._failed, self._max_failed = failed, max_failed
+        make = functools.partial(_numbers, make_verifier)
+        self._pool = ProcessPool(make, workers=workers, timeout=timeout)
+
+    def __enter__(self) -> VerifierPool:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def __call__(
+        self, completions: Sequence[str], records: Sequence[Mapping[str, Any]]
+    ) -> np.ndarray:
+        """Rewards [B] in the order of the completions."""
+        outcomes = self._pool(list(zip(completions, records, strict=True)))
+        failed = collections.Counter(o.failure for o in outcomes if o.failure)
+        self.failures = Failures(*(n + failed[k] for k, n in self.failures._asdict().items()))
+        count = sum(failed.values())
+        if count > self._max_failed * len(outcomes):
+            raise VerifierError(
+                f"{count} of {len(outcomes)} verdicts failed ({dict(failed)}); try the verifier on one "
+                "completion by hand, or raise max_failed."
+            )
+        values = [self._failed if o.failure else o.value for o in outcomes]
+        return np.array(values, np.float64)
+
+    def close(self) -> None:
+        """Ends the processes."""
+        self._pool.close()
+
+
+def _numbers(make_verifier):
+    """The verifier, its verdicts made numbers where what is none can still be counted as an error."""
+    verifier = make_verifier()
+    return lambda completion, record: float(verifier(completion, record))
+
+
+class _Worker:
+    """One process and the call it is at: at most one."""
+
+    def __init__(self, make_function):
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, make_verifier), daemon=True)
+        self._process = context.Process(target=_serve, args=(theirs, make_function), daemon=True)
         self._process.start()
         theirs.close()
         self.ready, self.dead, self.job = False, False, None
@@ -145,7 +192,7 @@ class _Worker:
             pass  # Its end shows when it is listened to.
 
     def listen(self):
-        """(job, reward or kind of failure; None: it has just become ready)."""
+        """(job, outcome; None: it has just become ready)."""
         try:
             message = self.pipe.recv()
         except (EOFError, OSError):
@@ -153,7 +200,7 @@ class _Worker:
         if not self.ready:
             if message is not None:
                 self.kill()
-                raise VerifierError(f"the verifier cannot be made in its process: {message}")
+                raise VerifierError(f"the function cannot be made in its process: {message}")
             self.ready = True
             return None, None
         job, self.job = self.job, None
@@ -173,26 +220,25 @@ class _Worker:
         self.kill()
         if not self.ready:
             raise VerifierError(
-                f"a verifier's process ended or hung before its first verdict ({kind}); is what makes "
-                "the verifier importable, and the script's start under if __name__ == '__main__'?"
+                f"a process ended or hung before its first call ({kind}); is what makes the function "
+                "importable, and the script's start under if __name__ == '__main__'?"
             )
-        return self.job, kind
+        return self.job, Outcome(failure=kind)
 
 
-def _serve(pipe, make_verifier):
+def _serve(pipe, make_function):
     try:
-        verifier = make_verifier()
+        function = make_function()
     except Exception as error:
         pipe.send(repr(error))
         return
     pipe.send(None)
     while True:
         try:
-            completion, record = pipe.recv()
+            arguments = pipe.recv()
         except EOFError:
             return
         try:
-            reward = float(verifier(completion, record))
-        except Exception:
-            reward = "errors"
-        pipe.send(reward)
+            pipe.send(Outcome(function(*arguments)))
+        except Exception as error:  # Of the function, or because its value cannot be pickled.
+            pipe.send(Outcome(repr(error), "errors"))

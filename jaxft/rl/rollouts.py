@@ -32,6 +32,7 @@ def sample_groups(
     group_size: int,
     *,
     tokenizer: Any = None,
+    sampler: Callable[..., Any] = generate,
 ) -> tuple[Batch, list[list[int]]]:
     """(batch, completions): `group_size` responses to each prompt, side by side, from one prefill.
 
@@ -40,11 +41,15 @@ def sample_groups(
     top-p or min-p, log π - log of the mass kept); `truncated` [B], True where a response reached the
     limit. Its columns are buckets, of the longest prompt and the longest response.
 
+    Args:
+        tokenizer: needed for stop strings.
+        sampler: a function with the signature of `generate`.
+
     Raises:
         ValueError: for greedy sampling, of which no policy gradient can be taken.
     """
     check_policy(config)
-    out = generate(model, params, prompts, key, config, samples=group_size, tokenizer=tokenizer)
+    out = sampler(model, params, prompts, key, config, samples=group_size, tokenizer=tokenizer)
     tokens, valid = left_pad(prompts, model.config)
     repeat = lambda x: np.repeat(x[: len(prompts)], group_size, axis=0)
     longest = int(out.mask.sum(axis=1).max())

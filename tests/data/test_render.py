@@ -205,3 +205,26 @@ def test_explain_shows_what_trains():
     (part,) = Renderer(tokenizer)({"prompt": "Hello", "completion": " there"})
     text = explain(part, tokenizer, color=False)
     assert text.startswith("Hello⟦ there</s>⟧\n[")
+
+
+def test_a_conversation_goes_on_from_its_tokens(case):
+    tokenizer, stop = case
+    renderer = Renderer(tokenizer)
+    turns = [
+        {"role": "user", "content": "1 + 1?"},
+        {"role": "assistant", "content": "Hello"},
+        {"role": "user", "content": "Why?"},
+    ]
+    encode = lambda text: tokenizer.encode(text, add_special_tokens=False)
+    sampled = [*encode("Hello"), *encode(stop)]
+    ids = renderer.prompt({"messages": turns[:1]}) + sampled + renderer.next_turn("Why?")
+    assert ids == renderer.prompt({"messages": turns})
+
+
+def test_a_template_that_rewrites_answers_cannot_go_on():
+    template = small.CHATML.replace(
+        "{{ m.content }}", "{{ m.content if loop.last else m.content | upper }}"
+    )
+    renderer = Renderer(small.tokenizer(template))
+    with pytest.raises(DataError, match="renders an answer otherwise once a turn follows it"):
+        renderer.next_turn("Why?")

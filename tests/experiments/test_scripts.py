@@ -77,7 +77,7 @@ def test_the_adapter_is_used_by_the_other_scripts(smoke, tmp_path, capsys):
 @pytest.mark.parametrize(
     "settings",
     [
-        dict(updates=2, kl_weight=0.1),
+        dict(updates=2, kl_weight=0.1, turns=2, stop=tuple("aeiou 0123456789")),
         dict(algorithm="ppo", epochs=2, reward_kl=0.1, kl_target=1.0, kl_horizon=50.0)
         | dict(data_axis=2, fsdp=2, tensor=2, scan_layers=True, remat="full", sharpness="sam"),
     ],
@@ -320,6 +320,9 @@ BAD = {
         "group": (lambda p: ["--group-size", "1"], "at least 2 for grpo, got 1"),
         "greedy": (lambda p: ["--temperature", "0"], "--temperature must be positive, got 0.0"),
         "reward kl": (lambda p: ["--reward-kl", "1"], "grpo takes --kl-weight"),
+        "mesh": (lambda p: ["--fsdp", "-1"], "cannot be laid over data x fsdp = 8 devices"),
+        "sharpness": (lambda p: ["--sharpness", "tram"], "tram is of experiments/sft.py"),
+        "turns": (lambda p: ["--turns", "0"], "--turns must be at least 1, got 0"),
         "kl target": (
             lambda p: ["--kl-target", "1"],
             "1.0 must be positive and adapts --reward-kl",

@@ -22,6 +22,10 @@ class Digits:
         """The ids as text, without the stop token."""
         return "".join(str(i) for i in ids if not (skip_special_tokens and i == STOP))
 
+    def encode(self, text, add_special_tokens=False):
+        """The digits of a text."""
+        return [int(digit) for digit in text]
+
 
 @functools.cache
 def model_and_params():
@@ -55,6 +59,17 @@ def treacherous():
         return raises(completion, record)
 
     return verify
+
+
+def calculator():
+    """A tool that adds, raises on what is no sum, and hangs or exits when told so."""
+    verify = treacherous()
+
+    def add(text):
+        verify(text, {"answer": ""})
+        return str(sum(int(part) for part in text.split("+")))
+
+    return add
 
 
 def impossible():

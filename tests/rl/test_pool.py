@@ -20,7 +20,7 @@ def test_a_failing_verdict_costs_its_sample_alone():
         # It goes on after them, and a long wait outside costs nobody's time.
         time.sleep(1.1)
         np.testing.assert_array_equal(rewards(["2", "1"], [RIGHT] * 2), [0, 1])
-        processes = [worker._process for worker in rewards._workers]
+        processes = [worker._process for worker in rewards._pool._workers]
     assert not any(process.is_alive() for process in processes)
 
 

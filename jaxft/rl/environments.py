@@ -1,0 +1,114 @@
+"""Environments of episodes: what answers a policy that acts by text, several episodes at a time."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from jaxft.rl.pool import ProcessPool, RewardFn
+
+Record = Mapping[str, Any]
+State = Any
+
+
+class Reply(NamedTuple):
+    """What an environment gives back for an action."""
+
+    reward: float = 0.0  # of this turn: those of an episode are added up; NaN is no verdict
+    observation: str | None = None  # what the policy reads next; None: the episode is over
+    forced: str = ""  # with what the policy's next turn begins, as if it had said so
+
+
+class Environment(NamedTuple):
+    """A batch of episodes at a time; state comes in and goes out."""
+
+    start: Callable[[Sequence[Record]], Sequence[State]]
+    # (states, actions) of the episodes that go on -> (state, reply) each
+    step: Callable[[Sequence[State], Sequence[str]], Sequence[tuple[State, Reply]]]
+    turns: int  # actions of an episode at most
+
+
+def try_again(
+    rewards: RewardFn,
+    feedback: str = "That is not right. Try again.",
+    turns: int = 2,
+    right: float = 1.0,
+) -> Environment:
+    """An answer that is not right is told so, and may be given anew.
+
+    The reward is that of the last answer, so that a wrong one costs no more than its turn. An answer without
+    a verdict ends the episode with NaN.
+
+    Args:
+        right: the reward from which on an answer is right.
+    """
+    _check_turns(turns)
+
+    def step(states, actions):
+        verdicts = rewards(actions, [record for record, _ in states])
+        return [
+            ((record, turn + 1), reply(float("nan") if verdict is None else float(verdict), turn))
+            for (record, turn), verdict in zip(states, verdicts, strict=True)
+        ]
+
+    def reply(verdict, turn):
+        # A NaN is less than nothing: it is not told to try again.
+        return Reply(0.0, feedback) if verdict < right and turn + 1 < turns else Reply(verdict)
+
+    return Environment(lambda records: [(record, 0) for record in records], step, turns)
+
+
+def with_tool(
+    tool: ProcessPool,
+    call_of: Callable[[str], str | None],
+    rewards: RewardFn,
+    turns: int = 4,
+) -> Environment:
+    """An action that calls the tool reads its result; one that does not is the answer, judged by `rewards`.
+
+    What the tool raises is an observation, from which the policy may learn to call it otherwise. A call that
+    hangs, or kills its process, ends the episode with a NaN reward. An answer that is not given within
+    `turns` is worth 0.
+
+    Args:
+        tool: a pool of functions text -> text.
+        call_of: the call in an action, such as `tagged("python")`, or None.
+    """
+    _check_turns(turns)
+
+    def step(states, actions):
+        calls = [call_of(action) for action in actions]
+        made = [i for i, call in enumerate(calls) if call is not None]
+        replies = dict(zip(made, map(_observed, tool([(calls[i],) for i in made])), strict=True))
+        given = [i for i, call in enumerate(calls) if call is None]
+        if given:
+            verdicts = rewards([actions[i] for i in given], [states[i] for i in given])
+            replies |= {i: Reply(float(v)) for i, v in zip(given, verdicts, strict=True)}
+        return [(state, replies[i]) for i, state in enumerate(states)]
+
+    return Environment(list, step, turns)
+
+
+def tagged(name: str) -> Callable[[str], str | None]:
+    """What stands in the last <name>...</name> of a text; None without one."""
+    pattern = re.compile(rf"<{re.escape(name)}>(.*?)</{re.escape(name)}>", re.DOTALL)
+
+    def call_of(text):
+        found = pattern.findall(text)
+        return found[-1] if found else None
+
+    return call_of
+
+
+def _observed(outcome):
+    if outcome.failure is None:
+        return Reply(observation=str(outcome.value))
+    if outcome.failure == "errors":
+        return Reply(observation=f"error: {outcome.value}")
+    return Reply(float("nan"))
+
+
+def _check_turns(turns):
+    if turns < 1:
+        raise ValueError(f"environment: turns must be at least 1, got {turns}.")

@@ -1,0 +1,175 @@
+"""Episodes of several turns: the policy acts, an environment answers, and both stand in one row of tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxft.generation import SamplingConfig, bucket, generate, left_pad
+from jaxft.models import Decoder, virtual_tokens
+from jaxft.rl.collection import Sample
+from jaxft.rl.environments import Environment
+from jaxft.rl.rollouts import MIN_BUCKET, Batch, check_policy, lay_out
+
+# Who wrote a token of a response; 0 is padding.
+POLICY, FORCED, ENVIRONMENT = 1, 2, 3
+
+
+@dataclasses.dataclass
+class Episode:
+    """One row in the making."""
+
+    prompt: list[int]
+    state: Any
+    ids: list[int] = dataclasses.field(default_factory=list)  # after the prompt
+    authors: list[int] = dataclasses.field(default_factory=list)
+    log_probs: list[float] = dataclasses.field(default_factory=list)  # 0 but for the policy's own
+    behaviour: list[float] = dataclasses.field(default_factory=list)
+    lead: str = ""  # what its next action begins with, forced
+    reward: float = 0.0
+    turns: int = 0
+    done: bool = False
+    truncated: bool = False
+
+    def write(self, ids, author, log_probs=None, behaviour=None) -> None:
+        """More tokens of one author."""
+        zeros = [0.0] * len(ids)
+        self.ids += ids
+        self.authors += [author] * len(ids)
+        self.log_probs += zeros if log_probs is None else list(log_probs)
+        self.behaviour += zeros if behaviour is None else list(behaviour)
+
+
+def episodes(
+    model: Decoder,
+    tokenizer: Any,
+    environment: Environment,
+    config: SamplingConfig,
+    group_size: int,
+    *,
+    next_turn: Callable[[str], Sequence[int]],
+    max_observation: int = 2000,
+    sampler: Callable[..., Any] = generate,
+) -> Sample:
+    """`group_size` episodes from each prompt, for `collect_from`.
+
+    Each turn's prompt is the ids so far, those sampled as they were sampled: nothing is encoded twice. An
+    action that reaches the limit of new tokens ends its episode, truncated, after its reply's reward; so
+    does one after which the model has no room for another. The batch has `author` [B, N] (POLICY, FORCED,
+    ENVIRONMENT), of which `completion_mask` counts the policy's alone, and `turns` [B].
+
+    What a row draws depends on its place and turn alone, not on which other episodes still go on; with an
+    environment of one turn it is `answers`.
+
+    Args:
+        config: of one turn. What the policy is to write after a stop string is left to the next turn.
+        next_turn: the ids that put an observation after an action's stop token and ask for the next
+            action: `Renderer.next_turn`.
+        max_observation: characters; of longer ones the middle is cut out.
+        sampler: a function with the signature of `generate`.
+    """
+    check_policy(config)
+
+    def draw(params, rows, going, turn, key):
+        """The actions of the rows `going`."""
+        if turn == 0:  # One prefill a group.
+            prompts = [row.prompt for row in rows[::group_size]]
+            return sampler(
+                model, params, prompts, key, config, samples=group_size, tokenizer=tokenizer
+            )
+        contexts = [rows[i].prompt + rows[i].ids for i in going]
+        # A number of this turn that is none of a row: `generate` folds those into the same key.
+        key = jax.random.fold_in(key, np.uint32(2**32 - turn))
+        return sampler(model, params, contexts, key, config, row_ids=going, tokenizer=tokenizer)
+
+    def observe(row, reply, room):
+        """Writes what the policy reads before it goes on, if there is room for that and its action."""
+        closing = [] if row.ids[-1] in config.stop_ids else list(config.stop_ids[:1])
+        shown = list(next_turn(_cut(reply.observation, max_observation)))
+        forced = _encode(tokenizer, reply.forced)
+        if len(row.prompt + row.ids + closing + shown + forced) > room:
+            row.done = row.truncated = True
+            return
+        row.write(closing, FORCED)
+        row.write(shown, ENVIRONMENT)
+        row.write(forced, FORCED)
+        row.lead = reply.forced
+
+    def sample(params, prompts, records, key):
+        states = environment.start([record for record in records for _ in range(group_size)])
+        rows = [Episode(list(prompt), None) for prompt in prompts for _ in range(group_size)]
+        rows = [dataclasses.replace(row, state=s) for row, s in zip(rows, states, strict=True)]
+        room = model.config.max_length - virtual_tokens(params) - config.max_new_tokens
+        for turn in range(environment.turns):
+            going = [i for i, row in enumerate(rows) if not row.done]
+            if not going:
+                break
+            out = draw(params, rows, going, turn, key)
+            acting = [rows[i] for i in going]
+            for row, reply in zip(acting, _act(acting, out, environment, tokenizer), strict=True):
+                row.done = row.truncated or reply.observation is None
+                row.done |= turn + 1 == environment.turns
+                if not row.done:
+                    observe(row, reply, room)
+        longest = config.max_new_tokens if environment.turns == 1 else model.config.max_length
+        return _as_batch(rows, group_size, model.config, longest)
+
+    return sample
+
+
+def _act(rows, out, environment, tokenizer):
+    """Writes the rows' actions; the environment's replies."""
+    texts = []
+    for i, row in enumerate(rows):
+        mask = out.mask[i]
+        ids = out.tokens[i][mask].tolist()
+        row.write(ids, POLICY, out.log_probs[i][mask], out.sampler_log_probs[i][mask])
+        row.truncated = out.finish[i] == "length"
+        texts.append((row.lead + tokenizer.decode(ids, skip_special_tokens=True)).strip())
+    replies = environment.step([row.state for row in rows], texts)
+    for row, (state, reply) in zip(rows, replies, strict=True):
+        row.state = state
+        row.reward += reply.reward
+        row.turns += 1
+    return [reply for _, reply in replies]
+
+
+def _as_batch(rows: Sequence[Episode], group_size: int, config: Any, limit: int) -> Batch:
+    """The rows side by side, responses of at most `limit` columns."""
+    tokens, valid = left_pad([row.prompt for row in rows[::group_size]], config)
+    count = len(rows) // group_size
+    repeat = lambda x: np.repeat(x[:count], group_size, axis=0)
+    size = min(bucket(max(len(row.ids) for row in rows), MIN_BUCKET), limit)
+
+    def table(name, dtype):
+        filled = np.zeros((len(rows), size), dtype)
+        for line, row in zip(filled, rows, strict=True):
+            line[: len(row.ids)] = getattr(row, name)
+        return filled
+
+    author = table("authors", np.int8)
+    ids, log_probs = table("ids", np.int32), table("log_probs", np.float32)
+    parts = (ids, author > 0, log_probs, table("behaviour", np.float32))
+    of_rows = lambda name, dtype: np.array([getattr(row, name) for row in rows], dtype)
+    return lay_out(np, repeat(tokens), repeat(valid), *parts) | {
+        "author": author,
+        "completion_mask": author == POLICY,
+        "rewards": of_rows("reward", np.float32),
+        "truncated": of_rows("truncated", bool),
+        "turns": of_rows("turns", np.float32),
+    }
+
+
+def _cut(text: str, most: int) -> str:
+    """The text without its middle, which is marked, if it has more than `most` characters."""
+    if len(text) <= most:
+        return text
+    return f"{text[: most // 2]} ... {text[len(text) - most // 2 :]}"
+
+
+def _encode(tokenizer, text):
+    return tokenizer.encode(text, add_special_tokens=False) if text else []

@@ -25,7 +25,7 @@ from experiments._optimizers import sharpen
 from jaxft import checkpoints as files
 from jaxft import data, rl, train
 from jaxft.adapters import load_adapter, merge
-from jaxft.generation import SamplingConfig
+from jaxft.generation import SamplingConfig, generate, server_sampler
 from jaxft.losses import overlong_penalty
 from jaxft.objectives import policy_gradient, with_value_head, without_value_head
 from jaxft.objectives.policy_gradient import truncated, truncated_sequences
@@ -79,6 +79,8 @@ class Config(shared.Run):
     correction: Literal["none", "tokens", "sequences"] = (
         "none"  # sampler to trainer, truncated at 2
     )
+    sampler_url: str | None = None  # OpenAI-compatible server that samples, from its own weights
+    sampler_model: str | None = None  # the model's name there; None: that of --model
     max_tries: int = 1  # sample anew up to so many times for groups whose rewards differ (DAPO: 10)
     overlong: int = 0  # last tokens of the budget over which a penalty grows to 1 (DAPO)
     mask_truncated: bool = False  # answers that reach the limit leave the loss
@@ -227,8 +229,11 @@ def sampling(config, model, renderer, rewards) -> rl.Sample:
         stop_ids=(tokenizer.eos_token_id,),
         stop_strings=config.stop,
     )
+    sampler = generate
+    if config.sampler_url:
+        sampler = server_sampler(config.sampler_url, config.sampler_model or config.model)
     if config.turns == 1:
-        return rl.answers(model, tokenizer, rewards, settings, config.group_size)
+        return rl.answers(model, tokenizer, rewards, settings, config.group_size, sampler=sampler)
     return rl.episodes(
         model,
         tokenizer,
@@ -236,6 +241,7 @@ def sampling(config, model, renderer, rewards) -> rl.Sample:
         settings,
         config.group_size,
         next_turn=renderer.next_turn,
+        sampler=sampler,
     )
 
 
@@ -315,6 +321,8 @@ def _check(config):
         raise ValueError(
             f"--turns must be at least 1, got {config.turns}, and no --stop empty: {config.stop}."
         )
+    if config.sampler_url:
+        _check_server(config)
     if config.temperature <= 0:
         raise ValueError(f"--temperature must be positive, got {config.temperature}.")
     if config.reward_kl and config.algorithm not in KL_IN_REWARD:
@@ -333,6 +341,22 @@ def _check(config):
     if not 0 <= config.overlong <= config.max_new_tokens:
         raise ValueError(
             f"--overlong must lie in 0..--max-new-tokens ({config.max_new_tokens}), got {config.overlong}."
+        )
+
+
+def _check_server(config):
+    if config.correction == "none":
+        raise ValueError(
+            "--sampler-url needs --correction tokens or sequences: the server's policy is not the trainer's."
+        )
+    if config.temperature != 1:
+        raise ValueError(
+            f"--sampler-url needs --temperature 1, got {config.temperature}: at others a server's log-probs "
+            "may be those of 1."
+        )
+    if config.reward_kl:
+        raise ValueError(
+            "--sampler-url samples from another policy, whose KL --reward-kl would be; take --kl-weight."
         )
 
 

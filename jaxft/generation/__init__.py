@@ -12,10 +12,12 @@ from jaxft.generation.sampler import (
     left_pad,
     prefill,
 )
+from jaxft.generation.server import ServerError, server_sampler
 
 __all__ = [
     "Generation",
     "SamplingConfig",
+    "ServerError",
     "State",
     "append",
     "bucket",
@@ -24,5 +26,6 @@ __all__ = [
     "generate",
     "left_pad",
     "prefill",
+    "server_sampler",
     "transform_logits",
 ]

@@ -322,6 +322,7 @@ BAD = {
         "reward kl": (lambda p: ["--reward-kl", "1"], "grpo takes --kl-weight"),
         "mesh": (lambda p: ["--fsdp", "-1"], "cannot be laid over data x fsdp = 8 devices"),
         "sharpness": (lambda p: ["--sharpness", "tram"], "tram is of experiments/sft.py"),
+        "server": (lambda p: ["--sampler-url", "http://x"], "needs --correction tokens or"),
         "turns": (lambda p: ["--turns", "0"], "--turns must be at least 1, got 0"),
         "kl target": (
             lambda p: ["--kl-target", "1"],

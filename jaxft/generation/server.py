@@ -1,0 +1,223 @@
+"""Sampling by an inference server that speaks OpenAI's completions protocol, such as vLLM or SGLang."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import functools
+import http.client
+import json
+import math
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxft.generation.decoding import SamplingConfig
+from jaxft.generation.sampler import Generation
+
+CONCURRENT = 16  # requests at a time: the server batches them
+_PASSING = (408, 409, 429, 500, 502, 503, 504)  # statuses that may be other a moment later
+
+
+class ServerError(RuntimeError):
+    """The server cannot be reached, refuses, or answers what cannot be used."""
+
+
+def server_sampler(
+    url: str,
+    name: str,
+    *,
+    scaled: bool = False,
+    push: Callable[[Any], None] | None = None,
+    timeout: float = 300.0,
+    retries: int = 4,
+    wait: Callable[[float], None] = time.sleep,
+) -> Callable[..., Generation]:
+    """A function with the signature of `generate` whose tokens and log-probs come from a server.
+
+    The server has weights, kernels and rounding of its own: train with a correction (`truncated()`), and with
+    `push`, or else it goes on sampling from the weights that it was started with. Prompts are sent as ids,
+    one request each, seeded by the key and the row's id. Ids come back as `token_ids` or "token_id:7" (vLLM);
+    where only text does, it is encoded again, which must give as many tokens as there are log-probs.
+
+    Args:
+        url: of the API, such as http://localhost:8000/v1.
+        name: of the model, as the server calls it.
+        scaled: whether its log-probs are at the sampling temperature (vLLM: --logprobs-mode
+            processed_logprobs; its default is at 1). Without, other temperatures are refused.
+        push: called with the params before each rollout, to put them on the server.
+        timeout: seconds of a request.
+        retries: after failures that may pass, each after twice the seconds of the one before, from 1 s.
+        wait: sleeps.
+
+    Raises:
+        ValueError: by the sampler, for settings whose log-probs could not be corrected: top-k, top-p, min-p,
+            greedy decoding, another temperature than 1 unless `scaled`.
+        ServerError: by the sampler, after the last retry, or for an answer that cannot be used.
+    """
+    ask = functools.partial(_ask, f"{url.rstrip('/')}/completions", timeout, retries, wait)
+
+    def sampler(
+        model: Any,
+        params: Any,
+        prompts: Sequence[Sequence[int]],
+        key: jax.Array,
+        config: SamplingConfig,
+        *,
+        samples: int = 1,
+        row_ids: Sequence[int] | None = None,
+        tokenizer: Any = None,
+    ) -> Generation:
+        _check(config, scaled, model.config.max_length, prompts)
+        if push is not None:
+            push(params)
+        ids = range(len(prompts)) if row_ids is None else row_ids
+        seeds = [int(jax.random.bits(jax.random.fold_in(key, i))) >> 1 for i in ids]
+        requests = [
+            _request(name, prompt, seed, samples, config)
+            for prompt, seed in zip(prompts, seeds, strict=True)
+        ]
+        read = functools.partial(
+            _choices,
+            count=samples,
+            config=config,
+            tokenizer=tokenizer,
+            size=model.config.vocab_size,
+        )
+        with concurrent.futures.ThreadPoolExecutor(CONCURRENT) as pool:
+            rows = [row for part in pool.map(lambda r: read(ask(r)), requests) for row in part]
+        return _as_generation(rows, config.max_new_tokens)
+
+    return sampler
+
+
+def _check(config, scaled, max_length, prompts):
+    if any(rule is not None for rule in (config.top_k, config.top_p, config.min_p)):
+        raise ValueError(
+            "server_sampler: top_k, top_p and min_p cut the distribution, and a server's log-probs do not "
+            "say by how much; a ratio to them could not be corrected. Drop them."
+        )
+    if config.temperature == 0 or (config.temperature != 1 and not scaled):
+        raise ValueError(
+            f"server_sampler: temperature {config.temperature}, but a server's log-probs are at 1 unless it "
+            "is started otherwise (vLLM: --logprobs-mode processed_logprobs, then scaled=True); use 1."
+        )
+    longest = max(map(len, prompts))
+    if longest + config.max_new_tokens > max_length:
+        raise ValueError(
+            f"server_sampler: a prompt of {longest} tokens and {config.max_new_tokens} new ones exceed the "
+            f"model's {max_length}; shorten one of them."
+        )
+
+
+def _request(name, prompt, seed, samples, config):
+    return {
+        "model": name,
+        "prompt": [int(i) for i in prompt],
+        "n": samples,
+        "seed": seed,
+        "max_tokens": config.max_new_tokens,
+        "temperature": config.temperature,
+        "top_p": 1.0,
+        "logprobs": 1,
+        "stop": list(config.stop_strings) or None,
+        # Beyond OpenAI's protocol: what these servers have for token-exact training.
+        "top_k": -1,
+        "stop_token_ids": list(config.stop_ids),
+        "return_token_ids": True,
+        "return_tokens_as_token_ids": True,
+        "include_stop_str_in_output": True,
+        "skip_special_tokens": False,
+    }
+
+
+def _ask(url, timeout, retries, wait, body):
+    """The parsed answer to a POST, tried again while failures may pass."""
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+    for attempt in range(retries + 1):
+        try:
+            with urllib.request.urlopen(request, timeout=timeout) as response:
+                return json.load(response)
+        except urllib.error.HTTPError as error:
+            failure = f"status {error.code}: {error.read(500).decode(errors='replace').strip()}"
+            if error.code not in _PASSING:
+                raise ServerError(f"{url} refused the request, {failure}") from error
+        except (OSError, http.client.HTTPException) as error:  # Time-outs and refusals too.
+            failure = f"{getattr(error, 'reason', None) or error or type(error).__name__}"
+        except ValueError as error:
+            failure = f"its answer is no JSON: {error}"
+        if attempt < retries:
+            wait(2.0**attempt)
+    raise ServerError(
+        f"{url}: {retries + 1} attempts failed, the last with {failure}. Is the server up, and the URL that "
+        "of its API (http://host:8000/v1)?"
+    )
+
+
+def _choices(answer, *, count, config, tokenizer, size):
+    """(ids, log-probs, finish) of each choice of an answer."""
+    choices = answer.get("choices") if isinstance(answer, dict) else None
+    if not isinstance(choices, list) or len(choices) != count:
+        found = len(choices) if isinstance(choices, list) else "none"
+        raise ServerError(f"server_sampler: asked for {count} choices, the server gave {found}.")
+    choices = sorted(choices, key=lambda choice: choice.get("index", 0))
+    return [_row(choice, config, tokenizer, size) for choice in choices]
+
+
+def _row(choice, config, tokenizer, size):
+    table = choice.get("logprobs") or {}
+    log_probs = table.get("token_logprobs")
+    if not log_probs or not all(
+        isinstance(x, (int, float)) and math.isfinite(x) for x in log_probs
+    ):
+        raise ServerError(
+            f"server_sampler: the server gave no log-prob for each token ({str(log_probs)[:80]}), without "
+            "which nothing can be corrected; start it so that it returns `logprobs`."
+        )
+    finish = choice.get("finish_reason")
+    if finish not in ("stop", "length"):
+        raise ServerError(
+            f"server_sampler: a completion ended by {finish!r}, not by stop or length."
+        )
+    ids = _ids(choice, table.get("tokens") or [], finish, len(log_probs), config, tokenizer)
+    if len(ids) != len(log_probs) or len(ids) > config.max_new_tokens:
+        raise ServerError(
+            f"server_sampler: {len(ids)} tokens with {len(log_probs)} log-probs, of at most "
+            f"{config.max_new_tokens}; text need not encode to the tokens that were sampled, so serve with "
+            "one that returns token ids (vLLM)."
+        )
+    if min(ids) < 0 or max(ids) >= size:
+        raise ServerError(
+            f"server_sampler: token ids must lie in [0, {size}), got {min(ids)}..{max(ids)}; does the server "
+            "serve another model?"
+        )
+    return ids, log_probs, finish
+
+
+def _ids(choice, tokens, finish, count, config, tokenizer):
+    if choice.get("token_ids"):
+        return [int(i) for i in choice["token_ids"]]
+    if tokens and all(str(token).startswith("token_id:") for token in tokens):
+        return [int(token.removeprefix("token_id:")) for token in tokens]
+    if tokenizer is None:
+        raise ServerError(
+            "server_sampler: the server gave text without token ids; pass tokenizer=."
+        )
+    ids = tokenizer.encode(choice.get("text", ""), add_special_tokens=False)
+    # The stop token has a log-prob, but is in no text.
+    if finish == "stop" and len(ids) == count - 1 and len(config.stop_ids) == 1:
+        ids = [*ids, *config.stop_ids]
+    return ids
+
+
+def _as_generation(rows, limit):
+    tokens = np.zeros((len(rows), limit), np.int32)
+    mask, table = np.zeros(tokens.shape, bool), np.zeros(tokens.shape, np.float32)
+    for i, (ids, log_probs, _) in enumerate(rows):
+        tokens[i, : len(ids)], mask[i, : len(ids)], table[i, : len(ids)] = ids, True, log_probs
+    return Generation(tokens, mask, table, table.copy(), [finish for _, _, finish in rows])

@@ -22,6 +22,9 @@ from jaxft.generation import SamplingConfig
 from jaxft.models import Decoder, tiny_config
 from jaxft.objectives import completion_log_probs, supervised
 
+# reasoning-gym draws entry i from seed + i.
+TASK = "rg:chain_sum?min_terms=2&max_terms=2&min_digits=2&max_digits=2"
+SEEDS_APART = 10_000_000
 STOP = "\n"
 ALPHABET = STOP + "0123456789+-=ABC|;"
 
@@ -31,6 +34,36 @@ class Sums(NamedTuple):
 
     questions: list[str]
     answers: list[str]
+
+
+class Task(NamedTuple):
+    """What the runs of one seed share."""
+
+    model: Decoder
+    start: Any  # params of the model, still untrained
+    sums: Sums  # for training
+    rows: dict[str, np.ndarray]  # `layout` of these
+    held_out: Sums
+    held_out_rows: dict[str, np.ndarray]
+    records: list[dict]  # of the held-out questions, for reasoning-gym's verifier
+    probabilities: Callable[[Any, dict], jax.Array]  # `answer_probabilities` of the model
+
+
+def task(seed: int, *, width: int = 96, size: int = 30_000) -> Task:
+    """Additions of two two-digit numbers: chain_sum, of `size` draws on either side, and a model."""
+    first = 1 + seed * SEEDS_APART
+    spec = lambda first: f"{TASK}&size={size}&seed={first}"
+    known, new, records = chain_sums(spec(first), spec(first + SEEDS_APART // 2))
+    model, params = small_model(jax.random.key(seed), width)
+    rows, new_rows = layout(*known), layout(*new)
+    return Task(model, params, known, rows, new, new_rows, records, answer_probabilities(model))
+
+
+def started(task: Task, seed: int, until: float) -> tuple[Any, int]:
+    """(params, steps): the model trained until it is right on training questions with probability `until`."""
+    some = jax.tree.map(lambda x: x[:500], task.rows)
+    measure = lambda params: float(jnp.mean(task.probabilities(params, some)))
+    return warm_start(task.model, task.start, task.rows, seed, until=until, measure=measure)
 
 
 def encode(texts: Sequence[str]) -> list[list[int]]:
@@ -218,14 +251,10 @@ def reinforce(
     callbacks: Sequence[Any] = (),
 ) -> tuple[Any, list[dict]]:
     """(params, history): `steps` optimizer steps on the policy's own answers, 1 for a right one, else 0."""
-    answers = encode_answers(sums.answers)
-    size = max(map(len, answers))
-    batches = rl.collect_on_device(
+    batches = experience(
         model,
-        encode(sums.questions),
-        rl.equals(answers, size),
+        sums,
         algorithm.credit,
-        SamplingConfig(size, stop_ids=(ALPHABET.index(STOP),)),
         prompts_per_step=prompts_per_step,
         group_size=group_size,
         updates=updates,
@@ -241,3 +270,12 @@ def reinforce(
         callbacks=callbacks,
     )
     return state.params, history
+
+
+def experience(model: Decoder, sums: Sums, credit: rl.Credit, **settings: Any) -> rl.Experience:
+    """`collect_on_device` of answers to sums, at temperature 1."""
+    answers = encode_answers(sums.answers)
+    size = max(map(len, answers))
+    config = SamplingConfig(size, stop_ids=(ALPHABET.index(STOP),))
+    reward = rl.equals(answers, size)
+    return rl.collect_on_device(model, encode(sums.questions), reward, credit, config, **settings)

@@ -33,8 +33,6 @@ from jaxft import rl, train
 from jaxft.generation import SamplingConfig, generate
 from jaxft.objectives import policy_gradient
 
-TASK = "rg:chain_sum?min_terms=2&max_terms=2&min_digits=2&max_digits=2"
-SEEDS_APART = 10_000_000  # reasoning-gym draws entry i from seed + i
 ARMS = ("GRPO", "verdicts of others", "learning rate 0")
 
 
@@ -76,19 +74,10 @@ def main(config: Config) -> int:
 
 def run_seed(config: Config, seed: int) -> dict[str, Any]:
     """{arm: {"before", "after", "curve", "rewards", "verified"}} from one start."""
-    first = 1 + seed * SEEDS_APART
-    spec = f"{TASK}&size={config.size}&seed={first}"
-    held_out_spec = f"{TASK}&size={config.size}&seed={first + SEEDS_APART // 2}"
-    known, new, records = arithmetic.chain_sums(spec, held_out_spec)
-    model, params = arithmetic.small_model(jax.random.key(seed), config.width)
-    probabilities = arithmetic.answer_probabilities(model)
-    rows, held_out = arithmetic.layout(*known), arithmetic.layout(*new)
-    some = jax.tree.map(lambda x: x[:500], rows)
-    held_in = lambda params: float(jnp.mean(probabilities(params, some)))
-    start, steps = arithmetic.warm_start(
-        model, params, rows, seed, until=config.until, measure=held_in
-    )
-    measure = lambda params: _measure(np.asarray(probabilities(params, held_out)))
+    task = arithmetic.task(seed, width=config.width, size=config.size)
+    start, steps = arithmetic.started(task, seed, config.until)
+    model, known, new, records = task.model, task.sums, task.held_out, task.records
+    measure = lambda params: _measure(np.asarray(task.probabilities(params, task.held_out_rows)))
     before = measure(start) | {"verified": verified(model, start, new, records)}
     print(
         f"seed {seed}: {len(known.questions)} training and {len(records)} held-out questions; after {steps} "

@@ -29,7 +29,7 @@ from jaxft.rl.pool import (
     VerifierPool,
     in_process,
 )
-from jaxft.rl.rollouts import sample_groups, score
+from jaxft.rl.rollouts import Credit, sample_groups, score
 from jaxft.rl.verifiers import (
     Verifier,
     mentions_answer,
@@ -41,6 +41,7 @@ from jaxft.rl.verifiers import (
 __all__ = [
     "Accuracy",
     "Algorithm",
+    "Credit",
     "DeviceReward",
     "Environment",
     "Experience",

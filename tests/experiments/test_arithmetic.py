@@ -78,7 +78,7 @@ def test_pass_at_k_of_probabilities_is_the_mean_of_their_estimates():
 
 
 def test_held_out_sums_are_new():
-    spec = demo_rl.TASK + "&size=3000&seed="
+    spec = arithmetic.TASK + "&size=3000&seed="
     known, new, records = arithmetic.chain_sums(spec + "1", spec + "100000")
     assert not set(known.questions) & set(new.questions)
     assert len(set(new.questions)) == len(new.questions) == len(records) > 100

@@ -1,0 +1,293 @@
+"""Echo Chamber: RL Post-training Amplifies Behaviors Learned in Pretraining (arXiv 2504.07912).
+
+A model pretrained on a mixture of answer formats is trained by reinforcement learning with a reward that asks
+for right answers and for no format. Within a few steps it gives one format alone: the one that it was
+best at.
+
+    python experiments/papers/echo_chamber.py
+
+The task is the addition of three-digit numbers, 123+456=, with three formats, told by the first character:
+A0579, the sum; B9750|0579, its digits reversed and then the sum; C050709|0579, the sums of the
+digits and then the sum. A model of 0.2 M parameters learns A, B and C at 0.6, 0.3 and 0.1 until it
+gives one of the three fully right strings with probability 0.25. The reward is 1 for a right sum at the end
+of an answer that has its format's length; the working may be wrong. Everything is measured by eight
+samples for each of 384 held-out questions.
+
+Not shown: that pass@k falls for large k. Here the start is far from its ceiling, and pass@8 rises.
+Nor the effect of the model's size (the paper's small models settle on code, its large ones on
+prose). Expert Iteration is its online form: cross-entropy of the right answers among the same
+samples.
+
+On seed 100, with which it was tried, the most accurate format went from 0.56 to 0.95 of all answers
+in 40 steps and the choice of format was 48 % of the rise in 20, for the formats differ less in
+accuracy than in a start of fixed length (0.33, 0.21 and 0.04). Expert Iteration was no slower: Adam
+makes its smaller gradients as large a step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from experiments import _arithmetic as arithmetic
+from experiments.papers._claims import Claim, interval, report, show
+from jaxft import rl, train
+from jaxft.generation import SamplingConfig
+from jaxft.metrics import pass_at_k
+from jaxft.objectives import policy_gradient
+from jaxft.objectives.policy_gradient import clipped, token_mean
+
+FORMATS = "ABC"
+LENGTHS = {"A": 5, "B": 10, "C": 12}  # characters, without the stop
+LIMIT = max(LENGTHS.values()) + 1
+SAMPLES = 8  # for each held-out question
+ARMS = ("GRPO", "GRPO, KL 0.1", "Expert Iteration")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Sizes and seeds."""
+
+    seeds: int = 3
+    first_seed: int = 0
+    mixture: tuple[float, float, float] = (0.6, 0.3, 0.1)  # of A, B and C in pretraining
+    until: float = 0.25  # probability of a fully right string, where pretraining ends
+    steps: int = 40
+    evaluate_every: int = 5
+    early: int = 20  # the step at which what was selected is told from what was learned
+    prompts_per_step: int = 32
+    group_size: int = 8
+    learning_rate: float = 2e-4
+    kl_weight: float = 0.1
+    held_out: int = 384
+    width: int = 96
+    output_dir: str = "runs/echo_chamber"
+    smoke: bool = False  # seconds; claims are printed, not judged
+    debug: bool = False  # full tracebacks
+
+
+def main(config: Config) -> int:
+    """Measures all claims; the exit code is 1 if one does not hold."""
+    if config.smoke:
+        config = dataclasses.replace(
+            config, seeds=1, until=1e-6, steps=2, evaluate_every=1, early=1, prompts_per_step=2,
+            group_size=4, held_out=16, width=32,
+        )  # fmt: skip
+    output = train.writable_directory(config.output_dir)
+    seeds = range(config.first_seed, config.first_seed + config.seeds)
+    runs = [run_seed(config, seed) for seed in seeds]
+    print_table(runs)
+    _figure(runs, output)
+    code = report(judge(config, runs), {"runs": runs}, output)
+    return 0 if config.smoke else code
+
+
+def answer(name: str, a: int, b: int) -> str:
+    """The right string of a format."""
+    total = f"{a + b:04d}"
+    digits = "".join(f"{int(x) + int(y):02d}" for x, y in zip(f"{a:03d}", f"{b:03d}", strict=True))
+    return {"A": f"A{total}", "B": f"B{total[::-1]}|{total}", "C": f"C{digits}|{total}"}[name]
+
+
+def format_reward(totals: np.ndarray) -> rl.DeviceReward:
+    """1 for a right sum at the end of an answer of its format's length, from totals [prompts]."""
+    wanted = jnp.asarray(arithmetic.encode([f"{total:04d}" for total in totals]))
+    stop, bar = arithmetic.ALPHABET.index(arithmetic.STOP), arithmetic.ALPHABET.index("|")
+
+    def reward(tokens, mask, numbers):
+        gold, lengths, right = wanted[numbers], jnp.sum(mask, axis=1), False
+        for name, length in LENGTHS.items():
+            fits = (tokens[:, 0] == arithmetic.ALPHABET.index(name)) & (lengths == length + 1)
+            fits &= tokens[:, length] == stop
+            if name != "A":
+                fits &= tokens[:, length - 5] == bar
+            right |= fits & jnp.all(tokens[:, length - 4 : length] == gold, axis=1)
+        return right * 1.0
+
+    return reward
+
+
+def run_seed(config: Config, seed: int) -> dict[str, list[dict]]:
+    """{arm: [measures at a step]} from one pretrained model."""
+    rng = np.random.default_rng(seed)
+    pairs = rng.permutation(1_000_000)
+    pairs = np.stack([pairs // 1000, pairs % 1000], axis=1)
+    held_out, known = pairs[: config.held_out], pairs[config.held_out :][:20_000]
+    model, params = arithmetic.small_model(jax.random.key(seed), config.width)
+    params, steps = pretrain(config, model, params, known, rng, seed)
+    measure = measures(model, held_out, seed)
+    start = measure(params) | {"step": 0}
+    print(f"seed {seed}: {steps} steps of pretraining, pass@1 {start['pass@1']:.3f}", flush=True)
+    runs = {}
+    for arm in ARMS:
+        history = train_arm(config, model, params, known, seed, arm, measure)
+        runs[arm] = [start] + [
+            {name: row[name] for name in start} for row in history if "pass@1" in row
+        ]
+        print(f"    {arm}: pass@1 {runs[arm][-1]['pass@1']:.3f}", flush=True)
+    return runs
+
+
+def pretrain(config, model, params, pairs, rng, seed) -> tuple[Any, int]:
+    """(params, steps): supervised on the mixture, until right strings have the probability `until`."""
+    names = rng.choice(list(FORMATS), len(pairs), p=config.mixture)
+    ask = lambda pairs: [f"{a:03d}+{b:03d}=" for a, b in pairs]
+    texts = [answer(name, a, b) for name, (a, b) in zip(names, pairs, strict=True)]
+    rows = arithmetic.layout(ask(pairs), texts)
+    some = pairs[:200]
+    gold = [arithmetic.layout(ask(some), [answer(f, a, b) for a, b in some]) for f in FORMATS]
+    probabilities = arithmetic.answer_probabilities(model)
+    right = lambda params: float(sum(jnp.mean(probabilities(params, rows)) for rows in gold))
+    return arithmetic.warm_start(model, params, rows, seed, until=config.until, measure=right)
+
+
+def train_arm(config, model, params, pairs, seed, arm, measure) -> list[dict]:
+    """The history of one arm, with measures in it."""
+    build = functools.partial(policy_gradient, model)
+    grpo = rl.grpo(build, config.group_size).credit
+    held_back = functools.partial(build, kl_weight=config.kl_weight)
+    algorithm = {
+        "GRPO": lambda: rl.Algorithm(grpo, build(clipped(), token_mean)),
+        "GRPO, KL 0.1": lambda: rl.Algorithm(grpo, held_back(clipped(), token_mean)),
+        "Expert Iteration": lambda: rl.expert_iteration(build),
+    }[arm]()
+    batches = rl.collect_on_device(
+        model,
+        arithmetic.encode([f"{a:03d}+{b:03d}=" for a, b in pairs]),
+        format_reward(pairs.sum(axis=1)),
+        algorithm.credit,
+        _sampling(),
+        prompts_per_step=config.prompts_per_step,
+        group_size=config.group_size,
+        ref_params=params if arm == "GRPO, KL 0.1" else None,
+        seed=seed,
+    )
+    _, history = train.fit(
+        params,
+        algorithm.objective,
+        arithmetic.policy_optimizer(config.learning_rate),
+        batches,
+        steps=config.steps,
+        key=jax.random.key(seed),
+        callbacks=[train.every(config.evaluate_every, lambda state: measure(state.params))],
+    )
+    return history
+
+
+def measures(model, pairs, seed):
+    """measure(params): shares of formats, accuracy within each (0 where unused), pass@1 and pass@8."""
+    prompts = arithmetic.encode([f"{a:03d}+{b:03d}=" for a, b in pairs])
+    reward, numbers = format_reward(pairs.sum(axis=1)), np.repeat(np.arange(len(pairs)), SAMPLES)
+    firsts = np.array([arithmetic.ALPHABET.index(name) for name in FORMATS])
+
+    def measure(params):
+        tokens, mask = rl.sample_on_device(
+            model, params, prompts, jax.random.key(seed), _sampling(), SAMPLES
+        )
+        flat = lambda x: jnp.asarray(x.reshape(-1, LIMIT))
+        right = np.asarray(reward(flat(tokens), flat(mask), numbers)).reshape(-1, SAMPLES)
+        used = tokens[:, :, :1] == firsts
+        within = (right[..., None] * used).sum((0, 1)) / np.maximum(used.sum((0, 1)), 1)
+        return {
+            "shares": used.mean((0, 1)).tolist(),
+            "accuracy": within.tolist(),
+            "pass@1": float(right.mean()),
+            "pass@8": float(pass_at_k(right.sum(axis=1), SAMPLES, 8).mean()),
+        }
+
+    return measure
+
+
+def selected(before: dict, after: dict) -> float:
+    """Σ_f (share_f - share_f(0)) accuracy_f(0): the rise of pass@1 if only the choice of format moved."""
+    moved = np.subtract(after["shares"], before["shares"])
+    return float(moved @ np.asarray(before["accuracy"]))
+
+
+def judge(config: Config, runs: list[dict]) -> list[Claim]:
+    """The claims and whether they hold."""
+    best = [int(np.argmax(run["GRPO"][0]["accuracy"])) for run in runs]
+    at = lambda run, arm, step: next(row for row in run[arm] if row["step"] == step)
+    share = lambda arm, step: np.array(
+        [at(run, arm, step)["shares"][b] for run, b in zip(runs, best, strict=True)]
+    )
+    first, last = share("GRPO", 0), share("GRPO", config.steps)
+    rises = [at(r, "GRPO", config.early)["pass@1"] - r["GRPO"][0]["pass@1"] for r in runs]
+    parts = [
+        selected(r["GRPO"][0], at(r, "GRPO", config.early)) / max(rise, 1e-6)
+        for r, rise in zip(runs, rises, strict=True)
+    ]
+    slower = {arm: share(arm, config.early) - share("GRPO", config.early) for arm in ARMS[1:]}
+    return [
+        Claim(
+            f"by step {config.steps} the format that was most accurate is all but alone",
+            "one format, often that one",
+            f"share {first.mean():.3f} -> {show(last)}",
+            bool(np.mean(last >= 0.95) >= 2 / 3 and (last - first > 0.1).all()),
+        ),
+        Claim(
+            f"most of pass@1's rise by step {config.early} is the choice of format",
+            "RL amplifies what is there",
+            f"{show(parts)} of {np.mean(rises):.3f}",
+            interval(parts)[1] > 0.5,
+        ),
+        Claim(
+            "a KL penalty slows the collapse",
+            "less KL, more complete",
+            f"share at step {config.early}: {show(slower['GRPO, KL 0.1'])}",
+            interval(slower["GRPO, KL 0.1"])[2] < 0,
+        ),
+        Claim(
+            "Expert Iteration goes to the same format, more slowly",
+            "slower and less",
+            f"share at step {config.early}: {show(slower['Expert Iteration'])}",
+            interval(slower["Expert Iteration"])[2] < 0
+            and bool((share("Expert Iteration", config.steps) > first).all()),
+        ),
+    ]
+
+
+def print_table(runs: list[dict]) -> None:
+    """Shares, accuracy within formats, pass@1 and pass@8 by step: means over seeds."""
+    table = Table("arm", "step", "share A / B / C", "accuracy within", "pass@1", "pass@8")
+    three = lambda values: " / ".join(f"{value:.3f}" for value in values)
+    for arm in ARMS:
+        for rows in zip(*(run[arm] for run in runs), strict=True):
+            mean = lambda name, rows=rows: np.mean([row[name] for row in rows], axis=0)
+            table.add_row(
+                arm, str(rows[0]["step"]), three(mean("shares")), three(mean("accuracy")),
+                f"{mean('pass@1'):.3f}", f"{mean('pass@8'):.3f}",
+            )  # fmt: skip
+    Console(width=140).print(table)
+
+
+def _sampling():
+    return SamplingConfig(LIMIT, stop_ids=(arithmetic.ALPHABET.index(arithmetic.STOP),))
+
+
+def _figure(runs, output):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3), layout="constrained")
+    for axes, arm in zip(figure.subplots(1, len(ARMS), sharey=True), ARMS, strict=True):
+        steps = [row["step"] for row in runs[0][arm]]
+        shares = np.mean([[row["shares"] for row in run[arm]] for run in runs], axis=0)
+        axes.stackplot(steps, shares.T, labels=list(FORMATS), alpha=0.7)
+        axes.plot(steps, np.mean([[row["pass@1"] for row in run[arm]] for run in runs], axis=0), "k",
+                  label="pass@1")  # fmt: skip
+        axes.set(title=arm, xlabel="step", ylim=(0, 1), xlim=(0, max(steps)))
+    axes.legend(loc="lower right", fontsize=8)
+    figure.savefig(output / "echo_chamber.png", dpi=150)
+
+
+if __name__ == "__main__":
+    train.run_main(lambda config: sys.exit(main(config)), tyro.cli(Config, description=__doc__))

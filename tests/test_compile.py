@@ -25,10 +25,14 @@ def figures(tmp_path_factory):
         f"""
         import json
         from jaxft.compile import Config, compile_step
-        run = lambda adapter: compile_step(
-            Config(model={str(path)!r}, adapter=adapter, topology="h100:8", length=256, rank=8)
+        run = lambda adapter, **more: compile_step(
+            Config(
+                model={str(path)!r}, adapter=adapter, topology="h100:8", length=256, rank=8, **more
+            )
         )
-        print(json.dumps({{name: run(name) for name in ("lora", "full")}}))
+        figures = {{name: run(name) for name in ("lora", "full")}}
+        figures["grpo"] = run("lora", objective="grpo", response=64)
+        print(json.dumps(figures))
         """
     )
 
@@ -48,6 +52,14 @@ def test_fsdp_exchanges_kernels_and_not_activations(figures):
     assert ideal <= count("all-gather") <= 1.1 * ideal + 4 * adapters
     # Gradients of the adapters alone are added up; those of frozen kernels never exist.
     assert count("all-reduce") + count("reduce-scatter") <= 2.5 * adapters
+
+
+def test_an_update_of_grpo_exchanges_as_little(figures):
+    """The head once more: log-probs keep the direction of their gradient from the forward pass."""
+    layer, head = sizes()
+    assert figures["grpo"]["fits"]
+    sft, grpo = (figures[name]["collectives"]["all-gather"][1] for name in ("lora", "grpo"))
+    assert grpo <= sft + 1.1 * 2 * head
 
 
 def test_full_fine_tuning_scatters_each_gradient_once(figures):
@@ -95,12 +107,39 @@ ENTRY main (a: f32[4]) -> f32[4] {
     }
 
 
+def test_trips_of_a_product_that_gathers_as_it_goes():
+    """XLA:TPU's windowed products count in u32, in loops within the loop over layers."""
+    text = """
+window (p: u32[]) -> u32[] {
+  %p = bf16[1,256,16]{1,2,0} collective-permute-done(%s)
+}
+
+fewer (p: u32[]) -> pred[] {
+  %c = u32[]{:T(128)} constant(7), metadata={}
+}
+
+body (p: f32[4]) -> f32[4] {
+  %v = u32[] while(%a), condition=%fewer, body=%window
+}
+
+cond (p: f32[4]) -> pred[] {
+  %n = s32[] constant(3)
+}
+
+ENTRY main (a: f32[4]) -> f32[4] {
+  %w = f32[4]{0} while(%a), condition=%cond, body=%body
+}
+"""
+    assert exchanged_bytes(text) == {"collective-permute": (21, 21 * 256 * 16 * 2)}
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
         (["--model", "nowhere"], "neither a preset (llama3-1b"),
         (["--topology", "v9z:2"], "is no topology"),
         (["--fsdp", "3", "--topology", "h100:8"], "does not fill 8 devices"),
+        (["--objective", "grpo", "--response", "9", "--length", "9"], "must lie below --length 9"),
     ],
 )
 def test_bad_input_is_one_line(arguments, message):

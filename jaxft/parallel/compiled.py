@@ -108,7 +108,7 @@ def _executed(text: str) -> Iterator[tuple[str, int]]:
     def trips(line, condition):
         if known := re.search(r'known_trip_count":\{"n":"(\d+)"', line):
             return int(known[1])
-        found = [re.findall(r"s32\[\]\S* constant\((\d+)\)", ln) for ln in lines[condition]]
+        found = [re.findall(r"[su]32\[\]\S* constant\((\d+)\)", ln) for ln in lines[condition]]
         return max((int(x) for row in found for x in row), default=1)
 
     def walk(name, times):

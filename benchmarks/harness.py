@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-# Dimensions of SmolLM2-135M, and of a model small enough for many repeats.
+# Dimensions of SmolLM2-135M, and of models small enough for many repeats, and for rollouts.
 MODELS = {
     "135m": dict(
         vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
@@ -22,6 +22,10 @@ MODELS = {
     "30m": dict(
         vocab_size=16384, hidden_size=512, intermediate_size=1408, num_hidden_layers=8,
         num_attention_heads=8, num_key_value_heads=4, head_dim=64,
+    ),
+    "3m": dict(
+        vocab_size=2048, hidden_size=256, intermediate_size=704, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=64,
     ),
 }  # fmt: skip
 

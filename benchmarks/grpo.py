@@ -1,0 +1,83 @@
+"""jaxft's side of GRPO: steps of rollout, rewards and update on a random Llama of 3 M parameters."""
+
+import argparse
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from benchmarks.harness import MODELS, serve
+from jaxft import rl, train
+from jaxft.checkpoints.families import decoder_config
+from jaxft.generation import SamplingConfig
+from jaxft.models import Decoder
+from jaxft.objectives import policy_gradient
+
+# The same on both sides; ids below 4 are special. Several steps, as each call of TRL's train sets itself up.
+PROMPTS, GROUP, LENGTH, NEW, STEPS = 8, 4, 32, 64, 8
+EOS, LEARNING_RATE = 2, 1e-6
+MODEL = MODELS["3m"] | dict(
+    model_type="llama", rope_theta=1e5, rms_norm_eps=1e-5, tie_word_embeddings=True,
+    max_position_embeddings=2048,
+)  # fmt: skip
+
+parser = argparse.ArgumentParser()
+parser.add_argument("rewards", choices=["host", "device"])
+
+
+def questions() -> np.ndarray:
+    """[64, LENGTH] random ids."""
+    return np.random.default_rng(0).integers(4, MODEL["vocab_size"], (64, LENGTH))
+
+
+class Words:
+    """A tokenizer of ids as words."""
+
+    def decode(self, ids, skip_special_tokens=False):
+        """The ids as text: w17 w4."""
+        return " ".join(f"w{i}" for i in ids if not (skip_special_tokens and i < 4))
+
+
+def distinct_words(completions, records):
+    """Share of the budget that is distinct words: a reward that costs next to nothing."""
+    return [len(set(text.split())) / NEW for text in completions]
+
+
+def distinct_tokens(tokens, mask, numbers):
+    """The same of tokens [B, N]."""
+    ordered = jnp.sort(jnp.where(mask & (tokens >= 4), tokens, -1), axis=1)
+    new = jnp.diff(ordered, axis=1, prepend=-1) != 0
+    return jnp.sum(new & (ordered >= 0), axis=1) / NEW
+
+
+def main(args):
+    """Builds the loop and serves its steps."""
+    train.keep_memory_warm()
+    model = Decoder(decoder_config(MODEL))
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    credit, objective = rl.grpo(functools.partial(policy_gradient, model), GROUP)
+    prompts, config = questions().tolist(), SamplingConfig(NEW, stop_ids=(EOS,))
+    sizes = dict(prompts_per_step=PROMPTS, group_size=GROUP)
+    if args.rewards == "device":
+        batches = rl.collect_on_device(model, prompts, distinct_tokens, credit, config, **sizes)
+    else:
+        records = [{}] * len(prompts)
+        batches = rl.collect(
+            model, prompts, records, Words(), distinct_words, credit, config, **sizes
+        )
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(LEARNING_RATE))
+    run = train.jit_step(train.make_step(objective, optimizer))
+    state = [train.init_state(params, optimizer, jax.random.key(2))]
+
+    def steps():
+        for _ in range(STEPS):
+            state[0], metrics = run(state[0], batches(state[0]))
+        return float(metrics["loss"].value)
+
+    serve(steps, steps=STEPS, completions=PROMPTS * GROUP)
+
+
+if __name__ == "__main__":
+    main(parser.parse_args())

@@ -1,0 +1,76 @@
+"""TRL's side of GRPO: GRPOTrainer on the same random Llama, as shipped but for what a CPU lacks."""
+
+import argparse
+import tempfile
+
+import datasets
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from trl import GRPOConfig, GRPOTrainer
+
+from benchmarks.grpo import (
+    EOS,
+    GROUP,
+    LEARNING_RATE,
+    MODEL,
+    NEW,
+    PROMPTS,
+    STEPS,
+    distinct_words,
+    questions,
+)
+from benchmarks.harness import serve, warm_memory
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--warm", action="store_true", help="give torch jaxft's malloc settings too")
+
+
+def main(args):
+    """Builds the trainer and serves its steps."""
+    if args.warm:
+        warm_memory()
+    torch.manual_seed(0)
+    sizes = {k: v for k, v in MODEL.items() if k not in ("model_type", "rope_theta")}
+    rope = {"rope_type": "default", "rope_theta": MODEL["rope_theta"]}
+    special = dict(bos_token_id=1, eos_token_id=EOS, pad_token_id=0)
+    model = LlamaForCausalLM(LlamaConfig(**sizes, rope_parameters=rope, **special))
+    words = Tokenizer(
+        models.WordLevel({f"w{i}": i for i in range(MODEL["vocab_size"])}, unk_token="w3")
+    )
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="w0", bos_token="w1", eos_token=f"w{EOS}", unk_token="w3"
+    )
+    prompts = [" ".join(f"w{i}" for i in row) for row in questions()]
+    settings = GRPOConfig(
+        output_dir=tempfile.mkdtemp(),
+        per_device_train_batch_size=PROMPTS * GROUP,
+        num_generations=GROUP,
+        max_completion_length=NEW,
+        max_steps=STEPS,
+        learning_rate=LEARNING_RATE,
+        lr_scheduler_type="constant",
+        temperature=1.0,
+        beta=0.0,
+        loss_type="grpo",
+        gradient_checkpointing=False,
+        bf16=False,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        logging_strategy="no",
+    )
+    trainer = GRPOTrainer(
+        model=model,
+        reward_funcs=lambda completions, **_: distinct_words(completions, None),
+        args=settings,
+        train_dataset=datasets.Dataset.from_dict({"prompt": prompts}),
+        processing_class=tokenizer,
+    )
+    serve(trainer.train, steps=STEPS, completions=PROMPTS * GROUP)
+
+
+if __name__ == "__main__":
+    main(parser.parse_args())

@@ -13,6 +13,9 @@ late gap is overfitting that early stopping would also avoid, so both are compar
 the epochs that are best on a validation split: there three seeds do not tell them apart in pass@256 (gain
 0.06, interval -0.10 to 0.22), a claim that does not hold at the default size.
 
+The 80 epochs were set after a run of 40 with the same seeds, where this model was not yet sure of its answers
+(0.18) and the gap in pass@256 was 0.11 (-0.05 to 0.28): only the order of confidence held there.
+
 The weight is that of the authors' code, F(N', p) times the token-mean cross-entropy. Left out are its queue,
 which refills batches with examples of weight above 0.1, and the forms for chains of thought and proofs.
 """

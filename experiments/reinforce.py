@@ -20,6 +20,7 @@ from typing import Any, Literal
 import jax
 import tyro
 
+from experiments import _reinforce_checks as checks
 from experiments import _training as shared
 from experiments._optimizers import sharpen
 from jaxft import checkpoints as files
@@ -39,8 +40,6 @@ Choice = Literal[
     "reinforce", "rloo", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "reinforce_plus_plus",
     "expert_iteration", "nft", "ppo",
 ]  # fmt: skip
-UNGROUPED = ("reinforce", "reinforce_plus_plus", "expert_iteration", "ppo")
-KL_IN_REWARD = ("rloo", "reinforce_plus_plus", "ppo")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,14 +94,14 @@ def main(config: Config) -> dict[str, Any]:
     """Trains; returns the metrics that are written to metrics.json."""
     config = _smoke(config) if config.smoke else config
     shared.start(config)
-    _check(config)
+    checks.settings(config)
     renderer, records, held_out = load_data(config)
     output = pathlib.Path(config.output_dir)
     shared.check_output(config, output)
     mesh = shared.mesh_of(config)
-    _check_mesh(config, mesh)
+    checks.mesh(config, mesh)
     prompts = [renderer.prompt(record) for record in records]
-    check = functools.partial(_check_length, prompts=prompts)
+    check = functools.partial(checks.length, prompts=prompts)
     model, base = shared.load_base(config, mesh, check)
     if config.start:
         base = merge(load_adapter(config.start, model.config, base))
@@ -280,7 +279,7 @@ def report(config, history, failures, before, after, output) -> dict[str, Any]:
     print(f"reward {metrics['reward_first']:.3f} -> {metrics['reward_last']:.3f}")
     if any(failures):
         print(f"verdicts that failed: {failures}")
-    grouped = config.algorithm not in UNGROUPED
+    grouped = config.algorithm not in checks.UNGROUPED
     if grouped and all(row["no_contrast"] == 1 for row in history):
         print(
             "In no group did rewards differ, so nothing was learned: start from a model that answers "
@@ -299,91 +298,6 @@ def _callbacks(config, output):
         train.run_figure(output / "training.png", title=title, main="reward", below=below),
         *shared.logs(config, output),
     ]
-
-
-def _check(config):
-    """What can be seen to be wrong before anything is loaded."""
-    rows = config.prompts_per_step * config.group_size
-    parts = config.updates * config.gradient_accumulation_steps
-    if min(rows, parts, config.prompts_per_step, config.updates, config.epochs) < 1 or rows % parts:
-        raise ValueError(
-            f"--prompts-per-step {config.prompts_per_step} x --group-size {config.group_size} = {rows} "
-            f"answers must be a positive multiple of --updates {config.updates} x "
-            f"--gradient-accumulation-steps {config.gradient_accumulation_steps}, and --epochs "
-            f"({config.epochs}) positive."
-        )
-    if config.save_steps % (config.updates * config.epochs):
-        raise ValueError(
-            f"--save-steps {config.save_steps} must be a multiple of --updates {config.updates} x --epochs "
-            f"{config.epochs}: a run cannot go on in the middle of a rollout."
-        )
-    if config.turns < 1 or "" in config.stop:
-        raise ValueError(
-            f"--turns must be at least 1, got {config.turns}, and no --stop empty: {config.stop}."
-        )
-    if config.sampler_url:
-        _check_server(config)
-    if config.temperature <= 0:
-        raise ValueError(f"--temperature must be positive, got {config.temperature}.")
-    if config.reward_kl and config.algorithm not in KL_IN_REWARD:
-        raise ValueError(
-            f"--reward-kl is for {', '.join(KL_IN_REWARD)}; {config.algorithm} takes --kl-weight."
-        )
-    if config.kl_target is not None and not (config.reward_kl > 0 and config.kl_target > 0):
-        raise ValueError(
-            f"--kl-target {config.kl_target} must be positive and adapts --reward-kl, which is "
-            f"{config.reward_kl}; start from 0.05, say."
-        )
-    if config.group_size < 2 and config.algorithm not in UNGROUPED:
-        raise ValueError(
-            f"--group-size must be at least 2 for {config.algorithm}, got {config.group_size}."
-        )
-    if not 0 <= config.overlong <= config.max_new_tokens:
-        raise ValueError(
-            f"--overlong must lie in 0..--max-new-tokens ({config.max_new_tokens}), got {config.overlong}."
-        )
-
-
-def _check_server(config):
-    if config.correction == "none":
-        raise ValueError(
-            "--sampler-url needs --correction tokens or sequences: the server's policy is not the trainer's."
-        )
-    if config.temperature != 1:
-        raise ValueError(
-            f"--sampler-url needs --temperature 1, got {config.temperature}: at others a server's log-probs "
-            "may be those of 1."
-        )
-    if config.reward_kl:
-        raise ValueError(
-            "--sampler-url samples from another policy, whose KL --reward-kl would be; take --kl-weight."
-        )
-
-
-def _check_mesh(config, mesh):
-    """Whether there is one host, and the rows of a step can be laid over its devices."""
-    if jax.process_count() > 1:
-        raise ValueError(
-            f"reinforce.py runs on one host so far, not on {jax.process_count()}: answers are sampled and "
-            "verified in one process. Use the devices of one host (--fsdp, --tensor)."
-        )
-    parts = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
-    rows = config.prompts_per_step * config.group_size
-    if rows % (parts * config.updates * config.gradient_accumulation_steps):
-        raise ValueError(
-            f"{rows} answers of a rollout, in {config.updates} updates of "
-            f"{config.gradient_accumulation_steps} parts, cannot be laid over data x fsdp = {parts} devices; "
-            "raise --prompts-per-step or --group-size."
-        )
-
-
-def _check_length(config, model, *, prompts):
-    longest = max(map(len, prompts))
-    if longest + config.max_new_tokens > model.config.max_length:
-        raise ValueError(
-            f"the longest question has {longest} tokens; with --max-new-tokens {config.max_new_tokens} that "
-            f"exceeds the {model.config.max_length} positions of {config.model}."
-        )
 
 
 def _smoke(config):

@@ -1,0 +1,98 @@
+"""What can be seen to be wrong with the flags of reinforce.py before minutes are spent."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+UNGROUPED = ("reinforce", "reinforce_plus_plus", "expert_iteration", "ppo")
+KL_IN_REWARD = ("rloo", "reinforce_plus_plus", "ppo")
+
+
+def settings(config: Any) -> None:
+    """What can be seen to be wrong before anything is loaded."""
+    rows = config.prompts_per_step * config.group_size
+    parts = config.updates * config.gradient_accumulation_steps
+    if min(rows, parts, config.prompts_per_step, config.updates, config.epochs) < 1 or rows % parts:
+        raise ValueError(
+            f"--prompts-per-step {config.prompts_per_step} x --group-size {config.group_size} = {rows} "
+            f"answers must be a positive multiple of --updates {config.updates} x "
+            f"--gradient-accumulation-steps {config.gradient_accumulation_steps}, and --epochs "
+            f"({config.epochs}) positive."
+        )
+    if config.save_steps % (config.updates * config.epochs):
+        raise ValueError(
+            f"--save-steps {config.save_steps} must be a multiple of --updates {config.updates} x --epochs "
+            f"{config.epochs}: a run cannot go on in the middle of a rollout."
+        )
+    if config.turns < 1 or "" in config.stop:
+        raise ValueError(
+            f"--turns must be at least 1, got {config.turns}, and no --stop empty: {config.stop}."
+        )
+    if config.sampler_url:
+        server(config)
+    if config.temperature <= 0:
+        raise ValueError(f"--temperature must be positive, got {config.temperature}.")
+    if config.reward_kl and config.algorithm not in KL_IN_REWARD:
+        raise ValueError(
+            f"--reward-kl is for {', '.join(KL_IN_REWARD)}; {config.algorithm} takes --kl-weight."
+        )
+    if config.kl_target is not None and not (config.reward_kl > 0 and config.kl_target > 0):
+        raise ValueError(
+            f"--kl-target {config.kl_target} must be positive and adapts --reward-kl, which is "
+            f"{config.reward_kl}; start from 0.05, say."
+        )
+    if config.group_size < 2 and config.algorithm not in UNGROUPED:
+        raise ValueError(
+            f"--group-size must be at least 2 for {config.algorithm}, got {config.group_size}."
+        )
+    if not 0 <= config.overlong <= config.max_new_tokens:
+        raise ValueError(
+            f"--overlong must lie in 0..--max-new-tokens ({config.max_new_tokens}), got {config.overlong}."
+        )
+
+
+def server(config: Any) -> None:
+    """Whether what a server samples can be corrected for."""
+    if config.correction == "none":
+        raise ValueError(
+            "--sampler-url needs --correction tokens or sequences: the server's policy is not the trainer's."
+        )
+    if config.temperature != 1:
+        raise ValueError(
+            f"--sampler-url needs --temperature 1, got {config.temperature}: at others a server's log-probs "
+            "may be those of 1."
+        )
+    if config.reward_kl:
+        raise ValueError(
+            "--sampler-url samples from another policy, whose KL --reward-kl would be; take --kl-weight."
+        )
+
+
+def mesh(config: Any, devices: Any) -> None:
+    """Whether there is one host, and the rows of a step can be laid over its devices."""
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"reinforce.py runs on one host so far, not on {jax.process_count()}: answers are sampled and "
+            "verified in one process. Use the devices of one host (--fsdp, --tensor)."
+        )
+    parts = 1 if devices is None else devices.shape["data"] * devices.shape["fsdp"]
+    rows = config.prompts_per_step * config.group_size
+    if rows % (parts * config.updates * config.gradient_accumulation_steps):
+        raise ValueError(
+            f"{rows} answers of a rollout, in {config.updates} updates of "
+            f"{config.gradient_accumulation_steps} parts, cannot be laid over data x fsdp = {parts} devices; "
+            "raise --prompts-per-step or --group-size."
+        )
+
+
+def length(config: Any, model: Any, *, prompts: Sequence[Sequence[int]]) -> None:
+    """Whether the longest question and an answer fit the model."""
+    longest = max(map(len, prompts))
+    if longest + config.max_new_tokens > model.config.max_length:
+        raise ValueError(
+            f"the longest question has {longest} tokens; with --max-new-tokens {config.max_new_tokens} that "
+            f"exceeds the {model.config.max_length} positions of {config.model}."
+        )

@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxft.generation.decoding import SamplingConfig, transform_logits
 from jaxft.models import Cache, Decoder, is_stacked, unstack_layers, virtual_tokens
-from jaxft.parallel import to_host
+from jaxft.parallel import in_turn, to_host
 
 CHUNK = 64  # tokens decoded between two looks of the host
 MIN_BUCKET = 16
@@ -105,7 +105,7 @@ def generate(
         model, params, jnp.asarray(tokens), jnp.asarray(valid), keys, slots, cache_dtype
     )
     state = state._replace(done=jnp.arange(len(tokens)) >= rows)
-    state, rows = fork(state, samples), rows * samples
+    state, rows = in_turn(fork(in_turn(state), samples)), rows * samples
     parts = []
     while True:
         state, part = decode(model, params, state, config)

@@ -15,7 +15,7 @@ from jaxft.generation import SamplingConfig, generate
 from jaxft.losses import kl_k1
 from jaxft.models import Decoder
 from jaxft.objectives import completion_values
-from jaxft.parallel import mesh_context
+from jaxft.parallel import in_turn, mesh_context
 from jaxft.rl.advantages import has_contrast
 from jaxft.rl.experience import Experience, KlControl
 from jaxft.rl.pool import RewardFn
@@ -199,13 +199,20 @@ def read_scores(
     batch = {name: batch[name] for name in fields}
     found = {}
     if "value_head" in params:
-        log_probs, found["old_values"] = _score_and_values(model, params, batch, temperature)
+        both = _awaited(_score_and_values(model, params, batch, temperature))
+        log_probs, found["old_values"] = both
         found |= {"old_log_probs": log_probs} if old else {}
     elif old:
-        found["old_log_probs"] = score(model, params, batch, temperature)
+        found["old_log_probs"] = _awaited(score(model, params, batch, temperature))
     if ref_params is not None:
-        found["ref_log_probs"] = score(model, ref_params, batch, temperature)
+        found["ref_log_probs"] = _awaited(score(model, ref_params, batch, temperature))
     return found
+
+
+def _awaited(result):
+    """`in_turn`, but for what is only being traced."""
+    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(result))
+    return result if traced else in_turn(result)
 
 
 def _credited(credit, batch, kl_weight):

@@ -1,7 +1,12 @@
-"""What is installed, whether it fits together, and which devices there are: python -m jaxft.doctor"""
+"""What is installed, whether it fits together, and which devices there are.
+
+python -m jaxft.doctor
+python -m jaxft.doctor --hosts    started on every host as a training script: whether they meet and are alike
+"""
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import os
 import platform
@@ -117,9 +122,68 @@ def report() -> tuple[str, list[str]]:
     return "\n".join(lines), found
 
 
-def main() -> int:
+def hosts_report(timeout: int) -> tuple[str, list[str]]:
+    """(a line for each host, how they differ), once all have met and exchanged what they are.
+
+    Raises:
+        RuntimeError: if they do not meet within `timeout` seconds.
+        ValueError: see connect_hosts.
+    """
+    from jaxft.parallel import connect_hosts, gathered
+
+    connect_hosts(distributed=True, timeout=timeout)
+    import jax
+
+    kinds = ", ".join(sorted({device.device_kind for device in jax.local_devices()}))
+    versions = {name: installed(name) for name in CORE} | {"python": platform.python_version()}
+    rows = gathered(
+        {
+            "name": platform.node(),
+            "devices": f"{jax.local_device_count()} x {kinds}",
+            "memory": memory(),
+            "versions": versions,
+        }
+    )
+    lines = [f"{len(rows)} process(es), {jax.device_count()} devices; they exchange values"]
+    lines += [
+        f"{f'process {number}':18}{row['name']}: {row['devices']}, {row['memory']}"
+        for number, row in enumerate(rows)
+    ]
+    return "\n".join(lines), differences(rows)
+
+
+def differences(rows: list[dict]) -> list[str]:
+    """What hosts must have in common and do not."""
+    found = []
+    for name in rows[0]["versions"]:
+        seen = [row["versions"][name] for row in rows]
+        odd = [number for number, version in enumerate(seen) if version != seen[0]]
+        if odd:
+            found.append(
+                f"process {odd[0]} has {name} {seen[odd[0]]}, process 0 has {seen[0]}; install the "
+                "same everywhere"
+            )
+    for number, row in enumerate(rows):
+        if row["devices"] != rows[0]["devices"]:
+            found.append(
+                f"process {number} has {row['devices']}, process 0 has {rows[0]['devices']}"
+            )
+            break
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
     """Prints the report; 1 if there is a problem."""
-    text, found = report()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--hosts", action="store_true", help="meet the other hosts, and compare")
+    parser.add_argument("--timeout", type=int, default=120, help="seconds to wait for them")
+    options = parser.parse_args(arguments)
+    try:
+        text, found = hosts_report(options.timeout) if options.hosts else report()
+    except (RuntimeError, ValueError) as error:
+        text, found = "", [" ".join(str(error).split())]
     print(text)
     for problem in found:
         print(f"problem: {problem}")

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from jaxft import doctor
+from tests.processes import run_processes
 
 
 @pytest.mark.parametrize(
@@ -62,3 +63,35 @@ def test_this_installation_is_well():
 def test_versions_are_parsed():
     assert doctor.parse("0.12.0.1") == (0, 12, 0, 1)
     assert doctor.parse("0.12.8.dev3") == (0, 12, 8)
+
+
+@pytest.mark.slow
+def test_hosts_meet_and_are_compared():
+    codes, outputs, errors = run_processes(2, ["-m", "jaxft.doctor", "--hosts"])
+    assert codes == [0, 0], errors
+    for output in outputs:
+        lines = output.splitlines()
+        assert lines[0] == "2 process(es), 4 devices; they exchange values"
+        assert [line.split()[:2] for line in lines[1:3]] == [["process", "0"], ["process", "1"]]
+        assert "2 x cpu" in lines[1] and lines[-1] == "all well"
+
+
+def test_hosts_that_differ_are_named():
+    row = lambda jax, devices: {"versions": {"jax": jax, "python": "3.12.1"}, "devices": devices}
+    rows = [
+        row("0.11.1", "4 x TPU v5e"),
+        row("0.11.1", "4 x TPU v5e"),
+        row("0.11.2", "8 x TPU v5e"),
+    ]
+    assert doctor.differences(rows[:2]) == []
+    versions, devices = doctor.differences(rows)
+    assert versions.startswith("process 2 has jax 0.11.2, process 0 has 0.11.1; install the same")
+    assert devices == "process 2 has 8 x TPU v5e, process 0 has 4 x TPU v5e"
+
+
+def test_a_host_that_is_told_too_little_says_so(monkeypatch, capsys):
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    monkeypatch.delenv("JAX_PROCESS_ID", raising=False)
+    monkeypatch.delenv("JAX_COORDINATOR_ADDRESS", raising=False)
+    assert doctor.main(["--hosts"]) == 1
+    assert "set all three or none" in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -108,6 +109,16 @@ def to_host(tree: Any) -> Any:
         return multihost_utils.process_allgather(leaf, tiled=True)
 
     return jax.tree.map(whole, tree)
+
+
+def gathered(value: Any) -> list[Any]:
+    """What each process passed, as JSON has it, in a list that all of them get."""
+    if jax.process_count() == 1:
+        return [value]
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array(len(text)))
+    padded = multihost_utils.process_allgather(np.pad(text, (0, int(sizes.max()) - len(text))))
+    return [json.loads(bytes(row[:size])) for row, size in zip(padded, sizes, strict=True)]
 
 
 def written_once(write: Callable[[], None], what: str, parts: Iterable[Any] = ()) -> None:

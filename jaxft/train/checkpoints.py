@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import logging
 import math
 import os
@@ -19,11 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
 from jaxft.adapters import combine, partition
 from jaxft.adapters.commit import commit
-from jaxft.parallel import meet
+from jaxft.parallel import gathered, meet
 from jaxft.train.batches import BatchSource, lay_out
 from jaxft.train.callbacks import Row
 from jaxft.train.digest import all_finite, digests
@@ -137,7 +135,7 @@ class Saver:
         meta = {
             "step": step,
             "key": [str(jax.random.key_impl(state.key)), jax.random.key_data(state.key).tolist()],
-            "data": _from_all_processes(source.position()),
+            "data": gathered(source.position()),
             "history": [_as_json(r) for r in history[-HISTORY_ROWS:]],
             "frozen": self._frozen,
             "trainable": digests(trainable),
@@ -339,13 +337,3 @@ def _own_position(positions):
 
 def _as_json(row):
     return {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in row.items()}
-
-
-def _from_all_processes(position):
-    """Each process's data position, in a list that all processes have."""
-    if jax.process_count() == 1:
-        return [position]
-    text = np.frombuffer(json.dumps(position).encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.array(len(text)))
-    padded = multihost_utils.process_allgather(np.pad(text, (0, int(sizes.max()) - len(text))))
-    return [json.loads(bytes(row[:size])) for row, size in zip(padded, sizes, strict=True)]

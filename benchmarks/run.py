@@ -40,9 +40,11 @@ SHARPNESS = {
     "sam_optax_30m": ("sam", "optax", "1"),
 }
 
-# A step of GRPO: rollout, rewards, update. Ours with rewards on the host, and in one program.
+# Post-training beside TRL's trainers: steps of DPO with the reference's log-probs known; steps of GRPO, ours
+# with rewards on the host, and in one program.
 TRL_GRPO = ["-m", "benchmarks.side_trl_grpo"]
-GRPO = {
+TRL = {
+    "dpo_trl": (["-m", "benchmarks.dpo"], ["-m", "benchmarks.side_trl_dpo"]),
     "grpo_trl": (["-m", "benchmarks.grpo", "host"], TRL_GRPO),
     "grpo_on_device": (["-m", "benchmarks.grpo", "device"], TRL_GRPO),
 }
@@ -53,7 +55,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    names = [*CELLS, *GRPO, "epoch_trl"]
+    names = [*CELLS, *TRL, "epoch_trl"]
     parser.add_argument("--cells", nargs="+", choices=names, default=names)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1, help="1 gives steady CPU seconds")
@@ -61,7 +63,7 @@ def main() -> None:
     parser.add_argument("--tunix-python", default=".venv-tunix/bin/python")
     args = parser.parse_args()
     for name in args.cells:
-        ours, theirs = _epoch() if name == "epoch_trl" else GRPO.get(name) or _cell(name)
+        ours, theirs = _epoch() if name == "epoch_trl" else TRL.get(name) or _cell(name)
         # Between our own two sides malloc is set alike anyway.
         alike = name.startswith("paca") or name in SHARPNESS
         warm = ["--warm"] if args.warm and not alike else []

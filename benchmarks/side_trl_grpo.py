@@ -5,8 +5,7 @@ import tempfile
 
 import datasets
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
 from benchmarks.grpo import (
@@ -21,6 +20,7 @@ from benchmarks.grpo import (
     questions,
 )
 from benchmarks.harness import serve, warm_memory
+from benchmarks.words import words, words_tokenizer
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--warm", action="store_true", help="give torch jaxft's malloc settings too")
@@ -35,14 +35,7 @@ def main(args):
     rope = {"rope_type": "default", "rope_theta": MODEL["rope_theta"]}
     special = dict(bos_token_id=1, eos_token_id=EOS, pad_token_id=0)
     model = LlamaForCausalLM(LlamaConfig(**sizes, rope_parameters=rope, **special))
-    words = Tokenizer(
-        models.WordLevel({f"w{i}": i for i in range(MODEL["vocab_size"])}, unk_token="w3")
-    )
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="w0", bos_token="w1", eos_token=f"w{EOS}", unk_token="w3"
-    )
-    prompts = [" ".join(f"w{i}" for i in row) for row in questions()]
+    prompts = [words(row) for row in questions()]
     settings = GRPOConfig(
         output_dir=tempfile.mkdtemp(),
         per_device_train_batch_size=PROMPTS * GROUP,
@@ -67,7 +60,7 @@ def main(args):
         reward_funcs=lambda completions, **_: distinct_words(completions, None),
         args=settings,
         train_dataset=datasets.Dataset.from_dict({"prompt": prompts}),
-        processing_class=tokenizer,
+        processing_class=words_tokenizer(MODEL["vocab_size"]),
     )
     serve(trainer.train, steps=STEPS, completions=PROMPTS * GROUP)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -104,8 +105,11 @@ def jsonl_log(path: str | Path) -> Callback:
     def on_start(run):
         writable_directory(path.parent)
         kept = _lines_up_to(path, run.first_step)
-        files.append(path.open("w"))
-        files[0].writelines(kept)
+        # In one piece: a kill between emptying the file and filling it would lose the rows for good.
+        new = path.with_name(path.name + ".tmp")
+        new.write_text("".join(kept))
+        os.replace(new, path)
+        files.append(path.open("a"))
 
     def on_row(row):
         files[0].write(json.dumps({k: _as_json(v) for k, v in row.items()}) + "\n")

@@ -47,6 +47,18 @@ def test_jsonl_goes_on_after_the_checkpoint_and_drops_what_came_later(tmp_path):
     assert rows[-1]["array"] == [1.0, None] and rows[-1]["other"] is None
 
 
+def test_jsonl_keeps_its_rows_on_the_disk_while_a_run_begins(tmp_path):
+    """A kill before the first new row must not take the old ones."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    log = jsonl_log(path)
+    log.on_start(Run(2, 4, []))
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+    log.on_row({"step": 3})
+    assert path.read_text().splitlines()[2:] == ['{"step": 3}']
+    log.on_end(None)
+
+
 def test_off_a_terminal_progress_is_a_plain_line_every_few_steps(problem):
     out = io.StringIO()
     console = rich.console.Console(file=out)

@@ -103,12 +103,13 @@ def to_host(tree: Any) -> Any:
 
     def whole(leaf):
         if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
-            return np.asarray(leaf)
+            return leaf
         if leaf.is_fully_replicated:
-            return np.asarray(leaf.addressable_data(0))
+            return leaf.addressable_data(0)
         return multihost_utils.process_allgather(leaf, tiled=True)
 
-    return jax.tree.map(whole, tree)
+    # All copies are started before the first is awaited.
+    return jax.tree.map(np.asarray, jax.device_get(jax.tree.map(whole, tree)))
 
 
 def gathered(value: Any) -> list[Any]:

@@ -1,7 +1,6 @@
 """TRL's side: an epoch of SFTTrainer with LoRA over real records, prompts masked."""
 
 import argparse
-import tempfile
 
 import datasets
 import torch
@@ -10,6 +9,7 @@ from trl import SFTConfig, SFTTrainer
 
 from benchmarks.epoch import BATCH, LEARNING_RATE, LINEAR, MAX_LENGTH, held_out, records
 from benchmarks.harness import serve, warm_memory
+from benchmarks.trl_common import on_cpu
 
 parser = argparse.ArgumentParser()
 parser.add_argument("model", help="directory of the model")
@@ -23,20 +23,11 @@ def main(args):
     torch.manual_seed(0)
     rows = [{k: r[k] for k in ("prompt", "completion")} for r in records()]
     settings = SFTConfig(
-        output_dir=tempfile.mkdtemp(),
+        **on_cpu(),
         per_device_train_batch_size=BATCH,
         num_train_epochs=1,
         learning_rate=LEARNING_RATE,
-        lr_scheduler_type="constant",
         max_length=MAX_LENGTH,
-        # Recomputation, TRL's default, would only slow it down here; the rest is as shipped.
-        gradient_checkpointing=False,
-        bf16=False,
-        use_cpu=True,
-        report_to=[],
-        save_strategy="no",
-        disable_tqdm=True,
-        logging_strategy="no",
         model_init_kwargs={"dtype": "float32"},
     )
     trainer = SFTTrainer(

@@ -1,11 +1,8 @@
 """TRL's side of GRPO: GRPOTrainer on the same random Llama, as shipped but for what a CPU lacks."""
 
 import argparse
-import tempfile
 
 import datasets
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
 from benchmarks.grpo import (
@@ -20,6 +17,7 @@ from benchmarks.grpo import (
     questions,
 )
 from benchmarks.harness import serve, warm_memory
+from benchmarks.trl_common import on_cpu, random_llama
 from benchmarks.words import words, words_tokenizer
 
 parser = argparse.ArgumentParser()
@@ -30,33 +28,20 @@ def main(args):
     """Builds the trainer and serves its steps."""
     if args.warm:
         warm_memory()
-    torch.manual_seed(0)
-    sizes = {k: v for k, v in MODEL.items() if k not in ("model_type", "rope_theta")}
-    rope = {"rope_type": "default", "rope_theta": MODEL["rope_theta"]}
-    special = dict(bos_token_id=1, eos_token_id=EOS, pad_token_id=0)
-    model = LlamaForCausalLM(LlamaConfig(**sizes, rope_parameters=rope, **special))
     prompts = [words(row) for row in questions()]
     settings = GRPOConfig(
-        output_dir=tempfile.mkdtemp(),
+        **on_cpu(),
         per_device_train_batch_size=PROMPTS * GROUP,
         num_generations=GROUP,
         max_completion_length=NEW,
         max_steps=STEPS,
         learning_rate=LEARNING_RATE,
-        lr_scheduler_type="constant",
         temperature=1.0,
         beta=0.0,
         loss_type="grpo",
-        gradient_checkpointing=False,
-        bf16=False,
-        use_cpu=True,
-        report_to=[],
-        save_strategy="no",
-        disable_tqdm=True,
-        logging_strategy="no",
     )
     trainer = GRPOTrainer(
-        model=model,
+        model=random_llama(MODEL, EOS),
         reward_funcs=lambda completions, **_: distinct_words(completions, None),
         args=settings,
         train_dataset=datasets.Dataset.from_dict({"prompt": prompts}),

@@ -85,13 +85,14 @@ def _batched(x, first, second):
 def _unrolled(x, first, second):
     inputs, outputs, rank, width = first.shape
     height = second.shape[1]
-    parts = [x[..., k * width : (k + 1) * width] for k in range(inputs)]
-    middle = [p @ f.reshape(outputs * rank, width).T for p, f in zip(parts, first, strict=True)]
+    # Split, not sliced: the gradient of slices is a sum of padded copies, of a split one concatenation.
+    split = functools.partial(jnp.split, axis=-1)
+    maps = [f.reshape(outputs * rank, width).T for f in first]
+    middle = [split(p @ f, outputs) for p, f in zip(split(x, inputs), maps, strict=True)]
     columns = []
-    for j in range(outputs):
-        own = [h[..., j * rank : (j + 1) * rank] for h in middle]
+    for own, factor in zip(zip(*middle, strict=True), second, strict=True):
         h = jnp.concatenate(own, axis=-1)
-        columns.append(h @ second[j].reshape(height, inputs * rank).T)
+        columns.append(h @ factor.reshape(height, inputs * rank).T)
     return jnp.stack(columns, axis=-1).reshape(*x.shape[:-1], height * outputs)
 
 

@@ -81,7 +81,8 @@ def _nf4(tpu):
     arrays = ((inputs // 2, outputs), jnp.uint8), ((inputs // BLOCK, outputs), jnp.float32)
     for tokens in (8, 2048):
         for transposed in (False, True):
-            for form in ("xla", *(["pallas"] if tpu else [])):
+            own = "pallas" if tpu else "triton" if tokens == 8 and not transposed else None
+            for form in filter(None, ("xla", own)):
                 fn = functools.partial(
                     nf4_product, features=inputs, dtype=jnp.bfloat16, transposed=transposed,
                     implementation=form,

@@ -20,13 +20,13 @@ def target_platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
-def on_one_tpu() -> bool:
-    """True on a TPU with one device in sight, or inside a shard_map over all axes of a mesh.
+def on_one(platform: str) -> bool:
+    """True on a "tpu" or "gpu" with one device in sight, or inside a shard_map over all axes of a mesh.
 
     XLA cannot split a kernel over the devices of a mesh by itself, so that under jit with sharded
     arrays the forms that it can split must be taken.
     """
-    if target_platform() != "tpu":
+    if target_platform() != platform:
         return False
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:

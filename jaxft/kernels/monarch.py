@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Inexact
 
-from jaxft.kernels.backend import on_one_tpu, target_platform
+from jaxft.kernels.backend import on_one, target_platform
 
 # Above this many blocks a product for each of them costs more in overhead than it saves in copies.
 MOST_UNROLLED = 8
@@ -72,7 +72,7 @@ def _best(x, first, second, features) -> Implementation:
     sizes = _Sizes.of(first, second, x.shape[-1], features)
     real = x.dtype in (jnp.bfloat16, jnp.float32)
     fits = sizes.vmem_bytes(x.dtype.itemsize) <= MOST_VMEM
-    return "pallas" if real and fits and on_one_tpu() else "batched"
+    return "pallas" if real and fits and on_one("tpu") else "batched"
 
 
 def _batched(x, first, second):

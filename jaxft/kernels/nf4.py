@@ -8,19 +8,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxft.kernels.backend import on_one_tpu
+from jaxft.kernels.backend import on_one
+from jaxft.kernels.nf4_gpu import nf4_few_rows, takes
+from jaxft.kernels.nf4_levels import NF4_LEVELS, nf4_level
 
-# Quantiles of the normal distribution, 0 among them (QLoRA, appendix E).
-NF4_LEVELS = np.array(
-    [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
-     -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
-     0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0], np.float32,
-)  # fmt: skip
+__all__ = ["NF4_LEVELS", "nf4_dequantise", "nf4_product"]
+
+
 BLOCK = 64  # inputs that share a scale, where the kernel is to be used
 # Of a tile of the kernel: the wider, the more seldom x is read. Of rows, so many hold 8 n blocks.
 WIDTHS = (1024, 512)
@@ -44,7 +41,7 @@ def nf4_dequantise(codes: jax.Array, scales: jax.Array, *, features: int, dtype:
     halves = codes.reshape(blocks, 1, -1, columns) >> jnp.array([4, 0], jnp.uint8).reshape(
         1, 2, 1, 1
     )
-    dense = _level(halves & 15) * scales[:, None, None]
+    dense = nf4_level(halves & 15) * scales[:, None, None]
     return dense.reshape(-1, columns)[:features].astype(dtype)
 
 
@@ -66,38 +63,40 @@ def nf4_product(
         codes, scales, features, dtype: see nf4_dequantise.
         implementation: "xla": nf4_dequantise and a product, which XLA fuses on a TPU; on a GPU W lies in
             memory for a while. "pallas": a kernel for TPUs that dequantises each tile of W once
-            into fast memory; needs blocks of 64. None: pallas on one TPU where a tile
-            fits, else xla.
-        interpret: run the kernel of "pallas" in Python, wherever this is.
+            into fast memory; needs blocks of 64. "triton": a kernel for GPUs and at most 64 rows, as in
+            decoding, that reads the codes and never writes W. None: pallas on one TPU where a tile fits,
+            triton on one GPU for so few rows, else xla.
+        interpret: run the kernel in Python, wherever this is.
 
     Raises:
         ValueError: for an unknown implementation, or one that cannot take this kernel.
     """
-    if implementation is None:
-        width = _width(codes.shape, features, x.dtype.itemsize, transposed)
-        real = x.dtype in (jnp.bfloat16, jnp.float32)
-        usual = _block(codes, scales) == BLOCK
-        implementation = "pallas" if real and usual and width and on_one_tpu() else "xla"
+    implementation = implementation or _best(x, codes, scales, features, transposed)
     if implementation == "pallas":
         rows = x.reshape(-1, x.shape[-1])
         y = _tiled(rows, codes, scales, features, dtype, transposed, interpret)
         return y.reshape(*x.shape[:-1], y.shape[-1])
+    if implementation == "triton" and not transposed:
+        rows = x.reshape(-1, x.shape[-1])
+        y = nf4_few_rows(rows, codes, scales, dtype=dtype, interpret=interpret)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
     if implementation != "xla":
         raise ValueError(
-            f"nf4_product: unknown implementation {implementation!r}; expected xla or pallas."
+            f"nf4_product: unknown implementation {implementation!r}; expected xla, pallas, or triton, "
+            "which has no transposed form."
         )
     dense = nf4_dequantise(codes, scales, features=features, dtype=dtype).astype(x.dtype)
     return jax.lax.dot_general(x, dense, (((x.ndim - 1,), (int(transposed),)), ((), ())))
 
 
-def _level(codes):
-    """NF4_LEVELS[codes] by a tree of selections: a table look-up is 10 times as slow on a TPU."""
-    levels = [jnp.float32(level) for level in NF4_LEVELS]
-    for bit in (1, 2, 4, 8):
-        chosen = (codes & bit) != 0
-        pairs = zip(levels[::2], levels[1::2], strict=True)
-        levels = [jnp.where(chosen, high, low) for low, high in pairs]
-    return levels[0]
+def _best(x, codes, scales, features, transposed):
+    if x.dtype not in (jnp.bfloat16, jnp.float32):
+        return "xla"
+    width = _width(codes.shape, features, x.dtype.itemsize, transposed)
+    if _block(codes, scales) == BLOCK and width and on_one("tpu"):
+        return "pallas"
+    few = not transposed and takes(math.prod(x.shape[:-1]), codes.shape, scales.shape)
+    return "triton" if few and on_one("gpu") else "xla"
 
 
 def _block(codes, scales):
@@ -115,7 +114,7 @@ def _kernel(block, inputs, dtype, transposed, x_ref, codes_ref, scales_ref, y_re
             codes = codes_ref[pl.ds(start, half)].astype(jnp.int32)
             scale = scales_ref[pl.ds(i, 1)]
             for part, nibble in enumerate((codes >> 4, codes & 15)):
-                levels = (_level(nibble) * scale).astype(dtype)
+                levels = (nf4_level(nibble) * scale).astype(dtype)
                 w_ref[pl.ds(pl.multiple_of(2 * start + part * half, half), half)] = levels.astype(
                     w_ref.dtype
                 )

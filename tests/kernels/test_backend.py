@@ -5,22 +5,22 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, PartitionSpec
 
-from jaxft.kernels.backend import on_one_tpu, target_platform
+from jaxft.kernels.backend import on_one, target_platform
 
 
 def test_never_on_a_cpu():
-    assert not on_one_tpu()
+    assert not on_one("tpu")
 
 
 def test_on_tpus_only_where_one_device_is_in_sight(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    assert jax.device_count() == 8 and not on_one_tpu()
+    assert jax.device_count() == 8 and not on_one("tpu")
     chip = AbstractDevice(device_kind="a chip", num_cores=1, platform="tpu")
     mesh = AbstractMesh((4, 2), ("data", "fsdp"), abstract_device=chip)
     seen = []
 
     def body(x):
-        seen.append(on_one_tpu())
+        seen.append(on_one("tpu"))
         return x
 
     spec = PartitionSpec("data")
@@ -29,20 +29,20 @@ def test_on_tpus_only_where_one_device_is_in_sight(monkeypatch):
         jax.eval_shape(mapped, jax.ShapeDtypeStruct((8,), np.float32))
     assert seen == [True, False]
     with jax.sharding.use_abstract_mesh(mesh):
-        assert not on_one_tpu()
+        assert not on_one("tpu")
     monkeypatch.setattr(jax, "device_count", lambda: 1)
-    assert on_one_tpu()
+    assert on_one("tpu")
 
 
 @pytest.mark.parametrize("backend", ["gpu", "cpu"])
 def test_never_elsewhere(monkeypatch, backend):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     monkeypatch.setattr(jax, "device_count", lambda: 1)
-    assert not on_one_tpu()
+    assert not on_one("tpu")
 
 
 def test_the_platform_is_that_of_the_mesh_in_context():
     chip = AbstractDevice(device_kind="a chip", num_cores=1, platform="tpu")
     assert target_platform() == "cpu"
     with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("data",), abstract_device=chip)):
-        assert target_platform() == "tpu" and on_one_tpu()
+        assert target_platform() == "tpu" and on_one("tpu")

@@ -56,6 +56,27 @@ def test_product_by_definition(shape, dtype, tolerance, transposed, implementati
     np.testing.assert_array_equal(form(x.reshape(1, *x.shape))[0], found)
 
 
+@pytest.mark.parametrize("shape", [(128, 64, 5), (70, 32, 64), (1100, 96, 1)])
+@pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 1e-5), (jnp.bfloat16, 1e-2)])
+def test_few_rows_by_definition(shape, dtype, tolerance):
+    features, columns, tokens = shape
+    codes, scales, dense = draw(features, columns, 64)
+    x = jax.random.normal(jax.random.key(1), (tokens, features), dtype)
+    expected = np.asarray(x, np.float64) @ np.asarray(jnp.asarray(dense).astype(dtype), np.float64)
+    found = nf4_product(
+        x[None],
+        codes,
+        scales,
+        features=features,
+        dtype=dtype,
+        implementation="triton",
+        interpret=True,
+    )[0]
+    assert found.dtype == dtype and found.shape == expected.shape
+    atol = tolerance * np.abs(expected).max()
+    np.testing.assert_allclose(np.asarray(found, np.float64), expected, atol=atol, rtol=0)
+
+
 def test_on_a_cpu_no_kernel_is_chosen_and_cuda_takes_the_plain_form():
     codes, scales, _ = draw(64, 8, 64)
     form = lambda x: nf4_product(x, codes, scales, features=64, dtype=jnp.float32)
@@ -67,10 +88,16 @@ def test_on_a_cpu_no_kernel_is_chosen_and_cuda_takes_the_plain_form():
 def test_bad_arguments():
     codes, scales, _ = draw(8, 3, 4)
     options = dict(features=8, dtype=jnp.float32)
-    with pytest.raises(ValueError, match="expected xla or pallas"):
+    with pytest.raises(ValueError, match="expected xla, pallas, or triton"):
         nf4_product(jnp.ones((2, 8)), codes, scales, implementation="cuda", **options)
     with pytest.raises(ValueError, match="got blocks of 4"):
         nf4_product(jnp.ones((2, 8)), codes, scales, implementation="pallas", **options)
+    with pytest.raises(ValueError, match="got 2 rows, 3 columns and blocks of 4"):
+        nf4_product(jnp.ones((2, 8)), codes, scales, implementation="triton", **options)
+    with pytest.raises(ValueError, match="no transposed form"):
+        nf4_product(
+            jnp.ones((2, 3)), codes, scales, implementation="triton", transposed=True, **options
+        )
 
 
 CODE = """
@@ -104,6 +131,27 @@ def test_it_compiles_for_tpus_and_the_dense_kernel_never_lies_in_memory():
         assert temp < 1088 * 1536 * 2, topology
 
 
-def test_the_plain_form_compiles_for_a_gpu():
+GPU_CODE = """
+import json, jax, jax.numpy as jnp
+from jaxft.kernels.nf4 import nf4_product
+from jaxft.parallel import compile_only_devices, compiled_cost, make_mesh, replicated
+mesh = make_mesh(devices=compile_only_devices("h100:1"))
+shape = lambda s, d: jax.ShapeDtypeStruct(s, d, sharding=replicated(mesh))
+found = []
+for tokens, transposed in ((8, False), (8, True), (65, False)):
+    form = lambda *a: nf4_product(*a, features=1088, dtype=jnp.bfloat16, transposed=transposed)
+    x = shape((tokens, 1536 if transposed else 1088), jnp.bfloat16)
+    with jax.set_mesh(mesh):
+        args = x, shape((544, 1536), jnp.uint8), shape((17, 1536), jnp.float32)
+        cost = compiled_cost(jax.jit(form).lower(*args).compile())
+    found.append([cost.kernels, cost.temp_bytes])
+print(json.dumps(found))
+"""
+
+
+def test_a_gpu_reads_codes_alone_for_few_rows_and_forms_the_kernel_for_many():
     # In a process of its own: a TPU's compiler there before hides the GPU's.
-    assert len(run_aot(CODE.replace("{cases}", repr([("h100:1", "xla", 0)])))) == 2
+    few, back, many = run_aot(GPU_CODE)
+    dense = 1088 * 1536 * 2
+    assert few[0] == 1 and few[1] < dense / 8
+    assert back[0] == many[0] == 0

@@ -18,12 +18,14 @@ from jaxft.models import Decoder, DecoderConfig
 from jaxft.objectives import supervised
 
 
-def decoder(vocabulary: int, length: int, width: int = 64, layers: int = 2) -> Decoder:
-    """A Llama-like decoder with four heads."""
+def decoder(
+    vocabulary: int, length: int, width: int = 64, layers: int = 2, **options: Any
+) -> Decoder:
+    """A Llama-like decoder with four heads; `options` are fields of its config."""
     return Decoder(
         DecoderConfig(
             vocab_size=vocabulary, hidden_size=width, intermediate_size=2 * width, num_layers=layers,
-            num_heads=4, num_kv_heads=4, head_dim=width // 4, max_length=length,
+            num_heads=4, num_kv_heads=4, head_dim=width // 4, max_length=length, **options,
         )
     )  # fmt: skip
 

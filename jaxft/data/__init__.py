@@ -17,6 +17,14 @@ from jaxft.data.groups import (
     render_unpaired,
 )
 from jaxft.data.inspection import Inspection, inspect
+from jaxft.data.judged import (
+    GreenCounts,
+    Judged,
+    clean_report,
+    green_score,
+    judge_pairs,
+    parse_green,
+)
 from jaxft.data.preference import (
     all_pairs,
     best_worst,
@@ -36,8 +44,10 @@ __all__ = [
     "BadRecords",
     "DataError",
     "DataIterator",
+    "GreenCounts",
     "Inspection",
     "JsonLines",
+    "Judged",
     "Renderer",
     "Tokenised",
     "as_messages",
@@ -58,12 +68,16 @@ __all__ = [
     "TokenisedGroup",
     "all_pairs",
     "best_worst",
+    "clean_report",
     "common_prompt",
     "finite_group_batches",
+    "green_score",
     "group_batches",
+    "judge_pairs",
     "normalise_pair",
     "normalise_ranked",
     "normalise_unpaired",
+    "parse_green",
     "render_pairs",
     "render_unpaired",
     "unpair",

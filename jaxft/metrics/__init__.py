@@ -1,7 +1,7 @@
 """Measures of models: running means, intervals, wins at equal length, several answers."""
 
 from jaxft.metrics.interval import wilson_interval
-from jaxft.metrics.length import length_controlled_rate
+from jaxft.metrics.length import length_controlled_rate, standardised_mean
 from jaxft.metrics.mean import Mean, combine_means
 from jaxft.metrics.samples import majority_vote, pass_at_k
 
@@ -11,5 +11,6 @@ __all__ = [
     "length_controlled_rate",
     "majority_vote",
     "pass_at_k",
+    "standardised_mean",
     "wilson_interval",
 ]

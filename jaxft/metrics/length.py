@@ -42,3 +42,33 @@ def length_controlled_rate(wins: np.ndarray, length_differences: np.ndarray) -> 
         step = np.linalg.solve(hessian + 1e-9 * np.eye(2), gradient)
         weights = weights - step / max(1.0, np.abs(step).max())
     return float(1 / (1 + np.exp(-weights[0])))
+
+
+def standardised_mean(
+    values: np.ndarray, lengths: np.ndarray, ref_lengths: np.ndarray
+) -> tuple[float, float]:
+    """(mean, share): the mean of `values` if their lengths were distributed as `ref_lengths` are.
+
+    Direct standardisation: the mean value at each length, weighted by the reference's share of it. Lengths
+    that `values` do not have are left out; `share` is what the others hold of the reference.
+
+    Args:
+        values: [N] scores.
+        lengths: [N] tokens of what was scored.
+        ref_lengths: [M] tokens of what it is compared with.
+
+    Raises:
+        ValueError: for no or unequally many values, or if no length is shared.
+    """
+    values, lengths, ref_lengths = map(np.asarray, (values, lengths, ref_lengths))
+    if values.shape != lengths.shape or values.ndim != 1 or not len(values) or not len(ref_lengths):
+        raise ValueError(
+            f"standardised_mean: {values.shape} values, {lengths.shape} lengths and {ref_lengths.shape} of "
+            "the reference; expected one length a value, and some of both."
+        )
+    kinds = np.intersect1d(lengths, ref_lengths)
+    if not len(kinds):
+        raise ValueError("standardised_mean: no length is among those of the reference.")
+    shares = np.array([np.mean(ref_lengths == kind) for kind in kinds])
+    means = np.array([values[lengths == kind].mean() for kind in kinds])
+    return float(shares @ means / shares.sum()), float(shares.sum())

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.papers import _hypo_bandits, _hypo_text, dco, hypo
+from experiments.papers import _cxr_reports, _hypo_bandits, _hypo_text, cxr_preference, dco, hypo
+from jaxft.data import GreenCounts, green_score
 from jaxft.losses import leave_one_out, reverse_kl_surrogate
 
 
@@ -208,3 +209,94 @@ def test_dco_s_judge_can_fail(n, change):
     if n:
         runs[n][-1] |= change
     assert all(claim.holds for claim in dco.judge({k: [v] * 3 for k, v in runs.items()})) == (not n)
+
+
+def test_cxr_preference_smoke(tmp_path):
+    assert cxr_preference.main(cxr_preference.Config(smoke=True, output_dir=str(tmp_path))) == 0
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    (run,) = metrics["runs"]
+    assert 0 < run["pairs"] <= 64 - run["undecided"] and run["unread"] > 0
+    assert [row["step"] for row in run["KTO"]["curve"]] == [2, 4]
+    assert run["DPO"]["best_step"] in (2, 4) and "greens" not in run["DPO"]
+    exact = metrics["lengths"]
+    np.testing.assert_allclose(
+        exact["DPO"]["policy"], (0.1246, 0.0684, 0.0375, 0.1522, 0.6172), atol=1e-3
+    )
+    unbiased = (0.3483, 0.1281, 0.0471, 0.1281, 0.3483)
+    np.testing.assert_allclose(exact["R-DPO"]["policy"], unbiased, atol=1e-3)
+    assert all(claim["holds"] for claim in metrics["claims"][-2:])
+    assert (tmp_path / "cxr_preference.png").stat().st_size > 1000
+
+
+def test_cxr_s_judge_counts_as_green_does():
+    truth = np.zeros(12, bool)
+    truth[[1, 4]] = True
+    there, absent = (lambda i: _cxr_reports.POSITIVE + i), (lambda i: _cxr_reports.NEGATIVE + i)
+    reference = [there(1), there(4), absent(0), absent(2), absent(3), _cxr_reports.END]
+    count = lambda *tokens: _cxr_reports.judge([*tokens, _cxr_reports.END], truth, reference)
+    assert count(*reference[:-1]) == GreenCounts(5, (0,) * 6)
+    # Of two findings one is said, one denied (false, and missing); one is false; 7 is true and free.
+    assert count(there(1), absent(4), there(9), absent(7)) == GreenCounts(1, (2, 1, 0, 0, 0, 0))
+    assert count(there(1), there(4), absent(7)).significant == (0,) * 6
+    assert _cxr_reports.judge(reference[:-1], truth, reference) is None
+    said = [[there(1), absent(4)], [there(1), there(2)]]  # of 1, 4 and of 1: two right, one wrong
+    both = np.stack([truth, np.arange(12) == 1])
+    assert _cxr_reports.finding_f1(said, both) == 2 * 2 / (3 + 3)
+
+
+def test_cxr_s_cases():
+    cases = _cxr_reports.draw(np.random.default_rng(0), 4000)
+    assert cases.prompts.shape == (4000, 13) and abs(cases.truth.mean() - 0.18) < 0.01
+    evidence = cases.prompts[:, :12]
+    assert abs((evidence == _cxr_reports.UNKNOWN).mean() - 0.15) < 0.01
+    clear = evidence != _cxr_reports.UNKNOWN
+    wrong = (evidence == _cxr_reports.PRESENT) != cases.truth
+    assert abs(wrong[clear].mean() - 0.05) < 0.005
+    batch = _cxr_reports.rows(cases.prompts, cases.reports)
+    assert batch["tokens"].shape == (4000, _cxr_reports.LENGTH) and batch["tokens"].max() < 30
+    assert batch["loss_mask"].sum(1).tolist() == [len(report) for report in cases.reports]
+    judged = [_cxr_reports.judge(r, t, r) for r, t in zip(cases.reports, cases.truth, strict=True)]
+    assert all(green_score(counts) == 1 for counts in judged)
+
+
+@pytest.mark.parametrize(
+    "name, change, failing",
+    [
+        (None, {}, []),
+        ("IPO", {"green": 0.51}, [0]),
+        ("IPO", {"green": 0.4}, [0, 1]),
+        ("DPO", {"green": 0.6}, []),
+        ("best of 4", {"green": 0.9}, [3]),
+        (None, {"length_chosen": 5.9}, [4]),
+        ("DPO", {"length": 6.0}, [5]),
+        ("KTO", {"win_rate_at_equal_length": 0.45}, [6]),
+        ("ORPO", {"f1": 0.5}, [7]),
+        ("lengths", {"length": 6.0}, [8]),
+        ("wrong", {"error": 0.1}, [9]),
+    ],
+)
+def test_cxr_s_judge_can_fail(name, change, failing):
+    row = {"green": 0.6, "length": 6.0, "f1": 0.7, "win_rate_at_equal_length": 0.6}
+    exact = {
+        "DPO": {"length": 8.138, "error": 1e-4},
+        "R-DPO": {"length": 6.0, "error": 1e-4},
+        "R-DPO, wrong sign": {"length": 9.237, "error": 1e-4},
+    }
+
+    def run(seed):
+        made = {"length_chosen": 6.2, "length_rejected": 5.9} | (change if name is None else {})
+        made |= {n: dict(row) for n in cxr_preference.FIVE}
+        made["DPO"]["length"] = 6.4
+        made["DPO"]["green"] = 0.65
+        made |= {n: row | {"green": 0.52} for n in cxr_preference.BASELINES}
+        made["SFT"] = row | {"green": 0.5, "f1": 0.65}
+        if name in made:
+            made[name] |= change
+        # A little noise, or intervals would have no width.
+        noise = lambda x: {k: v + 0.001 * seed for k, v in x.items()} if isinstance(x, dict) else x
+        return {k: noise(v) if k == "DPO" else v for k, v in made.items()}
+
+    if name in ("lengths", "wrong"):
+        exact["DPO" if name == "lengths" else "R-DPO, wrong sign"] |= change
+    claims = cxr_preference.judge({"runs": [run(i) for i in range(3)], "lengths": exact})
+    assert [i for i, claim in enumerate(claims) if not claim.holds] == failing

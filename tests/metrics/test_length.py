@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 
-from jaxft.metrics import length_controlled_rate
+from jaxft.metrics import length_controlled_rate, standardised_mean
 
 
 def draw(theta, phi, count=4000):
@@ -50,3 +50,15 @@ def test_mistakes_are_explained():
         length_controlled_rate([1, 0], [1])
     with pytest.raises(ValueError, match="must lie in 0..1"):
         length_controlled_rate([2.0], [1])
+
+
+def test_a_mean_at_the_reference_s_lengths():
+    values, lengths = np.array([1.0, 0.0, 0.5, 0.9]), np.array([3, 3, 4, 9])
+    # 3 is half of the reference, 4 a quarter; no value has length 5, and 9 is not in the reference.
+    mean, share = standardised_mean(values, lengths, np.array([3, 3, 4, 5]))
+    assert mean == pytest.approx((0.5 * 0.5 + 0.25 * 0.5) / 0.75) and share == 0.75
+    assert standardised_mean(values, lengths, lengths) == (pytest.approx(values.mean()), 1.0)
+    with pytest.raises(ValueError, match="no length is among"):
+        standardised_mean(values, lengths, np.array([1]))
+    with pytest.raises(ValueError, match="one length a value"):
+        standardised_mean(values, lengths[:2], lengths)

@@ -118,13 +118,15 @@ def layout(questions: Sequence[str], answers: Sequence[str]) -> dict[str, np.nda
     }
 
 
-def small_model(key: jax.Array, width: int = 96, length: int = 64) -> tuple[Decoder, Any]:
+def small_model(
+    key: jax.Array, width: int = 96, length: int = 64, vocabulary: int = len(ALPHABET)
+) -> tuple[Decoder, Any]:
     """(model, params): two layers; kernels and embedding are drawn with the deviation inputs^-1/2.
 
     The usual 0.02 is for widths of a thousand; at 96 it leaves the model near zero for hundreds of steps.
     """
     config = dataclasses.replace(
-        tiny_config(len(ALPHABET), length),
+        tiny_config(vocabulary, length),
         hidden_size=width,
         intermediate_size=8 * width // 3,
         head_dim=width // 4,

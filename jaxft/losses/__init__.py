@@ -10,7 +10,7 @@ from jaxft.losses.divergences import (
     reverse_kl_divergence,
     symmetric_kl_divergence,
 )
-from jaxft.losses.one_token_rollout import otr_expected_loss, otr_loss
+from jaxft.losses.one_token_rollout import otr_expected_loss, otr_loss, otr_metrics
 from jaxft.losses.policy import (
     adapted_kl_weight,
     banded_weights,
@@ -134,6 +134,7 @@ __all__ = [
     "orpo_loss",
     "otr_expected_loss",
     "otr_loss",
+    "otr_metrics",
     "overlong_penalty",
     "reinforce_loss",
     "repetition_unlikelihood",

@@ -33,24 +33,31 @@ def otr_loss(
         beta: β, reward of tokens that are not the target, below 0.
     """
     _check(kappa, beta)
-    if num_samples < 1:
-        raise ValueError(f"otr_loss: num_samples must be at least 1, got {num_samples}.")
     chex.assert_equal_shape([targets, mask])
     logits = logits.astype(jnp.float32)
-
-    def counts(key, logits):
-        # From the CDF: K uniforms a position, where K draws of `categorical` would take K V Gumbels.
-        cdf = jnp.cumsum(jax.nn.softmax(logits / kappa, axis=-1), axis=-1)
-        u = jax.random.uniform(key, (*logits.shape[:-1], num_samples)) * cdf[..., -1:]
-        drawn = jax.vmap(lambda c, x: jnp.searchsorted(c, x, side="right"))(cdf, u)
-        # u may round up to the last value of the CDF.
-        drawn = jnp.minimum(drawn, logits.shape[-1] - 1)
-        add = lambda row: jnp.zeros(logits.shape[-1]).at[row].add(1.0)
-        return jax.vmap(add)(drawn)
-
-    rows = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(logits.shape[0]))
-    shares = jax.vmap(counts)(rows, jax.lax.stop_gradient(logits)) / num_samples
+    shares = _drawn_shares(key, logits, num_samples, kappa)
     return jnp.where(mask, _policy_loss(logits, targets, shares, beta), 0.0)
+
+
+def otr_metrics(
+    key: jax.Array,
+    logits: Float[Array, "B T V"],
+    targets: Int[Array, "B T"],
+    *,
+    num_samples: int = 256,
+    kappa: float = 1.3,
+) -> dict[str, Float[Array, "B T"]]:
+    """What the samples of `otr_loss` with the same key met, of each position; under jit they are drawn once.
+
+    `hit_rate`: share of samples that are the target; `missed`: 1 where none is, so that the position
+    teaches only what not to say; `entropy` of π in nats.
+    """
+    _check(kappa, 0.0)
+    logits = jax.lax.stop_gradient(logits.astype(jnp.float32))
+    hits = _at(_drawn_shares(key, logits, num_samples, kappa), targets)
+    log_probs = jax.nn.log_softmax(logits)
+    entropy = -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)
+    return {"hit_rate": hits, "missed": (hits == 0) * 1.0, "entropy": entropy}
 
 
 def otr_expected_loss(
@@ -71,11 +78,34 @@ def otr_expected_loss(
     return _policy_loss(logits, targets, shares, beta)
 
 
+def _drawn_shares(key, logits, num_samples, kappa):
+    """[B, T, V]: the share of each token among K draws, those of a row from its own key."""
+    if num_samples < 1:
+        raise ValueError(f"otr_loss: num_samples must be at least 1, got {num_samples}.")
+
+    def counts(key, logits):
+        # From the CDF: K uniforms a position, where K draws of `categorical` would take K V Gumbels.
+        cdf = jnp.cumsum(jax.nn.softmax(logits / kappa, axis=-1), axis=-1)
+        u = jax.random.uniform(key, (*logits.shape[:-1], num_samples)) * cdf[..., -1:]
+        drawn = jax.vmap(lambda c, x: jnp.searchsorted(c, x, side="right"))(cdf, u)
+        # u may round up to the last value of the CDF.
+        drawn = jnp.minimum(drawn, logits.shape[-1] - 1)
+        add = lambda row: jnp.zeros(logits.shape[-1]).at[row].add(1.0)
+        return jax.vmap(add)(drawn)
+
+    rows = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(logits.shape[0]))
+    return jax.vmap(counts)(rows, jax.lax.stop_gradient(logits)) / num_samples
+
+
 def _policy_loss(logits, targets, shares, beta):
     """-Σ_v shares_v R_v log π(v), all V at once: R is β, and 1 for the target."""
-    picked = jnp.take_along_axis(shares, targets[..., None], axis=-1)[..., 0]
+    picked = _at(shares, targets)
     everything = jnp.sum(shares * jax.nn.log_softmax(logits), axis=-1)
     return (1 - beta) * picked * cross_entropy(logits, targets) - beta * everything
+
+
+def _at(values, targets):
+    return jnp.take_along_axis(values, targets[..., None], axis=-1)[..., 0]
 
 
 def _check(kappa, beta):

@@ -19,7 +19,7 @@ from jaxft.objectives.reward_model import (
     sequence_rewards,
     token_rewards,
 )
-from jaxft.objectives.supervised import Objective, shift, supervised
+from jaxft.objectives.supervised import Objective, shift, supervised, token_supervised
 from jaxft.objectives.trust_region import (
     LogitsFn,
     classifier_logits,
@@ -65,6 +65,7 @@ __all__ = [
     "spectrally_normalised",
     "supervised",
     "token_rewards",
+    "token_supervised",
     "token_values",
     "trust_region",
     "value_loss",

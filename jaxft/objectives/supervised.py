@@ -45,6 +45,34 @@ def supervised(model, *, chunk: int = 64) -> Objective:
     return objective
 
 
+def token_supervised(
+    model, token_loss: Callable[..., jax.Array], metrics: Callable[..., dict] | None = None
+) -> Objective:
+    """As `supervised`, with any token_loss(key, logits [B, T, V], targets [B, T], mask [B, T]) -> [B, T].
+
+    For losses that look at more than the target's log-prob, such as `otr_loss`: logits are held whole.
+
+    Args:
+        metrics: metrics(key, logits, targets) -> {name: [B, T]}, with the key of the loss; logged as means.
+    """
+
+    def objective(params, batch, key):
+        targets, weights = shift(batch)
+        output = model.apply(
+            {"params": params},
+            batch["tokens"],
+            positions=batch.get("positions"),
+            segment_ids=batch.get("segment_ids"),
+        )
+        count = jnp.sum(weights)
+        loss = Mean(jnp.sum(weights * token_loss(key, output.logits, targets, weights > 0)), count)
+        found = {} if metrics is None else metrics(key, output.logits, targets)
+        found = {name: Mean(jnp.sum(weights * x), count) for name, x in found.items()}
+        return loss.value, jax.lax.stop_gradient({"loss": loss} | found)
+
+    return objective
+
+
 def shift(batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
     """(targets [B, T], their weights [B, T] float32): position t predicts token t + 1.
 

@@ -162,3 +162,30 @@ def test_dft_is_cross_entropy_weighted_by_the_likelihood():
     close(losses.dft_loss(-ce), jnp.exp(-ce) * ce)
     grad = jax.grad(lambda x: losses.dft_loss(x).sum())(-ce)
     close(grad, -jnp.exp(-ce))
+
+
+def test_sampled_otr_meets_the_closed_form_and_its_parts():
+    positive = [0.039302, 0.030369, -0.178204, 0.038492, 0.020285, 0.049757]
+    close(expected_gradient(THETA, 2, beta=0.0), positive, rtol=1e-4)
+    loss = lambda z: losses.otr_loss(
+        jax.random.key(0), z, jnp.full((1, 1), 2), jnp.ones((1, 1), bool), num_samples=200_000
+    ).sum()
+    many = jax.jit(jax.grad(loss))(THETA[None, None])[0, 0]
+    close(many, expected_gradient(THETA, 2), rtol=0, atol=1.2e-3)
+
+
+def test_otr_metrics_count_the_samples_of_the_loss():
+    logits, targets = logits_and_targets()
+    mask, key = jnp.ones(targets.shape, bool), jax.random.key(1)
+    found = losses.otr_metrics(key, logits, targets, num_samples=4, kappa=1.0)
+    # With β = 0 the loss is the hit rate times the cross-entropy.
+    loss = losses.otr_loss(key, logits, targets, mask, num_samples=4, kappa=1.0, beta=0.0)
+    close(loss / losses.cross_entropy(logits, targets), found["hit_rate"])
+    close(found["missed"], found["hit_rate"] == 0)
+    assert 0 < found["missed"].mean() < 1
+    p = np.asarray(jax.nn.softmax(logits), np.float64)
+    close(found["entropy"], -(p * np.log(p)).sum(-1))
+    # A row's samples follow its place: rows that change places do not take them along.
+    swapped = losses.otr_metrics(key, logits[::-1], targets[::-1], num_samples=4, kappa=1.0)
+    assert (swapped["hit_rate"][::-1] != found["hit_rate"]).any()
+    close(swapped["entropy"][::-1], found["entropy"])

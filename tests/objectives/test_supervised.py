@@ -4,8 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxft import losses
 from jaxft.models import Decoder, tiny_config
-from jaxft.objectives import shift, supervised
+from jaxft.objectives import shift, supervised, token_supervised
 
 
 def test_shift_stays_inside_segments():
@@ -45,6 +46,20 @@ def test_packed_rows_give_the_loss_and_gradient_of_records_alone():
     (loss_alone, metrics_alone), grads_alone = run(params, alone, None)
     chex.assert_trees_all_close((loss, grads), (loss_alone, grads_alone), rtol=1e-5, atol=1e-6)
     chex.assert_trees_all_close(metrics, metrics_alone, rtol=1e-6)
+    # With the cross-entropy given as a loss of logits, and weights that are not all one.
+    packed["loss_mask"] *= jnp.linspace(0.0, 2.0, 10)[None]
+    given = token_supervised(
+        model,
+        lambda key, logits, targets, mask: losses.cross_entropy(logits, targets),
+        lambda key, logits, targets: {"right": (jnp.argmax(logits, axis=-1) == targets) * 1.0},
+    )
+    theirs, ours = run(params, packed, None), jax.value_and_grad(given, has_aux=True)
+    (loss_given, found), grads_given = jax.jit(ours)(params, packed, None)
+    chex.assert_trees_all_close(
+        (loss_given, grads_given), (theirs[0][0], theirs[1]), rtol=1e-5, atol=1e-6
+    )
+    chex.assert_trees_all_close(found["loss"], theirs[0][1]["loss"], rtol=1e-6)
+    assert found["right"].weight == found["loss"].weight
     assert metrics["loss"].weight == sum(len(r) - 1 for r in records)
 
     def slow(record):

@@ -1,0 +1,356 @@
+"""OTR: One-Token Rollout, Guiding Supervised Fine-Tuning with Policy Gradient (arXiv 2509.26313).
+
+Each token of supervised data is a bandit of one step: candidates are drawn from the model itself, the
+reference token is worth 1 and any other a little less than nothing. What the model finds impossible is then
+hardly learned, and it should stay nearer to where it was than plain fine-tuning (SFT) leaves it.
+
+    python experiments/papers/otr.py
+    python experiments/papers/otr.py --methods sft dft otr otr_expected grpo --ablations
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from experiments import _arithmetic as arithmetic
+from experiments.papers import _toy_text as toy
+from experiments.papers._claims import Claim, interval, report, show
+from jaxft import losses, rl, train
+from jaxft.generation import SamplingConfig
+from jaxft.models import Decoder
+from jaxft.objectives import policy_gradient, token_supervised
+from jaxft.objectives.policy_gradient import clipped, token_mean
+from jaxft.rl.rollouts import prompts_of
+
+LETTERS, LENGTH = 10, 5  # a word: five of the first ten tokens
+CAPITALS = 10  # the same letters again
+END, SIZE = 20, LENGTH + 1  # of an answer
+TASKS: dict[str, Callable[[np.ndarray], np.ndarray]] = {  # words [B, 5] -> answers [B, 5]
+    "copy": lambda words: words,
+    "reverse": lambda words: words[:, ::-1],
+    "shift": lambda words: (words + 1) % LETTERS,
+    "capitals": lambda words: words + CAPITALS,
+    "target": lambda words: np.sort(words, axis=1),
+}
+OLD = tuple(TASKS)[:-1]
+VOCABULARY = END + 1 + len(TASKS)
+METHODS = ("sft", "dft", "otr", "otr_expected", "grpo")
+ABLATIONS = ("otr, β = 0", "otr, κ = 1")
+MEASURES = ("kl target", "kl old", "old")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Sizes and seeds."""
+
+    methods: tuple[str, ...] = METHODS[:-1]
+    ablations: bool = False  # also OTR without negative rewards, and with samples at temperature 1
+    seeds: int = 3
+    first_seed: int = 0
+    start_seed: int = 0  # of the one pretrained model from which all runs go on
+    until: float = 0.4  # probability of right answers to the target, where pretraining ends
+    share: float = 0.06  # of the target in pretraining
+    levels: tuple[float, ...] = (
+        0.7,
+        0.8,
+        0.9,
+        0.95,
+    )  # accuracies of the target at which methods meet
+    judged: float = 0.9  # the one that claims are about
+    steps: int = 200
+    evaluate_every: int = 5
+    examples: int = 4000  # of the target
+    batch_size: int = 64
+    learning_rate: float = 3e-4
+    num_samples: int = 256  # K
+    kappa: float = 1.3
+    beta: float = -0.1
+    held_out: int = 200  # words, with each task
+    output_dir: str = "runs/otr"
+    smoke: bool = False  # seconds; claims are printed, not judged
+    debug: bool = False  # full tracebacks
+
+
+def main(config: Config) -> int:
+    """Measures all claims; the exit code is 1 if one does not hold."""
+    check(config)
+    if config.smoke:
+        config = dataclasses.replace(
+            config, methods=("sft", "otr"), seeds=1, until=1e-6, levels=(0.0,), judged=0.0, steps=2,
+            evaluate_every=1, examples=32, batch_size=8, num_samples=4, held_out=8,
+        )  # fmt: skip
+    output = train.writable_directory(config.output_dir)
+    model, start = pretrained(config)
+    measure = measures(config, model, start)
+    first = measure(start) | {"step": 0}
+    print(
+        "start: " + ", ".join(f"{k} {v:.3f}" for k, v in first.items() if k != "step"), flush=True
+    )
+    runs = []
+    for seed in range(config.first_seed, config.first_seed + config.seeds):
+        curves = {}
+        for name in config.methods + ABLATIONS * config.ablations:
+            curves[name] = [first, *train_method(config, model, start, name, seed, measure)]
+            last = curves[name][-1]
+            print(
+                f"seed {seed}, {name}: target {last['target']:.3f}, old {last['old']:.3f}",
+                flush=True,
+            )
+        runs.append(curves)
+    print_table(config, runs)
+    _figure(config, runs, output)
+    code = report(judge(config, runs), {"start": first, "runs": runs}, output)
+    return 0 if config.smoke else code
+
+
+def check(config: Config) -> None:
+    """Raises for settings that would be found wrong only after minutes."""
+    unknown = set(config.methods) - set(METHODS)
+    if unknown or not {"sft", "otr"} <= set(config.methods):
+        raise ValueError(
+            f"methods: sft and otr, and others of {METHODS}, are expected; got {config.methods}."
+        )
+    if config.judged not in config.levels:
+        raise ValueError(f"judged: must be one of levels {config.levels}, got {config.judged}.")
+
+
+def words(rng: np.random.Generator, count: int) -> np.ndarray:
+    """Different random words [count, 5]."""
+    chosen = rng.choice(LETTERS**LENGTH, count, replace=False)
+    return np.stack([chosen // LETTERS**i % LETTERS for i in range(LENGTH)], axis=1)
+
+
+def questions(task: str, words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(prompts [B, 6], answers [B, 6]): the task's token and the word; the answer and END."""
+    column = lambda token: np.full((len(words), 1), token)
+    prompts = [column(END + 1 + list(TASKS).index(task)), words]
+    join = lambda columns: np.concatenate(columns, axis=1).astype(np.int32)
+    return join(prompts), join([TASKS[task](words), column(END)])
+
+
+def rows_of(*pairs: tuple[np.ndarray, np.ndarray]) -> dict[str, np.ndarray]:
+    """A batch of prompts and answers, and `positions`, one after another."""
+    prompts, answers = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
+    rows = jax.tree.map(np.asarray, toy.rows(jnp.asarray(prompts), jnp.asarray(answers)))
+    return rows | {"positions": np.tile(np.arange(2 * SIZE, dtype=np.int32), (len(prompts), 1))}
+
+
+def splits(config: Config) -> tuple[np.ndarray, np.ndarray]:
+    """(known, held out): words to train on, and those of all measurements."""
+    drawn = words(np.random.default_rng(config.start_seed), 20_000 + config.held_out)
+    return drawn[config.held_out :], drawn[: config.held_out]
+
+
+def pretrained(config: Config) -> tuple[Decoder, Any]:
+    """(model, params): all tasks in one mixture, until the target has the probability `until`."""
+    known, _ = splits(config)
+    rng = np.random.default_rng(config.start_seed)
+    model, params = arithmetic.small_model(
+        jax.random.key(config.start_seed), length=2 * SIZE, vocabulary=VOCABULARY
+    )
+    rest = (1 - config.share) / len(OLD)
+    names = rng.choice(list(TASKS), len(known), p=[rest] * len(OLD) + [config.share])
+    rows = rows_of(*(questions(task, known[names == task]) for task in TASKS))
+    some = rows_of(questions("target", known[:500]))
+    right = jax.jit(lambda params: jnp.mean(jnp.exp(_log_probs(model, params, some))))
+    params, steps = arithmetic.warm_start(
+        model,
+        params,
+        rows,
+        config.start_seed,
+        until=config.until,
+        measure=lambda p: float(right(p)),
+    )
+    print(f"{steps} steps of pretraining", flush=True)
+    return model, params
+
+
+def train_method(config, model, start, name, seed, measure) -> list[dict]:
+    """What was measured along a run of one method."""
+    known, _ = splits(config)
+    examples = known[np.random.default_rng(seed).permutation(len(known))[: config.examples]]
+    prompts, answers = questions("target", examples)
+    if name == "grpo":
+        build = functools.partial(policy_gradient, model)
+        objective = build(clipped(), token_mean)
+        batches = rl.collect_on_device(
+            model, prompts.tolist(), rl.equals(answers.tolist(), SIZE), rl.grpo(build, 8).credit,
+            SamplingConfig(SIZE, stop_ids=(END,)), prompts_per_step=32, group_size=8, seed=seed,
+        )  # fmt: skip
+    else:
+        loss, metrics = token_losses(config)[name]
+        objective = token_supervised(model, loss, metrics)
+        batches = epochs(rows_of((prompts, answers)), seed, config.batch_size)
+    _, history = train.fit(
+        start,
+        objective,
+        arithmetic.policy_optimizer(config.learning_rate),
+        batches,
+        steps=config.steps,
+        key=jax.random.key(seed),
+        callbacks=[train.every(config.evaluate_every, lambda state: measure(state.params))],
+    )
+    names = ("step", "target", *MEASURES, "hit_rate", "missed")
+    return [{k: row[k] for k in names if k in row} for row in history if "target" in row]
+
+
+def epochs(rows: dict[str, np.ndarray], seed: int, batch_size: int) -> Iterator[dict]:
+    """Endless batches of rows, each row once an epoch."""
+    count = len(rows["tokens"])
+    for draw in itertools.count():
+        chosen = prompts_of(draw, batch_size, count, seed)
+        yield jax.tree.map(lambda x, chosen=chosen: x[chosen], rows)
+
+
+def token_losses(config: Config) -> dict[str, tuple[Callable, Callable | None]]:
+    """name -> (loss, metrics) of `token_supervised`."""
+    otr = dict(num_samples=config.num_samples, kappa=config.kappa)
+    sampled = lambda beta, **changed: (
+        functools.partial(losses.otr_loss, beta=beta, **otr | changed),
+        functools.partial(losses.otr_metrics, **otr | changed),
+    )
+    expected = functools.partial(losses.otr_expected_loss, kappa=config.kappa, beta=config.beta)
+    cross_entropy = losses.cross_entropy
+    return {
+        "sft": (lambda key, logits, targets, mask: cross_entropy(logits, targets), None),
+        "dft": (
+            lambda key, logits, targets, mask: losses.dft_loss(-cross_entropy(logits, targets)),
+            None,
+        ),
+        "otr": sampled(config.beta),
+        "otr_expected": (lambda key, logits, targets, mask: expected(logits, targets), None),
+        "otr, β = 0": sampled(0.0),
+        "otr, κ = 1": sampled(config.beta, kappa=1.0),
+    }
+
+
+def measures(config: Config, model: Decoder, start: Any) -> Callable[[Any], dict[str, float]]:
+    """measure(params): accuracies of held-out words, and KL to the start in nats an answer.
+
+    `target` and `old`: the probability of the right answer, the latter over all old tasks. KL(π || start) is
+    along one answer of π to each question, with the whole distribution at each of its tokens.
+    """
+    _, held_out = splits(config)
+    pairs = [questions(task, held_out) for task in TASKS]
+    rows, prompts = rows_of(*pairs), jnp.concatenate([jnp.asarray(p) for p, _ in pairs])
+    sample = toy.sampler(model, SIZE, END)
+
+    @jax.jit
+    def values(params, start, completions, mask):
+        batch = toy.rows(prompts, completions, mask)
+        here, there = (_logits(model, p, batch) for p in (params, start))
+        kl = jnp.sum(losses.reverse_kl_divergence(there, here) * mask, axis=1)
+        right = jnp.exp(_log_probs(model, params, rows))
+        return [x.reshape(len(TASKS), -1).mean(axis=1) for x in (right, kl)]
+
+    def measure(params):
+        completions, mask, _ = sample(params, prompts, jax.random.key(config.start_seed))
+        right, kl = map(np.asarray, values(params, start, completions, mask))
+        found = {"target": right[-1], "kl target": kl[-1]}
+        found |= {"old": right[:-1].mean(), "kl old": kl[:-1].mean()}
+        return {name: float(value) for name, value in found.items()}
+
+    return measure
+
+
+def at_level(curve: list[dict], level: float) -> dict[str, float]:
+    """What was measured where the target's accuracy first reaches `level`, between two measurements.
+
+    NaN where it is never reached; the first row where that is there already.
+    """
+    if curve[0]["target"] >= level:
+        return {name: curve[0][name] for name in ("step", *MEASURES)}
+    for before, after in itertools.pairwise(curve):
+        if after["target"] >= level:
+            part = (level - before["target"]) / (after["target"] - before["target"])
+            mix = lambda name, a=before, b=after, part=part: a[name] + part * (b[name] - a[name])
+            return {name: mix(name) for name in ("step", *MEASURES)}
+    return dict.fromkeys(("step", *MEASURES), float("nan"))
+
+
+def judge(config: Config, runs: list[dict]) -> list[Claim]:
+    """The claims and whether they hold."""
+    of = lambda method, name: np.array([at_level(run[method], config.judged)[name] for run in runs])
+    gap = {name: of("otr", name) - of("sft", name) for name in MEASURES}
+    here = lambda name: f"{show(gap[name])}; SFT {of('sft', name).mean():.3f}"
+    where = f"where the target is right at {config.judged}, OTR"
+    return [
+        Claim(
+            f"{where} is nearer to the start than SFT on the target's questions (KL, nats)",
+            "(spec)", here("kl target"), interval(gap["kl target"])[2] < 0,
+        ),
+        Claim(
+            f"{where} is nearer to the start on the old tasks (KL, nats)",
+            "forgets less", here("kl old"), interval(gap["kl old"])[2] < 0,
+        ),
+        Claim(
+            f"{where} keeps more of the old tasks (accuracy)",
+            "forgets less", here("old"), interval(gap["old"])[1] > 0,
+        ),
+    ]  # fmt: skip
+
+
+def print_table(config: Config, runs: list[dict]) -> None:
+    """At each level, means over seeds and differences from SFT."""
+    table = Table(
+        "target", "method", "step", "KL, target", "KL, old tasks", "old tasks", "old, less SFT's"
+    )
+    for level in config.levels:
+        for method in runs[0]:
+            found = [at_level(run[method], level) for run in runs]
+            sft = [at_level(run["sft"], level) for run in runs]
+            mean = lambda name, found=found: np.mean([row[name] for row in found])
+            less = [a["old"] - b["old"] for a, b in zip(found, sft, strict=True)]
+            table.add_row(
+                str(level), method, f"{mean('step'):.0f}",
+                *(f"{mean(name):.3f}" for name in MEASURES), show(less),
+            )  # fmt: skip
+    Console(width=140).print(table)
+
+
+def _logits(model, params, batch):
+    """[B, 6, V]: of the answer's tokens."""
+    output = model.apply({"params": params}, batch["tokens"], segment_ids=batch["segment_ids"])
+    return output.logits[:, SIZE - 1 : -1]
+
+
+def _log_probs(model, params, batch):
+    """log p [B] of whole answers."""
+    answers = jnp.asarray(batch["tokens"][:, SIZE:])
+    return -jnp.sum(losses.cross_entropy(_logits(model, params, batch), answers), axis=1)
+
+
+def _figure(config, runs, output):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.4), layout="constrained")
+    panels = figure.subplots(1, 3)
+    for method in runs[0]:
+        curves = [run[method] for run in runs]
+        for axes, name in zip(panels, MEASURES, strict=True):
+            mean = lambda name, curves=curves: np.mean(
+                [[r[name] for r in c] for c in curves], axis=0
+            )
+            axes.plot(mean("target"), mean(name), "o-", markersize=2, label=method)
+            axes.set(xlabel="accuracy of the target")
+    panels[0].set(title="KL to the start, target's questions")
+    panels[1].set(title="KL to the start, old tasks")
+    panels[2].set(title="accuracy of the old tasks")
+    panels[0].legend(fontsize=7)
+    figure.savefig(output / "otr.png", dpi=150)
+
+
+if __name__ == "__main__":
+    train.run_main(lambda config: sys.exit(main(config)), tyro.cli(Config, description=__doc__))

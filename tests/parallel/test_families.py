@@ -1,0 +1,49 @@
+"""Every model family and weight, trained over each kind of mesh, equals one device."""
+
+import functools
+
+import jax
+import pytest
+
+from jaxft import adapters
+from jaxft.adapters import adapt
+from jaxft.parallel import make_mesh
+from tests.parallel.training import DECODERS, ENCODERS, assert_equal, family, three_steps
+
+# Over eight shards of a projection, a key head of these models lies on four devices.
+MESHES = {
+    "fsdp": dict(fsdp=8),
+    "tensor": dict(tensor=8),
+    "fsdp+tensor": dict(fsdp=4, tensor=2),
+}
+
+
+@functools.cache
+def one_device(name):
+    return three_steps(*family(name))
+
+
+@pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
+@pytest.mark.parametrize("name", [*DECODERS, *ENCODERS])
+def test_a_family_trains_as_on_one_device(name, sizes):
+    assert_equal(three_steps(*family(name), make_mesh(**sizes)), one_device(name))
+
+
+SPLIT = ".*/(value|out|up)/kernel"  # by outputs and by inputs
+WEIGHTS = {
+    "lora": adapters.lora(4),
+    "paca": adapters.paca(4),
+    "monarch": adapters.monarch(blocks=2),
+    "dora": adapters.dora(4),
+    "lora over nf4": adapters.lora(4),
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_a_structured_weight_trains_as_on_one_device(name):
+    model, params, objective, batch = family("llama")
+    if name.endswith("nf4"):
+        params = adapt(jax.random.key(3), params, {SPLIT: adapters.quantised("nf4", 16)})
+    params = adapt(jax.random.key(4), params, {SPLIT: WEIGHTS[name]})
+    run = functools.partial(three_steps, model, params, objective, batch)
+    assert_equal(run(make_mesh(fsdp=4, tensor=2)), run())

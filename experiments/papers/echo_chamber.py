@@ -41,15 +41,13 @@ from rich.table import Table
 
 from experiments import _arithmetic as arithmetic
 from experiments.papers._claims import Claim, interval, report, show
+from experiments.papers._workings import FORMATS, answer, question, result_reward, sampling
 from jaxft import rl, train
-from jaxft.generation import SamplingConfig
 from jaxft.metrics import pass_at_k
 from jaxft.objectives import policy_gradient
 from jaxft.objectives.policy_gradient import clipped, token_mean
 
-FORMATS = "ABC"
-LENGTHS = {"A": 5, "B": 10, "C": 12}  # characters, without the stop
-LIMIT = max(LENGTHS.values()) + 1
+LIMIT = sampling().max_new_tokens
 SAMPLES = 8  # for each held-out question
 ARMS = ("GRPO", "GRPO, KL 0.1", "Expert Iteration")
 
@@ -92,31 +90,6 @@ def main(config: Config) -> int:
     return 0 if config.smoke else code
 
 
-def answer(name: str, a: int, b: int) -> str:
-    """The right string of a format."""
-    total = f"{a + b:04d}"
-    digits = "".join(f"{int(x) + int(y):02d}" for x, y in zip(f"{a:03d}", f"{b:03d}", strict=True))
-    return {"A": f"A{total}", "B": f"B{total[::-1]}|{total}", "C": f"C{digits}|{total}"}[name]
-
-
-def format_reward(totals: np.ndarray) -> rl.DeviceReward:
-    """1 for a right sum at the end of an answer of its format's length, from totals [prompts]."""
-    wanted = jnp.asarray(arithmetic.encode([f"{total:04d}" for total in totals]))
-    stop, bar = arithmetic.ALPHABET.index(arithmetic.STOP), arithmetic.ALPHABET.index("|")
-
-    def reward(tokens, mask, numbers):
-        gold, lengths, right = wanted[numbers], jnp.sum(mask, axis=1), False
-        for name, length in LENGTHS.items():
-            fits = (tokens[:, 0] == arithmetic.ALPHABET.index(name)) & (lengths == length + 1)
-            fits &= tokens[:, length] == stop
-            if name != "A":
-                fits &= tokens[:, length - 5] == bar
-            right |= fits & jnp.all(tokens[:, length - 4 : length] == gold, axis=1)
-        return right * 1.0
-
-    return reward
-
-
 def run_seed(config: Config, seed: int) -> dict[str, list[dict]]:
     """{arm: [measures at a step]} from one pretrained model."""
     rng = np.random.default_rng(seed)
@@ -141,7 +114,7 @@ def run_seed(config: Config, seed: int) -> dict[str, list[dict]]:
 def pretrain(config, model, params, pairs, rng, seed) -> tuple[Any, int]:
     """(params, steps): supervised on the mixture, until right strings have the probability `until`."""
     names = rng.choice(list(FORMATS), len(pairs), p=config.mixture)
-    ask = lambda pairs: [f"{a:03d}+{b:03d}=" for a, b in pairs]
+    ask = lambda pairs: [question(a, b) for a, b in pairs]
     texts = [answer(name, a, b) for name, (a, b) in zip(names, pairs, strict=True)]
     rows = arithmetic.layout(ask(pairs), texts)
     some = pairs[:200]
@@ -163,10 +136,10 @@ def train_arm(config, model, params, pairs, seed, arm, measure) -> list[dict]:
     }[arm]()
     batches = rl.collect_on_device(
         model,
-        arithmetic.encode([f"{a:03d}+{b:03d}=" for a, b in pairs]),
-        format_reward(pairs.sum(axis=1)),
+        arithmetic.encode([question(a, b) for a, b in pairs]),
+        result_reward(pairs.sum(axis=1)),
         algorithm.credit,
-        _sampling(),
+        sampling(),
         prompts_per_step=config.prompts_per_step,
         group_size=config.group_size,
         ref_params=params if arm == "GRPO, KL 0.1" else None,
@@ -186,13 +159,13 @@ def train_arm(config, model, params, pairs, seed, arm, measure) -> list[dict]:
 
 def measures(model, pairs, seed):
     """measure(params): shares of formats, accuracy within each (0 where unused), pass@1 and pass@8."""
-    prompts = arithmetic.encode([f"{a:03d}+{b:03d}=" for a, b in pairs])
-    reward, numbers = format_reward(pairs.sum(axis=1)), np.repeat(np.arange(len(pairs)), SAMPLES)
+    prompts = arithmetic.encode([question(a, b) for a, b in pairs])
+    reward, numbers = result_reward(pairs.sum(axis=1)), np.repeat(np.arange(len(pairs)), SAMPLES)
     firsts = np.array([arithmetic.ALPHABET.index(name) for name in FORMATS])
 
     def measure(params):
         tokens, mask = rl.sample_on_device(
-            model, params, prompts, jax.random.key(seed), _sampling(), SAMPLES
+            model, params, prompts, jax.random.key(seed), sampling(), SAMPLES
         )
         flat = lambda x: jnp.asarray(x.reshape(-1, LIMIT))
         right = np.asarray(reward(flat(tokens), flat(mask), numbers)).reshape(-1, SAMPLES)
@@ -269,10 +242,6 @@ def print_table(runs: list[dict]) -> None:
                 f"{mean('pass@1'):.3f}", f"{mean('pass@8'):.3f}",
             )  # fmt: skip
     Console(width=140).print(table)
-
-
-def _sampling():
-    return SamplingConfig(LIMIT, stop_ids=(arithmetic.ALPHABET.index(arithmetic.STOP),))
 
 
 def _figure(runs, output):

@@ -57,7 +57,7 @@ class Config:
 
     methods: tuple[str, ...] = METHODS[:-1]
     ablations: bool = False  # also OTR without negative rewards, and with samples at temperature 1
-    seeds: int = 3
+    seeds: int = 4
     first_seed: int = 0
     start_seed: int = 0  # of the one pretrained model from which all runs go on
     until: float = 0.4  # probability of right answers to the target, where pretraining ends
@@ -69,11 +69,11 @@ class Config:
         0.95,
     )  # accuracies of the target at which methods meet
     judged: float = 0.9  # the one that claims are about
-    steps: int = 200
-    evaluate_every: int = 5
+    steps: int = 300
+    evaluate_every: int = 10
     examples: int = 4000  # of the target
     batch_size: int = 64
-    learning_rate: float = 3e-4
+    learning_rate: float = 1e-4
     num_samples: int = 256  # K
     kappa: float = 1.3
     beta: float = -0.1

@@ -3,7 +3,7 @@
 from jaxft.metrics.interval import wilson_interval
 from jaxft.metrics.length import length_controlled_rate, standardised_mean
 from jaxft.metrics.mean import Mean, combine_means
-from jaxft.metrics.samples import majority_vote, pass_at_k
+from jaxft.metrics.samples import majority_vote, pass_at_k, rerank
 
 __all__ = [
     "Mean",
@@ -11,6 +11,7 @@ __all__ = [
     "length_controlled_rate",
     "majority_vote",
     "pass_at_k",
+    "rerank",
     "standardised_mean",
     "wilson_interval",
 ]

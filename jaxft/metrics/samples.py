@@ -44,3 +44,11 @@ def majority_vote(answers: Sequence[Hashable | None]) -> Hashable | None:
         if answer is not None:
             counts[answer] = counts.get(answer, 0) + 1
     return max(counts, key=counts.__getitem__, default=None)
+
+
+def rerank(scores: Sequence[float], answers: Sequence[Hashable | None]) -> Hashable | None:
+    """The answer with the highest score, the first of several such; None are none, and None if all are."""
+    if len(scores) != len(answers):
+        raise ValueError(f"rerank: {len(scores)} scores for {len(answers)} answers.")
+    known = [(s, a) for s, a in zip(scores, answers, strict=True) if a is not None]
+    return max(known, key=lambda pair: pair[0], default=(0.0, None))[1]

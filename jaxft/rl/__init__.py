@@ -29,12 +29,17 @@ from jaxft.rl.pool import (
     VerifierPool,
     in_process,
 )
+from jaxft.rl.programs import run_programs, run_python
 from jaxft.rl.rollouts import Credit, sample_groups, score
+from jaxft.rl.self_training import offline_collect, online_self_training, right_samples
 from jaxft.rl.verifiers import (
     Verifier,
+    answer_reward,
     mentions_answer,
+    numbers_equal,
     reasoning_gym_verifier,
     same_answer,
+    stated_answer,
     verifier_for,
 )
 
@@ -55,6 +60,7 @@ __all__ = [
     "Verifier",
     "VerifierError",
     "VerifierPool",
+    "answer_reward",
     "answers",
     "cispo",
     "collect",
@@ -71,15 +77,22 @@ __all__ = [
     "measure_accuracy",
     "mentions_answer",
     "nft",
+    "numbers_equal",
+    "offline_collect",
+    "online_self_training",
     "ppo",
     "reasoning_gym_verifier",
     "reinforce_plus_plus",
     "reinforce_with_baseline",
+    "right_samples",
     "rloo",
+    "run_programs",
+    "run_python",
     "same_answer",
     "sample_groups",
     "sample_on_device",
     "score",
+    "stated_answer",
     "tagged",
     "try_again",
     "verifier_for",

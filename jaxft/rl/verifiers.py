@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -53,6 +54,65 @@ def same_answer(completion: str, answer: str) -> bool:
     found = _NUMBER.findall(completion)
     number = lambda text: float(text.replace(",", ""))
     return bool(wanted and found) and number(found[-1]) == number(answer)
+
+
+def answer_reward(
+    extract: Callable[[str], str | None],
+    equal: Callable[[str, str], bool],
+    partial: float = 0.1,
+) -> Callable[[str, Mapping[str, Any]], float]:
+    """reward(completion, record): 1 for the right answer, `partial` for another one, 0 where there is none.
+
+    ReFT: Luong et al., 2024, arxiv.org/abs/2401.08967, section 3.2: an answer that can be read at all is
+    worth a little, since right ones are rare at first.
+
+    Args:
+        extract: the answer in a completion, or None: `stated_answer`, or `run_python` for programs.
+        equal: (answer found, record["answer"]) -> the same?
+
+    Raises:
+        ValueError: for `partial` outside [0, 1]; when called, for a record whose answer is empty.
+    """
+    if not 0 <= partial <= 1:
+        raise ValueError(f"answer_reward: partial must lie in [0, 1], got {partial}.")
+
+    def reward(completion, record):
+        answer = str(record["answer"]).strip()
+        if not answer:
+            raise ValueError(f"answer_reward: the answer of {dict(record)} is empty.")
+        found = extract(completion)
+        if found is None:
+            return 0.0
+        return 1.0 if equal(found, answer) else partial
+
+    return reward
+
+
+def stated_answer(text: str) -> str | None:
+    """What follows the last "the answer is" or "####" on its line, without a final stop; None without one."""
+    _, *stated = re.split("the answer is|####", text, flags=re.IGNORECASE)
+    line = stated[-1].strip(": ").partition("\n")[0] if stated else ""
+    return line.strip().rstrip(".") or None
+
+
+def numbers_equal(found: str, answer: str, tolerance: float = 1e-6) -> bool:
+    """Whether two texts are the same number within the tolerance, or the same text.
+
+    "1,000" is 1000, "$5" is 5, "1/3" is 0.333 with a tolerance of 1e-3.
+    """
+    values = [_value(text) for text in (found, answer)]
+    if None in values:
+        return found.strip().casefold() == answer.strip().casefold()
+    return abs(values[0] - values[1]) <= tolerance
+
+
+def _value(text):
+    numerator, slash, denominator = text.replace(",", "").strip().strip("$").partition("/")
+    try:
+        value = float(numerator) / float(denominator) if slash else float(numerator)
+    except (ValueError, ZeroDivisionError):
+        return None
+    return value if math.isfinite(value) else None
 
 
 def mentions_answer(completion: str, record: Mapping[str, Any]) -> bool:

@@ -7,38 +7,48 @@ import numpy as np
 import pytest
 
 from experiments import _arithmetic as arithmetic
+from experiments.papers import _workings as workings
 from experiments.papers import echo_chamber as echo
 
 
 def test_formats_of_a_sum():
-    texts = [echo.answer(name, 123, 456) for name in "ABC"] + [echo.answer("C", 905, 98)]
+    texts = [workings.answer(name, 123, 456) for name in "ABC"] + [workings.answer("C", 905, 98)]
     assert texts == ["A0579", "B9750|0579", "C050709|0579", "C090913|1003"]
-    assert [len(text) for text in texts[:3]] == list(echo.LENGTHS.values())
+    assert [len(text) for text in texts[:3]] == list(workings.lengths().values())
+    assert workings.question(7, 31, 2) + workings.answer("C", 7, 31, 2) == "07+31=C0308|038"
+
+
+def reward_of(text, reward, number):
+    ids = arithmetic.encode([text])[0]
+    size = workings.sampling().max_new_tokens
+    tokens = jnp.zeros((1, size), jnp.int32).at[0, : len(ids)].set(jnp.array(ids))
+    mask = (jnp.arange(size) < len(ids))[None]
+    return float(reward(tokens, mask, jnp.array([number]))[0])
 
 
 @pytest.mark.parametrize(
-    "text, right",
+    "text, right, parsed",
     [
-        ("A0579\n", 1),
-        ("B9750|0579\n", 1),
-        ("C050709|0579\n", 1),
-        ("B0000|0579\n", 1),  # The working may be wrong.
-        ("A0578\n", 0),
-        ("A0579", 0),  # It does not end.
-        ("A00579\n", 0),
-        ("B975010579\n", 0),
-        ("C9750|0579\n", 0),
-        ("B050709|0579\n", 0),
-        ("00579\n", 0),
+        ("A0579\n", 1, 1),
+        ("B9750|0579\n", 1, 1),
+        ("C050709|0579\n", 1, 1),
+        ("B0000|0579\n", 1, 1),  # The working may be wrong.
+        ("A0578\n", 0, 1),
+        ("A0579", 0, 0),  # It does not end.
+        ("A00579\n", 0, 0),
+        ("A05=9\n", 0, 0),
+        ("B975010579\n", 0, 0),
+        ("C9750|0579\n", 0, 0),
+        ("B050709|0579\n", 0, 0),
+        ("00579\n", 0, 0),
     ],
 )
-def test_reward_asks_for_the_sum_and_the_length_of_the_format(text, right):
-    ids = arithmetic.encode([text])[0]
-    tokens = jnp.zeros((1, echo.LIMIT), jnp.int32).at[0, : len(ids)].set(jnp.array(ids))
-    mask = (jnp.arange(echo.LIMIT) < len(ids))[None]
-    reward = echo.format_reward(np.array([1, 579]))
-    assert float(reward(tokens, mask, jnp.array([1]))[0]) == right
-    assert float(reward(tokens, mask, jnp.array([0]))[0]) == 0
+def test_reward_asks_for_the_sum_and_the_length_of_the_format(text, right, parsed):
+    totals = np.array([1, 579])
+    assert reward_of(text, workings.result_reward(totals), 1) == right
+    assert reward_of(text, workings.result_reward(totals), 0) == 0
+    some = reward_of(text, workings.result_reward(totals, partial=0.1), 1)
+    assert some == pytest.approx(max(right, 0.1 * parsed))
 
 
 def test_what_was_selected():

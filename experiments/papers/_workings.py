@@ -1,0 +1,72 @@
+"""Additions with several kinds of written-out working, and a reward for their results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import _arithmetic as arithmetic
+from jaxft import rl
+from jaxft.generation import SamplingConfig
+
+FORMATS = "ABC"  # the first character of an answer
+
+
+def question(a: int, b: int, digits: int = 3) -> str:
+    """ "123+456=" """
+    return f"{a:0{digits}d}+{b:0{digits}d}="
+
+
+def answer(name: str, a: int, b: int, digits: int = 3) -> str:
+    """The right string of a format: A0579, the sum; B9750|0579, its digits reversed first; C050709|0579, the
+    sums of the digits first.
+    """
+    total = f"{a + b:0{digits + 1}d}"
+    columns = zip(f"{a:0{digits}d}", f"{b:0{digits}d}", strict=True)
+    working = {
+        "A": "",
+        "B": f"{total[::-1]}|",
+        "C": "".join(f"{int(x) + int(y):02d}" for x, y in columns) + "|",
+    }
+    return name + working[name] + total
+
+
+def lengths(digits: int = 3) -> dict[str, int]:
+    """Characters of an answer in each format, without the stop."""
+    return {name: len(answer(name, 0, 0, digits)) for name in FORMATS}
+
+
+def sampling(digits: int = 3) -> SamplingConfig:
+    """Room for the longest answer and its stop."""
+    limit = max(lengths(digits).values()) + 1
+    return SamplingConfig(limit, stop_ids=(arithmetic.ALPHABET.index(arithmetic.STOP),))
+
+
+def result_reward(
+    totals: Sequence[int] | np.ndarray, digits: int = 3, partial: float = 0.0
+) -> rl.DeviceReward:
+    """1 for a right sum at the end of an answer of its format's length; `partial` for a wrong one there.
+
+    The working may be wrong, and nothing rewards a format. `totals` has the sum of each prompt.
+    """
+    size = digits + 1
+    wanted = jnp.asarray(arithmetic.encode([f"{total:0{size}d}" for total in totals]))
+    place = arithmetic.ALPHABET.index
+    stop, bar, zero, nine = map(place, (arithmetic.STOP, "|", "0", "9"))
+
+    def reward(tokens, mask, numbers):
+        gold, count = wanted[numbers], jnp.sum(mask, axis=1)
+        right = parsed = jnp.zeros(len(tokens), bool)
+        for name, length in lengths(digits).items():
+            fits = (tokens[:, 0] == place(name)) & (count == length + 1)
+            fits &= tokens[:, length] == stop
+            if name != "A":
+                fits &= tokens[:, length - size - 1] == bar
+            given = tokens[:, length - size : length]
+            right |= fits & jnp.all(given == gold, axis=1)
+            parsed |= fits & jnp.all((given >= zero) & (given <= nine), axis=1)
+        return jnp.where(right, 1.0, partial * parsed)
+
+    return reward

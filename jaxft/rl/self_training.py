@@ -1,0 +1,77 @@
+"""Self-training: fine-tuning on the model's own right answers, collected beforehand or at each step."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from jaxft.metrics import Mean
+from jaxft.objectives import Objective, completion_log_probs, supervised
+
+
+def offline_collect(
+    completions: Sequence[Sequence[Hashable]],
+    correct: Sequence[Sequence[bool]],
+    gold: Sequence[Hashable] = (),
+) -> list[tuple[int, Hashable]]:
+    """(question, answer) to fine-tune on: the gold ones, and the right ones of the samples, each once.
+
+    Rejection sampling: Yuan et al., 2023, arxiv.org/abs/2308.01825; the offline self-training of Luong et
+    al., 2024, arxiv.org/abs/2401.08967, which keeps the gold answers.
+
+    Args:
+        completions: the samples of each question, as text or tuples of ids.
+        correct: the verdict on each.
+        gold: one answer a question, if there are any.
+
+    Raises:
+        ValueError: where questions, samples and verdicts do not match.
+    """
+    if gold and len(gold) != len(completions):
+        raise ValueError(
+            f"offline_collect: {len(gold)} gold answers for {len(completions)} questions; one each, or none."
+        )
+    sizes = [[len(row) for row in rows] for rows in (completions, correct)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"offline_collect: samples and verdicts differ in number: {sizes}.")
+    kept = {(number, answer): None for number, answer in enumerate(gold)}
+    for number, (answers, verdicts) in enumerate(zip(completions, correct, strict=True)):
+        right = (a for a, good in zip(answers, verdicts, strict=True) if good)
+        kept |= {(number, answer): None for answer in right}
+    return list(kept)
+
+
+def online_self_training(model) -> Objective:
+    """½ cross-entropy of the right ones among the policy's samples + ½ cross-entropy of gold answers.
+
+    Online self-training: Luong et al., 2024, arxiv.org/abs/2401.08967; means over tokens, in nats. A step
+    without a right sample has the second half alone. The batch has `samples`, experience with `correct` [B]
+    (the credit of `right_samples`), and `gold`, rows of `supervised`. The two means are of one batch: it
+    cannot be split into microbatches.
+    """
+    gold = supervised(model)
+
+    def objective(params, batch, key):
+        samples = batch["samples"]
+        counted = samples["completion_mask"] & jnp.asarray(samples["correct"])[:, None]
+        log_probs = completion_log_probs(model, params, samples)
+        own = -jnp.sum(jnp.where(counted, log_probs, 0.0)) / jnp.maximum(jnp.sum(counted), 1)
+        given, _ = gold(params, batch["gold"], key)
+        loss = 0.5 * own + 0.5 * given
+        shown = {
+            "loss": loss,
+            "own": own,
+            "gold": given,
+            "right": jnp.mean(samples["correct"] * 1.0),
+        }
+        return loss, jax.lax.stop_gradient({k: Mean(v, jnp.ones(())) for k, v in shown.items()})
+
+    return objective
+
+
+def right_samples(rewards: jax.Array, batch: dict) -> dict[str, jax.Array]:
+    """Credit of `online_self_training`: a reward of at least 1 is right; one without a verdict is not."""
+    del batch
+    return {"correct": jnp.nan_to_num(rewards) >= 1.0}

@@ -9,7 +9,7 @@ import jax
 import optax
 import optax.contrib
 
-from jaxft.objectives import Objective, function_distance, noise_distance, r3f
+from jaxft.objectives import Objective, function_distance, mean_of, noise_distance, r3f
 from jaxft.optim import (
     look_sam,
     perturb_asam,
@@ -18,14 +18,17 @@ from jaxft.optim import (
     scale_by_lion,
     with_sam,
     with_tram,
+    with_tram_fisher,
     with_trust_region,
 )
 
 Optimizer = Literal["adamw", "lion", "lion_int8", "adafactor", "muon", "sgd"]
 Sharpness = Literal[
-    "none", "sam", "asam", "fisher_sam", "m_sam", "look_sam", "tram", "tram_0", "tram_x", "trpo", "mesa",
-    "r3f",
+    "none", "sam", "asam", "fisher_sam", "m_sam", "look_sam", "tram", "tram_0", "tram_x", "tram_fisher",
+    "trpo", "mesa", "r3f",
 ]  # fmt: skip
+
+OF_LOGITS = ("tram", "tram_0", "tram_x", "trpo", "mesa", "r3f")
 
 
 def optimizer_rule(name: Optimizer) -> optax.GradientTransformation:
@@ -59,6 +62,7 @@ def sharpen(
     base: optax.GradientTransformation,
     logits_fn: Callable[..., Any] | None = None,
     rho: float | None = None,
+    noised: Objective | None = None,
 ) -> Sharpened:
     """A sharpness-aware or trust-region method around the base optimizer.
 
@@ -67,6 +71,7 @@ def sharpen(
             None: those are refused.
         rho: the radius; None: the method's own. For tram it scales the distance, for the penalties
             (trpo, mesa, r3f) it is their weight.
+        noised: the objective with noise on its inputs, for tram_fisher. None: that is refused.
 
     Raises:
         ValueError: for rho < 0, and for a rho that the method "none" would not use.
@@ -75,14 +80,14 @@ def sharpen(
         if rho is not None:
             raise ValueError(f"--rho {rho} has no effect without --sharpness, such as sam.")
         return Sharpened(objective, base, jax.value_and_grad, {})
-    if logits_fn is None and name in ("tram", "tram_0", "tram_x", "trpo", "mesa", "r3f"):
+    if name == "tram_fisher" and noised is None or logits_fn is None and name in OF_LOGITS:
         raise ValueError(
             f"--sharpness {name} is of experiments/sft.py; here, take one of sam's family."
         )
     if rho is None:
-        rho = {"asam": 0.5, "fisher_sam": 0.1, "trpo": 0.1, "mesa": 0.1, "r3f": 0.1}.get(name)
-    if rho is None:
-        rho = 1.0 if name.startswith("tram") else 0.05
+        usual = {"sam": 0.05, "m_sam": 0.05, "look_sam": 0.05, "asam": 0.5}
+        usual |= {"tram": 1.0, "tram_0": 1.0, "tram_x": 1.0}
+        rho = usual.get(name, 0.1)
     if name == "m_sam":
         # Each slice of the batch (--gradient-accumulation-steps) has its own perturbation.
         return Sharpened(objective, base, sam(rho), {})
@@ -93,6 +98,7 @@ def sharpen(
         "asam": lambda: with_sam(base, perturb=perturb_asam(rho)),
         "fisher_sam": lambda: with_sam(base, perturb=perturb_fisher(rho)),
         "look_sam": lambda: look_sam(base, rho),
+        "tram_fisher": lambda: with_tram_fisher(base, rho),
         "tram": lambda: with_tram(base, 0.0, d_scale=rho),
         "tram_0": lambda: with_tram(base, 1.0, d_scale=rho),
         "tram_x": lambda: with_tram(base, None, d_scale=rho),
@@ -101,6 +107,8 @@ def sharpen(
     }
     if name in ("sam", "asam", "fisher_sam", "look_sam"):
         extra = {}
+    elif name == "tram_fisher":
+        extra = {"noised_fn": mean_of(noised)}
     else:
         noised = name == "tram_x"
         distance = noise_distance(logits_fn) if noised else function_distance(logits_fn)

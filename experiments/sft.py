@@ -32,7 +32,7 @@ from jaxft.adapters import (
     load_adapter,
     save_intrinsic,
 )
-from jaxft.objectives import decoder_logits, reparametrised, supervised
+from jaxft.objectives import decoder_logits, embedding_noise, reparametrised, supervised
 from jaxft.rl import Accuracy, measure_accuracy, verifier_for
 
 # reasoning-gym draws entry i from seed + i: the seeds below are further apart than the sizes.
@@ -81,6 +81,7 @@ def main(config: Config) -> dict[str, Any]:
         shared.make_optimizer(config),
         lambda params, *rest, **noise: logits(read(params), *rest, **noise),
         config.rho,
+        reparametrised(supervised(model, noise=embedding_noise()), read),
     )
     tokenised = data.render(held_out, renderer, config.max_length, too_long="truncate")
     eval_batches = data.finite_batches(

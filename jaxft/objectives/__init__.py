@@ -19,11 +19,12 @@ from jaxft.objectives.reward_model import (
     sequence_rewards,
     token_rewards,
 )
-from jaxft.objectives.supervised import Objective, shift, supervised, token_supervised
+from jaxft.objectives.supervised import Objective, mean_of, shift, supervised, token_supervised
 from jaxft.objectives.trust_region import (
     LogitsFn,
     classifier_logits,
     decoder_logits,
+    embedding_noise,
     function_distance,
     noise_distance,
     on_rows,
@@ -45,9 +46,11 @@ __all__ = [
     "coverage",
     "completion_values",
     "decoder_logits",
+    "embedding_noise",
     "function_distance",
     "hypo",
     "kto",
+    "mean_of",
     "noise_distance",
     "on_rows",
     "outcome_reward",

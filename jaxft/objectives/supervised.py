@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,22 +15,25 @@ from jaxft.metrics import Mean
 Objective = Callable[..., tuple[jax.Array, dict[str, Any]]]
 
 
-def supervised(model, *, chunk: int = 64) -> Objective:
+def supervised(
+    model, *, chunk: int = 64, noise: Callable[[jax.Array, jax.Array], jax.Array] | None = None
+) -> Objective:
     """objective(params, batch, key) -> (token-mean cross-entropy in nats, metrics).
 
     `batch` holds `tokens` [B, T] and, each optional, `loss_mask` [B, T] (weight of each token as a
     target; default 1), `segment_ids` [B, T] (0 is padding) and `positions` [B, T]. The mean is over
-    the sum of weights; metrics["loss"] carries it, so that microbatches add up.
+    the sum of weights; metrics["loss"] carries it, so that microbatches add up. `noise` (key, x) -> x moves
+    the embedded tokens: see embedding_noise. Nothing else is drawn: there is no dropout.
     """
 
     def objective(params, batch, key):
-        del key  # Nothing is drawn: no dropout.
         targets, weights = shift(batch)
         output = model.apply(
             {"params": params},
             batch["tokens"],
             positions=batch.get("positions"),
             segment_ids=batch.get("segment_ids"),
+            **({} if noise is None else {"noise": functools.partial(noise, key)}),
         )
         total = linear_cross_entropy(
             output.hidden,
@@ -71,6 +75,17 @@ def token_supervised(
         return loss.value, jax.lax.stop_gradient({"loss": loss} | found)
 
     return objective
+
+
+def mean_of(objective: Objective) -> Callable[..., Mean]:
+    """(params, batch, key) -> the loss as a Mean that has a gradient and adds up over microbatches."""
+
+    def mean(params, batch, key):
+        loss, metrics = objective(params, batch, key)
+        weight = metrics["loss"].weight
+        return Mean(loss * weight, weight)
+
+    return mean
 
 
 def shift(batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:

@@ -4,6 +4,8 @@
     make_step(objective, with_tram(adam), extra_args={"distance_fn": distance})  # TRAM-θ_{t-1}
     noise = noise_distance(decoder_logits(model))
     make_step(objective, with_tram(adam, None), extra_args={"distance_fn": noise})  # TRAM-x
+    noised = mean_of(supervised(model, noise=embedding_noise()))
+    make_step(objective, with_tram_fisher(adam), extra_args={"noised_fn": noised})
 
 Distances are Means over tokens or examples, in nats where the divergence is: parts of a batch add up.
 TRPO's and MESA's penalties have targets that move: see jaxft.optim.with_trust_region.
@@ -11,6 +13,7 @@ TRPO's and MESA's penalties have targets that move: see jaxft.optim.with_trust_r
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -111,6 +114,30 @@ def sample_distance(logits_fn: LogitsFn, kernel: Kernel | None = None) -> Callab
     return distance
 
 
+def embedding_noise(sigma: float = 0.1, kind: Kind = "normal") -> Callable[..., jax.Array]:
+    """noise(key, x) -> x + z for embedded inputs x; z is drawn from a key derived from the objective's.
+
+    Args:
+        sigma: standard deviation of normal z; uniform z are in [-sigma, sigma].
+
+    Raises:
+        ValueError: for sigma < 0 or another kind.
+    """
+    if not sigma >= 0:
+        raise ValueError(f"embedding_noise: sigma must be at least 0, got {sigma}.")
+    if kind not in get_args(Kind):
+        raise ValueError(f"embedding_noise: kind must be one of {get_args(Kind)}, got {kind!r}.")
+
+    def noise(key, x):
+        # Not the objective's own: z must not go with what it draws.
+        key = jax.random.fold_in(key, _NOISE)
+        if kind == "normal":
+            return x + (sigma * jax.random.normal(key, x.shape)).astype(x.dtype)
+        return x + jax.random.uniform(key, x.shape, minval=-sigma, maxval=sigma).astype(x.dtype)
+
+    return noise
+
+
 def noise_distance(
     logits_fn: LogitsFn,
     sigma: float = 0.1,
@@ -129,21 +156,10 @@ def noise_distance(
     Raises:
         ValueError: for sigma < 0 or another kind.
     """
-    if not sigma >= 0:
-        raise ValueError(f"noise_distance: sigma must be at least 0, got {sigma}.")
-    if kind not in get_args(Kind):
-        raise ValueError(f"noise_distance: kind must be one of {get_args(Kind)}, got {kind!r}.")
+    noised = embedding_noise(sigma, kind)
 
     def distance(params, batch, key):
-        # Not the objective's own: z must not go with what it draws.
-        noise_key = jax.random.fold_in(key, _NOISE)
-
-        def noise(x):
-            if kind == "normal":
-                return x + (sigma * jax.random.normal(noise_key, x.shape)).astype(x.dtype)
-            z = jax.random.uniform(noise_key, x.shape, minval=-sigma, maxval=sigma)
-            return x + z.astype(x.dtype)
-
+        noise = functools.partial(noised, key)
         target_logits, _ = logits_fn(params, batch, key, noise=noise)
         logits, weights = logits_fn(params, batch, key)
         return _mean(divergence(target_logits, logits), weights)

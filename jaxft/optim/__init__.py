@@ -29,6 +29,7 @@ from jaxft.optim.with_sharpness import (
     evaluation_params,
     look_sam,
     with_sam,
+    with_tram_fisher,
 )
 from jaxft.optim.with_trust_region import (
     TrustRegionState,
@@ -76,5 +77,6 @@ __all__ = [
     "tram_fisher",
     "with_sam",
     "with_tram",
+    "with_tram_fisher",
     "with_trust_region",
 ]

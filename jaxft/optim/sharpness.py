@@ -184,7 +184,7 @@ def tram_fisher(
     """Fisher SAM with f = (∇L(θ; x + z))², the gradient at noised inputs.
 
     TRAM-Fisher: Sherborne et al., 2023, arxiv.org/abs/2310.03646. Costs three gradients. As in `tram`, the
-    other objective gets what trains alone.
+    other objective gets what trains alone: with adapters, take `with_tram_fisher`.
 
     Args:
         noised: the objective with noise on its inputs: the same arguments and results. Without noise

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jaxft.optim.perturbations import Perturbation, global_norm, moved, perturb_sam
-from jaxft.optim.sharpness import check_steps
+from jaxft.optim.perturbations import (
+    Perturbation,
+    fisher_perturbation,
+    global_norm,
+    moved,
+    perturb_sam,
+)
+from jaxft.optim.sharpness import check_steps, scalar
 
 
 def with_sam(
@@ -56,6 +63,39 @@ def with_sam(
             for number in range(ascent_steps):
                 point, updates = ascend(number, (point, updates))
         return base.update(updates, state, params, grad_fn=grad_fn, **extra)
+
+    return optax.GradientTransformationExtraArgs(base.init, update)
+
+
+def with_tram_fisher(
+    base: optax.GradientTransformation,
+    gamma: float | jax.Array = 0.1,
+    eta: float | jax.Array = 0.1,
+    noised: Callable[[optax.Params], Any] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """The base's update for the gradient at θ + eps, eps that of Fisher SAM with f = (∇L(θ; x + z))².
+
+    TRAM-Fisher: Sherborne et al., 2023, arxiv.org/abs/2310.03646; the transform of `tram_fisher`, and for
+    adapters too. Costs three gradients; the state is the base's alone.
+
+    Args:
+        base: any optax transform; it gets the extra arguments too.
+        gamma, eta: see `perturb_fisher`.
+        noised: params -> loss with noise on the inputs, a scalar or a jaxft.metrics.Mean. None: update's
+            `noised_fn`, which knows the batch: make_step(extra_args={"noised_fn": mean_of(...)}).
+
+    Raises:
+        ValueError: in update, without params, grad_fn or a noised loss.
+    """
+    perturb, base = fisher_perturbation(gamma, eta), optax.with_extra_args_support(base)
+
+    def update(updates, state, params=None, *, grad_fn=None, noised_fn=None, **extra):
+        loss = noised or noised_fn
+        check_arguments("with_tram_fisher", params, grad_fn=grad_fn, noised_fn=loss)
+        others = jax.grad(lambda p: scalar(loss(p)))(params)
+        updates = grad_fn(moved(params, perturb(updates, others)), 0)
+        extra = extra | {"grad_fn": grad_fn, "noised_fn": noised_fn}
+        return base.update(updates, state, params, **extra)
 
     return optax.GradientTransformationExtraArgs(base.init, update)
 

@@ -472,7 +472,8 @@ def trained_linear(name):
 
     # One radius for all, so that none of them is too small to see.
     rho = None if name == "none" else 0.5
-    method = _optimizers.sharpen(name, objective, optax.adam(0.05), linear_logits, rho)
+    noised = lambda p, b, key: objective(p, b | {"x": b["x"] + jnp.sin(9 * b["x"])}, key)
+    method = _optimizers.sharpen(name, objective, optax.adam(0.05), linear_logits, rho, noised)
     params = {"kernel": 0.5 * jax.random.normal(jax.random.key(1), (8, 3))}
     state = train.init_state(params, method.optimizer, jax.random.key(2))
     options = dict(gradient=method.gradient, extra_args=method.extra_args, microbatches=2)

@@ -9,14 +9,16 @@ import numpy as np
 import optax
 import pytest
 
-from jaxft.adapters import ALL_LINEAR, adapt, lora
+from jaxft.adapters import ALL_LINEAR, adapt, combine, lora, partition
 from jaxft.losses import kl_divergence, symmetric_kl_divergence
 from jaxft.metrics import Mean
 from jaxft.models import Decoder, Encoder, EncoderConfig, stack_layers, tiny_config
 from jaxft.objectives import (
     classifier_logits,
     decoder_logits,
+    embedding_noise,
     function_distance,
+    mean_of,
     noise_distance,
     on_rows,
     r3f,
@@ -27,7 +29,7 @@ from jaxft.objectives import (
     supervised,
     trust_region,
 )
-from jaxft.optim import tram, with_tram
+from jaxft.optim import tram, tram_fisher, with_tram, with_tram_fisher
 from jaxft.train import accumulate, fit
 
 SMALL = dict(
@@ -259,6 +261,36 @@ def test_tram_runs_on_a_decoder_with_lora_and_microbatches(params):
     )
     assert state.opt_state.target is None
     assert min(row["trust_distance"] for row in rows) > 0
+
+
+def test_tram_fisher_on_lora_is_its_estimator_on_what_trains(params):
+    adapted = adapt(jax.random.key(1), params, {ALL_LINEAR: lora(2)})
+    noise = embedding_noise(0.3)
+    clean, noised = supervised(MODEL), supervised(MODEL, noise=lambda _, x: noise(KEY, x))
+    whole = {"noised_fn": mean_of(noised)}
+    sgd, run = optax.sgd(1.0), dict(steps=1)
+    state, _ = fit(
+        adapted, clean, with_tram_fisher(sgd, 0.2, 1e4), [BATCH], extra_args=whole, **run
+    )
+    trainable, frozen = partition(adapted)
+    of = lambda objective: lambda t: objective(combine(t, frozen), BATCH, KEY)[0]
+    value, grads = jax.jit(tram_fisher(of(noised), 0.2, 1e4)(of(clean)))(trainable)
+    moved = jax.tree.map(
+        lambda after, before: before - after, partition(state.params)[0], trainable
+    )
+    chex.assert_trees_all_close(moved, grads, rtol=1e-3, atol=1e-5)
+    # The noise is there, and so are two slices of the batch, which add up to it.
+    assert abs(jax.jit(of(noised))(trainable) - value) > 1e-3
+    sliced, _ = fit(
+        adapted,
+        clean,
+        with_tram_fisher(sgd, 0.2, 1e4),
+        [BATCH],
+        extra_args=whole,
+        microbatches=2,
+        **run,
+    )
+    assert jax.tree.all(jax.tree.map(lambda x: jnp.isfinite(x).all(), partition(sliced.params)[0]))
 
 
 def test_tram_x_as_an_estimator_and_as_a_transform_is_one_method(key):

@@ -28,6 +28,7 @@ from jaxft.optim import (
     subspace_gradient,
     with_sam,
     with_tram,
+    with_tram_fisher,
     with_trust_region,
 )
 
@@ -84,6 +85,7 @@ CASES = [
     wrapped("alternating_sam", alternating_sam, calls=2, rho=RHO),
     wrapped("with_tram", with_tram),
     wrapped("with_trust_region", with_trust_region),
+    wrapped("with_tram_fisher", with_tram_fisher, gamma=RHO),
 ]
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 SIZES = {"matrix": (16, 40), "vector": (300,), "few": (3,)}  # of which int8 takes the first two
@@ -118,7 +120,7 @@ def distance(target, params):
 
 
 # What asks for functions gets those of the parabola.
-EXTRA = dict(grad_fn=lambda p, *_: jax.grad(parabola)(p), distance_fn=distance)
+EXTRA = dict(grad_fn=lambda p, *_: jax.grad(parabola)(p), distance_fn=distance, noised_fn=parabola)
 
 
 def update_of(optimizer):
@@ -134,6 +136,7 @@ def make_step(optimizer, objective):
         updates, state = update(
             grads, state, params, value=value, grad=grads, value_fn=objective,
             grad_fn=lambda p, *_: jax.grad(objective)(p), distance_fn=distance,
+            noised_fn=objective,
         )  # fmt: skip
         return optax.apply_updates(params, updates), state
 

@@ -17,6 +17,7 @@ from jaxft.optim import (
     tram_fisher,
     with_sam,
     with_tram,
+    with_tram_fisher,
     with_trust_region,
 )
 from jaxft.optim.perturbations import perturb_asam
@@ -95,6 +96,20 @@ def test_tram_fisher_without_noise_is_fisher_sam_and_with_it_uses_the_other_grad
     point = jax.tree.map(lambda p, n: p + 0.2 * n / length, PARAMS, natural)
     got = tram_fisher(noised, 0.2, 30.0)(loss)(PARAMS)[1]
     chex.assert_trees_all_close(got, jax.grad(loss)(point), rtol=1e-5, atol=1e-6)
+
+
+def test_with_tram_fisher_is_its_estimator_in_an_optax_loop():
+    noised = lambda p: loss(p, X + 0.5)
+    expected = tram_fisher(noised, 0.2, 30.0)(loss)(PARAMS)[1]
+    for own, given in ((noised, None), (None, lambda p: Mean(2 * noised(p), 2.0))):
+        optimizer = with_tram_fisher(optax.sgd(1.0), 0.2, 30.0, own)
+        updates, _ = optimizer.update(
+            jax.grad(loss)(PARAMS), optimizer.init(PARAMS), PARAMS,
+            grad_fn=lambda p, _: jax.grad(loss)(p), noised_fn=given,
+        )  # fmt: skip
+        chex.assert_trees_all_close(updates, jax.tree.map(jnp.negative, expected), rtol=1e-6)
+    with pytest.raises(ValueError, match="noised_fn"):
+        optimizer.update(PARAMS, (), PARAMS, grad_fn=lambda p, _: p)
 
 
 @pytest.mark.parametrize("decay", [0.0, 1.0, 0.9])

@@ -1,15 +1,18 @@
-"""Preference optimisation of a language model: DPO and its relatives, KTO and BCO.
+"""Preference optimisation of a language model: DPO and its relatives, KTO and BCO; and reward models.
 
     python experiments/preference.py --data pairs.jsonl --loss dpo
     python experiments/preference.py --data labelled.jsonl --loss kto
     python experiments/preference.py --model meta-llama/Llama-3.1-8B-Instruct --fsdp -1 --bfloat16 \\
         --data trl-lib/ultrafeedback_binarized --loss simpo --learning-rate 1e-6 --adapter full
+    python experiments/preference.py --data pairs.jsonl --loss reward    a reward model
     python experiments/preference.py --smoke        seconds, random weights
 
-Pairs have the columns prompt, chosen and rejected; kto and bco take prompt, completion and label, or pairs. A
-reasoning-gym task (rg:TASK) gives pairs of right answers and those of other questions. The reference is
-the model before training; its log-probs are computed once. The output directory gets the adapter, metrics,
-a figure and checkpoints; --resume goes on.
+Pairs have the columns prompt, chosen and rejected; kto, bco and outcome take prompt, completion and label, or
+pairs; process takes prompt, completions (steps) and labels. A reasoning-gym task (rg:TASK) gives pairs of
+right answers and those of other questions. The reference is the model before training; its log-probs
+are computed once. A reward model is a sequence classifier with one label: its head is `score` in the
+adapter's files, or the model's. The output directory gets the adapter, metrics, a figure and checkpoints;
+--resume goes on.
 """
 
 from __future__ import annotations
@@ -23,18 +26,20 @@ import jax
 import numpy as np
 import tyro
 
+from experiments import _preference_report as reports
 from experiments import _training as shared
 from experiments._optimizers import sharpen
 from jaxft import data, losses, objectives, train
-from jaxft.metrics import length_controlled_rate, wilson_interval
 
 NEEDLE = "rg:needle_haystack?min_num_statements=4&max_num_statements=8"
 Loss = Literal[
     "dpo", "robust", "hinge", "ipo", "exo", "nca", "sppo", "bco_pair", "apo_zero", "apo_down", "aot",
     "aot_unpaired", "discopop", "normalised", "length_regularised", "dpop", "simpo", "alpha_po", "cpo",
-    "orpo", "slic", "kto", "bco",
+    "orpo", "slic", "kto", "bco", "reward", "outcome", "process",
 ]  # fmt: skip
 UNPAIRED = ("kto", "bco")
+REWARDS = ("reward", "outcome", "process")  # of pairs, of answers, of steps
+HEAD = 0x4EAD  # purpose of the key that draws a reward head
 REFERENCE_FREE = ("simpo", "alpha_po", "cpo", "orpo", "slic")
 
 
@@ -55,6 +60,7 @@ class Config(shared.Training):
     use_weighting: bool = False  # weigh pairs by how likely the policy is to say them (WPO)
     desirable_weight: float = 1.0  # kto
     undesirable_weight: float = 1.0  # kto
+    center_rewards_coefficient: float = 0.0  # reward: holds rewards near 0 (0.01 is usual)
 
     learning_rate: float = 1e-4
     too_long: Literal["drop", "truncate", "truncate_left_prompt", "error"] = "drop"
@@ -73,6 +79,9 @@ def main(config: Config) -> dict[str, Any]:
     mesh = shared.mesh_of(config)
     model, base = shared.load_base(config, mesh)
     params = shared.adapt_params(config, base, mesh)
+    if config.loss in REWARDS:
+        key = jax.random.fold_in(jax.random.key(config.seed), HEAD)
+        params = objectives.add_reward_head(key, params, model.config.hidden_size)
     objective = make_objective(model)
     method = sharpen(config.sharpness, objective, shared.make_optimizer(config), rho=config.rho)
     score = functools.partial(
@@ -82,12 +91,15 @@ def main(config: Config) -> dict[str, Any]:
         max_length=config.max_length,
         mesh=mesh,
     )
-    held_out = score(params, held_out)  # Free of reference or not: gains are told from the start.
-    if config.loss not in REFERENCE_FREE:
+    bare_held_out = held_out
+    if config.loss not in REWARDS:
+        held_out = score(params, held_out)  # Free of reference or not: gains are told.
+    if config.loss not in (*REWARDS, *REFERENCE_FREE):
         training = score(params, training)
-    eval_groups = held_out if config.loss not in REFERENCE_FREE else _bare(held_out)
     eval_batches = data.finite_group_batches(
-        eval_groups, batch_size=config.batch_size, max_length=config.max_length
+        bare_held_out if config.loss in REFERENCE_FREE else held_out,
+        batch_size=config.batch_size,
+        max_length=config.max_length,
     )
     batches = data.group_batches(
         training,
@@ -109,8 +121,17 @@ def main(config: Config) -> dict[str, Any]:
         checkpoints=shared.checkpoints(config, output, best="eval/loss"),
     )
     shared.save(config, model, state.params, base, mesh, output)
-    after = score(state.params, _bare(held_out))
-    return report(config, history, held_out, after, output)
+    metrics = reports.losses_of(history)
+    if config.loss in REWARDS:
+        rewards = reports.read_rewards(config, model, state.params, held_out, mesh)
+        metrics |= reward_report(config, rewards, held_out)
+    else:
+        table = lambda groups: np.stack([group.columns["ref_log_probs"] for group in groups])
+        tell = reports.label_report if config.loss in UNPAIRED else reports.pair_report
+        after = score(state.params, bare_held_out)
+        metrics |= tell(table(after), table(held_out), held_out)
+    shared.write_metrics(output, metrics)
+    return metrics
 
 
 def objective_of(config: Config):
@@ -122,9 +143,22 @@ def objective_of(config: Config):
     smoothed = ("dpo", "robust", "exo", "aot", "aot_unpaired", "simpo", "cpo")
     if "label_smoothing" in given and config.loss not in smoothed:
         raise ValueError(f"--label-smoothing is of {', '.join(smoothed)}; {config.loss} has none.")
+    if config.center_rewards_coefficient and config.loss != "reward":
+        raise ValueError(f"--center-rewards-coefficient is of reward, not of {config.loss}.")
+    if config.loss in REWARDS and "beta" in given:
+        raise ValueError(f"--beta is of losses with a policy; {config.loss} trains a reward model.")
+    if config.loss in (*UNPAIRED, *REWARDS) and (config.use_weighting or config.nll_alpha):
+        raise ValueError(f"--use-weighting and --nll-alpha are of pairs, not of {config.loss}.")
+    if config.loss in REWARDS:
+        centre = config.center_rewards_coefficient
+        return {
+            "reward": lambda model: objectives.pairwise_reward(
+                model, center_rewards_coefficient=centre
+            ),
+            "outcome": objectives.outcome_reward,
+            "process": objectives.process_reward,
+        }[config.loss]
     if config.loss in UNPAIRED:
-        if config.use_weighting or config.nll_alpha:
-            raise ValueError(f"--use-weighting and --nll-alpha are of pairs, not of {config.loss}.")
         weights = {n: getattr(config, n) for n in ("desirable_weight", "undesirable_weight")}
         if config.loss == "kto":
             return lambda model: objectives.kto(model, **given, **weights)
@@ -170,12 +204,13 @@ def load_data(config: Config):
     records = [record for source in sources for record in source]
     held_out = shared.without_known(held_out, {_question(r) for r in records}, _question)
     renderer = data.Renderer(shared.files.load_tokenizer(config.model), template=config.template)
-    if config.loss in UNPAIRED:
-        render = functools.partial(data.render_unpaired, seed=config.seed)
+    too_long = {} if config.loss == "process" else {"too_long": config.too_long}
+    if config.loss in (*UNPAIRED, "outcome"):
+        other = config.loss in UNPAIRED
+        render = functools.partial(data.render_unpaired, seed=config.seed, mismatched=other)
         records, held_out = _labelled(records), _labelled(held_out)
     else:
-        render = data.render_pairs
-    too_long = {"too_long": config.too_long}
+        render = data.render_steps if config.loss == "process" else data.render_pairs
     training = render(records, renderer, config.max_length, bad=bad, **too_long)
     left = render(held_out, renderer, config.max_length, **too_long)
     if bad.summary():
@@ -187,15 +222,29 @@ def load_data(config: Config):
 
 
 def load_records(config: Config, spec: str, bad: data.BadRecords) -> list[data.preference.Record]:
-    """Pairs, or completions with labels, of a source."""
+    """Pairs, or completions or steps with labels, of a source."""
+    if config.loss == "process":
+        return data.load(spec, form=data.normalise_steps, bad=bad)
     if spec.startswith("rg:"):
         return answers_of_others(data.load(spec, bad=bad))
-    if config.loss not in UNPAIRED:
+    if config.loss not in (*UNPAIRED, "outcome"):
         return data.load(spec, form=data.normalise_pair, bad=bad)
     either = lambda row, fields: (
         data.normalise_unpaired(row, fields) if "label" in row else data.normalise_pair(row, fields)
     )
     return data.load(spec, form=either, bad=bad)
+
+
+def reward_report(config: Config, rewards: np.ndarray, groups: list) -> dict[str, Any]:
+    """What held-out preferences, or labels, say of a reward model."""
+    if config.loss == "reward":
+        return reports.reward_report(rewards, groups)
+    if config.loss == "outcome":
+        labels = np.array([group.columns["label"] for group in groups])
+        return reports.correctness_report(rewards[:, 0], labels)
+    there = np.stack([group.columns["step_ends"] for group in groups]) >= 0
+    labels = np.stack([group.columns["step_labels"] for group in groups])
+    return reports.correctness_report(rewards[there], labels[there])
 
 
 def answers_of_others(records: list) -> list:
@@ -209,73 +258,6 @@ def answers_of_others(records: list) -> list:
         answers = {"chosen": record["completion"], "rejected": wrong["completion"]}
         pairs.append({k: v for k, v in record.items() if k != "completion"} | answers)
     return pairs
-
-
-def report(config, history, before, after, output) -> dict[str, Any]:
-    """Prints and writes what the held-out preferences show; returns it."""
-    evaluated = [row for row in history if "eval/loss" in row]
-    metrics = {
-        "steps": history[-1]["step"],
-        "first_loss": history[0]["loss"],
-        "last_loss": history[-1]["loss"],
-        "eval_loss": evaluated[-1]["eval/loss"] if evaluated else None,
-    }
-    policy, start = (
-        np.stack([group.columns["ref_log_probs"] for group in groups]) for groups in (after, before)
-    )
-    if config.loss not in UNPAIRED:
-        metrics |= pair_report(policy, start, before)
-    else:
-        labels = np.array([group.columns["label"] for group in before])
-        gain = (policy - start)[:, 0]
-        mean = lambda side: float(gain[side].mean()) if side.any() else None
-        metrics |= {"gain_desirable": mean(labels), "gain_undesirable": mean(~labels)}
-        print(f"log-prob gained, in nats: desirable {mean(labels)}, undesirable {mean(~labels)}")
-    shared.write_metrics(output, metrics)
-    return metrics
-
-
-def pair_report(policy: np.ndarray, start: np.ndarray, groups: list) -> dict[str, Any]:
-    """Accuracy on held-out pairs, before and after, and how much of it is length."""
-    lengths = np.array([[(p.loss_mask[1:] > 0).sum() for p in group.parts] for group in groups])
-    longer = lengths[:, 0] - lengths[:, 1]
-    reward = (policy - start)[:, 0] - (policy - start)[:, 1]
-    wins, count = reward > 0, len(reward)
-    share = lambda side: float(wins[side].mean()) if side.any() else None
-    low, high = wilson_interval(int(wins.sum()), count)
-    metrics = {
-        "accuracy": float(wins.mean()),
-        "accuracy_interval": (low, high),
-        "margin": float(reward.mean()),
-        "likelier_before": float((start[:, 0] > start[:, 1]).mean()),
-        "likelier_after": float((policy[:, 0] > policy[:, 1]).mean()),
-        "log_prob_chosen_gain": float((policy - start)[:, 0].mean()),
-        "log_prob_rejected_gain": float((policy - start)[:, 1].mean()),
-        "length_chosen": float(lengths[:, 0].mean()),
-        "length_rejected": float(lengths[:, 1].mean()),
-        "accuracy_chosen_longer": share(longer > 0),
-        "accuracy_chosen_shorter": share(longer < 0),
-        "accuracy_at_equal_length": length_controlled_rate(wins, longer),
-    }
-    show = lambda x: "-" if x is None else f"{x:.1%}"
-    print(
-        f"\nheld-out pairs: {count}; accuracy {show(metrics['accuracy'])} (95 % interval {low:.1%} to "
-        f"{high:.1%}); chosen likelier than rejected {show(metrics['likelier_before'])} -> "
-        f"{show(metrics['likelier_after'])}\n"
-        f"is it length? chosen {metrics['length_chosen']:.1f} tokens, rejected "
-        f"{metrics['length_rejected']:.1f}; accuracy where chosen is longer "
-        f"{show(metrics['accuracy_chosen_longer'])}, shorter {show(metrics['accuracy_chosen_shorter'])}, "
-        f"at equal length {show(metrics['accuracy_at_equal_length'])}\n"
-        f"log-prob gained: chosen {metrics['log_prob_chosen_gain']:+.2f}, rejected "
-        f"{metrics['log_prob_rejected_gain']:+.2f} nats"
-    )
-    return metrics
-
-
-def _bare(groups):
-    """The groups without log-probs."""
-    drop = lambda columns: {k: v for k, v in columns.items() if k != "ref_log_probs"}
-    return [dataclasses.replace(group, columns=drop(group.columns)) for group in groups]
 
 
 def _labelled(records):

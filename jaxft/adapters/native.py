@@ -87,6 +87,8 @@ def load_native(path: str | os.PathLike, params: Params) -> Params:
     if settings.pop("version", None) != 1:
         raise AdapterError(f"{path}: written by another version of jaxft; update it.")
     adapted = apply_named(params, **settings)
+    if "reward/kernel" in tensors:  # Beside the adapter, of which it is no part.
+        adapted["reward"] = {"kernel": tensors["reward/kernel"]}
     expected = dict(_own_leaves(adapted))
     for name in sorted(expected.keys() ^ tensors.keys()):
         kind = "missing" if name in expected else "surplus"

@@ -15,7 +15,7 @@ from jaxft.adapters.peft import load_adapter, save_adapter
 from jaxft.adapters.rewrite import Params, partition, path_name
 from jaxft.models import Decoder, unstack_layers
 from jaxft.parallel import in_turn, to_host
-from jaxft.weights import Frozen, is_weight, quantisation_error
+from jaxft.weights import Frozen, is_weight, quantisation_error, to_dense
 
 
 class Difference(NamedTuple):
@@ -111,6 +111,10 @@ def save_checked(
         save_native(path, params, **native)
         under = base
     loaded = load_adapter(path, model.config, under)
+    if "reward" in params:
+        head, read = (to_host(to_dense(p["reward"]["kernel"])) for p in (params, loaded))
+        if not np.array_equal(head.astype(np.float32), read.astype(np.float32)):
+            raise AdapterError(f"{path}: read again, it has another reward head; do not use it.")
     # What comes back as it was is computed as it was; PiSSA's residual kernel was rounded.
     same = jax.tree.structure(loaded) == jax.tree.structure(params)
     dtype = jnp.float32 if same else jax.tree.leaves(base)[0].dtype

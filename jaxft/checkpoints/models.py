@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import itertools
 import json
 import os
 import pathlib
+import re
 import shutil
 import sys
 import types
@@ -14,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -34,9 +37,11 @@ from jaxft.checkpoints.tiny import byte_tokenizer, tiny_model
 from jaxft.models import Decoder, Encoder, EncoderConfig
 from jaxft.models.hf_encoder_names import BUFFERS, HEADS, encoder_entries
 from jaxft.models.hf_names import Entry, huggingface_entries, is_ignorable
-from jaxft.parallel import param_shardings, shard_params, written_once
+from jaxft.parallel import param_shardings, shard_params, to_host, written_once
+from jaxft.weights import to_dense
 
 Params = Any
+SCORE = "score.weight"  # of a sequence classifier
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -82,6 +87,8 @@ def load_model(
     if mesh is not None:
         shardings = param_shardings(stacked_shapes(shapes) if scan_layers else shapes, mesh)
     params = assemble(entries, read, shapes, dtype=dtype, shardings=shardings, stacked=scan_layers)
+    if opened.score is not None:
+        params["reward"] = {"kernel": jnp.asarray(opened.score.T, dtype)}
     return model, params
 
 
@@ -109,21 +116,24 @@ class _Opened(NamedTuple):
     entries: Sequence[Entry]
     read: Callable[[Entry], np.ndarray]
     dtype: Callable[[Entry], Any]
+    score: np.ndarray | None = None  # [1, D], the head of a reward model
 
 
 def _open(path_or_id) -> _Opened:
-    path = resolve(path_or_id)
+    path, score = resolve(path_or_id), None
     if path.suffix == ".gguf":
         file = GgufFile(path)
         config, entries, found = file.config, file.entries(), file.names
         read, dtype = lambda entry: file.read(entry.name), lambda entry: np.float32
     else:
         config, tensors = _open_directory(path)
+        if SCORE in tensors and len(tensors[SCORE]) == 1:
+            score = tensors.pop(SCORE)
         entries, found = _entries(config), set(tensors)
         read, dtype = lambda entry: tensors[entry.name], lambda entry: tensors[entry.name].dtype
     check_names(found, {entry.name for entry in entries}, path)
     model = (Encoder if isinstance(config, EncoderConfig) else Decoder)(config)
-    return _Opened(model, entries, read, dtype)
+    return _Opened(model, entries, read, dtype, score)
 
 
 def save_model(
@@ -132,7 +142,8 @@ def save_model(
     """Writes a Hugging Face directory that transformers opens: config.json and safetensors.
 
     Structured weights are written dense (merged), in the data type of their base. On several hosts all call
-    it, and the first writes.
+    it, and the first writes. A reward head makes it a sequence classifier with one label, whose `score`
+    `load_model` reads again (the output projection, where there is one, stays in the file).
 
     Args:
         path: the directory; made if needed.
@@ -143,9 +154,18 @@ def save_model(
     """
     path = pathlib.Path(path)
     dtype = np.dtype(jax.tree.leaves(params)[0].dtype).name
-    tensors = disassemble(_entries(model.config), params)
+    body = {name: node for name, node in params.items() if name != "reward"}
+    tensors = disassemble(_entries(model.config), body)
     encodes = isinstance(model.config, EncoderConfig)
     config = (hf_encoder_config if encodes else hf_config)(model.config, dtype)
+    if "reward" in params:
+        score = to_host(to_dense(params["reward"]["kernel"])).T
+        tensors = itertools.chain(tensors, [(SCORE, score)])
+        (name,) = config["architectures"]
+        config["architectures"] = [
+            re.sub("For.*|LMHeadModel", "", name) + "ForSequenceClassification"
+        ]
+        config["id2label"] = {"0": "reward"}
 
     def write():
         path.mkdir(parents=True, exist_ok=True)
@@ -280,5 +300,5 @@ def _entries(config):
 def _with_prefix(tensors: dict[str, Any], family: str) -> dict[str, Any]:
     """Names as the causal-LM class writes them: bare base models lack the first level."""
     prefix = "transformer." if family == "gpt2" else "model."
-    fix = lambda n: n if n.startswith((prefix, "lm_head.")) else prefix + n
+    fix = lambda n: n if n.startswith((prefix, "lm_head.")) or n == SCORE else prefix + n
     return {fix(name): tensor for name, tensor in tensors.items()}

@@ -34,9 +34,10 @@ from jaxft.data.preference import (
     normalise_unpaired,
     unpair,
 )
-from jaxft.data.records import as_messages, infer_type, normalise
+from jaxft.data.records import answered, as_messages, infer_type, normalise
 from jaxft.data.render import Renderer, Tokenised, explain, render, render_prompts
 from jaxft.data.sources import load, reasoning_gym_task, split
+from jaxft.data.steps import normalise_steps, render_steps
 from jaxft.data.templates import TEMPLATES
 
 __all__ = [
@@ -67,6 +68,7 @@ __all__ = [
     "TEMPLATES",
     "TokenisedGroup",
     "all_pairs",
+    "answered",
     "best_worst",
     "clean_report",
     "common_prompt",
@@ -76,9 +78,11 @@ __all__ = [
     "judge_pairs",
     "normalise_pair",
     "normalise_ranked",
+    "normalise_steps",
     "normalise_unpaired",
     "parse_green",
     "render_pairs",
+    "render_steps",
     "render_unpaired",
     "unpair",
 ]

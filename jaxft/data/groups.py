@@ -65,6 +65,7 @@ def render_unpaired(
     too_long: TooLong = "drop",
     bad: BadRecords | None = None,
     seed: int = 0,
+    mismatched: bool = True,
 ) -> list[TokenisedGroup]:
     """Records of `normalise_unpaired` as groups of two: the completion, and one of another prompt.
 
@@ -75,14 +76,18 @@ def render_unpaired(
 
     Args:
         seed: of the order in which completions are passed on.
+        mismatched: False leaves the second sequence out, as what learns from labels alone wants it.
 
     Raises:
         DataError: as `render_pairs`; and if all prompts are the same.
     """
+    columns = lambda record: {"label": np.bool_(record["label"])}
+    if not mismatched:
+        answer = lambda record: [record["completion"]]
+        return _render(records, renderer, max_length, too_long, bad, answer, columns)
     order = np.random.default_rng(seed).permutation(len(records))
     other = dict(_mismatched(records, [int(i) for i in order]))
     answers = lambda record: [record["completion"], other[id(record)]]
-    columns = lambda record: {"label": np.bool_(record["label"])}
     return _render(records, renderer, max_length, too_long, bad, answers, columns)
 
 

@@ -225,3 +225,17 @@ def _no_column(name: str, row: Mapping[str, Any]) -> str:
     close = difflib.get_close_matches(name, list(row), n=1)
     hint = f"; did you mean {close[0]!r}?" if close else "."
     return f"no column {name!r} among {sorted(row)}{hint}"
+
+
+def answered(record: Mapping[str, Any], text: str) -> Record:
+    """The record's question with `text` for its answer: `prompt` and `completion`, as messages or as text."""
+    messages = as_messages(record)
+    if messages is None:
+        return {
+            "prompt": record["prompt"] if "prompt" in record else record["text"],
+            "completion": text,
+        }
+    while messages and messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    tools = {"tools": record["tools"]} if "tools" in record else {}
+    return {"prompt": messages, "completion": [{"role": "assistant", "content": text}]} | tools

@@ -114,7 +114,7 @@ def preference(
         total = Mean.of(jnp.where(counted > 0, values, 0.0), counted)
         metrics = _pair_metrics(pairs, counted, beta) | {
             "loss": total,
-            "num_tokens": _tokens(batch, total),
+            "num_tokens": all_tokens(batch, total),
         }
         return total.value, jax.lax.stop_gradient(metrics)
 
@@ -198,7 +198,7 @@ def kto(
         total = Mean.of(jnp.where(counted > 0, values, 0.0), counted)
         metrics = _label_metrics(policy, beta * ratios, beta * kl, labels, counted)
         metrics |= {"kl": Mean.of(other_ratios, counted), "loss": total}
-        metrics["num_tokens"] = _tokens(first, total)
+        metrics["num_tokens"] = all_tokens(first, total)
         return total.value, jax.lax.stop_gradient(metrics)
 
     return objective
@@ -221,7 +221,7 @@ def bco(model, *, beta: float = 0.1, reference: Reference | None = None) -> Obje
         values = bco_loss(ratios, labels, delta, beta=beta)
         total = Mean.of(jnp.where(counted > 0, values, 0.0), counted)
         metrics = _label_metrics(policy, beta * ratios, delta, labels, counted)
-        metrics |= {"loss": total, "num_tokens": _tokens(first, total)}
+        metrics |= {"loss": total, "num_tokens": all_tokens(first, total)}
         return total.value, jax.lax.stop_gradient(metrics)
 
     return objective
@@ -295,7 +295,7 @@ def _label_metrics(policy: Sequences, rewards, threshold, labels, counted):
     return metrics | {"rewards/accuracy": Mean.of(right, counted)}
 
 
-def _tokens(batch, total: Mean) -> Mean:
+def all_tokens(batch, total: Mean) -> Mean:
     """All tokens of a batch, prompts too, over its records."""
     real = batch.get("segment_ids", jnp.ones_like(batch["tokens"])) > 0
     return Mean(jnp.sum(real, dtype=jnp.float32), total.weight)

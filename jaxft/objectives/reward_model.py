@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from jaxft.losses import bradley_terry_loss, correctness_loss
 from jaxft.metrics import Mean
+from jaxft.objectives.preference import all_tokens
 from jaxft.objectives.supervised import Objective
 from jaxft.weights import matmul
 
@@ -80,7 +81,8 @@ def pairwise_reward(model, *, center_rewards_coefficient: float = 0.0) -> Object
             "rewards/accuracy": 0.5 * (1 + jnp.sign(chosen - rejected)),
         }
         metrics = {name: Mean.of(column, counted) for name, column in columns.items()}
-        return total.value, jax.lax.stop_gradient(metrics | {"loss": total})
+        metrics |= {"loss": total, "num_tokens": all_tokens(batch, total)}
+        return total.value, jax.lax.stop_gradient(metrics)
 
     return objective
 
@@ -115,7 +117,9 @@ def process_reward(model) -> Objective:
         ends = jnp.asarray(batch["step_ends"])
         rewards = jnp.take_along_axis(values, jnp.maximum(ends, 0), axis=1)
         labels = jnp.asarray(batch["step_labels"]).astype(bool)
-        return _classified(rewards, labels, (ends >= 0).astype(jnp.float32))
+        # Empty groups, which fill a last batch, have zeros in their columns.
+        present = jnp.any(jnp.asarray(batch["loss_mask"][:, 0]) > 0, axis=1)[:, None]
+        return _classified(rewards, labels, ((ends >= 0) & present).astype(jnp.float32))
 
     return objective
 

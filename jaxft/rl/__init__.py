@@ -30,6 +30,7 @@ from jaxft.rl.pool import (
     in_process,
 )
 from jaxft.rl.programs import run_programs, run_python
+from jaxft.rl.reward_models import model_rewards
 from jaxft.rl.rollouts import Credit, sample_groups, score
 from jaxft.rl.self_training import offline_collect, online_self_training, right_samples
 from jaxft.rl.verifiers import (
@@ -76,6 +77,7 @@ __all__ = [
     "in_process",
     "measure_accuracy",
     "mentions_answer",
+    "model_rewards",
     "nft",
     "numbers_equal",
     "offline_collect",

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib
 import json
+import math
 import pathlib
 import shutil
 import subprocess
@@ -17,7 +18,8 @@ import pytest
 import tyro
 
 from experiments import _optimizers, evaluate, generate, preference, reinforce, sft
-from jaxft import checkpoints, train
+from jaxft import checkpoints, data, rl, train
+from jaxft.adapters import load_adapter
 from jaxft.checkpoints import load_model, save_model
 from jaxft.losses import cross_entropy
 from jaxft.metrics import Mean
@@ -153,11 +155,12 @@ def test_training_learns_and_resumes_to_the_same_losses(tmp_path):
     assert len(generate.main(model)) == 1
 
 
-@pytest.mark.parametrize("loss", ["dpo", "kto"])
+@pytest.mark.parametrize("loss", ["dpo", "kto", "reward", "process"])
 def test_preferences_are_learnt_from_a_file(loss, tmp_path):
     """Chosen answers end otherwise than rejected ones: held-out pairs show whether that was learnt."""
     rows = [
         {"prompt": f"{i} + 1 =", "chosen": f" {i + 1} yes", "rejected": f" {i + 1} no"}
+        | {"completions": ["yes", "no", "yes"][: 2 + i % 2], "labels": [1, 0, 1][: 2 + i % 2]}
         for i in range(24)
     ]
     path = tmp_path / "pairs.jsonl"
@@ -171,7 +174,21 @@ def test_preferences_are_learnt_from_a_file(loss, tmp_path):
     assert (output / "training.png").exists()
     assert json.loads((output / "metrics.json").read_text())["steps"] == 12
     assert metrics["last_loss"] < metrics["first_loss"]
-    if loss == "dpo":
+    if loss == "process":  # What the report counts is what evaluation counted, blank groups aside.
+        last = json.loads((output / "metrics.jsonl").read_text().splitlines()[-1])
+        assert metrics["accuracy"] == pytest.approx(last["eval/accuracy"])
+        assert metrics["commoner_label"] < 1
+    elif loss == "reward":
+        assert metrics["accuracy"] == 1.0 and metrics["accuracy_interval"][0] > 0.5
+        model, base = load_model("tiny")
+        params = load_adapter(output / "adapter", model.config, base)
+        renderer = data.Renderer(checkpoints.load_tokenizer("tiny"))
+        rewards = rl.model_rewards(model, params, renderer, max_length=64, batch_size=2)
+        answers = [rows[0]["chosen"], rows[0]["rejected"], "x" * 80]
+        good, bad, none = rewards(answers, [rows[0]] * 3)
+        assert good > bad and math.isnan(none)
+        assert metrics["reward_min"] < metrics["reward_mean"] < metrics["reward_max"]
+    elif loss == "dpo":
         assert metrics["first_loss"] == pytest.approx(0.6931, abs=1e-3)
         assert metrics["accuracy"] == 1.0 and metrics["accuracy_interval"][0] > 0.5
         assert metrics["log_prob_chosen_gain"] > metrics["log_prob_rejected_gain"]
@@ -181,8 +198,9 @@ def test_preferences_are_learnt_from_a_file(loss, tmp_path):
 
 @pytest.mark.parametrize("loss", get_args(preference.Loss))
 def test_every_loss_of_preference_can_be_built(loss):
-    weighted = loss not in preference.UNPAIRED
-    config = preference.Config(loss=loss, beta=0.2, nll_alpha=0.5 if weighted else 0.0)
+    weighted = loss not in (*preference.UNPAIRED, *preference.REWARDS)
+    beta = None if loss in preference.REWARDS else 0.2
+    config = preference.Config(loss=loss, beta=beta, nll_alpha=0.5 if weighted else 0.0)
     assert callable(preference.objective_of(config))
 
 
@@ -306,6 +324,8 @@ BAD = {
             "--label-smoothing is of dpo, robust",
         ),
         "weighting": (lambda p: ["--loss", "kto", "--use-weighting"], "are of pairs, not of kto"),
+        "centre": (lambda p: ["--center-rewards-coefficient", "1"], "is of reward, not of dpo"),
+        "reward beta": (lambda p: ["--loss", "reward", "--beta", "1"], "trains a reward model"),
         "output": (lambda p: ["--output-dir", unwritable(p)], "cannot write to"),
     },
     "reinforce": {

@@ -44,7 +44,10 @@ def groups_of(seed=0, lengths=LENGTHS):
     for i, pair in enumerate(lengths):
         prompt = rng.integers(0, 17, 2 + i)
         parts = tuple(part(prompt, n) for n in pair)
-        result.append(data.TokenisedGroup(parts, {"label": np.bool_(i % 2)}))
+        last = len(parts[0].tokens) - 1
+        columns = {"label": np.bool_(i % 2), "step_labels": np.array([i % 2, 1], bool)}
+        columns["step_ends"] = np.array([last - 1, last] if i % 2 else [last, -1], np.int32)
+        result.append(data.TokenisedGroup(parts, columns))
     return result
 
 
@@ -147,12 +150,13 @@ OBJECTIVES = {
     "bco": bco(MODEL),
     "reward": pairwise_reward(MODEL, center_rewards_coefficient=0.1),
     "outcome": outcome_reward(MODEL),
+    "process": process_reward(MODEL),
 }
 
 
 def params_for(name):
     params = moved()
-    if name in ("reward", "outcome"):
+    if name in ("reward", "outcome", "process"):
         return add_reward_head(jax.random.key(2), params, MODEL.config.hidden_size)
     return params
 

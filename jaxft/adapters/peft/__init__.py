@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from jaxft.adapters import native
 from jaxft.adapters.errors import AdapterError
 from jaxft.adapters.peft import ia3, lora, lycoris, paca, vera, whole
-from jaxft.adapters.peft.files import Settings, Tensors, read_files, write_files
-from jaxft.adapters.peft.model import Model, model_of
+from jaxft.adapters.peft.files import Settings, Tensors, read_files, take, write_files
+from jaxft.adapters.peft.model import PREFIX, Model, model_of, numpy
 from jaxft.adapters.peft.soft import TYPES as SOFT
 from jaxft.adapters.peft.soft import read_soft, soft_name, write_soft
 from jaxft.adapters.rewrite import Params, partition, path_name
@@ -37,6 +37,7 @@ from jaxft.weights import (
     WeightLike,
     is_weight,
     pissa_to_lora,
+    to_dense,
 )
 
 
@@ -47,6 +48,8 @@ class Format(NamedTuple):
     read: Callable[[Settings, Tensors, Model], dict[str, WeightLike]]
     write: Callable[[Model, dict[str, Any]], tuple[Settings, Tensors]]
 
+
+SCORE = f"{PREFIX}score.weight"
 
 # By the file's peft_type.
 FORMATS = {
@@ -71,7 +74,8 @@ def save_adapter(
     """Writes what trains in adapted params so that PEFT opens it; the peft_type follows from the weights.
 
     GPT-2 keeps query, key and value in one matrix: LoRA on them is written as one of the summed
-    rank, with a block-diagonal B.
+    rank, with a block-diagonal B. A reward head (`reward/kernel`) becomes `score`, saved whole, of a
+    sequence classifier with one label.
 
     Args:
         path: the directory; made if needed.
@@ -87,7 +91,7 @@ def save_adapter(
     """
     settings, tensors = adapter_tensors(config, params, base)
     common = {
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_CLS" if "reward" in params else "CAUSAL_LM",
         "base_model_name_or_path": base_model,
         "inference_mode": True,
     }
@@ -98,7 +102,11 @@ def adapter_tensors(
     config: DecoderConfig, params: Params, base: Params | None = None
 ) -> tuple[Settings, Tensors]:
     """(settings, tensors) that `save_adapter` writes; see there for arguments and errors."""
+    head = params.get("reward")
+    params = {name: node for name, node in params.items() if name != "reward"}
     if (name := soft_name(params)) is not None:
+        if head is not None:
+            raise AdapterError(f"save_adapter: a {name} beside a reward head; use save_native.")
         return write_soft(config, params, name)
     model = model_of(config, unstack_layers(params))
     trained = {p: node for p, node in model.nodes.items() if jax.tree.leaves(partition(node)[0])}
@@ -119,13 +127,17 @@ def adapter_tensors(
     if adapted:
         more, beside = whole.write_whole(model, leaves, adapted, biases=kind == "LORA")
         settings, tensors = settings | more, tensors | beside
+    if head is not None:
+        tensors[SCORE] = numpy(to_dense(head["kernel"])).T
+        settings["modules_to_save"] = [*(settings.get("modules_to_save") or []), "score"]
     return {"peft_type": kind} | settings, tensors
 
 
 def load_adapter(path: str | os.PathLike, config: DecoderConfig, params: Params) -> Params:
     """The params with the adapter of a PEFT directory on them; all else is frozen.
 
-    The kernels may be quantised. A directory of `save_native` is read too.
+    The kernels may be quantised. A directory of `save_native` is read too. `score` of a sequence
+    classifier with one label becomes `reward/kernel`.
 
     Raises:
         AdapterError: if a file is missing or damaged, a key missing, surplus or misshapen, or the
@@ -141,12 +153,21 @@ def load_adapter(path: str | os.PathLike, config: DecoderConfig, params: Params)
         settings, tensors = read_files(path)
         if settings.get("peft_type") in SOFT:
             return _nothing_left(tensors, read_soft(settings, tensors, config, params))
+        head = _head(tensors, config)
         found = _read(settings, tensors, model_of(config, flat))
     except AdapterError as error:
         raise AdapterError(f"{path}: {error}") from None
     attach = lambda p, node: found.get(path_name(p), Frozen(node))
     adapted = jax.tree_util.tree_map_with_path(attach, flat, is_leaf=is_weight)
+    adapted |= head
     return stack_layers(adapted) if stacked else adapted
+
+
+def _head(tensors: Tensors, config: DecoderConfig) -> Params:
+    """The reward head of a file, or nothing."""
+    if SCORE not in tensors:
+        return {}
+    return {"reward": {"kernel": jnp.asarray(take(tensors, SCORE, (1, config.hidden_size)).T)}}
 
 
 def _read(settings: Settings, tensors: Tensors, model: Model) -> dict[str, WeightLike]:

@@ -1,0 +1,94 @@
+"""Completions in steps, each with a label: the data of process reward models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxft.data.errors import BadRecords, DataError
+from jaxft.data.groups import TokenisedGroup
+from jaxft.data.records import Record, check_record
+from jaxft.data.render import Renderer, Tokenised
+
+
+def normalise_steps(raw: Mapping[str, Any], fields: Mapping[str, str] | None = None) -> Record:
+    """A record with `prompt`, `completions` (the steps, text) and `labels`, one truth value a step.
+
+    TRL's columns for stepwise supervision.
+
+    Raises:
+        DataError: if a column is absent or empty, or labels are not one truth value a step.
+    """
+    row = dict(raw)
+    for ours, theirs in (fields or {}).items():
+        if theirs not in row:
+            raise DataError(f"no column {theirs!r} among {sorted(row)}.")
+        row[ours] = row.pop(theirs)
+    for name in ("prompt", "completions", "labels"):
+        if name not in row:
+            raise DataError(f"no column {name!r} among {sorted(row)}; map yours with fields=.")
+    steps, labels = list(row["completions"]), list(row["labels"])
+    if not steps or len(steps) != len(labels):
+        raise DataError(
+            f"{len(steps)} completions (steps) and {len(labels)} labels; expected one each.",
+            "schema",
+        )
+    for step in steps:
+        if not isinstance(step, str) or not step.strip():
+            raise DataError(f"a step must be text, got {step!r:.40}.", "schema")
+    for label in labels:
+        if isinstance(label, str) or label not in (True, False):
+            raise DataError(f"a label must be true or false, got {label!r:.40}.", "schema")
+    return check_record(row | {"completions": steps, "labels": [bool(x) for x in labels]})
+
+
+def render_steps(
+    records: Iterable[Record],
+    renderer: Renderer,
+    max_length: int,
+    *,
+    separator: str = "\n",
+    bad: BadRecords | None = None,
+) -> list[TokenisedGroup]:
+    """Records of `normalise_steps` as groups of one sequence: the prompt, then each step and a separator.
+
+    Columns `step_ends` [S], the place of each step's last token (its separator's), and `step_labels` [S];
+    S is the most steps of a record, -1 and False where there are fewer. Steps are encoded apart.
+
+    Args:
+        max_length: in tokens; longer records are dropped and counted in `bad`.
+
+    Raises:
+        DataError: if nothing is left.
+    """
+    bad = BadRecords() if bad is None else bad
+    encode = lambda text: renderer.tokenizer.encode(text, add_special_tokens=False)
+    made, total = [], 0
+    for record in records:
+        total += 1
+        prompt = renderer.prompt({"prompt": record["prompt"], "completion": ""})
+        steps = [encode(step.rstrip(separator) + separator) for step in record["completions"]]
+        ends = len(prompt) - 1 + np.cumsum([len(step) for step in steps])
+        if ends[-1] + 1 > max_length:
+            bad.dropped["too_long"] += 1
+            continue
+        tokens = np.array([*prompt, *(token for step in steps for token in step)], np.int32)
+        mask = (np.arange(len(tokens)) >= len(prompt)).astype(np.float32)
+        name = str(record.get("id", ""))
+        made.append((Tokenised(tokens, mask, name), ends, np.array(record["labels"], bool)))
+    if not made:
+        dropped = f" ({bad.summary()})" if bad.summary() else ""
+        raise DataError(f"no usable record is left of {total}{dropped}; see max_length.")
+    most = max(len(ends) for _, ends, _ in made)
+
+    def group(part, ends, labels):
+        padding = (0, most - len(ends))
+        columns = {
+            "step_ends": np.pad(ends, padding, constant_values=-1).astype(np.int32),
+            "step_labels": np.pad(labels, padding),
+        }
+        return TokenisedGroup((part,), columns, part.id)
+
+    return [group(*one) for one in made]

@@ -142,8 +142,8 @@ class Saver:
             "opt_state": digests(state.opt_state),
         }
         items = ocp.args.Composite(
-            trainable=ocp.args.StandardSave(trainable),
-            opt_state=ocp.args.StandardSave(state.opt_state),
+            trainable=ocp.args.StandardSave(_boxed(trainable)),
+            opt_state=ocp.args.StandardSave(_boxed(state.opt_state)),
             meta=ocp.args.JsonSave(meta),
         )
         with _write_errors(self._manager.directory):
@@ -266,12 +266,25 @@ def _read_meta(manager, step):
 def _read_arrays(manager, step, meta, **parts):
     """The named parts, restored with the shardings of those given and compared with their checksums."""
     abstract = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-    wanted = {k: ocp.args.StandardRestore(jax.tree.map(abstract, v)) for k, v in parts.items()}
-    restored = manager.restore(step, args=ocp.args.Composite(**wanted))
-    for name in parts:
+    wanted = {
+        k: ocp.args.StandardRestore(_boxed(jax.tree.map(abstract, v))) for k, v in parts.items()
+    }
+    restored = dict(manager.restore(step, args=ocp.args.Composite(**wanted)).items())
+    for name, part in parts.items():
+        if _is_bare(part):
+            restored[name] = restored[name]["value"]
         if digests(restored[name]) != meta[name]:
             raise OSError(f"{name} differs from its checksum")
     return [restored[name] for name in parts]
+
+
+def _is_bare(tree):
+    return jax.tree_util.all_leaves([tree])
+
+
+def _boxed(tree):
+    """Orbax takes no array by itself."""
+    return {"value": tree} if _is_bare(tree) else tree
 
 
 def _restored(state, trainable, opt_state, meta):

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 UNGROUPED = ("reinforce", "reinforce_plus_plus", "expert_iteration", "ppo")
+OF_VERDICTS = ("expert_iteration", "nft")
 KL_IN_REWARD = ("rloo", "reinforce_plus_plus", "ppo")
 
 
@@ -44,6 +45,18 @@ def settings(config: Any) -> None:
             f"--kl-target {config.kl_target} must be positive and adapts --reward-kl, which is "
             f"{config.reward_kl}; start from 0.05, say."
         )
+    if config.algorithm == "online_dpo":
+        online(config)
+    if (
+        config.reward_model
+        and config.algorithm in OF_VERDICTS
+        or _judged(config)
+        and config.turns > 1
+    ):
+        raise ValueError(
+            f"{', '.join(OF_VERDICTS)} and --turns need right or wrong, which --reward-model does not tell "
+            "(nor --judge, for --turns)."
+        )
     if config.group_size < 2 and config.algorithm not in UNGROUPED:
         raise ValueError(
             f"--group-size must be at least 2 for {config.algorithm}, got {config.group_size}."
@@ -51,6 +64,20 @@ def settings(config: Any) -> None:
     if not 0 <= config.overlong <= config.max_new_tokens:
         raise ValueError(
             f"--overlong must lie in 0..--max-new-tokens ({config.max_new_tokens}), got {config.overlong}."
+        )
+
+
+def _judged(config):
+    return config.judge or config.reward_model
+
+
+def online(config: Any) -> None:
+    """Whether the credit of online_dpo is that of the policy that is trained."""
+    if config.updates * config.epochs > 1 or config.sampler_url or config.beta <= 0:
+        raise ValueError(
+            "online_dpo takes its gradient at the policy that sampled: --updates 1, --epochs 1, no "
+            f"--sampler-url, and a positive --beta; got {config.updates}, {config.epochs}, "
+            f"{config.sampler_url} and {config.beta}."
         )
 
 

@@ -3,9 +3,11 @@
     python experiments/reinforce.py --start runs/sft/adapter       GRPO on a reasoning-gym task
     python experiments/reinforce.py --data questions.jsonl --eval-data held_out.jsonl --algorithm rloo
     python experiments/reinforce.py --turns 2                      a wrong answer may be mended
+    python experiments/reinforce.py --algorithm online_dpo --group-size 2 --reward-model runs/reward/adapter
     python experiments/reinforce.py --smoke                        seconds, random weights
 
-Data: reasoning-gym tasks, or records with a question and an `answer`. Start where some answers are right
+Data: reasoning-gym tasks, or records with a question and an `answer`; with --judge or --reward-model, which
+reward answers in the verifier's place, any records with a question. Start where some answers are right
 (10 to 60 % of samples): of nothing but wrong ones there is nothing to learn. The output directory gets the
 adapter (or the whole model), metrics.jsonl, metrics.json, a figure and checkpoints; --resume goes on.
 """
@@ -18,16 +20,18 @@ import pathlib
 from typing import Any, Literal
 
 import jax
+import numpy as np
 import tyro
 
 from experiments import _reinforce_checks as checks
+from experiments import _rewards
 from experiments import _training as shared
 from experiments._optimizers import sharpen
 from jaxft import checkpoints as files
 from jaxft import data, rl, train
 from jaxft.adapters import load_adapter, merge
 from jaxft.generation import SamplingConfig, generate, server_sampler
-from jaxft.losses import overlong_penalty
+from jaxft.losses import dpo_loss, overlong_penalty
 from jaxft.objectives import policy_gradient, with_value_head, without_value_head
 from jaxft.objectives.policy_gradient import truncated, truncated_sequences
 from jaxft.parallel import mesh_context
@@ -38,7 +42,7 @@ SHOWN = ("reward", "length", "kl", "entropy", "gap")
 
 Choice = Literal[
     "reinforce", "rloo", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "reinforce_plus_plus",
-    "expert_iteration", "nft", "ppo",
+    "expert_iteration", "nft", "ppo", "online_dpo",
 ]  # fmt: skip
 
 
@@ -50,6 +54,9 @@ class Config(shared.Run):
     data: str = f"{NEEDLE}&size=2000&seed=1"  # rg:TASK, or a file, tfds: or hub id with answers
     eval_data: str = f"{NEEDLE}&size=100&seed=1000000"  # held-out questions
     output_dir: str = "runs/reinforce"
+
+    judge: str | None = None  # file.py:function of (completion, record) -> number; None: verify
+    reward_model: str | None = None  # directory of preference.py --loss reward
 
     algorithm: Choice = "grpo"
     max_steps: int = 50  # optimizer steps
@@ -71,6 +78,7 @@ class Config(shared.Run):
     kl_target: float | None = None  # nats of an answer to which reward_kl is adapted; None: never
     kl_horizon: float = 10000.0  # answers: adapts by 20 % at most in so many
     entropy_weight: float = 0.0  # of an entropy bonus
+    beta: float = 0.1  # online_dpo: of DPO, on the best and the worst answer of each group
     gamma: float = 1.0  # ppo: discount of a token
     lam: float = 0.95  # ppo: GAE's; 1 for long reasoning
     value_weight: float = 0.1  # ppo: of the critic's loss
@@ -110,10 +118,11 @@ def main(config: Config) -> dict[str, Any]:
         params = with_value_head(model, params)
     credit, objective = algorithm(config, model)
     method = sharpen(config.sharpness, objective, shared.make_optimizer(config), rho=config.rho)
-    accuracy = functools.partial(measure, config, model, renderer, held_out, mesh)
-    before = accuracy(base, "before")
-    verifier = functools.partial(rl.verifier_for, records[0]["source"], records[:1])
-    with rl.VerifierPool(verifier, workers=config.workers, timeout=config.timeout) as rewards:
+    with _rewards.opened(config, records) as rewards:
+        accuracy = functools.partial(
+            measure, config, model, renderer, held_out, mesh, rewards if judged(config) else None
+        )
+        before = accuracy(base, "before")
         state, history = train.fit(
             params,
             method.objective,
@@ -128,11 +137,11 @@ def main(config: Config) -> dict[str, Any]:
             callbacks=_callbacks(config, output),
             checkpoints=shared.checkpoints(config, output),
         )
-        failures = rewards.failures
-    trained = without_value_head(state.params)
-    # With --start an adapter would be one of a model that is nowhere on disk.
-    shared.save(config, model, trained, base, mesh, output, whole=bool(config.start))
-    after = accuracy(trained, "after")
+        trained = without_value_head(state.params)
+        # With --start an adapter would be one of a model that is nowhere on disk.
+        shared.save(config, model, trained, base, mesh, output, whole=bool(config.start))
+        after = accuracy(trained, "after")
+        failures = getattr(rewards, "failures", rl.Failures())
     return report(config, history, failures, before, after, output)
 
 
@@ -140,12 +149,7 @@ def load_data(config: Config):
     """(renderer, training records, held-out records), all with answers that can be verified."""
     renderer = data.Renderer(files.load_tokenizer(config.model), template=config.template)
     records, held_out = data.load(config.data), data.load(config.eval_data)
-    for spec, part in ((config.data, records), (config.eval_data, held_out)):
-        if rl.verifier_for(part[0]["source"], part) is None:
-            raise data.DataError(
-                f"{spec}: its answers cannot be verified; give a reasoning-gym task (rg:...) or "
-                "records that all have an `answer`."
-            )
+    _rewards.check(config, {config.data: records, config.eval_data: held_out})
     # A held-out question that is also trained on would measure memory.
     known = {str(renderer.prompt(record)) for record in records}
     held_out = [record for record in held_out if str(renderer.prompt(record)) not in known]
@@ -177,6 +181,9 @@ def algorithm(config: Config, model: Any) -> rl.Algorithm:
         "reinforce_plus_plus": lambda: rl.reinforce_plus_plus(build, config.reward_kl),
         "expert_iteration": lambda: rl.expert_iteration(build),
         "nft": lambda: rl.nft(build, size),
+        "online_dpo": lambda: rl.online_preference(
+            build, functools.partial(dpo_loss, beta=config.beta), size
+        ),
         "ppo": lambda: rl.ppo(
             build,
             config.reward_kl,
@@ -244,9 +251,14 @@ def sampling(config, model, renderer, rewards) -> rl.Sample:
     )
 
 
-def measure(config, model, renderer, records, mesh, params, when: str) -> rl.Accuracy:
-    """The accuracy of greedy first answers to held-out questions, printed."""
-    verifier = rl.verifier_for(records[0]["source"], records)
+def judged(config: Config) -> bool:
+    """Whether rewards are numbers rather than verdicts."""
+    return bool(config.judge or config.reward_model)
+
+
+def measure(config, model, renderer, records, mesh, rewards, params, when: str) -> dict[str, Any]:
+    """How good greedy answers to held-out questions are, printed: accuracy, or with `rewards` the mean."""
+    verifier = rl.verifier_for(records[0]["source"], records) or (lambda completion, record: False)
     with mesh_context(mesh):
         result = rl.measure_accuracy(
             model,
@@ -257,8 +269,14 @@ def measure(config, model, renderer, records, mesh, params, when: str) -> rl.Acc
             max_new_tokens=config.max_new_tokens,
             stop_strings=config.stop,
         )
-    print(f"accuracy {when}: {result}", flush=True)
-    return result
+    if rewards is None:
+        print(f"accuracy {when}: {result}", flush=True)
+        return {"accuracy": result.rate, "accuracy_interval": result.interval}
+    values = np.asarray(rewards(result.completions, records), float)
+    told = values[~np.isnan(values)]
+    mean = float(told.mean()) if len(told) else None
+    print(f"held-out reward {when}: {mean} ({len(told)} of {len(values)} were judged)", flush=True)
+    return {"held_out_reward": mean, "judged": len(told)}
 
 
 def report(config, history, failures, before, after, output) -> dict[str, Any]:
@@ -274,8 +292,9 @@ def report(config, history, failures, before, after, output) -> dict[str, Any]:
         "failed_verdicts": failures._asdict(),
     }
     for when, result in (("before", before), ("after", after)):
-        metrics[f"accuracy_{when}"] = result.rate
-        metrics[f"accuracy_{when}_interval"] = result.interval
+        for name, value in result.items():
+            kind, interval, _ = name.partition("_interval")
+            metrics[f"{kind}_{when}{interval}"] = value
     print(f"reward {metrics['reward_first']:.3f} -> {metrics['reward_last']:.3f}")
     if any(failures):
         print(f"verdicts that failed: {failures}")
@@ -285,7 +304,12 @@ def report(config, history, failures, before, after, output) -> dict[str, Any]:
             "In no group did rewards differ, so nothing was learned: start from a model that answers "
             "some questions right (--start), or raise --group-size."
         )
-    print(f"accuracy on held-out questions: {before.rate:.1%} -> {after.rate:.1%}")
+    if judged(config):
+        print(f"held-out reward {before['held_out_reward']} -> {after['held_out_reward']}")
+    else:
+        print(
+            f"accuracy on held-out questions: {before['accuracy']:.1%} -> {after['accuracy']:.1%}"
+        )
     shared.write_metrics(output, metrics)
     return metrics
 

@@ -20,6 +20,12 @@ from jaxft.rl.environments import Environment, Reply, tagged, try_again, with_to
 from jaxft.rl.episodes import episodes
 from jaxft.rl.experience import Experience, KlControl
 from jaxft.rl.on_device import DeviceReward, collect_on_device, equals, sample_on_device
+from jaxft.rl.online import (
+    PairsWithSamples,
+    best_and_worst,
+    online_preference,
+    samples_beside,
+)
 from jaxft.rl.pool import (
     Failures,
     Outcome,
@@ -54,6 +60,7 @@ __all__ = [
     "Failures",
     "KlControl",
     "Outcome",
+    "PairsWithSamples",
     "ProcessPool",
     "Reply",
     "RewardFn",
@@ -63,6 +70,7 @@ __all__ = [
     "VerifierPool",
     "answer_reward",
     "answers",
+    "best_and_worst",
     "cispo",
     "collect",
     "collect_from",
@@ -81,6 +89,7 @@ __all__ = [
     "nft",
     "numbers_equal",
     "offline_collect",
+    "online_preference",
     "online_self_training",
     "ppo",
     "reasoning_gym_verifier",
@@ -93,6 +102,7 @@ __all__ = [
     "same_answer",
     "sample_groups",
     "sample_on_device",
+    "samples_beside",
     "score",
     "stated_answer",
     "tagged",

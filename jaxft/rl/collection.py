@@ -226,7 +226,7 @@ def _credited(credit, batch, kl_weight):
         batch["kl_weight"] = np.full(len(value), kl_weight, np.float32)
         stats["kl_weight"] = batch["kl_weight"]
     given = credit(jnp.asarray(value), batch)
-    return batch | {name: np.asarray(x) for name, x in given.items()}
+    return batch | jax.tree.map(np.asarray, dict(given))
 
 
 def _with_contrast(rounds: Iterable[Batch], count: int, group_size: int) -> Batch:

@@ -17,7 +17,15 @@ import optax
 import pytest
 import tyro
 
-from experiments import _optimizers, evaluate, generate, preference, reinforce, sft
+from experiments import (
+    _optimizers,
+    evaluate,
+    generate,
+    preference,
+    reinforce,
+    sample_pairs,
+    sft,
+)
 from jaxft import checkpoints, data, rl, train
 from jaxft.adapters import load_adapter
 from jaxft.checkpoints import load_model, save_model
@@ -107,6 +115,39 @@ def test_reinforcement_learning_writes_all_it_promises_and_goes_on(settings, tmp
     shutil.rmtree(parts / "checkpoints" / "4")
     reinforce.main(reinforce.Config(**settings, output_dir=str(parts), resume=True))
     assert rows(parts) == rows(whole)
+
+
+JUDGE = "def score(text, record):\n    return None if text.startswith('x') else len(set(text))\n"
+
+
+def judge_file(path):
+    (path / "judge.py").write_text(JUDGE)
+    return f"{path / 'judge.py'}:score"
+
+
+def test_answers_that_a_judge_scores_become_pairs_or_train_online(tmp_path, capsys):
+    judge = judge_file(tmp_path)
+    output = tmp_path / "pairs.jsonl"
+    counts = sample_pairs.main(sample_pairs.Config(smoke=True, judge=judge, output=str(output)))
+    pairs = data.load(str(output), form=data.normalise_pair)
+    assert counts["questions"] == 8 == counts["pairs"] + counts["undecided"]
+    assert len(pairs) == counts["pairs"] > 2
+    text = lambda side: side[0]["content"]
+    for pair in pairs:
+        score = lambda side, pair=pair: len(set(text(pair[side])))
+        assert (score("chosen"), score("rejected")) == (
+            pair["score_chosen"],
+            pair["score_rejected"],
+        )
+        assert score("chosen") > score("rejected") and pair["prompt"][-1]["role"] == "user"
+    run = tmp_path / "run"
+    settings = dict(smoke=True, algorithm="online_dpo", judge=judge, output_dir=str(run))
+    metrics = reinforce.main(reinforce.Config(**settings))
+    assert metrics["steps"] == 4 and metrics["held_out_reward_before"] is not None
+    row = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+    # The first policy is its reference: DPO's loss is log 2 where a group has a pair.
+    assert row["paired"] == 0 or row["pair_loss"] == pytest.approx(0.6931, abs=1e-3)
+    assert row["reward"] > 0
 
 
 @pytest.mark.parametrize("name", get_args(reinforce.Choice))
@@ -342,6 +383,16 @@ BAD = {
         "reward kl": (lambda p: ["--reward-kl", "1"], "grpo takes --kl-weight"),
         "mesh": (lambda p: ["--fsdp", "-1"], "cannot be laid over data x fsdp = 8 devices"),
         "sharpness": (lambda p: ["--sharpness", "tram"], "tram is of experiments/sft.py"),
+        "online": (
+            lambda p: ["--algorithm", "online_dpo", "--updates", "2", "--save-steps", "2"],
+            "online_dpo takes its gradient at the policy that sampled",
+        ),
+        "judge": (lambda p: ["--judge", p / "none.py:f"], "none.py:f': [Errno 2] No such file"),
+        "two judges": (
+            lambda p: ["--judge", judge_file(p), "--reward-model", "x"],
+            "both reward answers; give one of them",
+        ),
+        "no head": (lambda p: ["--reward-model", saved(p)], "has no reward head; train one"),
         "server": (lambda p: ["--sampler-url", "http://x"], "needs --correction tokens or"),
         "turns": (lambda p: ["--turns", "0"], "--turns must be at least 1, got 0"),
         "kl target": (
@@ -365,6 +416,12 @@ BAD = {
         "adapter": (lambda p: ["--adapter", p], "no adapter_config.json"),
         "long": (lambda p: ["--max-new-tokens", "600"], "exceed the model's 512; shorten one"),
     },
+    "sample_pairs": {
+        "missing file": DATA["missing file"],
+        "no answers": (chat, "its answers cannot be verified"),
+        "judge": (lambda p: ["--judge", "os:nothing"], "has no attribute 'nothing'"),
+        "samples": (lambda p: ["--samples", "1"], "--samples must be at least 2"),
+    },
     "merge": {
         "adapter": (lambda p: [], "no adapter_config.json"),
         "output": (lambda p: ["--output-dir", unwritable(p)], "cannot write to"),
@@ -376,6 +433,8 @@ def defaults(script, path):
     """Arguments of a run that would be short and right."""
     if script in ("sft", "preference", "reinforce"):
         return ["--smoke", "--output-dir", path / "out"]
+    if script == "sample_pairs":
+        return ["--smoke", "--output", path / "pairs.jsonl"]
     if script == "merge":
         return ["--model", "tiny", "--adapter", path, "--output-dir", path / "out"]
     return ["--model", "tiny", *(chat(path) if script == "evaluate" else ["--prompt", "1"])]
@@ -427,7 +486,8 @@ print(json.dumps(found))
 
 
 def test_help_is_readable_and_a_wrong_option_is_named():
-    scripts = ("sft", "preference", "reinforce", "generate", "evaluate", "merge", "papers/lion")
+    scripts = ("sft", "preference", "reinforce", "generate", "evaluate", "merge", "sample_pairs")
+    scripts += ("papers/lion",)
     names = [f"{name}.py" for name in scripts]
     calls = json.dumps([[name, "--help"] for name in names] + [["sft.py", "--rnk", "1"]])
     result = subprocess.run(

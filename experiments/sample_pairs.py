@@ -1,0 +1,153 @@
+r"""Preference pairs of a model's own answers: several to each question, scored, the best against the worst.
+
+    python experiments/sample_pairs.py --data rg:chain_sum?size=1000\&seed=1 --output pairs.jsonl
+    python experiments/sample_pairs.py --data questions.jsonl --judge judge.py:score
+    python experiments/sample_pairs.py --data questions.jsonl --reward-model runs/reward/adapter
+    python experiments/preference.py --data pairs.jsonl --loss dpo
+
+Answers are scored by the data's verifier (reasoning-gym tasks, records with an `answer`), by a function of
+your own, score(completion, record) -> a number or None, or by a reward model of preference.py. Answers
+without a score, without an end (--keep-truncated keeps those) or without text are left out and counted; so
+are questions whose answers are scored alike.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+import math
+import os
+import pathlib
+from typing import Any
+
+import jax
+import rich.console
+import rich.progress
+import tyro
+
+from experiments import _rewards
+from experiments import _training as shared
+from jaxft import checkpoints as files
+from jaxft import data, train
+from jaxft.adapters import load_adapter, merge, mergeable
+from jaxft.generation import SamplingConfig, generate
+
+NEEDLE = "rg:needle_haystack?min_num_statements=4&max_num_statements=8"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Whose answers, to what, and how they are scored."""
+
+    data: str = f"{NEEDLE}&size=1000&seed=1"  # file, rg:TASK, tfds:NAME or hub id
+    model: str = "smollm2"  # directory, .gguf file, "smollm2", "tiny" (random), or hub id
+    adapter: str | None = None  # directory of an adapter
+    output: str = "pairs.jsonl"  # file for the pairs
+    limit: int | None = None  # use at most so many questions
+    samples: int = 4  # answers to each
+    min_gap: float = 1e-8  # scores that are no further apart give no pair
+    all_pairs: bool = False  # every two answers that differ, not the best and the worst alone
+
+    judge: str | None = None  # file.py:function of (completion, record) -> number; None: verify
+    reward_model: str | None = None  # directory of preference.py --loss reward
+    workers: int = 2  # processes that verify or judge
+    timeout: float = 5.0  # seconds of one verdict
+
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    top_p: float | None = None
+    stop: tuple[str, ...] = ()  # text that ends an answer, besides the stop token
+    keep_truncated: bool = False  # also answers that reach --max-new-tokens
+    batch_size: int = 8  # questions at a time
+    template: str | None = None  # chat template that replaces the model's
+    seed: int = 0
+    smoke: bool = False  # a random tiny model, a few questions
+    debug: bool = False  # full tracebacks
+
+
+def main(config: Config) -> dict[str, Any]:
+    """Writes the pairs; returns how many there are, and what gave none."""
+    config = _smoke(config) if config.smoke else config
+    train.keep_memory_warm()
+    if config.samples < 2 or config.batch_size < 1 or config.temperature <= 0:
+        raise ValueError(
+            f"--samples must be at least 2, --batch-size 1 and --temperature above 0; got {config.samples}, "
+            f"{config.batch_size} and {config.temperature}."
+        )
+    output = pathlib.Path(config.output)
+    train.writable_directory(output.parent)
+    records = data.load(config.data, limit=config.limit)
+    _rewards.check(config, {config.data: records})
+    tokenizer = files.load_tokenizer(config.model)
+    renderer = data.Renderer(tokenizer, template=config.template)
+    model, params = files.load_model(config.model)
+    if config.adapter:
+        params = load_adapter(config.adapter, model.config, params)
+        params = merge(params) if mergeable(params) else params
+    settings = SamplingConfig(
+        config.max_new_tokens,
+        config.temperature,
+        top_p=config.top_p,
+        stop_ids=(tokenizer.eos_token_id,),
+        stop_strings=config.stop,
+    )
+    prompts = data.render_prompts(records, renderer)
+    # Questions of like length together, to save padding.
+    order = sorted(range(len(records)), key=lambda i: len(prompts[i]))
+    chunks = [order[i : i + config.batch_size] for i in range(0, len(order), config.batch_size)]
+    counts, part = collections.Counter(questions=len(records)), f"{output}.part"
+    console = rich.console.Console(stderr=True)
+    with _rewards.opened(config, records) as rewards, open(part, "w") as file:
+        for number, chunk in enumerate(rich.progress.track(chunks, "sampling", console=console)):
+            key = jax.random.fold_in(jax.random.key(config.seed), number)
+            asked = [prompts[i] for i in chunk]
+            out = generate(
+                model, params, asked, key, settings, samples=config.samples, tokenizer=tokenizer
+            )
+            judged = _judged(config, rewards, tokenizer, [records[i] for i in chunk], out)
+            counts.update(pairs=len(judged.pairs), unscored=judged.unscored)
+            counts.update(undecided=judged.undecided)
+            file.writelines(json.dumps(pair) + "\n" for pair in judged.pairs)
+    os.replace(part, output)
+    print(
+        f"{counts['pairs']} pairs of {counts['questions']} questions in {output}; {counts['undecided']} "
+        f"questions gave none, {counts['unscored']} of {len(records) * config.samples} answers had no score"
+    )
+    return {name: counts[name] for name in ("questions", "pairs", "undecided", "unscored")}
+
+
+def _judged(config, rewards, tokenizer, records, out) -> data.Judged:
+    """The pairs of some questions' answers."""
+    texts = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in out.completions]
+    asked = [record for record in records for _ in range(config.samples)]
+    whole = [finish != "length" or config.keep_truncated for finish in out.finish]
+    scores = [
+        float(score) if text and fine and score is not None else math.nan
+        for score, text, fine in zip(rewards(texts, asked), texts, whole, strict=True)
+    ]
+    groups = lambda x: [x[i : i + config.samples] for i in range(0, len(x), config.samples)]
+    ranked = []
+    for record, answers in zip(records, groups(texts), strict=True):
+        made = [data.answered(record, text) for text in answers]
+        kept = {name: record[name] for name in ("id", "tools") if name in record}
+        responses = [one["completion"] for one in made]
+        ranked.append({**kept, "prompt": made[0]["prompt"], "responses": responses})
+    choose = data.all_pairs if config.all_pairs else data.best_worst
+    return data.judge_pairs(ranked, groups(scores), min_gap=config.min_gap, choose=choose)
+
+
+def _smoke(config):
+    small = dict(
+        model="tiny",
+        data="rg:chain_sum?size=8&seed=1&max_terms=2",
+        max_new_tokens=4,
+        samples=2,
+        workers=1,
+        keep_truncated=True,
+    )
+    return shared.with_small(config, small)
+
+
+if __name__ == "__main__":
+    train.run_main(main, tyro.cli(Config, description=__doc__))

@@ -1,0 +1,180 @@
+"""Preferences and the policy's own samples: losses of pairs on answers that are judged as they are sampled.
+
+`online_preference` is an algorithm like those of jaxft.rl.algorithms; `samples_beside` gives what
+jaxft.objectives.hypo takes, given pairs with fresh samples beside them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxft.generation import SamplingConfig
+from jaxft.losses import Pairs
+from jaxft.models import Decoder
+from jaxft.objectives.policy_gradient import reinforce, sequence_sum
+from jaxft.objectives.preference import PairLoss
+from jaxft.parallel import in_turn, mesh_context
+from jaxft.rl.algorithms import Algorithm, Build
+from jaxft.rl.rollouts import SAMPLING, Batch, prompts_of, sample_groups, score
+
+
+def best_and_worst(
+    rewards: Float[Array, " B"], group_size: int, counted: Bool[Array, " B"] | None = None
+) -> tuple[Int[Array, " P"], Int[Array, " P"], Bool[Array, " P"]]:
+    """(row of the best, row of the worst, whether they differ) of each group of `group_size` rows.
+
+    Args:
+        rewards: NaN where there is no verdict: never the best, never the worst.
+        counted: rows that may be taken; None: all.
+    """
+    if len(rewards) % group_size:
+        raise ValueError(
+            f"best_and_worst: {len(rewards)} rewards are no whole number of groups of {group_size}."
+        )
+    told = ~jnp.isnan(rewards) if counted is None else ~jnp.isnan(rewards) & counted
+    groups = lambda x: x.reshape(-1, group_size)
+    first = jnp.arange(0, len(rewards), group_size)
+    best = first + jnp.argmax(groups(jnp.where(told, rewards, -jnp.inf)), axis=1)
+    worst = first + jnp.argmin(groups(jnp.where(told, rewards, jnp.inf)), axis=1)
+    return best, worst, told[best] & told[worst] & (rewards[best] > rewards[worst])
+
+
+def online_preference(build: Build, loss: PairLoss, group_size: int) -> Algorithm:
+    """A pairwise loss on the best and the worst answer of each group: online DPO, and so on.
+
+    Direct alignment from AI feedback: Guo et al., 2024, arxiv.org/abs/2402.04792, where a group is two
+    answers. The gradient of a loss of log π(y_w) and log π(y_l) is Σ (∂loss/∂log π(y)) ∇log π(y), so each
+    row's credit is -∂loss/∂log π(y) at the policy that sampled it, and rows need not stay together. That
+    is the loss's own gradient for one update a rollout; it is stale for more. The mean is over groups that
+    have a pair. Needs ref_log_probs in the batch (for losses with a reference) and is shown as `pair_loss`,
+    `pair_accuracy` (does the policy, against the reference, prefer the better answer already?), `paired`.
+
+    Args:
+        build: a partial of `policy_gradient`.
+        loss: `functools.partial(dpo_loss, beta=0.1)` or any function of `Pairs`.
+        group_size: answers to each prompt, at least 2.
+    """
+    if group_size < 2:
+        raise ValueError(f"online_preference: group_size must be at least 2, got {group_size}.")
+
+    def credit(rewards, batch):
+        mask = jnp.asarray(batch["completion_mask"])
+        lengths = jnp.sum(mask, axis=1).astype(jnp.float32)
+        total = lambda name: jnp.sum(jnp.where(mask, jnp.asarray(batch[name]), 0.0), axis=1)
+        sums = total("old_log_probs" if "old_log_probs" in batch else "sampler_log_probs")
+        ref = total("ref_log_probs") if "ref_log_probs" in batch else None
+        best, worst, paired = best_and_worst(rewards, group_size, lengths > 0)
+        take = lambda x: (None, None) if x is None else (x[best], x[worst])
+        safe = jnp.maximum(lengths, 1.0)
+
+        def values(sums):
+            # Of groups without a pair both sides are one row, or empty: finite, and left out.
+            found = loss(Pairs(*take(sums), *take(ref), *take(safe)))
+            return jnp.sum(jnp.where(paired, found, 0.0)), found
+
+        gradient, found = jax.grad(values, has_aux=True)(sums)
+        # The objective divides by rows with tokens, where the mean is over pairs.
+        rows, pairs = jnp.sum(lengths > 0), jnp.maximum(jnp.sum(paired), 1)
+        ratio = sums if ref is None else sums - ref
+        nan = lambda x: jnp.repeat(jnp.where(paired, x, jnp.nan), group_size)
+        stats = {
+            "pair_loss": nan(found),
+            "pair_accuracy": nan(0.5 * (1 + jnp.sign(ratio[best] - ratio[worst]))),
+            "paired": jnp.repeat(paired.astype(jnp.float32), group_size),
+        }
+        return {
+            "advantages": -gradient * rows / pairs,
+            "stats": {**batch.get("stats", {}), **stats},
+        }
+
+    return Algorithm(credit, build(reinforce(), sequence_sum))
+
+
+class PairsWithSamples:
+    """(state) -> a batch of pairs with fresh samples of the policy as `online`: batches for `fit`.
+
+    Its position, for checkpoints, is that of the pairs: the samples follow from the state.
+
+    Args:
+        pairs: an iterator over batches of pairs, with `get_state` and `set_state`.
+        sample: (state) -> a batch of groups, such as `samples_beside`.
+    """
+
+    def __init__(self, pairs: Iterator[Batch], sample: Callable[[Any], Batch]):
+        self._pairs, self._sample = pairs, sample
+
+    def __call__(self, state: Any) -> Batch:
+        """The next pairs, and samples of the state's policy."""
+        return {**next(self._pairs), "online": self._sample(state)}
+
+    def get_state(self) -> Any:
+        """The position of the pairs."""
+        return self._pairs.get_state()
+
+    def set_state(self, position: Any) -> None:
+        """Goes on from a position."""
+        self._pairs.set_state(position)
+
+
+def samples_beside(
+    model: Decoder,
+    prompts: Sequence[Sequence[int]],
+    ref_params: Any,
+    config: SamplingConfig,
+    *,
+    prompts_per_step: int,
+    samples: int,
+    seed: int = 0,
+    mesh: Mesh | None = None,
+) -> Callable[[Any], Batch]:
+    """(state) -> groups [N, K, T] of K samples to each of N prompts, with `ref_log_probs` [N, K].
+
+    Which prompts, and what is drawn, follow from the state's step and key.
+
+    Args:
+        config: of the sampler; its temperature must be 1 and nothing cut off, or the KL is another policy's.
+        ref_params: of the reference.
+        seed: of the order of prompts, a new permutation each epoch.
+
+    Raises:
+        ValueError: for another policy than the model's own.
+    """
+    filters = (config.top_k, config.top_p, config.min_p)
+    if config.temperature != 1 or any(value is not None for value in filters):
+        raise ValueError(
+            f"samples_beside: temperature {config.temperature} and top_k, top_p, min_p {filters} sample "
+            "from another policy, whose KL it would be; use temperature 1 and none of these."
+        )
+
+    def sample(state):
+        step = int(state.step)
+        chosen = prompts_of(step, prompts_per_step, len(prompts), seed)
+        key = jax.random.fold_in(jax.random.fold_in(state.key, SAMPLING), step)
+        with mesh_context(mesh):
+            asked = [prompts[i] for i in chosen]
+            batch, _ = sample_groups(model, state.params, asked, key, config, samples)
+            fields = ("tokens", "positions", "segment_ids", "completion_mask")
+            given = {name: batch[name] for name in fields}
+            ref = in_turn(score(model, ref_params, given, config.temperature))
+        return as_groups(batch, np.asarray(ref), samples)
+
+    return sample
+
+
+def as_groups(batch: Batch, ref_log_probs: np.ndarray, size: int) -> Batch:
+    """The rows of `sample_groups` as groups of `size` sequences, [N, K, T], for objectives of pairs."""
+    mask = np.asarray(batch["completion_mask"])
+    before = batch["tokens"].shape[1] - mask.shape[1]
+    group = lambda x: np.asarray(x).reshape(-1, size, *x.shape[1:])
+    return {
+        **{name: group(batch[name]) for name in ("tokens", "positions", "segment_ids")},
+        "loss_mask": group(np.pad(mask, ((0, 0), (before, 0))).astype(np.float32)),
+        "ref_log_probs": group(np.sum(np.where(mask, ref_log_probs, 0.0), axis=1)),
+    }

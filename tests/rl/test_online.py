@@ -1,0 +1,167 @@
+"""Preferences of the policy's own samples: against the pairwise objective itself, and slow loops."""
+
+import functools
+import types
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxft import rl
+from jaxft.generation import SamplingConfig
+from jaxft.losses import dpo_loss, ipo_loss
+from jaxft.objectives import hypo, policy_gradient, preference, sequence_log_probs
+from jaxft.rl.online import as_groups, best_and_worst
+from jaxft.train import accumulate, fit
+from tests.rl.rl_task import PROMPTS, RECORDS, SAMPLING, Digits, exact, model_and_params
+
+LOSS = functools.partial(dpo_loss, beta=0.5)
+
+
+def start_and_now():
+    """A reference, and a policy that has moved away from it."""
+    model, base = model_and_params()
+    leaves, tree = jax.tree.flatten(base)
+    keys = jax.random.split(jax.random.key(5), len(leaves))
+    moved = [x + 0.1 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    return model, base, tree.unflatten(moved)
+
+
+def state_of(params, step=0):
+    return types.SimpleNamespace(step=step, params=params, key=jax.random.key(3))
+
+
+def lengths_as_rewards(completions, records):
+    return [float(len(text)) for text in completions]
+
+
+def collected(loss, rewards=lengths_as_rewards, group_size=3, **settings):
+    model, base, params = start_and_now()
+    algorithm = rl.online_preference(functools.partial(policy_gradient, model), loss, group_size)
+    batches = rl.collect(
+        model, PROMPTS, RECORDS, Digits(), rewards, algorithm.credit, SAMPLING,
+        prompts_per_step=4, group_size=group_size, ref_params=base, **settings,
+    )  # fmt: skip
+    return model, params, algorithm, batches(state_of(params))
+
+
+def test_best_and_worst_is_a_loop():
+    nan = jnp.nan
+    rewards = jnp.array([1.0, 3, 2, nan, 0, 5, 4, 4, 4, nan, nan, 1])
+    best, worst, paired = best_and_worst(rewards, 3)
+    assert best.tolist()[:3] == [1, 5, 6] and worst.tolist()[:2] == [0, 4]
+    assert paired.tolist() == [True, True, False, False]
+    counted = jnp.arange(12) != 1  # The best of the first group reached the limit, say.
+    best, worst, paired = best_and_worst(rewards, 3, counted)
+    assert (int(best[0]), int(worst[0])) == (2, 0) and bool(paired[0])
+    with pytest.raises(ValueError, match="12 rewards are no whole number of groups of 5"):
+        best_and_worst(rewards, 5)
+
+
+@pytest.mark.parametrize("loss", [LOSS, functools.partial(ipo_loss, beta=0.3)])
+def test_its_gradient_is_that_of_the_pairwise_objective(loss):
+    """The pairs of the rollout, given to the offline objective, have the same mean and gradient."""
+    model, params, algorithm, batch = collected(loss)
+    values = np.asarray(batch["stats"]["reward"])
+    best, worst, paired = map(np.asarray, best_and_worst(jnp.asarray(values), 3))
+    assert 2 <= paired.sum() <= 4
+    groups = as_groups(batch, np.asarray(batch["ref_log_probs"]), 1)
+    rows = np.stack([best, worst], axis=1)[paired]
+    pairs = jax.tree.map(lambda x: x[:, 0][rows], groups)
+    offline = jax.jit(jax.value_and_grad(preference(model, loss), has_aux=True))
+    (value, metrics), wanted = offline(params, pairs, None)
+    online = jax.jit(jax.value_and_grad(algorithm.objective, has_aux=True))
+    (_, shown), found = online(params, batch, None)
+    chex.assert_trees_all_close(found, wanted, rtol=2e-3, atol=2e-5)
+    assert float(shown["pair_loss"].value) == pytest.approx(float(value), rel=1e-3)
+    accuracy = float(metrics["rewards/accuracy"].value)
+    assert float(shown["pair_accuracy"].value) == pytest.approx(accuracy)
+    assert float(shown["paired"].value) == pytest.approx(paired.mean())
+    # Rows need not stay together: any split into microbatches is the same step.
+    shuffled = jax.tree.map(lambda x: x[np.random.default_rng(0).permutation(12)], batch)
+    parts = accumulate(jax.value_and_grad, 3)(algorithm.objective, has_aux=True)
+    _, split = jax.jit(parts)(params, shuffled, jax.random.key(0))
+    chex.assert_trees_all_close(split, wanted, rtol=2e-3, atol=2e-5)
+
+
+def test_groups_without_a_pair_teach_nothing():
+    flat = lambda completions, records: [1.0] * len(completions)
+    *_, batch = collected(LOSS, flat)
+    assert not np.asarray(batch["advantages"]).any() and not batch["stats"]["paired"].any()
+    assert np.isnan(batch["stats"]["pair_loss"]).all()
+    silent = lambda completions, records: [float("nan")] * len(completions)
+    assert not np.asarray(collected(LOSS, silent)[-1]["advantages"]).any()
+    with pytest.raises(ValueError, match="at least 2, got 1"):
+        rl.online_preference(lambda *_: None, LOSS, 1)
+
+
+def test_online_dpo_learns_the_digits():
+    model, params = model_and_params()
+    loss = functools.partial(dpo_loss, beta=0.1)
+    algorithm = rl.online_preference(functools.partial(policy_gradient, model), loss, 8)
+    batches = rl.collect(
+        model, PROMPTS, RECORDS, Digits(), rl.in_process(exact), algorithm.credit, SAMPLING,
+        prompts_per_step=4, group_size=8, ref_params=params,
+    )  # fmt: skip
+    _, history = fit(
+        params, algorithm.objective, optax.adam(5e-3), batches, steps=60, key=jax.random.key(0)
+    )
+    few = lambda rows: np.mean([row["reward"] for row in rows])
+    assert few(history[-5:]) > few(history[:5]) + 0.3
+
+
+def test_samples_beside_pairs_are_the_policy_s_own():
+    model, base, params = start_and_now()
+    config = SamplingConfig(max_new_tokens=3, stop_ids=(7,))
+    make = functools.partial(rl.samples_beside, model, PROMPTS, base, prompts_per_step=2, samples=3)
+    sample = make(config)
+    batch = sample(state_of(params, step=1))
+    assert batch["tokens"].shape[:2] == (2, 3)
+    chex.assert_trees_all_equal(batch, sample(state_of(params, step=1)))  # As a resumed run has it.
+    other = sample(state_of(params, step=2))
+    assert (
+        batch["tokens"].shape != other["tokens"].shape or (batch["tokens"] != other["tokens"]).any()
+    )
+    ref = jax.jit(functools.partial(sequence_log_probs, model))(base, batch)
+    np.testing.assert_allclose(batch["ref_log_probs"], ref.sums, rtol=1e-4, atol=1e-5)
+    assert (np.asarray(ref.lengths) == batch["loss_mask"].sum(-1)).all()
+    seen = batch["segment_ids"] * (batch["loss_mask"] == 0)
+    prompts = [batch["tokens"][i, 0][seen[i, 0] > 0].tolist() for i in range(2)]
+    assert all(prompt in PROMPTS for prompt in prompts) and prompts[0] != prompts[1]
+    # Of the start itself the KL is 0; of the policy its estimate is the mean log-ratio.
+    objective = jax.jit(hypo(model, LOSS, kl_weight=1.0))
+    pair = {k: v[:, :2] for k, v in batch.items()}
+    _, metrics = objective(base, pair | {"online": batch}, None)
+    assert abs(float(metrics["kl"].value)) < 1e-4
+    now = jax.jit(functools.partial(sequence_log_probs, model))(params, batch)
+    _, metrics = objective(params, pair | {"online": batch}, None)
+    expected = float(jnp.mean(now.sums - batch["ref_log_probs"]))
+    assert float(metrics["kl"].value) == pytest.approx(expected, rel=1e-3)
+    for wrong in (dict(temperature=0.5), dict(top_k=3)):
+        with pytest.raises(ValueError, match="sample from another policy"):
+            make(SamplingConfig(max_new_tokens=3, **wrong))
+
+
+def test_pairs_with_samples_go_on_where_they_were():
+    class Numbers:
+        at = 0
+
+        def __next__(self):
+            self.at += 1
+            return {"pair": self.at}
+
+        def get_state(self):
+            return {"at": self.at}
+
+        def set_state(self, position):
+            self.at = position["at"]
+
+    batches = rl.PairsWithSamples(Numbers(), lambda state: state.step)
+    state = state_of(None, step=4)
+    assert [batches(state)["pair"] for _ in range(3)] == [1, 2, 3]
+    again = rl.PairsWithSamples(Numbers(), lambda state: state.step)
+    again.set_state(batches.get_state())
+    assert again(state) == {"pair": 4, "online": 4}

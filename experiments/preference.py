@@ -4,6 +4,7 @@
     python experiments/preference.py --data labelled.jsonl --loss kto
     python experiments/preference.py --model meta-llama/Llama-3.1-8B-Instruct --fsdp -1 --bfloat16 \\
         --data trl-lib/ultrafeedback_binarized --loss simpo --learning-rate 1e-6 --adapter full
+    python experiments/preference.py --data pairs.jsonl --loss hypo      DPO, held by a KL on its own answers
     python experiments/preference.py --data pairs.jsonl --loss reward    a reward model
     python experiments/preference.py --smoke        seconds, random weights
 
@@ -29,13 +30,14 @@ import tyro
 from experiments import _preference_report as reports
 from experiments import _training as shared
 from experiments._optimizers import sharpen
-from jaxft import data, losses, objectives, train
+from jaxft import data, losses, objectives, rl, train
+from jaxft.generation import SamplingConfig
 
 NEEDLE = "rg:needle_haystack?min_num_statements=4&max_num_statements=8"
 Loss = Literal[
     "dpo", "robust", "hinge", "ipo", "exo", "nca", "sppo", "bco_pair", "apo_zero", "apo_down", "aot",
     "aot_unpaired", "discopop", "normalised", "length_regularised", "dpop", "simpo", "alpha_po", "cpo",
-    "orpo", "slic", "kto", "bco", "reward", "outcome", "process",
+    "orpo", "slic", "kto", "bco", "hypo", "reward", "outcome", "process",
 ]  # fmt: skip
 UNPAIRED = ("kto", "bco")
 REWARDS = ("reward", "outcome", "process")  # of pairs, of answers, of steps
@@ -60,6 +62,9 @@ class Config(shared.Training):
     use_weighting: bool = False  # weigh pairs by how likely the policy is to say them (WPO)
     desirable_weight: float = 1.0  # kto
     undesirable_weight: float = 1.0  # kto
+    kl_weight: float = 0.1  # hypo: of the KL on the policy's own answers, nats of a whole answer
+    online_samples: int = 2  # hypo: answers to each of --batch-size prompts a step
+    max_new_tokens: int = 64  # hypo: of these
     center_rewards_coefficient: float = 0.0  # reward: holds rewards near 0 (0.01 is usual)
 
     learning_rate: float = 1e-4
@@ -107,6 +112,9 @@ def main(config: Config) -> dict[str, Any]:
         max_length=config.max_length,
         seed=config.seed,
     )
+    if config.loss == "hypo":
+        objective = objective_of(dataclasses.replace(config, kl_weight=0.0))(model)  # To evaluate.
+        batches = with_samples(config, model, params, training, batches, mesh)
     state, history = train.fit(
         params,
         method.objective,
@@ -130,8 +138,38 @@ def main(config: Config) -> dict[str, Any]:
         tell = reports.label_report if config.loss in UNPAIRED else reports.pair_report
         after = score(state.params, bare_held_out)
         metrics |= tell(table(after), table(held_out), held_out)
+    if config.loss == "hypo":
+        kls = [row["kl"] for row in history[-max(1, len(history) // 10) :] if "kl" in row]
+        metrics["kl"] = float(np.mean(kls)) if kls else None
+        print(f"KL from the start, on the policy's own last answers: {metrics['kl']} nats")
     shared.write_metrics(output, metrics)
     return metrics
+
+
+def with_samples(config: Config, model, params, training, batches, mesh):
+    """HyPO's batches: the pairs, and fresh answers of the policy to the training prompts."""
+    if jax.process_count() > 1:
+        raise ValueError(f"hypo samples on one host so far, not on {jax.process_count()}.")
+    first = [group.parts[0] for group in training]
+    prompts = [part.tokens[: int(np.argmax(part.loss_mask > 0))].tolist() for part in first]
+    longest = max(map(len, prompts))
+    if longest + config.max_new_tokens > model.config.max_length:
+        raise ValueError(
+            f"the longest prompt has {longest} tokens; with --max-new-tokens {config.max_new_tokens} that "
+            f"exceeds the {model.config.max_length} positions of {config.model}."
+        )
+    stop = shared.files.load_tokenizer(config.model).eos_token_id
+    sample = rl.samples_beside(
+        model,
+        prompts,
+        params,
+        SamplingConfig(config.max_new_tokens, stop_ids=(stop,)),
+        prompts_per_step=config.batch_size,
+        samples=config.online_samples,
+        seed=config.seed,
+        mesh=mesh,
+    )
+    return rl.PairsWithSamples(batches, sample)
 
 
 def objective_of(config: Config):
@@ -140,13 +178,22 @@ def objective_of(config: Config):
     given = {name: value for name, value in given.items() if value is not None}
     if config.beta is not None and not config.beta > 0:
         raise ValueError(f"--beta must be positive, got {config.beta}.")
-    smoothed = ("dpo", "robust", "exo", "aot", "aot_unpaired", "simpo", "cpo")
+    smoothed = ("dpo", "hypo", "robust", "exo", "aot", "aot_unpaired", "simpo", "cpo")
     if "label_smoothing" in given and config.loss not in smoothed:
         raise ValueError(f"--label-smoothing is of {', '.join(smoothed)}; {config.loss} has none.")
     if config.center_rewards_coefficient and config.loss != "reward":
         raise ValueError(f"--center-rewards-coefficient is of reward, not of {config.loss}.")
     if config.loss in REWARDS and "beta" in given:
         raise ValueError(f"--beta is of losses with a policy; {config.loss} trains a reward model.")
+    if config.loss == "hypo" and (
+        config.use_weighting or min(config.online_samples, config.max_new_tokens) < 1
+    ):
+        raise ValueError(
+            f"hypo takes no --use-weighting, and at least one --online-samples and --max-new-tokens; got "
+            f"{config.online_samples} and {config.max_new_tokens}."
+        )
+    if config.kl_weight < 0:
+        raise ValueError(f"--kl-weight must be at least 0, got {config.kl_weight}.")
     if config.loss in (*UNPAIRED, *REWARDS) and (config.use_weighting or config.nll_alpha):
         raise ValueError(f"--use-weighting and --nll-alpha are of pairs, not of {config.loss}.")
     if config.loss in REWARDS:
@@ -175,6 +222,8 @@ def objective_of(config: Config):
     if config.nll_alpha:
         whole = lambda pairs: loss(pairs) + config.nll_alpha * losses.nll_loss(pairs)
     beta = 0.1 if config.beta is None else config.beta
+    if config.loss == "hypo":
+        return lambda model: objectives.hypo(model, whole, beta=beta, kl_weight=config.kl_weight)
     return lambda model: objectives.preference(
         model, whole, beta=beta, use_weighting=config.use_weighting
     )
@@ -183,6 +232,7 @@ def objective_of(config: Config):
 def pair_loss(name: str):
     """The function of `Pairs` of a name."""
     named = {
+        "hypo": losses.dpo_loss,
         "robust": losses.robust_dpo_loss,
         "normalised": losses.normalised_dpo_loss,
         "length_regularised": losses.length_regularised_dpo_loss,

@@ -196,7 +196,7 @@ def test_training_learns_and_resumes_to_the_same_losses(tmp_path):
     assert len(generate.main(model)) == 1
 
 
-@pytest.mark.parametrize("loss", ["dpo", "kto", "reward", "process"])
+@pytest.mark.parametrize("loss", ["dpo", "kto", "hypo", "reward", "process"])
 def test_preferences_are_learnt_from_a_file(loss, tmp_path):
     """Chosen answers end otherwise than rejected ones: held-out pairs show whether that was learnt."""
     rows = [
@@ -208,6 +208,7 @@ def test_preferences_are_learnt_from_a_file(loss, tmp_path):
     path.write_text("\n".join(map(json.dumps, rows)))
     settings = dict(model="tiny", data=(str(path),), eval_data="", validation=0.3, max_length=64)
     settings |= dict(max_steps=12, batch_size=4, learning_rate=3e-3, eval_steps=6, rank=4)
+    settings |= dict(max_new_tokens=4, save_steps=6)
     output = tmp_path / "run"
     config = preference.Config(loss=loss, output_dir=str(output), **settings)
     metrics = preference.main(config)
@@ -229,10 +230,19 @@ def test_preferences_are_learnt_from_a_file(loss, tmp_path):
         good, bad, none = rewards(answers, [rows[0]] * 3)
         assert good > bad and math.isnan(none)
         assert metrics["reward_min"] < metrics["reward_mean"] < metrics["reward_max"]
-    elif loss == "dpo":
+    elif loss in ("dpo", "hypo"):
         assert metrics["first_loss"] == pytest.approx(0.6931, abs=1e-3)
         assert metrics["accuracy"] == 1.0 and metrics["accuracy_interval"][0] > 0.5
         assert metrics["log_prob_chosen_gain"] > metrics["log_prob_rejected_gain"]
+        if (
+            loss == "hypo"
+        ):  # Cut in the middle and resumed, with the same pairs and the same samples.
+            rows = lambda: [json.loads(x)["kl"] for x in (output / "metrics.jsonl").open()]
+            whole = rows()
+            assert abs(whole[0]) < 1e-4 and max(map(abs, whole)) > 1e-3
+            shutil.rmtree(output / "checkpoints" / "12")
+            again = dataclasses.replace(config, resume=True)
+            assert preference.main(again) == metrics and rows() == whole
     else:
         assert metrics["gain_desirable"] > metrics["gain_undesirable"]
 
@@ -359,6 +369,12 @@ BAD = {
         "unknown column": (unknown_column, "column.jsonl, line 1: no column 'chosen' among"),
         "identical": (bad_pair, "pairs.jsonl, line 2: 'chosen' and 'rejected' are the same"),
         "beta": (lambda p: ["--beta", "0"], "--beta must be positive, got 0.0"),
+        "kl weight": (lambda p: ["--loss", "hypo", "--kl-weight", "-1"], "at least 0, got -1.0"),
+        "hypo samples": (lambda p: ["--loss", "hypo", "--online-samples", "0"], "got 0 and 64"),
+        "hypo length": (
+            lambda p: ["--loss", "hypo", "--max-new-tokens", "500"],
+            "exceeds the 512 positions of tiny",
+        ),
         "smoothing": (lambda p: ["--label-smoothing", "0.7"], "must lie in [0, 0.5), got 0.7"),
         "no smoothing": (
             lambda p: ["--loss", "ipo", "--label-smoothing", "0.1"],

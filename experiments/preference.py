@@ -178,7 +178,7 @@ def objective_of(config: Config):
     given = {name: value for name, value in given.items() if value is not None}
     if config.beta is not None and not config.beta > 0:
         raise ValueError(f"--beta must be positive, got {config.beta}.")
-    smoothed = ("dpo", "hypo", "robust", "exo", "aot", "aot_unpaired", "simpo", "cpo")
+    smoothed = ("dpo", "robust", "exo", "aot", "aot_unpaired", "simpo", "cpo", "hypo")
     if "label_smoothing" in given and config.loss not in smoothed:
         raise ValueError(f"--label-smoothing is of {', '.join(smoothed)}; {config.loss} has none.")
     if config.center_rewards_coefficient and config.loss != "reward":

@@ -36,8 +36,8 @@ from jaxft.generation import SamplingConfig
 NEEDLE = "rg:needle_haystack?min_num_statements=4&max_num_statements=8"
 Loss = Literal[
     "dpo", "robust", "hinge", "ipo", "exo", "nca", "sppo", "bco_pair", "apo_zero", "apo_down", "aot",
-    "aot_unpaired", "discopop", "normalised", "length_regularised", "dpop", "simpo", "alpha_po", "cpo",
-    "orpo", "slic", "kto", "bco", "hypo", "reward", "outcome", "process",
+    "aot_unpaired", "discopop", "normalised", "length_regularised", "dpop", "hybrid_dpo", "mpo", "simpo",
+    "alpha_po", "cpo", "orpo", "slic", "kto", "bco", "hypo", "reward", "outcome", "process",
 ]  # fmt: skip
 UNPAIRED = ("kto", "bco")
 REWARDS = ("reward", "outcome", "process")  # of pairs, of answers, of steps
@@ -58,6 +58,13 @@ class Config(shared.Training):
     label_smoothing: float | None = None  # share of wrong labels: dpo, robust, exo, aot, simpo, cpo
     simpo_gamma: float = 0.5  # margin that simpo and alpha_po ask for
     alpha_length: float = 0.05  # of length_regularised: reward of a token of mere length
+    ld_alpha: float = (
+        1.0  # below 1: what is longer than the pair's shorter one counts less (LD-DPO)
+    )
+    f_divergence: Literal["reverse_kl", "forward_kl", "jensen_shannon", "alpha"] = (
+        "reverse_kl"  # of dpo: from the reference
+    )
+    f_alpha: float = 0.5  # of the alpha divergence; 1 is the reverse KL
     nll_alpha: float = 0.0  # weight of the chosen completion's own likelihood (RPO; cpo: 1 more)
     use_weighting: bool = False  # weigh pairs by how likely the policy is to say them (WPO)
     desirable_weight: float = 1.0  # kto
@@ -95,6 +102,7 @@ def main(config: Config) -> dict[str, Any]:
         batch_size=config.batch_size,
         max_length=config.max_length,
         mesh=mesh,
+        ld_alpha=config.ld_alpha,
     )
     bare_held_out = held_out
     if config.loss not in REWARDS:
@@ -192,6 +200,12 @@ def objective_of(config: Config):
             f"hypo takes no --use-weighting, and at least one --online-samples and --max-new-tokens; got "
             f"{config.online_samples} and {config.max_new_tokens}."
         )
+    if config.f_divergence != "reverse_kl" and config.loss != "dpo":
+        raise ValueError(f"--f-divergence is of dpo, not of {config.loss}.")
+    if config.ld_alpha != 1 and config.loss in (*UNPAIRED, *REWARDS, "hypo"):
+        raise ValueError(f"--ld-alpha is of pairs, not of {config.loss}.")
+    if not 0 <= config.ld_alpha <= 1:
+        raise ValueError(f"--ld-alpha must lie in [0, 1], got {config.ld_alpha}.")
     if config.kl_weight < 0:
         raise ValueError(f"--kl-weight must be at least 0, got {config.kl_weight}.")
     if config.loss in (*UNPAIRED, *REWARDS) and (config.use_weighting or config.nll_alpha):
@@ -211,11 +225,13 @@ def objective_of(config: Config):
             return lambda model: objectives.kto(model, **given, **weights)
         return lambda model: objectives.bco(model, **given)
     own = {
+        "dpo": {} if config.f_divergence == "reverse_kl" else {"h": divergence(config)},
         "simpo": {"simpo_gamma": config.simpo_gamma},
         "alpha_po": {"simpo_gamma": config.simpo_gamma},
         "length_regularised": {"alpha": config.alpha_length},
     }
-    loss = functools.partial(pair_loss(config.loss), **given, **own.get(config.loss, {}))
+    named = losses.f_dpo_loss if own.get(config.loss, {}).get("h") else pair_loss(config.loss)
+    loss = functools.partial(named, **given, **own.get(config.loss, {}))
     one = jax.ShapeDtypeStruct((1,), np.float32)
     jax.eval_shape(loss, losses.Pairs(*[one] * 6))  # Bad values fail now, not after minutes.
     whole = loss
@@ -225,8 +241,17 @@ def objective_of(config: Config):
     if config.loss == "hypo":
         return lambda model: objectives.hypo(model, whole, beta=beta, kl_weight=config.kl_weight)
     return lambda model: objectives.preference(
-        model, whole, beta=beta, use_weighting=config.use_weighting
+        model, whole, beta=beta, use_weighting=config.use_weighting, ld_alpha=config.ld_alpha
     )
+
+
+def divergence(config: Config):
+    """h of `f_dpo_loss`."""
+    if config.label_smoothing is not None:
+        raise ValueError(f"--label-smoothing is of the reverse KL, not of {config.f_divergence}.")
+    if config.f_divergence == "alpha":
+        return losses.alpha_divergence(config.f_alpha)
+    return getattr(losses, config.f_divergence)
 
 
 def pair_loss(name: str):

@@ -47,9 +47,12 @@ from jaxft.losses.preference import (
     f_dpo_loss,
     forward_kl,
     hinge_loss,
+    hybrid_dpo_loss,
     ipo_loss,
     jensen_shannon,
+    length_desensitised,
     length_regularised_dpo_loss,
+    mpo_loss,
     nca_loss,
     nll_loss,
     normalised_dpo_loss,
@@ -57,7 +60,14 @@ from jaxft.losses.preference import (
     sppo_loss,
     wpo_weights,
 )
-from jaxft.losses.reference_free import alpha_po_loss, cpo_loss, orpo_loss, simpo_loss, slic_loss
+from jaxft.losses.reference_free import (
+    alpha_po_loss,
+    cpo_loss,
+    orpo_loss,
+    simpo_loss,
+    slic_loss,
+    tpo_loss,
+)
 from jaxft.losses.reward import bradley_terry_loss, correctness_loss
 from jaxft.losses.sampled_kl import KlEstimates, kl_estimates, leave_one_out, reverse_kl_surrogate
 from jaxft.losses.supervised import (
@@ -108,6 +118,7 @@ __all__ = [
     "forward_kl",
     "gaussian_kernel",
     "hinge_loss",
+    "hybrid_dpo_loss",
     "inverse_multiquadric_kernel",
     "ipo_loss",
     "jensen_shannon",
@@ -121,12 +132,14 @@ __all__ = [
     "l2_distance",
     "label_smoothed_cross_entropy",
     "leave_one_out",
+    "length_desensitised",
     "length_regularised_dpo_loss",
     "linear_cross_entropy",
     "linear_entropy",
     "linear_log_probs",
     "log_ratio",
     "maximum_mean_discrepancy",
+    "mpo_loss",
     "nca_loss",
     "nft_loss",
     "nll_loss",
@@ -144,6 +157,7 @@ __all__ = [
     "sequence_log_ratio",
     "simpo_loss",
     "slic_loss",
+    "tpo_loss",
     "sppo_loss",
     "straight_through_max",
     "symmetric_kl_divergence",

@@ -131,13 +131,20 @@ def nca_loss(pairs: Pairs, *, beta: float = 0.1) -> Float[Array, " B"]:
     return -log_sigmoid(r_w) - 0.5 * log_sigmoid(-r_w) - 0.5 * log_sigmoid(-r_l)
 
 
-def sppo_loss(pairs: Pairs, *, beta: float = 1e-3) -> Float[Array, " B"]:
-    """(a - 1 / (2 β))² + (b + 1 / (2 β))².
+def sppo_loss(
+    pairs: Pairs, *, beta: float = 1e-3, win_rate: float | Float[Array, " B"] = 1.0
+) -> Float[Array, " B"]:
+    """(a - (P - ½) / β)² + (b + (P - ½) / β)².
 
-    SPPO with a win probability of 1: Wu et al., 2024, arxiv.org/abs/2405.00675, eq. 4.7 (β is 1/η).
+    SPPO: Wu et al., 2024, arxiv.org/abs/2405.00675, eq. 4.7 (β is 1/η).
+
+    Args:
+        win_rate: P, how often the chosen completion wins against the policy's others, and the rejected one
+            loses; 1 is TRL's "sppo_hard".
     """
     a, b = log_ratios(pairs)
-    return (a - 0.5 / _positive(beta)) ** 2 + (b + 0.5 / beta) ** 2
+    edge = (win_rate - 0.5) / _positive(beta)
+    return (a - edge) ** 2 + (b + edge) ** 2
 
 
 def bco_pair_loss(pairs: Pairs, *, beta: float = 0.1, delta: float = 0.0) -> Float[Array, " B"]:
@@ -237,6 +244,27 @@ def dpop_loss(pairs: Pairs, *, beta: float = 0.1, dpop_lambda: float = 50.0) -> 
     return -jax.nn.log_sigmoid(_positive(beta) * (a - b - dpop_lambda * jax.nn.relu(-a)))
 
 
+def hybrid_dpo_loss(pairs: Pairs, *, beta: float = 0.1) -> Float[Array, " B"]:
+    """-log σ(β ((log π(y_w) - log π(y_l)) - max(0, log π_ref(y_w) - log π_ref(y_l)))).
+
+    Hybrid-DPO, which its authors call HyPO: arxiv.org/abs/2602.11902 (by its abstract). A reference that
+    has the pair the wrong way round no longer holds the policy back. Not `objectives.hypo`.
+    """
+    log_ratios(pairs)  # Checks.
+    ref_margin = jax.nn.relu(jax.lax.stop_gradient(pairs.ref_chosen - pairs.ref_rejected))
+    return -jax.nn.log_sigmoid(_positive(beta) * (pairs.chosen - pairs.rejected - ref_margin))
+
+
+def mpo_loss(pairs: Pairs, *, beta: float = 0.1) -> Float[Array, " B"]:
+    """0.8 `dpo_loss` + 0.2 `bco_pair_loss` + `nll_loss`: any losses of pairs may be added up so.
+
+    MPO: Wang et al., 2024, arxiv.org/abs/2411.10442; the likelihood is a mean over tokens here.
+    """
+    return (
+        0.8 * dpo_loss(pairs, beta=beta) + 0.2 * bco_pair_loss(pairs, beta=beta) + nll_loss(pairs)
+    )
+
+
 def f_dpo_loss(
     pairs: Pairs, h: Callable[[jax.Array], jax.Array], *, beta: float = 0.1
 ) -> Float[Array, " B"]:
@@ -273,6 +301,31 @@ def nll_loss(pairs: Pairs) -> Float[Array, " B"]:
     each completion, so that it does not depend on what else is in the batch (TRL's is over all tokens).
     """
     return -pairs.chosen / lengths(pairs)[0]
+
+
+def length_desensitised(
+    log_probs: Float[Array, "*batch T"],
+    mask: Float[Array, "*batch T"],
+    public_lengths: Float[Array, "*batch"],
+    alpha: float,
+) -> Float[Array, "*batch"]:
+    """Σ_t log π(y_t) over a completion's first tokens, and α times that of those behind them.
+
+    LD-DPO: Liu et al., 2024, arxiv.org/abs/2409.06411: what a completion has beyond the length that both
+    of its pair have counts less. The sums take the place of plain ones in any loss of `Pairs`, for
+    policy and reference alike; α = 1 changes nothing.
+
+    Args:
+        mask: above 0 on the completion's tokens.
+        public_lengths: tokens of the shorter one of the pair.
+        alpha: in [0, 1].
+    """
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"length_desensitised: alpha must lie in [0, 1], got {alpha}.")
+    counted = mask > 0
+    place = jnp.cumsum(counted, axis=-1)
+    weight = jnp.where(place <= public_lengths[..., None], 1.0, alpha)
+    return jnp.sum(jnp.where(counted, weight * log_probs, 0.0), axis=-1)
 
 
 def wpo_weights(

@@ -54,6 +54,27 @@ def cpo_loss(
     return loss + cpo_alpha * nll_loss(pairs) if cpo_alpha else loss
 
 
+def tpo_loss(
+    pairs: Pairs,
+    gold: Float[Array, " B"],
+    gold_lengths: Float[Array, " B"],
+    *,
+    beta: float = 0.01,
+    tpo_alpha: float = 1.0,
+) -> Float[Array, " B"]:
+    """-log σ(β (log π(y_w) - log π(y_l))) + α (-log π(y_gold) / n_gold): CPO that imitates a third one.
+
+    TPO: Saeidi et al., 2024, arxiv.org/abs/2405.16681. TPO-L has `simpo_loss` in the first term's place.
+
+    Args:
+        gold: log π of the completion that is imitated, summed over its tokens.
+        gold_lengths: its tokens, at least 1.
+    """
+    chex.assert_equal_shape([pairs.chosen, pairs.rejected, gold, gold_lengths])
+    loss = -jax.nn.log_sigmoid(beta * (pairs.chosen - pairs.rejected))
+    return loss - tpo_alpha * gold / gold_lengths
+
+
 def slic_loss(pairs: Pairs, *, beta: float = 1.0) -> Float[Array, " B"]:
     """max(0, 1 - β (log π(y_w) - log π(y_l))); its regularizer is `nll_loss`, of the paper's choice of text.
 

@@ -20,6 +20,7 @@ from jaxft.losses import (
     kl_estimates,
     kto_loss,
     leave_one_out,
+    length_desensitised,
     linear_log_probs,
     reverse_kl_surrogate,
     wpo_weights,
@@ -44,7 +45,12 @@ class Sequences(NamedTuple):
 
 
 def sequence_log_probs(
-    model, params: Any, batch: dict[str, jax.Array], *, wpo: bool = False
+    model,
+    params: Any,
+    batch: dict[str, jax.Array],
+    *,
+    wpo: bool = False,
+    ld_alpha: float = 1.0,
 ) -> Sequences:
     """Runs all sequences of a batch of groups at once; tokens count where `loss_mask` is above 0.
 
@@ -53,6 +59,7 @@ def sequence_log_probs(
         params: its params.
         batch: leaves [B, G, T].
         wpo: also `wpo_weights`, for which the distribution at each token is formed.
+        ld_alpha: weight of tokens beyond the length of the group's shortest: see `length_desensitised`.
     """
     tokens = jnp.asarray(batch["tokens"])
     if tokens.ndim != 3:
@@ -72,8 +79,13 @@ def sequence_log_probs(
     log_probs = linear_log_probs(output.hidden, head, targets, softcap=softcap)
     counted = weights > 0
     shape = tokens.shape[:2]
-    sums = jnp.sum(jnp.where(counted, log_probs, 0.0), axis=1).reshape(shape)
     lengths = jnp.sum(counted, axis=1, dtype=jnp.float32).reshape(shape)
+    if ld_alpha == 1:
+        sums = jnp.sum(jnp.where(counted, log_probs, 0.0), axis=1)
+    else:
+        public = jnp.broadcast_to(jnp.min(lengths, axis=1, keepdims=True), shape).reshape(-1)
+        sums = length_desensitised(log_probs, counted.astype(jnp.float32), public, ld_alpha)
+    sums = sums.reshape(shape)
     if not wpo:
         return Sequences(sums, lengths)
     collision = _log_collision_probs(jax.lax.stop_gradient(output.hidden), head, softcap)
@@ -88,6 +100,7 @@ def preference(
     beta: float = 0.1,
     reference: Reference | None = None,
     use_weighting: bool = False,
+    ld_alpha: float = 1.0,
 ) -> Objective:
     """objective(params, batch, key) -> (mean of a pairwise loss, metrics).
 
@@ -101,12 +114,13 @@ def preference(
         beta: scale of the rewards in the metrics; give the loss its own.
         reference: params -> params of the reference, for batches without `ref_log_probs`.
         use_weighting: multiply each pair's loss by both `wpo_weights`.
+        ld_alpha: see `sequence_log_probs`; `ref_log_probs` must have been made with the same.
     """
 
     def objective(params, batch, key):
         del key
-        policy = sequence_log_probs(model, params, batch, wpo=use_weighting)
-        ref = _reference_sums(model, params, batch, reference)
+        policy = sequence_log_probs(model, params, batch, wpo=use_weighting, ld_alpha=ld_alpha)
+        ref = _reference_sums(model, params, batch, reference, ld_alpha)
         pairs, counted = _pairs(policy, ref)
         values = loss(pairs)
         if use_weighting:
@@ -236,14 +250,15 @@ def _pairs(policy: Sequences, ref) -> tuple[Pairs, jax.Array]:
     return Pairs(*columns(policy.sums), *columns(ref), *columns(lengths)), counted
 
 
-def _reference_sums(model, params, batch, reference):
+def _reference_sums(model, params, batch, reference, ld_alpha=1.0):
     """[B, G], or None if there is no reference."""
     if "ref_log_probs" in batch:
         return jnp.asarray(batch["ref_log_probs"])
     if reference is None:
         return None
     still = jax.lax.stop_gradient(reference(params))
-    return jax.lax.stop_gradient(sequence_log_probs(model, still, batch).sums)
+    found = sequence_log_probs(model, still, batch, ld_alpha=ld_alpha)
+    return jax.lax.stop_gradient(found.sums)
 
 
 def _need(ref, name):

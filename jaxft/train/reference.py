@@ -24,6 +24,7 @@ def reference_log_probs(
     batch_size: int,
     max_length: int,
     mesh: Mesh | None = None,
+    ld_alpha: float = 1.0,
 ) -> list[TokenisedGroup]:
     """The groups with a column `ref_log_probs` [G]: log π_ref(completion | prompt), summed over tokens.
 
@@ -36,8 +37,10 @@ def reference_log_probs(
         batch_size: groups of a batch, over all processes.
         max_length: of a sequence.
         mesh: as for `fit`. On several processes all pass the same groups, and each computes its share.
+        ld_alpha: see `sequence_log_probs`.
     """
-    run = jax.jit(lambda params, batch: sequence_log_probs(model, params, batch).sums)
+    sums_of = lambda params, batch: sequence_log_probs(model, params, batch, ld_alpha=ld_alpha).sums
+    run = jax.jit(sums_of)
     longest = lambda i: max(len(part.tokens) for part in groups[i].parts)
     order = sorted(range(len(groups)), key=longest)
     # Other columns would only make more programs.

@@ -255,6 +255,24 @@ def test_every_loss_of_preference_can_be_built(loss):
     assert callable(preference.objective_of(config))
 
 
+def test_other_divergences_are_dpo_with_another_h():
+    model, params = load_model("tiny")
+    part = data.Tokenised(jnp.arange(6), jnp.array([0, 0, 0, 1, 1, 1.0]))
+    short = data.Tokenised(jnp.array([0, 1, 2, 9]), jnp.array([0, 0, 0, 1.0]))
+    group = data.TokenisedGroup((part, short), {"ref_log_probs": jnp.array([-9.0, -7.0])})
+    (batch,) = data.finite_group_batches([group], batch_size=1, max_length=8)
+
+    def loss(**settings):
+        config = preference.Config(loss="dpo", beta=0.3, **settings)
+        return float(preference.objective_of(config)(model)(params, batch, None)[0])
+
+    found = {loss(f_divergence=name) for name in ("reverse_kl", "forward_kl", "jensen_shannon")}
+    assert len(found) == 3
+    plain = pytest.approx(loss(), rel=1e-6)
+    assert loss(f_divergence="alpha", f_alpha=1.0) == plain == loss(ld_alpha=1.0)
+    assert loss(ld_alpha=0.0) != plain
+
+
 def test_preview_prints_what_trains_and_stops(capsys):
     assert sft.main(sft.Config(smoke=True, preview=True)) == {"records": 1}
     shown = capsys.readouterr().out
@@ -369,6 +387,11 @@ BAD = {
         "unknown column": (unknown_column, "column.jsonl, line 1: no column 'chosen' among"),
         "identical": (bad_pair, "pairs.jsonl, line 2: 'chosen' and 'rejected' are the same"),
         "beta": (lambda p: ["--beta", "0"], "--beta must be positive, got 0.0"),
+        "divergence": (
+            lambda p: ["--loss", "ipo", "--f-divergence", "forward_kl"],
+            "--f-divergence is of dpo, not of ipo",
+        ),
+        "ld alpha": (lambda p: ["--ld-alpha", "1.5"], "must lie in [0, 1], got 1.5"),
         "kl weight": (lambda p: ["--loss", "hypo", "--kl-weight", "-1"], "at least 0, got -1.0"),
         "hypo samples": (lambda p: ["--loss", "hypo", "--online-samples", "0"], "got 0 and 64"),
         "hypo length": (

@@ -115,6 +115,9 @@ TINY = Pairs(
 )  # fmt: skip
 
 
+summed = lambda pairs: pairs._replace(chosen_lengths=jnp.ones(2), rejected_lengths=jnp.ones(2))
+
+
 @pytest.mark.parametrize(
     "loss, expected",
     [
@@ -127,6 +130,35 @@ TINY = Pairs(
         (functools.partial(losses.cpo_loss, cpo_alpha=0.0), (0.513015, 0.744397)),
         (losses.cpo_loss, (0.513015 + 10 / 5, 0.744397 + 12 / 6)),
         (losses.orpo_loss, (2 + 0.0851757, 2 + 0.0362093)),
+        (losses.robust_dpo_loss, (0.573139, 0.789707)),
+        (losses.hinge_loss, (0.8, 1.15)),
+        (losses.ipo_loss, (21.855625, 28.444444)),
+        (lambda pairs: losses.ipo_loss(summed(pairs)), (9, 42.25)),
+        (losses.exo_loss, (2.422015, 3.022554)),
+        (losses.nca_loss, (1.338793, 1.424888)),
+        (losses.bco_pair_loss, (1.288793, 1.462856)),
+        (functools.partial(losses.sppo_loss, beta=0.1), (32, 66.25)),
+        (losses.aot_loss, (0.770957, 0.598139)),
+        (losses.aot_unpaired_loss, (0.668460, 0.693147)),
+        (losses.apo_zero_loss, (0.950042, 1.037477)),
+        (losses.apo_down_loss, (0.975145, 1.024932)),
+        (losses.discopop_loss, (0.814763, 0.789495)),
+        (f_dpo(losses.forward_kl), (0.582517, 0.759239)),
+        (f_dpo(losses.jensen_shannon), (0.644397, 0.726734)),
+        (f_dpo(ALPHA_HALF), (0.594349, 0.763190)),
+        # The first reference prefers the chosen one by 2, the second by 0.5: both as in DPO here.
+        (losses.hybrid_dpo_loss, (0.598139, 0.770957)),
+        # 0.8 DPO + 0.2 BCO-pair + NLL of 10 / 5 and 12 / 6 nats a token.
+        (
+            losses.mpo_loss,
+            (0.8 * 0.598139 + 0.2 * 1.288793 + 2, 0.8 * 0.770957 + 0.2 * 1.462856 + 2),
+        ),
+        (
+            lambda pairs: losses.tpo_loss(
+                pairs, jnp.array([-6.0, -3.0]), jnp.array([3.0, 2.0]), beta=0.1
+            ),
+            (0.513015 + 2, 0.744397 + 1.5),
+        ),
     ],
 )
 def test_worked_examples(loss, expected):
@@ -162,6 +194,33 @@ def test_a_policy_that_is_its_reference():
         close(losses.apo_zero_loss(same, beta=beta), [1.0, 1.0])
 
 
+def test_worked_examples_of_single_completions_and_rewards():
+    a, b = TINY.chosen - TINY.ref_chosen, TINY.rejected - TINY.ref_rejected
+    kto = functools.partial(losses.kto_loss, kl=jnp.float32(0.3))
+    close(kto(a, jnp.array([True, True])), [0.482507, 0.519989])
+    close(kto(b, jnp.array([False, False])), [0.467546, 0.517493])
+    good, bad = jnp.array([1.2, 0.1]), jnp.array([0.3, 0.4])
+    close(losses.bradley_terry_loss(good, bad), [0.341154, 0.854355])
+    close(losses.bradley_terry_loss(good, bad, jnp.full(2, 0.5)), [0.513015, 1.171101])
+
+
+def test_a_reference_that_is_wrong_holds_no_hybrid_back():
+    wrong = TINY._replace(ref_chosen=TINY.ref_rejected - 3)
+    free = -jax.nn.log_sigmoid(0.1 * (TINY.chosen - TINY.rejected))
+    close(losses.hybrid_dpo_loss(wrong), free)
+    assert (jnp.abs(losses.dpo_loss(wrong) - free) > 1e-2).all()
+
+
+def test_length_desensitised_sums_are_a_loop():
+    log_probs = -jnp.arange(1.0, 13.0).reshape(2, 6)
+    mask = jnp.array([[0, 1, 1, 1, 1, 0], [0, 0, 1, 1, 0, 0]], jnp.float32)
+    sums = functools.partial(losses.length_desensitised, log_probs, mask, jnp.array([2.0, 2.0]))
+    close(sums(0.25), [-2 - 3 - 0.25 * (4 + 5), -9 - 10])
+    close(sums(1.0), jnp.sum(log_probs * mask, axis=1))
+    with pytest.raises(ValueError, match=r"alpha must lie in \[0, 1\], got 2.0"):
+        sums(2.0)
+
+
 def test_limits_in_which_a_loss_becomes_another():
     swapped = Pairs(*(TINY[i] for i in (1, 0, 3, 2, 5, 4)))
     dpo = losses.dpo_loss(TINY)
@@ -179,6 +238,8 @@ def test_limits_in_which_a_loss_becomes_another():
     chex.assert_trees_all_close(losses.alpha_po_loss(TINY, alpha=1e-4), simpo, rtol=1e-3)
     optimum = TINY._replace(ref_chosen=TINY.chosen - 5, ref_rejected=TINY.rejected + 5)
     close(losses.sppo_loss(optimum, beta=0.1), [0.0, 0.0])
+    at_rest = TINY._replace(ref_chosen=TINY.chosen - 1, ref_rejected=TINY.rejected + 1)
+    close(losses.sppo_loss(at_rest, beta=0.1, win_rate=0.6), [0.0, 0.0])
     labels = jnp.array([True, False])
     ratios = TINY.chosen - TINY.ref_chosen
     apo = jnp.array([1 - jax.nn.sigmoid(0.1 * ratios[0]), jax.nn.sigmoid(0.1 * ratios[1])])

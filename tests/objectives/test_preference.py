@@ -248,6 +248,22 @@ def test_wpo_weights_come_from_the_whole_distribution():
     close(loss, jnp.mean(plain * weights[:, 0] * weights[:, 1]))
 
 
+def test_length_desensitised_log_probs_are_of_policy_and_reference_alike():
+    params = moved()
+    options = dict(batch_size=4, max_length=32, ld_alpha=0.25)
+    scored = train.reference_log_probs(MODEL, BASE, GROUPS, **options)
+    run = jax.jit(functools.partial(sequence_log_probs, MODEL, ld_alpha=0.25))
+    sums = run(params, batch_of(GROUPS)).sums
+    part = GROUPS[0].parts[0]  # of 3 tokens, the other of 2: its last counts a quarter
+    log_p = jax.nn.log_softmax(MODEL.apply({"params": params}, part.tokens[None]).logits[0])
+    picked = log_p[np.arange(len(part.tokens) - 1), part.tokens[1:]][-3:]
+    close(sums[0, 0], picked[0] + picked[1] + 0.25 * picked[2])
+    close(sums[0, 1], slow(params, GROUPS)[0, 1])
+    value, _ = jax.jit(preference(MODEL, dpo_loss, ld_alpha=0.25))(params, batch_of(scored), None)
+    ratios = sums - np.stack([group.columns["ref_log_probs"] for group in scored])
+    close(value, jnp.mean(-jax.nn.log_sigmoid(0.1 * (ratios[:, 0] - ratios[:, 1]))))
+
+
 def test_hypo_adds_the_gradient_of_the_surrogate():
     params = moved()
     batch = batch_of(with_reference())

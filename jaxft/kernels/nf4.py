@@ -64,8 +64,8 @@ def nf4_product(
         implementation: "xla": nf4_dequantise and a product, which XLA fuses on a TPU; on a GPU W lies in
             memory for a while. "pallas": a kernel for TPUs that dequantises each tile of W once
             into fast memory; needs blocks of 64. "triton": a kernel for GPUs and at most 64 rows, as in
-            decoding, that reads the codes and never writes W. None: pallas on one TPU where a tile fits,
-            triton on one GPU for so few rows, else xla.
+            decoding, that reads the codes and never writes W. None: pallas on one TPU for at most 256
+            rows, triton on one GPU for at most 64, where they apply, else xla.
         interpret: run the kernel in Python, wherever this is.
 
     Raises:
@@ -92,10 +92,12 @@ def nf4_product(
 def _best(x, codes, scales, features, transposed):
     if x.dtype not in (jnp.bfloat16, jnp.float32):
         return "xla"
+    rows = math.prod(x.shape[:-1])
     width = _width(codes.shape, features, x.dtype.itemsize, transposed)
-    if _block(codes, scales) == BLOCK and width and on_one("tpu"):
+    # With more rows the compiler's own fusion overlaps what the kernel does one after the other.
+    if rows <= TOKENS and _block(codes, scales) == BLOCK and width and on_one("tpu"):
         return "pallas"
-    few = not transposed and takes(math.prod(x.shape[:-1]), codes.shape, scales.shape)
+    few = not transposed and takes(rows, codes.shape, scales.shape)
     return "triton" if few and on_one("gpu") else "xla"
 
 

@@ -6,13 +6,14 @@ BIN := $(VENV)/bin
 # Workers of the tests; two suit a laptop.
 WORKERS ?= 2
 
-.PHONY: help demo demo-rl test faults lint bench aot scale clean
+.PHONY: help demo demo-rl test faults audit lint bench aot scale clean
 
 help:
 	@echo "make demo     fine-tune SmolLM2-135M on a real task and show what changed (ten minutes)"
 	@echo "make demo-rl  a small model learns to add from verified answers, with controls (ten minutes)"
 	@echo "make test     run the tests"
 	@echo "make faults   kill, fill and corrupt runs at twenty random points of each kind"
+	@echo "make audit    look up known vulnerabilities of what is installed"
 	@echo "make lint     check style"
 	@echo "make bench    compare speed with transformers + peft and trl"
 	@echo "make scale    compile for slices that are not here, and write docs/scale.md"
@@ -30,6 +31,14 @@ test: $(VENV)/.test aot
 
 faults: $(VENV)/.test
 	FAULT_POINTS=20 JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) tests/train/test_fault_matrix.py $(ARGS)
+
+audit: $(VENV)/.test .venv-audit/.ready
+	.venv-audit/bin/python .ci/audit.py $(BIN)/python
+
+.venv-audit/.ready:
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit
+	@touch $@
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -6,6 +6,21 @@ hardly learned, and it should stay nearer to where it was than plain fine-tuning
 
     python experiments/papers/otr.py
     python experiments/papers/otr.py --methods sft dft otr otr_expected grpo --ablations
+
+A model of 0.2 M parameters knows four tasks on words of five letters (copy, reverse, shift, capitals) and
+half of a fifth, sorting, on which it is then fine-tuned. SFT, DFT (each token weighs its own probability), OTR
+and its expectation train on the same rows in the same order. They are compared where their accuracies of the
+target are equal, between measurements. The start is one pretrained model: intervals are over the words to
+train on, their order and the samples, not over starts.
+
+Seeds 0 to 3, where the target is right at 0.9 (0.42 at first): OTR's KL to the start on the old tasks is
+0.043 nats an answer, SFT's 0.059 (-0.016 [-0.026, -0.006]); the old tasks are right at 0.972 and 0.968
+(+0.003 [0.001, 0.005]): small, and shown. On the target's own questions no difference in KL was shown
+(-0.017 [-0.045, 0.011] of 1.16). OTR gets there in 169 steps, SFT in 202. DFT, and the expectation without
+samples, cannot be told from OTR.
+
+The learning rate does more than the method: on seeds 100 to 102, at the same point, the old tasks were right
+at 0.38 (OTR) and 0.19 (SFT) with 1e-3, at 0.94 and 0.91 with 3e-4, at 0.970 and 0.965 with 1e-4, the default.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +11,7 @@ import numpy as np
 from experiments import _arithmetic as arithmetic
 from jaxft import rl
 from jaxft.generation import SamplingConfig
+from jaxft.models import Decoder
 
 FORMATS = "ABC"  # the first character of an answer
 
@@ -36,6 +38,30 @@ def answer(name: str, a: int, b: int, digits: int = 3) -> str:
 def lengths(digits: int = 3) -> dict[str, int]:
     """Characters of an answer in each format, without the stop."""
     return {name: len(answer(name, 0, 0, digits)) for name in FORMATS}
+
+
+def rows_of(pairs: np.ndarray, names: Sequence[str], digits: int = 3) -> dict[str, np.ndarray]:
+    """Rows of `arithmetic.layout` of pairs [N, 2] answered in the formats `names` [N]."""
+    asked = [question(a, b, digits) for a, b in pairs]
+    given = [answer(name, a, b, digits) for name, (a, b) in zip(names, pairs, strict=True)]
+    return arithmetic.layout(asked, given)
+
+
+def right_probability(
+    model: Decoder, pairs: np.ndarray, digits: int = 3, names: str = FORMATS
+) -> Callable[[Any], float]:
+    """measure(params): the mean probability that an answer is right in all its characters, in any format."""
+    gold = [rows_of(pairs, name * len(pairs), digits) for name in names]
+    probabilities = arithmetic.answer_probabilities(model)
+    return lambda params: float(sum(jnp.mean(probabilities(params, rows)) for rows in gold))
+
+
+def result(text: str, digits: int = 3) -> str | None:
+    """The sum at the end of an answer of its format's length, as digits; None of any other text."""
+    name, size = text[:1], digits + 1
+    if len(text) != lengths(digits).get(name) or not text[-size:].isdigit():
+        return None
+    return None if name != "A" and text[-size - 1] != "|" else text[-size:]
 
 
 def sampling(digits: int = 3) -> SamplingConfig:

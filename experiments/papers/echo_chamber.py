@@ -41,7 +41,14 @@ from rich.table import Table
 
 from experiments import _arithmetic as arithmetic
 from experiments.papers._claims import Claim, interval, report, show
-from experiments.papers._workings import FORMATS, answer, question, result_reward, sampling
+from experiments.papers._workings import (
+    FORMATS,
+    question,
+    result_reward,
+    right_probability,
+    rows_of,
+    sampling,
+)
 from jaxft import rl, train
 from jaxft.metrics import pass_at_k
 from jaxft.objectives import policy_gradient
@@ -114,13 +121,7 @@ def run_seed(config: Config, seed: int) -> dict[str, list[dict]]:
 def pretrain(config, model, params, pairs, rng, seed) -> tuple[Any, int]:
     """(params, steps): supervised on the mixture, until right strings have the probability `until`."""
     names = rng.choice(list(FORMATS), len(pairs), p=config.mixture)
-    ask = lambda pairs: [question(a, b) for a, b in pairs]
-    texts = [answer(name, a, b) for name, (a, b) in zip(names, pairs, strict=True)]
-    rows = arithmetic.layout(ask(pairs), texts)
-    some = pairs[:200]
-    gold = [arithmetic.layout(ask(some), [answer(f, a, b) for a, b in some]) for f in FORMATS]
-    probabilities = arithmetic.answer_probabilities(model)
-    right = lambda params: float(sum(jnp.mean(probabilities(params, rows)) for rows in gold))
+    rows, right = rows_of(pairs, names), right_probability(model, pairs[:200])
     return arithmetic.warm_start(model, params, rows, seed, until=config.until, measure=right)
 
 

@@ -8,7 +8,7 @@ hardly learned, and it should stay nearer to where it was than plain fine-tuning
     python experiments/papers/otr.py --methods sft dft otr otr_expected grpo --ablations
 
 A model of 0.2 M parameters knows four tasks on words of five letters (copy, reverse, shift, capitals) and
-half of a fifth, sorting, on which it is then fine-tuned. SFT, DFT (each token weighs its own probability), OTR
+half of a fifth, sorting, on which it is then tuned. SFT, DFT (each token weighs its own probability), OTR
 and its expectation train on the same rows in the same order. They are compared where their accuracies of the
 target are equal, between measurements. The start is one pretrained model: intervals are over the words to
 train on, their order and the samples, not over starts.

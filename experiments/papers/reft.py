@@ -1,0 +1,327 @@
+"""ReFT: Reasoning with Reinforced Fine-Tuning (arXiv 2401.08967).
+
+After a short warm-up on annotated workings, PPO on the same questions with the answer as reward: the model
+learns from many workings that it finds itself, where supervised fine-tuning (SFT) has the annotated one.
+
+    python experiments/papers/reft.py
+    python experiments/papers/reft.py --algo sft reft --kl 0 --partial-reward 0
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from experiments import _arithmetic as arithmetic
+from experiments.papers import _workings as workings
+from experiments.papers._claims import Claim, interval, report, show
+from jaxft import rl, train
+from jaxft.metrics import majority_vote
+from jaxft.models import Decoder
+from jaxft.objectives import policy_gradient, supervised, with_value_head, without_value_head
+from jaxft.rl.rollouts import prompts_of
+
+ALGORITHMS = ("sft", "offline_st", "online_st", "reft")
+ROLLOUT = 4  # optimizer steps of PPO on one rollout: two epochs of two parts
+MEASURES = ("greedy", "sampled", "vote")
+SMOKE: dict[str, Any] = dict(
+    algo=("sft", "reft"), seeds=1, kinds="C", pretraining=64, questions=32, held_out=4, until=0.0,
+    warmup_epochs=0, steps=4, batch_size=32, evaluate_every=4, samples=2, votes=2, width=32,
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Sizes and seeds."""
+
+    algo: tuple[str, ...] = ALGORITHMS
+    seeds: int = 3
+    first_seed: int = 0
+    digits: int = 2  # of the numbers that are added
+    kinds: str = "BC"  # of working in all data, each as often
+    pretraining: int = 6000  # sums of other numbers, with either kind of working
+    until: float = 0.3  # probability of a right working, where pretraining ends
+    questions: int = 750  # to fine-tune on, with one annotated working each
+    held_out: int = 1000
+    warmup_epochs: int = 2  # on the annotated workings, before all algorithms
+    steps: int = 240  # after the warm-up, of each algorithm
+    batch_size: int = 128  # workings trained on in a step
+    evaluate_every: int = 60
+    samples: int = 4  # to each held-out question, as training goes on
+    votes: int = 32  # and at its end
+    learning_rate: float = 3e-4
+    kl: float = 0.05  # weight of the KL to the warm-up model in PPO's rewards
+    partial_reward: float = 0.1  # of an answer that can be read and is wrong
+    value_weight: float = 0.5
+    own: int = 8  # samples to each training question, for offline self-training
+    width: int = 64
+    output_dir: str = "runs/reft"
+    smoke: bool = False  # seconds; claims are printed, not judged
+    debug: bool = False  # full tracebacks
+
+
+def main(config: Config) -> int:
+    """Measures all claims; the exit code is 1 if one does not hold."""
+    check(config)
+    if config.smoke:
+        config = dataclasses.replace(config, **SMOKE)
+    output = train.writable_directory(config.output_dir)
+    seeds = range(config.first_seed, config.first_seed + config.seeds)
+    runs = [run_seed(config, seed) for seed in seeds]
+    print_table(runs)
+    _figure(runs, output)
+    code = report(judge(runs), {"runs": runs}, output)
+    return 0 if config.smoke else code
+
+
+def check(config: Config) -> None:
+    """Raises for settings that would be found wrong only after minutes."""
+    if set(config.algo) - set(ALGORITHMS) or not {"sft", "reft"} <= set(config.algo):
+        raise ValueError(
+            f"algo: sft, reft and others of {ALGORITHMS} are expected, got {config.algo}."
+        )
+    if not 0 <= config.partial_reward <= 1:
+        raise ValueError(f"partial_reward: must lie in [0, 1], got {config.partial_reward}.")
+    if not config.kinds or set(config.kinds) - set(workings.FORMATS):
+        raise ValueError(f"kinds: some of {workings.FORMATS} are expected, got {config.kinds!r}.")
+    if config.steps % ROLLOUT or config.batch_size % 2:
+        raise ValueError(
+            f"steps must be a multiple of {ROLLOUT} and batch_size even, got {config.steps} and "
+            f"{config.batch_size}."
+        )
+    sizes = (config.pretraining, config.questions, config.held_out)
+    if sum(sizes) > 100**config.digits:
+        raise ValueError(
+            f"pretraining, questions and held_out: there are {100**config.digits} sums of {config.digits} "
+            f"digits, got {sizes}."
+        )
+
+
+def run_seed(config: Config, seed: int) -> dict[str, list[dict]]:
+    """{algorithm: [measures at a step]} from one warm-up."""
+    rng = np.random.default_rng(seed)
+    sizes = (config.pretraining, config.questions, config.held_out)
+    drawn = rng.choice(100**config.digits, sum(sizes), replace=False)
+    pairs = np.stack(np.divmod(drawn, 10**config.digits), axis=1)
+    earlier, pairs, held_out = np.split(pairs, np.cumsum(sizes)[:-1])
+    kinds = lambda pairs: rng.choice(list(config.kinds), len(pairs))
+    rows = workings.rows_of(pairs, kinds(pairs), config.digits)
+    model, params = arithmetic.small_model(jax.random.key(seed), config.width)
+    params, steps = pretrained(config, model, params, earlier, kinds(earlier), seed)
+    start = warm_up(config, model, params, rows, seed)
+    measure = measures(config, model, held_out, seed)
+    first = measure(start, config.votes) | {"step": 0}
+    text = ", ".join(f"{name} {first[name]:.3f}" for name in MEASURES)
+    print(f"seed {seed}: {steps} steps of pretraining; after the warm-up {text}", flush=True)
+    runs = {}
+    for name in config.algo:
+        history = train_algorithm(config, model, start, pairs, rows, seed, name, measure)
+        runs[name] = [first, *history]
+        text = ", ".join(f"{m} {history[-1][m]:.3f}" for m in MEASURES)
+        print(f"    {name}: {text}", flush=True)
+    return runs
+
+
+def pretrained(config, model, params, pairs, kinds, seed) -> tuple[Any, int]:
+    """(params, steps): supervised on sums that are not asked later, until `until`."""
+    rows = workings.rows_of(pairs, kinds, config.digits)
+    right = workings.right_probability(model, pairs[:200], config.digits, config.kinds)
+    return arithmetic.warm_start(model, params, rows, seed, until=config.until, measure=right)
+
+
+def warm_up(config, model, params, rows, seed) -> Any:
+    """Params after `warmup_epochs` on the annotated workings."""
+    steps = config.warmup_epochs * (len(rows["tokens"]) // config.batch_size)
+    if not steps:
+        return params
+    batches = itertools.islice(arithmetic.batches_of(rows, seed, config.batch_size), steps)
+    optimizer = arithmetic.policy_optimizer(config.learning_rate)
+    return train.fit(params, supervised(model), optimizer, batches)[0].params
+
+
+def train_algorithm(config, model, start, pairs, rows, seed, name, measure) -> list[dict]:
+    """What was measured along a run of one algorithm."""
+    asked = arithmetic.encode([workings.question(*pair, config.digits) for pair in pairs])
+    totals = pairs.sum(axis=1)
+    sampling = workings.sampling(config.digits)
+    collect = functools.partial(
+        rl.collect_on_device, model, asked, config=sampling, group_size=1, seed=seed
+    )
+    reward = functools.partial(workings.result_reward, totals, config.digits)
+    params = start
+    if name == "reft":
+        build = functools.partial(policy_gradient, model)
+        credit, objective = rl.ppo(build, config.kl, value_weight=config.value_weight)
+        batches = collect(
+            reward(config.partial_reward), credit, prompts_per_step=2 * config.batch_size, updates=2,
+            epochs=2, ref_params=start,
+        )  # fmt: skip
+        params = with_value_head(model, start)
+    elif name == "online_st":
+        half = config.batch_size // 2
+        own = collect(reward(), rl.right_samples, prompts_per_step=half)
+        objective = rl.online_self_training(model)
+        batches = functools.partial(with_gold, own, _supervised(rows), half, seed)
+    else:
+        objective = supervised(model)
+        if name == "offline_st":
+            rows = own_rows(config, model, start, pairs, rows, seed)
+        batches = arithmetic.batches_of(rows, seed, config.batch_size)
+    state, history = train.fit(
+        params,
+        objective,
+        arithmetic.policy_optimizer(config.learning_rate),
+        batches,
+        steps=config.steps,
+        key=jax.random.key(seed),
+        callbacks=[
+            train.every(
+                config.evaluate_every,
+                lambda state: measure(without_value_head(state.params), config.samples),
+            )
+        ],
+    )
+    names = ("step", *MEASURES, "kinds", "reward", "right")
+    found = [{k: row[k] for k in names if k in row} for row in history if "greedy" in row]
+    found[-1] |= measure(without_value_head(state.params), config.votes)
+    return found
+
+
+def with_gold(own, gold, count, seed, state):
+    """A step of online self-training: samples, and the annotated workings of the same questions."""
+    chosen = prompts_of(int(state.step), count, len(gold["tokens"]), seed)
+    return {"samples": own(state), "gold": jax.tree.map(lambda x: x[chosen], gold)}
+
+
+def _supervised(rows):
+    return {name: rows[name] for name in ("tokens", "segment_ids", "positions", "loss_mask")}
+
+
+def own_rows(config, model, start, pairs, rows, seed) -> dict[str, np.ndarray]:
+    """Rows of the annotated workings, and of the warm-up model's own right ones, each once."""
+    texts = answers(config, model, start, pairs, config.own, seed)
+    asked = [workings.question(*pair, config.digits) for pair in pairs]
+    right = rl.answer_reward(
+        functools.partial(workings.result, digits=config.digits), rl.numbers_equal, partial=0.0
+    )
+    records = [{"answer": total} for total in pairs.sum(axis=1)]
+    correct = [
+        [right(text, r) == 1 for text in some] for some, r in zip(texts, records, strict=True)
+    ]
+    gold = [
+        arithmetic.decode(tokens, mask > 0)
+        for tokens, mask in zip(rows["tokens"], rows["loss_mask"], strict=True)
+    ]
+    kept = rl.offline_collect(texts, correct, gold)
+    return arithmetic.layout([asked[i] for i, _ in kept], [text for _, text in kept])
+
+
+def answers(config, model, params, pairs, samples, seed, temperature=1.0) -> list[list[str]]:
+    """`samples` texts to each question."""
+    asked = arithmetic.encode([workings.question(*pair, config.digits) for pair in pairs])
+    sampling = dataclasses.replace(workings.sampling(config.digits), temperature=temperature)
+    drawn = rl.sample_on_device(model, params, asked, jax.random.key(seed), sampling, samples)
+    rows = zip(*drawn, strict=True)
+    return [[arithmetic.decode(t, m) for t, m in zip(*row, strict=True)] for row in rows]
+
+
+def measures(
+    config: Config, model: Decoder, pairs: np.ndarray, seed: int
+) -> Callable[[Any, int], dict[str, Any]]:
+    """measure(params, samples): accuracy of greedy answers, samples and their votes; shares of kinds."""
+    records = [{"answer": total} for total in pairs.sum(axis=1)]
+    parse = functools.partial(workings.result, digits=config.digits)
+    right = rl.answer_reward(lambda text: text, rl.numbers_equal, partial=0.0)
+
+    def accuracy(found):
+        verdicts = [0.0 if f is None else right(f, r) for f, r in zip(found, records, strict=True)]
+        return float(np.mean(verdicts))
+
+    def measure(params, samples):
+        greedy = answers(config, model, params, pairs, 1, seed, temperature=0.0)
+        texts = answers(config, model, params, pairs, samples, seed)
+        found = [[parse(text) for text in some] for some in texts]
+        firsts = [text[:1] for some in texts for text in some]
+        return {
+            "greedy": accuracy([parse(text) for (text,) in greedy]),
+            "sampled": float(np.mean([accuracy(column) for column in zip(*found, strict=True)])),
+            "vote": accuracy([majority_vote(some) for some in found]),
+            "kinds": [firsts.count(kind) / len(firsts) for kind in config.kinds],
+        }
+
+    return measure
+
+
+def judge(runs: list[dict]) -> list[Claim]:
+    """The claims and whether they hold."""
+    last = lambda name, measure: np.array([run[name][-1][measure] for run in runs])
+    best = np.array([max(row["greedy"] for row in run["sft"]) for run in runs])
+    gain = last("reft", "greedy") - last("sft", "greedy")
+    ahead = last("reft", "greedy") - best
+    vote = last("reft", "vote") - last("reft", "greedy")
+    return [
+        Claim(
+            "ReFT is above SFT that went on for as many examples (greedy, held out)",
+            "63.7 -> 75.3 on GSM8K",
+            f"{last('sft', 'greedy').mean():.3f} -> {last('reft', 'greedy').mean():.3f}: {show(gain)}",
+            interval(gain)[1] > 0,
+        ),
+        Claim(
+            "control: and above SFT at its best measured step",
+            "(ours)",
+            f"{best.mean():.3f}: {show(ahead)}",
+            interval(ahead)[1] > 0,
+        ),
+        Claim(
+            "majority voting of ReFT's samples is above its greedy answers",
+            "75.3 -> 78.0",
+            f"{show(vote)}",
+            interval(vote)[1] > 0,
+        ),
+    ]
+
+
+def print_table(runs: list[dict]) -> None:
+    """Accuracies on held-out questions at the last step, means over seeds, and greedy ones against SFT's."""
+    table = Table("algorithm", *MEASURES, "kinds", "greedy, less SFT's", "best greedy of the run")
+    rows = {"start": [run["sft"][0] for run in runs]}
+    rows |= {name: [run[name][-1] for run in runs] for name in runs[0]}
+    for name, found in rows.items():
+        mean = lambda measure, found=found: np.mean([row[measure] for row in found], axis=0)
+        less = [
+            row["greedy"] - run["sft"][-1]["greedy"] for row, run in zip(found, runs, strict=True)
+        ]
+        best = [max(row["greedy"] for row in run.get(name, run["sft"][:1])) for run in runs]
+        table.add_row(
+            name, *(f"{mean(measure):.3f}" for measure in MEASURES),
+            " / ".join(f"{share:.2f}" for share in mean("kinds")), show(less), f"{np.mean(best):.3f}",
+        )  # fmt: skip
+    Console(width=140).print(table)
+
+
+def _figure(runs, output):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.4), layout="constrained")
+    for axes, measure in zip(figure.subplots(1, 3, sharey=True), MEASURES, strict=True):
+        for name in runs[0]:
+            curves = [[row[measure] for row in run[name]] for run in runs]
+            steps = [row["step"] for row in runs[0][name]]
+            axes.plot(steps, np.mean(curves, axis=0), "o-", markersize=2, label=name)
+        axes.set(xlabel="step after the warm-up", title=measure)
+    axes.legend(fontsize=7)
+    figure.savefig(output / "reft.png", dpi=150)
+
+
+if __name__ == "__main__":
+    train.run_main(lambda config: sys.exit(main(config)), tyro.cli(Config, description=__doc__))

@@ -1,0 +1,103 @@
+"""ReFT's script: its reward on the device and on text, self-training's rows, its judge."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import _arithmetic as arithmetic
+from experiments.papers import _workings as workings
+from experiments.papers import reft
+from jaxft import rl
+
+
+def test_rewards_on_the_device_are_those_of_text():
+    texts = ["A139", "B931|139", "C0513|139", "C0000|139", "A138", "B931|138", "C05=3|139", "C0513139",
+             "B9310139", "A13", "A0139", "A1=9", "", "139"]  # fmt: skip
+    size = workings.sampling(2).max_new_tokens
+    ids = arithmetic.encode_answers(texts)
+    tokens = np.zeros((len(texts), size), np.int32)
+    mask = np.zeros(tokens.shape, bool)
+    for row, seen, text in zip(tokens, mask, ids, strict=True):
+        row[: len(text)], seen[: len(text)] = text, True
+    device = workings.result_reward([139], 2, partial=0.1)
+    given = device(jnp.asarray(tokens), jnp.asarray(mask), jnp.zeros(len(texts), jnp.int32))
+    reward = rl.answer_reward(lambda text: workings.result(text, 2), rl.numbers_equal)
+    wanted = [reward(text, {"answer": 139}) for text in texts]
+    np.testing.assert_allclose(given, wanted, rtol=1e-6)
+    assert wanted[:6] == [1, 1, 1, 1, 0.1, 0.1] and sum(wanted[7:]) == 0
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    output = tmp_path_factory.mktemp("reft")
+    assert reft.main(reft.Config(smoke=True, output_dir=str(output))) == 0
+    assert (output / "reft.png").stat().st_size > 1000
+    return json.loads((output / "metrics.json").read_text())["runs"][0]
+
+
+def test_smoke(smoke):
+    assert {name: [row["step"] for row in rows] for name, rows in smoke.items()} == {
+        name: [0, 4] for name in reft.SMOKE["algo"]
+    }
+    assert all(0 <= row[m] <= 1 for rows in smoke.values() for row in rows for m in reft.MEASURES)
+    assert 0 <= smoke["reft"][1]["reward"] <= 1
+
+
+def test_bad_settings_are_found_before_any_work():
+    for change, message in (
+        (dict(algo=("sft",)), "algo: sft, reft and others"),
+        (dict(partial_reward=1.5), "partial_reward: must lie in"),
+        (dict(kinds="AX"), "kinds: some of ABC"),
+        (dict(steps=10), "steps must be a multiple of 4"),
+        (dict(held_out=10_000), "there are 10000 sums of 2 digits"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            reft.main(reft.Config(**change))
+
+
+def test_own_right_workings_stand_beside_the_annotated_ones(monkeypatch):
+    config = reft.Config(kinds="BC")
+    pairs = np.array([[12, 34], [50, 60]])
+    rows = workings.rows_of(pairs, "BC", 2)
+    said = [["C0406|046", "B640|046", "C0406|047", "C0406|046"], ["x", "A110", "B011|110", "A11"]]
+    monkeypatch.setattr(reft, "answers", lambda *_: said)
+    kept = reft.own_rows(config, None, None, pairs, rows, 0)
+    texts = [
+        arithmetic.decode(tokens, seen > 0)
+        for tokens, seen in zip(kept["tokens"], kept["segment_ids"], strict=True)
+    ]
+    assert texts == [
+        "12+34=B640|046", "50+60=C1100|110", "12+34=C0406|046", "50+60=A110", "50+60=B011|110",
+    ]  # fmt: skip
+
+
+def test_gold_workings_are_those_of_the_questions_that_are_sampled():
+    asked = []
+    own = lambda state: asked.append(state.step) or {"tokens": 0}
+    gold = {"tokens": np.arange(10)[:, None]}
+    state = type("State", (), {"step": 3})
+    batch = reft.with_gold(own, gold, 4, 7, state)
+    assert asked == [3] and batch["gold"]["tokens"][:, 0].tolist() == rl.rollouts.prompts_of(
+        3, 4, 10, 7
+    )
+
+
+@pytest.mark.parametrize(
+    "change, fails",
+    [
+        ({}, []),
+        ({"greedy": 0.55, "vote": 0.7}, [1]),
+        ({"greedy": 0.5, "vote": 0.7}, [0, 1]),
+        ({"vote": 0.6}, [2]),
+    ],
+)
+def test_the_judge_can_fail(change, fails):
+    runs = []
+    for d in (0.0, 0.002, -0.002):
+        row = lambda greedy, vote, d=d: {"greedy": greedy + d, "vote": vote}
+        sft = [row(0.4, 0.4), row(0.55, 0.5), row(0.5, 0.5)]
+        last = row(0.6, 0.65) | {k: v + (k == "greedy") * d * 0.5 for k, v in change.items()}
+        runs.append({"sft": sft, "reft": [row(0.4, 0.4), last]})
+    assert [i for i, c in enumerate(reft.judge(runs)) if not c.holds] == fails

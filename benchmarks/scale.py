@@ -51,7 +51,7 @@ def row(config: Config, figures: dict) -> str:
     """One line of the table."""
     mesh = [
         f"{axis} {size}"
-        for axis in ("data", "fsdp", "tensor")
+        for axis in ("data", "fsdp", "tensor", "context")
         if (size := getattr(config, axis)) != 1
     ]
     mesh = ", ".join(mesh).replace("fsdp -1", "fsdp")

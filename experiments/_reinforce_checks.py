@@ -105,6 +105,11 @@ def mesh(config: Any, devices: Any) -> None:
             f"reinforce.py runs on one host so far, not on {jax.process_count()}: answers are sampled and "
             "verified in one process. Use the devices of one host (--fsdp, --tensor)."
         )
+    if config.context != 1:
+        raise ValueError(
+            f"--context {config.context} is of sft.py and preference.py: sampling goes token by token and "
+            "does not split rows. Use --fsdp or --tensor."
+        )
     parts = 1 if devices is None else devices.shape["data"] * devices.shape["fsdp"]
     rows = config.prompts_per_step * config.group_size
     if rows % (parts * config.updates * config.gradient_accumulation_steps):

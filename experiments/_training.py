@@ -31,6 +31,7 @@ from jaxft.adapters import (
     rounding_loss,
     save_checked,
 )
+from jaxft.data.batches import MIN_BUCKET
 from jaxft.models.remat import Remat
 from jaxft.parallel import connect_hosts, make_mesh, shard_params, written_once
 
@@ -70,6 +71,7 @@ class Run:
     data_axis: int = 1  # mesh: copies of the model; -1 fills
     fsdp: int = 1  # mesh: shards of the params and the batch; -1 fills
     tensor: int = 1  # mesh: shards of each projection
+    context: int = 1  # mesh: shards of each row's tokens, for rows too long for one device
     distributed: bool = (
         False  # one of several hosts (Cloud TPU slices, Kubernetes); see TPU_SETUP.md
     )
@@ -236,12 +238,13 @@ def adapter_settings(config: Run) -> dict[str, Any]:
 
 def mesh_of(config: Run) -> Any:
     """The mesh that the flags ask for; None on one device."""
-    sizes = (config.data_axis, config.fsdp, config.tensor)
-    if sizes == (1, 1, 1) and jax.device_count() == 1:
+    names = {"data": "data_axis", "fsdp": "fsdp", "tensor": "tensor", "context": "context"}
+    sizes = {axis: getattr(config, name) for axis, name in names.items()}
+    if set(sizes.values()) != {1}:
+        return make_mesh(**sizes)
+    if jax.device_count() == 1:
         return None
-    if sizes == (1, 1, 1):
-        return make_mesh(devices=jax.devices()[:1]) if jax.process_count() == 1 else make_mesh()
-    return make_mesh(data=config.data_axis, fsdp=config.fsdp, tensor=config.tensor)
+    return make_mesh(devices=jax.devices()[:1]) if jax.process_count() == 1 else make_mesh()
 
 
 def check_output(config: Run, output: pathlib.Path) -> None:
@@ -259,6 +262,11 @@ def check_length(config: Training, model: Any) -> None:
         raise ValueError(
             f"--max-length {config.max_length} is more than the {model.config.max_length} positions "
             f"of {config.model}."
+        )
+    if config.context < 1 or config.max_length % config.context or MIN_BUCKET % config.context:
+        raise ValueError(
+            f"--context {config.context} must divide --max-length {config.max_length} and {MIN_BUCKET}, "
+            "the length of the shortest rows."
         )
     parts = config.gradient_accumulation_steps * jax.process_count()
     if parts < 1 or config.batch_size < 1 or config.batch_size % parts:

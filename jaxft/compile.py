@@ -86,6 +86,7 @@ class Config:
     data: int = 1  # mesh: copies of the model; -1 fills
     fsdp: int = -1  # mesh: shards of params and batch; -1 fills
     tensor: int = 1  # mesh: shards of each projection
+    context: int = 1  # mesh: shards of each row's tokens
     adapter: str = "lora"  # as for experiments/sft.py; full: everything trains
     rank: int = 16
     quantise: Literal["nf4", "int8", "int4", "fp8"] | None = None  # of the frozen kernels
@@ -161,7 +162,12 @@ def compile_step(config: Config) -> dict[str, Any]:
     )
 
     devices = compile_only_devices(config.topology)
-    mesh = make_mesh(data=config.data, fsdp=config.fsdp, tensor=config.tensor, devices=devices)
+    axes = {name: getattr(config, name) for name in ("data", "fsdp", "tensor", "context")}
+    mesh = make_mesh(**axes, devices=devices)
+    if config.length % mesh.shape["context"]:
+        raise ValueError(
+            f"--length {config.length} must be a multiple of --context {mesh.shape['context']}."
+        )
     dtype = jnp.float32 if config.float32 else jnp.bfloat16
     model = Decoder(_decoder_config(config), dtype, scan_layers=True, remat=config.remat)
     optimizer = train.make_optimizer(1e-4, total_steps=1000)
@@ -212,7 +218,8 @@ def _objective(config, model, shape, mesh):
 
     from jaxft.objectives import policy_gradient, supervised
     from jaxft.objectives.policy_gradient import clipped, sequence_mean
-    from jaxft.parallel import batch_sharding
+    from jaxft.parallel import batch_sharding, token_sharding
+    from jaxft.train.batches import TOKENS
 
     rows, length = shape
     kinds = dict(tokens=jnp.int32, segment_ids=jnp.int32, positions=jnp.int32)
@@ -232,8 +239,8 @@ def _objective(config, model, shape, mesh):
             "sampler_log_probs": (response, jnp.float32),
             "advantages": ((rows,), jnp.float32),
         }
-    place = batch_sharding(mesh)
-    shapes = {k: jax.ShapeDtypeStruct(*v, sharding=place) for k, v in fields.items()}
+    place = lambda name: (token_sharding if name in TOKENS else batch_sharding)(mesh)
+    shapes = {k: jax.ShapeDtypeStruct(*v, sharding=place(k)) for k, v in fields.items()}
     return objective, shapes
 
 

@@ -31,6 +31,7 @@ def figures(tmp_path_factory):
             )
         )
         figures = {{name: run(name) for name in ("lora", "full")}}
+        figures["context"] = run("lora", fsdp=4, context=2)
         figures["grpo"] = run("lora", objective="grpo", response=64)
         print(json.dumps(figures))
         """
@@ -52,6 +53,17 @@ def test_fsdp_exchanges_kernels_and_not_activations(figures):
     assert ideal <= count("all-gather") <= 1.1 * ideal + 4 * adapters
     # Gradients of the adapters alone are added up; those of frozen kernels never exist.
     assert count("all-reduce") + count("reduce-scatter") <= 2.5 * adapters
+
+
+def test_context_adds_keys_and_values_and_moves_no_other_activations(figures):
+    layer, head = sizes()
+    gathered = lambda name: figures[name]["collectives"]["all-gather"][1]
+    # Of two rows, in bfloat16: forward, again for the block, again for the scores. And ids of tokens.
+    keys, ids = 2 * (2 * 256 * 4 * 64) * 2, 4 * 2 * 256
+    added = gathered("context") - gathered("lora")
+    assert 3 * 3 * keys <= added <= 3 * 3 * (keys + ids) + 8 * ids
+    hidden = 2 * 256 * 512 * 2
+    assert figures["context"]["collectives"]["all-to-all"][1] <= hidden  # the embedded tokens
 
 
 def test_an_update_of_grpo_exchanges_as_little(figures):
@@ -139,6 +151,7 @@ ENTRY main (a: f32[4]) -> f32[4] {
         (["--model", "nowhere"], "neither a preset (llama3-1b"),
         (["--topology", "v9z:2"], "is no topology"),
         (["--fsdp", "3", "--topology", "h100:8"], "does not fill 8 devices"),
+        (["--context", "2", "--length", "9"], "--length 9 must be a multiple of --context 2"),
         (["--objective", "grpo", "--response", "9", "--length", "9"], "must lie below --length 9"),
     ],
 )

@@ -6,13 +6,16 @@ from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxft.kernels.backend import target_platform
+from jaxft.kernels.backend import length_axes, target_platform
+from jaxft.kernels.layout import layout
 from jaxft.kernels.splash import TILE, splash_attention
 
-Implementation = Literal["reference", "blocked", "splash", "xla", "cudnn"]
+Implementation = Literal["reference", "blocked", "gathered", "splash", "xla", "cudnn"]
 BLOCK = 128  # query rows whose masked keys are skipped together
+QUERIES = 512  # at most whose scores are alive at once when keys were gathered
 
 
 def attention(
@@ -38,6 +41,7 @@ def attention(
         scale: of the scores; None: K^-1/2.
         softcap: c in c tanh(scores / c), as in Gemma 2. None: no cap.
         implementation: "reference" is plain jnp; "blocked" skips the keys above the diagonal;
+            "gathered" is for meshes that split rows' tokens over "context", and stores no scores;
             "splash" runs on TPUs, and on a mesh wants it in context: see `splash_attention`;
             "xla" and "cudnn" are jax.nn.dot_product_attention's. None: the best for the mesh in
             context or, without one, for this process's backend; where a program is compiled for
@@ -50,7 +54,7 @@ def attention(
         ValueError: for an implementation that is unknown or lacks what is asked for.
     """
     if implementation is None:
-        implementation = _best(query, segment_ids, window, causal, softcap)
+        implementation = _best(query, key, segment_ids, window, causal, softcap)
     if implementation not in get_args(Implementation):
         raise ValueError(
             f"attention: unknown implementation {implementation!r}; "
@@ -72,6 +76,8 @@ def attention(
         return _library(
             query, key, value, segment_ids, window, causal, scale, softcap, implementation
         )
+    if implementation == "gathered":
+        return _gathered(query, key, value, segment_ids, window, causal, scale, softcap)
     if implementation == "blocked":
         return _blocked(query, key, value, segment_ids, window, causal, scale, softcap)
     mask = attention_mask(query.shape[1], segment_ids, window, causal)
@@ -83,7 +89,7 @@ def attention_mask(
     segment_ids: Int[Array, "B T"] | None,
     window: int | Int[Array, ""] | None,
     causal: bool,
-    start: int = 0,
+    start: int | Int[Array, ""] = 0,
     rows: int | None = None,
 ) -> Bool[Array, "#B 1 R S"] | None:
     """[1 or B, 1, rows, length], True where a query of `start`..`start + rows` sees a key, or None."""
@@ -95,7 +101,7 @@ def attention_mask(
         visible = inside if visible is None else visible & inside
     visible = None if visible is None else visible[None, None]
     if segment_ids is not None:
-        queries = segment_ids[:, start : start + rows]
+        queries = jax.lax.dynamic_slice_in_dim(segment_ids, start, rows, axis=1)
         same = (queries[:, None, :, None] == segment_ids[:, None, None, :length]) & (
             segment_ids[:, None, None, :length] > 0
         )
@@ -157,13 +163,20 @@ def _weights(scores, mask, scale, softcap):
     return jax.nn.softmax(scores, axis=-1)
 
 
-def _best(query, segment_ids, window, causal, softcap) -> Implementation:
-    platform = target_platform()
+def _best(query, key, segment_ids, window, causal, softcap) -> Implementation:
+    platform, split = target_platform(), length_axes(query.shape[1])
     if platform == "tpu":
         # Kernels can't be partitioned: several devices need a mesh in context to shard over.
-        known = not jax.sharding.get_abstract_mesh().empty or jax.device_count() == 1
-        fits = query.shape[1] >= TILE and not isinstance(window, jax.Array)
-        return "splash" if known and fits else "reference"
+        mesh = jax.sharding.get_abstract_mesh()
+        known = not mesh.empty or jax.device_count() == 1
+        each = query.shape[1] // layout(query, key).shards
+        fits = each >= TILE and not isinstance(window, jax.Array)
+        if known and fits:
+            return "splash"
+    if split:
+        return "gathered"
+    if platform == "tpu":
+        return "reference"
     if platform == "gpu" and softcap is None and query.dtype in (jnp.bfloat16, jnp.float16):
         # cuDNN takes causal masks, windows and lengths, not arbitrary segments; and JAX asks the
         # GPU for its version, which is not there when another process's program is compiled.
@@ -209,3 +222,31 @@ def _blocked(query, key, value, segment_ids, window, causal, scale, softcap):
             attend(block, key[:, :end], value[:, :end], mask, scale=scale, softcap=softcap)
         )
     return jnp.concatenate(outputs, axis=1)
+
+
+def _gathered(query, key, value, segment_ids, window, causal, scale, softcap):
+    """The queries of each device, in blocks, against all keys, which are gathered over "context".
+
+    Llama 3 is trained so (Grattafiori et al., 2024, arxiv.org/abs/2407.21783, section 3.3.2): keys of a
+    few groups are small, and any mask will do. Scores and gathered keys are made again backwards.
+    """
+    place = layout(query, key)
+
+    @jax.checkpoint
+    def run(query, key, value, segment_ids, window):
+        length = query.shape[1]
+        start = jax.lax.axis_index(place.length) * length if place.length else 0
+        key, value, segment_ids = jax.tree.map(place.whole, (key, value, segment_ids))
+        rows = max(n for n in range(1, QUERIES + 1) if length % n == 0)
+
+        @jax.checkpoint
+        def block(carry, i):
+            mask = attention_mask(key.shape[1], segment_ids, window, causal, start + i, rows)
+            queries = jax.lax.dynamic_slice_in_dim(query, i, rows, axis=1)
+            return carry, attend(queries, key, value, mask, scale=scale, softcap=softcap)
+
+        _, blocks = jax.lax.scan(block, None, jnp.arange(0, length, rows))
+        return jnp.moveaxis(blocks, 0, 1).reshape(query.shape)
+
+    specs = (*[place.states] * 3, place.tokens, PartitionSpec())
+    return place.mapped(run, specs)(query, key, value, segment_ids, window)

@@ -8,6 +8,7 @@ import jax
 from jax.sharding import PartitionSpec
 
 ROW_AXES = ("data", "fsdp")  # of jaxft's meshes: a batch's rows lie over these
+LENGTH_AXES = ("context",)  # and the tokens of a row over these
 
 
 def target_platform() -> str:
@@ -36,22 +37,50 @@ def on_one(platform: str) -> bool:
 
 def row_axes(rows: int) -> tuple[str, ...]:
     """The axes of the mesh in context over which so many rows are split; () without, or in a shard_map."""
-    mesh = jax.sharding.get_abstract_mesh()
-    axes = tuple(
-        axis
-        for axis in ROW_AXES
-        if axis in mesh.axis_names and mesh.shape[axis] > 1 and axis not in mesh.manual_axes
-    )
-    return axes if rows % math.prod(mesh.shape[axis] for axis in axes) == 0 else ()
+    return _dividing(rows, ROW_AXES)
 
 
-def keep_rows(x: jax.Array) -> jax.Array:
-    """x [B, ...], its rows kept where `row_axes` has them.
+def length_axes(length: int) -> tuple[str, ...]:
+    """The axes over which the tokens of rows so long are split, likewise."""
+    return _dividing(length, LENGTH_AXES)
+
+
+def keep_tokens(x: jax.Array) -> jax.Array:
+    """x [B, T, ...], its tokens kept where `row_axes` and `length_axes` have them.
 
     Left alone, XLA may multiply activations of the whole batch by each device's shard of a kernel and
     add up the products, rather than gather the kernel: FSDP then moves activations, many times as much.
     """
-    axes = row_axes(x.shape[0])
-    if not axes:
+    rows, length = row_axes(x.shape[0]), length_axes(x.shape[1])
+    if not rows and not length:
         return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(axes, *[None] * (x.ndim - 1)))
+    # Rows that cannot be split evenly may lie as XLA likes.
+    spec = PartitionSpec(rows or PartitionSpec.UNCONSTRAINED, length, *[None] * (x.ndim - 2))
+    return jax.lax.with_sharding_constraint(x, spec)
+
+
+def keep_features(x: jax.Array) -> jax.Array:
+    """Rows x [B, T, D] of a table whose columns lie over "fsdp": so do x's, its tokens over the other axes.
+
+    From there it is one exchange over "fsdp" to `keep_tokens`; left alone, XLA takes every row to every
+    device on a mesh of three axes.
+    """
+    rows, length, features = (
+        row_axes(x.shape[0]),
+        length_axes(x.shape[1]),
+        _dividing(x.shape[2], ("fsdp",)),
+    )
+    if not set(features) <= set(rows) or not features:
+        return x
+    others = tuple(axis for axis in rows if axis not in features)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(others, length, features))
+
+
+def _dividing(size, names):
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = tuple(
+        axis
+        for axis in names
+        if axis in mesh.axis_names and mesh.shape[axis] > 1 and axis not in mesh.manual_axes
+    )
+    return axes if size % math.prod(mesh.shape[axis] for axis in axes) == 0 else ()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
+
+from jaxft.kernels.layout import layout
 
 TILE = 128  # rows and columns that the kernels work on at least
 # jax.ad_checkpoint.checkpoint_name of what the kernels keep for their backward pass.
@@ -37,8 +38,9 @@ def splash_attention(
     Lengths are padded to a multiple of 128. Windows must be known while tracing.
 
     On a mesh in context (jax.set_mesh; jaxft.train's steps set it) each device takes its rows of
-    the batch over "data" and "fsdp" and its key heads over "tensor"; an axis that does not divide
-    them is left out. On several devices without one, compiling fails: kernels can't be partitioned.
+    the batch over "data" and "fsdp", its key heads over "tensor" and its queries over "context",
+    over which keys are gathered; an axis that does not divide them is left out. On several devices
+    without a mesh, compiling fails: kernels can't be partitioned.
 
     Args: as for `attention`; interpret: run on any backend, slowly, for tests.
 
@@ -53,32 +55,22 @@ def splash_attention(
         )
     # The kernel has no scale of its own. In bfloat16 a power of two costs no accuracy.
     query = query * jnp.asarray(scale, query.dtype)
-    length, beyond = query.shape[1], -query.shape[1] % TILE
+    place, length = layout(query, key), query.shape[1]
+    beyond = -length % (TILE * place.shards)
     if not causal and beyond and segment_ids is None:
         segment_ids = jnp.ones(query.shape[:2], jnp.int32)  # all but what is added
     pad = lambda x: jnp.pad(x, ((0, 0), (0, beyond)) + ((0, 0),) * (x.ndim - 2))
     query, key, value, segment_ids = jax.tree.map(pad, (query, key, value, segment_ids))
-    run = functools.partial(_on_one_device, _kernel(query, key, window, causal, softcap, interpret))
-    return _sharded(run, query, key, value, segment_ids)[:, :length]
+    kernel = _kernel(query, key, window, causal, softcap, interpret, place.shards)
+    # Which tiles are visited differs from query to query, and so from device to device.
+    mesh = AbstractMesh(tuple(place.axes.values()), tuple(place.axes))
+    visits = NamedSharding(mesh, PartitionSpec(None, place.length))
+    specs = (kernel.manual_sharding_spec(visits), *[place.states] * 3, place.tokens)
+    run = place.mapped(functools.partial(_on_one_device, place), specs)
+    return run(kernel, query, key, value, segment_ids)[:, :length]
 
 
-def _sharded(run, query, key, value, segment_ids):
-    mesh = jax.sharding.get_abstract_mesh()
-    # Within a shard_map over some axes, the others are left.
-    axes = {name: size for name, size in mesh.shape.items() if name not in mesh.manual_axes}
-    if math.prod(axes.values()) == 1:
-        return run(query, key, value, segment_ids)
-    rows = _dividing(query.shape[0], axes, ("data", "fsdp"))
-    heads = PartitionSpec(rows, None, _dividing(key.shape[2], axes, ("tensor",)))
-    specs = (heads, heads, heads, PartitionSpec(rows))
-    # The check would need the kernels to say over which axes their outputs vary.
-    sharded = jax.shard_map(
-        run, in_specs=specs, out_specs=heads, axis_names=set(axes), check_vma=False
-    )
-    return sharded(query, key, value, segment_ids)
-
-
-def _kernel(query, key, window, causal, softcap, interpret):
+def _kernel(query, key, window, causal, softcap, interpret, shards):
     length, repeats = query.shape[1], query.shape[2] // key.shape[2]
     if window is None or window >= length:
         full, shape = splash.CausalMask if causal else splash.FullMask, (length, length)
@@ -87,10 +79,12 @@ def _kernel(query, key, window, causal, softcap, interpret):
         beside = (window - 1, 0 if causal else window - 1)
         mask = splash.LocalMask((length, length), beside, offset=0)
     # The larger, the fewer visits; 512 still leaves room for heads of 256 (tests compile them).
-    block = next(size for size in (512, 256, TILE) if length % size == 0)
+    block = next(size for size in (512, 256, TILE) if length // shards % size == 0)
     names = "block_q block_kv block_q_dkv block_kv_dkv block_q_dq block_kv_dq".split()
-    return splash.make_splash_mqa_single_device(
+    return splash.make_splash_mqa(
         splash.MultiHeadMask([mask] * repeats),
+        head_shards=1,
+        q_seq_shards=shards,
         block_sizes=splash.BlockSizes(**dict.fromkeys(names, block)),
         attn_logits_soft_cap=softcap,
         residual_checkpoint_name=KERNEL_RESULT,
@@ -98,20 +92,13 @@ def _kernel(query, key, window, causal, softcap, interpret):
     )
 
 
-def _on_one_device(kernel, query, key, value, segment_ids):
+def _on_one_device(place, kernel, query, key, value, segment_ids):
     batch, length, heads, size = query.shape
     groups = key.shape[2]
     grouped = query.reshape(batch, length, groups, heads // groups, size).transpose(0, 2, 3, 1, 4)
-    ids = None if segment_ids is None else splash.SegmentIds(segment_ids, segment_ids)
+    key, value = place.whole(key), place.whole(value)
+    ids = None if segment_ids is None else splash.SegmentIds(segment_ids, place.whole(segment_ids))
     over_groups = jax.vmap(kernel, in_axes=(0, 0, 0, None))
     over_rows = jax.vmap(over_groups, in_axes=(0, 0, 0, None if ids is None else 0))
     out = over_rows(grouped, key.swapaxes(1, 2), value.swapaxes(1, 2), ids)
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, size)
-
-
-def _dividing(size, axes, names):
-    taken = ()
-    for name in names:
-        if size % axes.get(name, size + 1) == 0:  # not one that the mesh does not have
-            size, taken = size // axes[name], (*taken, name)
-    return taken

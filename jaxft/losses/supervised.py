@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jaxft.kernels import linear_log_probs as kernel
-from jaxft.kernels.backend import row_axes
+from jaxft.kernels.backend import length_axes, row_axes
 from jaxft.weights import Frozen, Transposed, WeightLike, is_weight, matmul
 
 CHUNK = 64  # tokens a row whose logits are alive at once
@@ -53,16 +53,17 @@ def linear_cross_entropy(
     Returns: the weighted sum, in nats; divide by sum(weights) for the mean.
     """
     run = functools.partial(_weighted_sum, softcap=softcap, chunk=chunk)
-    axes = row_axes(hidden.shape[0])
+    rows, length = row_axes(hidden.shape[0]), length_axes(hidden.shape[1])
+    axes = (*rows, *length)
     if not axes:
         return run(hidden, head, targets, weights)
-    # Each device over its own rows, the head gathered once and its gradient added up once: left to XLA
+    # Each device over its own tokens, the head gathered once and its gradient added up once: left to XLA
     # both would happen for every chunk.
-    rows, whole = PartitionSpec(axes), PartitionSpec()
+    tokens, whole = PartitionSpec(rows, length), PartitionSpec()
     sums = jax.shard_map(
         lambda *arguments: run(*arguments, axes=axes)[None],
-        in_specs=(rows, whole, rows, rows),
-        out_specs=rows,
+        in_specs=(tokens, whole, tokens, tokens),
+        out_specs=PartitionSpec(axes),
         axis_names=set(axes),
         check_vma=False,
     )(hidden, head, targets, weights)
@@ -104,10 +105,9 @@ def linear_log_probs(
     """
     dense, transposed = _stored(head)
     if dense is not None:
-        return kernel.linear_log_probs(
-            hidden, dense, targets,
-            transposed=transposed, temperature=temperature, softcap=softcap, chunk=chunk,
-        )  # fmt: skip
+        options = dict(temperature=temperature, softcap=softcap, chunk=chunk)
+        run = functools.partial(kernel.linear_log_probs, transposed=transposed, **options)
+        return _over_length(run, hidden, dense, targets)
     score = lambda logits, targets: -cross_entropy(logits / temperature, targets)
     return scan_logits(score, hidden, head, targets, softcap=softcap, chunk=chunk)
 
@@ -121,6 +121,26 @@ def scan_logits(
     chunk: int | None = None,
 ) -> Float[Array, "B T"]:
     """function(logits [B, chunk, V], others' [B, chunk]) chunk by chunk along T; recomputed backwards."""
+    scan = functools.partial(_scan_logits, function, softcap=softcap, chunk=chunk)
+    return _over_length(scan, hidden, head, *others)
+
+
+def _over_length(run, hidden, head, *others):
+    """run(hidden, head, *others), in which each device of "context" goes through its own tokens."""
+    axes = length_axes(hidden.shape[1])
+    if not axes:
+        return run(hidden, head, *others)
+    tokens = PartitionSpec(None, axes)
+    return jax.shard_map(
+        run,
+        in_specs=(tokens, PartitionSpec(), *[tokens] * len(others)),
+        out_specs=tokens,
+        axis_names=set(axes),
+        check_vma=False,
+    )(hidden, head, *others)
+
+
+def _scan_logits(function, hidden, head, *others, softcap, chunk):
     rows, length = hidden.shape[:2]
     chunk = min(CHUNK if chunk is None else chunk, length)
     pad = -length % chunk

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxft.kernels.attention import attend, attend_cache, attention
-from jaxft.kernels.backend import keep_rows
+from jaxft.kernels.backend import keep_features, keep_tokens
 from jaxft.models.cache import Cache, cache_mask, empty_cache, reserve, window_mask, write
 from jaxft.models.config import DecoderConfig, Rope
 from jaxft.models.layers import (
@@ -118,6 +118,7 @@ class Decoder(nn.Module):
             held=0 if cache is None else cache.virtual,
         )
         x = Embed(config.vocab_size, config.hidden_size, name="embed")(tokens, self.dtype)
+        x = keep_features(x)
         x = x if noise is None else noise(x)
         x, positions = put_prompt(lead, x, positions, segment_ids if cache is None else None)
         x = x * jnp.asarray(config.embedding_scale, x.dtype)
@@ -126,7 +127,7 @@ class Decoder(nn.Module):
             x = x + Embed(config.max_length, config.hidden_size, name="positions")(
                 positions, self.dtype
             )
-        x = keep_rows(x)
+        x = keep_tokens(x)
         context = self._context(lead, positions, segment_ids, cache)
         if self._stacked():
             if cache is not None:
@@ -250,9 +251,9 @@ class Block(nn.Module):
         y = norm(name="attention_norm")(x)
         mix = Attention(config, self.remat, self.attention, name="attention")
         y, cached = mix(y, layer, prefix, cached, context)
-        x = keep_rows(x + (norm(name="post_attention_norm")(y) if config.post_norms else y))
+        x = keep_tokens(x + (norm(name="post_attention_norm")(y) if config.post_norms else y))
         y = Mlp(config, self.remat, name="mlp")(norm(name="mlp_norm")(x))
-        x = keep_rows(x + (norm(name="post_mlp_norm")(y) if config.post_norms else y))
+        x = keep_tokens(x + (norm(name="post_mlp_norm")(y) if config.post_norms else y))
         return x, cached
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxft.kernels.attention import attend, attention, attention_mask
-from jaxft.kernels.backend import keep_rows
+from jaxft.kernels.backend import keep_features, keep_tokens
 from jaxft.models.decoder import Mlp
 from jaxft.models.layers import KERNEL_INIT, Dense, Embed, Norm, read, through_adapter
 from jaxft.models.layout import is_stacked
@@ -151,7 +151,7 @@ class Encoder(nn.Module):
         valid = jnp.ones(tokens.shape, bool) if segment_ids is None else segment_ids > 0
         positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0) + lead.length
         types = jnp.zeros_like(tokens) if token_types is None else token_types
-        x = embed(config.vocab_size, "embed")(tokens)
+        x = keep_features(embed(config.vocab_size, "embed")(tokens))
         x = x if noise is None else noise(x)
         check_room(lead, tokens.shape[1], config.num_positions - config.position_offset)
         if lead.prompt is not None:
@@ -225,10 +225,10 @@ class EncoderBlock(nn.Module):
         first = norm_type("layer", config.norm_eps, name="attention_norm")
         second = norm_type("layer", config.norm_eps, name="mlp_norm")
         if config.pre_norm:
-            x = keep_rows(x + mix(first(x), prefix, segment_ids))
-            return keep_rows(x + mlp(second(x))), None
-        x = first(keep_rows(x + mix(x, prefix, segment_ids)))
-        return second(keep_rows(x + mlp(x))), None
+            x = keep_tokens(x + mix(first(x), prefix, segment_ids))
+            return keep_tokens(x + mlp(second(x))), None
+        x = first(keep_tokens(x + mix(x, prefix, segment_ids)))
+        return second(keep_tokens(x + mlp(x))), None
 
 
 class EncoderAttention(nn.Module):

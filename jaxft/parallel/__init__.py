@@ -11,7 +11,15 @@ from jaxft.parallel.hosts import (
     to_host,
     written_once,
 )
-from jaxft.parallel.mesh import AXES, batch_sharding, in_turn, make_mesh, mesh_context, replicated
+from jaxft.parallel.mesh import (
+    AXES,
+    batch_sharding,
+    in_turn,
+    make_mesh,
+    mesh_context,
+    replicated,
+    token_sharding,
+)
 from jaxft.parallel.rules import TRANSFORMER_RULES, param_shardings, shard_params
 from jaxft.parallel.topology import compile_environment, compile_only_devices
 
@@ -37,5 +45,6 @@ __all__ = [
     "several_hosts",
     "shard_params",
     "to_host",
+    "token_sharding",
     "written_once",
 ]

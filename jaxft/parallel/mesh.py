@@ -49,6 +49,12 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
+def token_sharding(mesh: Mesh, ndim: int = 2) -> NamedSharding:
+    """The same for tokens [B, ..., T] of `ndim` axes, which lie over the context axis too."""
+    between = [None] * (ndim - 2)
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp"), *between, "context"))
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The same value on every device."""
     return NamedSharding(mesh, PartitionSpec())

@@ -12,10 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, Sharding
 
-from jaxft.parallel import batch_sharding, replicated
+from jaxft.parallel import batch_sharding, replicated, token_sharding
 from jaxft.train.state import TrainState
 
 Batches = Iterable[Any] | Callable[[TrainState], Any]
+
+# Leaves [B, ..., T] of a batch, whose tokens lie over the mesh's context axis.
+TOKENS = ("tokens", "loss_mask", "segment_ids", "positions")
 
 
 class BatchSource:
@@ -65,24 +68,32 @@ class BatchSource:
 def place_batch(batch: Any, mesh: Mesh | None) -> Any:
     """The batch on the devices: rows over the mesh's data and fsdp axes, or as it is without mesh.
 
-    On several processes each passes its own rows; leaves without axes are the same everywhere.
+    The tokens of a row, in the leaves that TOKENS names, lie over the context axis. On several processes each
+    passes its own rows; leaves without axes are the same everywhere.
 
     Raises:
-        ValueError: if the mesh does not divide the rows.
+        ValueError: if the mesh does not divide the rows or the tokens, or if processes share rows.
     """
     if mesh is None:
         return jax.device_put(batch)
-    sharding = batch_sharding(mesh)
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    check_hosts(mesh)
+    parts, context = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["context"]
 
     def place(path, leaf):
         if isinstance(leaf, jax.Array) and _on_mesh(leaf, mesh):
             return leaf
         if np.ndim(leaf) == 0:
             return lay_out(leaf, replicated(mesh))
-        rows = len(leaf) * jax.process_count()
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        rows, sharding = len(leaf) * jax.process_count(), batch_sharding(mesh)
+        if name in TOKENS and np.ndim(leaf) > 1:
+            sharding = token_sharding(mesh, np.ndim(leaf))
+            if np.shape(leaf)[-1] % context:
+                raise ValueError(
+                    f"fit: rows of {np.shape(leaf)[-1]} in {name!r} cannot be laid over context = {context} "
+                    f"devices; make their length a multiple of {context} (--max-length, --context)."
+                )
         if rows % parts:
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
             raise ValueError(
                 f"fit: {rows} rows of {name!r} cannot be laid over data x fsdp = {parts} devices; "
                 f"make the batch a multiple of {parts}."
@@ -92,6 +103,25 @@ def place_batch(batch: Any, mesh: Mesh | None) -> Any:
         return jax.make_array_from_process_local_data(sharding, np.asarray(leaf))
 
     return jax.tree_util.tree_map_with_path(place, batch)
+
+
+def check_hosts(mesh: Mesh) -> None:
+    """Whether each process has rows of its own.
+
+    Raises:
+        ValueError: if the same rows would lie on devices of several processes, which read different ones.
+    """
+    if jax.process_count() == 1:
+        return
+    parts, owners = mesh.shape["data"] * mesh.shape["fsdp"], {}
+    for device, index in batch_sharding(mesh).devices_indices_map((parts,)).items():
+        owners.setdefault(index[0].start, set()).add(device.process_index)
+    if any(len(processes) > 1 for processes in owners.values()):
+        shape = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+        raise ValueError(
+            f"the mesh {shape} lays the same rows of a batch over several of the {jax.process_count()} "
+            "processes, each of which reads its own; keep tensor x context within the devices of one."
+        )
 
 
 def place_on_mesh(tree: Any, mesh: Mesh | None) -> Any:

@@ -209,6 +209,7 @@ def test_preferences_are_learnt_from_a_file(loss, tmp_path):
     settings = dict(model="tiny", data=(str(path),), eval_data="", validation=0.3, max_length=64)
     settings |= dict(max_steps=12, batch_size=4, learning_rate=3e-3, eval_steps=6, rank=4)
     settings |= dict(max_new_tokens=4, save_steps=6)
+    settings |= dict(fsdp=2, context=4) if loss == "kto" else {}
     output = tmp_path / "run"
     config = preference.Config(loss=loss, output_dir=str(output), **settings)
     metrics = preference.main(config)
@@ -375,6 +376,10 @@ BAD = {
             lambda p: ["--batch-size", "3", "--gradient-accumulation-steps", "2"],
             "must be a positive multiple of --gradient-accumulation-steps",
         ),
+        "context": (
+            lambda p: ["--context", "8", "--max-length", "100"],
+            "--context 8 must divide --max-length 100 and 16",
+        ),
         "accumulation": (lambda p: ["--gradient-accumulation-steps", "0"], "steps (0)"),
         "rate": (lambda p: ["--learning-rate", "-1"], "must be positive and finite, got -1.0"),
         "logging": (lambda p: ["--logging-steps", "0"], "steps must be at least 1, got 0"),
@@ -421,6 +426,7 @@ BAD = {
         "greedy": (lambda p: ["--temperature", "0"], "--temperature must be positive, got 0.0"),
         "reward kl": (lambda p: ["--reward-kl", "1"], "grpo takes --kl-weight"),
         "mesh": (lambda p: ["--fsdp", "-1"], "cannot be laid over data x fsdp = 8 devices"),
+        "context": (lambda p: ["--context", "2", "--fsdp", "-1"], "--context 2 is of sft.py"),
         "sharpness": (lambda p: ["--sharpness", "tram"], "tram is of experiments/sft.py"),
         "online": (
             lambda p: ["--algorithm", "online_dpo", "--updates", "2", "--save-steps", "2"],

@@ -68,22 +68,25 @@ def test_values_and_gradients_equal_the_reference(length, options, segmented):
 
 
 @pytest.mark.parametrize(
-    "sizes",
+    "sizes, length, window",
     [
-        dict(data=2, fsdp=2, tensor=2),
-        dict(fsdp=8),  # does not divide the rows
-        dict(tensor=4, context=2),  # does not divide the key heads
+        (dict(data=2, fsdp=2, tensor=2), 128, None),
+        (dict(fsdp=8), 128, None),  # does not divide the rows
+        (dict(tensor=4, context=2), 200, None),  # does not divide the key heads; is padded
+        (dict(fsdp=2, context=4), 512, 150),  # into the tile of the device before
     ],
 )
-def test_on_a_mesh_each_device_takes_its_rows_and_heads(sizes):
+def test_on_a_mesh_each_device_takes_its_rows_heads_and_queries(sizes, length, window):
     mesh = make_mesh(**sizes)
-    inputs, ids = draw(128, batch=4, size=16), packed(128, batch=4)
+    inputs, ids = draw(length, batch=4, size=16), packed(length, batch=4)
 
     def run(*x, ids, fun):
         out, pull = jax.vjp(lambda *x: fun(*x, segment_ids=ids, scale=0.25), *x)
         return out, pull(jnp.cos(out) * (ids > 0)[:, :, None, None])
 
-    ours = functools.partial(run, fun=functools.partial(splash_attention, interpret=True))
+    ours = functools.partial(
+        run, fun=functools.partial(splash_attention, window=window, interpret=True)
+    )
     whole = jax.jit(ours)(*inputs, ids=ids)
     placed = lambda x: jax.device_put(x, batch_sharding(mesh)) if sizes.get("fsdp") == 2 else x
     with jax.set_mesh(mesh):
@@ -195,6 +198,30 @@ def test_attention_compiles_for_tpus_as_kernels_and_without_scores(topology, siz
         assert ours["temp_bytes"] < reference[0]["temp_bytes"] / 10
     assert not ours["collectives"]  # rows stay on their devices
     assert in_decoder  # a whole model lowers; that takes the compiler longer than these tests may
+
+
+CONTEXT = """
+import json, jax, jax.numpy as jnp
+from jaxft.kernels.attention import attention
+from jaxft.parallel import compile_only_devices, compiled_cost, make_mesh, token_sharding
+
+mesh = make_mesh(fsdp=4, context=4, devices=compile_only_devices("v5e:4x4"))
+on = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=token_sharding(mesh))
+query, key = (on(jnp.bfloat16, 4, 8192, heads, 64) for heads in (4, 2))
+loss = lambda q, k, v, i: jnp.sum(
+    attention(q, k, v, segment_ids=i, window=2000, softcap=50.0).astype(jnp.float32) ** 2)
+with jax.set_mesh(mesh):
+    lowered = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(query, key, key, on(jnp.int32, 4, 8192))
+print(json.dumps(compiled_cost(lowered.compile())._asdict()))
+"""
+
+
+def test_on_a_slice_with_context_keys_are_gathered_and_their_gradients_scattered():
+    cost, keys = run_aot(CONTEXT), 2 * 8192 * 2 * 64 * 2  # of one row, in bfloat16
+    assert cost["kernels"] == 3 and cost["temp_bytes"] < 4 * 2048 * 8192 * 4 / 10
+    gathered, scattered = (cost["exchanged"].pop(f) for f in ("all-gather", "reduce-scatter"))
+    assert gathered[1] == keys + 4 * 8192 and scattered[1] == keys / 4
+    assert not cost["exchanged"]
 
 
 GPU = """

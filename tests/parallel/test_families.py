@@ -18,6 +18,10 @@ MESHES = {
 }
 
 
+# Three tokens on a device: windows and segments reach over several.
+CONTEXT = {"context": dict(context=8), "all": dict(fsdp=2, tensor=2, context=2)}
+
+
 @functools.cache
 def one_device(name):
     return three_steps(*family(name))
@@ -30,6 +34,14 @@ def test_a_family_trains_as_on_one_device(name, sizes):
 
 
 SPLIT = ".*/(value|out|up)/kernel"  # by outputs and by inputs
+
+
+@pytest.mark.parametrize("sizes", CONTEXT.values(), ids=CONTEXT)
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_decoder_trains_alike_with_the_tokens_of_a_row_over_several_devices(name, sizes):
+    assert_equal(three_steps(*family(name), make_mesh(**sizes)), one_device(name))
+
+
 WEIGHTS = {
     "lora": adapters.lora(4),
     "paca": adapters.paca(4),

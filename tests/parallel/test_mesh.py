@@ -49,8 +49,14 @@ def test_weights_lay_out_their_own_fields():
         assert down.b.spec == PartitionSpec(*stack, None, "fsdp")
 
 
-@pytest.mark.parametrize("sizes", [dict(data=4, fsdp=2), dict(fsdp=4, tensor=2), dict(data=8)])
-@pytest.mark.parametrize("stacked, full", [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize(
+    "sizes, stacked, full",
+    [
+        (dict(data=4, fsdp=2), True, False),
+        (dict(fsdp=4, tensor=2), False, False),
+        (dict(data=8), False, True),
+    ],
+)
 def test_loss_and_gradients_equal_one_device(sizes, stacked, full):
     """With the mesh in context, as in a step: rows are kept apart, and the head is gathered once."""
     model = Decoder(tiny_config(vocab_size=64))

@@ -1,0 +1,75 @@
+"""How the arrays of an attention lie over the mesh in context."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+from jax.sharding import PartitionSpec
+
+from jaxft.kernels.backend import LENGTH_AXES, ROW_AXES
+
+
+class Layout(NamedTuple):
+    """The axes of the mesh over which each axis of the arrays is split; () where it is not."""
+
+    axes: dict[str, int]  # name -> size of all that no shard_map maps already
+    rows: tuple[str, ...]
+    length: tuple[str, ...]
+    heads: tuple[str, ...]
+
+    @property
+    def shards(self) -> int:
+        """Parts into which the tokens of a row are split."""
+        return math.prod(self.axes[name] for name in self.length)
+
+    @property
+    def tokens(self) -> PartitionSpec:
+        """Of segment ids [B, T]."""
+        return PartitionSpec(self.rows, self.length)
+
+    @property
+    def states(self) -> PartitionSpec:
+        """Of queries, keys and values [B, T, heads, K]."""
+        return PartitionSpec(self.rows, self.length, self.heads)
+
+    def whole(self, x):
+        """Within `mapped`: x [B, T / shards, ...] with the tokens of all devices of its rows."""
+        return jax.lax.all_gather(x, self.length, axis=1, tiled=True) if self.length else x
+
+    def mapped(self, run: Callable[..., jax.Array], in_specs: tuple) -> Callable[..., jax.Array]:
+        """`run` on each device over its own part, for an output like the queries."""
+        if math.prod(self.axes.values()) == 1:
+            return run
+        # All axes: a collective over some has XLA gather over the others too, as kernels do. The check would
+        # need kernels to say over which axes their outputs vary.
+        return jax.shard_map(
+            run,
+            in_specs=in_specs,
+            out_specs=self.states,
+            axis_names=set(self.axes),
+            check_vma=False,
+        )
+
+
+def layout(query: jax.Array, key: jax.Array) -> Layout:
+    """The layout of queries [B, T, H, K] and keys [B, T, G, K]: an axis that divides nothing is left out."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = {name: size for name, size in mesh.shape.items() if name not in mesh.manual_axes}
+    rows, length = query.shape[:2]
+    return Layout(
+        axes,
+        _dividing(rows, axes, ROW_AXES),
+        _dividing(length, axes, LENGTH_AXES),
+        _dividing(key.shape[2], axes, ("tensor",)),
+    )
+
+
+def _dividing(size, axes, names):
+    taken = ()
+    for name in names:
+        if size % axes.get(name, size + 1) == 0:  # not one that the mesh does not have
+            size, taken = size // axes[name], (*taken, name)
+    return taken

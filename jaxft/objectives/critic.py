@@ -41,19 +41,22 @@ def token_values(params: Params, hidden: jax.Array) -> jax.Array:
     return (matmul(hidden.astype(jnp.float32), head["kernel"]) + head["bias"][0])[..., 0]
 
 
-def value_loss(weight: float = 0.1, clip: float = 0.2) -> Auxiliary:
+def value_loss(weight: float = 0.1, clip: float = 0.2, detach: bool = False) -> Auxiliary:
     """c_v ½ max((V - R)², (V_old + clip(V - V_old, ±ε) - R)²): see `clipped_value_loss`.
 
-    The batch has `old_values` and `returns`, both [B, N]. Its gradient reaches the model below the head.
+    The batch has `old_values` and `returns`, both [B, N]. Its gradient reaches the model below the head,
+    unless that is detached.
 
     Args:
         weight: c_v.
         clip: ε; infinity for none.
+        detach: whether the head alone learns, from hidden states that are given.
     """
     if weight < 0:
         raise ValueError(f"value_loss: weight must be at least 0, got {weight}.")
 
     def auxiliary(params, hidden, batch):
+        hidden = jax.lax.stop_gradient(hidden) if detach else hidden
         values = token_values(params, hidden)
         loss = losses.clipped_value_loss(values, batch["old_values"], batch["returns"], clip=clip)
         return weight * loss, {"value_loss": loss, "value": values}

@@ -15,6 +15,7 @@ from jaxft.objectives import (
     completion_values,
     policy_gradient,
     token_values,
+    value_loss,
     with_value_head,
     without_value_head,
 )
@@ -145,6 +146,20 @@ def test_the_critics_gradient_equals_finite_differences(params, credited):
         )
         close((moved(1e-3) - moved(-1e-3)) / 2e-3, norm, 1e-2)
     assert optax.global_norm(grads["value_head"]) > 1e-3
+
+
+def test_a_detached_critic_teaches_its_head_alone(params, credited):
+    model, _ = model_and_params()
+    nothing = lambda log_probs, old, batch: (jnp.zeros_like(log_probs), {})
+
+    def grads(**settings):
+        critic = value_loss(WEIGHT, VALUE_CLIP, **settings)
+        objective = policy_gradient(model, nothing, token_mean, auxiliary=critic)
+        return gradient(objective, params, credited)[1]
+
+    shared, alone = grads(), grads(detach=True)
+    jax.tree.map(close, shared.pop("value_head"), alone.pop("value_head"))
+    assert optax.global_norm(shared) > 1e-3 and optax.global_norm(alone) == 0
 
 
 def test_limits(params, batch):

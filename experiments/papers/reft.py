@@ -5,6 +5,20 @@ learns from many workings that it finds itself, where supervised fine-tuning (SF
 
     python experiments/papers/reft.py
     python experiments/papers/reft.py --algo sft reft --kl 0 --partial-reward 0
+
+The task is the addition of two-digit numbers, 47+85=, with one of two kinds of written-out working before the
+sum: B231|132, its digits reversed; C1212|132, the sums of the columns. A model of 0.1 M parameters is
+pretrained on sums of other numbers until a working is right with probability 0.3. Two epochs on 750 questions
+with one annotated working each are the warm-up. From there all algorithms take as many steps on as many
+workings: SFT on the annotated ones (41 epochs; the paper's SFT has 40); offline self-training on these and
+the model's own right ones, each once; online self-training, half of either; and ReFT: PPO with a critic on
+the same model, 0.1 for a wrong sum that can be read, KL 0.05 in the reward.
+
+Settings were chosen on seeds 100 and 101, and the number of questions decides: with 750 ReFT was 6 and 8
+points above SFT, with 1500 it was 4 and 3 below, for SFT then has enough annotated workings to learn from.
+
+Departures: offline self-training goes on from the warm-up, as all do, where the authors begin anew from the
+base model; no reranking (`metrics.rerank` and `objectives.outcome_reward` are its parts).
 """
 
 from __future__ import annotations
@@ -57,7 +71,7 @@ class Config:
     steps: int = 240  # after the warm-up, of each algorithm
     batch_size: int = 128  # workings trained on in a step
     evaluate_every: int = 60
-    samples: int = 4  # to each held-out question, as training goes on
+    samples: int = 2  # to each held-out question, as training goes on
     votes: int = 32  # and at its end
     learning_rate: float = 3e-4
     kl: float = 0.05  # weight of the KL to the warm-up model in PPO's rewards

@@ -72,6 +72,9 @@ class Run:
     fsdp: int = 1  # mesh: shards of the params and the batch; -1 fills
     tensor: int = 1  # mesh: shards of each projection
     context: int = 1  # mesh: shards of each row's tokens, for rows too long for one device
+    slices: int | None = (
+        None  # groups of devices that share a fast network, each with whole copies; TPU slices are found
+    )
     distributed: bool = (
         False  # one of several hosts (Cloud TPU slices, Kubernetes); see TPU_SETUP.md
     )
@@ -241,7 +244,7 @@ def mesh_of(config: Run) -> Any:
     names = {"data": "data_axis", "fsdp": "fsdp", "tensor": "tensor", "context": "context"}
     sizes = {axis: getattr(config, name) for axis, name in names.items()}
     if set(sizes.values()) != {1}:
-        return make_mesh(**sizes)
+        return make_mesh(**sizes, slices=config.slices)
     if jax.device_count() == 1:
         return None
     return make_mesh(devices=jax.devices()[:1]) if jax.process_count() == 1 else make_mesh()

@@ -22,6 +22,7 @@ from typing import Any, Literal, NamedTuple
 import tyro
 
 from jaxft.parallel import CompiledCost, compile_environment
+from jaxft.parallel.topology import slices_of
 
 _LLAMA = dict(
     model_type="llama", rope_theta=5e5, rms_norm_eps=1e-5, max_position_embeddings=131072,
@@ -82,7 +83,9 @@ class Config:
         "llama3-8b"  # llama3-1b, llama3-8b, llama3-70b, qwen3-8b, gemma3-27b, or a config.json
     )
     objective: Literal["sft", "grpo"] = "sft"  # grpo: the update on sampled responses
-    topology: str = "v5e:4x4"  # as jaxft.parallel.compile_only_devices has it: v5p:2x2x4, h100:8
+    topology: str = (
+        "v5e:4x4"  # as jaxft.parallel.compile_only_devices has it: v5p:2x2x4, h100:8, 2*v5e:4x4
+    )
     data: int = 1  # mesh: copies of the model; -1 fills
     fsdp: int = -1  # mesh: shards of params and batch; -1 fills
     tensor: int = 1  # mesh: shards of each projection
@@ -163,7 +166,7 @@ def compile_step(config: Config) -> dict[str, Any]:
 
     devices = compile_only_devices(config.topology)
     axes = {name: getattr(config, name) for name in ("data", "fsdp", "tensor", "context")}
-    mesh = make_mesh(**axes, devices=devices)
+    mesh = make_mesh(**axes, slices=slices_of(config.topology)[0], devices=devices)
     if config.length % mesh.shape["context"]:
         raise ValueError(
             f"--length {config.length} must be a multiple of --context {mesh.shape['context']}."
@@ -245,9 +248,10 @@ def _objective(config, model, shape, mesh):
 
 
 def _figures(config, cost: CompiledCost, tokens, devices, model, trains) -> dict[str, Any]:
-    chip = CHIPS[config.topology.split(":")[0]]
+    chip = CHIPS[slices_of(config.topology)[1].split(":")[0]]
     flops = _matmul_flops(model.config, config, tokens) / devices
-    exchanged = sum(size for _, size in cost.exchanged.values())
+    # What goes between slices goes over a network whose rate nobody here knows.
+    exchanged = sum(size for kind, (_, size) in cost.exchanged.items() if kind != "between slices")
     return {
         "fits": cost.peak_bytes <= chip.memory,
         "memory_bytes": chip.memory,

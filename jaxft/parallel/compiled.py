@@ -24,6 +24,7 @@ class CompiledCost(NamedTuple):
     bytes_accessed: float  # likewise
     cycles: int  # TPU: the compiler's estimates over the schedule, loops times their trips; else 0
     collectives: dict[str, int]  # kind -> instructions
+    # What goes between TPU slices, over the slower network, is of the kind "between slices".
     exchanged: dict[
         str, tuple[int, int]
     ]  # kind -> (calls, bytes that a device gets), loops times trips
@@ -77,6 +78,11 @@ def exchanged_bytes(text: str) -> dict[str, tuple[int, int]]:
     """
     found: dict[str, list[int]] = {}
     for line, times in _executed(text):
+        if match := re.search(r"= \((\w+)\[([\d,]*)\].* recv\(.*xla_megascale", line):
+            calls = found.setdefault("between slices", [0, 0])
+            calls[0] += times
+            calls[1] += times * _size(match[1], match[2])
+            continue
         # In two halves, "-done" has the result alone.
         match = re.search(rf"= (.*?) ({_COLLECTIVES})(-done)?\(", line)
         if not match:

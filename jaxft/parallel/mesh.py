@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor", "expert", "context")
@@ -20,12 +22,20 @@ def make_mesh(
     tensor: int = 1,
     expert: int = 1,
     context: int = 1,
+    slices: int | None = None,
     devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
     """A mesh over all devices with jaxft's axes, of Auto type; one size may be -1 to fill.
 
+    Args:
+        data, fsdp, tensor, expert, context: sizes. No model has experts so far: `expert` waits for one.
+        slices: groups of devices joined by a slower network: TPU slices or, where there is one at most,
+            processes (hosts). Each holds whole copies of the model, `data` / `slices` of them, so that
+            gradients alone go from one to another. None: as many as there are TPU slices.
+        devices: default: all.
+
     Raises:
-        ValueError: if the sizes do not multiply to the number of devices.
+        ValueError: if the sizes do not multiply to the number of devices, or slices do not divide `data`.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = [data, fsdp, tensor, expert, context]
@@ -39,9 +49,41 @@ def make_mesh(
         raise ValueError(
             f"make_mesh: {named} does not fill {len(devices)} devices; set one size to -1."
         )
+    if sizes[AXES.index("expert")] != 1:
+        raise ValueError(
+            f"make_mesh: expert={sizes[AXES.index('expert')]}, but no model of jaxft has experts yet: those "
+            "devices would all do the same. Put them on fsdp, tensor, data or context."
+        )
     # jax.make_mesh alone gives Explicit axes, under which linen's einsums ask for shardings.
     types = (AxisType.Auto,) * len(AXES)
+    slices = len(_groups(devices, "slice_index")) if slices is None else slices
+    if slices != 1:
+        return Mesh(_over_slices(sizes, slices, devices), AXES, axis_types=types)
     return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
+
+
+def _groups(devices, name):
+    return {getattr(device, name, 0) for device in devices}
+
+
+def _over_slices(sizes, slices, devices) -> np.ndarray:
+    tpu_slices = len(_groups(devices, "slice_index"))
+    found = tpu_slices if tpu_slices > 1 else len(_groups(devices, "process_index"))
+    if slices != found:
+        kind = "TPU slice" if tpu_slices > 1 else "process"
+        raise ValueError(
+            f"make_mesh: slices={slices}, but the {len(devices)} devices are those of {found} {kind}(es)."
+        )
+    if sizes[0] % slices:
+        raise ValueError(
+            f"make_mesh: data={sizes[0]} must be a multiple of the {slices} slices, each of which holds "
+            "whole copies of the model; the other sizes are within a slice."
+        )
+    inner, outer = [sizes[0] // slices, *sizes[1:]], [slices, *[1] * (len(sizes) - 1)]
+    by_process = tpu_slices == 1
+    return mesh_utils.create_hybrid_device_mesh(
+        inner, outer, devices, process_is_granule=by_process
+    )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -26,7 +26,9 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 
 def compile_only_devices(topology: str) -> list[jax.Device]:
-    """Devices of a TPU slice ("v5e:4x4", "v5p:2x2x4") or of one host of H100s ("h100:8").
+    """Devices of a TPU slice ("v5e:4x4", "v5p:2x2x4") or of one host of H100s ("h100:8"), or of several.
+
+    "2*v5e:4x4" is two slices, "2*h100:8" two hosts.
 
     Arrays of jax.ShapeDtypeStruct with shardings over them make jax.jit(f).lower(...).compile() run
     the target's own compiler: it fails if the program does not fit the target's memory. Nothing can
@@ -36,25 +38,31 @@ def compile_only_devices(topology: str) -> list[jax.Device]:
         ValueError: for a name of another form.
         RuntimeError: if the target's compiler is not installed.
     """
-    if match := re.fullmatch(r"h100:(\d+)", topology):
-        return _gpu_devices(int(match[1]))
-    if not re.fullmatch(r"(v[2-6][ep]?|tpu7x):\d+(x\d+)*", topology):
+    count, one = slices_of(topology)
+    if match := re.fullmatch(r"h100:(\d+)", one):
+        return _gpu_devices(count, int(match[1]))
+    if not re.fullmatch(r"(v[2-6][ep]?|tpu7x):\d+(x\d+)*", one):
         raise ValueError(
             f"compile_only_devices: {topology!r} is no topology; "
-            "expected one like 'v5e:4x4', 'v5p:2x2x4', 'v6e:1x1' or 'h100:8'."
+            "expected one like 'v5e:4x4', 'v5p:2x2x4', '2*v5e:4x4', 'v6e:1x1' or 'h100:8'."
         )
     # One chip is less than the host of four that the compiler supposes.
-    single = re.fullmatch(r"\w+:1(x1)+", topology)
+    single = re.fullmatch(r"\w+:1(x1)+", one)
     options = {"chips_per_host_bounds": (1, 1, 1)} if single else {}
+    options |= {"num_slices": count} if count > 1 else {}
     try:
-        return topologies.get_topology_desc(
-            platform="tpu", topology_name=topology, **options
-        ).devices
+        return topologies.get_topology_desc(platform="tpu", topology_name=one, **options).devices
     except Exception as error:
         raise RuntimeError(
             f"no TPU compiler for {topology!r}: {error}. Install it with `make aot` or pip "
             "install 'jaxft[tpu]', and start the process with compile_environment()."
         ) from error
+
+
+def slices_of(topology: str) -> tuple[int, str]:
+    """(slices or hosts, the name of one) of a topology's name."""
+    match = re.fullmatch(r"(\d+)\*(.*)", topology)
+    return (int(match[1]), match[2]) if match else (1, topology)
 
 
 def compile_environment() -> dict[str, str]:
@@ -75,8 +83,8 @@ def compile_environment() -> dict[str, str]:
     }
 
 
-def _gpu_devices(count: int) -> list[jax.Device]:
-    options = dict(target_config=_H100, topology=f"1x1x{count}")
+def _gpu_devices(hosts: int, count: int) -> list[jax.Device]:
+    options = dict(target_config=_H100, topology=f"1x{hosts}x{count}")
     plugin = pathlib.Path(sys.prefix) / "aot/jax_plugins/xla_cuda12/xla_cuda_plugin.so"
     try:
         if not plugin.exists():  # jax[cuda12] itself

@@ -27,6 +27,13 @@ def test_make_mesh_fills_and_is_auto():
     assert set(mesh.axis_types) == {AxisType.Auto}
 
 
+def test_what_would_leave_devices_idle_or_has_no_slices_is_an_error():
+    with pytest.raises(ValueError, match="expert=8, but no model of jaxft has experts yet"):
+        make_mesh(expert=-1)
+    with pytest.raises(ValueError, match="slices=2, but the 8 devices are those of 1 process"):
+        make_mesh(data=8, slices=2)
+
+
 @pytest.mark.parametrize("sizes", [dict(data=3), dict(data=-1, fsdp=-1), dict(tensor=0), {}])
 def test_sizes_that_do_not_fit_are_errors(sizes):
     with pytest.raises(ValueError, match="make_mesh: "):

@@ -30,7 +30,7 @@ def ask_one_process_to_stop(row):
         os.kill(os.getpid(), signal.SIGTERM)
 
 callbacks = [jsonl_log(directory / "metrics.jsonl"), ask_one_process_to_stop]
-options = dict(batches=Rows(), mesh=make_mesh(data=2, fsdp=2), callbacks=callbacks)
+options = dict(batches=Rows(), mesh=make_mesh(data=2, fsdp=2, slices=2), callbacks=callbacks)
 run_main(lambda config: _worker.train(directory, every=5, **options), None)
 """
 

@@ -18,7 +18,7 @@ Settings were chosen on seeds 100 and 101, and the number of questions decides: 
 points above SFT, with 1500 it was 4 and 3 below, for SFT then has enough annotated workings to learn from.
 
 Departures: offline self-training goes on from the warm-up, as all do, where the authors begin anew from the
-base model; no reranking (`metrics.rerank` and `objectives.outcome_reward` are its parts).
+base model; `--rerank` has one classifier, of the warm-up model's answers, for all algorithms.
 """
 
 from __future__ import annotations
@@ -37,10 +37,11 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments import _arithmetic as arithmetic
+from experiments.papers import _reranker as reranker
 from experiments.papers import _workings as workings
 from experiments.papers._claims import Claim, interval, report, show
 from jaxft import rl, train
-from jaxft.metrics import majority_vote
+from jaxft.metrics import majority_vote, rerank
 from jaxft.models import Decoder
 from jaxft.objectives import policy_gradient, supervised, with_value_head, without_value_head
 from jaxft.rl.rollouts import prompts_of
@@ -78,6 +79,7 @@ class Config:
     partial_reward: float = 0.1  # of an answer that can be read and is wrong
     value_weight: float = 0.5
     own: int = 8  # samples to each training question, for offline self-training
+    rerank: bool = False  # also a classifier of workings, which chooses among the samples
     width: int = 64
     output_dir: str = "runs/reft"
     smoke: bool = False  # seconds; claims are printed, not judged
@@ -133,7 +135,8 @@ def run_seed(config: Config, seed: int) -> dict[str, list[dict]]:
     model, params = arithmetic.small_model(jax.random.key(seed), config.width)
     params, steps = pretrained(config, model, params, earlier, kinds(earlier), seed)
     start = warm_up(config, model, params, rows, seed)
-    measure = measures(config, model, held_out, seed)
+    rank = ranker(config, model, start, pairs, seed) if config.rerank else None
+    measure = measures(config, model, held_out, seed, rank)
     first = measure(start, config.votes) | {"step": 0}
     text = ", ".join(f"{name} {first[name]:.3f}" for name in MEASURES)
     print(f"seed {seed}: {steps} steps of pretraining; after the warm-up {text}", flush=True)
@@ -205,7 +208,7 @@ def train_algorithm(config, model, start, pairs, rows, seed, name, measure) -> l
             )
         ],
     )
-    names = ("step", *MEASURES, "kinds", "reward", "right")
+    names = ("step", *MEASURES, "rerank", "kinds", "reward", "right")
     found = [{k: row[k] for k in names if k in row} for row in history if "greedy" in row]
     found[-1] |= measure(without_value_head(state.params), config.votes)
     return found
@@ -221,10 +224,9 @@ def _supervised(rows):
     return {name: rows[name] for name in ("tokens", "segment_ids", "positions", "loss_mask")}
 
 
-def own_rows(config, model, start, pairs, rows, seed) -> dict[str, np.ndarray]:
-    """Rows of the annotated workings, and of the warm-up model's own right ones, each once."""
+def own_answers(config, model, start, pairs, seed) -> tuple[list[str], list, list]:
+    """(questions, the warm-up model's answers to each, whether each of these is right)."""
     texts = answers(config, model, start, pairs, config.own, seed)
-    asked = [workings.question(*pair, config.digits) for pair in pairs]
     right = rl.answer_reward(
         functools.partial(workings.result, digits=config.digits), rl.numbers_equal, partial=0.0
     )
@@ -232,12 +234,28 @@ def own_rows(config, model, start, pairs, rows, seed) -> dict[str, np.ndarray]:
     correct = [
         [right(text, r) == 1 for text in some] for some, r in zip(texts, records, strict=True)
     ]
+    return [workings.question(*pair, config.digits) for pair in pairs], texts, correct
+
+
+def own_rows(config, model, start, pairs, rows, seed) -> dict[str, np.ndarray]:
+    """Rows of the annotated workings, and of the warm-up model's own right ones, each once."""
+    asked, texts, correct = own_answers(config, model, start, pairs, seed)
     gold = [
         arithmetic.decode(tokens, mask > 0)
         for tokens, mask in zip(rows["tokens"], rows["loss_mask"], strict=True)
     ]
     kept = rl.offline_collect(texts, correct, gold)
     return arithmetic.layout([asked[i] for i, _ in kept], [text for _, text in kept])
+
+
+def ranker(config, model, start, pairs, seed) -> Callable[[Any, Any], list]:
+    """rank(questions, texts): scores by a classifier trained on the warm-up model's own answers."""
+    judged = own_answers(config, model, start, pairs, seed)
+    params = reranker.train_reranker(
+        model, start, *judged, steps=config.steps, batch_size=config.batch_size,
+        learning_rate=config.learning_rate, seed=seed,
+    )  # fmt: skip
+    return functools.partial(reranker.scores, model, params)
 
 
 def answers(config, model, params, pairs, samples, seed, temperature=1.0) -> list[list[str]]:
@@ -250,9 +268,13 @@ def answers(config, model, params, pairs, samples, seed, temperature=1.0) -> lis
 
 
 def measures(
-    config: Config, model: Decoder, pairs: np.ndarray, seed: int
+    config: Config, model: Decoder, pairs: np.ndarray, seed: int, rank: Any = None
 ) -> Callable[[Any, int], dict[str, Any]]:
-    """measure(params, samples): accuracy of greedy answers, samples and their votes; shares of kinds."""
+    """measure(params, samples): accuracy of greedy answers, samples and their votes; shares of kinds.
+
+    With `rank` also of the answer that it scores highest.
+    """
+    asked = [workings.question(*pair, config.digits) for pair in pairs]
     records = [{"answer": total} for total in pairs.sum(axis=1)]
     parse = functools.partial(workings.result, digits=config.digits)
     right = rl.answer_reward(lambda text: text, rl.numbers_equal, partial=0.0)
@@ -266,7 +288,11 @@ def measures(
         texts = answers(config, model, params, pairs, samples, seed)
         found = [[parse(text) for text in some] for some in texts]
         firsts = [text[:1] for some in texts for text in some]
-        return {
+        chosen = {}
+        if rank is not None:
+            ranked = zip(rank(asked, texts), found, strict=True)
+            chosen = {"rerank": accuracy([rerank(*pair) for pair in ranked])}
+        return chosen | {
             "greedy": accuracy([parse(text) for (text,) in greedy]),
             "sampled": float(np.mean([accuracy(column) for column in zip(*found, strict=True)])),
             "vote": accuracy([majority_vote(some) for some in found]),
@@ -307,7 +333,8 @@ def judge(runs: list[dict]) -> list[Claim]:
 
 def print_table(runs: list[dict]) -> None:
     """Accuracies on held-out questions at the last step, means over seeds, and greedy ones against SFT's."""
-    table = Table("algorithm", *MEASURES, "kinds", "greedy, less SFT's", "best greedy of the run")
+    shown = [*MEASURES, *("rerank",) * ("rerank" in runs[0]["sft"][-1])]
+    table = Table("algorithm", *shown, "kinds", "greedy, less SFT's", "best greedy of the run")
     rows = {"start": [run["sft"][0] for run in runs]}
     rows |= {name: [run[name][-1] for run in runs] for name in runs[0]}
     for name, found in rows.items():
@@ -317,7 +344,7 @@ def print_table(runs: list[dict]) -> None:
         ]
         best = [max(row["greedy"] for row in run.get(name, run["sft"][:1])) for run in runs]
         table.add_row(
-            name, *(f"{mean(measure):.3f}" for measure in MEASURES),
+            name, *(f"{mean(measure):.3f}" for measure in shown),
             " / ".join(f"{share:.2f}" for share in mean("kinds")), show(less), f"{np.mean(best):.3f}",
         )  # fmt: skip
     Console(width=140).print(table)

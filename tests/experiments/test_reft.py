@@ -2,11 +2,13 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from experiments import _arithmetic as arithmetic
+from experiments.papers import _reranker as reranker
 from experiments.papers import _workings as workings
 from experiments.papers import reft
 from jaxft import rl
@@ -82,6 +84,35 @@ def test_gold_workings_are_those_of_the_questions_that_are_sampled():
     assert asked == [3] and batch["gold"]["tokens"][:, 0].tolist() == rl.rollouts.prompts_of(
         3, 4, 10, 7
     )
+
+
+def test_a_reranker_learns_which_workings_are_right():
+    model, params = arithmetic.small_model(jax.random.key(0), 32)
+    questions = [workings.question(a, 5, 2) for a in range(8)]
+    # Right ones are those of kind A.
+    texts = [[workings.answer(k, a, 5, 2) for k in "ABAC"] for a in range(8)]
+    correct = [[True, False, True, False]] * 8
+    trained = reranker.train_reranker(
+        model,
+        params,
+        questions,
+        texts,
+        correct,
+        steps=30,
+        batch_size=16,
+        learning_rate=3e-3,
+        seed=0,
+    )
+    scores = reranker.scores(
+        model, trained, questions[:3], [texts[0], texts[1][:2], texts[2]], chunk=6
+    )
+    assert [len(part) for part in scores] == [4, 2, 4]
+    assert (
+        min(scores[0][0], scores[1][0], scores[2][2])
+        > 0
+        > max(scores[0][1], scores[1][1], scores[2][3])
+    )
+    assert scores[2][0] == pytest.approx(scores[2][2], abs=1e-5)
 
 
 @pytest.mark.parametrize(

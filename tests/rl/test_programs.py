@@ -32,7 +32,7 @@ NONE = {
     "network": SOLUTION + "import socket; socket.socket(); return 1",
     "forks": "import os\n" + SOLUTION + "os.fork(); return 1",
     "starts a shell": "import os\n" + SOLUTION + "os.system('true'); return 1",
-    "kills": "import os\n" + SOLUTION + "os.kill(os.getppid(), 9); return 1",
+    "signals": "import os\n" + SOLUTION + "os.kill(os.getppid(), 0); return 1",
     "lifts a limit": "import resource as r\n"
     + SOLUTION
     + "r.setrlimit(r.RLIMIT_CPU, (9, 9)); return 1",

@@ -100,10 +100,10 @@ def server(config: Any) -> None:
 
 def mesh(config: Any, devices: Any) -> None:
     """Whether there is one host, and the rows of a step can be laid over its devices."""
-    if jax.process_count() > 1:
+    if jax.process_count() > 1 and config.sampler_url:
         raise ValueError(
-            f"reinforce.py runs on one host so far, not on {jax.process_count()}: answers are sampled and "
-            "verified in one process. Use the devices of one host (--fsdp, --tensor)."
+            f"--sampler-url: each of the {jax.process_count()} hosts would get answers of its own; let the "
+            "trainer sample, or use the devices of one host."
         )
     if config.context != 1:
         raise ValueError(

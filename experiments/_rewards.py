@@ -15,6 +15,8 @@ import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
+
 from jaxft import checkpoints as files
 from jaxft import data, rl
 from jaxft.adapters import load_adapter
@@ -43,14 +45,17 @@ def check(config: Any, parts: Mapping[str, Sequence[Mapping[str, Any]]]) -> None
 
 @contextlib.contextmanager
 def opened(config: Any, records: Sequence[Mapping[str, Any]]) -> Iterator[rl.RewardFn]:
-    """(completions, records) -> a number each, NaN for no verdict."""
+    """(completions, records) -> a number each, NaN for no verdict; on several hosts the first one's."""
+    if jax.process_index() > 0:
+        yield rl.OnFirstHost(None)
+        return
     if config.reward_model:
-        yield load_reward_model(config)
+        yield rl.OnFirstHost(load_reward_model(config))
         return
     verifier = functools.partial(rl.verifier_for, records[0]["source"], records[:1])
     make = functools.partial(load_judge, config.judge) if config.judge else verifier
     with rl.VerifierPool(make, workers=config.workers, timeout=config.timeout) as pool:
-        yield pool
+        yield rl.OnFirstHost(pool)
 
 
 def load_judge(spec: str) -> Callable[[str, Mapping[str, Any]], float]:

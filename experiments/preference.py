@@ -156,8 +156,6 @@ def main(config: Config) -> dict[str, Any]:
 
 def with_samples(config: Config, model, params, training, batches, mesh):
     """HyPO's batches: the pairs, and fresh answers of the policy to the training prompts."""
-    if jax.process_count() > 1:
-        raise ValueError(f"hypo samples on one host so far, not on {jax.process_count()}.")
     first = [group.parts[0] for group in training]
     prompts = [part.tokens[: int(np.argmax(part.loss_mask > 0))].tolist() for part in first]
     longest = max(map(len, prompts))

@@ -122,6 +122,28 @@ def gathered(value: Any) -> list[Any]:
     return [json.loads(bytes(row[:size])) for row, size in zip(padded, sizes, strict=True)]
 
 
+def first_decides(call: Callable[[], Any]) -> Any:
+    """What `call`, made in the first process alone, returned there, as JSON has it: the same in all.
+
+    Raises:
+        RuntimeError: in the other processes, if `call` failed in the first; there, its own error.
+    """
+    if jax.process_count() == 1:
+        return call()
+    value, failure = {}, None
+    if jax.process_index() == 0:
+        try:
+            value = {"value": call()}
+        except Exception as error:  # Whatever it is: the others wait for word of it.
+            failure = error
+    word = gathered(value)[0]
+    if failure is not None:
+        raise failure
+    if "value" not in word:
+        raise RuntimeError("process 0 failed at what it does for all; its own message says why.")
+    return word["value"]
+
+
 def written_once(write: Callable[[], None], what: str, parts: Iterable[Any] = ()) -> None:
     """Calls `write` in the first process alone; the others wait until it is done.
 

@@ -28,6 +28,7 @@ from jaxft.rl.online import (
 )
 from jaxft.rl.pool import (
     Failures,
+    OnFirstHost,
     Outcome,
     ProcessPool,
     RewardFn,
@@ -58,6 +59,7 @@ __all__ = [
     "Environment",
     "Experience",
     "Failures",
+    "OnFirstHost",
     "KlControl",
     "Outcome",
     "PairsWithSamples",

@@ -15,17 +15,17 @@ from jaxft.generation import SamplingConfig, generate
 from jaxft.losses import kl_k1
 from jaxft.models import Decoder
 from jaxft.objectives import completion_values
-from jaxft.parallel import in_turn, mesh_context
+from jaxft.parallel import in_turn, mesh_context, to_host
 from jaxft.rl.advantages import has_contrast
 from jaxft.rl.experience import Experience, KlControl
 from jaxft.rl.pool import RewardFn
 from jaxft.rl.rollouts import (
-    SAMPLING,
     Batch,
     Credit,
     check_policy,
     prompts_of,
     sample_groups,
+    sampling_key,
     score,
 )
 
@@ -156,7 +156,8 @@ def collect_from(
         max_tries: samples anew for the prompts of groups without contrast, up to so many times in all
             (dynamic sampling); what is missing then is filled with such groups.
         seed: of the order of prompts, a new permutation each epoch.
-        mesh: as for `fit`, of one process; rows are sampled and scored over its data and fsdp axes.
+        mesh: as for `fit`; rows are sampled and scored over its data and fsdp axes. On several hosts all form
+            the whole rollout and keep their rows; `rewards` must be the same for all: see `on_first_host`.
 
     Raises:
         ValueError: for sizes that do not fit each other, or rewards of a wrong length.
@@ -172,7 +173,7 @@ def collect_from(
     def attempt(state, draw):
         """One round of groups, rewarded."""
         chosen = prompts_of(draw, prompts_per_step, len(prompts), seed)
-        key = jax.random.fold_in(jax.random.fold_in(state.key, SAMPLING), draw)
+        key = jax.random.fold_in(sampling_key(state), draw)
         pick = lambda table: [table[i] for i in chosen]
         batch = sample(state.params, pick(prompts), pick(records), key)
         return batch | {"rewards": _with_penalty(batch, penalty)}
@@ -185,7 +186,7 @@ def collect_from(
             if mask_truncated:
                 mask = batch["completion_mask"] & ~batch["truncated"][:, None]
                 batch["completion_mask"] = mask
-            batch |= {name: np.asarray(x) for name, x in read(state.params, batch).items()}
+            batch |= to_host(read(state.params, batch))
             return _credited(credit, batch, kl_weight)
 
     return Experience(rollout, updates, epochs, kl_control, seed)

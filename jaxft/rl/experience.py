@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxft.data.batches import own_rows
 from jaxft.losses import adapted_kl_weight
 from jaxft.rl.rollouts import Batch
 
@@ -21,7 +22,7 @@ class KlControl(NamedTuple):
 
 
 class Experience:
-    """(state) -> batch: step s trains on a part of rollout s // (updates x epochs).
+    """(state) -> batch: step s trains on a part of rollout s // (updates x epochs), a host on its rows of it.
 
     Its position, for checkpoints, is the weight of the KL: all else follows from the state.
     """
@@ -54,7 +55,9 @@ class Experience:
         order = np.arange(rows)
         if epoch:
             order = np.random.default_rng((self._seed, number, epoch)).permutation(rows)
-        return jax.tree.map(lambda x: x[order[part :: self._updates]], self._batch)
+        chosen = order[part :: self._updates]
+        chosen = own_rows(len(chosen))({"rows": chosen})["rows"]
+        return jax.tree.map(lambda x: x[chosen], self._batch)
 
     def get_state(self) -> dict[str, Any]:
         """The KL's weights as JSON: in this rollout, and in the next."""

@@ -15,14 +15,15 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxft.data.batches import own_rows
 from jaxft.generation import SamplingConfig
 from jaxft.losses import Pairs
 from jaxft.models import Decoder
 from jaxft.objectives.policy_gradient import reinforce, sequence_sum
 from jaxft.objectives.preference import PairLoss
-from jaxft.parallel import in_turn, mesh_context
+from jaxft.parallel import in_turn, mesh_context, to_host
 from jaxft.rl.algorithms import Algorithm, Build
-from jaxft.rl.rollouts import SAMPLING, Batch, prompts_of, sample_groups, score
+from jaxft.rl.rollouts import Batch, prompts_of, sample_groups, sampling_key, score
 
 
 def best_and_worst(
@@ -136,7 +137,7 @@ def samples_beside(
 ) -> Callable[[Any], Batch]:
     """(state) -> groups [N, K, T] of K samples to each of N prompts, with `ref_log_probs` [N, K].
 
-    Which prompts, and what is drawn, follow from the state's step and key.
+    Which prompts, and what is drawn, follow from the state's step and key. A host gets its groups of them.
 
     Args:
         config: of the sampler; its temperature must be 1 and nothing cut off, or the KL is another policy's.
@@ -156,14 +157,14 @@ def samples_beside(
     def sample(state):
         step = int(state.step)
         chosen = prompts_of(step, prompts_per_step, len(prompts), seed)
-        key = jax.random.fold_in(jax.random.fold_in(state.key, SAMPLING), step)
+        key = jax.random.fold_in(sampling_key(state), step)
         with mesh_context(mesh):
             asked = [prompts[i] for i in chosen]
             batch, _ = sample_groups(model, state.params, asked, key, config, samples)
             fields = ("tokens", "positions", "segment_ids", "completion_mask")
             given = {name: batch[name] for name in fields}
             ref = in_turn(score(model, ref_params, given, config.temperature))
-        return as_groups(batch, np.asarray(ref), samples)
+        return own_rows(prompts_per_step)(as_groups(batch, to_host(ref), samples))
 
     return sample
 

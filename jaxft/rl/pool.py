@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxft.parallel import first_decides
 from jaxft.rl.verifiers import Verifier
 
 STARTUP = 120.0  # seconds that a process may take to import and to make its verifier
@@ -38,6 +39,31 @@ def in_process(verifier: Verifier) -> RewardFn:
         float(verifier(completion, record))
         for completion, record in zip(completions, records, strict=True)
     ]
+
+
+class OnFirstHost:
+    """A RewardFn that the first process calls for all: verdicts of a pool depend on its clock.
+
+    `failures` are those of the function, if it counts them.
+    """
+
+    def __init__(self, rewards: RewardFn | None):
+        self._rewards = rewards
+
+    @property
+    def failures(self) -> Failures:
+        """How many calls failed so far, here."""
+        return getattr(self._rewards, "failures", Failures())
+
+    def __call__(self, completions, records):
+        """A reward each; NaN where there is no verdict."""
+
+        def call():
+            values = np.asarray(self._rewards(completions, records), float)
+            return [None if np.isnan(value) else float(value) for value in values]
+
+        values = first_decides(call)
+        return np.array([np.nan if value is None else value for value in values], float)
 
 
 class Outcome(NamedTuple):

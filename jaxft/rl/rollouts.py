@@ -11,6 +11,7 @@ import numpy as np
 from jaxft.generation import SamplingConfig, bucket, generate, left_pad
 from jaxft.models import Decoder
 from jaxft.objectives import completion_log_probs
+from jaxft.parallel import to_host
 
 MIN_BUCKET = 16  # of response lengths
 
@@ -85,6 +86,13 @@ def prompts_of(draw: int, count: int, size: int, seed: int) -> list[int]:
         for epoch in set((places // size).tolist())
     }
     return [int(order[place // size][place % size]) for place in places.tolist()]
+
+
+def sampling_key(state: Any) -> jax.Array:
+    """What a rollout's draws are made from: of this process alone, where the state's key spans several."""
+    data = to_host(jax.random.key_data(state.key))
+    key = jax.random.wrap_key_data(data, impl=jax.random.key_impl(state.key))
+    return jax.random.fold_in(key, SAMPLING)
 
 
 def check_policy(config: SamplingConfig) -> None:

@@ -87,3 +87,27 @@ def test_preferences_in_two_processes(tmp_path):
     for name in ("loss", "eval/loss"):
         values = [[row[name] for row in run if name in row] for run in runs]
         np.testing.assert_allclose(*values, rtol=1e-4, err_msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "script, flags",
+    [
+        ("reinforce.py", ["--algorithm", "rloo", "--reward-kl", 0.1, "--kl-target", 1.0]),
+        ("preference.py", ["--loss", "hypo", "--batch-size", 2]),
+    ],
+)
+def test_answers_sampled_in_two_processes_are_those_of_one(tmp_path, script, flags):
+    runs = []
+    small = ["--smoke", "--adapter", "full", "--max-steps", 2, "--temperature", 1.0]
+    small = small if script == "reinforce.py" else small[:-2]
+    for count, more in ((1, []), (2, ["--fsdp", -1])):
+        output = tmp_path / str(count)
+        command = [ROOT / "experiments" / script, *small, *flags, *more, "--output-dir", output]
+        codes, _, errors = run_processes(count, command, devices=1)
+        assert codes == [0] * count, errors
+        runs.append(rows(output))
+    for name in ("loss", "kl", "grad_norm"):
+        values = [[row[name] for row in run if name in row] for run in runs]
+        assert len(values[0]) == len(values[1]) == 2 and any(values[0]), name
+        np.testing.assert_allclose(*values, rtol=1e-4, atol=1e-6, err_msg=name)

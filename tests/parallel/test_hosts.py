@@ -68,6 +68,14 @@ if rank == 0:
         meet("there", timeout=0.5)
     except HostLostError as error:
         print(error)
+from jaxft.parallel import make_mesh
+from jaxft.train.batches import place_batch
+batch = {"tokens": np.zeros((2, 4))}
+assert place_batch(batch, make_mesh(data=2, context=2))["tokens"].shape == (4, 4)
+try:
+    place_batch(batch, make_mesh(context=4))
+except ValueError as error:
+    print(error)
 meet("the end")
 """
 
@@ -78,5 +86,6 @@ def test_processes_meet_gather_write_once_and_miss_one_another():
     assert codes == [0, 0], errors
     first = "written by 0\nOSError disk full\nthere: process 1 of 2 did not come within 0.5 s."
     assert first in outputs[0]
+    assert all("context=4 lays the same rows of a batch over several" in out for out in outputs)
     assert "RuntimeError process 0 could not write a file; its own message says why." in outputs[1]
     assert "written" not in outputs[1]

@@ -143,6 +143,13 @@ ENTRY main (a: f32[4]) -> f32[4] {
 }
 """
     assert exchanged_bytes(text) == {"collective-permute": (21, 21 * 256 * 16 * 2)}
+    # Unrolled, it counts by two, and so goes round half as often: 4 times for 7.
+    by_two = text.replace(
+        "  %p = bf16",
+        "  %two = u32[] constant(2)\n  %g = u32[] get-tuple-element(%x), index=1\n"
+        "  %more = u32[]{:T(128)} add(%g, %two)\n  ROOT %t = (f32[], u32[]) tuple(%f, %more)\n  %p = bf16",
+    ).replace("  %c = u32", "  %i = u32[] get-tuple-element(%x), index=1\n  %c = u32")
+    assert exchanged_bytes(by_two) == {"collective-permute": (12, 12 * 256 * 16 * 2)}
 
 
 @pytest.mark.parametrize(

@@ -111,17 +111,35 @@ def _executed(text: str) -> Iterator[tuple[str, int]]:
         elif line.startswith("  ") and current:
             lines[current].append(line)
 
-    def trips(line, condition):
+    def stride(condition, body):
+        """What a loop adds to its counter: unrolled ones more than 1."""
+        counter = re.search(
+            r"\b[su]32\[\]\S* get-tuple-element\(.*index=(\d+)", "\n".join(lines[condition])
+        )
+        root = re.search(r"ROOT .* tuple\((.*?)\)", "\n".join(lines[body]))
+        if not counter or not root:
+            return 1
+        name = root[1].split(", ")[int(counter[1])]
+        added = re.search(rf"{re.escape(name)} = .* add\((.*?)\)", "\n".join(lines[body]))
+        for part in added[1].split(", ") if added else ():
+            if one := re.search(
+                rf"{re.escape(part)} = .* constant\((\d+)\)", "\n".join(lines[body])
+            ):
+                return int(one[1])
+        return 1
+
+    def trips(line, condition, body):
         if known := re.search(r'known_trip_count":\{"n":"(\d+)"', line):
             return int(known[1])
         found = [re.findall(r"[su]32\[\]\S* constant\((\d+)\)", ln) for ln in lines[condition]]
-        return max((int(x) for row in found for x in row), default=1)
+        bound = max((int(x) for row in found for x in row), default=1)
+        return -(-bound // stride(condition, body))
 
     def walk(name, times):
         for line in lines[name]:
             yield line, times
             if loop := re.search(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)", line):
-                yield from walk(loop[2], times * trips(line, loop[1]))
+                yield from walk(loop[2], times * trips(line, *loop.groups()))
             # Collectives that run beside other work are calls of computations of their own.
             elif call := re.search(
                 r" (?:async-start|call)\(.*(?:calls|to_apply)=%?([\w.\-]+)", line

@@ -44,6 +44,8 @@ CASES = [
     Config(model="llama3-70b", rows=1, adapter="lora", topology="v5p:2x4x4"),
     Config(model="llama3-70b", rows=1, adapter="full", topology="v5p:4x4x8"),
     Config(model="llama3-70b", rows=1, adapter="full", topology="v5p:4x4x8", fsdp=32, tensor=4),
+    Config(rows=1, adapter="lora", topology="v5e:4x4", fsdp=4, context=4, length=65536),
+    Config(model="llama3-8b", rows=1, adapter="full", topology="2*v5p:2x2x4", data=2),
 ]
 
 
@@ -55,6 +57,7 @@ def row(config: Config, figures: dict) -> str:
         if (size := getattr(config, axis)) != 1
     ]
     mesh = ", ".join(mesh).replace("fsdp -1", "fsdp")
+    mesh += f"; rows of {config.length:,}" if config.length != Config().length else ""
     trains = config.adapter + (f" over {config.quantise}" if config.quantise else "")
     head = [config.model, trains, config.objective, config.topology, mesh]
     if not figures["fits"]:

@@ -111,11 +111,15 @@ cond (p: f32[4]) -> pred[] {
 ENTRY main (a: f32[4]) -> f32[4] {
   %w = f32[4]{0} while(%a), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"5"}}
   %r = (f32[10]{0}, bf16[10]{0}) all-reduce(%b, %c), to_apply=%add
+  %f = bf16[128,8]{1,0} fusion(%r), kind=kCustom, calls=%all-reduce-scatter.1.clone.1, metadata={}
+  %v = (bf16[64,8]{1,0}, u32[], token[]) recv(%t), frontend_attributes={handler="xla_megascale_runtime"}
 }
 """
     assert exchanged_bytes(text) == {
         "all-gather": (10, 5 * (8 * 16 * 2 + 16 * 4)),
         "all-reduce": (1, 2 * 10 * (4 + 2)),
+        "reduce-scatter": (1, 128 * 8 * 2),
+        "between slices": (1, 64 * 8 * 2),
     }
 
 

@@ -83,16 +83,19 @@ def exchanged_bytes(text: str) -> dict[str, tuple[int, int]]:
             calls[0] += times
             calls[1] += times * _size(match[1], match[2])
             continue
-        # In two halves, "-done" has the result alone.
-        match = re.search(rf"= (.*?) ({_COLLECTIVES})(-done)?\(", line)
+        # In two halves, "-done" has the result alone. XLA:TPU scatters what it reduces in a fusion.
+        match = re.search(rf"= (.*?) ({_COLLECTIVES})(-done)?\(", line) or re.search(
+            r"= (.*?) fusion\(.*calls=%?all-reduce-(scatter)\b", line
+        )
         if not match:
             continue
+        kind = "reduce-scatter" if match[2] == "scatter" else match[2]
         size = sum(
             _size(*shape) for shape in re.findall(r"\b([a-z]+\d+|pred)\[([\d,]*)\]", match[1])
         )
-        calls = found.setdefault(match[2], [0, 0])
+        calls = found.setdefault(kind, [0, 0])
         calls[0] += times
-        calls[1] += times * size * (2 if match[2] == "all-reduce" else 1)
+        calls[1] += times * size * (2 if kind == "all-reduce" else 1)
     return {kind: (calls, size) for kind, (calls, size) in found.items()}
 
 

@@ -34,13 +34,29 @@ def worker():
 
 def life(module, directory, at=None, **options):
     """Trains in a forked child, from what is there; `at` is called after its steps. Returns its exit code."""
+    read, write = os.pipe()  # No file: where the disk is full, what is said must still be heard.
     child = os.fork()
     if child:
+        os.close(write)
+        with os.fdopen(read) as said, open(directory / "output.txt", "a") as file:
+            file.write(said.read())
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    code = 1
+    try:
+        os.dup2(write, 1)
+        os.dup2(write, 2)
+        sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1)
+        code = _train(module, directory, at, options)
+    except BaseException as error:  # Whatever it is, the child must not go on as its parent.
+        os.write(2, repr(error).encode())
+    finally:
+        os._exit(code)
+
+
+def _train(module, directory, at, options):
+    """The exit code of a run that writes down at which step it begins."""
     from jaxft.train import Callback, jsonl_log, run_main
 
-    sys.stdout = sys.stderr = open(directory / "output.txt", "a")
-    os.dup2(sys.stdout.fileno(), 2)
     fresh = [True]
 
     def seen(step, state):
@@ -54,12 +70,9 @@ def life(module, directory, at=None, **options):
     callbacks = [jsonl_log(directory / "metrics.jsonl"), Callback(on_step=seen)]
     try:
         run_main(lambda _: module.train(directory, callbacks=callbacks, **options), None)
-        os._exit(0)
     except SystemExit as error:
-        os._exit(error.code if isinstance(error.code, int) else 1)
-    except BaseException as error:  # Whatever it is, the child must not go on as its parent.
-        print(repr(error), flush=True)
-        os._exit(1)
+        return error.code if isinstance(error.code, int) else 1
+    return 0
 
 
 def process_fault(kind, directory, rng, steps):

@@ -19,7 +19,8 @@ MESHES = {
 
 
 # Three tokens on a device: windows and segments reach over several.
-CONTEXT = {"context": dict(context=8), "all": dict(fsdp=2, tensor=2, context=2)}
+CONTEXT = [(name, dict(context=8)) for name in DECODERS]
+CONTEXT += [(name, dict(fsdp=2, tensor=2, context=2)) for name in ("llama", "gemma2")]
 
 
 @functools.cache
@@ -36,8 +37,7 @@ def test_a_family_trains_as_on_one_device(name, sizes):
 SPLIT = ".*/(value|out|up)/kernel"  # by outputs and by inputs
 
 
-@pytest.mark.parametrize("sizes", CONTEXT.values(), ids=CONTEXT)
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("name, sizes", CONTEXT, ids=lambda part: "-".join(part))
 def test_a_decoder_trains_alike_with_the_tokens_of_a_row_over_several_devices(name, sizes):
     assert_equal(three_steps(*family(name), make_mesh(**sizes)), one_device(name))
 

@@ -26,9 +26,12 @@ from jaxft.train.batches import BatchSource, lay_out
 from jaxft.train.callbacks import Row
 from jaxft.train.digest import all_finite, digests
 from jaxft.train.errors import DivergedError, OutputError
+from jaxft.train.packing import packed, packed_shapes, unpacked
 from jaxft.train.state import TrainState
 
+FORMAT = 2  # 2: small leaves are stacked
 HISTORY_ROWS = 1000  # saved with a checkpoint
+NOTHING = {"nothing": np.zeros((), np.int32)}  # Orbax takes no empty tree.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,21 +132,23 @@ class Saver:
             return
         meet(f"checkpoint {step}")
         trainable, _ = partition(state.params)
-        if not all_finite(trainable):
+        parts, opt_parts = packed(trainable), packed(state.opt_state)
+        if not all_finite(parts):
             raise DivergedError(f"diverged at step {step}: params are not finite; not saved.", step)
         row = history[-1] if history and history[-1]["step"] == step else {}
         meta = {
+            "format": FORMAT,
             "step": step,
             "key": [str(jax.random.key_impl(state.key)), jax.random.key_data(state.key).tolist()],
             "data": gathered(source.position()),
             "history": [_as_json(r) for r in history[-HISTORY_ROWS:]],
             "frozen": self._frozen,
-            "trainable": digests(trainable),
-            "opt_state": digests(state.opt_state),
+            "trainable": digests(trainable, parts),
+            "opt_state": digests(state.opt_state, opt_parts),
         }
         items = ocp.args.Composite(
-            trainable=ocp.args.StandardSave(_boxed(trainable)),
-            opt_state=ocp.args.StandardSave(_boxed(state.opt_state)),
+            trainable=ocp.args.StandardSave(parts or NOTHING),
+            opt_state=ocp.args.StandardSave(opt_parts or NOTHING),
             meta=ocp.args.JsonSave(meta),
         )
         with _write_errors(self._manager.directory):
@@ -260,31 +265,24 @@ def _manager(directory, last, scored, read_only=False):
 
 
 def _read_meta(manager, step):
-    return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+    meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+    if meta.get("format") != FORMAT:
+        raise MismatchError(
+            f"checkpoint {step} has format {meta.get('format')}, this jaxft reads {FORMAT}: finish the run "
+            "with the version that began it, or start in another directory."
+        )
+    return meta
 
 
 def _read_arrays(manager, step, meta, **parts):
     """The named parts, restored with the shardings of those given and compared with their checksums."""
-    abstract = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-    wanted = {
-        k: ocp.args.StandardRestore(_boxed(jax.tree.map(abstract, v))) for k, v in parts.items()
-    }
-    restored = dict(manager.restore(step, args=ocp.args.Composite(**wanted)).items())
+    shapes = {name: packed_shapes(part) for name, part in parts.items()}
+    wanted = {name: ocp.args.StandardRestore(of or NOTHING) for name, of in shapes.items()}
+    restored = manager.restore(step, args=ocp.args.Composite(**wanted))
     for name, part in parts.items():
-        if _is_bare(part):
-            restored[name] = restored[name]["value"]
-        if digests(restored[name]) != meta[name]:
+        if shapes[name] and digests(part, restored[name]) != meta[name]:
             raise OSError(f"{name} differs from its checksum")
-    return [restored[name] for name in parts]
-
-
-def _is_bare(tree):
-    return jax.tree_util.all_leaves([tree])
-
-
-def _boxed(tree):
-    """Orbax takes no array by itself."""
-    return {"value": tree} if _is_bare(tree) else tree
+    return [unpacked(restored[name], part) for name, part in parts.items()]
 
 
 def _restored(state, trainable, opt_state, meta):

@@ -10,15 +10,25 @@ import numpy as np
 
 from jaxft.adapters import path_name
 from jaxft.parallel import in_turn, to_host
+from jaxft.train.packing import groups, packed
 
 
-def digests(tree: Any) -> dict[str, list]:
-    """{path: [shape, data type, checksum]} for each leaf, as JSON."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
+def digests(tree: Any, parts: dict[str, jax.Array] | None = None) -> dict[str, list]:
+    """{path: [shape, data type, checksum]} for each leaf, as JSON.
+
+    Args:
+        parts: the values as `packed` has them; None: those of `tree`, of which else only shapes are read.
+    """
+    leaves, found = jax.tree_util.tree_leaves_with_path(tree), groups(tree)
+    parts = packed(tree) if parts is None else parts
     # All are started before the first is awaited, where that is safe.
-    sums = [in_turn(checksum(leaf)) for _, leaf in leaves]
-    described = zip(leaves, to_host(sums), strict=True)
-    return {path_name(p): [list(x.shape), str(x.dtype), int(s)] for (p, x), s in described}
+    several = lambda name: len(found[name]) > 1
+    sums = {n: in_turn((_checksums if several(n) else checksum)(x)) for n, x in parts.items()}
+    each = {}
+    for name, values in to_host(sums).items():
+        each |= dict(zip(found[name], values.reshape(-1).tolist(), strict=True))
+    described = enumerate(leaves)
+    return {path_name(p): [list(x.shape), str(x.dtype), each[i]] for i, (p, x) in described}
 
 
 @jax.jit
@@ -37,6 +47,9 @@ def checksum(x: jax.Array) -> jax.Array:
     h = (h ^ (h >> 16)) * np.uint32(0x85EBCA6B)
     h = (h ^ (h >> 13)) * np.uint32(0xC2B2AE35)
     return jnp.sum(h ^ (h >> 16), dtype=jnp.uint32)
+
+
+_checksums = jax.jit(jax.vmap(checksum))
 
 
 @jax.jit

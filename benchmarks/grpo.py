@@ -5,9 +5,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
+from benchmarks.grpo_task import EOS, GROUP, LEARNING_RATE, NEW, PROMPTS, STEPS, questions
 from benchmarks.harness import MODELS, serve
 from jaxft import rl, train
 from jaxft.checkpoints.families import decoder_config
@@ -15,9 +15,6 @@ from jaxft.generation import SamplingConfig
 from jaxft.models import Decoder
 from jaxft.objectives import policy_gradient
 
-# The same on both sides; ids below 4 are special. Several steps, as each call of TRL's train sets itself up.
-PROMPTS, GROUP, LENGTH, NEW, STEPS = 8, 4, 32, 64, 8
-EOS, LEARNING_RATE = 2, 1e-6
 MODEL = MODELS["3m"] | dict(
     model_type="llama", rope_theta=1e5, rms_norm_eps=1e-5, tie_word_embeddings=True,
     max_position_embeddings=2048,
@@ -25,11 +22,6 @@ MODEL = MODELS["3m"] | dict(
 
 parser = argparse.ArgumentParser()
 parser.add_argument("rewards", choices=["host", "device"])
-
-
-def questions() -> np.ndarray:
-    """[64, LENGTH] random ids."""
-    return np.random.default_rng(0).integers(4, MODEL["vocab_size"], (64, LENGTH))
 
 
 class Words:

@@ -40,13 +40,14 @@ SHARPNESS = {
     "sam_optax_30m": ("sam", "optax", "1"),
 }
 
-# Post-training beside TRL's trainers: steps of DPO with the reference's log-probs known; steps of GRPO, ours
+# Post-training beside others' trainers: steps of DPO, the reference's log-probs known; steps of GRPO, ours
 # with rewards on the host, and in one program.
 TRL_GRPO = ["-m", "benchmarks.side_trl_grpo"]
 TRL = {
     "dpo_trl": (["-m", "benchmarks.dpo"], ["-m", "benchmarks.side_trl_dpo"]),
     "grpo_trl": (["-m", "benchmarks.grpo", "host"], TRL_GRPO),
     "grpo_on_device": (["-m", "benchmarks.grpo", "device"], TRL_GRPO),
+    "tunix_grpo": (["-m", "benchmarks.grpo", "host"], ["-m", "benchmarks.side_tunix_grpo"]),
 }
 
 

@@ -18,7 +18,7 @@ from jaxft.metrics import Mean
 from tests.processes import QUICK, ROOT, run_processes
 from tests.train import faults
 
-POINTS, SEED = int(os.environ.get("FAULT_POINTS", 2)), os.environ.get("FAULT_SEED", "0")
+POINTS, SEED = int(os.environ.get("FAULT_POINTS", 1)), os.environ.get("FAULT_SEED", "0")
 HOST_POINTS = POINTS if "FAULT_POINTS" in os.environ else 1  # Each starts eight processes.
 
 

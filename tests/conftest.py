@@ -1,5 +1,6 @@
 """Settings that every test runs under: the CPU, strict broadcasting, a shared compilation cache."""
 
+import gc
 import os
 import pathlib
 
@@ -24,6 +25,18 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+MOST_MAPPINGS = 25_000  # Linux lets a process have 65,530, and each compiled program takes some
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_programs():
+    """Forgets compiled programs before there are so many that the next one ends the process."""
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture

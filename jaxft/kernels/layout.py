@@ -70,6 +70,6 @@ def layout(query: jax.Array, key: jax.Array) -> Layout:
 def _dividing(size, axes, names):
     taken = ()
     for name in names:
-        if size % axes.get(name, size + 1) == 0:  # not one that the mesh does not have
+        if axes.get(name, 1) > 1 and size % axes[name] == 0:
             size, taken = size // axes[name], (*taken, name)
     return taken

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jaxft.losses import coverage_weight, dco_loss, linear_log_probs
 from jaxft.metrics import Mean
-from jaxft.objectives.supervised import Objective, shift
+from jaxft.objectives.supervised import Objective, forward, shift
 
 
 def coverage(model, num_samples: int) -> Objective:
@@ -32,12 +32,7 @@ def coverage(model, num_samples: int) -> Objective:
     def objective(params, batch, key):
         del key  # Nothing is drawn: no dropout.
         targets, weights = shift(batch)
-        output = model.apply(
-            {"params": params},
-            batch["tokens"],
-            positions=batch.get("positions"),
-            segment_ids=batch.get("segment_ids"),
-        )
+        output = forward(model, params, batch)
         softcap = model.config.final_softcap
         log_probs = linear_log_probs(output.hidden, model.head(params), targets, softcap=softcap)
         mask = (weights > 0).astype(jnp.float32)

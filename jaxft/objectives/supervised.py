@@ -28,13 +28,8 @@ def supervised(
 
     def objective(params, batch, key):
         targets, weights = shift(batch)
-        output = model.apply(
-            {"params": params},
-            batch["tokens"],
-            positions=batch.get("positions"),
-            segment_ids=batch.get("segment_ids"),
-            **({} if noise is None else {"noise": functools.partial(noise, key)}),
-        )
+        options = {} if noise is None else {"noise": functools.partial(noise, key)}
+        output = forward(model, params, batch, **options)
         total = linear_cross_entropy(
             output.hidden,
             model.head(params),
@@ -62,12 +57,7 @@ def token_supervised(
 
     def objective(params, batch, key):
         targets, weights = shift(batch)
-        output = model.apply(
-            {"params": params},
-            batch["tokens"],
-            positions=batch.get("positions"),
-            segment_ids=batch.get("segment_ids"),
-        )
+        output = forward(model, params, batch)
         count = jnp.sum(weights)
         loss = Mean(jnp.sum(weights * token_loss(key, output.logits, targets, weights > 0)), count)
         found = {} if metrics is None else metrics(key, output.logits, targets)
@@ -75,6 +65,13 @@ def token_supervised(
         return loss.value, jax.lax.stop_gradient({"loss": loss} | found)
 
     return objective
+
+
+def forward(model: Any, params: Any, batch: dict[str, jax.Array], **options: Any) -> Any:
+    """The model's output on the tokens of a batch, with its positions and segments if it has them."""
+    names = ("positions", "segment_ids")
+    inputs = {name: batch.get(name) for name in names}
+    return model.apply({"params": params}, batch["tokens"], **inputs, **options)
 
 
 def mean_of(objective: Objective) -> Callable[..., Mean]:

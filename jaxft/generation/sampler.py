@@ -67,6 +67,7 @@ def generate(
     row_ids: Sequence[int] | None = None,
     tokenizer: Any = None,
     cache_dtype: Any = None,
+    chunk: int = CHUNK,
 ) -> Generation:
     """Completions of token-id prompts, `samples` rows for each, side by side.
 
@@ -81,6 +82,8 @@ def generate(
         row_ids: of prompts, default 0, 1, 2...; distinct ids give distinct samples of equal prompts.
         tokenizer: needed for `stop_strings`.
         cache_dtype: of keys and values; None: the model's activations'.
+        chunk: tokens decoded between two looks of the host, which ends rows at stop strings, and the whole
+            when no row is left.
 
     Raises:
         ValueError: for an empty prompt, or if prompt and completion exceed the model's max_length.
@@ -99,7 +102,7 @@ def generate(
         )
     ids = np.arange(rows) if row_ids is None else np.asarray(row_ids)
     ids = np.concatenate([ids, np.zeros(len(tokens) - rows, ids.dtype)])
-    slots = width + -(-config.max_new_tokens // CHUNK) * CHUNK
+    slots = width + -(-config.max_new_tokens // chunk) * chunk
     keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.asarray(ids))
     state = prefill(
         model, params, jnp.asarray(tokens), jnp.asarray(valid), keys, slots, cache_dtype
@@ -108,7 +111,7 @@ def generate(
     state, rows = in_turn(fork(in_turn(state), samples)), rows * samples
     parts = []
     while True:
-        state, part = decode(model, params, state, config)
+        state, part = decode(model, params, state, config, chunk)
         parts.append(to_host(part))
         done = to_host(state.done)
         if config.stop_strings:

@@ -9,6 +9,7 @@ import pytest
 from jaxft.generation import SamplingConfig, generate, sampler, transform_logits
 from jaxft.losses import linear_log_probs
 from jaxft.models import Decoder, stack_layers, tiny_config
+from jaxft.rl import on_device
 
 GREEDY = SamplingConfig(max_new_tokens=12, temperature=0.0)
 
@@ -121,19 +122,6 @@ def test_length_limits(model, params, prompts, new):
     assert out.tokens.shape == (3, new)
 
 
-def test_few_programs_for_many_lengths(model, params):
-    rng = np.random.default_rng(0)
-    before = sampler._decode._cache_size(), sampler.prefill._cache_size()
-    for n in rng.integers(1, 60, 40):
-        batch = [rng.integers(0, 31, n).tolist() for _ in range(rng.integers(5, 9))]
-        generate(
-            model, params, batch, jax.random.key(0), dataclasses.replace(GREEDY, max_new_tokens=3)
-        )
-    # Widths 16, 24, 32, 48, 64 and rows 6, 8.
-    assert sampler._decode._cache_size() - before[0] <= 10
-    assert sampler.prefill._cache_size() - before[1] <= 10
-
-
 def test_bad_arguments_are_explained(model, params):
     key = jax.random.key(0)
     with pytest.raises(ValueError, match="at least one token"):
@@ -211,6 +199,34 @@ def test_samples_of_a_prompt_share_its_prefill(model, params, prompts, monkeypat
     assert len({tuple(row) for row in out.completions[:4]}) > 1
     with pytest.raises(ValueError, match="samples must be at least 1, got 0"):
         generate(model, params, prompts, key, config, samples=0)
+
+
+def test_a_group_costs_one_prefill(model, params):
+    """In FLOPs of the compiled programs, where one answer is sampled and where eight share a prompt."""
+    flops = lambda program: program.compile().cost_analysis().get("flops", 0.0)
+
+    def prefill(rows):
+        given = jnp.ones((rows, 64), jnp.int32), jnp.ones((rows, 64), bool)
+        keys = jax.random.split(jax.random.key(0), rows)
+        lowered = sampler.prefill.lower(model, params, *given, keys, 128)
+        return flops(lowered), jax.eval_shape(sampler.prefill, model, params, *given, keys, 128)
+
+    (one, state), (eight, _) = prefill(1), prefill(8)
+    forked = flops(sampler.fork.lower(state, 8))
+    assert one > 2e6 and eight > 7 * one
+    assert forked < 1e-3 * one
+    # And in the one program that samples on the device: the rest of it does not know of the prompts.
+    config = SamplingConfig(max_new_tokens=64)
+
+    def whole(prompts, samples, width):
+        given = jnp.ones((prompts, width), jnp.int32), jnp.ones((prompts, width), bool)
+        chosen, key = jnp.arange(prompts), jax.random.key(0)
+        run = on_device._sample_jit
+        return flops(run.lower(model, params, *given, key, chosen, config, samples))
+
+    # Eight rows are decoded in each; what differs is the prompts' share.
+    shared, apart = whole(1, 8, 64), whole(8, 1, 64)
+    assert abs((apart - shared) / (eight - one) - 1) < 0.02
 
 
 def test_prefill_and_append_equal_one_prefill(model, params, prompts):

@@ -1,6 +1,11 @@
 """Experience: what is sampled, how it is laid out, and that a policy learns from it."""
 
+import collections
+import contextlib
+import dataclasses
 import functools
+import logging
+import re
 import types
 
 import jax
@@ -9,7 +14,7 @@ import optax
 import pytest
 
 from jaxft import rl
-from jaxft.generation import SamplingConfig, sampler
+from jaxft.generation import SamplingConfig
 from jaxft.objectives import policy_gradient
 from jaxft.rl.advantages import grpo_advantages
 from jaxft.train import fit
@@ -65,17 +70,38 @@ def test_the_trainer_agrees_with_the_sampler(temperature, top_k):
     assert (behaviour == full).all() if top_k is None else (behaviour > full + 1e-3).any()
 
 
-def test_a_few_programs_serve_all_lengths():
+@contextlib.contextmanager
+def compiled():
+    """How often programs of each name are compiled meanwhile."""
+    found, handler, log = collections.Counter(), logging.Handler(), logging.getLogger("jax")
+    said = lambda record: re.match(r"Compiling jit\((\w+)\)", record.getMessage())
+    handler.emit = lambda record: found.update(said(record).groups() if said(record) else ())
+    with jax.log_compiles(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(log, "handlers", [handler])
+        patch.setattr(log, "propagate", False)
+        yield found
+
+
+def test_fifty_mixed_batches_compile_once_a_bucket():
+    """7 or 8 prompts of 1 to 24 tokens, 2 or 3 answers to each: two widths, one bucket of rows."""
     model, params = model_and_params()
-    rng = np.random.default_rng(0)
-    before = sampler._decode._cache_size()
-    widths = set()
-    for i in range(8):
-        prompts = [rng.integers(0, 6, rng.integers(1, 24)).tolist() for _ in range(3)]
-        batch, _ = rl.sample_groups(model, params, prompts, jax.random.key(i), SAMPLING, 2)
-        widths.add(batch["tokens"].shape[1] - batch["completion_mask"].shape[1])
-    assert len(widths) > 1
-    assert sampler._decode._cache_size() - before <= len(widths)
+    rng, config = np.random.default_rng(0), dataclasses.replace(SAMPLING, max_new_tokens=20)
+    shapes = set()
+    with compiled() as found:
+        for i in range(50):
+            longest, count, group = (int(rng.integers(*ends)) for ends in ((1, 25), (7, 9), (2, 4)))
+            lengths = [longest, *rng.integers(1, longest + 1, count - 1)]
+            prompts = [rng.integers(0, 6, n).tolist() for n in lengths]
+            key = jax.random.key(i)
+            batch, _ = rl.sample_groups(model, params, prompts, key, config, group)
+            shapes.add((longest, count, group))
+            if (count, group) == (8, 2):
+                rl.score(model, params, batch)
+    assert len(shapes) > 30
+    # Of responses, score sees two buckets: 16 and the limit. The rest is small: keys, flags of rows.
+    most = {"prefill": 2, "fork": 4, "_decode": 4, "completion_log_probs": 4}
+    assert not {name: n for name, n in found.items() if n > most.get(name, 8)}
+    assert {"prefill", "_decode"} <= set(found)
 
 
 def test_experience_follows_from_the_state_alone():

@@ -49,12 +49,12 @@ class Task(NamedTuple):
     probabilities: Callable[[Any, dict], jax.Array]  # `answer_probabilities` of the model
 
 
-def task(seed: int, *, width: int = 96, size: int = 30_000) -> Task:
+def task(seed: int, *, width: int = 96, size: int = 30_000, layers: int = 2) -> Task:
     """Additions of two two-digit numbers: chain_sum, of `size` draws on either side, and a model."""
     first = 1 + seed * SEEDS_APART
     spec = lambda first: f"{TASK}&size={size}&seed={first}"
     known, new, records = chain_sums(spec(first), spec(first + SEEDS_APART // 2))
-    model, params = small_model(jax.random.key(seed), width)
+    model, params = small_model(jax.random.key(seed), width, layers=layers)
     rows, new_rows = layout(*known), layout(*new)
     return Task(model, params, known, rows, new, new_rows, records, answer_probabilities(model))
 
@@ -119,9 +119,13 @@ def layout(questions: Sequence[str], answers: Sequence[str]) -> dict[str, np.nda
 
 
 def small_model(
-    key: jax.Array, width: int = 96, length: int = 64, vocabulary: int = len(ALPHABET)
+    key: jax.Array,
+    width: int = 96,
+    length: int = 64,
+    vocabulary: int = len(ALPHABET),
+    layers: int = 2,
 ) -> tuple[Decoder, Any]:
-    """(model, params): two layers; kernels and embedding are drawn with the deviation inputs^-1/2.
+    """(model, params): kernels and embedding are drawn with the deviation inputs^-1/2.
 
     The usual 0.02 is for widths of a thousand; at 96 it leaves the model near zero for hundreds of steps.
     """
@@ -130,6 +134,7 @@ def small_model(
         hidden_size=width,
         intermediate_size=8 * width // 3,
         head_dim=width // 4,
+        num_layers=layers,
     )
     model = Decoder(config)
     params = jax.jit(model.init)(key, jnp.zeros((1, 1), jnp.int32))["params"]

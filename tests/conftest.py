@@ -8,12 +8,14 @@ import pathlib
 # stands for a small pod.
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Eight devices on two busy cores may be late at a collective, after 40 s of which XLA aborts. Tests
-# compile much and compute little: without LLVM's optimisations they take two thirds of the time.
+# compile much and compute little: without LLVM's optimisations they take two thirds of the time, and
+# without fusions that MLIR writes again two thirds of that.
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_force_host_platform_device_count=8 "
     "--xla_cpu_collective_call_terminate_timeout_seconds=600 "
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+    "--xla_cpu_use_fusion_emitters=false",
 )
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -39,6 +39,7 @@ class Settings(NamedTuple):
     samples: int = 4  # for each of them
     held_out: int = 512  # fresh samples of a measurement
     width: int = 64
+    layers: int = 2
     learning_rate: float = 1e-3
     beta: float = 0.5
     kl_weight: float = 0.03  # HyPO's λ
@@ -92,7 +93,8 @@ def make_pairs(words: np.ndarray, topics: np.ndarray, rng: np.random.Generator) 
 
 def run(settings: Settings, seed: int) -> dict[str, list[dict[str, float]]]:
     """For each method, what was measured at the start and every so many steps."""
-    model, rng = toy.decoder(NEUTRAL[1], 2 * LENGTH, settings.width), np.random.default_rng(seed)
+    model = toy.decoder(NEUTRAL[1], 2 * LENGTH, settings.width, settings.layers)
+    rng = np.random.default_rng(seed)
     base = toy.pretrain(
         model, functools.partial(language, count=64), settings.pretrain_steps, 3e-3, seed
     )

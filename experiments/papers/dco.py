@@ -72,7 +72,8 @@ def main(config: Config) -> int:
             batch_size=20,
         )  # fmt: skip
     output = train.writable_directory(config.output_dir)
-    model = Decoder(tiny_config(VOCABULARY, max_length=16))
+    layers = 1 if config.smoke else 2
+    model = Decoder(dataclasses.replace(tiny_config(VOCABULARY, max_length=16), num_layers=layers))
     metrics: dict[str, Any] = {
         str(n): [run(config, model, n, seed) for seed in range(config.seeds)]
         for n in config.num_samples

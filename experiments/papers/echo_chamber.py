@@ -76,6 +76,7 @@ class Config:
     kl_weight: float = 0.1
     held_out: int = 384
     width: int = 96
+    layers: int = 2
     output_dir: str = "runs/echo_chamber"
     smoke: bool = False  # seconds; claims are printed, not judged
     debug: bool = False  # full tracebacks
@@ -86,7 +87,7 @@ def main(config: Config) -> int:
     if config.smoke:
         config = dataclasses.replace(
             config, seeds=1, until=1e-6, steps=2, evaluate_every=1, early=1, prompts_per_step=2,
-            group_size=4, held_out=16, width=32,
+            group_size=4, held_out=16, width=32, layers=1,
         )  # fmt: skip
     output = train.writable_directory(config.output_dir)
     seeds = range(config.first_seed, config.first_seed + config.seeds)
@@ -103,7 +104,7 @@ def run_seed(config: Config, seed: int) -> dict[str, list[dict]]:
     pairs = rng.permutation(1_000_000)
     pairs = np.stack([pairs // 1000, pairs % 1000], axis=1)
     held_out, known = pairs[: config.held_out], pairs[config.held_out :][:20_000]
-    model, params = arithmetic.small_model(jax.random.key(seed), config.width)
+    model, params = arithmetic.small_model(jax.random.key(seed), config.width, layers=config.layers)
     params, steps = pretrain(config, model, params, known, rng, seed)
     measure = measures(model, held_out, seed)
     start = measure(params) | {"step": 0}

@@ -61,7 +61,7 @@ def main(config: Config) -> int:
         config = dataclasses.replace(config, draws=4, seeds=1)
         settings = settings._replace(
             pretrain_steps=40, steps=4, every=2, texts=512, batch_size=4, prompts=4, samples=2,
-            held_out=64, width=16,
+            held_out=64, width=16, layers=1,
         )  # fmt: skip
     output = train.writable_directory(config.output_dir)
     weights = {"three": THREE, "random": RANDOM}

@@ -91,7 +91,7 @@ def main(config: Config) -> int:
 
 def run_seed(config: Config, seed: int) -> dict[str, Any]:
     """{"start": pass@1, "identity": {...}, "methods": {name: row}} of one start."""
-    sizes = dict(width=32, size=400) if config.smoke else {}
+    sizes = dict(width=32, size=400, layers=1) if config.smoke else {}
     task = arithmetic.task(seed, **sizes)
     start, _ = arithmetic.started(task, seed, config.until)
     build = functools.partial(policy_gradient, task.model)

@@ -90,6 +90,8 @@ class Config:
     kappa: float = 1.3
     beta: float = -0.1
     held_out: int = 200  # words, with each task
+    width: int = 96
+    layers: int = 2
     output_dir: str = "runs/otr"
     smoke: bool = False  # seconds; claims are printed, not judged
     debug: bool = False  # full tracebacks
@@ -101,7 +103,8 @@ def main(config: Config) -> int:
     if config.smoke:
         config = dataclasses.replace(
             config, methods=("sft", "otr"), seeds=1, until=1e-6, levels=(0.0,), judged=0.0, steps=2,
-            evaluate_every=1, examples=32, batch_size=8, num_samples=4, held_out=8,
+            evaluate_every=1, examples=32, batch_size=8, num_samples=4, held_out=8, learning_rate=3e-3,
+            width=32, layers=1,
         )  # fmt: skip
     output = train.writable_directory(config.output_dir)
     model, start = pretrained(config)
@@ -170,7 +173,7 @@ def pretrained(config: Config) -> tuple[Decoder, Any]:
     known, _ = splits(config)
     rng = np.random.default_rng(config.start_seed)
     model, params = arithmetic.small_model(
-        jax.random.key(config.start_seed), length=2 * SIZE, vocabulary=VOCABULARY
+        jax.random.key(config.start_seed), config.width, 2 * SIZE, VOCABULARY, config.layers
     )
     rest = (1 - config.share) / len(OLD)
     names = rng.choice(list(TASKS), len(known), p=[rest] * len(OLD) + [config.share])

@@ -60,6 +60,7 @@ MEASURES = ("greedy", "sampled", "vote")
 SMOKE: dict[str, Any] = dict(
     algo=("sft", "reft"), seeds=1, kinds="C", pretraining=64, questions=32, held_out=4, until=0.0,
     warmup_epochs=0, steps=4, batch_size=32, evaluate_every=4, samples=2, votes=2, width=32,
+    layers=1,
 )  # fmt: skip
 
 
@@ -89,6 +90,7 @@ class Config:
     own: int = 8  # samples to each training question, for offline self-training
     rerank: bool = False  # also a classifier of workings, which chooses among the samples
     width: int = 64
+    layers: int = 2
     output_dir: str = "runs/reft"
     smoke: bool = False  # seconds; claims are printed, not judged
     debug: bool = False  # full tracebacks
@@ -140,7 +142,7 @@ def run_seed(config: Config, seed: int) -> dict[str, list[dict]]:
     earlier, pairs, held_out = np.split(pairs, np.cumsum(sizes)[:-1])
     kinds = lambda pairs: rng.choice(list(config.kinds), len(pairs))
     rows = workings.rows_of(pairs, kinds(pairs), config.digits)
-    model, params = arithmetic.small_model(jax.random.key(seed), config.width)
+    model, params = arithmetic.small_model(jax.random.key(seed), config.width, layers=config.layers)
     params, steps = pretrained(config, model, params, earlier, kinds(earlier), seed)
     start = warm_up(config, model, params, rows, seed)
     rank = ranker(config, model, start, pairs, seed) if config.rerank else None

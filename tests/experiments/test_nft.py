@@ -1,5 +1,6 @@
 """NFT's script: its identity is exact, its arms are what they are called, its judge can fail."""
 
+import dataclasses
 import functools
 import json
 
@@ -27,7 +28,9 @@ REWARDS = jnp.array([1.0, 0, 0, 0, 1, 1, 1, 0, 0, 0, 0, 0])  # three groups of f
 @pytest.fixture(scope="module")
 def coefficients():
     """name -> [12], c_i of ∇loss_i = -c_i ∇log π of answers of one token, which is always the same."""
-    model = Decoder(tiny_config(vocab_size=5, max_length=8))
+    config = tiny_config(vocab_size=5, max_length=8)
+    small = dict(hidden_size=16, intermediate_size=16, head_dim=4, num_layers=1)
+    model = Decoder(dataclasses.replace(config, **small))
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     methods = nft.algorithms(functools.partial(policy_gradient, model), 4)
     rows = {

@@ -45,6 +45,7 @@ import tyro
 from experiments.papers import _cxr_reports as world
 from experiments.papers import _toy_text as toy
 from experiments.papers._claims import Claim, interval, report, show
+from experiments.papers._seeds import run_seeds
 from jaxft import losses, train
 from jaxft.data import green_score, judge_pairs
 from jaxft.metrics import length_controlled_rate, standardised_mean
@@ -84,8 +85,8 @@ def main(config: Config) -> int:
         )
     output = train.writable_directory(config.output_dir)
     train.keep_memory_warm()
-    seeds = range(config.first_seed, config.first_seed + config.seeds)
-    metrics = {"lengths": length_part(), "runs": [run_seed(config, seed) for seed in seeds]}
+    runs = run_seeds(config, output, functools.partial(run_seed, config))
+    metrics = {"lengths": length_part(), "runs": runs}
     _figure(metrics, output)
     code = report(judge(metrics), metrics, output)
     return 0 if config.smoke else code

@@ -4,7 +4,7 @@ A model pretrained on a mixture of answer formats is trained by reinforcement le
 for right answers and for no format. Within a few steps it gives one format alone: the one that it was
 best at.
 
-    python experiments/papers/echo_chamber.py
+    python experiments/papers/echo_chamber.py       after an interruption, again: finished seeds are kept
 
 The task is the addition of three-digit numbers, 123+456=, with three formats, told by the first character:
 A0579, the sum; B9750|0579, its digits reversed and then the sum; C050709|0579, the sums of the
@@ -41,6 +41,7 @@ from rich.table import Table
 
 from experiments import _arithmetic as arithmetic
 from experiments.papers._claims import Claim, interval, report, show
+from experiments.papers._seeds import run_seeds
 from experiments.papers._workings import (
     FORMATS,
     question,
@@ -90,8 +91,7 @@ def main(config: Config) -> int:
             group_size=4, held_out=16, width=32, layers=1,
         )  # fmt: skip
     output = train.writable_directory(config.output_dir)
-    seeds = range(config.first_seed, config.first_seed + config.seeds)
-    runs = [run_seed(config, seed) for seed in seeds]
+    runs = run_seeds(config, output, functools.partial(run_seed, config))
     print_table(runs)
     _figure(runs, output)
     code = report(judge(config, runs), {"runs": runs}, output)

@@ -41,6 +41,7 @@ from rich.table import Table
 
 from experiments import _arithmetic as arithmetic
 from experiments.papers._claims import Claim, interval, report, show
+from experiments.papers._seeds import run_seeds
 from jaxft import rl, train
 from jaxft.objectives import policy_gradient
 from jaxft.objectives.policy_gradient import clipped, negative_aware, token_mean
@@ -81,8 +82,7 @@ def main(config: Config) -> int:
             config, seeds=1, until=0.002, rollouts=1, prompts_per_step=4, group_size=4, updates=2
         )
     output = train.writable_directory(config.output_dir)
-    seeds = range(config.first_seed, config.first_seed + config.seeds)
-    runs = [run_seed(config, seed) for seed in seeds]
+    runs = run_seeds(config, output, functools.partial(run_seed, config))
     print_table(runs)
     _figure(runs, output)
     code = report(judge(runs), {"runs": runs}, output)

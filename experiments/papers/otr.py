@@ -44,6 +44,7 @@ from rich.table import Table
 from experiments import _arithmetic as arithmetic
 from experiments.papers import _toy_text as toy
 from experiments.papers._claims import Claim, interval, report, show
+from experiments.papers._seeds import run_seeds
 from jaxft import losses, rl, train
 from jaxft.generation import SamplingConfig
 from jaxft.models import Decoder
@@ -113,8 +114,8 @@ def main(config: Config) -> int:
     print(
         "start: " + ", ".join(f"{k} {v:.3f}" for k, v in first.items() if k != "step"), flush=True
     )
-    runs = []
-    for seed in range(config.first_seed, config.first_seed + config.seeds):
+
+    def run_seed(seed):
         curves = {}
         for name in config.methods + ABLATIONS * config.ablations:
             curves[name] = [first, *train_method(config, model, start, name, seed, measure)]
@@ -123,7 +124,9 @@ def main(config: Config) -> int:
                 f"seed {seed}, {name}: target {last['target']:.3f}, old {last['old']:.3f}",
                 flush=True,
             )
-        runs.append(curves)
+        return curves
+
+    runs = run_seeds(config, output, run_seed)
     print_table(config, runs)
     _figure(config, runs, output)
     code = report(judge(config, runs), {"start": first, "runs": runs}, output)

@@ -3,7 +3,7 @@
 After a short warm-up on annotated workings, PPO on the same questions with the answer as reward: the model
 learns from many workings that it finds itself, where supervised fine-tuning (SFT) has the annotated one.
 
-    python experiments/papers/reft.py
+    python experiments/papers/reft.py       after an interruption, again: finished seeds are kept
     python experiments/papers/reft.py --algo sft reft --kl 0 --partial-reward 0
 
 The task is the addition of two-digit numbers, 47+85=, with one of two kinds of written-out working before the
@@ -48,6 +48,7 @@ from experiments import _arithmetic as arithmetic
 from experiments.papers import _reranker as reranker
 from experiments.papers import _workings as workings
 from experiments.papers._claims import Claim, interval, report, show
+from experiments.papers._seeds import run_seeds
 from jaxft import rl, train
 from jaxft.metrics import majority_vote, rerank
 from jaxft.models import Decoder
@@ -102,8 +103,7 @@ def main(config: Config) -> int:
     if config.smoke:
         config = dataclasses.replace(config, **SMOKE)
     output = train.writable_directory(config.output_dir)
-    seeds = range(config.first_seed, config.first_seed + config.seeds)
-    runs = [run_seed(config, seed) for seed in seeds]
+    runs = run_seeds(config, output, functools.partial(run_seed, config))
     print_table(runs)
     _figure(runs, output)
     code = report(judge(runs), {"runs": runs}, output)

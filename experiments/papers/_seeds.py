@@ -44,7 +44,7 @@ def _kept(path, keep, run, seed):
 
 
 def _digest(config):
-    """Of the settings and of the code: the script's, where the config's class was written, and all it uses."""
+    """Of the settings and of the code: the script, where the config's class was written, and what it uses."""
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in APART}
     ours = {
         type(config).__module__,

@@ -25,24 +25,21 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
+import optax
 import tyro
 
 from experiments import _preference_report as reports
 from experiments import _training as shared
 from experiments._optimizers import sharpen
-from jaxft import data, losses, objectives, rl, train
+from experiments._preference_losses import REFERENCE_FREE, REWARDS, UNPAIRED, Loss, objective_of
+from jaxft import data, objectives, rl, train
+from jaxft.analysis import text_embeddings
 from jaxft.generation import SamplingConfig
+from jaxft.losses import density_ratios
+from jaxft.optim import moving_reference, running_mean
 
 NEEDLE = "rg:needle_haystack?min_num_statements=4&max_num_statements=8"
-Loss = Literal[
-    "dpo", "robust", "hinge", "ipo", "exo", "nca", "sppo", "bco_pair", "apo_zero", "apo_down", "aot",
-    "aot_unpaired", "discopop", "normalised", "length_regularised", "dpop", "hybrid_dpo", "mpo", "simpo",
-    "alpha_po", "cpo", "orpo", "slic", "kto", "bco", "hypo", "reward", "outcome", "process",
-]  # fmt: skip
-UNPAIRED = ("kto", "bco")
-REWARDS = ("reward", "outcome", "process")  # of pairs, of answers, of steps
 HEAD = 0x4EAD  # purpose of the key that draws a reward head
-REFERENCE_FREE = ("simpo", "alpha_po", "cpo", "orpo", "slic")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +64,18 @@ class Config(shared.Training):
     f_alpha: float = 0.5  # of the alpha divergence; 1 is the reverse KL
     nll_alpha: float = 0.0  # weight of the chosen completion's own likelihood (RPO; cpo: 1 more)
     use_weighting: bool = False  # weigh pairs by how likely the policy is to say them (WPO)
+    nll_on_prompt: bool = (
+        False  # orpo: its likelihood is of the prompt too, as in its authors' code
+    )
+    ref_model_sync_steps: int | None = (
+        None  # steps after which the reference moves to the policy (TR-DPO: 512); None: never
+    )
+    ref_model_mixup_alpha: float = 0.6  # how far, of the way there; 1 is all of it
+    prompt_embedder: str | None = (
+        None  # bco: "minilm" or another model, whose embeddings of prompts give density ratios (UDM)
+    )
+    min_density_ratio: float = 0.5  # bco: limits of these
+    max_density_ratio: float = 10.0
     desirable_weight: float = 1.0  # kto
     undesirable_weight: float = 1.0  # kto
     kl_weight: float = 0.1  # hypo: of the KL on the policy's own answers, nats of a whole answer
@@ -107,7 +116,7 @@ def main(config: Config) -> dict[str, Any]:
     bare_held_out = held_out
     if config.loss not in REWARDS:
         held_out = score(params, held_out)  # Free of reference or not: gains are told.
-    if config.loss not in (*REWARDS, *REFERENCE_FREE):
+    if config.loss not in (*REWARDS, *REFERENCE_FREE) and config.ref_model_sync_steps is None:
         training = score(params, training)
     eval_batches = data.finite_group_batches(
         bare_held_out if config.loss in REFERENCE_FREE else held_out,
@@ -123,10 +132,11 @@ def main(config: Config) -> dict[str, Any]:
     if config.loss == "hypo":
         objective = objective_of(dataclasses.replace(config, kl_weight=0.0))(model)  # To evaluate.
         batches = with_samples(config, model, params, training, batches, mesh)
+    optimizer, batches = following(config, model, method.optimizer, batches, mesh)
     state, history = train.fit(
         params,
         method.objective,
-        method.optimizer,
+        optimizer,
         batches,
         steps=config.max_steps,
         key=jax.random.key(config.seed),
@@ -175,92 +185,21 @@ def with_samples(config: Config, model, params, training, batches, mesh):
         seed=config.seed,
         mesh=mesh,
     )
-    return rl.PairsWithSamples(batches, sample)
+    beside = lambda state, pairs: {**pairs, "online": sample(state)}
+    return train.StateBatches(batches, beside)
 
 
-def objective_of(config: Config):
-    """model -> objective, for the loss of the flags; refuses flags that the loss does not have."""
-    given = {name: getattr(config, name) for name in ("beta", "label_smoothing")}
-    given = {name: value for name, value in given.items() if value is not None}
-    if config.beta is not None and not config.beta > 0:
-        raise ValueError(f"--beta must be positive, got {config.beta}.")
-    smoothed = ("dpo", "robust", "exo", "aot", "aot_unpaired", "simpo", "cpo", "hypo")
-    if "label_smoothing" in given and config.loss not in smoothed:
-        raise ValueError(f"--label-smoothing is of {', '.join(smoothed)}; {config.loss} has none.")
-    if config.center_rewards_coefficient and config.loss != "reward":
-        raise ValueError(f"--center-rewards-coefficient is of reward, not of {config.loss}.")
-    if config.loss in REWARDS and "beta" in given:
-        raise ValueError(f"--beta is of losses with a policy; {config.loss} trains a reward model.")
-    if config.loss == "hypo" and (
-        config.use_weighting or min(config.online_samples, config.max_new_tokens) < 1
-    ):
-        raise ValueError(
-            f"hypo takes no --use-weighting, and at least one --online-samples and --max-new-tokens; got "
-            f"{config.online_samples} and {config.max_new_tokens}."
-        )
-    if config.f_divergence != "reverse_kl" and config.loss != "dpo":
-        raise ValueError(f"--f-divergence is of dpo, not of {config.loss}.")
-    if config.ld_alpha != 1 and config.loss in (*UNPAIRED, *REWARDS, "hypo"):
-        raise ValueError(f"--ld-alpha is of pairs, not of {config.loss}.")
-    if not 0 <= config.ld_alpha <= 1:
-        raise ValueError(f"--ld-alpha must lie in [0, 1], got {config.ld_alpha}.")
-    if config.kl_weight < 0:
-        raise ValueError(f"--kl-weight must be at least 0, got {config.kl_weight}.")
-    if config.loss in (*UNPAIRED, *REWARDS) and (config.use_weighting or config.nll_alpha):
-        raise ValueError(f"--use-weighting and --nll-alpha are of pairs, not of {config.loss}.")
-    if config.loss in REWARDS:
-        centre = config.center_rewards_coefficient
-        return {
-            "reward": lambda model: objectives.pairwise_reward(
-                model, center_rewards_coefficient=centre
-            ),
-            "outcome": objectives.outcome_reward,
-            "process": objectives.process_reward,
-        }[config.loss]
-    if config.loss in UNPAIRED:
-        weights = {n: getattr(config, n) for n in ("desirable_weight", "undesirable_weight")}
-        if config.loss == "kto":
-            return lambda model: objectives.kto(model, **given, **weights)
-        return lambda model: objectives.bco(model, **given)
-    own = {
-        "dpo": {} if config.f_divergence == "reverse_kl" else {"h": divergence(config)},
-        "simpo": {"simpo_gamma": config.simpo_gamma},
-        "alpha_po": {"simpo_gamma": config.simpo_gamma},
-        "length_regularised": {"alpha": config.alpha_length},
-    }
-    named = losses.f_dpo_loss if own.get(config.loss, {}).get("h") else pair_loss(config.loss)
-    loss = functools.partial(named, **given, **own.get(config.loss, {}))
-    one = jax.ShapeDtypeStruct((1,), np.float32)
-    jax.eval_shape(loss, losses.Pairs(*[one] * 6))  # Bad values fail now, not after minutes.
-    whole = loss
-    if config.nll_alpha:
-        whole = lambda pairs: loss(pairs) + config.nll_alpha * losses.nll_loss(pairs)
-    beta = 0.1 if config.beta is None else config.beta
-    if config.loss == "hypo":
-        return lambda model: objectives.hypo(model, whole, beta=beta, kl_weight=config.kl_weight)
-    return lambda model: objectives.preference(
-        model, whole, beta=beta, use_weighting=config.use_weighting, ld_alpha=config.ld_alpha
-    )
-
-
-def divergence(config: Config):
-    """h of `f_dpo_loss`."""
-    if config.label_smoothing is not None:
-        raise ValueError(f"--label-smoothing is of the reverse KL, not of {config.f_divergence}.")
-    if config.f_divergence == "alpha":
-        return losses.alpha_divergence(config.f_alpha)
-    return getattr(losses, config.f_divergence)
-
-
-def pair_loss(name: str):
-    """The function of `Pairs` of a name."""
-    named = {
-        "hypo": losses.dpo_loss,
-        "robust": losses.robust_dpo_loss,
-        "normalised": losses.normalised_dpo_loss,
-        "length_regularised": losses.length_regularised_dpo_loss,
-    }
-    return named.get(name) or getattr(losses, f"{name}_loss")
+def following(config: Config, model, optimizer, batches, mesh):
+    """(optimizer, batches) that keep a moving reference, and BCO's running mean, where the loss has one."""
+    rules, adds = [], []
+    if config.ref_model_sync_steps is not None:
+        rules += [moving_reference(config.ref_model_mixup_alpha, config.ref_model_sync_steps)]
+        adds += [train.moving_reference_log_probs(model, mesh=mesh, ld_alpha=config.ld_alpha)]
+    if config.loss == "bco":
+        rules, adds = [*rules, running_mean("rewards/mean")], [*adds, train.with_running_mean]
+    if not rules:
+        return optimizer, batches
+    return optax.chain(optimizer, *rules), train.StateBatches(batches, *adds)
 
 
 def load_data(config: Config):
@@ -282,6 +221,8 @@ def load_data(config: Config):
         other = config.loss in UNPAIRED
         render = functools.partial(data.render_unpaired, seed=config.seed, mismatched=other)
         records, held_out = _labelled(records), _labelled(held_out)
+        if config.prompt_embedder:
+            records = with_density_ratios(config, records)
     else:
         render = data.render_steps if config.loss == "process" else data.render_pairs
     training = render(records, renderer, config.max_length, bad=bad, **too_long)
@@ -306,6 +247,24 @@ def load_records(config: Config, spec: str, bad: data.BadRecords) -> list[data.p
         data.normalise_unpaired(row, fields) if "label" in row else data.normalise_pair(row, fields)
     )
     return data.load(spec, form=either, bad=bad)
+
+
+def with_density_ratios(config: Config, records: list) -> list:
+    """The records with `density_ratio`, of the prompts' embeddings."""
+    model, params = shared.files.load_model(config.prompt_embedder)
+    tokenizer = shared.files.load_tokenizer(config.prompt_embedder)
+    texts = list(map(_question, records))
+    labels = np.array([bool(record["label"]) for record in records])
+    ratios = density_ratios(
+        text_embeddings(model, params, tokenizer, texts),
+        labels,
+        minimum=config.min_density_ratio,
+        maximum=config.max_density_ratio,
+        seed=config.seed,
+    )
+    low, middle, high = np.quantile(ratios[~labels], (0.1, 0.5, 0.9))
+    print(f"density ratios of undesirable prompts: {middle:.2f}, most in [{low:.2f}, {high:.2f}]")
+    return [r | {"density_ratio": float(x)} for r, x in zip(records, ratios, strict=True)]
 
 
 def reward_report(config: Config, rewards: np.ndarray, groups: list) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What fine-tuning does to a model, measured."""
 
 from jaxft.analysis.intrinsic_dimension import D90, d90_search, satisfactory
+from jaxft.analysis.sentences import text_embeddings
 from jaxft.analysis.sharpness import epsilon_sharpness, filter_normalised, linear_cka, loss_along
 
 __all__ = [
@@ -11,4 +12,5 @@ __all__ = [
     "linear_cka",
     "loss_along",
     "satisfactory",
+    "text_embeddings",
 ]

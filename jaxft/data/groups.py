@@ -69,10 +69,10 @@ def render_unpaired(
 ) -> list[TokenisedGroup]:
     """Records of `normalise_unpaired` as groups of two: the completion, and one of another prompt.
 
-    The column `label` is whether the completion is desirable. The second sequence is the record's prompt with
-    the completion of the next record, in a shuffled order, that has another prompt: KTO estimates its KL
-    from such. That it is chosen here, not in the batch, makes it independent of batches and hosts and its
-    reference log-probs a column like the others.
+    The column `label` is whether the completion is desirable; a `density_ratio` becomes a column too. The
+    second sequence is the record's prompt with the completion of the next record, in a shuffled order, with
+    another prompt: KTO estimates its KL from such. That it is chosen here, not in the batch, makes it
+    independent of batches and hosts and its reference log-probs a column like the others.
 
     Args:
         seed: of the order in which completions are passed on.
@@ -81,7 +81,12 @@ def render_unpaired(
     Raises:
         DataError: as `render_pairs`; and if all prompts are the same.
     """
-    columns = lambda record: {"label": np.bool_(record["label"])}
+
+    def columns(record):
+        ratio = record.get("density_ratio")
+        own = {} if ratio is None else {"density_ratio": np.float32(ratio)}
+        return {"label": np.bool_(record["label"])} | own
+
     if not mismatched:
         answer = lambda record: [record["completion"]]
         return _render(records, renderer, max_length, too_long, bad, answer, columns)

@@ -1,6 +1,7 @@
 """Losses: arrays in, values out; no model, no tokenizer, no reduction that is not in the name."""
 
 from jaxft.losses.coverage import coverage_weight, dco_loss
+from jaxft.losses.density_ratio import density_ratios, logistic_regression
 from jaxft.losses.divergences import (
     gaussian_kernel,
     inverse_multiquadric_kernel,
@@ -108,6 +109,7 @@ __all__ = [
     "cpo_loss",
     "cross_entropy",
     "dco_loss",
+    "density_ratios",
     "dft_loss",
     "discopop_loss",
     "dpo_loss",
@@ -138,6 +140,7 @@ __all__ = [
     "linear_entropy",
     "linear_log_probs",
     "log_ratio",
+    "logistic_regression",
     "maximum_mean_discrepancy",
     "mpo_loss",
     "nca_loss",

@@ -25,6 +25,8 @@ class Pairs(NamedTuple):
     ref_rejected: jax.Array | None = None  # [B]
     chosen_lengths: jax.Array | None = None  # [B] tokens, the stop token among them; at least 1
     rejected_lengths: jax.Array | None = None  # [B]
+    prompt: jax.Array | None = None  # [B] log π(prompt), of its tokens but the first
+    prompt_lengths: jax.Array | None = None  # [B] how many these are
 
 
 def log_ratios(pairs: Pairs) -> tuple[Float[Array, " B"], Float[Array, " B"]]:

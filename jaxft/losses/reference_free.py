@@ -84,17 +84,33 @@ def slic_loss(pairs: Pairs, *, beta: float = 1.0) -> Float[Array, " B"]:
     return jax.nn.relu(1 - beta * (pairs.chosen - pairs.rejected))
 
 
-def orpo_loss(pairs: Pairs, *, beta: float = 0.1) -> Float[Array, " B"]:
+def orpo_loss(
+    pairs: Pairs, *, beta: float = 0.1, nll_on_prompt: bool = False
+) -> Float[Array, " B"]:
     """-log π(y_w) / n_w - β log σ(log odds(y_w) - log odds(y_l)), odds = p / (1 - p).
 
     p is the mean likelihood of a token, exp(log π(y) / n). ORPO: Hong et al., 2024,
-    arxiv.org/abs/2403.07691, eq. 4, 6 and 7 (β is its λ). The likelihood is of the completion alone; the
-    authors' code counts the prompt's tokens too.
+    arxiv.org/abs/2403.07691, eq. 4, 6 and 7 (β is its λ).
+
+    Args:
+        nll_on_prompt: the first term is a mean over the prompt's tokens too, -log π(x, y_w) / (n_x + n_w), as
+            in the authors' code and TRL's (whose mean is over all tokens of a batch).
+
+    Raises:
+        ValueError: if that is asked of pairs without log-probs of prompts.
     """
     # A completion that is certain has infinite odds: the clamp also stops its gradient.
     p_w, p_l = (jnp.minimum(x, _LARGEST) for x in _averages(pairs))
     log_odds = lambda log_p: log_p - jax.nn.log1mexp(-log_p)
-    return nll_loss(pairs) - beta * jax.nn.log_sigmoid(log_odds(p_w) - log_odds(p_l))
+    nll = _whole_nll(pairs) if nll_on_prompt else nll_loss(pairs)
+    return nll - beta * jax.nn.log_sigmoid(log_odds(p_w) - log_odds(p_l))
+
+
+def _whole_nll(pairs):
+    if pairs.prompt is None or pairs.prompt_lengths is None:
+        raise ValueError("orpo_loss: nll_on_prompt needs prompt and prompt_lengths of the pairs.")
+    chex.assert_equal_shape([pairs.chosen, pairs.prompt, pairs.prompt_lengths])
+    return -(pairs.chosen + pairs.prompt) / (lengths(pairs)[0] + pairs.prompt_lengths)
 
 
 def _averages(pairs):

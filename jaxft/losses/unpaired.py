@@ -58,15 +58,21 @@ def bco_loss(
     delta: Float[Array, ""],
     *,
     beta: float = 0.1,
+    ratios: Float[Array, " B"] | None = None,
 ) -> Float[Array, " B"]:
-    """-log σ(β r - δ) where the label is True, -log σ(-(β r - δ)) where it is False.
+    """-log σ(β r - δ) where the label is True, -w log σ(-(β r - δ)) where it is False.
 
     BCO: Jung et al., 2024, arxiv.org/abs/2404.04656.
 
     Args:
         log_ratios, labels: as of `kto_loss`.
         delta: δ, mean of the rewards β r so far; gets no gradient.
+        ratios: w, of `density_ratios`; None: 1.
     """
     chex.assert_equal_shape([log_ratios, labels])
     z = beta * log_ratios - jax.lax.stop_gradient(delta)
-    return -jax.nn.log_sigmoid(jnp.where(labels, z, -z))
+    loss = -jax.nn.log_sigmoid(jnp.where(labels, z, -z))
+    if ratios is None:
+        return loss
+    chex.assert_equal_shape([log_ratios, ratios])
+    return jnp.where(labels, 1.0, ratios) * loss

@@ -29,6 +29,7 @@ from jaxft.losses.unpaired import kto_kl
 from jaxft.metrics import Mean
 from jaxft.models.decoder import project
 from jaxft.objectives.supervised import Objective, shift
+from jaxft.optim.following import with_mean
 
 PairLoss = Callable[[Pairs], jax.Array]  # one of jaxft.losses with its hyperparameters
 Reference = Callable[[Any], Any]  # params -> the reference's params, such as adapters.base_params
@@ -42,6 +43,10 @@ class Sequences(NamedTuple):
     sums: jax.Array  # [B, G] log π(completion | prompt) in nats
     lengths: jax.Array  # [B, G] tokens of the completion, float32; 0 where there is none
     weights: jax.Array | None = None  # [B, G] WPO's
+    prompts: jax.Array | None = (
+        None  # [B, G] log π of the tokens before the completion, but the first
+    )
+    prompt_lengths: jax.Array | None = None  # [B, G]
 
 
 def sequence_log_probs(
@@ -77,20 +82,22 @@ def sequence_log_probs(
     )
     head, softcap = model.head(params), model.config.final_softcap
     log_probs = linear_log_probs(output.hidden, head, targets, softcap=softcap)
-    counted = weights > 0
-    shape = tokens.shape[:2]
+    counted, shape = weights > 0, tokens.shape[:2]
     lengths = jnp.sum(counted, axis=1, dtype=jnp.float32).reshape(shape)
     if ld_alpha == 1:
         sums = jnp.sum(jnp.where(counted, log_probs, 0.0), axis=1)
     else:
         public = jnp.broadcast_to(jnp.min(lengths, axis=1, keepdims=True), shape).reshape(-1)
         sums = length_desensitised(log_probs, counted.astype(jnp.float32), public, ld_alpha)
-    sums = sums.reshape(shape)
+    before = (shift(flat | {"loss_mask": jnp.ones_like(weights)})[1] > 0) & ~counted
+    prompts = jnp.sum(jnp.where(before, log_probs, 0.0), axis=1).reshape(shape)
+    prompt_lengths = jnp.sum(before, axis=1, dtype=jnp.float32).reshape(shape)
+    found = Sequences(sums.reshape(shape), lengths, None, prompts, prompt_lengths)
     if not wpo:
-        return Sequences(sums, lengths)
+        return found
     collision = _log_collision_probs(jax.lax.stop_gradient(output.hidden), head, softcap)
     mask = counted.astype(jnp.float32)
-    return Sequences(sums, lengths, wpo_weights(log_probs, collision, mask).reshape(shape))
+    return found._replace(weights=wpo_weights(log_probs, collision, mask).reshape(shape))
 
 
 def preference(
@@ -221,7 +228,9 @@ def kto(
 def bco(model, *, beta: float = 0.1, reference: Reference | None = None) -> Objective:
     """objective(params, batch, key) -> (mean `bco_loss`, metrics) of completions with a `label`.
 
-    δ is the mean reward of the batch, or microbatch, that the objective is given; TRL's is a running mean.
+    δ is the mean reward of all batches so far where the batch has `running` (`train.with_running_mean`), and
+    else of the batch, or microbatch, that the objective is given. A column `density_ratio` [B] weighs
+    undesirable completions: see `density_ratios`. Metrics: `kto`'s, with rewards/mean and delta for its kl.
     """
 
     def objective(params, batch, key):
@@ -231,11 +240,14 @@ def bco(model, *, beta: float = 0.1, reference: Reference | None = None) -> Obje
         counted = (policy.lengths[:, 0] > 0).astype(jnp.float32)
         ratios = policy.sums[:, 0] - _reference_of(model, params, first, reference)
         labels = jnp.asarray(batch["label"]).astype(bool)
-        delta = jax.lax.stop_gradient(Mean.of(beta * ratios, counted).value)
-        values = bco_loss(ratios, labels, delta, beta=beta)
+        rewards = Mean.of(beta * ratios, counted)
+        running = batch.get("running", (0.0, 0.0))
+        delta = jax.lax.stop_gradient(with_mean(*running, rewards)[0])
+        values = bco_loss(ratios, labels, delta, beta=beta, ratios=batch.get("density_ratio"))
         total = Mean.of(jnp.where(counted > 0, values, 0.0), counted)
         metrics = _label_metrics(policy, beta * ratios, delta, labels, counted)
         metrics |= {"loss": total, "num_tokens": all_tokens(first, total)}
+        metrics |= {"rewards/mean": rewards, "delta": Mean(delta * total.weight, total.weight)}
         return total.value, jax.lax.stop_gradient(metrics)
 
     return objective
@@ -247,7 +259,8 @@ def _pairs(policy: Sequences, ref) -> tuple[Pairs, jax.Array]:
     # Empty groups fill a last batch: their lengths must not divide by 0, in the gradient either.
     lengths = jnp.maximum(policy.lengths, 1.0)
     columns = lambda x: (None, None) if x is None else (x[:, 0], x[:, 1])
-    return Pairs(*columns(policy.sums), *columns(ref), *columns(lengths)), counted
+    prompt = policy.prompts[:, 0], policy.prompt_lengths[:, 0]
+    return Pairs(*columns(policy.sums), *columns(ref), *columns(lengths), *prompt), counted
 
 
 def _reference_sums(model, params, batch, reference, ld_alpha=1.0):

@@ -21,7 +21,6 @@ from jaxft.rl.episodes import episodes
 from jaxft.rl.experience import Experience, KlControl
 from jaxft.rl.on_device import DeviceReward, collect_on_device, equals, sample_on_device
 from jaxft.rl.online import (
-    PairsWithSamples,
     best_and_worst,
     online_preference,
     samples_beside,
@@ -62,7 +61,6 @@ __all__ = [
     "OnFirstHost",
     "KlControl",
     "Outcome",
-    "PairsWithSamples",
     "ProcessPool",
     "Reply",
     "RewardFn",

@@ -6,7 +6,7 @@ jaxft.objectives.hypo takes, given pairs with fresh samples beside them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -98,32 +98,6 @@ def online_preference(build: Build, loss: PairLoss, group_size: int) -> Algorith
     return Algorithm(credit, build(reinforce(), sequence_sum))
 
 
-class PairsWithSamples:
-    """(state) -> a batch of pairs with fresh samples of the policy as `online`: batches for `fit`.
-
-    Its position, for checkpoints, is that of the pairs: the samples follow from the state.
-
-    Args:
-        pairs: an iterator over batches of pairs, with `get_state` and `set_state`.
-        sample: (state) -> a batch of groups, such as `samples_beside`.
-    """
-
-    def __init__(self, pairs: Iterator[Batch], sample: Callable[[Any], Batch]):
-        self._pairs, self._sample = pairs, sample
-
-    def __call__(self, state: Any) -> Batch:
-        """The next pairs, and samples of the state's policy."""
-        return {**next(self._pairs), "online": self._sample(state)}
-
-    def get_state(self) -> Any:
-        """The position of the pairs."""
-        return self._pairs.get_state()
-
-    def set_state(self, position: Any) -> None:
-        """Goes on from a position."""
-        self._pairs.set_state(position)
-
-
 def samples_beside(
     model: Decoder,
     prompts: Sequence[Sequence[int]],
@@ -137,6 +111,7 @@ def samples_beside(
 ) -> Callable[[Any], Batch]:
     """(state) -> groups [N, K, T] of K samples to each of N prompts, with `ref_log_probs` [N, K].
 
+    StateBatches(pairs, lambda state, batch: {**batch, "online": sample(state)}) puts them beside pairs.
     Which prompts, and what is drawn, follow from the state's step and key. A host gets its groups of them.
 
     Args:

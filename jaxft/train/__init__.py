@@ -3,6 +3,7 @@
 from jaxft.adapters.commit import commit
 from jaxft.optim.perturbations import global_norm
 from jaxft.train.accumulate import GradientEstimator, accumulate, loss_weight, split_batch
+from jaxft.train.batches import StateBatches
 from jaxft.train.callbacks import Callback, Row, Run, every, profile
 from jaxft.train.checkpoints import Checkpoints, restore_params, writable_directory
 from jaxft.train.errors import (
@@ -18,7 +19,11 @@ from jaxft.train.logs import jsonl_log, progress, tensorboard_log, wandb_log
 from jaxft.train.loop import fit
 from jaxft.train.memory import check_memory, keep_memory_warm, state_bytes
 from jaxft.train.optimizer import constant, cosine, decay_mask, linear, make_optimizer, with_warmup
-from jaxft.train.reference import reference_log_probs
+from jaxft.train.reference import (
+    moving_reference_log_probs,
+    reference_log_probs,
+    with_running_mean,
+)
 from jaxft.train.state import TrainState, init_state
 from jaxft.train.step import jit_step, make_step
 
@@ -32,6 +37,7 @@ __all__ = [
     "PreemptedError",
     "Row",
     "Run",
+    "StateBatches",
     "TrainState",
     "accumulate",
     "commit",
@@ -54,6 +60,7 @@ __all__ = [
     "make_eval_step",
     "make_optimizer",
     "make_step",
+    "moving_reference_log_probs",
     "plot_run",
     "profile",
     "progress",
@@ -64,6 +71,7 @@ __all__ = [
     "split_batch",
     "tensorboard_log",
     "wandb_log",
+    "with_running_mean",
     "with_warmup",
     "writable_directory",
 ]

@@ -65,6 +65,35 @@ class BatchSource:
                 )
 
 
+class StateBatches:
+    """(state) -> the next batch, with what each `add(state, batch)` puts beside it.
+
+    Its position, for checkpoints, is that of the batches: all else follows from the state.
+
+    Args:
+        batches: an iterator with `get_state` and `set_state`.
+        adds: (state, batch) -> batch each, such as `moving_reference_log_probs`.
+    """
+
+    def __init__(self, batches: Iterator[Any], *adds: Callable[[TrainState, Any], Any]):
+        self._batches, self._adds = batches, adds
+
+    def __call__(self, state: TrainState) -> Any:
+        """The batch of the state's step."""
+        batch = next(self._batches)
+        for add in self._adds:
+            batch = add(state, batch)
+        return batch
+
+    def get_state(self) -> Any:
+        """The position of the batches."""
+        return self._batches.get_state()
+
+    def set_state(self, position: Any) -> None:
+        """Goes on from a position."""
+        self._batches.set_state(position)
+
+
 def place_batch(batch: Any, mesh: Mesh | None) -> Any:
     """The batch on the devices: rows over the mesh's data and fsdp axes, or as it is without mesh.
 

@@ -1,19 +1,24 @@
-"""Log-probs of a reference model, once, as a column of the data."""
+"""Log-probs of a reference model: once, as a column of the data, or at each step where it moves."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from optax import tree_utils
 
+from jaxft.adapters import combine, partition
+from jaxft.adapters.commit import commit
 from jaxft.data import TokenisedGroup, finite_group_batches
 from jaxft.objectives import sequence_log_probs
 from jaxft.parallel import in_turn, mesh_context, to_host
 from jaxft.train.batches import place_batch
+from jaxft.train.state import TrainState
 
 
 def reference_log_probs(
@@ -52,3 +57,40 @@ def reference_log_probs(
     flat = np.concatenate(to_host(sums)).astype(np.float32)
     found = dict(zip(order, flat, strict=False))  # the last batch may be filled up
     return [group.with_column("ref_log_probs", found[i]) for i, group in enumerate(groups)]
+
+
+def moving_reference_log_probs(
+    model, *, mesh: Mesh | None = None, ld_alpha: float = 1.0
+) -> Callable[[TrainState, Any], Any]:
+    """add(state, batch) -> the batch with `ref_log_probs` [B, G] under the reference of `moving_reference`.
+
+    For `StateBatches`; the optimizer must have that transform. It costs a forward pass a step.
+
+    Args:
+        model: a Decoder.
+        mesh: as for `fit`.
+        ld_alpha: see `sequence_log_probs`.
+    """
+
+    @jax.jit
+    def run(params, reference, batch):
+        whole = commit(combine(reference, partition(params)[1]))
+        return sequence_log_probs(model, whole, batch, ld_alpha=ld_alpha).sums
+
+    def add(state, batch):
+        reference = tree_utils.tree_get(state.opt_state, "reference")
+        names = ("tokens", "loss_mask", "segment_ids", "positions")
+        given = place_batch({name: batch[name] for name in names}, mesh)
+        with mesh_context(mesh):
+            found = in_turn(run(state.params, reference, given))
+        return {**batch, "ref_log_probs": found}
+
+    return add
+
+
+def with_running_mean(state: TrainState, batch: Any) -> Any:
+    """The batch with `running`, (mean, weight) of the optimizer's `running_mean`: for `StateBatches`."""
+    names = ("running_mean", "running_weight")
+    # Copies: the step that gets them overwrites the state.
+    running = tuple(jnp.copy(tree_utils.tree_get(state.opt_state, name)) for name in names)
+    return {**batch, "running": running}

@@ -48,7 +48,7 @@ def make_step(
     Args:
         objective: (params, batch, key) -> (loss, metrics).
         optimizer: any optax transform; one with extra arguments gets `value`, `grad`,
-            `value_fn(trainable)` and `grad_fn(trainable, *_)` of this batch.
+            `value_fn(trainable)` and `grad_fn(trainable, *_)` of this batch, and the objective's `metrics`.
         gradient: estimator with the signature of jax.value_and_grad, called with has_aux=True.
         microbatches: slices of the batch whose gradients are accumulated. An estimator that looks at
             more than one point (sam) does so for each slice by itself; the optimizer's grad_fn is the
@@ -60,7 +60,7 @@ def make_step(
             the sum over slices; any other result is made from the whole batch at once.
     """
     extra_args = dict(extra_args or {})
-    taken = {"value", "grad", "value_fn", "grad_fn"} & extra_args.keys()
+    taken = {"value", "grad", "value_fn", "grad_fn", "metrics"} & extra_args.keys()
     if taken:
         raise ValueError(
             f"make_step: extra_args may not name {sorted(taken)}: they are given anyway."
@@ -92,6 +92,7 @@ def make_step(
             grad=grads,
             value_fn=lambda t: estimate(t)[0][0],
             grad_fn=lambda t, *_: estimate(t)[1],
+            metrics=metrics,
             **extra,
         )
         # On the updates, not on the params: a select between whole trees would keep both.

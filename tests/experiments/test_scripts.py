@@ -196,7 +196,7 @@ def test_training_learns_and_resumes_to_the_same_losses(tmp_path):
     assert len(generate.main(model)) == 1
 
 
-@pytest.mark.parametrize("loss", ["dpo", "kto", "hypo", "reward", "process"])
+@pytest.mark.parametrize("loss", ["dpo", "kto", "bco", "hypo", "reward", "process"])
 def test_preferences_are_learnt_from_a_file(loss, tmp_path):
     """Chosen answers end otherwise than rejected ones: held-out pairs show whether that was learnt."""
     rows = [
@@ -210,6 +210,8 @@ def test_preferences_are_learnt_from_a_file(loss, tmp_path):
     settings |= dict(max_steps=12, batch_size=4, learning_rate=3e-3, eval_steps=6, rank=4)
     settings |= dict(max_new_tokens=4, save_steps=6)
     settings |= dict(fsdp=2, context=4) if loss == "kto" else {}
+    moving = dict(ref_model_sync_steps=5, ref_model_mixup_alpha=0.3, prompt_embedder="tiny")
+    settings |= moving if loss == "bco" else {}
     output = tmp_path / "run"
     config = preference.Config(loss=loss, output_dir=str(output), **settings)
     metrics = preference.main(config)
@@ -246,6 +248,13 @@ def test_preferences_are_learnt_from_a_file(loss, tmp_path):
             assert preference.main(again) == metrics and rows() == whole
     else:
         assert metrics["gain_desirable"] > metrics["gain_undesirable"]
+    if loss == "bco":  # The reference and the mean of rewards go on where they were.
+        rows = lambda: [json.loads(x)["delta"] for x in (output / "metrics.jsonl").open()]
+        whole = rows()
+        assert len(set(whole)) == 12
+        shutil.rmtree(output / "checkpoints" / "12")
+        assert preference.main(dataclasses.replace(config, resume=True)) == metrics
+        assert rows() == whole
 
 
 @pytest.mark.parametrize("loss", get_args(preference.Loss))

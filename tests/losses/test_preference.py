@@ -204,6 +204,29 @@ def test_worked_examples_of_single_completions_and_rewards():
     close(losses.bradley_terry_loss(good, bad, jnp.full(2, 0.5)), [0.513015, 1.171101])
 
 
+def test_bco_is_a_loop_and_ratios_weigh_what_is_bad_alone():
+    ratios, delta = jnp.array([1.0, -2.0, 0.5, 3.0]), 0.2
+    labels, weights = jnp.array([True, False, True, False]), jnp.array([9.0, 2.0, 9.0, 0.5])
+    loss = functools.partial(losses.bco_loss, ratios, labels, jnp.float32(delta), beta=0.3)
+    sigmoid = lambda z: 1 / (1 + np.exp(-z))
+    rewards = 0.3 * np.asarray(ratios) - delta
+    plain = [-np.log(sigmoid(r if good else -r)) for r, good in zip(rewards, labels, strict=True)]
+    close(loss(), plain)
+    close(loss(ratios=weights), np.array(plain) * [1.0, 2.0, 1.0, 0.5])
+    moved = jax.grad(lambda d: losses.bco_loss(ratios, labels, d).sum())(jnp.float32(delta))
+    assert moved == 0
+
+
+def test_orpo_counts_the_tokens_of_prompts_where_it_is_told_to():
+    whole = TINY._replace(prompt=jnp.array([-6.0, -3.0]), prompt_lengths=jnp.array([3.0, 0.0]))
+    rest = losses.orpo_loss(TINY) - losses.nll_loss(TINY)
+    found = losses.orpo_loss(whole, nll_on_prompt=True) - rest
+    close(found, [(10 + 6) / (5 + 3), (12 + 3) / 6])
+    close(losses.orpo_loss(whole), losses.orpo_loss(TINY))
+    with pytest.raises(ValueError, match="nll_on_prompt needs prompt and prompt_lengths"):
+        losses.orpo_loss(TINY, nll_on_prompt=True)
+
+
 def test_a_reference_that_is_wrong_holds_no_hybrid_back():
     wrong = TINY._replace(ref_chosen=TINY.ref_rejected - 3)
     free = -jax.nn.log_sigmoid(0.1 * (TINY.chosen - TINY.rejected))

@@ -1,5 +1,6 @@
 """Objectives of preferences: against slow loops, and their invariances."""
 
+import dataclasses
 import functools
 
 import chex
@@ -11,7 +12,7 @@ import pytest
 
 from jaxft import data, train
 from jaxft.adapters import adapt, base_params, combine, full, lora, named_rules, partition
-from jaxft.losses import dpo_loss, ipo_loss, kto_loss, simpo_loss
+from jaxft.losses import dpo_loss, ipo_loss, kto_loss, orpo_loss, simpo_loss
 from jaxft.models import Decoder, tiny_config
 from jaxft.objectives import (
     add_reward_head,
@@ -26,6 +27,7 @@ from jaxft.objectives import (
     sequence_rewards,
     token_rewards,
 )
+from jaxft.optim import moving_reference, running_mean
 
 MODEL = Decoder(tiny_config(vocab_size=17))
 BASE = MODEL.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
@@ -324,6 +326,92 @@ def test_training_learns_its_pairs(name):
     real = sum(len(p.tokens) for g in GROUPS for p in g.parts[: 1 if name == "kto" else 2])
     if name != "reward":
         assert history[0]["num_tokens"] == real
+
+
+def test_orpo_reads_the_likelihood_of_the_prompt():
+    objective = preference(MODEL, functools.partial(orpo_loss, nll_on_prompt=True))
+    (loss, _), _ = run(objective, BASE, batch_of(GROUPS))
+    (plain, _), _ = run(preference(MODEL, orpo_loss), BASE, batch_of(GROUPS))
+    everything = [
+        dataclasses.replace(g.parts[0], loss_mask=np.ones(20, np.float32)) for g in GROUPS
+    ]
+    cut = [dataclasses.replace(p, loss_mask=p.loss_mask[: len(p.tokens)]) for p in everything]
+    sums = slow(BASE, [data.TokenisedGroup((p, p), {}) for p in cut])[:, 0]
+    counts = np.array([len(p.tokens) - 1 for p in cut])  # The first token is predicted by none.
+    own = np.asarray(slow(BASE, GROUPS))[:, 0] / np.array(LENGTHS)[:, 0]
+    close(loss, plain + np.mean(own - np.asarray(sums) / counts))
+
+
+def sgd(*rules):
+    return optax.chain(optax.sgd(0.05), *rules)
+
+
+class Again:
+    """The same batch for ever."""
+
+    def __init__(self, batch):
+        self.batch = batch
+
+    def __next__(self):
+        return self.batch
+
+
+def train_on(objective, optimizer, *adds, params=None, steps=5):
+    batches = train.StateBatches(Again(batch_of(with_reference())), *adds)
+    params = moved() if params is None else params
+    return train.fit(params, objective, optimizer, batches, steps=steps)[1]
+
+
+@pytest.mark.parametrize("adapter", [None, "paca"])
+def test_a_moving_reference_is_that_of_the_policy_so_far(adapter):
+    """TR-DPO against a loop with a reference of its own, and in its limits."""
+    objective = preference(MODEL, functools.partial(dpo_loss, beta=0.5))
+    add, params = train.moving_reference_log_probs(MODEL), moved()
+    if adapter:
+        rules = named_rules(adapter, rank=2, target=KERNELS)
+        params = train.commit(moved(adapt(jax.random.key(3), BASE, rules)))
+    losses = lambda *settings: [
+        row["loss"]
+        for row in train_on(objective, sgd(moving_reference(*settings)), add, params=params)
+    ]
+    # The reference is the policy itself at each step; or never moves.
+    np.testing.assert_allclose(losses(1.0, 1), np.log(2), rtol=1e-5)
+    step = train.jit_step(train.make_step(objective, sgd()))
+
+    def loop(alpha, every):
+        state, found = train.init_state(params, sgd(), jax.random.key(0)), []
+        reference = partition(params)[0]
+        for number in range(1, 6):
+            whole = train.commit(combine(reference, partition(state.params)[1]))
+            batch = batch_of(GROUPS) | {"ref_log_probs": slow(whole, GROUPS)}
+            state, metrics = step(state, batch)
+            found.append(metrics["loss"].value)
+            if number % every == 0:
+                mix = lambda old, new: alpha * new + (1 - alpha) * old
+                reference = jax.tree.map(mix, reference, partition(state.params)[0])
+        return found
+
+    moving = losses(0.3, 2)
+    np.testing.assert_allclose(moving, loop(0.3, 2), rtol=1e-4)
+    assert abs(moving[-1] - loop(0.3, 6)[-1]) > 1e-3  # as if it stood still
+
+
+def test_the_delta_of_bco_is_the_mean_of_all_rewards_so_far():
+    optimizer = sgd(running_mean("rewards/mean"))
+    history = train_on(bco(MODEL, beta=0.5), optimizer, train.with_running_mean)
+    rewards = np.array([row["rewards/mean"] for row in history])
+    assert np.ptp(rewards) > 1e-2
+    wanted = np.cumsum(rewards) / np.arange(1, 6)
+    np.testing.assert_allclose([row["delta"] for row in history], wanted, rtol=1e-4)
+    # Of a batch alone it is its own mean; undesirable completions weigh what their ratio says.
+    batch = batch_of(with_reference()) | {"density_ratio": np.array([2.0, 5.0, 0.5, 5.0])}
+    (loss, metrics), _ = run(bco(MODEL, beta=0.5), moved(), batch)
+    ratio = (np.asarray(slow(moved(), GROUPS)) - np.asarray(slow(BASE, GROUPS)))[:, 0]
+    good = np.arange(4) % 2 == 1
+    z = 0.5 * ratio - 0.5 * ratio.mean()
+    values = np.where(good, 1, batch["density_ratio"]) * np.log1p(np.exp(-np.where(good, z, -z)))
+    close(loss, jnp.asarray(values.mean(), jnp.float32))
+    close(metrics["delta"].value, jnp.asarray(0.5 * ratio.mean(), jnp.float32))
 
 
 def test_a_missing_reference_is_explained():

@@ -15,7 +15,7 @@ from jaxft.generation import SamplingConfig
 from jaxft.losses import dpo_loss, ipo_loss
 from jaxft.objectives import hypo, policy_gradient, preference, sequence_log_probs
 from jaxft.rl.online import as_groups, best_and_worst
-from jaxft.train import accumulate, fit
+from jaxft.train import StateBatches, accumulate, fit
 from tests.rl.rl_task import PROMPTS, RECORDS, SAMPLING, Digits, exact, model_and_params
 
 LOSS = functools.partial(dpo_loss, beta=0.5)
@@ -159,9 +159,10 @@ def test_pairs_with_samples_go_on_where_they_were():
         def set_state(self, position):
             self.at = position["at"]
 
-    batches = rl.PairsWithSamples(Numbers(), lambda state: state.step)
+    beside = lambda state, batch: {**batch, "online": state.step}
+    batches = StateBatches(Numbers(), beside)
     state = state_of(None, step=4)
     assert [batches(state)["pair"] for _ in range(3)] == [1, 2, 3]
-    again = rl.PairsWithSamples(Numbers(), lambda state: state.step)
+    again = StateBatches(Numbers(), beside)
     again.set_state(batches.get_state())
     assert again(state) == {"pair": 4, "online": 4}

@@ -1,0 +1,54 @@
+"""Embeddings of texts: means of hidden states."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from jaxft.models.encoder import mean_pool
+
+_MULTIPLE = 32  # of tokens: few programs, little padding
+
+
+def text_embeddings(
+    model: Any,
+    params: Any,
+    tokenizer: Any,
+    texts: Sequence[str],
+    *,
+    max_length: int = 256,
+    batch_size: int = 32,
+) -> Float[np.ndarray, "N D"]:
+    """`mean_pool` of the hidden states of each text, its first `max_length` tokens.
+
+    Args:
+        model: an Encoder of sentences, such as "minilm"; or a Decoder.
+        params: its params.
+        tokenizer: its tokenizer.
+        texts: each at least a token long.
+        max_length: in tokens, special ones included.
+        batch_size: texts at a time, those of like length together.
+    """
+
+    @jax.jit
+    def run(params, tokens, valid):
+        output = model.apply({"params": params}, tokens, segment_ids=valid)
+        return mean_pool(output.hidden, valid)
+
+    ids = [tokenizer(text)["input_ids"][:max_length] for text in texts]
+    if empty := [i for i, row in enumerate(ids) if not row]:
+        raise ValueError(f"text_embeddings: texts {empty[:5]} have no token.")
+    order, found = sorted(range(len(ids)), key=lambda i: len(ids[i])), {}
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        width = min(-(-max(len(ids[i]) for i in rows) // _MULTIPLE) * _MULTIPLE, max_length)
+        tokens = np.zeros((batch_size, width), np.int32)
+        valid = np.zeros_like(tokens)
+        for place, i in enumerate(rows):
+            tokens[place, : len(ids[i])], valid[place, : len(ids[i])] = ids[i], 1
+        found |= dict(zip(rows, np.asarray(run(params, tokens, valid)), strict=False))
+    return np.stack([found[i] for i in range(len(ids))])

@@ -4,12 +4,14 @@ import json
 
 import numpy as np
 import pytest
+import tyro
 
+from experiments import preference, reinforce, sft
 from tests.processes import ROOT, run_processes
 
 STEPS = 6
-SMALL = ["--smoke", "--batch-size", 4, "--schedule", "constant", "--save-steps", 3]
-SFT = [*SMALL, "--eval-steps", STEPS, "--max-steps", STEPS, "--no-accuracy"]
+SFT = ["--smoke", "--batch-size", 4, "--schedule", "constant", "--save-steps", 3]
+SFT += ["--eval-steps", STEPS, "--max-steps", STEPS, "--no-accuracy"]
 
 # sft.py, whose process 1 is killed after step 4, once the checkpoint of step 3 is there.
 CRASH = """
@@ -37,13 +39,16 @@ def rows(output):
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
+def run_here(script, flags):
+    """In this process, which need not import everything anew."""
+    flags = list(map(str, flags))
+    script.main(tyro.cli(script.Config, args=flags))
+
+
 @pytest.mark.slow
 def test_two_hosts_of_which_one_crashes_and_four_that_go_on_give_the_losses_of_one(tmp_path):
     alone, output = tmp_path / "alone", tmp_path / "several"
-    script = ROOT / "experiments/sft.py"
-    codes, _, errors = run_processes(1, [script, *SFT, "--output-dir", alone], devices=1)
-    assert codes == [0], errors
-
+    run_here(sft, [*SFT, "--output-dir", alone])
     flags = [*SFT, "--output-dir", output]
     codes, _, errors = run_processes(2, ["-c", CRASH, *flags, "--fsdp", -1])
     assert codes == [5, -9], errors
@@ -51,6 +56,7 @@ def test_two_hosts_of_which_one_crashes_and_four_that_go_on_give_the_losses_of_o
     assert [row["step"] for row in rows(output)][:3] == [1, 2, 3]
 
     sizes = ["--fsdp", 4, "--tensor", 2]
+    script = ROOT / "experiments/sft.py"
     codes, outputs, errors = run_processes(4, [script, *flags, *sizes, "--resume"])
     assert codes == [0] * 4, errors
     assert "adapter saved" in outputs[0]
@@ -64,50 +70,24 @@ def test_two_hosts_of_which_one_crashes_and_four_that_go_on_give_the_losses_of_o
     assert not list((output / "checkpoints").glob("corrupt-*"))
 
 
-@pytest.mark.slow
-def test_preferences_in_two_processes(tmp_path):
-    script = ROOT / "experiments/preference.py"
-    runs = []
-    for count, more in ((1, []), (2, ["--fsdp", -1, "--adapter", "full"])):
-        output = tmp_path / str(count)
-        command = [
-            script,
-            *SMALL,
-            "--adapter",
-            "full",
-            *more,
-            "--max-steps",
-            2,
-            "--output-dir",
-            output,
-        ]
-        codes, _, errors = run_processes(count, command, devices=count)
-        assert codes == [0] * count, errors
-        runs.append(rows(output))
-    for name in ("loss", "eval/loss"):
-        values = [[row[name] for row in run if name in row] for run in runs]
-        np.testing.assert_allclose(*values, rtol=1e-4, err_msg=name)
+SAMPLED = {
+    "reinforce": (["--algorithm", "rloo", "--reward-kl", 0.1, "--kl-target", 1.0], {}),
+    "preference": (["--loss", "hypo", "--batch-size", 2], {"eval/loss": 1}),
+}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "script, flags",
-    [
-        ("reinforce.py", ["--algorithm", "rloo", "--reward-kl", 0.1, "--kl-target", 1.0]),
-        ("preference.py", ["--loss", "hypo", "--batch-size", 2]),
-    ],
-)
-def test_answers_sampled_in_two_processes_are_those_of_one(tmp_path, script, flags):
-    runs = []
-    small = ["--smoke", "--adapter", "full", "--max-steps", 2, "--temperature", 1.0]
-    small = small if script == "reinforce.py" else small[:-2]
-    for count, more in ((1, []), (2, ["--fsdp", -1])):
-        output = tmp_path / str(count)
-        command = [ROOT / "experiments" / script, *small, *flags, *more, "--output-dir", output]
-        codes, _, errors = run_processes(count, command, devices=1)
-        assert codes == [0] * count, errors
-        runs.append(rows(output))
-    for name in ("loss", "kl", "grad_norm"):
+@pytest.mark.parametrize("script", [reinforce, preference])
+def test_answers_sampled_in_two_processes_are_those_of_one(tmp_path, script):
+    name = script.__name__.rpartition(".")[2]
+    more, logged = SAMPLED[name]
+    flags = ["--smoke", "--adapter", "full", "--max-steps", 2, *more]
+    run_here(script, [*flags, "--output-dir", tmp_path / "one"])
+    command = [ROOT / f"experiments/{name}.py", *flags, "--fsdp", -1]
+    codes, _, errors = run_processes(2, [*command, "--output-dir", tmp_path / "two"], devices=1)
+    assert codes == [0, 0], errors
+    runs = [rows(tmp_path / "one"), rows(tmp_path / "two")]
+    for name, count in ({"loss": 2, "kl": 2, "grad_norm": 2} | logged).items():
         values = [[row[name] for row in run if name in row] for run in runs]
-        assert len(values[0]) == len(values[1]) == 2 and any(values[0]), name
+        assert len(values[0]) == len(values[1]) == count and any(values[0]), name
         np.testing.assert_allclose(*values, rtol=1e-4, atol=1e-6, err_msg=name)

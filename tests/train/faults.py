@@ -1,10 +1,10 @@
 """Faults at random points of the tiny run of _worker.py, each in forked children of one process.
 
-python faults.py DIRECTORY KIND POINTS SEED
+python faults.py DIRECTORY POINTS SEED KIND...
 
-prints a JSON line for each point: what happened, the newest checkpoint that was whole before the run
-went on, and the steps at which its lives began. `sigkill`, `sigterm`, `write` (killed while a checkpoint is
-being written), `full` (no file may grow beyond a random length from a random step on), `truncated` and
+prints a JSON line for each point of each kind: what happened, the newest checkpoint that was whole before the
+run went on, and the steps at which its lives began. `sigkill`, `sigterm`, `write` (killed while a checkpoint
+is being written), `full` (no file may grow beyond a random length from a random step on), `truncated` and
 `flipped` (a random file of the newest checkpoint). test_fault_matrix.py judges.
 """
 
@@ -136,15 +136,17 @@ def point(module, kind, directory, rng):
     newest = (whole_checkpoints(directory) or [0])[-1]
     codes.append(life(module, directory))
     lives = [int(line) for line in (directory / "lives.txt").read_text().split()]
-    return {"what": what, "codes": codes, "newest": newest, "lives": lives}
+    return {"kind": kind, "what": what, "codes": codes, "newest": newest, "lives": lives}
 
 
-def main(directory, kind, points, seed):
+def main(directory, points, seed, *kinds):
     """A line for each point."""
     module = worker()
-    for i in range(int(points)):
-        rng = random.Random(f"{seed} {kind} {i}")
-        print(json.dumps(point(module, kind, Path(directory) / str(i), rng)), flush=True)
+    for kind in kinds:
+        for i in range(int(points)):
+            rng = random.Random(f"{seed} {kind} {i}")
+            found = point(module, kind, Path(directory) / kind / str(i), rng)
+            print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":

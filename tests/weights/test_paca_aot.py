@@ -24,7 +24,7 @@ def temp(rule):
     def loss(trainable, frozen, tokens):
         hidden = model.apply({{"params": combine(trainable, frozen)}}, tokens).hidden
         return jnp.mean(jnp.square(hidden.astype(jnp.float32)))
-    tokens = place(jax.ShapeDtypeStruct((64, 128), jnp.int32))
+    tokens = place(jax.ShapeDtypeStruct((16, 128), jnp.int32))
     with jax.set_mesh(mesh):
         compiled = jax.jit(jax.value_and_grad(loss)).lower(trainable, frozen, tokens).compile()
     return compiled_cost(compiled).temp_bytes
@@ -35,5 +35,5 @@ print(json.dumps({{"lora": temp(lora(8)), "paca": temp(paca(8))}}))
 @pytest.mark.parametrize("topology", ["v5e:1x1", "h100:1"])
 def test_paca_needs_less_memory_than_lora(topology):
     bytes_ = run_aot(CODE.format(topology=topology))
-    # 0.66 on v5e and 0.67 on the H100 when this was written.
+    # 0.16 on v5e and 0.64 on the H100 when this was written; more rows compile for longer.
     assert bytes_["paca"] < 0.75 * bytes_["lora"]

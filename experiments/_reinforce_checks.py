@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 
+from jaxft import train
+
 UNGROUPED = ("reinforce", "reinforce_plus_plus", "expert_iteration", "ppo")
 OF_VERDICTS = ("expert_iteration", "nft")
+UNSERVED = ("bottleneck", "parallel", "prompt", "prefix", "intrinsic")
 KL_IN_REWARD = ("rloo", "reinforce_plus_plus", "ppo")
 
 
@@ -34,6 +38,10 @@ def settings(config: Any) -> None:
         )
     if config.sampler_url:
         server(config)
+    elif config.push_dir:
+        raise ValueError(
+            f"--push-dir {config.push_dir} is where a server finds weights: give its --sampler-url too."
+        )
     if config.temperature <= 0:
         raise ValueError(f"--temperature must be positive, got {config.temperature}.")
     if config.reward_kl and config.algorithm not in KL_IN_REWARD:
@@ -96,6 +104,15 @@ def server(config: Any) -> None:
         raise ValueError(
             "--sampler-url samples from another policy, whose KL --reward-kl would be; take --kl-weight."
         )
+    if config.push_every < 1:
+        raise ValueError(f"--push-every must be at least 1 rollout, got {config.push_every}.")
+    if config.push_dir:
+        train.writable_directory(pathlib.Path(config.push_dir))
+        if config.adapter in UNSERVED:
+            raise ValueError(
+                f"--push-dir: no server takes --adapter {config.adapter}, which is neither LoRA nor can be "
+                "merged into the model; take lora or full, or drop --push-dir."
+            )
 
 
 def mesh(config: Any, devices: Any) -> None:

@@ -4,11 +4,15 @@
     python experiments/reinforce.py --data questions.jsonl --eval-data held_out.jsonl --algorithm rloo
     python experiments/reinforce.py --turns 2                      a wrong answer may be mended
     python experiments/reinforce.py --algorithm online_dpo --group-size 2 --reward-model runs/reward/adapter
+    python experiments/reinforce.py --sampler-url http://host:8000/v1 --push-dir /nfs/push --correction tokens
     python experiments/reinforce.py --smoke                        seconds, random weights
 
 Data: reasoning-gym tasks, or records with a question and an `answer`; with --judge or --reward-model, which
 reward answers in the verifier's place, any records with a question. Start where some answers are right
-(10 to 60 % of samples): of nothing but wrong ones there is nothing to learn. The output directory gets the
+(10 to 60 % of samples): of nothing but wrong ones there is nothing to learn. A server samples from the
+newest weights that were pushed to it through --push-dir, which it must see under the same path: LoRA as an
+adapter (vLLM: VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve MODEL --enable-lora --max-lora-rank 64),
+others as a whole model (vLLM: VLLM_SERVER_DEV_MODE=1). The output directory gets the
 adapter (or the whole model), metrics.jsonl, metrics.json, a figure and checkpoints; --resume goes on.
 """
 
@@ -29,8 +33,17 @@ from experiments import _training as shared
 from experiments._optimizers import sharpen
 from jaxft import checkpoints as files
 from jaxft import data, rl, train
-from jaxft.adapters import load_adapter, merge
-from jaxft.generation import SamplingConfig, generate, server_sampler
+from jaxft.adapters import load_adapter, merge, save_adapter
+from jaxft.generation import (
+    Push,
+    SamplingConfig,
+    generate,
+    server_sampler,
+    sglang_adapters,
+    sglang_weights,
+    vllm_adapters,
+    vllm_weights,
+)
 from jaxft.losses import dpo_loss, overlong_penalty
 from jaxft.objectives import policy_gradient, with_value_head, without_value_head
 from jaxft.objectives.policy_gradient import truncated, truncated_sequences
@@ -38,6 +51,7 @@ from jaxft.parallel import mesh_context
 
 # reasoning-gym draws entry i from seed + i: the seeds below are further apart than the sizes.
 NEEDLE = "rg:needle_haystack?min_num_statements=4&max_num_statements=8"
+SERVED_ADAPTERS = ("lora", "rslora", "pissa")  # of which vLLM and SGLang know the files
 SHOWN = ("reward", "length", "kl", "entropy", "gap")
 
 Choice = Literal[
@@ -86,8 +100,11 @@ class Config(shared.Run):
     correction: Literal["none", "tokens", "sequences"] = (
         "none"  # sampler to trainer, truncated at 2
     )
-    sampler_url: str | None = None  # OpenAI-compatible server that samples, from its own weights
+    sampler_url: str | None = None  # OpenAI-compatible server that samples (http://host:8000/v1)
     sampler_model: str | None = None  # the model's name there; None: that of --model
+    push_dir: str | None = None  # where it reads the trainer's weights; None: it keeps its own
+    push_api: Literal["vllm", "sglang"] = "vllm"  # by whose requests it is told of them
+    push_every: int = 1  # rollouts from one push to the next
     max_tries: int = 1  # sample anew up to so many times for groups whose rewards differ (DAPO: 10)
     overlong: int = 0  # last tokens of the budget over which a penalty grows to 1 (DAPO)
     mask_truncated: bool = False  # answers that reach the limit leave the loss
@@ -205,7 +222,7 @@ def experience(config, model, prompts, records, renderer, rewards, credit, base,
     if config.kl_target is not None:
         control = rl.KlControl(config.reward_kl, config.kl_target, config.kl_horizon)
     return rl.collect_from(
-        sampling(config, model, renderer, rewards),
+        sampling(config, model, renderer, rewards, base),
         model,
         prompts,
         records,
@@ -226,7 +243,7 @@ def experience(config, model, prompts, records, renderer, rewards, credit, base,
     )
 
 
-def sampling(config, model, renderer, rewards) -> rl.Sample:
+def sampling(config, model, renderer, rewards, base=None) -> rl.Sample:
     """Answers, or with --turns episodes, of the current policy."""
     tokenizer = renderer.tokenizer
     settings = SamplingConfig(
@@ -237,7 +254,9 @@ def sampling(config, model, renderer, rewards) -> rl.Sample:
     )
     sampler = generate
     if config.sampler_url:
-        sampler = server_sampler(config.sampler_url, config.sampler_model or config.model)
+        served = config.sampler_model or config.model
+        push = pushes(config, model, base, served) if config.push_dir else None
+        sampler = server_sampler(config.sampler_url, served, push=push)
     if config.turns == 1:
         return rl.answers(model, tokenizer, rewards, settings, config.group_size, sampler=sampler)
     return rl.episodes(
@@ -249,6 +268,23 @@ def sampling(config, model, renderer, rewards) -> rl.Sample:
         next_turn=renderer.next_turn,
         sampler=sampler,
     )
+
+
+def pushes(config, model, base, served) -> Push:
+    """What puts the policy on the server: its adapter where servers take that, else the whole model."""
+    url = config.sampler_url
+    # With --start an adapter would be one of a model that the server does not have.
+    if config.adapter in SERVED_ADAPTERS and not config.start:
+        save = lambda path, params: save_adapter(
+            path, model.config, without_value_head(params), base_model=config.model, base=base
+        )
+        api = vllm_adapters(url) if config.push_api == "vllm" else sglang_adapters(url, served)
+    else:
+        save = lambda path, params: files.save_model(
+            path, model, without_value_head(params), tokenizer_from=config.model
+        )
+        api = (vllm_weights if config.push_api == "vllm" else sglang_weights)(url)
+    return Push(save, config.push_dir, api, every=config.push_every)
 
 
 def judged(config: Config) -> bool:

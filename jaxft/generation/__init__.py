@@ -1,6 +1,14 @@
 """Generation: decoding rules and the KV-cache sampler."""
 
 from jaxft.generation.decoding import SamplingConfig, transform_logits
+from jaxft.generation.push import (
+    Interface,
+    Push,
+    sglang_adapters,
+    sglang_weights,
+    vllm_adapters,
+    vllm_weights,
+)
 from jaxft.generation.sampler import (
     Generation,
     State,
@@ -16,6 +24,8 @@ from jaxft.generation.server import ServerError, server_sampler
 
 __all__ = [
     "Generation",
+    "Interface",
+    "Push",
     "SamplingConfig",
     "ServerError",
     "State",
@@ -27,5 +37,9 @@ __all__ = [
     "left_pad",
     "prefill",
     "server_sampler",
+    "sglang_adapters",
+    "sglang_weights",
     "transform_logits",
+    "vllm_adapters",
+    "vllm_weights",
 ]

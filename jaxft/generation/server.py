@@ -32,7 +32,7 @@ def server_sampler(
     name: str,
     *,
     scaled: bool = False,
-    push: Callable[[Any], None] | None = None,
+    push: Callable[[Any], str | None] | None = None,
     timeout: float = 300.0,
     retries: int = 4,
     wait: Callable[[float], None] = time.sleep,
@@ -49,7 +49,8 @@ def server_sampler(
         name: of the model, as the server calls it.
         scaled: whether its log-probs are at the sampling temperature (vLLM: --logprobs-mode
             processed_logprobs; its default is at 1). Without, other temperatures are refused.
-        push: called with the params before each rollout, to put them on the server.
+        push: called with the params before each request for samples, to put them on the server, such as
+            `Push`; what it returns is the model's name from then on (None: `name`).
         timeout: seconds of a request.
         retries: after failures that may pass, each after twice the seconds of the one before, from 1 s.
         wait: sleeps.
@@ -59,7 +60,8 @@ def server_sampler(
             greedy decoding, another temperature than 1 unless `scaled`.
         ServerError: by the sampler, after the last retry, or for an answer that cannot be used.
     """
-    ask = functools.partial(_ask, f"{url.rstrip('/')}/completions", timeout, retries, wait)
+    address = f"{url.rstrip('/')}/completions"
+    ask = functools.partial(post, address, timeout=timeout, retries=retries, wait=wait)
 
     def sampler(
         model: Any,
@@ -73,12 +75,11 @@ def server_sampler(
         tokenizer: Any = None,
     ) -> Generation:
         _check(config, scaled, model.config.max_length, prompts)
-        if push is not None:
-            push(params)
+        asked = (push(params) if push is not None else None) or name
         ids = range(len(prompts)) if row_ids is None else row_ids
         seeds = [int(jax.random.bits(jax.random.fold_in(key, i))) >> 1 for i in ids]
         requests = [
-            _request(name, prompt, seed, samples, config)
+            _request(asked, prompt, seed, samples, config)
             for prompt, seed in zip(prompts, seeds, strict=True)
         ]
         read = functools.partial(
@@ -135,14 +136,32 @@ def _request(name, prompt, seed, samples, config):
     }
 
 
-def _ask(url, timeout, retries, wait, body):
-    """The parsed answer to a POST, tried again while failures may pass."""
+def post(
+    url: str,
+    body: dict[str, Any],
+    *,
+    timeout: float,
+    retries: int,
+    wait: Callable[[float], None] = time.sleep,
+    read: Callable[[str], Any] = json.loads,
+) -> Any:
+    """What `read` makes of the answer to a POST, tried again while failures may pass.
+
+    Args:
+        url: the whole address.
+        body: sent as JSON.
+        timeout, retries, wait: see server_sampler.
+        read: of the answer's text; its ValueError is a failure that may pass.
+
+    Raises:
+        ServerError: after the last retry, or for a refusal, with what the server said.
+    """
     headers = {"Content-Type": "application/json"}
     request = urllib.request.Request(url, json.dumps(body).encode(), headers)
     for attempt in range(retries + 1):
         try:
             with urllib.request.urlopen(request, timeout=timeout) as response:
-                return json.load(response)
+                return read(response.read().decode())
         except urllib.error.HTTPError as error:
             failure = f"status {error.code}: {error.read(500).decode(errors='replace').strip()}"
             if error.code not in _PASSING:

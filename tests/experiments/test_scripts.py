@@ -354,6 +354,7 @@ def chat(path):
     return ["--data", path / "chat.jsonl"]
 
 
+SERVED = ["--sampler-url", "http://x", "--correction", "tokens"]
 MODEL = {
     "missing model": (lambda p: ["--model", p / "none"], "no such model; give a directory"),
     "architecture": (lambda p: changed(p, "config.json", model_type="mamba"), "'mamba'; supported"),
@@ -448,6 +449,12 @@ BAD = {
         ),
         "no head": (lambda p: ["--reward-model", saved(p)], "has no reward head; train one"),
         "server": (lambda p: ["--sampler-url", "http://x"], "needs --correction tokens or"),
+        "push": (lambda p: ["--push-dir", p], "is where a server finds weights: give its"),
+        "unserved": (
+            lambda p: [*SERVED, "--push-dir", p, "--adapter", "prompt"],
+            "no server takes --adapter prompt",
+        ),
+        "every": (lambda p: [*SERVED, "--push-every", "0"], "at least 1 rollout, got 0"),
         "turns": (lambda p: ["--turns", "0"], "--turns must be at least 1, got 0"),
         "kl target": (
             lambda p: ["--kl-target", "1"],

@@ -21,12 +21,16 @@ KEY = jax.random.key(2)
 
 @contextlib.contextmanager
 def serving(answer):
-    """(url, requests) of a server whose replies are answer(body, number of the request)."""
+    """(url, requests) of a server whose replies are answer(body, number of the request).
+
+    A body has the address of its request as `path`.
+    """
     seen = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            body["path"] = self.path
             seen.append(body)
             status, text = answer(body, len(seen))
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
@@ -48,15 +52,14 @@ def serving(answer):
         server.server_close()
 
 
-def own_model(form="token_ids"):
-    """Answers of the very model, so that nothing is left to correct."""
-    model, params = model_and_params()
-    lock = threading.Lock()
+def own_model(form="token_ids", params_of=lambda name: model_and_params()[1]):
+    """Answers of the very model, or of the params that a name stands for: nothing is left to correct."""
+    model, lock = model_and_params()[0], threading.Lock()
 
     def answer(body, _):
         config = SamplingConfig(body["max_tokens"], stop_ids=tuple(body["stop_token_ids"]))
         with lock:
-            key = jax.random.key(body["seed"])
+            key, params = jax.random.key(body["seed"]), params_of(body["model"])
             out = generate(model, params, [body["prompt"]], key, config, samples=body["n"])
         choices = []
         for i, ids in enumerate(out.completions):

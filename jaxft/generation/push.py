@@ -1,0 +1,173 @@
+"""Putting the trainer's weights on the server that samples, through vLLM's and SGLang's own requests.
+
+Neither is of OpenAI's protocol: vLLM's are in its documentation under "LoRA adapters" and "layerwise
+reloading", SGLang's under "LoRA serving" and "native APIs". All take files that the server can read.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import shutil
+import time
+import uuid
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from jaxft.generation.server import ServerError, post
+from jaxft.parallel import written_once
+
+Request = tuple[str, dict[str, Any]]  # (address, body)
+
+
+class Interface(NamedTuple):
+    """How a server is told of weights on the disk."""
+
+    load: Callable[[str, str], list[Request]]  # of (name of the version, its directory)
+    unload: Callable[[str], list[Request]]  # of a version that nothing asks for any more
+    model: Callable[[str], str | None]  # what a version is called in requests; None: as before
+    needs: str  # said where a push fails
+
+
+def vllm_adapters(url: str) -> Interface:
+    """LoRA adapters beside the model of vLLM at `url` (http://host:8000/v1)."""
+    name_of = lambda verb: f"{url.rstrip('/')}/{verb}_lora_adapter"
+    return Interface(
+        lambda name, path: [(name_of("load"), {"lora_name": name, "lora_path": path})],
+        lambda name: [(name_of("unload"), {"lora_name": name})],
+        lambda name: name,
+        "vLLM needs VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, --enable-lora and a --max-lora-rank that is large "
+        "enough",
+    )
+
+
+def sglang_adapters(url: str, model: str) -> Interface:
+    """LoRA adapters beside `model` of SGLang at `url`."""
+    name_of = lambda verb: f"{_root(url)}/{verb}_lora_adapter"
+    return Interface(
+        lambda name, path: [(name_of("load"), {"lora_name": name, "lora_path": path})],
+        lambda name: [(name_of("unload"), {"lora_name": name})],
+        lambda name: f"{model}:{name}",
+        "SGLang needs --enable-lora, --max-lora-rank and --lora-target-modules",
+    )
+
+
+def vllm_weights(url: str) -> Interface:
+    """All weights of vLLM at `url`; what it computed with those before is forgotten."""
+    return Interface(
+        lambda name, path: [
+            (
+                f"{_root(url)}/collective_rpc",
+                {"method": "reload_weights", "kwargs": {"weights_path": path}},
+            ),
+            (f"{_root(url)}/reset_prefix_cache", {}),
+        ],
+        lambda name: [],
+        lambda name: None,
+        "vLLM needs VLLM_SERVER_DEV_MODE=1 and a version whose reload_weights takes a weights_path",
+    )
+
+
+def sglang_weights(url: str) -> Interface:
+    """All weights of SGLang at `url`, which flushes its cache with them."""
+    return Interface(
+        lambda name, path: [
+            (
+                f"{_root(url)}/update_weights_from_disk",
+                {"model_path": path, "weight_version": name, "flush_cache": True},
+            )
+        ],
+        lambda name: [],
+        lambda name: None,
+        "SGLang needs the same architecture in these files",
+    )
+
+
+class Push:
+    """(params) -> what to call the model on the server: `push` of `server_sampler`.
+
+    Each push is a version of its own, by name and directory, for a server may keep what it computed under a
+    name. Once the server has the new one, it is told to drop the one before, whose files are deleted.
+
+    Args:
+        save: (directory, params) -> files that the server loads, such as `save_adapter` of PEFT's format or
+            `save_model`. On several hosts all call it, and the first alone speaks to the server.
+        directory: of the versions; the server must see it under the same path.
+        interface: such as `vllm_adapters(url)`.
+        every: rollouts from one push to the next; the first is always before the first of them.
+        timeout: seconds of a request.
+        retries: after failures that may pass.
+        wait: sleeps.
+
+    Raises:
+        ValueError: for `every` below 1.
+        ServerError: by the call, with what the server answered; sampling from old weights in silence is no
+            choice.
+    """
+
+    def __init__(
+        self,
+        save: Callable[[str, Any], Any],
+        directory: str | os.PathLike,
+        interface: Interface,
+        *,
+        every: int = 1,
+        timeout: float = 600.0,
+        retries: int = 4,
+        wait: Callable[[float], None] = time.sleep,
+    ):
+        if every < 1:
+            raise ValueError(f"Push: every must be at least 1 rollout, got {every}.")
+        self._save, self._interface, self._every = save, interface, every
+        self._directory = pathlib.Path(directory).resolve()
+        self._settings = dict(timeout=timeout, retries=retries, wait=wait, read=str)
+        self._run = uuid.uuid4().hex[
+            :8
+        ]  # so that an earlier run's versions are not taken for these
+        self._rollouts, self._seen, self._name = 0, None, None
+
+    def __call__(self, params: Any) -> str | None:
+        """Pushes if it is time to; returns what `Interface.model` says of the newest version."""
+        if params is not self._seen:  # A rollout samples several times: turns, groups sampled anew.
+            if self._rollouts % self._every == 0:
+                self._push(f"jaxft-{self._run}-{self._rollouts}", params)
+            self._seen, self._rollouts = params, self._rollouts + 1
+        return self._interface.model(self._name)
+
+    def _push(self, name, params):
+        path, old = self._directory / name, self._name
+        self._save(str(path), params)
+        written_once(lambda: self._tell(name, path), f"{name} on the server")
+        self._name = name
+        if old is not None:
+            written_once(lambda: self._drop(old), f"{old} on the server")
+
+    def _tell(self, name, path):
+        try:
+            for request in self._interface.load(name, str(path)):
+                self._ask(*request)
+        except ServerError as error:
+            raise ServerError(
+                f"the weights in {path} were not taken: {error} ({self._interface.needs}; the server must "
+                "see that directory.)"
+            ) from error
+
+    def _drop(self, name):
+        try:
+            for request in self._interface.unload(name):
+                self._ask(*request)
+        except ServerError as error:  # It samples from the newest all the same.
+            warnings.warn(f"the server kept {name}, which is no longer used: {error}", stacklevel=2)
+        shutil.rmtree(self._directory / name, ignore_errors=True)
+
+    def _ask(self, url, body):
+        answer = post(url, body, **self._settings)
+        # vLLM answers a load with text, or nothing; SGLang with JSON, which may say that it failed.
+        if '"success":false' in answer.replace(" ", ""):
+            raise ServerError(f"{url} answered {answer[:500]}")
+
+
+def _root(url: str) -> str:
+    """The address without the /v1 of OpenAI's protocol."""
+    return url.rstrip("/").removesuffix("/v1")

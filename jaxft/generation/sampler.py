@@ -15,7 +15,7 @@ from jaxft.generation.decoding import SamplingConfig, transform_logits
 from jaxft.models import Cache, Decoder, is_stacked, unstack_layers, virtual_tokens
 from jaxft.parallel import in_turn, to_host
 
-CHUNK = 64  # tokens decoded between two looks of the host
+CHUNK = 64  # tokens decoded between two looks of the host, by which the cache is rounded too
 MIN_BUCKET = 16
 
 Params = Any
@@ -82,8 +82,8 @@ def generate(
         row_ids: of prompts, default 0, 1, 2...; distinct ids give distinct samples of equal prompts.
         tokenizer: needed for `stop_strings`.
         cache_dtype: of keys and values; None: the model's activations'.
-        chunk: tokens decoded between two looks of the host, which ends rows at stop strings, and the whole
-            when no row is left.
+        chunk: tokens decoded between two looks of the host for `stop_strings`; without these it never looks:
+            the program itself ends when no row is left.
 
     Raises:
         ValueError: for an empty prompt, or if prompt and completion exceed the model's max_length.
@@ -102,24 +102,39 @@ def generate(
         )
     ids = np.arange(rows) if row_ids is None else np.asarray(row_ids)
     ids = np.concatenate([ids, np.zeros(len(tokens) - rows, ids.dtype)])
+    chunk = chunk if config.stop_strings else -(-config.max_new_tokens // CHUNK) * CHUNK
     slots = width + -(-config.max_new_tokens // chunk) * chunk
     keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.asarray(ids))
     state = prefill(
         model, params, jnp.asarray(tokens), jnp.asarray(valid), keys, slots, cache_dtype
     )
-    state = state._replace(done=jnp.arange(len(tokens)) >= rows)
+    extra = np.arange(len(tokens)) >= rows
+    state = state._replace(done=jnp.asarray(extra))
     state, rows = in_turn(fork(in_turn(state), samples)), rows * samples
-    parts = []
-    while True:
+    if not config.stop_strings:
         state, part = decode(model, params, state, config, chunk)
-        parts.append(to_host(part))
-        done = to_host(state.done)
-        if config.stop_strings:
-            done, parts = _cut_at_strings(parts, done, config, tokenizer)
-            state = state._replace(done=jnp.asarray(done))
-        if done.all() or int(state.step) >= config.max_new_tokens:
+        part, done = to_host((part, state.done))
+        return _gather(part, part.mask, done, rows, config.max_new_tokens)
+    done, ends = np.repeat(extra, samples), np.full(len(tokens) * samples, slots)
+    parts, looks = [], []
+    for _ in range(-(-config.max_new_tokens // chunk)):
+        state, part = decode(model, params, state, config, chunk)
+        parts.append(part)
+        settled = done
+        *look, done = to_host((part.tokens, part.mask, state.done))
+        looks.append(look)
+        seen = [np.concatenate(columns, axis=1) for columns in zip(*looks, strict=True)]
+        for i in np.flatnonzero(~settled):
+            ends[i] = _after_string(*(x[i] for x in seen), config, tokenizer) or slots
+        done = done | (ends < slots)
+        if done.all():
             break
-    return _gather(parts, done, rows, config.max_new_tokens)
+        state = state._replace(done=jnp.asarray(done))
+    whole = Part(
+        *(np.concatenate(columns, axis=1) for columns in zip(*to_host(parts), strict=True))
+    )
+    mask = whole.mask & (np.arange(whole.mask.shape[1]) < ends[:, None])
+    return _gather(whole, mask, done, rows, config.max_new_tokens)
 
 
 def left_pad(prompts, config) -> tuple[np.ndarray, np.ndarray]:
@@ -291,29 +306,20 @@ def bucket(size: int, least: int) -> int:
     return power * 3 // 4 if power > least and size <= power * 3 // 4 else power
 
 
-def _cut_at_strings(parts, done, config, tokenizer):
-    """Ends rows at the first stop string: later tokens are unmasked; the one that completes it stays."""
-    joined = Part(*(np.concatenate(columns, axis=1) for columns in zip(*parts, strict=True)))
-    mask, done = joined.mask.copy(), done.copy()
-    for i in range(len(mask)):
-        ids = joined.tokens[i][mask[i]].tolist()
-        if not any(s in tokenizer.decode(ids) for s in config.stop_strings):
-            continue
-        ends = (
-            n
-            for n in range(1, len(ids) + 1)
-            if any(s in tokenizer.decode(ids[:n]) for s in config.stop_strings)
-        )
-        mask[i, np.flatnonzero(mask[i])[next(ends) :]] = False
-        done[i] = True
-    return done, [joined._replace(mask=mask)]
+def _after_string(tokens, mask, config, tokenizer) -> int | None:
+    """The column behind the token that completes a row's first stop string, if there is one."""
+    ids = tokens[mask].tolist()
+    found = lambda n: any(s in tokenizer.decode(ids[:n]) for s in config.stop_strings)
+    if not found(len(ids)):
+        return None
+    first = next(n for n in range(1, len(ids) + 1) if found(n))
+    return int(np.flatnonzero(mask)[first - 1]) + 1
 
 
-def _gather(parts, done, rows, limit) -> Generation:
-    joined = Part(*(np.concatenate(columns, axis=1)[:rows] for columns in zip(*parts, strict=True)))
-    mask = joined.mask[:, :limit]
-    cut = lambda table: np.where(mask, table[:, :limit], 0)
+def _gather(part, mask, done, rows, limit) -> Generation:
+    mask = mask[:rows, :limit]
+    cut = lambda table: np.where(mask, table[:rows, :limit], 0)
     finish = ["stop" if ended else "length" for ended in done[:rows]]
     return Generation(
-        cut(joined.tokens), mask, cut(joined.log_probs), cut(joined.sampler_log_probs), finish
+        cut(part.tokens), mask, cut(part.log_probs), cut(part.sampler_log_probs), finish
     )

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import chex
 import jax
@@ -111,6 +112,19 @@ def test_stop_tokens_and_strings(model, params, prompts):
     out = generate(model, params, prompts[1:2], jax.random.key(0), config, tokenizer=Letters())
     assert out.completions[0] == free[1][: text.index(text[2:5]) + 3]
     assert out.finish == ["stop"]
+    # However often the host looks: a string may lie across two looks, and one row end before the others.
+    config = dataclasses.replace(config, stop_strings=(text[4:7], text[1]), stop_ids=(stop,))
+    config = dataclasses.replace(config, max_new_tokens=9)
+    run = functools.partial(generate, model, params, prompts, jax.random.key(0), config)
+    one, often = run(tokenizer=Letters()), run(tokenizer=Letters(), samples=2, chunk=2)
+    assert min(map(len, one.completions)) < max(map(len, one.completions))
+    for i, ids in enumerate(one.completions):
+        assert often.completions[2 * i : 2 * i + 2] == [ids] * 2
+        assert often.finish[2 * i] == one.finish[i]
+        np.testing.assert_allclose(
+            often.log_probs[2 * i, : len(ids)], one.log_probs[i, : len(ids)], atol=1e-5
+        )
+        assert not often.log_probs[2 * i, len(ids) :].any()
 
 
 @pytest.mark.parametrize("new", [1, 64, 65])

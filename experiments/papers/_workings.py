@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -96,3 +97,45 @@ def result_reward(
         return jnp.where(right, 1.0, partial * parsed)
 
     return reward
+
+
+class Start(NamedTuple):
+    """A model that knows a little of the task, and the questions of one seed."""
+
+    model: Decoder
+    params: Any
+    steps: int  # of pretraining
+    pairs: np.ndarray  # [N, 2] the numbers to fine-tune on
+    rows: dict[str, np.ndarray]  # these with one annotated working each
+    held_out: np.ndarray
+
+
+def started(
+    seed: int,
+    sizes: tuple[int, int, int],
+    kinds: str,
+    until: float,
+    *,
+    digits: int = 2,
+    width: int = 64,
+    layers: int = 2,
+) -> Start:
+    """Pretrained on sums that are not asked later, until a working is right with probability `until`.
+
+    `sizes` are how many sums pretrain, fine-tune and are held out; `kinds` of working occur equally often.
+    """
+    rng = np.random.default_rng(seed)
+    drawn = rng.choice(100**digits, sum(sizes), replace=False)
+    pairs = np.stack(np.divmod(drawn, 10**digits), axis=1)
+    earlier, pairs, held_out = np.split(pairs, np.cumsum(sizes)[:-1])
+    annotated = lambda pairs: rows_of(pairs, rng.choice(list(kinds), len(pairs)), digits)
+    rows, first = annotated(pairs), annotated(earlier)
+    model, params = arithmetic.small_model(jax.random.key(seed), width, layers=layers)
+    right = right_probability(model, earlier[:200], digits, kinds)
+    params, steps = arithmetic.warm_start(model, params, first, seed, until=until, measure=right)
+    return Start(model, params, steps, pairs, rows, held_out)
+
+
+def supervised_rows(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What supervised fine-tuning needs of `rows_of`."""
+    return {name: rows[name] for name in ("tokens", "segment_ids", "positions", "loss_mask")}

@@ -6,6 +6,8 @@ optimization trains for pass@N': it stops learning an example when N' samples wo
 
     python experiments/papers/dco.py
     python experiments/papers/dco.py --epochs 120 --num-samples 1 16 64 256 4096
+    python experiments/papers/dco.py --mode proof
+    python experiments/papers/dco.py --mode cot
 
 A small model reads `47*83=` and answers with four digits, no steps between. pass@N is exact, without
 samples: the mean of 1 - (1 - p)^N over test problems, p the likelihood of the one right answer. Most of the
@@ -16,16 +18,18 @@ the epochs that are best on a validation split: there three seeds do not tell th
 The 80 epochs were set after a run of 40 with the same seeds, where this model was not yet sure of its answers
 (0.18) and the gap in pass@256 was 0.11 (-0.05 to 0.28): only the order of confidence held there.
 
-The weight is that of the authors' code, F(N', p) times the token-mean cross-entropy. Left out are its queue,
-which refills batches with examples of weight above 0.1, and the forms for chains of thought and proofs.
+The weight is that of the authors' code, F(N', p) times the token-mean cross-entropy; its queue, which refills
+batches with examples of weight above 0.1, is left out here. The forms for chains of thought, with the queue,
+and for proofs have files of their own: _dco_cot.py and _dco_proof.py tell their tasks.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import pathlib
 import sys
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -33,9 +37,12 @@ import numpy as np
 import optax
 import tyro
 
+from experiments.papers import _dco_cot, _dco_proof
 from experiments.papers import _toy_text as toy
 from experiments.papers._claims import Claim, interval, report, show
+from experiments.papers._seeds import run_seeds
 from jaxft import train
+from jaxft.metrics import exact_pass_rate
 from jaxft.models import Decoder, tiny_config
 from jaxft.objectives import coverage, sequence_log_probs
 
@@ -49,8 +56,12 @@ BINS = 20  # of confidence
 class Config:
     """Sizes and seeds."""
 
+    mode: Literal["direct", "cot", "proof"] = (
+        "direct"  # the sizes of the other two stand in their files
+    )
     num_samples: tuple[int, ...] = (1, 16, 256)  # N' of training; 1 is cross-entropy
     seeds: int = 3
+    first_seed: int = 0
     epochs: int = 80
     every: int = 5  # epochs between measurements
     problems: int = 2000  # to train on, of 8100
@@ -72,14 +83,30 @@ def main(config: Config) -> int:
             batch_size=20,
         )  # fmt: skip
     output = train.writable_directory(config.output_dir)
+    if config.mode != "direct":
+        return other_mode(config, output / config.mode)
     layers = 1 if config.smoke else 2
     model = Decoder(dataclasses.replace(tiny_config(VOCABULARY, max_length=16), num_layers=layers))
-    metrics: dict[str, Any] = {
-        str(n): [run(config, model, n, seed) for seed in range(config.seeds)]
-        for n in config.num_samples
-    }
+    every = lambda seed: {str(n): run(config, model, n, seed) for n in config.num_samples}
+    runs = run_seeds(config, output, every)
+    metrics: dict[str, Any] = {name: [found[name] for found in runs] for name in runs[0]}
     _figure(metrics, output)
     code = report(judge(metrics), {"training": metrics}, output)
+    return 0 if config.smoke else code
+
+
+def other_mode(config: Config, output: pathlib.Path) -> int:
+    """The same of chains of thought or of proofs."""
+    from matplotlib.figure import Figure
+
+    part = {"cot": _dco_cot, "proof": _dco_proof}[config.mode]
+    settings = part.SMOKE if config.smoke else part.Settings()
+    runs = run_seeds(config, output, functools.partial(part.run_seed, settings))
+    part.print_table(runs)
+    code = report(part.judge(runs), {"runs": runs}, output)
+    figure = Figure(figsize=(10, 3.4), layout="constrained")
+    part.plot(runs, figure.subplots(1, 3))
+    figure.savefig(output / "dco.png", dpi=150)
     return 0 if config.smoke else code
 
 
@@ -130,12 +157,6 @@ def run(config: Config, model: Decoder, num_samples: int, seed: int) -> list[dic
     last = {str(n): round(v, 4) for n, v in rows[-1]["pass"].items()}
     print(f"N' = {num_samples}, seed {seed}: pass@N on test {last}", flush=True)
     return rows
-
-
-def exact_pass_rate(log_probs: np.ndarray, num_samples: int) -> float:
-    """pass@N: the mean of 1 - (1 - p)^N, from log p [problems] of the one right answer to each."""
-    p = np.exp(np.asarray(log_probs, np.float64))
-    return float(np.mean(-np.expm1(num_samples * np.log1p(-np.minimum(p, 1 - 1e-12)))))
 
 
 def pass_at(log_probs: np.ndarray) -> dict[str, float]:

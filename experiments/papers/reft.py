@@ -135,21 +135,18 @@ def check(config: Config) -> None:
 
 def run_seed(config: Config, seed: int) -> dict[str, list[dict]]:
     """{algorithm: [measures at a step]} from one warm-up."""
-    rng = np.random.default_rng(seed)
     sizes = (config.pretraining, config.questions, config.held_out)
-    drawn = rng.choice(100**config.digits, sum(sizes), replace=False)
-    pairs = np.stack(np.divmod(drawn, 10**config.digits), axis=1)
-    earlier, pairs, held_out = np.split(pairs, np.cumsum(sizes)[:-1])
-    kinds = lambda pairs: rng.choice(list(config.kinds), len(pairs))
-    rows = workings.rows_of(pairs, kinds(pairs), config.digits)
-    model, params = arithmetic.small_model(jax.random.key(seed), config.width, layers=config.layers)
-    params, steps = pretrained(config, model, params, earlier, kinds(earlier), seed)
-    start = warm_up(config, model, params, rows, seed)
+    made = workings.started(
+        seed, sizes, config.kinds, config.until, digits=config.digits, width=config.width,
+        layers=config.layers,
+    )  # fmt: skip
+    model, pairs, rows = made.model, made.pairs, made.rows
+    start = warm_up(config, model, made.params, rows, seed)
     rank = ranker(config, model, start, pairs, seed) if config.rerank else None
-    measure = measures(config, model, held_out, seed, rank)
+    measure = measures(config, model, made.held_out, seed, rank)
     first = measure(start, config.votes) | {"step": 0}
     text = ", ".join(f"{name} {first[name]:.3f}" for name in MEASURES)
-    print(f"seed {seed}: {steps} steps of pretraining; after the warm-up {text}", flush=True)
+    print(f"seed {seed}: {made.steps} steps of pretraining; after the warm-up {text}", flush=True)
     runs = {}
     for name in config.algo:
         history = train_algorithm(config, model, start, pairs, rows, seed, name, measure)
@@ -157,13 +154,6 @@ def run_seed(config: Config, seed: int) -> dict[str, list[dict]]:
         text = ", ".join(f"{m} {history[-1][m]:.3f}" for m in MEASURES)
         print(f"    {name}: {text}", flush=True)
     return runs
-
-
-def pretrained(config, model, params, pairs, kinds, seed) -> tuple[Any, int]:
-    """(params, steps): supervised on sums that are not asked later, until `until`."""
-    rows = workings.rows_of(pairs, kinds, config.digits)
-    right = workings.right_probability(model, pairs[:200], config.digits, config.kinds)
-    return arithmetic.warm_start(model, params, rows, seed, until=config.until, measure=right)
 
 
 def warm_up(config, model, params, rows, seed) -> Any:
@@ -198,7 +188,7 @@ def train_algorithm(config, model, start, pairs, rows, seed, name, measure) -> l
         half = config.batch_size // 2
         own = collect(reward(), rl.right_samples, prompts_per_step=half)
         objective = rl.online_self_training(model)
-        batches = functools.partial(with_gold, own, _supervised(rows), half, seed)
+        batches = functools.partial(with_gold, own, workings.supervised_rows(rows), half, seed)
     else:
         objective = supervised(model)
         if name == "offline_st":
@@ -228,10 +218,6 @@ def with_gold(own, gold, count, seed, state):
     """A step of online self-training: samples, and the annotated workings of the same questions."""
     chosen = prompts_of(int(state.step), count, len(gold["tokens"]), seed)
     return {"samples": own(state), "gold": jax.tree.map(lambda x: x[chosen], gold)}
-
-
-def _supervised(rows):
-    return {name: rows[name] for name in ("tokens", "segment_ids", "positions", "loss_mask")}
 
 
 def own_answers(config, model, start, pairs, seed) -> tuple[list[str], list, list]:

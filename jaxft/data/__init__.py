@@ -16,6 +16,7 @@ from jaxft.data.groups import (
     render_pairs,
     render_unpaired,
 )
+from jaxft.data.hard_examples import HardExampleQueue
 from jaxft.data.inspection import Inspection, inspect
 from jaxft.data.judged import (
     GreenCounts,
@@ -46,6 +47,7 @@ __all__ = [
     "DataError",
     "DataIterator",
     "GreenCounts",
+    "HardExampleQueue",
     "Inspection",
     "JsonLines",
     "Judged",

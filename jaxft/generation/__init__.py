@@ -20,9 +20,11 @@ from jaxft.generation.sampler import (
     left_pad,
     prefill,
 )
+from jaxft.generation.search import Found, best_first_search
 from jaxft.generation.server import ServerError, server_sampler
 
 __all__ = [
+    "Found",
     "Generation",
     "Interface",
     "Push",
@@ -30,6 +32,7 @@ __all__ = [
     "ServerError",
     "State",
     "append",
+    "best_first_search",
     "bucket",
     "decode",
     "fork",

@@ -1,6 +1,6 @@
 """Losses: arrays in, values out; no model, no tokenizer, no reduction that is not in the name."""
 
-from jaxft.losses.coverage import coverage_weight, dco_loss
+from jaxft.losses.coverage import coverage_weight, dco_loss, dco_step_loss
 from jaxft.losses.density_ratio import density_ratios, logistic_regression
 from jaxft.losses.divergences import (
     gaussian_kernel,
@@ -109,6 +109,7 @@ __all__ = [
     "cpo_loss",
     "cross_entropy",
     "dco_loss",
+    "dco_step_loss",
     "density_ratios",
     "dft_loss",
     "discopop_loss",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import chex
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 _SERIES = 0.1  # N p below which the quotient of small numbers is replaced by its series
 _LARGEST = 1 - 1e-6  # p: log(1 - p) must stay finite
@@ -51,4 +51,25 @@ def dco_loss(
     chex.assert_equal_shape([log_probs, mask])
     total = jnp.sum(mask * log_probs, axis=1)
     mean = -total / jnp.maximum(jnp.sum(mask, axis=1), 1.0)
+    return coverage_weight(total, num_samples) * mean
+
+
+def dco_step_loss(
+    log_probs: Float[Array, "B T"], steps: Int[Array, "B T"], *, num_samples: int, num_steps: int
+) -> Float[Array, "B S"]:
+    """`dco_loss` of each step of a row by itself: F(N, p_s) times the mean of -log p_t over its tokens.
+
+    For proofs, whose steps a search takes one by one: N is then the width of the tree, N_eff, and a small one
+    makes a deep and narrow search (DCO_step of Chen et al., 2025). Steps that are not there give 0.
+
+    Args:
+        log_probs: of the target tokens.
+        steps: to which step, 0..S-1, a token belongs; anything else for tokens of none.
+        num_samples: N_eff.
+        num_steps: S.
+    """
+    chex.assert_equal_shape([log_probs, steps])
+    member = jax.nn.one_hot(steps, num_steps, dtype=bool)  # [B, T, S]
+    total = jnp.sum(jnp.where(member, log_probs[..., None], 0.0), axis=1)
+    mean = -total / jnp.maximum(jnp.sum(member, axis=1), 1)
     return coverage_weight(total, num_samples) * mean

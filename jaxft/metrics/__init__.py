@@ -3,11 +3,12 @@
 from jaxft.metrics.interval import wilson_interval
 from jaxft.metrics.length import length_controlled_rate, standardised_mean
 from jaxft.metrics.mean import Mean, combine_means
-from jaxft.metrics.samples import majority_vote, pass_at_k, rerank
+from jaxft.metrics.samples import exact_pass_rate, majority_vote, pass_at_k, rerank
 
 __all__ = [
     "Mean",
     "combine_means",
+    "exact_pass_rate",
     "length_controlled_rate",
     "majority_vote",
     "pass_at_k",

@@ -34,6 +34,18 @@ def pass_at_k(correct: np.ndarray, samples: int, k: int) -> np.ndarray:
     return 1.0 - np.prod(np.maximum(factors, 0.0), axis=-1)
 
 
+def exact_pass_rate(log_probs: np.ndarray, num_samples: int) -> float:
+    """pass@N without samples: the mean of 1 - (1 - p)^N, from log p of the one right answer to each problem.
+
+    Raises:
+        ValueError: for num_samples below 1.
+    """
+    if num_samples < 1:
+        raise ValueError(f"exact_pass_rate: num_samples must be at least 1, got {num_samples}.")
+    p = np.exp(np.asarray(log_probs, np.float64))
+    return float(np.mean(-np.expm1(num_samples * np.log1p(-np.minimum(p, 1 - 1e-12)))))
+
+
 def majority_vote(answers: Sequence[Hashable | None]) -> Hashable | None:
     """The answer given most often, the first of several such; None are none, and None if all are.
 

@@ -1,6 +1,6 @@
 """Objectives: a model's apply, a loss and a reduction make objective(params, batch, key)."""
 
-from jaxft.objectives.coverage import coverage
+from jaxft.objectives.coverage import coverage, step_coverage
 from jaxft.objectives.critic import (
     completion_values,
     token_values,
@@ -66,6 +66,7 @@ __all__ = [
     "sequence_rewards",
     "shift",
     "spectrally_normalised",
+    "step_coverage",
     "supervised",
     "token_rewards",
     "token_supervised",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jaxft.losses import coverage_weight, dco_loss, linear_log_probs
+from jaxft.losses import coverage_weight, dco_loss, dco_step_loss, linear_log_probs
 from jaxft.metrics import Mean
 from jaxft.objectives.supervised import Objective, forward, shift
 
@@ -32,9 +32,7 @@ def coverage(model, num_samples: int) -> Objective:
     def objective(params, batch, key):
         del key  # Nothing is drawn: no dropout.
         targets, weights = shift(batch)
-        output = forward(model, params, batch)
-        softcap = model.config.final_softcap
-        log_probs = linear_log_probs(output.hidden, model.head(params), targets, softcap=softcap)
+        log_probs = _log_probs(model, params, batch, targets)
         mask = (weights > 0).astype(jnp.float32)
         counted = (jnp.sum(mask, axis=1) > 0).astype(jnp.float32)
         loss = Mean.of(dco_loss(log_probs, mask, num_samples=num_samples), counted)
@@ -47,3 +45,40 @@ def coverage(model, num_samples: int) -> Objective:
         return loss.value, jax.lax.stop_gradient(metrics)
 
     return objective
+
+
+def step_coverage(model, num_samples: int, num_steps: int) -> Objective:
+    """objective(params, batch, key) -> (mean `dco_step_loss` over steps, metrics): for proofs.
+
+    A row is a whole proof; `steps` [B, T] of the batch says of which step, 0 to num_steps - 1, a token is,
+    and is -1 elsewhere. Metrics: loss, a Mean over the steps that are there.
+
+    Args:
+        model: a Decoder.
+        num_samples: N_eff, the width of the search tree; 1 is supervised fine-tuning.
+        num_steps: of the longest proof.
+
+    Raises:
+        ValueError: for num_samples below 1.
+    """
+    if num_samples < 1:
+        raise ValueError(f"step_coverage: num_samples must be at least 1, got {num_samples}.")
+
+    def objective(params, batch, key):
+        del key  # Nothing is drawn: no dropout.
+        targets, weights = shift(batch)
+        after = jnp.pad(batch["steps"][:, 1:], ((0, 0), (0, 1)), constant_values=-1)
+        steps = jnp.where(weights > 0, after, -1)
+        log_probs = _log_probs(model, params, batch, targets)
+        losses = dco_step_loss(log_probs, steps, num_samples=num_samples, num_steps=num_steps)
+        there = jnp.any(jax.nn.one_hot(steps, num_steps, dtype=bool), axis=1)
+        loss = Mean.of(losses, there.astype(jnp.float32))
+        return loss.value, jax.lax.stop_gradient({"loss": loss})
+
+    return objective
+
+
+def _log_probs(model, params, batch, targets):
+    output = forward(model, params, batch)
+    softcap = model.config.final_softcap
+    return linear_log_probs(output.hidden, model.head(params), targets, softcap=softcap)

@@ -19,7 +19,13 @@ from jaxft.rl.collection import Sample, answers, collect, collect_from
 from jaxft.rl.environments import Environment, Reply, tagged, try_again, with_tool
 from jaxft.rl.episodes import episodes
 from jaxft.rl.experience import Experience, KlControl
-from jaxft.rl.on_device import DeviceReward, collect_on_device, equals, sample_on_device
+from jaxft.rl.on_device import (
+    DeviceReward,
+    collect_on_device,
+    equals,
+    estimate_success,
+    sample_on_device,
+)
 from jaxft.rl.online import (
     best_and_worst,
     online_preference,
@@ -79,6 +85,7 @@ __all__ = [
     "dr_grpo",
     "episodes",
     "equals",
+    "estimate_success",
     "expert_iteration",
     "grpo",
     "gspo",

@@ -96,6 +96,36 @@ def sample_on_device(
     )
 
 
+def estimate_success(
+    sample: Callable[[int], tuple[np.ndarray, np.ndarray]],
+    reward: DeviceReward,
+    numbers: Sequence[int],
+    samples: int,
+) -> np.ndarray:
+    """p̂ [B]: the share of right ones, of a reward of 1 or more, among `samples` answers to each prompt.
+
+    For p(answer | prompt) where many workings lead to an answer, so that no likelihood gives it.
+
+    Args:
+        sample: number of samples -> (tokens, mask) [B, samples, N], such as `sample_on_device`.
+        reward: of responses and the numbers of their prompts.
+        numbers: which prompt each of the B rows is.
+        samples: 64 for DCO (Chen et al., 2025, arxiv.org/abs/2502.07154).
+
+    Raises:
+        ValueError: if other samples came than were asked for.
+    """
+    tokens, mask = sample(samples)
+    if np.shape(tokens)[:2] != (len(numbers), samples):
+        raise ValueError(
+            f"estimate_success: {samples} samples of {len(numbers)} prompts are expected, got "
+            f"{np.shape(tokens)[:2]}."
+        )
+    flat = lambda x: jnp.asarray(x).reshape(-1, x.shape[-1])
+    given = reward(flat(tokens), flat(mask), jnp.repeat(jnp.asarray(numbers), samples))
+    return np.asarray(given >= 1.0).reshape(-1, samples).mean(axis=1)
+
+
 def equals(answers: Sequence[Sequence[int]], size: int) -> DeviceReward:
     """1 for a response that is its prompt's answer token by token, else 0.
 

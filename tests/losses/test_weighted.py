@@ -71,6 +71,20 @@ def test_the_weights_of_coverage_are_the_derivative_of_failing_n_times():
         assert (jnp.diff(ours) <= 0).all() and (ours >= 0).all() and (ours <= 1).all()
 
 
+def test_dco_of_steps_is_dco_of_each_step_as_a_row():
+    log_probs = -jnp.array([[0.5, 2.0, 1.0, 0.1, 0.7], [1e-4, 3.0, 0.2, 0.3, 0.4]])
+    steps = jnp.array([[-1, 0, 0, 1, 7], [2, 0, 2, -1, 2]])
+    got = losses.dco_step_loss(log_probs, steps, num_samples=8, num_steps=3)
+    slow = np.zeros((2, 3))
+    for row, step in ((0, 0), (0, 1), (1, 0), (1, 2)):
+        mask = (steps[row] == step)[None] * 1.0
+        slow[row, step] = losses.dco_loss(log_probs[row][None], mask, num_samples=8)[0]
+    close(got, slow)
+    assert got[0, 2] == got[1, 1] == 0  # not there
+    whole = losses.dco_step_loss(log_probs, jnp.zeros((2, 5), int), num_samples=8, num_steps=1)
+    close(whole[:, 0], losses.dco_loss(log_probs, jnp.ones((2, 5)), num_samples=8))
+
+
 def test_dco_with_one_sample_is_cross_entropy_and_solved_examples_are_silent():
     log_probs, mask = -jnp.array([[0.5, 2.0, 1.0], [1e-4, 1e-4, 7.0]]), jnp.ones((2, 3))
     mask = mask.at[1, 2].set(0.0)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxft.losses import coverage_weight
-from jaxft.objectives import coverage
+from jaxft.objectives import coverage, step_coverage
 from tests.small_models import LLAMA, base, jitted
 
 MODEL, PARAMS = base(LLAMA)
@@ -51,3 +51,16 @@ def test_loss_is_weighted_cross_entropy_of_rows(num_samples):
 def test_no_samples_are_an_error():
     with pytest.raises(ValueError, match="num_samples must be at least 1, got 0"):
         coverage(MODEL, 0)
+    with pytest.raises(ValueError, match="num_samples must be at least 1, got 0"):
+        step_coverage(MODEL, 0, 2)
+
+
+def test_a_step_counts_by_itself():
+    batch = batch_of() | {"steps": jnp.full((4, 9), -1).at[:2, 2].set(0).at[:2, 3:5].set(1)}
+    loss, metrics = jax.jit(step_coverage(MODEL, 10**6, 2))(PARAMS, batch, None)
+    table = jax.nn.log_softmax(jitted(MODEL)({"params": PARAMS}, batch["tokens"]).logits)
+    log_p = lambda i, *places: [float(table[i, t - 1, batch["tokens"][i, t]]) for t in places]
+    steps = [log_p(0, 2), log_p(0, 3, 4), log_p(1, 2), log_p(1, 3, 4)]
+    slow = [-float(coverage_weight(jnp.float32(sum(s)), 10**6)) * np.mean(s) for s in steps]
+    np.testing.assert_allclose(loss, np.mean(slow), rtol=1e-4)
+    assert metrics["loss"].weight == 4

@@ -80,3 +80,16 @@ def test_rows_that_updates_do_not_divide_are_refused():
             model, PROMPTS, rl.equals(TARGETS, 3), CREDIT, SAMPLING,
             prompts_per_step=2, group_size=3, updates=4,
         )  # fmt: skip
+
+
+def test_success_is_the_share_of_right_samples():
+    reward = rl.equals(TARGETS, 3)
+    answer = lambda target: [*target, *[0] * (3 - len(target))]
+    right, mask = answer(TARGETS[2]), [i < len(TARGETS[2]) for i in range(3)]
+    tokens = np.array([[right, [9, 9, 9], right, right], [[9, 9, 9]] * 4])
+    masks = np.array([[mask] * 4, [[True] * 3] * 4])
+    sample = lambda count: (tokens[:, :count], masks[:, :count])
+    assert rl.estimate_success(sample, reward, [2, 0], 4).tolist() == [0.75, 0.0]
+    assert rl.estimate_success(sample, reward, [2, 0], 2).tolist() == [0.5, 0.0]
+    with pytest.raises(ValueError, match="5 samples of 2 prompts are expected, got \\(2, 4\\)"):
+        rl.estimate_success(sample, reward, [2, 0], 5)

@@ -1,0 +1,62 @@
+"""Full batches of the examples that still teach something."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+
+class HardExampleQueue:
+    """Collects examples whose weight reaches a threshold; what is over one batch waits for the next.
+
+    Direct coverage optimization (Chen et al., 2025, arxiv.org/abs/2502.07154) passes over examples that are
+    solved, and fills its batches up: candidates are looked at until a batch is full.
+
+        while (batch := queue.pop()) is None:
+            queue.push(candidates := next(source), weigh(state.params, candidates))
+
+    Args:
+        threshold: the least weight of an example that is kept; 0.1 in the authors' code, of F(N, p).
+        batch_size: examples of a batch.
+
+    Raises:
+        ValueError: for a batch size below 1.
+    """
+
+    def __init__(self, threshold: float, batch_size: int):
+        if batch_size < 1:
+            raise ValueError(f"HardExampleQueue: batch_size must be at least 1, got {batch_size}.")
+        self.threshold, self.batch_size = threshold, batch_size
+        self._waiting: list[Any] = []
+
+    def __len__(self) -> int:
+        """How many examples wait."""
+        return len(self._waiting)
+
+    def push(self, candidates: Mapping[str, Any], weights: np.ndarray) -> int:
+        """Takes the heavy ones among candidates, leaves [B, ...]; returns how many these are.
+
+        Raises:
+            ValueError: if there is not one weight a candidate.
+        """
+        weights = np.asarray(weights)
+        sizes = {np.shape(leaf)[0] for leaf in jax.tree.leaves(candidates)}
+        if sizes != {len(weights)} or weights.ndim != 1:
+            raise ValueError(
+                f"HardExampleQueue: one weight a candidate is expected, got weights {weights.shape} for "
+                f"leaves of {sorted(sizes)} rows."
+            )
+        kept = np.flatnonzero(weights >= self.threshold)
+        rows = jax.tree.map(np.asarray, candidates)
+        self._waiting += [jax.tree.map(lambda leaf, i=i: leaf[i], rows) for i in kept]
+        return len(kept)
+
+    def pop(self) -> Any | None:
+        """A batch of those that have waited longest; None as long as they are fewer than a batch."""
+        if len(self) < self.batch_size:
+            return None
+        taken, self._waiting = self._waiting[: self.batch_size], self._waiting[self.batch_size :]
+        return jax.tree.map(lambda *leaves: np.stack(leaves), *taken)

@@ -13,6 +13,7 @@ from jaxft import train
 UNGROUPED = ("reinforce", "reinforce_plus_plus", "expert_iteration", "ppo")
 OF_VERDICTS = ("expert_iteration", "nft")
 UNSERVED = ("bottleneck", "parallel", "prompt", "prefix", "intrinsic")
+ONLINE = ("online_dpo", "xpo")
 KL_IN_REWARD = ("rloo", "reinforce_plus_plus", "ppo")
 
 
@@ -53,7 +54,7 @@ def settings(config: Any) -> None:
             f"--kl-target {config.kl_target} must be positive and adapts --reward-kl, which is "
             f"{config.reward_kl}; start from 0.05, say."
         )
-    if config.algorithm == "online_dpo":
+    if config.algorithm in ONLINE:
         online(config)
     if (
         config.reward_model
@@ -80,12 +81,25 @@ def _judged(config):
 
 
 def online(config: Any) -> None:
-    """Whether the credit of online_dpo is that of the policy that is trained."""
+    """Whether the credit of pairs is that of the policy that is trained, and xpo's halves are halves."""
     if config.updates * config.epochs > 1 or config.sampler_url or config.beta <= 0:
         raise ValueError(
-            "online_dpo takes its gradient at the policy that sampled: --updates 1, --epochs 1, no "
+            f"{config.algorithm} takes its gradient at the policy that sampled: --updates 1, --epochs 1, no "
             f"--sampler-url, and a positive --beta; got {config.updates}, {config.epochs}, "
             f"{config.sampler_url} and {config.beta}."
+        )
+    if config.algorithm != "xpo":
+        return
+    if (
+        config.group_size % 2
+        or config.turns > 1
+        or config.correction != "none"
+        or config.xpo_alpha < 0
+    ):
+        raise ValueError(
+            "xpo gives half of each group to the start: it needs an even --group-size, --turns 1, --correction "
+            "none (the start is another policy) and --xpo-alpha of at least 0; got "
+            f"{config.group_size}, {config.turns}, {config.correction} and {config.xpo_alpha}."
         )
 
 
@@ -129,6 +143,7 @@ def mesh(config: Any, devices: Any) -> None:
         )
     parts = 1 if devices is None else devices.shape["data"] * devices.shape["fsdp"]
     rows = config.prompts_per_step * config.group_size
+    rows = rows // 2 if config.algorithm == "xpo" else rows  # sampled at a time
     if rows % (parts * config.updates * config.gradient_accumulation_steps):
         raise ValueError(
             f"{rows} answers of a rollout, in {config.updates} updates of "

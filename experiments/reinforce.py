@@ -56,7 +56,7 @@ SHOWN = ("reward", "length", "kl", "entropy", "gap")
 
 Choice = Literal[
     "reinforce", "rloo", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "reinforce_plus_plus",
-    "expert_iteration", "nft", "ppo", "online_dpo",
+    "expert_iteration", "nft", "ppo", "online_dpo", "xpo",
 ]  # fmt: skip
 
 
@@ -92,7 +92,8 @@ class Config(shared.Run):
     kl_target: float | None = None  # nats of an answer to which reward_kl is adapted; None: never
     kl_horizon: float = 10000.0  # answers: adapts by 20 % at most in so many
     entropy_weight: float = 0.0  # of an entropy bonus
-    beta: float = 0.1  # online_dpo: of DPO, on the best and the worst answer of each group
+    beta: float = 0.1  # online_dpo, xpo: of DPO, on the best and the worst answer of each group
+    xpo_alpha: float = 1e-5  # xpo: pull away from the answers that the start gives to half a group
     gamma: float = 1.0  # ppo: discount of a token
     lam: float = 0.95  # ppo: GAE's; 1 for long reasoning
     value_weight: float = 0.1  # ppo: of the critic's loss
@@ -201,6 +202,9 @@ def algorithm(config: Config, model: Any) -> rl.Algorithm:
         "online_dpo": lambda: rl.online_preference(
             build, functools.partial(dpo_loss, beta=config.beta), size
         ),
+        "xpo": lambda: rl.xpo(
+            build, functools.partial(dpo_loss, beta=config.beta), size, config.xpo_alpha
+        ),
         "ppo": lambda: rl.ppo(
             build,
             config.reward_kl,
@@ -244,7 +248,7 @@ def experience(config, model, prompts, records, renderer, rewards, credit, base,
 
 
 def sampling(config, model, renderer, rewards, base=None) -> rl.Sample:
-    """Answers, or with --turns episodes, of the current policy."""
+    """Answers, or with --turns episodes, of the current policy; for xpo half of them of the base."""
     tokenizer = renderer.tokenizer
     settings = SamplingConfig(
         config.max_new_tokens,
@@ -257,6 +261,9 @@ def sampling(config, model, renderer, rewards, base=None) -> rl.Sample:
         served = config.sampler_model or config.model
         push = pushes(config, model, base, served) if config.push_dir else None
         sampler = server_sampler(config.sampler_url, served, push=push)
+    if config.algorithm == "xpo":
+        half = rl.answers(model, tokenizer, rewards, settings, config.group_size // 2)
+        return rl.answers_of_both(half, model, base, config.temperature)
     if config.turns == 1:
         return rl.answers(model, tokenizer, rewards, settings, config.group_size, sampler=sampler)
     return rl.episodes(

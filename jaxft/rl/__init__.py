@@ -55,6 +55,7 @@ from jaxft.rl.verifiers import (
     stated_answer,
     verifier_for,
 )
+from jaxft.rl.xpo import answers_of_both, xpo
 
 __all__ = [
     "Accuracy",
@@ -76,6 +77,7 @@ __all__ = [
     "VerifierPool",
     "answer_reward",
     "answers",
+    "answers_of_both",
     "best_and_worst",
     "cispo",
     "collect",
@@ -116,4 +118,5 @@ __all__ = [
     "try_again",
     "verifier_for",
     "with_tool",
+    "xpo",
 ]

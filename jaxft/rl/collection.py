@@ -241,7 +241,7 @@ def _with_contrast(rounds: Iterable[Batch], count: int, group_size: int) -> Batc
     contrast = np.concatenate(kept)
     groups = np.argsort(~contrast, kind="stable")[:count]  # Stable: in the order of sampling.
     take = (groups[:, None] * group_size + np.arange(group_size)).reshape(-1)
-    batch = {name: x[take] for name, x in _concatenate(taken).items()}
+    batch = {name: x[take] for name, x in concatenated(taken).items()}
     value = batch["rewards"]
     batch["stats"] = {
         "reward": value,
@@ -254,7 +254,7 @@ def _with_contrast(rounds: Iterable[Batch], count: int, group_size: int) -> Batc
     return batch
 
 
-def _concatenate(rounds):
+def concatenated(rounds: Sequence[Batch]) -> Batch:
     """One batch of several, whose prompts and responses may lie in different buckets."""
     sizes = [batch["completion_mask"].shape[1] for batch in rounds]
     leads = [b["tokens"].shape[1] - n for b, n in zip(rounds, sizes, strict=True)]
@@ -273,7 +273,8 @@ def _concatenate(rounds):
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def _checked(rewards, count):
+def checked_rewards(rewards, count):
+    """An array [count], NaN where there is no verdict."""
     rewards = np.asarray([np.nan if r is None else r for r in rewards], np.float32)
     if rewards.shape != (count,):
         raise ValueError(
@@ -286,7 +287,7 @@ def _checked(rewards, count):
 
 
 def _with_penalty(batch, penalty):
-    rewards = _checked(batch["rewards"], len(batch["tokens"]))
+    rewards = checked_rewards(batch["rewards"], len(batch["tokens"]))
     if penalty is None:
         return rewards
     lengths = jnp.sum(batch["completion_mask"], axis=1).astype(jnp.float32)

@@ -438,6 +438,10 @@ BAD = {
         "mesh": (lambda p: ["--fsdp", "-1"], "cannot be laid over data x fsdp = 8 devices"),
         "context": (lambda p: ["--context", "2", "--fsdp", "-1"], "--context 2 is of sft.py"),
         "sharpness": (lambda p: ["--sharpness", "tram"], "tram is of experiments/sft.py"),
+        "halves": (
+            lambda p: ["--algorithm", "xpo", "--group-size", "3"],
+            "half of each group to the start: it needs an even --group-size",
+        ),
         "online": (
             lambda p: ["--algorithm", "online_dpo", "--updates", "2", "--save-steps", "2"],
             "online_dpo takes its gradient at the policy that sampled",

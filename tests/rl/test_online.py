@@ -113,6 +113,59 @@ def test_online_dpo_learns_the_digits():
     assert few(history[-5:]) > few(history[:5]) + 0.1
 
 
+def test_xpo_pulls_away_from_what_the_reference_says():
+    """Its gradient is that of loss + α log π(y_ref), formed from the same rows by a loop over groups."""
+    model, base, params = start_and_now()
+    build, alpha = functools.partial(policy_gradient, model), 0.3
+    algorithm = rl.xpo(build, LOSS, 4, alpha)
+    half = rl.answers(model, Digits(), lengths_as_rewards, SAMPLING, 2)
+    batches = rl.collect_from(
+        rl.answers_of_both(half, model, base, 1.0), model, PROMPTS, RECORDS, algorithm.credit,
+        temperature=1.0, prompts_per_step=4, group_size=4, ref_params=base,
+    )  # fmt: skip
+    batch = batches(state_of(params))
+    given = batch["from_reference"].reshape(4, 4)
+    assert (given == [False, False, True, True]).all()
+    # Each half is what its model samples; both have the log-probs of policy and reference.
+    sampler = np.where(batch["from_reference"][:, None], batch["ref_log_probs"], 0)
+    behaved = np.where(batch["from_reference"][:, None], batch["behaviour_log_probs"], 0)
+    np.testing.assert_allclose(behaved, sampler, atol=1e-4)
+    scored = rl.score(model, params, batch)
+    np.testing.assert_allclose(batch["sampler_log_probs"], scored, atol=1e-4)
+    own = np.asarray(batch["behaviour_log_probs"] - scored)[~batch["from_reference"]]
+    assert np.abs(own).max() < 1e-4
+    asked = [tuple(row[:16][-2:]) for row in batch["tokens"].tolist()]
+    assert all(len(set(asked[4 * i : 4 * i + 4])) == 1 for i in range(4))
+    groups = as_groups(batch, np.asarray(batch["ref_log_probs"]), 4)
+    values = np.asarray(batch["stats"]["reward"]).reshape(4, 4)
+
+    def objective(params):
+        sums = sequence_log_probs(model, params, groups).sums
+        total, pairs = 0.0, 0
+        for i in range(4):
+            best, worst = int(values[i].argmax()), int(values[i].argmin())
+            if values[i, best] == values[i, worst]:
+                continue
+            margin = sums[i, best] - sums[i, worst]
+            margin -= groups["ref_log_probs"][i, best] - groups["ref_log_probs"][i, worst]
+            total += -jax.nn.log_sigmoid(0.5 * margin) + alpha * (sums[i, 2] + sums[i, 3]) / 2
+            pairs += 1
+        return total / pairs
+
+    wanted = jax.jit(jax.grad(objective))(params)
+    online = jax.jit(jax.value_and_grad(algorithm.objective, has_aux=True))
+    (_, shown), found = online(params, batch, None)
+    chex.assert_trees_all_close(found, wanted, rtol=2e-3, atol=2e-5)
+    total = jnp.sum(jnp.where(batch["completion_mask"], scored, 0), axis=1).reshape(4, 4)
+    expected = float(total[:, 2:].mean())
+    assert float(shown["reference_log_prob"].value) == pytest.approx(expected, rel=1e-3)
+    none = rl.xpo(build, LOSS, 4, 0.0).credit(jnp.asarray(values.reshape(-1)), batch)
+    plain = rl.online_preference(build, LOSS, 4).credit(jnp.asarray(values.reshape(-1)), batch)
+    np.testing.assert_array_equal(none["advantages"], plain["advantages"])
+    with pytest.raises(ValueError, match="group_size must be even"):
+        rl.xpo(build, LOSS, 3)
+
+
 def test_samples_beside_pairs_are_the_policy_s_own():
     model, base, params = start_and_now()
     config = SamplingConfig(max_new_tokens=3, stop_ids=(7,))

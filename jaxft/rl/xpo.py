@@ -1,0 +1,98 @@
+"""Exploratory preference optimisation: online DPO that is also driven away from what the reference says.
+
+Xie et al., 2024, arxiv.org/abs/2405.21046, algorithm 1. `answers_of_both` samples, `xpo` learns.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxft.models import Decoder
+from jaxft.objectives.preference import PairLoss
+from jaxft.parallel import in_turn, to_host
+from jaxft.rl.algorithms import Algorithm, Build
+from jaxft.rl.collection import Sample, checked_rewards, concatenated
+from jaxft.rl.online import online_preference
+from jaxft.rl.rollouts import score
+
+_REFERENCE = 0x4EF  # purpose of the key of the reference's answers
+
+
+def answers_of_both(sample: Sample, model: Decoder, ref_params, temperature: float) -> Sample:
+    """Groups of which the policy gives the first half and the reference the second, judged alike.
+
+    The batch has `from_reference` [B]; of those rows `sampler_log_probs` are the policy's, as everywhere,
+    and `behaviour_log_probs` the reference's.
+
+    Args:
+        sample: `answers` of half a group.
+        model: a Decoder.
+        ref_params: of the reference.
+        temperature: at which `sample` draws.
+    """
+
+    def both(params, prompts, records, key):
+        own = sample(params, prompts, records, key)
+        other = sample(ref_params, prompts, records, jax.random.fold_in(key, _REFERENCE))
+        for batch in (own, other):
+            batch["rewards"] = checked_rewards(batch["rewards"], len(batch["tokens"]))
+        whole = concatenated([own, other])
+        size = len(own["tokens"]) // len(prompts)
+        # Prompt-major: each prompt's rows of both, side by side.
+        order = np.arange(2 * len(own["tokens"])).reshape(2, len(prompts), size)
+        order = order.transpose(1, 0, 2).reshape(-1)
+        whole = {name: x[order] for name, x in whole.items()}
+        given = order >= len(own["tokens"])
+        fields = ("tokens", "positions", "segment_ids", "completion_mask")
+        batch = {name: whole[name] for name in fields}
+        scored = to_host(in_turn(score(model, params, batch, temperature)))
+        sampled = np.where(given[:, None], scored, whole["sampler_log_probs"])
+        return whole | {"sampler_log_probs": sampled, "from_reference": given}
+
+    return both
+
+
+def xpo(build: Build, loss: PairLoss, group_size: int, alpha: float = 1e-5) -> Algorithm:
+    """A pairwise loss on each group's best and worst answer, and α log π of the reference's answers.
+
+    The mean over groups that have a pair of loss + α mean log π(y_ref | x): the second term takes likelihood
+    from what the reference would say, and so gives it to what nobody has tried. Its credit is a constant,
+    -α for each of these rows; see `online_preference` for the rest, and for its price, one update a rollout.
+    Shown besides: `reference_log_prob`, of the reference's answers under the policy, which is to fall.
+
+    Args:
+        build: a partial of `policy_gradient`.
+        loss: `functools.partial(dpo_loss, beta=0.1)` or any function of `Pairs`.
+        group_size: answers to each prompt, half of them of the reference; an even number.
+        alpha: α, in nats a nat; 1e-5 is TRL's, 0 online DPO.
+    """
+    if group_size % 2 or alpha < 0:
+        raise ValueError(
+            "xpo: group_size must be even, half of it the reference's, and alpha at least 0; got "
+            f"{group_size} and {alpha}."
+        )
+    pairwise = online_preference(build, loss, group_size)
+
+    def credit(rewards, batch):
+        given = pairwise.credit(rewards, batch)
+        mask = jnp.asarray(batch["completion_mask"])
+        counted, paired = jnp.any(mask, axis=1), given["stats"]["paired"]
+        chosen = jnp.asarray(batch["from_reference"]) & counted
+        share = chosen / jnp.maximum(_of_group(chosen, group_size), 1)
+        # As there: the objective divides by rows with tokens, where the mean is over pairs.
+        scale = jnp.sum(counted) / jnp.maximum(jnp.sum(paired) / group_size, 1)
+        name = "old_log_probs" if "old_log_probs" in batch else "sampler_log_probs"
+        sums = jnp.sum(jnp.where(mask, jnp.asarray(batch[name]), 0.0), axis=1)
+        stats = {"reference_log_prob": jnp.where(chosen, sums, jnp.nan)}
+        return {
+            "advantages": given["advantages"] - alpha * scale * share * paired,
+            "stats": {**given["stats"], **stats},
+        }
+
+    return Algorithm(credit, pairwise.objective)
+
+
+def _of_group(rows, size):
+    return jnp.repeat(jnp.sum(rows.reshape(-1, size), axis=1), size)

@@ -97,8 +97,8 @@ def online(config: Any) -> None:
         or config.xpo_alpha < 0
     ):
         raise ValueError(
-            "xpo gives half of each group to the start: it needs an even --group-size, --turns 1, --correction "
-            "none (the start is another policy) and --xpo-alpha of at least 0; got "
+            "xpo gives half of each group to the start: it needs an even --group-size, --turns 1, "
+            "--correction none (the start is another policy) and --xpo-alpha of at least 0; got "
             f"{config.group_size}, {config.turns}, {config.correction} and {config.xpo_alpha}."
         )
 

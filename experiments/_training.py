@@ -142,7 +142,8 @@ def load_base(
     Raises:
         ValueError: if they cannot fit the memory there is.
     """
-    shapes = files.model_shapes(config.model, scan_layers=config.scan_layers)
+    opened = files.open_model(config.model)
+    shapes = files.model_shapes(opened, scan_layers=config.scan_layers)
     trains_all = make_optimizer(config) if config.adapter == "full" else None
     devices = [jax.devices()[0]] if mesh is None else list(mesh.local_devices)
     train.check_memory(
@@ -151,7 +152,7 @@ def load_base(
         "take --adapter lora rather than full, more shards (--fsdp, --tensor) or a smaller model; "
         "`python -m jaxft.compile` tells what a slice would need.",
     )
-    model, base = files.load_model(config.model, mesh=mesh, scan_layers=config.scan_layers)
+    model, base = files.load_model(opened, mesh=mesh, scan_layers=config.scan_layers)
     model = model.clone(dtype=jnp.bfloat16 if config.bfloat16 else jnp.float32, remat=config.remat)
     (check or check_length)(config, model)
     return model, base

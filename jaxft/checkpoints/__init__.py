@@ -3,7 +3,14 @@
 from jaxft.checkpoints.errors import CheckpointError
 from jaxft.checkpoints.fetch import cache_directory, fetch
 from jaxft.checkpoints.merged import save_merged
-from jaxft.checkpoints.models import load_model, load_tokenizer, model_shapes, resolve, save_model
+from jaxft.checkpoints.models import (
+    load_model,
+    load_tokenizer,
+    model_shapes,
+    open_model,
+    resolve,
+    save_model,
+)
 
 __all__ = [
     "CheckpointError",
@@ -12,6 +19,7 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "model_shapes",
+    "open_model",
     "resolve",
     "save_merged",
     "save_model",

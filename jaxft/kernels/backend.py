@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 
 import jax
 from jax.sharding import PartitionSpec
@@ -35,14 +35,29 @@ def on_one(platform: str) -> bool:
     return set(mesh.manual_axes) == set(mesh.axis_names) or mesh.size == 1
 
 
+def free_axes() -> dict[str, int]:
+    """Name -> size of the axes of the mesh in context that no shard_map maps already."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return {name: size for name, size in mesh.shape.items() if name not in mesh.manual_axes}
+
+
+def dividing(size: int, names: Sequence[str]) -> tuple[str, ...]:
+    """Those of `names` that are free axes and split `size` evenly, each what those before it left."""
+    axes, taken = free_axes(), ()
+    for name in names:
+        if axes.get(name, 1) > 1 and size % axes[name] == 0:
+            size, taken = size // axes[name], (*taken, name)
+    return taken
+
+
 def row_axes(rows: int) -> tuple[str, ...]:
     """The axes of the mesh in context over which so many rows are split; () without, or in a shard_map."""
-    return _dividing(rows, ROW_AXES)
+    return dividing(rows, ROW_AXES)
 
 
 def length_axes(length: int) -> tuple[str, ...]:
     """The axes over which the tokens of rows so long are split, likewise."""
-    return _dividing(length, LENGTH_AXES)
+    return dividing(length, LENGTH_AXES)
 
 
 def keep_tokens(x: jax.Array) -> jax.Array:
@@ -68,19 +83,9 @@ def keep_features(x: jax.Array) -> jax.Array:
     rows, length, features = (
         row_axes(x.shape[0]),
         length_axes(x.shape[1]),
-        _dividing(x.shape[2], ("fsdp",)),
+        dividing(x.shape[2], ("fsdp",)),
     )
     if not set(features) <= set(rows) or not features:
         return x
     others = tuple(axis for axis in rows if axis not in features)
     return jax.lax.with_sharding_constraint(x, PartitionSpec(others, length, features))
-
-
-def _dividing(size, names):
-    mesh = jax.sharding.get_abstract_mesh()
-    axes = tuple(
-        axis
-        for axis in names
-        if axis in mesh.axis_names and mesh.shape[axis] > 1 and axis not in mesh.manual_axes
-    )
-    return axes if size % math.prod(mesh.shape[axis] for axis in axes) == 0 else ()

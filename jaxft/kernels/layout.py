@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 from jax.sharding import PartitionSpec
 
-from jaxft.kernels.backend import LENGTH_AXES, ROW_AXES
+from jaxft.kernels.backend import dividing, free_axes, length_axes, row_axes
 
 
 class Layout(NamedTuple):
@@ -56,20 +56,7 @@ class Layout(NamedTuple):
 
 def layout(query: jax.Array, key: jax.Array) -> Layout:
     """The layout of queries [B, T, H, K] and keys [B, T, G, K]: an axis that divides nothing is left out."""
-    mesh = jax.sharding.get_abstract_mesh()
-    axes = {name: size for name, size in mesh.shape.items() if name not in mesh.manual_axes}
     rows, length = query.shape[:2]
     return Layout(
-        axes,
-        _dividing(rows, axes, ROW_AXES),
-        _dividing(length, axes, LENGTH_AXES),
-        _dividing(key.shape[2], axes, ("tensor",)),
+        free_axes(), row_axes(rows), length_axes(length), dividing(key.shape[2], ("tensor",))
     )
-
-
-def _dividing(size, axes, names):
-    taken = ()
-    for name in names:
-        if axes.get(name, 1) > 1 and size % axes[name] == 0:
-            size, taken = size // axes[name], (*taken, name)
-    return taken

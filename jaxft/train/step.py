@@ -95,15 +95,7 @@ def make_step(
             metrics=metrics,
             **extra,
         )
-        # On the updates, not on the params: a select between whole trees would keep both.
-        updates = jax.tree.map(lambda u: jnp.where(good, u, jnp.zeros_like(u)), updates)
-        trainable = optax.apply_updates(trainable, updates)
-        new_state = TrainState(
-            step=state.step + good,
-            params=commit(combine(trainable, frozen)),
-            opt_state=jax.tree.map(lambda n, o: jnp.where(good, n, o), opt_state, state.opt_state),
-            key=state.key,
-        )
+        new_state = _advanced(state, good, trainable, frozen, updates, opt_state)
         return new_state, _with_standard_metrics(metrics, loss, norm, good, opt_state)
 
     return step
@@ -156,6 +148,19 @@ def jit_step(step: Step) -> Step:
 
     run_step.lower = lower
     return run_step
+
+
+def _advanced(state, good, trainable, frozen, updates, opt_state):
+    """The state after the updates; if not `good`, as it was."""
+    # On the updates, not on the params: a select between whole trees would keep both.
+    updates = jax.tree.map(lambda u: jnp.where(good, u, jnp.zeros_like(u)), updates)
+    trainable = optax.apply_updates(trainable, updates)
+    return TrainState(
+        step=state.step + good,
+        params=commit(combine(trainable, frozen)),
+        opt_state=jax.tree.map(lambda n, o: jnp.where(good, n, o), opt_state, state.opt_state),
+        key=state.key,
+    )
 
 
 def _of_batch(fn, whole, batch, key, microbatches):

@@ -1,6 +1,5 @@
 """Our adapters in PEFT and PEFT's in ours, on random models of three families."""
 
-import importlib.util
 import json
 import pathlib
 
@@ -18,7 +17,6 @@ from jaxft.adapters import (
     IA3_OUTPUTS,
     AdapterError,
     adapt,
-    combine,
     dora,
     full,
     ia3,
@@ -28,7 +26,6 @@ from jaxft.adapters import (
     lora,
     monarch,
     paca,
-    partition,
     pissa,
     quantised,
     save_adapter,
@@ -36,15 +33,12 @@ from jaxft.adapters import (
 )
 from jaxft.checkpoints import load_model
 from jaxft.models import stack_layers
+from tests.small_models import trained
 
 torch = pytest.importorskip("torch", reason="parity tests need torch: pip install 'jaxft[test]'")
 transformers = pytest.importorskip("transformers", reason="pip install 'jaxft[test]'")
 peft = pytest.importorskip("peft", reason="parity tests need peft: pip install 'jaxft[test]'")
-_spec = importlib.util.spec_from_file_location(
-    "families", pathlib.Path(__file__).parents[1] / "checkpoints" / "families.py"
-)
-families = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(families)
+families = pytest.importorskip("tests.checkpoints.families")
 
 TOKENS = np.arange(3, 15)[None]
 
@@ -57,11 +51,8 @@ def pair(request, tmp_path_factory):
     return path, type(theirs), *load_model(path)
 
 
-def trained(params, rules):
-    """Adapted, with A and B as after training."""
-    trainable, frozen = partition(adapt(jax.random.key(1), params, rules))
-    move = lambda x: x + 0.1 * jnp.sin(1.0 + jnp.arange(x.size)).reshape(x.shape)
-    return combine(jax.tree.map(move, trainable), frozen)
+def adapted_and_trained(params, rules):
+    return trained(adapt(jax.random.key(1), params, rules))
 
 
 def ours(model, params):
@@ -82,7 +73,7 @@ def close(x, y):
 )
 def test_peft_opens_our_adapter(pair, rules, tmp_path):
     path, kind, model, params = pair
-    adapted = trained(params, rules)
+    adapted = adapted_and_trained(params, rules)
     save_adapter(tmp_path, model.config, adapted, base_model=str(path))
     base = kind.from_pretrained(path, attn_implementation="eager")
     theirs = peft.PeftModel.from_pretrained(base, tmp_path)
@@ -122,7 +113,7 @@ def test_we_open_pefts_adapter(pair, use_rslora, tmp_path):
 
 def test_lost_and_foreign_keys_are_errors(pair, tmp_path):
     _, _, model, params = pair
-    save_adapter(tmp_path, model.config, trained(params, {ALL_LINEAR: lora(2)}))
+    save_adapter(tmp_path, model.config, adapted_and_trained(params, {ALL_LINEAR: lora(2)}))
     file = tmp_path / "adapter_model.safetensors"
     whole = load_file(file)
     name = sorted(whole)[0]
@@ -196,7 +187,7 @@ IN = {
 def test_peft_opens_every_type_of_ours(pair, name, tmp_path):
     path, kind, model, params = pair
     rules = {k: v for k, v in RULES[name].items() if k != "head/kernel" or "head" in params}
-    adapted = trained(params, rules)
+    adapted = adapted_and_trained(params, rules)
     save_adapter(tmp_path, model.config, adapted, base_model=str(path), base=params)
     base = kind.from_pretrained(path, attn_implementation="eager")
     theirs = peft.PeftModel.from_pretrained(base, tmp_path)
@@ -211,7 +202,7 @@ def test_peft_opens_biases_beside_lora(tmp_path):
     path = pathlib.Path(__file__).parent / "fixtures" / "base"
     model, params = load_model(path)
     rules = {"layers/.*/query/kernel": lora(2), "layers/.*/query/bias": full()}
-    adapted = trained(params, rules)
+    adapted = adapted_and_trained(params, rules)
     save_adapter(tmp_path, model.config, adapted, base_model=str(path))
     assert json.loads((tmp_path / "adapter_config.json").read_text())["bias"] == "lora_only"
     base = transformers.LlamaForCausalLM.from_pretrained(path, attn_implementation="eager")
@@ -220,12 +211,12 @@ def test_peft_opens_biases_beside_lora(tmp_path):
         close(ours(model, adapted), theirs(torch.tensor(TOKENS)).logits.numpy())
     rules = {"layers/.*/query/kernel": lora(2), "layers/.*/key/bias": full()}
     with pytest.raises(AdapterError, match="no biases train, all, or those of adapted layers"):
-        save_adapter(tmp_path, model.config, trained(params, rules))
+        save_adapter(tmp_path, model.config, adapted_and_trained(params, rules))
 
 
 def test_a_pissa_file_needs_its_own_base(pair, tmp_path):
     _, _, model, params = pair
-    adapted = trained(params, {ALL_LINEAR: pissa(3, 6.0)})
+    adapted = adapted_and_trained(params, {ALL_LINEAR: pissa(3, 6.0)})
     other = jax.tree.map(lambda leaf: leaf + 0.5, params)
     with pytest.raises(AdapterError, match="neither that of `base` nor what PiSSA leaves"):
         save_adapter(tmp_path, model.config, adapted, base=other)

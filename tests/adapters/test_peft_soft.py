@@ -1,8 +1,6 @@
 """Prompts and prefixes in PEFT, and PEFT's in ours, on random models of several families."""
 
-import importlib.util
 import json
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -27,11 +25,7 @@ from jaxft.weights import prefix_mlp
 
 torch = pytest.importorskip("torch", reason="parity tests need torch: pip install 'jaxft[test]'")
 peft = pytest.importorskip("peft", reason="parity tests need peft: pip install 'jaxft[test]'")
-_spec = importlib.util.spec_from_file_location(
-    "families", pathlib.Path(__file__).parents[1] / "checkpoints" / "families.py"
-)
-families = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(families)
+families = pytest.importorskip("tests.checkpoints.families")
 
 # PEFT calls transformers by names that it has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")

@@ -1,8 +1,6 @@
 """Reward models on disk: transformers and peft give the rewards that were trained, and so do we."""
 
-import importlib.util
 import json
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -27,11 +25,7 @@ from tests.small_models import large, trained
 torch = pytest.importorskip("torch", reason="parity tests need torch: pip install 'jaxft[test]'")
 transformers = pytest.importorskip("transformers", reason="pip install 'jaxft[test]'")
 peft = pytest.importorskip("peft", reason="parity tests need peft: pip install 'jaxft[test]'")
-_spec = importlib.util.spec_from_file_location(
-    "families", pathlib.Path(__file__).parents[1] / "checkpoints" / "families.py"
-)
-families = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(families)
+families = pytest.importorskip("tests.checkpoints.families")
 
 TOKENS = np.arange(3, 15)[None]
 BATCH = {"tokens": jnp.asarray(TOKENS[:, None]), "loss_mask": jnp.asarray(TOKENS[:, None] > 8)}

@@ -10,7 +10,14 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxft.adapters import ALL_LINEAR, adapt, combine, lora, merge, partition
-from jaxft.checkpoints import CheckpointError, load_model, model_shapes, models, save_model
+from jaxft.checkpoints import (
+    CheckpointError,
+    load_model,
+    model_shapes,
+    models,
+    open_model,
+    save_model,
+)
 from jaxft.checkpoints.assemble import disassemble
 from jaxft.checkpoints.tensor_files import open_tensors, save_tensors
 from jaxft.models import Decoder, tiny_config
@@ -112,6 +119,16 @@ def test_loading_straight_into_shards(saved):
         logits = model.apply({"params": sharded}, jnp.arange(6)[None]).logits
         expected = model.apply({"params": params}, jnp.arange(6)[None]).logits
         chex.assert_trees_all_close(np.asarray(logits), np.asarray(expected), atol=1e-5)
+
+
+def test_files_are_opened_once_for_shapes_and_values(saved, monkeypatch):
+    path, _, params = saved
+    opened = open_model(path)
+    monkeypatch.setattr(models, "resolve", pytest.fail)
+    shapes = lambda tree: jax.tree.map(lambda leaf: leaf.shape, tree)
+    assert shapes(model_shapes(opened)) == shapes(params)
+    chex.assert_trees_all_equal(load_model(opened)[1], params)
+    assert shapes(load_model(open_model("tiny"))[1]) == shapes(model_shapes(open_model("tiny")))
 
 
 def test_shapes_are_told_from_headers_alone(saved, monkeypatch):

@@ -1,8 +1,5 @@
 """Logits, gradients, caches and files of every decoder family against transformers' own models."""
 
-import importlib.util
-import pathlib
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -16,11 +13,7 @@ from jaxft.models.hf_names import huggingface_entries
 from jaxft.objectives import supervised
 
 torch = pytest.importorskip("torch", reason="parity tests need torch: pip install 'jaxft[test]'")
-_spec = importlib.util.spec_from_file_location(
-    "families", pathlib.Path(__file__).with_name("families.py")
-)
-families = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(families)
+families = pytest.importorskip("tests.checkpoints.families")
 
 LENGTHS = (11, 7, 3)
 LONGEST = max(LENGTHS)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, PartitionSpec
 
-from jaxft.kernels.backend import on_one, target_platform
+from jaxft.kernels.backend import dividing, on_one, row_axes, target_platform
 
 
 def test_never_on_a_cpu():
@@ -46,3 +46,21 @@ def test_the_platform_is_that_of_the_mesh_in_context():
     assert target_platform() == "cpu"
     with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("data",), abstract_device=chip)):
         assert target_platform() == "tpu" and on_one("tpu")
+
+
+def test_rows_lie_over_the_axes_that_divide_them():
+    mesh = AbstractMesh((2, 4, 1), ("data", "fsdp", "tensor"))
+    assert row_axes(8) == ()
+    with jax.sharding.use_abstract_mesh(mesh):
+        found = [row_axes(rows) for rows in (16, 8, 4, 2, 12, 3)]
+        assert found == [("data", "fsdp")] * 2 + [("data",)] * 2 + [("data",), ()]
+        assert dividing(12, ("fsdp", "data")) == ("fsdp",)  # of 3 that are left, none is for "data"
+        assert dividing(8, ("tensor", "none")) == ()  # splits nothing, or is not there
+
+        def body(x):
+            assert row_axes(8) == ("fsdp",)  # "data" is mapped already
+            return x
+
+        spec = PartitionSpec("data")
+        options = dict(in_specs=spec, out_specs=spec, axis_names={"data"})
+        jax.eval_shape(jax.shard_map(body, **options), jax.ShapeDtypeStruct((8,), np.float32))

@@ -164,9 +164,10 @@ def main(config: Config) -> dict[str, Any]:
 
 
 def load_data(config: Config):
-    """(renderer, training records, held-out records), all with answers that can be verified."""
+    """(renderer, training records, held-out records), all with answers that can be verified or judged."""
     renderer = data.Renderer(files.load_tokenizer(config.model), template=config.template)
-    records, held_out = data.load(config.data), data.load(config.eval_data)
+    load = functools.partial(data.load, form=data.normalise_question)
+    records, held_out = load(config.data), load(config.eval_data)
     _rewards.check(config, {config.data: records, config.eval_data: held_out})
     # A held-out question that is also trained on would measure memory.
     known = {str(renderer.prompt(record)) for record in records}

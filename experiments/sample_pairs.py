@@ -77,7 +77,7 @@ def main(config: Config) -> dict[str, Any]:
         )
     output = pathlib.Path(config.output)
     train.writable_directory(output.parent)
-    records = data.load(config.data, limit=config.limit)
+    records = data.load(config.data, limit=config.limit, form=data.normalise_question)
     _rewards.check(config, {config.data: records})
     tokenizer = files.load_tokenizer(config.model)
     renderer = data.Renderer(tokenizer, template=config.template)

@@ -35,7 +35,13 @@ from jaxft.data.preference import (
     normalise_unpaired,
     unpair,
 )
-from jaxft.data.records import answered, as_messages, infer_type, normalise
+from jaxft.data.records import (
+    answered,
+    as_messages,
+    infer_type,
+    normalise,
+    normalise_question,
+)
 from jaxft.data.render import Renderer, Tokenised, explain, render, render_prompts
 from jaxft.data.sources import load, reasoning_gym_task, split
 from jaxft.data.steps import normalise_steps, render_steps
@@ -79,6 +85,7 @@ __all__ = [
     "group_batches",
     "judge_pairs",
     "normalise_pair",
+    "normalise_question",
     "normalise_ranked",
     "normalise_steps",
     "normalise_unpaired",

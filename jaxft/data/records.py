@@ -30,6 +30,8 @@ _ALIASES = {
     "completion": ("response", "answer", "output", "solution", "target", "reply"),
     "text": ("content", "body", "document", "passage", "sentence"),
 }
+# The column that has the answer to another's question.
+_ANSWERS = {"prompt": "completion", "question": "answer", "instruction": "output"}
 COLUMNS = (
     "messages",
     "conversations",
@@ -95,6 +97,24 @@ def _normalise(raw, fields):
     )
 
 
+def normalise_question(raw: Mapping[str, Any], fields: Mapping[str, str] | None = None) -> Record:
+    """A record of `normalise`, or a question alone: `prompt`, `question`, or `instruction` and `input`.
+
+    For what a model is to answer, where a judge scores the answer or a column `answer` tells it. A question
+    alone has no `completion`.
+
+    Raises:
+        DataError: as `normalise`.
+    """
+    name = lambda ours: (fields or {}).get(ours, ours)
+    if not {name("messages"), name("conversations")} & raw.keys():
+        for asks, tells in _ANSWERS.items():
+            if name(asks) in raw and name(tells) not in raw:
+                record = normalise({**raw, name(tells): "-"}, fields)
+                return {k: v for k, v in record.items() if k not in ("completion", tells)}
+    return normalise(raw, fields)
+
+
 def suggest_fields(columns: Iterable[str]) -> dict[str, str]:
     """The `fields` that would probably make records of these columns."""
     columns = list(columns)
@@ -154,7 +174,7 @@ def as_messages(record: Record) -> list[dict[str, Any]] | None:
     if "messages" in record:
         return record["messages"]
     if isinstance(record.get("prompt"), list):
-        return [*record["prompt"], *record["completion"]]
+        return [*record["prompt"], *record.get("completion", [])]
     return None
 
 

@@ -117,7 +117,10 @@ def _value(text):
 
 def mentions_answer(completion: str, record: Mapping[str, Any]) -> bool:
     """Whether the answer occurs in the completion as a whole word: right, whatever the format."""
-    messages = as_messages(record)
-    answer = messages[-1]["content"] if messages else record["completion"]
-    pattern = rf"(?<!\w){re.escape(answer.strip().casefold())}(?!\w)"
+    last = (as_messages(record) or [{"role": "assistant", "content": record.get("completion")}])[-1]
+    answer = last["content"] if last["role"] == "assistant" else None
+    answer = record.get("answer") if answer is None else answer
+    if answer is None:  # Nobody but a judge knows.
+        return False
+    pattern = rf"(?<!\w){re.escape(str(answer).strip().casefold())}(?!\w)"
     return re.search(pattern, completion.casefold()) is not None

@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 
 from jaxft import data
-from jaxft.data import DataError, Renderer, normalise_pair, normalise_unpaired
+from jaxft.data import (
+    DataError,
+    Renderer,
+    as_messages,
+    normalise,
+    normalise_pair,
+    normalise_question,
+    normalise_unpaired,
+)
 
 USER = lambda text: {"role": "user", "content": text}
 ASSISTANT = lambda text: {"role": "assistant", "content": text}
@@ -258,3 +266,27 @@ def test_mistakes_are_explained():
     ]:
         with pytest.raises(DataError, match=message):
             data.group_batches(given, **(dict(batch_size=1, max_length=8) | options))
+
+
+def test_questions_need_no_answers():
+    user = [{"role": "user", "content": "why?"}]
+    for row, messages in [
+        ({"prompt": "why?"}, None),
+        ({"prompt": user, "answer": 7}, user),
+        ({"question": "why?"}, user),
+        ({"instruction": "why?"}, user),
+        ({"messages": user}, user),
+    ]:
+        record = normalise_question(row)
+        assert as_messages(record) == messages
+        assert "completion" not in record and record.get("answer") == row.get("answer")
+    assert as_messages(normalise_question({"q": "why?"}, {"question": "q"})) == user
+    # What has an answer is as ever.
+    for row in (
+        {"question": "why?", "answer": "so"},
+        {"prompt": "why?", "completion": "so"},
+        {"messages": [*user, {"role": "assistant", "content": "so"}]},
+    ):
+        assert normalise_question(row) == normalise(row)
+    with pytest.raises(DataError, match="no usable columns"):
+        normalise_question({"x": 1})

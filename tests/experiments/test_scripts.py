@@ -126,9 +126,19 @@ def judge_file(path):
 
 
 def test_answers_that_a_judge_scores_become_pairs_or_train_online(tmp_path, capsys):
-    judge = judge_file(tmp_path)
+    """To questions of which no answer is known."""
+    judge, file = judge_file(tmp_path), lambda name: str(tmp_path / f"{name}.jsonl")
+    ask = lambda i: [{"role": "user", "content": f"say {i}"}]
+    for name, make in (
+        ("questions", lambda i: {"question": f"say {i}"}),
+        ("chats", lambda i: {"prompt": ask(i)}),
+        ("held_out", lambda i: {"prompt": ask(100 + i), "answer": "7"}),
+    ):
+        rows = "\n".join(json.dumps(make(i)) for i in range(8))
+        pathlib.Path(file(name)).write_text(rows)
     output = tmp_path / "pairs.jsonl"
-    counts = sample_pairs.main(sample_pairs.Config(smoke=True, judge=judge, output=str(output)))
+    settings = dict(smoke=True, judge=judge, data=file("questions"))
+    counts = sample_pairs.main(sample_pairs.Config(**settings, output=str(output)))
     pairs = data.load(str(output), form=data.normalise_pair)
     assert counts["questions"] == 8 == counts["pairs"] + counts["undecided"]
     assert len(pairs) == counts["pairs"] > 2
@@ -141,7 +151,8 @@ def test_answers_that_a_judge_scores_become_pairs_or_train_online(tmp_path, caps
         )
         assert score("chosen") > score("rejected") and pair["prompt"][-1]["role"] == "user"
     run = tmp_path / "run"
-    settings = dict(smoke=True, algorithm="online_dpo", judge=judge, output_dir=str(run))
+    settings |= dict(data=file("chats"), eval_data=file("held_out"), algorithm="online_dpo")
+    settings |= dict(output_dir=str(run))
     metrics = reinforce.main(reinforce.Config(**settings))
     assert metrics["steps"] == 4 and metrics["held_out_reward_before"] is not None
     row = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])

@@ -8,6 +8,7 @@ trains on the annotated workings of those candidates alone whose p̂ is below 0.
 from __future__ import annotations
 
 import functools
+import pathlib
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +19,7 @@ from rich.table import Table
 from experiments import _arithmetic as arithmetic
 from experiments.papers import _workings as workings
 from experiments.papers._claims import Claim, interval, show
+from experiments.papers._seeds import plot_mean
 from jaxft import rl, train
 from jaxft.data import HardExampleQueue
 from jaxft.metrics import pass_at_k
@@ -183,12 +185,16 @@ def print_table(runs: list[dict]) -> None:
     Console(width=120).print(table)
 
 
-def plot(runs: list[dict], axes: Any) -> None:
+def figure(runs: list[dict], output: pathlib.Path) -> None:
     """pass@N along training."""
+    from matplotlib.figure import Figure
+
+    picture = Figure(figsize=(10, 3.4), layout="constrained")
+    axes = picture.subplots(1, 3)
     for axis, n in zip(axes, TRIED, strict=True):
         for arm in runs[0]:
-            curves = [[row["pass"][str(n)] for row in run[arm]] for run in runs]
-            steps = [row["step"] for row in runs[0][arm]]
-            axis.plot(steps, np.mean(curves, axis=0), "o-", markersize=3, label=arm)
+            passed = lambda row, n=n: row["pass"][str(n)]
+            plot_mean(axis, runs, arm, passed, "o-", markersize=3, label=arm)
         axis.set(xlabel="step", title=f"pass@{n}, held out")
     axes[0].legend(fontsize=7)
+    picture.savefig(output / "dco.png", dpi=150)

@@ -11,8 +11,44 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
+from experiments.papers._claims import Claim, report
+from jaxft import train
+
 # What does not change the result of a seed.
 APART = ("seeds", "first_seed", "output_dir", "debug")
+
+
+def measure_claims(
+    config: Any,
+    run: Callable[[int], Any],
+    *,
+    judge: Callable[[list], list[Claim]],
+    print_table: Callable[[list], None],
+    figure: Callable[[list, pathlib.Path], None],
+) -> int:
+    """A script from its settings to its exit code: runs, table, figure, claims (0 of a smoke run)."""
+    output = train.writable_directory(config.output_dir)
+    runs = run_seeds(config, output, run)
+    print_table(runs)
+    figure(runs, output)
+    code = report(judge(runs), {"runs": runs}, output)
+    return 0 if config.smoke else code
+
+
+def plot_mean(
+    axes: Any,
+    runs: list[dict],
+    name: str,
+    value: Callable[[dict], Any],
+    *style: str,
+    x: str = "step",
+    **more: Any,
+) -> None:
+    """The mean over seeds of `value` along `x` of the rows that runs[i][name] has."""
+    values = [[value(row) for row in run[name]] for run in runs]
+    axes.plot([row[x] for row in runs[0][name]], np.mean(values, axis=0), *style, **more)
 
 
 def run_seeds(config: Any, directory: pathlib.Path, run: Callable[[int], Any]) -> list[Any]:

@@ -31,21 +31,21 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import scipy.optimize
 import tyro
 
+from experiments.papers import _cxr_lengths
 from experiments.papers import _cxr_reports as world
 from experiments.papers import _toy_text as toy
 from experiments.papers._claims import Claim, interval, report, show
-from experiments.papers._seeds import run_seeds
+from experiments.papers._seeds import plot_mean, run_seeds
 from jaxft import losses, train
 from jaxft.data import green_score, judge_pairs
 from jaxft.metrics import length_controlled_rate, standardised_mean
@@ -54,8 +54,6 @@ from jaxft.objectives import kto, preference, supervised
 
 FIVE = ("DPO", "KTO", "IPO", "SimPO", "ORPO")
 BASELINES = ("more SFT", "best of 4")
-LENGTHS = np.arange(2.0, 12.0, 2.0)  # of the five responses of the exact part
-REWARDS, BETA, BIAS = np.array([1.0, 0.5, 0.0, 0.5, 1.0]), 0.5, 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +84,7 @@ def main(config: Config) -> int:
     output = train.writable_directory(config.output_dir)
     train.keep_memory_warm()
     runs = run_seeds(config, output, functools.partial(run_seed, config))
-    metrics = {"lengths": length_part(), "runs": runs}
+    metrics = {"lengths": _cxr_lengths.measure(), "runs": runs}
     _figure(metrics, output)
     code = report(judge(metrics), metrics, output)
     return 0 if config.smoke else code
@@ -208,73 +206,30 @@ def against(found: dict[str, Any], start: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def length_part() -> dict[str, Any]:
-    """What DPO and R-DPO make of labels that favour length, and closed forms of their optima."""
-    closed = lambda c: np.exp(REWARDS / BETA + c * LENGTHS / BETA)
-    normalised = lambda weights: weights / weights.sum()
-    regularised = lambda alpha: functools.partial(losses.length_regularised_dpo_loss, alpha=alpha)
-    # The loss adds α (n_w - n_l) inside σ, so the reward that is left is r + (c - α) n.
-    cases = {
-        "DPO": (losses.dpo_loss, BIAS),
-        "R-DPO": (regularised(BIAS), 0.0),
-        "R-DPO, wrong sign": (regularised(-BIAS), 2 * BIAS),
-    }
-    rows = {}
-    for name, (loss, left) in cases.items():
-        found, best = optimum(loss), normalised(closed(left))
-        rows[name] = {
-            "policy": found.tolist(),
-            "length": float(found @ LENGTHS),
-            "error": float(np.abs(found - best).max()),
-        }
-    return rows
-
-
-def optimum(loss: Callable[..., jax.Array]) -> np.ndarray:
-    """The policy over five responses that minimises the expected loss of all pairs with biased labels."""
-    i, j = np.nonzero(~np.eye(len(LENGTHS), dtype=bool))
-    bias = BIAS * (LENGTHS[i] - LENGTHS[j])
-    label = 1 / (1 + np.exp(-(REWARDS[i] - REWARDS[j] + bias)))
-    ref, lengths = np.full(5, -np.log(5.0), np.float32), LENGTHS.astype(np.float32)
-
-    @jax.jit
-    @jax.value_and_grad
-    def total(logits):
-        log_p = jax.nn.log_softmax(logits)
-        pairs = losses.Pairs(
-            log_p[i], log_p[j], *map(jnp.asarray, (ref[i], ref[j], lengths[i], lengths[j]))
-        )
-        return jnp.sum(jnp.asarray(label, jnp.float32) * loss(pairs, beta=BETA))
-
-    run = lambda x: [np.asarray(v, np.float64) for v in total(jnp.asarray(x, jnp.float32))]
-    found = scipy.optimize.minimize(run, np.zeros(5), jac=True, method="BFGS", tol=1e-5)
-    return np.asarray(jax.nn.softmax(jnp.asarray(found.x)))
-
-
 def judge(metrics: dict[str, Any]) -> list[Claim]:
     """The claims and whether they hold."""
-    runs, exact = metrics["runs"], metrics["lengths"]
+    runs = metrics["runs"]
     five, baselines = ([n for n in names if n in runs[0]] for names in (FIVE, BASELINES))
     column = lambda name, what: np.array([run[name][what] for run in runs])
+    return [
+        *_gains(column, five, baselines),
+        *_costs(runs, column, five),
+        *_cxr_lengths.judge(metrics["lengths"]),
+    ]
+
+
+def _gains(column, five, baselines):
     start = column("SFT", "green")
     gain = lambda name: column(name, "green") - start
     means = {name: float(gain(name).mean()) for name in five}
     best, least = max(means, key=means.get), min(means, key=means.get)
-    longer = {name: column(name, "length") / column("SFT", "length") for name in five}
-    longest = max(longer, key=lambda name: longer[name].mean())
-    pairs = np.array([run["length_chosen"] - run["length_rejected"] for run in runs])
-    even = {name: column(name, "win_rate_at_equal_length") - 0.5 for name in five}
-    weakest = min(even, key=lambda name: interval(even[name])[1])
-    f1 = {name: column(name, "f1") - column("SFT", "f1") for name in five}
-    worst = min(f1, key=lambda name: f1[name].mean())
     other = max(baselines, key=lambda name: gain(name).mean())
     ahead = column(best, "green") - column(other, "green")
-    listed = lambda values: ", ".join(f"{name} {value:+.3f}" for name, value in values.items())
-    claims = [
+    return [
         Claim(
             "each of the five gains 0.05 of GREEN or more on SFT",
             "all five gain (ours: 0.05)",
-            f"SFT {show(start)}; {listed(means)}",
+            f"SFT {show(start)}; {_listed(means)}",
             min(means.values()) >= 0.05,
         ),
         Claim(
@@ -292,9 +247,21 @@ def judge(metrics: dict[str, Any]) -> list[Claim]:
         Claim(
             "the best of them is ahead of as many supervised steps",
             "(ours)",
-            f"{show(ahead)} on {other}; {listed({n: float(gain(n).mean()) for n in baselines})}",
+            f"{show(ahead)} on {other}; {_listed({n: float(gain(n).mean()) for n in baselines})}",
             interval(ahead)[1] > 0,
         ),
+    ]
+
+
+def _costs(runs, column, five):
+    longer = {name: column(name, "length") / column("SFT", "length") for name in five}
+    longest = max(longer, key=lambda name: longer[name].mean())
+    pairs = np.array([run["length_chosen"] - run["length_rejected"] for run in runs])
+    even = {name: column(name, "win_rate_at_equal_length") - 0.5 for name in five}
+    weakest = min(even, key=lambda name: interval(even[name])[1])
+    f1 = {name: column(name, "f1") - column("SFT", "f1") for name in five}
+    worst = min(f1, key=lambda name: f1[name].mean())
+    return [
         Claim(
             "the judge's chosen reports are longer than its rejected ones",
             "GREEN does not punish more true statements",
@@ -316,30 +283,14 @@ def judge(metrics: dict[str, Any]) -> list[Claim]:
         Claim(
             "none of the five loses F1 of findings",
             "no significant loss on six other tasks",
-            f"{listed({n: float(v.mean()) for n, v in f1.items()})}",
+            f"{_listed({n: float(v.mean()) for n, v in f1.items()})}",
             not interval(f1[worst])[2] < 0,
         ),
     ]
-    row = exact["DPO"]
-    claims.append(
-        Claim(
-            "exact: labels that favour length lengthen DPO's optimum",
-            "8.138 tokens, closed form (unbiased: 6)",
-            f"{row['length']:.3f}, error {row['error']:.1e}",
-            abs(row["length"] - 8.138) < 5e-3 and row["error"] < 1e-3,
-        )
-    )
-    right, wrong = exact["R-DPO"], exact["R-DPO, wrong sign"]
-    claims.append(
-        Claim(
-            "exact: R-DPO with α the bias gives the unbiased optimum, with the wrong sign a longer one",
-            "6.000 and 9.237 tokens, closed form",
-            f"{right['length']:.3f} and {wrong['length']:.3f}, errors {right['error']:.1e}, "
-            f"{wrong['error']:.1e}",
-            max(right["error"], wrong["error"]) < 1e-3 and abs(wrong["length"] - 9.237) < 5e-3,
-        )
-    )
-    return claims
+
+
+def _listed(values):
+    return ", ".join(f"{name} {value:+.3f}" for name, value in values.items())
 
 
 def _sft_batch(size):
@@ -390,10 +341,10 @@ def _figure(metrics, output):
     first, second, third = figure.subplots(1, 3)
     for axes, what in ((first, "green"), (second, "length")):
         for i, name in enumerate(names):
-            values = np.array([[row[what] for row in run[name]["curve"]] for run in runs])
-            steps = [row["step"] for row in runs[0][name]["curve"]]
+            curves = [{name: run[name]["curve"]} for run in runs]
             style = "-" if name in FIVE else "--"
-            axes.plot(steps, values.mean(0), style, color=f"C{i}", label=name)
+            value = operator.itemgetter(what)
+            plot_mean(axes, curves, name, value, style, color=f"C{i}", label=name)
         axes.axhline(np.mean([run["SFT"][what] for run in runs]), color="grey", linewidth=0.8)
         axes.set(xlabel="step", ylabel={"green": "GREEN", "length": "tokens"}[what])
     first.set(title="validation (grey: SFT, on test)")
@@ -402,7 +353,7 @@ def _figure(metrics, output):
     for i, (name, row) in enumerate(metrics["lengths"].items()):
         third.bar(np.arange(5) + i * width, row["policy"], width, label=name)
     third.set(title="optima for labels that favour length", xlabel="tokens", ylabel="probability")
-    third.set_xticks(np.arange(5) + width, [f"{n:g}" for n in LENGTHS])
+    third.set_xticks(np.arange(5) + width, [f"{n:g}" for n in _cxr_lengths.LENGTHS])
     third.legend(fontsize=7)
     figure.savefig(output / "cxr_preference.png", dpi=150)
 

@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import pathlib
 import sys
 from typing import Any, Literal
 
@@ -40,7 +39,7 @@ import tyro
 from experiments.papers import _dco_cot, _dco_proof
 from experiments.papers import _toy_text as toy
 from experiments.papers._claims import Claim, interval, report, show
-from experiments.papers._seeds import run_seeds
+from experiments.papers._seeds import measure_claims, run_seeds
 from jaxft import train
 from jaxft.metrics import exact_pass_rate
 from jaxft.models import Decoder, tiny_config
@@ -82,9 +81,9 @@ def main(config: Config) -> int:
             config, num_samples=(1, 256), seeds=1, epochs=2, every=1, problems=40, held_out=40,
             batch_size=20,
         )  # fmt: skip
-    output = train.writable_directory(config.output_dir)
     if config.mode != "direct":
-        return other_mode(config, output / config.mode)
+        return other_mode(config)
+    output = train.writable_directory(config.output_dir)
     layers = 1 if config.smoke else 2
     model = Decoder(dataclasses.replace(tiny_config(VOCABULARY, max_length=16), num_layers=layers))
     every = lambda seed: {str(n): run(config, model, n, seed) for n in config.num_samples}
@@ -95,19 +94,13 @@ def main(config: Config) -> int:
     return 0 if config.smoke else code
 
 
-def other_mode(config: Config, output: pathlib.Path) -> int:
+def other_mode(config: Config) -> int:
     """The same of chains of thought or of proofs."""
-    from matplotlib.figure import Figure
-
     part = {"cot": _dco_cot, "proof": _dco_proof}[config.mode]
-    settings = part.SMOKE if config.smoke else part.Settings()
-    runs = run_seeds(config, output, functools.partial(part.run_seed, settings))
-    part.print_table(runs)
-    code = report(part.judge(runs), {"runs": runs}, output)
-    figure = Figure(figsize=(10, 3.4), layout="constrained")
-    part.plot(runs, figure.subplots(1, 3))
-    figure.savefig(output / "dco.png", dpi=150)
-    return 0 if config.smoke else code
+    run = functools.partial(part.run_seed, part.SMOKE if config.smoke else part.Settings())
+    return measure_claims(
+        config, run, judge=part.judge, print_table=part.print_table, figure=part.figure
+    )
 
 
 def problems(rng: np.random.Generator, sizes: tuple[int, ...]) -> list[dict[str, jax.Array]]:

@@ -40,8 +40,8 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments import _arithmetic as arithmetic
-from experiments.papers._claims import Claim, interval, report, show
-from experiments.papers._seeds import run_seeds
+from experiments.papers._claims import Claim, interval, show
+from experiments.papers._seeds import measure_claims
 from experiments.papers._workings import (
     FORMATS,
     question,
@@ -90,12 +90,10 @@ def main(config: Config) -> int:
             config, seeds=1, until=1e-6, steps=2, evaluate_every=1, early=1, prompts_per_step=2,
             group_size=4, held_out=16, width=32, layers=1,
         )  # fmt: skip
-    output = train.writable_directory(config.output_dir)
-    runs = run_seeds(config, output, functools.partial(run_seed, config))
-    print_table(runs)
-    _figure(runs, output)
-    code = report(judge(config, runs), {"runs": runs}, output)
-    return 0 if config.smoke else code
+    run = functools.partial(run_seed, config)
+    return measure_claims(
+        config, run, judge=functools.partial(judge, config), print_table=print_table, figure=_figure
+    )
 
 
 def run_seed(config: Config, seed: int) -> dict[str, list[dict]]:

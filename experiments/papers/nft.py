@@ -40,8 +40,8 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments import _arithmetic as arithmetic
-from experiments.papers._claims import Claim, interval, report, show
-from experiments.papers._seeds import run_seeds
+from experiments.papers._claims import Claim, interval, show
+from experiments.papers._seeds import measure_claims
 from jaxft import rl, train
 from jaxft.objectives import policy_gradient
 from jaxft.objectives.policy_gradient import clipped, negative_aware, token_mean
@@ -81,12 +81,8 @@ def main(config: Config) -> int:
         config = dataclasses.replace(
             config, seeds=1, until=0.002, rollouts=1, prompts_per_step=4, group_size=4, updates=2
         )
-    output = train.writable_directory(config.output_dir)
-    runs = run_seeds(config, output, functools.partial(run_seed, config))
-    print_table(runs)
-    _figure(runs, output)
-    code = report(judge(runs), {"runs": runs}, output)
-    return 0 if config.smoke else code
+    run = functools.partial(run_seed, config)
+    return measure_claims(config, run, judge=judge, print_table=print_table, figure=_figure)
 
 
 def run_seed(config: Config, seed: int) -> dict[str, Any]:

@@ -43,8 +43,8 @@ from rich.table import Table
 
 from experiments import _arithmetic as arithmetic
 from experiments.papers import _toy_text as toy
-from experiments.papers._claims import Claim, interval, report, show
-from experiments.papers._seeds import run_seeds
+from experiments.papers._claims import Claim, interval, show
+from experiments.papers._seeds import measure_claims
 from jaxft import losses, rl, train
 from jaxft.generation import SamplingConfig
 from jaxft.models import Decoder
@@ -107,7 +107,7 @@ def main(config: Config) -> int:
             evaluate_every=1, examples=32, batch_size=8, num_samples=4, held_out=8, learning_rate=3e-3,
             width=32, layers=1,
         )  # fmt: skip
-    output = train.writable_directory(config.output_dir)
+    train.writable_directory(config.output_dir)  # Before minutes of work.
     model, start = pretrained(config)
     measure = measures(config, model, start)
     first = measure(start) | {"step": 0}
@@ -126,11 +126,11 @@ def main(config: Config) -> int:
             )
         return curves
 
-    runs = run_seeds(config, output, run_seed)
-    print_table(config, runs)
-    _figure(config, runs, output)
-    code = report(judge(config, runs), {"start": first, "runs": runs}, output)
-    return 0 if config.smoke else code
+    of = functools.partial
+    return measure_claims(
+        config, run_seed, judge=of(judge, config), print_table=of(print_table, config),
+        figure=of(_figure, config),
+    )  # fmt: skip
 
 
 def check(config: Config) -> None:

@@ -34,6 +34,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import operator
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -47,8 +48,8 @@ from rich.table import Table
 from experiments import _arithmetic as arithmetic
 from experiments.papers import _reranker as reranker
 from experiments.papers import _workings as workings
-from experiments.papers._claims import Claim, interval, report, show
-from experiments.papers._seeds import run_seeds
+from experiments.papers._claims import Claim, interval, show
+from experiments.papers._seeds import measure_claims, plot_mean
 from jaxft import rl, train
 from jaxft.metrics import majority_vote, rerank
 from jaxft.models import Decoder
@@ -102,12 +103,8 @@ def main(config: Config) -> int:
     check(config)
     if config.smoke:
         config = dataclasses.replace(config, **SMOKE)
-    output = train.writable_directory(config.output_dir)
-    runs = run_seeds(config, output, functools.partial(run_seed, config))
-    print_table(runs)
-    _figure(runs, output)
-    code = report(judge(runs), {"runs": runs}, output)
-    return 0 if config.smoke else code
+    run = functools.partial(run_seed, config)
+    return measure_claims(config, run, judge=judge, print_table=print_table, figure=_figure)
 
 
 def check(config: Config) -> None:
@@ -352,9 +349,8 @@ def _figure(runs, output):
     figure = Figure(figsize=(10, 3.4), layout="constrained")
     for axes, measure in zip(figure.subplots(1, 3, sharey=True), MEASURES, strict=True):
         for name in runs[0]:
-            curves = [[row[measure] for row in run[name]] for run in runs]
-            steps = [row["step"] for row in runs[0][name]]
-            axes.plot(steps, np.mean(curves, axis=0), "o-", markersize=2, label=name)
+            value = operator.itemgetter(measure)
+            plot_mean(axes, runs, name, value, "o-", markersize=2, label=name)
         axes.set(xlabel="step after the warm-up", title=measure)
     axes.legend(fontsize=7)
     figure.savefig(output / "reft.png", dpi=150)

@@ -15,8 +15,8 @@ from experiments.papers import dco
 
 def smoke(mode, directory):
     assert dco.main(dco.Config(mode=mode, smoke=True, output_dir=str(directory))) == 0
-    assert (directory / mode / "dco.png").stat().st_size > 1000
-    (run,) = json.loads((directory / mode / "metrics.json").read_text())["runs"]
+    assert (directory / "dco.png").stat().st_size > 1000
+    (run,) = json.loads((directory / "metrics.json").read_text())["runs"]
     return run
 
 
@@ -71,14 +71,15 @@ def test_what_is_read_of_a_model_is_its_own_step_by_step():
     "width, change, fails",
     [
         ("1", {}, []),
-        ("16", {"search": {"64": 0.7}}, [0]),
-        ("16", {"samples": {"1": 0.2, "64": 0.6}}, [1]),
-        ("16", {"samples": {"1": 0.4, "64": 0.8}}, [3]),
-        ("1", {"confidence": 0.4}, [4]),
+        ("4", {"samples": {"256": 0.7}}, [0, 4]),
+        ("16", {"samples": {"256": 0.7}}, [1]),
+        ("4", {"search": {"1": 0.2, "256": 0.7}}, [2]),
+        ("16", {"search": {"1": 0.3, "256": 0.8}}, [5]),
+        ("1", {"confidence": 0.4}, [6]),
     ],
 )
 def test_the_judge_of_proofs_can_fail(width, change, fails):
-    part = lambda one, many: {"search": {"64": many}, "samples": {"1": one, "64": many}}
+    part = lambda one, many: {"search": {"1": one, "256": many}, "samples": {"256": many}}
     runs = []
 
     def row(one, many, sure):
@@ -86,8 +87,9 @@ def test_the_judge_of_proofs_can_fail(width, change, fails):
 
     for d in (0.0, 0.002, -0.002):
         run = {
-            "1": [row(0.2, 0.72, 0.6), row(0.3, 0.7, 0.9)],
-            "16": [row(0.2, 0.82, 0.5), row(0.2 + d, 0.8 + d, 0.5)],
+            "1": [row(0.2, 0.71, 0.6), row(0.3, 0.7, 0.9)],
+            "4": [row(0.2, 0.7, 0.6), row(0.2 + d, 0.8 + d, 0.7)],
+            "16": [row(0.2, 0.7, 0.5), row(0.2 + d, 0.8 + d, 0.5)],
         }
         run[width][-1] = run[width][-1] | change
         runs.append(run)

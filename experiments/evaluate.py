@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 import tyro
 
+from experiments._models import load_trained
 from jaxft import checkpoints as files
 from jaxft import data, train
-from jaxft.adapters import load_adapter, merge, mergeable
 from jaxft.objectives import supervised
 from jaxft.rl import measure_accuracy, verifier_for
 
@@ -51,15 +51,12 @@ def main(config: Config) -> dict[str, Any]:
     tokenised = data.render(records, renderer, config.max_length, bad=bad)
     if bad.summary():
         print(f"records left out of the loss: {bad.summary()}; see --max-length")
-    model, params = files.load_model(config.model)
+    model, params = load_trained(config)
     if config.max_length > model.config.max_length:
         raise ValueError(
             f"--max-length {config.max_length} is more than the {model.config.max_length} positions "
             f"of {config.model}."
         )
-    if config.adapter:
-        params = load_adapter(config.adapter, model.config, params)
-        params = merge(params) if mergeable(params) else params
     batches = data.finite_batches(
         tokenised, batch_size=config.batch_size, max_length=config.max_length
     )

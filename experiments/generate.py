@@ -12,9 +12,9 @@ import sys
 import jax
 import tyro
 
+from experiments._models import load_trained
 from jaxft import checkpoints as files
 from jaxft import data, train
-from jaxft.adapters import load_adapter, merge, mergeable
 from jaxft.generation import SamplingConfig, generate
 
 
@@ -41,11 +41,7 @@ def main(config: Config) -> list[str]:
     train.keep_memory_warm()
     tokenizer = files.load_tokenizer(config.model)
     renderer = data.Renderer(tokenizer, template=config.template)
-    model, params = files.load_model(config.model)
-    if config.adapter:
-        # Merged once: sampling then costs what the base model costs.
-        params = load_adapter(config.adapter, model.config, params)
-        params = merge(params) if mergeable(params) else params
+    model, params = load_trained(config)
     sampling = SamplingConfig(
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,

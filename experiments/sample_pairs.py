@@ -28,9 +28,9 @@ import tyro
 
 from experiments import _rewards
 from experiments import _training as shared
+from experiments._models import load_trained
 from jaxft import checkpoints as files
 from jaxft import data, train
-from jaxft.adapters import load_adapter, merge, mergeable
 from jaxft.generation import SamplingConfig, generate
 
 NEEDLE = "rg:needle_haystack?min_num_statements=4&max_num_statements=8"
@@ -81,10 +81,7 @@ def main(config: Config) -> dict[str, Any]:
     _rewards.check(config, {config.data: records})
     tokenizer = files.load_tokenizer(config.model)
     renderer = data.Renderer(tokenizer, template=config.template)
-    model, params = files.load_model(config.model)
-    if config.adapter:
-        params = load_adapter(config.adapter, model.config, params)
-        params = merge(params) if mergeable(params) else params
+    model, params = load_trained(config)
     settings = SamplingConfig(
         config.max_new_tokens,
         config.temperature,

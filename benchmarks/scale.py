@@ -83,5 +83,5 @@ if __name__ == "__main__":
     for case in chosen:
         lines.append(row(case, main(dataclasses.replace(case, json=True))))
         print(lines[-1], flush=True)
-    if args.rows is None:
-        PAGE.write_text(HEAD + "\n".join(lines) + "\n")
+        if args.rows is None:  # after each row: an hour's rows outlive a compiler that dies
+            PAGE.write_text(HEAD + "\n".join(lines) + "\n")

@@ -13,8 +13,12 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-# Dimensions of SmolLM2-135M, and of models small enough for many repeats, and for rollouts.
+# Dimensions of Llama-3.2-1B, of SmolLM2-135M, and of models small enough for many repeats, and for rollouts.
 MODELS = {
+    "1b": dict(
+        vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
+        num_attention_heads=32, num_key_value_heads=8, head_dim=64,
+    ),
     "135m": dict(
         vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
         num_attention_heads=9, num_key_value_heads=3, head_dim=64,
@@ -30,8 +34,11 @@ MODELS = {
 }  # fmt: skip
 
 
-def environment(threads: int) -> dict[str, str]:
-    """Variables of a side: so many threads, none of them spinning, no network."""
+def environment(threads: int | None) -> dict[str, str]:
+    """Variables of a side: so many threads, none of them spinning, no network. None: a GPU, all threads."""
+    if threads is None:
+        # Two processes share the GPU, in turn.
+        return os.environ | {"HF_HUB_OFFLINE": "1", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NPROC", "PJRT_NPROC")
     variables = dict.fromkeys(names, str(threads))
     variables |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "HF_HUB_OFFLINE": "1"}
@@ -70,7 +77,7 @@ def serve(step: Callable[[], Any], finish: Callable[[], dict] | None = None, **f
 class Side:
     """A process that serves steps."""
 
-    def __init__(self, command: Sequence[str], threads: int, python: str = sys.executable):
+    def __init__(self, command: Sequence[str], threads: int | None, python: str = sys.executable):
         self._process = subprocess.Popen(
             [python, *command],
             stdin=subprocess.PIPE,
@@ -78,6 +85,10 @@ class Side:
             text=True,
             env=environment(threads),
         )
+        self.facts: dict[str, Any] = {}
+
+    def ready(self) -> None:
+        """Waits until it has compiled and warmed up."""
         self.facts = self._read("ready")
 
     def step(self) -> dict[str, float]:
@@ -107,11 +118,13 @@ def compare(
     ours: Sequence[str],
     theirs: Sequence[str],
     rounds: int,
-    threads: int,
+    threads: int | None,
     peer_python: str = sys.executable,
 ) -> dict:
     """Alternates steps of both sides, the order swapped each round; medians and their ratio."""
     sides = {"jaxft": Side(ours, threads), "peer": Side(theirs, threads, peer_python)}
+    for side in sides.values():
+        side.ready()
     times: dict[str, list] = {name: [] for name in sides}
     for i in range(rounds):
         for name in list(sides)[:: 1 if i % 2 == 0 else -1]:

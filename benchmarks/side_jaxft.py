@@ -3,6 +3,7 @@
 import argparse
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -26,6 +27,10 @@ parser.add_argument(
     "--sharpness", choices=["none", "sam", "look_sam", "tram", "optax"], default="none"
 )
 parser.add_argument("--steps", type=int, default=1, help="in each measured step")
+parser.add_argument("--scan-layers", action="store_true")
+parser.add_argument(
+    "--bfloat16", action="store_true", help="compute in bfloat16; what is frozen lies in it too"
+)
 parser.add_argument("--cold", action="store_true", help="leave malloc as it is")
 
 
@@ -37,14 +42,19 @@ def main(args):
         model_type="llama", rope_theta=1e5, rms_norm_eps=1e-5, tie_word_embeddings=True,
         max_position_embeddings=8192,
     )  # fmt: skip
-    model = Decoder(decoder_config(json), remat=args.remat)
+    dtype = jnp.bfloat16 if args.bfloat16 else jnp.float32
+    model = Decoder(
+        decoder_config(json), dtype=dtype, remat=args.remat, scan_layers=args.scan_layers
+    )
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, json["vocab_size"], (args.batch, args.length)).astype(np.int32)
     params = jax.jit(model.init)(jax.random.key(0), tokens[:1, :1])["params"]
+    if args.job != "full":
+        params = jax.tree.map(lambda p: p.astype(dtype), params)
     if args.job == "decode":
         config = SamplingConfig(args.new, temperature=0.0)
         prompts = tokens.tolist()
-        serve(lambda: generate(model, params, prompts, jax.random.key(0), config))
+        serve(lambda: generate(model, params, prompts, jax.random.key(0), config), device_peak)
         return
     if args.job in ("lora", "paca"):
         rule = lora(16, 32.0) if args.job == "lora" else paca(16)
@@ -59,7 +69,14 @@ def main(args):
             state[0], metrics = run(state[0], batch)
         return float(metrics["loss"].value)
 
-    serve(step, tokens=args.batch * args.length)
+    serve(step, device_peak, tokens=args.steps * args.batch * args.length)
+
+
+def device_peak() -> dict[str, int]:
+    """What the accelerator held at most, where there is one."""
+    facts = jax.local_devices()[0].memory_stats() or {}
+    peak = facts.get("peak_bytes_in_use")
+    return {} if peak is None else {"device_peak_mb": round(peak / 2**20)}
 
 
 def sharp(base, name, model):

@@ -178,10 +178,11 @@ def _best(query, key, segment_ids, window, causal, softcap) -> Implementation:
     if platform == "tpu":
         return "reference"
     if platform == "gpu" and softcap is None and query.dtype in (jnp.bfloat16, jnp.float16):
-        # cuDNN takes causal masks, windows and lengths, not arbitrary segments; and JAX asks the
-        # GPU for its version, which is not there when another process's program is compiled.
-        cudnn = segment_ids is None and causal and jax.default_backend() == "gpu"
-        return "cudnn" if cudnn else "xla"
+        # JAX asks the GPU for its version, which is not there when a program is compiled elsewhere.
+        # cuDNN's gradient with a mask wants even lengths; and a window to both sides needs a mask.
+        length, size = query.shape[1], query.shape[3]
+        takes = size <= 128 and size % 8 == 0 and length % 2 == 0 and (causal or window is None)
+        return "cudnn" if takes and jax.default_backend() == "gpu" else "xla"
     if platform == "cpu" and causal and query.shape[1] > BLOCK:
         return "blocked"
     return "reference"

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxft.kernels import attention as module
 from jaxft.kernels.attention import attention
 
 
@@ -93,3 +94,30 @@ def test_what_an_implementation_lacks_is_an_error():
         attention(query, key, value, softcap=1.0, implementation="xla")
     with pytest.raises(ValueError, match="'blocked' needs causal=True"):
         attention(query, key, value, causal=False, implementation="blocked")
+
+
+@pytest.mark.parametrize(
+    "case, picked",
+    [
+        ({}, "cudnn"),
+        ({"segmented": True}, "cudnn"),
+        ({"causal": False}, "cudnn"),
+        ({"causal": False, "window": 3}, "xla"),
+        ({"length": 7}, "xla"),
+        ({"size": 12}, "xla"),
+        ({"size": 256}, "xla"),
+        ({"softcap": 5.0}, "reference"),
+        ({"dtype": jnp.float32}, "reference"),
+    ],
+)
+def test_a_gpu_takes_cudnn_for_what_cudnn_takes(monkeypatch, case, picked):
+    monkeypatch.setattr(module, "target_platform", lambda: "gpu")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    case = {
+        "length": 8, "size": 64, "dtype": jnp.bfloat16, "segmented": False, "window": None,
+        "causal": True, "softcap": None,
+    } | case  # fmt: skip
+    query = jnp.zeros((2, case["length"], 4, case["size"]), case["dtype"])
+    segments = jnp.ones(query.shape[:2], jnp.int32) if case["segmented"] else None
+    options = (case["window"], case["causal"], case["softcap"])
+    assert module._best(query, query[:, :, :2], segments, *options) == picked

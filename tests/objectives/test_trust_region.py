@@ -214,7 +214,10 @@ def test_a_penalty_of_weight_zero_is_the_objective_and_microbatches_add_up(param
     chex.assert_trees_all_close(whole, halves, rtol=1e-4, atol=1e-6)
     plain = run(task, 1)
     none = run(trust_region(task, to_other, 0.0), 1)
-    chex.assert_trees_all_close((none[0][0], none[1]), (plain[0][0], plain[1]), rtol=1e-6)
+    # The zero term may be fused in: sums then round otherwise, by the size of the largest entries (0.4).
+    chex.assert_trees_all_close(
+        (none[0][0], none[1]), (plain[0][0], plain[1]), rtol=1e-6, atol=5e-8
+    )
     bare = trust_region(lambda p, b, k: (p**2, {}), lambda p, b, k: p, 0.5)
     loss, metrics = bare(jnp.float32(3.0), None, KEY)
     assert loss == metrics["loss"] == 10.5 and metrics["task_loss"] == 9

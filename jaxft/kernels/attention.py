@@ -165,10 +165,9 @@ def _weights(scores, mask, scale, softcap):
 
 def _best(query, key, segment_ids, window, causal, softcap) -> Implementation:
     platform, split = target_platform(), length_axes(query.shape[1])
+    # Kernels can't be partitioned: several devices need a mesh in context to shard over.
+    known = not jax.sharding.get_abstract_mesh().empty or jax.device_count() == 1
     if platform == "tpu":
-        # Kernels can't be partitioned: several devices need a mesh in context to shard over.
-        mesh = jax.sharding.get_abstract_mesh()
-        known = not mesh.empty or jax.device_count() == 1
         each = query.shape[1] // layout(query, key).shards
         fits = each >= TILE and not isinstance(window, jax.Array)
         if known and fits:
@@ -182,6 +181,7 @@ def _best(query, key, segment_ids, window, causal, softcap) -> Implementation:
         # cuDNN's gradient with a mask wants even lengths; and a window to both sides needs a mask.
         length, size = query.shape[1], query.shape[3]
         takes = size <= 128 and size % 8 == 0 and length % 2 == 0 and (causal or window is None)
+        takes &= known or segment_ids is None
         return "cudnn" if takes and jax.default_backend() == "gpu" else "xla"
     if platform == "cpu" and causal and query.shape[1] > BLOCK:
         return "blocked"
@@ -191,22 +191,36 @@ def _best(query, key, segment_ids, window, causal, softcap) -> Implementation:
 def _library(query, key, value, segment_ids, window, causal, scale, softcap, implementation):
     if softcap is not None:
         raise ValueError(f"attention: {implementation!r} has no softcap; use 'reference'.")
-    mask = None
-    if segment_ids is not None or isinstance(window, jax.Array):
-        mask = attention_mask(query.shape[1], segment_ids, window, causal)
-        window, causal = None, False
-    # local_window_size counts the keys beside the query itself.
-    beside = None if window is None else (window - 1, 0 if causal else window - 1)
-    return jax.nn.dot_product_attention(
-        query,
-        key,
-        value,
-        mask=mask,
-        scale=scale,
-        is_causal=causal,
-        local_window_size=beside,
-        implementation=implementation,
-    )
+    array = isinstance(window, jax.Array)
+
+    def run(query, key, value, segment_ids, window_array):
+        mask, beside, triangle = None, None, causal
+        if segment_ids is not None or array:
+            width = window_array if array else window
+            mask, triangle = attention_mask(query.shape[1], segment_ids, width, causal), False
+        elif window is not None:  # local_window_size counts the keys beside the query itself
+            beside = (window - 1, 0 if causal else window - 1)
+        return jax.nn.dot_product_attention(
+            query,
+            key,
+            value,
+            mask=mask,
+            scale=scale,
+            is_causal=triangle,
+            local_window_size=beside,
+            implementation=implementation,
+        )
+
+    inputs = (query, key, value, segment_ids, window if array else None)
+    if implementation == "xla":
+        return run(*inputs)
+    # JAX splits cuDNN's kernel over a mesh, but not the mask that belongs to it.
+    place = layout(query, key)
+    if place.length:
+        raise ValueError(
+            "attention: 'cudnn' needs the tokens of a row on one device; use 'gathered'."
+        )
+    return place.mapped(run, (*[place.states] * 3, place.tokens, PartitionSpec()))(*inputs)
 
 
 def _blocked(query, key, value, segment_ids, window, causal, scale, softcap):

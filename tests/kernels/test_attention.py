@@ -3,6 +3,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
 from jaxft.kernels import attention as module
 from jaxft.kernels.attention import attention
@@ -96,6 +97,30 @@ def test_what_an_implementation_lacks_is_an_error():
         attention(query, key, value, causal=False, implementation="blocked")
 
 
+@pytest.mark.parametrize("window", [None, 5, jnp.array(5)])
+def test_each_device_of_a_mesh_masks_its_own_rows_for_cudnn(monkeypatch, window):
+    """cuDNN itself is not here; XLA's form stands in for its kernel, in the same shard_map."""
+    library = jax.nn.dot_product_attention
+    plain = lambda *x, implementation, **more: library(*x, implementation="xla", **more)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", plain)
+    rng = np.random.default_rng(0)
+    draw = lambda heads: jnp.asarray(rng.normal(size=(4, 16, heads, 8)), jnp.float32)
+    inputs = draw(4), draw(2), draw(2)
+    segments = jnp.sort(jnp.asarray(rng.integers(0, 4, (4, 16)), jnp.int32), axis=1)
+    run = lambda implementation: jax.jit(
+        lambda *x: attention(*x, segment_ids=segments, window=window, implementation=implementation)
+    )
+    seen = np.asarray(segments > 0)
+    expected = np.asarray(run("reference")(*inputs))
+    with jax.set_mesh(jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)):
+        chex.assert_trees_all_close(
+            np.asarray(run("cudnn")(*inputs))[seen], expected[seen], atol=1e-5
+        )
+    with jax.set_mesh(jax.make_mesh((2, 4), ("data", "context"), axis_types=(AxisType.Auto,) * 2)):
+        with pytest.raises(ValueError, match="tokens of a row on one device; use 'gathered'"):
+            run("cudnn")(*inputs)
+
+
 @pytest.mark.parametrize(
     "case, picked",
     [
@@ -113,6 +138,7 @@ def test_what_an_implementation_lacks_is_an_error():
 def test_a_gpu_takes_cudnn_for_what_cudnn_takes(monkeypatch, case, picked):
     monkeypatch.setattr(module, "target_platform", lambda: "gpu")
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
     case = {
         "length": 8, "size": 64, "dtype": jnp.bfloat16, "segmented": False, "window": None,
         "causal": True, "softcap": None,
@@ -121,3 +147,7 @@ def test_a_gpu_takes_cudnn_for_what_cudnn_takes(monkeypatch, case, picked):
     segments = jnp.ones(query.shape[:2], jnp.int32) if case["segmented"] else None
     options = (case["window"], case["causal"], case["softcap"])
     assert module._best(query, query[:, :, :2], segments, *options) == picked
+    # Several devices and no mesh: nobody says how a mask is split.
+    monkeypatch.setattr(jax, "device_count", lambda: 8)
+    alone = "xla" if case["segmented"] else picked
+    assert module._best(query, query[:, :, :2], segments, *options) == alone

@@ -3,6 +3,12 @@
 Additions of two two-digit numbers with one of two kinds of working before the sum, as in reft.py. The chance
 p̂ of a right sum is estimated from 64 samples of the weights as they are; DCO's form for chains of thought
 trains on the annotated workings of those candidates alone whose p̂ is below 0.1, and fills its batches up.
+
+Over seeds 0 to 2, after 180 updates either way, pass@64 is 0.927 with and without it (difference 0.000
+[-0.043, 0.043]); where each stops at its best measured step DCO's is 0.013 [-0.006, 0.032] higher, which is
+not shown. Its pass@1 is lower (0.143 -> 0.116, -0.028 [-0.033, -0.022]), and it has looked at 2.7 times the
+candidates, of which it kept 37 %. Cross-entropy's pass@64 does not fall here, so there is nothing to keep.
+A run of seed 100 chose 180 steps: by 220 hardly a question was hard any more.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ def run_seeds(config: Any, directory: pathlib.Path, run: Callable[[int], Any]) -
 
 
 def _kept(path, keep, run, seed):
-    if keep and path.exists():
+    if path.exists():
         print(f"seed {seed}: kept from an earlier run ({path}; delete it to repeat)", flush=True)
         return json.loads(path.read_text())
     text = json.dumps(run(seed))

@@ -67,7 +67,7 @@ def step_coverage(model, num_samples: int, num_steps: int) -> Objective:
     def objective(params, batch, key):
         del key  # Nothing is drawn: no dropout.
         targets, weights = shift(batch)
-        after = jnp.pad(batch["steps"][:, 1:], ((0, 0), (0, 1)), constant_values=-1)
+        after = jnp.pad(batch["steps"][:, 1:], ((0, 0), (0, 1)))
         steps = jnp.where(weights > 0, after, -1)
         log_probs = _log_probs(model, params, batch, targets)
         losses = dco_step_loss(log_probs, steps, num_samples=num_samples, num_steps=num_steps)

@@ -9,7 +9,7 @@ Over seeds 0 to 2: by 256 samples N_eff 4 proves 0.582 of new theorems, cross-en
 apart (+0.013 [-0.087, 0.112]). By best-first search N_eff 4 is not ahead (-0.007 [-0.103, 0.090]), perhaps
 as a search needs the order of the branches alone. N_eff 16, more than there are branches, gives a step of p
 = 0.25 a twentieth of its weight and learns too slowly (search -0.093 [-0.255, 0.068]); in the first proof
-of a search it is 0.052 [0.016, 0.088] behind. Sizes were set on seed 100: with 600 theorems nothing was
+of a search it is 0.052 [0.016, 0.088] behind. Sizes were set on seed 100: with 600 theorems little was
 learned of new ones.
 """
 

@@ -14,9 +14,17 @@ probability of the right answer to held-out questions. Settings were chosen on s
 
 Not judged: that NFT ends above rejection sampling (RFT), and that its entropy rises where RFT's
 falls. With one right string a question, entropy falls with accuracy whatever the method, and RFT's
-unweighted answers are simply larger steps; the table prints what was seen (over seeds 0 to 2: NFT
-0.545, GRPO 0.563, RFT 0.566, all at an entropy of 0.26). Wrong answers alone were not shown to
-help: +0.012 [-0.007, 0.031].
+unweighted answers are simply larger steps; the table prints what was seen (over seeds 0 to 2, from
+0.439: NFT 0.561, GRPO 0.569, RFT 0.572, all at an entropy of 0.26 to 0.27). Wrong answers alone were not
+shown to help: +0.027 [-0.044, 0.098]. (An earlier run on another machine: 0.545, 0.563, 0.566 and +0.012
+[-0.007, 0.031].)
+
+The ablations, same seeds, less NFT's 0.561: GRPO's weight of a prompt makes no difference (0.000 [-0.026,
+0.026]), nor do wrong answers of half the weight (+0.003 [-0.031, 0.037]); without weights of prompts it
+ends lower (-0.044 [-0.089, 0.000]; -0.053 [-0.072, -0.034] against GRPO), as in the paper. With 16
+updates a rollout no floor ε goes above the start (ε 1: -0.014 [-0.229, 0.201]), so that they say little
+about floors: 0.05 ends as 1 does (-0.008 [-0.145, 0.128]), with gradients of nine times the norm (13.1 and
+1.5), which are clipped to 1.
 
 Departures: rollouts are not filled up with prompts whose answers differ (those that are all right
 or all wrong count 0, in DAPO too), and losses are means over tokens, where the authors divide by

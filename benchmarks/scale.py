@@ -19,8 +19,10 @@ Real train steps, compiled ahead of time by `python -m jaxft.compile` for device
 weights, no run. `make scale` writes this page again.
 
 Memory is what one device needs of what it has. Exchanged is what one device gets from the others in a step
-(an all-reduce counts twice). The bound is the longest of three times that no step can beat: computing at the
-peak, reading memory, exchanging at the full rate of the links; a real step takes longer.
+(an all-reduce counts twice); in brackets, how many times what FSDP exchanges by the book: all params twice
+and, if all train, their gradients, in bfloat16. Below 1: embeddings are looked up, not gathered. The bound
+is the longest of three times that no step can beat: computing at the peak, reading memory, exchanging at the
+full rate of the links; a real step takes longer.
 
 """
 COLUMNS = (
@@ -66,7 +68,10 @@ def row(config: Config, figures: dict) -> str:
     exchanged = sum(size for _, size in figures["collectives"].values())
     bound = max(figures[f"{what}_s"] for what in ("compute", "memory", "exchange"))
     memory = f"{figures['peak_bytes'] / 2**30:.1f} of {figures['memory_bytes'] / 2**30:.0f}"
-    cells = [*head, f"{figures['tokens']:,}", memory, f"{exchanged / 2**30:.2f}", f"{bound:.3f}"]
+    ideal = figures["ideal_exchanged_bytes"]
+    times = f" ({exchanged / ideal:.2f})" if ideal else ""
+    moved = f"{exchanged / 2**30:.2f}{times}"
+    cells = [*head, f"{figures['tokens']:,}", memory, moved, f"{bound:.3f}"]
     return f"| {' | '.join(cells)} |"
 
 

@@ -136,12 +136,14 @@ def describe(config: Config, figures: dict[str, Any]) -> str:
         f"{figures['compute_s']:.3f} s computing, {figures['memory_s']:.3f} s reading memory, "
         f"{figures['exchange_s']:.3f} s exchanging"
     )
+    ideal = figures["ideal_exchanged_bytes"]
+    ideal = f"; by the book {ideal / 2**20:.1f} MiB" if ideal else ""
     return "\n".join(
         (
             f"{head}: fits; of {gib('memory_bytes')} a device needs {gib('peak_bytes')}",
             f"  arguments {gib('argument_bytes')}, temporaries {gib('temp_bytes')}",
             f"  {figures['tokens']} tokens a step, {figures['step_flops'] / 1e12:.1f} TFLOP a device",
-            f"  exchanged a step and device: {moved or 'nothing'}",
+            f"  exchanged a step and device: {moved or 'nothing'}{ideal}",
             f"  no step is shorter than {bound}",
         )
     )
@@ -263,11 +265,28 @@ def _figures(config, cost: CompiledCost, tokens, devices, model, trains) -> dict
         "step_flops": flops,
         "estimated_cycles": cost.cycles,
         "collectives": cost.exchanged,
+        "ideal_exchanged_bytes": ideal_exchanged(config, model, devices),
         "compute_s": flops / chip.flops,
         # What lies there is read forward and backward, what is gathered is written and read: at least.
         "memory_s": 2 * (cost.argument_bytes + exchanged) / chip.bandwidth,
         "exchange_s": exchanged / chip.link,
     }
+
+
+def ideal_exchanged(config: Config, model: Any, devices: int) -> float | None:
+    """Bytes that a device gets by FSDP's book: all params twice and, if all train, their gradients.
+
+    In the type that is computed in. A compiler may need fewer: embeddings are looked up, not gathered. None
+    for other meshes and quantised kernels, which exchange other things.
+    """
+    import jax
+
+    if config.quantise or (config.data, config.tensor, config.context) != (1, 1, 1):
+        return None
+    shapes = jax.eval_shape(model.init, jax.random.key(0), model.example_input())["params"]
+    size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+    times = 3 if config.adapter == "full" else 2
+    return times * size * (4 if config.float32 else 2) * (devices - 1) / devices
 
 
 def _matmul_flops(model, config: Config, tokens: int) -> float:

@@ -171,3 +171,14 @@ def test_bad_input_is_one_line(arguments, message):
     result = subprocess.run(call, capture_output=True, text=True)
     assert result.returncode == 1 and message in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_what_is_exchanged_by_the_book_is_two_gathers_and_the_gradients(figures):
+    layer, head = sizes()
+    everything = (
+        3 * layer + 2 * head + 7 * 512
+    )  # embedding and head, two norms a layer and the last
+    gather = 2 * everything * 7 / 8
+    assert figures["lora"]["ideal_exchanged_bytes"] == 2 * gather
+    assert figures["full"]["ideal_exchanged_bytes"] == 3 * gather
+    assert figures["context"]["ideal_exchanged_bytes"] is None

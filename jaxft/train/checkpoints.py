@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
+import json
 import logging
 import math
 import os
@@ -29,7 +31,7 @@ from jaxft.train.errors import DivergedError, OutputError
 from jaxft.train.packing import packed, packed_shapes, unpacked
 from jaxft.train.state import TrainState
 
-FORMAT = 2  # 2: small leaves are stacked
+FORMAT = 3  # 2: small leaves are stacked; 3: what is said of a checkpoint has a checksum too
 HISTORY_ROWS = 1000  # saved with a checkpoint
 NOTHING = {"nothing": np.zeros((), np.int32)}  # Orbax takes no empty tree.
 
@@ -149,7 +151,7 @@ class Saver:
         items = ocp.args.Composite(
             trainable=ocp.args.StandardSave(parts or NOTHING),
             opt_state=ocp.args.StandardSave(opt_parts or NOTHING),
-            meta=ocp.args.JsonSave(meta),
+            meta=ocp.args.JsonSave(meta | {"checksum": _json_checksum(meta)}),
         )
         with _write_errors(self._manager.directory):
             self._manager.save(step, args=items, metrics=self._score(row))
@@ -266,12 +268,22 @@ def _manager(directory, last, scored, read_only=False):
 
 def _read_meta(manager, step):
     meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
-    if meta.get("format") != FORMAT:
+    said, found = meta.get("checksum"), {k: v for k, v in meta.items() if k != "checksum"}
+    whole = said == _json_checksum(found)
+    if not whole and (said is not None or found.get("format") not in range(FORMAT)):
+        raise OSError(f"what checkpoint {step} says of itself differs from its checksum")
+    if found["format"] != FORMAT:
         raise MismatchError(
-            f"checkpoint {step} has format {meta.get('format')}, this jaxft reads {FORMAT}: finish the run "
+            f"checkpoint {step} has format {found['format']}, this jaxft reads {FORMAT}: finish the run "
             "with the version that began it, or start in another directory."
         )
-    return meta
+    return found
+
+
+def _json_checksum(meta):
+    """Of what JSON gives back: a key, a position or a step that a bad disk changed must not be taken."""
+    text = json.dumps(json.loads(json.dumps(meta)), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _read_arrays(manager, step, meta, **parts):

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import chex
@@ -20,6 +21,7 @@ from jaxft.train import (
     DivergedError,
     OutputError,
     PreemptedError,
+    checkpoints,
     fit,
     make_optimizer,
     restore_params,
@@ -170,10 +172,44 @@ def test_values_that_were_changed_behind_the_storages_back_are_seen(problem, who
     path = tmp_path / "checkpoints" / "6" / "meta" / "metadata"
     meta = json.loads(path.read_text())
     meta["trainable"]["first/bias"][2] ^= 1  # as if the values, not their checksum, were others
+    meta["checksum"] = checkpoints._json_checksum({k: meta[k] for k in meta if k != "checksum"})
     path.write_text(json.dumps(meta))
     with pytest.warns(UserWarning, match="cannot be read .trainable differs from its checksum"):
         _, history = problem.train(tmp_path)
     assert losses(history) == whole[1]
+
+
+def test_any_flipped_bit_of_what_a_checkpoint_says_of_itself_is_seen(problem, tmp_path):
+    """Step, key, data position, history, names: nothing is resumed from any of them changed."""
+    problem.train(tmp_path, steps=2)
+    text = (tmp_path / "checkpoints" / "2" / "meta" / "metadata").read_bytes()
+
+    def read(data):
+        meta = json.loads(data)
+        manager = types.SimpleNamespace(restore=lambda *_, **__: types.SimpleNamespace(meta=meta))
+        return meta, checkpoints._read_meta(manager, 2)
+
+    whole, _ = read(text)
+    changed = 0
+    for place in range(0, len(text), 3):
+        for bit in range(8):
+            broken = text[:place] + bytes([text[place] ^ 1 << bit]) + text[place + 1 :]
+            try:
+                if json.loads(broken) == whole:
+                    continue
+            except ValueError:  # no JSON, or no UTF-8
+                continue
+            changed += 1
+            with pytest.raises(OSError, match="differs from its checksum"):
+                read(broken)
+    assert changed > 1000
+
+
+def test_other_formats_are_refused_by_name():
+    meta = {"format": 2, "step": 2}
+    manager = types.SimpleNamespace(restore=lambda *_, **__: types.SimpleNamespace(meta=meta))
+    with pytest.raises(checkpoints.MismatchError, match="has format 2, this jaxft reads 3"):
+        checkpoints._read_meta(manager, 2)
 
 
 def test_the_key_is_restored(problem, whole, tmp_path):

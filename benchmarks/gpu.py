@@ -1,6 +1,6 @@
 """jaxft beside transformers + peft on a GPU, in bfloat16, as JSON lines: python -m benchmarks.gpu
 
-python -m benchmarks.gpu --cells lora_1b decode_1b_8 --rounds 5
+python -m benchmarks.gpu --cells lora_1b decode_1b_32 --rounds 3
 
 Random weights with the dimensions of Llama-3.2-1B. Both sides hold the GPU at once and take turns; each
 measured step is several steps, or one completion, that end with a number on the host. The peer runs as

@@ -43,8 +43,9 @@ def main(args):
     tokens = torch.randint(3, config.vocab_size, (args.batch, args.length), device=device)
 
     def device_peak():
-        peak = torch.cuda.max_memory_allocated() if device == "cuda" else None
-        return {} if peak is None else {"device_peak_mb": round(peak / 2**20)}
+        if device == "cpu":
+            return {}
+        return {"device_peak_mb": round(torch.cuda.max_memory_allocated() / 2**20)}
 
     if args.job == "decode":
         model.eval()

@@ -122,9 +122,8 @@ class Push:
         self._save, self._interface, self._every = save, interface, every
         self._directory = pathlib.Path(directory).resolve()
         self._settings = dict(timeout=timeout, retries=retries, wait=wait, read=str)
-        self._run = uuid.uuid4().hex[
-            :8
-        ]  # so that an earlier run's versions are not taken for these
+        # So that an earlier run's versions are not taken for these.
+        self._run = uuid.uuid4().hex[:8]
         self._rollouts, self._seen, self._name = 0, None, None
 
     def __call__(self, params: Any) -> str | None:

@@ -46,17 +46,12 @@ def measure(args) -> dict:
     import jax.numpy as jnp
     import numpy as np
 
+    from benchmarks.grpo import Words
     from jaxft import train
     from jaxft.checkpoints.families import decoder_config
     from jaxft.generation import SamplingConfig, generate
     from jaxft.generation.sampler import CHUNK
     from jaxft.models import Decoder
-
-    class Words:
-        """A tokenizer of ids as words."""
-
-        def decode(self, ids):
-            return " ".join(f"w{i}" for i in ids)
 
     train.keep_memory_warm()
     more = dict(model_type="llama", rope_theta=1e5, rms_norm_eps=1e-5, tie_word_embeddings=True)

@@ -3,14 +3,22 @@
 import ast
 import pathlib
 
+HERE = pathlib.Path(__file__).parent
+
 
 def main() -> None:
     """Prints each script with the first line of its docstring."""
-    here = pathlib.Path(__file__).parent
-    for file in [*sorted(here.glob("*.py")), *sorted(here.glob("papers/*.py"))]:
-        if not file.name.startswith("_"):
-            doc = ast.get_docstring(ast.parse(file.read_text())) or ""
-            print(f"python experiments/{file.relative_to(here)!s:24}{doc.splitlines()[0]}")
+    for file in scripts():
+        doc = ast.get_docstring(ast.parse(file.read_text())) or ""
+        print(f"python experiments/{file.relative_to(HERE)!s:34}{doc.splitlines()[0]}")
+
+
+def scripts() -> list[pathlib.Path]:
+    """The files that are meant to be run: the everyday jobs, then one for each paper."""
+    papers = HERE / "papers"
+    jobs, single = sorted(HERE.glob("*.py")), sorted(papers.glob("*.py"))
+    files = [*jobs, *sorted([*single, *papers.glob("*/main.py")])]
+    return [file for file in files if not file.name.startswith("_")]
 
 
 if __name__ == "__main__":

@@ -27,11 +27,12 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from experiments import _arithmetic as arithmetic
-from experiments.papers._claims import Claim, interval, report, show
+from experiments.lab.claims import Claim, interval, report, show
+from experiments.worlds import arithmetic
 from jaxft import rl, train
 from jaxft.generation import SamplingConfig, generate
 from jaxft.objectives import policy_gradient
+from jaxft.rewards import verifier_for
 
 ARMS = ("GRPO", "verdicts of others", "learning rate 0")
 
@@ -124,7 +125,7 @@ def train_arm(config, model, start, sums, seed, arm, measure) -> tuple[Any, list
 
 def verified(model, params, sums: arithmetic.Sums, records) -> float:
     """Share of greedy answers, decoded to text, that reasoning-gym's own verifier takes as right."""
-    verifier = rl.verifier_for(records[0]["source"], records)
+    verifier = verifier_for(records[0]["source"], records)
     size = max(map(len, sums.answers)) + 1
     greedy = SamplingConfig(size, temperature=0.0, stop_ids=(arithmetic.ALPHABET.index("\n"),))
     out = generate(model, params, arithmetic.encode(sums.questions), jax.random.key(0), greedy)

@@ -14,11 +14,11 @@ from typing import Any, Literal
 
 import tyro
 
-from experiments._models import load_trained
+from experiments.cli.models import load_trained
 from jaxft import checkpoints as files
 from jaxft import data, train
 from jaxft.objectives import supervised
-from jaxft.rl import measure_accuracy, verifier_for
+from jaxft.rewards import measure_accuracy, verifier_for
 
 
 @dataclasses.dataclass(frozen=True)

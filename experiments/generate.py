@@ -12,7 +12,7 @@ import sys
 import jax
 import tyro
 
-from experiments._models import load_trained
+from experiments.cli.models import load_trained
 from jaxft import checkpoints as files
 from jaxft import data, train
 from jaxft.generation import SamplingConfig, generate

@@ -28,14 +28,15 @@ import numpy as np
 import optax
 import tyro
 
-from experiments import _preference_report as reports
-from experiments import _training as shared
-from experiments._optimizers import sharpen
-from experiments._preference_data import load_data
-from experiments._preference_losses import REFERENCE_FREE, REWARDS, UNPAIRED, Loss, objective_of
-from jaxft import data, objectives, rl, train
+from experiments.cli import preference_report as reports
+from experiments.cli import training as shared
+from experiments.cli.optimizers import sharpen
+from experiments.cli.preference_data import load_data
+from experiments.cli.preference_losses import REFERENCE_FREE, REWARDS, UNPAIRED, Loss, objective_of
+from jaxft import data, rl, train
 from jaxft.generation import SamplingConfig
 from jaxft.optim import moving_reference, running_mean
+from jaxft.rewards import add_reward_head
 
 NEEDLE = "rg:needle_haystack?min_num_statements=4&max_num_statements=8"
 HEAD = 0x4EAD  # purpose of the key that draws a reward head
@@ -101,7 +102,7 @@ def main(config: Config) -> dict[str, Any]:
     params = shared.adapt_params(config, base, mesh)
     if config.loss in REWARDS:
         key = jax.random.fold_in(jax.random.key(config.seed), HEAD)
-        params = objectives.add_reward_head(key, params, model.config.hidden_size)
+        params = add_reward_head(key, params, model.config.hidden_size)
     objective = make_objective(model)
     method = sharpen(config.sharpness, objective, shared.make_optimizer(config), rho=config.rho)
     score = functools.partial(

@@ -27,10 +27,10 @@ import jax
 import numpy as np
 import tyro
 
-from experiments import _reinforce_checks as checks
-from experiments import _rewards
-from experiments import _training as shared
-from experiments._optimizers import sharpen
+from experiments.cli import reinforce_checks as checks
+from experiments.cli import rewards as rewards_cli
+from experiments.cli import training as shared
+from experiments.cli.optimizers import sharpen
 from jaxft import checkpoints as files
 from jaxft import data, rl, train
 from jaxft.adapters import load_adapter, merge, save_adapter
@@ -48,6 +48,7 @@ from jaxft.losses import dpo_loss, overlong_penalty
 from jaxft.objectives import policy_gradient, with_value_head, without_value_head
 from jaxft.objectives.policy_gradient import truncated, truncated_sequences
 from jaxft.parallel import mesh_context
+from jaxft.rewards import Failures, measure_accuracy, verifier_for
 
 # reasoning-gym draws entry i from seed + i: the seeds below are further apart than the sizes.
 NEEDLE = "rg:needle_haystack?min_num_statements=4&max_num_statements=8"
@@ -136,7 +137,7 @@ def main(config: Config) -> dict[str, Any]:
         params = with_value_head(model, params)
     credit, objective = algorithm(config, model)
     method = sharpen(config.sharpness, objective, shared.make_optimizer(config), rho=config.rho)
-    with _rewards.opened(config, records) as rewards:
+    with rewards_cli.opened(config, records) as rewards:
         accuracy = functools.partial(
             measure, config, model, renderer, held_out, mesh, rewards if judged(config) else None
         )
@@ -159,7 +160,7 @@ def main(config: Config) -> dict[str, Any]:
         # With --start an adapter would be one of a model that is nowhere on disk.
         shared.save(config, model, trained, base, mesh, output, whole=bool(config.start))
         after = accuracy(trained, "after")
-        failures = getattr(rewards, "failures", rl.Failures())
+        failures = getattr(rewards, "failures", Failures())
     return report(config, history, failures, before, after, output)
 
 
@@ -168,7 +169,7 @@ def load_data(config: Config):
     renderer = data.Renderer(files.load_tokenizer(config.model), template=config.template)
     load = functools.partial(data.load, form=data.normalise_question)
     records, held_out = load(config.data), load(config.eval_data)
-    _rewards.check(config, {config.data: records, config.eval_data: held_out})
+    rewards_cli.check(config, {config.data: records, config.eval_data: held_out})
     # A held-out question that is also trained on would measure memory.
     known = {str(renderer.prompt(record)) for record in records}
     held_out = [record for record in held_out if str(renderer.prompt(record)) not in known]
@@ -302,9 +303,9 @@ def judged(config: Config) -> bool:
 
 def measure(config, model, renderer, records, mesh, rewards, params, when: str) -> dict[str, Any]:
     """How good greedy answers to held-out questions are, printed: accuracy, or with `rewards` the mean."""
-    verifier = rl.verifier_for(records[0]["source"], records) or (lambda completion, record: False)
+    verifier = verifier_for(records[0]["source"], records) or (lambda completion, record: False)
     with mesh_context(mesh):
-        result = rl.measure_accuracy(
+        result = measure_accuracy(
             model,
             params,
             renderer,

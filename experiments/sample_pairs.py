@@ -26,9 +26,9 @@ import rich.console
 import rich.progress
 import tyro
 
-from experiments import _rewards
-from experiments import _training as shared
-from experiments._models import load_trained
+from experiments.cli import rewards as rewards_cli
+from experiments.cli import training as shared
+from experiments.cli.models import load_trained
 from jaxft import checkpoints as files
 from jaxft import data, train
 from jaxft.generation import SamplingConfig, generate
@@ -78,7 +78,7 @@ def main(config: Config) -> dict[str, Any]:
     output = pathlib.Path(config.output)
     train.writable_directory(output.parent)
     records = data.load(config.data, limit=config.limit, form=data.normalise_question)
-    _rewards.check(config, {config.data: records})
+    rewards_cli.check(config, {config.data: records})
     tokenizer = files.load_tokenizer(config.model)
     renderer = data.Renderer(tokenizer, template=config.template)
     model, params = load_trained(config)
@@ -95,7 +95,7 @@ def main(config: Config) -> dict[str, Any]:
     chunks = [order[i : i + config.batch_size] for i in range(0, len(order), config.batch_size)]
     counts, part = collections.Counter(questions=len(records)), f"{output}.part"
     console = rich.console.Console(stderr=True)
-    with _rewards.opened(config, records) as rewards, open(part, "w") as file:
+    with rewards_cli.opened(config, records) as rewards, open(part, "w") as file:
         for number, chunk in enumerate(rich.progress.track(chunks, "sampling", console=console)):
             key = jax.random.fold_in(jax.random.key(config.seed), number)
             asked = [prompts[i] for i in chunk]

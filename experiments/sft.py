@@ -20,8 +20,8 @@ from typing import Any, Literal
 import jax
 import tyro
 
-from experiments import _training as shared
-from experiments._optimizers import sharpen
+from experiments.cli import training as shared
+from experiments.cli.optimizers import sharpen
 from jaxft import checkpoints as files
 from jaxft import data, train
 from jaxft.adapters import (
@@ -33,7 +33,7 @@ from jaxft.adapters import (
     save_intrinsic,
 )
 from jaxft.objectives import decoder_logits, embedding_noise, reparametrised, supervised
-from jaxft.rl import Accuracy, measure_accuracy, verifier_for
+from jaxft.rewards import Accuracy, measure_accuracy, verifier_for
 
 # reasoning-gym draws entry i from seed + i: the seeds below are further apart than the sizes.
 NEEDLE = "rg:needle_haystack?min_num_statements=4&max_num_statements=8"

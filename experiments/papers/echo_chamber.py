@@ -39,10 +39,10 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from experiments import _arithmetic as arithmetic
-from experiments.papers._claims import Claim, interval, show
-from experiments.papers._seeds import measure_claims
-from experiments.papers._workings import (
+from experiments.lab.claims import Claim, interval, show
+from experiments.lab.seeds import measure_claims
+from experiments.worlds import arithmetic
+from experiments.worlds.workings import (
     FORMATS,
     question,
     result_reward,

@@ -26,7 +26,7 @@ import numpy as np
 import optax
 import tyro
 
-from experiments.papers._claims import Claim, interval, report, show
+from experiments.lab.claims import Claim, interval, report, show
 from jaxft import train
 from jaxft.adapters import (
     adapt,

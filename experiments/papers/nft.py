@@ -47,9 +47,9 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from experiments import _arithmetic as arithmetic
-from experiments.papers._claims import Claim, interval, show
-from experiments.papers._seeds import measure_claims
+from experiments.lab.claims import Claim, interval, show
+from experiments.lab.seeds import measure_claims
+from experiments.worlds import arithmetic
 from jaxft import rl, train
 from jaxft.objectives import policy_gradient
 from jaxft.objectives.policy_gradient import clipped, negative_aware, token_mean

@@ -41,10 +41,10 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from experiments import _arithmetic as arithmetic
-from experiments.papers import _toy_text as toy
-from experiments.papers._claims import Claim, interval, show
-from experiments.papers._seeds import measure_claims
+from experiments.lab.claims import Claim, interval, show
+from experiments.lab.seeds import measure_claims
+from experiments.worlds import arithmetic
+from experiments.worlds import toy_text as toy
 from jaxft import losses, rl, train
 from jaxft.generation import SamplingConfig
 from jaxft.models import Decoder

@@ -45,15 +45,14 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from experiments import _arithmetic as arithmetic
-from experiments.papers import _reranker as reranker
-from experiments.papers import _workings as workings
-from experiments.papers._claims import Claim, interval, show
-from experiments.papers._seeds import measure_claims, plot_mean
+from experiments.lab.claims import Claim, interval, show
+from experiments.lab.seeds import measure_claims, plot_mean
+from experiments.worlds import arithmetic, reranker, workings
 from jaxft import rl, train
 from jaxft.metrics import majority_vote, rerank
 from jaxft.models import Decoder
 from jaxft.objectives import policy_gradient, supervised, with_value_head, without_value_head
+from jaxft.rewards import answer_reward, numbers_equal
 from jaxft.rl.rollouts import prompts_of
 
 ALGORITHMS = ("sft", "offline_st", "online_st", "reft")
@@ -220,8 +219,8 @@ def with_gold(own, gold, count, seed, state):
 def own_answers(config, model, start, pairs, seed) -> tuple[list[str], list, list]:
     """(questions, the warm-up model's answers to each, whether each of these is right)."""
     texts = answers(config, model, start, pairs, config.own, seed)
-    right = rl.answer_reward(
-        functools.partial(workings.result, digits=config.digits), rl.numbers_equal, partial=0.0
+    right = answer_reward(
+        functools.partial(workings.result, digits=config.digits), numbers_equal, partial=0.0
     )
     records = [{"answer": total} for total in pairs.sum(axis=1)]
     correct = [
@@ -270,7 +269,7 @@ def measures(
     asked = [workings.question(*pair, config.digits) for pair in pairs]
     records = [{"answer": total} for total in pairs.sum(axis=1)]
     parse = functools.partial(workings.result, digits=config.digits)
-    right = rl.answer_reward(lambda text: text, rl.numbers_equal, partial=0.0)
+    right = answer_reward(lambda text: text, numbers_equal, partial=0.0)
 
     def accuracy(found):
         verdicts = [0.0 if f is None else right(f, r) for f, r in zip(found, records, strict=True)]

@@ -12,12 +12,9 @@ from jaxft.objectives.policy_gradient import completion_log_probs, policy_gradie
 from jaxft.objectives.preference import Sequences, bco, hypo, kto, preference, sequence_log_probs
 from jaxft.objectives.reparametrised import reparametrised
 from jaxft.objectives.reward_model import (
-    add_reward_head,
     outcome_reward,
     pairwise_reward,
     process_reward,
-    sequence_rewards,
-    token_rewards,
 )
 from jaxft.objectives.supervised import Objective, mean_of, shift, supervised, token_supervised
 from jaxft.objectives.trust_region import (
@@ -39,7 +36,6 @@ __all__ = [
     "LogitsFn",
     "Objective",
     "Sequences",
-    "add_reward_head",
     "bco",
     "classifier_logits",
     "completion_log_probs",
@@ -63,12 +59,10 @@ __all__ = [
     "reparametrised",
     "sample_distance",
     "sequence_log_probs",
-    "sequence_rewards",
     "shift",
     "spectrally_normalised",
     "step_coverage",
     "supervised",
-    "token_rewards",
     "token_supervised",
     "token_values",
     "trust_region",

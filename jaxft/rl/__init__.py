@@ -1,6 +1,5 @@
-"""Reinforcement learning from verifiers: rewards, advantages, experience, algorithms."""
+"""Reinforcement learning of language models: advantages, experience, algorithms."""
 
-from jaxft.rl.accuracy import Accuracy, measure_accuracy
 from jaxft.rl.algorithms import (
     Algorithm,
     cispo,
@@ -31,51 +30,19 @@ from jaxft.rl.online import (
     online_preference,
     samples_beside,
 )
-from jaxft.rl.pool import (
-    Failures,
-    OnFirstHost,
-    Outcome,
-    ProcessPool,
-    RewardFn,
-    VerifierError,
-    VerifierPool,
-    in_process,
-)
-from jaxft.rl.programs import run_programs, run_python
-from jaxft.rl.reward_models import model_rewards
 from jaxft.rl.rollouts import Credit, sample_groups, score
 from jaxft.rl.self_training import offline_collect, online_self_training, right_samples
-from jaxft.rl.verifiers import (
-    Verifier,
-    answer_reward,
-    mentions_answer,
-    numbers_equal,
-    reasoning_gym_verifier,
-    same_answer,
-    stated_answer,
-    verifier_for,
-)
 from jaxft.rl.xpo import answers_of_both, xpo
 
 __all__ = [
-    "Accuracy",
     "Algorithm",
     "Credit",
     "DeviceReward",
     "Environment",
     "Experience",
-    "Failures",
-    "OnFirstHost",
     "KlControl",
-    "Outcome",
-    "ProcessPool",
     "Reply",
-    "RewardFn",
     "Sample",
-    "Verifier",
-    "VerifierError",
-    "VerifierPool",
-    "answer_reward",
     "answers",
     "answers_of_both",
     "best_and_worst",
@@ -91,32 +58,21 @@ __all__ = [
     "expert_iteration",
     "grpo",
     "gspo",
-    "in_process",
-    "measure_accuracy",
-    "mentions_answer",
-    "model_rewards",
     "nft",
-    "numbers_equal",
     "offline_collect",
     "online_preference",
     "online_self_training",
     "ppo",
-    "reasoning_gym_verifier",
     "reinforce_plus_plus",
     "reinforce_with_baseline",
     "right_samples",
     "rloo",
-    "run_programs",
-    "run_python",
-    "same_answer",
     "sample_groups",
     "sample_on_device",
     "samples_beside",
     "score",
-    "stated_answer",
     "tagged",
     "try_again",
-    "verifier_for",
     "with_tool",
     "xpo",
 ]

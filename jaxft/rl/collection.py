@@ -16,9 +16,9 @@ from jaxft.losses import kl_k1
 from jaxft.models import Decoder
 from jaxft.objectives import completion_values
 from jaxft.parallel import in_turn, mesh_context, to_host
+from jaxft.rewards.pool import RewardFn
 from jaxft.rl.advantages import has_contrast
 from jaxft.rl.experience import Experience, KlControl
-from jaxft.rl.pool import RewardFn
 from jaxft.rl.rollouts import (
     Batch,
     Credit,

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jaxft.rl.pool import ProcessPool, RewardFn
+from jaxft.rewards.pool import ProcessPool, RewardFn
 
 Record = Mapping[str, Any]
 State = Any

@@ -19,7 +19,7 @@ from jaxft.adapters import (
     save_native,
 )
 from jaxft.checkpoints import load_model, save_model
-from jaxft.objectives import add_reward_head, sequence_rewards
+from jaxft.rewards import add_reward_head, sequence_rewards
 from tests.small_models import large, trained
 
 torch = pytest.importorskip("torch", reason="parity tests need torch: pip install 'jaxft[test]'")

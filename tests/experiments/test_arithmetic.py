@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import _arithmetic as arithmetic
 from experiments import demo_rl
+from experiments.worlds import arithmetic
 from jaxft import rl
 from jaxft.generation import SamplingConfig, generate
 from jaxft.metrics import pass_at_k

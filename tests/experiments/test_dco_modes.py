@@ -7,10 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.papers import _dco_cot as cot
-from experiments.papers import _dco_proof as proof
-from experiments.papers import _workings as workings
-from experiments.papers import dco
+from experiments.papers.dco import cot, proof
+from experiments.papers.dco.main import main as dco
+from experiments.worlds import workings
 
 
 def smoke(mode, directory):

@@ -6,9 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import _arithmetic as arithmetic
-from experiments.papers import _workings as workings
 from experiments.papers import echo_chamber as echo
+from experiments.worlds import arithmetic, workings
 
 
 def test_formats_of_a_sum():

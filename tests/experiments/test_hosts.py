@@ -17,7 +17,8 @@ SFT += ["--eval-steps", STEPS, "--max-steps", STEPS, "--no-accuracy"]
 CRASH = """
 import os, pathlib, signal, sys, time
 import tyro
-from experiments import _training as shared, sft
+from experiments import sft
+from experiments.cli import training as shared
 from jaxft import train
 
 ordinary = shared.callbacks

@@ -8,9 +8,12 @@ import numpy as np
 import optax
 import pytest
 
-from experiments.papers import intrinsic_dimension, lion, monarch, paca, tram
-from experiments.papers._claims import Claim, interval, report
-from experiments.papers._tram_methods import Task, train_together
+from experiments.lab.claims import Claim, interval, report
+from experiments.papers import lion, monarch
+from experiments.papers.intrinsic_dimension.main import main as intrinsic_dimension
+from experiments.papers.paca.main import main as paca
+from experiments.papers.tram.main import main as tram
+from experiments.papers.tram.methods import Task, train_together
 
 
 def test_interval_is_student_s():

@@ -9,7 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.papers import _cxr_reports, _hypo_bandits, _hypo_text, cxr_preference, dco, hypo
+from experiments.papers.cxr_preference import reports
+from experiments.papers.cxr_preference.main import main as cxr_preference
+from experiments.papers.dco.main import main as dco
+from experiments.papers.hypo import bandits, text
+from experiments.papers.hypo.main import main as hypo
 from jaxft.data import GreenCounts, green_score
 from jaxft.losses import leave_one_out, reverse_kl_surrogate
 
@@ -47,23 +51,23 @@ def test_hypo_s_three_responses(hypo_smoke, kl_weight, policy, kl, reward):
 
 def test_dpo_s_optimum_on_covered_pairs_has_the_closed_form():
     # With all responses compared and free logits, π is proportional to π_ref exp(r / β).
-    bandit = _hypo_bandits.Bandit(
+    bandit = bandits.Bandit(
         jnp.eye(3), jnp.log(jnp.array([0.5, 0.3, 0.2])), jnp.array([0.3, 0.0, -0.2]),
         jnp.array([[0, 1], [0, 2], [1, 2]]),
     )  # fmt: skip
-    found = jax.jit(functools.partial(_hypo_bandits.solve, beta=0.5, steps=2000))(bandit, 0.0)
+    found = jax.jit(functools.partial(bandits.solve, beta=0.5, steps=2000))(bandit, 0.0)
     best = jax.nn.softmax(bandit.ref_log_probs + bandit.rewards / 0.5)
     chex.assert_trees_all_close(found["policy"], best, atol=1e-3)
     assert found["uncovered"] == 0
 
 
 def test_the_bandits_gradient_is_that_of_dpo_and_kl():
-    many = _hypo_bandits.random_bandits(jax.random.key(3), 2)
+    many = bandits.random_bandits(jax.random.key(3), 2)
     bandit = jax.tree.map(lambda x: x[1], many)
     theta = jnp.array([0.5, -1.0, 0.3])
 
     def exact(theta):
-        log_p, ref = _hypo_bandits.log_policy(theta, bandit), bandit.ref_log_probs
+        log_p, ref = bandits.log_policy(theta, bandit), bandit.ref_log_probs
         total = 0.0
         for i, j in bandit.pairs.tolist():
             margin = 0.2 * (log_p[i] - ref[i] - log_p[j] + ref[j])
@@ -71,7 +75,7 @@ def test_the_bandits_gradient_is_that_of_dpo_and_kl():
             total -= win * jax.nn.log_sigmoid(margin) + (1 - win) * jax.nn.log_sigmoid(-margin)
         return total / 6 + 0.7 * jnp.sum(jnp.exp(log_p) * (log_p - ref))
 
-    ours = jax.jit(jax.grad(functools.partial(_hypo_bandits.objective, beta=0.2)))
+    ours = jax.jit(jax.grad(functools.partial(bandits.objective, beta=0.2)))
     ours = ours(theta, bandit, kl_weight=0.7)
     chex.assert_trees_all_close(ours, jax.jit(jax.grad(exact))(theta), rtol=1e-4, atol=1e-6)
 
@@ -104,16 +108,16 @@ def test_sampled_gradients_of_the_kl_are_unbiased_and_the_baseline_calms_them():
 
 def test_hypo_s_pairs_never_show_what_goes_wrong():
     rng = np.random.default_rng(0)
-    batch = _hypo_text.language(rng, 3000)
+    batch = text.language(rng, 3000)
     topics, words = np.asarray(batch["tokens"][:, 0]), np.asarray(batch["tokens"][:, 1:])
-    good, bad = (np.asarray(_hypo_text.count(words, k)) for k in (_hypo_text.GOOD, _hypo_text.BAD))
-    assert (good[bad > 0] >= _hypo_text.TURN).all() and (bad > 0).mean() > 0.1
-    assert np.asarray(_hypo_text.reward(jnp.asarray(words))).tolist() == (good - bad).tolist()
+    good, bad = (np.asarray(text.count(words, k)) for k in (text.GOOD, text.BAD))
+    assert (good[bad > 0] >= text.TURN).all() and (bad > 0).mean() > 0.1
+    assert np.asarray(text.reward(jnp.asarray(words))).tolist() == (good - bad).tolist()
     assert not batch["loss_mask"][:, 0].any() and batch["loss_mask"][:, 1:].all()
-    pairs = _hypo_text.make_pairs(words, topics, rng)
+    pairs = text.make_pairs(words, topics, rng)
     assert len(pairs["topics"]) > 500
-    assert not np.asarray(_hypo_text.count(pairs["pairs"], _hypo_text.BAD)).any()
-    margin = np.subtract(*np.asarray(_hypo_text.count(pairs["pairs"], _hypo_text.GOOD)).T)
+    assert not np.asarray(text.count(pairs["pairs"], text.BAD)).any()
+    margin = np.subtract(*np.asarray(text.count(pairs["pairs"], text.GOOD)).T)
     assert (margin != 0).all()
     ones = margin[np.abs(margin) == 1] > 0  # σ(1) = 0.731 of the pairs that differ by one
     assert abs(ones.mean() - 0.731) < 4 * np.sqrt(0.731 * 0.269 / len(ones))
@@ -223,31 +227,31 @@ def test_cxr_preference_smoke(tmp_path):
 def test_cxr_s_judge_counts_as_green_does():
     truth = np.zeros(12, bool)
     truth[[1, 4]] = True
-    there, absent = (lambda i: _cxr_reports.POSITIVE + i), (lambda i: _cxr_reports.NEGATIVE + i)
-    reference = [there(1), there(4), absent(0), absent(2), absent(3), _cxr_reports.END]
-    count = lambda *tokens: _cxr_reports.judge([*tokens, _cxr_reports.END], truth, reference)
+    there, absent = (lambda i: reports.POSITIVE + i), (lambda i: reports.NEGATIVE + i)
+    reference = [there(1), there(4), absent(0), absent(2), absent(3), reports.END]
+    count = lambda *tokens: reports.judge([*tokens, reports.END], truth, reference)
     assert count(*reference[:-1]) == GreenCounts(5, (0,) * 6)
     # Of two findings one is said, one denied (false, and missing); one is false; 7 is true and free.
     assert count(there(1), absent(4), there(9), absent(7)) == GreenCounts(1, (2, 1, 0, 0, 0, 0))
     assert count(there(1), there(4), absent(7)).significant == (0,) * 6
-    assert _cxr_reports.judge(reference[:-1], truth, reference) is None
+    assert reports.judge(reference[:-1], truth, reference) is None
     said = [[there(1), absent(4)], [there(1), there(2)]]  # of 1, 4 and of 1: two right, one wrong
     both = np.stack([truth, np.arange(12) == 1])
-    assert _cxr_reports.finding_f1(said, both) == 2 * 2 / (3 + 3)
+    assert reports.finding_f1(said, both) == 2 * 2 / (3 + 3)
 
 
 def test_cxr_s_cases():
-    cases = _cxr_reports.draw(np.random.default_rng(0), 4000)
+    cases = reports.draw(np.random.default_rng(0), 4000)
     assert cases.prompts.shape == (4000, 13) and abs(cases.truth.mean() - 0.18) < 0.01
     evidence = cases.prompts[:, :12]
-    assert abs((evidence == _cxr_reports.UNKNOWN).mean() - 0.15) < 0.01
-    clear = evidence != _cxr_reports.UNKNOWN
-    wrong = (evidence == _cxr_reports.PRESENT) != cases.truth
+    assert abs((evidence == reports.UNKNOWN).mean() - 0.15) < 0.01
+    clear = evidence != reports.UNKNOWN
+    wrong = (evidence == reports.PRESENT) != cases.truth
     assert abs(wrong[clear].mean() - 0.05) < 0.005
-    batch = _cxr_reports.rows(cases.prompts, cases.reports)
-    assert batch["tokens"].shape == (4000, _cxr_reports.LENGTH) and batch["tokens"].max() < 30
+    batch = reports.rows(cases.prompts, cases.reports)
+    assert batch["tokens"].shape == (4000, reports.LENGTH) and batch["tokens"].max() < 30
     assert batch["loss_mask"].sum(1).tolist() == [len(report) for report in cases.reports]
-    judged = [_cxr_reports.judge(r, t, r) for r, t in zip(cases.reports, cases.truth, strict=True)]
+    judged = [reports.judge(r, t, r) for r, t in zip(cases.reports, cases.truth, strict=True)]
     assert all(green_score(counts) == 1 for counts in judged)
 
 

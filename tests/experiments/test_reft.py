@@ -7,11 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import _arithmetic as arithmetic
-from experiments.papers import _reranker as reranker
-from experiments.papers import _workings as workings
 from experiments.papers import reft
+from experiments.worlds import arithmetic, reranker, workings
 from jaxft import rl
+from jaxft.rewards import answer_reward, numbers_equal
 
 
 def test_rewards_on_the_device_are_those_of_text():
@@ -25,7 +24,7 @@ def test_rewards_on_the_device_are_those_of_text():
         row[: len(text)], seen[: len(text)] = text, True
     device = workings.result_reward([139], 2, partial=0.1)
     given = device(jnp.asarray(tokens), jnp.asarray(mask), jnp.zeros(len(texts), jnp.int32))
-    reward = rl.answer_reward(lambda text: workings.result(text, 2), rl.numbers_equal)
+    reward = answer_reward(lambda text: workings.result(text, 2), numbers_equal)
     wanted = [reward(text, {"answer": 139}) for text in texts]
     np.testing.assert_allclose(given, wanted, rtol=1e-6)
     assert wanted[:6] == [1, 1, 1, 1, 0.1, 0.1] and sum(wanted[7:]) == 0

@@ -18,7 +18,6 @@ import pytest
 import tyro
 
 from experiments import (
-    _optimizers,
     evaluate,
     generate,
     preference,
@@ -26,11 +25,13 @@ from experiments import (
     sample_pairs,
     sft,
 )
-from jaxft import checkpoints, data, rl, train
+from experiments.cli import optimizers
+from jaxft import checkpoints, data, train
 from jaxft.adapters import load_adapter
 from jaxft.checkpoints import load_model, save_model
 from jaxft.losses import cross_entropy
 from jaxft.metrics import Mean
+from jaxft.rewards import model_rewards
 
 ROOT = pathlib.Path(__file__).parents[2]
 TASK = "rg:chain_sum?size=40&seed=1&max_terms=2&min_digits=1&max_digits=1"
@@ -239,7 +240,7 @@ def test_preferences_are_learnt_from_a_file(loss, tmp_path):
         model, base = load_model("tiny")
         params = load_adapter(output / "adapter", model.config, base)
         renderer = data.Renderer(checkpoints.load_tokenizer("tiny"))
-        rewards = rl.model_rewards(model, params, renderer, max_length=64, batch_size=2)
+        rewards = model_rewards(model, params, renderer, max_length=64, batch_size=2)
         answers = [rows[0]["chosen"], rows[0]["rejected"], "x" * 80]
         good, bad, none = rewards(answers, [rows[0]] * 3)
         assert good > bad and math.isnan(none)
@@ -595,9 +596,9 @@ def test_a_missing_extra_is_one_line_and_exit_code_3(tmp_path):
     assert "pip install 'jaxft[text]'" in result.stderr and "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize("name", get_args(_optimizers.Optimizer))
+@pytest.mark.parametrize("name", get_args(optimizers.Optimizer))
 def test_every_optimizer_of_sft_lowers_a_parabola(name):
-    optimizer = train.make_optimizer(1e-2, total_steps=200, rule=_optimizers.optimizer_rule(name))
+    optimizer = train.make_optimizer(1e-2, total_steps=200, rule=optimizers.optimizer_rule(name))
     params = {"kernel": jnp.full((16, 16), 0.5), "bias": jnp.full(16, 0.5)}
     objective = lambda p, batch, key: (sum(jnp.mean(x**2) for x in p.values()), {})
     state = train.init_state(params, optimizer, jax.random.key(0))
@@ -629,7 +630,7 @@ def trained_linear(name):
     # One radius for all, so that none of them is too small to see.
     rho = None if name == "none" else 0.5
     noised = lambda p, b, key: objective(p, b | {"x": b["x"] + jnp.sin(9 * b["x"])}, key)
-    method = _optimizers.sharpen(name, objective, optax.adam(0.05), linear_logits, rho, noised)
+    method = optimizers.sharpen(name, objective, optax.adam(0.05), linear_logits, rho, noised)
     params = {"kernel": 0.5 * jax.random.normal(jax.random.key(1), (8, 3))}
     state = train.init_state(params, method.optimizer, jax.random.key(2))
     options = dict(gradient=method.gradient, extra_args=method.extra_args, microbatches=2)
@@ -640,7 +641,7 @@ def trained_linear(name):
     return objective(params, batch, None)[0], objective(final, batch, None)[0], final["kernel"]
 
 
-@pytest.mark.parametrize("name", get_args(_optimizers.Sharpness))
+@pytest.mark.parametrize("name", get_args(optimizers.Sharpness))
 def test_every_sharpness_goes_its_own_way_down(name):
     before, after, kernel = trained_linear(name)
     assert after < 0.8 * before
@@ -650,4 +651,4 @@ def test_every_sharpness_goes_its_own_way_down(name):
 
 def test_a_radius_without_a_method_is_an_error():
     with pytest.raises(ValueError, match="no effect without --sharpness"):
-        _optimizers.sharpen("none", None, optax.sgd(0.1), None, 0.1)
+        optimizers.sharpen("none", None, optax.sgd(0.1), None, 0.1)

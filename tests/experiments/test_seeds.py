@@ -7,7 +7,7 @@ import types
 
 import pytest
 
-from experiments.papers._seeds import run_seeds
+from experiments.lab.seeds import run_seeds
 
 
 @dataclasses.dataclass(frozen=True)

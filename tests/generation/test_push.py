@@ -12,6 +12,7 @@ from jaxft import rl
 from jaxft.adapters import adapt, load_adapter, lora, merge
 from jaxft.checkpoints import load_model
 from jaxft.generation import Push, ServerError, server_sampler, vllm_adapters
+from jaxft.rewards import in_process
 from tests.generation.test_server import own_model, serving
 from tests.rl.rl_task import PROMPTS, RECORDS, SAMPLING, Digits, exact, model_and_params
 
@@ -87,7 +88,7 @@ def test_samples_are_those_of_the_newest_policy(api, start, tmp_path, monkeypatc
         settings = config(url, tmp_path, push_api=api, push_every=2, start=start)
         push = reinforce.pushes(settings, model, base, "m")
         sampler = server_sampler(url, "m", push=push)
-        sample = rl.answers(model, Digits(), rl.in_process(exact), SAMPLING, 2, sampler=sampler)
+        sample = rl.answers(model, Digits(), in_process(exact), SAMPLING, 2, sampler=sampler)
         draw = lambda params: sample(params, PROMPTS[:2], RECORDS[:2], KEY)
         first, second, third = policies()
         assert gap(first, draw(first)) < 1e-4

@@ -14,6 +14,7 @@ import pytest
 from experiments import reinforce
 from jaxft import rl
 from jaxft.generation import SamplingConfig, ServerError, generate, server_sampler
+from jaxft.rewards import in_process
 from tests.rl.rl_task import PROMPTS, RECORDS, SAMPLING, STOP, Digits, exact, model_and_params
 
 KEY = jax.random.key(2)
@@ -95,7 +96,7 @@ def test_experience_of_a_server_is_that_of_its_model():
     for form in ("token_ids", "tokens", "text"):
         with serving(own_model(form)) as (url, seen):
             sampler = server_sampler(url + "/", "m", push=lambda params: None)
-            sample = rl.answers(model, Digits(), rl.in_process(exact), SAMPLING, 2, sampler=sampler)
+            sample = rl.answers(model, Digits(), in_process(exact), SAMPLING, 2, sampler=sampler)
             batches[form] = sample(params, PROMPTS, RECORDS, KEY)
     batch = batches["token_ids"]
     for other in ("tokens", "text"):
@@ -177,7 +178,7 @@ def test_the_script_samples_by_a_server():
     with serving(own_model()) as (url, seen):
         settings = dict(sampler_url=url, correction="tokens", group_size=2, max_new_tokens=3)
         config = reinforce.Config(sampler_model="served", turns=2, **settings)
-        sample = reinforce.sampling(config, model, renderer, rl.in_process(exact))
+        sample = reinforce.sampling(config, model, renderer, in_process(exact))
         batch = sample(params, PROMPTS, RECORDS, KEY)
     assert {body["model"] for body in seen} == {"served"}
     # The first turn asks for groups, the second for what goes on, one by one.

@@ -15,7 +15,6 @@ from jaxft.adapters import adapt, base_params, combine, full, lora, named_rules,
 from jaxft.losses import dpo_loss, ipo_loss, kto_loss, orpo_loss, simpo_loss
 from jaxft.models import Decoder, tiny_config
 from jaxft.objectives import (
-    add_reward_head,
     bco,
     hypo,
     kto,
@@ -24,10 +23,10 @@ from jaxft.objectives import (
     preference,
     process_reward,
     sequence_log_probs,
-    sequence_rewards,
     token_rewards,
 )
 from jaxft.optim import moving_reference, running_mean
+from jaxft.rewards import add_reward_head, sequence_rewards
 
 MODEL = Decoder(tiny_config(vocab_size=17))
 BASE = MODEL.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]

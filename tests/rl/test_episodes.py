@@ -11,6 +11,7 @@ from jaxft import rl
 from jaxft.generation import Generation, SamplingConfig
 from jaxft.objectives import policy_gradient
 from jaxft.objectives.policy_gradient import reinforce, token_mean
+from jaxft.rewards import ProcessPool, in_process
 from jaxft.rl.episodes import ENVIRONMENT, FORCED, POLICY
 from tests.rl.rl_task import (
     PROMPTS,
@@ -68,7 +69,7 @@ def rows(batch):
 
 def test_an_episode_of_one_turn_is_an_answer():
     model, params = model_and_params()
-    rewards = rl.in_process(exact)
+    rewards = in_process(exact)
     answers = rl.answers(model, Digits(), rewards, SAMPLING, 4)
     wanted = answers(params, PROMPTS, RECORDS, KEY)
     got = play(rl.try_again(rewards, turns=1))
@@ -179,8 +180,8 @@ def test_limits_end_an_episode():
 
 def test_a_tool_that_raises_is_an_observation_and_one_that_hangs_ends_the_episode():
     actions = ["<sum>1+2</sum>", "<sum>bad</sum>", "<sum>sleep</sum>", "<sum>exit</sum>", "3", "4"]
-    with rl.ProcessPool(calculator, workers=2, timeout=1.0) as tool:
-        env = rl.with_tool(tool, rl.tagged("sum"), rl.in_process(exact))
+    with ProcessPool(calculator, workers=2, timeout=1.0) as tool:
+        env = rl.with_tool(tool, rl.tagged("sum"), in_process(exact))
         states = env.start([{"answer": "3"}] * 6)
         replies = [reply for _, reply in env.step(states, actions)]
     assert replies[0] == rl.Reply(0.0, "3")
@@ -190,13 +191,13 @@ def test_a_tool_that_raises_is_an_observation_and_one_that_hangs_ends_the_episod
     assert replies[4:] == [rl.Reply(1.0), rl.Reply(0.0)]
     assert rl.tagged("sum")("<sum>1</sum> or <sum>2\n</sum>") == "2\n"
     with pytest.raises(ValueError, match="turns must be at least 1, got 0"):
-        rl.try_again(rl.in_process(exact), turns=0)
+        rl.try_again(in_process(exact), turns=0)
 
 
 def test_a_run_of_episodes_trains():
     model, params = model_and_params()
     credit, objective = rl.rloo(functools.partial(policy_gradient, model), 4, 0.0)
-    env = rl.try_again(rl.in_process(exact), "5", turns=2)
+    env = rl.try_again(in_process(exact), "5", turns=2)
     config = SamplingConfig(max_new_tokens=4, stop_ids=(STOP,))
     sample = rl.episodes(model, Digits(), env, config, 4, next_turn=NEXT)
     batches = rl.collect_from(

@@ -14,6 +14,7 @@ from jaxft import rl
 from jaxft.generation import SamplingConfig
 from jaxft.losses import dpo_loss, ipo_loss
 from jaxft.objectives import hypo, policy_gradient, preference, sequence_log_probs
+from jaxft.rewards import in_process
 from jaxft.rl.online import as_groups, best_and_worst
 from jaxft.train import StateBatches, accumulate, fit
 from tests.rl.rl_task import PROMPTS, RECORDS, SAMPLING, Digits, exact, model_and_params
@@ -103,7 +104,7 @@ def test_online_dpo_learns_the_digits():
     loss = functools.partial(dpo_loss, beta=0.1)
     algorithm = rl.online_preference(functools.partial(policy_gradient, model), loss, 8)
     batches = rl.collect(
-        model, PROMPTS, RECORDS, Digits(), rl.in_process(exact), algorithm.credit, SAMPLING,
+        model, PROMPTS, RECORDS, Digits(), in_process(exact), algorithm.credit, SAMPLING,
         prompts_per_step=4, group_size=8, ref_params=params,
     )  # fmt: skip
     _, history = fit(

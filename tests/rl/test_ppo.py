@@ -20,6 +20,7 @@ from jaxft.objectives import (
     without_value_head,
 )
 from jaxft.objectives.policy_gradient import reinforce, token_mean
+from jaxft.rewards import in_process
 from jaxft.train import Checkpoints, fit
 from tests.rl.rl_task import (
     PROMPTS,
@@ -224,7 +225,7 @@ def collector(credit, **settings):
         | settings
     )
     return rl.collect(
-        model, PROMPTS, RECORDS, Digits(), rl.in_process(exact), credit, ONE_TOKEN, **settings
+        model, PROMPTS, RECORDS, Digits(), in_process(exact), credit, ONE_TOKEN, **settings
     )
 
 

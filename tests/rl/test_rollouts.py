@@ -16,6 +16,7 @@ import pytest
 from jaxft import rl
 from jaxft.generation import SamplingConfig
 from jaxft.objectives import policy_gradient
+from jaxft.rewards import in_process
 from jaxft.rl.advantages import grpo_advantages
 from jaxft.train import fit
 from tests.rl.rl_task import (
@@ -40,7 +41,7 @@ def state_at(step, params, seed=0):
 def collector(rewards=None, credit=CREDIT, **settings):
     model, _ = model_and_params()
     settings = dict(prompts_per_step=2, group_size=4) | settings
-    rewards = rl.in_process(exact) if rewards is None else rewards
+    rewards = in_process(exact) if rewards is None else rewards
     return rl.collect(model, PROMPTS, RECORDS, Digits(), rewards, credit, SAMPLING, **settings)
 
 
@@ -238,7 +239,7 @@ def test_a_run_with_several_updates_learns_on_the_host():
         PROMPTS,
         RECORDS,
         Digits(),
-        rl.in_process(exact),
+        in_process(exact),
         credit,
         ONE_TOKEN,
         prompts_per_step=8,

@@ -1,0 +1,103 @@
+"""The records that preference.py trains on: read, held out, labelled and rendered as its loss wants them."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+
+from experiments.cli import training as shared
+from experiments.cli.preference_losses import UNPAIRED
+from jaxft import data
+from jaxft.analysis import text_embeddings
+from jaxft.losses import density_ratios
+
+
+def load_data(config: Any):
+    """(training groups, held-out groups)."""
+    bad = data.BadRecords(config.max_bad)
+    sources = [load_records(config, spec, bad) for spec in config.data]
+    if config.eval_data:
+        held_out = load_records(config, config.eval_data, data.BadRecords())
+    else:
+        parts = [data.split(records, config.validation) for records in sources]
+        sources, held_out = [part[0] for part in parts], [r for part in parts for r in part[1]]
+        if not held_out:
+            raise data.DataError("no record is held out; raise --validation or give --eval-data.")
+    records = [record for source in sources for record in source]
+    held_out = shared.without_known(held_out, {_question(r) for r in records}, _question)
+    renderer = data.Renderer(shared.files.load_tokenizer(config.model), template=config.template)
+    too_long = {} if config.loss == "process" else {"too_long": config.too_long}
+    if config.loss in (*UNPAIRED, "outcome"):
+        other = config.loss in UNPAIRED
+        render = functools.partial(data.render_unpaired, seed=config.seed, mismatched=other)
+        records, held_out = _labelled(records), _labelled(held_out)
+        if config.prompt_embedder:
+            records = with_density_ratios(config, records)
+    else:
+        render = data.render_steps if config.loss == "process" else data.render_pairs
+    training = render(records, renderer, config.max_length, bad=bad, **too_long)
+    left = render(held_out, renderer, config.max_length, **too_long)
+    if bad.summary():
+        print(f"records left out or cut: {bad.summary()}")
+    for group in training[: 3 if config.preview else 1]:
+        for part in group.parts:
+            print(data.explain(part, renderer.tokenizer, color=False), end="\n\n")
+    return training, left
+
+
+def load_records(config: Any, spec: str, bad: data.BadRecords) -> list[data.preference.Record]:
+    """Pairs, or completions or steps with labels, of a source."""
+    if config.loss == "process":
+        return data.load(spec, form=data.normalise_steps, bad=bad)
+    if spec.startswith("rg:"):
+        return answers_of_others(data.load(spec, bad=bad))
+    if config.loss not in (*UNPAIRED, "outcome"):
+        return data.load(spec, form=data.normalise_pair, bad=bad)
+    either = lambda row, fields: (
+        data.normalise_unpaired(row, fields) if "label" in row else data.normalise_pair(row, fields)
+    )
+    return data.load(spec, form=either, bad=bad)
+
+
+def with_density_ratios(config: Any, records: list) -> list:
+    """The records with `density_ratio`, of the prompts' embeddings."""
+    model, params = shared.files.load_model(config.prompt_embedder)
+    tokenizer = shared.files.load_tokenizer(config.prompt_embedder)
+    texts = list(map(_question, records))
+    labels = np.array([bool(record["label"]) for record in records])
+    ratios = density_ratios(
+        text_embeddings(model, params, tokenizer, texts),
+        labels,
+        minimum=config.min_density_ratio,
+        maximum=config.max_density_ratio,
+        seed=config.seed,
+    )
+    low, middle, high = np.quantile(ratios[~labels], (0.1, 0.5, 0.9))
+    print(f"density ratios of undesirable prompts: {middle:.2f}, most in [{low:.2f}, {high:.2f}]")
+    return [r | {"density_ratio": float(x)} for r, x in zip(records, ratios, strict=True)]
+
+
+def answers_of_others(records: list) -> list:
+    """Pairs of each record's answer and the next record's that differs, so right and wrong of one kind."""
+    pairs = []
+    for i, record in enumerate(records):
+        others = (records[(i + step) % len(records)] for step in range(1, len(records)))
+        wrong = next((o for o in others if o["completion"] != record["completion"]), None)
+        if wrong is None:
+            raise data.DataError(f"{record['source']}: all answers are the same.")
+        answers = {"chosen": record["completion"], "rejected": wrong["completion"]}
+        pairs.append({k: v for k, v in record.items() if k != "completion"} | answers)
+    return pairs
+
+
+def _labelled(records):
+    """Records with labels: pairs become two each."""
+    pairs = [record for record in records if "chosen" in record]
+    return [record for record in records if "chosen" not in record] + data.unpair(pairs)
+
+
+def _question(record) -> str:
+    prompt = record["prompt"]
+    return prompt if isinstance(prompt, str) else shared.question(record, prompt)

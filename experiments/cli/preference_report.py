@@ -1,0 +1,131 @@
+"""What preference.py prints and writes of held-out preferences."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxft import data
+from jaxft.metrics import length_controlled_rate, wilson_interval
+from jaxft.parallel import in_turn, mesh_context, to_host
+from jaxft.rewards import sequence_rewards, token_rewards
+from jaxft.train.batches import place_batch
+
+
+def losses_of(history) -> dict[str, Any]:
+    """The first and the last loss of a run, and its last in evaluation."""
+    evaluated = [row for row in history if "eval/loss" in row]
+    return {
+        "steps": history[-1]["step"],
+        "first_loss": history[0]["loss"],
+        "last_loss": history[-1]["loss"],
+        "eval_loss": evaluated[-1]["eval/loss"] if evaluated else None,
+    }
+
+
+def label_report(policy: np.ndarray, start: np.ndarray, groups: list) -> dict[str, Any]:
+    """How much likelier completions with either label became."""
+    labels = np.array([group.columns["label"] for group in groups])
+    gain = (policy - start)[:, 0]
+    mean = lambda side: float(gain[side].mean()) if side.any() else None
+    print(f"log-prob gained, in nats: desirable {mean(labels)}, undesirable {mean(~labels)}")
+    return {"gain_desirable": mean(labels), "gain_undesirable": mean(~labels)}
+
+
+def pair_report(policy: np.ndarray, start: np.ndarray, groups: list) -> dict[str, Any]:
+    """Accuracy on held-out pairs, before and after, and how much of it is length.
+
+    Args:
+        policy: [N, 2] log-probs of the trained model.
+        start: those of the model before.
+        groups: the pairs.
+    """
+    gain = policy - start
+    metrics = pair_accuracy(gain, groups) | {
+        "likelier_before": float((start[:, 0] > start[:, 1]).mean()),
+        "likelier_after": float((policy[:, 0] > policy[:, 1]).mean()),
+        "log_prob_chosen_gain": float(gain[:, 0].mean()),
+        "log_prob_rejected_gain": float(gain[:, 1].mean()),
+    }
+    print(
+        f"chosen likelier than rejected {metrics['likelier_before']:.1%} -> "
+        f"{metrics['likelier_after']:.1%}\n"
+        f"log-prob gained: chosen {metrics['log_prob_chosen_gain']:+.2f}, rejected "
+        f"{metrics['log_prob_rejected_gain']:+.2f} nats"
+    )
+    return metrics
+
+
+def reward_report(rewards: np.ndarray, groups: list) -> dict[str, Any]:
+    """The same of a reward model: [N, 2] rewards of chosen and rejected answers."""
+    found = {"min": rewards.min(), "mean": rewards.mean(), "max": rewards.max()}
+    metrics = pair_accuracy(rewards, groups)
+    metrics |= {f"reward_{name}": float(value) for name, value in found.items()}
+    print(
+        f"margin {metrics['margin']:.3f}; rewards from {metrics['reward_min']:.2f} to "
+        f"{metrics['reward_max']:.2f}, mean {metrics['reward_mean']:.2f}"
+    )
+    return metrics
+
+
+def correctness_report(rewards: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+    """Accuracy of rewards above or below 0, of answers or of steps, beside always saying the same."""
+    right = (rewards > 0) == labels
+    low, high = wilson_interval(int(right.sum()), len(right))
+    constant = float(max(labels.mean(), 1 - labels.mean()))
+    metrics = {"accuracy": float(right.mean()), "accuracy_interval": (low, high)}
+    print(
+        f"\nheld out: {len(right)} labels; accuracy {metrics['accuracy']:.1%} (95 % interval {low:.1%} to "
+        f"{high:.1%}); the commoner label is right in {constant:.1%}"
+    )
+    return metrics | {"commoner_label": constant}
+
+
+def pair_accuracy(rewards: np.ndarray, groups: list) -> dict[str, Any]:
+    """How often the chosen completion has the higher reward, [N, 2], and at equal length."""
+    lengths = np.array([[(p.loss_mask[1:] > 0).sum() for p in group.parts] for group in groups])
+    longer = lengths[:, 0] - lengths[:, 1]
+    margin = rewards[:, 0] - rewards[:, 1]
+    wins, count = margin > 0, len(margin)
+    share = lambda side: float(wins[side].mean()) if side.any() else None
+    low, high = wilson_interval(int(wins.sum()), count)
+    metrics = {
+        "accuracy": float(wins.mean()),
+        "accuracy_interval": (low, high),
+        "margin": float(margin.mean()),
+        "length_chosen": float(lengths[:, 0].mean()),
+        "length_rejected": float(lengths[:, 1].mean()),
+        "accuracy_chosen_longer": share(longer > 0),
+        "accuracy_chosen_shorter": share(longer < 0),
+        "accuracy_at_equal_length": length_controlled_rate(wins, longer),
+    }
+    show = lambda x: "-" if x is None else f"{x:.1%}"
+    print(
+        f"\nheld-out pairs: {count}; accuracy {show(metrics['accuracy'])} (95 % interval {low:.1%} to "
+        f"{high:.1%})\n"
+        f"is it length? chosen {metrics['length_chosen']:.1f} tokens, rejected "
+        f"{metrics['length_rejected']:.1f}; accuracy where chosen is longer "
+        f"{show(metrics['accuracy_chosen_longer'])}, shorter {show(metrics['accuracy_chosen_shorter'])}, "
+        f"at equal length {show(metrics['accuracy_at_equal_length'])}"
+    )
+    return metrics
+
+
+def read_rewards(config: Any, model: Any, params: Any, groups: list, mesh: Any) -> np.ndarray:
+    """[N, G] rewards at the last token of each completion; of steps [N, S], at theirs."""
+
+    def run(params, batch):
+        if "step_ends" not in batch:
+            return sequence_rewards(model, params, batch)[0]
+        values = token_rewards(model, params, batch)[:, 0]
+        return jax.numpy.take_along_axis(values, jax.numpy.maximum(batch["step_ends"], 0), axis=1)
+
+    run, found = jax.jit(run), []
+    for batch in data.finite_group_batches(
+        groups, batch_size=config.batch_size, max_length=config.max_length
+    ):
+        with mesh_context(mesh):
+            found.append(in_turn(run(params, place_batch(batch, mesh))))
+    return np.concatenate(to_host(found))[: len(groups)].astype(np.float32)

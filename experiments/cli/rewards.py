@@ -1,0 +1,111 @@
+"""What the scripts reward answers with: a verifier, a judge of the user's own, or a saved reward model.
+
+The functions read the flags `reward_model`, `judge`, `model`, `template`, `workers` and `timeout`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import json
+import math
+import pathlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from jaxft import checkpoints as files
+from jaxft import data
+from jaxft.adapters import load_adapter
+from jaxft.rewards import OnFirstHost, RewardFn, VerifierPool, model_rewards, verifier_for
+
+
+def check(config: Any, parts: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """Whether answers to the records of each source can be rewarded.
+
+    Raises:
+        ValueError: for flags that contradict each other, or a judge that cannot be found.
+        DataError: for records without a verifier, where neither flag is given.
+    """
+    if config.judge and config.reward_model:
+        raise ValueError("--judge and --reward-model both reward answers; give one of them.")
+    if config.judge:
+        load_judge(config.judge)
+    if config.judge or config.reward_model:
+        return
+    for spec, records in parts.items():
+        if verifier_for(records[0]["source"], records) is None:
+            raise data.DataError(
+                f"{spec}: its answers cannot be verified; give a reasoning-gym task (rg:...), records that "
+                "all have an `answer`, or --judge or --reward-model."
+            )
+
+
+@contextlib.contextmanager
+def opened(config: Any, records: Sequence[Mapping[str, Any]]) -> Iterator[RewardFn]:
+    """(completions, records) -> a number each, NaN for no verdict; on several hosts the first one's."""
+    if jax.process_index() > 0:
+        yield OnFirstHost(None)
+        return
+    if config.reward_model:
+        yield OnFirstHost(load_reward_model(config))
+        return
+    verifier = functools.partial(verifier_for, records[0]["source"], records[:1])
+    make = functools.partial(load_judge, config.judge) if config.judge else verifier
+    with VerifierPool(make, workers=config.workers, timeout=config.timeout) as pool:
+        yield OnFirstHost(pool)
+
+
+def load_judge(spec: str) -> Callable[[str, Mapping[str, Any]], float]:
+    """The function "file.py:name" or "package.module:name" of (completion, record); None is no verdict.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    place, _, name = spec.rpartition(":")
+    try:
+        if place.endswith(".py"):
+            found = importlib.util.spec_from_file_location(pathlib.Path(place).stem, place)
+            module = importlib.util.module_from_spec(found)
+            found.loader.exec_module(module)
+        else:
+            module = importlib.import_module(place)
+        function = getattr(module, name)
+    except (ImportError, FileNotFoundError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"--judge {spec!r}: {error}; expected file.py:function or package.module:function, a function "
+            "of (completion, record) that gives a number."
+        ) from None
+
+    def judge(completion, record):
+        value = function(completion, record)
+        return math.nan if value is None else float(value)
+
+    return judge
+
+
+def load_reward_model(config: Any) -> RewardFn:
+    """A model of `preference.py --loss reward`: its adapter's directory, or the whole model's.
+
+    Raises:
+        ValueError: if it has no reward head.
+    """
+    path = pathlib.Path(config.reward_model)
+    settings = path / "adapter_config.json"
+    adapter = settings.exists() or (path / "jaxft_adapter.json").exists()
+    base = config.reward_model
+    if adapter:  # jaxft's own format does not name the base: the policy's, then.
+        named = json.loads(settings.read_text()) if settings.exists() else {}
+        base = named.get("base_model_name_or_path") or config.model
+    model, params = files.load_model(base)
+    if adapter:
+        params = load_adapter(path, model.config, params)
+    if "reward" not in params:
+        raise ValueError(
+            f"--reward-model {path}: has no reward head; train one with preference.py --loss reward."
+        )
+    renderer = data.Renderer(files.load_tokenizer(base), template=config.template)
+    return model_rewards(model, params, renderer, max_length=model.config.max_length)

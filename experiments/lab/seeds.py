@@ -1,0 +1,93 @@
+"""Finished seeds are kept on disk, so that a run of minutes that was interrupted goes on where it stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from experiments.lab.claims import Claim, report
+from jaxft import train
+
+# What does not change the result of a seed.
+APART = ("seeds", "first_seed", "output_dir", "debug")
+
+
+def measure_claims(
+    config: Any,
+    run: Callable[[int], Any],
+    *,
+    judge: Callable[[list], list[Claim]],
+    print_table: Callable[[list], None],
+    figure: Callable[[list, pathlib.Path], None],
+) -> int:
+    """A script from its settings to its exit code: runs, table, figure, claims (0 of a smoke run)."""
+    output = train.writable_directory(config.output_dir)
+    runs = run_seeds(config, output, run)
+    print_table(runs)
+    figure(runs, output)
+    code = report(judge(runs), {"runs": runs}, output)
+    return 0 if config.smoke else code
+
+
+def plot_mean(
+    axes: Any,
+    runs: list[dict],
+    name: str,
+    value: Callable[[dict], Any],
+    *style: str,
+    x: str = "step",
+    **more: Any,
+) -> None:
+    """The mean over seeds of `value` along `x` of the rows that runs[i][name] has."""
+    values = [[value(row) for row in run[name]] for run in runs]
+    axes.plot([row[x] for row in runs[0][name]], np.mean(values, axis=0), *style, **more)
+
+
+def run_seeds(config: Any, directory: pathlib.Path, run: Callable[[int], Any]) -> list[Any]:
+    """[run(seed) for each seed of a script's config], as JSON gives it back: tuples become lists.
+
+    A seed's result is written to directory/seeds once it is there; with the same settings and the same code,
+    jaxft's included, it is read from there, which is said. Smoke runs keep nothing.
+    """
+    # Now, before somebody edits the script that runs.
+    digest, first = _digest(config), getattr(config, "first_seed", 0)
+    paths = {
+        s: directory / "seeds" / f"{s}-{digest}.json" for s in range(first, first + config.seeds)
+    }
+    return [_kept(path, not config.smoke, run, seed) for seed, path in paths.items()]
+
+
+def _kept(path, keep, run, seed):
+    if path.exists():
+        print(f"seed {seed}: kept from an earlier run ({path}; delete it to repeat)", flush=True)
+        return json.loads(path.read_text())
+    text = json.dumps(run(seed))
+    if keep:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Whole or not at all: a run may end while it writes.
+        part = path.with_suffix(".part")
+        part.write_text(text)
+        os.replace(part, path)
+    return json.loads(text)
+
+
+def _digest(config):
+    """Of the settings and of the code: the script, where the config's class was written, and what it uses."""
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in APART}
+    ours = {
+        type(config).__module__,
+        *(n for n in sys.modules if n.startswith(("experiments.", "jaxft."))),
+    }
+    files = {sys.modules[name].__file__ for name in ours}
+    found = hashlib.sha256(json.dumps(settings).encode())
+    for file in sorted(filter(None, files)):
+        found.update(pathlib.Path(file).read_bytes())
+    return found.hexdigest()[:8]

@@ -1,0 +1,1 @@
+"""Direct coverage optimisation: run main.py."""

@@ -1,0 +1,1 @@
+"""Hybrid preference optimisation: run main.py."""

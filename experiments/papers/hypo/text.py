@@ -1,0 +1,216 @@
+"""A small language model for hypo.py: DPO, HyPO and online RLOO with the same pairs, or the true reward.
+
+Texts of twelve words: some are good, and after the fourth good one most are bad. The reward counts good
+words and subtracts bad ones. Pairs are texts of the model itself without a bad word, judged by their
+good ones: that more good words turn into bad ones is not in them.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from experiments.worlds import toy_text as toy
+from jaxft import train
+from jaxft.losses import dpo_loss, leave_one_out
+from jaxft.models import Decoder
+from jaxft.objectives import hypo, policy_gradient, preference, sequence_log_probs
+from jaxft.objectives.policy_gradient import reinforce, sequence_sum
+
+TOPICS, GOOD, BAD, NEUTRAL = 3, (3, 6), (6, 9), (9, 15)  # ids; topics come first
+LENGTH, TURN = 12, 4  # words of a text; good ones after which most are bad
+METHODS = ("DPO", "HyPO", "RLOO")
+
+
+class Settings(NamedTuple):
+    """Sizes and rates; all methods share them."""
+
+    pretrain_steps: int = 400
+    steps: int = 300
+    every: int = 10  # steps between measurements
+    texts: int = 4096  # of which pairs are made
+    batch_size: int = 32  # pairs
+    prompts: int = 32  # of fresh samples, in HyPO and RLOO
+    samples: int = 4  # for each of them
+    held_out: int = 512  # fresh samples of a measurement
+    width: int = 64
+    layers: int = 2
+    learning_rate: float = 1e-3
+    beta: float = 0.5
+    kl_weight: float = 0.03  # HyPO's λ
+
+
+def language(rng: np.random.Generator, count: int) -> dict[str, jax.Array]:
+    """Texts to pretrain on; topics differ in how many good words they have."""
+    topics = rng.integers(0, TOPICS, count)
+    so_far, words = np.zeros(count, int), []
+    for _ in range(LENGTH):
+        shares = np.where((so_far < TURN)[:, None], *_shares(topics))
+        kind = (rng.random((count, 1)) > np.cumsum(shares, axis=1)[:, :2]).sum(axis=1)
+        draws = [rng.integers(*span, count) for span in (GOOD, BAD, NEUTRAL)]
+        words.append(np.choose(kind, draws))
+        so_far += kind == 0
+    return toy.rows(jnp.asarray(topics[:, None]), jnp.asarray(np.stack(words, 1)))
+
+
+def _shares(topics):
+    """Probabilities [B, 3] of good, bad and neutral words, before and after the turn."""
+    good = 0.15 + 0.05 * topics
+    before = np.stack([good, np.zeros(len(topics)), 1 - good], axis=1)
+    return before, np.array([[0.01, 0.89, 0.1]])
+
+
+def count(words: jax.Array, kind: tuple[int, int]) -> jax.Array:
+    """How many of the last axis are of a kind."""
+    return jnp.sum((words >= kind[0]) & (words < kind[1]), axis=-1, dtype=jnp.float32)
+
+
+def reward(words: jax.Array) -> jax.Array:
+    """Good words minus bad ones."""
+    return count(words, GOOD) - count(words, BAD)
+
+
+def make_pairs(words: np.ndarray, topics: np.ndarray, rng: np.random.Generator) -> dict[str, Any]:
+    """{"topics" [P], "pairs" [P, 2, N]}: texts of one topic, none with bad words, chosen first.
+
+    Labels are drawn by Bradley and Terry's model of the numbers of good words, which differ.
+    """
+    clean = np.flatnonzero(np.asarray(count(words, BAD)) == 0)
+    clean = clean[np.argsort(topics[clean], kind="stable")]
+    first, second = clean[:-1:2], clean[1::2]
+    good = np.asarray(count(words, GOOD))
+    fit = (topics[first] == topics[second]) & (good[first] != good[second])
+    first, second = first[fit], second[fit]
+    wins = rng.random(len(first)) < 1 / (1 + np.exp(good[second] - good[first]))
+    chosen, rejected = np.where(wins, first, second), np.where(wins, second, first)
+    return {"topics": topics[first], "pairs": np.stack([words[chosen], words[rejected]], axis=1)}
+
+
+def run(settings: Settings, seed: int) -> dict[str, list[dict[str, float]]]:
+    """For each method, what was measured at the start and every so many steps."""
+    model = toy.decoder(NEUTRAL[1], 2 * LENGTH, settings.width, settings.layers)
+    rng = np.random.default_rng(seed)
+    base = toy.pretrain(
+        model, functools.partial(language, count=64), settings.pretrain_steps, 3e-3, seed
+    )
+    topics = rng.integers(0, TOPICS, settings.texts)
+    sample = toy.sampler(model, LENGTH)
+    words, *_ = sample(base, jnp.asarray(topics[:, None]), jax.random.key(seed))
+    pairs = make_pairs(np.asarray(words), topics, rng)
+    measured = functools.partial(measure, model, base, pairs, settings=settings)
+    start = measured(base, jax.random.key(seed + 1)) | {"step": 0, "pairs": len(pairs["topics"])}
+    found = {}
+    for name in METHODS:
+        rows = [start]
+
+        def look(state, rows=rows):
+            # A key that no step draws from.
+            value = measured(state.params, jax.random.fold_in(state.key, 2**31))
+            rows.append(value | {"step": int(state.step)})
+            return {}
+
+        objective, batches = method(name, model, base, pairs, settings)
+        train.fit(
+            base,
+            objective,
+            optax.adam(settings.learning_rate),
+            batches,
+            steps=settings.steps,
+            key=jax.random.key(seed),
+            callbacks=[train.every(settings.every, look)],
+        )
+        found[name] = rows
+    return found
+
+
+def method(name: str, model: Decoder, base: Any, pairs: dict[str, Any], settings: Settings):
+    """(objective, batches of a state) of a method; RLOO alone sees the true reward."""
+    loss = functools.partial(dpo_loss, beta=settings.beta)
+    objectives = {
+        "DPO": preference(model, loss, beta=settings.beta),
+        "HyPO": hypo(model, loss, beta=settings.beta, kl_weight=settings.kl_weight),
+        "RLOO": policy_gradient(model, reinforce(), sequence_sum),
+    }
+    draw = _draw(name, model, settings)
+    data = jax.tree.map(jnp.asarray, pairs)
+    key = lambda state: jax.random.fold_in(state.key, state.step)
+    return objectives[name], lambda state: draw(state.params, base, data, key(state))
+
+
+@functools.cache
+def _draw(name, model, settings):
+    """A compiled function of (params, base, data, key): pairs, fresh samples or both."""
+    sample = toy.sampler(model, LENGTH)
+
+    @jax.jit
+    def batch(params, base, data, key):
+        ref = functools.partial(_sums, model, base)
+        rows, fresh, words = jax.random.split(key, 3)
+        offline = {}
+        if name != "RLOO":
+            chosen = jax.random.randint(rows, (settings.batch_size,), 0, len(data["topics"]))
+            topics, texts = data["topics"][chosen], data["pairs"][chosen]
+            offline = toy.rows(topics[:, None, None], texts)
+            offline["ref_log_probs"] = ref(offline)
+        if name == "DPO":
+            return offline
+        topics = jax.random.randint(fresh, (settings.prompts,), 0, TOPICS)
+        topics = jnp.repeat(topics, settings.samples)[:, None]
+        texts, *_ = sample(params, topics, words)
+        groups = lambda x: x.reshape(settings.prompts, settings.samples, -1)
+        online = toy.rows(groups(topics), groups(texts))
+        online["ref_log_probs"] = ref(online)
+        if name == "HyPO":
+            return offline | {"online": online}
+        # The KL as a part of the reward, as RLHF has it.
+        ratios = _sums(model, params, online) - online["ref_log_probs"]
+        value = reward(texts) - settings.beta * ratios.reshape(-1)
+        return experience(topics, texts, value - leave_one_out(value, settings.samples))
+
+    return batch
+
+
+def experience(topics: jax.Array, words: jax.Array, advantages: jax.Array) -> dict[str, jax.Array]:
+    """What `policy_gradient` reads, of whole texts."""
+    tokens = jnp.concatenate([topics, words], axis=1)
+    return {
+        "tokens": tokens,
+        "segment_ids": jnp.ones_like(tokens),
+        "positions": jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape),
+        "completion_mask": jnp.ones(words.shape, bool),
+        "sampler_log_probs": jnp.zeros(words.shape),  # Only shown, as a gap, and not here.
+        "advantages": advantages,
+    }
+
+
+def measure(model, base, pairs, params, key, *, settings: Settings) -> dict[str, float]:
+    """Means over fresh samples of a policy, and over its pairs."""
+    topics, words = jax.random.split(key)
+    topics = jax.random.randint(topics, (settings.held_out, 1), 0, TOPICS)
+    texts, *_ = toy.sampler(model, LENGTH)(params, topics, words)
+    sums = _jitted_sums(model)
+    of = lambda params, topics, texts: sums(params, toy.rows(topics[:, None], texts[:, None]))
+    ratios = of(params, topics, texts) - of(base, topics, texts)
+    some = slice(0, settings.held_out)
+    chosen = of(params, pairs["topics"][some, None], pairs["pairs"][some, 0])
+    return {
+        "reward": float(jnp.mean(reward(texts))),
+        "kl": float(jnp.mean(ratios)),
+        "good": float(jnp.mean(count(texts, GOOD))) / LENGTH,
+        "bad": float(jnp.mean(count(texts, BAD))) / LENGTH,
+        "log_prob_chosen": float(jnp.mean(chosen)),
+    }
+
+
+def _sums(model, params, batch):
+    return sequence_log_probs(model, params, batch).sums
+
+
+@functools.cache
+def _jitted_sums(model):
+    return jax.jit(functools.partial(_sums, model))

@@ -1,0 +1,1 @@
+"""Intrinsic dimension of fine-tuning: run main.py."""

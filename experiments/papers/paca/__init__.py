@@ -1,0 +1,1 @@
+"""Partial connection adaptation: run main.py."""

@@ -1,0 +1,1 @@
+"""Trust region aware minimisation: run main.py."""

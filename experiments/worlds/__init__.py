@@ -1,0 +1,1 @@
+"""Small tasks that several papers share, each with exact measures."""

@@ -1,0 +1,53 @@
+"""Rewards: verifiers and the processes they run in, programs, reward models, accuracy."""
+
+from jaxft.rewards.accuracy import Accuracy, measure_accuracy
+from jaxft.rewards.heads import add_reward_head, sequence_rewards, token_rewards
+from jaxft.rewards.pool import (
+    Failures,
+    OnFirstHost,
+    Outcome,
+    ProcessPool,
+    RewardFn,
+    VerifierError,
+    VerifierPool,
+    in_process,
+)
+from jaxft.rewards.programs import run_programs, run_python
+from jaxft.rewards.reward_models import model_rewards
+from jaxft.rewards.verifiers import (
+    Verifier,
+    answer_reward,
+    mentions_answer,
+    numbers_equal,
+    reasoning_gym_verifier,
+    same_answer,
+    stated_answer,
+    verifier_for,
+)
+
+__all__ = [
+    "add_reward_head",
+    "sequence_rewards",
+    "token_rewards",
+    "Accuracy",
+    "Failures",
+    "OnFirstHost",
+    "Outcome",
+    "ProcessPool",
+    "RewardFn",
+    "Verifier",
+    "VerifierError",
+    "VerifierPool",
+    "answer_reward",
+    "in_process",
+    "measure_accuracy",
+    "mentions_answer",
+    "model_rewards",
+    "numbers_equal",
+    "reasoning_gym_verifier",
+    "run_programs",
+    "run_python",
+    "same_answer",
+    "stated_answer",
+    "verifier_for",
+]

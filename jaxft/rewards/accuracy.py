@@ -1,0 +1,92 @@
+"""Accuracy of a model's greedy answers, by a verifier."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxft.data import Renderer
+from jaxft.generation import SamplingConfig, generate
+from jaxft.metrics import wilson_interval
+from jaxft.models import Decoder
+from jaxft.rewards.verifiers import Verifier, mentions_answer
+
+
+class Accuracy(NamedTuple):
+    """What a model answered, and how often it was right."""
+
+    completions: list[str]
+    correct: list[bool]  # by the verifier
+    mentioned: list[bool]  # the answer occurs somewhere: right but for the format
+
+    @property
+    def rate(self) -> float:
+        """Share of right answers."""
+        return sum(self.correct) / len(self.correct)
+
+    @property
+    def mention_rate(self) -> float:
+        """Share of completions in which the answer occurs."""
+        return sum(self.mentioned) / len(self.mentioned)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % Wilson interval of the rate."""
+        return wilson_interval(sum(self.correct), len(self.correct))
+
+    def __str__(self):
+        low, high = self.interval
+        return (
+            f"{self.rate:.1%} (95 % interval {low:.1%} to {high:.1%}, {len(self.correct)} records; "
+            f"answer mentioned in {self.mention_rate:.1%})"
+        )
+
+
+def measure_accuracy(
+    model: Decoder,
+    params: Any,
+    renderer: Renderer,
+    records: Sequence[Mapping[str, Any]],
+    verifier: Verifier,
+    *,
+    max_new_tokens: int = 64,
+    stop_ids: Sequence[int] | None = None,
+    stop_strings: Sequence[str] = (),
+    batch_size: int = 16,
+    progress: Callable[[int, int], None] | None = None,
+) -> Accuracy:
+    """Answers every record greedily and verifies.
+
+    Args:
+        stop_ids: tokens that end an answer; None: the tokenizer's EOS.
+        stop_strings: text that ends one too.
+        batch_size: prompts at a time; those of like length go together, to save padding.
+        progress: called with (records done, all).
+    """
+    tokenizer = renderer.tokenizer
+    stop_ids = [tokenizer.eos_token_id] if stop_ids is None else stop_ids
+    config = SamplingConfig(
+        max_new_tokens,
+        temperature=0.0,
+        stop_ids=tuple(stop_ids),
+        stop_strings=tuple(stop_strings),
+    )
+    prompts = [renderer.prompt(record) for record in records]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    completions = [""] * len(prompts)
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        batch = [prompts[i] for i in chosen]
+        out = generate(model, params, batch, jax.random.key(0), config, tokenizer=tokenizer)
+        for i, ids in zip(chosen, out.completions, strict=True):
+            completions[i] = tokenizer.decode(ids, skip_special_tokens=True).strip()
+        if progress is not None:
+            progress(min(start + batch_size, len(order)), len(order))
+    pairs = list(zip(completions, records, strict=True))
+    return Accuracy(
+        completions,
+        [verifier(completion, record) for completion, record in pairs],
+        [mentions_answer(completion, record) for completion, record in pairs],
+    )

@@ -1,0 +1,47 @@
+"""The scalar head of a reward model: a leaf of the params, `reward/kernel` [D, 1], that no decoder reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxft.weights import matmul
+
+
+def add_reward_head(key: jax.Array, params: Any, hidden_size: int) -> Any:
+    """The params with a reward head, normal with variance 1 / (D + 1); it trains."""
+    kernel = jax.random.normal(key, (hidden_size, 1)) / jnp.sqrt(hidden_size + 1.0)
+    return {**params, "reward": {"kernel": kernel}}
+
+
+def token_rewards(model, params: Any, batch: dict[str, jax.Array]) -> jax.Array:
+    """The head's value [B, G, T] at each token, in float32."""
+    if "reward" not in params:
+        raise ValueError("reward model: the params have no 'reward' head; see add_reward_head.")
+    shape = batch["tokens"].shape
+    flat = {
+        name: jnp.reshape(batch[name], (-1, shape[2]))
+        for name in ("tokens", "segment_ids", "positions")
+        if name in batch
+    }
+    output = model.apply(
+        {"params": {name: leaf for name, leaf in params.items() if name != "reward"}},
+        flat["tokens"],
+        positions=flat.get("positions"),
+        segment_ids=flat.get("segment_ids"),
+    )
+    hidden = output.hidden.astype(jnp.float32)
+    return matmul(hidden, params["reward"]["kernel"])[..., 0].reshape(shape)
+
+
+def sequence_rewards(
+    model, params: Any, batch: dict[str, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """(rewards [B, G] at the last token of each completion, 1 where there is one)."""
+    mask = jnp.asarray(batch["loss_mask"]) > 0
+    last = mask.shape[2] - 1 - jnp.argmax(mask[..., ::-1], axis=2)
+    values = token_rewards(model, params, batch)
+    picked = jnp.take_along_axis(values, last[..., None], axis=2)[..., 0]
+    return picked, jnp.any(mask, axis=2).astype(jnp.float32)

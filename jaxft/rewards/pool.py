@@ -1,0 +1,270 @@
+"""Calls in processes of their own, which may hang, raise or die: verifiers above all."""
+
+from __future__ import annotations
+
+import collections
+import functools
+import multiprocessing
+import time
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing import connection
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxft.parallel import first_decides
+from jaxft.rewards.verifiers import Verifier
+
+STARTUP = 120.0  # seconds that a process may take to import and to make its verifier
+
+# (completions, records) -> one reward each; NaN where there is no verdict.
+RewardFn = Callable[[Sequence[str], Sequence[Mapping[str, Any]]], Sequence[float]]
+
+
+class VerifierError(RuntimeError):
+    """Too many verdicts failed, or no process can make its function."""
+
+
+class Failures(NamedTuple):
+    """How many calls of a pool failed so far, and why."""
+
+    timeouts: int = 0
+    errors: int = 0  # exceptions
+    deaths: int = 0
+
+
+def in_process(verifier: Verifier) -> RewardFn:
+    """Rewards of a verifier that is trusted to return: 1 for right, 0 for wrong, or its own numbers."""
+    return lambda completions, records: [
+        float(verifier(completion, record))
+        for completion, record in zip(completions, records, strict=True)
+    ]
+
+
+class OnFirstHost:
+    """A RewardFn that the first process calls for all: verdicts of a pool depend on its clock.
+
+    `failures` are those of the function, if it counts them.
+    """
+
+    def __init__(self, rewards: RewardFn | None):
+        self._rewards = rewards
+
+    @property
+    def failures(self) -> Failures:
+        """How many calls failed so far, here."""
+        return getattr(self._rewards, "failures", Failures())
+
+    def __call__(self, completions, records):
+        """A reward each; NaN where there is no verdict."""
+
+        def call():
+            values = np.asarray(self._rewards(completions, records), float)
+            return [None if np.isnan(value) else float(value) for value in values]
+
+        values = first_decides(call)
+        return np.array([np.nan if value is None else value for value in values], float)
+
+
+class Outcome(NamedTuple):
+    """What a call in another process came to."""
+
+    value: Any = None  # or, of an exception, its message
+    failure: str | None = None  # a field of Failures
+
+
+class ProcessPool:
+    """Calls of a function in `workers` processes, each within `timeout` seconds.
+
+    A call that takes longer costs its process, which is killed and replaced. Processes are spawned, not
+    forked (JAX has threads), so a script needs its `if __name__ == "__main__"`.
+
+    Args:
+        make_function: called once in each process: a function of a module, or a functools.partial of one.
+            What it makes takes and gives what can be pickled.
+        timeout: wall-clock seconds of one call.
+    """
+
+    def __init__(
+        self,
+        make_function: Callable[[], Callable[..., Any]],
+        *,
+        workers: int = 2,
+        timeout: float = 5.0,
+    ):
+        if workers < 1 or timeout <= 0:
+            raise ValueError(
+                f"ProcessPool: needs workers >= 1 and timeout > 0, got {workers} and {timeout}."
+            )
+        self._make, self._timeout = make_function, timeout
+        self._workers = [_Worker(make_function) for _ in range(workers)]
+
+    def __enter__(self) -> ProcessPool:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def __call__(self, arguments: Sequence[tuple[Any, ...]]) -> list[Outcome]:
+        """The outcome of each call, in their order."""
+        jobs = collections.deque(enumerate(arguments))
+        outcomes = [Outcome()] * len(jobs)
+        while jobs or any(worker.job is not None for worker in self._workers):
+            for worker in self._workers:
+                if worker.ready and worker.job is None and jobs:
+                    worker.give(*jobs.popleft(), self._timeout)
+            waits = {w.pipe: i for i, w in enumerate(self._workers) if not w.idle}
+            until = min(self._workers[i].deadline for i in waits.values())
+            heard = connection.wait(list(waits), max(0.0, until - time.monotonic()))
+            for i in waits.values():
+                worker = self._workers[i]
+                job, outcome = worker.listen() if worker.pipe in heard else worker.check()
+                if outcome is None:
+                    continue
+                outcomes[job] = outcome
+                if worker.dead:
+                    self._workers[i] = _Worker(self._make)
+        return outcomes
+
+    def close(self) -> None:
+        """Ends the processes."""
+        for worker in self._workers:
+            worker.kill()
+
+
+class VerifierPool:
+    """Rewards of a verifier in a `ProcessPool`.
+
+    A verdict that takes too long or raises, or whose process dies, is a failure. A failure's reward is
+    `failed`: by default NaN, no verdict, so that the response is in no baseline and gets no advantage; 0
+    teaches to avoid what breaks the verifier.
+
+        with VerifierPool(functools.partial(reasoning_gym_verifier, "rg:chain_sum")) as rewards:
+            rewards(completions, records)
+
+    Args:
+        make_verifier, workers, timeout: see `ProcessPool`.
+        max_failed: share of failures in one call above which it raises.
+    """
+
+    def __init__(
+        self,
+        make_verifier: Callable[[], Verifier],
+        *,
+        workers: int = 2,
+        timeout: float = 5.0,
+        failed: float = float("nan"),
+        max_failed: float = 0.5,
+    ):
+        self.failures = Failures()
+        self._failed, self._max_failed = failed, max_failed
+        make = functools.partial(_numbers, make_verifier)
+        self._pool = ProcessPool(make, workers=workers, timeout=timeout)
+
+    def __enter__(self) -> VerifierPool:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def __call__(
+        self, completions: Sequence[str], records: Sequence[Mapping[str, Any]]
+    ) -> np.ndarray:
+        """Rewards [B] in the order of the completions."""
+        outcomes = self._pool(list(zip(completions, records, strict=True)))
+        failed = collections.Counter(o.failure for o in outcomes if o.failure)
+        self.failures = Failures(*(n + failed[k] for k, n in self.failures._asdict().items()))
+        count = sum(failed.values())
+        if count > self._max_failed * len(outcomes):
+            raise VerifierError(
+                f"{count} of {len(outcomes)} verdicts failed ({dict(failed)}); try the verifier on one "
+                "completion by hand, or raise max_failed."
+            )
+        values = [self._failed if o.failure else o.value for o in outcomes]
+        return np.array(values, np.float64)
+
+    def close(self) -> None:
+        """Ends the processes."""
+        self._pool.close()
+
+
+def _numbers(make_verifier):
+    """The verifier, its verdicts made numbers where what is none can still be counted as an error."""
+    verifier = make_verifier()
+    return lambda completion, record: float(verifier(completion, record))
+
+
+class _Worker:
+    """One process and the call it is at: at most one."""
+
+    def __init__(self, make_function):
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, make_function), daemon=True)
+        self._process.start()
+        theirs.close()
+        self.ready, self.dead, self.job = False, False, None
+        self.deadline = time.monotonic() + STARTUP
+
+    @property
+    def idle(self):
+        return self.ready and self.job is None
+
+    def give(self, job, arguments, timeout):
+        self.job, self.deadline = job, time.monotonic() + timeout
+        try:
+            self.pipe.send(arguments)
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # Its end shows when it is listened to.
+
+    def listen(self):
+        """(job, outcome; None: it has just become ready)."""
+        try:
+            message = self.pipe.recv()
+        except (EOFError, OSError):
+            return self._fail("deaths")
+        if not self.ready:
+            if message is not None:
+                self.kill()
+                raise VerifierError(f"the function cannot be made in its process: {message}")
+            self.ready = True
+            return None, None
+        job, self.job = self.job, None
+        return job, message
+
+    def check(self):
+        """As `listen`, of a process that says nothing."""
+        return (None, None) if time.monotonic() < self.deadline else self._fail("timeouts")
+
+    def kill(self):
+        self.dead = True
+        self._process.kill()
+        self._process.join()
+        self.pipe.close()
+
+    def _fail(self, kind):
+        self.kill()
+        if not self.ready:
+            raise VerifierError(
+                f"a process ended or hung before its first call ({kind}); is what makes the function "
+                "importable, and the script's start under if __name__ == '__main__'?"
+            )
+        return self.job, Outcome(failure=kind)
+
+
+def _serve(pipe, make_function):
+    try:
+        function = make_function()
+    except Exception as error:
+        pipe.send(repr(error))
+        return
+    pipe.send(None)
+    while True:
+        try:
+            arguments = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send(Outcome(function(*arguments)))
+        except Exception as error:  # Of the function, or because its value cannot be pickled.
+            pipe.send(Outcome(repr(error), "errors"))

@@ -205,6 +205,7 @@ def compile_step(config: Config) -> dict[str, Any]:
         step=place(state.step, single),
         params=jax.tree.map(place, state.params, shardings),
         opt_state=jax.tree.map(place, state.opt_state, moments),
+        carry=None,
         key=place(state.key, single),
     )
     parts = mesh.shape["data"] * mesh.shape["fsdp"]

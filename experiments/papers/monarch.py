@@ -153,7 +153,7 @@ def digits(config: Config, seed: int) -> dict[str, float]:
     sparse = fit(sparse_start, objective, optimizer, batches, config.steps)
     turned = densify(state.params)
     opt_state = carry_state(state.opt_state, optimizer.init(partition(turned)[0]))
-    state = train.TrainState(state.step, turned, opt_state, state.key)
+    state = train.TrainState(state.step, turned, opt_state, state.carry, state.key)
     turned = advance(state, objective, optimizer, batches, config.steps - switch).params
 
     projected = adapt(key, dense, {HIDDEN: monarch_from_dense(**CUT)} | rest)

@@ -16,7 +16,7 @@ from jaxft.train.errors import (
 from jaxft.train.evaluate import evaluate, evaluation, make_eval_step
 from jaxft.train.figure import plot_run, run_figure
 from jaxft.train.logs import jsonl_log, progress, tensorboard_log, wandb_log
-from jaxft.train.loop import fit
+from jaxft.train.loop import fit, run_steps
 from jaxft.train.memory import check_memory, keep_memory_warm, state_bytes
 from jaxft.train.optimizer import constant, cosine, decay_mask, linear, make_optimizer, with_warmup
 from jaxft.train.reference import (
@@ -68,6 +68,7 @@ __all__ = [
     "restore_params",
     "run_figure",
     "run_main",
+    "run_steps",
     "split_batch",
     "tensorboard_log",
     "wandb_log",

@@ -40,7 +40,7 @@ NOTHING = {"nothing": np.zeros((), np.int32)}  # Orbax takes no empty tree.
 class Checkpoints:
     """Where and when `fit` saves, and whether it goes on from what is there.
 
-    A checkpoint holds the trainable part of the params, the optimizer's state, the key, the data
+    A checkpoint holds the trainable part of the params, the optimizer's state, the carry, the key, the data
     position and the last rows of the history; of the frozen part only shapes and checksums, which
     must be the same on resume. It is written beside the training and appears under its number only
     when complete. The final state is always saved.
@@ -74,7 +74,7 @@ def open_checkpoints(checkpoints: Checkpoints | None, state: TrainState) -> Iter
         yield Saver(None, None, {})
         return
     trainable, frozen = partition(state.params)
-    size = sum(x.nbytes for x in jax.tree.leaves((trainable, state.opt_state)))
+    size = sum(x.nbytes for x in jax.tree.leaves((trainable, state.opt_state, state.carry)))
     directory = writable_directory(checkpoints.directory, size)
     with _quiet_absl():
         manager = _manager(directory, checkpoints.last, checkpoints.best is not None)
@@ -135,6 +135,7 @@ class Saver:
         meet(f"checkpoint {step}")
         trainable, _ = partition(state.params)
         parts, opt_parts = packed(trainable), packed(state.opt_state)
+        carry_parts = packed(state.carry)
         if not all_finite(parts):
             raise DivergedError(f"diverged at step {step}: params are not finite; not saved.", step)
         row = history[-1] if history and history[-1]["step"] == step else {}
@@ -147,11 +148,13 @@ class Saver:
             "frozen": self._frozen,
             "trainable": digests(trainable, parts),
             "opt_state": digests(state.opt_state, opt_parts),
+            "carry": digests(state.carry, carry_parts),
         }
         items = ocp.args.Composite(
             trainable=ocp.args.StandardSave(parts or NOTHING),
             opt_state=ocp.args.StandardSave(opt_parts or NOTHING),
             meta=ocp.args.JsonSave(meta | {"checksum": _json_checksum(meta)}),
+            **({"carry": ocp.args.StandardSave(carry_parts)} if carry_parts else {}),
         )
         with _write_errors(self._manager.directory):
             self._manager.save(step, args=items, metrics=self._score(row))
@@ -180,14 +183,16 @@ class Saver:
                 meta = _read_meta(self._manager, step)
                 self._check(meta, state)
                 parts = dict(trainable=partition(state.params)[0], opt_state=state.opt_state)
-                trainable, opt_state = _read_arrays(self._manager, step, meta, **parts)
+                if jax.tree.leaves(state.carry):
+                    parts["carry"] = state.carry
+                arrays = _read_arrays(self._manager, step, meta, **parts)
             except MismatchError:
                 raise
             except Exception as error:  # Orbax and TensorStore raise many kinds for bad files.
                 self._set_aside(step, error)
                 continue
             source.seek(_own_position(meta["data"]))
-            return _restored(state, trainable, opt_state, meta), meta["history"]
+            return _restored(state, meta, *arrays), meta["history"]
         raise OutputError(f"{self._manager.directory}: no checkpoint of {steps} can be read.")
 
     def _check(self, meta, state):
@@ -195,6 +200,9 @@ class Saver:
         trainable, _ = partition(state.params)
         _check_same(meta["trainable"], digests(trainable), "trainable params", values=False)
         _check_same(meta["opt_state"], digests(state.opt_state), "optimizer state", values=False)
+        _check_same(
+            meta.get("carry", {}), digests(state.carry), "arrays of the carry", values=False
+        )
         _own_position(meta["data"])
 
     def _score(self, row):
@@ -297,12 +305,12 @@ def _read_arrays(manager, step, meta, **parts):
     return [unpacked(restored[name], part) for name, part in parts.items()]
 
 
-def _restored(state, trainable, opt_state, meta):
+def _restored(state, meta, trainable, opt_state, carry=None):
     impl, data = meta["key"]
     key = jax.random.wrap_key_data(jnp.array(data, jnp.uint32), impl=impl)
     params = commit(combine(trainable, partition(state.params)[1]))
     step = lay_out(jnp.array(meta["step"], jnp.int32), state.step.sharding)
-    return TrainState(step, params, opt_state, lay_out(key, state.key.sharding))
+    return TrainState(step, params, opt_state, carry, lay_out(key, state.key.sharding))
 
 
 def _check_same(saved, now, what, values=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -22,7 +23,7 @@ from jaxft.train.errors import IN_TRAINING, DivergedError, PreemptedError
 from jaxft.train.rows import Rows
 from jaxft.train.signals import catch_preemption
 from jaxft.train.state import TrainState, init_state
-from jaxft.train.step import Objective, jit_step, make_step
+from jaxft.train.step import Objective, Step, guarded, jit_step, make_step
 
 
 def fit(
@@ -64,12 +65,43 @@ def fit(
         PreemptedError: after a signal, everything saved.
         OutputError: if the checkpoint directory cannot be written, before the first step.
     """
-    if steps is None and is_function(batches):
-        raise ValueError("fit: batches is a function of the state and never ends; pass steps=...")
     step = make_step(
         objective, optimizer, gradient=gradient, microbatches=microbatches, extra_args=extra_args
     )
     state = _start(params, optimizer, key, mesh)
+    return run_steps(
+        state, step, batches, steps=steps, mesh=mesh, callbacks=callbacks, checkpoints=checkpoints
+    )
+
+
+def run_steps(
+    state: TrainState,
+    step: Step | Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]],
+    batches: Batches,
+    *,
+    steps: int | None = None,
+    mesh: Mesh | None = None,
+    callbacks: Iterable[Callback | Callable[[Row], None]] = (),
+    checkpoints: Checkpoints | None = None,
+) -> tuple[TrainState, list[Row]]:
+    """The loop of `fit` over any step: an update that is not one gradient of one objective.
+
+    `state.carry` holds what the step changes beside params and optimizer state (replay buffer, target
+    networks, environment states, a federated round): it is laid out, donated, saved and restored with them.
+
+    Args:
+        state: see `init_state`; it is used up.
+        step: pure, (state, batch) -> (state, metrics): the loop counts the steps, and stops before the first
+            whose metrics are not finite. Or what `make_step` returns, (state, batch, good), which does both.
+        batches, steps, mesh, callbacks, checkpoints: see `fit`. A step that makes its own experience takes
+            batches of nothing: `itertools.repeat({}, n)`.
+
+    Returns, Raises: see `fit`.
+    """
+    if steps is None and is_function(batches):
+        raise ValueError("fit: batches is a function of the state and never ends; pass steps=...")
+    step = step if "good" in inspect.signature(step).parameters else guarded(step)
+    state = place_on_mesh(state, mesh)
     source, callbacks = BatchSource(batches), as_callbacks(callbacks)
     with contextlib.ExitStack() as stack:
         saver = stack.enter_context(open_checkpoints(checkpoints, state))

@@ -65,8 +65,12 @@ def _number(value):
 
 
 def _diverged_message(step, values):
-    bad = [n for n in ("loss", "grad_norm") if not math.isfinite(values[n])] or ["loss"]
-    shown = ", ".join(f"{name} = {values[name]}" for name in ("loss", "grad_norm"))
+    numbers = {n: v for n, v in values.items() if isinstance(v, (int, float))}
+    usual = [n for n in ("loss", "grad_norm") if n in numbers]
+    bad = lambda names: [n for n in names if not math.isfinite(numbers[n])]
+    # A step of make_step stops for its loss or gradient alone, one of the user's for any metric.
+    bad = bad(usual) or bad(numbers) or ["loss"]
+    shown = ", ".join(f"{name} = {numbers.get(name)}" for name in usual or bad)
     return (
         f"diverged at step {step}: {' and '.join(bad)} not finite ({shown}); the state before it is "
         "kept. Lower the learning rate, or look for bad numbers in the batch."

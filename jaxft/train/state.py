@@ -19,17 +19,27 @@ class TrainState(NamedTuple):
     step: jax.Array  # [] int32, optimizer steps done
     params: Any  # the whole tree: what trains and what is frozen
     opt_state: optax.OptState  # of the trainable part only
+    carry: Any  # what else a run must not lose: replay buffer, targets, environments; None: nothing
     key: jax.Array  # typed key, the same for the whole run: step k draws from fold_in(key, k)
 
 
-def init_state(params: Any, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
+def init_state(
+    params: Any, optimizer: optax.GradientTransformation, key: jax.Array, carry: Any = None
+) -> TrainState:
     """The state before the first step.
 
     What a compiled step overwrites (donates) is copied: trainable leaves, and weights that have
     `committed`. Other frozen leaves are shared with `params`, so one base model serves many runs.
 
+    Args:
+        params: a params tree.
+        optimizer: any optax transform; it sees the trainable part only.
+        key: a typed key.
+        carry: any pytree of arrays that the steps of the run change beside the params; copied.
+
     Raises:
-        ValueError: if nothing trains, a trainable leaf is no float, or `key` is no typed key.
+        ValueError: if nothing trains, a trainable leaf is no float, `key` is no typed key, or `carry`
+            has a typed key, which cannot be saved (derive keys from `state.key`).
     """
     if not jnp.issubdtype(jnp.asarray(key).dtype, jax.dtypes.prng_key):
         raise ValueError("init_state: key must be a typed key; make one with jax.random.key(seed).")
@@ -39,7 +49,8 @@ def init_state(params: Any, optimizer: optax.GradientTransformation, key: jax.Ar
     _check_trainable(trainable)
     trainable = jax.tree.map(jnp.copy, trainable)
     params = combine(trainable, frozen)
-    state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(trainable), key)
+    opt_state, carry = optimizer.init(trainable), _checked_carry(carry)
+    state = TrainState(jnp.zeros((), jnp.int32), params, opt_state, carry, key)
     return state._replace(opt_state=_own(state.opt_state, trainable))
 
 
@@ -57,6 +68,19 @@ def _check_trainable(trainable):
                 f"init_state: {name} would train but is {leaf.dtype}; freeze it (Frozen, "
                 "frozen_field) or convert it to a float."
             )
+
+
+def _checked_carry(carry):
+    def check(path, leaf):
+        if jnp.issubdtype(jnp.asarray(leaf).dtype, jax.dtypes.prng_key):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise ValueError(
+                f"init_state: carry has a typed key at {name!r}, which checkpoints cannot hold; derive "
+                "keys from state.key and state.step instead."
+            )
+        return jnp.array(leaf)  # a copy: steps overwrite it
+
+    return jax.tree_util.tree_map_with_path(check, carry)
 
 
 def _own(tree, other):

@@ -104,7 +104,7 @@ def make_step(
 def jit_step(step: Step) -> Step:
     """`step` compiled, overwriting what it changes: do not use the old state afterwards.
 
-    Donated are the step counter, trainable leaves, optimizer state and all of a weight that has
+    Donated are the step counter, trainable leaves, optimizer state, carry and all of a weight that has
     `committed`. Other frozen leaves go in and never come out: no copy, and whoever shares them keeps
     them. On a mesh, each leaf keeps its sharding, and the mesh is in context.
     `.lower(state, batch)` is that of jax.jit.
@@ -150,6 +150,24 @@ def jit_step(step: Step) -> Step:
     return run_step
 
 
+def guarded(step: Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]) -> Step:
+    """A user's `step(state, batch) -> (state, metrics)` as `jit_step` and `run_steps` take it.
+
+    Counts the steps, and keeps the state as it was where a metric is not finite, as `make_step` does.
+    """
+
+    def run(state, batch, good=True):
+        new, metrics = step(state, batch)
+        numbers = [m.value if isinstance(m, Mean) else m for m in metrics.values()]
+        finite = [jnp.all(jnp.isfinite(jnp.asarray(n, jnp.float32))) for n in numbers]
+        good = functools.reduce(jnp.logical_and, finite, jnp.asarray(good))
+        keep = lambda new, old: new if new is old else jnp.where(good, new, old)
+        kept = jax.tree.map(keep, new._replace(key=None), state._replace(key=None))
+        return kept._replace(step=state.step + good, key=state.key), metrics | {"good": good}
+
+    return run
+
+
 def _advanced(state, good, trainable, frozen, updates, opt_state):
     """The state after the updates; if not `good`, as it was."""
     # On the updates, not on the params: a select between whole trees would keep both.
@@ -159,6 +177,7 @@ def _advanced(state, good, trainable, frozen, updates, opt_state):
         step=state.step + good,
         params=commit(combine(trainable, frozen)),
         opt_state=jax.tree.map(lambda n, o: jnp.where(good, n, o), opt_state, state.opt_state),
+        carry=state.carry,
         key=state.key,
     )
 
@@ -205,7 +224,13 @@ def _moving(treedef):
         trainable_mask(state.params),
         is_leaf=is_weight,
     )
-    moves = TrainState(step=True, params=mask, opt_state=everything(state.opt_state), key=False)
+    moves = TrainState(
+        step=True,
+        params=mask,
+        opt_state=everything(state.opt_state),
+        carry=everything(state.carry),
+        key=False,
+    )
     return tuple(jax.tree.leaves(moves))
 
 

@@ -7,7 +7,15 @@ import pytest
 
 from jaxft.adapters import partition
 from jaxft.parallel import make_mesh, shard_params
-from jaxft.train import Callback, DivergedError, fit, init_state, make_optimizer, make_step
+from jaxft.train import (
+    Callback,
+    DivergedError,
+    fit,
+    init_state,
+    make_optimizer,
+    make_step,
+    run_steps,
+)
 
 
 @pytest.fixture
@@ -189,3 +197,22 @@ def test_no_step_waits_for_its_own_metrics(problem, optimizer, monkeypatch):
     )
     squeezed = [e for i, e in enumerate(order) if i == 0 or e != order[i - 1]]
     assert squeezed == [1, 2, "fetch", 3, "fetch"]
+
+
+def test_a_step_of_the_user_s_is_counted_and_stopped_before_a_metric_that_is_not_finite(key):
+    def step(state, batch):
+        total = state.carry + batch
+        return state._replace(carry=total), {"root": jnp.sqrt(10.0 - total)}
+
+    start = lambda: init_state({"w": jnp.zeros(2)}, optax.sgd(1.0), key, carry=jnp.zeros(()))
+    done, history = run_steps(start(), step, [1.0, 2.0, 3.0])
+    assert int(done.step) == 3 and float(done.carry) == 6.0
+    assert [row["root"] for row in history] == pytest.approx([3.0, 7.0**0.5, 2.0])
+    with pytest.raises(DivergedError, match="root not finite") as caught:
+        run_steps(start(), step, [1.0, 2.0, 8.0, 9.0])
+    assert int(caught.value.state.step) == 2 and float(caught.value.state.carry) == 3.0
+
+
+def test_a_carry_with_a_typed_key_is_refused(key):
+    with pytest.raises(ValueError, match="carry has a typed key at 'noise'"):
+        init_state({"w": jnp.zeros(2)}, optax.sgd(1.0), key, carry={"noise": key})

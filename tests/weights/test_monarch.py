@@ -181,7 +181,7 @@ def test_reverse_sparsification_keeps_the_function_and_the_state(stacked):
     ]
     assert counts(opt_state) == counts(state.opt_state) and max(counts(opt_state)) == 3
     last = metrics["loss"].value
-    state = train.TrainState(state.step, dense, opt_state, state.key)
+    state = train.TrainState(state.step, dense, opt_state, state.carry, state.key)
     state, metrics = run(state, {"tokens": tokens})
     assert metrics["loss"].value < last and int(state.step) == 4
 

@@ -6,12 +6,13 @@ BIN := $(VENV)/bin
 # Workers of the tests; two suit a laptop.
 WORKERS ?= 2
 
-.PHONY: help demo demo-rl test faults audit lint bench aot scale clean
+.PHONY: help demo demo-rl test test-fast faults audit lint bench aot scale clean
 
 help:
 	@echo "make demo     fine-tune SmolLM2-135M on a real task and show what changed (ten minutes)"
 	@echo "make demo-rl  a small model learns to add from verified answers, with controls (ten minutes)"
 	@echo "make test     run the tests"
+	@echo "make test-fast  run those without scripts, processes and compiles for other devices"
 	@echo "make faults   kill, fill and corrupt runs at twenty random points of each kind"
 	@echo "make audit    look up known vulnerabilities of what is installed"
 	@echo "make lint     check style"
@@ -28,6 +29,13 @@ demo-rl: $(VENV)/.text
 
 test: $(VENV)/.test aot
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+# Left out: scripts, notebooks, processes, compiles for other devices, parity with other libraries on disk.
+SLOW := tests/experiments tests/notebooks tests/parallel tests/checkpoints tests/test_benchmarks.py \
+	tests/test_compile.py tests/test_doctor.py tests/weights/test_paca_aot.py tests/train/test_fault_matrix.py \
+	tests/train/test_processes.py tests/train/test_checkpoints.py tests/kernels/test_splash.py
+test-fast: $(VENV)/.test
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" $(SLOW:%=--ignore=%) $(ARGS)
 
 faults: $(VENV)/.test
 	FAULT_POINTS=20 JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) tests/train/test_fault_matrix.py $(ARGS)

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxft.optim.perturbations import wide
+
 
 class MovingReferenceState(NamedTuple):
     """Of `moving_reference`."""
@@ -68,7 +70,7 @@ def running_mean(metric: str) -> optax.GradientTransformationExtraArgs:
 
     def init(params):
         del params
-        return RunningMeanState(jnp.zeros(()), jnp.zeros(()))
+        return RunningMeanState(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
 
     def update(updates, state, params=None, *, metrics: dict[str, Any], **extra):
         del params, extra
@@ -79,10 +81,11 @@ def running_mean(metric: str) -> optax.GradientTransformationExtraArgs:
 
 def with_mean(mean: jax.Array, weight: jax.Array, part: Any) -> tuple[jax.Array, jax.Array]:
     """(mean, weight) with a part more: its `total`, a sum, and its `weight`."""
-    whole = weight + part.weight
+    whole = (weight + part.weight).astype(weight.dtype)
     # Not the sum so far: it would outgrow float32.
-    return mean + (part.total - part.weight * mean) / jnp.maximum(whole, 1e-9), whole
+    mean += ((part.total - part.weight * mean) / jnp.maximum(whole, 1e-9)).astype(mean.dtype)
+    return mean, whole
 
 
 def _mix(old, new, weight):
-    return (weight * new + (1 - weight) * old).astype(old.dtype)
+    return (weight * wide(new) + (1 - weight) * wide(old)).astype(old.dtype)

@@ -253,8 +253,8 @@ def spectrally_normalised(params: Any, path: tuple[str, ...] = ("head", "kernel"
     """The params with the kernel W at `path` as W / σ(W), σ its largest singular value, differentiable.
 
     Miyato et al., 2018, arxiv.org/abs/1802.05957, with the exact σ in place of power iteration: for the
-    [D, C] heads of classifiers. A kernel of zeros stays, with the gradient of W / 1. The path is that of nested
-    dicts.
+    [D, C] heads of classifiers. A kernel of zeros stays, with the gradient of W / 1.
+    The path is that of nested dicts.
     """
     if not path:
         kernel = to_dense(params)

@@ -74,17 +74,17 @@ def running_mean(metric: str) -> optax.GradientTransformationExtraArgs:
 
     def update(updates, state, params=None, *, metrics: dict[str, Any], **extra):
         del params, extra
-        return updates, RunningMeanState(*with_mean(*state, metrics[metric]))
+        after = RunningMeanState(*with_mean(*state, metrics[metric]))
+        return updates, jax.tree.map(lambda x: x.astype(jnp.float32), after)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
 def with_mean(mean: jax.Array, weight: jax.Array, part: Any) -> tuple[jax.Array, jax.Array]:
     """(mean, weight) with a part more: its `total`, a sum, and its `weight`."""
-    whole = (weight + part.weight).astype(weight.dtype)
+    whole = weight + part.weight
     # Not the sum so far: it would outgrow float32.
-    mean += ((part.total - part.weight * mean) / jnp.maximum(whole, 1e-9)).astype(mean.dtype)
-    return mean, whole
+    return mean + (part.total - part.weight * mean) / jnp.maximum(whole, 1e-9), whole
 
 
 def _mix(old, new, weight):

@@ -25,7 +25,7 @@ from jaxft.objectives.trust_region import function_distance, noise_distance, sam
 from jaxft.optim import parameter_distance
 
 RATE = 1e-2
-adam = lambda: optax.adam(RATE)
+adam = lambda: optax.adam(RATE, eps=1e-4)  # which float16 can hold
 
 TRANSFORMS = {
     "lion": lambda: optim.lion(RATE),
@@ -63,7 +63,7 @@ ESTIMATORS = {
     "in_groups": lambda: optim.in_groups(jax.value_and_grad, 2),
     "sharpness_aware": lambda: optim.sharpness_aware(optim.perturb_sam(), ascent_steps=2),
     "tram": lambda: optim.tram(lambda params, *_: bowl(params)),
-    "tram_fisher": lambda: optim.tram_fisher(lambda p, x, key: bowl(p) + 0 * jnp.sum(x)),
+    "tram_fisher": lambda: lambda fun, **options: optim.tram_fisher(fun)(fun, **options),
     "rge": lambda: optim.rge(samples=2),
     "rge/sphere": lambda: zeroth(direction=optim.sphere),
     "spsa": lambda: optim.spsa(samples=2),
@@ -297,13 +297,15 @@ def test_distances_from_the_point_itself(distance, dtypes):
                 for decay in decays
             ]
             of = lambda o: o.update(grads, o.init(params), params, grad_fn=lambda p, _: grads)[0]
-            return slope(params), [of(o) for o in moves]
+            return [of(o) for o in moves]
 
-        out = jax.jit(at)(params)
-        assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(out))
+        # Not compiled: the compiler may round the two equal models apart, where l2's slope is a unit vector.
+        found = slope(params)
+        assert all(jnp.isfinite(x).all() for x in jax.tree.leaves((found, jax.jit(at)(params))))
         if distance != "noise":
-            zero = jax.tree.map(jnp.zeros_like, out)
-            chex.assert_trees_all_close(out, zero, atol=1e-2 if dtype == jnp.bfloat16 else 1e-6)
+            # The narrowest multiquadric's slope is 500 times what its squared distances are rounded by.
+            atol = 1e-2 if dtype == jnp.bfloat16 else 500 * jnp.finfo(f32).eps
+            chex.assert_trees_all_close(found, grads, atol=atol)
 
 
 class Pair(NamedTuple):

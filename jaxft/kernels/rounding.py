@@ -21,12 +21,12 @@ class Int8Blocks(NamedTuple):
 
 
 def stochastic_round(x: jax.Array, bits: jax.Array) -> jax.Array:
-    """float32 `x` as bfloat16, up or down with the probabilities that make its mean x.
+    """`x`, as float32, as bfloat16, up or down with the probabilities that make its mean x.
 
     16 random bits are added below bfloat16's mantissa, and what is below is cut off. `bits` is uint32
     of x's shape, of which the low half is used. Infinities and NaN stay.
     """
-    low = jnp.uint32(0xFFFF)
+    x, low = x.astype(jnp.float32), jnp.uint32(0xFFFF)
     raw = jax.lax.bitcast_convert_type(x, jnp.uint32)
     rounded = jax.lax.bitcast_convert_type((raw + (bits & low)) & ~low, jnp.float32)
     return jnp.where(jnp.isfinite(x), rounded, x).astype(jnp.bfloat16)
@@ -51,13 +51,14 @@ def fills_a_block(shape: tuple[int, ...]) -> bool:
 
 
 def quantise(x: jax.Array, seed: jax.Array | None = None) -> Int8Blocks:
-    """float32 `x` in int8 blocks, to the nearest code, or with a seed up or down so that its mean is x.
+    """`x`, as float32, in int8 blocks, to the nearest code, or with a seed up or down so that its mean is x.
 
     With r = |x| / scale and t = 127 sqrt(r), rounding t to the nearest integer is wrong by at most
     scale (t + 1/4) / 127². Square-law steps take the place of bitsandbytes' table of 256 values (Dettmers
     et al., 2022, arxiv.org/abs/2110.02861, section 2): as fine near 0, and arithmetic, not a search in a
     table.
     """
+    x = x.astype(jnp.float32)
     scale = block_maximum(jnp.abs(x))
     draw = None if seed is None else uniform(counter_bits(seed, x.shape))
     return Int8Blocks(encode(x, spread(scale, x.shape), draw), scale)

@@ -29,6 +29,7 @@ from jaxft.losses.divergences import (
 from jaxft.metrics import Mean
 from jaxft.objectives.reparametrised import reparametrised
 from jaxft.objectives.supervised import Objective, shift
+from jaxft.optim.perturbations import wide
 from jaxft.weights import to_dense
 
 # logits_fn(params, batch, key, noise=None) -> (logits [..., V], weights [...]). `noise` is a function of
@@ -252,11 +253,13 @@ def spectrally_normalised(params: Any, path: tuple[str, ...] = ("head", "kernel"
     """The params with the kernel W at `path` as W / σ(W), σ its largest singular value, differentiable.
 
     Miyato et al., 2018, arxiv.org/abs/1802.05957, with the exact σ in place of power iteration: for the
-    [D, C] heads of classifiers. The path is that of nested dicts.
+    [D, C] heads of classifiers. A kernel of zeros stays, with the gradient of W / 1.
+    The path is that of nested dicts.
     """
     if not path:
         kernel = to_dense(params)
-        return kernel / jnp.linalg.norm(kernel.astype(jnp.float32), 2).astype(kernel.dtype)
+        largest = jnp.linalg.norm(wide(kernel), 2).astype(kernel.dtype)
+        return kernel / jnp.where(largest > 0, largest, 1)
     if path[0] not in params:
         raise ValueError(
             f"spectrally_normalised: no {path[0]!r} among {sorted(params)}; give the path "

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxft.kernels.counter_bits import counter_bits, seeds, uniform
+from jaxft.optim.perturbations import wide
 
 # (key, params) -> a float32 tree like the params.
 Direction = Callable[[jax.Array, Any], Any]
@@ -36,20 +37,26 @@ def sphere(key: jax.Array, params: Any) -> Any:
     sqrt(d) μ.
     """
     e = normal(key, params)
-    square = sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(e))
+    squares = [jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(e)]
+    square = sum(squares, jnp.zeros((), jnp.float32))
     scale = jnp.sqrt(size(params) / square)
     return jax.tree.map(lambda leaf: leaf * scale, e)
 
 
 def along(params: Any, key: jax.Array, step: jax.Array, direction: Direction) -> Any:
     """θ + step * e, in the params' data types; e is drawn from `key` where it is added."""
-    move = lambda p, e: (p.astype(jnp.float32) + step * e).astype(p.dtype)
+    move = lambda p, e: (wide(p) + step * e).astype(p.dtype)
     return jax.tree.map(move, params, direction(key, params))
 
 
 def size(params: Any) -> int:
     """The number of params."""
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
+
+
+def widest(params: Any) -> Any:
+    """The data type that holds every param, float32 or wider."""
+    return jnp.result_type(jnp.float32, *(leaf.dtype for leaf in jax.tree.leaves(params)))
 
 
 def _from_bits(convert):

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxft.optim.perturbations import wide
+
 
 class MovingReferenceState(NamedTuple):
     """Of `moving_reference`."""
@@ -68,11 +70,12 @@ def running_mean(metric: str) -> optax.GradientTransformationExtraArgs:
 
     def init(params):
         del params
-        return RunningMeanState(jnp.zeros(()), jnp.zeros(()))
+        return RunningMeanState(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
 
     def update(updates, state, params=None, *, metrics: dict[str, Any], **extra):
         del params, extra
-        return updates, RunningMeanState(*with_mean(*state, metrics[metric]))
+        after = RunningMeanState(*with_mean(*state, metrics[metric]))
+        return updates, jax.tree.map(lambda x: x.astype(jnp.float32), after)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -85,4 +88,4 @@ def with_mean(mean: jax.Array, weight: jax.Array, part: Any) -> tuple[jax.Array,
 
 
 def _mix(old, new, weight):
-    return (weight * new + (1 - weight) * old).astype(old.dtype)
+    return (weight * wide(new) + (1 - weight) * wide(old)).astype(old.dtype)

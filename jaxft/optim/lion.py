@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxft.kernels.lion import lion_direction, lion_step
 from jaxft.kernels.rounding import Int8Blocks, block_shape, fills_a_block
+from jaxft.optim.perturbations import wide
 from jaxft.optim.rounding import MOMENT_STREAM, PARAM_STREAM, round_stochastically, step_seeds
 
 ScalarOrSchedule = float | jax.Array | optax.Schedule
@@ -58,18 +59,27 @@ def lion(
         stochastic_rounding: round bfloat16 params, and bfloat16 and int8 momentum, up or down at random so
             that the mean is right. To the nearest, steps below half of the last place are lost: a
             bfloat16 momentum of 1 never moves towards a gradient of 1.1. It needs this transform to be
-            the last of a chain, and its updates of bfloat16 params are float32.
+            the last of a chain.
         key: of the rounding; default jax.random.key(0).
 
     Raises:
         ValueError: for b1 or b2 outside [0, 1), or an unknown mu_dtype.
     """
-    return optax.chain(
+    steps = optax.chain(
         scale_by_lion(b1, b2, mu_dtype, stochastic_rounding=stochastic_rounding, key=key),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
         round_stochastically(key) if stochastic_rounding else optax.identity(),
     )
+    if not stochastic_rounding:
+        return steps
+
+    def update(updates, state, params=None, **extra):
+        # Float32 in between: in bfloat16, 1 + λ θ would be 1.
+        new, state = steps.update(jax.tree.map(wide, updates), state, params, **extra)
+        return jax.tree.map(lambda u, g: u.astype(g.dtype), new, updates), state
+
+    return optax.GradientTransformationExtraArgs(steps.init, update)
 
 
 def scale_by_lion(
@@ -80,7 +90,7 @@ def scale_by_lion(
     stochastic_rounding: bool = True,
     key: jax.Array | None = None,
 ) -> optax.GradientTransformation:
-    """sign(β1 m + (1 - β1) g), then m = β2 m + (1 - β2) g; see `lion`. Float32 if rounding is stochastic."""
+    """sign(β1 m + (1 - β1) g), then m = β2 m + (1 - β2) g; see `lion`."""
     _check(b1, b2)
     dtype = None if mu_dtype is None else _moment_dtype(mu_dtype)
 
@@ -99,8 +109,7 @@ def scale_by_lion(
             lion_direction(g, m, seed, b1, b2)
             for g, m, seed in zip(leaves, moments, draws, strict=True)
         ]
-        out = lambda d, g: d if stochastic_rounding else d.astype(g.dtype)
-        directions = [out(d, g) for (d, _), g in zip(new, leaves, strict=True)]
+        directions = [d.astype(g.dtype) for (d, _), g in zip(new, leaves, strict=True)]
         mu = treedef.unflatten([m for _, m in new])
         count = optax.safe_increment(state.count)
         return treedef.unflatten(directions), LionState(count, mu)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxft.optim.directions import Direction, along, normal
+from jaxft.optim.directions import Direction, along, normal, widest
 from jaxft.optim.zeroth_order import direction_key, evaluation
 
 
@@ -16,7 +16,9 @@ class MezoRecord(NamedTuple):
     """What one step did: θ became θ - scale e(key)."""
 
     key: jax.Array  # the direction's
-    scale: jax.Array  # [] float32, learning rate times projected gradient; 0 if that was not finite
+    scale: (
+        jax.Array
+    )  # [] float32 or wider, learning rate times projected gradient; 0 if that was not finite
 
 
 def mezo_step(
@@ -49,7 +51,7 @@ def mezo_step(
             return params, evaluation(fun, params, args, has_aux)
 
         # The carry of a loop is written in place; in a straight line XLA might keep both sides.
-        shifts = jnp.array([mu, -2 * mu], jnp.float32)
+        shifts = jnp.array([mu, -2 * mu], widest(params))
         params, (losses, aux) = jax.lax.scan(evaluate, params, shifts)
         scale = learning_rate * (losses[0] - losses[1]) / (2 * mu)
         scale = jnp.where(jnp.isfinite(scale), scale, 0.0)

@@ -1,8 +1,8 @@
 """Where sharpness-aware methods look: perturbations eps(params, grads) of params along their gradient.
 
-All norms are over the whole tree, on a mesh over all its devices, in float32. Of a gradient that is zero
-everywhere the perturbation is zero. eps is float32 whatever the params are; params whose last place is
-coarser than it do not see it: keep what trains in float32.
+All norms are over the whole tree, on a mesh over all its devices, in float32 or wider. Of a gradient that is
+zero everywhere the perturbation is zero. eps is float32 (float64 for float64 params); params whose last place
+is coarser than it do not see it: keep what trains in float32.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# (params, grads) -> eps, a float32 tree like the params.
+# (params, grads) -> eps, a tree like the params in float32 or wider.
 Perturbation = Callable[[Any, Any], Any]
 
 
@@ -34,7 +34,7 @@ def perturb_sam(rho: float | jax.Array = 0.05) -> Perturbation:
     def perturb(params, grads):
         del params
         scale = _ratio(rho, global_norm(grads))
-        return jax.tree.map(lambda g: scale * _f32(g), grads)
+        return jax.tree.map(lambda g: scale * wide(g), grads)
 
     return perturb
 
@@ -49,8 +49,8 @@ def perturb_asam(rho: float | jax.Array = 0.5, eta: float | jax.Array = 0.0) -> 
     _check("perturb_asam", rho=rho, eta=eta)
 
     def perturb(params, grads):
-        sizes = jax.tree.map(lambda p: jnp.abs(_f32(p)) + eta, params)
-        scaled = jax.tree.map(lambda t, g: t * _f32(g), sizes, grads)
+        sizes = jax.tree.map(lambda p: jnp.abs(wide(p)) + eta, params)
+        scaled = jax.tree.map(lambda t, g: t * wide(g), sizes, grads)
         scale = _ratio(rho, global_norm(scaled))
         return jax.tree.map(lambda t, tg: scale * t * tg, sizes, scaled)
 
@@ -76,10 +76,10 @@ def fisher_perturbation(
     _check("perturb_fisher", gamma=gamma, eta=eta)
 
     def perturb(grads, others):
-        inverse = lambda g, other: _f32(g) / (1.0 + eta * jnp.square(_f32(other)))
+        inverse = lambda g, other: wide(g) / (1.0 + eta * jnp.square(wide(other)))
         natural = jax.tree.map(inverse, grads, others)
-        products = jax.tree.map(lambda g, n: jnp.sum(_f32(g) * n), grads, natural)
-        scale = _ratio(gamma, jnp.sqrt(sum(jax.tree.leaves(products), jnp.zeros(()))))
+        products = jax.tree.map(lambda g, n: jnp.sum(wide(g) * n), grads, natural)
+        scale = _ratio(gamma, _sqrt_of_sum(products))
         return jax.tree.map(lambda n: scale * n, natural)
 
     return perturb
@@ -87,23 +87,30 @@ def fisher_perturbation(
 
 def moved(params: Any, eps: Any) -> Any:
     """θ + eps in the params' data types; no gradient flows through eps."""
-    add = lambda p, e: (_f32(p) + e).astype(p.dtype)
+    add = lambda p, e: (wide(p) + e).astype(p.dtype)
     return jax.tree.map(add, params, jax.lax.stop_gradient(eps))
 
 
 def global_norm(tree: Any) -> jax.Array:
-    """sqrt of the sum of squares of all leaves, in float32 whatever their data type."""
-    squares = [jnp.sum(jnp.square(jnp.abs(_f32(x)))) for x in jax.tree.leaves(tree)]
-    return jnp.sqrt(sum(squares, jnp.zeros((), jnp.float32)))
+    """sqrt of the sum of squares of all leaves, in float32 or wider; its gradient at 0 is 0."""
+    return _sqrt_of_sum(jax.tree.map(lambda x: jnp.sum(jnp.square(jnp.abs(wide(x)))), tree))
+
+
+def wide(x: Any) -> jax.Array:
+    """x in float32, or in its own type where that is wider: float64 params keep their digits."""
+    x = jnp.asarray(x)
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _sqrt_of_sum(squares):
+    square = sum(jax.tree.leaves(squares), jnp.zeros((), jnp.float32))
+    # The root of 0 has an infinite slope, which times 0 is NaN: it must not be taken, not even unused.
+    return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), square)
 
 
 def _ratio(rho, norm):
     # Not norm + 1e-12, which the papers' codes have: that would shorten eps of tiny gradients.
     return jnp.where(norm > 0, rho / jnp.where(norm > 0, norm, 1.0), 0.0)
-
-
-def _f32(x):
-    return jnp.asarray(x).astype(jnp.float32)
 
 
 def _check(name, **numbers):

@@ -23,8 +23,10 @@ class RoundingState(NamedTuple):
 def round_stochastically(key: jax.Array | None = None) -> optax.GradientTransformation:
     """Updates u that move bfloat16 params θ to bfloat16 numbers whose mean is θ plus the given update.
 
-    To the nearest, an update below half of θ's last place (θ / 512) would be lost. The updates are
-    float32, so optax.apply_updates lands exactly on the rounded params: put no transform after this one.
+    To the nearest, an update below half of θ's last place (θ / 512) would be lost. optax.apply_updates lands
+    exactly on the rounded params, so put no transform after this one. The updates keep the type they come in.
+    In bfloat16 too they are exact while θ keeps its sign and changes by less than a half; a larger step is
+    rounded to the nearest, by at most 1 / 512 of itself.
     Params of other types, and their updates, are left alone. `key` defaults to jax.random.key(0).
     """
 
@@ -56,4 +58,4 @@ def _rounded(update, param, seed):
     p = param.astype(jnp.float32)
     new = stochastic_round(p + update.astype(jnp.float32), counter_bits(seed, p.shape))
     # Where this difference of two bfloat16 numbers is inexact, p is too small to matter in p + u.
-    return new.astype(jnp.float32) - p
+    return (new.astype(jnp.float32) - p).astype(update.dtype)

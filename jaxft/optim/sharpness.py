@@ -30,6 +30,7 @@ from jaxft.optim.perturbations import (
     perturb_asam,
     perturb_fisher,
     perturb_sam,
+    wide,
 )
 from jaxft.optim.zeroth_order import Estimator
 
@@ -52,7 +53,7 @@ def sharpness_aware(
     """
     check_steps("sharpness_aware", ascent_steps=ascent_steps)
 
-    def estimator(fun, has_aux=False):
+    def estimator(fun, *, has_aux=False):
         value_and_grad = gradient(fun, has_aux=has_aux)
 
         def sharp(params, *args):
@@ -113,15 +114,15 @@ def in_groups(estimator: Estimator, groups: int) -> Estimator:
     """
     check_steps("in_groups", groups=groups)
 
-    def in_all(fun, has_aux=False):
+    def in_all(fun, *, has_aux=False):
         one = estimator(fun, has_aux=has_aux)
 
         def value_and_grad(params, batch, *rest):
             parts = jax.tree.map(lambda x: _split(x, groups), batch)
             run = lambda part: jax.tree.map(jnp.asarray, one(params, part, *rest))
             shapes = jax.eval_shape(run, jax.tree.map(lambda x: x[0], parts))
-            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shapes)
-            add = lambda total, part: (jax.tree.map(jnp.add, total, _f32(run(part))), None)
+            zeros = jax.tree.map(lambda s: wide(jnp.zeros(s.shape, s.dtype)), shapes)
+            add = lambda total, x: (jax.tree.map(lambda t, y: t + wide(y), total, run(x)), None)
             total, _ = jax.lax.scan(add, zeros, parts)
             return jax.tree.map(lambda t, s: (t / groups).astype(s.dtype), total, shapes)
 
@@ -164,7 +165,7 @@ def tram(
     check_radius("tram", d_scale, d_max)
     perturb_asam(0.0, eta)
 
-    def estimator(fun, has_aux=False):
+    def estimator(fun, *, has_aux=False):
         def value_and_grad(params, *args):
             d = radius(distance(params, *args), d_scale, d_max)
             inner = sharpness_aware(perturb_asam(d, eta), gradient)
@@ -194,7 +195,7 @@ def tram_fisher(
     """
     perturb = fisher_perturbation(gamma, eta)
 
-    def estimator(fun, has_aux=False):
+    def estimator(fun, *, has_aux=False):
         at_noise = gradient(noised, has_aux=has_aux)
 
         def value_and_grad(params, *args):
@@ -248,7 +249,3 @@ def _split(x, groups):
             "of groups that divides the batch."
         )
     return jnp.moveaxis(x.reshape(-1, groups, *x.shape[1:]), 1, 0)
-
-
-def _f32(tree):
-    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)

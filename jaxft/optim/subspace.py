@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
-from jaxft.optim.directions import size
+from jaxft.optim.directions import size, widest
+from jaxft.optim.perturbations import wide
 
 
 class SubspaceState(NamedTuple):
@@ -61,13 +62,13 @@ def subspace_gradient(
                 "choose a window below the number of params.",
                 stacklevel=2,
             )
-        zeros = jnp.zeros((window, d))
+        zeros = jnp.zeros((window, d), widest(params))
         return SubspaceState(jnp.zeros([], jnp.int32), zeros, jnp.zeros_like(zeros))
 
     def update(updates, state, params=None):
         if params is None:
             raise ValueError("subspace_gradient: params=None; call update(updates, state, params).")
-        count, theta = state.count, ravel_pytree(params)[0].astype(jnp.float32)
+        count, theta = state.count, wide(ravel_pytree(params)[0])
         # These are the params after update `count`; before the first there is nothing to keep.
         kept = state.visited.at[(count - 1) % window].set(theta)
         visited = jnp.where(count > 0, kept, state.visited)

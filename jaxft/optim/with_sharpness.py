@@ -15,6 +15,7 @@ from jaxft.optim.perturbations import (
     global_norm,
     moved,
     perturb_sam,
+    wide,
 )
 from jaxft.optim.sharpness import check_steps, scalar
 
@@ -142,7 +143,7 @@ def look_sam(
 
         def cheap(grads):
             size = alpha * global_norm(grads)
-            add = lambda g, v: (_f32(g) + size * _f32(v)).astype(g.dtype)
+            add = lambda g, v: (wide(g) + size * wide(v)).astype(g.dtype)
             return jax.tree.map(add, grads, state.direction), state.direction
 
         updates, direction = jax.lax.cond(state.count % period == 0, full, cheap, updates)
@@ -199,7 +200,7 @@ def alternating_sam(
 
         def step(grads):
             updates, base_state = base.update(grads, state.base, theta, **extra)
-            back = lambda t, p, u: (_f32(t) - _f32(p) + _f32(u)).astype(p.dtype)
+            back = lambda t, p, u: (wide(t) - wide(p) + wide(u)).astype(p.dtype)
             return jax.tree.map(back, theta, params, updates), base_state
 
         # A cond, not products with 0 and 1: those spread NaN, and keys in a state have no products.
@@ -237,19 +238,16 @@ def check_arguments(name: str, params: Any, **functions: Any) -> None:
 
 def _direction(sharp: Any, grads: Any) -> Any:
     """g_v / ‖g_v‖, g_v being g_s minus its part along g; 0 where that is rounding."""
-    products = jax.tree.map(lambda s, g: jnp.sum(_f32(s) * _f32(g)), sharp, grads)
+    products = jax.tree.map(lambda s, g: jnp.sum(wide(s) * wide(g)), sharp, grads)
     square = jnp.square(global_norm(grads))
-    along = sum(jax.tree.leaves(products)) / jnp.where(square > 0, square, 1.0)
-    across = jax.tree.map(lambda s, g: _f32(s) - along * _f32(g), sharp, grads)
-    places = max(float(jnp.finfo(s.dtype).eps) for s in jax.tree.leaves(sharp))
+    along = sum(jax.tree.leaves(products), 0.0) / jnp.where(square > 0, square, 1.0)
+    across = jax.tree.map(lambda s, g: wide(s) - along * wide(g), sharp, grads)
+    places = max((float(jnp.finfo(s.dtype).eps) for s in jax.tree.leaves(sharp)), default=0.0)
     norm = global_norm(across)
-    factor = jnp.where(norm > 8 * places * global_norm(sharp), 1 / norm, 0.0)
+    kept = norm > 8 * places * global_norm(sharp)
+    factor = jnp.where(kept, 1 / jnp.where(kept, norm, 1.0), 0.0)
     return jax.tree.map(lambda x: factor * x, across)
 
 
 def _like(tree: Any, other: Any) -> Any:
     return jax.tree.map(lambda x, o: x.astype(o.dtype), tree, other)
-
-
-def _f32(x):
-    return x.astype(jnp.float32)

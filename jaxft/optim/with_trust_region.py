@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxft.optim.perturbations import global_norm, moved, perturb_asam
+from jaxft.optim.perturbations import global_norm, moved, perturb_asam, wide
 from jaxft.optim.sharpness import check_radius, radius, scalar
 from jaxft.optim.with_sharpness import check_arguments
 
@@ -116,9 +116,8 @@ def with_trust_region(
 
 
 def parameter_distance(target: Any, params: Any) -> jax.Array:
-    """‖θ - target‖ over the whole tree: the distance in parameter space."""
-    difference = lambda t, p: p.astype(jnp.float32) - t.astype(jnp.float32)
-    return global_norm(jax.tree.map(difference, target, params))
+    """‖θ - target‖ over the whole tree, the distance in parameter space; where it is 0 its gradient is 0."""
+    return global_norm(jax.tree.map(lambda t, p: wide(p) - wide(t), target, params))
 
 
 def _init(base, decay):
@@ -137,7 +136,7 @@ def _advance(target, params, decay):
         return target if decay == 1 else jax.tree.map(jnp.copy, params)
 
     def mean(t, p):
-        return (decay * t.astype(jnp.float32) + (1 - decay) * p.astype(jnp.float32)).astype(t.dtype)
+        return (decay * wide(t) + (1 - decay) * wide(p)).astype(t.dtype)
 
     return jax.tree.map(mean, target, params)
 

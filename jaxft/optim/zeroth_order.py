@@ -16,7 +16,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxft.optim.directions import Direction, along, normal, rademacher, size
+from jaxft.optim.directions import Direction, along, normal, rademacher, size, widest
+from jaxft.optim.perturbations import wide
 
 # estimator(fun, has_aux)(params, *args, key) -> (value, grads), as of jax.value_and_grad.
 Estimator = Callable[..., Callable[..., Any]]
@@ -53,14 +54,14 @@ def rge(
     """
     _check(mu, samples)
 
-    def estimator(fun, has_aux=False):
+    def estimator(fun, *, has_aux=False):
         def value_and_grad(params, *args):
             keys = jax.random.split(direction_key(args), samples)
             first = 0 if two_sided else 1
-            sides = jnp.array([mu, -mu] if two_sided else [mu], jnp.float32)
-            steps = jnp.concatenate([jnp.zeros(first), jnp.tile(sides, samples)])
+            sides = [mu, -mu] if two_sided else [mu]
+            steps = jnp.array([0.0] * first + sides * samples, widest(params))
             which = jnp.concatenate(
-                [jnp.zeros(first, jnp.int32), jnp.repeat(jnp.arange(samples), len(sides))]
+                [jnp.zeros(first, int), jnp.repeat(jnp.arange(samples), len(sides))]
             )
 
             def evaluate(_, step_and_index):
@@ -102,7 +103,7 @@ def coordinate_differences(mu: float = 1e-3) -> Estimator:
     """
     _check(mu, 1)
 
-    def estimator(fun, has_aux=False):
+    def estimator(fun, *, has_aux=False):
         def value_and_grad(params, *args):
             direction_key(args)
             leaves, treedef = jax.tree.flatten(params)
@@ -147,9 +148,10 @@ def from_slopes(params: Any, keys: jax.Array, slopes: jax.Array, direction: Dire
     def add(total, key_and_slope):
         key, slope = key_and_slope
         e = direction(key, params)
-        return jax.tree.map(lambda t, x: t + slope / len(slopes) * x, total, e), None
+        add = lambda t, x: (t + slope / len(slopes) * x).astype(t.dtype)
+        return jax.tree.map(add, total, e), None
 
-    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+    zeros = jax.tree.map(lambda p: wide(jnp.zeros_like(p)), params)
     total, _ = jax.lax.scan(add, zeros, (keys, slopes))
     return jax.tree.map(lambda t, p: t.astype(p.dtype), total, params)
 
@@ -166,13 +168,13 @@ def direction_key(args: tuple[Any, ...]) -> jax.Array:
 
 
 def evaluation(fun: Callable, params: Any, args: tuple[Any, ...], has_aux: bool):
-    """(loss in float32, aux), aux None if there is none."""
+    """(loss in float32 or wider, aux), aux None if there is none."""
     loss, aux = fun(params, *args) if has_aux else (fun(params, *args), None)
     if jnp.shape(loss) != ():
         raise ValueError(
             f"zeroth order: the loss must be a scalar, got shape {jnp.shape(loss)}; take its mean."
         )
-    return loss.astype(jnp.float32), aux
+    return wide(loss), aux
 
 
 def _mean(values):

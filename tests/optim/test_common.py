@@ -40,7 +40,6 @@ class Case:
     name: str
     make: Callable[[Any], optax.GradientTransformation]
     learning_rate: float
-    rounds: bool = False  # updates of bfloat16 params are float32
     needs_params: bool = True
     noise: float = (
         0.0  # relative, by which sharding or jit may move an update (sums in another order)
@@ -70,11 +69,11 @@ def wrapped(name, wrap, calls=1, valleys=True, **options):
 # Rosenbrock's walls curve with 1000: across its valley a step sees a gradient of 1000 rho.
 RHO = 1e-3
 CASES = [
-    Case("lion", lion, 1e-2, rounds=True),
+    Case("lion", lion, 1e-2),
     Case("lion_nearest", lion, 1e-2, settings=dict(stochastic_rounding=False)),
-    Case("lion_bfloat16", lion, 1e-2, rounds=True, settings=dict(mu_dtype="bfloat16")),
-    Case("lion_int8", lion, 1e-2, rounds=True, settings=dict(mu_dtype="int8")),
-    Case("rounded_adam", rounded_adam, 3e-2, rounds=True),
+    Case("lion_bfloat16", lion, 1e-2, settings=dict(mu_dtype="bfloat16")),
+    Case("lion_int8", lion, 1e-2, settings=dict(mu_dtype="int8")),
+    Case("rounded_adam", rounded_adam, 3e-2),
     # It takes out directions in which gradients hardly vary: Rosenbrock's valley is one.
     Case("subspace_sgd", subspace_sgd, 1e-3, noise=1e-5, valleys=False),
     wrapped("with_sam", with_sam, rho=RHO),
@@ -228,8 +227,7 @@ def test_data_types_stay(case, dtype):
     state = optimizer.init(params)
     updates, after = update_of(optimizer)(tree(1, dtype), state, params)
     chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
-    wanted = jnp.float32 if case.rounds else dtype
-    assert {u.dtype for u in jax.tree.leaves(updates)} == {jnp.dtype(wanted)}
+    assert {u.dtype for u in jax.tree.leaves(updates)} == {jnp.dtype(dtype)}
     chex.assert_trees_all_equal_shapes_and_dtypes(optax.apply_updates(params, updates), params)
 
 

@@ -21,6 +21,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxft.checkpoints.assemble import (
+    Read,
     assemble,
     check_names,
     disassemble,
@@ -115,7 +116,7 @@ class Opened(NamedTuple):
 
     model: Decoder | Encoder
     entries: Sequence[Entry]
-    read: Callable[[Entry], np.ndarray]
+    read: Read
     dtype: Callable[[Entry], Any]
     score: np.ndarray | None = None  # [1, D], the head of a reward model
 

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 
 from jaxft.checkpoints import CheckpointError, load_model, load_tokenizer, resolve
+from jaxft.checkpoints.gguf import GgufFile
 from jaxft.models import Decoder, DecoderConfig
 from jaxft.models.hf_names import huggingface_entries
+from jaxft.parallel import make_mesh
 
 CONFIG = DecoderConfig(
     vocab_size=32,
@@ -152,6 +154,30 @@ def test_k_quants_equal_their_definition(tmp_path, params, kind, draw, size):
     assert model.config == CONFIG
     # Two products and a difference in float32 here, in float64 there.
     chex.assert_trees_all_close(ours, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["F32", "BF16", "Q8_0"])
+def test_a_slice_dequantises_the_blocks_that_it_touches(tmp_path, params, kind):
+    file = tmp_path / "model.gguf"
+    write(file, quantised(params, kind))
+    tensor = GgufFile(file).read("blk.0.attn_q.weight")
+    whole, touched = tensor[...], []
+    dequantize = tensor._dequantize
+    tensor._dequantize = lambda data, kind: touched.append(dequantize(data, kind)) or touched[-1]
+    for rows in (slice(3, 70), np.array([5, 2, 9])):
+        for columns in (slice(0, 256), slice(64, 128), slice(33, 65), slice(40, 41)):
+            np.testing.assert_array_equal(tensor[rows, columns], whole[rows, columns])
+    assert touched[-1].shape == (3, 32 if kind == "Q8_0" else 1)
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_a_mesh_gets_the_same_values(tmp_path, params, scan_layers):
+    file = tmp_path / "model.gguf"
+    write(file, quantised(params, "Q4_0"))
+    _, whole = load_model(file, scan_layers=scan_layers)
+    _, sharded = load_model(file, scan_layers=scan_layers, mesh=make_mesh(fsdp=2, tensor=4))
+    host = lambda tree: jax.tree.map(np.asarray, tree)
+    chex.assert_trees_all_equal(host(sharded), host(whole))
 
 
 def test_a_type_that_is_not_read(tmp_path, params):

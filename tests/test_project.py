@@ -1,6 +1,8 @@
 """What holds for the whole tree: layers, imports, docstrings, nothing private to one machine."""
 
 import ast
+import configparser
+import fnmatch
 import pathlib
 import re
 import subprocess
@@ -66,6 +68,21 @@ def test_importing_is_light():
     heavy = "torch transformers tensorflow datasets grain matplotlib tyro qwix".split()
     light = "jaxft.models", "jaxft.adapters", "jaxft.losses", "jaxft.checkpoints"
     assert not modules(*light) & set(heavy)
+
+
+def test_a_wheel_holds_jaxft_alone():
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    include = config["options.packages.find"]["include"].split()
+    tracked = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True)
+    folders = {pathlib.PurePath(name).parent for name in tracked.stdout.split()}
+    names = {".".join(folder.parts) for folder in folders}
+    # What setuptools' find_packages does with names of folders, which need an __init__.py.
+    found = {n for n in names if any(fnmatch.fnmatchcase(n, pattern) for pattern in include)}
+    assert found == {n for n in names if n.split(".")[0] == "jaxft"}
+    assert all((ROOT / name.replace(".", "/") / "__init__.py").exists() for name in found)
+    # The condition on which an editable install is the clone's own folder on the path.
+    assert config["options"]["package_dir"].split() == ["=", "."]
 
 
 def test_nothing_names_a_machine_or_a_registry():

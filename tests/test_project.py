@@ -85,6 +85,11 @@ def test_a_wheel_holds_jaxft_alone():
     assert config["options"]["package_dir"].split() == ["=", "."]
 
 
+def test_what_is_private_to_jax_is_used_in_one_place():
+    using = [path for path in sources() if "jax._src" in path.read_text()]
+    assert [(path.name, path.read_text().count("jax._src")) for path in using] == [("hosts.py", 1)]
+
+
 def test_nothing_names_a_machine_or_a_registry():
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout
     pattern = re.compile(r"/work/|/root/|pypi\.org|pythonhosted|registry\.npmjs|deb\.debian")

@@ -1,6 +1,7 @@
 """GGUF files: ours against the arrays that were written, and SmolLM2 against transformers."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -223,9 +224,9 @@ def test_smollm2_equals_transformers(tmp_path):
     assert text.endswith("<|im_start|>assistant\n")
 
 
-# Run by a process in which torch cannot be found, as after `pip install 'jaxft[text]'`.
+# Run by each Python as it starts: torch cannot be found, as after `pip install 'jaxft[text]'`.
 _WITHOUT_TORCH = """
-import importlib.machinery, json, sys
+import importlib.machinery, sys
 find = importlib.machinery.PathFinder.find_spec
 
 class Finder(importlib.machinery.PathFinder):
@@ -234,6 +235,9 @@ class Finder(importlib.machinery.PathFinder):
         return None if name.split(".")[0] == "torch" else find(name, path, target)
 
 sys.meta_path = [Finder if f is importlib.machinery.PathFinder else f for f in sys.meta_path]
+"""
+_READ = """
+import json, sys
 from jaxft.checkpoints import load_tokenizer
 from jaxft.checkpoints.models import save_tokenizer
 save_tokenizer(sys.argv[1], "smollm2")
@@ -253,7 +257,12 @@ def test_the_tokenizer_of_a_gguf_file_needs_no_torch(tmp_path):
     tokenizer = load_tokenizer("smollm2")
     text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    command = [sys.executable, "-c", _WITHOUT_TORCH, str(tmp_path), json.dumps(chat)]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    (tmp_path / "start").mkdir()
+    (tmp_path / "start/sitecustomize.py").write_text(_WITHOUT_TORCH)
+    path = os.pathsep.join([str(tmp_path / "start"), *sys.path])
+    command = [sys.executable, "-c", _READ, str(tmp_path), json.dumps(chat)]
+    environment = os.environ | {"PYTHONPATH": path}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
     read, read_again = json.loads(result.stdout.splitlines()[-1])
     assert read == read_again == [text, ids, tokenizer.eos_token_id]

@@ -31,8 +31,8 @@ from jaxft.checkpoints.assemble import (
 from jaxft.checkpoints.encoder_families import ENCODERS, encoder_config, hf_encoder_config
 from jaxft.checkpoints.errors import CheckpointError
 from jaxft.checkpoints.families import decoder_config, hf_config
-from jaxft.checkpoints.fetch import PACKAGES, fetch
 from jaxft.checkpoints.gguf import GgufFile
+from jaxft.checkpoints.packages import PACKAGES, fetch
 from jaxft.checkpoints.tensor_files import open_tensors, save_tensors
 from jaxft.checkpoints.tiny import byte_tokenizer, tiny_model
 from jaxft.models import Decoder, Encoder, EncoderConfig

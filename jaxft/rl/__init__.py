@@ -17,8 +17,8 @@ from jaxft.rl.algorithms import (
 )
 from jaxft.rl.collection import Sample, answers, collect, collect_from
 from jaxft.rl.environments import Environment, Reply, tagged, try_again, with_tool
-from jaxft.rl.episodes import episodes
 from jaxft.rl.experience import Experience, KlControl
+from jaxft.rl.exploratory import answers_of_both, xpo
 from jaxft.rl.on_device import (
     DeviceReward,
     collect_on_device,
@@ -45,6 +45,7 @@ from jaxft.rl.programs import run_programs, run_python
 from jaxft.rl.reward_models import model_rewards
 from jaxft.rl.rollouts import Credit, sample_groups, score
 from jaxft.rl.self_training import offline_collect, online_self_training, right_samples
+from jaxft.rl.turns import episodes
 from jaxft.rl.verifiers import (
     Verifier,
     answer_reward,
@@ -55,7 +56,6 @@ from jaxft.rl.verifiers import (
     stated_answer,
     verifier_for,
 )
-from jaxft.rl.xpo import answers_of_both, xpo
 
 __all__ = [
     "Accuracy",

@@ -11,7 +11,7 @@ from jaxft import rl
 from jaxft.generation import Generation, SamplingConfig
 from jaxft.objectives import policy_gradient
 from jaxft.objectives.policy_gradient import reinforce, token_mean
-from jaxft.rl.episodes import ENVIRONMENT, FORCED, POLICY
+from jaxft.rl.turns import ENVIRONMENT, FORCED, POLICY
 from tests.rl.rl_task import (
     PROMPTS,
     RECORDS,

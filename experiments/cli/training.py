@@ -31,7 +31,7 @@ from jaxft.adapters import (
     rounding_loss,
     save_checked,
 )
-from jaxft.data.batches import MIN_BUCKET
+from jaxft.data.batching import MIN_BUCKET
 from jaxft.models.remat import Remat
 from jaxft.parallel import connect_hosts, make_mesh, shard_params, written_once
 

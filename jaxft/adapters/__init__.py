@@ -1,9 +1,9 @@
 """Adapters: rewrite a params tree, split it, merge it, save and load what trains."""
 
 from jaxft.adapters.base import base_params
-from jaxft.adapters.commit import commit, writes_back
 from jaxft.adapters.errors import AdapterError
-from jaxft.adapters.intrinsic import (
+from jaxft.adapters.in_place import commit, writes_back
+from jaxft.adapters.intrinsic_dimension import (
     IntrinsicParams,
     intrinsic,
     intrinsic_apply,
@@ -11,7 +11,7 @@ from jaxft.adapters.intrinsic import (
     save_intrinsic,
     tensor_shapes,
 )
-from jaxft.adapters.lora_plus import lora_plus
+from jaxft.adapters.lora_rates import lora_plus
 from jaxft.adapters.named import Name, Quantisation, named_rules
 from jaxft.adapters.native import apply_named, load_native, save_native
 from jaxft.adapters.peft import adapter_tensors, load_adapter, save_adapter

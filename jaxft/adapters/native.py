@@ -12,10 +12,10 @@ import jax
 from safetensors import SafetensorError
 from safetensors.flax import load_file
 
-from jaxft.adapters.commit import commit
 from jaxft.adapters.errors import AdapterError
 from jaxft.adapters.files import write_adapter
-from jaxft.adapters.intrinsic import CONFIG, WEIGHTS, intrinsic_apply, load_intrinsic
+from jaxft.adapters.in_place import commit
+from jaxft.adapters.intrinsic_dimension import CONFIG, WEIGHTS, intrinsic_apply, load_intrinsic
 from jaxft.adapters.named import named_rules
 from jaxft.adapters.rewrite import Params, adapt, largest_shape, partition, path_name
 from jaxft.adapters.rules import quantised

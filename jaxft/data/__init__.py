@@ -1,6 +1,6 @@
 """Data: records -> tokens with loss masks -> batches."""
 
-from jaxft.data.batches import (
+from jaxft.data.batching import (
     DataIterator,
     batches,
     finite_batches,
@@ -42,7 +42,7 @@ from jaxft.data.records import (
     normalise,
     normalise_question,
 )
-from jaxft.data.render import Renderer, Tokenised, explain, render, render_prompts
+from jaxft.data.rendering import Renderer, Tokenised, explain, render, render_prompts
 from jaxft.data.sources import load, reasoning_gym_task, split
 from jaxft.data.steps import normalise_steps, render_steps
 from jaxft.data.templates import TEMPLATES

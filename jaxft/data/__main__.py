@@ -14,7 +14,7 @@ import tyro
 from jaxft.checkpoints import load_tokenizer
 from jaxft.data.inspection import Inspection, inspect
 from jaxft.data.length import TooLong
-from jaxft.data.render import MaskMode, Renderer
+from jaxft.data.rendering import MaskMode, Renderer
 
 
 @dataclasses.dataclass(frozen=True)

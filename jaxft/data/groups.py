@@ -9,11 +9,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jaxft.data.batches import MIN_BUCKET, Batch, DataIterator, ahead, own_rows, padded_row
+from jaxft.data.batching import MIN_BUCKET, Batch, DataIterator, ahead, own_rows, padded_row
 from jaxft.data.errors import BadRecords, DataError
 from jaxft.data.length import TooLong, keep_answer, shorten
 from jaxft.data.records import Record
-from jaxft.data.render import Renderer, Tokenised
+from jaxft.data.rendering import Renderer, Tokenised
 
 
 @dataclasses.dataclass(frozen=True)

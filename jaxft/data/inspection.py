@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from jaxft.data.batches import batches, packing_efficiency
+from jaxft.data.batching import batches, packing_efficiency
 from jaxft.data.errors import BadRecords
 from jaxft.data.records import as_messages
-from jaxft.data.render import Renderer, TooLong, explain, render
+from jaxft.data.rendering import Renderer, TooLong, explain, render
 from jaxft.data.sources import load
 
 

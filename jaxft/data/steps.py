@@ -10,7 +10,7 @@ import numpy as np
 from jaxft.data.errors import BadRecords, DataError
 from jaxft.data.groups import TokenisedGroup
 from jaxft.data.records import Record, check_record
-from jaxft.data.render import Renderer, Tokenised
+from jaxft.data.rendering import Renderer, Tokenised
 
 
 def normalise_steps(raw: Mapping[str, Any], fields: Mapping[str, str] | None = None) -> Record:

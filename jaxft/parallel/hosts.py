@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax._src import distributed  # The client behind jax.distributed has no public name.
 from jax.experimental import multihost_utils
 
 _BY_HAND = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
@@ -59,7 +58,7 @@ class HostLostError(RuntimeError):
 
 def several_hosts() -> bool:
     """Whether this process has joined others; unlike jax.process_count() it starts no backend."""
-    return jax.distributed.is_initialized() and (distributed.global_state.num_processes or 1) > 1
+    return jax.distributed.is_initialized() and (_joined().num_processes or 1) > 1
 
 
 def absent(place: str, timeout: float) -> list[int]:
@@ -69,10 +68,11 @@ def absent(place: str, timeout: float) -> list[int]:
         place: a name that each process uses once.
         timeout: seconds.
     """
-    client, count = distributed.global_state.client, distributed.global_state.num_processes
+    joined = _joined()
+    client, count = joined.client, joined.num_processes
     prefix = f"jaxft/{place}/"
     try:
-        client.key_value_set(f"{prefix}{distributed.global_state.process_id}", "here")
+        client.key_value_set(f"{prefix}{joined.process_id}", "here")
         client.wait_at_barrier(prefix, int(timeout * 1000))
         return []
     except jax.errors.JaxRuntimeError:
@@ -91,7 +91,7 @@ def meet(place: str, timeout: float = 600) -> None:
         HostLostError: naming those that did not come within `timeout` seconds.
     """
     if several_hosts() and (lost := absent(place, timeout)):
-        numbers, count = ", ".join(map(str, lost)), distributed.global_state.num_processes
+        numbers, count = ", ".join(map(str, lost)), _joined().num_processes
         raise HostLostError(
             f"{place}: process {numbers} of {count} did not come within {timeout:g} s. Look at its output "
             "first, then start all of them again with --resume."
@@ -171,6 +171,16 @@ def written_once(write: Callable[[], None], what: str, parts: Iterable[Any] = ()
         raise failure
     if not done:
         raise RuntimeError(f"process 0 could not write {what}; its own message says why.")
+
+
+def _joined():
+    """The client, number and count of processes behind jax.distributed, which has no public name for them.
+
+    A barrier that says who did not come needs the client. Runs of one process never get here.
+    """
+    from jax._src import distributed
+
+    return distributed.global_state
 
 
 def _options(environment: Mapping[str, str]) -> dict | None:

@@ -91,7 +91,7 @@ def _gpu_devices(hosts: int, count: int) -> list[jax.Device]:
             return topologies.get_topology_desc(
                 topology_name="gpu", platform="cuda", **options
             ).devices
-        from jax._src.lib import xla_client
+        from jaxlib import xla_client
 
         if not xla_client.pjrt_plugin_loaded("cuda"):
             _gpu_devices.api = xla_client.load_pjrt_plugin_dynamically("cuda", str(plugin))

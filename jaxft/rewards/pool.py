@@ -5,6 +5,8 @@ from __future__ import annotations
 import collections
 import functools
 import multiprocessing
+import pathlib
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import connection
@@ -16,6 +18,7 @@ from jaxft.parallel import first_decides
 from jaxft.rewards.verifiers import Verifier
 
 STARTUP = 120.0  # seconds that a process may take to import and to make its verifier
+_UNGUARDED = 78  # exit status of a process that came back to here while it imported the script
 
 # (completions, records) -> one reward each; NaN where there is no verdict.
 RewardFn = Callable[[Sequence[str], Sequence[Mapping[str, Any]]], Sequence[float]]
@@ -77,12 +80,17 @@ class ProcessPool:
     """Calls of a function in `workers` processes, each within `timeout` seconds.
 
     A call that takes longer costs its process, which is killed and replaced. Processes are spawned, not
-    forked (JAX has threads), so a script needs its `if __name__ == "__main__"`.
+    forked (JAX has threads), so each imports the script: a script needs its `if __name__ == "__main__"`,
+    and a notebook takes the function from a module.
 
     Args:
         make_function: called once in each process: a function of a module, or a functools.partial of one.
             What it makes takes and gives what can be pickled.
         timeout: wall-clock seconds of one call.
+
+    Raises:
+        ValueError: if a process could not import the function: one of a notebook, or of standard input.
+        VerifierError: in the first call, if the script starts its work when it is imported.
     """
 
     def __init__(
@@ -96,6 +104,7 @@ class ProcessPool:
             raise ValueError(
                 f"ProcessPool: needs workers >= 1 and timeout > 0, got {workers} and {timeout}."
             )
+        _check_importable(make_function)
         self._make, self._timeout = make_function, timeout
         self._workers = [_Worker(make_function) for _ in range(workers)]
 
@@ -188,6 +197,31 @@ class VerifierPool:
         self._pool.close()
 
 
+def _check_importable(make_function):
+    """Refuses what a new process, which has only files to import from, could not find."""
+    main = sys.modules["__main__"]
+    if getattr(main, "__spec__", None) is not None:  # python -m
+        return
+    file = getattr(main, "__file__", None)
+    if file is not None and not pathlib.Path(file).exists():
+        raise ValueError(
+            f"ProcessPool: the program comes from {file}, which its processes cannot import; write it to a "
+            "file, or use in_process for a verifier that is trusted to return."
+        )
+    if file is None and _is_of_main(make_function):
+        raise ValueError(
+            "ProcessPool: the function is defined in a notebook or at a prompt, where its processes cannot "
+            "import it; write it to a .py file and import it from there, or use in_process for a verifier "
+            "that is trusted to return."
+        )
+
+
+def _is_of_main(value):
+    if isinstance(value, functools.partial):
+        return any(map(_is_of_main, (value.func, *value.args, *value.keywords.values())))
+    return getattr(value, "__module__", None) == "__main__"
+
+
 def _numbers(make_verifier):
     """The verifier, its verdicts made numbers where what is none can still be counted as an error."""
     verifier = make_verifier()
@@ -201,7 +235,14 @@ class _Worker:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, make_function), daemon=True)
-        self._process.start()
+        try:
+            self._process.start()
+        except RuntimeError as error:
+            if "bootstrapping" not in str(error):
+                raise
+            # This is such a process itself, still importing a script without a guard: the script's own
+            # process reports it (`_fail`).
+            raise SystemExit(_UNGUARDED) from None
         theirs.close()
         self.ready, self.dead, self.job = False, False, None
         self.deadline = time.monotonic() + STARTUP
@@ -243,12 +284,20 @@ class _Worker:
         self.pipe.close()
 
     def _fail(self, kind):
+        if kind == "deaths":
+            self._process.join(1.0)  # Its own exit status, not that of `kill`.
         self.kill()
+        if self._process.exitcode == _UNGUARDED:
+            raise VerifierError(
+                f"{sys.modules['__main__'].__file__} starts its work when it is imported, and each process "
+                "of a pool imports it; put its start under if __name__ == '__main__':, or use in_process "
+                "for a verifier that is trusted to return."
+            ) from None
         if not self.ready:
             raise VerifierError(
                 f"a process ended or hung before its first call ({kind}); is what makes the function "
                 "importable, and the script's start under if __name__ == '__main__'?"
-            )
+            ) from None
         return self.job, Outcome(failure=kind)
 
 

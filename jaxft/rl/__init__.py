@@ -16,8 +16,8 @@ from jaxft.rl.algorithms import (
 )
 from jaxft.rl.collection import Sample, answers, collect, collect_from
 from jaxft.rl.environments import Environment, Reply, tagged, try_again, with_tool
-from jaxft.rl.episodes import episodes
 from jaxft.rl.experience import Experience, KlControl
+from jaxft.rl.exploratory import answers_of_both, xpo
 from jaxft.rl.on_device import (
     DeviceReward,
     collect_on_device,
@@ -32,7 +32,7 @@ from jaxft.rl.online import (
 )
 from jaxft.rl.rollouts import Credit, sample_groups, score
 from jaxft.rl.self_training import offline_collect, online_self_training, right_samples
-from jaxft.rl.xpo import answers_of_both, xpo
+from jaxft.rl.turns import episodes
 
 __all__ = [
     "Algorithm",

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxft.data.batches import own_rows
+from jaxft.data.batching import own_rows
 from jaxft.losses import adapted_kl_weight
 from jaxft.rl.rollouts import Batch
 

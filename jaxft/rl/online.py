@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxft.data.batches import own_rows
+from jaxft.data.batching import own_rows
 from jaxft.generation import SamplingConfig
 from jaxft.losses import Pairs
 from jaxft.models import Decoder

@@ -1,8 +1,8 @@
 """Training: one step, one loop, and what goes with them."""
 
-from jaxft.adapters.commit import commit
+from jaxft.adapters.in_place import commit
 from jaxft.optim.perturbations import global_norm
-from jaxft.train.accumulate import GradientEstimator, accumulate, loss_weight, split_batch
+from jaxft.train.accumulation import GradientEstimator, accumulate, loss_weight, split_batch
 from jaxft.train.batches import StateBatches
 from jaxft.train.callbacks import Callback, Row, Run, every, profile
 from jaxft.train.checkpoints import Checkpoints, restore_params, writable_directory
@@ -13,8 +13,8 @@ from jaxft.train.errors import (
     PreemptedError,
     run_main,
 )
-from jaxft.train.evaluate import evaluate, evaluation, make_eval_step
 from jaxft.train.figure import plot_run, run_figure
+from jaxft.train.held_out import evaluate, evaluation, make_eval_step
 from jaxft.train.logs import jsonl_log, progress, tensorboard_log, wandb_log
 from jaxft.train.loop import fit, run_steps
 from jaxft.train.memory import check_memory, keep_memory_warm, state_bytes

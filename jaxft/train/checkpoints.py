@@ -22,7 +22,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxft.adapters import combine, partition
-from jaxft.adapters.commit import commit
+from jaxft.adapters.in_place import commit
 from jaxft.parallel import gathered, meet
 from jaxft.train.batches import BatchSource, lay_out
 from jaxft.train.callbacks import Row

@@ -15,7 +15,7 @@ import optax
 from jax.sharding import Mesh
 
 from jaxft.parallel import in_turn
-from jaxft.train.accumulate import GradientEstimator
+from jaxft.train.accumulation import GradientEstimator
 from jaxft.train.batches import Batches, BatchSource, is_function, place_batch, place_on_mesh
 from jaxft.train.callbacks import Callback, Row, Run, as_callbacks
 from jaxft.train.checkpoints import Checkpoints, open_checkpoints

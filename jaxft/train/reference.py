@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from optax import tree_utils
 
 from jaxft.adapters import combine, partition
-from jaxft.adapters.commit import commit
+from jaxft.adapters.in_place import commit
 from jaxft.data import TokenisedGroup, finite_group_batches
 from jaxft.objectives import sequence_log_probs
 from jaxft.parallel import in_turn, mesh_context, to_host

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import optax
 
 from jaxft.adapters import combine, partition, trainable_mask
-from jaxft.adapters.commit import commit, writes_back
+from jaxft.adapters.in_place import commit, writes_back
 from jaxft.metrics import Mean
 from jaxft.optim.perturbations import global_norm
 from jaxft.parallel import mesh_context
-from jaxft.train.accumulate import GradientEstimator, accumulate, in_slices
+from jaxft.train.accumulation import GradientEstimator, accumulate, in_slices
 from jaxft.train.state import TrainState
 from jaxft.weights import is_weight
 

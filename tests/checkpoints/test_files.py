@@ -1,6 +1,10 @@
 """Damaged, surplus, foreign and sharded files; bfloat16; meshes."""
 
+import functools
 import json
+import math
+import operator
+import re
 
 import chex
 import jax
@@ -19,6 +23,7 @@ from jaxft.checkpoints import (
     save_model,
 )
 from jaxft.checkpoints.assemble import disassemble
+from jaxft.checkpoints.families import decoder_config
 from jaxft.checkpoints.tensor_files import open_tensors, save_tensors
 from jaxft.models import Decoder, tiny_config
 from jaxft.models.hf_names import huggingface_entries
@@ -119,6 +124,51 @@ def test_loading_straight_into_shards(saved):
         logits = model.apply({"params": sharded}, jnp.arange(6)[None]).logits
         expected = model.apply({"params": params}, jnp.arange(6)[None]).logits
         chex.assert_trees_all_close(np.asarray(logits), np.asarray(expected), atol=1e-5)
+
+
+class Recorder:
+    """A tensor of a file that keeps the sizes of what was asked of it."""
+
+    def __init__(self, tensor):
+        self.tensor, self.sizes = tensor, []
+        self.shape, self.dtype = tensor.shape, tensor.dtype
+
+    def __getitem__(self, index):
+        part = self.tensor[index]
+        self.sizes.append(part.size)
+        return part
+
+
+GPT2 = decoder_config(
+    {"model_type": "gpt2", "n_embd": 32, "n_head": 4, "n_layer": 3, "n_positions": 64}
+    | {"vocab_size": 64}
+)
+
+
+@pytest.mark.parametrize("config", [tiny_config(vocab_size=64), GPT2])  # GPT-2: 3 leaves a tensor
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_a_host_reads_a_shard_of_a_layer_at_a_time(tmp_path, config, scan_layers):
+    model = Decoder(config)
+    save_model(tmp_path, model, model.init(jax.random.key(0), model.example_input())["params"])
+    opened = open_model(tmp_path)
+    expected = load_model(opened, scan_layers=scan_layers)[1]
+    records = {entry.name: Recorder(opened.read(entry)) for entry in opened.entries}
+    opened = opened._replace(read=lambda entry: records[entry.name])
+    mesh = make_mesh(fsdp=4, tensor=2)
+    _, sharded = load_model(opened, mesh=mesh, scan_layers=scan_layers, dtype=jnp.bfloat16)
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), expected)
+    chex.assert_trees_all_equal(jax.tree.map(np.asarray, sharded), jax.tree.map(np.asarray, half))
+    for entry in opened.entries:
+        for path in entry.paths:
+            stacked = scan_layers and path.startswith("layers/")
+            name = re.sub(r"layers/\d+", "layers", path) if stacked else path
+            leaf = functools.reduce(operator.getitem, name.split("/"), sharded)
+            shard = leaf.sharding.shard_shape(leaf.shape)[1 if stacked else 0 :]
+            assert set(records[entry.name].sizes) == {math.prod(shard)}, path
+            assert len(leaf.addressable_shards) == 8
+        # Each part once, also where several devices hold it.
+        total = sum(records[entry.name].sizes)
+        assert total == records[entry.name].tensor.size, entry.name
 
 
 def test_files_are_opened_once_for_shapes_and_values(saved, monkeypatch):

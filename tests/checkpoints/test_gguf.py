@@ -1,6 +1,7 @@
 """GGUF files: ours against the arrays that were written, and SmolLM2 against transformers."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -12,8 +13,10 @@ import numpy as np
 import pytest
 
 from jaxft.checkpoints import CheckpointError, load_model, load_tokenizer, resolve
+from jaxft.checkpoints.gguf import GgufFile
 from jaxft.models import Decoder, DecoderConfig
 from jaxft.models.hf_names import huggingface_entries
+from jaxft.parallel import make_mesh
 
 CONFIG = DecoderConfig(
     vocab_size=32,
@@ -154,6 +157,30 @@ def test_k_quants_equal_their_definition(tmp_path, params, kind, draw, size):
     chex.assert_trees_all_close(ours, expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["F32", "BF16", "Q8_0"])
+def test_a_slice_dequantises_the_blocks_that_it_touches(tmp_path, params, kind):
+    file = tmp_path / "model.gguf"
+    write(file, quantised(params, kind))
+    tensor = GgufFile(file).read("blk.0.attn_q.weight")
+    whole, touched = tensor[...], []
+    dequantize = tensor._dequantize
+    tensor._dequantize = lambda data, kind: touched.append(dequantize(data, kind)) or touched[-1]
+    for rows in (slice(3, 70), np.array([5, 2, 9])):
+        for columns in (slice(0, 256), slice(64, 128), slice(33, 65), slice(40, 41)):
+            np.testing.assert_array_equal(tensor[rows, columns], whole[rows, columns])
+    assert touched[-1].shape == (3, 32 if kind == "Q8_0" else 1)
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_a_mesh_gets_the_same_values(tmp_path, params, scan_layers):
+    file = tmp_path / "model.gguf"
+    write(file, quantised(params, "Q4_0"))
+    _, whole = load_model(file, scan_layers=scan_layers)
+    _, sharded = load_model(file, scan_layers=scan_layers, mesh=make_mesh(fsdp=2, tensor=4))
+    host = lambda tree: jax.tree.map(np.asarray, tree)
+    chex.assert_trees_all_equal(host(sharded), host(whole))
+
+
 def test_a_type_that_is_not_read(tmp_path, params):
     tensors = quantised(params, "F32")
     q5 = gguf.quantize(tensors["output.weight"][0], gguf.GGMLQuantizationType.Q5_0)
@@ -197,9 +224,9 @@ def test_smollm2_equals_transformers(tmp_path):
     assert text.endswith("<|im_start|>assistant\n")
 
 
-# Run by a process in which torch cannot be found, as after `pip install 'jaxft[text]'`.
+# Run by each Python as it starts: torch cannot be found, as after `pip install 'jaxft[text]'`.
 _WITHOUT_TORCH = """
-import importlib.machinery, json, sys
+import importlib.machinery, sys
 find = importlib.machinery.PathFinder.find_spec
 
 class Finder(importlib.machinery.PathFinder):
@@ -208,6 +235,9 @@ class Finder(importlib.machinery.PathFinder):
         return None if name.split(".")[0] == "torch" else find(name, path, target)
 
 sys.meta_path = [Finder if f is importlib.machinery.PathFinder else f for f in sys.meta_path]
+"""
+_READ = """
+import json, sys
 from jaxft.checkpoints import load_tokenizer
 from jaxft.checkpoints.models import save_tokenizer
 save_tokenizer(sys.argv[1], "smollm2")
@@ -227,7 +257,12 @@ def test_the_tokenizer_of_a_gguf_file_needs_no_torch(tmp_path):
     tokenizer = load_tokenizer("smollm2")
     text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    command = [sys.executable, "-c", _WITHOUT_TORCH, str(tmp_path), json.dumps(chat)]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    (tmp_path / "start").mkdir()
+    (tmp_path / "start/sitecustomize.py").write_text(_WITHOUT_TORCH)
+    path = os.pathsep.join([str(tmp_path / "start"), *sys.path])
+    command = [sys.executable, "-c", _READ, str(tmp_path), json.dumps(chat)]
+    environment = os.environ | {"PYTHONPATH": path}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
     read, read_again = json.loads(result.stdout.splitlines()[-1])
     assert read == read_again == [text, ids, tokenizer.eos_token_id]

@@ -1,6 +1,10 @@
 """Verifiers in processes that hang, raise and die."""
 
+import functools
+import subprocess
+import sys
 import time
+import types
 
 import numpy as np
 import pytest
@@ -37,3 +41,36 @@ def test_too_many_failures_and_no_verifier_are_errors():
 
 def test_in_process_gives_the_verifiers_numbers():
     assert in_process(exact)(["1", "2"], [RIGHT] * 2) == [1.0, 0.0]
+
+
+UNGUARDED = """
+from jaxft.rl import VerifierPool
+from tests.rl.rl_task import treacherous
+with VerifierPool(treacherous, workers=1) as rewards:
+    rewards(["1"], [{"answer": "1"}])
+"""
+
+
+def test_a_script_without_a_guard_is_told_so(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(UNGUARDED)
+    result = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert result.returncode == 1 and result.stderr.count("Traceback") == 1, result.stderr
+    said = result.stderr.splitlines()[-1]
+    assert said.startswith(f"jaxft.rl.pool.VerifierError: {script} starts its work when it is")
+    assert "put its start under if __name__ == '__main__':" in said
+
+
+def test_a_function_that_no_process_can_import_is_refused(monkeypatch):
+    main = types.ModuleType("__main__")  # A notebook's: no file, and what its cells define.
+    monkeypatch.setitem(sys.modules, "__main__", main)
+
+    def make(verifier):
+        return verifier
+
+    make.__module__ = "__main__"
+    with pytest.raises(ValueError, match="defined in a notebook .* use in_process"):
+        VerifierPool(functools.partial(make, exact))
+    main.__file__ = "<stdin>"
+    with pytest.raises(ValueError, match="comes from <stdin>.* use in_process"):
+        VerifierPool(treacherous)

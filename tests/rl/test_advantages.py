@@ -3,10 +3,12 @@
 import chex
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
 from jaxft.rl import advantages as adv
+from jaxft.rl import best_and_worst
 
 ONE_RIGHT = jnp.array([1.0, 0.0, 0.0, 0.0])
 TWO_RIGHT = jnp.array([1.0, 0.0, 0.0, 1.0])
@@ -122,3 +124,10 @@ def test_no_gradient_flows_through_advantages():
         chex.assert_trees_all_equal(
             jax.grad(lambda r, f=function: jnp.sum(f(r, 2) ** 2))(TWO_RIGHT), jnp.zeros(4)
         )
+
+
+def test_shapes_of_signatures_are_checked_here():
+    with pytest.raises(jaxtyping.TypeCheckError, match="grpo_advantages"):
+        adv.grpo_advantages(jnp.ones((2, 2)), 2)
+    with pytest.raises(jaxtyping.TypeCheckError, match="best_and_worst"):
+        best_and_worst(jnp.ones(4), 2, counted=jnp.ones(3, bool))

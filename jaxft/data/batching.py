@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from jaxft.data.errors import DataError
-from jaxft.data.render import Tokenised
+from jaxft.data.rendering import Tokenised
 
 Batch = dict[str, np.ndarray]  # tokens, loss_mask, segment_ids, positions: [B, T] each
 Packing = Literal["first_fit", "best_fit", "concat_split"]

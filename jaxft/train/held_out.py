@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from jaxft.metrics import Mean
 from jaxft.parallel import in_turn, mesh_context, to_host
-from jaxft.train.accumulate import as_means
+from jaxft.train.accumulation import as_means
 from jaxft.train.batches import iterate, place_batch
 from jaxft.train.callbacks import Callback, every
 from jaxft.train.step import Objective

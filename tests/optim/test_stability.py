@@ -161,11 +161,13 @@ def test_a_scan_keeps_structure_and_data_types(name, dtypes):
         chex.assert_trees_all_equal_shapes_and_dtypes(after, params)
 
 
+# gradient_transformation() of MultiSteps drops what update is given beside params.
+with_extra = lambda steps: optax.GradientTransformationExtraArgs(steps.init, steps.update)
 WRAPPERS = {
     "apply_if_finite": lambda make: optax.apply_if_finite(make(), 3),
     "conditionally_transform": lambda make: optax.conditionally_transform(make(), lambda n: n > 1),
     "conditionally_mask": lambda make: optax.conditionally_mask(make(), lambda n: n > 1),
-    "MultiSteps": lambda make: optax.MultiSteps(make(), 2).gradient_transformation(),
+    "MultiSteps": lambda make: with_extra(optax.MultiSteps(make(), 2)),
     "masked": lambda make: optax.masked(
         make(), lambda p: jax.tree.map_with_path(lambda path, _: "b" not in str(path), p)
     ),
@@ -197,8 +199,8 @@ def run(name, params, grads, steps=3):
     return jax.jit(functools.partial(train, TRANSFORMS[name](), steps=steps))(params, grads)
 
 
-@quiet
-@every_transform
+# subspace_gradient is not among them: which directions of no variance it removes is rounding.
+@pytest.mark.parametrize("name", [name for name in TRANSFORMS if name != "subspace_gradient"])
 def test_x64_is_float32_with_more_digits(name):
     plain, updates = run(name, tree(0), tree(1))
     with jax.enable_x64(True):

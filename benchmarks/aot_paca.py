@@ -54,7 +54,7 @@ def cell(topology: str, remat: str, method: str, args) -> dict:
     import jax
     import jax.numpy as jnp
 
-    from jaxft.adapters import combine, partition
+    from jaxft.adapters import combine, in_place, partition
     from jaxft.models import Decoder, DecoderConfig
     from jaxft.parallel import compile_only_devices, compiled_cost, make_mesh, replicated
 
@@ -74,7 +74,7 @@ def cell(topology: str, remat: str, method: str, args) -> dict:
     tokens = placed(jax.ShapeDtypeStruct((args.batch, args.length), jnp.int32))
 
     def loss(trainable, frozen, tokens):
-        hidden = model.apply({"params": combine(trainable, frozen)}, tokens).hidden
+        hidden = model.apply({"params": in_place(combine(trainable, frozen))}, tokens).hidden
         return jnp.mean(jnp.square(hidden.astype(jnp.float32)))
 
     with jax.set_mesh(mesh):  # Tells what is traced for which devices it is.

@@ -1,8 +1,8 @@
 """Adapters: rewrite a params tree, split it, merge it, save and load what trains."""
 
 from jaxft.adapters.base import base_params
+from jaxft.adapters.committing import commit, in_place, writes_back
 from jaxft.adapters.errors import AdapterError
-from jaxft.adapters.in_place import commit, writes_back
 from jaxft.adapters.intrinsic_dimension import (
     IntrinsicParams,
     intrinsic,
@@ -86,6 +86,7 @@ __all__ = [
     "check_same",
     "combine",
     "commit",
+    "in_place",
     "count",
     "densify",
     "dora",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jaxft.adapters.in_place import writes_back
+from jaxft.adapters.committing import writes_back
 from jaxft.adapters.rewrite import Params
 from jaxft.weights import Frozen, Weight
 

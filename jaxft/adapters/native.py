@@ -14,7 +14,6 @@ from safetensors.flax import load_file
 
 from jaxft.adapters.errors import AdapterError
 from jaxft.adapters.files import write_adapter
-from jaxft.adapters.in_place import commit
 from jaxft.adapters.intrinsic_dimension import CONFIG, WEIGHTS, intrinsic_apply, load_intrinsic
 from jaxft.adapters.named import named_rules
 from jaxft.adapters.rewrite import Params, adapt, largest_shape, partition, path_name
@@ -98,7 +97,7 @@ def load_native(path: str | os.PathLike, params: Params) -> Params:
             raise AdapterError(
                 f"{path}: {name!r} has shape {tensors[name].shape}, the model needs {leaf.shape}."
             )
-    loaded = commit(_own_leaves(adapted, tensors))
+    loaded = _own_leaves(adapted, tensors)
     for key, node in jax.tree_util.tree_leaves_with_path(loaded, is_leaf=is_weight):
         if isinstance(node, PacaWeight):
             check_paca(node, f"{path}: {path_name(key)}")

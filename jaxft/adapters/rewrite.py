@@ -43,7 +43,8 @@ def adapt(key: jax.Array, params: Params, rules: Mapping[str, Rule | Added]) -> 
             rule names what is new ("layers/.*mlp/adapter", "prefix").
 
     Raises:
-        ValueError: if a pattern matches no path.
+        ValueError: if a pattern matches no path, or a weight would be made for each position of a
+            kernel with four axes or more (a convolution's).
     """
     added = {pattern: rule for pattern, rule in rules.items() if isinstance(rule, Added)}
     compiled = {pattern: _compile(pattern) for pattern in rules if pattern not in added}
@@ -55,7 +56,9 @@ def adapt(key: jax.Array, params: Params, rules: Mapping[str, Rule | Added]) -> 
             if regex.fullmatch(name):
                 unused.discard(pattern)
                 kernel = node.value if isinstance(node, Frozen) else node
-                return _apply_rule(rules[pattern], _path_key(key, name), kernel)
+                made = _apply_rule(rules[pattern], _path_key(key, name), kernel)
+                _check_depth(name, kernel, made)
+                return made
         return node if isinstance(node, Frozen) else Frozen(node)
 
     adapted = jax.tree_util.tree_map_with_path(rewrite, params, is_leaf=is_weight)
@@ -212,6 +215,14 @@ def _apply_rule(rule: Rule, key: jax.Array, kernel: WeightLike) -> WeightLike:
         )
         rule = jax.vmap(rule)
     return rule(keys, kernel)
+
+
+def _check_depth(name: str, kernel: WeightLike, made: WeightLike) -> None:
+    if is_weight(made) and len(kernel.shape) > 3:
+        raise ValueError(
+            f"adapt: {name} {kernel.shape} is no matrix [in, out] or stack of them [layers, in, out]; "
+            "adapters on convolutions are not supported: name other kernels, or train it whole by full()."
+        )
 
 
 def _stack_depth(node: Weight) -> int:

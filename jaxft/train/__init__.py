@@ -1,6 +1,6 @@
 """Training: one step, one loop, and what goes with them."""
 
-from jaxft.adapters.in_place import commit
+from jaxft.adapters.committing import commit
 from jaxft.optim.perturbations import global_norm
 from jaxft.train.accumulation import GradientEstimator, accumulate, loss_weight, split_batch
 from jaxft.train.batches import StateBatches

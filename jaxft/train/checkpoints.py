@@ -22,7 +22,6 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxft.adapters import combine, partition
-from jaxft.adapters.in_place import commit
 from jaxft.parallel import gathered, meet
 from jaxft.train.batches import BatchSource, lay_out
 from jaxft.train.callbacks import Row
@@ -112,7 +111,7 @@ def restore_params(
         meta = _read_meta(manager, found)
         _check_same(meta["trainable"], digests(trainable), "trainable params", values=False)
         _check_same(meta["frozen"], digests(frozen), "frozen params")
-        return commit(combine(_read_arrays(manager, found, meta, trainable=trainable)[0], frozen))
+        return combine(_read_arrays(manager, found, meta, trainable=trainable)[0], frozen)
 
 
 class Saver:
@@ -308,7 +307,7 @@ def _read_arrays(manager, step, meta, **parts):
 def _restored(state, meta, trainable, opt_state, carry=None):
     impl, data = meta["key"]
     key = jax.random.wrap_key_data(jnp.array(data, jnp.uint32), impl=impl)
-    params = commit(combine(trainable, partition(state.params)[1]))
+    params = combine(trainable, partition(state.params)[1])
     step = lay_out(jnp.array(meta["step"], jnp.int32), state.step.sharding)
     return TrainState(step, params, opt_state, carry, lay_out(key, state.key.sharding))
 

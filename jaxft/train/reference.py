@@ -13,7 +13,6 @@ from jax.sharding import Mesh
 from optax import tree_utils
 
 from jaxft.adapters import combine, partition
-from jaxft.adapters.in_place import commit
 from jaxft.data import TokenisedGroup, finite_group_batches
 from jaxft.objectives import sequence_log_probs
 from jaxft.parallel import in_turn, mesh_context, to_host
@@ -74,7 +73,7 @@ def moving_reference_log_probs(
 
     @jax.jit
     def run(params, reference, batch):
-        whole = commit(combine(reference, partition(params)[1]))
+        whole = combine(reference, partition(params)[1])
         return sequence_log_probs(model, whole, batch, ld_alpha=ld_alpha).sums
 
     def add(state, batch):

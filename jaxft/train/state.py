@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxft.adapters import combine, partition
-from jaxft.adapters.in_place import writes_back
+from jaxft.adapters.committing import writes_back
 from jaxft.weights import is_weight
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxft.adapters import combine, partition, trainable_mask
-from jaxft.adapters.in_place import commit, writes_back
+from jaxft.adapters.committing import commit, in_place, writes_back
 from jaxft.metrics import Mean
 from jaxft.optim.perturbations import global_norm
 from jaxft.parallel import mesh_context
@@ -69,10 +69,11 @@ def make_step(
     update = optax.with_extra_args_support(optimizer).update
 
     def step(state, batch, good=True):
-        trainable, frozen = partition(state.params)
-        here = lambda t, batch, key: objective(combine(t, frozen), batch, key)
-        # Elsewhere than at the state's params, what weights keep in frozen fields must follow.
-        whole = lambda t: commit(combine(t, frozen))
+        # Committed anew: whoever holds the state may have moved what trains since the last step.
+        trainable, frozen = partition(commit(state.params))
+        here = lambda t, batch, key: objective(in_place(combine(t, frozen)), batch, key)
+        # Elsewhere than at the state's params, frozen fields do not hold what trains.
+        whole = lambda t: combine(t, frozen)
         moved = lambda t, batch, key: objective(whole(t), batch, key)
         key = jax.random.fold_in(state.key, state.step)
         estimate = lambda t, fn=moved: estimator(fn, has_aux=True)(t, batch, key)

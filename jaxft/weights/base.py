@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec
 
 from jaxft.kernels.backend import target_platform
@@ -84,7 +85,27 @@ def scaled_bias(bias: jax.Array, w: WeightLike | None) -> jax.Array:
     return w.scaled_bias(bias) if isinstance(w, Weight) else bias
 
 
-@jax.custom_vjp
+def linear_in_x(product):
+    """product(x, w) = x w, differentiable in x alone, any number of times and in either mode.
+
+    The tangent is dx W with the dense W, which JAX can transpose whatever kernel `product` runs. By
+    the checkpoint the backward pass keeps w as it stands, no dense or cast copy, and no x.
+    """
+    wrapped = jax.custom_jvp(product)
+    dense = lambda dx, w: matmul(dx, jax.lax.stop_gradient(to_dense(w)))
+
+    def jvp(primals, tangents):
+        (x, w), dx = primals, tangents[0]
+        y = wrapped(x, w)
+        if isinstance(dx, SymbolicZero):
+            return y, jnp.zeros_like(y)
+        return y, jax.checkpoint(dense, prevent_cse=False)(dx, w)
+
+    wrapped.defjvp(jvp, symbolic_zeros=True)
+    return wrapped
+
+
+@linear_in_x
 def frozen_matmul(x: jax.Array, w: WeightLike) -> jax.Array:
     """x w for a kernel of which nothing trains: the backward pass keeps w as it stands, and no x.
 
@@ -92,19 +113,6 @@ def frozen_matmul(x: jax.Array, w: WeightLike) -> jax.Array:
     keeps the stopped (or cast) copy of each layer's kernel: the base model a second time.
     """
     return matmul(x, w)
-
-
-def _frozen_matmul_forward(x, w):
-    return matmul(x, w), w
-
-
-def _frozen_matmul_backward(w, g):
-    # The product is linear in x: its transpose is the same at every x, and zeros need not be kept.
-    x = jnp.zeros((*g.shape[:-1], w.shape[-2]), g.dtype)
-    return jax.vjp(lambda x: matmul(x, w), x)[1](g)[0], None
-
-
-frozen_matmul.defvjp(_frozen_matmul_forward, _frozen_matmul_backward)
 
 
 def take(w: WeightLike, indices: jax.Array) -> jax.Array:

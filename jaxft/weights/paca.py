@@ -8,10 +8,11 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec
 
 from jaxft.kernels.paca import chosen_columns
-from jaxft.weights.base import Weight, WeightLike, frozen_field, is_weight, to_dense
+from jaxft.weights.base import Weight, WeightLike, frozen_field, is_weight, matmul, to_dense
 
 Selection = Literal["random", "largest_norm", "smallest_norm"]
 
@@ -24,18 +25,18 @@ class PacaWeight(Weight):
     PaCA: Woo et al., 2025, arxiv.org/abs/2503.01905, section 3 (there for columns: it stores W^T).
     No adapter is multiplied, and the backward pass keeps x[..., indices] alone, R numbers a token.
 
-    Two modes, same numbers. In place (the paper's): `base` is an array that holds the tuned rows
-    already, so that the product is that of the plain kernel; `committed` writes them after each
-    update (jaxft.train does, within the donated step). Whoever moves P otherwise must call
-    `committed` before multiplying. Not in place (QPaCA): the rows are put into the dense form of
-    `base` in the forward pass and again in the backward pass; no dense kernel is stored between.
+    The product is right for any P. Over an array it is x W + x[..., indices] ((α/R) P - W[indices]).
+    Over a structured base (QPaCA) the rows are put into its dense form, in the forward pass and
+    again in the backward pass; no dense kernel is stored between. `in_place` promises that an array
+    `base` holds the tuned rows (`committed` writes them): x W alone is then the product, as in the
+    paper. `jaxft.adapters.in_place` sets it for the objective of a train step; nobody holds such a weight.
     """
 
     base: WeightLike = frozen_field()  # W [D, F]
     rows: jax.Array  # P [R, F] float32
     indices: jax.Array = frozen_field()  # [R] int32, distinct
     alpha: float = dataclasses.field(default=1.0, metadata={"static": True})
-    in_place: bool = dataclasses.field(default=True, metadata={"static": True})
+    in_place: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def shape(self):
@@ -51,15 +52,16 @@ class PacaWeight(Weight):
         return self.rows.shape[-2]
 
     def rmatmul(self, x):
-        return _product(self.in_place, x, self.base, self._scaled(), self.indices)
+        scale = self.alpha / self.rank
+        return _product(self.in_place, scale, x, self.base, self.rows, self.indices)
 
     def to_dense(self):
-        # Written again even in place, so that P alone decides, and gradients reach it.
+        # Written even in place, so that P alone decides, and gradients reach it.
         return _with_rows(jax.lax.stop_gradient(to_dense(self.base)), self._scaled(), self.indices)
 
     def committed(self) -> PacaWeight:
-        """The same node with the tuned rows written into `base`, if it works in place."""
-        if not self.in_place:
+        """The same node with the tuned rows written into `base`, if that is an array."""
+        if is_weight(self.base):
             return self
         rows = jax.lax.stop_gradient(self._scaled())
         return dataclasses.replace(self, base=_with_rows(self.base, rows, self.indices))
@@ -82,19 +84,17 @@ def paca_weight(
     alpha: float | None = None,
     selection: Selection = "random",
     shards: int = 1,
-    in_place: bool | None = None,
     original: WeightLike | None = None,
 ) -> PacaWeight:
-    """A PacaWeight that equals `kernel` [D, F] bit for bit in place.
+    """A PacaWeight that equals `kernel` [D, F], bit for bit if that is an array.
 
     Args:
         key: draws the rows under selection="random".
-        kernel: the kernel; a quantised one works out of place (QPaCA), its rows dequantised.
+        kernel: the kernel; of a quantised one (QPaCA) the rows are dequantised.
         rank: R, how many rows train.
         alpha: α/R multiplies what an update of P does to W, as a learning rate would; None: R.
         selection: which rows: random (the paper's), or those of largest or smallest L2 norm.
         shards: draw R/shards rows from each of so many equal parts of D: for a kernel sharded on D.
-        in_place: None: where `kernel` is an array.
         original: where the tuned rows start, the kernel before it was quantised, so that they carry no
             rounding error; norms are its too. None: `kernel` itself, as in the authors' code.
 
@@ -113,8 +113,6 @@ def paca_weight(
         raise ValueError(
             f"paca: shards={shards} must divide the {size} inputs of the kernel and rank {rank}."
         )
-    if is_weight(kernel) and in_place:
-        raise ValueError("paca: a structured base cannot be written in place; leave in_place=None.")
     if original is not None and (original.shape != kernel.shape or not is_weight(kernel)):
         raise ValueError(
             f"paca: original is for a quantised kernel and has its shape, got {original.shape} for "
@@ -128,9 +126,7 @@ def paca_weight(
     indices = jnp.sort(local.reshape(-1)).astype(jnp.int32)
     alpha = float(rank if alpha is None else alpha)
     rows = dense[indices].astype(jnp.float32) / (alpha / rank)
-    return PacaWeight(
-        kernel, rows, indices, alpha, not is_weight(kernel) if in_place is None else in_place
-    )
+    return PacaWeight(kernel, rows, indices, alpha)
 
 
 def delta(weight: PacaWeight) -> tuple[jax.Array, jax.Array]:
@@ -141,11 +137,11 @@ def delta(weight: PacaWeight) -> tuple[jax.Array, jax.Array]:
 def check_paca(weight: PacaWeight, name: str = "paca") -> None:
     """Raises if a weight, with stacked layers or without, cannot be right; reads its arrays.
 
-    For weights that were not made by `paca_weight`, and to find out who moved P and did not commit.
+    For weights that were not made by `paca_weight`.
 
     Raises:
-        ValueError: naming the weight, for rows or indices of the wrong shape, indices that repeat or
-            lie outside the kernel, and a base that does not hold the tuned rows though it should.
+        ValueError: naming the weight, for rows or indices of the wrong shape, and for indices that
+            repeat or lie outside the kernel.
     """
     *stack, size, features = weight.shape
     rows, indices = weight.rows.shape, weight.indices.shape
@@ -161,14 +157,6 @@ def check_paca(weight: PacaWeight, name: str = "paca") -> None:
         raise ValueError(f"{name}: indices must lie in 0..{size - 1}, got {lowest}..{highest}.")
     if jnp.any(jnp.diff(jnp.sort(chosen, axis=-1), axis=-1) == 0):
         raise ValueError(f"{name}: indices repeat; each row of the kernel may train once.")
-    if not weight.in_place:
-        return
-    held = jnp.take_along_axis(jnp.asarray(weight.base), chosen[..., None], axis=-2)
-    if not jnp.array_equal(held, weight._scaled().astype(weight.dtype)):
-        raise ValueError(
-            f"{name}: the kernel does not hold the tuned rows; call jaxft.train.commit(params) where "
-            "they are moved."
-        )
 
 
 def _scores(key, dense, selection):
@@ -188,34 +176,33 @@ def _with_rows(dense, rows, indices):
     return dense.at[indices].set(rows.astype(dense.dtype), unique_indices=True)
 
 
-def _effective(in_place, base, rows, indices, dtype):
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _product(in_place, scale, x, base, rows, indices):
+    """x W for the W whose rows `indices` are scale * `rows`; of the base nothing trains."""
+    if is_weight(base):
+        return x @ _with_rows(to_dense(base), rows * scale, indices).astype(x.dtype)
     if in_place:
-        return base.astype(dtype)
-    return _with_rows(to_dense(base), rows, indices).astype(dtype)
+        return matmul(x, base)
+    # Rounded as `to_dense` rounds them: where the base holds the rows, the difference is exactly 0.
+    wanted = (rows * scale).astype(base.dtype).astype(jnp.float32)
+    moved = wanted - base[indices].astype(jnp.float32)
+    return matmul(x, base) + chosen_columns(x, indices) @ moved.astype(x.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(in_place, x, base, rows, indices):
-    """x W; `rows` is in place only the port through which their gradient leaves."""
-    return x @ _effective(in_place, base, rows, indices, x.dtype)
+def _product_jvp(in_place, scale, primals, tangents):
+    x, base, rows, indices = primals
+    dx, _, drows, _ = tangents
+    here = functools.partial(_product, in_place, scale)
+    y = here(*primals)
+    parts = []
+    # The backward pass keeps x[..., indices], and by the checkpoint the weight's own fields, which are
+    # inputs of the step and cost nothing: no dense, cast or scaled copy.
+    if not isinstance(dx, SymbolicZero):
+        parts.append(jax.checkpoint(here, prevent_cse=False)(dx, base, rows, indices))
+    if not isinstance(drows, SymbolicZero):
+        parts.append(chosen_columns(x, indices) @ (drows * scale).astype(x.dtype))
+    # Not summed from a zero array: the backward pass would keep that.
+    return y, functools.reduce(jnp.add, parts) if parts else jnp.zeros_like(y)
 
 
-def _product_forward(in_place, x, base, rows, indices):
-    y = _product(in_place, x, base, rows, indices)
-    # base and indices are inputs of the step: keeping them costs nothing. Scaled rows are not, and in
-    # place nothing but their data type is asked for.
-    return y, (chosen_columns(x, indices), base, rows[:0] if in_place else rows, indices)
-
-
-def _product_backward(in_place, residuals, g):
-    chosen, base, rows, indices = residuals
-    kernel = _effective(in_place, base, rows, indices, g.dtype)
-    dx = jax.lax.dot_general(g, kernel, (((g.ndim - 1,), (1,)), ((), ())))
-    tokens = tuple(range(g.ndim - 1))
-    drows = jax.lax.dot_general(
-        chosen, g, ((tokens, tokens), ((), ())), preferred_element_type=jnp.float32
-    )
-    return dx, None, drows.astype(rows.dtype), None
-
-
-_product.defvjp(_product_forward, _product_backward)
+_product.defjvp(_product_jvp, symbolic_zeros=True)

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from jaxft.kernels.nf4 import NF4_LEVELS, nf4_dequantise, nf4_product
-from jaxft.weights.base import Weight, WeightLike, frozen_field, to_dense
+from jaxft.weights.base import Weight, WeightLike, frozen_field, linear_in_x, to_dense
 
 SCALES_PER_GROUP = 256
 
@@ -199,28 +199,10 @@ def _matrix(kernel, block):
     return to_dense(kernel).astype(jnp.float32)
 
 
-@jax.custom_vjp
+@linear_in_x
 def _frozen_product(x, weight):
-    return _product(x, weight, transposed=False)
-
-
-def _frozen_forward(x, weight):
-    # The few bits alone are kept: they are an input of the step, and cost nothing.
-    return _frozen_product(x, weight), weight
-
-
-def _frozen_backward(weight, g):
-    return _product(g, weight, transposed=True), None
-
-
-_frozen_product.defvjp(_frozen_forward, _frozen_backward)
-
-
-def _product(x, weight, *, transposed):
-    """x W or x W^T."""
     if isinstance(weight, Nf4Weight):
-        options = dict(features=weight.features, dtype=weight.dtype, transposed=transposed)
+        options = dict(features=weight.features, dtype=weight.dtype)
         return nf4_product(x, weight.codes, weight.scales(), **options)
     # Of int8, int4 and fp8 XLA fuses the scaling into the product where it gains by it.
-    dense = weight.to_dense().astype(x.dtype)
-    return jax.lax.dot_general(x, dense, (((x.ndim - 1,), (int(transposed),)), ((), ())))
+    return x @ weight.to_dense().astype(x.dtype)

@@ -101,3 +101,10 @@ def test_bad_rules_are_explained(params):
         lora(0)
     with pytest.raises(ValueError, match=r"rank must lie in 1..48 for a kernel \(96, 48\), got 64"):
         adapt(key, params, {r"layers/.*/value/kernel": lora(64)})
+
+
+def test_a_convolution_is_not_taken_for_stacked_matrices():
+    params = {"conv": {"kernel": jnp.ones((3, 3, 8, 16))}}
+    with pytest.raises(ValueError, match=r"conv/kernel \(3, 3, 8, 16\) is no matrix"):
+        adapt(jax.random.key(0), params, {".*kernel": lora(2)})
+    chex.assert_trees_all_equal(adapt(jax.random.key(0), params, {".*kernel": full()}), params)

@@ -7,7 +7,7 @@ from tests.aot import run_aot
 # Two small layers under "lean": the figures for the Llama shape are benchmarks/aot_paca.py's.
 CODE = """
 import json, jax, jax.numpy as jnp
-from jaxft.adapters import ALL_LINEAR, adapt, combine, lora, paca, partition
+from jaxft.adapters import ALL_LINEAR, adapt, combine, in_place, lora, paca, partition
 from jaxft.models import Decoder, DecoderConfig
 from jaxft.parallel import compile_only_devices, compiled_cost, make_mesh, replicated
 mesh = make_mesh(devices=compile_only_devices({topology!r})[:1])
@@ -22,7 +22,7 @@ def temp(rule):
         return adapt(jax.random.key(0), params, {{ALL_LINEAR: rule}})
     trainable, frozen = partition(place(jax.eval_shape(make)))
     def loss(trainable, frozen, tokens):
-        hidden = model.apply({{"params": combine(trainable, frozen)}}, tokens).hidden
+        hidden = model.apply({{"params": in_place(combine(trainable, frozen))}}, tokens).hidden
         return jnp.mean(jnp.square(hidden.astype(jnp.float32)))
     tokens = place(jax.ShapeDtypeStruct((16, 128), jnp.int32))
     with jax.set_mesh(mesh):

@@ -19,7 +19,7 @@ from jaxft.adapters.peft.model import (
     targeted,
 )
 from jaxft.parallel import to_host
-from jaxft.weights import PacaWeight, is_weight
+from jaxft.weights import PacaWeight
 
 
 def read(settings: Settings, tensors: Tensors, model: Model) -> dict[str, PacaWeight]:
@@ -40,9 +40,8 @@ def read(settings: Settings, tensors: Tensors, model: Model) -> dict[str, PacaWe
                 f"{linear.key('paca_indices')!r} must be distinct and lie in 0..{linear.inputs - 1}."
             )
         kernel = linear.kernels[0]
-        in_place = not is_weight(kernel)
-        weight = PacaWeight(kernel, jnp.asarray(rows), jnp.asarray(indices), alpha, in_place)
-        found[linear.paths[0]] = weight.committed()
+        weight = PacaWeight(kernel, jnp.asarray(rows), jnp.asarray(indices), alpha)
+        found[linear.paths[0]] = weight
     return found
 
 

@@ -1,7 +1,8 @@
-"""Weights that keep what has been trained inside a frozen field, and write it there after each step."""
+"""Weights that keep what has been trained inside a frozen field, and write it there in each step."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -26,6 +27,22 @@ def commit(params: Any) -> Any:
         return committed(node)
 
     return jax.tree.map(write, params, is_leaf=is_weight)
+
+
+def in_place(params: Any) -> Any:
+    """Committed params with each weight that writes back in its form for use within a step.
+
+    Such a weight has a static field `in_place`: it multiplies by its frozen fields alone and trusts
+    that they hold what has been trained. Outside a step mark none: there a weight is right for any
+    values of its fields.
+    """
+
+    def mark(node):
+        if not (writes_back(node) and hasattr(node, "in_place")):
+            return node
+        return dataclasses.replace(node, in_place=True)
+
+    return jax.tree.map(mark, params, is_leaf=is_weight)
 
 
 def writes_back(node: Any) -> bool:

@@ -149,17 +149,19 @@ def attend_cache(
     `visible(i, R)` is the mask of queries i..i + R. `FEW` have scores at a time.
     """
 
-    def run(start, rows):
-        block = jax.lax.dynamic_slice_in_dim(query, start, rows, axis=1)
-        return _attend_cache(block, keys, values, visible(start, rows), scale, softcap)
-
     length = query.shape[1]
+
+    def run(carry, start, rows):
+        block = jax.lax.dynamic_slice_in_dim(carry, start, rows, axis=1)
+        block = _attend_cache(block, keys, values, visible(start, rows), scale, softcap)
+        return _replace(carry, block, start)
+
     if length <= FEW:
-        return run(0, length)
+        return run(query, 0, length)
     rest = length % FEW
-    blocks = jax.lax.map(lambda start: run(start, FEW), jnp.arange(0, length - rest, FEW))
-    whole = jnp.moveaxis(blocks, 0, 1).reshape(query.shape[0], -1, *query.shape[2:])
-    return jnp.concatenate([whole, run(length - rest, rest)], axis=1) if rest else whole
+    starts = jnp.arange(0, length - rest, FEW)
+    out, _ = jax.lax.scan(lambda carry, start: (run(carry, start, FEW), None), query, starts)
+    return run(out, length - rest, rest) if rest else out
 
 
 def _attend_cache(query, keys, values, mask, scale, softcap):
@@ -174,6 +176,10 @@ def _attend_cache(query, keys, values, mask, scale, softcap):
     weights = _weights(scores, mask, scale, softcap).astype(values.dtype)
     mixed = jnp.matmul(weights.reshape(*left.shape[:3], -1), values)
     return jnp.moveaxis(mixed.reshape(grouped.shape), 3, 1).reshape(query.shape)
+
+
+def _replace(x, block, start):
+    return jax.lax.dynamic_update_slice_in_dim(x, block.astype(x.dtype), start, axis=1)
 
 
 def _grouped(query, groups):
@@ -287,8 +293,9 @@ def _tiled(query, key, value, segment_ids, window, causal, scale, softcap):
     tiles = jnp.arange(0, length, tile)
     at = lambda x, start: jax.lax.dynamic_slice_in_dim(x, start, tile, axis=1)
 
+    # Outputs take their queries' place: the blank ones of all layers would be made ahead by XLA:CPU.
     def rows(carry, i):
-        queries = _grouped(at(query, i), groups)
+        queries = _grouped(at(carry, i), groups)
         ids = None if segment_ids is None else at(segment_ids, i)
 
         def add(state, j):
@@ -319,10 +326,10 @@ def _tiled(query, key, value, segment_ids, window, causal, scale, softcap):
         shape = (batch, groups, heads // groups, tile)
         blank = jnp.zeros((*shape, size)), jnp.zeros(shape), jnp.full(shape, -jnp.inf)
         (mixed, total, _), _ = jax.lax.scan(columns, blank, tiles)
-        return carry, jnp.moveaxis(mixed / total[..., None], 3, 1).astype(query.dtype)
+        out = jnp.moveaxis(mixed / total[..., None], 3, 1).reshape(batch, tile, heads, size)
+        return _replace(carry, out, i), None
 
-    _, blocks = jax.lax.scan(rows, None, tiles)
-    return jnp.moveaxis(blocks, 0, 1).reshape(query.shape)[:, :length]
+    return jax.lax.scan(rows, query, tiles)[0][:, :length]
 
 
 def _tile_mask(offset, tile, ids, others, window, causal):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import jax
@@ -13,9 +14,10 @@ from jaxft.kernels.backend import length_axes, target_platform
 from jaxft.kernels.layout import layout
 from jaxft.kernels.splash import TILE, splash_attention
 
-Implementation = Literal["reference", "blocked", "gathered", "splash", "xla", "cudnn"]
+Implementation = Literal["reference", "blocked", "tiled", "gathered", "splash", "xla", "cudnn"]
 BLOCK = 128  # query rows whose masked keys are skipped together
 QUERIES = 512  # at most whose scores are alive at once when keys were gathered
+FEW = 16  # queries at a time against a cache
 
 
 def attention(
@@ -28,6 +30,7 @@ def attention(
     causal: bool = True,
     scale: float | None = None,
     softcap: float | None = None,
+    gradient: bool = True,
     implementation: str | None = None,
 ) -> Float[Array, "B T H K"]:
     """softmax(cap(scale Q K^T) + mask) V, softmax in float32.
@@ -40,7 +43,9 @@ def attention(
         causal: hide later keys.
         scale: of the scores; None: K^-1/2.
         softcap: c in c tanh(scores / c), as in Gemma 2. None: no cap.
+        gradient: False where none will be taken: a form that holds all scores is not picked then.
         implementation: "reference" is plain jnp; "blocked" skips the keys above the diagonal;
+            "tiled" does too, and holds the scores of one tile, but its gradient costs memory;
             "gathered" is for meshes that split rows' tokens over "context", and stores no scores;
             "splash" runs on TPUs, and on a mesh wants it in context: see `splash_attention`;
             "xla" and "cudnn" are jax.nn.dot_product_attention's. None: the best for the mesh in
@@ -55,6 +60,9 @@ def attention(
     """
     if implementation is None:
         implementation = _best(query, key, segment_ids, window, causal, softcap)
+        if not gradient and query.shape[1] > BLOCK:
+            dense = implementation in ("reference", "blocked", "xla")
+            implementation = "tiled" if dense else implementation
     if implementation not in get_args(Implementation):
         raise ValueError(
             f"attention: unknown implementation {implementation!r}; "
@@ -80,6 +88,8 @@ def attention(
         return _gathered(query, key, value, segment_ids, window, causal, scale, softcap)
     if implementation == "blocked":
         return _blocked(query, key, value, segment_ids, window, causal, scale, softcap)
+    if implementation == "tiled":
+        return _tiled(query, key, value, segment_ids, window, causal, scale, softcap)
     mask = attention_mask(query.shape[1], segment_ids, window, causal)
     return attend(query, key, value, mask, scale=scale, softcap=softcap)
 
@@ -129,12 +139,32 @@ def attend_cache(
     query: Float[Array, "B T H K"],
     keys: Float[Array, "B G K S"],
     values: Float[Array, "B G S K"],
-    mask: Bool[Array, "#B 1 #T S"],
+    visible: Callable[[int | Int[Array, ""], int], Bool[Array, "#B 1 R S"]],
     *,
     scale: float,
     softcap: float | None = None,
 ) -> Float[Array, "B T H K"]:
-    """`attend` for a cache's keys [B, G, K, S] and values [B, G, S, K]: no operand is transposed."""
+    """`attend` for a cache's keys [B, G, K, S] and values [B, G, S, K]: no operand is transposed.
+
+    `visible(i, R)` is the mask of queries i..i + R. `FEW` have scores at a time.
+    """
+
+    length = query.shape[1]
+
+    def run(carry, start, rows):
+        block = jax.lax.dynamic_slice_in_dim(carry, start, rows, axis=1)
+        block = _attend_cache(block, keys, values, visible(start, rows), scale, softcap)
+        return _replace(carry, block, start)
+
+    if length <= FEW:
+        return run(query, 0, length)
+    rest = length % FEW
+    starts = jnp.arange(0, length - rest, FEW)
+    out, _ = jax.lax.scan(lambda carry, start: (run(carry, start, FEW), None), query, starts)
+    return run(out, length - rest, rest) if rest else out
+
+
+def _attend_cache(query, keys, values, mask, scale, softcap):
     batch, rows, heads, size = query.shape
     groups = keys.shape[1]
     # Heads of a group as rows of one product, the cache on its right: einsum would put the cache on the
@@ -148,19 +178,27 @@ def attend_cache(
     return jnp.moveaxis(mixed.reshape(grouped.shape), 3, 1).reshape(query.shape)
 
 
+def _replace(x, block, start):
+    return jax.lax.dynamic_update_slice_in_dim(x, block.astype(x.dtype), start, axis=1)
+
+
 def _grouped(query, groups):
     batch, rows, heads, size = query.shape
     return query.reshape(batch, rows, groups, heads // groups, size)
 
 
-def _weights(scores, mask, scale, softcap):
+def _masked(scores, mask, scale, softcap):
     scores = scores * scale
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     if mask is not None:
         # A finite floor: a row with no visible key gives a mean instead of NaN.
         scores = jnp.where(mask[:, :, None], scores, -1e30)
-    return jax.nn.softmax(scores, axis=-1)
+    return scores
+
+
+def _weights(scores, mask, scale, softcap):
+    return jax.nn.softmax(_masked(scores, mask, scale, softcap), axis=-1)
 
 
 def _best(query, key, segment_ids, window, causal, softcap) -> Implementation:
@@ -237,6 +275,73 @@ def _blocked(query, key, value, segment_ids, window, causal, scale, softcap):
             attend(block, key[:, :end], value[:, :end], mask, scale=scale, softcap=softcap)
         )
     return jnp.concatenate(outputs, axis=1)
+
+
+def _tiled(query, key, value, segment_ids, window, causal, scale, softcap):
+    """The reference by tiles of queries and keys, one after the other, those left out that hide all.
+
+    What a tile of queries has so far is Σ exp(s - top) v, Σ exp(s - top) and top, its largest score, as
+    in FlashAttention (Dao et al., 2022, arxiv.org/abs/2205.14135, algorithm 1).
+    """
+    batch, length, heads, size = query.shape
+    groups, tile = key.shape[2], BLOCK if target_platform() == "cpu" else QUERIES
+    beyond = -length % tile
+    if not causal and beyond and segment_ids is None:
+        segment_ids = jnp.ones(query.shape[:2], jnp.int32)  # all but what is added
+    pad = lambda x: jnp.pad(x, ((0, 0), (0, beyond)) + ((0, 0),) * (x.ndim - 2))
+    query, key, value, segment_ids = jax.tree.map(pad, (query, key, value, segment_ids))
+    tiles = jnp.arange(0, length, tile)
+    at = lambda x, start: jax.lax.dynamic_slice_in_dim(x, start, tile, axis=1)
+
+    # Outputs take their queries' place: the blank ones of all layers would be made ahead by XLA:CPU.
+    def rows(carry, i):
+        queries = _grouped(at(carry, i), groups)
+        ids = None if segment_ids is None else at(segment_ids, i)
+
+        def add(state, j):
+            mixed, total, top = state
+            scores = jnp.einsum(
+                "btghk,bsgk->bghts", queries, at(key, j), preferred_element_type=jnp.float32
+            )
+            others = None if segment_ids is None else at(segment_ids, j)
+            mask = _tile_mask(i - j, tile, ids, others, window, causal)
+            scores = _masked(scores, mask, scale, softcap)
+            new = jax.lax.stop_gradient(jnp.maximum(top, scores.max(axis=-1)))
+            weights, old = jnp.exp(scores - new[..., None]), jnp.exp(top - new)
+            part = jnp.einsum(
+                "bghts,bsgk->bghtk",
+                weights.astype(value.dtype),
+                at(value, j),
+                preferred_element_type=jnp.float32,
+            )
+            return mixed * old[..., None] + part, total * old + weights.sum(axis=-1), new
+
+        @jax.checkpoint
+        def columns(state, j):
+            near = j <= i if causal else True
+            if window is not None:
+                near &= jnp.abs(i - j) < window + tile - 1
+            return jax.lax.cond(near, add, lambda state, j: state, state, j), None
+
+        shape = (batch, groups, heads // groups, tile)
+        blank = jnp.zeros((*shape, size)), jnp.zeros(shape), jnp.full(shape, -jnp.inf)
+        (mixed, total, _), _ = jax.lax.scan(columns, blank, tiles)
+        out = jnp.moveaxis(mixed / total[..., None], 3, 1).reshape(batch, tile, heads, size)
+        return _replace(carry, out, i), None
+
+    return jax.lax.scan(rows, query, tiles)[0][:, :length]
+
+
+def _tile_mask(offset, tile, ids, others, window, causal):
+    """[1 or B, 1, tile, tile] of queries with `ids` that stand `offset` behind keys with `others`."""
+    distance = offset + jnp.arange(tile)[:, None] - jnp.arange(tile)[None, :]
+    visible = distance >= 0 if causal else jnp.ones(distance.shape, bool)
+    if window is not None:
+        visible &= (distance < window) & (distance > -window)
+    visible = visible[None, None]
+    if ids is None:
+        return visible
+    return visible & ((ids[:, :, None] == others[:, None, :]) & (others > 0)[:, None, :])[:, None]
 
 
 def _gathered(query, key, value, segment_ids, window, causal, scale, softcap):

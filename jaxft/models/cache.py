@@ -24,6 +24,8 @@ class Cache:
     valid: jax.Array  # [B, S] bool: written, and no padding
     index: jax.Array  # [] int32: slots written so far
     virtual: int = dataclasses.field(default=0, metadata={"static": True})  # tokens in front
+    # Known while tracing, so that a prefill can be attention among its own tokens: nothing written.
+    empty: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def length(self) -> int:
@@ -34,7 +36,11 @@ class Cache:
 def empty_cache(
     layers: int, batch: int, length: int, groups: int, size: int, dtype=jnp.float32
 ) -> Cache:
-    """A cache of `length` slots with nothing in it."""
+    """A cache of `length` slots with nothing in it.
+
+    Its pytree differs from that of a written one (`empty`): a loop carries caches from its second
+    token on, or one with `dataclasses.replace(cache, empty=False)`.
+    """
     blank = lambda *shape: tuple(jnp.zeros((batch, groups, *shape), dtype) for _ in range(layers))
     return Cache(
         keys=blank(size, length),
@@ -42,6 +48,7 @@ def empty_cache(
         positions=jnp.zeros((batch, length), jnp.int32),
         valid=jnp.zeros((batch, length), bool),
         index=jnp.zeros((), jnp.int32),
+        empty=True,
     )
 
 
@@ -58,6 +65,7 @@ def reserve(cache: Cache, positions: jax.Array, valid: jax.Array, virtual: int =
         valid=update(cache.valid, valid, start),
         index=cache.index + positions.shape[1],
         virtual=virtual,
+        empty=False,
     )
 
 
@@ -74,11 +82,17 @@ def write(
     return put(keys, columns, at_columns), put(values, rows, at_rows)
 
 
-def cache_mask(cache: Cache, start: jax.Array, rows: int) -> jax.Array:
-    """[B, 1, rows, S]: which slots the queries at slots start..start + rows see, no window."""
+def cache_mask(
+    cache: Cache, start: jax.Array, positions: jax.Array, window: int | None = None
+) -> jax.Array:
+    """[B, 1, R, S]: what queries at slots start..start + R, at positions [B, R], see of a cache.
+
+    A window counts positions, those of the queries themselves included.
+    """
     slots = jnp.arange(cache.length)
-    causal = slots[None, :] <= start + jnp.arange(rows)[:, None]
-    return causal[None, None] & cache.valid[:, None, None, :]
+    causal = slots[None, :] <= start + jnp.arange(positions.shape[1])[:, None]
+    mask = causal[None, None] & cache.valid[:, None, None, :]
+    return mask if window is None else mask & window_mask(positions, cache.positions, window)
 
 
 def window_mask(positions: jax.Array, key_positions: jax.Array, window) -> jax.Array:

@@ -62,8 +62,8 @@ class Context(NamedTuple):
     table: Any  # (cos, sin) of the rotary positions, None without
     local_table: Any  # the same for layers with a window
     cache: Cache | None
-    start: jax.Array | None  # the cache's write index before this call
-    mask: jax.Array | None  # [B, 1, N, S], windows aside, with a cache or virtual tokens
+    start: jax.Array | None  # the slot of the first key; None: the cache was empty
+    mask: jax.Array | None  # [B, 1, N, S], windows aside, of virtual tokens without a cache
     key_positions: jax.Array  # [B, S]
 
 
@@ -102,7 +102,8 @@ class Decoder(nn.Module):
             positions: [B, T] int32, for rotary or learned positions; None: 0..T-1.
             segment_ids: [B, T] int32; tokens see earlier tokens of their segment, 0 is padding.
                 None: one segment. With a cache: greater than 0 where a token counts.
-            cache: written at its index; its tokens are seen too. Layers must not be stacked.
+            cache: written at its index; its tokens are seen too. Layers must not be stacked. From an empty
+                one, attention is as without a cache: windows count tokens, padding included.
             noise: replaces the tokens' embeddings [B, T, D], as they lie in the table, by others.
 
         A prompt or prefix in the params (see jaxft.models.soft) goes before the tokens, into the cache at
@@ -183,9 +184,10 @@ class Decoder(nn.Module):
             valid = jnp.ones(key_positions.shape, bool)
             if segment_ids is not None:
                 valid = valid.at[:, -segment_ids.shape[1] :].set(segment_ids > 0)
-            start, cache = cache.index, reserve(cache, key_positions, valid, lead.length)
-            mask = cache_mask(cache, start + lead.prefix_length, positions.shape[1])
-            key_positions = cache.positions
+            segment_ids = None if segment_ids is None else valid.astype(jnp.int32)
+            # With virtual tokens in front, distances are not those between slots.
+            start = None if cache.empty and not lead.length else cache.index
+            cache = reserve(cache, key_positions, valid, lead.length)
         elif lead.length:
             mask = lead_mask(lead, segment_ids, positions.shape[1] - lead.prompt_length)
         tables = table(config.rope), table(config.local_rope or config.rope)
@@ -294,30 +296,47 @@ class Attention(nn.Module):
         implementation = None if self.is_initializing() else self.implementation
         window = config.shared_window or layer.window
 
-        def attended(*projections):
+        def attended(*heads):
             return attention(
-                *to_heads(*projections),
+                *heads,
                 segment_ids=context.segment_ids,
                 window=window,
+                gradient=cached is None,
                 implementation=implementation,
                 **options,
             )
 
-        if context.mask is None:
-            y = remat_lean(attended, self.remat)(query, key, value)
-        else:
+        def masked(*heads):
             mask = context.mask
             if window is not None:
                 mask = mask & window_mask(context.positions, context.key_positions, window)
-            if cached is None:
-                masked = lambda *projections: attend(*to_heads(*projections), mask, **options)
-                y = remat_lean(masked, self.remat)(query, key, value)
+            return attend(*heads, mask, **options)
+
+        if cached is None:
+            plain = attended if context.mask is None else masked
+            run = remat_lean(lambda *projections: plain(*to_heads(*projections)), self.remat)
+            y = run(query, key, value)
+        else:
+            query, key, value = to_heads(query, key, value)
+            first = 0 if context.start is None else context.start
+            cached = write(cached, key, value, first)
+            if context.start is None:
+                y = attended(query, key, value)
             else:
-                query, key, value = to_heads(query, key, value)
-                cached = write(cached, key, value, context.start)
-                y = attend_cache(query, *(c.astype(query.dtype) for c in cached), mask, **options)
+                stored = (c.astype(query.dtype) for c in cached)
+                y = attend_cache(query, *stored, self._visible(context, prefix, window), **options)
         y = Dense(config.hidden_size, config.output_bias, name="out")(y.reshape(*x.shape[:-1], -1))
         return through_adapter(self, x, y), cached
+
+    def _visible(self, context, prefix, window):
+        """The masks of `attend_cache`: the queries' slots come after those of a prefix, if it is new."""
+        start = context.start + (0 if prefix is None else prefix.shape[1])
+
+        def visible(i, rows):
+            positions = jax.lax.dynamic_slice_in_dim(context.positions, i, rows, axis=1)
+            return cache_mask(context.cache, start + i, positions, window)
+
+        return visible
 
 
 class Mlp(nn.Module):

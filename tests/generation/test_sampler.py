@@ -9,7 +9,7 @@ import pytest
 
 from jaxft.generation import SamplingConfig, generate, sampler, transform_logits
 from jaxft.losses import linear_log_probs
-from jaxft.models import Decoder, stack_layers, tiny_config
+from jaxft.models import Decoder, DecoderConfig, stack_layers, tiny_config
 from jaxft.rl import on_device
 
 GREEDY = SamplingConfig(max_new_tokens=12, temperature=0.0)
@@ -241,6 +241,32 @@ def test_a_group_costs_one_prefill(model, params):
     # Eight rows are decoded in each; what differs is the prompts' share.
     shared, apart = whole(1, 8, 64), whole(8, 1, 64)
     assert abs((apart - shared) / (eight - one) - 1) < 0.02
+
+
+@pytest.mark.parametrize("appended", [False, True])
+def test_a_prefill_holds_little_beside_its_cache(appended):
+    """SmolLM2-135M's ratios at a quarter of its width, with fewer layers: its activations count for more."""
+    config = DecoderConfig(
+        vocab_size=64,
+        hidden_size=144,
+        intermediate_size=384,
+        num_layers=18,
+        num_heads=9,
+        num_kv_heads=3,
+        head_dim=16,
+        max_length=8192,
+    )
+    model, shape = Decoder(config), jax.ShapeDtypeStruct
+    params = jax.eval_shape(model.init, jax.random.key(0), model.example_input())["params"]
+    given = shape((1, 4096), jnp.int32), shape((1, 4096), bool)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
+    slots = 4096 + 64
+    lowered = sampler.prefill.lower(model, params, *given, keys, slots)
+    state = jax.eval_shape(sampler.prefill, model, params, *given, keys, slots)
+    if appended:
+        lowered = sampler.append.lower(model, params, state, *given)
+    cache = sum(x.size * 4 for x in (*state.cache.keys, *state.cache.values))
+    assert lowered.compile().memory_analysis().temp_size_in_bytes < 1.2 * cache
 
 
 def test_prefill_and_append_equal_one_prefill(model, params, prompts):

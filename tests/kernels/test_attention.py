@@ -31,7 +31,7 @@ def slow(query, key, value, visible, scale, softcap=None):
 @pytest.mark.parametrize("length", [1, 7, 131])
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("segmented", [False, True])
-@pytest.mark.parametrize("implementation", ["reference", "blocked", "xla"])
+@pytest.mark.parametrize("implementation", ["reference", "blocked", "tiled", "xla"])
 def test_every_implementation_equals_a_slow_loop(length, window, segmented, implementation):
     query, key, value = draw(length)
     segments = np.minimum(1 + np.arange(length) // 3, 4)[None].repeat(2, 0)
@@ -51,7 +51,7 @@ def test_every_implementation_equals_a_slow_loop(length, window, segmented, impl
     chex.assert_trees_all_close(np.asarray(run(query, key, value)), expected, atol=2e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("implementation", ["reference", "blocked"])
+@pytest.mark.parametrize("implementation", ["reference", "blocked", "tiled"])
 def test_softcap(implementation):
     query, key, value = draw(130)
     visible = np.tile(np.tril(np.ones((130, 130), bool)), (2, 1, 1))
@@ -60,7 +60,8 @@ def test_softcap(implementation):
     chex.assert_trees_all_close(np.asarray(got), expected, atol=2e-6, rtol=1e-5)
 
 
-def test_blocked_gradients_equal_the_reference():
+@pytest.mark.parametrize("form", ["blocked", "tiled"])
+def test_gradients_equal_the_reference(form):
     inputs = draw(300)
     ids = jnp.asarray(np.arange(300) // 70 + 1)[None].repeat(2, 0)
 
@@ -70,7 +71,24 @@ def test_blocked_gradients_equal_the_reference():
         )
         return jax.jit(jax.grad(fun, argnums=(0, 1, 2)))(*inputs)
 
-    chex.assert_trees_all_close(grads("blocked"), grads("reference"), atol=1e-5, rtol=1e-5)
+    chex.assert_trees_all_close(grads(form), grads("reference"), atol=1e-5, rtol=1e-5)
+
+
+def test_a_forward_pass_alone_holds_the_scores_of_a_tile():
+    query, key, value = (jax.ShapeDtypeStruct((1, 2048, h, 8), jnp.float32) for h in (4, 2, 2))
+
+    def temporaries(**options):
+        run = jax.jit(lambda *x: attention(*x, softcap=3.0, **options))
+        return run.lower(query, key, value).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(gradient=False) < 2**20 < 4 * 2048**2 * 4 < temporaries() * 4
+
+
+def test_tiles_without_a_causal_mask():
+    inputs = draw(131)
+    for window in (None, 3, jnp.array(3)):
+        run = lambda form, w=window: attention(*inputs, causal=False, window=w, implementation=form)
+        chex.assert_trees_all_close(run("tiled"), run("reference"), atol=2e-6, rtol=1e-5)
 
 
 def test_padding_rows_are_finite_and_unseen():

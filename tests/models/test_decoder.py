@@ -88,6 +88,34 @@ def test_unused_logits_cost_nothing():
     assert flops(lambda o: o.logits) - flops(lambda o: o.hidden) > 2 * 12 * 96 * 4000
 
 
+@pytest.mark.parametrize("width", [9, 140])  # the second takes two tiles
+def test_an_empty_cache_is_filled_as_without_one_and_as_in_parts(config, width):
+    """A left-padded row beside a full one: the oracles are the plain forward pass, and appending."""
+    model, params = Decoder(config), init(config)
+    tokens = jax.random.randint(jax.random.key(1), (2, width), 0, 31)
+    valid = jnp.ones((2, width), jnp.int32).at[0, :4].set(0)
+    positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
+    run = jax.jit(lambda cache, *x: model.apply({"params": params}, *x, cache=cache))
+    whole = run(model.init_cache(2, width + 3), tokens, positions, valid)
+    assert not whole.cache.empty and int(whole.cache.index) == width
+    alone = jax.jit(model.apply)({"params": params}, tokens[:1, 4:]).logits
+    chex.assert_trees_all_close(whole.logits[:1, 4:], alone, rtol=1e-4, atol=1e-4)
+    cache, parts = dataclasses.replace(model.init_cache(2, width + 3), empty=False), []
+    for cut in (slice(0, 6), slice(6, width)):
+        output = run(cache, tokens[:, cut], positions[:, cut], valid[:, cut])
+        cache, parts = output.cache, [*parts, output.logits]
+    keep = valid[:, :, None] > 0
+    logits = jnp.concatenate(parts, axis=1)
+    chex.assert_trees_all_close(whole.logits * keep, logits * keep, rtol=1e-4, atol=1e-4)
+    counted = jnp.pad(valid, ((0, 0), (0, 3)))[:, None, :, None]
+    for layer in range(config.num_layers):
+        for new, old in (
+            (whole.cache.values[layer], cache.values[layer]),
+            (whole.cache.keys[layer].swapaxes(2, 3), cache.keys[layer].swapaxes(2, 3)),
+        ):
+            chex.assert_trees_all_close(new * counted, old * counted, rtol=1e-4, atol=1e-4)
+
+
 def test_mistakes_are_explained(config):
     params = stack_layers(init(config))
     model = Decoder(config)

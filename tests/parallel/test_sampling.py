@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxft.generation import SamplingConfig, generate
+from jaxft.generation import SamplingConfig, generate, prefill
 from jaxft.models import Decoder, tiny_config
 from jaxft.parallel import make_mesh, mesh_context, shard_params
 
@@ -43,3 +43,16 @@ def test_tokens_are_those_of_one_device(sizes, temperature):
     assert found.completions == wanted.completions
     assert len({tuple(row) for row in wanted.completions}) > 2
     np.testing.assert_allclose(found.log_probs, wanted.log_probs, atol=1e-4)
+
+
+def test_a_prompt_of_several_tiles_is_filled_in_as_on_one_device():
+    config = dataclasses.replace(tiny_config(vocab_size=32), windows=(6, None))
+    model, params = Decoder(config), model_and_params()[1]
+    tokens = jax.random.randint(jax.random.key(2), (4, 200), 0, 32)
+    valid = jax.numpy.arange(200)[None] >= jax.numpy.array([0, 3, 60, 150])[:, None]
+    keys = jax.random.split(jax.random.key(0), 4)
+    fill = lambda params: np.asarray(prefill(model, params, tokens, valid, keys, 210).logits)
+    wanted, mesh = fill(params), make_mesh(fsdp=4, tensor=2)
+    with mesh_context(mesh):
+        found = fill(shard_params(params, mesh))
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)

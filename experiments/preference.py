@@ -35,10 +35,10 @@ from experiments._preference_data import load_data
 from experiments._preference_losses import REFERENCE_FREE, REWARDS, UNPAIRED, Loss, objective_of
 from jaxft import data, objectives, rl, train
 from jaxft.generation import SamplingConfig
+from jaxft.keys import stream
 from jaxft.optim import moving_reference, running_mean
 
 NEEDLE = "rg:needle_haystack?min_num_statements=4&max_num_statements=8"
-HEAD = 0x4EAD  # purpose of the key that draws a reward head
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +100,7 @@ def main(config: Config) -> dict[str, Any]:
     model, base = shared.load_base(config, mesh)
     params = shared.adapt_params(config, base, mesh)
     if config.loss in REWARDS:
-        key = jax.random.fold_in(jax.random.key(config.seed), HEAD)
+        key = stream(jax.random.key(config.seed), "reward head")
         params = objectives.add_reward_head(key, params, model.config.hidden_size)
     objective = make_objective(model)
     method = sharpen(config.sharpness, objective, shared.make_optimizer(config), rho=config.rho)

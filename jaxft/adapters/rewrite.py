@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy as np
 
 from jaxft.adapters.rules import Rule
 from jaxft.adapters.soft import Added
+from jaxft.keys import stream
 from jaxft.weights import (
     Bottleneck,
     Frozen,
@@ -55,7 +55,7 @@ def adapt(key: jax.Array, params: Params, rules: Mapping[str, Rule | Added]) -> 
             if regex.fullmatch(name):
                 unused.discard(pattern)
                 kernel = node.value if isinstance(node, Frozen) else node
-                return _apply_rule(rules[pattern], _path_key(key, name), kernel)
+                return _apply_rule(rules[pattern], stream(key, f"adapt {name}"), kernel)
         return node if isinstance(node, Frozen) else Frozen(node)
 
     adapted = jax.tree_util.tree_map_with_path(rewrite, params, is_leaf=is_weight)
@@ -184,7 +184,7 @@ def _add(key, params, rules: Mapping[str, Added], unused: set[str]) -> Params:
             if rule.name not in made and re.fullmatch(pattern, name):
                 unused.discard(pattern)
                 made.add(rule.name)
-                children[rule.name] = rule.make(_path_key(key, name), children)
+                children[rule.name] = rule.make(stream(key, f"adapt {name}"), children)
         return children
 
     return visit((), params)
@@ -217,11 +217,6 @@ def _apply_rule(rule: Rule, key: jax.Array, kernel: WeightLike) -> WeightLike:
 def _stack_depth(node: Weight) -> int:
     """Leading axes of stacked layers: a frozen scale or bias may have one axis, a kernel two."""
     return 0 if isinstance(node, Frozen) and not is_weight(node.value) else node.ndim - 2
-
-
-def _path_key(key: jax.Array, name: str) -> jax.Array:
-    # zlib.crc32 rather than hash(): the same in every process.
-    return jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 
 def _no_match_message(patterns: list[str], params: Params) -> str:

@@ -19,7 +19,7 @@ class TrainState(NamedTuple):
     step: jax.Array  # [] int32, optimizer steps done
     params: Any  # the whole tree: what trains and what is frozen
     opt_state: optax.OptState  # of the trainable part only
-    key: jax.Array  # typed key, the same for the whole run: step k draws from fold_in(key, k)
+    key: jax.Array  # typed key, the same for the whole run: draws are from streams of it
 
 
 def init_state(params: Any, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:

@@ -97,7 +97,8 @@ def main(config: Config) -> dict[str, Any]:
     output = pathlib.Path(config.output_dir)
     shared.check_output(config, output)
     mesh = shared.mesh_of(config)
-    model, base = shared.load_base(config, mesh)
+    # HyPO scores its samples with the start; other losses score their rows before training.
+    model, base = shared.load_base(config, mesh, keeps_start=config.loss == "hypo")
     params = shared.adapt_params(config, base, mesh)
     if config.loss in REWARDS:
         key = stream(jax.random.key(config.seed), "reward head")
@@ -144,6 +145,7 @@ def main(config: Config) -> dict[str, Any]:
         mesh=mesh,
         callbacks=shared.callbacks(config, objective, eval_batches, output, mesh),
         checkpoints=shared.checkpoints(config, output, best="eval/loss"),
+        donate=config.adapter == "full" and config.loss != "hypo",
     )
     shared.save(config, model, state.params, base, mesh, output)
     metrics = reports.losses_of(history)

@@ -110,6 +110,7 @@ def main(config: Config) -> dict[str, Any]:
         mesh=mesh,
         callbacks=shared.callbacks(config, objective, eval_batches, output, mesh),
         checkpoints=shared.checkpoints(config, output, best="eval/loss"),
+        donate=config.adapter == "full",  # Nothing reads the base afterwards.
     )
     save(config, model, state.params, base, mesh, output)
     after = verify(config, model, read(state.params), renderer, held_out, "after")

@@ -22,22 +22,31 @@ class TrainState(NamedTuple):
     key: jax.Array  # typed key, the same for the whole run: draws are from streams of it
 
 
-def init_state(params: Any, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
+def init_state(
+    params: Any, optimizer: optax.GradientTransformation, key: jax.Array, *, donate: bool = False
+) -> TrainState:
     """The state before the first step.
 
     What a compiled step overwrites (donates) is copied: trainable leaves, and weights that have
     `committed`. Other frozen leaves are shared with `params`, so one base model serves many runs.
+
+    Args:
+        donate: nothing is copied, so that full fine-tuning holds one model: the first compiled step
+            deletes the arrays of `params` that it overwrites. No two of them may share memory, as
+            device_put of one array to two places does.
 
     Raises:
         ValueError: if nothing trains, a trainable leaf is no float, or `key` is no typed key.
     """
     if not jnp.issubdtype(jnp.asarray(key).dtype, jax.dtypes.prng_key):
         raise ValueError("init_state: key must be a typed key; make one with jax.random.key(seed).")
-    copy = lambda node: jax.tree.map(jnp.copy, node) if writes_back(node) else node
-    params = jax.tree.map(copy, jax.tree.map(jnp.asarray, params), is_leaf=is_weight)
+    params = jax.tree.map(jnp.asarray, params)
+    if not donate:
+        copy = lambda node: jax.tree.map(jnp.copy, node) if writes_back(node) else node
+        params = jax.tree.map(copy, params, is_leaf=is_weight)
     trainable, frozen = partition(params)
     _check_trainable(trainable)
-    trainable = jax.tree.map(jnp.copy, trainable)
+    trainable = _own(trainable, frozen) if donate else jax.tree.map(jnp.copy, trainable)
     params = combine(trainable, frozen)
     state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(trainable), key)
     return state._replace(opt_state=_own(state.opt_state, trainable))

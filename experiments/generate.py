@@ -16,6 +16,7 @@ from experiments.cli.models import load_trained
 from jaxft import checkpoints as files
 from jaxft import data, train
 from jaxft.generation import SamplingConfig, generate
+from jaxft.keys import stream
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +55,7 @@ def main(config: Config) -> list[str]:
 
     def answer(messages, number):
         prompt = renderer.prompt({"messages": messages})
-        key = jax.random.fold_in(jax.random.key(config.seed), number)
+        key = stream(jax.random.key(config.seed), "sample", number)
         out = generate(model, params, [prompt], key, sampling)
         return tokenizer.decode(out.completions[0], skip_special_tokens=True).strip()
 

@@ -35,11 +35,11 @@ from experiments.cli.preference_data import load_data
 from experiments.cli.preference_losses import REFERENCE_FREE, REWARDS, UNPAIRED, Loss, objective_of
 from jaxft import data, rl, train
 from jaxft.generation import SamplingConfig
+from jaxft.keys import stream
 from jaxft.optim import moving_reference, running_mean
 from jaxft.rewards import add_reward_head
 
 NEEDLE = "rg:needle_haystack?min_num_statements=4&max_num_statements=8"
-HEAD = 0x4EAD  # purpose of the key that draws a reward head
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,10 +98,11 @@ def main(config: Config) -> dict[str, Any]:
     output = pathlib.Path(config.output_dir)
     shared.check_output(config, output)
     mesh = shared.mesh_of(config)
-    model, base = shared.load_base(config, mesh)
+    # HyPO scores its samples with the start; other losses score their rows before training.
+    model, base = shared.load_base(config, mesh, keeps_start=config.loss == "hypo")
     params = shared.adapt_params(config, base, mesh)
     if config.loss in REWARDS:
-        key = jax.random.fold_in(jax.random.key(config.seed), HEAD)
+        key = stream(jax.random.key(config.seed), "reward head")
         params = add_reward_head(key, params, model.config.hidden_size)
     objective = make_objective(model)
     method = sharpen(config.sharpness, objective, shared.make_optimizer(config), rho=config.rho)
@@ -145,6 +146,7 @@ def main(config: Config) -> dict[str, Any]:
         mesh=mesh,
         callbacks=shared.callbacks(config, objective, eval_batches, output, mesh),
         checkpoints=shared.checkpoints(config, output, best="eval/loss"),
+        donate=config.adapter == "full" and config.loss != "hypo",
     )
     shared.save(config, model, state.params, base, mesh, output)
     metrics = reports.losses_of(history)

@@ -129,7 +129,7 @@ def main(config: Config) -> dict[str, Any]:
     checks.mesh(config, mesh)
     prompts = [renderer.prompt(record) for record in records]
     check = functools.partial(checks.length, prompts=prompts)
-    model, base = shared.load_base(config, mesh, check)
+    model, base = shared.load_base(config, mesh, check, keeps_start=True)
     if config.start:
         base = merge(load_adapter(config.start, model.config, base))
     params = shared.adapt_params(config, base, mesh)

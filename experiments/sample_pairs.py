@@ -32,6 +32,7 @@ from experiments.cli.models import load_trained
 from jaxft import checkpoints as files
 from jaxft import data, train
 from jaxft.generation import SamplingConfig, generate
+from jaxft.keys import stream
 
 NEEDLE = "rg:needle_haystack?min_num_statements=4&max_num_statements=8"
 
@@ -97,7 +98,7 @@ def main(config: Config) -> dict[str, Any]:
     console = rich.console.Console(stderr=True)
     with rewards_cli.opened(config, records) as rewards, open(part, "w") as file:
         for number, chunk in enumerate(rich.progress.track(chunks, "sampling", console=console)):
-            key = jax.random.fold_in(jax.random.key(config.seed), number)
+            key = stream(jax.random.key(config.seed), "sample", number)
             asked = [prompts[i] for i in chunk]
             out = generate(
                 model, params, asked, key, settings, samples=config.samples, tokenizer=tokenizer

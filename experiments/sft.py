@@ -32,6 +32,7 @@ from jaxft.adapters import (
     load_adapter,
     save_intrinsic,
 )
+from jaxft.keys import stream
 from jaxft.objectives import decoder_logits, embedding_noise, reparametrised, supervised
 from jaxft.rewards import Accuracy, measure_accuracy, verifier_for
 
@@ -109,6 +110,7 @@ def main(config: Config) -> dict[str, Any]:
         mesh=mesh,
         callbacks=shared.callbacks(config, objective, eval_batches, output, mesh),
         checkpoints=shared.checkpoints(config, output, best="eval/loss"),
+        donate=config.adapter == "full",  # Nothing reads the base afterwards.
     )
     save(config, model, state.params, base, mesh, output)
     after = verify(config, model, read(state.params), renderer, held_out, "after")
@@ -153,7 +155,9 @@ def adapt_params(config: Config, base: Any, mesh: Any) -> Any:
     if config.quantise:
         raise ValueError("--adapter intrinsic moves the kernels themselves; drop --quantise.")
     # The base lies on the mesh already.
-    return shared.announce(intrinsic(jax.random.key(config.seed), base, config.d))
+    return shared.announce(
+        intrinsic(stream(jax.random.key(config.seed), "intrinsic"), base, config.d)
+    )
 
 
 def verify(config, model, params, renderer, records, when: str) -> Accuracy | None:

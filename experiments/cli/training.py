@@ -132,12 +132,17 @@ def make_optimizer(config: Run) -> optax.GradientTransformation:
 
 
 def load_base(
-    config: Run, mesh: Any, check: Callable[[Any, Any], None] | None = None
+    config: Run,
+    mesh: Any,
+    check: Callable[[Any, Any], None] | None = None,
+    *,
+    keeps_start: bool = False,
 ) -> tuple[Any, Any]:
     """(model, base params) on the mesh, in the types that the flags ask for.
 
     Args:
         check: of (config, model), what must hold before minutes are spent; None: `check_length`.
+        keeps_start: whether training needs the base beside what trains, as a reference model.
 
     Raises:
         ValueError: if they cannot fit the memory there is.
@@ -146,8 +151,11 @@ def load_base(
     shapes = files.model_shapes(opened, scan_layers=config.scan_layers)
     trains_all = make_optimizer(config) if config.adapter == "full" else None
     devices = [jax.devices()[0]] if mesh is None else list(mesh.local_devices)
+    needed = train.state_bytes(shapes, trains_all, mesh)
+    if keeps_start and config.adapter == "full":  # Adapters share the frozen base.
+        needed["reference"] = needed["weights"]
     train.check_memory(
-        train.state_bytes(shapes, trains_all, mesh),
+        needed,
         devices,
         "take --adapter lora rather than full, more shards (--fsdp, --tensor) or a smaller model; "
         "`python -m jaxft.compile` tells what a slice would need.",

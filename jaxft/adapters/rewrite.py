@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy as np
 
 from jaxft.adapters.rules import Rule
 from jaxft.adapters.soft import Added
+from jaxft.keys import stream
 from jaxft.weights import (
     Bottleneck,
     Frozen,
@@ -56,7 +56,7 @@ def adapt(key: jax.Array, params: Params, rules: Mapping[str, Rule | Added]) -> 
             if regex.fullmatch(name):
                 unused.discard(pattern)
                 kernel = node.value if isinstance(node, Frozen) else node
-                made = _apply_rule(rules[pattern], _path_key(key, name), kernel)
+                made = _apply_rule(rules[pattern], stream(key, f"adapt {name}"), kernel)
                 _check_depth(name, kernel, made)
                 return made
         return node if isinstance(node, Frozen) else Frozen(node)
@@ -187,7 +187,7 @@ def _add(key, params, rules: Mapping[str, Added], unused: set[str]) -> Params:
             if rule.name not in made and re.fullmatch(pattern, name):
                 unused.discard(pattern)
                 made.add(rule.name)
-                children[rule.name] = rule.make(_path_key(key, name), children)
+                children[rule.name] = rule.make(stream(key, f"adapt {name}"), children)
         return children
 
     return visit((), params)
@@ -228,11 +228,6 @@ def _check_depth(name: str, kernel: WeightLike, made: WeightLike) -> None:
 def _stack_depth(node: Weight) -> int:
     """Leading axes of stacked layers: a frozen scale or bias may have one axis, a kernel two."""
     return 0 if isinstance(node, Frozen) and not is_weight(node.value) else node.ndim - 2
-
-
-def _path_key(key: jax.Array, name: str) -> jax.Array:
-    # zlib.crc32 rather than hash(): the same in every process.
-    return jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 
 def _no_match_message(patterns: list[str], params: Params) -> str:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxft.keys import stream
 from jaxft.losses.supervised import cross_entropy
 
 
@@ -93,7 +96,7 @@ def _drawn_shares(key, logits, num_samples, kappa):
         add = lambda row: jnp.zeros(logits.shape[-1]).at[row].add(1.0)
         return jax.vmap(add)(drawn)
 
-    rows = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(logits.shape[0]))
+    rows = jax.vmap(functools.partial(stream, key, "row"))(jnp.arange(logits.shape[0]))
     return jax.vmap(counts)(rows, jax.lax.stop_gradient(logits)) / num_samples
 
 

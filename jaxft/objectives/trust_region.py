@@ -20,6 +20,7 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 
+from jaxft.keys import stream
 from jaxft.losses.divergences import (
     Kernel,
     kl_divergence,
@@ -37,8 +38,6 @@ from jaxft.weights import to_dense
 LogitsFn = Callable[..., tuple[jax.Array, jax.Array]]
 Divergence = Callable[[jax.Array, jax.Array], jax.Array]
 Kind = Literal["normal", "uniform"]
-
-_NOISE = 0x2F  # purpose of the derived key
 
 
 def decoder_logits(model) -> LogitsFn:
@@ -131,7 +130,7 @@ def embedding_noise(sigma: float = 0.1, kind: Kind = "normal") -> Callable[..., 
 
     def noise(key, x):
         # Not the objective's own: z must not go with what it draws.
-        key = jax.random.fold_in(key, _NOISE)
+        key = stream(key, "noise")
         if kind == "normal":
             return x + (sigma * jax.random.normal(key, x.shape)).astype(x.dtype)
         return x + jax.random.uniform(key, x.shape, minval=-sigma, maxval=sigma).astype(x.dtype)

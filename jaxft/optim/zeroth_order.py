@@ -16,13 +16,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxft.keys import stream
 from jaxft.optim.directions import Direction, along, normal, rademacher, size, widest
 from jaxft.optim.perturbations import wide
 
 # estimator(fun, has_aux)(params, *args, key) -> (value, grads), as of jax.value_and_grad.
 Estimator = Callable[..., Callable[..., Any]]
-
-_DIRECTIONS = 0x20  # purpose of the derived key
 
 
 def rge(
@@ -164,7 +163,7 @@ def direction_key(args: tuple[Any, ...]) -> jax.Array:
             f"zeroth order: the last argument must be a key, got {type(key).__name__}; call it as "
             "(params, batch, key) with key = jax.random.key(seed)."
         )
-    return jax.random.fold_in(key, _DIRECTIONS)
+    return stream(key, "directions")
 
 
 def evaluation(fun: Callable, params: Any, args: tuple[Any, ...], has_aux: bool):

@@ -173,7 +173,7 @@ def collect_from(
     def attempt(state, draw):
         """One round of groups, rewarded."""
         chosen = prompts_of(draw, prompts_per_step, len(prompts), seed)
-        key = jax.random.fold_in(sampling_key(state), draw)
+        key = sampling_key(state, "rollout", draw)
         pick = lambda table: [table[i] for i in chosen]
         batch = sample(state.params, pick(prompts), pick(records), key)
         return batch | {"rewards": _with_penalty(batch, penalty)}

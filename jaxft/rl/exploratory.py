@@ -5,10 +5,10 @@ Xie et al., 2024, arxiv.org/abs/2405.21046, algorithm 1. `answers_of_both` sampl
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxft.keys import stream
 from jaxft.models import Decoder
 from jaxft.objectives.preference import PairLoss
 from jaxft.parallel import in_turn, to_host
@@ -16,8 +16,6 @@ from jaxft.rl.algorithms import Algorithm, Build
 from jaxft.rl.collection import Sample, checked_rewards, concatenated
 from jaxft.rl.online import online_preference
 from jaxft.rl.rollouts import score
-
-_REFERENCE = 0x4EF  # purpose of the key of the reference's answers
 
 
 def answers_of_both(sample: Sample, model: Decoder, ref_params, temperature: float) -> Sample:
@@ -35,7 +33,7 @@ def answers_of_both(sample: Sample, model: Decoder, ref_params, temperature: flo
 
     def both(params, prompts, records, key):
         own = sample(params, prompts, records, key)
-        other = sample(ref_params, prompts, records, jax.random.fold_in(key, _REFERENCE))
+        other = sample(ref_params, prompts, records, stream(key, "reference"))
         for batch in (own, other):
             batch["rewards"] = checked_rewards(batch["rewards"], len(batch["tokens"]))
         whole = concatenated([own, other])

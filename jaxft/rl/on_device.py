@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxft.generation import SamplingConfig, decode, fork, left_pad, prefill
+from jaxft.keys import stream
 from jaxft.models import Decoder
 from jaxft.rl.advantages import has_contrast
 from jaxft.rl.collection import read_scores
 from jaxft.rl.experience import Experience
-from jaxft.rl.rollouts import SAMPLING, Credit, check_policy, lay_out, prompts_of
+from jaxft.rl.rollouts import Credit, check_policy, lay_out, prompts_of
 
 # (tokens [B, N], mask [B, N], which prompt [B]) -> rewards [B], traced
 DeviceReward = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -70,7 +71,7 @@ def collect_on_device(
 
     def rollout(state, number, kl_weight):
         chosen = prompts_of(number, prompts_per_step, len(prompts), seed)
-        key = jax.random.fold_in(jax.random.fold_in(state.key, SAMPLING), number)
+        key = stream(state.key, "rollout", number)
         return run(state.params, ref_params, key, jnp.asarray(chosen))
 
     return Experience(rollout, updates, epochs, seed=seed)

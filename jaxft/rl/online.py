@@ -132,7 +132,7 @@ def samples_beside(
     def sample(state):
         step = int(state.step)
         chosen = prompts_of(step, prompts_per_step, len(prompts), seed)
-        key = jax.random.fold_in(sampling_key(state), step)
+        key = sampling_key(state, "beside", step)
         with mesh_context(mesh):
             asked = [prompts[i] for i in chosen]
             batch, _ = sample_groups(model, state.params, asked, key, config, samples)

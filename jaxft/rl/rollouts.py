@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from jaxft.generation import SamplingConfig, bucket, generate, left_pad
+from jaxft.keys import stream
 from jaxft.models import Decoder
 from jaxft.objectives import completion_log_probs
 from jaxft.parallel import to_host
@@ -18,8 +19,6 @@ MIN_BUCKET = 16  # of response lengths
 Batch = dict[str, Any]
 # (rewards [B], batch) -> what the objective needs besides, such as {"advantages": [B]}
 Credit = Callable[[Any, Batch], Batch]
-
-SAMPLING = 0x5A  # purpose of the derived key
 
 score = jax.jit(completion_log_probs, static_argnames=("model", "temperature", "chunk"))
 
@@ -88,11 +87,11 @@ def prompts_of(draw: int, count: int, size: int, seed: int) -> list[int]:
     return [int(order[place // size][place % size]) for place in places.tolist()]
 
 
-def sampling_key(state: Any) -> jax.Array:
-    """What a rollout's draws are made from: of this process alone, where the state's key spans several."""
+def sampling_key(state: Any, name: str, number: int) -> jax.Array:
+    """stream(state.key, name, number) of this process alone, where the state's key spans several."""
     data = to_host(jax.random.key_data(state.key))
     key = jax.random.wrap_key_data(data, impl=jax.random.key_impl(state.key))
-    return jax.random.fold_in(key, SAMPLING)
+    return stream(key, name, number)
 
 
 def check_policy(config: SamplingConfig) -> None:

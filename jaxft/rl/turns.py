@@ -6,10 +6,10 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from jaxft.generation import SamplingConfig, bucket, generate, left_pad
+from jaxft.keys import stream
 from jaxft.models import Decoder, virtual_tokens
 from jaxft.rl.collection import Sample
 from jaxft.rl.environments import Environment
@@ -82,8 +82,7 @@ def episodes(
                 model, params, prompts, key, config, samples=group_size, tokenizer=tokenizer
             )
         contexts = [rows[i].prompt + rows[i].ids for i in going]
-        # A number of this turn that is none of a row: `generate` folds those into the same key.
-        key = jax.random.fold_in(key, np.uint32(2**32 - turn))
+        key = stream(key, "turn", turn)  # `generate` folds the rows' numbers into the key itself.
         return sampler(model, params, contexts, key, config, row_ids=going, tokenizer=tokenizer)
 
     def observe(row, reply, room):

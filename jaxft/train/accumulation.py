@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jaxft.keys import stream
 from jaxft.metrics import Mean, combine_means
 
 # A gradient estimator has the signature of jax.value_and_grad:
@@ -43,7 +45,7 @@ def accumulate(gradient: GradientEstimator, microbatches: int) -> GradientEstima
         estimate = gradient(fun, has_aux=True)
 
         def value_and_grad(params, batch, key):
-            slices = split_batch(batch, microbatches), jax.random.split(key, microbatches)
+            slices = split_batch(batch, microbatches), _own_keys(key, microbatches)
             plain = []  # names of metrics that are no Means, seen while tracing
 
             def weighted(part):
@@ -73,7 +75,7 @@ def in_slices(
     """fun(batch, key), one slice of the batch after the other; a slice of weight 0 counts as 0."""
     if microbatches == 1:
         return fun(batch, key)
-    slices = split_batch(batch, microbatches), jax.random.split(key, microbatches)
+    slices = split_batch(batch, microbatches), _own_keys(key, microbatches)
     # Where a gradient flows through it, a slice is recomputed rather than stored.
     part = jax.checkpoint(lambda part: as_means({"loss": fun(*part)})["loss"])
     return combine_means(jax.lax.map(part, slices))
@@ -96,6 +98,10 @@ def split_batch(batch: Any, parts: int) -> Any:
         return jnp.moveaxis(leaf.reshape(rows // parts, parts, *leaf.shape[1:]), 1, 0)
 
     return jax.tree_util.tree_map_with_path(split, batch)
+
+
+def _own_keys(key, parts):
+    return jax.vmap(functools.partial(stream, key, "microbatch"))(jnp.arange(parts))
 
 
 def loss_weight(metrics: dict[str, Any]) -> jax.Array:

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxft.keys import stream
 from jaxft.metrics import Mean
 from jaxft.parallel import in_turn, mesh_context, to_host
 from jaxft.train.accumulation import as_means
@@ -41,12 +42,13 @@ def evaluate(
     """The metrics over all batches as numbers: sums of totals over sums of weights.
 
     Batches of unequal size count by their weights, so the result does not depend on how the data
-    are cut into batches. Each batch draws from fold_in(key, number); default key jax.random.key(0).
+    are cut into batches. Each batch draws from
+    stream(key, "evaluation", number); default key jax.random.key(0).
     """
     key = jax.random.key(0) if key is None else key
     parts = []
     for number, batch in enumerate(batches):
-        batch, own_key = place_batch(batch, mesh), jax.random.fold_in(key, number)
+        batch, own_key = place_batch(batch, mesh), stream(key, "evaluation", number)
         with mesh_context(mesh):
             parts.append(in_turn(eval_step(params, batch, own_key)))
     if not parts:

@@ -40,11 +40,12 @@ def fit(
     mesh: Mesh | None = None,
     callbacks: Iterable[Callback | Callable[[Row], None]] = (),
     checkpoints: Checkpoints | None = None,
+    donate: bool = False,
 ) -> tuple[TrainState, list[Row]]:
     """Trains and returns (state, history): history[i] has the metrics of one step as numbers.
 
     Args:
-        params: a params tree, which stays usable; or a TrainState, which is used up.
+        params: a params tree, which stays usable unless `donate`; or a TrainState, which is used up.
         objective: (params, batch, key) -> (loss, metrics).
         optimizer: any optax transform; it sees the trainable part only.
         batches: an iterable of pytrees, or a function of the current state that returns one
@@ -58,6 +59,8 @@ def fit(
         callbacks: Callbacks, or functions of a row.
         checkpoints: where and when to save, and whether to resume; with it, SIGTERM and the first
             SIGINT end the run after its current step with PreemptedError (exit code 75).
+        donate: uses up `params` (see `init_state`): full fine-tuning holds one model, not two. On a
+            mesh, lay them out first.
 
     Raises:
         DivergedError: at a non-finite loss or gradient; no such state is ever saved, and the error
@@ -68,7 +71,7 @@ def fit(
     step = make_step(
         objective, optimizer, gradient=gradient, microbatches=microbatches, extra_args=extra_args
     )
-    state = _start(params, optimizer, key, mesh)
+    state = _start(params, optimizer, key, mesh, donate)
     return run_steps(
         state, step, batches, steps=steps, mesh=mesh, callbacks=callbacks, checkpoints=checkpoints
     )
@@ -146,14 +149,15 @@ def _loop(run, state, source, steps, mesh, callbacks, rows, saver, preempted):
         raise
 
 
-def _start(params, optimizer, key, mesh):
+def _start(params, optimizer, key, mesh, donate):
     if isinstance(params, TrainState):
         if key is not None:
             raise ValueError("fit: a TrainState has its own key; pass no key with it.")
         return place_on_mesh(params, mesh)
     key = jax.random.key(0) if key is None else key
     # The mesh first: the optimizer's state takes the shardings of the params.
-    return place_on_mesh(init_state(place_on_mesh(params, mesh), optimizer, key), mesh)
+    params = place_on_mesh(params, mesh)
+    return place_on_mesh(init_state(params, optimizer, key, donate=donate), mesh)
 
 
 @contextlib.contextmanager

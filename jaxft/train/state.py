@@ -20,11 +20,16 @@ class TrainState(NamedTuple):
     params: Any  # the whole tree: what trains and what is frozen
     opt_state: optax.OptState  # of the trainable part only
     carry: Any  # what else a run must not lose: replay buffer, targets, environments; None: nothing
-    key: jax.Array  # typed key, the same for the whole run: step k draws from fold_in(key, k)
+    key: jax.Array  # typed key, the same for the whole run: draws are from streams of it
 
 
 def init_state(
-    params: Any, optimizer: optax.GradientTransformation, key: jax.Array, carry: Any = None
+    params: Any,
+    optimizer: optax.GradientTransformation,
+    key: jax.Array,
+    carry: Any = None,
+    *,
+    donate: bool = False,
 ) -> TrainState:
     """The state before the first step.
 
@@ -36,6 +41,8 @@ def init_state(
         optimizer: any optax transform; it sees the trainable part only.
         key: a typed key.
         carry: any pytree of arrays that the steps of the run change beside the params; copied.
+        donate: the params are not copied, so that full fine-tuning holds one model: the first compiled
+            step deletes the arrays of `params` that it overwrites.
 
     Raises:
         ValueError: if nothing trains, a trainable leaf is no float, `key` is no typed key, or `carry`
@@ -43,11 +50,13 @@ def init_state(
     """
     if not jnp.issubdtype(jnp.asarray(key).dtype, jax.dtypes.prng_key):
         raise ValueError("init_state: key must be a typed key; make one with jax.random.key(seed).")
-    copy = lambda node: jax.tree.map(jnp.copy, node) if writes_back(node) else node
-    params = jax.tree.map(copy, jax.tree.map(jnp.asarray, params), is_leaf=is_weight)
+    params = jax.tree.map(jnp.asarray, params)
+    if not donate:
+        copy = lambda node: jax.tree.map(jnp.copy, node) if writes_back(node) else node
+        params = jax.tree.map(copy, params, is_leaf=is_weight)
     trainable, frozen = partition(params)
     _check_trainable(trainable)
-    trainable = jax.tree.map(jnp.copy, trainable)
+    trainable = _own(trainable, frozen) if donate else jax.tree.map(jnp.copy, trainable)
     params = combine(trainable, frozen)
     opt_state, carry = optimizer.init(trainable), _checked_carry(carry)
     state = TrainState(jnp.zeros((), jnp.int32), params, opt_state, carry, key)
@@ -84,12 +93,24 @@ def _checked_carry(carry):
 
 
 def _own(tree, other):
-    """`tree` with a copy of each array that occurs twice or is in `other`: donated buffers are single."""
-    seen = {id(leaf) for leaf in jax.tree.leaves(other)}
+    """`tree` with a copy of each array whose memory is used twice or in `other`: donated buffers are single."""
+    seen = set().union(*map(_buffers, jax.tree.leaves(other)))
 
     def own(leaf):
-        leaf = jnp.copy(leaf) if id(leaf) in seen else jnp.asarray(leaf)
-        seen.add(id(leaf))
+        leaf = jnp.asarray(leaf)
+        leaf = leaf if seen.isdisjoint(_buffers(leaf)) else jnp.copy(leaf)
+        seen.update(_buffers(leaf))
         return leaf
 
     return jax.tree.map(own, tree)
+
+
+def _buffers(leaf):
+    """What tells the memory of an array apart: laid over a mesh, two arrays may share one buffer."""
+    traced = isinstance(leaf, jax.core.Tracer)
+    if traced or not isinstance(leaf, jax.Array) or leaf.size == 0:
+        return {("id", id(leaf))}
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    shards = leaf.addressable_shards
+    return {(s.device.id, s.data.unsafe_buffer_pointer()) for s in shards}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,6 +12,7 @@ import optax
 
 from jaxft.adapters import combine, partition, trainable_mask
 from jaxft.adapters.committing import commit, in_place, writes_back
+from jaxft.keys import stream
 from jaxft.metrics import Mean
 from jaxft.optim.perturbations import global_norm
 from jaxft.parallel import mesh_context
@@ -35,7 +35,7 @@ def make_step(
     """step(state, batch, good=True) -> (state, metrics), pure and not compiled (see `jit_step`).
 
     Only the trainable part of the params is differentiated and seen by the optimizer. `objective`
-    is called with the key fold_in(state.key, state.step). If the loss or the gradient is not
+    is called with the key stream(state.key, "objective", state.step). If the loss or the gradient is not
     finite, or `good` is False, nothing changes, the step counter included; `good` lets a loop that looks
     at the metrics one step late stop at the state before the first bad step.
 
@@ -75,10 +75,11 @@ def make_step(
         # Elsewhere than at the state's params, frozen fields do not hold what trains.
         whole = lambda t: combine(t, frozen)
         moved = lambda t, batch, key: objective(whole(t), batch, key)
-        key = jax.random.fold_in(state.key, state.step)
+        key = stream(state.key, "objective", state.step)
         estimate = lambda t, fn=moved: estimator(fn, has_aux=True)(t, batch, key)
         extra = {
-            name: _of_batch(fn, whole, batch, _named_key(key, name), microbatches)
+            name:  # Not the objective's: noise that a distance draws must not be that of its dropout.
+            _of_batch(fn, whole, batch, stream(key, f"argument {name}"), microbatches)
             for name, fn in extra_args.items()
         }
         stays = gradient is jax.value_and_grad
@@ -193,11 +194,6 @@ def _of_batch(fn, whole, batch, key, microbatches):
         return in_slices(of, batch, key, microbatches).value
 
     return run
-
-
-def _named_key(key, name):
-    # Not the objective's: noise that a distance draws must not be that of its dropout.
-    return jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 
 def _with_standard_metrics(metrics, loss, norm, good, opt_state):

@@ -304,4 +304,4 @@ def test_importing_needs_little_beside_jax_and_optax():
         "rich",
     }
     ours = {m for m in modules if m.startswith("jaxft.")}
-    assert {m.split(".")[1] for m in ours} == {"kernels", "optim"}
+    assert {m.split(".")[1] for m in ours} == {"kernels", "keys", "optim"}

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from jaxft.adapters import combine, partition
+from jaxft.keys import stream
 from jaxft.metrics import Mean
 from jaxft.train import accumulate, split_batch
 
@@ -97,7 +98,9 @@ def test_each_microbatch_has_its_own_key():
     objective = lambda params, batch, key: (params * jax.random.normal(key), {})
     estimate = accumulate(jax.value_and_grad, 2)(objective, has_aux=True)
     _, grads = estimate(jnp.array(1.0), jnp.ones(2), jax.random.key(7))
-    draws = [jax.random.normal(k) for k in jax.random.split(jax.random.key(7), 2)]
+    draws = [
+        jax.random.normal(k) for k in (stream(jax.random.key(7), "microbatch", i) for i in range(2))
+    ]
     chex.assert_trees_all_close(grads, (draws[0] + draws[1]) / 2)
 
 

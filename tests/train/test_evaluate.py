@@ -4,6 +4,7 @@ import numpy as np
 import optax
 import pytest
 
+from jaxft.keys import stream
 from jaxft.parallel import make_mesh
 from jaxft.train import evaluate, evaluation, every, fit, make_eval_step
 
@@ -29,7 +30,7 @@ def test_the_result_does_not_depend_on_how_the_data_are_cut(problem):
 def test_each_batch_draws_from_its_own_key(problem, key):
     params, batch = problem.make_params(), problem.make_batch(0)
     values = evaluate(make_eval_step(problem.objective), params, [batch, batch], key=key)
-    draw = lambda number: problem.objective(params, batch, jax.random.fold_in(key, number))[0]
+    draw = lambda number: problem.objective(params, batch, stream(key, "evaluation", number))[0]
     assert draw(0) != draw(1)
     np.testing.assert_allclose(values["loss"], (draw(0) + draw(1)) / 2, rtol=1e-6)
 

@@ -216,3 +216,35 @@ def test_a_step_of_the_user_s_is_counted_and_stopped_before_a_metric_that_is_not
 def test_a_carry_with_a_typed_key_is_refused(key):
     with pytest.raises(ValueError, match="carry has a typed key at 'noise'"):
         init_state({"w": jnp.zeros(2)}, optax.sgd(1.0), key, carry={"noise": key})
+
+
+@pytest.mark.parametrize("mesh", [None, "fsdp"])
+def test_donated_params_are_the_only_model(mesh):
+    bias = jnp.zeros(256)
+    # Two places of one array: on a mesh they are two arrays over one buffer.
+    params = {"w": jax.random.normal(jax.random.key(0), (256, 256)), "b": bias, "tied": bias}
+    if mesh:
+        mesh = make_mesh(fsdp=8)
+        params = shard_params(params, mesh)
+    start = jax.tree.map(jnp.copy, params)
+    objective = lambda p, batch, key: (
+        jnp.mean((batch @ p["w"] + (p["b"] + p["tied"])[None]) ** 2),
+        {},
+    )
+    batches = [jnp.ones((8, 256))] * 3
+    live = lambda: sum(x.nbytes for x in jax.live_arrays() if not x.is_deleted())
+    seen, before = [], live()
+
+    def look(step, state):
+        jax.block_until_ready(state)
+        seen.append((live() - before, params["w"].is_deleted()))
+
+    settings = dict(mesh=mesh, callbacks=[Callback(on_step=look)])
+    kept, _ = fit(start, objective, optax.sgd(0.1), batches, mesh=mesh)
+    assert not start["w"].is_deleted()
+    before = live()
+    donated, _ = fit(params, objective, optax.sgd(0.1), batches, donate=True, **settings)
+    chex.assert_trees_all_equal(donated.params, kept.params)
+    assert all(deleted for _, deleted in seen)
+    # Metrics, the step, `b` and a batch; a second model would be 4 * 256 * 256.
+    assert max(more for more, _ in seen) < 2 * 256 * 256

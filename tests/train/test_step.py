@@ -8,6 +8,7 @@ import optax
 import pytest
 
 from jaxft.adapters import partition
+from jaxft.keys import stream
 from jaxft.metrics import Mean
 from jaxft.train import commit, init_state, jit_step, make_optimizer, make_step
 from jaxft.weights import Frozen, Weight, frozen_field
@@ -43,7 +44,7 @@ def test_a_step_is_value_and_grad_and_an_optax_update_of_the_trainable_part(prob
             batch,
             k,
         )[0]
-        step_key = jax.random.fold_in(key, number)
+        step_key = stream(key, "objective", number)
         loss, grads = jax.value_and_grad(loss_fn)(trainable, step_key)
         updates, opt_state = adam.update(grads, state.opt_state, trainable)
         expected = optax.apply_updates(trainable, updates)

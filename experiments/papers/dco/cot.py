@@ -27,6 +27,7 @@ from experiments.lab.seeds import plot_mean
 from experiments.worlds import arithmetic, workings
 from jaxft import rl, train
 from jaxft.data import HardExampleQueue
+from jaxft.keys import stream
 from jaxft.metrics import pass_at_k
 from jaxft.objectives import supervised
 
@@ -106,7 +107,7 @@ def train_arm(
             chosen = rng.integers(0, len(start.pairs), settings.batch_size)
             p = np.zeros(len(chosen))
             if arm == "DCO" and int(state.step) >= settings.warmup:
-                p = chance(state.params, chosen, jax.random.fold_in(state.key, seen["looked"]))
+                p = chance(state.params, chosen, stream(state.key, "chance", seen["looked"]))
             kept = queue.push(jax.tree.map(lambda x, chosen=chosen: x[chosen], rows), 1 - p)
             seen.update(looked=seen["looked"] + len(chosen), kept=seen["kept"] + kept)
         return queue.pop()

@@ -17,6 +17,7 @@ import optax
 
 from experiments.worlds import toy_text as toy
 from jaxft import train
+from jaxft.keys import stream
 from jaxft.losses import dpo_loss, leave_one_out
 from jaxft.models import Decoder
 from jaxft.objectives import hypo, policy_gradient, preference, sequence_log_probs
@@ -109,8 +110,7 @@ def run(settings: Settings, seed: int) -> dict[str, list[dict[str, float]]]:
         rows = [start]
 
         def look(state, rows=rows):
-            # A key that no step draws from.
-            value = measured(state.params, jax.random.fold_in(state.key, 2**31))
+            value = measured(state.params, stream(state.key, "measure"))
             rows.append(value | {"step": int(state.step)})
             return {}
 
@@ -138,7 +138,7 @@ def method(name: str, model: Decoder, base: Any, pairs: dict[str, Any], settings
     }
     draw = _draw(name, model, settings)
     data = jax.tree.map(jnp.asarray, pairs)
-    key = lambda state: jax.random.fold_in(state.key, state.step)
+    key = lambda state: stream(state.key, "rollout", state.step)
     return objectives[name], lambda state: draw(state.params, base, data, key(state))
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.papers.tram.methods import Task, train_together
+from jaxft.keys import stream
 from jaxft.models.encoder import Encoder, EncoderConfig
 from jaxft.objectives import classifier_logits
 
@@ -66,7 +67,7 @@ def _vit(layers):
 
 
 def _head(key, classes):
-    kernel = nn.initializers.lecun_normal()(jax.random.fold_in(key, 1), (32, classes))
+    kernel = nn.initializers.lecun_normal()(stream(key, "head"), (32, classes))
     return {"kernel": kernel, "bias": jnp.zeros(classes)}
 
 

@@ -14,6 +14,7 @@ import optax
 from jaxft import train
 from jaxft.adapters import combine, partition
 from jaxft.analysis import epsilon_sharpness
+from jaxft.keys import stream
 from jaxft.metrics import Mean
 from jaxft.objectives import LogitsFn, Objective, function_distance, noise_distance, r3f
 from jaxft.optim import (
@@ -83,7 +84,7 @@ def classify(task: Task, sigma: float = 0.0) -> Objective:
     """Cross-entropy and accuracy, with normal noise on the embedded inputs if sigma > 0."""
 
     def objective(params, batch, key):
-        noise = lambda x: x + sigma * jax.random.normal(jax.random.fold_in(key, 1), x.shape)
+        noise = lambda x: x + sigma * jax.random.normal(stream(key, "noise"), x.shape)
         logits, weights = task.logits_fn(params, batch, key, noise=noise if sigma else None)
         targets = task.targets(batch)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)

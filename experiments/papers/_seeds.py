@@ -84,7 +84,7 @@ def _kept(path, keep, run, seed):
 
 
 def _digest(config):
-    """Of the settings, the code (the script, where the config's class was written, and all it uses) and `_place`."""
+    """Of the settings, `_place`, and the code: the script, where the config's class is, and what it uses."""
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in APART}
     ours = {
         type(config).__module__,

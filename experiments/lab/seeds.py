@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -11,6 +12,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 
 from experiments.lab.claims import Claim, report
@@ -18,6 +20,7 @@ from jaxft import train
 
 # What does not change the result of a seed.
 APART = ("seeds", "first_seed", "output_dir", "debug")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")  # whose versions may change its numbers
 
 
 def measure_claims(
@@ -54,8 +57,9 @@ def plot_mean(
 def run_seeds(config: Any, directory: pathlib.Path, run: Callable[[int], Any]) -> list[Any]:
     """[run(seed) for each seed of a script's config], as JSON gives it back: tuples become lists.
 
-    A seed's result is written to directory/seeds once it is there; with the same settings and the same code,
-    jaxft's included, it is read from there, which is said. Smoke runs keep nothing.
+    A seed's result is written to directory/seeds once it is there; with the same settings, the same code
+    (jaxft's included), the same versions of what it computes with and the same devices it is read from there,
+    which is said. Smoke runs keep nothing.
     """
     # Now, before somebody edits the script that runs.
     digest, first = _digest(config), getattr(config, "first_seed", 0)
@@ -80,14 +84,22 @@ def _kept(path, keep, run, seed):
 
 
 def _digest(config):
-    """Of the settings and of the code: the script, where the config's class was written, and what it uses."""
+    """Of the settings, `_place`, and the code: the script, where the config's class is, and what it uses."""
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in APART}
     ours = {
         type(config).__module__,
         *(n for n in sys.modules if n.startswith(("experiments.", "jaxft."))),
     }
-    files = {sys.modules[name].__file__ for name in ours}
-    found = hashlib.sha256(json.dumps(settings).encode())
-    for file in sorted(filter(None, files)):
+    # Sorted by name, not by path, so that the digest is that of another checkout of the same code.
+    files = [sys.modules[name].__file__ for name in sorted(ours)]
+    found = hashlib.sha256(json.dumps([settings, _place()]).encode())
+    for file in filter(None, files):
         found.update(pathlib.Path(file).read_bytes())
     return found.hexdigest()[:8]
+
+
+def _place():
+    """What computes: versions of packages, and the devices. Threads of a CPU decide the order of its sums."""
+    devices = [jax.default_backend(), jax.device_count(), jax.devices()[0].device_kind]
+    threads = [os.cpu_count(), os.environ.get("OMP_NUM_THREADS"), os.environ.get("XLA_FLAGS")]
+    return [[importlib.metadata.version(name) for name in PACKAGES], devices, threads]

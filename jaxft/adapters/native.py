@@ -17,7 +17,7 @@ from jaxft.adapters.files import write_adapter
 from jaxft.adapters.intrinsic_dimension import CONFIG, WEIGHTS, intrinsic_apply, load_intrinsic
 from jaxft.adapters.named import named_rules
 from jaxft.adapters.rewrite import Params, adapt, largest_shape, partition, path_name
-from jaxft.adapters.rules import quantised
+from jaxft.adapters.rules import qpissa, quantised
 from jaxft.weights import PacaWeight, Weight, check_paca, is_weight
 
 
@@ -42,6 +42,9 @@ def apply_named(
                 f"--adapter {name} trains the kernels themselves, which --quantise freezes; "
                 "choose an adapter beside them, such as lora or paca."
             )
+        if name == "pissa":  # It splits the dense kernels, and what is left of them is rounded.
+            rule = qpissa(rank, alpha, kind=quantise)
+            return adapt(jax.random.key(seed), params, {target: rule})
         params = adapt(jax.random.key(seed), params, {target: quantised(quantise)})
     shape = largest_shape(params, target) if name == "vera" else None
     rules = named_rules(name, rank=rank, alpha=alpha, target=target, shape=shape)

@@ -61,6 +61,18 @@ def pissa(rank: int = 16, alpha: float = 16.0) -> Rule:
     return functools.partial(pissa_weight, rank=rank, alpha=alpha)
 
 
+def qpissa(rank: int = 16, alpha: float = 16.0, *, kind: str = "nf4", block: int = 64) -> Rule:
+    """`pissa` on dense kernels with what is left of them rounded as `quantised` does (QPiSSA)."""
+    _check_rank("qpissa", rank)
+    rounded = quantised(kind, block)
+
+    def rule(key, kernel):
+        quantise = functools.partial(rounded, key)
+        return pissa_weight(key, kernel, rank=rank, alpha=alpha, quantise=quantise)
+
+    return rule
+
+
 def dora(rank: int = 16, alpha: float = 32.0) -> Rule:
     """LoRA for the direction of each column of a kernel, and a length that trains beside it."""
     _check_rank("dora", rank)

@@ -145,6 +145,8 @@ def _kernels_under(params, base):
 
     def under(path, kernel):
         node = nodes.get(path_name(path))
+        if getattr(node, "rounded_rest", False):  # QPiSSA: what is quantised is not the kernel
+            return kernel
         inner = node.value if isinstance(node, Frozen) else getattr(node, "base", None)
         if inner is None and is_weight(node) and not jax.tree.leaves(partition(node)[0]):
             inner = node

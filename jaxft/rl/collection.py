@@ -134,8 +134,8 @@ def collect_from(
     """batches(state): what `fit` takes as its batches, sampled with the state's params.
 
     Each rollout is trained on for `updates` x `epochs` steps. Which prompts it has, and what is drawn,
-    follow from the state's step and key alone, so a resumed run goes on with the same experience (with
-    several steps a rollout, if it was saved between two of them: else it samples anew).
+    follow from the state's step and key alone, so a resumed run goes on with the same experience; a
+    rollout of several steps is in the data position of checkpoints until its last.
 
     Params with a value head (`with_value_head`) give the batch `old_values`.
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import multiprocessing
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -70,17 +72,26 @@ def run_main(main: Callable[[Any], Any], config: Any) -> Any:
     4: diverged; 5: another host ended; 75: preempted, start again to resume; 130: interrupted. Everything
     else, and everything with `config.debug` or JAXFT_DEBUG=1, has its traceback and code 1.
 
+    Ctrl-C ends the process without Python's own teardown: threads of XLA that still compile or compute would
+    crash in it. `main` has left its context managers by then; functions given to `atexit` do not run.
+
     A process of several that fails waits a moment for the others to fail with it, says which did not, and
     ends: they cannot go on without it, nor it without them.
     """
     if getattr(config, "debug", False) or os.environ.get("JAXFT_DEBUG", "0") not in ("", "0"):
-        return main(config)
+        try:
+            return main(config)
+        except (KeyboardInterrupt, jax.errors.JaxRuntimeError) as error:
+            if not _is_interrupt(error):
+                raise
+            traceback.print_exception(error)
+            _interrupted()
     try:
         return main(config)
     except PreemptedError as error:
         _exit(f"preempted: {error}", PREEMPTED)
     except KeyboardInterrupt:
-        _exit("interrupted", INTERRUPTED)
+        _interrupted()
     except MissingDependencyError as error:
         _exit(f"error: {error}", MISSING_DEPENDENCY)
     except ModuleNotFoundError as error:
@@ -98,6 +109,8 @@ def run_main(main: Callable[[Any], Any], config: Any) -> Any:
     except HostLostError as error:
         _exit(f"error: {error}", HOST_LOST)
     except jax.errors.JaxRuntimeError as error:
+        if _is_interrupt(error):
+            _interrupted()
         first = str(error).strip().split("\n")[0][:300]
         if "RESOURCE_EXHAUSTED" in first:
             _exit(f"error: out of memory: {first}. {SMALLER}", BAD_INPUT)
@@ -119,9 +132,25 @@ def _raise(error: Exception):
     raise error
 
 
+def _is_interrupt(error: BaseException) -> bool:
+    """Whether it is Ctrl-C: inside a host callback XLA makes it an error with the text of its traceback."""
+    if isinstance(error, KeyboardInterrupt):
+        return True
+    return str(error).rstrip().split("\n")[-1].strip(": ") == "KeyboardInterrupt"
+
+
+def _interrupted():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a further Ctrl-C would be a traceback here
+    print("interrupted", file=sys.stderr)
+    for child in multiprocessing.active_children():
+        child.terminate()
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(INTERRUPTED)
+
+
 def _exit(message: str, code: int):
     line = " ".join(message.split())
-    hint = "" if code in (PREEMPTED, INTERRUPTED) else " (JAXFT_DEBUG=1 shows where)"
+    hint = "" if code == PREEMPTED else " (JAXFT_DEBUG=1 shows where)"
     print(line + hint, file=sys.stderr, flush=True)
     if code != PREEMPTED and several_hosts():
         _leave(code)

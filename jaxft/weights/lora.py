@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,8 @@ class LoraWeight(Weight):
     a: jax.Array  # [D, R]
     b: jax.Array  # [R, F], zeros at first, so that training starts from W
     alpha: float = dataclasses.field(default=16.0, metadata={"static": True})
+    # Whether `base` is what PiSSA left of W, rounded: then A B is no change of W, as PEFT's files say.
+    rounded_rest: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def shape(self):
@@ -90,26 +93,42 @@ def lora_weight(
 
 
 def pissa_weight(
-    key: jax.Array, kernel: jax.Array, *, rank: int = 16, alpha: float = 16.0
+    key: jax.Array,
+    kernel: jax.Array,
+    *,
+    rank: int = 16,
+    alpha: float = 16.0,
+    quantise: Callable[[jax.Array], WeightLike] | None = None,
 ) -> LoraWeight:
     """A LoraWeight whose A B holds the leading R singular triplets of `kernel`, and the base the rest.
 
     PiSSA: Meng et al., 2024, arxiv.org/abs/2404.02948, eq. 2 to 4. Its sum is the kernel up to rounding.
 
+    Args:
+        key: unused; all rules of `adapt` take one.
+        kernel: W [D, F], dense.
+        rank: R.
+        alpha: α; A B is scaled by α/R.
+        quantise: rounds the rest, W - (α/R) A B, which becomes the base (QPiSSA, section 4: the rest is
+            narrower than W and loses less). None: the rest stays dense.
+
     Raises:
-        ValueError: see lora_weight; and for a kernel that is a structured weight: quantise what is
-            left after this, not before.
+        ValueError: see lora_weight; and for a kernel that is a structured weight.
     """
     if is_weight(kernel):
         raise ValueError(
-            f"pissa: needs a dense kernel, got {type(kernel).__name__}; adapt first, quantise after."
+            f"pissa: needs a dense kernel, got {type(kernel).__name__}; give the kernel before it was "
+            "quantised, and `quantise` (the rule qpissa) to round what is left of it."
         )
     whole = lora_weight(key, kernel, rank=rank, alpha=alpha)
     u, s, v = jnp.linalg.svd(kernel.astype(jnp.float32), full_matrices=False)
     root = jnp.sqrt(s[:rank] / (alpha / rank))
     a, b = u[:, :rank] * root[None], root[:, None] * v[:rank]
     rest = kernel.astype(jnp.float32) - (a @ b) * (alpha / rank)
-    return dataclasses.replace(whole, base=rest.astype(kernel.dtype), a=a, b=b)
+    rest = rest.astype(kernel.dtype)
+    if quantise is None:
+        return dataclasses.replace(whole, base=rest, a=a, b=b)
+    return dataclasses.replace(whole, base=quantise(rest), a=a, b=b, rounded_rest=True)
 
 
 def pissa_to_lora(weight: LoraWeight, kernel: jax.Array) -> LoraWeight:

@@ -12,6 +12,7 @@ from jaxft.adapters import (
     ALL_LINEAR,
     AdapterError,
     adapt,
+    apply_named,
     combine,
     commit,
     load_adapter,
@@ -67,6 +68,18 @@ def test_adapters_come_back(rule, stacked, kind, tiny, tmp_path):
     difference = save_checked(tmp_path, model, params, base)
     assert difference.largest <= 1e-5 * difference.scale
     assert (rounding_loss(params, base) is None) == (kind is None)
+
+
+def test_pissa_over_a_rounded_rest_comes_back_in_the_native_format(tiny, tmp_path):
+    model, base = tiny
+    settings = dict(name="pissa", rank=2, alpha=4.0, target=ALL_LINEAR, quantise="nf4")
+    trainable, frozen = partition(apply_named(base, **settings))
+    params = combine(jax.tree.map(lambda x: x + 0.05 * jnp.cos(x * 50), trainable), frozen)
+    with pytest.raises(AdapterError, match="QPiSSA.*save_native"):
+        save_checked(tmp_path / "peft", model, params, base)
+    difference = save_checked(tmp_path / "native", model, params, base, native=settings)
+    assert difference.largest <= 1e-5 * difference.scale
+    assert rounding_loss(params, base) is None
 
 
 def test_rounding_loss_is_that_of_the_worst_kernel(tiny):

@@ -50,3 +50,23 @@ def test_a_changed_script_runs_again(tmp_path, monkeypatch):
         run_seeds(Config(seeds=1), tmp_path, asked.append)
         assert len(asked) == (text == "a = 2" or not kept)
     assert all(json.loads(p.read_text()) is None for p in (tmp_path / "seeds").iterdir())
+
+
+@pytest.mark.parametrize(
+    "where, name, value",
+    [
+        ("importlib.metadata", "version", lambda package: "0.0.1"),
+        ("jax", "default_backend", lambda: "tpu"),
+        ("jax", "device_count", lambda: 99),
+        ("jax", "devices", lambda: [types.SimpleNamespace(device_kind="TPU v9")]),
+        ("os", "cpu_count", lambda: 999),
+    ],
+)
+def test_other_versions_and_devices_run_again(tmp_path, monkeypatch, where, name, value):
+    asked = []
+    for _ in range(2):
+        run_seeds(Config(seeds=1), tmp_path, asked.append)
+    assert asked == [4]
+    monkeypatch.setattr(f"{where}.{name}", value)
+    run_seeds(Config(seeds=1), tmp_path, asked.append)
+    assert asked == [4, 4]

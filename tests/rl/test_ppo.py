@@ -1,6 +1,7 @@
 """PPO: its loss and gradient against plain loops, its limits, its critic, and its adaptive KL."""
 
 import functools
+import json
 import math
 
 import jax
@@ -261,7 +262,7 @@ def test_a_run_learns_and_goes_on_exactly_with_its_kl_weight(tmp_path):
     assert state.params["value_head"]["kernel"].any()
 
 
-def test_later_epochs_shuffle_rows_and_a_rollout_begun_again_keeps_its_weight():
+def test_later_epochs_shuffle_rows_and_a_rollout_in_a_checkpoint_is_not_sampled_again():
     asked = []
 
     def rollout(state, number, weight):
@@ -275,11 +276,19 @@ def test_later_epochs_shuffle_rows_and_a_rollout_begun_again_keeps_its_weight():
     rows = [batches(at(step))["tokens"][:, 0].tolist() for step in range(4)]
     assert rows[:2] == [[0, 2, 4, 6], [1, 3, 5, 7]]
     assert sorted(rows[2] + rows[3]) == list(range(8)) and rows[2] not in rows[:2]
-    position = batches.get_state()
+    assert "rollout" not in batches.get_state()  # all of it is taken
     batches(at(4))
     assert asked == [(0, 1.0), (1, pytest.approx(1.02))]
-    again = rl.Experience(rollout, updates=2, epochs=2, kl_control=control)
-    again.set_state(position)
-    assert again(at(2))["tokens"][:, 0].tolist() == rows[2]
-    again(at(4))
-    assert asked[2:] == [(0, 1.0), (1, pytest.approx(1.02))]
+    for taken in (1, 2, 3, 4):
+        asked.clear()
+        before = rl.Experience(rollout, updates=2, epochs=2, kl_control=control)
+        for step in range(taken):
+            before(at(step))
+        again = rl.Experience(rollout, updates=2, epochs=2, kl_control=control)
+        again.set_state(json.loads(json.dumps(before.get_state())))
+        for step in range(taken, 4):
+            batch = again(at(step))
+            assert batch["tokens"][:, 0].tolist() == rows[step]
+            assert batch["stats"]["response_kl"].dtype == np.float32
+        again(at(4))
+        assert asked == [(0, 1.0), (1, pytest.approx(1.02))]

@@ -1,4 +1,8 @@
 import dataclasses
+import os
+import signal
+import subprocess
+import sys
 
 import jax
 import optax
@@ -13,6 +17,7 @@ from jaxft.train import (
     fit,
     run_main,
 )
+from tests.processes import ROOT
 
 
 @dataclasses.dataclass
@@ -36,7 +41,6 @@ def fails(error):
         (MissingDependencyError("wandb_log needs wandb"), 3, "error: wandb_log needs wandb"),
         (DivergedError("diverged at step 4", 4), 4, "error: diverged at step 4"),
         (PreemptedError("SIGTERM at step 3"), 75, "preempted: SIGTERM at step 3\n"),
-        (KeyboardInterrupt(), 130, "interrupted\n"),
         (HostLostError("save 4: process 1 of 2 did not come"), 5, "error: save 4: process 1 of 2"),
         (
             jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: needs 20G\nlong table"),
@@ -87,3 +91,80 @@ def test_an_error_inside_training_is_no_mistake_of_the_user(problem, monkeypatch
 
 def test_the_result_of_main_is_returned():
     assert run_main(lambda config: {"loss": 1.0}, Config()) == {"loss": 1.0}
+
+
+INTERRUPTED = """
+import contextlib, sys, time
+import jax, jax.numpy as jnp
+from jaxft.train import run_main
+
+def ready():
+    print("ready", flush=True)
+
+def host(x):
+    for _ in range(100):
+        time.sleep(0.01)
+    return x
+
+def long_loop(body):
+    run = jax.jit(lambda x: jax.lax.fori_loop(0, 100_000, body, x)).lower(jnp.ones((64, 64))).compile()
+    ready()
+    return run(jnp.ones((64, 64)))
+
+def deep(x):
+    for i in range(200):
+        x = jnp.sin(x) @ x + i
+    return x
+
+def compile_deep():
+    lowered = jax.jit(deep).lower(jnp.ones((8, 8)))
+    ready()
+    lowered.compile()
+    time.sleep(60)
+
+def callback(i, x):
+    return jax.pure_callback(host, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
+
+def slow_end():
+    try:
+        ready()
+        time.sleep(60)
+    finally:
+        ready()
+        time.sleep(60)
+
+works = {
+    "decode": lambda: jax.block_until_ready(long_loop(lambda i, x: jnp.tanh(x @ x))),
+    "async": lambda: (long_loop(lambda i, x: jnp.tanh(x @ x)), time.sleep(60)),
+    "compile": compile_deep,
+    "callback": lambda: jax.block_until_ready(long_loop(callback)),
+    "second": slow_end,
+}
+
+def main(config):
+    with contextlib.closing(open(sys.argv[2], "w")) as log:
+        log.write("logged")
+        works[sys.argv[1]]()
+
+run_main(main, None)
+"""
+
+
+@pytest.mark.parametrize("moment", ["decode", "async", "compile", "callback", "second"])
+def test_ctrl_c_is_one_line_and_130(tmp_path, moment):
+    log, flags = tmp_path / "log", {"PYTHONPATH": str(ROOT), "JAXFT_DEBUG": "0"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED, moment, str(log)],
+        env=os.environ | flags,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for _ in range(2 if moment == "second" else 1):
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and said.endswith("interrupted\n")
+    # JAX itself logs what a host callback raised.
+    assert moment == "callback" or said == "interrupted\n"
+    assert log.read_text() == "logged"  # what main opened is closed

@@ -44,6 +44,7 @@ CASES = {
     "lora": Case(adapters.lora(2, 4.0)),
     "rslora": Case(adapters.rslora(4, 4.0)),
     "pissa": Case(adapters.pissa(2), nests=False),
+    "qpissa": Case(adapters.qpissa(2), exact=False, nests=False),
     "dora": Case(adapters.dora(2, 4.0)),
     "vera": Case(adapters.vera(5)),
     "loha": Case(adapters.loha(2)),
@@ -332,8 +333,23 @@ def test_ia3_scales_the_bias_of_its_layer():
 
 
 def test_pissa_refuses_a_rounded_kernel():
-    with pytest.raises(ValueError, match="quantise after"):
+    with pytest.raises(ValueError, match="before it was quantised"):
         adapters.pissa(2)(KEY, nf4_weight(jnp.ones((8, 8))))
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8", "int4", "fp8"])
+def test_qpissa_rounds_what_pissa_leaves_and_loses_less(kind):
+    # A kernel with a decaying spectrum, as trained ones have.
+    u, s, v = jnp.linalg.svd(jax.random.normal(KEY, (64, 32)), full_matrices=False)
+    kernel = (u * (s / (1 + jnp.arange(32)))[None]) @ v
+    w = adapters.qpissa(4, 8.0, kind=kind, block=32)(KEY, kernel)
+    dense = adapters.pissa(4, 8.0)(KEY, kernel)
+    rounded = adapters.quantised(kind, 32)
+    change = (w.a @ w.b) * 2
+    np.testing.assert_array_equal(to_dense(w.base), to_dense(rounded(KEY, dense.base)))
+    np.testing.assert_array_equal(to_dense(w), to_dense(rounded(KEY, dense.base)) + change)
+    error = lambda found: jnp.linalg.norm(to_dense(found) - kernel)
+    assert error(w) < 0.9 * error(rounded(KEY, kernel))
 
 
 def test_pissa_holds_the_leading_triplets_and_becomes_lora():

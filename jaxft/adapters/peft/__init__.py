@@ -197,6 +197,11 @@ def _nothing_left(tensors, result):
 def _kind(adapted) -> str:
     kinds = {}
     for path, node in adapted.items():
+        if isinstance(node, LoraWeight) and node.rounded_rest:
+            raise AdapterError(
+                f"save_adapter: {path!r} is PiSSA over a quantised rest (QPiSSA), of which PEFT's files keep "
+                "A and B alone. Use save_native."
+            )
         kind = next((k for k, f in FORMATS.items() if isinstance(node, f.weights)), None)
         if kind is None:
             raise AdapterError(

@@ -84,6 +84,28 @@ def scaled_bias(bias: jax.Array, w: WeightLike | None) -> jax.Array:
     return w.scaled_bias(bias) if isinstance(w, Weight) else bias
 
 
+def matmul_float32(x: jax.Array, w: WeightLike) -> jax.Array:
+    """x w, added up and returned in float32: logits. A dense w is not copied in float32."""
+    array, transposed = stored(w)
+    if array is None:
+        return matmul(x.astype(jnp.float32), w)
+    across = ((x.ndim - 1,), (1 if transposed else 0,))
+    return jax.lax.dot_general(
+        x, array.astype(x.dtype), (across, ((), ())), preferred_element_type=jnp.float32
+    )
+
+
+def stored(w: WeightLike) -> tuple[jax.Array | None, bool]:
+    """(array or None, whether it is stored [out, in]): the weight, if it is dense underneath."""
+    if isinstance(w, Frozen):
+        array, transposed = stored(w.value)
+        return jax.lax.stop_gradient(array), transposed
+    if isinstance(w, Transposed):
+        array, transposed = stored(w.weight)
+        return array, not transposed
+    return (None if is_weight(w) else w), False
+
+
 @jax.custom_vjp
 def frozen_matmul(x: jax.Array, w: WeightLike) -> jax.Array:
     """x w for a kernel of which nothing trains: the backward pass keeps w as it stands, and no x.

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxft.kernels import linear_log_probs as kernel
 from jaxft.kernels.backend import length_axes, row_axes
-from jaxft.weights import Frozen, Transposed, WeightLike, is_weight, matmul
+from jaxft.weights import WeightLike, matmul_float32, stored
 
 CHUNK = 64  # tokens a row whose logits are alive at once
 
@@ -103,7 +103,7 @@ def linear_log_probs(
     Args:
         chunk: tokens of each row whose logits are alive at once. None: what suits the form.
     """
-    dense, transposed = _stored(head)
+    dense, transposed = stored(head)
     if dense is not None:
         options = dict(temperature=temperature, softcap=softcap, chunk=chunk)
         run = functools.partial(kernel.linear_log_probs, transposed=transposed, **options)
@@ -155,17 +155,6 @@ def _scan_logits(function, hidden, head, *others, softcap, chunk):
     return jnp.moveaxis(values, 0, 1).reshape(rows, -1)[:, :length]
 
 
-def _stored(head):
-    """(array or None, whether it is stored [V, D]): the head, if it is a dense array underneath."""
-    if isinstance(head, Frozen):
-        array, transposed = _stored(head.value)
-        return jax.lax.stop_gradient(array), transposed
-    if isinstance(head, Transposed):
-        array, transposed = _stored(head.weight)
-        return array, not transposed
-    return (None if is_weight(head) else head), False
-
-
 def _front(weights):
     """(order [B, T] with each row's counted tokens first, [] the fullest row's count)."""
     counted = weights > 0
@@ -174,7 +163,7 @@ def _front(weights):
 
 
 def _logits(hidden, head, softcap):
-    logits = matmul(hidden, head).astype(jnp.float32)
+    logits = matmul_float32(hidden, head)
     return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
 

@@ -36,7 +36,7 @@ from jaxft.models.soft import (
     put_prompt,
     read_lead,
 )
-from jaxft.weights import WeightLike, matmul
+from jaxft.weights import WeightLike, matmul_float32
 
 
 class Output(NamedTuple):
@@ -373,7 +373,7 @@ class OutputKernel(nn.Module):
 
 def project(hidden: jax.Array, head: WeightLike, softcap: float | None = None) -> jax.Array:
     """Logits [..., V] in float32 of hidden states [..., D]: c tanh(h W / c) with a soft cap c."""
-    logits = matmul(hidden, head).astype(jnp.float32)
+    logits = matmul_float32(hidden, head)
     return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
 

@@ -94,7 +94,7 @@ def _to_text(batch):
     file, leaves = io.BytesIO(), jax.tree_util.tree_leaves_with_path(batch)
     name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
     arrays = {name(path): np.asarray(leaf) for path, leaf in leaves}
-    np.savez_compressed(file, allow_pickle=False, **arrays)
+    np.savez_compressed(file, **arrays)
     return base64.b64encode(file.getvalue()).decode()
 
 

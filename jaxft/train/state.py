@@ -93,7 +93,7 @@ def _checked_carry(carry):
 
 
 def _own(tree, other):
-    """`tree` with a copy of each array whose memory is used twice or in `other`: donated buffers are single."""
+    """`tree` with a copy of each array whose memory is used twice or in `other`, as donation asks."""
     seen = set().union(*map(_buffers, jax.tree.leaves(other)))
 
     def own(leaf):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, TypeAlias
 
 import jax
@@ -103,6 +104,47 @@ def linear_in_x(product):
 
     wrapped.defjvp(jvp, symbolic_zeros=True)
     return wrapped
+
+
+def matmul_float32(x: jax.Array, w: WeightLike) -> jax.Array:
+    """x w, added up and returned in float32: logits. A dense w is not copied in float32."""
+    array, transposed = stored(w)
+    if array is None:
+        return matmul(x.astype(jnp.float32), w)
+    return _float32_product(x, array.astype(x.dtype), transposed)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _float32_product(x, w, transposed):
+    across = ((x.ndim - 1,), (1 if transposed else 0,))
+    return jax.lax.dot_general(x, w, (across, ((), ())), preferred_element_type=jnp.float32)
+
+
+def _float32_product_jvp(transposed, primals, tangents):
+    """Tangents in x's data type: a cotangent in float32 would make the backward products float32 too."""
+    (x, w), (dx, dw) = primals, tangents
+    product = lambda x, w: jax.lax.dot_general(
+        x, w, (((x.ndim - 1,), (1 if transposed else 0,)), ((), ()))
+    ).astype(jnp.float32)
+    y = _float32_product(x, w, transposed)
+    # A head that does not train gets no product, and no gradient of its size.
+    parts = [] if isinstance(dx, SymbolicZero) else [product(dx, w)]
+    parts += [] if isinstance(dw, SymbolicZero) else [product(x, dw)]
+    return y, sum(parts[1:], parts[0]) if parts else jnp.zeros_like(y)
+
+
+_float32_product.defjvp(_float32_product_jvp, symbolic_zeros=True)
+
+
+def stored(w: WeightLike) -> tuple[jax.Array | None, bool]:
+    """(array or None, whether it is stored [out, in]): the weight, if it is dense underneath."""
+    if isinstance(w, Frozen):
+        array, transposed = stored(w.value)
+        return jax.lax.stop_gradient(array), transposed
+    if isinstance(w, Transposed):
+        array, transposed = stored(w.weight)
+        return array, not transposed
+    return (None if is_weight(w) else w), False
 
 
 @linear_in_x

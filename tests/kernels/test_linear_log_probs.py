@@ -95,6 +95,16 @@ def test_bfloat16_is_as_near_to_the_truth_as_its_rounding(form):
         assert error < 4 * 2**-9 * max(5.0 if mine is result[0] else 0.0, jnp.max(jnp.abs(true)))
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_log_probs_of_bfloat16_have_the_error_of_float32(form):
+    hidden, head, targets, _ = draw(2, 37, 64, 300, dtype=jnp.bfloat16)
+    logits = np.asarray(hidden, np.float64) @ np.asarray(head, np.float64)
+    picked = np.take_along_axis(logits, np.asarray(targets)[..., None], -1)[..., 0]
+    expected = picked - np.log(np.sum(np.exp(logits), axis=-1))
+    result = linear_log_probs(hidden, head, targets, implementation=form, interpret=True)
+    np.testing.assert_allclose(result, expected, atol=1e-4)
+
+
 @pytest.mark.parametrize("form", ["xla", "pallas"])
 def test_gradient_is_the_finite_difference(form):
     hidden, head, targets, cotangent = draw(1, 5, 8, 130)

@@ -6,6 +6,7 @@ import optax
 import pytest
 
 from jaxft.losses import cross_entropy, linear_cross_entropy, linear_log_probs
+from jaxft.models.decoder import project
 from jaxft.weights import Frozen, LoraWeight, Transposed, to_dense
 
 
@@ -83,3 +84,20 @@ def test_linear_log_probs_equal_log_softmax(length, chunk):
     run = lambda fun: jax.value_and_grad(lambda *x: jnp.sum(jnp.sin(fun(*x))), (0, 1))(hidden, head)
     chex.assert_trees_all_close(fused(hidden, head), slow(hidden, head), rtol=1e-5, atol=1e-6)
     chex.assert_trees_all_close(run(fused), run(slow), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda w: w, lambda w: Transposed(w.T), lambda w: Transposed(Frozen(w.T)), Frozen,
+    lambda w: LoraWeight(w, jnp.ones((64, 2), w.dtype), jnp.zeros((2, 300), w.dtype)),
+])  # fmt: skip
+def test_logits_of_bfloat16_are_added_up_and_kept_in_float32(wrap):
+    hidden, head, targets, _ = draw(2, 9, features=64, vocabulary=300)
+    hidden, head = hidden.astype(jnp.bfloat16), (head / 4).astype(jnp.bfloat16)
+    logits = np.asarray(hidden, np.float64) @ np.asarray(head, np.float64)
+    normaliser = np.log(np.sum(np.exp(logits), axis=-1))
+    expected = np.take_along_axis(logits, np.asarray(targets)[..., None], -1)[..., 0] - normaliser
+    weight, ones = wrap(head), jnp.ones(targets.shape)
+    np.testing.assert_allclose(project(hidden, weight), logits, atol=1e-4)
+    np.testing.assert_allclose(linear_log_probs(hidden, weight, targets), expected, atol=1e-4)
+    total = linear_cross_entropy(hidden, weight, targets, ones)
+    np.testing.assert_allclose(total, -expected.sum(), atol=1e-3)

@@ -10,7 +10,7 @@ from jaxft.keys import stream
 ROOT = pathlib.Path(__file__).parents[1]
 # Where numbers are folded into a key, or it is split: that key is a stream's, of one use alone.
 FOLDS = {
-    "jaxft/adapters/intrinsic.py": "(None, 0))(key, seeds)",  # saved adapters have this key
+    "jaxft/adapters/intrinsic_dimension.py": "(None, 0))(key, seeds)",  # saved adapters have this key
     "jaxft/adapters/rewrite.py": "lambda k, n=size: jax.random.split(k, n)|jax.random.split(keys, size)",
     "jaxft/adapters/soft.py": "build(jax.random.split(key, stack)",
     "jaxft/analysis/sharpness.py": "jax.random.split(key, len(leaves))",

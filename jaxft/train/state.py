@@ -46,7 +46,7 @@ def init_state(
 
     Raises:
         ValueError: if nothing trains, a trainable leaf is no float, `key` is no typed key, or `carry`
-            has a typed key, which cannot be saved (derive keys from `state.key`).
+            has a typed key, which cannot be saved (derive keys from the state's by `stream`).
     """
     if not jnp.issubdtype(jnp.asarray(key).dtype, jax.dtypes.prng_key):
         raise ValueError("init_state: key must be a typed key; make one with jax.random.key(seed).")
@@ -85,7 +85,7 @@ def _checked_carry(carry):
             name = jax.tree_util.keystr(path, simple=True, separator="/")
             raise ValueError(
                 f"init_state: carry has a typed key at {name!r}, which checkpoints cannot hold; derive "
-                "keys from state.key and state.step instead."
+                "keys from the state's by jaxft.keys.stream instead."
             )
         return jnp.array(leaf)  # a copy: steps overwrite it
 

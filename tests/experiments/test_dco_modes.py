@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from experiments.papers.dco import cot, proof
-from experiments.papers.dco.main import main as dco
+from experiments.papers.dco import main as dco
 from experiments.worlds import workings
 
 

@@ -10,9 +10,9 @@ import pytest
 
 from experiments.lab.claims import Claim, interval, report
 from experiments.papers import lion, monarch
-from experiments.papers.intrinsic_dimension.main import main as intrinsic_dimension
-from experiments.papers.paca.main import main as paca
-from experiments.papers.tram.main import main as tram
+from experiments.papers.intrinsic_dimension import main as intrinsic_dimension
+from experiments.papers.paca import main as paca
+from experiments.papers.tram import main as tram
 from experiments.papers.tram.methods import Task, train_together
 
 

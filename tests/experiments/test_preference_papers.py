@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.papers.cxr_preference import main as cxr_preference
 from experiments.papers.cxr_preference import reports
-from experiments.papers.cxr_preference.main import main as cxr_preference
-from experiments.papers.dco.main import main as dco
+from experiments.papers.dco import main as dco
 from experiments.papers.hypo import bandits, text
-from experiments.papers.hypo.main import main as hypo
+from experiments.papers.hypo import main as hypo
 from jaxft.data import GreenCounts, green_score
 from jaxft.losses import leave_one_out, reverse_kl_surrogate
 

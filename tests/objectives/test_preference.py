@@ -23,10 +23,9 @@ from jaxft.objectives import (
     preference,
     process_reward,
     sequence_log_probs,
-    token_rewards,
 )
 from jaxft.optim import moving_reference, running_mean
-from jaxft.rewards import add_reward_head, sequence_rewards
+from jaxft.rewards import add_reward_head, sequence_rewards, token_rewards
 
 MODEL = Decoder(tiny_config(vocab_size=17))
 BASE = MODEL.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]

@@ -181,7 +181,11 @@ def hypo(
         surrogate = Mean.of(reverse_kl_surrogate(sums, ref_sums, baseline), counted).value
         kl = kl_estimates(jax.lax.stop_gradient(sums), ref_sums)
         own = {"kl": Mean.of(kl.k1, counted), "kl_k3": Mean.of(kl.k3, counted)}
-        return value + kl_weight * surrogate, metrics | own
+        loss = value + kl_weight * surrogate
+        # What is optimised is what is logged; its weight, by which microbatches add up, is the pairs'.
+        weight = metrics["loss"].weight
+        own["loss"] = Mean(jax.lax.stop_gradient(loss) * weight, weight)
+        return loss, metrics | own
 
     return objective
 

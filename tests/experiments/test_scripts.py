@@ -477,6 +477,10 @@ BAD = {
             "1.0 must be positive and adapts --reward-kl",
         ),
         "epochs": (lambda p: ["--epochs", "0"], "and --epochs (0) positive"),
+        "no ratio": (
+            lambda p: ["--algorithm", "rloo", "--updates", "2", "--save-steps", "2"],
+            "rloo takes its gradient at the policy that sampled",
+        ),
         "overlong": (lambda p: ["--overlong", "9"], "must lie in 0..--max-new-tokens (4), got 9"),
         "long": (lambda p: ["--max-new-tokens", "600"], "exceeds the 512 positions of tiny"),
         "output": (lambda p: ["--output-dir", unwritable(p)], "cannot write to"),

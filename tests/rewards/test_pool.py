@@ -44,7 +44,7 @@ def test_in_process_gives_the_verifiers_numbers():
 
 
 UNGUARDED = """
-from jaxft.rl import VerifierPool
+from jaxft.rewards import VerifierPool
 from tests.rl.rl_task import treacherous
 with VerifierPool(treacherous, workers=1) as rewards:
     rewards(["1"], [{"answer": "1"}])
@@ -57,7 +57,7 @@ def test_a_script_without_a_guard_is_told_so(tmp_path):
     result = subprocess.run([sys.executable, script], capture_output=True, text=True)
     assert result.returncode == 1 and result.stderr.count("Traceback") == 1, result.stderr
     said = result.stderr.splitlines()[-1]
-    assert said.startswith(f"jaxft.rl.pool.VerifierError: {script} starts its work when it is")
+    assert said.startswith(f"jaxft.rewards.pool.VerifierError: {script} starts its work when it is")
     assert "put its start under if __name__ == '__main__':" in said
 
 

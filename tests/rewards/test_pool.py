@@ -1,6 +1,8 @@
 """Verifiers in processes that hang, raise and die."""
 
 import functools
+import os
+import pathlib
 import subprocess
 import sys
 import time
@@ -54,7 +56,9 @@ with VerifierPool(treacherous, workers=1) as rewards:
 def test_a_script_without_a_guard_is_told_so(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(UNGUARDED)
-    result = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    environment = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[2])}
+    command = [sys.executable, script]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 1 and result.stderr.count("Traceback") == 1, result.stderr
     said = result.stderr.splitlines()[-1]
     assert said.startswith(f"jaxft.rewards.pool.VerifierError: {script} starts its work when it is")

@@ -33,7 +33,18 @@ from jax._src.ad_checkpoint import saved_residuals
 from experiments.lab.claims import Claim, interval, report, show
 from experiments.papers.paca.tasks import Task, pretrained_task, small_task
 from jaxft import train
-from jaxft.adapters import ALL_LINEAR, adapt, combine, count, full, lora, merge, paca, partition
+from jaxft.adapters import (
+    ALL_LINEAR,
+    adapt,
+    combine,
+    count,
+    full,
+    in_place,
+    lora,
+    merge,
+    paca,
+    partition,
+)
 from jaxft.adapters.rules import Rule
 from jaxft.models import DecoderConfig
 from jaxft.models.decoder import Mlp
@@ -117,7 +128,8 @@ def gated_mlp(method: str, remat: str = "none") -> tuple[Callable, Any, Any, jax
     made = rules(method, 4 if method == "paca" else 8, r"mlp/.*/kernel")
     shape = lambda key, x: adapt(key, block.init(key, x)["params"], made)
     trainable, frozen = partition(jax.eval_shape(shape, jax.random.key(0), x))
-    loss = lambda t, f, x: jnp.sum(block.apply({"params": combine(t, f)}, x))
+    # In place, as within a step of training.
+    loss = lambda t, f, x: jnp.sum(block.apply({"params": in_place(combine(t, f))}, x))
     return loss, trainable, frozen, x
 
 

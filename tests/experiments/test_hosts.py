@@ -84,7 +84,11 @@ def test_answers_sampled_in_two_processes_are_those_of_one(tmp_path, script):
     more, logged = SAMPLED[name]
     # Without rewards that differ the gradient is rounding, which Adam would make steps of.
     judge = tmp_path / "judge.py"
-    judge.write_text("def score(completion, record):\n    return len(set(completion))\n")
+    # Most answers of a random model of bytes are no text, and alike: each call gets another number.
+    judge.write_text(
+        "import itertools\nnumbers = itertools.count()\n"
+        "def score(completion, record):\n    return next(numbers) % 3\n"
+    )
     more = [*more, "--judge", f"{judge}:score"] if script is reinforce else more
     flags = ["--smoke", "--adapter", "full", "--max-steps", 2, *more]
     run_here(script, [*flags, "--output-dir", tmp_path / "one"])

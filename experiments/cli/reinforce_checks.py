@@ -14,7 +14,11 @@ UNGROUPED = ("reinforce", "reinforce_plus_plus", "expert_iteration", "ppo")
 OF_VERDICTS = ("expert_iteration", "nft")
 UNSERVED = ("bottleneck", "parallel", "prompt", "prefix", "intrinsic")
 ONLINE = ("online_dpo", "xpo")
-NO_RATIO = ("reinforce", "rloo", "expert_iteration")  # take -A log π, right at the policy that sampled
+NO_RATIO = (
+    "reinforce",
+    "rloo",
+    "expert_iteration",
+)  # take -A log π, right at the policy that sampled
 KL_IN_REWARD = ("rloo", "reinforce_plus_plus", "ppo")
 
 

@@ -158,8 +158,8 @@ OBJECTIVES = {
             rl.grpo(BUILD, GROUP).credit, BUILD(clipped(), sequence_mean, entropy_weight=0.2)
         )
     ),
-    "reinforce_with_baseline": learning(lambda: rl.reinforce_with_baseline(BUILD), True),
-    "rloo": learning(lambda: rl.rloo(BUILD, GROUP, reward_kl=0.01), True),
+    "reinforce_with_baseline": learning(lambda: rl.reinforce_with_baseline(BUILD)),
+    "rloo": learning(lambda: rl.rloo(BUILD, GROUP, reward_kl=0.01)),
     "grpo": learning(lambda: rl.grpo(BUILD, GROUP)),
     "dr_grpo": learning(lambda: rl.dr_grpo(BUILD, GROUP, RESPONSE)),
     "dapo": learning(lambda: rl.dapo(BUILD, GROUP)),

@@ -54,8 +54,9 @@ def online_preference(build: Build, loss: PairLoss, group_size: int) -> Algorith
     answers. The gradient of a loss of log π(y_w) and log π(y_l) is Σ (∂loss/∂log π(y)) ∇log π(y), so each
     row's credit is -∂loss/∂log π(y) at the policy that sampled it, and rows need not stay together. That
     is the loss's own gradient for one update a rollout; the objective raises ValueError for several. The
-    mean is over groups that have a pair. Needs ref_log_probs in the batch (for losses with a reference) and is shown as `pair_loss`,
-    `pair_accuracy` (does the policy, against the reference, prefer the better answer already?), `paired`.
+    mean is over groups that have a pair. Needs ref_log_probs in the batch (for losses with a reference)
+    and is shown as `pair_loss`, `pair_accuracy` (does the policy, against the reference, prefer the better
+    answer already?), `paired`.
 
     Args:
         build: a partial of `policy_gradient`.

@@ -14,11 +14,7 @@ UNGROUPED = ("reinforce", "reinforce_plus_plus", "expert_iteration", "ppo")
 OF_VERDICTS = ("expert_iteration", "nft")
 UNSERVED = ("bottleneck", "parallel", "prompt", "prefix", "intrinsic")
 ONLINE = ("online_dpo", "xpo")
-NO_RATIO = (
-    "reinforce",
-    "rloo",
-    "expert_iteration",
-)  # take -A log π, right at the policy that sampled
+NO_RATIO = ("expert_iteration",)  # takes -r log π, right at the policy that sampled
 KL_IN_REWARD = ("rloo", "reinforce_plus_plus", "ppo")
 
 
@@ -46,7 +42,7 @@ def settings(config: Any) -> None:
         raise ValueError(
             f"{config.algorithm} takes its gradient at the policy that sampled, with no importance ratio: "
             f"--updates 1 and --epochs 1; got {config.updates} and {config.epochs}. For several updates a "
-            "rollout take dr_grpo, dapo, gspo or ppo."
+            "rollout take rloo, dr_grpo, dapo, gspo or ppo."
         )
     if config.sampler_url:
         server(config)

@@ -30,6 +30,7 @@ from jaxft.losses.policy import (
     reinforce_loss,
     sequence_log_ratio,
     straight_through_max,
+    summed_log_ratio,
     truncated_sequence_weights,
     truncated_weights,
 )
@@ -164,6 +165,7 @@ __all__ = [
     "tpo_loss",
     "sppo_loss",
     "straight_through_max",
+    "summed_log_ratio",
     "symmetric_kl_divergence",
     "truncated_sequence_weights",
     "truncated_weights",

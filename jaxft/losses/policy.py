@@ -49,6 +49,18 @@ def sequence_log_ratio(
     return jax.lax.stop_gradient(mean) + log_probs - jax.lax.stop_gradient(log_probs)
 
 
+def summed_log_ratio(
+    log_probs: Float[Array, "B T"], old_log_probs: Float[Array, "B T"], mask: Bool[Array, "B T"]
+) -> Float[Array, "B T"]:
+    """Value Σ_t (log π - log π_old) of the sequence at each token, within ±20, with the gradient ∇ log π_t.
+
+    Summed over a sequence's tokens, the gradient of exp of it is that of the sequence's ratio π / π_old.
+    """
+    own = jnp.where(mask, log_ratio(log_probs, old_log_probs), 0.0)
+    total = jnp.clip(jnp.sum(own, axis=1, keepdims=True), -MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return jax.lax.stop_gradient(total) + log_probs - jax.lax.stop_gradient(log_probs)
+
+
 def clipped_surrogate(
     log_ratio: Float[Array, "*batch"],
     advantages: Float[Array, "*batch"],

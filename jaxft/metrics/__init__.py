@@ -2,11 +2,14 @@
 
 from jaxft.metrics.interval import wilson_interval
 from jaxft.metrics.length import length_controlled_rate, standardised_mean
-from jaxft.metrics.mean import Mean, combine_means
+from jaxft.metrics.mean import Mean, Terms, Undivided, WholeMean, combine_means, terms_of
 from jaxft.metrics.samples import exact_pass_rate, majority_vote, pass_at_k, rerank
 
 __all__ = [
     "Mean",
+    "Terms",
+    "Undivided",
+    "WholeMean",
     "combine_means",
     "exact_pass_rate",
     "length_controlled_rate",
@@ -14,5 +17,6 @@ __all__ = [
     "pass_at_k",
     "rerank",
     "standardised_mean",
+    "terms_of",
     "wilson_interval",
 ]

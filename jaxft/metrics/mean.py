@@ -1,6 +1,6 @@
 """Means that say over what they are taken, so that parts of a batch add up to the whole."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,65 @@ class Mean(NamedTuple):
         return cls(jnp.sum(values.astype(jnp.float32) * weights), jnp.sum(weights))
 
 
-def combine_means(parts: Mean) -> Mean:
-    """One Mean from a Mean whose fields are stacked over parts on axis 0."""
-    return Mean(jnp.sum(parts.total, axis=0), jnp.sum(parts.weight, axis=0))
+class WholeMean(Mean):
+    """A Mean, without gradient, that its own objective reads: KTO's KL, BCO's mean reward.
+
+    Part of a batch has another mean than the whole. An objective therefore takes
+    `metrics[name].over(batch, name)`: batch["whole"][name] if it is there, else its own. Microbatches
+    first add it up over all slices and then give each slice the sum (jaxft.train.accumulate).
+    """
+
+    __slots__ = ()
+
+    def over(self, batch: dict[str, Any], name: str) -> Mean:
+        """The mean over the whole of a batch that may be a part of it."""
+        return jax.lax.stop_gradient(batch.get("whole", {}).get(name, self))
+
+
+class Undivided(Mean):
+    """A value of a whole batch that is no sum over its rows: a batch of it cannot be cut into slices."""
+
+    __slots__ = ()
+
+
+class Terms(NamedTuple):
+    """Σ_k total_k / weight_k: a loss of several means, each over its own tokens, records or samples.
+
+    Parts of a batch add up term by term. One total over one weight would not: where slices differ in the
+    ratio of two weights, their terms would be weighed otherwise than in the whole batch.
+
+    An objective returns it as metrics["loss"], *with* its gradient, and `value` as its loss:
+
+        terms = Terms((task, Mean(kl_weight * kl.total, kl.weight)))
+        return terms.value, jax.lax.stop_gradient(metrics) | {"loss": terms}
+    """
+
+    parts: tuple[Mean, ...]  # the task's first; coefficients are in the totals
+
+    @property
+    def value(self) -> jax.Array:
+        """Σ_k total_k / weight_k; a term of weight 0 counts 0."""
+        return sum(part.value for part in self.parts)
+
+    @property
+    def weight(self) -> jax.Array:
+        """The weight of the first term, the task's."""
+        return self.parts[0].weight
+
+
+def terms_of(loss: jax.Array, logged: Any, coefficient: float = 1.0) -> tuple[Mean, ...]:
+    """The parts of coefficient * loss, with its gradient, for a `Terms` of it and others.
+
+    Args:
+        loss: an objective's.
+        logged: its metrics["loss"]: Terms, a Mean, or any number, which is averaged over slices.
+    """
+    if isinstance(logged, Terms):
+        return tuple(Mean(coefficient * part.total, part.weight) for part in logged.parts)
+    weight = jnp.asarray(logged.weight if isinstance(logged, Mean) else 1.0, jnp.float32)
+    return (Mean(coefficient * loss * weight, weight),)
+
+
+def combine_means(parts: Any) -> Any:
+    """One Mean, or Terms, from one whose leaves are stacked over parts on axis 0."""
+    return jax.tree.map(lambda x: jnp.sum(x, axis=0), parts)

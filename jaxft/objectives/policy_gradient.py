@@ -147,11 +147,41 @@ def completion_forward(
 
 
 def reinforce() -> TokenLoss:
-    """-A log π: see `reinforce_loss`."""
-    return lambda log_probs, old, batch: (
-        losses.reinforce_loss(log_probs, spread(batch["advantages"], log_probs)),
-        {},
-    )
+    """-A log π: see `reinforce_loss`. For one update a rollout; `clipped_sums` is for several.
+
+    The TokenLoss raises ValueError for a batch with old_log_probs, which `collect` gives for several
+    updates a rollout: -A log π has no importance ratio, and from the second update on its gradient is of
+    another policy than the one that sampled.
+    """
+
+    def token_loss(log_probs, old, batch):
+        if "old_log_probs" in batch:
+            raise ValueError(
+                "reinforce: -A log π has no importance ratio, so that one update a rollout is right "
+                "(updates=1, epochs=1), and the batch has old_log_probs, as for several. Take "
+                "clipped_sums() or clipped(), that is rloo, grpo, dapo or ppo, for several."
+            )
+        return losses.reinforce_loss(log_probs, spread(batch["advantages"], log_probs)), {}
+
+    return token_loss
+
+
+def clipped_sums(clip: float = 0.2) -> TokenLoss:
+    """REINFORCE's and RLOO's clipped ratio of each sequence's whole probability; with `sequence_sum`.
+
+    A sequence's tokens add up to -min(ρ A, clip(ρ, 1 ± ε) A), ρ = Π_t π / π_old, as in TRL's RLOOTrainer
+    (huggingface.co/docs/trl/rloo_trainer). At the policy that sampled, its gradient is that of `reinforce`.
+    """
+
+    def token_loss(log_probs, old, batch):
+        mask = batch["completion_mask"]
+        ratio = losses.summed_log_ratio(log_probs, old, mask)
+        loss, shown = _clipped(ratio, batch, clip, clip, None)
+        # Each token has the sequence's value, and the gradient of its own log-prob: the values are shared.
+        share = 1.0 / jnp.maximum(jnp.sum(mask, axis=1, keepdims=True), 1)
+        return loss + jax.lax.stop_gradient((share - 1.0) * loss), shown
+
+    return token_loss
 
 
 def clipped(

@@ -25,8 +25,7 @@ from jaxft.losses import (
     reverse_kl_surrogate,
     wpo_weights,
 )
-from jaxft.losses.unpaired import kto_kl
-from jaxft.metrics import Mean
+from jaxft.metrics import Mean, Terms, WholeMean, terms_of
 from jaxft.models.decoder import project
 from jaxft.objectives.supervised import Objective, shift
 from jaxft.optim.following import with_mean
@@ -178,14 +177,12 @@ def hypo(
         counted = (samples.lengths > 0).astype(jnp.float32).reshape(-1)
         ratios = jax.lax.stop_gradient(sums - ref_sums)
         baseline = leave_one_out(ratios, size) if size > 1 else None
-        surrogate = Mean.of(reverse_kl_surrogate(sums, ref_sums, baseline), counted).value
+        surrogate = Mean.of(reverse_kl_surrogate(sums, ref_sums, baseline), counted)
         kl = kl_estimates(jax.lax.stop_gradient(sums), ref_sums)
         own = {"kl": Mean.of(kl.k1, counted), "kl_k3": Mean.of(kl.k3, counted)}
-        loss = value + kl_weight * surrogate
-        # What is optimised is what is logged; its weight, by which microbatches add up, is the pairs'.
-        weight = metrics["loss"].weight
-        own["loss"] = Mean(jax.lax.stop_gradient(loss) * weight, weight)
-        return loss, metrics | own
+        pull = Mean(kl_weight * surrogate.total, surrogate.weight)
+        terms = Terms((*terms_of(value, metrics["loss"]), pull))
+        return terms.value, metrics | own | {"loss": terms}
 
     return objective
 
@@ -201,9 +198,9 @@ def kto(
     """objective(params, batch, key) -> (mean `kto_loss`, metrics) of completions with a `label`.
 
     The second sequence of each group, a completion of another prompt, serves for the KL alone and has a
-    forward pass of its own, without gradient. The KL is the mean over the batch, or the microbatch, that the
-    objective is given. Metrics: rewards/{chosen,rejected} (means over completions with label True and
-    False), lengths, log_probs, kl, rewards/accuracy.
+    forward pass of its own, without gradient. The KL is the mean over the whole batch, also where
+    microbatches cut it (`WholeMean`). Metrics: rewards/{chosen,rejected} (means over completions with label
+    True and False), lengths, log_probs, kl, rewards/accuracy.
     """
 
     def objective(params, batch, key):
@@ -217,12 +214,13 @@ def kto(
         ratios = policy.sums[:, 0] - _reference_of(model, params, first, reference)
         other_ratios = mismatched.sums[:, 0] - _reference_of(model, params, other, reference)
         labels = jnp.asarray(batch["label"]).astype(bool)
-        kl = kto_kl(other_ratios, counted)
+        mismatched_kl = WholeMean.of(other_ratios, counted)
+        kl = jnp.maximum(mismatched_kl.over(batch, "kl").value, 0.0)  # see kto_kl
         weights = dict(desirable_weight=desirable_weight, undesirable_weight=undesirable_weight)
         values = kto_loss(ratios, labels, kl, beta=beta, **weights)
         total = Mean.of(jnp.where(counted > 0, values, 0.0), counted)
         metrics = _label_metrics(policy, beta * ratios, beta * kl, labels, counted)
-        metrics |= {"kl": Mean.of(other_ratios, counted), "loss": total}
+        metrics |= {"kl": mismatched_kl, "loss": total}
         metrics["num_tokens"] = all_tokens(first, total)
         return total.value, jax.lax.stop_gradient(metrics)
 
@@ -233,7 +231,7 @@ def bco(model, *, beta: float = 0.1, reference: Reference | None = None) -> Obje
     """objective(params, batch, key) -> (mean `bco_loss`, metrics) of completions with a `label`.
 
     δ is the mean reward of all batches so far where the batch has `running` (`train.with_running_mean`), and
-    else of the batch, or microbatch, that the objective is given. A column `density_ratio` [B] weighs
+    else of the whole batch, also where microbatches cut it (`WholeMean`). A column `density_ratio` [B] weighs
     undesirable completions: see `density_ratios`. Metrics: `kto`'s, with rewards/mean and delta for its kl.
     """
 
@@ -244,9 +242,9 @@ def bco(model, *, beta: float = 0.1, reference: Reference | None = None) -> Obje
         counted = (policy.lengths[:, 0] > 0).astype(jnp.float32)
         ratios = policy.sums[:, 0] - _reference_of(model, params, first, reference)
         labels = jnp.asarray(batch["label"]).astype(bool)
-        rewards = Mean.of(beta * ratios, counted)
+        rewards = WholeMean.of(beta * ratios, counted)
         running = batch.get("running", (0.0, 0.0))
-        delta = jax.lax.stop_gradient(with_mean(*running, rewards)[0])
+        delta = jax.lax.stop_gradient(with_mean(*running, rewards.over(batch, "rewards/mean"))[0])
         values = bco_loss(ratios, labels, delta, beta=beta, ratios=batch.get("density_ratio"))
         total = Mean.of(jnp.where(counted > 0, values, 0.0), counted)
         metrics = _label_metrics(policy, beta * ratios, delta, labels, counted)

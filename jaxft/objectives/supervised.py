@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxft.losses import linear_cross_entropy
-from jaxft.metrics import Mean
+from jaxft.metrics import Mean, Terms, Undivided, WholeMean, terms_of
 
 Objective = Callable[..., tuple[jax.Array, dict[str, Any]]]
 
@@ -74,13 +74,18 @@ def forward(model: Any, params: Any, batch: dict[str, jax.Array], **options: Any
     return model.apply({"params": params}, batch["tokens"], **inputs, **options)
 
 
-def mean_of(objective: Objective) -> Callable[..., Mean]:
-    """(params, batch, key) -> the loss as a Mean that has a gradient and adds up over microbatches."""
+def mean_of(objective: Objective) -> Callable[..., Mean | Terms]:
+    """(params, batch, key) -> the loss as a Mean, or Terms, with its gradient, which adds up over slices.
+
+    That of an objective with a `WholeMean` or `Undivided` value is `Undivided`: of a whole batch.
+    """
 
     def mean(params, batch, key):
         loss, metrics = objective(params, batch, key)
-        weight = metrics["loss"].weight
-        return Mean(loss * weight, weight)
+        parts = terms_of(loss, metrics["loss"])
+        if any(isinstance(m, WholeMean | Undivided) for m in metrics.values()):
+            return Undivided(loss, jnp.ones(()))
+        return parts[0] if len(parts) == 1 else Terms(parts)
 
     return mean
 

@@ -27,7 +27,7 @@ from jaxft.losses.divergences import (
     maximum_mean_discrepancy,
     symmetric_kl_divergence,
 )
-from jaxft.metrics import Mean
+from jaxft.metrics import Mean, Terms, Undivided, terms_of
 from jaxft.objectives.reparametrised import reparametrised
 from jaxft.objectives.supervised import Objective, shift
 from jaxft.optim.perturbations import wide
@@ -101,15 +101,18 @@ def function_distance(
 def sample_distance(logits_fn: LogitsFn, kernel: Kernel | None = None) -> Callable[..., Mean]:
     """distance(target_params, params, batch, key): squared maximum mean discrepancy.
 
-    The two models' logits on the batch's tokens or examples are compared as two samples. So it is that of
-    microbatches, if there are any, and their mean is not the whole batch's.
+    The two models' logits on the batch's tokens or examples are compared as two samples. No sum over slices
+    gives it: it is `Undivided`. `make_step` makes it from the whole batch at once, and an objective that
+    holds it (`trust_region`) is refused with microbatches.
     """
 
     def distance(target_params, params, batch, key):
         target_logits, _ = logits_fn(target_params, batch, key)
         logits, weights = logits_fn(params, batch, key)
         target_logits = jax.lax.stop_gradient(target_logits)
-        return _mean(maximum_mean_discrepancy(target_logits, logits, weights, kernel), weights)
+        return Undivided(
+            *_mean(maximum_mean_discrepancy(target_logits, logits, weights, kernel), weights)
+        )
 
     return distance
 
@@ -192,9 +195,11 @@ def trust_region(
 ) -> Objective:
     """L + λ d, the gradient through both; d = distance(params, batch, key).
 
-    metrics["loss"] is that of the sum; "task_loss" is L's own and "trust_distance" d.
+    metrics["loss"] is the sum's, Terms where L or d is a Mean, each over its own weights; "task_loss" is L's
+    own and "trust_distance" d.
 
     Args:
+        distance: what is no Mean is averaged over microbatches: a distance of params alone.
         weight: λ, at least 0.
     """
     if not weight >= 0:
@@ -203,13 +208,13 @@ def trust_region(
     def penalised(params, batch, key):
         loss, metrics = objective(params, batch, key)
         d = distance(params, batch, key)
-        penalty = weight * (d.value if isinstance(d, Mean) else d)
         task = metrics.get("loss", loss)
-        total = loss + penalty
-        if isinstance(task, Mean):  # its weight says how microbatches add up
-            total = Mean(task.total + penalty * task.weight, task.weight)
-        shown = {"loss": total, "task_loss": task, "trust_distance": d}
-        return loss + penalty, metrics | jax.lax.stop_gradient(shown)
+        shown = jax.lax.stop_gradient({"task_loss": task, "trust_distance": d})
+        value = d.value if isinstance(d, Mean) else d
+        if not isinstance(task, Mean | Terms) and not isinstance(d, Mean):
+            return loss + weight * value, metrics | shown | {"loss": loss + weight * value}
+        terms = Terms(terms_of(loss, task) + terms_of(value, d, weight))
+        return terms.value, metrics | shown | {"loss": terms}
 
     return penalised
 

@@ -21,6 +21,7 @@ from jaxft.losses import kl_k1
 from jaxft.objectives import Objective, value_loss
 from jaxft.objectives.policy_gradient import (
     clipped,
+    clipped_sums,
     constant_length,
     negative_aware,
     reinforce,
@@ -53,17 +54,21 @@ class Algorithm(NamedTuple):
     objective: Objective
 
 
-def reinforce_with_baseline(build: Build) -> Algorithm:
-    """-(r - mean of the batch) Σ_t log π_t: Williams, 1992, doi.org/10.1007/BF00992696."""
+def reinforce_with_baseline(build: Build, clip: float = 0.2) -> Algorithm:
+    """-(r - mean of the batch) Σ_t log π_t: Williams, 1992, doi.org/10.1007/BF00992696.
+
+    With several updates a rollout, the clipped ratio of each sequence takes the place of log π.
+    """
     credit = lambda rewards, batch: {"advantages": centred_advantages(rewards, len(rewards))}
-    return Algorithm(credit, build(reinforce(), sequence_sum))
+    return Algorithm(credit, build(clipped_sums(clip), sequence_sum))
 
 
-def rloo(build: Build, group_size: int, reward_kl: float = 0.0) -> Algorithm:
+def rloo(build: Build, group_size: int, reward_kl: float = 0.0, clip: float = 0.2) -> Algorithm:
     """RLOO: Ahmadian et al., 2024, arxiv.org/abs/2402.14740; leave-one-out baselines, summed tokens.
 
     Args:
         reward_kl: β of the KL to the reference in the reward (k1, summed); needs ref_log_probs.
+        clip: ε of the ratio of each sequence, which is 1 at a rollout's first update: see `clipped_sums`.
     """
 
     def credit(rewards, batch):
@@ -71,7 +76,7 @@ def rloo(build: Build, group_size: int, reward_kl: float = 0.0) -> Algorithm:
             rewards = rewards - jnp.sum(penalties, axis=1)
         return {"advantages": leave_one_out_advantages(rewards, group_size)}
 
-    return Algorithm(credit, build(reinforce(), sequence_sum))
+    return Algorithm(credit, build(clipped_sums(clip), sequence_sum))
 
 
 def grpo(build: Build, group_size: int, clip: float = 0.2) -> Algorithm:
@@ -174,7 +179,8 @@ def expert_iteration(build: Build) -> Algorithm:
     """Cross-entropy of right answers: Anthony et al., 2017, arxiv.org/abs/1705.08439; rejection sampling.
 
     -r log π with rewards in {0, 1}, over all tokens. Equal answers are not dropped here, and each step's
-    answers are of the current policy: the online form.
+    answers are of the current policy: the online form. One update a rollout: the objective raises
+    ValueError for several (`reinforce`).
     """
     credit = lambda rewards, batch: {
         "advantages": baseline_advantages(rewards, jnp.zeros_like(rewards))

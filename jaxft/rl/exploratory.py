@@ -81,8 +81,7 @@ def xpo(build: Build, loss: PairLoss, group_size: int, alpha: float = 1e-5) -> A
         share = chosen / jnp.maximum(_of_group(chosen, group_size), 1)
         # As there: the objective divides by rows with tokens, where the mean is over pairs.
         scale = jnp.sum(counted) / jnp.maximum(jnp.sum(paired) / group_size, 1)
-        name = "old_log_probs" if "old_log_probs" in batch else "sampler_log_probs"
-        sums = jnp.sum(jnp.where(mask, jnp.asarray(batch[name]), 0.0), axis=1)
+        sums = jnp.sum(jnp.where(mask, jnp.asarray(batch["sampler_log_probs"]), 0.0), axis=1)
         stats = {"reference_log_prob": jnp.where(chosen, sums, jnp.nan)}
         return {
             "advantages": given["advantages"] - alpha * scale * share * paired,

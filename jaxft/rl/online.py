@@ -53,9 +53,10 @@ def online_preference(build: Build, loss: PairLoss, group_size: int) -> Algorith
     Direct alignment from AI feedback: Guo et al., 2024, arxiv.org/abs/2402.04792, where a group is two
     answers. The gradient of a loss of log π(y_w) and log π(y_l) is Σ (∂loss/∂log π(y)) ∇log π(y), so each
     row's credit is -∂loss/∂log π(y) at the policy that sampled it, and rows need not stay together. That
-    is the loss's own gradient for one update a rollout; it is stale for more. The mean is over groups that
-    have a pair. Needs ref_log_probs in the batch (for losses with a reference) and is shown as `pair_loss`,
-    `pair_accuracy` (does the policy, against the reference, prefer the better answer already?), `paired`.
+    is the loss's own gradient for one update a rollout; the objective raises ValueError for several. The
+    mean is over groups that have a pair. Needs ref_log_probs in the batch (for losses with a reference)
+    and is shown as `pair_loss`, `pair_accuracy` (does the policy, against the reference, prefer the better
+    answer already?), `paired`.
 
     Args:
         build: a partial of `policy_gradient`.
@@ -69,7 +70,7 @@ def online_preference(build: Build, loss: PairLoss, group_size: int) -> Algorith
         mask = jnp.asarray(batch["completion_mask"])
         lengths = jnp.sum(mask, axis=1).astype(jnp.float32)
         total = lambda name: jnp.sum(jnp.where(mask, jnp.asarray(batch[name]), 0.0), axis=1)
-        sums = total("old_log_probs" if "old_log_probs" in batch else "sampler_log_probs")
+        sums = total("sampler_log_probs")
         ref = total("ref_log_probs") if "ref_log_probs" in batch else None
         best, worst, paired = best_and_worst(rewards, group_size, lengths > 0)
         take = lambda x: (None, None) if x is None else (x[best], x[worst])

@@ -7,8 +7,8 @@ from collections.abc import Hashable, Sequence
 import jax
 import jax.numpy as jnp
 
-from jaxft.metrics import Mean
-from jaxft.objectives import Objective, completion_log_probs, supervised
+from jaxft.metrics import Mean, Terms
+from jaxft.objectives import Objective, completion_log_probs, mean_of, supervised
 
 
 def offline_collect(
@@ -48,25 +48,26 @@ def online_self_training(model) -> Objective:
 
     Online self-training: Luong et al., 2024, arxiv.org/abs/2401.08967; means over tokens, in nats. A step
     without a right sample has the second half alone. The batch has `samples`, experience with `correct` [B]
-    (the credit of `right_samples`), and `gold`, rows of `supervised`. The two means are of one batch: it
-    cannot be split into microbatches.
+    (the credit of `right_samples`), and `gold`, rows of `supervised`. Metrics: own and gold, the two means;
+    right, the share of right samples; num_tokens, of both, a sample.
     """
-    gold = supervised(model)
+    gold = mean_of(supervised(model))
 
     def objective(params, batch, key):
         samples = batch["samples"]
-        counted = samples["completion_mask"] & jnp.asarray(samples["correct"])[:, None]
+        right = jnp.asarray(samples["correct"])
+        counted = samples["completion_mask"] & right[:, None]
         log_probs = completion_log_probs(model, params, samples)
-        own = -jnp.sum(jnp.where(counted, log_probs, 0.0)) / jnp.maximum(jnp.sum(counted), 1)
-        given, _ = gold(params, batch["gold"], key)
-        loss = 0.5 * own + 0.5 * given
-        shown = {
-            "loss": loss,
+        own = Mean.of(jnp.where(counted, -log_probs, 0.0), counted)
+        given = gold(params, batch["gold"], key)
+        terms = Terms(tuple(Mean(0.5 * mean.total, mean.weight) for mean in (own, given)))
+        metrics = {
             "own": own,
             "gold": given,
-            "right": jnp.mean(samples["correct"] * 1.0),
+            "right": Mean.of(right, jnp.ones(right.shape)),
+            "num_tokens": Mean(own.weight + given.weight, float(right.size)),
         }
-        return loss, jax.lax.stop_gradient({k: Mean(v, jnp.ones(())) for k, v in shown.items()})
+        return terms.value, jax.lax.stop_gradient(metrics) | {"loss": terms}
 
     return objective
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxft.keys import stream
-from jaxft.metrics import Mean, combine_means
+from jaxft.metrics import Mean, Terms, Undivided, WholeMean, combine_means
 
 # A gradient estimator has the signature of jax.value_and_grad:
 # estimator(fun, has_aux=True)(params, batch, key) -> ((loss, metrics), grads).
@@ -25,14 +25,29 @@ def accumulate(gradient: GradientEstimator, microbatches: int) -> GradientEstima
         loss = Σ w_i loss_i / Σ w_i,    grads = Σ w_i grads_i / Σ w_i,
 
     sums in float32, so a token-mean over the slices is the token-mean over the batch whatever
-    the slices' lengths. Means add up, other metrics are averaged with the w_i. A slice of weight 0
-    contributes nothing, even when it holds NaN; if all are, loss and gradients are 0.
+    the slices' lengths. If metrics["loss"] is `Terms`, the loss of the whole batch is
+    Σ_k (Σ_i total_ki) / W_k with W_k = Σ_i weight_ki. Weights depend on no params: they are added up
+    first, in a pass over the slices of which the compiler leaves the masks alone, and then
+
+        loss = Σ_i Σ_k total_ki / W_k,    its gradient slice by slice.
+
+    A `WholeMean` is added up in that first pass too, which costs what it is made of (KTO: its forward
+    pass without gradient, which the second pass then leaves out; BCO: one forward pass more), and the
+    slices find it in batch["whole"]. An objective that logs an `Undivided` value is refused.
+
+    Means add up, other metrics are averaged with the w_i, or over slices that count at all where the
+    loss is Terms. A slice of weight 0 contributes nothing, even when it holds NaN; if all are, loss and
+    gradients are 0.
 
     Each leaf of the batch is split on axis 0; row r goes to slice r mod `microbatches`, so that
     rows split over devices stay where they are. Leaves without axes go to every slice. Each slice
     draws from its own key.
 
     An estimator that must see the whole batch goes outside: sam(accumulate(jax.value_and_grad, 4)).
+
+    Raises:
+        ValueError: for fewer microbatches than 1, a batch that they do not divide, or an objective of
+            the whole batch.
     """
     if microbatches < 1:
         raise ValueError(f"accumulate: microbatches must be at least 1, got {microbatches}.")
@@ -42,36 +57,79 @@ def accumulate(gradient: GradientEstimator, microbatches: int) -> GradientEstima
     def estimator(fun, has_aux=True):
         if not has_aux:
             raise ValueError("accumulate: needs has_aux=True: the weights come from the metrics.")
-        estimate = gradient(fun, has_aux=True)
 
         def value_and_grad(params, batch, key):
             slices = split_batch(batch, microbatches), _own_keys(key, microbatches)
+            whole, weights = _first_pass(lambda part: fun(params, *part)[1], slices)
+            estimate = gradient(_on_slices(fun, whole, weights), has_aux=True)
             plain = []  # names of metrics that are no Means, seen while tracing
 
             def weighted(part):
                 (loss, metrics), grads = estimate(params, *part)
-                plain[:] = [k for k, m in metrics.items() if not isinstance(m, Mean)]
+                plain[:] = [k for k, m in metrics.items() if not isinstance(m, Mean | Terms)]
                 weight = loss_weight(metrics)
                 scale = lambda x: _weighted(x, weight)
-                return weight, scale(loss), as_means(metrics), jax.tree.map(scale, grads)
+                # What the first pass knows is left out, so that the compiler does not make it again.
+                metrics = {k: m for k, m in as_means(metrics).items() if k not in whole}
+                return weight, scale(loss), metrics, jax.tree.map(scale, grads)
 
             shapes = jax.eval_shape(weighted, jax.tree.map(lambda x: x[0], slices))
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
             add = lambda total, part: (jax.tree.map(jnp.add, total, weighted(part)), None)
             (weight, loss, metrics, grads), _ = jax.lax.scan(add, zeros, slices)
-            mean = lambda total: Mean(total, weight).value
+            # Slices of Terms are parts of a sum, already divided by the weights of the whole batch.
+            mean = lambda total: total if weights else Mean(total, weight).value
             metrics = {k: m.value if k in plain else m for k, m in metrics.items()}
             grads = jax.tree.map(lambda g, p: mean(g).astype(p.dtype), grads, params)
-            return (mean(loss), metrics), grads
+            return (mean(loss), metrics | whole), grads
 
         return value_and_grad
 
     return estimator
 
 
+def _first_pass(metrics_of, slices):
+    """({name: WholeMean}, weights of the loss's Terms) of the whole batch; empty where there are none."""
+
+    def found(part):
+        metrics = metrics_of(part)
+        _refuse_undivided(metrics)
+        whole = {k: m for k, m in as_means(metrics).items() if isinstance(m, WholeMean)}
+        loss = metrics.get("loss")
+        weights = [part.weight * 1.0 for part in loss.parts] if isinstance(loss, Terms) else []
+        return jax.lax.stop_gradient((whole, weights))
+
+    shapes = jax.eval_shape(found, jax.tree.map(lambda x: x[0], slices))
+    return combine_means(jax.lax.map(found, slices)) if jax.tree.leaves(shapes) else shapes
+
+
+def _on_slices(fun, whole, weights):
+    """The objective of a slice that knows what the whole batch's means and weights are."""
+    if not whole and not weights:
+        return fun
+
+    def objective(params, batch, key):
+        loss, metrics = fun(params, batch | {"whole": whole} if whole else batch, key)
+        if weights:
+            parts = zip(as_means(metrics)["loss"].parts, weights, strict=True)
+            loss = sum(Mean(part.total, weight).value for part, weight in parts)
+        return loss, metrics
+
+    return objective
+
+
+def _refuse_undivided(metrics):
+    for name, metric in metrics.items():
+        if isinstance(metric, Undivided):
+            raise ValueError(
+                f"microbatches: {name!r} is a value of the whole batch and no sum over its rows, such as a "
+                "sample_distance; use microbatches=1 with a smaller batch, or a distance that is a Mean."
+            )
+
+
 def in_slices(
-    fun: Callable[[Any, jax.Array], Mean], batch: Any, key: jax.Array, microbatches: int
-) -> Mean:
+    fun: Callable[[Any, jax.Array], Mean | Terms], batch: Any, key: jax.Array, microbatches: int
+) -> Mean | Terms:
     """fun(batch, key), one slice of the batch after the other; a slice of weight 0 counts as 0."""
     if microbatches == 1:
         return fun(batch, key)
@@ -105,22 +163,30 @@ def _own_keys(key, parts):
 
 
 def loss_weight(metrics: dict[str, Any]) -> jax.Array:
-    """What the loss is a mean over: the weight of metrics["loss"], or 1 if that is no Mean."""
+    """What a slice of the loss counts: the weight of metrics["loss"], or 1 if that is no Mean.
+
+    Terms have weights of their own: 1 if any of them counts, else 0.
+    """
     loss = metrics.get("loss")
+    if isinstance(loss, Terms):
+        return functools.reduce(jnp.maximum, [1.0 * (part.weight > 0) for part in loss.parts])
     return jnp.asarray(loss.weight if isinstance(loss, Mean) else 1.0, jnp.float32)
 
 
-def as_means(metrics: dict[str, Any]) -> dict[str, Mean]:
-    """The metrics as Means that add up: what is no Mean is weighted like the loss.
+def as_means(metrics: dict[str, Any]) -> dict[str, Mean | Terms]:
+    """The metrics as Means and Terms, which add up: what is neither is weighted like the loss.
 
     A weight of 0 makes its total 0, even where that is NaN.
     """
     weight = loss_weight(metrics)
 
     def as_mean(metric):
+        if isinstance(metric, Terms):
+            return Terms(tuple(map(as_mean, metric.parts)))
         if not isinstance(metric, Mean):
             return Mean(_weighted(jnp.asarray(metric), weight), weight)
-        return Mean(jnp.where(metric.weight == 0, 0.0, metric.total), metric.weight * 1.0)
+        total = jnp.where(metric.weight == 0, 0.0, metric.total)
+        return metric._replace(total=total, weight=metric.weight * 1.0)
 
     return {name: as_mean(metric) for name, metric in metrics.items()}
 

@@ -10,14 +10,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxft.keys import stream
-from jaxft.metrics import Mean
+from jaxft.metrics import Mean, Terms
 from jaxft.parallel import in_turn, mesh_context, to_host
 from jaxft.train.accumulation import as_means
 from jaxft.train.batches import iterate, place_batch
 from jaxft.train.callbacks import Callback, every
 from jaxft.train.step import Objective
 
-EvalStep = Callable[[Any, Any, jax.Array], dict[str, Mean]]  # (params, batch, key) -> Means
+EvalStep = Callable[[Any, Any, jax.Array], dict[str, Mean | Terms]]  # (params, batch, key) -> Means
 
 
 def make_eval_step(objective: Objective) -> EvalStep:
@@ -92,5 +92,7 @@ def evaluation(
 
 
 def _value(mean):
+    if isinstance(mean, Terms):
+        return sum(map(_value, mean.parts))
     value = mean.total / np.where(mean.weight == 0, 1.0, mean.weight)
     return value.item() if value.ndim == 0 else value

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxft.metrics import Mean
+from jaxft.metrics import Mean, Terms
 from jaxft.train.callbacks import Callback, Row
 from jaxft.train.errors import DivergedError
 
@@ -57,6 +57,8 @@ class Rows:
 
 
 def _number(value):
+    if isinstance(value, Terms):
+        return sum(map(_number, value.parts))
     if isinstance(value, Mean):
         total, weight = np.asarray(value.total), np.asarray(value.weight, np.float32)
         value = np.divide(total, weight, out=np.zeros_like(total), where=weight != 0)

@@ -13,7 +13,7 @@ import optax
 from jaxft.adapters import combine, partition, trainable_mask
 from jaxft.adapters.committing import commit, in_place, writes_back
 from jaxft.keys import stream
-from jaxft.metrics import Mean
+from jaxft.metrics import Mean, Terms, Undivided
 from jaxft.optim.perturbations import global_norm
 from jaxft.parallel import mesh_context
 from jaxft.train.accumulation import GradientEstimator, accumulate, in_slices
@@ -40,7 +40,7 @@ def make_step(
     at the metrics one step late stop at the state before the first bad step.
 
     The metrics are the objective's and `loss`, `grad_norm` (L2, before clipping), `good` (whether
-    the state advanced), `num_tokens` (weight of the loss, if metrics["loss"] is a Mean; or the total
+    the state advanced), `num_tokens` (weight of the loss, if metrics["loss"] is a Mean or Terms; or the total
     of metrics["num_tokens"], if that is one),
     `learning_rate` (if the optimizer's state has exactly one hyperparameter of that name, as
     with optax.inject_hyperparams or `make_optimizer`) and likewise `trust_distance` (`with_tram`).
@@ -160,7 +160,7 @@ def guarded(step: Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]
 
     def run(state, batch, good=True):
         new, metrics = step(state, batch)
-        numbers = [m.value if isinstance(m, Mean) else m for m in metrics.values()]
+        numbers = [m.value if isinstance(m, Mean | Terms) else m for m in metrics.values()]
         finite = [jnp.all(jnp.isfinite(jnp.asarray(n, jnp.float32))) for n in numbers]
         good = functools.reduce(jnp.logical_and, finite, jnp.asarray(good))
         keep = lambda new, old: new if new is old else jnp.where(good, new, old)
@@ -185,20 +185,22 @@ def _advanced(state, good, trainable, frozen, updates, opt_state):
 
 
 def _of_batch(fn, whole, batch, key, microbatches):
-    """(trainable, ...) -> fn of the whole params, this batch and key: a Mean's value, or what fn returns."""
+    """(trainable, ...) -> fn of the whole params, this batch and key: the value where it is a mean."""
 
     def run(*trees):
         of = lambda batch, key: fn(*map(whole, trees), batch, key)
-        if not isinstance(jax.eval_shape(of, batch, key), Mean):
+        kind = jax.eval_shape(of, batch, key)
+        if not isinstance(kind, Mean | Terms):
             return of(batch, key)
-        return in_slices(of, batch, key, microbatches).value
+        parts = 1 if isinstance(kind, Undivided) else microbatches
+        return in_slices(of, batch, key, parts).value
 
     return run
 
 
 def _with_standard_metrics(metrics, loss, norm, good, opt_state):
     metrics = {"loss": loss} | metrics | {"grad_norm": norm, "good": good}
-    if isinstance(metrics["loss"], Mean):
+    if isinstance(metrics["loss"], Mean | Terms):
         metrics.setdefault("num_tokens", metrics["loss"].weight)
     if isinstance(metrics.get("num_tokens"), Mean):  # whose total is a sum over microbatches
         metrics["num_tokens"] = metrics["num_tokens"].total

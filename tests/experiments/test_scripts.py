@@ -478,8 +478,8 @@ BAD = {
         ),
         "epochs": (lambda p: ["--epochs", "0"], "and --epochs (0) positive"),
         "no ratio": (
-            lambda p: ["--algorithm", "rloo", "--updates", "2", "--save-steps", "2"],
-            "rloo takes its gradient at the policy that sampled",
+            lambda p: ["--algorithm", "expert_iteration", "--updates", "2", "--save-steps", "2"],
+            "expert_iteration takes its gradient at the policy that sampled",
         ),
         "overlong": (lambda p: ["--overlong", "9"], "must lie in 0..--max-new-tokens (4), got 9"),
         "long": (lambda p: ["--max-new-tokens", "600"], "exceeds the 512 positions of tiny"),

@@ -10,9 +10,10 @@ import pytest
 
 from jaxft import losses, rl
 from jaxft.models import Decoder, tiny_config
-from jaxft.objectives import completion_log_probs, policy_gradient
+from jaxft.objectives import completion_log_probs, policy_gradient, with_value_head
 from jaxft.objectives.policy_gradient import (
     clipped,
+    clipped_sums,
     constant_length,
     reinforce,
     sequence_mean,
@@ -212,6 +213,116 @@ def test_every_algorithm_moves_towards_what_was_rewarded(name, model, params, ba
     change = jnp.sum(change, axis=1) / jnp.maximum(jnp.sum(batch["completion_mask"], axis=1), 1)
     assert jnp.mean(change[rewards == 1]) > jnp.mean(change[rewards == 0]) + 1e-4
     assert jnp.isfinite(loss)
+
+
+def slow_loss(name, log_p, batch):
+    """The loss of a rollout's second update, one row and token after the other."""
+    mask, old = np.asarray(batch["completion_mask"]), np.asarray(batch["old_log_probs"])
+    surrogate = lambda ratio, a, low, high: (
+        -jnp.minimum(ratio * a, jnp.clip(ratio, 1 - low, 1 + high) * a)
+    )
+    rows = []  # the values of each row's tokens
+    for i in np.flatnonzero(mask.any(axis=1)):
+        real = np.flatnonzero(mask[i])
+        p, q = log_p[i, real], old[i, real]
+        if name == "nft":
+            rate, right = batch["success_rates"][i], batch["correct"][i]
+            implied = (1 - rate * jnp.exp(p - q)) / (1 - rate)
+            # max_v(x, 1): the value of max(x, 1) with the gradient of x
+            wrong = [-x / jax.lax.stop_gradient(jnp.maximum(x, 1)) for x in implied]
+            rows.append((1 - rate) * (-p if right else jnp.stack(wrong)))
+            continue
+        a = np.broadcast_to(batch["advantages"][i], mask.shape[1:])[real]
+        if name in ("reinforce", "rloo"):
+            ratio = jnp.exp(jnp.sum(p) - jnp.sum(q))
+            rows.append(surrogate(ratio, a, 0.2, 0.2)[:1])
+        elif name == "gspo":
+            rows.append(surrogate(jnp.exp(jnp.mean(p - q)), a, 3e-4, 4e-4)[:1])
+        elif name == "cispo":
+            weight = jax.lax.stop_gradient(jnp.clip(jnp.exp(p - q), 0.0, 4.0))
+            rows.append(-weight * a * p)
+        else:
+            rows.append(surrogate(jnp.exp(p - q), a, 0.2, 0.28 if name == "dapo" else 0.2))
+    if name in ("dapo", "cispo", "nft", "ppo"):
+        return jnp.mean(jnp.concatenate(rows))
+    if name == "dr_grpo":
+        return jnp.sum(jnp.concatenate(rows)) / (len(rows) * RESPONSE)
+    return jnp.mean(jnp.stack([jnp.mean(row) for row in rows]))
+
+
+def plain_log_probs(model, params, batch):
+    logits = model.apply(
+        {"params": params},
+        batch["tokens"],
+        positions=batch["positions"],
+        segment_ids=batch["segment_ids"],
+    ).logits
+    table = jax.nn.log_softmax(logits)[:, PROMPT - 1 : -1]
+    return jnp.take_along_axis(table, batch["tokens"][:, PROMPT:, None], axis=-1)[..., 0]
+
+
+SEVERAL = "reinforce rloo grpo dr_grpo dapo gspo cispo reinforce_plus_plus nft ppo".split()
+REWARDS = jnp.array([1.0, 0, 0, 1, 0, 0, 1, 0])
+
+
+def ppo_without_critic(build):
+    return rl.ppo(build, value_weight=0.0)
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_the_second_update_of_a_rollout_is_a_slow_loop(name, model, params, batch):
+    """Where the policy is no longer the one that sampled: an importance ratio, or its like, of each."""
+    build = functools.partial(policy_gradient, model)
+    made = algorithms(model) | {"ppo": ppo_without_critic(build)}
+    whole = without(batch, "advantages", "correct", "success_rates")
+    whole |= {"old_values": jnp.zeros(batch["completion_mask"].shape)}
+    whole |= dict(made[name].credit(REWARDS, whole))
+    params = with_value_head(model, params) if name == "ppo" else params
+    (loss, _), grads = gradient(made[name].objective, params, whole)
+    slow = lambda params: slow_loss(name, plain_log_probs(model, params, whole), whole)
+    value, wanted = jax.value_and_grad(slow)(params)
+    close(grads, wanted)
+    if name not in ("gspo", "nft", "cispo"):  # whose token forms have other values than gradients
+        close(loss, value)
+    # That is another gradient than the one without a ratio.
+    once = without(whole, "old_log_probs")
+    other = global_norm(
+        jax.tree.map(jnp.subtract, gradient(made[name].objective, params, once)[1], grads)
+    )
+    assert other > 0.02 * global_norm(grads)
+
+
+@pytest.mark.parametrize("name", ["reinforce", "rloo"])
+def test_at_the_first_update_a_clipped_sum_is_reinforce(name, model, params, batch):
+    credit, objective = algorithms(model)[name]
+    build = functools.partial(policy_gradient, model, correction=truncated())
+    batch = batch | dict(credit(REWARDS, batch))
+    on_policy = without(batch, "old_log_probs")
+    plain = policy_gradient(model, reinforce(), sequence_sum)
+    wanted = gradient(plain, params, on_policy)[1]
+    close(gradient(objective, params, on_policy)[1], wanted, 1e-6)
+    sampled = batch | {"old_log_probs": completion_log_probs(model, params, batch)}
+    close(gradient(objective, params, sampled)[1], wanted)
+    corrected = build(clipped_sums(), sequence_sum), build(reinforce(), sequence_sum)
+    noisy = on_policy | {"sampler_log_probs": batch["old_log_probs"]}
+    close(*(gradient(objective, params, noisy)[1] for objective in corrected))
+
+
+@pytest.mark.parametrize("name", ["expert_iteration", "online_preference", "xpo"])
+def test_what_has_no_ratio_refuses_several_updates_a_rollout(name, model, params, batch):
+    build = functools.partial(policy_gradient, model)
+    more = {
+        "online_preference": rl.online_preference(build, losses.dpo_loss, 4),
+        "xpo": rl.xpo(build, losses.dpo_loss, 4),
+    }
+    credit, objective = (algorithms(model) | more)[name]
+    batch = batch | {"from_reference": jnp.arange(ROWS) % 4 > 1}
+    batch |= dict(credit(REWARDS, batch))
+    with pytest.raises(
+        ValueError, match=r"no importance ratio, so that one update a rollout is right"
+    ):
+        objective(params, batch, None)
+    objective(params, without(batch, "old_log_probs"), None)
 
 
 def test_missing_fields_and_bad_settings_are_errors(model, params, batch):

@@ -1,0 +1,292 @@
+"""Every public objective gives one update for any split of its batch: slices, packed rows, devices.
+
+And what is optimised is what is logged. A new objective is added to OBJECTIVES; a new function that is none,
+to PARTS.
+"""
+
+import dataclasses
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxft import objectives, rl
+from jaxft.losses import dpo_loss
+from jaxft.metrics import Mean, Undivided
+from jaxft.objectives import policy_gradient
+from jaxft.objectives.policy_gradient import clipped, sequence_mean, truncated
+from jaxft.parallel import make_mesh, mesh_context, shard_params
+from jaxft.rewards import add_reward_head
+from jaxft.train import accumulate, evaluate, make_eval_step
+from jaxft.train.batches import place_batch
+from tests.small_models import LLAMA, base, large
+
+MODEL, START = base(dataclasses.replace(LLAMA, num_layers=1, tie_embeddings=False))
+PARAMS = large(START)
+ROWS, WIDTH, PROMPT, GROUP, VOCABULARY = 8, 9, 4, 4, LLAMA.vocab_size
+EMPTY = (1, 5)  # with 4 slices, all rows of the second
+RESPONSE = WIDTH - PROMPT
+LOGITS = objectives.decoder_logits(MODEL)
+LOSS = functools.partial(dpo_loss, beta=0.3)
+REWARDS = jnp.array([1.0, 0, 0, 1, 0, 0, 1, 0])
+
+
+def rows(seed, shape=(ROWS,), empty=EMPTY):
+    """Sequences [..., T] of uneven lengths and loss masks; those of the indices `empty` are padding."""
+    rng = np.random.default_rng(seed)
+    ends = rng.integers(PROMPT + 1, WIDTH + 1, shape)
+    ends[list(empty)] = 0
+    seen = np.arange(WIDTH) < ends[..., None]
+    return {
+        "tokens": rng.integers(0, VOCABULARY, seen.shape) * seen,
+        "positions": np.arange(WIDTH) * seen,
+        "segment_ids": seen.astype(np.int32),
+        "loss_mask": (seen & (np.arange(WIDTH) >= PROMPT)).astype(np.float32),
+    }
+
+
+def groups(seed=0, size=2, count=ROWS, empty=EMPTY):
+    """Pairs with the columns of all objectives of preferences and rewards."""
+    rng = np.random.default_rng(seed)
+    batch = rows(seed, (count, size), empty)
+    return batch | {
+        "ref_log_probs": rng.normal(-12, 1, (count, size)).astype(np.float32),
+        "label": rng.integers(0, 2, count).astype(bool),
+        "step_ends": np.tile(np.array([PROMPT, -1, PROMPT]), (count, 1)) * 1,
+        "step_labels": rng.integers(0, 2, (count, 3)).astype(bool),
+    }
+
+
+def experience(seed=0, empty=EMPTY):
+    """What `collect` gives for several updates a rollout, without the credit."""
+    batch = rows(seed, empty=empty)
+    rng = np.random.default_rng(seed)
+    mask = batch.pop("loss_mask")[:, PROMPT:] > 0
+    noise = lambda: jnp.asarray(0.2 * rng.normal(size=mask.shape), jnp.float32)
+    batch |= {"completion_mask": mask}
+    now = objectives.completion_log_probs(MODEL, PARAMS, batch)
+    return batch | {
+        "sampler_log_probs": now + noise(),
+        "old_log_probs": now + noise(),
+        "ref_log_probs": now + noise(),
+        "old_values": noise(),
+        "from_reference": np.tile([False, False, True, True], 2),
+        "stats": {"reward": np.where(np.arange(ROWS) == 2, np.nan, 1.0).astype(np.float32)},
+    }
+
+
+BUILD = functools.partial(policy_gradient, MODEL, kl_weight=0.1, correction=truncated())
+
+
+def learning(make, on_policy=False):
+    """(objective, its batch of credited experience) of an algorithm."""
+
+    def made():
+        batch = experience()
+        if on_policy:
+            batch = {k: v for k, v in batch.items() if k != "old_log_probs"}
+        credit, objective = make()
+        return objective, batch | dict(credit(REWARDS, batch))
+
+    return made
+
+
+def still_noise(params, batch, key, noise=None):
+    """Logits with one and the same noise for every row: what is drawn differs between slices."""
+    offset = 0.2 * jnp.sin(jnp.arange(WIDTH * 16.0)).reshape(WIDTH, 16)
+    return LOGITS(params, batch, key, noise and (lambda x: x + offset[None]))
+
+
+def token_loss(key, logits, targets, mask):
+    """A loss of the whole distribution."""
+    del key, mask
+    p = jax.nn.softmax(logits)
+    return 1 - jnp.take_along_axis(p, targets[..., None], axis=-1)[..., 0]
+
+
+def penalised(distance, every=1):
+    """A task over records held back by a distance over tokens."""
+    task = objectives.preference(MODEL, LOSS)
+    flat = lambda batch: {k: v.reshape(-1, WIDTH) for k, v in batch.items() if v.ndim == 3}
+    d = objectives.on_rows(lambda *args: distance(*args[:-2], flat(args[-2]), args[-1]), every)
+    return objectives.trust_region(task, lambda *args: d(START, *args), 0.7)
+
+
+SUPERVISED = objectives.supervised(MODEL)
+DISTANCE = objectives.function_distance(LOGITS)
+STEPS = {"steps": np.tile(np.arange(WIDTH) % 3, (ROWS, 1))}
+OBJECTIVES = {
+    "supervised": lambda: (SUPERVISED, rows(0)),
+    "token_supervised": lambda: (objectives.token_supervised(MODEL, token_loss), rows(0)),
+    "coverage": lambda: (objectives.coverage(MODEL, 8), rows(0)),
+    "step_coverage": lambda: (objectives.step_coverage(MODEL, 8, 3), rows(0) | STEPS),
+    "reparametrised": lambda: (
+        objectives.reparametrised(SUPERVISED, lambda p: jax.tree.map(lambda x: 0.5 * x, p)),
+        rows(0),
+    ),
+    "trust_region": lambda: (penalised(DISTANCE), groups()),
+    "trust_region, twice": lambda: (
+        objectives.trust_region(
+            penalised(DISTANCE), lambda p, *_: jnp.sum(p["head"]["kernel"] ** 2)
+        ),
+        groups(),
+    ),
+    "r3f": lambda: (objectives.r3f(SUPERVISED, still_noise), rows(0)),
+    "r4f": lambda: (objectives.r4f(SUPERVISED, still_noise), rows(0)),
+    "preference": lambda: (objectives.preference(MODEL, LOSS, use_weighting=True), groups()),
+    "hypo": lambda: (
+        objectives.hypo(MODEL, LOSS, kl_weight=0.3),
+        groups() | {"online": groups(1, 3, 4, (2,))},
+    ),
+    "kto": lambda: (objectives.kto(MODEL, beta=0.3, undesirable_weight=0.5), groups()),
+    "bco": lambda: (objectives.bco(MODEL, beta=0.3), groups()),
+    "bco, running": lambda: (
+        objectives.bco(MODEL, beta=0.3),
+        groups() | {"running": (jnp.float32(0.4), jnp.float32(6.0))},
+    ),
+    "pairwise_reward": lambda: (
+        objectives.pairwise_reward(MODEL, center_rewards_coefficient=0.1),
+        groups(),
+    ),
+    "outcome_reward": lambda: (objectives.outcome_reward(MODEL), groups()),
+    "process_reward": lambda: (objectives.process_reward(MODEL), groups()),
+    "policy_gradient": learning(
+        lambda: rl.Algorithm(
+            rl.grpo(BUILD, GROUP).credit, BUILD(clipped(), sequence_mean, entropy_weight=0.2)
+        )
+    ),
+    "reinforce_with_baseline": learning(lambda: rl.reinforce_with_baseline(BUILD)),
+    "rloo": learning(lambda: rl.rloo(BUILD, GROUP, reward_kl=0.01)),
+    "grpo": learning(lambda: rl.grpo(BUILD, GROUP)),
+    "dr_grpo": learning(lambda: rl.dr_grpo(BUILD, GROUP, RESPONSE)),
+    "dapo": learning(lambda: rl.dapo(BUILD, GROUP)),
+    "gspo": learning(lambda: rl.gspo(BUILD, GROUP)),
+    "cispo": learning(lambda: rl.cispo(BUILD, GROUP)),
+    "reinforce_plus_plus": learning(lambda: rl.reinforce_plus_plus(BUILD, reward_kl=0.01)),
+    "expert_iteration": learning(lambda: rl.expert_iteration(BUILD), True),
+    "nft": learning(lambda: rl.nft(BUILD, GROUP)),
+    "ppo": learning(lambda: rl.ppo(BUILD, reward_kl=0.01)),
+    "online_preference": learning(lambda: rl.online_preference(BUILD, LOSS, GROUP), True),
+    "xpo": learning(lambda: rl.xpo(BUILD, LOSS, GROUP, alpha=0.1), True),
+    "online_self_training": lambda: (
+        rl.online_self_training(MODEL),
+        {"samples": experience() | {"correct": REWARDS > 0}, "gold": rows(3, (4,), (2,))},
+    ),
+}
+# What is public and no objective: what they are made of, and what makes their batches.
+PARTS = set(
+    "LogitsFn Objective Sequences classifier_logits completion_log_probs completion_values decoder_logits "
+    "embedding_noise function_distance mean_of noise_distance on_rows sample_distance sequence_log_probs "
+    "shift spectrally_normalised token_values value_loss with_value_head without_value_head "
+    "Algorithm Credit DeviceReward Environment Experience KlControl Reply Sample answers answers_of_both "
+    "best_and_worst collect collect_from collect_on_device episodes equals estimate_success offline_collect "
+    "right_samples sample_groups sample_on_device samples_beside score tagged try_again with_tool".split()
+)
+
+
+def params_for(name):
+    if "_reward" in name:
+        return add_reward_head(jax.random.key(2), PARAMS, MODEL.config.hidden_size)
+    return large(objectives.with_value_head(MODEL, START)) if name == "ppo" else PARAMS
+
+
+def update(objective, params, batch, slices=1):
+    estimate = accumulate(jax.value_and_grad, slices)(objective, has_aux=True)
+    (loss, metrics), grads = jax.jit(estimate)(params, batch, jax.random.key(0))
+    return loss, {name: getattr(m, "value", m) for name, m in metrics.items()}, grads
+
+
+def close(got, wanted):
+    """Equal as far as sums in float32 are, whose rounding has the size of the largest entries."""
+    (*others, grads), (*known, wanted_grads) = got, wanted
+    chex.assert_trees_all_close(others, known, rtol=2e-5, atol=2e-6)
+    largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(wanted_grads))
+    chex.assert_trees_all_close(grads, wanted_grads, rtol=2e-5, atol=2e-6 * max(largest, 1.0))
+
+
+def test_every_public_objective_is_listed():
+    public = {*objectives.__all__, *rl.__all__}
+    assert public == {name.split(",")[0] for name in OBJECTIVES} | PARTS
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_slices_change_nothing_and_what_is_optimised_is_logged(name):
+    objective, batch = OBJECTIVES[name]()
+    params = params_for(name)
+    loss, metrics, grads = update(objective, params, batch)
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-6, atol=1e-6)
+    assert loss != 0 and any(jnp.any(g != 0) for g in jax.tree.leaves(grads))
+    for slices in (2, 4):
+        close(update(objective, params, batch, slices), (loss, metrics, grads))
+
+
+@pytest.mark.parametrize(
+    "name", ["supervised", "trust_region", "hypo", "kto", "bco", "ppo", "online_self_training"]
+)
+def test_eight_devices_and_slices_on_them_change_nothing(name):
+    """Of each kind one: a mean, terms of other weights, means of the whole batch."""
+    objective, batch = OBJECTIVES[name]()
+    wide = lambda x: np.concatenate([x, x[::-1]]) if np.ndim(x) else x
+    batch, params = jax.tree.map(wide, batch), params_for(name)
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    with mesh_context(mesh):
+        found = update(objective, shard_params(params, mesh), place_batch(batch, mesh), 2)
+    close(found, update(objective, params, batch))
+
+
+def packed(batch):
+    """Two rows side by side, as segments of one."""
+    halves = [{k: np.asarray(x)[i::2] for k, x in batch.items()} for i in (0, 1)]
+    halves[1]["segment_ids"] = 2 * halves[1]["segment_ids"]
+    return {k: np.concatenate([half[k] for half in halves], axis=1) for k in batch}
+
+
+@pytest.mark.parametrize("name", ["supervised", "token_supervised", "reparametrised", "penalty"])
+def test_packed_rows_change_nothing(name):
+    if name == "penalty":
+        d = functools.partial(DISTANCE, START)
+        objective, batch = objectives.trust_region(SUPERVISED, d, 0.7), rows(0)
+    else:
+        objective, batch = OBJECTIVES[name]()
+    wanted = update(objective, PARAMS, batch)
+    close(update(objective, PARAMS, packed(batch), 2), wanted)
+
+
+def test_evaluation_adds_terms_up_over_batches():
+    objective, batch = OBJECTIVES["trust_region"]()
+    loss, metrics, _ = update(objective, PARAMS, batch)
+    parts = [{k: v[i::3] for k, v in batch.items()} for i in range(3)]
+    found = evaluate(make_eval_step(objective), PARAMS, parts)
+    assert found["loss"] == pytest.approx(float(loss), rel=1e-5)
+    assert found["trust_distance"] == pytest.approx(float(metrics["trust_distance"]), rel=1e-5)
+
+
+def test_what_no_sum_over_slices_gives_is_refused():
+    """A maximum mean discrepancy compares each row with each: `make_step` takes it over the whole batch."""
+    d = functools.partial(objectives.sample_distance(LOGITS), START)
+    objective = objectives.trust_region(SUPERVISED, d)
+    loss, metrics, _ = update(objective, PARAMS, rows(0))
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-6)
+    with pytest.raises(ValueError, match="'trust_distance' is a value of the whole batch"):
+        update(objective, PARAMS, rows(0), 2)
+    whole = jax.eval_shape(objectives.mean_of(OBJECTIVES["kto"]()[0]), PARAMS, groups(), None)
+    assert isinstance(whole, Undivided)
+
+
+def test_the_first_pass_reads_masks_alone():
+    """Terms in two slices cost no more operations than the same task and distance in two slices do."""
+    objective, batch = OBJECTIVES["hypo"]()
+
+    def one_mean(params, batch, key):
+        loss, metrics = objective(params, batch, key)
+        return loss, metrics | {"loss": Mean(jax.lax.stop_gradient(loss), 1.0)}
+
+    def flops(objective):
+        run = jax.jit(accumulate(jax.value_and_grad, 2)(objective, has_aux=True))
+        lowered = run.lower(PARAMS, batch, jax.random.key(0))
+        return lowered.compile().cost_analysis()["flops"]
+
+    assert flops(objective) < 1.02 * flops(one_mean)

@@ -164,7 +164,7 @@ def test_answers_that_a_judge_scores_become_pairs_or_train_online(tmp_path, caps
 
 @pytest.mark.parametrize("name", get_args(reinforce.Choice))
 def test_every_algorithm_of_reinforce_is_there(name):
-    made = reinforce.algorithm(reinforce.Config(algorithm=name), load_model("tiny")[0])
+    made = reinforce.algorithm(reinforce.Config(algorithm=name), load_model("tiny")[0].forward)
     assert callable(made.credit) and callable(made.objective)
 
 

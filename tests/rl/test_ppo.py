@@ -60,7 +60,7 @@ def batch(params):
         "completion_mask": jnp.asarray(mask),
     }
     read = jax.jit(completion_values, static_argnums=0)
-    log_probs, values = read(model, params, fields)
+    log_probs, values = read(model.forward, params, fields)
     noise = jnp.asarray(rng.normal(size=(4, *mask.shape)) * mask, jnp.float32)
     return fields | {
         "sampler_log_probs": log_probs,

@@ -156,8 +156,8 @@ def compile_step(config: Config) -> dict[str, Any]:
     import optax
 
     from jaxft import train
-    from jaxft.adapters import ALL_LINEAR, apply_named, partition
-    from jaxft.models import Decoder
+    from jaxft.adapters import apply_named, partition
+    from jaxft.models import family_of
     from jaxft.parallel import (
         compile_only_devices,
         compiled_cost,
@@ -174,7 +174,9 @@ def compile_step(config: Config) -> dict[str, Any]:
             f"--length {config.length} must be a multiple of --context {mesh.shape['context']}."
         )
     dtype = jnp.float32 if config.float32 else jnp.bfloat16
-    model = Decoder(_decoder_config(config), dtype, scan_layers=True, remat=config.remat)
+    architecture = _model_config(config)
+    family = family_of(architecture)
+    model = family.module(architecture, dtype=dtype, scan_layers=True, remat=config.remat)
     optimizer = train.make_optimizer(1e-4, total_steps=1000)
 
     def start(key):
@@ -184,16 +186,16 @@ def compile_step(config: Config) -> dict[str, Any]:
         options = dict(
             rank=config.rank,
             alpha=2.0 * config.rank,
-            target=ALL_LINEAR,
             quantise=config.quantise,
             seed=0,
+            targets=family.targets,
         )
         return train.init_state(
             apply_named(params, config.adapter, **options), optimizer, jax.random.key(0)
         )
 
     state = jax.eval_shape(start, jax.random.key(0))
-    shardings = param_shardings(state.params, mesh)
+    shardings = param_shardings(state.params, mesh, family.rules, family.layers)
     single = replicated(mesh)
     # The optimizer's state lies as what it belongs to; its counters on every device.
     moments = optax.tree_map_params(
@@ -304,8 +306,8 @@ def _matmul_flops(model, config: Config, tokens: int) -> float:
     return 2.0 * tokens * (layers * (passes + (config.remat == "full")) + head * passes)
 
 
-def _decoder_config(config: Config):
-    from jaxft.checkpoints.families import decoder_config
+def _model_config(config: Config):
+    from jaxft.models import DecoderConfig, config_of
 
     if config.model in PRESETS:
         settings = dict(PRESETS[config.model])
@@ -317,7 +319,11 @@ def _decoder_config(config: Config):
                 f"--model {config.model!r} is neither a preset ({', '.join(PRESETS)}) nor a config.json."
             )
         settings = json.loads(path.read_text())
-    result = decoder_config(settings)
+    result = config_of(settings)
+    if not isinstance(result, DecoderConfig):
+        raise ValueError(
+            f"--model {config.model!r} is {result.family}, no language model to train."
+        )
     if config.layers:
         windows = result.windows[: config.layers]
         result = dataclasses.replace(result, num_layers=config.layers, windows=windows)

@@ -21,11 +21,18 @@ from jaxft.parallel.mesh import (
     replicated,
     token_sharding,
 )
-from jaxft.parallel.rules import TRANSFORMER_RULES, param_shardings, shard_params
+from jaxft.parallel.rules import (
+    LAYERS,
+    TRANSFORMER_RULES,
+    in_stack,
+    param_shardings,
+    shard_params,
+)
 from jaxft.parallel.topology import compile_environment, compile_only_devices
 
 __all__ = [
     "AXES",
+    "LAYERS",
     "TRANSFORMER_RULES",
     "CompiledCost",
     "HostLostError",
@@ -39,6 +46,7 @@ __all__ = [
     "estimated_cycles",
     "gathered",
     "in_turn",
+    "in_stack",
     "make_mesh",
     "meet",
     "mesh_context",

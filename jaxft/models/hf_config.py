@@ -35,8 +35,11 @@ READS = frozenset(
 WINDOW_READS = frozenset({"sliding_window", "layer_types"})
 
 
-def read_decoder(json: Json, family: str) -> DecoderConfig:
-    """The DecoderConfig of a config.json that has nothing but what Llama's has (the keys `READS`)."""
+def read_decoder(json: Json, family: str, rope: Rope | None = None) -> DecoderConfig:
+    """The DecoderConfig of a config.json that has nothing but what Llama's has (the keys `READS`).
+
+    `rope` is of the layers without a window; None: that of `read_rope`.
+    """
     heads = json["num_attention_heads"]
     bias = json.get("attention_bias", False)
     return DecoderConfig(
@@ -53,7 +56,7 @@ def read_decoder(json: Json, family: str) -> DecoderConfig:
         attention_bias=bias,
         output_bias=bias,
         mlp_bias=json.get("mlp_bias", False),
-        rope=read_rope(json),
+        rope=read_rope(json) if rope is None else rope,
         tie_embeddings=json.get("tie_word_embeddings", False),
         family=family,
     )

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from typing import Any
 
 from jaxft.models import hf_config
-from jaxft.models.config import DecoderConfig
+from jaxft.models.config import DecoderConfig, Rope
 from jaxft.models.family import Json
 
 READS = hf_config.READS | {"hidden_activation", "attn_logit_softcapping", "final_logit_softcapping"}
@@ -18,10 +18,13 @@ def read(json: Json, tensors: Collection[str]) -> DecoderConfig:
     return read_gemma(json, "gemma")
 
 
-def read_gemma(json: Json, family: str) -> DecoderConfig:
-    """The DecoderConfig of a config.json that has nothing but what Gemma's has (the keys `READS`)."""
+def read_gemma(json: Json, family: str, rope: Rope | None = None) -> DecoderConfig:
+    """The DecoderConfig of a config.json that has nothing but what Gemma's has (the keys `READS`).
+
+    For `rope` see jaxft.models.hf_config.read_decoder.
+    """
     return dataclasses.replace(
-        as_gemma(hf_config.read_decoder(json, family)),
+        as_gemma(hf_config.read_decoder(json, family, rope)),
         head_dim=json.get("head_dim") or 256,
         activation=hf_config.read_activation(json.get("hidden_activation") or "gelu_pytorch_tanh"),
         attention_softcap=json.get("attn_logit_softcapping"),

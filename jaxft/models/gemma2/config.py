@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 from jaxft.models import gguf, hf_config
-from jaxft.models.config import DecoderConfig
+from jaxft.models.config import DecoderConfig, Rope
 from jaxft.models.family import GgufHeader, Json
 from jaxft.models.gemma import config as gemma
 
@@ -24,10 +24,19 @@ def read(json: Json, tensors: Collection[str]) -> DecoderConfig:
     return read_later_gemma(json, "gemma2", _local)
 
 
-def read_later_gemma(json: Json, family: str, local: Callable[[int], bool]) -> DecoderConfig:
-    """The DecoderConfig of a config.json that has what Gemma 2's has; for `local` see read_windows."""
+def read_later_gemma(
+    json: Json, family: str, local: Callable[[int], bool], rope: Rope | None = None
+) -> DecoderConfig:
+    """The DecoderConfig of a config.json that has what Gemma 2's has.
+
+    Args:
+        json: the file.
+        family: the config's.
+        local: which layers have a window: see jaxft.models.hf_config.read_windows.
+        rope: see jaxft.models.hf_config.read_decoder.
+    """
     return dataclasses.replace(
-        gemma.read_gemma(json, family),
+        gemma.read_gemma(json, family, rope),
         post_norms=True,
         attention_scale=json.get("query_pre_attn_scalar", 256) ** -0.5,
         windows=hf_config.read_windows(json, local),

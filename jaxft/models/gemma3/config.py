@@ -19,8 +19,8 @@ THETA, LOCAL_THETA = 1e6, 1e4  # of layers without and with a window, by default
 def read(json: Json, tensors: Collection[str]) -> DecoderConfig:
     """The DecoderConfig of a config.json."""
     period = json.get("sliding_window_pattern", 6)
-    main, local = _split_rope(json)
-    config = gemma2.read_later_gemma(main, "gemma3_text", lambda i: (i + 1) % period != 0)
+    main, local = _ropes(json)
+    config = gemma2.read_later_gemma(json, "gemma3_text", lambda i: (i + 1) % period != 0, main)
     return dataclasses.replace(config, qk_norm=True, local_rope=local)
 
 
@@ -40,12 +40,12 @@ def read_gguf(header: GgufHeader) -> DecoderConfig:
     return dataclasses.replace(config, qk_norm=True, local_rope=Rope(theta=LOCAL_THETA))
 
 
-def _split_rope(json: Json) -> tuple[Json, Rope]:
-    """(config.json with the rotary positions of layers without a window alone, those of the others)."""
-    json = {"rope_theta": THETA, **json}
+def _ropes(json: Json) -> tuple[Rope, Rope]:
+    """(rotary positions of layers without a window, of those with one), as transformers 4 or 5 has them."""
     parameters = json.get("rope_parameters") or {}
     if "full_attention" not in parameters:
-        return json, Rope(theta=float(json.get("rope_local_base_freq", LOCAL_THETA)))
-    main = {"rope_theta": THETA, **parameters["full_attention"]}
-    local = hf_config.read_rope_parameters(parameters["sliding_attention"], json, LOCAL_THETA)
-    return json | {"rope_parameters": main}, local
+        local = Rope(theta=float(json.get("rope_local_base_freq", LOCAL_THETA)))
+        return hf_config.read_rope(json, THETA), local
+    read = hf_config.read_rope_parameters
+    main = read(parameters["full_attention"], json, THETA)
+    return main, read(parameters["sliding_attention"], json, LOCAL_THETA)

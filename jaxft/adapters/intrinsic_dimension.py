@@ -47,6 +47,7 @@ class IntrinsicParams:
     only: str = dataclasses.field(metadata={"static": True})
     granularity: Granularity = dataclasses.field(metadata={"static": True})
     projection: Projection = dataclasses.field(metadata={"static": True})
+    layers: str = dataclasses.field(default=LAYERS, metadata={"static": True})  # where they lie
 
 
 def intrinsic(
@@ -59,6 +60,7 @@ def intrinsic(
     only: str = ".*",
     trainable_outside: str | None = None,
     projection: Projection = fastfood,
+    layers: str = LAYERS,
 ) -> IntrinsicParams:
     """The params in a random subspace, of which d numbers train; at first they equal `params`.
 
@@ -79,6 +81,7 @@ def intrinsic(
             such as a new head.
         projection: (key, d, D) -> linear function of theta: fastfood, cropped_fastfood,
             dense_projection, or any other named function (programs are compiled once for each).
+        layers: where the layers lie in the params: `family_of(model.config).layers`.
 
     Raises:
         ValueError: if d is too small, a pattern matches nothing, or granularity is unknown.
@@ -88,7 +91,7 @@ def intrinsic(
             f"intrinsic: unknown granularity {granularity!r}; expected tensor or global."
         )
     base = adapt(key, params, {} if trainable_outside is None else {trainable_outside: full()})
-    m, outside = len(tensor_shapes(base, only)), count(base)[0]
+    m, outside = len(tensor_shapes(base, only, layers)), count(base)[0]
     if m == 0:
         raise ValueError(
             f"intrinsic: no tensor for the subspace matches only={only!r}"
@@ -109,6 +112,7 @@ def intrinsic(
         only=only,
         granularity=granularity,
         projection=projection,
+        layers=layers,
     )
 
 
@@ -118,13 +122,13 @@ def intrinsic_apply(params: IntrinsicParams) -> Params:
     Sums are in float32 and returned in the base's data type. Of the projection, only theta and the
     key are kept for the backward pass.
     """
-    shapes = tensor_shapes(params.base, params.only)
+    shapes = tensor_shapes(params.base, params.only, params.layers)
     updates = _updates(params, shapes)
     if params.lam is not None:
         updates = {name: params.lam[i] * updates[name] for i, name in enumerate(shapes)}
 
     def move(path, dense):
-        names = _layer_names(path, dense)
+        names = _layer_names(path, dense, params.layers)
         if names[0] not in updates:
             return dense
         update = jnp.stack([updates[name] for name in names]).reshape(dense.shape)
@@ -133,13 +137,15 @@ def intrinsic_apply(params: IntrinsicParams) -> Params:
     return jax.tree_util.tree_map_with_path(move, merge(params.base))
 
 
-def tensor_shapes(base: Params, only: str = ".*") -> dict[str, tuple[int, ...]]:
+def tensor_shapes(
+    base: Params, only: str = ".*", layers: str = LAYERS
+) -> dict[str, tuple[int, ...]]:
     """{path: shape} of the tensors in the subspace, sorted; those of stacked layers one by one."""
     shapes = {}
     for path, node in jax.tree_util.tree_leaves_with_path(base, is_leaf=is_weight):
         if isinstance(node, Frozen) and jnp.issubdtype(node.dtype, jnp.floating):
-            stacked = in_stack(path_name(path))
-            for name in _layer_names(path, node):
+            stacked = in_stack(path_name(path), layers)
+            for name in _layer_names(path, node, layers):
                 if re.fullmatch(only, name):
                     shapes[name] = node.shape[1:] if stacked else node.shape
     return dict(sorted(shapes.items()))
@@ -158,6 +164,7 @@ def save_intrinsic(path: str | os.PathLike, params: IntrinsicParams) -> None:
         "granularity": params.granularity,
         "only": params.only,
         "projection": _name(params.projection),
+        "layers": params.layers,
         "key": [str(jax.random.key_impl(key)), jax.random.key_data(key).tolist()],
     }
     path = pathlib.Path(path)
@@ -196,6 +203,7 @@ def load_intrinsic(
             only=settings["only"],
             trainable_outside="|".join(outside) or None,
             projection=projection,
+            layers=settings.get("layers", LAYERS),
         )
     except ValueError as error:
         raise AdapterError(f"{path}: does not fit this model ({error})") from None
@@ -240,12 +248,12 @@ def _updates(params, shapes):
     return updates
 
 
-def _layer_names(path, leaf):
+def _layer_names(path, leaf, layers):
     name = path_name(path)
-    if not in_stack(name):
+    if not in_stack(name, layers):
         return [name]
-    rest = name.removeprefix(f"{LAYERS}/")
-    return [f"{LAYERS}/{i}/{rest}" for i in range(leaf.shape[0])]
+    rest = name.removeprefix(f"{layers}/")
+    return [f"{layers}/{i}/{rest}" for i in range(leaf.shape[0])]
 
 
 def _name(function):

@@ -39,7 +39,7 @@ def named_rules(
     Raises:
         ValueError: for an unknown name, or a rank below 1.
     """
-    target = targets.linear if target == "all-linear" else target
+    target = targets.pattern(target)
     match name:
         case "lora" | "rslora" | "pissa" | "dora" | "loha" | "lokr" | "paca":
             return {target: getattr(rules, name)(rank, alpha)}

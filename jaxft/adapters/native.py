@@ -38,7 +38,7 @@ def apply_named(
     Raises:
         ValueError: see named_rules; and for quantised kernels that are to train whole.
     """
-    target = targets.linear if target == "all-linear" else target
+    target = targets.pattern(target)
     if quantise is not None:
         if name in ("full", "monarch"):
             raise ValueError(

@@ -87,8 +87,8 @@ class Family:
 
     Attributes:
         name: Hugging Face's model_type, and the `family` of configs.
-        module: config -> Flax module, with fields `config` and `scan_layers`, a method `example_input()`
-            and, for objectives and samplers, a method `forward`: see jaxft.models.
+        module: a Flax module with fields `config`, `dtype`, `scan_layers` and, for compiles, `remat`; a
+            method `example_input()`; and, to be trained by jaxft's objectives, a method `forward`.
         huggingface: the codec of Hugging Face directories.
         gguf: the codec of GGUF files; None: the format has no such family, or jaxft does not read it.
         layers: where the layers lie in the params: the path of a subtree whose children are "0", "1"...
@@ -98,12 +98,17 @@ class Family:
     """
 
     name: str
-    module: Callable[[Config], nn.Module]
+    module: type[nn.Module]
     huggingface: HuggingFace
     gguf: Gguf | None = None
     layers: str = LAYERS
     targets: Targets = TRANSFORMER_TARGETS
     rules: Rules = TRANSFORMER_RULES
+
+    @property
+    def forward(self) -> Callable[..., Any]:
+        """The seam of objectives, scorers and samplers: (model, params, batch, key) -> Prediction."""
+        return self.module.forward
 
 
 def find_family(name: str | None, families: Sequence[Family]) -> Family:

@@ -20,6 +20,10 @@ class Targets(NamedTuple):
     houlsby: str = ""  # bottleneck adapters in both sublayers of each block
     pfeiffer: str = ""  # behind the MLP alone (arxiv.org/abs/2005.00247)
 
+    def pattern(self, target: str) -> str:
+        """The pattern of a command line's target: that of `linear` for "all-linear", else itself."""
+        return self.linear if target == "all-linear" else target
+
 
 TRANSFORMER_TARGETS = Targets(
     linear=rf"{LAYERS}/.*/(query|key|value|out|gate|up|down)/kernel",

@@ -16,10 +16,13 @@ from safetensors.numpy import load_file, save_file
 from jaxft.adapters import (
     apply_named,
     count,
+    intrinsic,
+    intrinsic_apply,
     load_adapter,
     partition,
     save_adapter,
     save_checked,
+    save_intrinsic,
 )
 from jaxft.checkpoints import CheckpointError, load_model, model_shapes, save_merged, save_model
 from jaxft.models import FAMILIES, Entry, Family, HuggingFace, Targets, stack_layers, unstack_layers
@@ -91,6 +94,9 @@ class Toy(nn.Module):
     def example_input(self):
         return jnp.zeros((1, 1), jnp.int32)
 
+    def forward(self, params, batch, key=None):
+        return self.apply({"params": params}, batch["tokens"])
+
 
 def entries(config):
     result = [Entry("tok.weight", ("table/embedding",))]
@@ -158,7 +164,7 @@ def test_it_is_loaded_and_saved(folder, scan_layers, tmp_path_factory):
         load_model(path)
     model, params = load_model(path, scan_layers=scan_layers, families=KNOWN)
     assert isinstance(model, Toy) and model.config == CONFIG
-    logits = jax.jit(model.apply)({"params": params}, TOKENS).logits
+    logits = TOY.forward(model, params, {"tokens": TOKENS}).logits
     chex.assert_trees_all_close(np.asarray(logits), by_hand(tensors), rtol=1e-4)
     shapes = model_shapes(path, scan_layers=scan_layers, families=KNOWN)
     chex.assert_trees_all_equal_shapes_and_dtypes(shapes, params)
@@ -228,6 +234,20 @@ def test_stacking_finds_layers_that_lie_deeper():
     assert stacked["trunk"]["blocks"]["wide"]["kernel"].shape == (3, 8, 16)
     chex.assert_trees_all_equal(unstack_layers(stacked, TOY.layers), params)
     chex.assert_trees_all_equal(stack_layers(stacked, TOY.layers), stacked)
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_a_tensor_of_its_stacked_layers_is_one_of_the_subspace(
+    folder, scan_layers, tmp_path_factory
+):
+    path, _ = folder
+    model, params = load_model(path, scan_layers=scan_layers, families=KNOWN)
+    moved = trained(intrinsic(jax.random.key(2), params, 20, layers=TOY.layers))
+    assert moved.lam.shape == (2 + 2 * CONFIG.depth,)
+    out = tmp_path_factory.mktemp("intrinsic")
+    save_intrinsic(out, moved)
+    again = load_adapter(out, model.config, params, families=KNOWN)
+    chex.assert_trees_all_equal(again, jax.jit(intrinsic_apply)(moved))
 
 
 def test_a_head_that_trains_is_saved_whole(folder, tmp_path_factory):

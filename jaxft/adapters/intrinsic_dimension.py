@@ -22,7 +22,7 @@ from jaxft.adapters.errors import AdapterError
 from jaxft.adapters.files import write_adapter
 from jaxft.adapters.rewrite import Params, adapt, count, merge, partition, path_name
 from jaxft.adapters.rules import full
-from jaxft.parallel import LAYERS, in_stack
+from jaxft.parallel import LAYERS, stacked_axes
 from jaxft.weights import Frozen, fastfood, is_weight
 
 CONFIG, WEIGHTS = "jaxft_adapter.json", "jaxft_adapter.safetensors"
@@ -144,10 +144,10 @@ def tensor_shapes(
     shapes = {}
     for path, node in jax.tree_util.tree_leaves_with_path(base, is_leaf=is_weight):
         if isinstance(node, Frozen) and jnp.issubdtype(node.dtype, jnp.floating):
-            stacked = in_stack(path_name(path), layers)
+            stacked = stacked_axes(path_name(path), layers)
             for name in _layer_names(path, node, layers):
                 if re.fullmatch(only, name):
-                    shapes[name] = node.shape[1:] if stacked else node.shape
+                    shapes[name] = node.shape[stacked:]
     return dict(sorted(shapes.items()))
 
 
@@ -250,7 +250,7 @@ def _updates(params, shapes):
 
 def _layer_names(path, leaf, layers):
     name = path_name(path)
-    if not in_stack(name, layers):
+    if not stacked_axes(name, layers):
         return [name]
     rest = name.removeprefix(f"{layers}/")
     return [f"{layers}/{i}/{rest}" for i in range(leaf.shape[0])]

@@ -11,7 +11,7 @@ import flax.linen as nn
 from jaxft.models.errors import CheckpointError
 from jaxft.models.names import Entry
 from jaxft.models.transformer import TRANSFORMER_TARGETS, Targets
-from jaxft.parallel import LAYERS, TRANSFORMER_RULES
+from jaxft.parallel import LAYERS, TRANSFORMER_RULES, stacked_axes
 from jaxft.parallel.rules import Rules
 
 Json = Mapping[str, Any]
@@ -109,6 +109,10 @@ class Family:
     def forward(self) -> Callable[..., Any]:
         """The seam of objectives, scorers and samplers: (model, params, batch, key) -> Prediction."""
         return self.module.forward
+
+    def stacked_axes(self, path: str) -> int:
+        """How many leading axes of the leaf at `path` are stacked layers: 1 or 0."""
+        return stacked_axes(path, self.layers)
 
 
 def find_family(name: str | None, families: Sequence[Family]) -> Family:

@@ -24,9 +24,9 @@ from jaxft.parallel.mesh import (
 from jaxft.parallel.rules import (
     LAYERS,
     TRANSFORMER_RULES,
-    in_stack,
     param_shardings,
     shard_params,
+    stacked_axes,
 )
 from jaxft.parallel.topology import compile_environment, compile_only_devices
 
@@ -46,7 +46,6 @@ __all__ = [
     "estimated_cycles",
     "gathered",
     "in_turn",
-    "in_stack",
     "make_mesh",
     "meet",
     "mesh_context",
@@ -54,6 +53,7 @@ __all__ = [
     "replicated",
     "several_hosts",
     "shard_params",
+    "stacked_axes",
     "to_host",
     "token_sharding",
     "written_once",

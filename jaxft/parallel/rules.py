@@ -28,6 +28,15 @@ TRANSFORMER_RULES: Rules = (
 )
 
 
+def stacked_axes(path: str, layers: str = LAYERS) -> int:
+    """How many leading axes of the leaf at `path` are stacked layers, which lie at `layers`: 1 or 0.
+
+    Layers are apart under "layers/0/...", and stacked under "layers/..." without a number.
+    """
+    rest = path.removeprefix(f"{layers}/")
+    return int(rest != path and not rest.split("/")[0].isdigit())
+
+
 def param_shardings(
     params: Params, mesh: Mesh, rules: Rules = TRANSFORMER_RULES, layers: str = LAYERS
 ) -> Params:
@@ -42,7 +51,7 @@ def param_shardings(
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         found = (spec for pattern, spec in rules if re.fullmatch(pattern, name))
         spec = next(found, PartitionSpec())
-        spec = PartitionSpec(None, *spec) if in_stack(name, layers) else spec
+        spec = PartitionSpec(*(None,) * stacked_axes(name, layers), *spec)
         specs = node.with_specs(spec) if is_weight(node) else spec
         fit = lambda leaf, s: NamedSharding(mesh, _fitting(s, leaf.shape, mesh))
         return jax.tree.map(fit, node, specs)
@@ -55,12 +64,6 @@ def shard_params(
 ) -> Params:
     """The params laid over the mesh."""
     return jax.device_put(params, param_shardings(params, mesh, rules, layers))
-
-
-def in_stack(name: str, layers: str = LAYERS) -> bool:
-    """Whether the path `name` is that of a leaf of stacked layers: "layers/mlp/up/kernel"."""
-    rest = name.removeprefix(f"{layers}/")
-    return rest != name and not rest.split("/")[0].isdigit()
 
 
 def _fitting(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:

@@ -6,8 +6,6 @@ import sys
 
 import pytest
 
-from jaxft import compile
-from jaxft.models import Decoder, config_of
 from jaxft.parallel.compiled import exchanged_bytes
 from tests.aot import run_aot
 
@@ -184,11 +182,3 @@ def test_what_is_exchanged_by_the_book_is_two_gathers_and_the_gradients(figures)
     assert figures["lora"]["ideal_exchanged_bytes"] == 2 * gather
     assert figures["full"]["ideal_exchanged_bytes"] == 3 * gather
     assert figures["context"]["ideal_exchanged_bytes"] is None
-
-
-def test_the_work_of_a_step_is_that_of_the_linear_paths_of_the_family():
-    config, (layer, head) = compile.Config(adapter="full", remat="full"), sizes()
-    model = Decoder(config_of(SMALL), scan_layers=True)
-    # Forward, activations, kernels and, of the layers, forward again: 2 a parameter and token each.
-    expected = 2 * 7 * (4 * 3 * layer + 3 * head)
-    assert compile._matmul_flops(model, config, tokens=7) == expected

@@ -26,7 +26,8 @@ def layers_in(params: Params, layers: str = LAYERS) -> Params | None:
 
 def is_stacked(params: Params, layers: str = LAYERS) -> bool:
     """Whether the params hold stacked layers; separate ones are named "0", "1"..."""
-    return "0" not in layers_in(params, layers)
+    blocks = layers_in(params, layers)
+    return blocks is not None and "0" not in blocks
 
 
 def depth(params: Params, layers: str = LAYERS) -> int:
@@ -39,11 +40,13 @@ def stack_layers(params: Params, layers: str = LAYERS) -> Params:
     """The params with all layers stacked on a leading axis, for a scan over layers.
 
     Raises:
-        ValueError: if layers differ in structure (adapters on some of them alone).
+        ValueError: if there are no layers, or they differ in structure (adapters on some of them alone).
     """
     if is_stacked(params, layers):
         return params
     blocks = layers_in(params, layers)
+    if blocks is None:
+        raise ValueError(f"stack_layers: no layers at {layers!r}; params hold {', '.join(params)}.")
     ordered = [blocks[str(i)] for i in range(len(blocks))]
     structures = {jax.tree.structure(layer) for layer in ordered}
     if len(structures) > 1:

@@ -234,6 +234,8 @@ def test_stacking_finds_layers_that_lie_deeper():
     assert stacked["trunk"]["blocks"]["wide"]["kernel"].shape == (3, 8, 16)
     chex.assert_trees_all_equal(unstack_layers(stacked, TOY.layers), params)
     chex.assert_trees_all_equal(stack_layers(stacked, TOY.layers), stacked)
+    with pytest.raises(ValueError, match="no layers at 'layers'; params hold"):
+        stack_layers(params)
 
 
 @pytest.mark.parametrize("scan_layers", [False, True])

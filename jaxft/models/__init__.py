@@ -1,13 +1,15 @@
 """Models: Flax modules and their configurations."""
 
 from jaxft.models.cache import Cache
+from jaxft.models.columns import as_rows, of_group
 from jaxft.models.config import DecoderConfig, Rope, tiny_config
-from jaxft.models.decoder import Decoder, Output, project
+from jaxft.models.decoder import Decoder, Output
 from jaxft.models.encoder import Encoder, EncoderConfig, EncoderOutput, mean_pool
 from jaxft.models.errors import CheckpointError
 from jaxft.models.families import FAMILIES, config_of, family_of
 from jaxft.models.family import Family, Gguf, HuggingFace
 from jaxft.models.names import Entry
+from jaxft.models.prediction import Forward, Prediction, project, with_noise
 from jaxft.models.soft import virtual_tokens
 from jaxft.models.stacking import is_stacked, stack_layers, unstack_layers
 from jaxft.models.transformer import Targets
@@ -25,16 +27,21 @@ __all__ = [
     "Family",
     "Gguf",
     "HuggingFace",
+    "Forward",
     "Output",
+    "Prediction",
     "Rope",
     "Targets",
     "config_of",
     "family_of",
+    "as_rows",
     "is_stacked",
     "mean_pool",
+    "of_group",
     "project",
     "stack_layers",
     "tiny_config",
     "unstack_layers",
     "virtual_tokens",
+    "with_noise",
 ]

@@ -42,8 +42,7 @@ def measure(args, directory) -> dict:
 
     from jaxft import train
     from jaxft.adapters import ALL_LINEAR, adapt, lora
-    from jaxft.checkpoints.families import decoder_config
-    from jaxft.models import Decoder
+    from jaxft.models import Decoder, config_of
     from jaxft.objectives import supervised
     from jaxft.train.batches import BatchSource
     from jaxft.train.checkpoints import open_checkpoints
@@ -51,7 +50,7 @@ def measure(args, directory) -> dict:
     train.keep_memory_warm()
     more = dict(model_type="llama", rope_theta=1e5, rms_norm_eps=1e-5, tie_word_embeddings=True)
     config = MODELS[args.model] | more | dict(max_position_embeddings=8192)
-    model = Decoder(decoder_config(config))
+    model = Decoder(config_of(config))
     tokens = np.random.default_rng(0).integers(0, config["vocab_size"], (2, 384)).astype(np.int32)
     params = jax.jit(model.init)(jax.random.key(0), tokens[:1, :1])["params"]
     params = adapt(jax.random.key(1), params, {ALL_LINEAR: lora(16, 32.0)})

@@ -48,15 +48,14 @@ def measure(args) -> dict:
 
     from benchmarks.grpo import Words
     from jaxft import train
-    from jaxft.checkpoints.families import decoder_config
     from jaxft.generation import SamplingConfig, generate
     from jaxft.generation.sampler import CHUNK
-    from jaxft.models import Decoder
+    from jaxft.models import Decoder, config_of
 
     train.keep_memory_warm()
     more = dict(model_type="llama", rope_theta=1e5, rms_norm_eps=1e-5, tie_word_embeddings=True)
     config = MODELS[args.model] | more | dict(max_position_embeddings=8192)
-    model = Decoder(decoder_config(config))
+    model = Decoder(config_of(config))
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     prompts = np.random.default_rng(0).integers(4, config["vocab_size"], (args.prompts, 32))
     plain = SamplingConfig(args.new)

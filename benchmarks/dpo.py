@@ -7,8 +7,7 @@ import optax
 
 from benchmarks.harness import MODELS, serve
 from jaxft import data, losses, objectives, train
-from jaxft.checkpoints.families import decoder_config
-from jaxft.models import Decoder
+from jaxft.models import Decoder, config_of
 
 # The same on both sides; ids below 4 are special. Several steps, as each call of TRL's train sets itself up.
 RECORDS, PAIRS, PROMPT, COMPLETION, STEPS = 32, 4, 64, 63, 8
@@ -31,7 +30,7 @@ def pairs() -> np.ndarray:
 def main():
     """Builds the step and serves it."""
     train.keep_memory_warm()
-    model = Decoder(decoder_config(MODEL))
+    model = Decoder(config_of(MODEL))
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     mask = np.repeat(np.float32([0, 1]), [PROMPT, COMPLETION + 1])
     part = lambda ids: data.Tokenised(ids.astype(np.int32), mask)

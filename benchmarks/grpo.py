@@ -10,9 +10,8 @@ import optax
 from benchmarks.grpo_task import EOS, GROUP, LEARNING_RATE, NEW, PROMPTS, STEPS, questions
 from benchmarks.harness import MODELS, serve
 from jaxft import rl, train
-from jaxft.checkpoints.families import decoder_config
 from jaxft.generation import SamplingConfig
-from jaxft.models import Decoder
+from jaxft.models import Decoder, config_of
 from jaxft.objectives import policy_gradient
 
 MODEL = MODELS["3m"] | dict(
@@ -47,7 +46,7 @@ def distinct_tokens(tokens, mask, numbers):
 def main(args):
     """Builds the loop and serves its steps."""
     train.keep_memory_warm()
-    model = Decoder(decoder_config(MODEL))
+    model = Decoder(config_of(MODEL))
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     credit, objective = rl.grpo(functools.partial(policy_gradient, model.forward), GROUP)
     prompts, config = questions().tolist(), SamplingConfig(NEW, stop_ids=(EOS,))

@@ -10,9 +10,8 @@ import optax
 from benchmarks.harness import MODELS, serve
 from jaxft import train
 from jaxft.adapters import ALL_LINEAR, adapt, lora, paca
-from jaxft.checkpoints.families import decoder_config
 from jaxft.generation import SamplingConfig, generate
-from jaxft.models import Decoder
+from jaxft.models import Decoder, config_of
 from jaxft.objectives import function_distance, on_rows, supervised, token_logits
 from jaxft.optim import look_sam, with_sam, with_tram
 
@@ -43,9 +42,7 @@ def main(args):
         max_position_embeddings=8192,
     )  # fmt: skip
     dtype = jnp.bfloat16 if args.bfloat16 else jnp.float32
-    model = Decoder(
-        decoder_config(json), dtype=dtype, remat=args.remat, scan_layers=args.scan_layers
-    )
+    model = Decoder(config_of(json), dtype=dtype, remat=args.remat, scan_layers=args.scan_layers)
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, json["vocab_size"], (args.batch, args.length)).astype(np.int32)
     params = jax.jit(model.init)(jax.random.key(0), tokens[:1, :1])["params"]

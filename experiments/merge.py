@@ -14,7 +14,6 @@ import tyro
 from jaxft import checkpoints as files
 from jaxft import train
 from jaxft.adapters import (
-    ALL_LINEAR,
     Difference,
     Quantisation,
     adapt,
@@ -22,6 +21,7 @@ from jaxft.adapters import (
     quantised,
     rounding_loss,
 )
+from jaxft.models import family_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Config:
     output_dir: str
     model: str = "smollm2"  # directory, .gguf file, "smollm2", "tiny" (random), or hub id
     quantise: Quantisation | None = None  # merge into the rounded kernels that it was trained over
-    target: str = ALL_LINEAR  # pattern of the paths of kernels to quantise
+    target: str = "all-linear"  # or a pattern of the paths of kernels to quantise
     debug: bool = False  # full tracebacks
 
 
@@ -43,7 +43,8 @@ def main(config: Config) -> Difference:
     model, base = files.load_model(config.model)
     params = base
     if config.quantise is not None:
-        params = adapt(jax.random.key(0), params, {config.target: quantised(config.quantise)})
+        target = family_of(model.config).targets.pattern(config.target)
+        params = adapt(jax.random.key(0), params, {target: quantised(config.quantise)})
     params = load_adapter(config.adapter, model.config, params)
     if (lost := rounding_loss(params, base)) is not None:
         print(f"{config.quantise} took up to {lost:.1%} of a kernel")

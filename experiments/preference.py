@@ -100,7 +100,7 @@ def main(config: Config) -> dict[str, Any]:
     mesh = shared.mesh_of(config)
     # HyPO scores its samples with the start; other losses score their rows before training.
     model, base = shared.load_base(config, mesh, keeps_start=config.loss == "hypo")
-    params = shared.adapt_params(config, base, mesh)
+    params = shared.adapt_params(config, model, base, mesh)
     if config.loss in REWARDS:
         key = stream(jax.random.key(config.seed), "reward head")
         params = add_reward_head(key, params, model.config.hidden_size)

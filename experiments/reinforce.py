@@ -133,7 +133,7 @@ def main(config: Config) -> dict[str, Any]:
     model, base = shared.load_base(config, mesh, check, keeps_start=True)
     if config.start:
         base = merge(load_adapter(config.start, model.config, base))
-    params = shared.adapt_params(config, base, mesh)
+    params = shared.adapt_params(config, model, base, mesh)
     if config.algorithm == "ppo":
         params = with_value_head(model, params)
     credit = algorithm(config, model.forward).credit

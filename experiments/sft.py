@@ -33,6 +33,7 @@ from jaxft.adapters import (
     save_intrinsic,
 )
 from jaxft.keys import stream
+from jaxft.models import family_of
 from jaxft.objectives import reparametrised, supervised
 from jaxft.rewards import Accuracy, measure_accuracy, verifier_for
 
@@ -73,7 +74,7 @@ def main(config: Config) -> dict[str, Any]:
     shared.check_output(config, output)
     mesh = shared.mesh_of(config)
     model, base = shared.load_base(config, mesh)
-    params = adapt_params(config, base, mesh)
+    params = adapt_params(config, model, base, mesh)
     read = jax.jit(intrinsic_apply) if config.adapter == "intrinsic" else lambda params: params
     forward = reparametrised(model.forward, read)
     optimizer = shared.make_optimizer(config)
@@ -142,16 +143,15 @@ def load_data(config: Config):
     return renderer, training, held_out
 
 
-def adapt_params(config: Config, base: Any, mesh: Any) -> Any:
+def adapt_params(config: Config, model: Any, base: Any, mesh: Any) -> Any:
     """The base params with what trains: adapters, or all of them."""
     if config.adapter != "intrinsic":
-        return shared.adapt_params(config, base, mesh)
+        return shared.adapt_params(config, model, base, mesh)
     if config.quantise:
         raise ValueError("--adapter intrinsic moves the kernels themselves; drop --quantise.")
     # The base lies on the mesh already.
-    return shared.announce(
-        intrinsic(stream(jax.random.key(config.seed), "intrinsic"), base, config.d)
-    )
+    key, layers = stream(jax.random.key(config.seed), "intrinsic"), family_of(model.config).layers
+    return shared.announce(intrinsic(key, base, config.d, layers=layers))
 
 
 def verify(config, model, params, renderer, records, when: str) -> Accuracy | None:

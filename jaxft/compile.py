@@ -156,8 +156,8 @@ def compile_step(config: Config) -> dict[str, Any]:
     import optax
 
     from jaxft import train
-    from jaxft.adapters import ALL_LINEAR, apply_named, partition
-    from jaxft.models import Decoder
+    from jaxft.adapters import apply_named, partition
+    from jaxft.models import family_of
     from jaxft.parallel import (
         compile_only_devices,
         compiled_cost,
@@ -174,7 +174,9 @@ def compile_step(config: Config) -> dict[str, Any]:
             f"--length {config.length} must be a multiple of --context {mesh.shape['context']}."
         )
     dtype = jnp.float32 if config.float32 else jnp.bfloat16
-    model = Decoder(_decoder_config(config), dtype, scan_layers=True, remat=config.remat)
+    architecture = _model_config(config)
+    family = family_of(architecture)
+    model = family.module(architecture, dtype=dtype, scan_layers=True, remat=config.remat)
     optimizer = train.make_optimizer(1e-4, total_steps=1000)
 
     def start(key):
@@ -184,16 +186,16 @@ def compile_step(config: Config) -> dict[str, Any]:
         options = dict(
             rank=config.rank,
             alpha=2.0 * config.rank,
-            target=ALL_LINEAR,
             quantise=config.quantise,
             seed=0,
+            targets=family.targets,
         )
         return train.init_state(
             apply_named(params, config.adapter, **options), optimizer, jax.random.key(0)
         )
 
     state = jax.eval_shape(start, jax.random.key(0))
-    shardings = param_shardings(state.params, mesh)
+    shardings = param_shardings(state.params, mesh, family.rules, family.layers)
     single = replicated(mesh)
     # The optimizer's state lies as what it belongs to; its counters on every device.
     moments = optax.tree_map_params(
@@ -252,7 +254,7 @@ def _objective(config, model, shape, mesh):
 
 def _figures(config, cost: CompiledCost, tokens, devices, model, trains) -> dict[str, Any]:
     chip = CHIPS[slices_of(config.topology)[1].split(":")[0]]
-    flops = _matmul_flops(model.config, config, tokens) / devices
+    flops = _matmul_flops(model, config, tokens) / devices
     # What goes between slices goes over a network whose rate nobody here knows.
     exchanged = sum(size for kind, (_, size) in cost.exchanged.items() if kind != "between slices")
     return {
@@ -284,8 +286,7 @@ def ideal_exchanged(config: Config, model: Any, devices: int) -> float | None:
 
     if config.quantise or (config.data, config.tensor, config.context) != (1, 1, 1):
         return None
-    shapes = jax.eval_shape(model.init, jax.random.key(0), model.example_input())["params"]
-    size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+    size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(_shapes(model)))
     times = 3 if config.adapter == "full" else 2
     return times * size * (4 if config.float32 else 2) * (devices - 1) / devices
 
@@ -296,16 +297,27 @@ def _matmul_flops(model, config: Config, tokens: int) -> float:
     Forward and the gradient of activations take 2 a parameter and token each, the gradient of kernels,
     if they train, 2 more, and full recomputation another 2.
     """
-    heads = model.head_dim * (2 * model.num_heads + 2 * model.num_kv_heads)
-    mlp = (3 if model.gated_mlp else 2) * model.intermediate_size
-    layers = model.num_layers * model.hidden_size * (heads + mlp)
+    from jax.tree_util import keystr, tree_leaves_with_path
+
+    from jaxft.models import family_of
+
+    linear = re.compile(family_of(model.config).targets.linear)
+    is_linear = lambda path: linear.fullmatch(keystr(path, simple=True, separator="/"))
+    leaves = tree_leaves_with_path(_shapes(model))
+    layers = sum(math.prod(leaf.shape) for path, leaf in leaves if is_linear(path))
     passes = 2 + (config.adapter == "full")
-    head = model.vocab_size * model.hidden_size
+    head = model.config.vocab_size * model.config.hidden_size
     return 2.0 * tokens * (layers * (passes + (config.remat == "full")) + head * passes)
 
 
-def _decoder_config(config: Config):
-    from jaxft.checkpoints.families import decoder_config
+def _shapes(model):
+    import jax
+
+    return jax.eval_shape(model.init, jax.random.key(0), model.example_input())["params"]
+
+
+def _model_config(config: Config):
+    from jaxft.models import config_of, family_of
 
     if config.model in PRESETS:
         settings = dict(PRESETS[config.model])
@@ -317,7 +329,11 @@ def _decoder_config(config: Config):
                 f"--model {config.model!r} is neither a preset ({', '.join(PRESETS)}) nor a config.json."
             )
         settings = json.loads(path.read_text())
-    result = decoder_config(settings)
+    result = config_of(settings)
+    if not hasattr(family_of(result).module, "forward"):
+        raise ValueError(
+            f"--model {config.model!r} is {result.family}, no language model to train."
+        )
     if config.layers:
         windows = result.windows[: config.layers]
         result = dataclasses.replace(result, num_layers=config.layers, windows=windows)

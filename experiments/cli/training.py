@@ -21,7 +21,6 @@ from experiments.cli.optimizers import Optimizer, Sharpness, optimizer_rule
 from jaxft import checkpoints as files
 from jaxft import data, train
 from jaxft.adapters import (
-    ALL_LINEAR,
     AdapterError,
     Name,
     Quantisation,
@@ -32,6 +31,7 @@ from jaxft.adapters import (
     save_checked,
 )
 from jaxft.data.batching import MIN_BUCKET
+from jaxft.models import family_of
 from jaxft.models.remat import Remat
 from jaxft.parallel import connect_hosts, make_mesh, shard_params, written_once
 
@@ -46,7 +46,7 @@ class Run:
     quantise: Quantisation | None = None  # round the frozen kernels (nf4: QLoRA, QPaCA, QDoRA)
     rank: int = 16
     alpha: float = 32.0  # over rank: LoRA's scale; for paca a factor of the learning rate
-    target: str = ALL_LINEAR  # pattern of the paths of adapted kernels
+    target: str = "all-linear"  # or a pattern of the paths of adapted kernels
 
     max_steps: int = 60
     gradient_accumulation_steps: int = 1
@@ -166,10 +166,14 @@ def load_base(
     return model, base
 
 
-def adapt_params(config: Run, base: Any, mesh: Any) -> Any:
-    """The base params with what trains: adapters, or all of them."""
-    params = apply_named(base, config.adapter, **adapter_settings(config))
-    return announce(params if mesh is None else shard_params(params, mesh))
+def adapt_params(config: Run, model: Any, base: Any, mesh: Any) -> Any:
+    """The base params of a model with what trains: adapters, or all of them."""
+    family = family_of(model.config)
+    settings = adapter_settings(config)
+    params = apply_named(base, config.adapter, targets=family.targets, **settings)
+    if mesh is not None:
+        params = shard_params(params, mesh, family.rules, family.layers)
+    return announce(params)
 
 
 def announce(params: Any) -> Any:

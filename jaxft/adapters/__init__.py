@@ -16,7 +16,6 @@ from jaxft.adapters.named import Name, Quantisation, named_rules
 from jaxft.adapters.native import apply_named, load_native, save_native
 from jaxft.adapters.peft import adapter_tensors, load_adapter, save_adapter
 from jaxft.adapters.rewrite import (
-    ALL_LINEAR,
     adapt,
     combine,
     count,
@@ -30,6 +29,7 @@ from jaxft.adapters.rewrite import (
 )
 from jaxft.adapters.rules import (
     ALL_BIASES,
+    ALL_LINEAR,
     ALL_NORMS,
     IA3_INPUTS,
     IA3_OUTPUTS,

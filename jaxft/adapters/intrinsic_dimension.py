@@ -22,6 +22,7 @@ from jaxft.adapters.errors import AdapterError
 from jaxft.adapters.files import write_adapter
 from jaxft.adapters.rewrite import Params, adapt, count, merge, partition, path_name
 from jaxft.adapters.rules import full
+from jaxft.parallel import LAYERS, stacked_axes
 from jaxft.weights import Frozen, fastfood, is_weight
 
 CONFIG, WEIGHTS = "jaxft_adapter.json", "jaxft_adapter.safetensors"
@@ -46,6 +47,7 @@ class IntrinsicParams:
     only: str = dataclasses.field(metadata={"static": True})
     granularity: Granularity = dataclasses.field(metadata={"static": True})
     projection: Projection = dataclasses.field(metadata={"static": True})
+    layers: str = dataclasses.field(default=LAYERS, metadata={"static": True})  # where they lie
 
 
 def intrinsic(
@@ -58,6 +60,7 @@ def intrinsic(
     only: str = ".*",
     trainable_outside: str | None = None,
     projection: Projection = fastfood,
+    layers: str = LAYERS,
 ) -> IntrinsicParams:
     """The params in a random subspace, of which d numbers train; at first they equal `params`.
 
@@ -78,6 +81,7 @@ def intrinsic(
             such as a new head.
         projection: (key, d, D) -> linear function of theta: fastfood, cropped_fastfood,
             dense_projection, or any other named function (programs are compiled once for each).
+        layers: where the layers lie in the params: `family_of(model.config).layers`.
 
     Raises:
         ValueError: if d is too small, a pattern matches nothing, or granularity is unknown.
@@ -87,7 +91,7 @@ def intrinsic(
             f"intrinsic: unknown granularity {granularity!r}; expected tensor or global."
         )
     base = adapt(key, params, {} if trainable_outside is None else {trainable_outside: full()})
-    m, outside = len(tensor_shapes(base, only)), count(base)[0]
+    m, outside = len(tensor_shapes(base, only, layers)), count(base)[0]
     if m == 0:
         raise ValueError(
             f"intrinsic: no tensor for the subspace matches only={only!r}"
@@ -108,6 +112,7 @@ def intrinsic(
         only=only,
         granularity=granularity,
         projection=projection,
+        layers=layers,
     )
 
 
@@ -117,13 +122,13 @@ def intrinsic_apply(params: IntrinsicParams) -> Params:
     Sums are in float32 and returned in the base's data type. Of the projection, only theta and the
     key are kept for the backward pass.
     """
-    shapes = tensor_shapes(params.base, params.only)
+    shapes = tensor_shapes(params.base, params.only, params.layers)
     updates = _updates(params, shapes)
     if params.lam is not None:
         updates = {name: params.lam[i] * updates[name] for i, name in enumerate(shapes)}
 
     def move(path, dense):
-        names = _layer_names(path, dense)
+        names = _layer_names(path, dense, params.layers)
         if names[0] not in updates:
             return dense
         update = jnp.stack([updates[name] for name in names]).reshape(dense.shape)
@@ -132,15 +137,17 @@ def intrinsic_apply(params: IntrinsicParams) -> Params:
     return jax.tree_util.tree_map_with_path(move, merge(params.base))
 
 
-def tensor_shapes(base: Params, only: str = ".*") -> dict[str, tuple[int, ...]]:
+def tensor_shapes(
+    base: Params, only: str = ".*", layers: str = LAYERS
+) -> dict[str, tuple[int, ...]]:
     """{path: shape} of the tensors in the subspace, sorted; those of stacked layers one by one."""
     shapes = {}
     for path, node in jax.tree_util.tree_leaves_with_path(base, is_leaf=is_weight):
         if isinstance(node, Frozen) and jnp.issubdtype(node.dtype, jnp.floating):
-            stacked = _is_stacked(path)
-            for name in _layer_names(path, node):
+            stacked = stacked_axes(path_name(path), layers)
+            for name in _layer_names(path, node, layers):
                 if re.fullmatch(only, name):
-                    shapes[name] = node.shape[1:] if stacked else node.shape
+                    shapes[name] = node.shape[stacked:]
     return dict(sorted(shapes.items()))
 
 
@@ -157,6 +164,7 @@ def save_intrinsic(path: str | os.PathLike, params: IntrinsicParams) -> None:
         "granularity": params.granularity,
         "only": params.only,
         "projection": _name(params.projection),
+        "layers": params.layers,
         "key": [str(jax.random.key_impl(key)), jax.random.key_data(key).tolist()],
     }
     path = pathlib.Path(path)
@@ -195,6 +203,7 @@ def load_intrinsic(
             only=settings["only"],
             trainable_outside="|".join(outside) or None,
             projection=projection,
+            layers=settings.get("layers", LAYERS),
         )
     except ValueError as error:
         raise AdapterError(f"{path}: does not fit this model ({error})") from None
@@ -239,17 +248,12 @@ def _updates(params, shapes):
     return updates
 
 
-def _is_stacked(path):
-    first, _, rest = path_name(path).partition("/")
-    return first == "layers" and not rest.split("/")[0].isdigit()
-
-
-def _layer_names(path, leaf):
+def _layer_names(path, leaf, layers):
     name = path_name(path)
-    if not _is_stacked(path):
+    if not stacked_axes(name, layers):
         return [name]
-    rest = name.removeprefix("layers/")
-    return [f"layers/{i}/{rest}" for i in range(leaf.shape[0])]
+    rest = name.removeprefix(f"{layers}/")
+    return [f"{layers}/{i}/{rest}" for i in range(leaf.shape[0])]
 
 
 def _name(function):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Literal
 
 from jaxft.adapters import rules, soft
-from jaxft.adapters.rewrite import ALL_LINEAR
 from jaxft.adapters.rules import Rule
+from jaxft.models.transformer import TRANSFORMER_TARGETS, Targets
 
 Name = Literal[
     "lora", "rslora", "pissa", "dora", "vera", "loha", "lokr", "paca", "ia3", "bitfit", "norms",
@@ -20,8 +20,9 @@ def named_rules(
     *,
     rank: int = 16,
     alpha: float = 32.0,
-    target: str = ALL_LINEAR,
+    target: str = "all-linear",
     shape: tuple[int, int] | None = None,
+    targets: Targets = TRANSFORMER_TARGETS,
 ) -> dict[str, Rule | soft.Added]:
     """The rules of an adapter for `adapt`.
 
@@ -31,19 +32,21 @@ def named_rules(
         rank: of those that have one; the width of bottleneck and parallel adapters, the number of
             virtual tokens of prompt and prefix.
         alpha: of those that have one; for paca, alpha / rank multiplies the learning rate.
-        target: pattern of the paths of adapted kernels.
+        target: pattern of the paths of adapted kernels, or "all-linear".
         shape: of vera's shared matrices: see jaxft.adapters.vera.
+        targets: the patterns of the model's family: `family_of(model.config).targets`.
 
     Raises:
         ValueError: for an unknown name, or a rank below 1.
     """
+    target = targets.pattern(target)
     match name:
         case "lora" | "rslora" | "pissa" | "dora" | "loha" | "lokr" | "paca":
             return {target: getattr(rules, name)(rank, alpha)}
         case "vera":
             return {target: rules.vera(rank, shape=shape)}
         case "ia3":
-            return {rules.IA3_OUTPUTS: rules.ia3(), rules.IA3_INPUTS: rules.ia3("input")}
+            return {targets.ia3_outputs: rules.ia3(), targets.ia3_inputs: rules.ia3("input")}
         case "bitfit":
             return {rules.ALL_BIASES: rules.full()}
         case "norms":
@@ -53,9 +56,9 @@ def named_rules(
         case "full":
             return {".*": rules.full()}
         case "bottleneck":
-            return {soft.HOULSBY: soft.bottleneck(rank)}
+            return {targets.houlsby: soft.bottleneck(rank)}
         case "parallel":
-            return {soft.HOULSBY: soft.parallel_adapter(rank)}
+            return {targets.houlsby: soft.parallel_adapter(rank)}
         case "prompt":
             return {"prompt": soft.prompt(rank)}
         case "prefix":

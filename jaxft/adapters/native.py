@@ -18,6 +18,7 @@ from jaxft.adapters.intrinsic_dimension import CONFIG, WEIGHTS, intrinsic_apply,
 from jaxft.adapters.named import named_rules
 from jaxft.adapters.rewrite import Params, adapt, largest_shape, partition, path_name
 from jaxft.adapters.rules import qpissa, quantised
+from jaxft.models.transformer import TRANSFORMER_TARGETS, Targets
 from jaxft.weights import PacaWeight, Weight, check_paca, is_weight
 
 
@@ -27,15 +28,17 @@ def apply_named(
     *,
     rank: int = 16,
     alpha: float = 32.0,
-    target: str,
+    target: str = "all-linear",
     quantise: str | None = None,
     seed: int = 0,
+    targets: Targets = TRANSFORMER_TARGETS,
 ) -> Params:
     """The params with the adapter `name` (see named_rules), over kernels rounded to `quantise` bits.
 
     Raises:
         ValueError: see named_rules; and for quantised kernels that are to train whole.
     """
+    target = targets.pattern(target)
     if quantise is not None:
         if name in ("full", "monarch"):
             raise ValueError(
@@ -47,7 +50,7 @@ def apply_named(
             return adapt(jax.random.key(seed), params, {target: rule})
         params = adapt(jax.random.key(seed), params, {target: quantised(quantise)})
     shape = largest_shape(params, target) if name == "vera" else None
-    rules = named_rules(name, rank=rank, alpha=alpha, target=target, shape=shape)
+    rules = named_rules(name, rank=rank, alpha=alpha, target=target, shape=shape, targets=targets)
     return adapt(jax.random.key(seed), params, rules)
 
 
@@ -57,7 +60,7 @@ def save_native(path: str | os.PathLike, params: Params, **settings: Any) -> Non
     Args:
         path: the directory; made if needed.
         params: adapted by `apply_named`.
-        settings: its arguments, which `load_native` gives it again.
+        settings: its arguments, `targets` aside, which `load_native` gives it again.
 
     Raises:
         AdapterError: if nothing trains.
@@ -69,8 +72,12 @@ def save_native(path: str | os.PathLike, params: Params, **settings: Any) -> Non
     write_adapter(path / CONFIG, path / WEIGHTS, {"version": 1, **settings}, tensors)
 
 
-def load_native(path: str | os.PathLike, params: Params) -> Params:
+def load_native(
+    path: str | os.PathLike, params: Params, *, targets: Targets = TRANSFORMER_TARGETS
+) -> Params:
     """The base params with an adapter of `save_native`, or moved by what `save_intrinsic` wrote (dense).
+
+    `targets` are the patterns of the model's family, as for `apply_named`.
 
     Raises:
         AdapterError: if a file is missing or damaged, a key is missing, surplus or misshapen.
@@ -88,7 +95,7 @@ def load_native(path: str | os.PathLike, params: Params) -> Params:
         return jax.jit(intrinsic_apply)(load_intrinsic(path, params))
     if settings.pop("version", None) != 1:
         raise AdapterError(f"{path}: written by another version of jaxft; update it.")
-    adapted = apply_named(params, **settings)
+    adapted = apply_named(params, targets=targets, **settings)
     if "reward/kernel" in tensors:  # Beside the adapter, of which it is no part.
         adapted["reward"] = {"kernel": tensors["reward/kernel"]}
     expected = dict(_own_leaves(adapted))

@@ -26,9 +26,6 @@ from jaxft.weights import (
 
 Params = Any  # a pytree of arrays and weights
 
-# Every projection of the blocks of jaxft's transformers: PEFT's "all-linear".
-ALL_LINEAR = r"layers/.*/(query|key|value|out|gate|up|down)/kernel"
-
 
 def adapt(key: jax.Array, params: Params, rules: Mapping[str, Rule | Added]) -> Params:
     """The params with each weight that a rule names rewritten or added, and all others frozen.

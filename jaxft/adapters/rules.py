@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import jax
 
+from jaxft.models.transformer import TRANSFORMER_TARGETS
 from jaxft.weights import (
     MonarchWeight,
     WeightLike,
@@ -31,11 +32,12 @@ from jaxft.weights import (
 
 Rule = Callable[[jax.Array, WeightLike], WeightLike]
 
-# Patterns for jaxft's transformers, as `ALL_LINEAR`.
+# Patterns for jaxft's own transformers; other families have theirs in `Family.targets`.
+ALL_LINEAR = TRANSFORMER_TARGETS.linear  # every projection of the blocks: PEFT's "all-linear"
+IA3_OUTPUTS = TRANSFORMER_TARGETS.ia3_outputs  # with `ia3()`
+IA3_INPUTS = TRANSFORMER_TARGETS.ia3_inputs  # with `ia3(side="input")`
 ALL_BIASES = r".*/bias"  # BitFit, with `full()`
 ALL_NORMS = r".*norm/(scale|bias)"  # norm tuning, with `full()`
-IA3_OUTPUTS = r"layers/.*/(key|value)/kernel"  # with `ia3()`
-IA3_INPUTS = r"layers/.*/down/kernel"  # with `ia3(side="input")`
 
 
 def full() -> Rule:

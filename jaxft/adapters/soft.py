@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxft.models import is_stacked
+from jaxft.models.stacking import depth, is_stacked, layers_in
+from jaxft.models.transformer import (
+    EMBEDDING,
+    KEY,
+    PATCHES,
+    SUBLAYER_OUTPUTS,
+    TRANSFORMER_TARGETS,
+)
 from jaxft.weights import bottleneck_adapter, prefix_mlp, to_dense
 
 # Patterns for `bottleneck` and `parallel_adapter`; `prompt` stands at "prompt", `prefix` at "prefix".
-HOULSBY = r"layers/.*(attention|mlp)/adapter"  # in both sublayers of each block
-PFEIFFER = r"layers/.*mlp/adapter"  # behind the MLP alone (arxiv.org/abs/2005.00247)
+HOULSBY = TRANSFORMER_TARGETS.houlsby  # in both sublayers of each block
+PFEIFFER = TRANSFORMER_TARGETS.pfeiffer  # behind the MLP alone (arxiv.org/abs/2005.00247)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,9 +89,9 @@ def prompt(length: int | None = None, ids: Sequence[int] | None = None) -> Added
 
     def make(key, params):
         _check_root("prompt", params)
-        if "embed" not in params:
+        if EMBEDDING.split("/")[0] not in params:
             return _image_prompt(key, length, ids, params)
-        table = params["embed"]["embedding"]
+        table = _leaf(params, EMBEDDING)
         rows = table.shape[0]
         if ids is None:
             chosen = jax.random.randint(key, (length,), 0, rows)
@@ -115,12 +124,10 @@ def prefix(length: int = 20, *, hidden: int | None = None, scale: float = 0.02) 
 
     def make(key, params):
         _check_root("prefix", params)
-        layers = params["layers"]
-        stacked = is_stacked(layers)
-        kernel = (layers if stacked else layers["0"])["attention"]["key"]["kernel"]
-        depth = kernel.shape[0] if stacked else len(layers)
-        features, width = kernel.shape[-2:]
-        shape = (length, depth * 2 * width)
+        layers = layers_in(params)
+        layer = layers if is_stacked(params) else layers["0"]
+        features, width = _leaf(layer, KEY).shape[-2:]
+        shape = (length, depth(params) * 2 * width)
         if hidden is None:
             return scale * jax.random.normal(key, shape)
         return prefix_mlp(key, shape, features, hidden)
@@ -133,7 +140,7 @@ def _bottleneck(name, size, **options) -> Added:
         raise ValueError(f"{name}: size must be at least 1, got {size}; 16 to 512 are usual.")
 
     def make(key, module):
-        last = next((module[n]["kernel"] for n in ("out", "down") if n in module), None)
+        last = next((module[n]["kernel"] for n in SUBLAYER_OUTPUTS if n in module), None)
         if last is None:
             raise ValueError(
                 f"{name}: the pattern matches a module with {', '.join(sorted(module))}, which is no "
@@ -151,9 +158,13 @@ def _bottleneck(name, size, **options) -> Added:
 def _image_prompt(key, length, ids, params):
     if ids is not None:
         raise ValueError("prompt: ids need a model with a vocabulary; give a length alone.")
-    rows, features = params["patches"]["projection"]["kernel"].shape
+    rows, features = _leaf(params, PATCHES).shape
     bound = math.sqrt(6 / (rows + features))
     return jax.random.uniform(key, (length, features), jnp.float32, -bound, bound)
+
+
+def _leaf(params, path):
+    return functools.reduce(operator.getitem, path.split("/"), params)
 
 
 def _check_length(name, length):
@@ -163,7 +174,7 @@ def _check_length(name, length):
 
 
 def _check_root(name, params):
-    if "layers" not in params:
+    if layers_in(params) is None:
         raise ValueError(
             f"{name}: it stands at the root of the params, as {name!r}; use that pattern."
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,8 +14,8 @@ from jaxft.adapters.errors import AdapterError
 from jaxft.adapters.native import save_native
 from jaxft.adapters.peft import load_adapter, save_adapter
 from jaxft.adapters.rewrite import Params, partition, path_name
-from jaxft.models import Decoder, unstack_layers
-from jaxft.parallel import in_turn, to_host
+from jaxft.models import FAMILIES, Decoder, Family, unstack_layers
+from jaxft.parallel import LAYERS, in_turn, to_host
 from jaxft.weights import Frozen, is_weight, quantisation_error, to_dense
 
 
@@ -88,6 +89,7 @@ def save_checked(
     base_model: str = "",
     native: dict[str, Any] | None = None,
     tokens: Any = None,
+    families: Sequence[Family] = FAMILIES,
 ) -> Difference:
     """Saves an adapter, loads it from disk onto its base and compares logits.
 
@@ -99,18 +101,21 @@ def save_checked(
         base_model: see save_adapter.
         native: the settings of save_native, for its format; None: PEFT's.
         tokens: see logit_difference.
+        families: see save_adapter.
 
     Raises:
         AdapterError: see check_same, save_adapter and save_native.
     """
     if native is None:
-        save_adapter(path, model.config, params, base_model=base_model, base=base)
+        save_adapter(
+            path, model.config, params, base_model=base_model, base=base, families=families
+        )
         # As in training: what lies under the adapter may be rounded.
         under = _kernels_under(params, base)
     else:
         save_native(path, params, **native)
         under = base
-    loaded = load_adapter(path, model.config, under)
+    loaded = load_adapter(path, model.config, under, families=families)
     if "reward" in params:
         head, read = (to_host(to_dense(p["reward"]["kernel"])) for p in (params, loaded))
         if not np.array_equal(head.astype(np.float32), read.astype(np.float32)):
@@ -121,14 +126,15 @@ def save_checked(
     return check_same(str(path), model, params, loaded, dtype=dtype, tokens=tokens)
 
 
-def rounding_loss(params: Params, base: Params) -> float | None:
+def rounding_loss(params: Params, base: Params, layers: str = LAYERS) -> float | None:
     """The largest relative error |W - Q| / |W| of the quantised kernels of `params`, or None without any.
 
     Args:
         params: adapted, over quantised kernels, or with some.
         base: the params before they were quantised, in the same layout.
+        layers: where the layers lie in both.
     """
-    unstacked, kernels = unstack_layers(params), unstack_layers(base)
+    unstacked, kernels = (unstack_layers(tree, layers) for tree in (params, base))
     pairs = zip(
         jax.tree.leaves(_kernels_under(unstacked, kernels), is_leaf=is_weight),
         jax.tree.leaves(kernels, is_leaf=is_weight),

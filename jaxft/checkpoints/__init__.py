@@ -1,6 +1,5 @@
 """Checkpoints: Hugging Face directories in and out, GGUF in, small models by name."""
 
-from jaxft.checkpoints.errors import CheckpointError
 from jaxft.checkpoints.merged import save_merged
 from jaxft.checkpoints.models import (
     load_model,
@@ -11,6 +10,7 @@ from jaxft.checkpoints.models import (
     save_model,
 )
 from jaxft.checkpoints.packages import cache_directory, fetch
+from jaxft.models import CheckpointError
 
 __all__ = [
     "CheckpointError",

@@ -13,10 +13,8 @@ import numpy as np
 from jax.sharding import Sharding
 
 from jaxft.adapters import merge, merge_biases
-from jaxft.checkpoints.errors import CheckpointError
-from jaxft.models import stack_layers
-from jaxft.models.hf_names import Entry
-from jaxft.parallel import to_host
+from jaxft.models import CheckpointError, Entry, is_stacked, stack_layers
+from jaxft.parallel import LAYERS, to_host
 from jaxft.weights import is_weight
 
 Params = Any
@@ -44,11 +42,13 @@ def assemble(
     dtype: Any = None,
     shardings: Params = None,
     stacked: bool = False,
+    layers: str = LAYERS,
 ) -> Params:
     """The params tree whose leaves have the `shapes` (of separate layers), read through `entries`.
 
     Nothing is read but what this host's devices hold, and one shard of one leaf at a time. `shardings`, a
-    tree like the result, places each leaf; `stacked` stacks the layers on a leading axis.
+    tree like the result, places each leaf; `stacked` stacks the layers, which lie at `layers`, on a leading
+    axis.
     """
     named = _flatten(shapes)
     by_path = {path: entry for entry in entries for path in entry.paths}
@@ -56,32 +56,37 @@ def assemble(
     if lost:
         raise CheckpointError(f"the architecture and the file disagree about {sorted(lost)[0]!r}.")
     fetch = lambda path: _leaf(by_path[path], path, named, read, dtype)
-    leaves = _stacks(named, fetch) if stacked else {path: fetch(path) for path in named}
+    leaves = _stacks(named, fetch, layers) if stacked else {path: fetch(path) for path in named}
     places = _flatten(shardings) if shardings is not None else {}
     return _nest({path: _place(leaf, places.get(path)) for path, leaf in leaves.items()})
 
 
-def disassemble(entries: Sequence[Entry], params: Params) -> Iterator[tuple[str, np.ndarray]]:
+def disassemble(
+    entries: Sequence[Entry], params: Params, layers: str = LAYERS
+) -> Iterator[tuple[str, np.ndarray]]:
     """(name, tensor) in the file's layout for each entry, one at a time; weights become dense.
+
+    `layers` is where the layers lie in the params, stacked or apart.
 
     Raises:
         CheckpointError: if the params have what the format lacks: a prompt, a prefix, adapters.
     """
-    layers = params["layers"]
-    stacked = "0" not in layers
+    stacked = is_stacked(params, layers)
     leaves = _flatten(merge_biases(params))
+    number = re.compile(rf"^{re.escape(layers)}/(\d+)/")
     known = {path for entry in entries for path in entry.paths}
-    known = {re.sub(r"^layers/\d+/", "layers/", path) for path in known} if stacked else known
+    known = {number.sub(f"{layers}/", path) for path in known} if stacked else known
     for name in sorted(leaves.keys() - known):
         raise CheckpointError(
             f"{name!r} has no place in a model's files; save it as an adapter, beside its base model."
         )
 
     def fetch(path):
-        if not stacked or not path.startswith("layers/"):
+        layer = number.match(path) if stacked else None
+        if layer is None:
             return to_host(merge(leaves[path]))
-        _, i, rest = path.split("/", 2)
-        return to_host(merge(jax.tree.map(lambda leaf: leaf[int(i)], leaves[f"layers/{rest}"])))
+        i, together = int(layer[1]), number.sub(f"{layers}/", path)
+        return to_host(merge(jax.tree.map(lambda leaf: leaf[i], leaves[together])))
 
     for entry in entries:
         parts = [fetch(path) for path in entry.paths]
@@ -180,16 +185,17 @@ def _unpermuted(rows: int, heads: int) -> np.ndarray:
     return np.arange(rows).reshape(heads, rows // heads // 2, 2).swapaxes(1, 2).reshape(rows)
 
 
-def _stacks(named, fetch):
+def _stacks(named, fetch, layers):
     """path -> leaf, the layers' stacked."""
-    depth = 1 + max(int(path.split("/")[1]) for path in named if path.startswith("layers/"))
+    first, inside = f"{layers}/0/", f"{layers}/"
+    depth = len({p.removeprefix(inside).split("/")[0] for p in named if p.startswith(inside)})
     result = {}
     for path in named:
-        if not path.startswith("layers/"):
+        if not path.startswith(inside):
             result[path] = fetch(path)
-        elif path.startswith("layers/0/"):
-            rest = path.removeprefix("layers/0/")
-            result[f"layers/{rest}"] = _Stack([fetch(f"layers/{i}/{rest}") for i in range(depth)])
+        elif path.startswith(first):
+            rest = path.removeprefix(first)
+            result[inside + rest] = _Stack([fetch(f"{inside}{i}/{rest}") for i in range(depth)])
     return result
 
 
@@ -230,6 +236,6 @@ def layer_shapes(model: Any) -> Params:
     return jax.eval_shape(init, jax.random.key(0))
 
 
-def stacked_shapes(shapes: Params) -> Params:
+def stacked_shapes(shapes: Params, layers: str = LAYERS) -> Params:
     """The same with layers stacked."""
-    return jax.eval_shape(stack_layers, shapes)
+    return jax.eval_shape(lambda tree: stack_layers(tree, layers), shapes)

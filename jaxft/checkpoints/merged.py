@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,8 +12,7 @@ from jax.sharding import Mesh
 
 from jaxft.adapters.verify import Difference, check_same
 from jaxft.checkpoints.models import Params, load_model, save_model
-from jaxft.models import Decoder
-from jaxft.models.layout import is_stacked
+from jaxft.models import FAMILIES, Decoder, Family, family_of, is_stacked
 
 
 def save_merged(
@@ -23,6 +23,7 @@ def save_merged(
     tokenizer_from: Any = None,
     mesh: Mesh | None = None,
     tokens: Any = None,
+    families: Sequence[Family] = FAMILIES,
 ) -> Difference:
     """`save_model` of adapted params, then the logits of what is on the disk against theirs.
 
@@ -33,14 +34,15 @@ def save_merged(
         tokenizer_from: see save_model.
         mesh: over which the copy is read.
         tokens: see jaxft.adapters.logit_difference.
+        families: see load_model.
 
     Raises:
         AdapterError: if a logit differs by more than sqrt(eps) of the largest, eps that of the data
             type of the files.
     """
-    save_model(path, model, params, tokenizer_from=tokenizer_from)
-    stacked = is_stacked(params["layers"])
-    _, loaded = load_model(path, mesh=mesh, scan_layers=stacked)
+    save_model(path, model, params, tokenizer_from=tokenizer_from, families=families)
+    stacked = is_stacked(params, family_of(model.config, families).layers)
+    _, loaded = load_model(path, mesh=mesh, scan_layers=stacked, families=families)
     eps = lambda leaf: float(jnp.finfo(leaf.dtype).eps)
     coarsest = max(jax.tree.leaves(loaded), key=eps)
     return check_same(str(path), model, params, loaded, dtype=coarsest.dtype, tokens=tokens)

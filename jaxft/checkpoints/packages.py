@@ -12,7 +12,7 @@ import sys
 import tempfile
 import zipfile
 
-from jaxft.checkpoints.errors import CheckpointError
+from jaxft.models import CheckpointError
 
 
 @dataclasses.dataclass(frozen=True)

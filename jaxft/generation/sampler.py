@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxft.generation.decoding import SamplingConfig, transform_logits
-from jaxft.models import Cache, Decoder, is_stacked, unstack_layers, virtual_tokens
+from jaxft.models import Cache, Decoder, unstack_layers, virtual_tokens
 from jaxft.parallel import in_turn, to_host
 
 CHUNK = 64  # tokens decoded between two looks of the host, by which the cache is rounded too
@@ -312,7 +312,7 @@ def _padded(name, column, rows, size):
 
 def _separate(params: Params) -> Params:
     """Layers one by one: a scan that carried the stacked cache would copy it for every token."""
-    return unstack_layers(params) if is_stacked(params.get("layers", {"0": {}})) else params
+    return unstack_layers(params)
 
 
 def bucket(size: int, least: int) -> int:

@@ -5,21 +5,35 @@ from jaxft.models.columns import as_rows, of_group
 from jaxft.models.config import DecoderConfig, Rope, tiny_config
 from jaxft.models.decoder import Decoder, Output
 from jaxft.models.encoder import Encoder, EncoderConfig, EncoderOutput, mean_pool
-from jaxft.models.layout import is_stacked, stack_layers, unstack_layers
+from jaxft.models.errors import CheckpointError
+from jaxft.models.families import FAMILIES, config_of, family_of
+from jaxft.models.family import Family, Gguf, HuggingFace
+from jaxft.models.names import Entry
 from jaxft.models.prediction import Forward, Prediction, project, with_noise
 from jaxft.models.soft import virtual_tokens
+from jaxft.models.stacking import is_stacked, stack_layers, unstack_layers
+from jaxft.models.transformer import Targets
 
 __all__ = [
+    "FAMILIES",
     "Cache",
+    "CheckpointError",
     "Decoder",
     "DecoderConfig",
     "Encoder",
     "EncoderConfig",
     "EncoderOutput",
+    "Entry",
+    "Family",
+    "Gguf",
+    "HuggingFace",
     "Forward",
     "Output",
     "Prediction",
     "Rope",
+    "Targets",
+    "config_of",
+    "family_of",
     "as_rows",
     "is_stacked",
     "mean_pool",

@@ -25,7 +25,6 @@ from jaxft.models.layers import (
     read,
     through_adapter,
 )
-from jaxft.models.layout import is_stacked
 from jaxft.models.prediction import Prediction, project
 from jaxft.models.remat import Remat, remat_block, remat_lean
 from jaxft.models.rope import apply_rope, rope_table
@@ -37,6 +36,8 @@ from jaxft.models.soft import (
     put_prompt,
     read_lead,
 )
+from jaxft.models.stacking import is_stacked
+from jaxft.parallel import LAYERS
 from jaxft.weights import WeightLike
 
 
@@ -139,7 +140,7 @@ class Decoder(nn.Module):
                 )
             x, new_cache = self._scan(x, context, lead.prefix), None
         else:
-            layers = Layers(config, self.remat, self.attention, name="layers")
+            layers = Layers(config, self.remat, self.attention, name=LAYERS)
             x, new_cache = layers(x, context, lead.prefix)
         x = x[:, lead.prompt_length :]
         hidden = Norm(config.norm, config.norm_eps, config.norm_offset, name="final_norm")(x)
@@ -192,8 +193,8 @@ class Decoder(nn.Module):
         return project(hidden, self.head(params), self.config.final_softcap)
 
     def _stacked(self) -> bool:
-        layers = self.variables.get("params", {}).get("layers")
-        return self.scan_layers if layers is None else is_stacked(layers)
+        params = self.variables.get("params", {})
+        return self.scan_layers if LAYERS not in params else is_stacked(params)
 
     def _context(self, lead, positions, segment_ids, cache):
         config, start, mask = self.config, None, None
@@ -226,7 +227,7 @@ class Decoder(nn.Module):
             in_axes=(0, 0, nn.broadcast, nn.broadcast),
             length=config.num_layers,
         )
-        body = scanned(config, self.remat, self.attention, name="layers")
+        body = scanned(config, self.remat, self.attention, name=LAYERS)
         return body(x, LayerKind(local, windows), prefix, None, context)[0]
 
 

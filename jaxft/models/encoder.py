@@ -15,9 +15,10 @@ from jaxft.kernels.attention import attend, attention, attention_mask
 from jaxft.kernels.backend import keep_features, keep_tokens
 from jaxft.models.decoder import Mlp
 from jaxft.models.layers import KERNEL_INIT, Dense, Embed, Norm, read, through_adapter
-from jaxft.models.layout import is_stacked
 from jaxft.models.remat import Remat, remat_block, remat_lean
 from jaxft.models.soft import before, check_room, open_front, read_lead
+from jaxft.models.stacking import is_stacked
+from jaxft.parallel import LAYERS
 from jaxft.weights import to_dense
 
 
@@ -125,9 +126,9 @@ class Encoder(nn.Module):
                 in_axes=(0, nn.broadcast),
                 length=config.num_layers,
             )
-            x, _ = scanned(config, self.remat, name="layers")(x, lead.prefix, segment_ids)
+            x, _ = scanned(config, self.remat, name=LAYERS)(x, lead.prefix, segment_ids)
         else:
-            x = EncoderLayers(config, self.remat, name="layers")(x, lead.prefix, segment_ids)
+            x = EncoderLayers(config, self.remat, name=LAYERS)(x, lead.prefix, segment_ids)
         x = x[:, lead.prompt_length :]
         if config.pre_norm:
             x = Norm("layer", config.norm_eps, name="final_norm")(x)
@@ -163,8 +164,8 @@ class Encoder(nn.Module):
         return Norm("layer", config.norm_eps, name="embed_norm")(x)
 
     def _stacked(self) -> bool:
-        layers = self.variables.get("params", {}).get("layers")
-        return self.scan_layers if layers is None else is_stacked(layers)
+        params = self.variables.get("params", {})
+        return self.scan_layers if LAYERS not in params else is_stacked(params)
 
 
 class PatchEmbed(nn.Module):

@@ -21,11 +21,18 @@ from jaxft.parallel.mesh import (
     replicated,
     token_sharding,
 )
-from jaxft.parallel.rules import TRANSFORMER_RULES, param_shardings, shard_params
+from jaxft.parallel.rules import (
+    LAYERS,
+    TRANSFORMER_RULES,
+    param_shardings,
+    shard_params,
+    stacked_axes,
+)
 from jaxft.parallel.topology import compile_environment, compile_only_devices
 
 __all__ = [
     "AXES",
+    "LAYERS",
     "TRANSFORMER_RULES",
     "CompiledCost",
     "HostLostError",
@@ -46,6 +53,7 @@ __all__ = [
     "replicated",
     "several_hosts",
     "shard_params",
+    "stacked_axes",
     "to_host",
     "token_sharding",
     "written_once",

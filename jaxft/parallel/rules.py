@@ -14,6 +14,8 @@ from jaxft.weights import is_weight
 Params = Any
 Rules = Sequence[tuple[str, PartitionSpec]]
 
+# Where the layers of the default family, jaxft's own transformers, lie in a params tree.
+LAYERS = "layers"
 # Column-parallel projections split their outputs over "tensor", row-parallel ones their inputs, so
 # that a block needs one all-reduce after attention and one after the MLP; "fsdp" takes the other side.
 TRANSFORMER_RULES: Rules = (
@@ -23,22 +25,33 @@ TRANSFORMER_RULES: Rules = (
     (r"embed/embedding", PartitionSpec("tensor", "fsdp")),
     (r"head/kernel", PartitionSpec("fsdp", "tensor")),
     (r"prefix", PartitionSpec(None, "fsdp")),
-    (r".*", PartitionSpec()),
 )
 
 
-def param_shardings(params: Params, mesh: Mesh, rules: Rules = TRANSFORMER_RULES) -> Params:
-    """A tree like params with a NamedSharding for each leaf.
+def stacked_axes(path: str, layers: str = LAYERS) -> int:
+    """How many leading axes of the leaf at `path` are stacked layers, which lie at `layers`: 1 or 0.
 
-    An axis of the mesh that does not divide its dimension is left out for that leaf. Structured
-    weights lay out their own fields, given the spec of the dense kernel they stand for.
+    Layers are apart under "layers/0/...", and stacked under "layers/..." without a number.
+    """
+    rest = path.removeprefix(f"{layers}/")
+    return int(rest != path and not rest.split("/")[0].isdigit())
+
+
+def param_shardings(
+    params: Params, mesh: Mesh, rules: Rules = TRANSFORMER_RULES, layers: str = LAYERS
+) -> Params:
+    """A tree like params with a NamedSharding for each leaf; `layers` is where the layers lie.
+
+    What no rule names lies whole on each device. An axis of the mesh that does not divide its dimension is
+    left out for that leaf. Structured weights lay out their own fields, given the spec of the dense
+    kernel they stand for.
     """
 
     def place(path, node):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        spec = next(spec for pattern, spec in rules if re.fullmatch(pattern, name))
-        stacked = name.startswith("layers/") and not name.split("/")[1].isdigit()
-        spec = PartitionSpec(None, *spec) if stacked else spec
+        found = (spec for pattern, spec in rules if re.fullmatch(pattern, name))
+        spec = next(found, PartitionSpec())
+        spec = PartitionSpec(*(None,) * stacked_axes(name, layers), *spec)
         specs = node.with_specs(spec) if is_weight(node) else spec
         fit = lambda leaf, s: NamedSharding(mesh, _fitting(s, leaf.shape, mesh))
         return jax.tree.map(fit, node, specs)
@@ -46,9 +59,11 @@ def param_shardings(params: Params, mesh: Mesh, rules: Rules = TRANSFORMER_RULES
     return jax.tree_util.tree_map_with_path(place, params, is_leaf=is_weight)
 
 
-def shard_params(params: Params, mesh: Mesh, rules: Rules = TRANSFORMER_RULES) -> Params:
+def shard_params(
+    params: Params, mesh: Mesh, rules: Rules = TRANSFORMER_RULES, layers: str = LAYERS
+) -> Params:
     """The params laid over the mesh."""
-    return jax.device_put(params, param_shardings(params, mesh, rules))
+    return jax.device_put(params, param_shardings(params, mesh, rules, layers))
 
 
 def _fitting(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:

@@ -10,8 +10,7 @@ from jaxft.adapters import ALL_LINEAR, adapt, combine, lora, partition
 from jaxft.checkpoints import load_model, load_tokenizer, resolve, save_model
 from jaxft.checkpoints.assemble import disassemble
 from jaxft.checkpoints.tensor_files import open_tensors
-from jaxft.models import mean_pool, stack_layers
-from jaxft.models.hf_encoder_names import encoder_entries
+from jaxft.models import family_of, mean_pool, stack_layers
 
 torch = pytest.importorskip("torch", reason="parity tests need torch: pip install 'jaxft[test]'")
 hf = pytest.importorskip("transformers")
@@ -91,7 +90,8 @@ def test_gradients(pair, tmp_path):
         pooled = 0.0 if output.pooled is None else output.pooled.sum()
         return jnp.sum(jnp.sin(output.hidden) * mask[..., None]) + pooled
 
-    grads = dict(disassemble(encoder_entries(model.config), jax.jit(jax.grad(loss))(params)))
+    entries = family_of(model.config).huggingface.entries(model.config)
+    grads = dict(disassemble(entries, jax.jit(jax.grad(loss))(params)))
     # As a model whose weights are the gradients, to have them under the names of the files.
     copy = type(theirs)(
         theirs.config, **({} if model.config.pooler else {"add_pooling_layer": False})

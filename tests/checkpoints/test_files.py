@@ -23,10 +23,8 @@ from jaxft.checkpoints import (
     save_model,
 )
 from jaxft.checkpoints.assemble import disassemble
-from jaxft.checkpoints.families import decoder_config
 from jaxft.checkpoints.tensor_files import open_tensors, save_tensors
-from jaxft.models import Decoder, tiny_config
-from jaxft.models.hf_names import huggingface_entries
+from jaxft.models import Decoder, config_of, family_of, tiny_config
 from jaxft.parallel import make_mesh
 
 
@@ -86,7 +84,7 @@ def test_index_cannot_point_outside(saved):
 def test_shards_with_index(saved, tmp_path_factory):
     path, model, params = saved
     other = tmp_path_factory.mktemp("sharded")
-    entries = huggingface_entries(model.config)
+    entries = family_of(model.config).huggingface.entries(model.config)
     save_tensors(other, disassemble(entries, params), shard_bytes=200_000)
     assert len(list(other.glob("model-*-of-*.safetensors"))) > 1
     chex.assert_trees_all_equal(open_tensors(other), open_tensors(path))
@@ -139,7 +137,7 @@ class Recorder:
         return part
 
 
-GPT2 = decoder_config(
+GPT2 = config_of(
     {"model_type": "gpt2", "n_embd": 32, "n_head": 4, "n_layer": 3, "n_positions": 64}
     | {"vocab_size": 64}
 )

@@ -14,8 +14,7 @@ import pytest
 
 from jaxft.checkpoints import CheckpointError, load_model, load_tokenizer, resolve
 from jaxft.checkpoints.gguf import GgufFile
-from jaxft.models import Decoder, DecoderConfig
-from jaxft.models.hf_names import huggingface_entries
+from jaxft.models import Decoder, DecoderConfig, family_of
 from jaxft.parallel import make_mesh
 
 CONFIG = DecoderConfig(
@@ -73,7 +72,7 @@ def quantised(params, kind):
     }
     names |= {f"model.layers.0.{k}.weight": f"blk.0.{v}.weight" for k, v in parts.items()}
     tensors = {}
-    for entry in huggingface_entries(CONFIG):
+    for entry in family_of(CONFIG).huggingface.entries(CONFIG):
         leaf, name = params, names[entry.name]
         for part in entry.paths[0].split("/"):
             leaf = leaf[part]

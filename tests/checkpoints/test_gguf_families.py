@@ -11,7 +11,7 @@ import pytest
 from jaxft.checkpoints import load_model
 from jaxft.checkpoints.assemble import disassemble
 from jaxft.checkpoints.gguf import GgufFile
-from jaxft.models.hf_names import huggingface_entries
+from jaxft.models import family_of
 
 torch = pytest.importorskip("torch", reason="parity tests need torch: pip install 'jaxft[test]'")
 hf = pytest.importorskip("transformers")
@@ -171,7 +171,7 @@ def test_weights_equal_those_that_transformers_reads(pair):
         file.parent, gguf_file=file.name, dtype=torch.float32
     )
     expected = {name: tensor.detach().numpy() for name, tensor in theirs.named_parameters()}
-    ours = dict(disassemble(huggingface_entries(model.config), params))
+    ours = dict(disassemble(family_of(model.config).huggingface.entries(model.config), params))
     chex.assert_trees_all_equal(ours, expected)
 
 

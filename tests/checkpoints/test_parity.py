@@ -8,8 +8,7 @@ import pytest
 
 from jaxft.checkpoints import load_model, save_model
 from jaxft.checkpoints.assemble import disassemble
-from jaxft.models import Decoder, stack_layers
-from jaxft.models.hf_names import huggingface_entries
+from jaxft.models import Decoder, family_of, stack_layers
 from jaxft.objectives import supervised
 
 torch = pytest.importorskip("torch", reason="parity tests need torch: pip install 'jaxft[test]'")
@@ -115,7 +114,7 @@ def test_loss_gradients(pair, records):
     theirs.zero_grad()
     theirs(torch.tensor(batch["tokens"]), attention_mask=mask, labels=labels).loss.backward()
     wanted = {n: p.grad.numpy() for n, p in theirs.named_parameters()}
-    ours = dict(disassemble(huggingface_entries(model.config), grads))
+    ours = dict(disassemble(family_of(model.config).huggingface.entries(model.config), grads))
     assert set(ours) == set(wanted)
     for name, gradient in wanted.items():
         scale = max(np.abs(gradient).max(), 1e-3)

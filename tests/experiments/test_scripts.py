@@ -175,7 +175,7 @@ def test_the_whole_model_in_a_subspace(tmp_path):
     assert metrics["last_loss"] < metrics["first_loss"]
     assert (tmp_path / "adapter" / "jaxft_adapter.safetensors").stat().st_size < 1000
     with pytest.raises(ValueError, match="drop --quantise"):
-        sft.adapt_params(dataclasses.replace(config, quantise="nf4"), {}, None)
+        sft.adapt_params(dataclasses.replace(config, quantise="nf4"), None, {}, None)
 
 
 def test_training_learns_and_resumes_to_the_same_losses(tmp_path):

@@ -8,10 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxft.adapters import combine, partition
-from jaxft.checkpoints.encoder_families import encoder_config
-from jaxft.checkpoints.families import decoder_config
 from jaxft.metrics import Mean
-from jaxft.models import Decoder, Encoder, mean_pool
+from jaxft.models import Decoder, Encoder, config_of, mean_pool
 from jaxft.objectives import supervised
 from jaxft.parallel import mesh_context, shard_params
 from jaxft.train import commit
@@ -90,11 +88,11 @@ def assert_equal(found: Steps, wanted: Steps) -> None:
 def family(name):
     """(model, params, objective, batch) of a family; layers stacked, which compiles sooner."""
     if name in DECODERS:
-        config = decoder_config(dict(model_type=name) | _SIZES | DECODERS[name])
+        config = config_of(dict(model_type=name) | _SIZES | DECODERS[name])
         model = Decoder(config, scan_layers=True)
         return model, _params(model), supervised(model.forward, chunk=8), packed_batch()
     names = {"pooler.dense.weight"} if name in ("bert", "roberta") else set()
-    model = Encoder(encoder_config(_ENCODER | ENCODERS[name], names), scan_layers=True)
+    model = Encoder(config_of(_ENCODER | ENCODERS[name], names), scan_layers=True)
     return model, _params(model), _encoder_objective(model), _encoder_batch(model)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,9 +22,7 @@ from jaxft.adapters.peft.model import PREFIX, Model, model_of, numpy
 from jaxft.adapters.peft.soft import TYPES as SOFT
 from jaxft.adapters.peft.soft import read_soft, soft_name, write_soft
 from jaxft.adapters.rewrite import Params, partition, path_name
-from jaxft.models import stack_layers, unstack_layers
-from jaxft.models.config import DecoderConfig
-from jaxft.models.layout import is_stacked
+from jaxft.models import FAMILIES, Family, family_of, is_stacked, stack_layers, unstack_layers
 from jaxft.weights import (
     DoraWeight,
     Frozen,
@@ -65,11 +63,12 @@ FORMATS = {
 
 def save_adapter(
     path: str | os.PathLike,
-    config: DecoderConfig,
+    config: Any,
     params: Params,
     *,
     base_model: str = "",
     base: Params | None = None,
+    families: Sequence[Family] = FAMILIES,
 ) -> None:
     """Writes what trains in adapted params so that PEFT opens it; the peft_type follows from the weights.
 
@@ -85,13 +84,15 @@ def save_adapter(
         base: the params before they were adapted. LoRA over another kernel than theirs is PiSSA, and
             is written as its difference from them, of twice the rank; without `base` it cannot be told
             from LoRA, and the file fits the residual kernels alone.
+        families: the records of the families that are known, for the names of the torch model.
 
     Raises:
         AdapterError: if nothing trains, or something for which PEFT has no place (see save_native).
     """
-    settings, tensors = adapter_tensors(config, params, base)
+    settings, tensors = adapter_tensors(config, params, base, families=families)
+    task_type = family_of(config, families).huggingface.task_type
     common = {
-        "task_type": "SEQ_CLS" if "reward" in params else "CAUSAL_LM",
+        "task_type": "SEQ_CLS" if "reward" in params else task_type,
         "base_model_name_or_path": base_model,
         "inference_mode": True,
     }
@@ -99,7 +100,11 @@ def save_adapter(
 
 
 def adapter_tensors(
-    config: DecoderConfig, params: Params, base: Params | None = None
+    config: Any,
+    params: Params,
+    base: Params | None = None,
+    *,
+    families: Sequence[Family] = FAMILIES,
 ) -> tuple[Settings, Tensors]:
     """(settings, tensors) that `save_adapter` writes; see there for arguments and errors."""
     head = params.get("reward")
@@ -108,7 +113,9 @@ def adapter_tensors(
         if head is not None:
             raise AdapterError(f"save_adapter: a {name} beside a reward head; use save_native.")
         return write_soft(config, params, name)
-    model = model_of(config, unstack_layers(params))
+    family = family_of(config, families)
+    apart = lambda tree: unstack_layers(tree, family.layers)
+    model = model_of(family, config, apart(params))
     trained = {p: node for p, node in model.nodes.items() if jax.tree.leaves(partition(node)[0])}
     leaves = {path: node for path, node in trained.items() if not is_weight(node)}
     adapted = {path: node for path, node in trained.items() if is_weight(node)}
@@ -121,7 +128,7 @@ def adapter_tensors(
         )
     kind = _kind(adapted)
     if base is not None:
-        original = model_of(config, unstack_layers(base)).nodes
+        original = model_of(family, config, apart(base)).nodes
         adapted = {path: _on(original[path], node, path) for path, node in adapted.items()}
     settings, tensors = FORMATS[kind].write(model, adapted or leaves)
     if adapted:
@@ -133,7 +140,13 @@ def adapter_tensors(
     return {"peft_type": kind} | settings, tensors
 
 
-def load_adapter(path: str | os.PathLike, config: DecoderConfig, params: Params) -> Params:
+def load_adapter(
+    path: str | os.PathLike,
+    config: Any,
+    params: Params,
+    *,
+    families: Sequence[Family] = FAMILIES,
+) -> Params:
     """The params with the adapter of a PEFT directory on them; all else is frozen.
 
     The kernels may be quantised. A directory of `save_native` is read too. `score` of a sequence
@@ -143,27 +156,27 @@ def load_adapter(path: str | os.PathLike, config: DecoderConfig, params: Params)
         AdapterError: if a file is missing or damaged, a key missing, surplus or misshapen, or the
             adapter of a type or with an option that jaxft does not have.
     """
-    path = pathlib.Path(path)
+    path, family = pathlib.Path(path), family_of(config, families)
     if (path / native.CONFIG).exists():
-        return native.load_native(path, params)
-    stacked = is_stacked(params["layers"])
+        return native.load_native(path, params, targets=family.targets)
+    stacked = is_stacked(params, family.layers)
     bare = lambda node: node.value if isinstance(node, Frozen) else node
-    flat = jax.tree.map(bare, unstack_layers(params), is_leaf=is_weight)
+    flat = jax.tree.map(bare, unstack_layers(params, family.layers), is_leaf=is_weight)
     try:
         settings, tensors = read_files(path)
         if settings.get("peft_type") in SOFT:
             return _nothing_left(tensors, read_soft(settings, tensors, config, params))
         head = _head(tensors, config)
-        found = _read(settings, tensors, model_of(config, flat))
+        found = _read(settings, tensors, model_of(family, config, flat))
     except AdapterError as error:
         raise AdapterError(f"{path}: {error}") from None
     attach = lambda p, node: found.get(path_name(p), Frozen(node))
     adapted = jax.tree_util.tree_map_with_path(attach, flat, is_leaf=is_weight)
     adapted |= head
-    return stack_layers(adapted) if stacked else adapted
+    return stack_layers(adapted, family.layers) if stacked else adapted
 
 
-def _head(tensors: Tensors, config: DecoderConfig) -> Params:
+def _head(tensors: Tensors, config: Any) -> Params:
     """The reward head of a file, or nothing."""
     if SCORE not in tensors:
         return {}

@@ -16,7 +16,7 @@ from jaxft.weights import ScaledWeight
 
 def read(settings: Settings, tensors: Tensors, model: Model) -> dict[str, ScaledWeight]:
     """path -> weight; takes ia3_l, [out, 1] or, of feedforward_modules, [1, in]."""
-    chosen = set(targeted(settings, tensors, (linear.name for linear in model.linears)))
+    chosen = set(targeted(settings, tensors, model))
     found = {}
     for linear in model.linears:
         if linear.name not in chosen:
@@ -58,7 +58,7 @@ def write(model: Model, found: Mapping[str, ScaledWeight]) -> tuple[Settings, Te
     return {
         "target_modules": sorted(inputs + outputs),
         "feedforward_modules": inputs,
-        "fan_in_fan_out": model.config.family == "gpt2",
+        "fan_in_fan_out": model.conv1d,
         "init_ia3_weights": True,
     }, tensors
 

@@ -31,7 +31,7 @@ _REFUSED = (
 def read(settings: Settings, tensors: Tensors, model: Model) -> dict[str, LoraWeight | DoraWeight]:
     """path -> weight; takes lora_A [R, in], lora_B [out, R] and lora_magnitude_vector [out]."""
     refuse(settings, *_REFUSED)
-    chosen = set(targeted(settings, tensors, (linear.name for linear in model.linears)))
+    chosen = set(targeted(settings, tensors, model))
     found = {}
     for linear in model.linears:
         if linear.name not in chosen:
@@ -75,7 +75,7 @@ def write(model: Model, found: Mapping[str, LoraWeight | DoraWeight]) -> tuple[S
     return settings | {
         "target_modules": short_names((linear.name for linear in model.linears), ranks),
         "lora_dropout": 0.0,
-        "fan_in_fan_out": model.config.family == "gpt2",
+        "fan_in_fan_out": model.conv1d,
         "init_lora_weights": True,
         "use_dora": use_dora,
         "use_rslora": False,  # Its factor is in lora_alpha.

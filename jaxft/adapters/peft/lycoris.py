@@ -77,7 +77,7 @@ def write_lokr(model: Model, found: Mapping[str, LokrWeight]) -> tuple[Settings,
 
 def _layers(settings, tensors, model, kind):
     """(linear, rank, alpha) of each adapted matrix."""
-    chosen = set(targeted(settings, tensors, (linear.name for linear in model.linears)))
+    chosen = set(targeted(settings, tensors, model))
     for linear in model.linears:
         if linear.name in chosen:
             no_conv1d(linear, kind)

@@ -14,8 +14,7 @@ import numpy as np
 from jaxft.adapters.errors import AdapterError
 from jaxft.adapters.peft.files import Settings, Tensors
 from jaxft.adapters.rewrite import path_name
-from jaxft.models.config import DecoderConfig
-from jaxft.models.hf_names import Entry, huggingface_entries
+from jaxft.models import Entry, Family
 from jaxft.parallel import to_host
 from jaxft.weights import WeightLike, is_weight
 
@@ -56,30 +55,38 @@ class Linear:
 class Model:
     """A model's params with separate layers, by the names of both sides."""
 
-    config: DecoderConfig
     nodes: Mapping[str, Any]  # path -> leaf or weight
     linears: tuple[Linear, ...]
     leaves: Mapping[str, Mapping[str, Entry]]  # torch module -> "weight" or "bias" -> where it is
+    head: str  # the torch module of the output projection, be it there or tied to the embeddings
+
+    @property
+    def conv1d(self) -> bool:
+        """Whether the layers of the torch model store W as [in, out]."""
+        return any(linear.conv1d for linear in self.linears)
 
 
-def model_of(config: DecoderConfig, params: Any) -> Model:
+def model_of(family: Family, config: Any, params: Any) -> Model:
     """The model of params with separate layers."""
     nodes = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_weight)[0]
     nodes = {path_name(path): node for path, node in nodes}
     leaves: dict[str, dict[str, Entry]] = {}
     linears = []
-    for entry in huggingface_entries(config):
+    for entry in family.huggingface.entries(config):
         module, leaf = entry.name.rsplit(".", 1)
         leaves.setdefault(module, {})[leaf] = entry
         if entry.paths[0].endswith("/kernel"):
             kernels = tuple(nodes[path] for path in entry.paths)
             linears.append(Linear(module, entry.paths, kernels, not entry.transposed))
-    return Model(config, nodes, tuple(linears), leaves)
+    return Model(nodes, tuple(linears), leaves, family.huggingface.head)
 
 
-def targeted(settings: Settings, tensors: Tensors, modules: Iterable[str]) -> list[str]:
-    """Those of the torch modules that the config names: PEFT's rule, first to last."""
-    return [name for name in modules if _is_target(settings, tensors, name)]
+def targeted(
+    settings: Settings, tensors: Tensors, model: Model, modules: Iterable[str] | None = None
+) -> list[str]:
+    """Those of the torch modules, the linear ones by default, that the config names: PEFT's rule."""
+    modules = (linear.name for linear in model.linears) if modules is None else modules
+    return [name for name in modules if _is_target(settings, tensors, name, model.head)]
 
 
 def short_names(modules: Iterable[str], chosen: Iterable[str]) -> list[str]:
@@ -135,12 +142,12 @@ def single(linear: Linear, parts: list, kind: str) -> Any:
     return parts[0]
 
 
-def _is_target(settings, tensors, name) -> bool:
+def _is_target(settings, tensors, name, head) -> bool:
     targets, excluded = settings.get("target_modules"), settings.get("exclude_modules")
     if targets is None:  # PEFT's default for the architecture: what the file holds, then.
         return any(key.startswith(f"{PREFIX}{name}.") for key in tensors)
     if targets == "all-linear":
-        return name != "lm_head" and not (excluded and _named(excluded, name))
+        return name != head and not (excluded and _named(excluded, name))
     if not _named(targets, name) or (excluded and _named(excluded, name)):
         return False
     only = settings.get("layers_to_transform")

@@ -25,7 +25,7 @@ from jaxft.weights import PacaWeight
 def read(settings: Settings, tensors: Tensors, model: Model) -> dict[str, PacaWeight]:
     """path -> weight; takes paca_w [out, R] and paca_indices [R]."""
     refuse(settings, "layer_replication")
-    chosen = set(targeted(settings, tensors, (linear.name for linear in model.linears)))
+    chosen = set(targeted(settings, tensors, model))
     found = {}
     for linear in model.linears:
         if linear.name not in chosen:

@@ -20,7 +20,7 @@ def read(settings: Settings, tensors: Tensors, model: Model) -> dict[str, VeraWe
 
     A file without the matrices (save_projection false) is completed from projection_prng_key.
     """
-    chosen = set(targeted(settings, tensors, (linear.name for linear in model.linears)))
+    chosen = set(targeted(settings, tensors, model))
     linears = [linear for linear in model.linears if linear.name in chosen]
     if not linears:
         return {}
@@ -74,7 +74,7 @@ def write(model: Model, found: Mapping[str, VeraWeight]) -> tuple[Settings, Tens
         "projection_prng_key": 0,
         "vera_dropout": 0.0,
         "d_initial": 0.1,
-        "fan_in_fan_out": model.config.family == "gpt2",
+        "fan_in_fan_out": model.conv1d,
         "bias": "none",
         "init_weights": True,
     }, tensors

@@ -11,7 +11,8 @@ import numpy as np
 from jaxft.adapters.errors import AdapterError
 from jaxft.adapters.peft.files import Settings, Tensors, take
 from jaxft.adapters.peft.model import PREFIX, Model, short_names, targeted
-from jaxft.models.hf_names import Entry
+from jaxft.models import Entry
+from jaxft.models.transformer import EMBEDDING
 from jaxft.parallel import to_host
 from jaxft.weights import to_dense
 
@@ -21,7 +22,7 @@ _COPY = "ln_tuning_layers"
 def read_norms(settings: Settings, tensors: Tensors, model: Model) -> dict[str, jax.Array]:
     """path -> leaf of LN_TUNING's copies of modules, which must be norms here."""
     found = {}
-    for module in targeted(settings, tensors, model.leaves):
+    for module in targeted(settings, tensors, model, model.leaves):
         if not _is_norm(model, module):
             raise AdapterError(f"LN_TUNING of {module!r}: norms alone are supported.")
         for leaf, entry in model.leaves[module].items():
@@ -130,7 +131,7 @@ def _is_saved(names, module) -> bool:
 
 
 def _check_tied(model, found):
-    if model.config.tie_embeddings and "embed/embedding" in found:
+    if EMBEDDING in found and model.head not in model.leaves:
         raise AdapterError(
             "the embedding trains, which is tied to the output projection; PEFT would part them. "
             "Save the whole model with save_model."

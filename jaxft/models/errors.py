@@ -1,4 +1,4 @@
-"""The one error of this package."""
+"""The error of files that hold no model, or another than they say."""
 
 
 class CheckpointError(ValueError):

@@ -1,0 +1,51 @@
+"""The families that jaxft has. A new one is a folder beside these and a line here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from jaxft.models.bert import BERT
+from jaxft.models.family import Family, find_family
+from jaxft.models.gemma import GEMMA
+from jaxft.models.gemma2 import GEMMA2
+from jaxft.models.gemma3 import GEMMA3
+from jaxft.models.gpt2 import GPT2
+from jaxft.models.llama import LLAMA
+from jaxft.models.mistral import MISTRAL
+from jaxft.models.qwen2 import QWEN2
+from jaxft.models.qwen3 import QWEN3
+from jaxft.models.roberta import ROBERTA
+from jaxft.models.vit import VIT
+
+FAMILIES: tuple[Family, ...] = (
+    LLAMA,
+    MISTRAL,
+    QWEN2,
+    QWEN3,
+    GEMMA,
+    GEMMA2,
+    GEMMA3,
+    GPT2,
+    BERT,
+    ROBERTA,
+    VIT,
+)
+
+
+def family_of(config: Any, families: Sequence[Family] = FAMILIES) -> Family:
+    """The record of a config's family.
+
+    Raises:
+        CheckpointError: if it is none of `families`.
+    """
+    return find_family(config.family, families)
+
+
+def config_of(json: Any, tensors: Any = (), families: Sequence[Family] = FAMILIES) -> Any:
+    """The config of a config.json, by its model_type; for `tensors` see HuggingFace.read.
+
+    Raises:
+        CheckpointError: for an architecture that none of `families` is.
+    """
+    return find_family(json.get("model_type"), families).huggingface.read(json, tensors)

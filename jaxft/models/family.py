@@ -1,0 +1,150 @@
+"""What the library knows of a model family: one record, and one codec for each format of files."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, Protocol
+
+import flax.linen as nn
+
+from jaxft.models.errors import CheckpointError
+from jaxft.models.names import Entry
+from jaxft.models.prediction import Prediction
+from jaxft.models.transformer import TRANSFORMER_TARGETS, Targets
+from jaxft.parallel import LAYERS, TRANSFORMER_RULES, stacked_axes
+from jaxft.parallel.rules import Rules
+
+Json = Mapping[str, Any]
+Config = Any  # a frozen dataclass whose `family` is the record's name
+
+
+@dataclasses.dataclass(frozen=True)
+class HuggingFace:
+    """Directories of config.json and safetensors, as transformers writes and reads them.
+
+    Attributes:
+        architecture: the class under which files are written: "LlamaForCausalLM".
+        read: (config.json, names of the tensors after `rename`) -> config. Raises CheckpointError for what
+            the module cannot compute.
+        write: config -> config.json, without model_type, architectures and data type.
+        reads: the keys of config.json that `read` looks at.
+        entries: config -> the tensors of a file, in its usual order, and the leaves that they hold.
+        rename: the name that `entries` gives a tensor, from the name in a file: bare base models lack a
+            prefix, others have one too many.
+        ignores: (renamed tensor, config) -> whether no model needs it: buffers, heads of other tasks.
+        head: the torch module of the output projection, which "all-linear" of PEFT leaves out.
+        task_type: of PEFT, for adapters of this family.
+    """
+
+    architecture: str
+    read: Callable[[Json, Collection[str]], Config]
+    write: Callable[[Config], dict[str, Any]]
+    reads: frozenset[str]
+    entries: Callable[[Config], list[Entry]]
+    rename: Callable[[str], str] = lambda name: name
+    ignores: Callable[[str, Config], bool] = lambda name, config: False
+    head: str = "lm_head"
+    task_type: str = "CAUSAL_LM"
+
+
+class GgufHeader(Protocol):
+    """What a GGUF file says of its model, before any tensor is read."""
+
+    file: Any  # its path, for errors
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The metadata field `<architecture>.<key>`."""
+
+    def has(self, name: str) -> bool:
+        """Whether there is a tensor of this name."""
+
+    def read(self, name: str) -> Any:
+        """A tensor with its `shape`, read where it is indexed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Gguf:
+    """GGUF files, the format of llama.cpp, which are only read.
+
+    Attributes:
+        architecture: the value of general.architecture.
+        read: header -> config. Raises CheckpointError for what the module cannot compute.
+        reads: the metadata keys that `read` looks at, without the architecture's prefix.
+        entries: config -> the tensors of a file and the leaves that they hold.
+        ignores: tensors that are no leaf of the params: what `read` takes from the header.
+    """
+
+    architecture: str
+    read: Callable[[GgufHeader], Config]
+    reads: frozenset[str]
+    entries: Callable[[Config], list[Entry]]
+    ignores: frozenset[str] = frozenset({"rope_freqs.weight"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """One model family. Whatever loads, saves, shards, adapts or compiles a model reads its record.
+
+    Attributes:
+        name: Hugging Face's model_type, and the `family` of configs.
+        module: a Flax module with fields `config`, `dtype`, `scan_layers` and, for compiles, `remat`; a
+            method `example_input()`; and, to be trained by jaxft's objectives, a method `forward`.
+        huggingface: the codec of Hugging Face directories.
+        gguf: the codec of GGUF files; None: the format has no such family, or jaxft does not read it.
+        layers: where the layers lie in the params: the path of a subtree whose children are "0", "1"...
+            or, stacked, the one layer with a leading axis on each leaf.
+        targets: which paths are linear and where adapters stand.
+        rules: (path pattern, PartitionSpec), first match first, of a kernel of one layer.
+    """
+
+    name: str
+    module: type[nn.Module]
+    huggingface: HuggingFace
+    gguf: Gguf | None = None
+    layers: str = LAYERS
+    targets: Targets = TRANSFORMER_TARGETS
+    rules: Rules = TRANSFORMER_RULES
+
+    @property
+    def forward(self) -> Callable[..., Prediction]:
+        """(model, params, batch, key) -> Prediction, the module's; `model.forward` is a jaxft.models.Forward.
+
+        Encoders, which predict no tokens, have none.
+        """
+        return self.module.forward
+
+    def stacked_axes(self, path: str) -> int:
+        """How many leading axes of the leaf at `path` are stacked layers: 1 or 0."""
+        return stacked_axes(path, self.layers)
+
+
+def find_family(name: str | None, families: Sequence[Family]) -> Family:
+    """The family of a model_type.
+
+    Raises:
+        CheckpointError: if none of `families` has that name.
+    """
+    for family in families:
+        if family.name == name:
+            return family
+    raise CheckpointError(
+        f"unsupported architecture: model_type is {name!r}; supported: "
+        f"{', '.join(family.name for family in families)}."
+    )
+
+
+def find_gguf(architecture: str | None, families: Sequence[Family]) -> Family:
+    """The family of a GGUF file's general.architecture.
+
+    Raises:
+        CheckpointError: if none of `families` is read from such files.
+    """
+    readable = [family for family in families if family.gguf is not None]
+    for family in readable:
+        if family.gguf.architecture == architecture:
+            return family
+    raise CheckpointError(
+        f"unsupported architecture {architecture!r}; supported: "
+        f"{', '.join(family.gguf.architecture for family in readable)}."
+    )

@@ -1,0 +1,32 @@
+"""The record of Gemma 2."""
+
+from __future__ import annotations
+
+import functools
+
+from jaxft.models import gguf, names
+from jaxft.models.decoder import Decoder
+from jaxft.models.family import Family, Gguf, HuggingFace
+from jaxft.models.gemma2 import config
+from jaxft.models.gemma2.names import GGUF_NORMS, NORMS
+
+GEMMA2 = Family(
+    name="gemma2",
+    module=Decoder,
+    huggingface=HuggingFace(
+        architecture="Gemma2ForCausalLM",
+        read=config.read,
+        write=config.write,
+        reads=config.READS,
+        entries=functools.partial(names.decoder_entries, norms=NORMS),
+        rename=names.with_prefix("model."),
+        ignores=names.decoder_ignores,
+    ),
+    gguf=Gguf(
+        architecture="gemma2",
+        read=config.read_gguf,
+        reads=config.GGUF_READS,
+        # Its files hold 1 + scale.
+        entries=functools.partial(gguf.gguf_decoder_entries, norms=GGUF_NORMS, offset=1.0),
+    ),
+)

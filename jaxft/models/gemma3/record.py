@@ -1,0 +1,34 @@
+"""The record of Gemma 3's text model."""
+
+from __future__ import annotations
+
+import functools
+
+from jaxft.models import gguf, names
+from jaxft.models.decoder import Decoder
+from jaxft.models.family import Family, Gguf, HuggingFace
+from jaxft.models.gemma2.names import GGUF_NORMS, NORMS
+from jaxft.models.gemma3 import config
+
+GEMMA3 = Family(
+    name="gemma3_text",
+    module=Decoder,
+    huggingface=HuggingFace(
+        architecture="Gemma3ForCausalLM",
+        read=config.read,
+        write=config.write,
+        reads=config.READS,
+        entries=functools.partial(names.decoder_entries, norms=NORMS | names.QK_NORMS),
+        rename=names.with_prefix("model."),
+        ignores=names.decoder_ignores,
+    ),
+    gguf=Gguf(
+        architecture="gemma3",
+        read=config.read_gguf,
+        reads=config.GGUF_READS,
+        # Its files hold 1 + scale.
+        entries=functools.partial(
+            gguf.gguf_decoder_entries, norms=GGUF_NORMS | gguf.QK_NORMS, offset=1.0
+        ),
+    ),
+)

@@ -1,0 +1,63 @@
+"""config.json of GPT-2."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from jaxft.models.config import DecoderConfig
+from jaxft.models.errors import CheckpointError
+from jaxft.models.family import Json
+from jaxft.models.hf_config import read_activation
+
+READS = frozenset(
+    "vocab_size n_embd n_inner n_layer n_head n_positions layer_norm_epsilon activation_function "
+    "tie_word_embeddings scale_attn_by_inverse_layer_idx reorder_and_upcast_attn".split()
+)
+
+
+def read(json: Json, tensors: Collection[str]) -> DecoderConfig:
+    """The DecoderConfig of a config.json.
+
+    Raises:
+        CheckpointError: for options that jaxft does not have.
+    """
+    width = json["n_embd"]
+    if json.get("scale_attn_by_inverse_layer_idx") or json.get("reorder_and_upcast_attn"):
+        raise CheckpointError("gpt2: scale_attn_by_inverse_layer_idx is not supported.")
+    return DecoderConfig(
+        vocab_size=json["vocab_size"],
+        hidden_size=width,
+        intermediate_size=json.get("n_inner") or 4 * width,
+        num_layers=json["n_layer"],
+        num_heads=json["n_head"],
+        num_kv_heads=json["n_head"],
+        head_dim=width // json["n_head"],
+        max_length=json.get("n_positions", 1024),
+        norm="layer",
+        norm_eps=json.get("layer_norm_epsilon", 1e-5),
+        activation=read_activation(json.get("activation_function", "gelu_new")),
+        gated_mlp=False,
+        attention_bias=True,
+        output_bias=True,
+        mlp_bias=True,
+        rope=None,
+        learned_positions=True,
+        tie_embeddings=json.get("tie_word_embeddings", True),
+        family="gpt2",
+    )
+
+
+def write(config: DecoderConfig) -> dict[str, Any]:
+    """The config.json of a DecoderConfig."""
+    return {
+        "vocab_size": config.vocab_size,
+        "tie_word_embeddings": config.tie_embeddings,
+        "n_embd": config.hidden_size,
+        "n_inner": config.intermediate_size,
+        "n_layer": config.num_layers,
+        "n_head": config.num_heads,
+        "n_positions": config.max_length,
+        "layer_norm_epsilon": config.norm_eps,
+        "activation_function": {"gelu_tanh": "gelu_new"}.get(config.activation, config.activation),
+    }

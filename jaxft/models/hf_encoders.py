@@ -1,0 +1,86 @@
+"""config.json and tensor names that the encoder families share."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from jaxft.models.encoder import EncoderConfig
+from jaxft.models.family import Json
+from jaxft.models.hf_config import ACTIVATIONS, read_activation
+from jaxft.models.names import Entry, layer_norm
+
+READS = frozenset(
+    "hidden_size intermediate_size num_hidden_layers num_attention_heads layer_norm_eps hidden_act".split()
+)
+_POOLER = "pooler.dense.weight"
+
+
+def read_common(json: Json, tensors: Collection[str]) -> dict[str, Any]:
+    """Fields of an EncoderConfig; the names of the tensors tell whether there is a pooler."""
+    return dict(
+        hidden_size=json.get("hidden_size", 768),
+        intermediate_size=json.get("intermediate_size", 3072),
+        num_layers=json.get("num_hidden_layers", 12),
+        num_heads=json.get("num_attention_heads", 12),
+        norm_eps=json.get("layer_norm_eps", 1e-12),
+        activation=read_activation(json.get("hidden_act", "gelu")),
+        pooler=_POOLER in tensors,
+    )
+
+
+def write_common(config: EncoderConfig) -> dict[str, Any]:
+    """The keys of config.json that all encoders have."""
+    return {
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "layer_norm_eps": config.norm_eps,
+        "hidden_act": ACTIVATIONS[config.activation],
+    }
+
+
+def layer_entries(config: EncoderConfig, attention: str, norms: tuple[str, str]) -> list[Entry]:
+    """The tensors of the layers.
+
+    Args:
+        config: of the model.
+        attention: torch module that holds query, key and value.
+        norms: torch modules of the norms of attention and MLP.
+    """
+    linear = {
+        **{f"{attention}.{name}": f"attention/{name}" for name in ("query", "key", "value")},
+        "attention.output.dense": "attention/out",
+        "intermediate.dense": "mlp/up",
+        "output.dense": "mlp/down",
+    }
+    entries = []
+    for i in range(config.num_layers):
+        theirs, ours = f"encoder.layer.{i}.", f"layers/{i}/"
+        for name, path in linear.items():
+            entries.append(Entry(f"{theirs}{name}.weight", (f"{ours}{path}/kernel",), True))
+            if config.attention_bias or not name.startswith(attention):
+                entries.append(Entry(f"{theirs}{name}.bias", (f"{ours}{path}/bias",)))
+        for name, path in zip(norms, ("attention_norm", "mlp_norm"), strict=True):
+            entries += layer_norm(f"{theirs}{name}", f"{ours}{path}")
+    return entries
+
+
+def pooler_entries(config: EncoderConfig) -> list[Entry]:
+    """The tensors of the pooler, if there is one."""
+    if not config.pooler:
+        return []
+    return [
+        Entry(_POOLER, ("pooler/kernel",), True),
+        Entry("pooler.dense.bias", ("pooler/bias",)),
+    ]
+
+
+def ignores(name: str, config: EncoderConfig) -> bool:
+    """Whether the tensor is a task's head, which an encoder has not, or a buffer."""
+    heads, buffers = (
+        ("cls.", "lm_head.", "classifier.", "qa_outputs."),
+        ("position_ids", "token_type_ids"),
+    )
+    return name.startswith(heads) or name.endswith(buffers)

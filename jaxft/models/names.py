@@ -1,0 +1,93 @@
+"""Which tensor of a file holds which leaf of a params tree; the names that Llama-like decoders share."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+from jaxft.models.config import DecoderConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One tensor of a file and the leaves in it, side by side on the last axis of ours."""
+
+    name: str
+    paths: tuple[str, ...]  # "layers/0/attention/query/kernel"
+    transposed: bool = False  # the file stores [out, in]
+    permuted_heads: int = 0  # GGUF: rows interleave the rotary halves of so many heads
+    offset: float = 0.0  # GGUF of Gemma stores 1 + scale
+    file_shape: tuple[int, ...] = ()  # where the file's shape is another than ours
+    axes: tuple[int, ...] = ()  # order in which our leaf runs through the file's axes
+
+
+LINEAR = {
+    "self_attn.q_proj": "attention/query",
+    "self_attn.k_proj": "attention/key",
+    "self_attn.v_proj": "attention/value",
+    "self_attn.o_proj": "attention/out",
+    "mlp.gate_proj": "mlp/gate",
+    "mlp.up_proj": "mlp/up",
+    "mlp.down_proj": "mlp/down",
+}
+NORMS = {"input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm"}
+QK_NORMS = {
+    "self_attn.q_norm": "attention/query_norm",
+    "self_attn.k_norm": "attention/key_norm",
+}
+
+
+def decoder_entries(config: DecoderConfig, norms: Mapping[str, str] = NORMS) -> list[Entry]:
+    """The tensors of a Llama-like decoder in a Hugging Face checkpoint, in the file's usual order.
+
+    Args:
+        config: of the model.
+        norms: name in the file -> path in a block, of the norms of each layer.
+    """
+    entries = [Entry("model.embed_tokens.weight", ("embed/embedding",))]
+    for i in range(config.num_layers):
+        theirs, ours = f"model.layers.{i}.", f"layers/{i}/"
+        for name, path in LINEAR.items():
+            entries.append(Entry(f"{theirs}{name}.weight", (f"{ours}{path}/kernel",), True))
+            if _has_bias(config, path):
+                entries.append(Entry(f"{theirs}{name}.bias", (f"{ours}{path}/bias",)))
+        for name, path in norms.items():
+            entries.append(Entry(f"{theirs}{name}.weight", (f"{ours}{path}/scale",)))
+    entries.append(Entry("model.norm.weight", ("final_norm/scale",)))
+    return entries + output_entries(config)
+
+
+def output_entries(config: DecoderConfig) -> list[Entry]:
+    """The output projection of a causal language model, if its embeddings are not tied."""
+    return [] if config.tie_embeddings else [Entry("lm_head.weight", ("head/kernel",), True)]
+
+
+def layer_norm(theirs: str, ours: str) -> list[Entry]:
+    """The scale and bias of a LayerNorm."""
+    return [
+        Entry(f"{theirs}.weight", (f"{ours}/scale",)),
+        Entry(f"{theirs}.bias", (f"{ours}/bias",)),
+    ]
+
+
+def with_prefix(prefix: str) -> Callable[[str], str]:
+    """A function that puts `prefix` before names that lack it, as those of bare base models do.
+
+    Heads stand beside the base model and keep their names.
+    """
+    return lambda name: name if name.startswith((prefix, "lm_head.", "score.")) else prefix + name
+
+
+def decoder_ignores(name: str, config: DecoderConfig) -> bool:
+    """Whether no Llama-like decoder needs the tensor: a buffer, or a copy of the tied embeddings."""
+    return name.endswith(".rotary_emb.inv_freq") or _tied_head(name, config)
+
+
+def _tied_head(name: str, config: DecoderConfig) -> bool:
+    return name == "lm_head.weight" and config.tie_embeddings
+
+
+def _has_bias(config: DecoderConfig, path: str) -> bool:
+    if path.startswith("mlp/"):
+        return config.mlp_bias
+    return config.output_bias if path == "attention/out" else config.attention_bias

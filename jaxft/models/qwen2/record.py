@@ -1,0 +1,31 @@
+"""The record of Qwen 2."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from jaxft.models import gguf, names
+from jaxft.models.config import DecoderConfig
+from jaxft.models.decoder import Decoder
+from jaxft.models.family import Family, Gguf, GgufHeader, HuggingFace
+from jaxft.models.qwen2 import config
+
+
+def _read_gguf(header: GgufHeader) -> DecoderConfig:
+    return dataclasses.replace(gguf.read_gguf_decoder(header, "qwen2"), attention_bias=True)
+
+
+QWEN2 = Family(
+    name="qwen2",
+    module=Decoder,
+    huggingface=HuggingFace(
+        architecture="Qwen2ForCausalLM",
+        read=config.read,
+        write=config.write,
+        reads=config.READS,
+        entries=names.decoder_entries,
+        rename=names.with_prefix("model."),
+        ignores=names.decoder_ignores,
+    ),
+    gguf=Gguf("qwen2", _read_gguf, gguf.READS, gguf.gguf_decoder_entries),
+)

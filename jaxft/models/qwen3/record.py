@@ -1,0 +1,52 @@
+"""The record of Qwen 3: norms on queries and keys, Qwen 2's windows, heads of 128 by default."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Collection
+from typing import Any
+
+from jaxft.models import gguf, hf_config, names
+from jaxft.models.config import DecoderConfig
+from jaxft.models.decoder import Decoder
+from jaxft.models.family import Family, Gguf, GgufHeader, HuggingFace, Json
+from jaxft.models.qwen2.config import READS, read_qwen_windows
+
+
+def _read(json: Json, tensors: Collection[str]) -> DecoderConfig:
+    return dataclasses.replace(
+        hf_config.read_decoder(json, "qwen3"),
+        head_dim=json.get("head_dim") or 128,
+        qk_norm=True,
+        windows=read_qwen_windows(json),
+    )
+
+
+def _write(config: DecoderConfig) -> dict[str, Any]:
+    return hf_config.write_decoder(config) | hf_config.write_windows(config)
+
+
+def _read_gguf(header: GgufHeader) -> DecoderConfig:
+    return dataclasses.replace(gguf.read_gguf_decoder(header, "qwen3"), qk_norm=True)
+
+
+QWEN3 = Family(
+    name="qwen3",
+    module=Decoder,
+    huggingface=HuggingFace(
+        architecture="Qwen3ForCausalLM",
+        read=_read,
+        write=_write,
+        reads=READS,
+        entries=functools.partial(names.decoder_entries, norms=names.NORMS | names.QK_NORMS),
+        rename=names.with_prefix("model."),
+        ignores=names.decoder_ignores,
+    ),
+    gguf=Gguf(
+        architecture="qwen3",
+        read=_read_gguf,
+        reads=gguf.READS,
+        entries=functools.partial(gguf.gguf_decoder_entries, norms=gguf.NORMS | gguf.QK_NORMS),
+    ),
+)

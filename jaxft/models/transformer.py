@@ -1,0 +1,38 @@
+"""Where things lie in the params of jaxft's own transformers, `Decoder` and `Encoder`.
+
+Families of other modules have a `Targets` of their own. Their partition rules are in jaxft.parallel, which
+this folder may import and not the other way.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from jaxft.parallel import LAYERS
+
+
+class Targets(NamedTuple):
+    """Patterns of paths for `adapt`: which kernels are linear maps of a block, and where adapters stand."""
+
+    linear: str  # PEFT's "all-linear": each projection of the blocks
+    ia3_outputs: str = ""  # kernels whose outputs (IA)^3 scales; "": none
+    ia3_inputs: str = ""  # kernels whose inputs it scales
+    houlsby: str = ""  # bottleneck adapters in both sublayers of each block
+    pfeiffer: str = ""  # behind the MLP alone (arxiv.org/abs/2005.00247)
+
+    def pattern(self, target: str) -> str:
+        """The pattern of a command line's target: that of `linear` for "all-linear", else itself."""
+        return self.linear if target == "all-linear" else target
+
+
+TRANSFORMER_TARGETS = Targets(
+    linear=rf"{LAYERS}/.*/(query|key|value|out|gate|up|down)/kernel",
+    ia3_outputs=rf"{LAYERS}/.*/(key|value)/kernel",
+    ia3_inputs=rf"{LAYERS}/.*/down/kernel",
+    houlsby=rf"{LAYERS}/.*(attention|mlp)/adapter",
+    pfeiffer=rf"{LAYERS}/.*mlp/adapter",
+)
+KEY = "attention/key/kernel"  # in a layer; its shape gives a prefix its width
+SUBLAYER_OUTPUTS = ("out", "down")  # the last projection of attention and MLP
+EMBEDDING = "embed/embedding"
+PATCHES = "patches/projection/kernel"

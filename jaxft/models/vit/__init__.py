@@ -1,0 +1,5 @@
+"""ViT: an encoder of the patches of images."""
+
+from jaxft.models.vit.record import VIT
+
+__all__ = ["VIT"]

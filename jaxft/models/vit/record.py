@@ -1,0 +1,23 @@
+"""The record of ViT."""
+
+from __future__ import annotations
+
+from jaxft.models.encoder import Encoder
+from jaxft.models.family import Family, HuggingFace
+from jaxft.models.hf_encoders import ignores
+from jaxft.models.vit import config, names
+
+VIT = Family(
+    name="vit",
+    module=Encoder,
+    huggingface=HuggingFace(
+        architecture="ViTModel",
+        read=config.read,
+        write=config.write,
+        reads=config.READS,
+        entries=names.entries,
+        rename=lambda name: name.removeprefix("vit."),
+        ignores=ignores,
+        task_type="FEATURE_EXTRACTION",
+    ),
+)

@@ -1,0 +1,82 @@
+"""What holds for the codec of every family: round trips, and the keys that it says it reads."""
+
+from collections.abc import Mapping
+
+import jax
+import pytest
+
+from jaxft.models import FAMILIES, config_of
+from jaxft.models.stacking import layers_in
+
+DECODER = dict(
+    vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=7, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=12, max_position_embeddings=8192,
+)  # fmt: skip
+WINDOWS = dict(sliding_window=4, use_sliding_window=True, max_window_layers=2)
+ENCODER = dict(
+    hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=8,
+    patch_size=4,
+)  # fmt: skip
+SPLIT_ROPE = {"full_attention": dict(factor=8.0, rope_type="linear"), "sliding_attention": {}}
+FILES = {
+    "gpt2": [dict(vocab_size=61, n_embd=32, n_layer=2, n_head=4)],
+    "gemma3_text": [DECODER | WINDOWS, DECODER | dict(rope_parameters=SPLIT_ROPE)],
+    "bert": [ENCODER],
+    "roberta": [ENCODER],
+    "vit": [ENCODER],
+}
+
+
+class Recorder(Mapping):
+    """A config.json that keeps the names of the keys that are looked at."""
+
+    def __init__(self, json):
+        self.json, self.seen = json, set()
+
+    def __getitem__(self, key):
+        self.seen.add(key)
+        return self.json[key]
+
+    def __iter__(self):
+        raise AssertionError("a codec that goes through all keys cannot say which it reads")
+
+    def __len__(self):
+        return len(self.json)
+
+
+def files(family):
+    return FILES.get(family.name, [DECODER, DECODER | WINDOWS])
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_a_codec_reads_the_keys_that_it_lists(family):
+    seen = set()
+    for json in files(family):
+        recorder = Recorder(json)
+        family.huggingface.read(recorder, ())
+        seen |= recorder.seen
+    assert seen == family.huggingface.reads
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_what_a_codec_writes_it_reads_again(family):
+    for json in files(family):
+        names = {"pooler.dense.weight"} if family.name in ("bert", "roberta", "vit") else set()
+        config = config_of({"model_type": family.name, **json}, names)
+        written = {"model_type": family.name, **family.huggingface.write(config)}
+        assert config_of(written, names) == config and config.family == family.name
+        model = family.module(config)
+        shapes = jax.eval_shape(model.init, jax.random.key(0), model.example_input())["params"]
+        leaves = jax.tree_util.tree_leaves_with_path(shapes)
+        paths = {jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves}
+        entries = family.huggingface.entries(config)
+        assert {path for entry in entries for path in entry.paths} == paths
+        assert layers_in(shapes, family.layers).keys() == set(map(str, range(config.num_layers)))
+        if family.gguf is not None:
+            held = {path for entry in family.gguf.entries(config) for path in entry.paths}
+            assert held == paths
+
+
+def test_positions_by_layer_are_refused_where_a_family_has_one_kind():
+    with pytest.raises(ValueError, match="that differ by layer are supported for gemma3"):
+        config_of({"model_type": "mistral", **DECODER, "rope_parameters": SPLIT_ROPE})

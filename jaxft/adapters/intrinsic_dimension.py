@@ -22,6 +22,7 @@ from jaxft.adapters.errors import AdapterError
 from jaxft.adapters.files import write_adapter
 from jaxft.adapters.rewrite import Params, adapt, count, merge, partition, path_name
 from jaxft.adapters.rules import full
+from jaxft.parallel import stacked_axes
 from jaxft.weights import Frozen, fastfood, is_weight
 
 CONFIG, WEIGHTS = "jaxft_adapter.json", "jaxft_adapter.safetensors"
@@ -137,10 +138,10 @@ def tensor_shapes(base: Params, only: str = ".*") -> dict[str, tuple[int, ...]]:
     shapes = {}
     for path, node in jax.tree_util.tree_leaves_with_path(base, is_leaf=is_weight):
         if isinstance(node, Frozen) and jnp.issubdtype(node.dtype, jnp.floating):
-            stacked = _is_stacked(path)
+            stacked = stacked_axes(path_name(path))
             for name in _layer_names(path, node):
                 if re.fullmatch(only, name):
-                    shapes[name] = node.shape[1:] if stacked else node.shape
+                    shapes[name] = node.shape[stacked:]
     return dict(sorted(shapes.items()))
 
 
@@ -239,14 +240,9 @@ def _updates(params, shapes):
     return updates
 
 
-def _is_stacked(path):
-    first, _, rest = path_name(path).partition("/")
-    return first == "layers" and not rest.split("/")[0].isdigit()
-
-
 def _layer_names(path, leaf):
     name = path_name(path)
-    if not _is_stacked(path):
+    if not stacked_axes(name):
         return [name]
     rest = name.removeprefix("layers/")
     return [f"layers/{i}/{rest}" for i in range(leaf.shape[0])]

@@ -9,6 +9,7 @@ import pathlib
 from typing import Any
 
 import jax
+from jax.tree_util import GetAttrKey
 from safetensors import SafetensorError
 from safetensors.flax import load_file
 
@@ -18,7 +19,7 @@ from jaxft.adapters.intrinsic_dimension import CONFIG, WEIGHTS, intrinsic_apply,
 from jaxft.adapters.named import named_rules
 from jaxft.adapters.rewrite import Params, adapt, largest_shape, partition, path_name
 from jaxft.adapters.rules import qpissa, quantised
-from jaxft.weights import PacaWeight, Weight, check_paca, is_weight
+from jaxft.weights import ConvWeight, PacaWeight, Weight, check_paca, is_weight
 
 
 def apply_named(
@@ -102,6 +103,7 @@ def load_native(path: str | os.PathLike, params: Params) -> Params:
             )
     loaded = _own_leaves(adapted, tensors)
     for key, node in jax.tree_util.tree_leaves_with_path(loaded, is_leaf=is_weight):
+        node = node.matrix if isinstance(node, ConvWeight) else node
         if isinstance(node, PacaWeight):
             check_paca(node, f"{path}: {path_name(key)}")
     return loaded
@@ -118,6 +120,10 @@ def _own_leaves(params: Params, values: dict | None = None):
             return node if values is None else values[name]
         if not jax.tree.leaves(partition(node)[0]):
             return node
+        if isinstance(node, ConvWeight):
+            return dataclasses.replace(
+                node, matrix=visit((*prefix, GetAttrKey("matrix")), node.matrix)
+            )
         changed = {}
         for field in dataclasses.fields(node):
             value = getattr(node, field.name)

@@ -21,7 +21,7 @@ from jaxft.parallel.mesh import (
     replicated,
     token_sharding,
 )
-from jaxft.parallel.rules import TRANSFORMER_RULES, param_shardings, shard_params
+from jaxft.parallel.rules import TRANSFORMER_RULES, param_shardings, shard_params, stacked_axes
 from jaxft.parallel.topology import compile_environment, compile_only_devices
 
 __all__ = [
@@ -46,6 +46,7 @@ __all__ = [
     "replicated",
     "several_hosts",
     "shard_params",
+    "stacked_axes",
     "to_host",
     "token_sharding",
     "written_once",

@@ -27,18 +27,27 @@ TRANSFORMER_RULES: Rules = (
 )
 
 
+def stacked_axes(path: str) -> int:
+    """How many leading axes of the leaf at `path` are stacked layers, in jaxft's transformers: 1 or 0.
+
+    Layers are apart under "layers/0/...", and stacked under "layers/..." without a number.
+    """
+    first, *rest = path.split("/")
+    return int(first == "layers" and bool(rest) and not rest[0].isdigit())
+
+
 def param_shardings(params: Params, mesh: Mesh, rules: Rules = TRANSFORMER_RULES) -> Params:
     """A tree like params with a NamedSharding for each leaf.
 
     An axis of the mesh that does not divide its dimension is left out for that leaf. Structured
-    weights lay out their own fields, given the spec of the dense kernel they stand for.
+    weights lay out their own fields, given the spec of the dense kernel they stand for. A rule's spec
+    is that of a leaf in one layer: the axis of stacked layers (`stacked_axes`) is put before it.
     """
 
     def place(path, node):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         spec = next(spec for pattern, spec in rules if re.fullmatch(pattern, name))
-        stacked = name.startswith("layers/") and not name.split("/")[1].isdigit()
-        spec = PartitionSpec(None, *spec) if stacked else spec
+        spec = PartitionSpec(*(None,) * stacked_axes(name), *spec)
         specs = node.with_specs(spec) if is_weight(node) else spec
         fit = lambda leaf, s: NamedSharding(mesh, _fitting(s, leaf.shape, mesh))
         return jax.tree.map(fit, node, specs)

@@ -157,7 +157,7 @@ def test_bfloat16(case):
 
 def test_stacked_layers_scan_and_vmap(case):
     kernels = jax.random.normal(KEY, (3, 12, 12)) / 4
-    params = adapt(KEY, {"kernel": kernels}, {"kernel": case.rule})
+    params = adapt(KEY, {"kernel": kernels}, {"kernel": case.rule}, stacked=lambda path: 1)
     assert params["kernel"].shape == (3, 12, 12)
     trainable, frozen = partition(params)
     x = jax.random.normal(jax.random.key(3), (5, 12))

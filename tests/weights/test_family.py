@@ -207,6 +207,25 @@ def test_sharded_is_the_same(case):
         np.testing.assert_allclose(product, matmul(x, w), atol=2e-4)
 
 
+def test_specs_speak_of_leading_axes_and_stacked_ones_are_among_them(case):
+    def weight(*shape):
+        options = {"rules": {"kernel": case.rule}, "stacked": lambda path: len(shape) - 2}
+        return jax.eval_shape(lambda k: adapt(KEY, {"kernel": k}, **options), jnp.ones(shape))
+
+    def specs(w, *axes):
+        found = jax.tree.leaves(w["kernel"].with_specs(PartitionSpec(*axes)))
+        return [(*spec, *[None] * 8)[:8] for spec in found]
+
+    one, stacked = weight(8, 16), weight(2, 3, 8, 16)
+    assert stacked["kernel"].shape == (2, 3, 8, 16)
+    assert specs(one, "fsdp") == specs(one, "fsdp", None)
+    inner = specs(one, "fsdp", "tensor")
+    found = specs(stacked, None, "expert", "fsdp", "tensor")
+    for leaf, axes, rest in zip(jax.tree.leaves(stacked), found, inner, strict=True):
+        assert not any(axes[leaf.ndim :])
+        assert not any(axes) or axes == (None, "expert", *rest)[:8]
+
+
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("name", [n for n, c in CASES.items() if c.nests and c.trains])
 def test_nests_over_a_quantised_base(name, base):

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from jaxft.adapters.intrinsic_dimension import CONFIG, WEIGHTS, intrinsic_apply,
 from jaxft.adapters.named import named_rules
 from jaxft.adapters.rewrite import Params, adapt, largest_shape, partition, path_name
 from jaxft.adapters.rules import qpissa, quantised
+from jaxft.parallel import stacked_axes
 from jaxft.weights import ConvWeight, PacaWeight, Weight, check_paca, is_weight
 
 
@@ -31,8 +33,11 @@ def apply_named(
     target: str,
     quantise: str | None = None,
     seed: int = 0,
+    stacked: Callable[[str], int] = stacked_axes,
 ) -> Params:
     """The params with the adapter `name` (see named_rules), over kernels rounded to `quantise` bits.
+
+    `stacked` is that of `adapt`: which leading axes are layers or experts.
 
     Raises:
         ValueError: see named_rules; and for quantised kernels that are to train whole.
@@ -45,11 +50,12 @@ def apply_named(
             )
         if name == "pissa":  # It splits the dense kernels, and what is left of them is rounded.
             rule = qpissa(rank, alpha, kind=quantise)
-            return adapt(jax.random.key(seed), params, {target: rule})
-        params = adapt(jax.random.key(seed), params, {target: quantised(quantise)})
-    shape = largest_shape(params, target) if name == "vera" else None
+            return adapt(jax.random.key(seed), params, {target: rule}, stacked=stacked)
+        rules = {target: quantised(quantise)}
+        params = adapt(jax.random.key(seed), params, rules, stacked=stacked)
+    shape = largest_shape(params, target, stacked=stacked) if name == "vera" else None
     rules = named_rules(name, rank=rank, alpha=alpha, target=target, shape=shape)
-    return adapt(jax.random.key(seed), params, rules)
+    return adapt(jax.random.key(seed), params, rules, stacked=stacked)
 
 
 def save_native(path: str | os.PathLike, params: Params, **settings: Any) -> None:
@@ -58,7 +64,8 @@ def save_native(path: str | os.PathLike, params: Params, **settings: Any) -> Non
     Args:
         path: the directory; made if needed.
         params: adapted by `apply_named`.
-        settings: its arguments, which `load_native` gives it again.
+        settings: its arguments, which `load_native` gives it again; without `stacked`, which belongs to
+            the model and is given to both.
 
     Raises:
         AdapterError: if nothing trains.
@@ -70,8 +77,12 @@ def save_native(path: str | os.PathLike, params: Params, **settings: Any) -> Non
     write_adapter(path / CONFIG, path / WEIGHTS, {"version": 1, **settings}, tensors)
 
 
-def load_native(path: str | os.PathLike, params: Params) -> Params:
+def load_native(
+    path: str | os.PathLike, params: Params, *, stacked: Callable[[str], int] = stacked_axes
+) -> Params:
     """The base params with an adapter of `save_native`, or moved by what `save_intrinsic` wrote (dense).
+
+    `stacked` is that of `apply_named`.
 
     Raises:
         AdapterError: if a file is missing or damaged, a key is missing, surplus or misshapen.
@@ -89,7 +100,7 @@ def load_native(path: str | os.PathLike, params: Params) -> Params:
         return jax.jit(intrinsic_apply)(load_intrinsic(path, params))
     if settings.pop("version", None) != 1:
         raise AdapterError(f"{path}: written by another version of jaxft; update it.")
-    adapted = apply_named(params, **settings)
+    adapted = apply_named(params, **settings, stacked=stacked)
     if "reward/kernel" in tensors:  # Beside the adapter, of which it is no part.
         adapted["reward"] = {"kernel": tensors["reward/kernel"]}
     expected = dict(_own_leaves(adapted))

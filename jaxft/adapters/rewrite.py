@@ -50,10 +50,11 @@ def adapt(
             "layers/.*/(query|value)/kernel") to rule; the first that matches wins. The pattern of an
             `Added` rule names what is new ("layers/.*mlp/adapter", "prefix").
         stacked: path to the number of leading axes that are stacked layers or experts, whose kernels
-            are rewritten one by one; of arrays only, as a weight knows its own. Default: 1 for paths
-            under "layers/" without a number. Experts [E, in, out] are 1 in a layer, 2 in stacked layers.
-            What is left of a kernel is a matrix [in, out], or a convolution's kernel [*window, in, out],
-            which is adapted as the matrix [window x in, out] and read by `jaxft.weights.conv`.
+            are rewritten one by one. Asked for arrays and added leaves: a weight knows its own. Default:
+            1 for paths under "layers/" without a number, else 0. Experts [E, in, out] are 1 axis in a
+            layer, 2 in stacked layers. What is left of a kernel is a matrix [in, out], or a convolution's
+            kernel [*window, in, out], which is adapted as the matrix [window x in, out] and read by
+            `jaxft.weights.conv`.
 
     Raises:
         ValueError: if a pattern matches no path, or `stacked` names more axes than an array has.
@@ -74,7 +75,7 @@ def adapt(
 
     adapted = jax.tree_util.tree_map_with_path(rewrite, params, is_leaf=is_weight)
     if added:
-        adapted = _add(key, adapted, added, unused)
+        adapted = _add(key, adapted, added, unused, stacked)
     if unused:
         raise ValueError(_no_match_message(sorted(unused), params))
     return adapted
@@ -193,7 +194,7 @@ def path_name(path: tuple) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def _add(key, params, rules: Mapping[str, Added], unused: set[str]) -> Params:
+def _add(key, params, rules: Mapping[str, Added], unused: set[str], stacked) -> Params:
     def visit(path, module):
         if not isinstance(module, Mapping):
             return module
@@ -204,7 +205,9 @@ def _add(key, params, rules: Mapping[str, Added], unused: set[str]) -> Params:
             if rule.name not in made and re.fullmatch(pattern, name):
                 unused.discard(pattern)
                 made.add(rule.name)
-                children[rule.name] = rule.make(stream(key, f"adapt {name}"), children)
+                children[rule.name] = rule.make(
+                    stream(key, f"adapt {name}"), children, stacked(name)
+                )
         return children
 
     return visit((), params)

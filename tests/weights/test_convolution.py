@@ -162,10 +162,16 @@ def test_what_is_done_to_weights_is_done_to_kernels(tmp_path):
     """Saving, LoRA+, (IA)^3's bias, vera's tables, densify."""
     params = {"conv": {"kernel": jax.random.normal(KEY, (3, 3, 8, 16)), "bias": jnp.ones(16)}}
     assert largest_shape(params, ".*kernel") == (72, 16)
-    settings = dict(name="vera", rank=4, target=".*kernel")
-    ours = moved(apply_named(params, **settings))
-    save_native(tmp_path, ours, **settings)
-    jax.tree.map(np.testing.assert_array_equal, load_native(tmp_path, params), ours)
+    settings, experts = (
+        dict(name="vera", rank=4, target=".*kernel"),
+        {"kernel": jnp.ones((3, 5, 4))},
+    )
+    for base, depth in ((params, 0), (experts, 1)):
+        stacked = lambda path, depth=depth: depth
+        ours = moved(apply_named(base, **settings, stacked=stacked))
+        save_native(tmp_path, ours, **settings)
+        found = load_native(tmp_path, base, stacked=stacked)
+        jax.tree.map(np.testing.assert_array_equal, found, ours)
 
     trainable, _ = partition(make(CASES["lora"].rule))
     updates, _ = lora_plus(4.0).update(trainable, lora_plus(4.0).init(trainable))

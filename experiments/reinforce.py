@@ -45,8 +45,9 @@ from jaxft.generation import (
     vllm_weights,
 )
 from jaxft.losses import dpo_loss, overlong_penalty
+from jaxft.models import Forward
 from jaxft.objectives import policy_gradient, with_value_head, without_value_head
-from jaxft.objectives.policy_gradient import truncated, truncated_sequences
+from jaxft.objectives.policy import sequence_correction, token_correction
 from jaxft.parallel import mesh_context
 from jaxft.rewards import Failures, measure_accuracy, verifier_for
 
@@ -135,8 +136,10 @@ def main(config: Config) -> dict[str, Any]:
     params = shared.adapt_params(config, base, mesh)
     if config.algorithm == "ppo":
         params = with_value_head(model, params)
-    credit, objective = algorithm(config, model)
-    method = sharpen(config.sharpness, objective, shared.make_optimizer(config), rho=config.rho)
+    credit = algorithm(config, model.forward).credit
+    build = lambda forward: algorithm(config, forward).objective
+    optimizer = shared.make_optimizer(config)
+    method = sharpen(config.sharpness, build, model.forward, optimizer, config.rho)
     with rewards_cli.opened(config, records) as rewards:
         accuracy = functools.partial(
             measure, config, model, renderer, held_out, mesh, rewards if judged(config) else None
@@ -178,12 +181,12 @@ def load_data(config: Config):
     return renderer, records, held_out
 
 
-def algorithm(config: Config, model: Any) -> rl.Algorithm:
+def algorithm(config: Config, forward: Forward) -> rl.Algorithm:
     """What --algorithm stands for."""
-    corrections = {"none": None, "tokens": truncated(), "sequences": truncated_sequences()}
+    corrections = {"none": None, "tokens": token_correction(), "sequences": sequence_correction()}
     build = functools.partial(
         policy_gradient,
-        model,
+        forward,
         temperature=config.temperature,
         kl_weight=config.kl_weight,
         entropy_weight=config.entropy_weight,

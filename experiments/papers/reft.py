@@ -159,7 +159,7 @@ def warm_up(config, model, params, rows, seed) -> Any:
         return params
     batches = itertools.islice(arithmetic.batches_of(rows, seed, config.batch_size), steps)
     optimizer = arithmetic.policy_optimizer(config.learning_rate)
-    return train.fit(params, supervised(model), optimizer, batches)[0].params
+    return train.fit(params, supervised(model.forward), optimizer, batches)[0].params
 
 
 def train_algorithm(config, model, start, pairs, rows, seed, name, measure) -> list[dict]:
@@ -173,7 +173,7 @@ def train_algorithm(config, model, start, pairs, rows, seed, name, measure) -> l
     reward = functools.partial(workings.result_reward, totals, config.digits)
     params = start
     if name == "reft":
-        build = functools.partial(policy_gradient, model)
+        build = functools.partial(policy_gradient, model.forward)
         credit, objective = rl.ppo(build, config.kl, value_weight=config.value_weight)
         batches = collect(
             reward(config.partial_reward), credit, prompts_per_step=2 * config.batch_size, updates=2,
@@ -183,10 +183,10 @@ def train_algorithm(config, model, start, pairs, rows, seed, name, measure) -> l
     elif name == "online_st":
         half = config.batch_size // 2
         own = collect(reward(), rl.right_samples, prompts_per_step=half)
-        objective = rl.online_self_training(model)
+        objective = rl.online_self_training(model.forward)
         batches = functools.partial(with_gold, own, workings.supervised_rows(rows), half, seed)
     else:
-        objective = supervised(model)
+        objective = supervised(model.forward)
         if name == "offline_st":
             rows = own_rows(config, model, start, pairs, rows, seed)
         batches = arithmetic.batches_of(rows, seed, config.batch_size)

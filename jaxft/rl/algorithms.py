@@ -2,7 +2,7 @@
 
 Each is a function of `build`, a partial of `policy_gradient` with the model and what all have in common:
 
-    build = functools.partial(policy_gradient, model, temperature=0.9, kl_weight=0.01)
+    build = functools.partial(policy_gradient, model.forward, temperature=0.9, kl_weight=0.01)
     credit, objective = grpo(build, group_size=8)
     fit(params, objective, optimizer, collect(model, ..., credit=credit, group_size=8))
 
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from jaxft.losses import kl_k1
 from jaxft.objectives import Objective, value_loss
-from jaxft.objectives.policy_gradient import (
+from jaxft.objectives.policy import (
     clipped,
     clipped_sums,
     constant_length,

@@ -32,7 +32,7 @@ from jaxft.rl.rollouts import (
 # (params, prompts, records, key) -> a batch with rewards, prompt-major
 Sample = Callable[[Any, Sequence[Sequence[int]], Sequence[Mapping[str, Any]], jax.Array], Batch]
 
-_score_and_values = jax.jit(completion_values, static_argnames=("model", "temperature", "chunk"))
+_score_and_values = jax.jit(completion_values, static_argnames=("forward", "temperature", "chunk"))
 
 
 def collect(
@@ -200,13 +200,13 @@ def read_scores(
     batch = {name: batch[name] for name in fields}
     found = {}
     if "value_head" in params:
-        both = _awaited(_score_and_values(model, params, batch, temperature))
+        both = _awaited(_score_and_values(model.forward, params, batch, temperature))
         log_probs, found["old_values"] = both
         found |= {"old_log_probs": log_probs} if old else {}
     elif old:
-        found["old_log_probs"] = _awaited(score(model, params, batch, temperature))
+        found["old_log_probs"] = _awaited(score(model.forward, params, batch, temperature))
     if ref_params is not None:
-        found["ref_log_probs"] = _awaited(score(model, ref_params, batch, temperature))
+        found["ref_log_probs"] = _awaited(score(model.forward, ref_params, batch, temperature))
     return found
 
 

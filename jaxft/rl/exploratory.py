@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxft.keys import stream
 from jaxft.models import Decoder
-from jaxft.objectives.preference import PairLoss
+from jaxft.objectives.preferences import PairLoss
 from jaxft.parallel import in_turn, to_host
 from jaxft.rl.algorithms import Algorithm, Build
 from jaxft.rl.collection import Sample, checked_rewards, concatenated
@@ -45,7 +45,7 @@ def answers_of_both(sample: Sample, model: Decoder, ref_params, temperature: flo
         given = order >= len(own["tokens"])
         fields = ("tokens", "positions", "segment_ids", "completion_mask")
         batch = {name: whole[name] for name in fields}
-        scored = to_host(in_turn(score(model, params, batch, temperature)))
+        scored = to_host(in_turn(score(model.forward, params, batch, temperature)))
         sampled = np.where(given[:, None], scored, whole["sampler_log_probs"])
         return whole | {"sampler_log_probs": sampled, "from_reference": given}
 

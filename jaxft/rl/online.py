@@ -19,8 +19,8 @@ from jaxft.data.batching import own_rows
 from jaxft.generation import SamplingConfig
 from jaxft.losses import Pairs
 from jaxft.models import Decoder
-from jaxft.objectives.policy_gradient import reinforce, sequence_sum
-from jaxft.objectives.preference import PairLoss
+from jaxft.objectives.policy import reinforce, sequence_sum
+from jaxft.objectives.preferences import PairLoss
 from jaxft.parallel import in_turn, mesh_context, to_host
 from jaxft.rl.algorithms import Algorithm, Build
 from jaxft.rl.rollouts import Batch, prompts_of, sample_groups, sampling_key, score
@@ -139,7 +139,7 @@ def samples_beside(
             batch, _ = sample_groups(model, state.params, asked, key, config, samples)
             fields = ("tokens", "positions", "segment_ids", "completion_mask")
             given = {name: batch[name] for name in fields}
-            ref = in_turn(score(model, ref_params, given, config.temperature))
+            ref = in_turn(score(model.forward, ref_params, given, config.temperature))
         return own_rows(prompts_per_step)(as_groups(batch, to_host(ref), samples))
 
     return sample

@@ -20,7 +20,7 @@ Batch = dict[str, Any]
 # (rewards [B], batch) -> what the objective needs besides, such as {"advantages": [B]}
 Credit = Callable[[Any, Batch], Batch]
 
-score = jax.jit(completion_log_probs, static_argnames=("model", "temperature", "chunk"))
+score = jax.jit(completion_log_probs, static_argnames=("forward", "temperature", "chunk"))
 
 
 def sample_groups(
@@ -36,7 +36,7 @@ def sample_groups(
 ) -> tuple[Batch, list[list[int]]]:
     """(batch, completions): `group_size` responses to each prompt, side by side, from one prefill.
 
-    The batch is that of jaxft.objectives.policy_gradient, as numpy arrays: `sampler_log_probs` under the
+    The batch is that of jaxft.objectives.policy, as numpy arrays: `sampler_log_probs` under the
     full vocabulary at the temperature; `behaviour_log_probs` under what was sampled from (with top-k,
     top-p or min-p, log π - log of the mass kept); `truncated` [B], True where a response reached the
     limit. Its columns are buckets, of the longest prompt and the longest response.

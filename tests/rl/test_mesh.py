@@ -27,7 +27,7 @@ def run(mesh, steps=4):
     params = adapt(jax.random.key(1), base, {ALL_LINEAR: lora(2)})
     if mesh is not None:
         base, params = shard_params(base, mesh), shard_params(params, mesh)
-    credit, objective = rl.ppo(functools.partial(policy_gradient, model), reward_kl=0.1)
+    credit, objective = rl.ppo(functools.partial(policy_gradient, model.forward), reward_kl=0.1)
     batches = rl.collect(
         model,
         PROMPTS,

@@ -55,7 +55,7 @@ def test_updates_share_a_rollout_and_know_old_and_reference():
         rows["advantages"][:, 0], grpo_advantages(jnp.asarray(value * 1.0), 4), atol=1e-5
     )
     for name, theirs in (("old_log_probs", params), ("ref_log_probs", moved)):
-        np.testing.assert_allclose(rows[name], rl.score(model, theirs, rows), atol=1e-5)
+        np.testing.assert_allclose(rows[name], rl.score(model.forward, theirs, rows), atol=1e-5)
     # Without its updates' scores, the sampler's are the old policy's.
     np.testing.assert_allclose(rows["old_log_probs"], rows["sampler_log_probs"], atol=1e-4)
 

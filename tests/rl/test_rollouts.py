@@ -64,7 +64,7 @@ def test_the_trainer_agrees_with_the_sampler(temperature, top_k):
         response = batch["tokens"][i, -size:][batch["completion_mask"][i]]
         assert response.tolist() == completions[i]
         assert batch["truncated"][i] == (completions[i][-1] != STOP)
-    scored = rl.score(model, params, batch, temperature)
+    scored = rl.score(model.forward, params, batch, temperature)
     assert np.abs(scored - batch["sampler_log_probs"]).max() < 1e-4
     behaviour, full = batch["behaviour_log_probs"], batch["sampler_log_probs"]
     # What top-k keeps has less than all of the mass.
@@ -97,7 +97,7 @@ def test_fifty_mixed_batches_compile_once_a_bucket():
             batch, _ = rl.sample_groups(model, params, prompts, key, config, group)
             shapes.add((longest, count, group))
             if (count, group) == (8, 2):
-                rl.score(model, params, batch)
+                rl.score(model.forward, params, batch)
     assert len(shapes) > 30
     # Of responses, score sees two buckets: 16 and the limit. The rest is small: keys, flags of rows.
     most = {"prefill": 2, "fork": 4, "_decode": 4, "completion_log_probs": 4}
@@ -195,7 +195,7 @@ def test_dynamic_sampling_goes_on_until_groups_have_contrast():
 def test_a_policy_learns_a_task_in_seconds(name):
     """Sampling, rewards and advantages on the device; one answer of about 8 is right at first."""
     model, params = model_and_params()
-    build = functools.partial(policy_gradient, model)
+    build = functools.partial(policy_gradient, model.forward)
     credit, objective = {
         "reinforce": rl.reinforce_with_baseline(build),
         "grpo": rl.grpo(build, 8),
@@ -232,7 +232,7 @@ def test_host_and_device_collect_the_same():
 
 def test_a_run_with_several_updates_learns_on_the_host():
     model, params = model_and_params()
-    build = functools.partial(policy_gradient, model, kl_weight=1e-3)
+    build = functools.partial(policy_gradient, model.forward, kl_weight=1e-3)
     credit, objective = rl.grpo(build, 8)
     batches = rl.collect(
         model,

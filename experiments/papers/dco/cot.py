@@ -121,7 +121,7 @@ def train_arm(
         return {}
 
     train.fit(
-        start.params, supervised(model), arithmetic.policy_optimizer(settings.learning_rate), batches,
+        start.params, supervised(model.forward), arithmetic.policy_optimizer(settings.learning_rate), batches,
         steps=settings.steps, key=jax.random.key(seed), callbacks=[train.every(settings.every, look)],
     )  # fmt: skip
     print(f"    {arm}: pass@N {curve[-1]['pass']}, {seen}", flush=True)

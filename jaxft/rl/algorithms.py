@@ -4,7 +4,11 @@ Each is a function of `build`, a partial of `policy_gradient` with the model and
 
     build = functools.partial(policy_gradient, model, temperature=0.9, kl_weight=0.01)
     credit, objective = grpo(build, group_size=8)
-    fit(params, objective, optimizer, collect(model, ..., credit=credit, group_size=8))
+    sample = answers(model, tokenizer, rewards, SamplingConfig(16, temperature=0.9), group_size=8)
+    batches = collect(
+        Prompts(ids, per_step=4, records=records), sample, credit, add_reference(model, params, 0.9)
+    )
+    fit(params, objective, optimizer, batches, steps=100)
 
 Write another from the same parts: Algorithm(advantages(centred_advantages, 8), build(clipped(), token_mean)).
 """
@@ -37,13 +41,14 @@ from jaxft.rl.advantages import (
     generalised_advantages,
     grpo_advantages,
     leave_one_out_advantages,
+    placed_rewards,
     reinforce_plus_plus_advantages,
     success_rates,
-    token_rewards,
     whiten,
 )
 
 Build = Callable[..., Objective]  # (token_loss, reduction) -> objective
+# (rewards [B], batch) -> what the objective needs besides, such as {"advantages": [B]}
 Credit = Callable[[jax.Array, dict[str, Any]], dict[str, Any]]
 
 
@@ -101,7 +106,7 @@ def dapo(
 ) -> Algorithm:
     """DAPO: Yu et al., 2025, arxiv.org/abs/2503.14476: two clips, the mean over all tokens.
 
-    Its dynamic sampling and overlong penalty are `max_tries` and `penalty` of `collect`.
+    Its dynamic sampling is `until_contrast`, its overlong penalty `add_penalty` (jaxft.rl.transforms).
     """
     objective = build(clipped(clip_low, clip_high), token_mean)
     return Algorithm(advantages(grpo_advantages, group_size), objective)
@@ -162,7 +167,7 @@ def ppo(
         if "old_values" not in batch:
             raise ValueError("ppo: no old_values; give the params a value head (with_value_head).")
         mask = jnp.asarray(batch["completion_mask"]) & ~jnp.isnan(rewards)[:, None]
-        placed = token_rewards(jnp.nan_to_num(rewards), mask, _penalties(batch, reward_kl))
+        placed = placed_rewards(jnp.nan_to_num(rewards), mask, _penalties(batch, reward_kl))
         values = jnp.asarray(batch["old_values"])
         advantages, returns = generalised_advantages(placed, values, mask, gamma, lam)
         return {
@@ -218,7 +223,9 @@ def _penalties(batch, reward_kl):
     if not reward_kl and "kl_weight" not in batch:
         return None
     if "ref_log_probs" not in batch:
-        raise ValueError("reward_kl needs ref_log_probs in the batch; collect with ref_params.")
+        raise ValueError(
+            "reward_kl needs ref_log_probs in the batch; pass add_reference to collect."
+        )
     old = jnp.asarray(batch.get("old_log_probs", batch["sampler_log_probs"]))
     weight = jnp.asarray(batch["kl_weight"])[:, None] if "kl_weight" in batch else reward_kl
     kl = kl_k1(old, jnp.asarray(batch["ref_log_probs"]))

@@ -233,7 +233,9 @@ def _next_carry(new, state, batch, mesh):
 
 
 def _placed(name, leaf, before, mesh):
-    x = leaf if isinstance(leaf, jax.Array) else np.array(leaf)  # a copy: it may be changed in place
+    x = (
+        leaf if isinstance(leaf, jax.Array) else np.array(leaf)
+    )  # a copy: it may be changed in place
     if before is not None:
         if x.shape != before.shape or not np.can_cast(x.dtype, before.dtype, "same_kind"):
             raise ValueError(
@@ -243,5 +245,5 @@ def _placed(name, leaf, before, mesh):
         x = x.astype(before.dtype)
     if mesh is None:
         return jnp.asarray(x)
-    on_mesh = [y.sharding for y in (before, x) if y is not None and _on_mesh(y, mesh)]
+    on_mesh = [y.sharding for y in (x, before) if _on_mesh(y, mesh)]
     return lay_out(x, on_mesh[0] if on_mesh else replicated(mesh))

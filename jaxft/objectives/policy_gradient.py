@@ -311,7 +311,7 @@ def _clipped(ratio, batch, clip_low, clip_high, dual_clip):
 def _reference(batch):
     if "ref_log_probs" not in batch:
         raise ValueError(
-            "policy_gradient: kl_weight needs ref_log_probs in the batch; pass rl.add_reference to rl.collect."
+            "policy_gradient: kl_weight needs ref_log_probs in the batch: rl.add_reference."
         )
     return batch["ref_log_probs"]
 

@@ -56,7 +56,7 @@ def collect(
     kl_control: KlControl | None = None,
     mesh: Mesh | None = None,
 ) -> Collector:
-    """What `fit` takes as its batches: rollouts of the policy, each trained on for `updates` x `epochs` steps.
+    """What `fit` takes as its batches: rollouts of the policy, `updates` x `epochs` steps on each.
 
     A rollout samples the next draw of prompts with the params of its first step, applies the transforms in
     their order, and adds what `credit` makes of rewards. `stats` name -> [B] are logged as means over rows:

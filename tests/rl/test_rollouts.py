@@ -152,7 +152,7 @@ def test_columns_stand_at_every_response_of_their_prompt_and_reach_the_sampler()
     seen = []
 
     def sampler(*args, columns, **settings):
-        seen.append(columns["image"])
+        seen.append(columns.get("image"))
         return generate(*args, **settings)
 
     prompts = rl.Prompts(PROMPTS, 2, RECORDS, columns={"image": images})

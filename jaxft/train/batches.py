@@ -45,7 +45,7 @@ class BatchSource:
             batch = self._batches(state)
         elif self._is_function:
             # Of this process alone: what is sampled may be another program on each host.
-            self._key = _local(state.key) if self._key is None else self._key
+            self._key = _own_key(state) if self._key is None else self._key
             key = stream(self._key, "collect", step)
             batch, carry = self._batches(state.params, state.carry, key)
             state = state._replace(carry=_next_carry(carry, state, batch, mesh))
@@ -209,10 +209,10 @@ def is_function(batches: Any) -> bool:
     return callable(batches) and not hasattr(batches, "__iter__")
 
 
-def _local(key):
-    """The key as an array of this process alone."""
-    data = to_host(jax.random.key_data(key))
-    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(key))
+def _own_key(state):
+    """The state's key as an array of this process alone."""
+    data = to_host(jax.random.key_data(state.key))
+    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(state.key))
 
 
 def _next_carry(new, state, batch, mesh):

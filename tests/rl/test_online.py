@@ -100,7 +100,7 @@ def test_online_dpo_learns_the_digits():
     model, params = model_and_params()
     loss = functools.partial(dpo_loss, beta=0.1)
     algorithm = rl.online_preference(functools.partial(policy_gradient, model), loss, 8)
-    sample = rl.answers(model, Digits(), in_process(exact), SAMPLING, 8)
+    sample = rl.answers(model, Digits(), in_process(exact), SamplingConfig(max_new_tokens=1), 8)
     reference = rl.add_reference(model, params, 1.0)
     batches = rl.collect(rl.Prompts(PROMPTS, 4, RECORDS), sample, algorithm.credit, reference)
     _, history = fit(
@@ -200,6 +200,9 @@ def test_pairs_with_samples_go_on_where_they_were(tmp_path):
 
     class Numbers:
         at = 0
+
+        def __iter__(self):
+            return self
 
         def __next__(self):
             self.at += 1

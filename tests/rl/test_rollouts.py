@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import logging
 import re
+import textwrap
 
 import jax
 import numpy as np
@@ -298,3 +299,22 @@ def test_a_run_with_several_updates_learns_on_the_host():
     assert history[-1]["reward"] > history[0]["reward"] + 0.4
     # The first update of a rollout is on-policy, the second is not.
     assert history[0]["kl_old"] < 1e-9 < 1e-6 < history[1]["kl_old"]
+
+
+def test_the_example_of_the_algorithms_runs_as_it_is_printed():
+    """The code of jaxft.rl.algorithms' docstring, with the names that it leaves to the reader."""
+    text = rl.algorithms.__doc__
+    code = textwrap.dedent(re.search(r"\n\n((?:    .*\n|\n)+)", text).group(1))
+    (own,) = re.findall(r"parts: (Algorithm\(.*\))\.", text)
+    model, params = model_and_params()
+    given = dict(
+        model=model, params=params, tokenizer=Digits(), rewards=in_process(exact), ids=PROMPTS,
+        records=RECORDS, optimizer=optax.adam(1e-3), functools=functools, SamplingConfig=SamplingConfig,
+        policy_gradient=policy_gradient, fit=functools.partial(fit, callbacks=[]),
+    )  # fmt: skip
+    public = {name: getattr(rl, name) for name in rl.__all__}
+    scope = public | vars(rl.algorithms) | given
+    code = code.replace("steps=100", "steps=2")
+    assert "grpo(build" in code and "collect(" in code
+    exec(code + f"\nown = {own}", scope)
+    assert callable(scope["own"].credit) and scope["batches"].carry["experience"]["draws"] == 0

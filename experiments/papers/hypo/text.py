@@ -129,7 +129,7 @@ def run(settings: Settings, seed: int) -> dict[str, list[dict[str, float]]]:
 
 
 def method(name: str, model: Decoder, base: Any, pairs: dict[str, Any], settings: Settings):
-    """(objective, batches of a state) of a method; RLOO alone sees the true reward."""
+    """(objective, its collect function) of a method; RLOO alone sees the true reward."""
     loss = functools.partial(dpo_loss, beta=settings.beta)
     objectives = {
         "DPO": preference(model, loss, beta=settings.beta),
@@ -138,8 +138,7 @@ def method(name: str, model: Decoder, base: Any, pairs: dict[str, Any], settings
     }
     draw = _draw(name, model, settings)
     data = jax.tree.map(jnp.asarray, pairs)
-    key = lambda state: stream(state.key, "rollout", state.step)
-    return objectives[name], lambda state: draw(state.params, base, data, key(state))
+    return objectives[name], lambda params, carry, key: (draw(params, base, data, key), carry)
 
 
 @functools.cache

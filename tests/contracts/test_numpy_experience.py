@@ -1,4 +1,4 @@
-"""Q-learning of a plain NumPy environment: its walkers and a replay buffer in the carry, killed and resumed."""
+"""Q-learning of a NumPy environment: its walkers and a replay buffer in the carry, killed and resumed."""
 
 import chex
 import jax

@@ -56,7 +56,7 @@ def measure(args, directory) -> dict:
     params = jax.jit(model.init)(jax.random.key(0), tokens[:1, :1])["params"]
     params = adapt(jax.random.key(1), params, {ALL_LINEAR: lora(16, 32.0)})
     optimizer = train.make_optimizer(1e-4, total_steps=1000)
-    run = train.jit_step(train.make_step(supervised(model), optimizer))
+    run = train.jit_step(train.make_step(supervised(model.forward), optimizer))
     state = train.init_state(params, optimizer, jax.random.key(2))
     batch = jax.device_put({"tokens": tokens})
     times: dict[str, list[float]] = {"step": [], "save": [], "step_beside": [], "write": []}

@@ -37,9 +37,11 @@ def main():
     part = lambda ids: data.Tokenised(ids.astype(np.int32), mask)
     groups = [data.TokenisedGroup(tuple(map(part, pair)), {}) for pair in pairs()]
     sizes = dict(batch_size=PAIRS, max_length=mask.size)
-    batches = data.group_batches(train.reference_log_probs(model, params, groups, **sizes), **sizes)
+    batches = data.group_batches(
+        train.reference_log_probs(model.forward, params, groups, **sizes), **sizes
+    )
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(LEARNING_RATE))
-    objective = objectives.preference(model, losses.dpo_loss, beta=BETA)
+    objective = objectives.preference(model.forward, losses.dpo_loss, beta=BETA)
     run = train.jit_step(train.make_step(objective, optimizer))
     state = [train.init_state(params, optimizer, jax.random.key(2))]
 

@@ -42,7 +42,7 @@ def main(args):
     batches = data.finite_batches(tokenised, batch_size=ROWS, max_length=MAX_LENGTH)
     params = adapt(jax.random.key(1), params, {ALL_LINEAR: lora(16, 32.0)})
     optimizer = optax.adamw(LEARNING_RATE)
-    run = train.jit_step(train.make_step(supervised(model), optimizer))
+    run = train.jit_step(train.make_step(supervised(model.forward), optimizer))
     state = [train.init_state(params, optimizer, jax.random.key(2))]
 
     def epoch():
@@ -52,7 +52,7 @@ def main(args):
 
     def finish():
         rows = data.finite_batches(held_out(args.model), batch_size=1, max_length=MAX_LENGTH)
-        objective = jax.jit(supervised(model))
+        objective = jax.jit(supervised(model.forward))
         parts = [objective(state[0].params, row, None)[1]["loss"] for row in rows]
         loss = sum(float(m.total) for m in parts) / sum(float(m.weight) for m in parts)
         return {"held_out_loss": round(loss, 3)}

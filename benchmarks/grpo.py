@@ -49,7 +49,7 @@ def main(args):
     train.keep_memory_warm()
     model = Decoder(decoder_config(MODEL))
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    credit, objective = rl.grpo(functools.partial(policy_gradient, model), GROUP)
+    credit, objective = rl.grpo(functools.partial(policy_gradient, model.forward), GROUP)
     prompts, config = (
         rl.Prompts(questions().tolist(), PROMPTS),
         SamplingConfig(NEW, stop_ids=(EOS,)),

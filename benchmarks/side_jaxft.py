@@ -13,7 +13,7 @@ from jaxft.adapters import ALL_LINEAR, adapt, lora, paca
 from jaxft.checkpoints.families import decoder_config
 from jaxft.generation import SamplingConfig, generate
 from jaxft.models import Decoder
-from jaxft.objectives import decoder_logits, function_distance, on_rows, supervised
+from jaxft.objectives import function_distance, on_rows, supervised, token_logits
 from jaxft.optim import look_sam, with_sam, with_tram
 
 parser = argparse.ArgumentParser()
@@ -60,7 +60,7 @@ def main(args):
         rule = lora(16, 32.0) if args.job == "lora" else paca(16)
         params = adapt(jax.random.key(1), params, {ALL_LINEAR: rule})
     optimizer, extra = sharp(optax.adamw(1e-4, weight_decay=0.01), args.sharpness, model)
-    run = train.jit_step(train.make_step(supervised(model), optimizer, extra_args=extra))
+    run = train.jit_step(train.make_step(supervised(model.forward), optimizer, extra_args=extra))
     state = [train.init_state(params, optimizer, jax.random.key(2))]
     batch = jax.device_put({"tokens": tokens})
 
@@ -89,7 +89,7 @@ def sharp(base, name, model):
         return optax.GradientTransformationExtraArgs(inner.init, update), {}
     if name == "tram":
         # The distance on every 8th row: an estimate, for a small part of its cost.
-        distance = on_rows(function_distance(decoder_logits(model)), 8)
+        distance = on_rows(function_distance(token_logits(model.forward)), 8)
         return with_tram(base), {"distance_fn": distance}
     wrap = {"none": lambda b: b, "sam": with_sam, "look_sam": look_sam}[name]
     return wrap(base), {}

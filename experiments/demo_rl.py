@@ -104,7 +104,7 @@ def run_seed(config: Config, seed: int) -> dict[str, Any]:
 
 def train_arm(config, model, start, sums, seed, arm, measure) -> tuple[Any, list[dict]]:
     """(params, history) of one arm."""
-    build = functools.partial(policy_gradient, model)
+    build = functools.partial(policy_gradient, model.forward)
     credit, objective = rl.grpo(build, config.group_size)
     # By one question: all rewards stay, none belongs to its answer.
     others = lambda rewards, batch: credit(jnp.roll(rewards, config.group_size), batch)

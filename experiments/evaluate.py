@@ -60,7 +60,7 @@ def main(config: Config) -> dict[str, Any]:
     batches = data.finite_batches(
         tokenised, batch_size=config.batch_size, max_length=config.max_length
     )
-    loss = train.evaluate(train.make_eval_step(supervised(model)), params, batches)["loss"]
+    loss = train.evaluate(train.make_eval_step(supervised(model.forward)), params, batches)["loss"]
     metrics = {"records": len(records), "loss": loss, "perplexity": math.exp(loss)}
     print(f"loss {loss:.4f} nats a token, perplexity {math.exp(loss):.3f}")
     verifier = verifier_for(records[0]["source"], records)

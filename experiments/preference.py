@@ -104,11 +104,11 @@ def main(config: Config) -> dict[str, Any]:
     if config.loss in REWARDS:
         key = stream(jax.random.key(config.seed), "reward head")
         params = add_reward_head(key, params, model.config.hidden_size)
-    objective = make_objective(model)
-    method = sharpen(config.sharpness, objective, shared.make_optimizer(config), rho=config.rho)
+    optimizer = shared.make_optimizer(config)
+    method = sharpen(config.sharpness, make_objective, model.forward, optimizer, config.rho)
     score = functools.partial(
         train.reference_log_probs,
-        model,
+        model.forward,
         batch_size=config.batch_size,
         max_length=config.max_length,
         mesh=mesh,
@@ -131,7 +131,7 @@ def main(config: Config) -> dict[str, Any]:
         seed=config.seed,
     )
     if config.loss == "hypo":
-        objective = objective_of(dataclasses.replace(config, kl_weight=0.0))(model)  # To evaluate.
+        make_objective = objective_of(dataclasses.replace(config, kl_weight=0.0))  # To evaluate.
         batches = with_samples(config, model, params, training, batches, mesh)
     optimizer, batches = following(config, model, method.optimizer, batches, mesh)
     state, history = train.fit(
@@ -142,9 +142,12 @@ def main(config: Config) -> dict[str, Any]:
         steps=config.max_steps,
         key=jax.random.key(config.seed),
         gradient=method.gradient,
+        extra_args=method.extra_args,
         microbatches=config.gradient_accumulation_steps,
         mesh=mesh,
-        callbacks=shared.callbacks(config, objective, eval_batches, output, mesh),
+        callbacks=shared.callbacks(
+            config, make_objective(model.forward), eval_batches, output, mesh
+        ),
         checkpoints=shared.checkpoints(config, output, best="eval/loss"),
         donate=config.adapter == "full" and config.loss != "hypo",
     )
@@ -193,7 +196,9 @@ def following(config: Config, model, optimizer, batches, mesh):
     rules, adds = [], []
     if config.ref_model_sync_steps is not None:
         rules += [moving_reference(config.ref_model_mixup_alpha, config.ref_model_sync_steps)]
-        adds += [train.moving_reference_log_probs(model, mesh=mesh, ld_alpha=config.ld_alpha)]
+        adds += [
+            train.moving_reference_log_probs(model.forward, mesh=mesh, ld_alpha=config.ld_alpha)
+        ]
     if config.loss == "bco":
         rules, adds = [*rules, running_mean("rewards/mean")], [*adds, train.with_running_mean]
     if not rules:

@@ -45,8 +45,9 @@ from jaxft.generation import (
     vllm_weights,
 )
 from jaxft.losses import dpo_loss, overlong_penalty
+from jaxft.models import Forward
 from jaxft.objectives import policy_gradient, with_value_head, without_value_head
-from jaxft.objectives.policy_gradient import truncated, truncated_sequences
+from jaxft.objectives.policy import sequence_correction, token_correction
 from jaxft.parallel import mesh_context
 from jaxft.rewards import Failures, measure_accuracy, verifier_for
 
@@ -136,8 +137,10 @@ def main(config: Config) -> dict[str, Any]:
     params = shared.adapt_params(config, base, mesh)
     if config.algorithm == "ppo":
         params = with_value_head(model, params)
-    credit, objective = algorithm(config, model)
-    method = sharpen(config.sharpness, objective, shared.make_optimizer(config), rho=config.rho)
+    credit = algorithm(config, model.forward).credit
+    build = lambda forward: algorithm(config, forward).objective
+    optimizer = shared.make_optimizer(config)
+    method = sharpen(config.sharpness, build, model.forward, optimizer, config.rho)
     with rewards_cli.opened(config, records) as rewards:
         accuracy = functools.partial(
             measure, config, model, renderer, held_out, mesh, rewards if judged(config) else None
@@ -179,12 +182,12 @@ def load_data(config: Config):
     return renderer, records, held_out
 
 
-def algorithm(config: Config, model: Any) -> rl.Algorithm:
+def algorithm(config: Config, forward: Forward) -> rl.Algorithm:
     """What --algorithm stands for."""
-    corrections = {"none": None, "tokens": truncated(), "sequences": truncated_sequences()}
+    corrections = {"none": None, "tokens": token_correction(), "sequences": sequence_correction()}
     build = functools.partial(
         policy_gradient,
-        model,
+        forward,
         temperature=config.temperature,
         kl_weight=config.kl_weight,
         entropy_weight=config.entropy_weight,
@@ -248,11 +251,11 @@ def transforms(config, model, base) -> list[rl.Transform]:
     if config.mask_truncated:
         found += [rl.mask_truncated]
     if config.updates * config.epochs > 1:
-        found += [rl.add_old_policy(model, config.temperature)]
+        found += [rl.add_old_policy(model.forward, config.temperature)]
     elif config.algorithm == "ppo":
-        found += [rl.add_values(model)]
+        found += [rl.add_values(model.forward)]
     # Always: how far the policy has gone is shown, whether or not it is held back.
-    return [*found, rl.add_reference(model, base, config.temperature)]
+    return [*found, rl.add_reference(model.forward, base, config.temperature)]
 
 
 def kl_control(config) -> rl.KlControl | None:

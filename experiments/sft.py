@@ -33,7 +33,7 @@ from jaxft.adapters import (
     save_intrinsic,
 )
 from jaxft.keys import stream
-from jaxft.objectives import decoder_logits, embedding_noise, reparametrised, supervised
+from jaxft.objectives import reparametrised, supervised
 from jaxft.rewards import Accuracy, measure_accuracy, verifier_for
 
 # reasoning-gym draws entry i from seed + i: the seeds below are further apart than the sizes.
@@ -75,15 +75,9 @@ def main(config: Config) -> dict[str, Any]:
     model, base = shared.load_base(config, mesh)
     params = adapt_params(config, base, mesh)
     read = jax.jit(intrinsic_apply) if config.adapter == "intrinsic" else lambda params: params
-    objective, logits = reparametrised(supervised(model), read), decoder_logits(model)
-    method = sharpen(
-        config.sharpness,
-        objective,
-        shared.make_optimizer(config),
-        lambda params, *rest, **noise: logits(read(params), *rest, **noise),
-        config.rho,
-        reparametrised(supervised(model, noise=embedding_noise()), read),
-    )
+    forward = reparametrised(model.forward, read)
+    optimizer = shared.make_optimizer(config)
+    method = sharpen(config.sharpness, supervised, forward, optimizer, config.rho)
     tokenised = data.render(held_out, renderer, config.max_length, too_long="truncate")
     eval_batches = data.finite_batches(
         tokenised, batch_size=config.batch_size, max_length=config.max_length
@@ -108,7 +102,7 @@ def main(config: Config) -> dict[str, Any]:
         extra_args=method.extra_args,
         microbatches=config.gradient_accumulation_steps,
         mesh=mesh,
-        callbacks=shared.callbacks(config, objective, eval_batches, output, mesh),
+        callbacks=shared.callbacks(config, supervised(forward), eval_batches, output, mesh),
         checkpoints=shared.checkpoints(config, output, best="eval/loss"),
         donate=config.adapter == "full",  # Nothing reads the base afterwards.
     )

@@ -223,7 +223,7 @@ def _objective(config, model, shape, mesh):
     import jax.numpy as jnp
 
     from jaxft.objectives import policy_gradient, supervised
-    from jaxft.objectives.policy_gradient import clipped, sequence_mean
+    from jaxft.objectives.policy import clipped, sequence_mean
     from jaxft.parallel import batch_sharding, token_sharding
     from jaxft.train.batches import TOKENS
 
@@ -231,14 +231,14 @@ def _objective(config, model, shape, mesh):
     kinds = dict(tokens=jnp.int32, segment_ids=jnp.int32, positions=jnp.int32)
     fields = {name: (shape, kind) for name, kind in kinds.items()}
     if config.objective == "sft":
-        objective = supervised(model)
+        objective = supervised(model.forward)
         fields["loss_mask"] = (shape, jnp.float32)
     else:
         if not 0 < config.response < length:
             raise ValueError(
                 f"--response {config.response} must lie below --length {length}: a prompt comes first."
             )
-        objective = policy_gradient(model, clipped(), sequence_mean)
+        objective = policy_gradient(model.forward, clipped(), sequence_mean)
         response = (rows, config.response)
         fields |= {
             "completion_mask": (response, jnp.bool_),

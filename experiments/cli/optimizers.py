@@ -9,7 +9,16 @@ import jax
 import optax
 import optax.contrib
 
-from jaxft.objectives import Objective, function_distance, mean_of, noise_distance, r3f
+from jaxft.models import Forward, with_noise
+from jaxft.objectives import (
+    Objective,
+    embedding_noise,
+    function_distance,
+    mean_of,
+    noise_distance,
+    r3f,
+    token_logits,
+)
 from jaxft.optim import (
     look_sam,
     perturb_asam,
@@ -28,7 +37,8 @@ Sharpness = Literal[
     "trpo", "mesa", "r3f",
 ]  # fmt: skip
 
-OF_LOGITS = ("tram", "tram_0", "tram_x", "trpo", "mesa", "r3f")
+# Those that compare the predictions of two models, or of one with and without noise on its inputs.
+OF_PREDICTIONS = ("tram", "tram_0", "tram_x", "tram_fisher", "trpo", "mesa", "r3f")
 
 
 def optimizer_rule(name: Optimizer) -> optax.GradientTransformation:
@@ -58,32 +68,27 @@ class Sharpened(NamedTuple):
 
 def sharpen(
     name: Sharpness,
-    objective: Objective,
+    build: Callable[[Forward], Objective],
+    forward: Forward,
     base: optax.GradientTransformation,
-    logits_fn: Callable[..., Any] | None = None,
     rho: float | None = None,
-    noised: Objective | None = None,
 ) -> Sharpened:
-    """A sharpness-aware or trust-region method around the base optimizer.
+    """A sharpness-aware or trust-region method around the base optimizer, for any objective.
 
     Args:
-        logits_fn: see jaxft.objectives.function_distance; for tram, tram_0, tram_x, trpo, mesa and r3f.
-            None: those are refused.
+        build: forward -> the objective, such as `jaxft.objectives.supervised`.
+        forward: of the model; distances of predictions and noise on the inputs come from the same one.
         rho: the radius; None: the method's own. For tram it scales the distance, for the penalties
             (trpo, mesa, r3f) it is their weight.
-        noised: the objective with noise on its inputs, for tram_fisher. None: that is refused.
 
     Raises:
         ValueError: for rho < 0, and for a rho that the method "none" would not use.
     """
+    objective, plain = build(forward), jax.value_and_grad
     if name == "none":
         if rho is not None:
             raise ValueError(f"--rho {rho} has no effect without --sharpness, such as sam.")
-        return Sharpened(objective, base, jax.value_and_grad, {})
-    if name == "tram_fisher" and noised is None or logits_fn is None and name in OF_LOGITS:
-        raise ValueError(
-            f"--sharpness {name} is of experiments/sft.py; here, take one of sam's family."
-        )
+        return Sharpened(objective, base, plain, {})
     if rho is None:
         usual = {"sam": 0.05, "m_sam": 0.05, "look_sam": 0.05, "asam": 0.5}
         usual |= {"tram": 1.0, "tram_0": 1.0, "tram_x": 1.0}
@@ -91,26 +96,24 @@ def sharpen(
     if name == "m_sam":
         # Each slice of the batch (--gradient-accumulation-steps) has its own perturbation.
         return Sharpened(objective, base, sam(rho), {})
+    logits = token_logits(forward)
     if name == "r3f":
-        return Sharpened(r3f(objective, logits_fn, rho), base, jax.value_and_grad, {})
-    methods = {
-        "sam": lambda: with_sam(base, rho),
-        "asam": lambda: with_sam(base, perturb=perturb_asam(rho)),
-        "fisher_sam": lambda: with_sam(base, perturb=perturb_fisher(rho)),
-        "look_sam": lambda: look_sam(base, rho),
-        "tram_fisher": lambda: with_tram_fisher(base, rho),
-        "tram": lambda: with_tram(base, 0.0, d_scale=rho),
-        "tram_0": lambda: with_tram(base, 1.0, d_scale=rho),
-        "tram_x": lambda: with_tram(base, None, d_scale=rho),
-        "trpo": lambda: with_trust_region(base, rho, 0.0),
-        "mesa": lambda: with_trust_region(base, rho, 0.999),
-    }
-    if name in ("sam", "asam", "fisher_sam", "look_sam"):
-        extra = {}
-    elif name == "tram_fisher":
-        extra = {"noised_fn": mean_of(noised)}
-    else:
-        noised = name == "tram_x"
-        distance = noise_distance(logits_fn) if noised else function_distance(logits_fn)
-        extra = {"distance_fn": distance}
-    return Sharpened(objective, methods[name](), jax.value_and_grad, extra)
+        return Sharpened(r3f(objective, logits, rho), base, plain, {})
+    moved = {"distance_fn": function_distance(logits)}
+    noised = lambda: {"noised_fn": mean_of(build(with_noise(forward, embedding_noise())))}
+    optimizer, extra_args = {
+        "sam": lambda: (with_sam(base, rho), {}),
+        "asam": lambda: (with_sam(base, perturb=perturb_asam(rho)), {}),
+        "fisher_sam": lambda: (with_sam(base, perturb=perturb_fisher(rho)), {}),
+        "look_sam": lambda: (look_sam(base, rho), {}),
+        "tram_fisher": lambda: (with_tram_fisher(base, rho), noised()),
+        "tram": lambda: (with_tram(base, 0.0, d_scale=rho), moved),
+        "tram_0": lambda: (with_tram(base, 1.0, d_scale=rho), moved),
+        "tram_x": lambda: (
+            with_tram(base, None, d_scale=rho),
+            {"distance_fn": noise_distance(logits)},
+        ),
+        "trpo": lambda: (with_trust_region(base, rho, 0.0), moved),
+        "mesa": lambda: (with_trust_region(base, rho, 0.999), moved),
+    }[name]()
+    return Sharpened(objective, optimizer, plain, extra_args)

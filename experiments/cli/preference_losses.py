@@ -8,6 +8,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from experiments.cli.optimizers import OF_PREDICTIONS
 from jaxft import losses, objectives
 
 Loss = Literal[
@@ -21,7 +22,7 @@ REFERENCE_FREE = ("simpo", "alpha_po", "cpo", "orpo", "slic")
 
 
 def objective_of(config: Any):
-    """model -> objective, for the loss of the flags; refuses flags that the loss does not have."""
+    """forward -> objective, for the loss of the flags; refuses flags that the loss does not have."""
     given = {name: getattr(config, name) for name in ("beta", "label_smoothing")}
     given = {name: value for name, value in given.items() if value is not None}
     if config.beta is not None and not config.beta > 0:
@@ -51,11 +52,16 @@ def objective_of(config: Any):
     if config.loss in (*UNPAIRED, *REWARDS) and (config.use_weighting or config.nll_alpha):
         raise ValueError(f"--use-weighting and --nll-alpha are of pairs, not of {config.loss}.")
     _check_following(config)
+    if config.loss in REWARDS and config.sharpness in OF_PREDICTIONS:
+        raise ValueError(
+            f"--sharpness {config.sharpness} compares predictions of tokens, and a reward model gives one "
+            "number; take one of sam's family."
+        )
     if config.loss in REWARDS:
         centre = config.center_rewards_coefficient
         return {
-            "reward": lambda model: objectives.pairwise_reward(
-                model, center_rewards_coefficient=centre
+            "reward": lambda forward: objectives.pairwise_reward(
+                forward, center_rewards_coefficient=centre
             ),
             "outcome": objectives.outcome_reward,
             "process": objectives.process_reward,
@@ -63,8 +69,8 @@ def objective_of(config: Any):
     if config.loss in UNPAIRED:
         weights = {n: getattr(config, n) for n in ("desirable_weight", "undesirable_weight")}
         if config.loss == "kto":
-            return lambda model: objectives.kto(model, **given, **weights)
-        return lambda model: objectives.bco(model, **given)
+            return lambda forward: objectives.kto(forward, **given, **weights)
+        return lambda forward: objectives.bco(forward, **given)
     own = {
         "dpo": {} if config.f_divergence == "reverse_kl" else {"h": divergence(config)},
         "simpo": {"simpo_gamma": config.simpo_gamma},
@@ -81,9 +87,15 @@ def objective_of(config: Any):
         whole = lambda pairs: loss(pairs) + config.nll_alpha * losses.nll_loss(pairs)
     beta = 0.1 if config.beta is None else config.beta
     if config.loss == "hypo":
-        return lambda model: objectives.hypo(model, whole, beta=beta, kl_weight=config.kl_weight)
-    return lambda model: objectives.preference(
-        model, whole, beta=beta, use_weighting=config.use_weighting, ld_alpha=config.ld_alpha
+        return lambda forward: objectives.hypo(
+            forward, whole, beta=beta, kl_weight=config.kl_weight
+        )
+    return lambda forward: objectives.preference(
+        forward,
+        whole,
+        beta=beta,
+        use_weighting=config.use_weighting,
+        ld_alpha=config.ld_alpha,
     )
 
 

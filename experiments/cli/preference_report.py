@@ -118,8 +118,8 @@ def read_rewards(config: Any, model: Any, params: Any, groups: list, mesh: Any) 
 
     def run(params, batch):
         if "step_ends" not in batch:
-            return sequence_rewards(model, params, batch)[0]
-        values = token_rewards(model, params, batch)[:, 0]
+            return sequence_rewards(model.forward, params, batch)[0]
+        values = token_rewards(model.forward, params, batch)[:, 0]
         return jax.numpy.take_along_axis(values, jax.numpy.maximum(batch["step_ends"], 0), axis=1)
 
     run, found = jax.jit(run), []

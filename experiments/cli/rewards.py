@@ -108,4 +108,4 @@ def load_reward_model(config: Any) -> RewardFn:
             f"--reward-model {path}: has no reward head; train one with preference.py --loss reward."
         )
     renderer = data.Renderer(files.load_tokenizer(base), template=config.template)
-    return model_rewards(model, params, renderer, max_length=model.config.max_length)
+    return model_rewards(model.forward, params, renderer, max_length=model.config.max_length)

@@ -53,7 +53,7 @@ from experiments.worlds.workings import (
 from jaxft import rl, train
 from jaxft.metrics import pass_at_k
 from jaxft.objectives import policy_gradient
-from jaxft.objectives.policy_gradient import clipped, token_mean
+from jaxft.objectives.policy import clipped, token_mean
 
 LIMIT = sampling().max_new_tokens
 SAMPLES = 8  # for each held-out question
@@ -126,7 +126,7 @@ def pretrain(config, model, params, pairs, rng, seed) -> tuple[Any, int]:
 
 def train_arm(config, model, params, pairs, seed, arm, measure) -> list[dict]:
     """The history of one arm, with measures in it."""
-    build = functools.partial(policy_gradient, model)
+    build = functools.partial(policy_gradient, model.forward)
     grpo = rl.grpo(build, config.group_size).credit
     held_back = functools.partial(build, kl_weight=config.kl_weight)
     algorithm = {

@@ -52,7 +52,7 @@ from experiments.lab.seeds import measure_claims
 from experiments.worlds import arithmetic
 from jaxft import rl, train
 from jaxft.objectives import policy_gradient
-from jaxft.objectives.policy_gradient import clipped, negative_aware, token_mean
+from jaxft.objectives.policy import clipped, negative_aware, token_mean
 from jaxft.optim.perturbations import global_norm
 from jaxft.rl.advantages import centred_advantages, success_rates
 
@@ -98,7 +98,7 @@ def run_seed(config: Config, seed: int) -> dict[str, Any]:
     sizes = dict(width=32, size=400, layers=1) if config.smoke else {}
     task = arithmetic.task(seed, **sizes)
     start, _ = arithmetic.started(task, seed, config.until)
-    build = functools.partial(policy_gradient, task.model)
+    build = functools.partial(policy_gradient, task.model.forward)
     methods = algorithms(build, config.group_size)
     names = METHODS[:2] if config.smoke else METHODS
     run = {"start": arithmetic.pass_at(task.probabilities(start, task.held_out_rows), 1)}

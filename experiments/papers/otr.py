@@ -49,7 +49,7 @@ from jaxft import losses, rl, train
 from jaxft.generation import SamplingConfig
 from jaxft.models import Decoder
 from jaxft.objectives import policy_gradient, token_supervised
-from jaxft.objectives.policy_gradient import clipped, token_mean
+from jaxft.objectives.policy import clipped, token_mean
 from jaxft.rl import prompts_of
 
 LETTERS, LENGTH = 10, 5  # a word: five of the first ten tokens
@@ -201,7 +201,7 @@ def train_method(config, model, start, name, seed, measure) -> list[dict]:
     examples = known[np.random.default_rng(seed).permutation(len(known))[: config.examples]]
     prompts, answers = questions("target", examples)
     if name == "grpo":
-        build = functools.partial(policy_gradient, model)
+        build = functools.partial(policy_gradient, model.forward)
         objective = build(clipped(), token_mean)
         batches = rl.collect_on_device(
             model, rl.Prompts(prompts.tolist(), 32, seed=seed), rl.equals(answers.tolist(), SIZE),
@@ -209,7 +209,7 @@ def train_method(config, model, start, name, seed, measure) -> list[dict]:
         )  # fmt: skip
     else:
         loss, metrics = token_losses(config)[name]
-        objective = token_supervised(model, loss, metrics)
+        objective = token_supervised(model.forward, loss, metrics)
         batches = epochs(rows_of((prompts, answers)), seed, config.batch_size)
     _, history = train.fit(
         start,

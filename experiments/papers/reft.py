@@ -158,7 +158,7 @@ def warm_up(config, model, params, rows, seed) -> Any:
         return params
     batches = itertools.islice(arithmetic.batches_of(rows, seed, config.batch_size), steps)
     optimizer = arithmetic.policy_optimizer(config.learning_rate)
-    return train.fit(params, supervised(model), optimizer, batches)[0].params
+    return train.fit(params, supervised(model.forward), optimizer, batches)[0].params
 
 
 def train_algorithm(config, model, start, pairs, rows, seed, name, measure) -> list[dict]:
@@ -171,7 +171,7 @@ def train_algorithm(config, model, start, pairs, rows, seed, name, measure) -> l
     reward = functools.partial(workings.result_reward, totals, config.digits)
     params = start
     if name == "reft":
-        build = functools.partial(policy_gradient, model)
+        build = functools.partial(policy_gradient, model.forward)
         credit, objective = rl.ppo(build, config.kl, value_weight=config.value_weight)
         batches = collect(
             prompts(2 * config.batch_size), reward(config.partial_reward), credit, updates=2, epochs=2,
@@ -181,10 +181,10 @@ def train_algorithm(config, model, start, pairs, rows, seed, name, measure) -> l
     elif name == "online_st":
         half = prompts(config.batch_size // 2)
         own = collect(half, reward(), rl.right_samples)
-        objective = rl.online_self_training(model)
+        objective = rl.online_self_training(model.forward)
         batches = with_gold(own, half, workings.supervised_rows(rows))
     else:
-        objective = supervised(model)
+        objective = supervised(model.forward)
         if name == "offline_st":
             rows = own_rows(config, model, start, pairs, rows, seed)
         batches = arithmetic.batches_of(rows, seed, config.batch_size)

@@ -151,7 +151,7 @@ def answer_probabilities(model: Decoder) -> Callable[[Any, dict], jax.Array]:
 
     @jax.jit
     def probabilities(params, rows):
-        return jnp.exp(jnp.sum(completion_log_probs(model, params, rows), axis=1))
+        return jnp.exp(jnp.sum(completion_log_probs(model.forward, params, rows), axis=1))
 
     return probabilities
 
@@ -213,7 +213,7 @@ def warm_start(
     batches = itertools.islice(batches_of(rows, seed, batch_size), most)
     state, _ = train.fit(
         params,
-        supervised(model),
+        supervised(model.forward),
         optax.adamw(learning_rate),
         itertools.takewhile(lambda _: not reached, batches),
         callbacks=[train.Callback(on_step=look)],

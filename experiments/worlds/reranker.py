@@ -44,7 +44,7 @@ def train_reranker(
     )
     start = add_reward_head(jax.random.key(seed), params, model.config.hidden_size)
     optimizer = arithmetic.policy_optimizer(learning_rate)
-    return train.fit(start, outcome_reward(model), optimizer, batches)[0].params
+    return train.fit(start, outcome_reward(model.forward), optimizer, batches)[0].params
 
 
 def scores(
@@ -66,7 +66,7 @@ def scores(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _read(model, params, rows):
-    return sequence_rewards(model, params, rows)[0][:, 0]
+    return sequence_rewards(model.forward, params, rows)[0][:, 0]
 
 
 def _rows(pairs):

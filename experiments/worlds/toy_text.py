@@ -74,5 +74,5 @@ def pretrain(
     params = model.init(jax.random.key(seed), model.example_input())["params"]
     optimizer = optax.adam(lambda count: rate * train.cosine(count / steps))
     batches = (draw(rng) for _ in range(steps))
-    state, _ = train.fit(params, supervised(model), optimizer, batches, steps=steps)
+    state, _ = train.fit(params, supervised(model.forward), optimizer, batches, steps=steps)
     return state.params

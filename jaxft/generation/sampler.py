@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -64,6 +64,7 @@ def generate(
     config: SamplingConfig = SamplingConfig(),  # noqa: B008 (frozen)
     *,
     samples: int = 1,
+    columns: Mapping[str, Any] | None = None,
     row_ids: Sequence[int] | None = None,
     tokenizer: Any = None,
     cache_dtype: Any = None,
@@ -76,7 +77,11 @@ def generate(
     a prompt share its prefill.
 
     Args:
+        model: a Decoder, or another whose `forward` takes a cache: it has `forward`, `init_cache` and
+            `config.max_length`.
         prompts: ids, each at least one.
+        columns: what the model's forward reads beside tokens (images, a source sentence), name -> [prompts,
+            ...]; it is given to the prefill alone, so the model's cache must keep what later tokens need.
         key: a jax.random.key. Row i draws from fold_in(key, row_ids[i]) and the token's number.
             With several samples, sample j draws from fold_in of that key and j.
         row_ids: of prompts, default 0, 1, 2...; distinct ids give distinct samples of equal prompts.
@@ -105,8 +110,9 @@ def generate(
     chunk = chunk if config.stop_strings else -(-config.max_new_tokens // CHUNK) * CHUNK
     slots = width + -(-config.max_new_tokens // chunk) * chunk
     keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.asarray(ids))
+    columns = {name: _padded(name, x, rows, len(tokens)) for name, x in (columns or {}).items()}
     state = prefill(
-        model, params, jnp.asarray(tokens), jnp.asarray(valid), keys, slots, cache_dtype
+        model, params, jnp.asarray(tokens), jnp.asarray(valid), keys, slots, cache_dtype, columns
     )
     extra = np.arange(len(tokens)) >= rows
     state = state._replace(done=jnp.asarray(extra))
@@ -161,17 +167,19 @@ def prefill(
     keys: jax.Array,
     slots: int,
     cache_dtype: Any = None,
+    columns: Mapping[str, Any] | None = None,
 ) -> State:
-    """The state after the prompts (tokens, valid [B, P]; left-padded), in a cache of `slots`."""
+    """The state after the prompts (tokens, valid [B, P]; left-padded), in a cache of `slots`.
+
+    `columns` are what the model's forward reads beside tokens, [B, ...] each.
+    """
     params = _separate(params)
     cache = model.init_cache(tokens.shape[0], slots + virtual_tokens(params), cache_dtype)
     positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
-    output = model.apply(
-        {"params": params}, tokens, positions, segment_ids=valid.astype(jnp.int32), cache=cache
-    )
+    found = _next(model, params, {**(columns or {}), **_inputs(tokens, positions, valid)}, cache)
     return State(
-        cache=output.cache,
-        logits=model.project(output.hidden[:, -1], params),
+        cache=found.cache,
+        logits=found.logits,
         position=positions[:, -1] + 1,
         done=jnp.zeros(tokens.shape[0], bool),
         keys=keys,
@@ -204,18 +212,11 @@ def append(
     """
     params = _separate(params)
     positions = state.position[:, None] + jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
-    output = model.apply(
-        {"params": params},
-        tokens,
-        positions,
-        segment_ids=valid.astype(jnp.int32),
-        cache=state.cache,
-    )
+    found = _next(model, params, _inputs(tokens, positions, valid), state.cache)
     some = jnp.any(valid, axis=1)
-    logits = model.project(output.hidden[:, -1], params)
     return state._replace(
-        cache=output.cache,
-        logits=jnp.where(some[:, None], logits, state.logits),
+        cache=found.cache,
+        logits=jnp.where(some[:, None], found.logits, state.logits),
         position=state.position + jnp.sum(valid, axis=1, dtype=jnp.int32),
         done=state.done & ~some,
     )
@@ -247,16 +248,11 @@ def _decode(model, params, state, limit, config, steps):
         part = jax.tree.map(put, part, column)
         stops = jnp.asarray(config.stop_ids or (-1,))
         ended = jnp.any(token[:, None] == stops[None, :], axis=1)
-        output = model.apply(
-            {"params": params},
-            token[:, None],
-            state.position[:, None],
-            segment_ids=jnp.ones((rows, 1), jnp.int32),
-            cache=state.cache,
-        )
+        inputs = _inputs(token[:, None], state.position[:, None], jnp.ones((rows, 1), bool))
+        found = _next(model, params, inputs, state.cache)
         state = state._replace(
-            cache=output.cache,
-            logits=model.project(output.hidden[:, -1], params),
+            cache=found.cache,
+            logits=found.logits,
             position=state.position + 1,
             done=state.done | (alive & ended),
             step=state.step + 1,
@@ -295,9 +291,28 @@ def _draw(state: State, config: SamplingConfig):
     return token, log_prob, log_prob_of(cut, token) if cuts else log_prob
 
 
+def _inputs(tokens, positions, valid):
+    return {"tokens": tokens, "positions": positions, "segment_ids": valid.astype(jnp.int32)}
+
+
+def _next(model, params, batch, cache):
+    """What is predicted after the last token, hidden [B, D]."""
+    return model.forward(params, batch, cache=cache).at(slice(None), -1)
+
+
+def _padded(name, column, rows, size):
+    """The column of `rows` prompts with rows of zeros up to `size`."""
+    column = np.asarray(column)
+    if column.shape[:1] != (rows,):
+        raise ValueError(
+            f"generate: column {name!r} has shape {column.shape} for {rows} prompts; give one row for each."
+        )
+    return np.pad(column, [(0, size - rows)] + [(0, 0)] * (column.ndim - 1))
+
+
 def _separate(params: Params) -> Params:
     """Layers one by one: a scan that carried the stacked cache would copy it for every token."""
-    return unstack_layers(params) if is_stacked(params["layers"]) else params
+    return unstack_layers(params) if is_stacked(params.get("layers", {"0": {}})) else params
 
 
 def bucket(size: int, least: int) -> int:

@@ -10,7 +10,7 @@ import math
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -39,10 +39,11 @@ def server_sampler(
 ) -> Callable[..., Generation]:
     """A function with the signature of `generate` whose tokens and log-probs come from a server.
 
-    The server has weights, kernels and rounding of its own: train with a correction (`truncated()`), and with
-    `push`, or else it goes on sampling from the weights that it was started with. Prompts are sent as ids,
-    one request each, seeded by the key and the row's id. Ids come back as `token_ids` or "token_id:7" (vLLM);
-    where only text does, it is encoded again, which must give as many tokens as there are log-probs.
+    The server has weights, kernels and rounding of its own: train with a correction (`token_correction()`),
+    and with `push`, without which it goes on sampling from the weights that it was started with. Prompts are
+    sent as ids, one request each, seeded by the key and the row's id. Ids come back as `token_ids` or
+    "token_id:7" (vLLM); where only text does, it is encoded again, which must give as many tokens as there
+    are log-probs.
 
     Args:
         url: of the API, such as http://localhost:8000/v1.
@@ -71,10 +72,16 @@ def server_sampler(
         config: SamplingConfig,
         *,
         samples: int = 1,
+        columns: Mapping[str, Any] | None = None,
         row_ids: Sequence[int] | None = None,
         tokenizer: Any = None,
     ) -> Generation:
         _check(config, scaled, model.config.max_length, prompts)
+        if columns:
+            raise ValueError(
+                f"server_sampler: the server gets token ids alone, not columns {sorted(columns)}; "
+                "sample with jaxft.generation.generate."
+            )
         asked = (push(params) if push is not None else None) or name
         ids = range(len(prompts)) if row_ids is None else row_ids
         seeds = [int(jax.random.bits(jax.random.fold_in(key, i))) >> 1 for i in ids]

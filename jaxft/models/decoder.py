@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -26,6 +26,7 @@ from jaxft.models.layers import (
     through_adapter,
 )
 from jaxft.models.layout import is_stacked
+from jaxft.models.prediction import Prediction, project
 from jaxft.models.remat import Remat, remat_block, remat_lean
 from jaxft.models.rope import apply_rope, rope_table
 from jaxft.models.soft import (
@@ -36,7 +37,7 @@ from jaxft.models.soft import (
     put_prompt,
     read_lead,
 )
-from jaxft.weights import WeightLike, matmul_float32
+from jaxft.weights import WeightLike
 
 
 class Output(NamedTuple):
@@ -148,9 +149,27 @@ class Decoder(nn.Module):
         """The output projection [D, V] of `params` as a weight."""
         return output_head(params, self.config.tie_embeddings)
 
-    def project(self, hidden: jax.Array, params: Any) -> jax.Array:
-        """Logits [..., V] in float32 of hidden states [..., D], final soft cap included."""
-        return project(hidden, self.head(params), self.config.final_softcap)
+    def forward(
+        self,
+        params: Any,
+        batch: Mapping[str, Any],
+        key: jax.Array | None = None,
+        *,
+        noise: Callable[[jax.Array], jax.Array] | None = None,
+        cache: Cache | None = None,
+    ) -> Prediction:
+        """The `jaxft.models.Forward` of decoders: reads `tokens`, `positions` and `segment_ids` of a batch.
+
+        Nothing is drawn from `key`: decoders have no dropout. Other columns of the batch are ignored.
+        """
+        del key
+        names = ("positions", "segment_ids")
+        inputs = {name: batch.get(name) for name in names}
+        output = self.apply(
+            {"params": params}, jnp.asarray(batch["tokens"]), cache=cache, noise=noise, **inputs
+        )
+        softcap = self.config.final_softcap
+        return Prediction(output.hidden, self.head(params), softcap, output.cache)
 
     def init_cache(self, batch: int, length: int, dtype: Any = None) -> Cache:
         """An empty cache of `length` slots for `batch` rows; dtype None: that of activations."""
@@ -170,7 +189,7 @@ class Decoder(nn.Module):
         else:
             kernel = OutputKernel(self.config, name="head")()
             params = {"head": {"kernel": kernel}}
-        return self.project(hidden, params)
+        return project(hidden, self.head(params), self.config.final_softcap)
 
     def _stacked(self) -> bool:
         layers = self.variables.get("params", {}).get("layers")
@@ -369,12 +388,6 @@ class OutputKernel(nn.Module):
     def __call__(self):
         shape = (self.config.hidden_size, self.config.vocab_size)
         return read(self, "kernel", KERNEL_INIT, shape)
-
-
-def project(hidden: jax.Array, head: WeightLike, softcap: float | None = None) -> jax.Array:
-    """Logits [..., V] in float32 of hidden states [..., D]: c tanh(h W / c) with a soft cap c."""
-    logits = matmul_float32(hidden, head)
-    return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
 
 def _layer_table(config, layer, context):

@@ -1,6 +1,5 @@
 """Objectives: a model's apply, a loss and a reduction make objective(params, batch, key)."""
 
-from jaxft.objectives.coverage import coverage, step_coverage
 from jaxft.objectives.critic import (
     completion_values,
     token_values,
@@ -8,19 +7,19 @@ from jaxft.objectives.critic import (
     with_value_head,
     without_value_head,
 )
-from jaxft.objectives.policy_gradient import completion_log_probs, policy_gradient
-from jaxft.objectives.preference import Sequences, bco, hypo, kto, preference, sequence_log_probs
-from jaxft.objectives.reparametrised import reparametrised
+from jaxft.objectives.dco import coverage, step_coverage
+from jaxft.objectives.next_token import Objective, mean_of, shift, supervised, token_supervised
+from jaxft.objectives.policy import completion_log_probs, policy_gradient
+from jaxft.objectives.preferences import Sequences, bco, hypo, kto, preference, sequence_log_probs
+from jaxft.objectives.reparametrisation import reparametrised
 from jaxft.objectives.reward_model import (
     outcome_reward,
     pairwise_reward,
     process_reward,
 )
-from jaxft.objectives.supervised import Objective, mean_of, shift, supervised, token_supervised
-from jaxft.objectives.trust_region import (
+from jaxft.objectives.trust_regions import (
     LogitsFn,
     classifier_logits,
-    decoder_logits,
     embedding_noise,
     function_distance,
     noise_distance,
@@ -29,6 +28,7 @@ from jaxft.objectives.trust_region import (
     r4f,
     sample_distance,
     spectrally_normalised,
+    token_logits,
     trust_region,
 )
 
@@ -41,7 +41,7 @@ __all__ = [
     "completion_log_probs",
     "coverage",
     "completion_values",
-    "decoder_logits",
+    "token_logits",
     "embedding_noise",
     "function_distance",
     "hypo",

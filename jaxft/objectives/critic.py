@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxft import losses
-from jaxft.objectives.policy_gradient import Auxiliary, Batch, completion_forward
+from jaxft.models import Forward
+from jaxft.objectives.policy import Auxiliary, Batch, completion_forward
 from jaxft.weights import matmul
 
 Params = Any
@@ -65,8 +66,12 @@ def value_loss(weight: float = 0.1, clip: float = 0.2, detach: bool = False) -> 
 
 
 def completion_values(
-    model: Any, params: Params, batch: Batch, temperature: float = 1.0, chunk: int | None = None
+    forward: Forward,
+    params: Params,
+    batch: Batch,
+    temperature: float = 1.0,
+    chunk: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """(log π, V) of the response's tokens, [B, N] each and 0 off the mask, from one forward pass."""
-    hidden, log_probs = completion_forward(model, params, batch, temperature, chunk)
-    return log_probs, jnp.where(batch["completion_mask"], token_values(params, hidden), 0.0)
+    found, log_probs = completion_forward(forward, params, batch, None, temperature, chunk)
+    return log_probs, jnp.where(batch["completion_mask"], token_values(params, found.hidden), 0.0)

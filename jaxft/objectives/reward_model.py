@@ -1,6 +1,6 @@
 """Reward models trained on pairs, outcomes or steps.
 
-Batches are those of jaxft.objectives.preference; the head is that of jaxft.rewards.heads.
+Batches are those of jaxft.objectives.preferences; the head is that of jaxft.rewards.heads.
 """
 
 from __future__ import annotations
@@ -10,20 +10,20 @@ import jax.numpy as jnp
 
 from jaxft.losses import bradley_terry_loss, correctness_loss
 from jaxft.metrics import Mean
-from jaxft.objectives.preference import all_tokens
-from jaxft.objectives.supervised import Objective
+from jaxft.models import Forward, of_group
+from jaxft.objectives.next_token import Objective
+from jaxft.objectives.preferences import all_tokens
 from jaxft.rewards import sequence_rewards, token_rewards
 
 
-def pairwise_reward(model, *, center_rewards_coefficient: float = 0.0) -> Objective:
+def pairwise_reward(forward: Forward, *, center_rewards_coefficient: float = 0.0) -> Objective:
     """objective(params, batch, key) -> (mean `bradley_terry_loss`, metrics) of pairs.
 
     A column `margin` [B] is subtracted. Metrics: rewards/{chosen,rejected,margin,accuracy}, means over pairs.
     """
 
     def objective(params, batch, key):
-        del key
-        rewards, present = sequence_rewards(model, params, batch)
+        rewards, present = sequence_rewards(forward, params, batch, key)
         counted = present[:, 0] * present[:, 1]
         chosen, rejected = rewards[:, 0], rewards[:, 1]
         margin = batch.get("margin")
@@ -47,23 +47,22 @@ def pairwise_reward(model, *, center_rewards_coefficient: float = 0.0) -> Object
     return objective
 
 
-def outcome_reward(model) -> Objective:
+def outcome_reward(forward: Forward) -> Objective:
     """objective(params, batch, key) -> (mean `correctness_loss`, metrics): is the first completion right?
 
     The column `label` [B] says so. Metrics: accuracy, mean over records.
     """
 
     def objective(params, batch, key):
-        del key
-        first = {k: v[:, :1] for k, v in batch.items() if jnp.ndim(v) == 3}
-        rewards, present = sequence_rewards(model, params, first)
+        first = of_group(batch, 0)
+        rewards, present = sequence_rewards(forward, params, first, key)
         labels = jnp.asarray(batch["label"]).astype(bool)
         return _classified(rewards[:, 0], labels, present[:, 0])
 
     return objective
 
 
-def process_reward(model) -> Objective:
+def process_reward(forward: Forward) -> Objective:
     """objective(params, batch, key) -> (mean `correctness_loss` of steps, metrics): is each step right?
 
     Columns `step_ends` [B, S], the place of each step's last token in the first sequence, -1 where a record
@@ -71,9 +70,8 @@ def process_reward(model) -> Objective:
     """
 
     def objective(params, batch, key):
-        del key
-        first = {k: v[:, :1] for k, v in batch.items() if jnp.ndim(v) == 3}
-        values = token_rewards(model, params, first)[:, 0]
+        first = of_group(batch, 0)
+        values = token_rewards(forward, params, first, key)[:, 0]
         ends = jnp.asarray(batch["step_ends"])
         rewards = jnp.take_along_axis(values, jnp.maximum(ends, 0), axis=1)
         labels = jnp.asarray(batch["step_labels"]).astype(bool)

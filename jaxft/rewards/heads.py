@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxft.models import Forward, as_rows
 from jaxft.weights import matmul
 
 
@@ -16,32 +17,22 @@ def add_reward_head(key: jax.Array, params: Any, hidden_size: int) -> Any:
     return {**params, "reward": {"kernel": kernel}}
 
 
-def token_rewards(model, params: Any, batch: dict[str, jax.Array]) -> jax.Array:
+def token_rewards(
+    forward: Forward, params: Any, batch: dict[str, jax.Array], key: jax.Array | None = None
+) -> jax.Array:
     """The head's value [B, G, T] at each token, in float32."""
     if "reward" not in params:
         raise ValueError("reward model: the params have no 'reward' head; see add_reward_head.")
-    shape = batch["tokens"].shape
-    flat = {
-        name: jnp.reshape(batch[name], (-1, shape[2]))
-        for name in ("tokens", "segment_ids", "positions")
-        if name in batch
-    }
-    output = model.apply(
-        {"params": {name: leaf for name, leaf in params.items() if name != "reward"}},
-        flat["tokens"],
-        positions=flat.get("positions"),
-        segment_ids=flat.get("segment_ids"),
-    )
-    hidden = output.hidden.astype(jnp.float32)
-    return matmul(hidden, params["reward"]["kernel"])[..., 0].reshape(shape)
+    hidden = forward(params, as_rows(batch), key).hidden.astype(jnp.float32)
+    return matmul(hidden, params["reward"]["kernel"])[..., 0].reshape(batch["tokens"].shape)
 
 
 def sequence_rewards(
-    model, params: Any, batch: dict[str, jax.Array]
+    forward: Forward, params: Any, batch: dict[str, jax.Array], key: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """(rewards [B, G] at the last token of each completion, 1 where there is one)."""
     mask = jnp.asarray(batch["loss_mask"]) > 0
     last = mask.shape[2] - 1 - jnp.argmax(mask[..., ::-1], axis=2)
-    values = token_rewards(model, params, batch)
+    values = token_rewards(forward, params, batch, key)
     picked = jnp.take_along_axis(values, last[..., None], axis=2)[..., 0]
     return picked, jnp.any(mask, axis=2).astype(jnp.float32)

@@ -10,14 +10,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxft.data import Renderer, TokenisedGroup, answered, finite_group_batches
-from jaxft.models import Decoder
+from jaxft.models import Forward
 from jaxft.parallel import mesh_context
 from jaxft.rewards.heads import sequence_rewards
 from jaxft.rewards.pool import RewardFn
 
 
 def model_rewards(
-    model: Decoder,
+    forward: Forward,
     params: Any,
     renderer: Renderer,
     *,
@@ -30,7 +30,7 @@ def model_rewards(
     An answer that is too long, with its question, has no verdict: NaN.
 
     Args:
-        model: a Decoder.
+        forward: see `jaxft.objectives.supervised`.
         params: with a reward head (`reward/kernel`).
         renderer: of the reward model's own tokenizer and template.
         max_length: in tokens.
@@ -44,7 +44,7 @@ def model_rewards(
         raise ValueError(
             "model_rewards: the params have no reward head; train one with preference.py --loss reward."
         )
-    run = jax.jit(lambda params, batch: sequence_rewards(model, params, batch)[0])
+    run = jax.jit(lambda params, batch: sequence_rewards(forward, params, batch)[0])
 
     def rewards(completions: Sequence[str], records: Sequence[Mapping[str, Any]]) -> list[float]:
         parts = [

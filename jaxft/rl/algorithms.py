@@ -2,11 +2,11 @@
 
 Each is a function of `build`, a partial of `policy_gradient` with the model and what all have in common:
 
-    build = functools.partial(policy_gradient, model, temperature=0.9, kl_weight=0.01)
+    build = functools.partial(policy_gradient, model.forward, temperature=0.9, kl_weight=0.01)
     credit, objective = grpo(build, group_size=8)
     sample = answers(model, tokenizer, rewards, SamplingConfig(16, temperature=0.9), group_size=8)
     batches = collect(
-        Prompts(ids, per_step=4, records=records), sample, credit, add_reference(model, params, 0.9)
+        Prompts(ids, per_step=4, records=records), sample, credit, add_reference(model.forward, params, 0.9)
     )
     fit(params, objective, optimizer, batches, steps=100)
 
@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from jaxft.losses import kl_k1
 from jaxft.objectives import Objective, value_loss
-from jaxft.objectives.policy_gradient import (
+from jaxft.objectives.policy import (
     clipped,
     clipped_sums,
     constant_length,

@@ -94,7 +94,7 @@ def collect(
             if several and "old_log_probs" not in batch:
                 raise ValueError(
                     f"collect: {updates} updates and {epochs} epochs need the log-probs of the policy that "
-                    "sampled; pass add_old_policy(model, temperature) among the transforms."
+                    "sampled; pass add_old_policy(forward, temperature) among the transforms."
                 )
             batch["stats"] = _shown(batch, prompts.per_step, taken)
             return _credited(credit, batch, kl_weight), taken
@@ -175,7 +175,7 @@ def _credited(credit, batch, kl_weight):
         if "response_kl" not in batch["stats"]:
             raise ValueError(
                 "collect: kl_control needs ref_log_probs, from which the KL is measured; pass "
-                "add_reference(model, ref_params, temperature) among the transforms."
+                "add_reference(forward, ref_params, temperature) among the transforms."
             )
         batch["kl_weight"] = np.full(len(rewards), kl_weight, np.float32)
         batch["stats"]["kl_weight"] = batch["kl_weight"]

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxft.keys import stream
 from jaxft.models import Decoder
-from jaxft.objectives.preference import PairLoss
+from jaxft.objectives.preferences import PairLoss
 from jaxft.parallel import in_turn, to_host
 from jaxft.rl.algorithms import Algorithm, Build
 from jaxft.rl.online import online_preference
@@ -43,7 +43,7 @@ def answers_of_both(sample: Sample, model: Decoder, ref_params, temperature: flo
         order = order.transpose(1, 0, 2).reshape(-1)
         whole = {name: x[order] for name, x in whole.items()}
         given = order >= len(own["tokens"])
-        found = policy_log_probs(model, params, model_inputs(whole), temperature)
+        found = policy_log_probs(model.forward, params, model_inputs(whole), temperature)
         scored = to_host(in_turn(found))
         sampled = np.where(given[:, None], scored, whole["sampler_log_probs"])
         return whole | {"sampler_log_probs": sampled, "from_reference": given}

@@ -16,7 +16,7 @@ from jaxft.rl.advantages import has_contrast
 from jaxft.rl.algorithms import Credit
 from jaxft.rl.collection import Collector, in_parts
 from jaxft.rl.prompts import Prompts
-from jaxft.rl.rollouts import check_policy, side_by_side
+from jaxft.rl.rollouts import check_policy, side_by_side, with_columns
 from jaxft.rl.transforms import add_old_policy, add_reference, add_values
 
 # (tokens [B, N], mask [B, N], which prompt [B]) -> rewards [B], traced
@@ -42,42 +42,39 @@ def collect_on_device(
     prompts have the width of the longest. What is drawn is what `collect` draws.
 
     Args:
-        prompts: without columns.
         reward: is given tokens and mask of responses and the number of each one's prompt.
         group_size: responses to each prompt.
         updates, epochs: as in `collect`; several give `old_log_probs`. A value head gives `old_values`.
         ref_params: gives `ref_log_probs`.
 
     Raises:
-        ValueError: for greedy sampling, for prompts with columns, or for rows that `updates` does not divide.
+        ValueError: for greedy sampling.
     """
     check_policy(config)
-    if prompts.columns or prompts.per_step * group_size % updates:
-        raise ValueError(
-            f"collect_on_device: {prompts.per_step} prompts x {group_size} responses, with columns "
-            f"{sorted(prompts.columns)}; there must be no columns, and {updates} updates divide the rows."
-        )
     tokens, valid = map(jnp.asarray, _left_pad(prompts.ids, model.config))
     several = updates * epochs > 1
 
     @jax.jit
-    def run(params, ref_params, key, chosen):
-        batch, numbers = _sample(model, params, tokens, valid, key, chosen, config, group_size)
+    def run(params, ref_params, key, chosen, columns):
+        batch, numbers = _sample(
+            model, params, tokens, valid, key, chosen, config, group_size, columns
+        )
         size = batch["completion_mask"].shape[1]
         value = reward(batch["tokens"][:, -size:], batch["completion_mask"], numbers)
         flat = ~jnp.repeat(has_contrast(value, group_size), group_size)
         truncated = batch.pop("truncated")
         batch["stats"] = {"reward": value, "truncated": truncated, "no_contrast": flat * 1.0}
         if several:
-            batch = add_old_policy(model, config.temperature)(batch, params, key)
+            batch = add_old_policy(model.forward, config.temperature)(batch, params, key)
         elif "value_head" in params:
-            batch = add_values(model)(batch, params, key)
+            batch = add_values(model.forward)(batch, params, key)
         if ref_params is not None:
-            batch = add_reference(model, ref_params, config.temperature)(batch, params, key)
+            batch = add_reference(model.forward, ref_params, config.temperature)(batch, params, key)
         return batch | credit(value, batch)
 
     def rollout(params, draws, key, kl_weight):
-        return run(params, ref_params, key, jnp.asarray(prompts.chosen(draws))), 1
+        chosen, columns = np.array(prompts.chosen(draws)), prompts.pick(draws).columns
+        return run(params, ref_params, key, chosen, columns), 1
 
     return in_parts(rollout, updates, epochs, seed=prompts.seed)
 
@@ -159,16 +156,17 @@ def equals(answers: Sequence[Sequence[int]], size: int) -> DeviceReward:
     return reward
 
 
-def _sample(model, params, tokens, valid, key, chosen, config, samples):
+def _sample(model, params, tokens, valid, key, chosen, config, samples, columns=None):
     """(batch without rewards, which prompt each row answers)."""
     size = config.max_new_tokens
     keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(len(chosen)))
     slots = tokens.shape[1] + size
-    state = prefill(model, params, tokens[chosen], valid[chosen], keys, slots)
+    state = prefill(model, params, tokens[chosen], valid[chosen], keys, slots, columns=columns)
     state, part = decode(model, params, fork(state, samples), config, steps=size)
     numbers = jnp.repeat(chosen, samples)
     batch = side_by_side(jnp, tokens[numbers], valid[numbers], *part)
-    return batch | {"truncated": (~state.done).astype(jnp.float32)}, numbers
+    batch |= {"truncated": (~state.done).astype(jnp.float32)}
+    return with_columns(batch, columns, samples), numbers
 
 
 _sample_jit = jax.jit(_sample, static_argnames=("model", "config", "samples"))

@@ -20,8 +20,8 @@ from jaxft.data.batching import own_rows
 from jaxft.generation import SamplingConfig
 from jaxft.losses import Pairs
 from jaxft.models import Decoder
-from jaxft.objectives.policy_gradient import reinforce, sequence_sum
-from jaxft.objectives.preference import PairLoss
+from jaxft.objectives.policy import reinforce, sequence_sum
+from jaxft.objectives.preferences import PairLoss
 from jaxft.parallel import in_turn, mesh_context, to_host
 from jaxft.rl.algorithms import Algorithm, Build
 from jaxft.rl.prompts import Prompts
@@ -166,7 +166,7 @@ def _sample_beside(model, ref_params, config, samples, mesh, params, asked, key)
         batch, _ = sample_groups(
             model, params, asked.ids, key, config, samples, columns=asked.columns
         )
-        ref = in_turn(policy_log_probs(model, ref_params, model_inputs(batch), 1.0))
+        ref = in_turn(policy_log_probs(model.forward, ref_params, model_inputs(batch), 1.0))
     return own_rows(len(asked.ids))(as_groups(batch, to_host(ref), samples))
 
 

@@ -70,7 +70,7 @@ def sample_groups(
 ) -> tuple[Batch, list[list[int]]]:
     """(batch, completions): `group_size` responses to each prompt, side by side, from one prefill.
 
-    The batch is that of jaxft.objectives.policy_gradient, as numpy arrays: `sampler_log_probs` under the
+    The batch is that of jaxft.objectives.policy, as numpy arrays: `sampler_log_probs` under the
     full vocabulary at the temperature; `behaviour_log_probs` under what was sampled from (with top-k,
     top-p or min-p, log π - log of the mass kept); `truncated` [B], True where a response reached the
     limit. Its columns are buckets, of the longest prompt and the longest response.
@@ -130,7 +130,7 @@ def with_columns(batch: Batch, columns: Mapping[str, np.ndarray] | None, group_s
     columns = columns or {}
     if taken := sorted(columns.keys() & (batch.keys() | MADE)):
         raise ValueError(f"collect: columns may not be named {taken}: batches have these anyway.")
-    return batch | {name: np.repeat(x, group_size, axis=0) for name, x in columns.items()}
+    return batch | {name: x.repeat(group_size, axis=0) for name, x in columns.items()}
 
 
 def padded(batch: Batch, width: int, size: int) -> Batch:

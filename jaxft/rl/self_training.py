@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxft.metrics import Mean, Terms
+from jaxft.models import Forward
 from jaxft.objectives import Objective, completion_log_probs, mean_of, supervised
 
 
@@ -43,7 +44,7 @@ def offline_collect(
     return list(kept)
 
 
-def online_self_training(model) -> Objective:
+def online_self_training(forward: Forward) -> Objective:
     """½ cross-entropy of the right ones among the policy's samples + ½ cross-entropy of gold answers.
 
     Online self-training: Luong et al., 2024, arxiv.org/abs/2401.08967; means over tokens, in nats. A step
@@ -51,13 +52,13 @@ def online_self_training(model) -> Objective:
     (the credit of `right_samples`), and `gold`, rows of `supervised`. Metrics: own and gold, the two means;
     right, the share of right samples; num_tokens, of both, a sample.
     """
-    gold = mean_of(supervised(model))
+    gold = mean_of(supervised(forward))
 
     def objective(params, batch, key):
         samples = batch["samples"]
         right = jnp.asarray(samples["correct"])
         counted = samples["completion_mask"] & right[:, None]
-        log_probs = completion_log_probs(model, params, samples)
+        log_probs = completion_log_probs(forward, params, samples, key=key)
         own = Mean.of(jnp.where(counted, -log_probs, 0.0), counted)
         given = gold(params, batch["gold"], key)
         terms = Terms(tuple(Mean(0.5 * mean.total, mean.weight) for mean in (own, given)))

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxft.keys import stream
+from jaxft.models import Forward
 from jaxft.objectives import completion_log_probs, completion_values
 from jaxft.parallel import in_turn, to_host
 from jaxft.rl.advantages import has_contrast
@@ -22,9 +23,11 @@ from jaxft.rl.rollouts import Batch, Sample, concatenated, model_inputs
 
 Transform = Callable[[Batch, Any, jax.Array], Batch]
 
-policy_log_probs = jax.jit(completion_log_probs, static_argnames=("model", "temperature", "chunk"))
+policy_log_probs = jax.jit(
+    completion_log_probs, static_argnames=("forward", "temperature", "chunk")
+)
 _log_probs_and_values = jax.jit(
-    completion_values, static_argnames=("model", "temperature", "chunk")
+    completion_values, static_argnames=("forward", "temperature", "chunk")
 )
 
 
@@ -44,48 +47,48 @@ def mask_truncated(batch: Batch, params: Any, key: jax.Array) -> Batch:
     return batch | {"completion_mask": mask}
 
 
-def add_old_policy(model: Any, temperature: float) -> Transform:
+def add_old_policy(forward: Forward, temperature: float) -> Transform:
     """Adds `old_log_probs` [B, N] of the policy that sampled; with a value head `old_values` too.
 
     Needed for several updates a rollout.
 
     Args:
-        model: a Decoder.
+        forward: of the model, model.forward.
         temperature: at which the responses were sampled.
     """
 
     def add(batch, params, key):
         given = model_inputs(batch)
         if "value_head" not in params:
-            found = policy_log_probs(model, params, given, temperature)
+            found = policy_log_probs(forward, params, given, temperature)
             return batch | {"old_log_probs": _read(found)}
-        log_probs, values = _read(_log_probs_and_values(model, params, given, temperature))
+        log_probs, values = _read(_log_probs_and_values(forward, params, given, temperature))
         return batch | {"old_log_probs": log_probs, "old_values": values}
 
     return add
 
 
-def add_values(model: Any) -> Transform:
+def add_values(forward: Forward) -> Transform:
     """Adds `old_values` [B, N] of the params' value head, for one update a rollout."""
 
     def add(batch, params, key):
-        _, values = _read(_log_probs_and_values(model, params, model_inputs(batch)))
+        _, values = _read(_log_probs_and_values(forward, params, model_inputs(batch)))
         return batch | {"old_values": values}
 
     return add
 
 
-def add_reference(model: Any, ref_params: Any, temperature: float) -> Transform:
+def add_reference(forward: Forward, ref_params: Any, temperature: float) -> Transform:
     """Adds `ref_log_probs` [B, N] of a reference; `response_kl` from it is then shown.
 
     Args:
-        model: a Decoder.
+        forward: of the model, model.forward.
         ref_params: of the reference, such as the start of the run.
         temperature: at which the responses were sampled.
     """
 
     def add(batch, params, key):
-        found = policy_log_probs(model, ref_params, model_inputs(batch), temperature)
+        found = policy_log_probs(forward, ref_params, model_inputs(batch), temperature)
         return batch | {"ref_log_probs": _read(found)}
 
     return add

@@ -14,6 +14,7 @@ from optax import tree_utils
 
 from jaxft.adapters import combine, partition
 from jaxft.data import TokenisedGroup, finite_group_batches
+from jaxft.models import Forward
 from jaxft.objectives import sequence_log_probs
 from jaxft.parallel import in_turn, mesh_context, to_host
 from jaxft.train.batches import place_batch
@@ -21,7 +22,7 @@ from jaxft.train.state import TrainState
 
 
 def reference_log_probs(
-    model,
+    forward: Forward,
     params: Any,
     groups: Sequence[TokenisedGroup],
     *,
@@ -35,7 +36,7 @@ def reference_log_probs(
     With the params from which training starts, adapters included, the reference is that start.
 
     Args:
-        model: a Decoder.
+        forward: such as `model.forward` of a Decoder.
         params: of the reference.
         groups: in any order; batches are made of those of like length.
         batch_size: groups of a batch, over all processes.
@@ -43,7 +44,9 @@ def reference_log_probs(
         mesh: as for `fit`. On several processes all pass the same groups, and each computes its share.
         ld_alpha: see `sequence_log_probs`.
     """
-    sums_of = lambda params, batch: sequence_log_probs(model, params, batch, ld_alpha=ld_alpha).sums
+    sums_of = lambda params, batch: (
+        sequence_log_probs(forward, params, batch, ld_alpha=ld_alpha).sums
+    )
     run = jax.jit(sums_of)
     longest = lambda i: max(len(part.tokens) for part in groups[i].parts)
     order = sorted(range(len(groups)), key=longest)
@@ -59,14 +62,14 @@ def reference_log_probs(
 
 
 def moving_reference_log_probs(
-    model, *, mesh: Mesh | None = None, ld_alpha: float = 1.0
+    forward: Forward, *, mesh: Mesh | None = None, ld_alpha: float = 1.0
 ) -> Callable[[TrainState, Any], Any]:
     """add(state, batch) -> the batch with `ref_log_probs` [B, G] under the reference of `moving_reference`.
 
     For `StateBatches`; the optimizer must have that transform. It costs a forward pass a step.
 
     Args:
-        model: a Decoder.
+        forward: such as `model.forward` of a Decoder.
         mesh: as for `fit`.
         ld_alpha: see `sequence_log_probs`.
     """
@@ -74,7 +77,7 @@ def moving_reference_log_probs(
     @jax.jit
     def run(params, reference, batch):
         whole = combine(reference, partition(params)[1])
-        return sequence_log_probs(model, whole, batch, ld_alpha=ld_alpha).sums
+        return sequence_log_probs(forward, whole, batch, ld_alpha=ld_alpha).sums
 
     def add(state, batch):
         reference = tree_utils.tree_get(state.opt_state, "reference")

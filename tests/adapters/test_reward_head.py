@@ -45,7 +45,7 @@ def with_head(model, params):
 
 
 def ours(model, params):
-    return float(sequence_rewards(model, params, BATCH)[0][0, 0])
+    return float(sequence_rewards(model.forward, params, BATCH)[0][0, 0])
 
 
 def theirs(model):

@@ -199,7 +199,7 @@ def training():
 
 def run(model, params, batch):
     trainable, frozen = partition(params)
-    fun = lambda t: supervised(model, chunk=4)(combine(t, frozen), batch, None)[0]
+    fun = lambda t: supervised(model.forward, chunk=4)(combine(t, frozen), batch, None)[0]
     return jax.device_get(jax.jit(jax.value_and_grad(fun))(trainable))
 
 
@@ -210,7 +210,7 @@ def test_gradients_are_finite_differences_and_of_the_new_leaves_alone(training):
     assert names == {"prompt", "prefix", "layers"} and "prompt" not in str(frozen["layers"])
     assert len(jax.tree.leaves(grads)) == 1 + 5 + 2 * 2 * 2
     assert all(np.any(leaf) for leaf in jax.tree.leaves(grads))
-    loss = jax.jit(lambda t: supervised(model, chunk=4)(combine(t, frozen), batch, None)[0])
+    loss = jax.jit(lambda t: supervised(model.forward, chunk=4)(combine(t, frozen), batch, None)[0])
     direction = jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size)).reshape(x.shape), trainable)
     norm = sum(jnp.sum(d * d) for d in jax.tree.leaves(direction)) ** 0.5
     direction = jax.tree.map(lambda d: d / norm, direction)

@@ -108,7 +108,7 @@ def test_cache_step_by_step(pair, records):
 def test_loss_gradients(pair, records):
     theirs, _, model, params = pair
     batch = right_padded(records)
-    objective = supervised(model, chunk=4)
+    objective = supervised(model.forward, chunk=4)
     grads = jax.jit(jax.grad(objective, has_aux=True))(params, batch, None)[0]
     labels = torch.tensor(np.where(batch["segment_ids"] > 0, batch["tokens"], -100))
     mask = torch.tensor(batch["segment_ids"])

@@ -32,7 +32,7 @@ def coefficients():
     small = dict(hidden_size=16, intermediate_size=16, head_dim=4, num_layers=1)
     model = Decoder(dataclasses.replace(config, **small))
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    methods = nft.algorithms(functools.partial(policy_gradient, model), 4)
+    methods = nft.algorithms(functools.partial(policy_gradient, model.forward), 4)
     rows = {
         "tokens": jnp.tile(jnp.array([[1, 2]]), (12, 1)),
         "positions": jnp.tile(jnp.arange(2), (12, 1)),
@@ -40,7 +40,9 @@ def coefficients():
         "completion_mask": jnp.ones((12, 1), bool),
         "sampler_log_probs": jnp.zeros((12, 1)),
     }
-    log_prob = lambda p: completion_log_probs(model, p, jax.tree.map(lambda x: x[:1], rows))[0, 0]
+    log_prob = lambda p: completion_log_probs(
+        model.forward, p, jax.tree.map(lambda x: x[:1], rows)
+    )[0, 0]
     direction = ravel_pytree(jax.grad(log_prob)(params))[0]
 
     @functools.cache

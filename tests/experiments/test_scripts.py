@@ -29,8 +29,8 @@ from experiments.cli import optimizers
 from jaxft import checkpoints, data, train
 from jaxft.adapters import load_adapter
 from jaxft.checkpoints import load_model, save_model
-from jaxft.losses import cross_entropy
-from jaxft.metrics import Mean
+from jaxft.models import Prediction
+from jaxft.objectives import supervised
 from jaxft.rewards import model_rewards
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -165,7 +165,7 @@ def test_answers_that_a_judge_scores_become_pairs_or_train_online(tmp_path, caps
 
 @pytest.mark.parametrize("name", get_args(reinforce.Choice))
 def test_every_algorithm_of_reinforce_is_there(name):
-    made = reinforce.algorithm(reinforce.Config(algorithm=name), load_model("tiny")[0])
+    made = reinforce.algorithm(reinforce.Config(algorithm=name), load_model("tiny")[0].forward)
     assert callable(made.credit) and callable(made.objective)
 
 
@@ -241,7 +241,7 @@ def test_preferences_are_learnt_from_a_file(loss, tmp_path):
         model, base = load_model("tiny")
         params = load_adapter(output / "adapter", model.config, base)
         renderer = data.Renderer(checkpoints.load_tokenizer("tiny"))
-        rewards = model_rewards(model, params, renderer, max_length=64, batch_size=2)
+        rewards = model_rewards(model.forward, params, renderer, max_length=64, batch_size=2)
         answers = [rows[0]["chosen"], rows[0]["rejected"], "x" * 80]
         good, bad, none = rewards(answers, [rows[0]] * 3)
         assert good > bad and math.isnan(none)
@@ -446,7 +446,6 @@ BAD = {
         "reward kl": (lambda p: ["--reward-kl", "1"], "grpo takes --kl-weight"),
         "mesh": (lambda p: ["--fsdp", "-1"], "cannot be laid over data x fsdp = 8 devices"),
         "context": (lambda p: ["--context", "2", "--fsdp", "-1"], "--context 2 is of sft.py"),
-        "sharpness": (lambda p: ["--sharpness", "tram"], "tram is of experiments/sft.py"),
         "halves": (
             lambda p: ["--algorithm", "xpo", "--group-size", "3"],
             "half of each group to the start: it needs an even --group-size",
@@ -612,26 +611,21 @@ def test_every_optimizer_of_sft_lowers_a_parabola(name):
     assert 0 < float(metrics["learning_rate"]) <= 1e-2
 
 
-def linear_logits(params, batch, key, noise=None):
+def linear_forward(params, batch, key, noise=None):
     inputs = batch["x"] if noise is None else noise(batch["x"])
-    return inputs @ params["kernel"], jnp.ones(len(inputs))
+    return Prediction(inputs, params["kernel"])
 
 
 @functools.cache
 def trained_linear(name):
-    """(loss before, loss after 20 steps, kernel) of a linear classifier under a --sharpness."""
-    x = jax.random.normal(jax.random.key(0), (32, 8))
-    batch = {"x": x, "label": jnp.argmax(x[:, :3] + 0.3 * x[:, 3:6], axis=1)}
-
-    def objective(params, batch, key):
-        losses = cross_entropy(linear_logits(params, batch, key)[0], batch["label"])
-        loss = Mean.of(losses, jnp.ones(len(losses)))
-        return loss.value, {"loss": loss}
-
+    """(loss before, loss after 20 steps, kernel) of a linear model of tokens under a --sharpness."""
+    x = jax.random.normal(jax.random.key(0), (32, 2, 8))
+    label = jnp.argmax(x[..., :3] + 0.3 * x[..., 3:6], axis=-1)
+    batch = {"x": x, "tokens": jnp.pad(label[:, :1], ((0, 0), (1, 0)))}
+    objective = supervised(linear_forward)
     # One radius for all, so that none of them is too small to see.
     rho = None if name == "none" else 0.5
-    noised = lambda p, b, key: objective(p, b | {"x": b["x"] + jnp.sin(9 * b["x"])}, key)
-    method = optimizers.sharpen(name, objective, optax.adam(0.05), linear_logits, rho, noised)
+    method = optimizers.sharpen(name, supervised, linear_forward, optax.adam(0.05), rho)
     params = {"kernel": 0.5 * jax.random.normal(jax.random.key(1), (8, 3))}
     state = train.init_state(params, method.optimizer, jax.random.key(2))
     options = dict(gradient=method.gradient, extra_args=method.extra_args, microbatches=2)
@@ -652,4 +646,4 @@ def test_every_sharpness_goes_its_own_way_down(name):
 
 def test_a_radius_without_a_method_is_an_error():
     with pytest.raises(ValueError, match="no effect without --sharpness"):
-        optimizers.sharpen("none", None, optax.sgd(0.1), None, 0.1)
+        optimizers.sharpen("none", supervised, linear_forward, optax.sgd(0.1), 0.1)

@@ -71,7 +71,7 @@ def config(url, directory, **more):
 
 def gap(params, batch):
     """The largest |log π(trainer) - log π(server)| of what was sampled."""
-    found = rl.policy_log_probs(model_and_params()[0], params, batch)
+    found = rl.policy_log_probs(model_and_params()[0].forward, params, batch)
     distance = np.abs(found - batch["sampler_log_probs"])
     return float(np.max(distance, where=batch["completion_mask"], initial=0))
 

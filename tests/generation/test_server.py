@@ -101,7 +101,7 @@ def test_experience_of_a_server_is_that_of_its_model():
     batch = batches["token_ids"]
     for other in ("tokens", "text"):
         jax.tree.map(np.testing.assert_array_equal, batches[other], batch)
-    scored = rl.policy_log_probs(model, params, batch)
+    scored = rl.policy_log_probs(model.forward, params, batch)
     np.testing.assert_allclose(scored, batch["sampler_log_probs"], atol=1e-4)
     assert sorted(body["prompt"] for body in seen) == PROMPTS
     assert len({body["seed"] for body in seen}) == len(PROMPTS)

@@ -34,7 +34,7 @@ def slow(params, batch):
 @pytest.mark.parametrize("num_samples", [1, 10**6])
 def test_loss_is_weighted_cross_entropy_of_rows(num_samples):
     batch = batch_of()
-    run = jax.jit(jax.value_and_grad(coverage(MODEL, num_samples), has_aux=True))
+    run = jax.jit(jax.value_and_grad(coverage(MODEL.forward, num_samples), has_aux=True))
     (loss, metrics), grads = run(PARAMS, batch, None)
     rows = slow(PARAMS, batch)
     weights = [float(coverage_weight(log_p, num_samples)) for log_p, _ in rows]
@@ -50,14 +50,14 @@ def test_loss_is_weighted_cross_entropy_of_rows(num_samples):
 
 def test_no_samples_are_an_error():
     with pytest.raises(ValueError, match="num_samples must be at least 1, got 0"):
-        coverage(MODEL, 0)
+        coverage(MODEL.forward, 0)
     with pytest.raises(ValueError, match="num_samples must be at least 1, got 0"):
-        step_coverage(MODEL, 0, 2)
+        step_coverage(MODEL.forward, 0, 2)
 
 
 def test_a_step_counts_by_itself():
     batch = batch_of() | {"steps": jnp.full((4, 9), -1).at[:2, 2].set(0).at[:2, 3:5].set(1)}
-    loss, metrics = jax.jit(step_coverage(MODEL, 10**6, 2))(PARAMS, batch, None)
+    loss, metrics = jax.jit(step_coverage(MODEL.forward, 10**6, 2))(PARAMS, batch, None)
     table = jax.nn.log_softmax(jitted(MODEL)({"params": PARAMS}, batch["tokens"]).logits)
     log_p = lambda i, *places: [float(table[i, t - 1, batch["tokens"][i, t]]) for t in places]
     steps = [log_p(0, 2), log_p(0, 3, 4), log_p(1, 2), log_p(1, 3, 4)]

@@ -17,7 +17,7 @@ from jaxft import objectives, rl
 from jaxft.losses import dpo_loss
 from jaxft.metrics import Mean, Undivided
 from jaxft.objectives import policy_gradient
-from jaxft.objectives.policy_gradient import clipped, sequence_mean, truncated
+from jaxft.objectives.policy import clipped, sequence_mean, token_correction
 from jaxft.parallel import make_mesh, mesh_context, shard_params
 from jaxft.rewards import add_reward_head
 from jaxft.train import accumulate, evaluate, make_eval_step
@@ -29,7 +29,7 @@ PARAMS = large(START)
 ROWS, WIDTH, PROMPT, GROUP, VOCABULARY = 8, 9, 4, 4, LLAMA.vocab_size
 EMPTY = (1, 5)  # with 4 slices, all rows of the second
 RESPONSE = WIDTH - PROMPT
-LOGITS = objectives.decoder_logits(MODEL)
+LOGITS = objectives.token_logits(MODEL.forward)
 LOSS = functools.partial(dpo_loss, beta=0.3)
 REWARDS = jnp.array([1.0, 0, 0, 1, 0, 0, 1, 0])
 
@@ -67,7 +67,7 @@ def experience(seed=0, empty=EMPTY):
     mask = batch.pop("loss_mask")[:, PROMPT:] > 0
     noise = lambda: jnp.asarray(0.2 * rng.normal(size=mask.shape), jnp.float32)
     batch |= {"completion_mask": mask}
-    now = objectives.completion_log_probs(MODEL, PARAMS, batch)
+    now = objectives.completion_log_probs(MODEL.forward, PARAMS, batch)
     return batch | {
         "sampler_log_probs": now + noise(),
         "old_log_probs": now + noise(),
@@ -78,7 +78,9 @@ def experience(seed=0, empty=EMPTY):
     }
 
 
-BUILD = functools.partial(policy_gradient, MODEL, kl_weight=0.1, correction=truncated())
+BUILD = functools.partial(
+    policy_gradient, MODEL.forward, kl_weight=0.1, correction=token_correction()
+)
 
 
 def learning(make, on_policy=False):
@@ -109,20 +111,19 @@ def token_loss(key, logits, targets, mask):
 
 def penalised(distance, every=1):
     """A task over records held back by a distance over tokens."""
-    task = objectives.preference(MODEL, LOSS)
-    flat = lambda batch: {k: v.reshape(-1, WIDTH) for k, v in batch.items() if v.ndim == 3}
-    d = objectives.on_rows(lambda *args: distance(*args[:-2], flat(args[-2]), args[-1]), every)
+    task = objectives.preference(MODEL.forward, LOSS)
+    d = objectives.on_rows(distance, every)
     return objectives.trust_region(task, lambda *args: d(START, *args), 0.7)
 
 
-SUPERVISED = objectives.supervised(MODEL)
+SUPERVISED = objectives.supervised(MODEL.forward)
 DISTANCE = objectives.function_distance(LOGITS)
 STEPS = {"steps": np.tile(np.arange(WIDTH) % 3, (ROWS, 1))}
 OBJECTIVES = {
     "supervised": lambda: (SUPERVISED, rows(0)),
-    "token_supervised": lambda: (objectives.token_supervised(MODEL, token_loss), rows(0)),
-    "coverage": lambda: (objectives.coverage(MODEL, 8), rows(0)),
-    "step_coverage": lambda: (objectives.step_coverage(MODEL, 8, 3), rows(0) | STEPS),
+    "token_supervised": lambda: (objectives.token_supervised(MODEL.forward, token_loss), rows(0)),
+    "coverage": lambda: (objectives.coverage(MODEL.forward, 8), rows(0)),
+    "step_coverage": lambda: (objectives.step_coverage(MODEL.forward, 8, 3), rows(0) | STEPS),
     "reparametrised": lambda: (
         objectives.reparametrised(SUPERVISED, lambda p: jax.tree.map(lambda x: 0.5 * x, p)),
         rows(0),
@@ -136,23 +137,26 @@ OBJECTIVES = {
     ),
     "r3f": lambda: (objectives.r3f(SUPERVISED, still_noise), rows(0)),
     "r4f": lambda: (objectives.r4f(SUPERVISED, still_noise), rows(0)),
-    "preference": lambda: (objectives.preference(MODEL, LOSS, use_weighting=True), groups()),
+    "preference": lambda: (
+        objectives.preference(MODEL.forward, LOSS, use_weighting=True),
+        groups(),
+    ),
     "hypo": lambda: (
-        objectives.hypo(MODEL, LOSS, kl_weight=0.3),
+        objectives.hypo(MODEL.forward, LOSS, kl_weight=0.3),
         groups() | {"online": groups(1, 3, 4, (2,))},
     ),
-    "kto": lambda: (objectives.kto(MODEL, beta=0.3, undesirable_weight=0.5), groups()),
-    "bco": lambda: (objectives.bco(MODEL, beta=0.3), groups()),
+    "kto": lambda: (objectives.kto(MODEL.forward, beta=0.3, undesirable_weight=0.5), groups()),
+    "bco": lambda: (objectives.bco(MODEL.forward, beta=0.3), groups()),
     "bco, running": lambda: (
-        objectives.bco(MODEL, beta=0.3),
+        objectives.bco(MODEL.forward, beta=0.3),
         groups() | {"running": (jnp.float32(0.4), jnp.float32(6.0))},
     ),
     "pairwise_reward": lambda: (
-        objectives.pairwise_reward(MODEL, center_rewards_coefficient=0.1),
+        objectives.pairwise_reward(MODEL.forward, center_rewards_coefficient=0.1),
         groups(),
     ),
-    "outcome_reward": lambda: (objectives.outcome_reward(MODEL), groups()),
-    "process_reward": lambda: (objectives.process_reward(MODEL), groups()),
+    "outcome_reward": lambda: (objectives.outcome_reward(MODEL.forward), groups()),
+    "process_reward": lambda: (objectives.process_reward(MODEL.forward), groups()),
     "policy_gradient": learning(
         lambda: rl.Algorithm(
             rl.grpo(BUILD, GROUP).credit, BUILD(clipped(), sequence_mean, entropy_weight=0.2)
@@ -172,13 +176,13 @@ OBJECTIVES = {
     "online_preference": learning(lambda: rl.online_preference(BUILD, LOSS, GROUP), True),
     "xpo": learning(lambda: rl.xpo(BUILD, LOSS, GROUP, alpha=0.1), True),
     "online_self_training": lambda: (
-        rl.online_self_training(MODEL),
+        rl.online_self_training(MODEL.forward),
         {"samples": experience() | {"correct": REWARDS > 0}, "gold": rows(3, (4,), (2,))},
     ),
 }
 # What is public and no objective: what they are made of, and what makes their batches.
 PARTS = set(
-    "LogitsFn Objective Sequences classifier_logits completion_log_probs completion_values decoder_logits "
+    "LogitsFn Objective Sequences classifier_logits completion_log_probs completion_values token_logits "
     "embedding_noise function_distance mean_of noise_distance on_rows sample_distance sequence_log_probs "
     "shift spectrally_normalised token_values value_loss with_value_head without_value_head "
     "Algorithm Asked Collector Credit DeviceReward Environment KlControl Prompts Reply Sample SamplesBeside "

@@ -11,16 +11,16 @@ import pytest
 from jaxft import losses, rl
 from jaxft.models import Decoder, tiny_config
 from jaxft.objectives import completion_log_probs, policy_gradient, with_value_head
-from jaxft.objectives.policy_gradient import (
+from jaxft.objectives.policy import (
     clipped,
     clipped_sums,
     constant_length,
     reinforce,
+    sequence_correction,
     sequence_mean,
     sequence_sum,
+    token_correction,
     token_mean,
-    truncated,
-    truncated_sequences,
 )
 from jaxft.train import accumulate, global_norm
 
@@ -62,7 +62,7 @@ def batch(model, params):
         "success_rates": np.repeat(np.float32([0.5, 0.25]), 4),
     }
     fields = jax.tree.map(jnp.asarray, fields)
-    fields["sampler_log_probs"] = log_probs = completion_log_probs(model, params, fields)
+    fields["sampler_log_probs"] = log_probs = completion_log_probs(model.forward, params, fields)
     noise = 0.2 * jax.random.normal(jax.random.key(1), (2, *log_probs.shape))
     return fields | {"old_log_probs": log_probs + noise[0], "ref_log_probs": log_probs + noise[1]}
 
@@ -105,12 +105,12 @@ def test_log_probs_are_those_of_the_plain_softmax(model, params, batch):
     table = jax.nn.log_softmax(logits / 0.7)[:, PROMPT - 1 : -1]
     picked = jnp.take_along_axis(table, batch["tokens"][:, PROMPT:, None], axis=-1)[..., 0]
     wanted = jnp.where(batch["completion_mask"], picked, 0.0)
-    close(completion_log_probs(model, params, batch, 0.7), wanted)
+    close(completion_log_probs(model.forward, params, batch, 0.7), wanted)
 
 
 @pytest.mark.parametrize("name", REDUCTIONS)
 def test_microbatches_change_nothing(name, model, params, batch):
-    objective = policy_gradient(model, clipped(), REDUCTIONS[name], kl_weight=0.1)
+    objective = policy_gradient(model.forward, clipped(), REDUCTIONS[name], kl_weight=0.1)
     (loss, metrics), grads = gradient(objective, params, batch)
     estimate = accumulate(jax.value_and_grad, 4)(objective, has_aux=True)
     (split_loss, split_metrics), split_grads = jax.jit(estimate)(params, batch, jax.random.key(0))
@@ -121,7 +121,7 @@ def test_microbatches_change_nothing(name, model, params, batch):
 
 
 def test_padding_and_what_it_holds_change_nothing(model, params, batch):
-    objective = policy_gradient(model, clipped(), sequence_mean, kl_weight=0.1)
+    objective = policy_gradient(model.forward, clipped(), sequence_mean, kl_weight=0.1)
     (loss, _), grads = gradient(objective, params, batch)
 
     def widen(name, x):
@@ -140,14 +140,14 @@ def test_padding_and_what_it_holds_change_nothing(model, params, batch):
 
 def test_on_policy_the_clipped_gradient_is_that_of_reinforce(model, params, batch):
     on_policy = without(batch, "old_log_probs")
-    plain = policy_gradient(model, reinforce(), token_mean)
-    surrogate = policy_gradient(model, clipped(), token_mean, correction=truncated())
+    plain = policy_gradient(model.forward, reinforce(), token_mean)
+    surrogate = policy_gradient(model.forward, clipped(), token_mean, correction=token_correction())
     (_, metrics), grads = gradient(surrogate, params, on_policy)
     close(grads, gradient(plain, params, on_policy)[1], 1e-6)
     assert metrics["clipped_low"].value == metrics["clipped_high"].value == 0
     assert metrics["gap"].value < 1e-4
     # Off-policy with the clip at infinity: importance-weighted.
-    far = policy_gradient(model, clipped(1.0, jnp.inf), token_mean)
+    far = policy_gradient(model.forward, clipped(1.0, jnp.inf), token_mean)
     mask = batch["completion_mask"]
     ratio = jnp.exp(batch["sampler_log_probs"] - batch["old_log_probs"])
     weighted = on_policy | {"advantages": batch["advantages"][:, None] * ratio * mask}
@@ -155,7 +155,7 @@ def test_on_policy_the_clipped_gradient_is_that_of_reinforce(model, params, batc
 
 
 def test_kl_entropy_and_correction_are_what_they_say(model, params, batch):
-    build = functools.partial(policy_gradient, model, clipped(), token_mean)
+    build = functools.partial(policy_gradient, model.forward, clipped(), token_mean)
     (loss, metrics), _ = gradient(build(), params, batch)
     (with_kl, _), _ = gradient(build(kl_weight=0.5), params, batch)
     close(with_kl, loss + 0.5 * metrics["kl"].value)
@@ -172,10 +172,10 @@ def test_kl_entropy_and_correction_are_what_they_say(model, params, batch):
     close(with_entropy, tempered - 0.5 * exact)
     # A sampler that was twice as sure halves each token's weight, or more for a sequence's.
     halved = batch | {"sampler_log_probs": batch["old_log_probs"] + jnp.log(2.0)}
-    (corrected, shown), _ = gradient(build(correction=truncated()), params, halved)
+    (corrected, shown), _ = gradient(build(correction=token_correction()), params, halved)
     close(corrected, 0.5 * loss)
     close(shown["gap"].value, jnp.log(2.0))
-    of_sequences = build(correction=truncated_sequences())
+    of_sequences = build(correction=sequence_correction())
     (corrected, _), _ = gradient(of_sequences, params, halved)
     weights = 0.5 ** jnp.sum(batch["completion_mask"], axis=1)
     scaled = batch | {"advantages": batch["advantages"] * weights}
@@ -183,7 +183,7 @@ def test_kl_entropy_and_correction_are_what_they_say(model, params, batch):
 
 
 def algorithms(model):
-    build = functools.partial(policy_gradient, model)
+    build = functools.partial(policy_gradient, model.forward)
     return {
         "reinforce": rl.reinforce_with_baseline(build),
         "rloo": rl.rloo(build, 4, reward_kl=0.01),
@@ -209,7 +209,9 @@ def test_every_algorithm_moves_towards_what_was_rewarded(name, model, params, ba
     given = credit(rewards, on_policy)
     (loss, _), grads = gradient(objective, params, on_policy | given)
     moved = jax.tree.map(lambda p, g: p - 1e-2 * g / global_norm(grads), params, grads)
-    change = completion_log_probs(model, moved, batch) - completion_log_probs(model, params, batch)
+    change = completion_log_probs(model.forward, moved, batch) - completion_log_probs(
+        model.forward, params, batch
+    )
     change = jnp.sum(change, axis=1) / jnp.maximum(jnp.sum(batch["completion_mask"], axis=1), 1)
     assert jnp.mean(change[rewards == 1]) > jnp.mean(change[rewards == 0]) + 1e-4
     assert jnp.isfinite(loss)
@@ -272,7 +274,7 @@ def ppo_without_critic(build):
 @pytest.mark.parametrize("name", SEVERAL)
 def test_the_second_update_of_a_rollout_is_a_slow_loop(name, model, params, batch):
     """Where the policy is no longer the one that sampled: an importance ratio, or its like, of each."""
-    build = functools.partial(policy_gradient, model)
+    build = functools.partial(policy_gradient, model.forward)
     made = algorithms(model) | {"ppo": ppo_without_critic(build)}
     whole = without(batch, "advantages", "correct", "success_rates")
     whole |= {"old_values": jnp.zeros(batch["completion_mask"].shape)}
@@ -295,13 +297,13 @@ def test_the_second_update_of_a_rollout_is_a_slow_loop(name, model, params, batc
 @pytest.mark.parametrize("name", ["reinforce", "rloo"])
 def test_at_the_first_update_a_clipped_sum_is_reinforce(name, model, params, batch):
     credit, objective = algorithms(model)[name]
-    build = functools.partial(policy_gradient, model, correction=truncated())
+    build = functools.partial(policy_gradient, model.forward, correction=token_correction())
     batch = batch | dict(credit(REWARDS, batch))
     on_policy = without(batch, "old_log_probs")
-    plain = policy_gradient(model, reinforce(), sequence_sum)
+    plain = policy_gradient(model.forward, reinforce(), sequence_sum)
     wanted = gradient(plain, params, on_policy)[1]
     close(gradient(objective, params, on_policy)[1], wanted, 1e-6)
-    sampled = batch | {"old_log_probs": completion_log_probs(model, params, batch)}
+    sampled = batch | {"old_log_probs": completion_log_probs(model.forward, params, batch)}
     close(gradient(objective, params, sampled)[1], wanted)
     corrected = build(clipped_sums(), sequence_sum), build(reinforce(), sequence_sum)
     noisy = on_policy | {"sampler_log_probs": batch["old_log_probs"]}
@@ -310,7 +312,7 @@ def test_at_the_first_update_a_clipped_sum_is_reinforce(name, model, params, bat
 
 @pytest.mark.parametrize("name", ["expert_iteration", "online_preference", "xpo"])
 def test_what_has_no_ratio_refuses_several_updates_a_rollout(name, model, params, batch):
-    build = functools.partial(policy_gradient, model)
+    build = functools.partial(policy_gradient, model.forward)
     more = {
         "online_preference": rl.online_preference(build, losses.dpo_loss, 4),
         "xpo": rl.xpo(build, losses.dpo_loss, 4),
@@ -327,15 +329,15 @@ def test_what_has_no_ratio_refuses_several_updates_a_rollout(name, model, params
 
 def test_missing_fields_and_bad_settings_are_errors(model, params, batch):
     with pytest.raises(ValueError, match="temperature must be positive, got 0"):
-        policy_gradient(model, clipped(), token_mean, temperature=0.0)
+        policy_gradient(model.forward, clipped(), token_mean, temperature=0.0)
     with pytest.raises(ValueError, match="kl_weight must be at least 0, got -1"):
-        policy_gradient(model, clipped(), token_mean, kl_weight=-1.0)
+        policy_gradient(model.forward, clipped(), token_mean, kl_weight=-1.0)
     with pytest.raises(ValueError, match="needs ref_log_probs in the batch"):
-        policy_gradient(model, clipped(), token_mean, kl_weight=1.0)(
+        policy_gradient(model.forward, clipped(), token_mean, kl_weight=1.0)(
             params, without(batch, "ref_log_probs"), None
         )
     with pytest.raises(ValueError, match="length must be at least 1, got 0"):
         constant_length(0)
     bare = batch | {"tokens": batch["tokens"][:, -RESPONSE:]}
     with pytest.raises(ValueError, match="5 response tokens leave none of 5"):
-        completion_log_probs(model, params, bare)
+        completion_log_probs(model.forward, params, bare)

@@ -55,7 +55,7 @@ GROUPS = groups_of()
 
 
 def with_reference(groups=GROUPS, params=BASE):
-    return train.reference_log_probs(MODEL, params, groups, batch_size=2, max_length=32)
+    return train.reference_log_probs(MODEL.forward, params, groups, batch_size=2, max_length=32)
 
 
 def batch_of(groups, rows=None, max_length=16):
@@ -99,18 +99,18 @@ run = lambda objective, params, batch: jax.jit(jax.value_and_grad(objective, has
 
 
 def test_log_probs_are_those_of_each_sequence_alone():
-    found = jax.jit(functools.partial(sequence_log_probs, MODEL))(BASE, batch_of(GROUPS))
+    found = jax.jit(functools.partial(sequence_log_probs, MODEL.forward))(BASE, batch_of(GROUPS))
     expected = slow(BASE, GROUPS)
     close(found.sums, expected)
     chex.assert_trees_all_equal(found.lengths, jnp.asarray(LENGTHS, jnp.float32))
     for group, row in zip(with_reference(), expected, strict=True):
         close(jnp.asarray(group.columns["ref_log_probs"]), row)
     with pytest.raises(ValueError, match=r"must be \[B, G, T\]"):
-        sequence_log_probs(MODEL, BASE, {"tokens": jnp.zeros((2, 3), jnp.int32)})
+        sequence_log_probs(MODEL.forward, BASE, {"tokens": jnp.zeros((2, 3), jnp.int32)})
 
 
 def test_a_policy_that_is_its_reference_has_loss_log_2():
-    objective = preference(MODEL, functools.partial(dpo_loss, beta=0.3), beta=0.3)
+    objective = preference(MODEL.forward, functools.partial(dpo_loss, beta=0.3), beta=0.3)
     (loss, metrics), grads = run(objective, BASE, batch_of(with_reference()))
     close(loss, jnp.log(2.0))
     assert metrics["rewards/accuracy"].value == 0.5
@@ -127,7 +127,7 @@ def test_metrics_are_means_over_pairs():
     params = moved()
     batch = batch_of(with_reference())
     loss = functools.partial(ipo_loss, beta=0.2)
-    (value, metrics), _ = run(preference(MODEL, loss, beta=0.2), params, batch)
+    (value, metrics), _ = run(preference(MODEL.forward, loss, beta=0.2), params, batch)
     policy = np.asarray(slow(params, GROUPS))
     ratio = policy - np.asarray(slow(BASE, GROUPS))
     n = np.array(LENGTHS)
@@ -143,14 +143,14 @@ def test_metrics_are_means_over_pairs():
 
 
 OBJECTIVES = {
-    "dpo": preference(MODEL, dpo_loss),
-    "simpo": preference(MODEL, simpo_loss),
-    "wpo": preference(MODEL, dpo_loss, use_weighting=True),
-    "kto": kto(MODEL, beta=0.3, undesirable_weight=0.5),
-    "bco": bco(MODEL),
-    "reward": pairwise_reward(MODEL, center_rewards_coefficient=0.1),
-    "outcome": outcome_reward(MODEL),
-    "process": process_reward(MODEL),
+    "dpo": preference(MODEL.forward, dpo_loss),
+    "simpo": preference(MODEL.forward, simpo_loss),
+    "wpo": preference(MODEL.forward, dpo_loss, use_weighting=True),
+    "kto": kto(MODEL.forward, beta=0.3, undesirable_weight=0.5),
+    "bco": bco(MODEL.forward),
+    "reward": pairwise_reward(MODEL.forward, center_rewards_coefficient=0.1),
+    "outcome": outcome_reward(MODEL.forward),
+    "process": process_reward(MODEL.forward),
 }
 
 
@@ -191,12 +191,12 @@ def test_the_base_under_an_adapter_is_the_reference(quantise):
         start = adapt(jax.random.key(3), BASE, {KERNELS: quantised(quantise)})
     adapted = moved(adapt(jax.random.key(4), start, rules))
     chex.assert_trees_all_equal_structs(base_params(adapted), adapt(jax.random.key(0), start, {}))
-    objective = preference(MODEL, dpo_loss, reference=base_params)
+    objective = preference(MODEL.forward, dpo_loss, reference=base_params)
     (loss, _), grads = run(lambda t, b, k: objective(combine(t, partition(adapted)[1]), b, k),
                            partition(adapted)[0], batch_of(GROUPS))  # fmt: skip
     columns = batch_of(with_reference(params=start))
     (again, _), grads_again = run(
-        lambda t, b, k: preference(MODEL, dpo_loss)(combine(t, partition(adapted)[1]), b, k),
+        lambda t, b, k: preference(MODEL.forward, dpo_loss)(combine(t, partition(adapted)[1]), b, k),
         partition(adapted)[0], columns)  # fmt: skip
     close((loss, grads), (again, grads_again))
     assert abs(float(loss) - np.log(2)) > 1e-3
@@ -232,7 +232,7 @@ def test_kto_is_its_formula_and_its_kl_passes_no_gradient():
 
 def test_wpo_weights_come_from_the_whole_distribution():
     params, batch = moved(), batch_of(GROUPS)
-    run = jax.jit(functools.partial(sequence_log_probs, MODEL, wpo=True))
+    run = jax.jit(functools.partial(sequence_log_probs, MODEL.forward, wpo=True))
     weights = run(params, batch).weights
     part = GROUPS[1].parts[0]
     log_p = jax.nn.log_softmax(MODEL.apply({"params": params}, part.tokens[None]).logits[0])
@@ -251,15 +251,17 @@ def test_wpo_weights_come_from_the_whole_distribution():
 def test_length_desensitised_log_probs_are_of_policy_and_reference_alike():
     params = moved()
     options = dict(batch_size=4, max_length=32, ld_alpha=0.25)
-    scored = train.reference_log_probs(MODEL, BASE, GROUPS, **options)
-    run = jax.jit(functools.partial(sequence_log_probs, MODEL, ld_alpha=0.25))
+    scored = train.reference_log_probs(MODEL.forward, BASE, GROUPS, **options)
+    run = jax.jit(functools.partial(sequence_log_probs, MODEL.forward, ld_alpha=0.25))
     sums = run(params, batch_of(GROUPS)).sums
     part = GROUPS[0].parts[0]  # of 3 tokens, the other of 2: its last counts a quarter
     log_p = jax.nn.log_softmax(MODEL.apply({"params": params}, part.tokens[None]).logits[0])
     picked = log_p[np.arange(len(part.tokens) - 1), part.tokens[1:]][-3:]
     close(sums[0, 0], picked[0] + picked[1] + 0.25 * picked[2])
     close(sums[0, 1], slow(params, GROUPS)[0, 1])
-    value, _ = jax.jit(preference(MODEL, dpo_loss, ld_alpha=0.25))(params, batch_of(scored), None)
+    value, _ = jax.jit(preference(MODEL.forward, dpo_loss, ld_alpha=0.25))(
+        params, batch_of(scored), None
+    )
     ratios = sums - np.stack([group.columns["ref_log_probs"] for group in scored])
     close(value, jnp.mean(-jax.nn.log_sigmoid(0.1 * (ratios[:, 0] - ratios[:, 1]))))
 
@@ -269,9 +271,11 @@ def test_hypo_adds_the_gradient_of_the_surrogate():
     batch = batch_of(with_reference())
     online = with_reference(groups_of(5, [(3, 4), (2, 2)]))
     both = batch | {"online": batch_of(online)}
-    plain = run(preference(MODEL, dpo_loss), params, batch)
-    chex.assert_trees_all_equal(run(hypo(MODEL, dpo_loss, kl_weight=0.0), params, both), plain)
-    (_, metrics), grads = run(hypo(MODEL, dpo_loss, kl_weight=0.5), params, both)
+    plain = run(preference(MODEL.forward, dpo_loss), params, batch)
+    chex.assert_trees_all_equal(
+        run(hypo(MODEL.forward, dpo_loss, kl_weight=0.0), params, both), plain
+    )
+    (_, metrics), grads = run(hypo(MODEL.forward, dpo_loss, kl_weight=0.5), params, both)
     ratios = slow(params, online) - np.stack([g.columns["ref_log_probs"] for g in online])
     advantages = ratios - ratios[:, ::-1]  # of two samples, the other is the baseline
 
@@ -282,12 +286,12 @@ def test_hypo_adds_the_gradient_of_the_surrogate():
     chex.assert_trees_all_close(grads, expected, rtol=1e-4, atol=1e-5)
     close(metrics["kl"].value, jnp.mean(ratios))  # and not the surrogate's value
     with pytest.raises(ValueError, match="no 'online' samples"):
-        hypo(MODEL, dpo_loss)(params, batch, None)
+        hypo(MODEL.forward, dpo_loss)(params, batch, None)
 
 
 def test_rewards_are_read_at_the_last_token_of_the_completion():
     params, batch = params_for("reward"), batch_of(GROUPS)
-    rewards, present = jax.jit(functools.partial(sequence_rewards, MODEL))(params, batch)
+    rewards, present = jax.jit(functools.partial(sequence_rewards, MODEL.forward))(params, batch)
     assert present.all()
     part = GROUPS[1].parts[0]
     hidden = MODEL.apply({"params": moved()}, part.tokens[None]).hidden[0, -1]
@@ -295,7 +299,7 @@ def test_rewards_are_read_at_the_last_token_of_the_completion():
     kernel = add_reward_head(jax.random.key(1), {}, 9999)["reward"]["kernel"]
     assert kernel.shape == (9999, 1) and abs(float(kernel.std()) - 0.01) < 4e-4
     with pytest.raises(ValueError, match="no 'reward' head"):
-        token_rewards(MODEL, BASE, batch)
+        token_rewards(MODEL.forward, BASE, batch)
 
 
 def test_process_rewards_are_of_steps():
@@ -303,8 +307,8 @@ def test_process_rewards_are_of_steps():
     ends = np.array([[2, 3, -1], [4, 5, 6], [4, -1, -1], [6, 9, -1]])
     labels = np.array([[1, 0, 0], [1, 1, 0], [0, 0, 0], [1, 1, 0]], bool)
     columns = {"step_ends": ends, "step_labels": labels}
-    loss, metrics = jax.jit(process_reward(MODEL))(params, batch | columns, None)
-    values = jax.jit(functools.partial(token_rewards, MODEL))(params, batch)[:, 0]
+    loss, metrics = jax.jit(process_reward(MODEL.forward))(params, batch | columns, None)
+    values = jax.jit(functools.partial(token_rewards, MODEL.forward))(params, batch)[:, 0]
     signed = [
         values[b, t] * (1 if labels[b, s] else -1)
         for b in range(4) for s, t in enumerate(ends[b]) if t >= 0
@@ -327,9 +331,9 @@ def test_training_learns_its_pairs(name):
 
 
 def test_orpo_reads_the_likelihood_of_the_prompt():
-    objective = preference(MODEL, functools.partial(orpo_loss, nll_on_prompt=True))
+    objective = preference(MODEL.forward, functools.partial(orpo_loss, nll_on_prompt=True))
     (loss, _), _ = run(objective, BASE, batch_of(GROUPS))
-    (plain, _), _ = run(preference(MODEL, orpo_loss), BASE, batch_of(GROUPS))
+    (plain, _), _ = run(preference(MODEL.forward, orpo_loss), BASE, batch_of(GROUPS))
     everything = [
         dataclasses.replace(g.parts[0], loss_mask=np.ones(20, np.float32)) for g in GROUPS
     ]
@@ -363,8 +367,8 @@ def train_on(objective, optimizer, *adds, params=None, steps=5):
 @pytest.mark.parametrize("adapter", [None, "paca"])
 def test_a_moving_reference_is_that_of_the_policy_so_far(adapter):
     """TR-DPO against a loop with a reference of its own, and in its limits."""
-    objective = preference(MODEL, functools.partial(dpo_loss, beta=0.5))
-    add, params = train.moving_reference_log_probs(MODEL), moved()
+    objective = preference(MODEL.forward, functools.partial(dpo_loss, beta=0.5))
+    add, params = train.moving_reference_log_probs(MODEL.forward), moved()
     if adapter:
         rules = named_rules(adapter, rank=2, target=KERNELS)
         params = train.commit(moved(adapt(jax.random.key(3), BASE, rules)))
@@ -396,14 +400,14 @@ def test_a_moving_reference_is_that_of_the_policy_so_far(adapter):
 
 def test_the_delta_of_bco_is_the_mean_of_all_rewards_so_far():
     optimizer = sgd(running_mean("rewards/mean"))
-    history = train_on(bco(MODEL, beta=0.5), optimizer, train.with_running_mean)
+    history = train_on(bco(MODEL.forward, beta=0.5), optimizer, train.with_running_mean)
     rewards = np.array([row["rewards/mean"] for row in history])
     assert np.ptp(rewards) > 1e-2
     wanted = np.cumsum(rewards) / np.arange(1, 6)
     np.testing.assert_allclose([row["delta"] for row in history], wanted, rtol=1e-4)
     # Of a batch alone it is its own mean; undesirable completions weigh what their ratio says.
     batch = batch_of(with_reference()) | {"density_ratio": np.array([2.0, 5.0, 0.5, 5.0])}
-    (loss, metrics), _ = run(bco(MODEL, beta=0.5), moved(), batch)
+    (loss, metrics), _ = run(bco(MODEL.forward, beta=0.5), moved(), batch)
     ratio = (np.asarray(slow(moved(), GROUPS)) - np.asarray(slow(BASE, GROUPS)))[:, 0]
     good = np.arange(4) % 2 == 1
     z = 0.5 * ratio - 0.5 * ratio.mean()
@@ -415,9 +419,9 @@ def test_the_delta_of_bco_is_the_mean_of_all_rewards_so_far():
 def test_a_missing_reference_is_explained():
     batch = batch_of(GROUPS)
     for objective, message in [
-        (preference(MODEL, dpo_loss), "give ref_chosen and ref_rejected"),
-        (kto(MODEL), "reference_log_probs"),
-        (bco(MODEL), "reference_log_probs"),
+        (preference(MODEL.forward, dpo_loss), "give ref_chosen and ref_rejected"),
+        (kto(MODEL.forward), "reference_log_probs"),
+        (bco(MODEL.forward), "reference_log_probs"),
     ]:
         with pytest.raises(ValueError, match=message):
             objective(BASE, batch, None)

@@ -41,7 +41,7 @@ def test_packed_rows_give_the_loss_and_gradient_of_records_alone():
     stack = lambda rows: jax.tree.map(lambda *x: jnp.asarray(np.stack(x)), *rows)
     packed = stack([row(records[:2]), row(records[2:])])
     alone = stack([row([record]) for record in records])
-    run = jax.jit(jax.value_and_grad(supervised(model), has_aux=True))
+    run = jax.jit(jax.value_and_grad(supervised(model.forward), has_aux=True))
     (loss, metrics), grads = run(params, packed, None)
     (loss_alone, metrics_alone), grads_alone = run(params, alone, None)
     chex.assert_trees_all_close((loss, grads), (loss_alone, grads_alone), rtol=1e-5, atol=1e-6)
@@ -49,7 +49,7 @@ def test_packed_rows_give_the_loss_and_gradient_of_records_alone():
     # With the cross-entropy given as a loss of logits, and weights that are not all one.
     packed["loss_mask"] *= jnp.linspace(0.0, 2.0, 10)[None]
     given = token_supervised(
-        model,
+        model.forward,
         lambda key, logits, targets, mask: losses.cross_entropy(logits, targets),
         lambda key, logits, targets: {"right": (jnp.argmax(logits, axis=-1) == targets) * 1.0},
     )

@@ -9,28 +9,32 @@ import numpy as np
 import optax
 import pytest
 
+from experiments.cli.optimizers import OF_PREDICTIONS, sharpen
 from jaxft.adapters import ALL_LINEAR, adapt, combine, lora, partition
-from jaxft.losses import kl_divergence, symmetric_kl_divergence
+from jaxft.losses import dpo_loss, kl_divergence, symmetric_kl_divergence
 from jaxft.metrics import Mean
-from jaxft.models import Decoder, Encoder, EncoderConfig, stack_layers, tiny_config
+from jaxft.models import Decoder, Encoder, EncoderConfig, stack_layers, tiny_config, with_noise
 from jaxft.objectives import (
     classifier_logits,
-    decoder_logits,
     embedding_noise,
     function_distance,
     mean_of,
     noise_distance,
     on_rows,
+    policy_gradient,
+    preference,
     r3f,
     r4f,
     sample_distance,
     shift,
     spectrally_normalised,
     supervised,
+    token_logits,
     trust_region,
 )
+from jaxft.objectives.policy import clipped, token_mean
 from jaxft.optim import tram, tram_fisher, with_tram, with_tram_fisher
-from jaxft.train import accumulate, fit
+from jaxft.train import accumulate, fit, init_state, make_step
 
 SMALL = dict(
     hidden_size=32, intermediate_size=48, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=16
@@ -59,7 +63,7 @@ def logits_of(params, **options):
 
 
 def test_function_distance_is_the_mean_over_counted_tokens(params, other):
-    distance = jax.jit(function_distance(decoder_logits(MODEL)))
+    distance = jax.jit(function_distance(token_logits(MODEL.forward)))
     d = distance(other, params, BATCH, KEY)
     _, weights = shift(BATCH)
     p, q = jax.nn.softmax(logits_of(other)), jax.nn.softmax(logits_of(params))
@@ -73,8 +77,56 @@ def test_function_distance_is_the_mean_over_counted_tokens(params, other):
     assert not any(leaf.any() for leaf in jax.tree.leaves(by_target))
 
 
+def test_a_distance_of_pairs_or_of_experience_is_that_of_their_counted_tokens(params, other):
+    distance = jax.jit(function_distance(token_logits(MODEL.forward)))
+    alone = distance(other, params, BATCH, KEY)
+    # Pairs: the same rows two by two, with a column of their records.
+    pairs = {name: x.reshape(2, 2, 6) for name, x in BATCH.items()} | {"label": jnp.ones(2)}
+    chex.assert_trees_all_close(distance(other, params, pairs, KEY), alone, rtol=1e-6)
+    # Experience: the last three columns are completions, whose masks are those of loss_mask there.
+    rows = BATCH | {"loss_mask": BATCH["loss_mask"] * (jnp.arange(6) >= 3)[None]}
+    learnt = {"tokens": BATCH["tokens"], "completion_mask": rows["loss_mask"][:, 3:] > 0}
+    expected = distance(other, params, rows, KEY)
+    assert 0 < expected.weight < alone.weight
+    chex.assert_trees_all_close(distance(other, params, learnt, KEY), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", OF_PREDICTIONS)
+def test_methods_of_predictions_go_with_preferences_and_experience(params, other, name):
+    """One step of each with microbatches: finite, and not the plain one's."""
+    pairs = {n: x.reshape(2, 2, 6) for n, x in BATCH.items()} | {"ref_log_probs": -jnp.ones((2, 2))}
+    pairs["loss_mask"] = jnp.ones((2, 2, 6)) * (jnp.arange(6) > 2)[None, None]
+    experience = {"tokens": BATCH["tokens"], "completion_mask": jnp.ones((4, 3), bool)}
+    experience |= {
+        "sampler_log_probs": -jnp.ones((4, 3)),
+        "advantages": jnp.array([1.0, -1, 0.5, 2]),
+    }
+    makers = {
+        "preference": (lambda forward: preference(forward, dpo_loss), pairs),
+        "policy_gradient": (lambda f: policy_gradient(f, clipped(), token_mean), experience),
+    }
+    for build, batch in makers.values():
+        found = []
+        for method in ("none", name):
+            rho = None if method == "none" else 0.5
+            made = sharpen(method, build, MODEL.forward, optax.sgd(0.1), rho)
+            step = make_step(
+                made.objective,
+                made.optimizer,
+                gradient=made.gradient,
+                extra_args=made.extra_args,
+                microbatches=2,
+            )
+            state, step = init_state(params, made.optimizer, KEY), jax.jit(step)
+            for _ in range(2):  # The targets of some move with the first.
+                state, metrics = step(state, batch)
+                assert metrics["good"]
+            found.append(state.params["final_norm"]["scale"])
+        assert 1e-7 < float(jnp.max(jnp.abs(found[0] - found[1]))) < 1
+
+
 def test_a_distance_on_some_rows_is_that_of_their_batch(params, other):
-    distance = jax.jit(function_distance(decoder_logits(MODEL)))
+    distance = jax.jit(function_distance(token_logits(MODEL.forward)))
     some = on_rows(distance, 3)(other, params, BATCH | {"scale": 2.0}, KEY)
     rows = {name: x[jnp.array([0, 3])] for name, x in BATCH.items()}
     chex.assert_trees_all_close(
@@ -102,7 +154,7 @@ def test_noise_has_its_scale_and_goes_on_the_embeddings(params, kind):
     def logits_fn(params, batch, key, noise=None):
         if noise is not None:
             seen.append(noise(jnp.zeros(100_000)))
-        return decoder_logits(MODEL)(params, batch, key, noise)
+        return token_logits(MODEL.forward)(params, batch, key, noise)
 
     d = noise_distance(logits_fn, 0.3, kind)(params, BATCH, KEY)
     z = np.asarray(seen[0])
@@ -175,7 +227,7 @@ def test_a_classifier_of_tokens_has_its_noise_on_their_embeddings():
 
 
 def test_r3f_is_the_loss_and_both_directions_of_kl(params):
-    logits_fn, task = decoder_logits(MODEL), supervised(MODEL)
+    logits_fn, task = token_logits(MODEL.forward), supervised(MODEL.forward)
     objective = r3f(task, logits_fn, weight=0.7, sigma=0.3)
     (loss, metrics), grads = jax.jit(jax.value_and_grad(objective, has_aux=True))(
         params, BATCH, KEY
@@ -203,7 +255,7 @@ def test_r3f_is_the_loss_and_both_directions_of_kl(params):
 
 
 def test_a_penalty_of_weight_zero_is_the_objective_and_microbatches_add_up(params, other):
-    task, logits_fn = supervised(MODEL), decoder_logits(MODEL)
+    task, logits_fn = supervised(MODEL.forward), token_logits(MODEL.forward)
     d = function_distance(logits_fn)
     to_other = lambda p, batch, key: d(other, p, batch, key)
     run = lambda objective, m: jax.jit(accumulate(jax.value_and_grad, m)(objective, has_aux=True))(
@@ -252,7 +304,7 @@ def test_r4f_divides_the_head_by_its_largest_singular_value():
 
 def test_tram_runs_on_a_decoder_with_lora_and_microbatches(params):
     adapted = adapt(jax.random.key(1), params, {ALL_LINEAR: lora(2)})
-    task, logits_fn = supervised(MODEL), decoder_logits(MODEL)
+    task, logits_fn = supervised(MODEL.forward), token_logits(MODEL.forward)
     adam, run = optax.adam(1e-2), dict(steps=3, microbatches=2)
     distance = {"distance_fn": function_distance(logits_fn)}
     _, rows = fit(adapted, task, with_tram(adam), [BATCH] * 3, extra_args=distance, **run)
@@ -269,7 +321,10 @@ def test_tram_runs_on_a_decoder_with_lora_and_microbatches(params):
 def test_tram_fisher_on_lora_is_its_estimator_on_what_trains(params):
     adapted = adapt(jax.random.key(1), params, {ALL_LINEAR: lora(2)})
     noise = embedding_noise(0.3)
-    clean, noised = supervised(MODEL), supervised(MODEL, noise=lambda _, x: noise(KEY, x))
+    clean, noised = (
+        supervised(MODEL.forward),
+        supervised(with_noise(MODEL.forward, lambda _, x: noise(KEY, x))),
+    )
     whole = {"noised_fn": mean_of(noised)}
     sgd, run = optax.sgd(1.0), dict(steps=1)
     state, _ = fit(
@@ -319,10 +374,10 @@ def test_tram_x_as_an_estimator_and_as_a_transform_is_one_method(key):
 
 def test_bad_input(params):
     with pytest.raises(ValueError, match="sigma must be at least 0"):
-        noise_distance(decoder_logits(MODEL), -0.1)
+        noise_distance(token_logits(MODEL.forward), -0.1)
     with pytest.raises(ValueError, match="kind must be one of"):
-        noise_distance(decoder_logits(MODEL), kind="cauchy")
+        noise_distance(token_logits(MODEL.forward), kind="cauchy")
     with pytest.raises(ValueError, match="weight must be at least 0"):
-        trust_region(supervised(MODEL), None, -1.0)
+        trust_region(supervised(MODEL.forward), None, -1.0)
     with pytest.raises(ValueError, match="no 'head' among"):
         spectrally_normalised({"layers": 1.0})

@@ -21,7 +21,7 @@ from jaxft.losses.divergences import (
     symmetric_kl_divergence,
 )
 from jaxft.metrics import Mean
-from jaxft.objectives.trust_region import function_distance, noise_distance, sample_distance
+from jaxft.objectives.trust_regions import function_distance, noise_distance, sample_distance
 from jaxft.optim import parameter_distance
 
 RATE = 1e-2

@@ -76,7 +76,7 @@ def test_loss_and_gradients_equal_one_device(sizes, stacked, full):
         "loss_mask": (rng.random((8, 20)) < 0.5).astype(np.float32),
         "segment_ids": np.tile(np.arange(20) // 7 + 1, (8, 1)),
     }
-    objective = supervised(model, chunk=4)
+    objective = supervised(model.forward, chunk=4)
 
     def run(params, batch):
         trainable, frozen = partition(params)

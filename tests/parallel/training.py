@@ -92,7 +92,7 @@ def family(name):
     if name in DECODERS:
         config = decoder_config(dict(model_type=name) | _SIZES | DECODERS[name])
         model = Decoder(config, scan_layers=True)
-        return model, _params(model), supervised(model, chunk=8), packed_batch()
+        return model, _params(model), supervised(model.forward, chunk=8), packed_batch()
     names = {"pooler.dense.weight"} if name in ("bert", "roberta") else set()
     model = Encoder(encoder_config(_ENCODER | ENCODERS[name], names), scan_layers=True)
     return model, _params(model), _encoder_objective(model), _encoder_batch(model)

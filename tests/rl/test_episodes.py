@@ -10,7 +10,7 @@ import pytest
 from jaxft import rl
 from jaxft.generation import Generation, SamplingConfig
 from jaxft.objectives import policy_gradient
-from jaxft.objectives.policy_gradient import reinforce, token_mean
+from jaxft.objectives.policy import reinforce, token_mean
 from jaxft.rewards import ProcessPool, in_process
 from jaxft.rl.turns import ENVIRONMENT, FORCED, POLICY
 from tests.rl.rl_task import (
@@ -106,11 +106,11 @@ def test_the_loss_is_the_plain_softmax_of_the_policys_tokens():
     assert (batch["turns"] == 2).any() and (batch["author"] == FORCED).any()
     score = jax.jit(rl.policy_log_probs, static_argnums=0)
     np.testing.assert_allclose(
-        score(model, params, batch), batch["sampler_log_probs"], atol=1e-4
+        score(model.forward, params, batch), batch["sampler_log_probs"], atol=1e-4
     )  # So each turn was sampled from what the trainer sees.
     size = batch["author"].shape[1]
     advantages = np.linspace(-1, 1, len(batch["tokens"])).astype(np.float32)
-    objective = policy_gradient(model, reinforce(), token_mean)
+    objective = policy_gradient(model.forward, reinforce(), token_mean)
     loss, _ = jax.jit(objective)(params, batch | {"advantages": advantages}, None)
     logits = jax.jit(model.apply)(
         {"params": params},
@@ -197,7 +197,7 @@ def test_a_tool_that_raises_is_an_observation_and_one_that_hangs_ends_the_episod
 
 def test_a_run_of_episodes_trains():
     model, params = model_and_params()
-    credit, objective = rl.rloo(functools.partial(policy_gradient, model), 4, 0.0)
+    credit, objective = rl.rloo(functools.partial(policy_gradient, model.forward), 4, 0.0)
     env = rl.try_again(in_process(exact), "5", turns=2)
     config = SamplingConfig(max_new_tokens=4, stop_ids=(STOP,))
     sample = rl.episodes(model, Digits(), env, config, 4, next_turn=NEXT)

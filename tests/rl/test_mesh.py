@@ -27,13 +27,13 @@ def run(mesh, steps=4, checkpoints=None):
     params = adapt(jax.random.key(1), base, {ALL_LINEAR: lora(2)})
     if mesh is not None:
         base, params = shard_params(base, mesh), shard_params(params, mesh)
-    credit, objective = rl.ppo(functools.partial(policy_gradient, model), reward_kl=0.1)
+    credit, objective = rl.ppo(functools.partial(policy_gradient, model.forward), reward_kl=0.1)
     batches = rl.collect(
         rl.Prompts(PROMPTS, 2, RECORDS),
         rl.answers(model, Digits(), by_length, SAMPLING, 8),
         credit,
-        rl.add_old_policy(model, 1.0),
-        rl.add_reference(model, base, 1.0),
+        rl.add_old_policy(model.forward, 1.0),
+        rl.add_reference(model.forward, base, 1.0),
         updates=2,
         mesh=mesh,
     )

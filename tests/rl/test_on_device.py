@@ -9,7 +9,7 @@ from jaxft import rl
 from jaxft.rl.advantages import grpo_advantages
 from tests.rl.rl_task import PROMPTS, SAMPLING, STOP, TARGETS, model_and_params, taken
 
-CREDIT = lambda rewards, batch: {"advantages": grpo_advantages(rewards, 4)}
+CREDIT = lambda rewards, batch: {"advantages": grpo_advantages(rewards, len(rewards) // 2)}
 
 
 def test_equals_is_a_loop_over_rows():
@@ -54,7 +54,9 @@ def test_updates_share_a_rollout_and_know_old_and_reference():
         rows["advantages"][:, 0], grpo_advantages(jnp.asarray(value * 1.0), 4), atol=1e-5
     )
     for name, theirs in (("old_log_probs", params), ("ref_log_probs", moved)):
-        np.testing.assert_allclose(rows[name], rl.policy_log_probs(model, theirs, rows), atol=1e-5)
+        np.testing.assert_allclose(
+            rows[name], rl.policy_log_probs(model.forward, theirs, rows), atol=1e-5
+        )
     # Without its updates' scores, the sampler's are the old policy's.
     np.testing.assert_allclose(rows["old_log_probs"], rows["sampler_log_probs"], atol=1e-4)
 
@@ -73,12 +75,13 @@ def test_samples_for_evaluation_follow_the_policy():
 
 
 def test_rows_that_updates_do_not_divide_are_refused():
-    model, _ = model_and_params()
-    with pytest.raises(ValueError, match="2 prompts x 3 responses, .* 4 updates divide the rows"):
-        rl.collect_on_device(
-            model, rl.Prompts(PROMPTS, 2), rl.equals(TARGETS, 3), CREDIT, SAMPLING,
-            group_size=3, updates=4,
-        )  # fmt: skip
+    model, params = model_and_params()
+    batches = rl.collect_on_device(
+        model, rl.Prompts(PROMPTS, 2), rl.equals(TARGETS, 3), CREDIT, SAMPLING,
+        group_size=2, updates=3,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="4 responses cannot be split over 3 updates"):
+        taken(batches, params)
 
 
 def test_success_is_the_share_of_right_samples():

@@ -39,9 +39,11 @@ def lengths_as_rewards(completions, records):
 
 def collected(loss, rewards=lengths_as_rewards, group_size=3):
     model, base, params = start_and_now()
-    algorithm = rl.online_preference(functools.partial(policy_gradient, model), loss, group_size)
+    algorithm = rl.online_preference(
+        functools.partial(policy_gradient, model.forward), loss, group_size
+    )
     sample = rl.answers(model, Digits(), rewards, SAMPLING, group_size)
-    reference = rl.add_reference(model, base, 1.0)
+    reference = rl.add_reference(model.forward, base, 1.0)
     batches = rl.collect(rl.Prompts(PROMPTS, 4, RECORDS), sample, algorithm.credit, reference)
     return model, params, algorithm, *taken(batches, params, key=KEY)
 
@@ -69,7 +71,7 @@ def test_its_gradient_is_that_of_the_pairwise_objective(loss):
     groups = as_groups(batch, np.asarray(batch["ref_log_probs"]), 1)
     rows = np.stack([best, worst], axis=1)[paired]
     pairs = jax.tree.map(lambda x: x[:, 0][rows], groups)
-    offline = jax.jit(jax.value_and_grad(preference(model, loss), has_aux=True))
+    offline = jax.jit(jax.value_and_grad(preference(model.forward, loss), has_aux=True))
     (value, metrics), wanted = offline(params, pairs, None)
     online = jax.jit(jax.value_and_grad(algorithm.objective, has_aux=True))
     (_, shown), found = online(params, batch, None)
@@ -99,9 +101,9 @@ def test_groups_without_a_pair_teach_nothing():
 def test_online_dpo_learns_the_digits():
     model, params = model_and_params()
     loss = functools.partial(dpo_loss, beta=0.1)
-    algorithm = rl.online_preference(functools.partial(policy_gradient, model), loss, 8)
+    algorithm = rl.online_preference(functools.partial(policy_gradient, model.forward), loss, 8)
     sample = rl.answers(model, Digits(), in_process(exact), SamplingConfig(max_new_tokens=1), 8)
-    reference = rl.add_reference(model, params, 1.0)
+    reference = rl.add_reference(model.forward, params, 1.0)
     batches = rl.collect(rl.Prompts(PROMPTS, 4, RECORDS), sample, algorithm.credit, reference)
     _, history = fit(
         params, algorithm.objective, optax.adam(5e-3), batches, steps=40, key=jax.random.key(0)
@@ -113,10 +115,13 @@ def test_online_dpo_learns_the_digits():
 def test_xpo_pulls_away_from_what_the_reference_says():
     """Its gradient is that of loss + α log π(y_ref), formed from the same rows by a loop over groups."""
     model, base, params = start_and_now()
-    build, alpha = functools.partial(policy_gradient, model), 0.3
+    build, alpha = functools.partial(policy_gradient, model.forward), 0.3
     algorithm = rl.xpo(build, LOSS, 4, alpha)
     half = rl.answers(model, Digits(), lengths_as_rewards, SAMPLING, 2)
-    both, reference = rl.answers_of_both(half, model, base, 1.0), rl.add_reference(model, base, 1.0)
+    both, reference = (
+        rl.answers_of_both(half, model, base, 1.0),
+        rl.add_reference(model.forward, base, 1.0),
+    )
     batches = rl.collect(rl.Prompts(PROMPTS, 4, RECORDS), both, algorithm.credit, reference)
     (batch,) = taken(batches, params, key=KEY)
     given = batch["from_reference"].reshape(4, 4)
@@ -125,7 +130,7 @@ def test_xpo_pulls_away_from_what_the_reference_says():
     sampler = np.where(batch["from_reference"][:, None], batch["ref_log_probs"], 0)
     behaved = np.where(batch["from_reference"][:, None], batch["behaviour_log_probs"], 0)
     np.testing.assert_allclose(behaved, sampler, atol=1e-4)
-    scored = rl.policy_log_probs(model, params, batch)
+    scored = rl.policy_log_probs(model.forward, params, batch)
     np.testing.assert_allclose(batch["sampler_log_probs"], scored, atol=1e-4)
     own = np.asarray(batch["behaviour_log_probs"] - scored)[~batch["from_reference"]]
     assert np.abs(own).max() < 1e-4
@@ -135,7 +140,7 @@ def test_xpo_pulls_away_from_what_the_reference_says():
     values = np.asarray(batch["stats"]["reward"]).reshape(4, 4)
 
     def objective(params):
-        sums = sequence_log_probs(model, params, groups).sums
+        sums = sequence_log_probs(model.forward, params, groups).sums
         total, pairs = 0.0, 0
         for i in range(4):
             best, worst = int(values[i].argmax()), int(values[i].argmin())
@@ -175,18 +180,18 @@ def test_samples_beside_pairs_are_the_policy_s_own():
     assert (
         batch["tokens"].shape != other["tokens"].shape or (batch["tokens"] != other["tokens"]).any()
     )
-    ref = jax.jit(functools.partial(sequence_log_probs, model))(base, batch)
+    ref = jax.jit(functools.partial(sequence_log_probs, model.forward))(base, batch)
     np.testing.assert_allclose(batch["ref_log_probs"], ref.sums, rtol=1e-4, atol=1e-5)
     assert (np.asarray(ref.lengths) == batch["loss_mask"].sum(-1)).all()
     seen = batch["segment_ids"] * (batch["loss_mask"] == 0)
     prompts = [batch["tokens"][i, 0][seen[i, 0] > 0].tolist() for i in range(2)]
     assert all(prompt in PROMPTS for prompt in prompts) and prompts[0] != prompts[1]
     # Of the start itself the KL is 0; of the policy its estimate is the mean log-ratio.
-    objective = jax.jit(hypo(model, LOSS, kl_weight=1.0))
+    objective = jax.jit(hypo(model.forward, LOSS, kl_weight=1.0))
     pair = {k: v[:, :2] for k, v in batch.items()}
     _, metrics = objective(base, pair | {"online": batch}, None)
     assert abs(float(metrics["kl"].value)) < 1e-4
-    now = jax.jit(functools.partial(sequence_log_probs, model))(params, batch)
+    now = jax.jit(functools.partial(sequence_log_probs, model.forward))(params, batch)
     _, metrics = objective(params, pair | {"online": batch}, None)
     expected = float(jnp.mean(now.sums - batch["ref_log_probs"]))
     assert float(metrics["kl"].value) == pytest.approx(expected, rel=1e-3)

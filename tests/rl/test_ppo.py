@@ -19,7 +19,7 @@ from jaxft.objectives import (
     with_value_head,
     without_value_head,
 )
-from jaxft.objectives.policy_gradient import reinforce, token_mean
+from jaxft.objectives.policy import reinforce, token_mean
 from jaxft.rewards import in_process
 from jaxft.rl.collection import in_parts
 from jaxft.train import Checkpoints, fit
@@ -61,7 +61,7 @@ def batch(params):
         "completion_mask": jnp.asarray(mask),
     }
     read = jax.jit(completion_values, static_argnums=0)
-    log_probs, values = read(model, params, fields)
+    log_probs, values = read(model.forward, params, fields)
     noise = jnp.asarray(rng.normal(size=(4, *mask.shape)) * mask, jnp.float32)
     return fields | {
         "sampler_log_probs": log_probs,
@@ -81,7 +81,7 @@ def make(reward_kl=BETA, lam=LAM, clip=CLIP, **settings):
     model, _ = model_and_params()
     settings = dict(value_clip=VALUE_CLIP, value_weight=WEIGHT) | settings
     return rl.ppo(
-        functools.partial(policy_gradient, model), reward_kl, lam=lam, clip=clip, **settings
+        functools.partial(policy_gradient, model.forward), reward_kl, lam=lam, clip=clip, **settings
     )
 
 
@@ -118,7 +118,7 @@ def test_credit_equals_a_slow_loop(batch, credited):
 def test_loss_equals_a_slow_loop(params, credited):
     model, _ = model_and_params()
     (loss, metrics), _ = gradient(make().objective, params, credited)
-    log_probs, values = completion_values(model, params, credited)
+    log_probs, values = completion_values(model.forward, params, credited)
     total, critic, count = 0.0, 0.0, 0
     for i, t in zip(*np.nonzero(credited["completion_mask"]), strict=True):
         at = lambda name, i=i, t=t: float(credited[name][i, t])
@@ -157,7 +157,7 @@ def test_a_detached_critic_teaches_its_head_alone(params, credited):
 
     def grads(**settings):
         critic = value_loss(WEIGHT, VALUE_CLIP, **settings)
-        objective = policy_gradient(model, nothing, token_mean, auxiliary=critic)
+        objective = policy_gradient(model.forward, nothing, token_mean, auxiliary=critic)
         return gradient(objective, params, credited)[1]
 
     shared, alone = grads(), grads(detach=True)
@@ -171,13 +171,15 @@ def test_limits(params, batch):
     zeros = fresh | {"old_values": jnp.zeros_like(batch["old_values"])}
     # No values and λ = 1: returns are the rewards to go, REINFORCE++'s advantages.
     given = make(reward_kl=0.0, lam=1.0).credit(REWARDS, zeros)
-    plain = rl.reinforce_plus_plus(functools.partial(policy_gradient, model)).credit(REWARDS, zeros)
+    plain = rl.reinforce_plus_plus(functools.partial(policy_gradient, model.forward)).credit(
+        REWARDS, zeros
+    )
     close(given["advantages"], plain["advantages"])
     close(given["returns"], jnp.where(given["completion_mask"], REWARDS[:, None], 0.0))
     # One step on a rollout, no clip and no critic: the policy gradient.
     on_policy = zeros | given
     _, objective = make(clip=math.inf, value_weight=0.0)
-    build = functools.partial(policy_gradient, model)
+    build = functools.partial(policy_gradient, model.forward)
     wanted = gradient(build(reinforce(), token_mean), params, on_policy)[1]
     jax.tree.map(close, gradient(objective, params, on_policy)[1], wanted)
     # A critic that is right leaves nothing.
@@ -210,13 +212,13 @@ def test_the_weight_of_the_kl_adapts():
         losses.adapted_kl_weight(0.5, 1.0, 10, target=0.0)
     model, params = model_and_params()
     with pytest.raises(ValueError, match="kl_control needs ref_log_probs"):
-        taken(collector(make().credit, rl.add_old_policy(model, 1.0)), params)
+        taken(collector(make().credit, rl.add_old_policy(model.forward, 1.0)), params)
 
 
 def collector(credit, *transforms):
     model, params = model_and_params()
     control = rl.KlControl(weight=0.1, target=1e-3, horizon=100.0)
-    scores = rl.add_old_policy(model, 1.0), rl.add_reference(model, params, 1.0)
+    scores = rl.add_old_policy(model.forward, 1.0), rl.add_reference(model.forward, params, 1.0)
     sample = rl.answers(model, Digits(), in_process(exact), ONE_TOKEN, 8)
     return rl.collect(
         rl.Prompts(PROMPTS, 8, RECORDS), sample, credit, *(transforms or scores),

@@ -62,7 +62,7 @@ def test_the_trainer_agrees_with_the_sampler(temperature, top_k):
         response = batch["tokens"][i, -size:][batch["completion_mask"][i]]
         assert response.tolist() == completions[i]
         assert batch["truncated"][i] == (completions[i][-1] != STOP)
-    scored = rl.policy_log_probs(model, params, batch, temperature)
+    scored = rl.policy_log_probs(model.forward, params, batch, temperature)
     assert np.abs(scored - batch["sampler_log_probs"]).max() < 1e-4
     behaviour, full = batch["behaviour_log_probs"], batch["sampler_log_probs"]
     # What top-k keeps has less than all of the mass.
@@ -95,7 +95,7 @@ def test_fifty_mixed_batches_compile_once_a_bucket():
             batch, _ = rl.sample_groups(model, params, prompts, key, config, group)
             shapes.add((longest, count, group))
             if (count, group) == (8, 2):
-                rl.policy_log_probs(model, params, batch)
+                rl.policy_log_probs(model.forward, params, batch)
     assert len(shapes) > 30
     # Of responses, scoring sees two buckets: 16 and the limit. The rest is small: keys, flags of rows.
     most = {"prefill": 2, "fork": 4, "_decode": 4, "completion_log_probs": 4}
@@ -121,7 +121,7 @@ def test_experience_follows_from_params_carry_and_key_alone():
 
 def test_several_updates_share_a_rollout():
     model, params = model_and_params()
-    old = rl.add_old_policy(model, 1.0)
+    old = rl.add_old_policy(model.forward, 1.0)
     one, two = taken(collector(by_length, old, updates=2), params, 2)
     (whole,) = taken(collector(by_length), params)
     assert len(one["tokens"]) == len(two["tokens"]) == 4
@@ -143,7 +143,7 @@ def test_rollouts_of_several_updates_have_one_shape():
     sample = rl.answers(model, Digits(), by_length, SAMPLING, 4)
     shapes = lambda batches: {batch["tokens"].shape[1] for batch in taken(batches, params, 4)}
     assert len(shapes(rl.collect(prompts, sample, CREDIT))) == 2
-    old = rl.add_old_policy(model, 1.0)
+    old = rl.add_old_policy(model.forward, 1.0)
     assert shapes(rl.collect(prompts, sample, CREDIT, old, updates=2)) == {24 + 3}
 
 
@@ -160,7 +160,7 @@ def test_columns_stand_at_every_response_of_their_prompt_and_reach_the_sampler()
     sample = rl.until_contrast(
         rl.answers(model, Digits(), by_length, SAMPLING, 4, sampler=sampler), 2
     )
-    old = rl.add_old_policy(model, 1.0)
+    old = rl.add_old_policy(model.forward, 1.0)
     parts = taken(rl.collect(prompts, sample, CREDIT, old, updates=2, epochs=2), params, 4)
     for batch in parts:
         first = batch["tokens"][:, :16][:, -2]  # the prompt's digit
@@ -194,7 +194,7 @@ def test_rewards_are_checked_and_missing_ones_defined():
 def test_sizes_and_greedy_sampling_are_errors():
     model, params = model_and_params()
     with pytest.raises(ValueError, match="8 responses cannot be split over 3"):
-        taken(collector(None, rl.add_old_policy(model, 1.0), updates=3), params)
+        taken(collector(None, rl.add_old_policy(model.forward, 1.0), updates=3), params)
     with pytest.raises(ValueError, match="0 epochs must be positive"):
         collector(epochs=0)
     with pytest.raises(ValueError, match="tries must be at least 1"):
@@ -247,7 +247,7 @@ def test_dynamic_sampling_goes_on_until_groups_have_contrast():
 def test_a_policy_learns_a_task_in_seconds(name):
     """Sampling, rewards and advantages on the device; one answer of about 8 is right at first."""
     model, params = model_and_params()
-    build = functools.partial(policy_gradient, model)
+    build = functools.partial(policy_gradient, model.forward)
     credit, objective = {
         "reinforce": rl.reinforce_with_baseline(build),
         "grpo": rl.grpo(build, 8),
@@ -283,14 +283,14 @@ def test_host_and_device_collect_the_same():
 
 def test_a_run_with_several_updates_learns_on_the_host():
     model, params = model_and_params()
-    build = functools.partial(policy_gradient, model, kl_weight=1e-3)
+    build = functools.partial(policy_gradient, model.forward, kl_weight=1e-3)
     credit, objective = rl.grpo(build, 8)
     batches = rl.collect(
         rl.Prompts(PROMPTS, 8, RECORDS),
         rl.answers(model, Digits(), in_process(exact), ONE_TOKEN, 8),
         credit,
-        rl.add_old_policy(model, 1.0),
-        rl.add_reference(model, params, 1.0),
+        rl.add_old_policy(model.forward, 1.0),
+        rl.add_reference(model.forward, params, 1.0),
         updates=2,
     )
     _, history = fit(params, objective, optax.adam(3e-3), batches, steps=60)

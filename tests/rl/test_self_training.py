@@ -39,17 +39,17 @@ def batch():
 
 def test_the_online_loss_is_half_of_each_cross_entropy(batch):
     model, params = model_and_params()
-    run = jax.jit(jax.value_and_grad(rl.online_self_training(model), has_aux=True))
+    run = jax.jit(jax.value_and_grad(rl.online_self_training(model.forward), has_aux=True))
 
     def with_rewards(*rewards):
         samples = batch["samples"]
         credit = rl.right_samples(jnp.array(rewards), samples)
         return run(params, batch | {"samples": samples | credit}, None)
 
-    gold = lambda p: supervised(model)(p, batch["gold"], None)[0]
+    gold = lambda p: supervised(model.forward)(p, batch["gold"], None)[0]
     given, gold_grads = jax.jit(jax.value_and_grad(gold))(params)
     (loss, metrics), _ = with_rewards(1.0, 0.1, 1.0)
-    log_probs = np.asarray(completion_log_probs(model, params, batch["samples"]))
+    log_probs = np.asarray(completion_log_probs(model.forward, params, batch["samples"]))
     own = -(log_probs[0].sum() + log_probs[2].sum()) / 6
     np.testing.assert_allclose(loss, 0.5 * own + 0.5 * given, rtol=1e-5)
     np.testing.assert_allclose(metrics["right"].value, 2 / 3, rtol=1e-6)

@@ -153,7 +153,7 @@ def test_reverse_sparsification_keeps_the_function_and_the_state(stacked):
     rules = {MLP: monarch(blocks=2), ".*": full()}
     params = adapt(KEY, params, rules)
     optimizer = train.make_optimizer(1e-2, total_steps=20)
-    run = train.jit_step(train.make_step(supervised(model), optimizer))
+    run = train.jit_step(train.make_step(supervised(model.forward), optimizer))
     state = train.init_state(params, optimizer, KEY)
     for _ in range(3):
         state, metrics = run(state, {"tokens": tokens})

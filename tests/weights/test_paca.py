@@ -226,7 +226,7 @@ def test_a_plain_loop_trains_it(stacked, quantise):
     adapted = adapt(KEY, params, {r"layers/.*/kernel": paca(8)})
     trainable, frozen = partition(adapted)
     optimizer = optax.adam(1e-2)
-    objective = lambda p: supervised(model)(p, batch, KEY)[0]
+    objective = lambda p: supervised(model.forward)(p, batch, KEY)[0]
 
     @jax.jit
     def step(trainable, opt_state):
@@ -268,7 +268,7 @@ def test_writing_rows_copies_no_kernel(stacked):
     params = stack_layers(params) if stacked else params
     adapted = adapt(KEY, params, {ALL_LINEAR: paca(4)})
     optimizer = optax.adam(1e-2)
-    run = train.jit_step(train.make_step(supervised(model), optimizer))
+    run = train.jit_step(train.make_step(supervised(model.forward), optimizer))
     compiled = run.lower(train.init_state(adapted, optimizer, KEY), batch).compile()
     up = adapted["layers"]["mlp" if stacked else "0"]
     up = (up if stacked else up["mlp"])["up"]["kernel"].base
@@ -290,7 +290,7 @@ def test_no_full_width_input_is_kept_for_a_weight_gradient():
         trainable, frozen = partition(
             adapt(KEY, _params(model), {r"layers/.*/(up|gate|down)/kernel": rule})
         )
-        loss = lambda t: supervised(model)(combine(t, frozen), batch, KEY)[0]
+        loss = lambda t: supervised(model.forward)(combine(t, frozen), batch, KEY)[0]
         shapes = [tuple(aval.shape) for aval, _ in saved_residuals(loss, trainable)]
         # Some products lay the tokens in rows.
         wide = [s for s in shapes if s[-1:] == (config.intermediate_size,) and len(s) < 4]
@@ -315,7 +315,7 @@ def test_a_block_keeps_nothing_as_wide_as_an_input_beyond_the_frozen_base():
         # The embedding trains in all, so that gradients pass through every block.
         rules = {**rules, "embed/embedding": lambda key, kernel: kernel}
         trainable, frozen = partition(adapt(KEY, _params(model), rules))
-        loss = lambda t: supervised(model)(combine(t, frozen), batch, KEY)[0]
+        loss = lambda t: supervised(model.forward)(combine(t, frozen), batch, KEY)[0]
         return Counter(
             tuple(aval.shape)
             for aval, where in saved_residuals(loss, trainable)
@@ -430,7 +430,9 @@ def _batch():
 
 
 def _run(model, params, optimizer, batch, microbatches=1, steps=4):
-    run = train.jit_step(train.make_step(supervised(model), optimizer, microbatches=microbatches))
+    run = train.jit_step(
+        train.make_step(supervised(model.forward), optimizer, microbatches=microbatches)
+    )
     # The step donates its state: tests keep theirs.
     state = train.init_state(jax.tree.map(jnp.copy, params), optimizer, KEY)
     losses = []

@@ -151,9 +151,9 @@ def method(name: str, model: Decoder, base: Any, pairs: list, images: world.Case
     prompts = np.array([pair["prompt"] for pair in pairs])
     side = lambda name: world.rows(prompts, [pair[name] for pair in pairs])
     if name == "more SFT":
-        return supervised(model), world.rows(images.prompts, images.reports)
+        return supervised(model.forward), world.rows(images.prompts, images.reports)
     if name == "best of 4":
-        return supervised(model), side("chosen")
+        return supervised(model.forward), side("chosen")
     good, bad = side("chosen"), side("rejected")
     if name == "KTO":
         both = {k: np.concatenate([good[k], bad[k]]) for k in good}
@@ -165,7 +165,7 @@ def method(name: str, model: Decoder, base: Any, pairs: list, images: world.Case
         mixed = world.rows(np.concatenate([prompts, prompts]), swapped)
         rows = {k: np.stack([both[k], mixed[k]], axis=1) for k in both}
         rows["label"] = np.arange(2 * len(pairs)) < len(pairs)
-        return kto(model, beta=0.1, reference=lambda params: base), rows
+        return kto(model.forward, beta=0.1, reference=lambda params: base), rows
     loss = {
         "DPO": functools.partial(losses.dpo_loss, beta=0.1),
         "IPO": functools.partial(losses.ipo_loss, beta=0.5),
@@ -174,7 +174,7 @@ def method(name: str, model: Decoder, base: Any, pairs: list, images: world.Case
     }[name]
     reference = None if name in ("SimPO", "ORPO") else lambda params: base
     rows = {k: np.stack([good[k], bad[k]], axis=1) for k in good}
-    return preference(model, loss, beta=0.1, reference=reference), rows
+    return preference(model.forward, loss, beta=0.1, reference=reference), rows
 
 
 def measure(model: Decoder, params: Any, cases: world.Cases, *, key: jax.Array) -> dict[str, Any]:

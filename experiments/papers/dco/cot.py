@@ -125,7 +125,7 @@ def train_arm(
         return {}
 
     train.fit(
-        start.params, supervised(model), arithmetic.policy_optimizer(settings.learning_rate), collect,
+        start.params, supervised(model.forward), arithmetic.policy_optimizer(settings.learning_rate), collect,
         steps=settings.steps, key=jax.random.key(seed), callbacks=[train.every(settings.every, look)],
         carry={"steps": np.int32(0)},
     )  # fmt: skip

@@ -141,7 +141,7 @@ def run(config: Config, model: Decoder, num_samples: int, seed: int) -> list[dic
 
     train.fit(
         params,
-        coverage(model, num_samples),
+        coverage(model.forward, num_samples),
         optax.adamw(config.learning_rate, weight_decay=0.01),
         batches(),
         callbacks=[train.every(config.every * steps, look)],
@@ -241,7 +241,7 @@ def judge(metrics: dict[str, list]) -> list[Claim]:
 
 @functools.cache
 def _sums(model):
-    return jax.jit(lambda params, batch: sequence_log_probs(model, params, batch).sums)
+    return jax.jit(lambda params, batch: sequence_log_probs(model.forward, params, batch).sums)
 
 
 def _figure(metrics, output):

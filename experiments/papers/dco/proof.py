@@ -105,7 +105,7 @@ def run_seed(settings: Settings, seed: int) -> dict[str, list[dict[str, Any]]]:
             return {}
 
         train.fit(
-            params, step_coverage(model, width, DEPTH),
+            params, step_coverage(model.forward, width, DEPTH),
             optax.adamw(settings.learning_rate, weight_decay=0.01), batches(),
             callbacks=[train.every(settings.every * steps, look)], steps=settings.epochs * steps,
         )  # fmt: skip

@@ -21,7 +21,7 @@ from jaxft.keys import stream
 from jaxft.losses import dpo_loss, leave_one_out
 from jaxft.models import Decoder
 from jaxft.objectives import hypo, policy_gradient, preference, sequence_log_probs
-from jaxft.objectives.policy_gradient import reinforce, sequence_sum
+from jaxft.objectives.policy import reinforce, sequence_sum
 
 TOPICS, GOOD, BAD, NEUTRAL = 3, (3, 6), (6, 9), (9, 15)  # ids; topics come first
 LENGTH, TURN = 12, 4  # words of a text; good ones after which most are bad
@@ -132,9 +132,9 @@ def method(name: str, model: Decoder, base: Any, pairs: dict[str, Any], settings
     """(objective, its collect function) of a method; RLOO alone sees the true reward."""
     loss = functools.partial(dpo_loss, beta=settings.beta)
     objectives = {
-        "DPO": preference(model, loss, beta=settings.beta),
-        "HyPO": hypo(model, loss, beta=settings.beta, kl_weight=settings.kl_weight),
-        "RLOO": policy_gradient(model, reinforce(), sequence_sum),
+        "DPO": preference(model.forward, loss, beta=settings.beta),
+        "HyPO": hypo(model.forward, loss, beta=settings.beta, kl_weight=settings.kl_weight),
+        "RLOO": policy_gradient(model.forward, reinforce(), sequence_sum),
     }
     draw = _draw(name, model, settings)
     data = jax.tree.map(jnp.asarray, pairs)
@@ -207,7 +207,7 @@ def measure(model, base, pairs, params, key, *, settings: Settings) -> dict[str,
 
 
 def _sums(model, params, batch):
-    return sequence_log_probs(model, params, batch).sums
+    return sequence_log_probs(model.forward, params, batch).sums
 
 
 @functools.cache

@@ -151,7 +151,7 @@ def products(method: str) -> int:
 
 def compare(config: Config, task: Task) -> dict[str, Any]:
     """Losses on the test split by seed, each method at the rate that validation chose."""
-    objective = supervised(task.model)
+    objective = supervised(task.model.forward)
     eval_step = train.make_eval_step(objective)
     # Of dense params, so that one program serves all methods.
     score = lambda params, batches: train.evaluate(

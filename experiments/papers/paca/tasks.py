@@ -42,7 +42,7 @@ def small_task(config) -> Task:
     draw = functools.partial(random_rows, config=config)
     optimizer = train.make_optimizer(3e-3, total_steps=config.pretrain_steps)
     state, history = train.fit(
-        params, supervised(model), optimizer, draw(prose, 0), steps=config.pretrain_steps
+        params, supervised(model.forward), optimizer, draw(prose, 0), steps=config.pretrain_steps
     )
     print(f"pretrained: loss {history[-1]['loss']:.3f} nats a byte")
     rows = functools.partial(even_rows, config=config)

@@ -17,7 +17,7 @@ import numpy as np
 from experiments.papers.tram.methods import Task, train_together
 from jaxft.models import Decoder
 from jaxft.models.config import tiny_config
-from jaxft.objectives import decoder_logits, shift
+from jaxft.objectives import shift, token_logits
 
 HELD_OUT = 128  # rows of each split
 
@@ -79,7 +79,7 @@ def _task(settings: Settings, model: Decoder, params: Any, encode: Callable, see
     even = lambda rows: rows[np.linspace(0, len(rows) - 1, HELD_OUT).astype(int)]
     splits = {name: _pieces(encode(text), settings.length) for name, text in texts.items()}
     return Task(
-        decoder_logits(model),
+        token_logits(model.forward),
         lambda batch: shift(batch)[0],
         params,
         {"tokens": training},

@@ -1,12 +1,13 @@
 """Trust-region distances of models, and the penalties built from them (R3F, R4F).
 
-    distance = function_distance(decoder_logits(model))
+    distance = function_distance(token_logits(model.forward))
     make_step(objective, with_tram(adam), extra_args={"distance_fn": distance})  # TRAM-θ_{t-1}
-    noise = noise_distance(decoder_logits(model))
+    noise = noise_distance(token_logits(model.forward))
     make_step(objective, with_tram(adam, None), extra_args={"distance_fn": noise})  # TRAM-x
-    noised = mean_of(supervised(model, noise=embedding_noise()))
+    noised = mean_of(supervised(with_noise(model.forward, embedding_noise())))
     make_step(objective, with_tram_fisher(adam), extra_args={"noised_fn": noised})
 
+They go with any objective: `token_logits` reads batches of rows, of groups and of experience.
 Distances are Means over tokens or examples, in nats where the divergence is: parts of a batch add up.
 TRPO's and MESA's penalties have targets that move: see jaxft.optim.with_trust_region.
 """
@@ -28,8 +29,9 @@ from jaxft.losses.divergences import (
     symmetric_kl_divergence,
 )
 from jaxft.metrics import Mean, Terms, Undivided, terms_of
-from jaxft.objectives.reparametrised import reparametrised
-from jaxft.objectives.supervised import Objective, shift
+from jaxft.models import Forward, as_rows
+from jaxft.objectives.next_token import Objective, shift
+from jaxft.objectives.reparametrisation import reparametrised
 from jaxft.optim.perturbations import wide
 from jaxft.weights import to_dense
 
@@ -40,19 +42,22 @@ Divergence = Callable[[jax.Array, jax.Array], jax.Array]
 Kind = Literal["normal", "uniform"]
 
 
-def decoder_logits(model) -> LogitsFn:
-    """The logits of a jaxft.models.Decoder and its `shift` weights; noise goes on the tokens' embeddings.
+def token_logits(forward: Forward) -> LogitsFn:
+    """The logits of a language model where its batch trains it; noise goes on the tokens' embeddings.
 
-    All logits are held, [B, T, V] in float32: use microbatches where that is much.
+    The batch is one of rows [B, T] (`supervised`), of groups [B, G, T] (`preference`), each with its `shift`
+    weights, or of experience (`policy_gradient`), where the completion's tokens count 1. All logits are held,
+    [B, T, V] in float32: use microbatches, or `on_rows`, where that is much.
     """
 
     def logits_fn(params, batch, key, noise=None):
-        del key  # Nothing is drawn: no dropout.
-        _, weights = shift(batch)
-        names = ("positions", "segment_ids")
-        inputs = {name: batch.get(name) for name in names}
-        output = model.apply({"params": params}, batch["tokens"], noise=noise, **inputs)
-        return output.logits, weights
+        options = {} if noise is None else {"noise": noise}
+        found = forward(params, rows := as_rows(batch), key, **options)
+        if "completion_mask" not in batch:
+            return found.logits, shift(rows)[1]
+        mask = jnp.asarray(batch["completion_mask"])
+        before = slice(-mask.shape[1] - 1, -1)
+        return found.at(slice(None), before).logits, mask.astype(jnp.float32)
 
     return logits_fn
 

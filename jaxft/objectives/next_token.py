@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,32 +10,29 @@ import jax.numpy as jnp
 
 from jaxft.losses import linear_cross_entropy
 from jaxft.metrics import Mean, Terms, Undivided, WholeMean, terms_of
+from jaxft.models import Forward
 
 Objective = Callable[..., tuple[jax.Array, dict[str, Any]]]
 
 
-def supervised(
-    model, *, chunk: int = 64, noise: Callable[[jax.Array, jax.Array], jax.Array] | None = None
-) -> Objective:
+def supervised(forward: Forward, *, chunk: int = 64) -> Objective:
     """objective(params, batch, key) -> (token-mean cross-entropy in nats, metrics).
 
     `batch` holds `tokens` [B, T] and, each optional, `loss_mask` [B, T] (weight of each token as a
     target; default 1), `segment_ids` [B, T] (0 is padding) and `positions` [B, T]. The mean is over
-    the sum of weights; metrics["loss"] carries it, so that microbatches add up. `noise` (key, x) -> x moves
-    the embedded tokens: see embedding_noise. Nothing else is drawn: there is no dropout.
+    the sum of weights; metrics["loss"] carries it, so that microbatches add up.
+
+    Args:
+        forward: a family's (`jaxft.models.Forward`), such as `model.forward` of a Decoder; with noise on its
+            inputs, `with_noise` of it.
+        chunk: see `linear_cross_entropy`.
     """
 
     def objective(params, batch, key):
         targets, weights = shift(batch)
-        options = {} if noise is None else {"noise": functools.partial(noise, key)}
-        output = forward(model, params, batch, **options)
+        found = forward(params, batch, key)
         total = linear_cross_entropy(
-            output.hidden,
-            model.head(params),
-            targets,
-            weights,
-            softcap=model.config.final_softcap,
-            chunk=chunk,
+            found.hidden, found.head, targets, weights, softcap=found.softcap, chunk=chunk
         )
         loss = Mean(total, jnp.sum(weights))
         return loss.value, {"loss": jax.lax.stop_gradient(loss)}
@@ -45,7 +41,9 @@ def supervised(
 
 
 def token_supervised(
-    model, token_loss: Callable[..., jax.Array], metrics: Callable[..., dict] | None = None
+    forward: Forward,
+    token_loss: Callable[..., jax.Array],
+    metrics: Callable[..., dict] | None = None,
 ) -> Objective:
     """As `supervised`, with any token_loss(key, logits [B, T, V], targets [B, T], mask [B, T]) -> [B, T].
 
@@ -57,21 +55,13 @@ def token_supervised(
 
     def objective(params, batch, key):
         targets, weights = shift(batch)
-        output = forward(model, params, batch)
-        count = jnp.sum(weights)
-        loss = Mean(jnp.sum(weights * token_loss(key, output.logits, targets, weights > 0)), count)
-        found = {} if metrics is None else metrics(key, output.logits, targets)
+        logits, count = forward(params, batch, key).logits, jnp.sum(weights)
+        loss = Mean(jnp.sum(weights * token_loss(key, logits, targets, weights > 0)), count)
+        found = {} if metrics is None else metrics(key, logits, targets)
         found = {name: Mean(jnp.sum(weights * x), count) for name, x in found.items()}
         return loss.value, jax.lax.stop_gradient({"loss": loss} | found)
 
     return objective
-
-
-def forward(model: Any, params: Any, batch: dict[str, jax.Array], **options: Any) -> Any:
-    """The model's output on the tokens of a batch, with its positions and segments if it has them."""
-    names = ("positions", "segment_ids")
-    inputs = {name: batch.get(name) for name in names}
-    return model.apply({"params": params}, batch["tokens"], **inputs, **options)
 
 
 def mean_of(objective: Objective) -> Callable[..., Mean | Terms]:

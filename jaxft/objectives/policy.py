@@ -21,7 +21,8 @@ import jax.numpy as jnp
 
 from jaxft import losses
 from jaxft.metrics import Mean
-from jaxft.objectives.supervised import Objective
+from jaxft.models import Forward, Prediction
+from jaxft.objectives.next_token import Objective
 
 Batch = dict[str, Any]
 # (log_probs, old_log_probs, batch) -> (loss, metrics), all [B, N]
@@ -34,7 +35,7 @@ Correction = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 def policy_gradient(
-    model,
+    forward: Forward,
     token_loss: TokenLoss,
     reduction: Reduction,
     *,
@@ -57,13 +58,14 @@ def policy_gradient(
     is a mean over rows, like all of batch["stats"].
 
     Args:
+        forward: see `supervised`.
         token_loss: L, such as `clipped()`.
         reduction: `token_mean`, `sequence_mean`, `sequence_sum` or `constant_length(n)`.
         temperature: at which the responses were sampled: logits are divided by it for log-probs and entropy.
         kl_weight: β; needs ref_log_probs in the batch.
         kl: an estimator of which the loss has the gradient: k2 or k3, not k1.
         entropy_weight: c; costs another projection to the vocabulary.
-        correction: w of (old_log_probs, sampler_log_probs, mask), such as `truncated()`.
+        correction: w of (old_log_probs, sampler_log_probs, mask), such as `token_correction()`.
         auxiliary: one more loss, of the hidden states that predict the tokens, such as `value_loss()`.
         chunk: see `linear_log_probs`.
     """
@@ -75,9 +77,8 @@ def policy_gradient(
         raise ValueError(f"policy_gradient: kl_weight must be at least 0, got {kl_weight}.")
 
     def objective(params, batch, key):
-        del key  # Nothing is drawn: no dropout.
         mask, sampled = batch["completion_mask"], batch["sampler_log_probs"]
-        hidden, log_probs = completion_forward(model, params, batch, temperature, chunk)
+        found, log_probs = completion_forward(forward, params, batch, key, temperature, chunk)
         still = jax.lax.stop_gradient(log_probs)
         old = batch.get("old_log_probs", still)
         loss, shown = token_loss(log_probs, old, batch)
@@ -92,15 +93,15 @@ def policy_gradient(
             loss = loss + kl_weight * kl(log_probs, _reference(batch))
         if entropy_weight:
             entropy = losses.linear_entropy(
-                hidden,
-                model.head(params),
+                found.hidden,
+                found.head,
                 temperature=temperature,
-                softcap=model.config.final_softcap,
+                softcap=found.softcap,
                 chunk=losses.CHUNK if chunk is None else chunk,
             )
             loss, shown["entropy"] = loss - entropy_weight * entropy, entropy
         if auxiliary is not None:
-            more, metrics = auxiliary(params, hidden, batch)
+            more, metrics = auxiliary(params, found.hidden, batch)
             loss, shown = loss + more, shown | metrics
         total = reduction(loss, mask)
         metrics = {"loss": total} | {k: token_mean(v, mask) for k, v in shown.items()}
@@ -112,38 +113,43 @@ def policy_gradient(
 
 
 def completion_log_probs(
-    model, params: Any, batch: Batch, temperature: float = 1.0, chunk: int | None = None
+    forward: Forward,
+    params: Any,
+    batch: Batch,
+    temperature: float = 1.0,
+    chunk: int | None = None,
+    *,
+    key: jax.Array | None = None,
 ) -> jax.Array:
     """log π of the response's tokens [B, N] at the temperature, under the full vocabulary; 0 off the mask."""
-    return completion_forward(model, params, batch, temperature, chunk)[1]
+    return completion_forward(forward, params, batch, key, temperature, chunk)[1]
 
 
 def completion_forward(
-    model, params: Any, batch: Batch, temperature: float = 1.0, chunk: int | None = None
-) -> tuple[jax.Array, jax.Array]:
-    """(hidden states that predict the response's tokens [B, N, D], log π of these [B, N], 0 off the mask)."""
+    forward: Forward,
+    params: Any,
+    batch: Batch,
+    key: jax.Array | None = None,
+    temperature: float = 1.0,
+    chunk: int | None = None,
+) -> tuple[Prediction, jax.Array]:
+    """(what predicts the response's tokens, hidden [B, N, D]; log π of these [B, N], 0 off the mask)."""
     tokens, mask = jnp.asarray(batch["tokens"]), batch["completion_mask"]
     size = mask.shape[1]
     if size >= tokens.shape[1]:
         raise ValueError(
             f"policy_gradient: {size} response tokens leave none of {tokens.shape[1]} for the prompt."
         )
-    output = model.apply(
-        {"params": params},
-        tokens,
-        positions=batch["positions"],
-        segment_ids=batch["segment_ids"],
-    )
-    hidden = output.hidden[:, -size - 1 : -1]
+    found = forward(params, batch, key).at(slice(None), slice(-size - 1, -1))
     log_probs = losses.linear_log_probs(
-        hidden,
-        model.head(params),
+        found.hidden,
+        found.head,
         tokens[:, -size:],
         temperature=temperature,
-        softcap=model.config.final_softcap,
+        softcap=found.softcap,
         chunk=chunk,
     )
-    return hidden, jnp.where(mask, log_probs, 0.0)
+    return found, jnp.where(mask, log_probs, 0.0)
 
 
 def reinforce() -> TokenLoss:
@@ -250,12 +256,12 @@ def negative_aware(
     return token_loss
 
 
-def truncated(cap: float = 2.0) -> Correction:
+def token_correction(cap: float = 2.0) -> Correction:
     """`truncated_weights` of each token."""
     return lambda old, sampled, mask: losses.truncated_weights(old, sampled, cap=cap)
 
 
-def truncated_sequences(cap: float = 2.0) -> Correction:
+def sequence_correction(cap: float = 2.0) -> Correction:
     """`truncated_sequence_weights` of each row, for all of its tokens."""
 
     def weights(old, sampled, mask):

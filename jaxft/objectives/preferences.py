@@ -18,6 +18,7 @@ from jaxft.losses import (
     Pairs,
     bco_loss,
     kl_estimates,
+    kto_kl,
     kto_loss,
     leave_one_out,
     length_desensitised,
@@ -26,8 +27,8 @@ from jaxft.losses import (
     wpo_weights,
 )
 from jaxft.metrics import Mean, Terms, WholeMean, terms_of
-from jaxft.models.decoder import project
-from jaxft.objectives.supervised import Objective, shift
+from jaxft.models import Forward, Prediction, as_rows, of_group
+from jaxft.objectives.next_token import Objective, shift
 from jaxft.optim.following import with_mean
 
 PairLoss = Callable[[Pairs], jax.Array]  # one of jaxft.losses with its hyperparameters
@@ -49,9 +50,10 @@ class Sequences(NamedTuple):
 
 
 def sequence_log_probs(
-    model,
+    forward: Forward,
     params: Any,
     batch: dict[str, jax.Array],
+    key: jax.Array | None = None,
     *,
     wpo: bool = False,
     ld_alpha: float = 1.0,
@@ -59,9 +61,10 @@ def sequence_log_probs(
     """Runs all sequences of a batch of groups at once; tokens count where `loss_mask` is above 0.
 
     Args:
-        model: a Decoder.
+        forward: see `supervised`.
         params: its params.
-        batch: leaves [B, G, T].
+        batch: leaves [B, G, T]; columns of records are repeated for the sequences of their group.
+        key: for what `forward` draws.
         wpo: also `wpo_weights`, for which the distribution at each token is formed.
         ld_alpha: weight of tokens beyond the length of the group's shortest: see `length_desensitised`.
     """
@@ -70,17 +73,10 @@ def sequence_log_probs(
         raise ValueError(
             f"sequence_log_probs: tokens must be [B, G, T], got {tokens.shape}; see group_batches."
         )
-    names = ("tokens", "loss_mask", "segment_ids", "positions")
-    flat = {n: jnp.reshape(batch[n], (-1, tokens.shape[2])) for n in names if n in batch}
+    flat = as_rows(batch)
     targets, weights = shift(flat)
-    output = model.apply(
-        {"params": params},
-        flat["tokens"],
-        positions=flat.get("positions"),
-        segment_ids=flat.get("segment_ids"),
-    )
-    head, softcap = model.head(params), model.config.final_softcap
-    log_probs = linear_log_probs(output.hidden, head, targets, softcap=softcap)
+    output = forward(params, flat, key)
+    log_probs = linear_log_probs(output.hidden, output.head, targets, softcap=output.softcap)
     counted, shape = weights > 0, tokens.shape[:2]
     lengths = jnp.sum(counted, axis=1, dtype=jnp.float32).reshape(shape)
     if ld_alpha == 1:
@@ -94,13 +90,13 @@ def sequence_log_probs(
     found = Sequences(sums.reshape(shape), lengths, None, prompts, prompt_lengths)
     if not wpo:
         return found
-    collision = _log_collision_probs(jax.lax.stop_gradient(output.hidden), head, softcap)
+    collision = _log_collision_probs(jax.lax.stop_gradient(output))
     mask = counted.astype(jnp.float32)
     return found._replace(weights=wpo_weights(log_probs, collision, mask).reshape(shape))
 
 
 def preference(
-    model,
+    forward: Forward,
     loss: PairLoss,
     *,
     beta: float = 0.1,
@@ -115,7 +111,7 @@ def preference(
     lengths/{chosen,rejected}.
 
     Args:
-        model: a Decoder.
+        forward: see `supervised`.
         loss: `functools.partial(dpo_loss, beta=0.1)` or any function of `Pairs`.
         beta: scale of the rewards in the metrics; give the loss its own.
         reference: params -> params of the reference, for batches without `ref_log_probs`.
@@ -124,9 +120,10 @@ def preference(
     """
 
     def objective(params, batch, key):
-        del key
-        policy = sequence_log_probs(model, params, batch, wpo=use_weighting, ld_alpha=ld_alpha)
-        ref = _reference_sums(model, params, batch, reference, ld_alpha)
+        policy = sequence_log_probs(
+            forward, params, batch, key, wpo=use_weighting, ld_alpha=ld_alpha
+        )
+        ref = _reference_sums(forward, params, batch, key, reference, ld_alpha)
         pairs, counted = _pairs(policy, ref)
         values = loss(pairs)
         if use_weighting:
@@ -142,7 +139,7 @@ def preference(
 
 
 def hypo(
-    model,
+    forward: Forward,
     loss: PairLoss,
     *,
     beta: float = 0.1,
@@ -161,7 +158,7 @@ def hypo(
     Args:
         kl_weight: λ, on KL in nats a sequence; the paper's 1e-4 is for sums over long texts.
     """
-    offline = preference(model, loss, beta=beta, reference=reference)
+    offline = preference(forward, loss, beta=beta, reference=reference)
 
     def objective(params, batch, key):
         pairs = {name: leaf for name, leaf in batch.items() if name != "online"}
@@ -170,8 +167,8 @@ def hypo(
             return value, metrics
         if "online" not in batch:
             raise ValueError("hypo: the batch has no 'online' samples; set kl_weight=0 for none.")
-        samples = sequence_log_probs(model, params, batch["online"])
-        ref = _need(_reference_sums(model, params, batch["online"], reference), "hypo")
+        samples = sequence_log_probs(forward, params, batch["online"], key)
+        ref = _need(_reference_sums(forward, params, batch["online"], key, reference), "hypo")
         size = samples.sums.shape[1]
         sums, ref_sums = samples.sums.reshape(-1), jax.lax.stop_gradient(ref.reshape(-1))
         counted = (samples.lengths > 0).astype(jnp.float32).reshape(-1)
@@ -188,7 +185,7 @@ def hypo(
 
 
 def kto(
-    model,
+    forward: Forward,
     *,
     beta: float = 0.1,
     desirable_weight: float = 1.0,
@@ -204,18 +201,17 @@ def kto(
     """
 
     def objective(params, batch, key):
-        del key
         first = _side(batch, 0)
-        policy = sequence_log_probs(model, params, first)
+        policy = sequence_log_probs(forward, params, first, key)
         other = _side(batch, 1)
         still = jax.lax.stop_gradient(params)
-        mismatched = sequence_log_probs(model, still, other)
+        mismatched = sequence_log_probs(forward, still, other, key)
         counted = (policy.lengths[:, 0] > 0).astype(jnp.float32)
-        ratios = policy.sums[:, 0] - _reference_of(model, params, first, reference)
-        other_ratios = mismatched.sums[:, 0] - _reference_of(model, params, other, reference)
+        ratios = policy.sums[:, 0] - _reference_of(forward, params, first, key, reference)
+        other_ratios = mismatched.sums[:, 0] - _reference_of(forward, params, other, key, reference)
         labels = jnp.asarray(batch["label"]).astype(bool)
         mismatched_kl = WholeMean.of(other_ratios, counted)
-        kl = jnp.maximum(mismatched_kl.over(batch, "kl").value, 0.0)  # see kto_kl
+        kl = kto_kl(mismatched_kl.over(batch, "kl").value[None])
         weights = dict(desirable_weight=desirable_weight, undesirable_weight=undesirable_weight)
         values = kto_loss(ratios, labels, kl, beta=beta, **weights)
         total = Mean.of(jnp.where(counted > 0, values, 0.0), counted)
@@ -227,7 +223,7 @@ def kto(
     return objective
 
 
-def bco(model, *, beta: float = 0.1, reference: Reference | None = None) -> Objective:
+def bco(forward: Forward, *, beta: float = 0.1, reference: Reference | None = None) -> Objective:
     """objective(params, batch, key) -> (mean `bco_loss`, metrics) of completions with a `label`.
 
     δ is the mean reward of all batches so far where the batch has `running` (`train.with_running_mean`), and
@@ -236,11 +232,10 @@ def bco(model, *, beta: float = 0.1, reference: Reference | None = None) -> Obje
     """
 
     def objective(params, batch, key):
-        del key
         first = _side(batch, 0)
-        policy = sequence_log_probs(model, params, first)
+        policy = sequence_log_probs(forward, params, first, key)
         counted = (policy.lengths[:, 0] > 0).astype(jnp.float32)
-        ratios = policy.sums[:, 0] - _reference_of(model, params, first, reference)
+        ratios = policy.sums[:, 0] - _reference_of(forward, params, first, key, reference)
         labels = jnp.asarray(batch["label"]).astype(bool)
         rewards = WholeMean.of(beta * ratios, counted)
         running = batch.get("running", (0.0, 0.0))
@@ -265,14 +260,14 @@ def _pairs(policy: Sequences, ref) -> tuple[Pairs, jax.Array]:
     return Pairs(*columns(policy.sums), *columns(ref), *columns(lengths), *prompt), counted
 
 
-def _reference_sums(model, params, batch, reference, ld_alpha=1.0):
+def _reference_sums(forward, params, batch, key, reference, ld_alpha=1.0):
     """[B, G], or None if there is no reference."""
     if "ref_log_probs" in batch:
         return jnp.asarray(batch["ref_log_probs"])
     if reference is None:
         return None
     still = jax.lax.stop_gradient(reference(params))
-    found = sequence_log_probs(model, still, batch, ld_alpha=ld_alpha)
+    found = sequence_log_probs(forward, still, batch, key, ld_alpha=ld_alpha)
     return jax.lax.stop_gradient(found.sums)
 
 
@@ -285,14 +280,17 @@ def _need(ref, name):
     return ref
 
 
-def _reference_of(model, params, batch, reference):
-    return _need(_reference_sums(model, params, batch, reference), "unpaired objective")[:, 0]
+def _reference_of(forward, params, batch, key, reference):
+    sums = _reference_sums(forward, params, batch, key, reference)
+    return _need(sums, "unpaired objective")[:, 0]
 
 
 def _side(batch, i):
-    """One sequence of each group, as groups of one."""
-    names = ("tokens", "loss_mask", "segment_ids", "positions", "ref_log_probs")
-    return {name: batch[name][:, i : i + 1] for name in names if name in batch}
+    """Sequence i of each group with its own reference, as groups of one."""
+    side = of_group(batch, i)
+    if "ref_log_probs" in batch:
+        side["ref_log_probs"] = batch["ref_log_probs"][:, i : i + 1]
+    return side
 
 
 def _pair_metrics(pairs: Pairs, counted, beta):
@@ -331,15 +329,15 @@ def all_tokens(batch, total: Mean) -> Mean:
     return Mean(jnp.sum(real, dtype=jnp.float32), total.weight)
 
 
-def _log_collision_probs(hidden, head, softcap):
-    """log Σ_v π(v)² [N, T] at each position, without gradient, a few positions at a time."""
-    length = hidden.shape[1]
+def _log_collision_probs(found: Prediction):
+    """log Σ_v π(v)² [N, T] at each position, a few positions at a time."""
+    hidden, length = found.hidden, found.hidden.shape[1]
     chunk = min(_CHUNK, length)
     padded = jnp.pad(hidden, ((0, 0), (0, -length % chunk), (0, 0)))
     parts = jnp.moveaxis(padded.reshape(hidden.shape[0], -1, chunk, hidden.shape[2]), 1, 0)
 
     def part(h):
-        logits = project(h, jax.lax.stop_gradient(head), softcap)
+        logits = found.replace(hidden=h).logits
         lse = jax.nn.logsumexp
         return lse(2 * logits, axis=-1) - 2 * lse(logits, axis=-1)
 

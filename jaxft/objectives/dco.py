@@ -7,10 +7,11 @@ import jax.numpy as jnp
 
 from jaxft.losses import coverage_weight, dco_loss, dco_step_loss, linear_log_probs
 from jaxft.metrics import Mean
-from jaxft.objectives.supervised import Objective, forward, shift
+from jaxft.models import Forward
+from jaxft.objectives.next_token import Objective, shift
 
 
-def coverage(model, num_samples: int) -> Objective:
+def coverage(forward: Forward, num_samples: int) -> Objective:
     """objective(params, batch, key) -> (mean `dco_loss`, metrics): each row's cross-entropy times F(N, p).
 
     A row is one example: what `loss_mask` counts is one completion, whose likelihood p decides about its
@@ -19,7 +20,7 @@ def coverage(model, num_samples: int) -> Objective:
     Metrics, Means over the same rows: loss; weight, F(N, p); log_prob, log p in nats.
 
     Args:
-        model: a Decoder.
+        forward: see `supervised`.
         num_samples: N, how many answers will be sampled; 1 is supervised fine-tuning, with a mean over
             rows rather than tokens.
 
@@ -30,9 +31,8 @@ def coverage(model, num_samples: int) -> Objective:
         raise ValueError(f"coverage: num_samples must be at least 1, got {num_samples}.")
 
     def objective(params, batch, key):
-        del key  # Nothing is drawn: no dropout.
         targets, weights = shift(batch)
-        log_probs = _log_probs(model, params, batch, targets)
+        log_probs = _log_probs(forward, params, batch, key, targets)
         mask = (weights > 0).astype(jnp.float32)
         counted = (jnp.sum(mask, axis=1) > 0).astype(jnp.float32)
         loss = Mean.of(dco_loss(log_probs, mask, num_samples=num_samples), counted)
@@ -47,14 +47,14 @@ def coverage(model, num_samples: int) -> Objective:
     return objective
 
 
-def step_coverage(model, num_samples: int, num_steps: int) -> Objective:
+def step_coverage(forward: Forward, num_samples: int, num_steps: int) -> Objective:
     """objective(params, batch, key) -> (mean `dco_step_loss` over steps, metrics): for proofs.
 
     A row is a whole proof; `steps` [B, T] of the batch says of which step, 0 to num_steps - 1, a token is,
     and is -1 elsewhere. Metrics: loss, a Mean over the steps that are there.
 
     Args:
-        model: a Decoder.
+        forward: see `supervised`.
         num_samples: N_eff, the width of the search tree; 1 is supervised fine-tuning.
         num_steps: of the longest proof.
 
@@ -65,11 +65,10 @@ def step_coverage(model, num_samples: int, num_steps: int) -> Objective:
         raise ValueError(f"step_coverage: num_samples must be at least 1, got {num_samples}.")
 
     def objective(params, batch, key):
-        del key  # Nothing is drawn: no dropout.
         targets, weights = shift(batch)
         after = jnp.pad(batch["steps"][:, 1:], ((0, 0), (0, 1)))
         steps = jnp.where(weights > 0, after, -1)
-        log_probs = _log_probs(model, params, batch, targets)
+        log_probs = _log_probs(forward, params, batch, key, targets)
         losses = dco_step_loss(log_probs, steps, num_samples=num_samples, num_steps=num_steps)
         there = jnp.any(jax.nn.one_hot(steps, num_steps, dtype=bool), axis=1)
         loss = Mean.of(losses, there.astype(jnp.float32))
@@ -78,7 +77,6 @@ def step_coverage(model, num_samples: int, num_steps: int) -> Objective:
     return objective
 
 
-def _log_probs(model, params, batch, targets):
-    output = forward(model, params, batch)
-    softcap = model.config.final_softcap
-    return linear_log_probs(output.hidden, model.head(params), targets, softcap=softcap)
+def _log_probs(forward, params, batch, key, targets):
+    found = forward(params, batch, key)
+    return linear_log_probs(found.hidden, found.head, targets, softcap=found.softcap)

@@ -1,0 +1,61 @@
+"""What a language model predicts: the one thing that objectives, scorers and samplers know of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from jaxft.weights import WeightLike, matmul_float32
+
+
+@flax.struct.dataclass
+class Prediction:
+    """Hidden states and the head that projects them: logits are formed where and when they are needed.
+
+    Losses over the vocabulary take the three apart, `linear_cross_entropy(p.hidden, p.head, targets, weights,
+    softcap=p.softcap)`, and never hold [B, T, V].
+    """
+
+    hidden: jax.Array  # [B, T, D]; position t predicts token t + 1
+    head: WeightLike  # [D, V]
+    softcap: float | None = flax.struct.field(pytree_node=False, default=None)  # c of c tanh(x / c)
+    cache: Any = None  # what a sampler gives to the next call; None without one
+
+    @property
+    def logits(self) -> jax.Array:
+        """[B, T, V] in float32."""
+        return project(self.hidden, self.head, self.softcap)
+
+    def at(self, *index: Any) -> Prediction:
+        """The prediction of some positions: `at(slice(None), -1)` has hidden[:, -1]."""
+        return self.replace(hidden=self.hidden[index])
+
+
+# forward(params, batch, key=None, *, noise=None, cache=None) -> Prediction, of a batch with `tokens` [B, T]
+# and whatever else the family reads: `positions`, `segment_ids`, images, a source sentence. `key` is for
+# what is drawn (dropout). `noise` is a function of the embedded inputs that returns them moved; only
+# objectives with noise pass it. `cache` is `init_cache`'s or an earlier prediction's; only samplers pass it.
+Forward = Callable[..., Prediction]
+
+
+def project(hidden: jax.Array, head: WeightLike, softcap: float | None = None) -> jax.Array:
+    """Logits [..., V] in float32 of hidden states [..., D]: c tanh(h W / c) with a soft cap c."""
+    logits = matmul_float32(hidden, head)
+    return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+
+
+def with_noise(forward: Forward, noise: Callable[[jax.Array, jax.Array], jax.Array]) -> Forward:
+    """`forward` with noise(key, x) in place of the embedded inputs x, drawn anew for each key.
+
+    Any objective of it is the objective with noise on its inputs: `supervised(with_noise(model.forward,
+    embedding_noise()))`.
+    """
+
+    def noised(params: Any, batch: Mapping[str, Any], key: jax.Array, **options: Any) -> Prediction:
+        return forward(params, batch, key, noise=lambda x: noise(key, x), **options)
+
+    return noised

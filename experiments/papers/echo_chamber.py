@@ -53,7 +53,8 @@ from experiments.worlds.workings import (
 from jaxft import rl, train
 from jaxft.metrics import pass_at_k
 from jaxft.objectives import policy_gradient
-from jaxft.objectives.policy import clipped, token_mean
+from jaxft.objectives.policy import token_mean
+from jaxft.rl.algorithms import clipped
 
 LIMIT = sampling().max_new_tokens
 SAMPLES = 8  # for each held-out question

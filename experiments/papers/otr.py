@@ -49,8 +49,9 @@ from jaxft import losses, rl, train
 from jaxft.generation import SamplingConfig
 from jaxft.models import Decoder
 from jaxft.objectives import policy_gradient, token_supervised
-from jaxft.objectives.policy import clipped, token_mean
+from jaxft.objectives.policy import token_mean
 from jaxft.rl import prompts_of
+from jaxft.rl.algorithms import clipped
 
 LETTERS, LENGTH = 10, 5  # a word: five of the first ten tokens
 CAPITALS = 10  # the same letters again

@@ -17,9 +17,10 @@ from jaxft import objectives, rl
 from jaxft.losses import dpo_loss
 from jaxft.metrics import Mean, Undivided
 from jaxft.objectives import policy_gradient
-from jaxft.objectives.policy import clipped, sequence_mean, token_correction
+from jaxft.objectives.policy import sequence_mean, token_correction
 from jaxft.parallel import make_mesh, mesh_context, shard_params
 from jaxft.rewards import add_reward_head
+from jaxft.rl.algorithms import clipped
 from jaxft.train import accumulate, evaluate, make_eval_step
 from jaxft.train.batches import place_batch
 from tests.small_models import LLAMA, base, large

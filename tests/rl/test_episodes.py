@@ -10,8 +10,9 @@ import pytest
 from jaxft import rl
 from jaxft.generation import Generation, SamplingConfig
 from jaxft.objectives import policy_gradient
-from jaxft.objectives.policy import reinforce, token_mean
+from jaxft.objectives.policy import token_mean
 from jaxft.rewards import ProcessPool, in_process
+from jaxft.rl.algorithms import reinforce
 from jaxft.rl.turns import ENVIRONMENT, FORCED, POLICY
 from tests.rl.rl_task import (
     PROMPTS,

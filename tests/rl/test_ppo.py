@@ -19,8 +19,9 @@ from jaxft.objectives import (
     with_value_head,
     without_value_head,
 )
-from jaxft.objectives.policy import reinforce, token_mean
+from jaxft.objectives.policy import token_mean
 from jaxft.rewards import in_process
+from jaxft.rl.algorithms import reinforce
 from jaxft.rl.collection import in_parts
 from jaxft.train import Checkpoints, fit
 from tests.rl.rl_task import (

@@ -180,18 +180,15 @@ def with_samples(config: Config, model, params, training, batches, mesh):
             f"exceeds the {model.config.max_length} positions of {config.model}."
         )
     stop = shared.files.load_tokenizer(config.model).eos_token_id
-    sample = rl.samples_beside(
+    return rl.SamplesBeside(
+        batches,
         model,
-        prompts,
+        rl.Prompts(prompts, config.batch_size, seed=config.seed),
         params,
         SamplingConfig(config.max_new_tokens, stop_ids=(stop,)),
-        prompts_per_step=config.batch_size,
         samples=config.online_samples,
-        seed=config.seed,
         mesh=mesh,
     )
-    beside = lambda state, pairs: {**pairs, "online": sample(state)}
-    return train.StateBatches(batches, beside)
 
 
 def following(config: Config, model, optimizer, batches, mesh):

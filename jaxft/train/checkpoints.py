@@ -21,9 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from jaxft.adapters import combine, partition
-from jaxft.parallel import gathered, meet
-from jaxft.train.batches import BatchSource, lay_out
+from jaxft.adapters import combine, partition, path_name
+from jaxft.parallel import gathered, lay_out, meet
+from jaxft.train.batches import BatchSource
 from jaxft.train.callbacks import Row
 from jaxft.train.digest import all_finite, digests
 from jaxft.train.errors import DivergedError, OutputError
@@ -180,6 +180,7 @@ class Saver:
         for step in steps:
             try:
                 meta = _read_meta(self._manager, step)
+                state = state._replace(carry=_filled(state.carry, meta.get("carry", {}), state))
                 self._check(meta, state)
                 parts = dict(trainable=partition(state.params)[0], opt_state=state.opt_state)
                 if jax.tree.leaves(state.carry):
@@ -310,6 +311,35 @@ def _restored(state, meta, trainable, opt_state, carry=None):
     params = combine(trainable, partition(state.params)[1])
     step = lay_out(jnp.array(meta["step"], jnp.int32), state.step.sharding)
     return TrainState(step, params, opt_state, carry, lay_out(key, state.key.sharding))
+
+
+def _filled(carry, saved, state):
+    """The carry with arrays as saved in the dicts that are empty at the start: a rollout, say."""
+    whole, known = carry, {path_name(p) for p, _ in jax.tree_util.tree_leaves_with_path(carry)}
+    for path in saved.keys() - known:
+        shape, dtype, _ = saved[path]
+        *outer, last = path.split("/")
+        if _empty_at(carry, outer):
+            x = lay_out(jnp.zeros(shape, dtype), state.step.sharding)
+            whole = _with_entry(whole, outer, last, x)
+    return whole
+
+
+def _empty_at(tree, names):
+    """Whether the way `names` through nested dicts leads into an empty one."""
+    for name in names:
+        if tree == {}:
+            return True
+        if not isinstance(tree, dict) or name not in tree:
+            return False
+        tree = tree[name]
+    return isinstance(tree, dict) and not tree
+
+
+def _with_entry(tree, outer, last, x):
+    if not outer:
+        return {**tree, last: x}
+    return {**tree, outer[0]: _with_entry(tree.get(outer[0], {}), outer[1:], last, x)}
 
 
 def _check_same(saved, now, what, values=True):

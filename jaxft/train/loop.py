@@ -16,7 +16,14 @@ from jax.sharding import Mesh
 
 from jaxft.parallel import in_turn
 from jaxft.train.accumulation import GradientEstimator
-from jaxft.train.batches import Batches, BatchSource, is_function, place_batch, place_on_mesh
+from jaxft.train.batches import (
+    Batches,
+    BatchSource,
+    is_function,
+    place_batch,
+    place_on_mesh,
+    with_start,
+)
 from jaxft.train.callbacks import Callback, Row, Run, as_callbacks
 from jaxft.train.checkpoints import Checkpoints, open_checkpoints
 from jaxft.train.errors import IN_TRAINING, DivergedError, PreemptedError
@@ -34,6 +41,7 @@ def fit(
     *,
     steps: int | None = None,
     key: jax.Array | None = None,
+    carry: Any = None,
     gradient: GradientEstimator = jax.value_and_grad,
     microbatches: int = 1,
     extra_args: Mapping[str, Callable[..., Any]] | None = None,
@@ -48,11 +56,17 @@ def fit(
         params: a params tree, which stays usable unless `donate`; or a TrainState, which is used up.
         objective: (params, batch, key) -> (loss, metrics).
         optimizer: any optax transform; it sees the trainable part only.
-        batches: an iterable of pytrees, or a function of the current state that returns one
-            (experience collection). On a mesh, each process gives its own rows.
+        batches: an iterable of pytrees, or for experience a function collect(params, carry, key) ->
+            (batch, carry), called before each step with the state's params and carry and the key
+            stream(state.key, "collect", step). What it must remember (a replay buffer, places of
+            environments, the rest of a rollout) it keeps in the carry, whose entries keep their shapes. If it
+            has an attribute `carry`, a dict of named entries, the run starts with those that it has not got
+            yet (`jaxft.rl.collect` gives such a function). On a mesh, each process gives its own rows.
         steps: optimizer steps at which the run ends, those of a restored state included; None: as
             long as there are batches.
-        key: for everything random in the objective; default jax.random.key(0).
+        key: for everything random in the run; default jax.random.key(0).
+        carry: any pytree of arrays that the run must not lose beside params and optimizer state, at its
+            start; a dict of named entries where batches bring entries of their own. See `init_state`.
         gradient, microbatches, extra_args: see `make_step`.
         mesh: lays rows of batches over its data and fsdp axes. Lay out the params first
             (jaxft.parallel.shard_params): what is not on the mesh is copied to all its devices.
@@ -64,14 +78,14 @@ def fit(
 
     Raises:
         DivergedError: at a non-finite loss or gradient; no such state is ever saved, and the error
-            has the state before.
+            has the state before (but for what a collect function has put into the carry since).
         PreemptedError: after a signal, everything saved.
         OutputError: if the checkpoint directory cannot be written, before the first step.
     """
     step = make_step(
         objective, optimizer, gradient=gradient, microbatches=microbatches, extra_args=extra_args
     )
-    state = _start(params, optimizer, key, mesh, donate)
+    state = _start(params, optimizer, key, carry, mesh, donate)
     return run_steps(
         state, step, batches, steps=steps, mesh=mesh, callbacks=callbacks, checkpoints=checkpoints
     )
@@ -102,9 +116,9 @@ def run_steps(
     Returns, Raises: see `fit`.
     """
     if steps is None and is_function(batches):
-        raise ValueError("fit: batches is a function of the state and never ends; pass steps=...")
+        raise ValueError("fit: batches is a collect function and never ends; pass steps=...")
     step = step if "good" in inspect.signature(step).parameters else guarded(step)
-    state = place_on_mesh(state, mesh)
+    state = place_on_mesh(with_start(state, batches), mesh)
     source, callbacks = BatchSource(batches), as_callbacks(callbacks)
     with contextlib.ExitStack() as stack:
         saver = stack.enter_context(open_checkpoints(checkpoints, state))
@@ -123,7 +137,7 @@ def _loop(run, state, source, steps, mesh, callbacks, rows, saver, preempted):
     good = place_on_mesh(jnp.array(True), mesh)
     try:
         while steps is None or number < steps:
-            batch = source.next(state)
+            batch, state = source.next(state, number, mesh)
             if batch is None:
                 _warn_if_early(number, steps)
                 break
@@ -149,15 +163,15 @@ def _loop(run, state, source, steps, mesh, callbacks, rows, saver, preempted):
         raise
 
 
-def _start(params, optimizer, key, mesh, donate):
+def _start(params, optimizer, key, carry, mesh, donate):
     if isinstance(params, TrainState):
-        if key is not None:
-            raise ValueError("fit: a TrainState has its own key; pass no key with it.")
+        if key is not None or carry is not None:
+            raise ValueError("fit: a TrainState has its own key and carry; pass neither with it.")
         return place_on_mesh(params, mesh)
     key = jax.random.key(0) if key is None else key
     # The mesh first: the optimizer's state takes the shardings of the params.
     params = place_on_mesh(params, mesh)
-    return place_on_mesh(init_state(params, optimizer, key, donate=donate), mesh)
+    return place_on_mesh(init_state(params, optimizer, key, carry, donate=donate), mesh)
 
 
 @contextlib.contextmanager

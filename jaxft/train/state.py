@@ -56,11 +56,11 @@ def init_state(
         params = jax.tree.map(copy, params, is_leaf=is_weight)
     trainable, frozen = partition(params)
     _check_trainable(trainable)
-    trainable = _own(trainable, frozen) if donate else jax.tree.map(jnp.copy, trainable)
+    trainable = own(trainable, frozen) if donate else jax.tree.map(jnp.copy, trainable)
     params = combine(trainable, frozen)
     opt_state, carry = optimizer.init(trainable), _checked_carry(carry)
     state = TrainState(jnp.zeros((), jnp.int32), params, opt_state, carry, key)
-    return state._replace(opt_state=_own(state.opt_state, trainable))
+    return state._replace(opt_state=own(state.opt_state, trainable))
 
 
 def _check_trainable(trainable):
@@ -92,7 +92,7 @@ def _checked_carry(carry):
     return jax.tree_util.tree_map_with_path(check, carry)
 
 
-def _own(tree, other):
+def own(tree, other):
     """`tree` with a copy of each array whose memory is used twice or in `other`, as donation asks."""
     seen = set().union(*map(_buffers, jax.tree.leaves(other)))
 

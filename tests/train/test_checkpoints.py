@@ -76,7 +76,7 @@ def test_the_data_position_may_be_replayed(problem, whole, tmp_path):
         problem.train(tmp_path, batches=[])
 
 
-def test_positions_in_bytes_and_functions_of_the_state_resume(problem, whole, tmp_path):
+def test_positions_in_bytes_and_collect_functions_resume(problem, whole, tmp_path):
     class InBytes(problem.Batches):
         def get_state(self):
             return json.dumps(super().get_state()).encode()
@@ -86,7 +86,12 @@ def test_positions_in_bytes_and_functions_of_the_state_resume(problem, whole, tm
 
     problem.train(tmp_path / "bytes", steps=5, batches=InBytes())
     assert losses(problem.train(tmp_path / "bytes", batches=InBytes())[1]) == whole[1]
-    collect = lambda state: problem.make_batch(int(state.step) + 1)
+
+    def collect(params, carry, key):
+        rest = carry["rest"] or {"next": np.int32(1)}
+        return problem.make_batch(int(rest["next"])), {"rest": {"next": np.int32(rest["next"] + 1)}}
+
+    collect.carry = {"rest": {}}  # filled by the first call, here and from a checkpoint
     problem.train(tmp_path / "function", steps=5, batches=collect)
     assert losses(problem.train(tmp_path / "function", batches=collect)[1]) == whole[1]
 

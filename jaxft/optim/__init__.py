@@ -7,7 +7,6 @@ from jaxft.optim.following import (
     moving_reference,
     running_mean,
 )
-from jaxft.optim.lion import LionState, lion, lion_apply, scale_by_lion
 from jaxft.optim.mezo import MezoRecord, mezo_replay, mezo_step
 from jaxft.optim.perturbations import (
     Perturbation,
@@ -27,7 +26,14 @@ from jaxft.optim.sharpness import (
     tram,
     tram_fisher,
 )
+from jaxft.optim.sign_momentum import LionState, lion, lion_apply, scale_by_lion
 from jaxft.optim.subspace import subspace_gradient
+from jaxft.optim.trust_penalty import (
+    TrustRegionState,
+    parameter_distance,
+    with_tram,
+    with_trust_region,
+)
 from jaxft.optim.with_sharpness import (
     AlternatingSamState,
     LookSamState,
@@ -36,12 +42,6 @@ from jaxft.optim.with_sharpness import (
     look_sam,
     with_sam,
     with_tram_fisher,
-)
-from jaxft.optim.with_trust_region import (
-    TrustRegionState,
-    parameter_distance,
-    with_tram,
-    with_trust_region,
 )
 from jaxft.optim.zeroth_order import coordinate_differences, rge, spsa
 

@@ -23,18 +23,21 @@ def run_figure(
 ) -> Callback:
     """Writes `plot_run` of all rows to a PNG (or PDF, SVG) when the run ends, however it ends."""
     require("matplotlib", "run_figure")
-    rows = []
+    rows = {}  # by step: a row that is reported again replaces the one before
 
     def on_start(run):
         writable_directory(Path(path).parent)
-        rows.extend(run.history)
+        rows.update({row["step"]: row for row in run.history})
 
     def on_end(error):
         del error
         if rows:
-            plot_run(rows, title=title, main=main, below=below).savefig(path, dpi=150)
+            plot_run(list(rows.values()), title=title, main=main, below=below).savefig(
+                path, dpi=150
+            )
 
-    return on_main_process(Callback(on_start=on_start, on_row=rows.append, on_end=on_end))
+    on_row = lambda row: rows.update({row["step"]: row})
+    return on_main_process(Callback(on_start=on_start, on_row=on_row, on_end=on_end))
 
 
 def plot_run(

@@ -100,9 +100,10 @@ def jsonl_log(path: str | Path) -> Callback:
     A resumed run goes on in the same file, without the rows after the checkpoint: each step is
     there once.
     """
-    path, files = Path(path), []
+    path, files, newest = Path(path), [], {}
 
     def on_start(run):
+        newest.clear()
         writable_directory(path.parent)
         kept = _lines_up_to(path, run.first_step)
         # In one piece: a kill between emptying the file and filling it would lose the rows for good.
@@ -112,6 +113,10 @@ def jsonl_log(path: str | Path) -> Callback:
         files.append(path.open("a"))
 
     def on_row(row):
+        if row["step"] in newest:  # reported again, with more: it replaces its line
+            files[0].truncate(newest[row["step"]])
+        else:
+            newest.clear(), newest.update({row["step"]: files[0].tell()})
         files[0].write(json.dumps({k: _as_json(v) for k, v in row.items()}) + "\n")
         files[0].flush()
 

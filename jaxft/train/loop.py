@@ -119,17 +119,19 @@ def run_steps(
 
 
 def _loop(run, state, source, steps, mesh, callbacks, rows, saver, preempted):
-    number = int(state.step)
+    first = number = int(state.step)
     good = place_on_mesh(jnp.array(True), mesh)
     try:
         while steps is None or number < steps:
             batch = source.next(state)
             if batch is None:
                 _warn_if_early(number, steps)
+                if number > first:
+                    rows.amend(_call(callbacks, "on_last", number, state))
                 break
             state, metrics = run(state, place_batch(batch, mesh), good)
             number, good = number + 1, in_turn(metrics)["good"]
-            extra = _on_step(callbacks, number, state)
+            extra = _call(callbacks, "on_step", number, state)
             rows.push(number, metrics, extra)
             signal = preempted(number)
             if signal or saver.due(number, extra):
@@ -153,11 +155,11 @@ def _start(params, optimizer, key, mesh, donate):
     if isinstance(params, TrainState):
         if key is not None:
             raise ValueError("fit: a TrainState has its own key; pass no key with it.")
-        return place_on_mesh(params, mesh)
+        return params
     key = jax.random.key(0) if key is None else key
     # The mesh first: the optimizer's state takes the shardings of the params.
     params = place_on_mesh(params, mesh)
-    return place_on_mesh(init_state(params, optimizer, key, donate=donate), mesh)
+    return init_state(params, optimizer, key, donate=donate)
 
 
 @contextlib.contextmanager
@@ -173,10 +175,11 @@ def _started(callbacks, run):
                 callback.on_end(sys.exc_info()[1])
 
 
-def _on_step(callbacks, number, state):
+def _call(callbacks, name, number, state):
+    """What the functions of that name, on_step or on_last, add to the row of a step."""
     extra = {}
-    for callback in callbacks:
-        extra |= (callback.on_step(number, state) or {}) if callback.on_step else {}
+    for function in (getattr(callback, name) for callback in callbacks):
+        extra |= (function(number, state) or {}) if function else {}
     return extra
 
 

@@ -90,6 +90,13 @@ def terms_of(loss: jax.Array, logged: Any, coefficient: float = 1.0) -> tuple[Me
     return (Mean(coefficient * loss * weight, weight),)
 
 
+def with_mean(mean: jax.Array, weight: jax.Array, part: Mean) -> tuple[jax.Array, jax.Array]:
+    """(mean, weight) after one more part, whose total and weight are added to a mean of weight `weight`."""
+    whole = weight + part.weight
+    # Not the sum so far: it would outgrow float32.
+    return mean + (part.total - part.weight * mean) / jnp.maximum(whole, 1e-9), whole
+
+
 def combine_means(parts: Any) -> Any:
     """One Mean, or Terms, from one whose leaves are stacked over parts on axis 0."""
     return jax.tree.map(lambda x: jnp.sum(x, axis=0), parts)

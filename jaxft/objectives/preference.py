@@ -25,10 +25,9 @@ from jaxft.losses import (
     reverse_kl_surrogate,
     wpo_weights,
 )
-from jaxft.metrics import Mean, Terms, WholeMean, terms_of
+from jaxft.metrics import Mean, Terms, WholeMean, terms_of, with_mean
 from jaxft.models.decoder import project
 from jaxft.objectives.supervised import Objective, shift
-from jaxft.optim.following import with_mean
 
 PairLoss = Callable[[Pairs], jax.Array]  # one of jaxft.losses with its hyperparameters
 Reference = Callable[[Any], Any]  # params -> the reference's params, such as adapters.base_params
@@ -230,7 +229,7 @@ def kto(
 def bco(model, *, beta: float = 0.1, reference: Reference | None = None) -> Objective:
     """objective(params, batch, key) -> (mean `bco_loss`, metrics) of completions with a `label`.
 
-    δ is the mean reward of all batches so far where the batch has `running` (`train.with_running_mean`), and
+    δ is the mean reward of all batches so far where the batch has `running` (`train.running_mean`), and
     else of the whole batch, also where microbatches cut it (`WholeMean`). A column `density_ratio` [B] weighs
     undesirable completions: see `density_ratios`. Metrics: `kto`'s, with rewards/mean and delta for its kl.
     """

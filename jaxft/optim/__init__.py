@@ -1,12 +1,6 @@
 """optax transforms and gradient estimators; needs jax and optax, and nothing else of jaxft but kernels."""
 
 from jaxft.optim.directions import normal, rademacher, sphere
-from jaxft.optim.following import (
-    MovingReferenceState,
-    RunningMeanState,
-    moving_reference,
-    running_mean,
-)
 from jaxft.optim.mezo import MezoRecord, mezo_replay, mezo_step
 from jaxft.optim.perturbations import (
     Perturbation,
@@ -50,9 +44,7 @@ __all__ = [
     "LionState",
     "LookSamState",
     "MezoRecord",
-    "MovingReferenceState",
     "Perturbation",
-    "RunningMeanState",
     "TrustRegionState",
     "alternating_sam",
     "asam",
@@ -67,7 +59,6 @@ __all__ = [
     "m_sam",
     "mezo_replay",
     "mezo_step",
-    "moving_reference",
     "normal",
     "parameter_distance",
     "perturb_asam",
@@ -76,7 +67,6 @@ __all__ = [
     "rademacher",
     "rge",
     "round_stochastically",
-    "running_mean",
     "sam",
     "scale_by_lion",
     "sharpness_aware",

@@ -158,6 +158,12 @@ def split_batch(batch: Any, parts: int) -> Any:
     return jax.tree_util.tree_map_with_path(split, batch)
 
 
+def joined(parts: Any) -> Any:
+    """The inverse of `split_batch` for leaves with rows: [parts, B / parts, ...] as [B, ...]."""
+    rows = lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]) if x.ndim > 1 else x
+    return jax.tree.map(rows, parts)
+
+
 def _own_keys(key, parts):
     return jax.vmap(functools.partial(stream, key, "microbatch"))(jnp.arange(parts))
 

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from jaxft.parallel import in_turn
 from jaxft.train.accumulation import GradientEstimator
 from jaxft.train.batches import Batches, BatchSource, is_function, place_batch, place_on_mesh
+from jaxft.train.books import Books
 from jaxft.train.callbacks import Callback, Row, Run, as_callbacks
 from jaxft.train.checkpoints import Checkpoints, open_checkpoints
 from jaxft.train.errors import IN_TRAINING, DivergedError, PreemptedError
@@ -37,6 +38,7 @@ def fit(
     gradient: GradientEstimator = jax.value_and_grad,
     microbatches: int = 1,
     extra_args: Mapping[str, Callable[..., Any]] | None = None,
+    books: Books | None = None,
     mesh: Mesh | None = None,
     callbacks: Iterable[Callback | Callable[[Row], None]] = (),
     checkpoints: Checkpoints | None = None,
@@ -53,7 +55,7 @@ def fit(
         steps: optimizer steps at which the run ends, those of a restored state included; None: as
             long as there are batches.
         key: for everything random in the objective; default jax.random.key(0).
-        gradient, microbatches, extra_args: see `make_step`.
+        gradient, microbatches, extra_args, books: see `make_step`.
         mesh: lays rows of batches over its data and fsdp axes. Lay out the params first
             (jaxft.parallel.shard_params): what is not on the mesh is copied to all its devices.
         callbacks: Callbacks, or functions of a row.
@@ -69,9 +71,14 @@ def fit(
         OutputError: if the checkpoint directory cannot be written, before the first step.
     """
     step = make_step(
-        objective, optimizer, gradient=gradient, microbatches=microbatches, extra_args=extra_args
+        objective,
+        optimizer,
+        gradient=gradient,
+        microbatches=microbatches,
+        extra_args=extra_args,
+        books=books,
     )
-    state = _start(params, optimizer, key, mesh, donate)
+    state = _start(params, optimizer, key, mesh, books, donate)
     return run_steps(
         state, step, batches, steps=steps, mesh=mesh, callbacks=callbacks, checkpoints=checkpoints
     )
@@ -151,7 +158,7 @@ def _loop(run, state, source, steps, mesh, callbacks, rows, saver, preempted):
         raise
 
 
-def _start(params, optimizer, key, mesh, donate):
+def _start(params, optimizer, key, mesh, books, donate):
     if isinstance(params, TrainState):
         if key is not None:
             raise ValueError("fit: a TrainState has its own key; pass no key with it.")
@@ -159,7 +166,7 @@ def _start(params, optimizer, key, mesh, donate):
     key = jax.random.key(0) if key is None else key
     # The mesh first: the optimizer's state takes the shardings of the params.
     params = place_on_mesh(params, mesh)
-    return init_state(params, optimizer, key, donate=donate)
+    return init_state(params, optimizer, key, books=books, donate=donate)
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from jaxft.metrics import Mean, Terms, Undivided
 from jaxft.optim.perturbations import global_norm
 from jaxft.parallel import mesh_context
 from jaxft.train.accumulation import GradientEstimator, accumulate, in_slices
+from jaxft.train.books import Books, give, updated
 from jaxft.train.state import TrainState
 from jaxft.weights import is_weight
 
@@ -31,6 +32,7 @@ def make_step(
     gradient: GradientEstimator = jax.value_and_grad,
     microbatches: int = 1,
     extra_args: Mapping[str, Callable[..., Any]] | None = None,
+    books: Books | None = None,
 ) -> Step:
     """step(state, batch, good=True) -> (state, metrics), pure and not compiled (see `jit_step`).
 
@@ -58,7 +60,10 @@ def make_step(
             and the batch and a key of its own passed: {"distance_fn": function_distance(...)} for
             `with_tram`. Where fn returns a Mean, the optimizer gets its value, with microbatches that of
             the sum over slices; any other result is made from the whole batch at once.
+        books: what the objective reads and the step keeps, such as a reference that moves after the params:
+            name of an entry of the carry -> `Book`. Make the state with init_state(..., books=books).
     """
+    books = dict(books or {})
     extra_args = dict(extra_args or {})
     taken = {"value", "grad", "value_fn", "grad_fn", "metrics"} & extra_args.keys()
     if taken:
@@ -70,7 +75,9 @@ def make_step(
 
     def step(state, batch, good=True):
         # Committed anew: whoever holds the state may have moved what trains since the last step.
-        trainable, frozen = partition(commit(state.params))
+        params = commit(state.params)
+        trainable, frozen = partition(params)
+        batch = give(books, state.carry, params, batch, microbatches)
         here = lambda t, batch, key: objective(in_place(combine(t, frozen)), batch, key)
         # Elsewhere than at the state's params, frozen fields do not hold what trains.
         whole = lambda t: combine(t, frozen)
@@ -98,7 +105,9 @@ def make_step(
             **extra,
         )
         new_state = _advanced(state, good, trainable, frozen, updates, opt_state)
-        return new_state, _with_standard_metrics(metrics, loss, norm, good, opt_state)
+        metrics = _with_standard_metrics(metrics, loss, norm, good, opt_state)
+        after = partition(new_state.params)[0]
+        return new_state._replace(carry=updated(books, state.carry, after, metrics, good)), metrics
 
     return step
 

@@ -1,6 +1,7 @@
 """optax transforms and gradient estimators; needs jax and optax, and nothing else of jaxft but kernels."""
 
 from jaxft.optim.directions import normal, rademacher, sphere
+from jaxft.optim.estimators import evaluates, evaluates_at_params
 from jaxft.optim.mezo import MezoRecord, mezo_replay, mezo_step
 from jaxft.optim.perturbations import (
     Perturbation,
@@ -49,6 +50,8 @@ __all__ = [
     "alternating_sam",
     "asam",
     "coordinate_differences",
+    "evaluates",
+    "evaluates_at_params",
     "evaluation_params",
     "fisher_sam",
     "global_norm",

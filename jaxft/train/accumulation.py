@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from jaxft.keys import stream
 from jaxft.metrics import Mean, Terms, Undivided, WholeMean, combine_means
+from jaxft.optim.estimators import evaluates, evaluates_at_params
 
 # A gradient estimator has the signature of jax.value_and_grad:
 # estimator(fun, has_aux=True)(params, batch, key) -> ((loss, metrics), grads).
@@ -85,7 +86,8 @@ def accumulate(gradient: GradientEstimator, microbatches: int) -> GradientEstima
 
         return value_and_grad
 
-    return estimator
+    at_params = evaluates_at_params(gradient)
+    return estimator if at_params is None else evaluates(at_params=at_params)(estimator)
 
 
 def _first_pass(metrics_of, slices):

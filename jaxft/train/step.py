@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from jaxft.adapters import combine, partition, trainable_mask
 from jaxft.adapters.committing import commit, in_place, writes_back
 from jaxft.keys import stream
 from jaxft.metrics import Mean, Terms, Undivided
+from jaxft.optim.estimators import evaluates_at_params
 from jaxft.optim.perturbations import global_norm
 from jaxft.parallel import mesh_context
 from jaxft.train.accumulation import GradientEstimator, accumulate, in_slices
@@ -51,7 +53,8 @@ def make_step(
         objective: (params, batch, key) -> (loss, metrics).
         optimizer: any optax transform; one with extra arguments gets `value`, `grad`,
             `value_fn(trainable)` and `grad_fn(trainable, *_)` of this batch, and the objective's `metrics`.
-        gradient: estimator with the signature of jax.value_and_grad, called with has_aux=True.
+        gradient: estimator with the signature of jax.value_and_grad, called with has_aux=True. One of your
+            own should say where it evaluates the objective: see `jaxft.optim.evaluates`.
         microbatches: slices of the batch whose gradients are accumulated. An estimator that looks at
             more than one point (sam) does so for each slice by itself; the optimizer's grad_fn is the
             whole batch's.
@@ -89,8 +92,7 @@ def make_step(
             _of_batch(fn, whole, batch, stream(key, f"argument {name}"), microbatches)
             for name, fn in extra_args.items()
         }
-        stays = gradient is jax.value_and_grad
-        (loss, metrics), grads = estimate(trainable, here if stays else moved)
+        (loss, metrics), grads = estimate(trainable, here if _stays(gradient, params) else moved)
         norm = global_norm(grads)
         good = good & jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, opt_state = update(
@@ -191,6 +193,21 @@ def _advanced(state, good, trainable, frozen, updates, opt_state):
         carry=state.carry,
         key=state.key,
     )
+
+
+def _stays(gradient, params):
+    """Whether the objective may get the params' form for use in place."""
+    stays = evaluates_at_params(gradient)
+    if stays is None and jax.tree.structure(in_place(params)) != jax.tree.structure(params):
+        name = getattr(gradient, "__qualname__", type(gradient).__name__)
+        warnings.warn(
+            f"make_step: the gradient estimator {name} does not say where it evaluates its objective, so "
+            "weights that could be used in place (PaCA's) take their slower form, which is right anywhere. "
+            "Decorate it with jaxft.optim.evaluates(at_params=True) if it looks at the given params alone, "
+            "else with at_params=False.",
+            stacklevel=3,
+        )
+    return bool(stays)
 
 
 def _of_batch(fn, whole, batch, key, microbatches):

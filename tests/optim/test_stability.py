@@ -69,6 +69,8 @@ ESTIMATORS = {
 ELSEWHERE = {
     "AlternatingSamState": "state",
     "LionState": "state",
+    "evaluates": "tests/train/test_step.py",
+    "evaluates_at_params": "tests/train/test_step.py",
     "LookSamState": "state",
     "MezoRecord": "record of mezo_step",
     "Perturbation": "type alias",

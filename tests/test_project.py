@@ -17,7 +17,7 @@ LAYERS = (
     "diffusion rewards simulators objectives rl train analysis compression editing federated agents"
 ).split()
 # Losses and kernels read weights by `matmul`; weights know neither, so nothing turns in a circle.
-ABOVE_ALL = {"weights", "kernels", "keys"}
+ABOVE_ALL = {"weights", "kernels", "keys", "output"}
 
 
 def sources():

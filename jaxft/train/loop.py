@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -19,8 +18,8 @@ from jaxft.train.accumulation import GradientEstimator
 from jaxft.train.batches import Batches, BatchSource, is_function, place_batch, place_on_mesh
 from jaxft.train.books import Books
 from jaxft.train.callbacks import Callback, Row, Run, as_callbacks
-from jaxft.train.checkpoints import Checkpoints, open_checkpoints
-from jaxft.train.errors import IN_TRAINING, DivergedError, PreemptedError
+from jaxft.train.checkpoints import Checkpoints, open_checkpoints, what_is_saved
+from jaxft.train.errors import IN_TRAINING, DivergedError, OutputError, PreemptedError
 from jaxft.train.rows import Rows
 from jaxft.train.signals import catch_preemption
 from jaxft.train.state import TrainState, init_state
@@ -68,7 +67,8 @@ def fit(
         DivergedError: at a non-finite loss or gradient; no such state is ever saved, and the error
             has the state before.
         PreemptedError: after a signal, everything saved.
-        OutputError: if the checkpoint directory cannot be written, before the first step.
+        OutputError: if a place cannot be written or is full, before the first step where it can be known by
+            then; in mid-run the error has the state and the history so far.
     """
     step = make_step(
         objective,
@@ -113,7 +113,9 @@ def run_steps(
     step = step if "good" in inspect.signature(step).parameters else guarded(step)
     state = place_on_mesh(state, mesh)
     source, callbacks = BatchSource(batches), as_callbacks(callbacks)
+    ended = []
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_output_errors(checkpoints, ended))
         saver = stack.enter_context(open_checkpoints(checkpoints, state))
         state, restored = saver.restore(state, source)
         rows = Rows(callbacks, restored)
@@ -122,6 +124,7 @@ def run_steps(
             preempted = stack.enter_context(catch_preemption())
         stack.enter_context(_started(callbacks, Run(int(state.step), steps, list(restored))))
         state = _loop(jit_step(step), state, source, steps, mesh, callbacks, rows, saver, preempted)
+        ended.append((state, rows.history))
     return state, rows.history
 
 
@@ -140,6 +143,7 @@ def _loop(run, state, source, steps, mesh, callbacks, rows, saver, preempted):
             number, good = number + 1, in_turn(metrics)["good"]
             extra = _call(callbacks, "on_step", number, state)
             rows.push(number, metrics, extra)
+            saver.check()
             signal = preempted(number)
             if signal or saver.due(number, extra):
                 rows.flush()  # A state is saved only once its step is known to be good.
@@ -150,7 +154,7 @@ def _loop(run, state, source, steps, mesh, callbacks, rows, saver, preempted):
         rows.flush()
         saver.save(state, source, rows.history)
         return state
-    except DivergedError as error:
+    except (DivergedError, OutputError) as error:
         error.state, error.history = state, rows.history
         raise
     except Exception as error:
@@ -174,12 +178,44 @@ def _started(callbacks, run):
     for callback in callbacks:
         if callback.on_start:
             callback.on_start(run)
+    error = None
     try:
         yield
+    except BaseException as ended:
+        error = ended
+        raise
     finally:
-        for callback in callbacks:
+        _end(callbacks, error)
+
+
+def _end(callbacks, error):
+    """Calls each on_end, also after one that fails; raises the first failure, unless the run had one."""
+    failures = []
+    for callback in callbacks:
+        try:
             if callback.on_end:
-                callback.on_end(sys.exc_info()[1])
+                callback.on_end(error)
+        except Exception as failure:
+            failures.append(failure)
+    for failure in failures:
+        if error is None:
+            raise failure
+        error.add_note(f"at the end, {failure}")
+
+
+@contextlib.contextmanager
+def _output_errors(checkpoints, ended):
+    """Says in the OutputErrors of a run that has begun what is saved, and keeps what it has trained."""
+    try:
+        yield
+    except OutputError as error:
+        state, history = ended[0] if ended else (error.state, error.history)
+        if state is None:
+            raise
+        number = history[-1]["step"] if history else 0
+        whole = OutputError(f"after step {number}: {error} {what_is_saved(checkpoints)}")
+        whole.state, whole.history = state, history
+        raise whole from error
 
 
 def _call(callbacks, name, number, state):

@@ -41,9 +41,7 @@ class BatchSource:
 
         StopIteration (or None for a batch) is the end, returned as None.
         """
-        if isinstance(self._batches, StateBatches):
-            batch = self._batches(state)
-        elif self._is_function:
+        if self._is_function:
             # Of this process alone: what is sampled may be another program on each host.
             self._key = _own_key(state) if self._key is None else self._key
             key = stream(self._key, "collect", step)
@@ -77,35 +75,6 @@ class BatchSource:
                     f"resume: the run had taken {self._taken} batches, but these end after "
                     f"{skipped}; pass the same batches as before, from their start."
                 )
-
-
-class StateBatches:
-    """(state) -> the next batch, with what each `add(state, batch)` puts beside it.
-
-    Its position, for checkpoints, is that of the batches: all else follows from the state.
-
-    Args:
-        batches: an iterator with `get_state` and `set_state`.
-        adds: (state, batch) -> batch each, such as `moving_reference_log_probs`.
-    """
-
-    def __init__(self, batches: Iterator[Any], *adds: Callable[[TrainState, Any], Any]):
-        self._batches, self._adds = batches, adds
-
-    def __call__(self, state: TrainState) -> Any:
-        """The batch of the state's step."""
-        batch = next(self._batches)
-        for add in self._adds:
-            batch = add(state, batch)
-        return batch
-
-    def get_state(self) -> Any:
-        """The position of the batches."""
-        return self._batches.get_state()
-
-    def set_state(self, position: Any) -> None:
-        """Goes on from a position."""
-        self._batches.set_state(position)
 
 
 def with_start(state: TrainState, batches: Batches) -> TrainState:

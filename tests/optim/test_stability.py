@@ -50,9 +50,6 @@ TRANSFORMS = {
     "with_trust_region/anchor": lambda: optim.with_trust_region(
         adam(), 0.1, 1.0, parameter_distance
     ),
-    "moving_reference": lambda: optax.chain(adam(), optim.moving_reference(0.6, 2)),
-    "moving_reference/hard": lambda: optax.chain(adam(), optim.moving_reference(1.0, 1)),
-    "running_mean": lambda: optax.chain(adam(), optim.running_mean("loss")),
 }
 zeroth = functools.partial(optim.rge, 1e-3, 2, two_sided=True)
 ESTIMATORS = {
@@ -72,11 +69,11 @@ ESTIMATORS = {
 ELSEWHERE = {
     "AlternatingSamState": "state",
     "LionState": "state",
+    "evaluates": "tests/train/test_step.py",
+    "evaluates_at_params": "tests/train/test_step.py",
     "LookSamState": "state",
     "MezoRecord": "record of mezo_step",
-    "MovingReferenceState": "state",
     "Perturbation": "type alias",
-    "RunningMeanState": "state",
     "TrustRegionState": "state",
     "evaluation_params": "reads a state: test_sharpness.py",
     "global_norm": "in parameter_distance and each perturbation here",

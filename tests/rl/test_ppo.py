@@ -233,7 +233,7 @@ def test_a_run_learns_and_goes_on_exactly_with_its_kl_weight(tmp_path):
 
     def run(name, steps, resume=False):
         batches = collector(credit)
-        saves = Checkpoints(tmp_path / name, every=3, resume=resume)
+        saves = Checkpoints(tmp_path / name, every=7, resume=resume)
         start = with_value_head(model, params)
         state, history = fit(
             start, objective, optax.adam(3e-3), batches, steps=steps, checkpoints=saves

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jaxft.kernels import linear_log_probs as kernel
-from jaxft.kernels.backend import length_axes, row_axes
+from jaxft.parallel.axes import length_axes, row_axes
 from jaxft.weights import WeightLike, matmul_float32, stored
 
 CHUNK = 64  # tokens a row whose logits are alive at once

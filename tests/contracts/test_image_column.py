@@ -73,17 +73,20 @@ def test_images_are_learnt_by_supervised_and_by_grpo():
         out = greedy(model, params, [PROMPT] * 64, jax.random.key(3), columns={"images": pixels})
         return np.mean(out.tokens[:, 0] == wanted)
 
-    state, _ = fit(params, supervised(model.forward), optax.adam(1e-2), [batch] * 60)
-    assert right(params) < 0.6 and right(state.params) > 0.95
-    assert right(state.params, held_out[::-1]) < 0.6  # It is the image that it reads.
+    learn = functools.partial(fit, objective=supervised(model.forward), optimizer=optax.adam(1e-2))
+    half, state = (learn(params, batches=[batch] * steps)[0].params for steps in (15, 40))
+    assert right(params) < 0.4 and right(half) < 0.7 and right(state) > 0.95
+    assert right(state, held_out[::-1]) < 0.4  # It is the image that it reads.
     prompts = rl.Prompts(
         [PROMPT] * 64, 16, [{"answer": str(a)} for a in answers], {"images": pixels}
     )
     judge = lambda texts, asked: [
         float(t == r["answer"]) for t, r in zip(texts, asked, strict=True)
     ]
-    sample = rl.answers(model, Digits(), judge, SamplingConfig(1), 4)
-    credit, objective = rl.grpo(functools.partial(policy_gradient, model.forward), 4)
-    experience = rl.collect(prompts, sample, credit)
-    state, history = fit(params, objective, optax.adam(1e-2), experience, steps=60)
-    assert history[0]["reward"] < 0.5 and right(state.params) > 0.95
+    credit, objective = rl.grpo(functools.partial(policy_gradient, model.forward), 8)
+    experience = rl.collect(
+        prompts, rl.answers(model, Digits(), judge, SamplingConfig(1), 8), credit
+    )
+    state, history = fit(half, objective, optax.adam(1e-2), experience, steps=40)
+    assert history[0]["reward"] < 0.6 and np.mean([row["reward"] for row in history[-5:]]) > 0.9
+    assert right(state.params) > 0.8

@@ -46,7 +46,7 @@ def main(config: Config) -> Difference:
         target = family_of(model.config).targets.pattern(config.target)
         params = adapt(jax.random.key(0), params, {target: quantised(config.quantise)})
     params = load_adapter(config.adapter, model.config, params)
-    if (lost := rounding_loss(params, base)) is not None:
+    if (lost := rounding_loss(params, base, family_of(model.config).layers)) is not None:
         print(f"{config.quantise} took up to {lost:.1%} of a kernel")
     difference = files.save_merged(config.output_dir, model, params, tokenizer_from=config.model)
     print(f"merged model saved to {config.output_dir}; read again: {difference}")

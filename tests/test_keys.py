@@ -19,7 +19,7 @@ FOLDS = {
     "jaxft/keys.py": "jax.random.fold_in(key, number)|no key of jax.random.split(key)|name), n)[i]",
     "jaxft/optim/zeroth_order.py": "jax.random.split(direction_key(args), samples)",
     "jaxft/rl/on_device.py": "(jnp.arange(len(chosen)))",
-    "jaxft/weights/fastfood.py": "jax.random.split(key, 3)",
+    "jaxft/weights/random_maps.py": "jax.random.split(key, 3)",
     "jaxft/weights/hadamard.py": "jax.random.split(key",
     "jaxft/weights/monarch.py": "jax.random.split(key)",
     "jaxft/weights/prefix.py": "jax.random.split(key, 3)",

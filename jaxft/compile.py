@@ -255,7 +255,7 @@ def _objective(config, model, shape, mesh):
 
 def _figures(config, cost: CompiledCost, tokens, devices, model, trains) -> dict[str, Any]:
     chip = CHIPS[slices_of(config.topology)[1].split(":")[0]]
-    flops = _matmul_flops(model.config, config, tokens) / devices
+    flops = _matmul_flops(model, config, tokens) / devices
     # What goes between slices goes over a network whose rate nobody here knows.
     exchanged = sum(size for kind, (_, size) in cost.exchanged.items() if kind != "between slices")
     return {
@@ -287,8 +287,7 @@ def ideal_exchanged(config: Config, model: Any, devices: int) -> float | None:
 
     if config.quantise or (config.data, config.tensor, config.context) != (1, 1, 1):
         return None
-    shapes = jax.eval_shape(model.init, jax.random.key(0), model.example_input())["params"]
-    size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+    size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(_shapes(model)))
     times = 3 if config.adapter == "full" else 2
     return times * size * (4 if config.float32 else 2) * (devices - 1) / devices
 
@@ -299,12 +298,23 @@ def _matmul_flops(model, config: Config, tokens: int) -> float:
     Forward and the gradient of activations take 2 a parameter and token each, the gradient of kernels,
     if they train, 2 more, and full recomputation another 2.
     """
-    heads = model.head_dim * (2 * model.num_heads + 2 * model.num_kv_heads)
-    mlp = (3 if model.gated_mlp else 2) * model.intermediate_size
-    layers = model.num_layers * model.hidden_size * (heads + mlp)
+    from jax.tree_util import keystr, tree_leaves_with_path
+
+    from jaxft.models import family_of
+
+    linear = re.compile(family_of(model.config).targets.linear)
+    is_linear = lambda path: linear.fullmatch(keystr(path, simple=True, separator="/"))
+    leaves = tree_leaves_with_path(_shapes(model))
+    layers = sum(math.prod(leaf.shape) for path, leaf in leaves if is_linear(path))
     passes = 2 + (config.adapter == "full")
-    head = model.vocab_size * model.hidden_size
+    head = model.config.vocab_size * model.config.hidden_size
     return 2.0 * tokens * (layers * (passes + (config.remat == "full")) + head * passes)
+
+
+def _shapes(model):
+    import jax
+
+    return jax.eval_shape(model.init, jax.random.key(0), model.example_input())["params"]
 
 
 def _model_config(config: Config):

@@ -318,7 +318,7 @@ def _shapes(model):
 
 
 def _model_config(config: Config):
-    from jaxft.models import DecoderConfig, config_of
+    from jaxft.models import config_of, family_of
 
     if config.model in PRESETS:
         settings = dict(PRESETS[config.model])
@@ -331,7 +331,7 @@ def _model_config(config: Config):
             )
         settings = json.loads(path.read_text())
     result = config_of(settings)
-    if not isinstance(result, DecoderConfig):
+    if not hasattr(family_of(result).module, "forward"):
         raise ValueError(
             f"--model {config.model!r} is {result.family}, no language model to train."
         )

@@ -10,6 +10,7 @@ import flax.linen as nn
 
 from jaxft.models.errors import CheckpointError
 from jaxft.models.names import Entry
+from jaxft.models.prediction import Prediction
 from jaxft.models.transformer import TRANSFORMER_TARGETS, Targets
 from jaxft.parallel import LAYERS, TRANSFORMER_RULES, stacked_axes
 from jaxft.parallel.rules import Rules
@@ -106,8 +107,11 @@ class Family:
     rules: Rules = TRANSFORMER_RULES
 
     @property
-    def forward(self) -> Callable[..., Any]:
-        """The seam of objectives, scorers and samplers: (model, params, batch, key) -> Prediction."""
+    def forward(self) -> Callable[..., Prediction]:
+        """(model, params, batch, key) -> Prediction, the module's; `model.forward` is a jaxft.models.Forward.
+
+        Encoders, which predict no tokens, have none.
+        """
         return self.module.forward
 
     def stacked_axes(self, path: str) -> int:

@@ -112,8 +112,7 @@ def token_loss(key, logits, targets, mask):
 def penalised(distance, every=1):
     """A task over records held back by a distance over tokens."""
     task = objectives.preference(MODEL.forward, LOSS)
-    flat = lambda batch: {k: v.reshape(-1, WIDTH) for k, v in batch.items() if v.ndim == 3}
-    d = objectives.on_rows(lambda *args: distance(*args[:-2], flat(args[-2]), args[-1]), every)
+    d = objectives.on_rows(distance, every)
     return objectives.trust_region(task, lambda *args: d(START, *args), 0.7)
 
 

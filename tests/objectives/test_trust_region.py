@@ -9,8 +9,9 @@ import numpy as np
 import optax
 import pytest
 
+from experiments.cli.optimizers import OF_PREDICTIONS, sharpen
 from jaxft.adapters import ALL_LINEAR, adapt, combine, lora, partition
-from jaxft.losses import kl_divergence, symmetric_kl_divergence
+from jaxft.losses import dpo_loss, kl_divergence, symmetric_kl_divergence
 from jaxft.metrics import Mean
 from jaxft.models import Decoder, Encoder, EncoderConfig, stack_layers, tiny_config, with_noise
 from jaxft.objectives import (
@@ -20,6 +21,8 @@ from jaxft.objectives import (
     mean_of,
     noise_distance,
     on_rows,
+    policy_gradient,
+    preference,
     r3f,
     r4f,
     sample_distance,
@@ -29,8 +32,9 @@ from jaxft.objectives import (
     token_logits,
     trust_region,
 )
+from jaxft.objectives.policy import clipped, token_mean
 from jaxft.optim import tram, tram_fisher, with_tram, with_tram_fisher
-from jaxft.train import accumulate, fit
+from jaxft.train import accumulate, fit, init_state, make_step
 
 SMALL = dict(
     hidden_size=32, intermediate_size=48, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=16
@@ -71,6 +75,54 @@ def test_function_distance_is_the_mean_over_counted_tokens(params, other):
     assert none.value == 0
     by_target = jax.grad(lambda t: distance(t, params, BATCH, KEY).value)(other)
     assert not any(leaf.any() for leaf in jax.tree.leaves(by_target))
+
+
+def test_a_distance_of_pairs_or_of_experience_is_that_of_their_counted_tokens(params, other):
+    distance = jax.jit(function_distance(token_logits(MODEL.forward)))
+    alone = distance(other, params, BATCH, KEY)
+    # Pairs: the same rows two by two, with a column of their records.
+    pairs = {name: x.reshape(2, 2, 6) for name, x in BATCH.items()} | {"label": jnp.ones(2)}
+    chex.assert_trees_all_close(distance(other, params, pairs, KEY), alone, rtol=1e-6)
+    # Experience: the last three columns are completions, whose masks are those of loss_mask there.
+    rows = BATCH | {"loss_mask": BATCH["loss_mask"] * (jnp.arange(6) >= 3)[None]}
+    learnt = {"tokens": BATCH["tokens"], "completion_mask": rows["loss_mask"][:, 3:] > 0}
+    expected = distance(other, params, rows, KEY)
+    assert 0 < expected.weight < alone.weight
+    chex.assert_trees_all_close(distance(other, params, learnt, KEY), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", OF_PREDICTIONS)
+def test_methods_of_predictions_go_with_preferences_and_experience(params, other, name):
+    """One step of each with microbatches: finite, and not the plain one's."""
+    pairs = {n: x.reshape(2, 2, 6) for n, x in BATCH.items()} | {"ref_log_probs": -jnp.ones((2, 2))}
+    pairs["loss_mask"] = jnp.ones((2, 2, 6)) * (jnp.arange(6) > 2)[None, None]
+    experience = {"tokens": BATCH["tokens"], "completion_mask": jnp.ones((4, 3), bool)}
+    experience |= {
+        "sampler_log_probs": -jnp.ones((4, 3)),
+        "advantages": jnp.array([1.0, -1, 0.5, 2]),
+    }
+    makers = {
+        "preference": (lambda forward: preference(forward, dpo_loss), pairs),
+        "policy_gradient": (lambda f: policy_gradient(f, clipped(), token_mean), experience),
+    }
+    for build, batch in makers.values():
+        found = []
+        for method in ("none", name):
+            rho = None if method == "none" else 0.5
+            made = sharpen(method, build, MODEL.forward, optax.sgd(0.1), rho)
+            step = make_step(
+                made.objective,
+                made.optimizer,
+                gradient=made.gradient,
+                extra_args=made.extra_args,
+                microbatches=2,
+            )
+            state, step = init_state(params, made.optimizer, KEY), jax.jit(step)
+            for _ in range(2):  # The targets of some move with the first.
+                state, metrics = step(state, batch)
+                assert metrics["good"]
+            found.append(state.params["final_norm"]["scale"])
+        assert 1e-7 < float(jnp.max(jnp.abs(found[0] - found[1]))) < 1
 
 
 def test_a_distance_on_some_rows_is_that_of_their_batch(params, other):

@@ -25,8 +25,18 @@ from jaxft.adapters import (
     save_intrinsic,
 )
 from jaxft.checkpoints import CheckpointError, load_model, model_shapes, save_merged, save_model
-from jaxft.models import FAMILIES, Entry, Family, HuggingFace, Targets, stack_layers, unstack_layers
+from jaxft.models import (
+    FAMILIES,
+    Entry,
+    Family,
+    HuggingFace,
+    Prediction,
+    Targets,
+    stack_layers,
+    unstack_layers,
+)
 from jaxft.models.layers import Dense, Embed
+from jaxft.objectives import supervised
 from jaxft.parallel import make_mesh, param_shardings
 from tests.small_models import trained
 
@@ -75,6 +85,7 @@ class Blocks(nn.Module):
 
 
 class Output(NamedTuple):
+    hidden: jax.Array
     logits: jax.Array
 
 
@@ -89,13 +100,15 @@ class Toy(nn.Module):
         stacked = self.scan_layers if trunk is None else "0" not in trunk["blocks"]
         x = Embed(self.config.vocab_size, self.config.width, name="table")(tokens, self.dtype)
         x = Trunk(self.config, stacked, name="trunk")(x)
-        return Output(Dense(self.config.vocab_size, name="readout")(x).astype(jnp.float32))
+        logits = Dense(self.config.vocab_size, name="readout")(x)
+        return Output(x, logits.astype(jnp.float32))
 
     def example_input(self):
         return jnp.zeros((1, 1), jnp.int32)
 
     def forward(self, params, batch, key=None):
-        return self.apply({"params": params}, batch["tokens"])
+        hidden = self.apply({"params": params}, batch["tokens"]).hidden
+        return Prediction(hidden, params["readout"]["kernel"])
 
 
 def entries(config):
@@ -227,6 +240,16 @@ def test_all_linear_and_pefts_names_are_its_own(folder, scan_layers, tmp_path_fa
     chex.assert_trees_all_equal(partition(again)[0], partition(adapted)[0])
     difference = save_merged(tmp_path_factory.mktemp("merged"), model, adapted, families=KNOWN)
     assert difference.largest <= 1e-5 * difference.scale
+
+
+def test_an_objective_reads_its_forward(folder):
+    path, tensors = folder
+    model, params = load_model(path, families=KNOWN)
+    adapted = apply_named(params, "lora", rank=2, targets=TOY.targets)
+    loss, _ = jax.jit(supervised(model.forward))(adapted, {"tokens": TOKENS}, None)
+    log_probs = jax.nn.log_softmax(by_hand(tensors)[0, :-1])
+    expected = -np.mean(np.take_along_axis(log_probs, np.asarray(TOKENS)[0, 1:, None], axis=1))
+    np.testing.assert_allclose(loss, expected, rtol=1e-4)
 
 
 def test_stacking_finds_layers_that_lie_deeper():

@@ -247,7 +247,7 @@ def _over(stack: Sequence[int], function: Callable) -> Callable:
 
 
 def _stack(name: str, kernel: WeightLike, stacked: Callable[[str], int]) -> tuple[int, ...]:
-    """Sizes of the leading axes of stacked layers: a weight knows them, of an array they are told."""
+    """Sizes of the leading axes of stacked layers: `kernel.stack` of a weight, else as `stacked` says."""
     if is_weight(kernel):
         return kernel.stack
     depth = stacked(name)

@@ -22,8 +22,8 @@ class Weight:
     `rmatmul(x)` = x W, `to_dense()` = W and `with_specs(spec)`. Its array fields train unless they
     are declared by `frozen_field()`. Methods see one kernel; where layers (or experts) are stacked,
     every field has their leading axes, `stack` gives their sizes, and `jax.lax.scan` or `jax.vmap`
-    takes them off before a method is called. `shape`, `dtype`, `stack` and `with_specs` alone are
-    asked of a stacked weight.
+    takes them off before a method is called; only `shape`, `dtype`, `stack` and `with_specs` may be
+    used on a stacked weight.
     """
 
     @property
@@ -220,7 +220,7 @@ class Frozen(Weight):
 
     @property
     def stack(self):
-        # An array is dense as it stands, kernel or bias, stacked or not.
+        # An array is dense already, whatever its axes are: there is nothing to map over.
         return self.value.stack if is_weight(self.value) else ()
 
     def rmatmul(self, x):

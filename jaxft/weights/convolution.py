@@ -31,7 +31,7 @@ class ConvWeight(Weight):
     """A convolution's kernel [*window, in, out], held by any weight of its matrix [window x in, out].
 
     `adapt` makes it of a kernel that a rule names: the rule sees the matrix. `conv` reads it. It has no
-    `committed`: PaCA's rows are put into the kernel at each use, inside a step and outside.
+    `committed`: PaCA's rows are written into the dense kernel at each use, inside a step and outside.
     """
 
     matrix: WeightLike  # rows in the order of the window's axes, then of inputs
@@ -84,7 +84,7 @@ def conv(
     `jax.lax.conv_general_dilated` with channels last, over 1, 2 or 3 axes of places. LoRA and DoRA
     convolve with A and multiply by B at each place; other weights, and all with groups, form the dense
     kernel for the product and again in the backward pass. A module must read its variable by
-    `jaxft.models.read`. `flax.linen.Conv` refuses structured weights with an error: give it
+    `jaxft.models.read`. `flax.linen.Conv` raises an error for structured weights: give it
     `merge(params)`, which is differentiable.
 
     Args:

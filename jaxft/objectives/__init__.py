@@ -1,4 +1,4 @@
-"""Objectives: a model's apply, a loss and a reduction make objective(params, batch, key)."""
+"""Objectives: a forward, a loss and a reduction make objective(params, batch, key)."""
 
 from jaxft.objectives.critic import (
     completion_values,

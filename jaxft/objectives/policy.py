@@ -1,4 +1,4 @@
-"""Policy-gradient objectives: a model, a loss of its sampled tokens and a reduction.
+"""Policy-gradient objectives: a forward, a loss of its sampled tokens and a reduction.
 
 A batch of experience, B responses of at most N tokens that follow prompts (see jaxft.rl.collect), holds
 

@@ -245,7 +245,7 @@ def test_all_linear_and_pefts_names_are_its_own(folder, scan_layers, tmp_path_fa
 def test_an_objective_reads_its_forward(folder):
     path, tensors = folder
     model, params = load_model(path, families=KNOWN)
-    adapted = apply_named(params, "lora", rank=2, targets=TOY.targets)
+    adapted = apply_named(params, "lora", rank=2, **PLACES)
     loss, _ = jax.jit(supervised(model.forward))(adapted, {"tokens": TOKENS}, None)
     log_probs = jax.nn.log_softmax(by_hand(tensors)[0, :-1])
     expected = -np.mean(np.take_along_axis(log_probs, np.asarray(TOKENS)[0, 1:, None], axis=1))

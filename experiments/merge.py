@@ -43,8 +43,9 @@ def main(config: Config) -> Difference:
     model, base = files.load_model(config.model)
     params = base
     if config.quantise is not None:
-        target = family_of(model.config).targets.pattern(config.target)
-        params = adapt(jax.random.key(0), params, {target: quantised(config.quantise)})
+        family = family_of(model.config)
+        rules = {family.targets.pattern(config.target): quantised(config.quantise)}
+        params = adapt(jax.random.key(0), params, rules, stacked=family.stacked_axes)
     params = load_adapter(config.adapter, model.config, params)
     if (lost := rounding_loss(params, base, family_of(model.config).layers)) is not None:
         print(f"{config.quantise} took up to {lost:.1%} of a kernel")

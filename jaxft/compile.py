@@ -189,6 +189,7 @@ def compile_step(config: Config) -> dict[str, Any]:
             quantise=config.quantise,
             seed=0,
             targets=family.targets,
+            stacked=family.stacked_axes,
         )
         return train.init_state(
             apply_named(params, config.adapter, **options), optimizer, jax.random.key(0)

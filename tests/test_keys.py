@@ -11,7 +11,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 # Where numbers are folded into a key, or it is split: that key is a stream's, of one use alone.
 FOLDS = {
     "jaxft/adapters/intrinsic_dimension.py": "(None, 0))(key, seeds)",  # saved adapters have this key
-    "jaxft/adapters/rewrite.py": "lambda k, n=size: jax.random.split(k, n)|jax.random.split(keys, size)",
+    "jaxft/adapters/rewrite.py": "keys = jax.random.split(key, stack)",
     "jaxft/adapters/soft.py": "build(jax.random.split(key, stack)",
     "jaxft/analysis/sharpness.py": "jax.random.split(key, len(leaves))",
     "jaxft/generation/sampler.py": "(jnp.asarray(ids))|(jnp.arange(samples))|(state.keys, state.step)",
@@ -19,7 +19,7 @@ FOLDS = {
     "jaxft/keys.py": "jax.random.fold_in(key, number)|no key of jax.random.split(key)|name), n)[i]",
     "jaxft/optim/zeroth_order.py": "jax.random.split(direction_key(args), samples)",
     "jaxft/rl/on_device.py": "(jnp.arange(len(chosen)))",
-    "jaxft/weights/fastfood.py": "jax.random.split(key, 3)",
+    "jaxft/weights/random_maps.py": "jax.random.split(key, 3)",
     "jaxft/weights/hadamard.py": "jax.random.split(key",
     "jaxft/weights/monarch.py": "jax.random.split(key)",
     "jaxft/weights/prefix.py": "jax.random.split(key, 3)",

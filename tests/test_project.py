@@ -88,10 +88,10 @@ def test_a_wheel_holds_jaxft_alone():
 PACKAGES = [path.parent for path in sources() if path.name == "__init__.py"]
 
 
-# Not yet: jaxft.objectives, .optim and .weights have nine functions in files of their names.
+# Not yet: jaxft.objectives and .optim have functions in files of their names.
 @pytest.mark.parametrize(
     "folder",
-    [p for p in PACKAGES if p.name not in ("objectives", "optim", "weights")],
+    [p for p in PACKAGES if p.name not in ("objectives", "optim")],
     ids=lambda p: str(p.relative_to(ROOT)),
 )
 def test_no_function_hides_a_module_of_its_name(folder):

@@ -15,6 +15,13 @@ from jaxft.adapters.lora_rates import lora_plus
 from jaxft.adapters.named import Name, Quantisation, named_rules
 from jaxft.adapters.native import apply_named, load_native, save_native
 from jaxft.adapters.peft import adapter_tensors, load_adapter, save_adapter
+from jaxft.adapters.read_back import (
+    Difference,
+    check_same,
+    logit_difference,
+    rounding_loss,
+    save_checked,
+)
 from jaxft.adapters.rewrite import (
     adapt,
     combine,
@@ -59,13 +66,6 @@ from jaxft.adapters.soft import (
     parallel_adapter,
     prefix,
     prompt,
-)
-from jaxft.adapters.verify import (
-    Difference,
-    check_same,
-    logit_difference,
-    rounding_loss,
-    save_checked,
 )
 
 __all__ = [

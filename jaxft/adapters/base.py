@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from jaxft.adapters.committing import writes_back
 from jaxft.adapters.rewrite import Params
-from jaxft.weights import Frozen, Weight
+from jaxft.weights import ConvWeight, Frozen, Weight
 
 _ADDED = ("prompt", "prefix", "adapter")
 
@@ -31,6 +32,8 @@ def _visit(path: str, node: Any) -> Any:
         return {name: _visit(f"{path}/{name}".lstrip("/"), kept[name]) for name in kept}
     if isinstance(node, Frozen):
         return node
+    if isinstance(node, ConvWeight):
+        return dataclasses.replace(node, matrix=_visit(path, node.matrix))
     base = getattr(node, "base", None)
     if isinstance(node, Weight) and base is not None and not writes_back(node):
         return base if isinstance(base, Frozen) else Frozen(base)

@@ -22,7 +22,7 @@ def commit(params: Any) -> Any:
         if not writes_back(node):
             return node
         committed = lambda n: n.committed()
-        for _ in range(node.ndim - 2):
+        for _ in node.stack:
             committed = jax.vmap(committed)
         return committed(node)
 

@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import optax
 
-from jaxft.weights import DoraWeight, LoraWeight, is_weight
+from jaxft.weights import DoraWeight, LoraWeight
 
 
 def lora_plus(ratio: float = 16.0) -> optax.GradientTransformation:
@@ -25,15 +25,14 @@ def lora_plus(ratio: float = 16.0) -> optax.GradientTransformation:
 
     def scale(updates, params):
         del params
-        nodes = jax.tree.leaves(updates, is_leaf=is_weight)
-        if not any(isinstance(n, LoraWeight | DoraWeight) for n in nodes):
+        # Wherever they stand: in a frozen weight, or as the matrix of a convolution's kernel.
+        is_low_rank = lambda node: isinstance(node, LoraWeight | DoraWeight)
+        if not any(map(is_low_rank, jax.tree.leaves(updates, is_leaf=is_low_rank))):
             raise ValueError("lora_plus: no LoRA weight among the updates; adapt the params first.")
 
         def one(node):
-            if isinstance(node, LoraWeight | DoraWeight):
-                return dataclasses.replace(node, b=node.b * ratio)
-            return node
+            return dataclasses.replace(node, b=node.b * ratio) if is_low_rank(node) else node
 
-        return jax.tree.map(one, updates, is_leaf=is_weight)
+        return jax.tree.map(one, updates, is_leaf=is_low_rank)
 
     return optax.stateless(scale)

@@ -6,9 +6,11 @@ import dataclasses
 import json
 import os
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.tree_util import GetAttrKey
 from safetensors import SafetensorError
 from safetensors.flax import load_file
 
@@ -19,7 +21,8 @@ from jaxft.adapters.named import named_rules
 from jaxft.adapters.rewrite import Params, adapt, largest_shape, partition, path_name
 from jaxft.adapters.rules import qpissa, quantised
 from jaxft.models.transformer import TRANSFORMER_TARGETS, Targets
-from jaxft.weights import PacaWeight, Weight, check_paca, is_weight
+from jaxft.parallel import stacked_axes
+from jaxft.weights import ConvWeight, PacaWeight, Weight, check_paca, is_weight
 
 
 def apply_named(
@@ -32,8 +35,11 @@ def apply_named(
     quantise: str | None = None,
     seed: int = 0,
     targets: Targets = TRANSFORMER_TARGETS,
+    stacked: Callable[[str], int] = stacked_axes,
 ) -> Params:
     """The params with the adapter `name` (see named_rules), over kernels rounded to `quantise` bits.
+
+    `stacked` is that of `adapt`: which leading axes are layers or experts.
 
     Raises:
         ValueError: see named_rules; and for quantised kernels that are to train whole.
@@ -47,11 +53,12 @@ def apply_named(
             )
         if name == "pissa":  # It splits the dense kernels, and what is left of them is rounded.
             rule = qpissa(rank, alpha, kind=quantise)
-            return adapt(jax.random.key(seed), params, {target: rule})
-        params = adapt(jax.random.key(seed), params, {target: quantised(quantise)})
-    shape = largest_shape(params, target) if name == "vera" else None
+            return adapt(jax.random.key(seed), params, {target: rule}, stacked=stacked)
+        rules = {target: quantised(quantise)}
+        params = adapt(jax.random.key(seed), params, rules, stacked=stacked)
+    shape = largest_shape(params, target, stacked=stacked) if name == "vera" else None
     rules = named_rules(name, rank=rank, alpha=alpha, target=target, shape=shape, targets=targets)
-    return adapt(jax.random.key(seed), params, rules)
+    return adapt(jax.random.key(seed), params, rules, stacked=stacked)
 
 
 def save_native(path: str | os.PathLike, params: Params, **settings: Any) -> None:
@@ -60,7 +67,8 @@ def save_native(path: str | os.PathLike, params: Params, **settings: Any) -> Non
     Args:
         path: the directory; made if needed.
         params: adapted by `apply_named`.
-        settings: its arguments, `targets` aside, which `load_native` gives it again.
+        settings: its arguments, which `load_native` gives it again; without `targets` and `stacked`,
+            which belong to the model and are given to both.
 
     Raises:
         AdapterError: if nothing trains.
@@ -73,11 +81,15 @@ def save_native(path: str | os.PathLike, params: Params, **settings: Any) -> Non
 
 
 def load_native(
-    path: str | os.PathLike, params: Params, *, targets: Targets = TRANSFORMER_TARGETS
+    path: str | os.PathLike,
+    params: Params,
+    *,
+    targets: Targets = TRANSFORMER_TARGETS,
+    stacked: Callable[[str], int] = stacked_axes,
 ) -> Params:
     """The base params with an adapter of `save_native`, or moved by what `save_intrinsic` wrote (dense).
 
-    `targets` are the patterns of the model's family, as for `apply_named`.
+    `targets` and `stacked` are those of `apply_named`.
 
     Raises:
         AdapterError: if a file is missing or damaged, a key is missing, surplus or misshapen.
@@ -95,7 +107,7 @@ def load_native(
         return jax.jit(intrinsic_apply)(load_intrinsic(path, params))
     if settings.pop("version", None) != 1:
         raise AdapterError(f"{path}: written by another version of jaxft; update it.")
-    adapted = apply_named(params, targets=targets, **settings)
+    adapted = apply_named(params, targets=targets, stacked=stacked, **settings)
     if "reward/kernel" in tensors:  # Beside the adapter, of which it is no part.
         adapted["reward"] = {"kernel": tensors["reward/kernel"]}
     expected = dict(_own_leaves(adapted))
@@ -109,6 +121,7 @@ def load_native(
             )
     loaded = _own_leaves(adapted, tensors)
     for key, node in jax.tree_util.tree_leaves_with_path(loaded, is_leaf=is_weight):
+        node = node.matrix if isinstance(node, ConvWeight) else node
         if isinstance(node, PacaWeight):
             check_paca(node, f"{path}: {path_name(key)}")
     return loaded
@@ -125,6 +138,10 @@ def _own_leaves(params: Params, values: dict | None = None):
             return node if values is None else values[name]
         if not jax.tree.leaves(partition(node)[0]):
             return node
+        if isinstance(node, ConvWeight):
+            return dataclasses.replace(
+                node, matrix=visit((*prefix, GetAttrKey("matrix")), node.matrix)
+            )
         changed = {}
         for field in dataclasses.fields(node):
             value = getattr(node, field.name)

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxft.adapters.rules import Rule
+from jaxft.adapters.rules import Rule, as_it_is
 from jaxft.adapters.soft import Added
 from jaxft.keys import stream
+from jaxft.parallel import stacked_axes
 from jaxft.weights import (
     Bottleneck,
+    ConvWeight,
     Frozen,
     Weight,
     WeightLike,
@@ -27,7 +30,13 @@ from jaxft.weights import (
 Params = Any  # a pytree of arrays and weights
 
 
-def adapt(key: jax.Array, params: Params, rules: Mapping[str, Rule | Added]) -> Params:
+def adapt(
+    key: jax.Array,
+    params: Params,
+    rules: Mapping[str, Rule | Added],
+    *,
+    stacked: Callable[[str], int] = stacked_axes,
+) -> Params:
     """The params with each weight that a rule names rewritten or added, and all others frozen.
 
     Args:
@@ -35,13 +44,17 @@ def adapt(key: jax.Array, params: Params, rules: Mapping[str, Rule | Added]) -> 
         params: nested dicts of arrays and weights. A frozen weight is adapted by what it holds,
             so a tree can be adapted again.
         rules: path pattern (a regular expression that matches the whole path, as in
-            "layers/.*/(query|value)/kernel") to rule; the first that matches wins. Kernels
-            with leading axes (stacked layers) are rewritten one by one. The pattern of an `Added`
-            rule names what is new ("layers/.*mlp/adapter", "prefix").
+            "layers/.*/(query|value)/kernel") to rule; the first that matches wins. The pattern of an
+            `Added` rule names what is new ("layers/.*mlp/adapter", "prefix").
+        stacked: path to the number of leading axes that are stacked layers or experts, whose kernels
+            are rewritten one by one. Asked for arrays and added leaves: a weight knows its own. Default:
+            1 for paths under "layers/" without a number, else 0. Experts [E, in, out] are 1 axis in a
+            layer, 2 in stacked layers. What is left of a kernel is a matrix [in, out], or a convolution's
+            kernel [*window, in, out], which is adapted as the matrix [window x in, out] and read by
+            `jaxft.weights.conv`.
 
     Raises:
-        ValueError: if a pattern matches no path, or a weight would be made for each position of a
-            kernel with four axes or more (a convolution's).
+        ValueError: if a pattern matches no path, or `stacked` names more axes than an array has.
     """
     added = {pattern: rule for pattern, rule in rules.items() if isinstance(rule, Added)}
     compiled = {pattern: _compile(pattern) for pattern in rules if pattern not in added}
@@ -53,14 +66,13 @@ def adapt(key: jax.Array, params: Params, rules: Mapping[str, Rule | Added]) -> 
             if regex.fullmatch(name):
                 unused.discard(pattern)
                 kernel = node.value if isinstance(node, Frozen) else node
-                made = _apply_rule(rules[pattern], stream(key, f"adapt {name}"), kernel)
-                _check_depth(name, kernel, made)
-                return made
+                stack = _stack(name, kernel, stacked)
+                return _apply_rule(rules[pattern], stream(key, f"adapt {name}"), kernel, stack)
         return node if isinstance(node, Frozen) else Frozen(node)
 
     adapted = jax.tree_util.tree_map_with_path(rewrite, params, is_leaf=is_weight)
     if added:
-        adapted = _add(key, adapted, added, unused)
+        adapted = _add(key, adapted, added, unused, stacked)
     if unused:
         raise ValueError(_no_match_message(sorted(unused), params))
     return adapted
@@ -121,10 +133,7 @@ def merge(params: Params) -> Params:
             )
         if not isinstance(node, Weight):
             return node
-        convert = to_dense
-        for _ in range(_stack_depth(node)):
-            convert = jax.vmap(convert)
-        return convert(node)
+        return _over(node.stack, to_dense)(node)
 
     merged = merge_biases(params)
     return jax.tree_util.tree_map_with_path(dense, merged, is_leaf=_is_adapter)
@@ -149,14 +158,23 @@ def merge_biases(params: Params) -> Params:
     return merged
 
 
-def largest_shape(params: Params, pattern: str) -> tuple[int, int]:
-    """(most inputs, most outputs) of the kernels whose path matches `pattern`.
+def largest_shape(
+    params: Params, pattern: str, *, stacked: Callable[[str], int] = stacked_axes
+) -> tuple[int, int]:
+    """(most inputs, most outputs) of the kernels whose path matches `pattern`; `stacked` as in `adapt`.
+
+    The inputs of a convolution are those of all places of its window.
 
     Raises:
         ValueError: if it matches no path.
     """
     nodes = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_weight)[0]
-    shapes = [node.shape[-2:] for path, node in nodes if re.fullmatch(pattern, path_name(path))]
+    shapes = []
+    for path, node in nodes:
+        name, kernel = path_name(path), node.value if isinstance(node, Frozen) else node
+        if re.fullmatch(pattern, name):
+            *inputs, outputs = kernel.shape[len(_stack(name, kernel, stacked)) :]
+            shapes.append((math.prod(inputs), outputs))
     if not shapes:
         raise ValueError(_no_match_message([pattern], params))
     return tuple(map(max, zip(*shapes, strict=True)))
@@ -173,7 +191,7 @@ def path_name(path: tuple) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def _add(key, params, rules: Mapping[str, Added], unused: set[str]) -> Params:
+def _add(key, params, rules: Mapping[str, Added], unused: set[str], stacked) -> Params:
     def visit(path, module):
         if not isinstance(module, Mapping):
             return module
@@ -184,7 +202,9 @@ def _add(key, params, rules: Mapping[str, Added], unused: set[str]) -> Params:
             if rule.name not in made and re.fullmatch(pattern, name):
                 unused.discard(pattern)
                 made.add(rule.name)
-                children[rule.name] = rule.make(stream(key, f"adapt {name}"), children)
+                children[rule.name] = rule.make(
+                    stream(key, f"adapt {name}"), children, stacked(name)
+                )
         return children
 
     return visit((), params)
@@ -201,30 +221,39 @@ def _compile(pattern: str) -> re.Pattern:
         raise ValueError(f"adapt: {pattern!r} is no regular expression ({error}).") from None
 
 
-def _apply_rule(rule: Rule, key: jax.Array, kernel: WeightLike) -> WeightLike:
-    stack = kernel.shape[: max(0, len(kernel.shape) - 2)]
-    keys = key
-    for size in stack:
-        keys = (
-            jax.vmap(lambda k, n=size: jax.random.split(k, n))(keys)
-            if keys.ndim
-            else (jax.random.split(keys, size))
-        )
-        rule = jax.vmap(rule)
-    return rule(keys, kernel)
+def _apply_rule(rule: Rule, key: jax.Array, kernel: WeightLike, stack: Sequence[int]) -> WeightLike:
+    if rule is as_it_is:
+        return kernel  # no copy
+    matrix, window = kernel, kernel.shape[len(stack) : -2]
+    if window:
+        matrix = kernel.matrix if is_weight(kernel) else _matrices(kernel, stack)
+    keys = jax.random.split(key, stack) if stack else key
+    made = _over(stack, rule)(keys, matrix)
+    if not window:
+        return made
+    return ConvWeight(made, window) if is_weight(made) else made.reshape(kernel.shape)
 
 
-def _check_depth(name: str, kernel: WeightLike, made: WeightLike) -> None:
-    if is_weight(made) and len(kernel.shape) > 3:
-        raise ValueError(
-            f"adapt: {name} {kernel.shape} is no matrix [in, out] or stack of them [layers, in, out]; "
-            "adapters on convolutions are not supported: name other kernels, or train it whole by full()."
-        )
+def _matrices(kernel: jax.Array, stack: Sequence[int]) -> jax.Array:
+    """[*stack, *window, in, out] as [*stack, window x in, out]."""
+    return kernel.reshape(*stack, math.prod(kernel.shape[len(stack) : -1]), kernel.shape[-1])
 
 
-def _stack_depth(node: Weight) -> int:
-    """Leading axes of stacked layers: a frozen scale or bias may have one axis, a kernel two."""
-    return 0 if isinstance(node, Frozen) and not is_weight(node.value) else node.ndim - 2
+def _over(stack: Sequence[int], function: Callable) -> Callable:
+    """`function` of one weight, for weights with the leading axes `stack`."""
+    for _ in stack:
+        function = jax.vmap(function)
+    return function
+
+
+def _stack(name: str, kernel: WeightLike, stacked: Callable[[str], int]) -> tuple[int, ...]:
+    """Sizes of the leading axes of stacked layers: `kernel.stack` of a weight, else as `stacked` says."""
+    if is_weight(kernel):
+        return kernel.stack
+    depth = stacked(name)
+    if not 0 <= depth <= len(kernel.shape):
+        raise ValueError(f"adapt: stacked({name!r}) is {depth}, but its shape is {kernel.shape}.")
+    return kernel.shape[:depth]
 
 
 def _no_match_message(patterns: list[str], params: Params) -> str:

@@ -1,4 +1,8 @@
-"""Rules for `adapt`: (key, kernel) -> weight. Arguments are checked here, shapes where they are met."""
+"""Rules for `adapt`: (key, kernel) -> weight. Arguments are checked here, shapes where they are met.
+
+A rule sees one matrix [in, out]: without the axes of stacked layers, a convolution's kernel as
+[window x in, out].
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ import jax
 
 from jaxft.models.transformer import TRANSFORMER_TARGETS
 from jaxft.weights import (
+    ConvWeight,
     MonarchWeight,
     WeightLike,
     dora_weight,
@@ -42,7 +47,12 @@ ALL_NORMS = r".*norm/(scale|bias)"  # norm tuning, with `full()`
 
 def full() -> Rule:
     """A rule that leaves a weight as it is, so that all of it trains."""
-    return lambda key, kernel: kernel
+    return as_it_is
+
+
+def as_it_is(key: jax.Array, kernel: WeightLike) -> WeightLike:
+    """The rule `full()`."""
+    return kernel
 
 
 def lora(rank: int = 16, alpha: float = 32.0) -> Rule:
@@ -202,7 +212,8 @@ def densify(params: Any, pattern: str = ".*") -> Any:
     from jaxft.adapters.rewrite import merge, path_name
 
     def dense(path, node):
-        chosen = isinstance(node, MonarchWeight) and re.fullmatch(pattern, path_name(path))
+        matrix = node.matrix if isinstance(node, ConvWeight) else node
+        chosen = isinstance(matrix, MonarchWeight) and re.fullmatch(pattern, path_name(path))
         return merge(node) if chosen else node
 
     return jax.tree_util.tree_map_with_path(dense, params, is_leaf=is_weight)

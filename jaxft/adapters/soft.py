@@ -36,7 +36,8 @@ class Added:
     """
 
     name: str  # last part of the path: "adapter" in "layers/0/mlp/adapter"
-    make: Callable[[jax.Array, Mapping[str, Any]], Any]  # (key, subtree) -> leaf
+    # (key, subtree, how many leading axes of the leaf are stacked layers) -> leaf
+    make: Callable[[jax.Array, Mapping[str, Any], int], Any]
 
 
 def bottleneck(
@@ -87,7 +88,8 @@ def prompt(length: int | None = None, ids: Sequence[int] | None = None) -> Added
         raise ValueError("prompt: give a length or ids.")
     length = _check_length("prompt", len(ids) if length is None else length)
 
-    def make(key, params):
+    def make(key, params, stacked):
+        del stacked  # one leaf for all layers
         _check_root("prompt", params)
         if EMBEDDING.split("/")[0] not in params:
             return _image_prompt(key, length, ids, params)
@@ -122,7 +124,8 @@ def prefix(length: int = 20, *, hidden: int | None = None, scale: float = 0.02) 
     """
     _check_length("prefix", length)
 
-    def make(key, params):
+    def make(key, params, stacked):
+        del stacked  # one leaf for all layers
         _check_root("prefix", params)
         layers = layers_in(params)
         layer = layers if is_stacked(params) else layers["0"]
@@ -139,7 +142,7 @@ def _bottleneck(name, size, **options) -> Added:
     if size < 1:
         raise ValueError(f"{name}: size must be at least 1, got {size}; 16 to 512 are usual.")
 
-    def make(key, module):
+    def make(key, module, stacked):
         last = next((module[n]["kernel"] for n in SUBLAYER_OUTPUTS if n in module), None)
         if last is None:
             raise ValueError(
@@ -147,7 +150,7 @@ def _bottleneck(name, size, **options) -> Added:
                 "sublayer (attention or mlp); see HOULSBY and PFEIFFER."
             )
         build = lambda key: bottleneck_adapter(key, last.shape[-1], size=size, **options)
-        stack = last.shape[:-2]
+        stack = last.shape[:stacked]
         for _ in stack:
             build = jax.vmap(build)
         return build(jax.random.split(key, stack) if stack else key)

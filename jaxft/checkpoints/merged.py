@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxft.adapters.verify import Difference, check_same
+from jaxft.adapters.read_back import Difference, check_same
 from jaxft.checkpoints.models import Params, load_model, save_model
 from jaxft.models import FAMILIES, Decoder, Family, family_of, is_stacked
 

@@ -8,6 +8,7 @@ from jaxft.models.encoder import Encoder, EncoderConfig, EncoderOutput, mean_poo
 from jaxft.models.errors import CheckpointError
 from jaxft.models.families import FAMILIES, config_of, family_of
 from jaxft.models.family import Family, Gguf, HuggingFace
+from jaxft.models.layers import read
 from jaxft.models.names import Entry
 from jaxft.models.prediction import Forward, Prediction, project, with_noise
 from jaxft.models.soft import virtual_tokens
@@ -39,6 +40,7 @@ __all__ = [
     "mean_pool",
     "of_group",
     "project",
+    "read",
     "stack_layers",
     "tiny_config",
     "unstack_layers",

@@ -17,14 +17,8 @@ from jaxft.weights.base import (
     to_dense,
 )
 from jaxft.weights.bottleneck import Bottleneck, bottleneck_adapter
+from jaxft.weights.convolution import ConvWeight, conv
 from jaxft.weights.dora import DoraWeight, dora_weight
-from jaxft.weights.fastfood import (
-    DenseMap,
-    FastfoodMap,
-    cropped_fastfood,
-    dense_projection,
-    fastfood,
-)
 from jaxft.weights.hadamard import LohaWeight, LokrWeight, factorise, loha_weight, lokr_weight
 from jaxft.weights.lora import LoraWeight, lora_weight, pissa_to_lora, pissa_weight
 from jaxft.weights.monarch import (
@@ -46,12 +40,20 @@ from jaxft.weights.quantised import (
     quantised_weight,
 )
 from jaxft.weights.qwix_arrays import from_qwix, to_qwix
+from jaxft.weights.random_maps import (
+    DenseMap,
+    FastfoodMap,
+    cropped_fastfood,
+    dense_projection,
+    fastfood,
+)
 from jaxft.weights.scaled import ScaledWeight, scaled_weight
 from jaxft.weights.vera import VeraWeight, vera_tables, vera_weight
 
 __all__ = [
     "Blocks",
     "Bottleneck",
+    "ConvWeight",
     "DenseMap",
     "DoraWeight",
     "FastfoodMap",
@@ -72,8 +74,9 @@ __all__ = [
     "along_last",
     "bits_per_parameter",
     "bottleneck_adapter",
-    "cropped_fastfood",
     "check_paca",
+    "conv",
+    "cropped_fastfood",
     "delta",
     "dense_projection",
     "dora_weight",

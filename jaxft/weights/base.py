@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import jax
@@ -19,8 +20,10 @@ class Weight:
 
     A subclass is final. It stands for a dense kernel W [in, out] and defines `shape`, `dtype`,
     `rmatmul(x)` = x W, `to_dense()` = W and `with_specs(spec)`. Its array fields train unless they
-    are declared by `frozen_field()`. Methods see one kernel; under a scan over layers every
-    field has a leading axis, which `jax.lax.scan` or `jax.vmap` takes off first.
+    are declared by `frozen_field()`. Methods see one kernel; where layers (or experts) are stacked,
+    every field has their leading axes, `stack` gives their sizes, and `jax.lax.scan` or `jax.vmap`
+    takes them off before a method is called; only `shape`, `dtype`, `stack` and `with_specs` may be
+    used on a stacked weight.
     """
 
     @property
@@ -38,6 +41,11 @@ class Weight:
         """Number of axes of the dense kernel."""
         return len(self.shape)
 
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """Sizes of the leading axes of stacked layers: what stands before the kernel [in, out]."""
+        return self.shape[:-2]
+
     def rmatmul(self, x: jax.Array) -> jax.Array:
         """x W for x [..., in], computed and returned in x's data type."""
         raise NotImplementedError
@@ -46,16 +54,30 @@ class Weight:
         """The dense kernel W."""
         raise NotImplementedError
 
+    def rconv(self, x: jax.Array, convolve: Convolution) -> jax.Array:
+        """convolve(x, W), which is linear in W, for a W [window x in, out] that is a convolution's.
+
+        A weight that has a cheaper form than its dense one overrides this. The dense kernel is
+        formed again in the backward pass, never kept.
+        """
+        return jax.checkpoint(lambda x, w: convolve(x, w.to_dense()))(x, self)
+
     def scaled_bias(self, bias: jax.Array) -> jax.Array:
         """What is added to x W for the `bias` [..., out] of the layer: itself, but for (IA)^3."""
         return scaled_bias(bias, getattr(self, "base", None))
 
     def with_specs(self, spec: PartitionSpec) -> Weight:
-        """The same node with a PartitionSpec for each field, given that of the dense kernel."""
+        """The same node with a PartitionSpec for each field, given that of the dense kernel.
+
+        As for arrays, `spec` speaks of the leading axes of `shape`, stacked layers first, and axes that
+        it does not reach are not split.
+        """
         raise NotImplementedError
 
 
 WeightLike: TypeAlias = jax.Array | Weight
+# (x, kernel [window x in, any number of columns]) -> x convolved with each column.
+Convolution: TypeAlias = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def frozen_field(**options: Any) -> Any:
@@ -165,6 +187,12 @@ def take(w: WeightLike, indices: jax.Array) -> jax.Array:
     return jnp.take(to_dense(w), indices, axis=0, mode="fill")
 
 
+def split_spec(spec: PartitionSpec, ndim: int) -> tuple[list, Any, Any]:
+    """(axes of stacked layers, of inputs, of outputs) that `spec` gives a kernel with `ndim` axes."""
+    *stack, rows, columns = (*spec, *(None,) * (ndim - len(spec)))
+    return stack, rows, columns
+
+
 def along_last(vector: jax.Array, x: jax.Array) -> jax.Array:
     """`vector` [N] with leading axes of size 1, to be broadcast against x [..., N]."""
     return vector.reshape((1,) * (x.ndim - 1) + (-1,))
@@ -189,6 +217,11 @@ class Frozen(Weight):
     @property
     def dtype(self):
         return self.value.dtype
+
+    @property
+    def stack(self):
+        # An array is dense already, whatever its axes are: there is nothing to map over.
+        return self.value.stack if is_weight(self.value) else ()
 
     def rmatmul(self, x):
         return frozen_matmul(x, self.value)
@@ -227,6 +260,6 @@ class Transposed(Weight):
         return jnp.swapaxes(to_dense(self.weight), -1, -2)
 
     def with_specs(self, spec):
-        axes = (*spec, None, None)[:2]
-        flipped = PartitionSpec(axes[1], axes[0])
+        stack, rows, columns = split_spec(spec, self.ndim)
+        flipped = PartitionSpec(*stack, columns, rows)
         return Transposed(self.weight.with_specs(flipped) if is_weight(self.weight) else flipped)

@@ -8,7 +8,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jaxft.weights.base import Weight, WeightLike, along_last, frozen_field, matmul, to_dense
+from jaxft.weights.base import (
+    Weight,
+    WeightLike,
+    along_last,
+    frozen_field,
+    matmul,
+    split_spec,
+    to_dense,
+)
 from jaxft.weights.lora import LoraWeight, lora_weight
 
 
@@ -49,11 +57,15 @@ class DoraWeight(Weight):
         y = matmul(x, self.direction)
         return y * along_last(self._gain(), y).astype(x.dtype)
 
+    def rconv(self, x, convolve):
+        y = self.direction.rconv(x, convolve)
+        return y * along_last(self._gain(), y).astype(x.dtype)
+
     def to_dense(self):
         return (self._updated() * self._gain()[None]).astype(self.dtype)
 
     def with_specs(self, spec):
-        *stack, _, columns = (*(None,) * (self.ndim - len(spec)), *spec)
+        stack, _, columns = split_spec(spec, self.ndim)
         inner = self.direction.with_specs(spec)
         magnitude = PartitionSpec(*stack, columns)
         return dataclasses.replace(self, base=inner.base, a=inner.a, b=inner.b, magnitude=magnitude)

@@ -15,6 +15,7 @@ from jaxft.weights.base import (
     frozen_field,
     frozen_matmul,
     is_weight,
+    split_spec,
     to_dense,
 )
 
@@ -58,7 +59,7 @@ class LohaWeight(Weight):
         return (base.astype(jnp.float32) + self._update()).astype(base.dtype)
 
     def with_specs(self, spec):
-        *stack, rows, columns = (*(None,) * (self.ndim - len(spec)), *spec)
+        stack, rows, columns = split_spec(spec, self.ndim)
         base = self.base.with_specs(spec) if is_weight(self.base) else spec
         a, b = PartitionSpec(*stack, rows, None), PartitionSpec(*stack, None, columns)
         return LohaWeight(base, a, b, a, b, self.alpha)

@@ -10,12 +10,14 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jaxft.weights.base import (
+    Frozen,
     Weight,
     WeightLike,
     frozen_field,
     frozen_matmul,
     is_weight,
     matmul,
+    split_spec,
     to_dense,
 )
 
@@ -54,6 +56,11 @@ class LoraWeight(Weight):
         update = matmul(matmul(x, self.a), self.b * (self.alpha / self.rank))
         return frozen_matmul(x, self.base) + update
 
+    def rconv(self, x, convolve):
+        # R channels through the window, then a product at each place, as PEFT's Conv2d has it.
+        update = matmul(convolve(x, self.a), self.b * (self.alpha / self.rank))
+        return Frozen(self.base).rconv(x, convolve) + update
+
     def to_dense(self):
         # The product in float32, whatever the storage: merging must not lose what was trained.
         update = self.a.astype(jnp.float32) @ self.b.astype(jnp.float32)
@@ -62,7 +69,7 @@ class LoraWeight(Weight):
         return (base.astype(jnp.float32) + scaled).astype(base.dtype)
 
     def with_specs(self, spec):
-        *stack, rows, columns = (*(None,) * (self.ndim - len(spec)), *spec)
+        stack, rows, columns = split_spec(spec, self.ndim)
         base = self.base.with_specs(spec) if is_weight(self.base) else spec
         # R is small: it is never split, so that x A is complete on each shard of W's columns.
         a, b = PartitionSpec(*stack, rows, None), PartitionSpec(*stack, None, columns)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jaxft.kernels.monarch import monarch_product
-from jaxft.weights.base import Weight, WeightLike, to_dense
+from jaxft.weights.base import Weight, WeightLike, split_spec, to_dense
 
 
 @jax.tree_util.register_dataclass
@@ -50,7 +50,7 @@ class MonarchWeight(Weight):
         return w.reshape(w.shape[0] * w.shape[1], -1)[:rows, :columns]
 
     def with_specs(self, spec):
-        *stack, rows, columns = (*(None,) * (self.ndim - len(spec)), *spec)
+        stack, rows, columns = split_spec(spec, self.ndim)
         # Blocks of inputs lie with the kernel's rows, blocks of outputs with its columns.
         first = PartitionSpec(*stack, rows, None, None, None)
         second = PartitionSpec(*stack, columns, None, None, None)

@@ -12,7 +12,15 @@ from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec
 
 from jaxft.kernels.paca import chosen_columns
-from jaxft.weights.base import Weight, WeightLike, frozen_field, is_weight, matmul, to_dense
+from jaxft.weights.base import (
+    Weight,
+    WeightLike,
+    frozen_field,
+    is_weight,
+    matmul,
+    split_spec,
+    to_dense,
+)
 
 Selection = Literal["random", "largest_norm", "smallest_norm"]
 
@@ -67,7 +75,7 @@ class PacaWeight(Weight):
         return dataclasses.replace(self, base=_with_rows(self.base, rows, self.indices))
 
     def with_specs(self, spec):
-        *stack, _, columns = (*(None,) * (self.ndim - len(spec)), *spec)
+        stack, _, columns = split_spec(spec, self.ndim)
         base = self.base.with_specs(spec) if is_weight(self.base) else spec
         rows, indices = PartitionSpec(*stack, None, columns), PartitionSpec(*stack, None)
         return dataclasses.replace(self, base=base, rows=rows, indices=indices)

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from jaxft.kernels.nf4 import NF4_LEVELS, nf4_dequantise, nf4_product
-from jaxft.weights.base import Weight, WeightLike, frozen_field, linear_in_x, to_dense
+from jaxft.weights.base import Weight, WeightLike, frozen_field, linear_in_x, split_spec, to_dense
 
 SCALES_PER_GROUP = 256
 
@@ -90,7 +90,7 @@ class Nf4Weight(Weight):
         return flat.reshape(self.scale_codes.shape[::-1]).T
 
     def with_specs(self, spec):
-        *stack, _, columns = (*(None,) * (self.ndim - len(spec)), *spec)
+        stack, _, columns = split_spec(spec, self.ndim)
         # Two rows share a byte, and blocks may overhang: rows stay together, columns may be split.
         split, small = PartitionSpec(*stack, None, columns), PartitionSpec(*stack)
         return dataclasses.replace(

@@ -16,6 +16,7 @@ from jaxft.weights.base import (
     frozen_field,
     frozen_matmul,
     is_weight,
+    split_spec,
     to_dense,
 )
 
@@ -58,7 +59,7 @@ class ScaledWeight(Weight):
         return (dense.astype(jnp.float32) * scale).astype(dense.dtype)
 
     def with_specs(self, spec):
-        *stack, rows, columns = (*(None,) * (self.ndim - len(spec)), *spec)
+        stack, rows, columns = split_spec(spec, self.ndim)
         base = self.base.with_specs(spec) if is_weight(self.base) else spec
         scale = PartitionSpec(*stack, rows if self.side == "input" else columns)
         return dataclasses.replace(self, base=base, scale=scale)

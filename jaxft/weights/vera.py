@@ -16,6 +16,7 @@ from jaxft.weights.base import (
     frozen_field,
     frozen_matmul,
     is_weight,
+    split_spec,
     to_dense,
 )
 
@@ -62,7 +63,7 @@ class VeraWeight(Weight):
         return (base.astype(jnp.float32) + update).astype(base.dtype)
 
     def with_specs(self, spec):
-        *stack, _, columns = (*(None,) * (self.ndim - len(spec)), *spec)
+        stack, _, columns = split_spec(spec, self.ndim)
         base = self.base.with_specs(spec) if is_weight(self.base) else spec
         # Longer than this kernel's axes and shared with others': whole on every device.
         table, d, e = (PartitionSpec(*stack, *rest) for rest in ((None, None), (None,), (columns,)))

@@ -1,21 +1,29 @@
+import math
+
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jaxft.adapters import (
     ALL_LINEAR,
     adapt,
     combine,
+    commit,
     count,
+    dora,
     full,
+    largest_shape,
     lora,
     merge,
+    paca,
     partition,
     trainable_mask,
 )
 from jaxft.models import Decoder, stack_layers, tiny_config
-from jaxft.weights import Frozen, LoraWeight
+from jaxft.parallel import stacked_axes
+from jaxft.weights import Frozen, LoraWeight, is_weight, matmul
 
 
 @pytest.fixture(scope="module")
@@ -103,8 +111,52 @@ def test_bad_rules_are_explained(params):
         adapt(key, params, {r"layers/.*/value/kernel": lora(64)})
 
 
-def test_a_convolution_is_not_taken_for_stacked_matrices():
-    params = {"conv": {"kernel": jnp.ones((3, 3, 8, 16))}}
-    with pytest.raises(ValueError, match=r"conv/kernel \(3, 3, 8, 16\) is no matrix"):
-        adapt(jax.random.key(0), params, {".*kernel": lora(2)})
+@pytest.mark.parametrize("shape", [(3, 8, 16), (3, 3, 8, 16)])
+def test_a_convolution_is_not_taken_for_stacked_matrices(shape):
+    params = {"conv": {"kernel": jax.random.normal(jax.random.key(1), shape)}}
+    adapted = adapt(jax.random.key(0), params, {".*kernel": lora(2)})
+    rows = math.prod(shape[:-1])
+    assert adapted["conv"]["kernel"].shape == shape and adapted["conv"]["kernel"].stack == ()
+    assert count(adapted)[0] == 2 * (rows + 16)
+    chex.assert_trees_all_close(merge(adapted), params)
     chex.assert_trees_all_equal(adapt(jax.random.key(0), params, {".*kernel": full()}), params)
+    with pytest.raises(ValueError, match="is a convolution's kernel; read it by"):
+        matmul(jnp.ones((1, 8)), adapted["conv"]["kernel"])
+
+
+def test_stacks_are_said_layers_by_their_paths_experts_by_an_argument():
+    """[E, in, out] and [layers, E, in, out]: each matrix has its own factors, as by a Python loop."""
+    experts = lambda path: stacked_axes(path) + ("experts" in path)
+    apart = jax.random.normal(jax.random.key(1), (2, 3, 4, 5))
+    for tree, stack in (
+        ({"layers": {"0": {"experts": {"kernel": apart[0]}}}}, (3,)),
+        ({"layers": {"experts": {"kernel": apart}}}, (2, 3)),
+    ):
+        adapted = noisy(adapt(jax.random.key(0), tree, {".*kernel": dora(2)}, stacked=experts))
+        (weight,) = jax.tree.leaves(adapted, is_leaf=is_weight)
+        assert weight.stack == stack and weight.a.shape == (*stack, 4, 2)
+        (merged,) = jax.tree.leaves(merge(adapted))
+        for at in np.ndindex(stack):
+            one = jax.tree.map(lambda leaf, at=at: leaf[at], weight)
+            np.testing.assert_allclose(merged[at], one.to_dense(), rtol=1e-5)
+        assert largest_shape(tree, ".*kernel", stacked=experts) == (4, 5)
+        again = adapt(jax.random.key(0), adapted, {".*kernel": full()})  # a weight knows its stack
+        chex.assert_trees_all_equal(merge(again), merge(adapted))
+    with pytest.raises(ValueError, match=r"stacked\('bias'\) is 2, but its shape is \(3,\)"):
+        adapt(jax.random.key(0), {"bias": jnp.ones(3)}, {"bias": lora(1)}, stacked=lambda path: 2)
+
+
+def test_a_bias_in_stacked_layers_is_no_matrix():
+    tree = {"layers": {"up": {"bias": jnp.ones((2, 8))}}}
+    with pytest.raises(
+        ValueError, match=r"needs a matrix \[in, out\], got a weight of shape \(8,\)"
+    ):
+        adapt(jax.random.key(0), tree, {".*bias": lora(2)})
+
+
+def test_commit_writes_each_expert_of_stacked_layers():
+    experts = lambda path: stacked_axes(path) + 1
+    tree = {"layers": {"kernel": jax.random.normal(jax.random.key(1), (2, 3, 6, 5))}}
+    params = noisy(adapt(jax.random.key(0), tree, {".*kernel": paca(2)}, stacked=experts))
+    written = commit(params)["layers"]["kernel"]
+    np.testing.assert_allclose(written.base, merge(params)["layers"]["kernel"], rtol=1e-6)

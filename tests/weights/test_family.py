@@ -157,7 +157,7 @@ def test_bfloat16(case):
 
 def test_stacked_layers_scan_and_vmap(case):
     kernels = jax.random.normal(KEY, (3, 12, 12)) / 4
-    params = adapt(KEY, {"kernel": kernels}, {"kernel": case.rule})
+    params = adapt(KEY, {"kernel": kernels}, {"kernel": case.rule}, stacked=lambda path: 1)
     assert params["kernel"].shape == (3, 12, 12)
     trainable, frozen = partition(params)
     x = jax.random.normal(jax.random.key(3), (5, 12))
@@ -205,6 +205,25 @@ def test_sharded_is_the_same(case):
     products = jax.jit(lambda x, ws: [matmul(x, w) for w in ws])  # one program: a third of the time
     for product in products(x, sharded):
         np.testing.assert_allclose(product, matmul(x, w), atol=2e-4)
+
+
+def test_specs_speak_of_leading_axes_and_stacked_ones_are_among_them(case):
+    def weight(*shape):
+        options = {"rules": {"kernel": case.rule}, "stacked": lambda path: len(shape) - 2}
+        return jax.eval_shape(lambda k: adapt(KEY, {"kernel": k}, **options), jnp.ones(shape))
+
+    def specs(w, *axes):
+        found = jax.tree.leaves(w["kernel"].with_specs(PartitionSpec(*axes)))
+        return [(*spec, *[None] * 8)[:8] for spec in found]
+
+    one, stacked = weight(8, 16), weight(2, 3, 8, 16)
+    assert stacked["kernel"].shape == (2, 3, 8, 16)
+    assert specs(one, "fsdp") == specs(one, "fsdp", None)
+    inner = specs(one, "fsdp", "tensor")
+    found = specs(stacked, None, "expert", "fsdp", "tensor")
+    for leaf, axes, rest in zip(jax.tree.leaves(stacked), found, inner, strict=True):
+        assert not any(axes[leaf.ndim :])
+        assert not any(axes) or axes == (None, "expert", *rest)[:8]
 
 
 @pytest.mark.parametrize("base", BASES)

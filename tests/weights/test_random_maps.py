@@ -8,7 +8,7 @@ from scipy import stats
 from scipy.linalg import hadamard
 
 from jaxft.weights import cropped_fastfood, dense_projection, fastfood
-from jaxft.weights.fastfood import _permutation
+from jaxft.weights.random_maps import _permutation
 
 KEY = jax.random.key(0)
 SIZES = [(1, 1), (5, 3), (10, 48), (9, 2)]

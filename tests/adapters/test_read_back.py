@@ -106,7 +106,7 @@ def test_what_is_lost_on_the_way_is_an_error(tiny, tmp_path, monkeypatch):
         name = next(n for n in tensors if "layers.1.mlp.down_proj.lora_B" in n)
         save_file(tensors | {name: np.zeros_like(tensors[name])}, file)
 
-    monkeypatch.setattr("jaxft.adapters.verify.save_adapter", damaged)
+    monkeypatch.setattr("jaxft.adapters.read_back.save_adapter", damaged)
     with pytest.raises(AdapterError, match="read again, it gives other logits: largest logit diff"):
         save_checked(tmp_path, model, params, base)
 

@@ -30,10 +30,12 @@ demo-rl: $(VENV)/.text
 test: $(VENV)/.test aot
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
-# Left out: scripts, notebooks, processes, compiles for other devices, parity with other libraries on disk.
+# Left out: scripts, notebooks, meshes, parity with other libraries on disk, optimizers in every wrapper. Tests
+# that start processes or compile for other devices are marked as slow by tests/conftest.py.
 SLOW := tests/experiments tests/notebooks tests/parallel tests/checkpoints tests/test_benchmarks.py \
-	tests/test_compile.py tests/test_doctor.py tests/weights/test_paca_aot.py tests/train/test_fault_matrix.py \
-	tests/train/test_processes.py tests/train/test_checkpoints.py tests/kernels/test_splash.py
+	tests/test_compile.py tests/train/test_fault_matrix.py tests/train/test_checkpoints.py \
+	tests/adapters/test_peft.py tests/adapters/test_peft_soft.py tests/adapters/test_reward_head.py \
+	tests/adapters/test_native.py tests/optim/test_stability.py tests/rl/test_mesh.py
 test-fast: $(VENV)/.test
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" $(SLOW:%=--ignore=%) $(ARGS)
 

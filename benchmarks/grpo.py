@@ -49,22 +49,27 @@ def main(args):
     model = Decoder(config_of(MODEL))
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     credit, objective = rl.grpo(functools.partial(policy_gradient, model.forward), GROUP)
-    prompts, config = questions().tolist(), SamplingConfig(NEW, stop_ids=(EOS,))
-    sizes = dict(prompts_per_step=PROMPTS, group_size=GROUP)
+    prompts, config = (
+        rl.Prompts(questions().tolist(), PROMPTS),
+        SamplingConfig(NEW, stop_ids=(EOS,)),
+    )
     if args.rewards == "device":
-        batches = rl.collect_on_device(model, prompts, distinct_tokens, credit, config, **sizes)
-    else:
-        records = [{}] * len(prompts)
-        batches = rl.collect(
-            model, prompts, records, Words(), distinct_words, credit, config, **sizes
+        collect = rl.collect_on_device(
+            model, prompts, distinct_tokens, credit, config, group_size=GROUP
         )
+    else:
+        sample = rl.answers(model, Words(), distinct_words, config, GROUP)
+        collect = rl.collect(prompts, sample, credit)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(LEARNING_RATE))
     run = train.jit_step(train.make_step(objective, optimizer))
     state = [train.init_state(params, optimizer, jax.random.key(2))]
+    # The counts stay on the host: the loop of `fit` would lay them out.
+    carry, keys = [collect.carry], iter(jax.random.split(jax.random.key(3), 1 << 16))
 
     def steps():
         for _ in range(STEPS):
-            state[0], metrics = run(state[0], batches(state[0]))
+            batch, carry[0] = collect(state[0].params, carry[0], next(keys))
+            state[0], metrics = run(state[0], batch)
         return float(metrics["loss"].value)
 
     serve(steps, steps=STEPS, completions=PROMPTS * GROUP)

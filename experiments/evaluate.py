@@ -18,6 +18,7 @@ from experiments.cli.models import load_trained
 from jaxft import checkpoints as files
 from jaxft import data, train
 from jaxft.objectives import supervised
+from jaxft.output import writing
 from jaxft.rewards import measure_accuracy, verifier_for
 
 
@@ -76,7 +77,8 @@ def main(config: Config) -> dict[str, Any]:
             for r, c, ok in zip(records, result.completions, result.correct, strict=True)
         ]
     if config.output:
-        pathlib.Path(config.output).write_text(json.dumps(metrics, indent=2) + "\n")
+        with writing(config.output):
+            pathlib.Path(config.output).write_text(json.dumps(metrics, indent=2) + "\n")
     return metrics
 
 

@@ -25,7 +25,6 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-import optax
 import tyro
 
 from experiments.cli import preference_report as reports
@@ -36,7 +35,6 @@ from experiments.cli.preference_losses import REFERENCE_FREE, REWARDS, UNPAIRED,
 from jaxft import data, rl, train
 from jaxft.generation import SamplingConfig
 from jaxft.keys import stream
-from jaxft.optim import moving_reference, running_mean
 from jaxft.rewards import add_reward_head
 
 NEEDLE = "rg:needle_haystack?min_num_statements=4&max_num_statements=8"
@@ -133,17 +131,17 @@ def main(config: Config) -> dict[str, Any]:
     if config.loss == "hypo":
         make_objective = objective_of(dataclasses.replace(config, kl_weight=0.0))  # To evaluate.
         batches = with_samples(config, model, params, training, batches, mesh)
-    optimizer, batches = following(config, model, method.optimizer, batches, mesh)
     state, history = train.fit(
         params,
         method.objective,
-        optimizer,
+        method.optimizer,
         batches,
         steps=config.max_steps,
         key=jax.random.key(config.seed),
         gradient=method.gradient,
         extra_args=method.extra_args,
         microbatches=config.gradient_accumulation_steps,
+        books=books_of(config, model),
         mesh=mesh,
         callbacks=shared.callbacks(
             config, make_objective(model.forward), eval_batches, output, mesh
@@ -180,33 +178,28 @@ def with_samples(config: Config, model, params, training, batches, mesh):
             f"exceeds the {model.config.max_length} positions of {config.model}."
         )
     stop = shared.files.load_tokenizer(config.model).eos_token_id
-    sample = rl.samples_beside(
+    return rl.SamplesBeside(
+        batches,
         model,
-        prompts,
+        rl.Prompts(prompts, config.batch_size, seed=config.seed),
         params,
         SamplingConfig(config.max_new_tokens, stop_ids=(stop,)),
-        prompts_per_step=config.batch_size,
         samples=config.online_samples,
-        seed=config.seed,
         mesh=mesh,
     )
-    beside = lambda state, pairs: {**pairs, "online": sample(state)}
-    return train.StateBatches(batches, beside)
 
 
-def following(config: Config, model, optimizer, batches, mesh):
-    """(optimizer, batches) that keep a moving reference, and BCO's running mean, where the loss has one."""
-    rules, adds = [], []
+def books_of(config: Config, model) -> dict[str, train.Book]:
+    """A moving reference and BCO's running mean of rewards, if the loss has them."""
+    books = {}
     if config.ref_model_sync_steps is not None:
-        rules += [moving_reference(config.ref_model_mixup_alpha, config.ref_model_sync_steps)]
-        adds += [
-            train.moving_reference_log_probs(model.forward, mesh=mesh, ld_alpha=config.ld_alpha)
-        ]
+        settings = config.ref_model_mixup_alpha, config.ref_model_sync_steps
+        books["reference"] = train.moving_reference(
+            model.forward, *settings, ld_alpha=config.ld_alpha
+        )
     if config.loss == "bco":
-        rules, adds = [*rules, running_mean("rewards/mean")], [*adds, train.with_running_mean]
-    if not rules:
-        return optimizer, batches
-    return optax.chain(optimizer, *rules), train.StateBatches(batches, *adds)
+        books["rewards"] = train.running_mean("rewards/mean")
+    return books
 
 
 def reward_report(config: Config, rewards: np.ndarray, groups: list) -> dict[str, Any]:

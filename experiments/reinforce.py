@@ -128,8 +128,9 @@ def main(config: Config) -> dict[str, Any]:
     shared.check_output(config, output)
     mesh = shared.mesh_of(config)
     checks.mesh(config, mesh)
-    prompts = [renderer.prompt(record) for record in records]
-    check = functools.partial(checks.length, prompts=prompts)
+    ids = [renderer.prompt(record) for record in records]
+    prompts = rl.Prompts(ids, config.prompts_per_step, records, seed=config.seed)
+    check = functools.partial(checks.length, prompts=ids)
     model, base = shared.load_base(config, mesh, check, keeps_start=True)
     if config.start:
         base = merge(load_adapter(config.start, model.config, base))
@@ -149,7 +150,7 @@ def main(config: Config) -> dict[str, Any]:
             params,
             method.objective,
             method.optimizer,
-            experience(config, model, prompts, records, renderer, rewards, credit, base, mesh),
+            experience(config, model, prompts, renderer, rewards, credit, base, mesh),
             steps=config.max_steps,
             key=jax.random.key(config.seed),
             gradient=method.gradient,
@@ -222,34 +223,46 @@ def algorithm(config: Config, forward: Forward) -> rl.Algorithm:
     return makers[config.algorithm]()
 
 
-def experience(config, model, prompts, records, renderer, rewards, credit, base, mesh):
-    """The batches of `fit`: a function of the state."""
-    penalty, control = None, None
-    if config.overlong:
-        budget = config.max_new_tokens * config.turns
-        penalty = lambda lengths: overlong_penalty(lengths, budget, config.overlong)
-    if config.kl_target is not None:
-        control = rl.KlControl(config.reward_kl, config.kl_target, config.kl_horizon)
-    return rl.collect_from(
-        sampling(config, model, renderer, rewards, base),
-        model,
+def experience(config, model, prompts, renderer, rewards, credit, base, mesh) -> rl.Collector:
+    """The batches of `fit`: rollouts of the current policy."""
+    sample = sampling(config, model, renderer, rewards, base)
+    if config.max_tries != 1:
+        sample = rl.until_contrast(sample, config.max_tries)
+    return rl.collect(
         prompts,
-        records,
+        sample,
         credit,
-        temperature=config.temperature,
-        prompts_per_step=config.prompts_per_step,
-        group_size=config.group_size,
+        *transforms(config, model, base),
         updates=config.updates,
         epochs=config.epochs,
-        # Always: how far the policy has gone is shown, whether or not it is held back.
-        ref_params=base,
-        kl_control=control,
-        penalty=penalty,
-        mask_truncated=config.mask_truncated,
-        max_tries=config.max_tries,
-        seed=config.seed,
+        kl_control=kl_control(config),
         mesh=mesh,
     )
+
+
+def transforms(config, model, base) -> list[rl.Transform]:
+    """What is done to a rollout before its rewards become credit."""
+    found = []
+    if config.overlong:
+        budget = config.max_new_tokens * config.turns
+        found += [
+            rl.add_penalty(lambda lengths: overlong_penalty(lengths, budget, config.overlong))
+        ]
+    if config.mask_truncated:
+        found += [rl.mask_truncated]
+    if config.updates * config.epochs > 1:
+        found += [rl.add_old_policy(model.forward, config.temperature)]
+    elif config.algorithm == "ppo":
+        found += [rl.add_values(model.forward)]
+    # Always: how far the policy has gone is shown, whether or not it is held back.
+    return [*found, rl.add_reference(model.forward, base, config.temperature)]
+
+
+def kl_control(config) -> rl.KlControl | None:
+    """What adapts the KL's weight in the reward, with --kl-target."""
+    if config.kl_target is None:
+        return None
+    return rl.KlControl(config.reward_kl, config.kl_target, config.kl_horizon)
 
 
 def sampling(config, model, renderer, rewards, base=None) -> rl.Sample:

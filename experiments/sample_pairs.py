@@ -33,6 +33,7 @@ from jaxft import checkpoints as files
 from jaxft import data, train
 from jaxft.generation import SamplingConfig, generate
 from jaxft.keys import stream
+from jaxft.output import writing
 
 NEEDLE = "rg:needle_haystack?min_num_statements=4&max_num_statements=8"
 
@@ -106,7 +107,9 @@ def main(config: Config) -> dict[str, Any]:
             judged = _judged(config, rewards, tokenizer, [records[i] for i in chunk], out)
             counts.update(pairs=len(judged.pairs), unscored=judged.unscored)
             counts.update(undecided=judged.undecided)
-            file.writelines(json.dumps(pair) + "\n" for pair in judged.pairs)
+            with writing(part):
+                file.writelines(json.dumps(pair) + "\n" for pair in judged.pairs)
+                file.flush()
     os.replace(part, output)
     print(
         f"{counts['pairs']} pairs of {counts['questions']} questions in {output}; {counts['undecided']} "

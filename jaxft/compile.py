@@ -226,8 +226,9 @@ def _objective(config, model, shape, mesh):
     import jax.numpy as jnp
 
     from jaxft.objectives import policy_gradient, supervised
-    from jaxft.objectives.policy import clipped, sequence_mean
+    from jaxft.objectives.policy import sequence_mean
     from jaxft.parallel import batch_sharding, token_sharding
+    from jaxft.rl.algorithms import clipped
     from jaxft.train.batches import TOKENS
 
     rows, length = shape

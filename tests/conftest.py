@@ -31,6 +31,23 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 MOST_MAPPINGS = 25_000  # Linux lets a process have 65,530, and each compiled program takes some
 
 
+STARTS_A_PROCESS = {"subprocess", "run_aot", "run_processes", "start_processes"}
+
+
+def pytest_collection_modifyitems(items):
+    """Marks tests that start processes, those that compile for other devices among them, as slow."""
+    for item in items:
+        if STARTS_A_PROCESS & set(item.function.__code__.co_names):
+            item.add_marker("slow")
+
+
+def pytest_collection_finish():
+    """Garbage is looked for less often, and not among imported modules: a sixth of the time of tracing."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 10, 10)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def few_programs():
     """Forgets compiled programs before there are so many that the next one ends the process."""

@@ -33,7 +33,7 @@ def sources(*folders):
 def names():
     """The names of all streams in jaxft and experiments; of an f-string, what is constant."""
     text = "".join(path.read_text() for path in sources("jaxft", "experiments"))
-    return sorted(set(re.findall(r'\b(?:stream|sampling_key)[(,][^"\n]*?"([^"{]+)', text)))
+    return sorted(set(re.findall(r'\bstream[(,][^"\n]*?"([^"{]+)', text)))
 
 
 def test_all_streams_of_a_run_are_distinct_at_every_step():
@@ -42,7 +42,9 @@ def test_all_streams_of_a_run_are_distinct_at_every_step():
         stream(key, name)[None],
         jax.vmap(lambda i: stream(key, name, i))(steps),
     ]
-    assert {"objective", "rollout", "beside", "evaluation", "microbatch", "noise"} <= set(names())
+    assert {"objective", "collect", "try", "transform", "evaluation", "microbatch", "noise"} <= set(
+        names()
+    )
     keys = [part for name in names() for part in at(name)]
     # What a user may derive from the run's key besides.
     keys += [key[None], jax.vmap(lambda i: jax.random.fold_in(key, i))(steps)]

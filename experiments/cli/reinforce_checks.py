@@ -29,11 +29,6 @@ def settings(config: Any) -> None:
             f"--gradient-accumulation-steps {config.gradient_accumulation_steps}, and --epochs "
             f"({config.epochs}) positive."
         )
-    if config.save_steps % (config.updates * config.epochs):
-        raise ValueError(
-            f"--save-steps {config.save_steps} must be a multiple of --updates {config.updates} x --epochs "
-            f"{config.epochs}: a run cannot go on in the middle of a rollout."
-        )
     if config.turns < 1 or "" in config.stop:
         raise ValueError(
             f"--turns must be at least 1, got {config.turns}, and no --stop empty: {config.stop}."

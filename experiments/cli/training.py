@@ -169,8 +169,10 @@ def load_base(
 def adapt_params(config: Run, model: Any, base: Any, mesh: Any) -> Any:
     """The base params of a model with what trains: adapters, or all of them."""
     family = family_of(model.config)
-    places = dict(targets=family.targets, stacked=family.stacked_axes)
-    params = apply_named(base, config.adapter, **places, **adapter_settings(config))
+    settings = adapter_settings(config)
+    params = apply_named(
+        base, config.adapter, targets=family.targets, stacked=family.stacked_axes, **settings
+    )
     if mesh is not None:
         params = shard_params(params, mesh, family.rules, family.layers)
     return announce(params)

@@ -13,6 +13,8 @@ from rich.markup import escape
 from rich.table import Table
 from scipy import stats
 
+from jaxft.output import writing
+
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
@@ -50,6 +52,9 @@ def report(claims: Sequence[Claim], metrics: dict, directory: pathlib.Path) -> i
     Console(width=140).print(table)
     rows = [dataclasses.asdict(claim) for claim in claims]
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "metrics.json").write_text(json.dumps(metrics | {"claims": rows}, indent=2) + "\n")
+    with writing(directory):
+        (directory / "metrics.json").write_text(
+            json.dumps(metrics | {"claims": rows}, indent=2) + "\n"
+        )
     print(f"metrics and figure in {directory}")
     return 0 if all(claim.holds for claim in claims) else 1

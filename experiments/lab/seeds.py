@@ -17,6 +17,7 @@ import numpy as np
 
 from experiments.lab.claims import Claim, report
 from jaxft import train
+from jaxft.output import writing
 
 # What does not change the result of a seed.
 APART = ("seeds", "first_seed", "output_dir", "debug")
@@ -78,8 +79,9 @@ def _kept(path, keep, run, seed):
         path.parent.mkdir(parents=True, exist_ok=True)
         # Whole or not at all: a run may end while it writes.
         part = path.with_suffix(".part")
-        part.write_text(text)
-        os.replace(part, path)
+        with writing(path):
+            part.write_text(text)
+            os.replace(part, path)
     return json.loads(text)
 
 

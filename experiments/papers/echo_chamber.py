@@ -53,7 +53,8 @@ from experiments.worlds.workings import (
 from jaxft import rl, train
 from jaxft.metrics import pass_at_k
 from jaxft.objectives import policy_gradient
-from jaxft.objectives.policy import clipped, token_mean
+from jaxft.objectives.policy import token_mean
+from jaxft.rl.algorithms import clipped
 
 LIMIT = sampling().max_new_tokens
 SAMPLES = 8  # for each held-out question
@@ -134,16 +135,15 @@ def train_arm(config, model, params, pairs, seed, arm, measure) -> list[dict]:
         "GRPO, KL 0.1": lambda: rl.Algorithm(grpo, held_back(clipped(), token_mean)),
         "Expert Iteration": lambda: rl.expert_iteration(build),
     }[arm]()
+    asked = arithmetic.encode([question(a, b) for a, b in pairs])
     batches = rl.collect_on_device(
         model,
-        arithmetic.encode([question(a, b) for a, b in pairs]),
+        rl.Prompts(asked, config.prompts_per_step, seed=seed),
         result_reward(pairs.sum(axis=1)),
         algorithm.credit,
         sampling(),
-        prompts_per_step=config.prompts_per_step,
         group_size=config.group_size,
         ref_params=params if arm == "GRPO, KL 0.1" else None,
-        seed=seed,
     )
     _, history = train.fit(
         params,

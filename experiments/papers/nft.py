@@ -52,9 +52,10 @@ from experiments.lab.seeds import measure_claims
 from experiments.worlds import arithmetic
 from jaxft import rl, train
 from jaxft.objectives import policy_gradient
-from jaxft.objectives.policy import clipped, negative_aware, token_mean
+from jaxft.objectives.policy import token_mean
 from jaxft.optim.perturbations import global_norm
 from jaxft.rl.advantages import centred_advantages, success_rates
+from jaxft.rl.algorithms import clipped, negative_aware
 
 METHODS = ("NFT", "GRPO", "Dr. GRPO", "DAPO", "RFT", "wrong answers alone")
 ABLATIONS = ("NFT, GRPO's weight", "NFT, weight 1", "NFT, λ = 0.5")

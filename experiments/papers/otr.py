@@ -49,8 +49,9 @@ from jaxft import losses, rl, train
 from jaxft.generation import SamplingConfig
 from jaxft.models import Decoder
 from jaxft.objectives import policy_gradient, token_supervised
-from jaxft.objectives.policy import clipped, token_mean
-from jaxft.rl.rollouts import prompts_of
+from jaxft.objectives.policy import token_mean
+from jaxft.rl import prompts_of
+from jaxft.rl.algorithms import clipped
 
 LETTERS, LENGTH = 10, 5  # a word: five of the first ten tokens
 CAPITALS = 10  # the same letters again
@@ -204,8 +205,8 @@ def train_method(config, model, start, name, seed, measure) -> list[dict]:
         build = functools.partial(policy_gradient, model.forward)
         objective = build(clipped(), token_mean)
         batches = rl.collect_on_device(
-            model, prompts.tolist(), rl.equals(answers.tolist(), SIZE), rl.grpo(build, 8).credit,
-            SamplingConfig(SIZE, stop_ids=(END,)), prompts_per_step=32, group_size=8, seed=seed,
+            model, rl.Prompts(prompts.tolist(), 32, seed=seed), rl.equals(answers.tolist(), SIZE),
+            rl.grpo(build, 8).credit, SamplingConfig(SIZE, stop_ids=(END,)), group_size=8,
         )  # fmt: skip
     else:
         loss, metrics = token_losses(config)[name]

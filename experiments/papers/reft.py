@@ -53,7 +53,6 @@ from jaxft.metrics import majority_vote, rerank
 from jaxft.models import Decoder
 from jaxft.objectives import policy_gradient, supervised, with_value_head, without_value_head
 from jaxft.rewards import answer_reward, numbers_equal
-from jaxft.rl.rollouts import prompts_of
 
 ALGORITHMS = ("sft", "offline_st", "online_st", "reft")
 ROLLOUT = 4  # optimizer steps of PPO on one rollout: two epochs of two parts
@@ -167,24 +166,23 @@ def train_algorithm(config, model, start, pairs, rows, seed, name, measure) -> l
     asked = arithmetic.encode([workings.question(*pair, config.digits) for pair in pairs])
     totals = pairs.sum(axis=1)
     sampling = workings.sampling(config.digits)
-    collect = functools.partial(
-        rl.collect_on_device, model, asked, config=sampling, group_size=1, seed=seed
-    )
+    prompts = functools.partial(rl.Prompts, asked, seed=seed)
+    collect = functools.partial(rl.collect_on_device, model, config=sampling, group_size=1)
     reward = functools.partial(workings.result_reward, totals, config.digits)
     params = start
     if name == "reft":
         build = functools.partial(policy_gradient, model.forward)
         credit, objective = rl.ppo(build, config.kl, value_weight=config.value_weight)
         batches = collect(
-            reward(config.partial_reward), credit, prompts_per_step=2 * config.batch_size, updates=2,
-            epochs=2, ref_params=start,
+            prompts(2 * config.batch_size), reward(config.partial_reward), credit, updates=2, epochs=2,
+            ref_params=start,
         )  # fmt: skip
         params = with_value_head(model, start)
     elif name == "online_st":
-        half = config.batch_size // 2
-        own = collect(reward(), rl.right_samples, prompts_per_step=half)
+        half = prompts(config.batch_size // 2)
+        own = collect(half, reward(), rl.right_samples)
         objective = rl.online_self_training(model.forward)
-        batches = functools.partial(with_gold, own, workings.supervised_rows(rows), half, seed)
+        batches = with_gold(own, half, workings.supervised_rows(rows))
     else:
         objective = supervised(model.forward)
         if name == "offline_st":
@@ -210,10 +208,15 @@ def train_algorithm(config, model, start, pairs, rows, seed, name, measure) -> l
     return found
 
 
-def with_gold(own, gold, count, seed, state):
-    """A step of online self-training: samples, and the annotated workings of the same questions."""
-    chosen = prompts_of(int(state.step), count, len(gold["tokens"]), seed)
-    return {"samples": own(state), "gold": jax.tree.map(lambda x: x[chosen], gold)}
+def with_gold(own: rl.Collector, prompts: rl.Prompts, gold: dict[str, Any]) -> rl.Collector:
+    """Batches of online self-training: samples, and the annotated workings of the same questions."""
+
+    def collect(params, carry, key):
+        chosen = prompts.chosen(int(carry["experience"]["draws"]))
+        samples, carry = own(params, carry, key)
+        return {"samples": samples, "gold": jax.tree.map(lambda x: x[chosen], gold)}, carry
+
+    return rl.Collector(collect, own.carry)
 
 
 def own_answers(config, model, start, pairs, seed) -> tuple[list[str], list, list]:

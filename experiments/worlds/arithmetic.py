@@ -262,10 +262,10 @@ def reinforce(
         model,
         sums,
         algorithm.credit,
-        prompts_per_step=prompts_per_step,
+        prompts_per_step,
+        seed,
         group_size=group_size,
         updates=updates,
-        seed=seed,
     )
     state, history = train.fit(
         params,
@@ -279,10 +279,13 @@ def reinforce(
     return state.params, history
 
 
-def experience(model: Decoder, sums: Sums, credit: rl.Credit, **settings: Any) -> rl.Experience:
+def experience(
+    model: Decoder, sums: Sums, credit: rl.Credit, per_step: int, seed: int, **settings: Any
+) -> rl.Collector:
     """`collect_on_device` of answers to sums, at temperature 1."""
     answers = encode_answers(sums.answers)
     size = max(map(len, answers))
     config = SamplingConfig(size, stop_ids=(ALPHABET.index(STOP),))
     reward = rl.equals(answers, size)
-    return rl.collect_on_device(model, encode(sums.questions), reward, credit, config, **settings)
+    prompts = rl.Prompts(encode(sums.questions), per_step, seed=seed)
+    return rl.collect_on_device(model, prompts, reward, credit, config, **settings)

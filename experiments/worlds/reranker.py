@@ -14,7 +14,7 @@ from jaxft import train
 from jaxft.models import Decoder
 from jaxft.objectives import outcome_reward
 from jaxft.rewards import add_reward_head, sequence_rewards
-from jaxft.rl.rollouts import prompts_of
+from jaxft.rl import prompts_of
 
 Texts = Sequence[Sequence[str]]  # samples of each question
 

@@ -67,8 +67,8 @@ def save_native(path: str | os.PathLike, params: Params, **settings: Any) -> Non
     Args:
         path: the directory; made if needed.
         params: adapted by `apply_named`.
-        settings: its arguments, which `load_native` gives it again; without `targets` and `stacked`,
-            which belong to the model and are given to both.
+        settings: its arguments, which `load_native` gives it again; without `targets` and `stacked`, which
+            belong to the model's family and are given to both.
 
     Raises:
         AdapterError: if nothing trains.
@@ -89,7 +89,7 @@ def load_native(
 ) -> Params:
     """The base params with an adapter of `save_native`, or moved by what `save_intrinsic` wrote (dense).
 
-    `targets` and `stacked` are those of `apply_named`.
+    `targets` are the patterns of the model's family and `stacked` its layers, as for `apply_named`.
 
     Raises:
         AdapterError: if a file is missing or damaged, a key is missing, surplus or misshapen.
@@ -107,7 +107,7 @@ def load_native(
         return jax.jit(intrinsic_apply)(load_intrinsic(path, params))
     if settings.pop("version", None) != 1:
         raise AdapterError(f"{path}: written by another version of jaxft; update it.")
-    adapted = apply_named(params, targets=targets, stacked=stacked, **settings)
+    adapted = apply_named(params, targets=targets, **settings, stacked=stacked)
     if "reward/kernel" in tensors:  # Beside the adapter, of which it is no part.
         adapted["reward"] = {"kernel": tensors["reward/kernel"]}
     expected = dict(_own_leaves(adapted))

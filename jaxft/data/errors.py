@@ -8,6 +8,8 @@ import json
 import os
 import pathlib
 
+from jaxft.output import writing
+
 
 class DataError(ValueError):
     """A data set or record that cannot be used: says which, where, and what to do.
@@ -65,6 +67,6 @@ class BadRecords:
 
     def write(self, path: str | os.PathLike) -> None:
         """Appends the bad records to a JSONL file."""
-        with open(pathlib.Path(path), "a") as stream:
+        with writing(path), open(pathlib.Path(path), "a") as stream:
             for record in self.records:
                 stream.write(json.dumps(dataclasses.asdict(record)) + "\n")

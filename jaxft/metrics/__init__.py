@@ -2,7 +2,16 @@
 
 from jaxft.metrics.interval import wilson_interval
 from jaxft.metrics.length import length_controlled_rate, standardised_mean
-from jaxft.metrics.mean import Mean, Terms, Undivided, WholeMean, combine_means, terms_of
+from jaxft.metrics.mean import (
+    Mean,
+    Terms,
+    Undivided,
+    WholeMean,
+    combine_means,
+    differentiable,
+    terms_of,
+    with_mean,
+)
 from jaxft.metrics.samples import exact_pass_rate, majority_vote, pass_at_k, rerank
 
 __all__ = [
@@ -11,6 +20,7 @@ __all__ = [
     "Undivided",
     "WholeMean",
     "combine_means",
+    "differentiable",
     "exact_pass_rate",
     "length_controlled_rate",
     "majority_vote",
@@ -19,4 +29,5 @@ __all__ = [
     "standardised_mean",
     "terms_of",
     "wilson_interval",
+    "with_mean",
 ]

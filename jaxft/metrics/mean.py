@@ -1,9 +1,11 @@
 """Means that say over what they are taken, so that parts of a batch add up to the whole."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 
 class Mean(NamedTuple):
@@ -62,6 +64,8 @@ class Terms(NamedTuple):
 
         terms = Terms((task, Mean(kl_weight * kl.total, kl.weight)))
         return terms.value, jax.lax.stop_gradient(metrics) | {"loss": terms}
+
+    Without its gradient it is refused where parts of a batch are added up (`differentiable`).
     """
 
     parts: tuple[Mean, ...]  # the task's first; coefficients are in the totals
@@ -77,6 +81,35 @@ class Terms(NamedTuple):
         return self.parts[0].weight
 
 
+def differentiable(terms: Terms, loss: jax.Array) -> Terms:
+    """The terms of a loss, whose gradient is to be taken through them.
+
+    Raises:
+        ValueError: when differentiated, if `loss` has a gradient and the totals of its terms have none, as
+            after jax.lax.stop_gradient(metrics): the gradient would be 0 without a word.
+    """
+    totals = _with_gradient([part.total for part in terms.parts], loss)
+    return Terms(tuple(p._replace(total=t) for p, t in zip(terms.parts, totals, strict=True)))
+
+
+@jax.custom_jvp
+def _with_gradient(totals, loss):
+    del loss
+    return totals
+
+
+@functools.partial(_with_gradient.defjvp, symbolic_zeros=True)
+def _with_gradient_jvp(primals, tangents):
+    has = lambda tangent: not isinstance(tangent, SymbolicZero)
+    if has(tangents[1]) and not any(map(has, tangents[0])):
+        raise ValueError(
+            'metrics["loss"] is Terms without a gradient, but microbatches, and objectives around this one, '
+            "take the gradient through them. Take stop_gradient of the other metrics alone: "
+            'jax.lax.stop_gradient(metrics) | {"loss": terms}.'
+        )
+    return primals[0], tangents[0]
+
+
 def terms_of(loss: jax.Array, logged: Any, coefficient: float = 1.0) -> tuple[Mean, ...]:
     """The parts of coefficient * loss, with its gradient, for a `Terms` of it and others.
 
@@ -85,9 +118,17 @@ def terms_of(loss: jax.Array, logged: Any, coefficient: float = 1.0) -> tuple[Me
         logged: its metrics["loss"]: Terms, a Mean, or any number, which is averaged over slices.
     """
     if isinstance(logged, Terms):
-        return tuple(Mean(coefficient * part.total, part.weight) for part in logged.parts)
+        parts = differentiable(logged, loss).parts
+        return tuple(Mean(coefficient * part.total, part.weight) for part in parts)
     weight = jnp.asarray(logged.weight if isinstance(logged, Mean) else 1.0, jnp.float32)
     return (Mean(coefficient * loss * weight, weight),)
+
+
+def with_mean(mean: jax.Array, weight: jax.Array, part: Mean) -> tuple[jax.Array, jax.Array]:
+    """(mean, weight) after one more part, whose total and weight are added to a mean of weight `weight`."""
+    whole = weight + part.weight
+    # Not the sum so far: it would outgrow float32.
+    return mean + (part.total - part.weight * mean) / jnp.maximum(whole, 1e-9), whole
 
 
 def combine_means(parts: Any) -> Any:

@@ -59,7 +59,7 @@ def policy_gradient(
 
     Args:
         forward: see `supervised`.
-        token_loss: L, such as `clipped()`.
+        token_loss: L, such as `jaxft.rl.algorithms.clipped()`.
         reduction: `token_mean`, `sequence_mean`, `sequence_sum` or `constant_length(n)`.
         temperature: at which the responses were sampled: logits are divided by it for log-probs and entropy.
         kl_weight: β; needs ref_log_probs in the batch.
@@ -152,110 +152,6 @@ def completion_forward(
     return found, jnp.where(mask, log_probs, 0.0)
 
 
-def reinforce() -> TokenLoss:
-    """-A log π: see `reinforce_loss`. For one update a rollout; `clipped_sums` is for several.
-
-    The TokenLoss raises ValueError for a batch with old_log_probs, which `collect` gives for several
-    updates a rollout: -A log π has no importance ratio, and from the second update on its gradient is of
-    another policy than the one that sampled.
-    """
-
-    def token_loss(log_probs, old, batch):
-        if "old_log_probs" in batch:
-            raise ValueError(
-                "reinforce: -A log π has no importance ratio, so that one update a rollout is right "
-                "(updates=1, epochs=1), and the batch has old_log_probs, as for several. Take "
-                "clipped_sums() or clipped(), that is rloo, grpo, dapo or ppo, for several."
-            )
-        return losses.reinforce_loss(log_probs, spread(batch["advantages"], log_probs)), {}
-
-    return token_loss
-
-
-def clipped_sums(clip: float = 0.2) -> TokenLoss:
-    """REINFORCE's and RLOO's clipped ratio of each sequence's whole probability; with `sequence_sum`.
-
-    A sequence's tokens add up to -min(ρ A, clip(ρ, 1 ± ε) A), ρ = Π_t π / π_old, as in TRL's RLOOTrainer
-    (huggingface.co/docs/trl/rloo_trainer). At the policy that sampled, its gradient is that of `reinforce`.
-    """
-
-    def token_loss(log_probs, old, batch):
-        mask = batch["completion_mask"]
-        ratio = losses.summed_log_ratio(log_probs, old, mask)
-        loss, shown = _clipped(ratio, batch, clip, clip, None)
-        # Each token has the sequence's value, and the gradient of its own log-prob: the values are shared.
-        share = 1.0 / jnp.maximum(jnp.sum(mask, axis=1, keepdims=True), 1)
-        return loss + jax.lax.stop_gradient((share - 1.0) * loss), shown
-
-    return token_loss
-
-
-def clipped(
-    clip_low: float = 0.2, clip_high: float = 0.2, dual_clip: float | None = None
-) -> TokenLoss:
-    """PPO's, GRPO's and DAPO's clipped ratio of each token; shows the shares that either clip stops."""
-
-    def token_loss(log_probs, old, batch):
-        ratio = losses.log_ratio(log_probs, old)
-        return _clipped(ratio, batch, clip_low, clip_high, dual_clip)
-
-    return token_loss
-
-
-def sequence_clipped(clip_low: float = 3e-4, clip_high: float = 4e-4) -> TokenLoss:
-    """GSPO's clipped ratio of each sequence; with `sequence_mean`."""
-
-    def token_loss(log_probs, old, batch):
-        ratio = losses.sequence_log_ratio(log_probs, old, batch["completion_mask"])
-        return _clipped(ratio, batch, clip_low, clip_high, None)
-
-    return token_loss
-
-
-def weight_clipped(clip_low: float = 1.0, clip_high: float = 3.0) -> TokenLoss:
-    """CISPO's clipped weight: see `cispo_loss`."""
-
-    def token_loss(log_probs, old, batch):
-        advantages = spread(batch["advantages"], log_probs)
-        loss = losses.cispo_loss(log_probs, old, advantages, clip_low=clip_low, clip_high=clip_high)
-        return loss, {}
-
-    return token_loss
-
-
-def negative_aware(
-    prompt_weight: Callable[[jax.Array], jax.Array] = lambda rate: 1.0 - rate,
-    *,
-    floor: float = 1.0,
-    negative_weight: float = 1.0,
-) -> TokenLoss:
-    """NFT's likelihoods of right and wrong answers: see `nft_loss`.
-
-    The batch has `correct` [B] (bool) and `success_rates` [B] in place of advantages. Prompts of which all
-    answers are right, or all wrong, count 0, as if they had been dropped.
-
-    Args:
-        prompt_weight: of the success rate: 1 - r (Dr. GRPO's on-policy), sqrt((1 - r) / r) (GRPO's) or 1.
-        floor, negative_weight: see `nft_loss`; negative_weight 0 and prompt_weight 1 are rejection sampling.
-    """
-
-    def token_loss(log_probs, old, batch):
-        rates = batch["success_rates"]
-        ratio = losses.log_ratio(log_probs, old)
-        loss = losses.nft_loss(
-            ratio,
-            spread(batch["correct"], log_probs),
-            spread(rates, log_probs),
-            floor=floor,
-            negative_weight=negative_weight,
-        )
-        mixed = (rates > 0) & (rates < 1)
-        weight = jnp.where(mixed, prompt_weight(jnp.clip(rates, 0.02, 0.98)), 0.0)
-        return spread(weight, log_probs) * loss, {}
-
-    return token_loss
-
-
 def token_correction(cap: float = 2.0) -> Correction:
     """`truncated_weights` of each token."""
     return lambda old, sampled, mask: losses.truncated_weights(old, sampled, cap=cap)
@@ -305,19 +201,10 @@ def spread(values: jax.Array, like: jax.Array) -> jax.Array:
     return jnp.broadcast_to(values[:, None], like.shape) if values.ndim == 1 else values
 
 
-def _clipped(ratio, batch, clip_low, clip_high, dual_clip):
-    advantages = spread(batch["advantages"], ratio)
-    loss = losses.clipped_surrogate(
-        ratio, advantages, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip
-    )
-    low, high = losses.clipped_tokens(ratio, advantages, clip_low, clip_high)
-    return loss, {"clipped_low": low, "clipped_high": high}
-
-
 def _reference(batch):
     if "ref_log_probs" not in batch:
         raise ValueError(
-            "policy_gradient: kl_weight needs ref_log_probs in the batch; collect with ref_params."
+            "policy_gradient: kl_weight needs ref_log_probs in the batch: rl.add_reference."
         )
     return batch["ref_log_probs"]
 

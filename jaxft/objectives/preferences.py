@@ -26,10 +26,9 @@ from jaxft.losses import (
     reverse_kl_surrogate,
     wpo_weights,
 )
-from jaxft.metrics import Mean, Terms, WholeMean, terms_of
+from jaxft.metrics import Mean, Terms, WholeMean, terms_of, with_mean
 from jaxft.models import Forward, Prediction, as_rows, of_group
 from jaxft.objectives.next_token import Objective, shift
-from jaxft.optim.following import with_mean
 
 PairLoss = Callable[[Pairs], jax.Array]  # one of jaxft.losses with its hyperparameters
 Reference = Callable[[Any], Any]  # params -> the reference's params, such as adapters.base_params
@@ -226,7 +225,7 @@ def kto(
 def bco(forward: Forward, *, beta: float = 0.1, reference: Reference | None = None) -> Objective:
     """objective(params, batch, key) -> (mean `bco_loss`, metrics) of completions with a `label`.
 
-    δ is the mean reward of all batches so far where the batch has `running` (`train.with_running_mean`), and
+    δ is the mean reward of all batches so far where the batch has `running` (`train.running_mean`), and
     else of the whole batch, also where microbatches cut it (`WholeMean`). A column `density_ratio` [B] weighs
     undesirable completions: see `density_ratios`. Metrics: `kto`'s, with rewards/mean and delta for its kl.
     """

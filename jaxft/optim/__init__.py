@@ -1,13 +1,7 @@
 """optax transforms and gradient estimators; needs jax and optax, and nothing else of jaxft but kernels."""
 
 from jaxft.optim.directions import normal, rademacher, sphere
-from jaxft.optim.following import (
-    MovingReferenceState,
-    RunningMeanState,
-    moving_reference,
-    running_mean,
-)
-from jaxft.optim.lion import LionState, lion, lion_apply, scale_by_lion
+from jaxft.optim.estimators import evaluates, evaluates_at_params
 from jaxft.optim.mezo import MezoRecord, mezo_replay, mezo_step
 from jaxft.optim.perturbations import (
     Perturbation,
@@ -27,7 +21,14 @@ from jaxft.optim.sharpness import (
     tram,
     tram_fisher,
 )
+from jaxft.optim.sign_momentum import LionState, lion, lion_apply, scale_by_lion
 from jaxft.optim.subspace import subspace_gradient
+from jaxft.optim.trust_penalty import (
+    TrustRegionState,
+    parameter_distance,
+    with_tram,
+    with_trust_region,
+)
 from jaxft.optim.with_sharpness import (
     AlternatingSamState,
     LookSamState,
@@ -37,12 +38,6 @@ from jaxft.optim.with_sharpness import (
     with_sam,
     with_tram_fisher,
 )
-from jaxft.optim.with_trust_region import (
-    TrustRegionState,
-    parameter_distance,
-    with_tram,
-    with_trust_region,
-)
 from jaxft.optim.zeroth_order import coordinate_differences, rge, spsa
 
 __all__ = [
@@ -50,13 +45,13 @@ __all__ = [
     "LionState",
     "LookSamState",
     "MezoRecord",
-    "MovingReferenceState",
     "Perturbation",
-    "RunningMeanState",
     "TrustRegionState",
     "alternating_sam",
     "asam",
     "coordinate_differences",
+    "evaluates",
+    "evaluates_at_params",
     "evaluation_params",
     "fisher_sam",
     "global_norm",
@@ -67,7 +62,6 @@ __all__ = [
     "m_sam",
     "mezo_replay",
     "mezo_step",
-    "moving_reference",
     "normal",
     "parameter_distance",
     "perturb_asam",
@@ -76,7 +70,6 @@ __all__ = [
     "rademacher",
     "rge",
     "round_stochastically",
-    "running_mean",
     "sam",
     "scale_by_lion",
     "sharpness_aware",

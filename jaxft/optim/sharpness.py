@@ -23,6 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxft.optim.estimators import Estimator, evaluates, evaluates_at_params
 from jaxft.optim.perturbations import (
     Perturbation,
     fisher_perturbation,
@@ -32,7 +33,6 @@ from jaxft.optim.perturbations import (
     perturb_sam,
     wide,
 )
-from jaxft.optim.zeroth_order import Estimator
 
 
 def sharpness_aware(
@@ -53,6 +53,7 @@ def sharpness_aware(
     """
     check_steps("sharpness_aware", ascent_steps=ascent_steps)
 
+    @evaluates(at_params=False)
     def estimator(fun, *, has_aux=False):
         value_and_grad = gradient(fun, has_aux=has_aux)
 
@@ -128,7 +129,8 @@ def in_groups(estimator: Estimator, groups: int) -> Estimator:
 
         return value_and_grad
 
-    return in_all
+    at_params = evaluates_at_params(estimator)
+    return in_all if at_params is None else evaluates(at_params=at_params)(in_all)
 
 
 def tram(
@@ -165,6 +167,7 @@ def tram(
     check_radius("tram", d_scale, d_max)
     perturb_asam(0.0, eta)
 
+    @evaluates(at_params=False)
     def estimator(fun, *, has_aux=False):
         def value_and_grad(params, *args):
             d = radius(distance(params, *args), d_scale, d_max)
@@ -195,6 +198,7 @@ def tram_fisher(
     """
     perturb = fisher_perturbation(gamma, eta)
 
+    @evaluates(at_params=False)
     def estimator(fun, *, has_aux=False):
         at_noise = gradient(noised, has_aux=has_aux)
 

@@ -18,10 +18,8 @@ import jax.numpy as jnp
 
 from jaxft.keys import stream
 from jaxft.optim.directions import Direction, along, normal, rademacher, size, widest
+from jaxft.optim.estimators import Estimator, evaluates
 from jaxft.optim.perturbations import wide
-
-# estimator(fun, has_aux)(params, *args, key) -> (value, grads), as of jax.value_and_grad.
-Estimator = Callable[..., Callable[..., Any]]
 
 
 def rge(
@@ -53,6 +51,7 @@ def rge(
     """
     _check(mu, samples)
 
+    @evaluates(at_params=False)
     def estimator(fun, *, has_aux=False):
         def value_and_grad(params, *args):
             keys = jax.random.split(direction_key(args), samples)
@@ -102,6 +101,7 @@ def coordinate_differences(mu: float = 1e-3) -> Estimator:
     """
     _check(mu, 1)
 
+    @evaluates(at_params=False)
     def estimator(fun, *, has_aux=False):
         def value_and_grad(params, *args):
             direction_key(args)

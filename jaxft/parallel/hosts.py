@@ -11,6 +11,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from jaxft.output import writing
+
 _BY_HAND = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 # Launchers that start several processes say how many, each in its own variable.
 _LAUNCHERS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
@@ -149,19 +151,22 @@ def written_once(write: Callable[[], None], what: str, parts: Iterable[Any] = ()
 
     Args:
         write: must not call what needs all processes, but may take from `parts`.
-        what: named in the error of the others.
+        what: the path, named in errors.
         parts: an iterator that gathers values from all processes as it goes; all run to its end.
 
     Raises:
-        RuntimeError: in the other processes, if `write` failed in the first; there, its own error.
+        RuntimeError: in the other processes, if `write` failed in the first; there, its own error, which is
+            an OutputError where the disk is full or the like.
     """
     if jax.process_count() == 1:
-        write()
+        with writing(what):
+            write()
         return
     failure = None
     if jax.process_index() == 0:
         try:
-            write()
+            with writing(what):
+                write()
         except Exception as error:  # Whatever it is: the others wait for word of it.
             failure = error
     for _ in parts:

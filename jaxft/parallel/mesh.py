@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 AXES = ("data", "fsdp", "tensor", "expert", "context")
 
@@ -100,6 +101,19 @@ def token_sharding(mesh: Mesh, ndim: int = 2) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
     """The same value on every device."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def lay_out(x: Any, sharding: Sharding) -> jax.Array:
+    """The value, which all processes have whole, as an array of the given sharding."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(x, sharding)
+    # device_put refuses arrays bound to a device of this process, and keys.
+    if jnp.issubdtype(jnp.asarray(x).dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(
+            lay_out(jax.random.key_data(x), sharding), impl=jax.random.key_impl(x)
+        )
+    host = np.asarray(x)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
 def mesh_context(mesh: Mesh | None) -> contextlib.AbstractContextManager:

@@ -42,10 +42,10 @@ def param_shardings(
 ) -> Params:
     """A tree like params with a NamedSharding for each leaf; `layers` is where the layers lie.
 
-    What no rule names lies whole on each device. A rule's spec is that of a leaf in one layer: the axis of
-    stacked layers (`stacked_axes`) is put before it. An axis of the mesh that does not divide its
-    dimension is left out for that leaf. Structured weights lay out their own fields, given the spec of
-    the dense kernel they stand for.
+    What no rule names lies whole on each device. An axis of the mesh that does not divide its dimension is
+    left out for that leaf. Structured weights lay out their own fields, given the spec of the dense
+    kernel they stand for. A rule's spec is that of a leaf in one layer: the axis of stacked layers
+    (`stacked_axes`) is put before it.
     """
 
     def place(path, node):

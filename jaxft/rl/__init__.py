@@ -2,6 +2,7 @@
 
 from jaxft.rl.algorithms import (
     Algorithm,
+    Credit,
     cispo,
     dapo,
     dr_grpo,
@@ -14,9 +15,8 @@ from jaxft.rl.algorithms import (
     reinforce_with_baseline,
     rloo,
 )
-from jaxft.rl.collection import Sample, answers, collect, collect_from
+from jaxft.rl.collection import Collector, KlControl, collect
 from jaxft.rl.environments import Environment, Reply, tagged, try_again, with_tool
-from jaxft.rl.experience import Experience, KlControl
 from jaxft.rl.exploratory import answers_of_both, xpo
 from jaxft.rl.on_device import (
     DeviceReward,
@@ -26,29 +26,47 @@ from jaxft.rl.on_device import (
     sample_on_device,
 )
 from jaxft.rl.online import (
+    SamplesBeside,
     best_and_worst,
     online_preference,
-    samples_beside,
 )
-from jaxft.rl.rollouts import Credit, sample_groups, score
+from jaxft.rl.prompts import Asked, Prompts, prompts_of
+from jaxft.rl.rollouts import Sample, answers, sample_groups
 from jaxft.rl.self_training import offline_collect, online_self_training, right_samples
+from jaxft.rl.transforms import (
+    Transform,
+    add_old_policy,
+    add_penalty,
+    add_reference,
+    add_values,
+    mask_truncated,
+    policy_log_probs,
+    until_contrast,
+)
 from jaxft.rl.turns import episodes
 
 __all__ = [
     "Algorithm",
+    "Asked",
+    "Collector",
     "Credit",
     "DeviceReward",
     "Environment",
-    "Experience",
     "KlControl",
+    "Prompts",
     "Reply",
     "Sample",
+    "SamplesBeside",
+    "Transform",
+    "add_old_policy",
+    "add_penalty",
+    "add_reference",
+    "add_values",
     "answers",
     "answers_of_both",
     "best_and_worst",
     "cispo",
     "collect",
-    "collect_from",
     "collect_on_device",
     "dapo",
     "dr_grpo",
@@ -58,21 +76,23 @@ __all__ = [
     "expert_iteration",
     "grpo",
     "gspo",
+    "mask_truncated",
     "nft",
     "offline_collect",
     "online_preference",
     "online_self_training",
+    "policy_log_probs",
     "ppo",
+    "prompts_of",
     "reinforce_plus_plus",
     "reinforce_with_baseline",
     "right_samples",
     "rloo",
     "sample_groups",
     "sample_on_device",
-    "samples_beside",
-    "score",
     "tagged",
     "try_again",
+    "until_contrast",
     "with_tool",
     "xpo",
 ]

@@ -87,7 +87,7 @@ def whiten(
     return jax.lax.stop_gradient(centred * jax.lax.rsqrt(variance + eps))
 
 
-def token_rewards(
+def placed_rewards(
     rewards: Float[Array, " B"],
     mask: Bool[Array, "B T"],
     penalties: Float[Array, "B T"] | None = None,
@@ -126,7 +126,7 @@ def reinforce_plus_plus_advantages(
     `centred_advantages` as the rewards. Rows whose reward is NaN are left out.
     """
     mask = mask & ~jnp.isnan(rewards)[:, None]
-    placed = token_rewards(jnp.nan_to_num(rewards), mask, penalties)
+    placed = placed_rewards(jnp.nan_to_num(rewards), mask, penalties)
     return whiten(rewards_to_go(placed, mask, gamma), mask)
 
 
@@ -143,7 +143,7 @@ def generalised_advantages(
     policy's next token: what tools or environments put between is skipped, with no discount.
 
     Args:
-        rewards: of the policy's tokens (see `token_rewards`); those of other tokens are ignored.
+        rewards: of the policy's tokens (see `placed_rewards`); those of other tokens are ignored.
         values: V_t of the state in which token t was chosen.
         lam: λ; 1 gives R = the rewards to go, 0 the one-step error.
     """

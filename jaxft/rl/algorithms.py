@@ -4,9 +4,14 @@ Each is a function of `build`, a partial of `policy_gradient` with the model and
 
     build = functools.partial(policy_gradient, model.forward, temperature=0.9, kl_weight=0.01)
     credit, objective = grpo(build, group_size=8)
-    fit(params, objective, optimizer, collect(model, ..., credit=credit, group_size=8))
+    sample = answers(model, tokenizer, rewards, SamplingConfig(16, temperature=0.9), group_size=8)
+    batches = collect(
+        Prompts(ids, per_step=4, records=records), sample, credit, add_reference(model.forward, params, 0.9)
+    )
+    fit(params, objective, optimizer, batches, steps=100)
 
 Write another from the same parts: Algorithm(advantages(centred_advantages, 8), build(clipped(), token_mean)).
+The formulas are in jaxft.rl.advantages and jaxft.losses.policy; what joins them is here.
 """
 
 from __future__ import annotations
@@ -17,19 +22,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxft.losses import kl_k1
+from jaxft import losses
 from jaxft.objectives import Objective, value_loss
 from jaxft.objectives.policy import (
-    clipped,
-    clipped_sums,
+    TokenLoss,
     constant_length,
-    negative_aware,
-    reinforce,
-    sequence_clipped,
     sequence_mean,
     sequence_sum,
+    spread,
     token_mean,
-    weight_clipped,
 )
 from jaxft.rl.advantages import (
     baseline_advantages,
@@ -37,13 +38,14 @@ from jaxft.rl.advantages import (
     generalised_advantages,
     grpo_advantages,
     leave_one_out_advantages,
+    placed_rewards,
     reinforce_plus_plus_advantages,
     success_rates,
-    token_rewards,
     whiten,
 )
 
 Build = Callable[..., Objective]  # (token_loss, reduction) -> objective
+# (rewards [B], batch) -> what the objective needs besides, such as {"advantages": [B]}
 Credit = Callable[[jax.Array, dict[str, Any]], dict[str, Any]]
 
 
@@ -101,7 +103,7 @@ def dapo(
 ) -> Algorithm:
     """DAPO: Yu et al., 2025, arxiv.org/abs/2503.14476: two clips, the mean over all tokens.
 
-    Its dynamic sampling and overlong penalty are `max_tries` and `penalty` of `collect`.
+    Its dynamic sampling is `until_contrast`, its overlong penalty `add_penalty` (jaxft.rl.transforms).
     """
     objective = build(clipped(clip_low, clip_high), token_mean)
     return Algorithm(advantages(grpo_advantages, group_size), objective)
@@ -162,7 +164,7 @@ def ppo(
         if "old_values" not in batch:
             raise ValueError("ppo: no old_values; give the params a value head (with_value_head).")
         mask = jnp.asarray(batch["completion_mask"]) & ~jnp.isnan(rewards)[:, None]
-        placed = token_rewards(jnp.nan_to_num(rewards), mask, _penalties(batch, reward_kl))
+        placed = placed_rewards(jnp.nan_to_num(rewards), mask, _penalties(batch, reward_kl))
         values = jnp.asarray(batch["old_values"])
         advantages, returns = generalised_advantages(placed, values, mask, gamma, lam)
         return {
@@ -208,6 +210,110 @@ def nft(
     return Algorithm(credit, build(loss, token_mean))
 
 
+def reinforce() -> TokenLoss:
+    """-A log π: see `reinforce_loss`. For one update a rollout; `clipped_sums` is for several.
+
+    The TokenLoss raises ValueError for a batch with old_log_probs, which `collect` gives for several
+    updates a rollout: -A log π has no importance ratio, and from the second update on its gradient is of
+    another policy than the one that sampled.
+    """
+
+    def token_loss(log_probs, old, batch):
+        if "old_log_probs" in batch:
+            raise ValueError(
+                "reinforce: -A log π has no importance ratio, so that one update a rollout is right "
+                "(updates=1, epochs=1), and the batch has old_log_probs, as for several. Take "
+                "clipped_sums() or clipped(), that is rloo, grpo, dapo or ppo, for several."
+            )
+        return losses.reinforce_loss(log_probs, spread(batch["advantages"], log_probs)), {}
+
+    return token_loss
+
+
+def clipped_sums(clip: float = 0.2) -> TokenLoss:
+    """REINFORCE's and RLOO's clipped ratio of each sequence's whole probability; with `sequence_sum`.
+
+    A sequence's tokens add up to -min(ρ A, clip(ρ, 1 ± ε) A), ρ = Π_t π / π_old, as in TRL's RLOOTrainer
+    (huggingface.co/docs/trl/rloo_trainer). At the policy that sampled, its gradient is that of `reinforce`.
+    """
+
+    def token_loss(log_probs, old, batch):
+        mask = batch["completion_mask"]
+        ratio = losses.summed_log_ratio(log_probs, old, mask)
+        loss, shown = _clipped(ratio, batch, clip, clip, None)
+        # Each token has the sequence's value, and the gradient of its own log-prob: the values are shared.
+        share = 1.0 / jnp.maximum(jnp.sum(mask, axis=1, keepdims=True), 1)
+        return loss + jax.lax.stop_gradient((share - 1.0) * loss), shown
+
+    return token_loss
+
+
+def clipped(
+    clip_low: float = 0.2, clip_high: float = 0.2, dual_clip: float | None = None
+) -> TokenLoss:
+    """PPO's, GRPO's and DAPO's clipped ratio of each token; shows the shares that either clip stops."""
+
+    def token_loss(log_probs, old, batch):
+        ratio = losses.log_ratio(log_probs, old)
+        return _clipped(ratio, batch, clip_low, clip_high, dual_clip)
+
+    return token_loss
+
+
+def sequence_clipped(clip_low: float = 3e-4, clip_high: float = 4e-4) -> TokenLoss:
+    """GSPO's clipped ratio of each sequence; with `sequence_mean`."""
+
+    def token_loss(log_probs, old, batch):
+        ratio = losses.sequence_log_ratio(log_probs, old, batch["completion_mask"])
+        return _clipped(ratio, batch, clip_low, clip_high, None)
+
+    return token_loss
+
+
+def weight_clipped(clip_low: float = 1.0, clip_high: float = 3.0) -> TokenLoss:
+    """CISPO's clipped weight: see `cispo_loss`."""
+
+    def token_loss(log_probs, old, batch):
+        advantages = spread(batch["advantages"], log_probs)
+        loss = losses.cispo_loss(log_probs, old, advantages, clip_low=clip_low, clip_high=clip_high)
+        return loss, {}
+
+    return token_loss
+
+
+def negative_aware(
+    prompt_weight: Callable[[jax.Array], jax.Array] = lambda rate: 1.0 - rate,
+    *,
+    floor: float = 1.0,
+    negative_weight: float = 1.0,
+) -> TokenLoss:
+    """NFT's likelihoods of right and wrong answers: see `nft_loss`.
+
+    The batch has `correct` [B] (bool) and `success_rates` [B] in place of advantages. Prompts of which all
+    answers are right, or all wrong, count 0, as if they had been dropped.
+
+    Args:
+        prompt_weight: of the success rate: 1 - r (Dr. GRPO's on-policy), sqrt((1 - r) / r) (GRPO's) or 1.
+        floor, negative_weight: see `nft_loss`; negative_weight 0 and prompt_weight 1 are rejection sampling.
+    """
+
+    def token_loss(log_probs, old, batch):
+        rates = batch["success_rates"]
+        ratio = losses.log_ratio(log_probs, old)
+        loss = losses.nft_loss(
+            ratio,
+            spread(batch["correct"], log_probs),
+            spread(rates, log_probs),
+            floor=floor,
+            negative_weight=negative_weight,
+        )
+        mixed = (rates > 0) & (rates < 1)
+        weight = jnp.where(mixed, prompt_weight(jnp.clip(rates, 0.02, 0.98)), 0.0)
+        return spread(weight, log_probs) * loss, {}
+
+    return token_loss
+
+
 def advantages(function: Callable[[jax.Array, int], jax.Array], group_size: int) -> Credit:
     """The credit of a function of rewards and the group size."""
     return lambda rewards, batch: {"advantages": function(rewards, group_size)}
@@ -218,8 +324,19 @@ def _penalties(batch, reward_kl):
     if not reward_kl and "kl_weight" not in batch:
         return None
     if "ref_log_probs" not in batch:
-        raise ValueError("reward_kl needs ref_log_probs in the batch; collect with ref_params.")
+        raise ValueError(
+            "reward_kl needs ref_log_probs in the batch; pass add_reference to collect."
+        )
     old = jnp.asarray(batch.get("old_log_probs", batch["sampler_log_probs"]))
     weight = jnp.asarray(batch["kl_weight"])[:, None] if "kl_weight" in batch else reward_kl
-    kl = kl_k1(old, jnp.asarray(batch["ref_log_probs"]))
+    kl = losses.kl_k1(old, jnp.asarray(batch["ref_log_probs"]))
     return jnp.where(batch["completion_mask"], weight * kl, 0.0)
+
+
+def _clipped(ratio, batch, clip_low, clip_high, dual_clip):
+    advantages = spread(batch["advantages"], ratio)
+    loss = losses.clipped_surrogate(
+        ratio, advantages, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip
+    )
+    low, high = losses.clipped_tokens(ratio, advantages, clip_low, clip_high)
+    return loss, {"clipped_low": low, "clipped_high": high}

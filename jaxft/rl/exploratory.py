@@ -13,9 +13,9 @@ from jaxft.models import Decoder
 from jaxft.objectives.preferences import PairLoss
 from jaxft.parallel import in_turn, to_host
 from jaxft.rl.algorithms import Algorithm, Build
-from jaxft.rl.collection import Sample, checked_rewards, concatenated
 from jaxft.rl.online import online_preference
-from jaxft.rl.rollouts import score
+from jaxft.rl.rollouts import Sample, checked_rewards, concatenated, model_inputs
+from jaxft.rl.transforms import policy_log_probs
 
 
 def answers_of_both(sample: Sample, model: Decoder, ref_params, temperature: float) -> Sample:
@@ -31,21 +31,20 @@ def answers_of_both(sample: Sample, model: Decoder, ref_params, temperature: flo
         temperature: at which `sample` draws.
     """
 
-    def both(params, prompts, records, key):
-        own = sample(params, prompts, records, key)
-        other = sample(ref_params, prompts, records, stream(key, "reference"))
+    def both(params, asked, key):
+        own = sample(params, asked, key)
+        other = sample(ref_params, asked, stream(key, "reference"))
         for batch in (own, other):
             batch["rewards"] = checked_rewards(batch["rewards"], len(batch["tokens"]))
         whole = concatenated([own, other])
-        size = len(own["tokens"]) // len(prompts)
+        size = len(own["tokens"]) // len(asked.ids)
         # Prompt-major: each prompt's rows of both, side by side.
-        order = np.arange(2 * len(own["tokens"])).reshape(2, len(prompts), size)
+        order = np.arange(2 * len(own["tokens"])).reshape(2, len(asked.ids), size)
         order = order.transpose(1, 0, 2).reshape(-1)
         whole = {name: x[order] for name, x in whole.items()}
         given = order >= len(own["tokens"])
-        fields = ("tokens", "positions", "segment_ids", "completion_mask")
-        batch = {name: whole[name] for name in fields}
-        scored = to_host(in_turn(score(model.forward, params, batch, temperature)))
+        found = policy_log_probs(model.forward, params, model_inputs(whole), temperature)
+        scored = to_host(in_turn(found))
         sampled = np.where(given[:, None], scored, whole["sampler_log_probs"])
         return whole | {"sampler_log_probs": sampled, "from_reference": given}
 

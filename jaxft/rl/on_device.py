@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxft.generation import SamplingConfig, decode, fork, left_pad, prefill
-from jaxft.keys import stream
 from jaxft.models import Decoder
 from jaxft.rl.advantages import has_contrast
-from jaxft.rl.collection import read_scores
-from jaxft.rl.experience import Experience
-from jaxft.rl.rollouts import Credit, check_policy, lay_out, prompts_of
+from jaxft.rl.algorithms import Credit
+from jaxft.rl.collection import Collector, in_parts
+from jaxft.rl.prompts import Prompts
+from jaxft.rl.rollouts import check_policy, side_by_side, with_columns
+from jaxft.rl.transforms import add_old_policy, add_reference, add_values
 
 # (tokens [B, N], mask [B, N], which prompt [B]) -> rewards [B], traced
 DeviceReward = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -24,18 +25,16 @@ DeviceReward = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 def collect_on_device(
     model: Decoder,
-    prompts: Sequence[Sequence[int]],
+    prompts: Prompts,
     reward: DeviceReward,
     credit: Credit,
     config: SamplingConfig,
     *,
-    prompts_per_step: int,
     group_size: int,
     updates: int = 1,
     epochs: int = 1,
     ref_params: Any = None,
-    seed: int = 0,
-) -> Experience:
+) -> Collector:
     """As `collect`, with rewards that are a function of tokens, such as `equals(answers)`.
 
     Sampling, rewards and credit are one compiled program, from which nothing returns to the host: for
@@ -44,37 +43,40 @@ def collect_on_device(
 
     Args:
         reward: is given tokens and mask of responses and the number of each one's prompt.
-        updates, epochs, ref_params, seed: as in `collect`; a value head gives `old_values`.
+        group_size: responses to each prompt.
+        updates, epochs: as in `collect`; several give `old_log_probs`. A value head gives `old_values`.
+        ref_params: gives `ref_log_probs`.
 
     Raises:
-        ValueError: for greedy sampling, or for rows that `updates` does not divide.
+        ValueError: for greedy sampling.
     """
     check_policy(config)
-    if (prompts_per_step * group_size) % updates:
-        raise ValueError(
-            f"collect_on_device: {prompts_per_step} prompts x {group_size} responses cannot be split over "
-            f"{updates} updates."
-        )
-    tokens, valid = map(jnp.asarray, _left_pad(prompts, model.config))
+    tokens, valid = map(jnp.asarray, _left_pad(prompts.ids, model.config))
+    several = updates * epochs > 1
 
     @jax.jit
-    def run(params, ref_params, key, chosen):
-        batch, numbers = _sample(model, params, tokens, valid, key, chosen, config, group_size)
+    def run(params, ref_params, key, chosen, columns):
+        batch, numbers = _sample(
+            model, params, tokens, valid, key, chosen, config, group_size, columns
+        )
         size = batch["completion_mask"].shape[1]
         value = reward(batch["tokens"][:, -size:], batch["completion_mask"], numbers)
         flat = ~jnp.repeat(has_contrast(value, group_size), group_size)
         truncated = batch.pop("truncated")
         batch["stats"] = {"reward": value, "truncated": truncated, "no_contrast": flat * 1.0}
-        several = updates * epochs > 1
-        batch |= read_scores(model, ref_params, config.temperature, params, batch, old=several)
+        if several:
+            batch = add_old_policy(model.forward, config.temperature)(batch, params, key)
+        elif "value_head" in params:
+            batch = add_values(model.forward)(batch, params, key)
+        if ref_params is not None:
+            batch = add_reference(model.forward, ref_params, config.temperature)(batch, params, key)
         return batch | credit(value, batch)
 
-    def rollout(state, number, kl_weight):
-        chosen = prompts_of(number, prompts_per_step, len(prompts), seed)
-        key = stream(state.key, "rollout", number)
-        return run(state.params, ref_params, key, jnp.asarray(chosen))
+    def rollout(params, draws, key, kl_weight):
+        chosen, columns = np.array(prompts.chosen(draws)), prompts.pick(draws).columns
+        return run(params, ref_params, key, chosen, columns), 1
 
-    return Experience(rollout, updates, epochs, seed=seed)
+    return in_parts(rollout, updates, epochs, seed=prompts.seed)
 
 
 def sample_on_device(
@@ -154,16 +156,17 @@ def equals(answers: Sequence[Sequence[int]], size: int) -> DeviceReward:
     return reward
 
 
-def _sample(model, params, tokens, valid, key, chosen, config, samples):
+def _sample(model, params, tokens, valid, key, chosen, config, samples, columns=None):
     """(batch without rewards, which prompt each row answers)."""
     size = config.max_new_tokens
     keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(len(chosen)))
     slots = tokens.shape[1] + size
-    state = prefill(model, params, tokens[chosen], valid[chosen], keys, slots)
+    state = prefill(model, params, tokens[chosen], valid[chosen], keys, slots, columns=columns)
     state, part = decode(model, params, fork(state, samples), config, steps=size)
     numbers = jnp.repeat(chosen, samples)
-    batch = lay_out(jnp, tokens[numbers], valid[numbers], *part)
-    return batch | {"truncated": (~state.done).astype(jnp.float32)}, numbers
+    batch = side_by_side(jnp, tokens[numbers], valid[numbers], *part)
+    batch |= {"truncated": (~state.done).astype(jnp.float32)}
+    return with_columns(batch, columns, samples), numbers
 
 
 _sample_jit = jax.jit(_sample, static_argnames=("model", "config", "samples"))

@@ -1,12 +1,13 @@
 """Preferences and the policy's own samples: losses of pairs on answers that are judged as they are sampled.
 
-`online_preference` is an algorithm like those of jaxft.rl.algorithms; `samples_beside` gives what
-jaxft.objectives.hypo takes, given pairs with fresh samples beside them.
+`online_preference` is an algorithm like those of jaxft.rl.algorithms; `SamplesBeside` gives what
+jaxft.objectives.hypo takes: pairs with fresh samples beside them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -19,11 +20,13 @@ from jaxft.data.batching import own_rows
 from jaxft.generation import SamplingConfig
 from jaxft.losses import Pairs
 from jaxft.models import Decoder
-from jaxft.objectives.policy import reinforce, sequence_sum
+from jaxft.objectives.policy import sequence_sum
 from jaxft.objectives.preferences import PairLoss
 from jaxft.parallel import in_turn, mesh_context, to_host
-from jaxft.rl.algorithms import Algorithm, Build
-from jaxft.rl.rollouts import Batch, prompts_of, sample_groups, sampling_key, score
+from jaxft.rl.algorithms import Algorithm, Build, reinforce
+from jaxft.rl.prompts import Prompts
+from jaxft.rl.rollouts import Batch, model_inputs, sample_groups
+from jaxft.rl.transforms import policy_log_probs
 
 
 def best_and_worst(
@@ -99,50 +102,72 @@ def online_preference(build: Build, loss: PairLoss, group_size: int) -> Algorith
     return Algorithm(credit, build(reinforce(), sequence_sum))
 
 
-def samples_beside(
-    model: Decoder,
-    prompts: Sequence[Sequence[int]],
-    ref_params: Any,
-    config: SamplingConfig,
-    *,
-    prompts_per_step: int,
-    samples: int,
-    seed: int = 0,
-    mesh: Mesh | None = None,
-) -> Callable[[Any], Batch]:
-    """(state) -> groups [N, K, T] of K samples to each of N prompts, with `ref_log_probs` [N, K].
+class SamplesBeside:
+    """collect(params, carry, key) -> (pairs with the policy's own samples as `online`, carry).
 
-    StateBatches(pairs, lambda state, batch: {**batch, "online": sample(state)}) puts them beside pairs.
-    Which prompts, and what is drawn, follow from the state's step and key. A host gets its groups of them.
+    `online` holds groups [N, K, T] of K samples to each of N prompts, with `ref_log_probs` [N, K]. The entry
+    "beside" of the carry counts draws of prompts; the position of the pairs is their own, in the data
+    position of checkpoints. A host gets its groups of the samples.
 
     Args:
-        config: of the sampler; its temperature must be 1 and nothing cut off, or the KL is another policy's.
+        pairs: an iterator over batches, of this host, with `get_state` and `set_state` to be resumed.
+        model: a Decoder.
+        prompts: what to sample answers to.
         ref_params: of the reference.
-        seed: of the order of prompts, a new permutation each epoch.
+        config: of the sampler; its temperature must be 1 and nothing cut off, or the KL is another policy's.
+        samples: K.
+        mesh: as for `fit`.
 
     Raises:
         ValueError: for another policy than the model's own.
     """
-    filters = (config.top_k, config.top_p, config.min_p)
-    if config.temperature != 1 or any(value is not None for value in filters):
-        raise ValueError(
-            f"samples_beside: temperature {config.temperature} and top_k, top_p, min_p {filters} sample "
-            "from another policy, whose KL it would be; use temperature 1 and none of these."
+
+    def __init__(
+        self,
+        pairs: Iterator[Batch],
+        model: Decoder,
+        prompts: Prompts,
+        ref_params: Any,
+        config: SamplingConfig,
+        *,
+        samples: int,
+        mesh: Mesh | None = None,
+    ):
+        filters = (config.top_k, config.top_p, config.min_p)
+        if config.temperature != 1 or any(value is not None for value in filters):
+            raise ValueError(
+                f"SamplesBeside: temperature {config.temperature} and top_k, top_p, min_p {filters} sample "
+                "from another policy, whose KL it would be; use temperature 1 and none of these."
+            )
+        self._pairs, self._prompts = pairs, prompts
+        self._sample = functools.partial(_sample_beside, model, ref_params, config, samples, mesh)
+        self.carry = {"beside": {"draws": np.int32(0)}}
+
+    def __call__(self, params: Any, carry: dict[str, Any], key: jax.Array) -> tuple[Batch, Any]:
+        """The next pairs, and samples of these params."""
+        pairs = next(self._pairs, None)
+        if pairs is None:
+            return None, carry
+        draws = int(to_host(carry["beside"]["draws"]))
+        online = self._sample(params, self._prompts.pick(draws), key)
+        return {**pairs, "online": online}, carry | {"beside": {"draws": np.int32(draws + 1)}}
+
+    def get_state(self) -> Any:
+        """The position of the pairs."""
+        return self._pairs.get_state()
+
+    def set_state(self, position: Any) -> None:
+        """Goes on from a position of the pairs."""
+        self._pairs.set_state(position)
+
+
+def _sample_beside(model, ref_params, config, samples, mesh, params, asked, key):
+    with mesh_context(mesh):
+        batch, _ = sample_groups(
+            model, params, asked.ids, key, config, samples, columns=asked.columns
         )
-
-    def sample(state):
-        step = int(state.step)
-        chosen = prompts_of(step, prompts_per_step, len(prompts), seed)
-        key = sampling_key(state, "beside", step)
-        with mesh_context(mesh):
-            asked = [prompts[i] for i in chosen]
-            batch, _ = sample_groups(model, state.params, asked, key, config, samples)
-            fields = ("tokens", "positions", "segment_ids", "completion_mask")
-            given = {name: batch[name] for name in fields}
-            ref = in_turn(score(model.forward, ref_params, given, config.temperature))
-        return own_rows(prompts_per_step)(as_groups(batch, to_host(ref), samples))
-
-    return sample
+        ref = in_turn(policy_log_probs(model.forward, ref_params, model_inputs(batch), 1.0))
+    return own_rows(len(asked.ids))(as_groups(batch, to_host(ref), samples))
 
 
 def as_groups(batch: Batch, ref_log_probs: np.ndarray, size: int) -> Batch:

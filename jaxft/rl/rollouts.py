@@ -1,38 +1,72 @@
-"""Groups of responses sampled from the policy, laid out as a batch."""
+"""Groups of responses to prompts, laid out as a batch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from jaxft.generation import SamplingConfig, bucket, generate, left_pad
-from jaxft.keys import stream
 from jaxft.models import Decoder
-from jaxft.objectives import completion_log_probs
-from jaxft.parallel import to_host
-
-MIN_BUCKET = 16  # of response lengths
+from jaxft.rewards.pool import RewardFn
+from jaxft.rl.prompts import MIN_BUCKET, Asked
 
 Batch = dict[str, Any]
-# (rewards [B], batch) -> what the objective needs besides, such as {"advantages": [B]}
-Credit = Callable[[Any, Batch], Batch]
+# (params, asked, key) -> a batch, prompt-major, with `rewards` and `truncated`
+Sample = Callable[[Any, Asked, Any], Batch]
 
-score = jax.jit(completion_log_probs, static_argnames=("forward", "temperature", "chunk"))
+WHOLE = ("tokens", "segment_ids", "positions")  # [B, T] of a batch: prompt and response
+RESPONSE = ("completion_mask", "sampler_log_probs", "behaviour_log_probs", "author")  # [B, N]
+
+
+def answers(
+    model: Decoder,
+    tokenizer: Any,
+    rewards: RewardFn,
+    config: SamplingConfig,
+    group_size: int,
+    *,
+    sampler: Callable[..., Any] = generate,
+) -> Sample:
+    """sample(params, asked, key): `group_size` responses to each prompt, judged by `rewards`.
+
+    Args:
+        rewards: (completions, records) -> a number each, NaN for no verdict: a VerifierPool, or `in_process`
+            of a verifier. Completions are decoded without special tokens and outer space.
+        config: how to sample.
+        sampler: a function with the signature of `generate`.
+
+    Raises:
+        ValueError: for greedy sampling; when called, for rewards of a wrong length.
+    """
+    check_policy(config)
+
+    def sample(params, asked, key):
+        batch, completions = sample_groups(
+            model, params, asked.ids, key, config, group_size, tokenizer=tokenizer,
+            sampler=sampler, columns=asked.columns,
+        )  # fmt: skip
+        if asked.width is not None:
+            batch = padded(batch, asked.width, config.max_new_tokens)
+        texts = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in completions]
+        records = [record for record in asked.records for _ in range(group_size)]
+        return batch | {"rewards": checked_rewards(rewards(texts, records), len(texts))}
+
+    return sample
 
 
 def sample_groups(
     model: Decoder,
     params: Any,
     prompts: Sequence[Sequence[int]],
-    key: jax.Array,
+    key: Any,
     config: SamplingConfig,
     group_size: int,
     *,
     tokenizer: Any = None,
     sampler: Callable[..., Any] = generate,
+    columns: Mapping[str, np.ndarray] | None = None,
 ) -> tuple[Batch, list[list[int]]]:
     """(batch, completions): `group_size` responses to each prompt, side by side, from one prefill.
 
@@ -44,27 +78,32 @@ def sample_groups(
     Args:
         tokenizer: needed for stop strings.
         sampler: a function with the signature of `generate`.
+        columns: name -> [P, ...], which the sampler gets too: a row of each prompt for each of its responses.
 
     Raises:
         ValueError: for greedy sampling, of which no policy gradient can be taken.
     """
     check_policy(config)
-    out = sampler(model, params, prompts, key, config, samples=group_size, tokenizer=tokenizer)
+    out = sampler(
+        model, params, prompts, key, config, samples=group_size, tokenizer=tokenizer,
+        **columns_of(columns),
+    )  # fmt: skip
     tokens, valid = left_pad(prompts, model.config)
     repeat = lambda x: np.repeat(x[: len(prompts)], group_size, axis=0)
     longest = int(out.mask.sum(axis=1).max())
     size = min(bucket(longest, MIN_BUCKET), config.max_new_tokens)
     cut = lambda x: x[:, :size]
-    batch = lay_out(
+    batch = side_by_side(
         np,
         repeat(tokens),
         repeat(valid),
         *map(cut, (out.tokens, out.mask, out.log_probs, out.sampler_log_probs)),
     )
-    return batch | {"truncated": np.array(out.finish) == "length"}, out.completions
+    batch |= {"truncated": np.array(out.finish) == "length"}
+    return with_columns(batch, columns, group_size), out.completions
 
 
-def lay_out(xp, prompts, valid, tokens, mask, log_probs, sampler_log_probs):
+def side_by_side(xp, prompts, valid, tokens, mask, log_probs, sampler_log_probs):
     """The batch of prompts [B, P] and responses [B, N] side by side, padding at either end of a row."""
     seen = xp.concatenate([valid, mask], axis=1)
     return {
@@ -77,21 +116,61 @@ def lay_out(xp, prompts, valid, tokens, mask, log_probs, sampler_log_probs):
     }
 
 
-def prompts_of(draw: int, count: int, size: int, seed: int) -> list[int]:
-    """The draw-th `count` prompts of `size` in an order that is new each epoch."""
-    places = np.arange(draw * count, (draw + 1) * count)
-    order = {
-        epoch: np.random.default_rng((seed, epoch)).permutation(size)
-        for epoch in set((places // size).tolist())
-    }
-    return [int(order[place // size][place % size]) for place in places.tolist()]
+def columns_of(columns: Mapping[str, np.ndarray] | None) -> dict[str, Any]:
+    """The argument `columns` of a sampler, where there are any."""
+    return {"columns": columns} if columns else {}
 
 
-def sampling_key(state: Any, name: str, number: int) -> jax.Array:
-    """stream(state.key, name, number) of this process alone, where the state's key spans several."""
-    data = to_host(jax.random.key_data(state.key))
-    key = jax.random.wrap_key_data(data, impl=jax.random.key_impl(state.key))
-    return stream(key, name, number)
+def with_columns(batch: Batch, columns: Mapping[str, np.ndarray] | None, group_size: int) -> Batch:
+    """The batch with each prompt's row of the columns at all of its responses.
+
+    Raises:
+        ValueError: for a name that the batch has already.
+    """
+    columns = columns or {}
+    if taken := sorted(columns.keys() & (batch.keys() | MADE)):
+        raise ValueError(f"collect: columns may not be named {taken}: batches have these anyway.")
+    return batch | {name: x.repeat(group_size, axis=0) for name, x in columns.items()}
+
+
+def padded(batch: Batch, width: int, size: int) -> Batch:
+    """The batch with `width` columns for prompts, at the left, and `size` for responses, at the right."""
+    own_size = batch["completion_mask"].shape[1]
+    before, after = width - (batch["tokens"].shape[1] - own_size), size - own_size
+    pads = {name: ((0, 0), (before, after)) for name in WHOLE}
+    pads |= {name: ((0, 0), (0, after)) for name in RESPONSE}
+    return {name: np.pad(x, pads[name]) if name in pads else x for name, x in batch.items()}
+
+
+def concatenated(batches: Sequence[Batch]) -> Batch:
+    """One batch of several, whose prompts and responses may lie in different buckets."""
+    sizes = [batch["completion_mask"].shape[1] for batch in batches]
+    widths = [b["tokens"].shape[1] - n for b, n in zip(batches, sizes, strict=True)]
+    parts = [padded(batch, max(widths), max(sizes)) for batch in batches]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def model_inputs(batch: Batch) -> Batch:
+    """What a forward pass reads: tokens, positions, segments, the mask, and columns of the user's."""
+    given = {*WHOLE, "completion_mask"}
+    return {name: x for name, x in batch.items() if name in given or name not in MADE}
+
+
+def checked_rewards(rewards: Any, count: int) -> np.ndarray:
+    """An array [count], NaN where there is no verdict.
+
+    Raises:
+        ValueError: for rewards of a wrong length, or infinite ones.
+    """
+    rewards = np.asarray([np.nan if r is None else r for r in rewards], np.float32)
+    if rewards.shape != (count,):
+        raise ValueError(
+            f"collect: the reward function gave {rewards.shape} rewards for {count} completions; it must "
+            "give one each, in their order."
+        )
+    if np.isinf(rewards).any():
+        raise ValueError("collect: the reward function gave an infinite reward; NaN is no verdict.")
+    return rewards
 
 
 def check_policy(config: SamplingConfig) -> None:
@@ -100,3 +179,28 @@ def check_policy(config: SamplingConfig) -> None:
         raise ValueError(
             "collect: temperature=0 is greedy, and no policy to take a gradient of; use 1.0."
         )
+
+
+# What sampling, transforms and credit put into a batch, and no model reads.
+MADE = frozenset(
+    (
+        *WHOLE,
+        *RESPONSE,
+        "truncated",
+        "rewards",
+        "turns",
+        "from_reference",
+        "draws",
+        "stats",
+        "kl_weight",
+    )
+    + (
+        "old_log_probs",
+        "ref_log_probs",
+        "old_values",
+        "advantages",
+        "returns",
+        "correct",
+        "success_rates",
+    )
+)

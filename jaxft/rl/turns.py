@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,9 +12,17 @@ import numpy as np
 from jaxft.generation import SamplingConfig, bucket, generate, left_pad
 from jaxft.keys import stream
 from jaxft.models import Decoder, virtual_tokens
-from jaxft.rl.collection import Sample
 from jaxft.rl.environments import Environment
-from jaxft.rl.rollouts import MIN_BUCKET, Batch, check_policy, lay_out
+from jaxft.rl.prompts import MIN_BUCKET
+from jaxft.rl.rollouts import (
+    Batch,
+    Sample,
+    check_policy,
+    columns_of,
+    padded,
+    side_by_side,
+    with_columns,
+)
 
 # Who wrote a token of a response; 0 is padding.
 POLICY, FORCED, ENVIRONMENT = 1, 2, 3
@@ -55,7 +64,7 @@ def episodes(
     max_observation: int = 2000,
     sampler: Callable[..., Any] = generate,
 ) -> Sample:
-    """`group_size` episodes from each prompt, for `collect_from`.
+    """`group_size` episodes from each prompt, for `collect`.
 
     Each turn's prompt is the ids so far, those sampled as they were sampled: nothing is encoded twice. An
     action that reaches the limit of new tokens ends its episode, truncated, after its reply's reward; so
@@ -74,16 +83,16 @@ def episodes(
     """
     check_policy(config)
 
-    def draw(params, rows, going, turn, key):
+    def draw(params, rows, columns, going, turn, key):
         """The actions of the rows `going`."""
+        draw_from = functools.partial(sampler, model, params, tokenizer=tokenizer)
         if turn == 0:  # One prefill a group.
             prompts = [row.prompt for row in rows[::group_size]]
-            return sampler(
-                model, params, prompts, key, config, samples=group_size, tokenizer=tokenizer
-            )
+            return draw_from(prompts, key, config, samples=group_size, **columns_of(columns))
         contexts = [rows[i].prompt + rows[i].ids for i in going]
         key = stream(key, "turn", turn)  # `generate` folds the rows' numbers into the key itself.
-        return sampler(model, params, contexts, key, config, row_ids=going, tokenizer=tokenizer)
+        given = {name: x[np.array(going) // group_size] for name, x in columns.items()}
+        return draw_from(contexts, key, config, row_ids=going, **columns_of(given))
 
     def observe(row, reply, room):
         """Writes what the policy reads before it goes on, if there is room for that and its action."""
@@ -98,16 +107,16 @@ def episodes(
         row.write(forced, FORCED)
         row.lead = reply.forced
 
-    def sample(params, prompts, records, key):
-        states = environment.start([record for record in records for _ in range(group_size)])
-        rows = [Episode(list(prompt), None) for prompt in prompts for _ in range(group_size)]
+    def sample(params, asked, key):
+        states = environment.start([r for r in asked.records for _ in range(group_size)])
+        rows = [Episode(list(prompt), None) for prompt in asked.ids for _ in range(group_size)]
         rows = [dataclasses.replace(row, state=s) for row, s in zip(rows, states, strict=True)]
         room = model.config.max_length - virtual_tokens(params) - config.max_new_tokens
         for turn in range(environment.turns):
             going = [i for i, row in enumerate(rows) if not row.done]
             if not going:
                 break
-            out = draw(params, rows, going, turn, key)
+            out = draw(params, rows, asked.columns, going, turn, key)
             acting = [rows[i] for i in going]
             for row, reply in zip(acting, _act(acting, out, environment, tokenizer), strict=True):
                 row.done = row.truncated or reply.observation is None
@@ -115,7 +124,9 @@ def episodes(
                 if not row.done:
                     observe(row, reply, room)
         longest = config.max_new_tokens if environment.turns == 1 else model.config.max_length
-        return _as_batch(rows, group_size, model.config, longest)
+        batch = _as_batch(rows, group_size, model.config, longest)
+        batch = batch if asked.width is None else padded(batch, asked.width, longest)
+        return with_columns(batch, asked.columns, group_size)
 
     return sample
 
@@ -154,7 +165,7 @@ def _as_batch(rows: Sequence[Episode], group_size: int, config: Any, limit: int)
     ids, log_probs = table("ids", np.int32), table("log_probs", np.float32)
     parts = (ids, author > 0, log_probs, table("behaviour", np.float32))
     of_rows = lambda name, dtype: np.array([getattr(row, name) for row in rows], dtype)
-    return lay_out(np, repeat(tokens), repeat(valid), *parts) | {
+    return side_by_side(np, repeat(tokens), repeat(valid), *parts) | {
         "author": author,
         "completion_mask": author == POLICY,
         "rewards": of_rows("reward", np.float32),

@@ -3,7 +3,7 @@
 from jaxft.adapters.committing import commit
 from jaxft.optim.perturbations import global_norm
 from jaxft.train.accumulation import GradientEstimator, accumulate, loss_weight, split_batch
-from jaxft.train.batches import StateBatches
+from jaxft.train.books import Book, running_mean
 from jaxft.train.callbacks import Callback, Row, Run, every, profile
 from jaxft.train.checkpoints import Checkpoints, restore_params, writable_directory
 from jaxft.train.errors import (
@@ -19,15 +19,12 @@ from jaxft.train.logs import jsonl_log, progress, tensorboard_log, wandb_log
 from jaxft.train.loop import fit, run_steps
 from jaxft.train.memory import check_memory, keep_memory_warm, state_bytes
 from jaxft.train.optimizer import constant, cosine, decay_mask, linear, make_optimizer, with_warmup
-from jaxft.train.reference import (
-    moving_reference_log_probs,
-    reference_log_probs,
-    with_running_mean,
-)
+from jaxft.train.reference import moving_reference, reference_log_probs
 from jaxft.train.state import TrainState, init_state
 from jaxft.train.step import jit_step, make_step
 
 __all__ = [
+    "Book",
     "Callback",
     "Checkpoints",
     "DivergedError",
@@ -37,7 +34,6 @@ __all__ = [
     "PreemptedError",
     "Row",
     "Run",
-    "StateBatches",
     "TrainState",
     "accumulate",
     "commit",
@@ -60,7 +56,7 @@ __all__ = [
     "make_eval_step",
     "make_optimizer",
     "make_step",
-    "moving_reference_log_probs",
+    "moving_reference",
     "plot_run",
     "profile",
     "progress",
@@ -69,10 +65,10 @@ __all__ = [
     "run_figure",
     "run_main",
     "run_steps",
+    "running_mean",
     "split_batch",
     "tensorboard_log",
     "wandb_log",
-    "with_running_mean",
     "with_warmup",
     "writable_directory",
 ]

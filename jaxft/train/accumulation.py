@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxft.keys import stream
-from jaxft.metrics import Mean, Terms, Undivided, WholeMean, combine_means
+from jaxft.metrics import Mean, Terms, Undivided, WholeMean, combine_means, differentiable
+from jaxft.optim.estimators import evaluates, evaluates_at_params
 
 # A gradient estimator has the signature of jax.value_and_grad:
 # estimator(fun, has_aux=True)(params, batch, key) -> ((loss, metrics), grads).
@@ -46,8 +47,8 @@ def accumulate(gradient: GradientEstimator, microbatches: int) -> GradientEstima
     An estimator that must see the whole batch goes outside: sam(accumulate(jax.value_and_grad, 4)).
 
     Raises:
-        ValueError: for fewer microbatches than 1, a batch that they do not divide, or an objective of
-            the whole batch.
+        ValueError: for fewer microbatches than 1, a batch that they do not divide, an objective of
+            the whole batch, or Terms without their gradient.
     """
     if microbatches < 1:
         raise ValueError(f"accumulate: microbatches must be at least 1, got {microbatches}.")
@@ -85,7 +86,8 @@ def accumulate(gradient: GradientEstimator, microbatches: int) -> GradientEstima
 
         return value_and_grad
 
-    return estimator
+    at_params = evaluates_at_params(gradient)
+    return estimator if at_params is None else evaluates(at_params=at_params)(estimator)
 
 
 def _first_pass(metrics_of, slices):
@@ -111,7 +113,8 @@ def _on_slices(fun, whole, weights):
     def objective(params, batch, key):
         loss, metrics = fun(params, batch | {"whole": whole} if whole else batch, key)
         if weights:
-            parts = zip(as_means(metrics)["loss"].parts, weights, strict=True)
+            terms = differentiable(as_means(metrics)["loss"], loss)
+            parts = zip(terms.parts, weights, strict=True)
             loss = sum(Mean(part.total, weight).value for part, weight in parts)
         return loss, metrics
 
@@ -156,6 +159,12 @@ def split_batch(batch: Any, parts: int) -> Any:
         return jnp.moveaxis(leaf.reshape(rows // parts, parts, *leaf.shape[1:]), 1, 0)
 
     return jax.tree_util.tree_map_with_path(split, batch)
+
+
+def joined(parts: Any) -> Any:
+    """The inverse of `split_batch` for leaves with rows: [parts, B / parts, ...] as [B, ...]."""
+    rows = lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]) if x.ndim > 1 else x
+    return jax.tree.map(rows, parts)
 
 
 def _own_keys(key, parts):

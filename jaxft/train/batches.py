@@ -10,35 +10,47 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, Sharding
+from jax.sharding import Mesh, NamedSharding
 
-from jaxft.parallel import batch_sharding, replicated, token_sharding
-from jaxft.train.state import TrainState
+from jaxft.keys import stream
+from jaxft.parallel import batch_sharding, lay_out, replicated, to_host, token_sharding
+from jaxft.train.state import TrainState, own
 
-Batches = Iterable[Any] | Callable[[TrainState], Any]
+# collect: (params, carry, key) -> (batch, carry)
+Batches = Iterable[Any] | Callable[[Any, Any, jax.Array], tuple[Any, Any]]
 
 # Leaves [B, ..., T] of a batch, whose tokens lie over the mesh's context axis.
 TOKENS = ("tokens", "loss_mask", "segment_ids", "positions")
 
 
 class BatchSource:
-    """`next(state)` over an iterable, an iterator or a function of the state, with a position.
+    """`next` over an iterable, an iterator or a collect function, with a position.
 
     The position is get_state() of the batches where they have it (Grain iterators do), as JSON.
     Without it, iterators are replayed from the start, which is exact if they are deterministic;
-    a function of the state has no position of its own.
+    what a collect function must remember is in the carry.
     """
 
     def __init__(self, batches: Batches):
         self._is_function = is_function(batches)
         self._batches = batches if self._is_function else iter(batches)
-        self._taken = 0
+        self._taken, self._key = 0, None
 
-    def next(self, state: TrainState) -> Any:
-        """The next batch; StopIteration (or None from a function) is the end, returned as None."""
-        batch = self._batches(state) if self._is_function else next(self._batches, None)
+    def next(self, state: TrainState, step: int, mesh: Mesh | None) -> tuple[Any, TrainState]:
+        """(the batch of a step, the state with the carry that a collect function gave back).
+
+        StopIteration (or None for a batch) is the end, returned as None.
+        """
+        if self._is_function:
+            # Of this process alone: what is sampled may be another program on each host.
+            self._key = _own_key(state) if self._key is None else self._key
+            key = stream(self._key, "collect", step)
+            batch, carry = self._batches(state.params, state.carry, key)
+            state = state._replace(carry=_next_carry(carry, state, batch, mesh))
+        else:
+            batch = next(self._batches, None)
         self._taken += batch is not None
-        return batch
+        return batch, state
 
     def position(self) -> dict[str, Any]:
         """What `seek` needs, as JSON."""
@@ -65,33 +77,23 @@ class BatchSource:
                 )
 
 
-class StateBatches:
-    """(state) -> the next batch, with what each `add(state, batch)` puts beside it.
+def with_start(state: TrainState, batches: Batches) -> TrainState:
+    """The state whose carry has the entries of `batches.carry`, those with which a collect function starts.
 
-    Its position, for checkpoints, is that of the batches: all else follows from the state.
-
-    Args:
-        batches: an iterator with `get_state` and `set_state`.
-        adds: (state, batch) -> batch each, such as `moving_reference_log_probs`.
+    Raises:
+        ValueError: if the state's carry has no names.
     """
-
-    def __init__(self, batches: Iterator[Any], *adds: Callable[[TrainState, Any], Any]):
-        self._batches, self._adds = batches, adds
-
-    def __call__(self, state: TrainState) -> Any:
-        """The batch of the state's step."""
-        batch = next(self._batches)
-        for add in self._adds:
-            batch = add(state, batch)
-        return batch
-
-    def get_state(self) -> Any:
-        """The position of the batches."""
-        return self._batches.get_state()
-
-    def set_state(self, position: Any) -> None:
-        """Goes on from a position."""
-        self._batches.set_state(position)
+    start = getattr(batches, "carry", None) if is_function(batches) else None
+    if start is None:
+        return state
+    if state.carry is not None and not isinstance(state.carry, dict):
+        raise ValueError(
+            f"fit: batches have entries {sorted(start)} of the carry, which must then be a dict of named "
+            f"entries; got {type(state.carry).__name__}."
+        )
+    carry = state.carry or {}
+    missing = {name: entry for name, entry in start.items() if name not in carry}
+    return state._replace(carry=carry | jax.tree.map(jnp.array, missing))
 
 
 def place_batch(batch: Any, mesh: Mesh | None) -> Any:
@@ -161,19 +163,6 @@ def place_on_mesh(tree: Any, mesh: Mesh | None) -> Any:
     return jax.tree.map(lambda x: x if _on_mesh(x, mesh) else lay_out(x, whole), tree)
 
 
-def lay_out(x: Any, sharding: Sharding) -> jax.Array:
-    """The value, which all processes have whole, as an array of the given sharding."""
-    if sharding.is_fully_addressable:
-        return jax.device_put(x, sharding)
-    # device_put refuses arrays bound to a device of this process, and keys.
-    if jnp.issubdtype(jnp.asarray(x).dtype, jax.dtypes.prng_key):
-        return jax.random.wrap_key_data(
-            lay_out(jax.random.key_data(x), sharding), impl=jax.random.key_impl(x)
-        )
-    host = np.asarray(x)
-    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
-
-
 def _on_mesh(leaf: Any, mesh: Mesh) -> bool:
     sharding = getattr(leaf, "sharding", None)
     return isinstance(sharding, NamedSharding) and sharding.mesh == mesh
@@ -187,3 +176,43 @@ def iterate(batches: Iterable[Any] | Callable[[], Iterable[Any]]) -> Iterator[An
 def is_function(batches: Any) -> bool:
     """Whether `batches` is to be called rather than iterated."""
     return callable(batches) and not hasattr(batches, "__iter__")
+
+
+def _own_key(state):
+    """The state's key as an array of this process alone."""
+    data = to_host(jax.random.key_data(state.key))
+    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(state.key))
+
+
+def _next_carry(new, state, batch, mesh):
+    """The carry that a collect function gave back: laid out as before, in memory of its own."""
+    path_of = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
+    flat, treedef = jax.tree_util.tree_flatten_with_path(new)
+    named = {path_of(path): leaf for path, leaf in flat}
+    known = {path_of(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(state.carry)}
+    if lost := sorted(known.keys() - named.keys()):
+        raise ValueError(f"collect: the carry that it returned has no {lost[0]!r} any more.")
+    changed = {name: x for name, x in named.items() if x is not known.get(name)}
+    placed = {n: _placed(n, x, known.get(n), mesh) for n, x in changed.items()}
+    if any(isinstance(x, jax.Array) for x in changed.values()):
+        # Steps overwrite the carry: what the batch or the params also hold would be freed with it.
+        same = [x for name, x in named.items() if name not in changed]
+        placed = own(placed, (batch, state.params, state.opt_state, same))
+    return treedef.unflatten([(named | placed)[name] for name in named])
+
+
+def _placed(name, leaf, before, mesh):
+    x = (
+        leaf if isinstance(leaf, jax.Array) else np.array(leaf)
+    )  # a copy: it may be changed in place
+    if before is not None:
+        if x.shape != before.shape or not np.can_cast(x.dtype, before.dtype, "same_kind"):
+            raise ValueError(
+                f"collect: {name!r} of the carry was {before.dtype}{list(before.shape)} and is now "
+                f"{x.dtype}{list(x.shape)}; entries keep their shapes and types."
+            )
+        x = x.astype(before.dtype)
+    if mesh is None:
+        return jnp.asarray(x)
+    on_mesh = [y.sharding for y in (x, before) if _on_mesh(y, mesh)]
+    return lay_out(x, on_mesh[0] if on_mesh else replicated(mesh))

@@ -27,7 +27,10 @@ class Callback(NamedTuple):
     on_start(run): before the first step.
     on_step(step, state) -> more metrics or None: after each step is on its way and before the
         next; `state` must not be kept, the next step overwrites it.
-    on_row(row): the metrics of each step in turn, one step late, so that the device never waits.
+    on_row(row): the metrics of each step in turn, one step late, so that the device never waits. If
+        on_last adds metrics to a row that was reported before, because its step was saved, that row is
+        reported a second time, with them.
+    on_last(step, state) -> more metrics or None: when the batches have run out, after the last step.
     on_end(error): at the end, with the exception that ended the run or None.
     """
 
@@ -35,6 +38,7 @@ class Callback(NamedTuple):
     on_step: Callable[[int, TrainState], Mapping[str, Any] | None] | None = None
     on_row: Callable[[Row], None] | None = None
     on_end: Callable[[BaseException | None], None] | None = None
+    on_last: Callable[[int, TrainState], Mapping[str, Any] | None] | None = None
 
 
 def as_callbacks(callbacks: Iterable[Callback | Callable[[Row], None]]) -> list[Callback]:
@@ -43,14 +47,23 @@ def as_callbacks(callbacks: Iterable[Callback | Callable[[Row], None]]) -> list[
 
 
 def every(steps: int, function: Callable[[TrainState], Mapping[str, Any]]) -> Callback:
-    """Merges function(state) into the rows of steps that `steps` divides and of the last: evaluation."""
+    """Merges function(state) into the rows of steps that `steps` divides and of the last: evaluation.
+
+    The last step is the run's `steps`, or the one after which the batches run out.
+    """
     if steps < 1:
         raise ValueError(f"every: steps must be at least 1, got {steps}.")
-    last = []
+    last, done = [], []
+
+    def measure(step, state):
+        done[:] = [step]
+        return function(state)
+
     due = lambda step: step % steps == 0 or step in last
     return Callback(
-        on_start=lambda run: last.append(run.steps),
-        on_step=lambda step, state: function(state) if due(step) else None,
+        on_start=lambda run: (last.append(run.steps), done.clear()),
+        on_step=lambda step, state: measure(step, state) if due(step) else None,
+        on_last=lambda step, state: None if step in done else measure(step, state),
     )
 
 

@@ -21,12 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from jaxft.adapters import combine, partition
-from jaxft.parallel import gathered, meet
-from jaxft.train.batches import BatchSource, lay_out
+from jaxft.adapters import combine, partition, path_name
+from jaxft.output import OutputError, free, reason
+from jaxft.parallel import gathered, lay_out, meet
+from jaxft.train.batches import BatchSource
 from jaxft.train.callbacks import Row
 from jaxft.train.digest import all_finite, digests
-from jaxft.train.errors import DivergedError, OutputError
+from jaxft.train.errors import DivergedError
 from jaxft.train.packing import packed, packed_shapes, unpacked
 from jaxft.train.state import TrainState
 
@@ -70,20 +71,40 @@ def open_checkpoints(checkpoints: Checkpoints | None, state: TrainState) -> Iter
         OutputError: if the directory cannot be written or has no room for one checkpoint.
     """
     if checkpoints is None:
-        yield Saver(None, None, {})
+        yield Saver(None, None, {}, 0)
         return
     trainable, frozen = partition(state.params)
     size = sum(x.nbytes for x in jax.tree.leaves((trainable, state.opt_state, state.carry)))
     directory = writable_directory(checkpoints.directory, size)
     with _quiet_absl():
         manager = _manager(directory, checkpoints.last, checkpoints.best is not None)
-        saver = Saver(checkpoints, manager, digests(frozen))
+        saver = Saver(checkpoints, manager, digests(frozen), size)
         try:
             yield saver
             saver.wait()
-        finally:
-            with _write_errors(directory):
+        except BaseException:
+            with (
+                contextlib.suppress(OutputError),
+                saver.write_errors(),
+            ):  # the first error is the one
                 manager.close()
+            raise
+        with saver.write_errors():
+            manager.close()
+
+
+def what_is_saved(checkpoints: Checkpoints | None) -> str:
+    """What a run that ends before its time has left, and how to go on."""
+    if checkpoints is None:
+        return "The run saves no checkpoints; what it trained is the error's `state`."
+    directory = Path(checkpoints.directory).absolute()
+    steps = [int(p.name) for p in directory.glob("*") if p.name.isdigit()]
+    if not steps:
+        return f"No checkpoint was saved before in {directory}."
+    return (
+        f"The last checkpoint is of step {max(steps)}, in {directory}: go on from it with resume=True "
+        "(--resume)."
+    )
 
 
 def restore_params(
@@ -117,8 +138,11 @@ def restore_params(
 class Saver:
     """Saves states of one run; all methods do nothing when it has no manager."""
 
-    def __init__(self, checkpoints: Checkpoints | None, manager: Any, frozen: dict[str, list]):
+    def __init__(
+        self, checkpoints: Checkpoints | None, manager: Any, frozen: dict[str, list], size: int
+    ):
         self._checkpoints, self._manager, self._frozen = checkpoints, manager, frozen
+        self._size = size  # bytes of a checkpoint
 
     def due(self, step: int, row: Row) -> bool:
         """Whether the state after `step` is to be saved."""
@@ -155,14 +179,33 @@ class Saver:
             meta=ocp.args.JsonSave(meta | {"checksum": _json_checksum(meta)}),
             **({"carry": ocp.args.StandardSave(carry_parts)} if carry_parts else {}),
         )
-        with _write_errors(self._manager.directory):
+        _check_room(Path(self._manager.directory), self._size)
+        with self.write_errors():
             self._manager.save(step, args=items, metrics=self._score(row))
 
     def wait(self) -> None:
         """Waits until what `save` started is written."""
         if self._manager is not None:
-            with _write_errors(self._manager.directory):
+            with self.write_errors():
                 self._manager.wait_until_finished()
+
+    def check(self) -> None:
+        """Raises the error of a checkpoint that is written beside the training, once it has failed."""
+        if self._manager is not None:
+            with self.write_errors():
+                self._manager.check_for_errors()
+
+    @contextlib.contextmanager
+    def write_errors(self) -> Iterator[None]:
+        """Makes any error inside the block an OutputError."""
+        try:
+            yield
+        except Exception as error:  # Orbax and TensorStore raise many kinds.
+            directory = self._manager.directory
+            raise OutputError(
+                f"a checkpoint of {self._size / 1e9:.3g} GB could not be written to {directory}: "
+                f"{reason(error)}; earlier ones are kept. {free(directory)}Make room or choose another place."
+            ) from error
 
     def restore(self, state: TrainState, source: BatchSource) -> tuple[TrainState, list[Row]]:
         """The newest complete checkpoint and its rows, or `state` and no rows if there is none.
@@ -180,6 +223,7 @@ class Saver:
         for step in steps:
             try:
                 meta = _read_meta(self._manager, step)
+                state = state._replace(carry=_filled(state.carry, meta.get("carry", {}), state))
                 self._check(meta, state)
                 parts = dict(trainable=partition(state.params)[0], opt_state=state.opt_state)
                 if jax.tree.leaves(state.carry):
@@ -242,16 +286,21 @@ def writable_directory(directory: str | Path, size: int = 0) -> Path:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory) as file:
             file.write(b"probe" * 1000)
-        free = shutil.disk_usage(directory).free
     except OSError as error:
-        reason = error.strerror or error
-        raise OutputError(f"cannot write to {directory}: {reason}; choose another.") from error
-    if free < size:
         raise OutputError(
-            f"{directory} has {free / 1e9:.1f} GB free, but one checkpoint takes {size / 1e9:.1f} GB; "
+            f"cannot write to {directory}: {reason(error)}; make room or choose another."
+        ) from error
+    _check_room(directory, size)
+    return directory
+
+
+def _check_room(directory, size):
+    room = shutil.disk_usage(directory).free
+    if room < size:
+        raise OutputError(
+            f"{directory} has {room / 1e9:.1f} GB free, but one checkpoint takes {size / 1e9:.1f} GB; "
             "make room or choose another directory."
         )
-    return directory
 
 
 def _manager(directory, last, scored, read_only=False):
@@ -312,6 +361,35 @@ def _restored(state, meta, trainable, opt_state, carry=None):
     return TrainState(step, params, opt_state, carry, lay_out(key, state.key.sharding))
 
 
+def _filled(carry, saved, state):
+    """The carry with arrays as saved in the dicts that are empty at the start: a rollout, say."""
+    whole, known = carry, {path_name(p) for p, _ in jax.tree_util.tree_leaves_with_path(carry)}
+    for path in saved.keys() - known:
+        shape, dtype, _ = saved[path]
+        *outer, last = path.split("/")
+        if _empty_at(carry, outer):
+            x = lay_out(jnp.zeros(shape, dtype), state.step.sharding)
+            whole = _with_entry(whole, outer, last, x)
+    return whole
+
+
+def _empty_at(tree, names):
+    """Whether the way `names` through nested dicts leads into an empty one."""
+    for name in names:
+        if tree == {}:
+            return True
+        if not isinstance(tree, dict) or name not in tree:
+            return False
+        tree = tree[name]
+    return isinstance(tree, dict) and not tree
+
+
+def _with_entry(tree, outer, last, x):
+    if not outer:
+        return {**tree, last: x}
+    return {**tree, outer[0]: _with_entry(tree.get(outer[0], {}), outer[1:], last, x)}
+
+
 def _check_same(saved, now, what, values=True):
     """Raises MismatchError if two results of `digests` differ; without values, in structure."""
     describe = lambda entry: tuple(map(str, entry[: 3 if values else 2]))
@@ -331,7 +409,7 @@ def _check_same(saved, now, what, values=True):
 
 @contextlib.contextmanager
 def _quiet_absl():
-    """Without Orbax's tracebacks in the log: their errors come back as one line from `_write_errors`."""
+    """Without Orbax's tracebacks in the log: their errors come back as one line from `Saver.write_errors`."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -339,17 +417,6 @@ def _quiet_absl():
         yield
     finally:
         logger.setLevel(level)
-
-
-@contextlib.contextmanager
-def _write_errors(directory):
-    try:
-        yield
-    except Exception as error:  # Orbax and TensorStore raise many kinds.
-        reason = str(error).strip().split("\n")[0][:300] or type(error).__name__
-        raise OutputError(
-            f"a checkpoint could not be written to {directory}: {reason}; earlier ones are kept."
-        ) from error
 
 
 def _own_position(positions):

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from jaxft.output import OutputError
 from jaxft.parallel import HostLostError, absent, several_hosts
 
 BAD_INPUT, MISSING_DEPENDENCY, DIVERGED, HOST_LOST, PREEMPTED, INTERRUPTED = 2, 3, 4, 5, 75, 130
@@ -46,10 +47,6 @@ class PreemptedError(SystemExit):
         return self.message
 
 
-class OutputError(OSError):
-    """A directory that cannot be written, is full, or holds another run."""
-
-
 class MissingDependencyError(ImportError):
     """An optional package that a callback needs is not installed."""
 
@@ -68,9 +65,10 @@ def require(module: str, what: str) -> Any:
 def run_main(main: Callable[[Any], Any], config: Any) -> Any:
     """main(config), with the errors that users cause as one line and an exit code.
 
-    2: bad argument, data, file or output directory, before training; 3: optional package missing;
-    4: diverged; 5: another host ended; 75: preempted, start again to resume; 130: interrupted. Everything
-    else, and everything with `config.debug` or JAXFT_DEBUG=1, has its traceback and code 1.
+    2: bad argument, data or file, before training, or at any time a place that cannot be written (a full
+    disk); 3: optional package missing; 4: diverged; 5: another host ended; 75: preempted, start again to
+    resume; 130: interrupted. Everything else, and everything with `config.debug` or JAXFT_DEBUG=1, has its
+    traceback and code 1.
 
     Ctrl-C ends the process without Python's own teardown: threads of XLA that still compile or compute would
     crash in it. `main` has left its context managers by then; functions given to `atexit` do not run.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from jaxft.output import writing
 from jaxft.train.callbacks import Callback, Row, on_main_process
 from jaxft.train.checkpoints import writable_directory
 from jaxft.train.errors import require
@@ -23,18 +25,27 @@ def run_figure(
 ) -> Callback:
     """Writes `plot_run` of all rows to a PNG (or PDF, SVG) when the run ends, however it ends."""
     require("matplotlib", "run_figure")
-    rows = []
+    path, rows = Path(path), {}  # by step: a row that is reported again replaces the one before
 
     def on_start(run):
-        writable_directory(Path(path).parent)
-        rows.extend(run.history)
+        writable_directory(path.parent)
+        rows.update({row["step"]: row for row in run.history})
 
     def on_end(error):
         del error
         if rows:
-            plot_run(rows, title=title, main=main, below=below).savefig(path, dpi=150)
+            figure = plot_run(list(rows.values()), title=title, main=main, below=below)
+            # Beside it first: where the disk is full, an earlier picture stays.
+            new = path.with_name(f".{path.name}.tmp{path.suffix}")
+            with writing(path):
+                try:
+                    figure.savefig(new, dpi=150)
+                    os.replace(new, path)
+                finally:
+                    new.unlink(missing_ok=True)
 
-    return on_main_process(Callback(on_start=on_start, on_row=rows.append, on_end=on_end))
+    on_row = lambda row: rows.update({row["step"]: row})
+    return on_main_process(Callback(on_start=on_start, on_row=on_row, on_end=on_end))
 
 
 def plot_run(

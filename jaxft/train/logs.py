@@ -14,6 +14,7 @@ import numpy as np
 import rich.console
 import rich.progress
 
+from jaxft.output import writing
 from jaxft.train.callbacks import Callback, on_main_process
 from jaxft.train.checkpoints import writable_directory
 from jaxft.train.errors import require
@@ -100,25 +101,33 @@ def jsonl_log(path: str | Path) -> Callback:
     A resumed run goes on in the same file, without the rows after the checkpoint: each step is
     there once.
     """
-    path, files = Path(path), []
+    path, files, newest = Path(path), [], {}
 
     def on_start(run):
+        newest.clear()
         writable_directory(path.parent)
         kept = _lines_up_to(path, run.first_step)
         # In one piece: a kill between emptying the file and filling it would lose the rows for good.
         new = path.with_name(path.name + ".tmp")
-        new.write_text("".join(kept))
-        os.replace(new, path)
-        files.append(path.open("a"))
+        with writing(path):
+            new.write_text("".join(kept))
+            os.replace(new, path)
+            files.append(path.open("a"))
 
     def on_row(row):
-        files[0].write(json.dumps({k: _as_json(v) for k, v in row.items()}) + "\n")
-        files[0].flush()
+        if row["step"] in newest:  # reported again, with more: it replaces its line
+            files[0].truncate(newest[row["step"]])
+        else:
+            newest.clear(), newest.update({row["step"]: files[0].tell()})
+        with writing(path):
+            files[0].write(json.dumps({k: _as_json(v) for k, v in row.items()}) + "\n")
+            files[0].flush()
 
     def on_end(error):
         del error
-        while files:
-            files.pop().close()
+        with writing(path):  # what could not be written before is tried once more
+            while files:
+                files.pop().close()
 
     return on_main_process(Callback(on_start=on_start, on_row=on_row, on_end=on_end))
 
@@ -133,13 +142,15 @@ def tensorboard_log(directory: str | Path) -> Callback:
         writers.append(tensorboard.SummaryWriter(path, purge_step=run.first_step + 1))
 
     def on_row(row):
-        for name, value in _numbers(row).items():
-            writers[0].add_scalar(name, value, row["step"])
+        with writing(directory):
+            for name, value in _numbers(row).items():
+                writers[0].add_scalar(name, value, row["step"])
 
     def on_end(error):
         del error
-        while writers:
-            writers.pop().close()
+        with writing(directory):
+            while writers:
+                writers.pop().close()
 
     return on_main_process(Callback(on_start=on_start, on_row=on_row, on_end=on_end))
 

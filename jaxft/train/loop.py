@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -16,10 +15,18 @@ from jax.sharding import Mesh
 
 from jaxft.parallel import in_turn
 from jaxft.train.accumulation import GradientEstimator
-from jaxft.train.batches import Batches, BatchSource, is_function, place_batch, place_on_mesh
+from jaxft.train.batches import (
+    Batches,
+    BatchSource,
+    is_function,
+    place_batch,
+    place_on_mesh,
+    with_start,
+)
+from jaxft.train.books import Books
 from jaxft.train.callbacks import Callback, Row, Run, as_callbacks
-from jaxft.train.checkpoints import Checkpoints, open_checkpoints
-from jaxft.train.errors import IN_TRAINING, DivergedError, PreemptedError
+from jaxft.train.checkpoints import Checkpoints, open_checkpoints, what_is_saved
+from jaxft.train.errors import IN_TRAINING, DivergedError, OutputError, PreemptedError
 from jaxft.train.rows import Rows
 from jaxft.train.signals import catch_preemption
 from jaxft.train.state import TrainState, init_state
@@ -34,9 +41,11 @@ def fit(
     *,
     steps: int | None = None,
     key: jax.Array | None = None,
+    carry: Any = None,
     gradient: GradientEstimator = jax.value_and_grad,
     microbatches: int = 1,
     extra_args: Mapping[str, Callable[..., Any]] | None = None,
+    books: Books | None = None,
     mesh: Mesh | None = None,
     callbacks: Iterable[Callback | Callable[[Row], None]] = (),
     checkpoints: Checkpoints | None = None,
@@ -48,12 +57,18 @@ def fit(
         params: a params tree, which stays usable unless `donate`; or a TrainState, which is used up.
         objective: (params, batch, key) -> (loss, metrics).
         optimizer: any optax transform; it sees the trainable part only.
-        batches: an iterable of pytrees, or a function of the current state that returns one
-            (experience collection). On a mesh, each process gives its own rows.
+        batches: an iterable of pytrees, or for experience a function collect(params, carry, key) ->
+            (batch, carry), called before each step with the state's params and carry and the key
+            stream(state.key, "collect", step). What it must remember (a replay buffer, places of
+            environments, the rest of a rollout) it keeps in the carry, whose entries keep their shapes. If it
+            has an attribute `carry`, a dict of named entries, the run starts with those that it has not got
+            yet (`jaxft.rl.collect` gives such a function). On a mesh, each process gives its own rows.
         steps: optimizer steps at which the run ends, those of a restored state included; None: as
             long as there are batches.
-        key: for everything random in the objective; default jax.random.key(0).
-        gradient, microbatches, extra_args: see `make_step`.
+        key: for everything random in the run; default jax.random.key(0).
+        carry: any pytree of arrays that the run must not lose beside params and optimizer state, at its
+            start; a dict of named entries where batches or books bring some of their own. See `init_state`.
+        gradient, microbatches, extra_args, books: see `make_step`.
         mesh: lays rows of batches over its data and fsdp axes. Lay out the params first
             (jaxft.parallel.shard_params): what is not on the mesh is copied to all its devices.
         callbacks: Callbacks, or functions of a row.
@@ -64,14 +79,20 @@ def fit(
 
     Raises:
         DivergedError: at a non-finite loss or gradient; no such state is ever saved, and the error
-            has the state before.
+            has the state before (but for what a collect function has put into the carry since).
         PreemptedError: after a signal, everything saved.
-        OutputError: if the checkpoint directory cannot be written, before the first step.
+        OutputError: if a place cannot be written or is full, before the first step where it can be known by
+            then; in mid-run the error has the state and the history so far.
     """
     step = make_step(
-        objective, optimizer, gradient=gradient, microbatches=microbatches, extra_args=extra_args
+        objective,
+        optimizer,
+        gradient=gradient,
+        microbatches=microbatches,
+        extra_args=extra_args,
+        books=books,
     )
-    state = _start(params, optimizer, key, mesh, donate)
+    state = _start(params, optimizer, key, carry, mesh, books, donate)
     return run_steps(
         state, step, batches, steps=steps, mesh=mesh, callbacks=callbacks, checkpoints=checkpoints
     )
@@ -102,11 +123,13 @@ def run_steps(
     Returns, Raises: see `fit`.
     """
     if steps is None and is_function(batches):
-        raise ValueError("fit: batches is a function of the state and never ends; pass steps=...")
+        raise ValueError("fit: batches is a collect function and never ends; pass steps=...")
     step = step if "good" in inspect.signature(step).parameters else guarded(step)
-    state = place_on_mesh(state, mesh)
+    state = place_on_mesh(with_start(state, batches), mesh)
     source, callbacks = BatchSource(batches), as_callbacks(callbacks)
+    ended = []
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_output_errors(checkpoints, ended))
         saver = stack.enter_context(open_checkpoints(checkpoints, state))
         state, restored = saver.restore(state, source)
         rows = Rows(callbacks, restored)
@@ -115,22 +138,26 @@ def run_steps(
             preempted = stack.enter_context(catch_preemption())
         stack.enter_context(_started(callbacks, Run(int(state.step), steps, list(restored))))
         state = _loop(jit_step(step), state, source, steps, mesh, callbacks, rows, saver, preempted)
+        ended.append((state, rows.history))
     return state, rows.history
 
 
 def _loop(run, state, source, steps, mesh, callbacks, rows, saver, preempted):
-    number = int(state.step)
+    first = number = int(state.step)
     good = place_on_mesh(jnp.array(True), mesh)
     try:
         while steps is None or number < steps:
-            batch = source.next(state)
+            batch, state = source.next(state, number, mesh)
             if batch is None:
                 _warn_if_early(number, steps)
+                if number > first:
+                    rows.amend(_call(callbacks, "on_last", number, state))
                 break
             state, metrics = run(state, place_batch(batch, mesh), good)
             number, good = number + 1, in_turn(metrics)["good"]
-            extra = _on_step(callbacks, number, state)
+            extra = _call(callbacks, "on_step", number, state)
             rows.push(number, metrics, extra)
+            saver.check()
             signal = preempted(number)
             if signal or saver.due(number, extra):
                 rows.flush()  # A state is saved only once its step is known to be good.
@@ -141,7 +168,7 @@ def _loop(run, state, source, steps, mesh, callbacks, rows, saver, preempted):
         rows.flush()
         saver.save(state, source, rows.history)
         return state
-    except DivergedError as error:
+    except (DivergedError, OutputError) as error:
         error.state, error.history = state, rows.history
         raise
     except Exception as error:
@@ -149,15 +176,15 @@ def _loop(run, state, source, steps, mesh, callbacks, rows, saver, preempted):
         raise
 
 
-def _start(params, optimizer, key, mesh, donate):
+def _start(params, optimizer, key, carry, mesh, books, donate):
     if isinstance(params, TrainState):
-        if key is not None:
-            raise ValueError("fit: a TrainState has its own key; pass no key with it.")
-        return place_on_mesh(params, mesh)
+        if key is not None or carry is not None:
+            raise ValueError("fit: a TrainState has its own key and carry; pass neither with it.")
+        return params
     key = jax.random.key(0) if key is None else key
     # The mesh first: the optimizer's state takes the shardings of the params.
     params = place_on_mesh(params, mesh)
-    return place_on_mesh(init_state(params, optimizer, key, donate=donate), mesh)
+    return init_state(params, optimizer, key, carry, books=books, donate=donate)
 
 
 @contextlib.contextmanager
@@ -165,18 +192,51 @@ def _started(callbacks, run):
     for callback in callbacks:
         if callback.on_start:
             callback.on_start(run)
+    error = None
     try:
         yield
+    except BaseException as ended:
+        error = ended
+        raise
     finally:
-        for callback in callbacks:
-            if callback.on_end:
-                callback.on_end(sys.exc_info()[1])
+        _end(callbacks, error)
 
 
-def _on_step(callbacks, number, state):
-    extra = {}
+def _end(callbacks, error):
+    """Calls each on_end, also after one that fails; raises the first failure, unless the run had one."""
+    failures = []
     for callback in callbacks:
-        extra |= (callback.on_step(number, state) or {}) if callback.on_step else {}
+        try:
+            if callback.on_end:
+                callback.on_end(error)
+        except Exception as failure:
+            failures.append(failure)
+    for failure in failures:
+        if error is None:
+            raise failure
+        error.add_note(f"at the end, {failure}")
+
+
+@contextlib.contextmanager
+def _output_errors(checkpoints, ended):
+    """Says in the OutputErrors of a run that has begun what is saved, and keeps what it has trained."""
+    try:
+        yield
+    except OutputError as error:
+        state, history = ended[0] if ended else (error.state, error.history)
+        if state is None:
+            raise
+        number = history[-1]["step"] if history else 0
+        whole = OutputError(f"after step {number}: {error} {what_is_saved(checkpoints)}")
+        whole.state, whole.history = state, history
+        raise whole from error
+
+
+def _call(callbacks, name, number, state):
+    """What the functions of that name, on_step or on_last, add to the row of a step."""
+    extra = {}
+    for function in (getattr(callback, name) for callback in callbacks):
+        extra |= (function(number, state) or {}) if function else {}
     return extra
 
 

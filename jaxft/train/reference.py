@@ -1,24 +1,24 @@
-"""Log-probs of a reference model: once, as a column of the data, or at each step where it moves."""
+"""Log-probs of a reference model: once, as a column of the data, or inside each step where it moves."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from optax import tree_utils
 
 from jaxft.adapters import combine, partition
 from jaxft.data import TokenisedGroup, finite_group_batches
 from jaxft.models import Forward
 from jaxft.objectives import sequence_log_probs
+from jaxft.optim.perturbations import wide
 from jaxft.parallel import in_turn, mesh_context, to_host
 from jaxft.train.batches import place_batch
-from jaxft.train.state import TrainState
+from jaxft.train.books import Book
 
 
 def reference_log_probs(
@@ -61,38 +61,41 @@ def reference_log_probs(
     return [group.with_column("ref_log_probs", found[i]) for i, group in enumerate(groups)]
 
 
-def moving_reference_log_probs(
-    forward: Forward, *, mesh: Mesh | None = None, ld_alpha: float = 1.0
-) -> Callable[[TrainState, Any], Any]:
-    """add(state, batch) -> the batch with `ref_log_probs` [B, G] under the reference of `moving_reference`.
+def moving_reference(forward: Forward, alpha: float, every: int, *, ld_alpha: float = 1.0) -> Book:
+    """A reference that follows the params: π_ref <- α π + (1 - α) π_ref after every τ-th step.
 
-    For `StateBatches`; the optimizer must have that transform. It costs a forward pass a step.
+    TR-DPO: Gorbatovski et al., 2024, arxiv.org/abs/2404.09656: its soft update for α below 1, its hard one
+    for α = 1. The reference is of what trains: of an adapter's factors rather than of the kernels that they
+    make, which is the same for α = 1 alone.
+
+    The batch gets `ref_log_probs` [B, G] under it: log π_ref(completion | prompt), summed over tokens, which
+    costs a forward pass a step. The entry of the carry is (steps done, reference).
 
     Args:
         forward: such as `model.forward` of a Decoder.
-        mesh: as for `fit`.
+        alpha: α in (0, 1], what the reference takes of the params; the paper's is 0.6.
+        every: τ, steps between two moves; the paper's is 512.
         ld_alpha: see `sequence_log_probs`.
+
+    Raises:
+        ValueError: for alpha or every outside these.
     """
+    if not 0 < alpha <= 1 or every < 1:
+        raise ValueError(
+            f"moving_reference: alpha must lie in (0, 1] and every be at least 1, got {alpha} and {every}."
+        )
 
-    @jax.jit
-    def run(params, reference, batch):
-        whole = combine(reference, partition(params)[1])
-        return sequence_log_probs(forward, whole, batch, ld_alpha=ld_alpha).sums
+    def give(entry, params, batch):
+        whole = combine(entry[1], partition(params)[1])
+        found = sequence_log_probs(forward, whole, batch, ld_alpha=ld_alpha).sums
+        return {"ref_log_probs": jax.lax.stop_gradient(found)}
 
-    def add(state, batch):
-        reference = tree_utils.tree_get(state.opt_state, "reference")
-        names = ("tokens", "loss_mask", "segment_ids", "positions")
-        given = place_batch({name: batch[name] for name in names}, mesh)
-        with mesh_context(mesh):
-            found = in_turn(run(state.params, reference, given))
-        return {**batch, "ref_log_probs": found}
+    def update(entry, trainable, metrics):
+        del metrics
+        steps, reference = entry[0] + 1, entry[1]
+        mix = lambda ref, new: (alpha * wide(new) + (1 - alpha) * wide(ref)).astype(ref.dtype)
+        follow = lambda ref, new: jnp.where(steps % every == 0, mix(ref, new), ref)
+        return steps, jax.tree.map(follow, reference, trainable)
 
-    return add
-
-
-def with_running_mean(state: TrainState, batch: Any) -> Any:
-    """The batch with `running`, (mean, weight) of the optimizer's `running_mean`: for `StateBatches`."""
-    names = ("running_mean", "running_weight")
-    # Copies: the step that gets them overwrites the state.
-    running = tuple(jnp.copy(tree_utils.tree_get(state.opt_state, name)) for name in names)
-    return {**batch, "running": running}
+    start = lambda params: (jnp.zeros((), jnp.int32), partition(params)[0])
+    return Book(start, give, update)

@@ -35,6 +35,14 @@ class Rows:
         before, self._pending = self._pending, (step, metrics, dict(extra))
         self._report(before)
 
+    def amend(self, extra: Mapping[str, Any]) -> None:
+        """Adds to the row of the last step; if it was reported before, it is reported again."""
+        if self._pending is not None:
+            self._pending[2].update(extra)
+        elif extra:
+            self.history[-1] = self.history[-1] | dict(extra)
+            self._tell(self.history[-1])
+
     def flush(self) -> None:
         """Reports the last step, waiting for it."""
         before, self._pending = self._pending, None
@@ -52,6 +60,9 @@ class Rows:
         row = {"step": step} | values | extra | {"seconds": now - self._time}
         self._time = now
         self.history.append(row)
+        self._tell(row)
+
+    def _tell(self, row):
         for on_row in self._callbacks:
             on_row(row)
 

@@ -10,6 +10,7 @@ import optax
 
 from jaxft.adapters import combine, partition
 from jaxft.adapters.committing import writes_back
+from jaxft.train.books import Books, start_books
 from jaxft.weights import is_weight
 
 
@@ -19,7 +20,7 @@ class TrainState(NamedTuple):
     step: jax.Array  # [] int32, optimizer steps done
     params: Any  # the whole tree: what trains and what is frozen
     opt_state: optax.OptState  # of the trainable part only
-    carry: Any  # what else a run must not lose: replay buffer, targets, environments; None: nothing
+    carry: Any  # what else a run must not lose: replay buffer, environments, books; None: nothing
     key: jax.Array  # typed key, the same for the whole run: draws are from streams of it
 
 
@@ -29,6 +30,7 @@ def init_state(
     key: jax.Array,
     carry: Any = None,
     *,
+    books: Books | None = None,
     donate: bool = False,
 ) -> TrainState:
     """The state before the first step.
@@ -41,6 +43,7 @@ def init_state(
         optimizer: any optax transform; it sees the trainable part only.
         key: a typed key.
         carry: any pytree of arrays that the steps of the run change beside the params; copied.
+        books: those of `make_step`: each adds an entry of its name to the carry.
         donate: the params are not copied, so that full fine-tuning holds one model: the first compiled
             step deletes the arrays of `params` that it overwrites.
 
@@ -56,11 +59,12 @@ def init_state(
         params = jax.tree.map(copy, params, is_leaf=is_weight)
     trainable, frozen = partition(params)
     _check_trainable(trainable)
-    trainable = _own(trainable, frozen) if donate else jax.tree.map(jnp.copy, trainable)
+    trainable = own(trainable, frozen) if donate else jax.tree.map(jnp.copy, trainable)
     params = combine(trainable, frozen)
-    opt_state, carry = optimizer.init(trainable), _checked_carry(carry)
+    opt_state = optimizer.init(trainable)
+    carry = _checked_carry(start_books(books, params, carry))
     state = TrainState(jnp.zeros((), jnp.int32), params, opt_state, carry, key)
-    return state._replace(opt_state=_own(state.opt_state, trainable))
+    return state._replace(opt_state=own(state.opt_state, trainable))
 
 
 def _check_trainable(trainable):
@@ -92,7 +96,7 @@ def _checked_carry(carry):
     return jax.tree_util.tree_map_with_path(check, carry)
 
 
-def _own(tree, other):
+def own(tree, other):
     """`tree` with a copy of each array whose memory is used twice or in `other`, as donation asks."""
     seen = set().union(*map(_buffers, jax.tree.leaves(other)))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,9 +15,11 @@ from jaxft.adapters import combine, partition, trainable_mask
 from jaxft.adapters.committing import commit, in_place, writes_back
 from jaxft.keys import stream
 from jaxft.metrics import Mean, Terms, Undivided
+from jaxft.optim.estimators import evaluates_at_params
 from jaxft.optim.perturbations import global_norm
 from jaxft.parallel import mesh_context
 from jaxft.train.accumulation import GradientEstimator, accumulate, in_slices
+from jaxft.train.books import Books, give, updated
 from jaxft.train.state import TrainState
 from jaxft.weights import is_weight
 
@@ -31,6 +34,7 @@ def make_step(
     gradient: GradientEstimator = jax.value_and_grad,
     microbatches: int = 1,
     extra_args: Mapping[str, Callable[..., Any]] | None = None,
+    books: Books | None = None,
 ) -> Step:
     """step(state, batch, good=True) -> (state, metrics), pure and not compiled (see `jit_step`).
 
@@ -49,7 +53,8 @@ def make_step(
         objective: (params, batch, key) -> (loss, metrics).
         optimizer: any optax transform; one with extra arguments gets `value`, `grad`,
             `value_fn(trainable)` and `grad_fn(trainable, *_)` of this batch, and the objective's `metrics`.
-        gradient: estimator with the signature of jax.value_and_grad, called with has_aux=True.
+        gradient: estimator with the signature of jax.value_and_grad, called with has_aux=True. One of your
+            own should say where it evaluates the objective: see `jaxft.optim.evaluates`.
         microbatches: slices of the batch whose gradients are accumulated. An estimator that looks at
             more than one point (sam) does so for each slice by itself; the optimizer's grad_fn is the
             whole batch's.
@@ -58,7 +63,10 @@ def make_step(
             and the batch and a key of its own passed: {"distance_fn": function_distance(...)} for
             `with_tram`. Where fn returns a Mean, the optimizer gets its value, with microbatches that of
             the sum over slices; any other result is made from the whole batch at once.
+        books: what the objective reads and the step keeps, such as a reference that moves after the params:
+            name of an entry of the carry -> `Book`. Make the state with init_state(..., books=books).
     """
+    books = dict(books or {})
     extra_args = dict(extra_args or {})
     taken = {"value", "grad", "value_fn", "grad_fn", "metrics"} & extra_args.keys()
     if taken:
@@ -70,7 +78,9 @@ def make_step(
 
     def step(state, batch, good=True):
         # Committed anew: whoever holds the state may have moved what trains since the last step.
-        trainable, frozen = partition(commit(state.params))
+        params = commit(state.params)
+        trainable, frozen = partition(params)
+        batch = give(books, state.carry, params, batch, microbatches)
         here = lambda t, batch, key: objective(in_place(combine(t, frozen)), batch, key)
         # Elsewhere than at the state's params, frozen fields do not hold what trains.
         whole = lambda t: combine(t, frozen)
@@ -82,8 +92,7 @@ def make_step(
             _of_batch(fn, whole, batch, stream(key, f"argument {name}"), microbatches)
             for name, fn in extra_args.items()
         }
-        stays = gradient is jax.value_and_grad
-        (loss, metrics), grads = estimate(trainable, here if stays else moved)
+        (loss, metrics), grads = estimate(trainable, here if _stays(gradient, params) else moved)
         norm = global_norm(grads)
         good = good & jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, opt_state = update(
@@ -98,7 +107,9 @@ def make_step(
             **extra,
         )
         new_state = _advanced(state, good, trainable, frozen, updates, opt_state)
-        return new_state, _with_standard_metrics(metrics, loss, norm, good, opt_state)
+        metrics = _with_standard_metrics(metrics, loss, norm, good, opt_state)
+        after = partition(new_state.params)[0]
+        return new_state._replace(carry=updated(books, state.carry, after, metrics, good)), metrics
 
     return step
 
@@ -182,6 +193,21 @@ def _advanced(state, good, trainable, frozen, updates, opt_state):
         carry=state.carry,
         key=state.key,
     )
+
+
+def _stays(gradient, params):
+    """Whether the objective may get the params' form for use in place."""
+    stays = evaluates_at_params(gradient)
+    if stays is None and jax.tree.structure(in_place(params)) != jax.tree.structure(params):
+        name = getattr(gradient, "__qualname__", type(gradient).__name__)
+        warnings.warn(
+            f"make_step: the gradient estimator {name} does not say where it evaluates its objective, so "
+            "weights that could be used in place (PaCA's) take their slower form, which is right anywhere. "
+            "Decorate it with jaxft.optim.evaluates(at_params=True) if it looks at the given params alone, "
+            "else with at_params=False.",
+            stacklevel=3,
+        )
+    return bool(stays)
 
 
 def _of_batch(fn, whole, batch, key, microbatches):

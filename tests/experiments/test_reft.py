@@ -10,6 +10,7 @@ import pytest
 from experiments.papers import reft
 from experiments.worlds import arithmetic, reranker, workings
 from jaxft import rl
+from jaxft.generation import SamplingConfig
 from jaxft.rewards import answer_reward, numbers_equal
 
 
@@ -75,14 +76,19 @@ def test_own_right_workings_stand_beside_the_annotated_ones(monkeypatch):
 
 
 def test_gold_workings_are_those_of_the_questions_that_are_sampled():
-    asked = []
-    own = lambda state: asked.append(state.step) or {"tokens": 0}
+    model, params = arithmetic.small_model(jax.random.key(0), 32)
     gold = {"tokens": np.arange(10)[:, None]}
-    state = type("State", (), {"step": 3})
-    batch = reft.with_gold(own, gold, 4, 7, state)
-    assert asked == [3] and batch["gold"]["tokens"][:, 0].tolist() == rl.rollouts.prompts_of(
-        3, 4, 10, 7
-    )
+    prompts = rl.Prompts([[i % 8 + 1] for i in range(10)], 4, seed=7)
+    credit = lambda rewards, batch: {"correct": rewards}
+    own = rl.collect_on_device(
+        model, prompts, lambda tokens, mask, numbers: numbers * 1.0, credit,
+        SamplingConfig(2), group_size=1,
+    )  # fmt: skip
+    batches = reft.with_gold(own, prompts, gold)
+    carry = batches.carry
+    for draw in range(3):
+        batch, carry = batches(params, carry, jax.random.key(draw))
+        assert batch["samples"]["correct"].tolist() == batch["gold"]["tokens"][:, 0].tolist()
 
 
 def test_a_reranker_learns_which_workings_are_right():

@@ -71,7 +71,7 @@ def config(url, directory, **more):
 
 def gap(params, batch):
     """The largest |log π(trainer) - log π(server)| of what was sampled."""
-    found = rl.score(model_and_params()[0].forward, params, batch)
+    found = rl.policy_log_probs(model_and_params()[0].forward, params, batch)
     distance = np.abs(found - batch["sampler_log_probs"])
     return float(np.max(distance, where=batch["completion_mask"], initial=0))
 
@@ -89,7 +89,7 @@ def test_samples_are_those_of_the_newest_policy(api, start, tmp_path, monkeypatc
         push = reinforce.pushes(settings, model, base, "m")
         sampler = server_sampler(url, "m", push=push)
         sample = rl.answers(model, Digits(), in_process(exact), SAMPLING, 2, sampler=sampler)
-        draw = lambda params: sample(params, PROMPTS[:2], RECORDS[:2], KEY)
+        draw = lambda params: sample(params, rl.Asked(PROMPTS[:2], RECORDS[:2]), KEY)
         first, second, third = policies()
         assert gap(first, draw(first)) < 1e-4
         (before,) = versions()

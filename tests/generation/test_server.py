@@ -97,11 +97,11 @@ def test_experience_of_a_server_is_that_of_its_model():
         with serving(own_model(form)) as (url, seen):
             sampler = server_sampler(url + "/", "m", push=lambda params: None)
             sample = rl.answers(model, Digits(), in_process(exact), SAMPLING, 2, sampler=sampler)
-            batches[form] = sample(params, PROMPTS, RECORDS, KEY)
+            batches[form] = sample(params, rl.Asked(PROMPTS, RECORDS), KEY)
     batch = batches["token_ids"]
     for other in ("tokens", "text"):
         jax.tree.map(np.testing.assert_array_equal, batches[other], batch)
-    scored = rl.score(model.forward, params, batch)
+    scored = rl.policy_log_probs(model.forward, params, batch)
     np.testing.assert_allclose(scored, batch["sampler_log_probs"], atol=1e-4)
     assert sorted(body["prompt"] for body in seen) == PROMPTS
     assert len({body["seed"] for body in seen}) == len(PROMPTS)
@@ -179,7 +179,7 @@ def test_the_script_samples_by_a_server():
         settings = dict(sampler_url=url, correction="tokens", group_size=2, max_new_tokens=3)
         config = reinforce.Config(sampler_model="served", turns=2, **settings)
         sample = reinforce.sampling(config, model, renderer, in_process(exact))
-        batch = sample(params, PROMPTS, RECORDS, KEY)
+        batch = sample(params, rl.Asked(PROMPTS, RECORDS), KEY)
     assert {body["model"] for body in seen} == {"served"}
     # The first turn asks for groups, the second for what goes on, one by one.
     assert [body["n"] for body in seen[:4]] == [2] * 4

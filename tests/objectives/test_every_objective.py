@@ -17,9 +17,10 @@ from jaxft import objectives, rl
 from jaxft.losses import dpo_loss
 from jaxft.metrics import Mean, Undivided
 from jaxft.objectives import policy_gradient
-from jaxft.objectives.policy import clipped, sequence_mean, token_correction
+from jaxft.objectives.policy import sequence_mean, token_correction
 from jaxft.parallel import make_mesh, mesh_context, shard_params
 from jaxft.rewards import add_reward_head
+from jaxft.rl.algorithms import clipped
 from jaxft.train import accumulate, evaluate, make_eval_step
 from jaxft.train.batches import place_batch
 from tests.small_models import LLAMA, base, large
@@ -185,9 +186,11 @@ PARTS = set(
     "LogitsFn Objective Sequences classifier_logits completion_log_probs completion_values token_logits "
     "embedding_noise function_distance mean_of noise_distance on_rows sample_distance sequence_log_probs "
     "shift spectrally_normalised token_values value_loss with_value_head without_value_head "
-    "Algorithm Credit DeviceReward Environment Experience KlControl Reply Sample answers answers_of_both "
-    "best_and_worst collect collect_from collect_on_device episodes equals estimate_success offline_collect "
-    "right_samples sample_groups sample_on_device samples_beside score tagged try_again with_tool".split()
+    "Algorithm Asked Collector Credit DeviceReward Environment KlControl Prompts Reply Sample SamplesBeside "
+    "Transform add_old_policy add_penalty add_reference add_values answers answers_of_both best_and_worst "
+    "collect collect_on_device episodes equals estimate_success mask_truncated offline_collect "
+    "policy_log_probs prompts_of right_samples sample_groups sample_on_device tagged try_again "
+    "until_contrast with_tool".split()
 )
 
 

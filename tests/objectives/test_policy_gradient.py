@@ -12,16 +12,14 @@ from jaxft import losses, rl
 from jaxft.models import Decoder, tiny_config
 from jaxft.objectives import completion_log_probs, policy_gradient, with_value_head
 from jaxft.objectives.policy import (
-    clipped,
-    clipped_sums,
     constant_length,
-    reinforce,
     sequence_correction,
     sequence_mean,
     sequence_sum,
     token_correction,
     token_mean,
 )
+from jaxft.rl.algorithms import clipped, clipped_sums, reinforce
 from jaxft.train import accumulate, global_norm
 
 ROWS, PROMPT, RESPONSE, VOCABULARY = 8, 4, 5, 11

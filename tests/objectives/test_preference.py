@@ -24,7 +24,6 @@ from jaxft.objectives import (
     process_reward,
     sequence_log_probs,
 )
-from jaxft.optim import moving_reference, running_mean
 from jaxft.rewards import add_reward_head, sequence_rewards, token_rewards
 
 MODEL = Decoder(tiny_config(vocab_size=17))
@@ -344,44 +343,31 @@ def test_orpo_reads_the_likelihood_of_the_prompt():
     close(loss, plain + np.mean(own - np.asarray(sums) / counts))
 
 
-def sgd(*rules):
-    return optax.chain(optax.sgd(0.05), *rules)
-
-
-class Again:
-    """The same batch for ever."""
-
-    def __init__(self, batch):
-        self.batch = batch
-
-    def __next__(self):
-        return self.batch
-
-
-def train_on(objective, optimizer, *adds, params=None, steps=5):
-    batches = train.StateBatches(Again(batch_of(with_reference())), *adds)
+def train_on(objective, groups, params=None, steps=5, **options):
     params = moved() if params is None else params
-    return train.fit(params, objective, optimizer, batches, steps=steps)[1]
+    batches = [batch_of(groups)] * steps
+    return train.fit(params, objective, optax.sgd(0.05), batches, **options)[1]
 
 
 @pytest.mark.parametrize("adapter", [None, "paca"])
 def test_a_moving_reference_is_that_of_the_policy_so_far(adapter):
     """TR-DPO against a loop with a reference of its own, and in its limits."""
     objective = preference(MODEL.forward, functools.partial(dpo_loss, beta=0.5))
-    add, params = train.moving_reference_log_probs(MODEL.forward), moved()
+    params = moved()
     if adapter:
         rules = named_rules(adapter, rank=2, target=KERNELS)
         params = train.commit(moved(adapt(jax.random.key(3), BASE, rules)))
-    losses = lambda *settings: [
-        row["loss"]
-        for row in train_on(objective, sgd(moving_reference(*settings)), add, params=params)
-    ]
+
+    def losses(*settings):
+        books = {"reference": train.moving_reference(MODEL.forward, *settings)}
+        return [row["loss"] for row in train_on(objective, GROUPS, params, books=books)]
+
     # The reference is the policy itself at each step; or never moves.
     np.testing.assert_allclose(losses(1.0, 1), np.log(2), rtol=1e-5)
-    step = train.jit_step(train.make_step(objective, sgd()))
+    step = train.jit_step(train.make_step(objective, optax.sgd(0.05)))
 
     def loop(alpha, every):
-        state, found = train.init_state(params, sgd(), jax.random.key(0)), []
+        state, found = train.init_state(params, optax.sgd(0.05), jax.random.key(0)), []
         reference = partition(params)[0]
         for number in range(1, 6):
             whole = train.commit(combine(reference, partition(state.params)[1]))
@@ -399,8 +385,8 @@ def test_a_moving_reference_is_that_of_the_policy_so_far(adapter):
 
 
 def test_the_delta_of_bco_is_the_mean_of_all_rewards_so_far():
-    optimizer = sgd(running_mean("rewards/mean"))
-    history = train_on(bco(MODEL.forward, beta=0.5), optimizer, train.with_running_mean)
+    books = {"rewards": train.running_mean("rewards/mean")}
+    history = train_on(bco(MODEL.forward, beta=0.5), with_reference(), books=books)
     rewards = np.array([row["rewards/mean"] for row in history])
     assert np.ptp(rewards) > 1e-2
     wanted = np.cumsum(rewards) / np.arange(1, 6)

@@ -32,8 +32,9 @@ from jaxft.objectives import (
     token_logits,
     trust_region,
 )
-from jaxft.objectives.policy import clipped, token_mean
+from jaxft.objectives.policy import token_mean
 from jaxft.optim import tram, tram_fisher, with_tram, with_tram_fisher
+from jaxft.rl.algorithms import clipped
 from jaxft.train import accumulate, fit, init_state, make_step
 
 SMALL = dict(

@@ -50,9 +50,6 @@ TRANSFORMS = {
     "with_trust_region/anchor": lambda: optim.with_trust_region(
         adam(), 0.1, 1.0, parameter_distance
     ),
-    "moving_reference": lambda: optax.chain(adam(), optim.moving_reference(0.6, 2)),
-    "moving_reference/hard": lambda: optax.chain(adam(), optim.moving_reference(1.0, 1)),
-    "running_mean": lambda: optax.chain(adam(), optim.running_mean("loss")),
 }
 zeroth = functools.partial(optim.rge, 1e-3, 2, two_sided=True)
 ESTIMATORS = {
@@ -72,11 +69,11 @@ ESTIMATORS = {
 ELSEWHERE = {
     "AlternatingSamState": "state",
     "LionState": "state",
+    "evaluates": "tests/train/test_step.py",
+    "evaluates_at_params": "tests/train/test_step.py",
     "LookSamState": "state",
     "MezoRecord": "record of mezo_step",
-    "MovingReferenceState": "state",
     "Perturbation": "type alias",
-    "RunningMeanState": "state",
     "TrustRegionState": "state",
     "evaluation_params": "reads a state: test_sharpness.py",
     "global_norm": "in parameter_distance and each perturbation here",
@@ -183,10 +180,17 @@ WRAPPERS = {
 }
 
 
+# Every transform in every wrapper, and each of the two with both types: not all three at once.
+TYPES = ("bfloat16", "x64 float64")
+WRAPPED = [
+    (name, wrapper, TYPES[(i + j) % 2])
+    for i, name in enumerate(TRANSFORMS)
+    for j, wrapper in enumerate(WRAPPERS)
+]
+
+
 @quiet
-@every_transform
-@pytest.mark.parametrize("wrapper", WRAPPERS)
-@pytest.mark.parametrize("dtypes", ["bfloat16", "x64 float64"])
+@pytest.mark.parametrize("name, wrapper, dtypes", WRAPPED)
 def test_optax_wrappers_keep_structure_and_data_types(name, wrapper, dtypes):
     x64, leaves = DTYPES[dtypes]
     with jax.enable_x64(x64):
@@ -195,19 +199,19 @@ def test_optax_wrappers_keep_structure_and_data_types(name, wrapper, dtypes):
         jax.eval_shape(functools.partial(train, optimizer), params, grads)
 
 
-def run(name, params, grads, steps=3):
-    return jax.jit(functools.partial(train, TRANSFORMS[name](), steps=steps))(params, grads)
+def compiled(name, steps=3):
+    return jax.jit(functools.partial(train, TRANSFORMS[name](), steps=steps))
 
 
 # subspace_gradient is not among them: which directions of no variance it removes is rounding.
 @pytest.mark.parametrize("name", [name for name in TRANSFORMS if name != "subspace_gradient"])
 def test_x64_is_float32_with_more_digits(name):
-    plain, updates = run(name, tree(0), tree(1))
+    plain, updates = compiled(name)(tree(0), tree(1))
     with jax.enable_x64(True):
         leaves = ["float64"]
         wide = lambda t: jax.tree.map(lambda x: x.astype("float64"), t)
         params, grads = wide(tree(0)), wide(tree(1))
-        found, wide_updates = run(name, params, grads)
+        found, wide_updates = compiled(name)(params, grads)
         chex.assert_trees_all_close(wide_updates, wide(updates), rtol=1e-3, atol=1e-5)
         chex.assert_trees_all_equal_dtypes(found[0], tree(0, leaves))
 
@@ -218,11 +222,11 @@ def test_x64_is_float32_with_more_digits(name):
 def test_zeros_give_no_nan(name, dtypes):
     x64, leaves = DTYPES[dtypes]
     with jax.enable_x64(x64):
-        params = tree(0, leaves)
+        run, params = compiled(name), tree(0, leaves)
         zeros = jax.tree.map(jnp.zeros_like, params)
         # At the anchor with no gradient; and params that are 0, where ASAM's ball has no size.
         for start in (params, zeros):
-            out = run(name, start, zeros)
+            out = run(start, zeros)
             assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(out))
 
 
@@ -230,7 +234,7 @@ def test_zeros_give_no_nan(name, dtypes):
 @every_transform
 @pytest.mark.parametrize("empty", [{}, {"frozen": None}], ids=str)
 def test_empty_trees(name, empty):
-    (params, _), updates = run(name, empty, empty, steps=2)
+    (params, _), updates = compiled(name, steps=2)(empty, empty)
     assert params == empty and updates == empty
 
 
@@ -278,8 +282,15 @@ NOISE = {
 }
 
 
-@pytest.mark.parametrize("distance", [*DISTANCES, *NOISE])
-@pytest.mark.parametrize("dtypes", ["float32", "bfloat16", "x64 float64"])
+# Each in float32, and in one of the others in turn; at each decay with one of the two wrappers.
+MEASURED = [
+    (distance, dtypes)
+    for i, distance in enumerate([*DISTANCES, *NOISE])
+    for dtypes in ("float32", TYPES[i % 2])
+]
+
+
+@pytest.mark.parametrize("distance, dtypes", MEASURED)
 def test_distances_from_the_point_itself(distance, dtypes):
     x64, (dtype,) = DTYPES[dtypes]
     with jax.enable_x64(x64):
@@ -293,11 +304,9 @@ def test_distances_from_the_point_itself(distance, dtypes):
             slope = jax.grad(measure)
 
         def at(params):
-            moves = [
-                wrap(optax.sgd(1.0), decay=decay, distance=measure)
-                for wrap in (optim.with_trust_region, optim.with_tram)
-                for decay in decays
-            ]
+            wraps = (optim.with_trust_region, optim.with_tram)
+            pairs = [(wraps[i % 2], decay) for i, decay in enumerate((*decays, decays[-1]))]
+            moves = [wrap(optax.sgd(1.0), decay=decay, distance=measure) for wrap, decay in pairs]
             of = lambda o: o.update(grads, o.init(params), params, grad_fn=lambda p, _: grads)[0]
             return [of(o) for o in moves]
 
@@ -324,40 +333,54 @@ STRUCTURES = {
 }
 
 
-@pytest.mark.parametrize("name", ESTIMATORS)
-@pytest.mark.parametrize("dtypes", DTYPES)
-def test_estimators_take_any_tree_with_and_without_aux(name, dtypes):
+every_estimator = pytest.mark.parametrize("name", ESTIMATORS)
+loss = lambda p, x, key: bowl(p) + 0 * jnp.sum(x)
+with_aux = lambda p, x, key: (loss(p, x, key), {"n": jnp.int32(4), "loss": loss(p, x, key)})
+
+
+def three_leaves(kinds):
+    leaves = tree(0, [kinds[-1], kinds[0]])["inner"]
+    return [leaves["b"], leaves["c"], leaves["d"]]
+
+
+def estimate(name, params):
+    value, grads = ESTIMATORS[name]()(loss)(params, jnp.ones((4, 1)), jax.random.key(0))
+    chex.assert_trees_all_equal_shapes_and_dtypes(grads, params)
+    return value, jax.tree.leaves(grads)
+
+
+def estimate_with_aux(name, params):
+    estimator = ESTIMATORS[name]()(with_aux, has_aux=True)
+    (value, aux), grads = estimator(params, jnp.ones((4, 1)), jax.random.key(0))
+    chex.assert_trees_all_equal_shapes_and_dtypes(grads, params)
+    assert aux["n"].dtype == jnp.int32 and aux["loss"].dtype == value.dtype
+    return value, jax.tree.leaves(grads)
+
+
+@every_estimator
+def test_estimators_take_any_tree(name):
+    every = lambda leaves: [estimate(name, pack(*leaves)) for pack in STRUCTURES.values()]
+    first, *others = jax.jit(every)(three_leaves([f32]))
+    for other in others:
+        chex.assert_trees_all_close(other, first, rtol=1e-5)
+
+
+@every_estimator
+@every_dtype
+def test_estimators_take_any_type_with_and_without_aux(name, dtypes):
     x64, kinds = DTYPES[dtypes]
     with jax.enable_x64(x64):
-        leaves = tree(0, [kinds[-1], kinds[0]])["inner"]
-        leaves = [leaves["b"], leaves["c"], leaves["d"]]
-        rows, key = jnp.ones((4, 1)), jax.random.key(0)
-        loss = lambda p, x, key: bowl(p) + 0 * jnp.sum(x)
-        with_aux = lambda p, x, key: (loss(p, x, key), {"n": jnp.int32(4), "loss": loss(p, x, key)})
-
-        def results(leaves):
-            out = {}
-            for kind, pack in STRUCTURES.items():
-                params = pack(*leaves)
-                value, grads = ESTIMATORS[name]()(loss)(params, rows, key)
-                chex.assert_trees_all_equal_shapes_and_dtypes(grads, params)
-                (other, aux), same = ESTIMATORS[name]()(with_aux, has_aux=True)(params, rows, key)
-                assert aux["n"].dtype == jnp.int32 and aux["loss"].dtype == value.dtype
-                out[kind] = [(value, jax.tree.leaves(g)) for g in (grads, same)] + [other]
-            return out
-
-        # Compiled once for one type: the others are traced, which is where types clash.
-        run = jax.jit(results) if dtypes in ("float32", "x64 float64") else jax.eval_shape
-        if run is jax.eval_shape:
-            jax.eval_shape(results, leaves)
+        both = lambda params: [f(name, params) for f in (estimate, estimate_with_aux)]
+        params = STRUCTURES["None"](*three_leaves(kinds))
+        # Compiled for two types: the others are traced, which is where types clash.
+        if dtypes not in ("float32", "x64 float64"):
+            jax.eval_shape(both, params)
             return
-        found = run(leaves)
-        first = found["dict"][0]
-        for value, again, other in found.values():
-            chex.assert_trees_all_close(value, first, rtol=1e-5)
-            chex.assert_trees_all_close(again, first, rtol=1e-5)
-            np.testing.assert_allclose(other, first[0], rtol=1e-6)
-        zeros = jax.tree.map(jnp.zeros_like, leaves)
+        run = jax.jit(both)
+        plain, other = run(params)
+        chex.assert_trees_all_close(other[0], plain[0], rtol=1e-6)
+        chex.assert_trees_all_close(other[1], plain[1], rtol=1e-5)
+        zeros = jax.tree.map(jnp.zeros_like, params)
         assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(run(zeros)))
 
 

@@ -34,6 +34,15 @@ def model_and_params():
     return model, model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
 
 
+def taken(batches, params, count=1, key=jax.random.key):
+    """The first batches of a collector, as a run would take them; the keys are key(0), key(1)..."""
+    found, carry = [], batches.carry
+    for i in range(count):
+        batch, carry = batches(params, carry, key(i))
+        found.append(batch)
+    return found
+
+
 def exact(completion, record):
     """1 where the completion is the answer."""
     return completion == record["answer"]

@@ -108,7 +108,7 @@ def test_gae_equals_a_slow_loop_and_its_limits(key):
 def test_reinforce_plus_plus_is_whitened_rewards_to_go():
     mask = jnp.array([[True, True, False, True], [True, False, False, False], [True] * 4])
     rewards = jnp.array([1.0, 0.0, jnp.nan])
-    placed = adv.token_rewards(rewards[:2], mask[:2], jnp.full((2, 4), 0.1))
+    placed = adv.placed_rewards(rewards[:2], mask[:2], jnp.full((2, 4), 0.1))
     close(placed, [[-0.1, -0.1, 0, 0.9], [-0.1, 0, 0, 0]])
     got = adv.reinforce_plus_plus_advantages(rewards, mask, jnp.full((3, 4), 0.1))
     returns = np.array([0.7, 0.8, 0.9, -0.1])

@@ -10,8 +10,9 @@ import pytest
 from jaxft import rl
 from jaxft.generation import Generation, SamplingConfig
 from jaxft.objectives import policy_gradient
-from jaxft.objectives.policy import reinforce, token_mean
+from jaxft.objectives.policy import token_mean
 from jaxft.rewards import ProcessPool, in_process
+from jaxft.rl.algorithms import reinforce
 from jaxft.rl.turns import ENVIRONMENT, FORCED, POLICY
 from tests.rl.rl_task import (
     PROMPTS,
@@ -22,6 +23,7 @@ from tests.rl.rl_task import (
     calculator,
     exact,
     model_and_params,
+    taken,
 )
 
 KEY = jax.random.key(3)
@@ -39,7 +41,7 @@ def environment(step, turns=3):
 def play(env, config=SAMPLING, group_size=4, prompts=PROMPTS, **settings):
     model, params = model_and_params()
     sample = rl.episodes(model, Digits(), env, config, group_size, next_turn=NEXT, **settings)
-    return sample(params, prompts, RECORDS[: len(prompts)], KEY)
+    return sample(params, rl.Asked(prompts, RECORDS[: len(prompts)]), KEY)
 
 
 def scripted(*turns):
@@ -71,7 +73,7 @@ def test_an_episode_of_one_turn_is_an_answer():
     model, params = model_and_params()
     rewards = in_process(exact)
     answers = rl.answers(model, Digits(), rewards, SAMPLING, 4)
-    wanted = answers(params, PROMPTS, RECORDS, KEY)
+    wanted = answers(params, rl.Asked(PROMPTS, RECORDS), KEY)
     got = play(rl.try_again(rewards, turns=1))
     assert (got.pop("turns") == 1).all()
     np.testing.assert_array_equal(got.pop("author") > 0, wanted["completion_mask"])
@@ -103,7 +105,7 @@ def test_the_loss_is_the_plain_softmax_of_the_policys_tokens():
     config = SamplingConfig(max_new_tokens=8, stop_ids=(STOP,))
     batch = play(environment(lambda state, action: rl.Reply(0.0, "31", "2"), turns=2), config)
     assert (batch["turns"] == 2).any() and (batch["author"] == FORCED).any()
-    score = jax.jit(rl.score, static_argnums=0)
+    score = jax.jit(rl.policy_log_probs, static_argnums=0)
     np.testing.assert_allclose(
         score(model.forward, params, batch), batch["sampler_log_probs"], atol=1e-4
     )  # So each turn was sampled from what the trainer sees.
@@ -174,7 +176,7 @@ def test_limits_end_an_episode():
         model, Digits(), long._replace(turns=2), SAMPLING, 1, max_observation=8,
         next_turn=lambda text: shown.append(text) or [6], sampler=scripted(["17"], ["27"]),
     )  # fmt: skip
-    sample(params, PROMPTS[:1], RECORDS[:1], KEY)
+    sample(params, rl.Asked(PROMPTS[:1], RECORDS[:1]), KEY)
     assert shown == ["1111 ... 1111"]
 
 
@@ -200,11 +202,8 @@ def test_a_run_of_episodes_trains():
     env = rl.try_again(in_process(exact), "5", turns=2)
     config = SamplingConfig(max_new_tokens=4, stop_ids=(STOP,))
     sample = rl.episodes(model, Digits(), env, config, 4, next_turn=NEXT)
-    batches = rl.collect_from(
-        sample, model, PROMPTS, RECORDS, credit, temperature=1.0, prompts_per_step=2, group_size=4
-    )
-    state = type("State", (), dict(step=0, params=params, key=KEY))
-    batch = batches(state)
+    batches = rl.collect(rl.Prompts(PROMPTS, 2, RECORDS), sample, credit)
+    (batch,) = taken(batches, params)
     assert batch["stats"]["turns"].shape == (8,) and batch["author"].shape[0] == 8
     run = jax.jit(jax.value_and_grad(objective, has_aux=True))
     (_, metrics), grads = run(params, batch, None)

@@ -10,8 +10,8 @@ from jaxft import rl
 from jaxft.adapters import ALL_LINEAR, adapt, lora
 from jaxft.models import stack_layers
 from jaxft.objectives import policy_gradient, with_value_head
-from jaxft.parallel import make_mesh, shard_params
-from jaxft.train import fit
+from jaxft.parallel import batch_sharding, make_mesh, shard_params
+from jaxft.train import Checkpoints, fit
 from tests.rl.rl_task import PROMPTS, RECORDS, SAMPLING, Digits, model_and_params
 
 
@@ -20,7 +20,7 @@ def by_length(completions, records):
     return [float(len(completion)) for completion in completions]
 
 
-def run(mesh, steps=4):
+def run(mesh, steps=4, checkpoints=None):
     """PPO with LoRA over stacked layers: two rollouts, a critic, a reference, two updates each."""
     model, base = model_and_params()
     base = stack_layers(base)
@@ -29,26 +29,29 @@ def run(mesh, steps=4):
         base, params = shard_params(base, mesh), shard_params(params, mesh)
     credit, objective = rl.ppo(functools.partial(policy_gradient, model.forward), reward_kl=0.1)
     batches = rl.collect(
-        model,
-        PROMPTS,
-        RECORDS,
-        Digits(),
-        by_length,
+        rl.Prompts(PROMPTS, 2, RECORDS),
+        rl.answers(model, Digits(), by_length, SAMPLING, 8),
         credit,
-        SAMPLING,
-        prompts_per_step=2,
-        group_size=8,
+        rl.add_old_policy(model.forward, 1.0),
+        rl.add_reference(model.forward, base, 1.0),
         updates=2,
-        ref_params=base,
         mesh=mesh,
     )
     params = with_value_head(model, params)
-    return fit(params, objective, optax.adam(1e-2), batches, steps=steps, mesh=mesh)
+    settings = dict(steps=steps, mesh=mesh, checkpoints=checkpoints)
+    return fit(params, objective, optax.adam(1e-2), batches, **settings)
 
 
-def test_a_run_on_eight_devices_equals_one_on_one():
+def test_a_run_on_eight_devices_equals_one_on_one(tmp_path):
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
     (state, rows), (one, wanted) = run(mesh), run(None)
+    # The rest of a rollout lies over the mesh like a batch, and is restored within it.
+    layout = state.carry["experience"]["rollout"]["tokens"].sharding
+    assert layout.is_equivalent_to(batch_sharding(mesh), 2)
+    run(mesh, 3, Checkpoints(tmp_path))
+    again, more = run(mesh, 4, Checkpoints(tmp_path, resume=True))
+    assert [row["loss"] for row in more] == [row["loss"] for row in rows]
+    assert again.carry["experience"]["rollout"]["tokens"].sharding == layout
     assert [row["reward"] for row in rows] == [row["reward"] for row in wanted]
     for name in ("loss", "value_loss", "kl", "entropy", "response_kl"):
         got, known = ([row[name] for row in part] for part in (rows, wanted))

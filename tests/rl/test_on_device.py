@@ -7,10 +7,9 @@ import pytest
 
 from jaxft import rl
 from jaxft.rl.advantages import grpo_advantages
-from tests.rl.rl_task import PROMPTS, SAMPLING, STOP, TARGETS, model_and_params
-from tests.rl.test_rollouts import state_at
+from tests.rl.rl_task import PROMPTS, SAMPLING, STOP, TARGETS, model_and_params, taken
 
-CREDIT = lambda rewards, batch: {"advantages": grpo_advantages(rewards, 4)}
+CREDIT = lambda rewards, batch: {"advantages": grpo_advantages(rewards, len(rewards) // 2)}
 
 
 def test_equals_is_a_loop_over_rows():
@@ -39,10 +38,10 @@ def test_updates_share_a_rollout_and_know_old_and_reference():
         return jnp.where(mask, tokens, 0).sum(axis=1) * 1.0
 
     batches = rl.collect_on_device(
-        model, PROMPTS, reward, CREDIT, SAMPLING,
-        prompts_per_step=2, group_size=4, updates=2, ref_params=moved,
+        model, rl.Prompts(PROMPTS, 2), reward, CREDIT, SAMPLING,
+        group_size=4, updates=2, ref_params=moved,
     )  # fmt: skip
-    whole = [batches(state_at(step, params)) for step in (2, 3)]
+    whole = taken(batches, params, 2)
     jax.effects_barrier()
     # One rollout for both; its rows are of two prompts, a group of four each.
     assert len(seen) == 1 and [len(set(g)) for g in seen[0].reshape(2, 4).tolist()] == [1, 1]
@@ -55,7 +54,9 @@ def test_updates_share_a_rollout_and_know_old_and_reference():
         rows["advantages"][:, 0], grpo_advantages(jnp.asarray(value * 1.0), 4), atol=1e-5
     )
     for name, theirs in (("old_log_probs", params), ("ref_log_probs", moved)):
-        np.testing.assert_allclose(rows[name], rl.score(model.forward, theirs, rows), atol=1e-5)
+        np.testing.assert_allclose(
+            rows[name], rl.policy_log_probs(model.forward, theirs, rows), atol=1e-5
+        )
     # Without its updates' scores, the sampler's are the old policy's.
     np.testing.assert_allclose(rows["old_log_probs"], rows["sampler_log_probs"], atol=1e-4)
 
@@ -74,12 +75,13 @@ def test_samples_for_evaluation_follow_the_policy():
 
 
 def test_rows_that_updates_do_not_divide_are_refused():
-    model, _ = model_and_params()
-    with pytest.raises(ValueError, match="2 prompts x 3 responses cannot be split over 4"):
-        rl.collect_on_device(
-            model, PROMPTS, rl.equals(TARGETS, 3), CREDIT, SAMPLING,
-            prompts_per_step=2, group_size=3, updates=4,
-        )  # fmt: skip
+    model, params = model_and_params()
+    batches = rl.collect_on_device(
+        model, rl.Prompts(PROMPTS, 2), rl.equals(TARGETS, 3), CREDIT, SAMPLING,
+        group_size=2, updates=3,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="4 responses cannot be split over 3 updates"):
+        taken(batches, params)
 
 
 def test_success_is_the_share_of_right_samples():

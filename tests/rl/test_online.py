@@ -1,7 +1,6 @@
 """Preferences of the policy's own samples: against the pairwise objective itself, and slow loops."""
 
 import functools
-import types
 
 import chex
 import jax
@@ -16,8 +15,8 @@ from jaxft.losses import dpo_loss, ipo_loss
 from jaxft.objectives import hypo, policy_gradient, preference, sequence_log_probs
 from jaxft.rewards import in_process
 from jaxft.rl.online import as_groups, best_and_worst
-from jaxft.train import StateBatches, accumulate, fit
-from tests.rl.rl_task import PROMPTS, RECORDS, SAMPLING, Digits, exact, model_and_params
+from jaxft.train import Checkpoints, accumulate, fit
+from tests.rl.rl_task import PROMPTS, RECORDS, SAMPLING, Digits, exact, model_and_params, taken
 
 LOSS = functools.partial(dpo_loss, beta=0.5)
 
@@ -31,24 +30,22 @@ def start_and_now():
     return model, base, tree.unflatten(moved)
 
 
-def state_of(params, step=0):
-    return types.SimpleNamespace(step=step, params=params, key=jax.random.key(3))
+KEY = lambda i: jax.random.key(3 + i)
 
 
 def lengths_as_rewards(completions, records):
     return [float(len(text)) for text in completions]
 
 
-def collected(loss, rewards=lengths_as_rewards, group_size=3, **settings):
+def collected(loss, rewards=lengths_as_rewards, group_size=3):
     model, base, params = start_and_now()
     algorithm = rl.online_preference(
         functools.partial(policy_gradient, model.forward), loss, group_size
     )
-    batches = rl.collect(
-        model, PROMPTS, RECORDS, Digits(), rewards, algorithm.credit, SAMPLING,
-        prompts_per_step=4, group_size=group_size, ref_params=base, **settings,
-    )  # fmt: skip
-    return model, params, algorithm, batches(state_of(params))
+    sample = rl.answers(model, Digits(), rewards, SAMPLING, group_size)
+    reference = rl.add_reference(model.forward, base, 1.0)
+    batches = rl.collect(rl.Prompts(PROMPTS, 4, RECORDS), sample, algorithm.credit, reference)
+    return model, params, algorithm, *taken(batches, params, key=KEY)
 
 
 def test_best_and_worst_is_a_loop():
@@ -105,10 +102,9 @@ def test_online_dpo_learns_the_digits():
     model, params = model_and_params()
     loss = functools.partial(dpo_loss, beta=0.1)
     algorithm = rl.online_preference(functools.partial(policy_gradient, model.forward), loss, 8)
-    batches = rl.collect(
-        model, PROMPTS, RECORDS, Digits(), in_process(exact), algorithm.credit, SAMPLING,
-        prompts_per_step=4, group_size=8, ref_params=params,
-    )  # fmt: skip
+    sample = rl.answers(model, Digits(), in_process(exact), SamplingConfig(max_new_tokens=1), 8)
+    reference = rl.add_reference(model.forward, params, 1.0)
+    batches = rl.collect(rl.Prompts(PROMPTS, 4, RECORDS), sample, algorithm.credit, reference)
     _, history = fit(
         params, algorithm.objective, optax.adam(5e-3), batches, steps=40, key=jax.random.key(0)
     )
@@ -122,18 +118,19 @@ def test_xpo_pulls_away_from_what_the_reference_says():
     build, alpha = functools.partial(policy_gradient, model.forward), 0.3
     algorithm = rl.xpo(build, LOSS, 4, alpha)
     half = rl.answers(model, Digits(), lengths_as_rewards, SAMPLING, 2)
-    batches = rl.collect_from(
-        rl.answers_of_both(half, model, base, 1.0), model, PROMPTS, RECORDS, algorithm.credit,
-        temperature=1.0, prompts_per_step=4, group_size=4, ref_params=base,
-    )  # fmt: skip
-    batch = batches(state_of(params))
+    both, reference = (
+        rl.answers_of_both(half, model, base, 1.0),
+        rl.add_reference(model.forward, base, 1.0),
+    )
+    batches = rl.collect(rl.Prompts(PROMPTS, 4, RECORDS), both, algorithm.credit, reference)
+    (batch,) = taken(batches, params, key=KEY)
     given = batch["from_reference"].reshape(4, 4)
     assert (given == [False, False, True, True]).all()
     # Each half is what its model samples; both have the log-probs of policy and reference.
     sampler = np.where(batch["from_reference"][:, None], batch["ref_log_probs"], 0)
     behaved = np.where(batch["from_reference"][:, None], batch["behaviour_log_probs"], 0)
     np.testing.assert_allclose(behaved, sampler, atol=1e-4)
-    scored = rl.score(model.forward, params, batch)
+    scored = rl.policy_log_probs(model.forward, params, batch)
     np.testing.assert_allclose(batch["sampler_log_probs"], scored, atol=1e-4)
     own = np.asarray(batch["behaviour_log_probs"] - scored)[~batch["from_reference"]]
     assert np.abs(own).max() < 1e-4
@@ -172,12 +169,14 @@ def test_xpo_pulls_away_from_what_the_reference_says():
 def test_samples_beside_pairs_are_the_policy_s_own():
     model, base, params = start_and_now()
     config = SamplingConfig(max_new_tokens=3, stop_ids=(7,))
-    make = functools.partial(rl.samples_beside, model, PROMPTS, base, prompts_per_step=2, samples=3)
-    sample = make(config)
-    batch = sample(state_of(params, step=1))
+
+    def make(config):
+        prompts = rl.Prompts(PROMPTS, 2)
+        return rl.SamplesBeside(iter([{}] * 3), model, prompts, base, config, samples=3)
+
+    batch, other = (found["online"] for found in taken(make(config), params, 2))
     assert batch["tokens"].shape[:2] == (2, 3)
-    chex.assert_trees_all_equal(batch, sample(state_of(params, step=1)))  # As a resumed run has it.
-    other = sample(state_of(params, step=2))
+    chex.assert_trees_all_equal(batch, taken(make(config), params)[0]["online"])
     assert (
         batch["tokens"].shape != other["tokens"].shape or (batch["tokens"] != other["tokens"]).any()
     )
@@ -201,13 +200,18 @@ def test_samples_beside_pairs_are_the_policy_s_own():
             make(SamplingConfig(max_new_tokens=3, **wrong))
 
 
-def test_pairs_with_samples_go_on_where_they_were():
+def test_pairs_with_samples_go_on_where_they_were(tmp_path):
+    model, base, params = start_and_now()
+
     class Numbers:
         at = 0
 
+        def __iter__(self):
+            return self
+
         def __next__(self):
             self.at += 1
-            return {"pair": self.at}
+            return {"pair": jnp.array(self.at)}
 
         def get_state(self):
             return {"at": self.at}
@@ -215,10 +219,21 @@ def test_pairs_with_samples_go_on_where_they_were():
         def set_state(self, position):
             self.at = position["at"]
 
-    beside = lambda state, batch: {**batch, "online": state.step}
-    batches = StateBatches(Numbers(), beside)
-    state = state_of(None, step=4)
-    assert [batches(state)["pair"] for _ in range(3)] == [1, 2, 3]
-    again = StateBatches(Numbers(), beside)
-    again.set_state(batches.get_state())
-    assert again(state) == {"pair": 4, "online": 4}
+    def objective(params, batch, key):
+        places = jnp.arange(batch["online"]["tokens"].size).reshape(batch["online"]["tokens"].shape)
+        drawn = jnp.sum(batch["online"]["tokens"] * (1 + places % 7))
+        return jnp.sum(params["embed"]["embedding"] ** 2), {"pair": batch["pair"], "drawn": drawn}
+
+    def run(name, steps, resume=False):
+        config = SamplingConfig(max_new_tokens=3)
+        prompts = rl.Prompts(PROMPTS, 2)
+        batches = rl.SamplesBeside(Numbers(), model, prompts, base, config, samples=2)
+        saves = Checkpoints(tmp_path / name, resume=resume)
+        args = params, objective, optax.sgd(0.1), batches
+        _, history = fit(*args, steps=steps, checkpoints=saves)
+        return [(row["pair"], row["drawn"]) for row in history]
+
+    whole = run("whole", 4)
+    assert [pair for pair, _ in whole] == [1, 2, 3, 4] and len({n for _, n in whole}) > 2
+    run("parts", 2)
+    assert run("parts", 4, resume=True) == whole

@@ -1,7 +1,6 @@
 """PPO: its loss and gradient against plain loops, its limits, its critic, and its adaptive KL."""
 
 import functools
-import json
 import math
 
 import jax
@@ -20,8 +19,10 @@ from jaxft.objectives import (
     with_value_head,
     without_value_head,
 )
-from jaxft.objectives.policy import reinforce, token_mean
+from jaxft.objectives.policy import token_mean
 from jaxft.rewards import in_process
+from jaxft.rl.algorithms import reinforce
+from jaxft.rl.collection import in_parts
 from jaxft.train import Checkpoints, fit
 from tests.rl.rl_task import (
     PROMPTS,
@@ -29,6 +30,7 @@ from tests.rl.rl_task import (
     Digits,
     exact,
     model_and_params,
+    taken,
 )
 
 ONE_TOKEN = SamplingConfig(max_new_tokens=1)
@@ -209,27 +211,20 @@ def test_the_weight_of_the_kl_adapts():
     assert adapt(6.6) == pytest.approx(0.5 * 1.01)
     with pytest.raises(ValueError, match="needs weight >= 0, target > 0"):
         losses.adapted_kl_weight(0.5, 1.0, 10, target=0.0)
-    with pytest.raises(ValueError, match="kl_control needs ref_params"):
-        collector(make().credit, ref_params=None)
+    model, params = model_and_params()
+    with pytest.raises(ValueError, match="kl_control needs ref_log_probs"):
+        taken(collector(make().credit, rl.add_old_policy(model.forward, 1.0)), params)
 
 
-def collector(credit, **settings):
+def collector(credit, *transforms):
     model, params = model_and_params()
     control = rl.KlControl(weight=0.1, target=1e-3, horizon=100.0)
-    settings = (
-        dict(
-            prompts_per_step=8,
-            group_size=8,
-            updates=2,
-            epochs=2,
-            ref_params=params,
-            kl_control=control,
-        )
-        | settings
-    )
+    scores = rl.add_old_policy(model.forward, 1.0), rl.add_reference(model.forward, params, 1.0)
+    sample = rl.answers(model, Digits(), in_process(exact), ONE_TOKEN, 8)
     return rl.collect(
-        model, PROMPTS, RECORDS, Digits(), in_process(exact), credit, ONE_TOKEN, **settings
-    )
+        rl.Prompts(PROMPTS, 8, RECORDS), sample, credit, *(transforms or scores),
+        updates=2, epochs=2, kl_control=control,
+    )  # fmt: skip
 
 
 def test_a_run_learns_and_goes_on_exactly_with_its_kl_weight(tmp_path):
@@ -238,7 +233,7 @@ def test_a_run_learns_and_goes_on_exactly_with_its_kl_weight(tmp_path):
 
     def run(name, steps, resume=False):
         batches = collector(credit)
-        saves = Checkpoints(tmp_path / name, every=4, resume=resume)
+        saves = Checkpoints(tmp_path / name, every=7, resume=resume)
         start = with_value_head(model, params)
         state, history = fit(
             start, objective, optax.adam(3e-3), batches, steps=steps, checkpoints=saves
@@ -246,8 +241,8 @@ def test_a_run_learns_and_goes_on_exactly_with_its_kl_weight(tmp_path):
         return state, [{k: v for k, v in row.items() if k != "seconds"} for row in history]
 
     _, whole = run("whole", 40)
-    run("parts", 8)
-    # Cut in the middle of a rollout, that rollout keeps its weight.
+    run("parts", 7)
+    # Cut in the middle of a rollout, that rollout and its weight are kept.
     state, parts = run("parts", 40, resume=True)
     assert parts == whole
     weights = [row["kl_weight"] for row in whole]
@@ -264,33 +259,36 @@ def test_a_run_learns_and_goes_on_exactly_with_its_kl_weight(tmp_path):
     assert state.params["value_head"]["kernel"].any()
 
 
-def test_later_epochs_shuffle_rows_and_a_rollout_in_a_checkpoint_is_not_sampled_again():
+def test_later_epochs_shuffle_rows_and_a_rollout_in_a_checkpoint_is_not_sampled_again(tmp_path):
     asked = []
 
-    def rollout(state, number, weight):
-        asked.append((number, weight))
+    def rollout(params, draws, key, weight):
+        asked.append((draws, weight))
         kl = np.full(8, 1.0, np.float32)
-        return {"tokens": np.arange(8)[:, None], "stats": {"response_kl": kl}}
+        rows = np.arange(8)[:, None] + 10 * draws
+        return {"tokens": rows, "stats": {"response_kl": kl}}, 3
 
-    control = rl.KlControl(1.0, 0.5, 80.0)
-    at = lambda step: type("State", (), {"step": step})
-    batches = rl.Experience(rollout, updates=2, epochs=2, kl_control=control)
-    rows = [batches(at(step))["tokens"][:, 0].tolist() for step in range(4)]
+    collector = in_parts(rollout, 2, 2, rl.KlControl(1.0, 0.5, 80.0))
+    rows = [batch["tokens"][:, 0].tolist() for batch in taken(collector, None, 5)]
     assert rows[:2] == [[0, 2, 4, 6], [1, 3, 5, 7]]
     assert sorted(rows[2] + rows[3]) == list(range(8)) and rows[2] not in rows[:2]
-    assert "rollout" not in batches.get_state()  # all of it is taken
-    batches(at(4))
-    assert asked == [(0, 1.0), (1, pytest.approx(1.02))]
-    for taken in (1, 2, 3, 4):
+    assert rows[4] == [30, 32, 34, 36]
+    wanted = [(0, 1.0), (3, pytest.approx(1.02))]
+    assert asked == wanted
+
+    def objective(params, batch, key):
+        seen = jnp.sum(batch["tokens"] * 10.0 ** jnp.arange(4)[:, None])
+        return params["w"] * 0.0, {"seen": seen, "kl": jnp.mean(batch["stats"]["response_kl"])}
+
+    def run(name, steps, resume=False):
+        kept = Checkpoints(tmp_path / name, every=1, resume=resume)
+        args = {"w": jnp.zeros(())}, objective, optax.sgd(1.0), collector
+        state, history = fit(*args, steps=steps, checkpoints=kept, carry={"mine": jnp.ones(3)})
+        assert state.carry["mine"].tolist() == [1, 1, 1]
+        return [row["seen"] for row in history]
+
+    whole = run("whole", 5)
+    for stop in (1, 2, 3, 4):
         asked.clear()
-        before = rl.Experience(rollout, updates=2, epochs=2, kl_control=control)
-        for step in range(taken):
-            before(at(step))
-        again = rl.Experience(rollout, updates=2, epochs=2, kl_control=control)
-        again.set_state(json.loads(json.dumps(before.get_state())))
-        for step in range(taken, 4):
-            batch = again(at(step))
-            assert batch["tokens"][:, 0].tolist() == rows[step]
-            assert batch["stats"]["response_kl"].dtype == np.float32
-        again(at(4))
-        assert asked == [(0, 1.0), (1, pytest.approx(1.02))]
+        run(str(stop), stop)
+        assert run(str(stop), 5, resume=True) == whole and asked == wanted

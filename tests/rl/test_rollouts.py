@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import logging
 import re
-import types
+import textwrap
 
 import jax
 import numpy as np
@@ -14,7 +14,7 @@ import optax
 import pytest
 
 from jaxft import rl
-from jaxft.generation import SamplingConfig
+from jaxft.generation import SamplingConfig, generate
 from jaxft.objectives import policy_gradient
 from jaxft.rewards import in_process
 from jaxft.rl.advantages import grpo_advantages
@@ -28,21 +28,19 @@ from tests.rl.rl_task import (
     Digits,
     exact,
     model_and_params,
+    taken,
 )
 
 ONE_TOKEN = SamplingConfig(max_new_tokens=1)
 CREDIT = lambda rewards, batch: {"advantages": grpo_advantages(rewards, 4)}
 
 
-def state_at(step, params, seed=0):
-    return types.SimpleNamespace(step=step, params=params, key=jax.random.key(seed))
-
-
-def collector(rewards=None, credit=CREDIT, **settings):
+def collector(rewards=None, *transforms, tries=1, **settings):
     model, _ = model_and_params()
-    settings = dict(prompts_per_step=2, group_size=4) | settings
     rewards = in_process(exact) if rewards is None else rewards
-    return rl.collect(model, PROMPTS, RECORDS, Digits(), rewards, credit, SAMPLING, **settings)
+    sample = rl.answers(model, Digits(), rewards, SAMPLING, 4)
+    sample = rl.until_contrast(sample, tries) if tries > 1 else sample
+    return rl.collect(rl.Prompts(PROMPTS, 2, RECORDS), sample, CREDIT, *transforms, **settings)
 
 
 def by_length(completions, records):
@@ -64,7 +62,7 @@ def test_the_trainer_agrees_with_the_sampler(temperature, top_k):
         response = batch["tokens"][i, -size:][batch["completion_mask"][i]]
         assert response.tolist() == completions[i]
         assert batch["truncated"][i] == (completions[i][-1] != STOP)
-    scored = rl.score(model.forward, params, batch, temperature)
+    scored = rl.policy_log_probs(model.forward, params, batch, temperature)
     assert np.abs(scored - batch["sampler_log_probs"]).max() < 1e-4
     behaviour, full = batch["behaviour_log_probs"], batch["sampler_log_probs"]
     # What top-k keeps has less than all of the mass.
@@ -97,47 +95,96 @@ def test_fifty_mixed_batches_compile_once_a_bucket():
             batch, _ = rl.sample_groups(model, params, prompts, key, config, group)
             shapes.add((longest, count, group))
             if (count, group) == (8, 2):
-                rl.score(model.forward, params, batch)
+                rl.policy_log_probs(model.forward, params, batch)
     assert len(shapes) > 30
-    # Of responses, score sees two buckets: 16 and the limit. The rest is small: keys, flags of rows.
+    # Of responses, scoring sees two buckets: 16 and the limit. The rest is small: keys, flags of rows.
     most = {"prefill": 2, "fork": 4, "_decode": 4, "completion_log_probs": 4}
     assert not {name: n for name, n in found.items() if n > most.get(name, 8)}
     assert {"prefill", "_decode"} <= set(found)
 
 
-def test_experience_follows_from_the_state_alone():
+def test_experience_follows_from_params_carry_and_key_alone():
     _, params = model_and_params()
-    first, again = collector(), collector()
-    one, two = first(state_at(0, params)), first(state_at(1, params))
-    for got, wanted in ((again(state_at(1, params)), two), (again(state_at(0, params)), one)):
+    one, two = taken(collector(), params, 2)
+    again = collector()
+    carry = again.carry
+    for wanted, number in ((one, 0), (two, 1)):
+        got, carry = again(params, carry, jax.random.key(number))
         jax.tree.map(np.testing.assert_array_equal, got, wanted)
-    other = again(state_at(1, params, seed=1))
-    assert any((other["tokens"] != two["tokens"]).ravel())
+    assert carry["experience"]["draws"] == carry["experience"]["rollouts"] == 2
+    other, _ = again(params, {"experience": collector().carry["experience"]}, jax.random.key(7))
+    assert any((other["tokens"] != one["tokens"]).ravel())
     # Four prompts, two at a time: an epoch has each once.
     asked = lambda batch: {tuple(row[:16][-2:]) for row in batch["tokens"].tolist()}
     assert asked(one) | asked(two) == {tuple(prompt) for prompt in PROMPTS}
 
 
 def test_several_updates_share_a_rollout():
-    _, params = model_and_params()
-    batches = collector(by_length, updates=2)
-    one, two = batches(state_at(4, params)), batches(state_at(5, None))
-    whole = collector(by_length)(state_at(2, params))
+    model, params = model_and_params()
+    old = rl.add_old_policy(model.forward, 1.0)
+    one, two = taken(collector(by_length, old, updates=2), params, 2)
+    (whole,) = taken(collector(by_length), params)
     assert len(one["tokens"]) == len(two["tokens"]) == 4
     np.testing.assert_array_equal(one["advantages"], whole["advantages"][0::2])
-    np.testing.assert_array_equal(two["tokens"], whole["tokens"][1::2])
+    # Of the width of the longest prompt and response.
+    size = whole["completion_mask"].shape[1]
+    np.testing.assert_array_equal(two["completion_mask"][:, :size], whole["completion_mask"][1::2])
+    assert two["completion_mask"].shape[1] == SAMPLING.max_new_tokens
     gap = np.abs(two["old_log_probs"] - two["sampler_log_probs"])
     assert gap.max() < 1e-4 and "old_log_probs" not in whole
+    with pytest.raises(ValueError, match="pass add_old_policy"):
+        taken(collector(by_length, updates=2), params)
+
+
+def test_rollouts_of_several_updates_have_one_shape():
+    """Prompts of 1 and 20 tokens, one a step: batches of two shapes, or of one where a carry holds them."""
+    model, params = model_and_params()
+    prompts = rl.Prompts([[1], [2] * 20], 1, RECORDS[:2])
+    sample = rl.answers(model, Digits(), by_length, SAMPLING, 4)
+    shapes = lambda batches: {batch["tokens"].shape[1] for batch in taken(batches, params, 4)}
+    assert len(shapes(rl.collect(prompts, sample, CREDIT))) == 2
+    old = rl.add_old_policy(model.forward, 1.0)
+    assert shapes(rl.collect(prompts, sample, CREDIT, old, updates=2)) == {24 + 3}
+
+
+def test_columns_stand_at_every_response_of_their_prompt_and_reach_the_sampler():
+    model, params = model_and_params()
+    images = np.arange(4 * 6, dtype=np.uint8).reshape(4, 2, 3)
+    seen = []
+
+    def sampler(*args, columns, **settings):
+        seen.append(columns.get("image"))
+        return generate(*args, **settings)
+
+    prompts = rl.Prompts(PROMPTS, 2, RECORDS, columns={"image": images})
+    sample = rl.until_contrast(
+        rl.answers(model, Digits(), by_length, SAMPLING, 4, sampler=sampler), 2
+    )
+    old = rl.add_old_policy(model.forward, 1.0)
+    parts = taken(rl.collect(prompts, sample, CREDIT, old, updates=2, epochs=2), params, 4)
+    for batch in parts:
+        first = batch["tokens"][:, :16][:, -2]  # the prompt's digit
+        np.testing.assert_array_equal(batch["image"], images[np.asarray(first)])
+        assert batch["image"].dtype == np.uint8
+    assert seen[0].shape == (2, 2, 3)
+    for name in ("tokens", "advantages"):
+        with pytest.raises(ValueError, match=f"columns may not be named ..{name}"):
+            taken(
+                rl.collect(rl.Prompts(PROMPTS, 2, RECORDS, {name: images}), sample, CREDIT), params
+            )
+    for wrong in ({"image": images[:3]}, {"a/b": images}):
+        with pytest.raises(ValueError, match="for 4 prompts; one each, and no '/'"):
+            rl.Prompts(PROMPTS, 2, RECORDS, wrong)
 
 
 def test_rewards_are_checked_and_missing_ones_defined():
     _, params = model_and_params()
-    state = state_at(0, params)
     with pytest.raises(ValueError, match=r"gave \(3,\) rewards for 8 completions"):
-        collector(lambda completions, records: [1.0, 2.0, 3.0])(state)
+        taken(collector(lambda completions, records: [1.0, 2.0, 3.0]), params)
     with pytest.raises(ValueError, match="infinite reward"):
-        collector(lambda completions, records: [np.inf] * 8)(state)
-    batch = collector(lambda completions, records: [None, 1, 0, 0] + [np.nan] * 4)(state)
+        taken(collector(lambda completions, records: [np.inf] * 8), params)
+    some = lambda completions, records: [None, 1, 0, 0] + [np.nan] * 4
+    (batch,) = taken(collector(some), params)
     assert batch["stats"]["unscored"].tolist() == [1, 0, 0, 0, 1, 1, 1, 1]
     assert batch["stats"]["no_contrast"].tolist() == [0] * 4 + [1] * 4
     assert batch["advantages"][0] == 0 and not batch["advantages"][4:].any()
@@ -145,23 +192,24 @@ def test_rewards_are_checked_and_missing_ones_defined():
 
 
 def test_sizes_and_greedy_sampling_are_errors():
-    with pytest.raises(ValueError, match="cannot be split over 3"):
-        collector(updates=3)
     model, params = model_and_params()
+    with pytest.raises(ValueError, match="8 responses cannot be split over 3"):
+        taken(collector(None, rl.add_old_policy(model.forward, 1.0), updates=3), params)
+    with pytest.raises(ValueError, match="0 epochs must be positive"):
+        collector(epochs=0)
+    with pytest.raises(ValueError, match="tries must be at least 1"):
+        rl.until_contrast(None, 0)
     with pytest.raises(ValueError, match="temperature=0 is greedy"):
         rl.sample_groups(model, params, PROMPTS, jax.random.key(0), SamplingConfig(3, 0.0), 2)
     with pytest.raises(ValueError, match="3 prompts for 4 records"):
-        rl.collect(
-            model, PROMPTS[:3], RECORDS, Digits(), by_length, CREDIT, SAMPLING,
-            prompts_per_step=2, group_size=4,
-        )  # fmt: skip
+        rl.Prompts(PROMPTS[:3], 2, RECORDS)
 
 
 def test_truncated_responses_leave_the_loss_but_not_the_baseline():
     _, params = model_and_params()
-    penalty = lambda lengths: -1.0 * (lengths >= 3)
-    plain = collector(by_length)(state_at(0, params))
-    batch = collector(by_length, mask_truncated=True, penalty=penalty)(state_at(0, params))
+    penalty = rl.add_penalty(lambda lengths: -1.0 * (lengths >= 3))
+    (plain,) = taken(collector(by_length), params)
+    (batch,) = taken(collector(by_length, penalty, rl.mask_truncated), params)
     long = batch["stats"]["truncated"] == 1
     assert long.any() and not long.all()
     assert not batch["completion_mask"][long].any()
@@ -177,16 +225,20 @@ def test_dynamic_sampling_goes_on_until_groups_have_contrast():
     calls = []
 
     def rewards(completions, records):
-        calls.append(len(completions))
+        calls.append([record["answer"] for record in records[::4]])
         # The first group of each try is flat, the second is not.
         return [1.0] * 4 + [float(i) for i in range(4)]
 
-    batch = collector(rewards, max_tries=5)(state_at(0, params))
-    assert calls == [8, 8] and not batch["stats"]["no_contrast"].any()
+    batches = collector(rewards, tries=5)
+    batch, carry = batches(params, batches.carry, jax.random.key(0))
+    # Of four prompts two a draw: the second draw has the other two.
+    assert len(calls) == 2 and sorted(calls[0] + calls[1]) == ["0", "1", "2", "3"]
+    assert carry["experience"]["draws"] == 2 and carry["experience"]["rollouts"] == 1
+    assert not batch["stats"]["no_contrast"].any()
     assert batch["stats"]["tries"][0] == 2 and len(batch["tokens"]) == 8
     calls.clear()
     flat = lambda completions, records: calls.append(1) or [1.0] * 8
-    batch = collector(flat, max_tries=3)(state_at(0, params))
+    (batch,) = taken(collector(flat, tries=3), params)
     assert len(calls) == 3 and batch["stats"]["no_contrast"].all()
     assert not batch["advantages"].any()
 
@@ -202,7 +254,7 @@ def test_a_policy_learns_a_task_in_seconds(name):
     }[name]
     targets = [[i] for i in range(4)]
     batches = rl.collect_on_device(
-        model, PROMPTS, rl.equals(targets, 1), credit, ONE_TOKEN, prompts_per_step=8, group_size=8
+        model, rl.Prompts(PROMPTS, 8), rl.equals(targets, 1), credit, ONE_TOKEN, group_size=8
     )
     _, history = fit(params, objective, optax.adam(3e-3), batches, steps=40)
     mean = lambda rows: np.mean([row["reward"] for row in rows])
@@ -213,10 +265,9 @@ def test_a_policy_learns_a_task_in_seconds(name):
 
 def test_host_and_device_collect_the_same():
     model, params = model_and_params()
-    settings = dict(prompts_per_step=2, group_size=4)
-    reward = rl.equals(TARGETS, SAMPLING.max_new_tokens)
-    device = rl.collect_on_device(model, PROMPTS, reward, CREDIT, SAMPLING, **settings)
-    got, wanted = device(state_at(3, params)), collector()(state_at(3, params))
+    reward, prompts = rl.equals(TARGETS, SAMPLING.max_new_tokens), rl.Prompts(PROMPTS, 2)
+    device = rl.collect_on_device(model, prompts, reward, CREDIT, SAMPLING, group_size=4)
+    (*_, got), (*_, wanted) = taken(device, params, 4), taken(collector(), params, 4)
     for name in ("tokens", "segment_ids", "positions", "completion_mask"):
         # The host pads prompts to a bucket.
         np.testing.assert_array_equal(got[name], wanted[name][:, -got[name].shape[1] :])
@@ -235,17 +286,12 @@ def test_a_run_with_several_updates_learns_on_the_host():
     build = functools.partial(policy_gradient, model.forward, kl_weight=1e-3)
     credit, objective = rl.grpo(build, 8)
     batches = rl.collect(
-        model,
-        PROMPTS,
-        RECORDS,
-        Digits(),
-        in_process(exact),
+        rl.Prompts(PROMPTS, 8, RECORDS),
+        rl.answers(model, Digits(), in_process(exact), ONE_TOKEN, 8),
         credit,
-        ONE_TOKEN,
-        prompts_per_step=8,
-        group_size=8,
+        rl.add_old_policy(model.forward, 1.0),
+        rl.add_reference(model.forward, params, 1.0),
         updates=2,
-        ref_params=params,
     )
     _, history = fit(params, objective, optax.adam(3e-3), batches, steps=60)
     assert {"kl", "kl_old", "clipped_low", "clipped_high", "entropy", "gap"} <= set(history[0])
@@ -253,3 +299,22 @@ def test_a_run_with_several_updates_learns_on_the_host():
     assert history[-1]["reward"] > history[0]["reward"] + 0.4
     # The first update of a rollout is on-policy, the second is not.
     assert history[0]["kl_old"] < 1e-9 < 1e-6 < history[1]["kl_old"]
+
+
+def test_the_example_of_the_algorithms_runs_as_it_is_printed():
+    """The code of jaxft.rl.algorithms' docstring, with the names that it leaves to the reader."""
+    text = rl.algorithms.__doc__
+    code = textwrap.dedent(re.search(r"\n\n((?:    .*\n|\n)+)", text).group(1))
+    (own,) = re.findall(r"parts: (Algorithm\(.*\))\.", text)
+    model, params = model_and_params()
+    given = dict(
+        model=model, params=params, tokenizer=Digits(), rewards=in_process(exact), ids=PROMPTS,
+        records=RECORDS, optimizer=optax.adam(1e-3), functools=functools, SamplingConfig=SamplingConfig,
+        policy_gradient=policy_gradient, fit=functools.partial(fit, callbacks=[]),
+    )  # fmt: skip
+    public = {name: getattr(rl, name) for name in rl.__all__}
+    scope = public | vars(rl.algorithms) | given
+    code = code.replace("steps=100", "steps=2")
+    assert "grpo(build" in code and "collect(" in code
+    exec(code + f"\nown = {own}", scope)
+    assert callable(scope["own"].credit) and scope["batches"].carry["experience"]["draws"] == 0

@@ -6,7 +6,8 @@ import pytest
 
 from jaxft.adapters import combine, partition
 from jaxft.keys import stream
-from jaxft.metrics import Mean
+from jaxft.metrics import Mean, Terms, terms_of
+from jaxft.optim import spsa
 from jaxft.train import accumulate, split_batch
 
 
@@ -74,6 +75,46 @@ def test_metrics_that_are_no_means_are_averaged_with_the_weights_of_the_loss():
     # Microbatches [1, 3] and [2, 6] of weights 4 and 8 and means 2 and 4.
     chex.assert_trees_all_close(metrics["mean"], (4 * 2.0 + 8 * 4.0) / 12)
     chex.assert_trees_all_close(metrics["count"], Mean(2.0, 2.0))
+
+
+def two_terms(stop, compiled=False, constant=False):
+    """Means over different weights; one may be a constant."""
+
+    def objective(params, batch, key):
+        del key
+        second = jnp.ones(()) if constant else params
+        task = Mean.of((params * batch["x"]) ** 2, batch["w"])
+        terms = Terms((task, Mean.of(second * batch["x"], batch["v"])))
+        metrics = {"loss": terms, "size": jnp.abs(params)}
+        stopped = jax.lax.stop_gradient(metrics)
+        return terms.value, stopped if stop else stopped | {"loss": terms}
+
+    return jax.jit(objective) if compiled else objective
+
+
+TWO = {"x": jnp.arange(1.0, 5.0), "w": jnp.array([1.0, 0, 1, 1]), "v": jnp.array([0.0, 2, 1, 0])}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("outer", [lambda f: f, jax.jit])
+def test_terms_without_a_gradient_are_refused(compiled, outer):
+    args = jnp.array(0.5), TWO, jax.random.key(0)
+    refused = pytest.raises(ValueError, match="Terms without a gradient, but microbatches")
+    sliced = lambda f, gradient=jax.value_and_grad: outer(accumulate(gradient, 2)(f, has_aux=True))
+    with refused:
+        sliced(two_terms(True, compiled))(*args)
+    # Another objective's loss, too, is made of the terms.
+    logged = two_terms(True, compiled)
+    around = lambda *a: (Terms(terms_of(*(lambda o: (o[0], o[1]["loss"]))(logged(*a)))).value, {})
+    with refused:
+        outer(jax.grad(around, has_aux=True))(*args)
+    for constant in (False, True):
+        whole = jax.value_and_grad(two_terms(False, compiled, constant), has_aux=True)(*args)
+        (loss, _), grads = sliced(two_terms(False, compiled, constant))(*args)
+        chex.assert_trees_all_close((loss, grads), (whole[0][0], whole[1]), rtol=1e-6)
+    # What differentiates nothing needs no gradient.
+    estimates = [sliced(two_terms(stop), spsa(1e-2))(*args)[1] for stop in (True, False)]
+    assert estimates[0] == estimates[1] != 0
 
 
 def test_an_objective_without_a_mean_has_weight_one():

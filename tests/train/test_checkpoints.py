@@ -1,6 +1,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import chex
 import jax
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
 from jaxft.adapters import adapt, full, lora, partition
@@ -76,7 +78,7 @@ def test_the_data_position_may_be_replayed(problem, whole, tmp_path):
         problem.train(tmp_path, batches=[])
 
 
-def test_positions_in_bytes_and_functions_of_the_state_resume(problem, whole, tmp_path):
+def test_positions_in_bytes_and_collect_functions_resume(problem, whole, tmp_path):
     class InBytes(problem.Batches):
         def get_state(self):
             return json.dumps(super().get_state()).encode()
@@ -86,7 +88,12 @@ def test_positions_in_bytes_and_functions_of_the_state_resume(problem, whole, tm
 
     problem.train(tmp_path / "bytes", steps=5, batches=InBytes())
     assert losses(problem.train(tmp_path / "bytes", batches=InBytes())[1]) == whole[1]
-    collect = lambda state: problem.make_batch(int(state.step) + 1)
+
+    def collect(params, carry, key):
+        rest = carry["rest"] or {"next": np.int32(1)}
+        return problem.make_batch(int(rest["next"])), {"rest": {"next": np.int32(rest["next"] + 1)}}
+
+    collect.carry = {"rest": {}}  # filled by the first call, here and from a checkpoint
     problem.train(tmp_path / "function", steps=5, batches=collect)
     assert losses(problem.train(tmp_path / "function", batches=collect)[1]) == whole[1]
 
@@ -390,13 +397,57 @@ def test_a_write_that_fails_ends_the_run_and_keeps_earlier_checkpoints(problem, 
             resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
 
     try:
-        with pytest.raises(OutputError, match="could not be written to .*earlier ones are kept"):
+        with pytest.raises(OutputError, match="could not be written to .*File too large") as caught:
             problem.train(tmp_path, callbacks=[Callback(on_step=fill_disk)])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    said, place = str(caught.value), tmp_path / "checkpoints"
+    assert f"to {place}: " in said and "GB are free there. Make room or choose" in said
+    assert f"The last checkpoint is of step 4, in {place}: go on from it with resume=True" in said
+    assert len(caught.value.history) >= 6 and caught.value.state is not None
     assert steps_in(tmp_path) == [2, 4]
     _, history = problem.train(tmp_path)
     assert losses(history) == whole[1]
+
+
+def test_a_disk_without_room_for_a_checkpoint_ends_the_run_at_once(problem, tmp_path, monkeypatch):
+    usage, seen = shutil.disk_usage, []
+
+    def fill_disk(step, state):
+        seen.append(step)
+        if step == 6:
+            full = usage(tmp_path)._replace(free=10)
+            monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
+
+    wanted = (
+        r"after step 6: .*/checkpoints has 0\.0 GB free, but one checkpoint takes .* of step 4, in"
+    )
+    with pytest.raises(OutputError, match=wanted) as caught:
+        problem.train(tmp_path, callbacks=[Callback(on_step=fill_disk)])
+    assert seen[-1] == 6 == int(caught.value.state.step)
+    assert steps_in(tmp_path) == [2, 4]
+
+
+def test_what_is_written_beside_the_training_and_fails_ends_it_at_once(problem, tmp_path):
+    """At the first step after the failure is known, not at the next checkpoint."""
+    seen, failed = [], []
+
+    def look(step, state):
+        seen.append(step)
+        if step == 3:  # The second checkpoint, of step 2, is under way and fails.
+            failed.append(ocp.CheckpointManager.check_for_errors)
+
+            def broken(self):
+                raise OSError(28, "No space left on device")
+
+            ocp.CheckpointManager.check_for_errors = broken
+
+    try:
+        with pytest.raises(OutputError, match="No space left on device; earlier ones are kept"):
+            problem.train(tmp_path, every=2, callbacks=[Callback(on_step=look)])
+    finally:
+        ocp.CheckpointManager.check_for_errors = failed[0]
+    assert seen[-1] == 3
 
 
 def test_writing_goes_on_beside_training_without_changing_what_is_saved(problem, tmp_path):

@@ -1,3 +1,5 @@
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,7 +8,7 @@ import pytest
 
 from jaxft.keys import stream
 from jaxft.parallel import make_mesh
-from jaxft.train import evaluate, evaluation, every, fit, make_eval_step
+from jaxft.train import Checkpoints, evaluate, evaluation, every, fit, jsonl_log, make_eval_step
 
 
 def rows_of(batch, rows):
@@ -62,6 +64,30 @@ def test_evaluation_adds_its_rows_and_is_done_at_the_end(problem, key):
     # Evaluation changes nothing.
     _, plain = fit(problem.make_params(), problem.objective, optax.adam(1e-2), batches, steps=5)
     assert [row["loss"] for row in plain] == [row["loss"] for row in history]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 9])
+@pytest.mark.parametrize("saves", [None, 4, 9])
+def test_without_steps_the_last_evaluation_is_where_the_batches_end(
+    problem, steps, saves, tmp_path
+):
+    # With saves = 4 the last row is reported before it is known to be the last.
+    calls, log = [], tmp_path / "metrics.jsonl"
+    look = every(steps, lambda state: calls.append(int(state.step)) or {"eval/x": 0.5})
+    _, history = fit(
+        problem.make_params(),
+        problem.objective,
+        optax.sgd(0.1),
+        [problem.make_batch(n) for n in range(4)],
+        callbacks=[look, jsonl_log(log)],
+        checkpoints=saves and Checkpoints(tmp_path / "checkpoints", every=saves),
+    )
+    wanted = [step for step in range(1, 5) if step % steps == 0 or step == 4]
+    assert calls == wanted
+    assert [row["step"] for row in history if "eval/x" in row] == wanted
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [row["step"] for row in lines] == [1, 2, 3, 4]
+    assert [row["step"] for row in lines if "eval/x" in row] == wanted
 
 
 def test_batches_of_an_evaluation_must_start_anew(problem):

@@ -41,6 +41,8 @@ def logged(directory):
 @pytest.mark.parametrize("kinds", [faults.PROCESS_FAULTS, faults.STORAGE_FAULTS], ids=" ".join)
 def test_nothing_is_lost_and_nothing_diverges(losses, tmp_path, kinds):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": child_flags()}
+    # All lives compile the same small programs: the first alone need do so.
+    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     command = [sys.executable, faults.__file__, tmp_path, POINTS, SEED, *kinds]
     result = subprocess.run(
         list(map(str, command)), env=environment, capture_output=True, text=True
@@ -65,8 +67,12 @@ def test_nothing_is_lost_and_nothing_diverges(losses, tmp_path, kinds):
 
 # Each process takes its part of each batch; one of them may kill itself.
 HOST = """
-import os, signal, sys, threading, time
+import functools, os, signal, sys, threading, time
 import jax
+# Of a process that waits for the killed one at a checkpoint; JAX's own 100 s prove no more.
+jax.distributed.initialize = functools.partial(
+    jax.distributed.initialize, heartbeat_timeout_seconds=20
+)
 from jaxft.parallel import connect_hosts, make_mesh
 from jaxft.train import Callback, jsonl_log, run_main
 connect_hosts()

@@ -6,6 +6,7 @@ import optax
 import pytest
 
 from jaxft.adapters import partition
+from jaxft.keys import stream
 from jaxft.parallel import make_mesh, shard_params
 from jaxft.train import (
     Callback,
@@ -60,13 +61,50 @@ def test_fit_goes_on_from_a_state(problem, optimizer, key):
     chex.assert_trees_all_equal(state, whole[0])
 
 
-def test_batches_may_be_a_function_of_the_state(problem, optimizer, key):
-    collect = lambda state: problem.make_batch(int(state.step) + 1)
+def counting(problem):
+    """collect: the next batch of the problem, counted in the carry."""
+
+    def collect(params, carry, key):
+        number = carry["taken"] + 1
+        return problem.make_batch(int(number)), {**carry, "taken": number}
+
+    collect.carry = {"taken": np.int32(0)}
+    return collect
+
+
+def test_batches_may_be_a_collect_function(problem, optimizer, key):
     args = problem.make_params(), problem.objective, optimizer
-    _, history = fit(*args, collect, steps=4, key=key)
+    state, history = fit(*args, counting(problem), steps=4, key=key, carry={"own": jnp.ones(2)})
     assert losses(history) == losses(fit(*args, problem.Batches(), steps=4, key=key)[1])
+    assert state.carry["taken"] == 4 and state.carry["own"].tolist() == [1, 1]
+    # A state goes on where it was.
+    _, more = fit(state, problem.objective, optimizer, counting(problem), steps=6)
+    assert losses(more) == losses(fit(*args, problem.Batches(), steps=6, key=key)[1][4:])
     with pytest.raises(ValueError, match="never ends; pass steps"):
-        fit(*args, collect)
+        fit(*args, counting(problem))
+    with pytest.raises(ValueError, match="a dict of named entries; got tuple"):
+        fit(*args, counting(problem), steps=1, carry=(jnp.ones(2),))
+
+
+def test_what_collect_returns_is_checked_and_may_share_memory(problem, optimizer, key):
+    args = problem.make_params(), problem.objective, optimizer
+    keys = []
+
+    def aliasing(params, carry, key):
+        keys.append(key)
+        batch = jax.tree.map(jnp.asarray, problem.make_batch(1))
+        return batch, {"batch": batch, "params": params, "again": batch}
+
+    start = {"batch": problem.make_batch(1), "params": args[0], "again": problem.make_batch(1)}
+    state, _ = fit(*args, aliasing, steps=3, key=key, carry=start)
+    jax.block_until_ready(state)
+    assert keys == [stream(key, "collect", step) for step in range(3)]
+    grows = lambda params, carry, key: (problem.make_batch(1), jnp.zeros(len(carry) + 1))
+    with pytest.raises(ValueError, match=r"was float32\[1\] and is now float32\[2\]"):
+        fit(*args, grows, steps=2, carry=jnp.zeros(1))
+    loses = lambda params, carry, key: (problem.make_batch(1), {})
+    with pytest.raises(ValueError, match="has no 'x' any more"):
+        fit(*args, loses, steps=2, carry={"x": jnp.zeros(1)})
 
 
 def test_batches_that_end_early_warn(problem, optimizer):

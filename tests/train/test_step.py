@@ -1,4 +1,6 @@
 import dataclasses
+import functools
+from contextlib import nullcontext
 
 import chex
 import jax
@@ -7,11 +9,12 @@ import numpy as np
 import optax
 import pytest
 
-from jaxft.adapters import partition
+from jaxft import optim, train
+from jaxft.adapters import adapt, paca, partition
 from jaxft.keys import stream
 from jaxft.metrics import Mean
 from jaxft.train import commit, init_state, jit_step, make_optimizer, make_step
-from jaxft.weights import Frozen, Weight, frozen_field
+from jaxft.weights import Frozen, Weight, frozen_field, matmul
 
 
 @pytest.fixture
@@ -142,6 +145,69 @@ def test_microbatches_and_any_estimator_reach_the_step(problem, adam, key):
     assert seen == [True]
     chex.assert_trees_all_close(twice["loss"], plain["loss"], rtol=1e-5)
     chex.assert_trees_all_close(twice["grad_norm"], 2 * plain["grad_norm"], rtol=1e-5)
+
+
+def wrapped(fun, has_aux):
+    return jax.value_and_grad(fun, has_aux=has_aux)
+
+
+def ahead(fun, has_aux):
+    """The value and the gradient at 2 θ."""
+    return lambda params, *args: jax.value_and_grad(fun, has_aux=has_aux)(
+        jax.tree.map(lambda x: 2 * x, params), *args
+    )
+
+
+SAYS = {  # estimator -> (whether PaCA is used in place, whether the step warns)
+    "value_and_grad": (jax.value_and_grad, True, False),
+    "partial": (functools.partial(jax.value_and_grad), True, False),
+    "accumulate": (train.accumulate(jax.value_and_grad, 2), True, False),
+    "in_groups": (optim.in_groups(jax.value_and_grad, 2), True, False),
+    "said": (optim.evaluates(at_params=True)(wrapped), True, False),
+    "partial of said": (functools.partial(optim.evaluates(at_params=True)(wrapped)), True, False),
+    "unknown": (wrapped, False, True),
+    "unknown and moving": (ahead, False, True),
+    "accumulate of unknown": (train.accumulate(wrapped, 2), False, True),
+    "moving": (optim.evaluates(at_params=False)(ahead), False, False),
+    "sam": (optim.sam(), False, False),
+    "accumulate of sam": (train.accumulate(optim.sam(), 2), False, False),
+    "spsa": (optim.spsa(), False, False),
+}
+
+
+@pytest.mark.parametrize("name", SAYS)
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_weights_are_used_in_place_where_the_estimator_says_that_it_stays(name, microbatches, key):
+    gradient, stays, warns = SAYS[name]
+    seen = set()
+
+    def objective(params, batch, key):
+        seen.add(params["w"].in_place)
+        loss = Mean.of(
+            jnp.sum(matmul(batch["x"], params["w"]) ** 2, axis=1), jnp.ones(len(batch["x"]))
+        )
+        return loss.value, {"loss": loss}
+
+    kernel = jax.random.normal(key, (6, 6))
+    params = adapt(key, {"w": kernel}, {"w": paca(2)})
+    state = init_state(params, optax.sgd(0.1), key)
+    step = make_step(objective, optax.sgd(0.1), gradient=gradient, microbatches=microbatches)
+    batch = {"x": jnp.arange(24.0).reshape(4, 6) / 24}
+    expected = pytest.warns(UserWarning, match="does not say where") if warns else nullcontext()
+    with expected:
+        _, metrics = step(state, batch)
+    assert seen == {stays}
+    if gradient is ahead:  # Θ is where the estimator looked, not where the kernel's rows are.
+        rows = params["w"].indices
+        twice = np.asarray(kernel).copy()
+        twice[rows] *= 2
+        wanted = np.mean(np.sum((np.asarray(batch["x"]) @ twice) ** 2, axis=1))
+        np.testing.assert_allclose(metrics["loss"].value, wanted, rtol=1e-5)
+
+
+def test_weights_without_a_form_for_use_in_place_need_no_word(problem, key):
+    step = make_step(problem.objective, optax.sgd(0.1), gradient=wrapped)
+    step(init_state(problem.make_params(), optax.sgd(0.1), key), problem.make_batch(0))
 
 
 def test_an_optimizer_with_extra_arguments_gets_the_value_and_functions_of_it(problem, key):

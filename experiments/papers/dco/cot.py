@@ -100,14 +100,18 @@ def train_arm(
     )
     curve, seen = [], {"looked": 0, "kept": 0}
 
-    def batches(state):
+    def collect(params, carry, key):
+        batch = found(params, int(carry["steps"]), key)
+        return batch, {"steps": carry["steps"] + 1}
+
+    def found(params, step, key):
         for _ in range(settings.looked):
             if (batch := queue.pop()) is not None:
                 return batch
             chosen = rng.integers(0, len(start.pairs), settings.batch_size)
             p = np.zeros(len(chosen))
-            if arm == "DCO" and int(state.step) >= settings.warmup:
-                p = chance(state.params, chosen, stream(state.key, "chance", seen["looked"]))
+            if arm == "DCO" and step >= settings.warmup:
+                p = chance(params, chosen, stream(key, "chance", seen["looked"]))
             kept = queue.push(jax.tree.map(lambda x, chosen=chosen: x[chosen], rows), 1 - p)
             seen.update(looked=seen["looked"] + len(chosen), kept=seen["kept"] + kept)
         return queue.pop()
@@ -121,8 +125,9 @@ def train_arm(
         return {}
 
     train.fit(
-        start.params, supervised(model.forward), arithmetic.policy_optimizer(settings.learning_rate), batches,
+        start.params, supervised(model.forward), arithmetic.policy_optimizer(settings.learning_rate), collect,
         steps=settings.steps, key=jax.random.key(seed), callbacks=[train.every(settings.every, look)],
+        carry={"steps": np.int32(0)},
     )  # fmt: skip
     print(f"    {arm}: pass@N {curve[-1]['pass']}, {seen}", flush=True)
     return curve

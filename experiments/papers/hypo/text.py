@@ -21,7 +21,8 @@ from jaxft.keys import stream
 from jaxft.losses import dpo_loss, leave_one_out
 from jaxft.models import Decoder
 from jaxft.objectives import hypo, policy_gradient, preference, sequence_log_probs
-from jaxft.objectives.policy import reinforce, sequence_sum
+from jaxft.objectives.policy import sequence_sum
+from jaxft.rl.algorithms import reinforce
 
 TOPICS, GOOD, BAD, NEUTRAL = 3, (3, 6), (6, 9), (9, 15)  # ids; topics come first
 LENGTH, TURN = 12, 4  # words of a text; good ones after which most are bad
@@ -129,7 +130,7 @@ def run(settings: Settings, seed: int) -> dict[str, list[dict[str, float]]]:
 
 
 def method(name: str, model: Decoder, base: Any, pairs: dict[str, Any], settings: Settings):
-    """(objective, batches of a state) of a method; RLOO alone sees the true reward."""
+    """(objective, its collect function) of a method; RLOO alone sees the true reward."""
     loss = functools.partial(dpo_loss, beta=settings.beta)
     objectives = {
         "DPO": preference(model.forward, loss, beta=settings.beta),
@@ -138,8 +139,7 @@ def method(name: str, model: Decoder, base: Any, pairs: dict[str, Any], settings
     }
     draw = _draw(name, model, settings)
     data = jax.tree.map(jnp.asarray, pairs)
-    key = lambda state: stream(state.key, "rollout", state.step)
-    return objectives[name], lambda state: draw(state.params, base, data, key(state))
+    return objectives[name], lambda params, carry, key: (draw(params, base, data, key), carry)
 
 
 @functools.cache

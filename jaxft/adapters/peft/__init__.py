@@ -158,8 +158,7 @@ def load_adapter(
     """
     path, family = pathlib.Path(path), family_of(config, families)
     if (path / native.CONFIG).exists():
-        places = dict(targets=family.targets, stacked=family.stacked_axes)
-        return native.load_native(path, params, **places)
+        return native.load_native(path, params, targets=family.targets, stacked=family.stacked_axes)
     stacked = is_stacked(params, family.layers)
     bare = lambda node: node.value if isinstance(node, Frozen) else node
     flat = jax.tree.map(bare, unstack_layers(params, family.layers), is_leaf=is_weight)

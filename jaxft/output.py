@@ -1,0 +1,55 @@
+"""Errors of writing, which name the place and what to do."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+class OutputError(OSError):
+    """A file or directory that cannot be written, has no room, or holds another run.
+
+    state, history: of a training run that it ended, as `fit` would have returned them.
+    """
+
+    state: Any = None
+    history: Any = None
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike) -> Iterator[None]:
+    """Turns an error of the file system inside the block into an OutputError that names `path`.
+
+    Without it, a full disk is "[Errno 28] No space left on device".
+    """
+    try:
+        yield
+    except OutputError:
+        raise
+    except Exception as error:
+        # safetensors and others in Rust have errors of their own, with this text.
+        if not isinstance(error, OSError) and "os error" not in str(error):
+            raise
+        raise OutputError(
+            f"{path} could not be written: {reason(error)}; {free(path)}Make room or choose another place."
+        ) from error
+
+
+def reason(error: Exception) -> str:
+    """The first line of an error."""
+    said = getattr(error, "strerror", None) or str(error).strip().split("\n")[0][:300]
+    return said or type(error).__name__
+
+
+def free(path: str | os.PathLike) -> str:
+    """How much room there is, as a clause; empty where that cannot be known."""
+    path = Path(path).absolute()
+    there = next((p for p in (path, *path.parents) if p.exists()), None)
+    try:
+        return f"{shutil.disk_usage(there).free / 1e9:.3g} GB are free there. "
+    except (OSError, TypeError):
+        return ""

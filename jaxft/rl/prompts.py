@@ -1,0 +1,92 @@
+"""What a step asks: prompts in an order that is new each epoch, with their records and columns."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxft.generation import bucket
+
+MIN_BUCKET = 16  # of prompt and response lengths
+
+
+class Asked(NamedTuple):
+    """The prompts of one draw, P of them."""
+
+    ids: Sequence[Sequence[int]]
+    records: Sequence[Mapping[str, Any]]
+    columns: Mapping[str, np.ndarray] = {}  # name -> [P, ...]: images, say
+    # Columns of prompts in a batch, whose responses then have all they may ever need; None: as few as do.
+    width: int | None = None
+    following: Callable[[], Asked] | None = None  # the next draw
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """Prompts to draw from, `per_step` at a time.
+
+    Args:
+        ids: token ids of each prompt.
+        per_step: prompts of a draw.
+        records: one a prompt, which rewards are given; None: empty ones.
+        columns: name -> [len(ids), ...], any arrays that belong to prompts, such as images: the sampler gets
+            those of its prompts as `columns=`, and the batch a row of them for each response.
+        seed: of the order, a new permutation each epoch.
+
+    Raises:
+        ValueError: where prompts, records and columns differ in number, or for a name with a "/".
+    """
+
+    ids: Sequence[Sequence[int]]
+    per_step: int
+    records: Sequence[Mapping[str, Any]] | None = None
+    columns: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    seed: int = 0
+
+    def __post_init__(self):
+        records = [{}] * len(self.ids) if self.records is None else self.records
+        object.__setattr__(self, "records", records)
+        if self.per_step < 1 or len(self.ids) != len(records) or not records:
+            raise ValueError(
+                f"Prompts: {len(self.ids)} prompts for {len(records)} records, {self.per_step} a step; there "
+                "must be as many of both, and at least one of each."
+            )
+        for name, column in self.columns.items():
+            if len(column) != len(self.ids) or "/" in name:
+                raise ValueError(
+                    f"Prompts: column {name!r} has {len(column)} rows for {len(self.ids)} prompts; one each, "
+                    "and no '/' in its name."
+                )
+
+    def chosen(self, draw: int) -> list[int]:
+        """The numbers of the prompts of a draw."""
+        return prompts_of(draw, self.per_step, len(self.ids), self.seed)
+
+    def pick(self, draw: int, fixed: bool = False) -> Asked:
+        """The prompts of a draw.
+
+        Args:
+            fixed: whether batches of all draws are to have the same shape, that of the longest prompt.
+        """
+        numbers = self.chosen(draw)
+        width = bucket(max(map(len, self.ids)), MIN_BUCKET) if fixed else None
+        return Asked(
+            ids=[self.ids[i] for i in numbers],
+            records=[self.records[i] for i in numbers],
+            columns={name: np.asarray(column)[numbers] for name, column in self.columns.items()},
+            width=width,
+            following=lambda: self.pick(draw + 1, fixed),
+        )
+
+
+def prompts_of(draw: int, count: int, size: int, seed: int) -> list[int]:
+    """The draw-th `count` prompts of `size` in an order that is new each epoch."""
+    places = np.arange(draw * count, (draw + 1) * count)
+    order = {
+        epoch: np.random.default_rng((seed, epoch)).permutation(size)
+        for epoch in set((places // size).tolist())
+    }
+    return [int(order[place // size][place % size]) for place in places.tolist()]

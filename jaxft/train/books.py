@@ -1,0 +1,121 @@
+"""Books: entries of the carry that a step keeps and its objective reads: moving references, running means."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxft.metrics import Mean, Terms, with_mean
+from jaxft.train.accumulation import as_means, joined, split_batch
+
+Entry = Any  # a pytree of arrays, at state.carry[name] for make_step(books={name: book})
+
+
+class Book(NamedTuple):
+    """Three pure functions of one entry of the carry, which the step of `make_step` calls.
+
+    start(params) -> entry: at the beginning of the run, of the whole params tree.
+    give(entry, params, batch) -> {column: value}: what the objective finds in its batch beside the data. The
+        compiled step makes it once, from the whole params of the state, and without a gradient. A value is
+        a scalar, or a column of rows [B, ...] each made from its own row (with microbatches slice by slice).
+    update(entry, trainable, metrics) -> entry: after the step, from the trainable part of the new params and
+        the metrics of the step. After a step that is not `good` the entry stays as it was.
+    """
+
+    start: Callable[[Any], Entry]
+    give: Callable[[Entry, Any, Any], Mapping[str, Any]]
+    update: Callable[[Entry, Any, Mapping[str, Any]], Entry]
+
+
+Books = Mapping[str, Book]
+
+
+def running_mean(metric: str, *, column: str = "running") -> Book:
+    """The mean of a metric over all steps so far.
+
+    The batch gets `column`, (mean, weight), two float32 scalars. The mean is weighted as the metric's `Mean`s
+    are; a plain number counts like the loss.
+
+    Args:
+        metric: a name among the objective's metrics.
+        column: its name in the batch. BCO reads `running`, the mean of "rewards/mean".
+    """
+
+    def update(entry, trainable, metrics):
+        del trainable
+        if metric not in metrics:
+            raise ValueError(f"running_mean: no metric {metric!r}; there are {sorted(metrics)}.")
+        part = as_means(metrics)[metric]
+        if isinstance(part, Terms):
+            part = Mean(part.value * part.weight, part.weight)
+        return tuple(x.astype(jnp.float32) for x in with_mean(*entry, part))
+
+    return Book(
+        start=lambda params: (jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32)),
+        give=lambda entry, params, batch: {column: entry},
+        update=update,
+    )
+
+
+def start_books(books: Books | None, params: Any, carry: Any = None) -> Any:
+    """The first carry of a run: the given one, with an entry for each book.
+
+    Raises:
+        ValueError: if there are books and `carry` is no dict, or has an entry of a book's name.
+    """
+    if not books:
+        return carry
+    carry = {} if carry is None else carry
+    if not isinstance(carry, Mapping) or books.keys() & carry.keys():
+        has = sorted(carry) if isinstance(carry, Mapping) else type(carry).__name__
+        raise ValueError(
+            f"init_state: the carry must be a dict without the names of books {sorted(books)}, got {has}."
+        )
+    return dict(carry) | {name: book.start(params) for name, book in books.items()}
+
+
+def give(books: Books, carry: Any, params: Any, batch: Any, microbatches: int) -> Any:
+    """The batch with what the books give.
+
+    Raises:
+        ValueError: if the carry lacks an entry, or the batch has a column that a book gives.
+    """
+    if not books:
+        return batch
+    missing = sorted(books.keys() - (carry.keys() if isinstance(carry, Mapping) else set()))
+    if missing:
+        raise ValueError(
+            f"make_step: the state's carry has no entries {missing}; make the state with "
+            "init_state(..., books=books)."
+        )
+
+    def given(batch):
+        found = {}
+        for name, book in books.items():
+            columns = book.give(carry[name], params, batch)
+            if taken := sorted(columns.keys() & (batch.keys() | found.keys())):
+                raise ValueError(
+                    f"make_step: book {name!r} gives {taken}, which the batch has already; leave it out of "
+                    "the data, or drop the book."
+                )
+            found |= columns
+        return found
+
+    whole = given(batch)
+    if microbatches > 1:  # as little memory as the slices of the objective take
+        rows = joined(jax.lax.map(given, split_batch(batch, microbatches)))
+        # What of `whole` has rows is not read, so the compiler leaves it out.
+        whole = jax.tree.map(lambda w, r: r if jnp.ndim(w) else w, whole, rows)
+    return {**batch, **whole}
+
+
+def updated(books: Books, carry: Any, trainable: Any, metrics: Any, good: jax.Array) -> Any:
+    """The carry after a step; if that is not `good`, as it was."""
+    if not books:
+        return carry
+    new = {name: book.update(carry[name], trainable, metrics) for name, book in books.items()}
+    old = {name: carry[name] for name in books}
+    return {**carry, **jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)}

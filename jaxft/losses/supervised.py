@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from jaxft.kernels import linear_log_probs as kernel
 from jaxft.kernels.backend import length_axes, row_axes
+from jaxft.kernels.linear_log_probs import fused_log_probs
 from jaxft.kernels.pullback import of_wanted, pick, with_pullback
 from jaxft.weights import WeightLike, matmul_float32, stored
 
@@ -98,7 +98,7 @@ def linear_log_probs(
     """log softmax(h_t W / temperature)[target_t] in nats, one value a token; logits never held whole.
 
     A caller may weigh tokens by values that are known only after the forward pass (advantages,
-    preferences). A dense head, frozen or not, goes to the kernel of that name; any other weight
+    preferences). A dense head, frozen or not, goes to the kernel `fused_log_probs`; any other weight
     through `matmul`, chunk by chunk, and its logits are recomputed in the backward pass.
 
     Args:
@@ -107,7 +107,7 @@ def linear_log_probs(
     dense, transposed = stored(head)
     if dense is not None:
         options = dict(temperature=temperature, softcap=softcap, chunk=chunk)
-        run = functools.partial(kernel.linear_log_probs, transposed=transposed, **options)
+        run = functools.partial(fused_log_probs, transposed=transposed, **options)
         return _over_length(run, hidden, dense, targets)
     score = lambda logits, targets: -cross_entropy(logits / temperature, targets)
     return scan_logits(score, hidden, head, targets, softcap=softcap, chunk=chunk)

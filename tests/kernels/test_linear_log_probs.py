@@ -113,7 +113,37 @@ def test_gradient_is_the_finite_difference(form):
     )
     # check_grads calls with numpy's arrays.
     loss = lambda h, w: jnp.sum(cotangent * jnp.sin(ours(jnp.asarray(h), jnp.asarray(w))))
-    jax.test_util.check_grads(loss, (hidden, head), order=1, modes=["rev"], rtol=2e-2, atol=2e-2)
+    jax.test_util.check_grads(
+        loss, (hidden, head), order=1, modes=["fwd", "rev"], rtol=2e-2, atol=2e-2
+    )
+
+
+def slopes_and_curvatures(function, at, along):
+    """jvp, jvp of grad, grad of jvp and grad of grad, of a scalar function."""
+    gradient = jax.grad(function, (0, 1))
+    slope = lambda *at: jax.jvp(function, at, along)[1]
+    dot = lambda *at: sum(jnp.vdot(a, b) for a, b in zip(gradient(*at), along, strict=True))
+    hessian = jax.jvp(gradient, at, along)[1]
+    return slope(*at), hessian, *(jax.grad(f, (0, 1))(*at) for f in (slope, dot))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_forward_mode_and_second_derivatives_are_those_of_log_softmax(form, transposed):
+    # Neither chunks of 7 tokens nor tiles of columns are filled.
+    hidden, head, targets, cotangent = draw(1, 12, 8, 300, transposed)
+    at, along = (hidden, head), (jnp.cos(7 * hidden), jnp.cos(7 * head))
+    options = dict(implementation=form, chunk=7, interpret=True)
+    ours = lambda *at: fused_log_probs(*at, targets, transposed=transposed, **OPTIONS, **options)
+    slow = lambda *at: plain(*at, targets, transposed, **OPTIONS)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def derivatives(function, at, along):
+        scalar = lambda *at: jnp.sum(cotangent * jnp.sin(function(*at)))
+        return slopes_and_curvatures(scalar, at, along)
+
+    found, expected = derivatives(ours, at, along), derivatives(slow, at, along)
+    chex.assert_trees_all_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("form", ["xla", "pallas"])

@@ -10,7 +10,9 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from jaxft.losses import cross_entropy, linear_cross_entropy, linear_log_probs
+from jaxft.models import Decoder, tiny_config
 from jaxft.models.decoder import project
+from jaxft.objectives import supervised
 from jaxft.weights import (
     Frozen,
     LoraWeight,
@@ -202,3 +204,25 @@ def test_forward_mode_and_hessian_products_never_hold_all_logits():
         for function in (slope, product):
             compiled = jax.jit(function).lower(*at).compile()
             assert compiled.memory_analysis().temp_size_in_bytes < 2 * 64 * 4096 * 4
+
+
+def test_hessian_products_of_the_supervised_objective_are_those_of_its_logits():
+    config = dataclasses.replace(tiny_config(), num_layers=1)
+    model, tokens = Decoder(config), jax.random.randint(jax.random.key(1), (2, 5), 0, 99)
+    params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
+    along = jax.tree.map(lambda leaf: jnp.cos(7 * leaf), params)
+    whole = jnp.ones(tokens.shape, jnp.int32)
+    positions = jnp.broadcast_to(jnp.arange(5), tokens.shape)
+    batch = dict(tokens=tokens, loss_mask=1.0 * whole, segment_ids=whole, positions=positions)
+
+    def slow(params):
+        logits = model.apply({"params": params}, tokens).logits[:, :-1]
+        return jnp.mean(cross_entropy(logits, tokens[:, 1:]))
+
+    def products(loss):
+        slope = lambda p: jax.jvp(loss, (p,), (along,))[1]
+        return jax.jvp(jax.grad(loss), (params,), (along,)), jax.grad(slope)(params)
+
+    ours = lambda params: supervised(model)(params, batch, jax.random.key(2))[0]
+    found, expected = jax.jit(lambda: (products(ours), products(slow)))()
+    chex.assert_trees_all_close(found, expected, rtol=1e-3, atol=1e-4)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any
+import types
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from jaxft.objectives import policy_gradient, supervised
 from jaxft.train import fit
 from jaxft.weights import matmul
 
-IMAGE, ASK, PROMPT = 6, 7, [6, 6, 6, 6, 7]  # four patches and a question; answers are 0 to 3
+IMAGE, PROMPT = 6, [6, 6, 6, 6, 7]  # four patches and a question; answers are 0 to 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,19 +26,18 @@ class Seeing:
 
     decoder: Decoder
 
-    def __getattr__(self, name: str) -> Any:  # config, init_cache
+    def __getattr__(self, name):  # config, init_cache
         return getattr(self.decoder, name)
 
     def forward(self, params, batch, key=None, *, cache=None):
         def put(x):
-            if "images" not in batch:  # Later tokens of a sampler see those in the cache.
+            if "images" not in batch:  # Later tokens of a sampler see them in the cache.
                 return x
             parts = batch["images"].reshape(-1, 2, 2, 2, 2).swapaxes(2, 3).reshape(-1, 4, 4)
-            seen, here = matmul(parts, params["vision"]), jnp.asarray(batch["tokens"]) == IMAGE
+            here = (jnp.asarray(batch["tokens"]) == IMAGE)[..., None]
             place = jnp.clip(jnp.cumsum(here, axis=1) - 1, 0, 3)
-            return jnp.where(
-                here[..., None], jnp.take_along_axis(seen, place[..., None], axis=1), x
-            )
+            seen = jnp.take_along_axis(matmul(parts, params["vision"]), place, axis=1)
+            return jnp.where(here, seen, x)
 
         return self.decoder.forward(params["text"], batch, key, noise=put, cache=cache)
 
@@ -51,21 +50,14 @@ def images(seed, count=64):
     return (bright + 0.1 * rng.normal(size=bright.shape)).astype(np.float32), answers
 
 
-class Digits:
-    """A tokenizer of one digit a token."""
-
-    def decode(self, ids, skip_special_tokens=True):
-        return "".join(map(str, ids))
-
-
 def test_images_are_learnt_by_supervised_and_by_grpo():
     sizes = dict(hidden_size=32, intermediate_size=32, num_layers=2, max_length=16)
     model = Seeing(Decoder(dataclasses.replace(tiny_config(vocab_size=8), **sizes)))
     text = model.decoder.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     params = {"text": text, "vision": jax.random.normal(jax.random.key(1), (4, 32))}
     (pixels, answers), (held_out, wanted) = images(0), images(1)
-    rows = {"tokens": np.insert(np.tile(PROMPT, (64, 1)), 5, answers, axis=1), "images": pixels}
-    batch = rows | {"loss_mask": np.ones((64, 6)) * (np.arange(6) == 5)}
+    batch = {"tokens": np.insert(np.tile(PROMPT, (64, 1)), 5, answers, axis=1), "images": pixels}
+    batch["loss_mask"] = np.tile(np.arange(6) == 5, (64, 1)) * 1.0
     params = adapt(jax.random.key(2), params, {"text/layers/.*/kernel": lora(8), ".*": full()})
     greedy = functools.partial(generate, config=SamplingConfig(1, temperature=0))
 
@@ -77,16 +69,11 @@ def test_images_are_learnt_by_supervised_and_by_grpo():
     half, state = (learn(params, batches=[batch] * steps)[0].params for steps in (15, 40))
     assert right(params) < 0.4 and right(half) < 0.7 and right(state) > 0.95
     assert right(state, held_out[::-1]) < 0.4  # It is the image that it reads.
-    prompts = rl.Prompts(
-        [PROMPT] * 64, 16, [{"answer": str(a)} for a in answers], {"images": pixels}
-    )
-    judge = lambda texts, asked: [
-        float(t == r["answer"]) for t, r in zip(texts, asked, strict=True)
-    ]
+    prompts = rl.Prompts([PROMPT] * 64, 16, [{"is": str(a)} for a in answers], {"images": pixels})
+    judge = lambda texts, asked: [t == r["is"] for t, r in zip(texts, asked, strict=True)]
+    digits = types.SimpleNamespace(decode=lambda ids, **_: "".join(map(str, ids)))
+    sample = rl.answers(model, digits, judge, SamplingConfig(1), 8)
     credit, objective = rl.grpo(functools.partial(policy_gradient, model.forward), 8)
-    experience = rl.collect(
-        prompts, rl.answers(model, Digits(), judge, SamplingConfig(1), 8), credit
-    )
+    experience = rl.collect(prompts, sample, credit)
     state, history = fit(half, objective, optax.adam(1e-2), experience, steps=40)
-    assert history[0]["reward"] < 0.6 and np.mean([row["reward"] for row in history[-5:]]) > 0.9
-    assert right(state.params) > 0.8
+    assert history[0]["reward"] < 0.6 and history[-1]["reward"] > 0.9 and right(state.params) > 0.8

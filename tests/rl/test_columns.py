@@ -82,7 +82,7 @@ connect_hosts()
 import optax
 from jaxft.objectives import supervised
 from jaxft.train import fit
-from tests.contracts.test_columns import MODEL, run
+from tests.rl.test_columns import MODEL, run
 from tests.contracts.test_encoder_decoder import initial, task
 
 start = fit(initial(jax.random.key(0)), supervised(MODEL.forward), optax.adam(1e-2), [task(0)] * 12)

@@ -45,6 +45,23 @@ def in_place(params: Any) -> Any:
     return jax.tree.map(mark, params, is_leaf=is_weight)
 
 
+def anywhere(params: Any) -> Any:
+    """The params with each weight in the form that is right for any values of its fields.
+
+    The inverse of `in_place`. `partition` calls it, so that an objective that moves what trains (noise on
+    the weights, an inner gradient step) gets within a step what it gets anywhere else.
+    """
+
+    def mark(node):
+        return dataclasses.replace(node, in_place=False) if _is_in_place(node) else node
+
+    return jax.tree.map(mark, params, is_leaf=is_weight)
+
+
+def _is_in_place(node):
+    return writes_back(node) and getattr(node, "in_place", False)
+
+
 def writes_back(node: Any) -> bool:
     """Whether `node` is a weight with a method `committed`."""
     # An array too has an attribute `committed`.

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxft.adapters.committing import anywhere
 from jaxft.adapters.rules import Rule, as_it_is
 from jaxft.adapters.soft import Added
 from jaxft.keys import stream
@@ -103,7 +104,11 @@ def trainable_mask(params: Params) -> Params:
 
 
 def partition(params: Params) -> tuple[Params, Params]:
-    """(trainable, frozen): two trees like params, each with None where the other has the leaf."""
+    """(trainable, frozen): two trees like params, each with None where the other has the leaf.
+
+    Both have weights in the form that is right for any values of their fields (`anywhere`).
+    """
+    params = anywhere(params)
     mask = trainable_mask(params)
     trainable = jax.tree.map(lambda trains, leaf: leaf if trains else None, mask, params)
     frozen = jax.tree.map(lambda trains, leaf: None if trains else leaf, mask, params)

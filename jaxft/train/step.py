@@ -50,7 +50,8 @@ def make_step(
     with optax.inject_hyperparams or `make_optimizer`) and likewise `trust_distance` (`with_tram`).
 
     Args:
-        objective: (params, batch, key) -> (loss, metrics).
+        objective: (params, batch, key) -> (loss, metrics). One that looks at other params than those given
+            (noise on the weights, an inner step) moves what `partition` gives it.
         optimizer: any optax transform; one with extra arguments gets `value`, `grad`,
             `value_fn(trainable)` and `grad_fn(trainable, *_)` of this batch, and the objective's `metrics`.
         gradient: estimator with the signature of jax.value_and_grad, called with has_aux=True. One of your

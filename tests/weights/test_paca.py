@@ -448,3 +448,23 @@ def _fit(*args):
 
 def _losses(*args, **options):
     return _run(*args, **options)[1]
+
+
+def test_objectives_that_move_the_params_get_in_fit_what_they_get_in_a_plain_loop():
+    """Noise on the weights, an inner gradient step (MAML), a mean over a grid: PaCA's rows are elsewhere."""
+    draw = lambda i, *shape: jax.random.normal(jax.random.key(i), shape)
+    params = adapt(KEY, {"k": draw(0, 8, 4)}, {"k": paca(3)})
+    x, y = draw(1, 6, 8), draw(2, 6, 4)
+    error = lambda t, frozen: jnp.mean((matmul(x, combine(t, frozen)["k"]) - y) ** 2)
+    add = lambda tree, step: jax.tree.map(lambda leaf: leaf + step, tree)
+    inner = lambda t, f: jax.tree.map(lambda p, g: p - 0.3 * g, t, jax.grad(error)(t, f))
+    grid = lambda t, f: jnp.mean(jax.vmap(lambda s: error(add(t, s), f))(jnp.array([-1.0, 1.0])))
+    losses = [lambda t, f: error(add(t, 1.0), f), lambda t, f: error(inner(t, f), f), grid]
+    for loss in losses:
+        objective = lambda p, batch, key, loss=loss: (loss(*partition(p)), {})
+        _, history = train.fit(params, objective, optax.sgd(0.1), [{"x": x}] * 3)
+        trainable, frozen = partition(params)
+        for row in history:
+            value, grads = jax.value_and_grad(loss)(trainable, frozen)
+            np.testing.assert_allclose(row["loss"], value, rtol=1e-5)
+            trainable = jax.tree.map(lambda p, g: p - 0.1 * g, trainable, grads)

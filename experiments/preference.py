@@ -31,7 +31,7 @@ from experiments.cli import preference_report as reports
 from experiments.cli import training as shared
 from experiments.cli.optimizers import sharpen
 from experiments.cli.preference_data import load_data
-from experiments.cli.preference_losses import REFERENCE_FREE, REWARDS, UNPAIRED, Loss, objective_of
+from experiments.cli.preference_losses import LOSSES, DivergenceName, Loss, objective_of
 from jaxft import data, rl, train
 from jaxft.generation import SamplingConfig
 from jaxft.keys import stream
@@ -56,9 +56,7 @@ class Config(shared.Training):
     ld_alpha: float = (
         1.0  # below 1: what is longer than the pair's shorter one counts less (LD-DPO)
     )
-    f_divergence: Literal["reverse_kl", "forward_kl", "jensen_shannon", "alpha"] = (
-        "reverse_kl"  # of dpo: from the reference
-    )
+    f_divergence: DivergenceName = "reverse_kl"  # of dpo: from the reference
     f_alpha: float = 0.5  # of the alpha divergence; 1 is the reverse KL
     nll_alpha: float = 0.0  # weight of the chosen completion's own likelihood (RPO; cpo: 1 more)
     use_weighting: bool = False  # weigh pairs by how likely the policy is to say them (WPO)
@@ -89,7 +87,7 @@ def main(config: Config) -> dict[str, Any]:
     """Trains; returns the metrics that are written to metrics.json."""
     config = _smoke(config) if config.smoke else config
     shared.start(config)
-    make_objective = objective_of(config)
+    make_objective, entry = objective_of(config), LOSSES[config.loss]
     training, held_out = load_data(config)
     if config.preview:
         return {"records": len(training)}
@@ -97,9 +95,9 @@ def main(config: Config) -> dict[str, Any]:
     shared.check_output(config, output)
     mesh = shared.mesh_of(config)
     # HyPO scores its samples with the start; other losses score their rows before training.
-    model, base = shared.load_base(config, mesh, keeps_start=config.loss == "hypo")
+    model, base = shared.load_base(config, mesh, keeps_start=entry.online)
     params = shared.adapt_params(config, model, base, mesh)
-    if config.loss in REWARDS:
+    if entry.trains == "reward":
         key = stream(jax.random.key(config.seed), "reward head")
         params = add_reward_head(key, params, model.config.hidden_size)
     optimizer = shared.make_optimizer(config)
@@ -113,12 +111,12 @@ def main(config: Config) -> dict[str, Any]:
         ld_alpha=config.ld_alpha,
     )
     bare_held_out = held_out
-    if config.loss not in REWARDS:
+    if entry.trains == "policy":
         held_out = score(params, held_out)  # Free of reference or not: gains are told.
-    if config.loss not in (*REWARDS, *REFERENCE_FREE) and config.ref_model_sync_steps is None:
+    if entry.trains == "policy" and entry.reference and config.ref_model_sync_steps is None:
         training = score(params, training)
     eval_batches = data.finite_group_batches(
-        bare_held_out if config.loss in REFERENCE_FREE else held_out,
+        held_out if entry.reference else bare_held_out,
         batch_size=config.batch_size,
         max_length=config.max_length,
     )
@@ -128,7 +126,7 @@ def main(config: Config) -> dict[str, Any]:
         max_length=config.max_length,
         seed=config.seed,
     )
-    if config.loss == "hypo":
+    if entry.online:
         make_objective = objective_of(dataclasses.replace(config, kl_weight=0.0))  # To evaluate.
         batches = with_samples(config, model, params, training, batches, mesh)
     state, history = train.fit(
@@ -147,19 +145,19 @@ def main(config: Config) -> dict[str, Any]:
             config, make_objective(model.forward), eval_batches, output, mesh
         ),
         checkpoints=shared.checkpoints(config, output, best="eval/loss"),
-        donate=config.adapter == "full" and config.loss != "hypo",
+        donate=config.adapter == "full" and not entry.online,
     )
     shared.save(config, model, state.params, base, mesh, output)
     metrics = reports.losses_of(history)
-    if config.loss in REWARDS:
+    if entry.trains == "reward":
         rewards = reports.read_rewards(config, model, state.params, held_out, mesh)
         metrics |= reward_report(config, rewards, held_out)
     else:
         table = lambda groups: np.stack([group.columns["ref_log_probs"] for group in groups])
-        tell = reports.label_report if config.loss in UNPAIRED else reports.pair_report
+        tell = reports.label_report if entry.records == "labels" else reports.pair_report
         after = score(state.params, bare_held_out)
         metrics |= tell(table(after), table(held_out), held_out)
-    if config.loss == "hypo":
+    if entry.online:
         kls = [row["kl"] for row in history[-max(1, len(history) // 10) :] if "kl" in row]
         metrics["kl"] = float(np.mean(kls)) if kls else None
         print(f"KL from the start, on the policy's own last answers: {metrics['kl']} nats")

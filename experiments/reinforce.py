@@ -29,37 +29,23 @@ import tyro
 
 from experiments.cli import reinforce_checks as checks
 from experiments.cli import rewards as rewards_cli
+from experiments.cli import servers
 from experiments.cli import training as shared
+from experiments.cli.algorithms import ALGORITHMS, Choice, Correction, algorithm
 from experiments.cli.optimizers import sharpen
+from experiments.cli.servers import PushApiName
 from jaxft import checkpoints as files
 from jaxft import data, rl, train
-from jaxft.adapters import load_adapter, merge, save_adapter
-from jaxft.generation import (
-    Push,
-    SamplingConfig,
-    generate,
-    server_sampler,
-    sglang_adapters,
-    sglang_weights,
-    vllm_adapters,
-    vllm_weights,
-)
-from jaxft.losses import dpo_loss, overlong_penalty
-from jaxft.models import Forward
-from jaxft.objectives import policy_gradient, with_value_head, without_value_head
-from jaxft.objectives.policy import sequence_correction, token_correction
+from jaxft.adapters import load_adapter, merge
+from jaxft.generation import SamplingConfig, generate
+from jaxft.losses import overlong_penalty
+from jaxft.objectives import with_value_head, without_value_head
 from jaxft.parallel import mesh_context
 from jaxft.rewards import Failures, measure_accuracy, verifier_for
 
 # reasoning-gym draws entry i from seed + i: the seeds below are further apart than the sizes.
 NEEDLE = "rg:needle_haystack?min_num_statements=4&max_num_statements=8"
-SERVED_ADAPTERS = ("lora", "rslora", "pissa")  # of which vLLM and SGLang know the files
 SHOWN = ("reward", "length", "kl", "entropy", "gap")
-
-Choice = Literal[
-    "reinforce", "rloo", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "reinforce_plus_plus",
-    "expert_iteration", "nft", "ppo", "online_dpo", "xpo",
-]  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,13 +86,11 @@ class Config(shared.Run):
     lam: float = 0.95  # ppo: GAE's; 1 for long reasoning
     value_weight: float = 0.1  # ppo: of the critic's loss
     value_clip: float = 0.2  # ppo: how far a value moves from its start in a rollout
-    correction: Literal["none", "tokens", "sequences"] = (
-        "none"  # sampler to trainer, truncated at 2
-    )
+    correction: Correction = "none"  # sampler to trainer, truncated at 2
     sampler_url: str | None = None  # OpenAI-compatible server that samples (http://host:8000/v1)
     sampler_model: str | None = None  # the model's name there; None: that of --model
     push_dir: str | None = None  # where it reads the trainer's weights; None: it keeps its own
-    push_api: Literal["vllm", "sglang"] = "vllm"  # by whose requests it is told of them
+    push_api: PushApiName = "vllm"  # by whose requests it is told of them
     push_every: int = 1  # rollouts from one push to the next
     max_tries: int = 1  # sample anew up to so many times for groups whose rewards differ (DAPO: 10)
     overlong: int = 0  # last tokens of the budget over which a penalty grows to 1 (DAPO)
@@ -135,7 +119,7 @@ def main(config: Config) -> dict[str, Any]:
     if config.start:
         base = merge(load_adapter(config.start, model.config, base))
     params = shared.adapt_params(config, model, base, mesh)
-    if config.algorithm == "ppo":
+    if ALGORITHMS[config.algorithm].values:
         params = with_value_head(model, params)
     credit = algorithm(config, model.forward).credit
     build = lambda forward: algorithm(config, forward).objective
@@ -182,47 +166,6 @@ def load_data(config: Config):
     return renderer, records, held_out
 
 
-def algorithm(config: Config, forward: Forward) -> rl.Algorithm:
-    """What --algorithm stands for."""
-    corrections = {"none": None, "tokens": token_correction(), "sequences": sequence_correction()}
-    build = functools.partial(
-        policy_gradient,
-        forward,
-        temperature=config.temperature,
-        kl_weight=config.kl_weight,
-        entropy_weight=config.entropy_weight,
-        correction=corrections[config.correction],
-    )
-    size = config.group_size
-    makers = {
-        "reinforce": lambda: rl.reinforce_with_baseline(build),
-        "rloo": lambda: rl.rloo(build, size, config.reward_kl),
-        "grpo": lambda: rl.grpo(build, size),
-        "dr_grpo": lambda: rl.dr_grpo(build, size, config.max_new_tokens * config.turns),
-        "dapo": lambda: rl.dapo(build, size),
-        "gspo": lambda: rl.gspo(build, size),
-        "cispo": lambda: rl.cispo(build, size),
-        "reinforce_plus_plus": lambda: rl.reinforce_plus_plus(build, config.reward_kl),
-        "expert_iteration": lambda: rl.expert_iteration(build),
-        "nft": lambda: rl.nft(build, size),
-        "online_dpo": lambda: rl.online_preference(
-            build, functools.partial(dpo_loss, beta=config.beta), size
-        ),
-        "xpo": lambda: rl.xpo(
-            build, functools.partial(dpo_loss, beta=config.beta), size, config.xpo_alpha
-        ),
-        "ppo": lambda: rl.ppo(
-            build,
-            config.reward_kl,
-            gamma=config.gamma,
-            lam=config.lam,
-            value_clip=config.value_clip,
-            value_weight=config.value_weight,
-        ),
-    }
-    return makers[config.algorithm]()
-
-
 def experience(config, model, prompts, renderer, rewards, credit, base, mesh) -> rl.Collector:
     """The batches of `fit`: rollouts of the current policy."""
     sample = sampling(config, model, renderer, rewards, base)
@@ -252,7 +195,7 @@ def transforms(config, model, base) -> list[rl.Transform]:
         found += [rl.mask_truncated]
     if config.updates * config.epochs > 1:
         found += [rl.add_old_policy(model.forward, config.temperature)]
-    elif config.algorithm == "ppo":
+    elif ALGORITHMS[config.algorithm].values:
         found += [rl.add_values(model.forward)]
     # Always: how far the policy has gone is shown, whether or not it is held back.
     return [*found, rl.add_reference(model.forward, base, config.temperature)]
@@ -274,12 +217,8 @@ def sampling(config, model, renderer, rewards, base=None) -> rl.Sample:
         stop_ids=(tokenizer.eos_token_id,),
         stop_strings=config.stop,
     )
-    sampler = generate
-    if config.sampler_url:
-        served = config.sampler_model or config.model
-        push = pushes(config, model, base, served) if config.push_dir else None
-        sampler = server_sampler(config.sampler_url, served, push=push)
-    if config.algorithm == "xpo":
+    sampler = servers.sampler(config, model, base) if config.sampler_url else generate
+    if ALGORITHMS[config.algorithm].halves:
         half = rl.answers(model, tokenizer, rewards, settings, config.group_size // 2)
         return rl.answers_of_both(half, model, base, config.temperature)
     if config.turns == 1:
@@ -293,23 +232,6 @@ def sampling(config, model, renderer, rewards, base=None) -> rl.Sample:
         next_turn=renderer.next_turn,
         sampler=sampler,
     )
-
-
-def pushes(config, model, base, served) -> Push:
-    """What puts the policy on the server: its adapter where servers take that, else the whole model."""
-    url = config.sampler_url
-    # With --start an adapter would be one of a model that the server does not have.
-    if config.adapter in SERVED_ADAPTERS and not config.start:
-        save = lambda path, params: save_adapter(
-            path, model.config, without_value_head(params), base_model=config.model, base=base
-        )
-        api = vllm_adapters(url) if config.push_api == "vllm" else sglang_adapters(url, served)
-    else:
-        save = lambda path, params: files.save_model(
-            path, model, without_value_head(params), tokenizer_from=config.model
-        )
-        api = (vllm_weights if config.push_api == "vllm" else sglang_weights)(url)
-    return Push(save, config.push_dir, api, every=config.push_every)
 
 
 def judged(config: Config) -> bool:
@@ -359,7 +281,7 @@ def report(config, history, failures, before, after, output) -> dict[str, Any]:
     print(f"reward {metrics['reward_first']:.3f} -> {metrics['reward_last']:.3f}")
     if any(failures):
         print(f"verdicts that failed: {failures}")
-    grouped = config.algorithm not in checks.UNGROUPED
+    grouped = ALGORITHMS[config.algorithm].least_group > 1
     if grouped and all(row["no_contrast"] == 1 for row in history):
         print(
             "In no group did rewards differ, so nothing was learned: start from a model that answers "

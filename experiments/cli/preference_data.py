@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from experiments.cli import training as shared
-from experiments.cli.preference_losses import UNPAIRED
+from experiments.cli.preference_losses import LOSSES
 from jaxft import data
 from jaxft.analysis import text_embeddings
 from jaxft.losses import density_ratios
@@ -28,15 +28,16 @@ def load_data(config: Any):
     records = [record for source in sources for record in source]
     held_out = shared.without_known(held_out, {_question(r) for r in records}, _question)
     renderer = data.Renderer(shared.files.load_tokenizer(config.model), template=config.template)
-    too_long = {} if config.loss == "process" else {"too_long": config.too_long}
-    if config.loss in (*UNPAIRED, "outcome"):
-        other = config.loss in UNPAIRED
+    entry = LOSSES[config.loss]
+    too_long = {} if entry.records == "steps" else {"too_long": config.too_long}
+    if entry.records == "labels":
+        other = entry.trains == "policy"
         render = functools.partial(data.render_unpaired, seed=config.seed, mismatched=other)
         records, held_out = _labelled(records), _labelled(held_out)
         if config.prompt_embedder:
             records = with_density_ratios(config, records)
     else:
-        render = data.render_steps if config.loss == "process" else data.render_pairs
+        render = data.render_steps if entry.records == "steps" else data.render_pairs
     training = render(records, renderer, config.max_length, bad=bad, **too_long)
     left = render(held_out, renderer, config.max_length, **too_long)
     if bad.summary():
@@ -49,11 +50,12 @@ def load_data(config: Any):
 
 def load_records(config: Any, spec: str, bad: data.BadRecords) -> list[data.preference.Record]:
     """Pairs, or completions or steps with labels, of a source."""
-    if config.loss == "process":
+    kind = LOSSES[config.loss].records
+    if kind == "steps":
         return data.load(spec, form=data.normalise_steps, bad=bad)
     if spec.startswith("rg:"):
         return answers_of_others(data.load(spec, bad=bad))
-    if config.loss not in (*UNPAIRED, "outcome"):
+    if kind == "pairs":
         return data.load(spec, form=data.normalise_pair, bad=bad)
     either = lambda row, fields: (
         data.normalise_unpaired(row, fields) if "label" in row else data.normalise_pair(row, fields)

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from experiments.cli.optimizers import Optimizer, Sharpness, optimizer_rule
+from experiments.cli.optimizers import OPTIMIZERS, Optimizer, Sharpness
 from jaxft import checkpoints as files
 from jaxft import data, train
 from jaxft.adapters import (
@@ -34,6 +34,15 @@ from jaxft.data.batching import MIN_BUCKET
 from jaxft.models import family_of
 from jaxft.models.remat import Remat
 from jaxft.parallel import connect_hosts, make_mesh, shard_params, written_once
+
+# Where --report-to sends the metrics of all steps.
+LOGS = {
+    "tensorboard": lambda config, output: train.tensorboard_log(output / "tensorboard"),
+    "wandb": lambda config, output: train.wandb_log(
+        "jaxft", name=output.name, config=dataclasses.asdict(config)
+    ),
+}
+Log = Literal[tuple(LOGS)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +93,7 @@ class Run:
 
     save_steps: int = 100
     logging_steps: int = 5
-    report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    report_to: tuple[Log, ...] = ()
     profile_dir: str | None = None  # trace of a few steps
     resume: bool = False
     smoke: bool = False  # a random tiny model for a few steps
@@ -127,7 +136,7 @@ def make_optimizer(config: Run) -> optax.GradientTransformation:
         warmup_ratio=config.warmup_ratio,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
-        rule=optimizer_rule(config.optimizer),
+        rule=OPTIMIZERS[config.optimizer](),
     )
 
 
@@ -207,11 +216,7 @@ def callbacks(
 def logs(config: Run, output: pathlib.Path) -> list[train.Callback]:
     """Where the metrics of all steps go, and a profile if the flags ask for one."""
     result = [train.jsonl_log(output / "metrics.jsonl")]
-    if "tensorboard" in config.report_to:
-        result.append(train.tensorboard_log(output / "tensorboard"))
-    if "wandb" in config.report_to:
-        settings = dataclasses.asdict(config)
-        result.append(train.wandb_log("jaxft", name=output.name, config=settings))
+    result += [LOGS[name](config, output) for name in config.report_to]
     if config.profile_dir:
         result.append(train.profile(config.profile_dir))
     return result

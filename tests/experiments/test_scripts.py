@@ -221,7 +221,7 @@ def test_preferences_are_learnt_from_a_file(loss, tmp_path):
     path.write_text("\n".join(map(json.dumps, rows)))
     settings = dict(model="tiny", data=(str(path),), eval_data="", validation=0.3, max_length=64)
     settings |= dict(max_steps=12, batch_size=4, learning_rate=3e-3, eval_steps=6, rank=4)
-    settings |= dict(max_new_tokens=4, save_steps=6)
+    settings |= dict(save_steps=6) | (dict(max_new_tokens=4) if loss == "hypo" else {})
     settings |= dict(fsdp=2, context=4) if loss == "kto" else {}
     moving = dict(ref_model_sync_steps=5, ref_model_mixup_alpha=0.3, prompt_embedder="tiny")
     settings |= moving if loss == "bco" else {}
@@ -272,9 +272,9 @@ def test_preferences_are_learnt_from_a_file(loss, tmp_path):
 
 @pytest.mark.parametrize("loss", get_args(preference.Loss))
 def test_every_loss_of_preference_can_be_built(loss):
-    weighted = loss not in (*preference.UNPAIRED, *preference.REWARDS)
-    beta = None if loss in preference.REWARDS else 0.2
-    config = preference.Config(loss=loss, beta=beta, nll_alpha=0.5 if weighted else 0.0)
+    given = {"beta": 0.2, "nll_alpha": 0.5}
+    reads = preference.LOSSES[loss].reads
+    config = preference.Config(loss=loss, **{n: x for n, x in given.items() if n in reads})
     assert callable(preference.objective_of(config))
 
 
@@ -417,7 +417,7 @@ BAD = {
         "beta": (lambda p: ["--beta", "0"], "--beta must be positive, got 0.0"),
         "divergence": (
             lambda p: ["--loss", "ipo", "--f-divergence", "forward_kl"],
-            "--f-divergence is of dpo, not of ipo",
+            "--f-divergence forward_kl has no effect with --loss ipo; take dpo.",
         ),
         "ld alpha": (lambda p: ["--ld-alpha", "1.5"], "must lie in [0, 1], got 1.5"),
         "kl weight": (lambda p: ["--loss", "hypo", "--kl-weight", "-1"], "at least 0, got -1.0"),
@@ -429,11 +429,20 @@ BAD = {
         "smoothing": (lambda p: ["--label-smoothing", "0.7"], "must lie in [0, 0.5), got 0.7"),
         "no smoothing": (
             lambda p: ["--loss", "ipo", "--label-smoothing", "0.1"],
-            "--label-smoothing is of dpo, robust",
+            "--label-smoothing 0.1 has no effect with --loss ipo; take dpo, robust",
         ),
-        "weighting": (lambda p: ["--loss", "kto", "--use-weighting"], "are of pairs, not of kto"),
-        "centre": (lambda p: ["--center-rewards-coefficient", "1"], "is of reward, not of dpo"),
-        "reward beta": (lambda p: ["--loss", "reward", "--beta", "1"], "trains a reward model"),
+        "weighting": (
+            lambda p: ["--loss", "kto", "--use-weighting"],
+            "--use-weighting has no effect with --loss kto; take dpo, robust",
+        ),
+        "centre": (
+            lambda p: ["--center-rewards-coefficient", "1"],
+            "-coefficient 1.0 has no effect with --loss dpo; take reward.",
+        ),
+        "reward beta": (
+            lambda p: ["--loss", "reward", "--beta", "1"],
+            "--beta 1.0 has no effect with --loss reward; take dpo, robust",
+        ),
         "output": (lambda p: ["--output-dir", unwritable(p)], "cannot write to"),
     },
     "reinforce": {
@@ -441,9 +450,12 @@ BAD = {
         "missing file": DATA["missing file"],
         "no answers": (without_answers, "its answers cannot be verified"),
         "updates": (lambda p: ["--updates", "3"], "must be a positive multiple of --updates 3"),
-        "group": (lambda p: ["--group-size", "1"], "at least 2 for grpo, got 1"),
+        "group": (lambda p: ["--group-size", "1"], "at least 2 for --algorithm grpo, got 1"),
         "greedy": (lambda p: ["--temperature", "0"], "--temperature must be positive, got 0.0"),
-        "reward kl": (lambda p: ["--reward-kl", "1"], "grpo takes --kl-weight"),
+        "reward kl": (
+            lambda p: ["--reward-kl", "1"],
+            "--reward-kl 1.0 has no effect with --algorithm grpo; take rloo, reinforce_plus_plus or ppo.",
+        ),
         "mesh": (lambda p: ["--fsdp", "-1"], "cannot be laid over data x fsdp = 8 devices"),
         "context": (lambda p: ["--context", "2", "--fsdp", "-1"], "--context 2 is of sft.py"),
         "halves": (
@@ -452,7 +464,7 @@ BAD = {
         ),
         "online": (
             lambda p: ["--algorithm", "online_dpo", "--updates", "2"],
-            "online_dpo takes its gradient at the policy that sampled",
+            "--updates 2 is refused by --algorithm online_dpo, which takes its gradient at the policy",
         ),
         "judge": (lambda p: ["--judge", p / "none.py:f"], "none.py:f': [Errno 2] No such file"),
         "two judges": (
@@ -461,21 +473,24 @@ BAD = {
         ),
         "no head": (lambda p: ["--reward-model", saved(p)], "has no reward head; train one"),
         "server": (lambda p: ["--sampler-url", "http://x"], "needs --correction tokens or"),
-        "push": (lambda p: ["--push-dir", p], "is where a server finds weights: give its"),
+        "push": (lambda p: ["--push-dir", p], "has no effect without --sampler-url"),
         "unserved": (
             lambda p: [*SERVED, "--push-dir", p, "--adapter", "prompt"],
             "no server takes --adapter prompt",
         ),
-        "every": (lambda p: [*SERVED, "--push-every", "0"], "at least 1 rollout, got 0"),
+        "every": (
+            lambda p: [*SERVED, "--push-dir", p, "--push-every", "0"],
+            "at least 1 rollout, got 0",
+        ),
         "turns": (lambda p: ["--turns", "0"], "--turns must be at least 1, got 0"),
         "kl target": (
-            lambda p: ["--kl-target", "1"],
+            lambda p: ["--algorithm", "rloo", "--kl-target", "1"],
             "1.0 must be positive and adapts --reward-kl",
         ),
         "epochs": (lambda p: ["--epochs", "0"], "and --epochs (0) positive"),
         "no ratio": (
             lambda p: ["--algorithm", "expert_iteration", "--updates", "2"],
-            "expert_iteration takes its gradient at the policy that sampled",
+            "--updates 2 is refused by --algorithm expert_iteration, which takes its gradient at",
         ),
         "overlong": (lambda p: ["--overlong", "9"], "must lie in 0..--max-new-tokens (4), got 9"),
         "long": (lambda p: ["--max-new-tokens", "600"], "exceeds the 512 positions of tiny"),
@@ -598,7 +613,7 @@ def test_a_missing_extra_is_one_line_and_exit_code_3(tmp_path):
 
 @pytest.mark.parametrize("name", get_args(optimizers.Optimizer))
 def test_every_optimizer_of_sft_lowers_a_parabola(name):
-    optimizer = train.make_optimizer(1e-2, total_steps=200, rule=optimizers.optimizer_rule(name))
+    optimizer = train.make_optimizer(1e-2, total_steps=200, rule=optimizers.OPTIMIZERS[name]())
     params = {"kernel": jnp.full((16, 16), 0.5), "bias": jnp.full(16, 0.5)}
     objective = lambda p, batch, key: (sum(jnp.mean(x**2) for x in p.values()), {})
     state = train.init_state(params, optimizer, jax.random.key(0))
@@ -645,5 +660,7 @@ def test_every_sharpness_goes_its_own_way_down(name):
 
 
 def test_a_radius_without_a_method_is_an_error():
-    with pytest.raises(ValueError, match="no effect without --sharpness"):
+    with pytest.raises(
+        ValueError, match="--rho 0.1 has no effect with --sharpness none; take sam, asam"
+    ):
         optimizers.sharpen("none", supervised, linear_forward, optax.sgd(0.1), 0.1)

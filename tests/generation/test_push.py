@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from experiments import reinforce
+from experiments.cli import servers
 from jaxft import rl
 from jaxft.adapters import adapt, load_adapter, lora, merge
 from jaxft.checkpoints import load_model
@@ -80,13 +81,11 @@ def gap(params, batch):
 @pytest.mark.parametrize("start", [None, "an adapter that was merged"], ids=["adapter", "whole"])
 def test_samples_are_those_of_the_newest_policy(api, start, tmp_path, monkeypatch):
     model, base = model_and_params()
-    monkeypatch.setattr(
-        reinforce.files, "save_model", without_tokenizer(reinforce.files.save_model)
-    )
+    monkeypatch.setattr(servers.files, "save_model", without_tokenizer(servers.files.save_model))
     engine, versions = Engine(api), lambda: sorted(path.name for path in tmp_path.iterdir())
     with serving(engine) as (url, seen):
         settings = config(url, tmp_path, push_api=api, push_every=2, start=start)
-        push = reinforce.pushes(settings, model, base, "m")
+        push = servers.pushes(settings, model, base, "m")
         sampler = server_sampler(url, "m", push=push)
         sample = rl.answers(model, Digits(), in_process(exact), SAMPLING, 2, sampler=sampler)
         draw = lambda params: sample(params, rl.Asked(PROMPTS[:2], RECORDS[:2]), KEY)

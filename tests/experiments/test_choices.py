@@ -1,0 +1,94 @@
+"""The tables of the scripts' choices: what an entry reads it says, and what it does not read is refused."""
+
+import dataclasses
+import functools
+
+import pytest
+
+from experiments import preference, reinforce
+from experiments.cli import choices
+from experiments.cli.algorithms import ALGORITHMS
+from experiments.cli.preference_losses import DIVERGENCES, LOSSES
+
+# Read around what an entry makes: by the data, the samples, or what adapts the weight of a KL.
+AROUND = {"kl_target", "kl_horizon", "too_long", "ref_model_sync_steps", "ref_model_mixup_alpha"}
+AROUND |= {"prompt_embedder", "min_density_ratio", "max_density_ratio", "max_new_tokens"}
+AROUND |= {"online_samples", "f_alpha"}
+TABLES = {
+    "algorithm": (reinforce.Config, ALGORITHMS),
+    "loss": (preference.Config, LOSSES),
+    "f_divergence": (preference.Config, DIVERGENCES),
+}
+ENTRIES = [(choice, name) for choice, (_, table) in TABLES.items() for name in table]
+
+
+class Recorder:
+    """A config that keeps the names of the flags that are read from it."""
+
+    def __init__(self, config):
+        self.config, self.read = config, set()
+
+    def __getattr__(self, name):
+        self.read.add(name)
+        return getattr(self.config, name)
+
+
+def of_table(table):
+    """The flags that some entries of a table read."""
+    return {flag for entry in table.values() for flag in entry.reads}
+
+
+def another(config, flag):
+    """A value of the flag that is not the default."""
+    value = getattr(config, flag)
+    if isinstance(value, str) or value is None:
+        return "another"
+    return not value if isinstance(value, bool) else value + 1
+
+
+@pytest.mark.parametrize("choice, name", ENTRIES)
+def test_an_entry_names_the_flags_that_it_reads(choice, name):
+    script, table = TABLES[choice]
+    config, entry = Recorder(script(**{choice: name})), table[name]
+    if choice == "algorithm":
+        entry.make(lambda *args, **kwargs: None, config)
+    elif choice == "loss":
+        entry.make(config)(None)  # of a forward, which no objective asks before it is called
+    else:
+        entry.make(config)
+    read = config.read & of_table(table)
+    assert read - AROUND == {*entry.reads} - AROUND and read <= {*entry.reads}
+
+
+@pytest.mark.parametrize("choice, name", ENTRIES)
+def test_a_flag_that_an_entry_does_not_read_or_refuses_is_an_error(choice, name):
+    script, table = TABLES[choice]
+    config, entry = script(**{choice: name}), table[name]
+    check = functools.partial(choices.check, choice=choice, table=table)
+    chosen = f"{choices.option(choice)} {name}"
+    check(config)
+    for flag in of_table(table):
+        given = dataclasses.replace(config, **{flag: another(config, flag)})
+        if flag in entry.reads:
+            check(given)
+            continue
+        with pytest.raises(ValueError, match=f"has no effect with {chosen}; take ") as error:
+            check(given)
+        assert str(error.value).startswith(choices.option(flag))
+    for flag in entry.refuses:
+        given = dataclasses.replace(config, **{flag: another(config, flag)})
+        with pytest.raises(ValueError, match=f"is refused by {chosen}, which .*; take "):
+            check(given)
+
+
+def test_a_flag_without_its_companion_is_an_error():
+    with pytest.raises(ValueError, match="--feedback no has no effect without --turns; "):
+        choices.check_companions(reinforce.Config(feedback="no"), {"feedback": "turns"})
+    choices.check_companions(reinforce.Config(feedback="no", turns=2), {"feedback": "turns"})
+
+
+def test_names_are_shown_as_they_are_typed():
+    assert choices.shown("push_every", 2) == "--push-every 2"
+    assert choices.shown("stop", ("a", "b")) == "--stop a b"
+    assert choices.shown("use_weighting", True) == "--use-weighting"
+    assert choices.one_of(["a"]) == "a" and choices.one_of(["a", "b", "c"]) == "a, b or c"

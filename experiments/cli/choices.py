@@ -11,9 +11,10 @@ value is not the default: one that is given in vain is an error, never ignored.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+from experiments.cli import flags
 
 
 def check(config: Any, choice: str, table: Mapping[str, Any]) -> None:
@@ -23,7 +24,7 @@ def check(config: Any, choice: str, table: Mapping[str, Any]) -> None:
         choice: the flag that chooses, such as "algorithm".
         table: name -> entry with `reads` and `refuses`.
     """
-    name = getattr(config, choice)
+    name = flags.flat(config)[choice]
     for flag, value in given(config).items():
         if flag in table[name].refuses:
             others = [other for other, entry in table.items() if flag not in entry.refuses]
@@ -33,7 +34,9 @@ def check(config: Any, choice: str, table: Mapping[str, Any]) -> None:
             )
         readers = [other for other, entry in table.items() if flag in entry.reads]
         if readers and name not in readers:
-            raise no_effect(flag, value, choice, name, readers)
+            raise ValueError(
+                f"{shown(flag, value)} has no effect with {option(choice)} {name}; take {one_of(readers)}."
+            )
 
 
 def check_companions(config: Any, companions: Mapping[str, str]) -> None:
@@ -50,18 +53,10 @@ def check_companions(config: Any, companions: Mapping[str, str]) -> None:
             )
 
 
-def no_effect(flag: str, value: Any, choice: str, name: str, readers: Iterable[str]) -> ValueError:
-    """The error for a flag that the chosen entry of a table does not read."""
-    return ValueError(
-        f"{shown(flag, value)} has no effect with {option(choice)} {name}; take {one_of(readers)}."
-    )
-
-
 def given(config: Any) -> dict[str, Any]:
     """{name: value} of the flags whose values are not the defaults of their script."""
-    default = type(config)()
-    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    return {name: x for name, x in values.items() if x != getattr(default, name)}
+    default = flags.flat(type(config)())
+    return {name: x for name, x in flags.flat(config).items() if x != default[name]}
 
 
 def shown(flag: str, value: Any) -> str:

@@ -9,7 +9,6 @@ import jax
 import optax
 import optax.contrib
 
-from experiments.cli.choices import no_effect
 from jaxft.models import Forward, with_noise
 from jaxft.objectives import (
     Objective,
@@ -63,11 +62,13 @@ class Sharpened(NamedTuple):
 
 
 class Method(NamedTuple):
-    """How a method is made, and what it needs and reads."""
+    """How a method is made, and what it needs, reads and refuses (see `choices`)."""
 
     make: Callable[[Parts], Sharpened]
-    rho: float | None = 0.1  # the radius, if the flags name none; None: has no radius
+    rho: float | None = 0.1  # the radius, if the flags name none
     of_predictions: bool = False  # needs a distribution over tokens at each position
+    reads: tuple[str, ...] = ("rho",)
+    refuses: Mapping[str, str] = {}
 
 
 def _optimizer(wrap, rho):
@@ -101,7 +102,7 @@ def _tram_fisher(p):
 
 
 SHARPNESS = {
-    "none": Method(lambda p: Sharpened(p.build(p.forward), p.base), None),
+    "none": Method(lambda p: Sharpened(p.build(p.forward), p.base), None, reads=()),
     "sam": _optimizer(with_sam, 0.05),
     "asam": _optimizer(lambda base, rho: with_sam(base, perturb=perturb_asam(rho)), 0.5),
     "fisher_sam": _optimizer(lambda base, rho: with_sam(base, perturb=perturb_fisher(rho)), 0.1),
@@ -136,10 +137,7 @@ def sharpen(
             (trpo, mesa, r3f) it is their weight.
 
     Raises:
-        ValueError: for rho < 0, and for a rho that the method "none" would not use.
+        ValueError: for rho < 0.
     """
     method = SHARPNESS[name]
-    if rho is not None and method.rho is None:
-        readers = [other for other, entry in SHARPNESS.items() if entry.rho is not None]
-        raise no_effect("rho", rho, "sharpness", name, readers)
     return method.make(Parts(build, forward, base, method.rho if rho is None else rho))

@@ -16,18 +16,13 @@ from jaxft.losses import density_ratios
 
 def load_data(config: Any):
     """(training groups, held-out groups)."""
-    bad = data.BadRecords(config.max_bad)
+    bad = data.BadRecords(config.rows.max_bad)
     sources = [load_records(config, spec, bad) for spec in config.data]
-    if config.eval_data:
-        held_out = load_records(config, config.eval_data, data.BadRecords())
-    else:
-        parts = [data.split(records, config.validation) for records in sources]
-        sources, held_out = [part[0] for part in parts], [r for part in parts for r in part[1]]
-        if not held_out:
-            raise data.DataError("no record is held out; raise --validation or give --eval-data.")
+    load = functools.partial(load_records, config, bad=data.BadRecords())
+    sources, held_out = shared.with_held_out(config, sources, load, _question)
     records = [record for source in sources for record in source]
-    held_out = shared.without_known(held_out, {_question(r) for r in records}, _question)
-    renderer = data.Renderer(shared.files.load_tokenizer(config.model), template=config.template)
+    tokenizer = shared.files.load_tokenizer(config.base.model)
+    renderer = data.Renderer(tokenizer, template=config.base.template)
     entry = LOSSES[config.loss]
     too_long = {} if entry.records == "steps" else {"too_long": config.too_long}
     if entry.records == "labels":
@@ -38,11 +33,10 @@ def load_data(config: Any):
             records = with_density_ratios(config, records)
     else:
         render = data.render_steps if entry.records == "steps" else data.render_pairs
-    training = render(records, renderer, config.max_length, bad=bad, **too_long)
-    left = render(held_out, renderer, config.max_length, **too_long)
-    if bad.summary():
-        print(f"records left out or cut: {bad.summary()}")
-    for group in training[: 3 if config.preview else 1]:
+    training = render(records, renderer, config.rows.max_length, bad=bad, **too_long)
+    left = render(held_out, renderer, config.rows.max_length, **too_long)
+    shared.tell_of(bad)
+    for group in training[: 3 if config.rows.preview else 1]:
         for part in group.parts:
             print(data.explain(part, renderer.tokenizer, color=False), end="\n\n")
     return training, left

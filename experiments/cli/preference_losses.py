@@ -178,10 +178,10 @@ def objective_of(config: Any) -> Callable[[Forward], Objective]:
     choices.check(config, "f_divergence", DIVERGENCES)
     choices.check_companions(config, COMPANIONS)
     _check_numbers(config)
-    entry = LOSSES[config.loss]
-    if entry.trains == "reward" and SHARPNESS[config.sharpness].of_predictions:
+    entry, sharpness = LOSSES[config.loss], config.optimisation.sharpness
+    if entry.trains == "reward" and SHARPNESS[sharpness].of_predictions:
         raise ValueError(
-            f"--sharpness {config.sharpness} compares predictions of tokens, and the model of --loss "
+            f"--sharpness {sharpness} compares predictions of tokens, and the model of --loss "
             f"{config.loss} gives one number; take one of sam's family."
         )
     return entry.make(config)

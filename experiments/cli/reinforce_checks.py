@@ -28,12 +28,12 @@ def settings(config: Any) -> None:
     choices.check(config, "algorithm", ALGORITHMS)
     choices.check_companions(config, COMPANIONS)
     rows = config.prompts_per_step * config.group_size
-    parts = config.updates * config.gradient_accumulation_steps
+    parts = config.updates * config.optimisation.gradient_accumulation_steps
     if min(rows, parts, config.prompts_per_step, config.updates, config.epochs) < 1 or rows % parts:
         raise ValueError(
             f"--prompts-per-step {config.prompts_per_step} x --group-size {config.group_size} = {rows} "
             f"answers must be a positive multiple of --updates {config.updates} x "
-            f"--gradient-accumulation-steps {config.gradient_accumulation_steps}, and --epochs "
+            f"--gradient-accumulation-steps {config.optimisation.gradient_accumulation_steps}, and --epochs "
             f"({config.epochs}) positive."
         )
     group(config)
@@ -41,7 +41,7 @@ def settings(config: Any) -> None:
         raise ValueError(
             f"--turns must be at least 1, got {config.turns}, and no --stop empty: {config.stop}."
         )
-    if config.turns > 1 and (config.judge or config.reward_model):
+    if config.turns > 1 and config.rewards.numbers:
         raise ValueError(
             "--turns needs right or wrong, which --judge and --reward-model do not tell; take --turns 1."
         )
@@ -118,18 +118,18 @@ def mesh(config: Any, devices: Any) -> None:
             f"--sampler-url: each of the {jax.process_count()} hosts would get answers of its own; let the "
             "trainer sample, or use the devices of one host."
         )
-    if config.context != 1:
+    if config.mesh.context != 1:
         raise ValueError(
-            f"--context {config.context} is of sft.py and preference.py: sampling goes token by token and "
+            f"--context {config.mesh.context} is of sft.py and preference.py: sampling goes token by token and "
             "does not split rows. Use --fsdp or --tensor."
         )
     parts = 1 if devices is None else devices.shape["data"] * devices.shape["fsdp"]
     rows = config.prompts_per_step * config.group_size
     rows = rows // 2 if ALGORITHMS[config.algorithm].halves else rows  # sampled at a time
-    if rows % (parts * config.updates * config.gradient_accumulation_steps):
+    if rows % (parts * config.updates * config.optimisation.gradient_accumulation_steps):
         raise ValueError(
             f"{rows} answers of a rollout, in {config.updates} updates of "
-            f"{config.gradient_accumulation_steps} parts, cannot be laid over data x fsdp = {parts} devices; "
+            f"{config.optimisation.gradient_accumulation_steps} parts, cannot be laid over data x fsdp = {parts} devices; "
             "raise --prompts-per-step or --group-size."
         )
 
@@ -140,5 +140,5 @@ def length(config: Any, model: Any, *, prompts: Sequence[Sequence[int]]) -> None
     if longest + config.max_new_tokens > model.config.max_length:
         raise ValueError(
             f"the longest question has {longest} tokens; with --max-new-tokens {config.max_new_tokens} that "
-            f"exceeds the {model.config.max_length} positions of {config.model}."
+            f"exceeds the {model.config.max_length} positions of {config.base.model}."
         )

@@ -37,7 +37,7 @@ PushApiName = Literal[tuple(PUSH_APIS)]
 
 def sampler(config: Any, model: Any, base: Any) -> Callable[..., Any]:
     """What samples in the place of `generate`, with the newest weights if there is a --push-dir."""
-    served = config.sampler_model or config.model
+    served = config.sampler_model or config.base.model
     push = pushes(config, model, base, served) if config.push_dir else None
     return server_sampler(config.sampler_url, served, push=push)
 
@@ -48,10 +48,10 @@ def pushes(config: Any, model: Any, base: Any, served: str) -> Push:
 
     def save_trained(path, params):
         params = without_value_head(params)
-        save_adapter(path, model.config, params, base_model=config.model, base=base)
+        save_adapter(path, model.config, params, base_model=config.base.model, base=base)
 
     def save_whole(path, params):
-        files.save_model(path, model, without_value_head(params), tokenizer_from=config.model)
+        files.save_model(path, model, without_value_head(params), tokenizer_from=config.base.model)
 
     # With --start an adapter would be one of a model that the server does not have.
     if config.adapter in SERVED_ADAPTERS and not config.start:

@@ -23,6 +23,7 @@ import tyro
 
 from experiments.cli import flags
 from experiments.cli import training as shared
+from experiments.cli.models import verified
 from jaxft import checkpoints as files
 from jaxft import data, train
 from jaxft.adapters import (
@@ -36,7 +37,7 @@ from jaxft.adapters import (
 from jaxft.keys import stream
 from jaxft.models import family_of
 from jaxft.objectives import reparametrised, supervised
-from jaxft.rewards import Accuracy, measure_accuracy, verifier_for
+from jaxft.rewards import Accuracy
 
 SMALL = dict(
     data=("rg:chain_sum?size=64&seed=1&max_terms=2",),
@@ -149,13 +150,11 @@ def adapt_params(config: Config, model: Any, base: Any, mesh: Any) -> Any:
 
 def verify(config, model, params, renderer, records, when: str) -> Accuracy | None:
     """The accuracy on held-out records, printed, or None if they cannot be verified."""
-    verifier = verifier_for(records[0]["source"], records)
-    if verifier is None or not config.accuracy:
+    if not config.accuracy:
         return None
-    result = measure_accuracy(
-        model, params, renderer, records, verifier, max_new_tokens=config.max_new_tokens
-    )
-    print(f"accuracy {when}: {result}", flush=True)
+    result = verified(model, params, renderer, records, config.max_new_tokens)
+    if result is not None:
+        print(f"accuracy {when}: {result}", flush=True)
     return result
 
 

@@ -21,6 +21,7 @@ import tyro
 from experiments.cli.optimizers import Optimizer, Sharpness
 from jaxft import train
 from jaxft.adapters import Quantisation
+from jaxft.generation import SamplingConfig
 from jaxft.models.remat import Remat
 
 # Where --report-to sends the metrics of all steps.
@@ -152,6 +153,24 @@ class Rewards:
     def numbers(self) -> bool:
         """Whether rewards are numbers rather than verdicts."""
         return bool(self.judge or self.reward_model)
+
+
+@without_prefix
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How answers are sampled."""
+
+    max_new_tokens: int = 64
+    temperature: float = 1.0  # 0 is greedy
+    top_k: int | None = None  # keep the k likeliest tokens
+    top_p: float | None = None  # keep the likeliest tokens up to this mass
+    min_p: float | None = None  # keep tokens at least this fraction as likely as the likeliest
+    stop: tuple[str, ...] = ()  # text that ends an answer, besides the stop token
+
+    def rules(self, tokenizer: Any) -> SamplingConfig:
+        """What a sampler takes; the tokenizer's end of sequence ends an answer."""
+        rules = {name: x for name, x in dataclasses.asdict(self).items() if name != "stop"}
+        return SamplingConfig(**rules, stop_ids=(tokenizer.eos_token_id,), stop_strings=self.stop)
 
 
 def flat(config: Any) -> dict[str, Any]:

@@ -120,17 +120,17 @@ def mesh(config: Any, devices: Any) -> None:
         )
     if config.mesh.context != 1:
         raise ValueError(
-            f"--context {config.mesh.context} is of sft.py and preference.py: sampling goes token by token and "
-            "does not split rows. Use --fsdp or --tensor."
+            f"--context {config.mesh.context} is of sft.py and preference.py: sampling goes token by token "
+            "and does not split rows. Use --fsdp or --tensor."
         )
     parts = 1 if devices is None else devices.shape["data"] * devices.shape["fsdp"]
     rows = config.prompts_per_step * config.group_size
     rows = rows // 2 if ALGORITHMS[config.algorithm].halves else rows  # sampled at a time
-    if rows % (parts * config.updates * config.optimisation.gradient_accumulation_steps):
+    slices = config.optimisation.gradient_accumulation_steps
+    if rows % (parts * config.updates * slices):
         raise ValueError(
-            f"{rows} answers of a rollout, in {config.updates} updates of "
-            f"{config.optimisation.gradient_accumulation_steps} parts, cannot be laid over data x fsdp = {parts} devices; "
-            "raise --prompts-per-step or --group-size."
+            f"{rows} answers of a rollout, in {config.updates} updates of {slices} parts, cannot be laid "
+            f"over data x fsdp = {parts} devices; raise --prompts-per-step or --group-size."
         )
 
 

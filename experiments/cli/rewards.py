@@ -1,6 +1,6 @@
 """What the scripts reward answers with: a verifier, a judge of the user's own, or a saved reward model.
 
-`settings` are the flags of `flags.Rewards`; `base` those of a model, of which `model` and `template` are read.
+`settings` are those of `flags.Rewards`; `base` those of a model, of which `model` and `template` are read.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import optax
 
 from experiments.cli import choices, flags
+from experiments.cli.models import check_positions
 from experiments.cli.optimizers import OPTIMIZERS, SHARPNESS, Sharpened, sharpen
 from jaxft import checkpoints as files
 from jaxft import data, train
@@ -266,11 +267,7 @@ def mesh_of(settings: flags.Mesh) -> Any:
 def check_length(config: Any, model: Any) -> None:
     """Whether the model has the positions, and the batch can be split."""
     length, size, context = config.rows.max_length, config.rows.batch_size, config.mesh.context
-    if length > model.config.max_length:
-        raise ValueError(
-            f"--max-length {length} is more than the {model.config.max_length} positions of "
-            f"{config.base.model}."
-        )
+    check_positions(model, config.base.model, length)
     if context < 1 or length % context or MIN_BUCKET % context:
         raise ValueError(
             f"--context {context} must divide --max-length {length} and {MIN_BUCKET}, the length of the "

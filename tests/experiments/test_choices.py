@@ -5,9 +5,10 @@ import functools
 
 import pytest
 
-from experiments import preference, reinforce
-from experiments.cli import choices
+from experiments import preference, reinforce, sample_pairs, sft
+from experiments.cli import choices, flags
 from experiments.cli.algorithms import ALGORITHMS
+from experiments.cli.optimizers import SHARPNESS
 from experiments.cli.preference_losses import DIVERGENCES, LOSSES
 
 # Read around what an entry makes: by the data, the samples, or what adapts the weight of a KL.
@@ -18,6 +19,7 @@ TABLES = {
     "algorithm": (reinforce.Config, ALGORITHMS),
     "loss": (preference.Config, LOSSES),
     "f_divergence": (preference.Config, DIVERGENCES),
+    "sharpness": (sft.Config, SHARPNESS),
 }
 ENTRIES = [(choice, name) for choice, (_, table) in TABLES.items() for name in table]
 
@@ -40,13 +42,13 @@ def of_table(table):
 
 def another(config, flag):
     """A value of the flag that is not the default."""
-    value = getattr(config, flag)
+    value = flags.flat(config)[flag]
     if isinstance(value, str) or value is None:
         return "another"
     return not value if isinstance(value, bool) else value + 1
 
 
-@pytest.mark.parametrize("choice, name", ENTRIES)
+@pytest.mark.parametrize("choice, name", [e for e in ENTRIES if e[0] != "sharpness"])
 def test_an_entry_names_the_flags_that_it_reads(choice, name):
     script, table = TABLES[choice]
     config, entry = Recorder(script(**{choice: name})), table[name]
@@ -63,12 +65,12 @@ def test_an_entry_names_the_flags_that_it_reads(choice, name):
 @pytest.mark.parametrize("choice, name", ENTRIES)
 def test_a_flag_that_an_entry_does_not_read_or_refuses_is_an_error(choice, name):
     script, table = TABLES[choice]
-    config, entry = script(**{choice: name}), table[name]
+    config, entry = flags.replace(script(), **{choice: name}), table[name]
     check = functools.partial(choices.check, choice=choice, table=table)
     chosen = f"{choices.option(choice)} {name}"
     check(config)
     for flag in of_table(table):
-        given = dataclasses.replace(config, **{flag: another(config, flag)})
+        given = flags.replace(config, **{flag: another(config, flag)})
         if flag in entry.reads:
             check(given)
             continue
@@ -76,15 +78,19 @@ def test_a_flag_that_an_entry_does_not_read_or_refuses_is_an_error(choice, name)
             check(given)
         assert str(error.value).startswith(choices.option(flag))
     for flag in entry.refuses:
-        given = dataclasses.replace(config, **{flag: another(config, flag)})
+        given = flags.replace(config, **{flag: another(config, flag)})
         with pytest.raises(ValueError, match=f"is refused by {chosen}, which .*; take "):
             check(given)
 
 
 def test_a_flag_without_its_companion_is_an_error():
     with pytest.raises(ValueError, match="--feedback no has no effect without --turns; "):
-        choices.check_companions(reinforce.Config(feedback="no"), {"feedback": "turns"})
-    choices.check_companions(reinforce.Config(feedback="no", turns=2), {"feedback": "turns"})
+        choices.check_companions(
+            flags.replace(reinforce.Config(), feedback="no"), {"feedback": "turns"}
+        )
+    choices.check_companions(
+        flags.replace(reinforce.Config(), feedback="no", turns=2), {"feedback": "turns"}
+    )
 
 
 def test_names_are_shown_as_they_are_typed():
@@ -92,3 +98,22 @@ def test_names_are_shown_as_they_are_typed():
     assert choices.shown("stop", ("a", "b")) == "--stop a b"
     assert choices.shown("use_weighting", True) == "--use-weighting"
     assert choices.one_of(["a"]) == "a" and choices.one_of(["a", "b", "c"]) == "a, b or c"
+
+
+def test_a_flag_is_found_in_whichever_group_it_lies():
+    config = flags.replace(reinforce.Config(), fsdp=2, rank=3, judge="a:b", algorithm="rloo")
+    assert (config.mesh.fsdp, config.kernels.rank) == (2, 3)
+    assert config.rewards.numbers and config.optimisation == reinforce.Config().optimisation
+    assert choices.given(config) == {"fsdp": 2, "rank": 3, "judge": "a:b", "algorithm": "rloo"}
+    small = flags.with_small(config, {"rank": 1, "max_steps": 2})
+    assert (small.kernels.rank, small.optimisation.max_steps) == (3, 2)
+    with pytest.raises(TypeError, match="rnk"):
+        flags.replace(config, rnk=1)
+
+
+@pytest.mark.parametrize("script", [preference, reinforce, sample_pairs, sft])
+def test_no_flag_lies_in_two_groups(script):
+    config = script.Config()
+    groups = [getattr(config, field.name) for field in dataclasses.fields(config)]
+    count = sum(len(dataclasses.fields(g)) if dataclasses.is_dataclass(g) else 1 for g in groups)
+    assert count == len(flags.flat(config))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from experiments import reinforce
-from experiments.cli import servers
+from experiments.cli import flags, servers
 from jaxft import rl
 from jaxft.adapters import adapt, load_adapter, lora, merge
 from jaxft.checkpoints import load_model
@@ -67,7 +67,7 @@ def policies():
 
 def config(url, directory, **more):
     settings = dict(model="m", sampler_url=url, correction="tokens", group_size=2, max_new_tokens=3)
-    return reinforce.Config(**settings, push_dir=str(directory), **more)
+    return flags.replace(reinforce.Config(), **settings, push_dir=str(directory), **more)
 
 
 def gap(params, batch):

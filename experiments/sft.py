@@ -53,10 +53,7 @@ SMALL = dict(
 class Config:
     """What to train, on what, and how."""
 
-    # reasoning-gym draws entry i from seed + i: the seeds are further apart than the sizes.
-    data: tuple[str, ...] = (
-        f"{shared.NEEDLE}&size=2000&seed=1",  # files, rg:TASK, tfds:NAME, hub ids
-    )
+    data: tuple[str, ...] = (f"{shared.NEEDLE}&size=2000&seed=1",)  # files, rg:TASK, tfds:, hub ids
     weights: tuple[float, ...] = ()  # share of each source; default: by size
     weights_by: Literal["records", "tokens"] = "records"  # of what they are shares
     eval_data: str = f"{shared.NEEDLE}&size=100&seed=1000000"  # "": hold out a part of the data

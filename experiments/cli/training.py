@@ -36,8 +36,9 @@ from jaxft.models import Forward, family_of
 from jaxft.objectives import Objective
 from jaxft.parallel import connect_hosts, make_mesh, shard_params, written_once
 
-# What every --smoke takes.
+# reasoning-gym draws entry i from seed + i: seeds of parts must lie further apart than their sizes.
 NEEDLE = "rg:needle_haystack?min_num_statements=4&max_num_statements=8"
+# What every --smoke takes.
 TINY = {"model": "tiny", "rank": 2, "alpha": 4.0}
 
 

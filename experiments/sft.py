@@ -21,7 +21,7 @@ from typing import Any, Literal
 import jax
 import tyro
 
-from experiments.cli import flags
+from experiments.cli import choices, flags
 from experiments.cli import training as shared
 from experiments.cli.models import verified
 from jaxft import checkpoints as files
@@ -83,8 +83,11 @@ class Config:
 def main(config: Config) -> dict[str, Any]:
     """Trains; returns the metrics that are written to metrics.json."""
     config = shared.start(config, SMALL)
+    choices.check_companions(config, {"weights_by": "weights"})
     if config.adapter != "intrinsic" and config.d != Config.d:
-        raise ValueError(f"--d {config.d} has no effect with --adapter {config.adapter}.")
+        raise ValueError(
+            f"--d {config.d} has no effect with --adapter {config.adapter}; take intrinsic."
+        )
     renderer, training, held_out = load_data(config)
     if config.rows.preview:
         return {"records": len(training)}

@@ -295,7 +295,13 @@ def with_held_out(
 
     Raises:
         DataError: if none is left.
+        ValueError: for a --validation that --eval-data leaves without effect.
     """
+    if config.eval_data and "validation" in choices.given(config):
+        raise ValueError(
+            f"--validation {config.rows.validation} has no effect with --eval-data {config.eval_data}; "
+            'give --eval-data "" to hold out a part of --data.'
+        )
     if config.eval_data:
         held_out = load(config.eval_data)
     else:

@@ -402,6 +402,9 @@ BAD = {
     "sft": MODEL
     | DATA
     | {
+        "d": (lambda p: ["--d", "9"], "--d 9 has no effect with --adapter lora; take intrinsic."),
+        "weights": (lambda p: ["--weights-by", "tokens"], "tokens has no effect without --weights"),
+        "validation": (lambda p: ["--validation", "0.5"], "--validation 0.5 has no effect with"),
         "pattern": (lambda p: ["--target", "nothing"], "no weight matches 'nothing'"),
         "no pattern": (lambda p: ["--target", "("], "'(' is no regular expression"),
         "rank": (lambda p: ["--rank", "0"], "rank must be at least 1, got 0"),
@@ -428,6 +431,14 @@ BAD = {
         "divergence": (
             lambda p: ["--loss", "ipo", "--f-divergence", "forward_kl"],
             "--f-divergence forward_kl has no effect with --loss ipo; take dpo.",
+        ),
+        "margin": (
+            lambda p: ["--simpo-gamma", "1"],
+            "--simpo-gamma 1.0 has no effect with --loss dpo; take simpo or alpha_po.",
+        ),
+        "density": (
+            lambda p: ["--loss", "bco", "--min-density-ratio", "0.1"],
+            "--min-density-ratio 0.1 has no effect without --prompt-embedder",
         ),
         "ld alpha": (lambda p: ["--ld-alpha", "1.5"], "must lie in [0, 1], got 1.5"),
         "kl weight": (lambda p: ["--loss", "hypo", "--kl-weight", "-1"], "at least 0, got -1.0"),
@@ -465,6 +476,15 @@ BAD = {
         "reward kl": (
             lambda p: ["--reward-kl", "1"],
             "--reward-kl 1.0 has no effect with --algorithm grpo; take rloo, reinforce_plus_plus or ppo.",
+        ),
+        "critic": (
+            lambda p: ["--gamma", "0.9"],
+            "--gamma 0.9 has no effect with --algorithm grpo; take ppo.",
+        ),
+        "feedback": (lambda p: ["--feedback", "no"], "--feedback no has no effect without --turns"),
+        "radius": (
+            lambda p: ["--rho", "0.1"],
+            "--rho 0.1 has no effect with --sharpness none; take sam, asam",
         ),
         "mesh": (lambda p: ["--fsdp", "-1"], "cannot be laid over data x fsdp = 8 devices"),
         "context": (lambda p: ["--context", "2", "--fsdp", "-1"], "--context 2 is of sft.py"),

@@ -27,9 +27,7 @@ from jaxft.models.remat import Remat
 # Where --report-to sends the metrics of all steps.
 LOGS = {
     "tensorboard": lambda config, output: train.tensorboard_log(output / "tensorboard"),
-    "wandb": lambda config, output: train.wandb_log(
-        "jaxft", name=output.name, config=dataclasses.asdict(config)
-    ),
+    "wandb": lambda config, output: train.wandb_log("jaxft", name=output.name, config=flat(config)),
 }
 Log = Literal[tuple(LOGS)]
 without_prefix = tyro.conf.configure(tyro.conf.OmitArgPrefixes)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import jax.numpy as jnp
 import pytest
 
 from experiments import preference, reinforce, sample_pairs, sft
@@ -10,11 +11,13 @@ from experiments.cli import choices, flags
 from experiments.cli.algorithms import ALGORITHMS
 from experiments.cli.optimizers import SHARPNESS
 from experiments.cli.preference_losses import DIVERGENCES, LOSSES
+from jaxft import losses, objectives
 
 # Read around what an entry makes: by the data, the samples, or what adapts the weight of a KL.
 AROUND = {"kl_target", "kl_horizon", "too_long", "ref_model_sync_steps", "ref_model_mixup_alpha"}
 AROUND |= {"prompt_embedder", "min_density_ratio", "max_density_ratio", "max_new_tokens"}
 AROUND |= {"online_samples", "f_alpha"}
+COMMON = {"group_size", "turns"}  # read by all of --algorithm
 TABLES = {
     "algorithm": (reinforce.Config, ALGORITHMS),
     "loss": (preference.Config, LOSSES),
@@ -58,8 +61,7 @@ def test_an_entry_names_the_flags_that_it_reads(choice, name):
         entry.make(config)(None)  # of a forward, which no objective asks before it is called
     else:
         entry.make(config)
-    read = config.read & of_table(table)
-    assert read - AROUND == {*entry.reads} - AROUND and read <= {*entry.reads}
+    assert config.read - AROUND - COMMON == {*entry.reads} - AROUND
 
 
 @pytest.mark.parametrize("choice, name", ENTRIES)
@@ -81,6 +83,24 @@ def test_a_flag_that_an_entry_does_not_read_or_refuses_is_an_error(choice, name)
         given = flags.replace(config, **{flag: another(config, flag)})
         with pytest.raises(ValueError, match=f"is refused by {chosen}, which .*; take "):
             check(given)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_that_reads_a_reference_can_have_one_that_moves(name, monkeypatch):
+    entry, config = LOSSES[name], preference.Config(loss=name)
+    monkeypatch.setattr(objectives, "preference", lambda forward, loss, **settings: loss)
+    loss = entry.make(config)(None)
+    moves = entry.trains == "policy" and entry.reference and not entry.online
+    assert ("ref_model_sync_steps" in entry.reads) == moves
+    if "ld_alpha" not in entry.reads:
+        return
+    one = jnp.ones(1)  # A loss of pairs, whose log-probs of the reference are left out.
+    pairs = losses.Pairs(-one, -2 * one, None, None, one, one, -one, one)
+    if entry.reference:
+        with pytest.raises(ValueError, match="compares with a reference model"):
+            loss(pairs)
+    else:
+        assert jnp.isfinite(loss(pairs)).all()
 
 
 def test_a_flag_without_its_companion_is_an_error():

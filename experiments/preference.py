@@ -55,23 +55,19 @@ class Config:
     label_smoothing: float | None = None  # share of wrong labels: dpo, robust, exo, aot, simpo, cpo
     simpo_gamma: float = 0.5  # margin that simpo and alpha_po ask for
     alpha_length: float = 0.05  # of length_regularised: reward of a token of mere length
-    ld_alpha: float = (
-        1.0  # below 1: what is longer than the pair's shorter one counts less (LD-DPO)
-    )
+    # below 1: what is longer than the pair's shorter one counts less (LD-DPO)
+    ld_alpha: float = 1.0
     f_divergence: DivergenceName = "reverse_kl"  # of dpo: from the reference
     f_alpha: float = 0.5  # of the alpha divergence; 1 is the reverse KL
     nll_alpha: float = 0.0  # weight of the chosen completion's own likelihood (RPO; cpo: 1 more)
     use_weighting: bool = False  # weigh pairs by how likely the policy is to say them (WPO)
-    nll_on_prompt: bool = (
-        False  # orpo: its likelihood is of the prompt too, as in its authors' code
-    )
-    ref_model_sync_steps: int | None = (
-        None  # steps after which the reference moves to the policy (TR-DPO: 512); None: never
-    )
+    # orpo: its likelihood is of the prompt too, as in its authors' code
+    nll_on_prompt: bool = False
+    # steps after which the reference moves to the policy (TR-DPO: 512); None: never
+    ref_model_sync_steps: int | None = None
     ref_model_mixup_alpha: float = 0.6  # how far, of the way there; 1 is all of it
-    prompt_embedder: str | None = (
-        None  # bco: "minilm" or another model, whose embeddings of prompts give density ratios (UDM)
-    )
+    # bco: "minilm" or another model, whose embeddings of prompts give density ratios (UDM)
+    prompt_embedder: str | None = None
     min_density_ratio: float = 0.5  # bco: limits of these
     max_density_ratio: float = 10.0
     desirable_weight: float = 1.0  # kto

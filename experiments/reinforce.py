@@ -58,9 +58,8 @@ class Config:
     """What to train, on what, and how."""
 
     start: str | None = None  # adapter of a warm start, merged into the model before training
-    data: str = (
-        f"{shared.NEEDLE}&size=2000&seed=1"  # rg:TASK, or a file, tfds: or hub id with answers
-    )
+    # rg:TASK, or a file, tfds: or hub id with answers
+    data: str = f"{shared.NEEDLE}&size=2000&seed=1"
     eval_data: str = f"{shared.NEEDLE}&size=100&seed=1000000"  # held-out questions
     adapter: Name = "lora"  # what trains; full: everything
 

@@ -39,9 +39,8 @@ class Model:
     """The model that trains."""
 
     model: str = "smollm2"  # directory, .gguf file, "smollm2", "tiny" (random), or hub id
-    template: str | None = (
-        None  # chat template that replaces the model's: a file, or chatml, llama3, gemma...
-    )
+    # chat template that replaces the model's: a file, or chatml, llama3, gemma...
+    template: str | None = None
     bfloat16: bool = False  # compute in bfloat16; what trains stays float32
     scan_layers: bool = False  # stack layers: compile time independent of depth
     remat: Remat = "none"  # recompute in the backward pass: lean, dots or full save memory
@@ -76,12 +75,10 @@ class Optimisation:
     max_steps: int = 60  # optimizer steps
     gradient_accumulation_steps: int = 1
     learning_rate: float = 1e-3
-    optimizer: Optimizer = (
-        "adamw"  # lion: learning rate 3 to 10 times smaller, decay as much larger
-    )
-    sharpness: Sharpness = (
-        "none"  # sam... : flatter minima for about twice the time (look_sam: 1.2 times)
-    )
+    # lion: learning rate 3 to 10 times smaller, decay as much larger
+    optimizer: Optimizer = "adamw"
+    # sam... : flatter minima for about twice the time (look_sam: 1.2 times)
+    sharpness: Sharpness = "none"
     rho: float | None = None  # its radius; default: the method's own
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_ratio: float = 0.1
@@ -116,12 +113,10 @@ class Mesh:
     fsdp: int = 1  # shards of the params and the batch; -1 fills
     tensor: int = 1  # shards of each projection
     context: int = 1  # shards of each row's tokens, for rows too long for one device
-    slices: int | None = (
-        None  # groups of devices that share a fast network, each with whole copies; TPU slices are found
-    )
-    distributed: bool = (
-        False  # one of several hosts (Cloud TPU slices, Kubernetes); see TPU_SETUP.md
-    )
+    # groups of devices that share a fast network, each with whole copies; TPU slices are found
+    slices: int | None = None
+    # one of several hosts (Cloud TPU slices, Kubernetes); see TPU_SETUP.md
+    distributed: bool = False
 
 
 @without_prefix

@@ -619,6 +619,8 @@ def test_help_is_readable_and_a_wrong_option_is_named():
     *helped, (code, printed) = json.loads(result.stdout)
     for name, (exit_code, text) in zip(names, helped, strict=True):
         assert exit_code == 0 and "--model" in text, name
+    # A comment inside brackets around a long default would not be shown.
+    assert "lion: learning rate" in " ".join(helped[0][1].replace("│", " ").split())
     assert code == 2 and "rnk" in printed and "Traceback" not in printed
 
 

@@ -43,9 +43,8 @@ class Config:
 
     seeds: int = 4
     first_seed: int = 0
-    until: float = (
-        0.45  # probability of a right answer, on training questions, where the start ends
-    )
+    # probability of a right answer, on training questions, where the start ends
+    until: float = 0.45
     steps: int = 300
     prompts_per_step: int = 32
     group_size: int = 8

@@ -14,12 +14,11 @@ from typing import Any, Literal
 
 import tyro
 
-from experiments.cli.models import load_trained
-from jaxft import checkpoints as files
+from experiments.cli import flags
+from experiments.cli.models import check_positions, load_trained, renderer_of, verified
 from jaxft import data, train
 from jaxft.objectives import supervised
 from jaxft.output import writing
-from jaxft.rewards import measure_accuracy, verifier_for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,11 +26,9 @@ class Config:
     """Which model, on which records."""
 
     data: str  # file, rg:TASK, tfds:NAME or hub id
-    model: str = "smollm2"  # directory, .gguf file, "smollm2", "tiny" (random), or hub id
-    adapter: str | None = None  # directory of a PEFT adapter
+    trained: flags.Trained = flags.Trained()
     limit: int | None = None  # use at most so many records
     mask: Literal["completion", "last_turn", "all", "per_message"] = "completion"
-    template: str | None = None  # chat template that replaces the model's
     max_length: int = 512  # tokens of a row; longer records are left out of the loss
     batch_size: int = 4
     max_new_tokens: int = 64
@@ -41,36 +38,26 @@ class Config:
 
 def main(config: Config) -> dict[str, Any]:
     """Prints and returns the metrics."""
-    train.keep_memory_warm()
     if config.output:  # Now, not after the last answer.
         train.writable_directory(pathlib.Path(config.output).parent)
-    renderer = data.Renderer(
-        files.load_tokenizer(config.model), template=config.template, mask=config.mask
-    )
+    renderer = renderer_of(config.trained, mask=config.mask)
     records = data.load(config.data, limit=config.limit)
     bad = data.BadRecords()
     tokenised = data.render(records, renderer, config.max_length, bad=bad)
     if bad.summary():
         print(f"records left out of the loss: {bad.summary()}; see --max-length")
-    model, params = load_trained(config)
-    if config.max_length > model.config.max_length:
-        raise ValueError(
-            f"--max-length {config.max_length} is more than the {model.config.max_length} positions "
-            f"of {config.model}."
-        )
+    model, params = load_trained(config.trained)
+    check_positions(model, config.trained.model, config.max_length)
     batches = data.finite_batches(
         tokenised, batch_size=config.batch_size, max_length=config.max_length
     )
     loss = train.evaluate(train.make_eval_step(supervised(model.forward)), params, batches)["loss"]
     metrics = {"records": len(records), "loss": loss, "perplexity": math.exp(loss)}
     print(f"loss {loss:.4f} nats a token, perplexity {math.exp(loss):.3f}")
-    verifier = verifier_for(records[0]["source"], records)
-    if verifier is not None:
-        result = measure_accuracy(
-            model, params, renderer, records, verifier, max_new_tokens=config.max_new_tokens
-        )
+    result = verified(model, params, renderer, records, config.max_new_tokens)
+    if result is not None:
         metrics |= {"accuracy": result.rate, "interval": result.interval}
-        metrics |= {"mentioned": result.mention_rate}
+        metrics["mentioned"] = result.mention_rate
         print(f"accuracy {result}")
         metrics["answers"] = [
             {"id": r["id"], "completion": c, "correct": ok}

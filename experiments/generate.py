@@ -12,10 +12,10 @@ import sys
 import jax
 import tyro
 
-from experiments.cli.models import load_trained
-from jaxft import checkpoints as files
-from jaxft import data, train
-from jaxft.generation import SamplingConfig, generate
+from experiments.cli import flags
+from experiments.cli.models import load_trained, renderer_of
+from jaxft import train
+from jaxft.generation import generate
 from jaxft.keys import stream
 
 
@@ -23,41 +23,26 @@ from jaxft.keys import stream
 class Config:
     """Which model, and how to sample."""
 
-    model: str = "smollm2"  # directory, .gguf file, "smollm2", "tiny" (random), or hub id
-    adapter: str | None = None  # directory of a PEFT adapter
+    trained: flags.Trained = flags.Trained()
     prompt: tuple[str, ...] = ()  # none: chat on the terminal
     system: str | None = None
-    template: str | None = None  # chat template that replaces the model's
-    max_new_tokens: int = 200
-    temperature: float = 0.0  # 0 is greedy
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
+    sampling: flags.Sampling = flags.Sampling(max_new_tokens=200, temperature=0.0)
     seed: int = 0
     debug: bool = False  # full tracebacks
 
 
 def main(config: Config) -> list[str]:
     """Prints the answers; returns them."""
-    train.keep_memory_warm()
-    tokenizer = files.load_tokenizer(config.model)
-    renderer = data.Renderer(tokenizer, template=config.template)
-    model, params = load_trained(config)
-    sampling = SamplingConfig(
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        min_p=config.min_p,
-        stop_ids=(tokenizer.eos_token_id,),
-    )
+    renderer = renderer_of(config.trained)
+    model, params = load_trained(config.trained)
+    rules = config.sampling.rules(renderer.tokenizer)
     start = [{"role": "system", "content": config.system}] if config.system else []
 
     def answer(messages, number):
         prompt = renderer.prompt({"messages": messages})
         key = stream(jax.random.key(config.seed), "sample", number)
-        out = generate(model, params, [prompt], key, sampling)
-        return tokenizer.decode(out.completions[0], skip_special_tokens=True).strip()
+        out = generate(model, params, [prompt], key, rules, tokenizer=renderer.tokenizer)
+        return renderer.tokenizer.decode(out.completions[0], skip_special_tokens=True).strip()
 
     if not config.prompt:
         return _chat(answer, start)

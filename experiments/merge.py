@@ -13,14 +13,7 @@ import tyro
 
 from jaxft import checkpoints as files
 from jaxft import train
-from jaxft.adapters import (
-    Difference,
-    Quantisation,
-    adapt,
-    load_adapter,
-    quantised,
-    rounding_loss,
-)
+from jaxft.adapters import Difference, Quantisation, adapt, load_adapter, quantised, rounding_loss
 from jaxft.models import family_of
 
 

@@ -20,58 +20,54 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import pathlib
 from typing import Any, Literal
 
 import jax
 import numpy as np
 import tyro
 
+from experiments.cli import flags
 from experiments.cli import preference_report as reports
 from experiments.cli import training as shared
-from experiments.cli.optimizers import sharpen
 from experiments.cli.preference_data import load_data
-from experiments.cli.preference_losses import REFERENCE_FREE, REWARDS, UNPAIRED, Loss, objective_of
+from experiments.cli.preference_losses import LOSSES, DivergenceName, Loss, objective_of
 from jaxft import data, rl, train
+from jaxft.adapters import Name
 from jaxft.generation import SamplingConfig
 from jaxft.keys import stream
 from jaxft.rewards import add_reward_head
 
-NEEDLE = "rg:needle_haystack?min_num_statements=4&max_num_statements=8"
+TASK = "rg:chain_sum?max_terms=2&min_digits=1&max_digits=1"
+SMALL = {"data": (f"{TASK}&size=24&seed=1",), "eval_data": f"{TASK}&size=8&seed=1000000"}
+SMALL |= {"max_steps": 6, "eval_steps": 3, "max_length": 256, "learning_rate": 1e-3}
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(shared.Training):
+class Config:
     """What to train, on which preferences, and how."""
 
-    data: tuple[str, ...] = (f"{NEEDLE}&size=1000&seed=1",)  # files, hub ids, rg:TASK
-    eval_data: str = f"{NEEDLE}&size=100&seed=1000000"  # "": hold out a part of the data
-    output_dir: str = "runs/preference"
+    data: tuple[str, ...] = (f"{shared.NEEDLE}&size=1000&seed=1",)  # files, hub ids, rg:TASK
+    eval_data: str = f"{shared.NEEDLE}&size=100&seed=1000000"  # "": hold out a part of the data
+    adapter: Name = "lora"  # what trains; full: everything
 
     loss: Loss = "dpo"
     beta: float | None = None  # strength of the pull to the reference; None: the loss's own
     label_smoothing: float | None = None  # share of wrong labels: dpo, robust, exo, aot, simpo, cpo
     simpo_gamma: float = 0.5  # margin that simpo and alpha_po ask for
     alpha_length: float = 0.05  # of length_regularised: reward of a token of mere length
-    ld_alpha: float = (
-        1.0  # below 1: what is longer than the pair's shorter one counts less (LD-DPO)
-    )
-    f_divergence: Literal["reverse_kl", "forward_kl", "jensen_shannon", "alpha"] = (
-        "reverse_kl"  # of dpo: from the reference
-    )
+    # below 1: what is longer than the pair's shorter one counts less (LD-DPO)
+    ld_alpha: float = 1.0
+    f_divergence: DivergenceName = "reverse_kl"  # of dpo: from the reference
     f_alpha: float = 0.5  # of the alpha divergence; 1 is the reverse KL
     nll_alpha: float = 0.0  # weight of the chosen completion's own likelihood (RPO; cpo: 1 more)
     use_weighting: bool = False  # weigh pairs by how likely the policy is to say them (WPO)
-    nll_on_prompt: bool = (
-        False  # orpo: its likelihood is of the prompt too, as in its authors' code
-    )
-    ref_model_sync_steps: int | None = (
-        None  # steps after which the reference moves to the policy (TR-DPO: 512); None: never
-    )
+    # orpo: its likelihood is of the prompt too, as in its authors' code
+    nll_on_prompt: bool = False
+    # steps after which the reference moves to the policy (TR-DPO: 512); None: never
+    ref_model_sync_steps: int | None = None
     ref_model_mixup_alpha: float = 0.6  # how far, of the way there; 1 is all of it
-    prompt_embedder: str | None = (
-        None  # bco: "minilm" or another model, whose embeddings of prompts give density ratios (UDM)
-    )
+    # bco: "minilm" or another model, whose embeddings of prompts give density ratios (UDM)
+    prompt_embedder: str | None = None
     min_density_ratio: float = 0.5  # bco: limits of these
     max_density_ratio: float = 10.0
     desirable_weight: float = 1.0  # kto
@@ -81,85 +77,70 @@ class Config(shared.Training):
     max_new_tokens: int = 64  # hypo: of these
     center_rewards_coefficient: float = 0.0  # reward: holds rewards near 0 (0.01 is usual)
 
-    learning_rate: float = 1e-4
     too_long: Literal["drop", "truncate", "truncate_left_prompt", "error"] = "drop"
+
+    base: flags.Model = flags.Model()
+    kernels: flags.Kernels = flags.Kernels()
+    optimisation: flags.Optimisation = flags.Optimisation(learning_rate=1e-4)
+    rows: flags.Rows = flags.Rows()
+    mesh: flags.Mesh = flags.Mesh()
+    output: flags.Output = flags.Output("runs/preference")
+    seed: int = 0
+    smoke: bool = False  # a random tiny model for a few steps
+    debug: bool = False  # full tracebacks
 
 
 def main(config: Config) -> dict[str, Any]:
     """Trains; returns the metrics that are written to metrics.json."""
-    config = _smoke(config) if config.smoke else config
-    shared.start(config)
-    make_objective = objective_of(config)
+    config = shared.start(config, SMALL)
+    make_objective, entry = objective_of(config), LOSSES[config.loss]
     training, held_out = load_data(config)
-    if config.preview:
+    if config.rows.preview:
         return {"records": len(training)}
-    output = pathlib.Path(config.output_dir)
-    shared.check_output(config, output)
-    mesh = shared.mesh_of(config)
+    output, mesh = shared.place(config)
     # HyPO scores its samples with the start; other losses score their rows before training.
-    model, base = shared.load_base(config, mesh, keeps_start=config.loss == "hypo")
+    model, base = shared.load_base(config, mesh, keeps_start=entry.online)
     params = shared.adapt_params(config, model, base, mesh)
-    if config.loss in REWARDS:
+    if entry.trains == "reward":
         key = stream(jax.random.key(config.seed), "reward head")
         params = add_reward_head(key, params, model.config.hidden_size)
-    optimizer = shared.make_optimizer(config)
-    method = sharpen(config.sharpness, make_objective, model.forward, optimizer, config.rho)
+    method = shared.method_of(config, make_objective, model.forward)
     score = functools.partial(
         train.reference_log_probs,
         model.forward,
-        batch_size=config.batch_size,
-        max_length=config.max_length,
+        **config.rows.sizes,
         mesh=mesh,
         ld_alpha=config.ld_alpha,
     )
     bare_held_out = held_out
-    if config.loss not in REWARDS:
+    if entry.trains == "policy":
         held_out = score(params, held_out)  # Free of reference or not: gains are told.
-    if config.loss not in (*REWARDS, *REFERENCE_FREE) and config.ref_model_sync_steps is None:
+    if entry.trains == "policy" and entry.reference and config.ref_model_sync_steps is None:
         training = score(params, training)
     eval_batches = data.finite_group_batches(
-        bare_held_out if config.loss in REFERENCE_FREE else held_out,
-        batch_size=config.batch_size,
-        max_length=config.max_length,
+        held_out if entry.reference else bare_held_out, **config.rows.sizes
     )
-    batches = data.group_batches(
-        training,
-        batch_size=config.batch_size,
-        max_length=config.max_length,
-        seed=config.seed,
-    )
-    if config.loss == "hypo":
+    batches = data.group_batches(training, **config.rows.sizes, seed=config.seed)
+    if entry.online:
         make_objective = objective_of(dataclasses.replace(config, kl_weight=0.0))  # To evaluate.
         batches = with_samples(config, model, params, training, batches, mesh)
-    state, history = train.fit(
-        params,
-        method.objective,
-        method.optimizer,
-        batches,
-        steps=config.max_steps,
-        key=jax.random.key(config.seed),
-        gradient=method.gradient,
-        extra_args=method.extra_args,
-        microbatches=config.gradient_accumulation_steps,
-        books=books_of(config, model),
-        mesh=mesh,
-        callbacks=shared.callbacks(
-            config, make_objective(model.forward), eval_batches, output, mesh
-        ),
-        checkpoints=shared.checkpoints(config, output, best="eval/loss"),
-        donate=config.adapter == "full" and config.loss != "hypo",
+    evaluated, books = make_objective(model.forward), books_of(config, model)
+    callbacks = shared.callbacks(config, evaluated, eval_batches, output, mesh)
+    donate = config.adapter == "full" and not entry.online
+    state, history = shared.fit(
+        config, params, method, batches, callbacks, output, mesh, books=books, donate=donate
     )
     shared.save(config, model, state.params, base, mesh, output)
-    metrics = reports.losses_of(history)
-    if config.loss in REWARDS:
+    metrics = shared.losses_of(history)
+    if entry.trains == "reward":
         rewards = reports.read_rewards(config, model, state.params, held_out, mesh)
         metrics |= reward_report(config, rewards, held_out)
     else:
         table = lambda groups: np.stack([group.columns["ref_log_probs"] for group in groups])
-        tell = reports.label_report if config.loss in UNPAIRED else reports.pair_report
+        tell = reports.label_report if entry.records == "labels" else reports.pair_report
         after = score(state.params, bare_held_out)
         metrics |= tell(table(after), table(held_out), held_out)
-    if config.loss == "hypo":
+    if entry.online:
         kls = [row["kl"] for row in history[-max(1, len(history) // 10) :] if "kl" in row]
         metrics["kl"] = float(np.mean(kls)) if kls else None
         print(f"KL from the start, on the policy's own last answers: {metrics['kl']} nats")
@@ -175,13 +156,13 @@ def with_samples(config: Config, model, params, training, batches, mesh):
     if longest + config.max_new_tokens > model.config.max_length:
         raise ValueError(
             f"the longest prompt has {longest} tokens; with --max-new-tokens {config.max_new_tokens} that "
-            f"exceeds the {model.config.max_length} positions of {config.model}."
+            f"exceeds the {model.config.max_length} positions of {config.base.model}."
         )
-    stop = shared.files.load_tokenizer(config.model).eos_token_id
+    stop = shared.files.load_tokenizer(config.base.model).eos_token_id
     return rl.SamplesBeside(
         batches,
         model,
-        rl.Prompts(prompts, config.batch_size, seed=config.seed),
+        rl.Prompts(prompts, config.rows.batch_size, seed=config.seed),
         params,
         SamplingConfig(config.max_new_tokens, stop_ids=(stop,)),
         samples=config.online_samples,
@@ -212,22 +193,6 @@ def reward_report(config: Config, rewards: np.ndarray, groups: list) -> dict[str
     there = np.stack([group.columns["step_ends"] for group in groups]) >= 0
     labels = np.stack([group.columns["step_labels"] for group in groups])
     return reports.correctness_report(rewards[there], labels[there])
-
-
-def _smoke(config):
-    task = "rg:chain_sum?max_terms=2&min_digits=1&max_digits=1"
-    small = dict(
-        model="tiny",
-        data=(f"{task}&size=24&seed=1",),
-        eval_data=f"{task}&size=8&seed=1000000",
-        max_steps=6,
-        eval_steps=3,
-        max_length=256,
-        learning_rate=1e-3,
-        rank=2,
-        alpha=4.0,
-    )
-    return shared.with_small(config, small)
 
 
 if __name__ == "__main__":

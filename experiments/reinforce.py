@@ -20,62 +20,50 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import pathlib
-from typing import Any, Literal
+from typing import Any
 
-import jax
 import numpy as np
 import tyro
 
+from experiments.cli import flags, servers
 from experiments.cli import reinforce_checks as checks
 from experiments.cli import rewards as rewards_cli
 from experiments.cli import training as shared
-from experiments.cli.optimizers import sharpen
+from experiments.cli.algorithms import ALGORITHMS, Choice, Correction, algorithm
+from experiments.cli.servers import PushApiName
 from jaxft import checkpoints as files
 from jaxft import data, rl, train
-from jaxft.adapters import load_adapter, merge, save_adapter
-from jaxft.generation import (
-    Push,
-    SamplingConfig,
-    generate,
-    server_sampler,
-    sglang_adapters,
-    sglang_weights,
-    vllm_adapters,
-    vllm_weights,
-)
-from jaxft.losses import dpo_loss, overlong_penalty
-from jaxft.models import Forward
-from jaxft.objectives import policy_gradient, with_value_head, without_value_head
-from jaxft.objectives.policy import sequence_correction, token_correction
+from jaxft.adapters import Name, load_adapter, merge
+from jaxft.generation import SamplingConfig, generate
+from jaxft.losses import overlong_penalty
+from jaxft.objectives import with_value_head, without_value_head
 from jaxft.parallel import mesh_context
 from jaxft.rewards import Failures, measure_accuracy, verifier_for
 
-# reasoning-gym draws entry i from seed + i: the seeds below are further apart than the sizes.
-NEEDLE = "rg:needle_haystack?min_num_statements=4&max_num_statements=8"
-SERVED_ADAPTERS = ("lora", "rslora", "pissa")  # of which vLLM and SGLang know the files
 SHOWN = ("reward", "length", "kl", "entropy", "gap")
-
-Choice = Literal[
-    "reinforce", "rloo", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "reinforce_plus_plus",
-    "expert_iteration", "nft", "ppo", "online_dpo", "xpo",
-]  # fmt: skip
+SMALL = dict(
+    data="rg:chain_sum?size=64&seed=1&max_terms=2",
+    eval_data="rg:chain_sum?size=8&seed=1000000&max_terms=2",
+    max_steps=4,
+    prompts_per_step=2,
+    group_size=2,
+    max_new_tokens=4,
+    workers=1,
+    save_steps=4,
+)
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(shared.Run):
+class Config:
     """What to train, on what, and how."""
 
     start: str | None = None  # adapter of a warm start, merged into the model before training
-    data: str = f"{NEEDLE}&size=2000&seed=1"  # rg:TASK, or a file, tfds: or hub id with answers
-    eval_data: str = f"{NEEDLE}&size=100&seed=1000000"  # held-out questions
-    output_dir: str = "runs/reinforce"
-
-    judge: str | None = None  # file.py:function of (completion, record) -> number; None: verify
-    reward_model: str | None = None  # directory of preference.py --loss reward
+    # rg:TASK, or a file, tfds: or hub id with answers
+    data: str = f"{shared.NEEDLE}&size=2000&seed=1"
+    eval_data: str = f"{shared.NEEDLE}&size=100&seed=1000000"  # held-out questions
+    adapter: Name = "lora"  # what trains; full: everything
 
     algorithm: Choice = "grpo"
-    max_steps: int = 50  # optimizer steps
     prompts_per_step: int = 4  # questions of a rollout
     group_size: int = 8  # answers to each
     updates: int = 1  # optimizer steps on parts of one rollout
@@ -85,9 +73,6 @@ class Config(shared.Run):
     stop: tuple[str, ...] = ()  # text that ends an answer, besides the stop token
     turns: int = 1  # answers to a question: after a wrong one, feedback and another try
     feedback: str = "That is not right. Try again."  # what a wrong answer is told
-    learning_rate: float = 1e-4
-    schedule: Literal["cosine", "linear", "constant"] = "constant"
-    warmup_ratio: float = 0.0
 
     kl_weight: float = 0.0  # of k3 to the starting model, in the loss
     reward_kl: float = 0.0  # of k1 to it, in the reward: rloo, reinforce_plus_plus and ppo
@@ -100,33 +85,35 @@ class Config(shared.Run):
     lam: float = 0.95  # ppo: GAE's; 1 for long reasoning
     value_weight: float = 0.1  # ppo: of the critic's loss
     value_clip: float = 0.2  # ppo: how far a value moves from its start in a rollout
-    correction: Literal["none", "tokens", "sequences"] = (
-        "none"  # sampler to trainer, truncated at 2
-    )
+    correction: Correction = "none"  # sampler to trainer, truncated at 2
     sampler_url: str | None = None  # OpenAI-compatible server that samples (http://host:8000/v1)
     sampler_model: str | None = None  # the model's name there; None: that of --model
     push_dir: str | None = None  # where it reads the trainer's weights; None: it keeps its own
-    push_api: Literal["vllm", "sglang"] = "vllm"  # by whose requests it is told of them
+    push_api: PushApiName = "vllm"  # by whose requests it is told of them
     push_every: int = 1  # rollouts from one push to the next
     max_tries: int = 1  # sample anew up to so many times for groups whose rewards differ (DAPO: 10)
     overlong: int = 0  # last tokens of the budget over which a penalty grows to 1 (DAPO)
     mask_truncated: bool = False  # answers that reach the limit leave the loss
 
-    workers: int = 2  # processes that verify answers
-    timeout: float = 5.0  # seconds of one verdict
-    save_steps: int = 50
-    logging_steps: int = 1
+    rewards: flags.Rewards = flags.Rewards()
+    base: flags.Model = flags.Model()
+    kernels: flags.Kernels = flags.Kernels()
+    optimisation: flags.Optimisation = flags.Optimisation(
+        max_steps=50, learning_rate=1e-4, schedule="constant", warmup_ratio=0.0
+    )
+    mesh: flags.Mesh = flags.Mesh()
+    output: flags.Output = flags.Output("runs/reinforce", save_steps=50, logging_steps=1)
+    seed: int = 0
+    smoke: bool = False  # a random tiny model for a few steps
+    debug: bool = False  # full tracebacks
 
 
 def main(config: Config) -> dict[str, Any]:
     """Trains; returns the metrics that are written to metrics.json."""
-    config = _smoke(config) if config.smoke else config
-    shared.start(config)
+    config = shared.start(config, SMALL)
     checks.settings(config)
     renderer, records, held_out = load_data(config)
-    output = pathlib.Path(config.output_dir)
-    shared.check_output(config, output)
-    mesh = shared.mesh_of(config)
+    output, mesh = shared.place(config)
     checks.mesh(config, mesh)
     ids = [renderer.prompt(record) for record in records]
     prompts = rl.Prompts(ids, config.prompts_per_step, records, seed=config.seed)
@@ -135,30 +122,25 @@ def main(config: Config) -> dict[str, Any]:
     if config.start:
         base = merge(load_adapter(config.start, model.config, base))
     params = shared.adapt_params(config, model, base, mesh)
-    if config.algorithm == "ppo":
+    if ALGORITHMS[config.algorithm].values:
         params = with_value_head(model, params)
     credit = algorithm(config, model.forward).credit
     build = lambda forward: algorithm(config, forward).objective
-    optimizer = shared.make_optimizer(config)
-    method = sharpen(config.sharpness, build, model.forward, optimizer, config.rho)
-    with rewards_cli.opened(config, records) as rewards:
+    method = shared.method_of(config, build, model.forward)
+    with rewards_cli.opened(config.rewards, config.base, records) as rewards:
         accuracy = functools.partial(
-            measure, config, model, renderer, held_out, mesh, rewards if judged(config) else None
+            measure,
+            config,
+            model,
+            renderer,
+            held_out,
+            mesh,
+            rewards if config.rewards.numbers else None,
         )
         before = accuracy(base, "before")
-        state, history = train.fit(
-            params,
-            method.objective,
-            method.optimizer,
-            experience(config, model, prompts, renderer, rewards, credit, base, mesh),
-            steps=config.max_steps,
-            key=jax.random.key(config.seed),
-            gradient=method.gradient,
-            extra_args=method.extra_args,
-            microbatches=config.gradient_accumulation_steps,
-            mesh=mesh,
-            callbacks=_callbacks(config, output),
-            checkpoints=shared.checkpoints(config, output),
+        collect = experience(config, model, prompts, renderer, rewards, credit, base, mesh)
+        state, history = shared.fit(
+            config, params, method, collect, _callbacks(config, output), output, mesh, best=None
         )
         trained = without_value_head(state.params)
         # With --start an adapter would be one of a model that is nowhere on disk.
@@ -170,57 +152,14 @@ def main(config: Config) -> dict[str, Any]:
 
 def load_data(config: Config):
     """(renderer, training records, held-out records), all with answers that can be verified or judged."""
-    renderer = data.Renderer(files.load_tokenizer(config.model), template=config.template)
+    renderer = data.Renderer(files.load_tokenizer(config.base.model), template=config.base.template)
     load = functools.partial(data.load, form=data.normalise_question)
     records, held_out = load(config.data), load(config.eval_data)
-    rewards_cli.check(config, {config.data: records, config.eval_data: held_out})
+    rewards_cli.check(config.rewards, {config.data: records, config.eval_data: held_out})
     # A held-out question that is also trained on would measure memory.
     known = {str(renderer.prompt(record)) for record in records}
-    held_out = [record for record in held_out if str(renderer.prompt(record)) not in known]
-    if not held_out:
-        raise data.DataError("every held-out question is also in the training data.")
+    held_out = shared.without_known(held_out, known, lambda record: str(renderer.prompt(record)))
     return renderer, records, held_out
-
-
-def algorithm(config: Config, forward: Forward) -> rl.Algorithm:
-    """What --algorithm stands for."""
-    corrections = {"none": None, "tokens": token_correction(), "sequences": sequence_correction()}
-    build = functools.partial(
-        policy_gradient,
-        forward,
-        temperature=config.temperature,
-        kl_weight=config.kl_weight,
-        entropy_weight=config.entropy_weight,
-        correction=corrections[config.correction],
-    )
-    size = config.group_size
-    makers = {
-        "reinforce": lambda: rl.reinforce_with_baseline(build),
-        "rloo": lambda: rl.rloo(build, size, config.reward_kl),
-        "grpo": lambda: rl.grpo(build, size),
-        "dr_grpo": lambda: rl.dr_grpo(build, size, config.max_new_tokens * config.turns),
-        "dapo": lambda: rl.dapo(build, size),
-        "gspo": lambda: rl.gspo(build, size),
-        "cispo": lambda: rl.cispo(build, size),
-        "reinforce_plus_plus": lambda: rl.reinforce_plus_plus(build, config.reward_kl),
-        "expert_iteration": lambda: rl.expert_iteration(build),
-        "nft": lambda: rl.nft(build, size),
-        "online_dpo": lambda: rl.online_preference(
-            build, functools.partial(dpo_loss, beta=config.beta), size
-        ),
-        "xpo": lambda: rl.xpo(
-            build, functools.partial(dpo_loss, beta=config.beta), size, config.xpo_alpha
-        ),
-        "ppo": lambda: rl.ppo(
-            build,
-            config.reward_kl,
-            gamma=config.gamma,
-            lam=config.lam,
-            value_clip=config.value_clip,
-            value_weight=config.value_weight,
-        ),
-    }
-    return makers[config.algorithm]()
 
 
 def experience(config, model, prompts, renderer, rewards, credit, base, mesh) -> rl.Collector:
@@ -252,7 +191,7 @@ def transforms(config, model, base) -> list[rl.Transform]:
         found += [rl.mask_truncated]
     if config.updates * config.epochs > 1:
         found += [rl.add_old_policy(model.forward, config.temperature)]
-    elif config.algorithm == "ppo":
+    elif ALGORITHMS[config.algorithm].values:
         found += [rl.add_values(model.forward)]
     # Always: how far the policy has gone is shown, whether or not it is held back.
     return [*found, rl.add_reference(model.forward, base, config.temperature)]
@@ -274,12 +213,8 @@ def sampling(config, model, renderer, rewards, base=None) -> rl.Sample:
         stop_ids=(tokenizer.eos_token_id,),
         stop_strings=config.stop,
     )
-    sampler = generate
-    if config.sampler_url:
-        served = config.sampler_model or config.model
-        push = pushes(config, model, base, served) if config.push_dir else None
-        sampler = server_sampler(config.sampler_url, served, push=push)
-    if config.algorithm == "xpo":
+    sampler = servers.sampler(config, model, base) if config.sampler_url else generate
+    if ALGORITHMS[config.algorithm].halves:
         half = rl.answers(model, tokenizer, rewards, settings, config.group_size // 2)
         return rl.answers_of_both(half, model, base, config.temperature)
     if config.turns == 1:
@@ -293,28 +228,6 @@ def sampling(config, model, renderer, rewards, base=None) -> rl.Sample:
         next_turn=renderer.next_turn,
         sampler=sampler,
     )
-
-
-def pushes(config, model, base, served) -> Push:
-    """What puts the policy on the server: its adapter where servers take that, else the whole model."""
-    url = config.sampler_url
-    # With --start an adapter would be one of a model that the server does not have.
-    if config.adapter in SERVED_ADAPTERS and not config.start:
-        save = lambda path, params: save_adapter(
-            path, model.config, without_value_head(params), base_model=config.model, base=base
-        )
-        api = vllm_adapters(url) if config.push_api == "vllm" else sglang_adapters(url, served)
-    else:
-        save = lambda path, params: files.save_model(
-            path, model, without_value_head(params), tokenizer_from=config.model
-        )
-        api = (vllm_weights if config.push_api == "vllm" else sglang_weights)(url)
-    return Push(save, config.push_dir, api, every=config.push_every)
-
-
-def judged(config: Config) -> bool:
-    """Whether rewards are numbers rather than verdicts."""
-    return bool(config.judge or config.reward_model)
 
 
 def measure(config, model, renderer, records, mesh, rewards, params, when: str) -> dict[str, Any]:
@@ -359,13 +272,13 @@ def report(config, history, failures, before, after, output) -> dict[str, Any]:
     print(f"reward {metrics['reward_first']:.3f} -> {metrics['reward_last']:.3f}")
     if any(failures):
         print(f"verdicts that failed: {failures}")
-    grouped = config.algorithm not in checks.UNGROUPED
+    grouped = ALGORITHMS[config.algorithm].least_group > 1
     if grouped and all(row["no_contrast"] == 1 for row in history):
         print(
             "In no group did rewards differ, so nothing was learned: start from a model that answers "
             "some questions right (--start), or raise --group-size."
         )
-    if judged(config):
+    if config.rewards.numbers:
         print(f"held-out reward {before['held_out_reward']} -> {after['held_out_reward']}")
     else:
         print(
@@ -377,29 +290,11 @@ def report(config, history, failures, before, after, output) -> dict[str, Any]:
 
 def _callbacks(config, output):
     below = ("length", "entropy", "kl", "gap", "no_contrast")
-    title = f"{config.algorithm}, {config.model}, {config.adapter}"
+    title = f"{config.algorithm}, {config.base.model}, {config.adapter}"
     return [
-        train.progress(steps=config.logging_steps, show=SHOWN),
+        train.progress(steps=config.output.logging_steps, show=SHOWN),
         train.run_figure(output / "training.png", title=title, main="reward", below=below),
-        *shared.logs(config, output),
     ]
-
-
-def _smoke(config):
-    small = dict(
-        model="tiny",
-        data="rg:chain_sum?size=64&seed=1&max_terms=2",
-        eval_data="rg:chain_sum?size=8&seed=1000000&max_terms=2",
-        max_steps=4,
-        prompts_per_step=2,
-        group_size=2,
-        max_new_tokens=4,
-        rank=2,
-        alpha=4.0,
-        workers=1,
-        save_steps=4,
-    )
-    return shared.with_small(config, small)
 
 
 if __name__ == "__main__":

@@ -26,43 +26,41 @@ import rich.console
 import rich.progress
 import tyro
 
+from experiments.cli import flags
 from experiments.cli import rewards as rewards_cli
 from experiments.cli import training as shared
-from experiments.cli.models import load_trained
-from jaxft import checkpoints as files
+from experiments.cli.models import load_trained, renderer_of
 from jaxft import data, train
-from jaxft.generation import SamplingConfig, generate
+from jaxft.generation import generate
 from jaxft.keys import stream
 from jaxft.output import writing
 
-NEEDLE = "rg:needle_haystack?min_num_statements=4&max_num_statements=8"
+SMALL = dict(
+    model="tiny",
+    data="rg:chain_sum?size=8&seed=1&max_terms=2",
+    max_new_tokens=4,
+    samples=2,
+    workers=1,
+    keep_truncated=True,
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Whose answers, to what, and how they are scored."""
 
-    data: str = f"{NEEDLE}&size=1000&seed=1"  # file, rg:TASK, tfds:NAME or hub id
-    model: str = "smollm2"  # directory, .gguf file, "smollm2", "tiny" (random), or hub id
-    adapter: str | None = None  # directory of an adapter
+    data: str = f"{shared.NEEDLE}&size=1000&seed=1"  # file, rg:TASK, tfds:NAME or hub id
+    trained: flags.Trained = flags.Trained()
     output: str = "pairs.jsonl"  # file for the pairs
     limit: int | None = None  # use at most so many questions
     samples: int = 4  # answers to each
     min_gap: float = 1e-8  # scores that are no further apart give no pair
     all_pairs: bool = False  # every two answers that differ, not the best and the worst alone
 
-    judge: str | None = None  # file.py:function of (completion, record) -> number; None: verify
-    reward_model: str | None = None  # directory of preference.py --loss reward
-    workers: int = 2  # processes that verify or judge
-    timeout: float = 5.0  # seconds of one verdict
-
-    max_new_tokens: int = 64
-    temperature: float = 1.0
-    top_p: float | None = None
-    stop: tuple[str, ...] = ()  # text that ends an answer, besides the stop token
+    rewards: flags.Rewards = flags.Rewards()
+    sampling: flags.Sampling = flags.Sampling()
     keep_truncated: bool = False  # also answers that reach --max-new-tokens
     batch_size: int = 8  # questions at a time
-    template: str | None = None  # chat template that replaces the model's
     seed: int = 0
     smoke: bool = False  # a random tiny model, a few questions
     debug: bool = False  # full tracebacks
@@ -70,34 +68,30 @@ class Config:
 
 def main(config: Config) -> dict[str, Any]:
     """Writes the pairs; returns how many there are, and what gave none."""
-    config = _smoke(config) if config.smoke else config
-    train.keep_memory_warm()
-    if config.samples < 2 or config.batch_size < 1 or config.temperature <= 0:
+    config = flags.with_small(config, SMALL) if config.smoke else config
+    if config.samples < 2 or config.batch_size < 1 or config.sampling.temperature <= 0:
         raise ValueError(
             f"--samples must be at least 2, --batch-size 1 and --temperature above 0; got {config.samples}, "
-            f"{config.batch_size} and {config.temperature}."
+            f"{config.batch_size} and {config.sampling.temperature}."
         )
     output = pathlib.Path(config.output)
     train.writable_directory(output.parent)
     records = data.load(config.data, limit=config.limit, form=data.normalise_question)
-    rewards_cli.check(config, {config.data: records})
-    tokenizer = files.load_tokenizer(config.model)
-    renderer = data.Renderer(tokenizer, template=config.template)
-    model, params = load_trained(config)
-    settings = SamplingConfig(
-        config.max_new_tokens,
-        config.temperature,
-        top_p=config.top_p,
-        stop_ids=(tokenizer.eos_token_id,),
-        stop_strings=config.stop,
-    )
+    rewards_cli.check(config.rewards, {config.data: records})
+    renderer = renderer_of(config.trained)
+    tokenizer = renderer.tokenizer
+    model, params = load_trained(config.trained)
+    settings = config.sampling.rules(tokenizer)
     prompts = data.render_prompts(records, renderer)
     # Questions of like length together, to save padding.
     order = sorted(range(len(records)), key=lambda i: len(prompts[i]))
     chunks = [order[i : i + config.batch_size] for i in range(0, len(order), config.batch_size)]
     counts, part = collections.Counter(questions=len(records)), f"{output}.part"
     console = rich.console.Console(stderr=True)
-    with rewards_cli.opened(config, records) as rewards, open(part, "w") as file:
+    with (
+        rewards_cli.opened(config.rewards, config.trained, records) as rewards,
+        open(part, "w") as file,
+    ):
         for number, chunk in enumerate(rich.progress.track(chunks, "sampling", console=console)):
             key = stream(jax.random.key(config.seed), "sample", number)
             asked = [prompts[i] for i in chunk]
@@ -136,18 +130,6 @@ def _judged(config, rewards, tokenizer, records, out) -> data.Judged:
         ranked.append({**kept, "prompt": made[0]["prompt"], "responses": responses})
     choose = data.all_pairs if config.all_pairs else data.best_worst
     return data.judge_pairs(ranked, groups(scores), min_gap=config.min_gap, choose=choose)
-
-
-def _smoke(config):
-    small = dict(
-        model="tiny",
-        data="rg:chain_sum?size=8&seed=1&max_terms=2",
-        max_new_tokens=4,
-        samples=2,
-        workers=1,
-        keep_truncated=True,
-    )
-    return shared.with_small(config, small)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ a figure, TensorBoard events and checkpoints; --resume goes on after an interrup
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import pathlib
 from typing import Any, Literal
@@ -20,8 +21,9 @@ from typing import Any, Literal
 import jax
 import tyro
 
+from experiments.cli import choices, flags
 from experiments.cli import training as shared
-from experiments.cli.optimizers import sharpen
+from experiments.cli.models import verified
 from jaxft import checkpoints as files
 from jaxft import data, train
 from jaxft.adapters import (
@@ -35,21 +37,26 @@ from jaxft.adapters import (
 from jaxft.keys import stream
 from jaxft.models import family_of
 from jaxft.objectives import reparametrised, supervised
-from jaxft.rewards import Accuracy, measure_accuracy, verifier_for
+from jaxft.rewards import Accuracy
 
-# reasoning-gym draws entry i from seed + i: the seeds below are further apart than the sizes.
-NEEDLE = "rg:needle_haystack?min_num_statements=4&max_num_statements=8"
+SMALL = dict(
+    data=("rg:chain_sum?size=64&seed=1&max_terms=2",),
+    eval_data="rg:chain_sum?size=8&seed=1000000&max_terms=2",
+    max_steps=6,
+    eval_steps=3,
+    max_length=256,
+    max_new_tokens=4,
+)
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(shared.Training):
+class Config:
     """What to train, on what, and how."""
 
-    data: tuple[str, ...] = (f"{NEEDLE}&size=2000&seed=1",)  # files, rg:TASK, tfds:NAME, hub ids
+    data: tuple[str, ...] = (f"{shared.NEEDLE}&size=2000&seed=1",)  # files, rg:TASK, tfds:, hub ids
     weights: tuple[float, ...] = ()  # share of each source; default: by size
     weights_by: Literal["records", "tokens"] = "records"  # of what they are shares
-    eval_data: str = f"{NEEDLE}&size=100&seed=1000000"  # "": hold out a part of the data
-    output_dir: str = "runs/sft"
+    eval_data: str = f"{shared.NEEDLE}&size=100&seed=1000000"  # "": hold out a part of the data
 
     adapter: Name | Literal["intrinsic"] = "lora"  # what trains; full: everything
     d: int = 1000  # intrinsic: numbers that train, moving all params in a random subspace
@@ -62,83 +69,70 @@ class Config(shared.Training):
     max_new_tokens: int = 16  # of the answers that are verified
     accuracy: bool = True  # verify answers before and after, where the data can be verified
 
+    base: flags.Model = flags.Model()
+    kernels: flags.Kernels = flags.Kernels()
+    optimisation: flags.Optimisation = flags.Optimisation()
+    rows: flags.Rows = flags.Rows()
+    mesh: flags.Mesh = flags.Mesh()
+    output: flags.Output = flags.Output("runs/sft")
+    seed: int = 0
+    smoke: bool = False  # a random tiny model for a few steps
+    debug: bool = False  # full tracebacks
+
 
 def main(config: Config) -> dict[str, Any]:
     """Trains; returns the metrics that are written to metrics.json."""
-    config = _smoke(config) if config.smoke else config
-    shared.start(config)
+    config = shared.start(config, SMALL)
+    choices.check_companions(config, {"weights_by": "weights"})
+    if config.adapter != "intrinsic" and config.d != Config.d:
+        raise ValueError(
+            f"--d {config.d} has no effect with --adapter {config.adapter}; take intrinsic."
+        )
     renderer, training, held_out = load_data(config)
-    if config.preview:
+    if config.rows.preview:
         return {"records": len(training)}
-    output = pathlib.Path(config.output_dir)
-    shared.check_output(config, output)
-    mesh = shared.mesh_of(config)
+    output, mesh = shared.place(config)
     model, base = shared.load_base(config, mesh)
     params = adapt_params(config, model, base, mesh)
     read = jax.jit(intrinsic_apply) if config.adapter == "intrinsic" else lambda params: params
     forward = reparametrised(model.forward, read)
-    optimizer = shared.make_optimizer(config)
-    method = sharpen(config.sharpness, supervised, forward, optimizer, config.rho)
-    tokenised = data.render(held_out, renderer, config.max_length, too_long="truncate")
-    eval_batches = data.finite_batches(
-        tokenised, batch_size=config.batch_size, max_length=config.max_length
-    )
+    method = shared.method_of(config, supervised, forward)
+    length = config.rows.max_length
+    tokenised = data.render(held_out, renderer, length, too_long="truncate")
+    eval_batches = data.finite_batches(tokenised, **config.rows.sizes)
     batches = data.batches(
         *training,
-        batch_size=config.batch_size,
-        max_length=config.max_length,
+        **config.rows.sizes,
         weights=_weights(config, training),
         packing=config.packing,
         seed=config.seed,
     )
     before = verify(config, model, base, renderer, held_out, "before")
-    state, history = train.fit(
-        params,
-        method.objective,
-        method.optimizer,
-        batches,
-        steps=config.max_steps,
-        key=jax.random.key(config.seed),
-        gradient=method.gradient,
-        extra_args=method.extra_args,
-        microbatches=config.gradient_accumulation_steps,
-        mesh=mesh,
-        callbacks=shared.callbacks(config, supervised(forward), eval_batches, output, mesh),
-        checkpoints=shared.checkpoints(config, output, best="eval/loss"),
-        donate=config.adapter == "full",  # Nothing reads the base afterwards.
+    callbacks = shared.callbacks(config, supervised(forward), eval_batches, output, mesh)
+    donate = config.adapter == "full"  # Nothing reads the base afterwards.
+    state, history = shared.fit(
+        config, params, method, batches, callbacks, output, mesh, donate=donate
     )
     save(config, model, state.params, base, mesh, output)
     after = verify(config, model, read(state.params), renderer, held_out, "after")
-    return report(config, history, before, after, held_out, output)
+    return report(history, before, after, held_out, output)
 
 
 def load_data(config: Config):
     """(renderer, tokenised records of each source, held-out records)."""
     renderer = data.Renderer(
-        files.load_tokenizer(config.model),
-        template=config.template,
+        files.load_tokenizer(config.base.model),
+        template=config.base.template,
         mask=config.mask,
         train_on=config.train_on,
     )
-    bad = data.BadRecords(config.max_bad)
+    bad, length = data.BadRecords(config.rows.max_bad), config.rows.max_length
     sources = [data.load(spec, bad=bad) for spec in config.data]
-    if config.eval_data:
-        held_out = data.load(config.eval_data)
-    else:
-        pairs = [data.split(records, config.validation) for records in sources]
-        sources, held_out = [pair[0] for pair in pairs], [r for pair in pairs for r in pair[1]]
-        if not held_out:
-            raise data.DataError("no record is held out; raise --validation or give --eval-data.")
-    known = {_question(record) for records in sources for record in records}
-    held_out = shared.without_known(held_out, known, _question)
-    training = [
-        data.render(records, renderer, config.max_length, too_long=config.too_long, bad=bad)
-        for records in sources
-    ]
-    if bad.summary():
-        print(f"records left out or cut: {bad.summary()}")
-    examples = 3 if config.preview else 1
-    for part in training[0][:examples]:
+    sources, held_out = shared.with_held_out(config, sources, data.load, _question)
+    render = functools.partial(data.render, too_long=config.too_long, bad=bad)
+    training = [render(records, renderer, length) for records in sources]
+    shared.tell_of(bad)
+    for part in training[0][: 3 if config.rows.preview else 1]:
         print(data.explain(part, renderer.tokenizer, color=False), end="\n\n")
     return renderer, training, held_out
 
@@ -147,7 +141,7 @@ def adapt_params(config: Config, model: Any, base: Any, mesh: Any) -> Any:
     """The base params with what trains: adapters, or all of them."""
     if config.adapter != "intrinsic":
         return shared.adapt_params(config, model, base, mesh)
-    if config.quantise:
+    if config.kernels.quantise:
         raise ValueError("--adapter intrinsic moves the kernels themselves; drop --quantise.")
     # The base lies on the mesh already.
     key, layers = stream(jax.random.key(config.seed), "intrinsic"), family_of(model.config).layers
@@ -156,13 +150,11 @@ def adapt_params(config: Config, model: Any, base: Any, mesh: Any) -> Any:
 
 def verify(config, model, params, renderer, records, when: str) -> Accuracy | None:
     """The accuracy on held-out records, printed, or None if they cannot be verified."""
-    verifier = verifier_for(records[0]["source"], records)
-    if verifier is None or not config.accuracy:
+    if not config.accuracy:
         return None
-    result = measure_accuracy(
-        model, params, renderer, records, verifier, max_new_tokens=config.max_new_tokens
-    )
-    print(f"accuracy {when}: {result}", flush=True)
+    result = verified(model, params, renderer, records, config.max_new_tokens)
+    if result is not None:
+        print(f"accuracy {when}: {result}", flush=True)
     return result
 
 
@@ -179,16 +171,11 @@ def save(
     print(f"adapter saved to {path}; read again: {difference}")
 
 
-def report(config, history, before, after, records, output) -> dict[str, Any]:
+def report(history, before, after, records, output) -> dict[str, Any]:
     """Prints sample answers, writes metrics.json and the figure's data, returns the metrics."""
-    losses = [row["eval/loss"] for row in history if "eval/loss" in row]
-    metrics = {
-        "steps": history[-1]["step"],
-        "first_loss": history[0]["loss"],
-        "last_loss": history[-1]["loss"],
-        "eval_loss": losses[-1] if losses else None,
-        "eval_perplexity": math.exp(losses[-1]) if losses else None,
-    }
+    metrics = shared.losses_of(history)
+    loss = metrics["eval_loss"]
+    metrics["eval_perplexity"] = None if loss is None else math.exp(loss)
     if before is not None:
         for when, result in (("before", before), ("after", after)):
             metrics[f"accuracy_{when}"] = result.rate
@@ -210,21 +197,6 @@ def _weights(config, training):
     if config.weights and config.weights_by == "tokens":
         return data.token_weights(training, config.weights)
     return config.weights or None
-
-
-def _smoke(config):
-    small = dict(
-        model="tiny",
-        data=("rg:chain_sum?size=64&seed=1&max_terms=2",),
-        eval_data="rg:chain_sum?size=8&seed=1000000&max_terms=2",
-        max_steps=6,
-        eval_steps=3,
-        max_length=256,
-        max_new_tokens=4,
-        rank=2,
-        alpha=4.0,
-    )
-    return shared.with_small(config, small)
 
 
 def _question(record) -> str:

@@ -1,18 +1,47 @@
-"""The model that a script answers with: the flags `model` and `adapter`."""
+"""The model that a script answers with."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from experiments.cli import flags
 from jaxft import checkpoints as files
+from jaxft import data, train
 from jaxft.adapters import load_adapter, merge, mergeable
+from jaxft.rewards import Accuracy, measure_accuracy, verifier_for
 
 
-def load_trained(config: Any) -> tuple[Any, Any]:
+def renderer_of(trained: flags.Trained, **options: Any) -> data.Renderer:
+    """The renderer of its tokenizer and chat template; `options` are those of `data.Renderer`."""
+    return data.Renderer(files.load_tokenizer(trained.model), template=trained.template, **options)
+
+
+def check_positions(model: Any, name: str, length: int) -> None:
+    """Raises ValueError if the model `name` has fewer positions than --max-length."""
+    if length > model.config.max_length:
+        raise ValueError(
+            f"--max-length {length} is more than the {model.config.max_length} positions of {name}."
+        )
+
+
+def load_trained(trained: flags.Trained) -> tuple[Any, Any]:
     """(model, params), with the adapter if one is named."""
-    model, params = files.load_model(config.model)
-    if not config.adapter:
+    train.keep_memory_warm()
+    model, params = files.load_model(trained.model)
+    if not trained.adapter:
         return model, params
-    params = load_adapter(config.adapter, model.config, params)
+    params = load_adapter(trained.adapter, model.config, params)
     # Merged once: sampling then costs what the base model costs.
     return model, merge(params) if mergeable(params) else params
+
+
+def verified(
+    model: Any, params: Any, renderer: data.Renderer, records: list, max_new_tokens: int
+) -> Accuracy | None:
+    """The accuracy of greedy answers to records, or None if those cannot be verified."""
+    verifier = verifier_for(records[0]["source"], records)
+    if verifier is None:
+        return None
+    return measure_accuracy(
+        model, params, renderer, records, verifier, max_new_tokens=max_new_tokens
+    )

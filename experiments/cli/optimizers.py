@@ -1,4 +1,4 @@
-"""What the scripts' --optimizer and --sharpness stand for."""
+"""What --optimizer and --sharpness of the scripts that train stand for."""
 
 from __future__ import annotations
 
@@ -31,30 +31,25 @@ from jaxft.optim import (
     with_trust_region,
 )
 
-Optimizer = Literal["adamw", "lion", "lion_int8", "adafactor", "muon", "sgd"]
-Sharpness = Literal[
-    "none", "sam", "asam", "fisher_sam", "m_sam", "look_sam", "tram", "tram_0", "tram_x", "tram_fisher",
-    "trpo", "mesa", "r3f",
-]  # fmt: skip
+# What turns gradients into a direction; clipping, decay and learning rate are the same for all.
+OPTIMIZERS = {
+    "adamw": lambda: optax.scale_by_adam(),
+    "lion": lambda: scale_by_lion(0.95, 0.98),  # the paper's for language models
+    "lion_int8": lambda: scale_by_lion(0.95, 0.98, "int8"),
+    "adafactor": lambda: optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)),
+    # Matrices by Newton-Schulz, the rest by Adam; -1 leaves sign and rate to the chain.
+    "muon": lambda: optax.contrib.muon(-1.0),
+    "sgd": lambda: optax.trace(0.9),
+}
 
-# Those that compare the predictions of two models, or of one with and without noise on its inputs.
-OF_PREDICTIONS = ("tram", "tram_0", "tram_x", "tram_fisher", "trpo", "mesa", "r3f")
 
+class Parts(NamedTuple):
+    """What a method of --sharpness is made of."""
 
-def optimizer_rule(name: Optimizer) -> optax.GradientTransformation:
-    """What turns gradients into a direction; clipping, decay and learning rate are the same for all."""
-    rules = {
-        "adamw": lambda: optax.scale_by_adam(),
-        "lion": lambda: scale_by_lion(0.95, 0.98),  # the paper's for language models
-        "lion_int8": lambda: scale_by_lion(0.95, 0.98, "int8"),
-        "adafactor": lambda: optax.chain(
-            optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)
-        ),
-        # Matrices by Newton-Schulz, the rest by Adam; -1 leaves sign and rate to the chain.
-        "muon": lambda: optax.contrib.muon(-1.0),
-        "sgd": lambda: optax.trace(0.9),
-    }
-    return rules[name]()
+    build: Callable[[Forward], Objective]
+    forward: Forward
+    base: optax.GradientTransformation
+    rho: float | None
 
 
 class Sharpened(NamedTuple):
@@ -62,8 +57,68 @@ class Sharpened(NamedTuple):
 
     objective: Objective
     optimizer: optax.GradientTransformation
-    gradient: Callable[..., Any]
-    extra_args: Mapping[str, Callable[..., Any]]
+    gradient: Callable[..., Any] = jax.value_and_grad
+    extra_args: Mapping[str, Callable[..., Any]] = {}
+
+
+class Method(NamedTuple):
+    """How a method is made, and what it needs, reads and refuses (see `choices`)."""
+
+    make: Callable[[Parts], Sharpened]
+    rho: float | None = 0.1  # the radius, if the flags name none
+    of_predictions: bool = False  # needs a distribution over tokens at each position
+    reads: tuple[str, ...] = ("rho",)
+    refuses: Mapping[str, str] = {}
+
+
+def _optimizer(wrap, rho):
+    """A method that is an optimizer around the base: `wrap(base, rho)`."""
+    return Method(lambda p: Sharpened(p.build(p.forward), wrap(p.base, p.rho)), rho)
+
+
+def _distant(wrap, rho=0.1, distance=function_distance):
+    """One whose optimizer also takes a distance of predictions."""
+
+    def make(p):
+        moved = {"distance_fn": distance(token_logits(p.forward))}
+        return Sharpened(p.build(p.forward), wrap(p.base, p.rho), extra_args=moved)
+
+    return Method(make, rho, True)
+
+
+def _slices(p):
+    # Each slice of the batch (--gradient-accumulation-steps) has its own perturbation.
+    return Sharpened(p.build(p.forward), p.base, sam(p.rho))
+
+
+def _r3f(p):
+    objective = r3f(p.build(p.forward), token_logits(p.forward), p.rho)
+    return Sharpened(objective, p.base)
+
+
+def _tram_fisher(p):
+    noised = {"noised_fn": mean_of(p.build(with_noise(p.forward, embedding_noise())))}
+    return Sharpened(p.build(p.forward), with_tram_fisher(p.base, p.rho), extra_args=noised)
+
+
+SHARPNESS = {
+    "none": Method(lambda p: Sharpened(p.build(p.forward), p.base), None, reads=()),
+    "sam": _optimizer(with_sam, 0.05),
+    "asam": _optimizer(lambda base, rho: with_sam(base, perturb=perturb_asam(rho)), 0.5),
+    "fisher_sam": _optimizer(lambda base, rho: with_sam(base, perturb=perturb_fisher(rho)), 0.1),
+    "m_sam": Method(_slices, 0.05),
+    "look_sam": _optimizer(look_sam, 0.05),
+    "tram": _distant(lambda base, rho: with_tram(base, 0.0, d_scale=rho), 1.0),
+    "tram_0": _distant(lambda base, rho: with_tram(base, 1.0, d_scale=rho), 1.0),
+    "tram_x": _distant(lambda base, rho: with_tram(base, None, d_scale=rho), 1.0, noise_distance),
+    "tram_fisher": Method(_tram_fisher, 0.1, True),
+    "trpo": _distant(lambda base, rho: with_trust_region(base, rho, 0.0)),
+    "mesa": _distant(lambda base, rho: with_trust_region(base, rho, 0.999)),
+    "r3f": Method(_r3f, 0.1, True),
+}
+
+Optimizer = Literal[tuple(OPTIMIZERS)]
+Sharpness = Literal[tuple(SHARPNESS)]
 
 
 def sharpen(
@@ -82,38 +137,7 @@ def sharpen(
             (trpo, mesa, r3f) it is their weight.
 
     Raises:
-        ValueError: for rho < 0, and for a rho that the method "none" would not use.
+        ValueError: for rho < 0.
     """
-    objective, plain = build(forward), jax.value_and_grad
-    if name == "none":
-        if rho is not None:
-            raise ValueError(f"--rho {rho} has no effect without --sharpness, such as sam.")
-        return Sharpened(objective, base, plain, {})
-    if rho is None:
-        usual = {"sam": 0.05, "m_sam": 0.05, "look_sam": 0.05, "asam": 0.5}
-        usual |= {"tram": 1.0, "tram_0": 1.0, "tram_x": 1.0}
-        rho = usual.get(name, 0.1)
-    if name == "m_sam":
-        # Each slice of the batch (--gradient-accumulation-steps) has its own perturbation.
-        return Sharpened(objective, base, sam(rho), {})
-    logits = token_logits(forward)
-    if name == "r3f":
-        return Sharpened(r3f(objective, logits, rho), base, plain, {})
-    moved = {"distance_fn": function_distance(logits)}
-    noised = lambda: {"noised_fn": mean_of(build(with_noise(forward, embedding_noise())))}
-    optimizer, extra_args = {
-        "sam": lambda: (with_sam(base, rho), {}),
-        "asam": lambda: (with_sam(base, perturb=perturb_asam(rho)), {}),
-        "fisher_sam": lambda: (with_sam(base, perturb=perturb_fisher(rho)), {}),
-        "look_sam": lambda: (look_sam(base, rho), {}),
-        "tram_fisher": lambda: (with_tram_fisher(base, rho), noised()),
-        "tram": lambda: (with_tram(base, 0.0, d_scale=rho), moved),
-        "tram_0": lambda: (with_tram(base, 1.0, d_scale=rho), moved),
-        "tram_x": lambda: (
-            with_tram(base, None, d_scale=rho),
-            {"distance_fn": noise_distance(logits)},
-        ),
-        "trpo": lambda: (with_trust_region(base, rho, 0.0), moved),
-        "mesa": lambda: (with_trust_region(base, rho, 0.999), moved),
-    }[name]()
-    return Sharpened(objective, optimizer, plain, extra_args)
+    method = SHARPNESS[name]
+    return method.make(Parts(build, forward, base, method.rho if rho is None else rho))

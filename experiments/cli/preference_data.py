@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from experiments.cli import training as shared
-from experiments.cli.preference_losses import UNPAIRED
+from experiments.cli.preference_losses import LOSSES
 from jaxft import data
 from jaxft.analysis import text_embeddings
 from jaxft.losses import density_ratios
@@ -16,32 +16,27 @@ from jaxft.losses import density_ratios
 
 def load_data(config: Any):
     """(training groups, held-out groups)."""
-    bad = data.BadRecords(config.max_bad)
+    bad = data.BadRecords(config.rows.max_bad)
     sources = [load_records(config, spec, bad) for spec in config.data]
-    if config.eval_data:
-        held_out = load_records(config, config.eval_data, data.BadRecords())
-    else:
-        parts = [data.split(records, config.validation) for records in sources]
-        sources, held_out = [part[0] for part in parts], [r for part in parts for r in part[1]]
-        if not held_out:
-            raise data.DataError("no record is held out; raise --validation or give --eval-data.")
+    load = functools.partial(load_records, config, bad=data.BadRecords())
+    sources, held_out = shared.with_held_out(config, sources, load, _question)
     records = [record for source in sources for record in source]
-    held_out = shared.without_known(held_out, {_question(r) for r in records}, _question)
-    renderer = data.Renderer(shared.files.load_tokenizer(config.model), template=config.template)
-    too_long = {} if config.loss == "process" else {"too_long": config.too_long}
-    if config.loss in (*UNPAIRED, "outcome"):
-        other = config.loss in UNPAIRED
+    tokenizer = shared.files.load_tokenizer(config.base.model)
+    renderer = data.Renderer(tokenizer, template=config.base.template)
+    entry = LOSSES[config.loss]
+    too_long = {} if entry.records == "steps" else {"too_long": config.too_long}
+    if entry.records == "labels":
+        other = entry.trains == "policy"
         render = functools.partial(data.render_unpaired, seed=config.seed, mismatched=other)
         records, held_out = _labelled(records), _labelled(held_out)
         if config.prompt_embedder:
             records = with_density_ratios(config, records)
     else:
-        render = data.render_steps if config.loss == "process" else data.render_pairs
-    training = render(records, renderer, config.max_length, bad=bad, **too_long)
-    left = render(held_out, renderer, config.max_length, **too_long)
-    if bad.summary():
-        print(f"records left out or cut: {bad.summary()}")
-    for group in training[: 3 if config.preview else 1]:
+        render = data.render_steps if entry.records == "steps" else data.render_pairs
+    training = render(records, renderer, config.rows.max_length, bad=bad, **too_long)
+    left = render(held_out, renderer, config.rows.max_length, **too_long)
+    shared.tell_of(bad)
+    for group in training[: 3 if config.rows.preview else 1]:
         for part in group.parts:
             print(data.explain(part, renderer.tokenizer, color=False), end="\n\n")
     return training, left
@@ -49,11 +44,12 @@ def load_data(config: Any):
 
 def load_records(config: Any, spec: str, bad: data.BadRecords) -> list[data.preference.Record]:
     """Pairs, or completions or steps with labels, of a source."""
-    if config.loss == "process":
+    kind = LOSSES[config.loss].records
+    if kind == "steps":
         return data.load(spec, form=data.normalise_steps, bad=bad)
     if spec.startswith("rg:"):
         return answers_of_others(data.load(spec, bad=bad))
-    if config.loss not in (*UNPAIRED, "outcome"):
+    if kind == "pairs":
         return data.load(spec, form=data.normalise_pair, bad=bad)
     either = lambda row, fields: (
         data.normalise_unpaired(row, fields) if "label" in row else data.normalise_pair(row, fields)

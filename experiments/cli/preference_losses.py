@@ -1,139 +1,207 @@
-"""What the flags of preference.py say of the loss: checked, and made into an objective."""
+"""What --loss and --f-divergence of preference.py stand for."""
 
 from __future__ import annotations
 
 import functools
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 
-from experiments.cli.optimizers import OF_PREDICTIONS
+from experiments.cli import choices
+from experiments.cli.optimizers import SHARPNESS
 from jaxft import losses, objectives
-
-Loss = Literal[
-    "dpo", "robust", "hinge", "ipo", "exo", "nca", "sppo", "bco_pair", "apo_zero", "apo_down", "aot",
-    "aot_unpaired", "discopop", "normalised", "length_regularised", "dpop", "hybrid_dpo", "mpo", "simpo",
-    "alpha_po", "cpo", "orpo", "slic", "kto", "bco", "hypo", "reward", "outcome", "process",
-]  # fmt: skip
-UNPAIRED = ("kto", "bco")
-REWARDS = ("reward", "outcome", "process")  # of pairs, of answers, of steps
-REFERENCE_FREE = ("simpo", "alpha_po", "cpo", "orpo", "slic")
+from jaxft.models import Forward
+from jaxft.objectives import Objective
 
 
-def objective_of(config: Any):
+class Entry(NamedTuple):
+    """How a loss is made, and what it needs, reads and refuses (see `choices`)."""
+
+    make: Callable[[Any], Callable[[Forward], Objective]]  # config -> forward -> objective
+    reads: tuple[str, ...] = ()
+    refuses: Mapping[str, str] = {}
+    records: Literal["pairs", "labels", "steps"] = "pairs"  # what it needs
+    trains: Literal["policy", "reward"] = "policy"
+    reference: bool = True  # reads log-probs of a reference
+    online: bool = False  # needs the policy's own answers, and the start that scores them
+
+
+class Divergence(NamedTuple):
+    """h of `losses.f_dpo_loss`, None for the plain loss of DPO; and what it reads and refuses."""
+
+    make: Callable[[Any], Callable[[jax.Array], jax.Array] | None]
+    reads: tuple[str, ...] = ()
+    refuses: Mapping[str, str] = {}
+
+
+SMOOTH = {"label_smoothing": "has no smoothed form"}
+DIVERGENCES = {
+    "reverse_kl": Divergence(lambda config: None),
+    "forward_kl": Divergence(lambda config: losses.forward_kl, refuses=SMOOTH),
+    "jensen_shannon": Divergence(lambda config: losses.jensen_shannon, refuses=SMOOTH),
+    "alpha": Divergence(
+        lambda config: losses.alpha_divergence(config.f_alpha), ("f_alpha",), SMOOTH
+    ),
+}
+
+OF_PAIRS = ("beta", "too_long", "ld_alpha", "nll_alpha", "use_weighting")
+MOVING = ("ref_model_sync_steps", "ref_model_mixup_alpha")
+
+
+def pair_loss(loss: Callable[..., Any], config: Any, arguments: Mapping[str, str]):
+    """`loss` with the flags that are given: {its argument: the flag}; bad values raise ValueError."""
+    given = {name: getattr(config, flag) for name, flag in arguments.items()}
+    loss = functools.partial(loss, **{name: x for name, x in given.items() if x is not None})
+    pairs = losses.Pairs(*[jax.ShapeDtypeStruct((1,), np.float32)] * len(losses.Pairs._fields))
+    jax.eval_shape(loss, pairs)  # Bad values fail now, not after minutes.
+    if not config.nll_alpha:
+        return loss
+    return lambda pairs: loss(pairs) + config.nll_alpha * losses.nll_loss(pairs)
+
+
+def _of_pairs(loss, *, reference=True, **arguments):
+    """The entry of a loss of pairs whose `arguments` are flags."""
+
+    def make(config):
+        made = pair_loss(loss, config, {"beta": "beta", **arguments})
+        return lambda forward: objectives.preference(
+            forward,
+            made,
+            beta=_beta(config),
+            use_weighting=config.use_weighting,
+            ld_alpha=config.ld_alpha,
+        )
+
+    moving = MOVING if reference else ()
+    return Entry(make, (*OF_PAIRS, *moving, *arguments.values()), reference=reference)
+
+
+_smoothed = functools.partial(_of_pairs, label_smoothing="label_smoothing")
+
+
+def _dpo(config):
+    h = DIVERGENCES[config.f_divergence].make(config)
+    other = losses.dpo_loss if h is None else functools.partial(losses.f_dpo_loss, h=h)
+    return _smoothed(other).make(config)
+
+
+def _hypo(config):
+    arguments = {"beta": "beta", "label_smoothing": "label_smoothing"}
+    loss = pair_loss(losses.dpo_loss, config, arguments)
+    return lambda forward: objectives.hypo(
+        forward, loss, beta=_beta(config), kl_weight=config.kl_weight
+    )
+
+
+def _kto(config):
+    weights = {name: getattr(config, name) for name in ("desirable_weight", "undesirable_weight")}
+    return lambda forward: objectives.kto(forward, beta=_beta(config), **weights)
+
+
+def _bco(config):
+    return lambda forward: objectives.bco(forward, beta=_beta(config))
+
+
+def _reward(config):
+    centre = config.center_rewards_coefficient
+    return lambda forward: objectives.pairwise_reward(forward, center_rewards_coefficient=centre)
+
+
+def _beta(config):
+    return 0.1 if config.beta is None else config.beta
+
+
+LOSSES = {
+    "dpo": Entry(_dpo, (*OF_PAIRS, *MOVING, "label_smoothing", "f_divergence", "f_alpha")),
+    "robust": _smoothed(losses.robust_dpo_loss),
+    "hinge": _of_pairs(losses.hinge_loss),
+    "ipo": _of_pairs(losses.ipo_loss),
+    "exo": _smoothed(losses.exo_loss),
+    "nca": _of_pairs(losses.nca_loss),
+    "sppo": _of_pairs(losses.sppo_loss),
+    "bco_pair": _of_pairs(losses.bco_pair_loss),
+    "apo_zero": _of_pairs(losses.apo_zero_loss),
+    "apo_down": _of_pairs(losses.apo_down_loss),
+    "aot": _smoothed(losses.aot_loss),
+    "aot_unpaired": _smoothed(losses.aot_unpaired_loss),
+    "discopop": _of_pairs(losses.discopop_loss),
+    "normalised": _of_pairs(losses.normalised_dpo_loss),
+    "length_regularised": _of_pairs(losses.length_regularised_dpo_loss, alpha="alpha_length"),
+    "dpop": _of_pairs(losses.dpop_loss),
+    "hybrid_dpo": _of_pairs(losses.hybrid_dpo_loss),
+    "mpo": _of_pairs(losses.mpo_loss),
+    "simpo": _smoothed(losses.simpo_loss, reference=False, simpo_gamma="simpo_gamma"),
+    "alpha_po": _of_pairs(losses.alpha_po_loss, reference=False, simpo_gamma="simpo_gamma"),
+    "cpo": _smoothed(losses.cpo_loss, reference=False),
+    "orpo": _of_pairs(losses.orpo_loss, reference=False, nll_on_prompt="nll_on_prompt"),
+    "slic": _of_pairs(losses.slic_loss, reference=False),
+    "kto": Entry(
+        _kto,
+        ("beta", "too_long", "desirable_weight", "undesirable_weight", *MOVING),
+        records="labels",
+    ),
+    "bco": Entry(
+        _bco,
+        ("beta", "too_long", "prompt_embedder", "min_density_ratio", "max_density_ratio", *MOVING),
+        records="labels",
+    ),
+    "hypo": Entry(
+        _hypo,
+        ("beta", "too_long", "nll_alpha", "label_smoothing")
+        + ("kl_weight", "online_samples", "max_new_tokens"),
+        online=True,
+    ),
+    "reward": Entry(_reward, ("too_long", "center_rewards_coefficient"), trains="reward"),
+    "outcome": Entry(
+        lambda config: objectives.outcome_reward,
+        ("too_long",),
+        records="labels",
+        trains="reward",
+    ),
+    "process": Entry(lambda config: objectives.process_reward, records="steps", trains="reward"),
+}
+
+Loss = Literal[tuple(LOSSES)]
+DivergenceName = Literal[tuple(DIVERGENCES)]
+COMPANIONS = {
+    "ref_model_mixup_alpha": "ref_model_sync_steps",
+    "min_density_ratio": "prompt_embedder",
+    "max_density_ratio": "prompt_embedder",
+}
+
+
+def objective_of(config: Any) -> Callable[[Forward], Objective]:
     """forward -> objective, for the loss of the flags; refuses flags that the loss does not have."""
-    given = {name: getattr(config, name) for name in ("beta", "label_smoothing")}
-    given = {name: value for name, value in given.items() if value is not None}
+    choices.check(config, "loss", LOSSES)
+    choices.check(config, "f_divergence", DIVERGENCES)
+    choices.check_companions(config, COMPANIONS)
+    _check_numbers(config)
+    entry, sharpness = LOSSES[config.loss], config.optimisation.sharpness
+    if entry.trains == "reward" and SHARPNESS[sharpness].of_predictions:
+        raise ValueError(
+            f"--sharpness {sharpness} compares predictions of tokens, and the model of --loss "
+            f"{config.loss} gives one number; take one of sam's family."
+        )
+    return entry.make(config)
+
+
+def _check_numbers(config):
+    steps, alpha = config.ref_model_sync_steps, config.ref_model_mixup_alpha
     if config.beta is not None and not config.beta > 0:
         raise ValueError(f"--beta must be positive, got {config.beta}.")
-    smoothed = ("dpo", "robust", "exo", "aot", "aot_unpaired", "simpo", "cpo", "hypo")
-    if "label_smoothing" in given and config.loss not in smoothed:
-        raise ValueError(f"--label-smoothing is of {', '.join(smoothed)}; {config.loss} has none.")
-    if config.center_rewards_coefficient and config.loss != "reward":
-        raise ValueError(f"--center-rewards-coefficient is of reward, not of {config.loss}.")
-    if config.loss in REWARDS and "beta" in given:
-        raise ValueError(f"--beta is of losses with a policy; {config.loss} trains a reward model.")
-    if config.loss == "hypo" and (
-        config.use_weighting or min(config.online_samples, config.max_new_tokens) < 1
-    ):
+    if min(config.online_samples, config.max_new_tokens) < 1:
         raise ValueError(
-            f"hypo takes no --use-weighting, and at least one --online-samples and --max-new-tokens; got "
+            "--online-samples and --max-new-tokens must be at least 1, got "
             f"{config.online_samples} and {config.max_new_tokens}."
         )
-    if config.f_divergence != "reverse_kl" and config.loss != "dpo":
-        raise ValueError(f"--f-divergence is of dpo, not of {config.loss}.")
-    if config.ld_alpha != 1 and config.loss in (*UNPAIRED, *REWARDS, "hypo"):
-        raise ValueError(f"--ld-alpha is of pairs, not of {config.loss}.")
     if not 0 <= config.ld_alpha <= 1:
         raise ValueError(f"--ld-alpha must lie in [0, 1], got {config.ld_alpha}.")
     if config.kl_weight < 0:
         raise ValueError(f"--kl-weight must be at least 0, got {config.kl_weight}.")
-    if config.loss in (*UNPAIRED, *REWARDS) and (config.use_weighting or config.nll_alpha):
-        raise ValueError(f"--use-weighting and --nll-alpha are of pairs, not of {config.loss}.")
-    _check_following(config)
-    if config.loss in REWARDS and config.sharpness in OF_PREDICTIONS:
-        raise ValueError(
-            f"--sharpness {config.sharpness} compares predictions of tokens, and a reward model gives one "
-            "number; take one of sam's family."
-        )
-    if config.loss in REWARDS:
-        centre = config.center_rewards_coefficient
-        return {
-            "reward": lambda forward: objectives.pairwise_reward(
-                forward, center_rewards_coefficient=centre
-            ),
-            "outcome": objectives.outcome_reward,
-            "process": objectives.process_reward,
-        }[config.loss]
-    if config.loss in UNPAIRED:
-        weights = {n: getattr(config, n) for n in ("desirable_weight", "undesirable_weight")}
-        if config.loss == "kto":
-            return lambda forward: objectives.kto(forward, **given, **weights)
-        return lambda forward: objectives.bco(forward, **given)
-    own = {
-        "dpo": {} if config.f_divergence == "reverse_kl" else {"h": divergence(config)},
-        "simpo": {"simpo_gamma": config.simpo_gamma},
-        "alpha_po": {"simpo_gamma": config.simpo_gamma},
-        "length_regularised": {"alpha": config.alpha_length},
-        "orpo": {"nll_on_prompt": config.nll_on_prompt},
-    }
-    named = losses.f_dpo_loss if own.get(config.loss, {}).get("h") else pair_loss(config.loss)
-    loss = functools.partial(named, **given, **own.get(config.loss, {}))
-    pairs = losses.Pairs(*[jax.ShapeDtypeStruct((1,), np.float32)] * len(losses.Pairs._fields))
-    jax.eval_shape(loss, pairs)  # Bad values fail now, not after minutes.
-    whole = loss
-    if config.nll_alpha:
-        whole = lambda pairs: loss(pairs) + config.nll_alpha * losses.nll_loss(pairs)
-    beta = 0.1 if config.beta is None else config.beta
-    if config.loss == "hypo":
-        return lambda forward: objectives.hypo(
-            forward, whole, beta=beta, kl_weight=config.kl_weight
-        )
-    return lambda forward: objectives.preference(
-        forward,
-        whole,
-        beta=beta,
-        use_weighting=config.use_weighting,
-        ld_alpha=config.ld_alpha,
-    )
-
-
-def _check_following(config):
-    """The reference that moves, and what else is of few losses."""
-    steps, alpha = config.ref_model_sync_steps, config.ref_model_mixup_alpha
-    still = (*REWARDS, *REFERENCE_FREE, "hypo")
-    if steps is not None and config.loss in still:
-        raise ValueError(
-            f"--ref-model-sync-steps moves a reference, which {', '.join(still)} keep or do not have; got "
-            f"--loss {config.loss}."
-        )
     if steps is not None and not (steps >= 1 and 0 < alpha <= 1):
         raise ValueError(
             "--ref-model-sync-steps must be at least 1 and --ref-model-mixup-alpha lie in (0, 1]; got "
             f"{steps} and {alpha}."
         )
-    if config.prompt_embedder and config.loss != "bco":
-        raise ValueError(f"--prompt-embedder is of bco, not of {config.loss}.")
-    if config.nll_on_prompt and config.loss != "orpo":
-        raise ValueError(f"--nll-on-prompt is of orpo, not of {config.loss}.")
-
-
-def divergence(config: Any):
-    """h of `f_dpo_loss`."""
-    if config.label_smoothing is not None:
-        raise ValueError(f"--label-smoothing is of the reverse KL, not of {config.f_divergence}.")
-    if config.f_divergence == "alpha":
-        return losses.alpha_divergence(config.f_alpha)
-    return getattr(losses, config.f_divergence)
-
-
-def pair_loss(name: str):
-    """The function of `Pairs` of a name."""
-    named = {
-        "hypo": losses.dpo_loss,
-        "robust": losses.robust_dpo_loss,
-        "normalised": losses.normalised_dpo_loss,
-        "length_regularised": losses.length_regularised_dpo_loss,
-    }
-    return named.get(name) or getattr(losses, f"{name}_loss")

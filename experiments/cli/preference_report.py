@@ -14,17 +14,6 @@ from jaxft.rewards import sequence_rewards, token_rewards
 from jaxft.train.batches import place_batch
 
 
-def losses_of(history) -> dict[str, Any]:
-    """The first and the last loss of a run, and its last in evaluation."""
-    evaluated = [row for row in history if "eval/loss" in row]
-    return {
-        "steps": history[-1]["step"],
-        "first_loss": history[0]["loss"],
-        "last_loss": history[-1]["loss"],
-        "eval_loss": evaluated[-1]["eval/loss"] if evaluated else None,
-    }
-
-
 def label_report(policy: np.ndarray, start: np.ndarray, groups: list) -> dict[str, Any]:
     """How much likelier completions with either label became."""
     labels = np.array([group.columns["label"] for group in groups])
@@ -123,9 +112,7 @@ def read_rewards(config: Any, model: Any, params: Any, groups: list, mesh: Any) 
         return jax.numpy.take_along_axis(values, jax.numpy.maximum(batch["step_ends"], 0), axis=1)
 
     run, found = jax.jit(run), []
-    for batch in data.finite_group_batches(
-        groups, batch_size=config.batch_size, max_length=config.max_length
-    ):
+    for batch in data.finite_group_batches(groups, **config.rows.sizes):
         with mesh_context(mesh):
             found.append(in_turn(run(params, place_batch(batch, mesh))))
     return np.concatenate(to_host(found))[: len(groups)].astype(np.float32)

@@ -1,6 +1,6 @@
 """What the scripts reward answers with: a verifier, a judge of the user's own, or a saved reward model.
 
-The functions read the flags `reward_model`, `judge`, `model`, `template`, `workers` and `timeout`.
+`settings` are those of `flags.Rewards`; `base` those of a model, of which `model` and `template` are read.
 """
 
 from __future__ import annotations
@@ -17,24 +17,25 @@ from typing import Any
 
 import jax
 
+from experiments.cli import flags
 from jaxft import checkpoints as files
 from jaxft import data
 from jaxft.adapters import load_adapter
 from jaxft.rewards import OnFirstHost, RewardFn, VerifierPool, model_rewards, verifier_for
 
 
-def check(config: Any, parts: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+def check(settings: flags.Rewards, parts: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
     """Whether answers to the records of each source can be rewarded.
 
     Raises:
         ValueError: for flags that contradict each other, or a judge that cannot be found.
         DataError: for records without a verifier, where neither flag is given.
     """
-    if config.judge and config.reward_model:
+    if settings.judge and settings.reward_model:
         raise ValueError("--judge and --reward-model both reward answers; give one of them.")
-    if config.judge:
-        load_judge(config.judge)
-    if config.judge or config.reward_model:
+    if settings.judge:
+        load_judge(settings.judge)
+    if settings.judge or settings.reward_model:
         return
     for spec, records in parts.items():
         if verifier_for(records[0]["source"], records) is None:
@@ -45,17 +46,19 @@ def check(config: Any, parts: Mapping[str, Sequence[Mapping[str, Any]]]) -> None
 
 
 @contextlib.contextmanager
-def opened(config: Any, records: Sequence[Mapping[str, Any]]) -> Iterator[RewardFn]:
+def opened(
+    settings: flags.Rewards, base: flags.Model | flags.Trained, records: Sequence[Mapping[str, Any]]
+) -> Iterator[RewardFn]:
     """(completions, records) -> a number each, NaN for no verdict; on several hosts the first one's."""
     if jax.process_index() > 0:
         yield OnFirstHost(None)
         return
-    if config.reward_model:
-        yield OnFirstHost(load_reward_model(config))
+    if settings.reward_model:
+        yield OnFirstHost(load_reward_model(settings.reward_model, base))
         return
     verifier = functools.partial(verifier_for, records[0]["source"], records[:1])
-    make = functools.partial(load_judge, config.judge) if config.judge else verifier
-    with VerifierPool(make, workers=config.workers, timeout=config.timeout) as pool:
+    make = functools.partial(load_judge, settings.judge) if settings.judge else verifier
+    with VerifierPool(make, workers=settings.workers, timeout=settings.timeout) as pool:
         yield OnFirstHost(pool)
 
 
@@ -87,19 +90,19 @@ def load_judge(spec: str) -> Callable[[str, Mapping[str, Any]], float]:
     return judge
 
 
-def load_reward_model(config: Any) -> RewardFn:
+def load_reward_model(place: str, policy: flags.Model | flags.Trained) -> RewardFn:
     """A model of `preference.py --loss reward`: its adapter's directory, or the whole model's.
 
     Raises:
         ValueError: if it has no reward head.
     """
-    path = pathlib.Path(config.reward_model)
-    settings = path / "adapter_config.json"
-    adapter = settings.exists() or (path / "jaxft_adapter.json").exists()
-    base = config.reward_model
+    path = pathlib.Path(place)
+    written = path / "adapter_config.json"
+    adapter = written.exists() or (path / "jaxft_adapter.json").exists()
+    base = place
     if adapter:  # jaxft's own format does not name the base: the policy's, then.
-        named = json.loads(settings.read_text()) if settings.exists() else {}
-        base = named.get("base_model_name_or_path") or config.model
+        named = json.loads(written.read_text()) if written.exists() else {}
+        base = named.get("base_model_name_or_path") or policy.model
     model, params = files.load_model(base)
     if adapter:
         params = load_adapter(path, model.config, params)
@@ -107,5 +110,5 @@ def load_reward_model(config: Any) -> RewardFn:
         raise ValueError(
             f"--reward-model {path}: has no reward head; train one with preference.py --loss reward."
         )
-    renderer = data.Renderer(files.load_tokenizer(base), template=config.template)
+    renderer = data.Renderer(files.load_tokenizer(base), template=policy.template)
     return model_rewards(model.forward, params, renderer, max_length=model.config.max_length)

@@ -1,6 +1,5 @@
 """Every adapter by name: saved, loaded, the same logits; and from the command line."""
 
-import dataclasses
 import functools
 import json
 from typing import get_args
@@ -119,8 +118,11 @@ def test_bad_choices():
 )
 def test_sft_takes_it_by_flag(name, quantise, file, tmp_path):
     from experiments import sft
+    from experiments.cli import flags
 
-    config = sft.Config(smoke=True, adapter=name, quantise=quantise, output_dir=str(tmp_path))
-    metrics = sft.main(dataclasses.replace(config, accuracy=False))
+    config = flags.replace(
+        sft.Config(), smoke=True, adapter=name, quantise=quantise, output_dir=str(tmp_path)
+    )
+    metrics = sft.main(flags.replace(config, accuracy=False))
     assert metrics["steps"] == 6 and np.isfinite(metrics["last_loss"])
     assert (tmp_path / "adapter" / file).exists()

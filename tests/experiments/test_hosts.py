@@ -25,7 +25,7 @@ ordinary = shared.callbacks
 
 def crash(row):
     if row["step"] == 4 and os.environ["JAX_PROCESS_ID"] == "1":
-        while not pathlib.Path(config.output_dir, "checkpoints", "3").exists():
+        while not pathlib.Path(config.output.output_dir, "checkpoints", "3").exists():
             time.sleep(0.02)
         time.sleep(2)  # In the write, the other would wait for JAX's heartbeats to fail: a minute.
         os.kill(os.getpid(), signal.SIGKILL)

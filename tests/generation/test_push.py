@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from experiments import reinforce
+from experiments.cli import flags, servers
 from jaxft import rl
 from jaxft.adapters import adapt, load_adapter, lora, merge
 from jaxft.checkpoints import load_model
@@ -66,7 +67,7 @@ def policies():
 
 def config(url, directory, **more):
     settings = dict(model="m", sampler_url=url, correction="tokens", group_size=2, max_new_tokens=3)
-    return reinforce.Config(**settings, push_dir=str(directory), **more)
+    return flags.replace(reinforce.Config(), **settings, push_dir=str(directory), **more)
 
 
 def gap(params, batch):
@@ -80,13 +81,11 @@ def gap(params, batch):
 @pytest.mark.parametrize("start", [None, "an adapter that was merged"], ids=["adapter", "whole"])
 def test_samples_are_those_of_the_newest_policy(api, start, tmp_path, monkeypatch):
     model, base = model_and_params()
-    monkeypatch.setattr(
-        reinforce.files, "save_model", without_tokenizer(reinforce.files.save_model)
-    )
+    monkeypatch.setattr(servers.files, "save_model", without_tokenizer(servers.files.save_model))
     engine, versions = Engine(api), lambda: sorted(path.name for path in tmp_path.iterdir())
     with serving(engine) as (url, seen):
         settings = config(url, tmp_path, push_api=api, push_every=2, start=start)
-        push = reinforce.pushes(settings, model, base, "m")
+        push = servers.pushes(settings, model, base, "m")
         sampler = server_sampler(url, "m", push=push)
         sample = rl.answers(model, Digits(), in_process(exact), SAMPLING, 2, sampler=sampler)
         draw = lambda params: sample(params, rl.Asked(PROMPTS[:2], RECORDS[:2]), KEY)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from experiments import reinforce
+from experiments.cli import flags
 from jaxft import rl
 from jaxft.generation import SamplingConfig, ServerError, generate, server_sampler
 from jaxft.rewards import in_process
@@ -177,7 +178,7 @@ def test_the_script_samples_by_a_server():
     renderer.tokenizer.eos_token_id = STOP
     with serving(own_model()) as (url, seen):
         settings = dict(sampler_url=url, correction="tokens", group_size=2, max_new_tokens=3)
-        config = reinforce.Config(sampler_model="served", turns=2, **settings)
+        config = flags.replace(reinforce.Config(), sampler_model="served", turns=2, **settings)
         sample = reinforce.sampling(config, model, renderer, in_process(exact))
         batch = sample(params, rl.Asked(PROMPTS, RECORDS), KEY)
     assert {body["model"] for body in seen} == {"served"}

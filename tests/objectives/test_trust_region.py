@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from experiments.cli.optimizers import OF_PREDICTIONS, sharpen
+from experiments.cli.optimizers import SHARPNESS, sharpen
 from jaxft.adapters import ALL_LINEAR, adapt, combine, lora, partition
 from jaxft.losses import dpo_loss, kl_divergence, symmetric_kl_divergence
 from jaxft.metrics import Mean
@@ -92,7 +92,7 @@ def test_a_distance_of_pairs_or_of_experience_is_that_of_their_counted_tokens(pa
     chex.assert_trees_all_close(distance(other, params, learnt, KEY), expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", OF_PREDICTIONS)
+@pytest.mark.parametrize("name", [n for n, m in SHARPNESS.items() if m.of_predictions])
 def test_methods_of_predictions_go_with_preferences_and_experience(params, other, name):
     """One step of each with microbatches: finite, and not the plain one's."""
     pairs = {n: x.reshape(2, 2, 6) for n, x in BATCH.items()} | {"ref_log_probs": -jnp.ones((2, 2))}

@@ -1,0 +1,196 @@
+"""Groups of flags, of which a script's Config is composed; on the command line they have no prefix.
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    base: flags.Model = flags.Model()
+    mesh: flags.Mesh = flags.Mesh()
+    seed: int = 0
+
+config = flags.replace(Config(), model="tiny", fsdp=2)      # as --model tiny --fsdp 2
+config.base.model, config.mesh.fsdp
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import tyro
+
+from experiments.cli.optimizers import Optimizer, Sharpness
+from jaxft import train
+from jaxft.adapters import Quantisation
+from jaxft.generation import SamplingConfig
+from jaxft.models.remat import Remat
+
+# Where --report-to sends the metrics of all steps.
+LOGS = {
+    "tensorboard": lambda config, output: train.tensorboard_log(output / "tensorboard"),
+    "wandb": lambda config, output: train.wandb_log("jaxft", name=output.name, config=flat(config)),
+}
+Log = Literal[tuple(LOGS)]
+without_prefix = tyro.conf.configure(tyro.conf.OmitArgPrefixes)
+
+
+@without_prefix
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """The model that trains."""
+
+    model: str = "smollm2"  # directory, .gguf file, "smollm2", "tiny" (random), or hub id
+    # chat template that replaces the model's: a file, or chatml, llama3, gemma...
+    template: str | None = None
+    bfloat16: bool = False  # compute in bfloat16; what trains stays float32
+    scan_layers: bool = False  # stack layers: compile time independent of depth
+    remat: Remat = "none"  # recompute in the backward pass: lean, dots or full save memory
+
+
+@without_prefix
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """The model that answers."""
+
+    model: str = "smollm2"  # directory, .gguf file, "smollm2", "tiny" (random), or hub id
+    adapter: str | None = None  # directory of an adapter, in PEFT's format or jaxft's own
+    template: str | None = None  # chat template that replaces the model's
+
+
+@without_prefix
+@dataclasses.dataclass(frozen=True)
+class Kernels:
+    """The kernels that an adapter adapts."""
+
+    quantise: Quantisation | None = None  # round the frozen kernels (nf4: QLoRA, QPaCA, QDoRA)
+    rank: int = 16
+    alpha: float = 32.0  # over rank: LoRA's scale; for paca a factor of the learning rate
+    target: str = "all-linear"  # or a pattern of the paths of adapted kernels
+
+
+@without_prefix
+@dataclasses.dataclass(frozen=True)
+class Optimisation:
+    """Steps, and the optimizer that makes them."""
+
+    max_steps: int = 60  # optimizer steps
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 1e-3
+    # lion: learning rate 3 to 10 times smaller, decay as much larger
+    optimizer: Optimizer = "adamw"
+    # sam... : flatter minima for about twice the time (look_sam: 1.2 times)
+    sharpness: Sharpness = "none"
+    rho: float | None = None  # its radius; default: the method's own
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_ratio: float = 0.1
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+
+
+@without_prefix
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Records as rows of batches, and how often held-out ones are evaluated."""
+
+    validation: float = 0.05  # the part held out, if there is no eval_data
+    batch_size: int = 2  # rows of one step, over all devices and accumulation steps
+    max_length: int = 384  # tokens of a row
+    max_bad: float = 0.0  # largest share of unusable records that is skipped rather than an error
+    eval_steps: int = 20
+    preview: bool = False  # print examples with what trains marked, then stop
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The arguments of what makes batches."""
+        return {"batch_size": self.batch_size, "max_length": self.max_length}
+
+
+@without_prefix
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    """The devices, and how params and batches lie on them."""
+
+    data_axis: int = 1  # copies of the model; -1 fills
+    fsdp: int = 1  # shards of the params and the batch; -1 fills
+    tensor: int = 1  # shards of each projection
+    context: int = 1  # shards of each row's tokens, for rows too long for one device
+    # groups of devices that share a fast network, each with whole copies; TPU slices are found
+    slices: int | None = None
+    # one of several hosts (Cloud TPU slices, Kubernetes); see TPU_SETUP.md
+    distributed: bool = False
+
+
+@without_prefix
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """What is written, where and how often."""
+
+    output_dir: str
+    save_steps: int = 100
+    logging_steps: int = 5
+    report_to: tuple[Log, ...] = ()
+    profile_dir: str | None = None  # trace of a few steps
+    resume: bool = False
+
+
+@without_prefix
+@dataclasses.dataclass(frozen=True)
+class Rewards:
+    """What rewards answers: the data's verifier, a judge, or a reward model."""
+
+    judge: str | None = None  # file.py:function of (completion, record) -> number; None: verify
+    reward_model: str | None = None  # directory of preference.py --loss reward
+    workers: int = 2  # processes that verify or judge
+    timeout: float = 5.0  # seconds of one verdict
+
+    @property
+    def numbers(self) -> bool:
+        """Whether rewards are numbers rather than verdicts."""
+        return bool(self.judge or self.reward_model)
+
+
+@without_prefix
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How answers are sampled."""
+
+    max_new_tokens: int = 64
+    temperature: float = 1.0  # 0 is greedy
+    top_k: int | None = None  # keep the k likeliest tokens
+    top_p: float | None = None  # keep the likeliest tokens up to this mass
+    min_p: float | None = None  # keep tokens at least this fraction as likely as the likeliest
+    stop: tuple[str, ...] = ()  # text that ends an answer, besides the stop token
+
+    def rules(self, tokenizer: Any) -> SamplingConfig:
+        """What a sampler takes; the tokenizer's end of sequence ends an answer."""
+        rules = {name: x for name, x in dataclasses.asdict(self).items() if name != "stop"}
+        return SamplingConfig(**rules, stop_ids=(tokenizer.eos_token_id,), stop_strings=self.stop)
+
+
+def flat(config: Any) -> dict[str, Any]:
+    """{name on the command line, with underscores: value} of all flags, those of the groups included."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        found |= flat(value) if dataclasses.is_dataclass(value) else {field.name: value}
+    return found
+
+
+def replace(config: Any, **given: Any) -> Any:
+    """The config with other values of the given flags, in whichever group they lie.
+
+    Raises:
+        TypeError: for a name that is no flag.
+    """
+    changed: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            own = {name: given.pop(name) for name in flat(value).keys() & given.keys()}
+            changed[field.name] = dataclasses.replace(value, **own)
+    return dataclasses.replace(config, **changed, **given)
+
+
+def with_small(config: Any, small: Mapping[str, Any]) -> Any:
+    """The config with `small` in place of what is at its default."""
+    now, default = flat(config), flat(type(config)())
+    return replace(config, **{name: x for name, x in small.items() if now[name] == default[name]})

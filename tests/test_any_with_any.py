@@ -1,0 +1,303 @@
+"""Any weight with any base, optimizer, estimator, objective, remat and layout: each pair of them trains.
+
+A row of ROWS is two steps of one combination; together the rows hold every pair of values of any two factors
+that REFUSED does not list, and each of those has its error. Values that take the same path through the code
+share a place (`SAME`) and take turns in it.
+"""
+
+import collections
+import dataclasses
+import functools
+import itertools
+from typing import get_args
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.cli.optimizers import Optimizer, Sharpness, optimizer_rule, sharpen
+from jaxft import objectives, rl
+from jaxft.adapters import (
+    ALL_LINEAR,
+    adapt,
+    apply_named,
+    intrinsic,
+    intrinsic_apply,
+    merge,
+    mergeable,
+    partition,
+    quantised,
+)
+from jaxft.adapters.named import Name, Quantisation
+from jaxft.keys import stream
+from jaxft.losses import dpo_loss
+from jaxft.models import Decoder, stack_layers, unstack_layers
+from jaxft.models.remat import Remat
+from jaxft.objectives import policy_gradient
+from jaxft.optim import rge, spsa
+from jaxft.train import init_state, jit_step, make_optimizer, make_step
+from jaxft.weights import PacaWeight, is_weight
+from tests.small_models import LLAMA, base
+
+# What stands first has the others behind it as variants of one code path: another start (pissa) or
+# constant of the same weight, other leaves under the same rule, another perturbation of one transform.
+SAME = {
+    "lora": ("lora", "rslora", "pissa"),
+    "norms": ("norms", "bitfit"),
+    "bottleneck": ("bottleneck", "parallel"),
+    "sam": ("sam", "asam", "fisher_sam"),
+    "tram": ("tram", "tram_0"),
+    "mesa": ("mesa", "trpo"),
+    "spsa": ("spsa", "mezo"),
+}
+FACTORS = {
+    "weight": (
+        "lora", "dora", "vera", "loha", "lokr", "paca", "ia3", "monarch", "norms", "full", "bottleneck",
+        "prompt", "prefix", "intrinsic",
+    ),
+    "estimator": (
+        "none", "sam", "m_sam", "look_sam", "tram", "tram_x", "tram_fisher", "r3f", "mesa", "spsa",
+    ),
+    "objective": (
+        "supervised", "token_supervised", "coverage", "preference", "kto", "bco", "policy_gradient",
+    ),
+    "optimizer": get_args(Optimizer),
+    "base": ("none", *get_args(Quantisation)),
+    "remat": get_args(Remat),
+    "microbatches": (1, 2),
+    "scan_layers": (False, True),
+}  # fmt: skip
+# docs/any_with_any.md has them with their reasons.
+REFUSED = {
+    (weight, bits): "trains the kernels themselves, which --quantise freezes"
+    for weight in ("full", "monarch")
+    for bits in get_args(Quantisation)
+}
+
+
+def all_pairs():
+    """Rows of values, few, that hold every pair of FACTORS but those REFUSED, and no refused one."""
+    names = sorted(FACTORS, key=lambda name: -len(FACTORS[name]))
+    left = dict.fromkeys(allowed_pairs())
+    used, rows = collections.Counter(), []
+    while left:
+        row = dict(next(iter(left)))
+        for name in names:
+            if name not in row:
+                fits = [v for v in FACTORS[name] if not any((w, v) in REFUSED for w in row.values())]
+                news = lambda v, n=name: sum(p in left for p in pairs_of(row | {n: v}))
+                row[name] = max(fits, key=lambda v, n=name: (news(v), -used[n, v]))
+        used.update(row.items())
+        for pair in pairs_of(row):
+            left.pop(pair, None)
+        rows.append({name: row[name] for name in FACTORS})
+    return rows
+
+
+def pairs_of(row):
+    """The pairs ((factor, value), (factor, value)) in a row, factors in the order of FACTORS."""
+    return itertools.combinations([(name, row[name]) for name in FACTORS if name in row], 2)
+
+
+def allowed_pairs():
+    for one, two in itertools.combinations(FACTORS, 2):
+        for a, b in itertools.product(FACTORS[one], FACTORS[two]):
+            if (a, b) not in REFUSED:
+                yield (one, a), (two, b)
+
+
+def with_variants(rows):
+    """The rows, with those of SAME taking turns."""
+    turns = {name: itertools.cycle(members) for name, members in SAME.items()}
+    return [{k: next(turns[v]) if v in turns else v for k, v in row.items()} for row in rows]
+
+
+ROWS = all_pairs()
+CASES = with_variants(ROWS)
+
+KEY = jax.random.key(0)
+CONFIG = dataclasses.replace(LLAMA, attention_bias=True)  # with biases, for bitfit and (IA)^3
+COUNT, WIDTH, PROMPT, GROUP = 4, 6, 3, 2
+
+
+def rows(shape):
+    """Sequences [..., T] of uneven lengths, the last of them padding."""
+    rng = np.random.default_rng(0)
+    ends = rng.integers(PROMPT + 1, WIDTH + 1, shape)
+    ends[-1] = 0
+    seen = np.arange(WIDTH) < ends[..., None]
+    return {
+        "tokens": rng.integers(0, CONFIG.vocab_size, seen.shape) * seen,
+        "positions": np.arange(WIDTH) * seen,
+        "segment_ids": seen.astype(np.int32),
+        "loss_mask": (seen & (np.arange(WIDTH) >= PROMPT)).astype(np.float32),
+    }
+
+
+def pairs():
+    rng = np.random.default_rng(1)
+    scores = rng.normal(-10, 1, (COUNT, 2)).astype(np.float32)
+    return rows((COUNT, 2)) | {"ref_log_probs": scores, "label": np.arange(COUNT) % 2 == 0}
+
+
+def experience():
+    """Half of the groups' responses right, from a policy near the model's."""
+    batch, rng = rows((COUNT,)), np.random.default_rng(2)
+    mask = batch.pop("loss_mask")[:, PROMPT:] > 0
+    near = lambda: (rng.normal(-3.4, 0.1, mask.shape) * mask).astype(np.float32)
+    batch |= {"completion_mask": mask}
+    batch |= {name: near() for name in ("sampler_log_probs", "old_log_probs", "ref_log_probs")}
+    build = functools.partial(policy_gradient, Decoder(CONFIG).forward)
+    return batch | dict(rl.grpo(build, GROUP).credit(jnp.array([1.0, 0, 0, 1]), batch))
+
+
+def token_loss(key, logits, targets, mask):
+    """One minus the probability: a loss of the whole distribution."""
+    del key, mask
+    p = jax.nn.softmax(logits)
+    return 1 - jnp.take_along_axis(p, targets[..., None], axis=-1)[..., 0]
+
+
+def grpo(forward):
+    return rl.grpo(functools.partial(policy_gradient, forward, kl_weight=0.1), GROUP).objective
+
+
+# name -> (forward -> objective, its batch)
+OBJECTIVES = {
+    "supervised": (objectives.supervised, rows((COUNT,))),
+    "token_supervised": (
+        lambda forward: objectives.token_supervised(forward, token_loss),
+        rows((COUNT,)),
+    ),
+    "coverage": (lambda forward: objectives.coverage(forward, 8), rows((COUNT,))),
+    "preference": (lambda forward: objectives.preference(forward, dpo_loss), pairs()),
+    "kto": (lambda forward: objectives.kto(forward), pairs()),
+    "bco": (lambda forward: objectives.bco(forward), pairs()),
+    "policy_gradient": (grpo, experience()),
+}
+
+
+@functools.cache
+def dense(scan_layers):
+    """Params with one layer apart, or two stacked: a scan over one would hide their order."""
+    _, params = base(dataclasses.replace(CONFIG, num_layers=1 + scan_layers))
+    return jax.block_until_ready(stack_layers(params) if scan_layers else params)
+
+
+@functools.cache
+def adapted(weight, bits, scan_layers):
+    params, bits = dense(scan_layers), None if bits == "none" else bits
+    if weight != "intrinsic":
+        return apply_named(params, weight, rank=2, alpha=4.0, quantise=bits)
+    if bits is not None:
+        params = adapt(KEY, params, {ALL_LINEAR: quantised(bits)})
+    return intrinsic(KEY, params, 64)
+
+
+def read_by(weight, model):
+    """The model's forward, for the params that `adapted` gives."""
+    if weight != "intrinsic":
+        return model.forward
+    return lambda params, *args, **options: model.forward(intrinsic_apply(params), *args, **options)
+
+
+@functools.cache
+def reference(objective, layers):
+    """The objective of a plain decoder with separate layers, compiled once for all that merges into it."""
+    build = OBJECTIVES[objective][0]
+    return jax.jit(build(Decoder(dataclasses.replace(CONFIG, num_layers=layers)).forward))
+
+
+def run(case):
+    """(state before, states, metrics) of two steps."""
+    params = adapted(case["weight"], case["base"], case["scan_layers"])
+    config = dataclasses.replace(CONFIG, num_layers=1 + case["scan_layers"])
+    forward = read_by(case["weight"], Decoder(config, remat=case["remat"]))
+    build, batch = OBJECTIVES[case["objective"]]
+    rule = optimizer_rule(case["optimizer"])
+    optimizer = make_optimizer(1e-2, total_steps=4, warmup_ratio=0.0, rule=rule)
+    zeroth = {"spsa": spsa(), "mezo": rge(two_sided=True)}.get(case["estimator"])
+    name = "none" if zeroth else case["estimator"]
+    made = sharpen(name, build, forward, optimizer)
+    step = make_step(
+        made.objective,
+        made.optimizer,
+        gradient=zeroth or made.gradient,
+        microbatches=case["microbatches"],
+        extra_args=made.extra_args,
+    )
+    state = init_state(params, made.optimizer, KEY)
+    step, states, seen = jit_step(step), [], []
+    for _ in range(2):
+        state, metrics = step(state, batch)
+        states.append(jax.tree.map(jnp.copy, state.params))
+        seen.append(metrics)
+    return state, states, seen
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case.values())))
+def test_any_with_any(case):
+    start = adapted(case["weight"], case["base"], case["scan_layers"])
+    state, after, metrics = run(case)
+    assert state.step == 2 and all(m["good"] for m in metrics)
+    assert all(0 < m["grad_norm"] < np.inf for m in metrics)
+
+    trained, frozen = partition(after[-1])
+    first, kept = partition(without_rows(start))
+    moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), trained, partition(start)[0])
+    still = {jax.tree_util.keystr(p) for p, m in jax.tree_util.tree_leaves_with_path(moved) if not m}
+    assert not still
+    chex.assert_trees_all_equal(partition(without_rows(after[-1]))[1], kept)
+
+    tolerance = 1e-2 if case["estimator"] in SAME["spsa"] else 1e-4  # means over points beside
+    for params, m in zip((start, after[0]), metrics, strict=True):
+        if case["weight"] in SAME["bottleneck"]:
+            whole = unstack_layers(params)
+        else:
+            whole = unstack_layers(
+                intrinsic_apply(params) if case["weight"] == "intrinsic" else merge(params)
+            )
+        loss = reference(case["objective"], 1 + case["scan_layers"])
+        wanted, _ = loss(whole, OBJECTIVES[case["objective"]][1], stream(KEY, "objective", 0))
+        found = m.get("task_loss", m["loss"])
+        np.testing.assert_allclose(found.value, wanted, rtol=tolerance, atol=1e-5)
+
+
+def without_rows(params):
+    """The params with 0 where a kernel is to hold the rows that PaCA trains."""
+
+    def hide(node):
+        if not isinstance(node, PacaWeight) or is_weight(node.base):
+            return node
+        put = lambda kernel, indices: kernel.at[indices].set(0.0)
+        for _ in node.stack:
+            put = jax.vmap(put)
+        return dataclasses.replace(node, base=put(node.base, node.indices))
+
+    return jax.tree.map(hide, params, is_leaf=is_weight)
+
+
+def test_all_pairs_are_there_and_none_is_refused():
+    held = {pair for row in ROWS for pair in pairs_of(row)}
+    assert held == set(allowed_pairs())
+    assert not any((a, b) in REFUSED for row in ROWS for (_, a), (_, b) in pairs_of(row))
+    members = [set(group) for group in SAME.values()]
+    run_at_all = {v for case in CASES for v in case.values()}
+    assert all(group <= run_at_all for group in members)
+
+
+def test_every_name_of_the_command_lines_is_there():
+    """A new adapter, optimizer or method is added to FACTORS or SAME."""
+    there = {m for values in FACTORS.values() for v in values for m in SAME.get(v, (v,))}
+    for names in (Name, Quantisation, Optimizer, Sharpness, Remat):
+        assert set(get_args(names)) <= there
+
+
+@pytest.mark.parametrize("pair", REFUSED, ids="-".join)
+def test_a_refused_pair_says_why(pair):
+    usual = {name: values[0] for name, values in FACTORS.items()}
+    names = [next(n for n, values in FACTORS.items() if v in values) for v in pair]
+    with pytest.raises(ValueError, match=REFUSED[pair]):
+        run(usual | dict(zip(names, pair, strict=True)))

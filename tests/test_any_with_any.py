@@ -33,7 +33,7 @@ from jaxft.adapters import (
 from jaxft.adapters.named import Name, Quantisation
 from jaxft.keys import stream
 from jaxft.losses import dpo_loss
-from jaxft.models import Decoder, Prediction, stack_layers, unstack_layers
+from jaxft.models import Decoder, stack_layers, unstack_layers
 from jaxft.models.remat import Remat
 from jaxft.objectives import policy_gradient
 from jaxft.optim import rge, spsa
@@ -45,25 +45,25 @@ from tests.small_models import LLAMA, base, large
 # the same kinds of leaves, a transform that asks for the same functions, or an objective of the same calls.
 SAME = {
     "lora": ("lora", "rslora", "pissa"),  # another scale or start of one weight
-    "dora": ("dora", "vera", "loha", "lokr"),  # trained fields beside a frozen kernel
+    "dora": ("dora", "vera", "loha", "lokr", "ia3"),  # trained fields around a frozen kernel
     "norms": ("norms", "bitfit"),  # arrays that are no kernels
     "full": ("full", "monarch"),  # kernels of which nothing is frozen
     "bottleneck": ("bottleneck", "parallel"),  # maps in each layer that are no weights
     "prompt": ("prompt", "prefix"),  # one leaf at the root
     "sam": ("sam", "look_sam", "asam", "fisher_sam", "tram_fisher"),  # a gradient elsewhere
-    "tram": ("tram", "tram_x", "tram_0"),  # a distance and a gradient elsewhere
-    "mesa": ("mesa", "trpo"),  # the gradient of a distance
+    "tram": ("tram", "mesa", "tram_x", "trpo", "tram_0"),  # a distance of predictions
     "spsa": ("spsa", "mezo"),  # losses alone
+    "supervised": (
+        "supervised",
+        "coverage",
+    ),  # a mean over tokens or rows of their log-probabilities
+    "kto": ("kto", "bco"),  # a mean of the whole batch in each example's loss
 }
 # What costs least stands first: it is taken where any would do.
 FACTORS = {
-    "weight": (
-        "lora", "dora", "paca", "ia3", "norms", "full", "bottleneck", "prompt", "intrinsic",
-    ),
-    "estimator": ("none", "sam", "m_sam", "tram", "r3f", "mesa", "spsa"),
-    "objective": (
-        "supervised", "token_supervised", "coverage", "preference", "policy_gradient", "kto", "bco",
-    ),
+    "weight": ("lora", "dora", "paca", "norms", "full", "bottleneck", "prompt", "intrinsic"),
+    "estimator": ("none", "sam", "m_sam", "tram", "r3f", "spsa"),
+    "objective": ("supervised", "token_supervised", "preference", "policy_gradient", "kto"),
     "optimizer": get_args(Optimizer),
     "base": ("none", "int8", "int4", "fp8", "nf4"),
     "remat": get_args(Remat),
@@ -108,7 +108,8 @@ def allowed_pairs():
 
 def members(name, value):
     """What takes turns where the factor `name` has this value."""
-    return SAME.get(value, (value,)) if name in ("weight", "estimator") else (value,)
+    shared = name in ("weight", "estimator", "objective")  # "full" is a policy of remat too
+    return SAME.get(value, (value,)) if shared else (value,)
 
 
 def in_turn(rows):
@@ -123,7 +124,8 @@ ROWS = all_pairs()
 CASES = in_turn(ROWS)
 
 KEY = jax.random.key(0)
-CONFIG = dataclasses.replace(LLAMA, attention_bias=True)  # with biases, for bitfit and (IA)^3
+# With biases, for bitfit and (IA)^3.
+CONFIG = dataclasses.replace(LLAMA, attention_bias=True, gated_mlp=False)
 COUNT, WIDTH, PROMPT, GROUP = 4, 6, 3, 2
 
 
@@ -198,7 +200,8 @@ def adapted(weight, bits, scan_layers):
         return apply_named(params, weight, rank=2, alpha=4.0, quantise=bits)
     if bits is not None:
         params = adapt(KEY, params, {ALL_LINEAR: quantised(bits)})
-    return intrinsic(KEY, params, 64)
+    # Of some tensors: each size of them is one more program.
+    return intrinsic(KEY, params, 16, only=".*(query|up)/kernel")
 
 
 def forward_of(case):
@@ -209,13 +212,17 @@ def forward_of(case):
     config = dataclasses.replace(CONFIG, num_layers=1 + case["scan_layers"])
     model = Decoder(config, remat=case["remat"])
     read = intrinsic_apply if case["weight"] == "intrinsic" else lambda params: params
-    hidden = jax.jit(lambda params, *args: model.forward(read(params), *args).hidden)
 
-    def forward(params, batch, key=None, **options):
-        if options:  # noise, a function
-            return model.forward(read(params), batch, key, **options)
+    @jax.jit
+    def run(params, batch, key, offset):
+        noise = None if offset is None else lambda x: x + offset
+        return model.forward(read(params), batch, key, noise=noise)
+
+    def forward(params, batch, key=None, noise=None):
         batch = {name: batch[name] for name in ("tokens", "positions", "segment_ids")}
-        return Prediction(hidden(params, batch, key), model.head(read(params)))
+        # What is added to embeddings, whatever they are: a function cannot go into a jit.
+        zeros = jnp.zeros((*batch["tokens"].shape, config.hidden_size))
+        return run(params, batch, key, noise and noise(zeros))
 
     return forward
 
@@ -236,7 +243,7 @@ def run(case):
     optimizer = make_optimizer(1e-2, total_steps=4, warmup_ratio=0.0, rule=rule)
     zeroth = {"spsa": spsa(), "mezo": rge(two_sided=True)}.get(case["estimator"])
     name = "none" if zeroth else case["estimator"]
-    made = sharpen(name, build, forward, optimizer)
+    made = sharpen(name, lambda f: jax.jit(build(f)), forward, optimizer)
     step = make_step(
         made.objective,
         made.optimizer,
@@ -330,6 +337,7 @@ def test_every_name_of_the_command_lines_is_there():
     kinds = {
         "weight": (*get_args(Name), "intrinsic"),
         "estimator": (*get_args(Sharpness), "spsa", "mezo"),
+        "objective": OBJECTIVES,
         "optimizer": get_args(Optimizer),
         "base": ("none", *get_args(Quantisation)),
         "remat": get_args(Remat),

@@ -30,15 +30,16 @@ from jaxft.optim import (
     with_tram_fisher,
     with_trust_region,
 )
+from jaxft.train import clip_by_layer_rms, muon_axes
 
 # What turns gradients into a direction; clipping, decay and learning rate are the same for all.
 OPTIMIZERS = {
     "adamw": lambda: optax.scale_by_adam(),
     "lion": lambda: scale_by_lion(0.95, 0.98),  # the paper's for language models
     "lion_int8": lambda: scale_by_lion(0.95, 0.98, "int8"),
-    "adafactor": lambda: optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)),
+    "adafactor": lambda: optax.chain(optax.scale_by_factored_rms(), clip_by_layer_rms(1.0)),
     # Matrices by Newton-Schulz, the rest by Adam; -1 leaves sign and rate to the chain.
-    "muon": lambda: optax.contrib.muon(-1.0),
+    "muon": lambda: optax.contrib.muon(-1.0, muon_weight_dimension_numbers=muon_axes),
     "sgd": lambda: optax.trace(0.9),
 }
 

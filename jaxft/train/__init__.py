@@ -18,7 +18,16 @@ from jaxft.train.held_out import evaluate, evaluation, make_eval_step
 from jaxft.train.logs import jsonl_log, progress, tensorboard_log, wandb_log
 from jaxft.train.loop import fit, run_steps
 from jaxft.train.memory import check_memory, keep_memory_warm, state_bytes
-from jaxft.train.optimizer import constant, cosine, decay_mask, linear, make_optimizer, with_warmup
+from jaxft.train.optimizer import (
+    clip_by_layer_rms,
+    constant,
+    cosine,
+    decay_mask,
+    linear,
+    make_optimizer,
+    muon_axes,
+    with_warmup,
+)
 from jaxft.train.reference import moving_reference, reference_log_probs
 from jaxft.train.state import TrainState, init_state
 from jaxft.train.step import jit_step, make_step
@@ -37,6 +46,7 @@ __all__ = [
     "TrainState",
     "accumulate",
     "commit",
+    "clip_by_layer_rms",
     "constant",
     "cosine",
     "decay_mask",
@@ -56,6 +66,7 @@ __all__ = [
     "make_eval_step",
     "make_optimizer",
     "make_step",
+    "muon_axes",
     "moving_reference",
     "plot_run",
     "profile",

@@ -261,6 +261,7 @@ def run(case):
     return state, states, seen
 
 
+@pytest.mark.slow  # minutes in all, on a busy machine
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case.values())))
 def test_any_with_any(case):
     start = adapted(case["weight"], case["base"], case["scan_layers"])

@@ -205,7 +205,8 @@ def _loop(part, chunk, wanted, count, *args):
     ]
 
     def body(state):
-        start, total, found = state
+        index, total, found = state
+        start = index * chunk
         cut = [jax.lax.dynamic_slice_in_dim(x, start, chunk, axis=1) for x in tokens]
         own = (*cut, *leaves)
         value, pull = jax.vjp(of_wanted(part, wanted, own), *pick(wanted, own))
@@ -218,8 +219,10 @@ def _loop(part, chunk, wanted, count, *args):
             a + g.astype(a.dtype)
             for a, g in zip(found[wanted[0] :], gradients[wanted[0] :], strict=True)
         ]
-        return start + chunk, total + value, [*gradients[: wanted[0]], *added]
+        return index + 1, total + value, [*gradients[: wanted[0]], *added]
 
     start = (jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32), list(pick(wanted, empty)))
-    _, total, found = jax.lax.while_loop(lambda s: s[0] < count, body, start)
+    # Counted in chunks: XLA takes a loop by steps of `chunk` to a smaller constant `count` for an empty one.
+    chunks = -(-count // chunk)
+    _, total, found = jax.lax.while_loop(lambda s: s[0] < chunks, body, start)
     return total, [g.astype(w.dtype) for g, w in zip(found, pick(wanted, args), strict=True)]

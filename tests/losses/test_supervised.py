@@ -226,3 +226,28 @@ def test_hessian_products_of_the_supervised_objective_are_those_of_its_logits():
     ours = lambda params: supervised(model.forward)(params, batch, jax.random.key(2))[0]
     found, expected = jax.jit(lambda: (products(ours), products(slow)))()
     chex.assert_trees_all_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("length,counted", [(2, 1), (4, 1), (6, 2), (6, 5), (7, 3), (5, 0)])
+def test_weights_known_while_compiling_give_the_same_sum(length, counted):
+    """XLA may see how many tokens count: with a loop by steps of a chunk it took one chunk for none."""
+    hidden, head = draw_parts(length)
+    targets = jnp.zeros((3, length), jnp.int32)
+    weights = jnp.ones((3, length)) * (jnp.arange(length) < counted)[None]
+    dense = -jax.nn.log_softmax(hidden @ head)[..., 0]
+    wanted = jnp.sum(dense * weights)
+    for chunk in (64, 2):
+        loss = lambda h, w, chunk=chunk: linear_cross_entropy(h, w, targets, weights, chunk=chunk)
+        value, grads = jax.jit(jax.value_and_grad(loss, (0, 1)))(hidden, head)
+        np.testing.assert_allclose(value, wanted, rtol=1e-5)
+        np.testing.assert_allclose(jax.jit(loss)(hidden, head), wanted, rtol=1e-5)
+        sliced = jax.jit(lambda w, f=loss: jax.lax.map(lambda h: f(h[None].repeat(3, 0), w), hidden))
+        each = jnp.sum(dense * weights, axis=1)
+        np.testing.assert_allclose(sliced(head), 3 * each, rtol=1e-5)
+        assert bool(jnp.any(grads[1])) == (counted > 0)
+
+
+def draw_parts(length):
+    """Hidden states [3, T, 8] and a head [8, 5]."""
+    key = jax.random.key(length)
+    return jax.random.normal(key, (3, length, 8)), jax.random.normal(key, (8, 5))

@@ -36,7 +36,7 @@ def cell(topology, features, form, head_trains, args) -> dict:
     from jax.sharding import SingleDeviceSharding
 
     from jaxft import losses
-    from jaxft.kernels.linear_log_probs import linear_log_probs
+    from jaxft.kernels.linear_log_probs import fused_log_probs
     from jaxft.parallel import compile_only_devices, compiled_cost
     from jaxft.weights import Transposed
 
@@ -55,7 +55,7 @@ def cell(topology, features, form, head_trains, args) -> dict:
             head = Transposed(head) if args.tied else head
             options = {} if args.chunk is None else {"chunk": args.chunk}
             return losses.linear_cross_entropy(hidden, head, targets, weights, **options)
-        log_probs = linear_log_probs(
+        log_probs = fused_log_probs(
             hidden, head, targets,
             transposed=args.tied, chunk=args.chunk, implementation=implementation,
         )  # fmt: skip

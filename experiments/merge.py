@@ -34,12 +34,12 @@ def main(config: Config) -> Difference:
     train.keep_memory_warm()
     train.writable_directory(config.output_dir)
     model, base = files.load_model(config.model)
-    params = base
+    params, family = base, family_of(model.config)
     if config.quantise is not None:
-        target = family_of(model.config).targets.pattern(config.target)
-        params = adapt(jax.random.key(0), params, {target: quantised(config.quantise)})
+        rules = {family.targets.pattern(config.target): quantised(config.quantise)}
+        params = adapt(jax.random.key(0), params, rules, stacked=family.stacked_axes)
     params = load_adapter(config.adapter, model.config, params)
-    if (lost := rounding_loss(params, base)) is not None:
+    if (lost := rounding_loss(params, base, family.layers)) is not None:
         print(f"{config.quantise} took up to {lost:.1%} of a kernel")
     difference = files.save_merged(config.output_dir, model, params, tokenizer_from=config.model)
     print(f"merged model saved to {config.output_dir}; read again: {difference}")

@@ -13,7 +13,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 # DESIGN: a folder imports only from folders above it, or from its own.
 LAYERS = (
-    "kernels optim losses metrics weights parallel models adapters checkpoints data generation "
+    "parallel kernels optim losses metrics weights models adapters checkpoints data generation "
     "diffusion rewards simulators objectives rl train analysis compression editing federated agents"
 ).split()
 # Losses and kernels read weights by `matmul`; weights know neither, so nothing turns in a circle.

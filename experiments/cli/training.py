@@ -242,7 +242,7 @@ def save(
         path, model, params, base, base_model=config.base.model, native=native
     )
     print(f"adapter saved to {path}; read again: {difference}")
-    if (lost := rounding_loss(params, base)) is not None:
+    if (lost := rounding_loss(params, base, family_of(model.config).layers)) is not None:
         print(
             f"{config.kernels.quantise} took up to {lost:.1%} of a kernel, and the adapter trained with "
             "that; PEFT's files do not say so: quantise the base alike where you use it."

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxft.kernels.backend import length_axes, target_platform
-from jaxft.kernels.layout import layout
+from jaxft.kernels.backend import target_platform
 from jaxft.kernels.splash import TILE, splash_attention
+from jaxft.parallel.attention import attention_layout
+from jaxft.parallel.axes import length_axes
 
 Implementation = Literal["reference", "blocked", "tiled", "gathered", "splash", "xla", "cudnn"]
 BLOCK = 128  # query rows whose masked keys are skipped together
@@ -206,7 +207,7 @@ def _best(query, key, segment_ids, window, causal, softcap) -> Implementation:
     # Kernels can't be partitioned: several devices need a mesh in context to shard over.
     known = not jax.sharding.get_abstract_mesh().empty or jax.device_count() == 1
     if platform == "tpu":
-        each = query.shape[1] // layout(query, key).shards
+        each = query.shape[1] // attention_layout(query, key).shards
         fits = each >= TILE and not isinstance(window, jax.Array)
         if known and fits:
             return "splash"
@@ -253,7 +254,7 @@ def _library(query, key, value, segment_ids, window, causal, scale, softcap, imp
     if implementation == "xla":
         return run(*inputs)
     # JAX splits cuDNN's kernel over a mesh, but not the mask that belongs to it.
-    place = layout(query, key)
+    place = attention_layout(query, key)
     if place.length:
         raise ValueError(
             "attention: 'cudnn' needs the tokens of a row on one device; use 'gathered'."
@@ -350,7 +351,7 @@ def _gathered(query, key, value, segment_ids, window, causal, scale, softcap):
     Llama 3 is trained so (Grattafiori et al., 2024, arxiv.org/abs/2407.21783, section 3.3.2): keys of a
     few groups are small, and any mask will do. Scores and gathered keys are made again backwards.
     """
-    place = layout(query, key)
+    place = attention_layout(query, key)
 
     @jax.checkpoint
     def run(query, key, value, segment_ids, window):

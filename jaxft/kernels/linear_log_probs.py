@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxft.kernels import linear_log_probs_tpu as tpu
+from jaxft.kernels.pullback import with_pullback
 
 Implementation = Literal["reference", "xla", "pallas"]
 # Products of fewer tokens with a head wait for the head's bytes, on a TPU v5e and an H100 alike.
@@ -27,7 +28,7 @@ TILE = (
 )
 
 
-def linear_log_probs(
+def fused_log_probs(
     hidden: Float[Array, "*batch T D"],
     head: Float[Array, "rows columns"],
     targets: Int[Array, "*batch T"],
@@ -99,30 +100,24 @@ def _reference(hidden, head, targets, transposed, temperature, softcap):
     return picked - jax.nn.logsumexp(logits, axis=-1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _log_probs(hidden, head, targets, options):
-    return _forward(hidden, head, targets, options, wants=False)[0]
+    plain = lambda *args: _forward_xla(*args, options, wants=False)[0]
+    forward = functools.partial(_log_probs_forward, options)
+    pullback = functools.partial(_log_probs_pullback, options)
+    return with_pullback(plain, forward, pullback)(hidden, head, targets)
 
 
-def _log_probs_forward(hidden, head, targets, options):
-    log_probs, normaliser, direction = _forward(
-        hidden.value, head.value, targets.value, options, wants=hidden.perturbed
-    )
-    again = (hidden.value, head.value, targets.value, normaliser) if head.perturbed else None
-    return log_probs, (direction, again)
+def _log_probs_forward(options, wanted, *args):
+    log_probs, normaliser, direction = _forward(*args, options, wants=wanted[0])
+    return log_probs, (direction, normaliser if wanted[1] else None)
 
 
-def _log_probs_backward(options, residuals, cotangent):
-    direction, again = residuals
-    d_hidden = d_head = None
-    if direction is not None:
-        d_hidden = (cotangent[..., None] * direction).astype(direction.dtype)
-    if again is not None:
-        d_head = _backward_head(*again, cotangent, options)
-    return d_hidden, d_head, None
-
-
-_log_probs.defvjp(_log_probs_forward, _log_probs_backward, symbolic_zeros=True)
+def _log_probs_pullback(options, wanted, args, residuals, cotangent):
+    direction, normaliser = residuals
+    if wanted[0]:
+        yield (cotangent[..., None] * direction).astype(direction.dtype)
+    if wanted[1]:
+        yield _backward_head(*args, normaliser, cotangent, options)
 
 
 def _forward(hidden, head, targets, options, wants):
@@ -157,22 +152,28 @@ def _forward_xla(hidden, head, targets, options, wants):
     chunk, axis = max(min(chunk, length), 1), targets.ndim - 1
     vocabulary = jnp.arange(head.shape[options.vocabulary_axis])
 
-    def body(i, results):
-        # The last chunk overlaps the one before: tokens are independent, and nothing is padded.
-        start = jnp.minimum(i * chunk, length - chunk)
+    # Second derivatives go through it, and form its logits again.
+    @jax.checkpoint
+    def part(start, hidden, head):
         h, target = (jax.lax.dynamic_slice_in_dim(x, start, chunk, axis) for x in (hidden, targets))
         logits, slope = _logits(h, head, options)
         hit = target[..., None] == _along(vocabulary, logits)
         # jax.nn.logsumexp also mends infinities, for a percent of the time on a TPU.
-        largest = jnp.max(logits, axis=-1)
+        largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
         total = jnp.sum(jnp.exp(logits - largest[..., None]), axis=-1)
         normaliser = largest + jnp.log(total)
         picked = jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
-        parts = [picked - normaliser, normaliser]
-        if wants:
-            d_logits = (hit - jnp.exp(logits - normaliser[..., None])) * slope
-            across = ((h.ndim - 1,), (options.vocabulary_axis,))
-            parts.append(jax.lax.dot_general(d_logits.astype(h.dtype), head, (across, ((), ()))))
+        if not wants:
+            return picked - normaliser, normaliser
+        d_logits = (hit - jnp.exp(logits - normaliser[..., None])) * slope
+        across = ((h.ndim - 1,), (options.vocabulary_axis,))
+        direction = jax.lax.dot_general(d_logits.astype(h.dtype), head, (across, ((), ())))
+        return picked - normaliser, normaliser, direction
+
+    def body(i, results):
+        # The last chunk overlaps the one before: tokens are independent, and nothing is padded.
+        start = jnp.minimum(i * chunk, length - chunk)
+        parts = part(start, hidden, head)
         put = lambda x, part: jax.lax.dynamic_update_slice_in_dim(x, part, start, axis)
         return [put(*pair) for pair in zip(results, parts, strict=True)]
 
@@ -214,16 +215,16 @@ def _check(hidden, head, targets, transposed, temperature, softcap, chunk, imple
     features = head.shape[1 if transposed else 0]
     if hidden.shape != (*targets.shape, features):
         raise ValueError(
-            f"linear_log_probs: hidden {hidden.shape} and targets {targets.shape} don't fit a head "
+            f"fused_log_probs: hidden {hidden.shape} and targets {targets.shape} don't fit a head "
             f"{head.shape}; expected hidden [..., T, D], targets [..., T] and a head "
             f"{'[V, D]' if transposed else '[D, V]'} (transposed={transposed})."
         )
     for name, value in (("temperature", temperature), ("softcap", softcap), ("chunk", chunk)):
         if value is not None and not value > 0:
-            raise ValueError(f"linear_log_probs: {name} must be positive, got {value}.")
+            raise ValueError(f"fused_log_probs: {name} must be positive, got {value}.")
     if implementation not in get_args(Implementation):
         raise ValueError(
-            f"linear_log_probs: unknown implementation {implementation!r}; "
+            f"fused_log_probs: unknown implementation {implementation!r}; "
             f"expected one of {', '.join(get_args(Implementation))}."
         )
 

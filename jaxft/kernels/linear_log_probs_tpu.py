@@ -1,4 +1,4 @@
-"""Pallas TPU kernels of linear_log_probs: logits live in VMEM, one tile of tokens x vocabulary at a time."""
+"""Pallas TPU kernels of fused_log_probs: logits live in VMEM, one tile of tokens x vocabulary at a time."""
 
 from __future__ import annotations
 

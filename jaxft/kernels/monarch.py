@@ -13,6 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Inexact
 
 from jaxft.kernels.backend import on_one, target_platform
+from jaxft.kernels.pullback import pick, with_pullback
 
 # Above this many blocks a product for each of them costs more in overhead than it saves in copies.
 MOST_UNROLLED = 8
@@ -52,17 +53,15 @@ def monarch_product(
     features = second.shape[0] * second.shape[1] if features is None else features
     implementation = implementation or _best(x, first, second, features)
     if implementation == "pallas":
-        y = _fused(features, interpret, x.reshape(-1, x.shape[-1]), first, second)
+        y = _fused(features, interpret)(x.reshape(-1, x.shape[-1]), first, second)
         return y.reshape(*x.shape[:-1], features)
     if implementation not in ("unrolled", "batched"):
         raise ValueError(
             f"monarch_product: unknown implementation {implementation!r}; "
             "expected batched, unrolled or pallas."
         )
-    missing = first.shape[0] * first.shape[3] - x.shape[-1]
-    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)]) if missing else x
     product = _unrolled if implementation == "unrolled" else _batched
-    return product(x, first, second)[..., :features]
+    return _padded(product, features, x, first, second)
 
 
 def _best(x, first, second, features) -> Implementation:
@@ -73,6 +72,12 @@ def _best(x, first, second, features) -> Implementation:
     real = x.dtype in (jnp.bfloat16, jnp.float32)
     fits = sizes.vmem_bytes(x.dtype.itemsize) <= MOST_VMEM
     return "pallas" if real and fits and on_one("tpu") else "batched"
+
+
+def _padded(product, features, x, first, second):
+    missing = first.shape[0] * first.shape[3] - x.shape[-1]
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)]) if missing else x
+    return product(x, first, second)[..., :features]
 
 
 def _batched(x, first, second):
@@ -247,8 +252,15 @@ def _backward_kernel(
                     dfirst_ref[k, :, :width] = part
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _fused(features, interpret, x, first, second):
+def _fused(features, interpret):
+    return with_pullback(
+        functools.partial(_padded, _batched, features),
+        lambda wanted, *args: (_fused_forward(features, interpret, *args), ()),
+        lambda wanted, args, _, g: pick(wanted, _fused_backward(features, interpret, *args, g)),
+    )
+
+
+def _fused_forward(features, interpret, x, first, second):
     sizes = _Sizes.of(first, second, x.shape[-1], features)
     rows, whole = _specs()
     operands = [x, *_flat(sizes, first, second)]
@@ -271,12 +283,7 @@ def _fused(features, interpret, x, first, second):
     )(*operands)
 
 
-def _fused_forward(features, interpret, x, first, second):
-    return _fused(features, interpret, x, first, second), (x, first, second)
-
-
-def _fused_backward(features, interpret, residuals, g):
-    x, first, second = residuals
+def _fused_backward(features, interpret, x, first, second, g):
     sizes = _Sizes.of(first, second, x.shape[-1], features)
     rows, whole = _specs()
     factors = _flat(sizes, first, second)
@@ -302,9 +309,6 @@ def _fused_backward(features, interpret, residuals, g):
         name="monarch_backward",
     )(x, g, *factors)
     return dx, *_unflat(sizes, dfirst, dsecond)
-
-
-_fused.defvjp(_fused_forward, _fused_backward)
 
 
 def _flat(sizes, first, second):

@@ -10,7 +10,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from jaxft.kernels.layout import layout
+from jaxft.parallel.attention import attention_layout
 
 TILE = 128  # rows and columns that the kernels work on at least
 # jax.ad_checkpoint.checkpoint_name of what the kernels keep for their backward pass.
@@ -55,7 +55,7 @@ def splash_attention(
         )
     # The kernel has no scale of its own. In bfloat16 a power of two costs no accuracy.
     query = query * jnp.asarray(scale, query.dtype)
-    place, length = layout(query, key), query.shape[1]
+    place, length = attention_layout(query, key), query.shape[1]
     beyond = -length % (TILE * place.shards)
     if not causal and beyond and segment_ids is None:
         segment_ids = jnp.ones(query.shape[:2], jnp.int32)  # all but what is added

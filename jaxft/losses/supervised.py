@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from jaxft.kernels import linear_log_probs as kernel
-from jaxft.kernels.backend import length_axes, row_axes
+from jaxft.kernels.linear_log_probs import fused_log_probs
+from jaxft.kernels.pullback import of_wanted, pick, with_pullback
+from jaxft.parallel.axes import length_axes, row_axes
 from jaxft.weights import WeightLike, matmul_float32, stored
 
 CHUNK = 64  # tokens a row whose logits are alive at once
@@ -97,7 +98,7 @@ def linear_log_probs(
     """log softmax(h_t W / temperature)[target_t] in nats, one value a token; logits never held whole.
 
     A caller may weigh tokens by values that are known only after the forward pass (advantages,
-    preferences). A dense head, frozen or not, goes to the kernel of that name; any other weight
+    preferences). A dense head, frozen or not, goes to the kernel `fused_log_probs`; any other weight
     through `matmul`, chunk by chunk, and its logits are recomputed in the backward pass.
 
     Args:
@@ -106,7 +107,7 @@ def linear_log_probs(
     dense, transposed = stored(head)
     if dense is not None:
         options = dict(temperature=temperature, softcap=softcap, chunk=chunk)
-        run = functools.partial(kernel.linear_log_probs, transposed=transposed, **options)
+        run = functools.partial(fused_log_probs, transposed=transposed, **options)
         return _over_length(run, hidden, dense, targets)
     score = lambda logits, targets: -cross_entropy(logits / temperature, targets)
     return scan_logits(score, hidden, head, targets, softcap=softcap, chunk=chunk)
@@ -167,56 +168,58 @@ def _logits(hidden, head, softcap):
     return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def _fused(hidden, targets, weights, head, count, softcap, chunk):
-    return _loop(hidden, targets, weights, head, count, softcap, chunk, wants=(False, False))[0]
+    """sum_t w_t (-log p_t) over chunks of T, up to the one in which the first `count` tokens end."""
+    leaves, structure = jax.tree.flatten(head)
+
+    def part(hidden, targets, weights, *leaves):
+        logits = _logits(hidden, structure.unflatten(leaves), softcap)
+        return jnp.sum(weights * cross_entropy(logits, targets))
+
+    def plain(count, hidden, targets, weights, *leaves):
+        del count  # tokens beyond it have the weight 0
+        split = lambda x: jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
+        one = jax.checkpoint(lambda xs: part(*xs, *leaves))
+        chunks = tuple(map(split, (hidden, targets, weights)))
+        add = lambda total, xs: (total + one(xs), None)
+        return jax.lax.scan(add, jnp.zeros((), jnp.float32), chunks)[0]
+
+    def pullback(wanted, args, gradients, cotangent):
+        return [(g * cotangent).astype(g.dtype) for g in gradients]
+
+    fused = with_pullback(plain, functools.partial(_loop, part, chunk), pullback)
+    return fused(count, hidden, targets, weights, *leaves)
 
 
-def _fused_forward(hidden, targets, weights, head, count, softcap, chunk):
-    head_trains = any(leaf.perturbed for leaf in jax.tree.leaves(head, is_leaf=_is_primal))
-    value = lambda tree: jax.tree.map(lambda leaf: leaf.value, tree, is_leaf=_is_primal)
-    arguments = [value(tree) for tree in (hidden, targets, weights, head, count)]
-    wants = (hidden.perturbed, head_trains)
-    total, d_hidden, d_head = _loop(*arguments, softcap, chunk, wants=wants)
-    return total, (d_hidden, d_head)
+def _loop(part, chunk, wanted, count, *args):
+    """(sum, [its gradient by each wanted argument: hidden and leaves of the head]) over chunks.
 
-
-def _fused_backward(softcap, chunk, gradients, cotangent):
-    scale = lambda tree: jax.tree.map(lambda g: (g * cotangent).astype(g.dtype), tree)
-    d_hidden, d_head = gradients
-    return scale(d_hidden), None, None, scale(d_head), None
-
-
-def _loop(hidden, targets, weights, head, count, softcap, chunk, wants):
-    """(sum, its gradient by hidden, by head) over chunks; a gradient is None if not wanted."""
-    d_hidden = jnp.zeros_like(hidden) if wants[0] else None
-    d_head = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), head) if wants[1] else None
-    cut = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=chunk, axis=1)
-
-    def part(h, w, target, weight):
-        return jnp.sum(weight * cross_entropy(_logits(h, w, softcap), target))
+    A leaf of the head that is not differentiated has no gradient here, whatever its data type.
+    """
+    wanted = wanted[1:]
+    tokens, leaves = args[:3], args[3:]
+    empty = [
+        jnp.zeros_like(tokens[0]),
+        *[None] * 2,
+        *(jnp.zeros(w.shape, jnp.float32) for w in leaves),
+    ]
 
     def body(state):
-        start, total, d_hidden, d_head = state
-        h, target, weight = (cut(x, start) for x in (hidden, targets, weights))
-        if wants[1]:
-            value, (dh, dw) = jax.value_and_grad(part, argnums=(0, 1))(h, head, target, weight)
-            d_head = jax.tree.map(lambda acc, g: acc + g.astype(acc.dtype), d_head, dw)
-        else:
-            value, dh = jax.value_and_grad(part)(h, head, target, weight)
-        if wants[0]:
-            d_hidden = jax.lax.dynamic_update_slice_in_dim(d_hidden, dh, start, axis=1)
-        return start + chunk, total + value, d_hidden, d_head
+        start, total, found = state
+        cut = [jax.lax.dynamic_slice_in_dim(x, start, chunk, axis=1) for x in tokens]
+        own = (*cut, *leaves)
+        value, pull = jax.vjp(of_wanted(part, wanted, own), *pick(wanted, own))
+        gradients = list(pull(jnp.ones_like(value)))
+        if wanted[0]:
+            gradients[0] = jax.lax.dynamic_update_slice_in_dim(
+                found[0], gradients[0], start, axis=1
+            )
+        added = [
+            a + g.astype(a.dtype)
+            for a, g in zip(found[wanted[0] :], gradients[wanted[0] :], strict=True)
+        ]
+        return start + chunk, total + value, [*gradients[: wanted[0]], *added]
 
-    start = (jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32), d_hidden, d_head)
-    _, total, d_hidden, d_head = jax.lax.while_loop(lambda s: s[0] < count, body, start)
-    if d_head is not None:
-        d_head = jax.tree.map(lambda g, w: g.astype(w.dtype), d_head, head)
-    return total, d_hidden, d_head
-
-
-def _is_primal(leaf):
-    return isinstance(leaf, jax.custom_derivatives.CustomVJPPrimal)
-
-
-_fused.defvjp(_fused_forward, _fused_backward, symbolic_zeros=True)
+    start = (jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32), list(pick(wanted, empty)))
+    _, total, found = jax.lax.while_loop(lambda s: s[0] < count, body, start)
+    return total, [g.astype(w.dtype) for g, w in zip(found, pick(wanted, args), strict=True)]

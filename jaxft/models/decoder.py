@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 
 from jaxft.kernels.attention import attend, attend_cache, attention
-from jaxft.kernels.backend import keep_features, keep_tokens
 from jaxft.models.cache import Cache, cache_mask, empty_cache, reserve, window_mask, write
 from jaxft.models.config import DecoderConfig, Rope
 from jaxft.models.layers import (
@@ -38,6 +37,7 @@ from jaxft.models.soft import (
 )
 from jaxft.models.stacking import is_stacked
 from jaxft.parallel import LAYERS
+from jaxft.parallel.activations import keep_features, keep_tokens
 from jaxft.weights import WeightLike
 
 

@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxft.kernels.attention import attend, attention, attention_mask
-from jaxft.kernels.backend import keep_features, keep_tokens
 from jaxft.models.decoder import Mlp
 from jaxft.models.layers import KERNEL_INIT, Dense, Embed, Norm, read, through_adapter
 from jaxft.models.remat import Remat, remat_block, remat_lean
 from jaxft.models.soft import before, check_room, open_front, read_lead
 from jaxft.models.stacking import is_stacked
 from jaxft.parallel import LAYERS
+from jaxft.parallel.activations import keep_features, keep_tokens
 from jaxft.weights import to_dense
 
 

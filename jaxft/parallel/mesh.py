@@ -13,6 +13,8 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
+from jaxft.parallel.axes import LENGTH_AXES, ROW_AXES
+
 AXES = ("data", "fsdp", "tensor", "expert", "context")
 
 
@@ -89,13 +91,13 @@ def _over_slices(sizes, slices, devices) -> np.ndarray:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows of a batch over the data and fsdp axes."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    return NamedSharding(mesh, PartitionSpec(ROW_AXES))
 
 
 def token_sharding(mesh: Mesh, ndim: int = 2) -> NamedSharding:
     """The same for tokens [B, ..., T] of `ndim` axes, which lie over the context axis too."""
     between = [None] * (ndim - 2)
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp"), *between, "context"))
+    return NamedSharding(mesh, PartitionSpec(ROW_AXES, *between, LENGTH_AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -219,11 +219,8 @@ def _laid_out(batch, mesh):
     if mesh is None:
         return jax.tree.map(jnp.asarray, batch)
     rows = batch_sharding(mesh)
-    return jax.tree.map(lambda x: x if _is_laid(x, rows) else lay_out(x, rows), batch)
-
-
-def _is_laid(x, sharding):
-    return isinstance(x, jax.Array) and x.sharding == sharding
+    laid = lambda x: isinstance(x, jax.Array) and x.sharding.is_equivalent_to(rows, x.ndim)
+    return jax.tree.map(lambda x: x if laid(x) else lay_out(x, rows), batch)
 
 
 @functools.cache

@@ -212,7 +212,6 @@ def _placed(name, leaf, before, mesh):
                 f"{x.dtype}{list(x.shape)}; entries keep their shapes and types."
             )
         x = x.astype(before.dtype)
-    if mesh is None:
+    if mesh is None or _on_mesh(x, mesh):
         return jnp.asarray(x)
-    on_mesh = [y.sharding for y in (x, before) if _on_mesh(y, mesh)]
-    return lay_out(x, on_mesh[0] if on_mesh else replicated(mesh))
+    return lay_out(x, before.sharding if _on_mesh(before, mesh) else replicated(mesh))

@@ -19,19 +19,21 @@ NOT_DECAYED = frozenset({"scale", "bias", "embedding"})
 
 
 def make_optimizer(
-    learning_rate: float,
+    learning_rate: float | jax.Array,
     *,
     total_steps: int,
     schedule: Decay | None = None,
     warmup_ratio: float = 0.03,
-    weight_decay: float = 0.0,
-    max_grad_norm: float | None = 1.0,
+    weight_decay: float | jax.Array = 0.0,
+    max_grad_norm: float | jax.Array | None = 1.0,
     rule: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformation:
     """Clipping, Adam, decoupled weight decay, learning rate: AdamW under a schedule.
 
     AdamW: Loshchilov & Hutter, 2019, arxiv.org/abs/1711.05101, algorithm 2. The decay is multiplied by the
     learning rate, as in torch and optax. Its state shows the learning rate, so metrics have it.
+    learning_rate, weight_decay and max_grad_norm may be arrays, as optax.inject_hyperparams makes them (with
+    the other arguments among its static_args).
 
     Args:
         learning_rate: the highest, reached after the warm-up.
@@ -43,7 +45,7 @@ def make_optimizer(
         max_grad_norm: longest gradient (L2 over all that trains); None does not clip.
         rule: what turns gradients into a direction; default optax.scale_by_adam(0.9, 0.999, 1e-8).
     """
-    if not 0 < learning_rate < math.inf:
+    if _is_number(learning_rate) and not 0 < learning_rate < math.inf:
         raise ValueError(
             f"make_optimizer: learning_rate must be positive and finite, got {learning_rate}."
         )
@@ -52,17 +54,18 @@ def make_optimizer(
             f"make_optimizer: needs total_steps >= 1 and 0 <= warmup_ratio < 1, got {total_steps} "
             f"and {warmup_ratio}."
         )
+    decays = not _is_number(weight_decay) or weight_decay != 0
     rate = with_warmup(learning_rate, total_steps, schedule or cosine, warmup_ratio)
     return optax.chain(
         optax.identity() if max_grad_norm is None else clip_by_global_norm(max_grad_norm),
         optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8) if rule is None else rule,
-        optax.add_decayed_weights(weight_decay, decay_mask) if weight_decay else optax.identity(),
+        optax.add_decayed_weights(weight_decay, decay_mask) if decays else optax.identity(),
         optax.inject_hyperparams(optax.scale_by_learning_rate)(learning_rate=rate),
     )
 
 
 def with_warmup(
-    peak: float, total_steps: int, schedule: Decay, warmup_ratio: float = 0.03
+    peak: float | jax.Array, total_steps: int, schedule: Decay, warmup_ratio: float = 0.03
 ) -> optax.Schedule:
     """The learning rate at each step: a linear rise, then peak * schedule(progress in 0..1)."""
     warmup = round(warmup_ratio * total_steps)
@@ -102,7 +105,7 @@ def decay_mask(params: Any) -> Any:
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     """g min(1, max_norm / |g|), |g| over all leaves: optax's, with the norm in float32 for bfloat16."""
-    if max_norm <= 0:
+    if _is_number(max_norm) and max_norm <= 0:
         raise ValueError(f"clip_by_global_norm: max_norm must be positive, got {max_norm}.")
 
     def update(updates, state, params=None):
@@ -111,3 +114,8 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
         return jax.tree.map(lambda u: (u * factor).astype(u.dtype), updates), state
 
     return optax.GradientTransformation(optax.init_empty_state, update)
+
+
+def _is_number(value):
+    """Whether it can be checked now: an array may be traced."""
+    return not isinstance(value, jax.Array)

@@ -138,16 +138,13 @@ def matmul_float32(x: jax.Array, w: WeightLike) -> jax.Array:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _float32_product(x, w, transposed):
-    across = ((x.ndim - 1,), (1 if transposed else 0,))
-    return jax.lax.dot_general(x, w, (across, ((), ())), preferred_element_type=jnp.float32)
+    return _dot(x, w, transposed, preferred_element_type=jnp.float32)
 
 
 def _float32_product_jvp(transposed, primals, tangents):
     """Tangents in x's data type: a cotangent in float32 would make the backward products float32 too."""
     (x, w), (dx, dw) = primals, tangents
-    product = lambda x, w: jax.lax.dot_general(
-        x, w, (((x.ndim - 1,), (1 if transposed else 0,)), ((), ()))
-    ).astype(jnp.float32)
+    product = lambda x, w: _dot(x, w, transposed).astype(jnp.float32)
     y = _float32_product(x, w, transposed)
     # A head that does not train gets no product, and no gradient of its size.
     parts = [] if isinstance(dx, SymbolicZero) else [product(dx, w)]
@@ -156,6 +153,12 @@ def _float32_product_jvp(transposed, primals, tangents):
 
 
 _float32_product.defjvp(_float32_product_jvp, symbolic_zeros=True)
+
+
+def _dot(x, w, transposed, **options):
+    """x w, or x w^T, over the last axis of x."""
+    across = ((x.ndim - 1,), (1 if transposed else 0,))
+    return jax.lax.dot_general(x, w, (across, ((), ())), **options)
 
 
 def stored(w: WeightLike) -> tuple[jax.Array | None, bool]:
@@ -254,7 +257,7 @@ class Transposed(Weight):
 
     def rmatmul(self, x):
         dense = to_dense(self.weight).astype(x.dtype)
-        return jax.lax.dot_general(x, dense, (((x.ndim - 1,), (1,)), ((), ())))
+        return _dot(x, dense, transposed=True)
 
     def to_dense(self):
         return jnp.swapaxes(to_dense(self.weight), -1, -2)

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,15 +37,11 @@ class Translator:
         return jnp.zeros((rows, LENGTH), jnp.int32)  # The source is all that later tokens need.
 
     def forward(self, params, batch, key=None, *, cache=None):
-        source, place = batch.get("source", cache), jnp.minimum(batch["positions"] + 1, LENGTH)
-        memory = (
-            take(params["embed"], source) + take(params["places"], jnp.arange(1, LENGTH + 1))[None]
-        )
-        query = matmul(take(params["places"], place), params["query"])
-        seen = jax.nn.softmax(query @ memory.swapaxes(-1, -2) / DIM**0.5)
-        return Prediction(
-            nn.gelu(matmul(seen @ memory, params["value"])), params["head"], cache=source
-        )
+        source, place = batch.get("source", cache), functools.partial(take, params["places"])
+        memory = take(params["embed"], source) + place(jnp.arange(1, LENGTH + 1))[None]
+        query = matmul(place(jnp.minimum(batch["positions"] + 1, LENGTH)), params["query"])
+        seen = jax.nn.softmax(query @ memory.swapaxes(-1, -2) / DIM**0.5) @ memory
+        return Prediction(jax.nn.gelu(matmul(seen, params["value"])), params["head"], cache=source)
 
 
 def task(seed, rows=256, shift=3):
@@ -58,16 +53,12 @@ def task(seed, rows=256, shift=3):
 
 def test_supervised_preference_and_sampling_read_the_source():
     model, batch, options = Translator(), task(0), dict(optimizer=optax.adam(1e-2))
-    state, rows = fit(
-        initial(jax.random.key(0)), supervised(model.forward), batches=[batch] * 80, **options
-    )
-    assert (
-        rows[-1]["loss"] < 0.05 and supervised(model.forward)(state.params, task(1), None)[0] < 0.1
-    )
-    settings = dict(
-        config=SamplingConfig(LENGTH, temperature=1.0), columns={"source": task(2)["source"][:5]}
-    )
-    out = generate(model, state.params, [[START]] * 5, jax.random.key(1), samples=2, **settings)
+    params, loss = initial(jax.random.key(0)), supervised(model.forward)
+    state, rows = fit(params, loss, batches=[batch] * 80, **options)
+    assert rows[-1]["loss"] < 0.05 and loss(state.params, task(1), None)[0] < 0.1
+    asked = dict(samples=2, columns={"source": task(2)["source"][:5]})
+    config, prompts = SamplingConfig(LENGTH, temperature=1.0), [[START]] * 5
+    out = generate(model, state.params, prompts, jax.random.key(1), config, **asked)
     twice = {k: v[:5].repeat(2, axis=0) for k, v in task(2).items()}
     given = twice | {"tokens": np.insert(out.tokens, 0, START, axis=1), "completion_mask": out.mask}
     scored = completion_log_probs(model.forward, state.params, given)

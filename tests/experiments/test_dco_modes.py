@@ -2,6 +2,7 @@
 
 import functools
 import json
+import types
 
 import jax
 import numpy as np
@@ -105,7 +106,8 @@ def test_cot_smoke(tmp_path):
 def test_cot_trains_on_questions_that_are_seldom_right(monkeypatch):
     # Questions 0 to 7 are always right, the others never; a step shows on whose rows it was taken.
     start = workings.Start(
-        model=None, params={"w": np.zeros(())}, steps=0, pairs=np.stack([np.arange(32)] * 2, 1),
+        model=types.SimpleNamespace(forward=None), params={"w": np.zeros(())}, steps=0,
+        pairs=np.stack([np.arange(32)] * 2, 1),
         rows=workings.rows_of(np.stack([np.arange(32)] * 2, 1), "B" * 32, 2),
         held_out=np.zeros((2, 2), int),
     )  # fmt: skip

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, PartitionSpec
 
-from jaxft.kernels.backend import dividing, on_one, row_axes, target_platform
+from jaxft.kernels.backend import on_one, target_platform
+from jaxft.parallel.axes import dividing, row_axes
 
 
 def test_never_on_a_cpu():

@@ -1,4 +1,4 @@
-"""Every form of linear_log_probs against log_softmax, and compiled for devices that are not here."""
+"""Every form of fused_log_probs against log_softmax, and compiled for devices that are not here."""
 
 import functools
 
@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxft import losses
-from jaxft.kernels.linear_log_probs import linear_log_probs
+from jaxft.kernels.linear_log_probs import fused_log_probs
 from jaxft.parallel import make_mesh
 from jaxft.weights import Frozen, Transposed
 from tests.aot import run_aot
@@ -65,7 +65,7 @@ def expected_of(size, transposed):
 @pytest.mark.parametrize("form", FORMS)
 def test_values_and_gradients_are_those_of_log_softmax(form, transposed, size):
     hidden, head, targets, cotangent, expected = expected_of(size, transposed)
-    ours = lambda h, w: linear_log_probs(
+    ours = lambda h, w: fused_log_probs(
         h,
         w,
         targets,
@@ -83,7 +83,7 @@ def test_values_and_gradients_are_those_of_log_softmax(form, transposed, size):
 @pytest.mark.parametrize("form", FORMS)
 def test_bfloat16_is_as_near_to_the_truth_as_its_rounding(form):
     hidden, head, targets, cotangent = draw(2, 37, 64, 300, dtype=jnp.bfloat16)
-    ours = lambda h, w: linear_log_probs(h, w, targets, implementation=form, interpret=True)
+    ours = lambda h, w: fused_log_probs(h, w, targets, implementation=form, interpret=True)
     result = graded(ours, hidden, head, cotangent)
     wide = (hidden.astype(jnp.float32), head.astype(jnp.float32))
     expected = graded(lambda h, w: plain(h, w, targets, False), *wide, cotangent)
@@ -101,7 +101,7 @@ def test_log_probs_of_bfloat16_have_the_error_of_float32(form):
     logits = np.asarray(hidden, np.float64) @ np.asarray(head, np.float64)
     picked = np.take_along_axis(logits, np.asarray(targets)[..., None], -1)[..., 0]
     expected = picked - np.log(np.sum(np.exp(logits), axis=-1))
-    result = linear_log_probs(hidden, head, targets, implementation=form, interpret=True)
+    result = fused_log_probs(hidden, head, targets, implementation=form, interpret=True)
     np.testing.assert_allclose(result, expected, atol=1e-4)
 
 
@@ -109,17 +109,47 @@ def test_log_probs_of_bfloat16_have_the_error_of_float32(form):
 def test_gradient_is_the_finite_difference(form):
     hidden, head, targets, cotangent = draw(1, 5, 8, 130)
     ours = functools.partial(
-        linear_log_probs, targets=targets, implementation=form, interpret=True, softcap=2.0
+        fused_log_probs, targets=targets, implementation=form, interpret=True, softcap=2.0
     )
     # check_grads calls with numpy's arrays.
     loss = lambda h, w: jnp.sum(cotangent * jnp.sin(ours(jnp.asarray(h), jnp.asarray(w))))
-    jax.test_util.check_grads(loss, (hidden, head), order=1, modes=["rev"], rtol=2e-2, atol=2e-2)
+    jax.test_util.check_grads(
+        loss, (hidden, head), order=1, modes=["fwd", "rev"], rtol=2e-2, atol=2e-2
+    )
+
+
+def slopes_and_curvatures(function, at, along):
+    """jvp, jvp of grad, grad of jvp and grad of grad, of a scalar function."""
+    gradient = jax.grad(function, (0, 1))
+    slope = lambda *at: jax.jvp(function, at, along)[1]
+    dot = lambda *at: sum(jnp.vdot(a, b) for a, b in zip(gradient(*at), along, strict=True))
+    hessian = jax.jvp(gradient, at, along)[1]
+    return slope(*at), hessian, *(jax.grad(f, (0, 1))(*at) for f in (slope, dot))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_forward_mode_and_second_derivatives_are_those_of_log_softmax(form, transposed):
+    # Neither chunks of 7 tokens nor tiles of columns are filled.
+    hidden, head, targets, cotangent = draw(1, 12, 8, 300, transposed)
+    at, along = (hidden, head), (jnp.cos(7 * hidden), jnp.cos(7 * head))
+    options = dict(implementation=form, chunk=7, interpret=True)
+    ours = lambda *at: fused_log_probs(*at, targets, transposed=transposed, **OPTIONS, **options)
+    slow = lambda *at: plain(*at, targets, transposed, **OPTIONS)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def derivatives(function, at, along):
+        scalar = lambda *at: jnp.sum(cotangent * jnp.sin(function(*at)))
+        return slopes_and_curvatures(scalar, at, along)
+
+    found, expected = derivatives(ours, at, along), derivatives(slow, at, along)
+    chex.assert_trees_all_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("form", ["xla", "pallas"])
 def test_under_jit_vmap_scan_and_remat(form):
     hidden, head, targets, cotangent = draw(3, 6, 8, 130)
-    ours = lambda h, w, t: linear_log_probs(h, w, t, implementation=form, interpret=True)
+    ours = lambda h, w, t: fused_log_probs(h, w, t, implementation=form, interpret=True)
 
     def scanned(hidden, head, targets):
         one = jax.checkpoint(lambda w, x: (w, ours(x[0], w, x[1])))
@@ -135,7 +165,7 @@ def test_a_batch_of_heads():
     hidden, head, targets, cotangent = draw(3, 6, 8, 130)
     heads = jnp.stack([head, 2 * head, -head])
     ours = lambda f: jax.vmap(lambda h, w, t: f(h, w, t), (0, 0, 0))
-    result = graded(lambda h, w: ours(linear_log_probs)(h, w, targets), hidden, heads, cotangent)
+    result = graded(lambda h, w: ours(fused_log_probs)(h, w, targets), hidden, heads, cotangent)
     slow = ours(lambda h, w, t: plain(h, w, t, False))
     expected = graded(lambda h, w: slow(h, w, targets), hidden, heads, cotangent)
     chex.assert_trees_all_close(result, expected, rtol=1e-4, atol=1e-5)
@@ -148,7 +178,7 @@ def products(function, *arguments):
 
 def test_a_frozen_head_costs_no_second_product_and_no_gradient():
     hidden, head, targets, _ = draw(1, 5, 8, 130)
-    loss = lambda h, w: jnp.sum(linear_log_probs(h, w, targets))
+    loss = lambda h, w: jnp.sum(fused_log_probs(h, w, targets))
     assert products(loss, hidden, head) == 1
     assert products(jax.grad(loss), hidden, head) == 2
     assert products(jax.grad(loss, 1), hidden, head) == 3
@@ -182,7 +212,7 @@ def test_partitioned_over_a_mesh(head_spec):
     put = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
     rows = ("data", "fsdp")
     run = jax.jit(
-        lambda h, w, t, g: graded(lambda h, w: linear_log_probs(h, w, t, chunk=4), h, w, g)
+        lambda h, w, t, g: graded(lambda h, w: fused_log_probs(h, w, t, chunk=4), h, w, g)
     )
     result = run(put(hidden, rows), put(head, *head_spec), put(targets, rows), put(cotangent, rows))
     chex.assert_trees_all_close(result, expected, rtol=1e-4, atol=1e-5)
@@ -194,7 +224,7 @@ def test_pallas_in_a_shard_map():
     hidden, head, targets, cotangent = draw(8, 6, 16, 130)
     rows, whole = PartitionSpec("data"), PartitionSpec()
     mapped = jax.shard_map(
-        lambda h, w, t: linear_log_probs(h, w, t, implementation="pallas", interpret=True),
+        lambda h, w, t: fused_log_probs(h, w, t, implementation="pallas", interpret=True),
         mesh=mesh, in_specs=(rows, whole, rows), out_specs=rows, check_vma=False,
     )  # fmt: skip
     result = graded(lambda h, w: jax.jit(mapped)(h, w, targets), hidden, head, cotangent)
@@ -206,7 +236,7 @@ def test_pallas_in_a_shard_map():
 def test_a_target_outside_the_vocabulary_is_seen(form):
     hidden, head, _, _ = draw(1, 3, 8, 5)
     targets = jnp.array([[-100, 5, 4]])
-    result = linear_log_probs(hidden, head, targets, implementation=form, interpret=True)
+    result = fused_log_probs(hidden, head, targets, implementation=form, interpret=True)
     np.testing.assert_array_equal(jnp.isnan(result), [[True, True, False]])
 
 
@@ -223,13 +253,13 @@ def test_a_target_outside_the_vocabulary_is_seen(form):
 def test_bad_arguments(options, message):
     hidden, head, targets, _ = draw(1, 3, 8, 5)
     with pytest.raises(ValueError, match=message):
-        linear_log_probs(hidden, head, targets, **options)
+        fused_log_probs(hidden, head, targets, **options)
 
 
 COMPILED = """
 import json, jax, jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
-from jaxft.kernels.linear_log_probs import linear_log_probs
+from jaxft.kernels.linear_log_probs import fused_log_probs
 from jaxft.parallel import compile_only_devices, compiled_cost
 sharding = SingleDeviceSharding(compile_only_devices({topology!r})[0])
 like = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
@@ -238,7 +268,7 @@ arguments = (like((1, 2000, D), jnp.bfloat16), like((V, D) if {transposed} else 
              like((1, 2000), jnp.int32), like((1, 2000), jnp.float32))
 def cost(form):
     loss = lambda h, w, t, g: jnp.sum(
-        g * linear_log_probs(h, w, t, transposed={transposed}, softcap=30.0, implementation=form))
+        g * fused_log_probs(h, w, t, transposed={transposed}, softcap=30.0, implementation=form))
     return compiled_cost(jax.jit(jax.grad(loss, (0, 1))).lower(*arguments).compile())
 result = {{form: cost(form)._asdict() for form in {forms}}}
 print(json.dumps(result))
@@ -267,6 +297,6 @@ def test_the_xla_form_keeps_an_eighth_on_an_h100():
 
 def test_kernels_lower_for_tpus_from_any_machine():
     hidden, head, targets, _ = draw(1, 300, 128, 1000, dtype=jnp.bfloat16)
-    loss = lambda h, w: jnp.sum(linear_log_probs(h, w, targets, implementation="pallas"))
+    loss = lambda h, w: jnp.sum(fused_log_probs(h, w, targets, implementation="pallas"))
     lowered = jax.jit(jax.grad(loss, (0, 1))).trace(hidden, head).lower(lowering_platforms=("tpu",))
     assert lowered.as_text().count("tpu_custom_call") == 2

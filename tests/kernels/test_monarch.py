@@ -86,6 +86,33 @@ def test_the_kernel_equals_the_plain_form(sizes):
         np.testing.assert_allclose(a, b, atol=tolerance * float(jnp.max(jnp.abs(b)) + 1e-6), rtol=0)
 
 
+@pytest.mark.parametrize("sizes", [AWKWARD[2], AWKWARD[4]])
+def test_forward_mode_and_hessian_products_of_the_kernel_are_the_plain_form_s(sizes):
+    k, j, r, i, height, inputs, outputs, tokens, dtype, _ = sizes
+    keys = jax.random.split(jax.random.key(0), 6)
+    shapes = [(tokens, inputs), (k, j, r, i), (j, height, k, r)] * 2
+    draws = [jax.random.normal(key, s, dtype) for key, s in zip(keys, shapes, strict=True)]
+    at, along = tuple(draws[:3]), tuple(draws[3:])
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def products(form):
+        value = lambda *a: jnp.sum(jnp.sin(monarch_product(*a, features=outputs, **dict(form))))
+        gradient = jax.grad(value, (0, 1, 2))
+        slope = lambda *a: jax.jvp(value, a, along)[1]
+        dot = lambda *a: sum(jnp.vdot(p, q) for p, q in zip(gradient(*a), along, strict=True))
+        hessian = jax.jvp(gradient, at, along)[1]
+        return slope(*at), hessian, *(jax.grad(f, (0, 1, 2))(*at) for f in (slope, dot))
+
+    found = products((("implementation", "pallas"), ("interpret", True)))
+    expected = products((("implementation", "batched"),))
+    # Relative to the largest entry: sums of several hundred products cancel.
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * np.abs(b).max() + 1e-6),
+        found,
+        expected,
+    )
+
+
 def test_the_kernel_keeps_no_middle_vector():
     from jax._src.ad_checkpoint import saved_residuals
 

@@ -1,13 +1,26 @@
+import dataclasses
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from jaxft.losses import cross_entropy, linear_cross_entropy, linear_log_probs
+from jaxft.models import Decoder, tiny_config
 from jaxft.models.decoder import project
-from jaxft.weights import Frozen, LoraWeight, Transposed, to_dense
+from jaxft.objectives import supervised
+from jaxft.weights import (
+    Frozen,
+    LoraWeight,
+    Transposed,
+    nf4_weight,
+    quantised_weight,
+    to_dense,
+)
 
 
 def draw(batch, length, features=6, vocabulary=11, share=0.5):
@@ -101,3 +114,115 @@ def test_logits_of_bfloat16_are_added_up_and_kept_in_float32(wrap):
     np.testing.assert_allclose(linear_log_probs(hidden, weight, targets), expected, atol=1e-4)
     total = linear_cross_entropy(hidden, weight, targets, ones)
     np.testing.assert_allclose(total, -expected.sum(), atol=1e-3)
+
+
+def loops(jaxpr):
+    """All while and scan equations, at any depth."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name in ("while", "scan"):
+            yield equation
+        for inner in jaxprs_in_params(equation.params):
+            yield from loops(inner)
+
+
+def test_only_what_is_differentiated_of_a_head_is_accumulated():
+    hidden, head, targets, weights = draw(2, 6, features=16, vocabulary=512)
+    ab = (jnp.ones((16, 2)), 0.1 * jnp.ones((2, 512)))
+    loss = lambda fun, w: lambda h, ab: fun(h, LoraWeight(w, *ab), targets, weights)
+    summed = lambda *args: jnp.sum(linear_log_probs(*args[:3]))
+    for base in (head, head.astype(jnp.bfloat16), nf4_weight(head), quantised_weight(head, "int8")):
+        for fun in (linear_cross_entropy, summed):
+            jaxpr = jax.make_jaxpr(jax.grad(loss(fun, base), (0, 1)))(hidden, ab)
+            carried = [v.aval for loop in loops(jaxpr.jaxpr) for v in loop.outvars]
+            assert any(a.shape == (2, 512) for a in carried)  # B's
+            assert not any(a.shape[-2:] == (16, 512) for a in carried)
+    both = jax.make_jaxpr(jax.grad(linear_cross_entropy, (0, 1)))(hidden, head, targets, weights)
+    assert any(v.aval.shape == (16, 512) for loop in loops(both.jaxpr) for v in loop.outvars)
+
+
+def test_a_head_partly_differentiated_by_the_caller():
+    hidden, head, targets, weights = draw(2, 6)
+    ab = (jnp.ones((6, 2)), 0.1 * jnp.ones((2, 11)))
+    fused = lambda a: linear_cross_entropy(hidden, LoraWeight(head, a, ab[1]), targets, weights)
+    slow = lambda a: plain(hidden, LoraWeight(head, a, ab[1]), targets, weights)
+    chex.assert_trees_all_close(jax.grad(fused)(ab[0]), jax.grad(slow)(ab[0]), rtol=1e-5, atol=1e-6)
+
+
+HEADS = {
+    "dense": lambda w: w,
+    "tied": lambda w: Transposed(w.T),
+    "lora": lambda w: LoraWeight(w, jnp.ones((6, 2)), 0.1 * jnp.ones((2, 11))),
+}
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("wrap", HEADS)
+def test_forward_mode_and_second_derivatives_are_the_plain_form_s(wrap, softcap):
+    hidden, head, targets, weights = draw(2, 7)
+    at = (hidden, HEADS[wrap](head))
+    along = jax.tree.map(lambda leaf: jnp.cos(7 * leaf), at)
+    if wrap == "lora":  # The base is frozen.
+        along = (along[0], dataclasses.replace(along[1], base=jnp.zeros_like(head)))
+    options = dict(softcap=softcap, chunk=3)
+    fused = lambda h, w: linear_cross_entropy(h, w, targets, weights, **options)
+    through = lambda h, w: -jnp.sum(weights * linear_log_probs(h, w, targets, **options))
+    slow = lambda h, w: plain(h, w, targets, weights, softcap)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def derivatives(function, at):
+        # The gradient of the sine is not linear in the loss: its cotangent has a derivative.
+        value = lambda *at: jnp.sin(function(*at))
+        gradient = jax.grad(value, (0, 1))
+        slope = lambda *at: jax.jvp(value, at, along)[1]
+        dot = lambda *at: sum(map(jnp.vdot, *map(jax.tree.leaves, (gradient(*at), along))))
+        curves = (
+            jax.jvp(gradient, at, along)[1],
+            *(jax.grad(f, (0, 1))(*at) for f in (slope, dot)),
+        )
+        if wrap == "lora":  # Only `to_dense` passes the base a gradient.
+            curves = tuple((h, w.a, w.b) for h, w in curves)
+        return slope(*at), curves
+
+    expected = derivatives(slow, at)
+    for function in (fused, through):
+        chex.assert_trees_all_close(derivatives(function, at), expected, rtol=1e-3, atol=1e-3)
+    # Central differences: rounding of a loss of about 10, some 1e-6, is divided by 2e-3.
+    moved = lambda by: tuple(jax.tree.map(lambda a, b: a + by * b, at, along))
+    difference = (jnp.sin(slow(*moved(1e-3))) - jnp.sin(slow(*moved(-1e-3)))) / 2e-3
+    np.testing.assert_allclose(expected[0], difference, rtol=2e-2, atol=2e-2)
+
+
+def test_forward_mode_and_hessian_products_never_hold_all_logits():
+    hidden, head, targets, weights = draw(2, 64, vocabulary=4096, share=1.0)
+    for fun in (
+        lambda h, w: linear_cross_entropy(h, w, targets, weights, chunk=8),
+        lambda h, w: jnp.sum(weights * linear_log_probs(h, w, targets, chunk=8)),
+    ):
+        at = (hidden, head)
+        slope = lambda *at, fun=fun: jax.jvp(fun, at, at)[1]
+        product = lambda *at, fun=fun: jax.jvp(jax.grad(fun), at, at)[1]
+        for function in (slope, product):
+            compiled = jax.jit(function).lower(*at).compile()
+            assert compiled.memory_analysis().temp_size_in_bytes < 2 * 64 * 4096 * 4
+
+
+def test_hessian_products_of_the_supervised_objective_are_those_of_its_logits():
+    config = dataclasses.replace(tiny_config(), num_layers=1)
+    model, tokens = Decoder(config), jax.random.randint(jax.random.key(1), (2, 5), 0, 99)
+    params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
+    along = jax.tree.map(lambda leaf: jnp.cos(7 * leaf), params)
+    whole = jnp.ones(tokens.shape, jnp.int32)
+    positions = jnp.broadcast_to(jnp.arange(5), tokens.shape)
+    batch = dict(tokens=tokens, loss_mask=1.0 * whole, segment_ids=whole, positions=positions)
+
+    def slow(params):
+        logits = model.apply({"params": params}, tokens).logits[:, :-1]
+        return jnp.mean(cross_entropy(logits, tokens[:, 1:]))
+
+    def products(loss):
+        slope = lambda p: jax.jvp(loss, (p,), (along,))[1]
+        return jax.jvp(jax.grad(loss), (params,), (along,)), jax.grad(slope)(params)
+
+    ours = lambda params: supervised(model)(params, batch, jax.random.key(2))[0]
+    found, expected = jax.jit(lambda: (products(ours), products(slow)))()
+    chex.assert_trees_all_close(found, expected, rtol=1e-3, atol=1e-4)

@@ -141,6 +141,7 @@ TOY = Family(
     ),
 )
 KNOWN = (*FAMILIES, TOY)
+PLACES = dict(targets=TOY.targets, stacked=TOY.stacked_axes)
 CONFIG = ToyConfig(vocab_size=24, width=8, depth=3)
 TOKENS = jnp.arange(6)[None]
 
@@ -209,7 +210,7 @@ def test_it_is_sharded_by_its_own_rules(folder, scan_layers):
     assert params["table"]["embedding"].sharding.is_fully_replicated  # no rule names it
     logits = jax.jit(model.apply)({"params": params}, TOKENS).logits
     chex.assert_trees_all_close(np.asarray(logits), by_hand(tensors), rtol=1e-4)
-    adapted = apply_named(params, "lora", rank=2, targets=TOY.targets)
+    adapted = apply_named(params, "lora", rank=2, **PLACES)
     specs = param_shardings(adapted, mesh, TOY.rules, TOY.layers)
     lora = (specs["trunk"]["blocks"] if scan_layers else specs["trunk"]["blocks"]["1"])["wide"]
     assert lora["kernel"].a.spec == PartitionSpec(*stack, "fsdp", None)
@@ -220,7 +221,7 @@ def test_it_is_sharded_by_its_own_rules(folder, scan_layers):
 def test_all_linear_and_pefts_names_are_its_own(folder, scan_layers, tmp_path_factory):
     path, _ = folder
     model, params = load_model(path, scan_layers=scan_layers, families=KNOWN)
-    adapted = trained(apply_named(params, "lora", rank=2, target="all-linear", targets=TOY.targets))
+    adapted = trained(apply_named(params, "lora", rank=2, target="all-linear", **PLACES))
     assert count(adapted)[0] == CONFIG.depth * 2 * 2 * (8 + 16)
     out = tmp_path_factory.mktemp("adapter")
     save_checked(out, model, adapted, params, families=KNOWN)
@@ -244,7 +245,7 @@ def test_all_linear_and_pefts_names_are_its_own(folder, scan_layers, tmp_path_fa
 def test_an_objective_reads_its_forward(folder):
     path, tensors = folder
     model, params = load_model(path, families=KNOWN)
-    adapted = apply_named(params, "lora", rank=2, targets=TOY.targets)
+    adapted = apply_named(params, "lora", rank=2, **PLACES)
     loss, _ = jax.jit(supervised(model.forward))(adapted, {"tokens": TOKENS}, None)
     log_probs = jax.nn.log_softmax(by_hand(tensors)[0, :-1])
     expected = -np.mean(np.take_along_axis(log_probs, np.asarray(TOKENS)[0, 1:, None], axis=1))
@@ -278,7 +279,7 @@ def test_a_head_that_trains_is_saved_whole(folder, tmp_path_factory):
     """The embedding of a model with an output projection of its own is not tied."""
     path, _ = folder
     model, params = load_model(path, families=KNOWN)
-    adapted = apply_named(params, "lora", rank=2, targets=TOY.targets)
+    adapted = apply_named(params, "lora", rank=2, **PLACES)
     adapted["table"]["embedding"] = adapted["table"]["embedding"].value
     out = tmp_path_factory.mktemp("adapter")
     save_adapter(out, model.config, adapted, families=KNOWN)

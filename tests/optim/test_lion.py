@@ -294,3 +294,27 @@ def test_bad_input():
         )  # fmt: skip
     small = scale_by_lion(mu_dtype="int8").init({"few": jnp.zeros((5, 5))})
     assert small.mu["few"].dtype == jnp.float32
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_stochastic_rounding_is_unbiased_for_gradients_of_any_type(dtype):
+    """Over many elements and draws the mean of the new params is θ + u, far below half of the last place."""
+    size, steps = 4096, 64
+    for theta, rate in [(1.0, 1e-4), (-3.0, 3e-4), (0.37, 2e-5)]:
+        params = jnp.full(size, theta, jnp.bfloat16)
+        grads = jnp.full(size, 0.71875, dtype)  # which bfloat16 holds
+        optimizer = optax.chain(optax.sgd(rate), round_stochastically(jax.random.key(3)))
+
+        def step(state, _, optimizer=optimizer, params=params, grads=grads):
+            updates, state = optimizer.update(grads, state, params)
+            assert updates.dtype == grads.dtype
+            return state, optax.apply_updates(params, updates).astype(jnp.float32)
+
+        _, new = jax.lax.scan(step, optimizer.init(params), length=steps)
+        moved = np.asarray(new, np.float64) - float(params[0])
+        # sgd's update, as it comes to the rounding: in the gradient's type
+        given = float(optax.sgd(rate).update(grads, optax.sgd(rate).init(params))[0][0])
+        place = np.abs(moved).max()  # one step in the last place
+        assert 0 < abs(given) < place / 2
+        error = 4 * place * np.sqrt(abs(given) / place / (size * steps))
+        assert abs(moved.mean() - given) < error < 0.1 * abs(given)

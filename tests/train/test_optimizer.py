@@ -134,3 +134,53 @@ def test_bad_arguments_are_refused():
         make_optimizer(0.1, total_steps=10, warmup_ratio=1.5)
     with pytest.raises(ValueError, match="must be positive, got 0"):
         make_optimizer(0.1, total_steps=10, max_grad_norm=0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+@pytest.mark.parametrize("warmup_ratio", [0.0, 0.4])
+def test_under_x64_a_scan_keeps_data_types_and_numbers(example, dtype, warmup_ratio):
+    params, grads = example
+    settings = dict(total_steps=5, warmup_ratio=warmup_ratio, weight_decay=0.3, max_grad_norm=0.5)
+    plain = run(make_optimizer(0.1, **settings), params, grads)
+    with jax.enable_x64(True):
+        optimizer = make_optimizer(0.1, **settings)
+        cast = lambda tree: jax.tree.map(lambda x: jnp.asarray(np.asarray(x), dtype), tree)
+        stacked = cast(jax.tree.map(lambda *x: np.stack(x), *grads))
+
+        def step(carry, grad):
+            updates, state = optimizer.update(grad, carry[1], carry[0])
+            # Of bfloat16 params in float32, as the rate is; apply_updates rounds once.
+            wanted = jnp.promote_types(dtype, jnp.float32)
+            assert {u.dtype for u in jax.tree.leaves(updates)} == {wanted}
+            return (optax.apply_updates(carry[0], updates), state), None
+
+        start = cast(params)
+        (after, _), _ = jax.jit(
+            lambda: jax.lax.scan(step, (start, optimizer.init(start)), stacked)
+        )()
+        chex.assert_trees_all_equal_dtypes(after, start)
+        tolerance = 0.03 if dtype == "bfloat16" else 1e-5
+        for name in params:
+            np.testing.assert_allclose(
+                np.asarray(after[name], np.float64), plain[name], rtol=tolerance, atol=tolerance
+            )
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_its_numbers_may_be_injected(example, compiled):
+    """With optax.inject_hyperparams they are arrays, which a run may change."""
+    params, grads = example
+    static = ("total_steps", "schedule", "warmup_ratio", "rule")
+    settings = dict(total_steps=5, schedule=constant, warmup_ratio=0.0, max_grad_norm=0.5)
+    injected = optax.inject_hyperparams(make_optimizer, static_args=static)(
+        learning_rate=0.1, weight_decay=0.3, **settings
+    )
+    update = jax.jit(injected.update) if compiled else injected.update
+    after = run(optax.GradientTransformation(injected.init, update), params, grads)
+    plain = run(make_optimizer(0.1, weight_decay=0.3, **settings), params, grads)
+    chex.assert_trees_all_close(after, plain, rtol=1e-5)
+    state = injected.init(params)
+    state.hyperparams["learning_rate"] = jnp.array(0.05)
+    half, _ = update(grads[0], state, params)
+    whole, _ = update(grads[0], injected.init(params), params)
+    chex.assert_trees_all_close(half, jax.tree.map(lambda u: u / 2, whole), rtol=1e-5)

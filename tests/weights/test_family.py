@@ -1,6 +1,7 @@
 """What holds for every weight. A new one is a row of CASES."""
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -12,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxft import adapters
 from jaxft.adapters import adapt, combine, merge, partition
+from jaxft.losses import linear_cross_entropy, linear_log_probs
 from jaxft.models import Decoder, tiny_config
 from jaxft.parallel import make_mesh
 from jaxft.weights import (
@@ -243,6 +245,66 @@ def test_nests_over_a_quantised_base(name, base):
     trainable, frozen = partition(adapted)
     grads = jax.grad(lambda t: jnp.sum(jnp.sin(matmul(x, combine(t, frozen)["kernel"]))))(trainable)
     assert jax.tree.leaves(grads) and all(g.dtype == jnp.float32 for g in jax.tree.leaves(grads))
+
+
+def head_losses(hidden, head, targets, weights, signs):
+    total = linear_cross_entropy(hidden, head, targets, weights, chunk=2)
+    return total, jnp.sum(signs * linear_log_probs(hidden, head, targets, chunk=2))
+
+
+def unfused_losses(hidden, head, targets, weights, signs):
+    logits = hidden.astype(jnp.float32) @ to_dense(head).astype(jnp.float32)
+    log_probs = jax.nn.log_softmax(logits)
+    log_probs = jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
+    return -jnp.sum(weights * log_probs), jnp.sum(signs * log_probs)
+
+
+def check_head(head, dtype, tolerance):
+    """Losses, and gradients of their sum, are the unfused ones up to a share of the largest entry."""
+    size, vocabulary = head.shape
+    keys = jax.random.split(jax.random.key(3), 4)
+    # Logits of about 1, as at a model's beginning: larger ones amplify rounding.
+    hidden = (jax.random.normal(keys[0], (2, 3, size)) / size**0.5).astype(dtype)
+    targets = jax.random.randint(keys[1], (2, 3), 0, vocabulary)
+    weights = jax.random.uniform(keys[2], (2, 3)).at[0, 1].set(0.0)
+    signs = jax.random.normal(keys[3], (2, 3))
+    trainable, frozen = partition({"w": head})
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(losses, hidden, trainable):
+        def total(hidden, trainable):
+            values = losses(hidden, combine(trainable, frozen)["w"], targets, weights, signs)
+            return sum(values), values
+
+        return jax.grad(total, (0, 1), has_aux=True)(hidden, trainable)
+
+    found, expected = (run(f, hidden, trainable) for f in (head_losses, unfused_losses))
+    for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        assert a.dtype == b.dtype
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * (jnp.max(jnp.abs(b)) + 1e-6))
+    return found[0][1]
+
+
+# In bfloat16 some weights round their dense form, others their parts, to 2^-9 of a number.
+@pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 2e-5), (jnp.bfloat16, 2e-2)])
+def test_as_a_head_it_has_the_losses_of_its_dense_form(case, dtype, tolerance):
+    _, w = make(case.rule, (12, 10) if dtype == jnp.float32 else (64, 32), dtype)
+    gradients = jax.tree.leaves(check_head(w, dtype, tolerance))
+    assert bool(gradients) == case.trains and all(jnp.any(g != 0) for g in gradients)
+
+
+@pytest.mark.parametrize(
+    "name, base",
+    [(name, base) for name in ("lora", "paca") for base in BASES]
+    + [(name, "int8") for name in ("dora", "vera", "loha", "lokr", "ia3 output")],
+)
+def test_as_a_head_over_a_quantised_base(name, base):
+    quantised = adapt(
+        KEY, {"kernel": jax.random.normal(KEY, (64, 16))}, {"kernel": CASES[base].rule}
+    )
+    adapted = adapt(KEY, quantised, {"kernel": CASES[name].rule})["kernel"]
+    assert jax.tree.leaves(check_head(adapted, jnp.float32, 2e-5))
 
 
 @pytest.fixture(scope="module")

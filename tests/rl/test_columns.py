@@ -1,6 +1,7 @@
 """GRPO of a model that reads a column: each prompt's source reaches sampler, scores, parts, checkpoints."""
 
 import functools
+import json
 
 import chex
 import jax
@@ -14,6 +15,7 @@ from jaxft.objectives import policy_gradient, supervised
 from jaxft.parallel import make_mesh
 from jaxft.train import Checkpoints, fit
 from tests.contracts.test_encoder_decoder import LENGTH, START, Translator, initial, task
+from tests.processes import run_processes
 
 MODEL, GROUP = Translator(), 8
 
@@ -70,3 +72,32 @@ def test_columns_lie_over_a_mesh_like_rows(start):
     one, many = (run(start, 3, mesh=m)[1] for m in (None, mesh))
     np.testing.assert_allclose(*([r["loss"] for r in h] for h in (one, many)), atol=1e-4)
     assert [r["reward"] for r in one] == [r["reward"] for r in many]
+
+
+HOST = """
+import json, sys
+import jax
+from jaxft.parallel import connect_hosts, make_mesh
+connect_hosts()
+import optax
+from jaxft.objectives import supervised
+from jaxft.train import fit
+from tests.rl.test_columns import MODEL, run
+from tests.contracts.test_encoder_decoder import initial, task
+
+start = fit(initial(jax.random.key(0)), supervised(MODEL.forward), optax.adam(1e-2), [task(0)] * 12)
+params = jax.device_get(start[0].params)
+mesh = make_mesh(fsdp=-1)
+run(params, 3, sys.argv[1], mesh=mesh)  # cut inside a rollout, whose rows lie over both processes
+_, rows = run(params, 5, sys.argv[1], resume=True, mesh=mesh)
+print(json.dumps([[row["loss"], row["reward"]] for row in rows]))
+"""
+
+
+@pytest.mark.slow
+def test_a_rollout_of_two_processes_is_that_of_one(start, tmp_path):
+    codes, outputs, errors = run_processes(2, ["-c", HOST, tmp_path], devices=1)
+    assert codes == [0, 0], errors
+    wanted = [[row["loss"], row["reward"]] for row in run(start, 5)[1]]
+    for output in outputs:
+        np.testing.assert_allclose(json.loads(output.splitlines()[-1]), wanted, atol=1e-4)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 from jax.sharding import PartitionSpec
 
-from jaxft.kernels.backend import dividing, free_axes, length_axes, row_axes
+from jaxft.parallel.axes import free_axes, head_axes, length_axes, row_axes
 
 
 class Layout(NamedTuple):
@@ -54,9 +54,7 @@ class Layout(NamedTuple):
         )
 
 
-def layout(query: jax.Array, key: jax.Array) -> Layout:
+def attention_layout(query: jax.Array, key: jax.Array) -> Layout:
     """The layout of queries [B, T, H, K] and keys [B, T, G, K]: an axis that divides nothing is left out."""
     rows, length = query.shape[:2]
-    return Layout(
-        free_axes(), row_axes(rows), length_axes(length), dividing(key.shape[2], ("tensor",))
-    )
+    return Layout(free_axes(), row_axes(rows), length_axes(length), head_axes(key.shape[2]))

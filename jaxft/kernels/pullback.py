@@ -1,0 +1,147 @@
+"""A fast gradient for a function that JAX still differentiates in either mode, any number of times."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.custom_derivatives import SymbolicZero
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+Wanted = tuple[bool, ...]  # for each argument, whether it is differentiated
+
+
+def with_pullback(
+    plain: Callable[..., jax.Array],
+    forward: Callable[..., tuple[jax.Array, Any]],
+    pullback: Callable[..., tuple[jax.Array, ...]],
+) -> Callable[..., jax.Array]:
+    """plain(*args), computed by `forward` and `pullback` at first order and by `plain` otherwise.
+
+    `jax.custom_vjp` does the same for reverse mode but refuses `jax.jvp` and second derivatives.
+    Here those of `plain` are used: tangents, Hessian products and gradients of gradients.
+
+    Args:
+        plain: maps arrays to one array; JAX must be able to differentiate it. It never runs in a
+            first-order gradient.
+        forward: (wanted, *args) -> (the value of plain, residuals of any structure).
+        pullback: (wanted, args, residuals, cotangent) -> the cotangents of the wanted arguments
+            alone, each with its argument's shape and data type.
+    """
+
+    @jax.custom_jvp
+    def value(*args):
+        return forward((False,) * len(args), *args)[0]
+
+    def value_jvp(args, tangents):
+        wanted = tuple(not isinstance(t, SymbolicZero) for t in tangents)
+        y, residuals = differentiated(wanted, *args)
+        if not any(wanted):
+            return y, jnp.zeros_like(y)
+        leaves, structure = jax.tree.flatten((args, residuals))
+
+        def apply(fixed, moving):
+            args = structure.unflatten(fixed)[0]
+            return jax.jvp(of_wanted(plain, wanted, args), pick(wanted, args), moving)[1]
+
+        transpose = lambda fixed, ct: pulled(wanted, *structure.unflatten(fixed), ct)
+        return y, _linear(apply, transpose, leaves, pick(wanted, tangents))
+
+    value.defjvp(value_jvp, symbolic_zeros=True)
+
+    @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+    def differentiated(wanted, *args):
+        return forward(wanted, *args)
+
+    @differentiated.defjvp
+    def differentiated_jvp(wanted, args, tangents):
+        y, residuals = differentiated(wanted, *args)
+        dy = jax.jvp(plain, args, tangents)[1]
+        # Residuals serve `pulled` alone, whose derivatives do not depend on them.
+        return (y, residuals), (dy, jax.tree.map(_zero_tangent, residuals))
+
+    @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+    def pulled(wanted, args, residuals, ct):
+        return tuple(pullback(wanted, args, residuals, ct))
+
+    @pulled.defjvp
+    def pulled_jvp(wanted, primals, tangents):
+        def slow(args, ct):
+            return jax.vjp(of_wanted(plain, wanted, args), *pick(wanted, args))[1](ct)
+
+        args, _, ct = primals
+        dy = jax.jvp(slow, (args, ct), (tangents[0], tangents[2]))[1]
+        return pulled(wanted, *primals), dy
+
+    return value
+
+
+def pick(wanted: Wanted, values: Sequence) -> tuple:
+    """The wanted ones of `values`."""
+    return tuple(v for v, w in zip(values, wanted, strict=True) if w)
+
+
+def of_wanted(function: Callable, wanted: Wanted, args: Sequence) -> Callable:
+    """`function` of the wanted arguments alone; the others are `args`."""
+
+    def of_wanted(*moving):
+        moving = iter(moving)
+        return function(*(next(moving) if w else a for a, w in zip(args, wanted, strict=True)))
+
+    return of_wanted
+
+
+def _linear(apply, transpose, fixed, moving):
+    """apply(fixed, moving), linear in `moving`, whose transposed map JAX takes from `transpose`.
+
+    `jax.custom_derivatives.linear_call` would do, but has no derivative by `fixed` and no batching.
+    """
+    return _linear_p.bind(*fixed, *moving, apply=apply, transpose=transpose, split=len(fixed))
+
+
+def _linear_value(*operands, apply, transpose, split):
+    return apply(operands[:split], operands[split:])
+
+
+def _linear_jvp(operands, tangents, **params):
+    moves = tuple(type(t) is not ad.Zero for t in tangents)
+    value = of_wanted(functools.partial(_linear_value, **params), moves, operands)
+    dy = jax.jvp(value, pick(moves, operands), pick(moves, tangents))[1]
+    return _linear_p.bind(*operands, **params), dy
+
+
+def _linear_transpose(ct, *operands, apply, transpose, split):
+    return [None] * split + list(transpose(operands[:split], ct))
+
+
+def _linear_batch(operands, dims, *, apply, transpose, split):
+    size = next(x.shape[d] for x, d in zip(operands, dims, strict=True) if d is not None)
+    fixed, axes = operands[:split], (tuple(dims[:split]), 0)
+    moving = [
+        batching.bdim_at_front(x, d, size)
+        for x, d in zip(operands[split:], dims[split:], strict=True)
+    ]
+    return _linear(jax.vmap(apply, axes), jax.vmap(transpose, axes), fixed, moving), 0
+
+
+_linear_p = Primitive("linear_with_transpose")
+_linear_p.def_impl(_linear_value)
+_linear_p.def_abstract_eval(
+    lambda *avals, **params: jax.make_jaxpr(functools.partial(_linear_value, **params))(
+        *avals
+    ).out_avals[0]
+)
+mlir.register_lowering(_linear_p, mlir.lower_fun(_linear_value, multiple_results=False))
+ad.primitive_jvps[_linear_p] = _linear_jvp
+ad.primitive_transposes[_linear_p] = _linear_transpose
+batching.primitive_batchers[_linear_p] = _linear_batch
+
+
+def _zero_tangent(x):
+    floating = jnp.issubdtype(x.dtype, jnp.inexact)
+    return jnp.zeros_like(x) if floating else np.zeros(x.shape, jax.dtypes.float0)

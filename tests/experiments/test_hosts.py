@@ -98,5 +98,8 @@ def test_answers_sampled_in_two_processes_are_those_of_one(tmp_path, script):
     runs = [rows(tmp_path / "one"), rows(tmp_path / "two")]
     for name, count in ({"loss": 2, "kl": 2, "grad_norm": 2} | logged).items():
         values = [[row[name] for row in run if name in row] for run in runs]
-        assert len(values[0]) == len(values[1]) == count and any(values[0]), name
+        # On policy RLOO's loss is 0 but for rounding; its gradient is not.
+        assert len(values[0]) == len(values[1]) == count and (any(values[0]) or name == "loss"), (
+            name
+        )
         np.testing.assert_allclose(*values, rtol=1e-4, atol=1e-6, err_msg=name)

@@ -297,7 +297,7 @@ def test_other_divergences_are_dpo_with_another_h():
 
     def loss(**settings):
         config = config_of(preference, loss="dpo", beta=0.3, **settings)
-        return float(preference.objective_of(config)(model)(params, batch, None)[0])
+        return float(preference.objective_of(config)(model.forward)(params, batch, None)[0])
 
     found = {loss(f_divergence=name) for name in ("reverse_kl", "forward_kl", "jensen_shannon")}
     assert len(found) == 3

@@ -241,7 +241,9 @@ def test_weights_known_while_compiling_give_the_same_sum(length, counted):
         value, grads = jax.jit(jax.value_and_grad(loss, (0, 1)))(hidden, head)
         np.testing.assert_allclose(value, wanted, rtol=1e-5)
         np.testing.assert_allclose(jax.jit(loss)(hidden, head), wanted, rtol=1e-5)
-        sliced = jax.jit(lambda w, f=loss: jax.lax.map(lambda h: f(h[None].repeat(3, 0), w), hidden))
+        sliced = jax.jit(
+            lambda w, f=loss: jax.lax.map(lambda h: f(h[None].repeat(3, 0), w), hidden)
+        )
         each = jnp.sum(dense * weights, axis=1)
         np.testing.assert_allclose(sliced(head), 3 * each, rtol=1e-5)
         assert bool(jnp.any(grads[1])) == (counted > 0)

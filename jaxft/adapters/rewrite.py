@@ -41,7 +41,7 @@ def adapt(
 
     Args:
         key: a jax.random.key; each weight draws from its own key, derived from its path.
-        params: nested dicts of arrays and weights. A frozen weight is adapted by what it holds,
+        params: nested dicts, lists, tuples (any pytree) of arrays and weights. A frozen weight is adapted by what it holds,
             so a tree can be adapted again.
         rules: path pattern (a regular expression that matches the whole path, as in
             "layers/.*/(query|value)/kernel") to rule; the first that matches wins. The pattern of an
@@ -150,12 +150,19 @@ def merge_biases(params: Params) -> Params:
 
     A leaf that is merged by itself afterwards is what it would be in the merged whole.
     """
-    if not isinstance(params, Mapping):
-        return params
-    merged = {name: merge_biases(node) for name, node in params.items()}
-    if {"kernel", "bias"} <= merged.keys() and isinstance(merged["kernel"], Weight):
-        merged["bias"] = scaled_bias(to_dense(merged["bias"]), merged["kernel"])
-    return merged
+    names = lambda path: tuple(path_name((key,)) for key in path)
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_adapter)
+    nodes = {names(path): node for path, node in leaves}
+
+    def scaled(path, node):
+        name = names(path)
+        if "bias" not in name:
+            return node
+        at = len(name) - 1 - name[::-1].index("bias")  # nnx has "value" behind it
+        kernel = nodes.get((*name[:at], "kernel", *name[at + 1 :]))
+        return scaled_bias(to_dense(node), kernel) if is_weight(kernel) else node
+
+    return jax.tree_util.tree_map_with_path(scaled, params, is_leaf=_is_adapter)
 
 
 def largest_shape(
@@ -191,21 +198,31 @@ def path_name(path: tuple) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
+def map_children(function: Callable[[str, Any], Any], node: Any) -> Any:
+    """`node` with function(name, child) in place of each child; arrays, weights and adapters have none.
+
+    Goes one level down any pytree node (dicts, lists, NamedTuples, nnx states) and keeps its type.
+    """
+    if _is_adapter(node) or jax.tree_util.all_leaves([node]):
+        return node
+    return jax.tree_util.tree_map_with_path(
+        lambda path, child: function(path_name(path), child), node, is_leaf=lambda n: n is not node
+    )
+
+
 def _add(key, params, rules: Mapping[str, Added], unused: set[str], stacked) -> Params:
     def visit(path, module):
+        module = map_children(lambda name, child: visit((*path, name), child), module)
         if not isinstance(module, Mapping):
             return module
-        children = {name: visit((*path, name), child) for name, child in module.items()}
-        made = set()
+        made = {}
         for pattern, rule in rules.items():
             name = "/".join((*path, rule.name))
             if rule.name not in made and re.fullmatch(pattern, name):
                 unused.discard(pattern)
-                made.add(rule.name)
-                children[rule.name] = rule.make(
-                    stream(key, f"adapt {name}"), children, stacked(name)
-                )
-        return children
+                drawn = stream(key, f"adapt {name}")
+                made[rule.name] = rule.make(drawn, {**module, **made}, stacked(name))
+        return {**module, **made} if made else module
 
     return visit((), params)
 

@@ -1,19 +1,24 @@
 import math
+from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from jaxft.adapters import (
     ALL_LINEAR,
+    Added,
     adapt,
+    base_params,
     combine,
     commit,
     count,
     dora,
     full,
+    ia3,
     largest_shape,
     lora,
     merge,
@@ -160,3 +165,48 @@ def test_commit_writes_each_expert_of_stacked_layers():
     params = noisy(adapt(jax.random.key(0), tree, {".*kernel": paca(2)}, stacked=experts))
     written = commit(params)["layers"]["kernel"]
     np.testing.assert_allclose(written.base, merge(params)["layers"]["kernel"], rtol=1e-6)
+
+
+class Block(NamedTuple):
+    """A linen-like layer whose names are fields."""
+
+    kernel: Any
+    bias: Any
+
+
+BLOCK = lambda seed: {
+    "kernel": jax.random.normal(jax.random.key(seed), (4, 4)),
+    "bias": 1.0 + jnp.arange(4.0),
+}
+CONTAINERS = {
+    "dict": lambda: {"0": BLOCK(0), "1": BLOCK(1)},
+    "list": lambda: [BLOCK(0), BLOCK(1)],
+    "tuple": lambda: (BLOCK(0), (BLOCK(1), None)),
+    "NamedTuple": lambda: [Block(**BLOCK(0)), Block(**BLOCK(1))],
+    "nnx": lambda: nnx.state([nnx.Linear(4, 4, rngs=nnx.Rngs(0))]),
+}
+
+
+@pytest.mark.parametrize("kind", CONTAINERS)
+def test_biases_and_bases_are_found_in_any_container(kind):
+    """(IA)^3 scales biases with their kernels: (x W + b) diag(s)."""
+    params = {"blocks": jax.tree.map(lambda leaf: leaf + 1.0, CONTAINERS[kind]())}
+    rules = {".*kernel(/value)?": ia3(), "adapter": Added("adapter", lambda *_: jnp.ones(2))}
+    adapted = noisy(adapt(jax.random.key(0), params, rules))
+    chex.assert_trees_all_equal(base_params(adapted), jax.tree.map(Frozen, params))
+    assert adapted.pop("adapter").shape == (2,)
+    merged = merge(adapted)
+    assert jax.tree.structure(merged) == jax.tree.structure(params)
+    scale = 1.0 + 0.02 * jnp.cos(jnp.arange(4.0))
+    by_column = lambda leaf: leaf * jnp.broadcast_to(scale, leaf.shape)
+    chex.assert_trees_all_close(merged, jax.tree.map(by_column, params))
+
+
+@pytest.mark.parametrize("kind", ["list", "tuple"])
+def test_an_adapter_is_added_to_modules_in_lists(kind):
+    params = {"blocks": CONTAINERS[kind]()}
+    rule = Added("adapter", lambda key, module, stacked: jnp.zeros(module["kernel"].shape[-1]))
+    adapted = adapt(jax.random.key(0), params, {"blocks/0/adapter": rule})
+    assert adapted["blocks"][0]["adapter"].shape == (4,) and "adapter" not in adapted["blocks"][1]
+    assert type(adapted["blocks"]) is type(params["blocks"])
+    chex.assert_trees_all_equal(base_params(adapted), jax.tree.map(Frozen, params))

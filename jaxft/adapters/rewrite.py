@@ -41,8 +41,8 @@ def adapt(
 
     Args:
         key: a jax.random.key; each weight draws from its own key, derived from its path.
-        params: nested dicts, lists, tuples (any pytree) of arrays and weights. A frozen weight is adapted by what it holds,
-            so a tree can be adapted again.
+        params: any pytree of arrays and weights: dicts, lists, NamedTuples. A frozen weight is adapted by
+            what it holds, so a tree can be adapted again.
         rules: path pattern (a regular expression that matches the whole path, as in
             "layers/.*/(query|value)/kernel") to rule; the first that matches wins. The pattern of an
             `Added` rule names what is new ("layers/.*mlp/adapter", "prefix").

@@ -10,7 +10,7 @@ import jax
 
 from jaxft.adapters.committing import writes_back
 from jaxft.adapters.rewrite import Params, map_children
-from jaxft.weights import ConvWeight, Frozen, Weight, is_weight
+from jaxft.weights import Frozen, ReshapedWeight, Weight, is_weight
 
 _ADDED = ("prompt", "prefix", "adapter")
 
@@ -31,7 +31,7 @@ def base_params(params: Params) -> Params:
 def _visit(path: str, node: Any) -> Any:
     if isinstance(node, Frozen):
         return node
-    if isinstance(node, ConvWeight):
+    if isinstance(node, ReshapedWeight):
         return dataclasses.replace(node, matrix=_visit(path, node.matrix))
     base = getattr(node, "base", None)
     if isinstance(node, Weight) and base is not None and not writes_back(node):

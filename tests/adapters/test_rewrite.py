@@ -1,3 +1,4 @@
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from jaxft.adapters import (
     merge,
     paca,
     partition,
+    quantised,
     trainable_mask,
 )
 from jaxft.models import Decoder, stack_layers, tiny_config
@@ -116,17 +118,48 @@ def test_bad_rules_are_explained(params):
         adapt(key, params, {r"layers/.*/value/kernel": lora(64)})
 
 
-@pytest.mark.parametrize("shape", [(3, 8, 16), (3, 3, 8, 16)])
-def test_a_convolution_is_not_taken_for_stacked_matrices(shape):
+@pytest.mark.parametrize(
+    "shape, inputs", [((3, 8, 16), 1), ((3, 8, 16), 2), ((3, 3, 8, 16), 2), ((3, 3, 8, 16), 3)]
+)
+def test_the_axes_of_a_kernel_with_more_than_a_matrix_s_are_said(shape, inputs):
     params = {"conv": {"kernel": jax.random.normal(jax.random.key(1), shape)}}
-    adapted = adapt(jax.random.key(0), params, {".*kernel": lora(2)})
-    rows = math.prod(shape[:-1])
+    said = dict(input_axes=lambda path: inputs)
+    adapted = adapt(jax.random.key(0), params, {".*kernel": lora(2)}, **said)
+    sides = math.prod(shape[:inputs]), math.prod(shape[inputs:])
     assert adapted["conv"]["kernel"].shape == shape and adapted["conv"]["kernel"].stack == ()
-    assert count(adapted)[0] == 2 * (rows + 16)
+    assert count(adapted)[0] == 2 * sum(sides)
+    assert largest_shape(params, ".*kernel", **said) == sides
     chex.assert_trees_all_close(merge(adapted), params)
-    chex.assert_trees_all_equal(adapt(jax.random.key(0), params, {".*kernel": full()}), params)
-    with pytest.raises(ValueError, match="is a convolution's kernel; read it by"):
+    again = adapt(jax.random.key(0), adapted, {".*kernel": quantised("int8")})  # it knows its axes
+    assert again["conv"]["kernel"].outputs == shape[inputs:]
+    with pytest.raises(ValueError, match="read a convolution's kernel by"):
         matmul(jnp.ones((1, 8)), adapted["conv"]["kernel"])
+
+
+def test_axes_that_are_not_said_are_no_guess():
+    params = {"attention": {"query": {"kernel": jnp.ones((8, 4, 2))}}}
+    refuse = functools.partial(adapt, jax.random.key(0))
+    chex.assert_trees_all_equal(refuse(params, {".*": full()}), params)  # asks nothing
+    said = (
+        r"attention/query/kernel \(8, 4, 2\) has the axes.*input_axes=.*2 in a conv.*stacked=path"
+    )
+    for call in (refuse, lambda params, rules: largest_shape(params, *rules)):
+        with pytest.raises(ValueError, match=said):
+            call(params, {".*kernel": lora(2)})
+    with pytest.raises(ValueError, match=r"\(3, 8, 4, 2\) has .* behind \(3,\), which are stacked"):
+        refuse({"layers": {"kernel": jnp.ones((3, 8, 4, 2))}}, {".*": lora(2)})
+    for number in (0, 3):
+        with pytest.raises(ValueError, match=rf"input_axes\('.*'\) is {number}, but the shape is"):
+            refuse(params, {".*": lora(2)}, input_axes=lambda path, number=number: number)
+
+
+def test_a_kernel_taken_for_stacked_layers_is_explained():
+    """A module that happens to be called `layers`, with one kernel."""
+    said = (
+        r"layers/kernel, whose leading axes \(8,\) of \(8, 8\) are taken.*stacked=.*needs a matrix"
+    )
+    with pytest.raises(ValueError, match=said):
+        adapt(jax.random.key(0), {"layers": {"kernel": jnp.ones((8, 8))}}, {".*": lora(2)})
 
 
 def test_stacks_are_said_layers_by_their_paths_experts_by_an_argument():

@@ -289,5 +289,8 @@ def test_heads_are_split_over_a_mesh_as_columns():
     adapted = adapters.adapt(KEY, params, {"kernel": CASES["lora"].rule}, input_axes=lambda path: 1)
     specs = adapted["kernel"].with_specs(PartitionSpec("fsdp", "tensor", None)).matrix
     assert specs.base == PartitionSpec("fsdp", "tensor")
+    window = make(CASES["lora"].rule)["kernel"]
+    specs = window.with_specs(PartitionSpec("data", None, "fsdp", "tensor")).matrix
+    assert specs.base == PartitionSpec("fsdp", "tensor")  # a window is not split
     with pytest.raises(ValueError, match=r"outputs are \(4, 8\): adapt\(..., input_axes=\)"):
         conv(jnp.ones((1, 3, 4)), adapted["kernel"])

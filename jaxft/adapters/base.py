@@ -6,9 +6,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+
 from jaxft.adapters.committing import writes_back
-from jaxft.adapters.rewrite import Params
-from jaxft.weights import ConvWeight, Frozen, Weight
+from jaxft.adapters.rewrite import Params, map_children
+from jaxft.weights import Frozen, ReshapedWeight, Weight, is_weight
 
 _ADDED = ("prompt", "prefix", "adapter")
 
@@ -27,16 +29,17 @@ def base_params(params: Params) -> Params:
 
 
 def _visit(path: str, node: Any) -> Any:
-    if isinstance(node, Mapping):
-        kept = {name: child for name, child in node.items() if name not in _ADDED}
-        return {name: _visit(f"{path}/{name}".lstrip("/"), kept[name]) for name in kept}
     if isinstance(node, Frozen):
         return node
-    if isinstance(node, ConvWeight):
+    if isinstance(node, ReshapedWeight):
         return dataclasses.replace(node, matrix=_visit(path, node.matrix))
     base = getattr(node, "base", None)
     if isinstance(node, Weight) and base is not None and not writes_back(node):
         return base if isinstance(base, Frozen) else Frozen(base)
+    if not (is_weight(node) or jax.tree_util.all_leaves([node])):
+        if isinstance(node, Mapping) and not node.keys().isdisjoint(_ADDED):
+            node = {name: child for name, child in node.items() if name not in _ADDED}
+        return map_children(lambda name, child: _visit(f"{path}/{name}".lstrip("/"), child), node)
     raise ValueError(
         f"base_params: {path} is trained in place, so its start is gone; compute the reference's log-probs "
         "before training, as jaxft.train.reference_log_probs does."

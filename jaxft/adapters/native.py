@@ -18,11 +18,11 @@ from jaxft.adapters.errors import AdapterError
 from jaxft.adapters.files import write_adapter
 from jaxft.adapters.intrinsic_dimension import CONFIG, WEIGHTS, intrinsic_apply, load_intrinsic
 from jaxft.adapters.named import named_rules
-from jaxft.adapters.rewrite import Params, adapt, largest_shape, partition, path_name
+from jaxft.adapters.rewrite import Params, adapt, largest_shape, partition, path_name, unsaid
 from jaxft.adapters.rules import qpissa, quantised
 from jaxft.models.transformer import TRANSFORMER_TARGETS, Targets
 from jaxft.parallel import stacked_axes
-from jaxft.weights import ConvWeight, PacaWeight, Weight, check_paca, is_weight
+from jaxft.weights import PacaWeight, ReshapedWeight, Weight, check_paca, is_weight
 
 
 def apply_named(
@@ -36,15 +36,17 @@ def apply_named(
     seed: int = 0,
     targets: Targets = TRANSFORMER_TARGETS,
     stacked: Callable[[str], int] = stacked_axes,
+    input_axes: Callable[[str], int | None] = unsaid,
 ) -> Params:
     """The params with the adapter `name` (see named_rules), over kernels rounded to `quantise` bits.
 
-    `stacked` is that of `adapt`: which leading axes are layers or experts.
+    `stacked` and `input_axes` are those of `adapt`: which leading axes are layers or experts, and
+    what are the inputs of kernels with more axes than a matrix.
 
     Raises:
         ValueError: see named_rules; and for quantised kernels that are to train whole.
     """
-    target = targets.pattern(target)
+    target, axes = targets.pattern(target), dict(stacked=stacked, input_axes=input_axes)
     if quantise is not None:
         if name in ("full", "monarch"):
             raise ValueError(
@@ -53,12 +55,12 @@ def apply_named(
             )
         if name == "pissa":  # It splits the dense kernels, and what is left of them is rounded.
             rule = qpissa(rank, alpha, kind=quantise)
-            return adapt(jax.random.key(seed), params, {target: rule}, stacked=stacked)
+            return adapt(jax.random.key(seed), params, {target: rule}, **axes)
         rules = {target: quantised(quantise)}
-        params = adapt(jax.random.key(seed), params, rules, stacked=stacked)
-    shape = largest_shape(params, target, stacked=stacked) if name == "vera" else None
+        params = adapt(jax.random.key(seed), params, rules, **axes)
+    shape = largest_shape(params, target, **axes) if name == "vera" else None
     rules = named_rules(name, rank=rank, alpha=alpha, target=target, shape=shape, targets=targets)
-    return adapt(jax.random.key(seed), params, rules, stacked=stacked)
+    return adapt(jax.random.key(seed), params, rules, **axes)
 
 
 def save_native(path: str | os.PathLike, params: Params, **settings: Any) -> None:
@@ -67,8 +69,8 @@ def save_native(path: str | os.PathLike, params: Params, **settings: Any) -> Non
     Args:
         path: the directory; made if needed.
         params: adapted by `apply_named`.
-        settings: its arguments, which `load_native` gives it again; without `targets` and `stacked`, which
-            belong to the model's family and are given to both.
+        settings: its arguments, which `load_native` gives it again; without `targets`, `stacked` and
+            `input_axes`, which belong to the model's family and are given to both.
 
     Raises:
         AdapterError: if nothing trains.
@@ -86,10 +88,12 @@ def load_native(
     *,
     targets: Targets = TRANSFORMER_TARGETS,
     stacked: Callable[[str], int] = stacked_axes,
+    input_axes: Callable[[str], int | None] = unsaid,
 ) -> Params:
     """The base params with an adapter of `save_native`, or moved by what `save_intrinsic` wrote (dense).
 
-    `targets` are the patterns of the model's family and `stacked` its layers, as for `apply_named`.
+    `targets` are the patterns of the model's family and `stacked` and `input_axes` the axes of
+    its kernels, as for `apply_named`.
 
     Raises:
         AdapterError: if a file is missing or damaged, a key is missing, surplus or misshapen.
@@ -107,7 +111,8 @@ def load_native(
         return jax.jit(intrinsic_apply)(load_intrinsic(path, params))
     if settings.pop("version", None) != 1:
         raise AdapterError(f"{path}: written by another version of jaxft; update it.")
-    adapted = apply_named(params, targets=targets, **settings, stacked=stacked)
+    axes = dict(stacked=stacked, input_axes=input_axes)
+    adapted = apply_named(params, targets=targets, **settings, **axes)
     if "reward/kernel" in tensors:  # Beside the adapter, of which it is no part.
         adapted["reward"] = {"kernel": tensors["reward/kernel"]}
     expected = dict(_own_leaves(adapted))
@@ -121,7 +126,7 @@ def load_native(
             )
     loaded = _own_leaves(adapted, tensors)
     for key, node in jax.tree_util.tree_leaves_with_path(loaded, is_leaf=is_weight):
-        node = node.matrix if isinstance(node, ConvWeight) else node
+        node = node.matrix if isinstance(node, ReshapedWeight) else node
         if isinstance(node, PacaWeight):
             check_paca(node, f"{path}: {path_name(key)}")
     return loaded
@@ -138,7 +143,7 @@ def _own_leaves(params: Params, values: dict | None = None):
             return node if values is None else values[name]
         if not jax.tree.leaves(partition(node)[0]):
             return node
-        if isinstance(node, ConvWeight):
+        if isinstance(node, ReshapedWeight):
             return dataclasses.replace(
                 node, matrix=visit((*prefix, GetAttrKey("matrix")), node.matrix)
             )

@@ -19,8 +19,8 @@ from jaxft.keys import stream
 from jaxft.parallel import stacked_axes
 from jaxft.weights import (
     Bottleneck,
-    ConvWeight,
     Frozen,
+    ReshapedWeight,
     Weight,
     WeightLike,
     is_weight,
@@ -31,31 +31,40 @@ from jaxft.weights import (
 Params = Any  # a pytree of arrays and weights
 
 
+def unsaid(path: str) -> None:
+    """The default of `input_axes`: kernels are matrices, and others are refused."""
+
+
 def adapt(
     key: jax.Array,
     params: Params,
     rules: Mapping[str, Rule | Added],
     *,
     stacked: Callable[[str], int] = stacked_axes,
+    input_axes: Callable[[str], int | None] = unsaid,
 ) -> Params:
     """The params with each weight that a rule names rewritten or added, and all others frozen.
 
     Args:
         key: a jax.random.key; each weight draws from its own key, derived from its path.
-        params: nested dicts of arrays and weights. A frozen weight is adapted by what it holds,
-            so a tree can be adapted again.
+        params: any pytree of arrays and weights: dicts, lists, NamedTuples. A frozen weight is adapted by
+            what it holds, so a tree can be adapted again.
         rules: path pattern (a regular expression that matches the whole path, as in
             "layers/.*/(query|value)/kernel") to rule; the first that matches wins. The pattern of an
             `Added` rule names what is new ("layers/.*mlp/adapter", "prefix").
         stacked: path to the number of leading axes that are stacked layers or experts, whose kernels
             are rewritten one by one. Asked for arrays and added leaves: a weight knows its own. Default:
             1 for paths under "layers/" without a number, else 0. Experts [E, in, out] are 1 axis in a
-            layer, 2 in stacked layers. What is left of a kernel is a matrix [in, out], or a convolution's
-            kernel [*window, in, out], which is adapted as the matrix [window x in, out] and read by
-            `jaxft.weights.conv`.
+            layer, 2 in stacked layers.
+        input_axes: path to the number of axes, after the stacked ones, that are inputs of a kernel with
+            more axes than a matrix; the others are outputs. None: not known. 3 for a convolution
+            [H, W, in, out], 1 for flax attention's query, key and value [in, heads, head size], 2 for its
+            out [heads, head size, out]. A rule sees the matrix of their products; the result is a
+            `ReshapedWeight`. `full()` leaves any kernel as it is and asks nothing.
 
     Raises:
-        ValueError: if a pattern matches no path, or `stacked` names more axes than an array has.
+        ValueError: if a pattern matches no path, `stacked` or `input_axes` names more axes than an array
+            has, a kernel has more axes than a matrix and `input_axes` gives None, or a rule refuses it.
     """
     added = {pattern: rule for pattern, rule in rules.items() if isinstance(rule, Added)}
     compiled = {pattern: _compile(pattern) for pattern in rules if pattern not in added}
@@ -68,7 +77,14 @@ def adapt(
                 unused.discard(pattern)
                 kernel = node.value if isinstance(node, Frozen) else node
                 stack = _stack(name, kernel, stacked)
-                return _apply_rule(rules[pattern], stream(key, f"adapt {name}"), kernel, stack)
+                if rules[pattern] is as_it_is:
+                    return kernel  # no copy
+                axes = _axes(name, kernel, stack, input_axes)
+                drawn = stream(key, f"adapt {name}")
+                try:
+                    return _apply_rule(rules[pattern], drawn, kernel, stack, *axes)
+                except ValueError as error:
+                    raise ValueError(f"adapt: {name}{_taken(kernel, stack)}: {error}") from error
         return node if isinstance(node, Frozen) else Frozen(node)
 
     adapted = jax.tree_util.tree_map_with_path(rewrite, params, is_leaf=is_weight)
@@ -155,31 +171,42 @@ def merge_biases(params: Params) -> Params:
 
     A leaf that is merged by itself afterwards is what it would be in the merged whole.
     """
-    if not isinstance(params, Mapping):
-        return params
-    merged = {name: merge_biases(node) for name, node in params.items()}
-    if {"kernel", "bias"} <= merged.keys() and isinstance(merged["kernel"], Weight):
-        merged["bias"] = scaled_bias(to_dense(merged["bias"]), merged["kernel"])
-    return merged
+    names = lambda path: tuple(path_name((key,)) for key in path)
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_adapter)
+    nodes = {names(path): node for path, node in leaves}
+
+    def scaled(path, node):
+        name = names(path)
+        if "bias" not in name:
+            return node
+        at = len(name) - 1 - name[::-1].index("bias")  # nnx has "value" behind it
+        kernel = nodes.get((*name[:at], "kernel", *name[at + 1 :]))
+        return scaled_bias(to_dense(node), kernel) if is_weight(kernel) else node
+
+    return jax.tree_util.tree_map_with_path(scaled, params, is_leaf=_is_adapter)
 
 
 def largest_shape(
-    params: Params, pattern: str, *, stacked: Callable[[str], int] = stacked_axes
+    params: Params,
+    pattern: str,
+    *,
+    stacked: Callable[[str], int] = stacked_axes,
+    input_axes: Callable[[str], int | None] = unsaid,
 ) -> tuple[int, int]:
-    """(most inputs, most outputs) of the kernels whose path matches `pattern`; `stacked` as in `adapt`.
+    """(most inputs, most outputs) of the kernels whose path matches `pattern`.
 
-    The inputs of a convolution are those of all places of its window.
+    `stacked` and `input_axes` as in `adapt`. Sizes of several axes are multiplied.
 
     Raises:
-        ValueError: if it matches no path.
+        ValueError: if it matches no path, or for kernels that `adapt` refuses.
     """
     nodes = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_weight)[0]
     shapes = []
     for path, node in nodes:
         name, kernel = path_name(path), node.value if isinstance(node, Frozen) else node
         if re.fullmatch(pattern, name):
-            *inputs, outputs = kernel.shape[len(_stack(name, kernel, stacked)) :]
-            shapes.append((math.prod(inputs), outputs))
+            axes = _axes(name, kernel, _stack(name, kernel, stacked), input_axes)
+            shapes.append(tuple(map(math.prod, axes)))
     if not shapes:
         raise ValueError(_no_match_message([pattern], params))
     return tuple(map(max, zip(*shapes, strict=True)))
@@ -196,21 +223,31 @@ def path_name(path: tuple) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
+def map_children(function: Callable[[str, Any], Any], node: Any) -> Any:
+    """`node` with function(name, child) in place of each child; arrays, weights and adapters have none.
+
+    Goes one level down any pytree node (dicts, lists, NamedTuples, nnx states) and keeps its type.
+    """
+    if _is_adapter(node) or jax.tree_util.all_leaves([node]):
+        return node
+    return jax.tree_util.tree_map_with_path(
+        lambda path, child: function(path_name(path), child), node, is_leaf=lambda n: n is not node
+    )
+
+
 def _add(key, params, rules: Mapping[str, Added], unused: set[str], stacked) -> Params:
     def visit(path, module):
+        module = map_children(lambda name, child: visit((*path, name), child), module)
         if not isinstance(module, Mapping):
             return module
-        children = {name: visit((*path, name), child) for name, child in module.items()}
-        made = set()
+        made = {}
         for pattern, rule in rules.items():
             name = "/".join((*path, rule.name))
             if rule.name not in made and re.fullmatch(pattern, name):
                 unused.discard(pattern)
-                made.add(rule.name)
-                children[rule.name] = rule.make(
-                    stream(key, f"adapt {name}"), children, stacked(name)
-                )
-        return children
+                drawn = stream(key, f"adapt {name}")
+                made[rule.name] = rule.make(drawn, {**module, **made}, stacked(name))
+        return {**module, **made} if made else module
 
     return visit((), params)
 
@@ -226,22 +263,54 @@ def _compile(pattern: str) -> re.Pattern:
         raise ValueError(f"adapt: {pattern!r} is no regular expression ({error}).") from None
 
 
-def _apply_rule(rule: Rule, key: jax.Array, kernel: WeightLike, stack: Sequence[int]) -> WeightLike:
-    if rule is as_it_is:
-        return kernel  # no copy
-    matrix, window = kernel, kernel.shape[len(stack) : -2]
-    if window:
-        matrix = kernel.matrix if is_weight(kernel) else _matrices(kernel, stack)
+def _apply_rule(
+    rule: Rule, key: jax.Array, kernel: WeightLike, stack, inputs, outputs
+) -> WeightLike:
+    several = len(inputs) + len(outputs) > 2
+    matrix = kernel
+    if several:
+        sizes = (*stack, math.prod(inputs), math.prod(outputs))
+        matrix = kernel.matrix if is_weight(kernel) else kernel.reshape(sizes)
     keys = jax.random.split(key, stack) if stack else key
     made = _over(stack, rule)(keys, matrix)
-    if not window:
+    if not several:
         return made
-    return ConvWeight(made, window) if is_weight(made) else made.reshape(kernel.shape)
+    if is_weight(made):
+        return ReshapedWeight(made, inputs, outputs)
+    return made.reshape(kernel.shape)
 
 
-def _matrices(kernel: jax.Array, stack: Sequence[int]) -> jax.Array:
-    """[*stack, *window, in, out] as [*stack, window x in, out]."""
-    return kernel.reshape(*stack, math.prod(kernel.shape[len(stack) : -1]), kernel.shape[-1])
+def _axes(name: str, kernel: WeightLike, stack: Sequence[int], input_axes) -> tuple[tuple, tuple]:
+    """(sizes of the axes of inputs, of outputs) of a kernel behind its axes `stack`."""
+    if isinstance(kernel, ReshapedWeight):
+        return kernel.inputs, kernel.outputs
+    axes = tuple(kernel.shape[len(stack) :])
+    said = 1 if is_weight(kernel) else input_axes(name)
+    if said is None and len(axes) > 2:
+        raise ValueError(
+            f"adapt: {name} {kernel.shape} has the axes {axes}"
+            + (f" behind {tuple(stack)}, which are stacked" if stack else "")
+            + ", and rules adapt matrices. Say by adapt(..., input_axes=path -> number) how many of them "
+            f"are inputs: {len(axes) - 1} in a convolution, 1 in attention's [in, heads, head size]; or by "
+            "stacked=path -> number how many leading axes are layers or experts."
+        )
+    if said is not None and not 0 < said < len(axes):
+        raise ValueError(
+            f"adapt: input_axes({name!r}) is {said}, but the shape is {axes}: give None for what is no "
+            "kernel, and leave an axis for the outputs."
+        )
+    said = 1 if said is None else said
+    return axes[:said], axes[said:]
+
+
+def _taken(kernel: WeightLike, stack: Sequence[int]) -> str:
+    """A hint for errors of rules, which see a kernel without the axes `stack`."""
+    if not stack:
+        return ""
+    return (
+        f", whose leading axes {tuple(stack)} of {kernel.shape} are taken for stacked layers or experts "
+        "(stacked=path -> number says how many are)"
+    )
 
 
 def _over(stack: Sequence[int], function: Callable) -> Callable:

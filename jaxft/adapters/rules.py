@@ -1,7 +1,7 @@
 """Rules for `adapt`: (key, kernel) -> weight. Arguments are checked here, shapes where they are met.
 
-A rule sees one matrix [in, out]: without the axes of stacked layers, a convolution's kernel as
-[window x in, out].
+A rule sees one matrix [in, out]: without the axes of stacked layers, a kernel of more axes
+as `adapt(..., input_axes=)` cuts it.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import jax
 
 from jaxft.models.transformer import TRANSFORMER_TARGETS
 from jaxft.weights import (
-    ConvWeight,
     MonarchWeight,
+    ReshapedWeight,
     WeightLike,
     dora_weight,
     is_weight,
@@ -212,7 +212,7 @@ def densify(params: Any, pattern: str = ".*") -> Any:
     from jaxft.adapters.rewrite import merge, path_name
 
     def dense(path, node):
-        matrix = node.matrix if isinstance(node, ConvWeight) else node
+        matrix = node.matrix if isinstance(node, ReshapedWeight) else node
         chosen = isinstance(matrix, MonarchWeight) and re.fullmatch(pattern, path_name(path))
         return merge(node) if chosen else node
 

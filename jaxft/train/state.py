@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxft.adapters import combine, partition
+from jaxft.adapters import combine, partition, trainable_mask
 from jaxft.adapters.committing import writes_back
 from jaxft.train.books import Books, start_books
 from jaxft.weights import is_weight
@@ -45,7 +45,8 @@ def init_state(
         carry: any pytree of arrays that the steps of the run change beside the params; copied.
         books: those of `make_step`: each adds an entry of its name to the carry.
         donate: the params are not copied, so that full fine-tuning holds one model: the first compiled
-            step deletes the arrays of `params` that it overwrites.
+            step deletes the arrays of `params` that it overwrites. An array that `params` also holds
+            elsewhere is copied.
 
     Raises:
         ValueError: if nothing trains, a trainable leaf is no float, `key` is no typed key, or `carry`
@@ -54,17 +55,27 @@ def init_state(
     if not jnp.issubdtype(jnp.asarray(key).dtype, jax.dtypes.prng_key):
         raise ValueError("init_state: key must be a typed key; make one with jax.random.key(seed).")
     params = jax.tree.map(jnp.asarray, params)
-    if not donate:
-        copy = lambda node: jax.tree.map(jnp.copy, node) if writes_back(node) else node
-        params = jax.tree.map(copy, params, is_leaf=is_weight)
-    trainable, frozen = partition(params)
-    _check_trainable(trainable)
-    trainable = own(trainable, frozen) if donate else jax.tree.map(jnp.copy, trainable)
-    params = combine(trainable, frozen)
+    _check_trainable(partition(params)[0])
+    mask = overwritten(params)
+    part = lambda wanted: jax.tree.map(lambda m, leaf: leaf if m == wanted else None, mask, params)
+    changed, kept = part(True), part(False)
+    changed = own(changed, kept) if donate else jax.tree.map(jnp.copy, changed)
+    params = combine(changed, kept)
+    trainable, _ = partition(params)
     opt_state = optimizer.init(trainable)
     carry = _checked_carry(start_books(books, params, carry))
     state = TrainState(jnp.zeros((), jnp.int32), params, opt_state, carry, key)
     return state._replace(opt_state=own(state.opt_state, trainable))
+
+
+def overwritten(params: Any) -> Any:
+    """A tree like params with True for each leaf that a step changes: see `init_state`."""
+    return jax.tree.map(
+        lambda node, trains: jax.tree.map(lambda _: True, node) if writes_back(node) else trains,
+        params,
+        trainable_mask(params),
+        is_leaf=is_weight,
+    )
 
 
 def _check_trainable(trainable):

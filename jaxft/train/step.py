@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxft.adapters import combine, partition, trainable_mask
-from jaxft.adapters.committing import commit, in_place, writes_back
+from jaxft.adapters import combine, partition
+from jaxft.adapters.committing import commit, in_place
 from jaxft.keys import stream
 from jaxft.metrics import Mean, Terms, Undivided
 from jaxft.optim.estimators import evaluates_at_params
@@ -20,8 +20,7 @@ from jaxft.optim.perturbations import global_norm
 from jaxft.parallel import mesh_context
 from jaxft.train.accumulation import GradientEstimator, accumulate, in_slices
 from jaxft.train.books import Books, give, updated
-from jaxft.train.state import TrainState
-from jaxft.weights import is_weight
+from jaxft.train.state import TrainState, overwritten
 
 Objective = Callable[..., tuple[jax.Array, dict[str, Any]]]
 Step = Callable[..., tuple[TrainState, dict[str, Any]]]
@@ -244,15 +243,9 @@ def _moving(treedef):
     """For each leaf of a TrainState, whether a step changes it."""
     state = treedef.unflatten(range(treedef.num_leaves))
     everything = lambda node: jax.tree.map(lambda _: True, node)
-    mask = jax.tree.map(
-        lambda node, mask: everything(node) if writes_back(node) else mask,
-        state.params,
-        trainable_mask(state.params),
-        is_leaf=is_weight,
-    )
     moves = TrainState(
         step=True,
-        params=mask,
+        params=overwritten(state.params),
         opt_state=everything(state.opt_state),
         carry=everything(state.carry),
         key=False,

@@ -17,7 +17,7 @@ from jaxft.weights.base import (
     to_dense,
 )
 from jaxft.weights.bottleneck import Bottleneck, bottleneck_adapter
-from jaxft.weights.convolution import ConvWeight, conv
+from jaxft.weights.convolution import conv
 from jaxft.weights.dora import DoraWeight, dora_weight
 from jaxft.weights.hadamard import LohaWeight, LokrWeight, factorise, loha_weight, lokr_weight
 from jaxft.weights.lora import LoraWeight, lora_weight, pissa_to_lora, pissa_weight
@@ -47,13 +47,13 @@ from jaxft.weights.random_maps import (
     dense_projection,
     fastfood,
 )
+from jaxft.weights.reshaped import ReshapedWeight
 from jaxft.weights.scaled import ScaledWeight, scaled_weight
 from jaxft.weights.vera import VeraWeight, vera_tables, vera_weight
 
 __all__ = [
     "Blocks",
     "Bottleneck",
-    "ConvWeight",
     "DenseMap",
     "DoraWeight",
     "FastfoodMap",
@@ -66,6 +66,7 @@ __all__ = [
     "PacaWeight",
     "PrefixMlp",
     "QuantisedWeight",
+    "ReshapedWeight",
     "ScaledWeight",
     "Transposed",
     "VeraWeight",

@@ -1,24 +1,31 @@
+import functools
 import math
+from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from jaxft.adapters import (
     ALL_LINEAR,
+    Added,
     adapt,
+    base_params,
     combine,
     commit,
     count,
     dora,
     full,
+    ia3,
     largest_shape,
     lora,
     merge,
     paca,
     partition,
+    quantised,
     trainable_mask,
 )
 from jaxft.models import Decoder, stack_layers, tiny_config
@@ -111,17 +118,48 @@ def test_bad_rules_are_explained(params):
         adapt(key, params, {r"layers/.*/value/kernel": lora(64)})
 
 
-@pytest.mark.parametrize("shape", [(3, 8, 16), (3, 3, 8, 16)])
-def test_a_convolution_is_not_taken_for_stacked_matrices(shape):
+@pytest.mark.parametrize(
+    "shape, inputs", [((3, 8, 16), 1), ((3, 8, 16), 2), ((3, 3, 8, 16), 2), ((3, 3, 8, 16), 3)]
+)
+def test_the_axes_of_a_kernel_with_more_than_a_matrix_s_are_said(shape, inputs):
     params = {"conv": {"kernel": jax.random.normal(jax.random.key(1), shape)}}
-    adapted = adapt(jax.random.key(0), params, {".*kernel": lora(2)})
-    rows = math.prod(shape[:-1])
+    said = dict(input_axes=lambda path: inputs)
+    adapted = adapt(jax.random.key(0), params, {".*kernel": lora(2)}, **said)
+    sides = math.prod(shape[:inputs]), math.prod(shape[inputs:])
     assert adapted["conv"]["kernel"].shape == shape and adapted["conv"]["kernel"].stack == ()
-    assert count(adapted)[0] == 2 * (rows + 16)
+    assert count(adapted)[0] == 2 * sum(sides)
+    assert largest_shape(params, ".*kernel", **said) == sides
     chex.assert_trees_all_close(merge(adapted), params)
-    chex.assert_trees_all_equal(adapt(jax.random.key(0), params, {".*kernel": full()}), params)
-    with pytest.raises(ValueError, match="is a convolution's kernel; read it by"):
+    again = adapt(jax.random.key(0), adapted, {".*kernel": quantised("int8")})  # it knows its axes
+    assert again["conv"]["kernel"].outputs == shape[inputs:]
+    with pytest.raises(ValueError, match="read a convolution's kernel by"):
         matmul(jnp.ones((1, 8)), adapted["conv"]["kernel"])
+
+
+def test_axes_that_are_not_said_are_no_guess():
+    params = {"attention": {"query": {"kernel": jnp.ones((8, 4, 2))}}}
+    refuse = functools.partial(adapt, jax.random.key(0))
+    chex.assert_trees_all_equal(refuse(params, {".*": full()}), params)  # asks nothing
+    said = (
+        r"attention/query/kernel \(8, 4, 2\) has the axes.*input_axes=.*2 in a conv.*stacked=path"
+    )
+    for call in (refuse, lambda params, rules: largest_shape(params, *rules)):
+        with pytest.raises(ValueError, match=said):
+            call(params, {".*kernel": lora(2)})
+    with pytest.raises(ValueError, match=r"\(3, 8, 4, 2\) has .* behind \(3,\), which are stacked"):
+        refuse({"layers": {"kernel": jnp.ones((3, 8, 4, 2))}}, {".*": lora(2)})
+    for number in (0, 3):
+        with pytest.raises(ValueError, match=rf"input_axes\('.*'\) is {number}, but the shape is"):
+            refuse(params, {".*": lora(2)}, input_axes=lambda path, number=number: number)
+
+
+def test_a_kernel_taken_for_stacked_layers_is_explained():
+    """A module that happens to be called `layers`, with one kernel."""
+    said = (
+        r"layers/kernel, whose leading axes \(8,\) of \(8, 8\) are taken.*stacked=.*needs a matrix"
+    )
+    with pytest.raises(ValueError, match=said):
+        adapt(jax.random.key(0), {"layers": {"kernel": jnp.ones((8, 8))}}, {".*": lora(2)})
 
 
 def test_stacks_are_said_layers_by_their_paths_experts_by_an_argument():
@@ -160,3 +198,48 @@ def test_commit_writes_each_expert_of_stacked_layers():
     params = noisy(adapt(jax.random.key(0), tree, {".*kernel": paca(2)}, stacked=experts))
     written = commit(params)["layers"]["kernel"]
     np.testing.assert_allclose(written.base, merge(params)["layers"]["kernel"], rtol=1e-6)
+
+
+class Block(NamedTuple):
+    """A linen-like layer whose names are fields."""
+
+    kernel: Any
+    bias: Any
+
+
+BLOCK = lambda seed: {
+    "kernel": jax.random.normal(jax.random.key(seed), (4, 4)),
+    "bias": 1.0 + jnp.arange(4.0),
+}
+CONTAINERS = {
+    "dict": lambda: {"0": BLOCK(0), "1": BLOCK(1)},
+    "list": lambda: [BLOCK(0), BLOCK(1)],
+    "tuple": lambda: (BLOCK(0), (BLOCK(1), None)),
+    "NamedTuple": lambda: [Block(**BLOCK(0)), Block(**BLOCK(1))],
+    "nnx": lambda: nnx.state([nnx.Linear(4, 4, rngs=nnx.Rngs(0))]),
+}
+
+
+@pytest.mark.parametrize("kind", CONTAINERS)
+def test_biases_and_bases_are_found_in_any_container(kind):
+    """(IA)^3 scales biases with their kernels: (x W + b) diag(s)."""
+    params = {"blocks": jax.tree.map(lambda leaf: leaf + 1.0, CONTAINERS[kind]())}
+    rules = {".*kernel(/value)?": ia3(), "adapter": Added("adapter", lambda *_: jnp.ones(2))}
+    adapted = noisy(adapt(jax.random.key(0), params, rules))
+    chex.assert_trees_all_equal(base_params(adapted), jax.tree.map(Frozen, params))
+    assert adapted.pop("adapter").shape == (2,)
+    merged = merge(adapted)
+    assert jax.tree.structure(merged) == jax.tree.structure(params)
+    scale = 1.0 + 0.02 * jnp.cos(jnp.arange(4.0))
+    by_column = lambda leaf: leaf * jnp.broadcast_to(scale, leaf.shape)
+    chex.assert_trees_all_close(merged, jax.tree.map(by_column, params))
+
+
+@pytest.mark.parametrize("kind", ["list", "tuple"])
+def test_an_adapter_is_added_to_modules_in_lists(kind):
+    params = {"blocks": CONTAINERS[kind]()}
+    rule = Added("adapter", lambda key, module, stacked: jnp.zeros(module["kernel"].shape[-1]))
+    adapted = adapt(jax.random.key(0), params, {"blocks/0/adapter": rule})
+    assert adapted["blocks"][0]["adapter"].shape == (4,) and "adapter" not in adapted["blocks"][1]
+    assert type(adapted["blocks"]) is type(params["blocks"])
+    chex.assert_trees_all_equal(base_params(adapted), jax.tree.map(Frozen, params))

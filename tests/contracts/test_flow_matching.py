@@ -65,7 +65,8 @@ def train(params, axis, steps, mesh=None):
 def test_lora_turns_the_stripes_and_eight_devices_do_the_same():
     start = Velocity().init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)), jnp.zeros(1))["params"]
     base, _ = train(start, axis=1, steps=60)
-    adapted = adapt(jax.random.key(1), base, {"(first|block.)/kernel": lora(rank=4)})
+    rules = {"(first|block.)/kernel": lora(rank=4)}
+    adapted = adapt(jax.random.key(1), base, rules, input_axes=lambda path: 3)
     tuned, losses = train(adapted, axis=2, steps=60)
     run, held_out = make_eval_step(flow_matching), [draw(seed, axis=2) for seed in (1001, 1002)]
     error = lambda params: evaluate(run, params, held_out)["loss"]

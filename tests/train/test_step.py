@@ -295,3 +295,25 @@ def test_an_optimizer_state_that_repeats_an_array_can_be_donated(problem, key):
     state = init_state(problem.make_params(), optimizer, key)
     state, metrics = jit_step(make_step(problem.objective, optimizer))(state, problem.make_batch(0))
     assert isinstance(metrics["loss"], Mean) and metrics["good"]
+
+
+@pytest.mark.parametrize("pattern", ["first", "first|second"])
+def test_donated_kernels_of_paca_may_be_one_array(key, pattern):
+    """A step writes PaCA's rows into the kernel; who shares it must not see that."""
+    shared = jax.random.normal(key, (4, 4))
+    params = lambda: adapt(
+        key, dict.fromkeys(("first", "second"), jnp.copy(shared)), {pattern: paca(2)}
+    )
+
+    def objective(params, batch, key):
+        y = matmul(jnp.tanh(matmul(batch, params["first"])), params["second"])
+        return jnp.mean(y**2), {}
+
+    run = lambda params, **options: train.fit(
+        params, objective, optax.sgd(0.1), [jnp.ones((3, 4))] * 3, **options
+    )
+    kept, donated = run(params())[0].params, run(params(), donate=True)[0].params
+    chex.assert_trees_all_equal(donated, kept)
+    if pattern == "first":
+        chex.assert_trees_all_equal(donated["second"].value, shared)
+    assert jnp.any(donated["first"].base != shared)

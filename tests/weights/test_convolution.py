@@ -1,5 +1,6 @@
 """Convolutions by structured kernels, against jax.lax with the dense kernel and against PEFT's Conv2d."""
 
+import functools
 import math
 import re
 
@@ -13,8 +14,8 @@ from flax.errors import ScopeParamShapeError
 from jax._src.ad_checkpoint import saved_residuals
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxft import adapters
 from jaxft.adapters import (
-    adapt,
     base_params,
     combine,
     count,
@@ -29,9 +30,11 @@ from jaxft.adapters import (
 )
 from jaxft.adapters.native import apply_named, load_native, save_native
 from jaxft.parallel import make_mesh, param_shardings, shard_params
-from jaxft.weights import ConvWeight, conv, lora_weight, to_dense
+from jaxft.weights import ReshapedWeight, conv, lora_weight, to_dense
 from tests.weights.test_family import CASES, KEY
 
+# Kernels here are [*window, in, out], stacked or not.
+adapt = functools.partial(adapters.adapt, input_axes=lambda path: 3)
 X = jax.random.normal(jax.random.key(3), (2, 7, 6, 4))
 SHAPE = (3, 2, 4, 10)
 
@@ -50,8 +53,9 @@ def dense_conv(x, kernel, strides=1, padding="SAME", dilation=1, groups=1):
 
 def make(rule, shape=SHAPE, key=KEY):
     """Params with a kernel whose trained fields have moved."""
-    params = adapt(key, {"kernel": jax.random.normal(KEY, shape)}, {"kernel": rule})
-    return moved(params)
+    params = {"kernel": jax.random.normal(KEY, shape)}
+    axes = lambda path: len(shape) - 1
+    return moved(adapters.adapt(key, params, {"kernel": rule}, input_axes=axes))
 
 
 def moved(params):
@@ -163,16 +167,19 @@ def test_a_quantised_kernel_takes_an_adapter():
 def test_what_is_done_to_weights_is_done_to_kernels(tmp_path):
     """Saving, LoRA+, (IA)^3's bias, vera's tables, densify."""
     params = {"conv": {"kernel": jax.random.normal(KEY, (3, 3, 8, 16)), "bias": jnp.ones(16)}}
-    assert largest_shape(params, ".*kernel") == (72, 16)
+    assert largest_shape(params, ".*kernel", input_axes=lambda path: 3) == (72, 16)
     settings, experts = (
         dict(name="vera", rank=4, target=".*kernel"),
         {"kernel": jnp.ones((3, 5, 4))},
     )
     for base, depth in ((params, 0), (experts, 1)):
-        stacked = lambda path, depth=depth: depth
-        ours = moved(apply_named(base, **settings, stacked=stacked))
+        axes = dict(
+            stacked=lambda path, depth=depth: depth,
+            input_axes=lambda path, depth=depth: None if depth else 3,
+        )
+        ours = moved(apply_named(base, **settings, **axes))
         save_native(tmp_path, ours, **settings)
-        found = load_native(tmp_path, base, stacked=stacked)
+        found = load_native(tmp_path, base, **axes)
         jax.tree.map(np.testing.assert_array_equal, found, ours)
 
     trainable, _ = partition(make(CASES["lora"].rule))
@@ -221,7 +228,7 @@ def test_lora_is_pefts_of_a_conv2d():
     )
     low_rank = lora_weight(KEY, kernel.reshape(-1, 6), rank=3, alpha=6.0)
     low_rank = type(low_rank)(low_rank.base, a.reshape(-1, 3), b.reshape(3, 6), 6.0)
-    y = conv(X, ConvWeight(low_rank, (3, 2)), strides=2, padding=[(1, 1), (1, 1)])
+    y = conv(X, ReshapedWeight(low_rank, (3, 2, 4), (6,)), strides=2, padding=[(1, 1), (1, 1)])
     places = torch.tensor(np.asarray(X.transpose(0, 3, 1, 2)))
     wanted = theirs(places).detach().numpy().transpose(0, 2, 3, 1)
     np.testing.assert_allclose(y, wanted, atol=1e-5)
@@ -251,3 +258,39 @@ def test_what_does_not_fit_is_explained():
     with pytest.raises(ValueError, match="in 3 groups reads 12 channels"):
         conv(jnp.ones((2, 7, 6, 12)), kernel, groups=3)
     assert adapt(KEY, {"kernel": kernel}, {"kernel": full()})["kernel"] is kernel
+
+
+class Attention(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.MultiHeadDotProductAttention(num_heads=4)(x)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_flax_s_own_attention_takes_adapters_of_matrices(name):
+    """Kernels [in, heads, head size] and [heads, head size, out] are adapted as nn.Dense's would be."""
+    x = jax.random.normal(KEY, (2, 5, 32))
+    params = Attention().init(KEY, x)["params"]
+    (module,) = params
+    params[module] = jax.tree.map(lambda leaf: leaf + 0.1, params[module])
+    rules = {".*/(query|out)/kernel": CASES[name].rule}
+    inputs = lambda path: 2 if "/out/" in path else 1
+    as_matrix = lambda path, leaf: leaf.reshape((32, 32) if path[-1].key == "kernel" else (32,))
+    flat = jax.tree_util.tree_map_with_path(as_matrix, params)
+    ours = merge(moved(adapters.adapt(KEY, params, rules, input_axes=inputs)))
+    wanted = merge(moved(adapters.adapt(KEY, flat, rules)))
+    shaped = jax.tree.map(lambda leaf, like: leaf.reshape(like.shape), wanted, params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), ours, shaped)
+    assert Attention().apply({"params": ours}, x).shape == x.shape
+
+
+def test_heads_are_split_over_a_mesh_as_columns():
+    params = {"kernel": jnp.ones((32, 4, 8))}
+    adapted = adapters.adapt(KEY, params, {"kernel": CASES["lora"].rule}, input_axes=lambda path: 1)
+    specs = adapted["kernel"].with_specs(PartitionSpec("fsdp", "tensor", None)).matrix
+    assert specs.base == PartitionSpec("fsdp", "tensor")
+    window = make(CASES["lora"].rule)["kernel"]
+    specs = window.with_specs(PartitionSpec("data", None, "fsdp", "tensor")).matrix
+    assert specs.base == PartitionSpec("fsdp", "tensor")  # a window is not split
+    with pytest.raises(ValueError, match=r"outputs are \(4, 8\): adapt\(..., input_axes=\)"):
+        conv(jnp.ones((1, 3, 4)), adapted["kernel"])

@@ -19,7 +19,7 @@ from jaxft.optim.estimators import evaluates_at_params
 from jaxft.optim.perturbations import global_norm
 from jaxft.parallel import mesh_context
 from jaxft.train.accumulation import GradientEstimator, accumulate, in_slices
-from jaxft.train.books import Books, give, updated
+from jaxft.train.books import Books, give, updated, where_good
 from jaxft.train.state import TrainState
 from jaxft.weights import is_weight
 
@@ -166,7 +166,8 @@ def jit_step(step: Step) -> Step:
 def guarded(step: Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]) -> Step:
     """A user's `step(state, batch) -> (state, metrics)` as `jit_step` and `run_steps` take it.
 
-    Counts the steps, and keeps the state as it was where a metric is not finite, as `make_step` does.
+    Counts the steps, and keeps the state as it was where a metric is not finite, as `make_step` does. Raises
+    ValueError while tracing if the step changes the structure of the state, a shape or a dtype.
     """
 
     def run(state, batch, good=True):
@@ -174,8 +175,8 @@ def guarded(step: Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]
         numbers = [m.value if isinstance(m, Mean | Terms) else m for m in metrics.values()]
         finite = [jnp.all(jnp.isfinite(jnp.asarray(n, jnp.float32))) for n in numbers]
         good = functools.reduce(jnp.logical_and, finite, jnp.asarray(good))
-        keep = lambda new, old: new if new is old else jnp.where(good, new, old)
-        kept = jax.tree.map(keep, new._replace(key=None), state._replace(key=None))
+        own = lambda state: state._replace(step=None, key=None)  # which are the loop's
+        kept = where_good(good, own(new), own(state), "run_steps: the step")
         return kept._replace(step=state.step + good, key=state.key), metrics | {"good": good}
 
     return run

@@ -251,6 +251,22 @@ def test_a_step_of_the_user_s_is_counted_and_stopped_before_a_metric_that_is_not
     assert int(caught.value.state.step) == 2 and float(caught.value.state.carry) == 3.0
 
 
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda s, b: s._replace(carry=s.carry + 0.5), r"'carry' from int32\[\] to float32\[\]"),
+        (lambda s, b: s._replace(carry=s.carry + b), r"'carry' from int32\[\] to int32\[2\]"),
+        (lambda s, b: s._replace(params={"w": s.params["w"][:1]}), r"'params/w' from float32\[2\]"),
+        (lambda s, b: s._replace(carry=None), r"'carry' from int32\[\] to nothing"),
+    ],
+)
+def test_a_step_of_the_user_s_that_changes_the_type_of_the_state_is_refused(key, change, said):
+    state = init_state({"w": jnp.zeros(2)}, optax.sgd(1.0), key, carry=0)
+    step = lambda state, batch: (change(state, batch), {"x": jnp.zeros(())})
+    with pytest.raises(ValueError, match="run_steps: the step changes " + said):
+        run_steps(state, step, [jnp.ones(2, jnp.int32)])
+
+
 def test_a_carry_with_a_typed_key_is_refused(key):
     with pytest.raises(ValueError, match="carry has a typed key at 'noise'"):
         init_state({"w": jnp.zeros(2)}, optax.sgd(1.0), key, carry={"noise": key})

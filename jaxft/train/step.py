@@ -20,6 +20,7 @@ from jaxft.optim.perturbations import global_norm
 from jaxft.parallel import mesh_context
 from jaxft.train.accumulation import GradientEstimator, accumulate, in_slices
 from jaxft.train.books import Books, give, updated, where_good
+from jaxft.train.rows import refuse_names
 from jaxft.train.state import TrainState
 from jaxft.weights import is_weight
 
@@ -172,6 +173,7 @@ def guarded(step: Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]
 
     def run(state, batch, good=True):
         new, metrics = step(state, batch)
+        refuse_names(metrics, ("good",), "run_steps: the step")
         numbers = [m.value if isinstance(m, Mean | Terms) else m for m in metrics.values()]
         finite = [jnp.all(jnp.isfinite(jnp.asarray(n, jnp.float32))) for n in numbers]
         good = functools.reduce(jnp.logical_and, finite, jnp.asarray(good))
@@ -226,6 +228,7 @@ def _of_batch(fn, whole, batch, key, microbatches):
 
 
 def _with_standard_metrics(metrics, loss, norm, good, opt_state):
+    refuse_names(metrics, ("grad_norm", "good"), "make_step: the objective")
     metrics = {"loss": loss} | metrics | {"grad_norm": norm, "good": good}
     if isinstance(metrics["loss"], Mean | Terms):
         metrics.setdefault("num_tokens", metrics["loss"].weight)

@@ -272,6 +272,32 @@ def test_a_carry_with_a_typed_key_is_refused(key):
         init_state({"w": jnp.zeros(2)}, optax.sgd(1.0), key, carry={"noise": key})
 
 
+@pytest.mark.parametrize("name", ["step", "seconds", "good", "grad_norm"])
+def test_a_metric_with_the_name_of_a_row_s_own_is_refused_at_the_first_step(name):
+    objective = lambda p, batch, key: (jnp.sum(p["w"] * batch), {name: jnp.float32(7)})
+    seen = []
+    with pytest.raises(ValueError, match=f"gives a metric '{name}', a name that the row"):
+        fit({"w": jnp.ones(2)}, objective, optax.sgd(0.1), [1.0] * 3, callbacks=[seen.append])
+    assert not seen
+
+
+def test_a_user_s_step_may_not_have_the_loop_s_metrics_either(key):
+    for name in ("step", "seconds", "good"):
+        state = init_state({"w": jnp.zeros(2)}, optax.sgd(1.0), key)
+        step = lambda state, batch, name=name: (state, {name: jnp.zeros(())})
+        with pytest.raises(ValueError, match=f"the step gives a metric '{name}'"):
+            run_steps(state, step, [1.0])
+
+
+@pytest.mark.parametrize("when", ["on_step", "on_last"])
+@pytest.mark.parametrize("name", ["step", "seconds", "loss"])
+def test_a_callback_may_not_replace_what_a_row_has(when, name):
+    objective = lambda p, batch, key: (jnp.sum(p["w"] * batch), {})
+    callback = Callback(**{when: lambda step, state: {name: 7.0}})
+    with pytest.raises(ValueError, match=f"a callback gives a metric '{name}'"):
+        fit({"w": jnp.ones(2)}, objective, optax.sgd(0.1), [1.0, 1.0], callbacks=[callback])
+
+
 @pytest.mark.parametrize("mesh", [None, "fsdp"])
 def test_donated_params_are_the_only_model(mesh):
     bias = jnp.zeros(256)

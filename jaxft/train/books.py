@@ -81,10 +81,16 @@ def give(books: Books, carry: Any, params: Any, batch: Any, microbatches: int) -
     """The batch with what the books give.
 
     Raises:
-        ValueError: if the carry lacks an entry, or the batch has a column that a book gives.
+        ValueError: if the batch is no dict, the carry lacks an entry, or the batch has a column that a book
+            gives.
     """
     if not books:
         return batch
+    if not isinstance(batch, Mapping):
+        raise ValueError(
+            f"make_step: books {sorted(books)} add columns to the batch, which must then be a dict of named "
+            f"columns, got {type(batch).__name__}."
+        )
     missing = sorted(books.keys() - (carry.keys() if isinstance(carry, Mapping) else set()))
     if missing:
         raise ValueError(

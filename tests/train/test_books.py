@@ -217,3 +217,10 @@ def test_an_update_may_give_python_numbers_and_what_its_entry_can_hold():
         "b": ("int32", 7.0),
         "c": ("float32", 3.0),
     }
+
+
+def test_books_need_batches_with_names():
+    objective = lambda params, batch, key: (jnp.sum(params["w"] ** 2) * batch[0], {})
+    args = PARAMS, objective, optax.sgd(0.1), [(1.0, 2.0)]
+    with pytest.raises(ValueError, match=r"books \['mean'\] add columns .* a dict .* got tuple"):
+        fit(*args, books={"mean": running_mean("loss")})

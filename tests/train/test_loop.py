@@ -272,6 +272,43 @@ def test_a_carry_with_a_typed_key_is_refused(key):
         init_state({"w": jnp.zeros(2)}, optax.sgd(1.0), key, carry={"noise": key})
 
 
+def plain_fit(batches, **options):
+    objective = lambda p, batch, key: (jnp.sum(p["w"]) * batch["x"], {})
+    return fit({"w": jnp.ones(2)}, objective, optax.sgd(0.1), batches, **options)
+
+
+def test_a_state_or_params_that_a_run_used_up_are_refused_by_name(key):
+    objective, args = lambda p, batch, key: (jnp.sum(p["w"] * batch), {}), (optax.sgd(0.1), [1.0])
+    state = init_state({"w": jnp.ones(2)}, optax.sgd(0.1), key)
+    fit(state, objective, *args)
+    with pytest.raises(ValueError, match="arrays of this TrainState were deleted: an earlier run"):
+        fit(state, objective, *args)
+    params = {"w": jnp.ones(2)}
+    fit(params, objective, *args, donate=True)
+    with pytest.raises(ValueError, match="arrays of these params were deleted: an earlier run"):
+        fit(params, objective, *args)
+
+
+def test_batches_that_are_one_batch_are_refused():
+    with pytest.raises(ValueError, match=r"one dict, with \['x', 'y'\], whose keys would be"):
+        plain_fit({"x": 1.0, "y": 2.0})
+    collect = lambda params, carry, key: {"x": 1.0, "y": 2.0}  # without the carry
+    with pytest.raises(ValueError, match=r"must return \(batch, carry\), got one dict, with \['x'"):
+        plain_fit(collect, steps=2)
+    with pytest.raises(ValueError, match=r"must return \(batch, carry\), got float"):
+        plain_fit(lambda *_: 1.0, steps=2)
+
+
+@pytest.mark.parametrize("mesh", [None, "data"])
+@pytest.mark.parametrize("text", ["abc", ["a", "b"], np.array(["a"]), np.array([None])])
+def test_a_column_of_text_is_refused_by_name(text, mesh):
+    mesh = mesh and make_mesh(data=8)
+    with pytest.raises(ValueError, match="fit: 'name(/0)?' of the batch has .* numbers alone"):
+        plain_fit([{"x": 1.0, "name": text}], mesh=mesh)
+    few = {"x": 1.0, "name": np.zeros(8, jnp.bfloat16), "flag": True, "none": None}
+    assert len(plain_fit([few], mesh=mesh)[1]) == 1
+
+
 @pytest.mark.parametrize("name", ["step", "seconds", "good", "grad_norm"])
 def test_a_metric_with_the_name_of_a_row_s_own_is_refused_at_the_first_step(name):
     objective = lambda p, batch, key: (jnp.sum(p["w"] * batch), {name: jnp.float32(7)})

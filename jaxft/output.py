@@ -50,6 +50,14 @@ def free(path: str | os.PathLike) -> str:
     path = Path(path).absolute()
     there = next((p for p in (path, *path.parents) if p.exists()), None)
     try:
-        return f"{shutil.disk_usage(there).free / 1e9:.3g} GB are free there. "
+        return f"{size_text(shutil.disk_usage(there).free)} are free there. "
     except (OSError, TypeError):
         return ""
+
+
+def size_text(size: float) -> str:
+    """A number of bytes with three digits, in the largest decimal unit that it fills: 2 MB = 2e6 bytes."""
+    units = {"GB": 1e9, "MB": 1e6, "kB": 1e3}
+    unit, scale = next(((u, s) for u, s in units.items() if size >= 0.9995 * s), ("bytes", 1))
+    number = size / scale
+    return f"{number:.0f} {unit}" if number >= 100 else f"{number:.3g} {unit}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -33,7 +33,7 @@ class BatchSource:
 
     def __init__(self, batches: Batches):
         self._is_function = is_function(batches)
-        self._batches = batches if self._is_function else iter(batches)
+        self._batches = batches if self._is_function else _each(batches)
         self._taken, self._key = 0, None
 
     def next(self, state: TrainState, step: int, mesh: Mesh | None) -> tuple[Any, TrainState]:
@@ -45,7 +45,7 @@ class BatchSource:
             # Of this process alone: what is sampled may be another program on each host.
             self._key = _own_key(state) if self._key is None else self._key
             key = stream(self._key, "collect", step)
-            batch, carry = self._batches(state.params, state.carry, key)
+            batch, carry = _pair(self._batches(state.params, state.carry, key))
             state = state._replace(carry=_next_carry(carry, state, batch, mesh))
         else:
             batch = next(self._batches, None)
@@ -103,8 +103,10 @@ def place_batch(batch: Any, mesh: Mesh | None) -> Any:
     passes its own rows; leaves without axes are the same everywhere.
 
     Raises:
-        ValueError: if the mesh does not divide the rows or the tokens, or if processes share rows.
+        ValueError: if the mesh does not divide the rows or the tokens, if processes share rows, or if a
+            column holds something else than numbers, such as text.
     """
+    _check_numbers(batch)
     if mesh is None:
         return jax.device_put(batch)
     check_hosts(mesh)
@@ -170,12 +172,45 @@ def _on_mesh(leaf: Any, mesh: Mesh) -> bool:
 
 def iterate(batches: Iterable[Any] | Callable[[], Iterable[Any]]) -> Iterator[Any]:
     """A fresh pass over batches that can be iterated again, or over what a function returns."""
-    return iter(batches() if is_function(batches) else batches)
+    return _each(batches() if is_function(batches) else batches)
 
 
 def is_function(batches: Any) -> bool:
     """Whether `batches` is to be called rather than iterated."""
     return callable(batches) and not hasattr(batches, "__iter__")
+
+
+def _each(batches):
+    if isinstance(batches, Mapping):
+        raise ValueError(
+            f"fit: batches is one dict, with {sorted(map(str, batches))}, whose keys would be the batches; "
+            "pass an iterable of batches, such as [batch] or itertools.repeat(batch, steps)."
+        )
+    return iter(batches)
+
+
+def _pair(returned):
+    """(batch, carry) of a collect function. A dict of two columns, unpacked, would be their names."""
+    if not isinstance(returned, tuple | list) or len(returned) != 2:
+        got = type(returned).__name__
+        if isinstance(returned, Mapping):
+            got = f"one dict, with {sorted(map(str, returned))}"
+        raise ValueError(
+            f"collect: it must return (batch, carry), got {got}; if there is nothing to remember, return the "
+            "carry that it was given: (batch, carry)."
+        )
+    return returned
+
+
+def _check_numbers(batch):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
+        # Text, dates and Python objects; bfloat16 and its like are "V" to NumPy.
+        if not isinstance(leaf, jax.Array) and np.asarray(leaf).dtype.kind in "OSUMm":
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise ValueError(
+                f"fit: {name!r} of the batch has {type(leaf).__name__} {str(leaf)[:40]!r}, but batches hold "
+                "numbers alone; convert it (text to tokens) or leave it out."
+            )
 
 
 def _own_key(state):

@@ -81,10 +81,16 @@ def give(books: Books, carry: Any, params: Any, batch: Any, microbatches: int) -
     """The batch with what the books give.
 
     Raises:
-        ValueError: if the carry lacks an entry, or the batch has a column that a book gives.
+        ValueError: if the batch is no dict, the carry lacks an entry, or the batch has a column that a book
+            gives.
     """
     if not books:
         return batch
+    if not isinstance(batch, Mapping):
+        raise ValueError(
+            f"make_step: books {sorted(books)} add columns to the batch, which must then be a dict of named "
+            f"columns, got {type(batch).__name__}."
+        )
     missing = sorted(books.keys() - (carry.keys() if isinstance(carry, Mapping) else set()))
     if missing:
         raise ValueError(
@@ -113,9 +119,61 @@ def give(books: Books, carry: Any, params: Any, batch: Any, microbatches: int) -
 
 
 def updated(books: Books, carry: Any, trainable: Any, metrics: Any, good: jax.Array) -> Any:
-    """The carry after a step; if that is not `good`, as it was."""
+    """The carry after a step; if that is not `good`, as it was.
+
+    Raises:
+        ValueError: if an update changes the structure of its entry, a shape or a dtype.
+    """
     if not books:
         return carry
-    new = {name: book.update(carry[name], trainable, metrics) for name, book in books.items()}
-    old = {name: carry[name] for name in books}
-    return {**carry, **jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)}
+    new = {
+        name: where_good(
+            good,
+            book.update(carry[name], trainable, metrics),
+            carry[name],
+            f"make_step: the update of book {name!r}",
+        )
+        for name, book in books.items()
+    }
+    return {**carry, **new}
+
+
+def where_good(good: jax.Array, new: Any, old: Any, who: str) -> Any:
+    """The tree `new` if `good`, else `old`, of the same structure, shapes and dtypes.
+
+    A checkpoint of a state that changed them could not be restored into the state at the start of a run.
+
+    Args:
+        who: who made `new`, at the beginning of the error.
+
+    Raises:
+        ValueError: if they differ; it names the first leaf that does, with its old and new type.
+    """
+    path_of = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
+    named = lambda tree: {path_of(p): x for p, x in jax.tree_util.tree_leaves_with_path(tree)}
+    now, before = named(new), named(old)
+    for name in [*before, *(now.keys() - before.keys())]:
+        if not _is_like(now.get(name), before.get(name)):
+            raise ValueError(
+                f"{who} changes {name or 'the entry'!r} from {_type(before.get(name))} to "
+                f"{_type(now.get(name))}; it must keep structure, shapes and dtypes: convert what is new, "
+                "or start with the type that it will have."
+            )
+    if jax.tree.structure(new) != jax.tree.structure(old):
+        raise ValueError(
+            f"{who} changes the structure from {jax.tree.structure(old)} to {jax.tree.structure(new)}; it "
+            "must stay as it was at the start."
+        )
+    # What nobody touched goes through as it is: no copy, and frozen leaves stay inputs alone.
+    return jax.tree.map(lambda n, o: n if n is o else jnp.where(good, n, o), new, old)
+
+
+def _is_like(new, old):
+    """Whether `new` has the shape of `old` and, a Python number taking the dtype it meets, the dtype."""
+    if new is None or old is None or new is old:
+        return new is old
+    return jnp.shape(new) == jnp.shape(old) and jnp.result_type(new, old) == jnp.result_type(old)
+
+
+def _type(leaf):
+    return "nothing" if leaf is None else f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}"

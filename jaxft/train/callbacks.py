@@ -26,7 +26,8 @@ class Callback(NamedTuple):
 
     on_start(run): before the first step.
     on_step(step, state) -> more metrics or None: after each step is on its way and before the
-        next; `state` must not be kept, the next step overwrites it.
+        next; `state` must not be kept, the next step overwrites it. "step", "seconds" and the names of the
+        step's own metrics are refused with a ValueError.
     on_row(row): the metrics of each step in turn, one step late, so that the device never waits. If
         on_last adds metrics to a row that was reported before, because its step was saved, that row is
         reported a second time, with them.

@@ -22,7 +22,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxft.adapters import combine, partition, path_name
-from jaxft.output import OutputError, free, reason
+from jaxft.output import OutputError, free, reason, size_text
 from jaxft.parallel import gathered, lay_out, meet
 from jaxft.train.batches import BatchSource
 from jaxft.train.callbacks import Row
@@ -203,7 +203,7 @@ class Saver:
         except Exception as error:  # Orbax and TensorStore raise many kinds.
             directory = self._manager.directory
             raise OutputError(
-                f"a checkpoint of {self._size / 1e9:.3g} GB could not be written to {directory}: "
+                f"a checkpoint of {size_text(self._size)} could not be written to {directory}: "
                 f"{reason(error)}; earlier ones are kept. {free(directory)}Make room or choose another place."
             ) from error
 
@@ -298,7 +298,7 @@ def _check_room(directory, size):
     room = shutil.disk_usage(directory).free
     if room < size:
         raise OutputError(
-            f"{directory} has {room / 1e9:.1f} GB free, but one checkpoint takes {size / 1e9:.1f} GB; "
+            f"{directory} has {size_text(room)} free, but one checkpoint takes {size_text(size)}; "
             "make room or choose another directory."
         )
 
@@ -402,8 +402,8 @@ def _check_same(saved, now, what, values=True):
         )
         raise MismatchError(
             f"resume: {len(different)} of {len(saved | now)} {what} differ from the checkpoint's. First "
-            f"{name!r}: saved {show(saved)}, now {show(now)}. Use the same base model, adapters and "
-            "optimizer as before, or another directory."
+            f"{name!r}: saved {show(saved)}, now {show(now)}. Use the same base model, adapters, "
+            "optimizer, books and carry as before, or another directory."
         )
 
 

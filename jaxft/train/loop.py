@@ -125,6 +125,7 @@ def run_steps(
     if steps is None and is_function(batches):
         raise ValueError("fit: batches is a collect function and never ends; pass steps=...")
     step = step if "good" in inspect.signature(step).parameters else guarded(step)
+    _check_alive(state, "this TrainState")
     state = place_on_mesh(with_start(state, batches), mesh)
     source, callbacks = BatchSource(batches), as_callbacks(callbacks)
     ended = []
@@ -181,10 +182,20 @@ def _start(params, optimizer, key, carry, mesh, books, donate):
         if key is not None or carry is not None:
             raise ValueError("fit: a TrainState has its own key and carry; pass neither with it.")
         return params
+    _check_alive(params, "these params")
     key = jax.random.key(0) if key is None else key
     # The mesh first: the optimizer's state takes the shardings of the params.
     params = place_on_mesh(params, mesh)
     return init_state(params, optimizer, key, carry, books=books, donate=donate)
+
+
+def _check_alive(tree, what):
+    if any(isinstance(x, jax.Array) and x.is_deleted() for x in jax.tree.leaves(tree)):
+        raise ValueError(
+            f"fit: arrays of {what} were deleted: an earlier run used them up, as it does with a TrainState "
+            "and, with donate=True, with params. Go on with the state that it returned, or make them anew; "
+            "jax.tree.map(jax.numpy.copy, ...) before a run keeps a copy."
+        )
 
 
 @contextlib.contextmanager

@@ -14,6 +14,8 @@ from jaxft.metrics import Mean, Terms
 from jaxft.train.callbacks import Callback, Row
 from jaxft.train.errors import DivergedError
 
+OWN = ("step", "seconds")  # what a row has beside the metrics
+
 
 class Rows:
     """The history of a run: `push` the metrics of each step, get the row of the step before.
@@ -25,18 +27,29 @@ class Rows:
     def __init__(self, callbacks: Iterable[Callback], history: Iterable[Row] = ()):
         self.history = list(history)
         self._callbacks = [c.on_row for c in callbacks if c.on_row]
-        self._pending = None
+        self._pending, self._names = None, frozenset()
         self._time = time.perf_counter()
 
     def push(self, step: int, metrics: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
-        """Takes the metrics of a step that has just been started; reports the one before."""
+        """Takes the metrics of a step that has just been started; reports the one before.
+
+        Raises:
+            ValueError: if a metric has the name of something else in the row.
+        """
+        refuse_names(metrics, OWN, "fit: the step")
+        self._names = metrics.keys()
+        refuse_names(extra, (*OWN, *self._names), "fit: a callback")
         # Means are divided on the host: no small program for the devices after each step.
         jax.tree.map(lambda x: x.copy_to_host_async(), metrics)
         before, self._pending = self._pending, (step, metrics, dict(extra))
         self._report(before)
 
     def amend(self, extra: Mapping[str, Any]) -> None:
-        """Adds to the row of the last step; if it was reported before, it is reported again."""
+        """Adds to the row of the last step; if it was reported before, it is reported again.
+
+        Raises: see `push`.
+        """
+        refuse_names(extra, (*OWN, *self._names), "fit: a callback")
         if self._pending is not None:
             self._pending[2].update(extra)
         elif extra:
@@ -65,6 +78,14 @@ class Rows:
     def _tell(self, row):
         for on_row in self._callbacks:
             on_row(row)
+
+
+def refuse_names(metrics: Mapping[str, Any], taken: Iterable[str], who: str) -> None:
+    """Raises ValueError if metrics that `who` gives have names that the row of a step has already."""
+    if found := [name for name in metrics if name in taken]:
+        raise ValueError(
+            f"{who} gives a metric {found[0]!r}, a name that the row of a step has already; give it another."
+        )
 
 
 def _number(value):

@@ -19,7 +19,8 @@ from jaxft.optim.estimators import evaluates_at_params
 from jaxft.optim.perturbations import global_norm
 from jaxft.parallel import mesh_context
 from jaxft.train.accumulation import GradientEstimator, accumulate, in_slices
-from jaxft.train.books import Books, give, updated
+from jaxft.train.books import Books, give, updated, where_good
+from jaxft.train.rows import refuse_names
 from jaxft.train.state import TrainState, overwritten
 
 Objective = Callable[..., tuple[jax.Array, dict[str, Any]]]
@@ -166,16 +167,18 @@ def jit_step(step: Step) -> Step:
 def guarded(step: Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]) -> Step:
     """A user's `step(state, batch) -> (state, metrics)` as `jit_step` and `run_steps` take it.
 
-    Counts the steps, and keeps the state as it was where a metric is not finite, as `make_step` does.
+    Counts the steps, and keeps the state as it was where a metric is not finite, as `make_step` does. Raises
+    ValueError while tracing if the step changes the structure of the state, a shape or a dtype.
     """
 
     def run(state, batch, good=True):
         new, metrics = step(state, batch)
+        refuse_names(metrics, ("good",), "run_steps: the step")
         numbers = [m.value if isinstance(m, Mean | Terms) else m for m in metrics.values()]
         finite = [jnp.all(jnp.isfinite(jnp.asarray(n, jnp.float32))) for n in numbers]
         good = functools.reduce(jnp.logical_and, finite, jnp.asarray(good))
-        keep = lambda new, old: new if new is old else jnp.where(good, new, old)
-        kept = jax.tree.map(keep, new._replace(key=None), state._replace(key=None))
+        own = lambda state: state._replace(step=None, key=None)  # which are the loop's
+        kept = where_good(good, own(new), own(state), "run_steps: the step")
         return kept._replace(step=state.step + good, key=state.key), metrics | {"good": good}
 
     return run
@@ -225,6 +228,7 @@ def _of_batch(fn, whole, batch, key, microbatches):
 
 
 def _with_standard_metrics(metrics, loss, norm, good, opt_state):
+    refuse_names(metrics, ("grad_norm", "good"), "make_step: the objective")
     metrics = {"loss": loss} | metrics | {"grad_norm": norm, "good": good}
     if isinstance(metrics["loss"], Mean | Terms):
         metrics.setdefault("num_tokens", metrics["loss"].weight)

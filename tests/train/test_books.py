@@ -1,6 +1,7 @@
 """Books of the carry: against closed forms, and the same for any cut of the batch, mesh and interruption."""
 
 import itertools
+import re
 
 import chex
 import jax
@@ -182,3 +183,44 @@ def test_mistakes_are_explained(problem):
     with pytest.raises(ValueError, match=r"'follower' gives \['shift'\], which the batch has"):
         batch = problem.make_batch(0) | {"shift": np.zeros(problem.ROWS)}
         step(init_state(*args, books=follower()), batch)
+
+
+@pytest.mark.parametrize(
+    "start, update, said",
+    [
+        (0, lambda e: e + 0.5, r"'the entry' from int32\[\] to float32\[\]"),
+        (jnp.zeros(3), lambda e: e[:2], r"'the entry' from float32\[3\] to float32\[2\]"),
+        (jnp.zeros(3), lambda e: jnp.float32(1), r"from float32\[3\] to float32\[\]"),
+        ({"a": jnp.int8(1)}, lambda e: {"a": jnp.int32(1)}, r"'a' from int8\[\] to int32\[\]"),
+        ({"a": 1, "b": 1}, lambda e: {"a": e["a"]}, r"'b' from int32\[\] to nothing"),
+        ({"a": 1}, lambda e: {**e, "b": 1}, r"'b' from nothing to int32\[\]"),
+        ((1, 1), list, r"changes the structure from .*\(\*, \*\)"),
+    ],
+)
+def test_an_update_that_changes_the_type_of_its_entry_is_refused(start, update, said):
+    book = Book(lambda params: start, lambda e, params, batch: {}, lambda e, *_: update(e))
+    objective = lambda params, batch, key: (jnp.sum(params["w"] ** 2) * batch["x"], {})
+    args = PARAMS, objective, optax.sgd(0.1), [{"x": 1.0}]
+    with pytest.raises(ValueError, match="the update of book 'mine' changes .*") as caught:
+        fit(*args, books={"mine": book})
+    assert re.search(said, str(caught.value))
+
+
+def test_an_update_may_give_python_numbers_and_what_its_entry_can_hold():
+    start = {"a": jnp.bfloat16(1), "b": 2, "c": jnp.float32(0)}
+    update = lambda e, *_: {"a": 0.5 + 0 * e["a"], "b": 7, "c": jnp.int32(3)}
+    book = Book(lambda params: start, lambda e, params, batch: {}, update)
+    objective = lambda params, batch, key: (jnp.sum(params["w"] ** 2) * batch["x"], {})
+    state, _ = fit(PARAMS, objective, optax.sgd(0.1), [{"x": 1.0}] * 2, books={"mine": book})
+    assert jax.tree.map(lambda x: (str(x.dtype), float(x)), state.carry["mine"]) == {
+        "a": ("bfloat16", 0.5),
+        "b": ("int32", 7.0),
+        "c": ("float32", 3.0),
+    }
+
+
+def test_books_need_batches_with_names():
+    objective = lambda params, batch, key: (jnp.sum(params["w"] ** 2) * batch[0], {})
+    args = PARAMS, objective, optax.sgd(0.1), [(1.0, 2.0)]
+    with pytest.raises(ValueError, match=r"books \['mean'\] add columns .* a dict .* got tuple"):
+        fit(*args, books={"mean": running_mean("loss")})

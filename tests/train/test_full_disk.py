@@ -8,7 +8,7 @@ import optax
 import pytest
 
 from jaxft.adapters import partition
-from jaxft.output import writing
+from jaxft.output import size_text, writing
 from jaxft.train import Callback, Checkpoints, OutputError, fit, jsonl_log, run_figure
 
 FULL = OSError(28, "No space left on device")
@@ -113,3 +113,20 @@ def test_every_other_writer_names_its_place(tmp_path, monkeypatch):
         write_adapter(tmp_path / "adapter/a.json", tmp_path / "adapter/a.safetensors", {}, {})
     with pytest.raises(ValueError, match="mine"), writing(tmp_path):
         raise ValueError("mine")
+
+
+@pytest.mark.parametrize(
+    "size, text",
+    [
+        (0, "0 bytes"),
+        (812, "812 bytes"),
+        (999.6, "1 kB"),
+        (4_096, "4.1 kB"),
+        (48_300_000, "48.3 MB"),
+        (999_600_000, "1 GB"),
+        (2.5e9, "2.5 GB"),
+        (1.6e13, "16000 GB"),
+    ],
+)
+def test_sizes_have_the_unit_that_they_fill(size, text):
+    assert size_text(size) == text

@@ -251,9 +251,88 @@ def test_a_step_of_the_user_s_is_counted_and_stopped_before_a_metric_that_is_not
     assert int(caught.value.state.step) == 2 and float(caught.value.state.carry) == 3.0
 
 
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda s, b: s._replace(carry=s.carry + 0.5), r"'carry' from int32\[\] to float32\[\]"),
+        (lambda s, b: s._replace(carry=s.carry + b), r"'carry' from int32\[\] to int32\[2\]"),
+        (lambda s, b: s._replace(params={"w": s.params["w"][:1]}), r"'params/w' from float32\[2\]"),
+        (lambda s, b: s._replace(carry=None), r"'carry' from int32\[\] to nothing"),
+    ],
+)
+def test_a_step_of_the_user_s_that_changes_the_type_of_the_state_is_refused(key, change, said):
+    state = init_state({"w": jnp.zeros(2)}, optax.sgd(1.0), key, carry=0)
+    step = lambda state, batch: (change(state, batch), {"x": jnp.zeros(())})
+    with pytest.raises(ValueError, match="run_steps: the step changes " + said):
+        run_steps(state, step, [jnp.ones(2, jnp.int32)])
+
+
 def test_a_carry_with_a_typed_key_is_refused(key):
     with pytest.raises(ValueError, match="carry has a typed key at 'noise'"):
         init_state({"w": jnp.zeros(2)}, optax.sgd(1.0), key, carry={"noise": key})
+
+
+def plain_fit(batches, **options):
+    objective = lambda p, batch, key: (jnp.sum(p["w"]) * batch["x"], {})
+    return fit({"w": jnp.ones(2)}, objective, optax.sgd(0.1), batches, **options)
+
+
+def test_a_state_or_params_that_a_run_used_up_are_refused_by_name(key):
+    objective, args = lambda p, batch, key: (jnp.sum(p["w"] * batch), {}), (optax.sgd(0.1), [1.0])
+    state = init_state({"w": jnp.ones(2)}, optax.sgd(0.1), key)
+    fit(state, objective, *args)
+    with pytest.raises(ValueError, match="arrays of this TrainState were deleted: an earlier run"):
+        fit(state, objective, *args)
+    params = {"w": jnp.ones(2)}
+    fit(params, objective, *args, donate=True)
+    with pytest.raises(ValueError, match="arrays of these params were deleted: an earlier run"):
+        fit(params, objective, *args)
+
+
+def test_batches_that_are_one_batch_are_refused():
+    with pytest.raises(ValueError, match=r"one dict, with \['x', 'y'\], whose keys would be"):
+        plain_fit({"x": 1.0, "y": 2.0})
+    collect = lambda params, carry, key: {"x": 1.0, "y": 2.0}  # without the carry
+    with pytest.raises(ValueError, match=r"must return \(batch, carry\), got one dict, with \['x'"):
+        plain_fit(collect, steps=2)
+    with pytest.raises(ValueError, match=r"must return \(batch, carry\), got float"):
+        plain_fit(lambda *_: 1.0, steps=2)
+
+
+@pytest.mark.parametrize("mesh", [None, "data"])
+@pytest.mark.parametrize("text", ["abc", ["a", "b"], np.array(["a"]), np.array([None])])
+def test_a_column_of_text_is_refused_by_name(text, mesh):
+    mesh = mesh and make_mesh(data=8)
+    with pytest.raises(ValueError, match="fit: 'name(/0)?' of the batch has .* numbers alone"):
+        plain_fit([{"x": 1.0, "name": text}], mesh=mesh)
+    few = {"x": 1.0, "name": np.zeros(8, jnp.bfloat16), "flag": True, "none": None}
+    assert len(plain_fit([few], mesh=mesh)[1]) == 1
+
+
+@pytest.mark.parametrize("name", ["step", "seconds", "good", "grad_norm"])
+def test_a_metric_with_the_name_of_a_row_s_own_is_refused_at_the_first_step(name):
+    objective = lambda p, batch, key: (jnp.sum(p["w"] * batch), {name: jnp.float32(7)})
+    seen = []
+    with pytest.raises(ValueError, match=f"gives a metric '{name}', a name that the row"):
+        fit({"w": jnp.ones(2)}, objective, optax.sgd(0.1), [1.0] * 3, callbacks=[seen.append])
+    assert not seen
+
+
+def test_a_user_s_step_may_not_have_the_loop_s_metrics_either(key):
+    for name in ("step", "seconds", "good"):
+        state = init_state({"w": jnp.zeros(2)}, optax.sgd(1.0), key)
+        step = lambda state, batch, name=name: (state, {name: jnp.zeros(())})
+        with pytest.raises(ValueError, match=f"the step gives a metric '{name}'"):
+            run_steps(state, step, [1.0])
+
+
+@pytest.mark.parametrize("when", ["on_step", "on_last"])
+@pytest.mark.parametrize("name", ["step", "seconds", "loss"])
+def test_a_callback_may_not_replace_what_a_row_has(when, name):
+    objective = lambda p, batch, key: (jnp.sum(p["w"] * batch), {})
+    callback = Callback(**{when: lambda step, state: {name: 7.0}})
+    with pytest.raises(ValueError, match=f"a callback gives a metric '{name}'"):
+        fit({"w": jnp.ones(2)}, objective, optax.sgd(0.1), [1.0, 1.0], callbacks=[callback])
 
 
 @pytest.mark.parametrize("mesh", [None, "fsdp"])

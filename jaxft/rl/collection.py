@@ -75,13 +75,21 @@ def collect(
             `add_old_policy` among the transforms.
         epochs: passes over a rollout, in each but the first its rows shuffled.
         kl_control: gives the batch `kl_weight`, which the credit of rloo, reinforce_plus_plus and ppo uses
-            in place of their `reward_kl`. Needs `add_reference` among the transforms.
+            in place of their `reward_kl`. Needs `add_reference` among the transforms, and a credit that is
+            marked by `reads_kl_weight`.
         mesh: as for `fit`; rows are sampled and scored over its data and fsdp axes. On several hosts all form
             the whole rollout and keep their rows; rewards must be the same for all: see `on_first_host`.
 
     Raises:
-        ValueError: for sizes that do not fit each other; when called, for rewards of a wrong length.
+        ValueError: for sizes that do not fit each other, or `kl_control` with a credit that does not read its
+            weight; when called, for rewards of a wrong length.
     """
+    if kl_control is not None and not getattr(credit, "reads_kl_weight", False):
+        raise ValueError(
+            "collect: kl_control adapts batch['kl_weight'], which this credit does not read; take the credit "
+            "of rloo, reinforce_plus_plus or ppo, or mark one of your own that reads it by "
+            "rl.reads_kl_weight(credit). The kl_weight of policy_gradient is a constant."
+        )
     several = updates * epochs > 1
 
     def rollout(params, draws, key, kl_weight):

@@ -45,7 +45,13 @@ class BatchSource:
             # Of this process alone: what is sampled may be another program on each host.
             self._key = _own_key(state) if self._key is None else self._key
             key = stream(self._key, "collect", step)
-            batch, carry = self._batches(state.params, state.carry, key)
+            found = self._batches(state.params, state.carry, key)
+            if not isinstance(found, (tuple, list)) or len(found) != 2:
+                raise ValueError(
+                    f"collect: (batch, carry) must be returned, got {type(found).__name__}; end with "
+                    "`return batch, carry`, the carry as it came if nothing is kept there."
+                )
+            batch, carry = found
             state = state._replace(carry=_next_carry(carry, state, batch, mesh))
         else:
             batch = next(self._batches, None)

@@ -56,6 +56,12 @@ class Algorithm(NamedTuple):
     objective: Objective
 
 
+def reads_kl_weight(credit: Credit) -> Credit:
+    """Marks a credit that weights its KL by batch["kl_weight"] [B]; `kl_control` of `collect` needs one."""
+    credit.reads_kl_weight = True
+    return credit
+
+
 def reinforce_with_baseline(build: Build, clip: float = 0.2) -> Algorithm:
     """-(r - mean of the batch) Σ_t log π_t: Williams, 1992, doi.org/10.1007/BF00992696.
 
@@ -73,6 +79,7 @@ def rloo(build: Build, group_size: int, reward_kl: float = 0.0, clip: float = 0.
         clip: ε of the ratio of each sequence, which is 1 at a rollout's first update: see `clipped_sums`.
     """
 
+    @reads_kl_weight
     def credit(rewards, batch):
         if (penalties := _penalties(batch, reward_kl)) is not None:
             rewards = rewards - jnp.sum(penalties, axis=1)
@@ -130,6 +137,7 @@ def reinforce_plus_plus(build: Build, reward_kl: float = 0.0, clip: float = 0.2)
         reward_kl: β of the KL to the reference in each token's reward (k1); needs ref_log_probs.
     """
 
+    @reads_kl_weight
     def credit(rewards, batch):
         mask = jnp.asarray(batch["completion_mask"])
         penalties = _penalties(batch, reward_kl)
@@ -160,6 +168,7 @@ def ppo(
         value_clip, value_weight: see `value_loss`.
     """
 
+    @reads_kl_weight
     def credit(rewards, batch):
         if "old_values" not in batch:
             raise ValueError("ppo: no old_values; give the params a value head (with_value_head).")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -15,11 +15,11 @@ from jax.sharding import Mesh
 from jaxft.data.batching import own_rows
 from jaxft.keys import stream
 from jaxft.losses import adapted_kl_weight, kl_k1
-from jaxft.parallel import batch_sharding, in_turn, lay_out, mesh_context, to_host
+from jaxft.parallel import batch_sharding, in_turn, lay_out, mesh_context, replicated, to_host
 from jaxft.rl.advantages import has_contrast
 from jaxft.rl.algorithms import Credit
 from jaxft.rl.prompts import Prompts
-from jaxft.rl.rollouts import Batch, Sample, checked_rewards
+from jaxft.rl.rollouts import Batch, Sample, checked, rows_of, with_bool_masks
 from jaxft.rl.transforms import Transform
 
 # (params, draws of prompts so far, key, weight of the KL or None) -> (batch, draws that it took)
@@ -75,22 +75,35 @@ def collect(
             `add_old_policy` among the transforms.
         epochs: passes over a rollout, in each but the first its rows shuffled.
         kl_control: gives the batch `kl_weight`, which the credit of rloo, reinforce_plus_plus and ppo uses
-            in place of their `reward_kl`. Needs `add_reference` among the transforms.
+            in place of their `reward_kl`. Needs `add_reference` among the transforms, and a credit that is
+            marked by `reads_kl_weight`.
         mesh: as for `fit`; rows are sampled and scored over its data and fsdp axes. On several hosts all form
             the whole rollout and keep their rows; rewards must be the same for all: see `on_first_host`.
 
     Raises:
-        ValueError: for sizes that do not fit each other; when called, for rewards of a wrong length.
+        ValueError: for sizes that do not fit each other, or `kl_control` with a credit that does not read its
+            weight; when called, for rewards of a wrong length.
     """
+    if kl_control is not None and not getattr(credit, "reads_kl_weight", False):
+        raise ValueError(
+            "collect: kl_control adapts batch['kl_weight'], which this credit does not read; take the credit "
+            "of rloo, reinforce_plus_plus or ppo, or mark one of your own that reads it by "
+            "rl.reads_kl_weight(credit). The kl_weight of policy_gradient is a constant."
+        )
     several = updates * epochs > 1
 
     def rollout(params, draws, key, kl_weight):
         with mesh_context(mesh):
-            batch = dict(sample(params, prompts.pick(draws, fixed=several), key))
-            batch["rewards"] = checked_rewards(batch["rewards"], len(batch["tokens"]))
+            batch = checked(sample(params, prompts.pick(draws, fixed=several), key))
             taken = batch.pop("draws", 1)
             for place, transform in enumerate(transforms):
                 batch = transform(batch, params, stream(key, "transform", place))
+                if not isinstance(batch, Mapping):
+                    raise ValueError(
+                        f"collect: transform {place} returned {type(batch).__name__} in place of the batch; "
+                        "a transform ends with `return batch | {...}`."
+                    )
+            batch = with_bool_masks(dict(batch))
             if several and "old_log_probs" not in batch:
                 raise ValueError(
                     f"collect: {updates} updates and {epochs} epochs need the log-probs of the policy that "
@@ -126,13 +139,14 @@ def in_parts(
 
     def run(params, carry, key):
         own = dict(carry["experience"])
-        kept = own.pop("rollout", None)
+        before = kept = own.pop("rollout", None)
         own = jax.tree.map(lambda x: x[()], to_host(own))
         part = int(own["part"])
         if part == 0:
             weight = float(own["kl_weight"]) if kl_control is not None else None
             kept, taken = rollout(params, int(own["draws"]), key, weight)
             rows = _checked_rows(kept, updates, mesh)
+            _check_shapes(before, kept)
             own |= {"draws": own["draws"] + taken, "rollouts": own["rollouts"] + 1}
             if kl_control is not None:
                 own["kl_weight"] = np.float32(_adapted(kl_control, weight, kept, rows))
@@ -141,7 +155,7 @@ def in_parts(
         else:
             kept = _laid_out(kept, mesh)
             order = _order(len(kept["tokens"]), seed, int(own["rollouts"]) - 1, part // updates)
-            batch = in_turn(_take(mesh)(kept, order[part % updates :: updates]))
+            batch = _take(kept, order[part % updates :: updates], mesh)
             own |= {"rollout": kept, "part": np.int32((part + 1) % parts)}
         return batch, carry | {"experience": own}
 
@@ -194,6 +208,22 @@ def _checked_rows(batch, updates, mesh):
     return rows
 
 
+def _check_shapes(before, now):
+    """Whether a rollout, kept in the carry, has the shapes of the one before, if there was one."""
+    shapes = lambda tree: {
+        jax.tree_util.keystr(path, simple=True, separator="/"): list(np.shape(x))
+        for path, x in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    known, new = shapes(before or {}), shapes(now)
+    if changed := [name for name in known if known[name] != new.get(name)]:
+        name = changed[0]
+        raise ValueError(
+            f"collect: {name!r} was {known[name]} in one rollout and is {new.get(name)} in the next; with "
+            "several updates or epochs all rollouts need the same shapes: a sampler of your own pads prompts "
+            "to asked.width columns (at the left), and responses to as many as they may ever have."
+        )
+
+
 def _adapted(control, weight, batch, count):
     kl = float(np.mean(batch["stats"]["response_kl"]))
     return adapted_kl_weight(kl=kl, count=count, **control._asdict() | {"weight": weight})
@@ -210,21 +240,28 @@ def _of_this_host(batch):
     if jax.process_count() == 1:
         return batch
     rows = np.arange(len(batch["tokens"]))
-    chosen = own_rows(len(rows))({"rows": rows})["rows"]
-    return jax.tree.map(lambda x: x[chosen], batch)
+    return rows_of(batch, own_rows(len(rows))({"rows": rows})["rows"])
 
 
 def _laid_out(batch, mesh):
     """The rollout as the carry holds it, rows over the mesh like those of a batch."""
     if mesh is None:
         return jax.tree.map(jnp.asarray, batch)
-    rows = batch_sharding(mesh)
+    rows, whole = batch_sharding(mesh), replicated(mesh)
     laid = lambda x: isinstance(x, jax.Array) and x.sharding.is_equivalent_to(rows, x.ndim)
-    return jax.tree.map(lambda x: x if laid(x) else lay_out(x, rows), batch)
+    place = lambda x: lay_out(x, rows if np.ndim(x) else whole)
+    return jax.tree.map(lambda x: x if np.ndim(x) and laid(x) else place(x), batch)
+
+
+def _take(batch, rows, mesh):
+    """Rows of a rollout; entries without axes are copied to the host, for steps overwrite the carry."""
+    leaves, treedef = jax.tree.flatten(batch)
+    taken = iter(in_turn(_take_arrays(mesh)([x for x in leaves if np.ndim(x)], rows)))
+    return treedef.unflatten([next(taken) if np.ndim(x) else to_host(x) for x in leaves])
 
 
 @functools.cache
-def _take(mesh):
-    """Rows of a rollout: one program for all parts."""
-    take = lambda batch, rows: jax.tree.map(lambda x: x[rows], batch)
+def _take_arrays(mesh):
+    """One program for all parts."""
+    take = lambda arrays, rows: [x[rows] for x in arrays]
     return jax.jit(take, out_shardings=None if mesh is None else batch_sharding(mesh))

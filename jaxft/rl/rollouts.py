@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxft.generation import SamplingConfig, bucket, generate, left_pad
@@ -142,18 +143,67 @@ def padded(batch: Batch, width: int, size: int) -> Batch:
     return {name: np.pad(x, pads[name]) if name in pads else x for name, x in batch.items()}
 
 
-def concatenated(batches: Sequence[Batch]) -> Batch:
-    """One batch of several, whose prompts and responses may lie in different buckets."""
+def concatenated(batches: Sequence[Batch], columns: Collection[str] = ()) -> Batch:
+    """One batch of several, whose prompts and responses may lie in different buckets.
+
+    Entries [B, N, ...] are padded with zeros like completion_mask, [B, T, ...] like tokens, those in nested
+    dicts too. Entries without axes are the first batch's.
+
+    Args:
+        columns: names of entries that belong to prompts, which keep their shapes.
+    """
+    totals = [batch["tokens"].shape[1] for batch in batches]
     sizes = [batch["completion_mask"].shape[1] for batch in batches]
-    widths = [b["tokens"].shape[1] - n for b, n in zip(batches, sizes, strict=True)]
-    parts = [padded(batch, max(widths), max(sizes)) for batch in batches]
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    widths = [total - size for total, size in zip(totals, sizes, strict=True)]
+    after = [max(sizes) - size for size in sizes]
+    around = [(max(widths) - width, n) for width, n in zip(widths, after, strict=True)]
+    pads = {tuple(totals): around, tuple(sizes): [(0, n) for n in after]}
+
+    def join(path, *parts):
+        if np.ndim(parts[0]) == 0:
+            return parts[0]
+        name, lengths = path[0].key, tuple(np.shape(x)[1] for x in parts if np.ndim(x) > 1)
+        if lengths in pads and name not in columns:
+            rest = [(0, 0)] * (np.ndim(parts[0]) - 2)
+            pairs = zip(parts, pads[lengths], strict=True)
+            parts = [np.pad(x, [(0, 0), pad, *rest]) for x, pad in pairs]
+        return np.concatenate(parts)
+
+    return jax.tree_util.tree_map_with_path(join, *batches)
+
+
+def rows_of(batch: Batch, rows: Any) -> Batch:
+    """The batch's rows of these numbers; entries without axes stay as they are."""
+    return jax.tree.map(lambda x: x[rows] if np.ndim(x) else x, batch)
 
 
 def model_inputs(batch: Batch) -> Batch:
     """What a forward pass reads: tokens, positions, segments, the mask, and columns of the user's."""
     given = {*WHOLE, "completion_mask"}
     return {name: x for name, x in batch.items() if name in given or name not in MADE}
+
+
+def checked(batch: Any) -> Batch:
+    """What a sampler gave, with arrays in place of lists, a bool mask, and rewards NaN without a verdict.
+
+    Raises:
+        ValueError: for entries that are missing; see `checked_rewards`.
+    """
+    needed = {"tokens", "completion_mask", "sampler_log_probs", "rewards", "truncated"}
+    if not isinstance(batch, Mapping) or (missing := sorted(needed - batch.keys())):
+        raise ValueError(
+            f"collect: a sampler returns a batch (docs/contracts.md) with {sorted(needed)}; this one gave "
+            + (f"none of {missing}." if isinstance(batch, Mapping) else f"{type(batch).__name__}.")
+        )
+    listed = lambda x: isinstance(x, (list, tuple))
+    rewards = checked_rewards(batch["rewards"], len(batch["tokens"]))
+    arrays = jax.tree.map(lambda x: np.asarray(x) if listed(x) else x, dict(batch), is_leaf=listed)
+    return with_bool_masks(arrays | {"rewards": rewards})
+
+
+def with_bool_masks(batch: Batch) -> Batch:
+    """The batch with completion_mask and truncated as bool, whatever numbers they were."""
+    return batch | {name: batch[name].astype(bool) for name in ("completion_mask", "truncated")}
 
 
 def checked_rewards(rewards: Any, count: int) -> np.ndarray:

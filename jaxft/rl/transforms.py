@@ -19,7 +19,7 @@ from jaxft.objectives import completion_log_probs, completion_values
 from jaxft.parallel import in_turn, to_host
 from jaxft.rl.advantages import has_contrast
 from jaxft.rl.prompts import Asked
-from jaxft.rl.rollouts import Batch, Sample, concatenated, model_inputs
+from jaxft.rl.rollouts import Batch, Sample, checked, concatenated, model_inputs, rows_of
 
 Transform = Callable[[Batch, Any, jax.Array], Batch]
 
@@ -118,15 +118,14 @@ def until_contrast(sample: Sample, tries: int) -> Sample:
                 asked, key_now = asked.following(), stream(key, "try", len(taken))
             else:
                 key_now = key
-            batch = sample(params, asked, key_now)
+            batch = checked(sample(params, asked, key_now))
             group_size = len(batch["rewards"]) // count
             taken.append(batch)
             kept.append(np.asarray(has_contrast(jnp.asarray(batch["rewards"]), group_size)))
         # Stable: in the order of sampling.
         groups = np.argsort(~np.concatenate(kept), kind="stable")[:count]
         rows = (groups[:, None] * group_size + np.arange(group_size)).reshape(-1)
-        whole = {name: x[rows] for name, x in concatenated(taken).items()}
-        return whole | {"draws": len(taken)}
+        return rows_of(concatenated(taken, asked.columns), rows) | {"draws": len(taken)}
 
     return several
 

@@ -216,6 +216,31 @@ def test_the_weight_of_the_kl_adapts():
         taken(collector(make().credit, rl.add_old_policy(model.forward, 1.0)), params)
 
 
+def test_kl_control_needs_a_credit_that_reads_its_weight():
+    _, params = model_and_params()
+    build = functools.partial(policy_gradient, lambda *args: None)
+    unread = (
+        rl.grpo(build, 8),
+        rl.dapo(build, 8),
+        rl.nft(build, 8),
+        rl.reinforce_with_baseline(build),
+    )
+    for algorithm in unread:
+        with pytest.raises(ValueError, match="this credit does not read"):
+            collector(algorithm.credit)
+    for algorithm in (rl.rloo(build, 8), rl.reinforce_plus_plus(build), rl.ppo(build)):
+        collector(algorithm.credit)
+    seen = []
+
+    @rl.reads_kl_weight
+    def own(rewards, batch):
+        seen.append(batch["kl_weight"])
+        return {"advantages": rewards}
+
+    taken(collector(own), params)
+    np.testing.assert_allclose(seen[0], np.full(64, 0.1), rtol=1e-6)
+
+
 def collector(credit, *transforms):
     model, params = model_and_params()
     control = rl.KlControl(weight=0.1, target=1e-3, horizon=100.0)

@@ -85,6 +85,7 @@ def objective_of(config: Any):
     whole = loss
     if config.nll_alpha:
         whole = lambda pairs: loss(pairs) + config.nll_alpha * losses.nll_loss(pairs)
+        whole.compares_pairs = losses.compares_pairs(loss)
     beta = 0.1 if config.beta is None else config.beta
     if config.loss == "hypo":
         return lambda forward: objectives.hypo(

@@ -58,7 +58,9 @@ def pair_loss(loss: Callable[..., Any], config: Any, arguments: Mapping[str, str
     jax.eval_shape(loss, pairs)  # Bad values fail now, not after minutes.
     if not config.nll_alpha:
         return loss
-    return lambda pairs: loss(pairs) + config.nll_alpha * losses.nll_loss(pairs)
+    whole = lambda pairs: loss(pairs) + config.nll_alpha * losses.nll_loss(pairs)
+    whole.compares_pairs = losses.compares_pairs(loss)
+    return whole
 
 
 def _of_pairs(loss, *, reference=True, **arguments):

@@ -1,12 +1,14 @@
 """Losses of preference pairs against a reference model, one value a pair.
 
-All take `Pairs`, so that an objective can be given any of them; combine several by adding what they give.
+All take `Pairs`, so that an objective can be given any of them; combine several by adding what they give
+(with one that compares pairs, see `compares_pairs`).
 Symbols: a, b are the log-ratios log π/π_ref of the chosen and the rejected completion, Δ = a - b,
 n_w and n_l their lengths in tokens. Hyperparameters are named as in TRL.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -27,6 +29,9 @@ class Pairs(NamedTuple):
     rejected_lengths: jax.Array | None = None  # [B]
     prompt: jax.Array | None = None  # [B] log π(prompt), of its tokens but the first
     prompt_lengths: jax.Array | None = None  # [B] how many these are
+    counted: jax.Array | None = (
+        None  # [B] above 0 where a pair counts; None: all. For `compares_pairs`
+    )
 
 
 def log_ratios(pairs: Pairs) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
@@ -55,6 +60,17 @@ def lengths(pairs: Pairs) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
         raise ValueError("this loss divides by lengths: give chosen_lengths and rejected_lengths.")
     chex.assert_equal_shape([pairs.chosen, pairs.chosen_lengths, pairs.rejected_lengths])
     return pairs.chosen_lengths.astype(jnp.float32), pairs.rejected_lengths.astype(jnp.float32)
+
+
+def compares_pairs(loss: Callable[[Pairs], jax.Array]) -> bool:
+    """Whether a pair's value depends on the other pairs of its batch, so that microbatches would change it.
+
+    The function says so by an attribute of this name, which is also found inside a functools.partial. A
+    function around such a loss must be given it: `mine.compares_pairs = compares_pairs(loss)`.
+    """
+    while isinstance(loss, functools.partial):
+        loss = loss.func
+    return getattr(loss, "compares_pairs", False)
 
 
 def dpo_loss(
@@ -182,14 +198,18 @@ def aot_loss(
 ) -> Float[Array, " B"]:
     """DPO's loss of sorted margins: the policy's margins are to dominate the reference's as a distribution.
 
-    AOT: Melnyk et al., 2024, arxiv.org/abs/2406.05882. Sorted over the batch it is given, so
-    unlike the others it depends on how a batch is split into microbatches.
+    AOT: Melnyk et al., 2024, arxiv.org/abs/2406.05882. The k-th smallest margin is compared with the k-th
+    smallest margin of the reference, among the pairs that count; the value stands at the pair of the
+    policy's margin. It compares pairs (`compares_pairs`), so `preference` refuses microbatches with it.
     """
     log_ratios(pairs)  # Checks.
-    margins = jnp.sort(pairs.chosen - pairs.rejected)
-    ref_margins = jnp.sort(pairs.ref_chosen - pairs.ref_rejected)
-    z = _positive(beta) * (margins - jax.lax.stop_gradient(ref_margins))
+    margins = pairs.chosen - pairs.rejected
+    ref_margins = jax.lax.stop_gradient(pairs.ref_chosen - pairs.ref_rejected)
+    z = _positive(beta) * (margins - _of_equal_rank(margins, ref_margins, pairs.counted))
     return smoothed_logistic(z, label_smoothing)
+
+
+aot_loss.compares_pairs = True
 
 
 def aot_unpaired_loss(
@@ -197,10 +217,15 @@ def aot_unpaired_loss(
 ) -> Float[Array, " B"]:
     """DPO's loss of the sorted a against the sorted b: which belong together does not matter.
 
-    AOT: Melnyk et al., 2024, arxiv.org/abs/2406.05882, unpaired. See `aot_loss` on batches.
+    AOT: Melnyk et al., 2024, arxiv.org/abs/2406.05882, unpaired. The value stands at the pair of a; see
+    `aot_loss` on batches.
     """
     a, b = log_ratios(pairs)
-    return smoothed_logistic(_positive(beta) * (jnp.sort(a) - jnp.sort(b)), label_smoothing)
+    z = _positive(beta) * (a - _of_equal_rank(a, b, pairs.counted))
+    return smoothed_logistic(z, label_smoothing)
+
+
+aot_unpaired_loss.compares_pairs = True
 
 
 def discopop_loss(
@@ -353,6 +378,13 @@ def smoothed_logistic(z: Float[Array, " B"], label_smoothing: float) -> Float[Ar
     """-(1 - ε) log σ(z) - ε log σ(-z)."""
     epsilon = _smoothing(label_smoothing)
     return -(1 - epsilon) * jax.nn.log_sigmoid(z) - epsilon * jax.nn.log_sigmoid(-z)
+
+
+def _of_equal_rank(x, y, counted):
+    """For each counted x the counted y of the same rank; where nothing counts, some y."""
+    out = jnp.zeros(x.shape, bool) if counted is None else ~(counted > 0)
+    order, other = jnp.lexsort((x, out)), jnp.lexsort((y, out))  # what does not count comes last
+    return y[other[jnp.argsort(order)]]
 
 
 def _positive(value, name="beta"):

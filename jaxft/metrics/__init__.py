@@ -9,6 +9,7 @@ from jaxft.metrics.mean import (
     WholeMean,
     combine_means,
     differentiable,
+    is_undivided,
     terms_of,
     with_mean,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "combine_means",
     "differentiable",
     "exact_pass_rate",
+    "is_undivided",
     "length_controlled_rate",
     "majority_vote",
     "pass_at_k",

@@ -54,6 +54,12 @@ class Undivided(Mean):
     __slots__ = ()
 
 
+def is_undivided(metric: Any) -> bool:
+    """Whether it is `Undivided`, or `Terms` of which one is."""
+    parts = metric.parts if isinstance(metric, Terms) else (metric,)
+    return any(isinstance(part, Undivided) for part in parts)
+
+
 class Terms(NamedTuple):
     """Σ_k total_k / weight_k: a loss of several means, each over its own tokens, records or samples.
 
@@ -119,9 +125,10 @@ def terms_of(loss: jax.Array, logged: Any, coefficient: float = 1.0) -> tuple[Me
     """
     if isinstance(logged, Terms):
         parts = differentiable(logged, loss).parts
-        return tuple(Mean(coefficient * part.total, part.weight) for part in parts)
+        return tuple(part._replace(total=coefficient * part.total) for part in parts)
     weight = jnp.asarray(logged.weight if isinstance(logged, Mean) else 1.0, jnp.float32)
-    return (Mean(coefficient * loss * weight, weight),)
+    kind = Undivided if isinstance(logged, Undivided) else Mean
+    return (kind(coefficient * loss * weight, weight),)
 
 
 def with_mean(mean: jax.Array, weight: jax.Array, part: Mean) -> tuple[jax.Array, jax.Array]:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxft.losses import linear_cross_entropy
-from jaxft.metrics import Mean, Terms, Undivided, WholeMean, terms_of
+from jaxft.metrics import Mean, Terms, Undivided, WholeMean, is_undivided, terms_of
 from jaxft.models import Forward
 
 Objective = Callable[..., tuple[jax.Array, dict[str, Any]]]
@@ -73,7 +73,7 @@ def mean_of(objective: Objective) -> Callable[..., Mean | Terms]:
     def mean(params, batch, key):
         loss, metrics = objective(params, batch, key)
         parts = terms_of(loss, metrics["loss"])
-        if any(isinstance(m, WholeMean | Undivided) for m in metrics.values()):
+        if any(isinstance(m, WholeMean) or is_undivided(m) for m in metrics.values()):
             return Undivided(loss, jnp.ones(()))
         return parts[0] if len(parts) == 1 else Terms(parts)
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxft.losses import (
     Pairs,
     bco_loss,
+    compares_pairs,
     kl_estimates,
     kto_kl,
     kto_loss,
@@ -26,7 +27,7 @@ from jaxft.losses import (
     reverse_kl_surrogate,
     wpo_weights,
 )
-from jaxft.metrics import Mean, Terms, WholeMean, terms_of, with_mean
+from jaxft.metrics import Mean, Terms, Undivided, WholeMean, terms_of, with_mean
 from jaxft.models import Forward, Prediction, as_rows, of_group
 from jaxft.objectives.next_token import Objective, shift
 
@@ -111,7 +112,8 @@ def preference(
 
     Args:
         forward: see `supervised`.
-        loss: `functools.partial(dpo_loss, beta=0.1)` or any function of `Pairs`.
+        loss: `functools.partial(dpo_loss, beta=0.1)` or any function of `Pairs`; one that compares pairs with
+            each other (`losses.compares_pairs`, such as `aot_loss`) allows no microbatches.
         beta: scale of the rewards in the metrics; give the loss its own.
         reference: params -> params of the reference, for batches without `ref_log_probs`.
         use_weighting: multiply each pair's loss by both `wpo_weights`.
@@ -127,7 +129,8 @@ def preference(
         values = loss(pairs)
         if use_weighting:
             values = values * policy.weights[:, 0] * policy.weights[:, 1]
-        total = Mean.of(jnp.where(counted > 0, values, 0.0), counted)
+        kind = Undivided if compares_pairs(loss) else Mean
+        total = kind.of(jnp.where(counted > 0, values, 0.0), counted)
         metrics = _pair_metrics(pairs, counted, beta) | {
             "loss": total,
             "num_tokens": all_tokens(batch, total),
@@ -256,7 +259,8 @@ def _pairs(policy: Sequences, ref) -> tuple[Pairs, jax.Array]:
     lengths = jnp.maximum(policy.lengths, 1.0)
     columns = lambda x: (None, None) if x is None else (x[:, 0], x[:, 1])
     prompt = policy.prompts[:, 0], policy.prompt_lengths[:, 0]
-    return Pairs(*columns(policy.sums), *columns(ref), *columns(lengths), *prompt), counted
+    sums = *columns(policy.sums), *columns(ref)
+    return Pairs(*sums, *columns(lengths), *prompt, counted), counted
 
 
 def _reference_sums(forward, params, batch, key, reference, ld_alpha=1.0):

@@ -81,7 +81,7 @@ def online_preference(build: Build, loss: PairLoss, group_size: int) -> Algorith
 
         def values(sums):
             # Of groups without a pair both sides are one row, or empty: finite, and left out.
-            found = loss(Pairs(*take(sums), *take(ref), *take(safe)))
+            found = loss(Pairs(*take(sums), *take(ref), *take(safe), counted=paired))
             return jnp.sum(jnp.where(paired, found, 0.0)), found
 
         gradient, found = jax.grad(values, has_aux=True)(sums)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxft.keys import stream
-from jaxft.metrics import Mean, Terms, Undivided, WholeMean, combine_means, differentiable
+from jaxft.metrics import Mean, Terms, WholeMean, combine_means, differentiable, is_undivided
 from jaxft.optim.estimators import evaluates, evaluates_at_params
 
 # A gradient estimator has the signature of jax.value_and_grad:
@@ -122,12 +122,15 @@ def _on_slices(fun, whole, weights):
 
 
 def _refuse_undivided(metrics):
-    for name, metric in metrics.items():
-        if isinstance(metric, Undivided):
-            raise ValueError(
-                f"microbatches: {name!r} is a value of the whole batch and no sum over its rows, such as a "
-                "sample_distance; use microbatches=1 with a smaller batch, or a distance that is a Mean."
-            )
+    found = [name for name, metric in metrics.items() if is_undivided(metric)]
+    # The part that is undivided rather than the Terms that hold it.
+    if found:
+        name = min(found, key=lambda name: isinstance(metrics[name], Terms))
+        raise ValueError(
+            f"microbatches: {name!r} is a value of the whole batch and no sum over its rows, such as a "
+            "sample_distance or aot_loss; use microbatches=1 with a smaller batch, or a distance or loss "
+            "that is a Mean."
+        )
 
 
 def in_slices(

@@ -14,7 +14,7 @@ import optax
 from jaxft.adapters import combine, partition
 from jaxft.adapters.committing import commit, in_place
 from jaxft.keys import stream
-from jaxft.metrics import Mean, Terms, Undivided
+from jaxft.metrics import Mean, Terms, is_undivided
 from jaxft.optim.estimators import evaluates_at_params
 from jaxft.optim.perturbations import global_norm
 from jaxft.parallel import mesh_context
@@ -221,7 +221,7 @@ def _of_batch(fn, whole, batch, key, microbatches):
         kind = jax.eval_shape(of, batch, key)
         if not isinstance(kind, Mean | Terms):
             return of(batch, key)
-        parts = 1 if isinstance(kind, Undivided) else microbatches
+        parts = 1 if is_undivided(kind) else microbatches
         return in_slices(of, batch, key, parts).value
 
     return run

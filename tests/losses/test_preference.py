@@ -73,6 +73,24 @@ def test_values_and_gradients_are_trls(name):
     close(gradient, expected["gradient"])
 
 
+@pytest.mark.parametrize("loss", [losses.aot_loss, losses.aot_unpaired_loss])
+def test_aot_is_that_of_sorted_numbers_of_the_pairs_that_count(loss):
+    """A plain loop over NumPy's sorted lists; each value stands at its own pair."""
+    rng = np.random.default_rng(0)
+    w, lost, ref_w, ref_lost = rng.normal(0, 3, (4, 7)).astype(np.float32)
+    w[2], ref_w[4] = 50, -50  # of pairs that do not count: at either end
+    counted = np.array([1, 1, 0, 1, 0, 1, 1], np.float32)
+    paired = loss is losses.aot_loss
+    own, other = (w - lost, ref_w - ref_lost) if paired else (w - ref_w, lost - ref_lost)
+    found = loss(Pairs(*map(jnp.asarray, (w, lost, ref_w, ref_lost)), counted=counted), beta=0.3)
+    rows = np.flatnonzero(counted)
+    for row, partner in zip(rows[np.argsort(own[rows])], np.sort(other[rows]), strict=True):
+        close(found[row], np.log1p(np.exp(-0.3 * (own[row] - partner))))
+    assert np.all(np.isfinite(found))
+    assert losses.compares_pairs(functools.partial(loss, beta=0.3))
+    assert not losses.compares_pairs(functools.partial(losses.dpo_loss, beta=0.3))
+
+
 def test_wpo_weights_are_trls():
     weights = losses.wpo_weights(DATA["log_probs"], DATA["collision"], DATA["mask"])
     plain = losses.dpo_loss(pairs_of(DATA["log_probs"].sum(1)), beta=0.3)
@@ -138,8 +156,8 @@ summed = lambda pairs: pairs._replace(chosen_lengths=jnp.ones(2), rejected_lengt
         (losses.nca_loss, (1.338793, 1.424888)),
         (losses.bco_pair_loss, (1.288793, 1.462856)),
         (functools.partial(losses.sppo_loss, beta=0.1), (32, 66.25)),
-        (losses.aot_loss, (0.770957, 0.598139)),
-        (losses.aot_unpaired_loss, (0.668460, 0.693147)),
+        (losses.aot_loss, (0.598139, 0.770957)),
+        (losses.aot_unpaired_loss, (0.693147, 0.668460)),
         (losses.apo_zero_loss, (0.950042, 1.037477)),
         (losses.apo_down_loss, (0.975145, 1.024932)),
         (losses.discopop_loss, (0.814763, 0.789495)),

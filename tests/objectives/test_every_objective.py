@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from jaxft import objectives, rl
-from jaxft.losses import dpo_loss
+from jaxft.losses import aot_loss, aot_unpaired_loss, compares_pairs, dpo_loss, nll_loss
 from jaxft.metrics import Mean, Undivided
 from jaxft.objectives import policy_gradient
 from jaxft.objectives.policy import sequence_mean, token_correction
@@ -281,6 +281,50 @@ def test_what_no_sum_over_slices_gives_is_refused():
         update(objective, PARAMS, rows(0), 2)
     whole = jax.eval_shape(objectives.mean_of(OBJECTIVES["kto"]()[0]), PARAMS, groups(), None)
     assert isinstance(whole, Undivided)
+
+
+def plus_nll(loss):
+    """A loss of pairs and a likelihood, which says as `loss` does whether it compares pairs."""
+    whole = lambda pairs: loss(pairs) + 0.2 * nll_loss(pairs)
+    whole.compares_pairs = compares_pairs(loss)
+    return whole
+
+
+COMPARING = {
+    "aot": functools.partial(functools.partial(aot_loss), beta=0.3),
+    "aot_unpaired": functools.partial(aot_unpaired_loss, beta=0.3),
+    "aot and nll": plus_nll(functools.partial(aot_loss, beta=0.3)),
+}
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("name", COMPARING)
+def test_losses_that_compare_pairs_compare_those_that_count(name, weighted):
+    """Empty records change nothing, and neither does the order of records."""
+    objective = objectives.preference(MODEL.forward, COMPARING[name], use_weighting=weighted)
+    batch, there = groups(), [i for i in range(ROWS) if i not in EMPTY]
+    wanted = update(objective, PARAMS, {k: x[there] for k, x in batch.items()})
+    close(update(objective, PARAMS, batch), wanted)
+    close(update(objective, PARAMS, {k: x[::-1] for k, x in batch.items()}), wanted)
+
+
+@pytest.mark.parametrize("name", COMPARING)
+def test_losses_that_compare_pairs_are_refused_in_slices(name):
+    preference = objectives.preference(MODEL.forward, COMPARING[name])
+    d = functools.partial(DISTANCE, START)
+    around = {
+        "preference": (preference, groups()),
+        "trust_region": (objectives.trust_region(preference, d, 0.7), groups()),
+        "hypo": (
+            objectives.hypo(MODEL.forward, COMPARING[name]),
+            groups() | {"online": groups(1, 3, 4, (2,))},
+        ),
+    }
+    for objective, batch in around.values():
+        with pytest.raises(ValueError, match="'loss' is a value of the whole batch.*aot_loss"):
+            update(objective, PARAMS, batch, 2)
+        kind = jax.eval_shape(objectives.mean_of(objective), PARAMS, batch, None)
+        assert isinstance(kind, Undivided)
 
 
 def test_the_first_pass_reads_masks_alone():

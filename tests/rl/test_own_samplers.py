@@ -133,7 +133,7 @@ def test_what_is_no_batch_is_an_error():
 
 @pytest.mark.parametrize("alone", [{"x": 1.0, "y": 2.0}, None])
 def test_a_collect_function_returns_its_carry_too(alone):
-    with pytest.raises(ValueError, match=r"\(batch, carry\) must be returned, got"):
+    with pytest.raises(ValueError, match=r"must return \(batch, carry\), got"):
         objective = lambda params, batch, key: (params["w"], {})
         fit(
             {"w": jnp.ones(())},

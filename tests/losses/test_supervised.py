@@ -223,6 +223,6 @@ def test_hessian_products_of_the_supervised_objective_are_those_of_its_logits():
         slope = lambda p: jax.jvp(loss, (p,), (along,))[1]
         return jax.jvp(jax.grad(loss), (params,), (along,)), jax.grad(slope)(params)
 
-    ours = lambda params: supervised(model)(params, batch, jax.random.key(2))[0]
+    ours = lambda params: supervised(model.forward)(params, batch, jax.random.key(2))[0]
     found, expected = jax.jit(lambda: (products(ours), products(slow)))()
     chex.assert_trees_all_close(found, expected, rtol=1e-3, atol=1e-4)

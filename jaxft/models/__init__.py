@@ -10,7 +10,7 @@ from jaxft.models.families import FAMILIES, config_of, family_of
 from jaxft.models.family import Family, Gguf, HuggingFace
 from jaxft.models.layers import read
 from jaxft.models.names import Entry
-from jaxft.models.prediction import Forward, Prediction, project, with_noise
+from jaxft.models.prediction import Forward, Prediction, predict, project, with_noise
 from jaxft.models.soft import virtual_tokens
 from jaxft.models.stacking import is_stacked, stack_layers, unstack_layers
 from jaxft.models.transformer import Targets
@@ -39,6 +39,7 @@ __all__ = [
     "is_stacked",
     "mean_pool",
     "of_group",
+    "predict",
     "project",
     "read",
     "stack_layers",

@@ -7,6 +7,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from jaxft.models.checks import check_tokens
+
 # What each sequence of a group has of its own; any other column is the record's, one for all of its group.
 OF_SEQUENCES = ("tokens", "loss_mask", "segment_ids", "positions")
 
@@ -22,7 +24,7 @@ def as_rows(batch: Batch) -> dict[str, Any]:
     tokens = jnp.asarray(batch["tokens"])
     if tokens.ndim == 2:
         return dict(batch)
-    count, size, length = tokens.shape
+    count, size, length = check_tokens(batch, "B G T")
     rows = {}
     for name, column in batch.items():
         if name in OF_SEQUENCES:
@@ -33,6 +35,15 @@ def as_rows(batch: Batch) -> dict[str, Any]:
 
 
 def of_group(batch: Batch, i: int) -> dict[str, Any]:
-    """Sequence `i` of each group, as groups of one, with the columns of their records."""
+    """Sequence `i` of each group, as groups of one, with the columns of their records.
+
+    Raises:
+        ValueError: if groups are smaller.
+    """
+    size = check_tokens(batch, "B G T")[1]
+    if i >= size:
+        raise ValueError(
+            f"of_group: no sequence {i} in groups of {size}; tokens must be [B, {i + 1}, T]."
+        )
     pick = lambda name, x: x[:, i : i + 1] if name in OF_SEQUENCES else x
     return {name: pick(name, column) for name, column in batch.items()}

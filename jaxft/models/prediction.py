@@ -9,6 +9,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from jaxft.models.checks import check_forward, check_hidden, check_tokens
 from jaxft.weights import WeightLike, matmul_float32
 
 
@@ -40,6 +41,29 @@ class Prediction:
 # what is drawn (dropout). `noise` is a function of the embedded inputs that returns them moved; only
 # objectives with noise pass it. `cache` is `init_cache`'s or an earlier prediction's; only samplers pass it.
 Forward = Callable[..., Prediction]
+
+
+def predict(
+    forward: Forward, params: Any, batch: Mapping[str, Any], key: Any = None, **options: Any
+) -> Prediction:
+    """forward(params, batch, key, **options) of rows [B, T], one hidden state for each token.
+
+    Raises:
+        ValueError: for a model in place of its forward, tokens that are no rows, or if the forward returns
+            something other than a Prediction, or more or fewer hidden states than tokens.
+    """
+    check_forward(forward)
+    tokens = check_tokens(batch)
+    found = forward(params, batch, key, **options)
+    if not isinstance(found, Prediction):
+        what = f"{type(found).__name__} {getattr(found, 'shape', '')}".strip()
+        raise ValueError(
+            f"forward: expected a jaxft.models.Prediction(hidden [B, T, D], head [D, V]), got {what}. Return "
+            "the hidden states before the output projection and the projection itself; of logits alone: "
+            "Prediction(logits, jnp.eye(V))."
+        )
+    check_hidden(found.hidden, tokens)
+    return found
 
 
 def project(hidden: jax.Array, head: WeightLike, softcap: float | None = None) -> jax.Array:

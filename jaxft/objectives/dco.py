@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jaxft.losses import coverage_weight, dco_loss, dco_step_loss, linear_log_probs
 from jaxft.metrics import Mean
-from jaxft.models import Forward
+from jaxft.models import Forward, predict
 from jaxft.objectives.next_token import Objective, shift
 
 
@@ -78,5 +78,5 @@ def step_coverage(forward: Forward, num_samples: int, num_steps: int) -> Objecti
 
 
 def _log_probs(forward, params, batch, key, targets):
-    found = forward(params, batch, key)
+    found = predict(forward, params, batch, key)
     return linear_log_probs(found.hidden, found.head, targets, softcap=found.softcap)

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from jaxft.losses import linear_cross_entropy
 from jaxft.metrics import Mean, Terms, Undivided, WholeMean, is_undivided, terms_of
-from jaxft.models import Forward
+from jaxft.models import Forward, predict
+from jaxft.models.checks import check_tokens
 
 Objective = Callable[..., tuple[jax.Array, dict[str, Any]]]
 
@@ -30,7 +31,7 @@ def supervised(forward: Forward, *, chunk: int = 64) -> Objective:
 
     def objective(params, batch, key):
         targets, weights = shift(batch)
-        found = forward(params, batch, key)
+        found = predict(forward, params, batch, key)
         total = linear_cross_entropy(
             found.hidden, found.head, targets, weights, softcap=found.softcap, chunk=chunk
         )
@@ -55,7 +56,7 @@ def token_supervised(
 
     def objective(params, batch, key):
         targets, weights = shift(batch)
-        logits, count = forward(params, batch, key).logits, jnp.sum(weights)
+        logits, count = predict(forward, params, batch, key).logits, jnp.sum(weights)
         loss = Mean(jnp.sum(weights * token_loss(key, logits, targets, weights > 0)), count)
         found = {} if metrics is None else metrics(key, logits, targets)
         found = {name: Mean(jnp.sum(weights * x), count) for name, x in found.items()}
@@ -84,7 +85,11 @@ def shift(batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
     """(targets [B, T], their weights [B, T] float32): position t predicts token t + 1.
 
     The weight is 0 at the last position, where t + 1 belongs to another segment, and on padding.
+
+    Raises:
+        ValueError: if tokens are no rows [B, T], or loss_mask or segment_ids are not of their shape.
     """
+    check_tokens(batch)
     tokens = batch["tokens"]
     after = lambda x: jnp.pad(x[:, 1:], ((0, 0), (0, 1)))
     weights = after(jnp.asarray(batch.get("loss_mask", jnp.ones(tokens.shape)), jnp.float32))

@@ -21,7 +21,8 @@ import jax.numpy as jnp
 
 from jaxft import losses
 from jaxft.metrics import Mean
-from jaxft.models import Forward, Prediction
+from jaxft.models import Forward, Prediction, predict
+from jaxft.models.checks import check_column, check_tokens
 from jaxft.objectives.next_token import Objective
 
 Batch = dict[str, Any]
@@ -79,6 +80,9 @@ def policy_gradient(
     def objective(params, batch, key):
         mask, sampled = batch["completion_mask"], batch["sampler_log_probs"]
         found, log_probs = completion_forward(forward, params, batch, key, temperature, chunk)
+        for name in ("sampler_log_probs", "old_log_probs", "ref_log_probs"):
+            if name in batch:
+                check_column(batch, name, mask.shape, "policy_gradient")
         still = jax.lax.stop_gradient(log_probs)
         old = batch.get("old_log_probs", still)
         loss, shown = token_loss(log_probs, old, batch)
@@ -134,13 +138,15 @@ def completion_forward(
     chunk: int | None = None,
 ) -> tuple[Prediction, jax.Array]:
     """(what predicts the response's tokens, hidden [B, N, D]; log π of these [B, N], 0 off the mask)."""
+    rows, _ = check_tokens(batch)
     tokens, mask = jnp.asarray(batch["tokens"]), batch["completion_mask"]
-    size = mask.shape[1]
+    size = mask.shape[-1]
+    check_column(batch, "completion_mask", (rows, size), "policy_gradient")
     if size >= tokens.shape[1]:
         raise ValueError(
             f"policy_gradient: {size} response tokens leave none of {tokens.shape[1]} for the prompt."
         )
-    found = forward(params, batch, key).at(slice(None), slice(-size - 1, -1))
+    found = predict(forward, params, batch, key).at(slice(None), slice(-size - 1, -1))
     log_probs = losses.linear_log_probs(
         found.hidden,
         found.head,

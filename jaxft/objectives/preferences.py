@@ -2,8 +2,9 @@
 
 A batch is what `jaxft.data.group_batches` gives: `tokens`, `loss_mask`, `segment_ids`, `positions`
 [B, G, T], with G = 2 sequences a record, and columns [B, ...]: `ref_log_probs` [B, G] of
-`jaxft.train.reference_log_probs`, `label` [B]. A sequence's log-prob is the *sum* over its completion. All
-means are over records, groups without tokens aside, so that microbatches add up.
+`jaxft.train.reference_log_probs`, `label` [B], bool or integer, where above 0 is
+desirable. A sequence's log-prob is the *sum* over its completion. All means are over records, groups
+without tokens aside, so that microbatches add up.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from jaxft.losses import (
     wpo_weights,
 )
 from jaxft.metrics import Mean, Terms, Undivided, WholeMean, terms_of, with_mean
-from jaxft.models import Forward, Prediction, as_rows, of_group
+from jaxft.models import Forward, Prediction, as_rows, of_group, predict
+from jaxft.models.checks import check_column, check_group, check_labels
 from jaxft.objectives.next_token import Objective, shift
 
 PairLoss = Callable[[Pairs], jax.Array]  # one of jaxft.losses with its hyperparameters
@@ -75,7 +77,7 @@ def sequence_log_probs(
         )
     flat = as_rows(batch)
     targets, weights = shift(flat)
-    output = forward(params, flat, key)
+    output = predict(forward, params, flat, key)
     log_probs = linear_log_probs(output.hidden, output.head, targets, softcap=output.softcap)
     counted, shape = weights > 0, tokens.shape[:2]
     lengths = jnp.sum(counted, axis=1, dtype=jnp.float32).reshape(shape)
@@ -121,6 +123,7 @@ def preference(
     """
 
     def objective(params, batch, key):
+        check_group(batch, 2, "preference")
         policy = sequence_log_probs(
             forward, params, batch, key, wpo=use_weighting, ld_alpha=ld_alpha
         )
@@ -203,6 +206,7 @@ def kto(
     """
 
     def objective(params, batch, key):
+        labels = check_labels(batch, "kto")
         first = _side(batch, 0)
         policy = sequence_log_probs(forward, params, first, key)
         other = _side(batch, 1)
@@ -211,7 +215,6 @@ def kto(
         counted = (policy.lengths[:, 0] > 0).astype(jnp.float32)
         ratios = policy.sums[:, 0] - _reference_of(forward, params, first, key, reference)
         other_ratios = mismatched.sums[:, 0] - _reference_of(forward, params, other, key, reference)
-        labels = jnp.asarray(batch["label"]).astype(bool)
         mismatched_kl = WholeMean.of(other_ratios, counted)
         kl = kto_kl(mismatched_kl.over(batch, "kl").value[None])
         weights = dict(desirable_weight=desirable_weight, undesirable_weight=undesirable_weight)
@@ -234,11 +237,11 @@ def bco(forward: Forward, *, beta: float = 0.1, reference: Reference | None = No
     """
 
     def objective(params, batch, key):
+        labels = check_labels(batch, "bco")
         first = _side(batch, 0)
         policy = sequence_log_probs(forward, params, first, key)
         counted = (policy.lengths[:, 0] > 0).astype(jnp.float32)
         ratios = policy.sums[:, 0] - _reference_of(forward, params, first, key, reference)
-        labels = jnp.asarray(batch["label"]).astype(bool)
         rewards = WholeMean.of(beta * ratios, counted)
         running = batch.get("running", (0.0, 0.0))
         delta = jax.lax.stop_gradient(with_mean(*running, rewards.over(batch, "rewards/mean"))[0])
@@ -266,7 +269,7 @@ def _pairs(policy: Sequences, ref) -> tuple[Pairs, jax.Array]:
 def _reference_sums(forward, params, batch, key, reference, ld_alpha=1.0):
     """[B, G], or None if there is no reference."""
     if "ref_log_probs" in batch:
-        return jnp.asarray(batch["ref_log_probs"])
+        return check_column(batch, "ref_log_probs", batch["tokens"].shape[:2], "preferences")
     if reference is None:
         return None
     still = jax.lax.stop_gradient(reference(params))
@@ -292,7 +295,9 @@ def _side(batch, i):
     """Sequence i of each group with its own reference, as groups of one."""
     side = of_group(batch, i)
     if "ref_log_probs" in batch:
-        side["ref_log_probs"] = batch["ref_log_probs"][:, i : i + 1]
+        shape = batch["tokens"].shape[:2]
+        ref = check_column(batch, "ref_log_probs", shape, "preferences")
+        side["ref_log_probs"] = ref[:, i : i + 1]
     return side
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxft.losses import bradley_terry_loss, correctness_loss
 from jaxft.metrics import Mean
 from jaxft.models import Forward, of_group
+from jaxft.models.checks import check_group, check_labels
 from jaxft.objectives.next_token import Objective
 from jaxft.objectives.preferences import all_tokens
 from jaxft.rewards import sequence_rewards, token_rewards
@@ -23,6 +24,7 @@ def pairwise_reward(forward: Forward, *, center_rewards_coefficient: float = 0.0
     """
 
     def objective(params, batch, key):
+        check_group(batch, 2, "pairwise_reward")
         rewards, present = sequence_rewards(forward, params, batch, key)
         counted = present[:, 0] * present[:, 1]
         chosen, rejected = rewards[:, 0], rewards[:, 1]
@@ -50,13 +52,13 @@ def pairwise_reward(forward: Forward, *, center_rewards_coefficient: float = 0.0
 def outcome_reward(forward: Forward) -> Objective:
     """objective(params, batch, key) -> (mean `correctness_loss`, metrics): is the first completion right?
 
-    The column `label` [B] says so. Metrics: accuracy, mean over records.
+    The column `label` [B] says so: True, or an integer above 0. Metrics: accuracy, mean over records.
     """
 
     def objective(params, batch, key):
         first = of_group(batch, 0)
         rewards, present = sequence_rewards(forward, params, first, key)
-        labels = jnp.asarray(batch["label"]).astype(bool)
+        labels = check_labels(batch, "outcome_reward")
         return _classified(rewards[:, 0], labels, present[:, 0])
 
     return objective

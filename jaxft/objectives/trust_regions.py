@@ -29,7 +29,7 @@ from jaxft.losses.divergences import (
     symmetric_kl_divergence,
 )
 from jaxft.metrics import Mean, Terms, Undivided, terms_of
-from jaxft.models import Forward, as_rows
+from jaxft.models import Forward, as_rows, predict
 from jaxft.objectives.next_token import Objective, shift
 from jaxft.objectives.reparametrisation import reparametrised
 from jaxft.optim.perturbations import wide
@@ -52,7 +52,7 @@ def token_logits(forward: Forward) -> LogitsFn:
 
     def logits_fn(params, batch, key, noise=None):
         options = {} if noise is None else {"noise": noise}
-        found = forward(params, rows := as_rows(batch), key, **options)
+        found = predict(forward, params, rows := as_rows(batch), key, **options)
         if "completion_mask" not in batch:
             return found.logits, shift(rows)[1]
         mask = jnp.asarray(batch["completion_mask"])

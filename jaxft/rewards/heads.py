@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxft.models import Forward, as_rows
+from jaxft.models import Forward, as_rows, predict
 from jaxft.weights import matmul
 
 
@@ -23,7 +23,7 @@ def token_rewards(
     """The head's value [B, G, T] at each token, in float32."""
     if "reward" not in params:
         raise ValueError("reward model: the params have no 'reward' head; see add_reward_head.")
-    hidden = forward(params, as_rows(batch), key).hidden.astype(jnp.float32)
+    hidden = predict(forward, params, as_rows(batch), key).hidden.astype(jnp.float32)
     return matmul(hidden, params["reward"]["kernel"])[..., 0].reshape(batch["tokens"].shape)
 
 

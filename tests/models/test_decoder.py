@@ -51,9 +51,9 @@ def test_both_layouts_have_the_same_params_and_outputs(config):
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_remat_changes_no_gradient(config, remat, scan_layers):
     params = init(config, scan_layers=scan_layers)
-    grads = lambda name: jax.jit(jax.grad(supervised(Decoder(config, remat=name)), has_aux=True))(
-        params, {"tokens": TOKENS}, None
-    )[0]
+    grads = lambda name: jax.jit(
+        jax.grad(supervised(Decoder(config, remat=name).forward), has_aux=True)
+    )(params, {"tokens": TOKENS}, None)[0]
     chex.assert_trees_all_close(grads(remat), grads("none"), rtol=1e-4, atol=1e-6)
 
 
@@ -63,7 +63,7 @@ def test_lean_and_full_remat_store_less():
 
     def kept(name):
         # What is stored for the backward pass: XLA:CPU's own figure counts buffers that it could share.
-        objective = supervised(Decoder(config, remat=name))
+        objective = supervised(Decoder(config, remat=name).forward)
         residuals = saved_residuals(lambda p: objective(p, batch, None)[0], params)
         return sum(aval.size for aval, where in residuals if "from the argument" not in where)
 

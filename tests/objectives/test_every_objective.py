@@ -321,7 +321,7 @@ def test_losses_that_compare_pairs_are_refused_in_slices(name):
         ),
     }
     for objective, batch in around.values():
-        with pytest.raises(ValueError, match="'loss' is a value of the whole batch.*aot_loss"):
+        with pytest.raises(ValueError, match=r"loss' is a value of the whole batch.*aot_loss"):
             update(objective, PARAMS, batch, 2)
         kind = jax.eval_shape(objectives.mean_of(objective), PARAMS, batch, None)
         assert isinstance(kind, Undivided)

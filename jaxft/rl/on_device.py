@@ -9,9 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxft.generation import SamplingConfig, decode, fork, left_pad, prefill
 from jaxft.models import Decoder
+from jaxft.parallel import in_turn, mesh_context
 from jaxft.rl.advantages import has_contrast
 from jaxft.rl.algorithms import Credit
 from jaxft.rl.collection import Collector, in_parts
@@ -34,6 +36,7 @@ def collect_on_device(
     updates: int = 1,
     epochs: int = 1,
     ref_params: Any = None,
+    mesh: Mesh | None = None,
 ) -> Collector:
     """As `collect`, with rewards that are a function of tokens, such as `equals(answers)`.
 
@@ -46,6 +49,7 @@ def collect_on_device(
         group_size: responses to each prompt.
         updates, epochs: as in `collect`; several give `old_log_probs`. A value head gives `old_values`.
         ref_params: gives `ref_log_probs`.
+        mesh: as for `fit`; a rollout of several updates then lies over its data and fsdp axes.
 
     Raises:
         ValueError: for greedy sampling.
@@ -74,9 +78,10 @@ def collect_on_device(
 
     def rollout(params, draws, key, kl_weight):
         chosen, columns = np.array(prompts.chosen(draws)), prompts.pick(draws).columns
-        return run(params, ref_params, key, chosen, columns), 1
+        with mesh_context(mesh):
+            return in_turn(run(params, ref_params, key, chosen, columns)), 1
 
-    return in_parts(rollout, updates, epochs, seed=prompts.seed)
+    return in_parts(rollout, updates, epochs, seed=prompts.seed, mesh=mesh)
 
 
 def sample_on_device(

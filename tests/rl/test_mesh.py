@@ -61,3 +61,27 @@ def test_a_run_on_eight_devices_equals_one_on_one(tmp_path):
     head = lambda state: np.asarray(state.params["value_head"]["kernel"])
     np.testing.assert_allclose(head(state), head(one), atol=1e-4)
     assert len(state.params["layers"]["mlp"]["up"]["kernel"].base.sharding.device_set) == 8
+
+
+def test_a_rollout_on_the_device_lies_over_the_mesh():
+    model, params = model_and_params()
+    credit, objective = rl.grpo(functools.partial(policy_gradient, model.forward), 8)
+    mesh, found = make_mesh(data=4, fsdp=2), []
+    reward = lambda tokens, mask, numbers: jax.numpy.sum(mask, axis=1) * 1.0
+    for at in (None, mesh):
+        batches = rl.collect_on_device(
+            model,
+            rl.Prompts(PROMPTS, 2),
+            reward,
+            credit,
+            SAMPLING,
+            group_size=8,
+            updates=2,
+            mesh=at,
+        )
+        start = params if at is None else shard_params(params, mesh)
+        found.append(fit(start, objective, optax.adam(1e-2), batches, steps=2, mesh=at))
+    (_, wanted), (state, rows) = found
+    layout = state.carry["experience"]["rollout"]["tokens"].sharding
+    assert layout.is_equivalent_to(batch_sharding(mesh), 2)
+    np.testing.assert_allclose(*([r["loss"] for r in h] for h in (rows, wanted)), atol=1e-5)

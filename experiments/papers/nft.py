@@ -42,7 +42,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import tyro
 from rich.console import Console
 from rich.table import Table
@@ -178,11 +177,10 @@ def identity(config, task, params, build, seed) -> dict[str, float]:
     Both at π = π_old, the ratio 1, with verdicts drawn at random.
     """
     size = config.group_size
-    batches = arithmetic.experience(
-        task.model, task.sums, lambda rewards, batch: {},
-        prompts_per_step=config.prompts_per_step, group_size=size,
+    collect = arithmetic.experience(
+        task.model, task.sums, lambda rewards, batch: {}, config.prompts_per_step, seed, group_size=size
     )  # fmt: skip
-    batch = dict(batches(train.init_state(params, optax.identity(), jax.random.key(seed))))
+    batch = dict(collect(params, collect.carry, jax.random.key(seed))[0])
     # Any verdicts will do; of random ones few groups have all alike.
     rewards = jax.random.bernoulli(jax.random.key(seed), 0.5, (len(batch["tokens"]),)) * 1.0
     rates = success_rates(rewards, size)

@@ -50,7 +50,7 @@ def with_pullback(
             return jax.jvp(of_wanted(plain, wanted, args), pick(wanted, args), moving)[1]
 
         transpose = lambda fixed, ct: pulled(wanted, *structure.unflatten(fixed), ct)
-        return y, _linear(apply, transpose, leaves, pick(wanted, tangents))
+        return y, linear_map(apply, transpose, leaves, pick(wanted, tangents))
 
     value.defjvp(value_jvp, symbolic_zeros=True)
 
@@ -96,8 +96,16 @@ def of_wanted(function: Callable, wanted: Wanted, args: Sequence) -> Callable:
     return of_wanted
 
 
-def _linear(apply, transpose, fixed, moving):
+def linear_map(
+    apply: Callable[[Sequence, Sequence], jax.Array],
+    transpose: Callable[[Sequence, jax.Array], Sequence],
+    fixed: Sequence[jax.Array],
+    moving: Sequence[jax.Array],
+) -> jax.Array:
     """apply(fixed, moving), linear in `moving`, whose transposed map JAX takes from `transpose`.
+
+    `transpose(fixed, cotangent)` gives the cotangents of `moving`. Of the two it is what reverse mode runs:
+    a backward pass keeps `fixed` alone, and products in the order that is written there.
 
     `jax.custom_derivatives.linear_call` would do, but has no derivative by `fixed` and no batching.
     """
@@ -126,7 +134,7 @@ def _linear_batch(operands, dims, *, apply, transpose, split):
         batching.bdim_at_front(x, d, size)
         for x, d in zip(operands[split:], dims[split:], strict=True)
     ]
-    return _linear(jax.vmap(apply, axes), jax.vmap(transpose, axes), fixed, moving), 0
+    return linear_map(jax.vmap(apply, axes), jax.vmap(transpose, axes), fixed, moving), 0
 
 
 _linear_p = Primitive("linear_with_transpose")

@@ -12,6 +12,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec
 
 from jaxft.kernels.paca import chosen_columns
+from jaxft.kernels.pullback import linear_map
 from jaxft.weights.base import (
     Weight,
     WeightLike,
@@ -208,9 +209,29 @@ def _product_jvp(in_place, scale, primals, tangents):
     if not isinstance(dx, SymbolicZero):
         parts.append(jax.checkpoint(here, prevent_cse=False)(dx, base, rows, indices))
     if not isinstance(drows, SymbolicZero):
-        parts.append(chosen_columns(x, indices) @ (drows * scale).astype(x.dtype))
+        parts.append(_by_rows(scale, chosen_columns(x, indices), drows))
     # Not summed from a zero array: the backward pass would keep that.
     return y, functools.reduce(jnp.add, parts) if parts else jnp.zeros_like(y)
 
 
 _product.defjvp(_product_jvp, symbolic_zeros=True)
+
+
+def _by_rows(scale, chosen, drows):
+    """chosen [..., R] @ scale * drows [R, F], with a backward product that is added up in float32.
+
+    JAX's own would be that of the cotangent's transpose, [F, tokens] beside [tokens, R]: a copy of the
+    cotangent for each kernel on a CPU, and rounded to its data type.
+    """
+
+    def apply(fixed, moving):
+        return fixed[0] @ (moving[0] * scale).astype(fixed[0].dtype)
+
+    def transpose(fixed, cotangent):
+        tokens = tuple(range(cotangent.ndim - 1))
+        summed = jax.lax.dot_general(
+            fixed[0], cotangent, ((tokens, tokens), ((), ())), preferred_element_type=jnp.float32
+        )
+        return [(summed * scale).astype(drows.dtype)]
+
+    return linear_map(apply, transpose, [chosen], [drows])

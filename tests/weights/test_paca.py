@@ -468,3 +468,21 @@ def test_objectives_that_move_the_params_get_in_fit_what_they_get_in_a_plain_loo
             value, grads = jax.value_and_grad(loss)(trainable, frozen)
             np.testing.assert_allclose(row["loss"], value, rtol=1e-5)
             trainable = jax.tree.map(lambda p, g: p - 0.1 * g, trainable, grads)
+
+
+def test_the_gradient_of_rows_is_added_up_in_float32():
+    """From bfloat16 states, as `lax.dot_general` with preferred_element_type=float32 gives it."""
+    draw = lambda i, *shape: jax.random.normal(jax.random.key(i), shape).astype(jnp.bfloat16)
+    x, cotangent = draw(0, 4, 64, 8), draw(1, 4, 64, 6)
+    weight = paca_weight(KEY, draw(2, 8, 6), rank=3, alpha=6.0)
+
+    def product(rows):
+        return jnp.sum(
+            matmul(x, dataclasses.replace(weight, rows=rows)).astype(jnp.float32) * cotangent
+        )
+
+    chosen = x[..., weight.indices].astype(jnp.float32)
+    wanted = 2.0 * jnp.einsum("btr,btf->rf", chosen, cotangent.astype(jnp.float32))
+    got = jax.jit(jax.grad(product))(weight.rows)
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)

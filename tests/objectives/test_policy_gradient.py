@@ -336,6 +336,7 @@ def test_missing_fields_and_bad_settings_are_errors(model, params, batch):
         )
     with pytest.raises(ValueError, match="length must be at least 1, got 0"):
         constant_length(0)
-    bare = batch | {"tokens": batch["tokens"][:, -RESPONSE:]}
+    cut = ("tokens", "segment_ids", "positions")
+    bare = batch | {name: batch[name][:, -RESPONSE:] for name in cut}
     with pytest.raises(ValueError, match="5 response tokens leave none of 5"):
         completion_log_probs(model.forward, params, bare)

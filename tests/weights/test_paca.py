@@ -18,6 +18,7 @@ from jaxft.kernels.paca import chosen_columns
 from jaxft.metrics import Mean
 from jaxft.models import Decoder, stack_layers, tiny_config
 from jaxft.objectives import supervised
+from jaxft.optim import evaluates
 from jaxft.parallel import make_mesh
 from jaxft.weights import (
     Weight,
@@ -186,6 +187,7 @@ def test_perturbed_rows_are_seen_by_estimators():
         {"loss": Mean(value, jnp.ones(()))},
     )
 
+    @evaluates(at_params=False)
     def shifted(fn, has_aux):
         def estimate(t, batch, key):
             moved = jax.tree.map(lambda p: p + 1.0, t)

@@ -119,6 +119,11 @@ def read_windows(json: Json, local: Callable[[int], bool]) -> tuple[int | None, 
     return tuple(window if has else None for has in found) if any(found) else ()
 
 
+def write_windowed_decoder(config: DecoderConfig) -> dict[str, Any]:
+    """The keys of `write_decoder` and of `write_windows`: Mistral's and Qwen's."""
+    return write_decoder(config) | write_windows(config)
+
+
 def write_windows(config: DecoderConfig) -> dict[str, Any]:
     """The keys of the windows."""
     window = next((w for w in config.windows if w is not None), None)

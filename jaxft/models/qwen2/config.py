@@ -22,7 +22,7 @@ def read(json: Json, tensors: Collection[str]) -> DecoderConfig:
 
 def write(config: DecoderConfig) -> dict[str, Any]:
     """The config.json of a DecoderConfig."""
-    json = hf_config.write_decoder(config) | hf_config.write_windows(config)
+    json = hf_config.write_windowed_decoder(config)
     return json | {"attention_bias": False}
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Collection
-from typing import Any
 
 from jaxft.models import gguf, hf_config, names
 from jaxft.models.config import DecoderConfig
@@ -23,10 +22,6 @@ def _read(json: Json, tensors: Collection[str]) -> DecoderConfig:
     )
 
 
-def _write(config: DecoderConfig) -> dict[str, Any]:
-    return hf_config.write_decoder(config) | hf_config.write_windows(config)
-
-
 def _read_gguf(header: GgufHeader) -> DecoderConfig:
     return dataclasses.replace(gguf.read_gguf_decoder(header, "qwen3"), qk_norm=True)
 
@@ -37,7 +32,7 @@ QWEN3 = Family(
     huggingface=HuggingFace(
         architecture="Qwen3ForCausalLM",
         read=_read,
-        write=_write,
+        write=hf_config.write_windowed_decoder,
         reads=READS,
         entries=functools.partial(names.decoder_entries, norms=names.NORMS | names.QK_NORMS),
         rename=names.with_prefix("model."),

@@ -5,12 +5,22 @@ Defaults are those of transformers' configuration classes, which files may leave
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
+from jaxft.models import names
 from jaxft.models.config import DecoderConfig, Rope
 from jaxft.models.errors import CheckpointError
-from jaxft.models.family import Json
+from jaxft.models.family import HuggingFace, Json
+
+# The codec of a decoder whose tensors have Llama's names: a family adds its class and its config.json.
+decoder_codec = functools.partial(
+    HuggingFace,
+    entries=names.decoder_entries,
+    rename=names.with_prefix("model."),
+    ignores=names.decoder_ignores,
+)
 
 _ACTIVATION_NAMES = {
     "silu": "silu",

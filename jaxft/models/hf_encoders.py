@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection
 from typing import Any
 
 from jaxft.models.encoder import EncoderConfig
-from jaxft.models.family import Json
+from jaxft.models.family import HuggingFace, Json
 from jaxft.models.hf_config import ACTIVATIONS, read_activation
 from jaxft.models.names import Entry, layer_norm
 
@@ -84,3 +85,7 @@ def ignores(name: str, config: EncoderConfig) -> bool:
         ("position_ids", "token_type_ids"),
     )
     return name.startswith(heads) or name.endswith(buffers)
+
+
+# The codec of an encoder: a family adds its class, its config.json and its tensors' names.
+encoder_codec = functools.partial(HuggingFace, ignores=ignores, task_type="FEATURE_EXTRACTION")

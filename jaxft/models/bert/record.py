@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from jaxft.models.bert import config, names
 from jaxft.models.encoder import Encoder
-from jaxft.models.family import Family, HuggingFace
-from jaxft.models.hf_encoders import ignores
+from jaxft.models.family import Family
+from jaxft.models.hf_encoders import encoder_codec
 
 BERT = Family(
     name="bert",
     module=Encoder,
-    huggingface=HuggingFace(
+    huggingface=encoder_codec(
         architecture="BertModel",
         read=config.read,
         write=config.write,
         reads=config.READS,
         entries=names.entries,
         rename=lambda name: name.removeprefix("bert."),
-        ignores=ignores,
-        task_type="FEATURE_EXTRACTION",
     ),
 )

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from jaxft.models import names
+from jaxft.models import hf_config
 from jaxft.models.decoder import Decoder
-from jaxft.models.family import Family, HuggingFace
+from jaxft.models.family import Family
 from jaxft.models.gemma import config
 
 GEMMA = Family(
     name="gemma",
     module=Decoder,
-    huggingface=HuggingFace(
+    huggingface=hf_config.decoder_codec(
         architecture="GemmaForCausalLM",
         read=config.read,
         write=config.write,
         reads=config.READS,
-        entries=names.decoder_entries,
-        rename=names.with_prefix("model."),
-        ignores=names.decoder_ignores,
     ),
 )

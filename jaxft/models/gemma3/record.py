@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import functools
 
-from jaxft.models import gguf, names
+from jaxft.models import gguf, hf_config, names
 from jaxft.models.decoder import Decoder
-from jaxft.models.family import Family, Gguf, HuggingFace
+from jaxft.models.family import Family, Gguf
 from jaxft.models.gemma2.names import GGUF_NORMS, NORMS
 from jaxft.models.gemma3 import config
 
 GEMMA3 = Family(
     name="gemma3_text",
     module=Decoder,
-    huggingface=HuggingFace(
+    huggingface=hf_config.decoder_codec(
         architecture="Gemma3ForCausalLM",
         read=config.read,
         write=config.write,
         reads=config.READS,
         entries=functools.partial(names.decoder_entries, norms=NORMS | names.QK_NORMS),
-        rename=names.with_prefix("model."),
-        ignores=names.decoder_ignores,
     ),
     gguf=Gguf(
         architecture="gemma3",

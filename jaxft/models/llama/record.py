@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import functools
 
-from jaxft.models import gguf, hf_config, names
+from jaxft.models import gguf, hf_config
 from jaxft.models.decoder import Decoder
-from jaxft.models.family import Family, Gguf, HuggingFace
+from jaxft.models.family import Family, Gguf
 
 LLAMA = Family(
     name="llama",
     module=Decoder,
-    huggingface=HuggingFace(
+    huggingface=hf_config.decoder_codec(
         architecture="LlamaForCausalLM",
         read=lambda json, tensors: hf_config.read_decoder(json, "llama"),
         write=hf_config.write_decoder,
         reads=hf_config.READS,
-        entries=names.decoder_entries,
-        rename=names.with_prefix("model."),
-        ignores=names.decoder_ignores,
     ),
     gguf=Gguf(
         architecture="llama",

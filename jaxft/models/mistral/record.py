@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection
 
-from jaxft.models import hf_config, names
+from jaxft.models import hf_config
 from jaxft.models.config import DecoderConfig
 from jaxft.models.decoder import Decoder
-from jaxft.models.family import Family, HuggingFace, Json
+from jaxft.models.family import Family, Json
 
 
 def _read(json: Json, tensors: Collection[str]) -> DecoderConfig:
@@ -19,13 +19,10 @@ def _read(json: Json, tensors: Collection[str]) -> DecoderConfig:
 MISTRAL = Family(
     name="mistral",
     module=Decoder,
-    huggingface=HuggingFace(
+    huggingface=hf_config.decoder_codec(
         architecture="MistralForCausalLM",
         read=_read,
         write=hf_config.write_windowed_decoder,
         reads=hf_config.READS | hf_config.WINDOW_READS,
-        entries=names.decoder_entries,
-        rename=names.with_prefix("model."),
-        ignores=names.decoder_ignores,
     ),
 )

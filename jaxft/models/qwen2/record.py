@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
-from jaxft.models import gguf, names
+from jaxft.models import gguf, hf_config
 from jaxft.models.config import DecoderConfig
 from jaxft.models.decoder import Decoder
-from jaxft.models.family import Family, Gguf, GgufHeader, HuggingFace
+from jaxft.models.family import Family, Gguf, GgufHeader
 from jaxft.models.qwen2 import config
 
 
@@ -18,14 +18,11 @@ def _read_gguf(header: GgufHeader) -> DecoderConfig:
 QWEN2 = Family(
     name="qwen2",
     module=Decoder,
-    huggingface=HuggingFace(
+    huggingface=hf_config.decoder_codec(
         architecture="Qwen2ForCausalLM",
         read=config.read,
         write=config.write,
         reads=config.READS,
-        entries=names.decoder_entries,
-        rename=names.with_prefix("model."),
-        ignores=names.decoder_ignores,
     ),
     gguf=Gguf("qwen2", _read_gguf, gguf.READS, gguf.gguf_decoder_entries),
 )

@@ -9,7 +9,7 @@ from collections.abc import Collection
 from jaxft.models import gguf, hf_config, names
 from jaxft.models.config import DecoderConfig
 from jaxft.models.decoder import Decoder
-from jaxft.models.family import Family, Gguf, GgufHeader, HuggingFace, Json
+from jaxft.models.family import Family, Gguf, GgufHeader, Json
 from jaxft.models.qwen2.config import READS, read_qwen_windows
 
 
@@ -29,14 +29,12 @@ def _read_gguf(header: GgufHeader) -> DecoderConfig:
 QWEN3 = Family(
     name="qwen3",
     module=Decoder,
-    huggingface=HuggingFace(
+    huggingface=hf_config.decoder_codec(
         architecture="Qwen3ForCausalLM",
         read=_read,
         write=hf_config.write_windowed_decoder,
         reads=READS,
         entries=functools.partial(names.decoder_entries, norms=names.NORMS | names.QK_NORMS),
-        rename=names.with_prefix("model."),
-        ignores=names.decoder_ignores,
     ),
     gguf=Gguf(
         architecture="qwen3",

@@ -9,8 +9,8 @@ from typing import Any
 from jaxft.models.bert import config as bert
 from jaxft.models.bert.names import entries
 from jaxft.models.encoder import Encoder, EncoderConfig
-from jaxft.models.family import Family, HuggingFace, Json
-from jaxft.models.hf_encoders import ignores
+from jaxft.models.family import Family, Json
+from jaxft.models.hf_encoders import encoder_codec
 
 
 def _read(json: Json, tensors: Collection[str]) -> EncoderConfig:
@@ -25,14 +25,12 @@ def _write(config: EncoderConfig) -> dict[str, Any]:
 ROBERTA = Family(
     name="roberta",
     module=Encoder,
-    huggingface=HuggingFace(
+    huggingface=encoder_codec(
         architecture="RobertaModel",
         read=_read,
         write=_write,
         reads=bert.READS | {"pad_token_id"},
         entries=entries,
         rename=lambda name: name.removeprefix("roberta."),
-        ignores=ignores,
-        task_type="FEATURE_EXTRACTION",
     ),
 )

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from jaxft.models.encoder import Encoder
-from jaxft.models.family import Family, HuggingFace
-from jaxft.models.hf_encoders import ignores
+from jaxft.models.family import Family
+from jaxft.models.hf_encoders import encoder_codec
 from jaxft.models.vit import config, names
 
 VIT = Family(
     name="vit",
     module=Encoder,
-    huggingface=HuggingFace(
+    huggingface=encoder_codec(
         architecture="ViTModel",
         read=config.read,
         write=config.write,
         reads=config.READS,
         entries=names.entries,
         rename=lambda name: name.removeprefix("vit."),
-        ignores=ignores,
-        task_type="FEATURE_EXTRACTION",
     ),
 )

@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple
 
 import tyro
 
-from jaxft.parallel import CompiledCost, compile_environment
+from jaxft.parallel import CompiledCost, compile_environment, path_name
 from jaxft.parallel.topology import slices_of
 
 _LLAMA = dict(
@@ -299,12 +299,12 @@ def _matmul_flops(model, config: Config, tokens: int) -> float:
     Forward and the gradient of activations take 2 a parameter and token each, the gradient of kernels,
     if they train, 2 more, and full recomputation another 2.
     """
-    from jax.tree_util import keystr, tree_leaves_with_path
+    from jax.tree_util import tree_leaves_with_path
 
     from jaxft.models import family_of
 
     linear = re.compile(family_of(model.config).targets.linear)
-    is_linear = lambda path: linear.fullmatch(keystr(path, simple=True, separator="/"))
+    is_linear = lambda path: linear.fullmatch(path_name(path))
     leaves = tree_leaves_with_path(_shapes(model))
     layers = sum(math.prod(leaf.shape) for path, leaf in leaves if is_linear(path))
     passes = 2 + (config.adapter == "full")

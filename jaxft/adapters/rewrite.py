@@ -16,7 +16,7 @@ from jaxft.adapters.committing import anywhere
 from jaxft.adapters.rules import Rule, as_it_is
 from jaxft.adapters.soft import Added
 from jaxft.keys import stream
-from jaxft.parallel import stacked_axes
+from jaxft.parallel import path_name, stacked_axes
 from jaxft.weights import (
     Bottleneck,
     Frozen,
@@ -216,11 +216,6 @@ def count(params: Params) -> tuple[int, int]:
     """(numbers that train, all numbers)."""
     sizes = lambda tree: sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
     return sizes(partition(params)[0]), sizes(params)
-
-
-def path_name(path: tuple) -> str:
-    """A path of jax.tree_util as text: "layers/0/mlp/up/kernel"."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def map_children(function: Callable[[str, Any], Any], node: Any) -> Any:

@@ -14,7 +14,7 @@ from jax.sharding import Sharding
 
 from jaxft.adapters import merge, merge_biases
 from jaxft.models import CheckpointError, Entry, is_stacked, stack_layers
-from jaxft.parallel import LAYERS, to_host
+from jaxft.parallel import LAYERS, path_name, to_host
 from jaxft.weights import is_weight
 
 Params = Any
@@ -216,7 +216,7 @@ def _place(leaf: _Leaf | _Stack, sharding: Sharding | None) -> jax.Array:
 
 def _flatten(tree: Params) -> dict[str, Any]:
     flat = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_weight)[0]
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
+    return {path_name(path): leaf for path, leaf in flat}
 
 
 def _nest(flat: Mapping[str, Any]) -> Params:

@@ -35,7 +35,7 @@ from jaxft.checkpoints.tensor_files import open_tensors, save_tensors
 from jaxft.checkpoints.tiny import byte_tokenizer, tiny_model
 from jaxft.models import FAMILIES, CheckpointError, Entry, Family, family_of
 from jaxft.models.family import find_family
-from jaxft.parallel import param_shardings, shard_params, to_host, written_once
+from jaxft.parallel import param_shardings, path_name, shard_params, to_host, written_once
 from jaxft.weights import to_dense
 
 Params = Any
@@ -115,7 +115,7 @@ def model_shapes(
     kinds = {path: opened.dtype(entry) for entry in opened.entries for path in entry.paths}
 
     def stored(path, leaf):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        name = path_name(path)
         return jax.ShapeDtypeStruct(leaf.shape, dtype or kinds[name])
 
     shapes = jax.tree_util.tree_map_with_path(stored, layer_shapes(opened.model))

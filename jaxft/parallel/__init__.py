@@ -26,6 +26,7 @@ from jaxft.parallel.rules import (
     LAYERS,
     TRANSFORMER_RULES,
     param_shardings,
+    path_name,
     shard_params,
     stacked_axes,
 )
@@ -52,6 +53,7 @@ __all__ = [
     "meet",
     "mesh_context",
     "param_shardings",
+    "path_name",
     "replicated",
     "several_hosts",
     "shard_params",

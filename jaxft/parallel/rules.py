@@ -28,6 +28,11 @@ TRANSFORMER_RULES: Rules = (
 )
 
 
+def path_name(path: tuple) -> str:
+    """A path of jax.tree_util as text: "layers/0/mlp/up/kernel"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
 def stacked_axes(path: str, layers: str = LAYERS) -> int:
     """How many leading axes of the leaf at `path` are stacked layers, which lie at `layers`: 1 or 0.
 
@@ -49,7 +54,7 @@ def param_shardings(
     """
 
     def place(path, node):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        name = path_name(path)
         found = (spec for pattern, spec in rules if re.fullmatch(pattern, name))
         spec = next(found, PartitionSpec())
         spec = PartitionSpec(*(None,) * stacked_axes(name, layers), *spec)

@@ -15,7 +15,15 @@ from jax.sharding import Mesh
 from jaxft.data.batching import own_rows
 from jaxft.keys import stream
 from jaxft.losses import adapted_kl_weight, kl_k1
-from jaxft.parallel import batch_sharding, in_turn, lay_out, mesh_context, replicated, to_host
+from jaxft.parallel import (
+    batch_sharding,
+    in_turn,
+    lay_out,
+    mesh_context,
+    path_name,
+    replicated,
+    to_host,
+)
 from jaxft.rl.advantages import has_contrast
 from jaxft.rl.algorithms import Credit
 from jaxft.rl.prompts import Prompts
@@ -211,8 +219,7 @@ def _checked_rows(batch, updates, mesh):
 def _check_shapes(before, now):
     """Whether a rollout, kept in the carry, has the shapes of the one before, if there was one."""
     shapes = lambda tree: {
-        jax.tree_util.keystr(path, simple=True, separator="/"): list(np.shape(x))
-        for path, x in jax.tree_util.tree_leaves_with_path(tree)
+        path_name(path): list(np.shape(x)) for path, x in jax.tree_util.tree_leaves_with_path(tree)
     }
     known, new = shapes(before or {}), shapes(now)
     if changed := [name for name in known if known[name] != new.get(name)]:

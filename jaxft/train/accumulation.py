@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxft.keys import stream
 from jaxft.metrics import Mean, Terms, WholeMean, combine_means, differentiable, is_undivided
 from jaxft.optim.estimators import evaluates, evaluates_at_params
+from jaxft.parallel import path_name
 
 # A gradient estimator has the signature of jax.value_and_grad:
 # estimator(fun, has_aux=True)(params, batch, key) -> ((loss, metrics), grads).
@@ -154,7 +155,7 @@ def split_batch(batch: Any, parts: int) -> Any:
             return jnp.broadcast_to(leaf, (parts,))
         rows = leaf.shape[0]
         if rows % parts:
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            name = path_name(path)
             raise ValueError(
                 f"microbatches: {rows} rows of {name!r} {leaf.shape} cannot be split into {parts} "
                 "equal parts; choose a number of microbatches that divides the batch."

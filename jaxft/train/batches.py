@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from jaxft.keys import stream
-from jaxft.parallel import batch_sharding, lay_out, replicated, to_host, token_sharding
+from jaxft.parallel import batch_sharding, lay_out, path_name, replicated, to_host, token_sharding
 from jaxft.train.state import TrainState, own
 
 # collect: (params, carry, key) -> (batch, carry)
@@ -117,7 +117,7 @@ def place_batch(batch: Any, mesh: Mesh | None) -> Any:
             return leaf
         if np.ndim(leaf) == 0:
             return lay_out(leaf, replicated(mesh))
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        name = path_name(path)
         rows, sharding = len(leaf) * jax.process_count(), batch_sharding(mesh)
         if name in TOKENS and np.ndim(leaf) > 1:
             sharding = token_sharding(mesh, np.ndim(leaf))
@@ -206,7 +206,7 @@ def _check_numbers(batch):
     for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
         # Text, dates and Python objects; bfloat16 and its like are "V" to NumPy.
         if not isinstance(leaf, jax.Array) and np.asarray(leaf).dtype.kind in "OSUMm":
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            name = path_name(path)
             raise ValueError(
                 f"fit: {name!r} of the batch has {type(leaf).__name__} {str(leaf)[:40]!r}, but batches hold "
                 "numbers alone; convert it (text to tokens) or leave it out."
@@ -221,10 +221,9 @@ def _own_key(state):
 
 def _next_carry(new, state, batch, mesh):
     """The carry that a collect function gave back: laid out as before, in memory of its own."""
-    path_of = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
     flat, treedef = jax.tree_util.tree_flatten_with_path(new)
-    named = {path_of(path): leaf for path, leaf in flat}
-    known = {path_of(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(state.carry)}
+    named = {path_name(path): leaf for path, leaf in flat}
+    known = {path_name(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(state.carry)}
     if lost := sorted(known.keys() - named.keys()):
         raise ValueError(f"collect: the carry that it returned has no {lost[0]!r} any more.")
     changed = {name: x for name, x in named.items() if x is not known.get(name)}

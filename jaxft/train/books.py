@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxft.metrics import Mean, Terms, with_mean
+from jaxft.parallel import path_name
 from jaxft.train.accumulation import as_means, joined, split_batch
 
 Entry = Any  # a pytree of arrays, at state.carry[name] for make_step(books={name: book})
@@ -149,8 +150,7 @@ def where_good(good: jax.Array, new: Any, old: Any, who: str) -> Any:
     Raises:
         ValueError: if they differ; it names the first leaf that does, with its old and new type.
     """
-    path_of = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
-    named = lambda tree: {path_of(p): x for p, x in jax.tree_util.tree_leaves_with_path(tree)}
+    named = lambda tree: {path_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(tree)}
     now, before = named(new), named(old)
     for name in [*before, *(now.keys() - before.keys())]:
         if not _is_like(now.get(name), before.get(name)):

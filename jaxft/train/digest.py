@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft.adapters import path_name
-from jaxft.parallel import in_turn, to_host
+from jaxft.parallel import in_turn, path_name, to_host
 from jaxft.train.packing import groups, packed
 
 

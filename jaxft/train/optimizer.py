@@ -11,9 +11,8 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 
-from jaxft.adapters import path_name
 from jaxft.optim.perturbations import global_norm
-from jaxft.parallel import stacked_axes
+from jaxft.parallel import path_name, stacked_axes
 
 Decay = Callable[[jax.Array], jax.Array]  # progress in 0..1 -> factor of the learning rate
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxft.adapters import path_name
+from jaxft.parallel import path_name
 
 SMALL = 1 << 20  # bytes of a leaf; larger ones stay alone, so that little is copied
 

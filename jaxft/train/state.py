@@ -10,6 +10,7 @@ import optax
 
 from jaxft.adapters import combine, partition, trainable_mask
 from jaxft.adapters.committing import writes_back
+from jaxft.parallel import path_name
 from jaxft.train.books import Books, start_books
 from jaxft.weights import is_weight
 
@@ -87,7 +88,7 @@ def _check_trainable(trainable):
         )
     for path, leaf in leaves:
         if not jnp.issubdtype(leaf.dtype, jnp.inexact):
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            name = path_name(path)
             raise ValueError(
                 f"init_state: {name} would train but is {leaf.dtype}; freeze it (Frozen, "
                 "frozen_field) or convert it to a float."
@@ -97,7 +98,7 @@ def _check_trainable(trainable):
 def _checked_carry(carry):
     def check(path, leaf):
         if jnp.issubdtype(jnp.asarray(leaf).dtype, jax.dtypes.prng_key):
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            name = path_name(path)
             raise ValueError(
                 f"init_state: carry has a typed key at {name!r}, which checkpoints cannot hold; derive "
                 "keys from the state's by jaxft.keys.stream instead."

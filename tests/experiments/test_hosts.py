@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tyro
 
-from experiments import preference, reinforce, sft
+from experiments import reinforce, sft
 from tests.processes import ROOT, run_processes
 
 STEPS = 6
@@ -47,7 +47,9 @@ def run_here(script, flags):
 
 
 @pytest.mark.slow
-def test_two_hosts_of_which_one_crashes_and_four_that_go_on_give_the_losses_of_one(tmp_path):
+def test_two_hosts_of_which_one_crashes_and_that_go_on_over_another_mesh_give_the_losses_of_one(
+    tmp_path,
+):
     alone, output = tmp_path / "alone", tmp_path / "several"
     run_here(sft, [*SFT, "--output-dir", alone])
     flags = [*SFT, "--output-dir", output]
@@ -56,10 +58,10 @@ def test_two_hosts_of_which_one_crashes_and_four_that_go_on_give_the_losses_of_o
     assert "process 1 did not end with this one" in errors[0] and "Traceback" not in errors[0]
     assert [row["step"] for row in rows(output)][:3] == [1, 2, 3]
 
-    sizes = ["--fsdp", 4, "--tensor", 2]
+    sizes = ["--fsdp", 2, "--tensor", 2]
     script = ROOT / "experiments/sft.py"
-    codes, outputs, errors = run_processes(4, [script, *flags, *sizes, "--resume"])
-    assert codes == [0] * 4, errors
+    codes, outputs, errors = run_processes(2, [script, *flags, *sizes, "--resume"])
+    assert codes == [0] * 2, errors
     assert "adapter saved" in outputs[0]
     assert not any("saved" in output for output in outputs[1:])  # The first alone speaks.
     ours, theirs = rows(output), rows(alone)
@@ -71,17 +73,8 @@ def test_two_hosts_of_which_one_crashes_and_four_that_go_on_give_the_losses_of_o
     assert not list((output / "checkpoints").glob("corrupt-*"))
 
 
-SAMPLED = {
-    "reinforce": (["--algorithm", "rloo", "--reward-kl", 0.1, "--kl-target", 1.0], {}),
-    "preference": (["--loss", "hypo", "--batch-size", 2], {"eval/loss": 1}),
-}
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("script", [reinforce, preference])
-def test_answers_sampled_in_two_processes_are_those_of_one(tmp_path, script):
-    name = script.__name__.rpartition(".")[2]
-    more, logged = SAMPLED[name]
+def test_answers_sampled_in_two_processes_are_those_of_one(tmp_path):
     # Without rewards that differ the gradient is rounding, which Adam would make steps of.
     judge = tmp_path / "judge.py"
     # Most answers of a random model of bytes are no text, and alike: each call gets another number.
@@ -89,17 +82,15 @@ def test_answers_sampled_in_two_processes_are_those_of_one(tmp_path, script):
         "import itertools\nnumbers = itertools.count()\n"
         "def score(completion, record):\n    return next(numbers) % 3\n"
     )
-    more = [*more, "--judge", f"{judge}:score"] if script is reinforce else more
-    flags = ["--smoke", "--adapter", "full", "--max-steps", 2, *more]
-    run_here(script, [*flags, "--output-dir", tmp_path / "one"])
-    command = [ROOT / f"experiments/{name}.py", *flags, "--fsdp", -1]
+    flags = ["--smoke", "--adapter", "full", "--max-steps", 2, "--judge", f"{judge}:score"]
+    flags += ["--algorithm", "rloo", "--reward-kl", 0.1, "--kl-target", 1.0]
+    run_here(reinforce, [*flags, "--output-dir", tmp_path / "one"])
+    command = [ROOT / "experiments/reinforce.py", *flags, "--fsdp", -1]
     codes, _, errors = run_processes(2, [*command, "--output-dir", tmp_path / "two"], devices=1)
     assert codes == [0, 0], errors
     runs = [rows(tmp_path / "one"), rows(tmp_path / "two")]
-    for name, count in ({"loss": 2, "kl": 2, "grad_norm": 2} | logged).items():
+    for name in ("loss", "kl", "grad_norm"):
         values = [[row[name] for row in run if name in row] for run in runs]
         # On policy RLOO's loss is 0 but for rounding; its gradient is not.
-        assert len(values[0]) == len(values[1]) == count and (any(values[0]) or name == "loss"), (
-            name
-        )
+        assert len(values[0]) == len(values[1]) == 2 and (any(values[0]) or name == "loss"), name
         np.testing.assert_allclose(*values, rtol=1e-4, atol=1e-6, err_msg=name)

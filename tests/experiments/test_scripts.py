@@ -121,6 +121,8 @@ def test_reinforcement_learning_writes_all_it_promises_and_goes_on(settings, tmp
     }
     assert metrics["steps"] == 4 and metrics["gap"] < 1e-4
     assert {*reinforce.SHOWN, "clipped_low", "no_contrast"} <= set(rows(whole)[0])
+    if settings.get("algorithm") == "ppo":
+        return  # Over a mesh a run that is cut is tests/rl/test_mesh.py's.
     # Cut inside a rollout and resumed, it goes on with the same experience.
     shutil.copytree(whole, parts)
     shutil.rmtree(parts / "checkpoints" / "4")

@@ -47,14 +47,15 @@ def test_both_layouts_have_the_same_params_and_outputs(config):
     chex.assert_trees_all_close(apply(params), apply(stack_layers(params)), atol=1e-5)
 
 
-@pytest.mark.parametrize("remat", ["lean", "dots", "full"])
-@pytest.mark.parametrize("scan_layers", [False, True])
-def test_remat_changes_no_gradient(config, remat, scan_layers):
+@pytest.mark.parametrize("remats, scan_layers", [(("lean", "full"), False), (("dots",), True)])
+def test_remat_changes_no_gradient(config, remats, scan_layers):
     params = init(config, scan_layers=scan_layers)
     grads = lambda name: jax.jit(
         jax.grad(supervised(Decoder(config, remat=name).forward), has_aux=True)
     )(params, {"tokens": TOKENS}, None)[0]
-    chex.assert_trees_all_close(grads(remat), grads("none"), rtol=1e-4, atol=1e-6)
+    wanted = grads("none")
+    for remat in remats:
+        chex.assert_trees_all_close(grads(remat), wanted, rtol=1e-4, atol=1e-6)
 
 
 def test_lean_and_full_remat_store_less():

@@ -216,8 +216,7 @@ def test_population_over_rows():
     assert len({round(float(jnp.sum(y)), 3) for y in many}) == 5
 
 
-@pytest.mark.parametrize("stacked", [False, True])
-@pytest.mark.parametrize("quantise", [False, True])
+@pytest.mark.parametrize("stacked, quantise", [(False, False), (True, True)])
 def test_a_plain_loop_trains_it(stacked, quantise):
     """Without jaxft.train: the losses are those of `make_step`, and `merge` gives the last one too."""
     model, batch = _model(), _batch()

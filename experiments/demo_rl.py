@@ -124,7 +124,7 @@ def train_arm(config, model, start, sums, seed, arm, measure) -> tuple[Any, list
 
 def verified(model, params, sums: arithmetic.Sums, records) -> float:
     """Share of greedy answers, decoded to text, that reasoning-gym's own verifier takes as right."""
-    verifier = verifier_for(records[0]["source"], records)
+    verifier = verifier_for(records[0]["_source"], records)
     size = max(map(len, sums.answers)) + 1
     greedy = SamplingConfig(size, temperature=0.0, stop_ids=(arithmetic.ALPHABET.index("\n"),))
     out = generate(model, params, arithmetic.encode(sums.questions), jax.random.key(0), greedy)

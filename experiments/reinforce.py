@@ -232,7 +232,7 @@ def sampling(config, model, renderer, rewards, base=None) -> rl.Sample:
 
 def measure(config, model, renderer, records, mesh, rewards, params, when: str) -> dict[str, Any]:
     """How good greedy answers to held-out questions are, printed: accuracy, or with `rewards` the mean."""
-    verifier = verifier_for(records[0]["source"], records) or (lambda completion, record: False)
+    verifier = verifier_for(records[0]["_source"], records) or (lambda completion, record: False)
     with mesh_context(mesh):
         result = measure_accuracy(
             model,

@@ -39,7 +39,7 @@ def verified(
     model: Any, params: Any, renderer: data.Renderer, records: list, max_new_tokens: int
 ) -> Accuracy | None:
     """The accuracy of greedy answers to records, or None if those cannot be verified."""
-    verifier = verifier_for(records[0]["source"], records)
+    verifier = verifier_for(records[0]["_source"], records)
     if verifier is None:
         return None
     return measure_accuracy(

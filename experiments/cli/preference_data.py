@@ -82,7 +82,7 @@ def answers_of_others(records: list) -> list:
         others = (records[(i + step) % len(records)] for step in range(1, len(records)))
         wrong = next((o for o in others if o["completion"] != record["completion"]), None)
         if wrong is None:
-            raise data.DataError(f"{record['source']}: all answers are the same.")
+            raise data.DataError(f"{record['_source']}: all answers are the same.")
         answers = {"chosen": record["completion"], "rejected": wrong["completion"]}
         pairs.append({k: v for k, v in record.items() if k != "completion"} | answers)
     return pairs

@@ -170,7 +170,7 @@ def _render(records, renderer, max_length, too_long, bad, answers, columns):
     result, total = [], 0
     for record in records:
         total += 1
-        where = str(record.get("where", record.get("id", f"record {total - 1}")))
+        where = str(record.get("_where", record.get("id", f"record {total - 1}")))
         try:
             parts = [_sequence(record, answer, renderer) for answer in answers(record)]
         except DataError as error:

@@ -78,7 +78,7 @@ def inspect(
     copies = collections.Counter(part.tokens.tobytes() for part in parts)
     ids = collections.Counter(str(record["id"]) for record in records)
     return Inspection(
-        source=records[0]["source"],
+        source=records[0]["_source"],
         records=len(records),
         kinds=dict(collections.Counter(map(_kind, records))),
         sequences=len(parts),

@@ -11,12 +11,13 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from jaxft.data.chat import Chat
+from jaxft.data.chat import NOTHING, Chat
 from jaxft.data.encode import Encoder, in_span, touches
 from jaxft.data.errors import BadRecords, DataError
 from jaxft.data.length import TooLong, shorten
-from jaxft.data.records import Record, as_messages
-from jaxft.data.templates import TEMPLATES, read_template
+from jaxft.data.records import Record, as_messages, context
+from jaxft.data.shown import refuse
+from jaxft.data.templates import TEMPLATES, default_template, read_template
 
 MaskMode = Literal["completion", "last_turn", "all", "per_message"]
 
@@ -76,9 +77,11 @@ class Renderer:
         self.merged_boundaries = 0  # boundaries that a token would have crossed; encoded apart
         self._encoder = Encoder(tokenizer)
         self._unrolls = False
-        text, needed = read_template(template)
-        self.template = text or getattr(tokenizer, "chat_template", None)
-        self._chat = None
+        own = getattr(tokenizer, "chat_template", None)
+        names = own if isinstance(own, dict) else {}
+        text, needed = (names[template], ()) if template in names else read_template(template)
+        self.template = text or default_template(own)
+        self._chat = self._tool_chat = None
         if self.template:
             _check_special(tokenizer, needed, template)
             options = dict(template_options or {})
@@ -88,17 +91,25 @@ class Renderer:
             today = datetime.date.fromisoformat(date)
             self._chat = Chat(tokenizer, self.template, today, options)
             self._probe()
+            if text is None and "tool_use" in names:  # As transformers chooses.
+                self._tool_chat = Chat(tokenizer, names["tool_use"], today, options)
 
     def __call__(self, record: Record) -> list[Tokenised]:
         """The token sequences of a record: one, or one a turn where the template rewrites history."""
         messages = as_messages(record)
         if messages is not None:
             return self._conversation(messages, record)
-        if "tokens" in record:
-            return [self._tokens(record)]
+        if context(record).get("tools"):
+            raise DataError(
+                "'tools' beside plain text cannot be shown; give messages, or leave them out with "
+                "--fields tools '', in Python fields={'tools': ''}.",
+                "schema",
+            )
+        if "prompt" in record and "completion" in record:
+            return [self._plain(record["prompt"], record["completion"], record)]
         if "text" in record:
             return [self._plain("", record["text"], record)]
-        return [self._plain(record["prompt"], record["completion"], record)]
+        return [self._tokens(record)]
 
     def prompt(self, record: Record) -> list[int]:
         """The ids after which a model is to answer: the conversation up to its last assistant turn."""
@@ -108,7 +119,10 @@ class Renderer:
             return self._bos(text) + self._encoder.encode(text)[0].tolist()
         while messages and messages[-1]["role"] == "assistant":
             messages = messages[:-1]
-        text = self._need_chat().text(messages, record.get("tools"), prompt=True)
+        given = context(record)
+        chat = self._need_chat(given)
+        text = chat.text(messages, given, prompt=True)
+        chat.check_shown(messages, given, text)
         return self._encoder.encode(text)[0].tolist()
 
     def next_turn(self, text: str) -> list[int]:
@@ -124,7 +138,7 @@ class Renderer:
         rendered, spans = chat.spans(before)
         whole = chat.text([*before, {"role": "user", "content": text}], prompt=True)
         last = len(before) - 1
-        end = (spans.get(last) or chat.span_by_content(rendered, before, None, last))[1]
+        end = (spans.get(last) or chat.span_by_content(rendered, before, {}, last))[1]
         if not whole.startswith(rendered[:end]):
             raise DataError(
                 "the chat template renders an answer otherwise once a turn follows it, so a conversation "
@@ -134,22 +148,28 @@ class Renderer:
         return self._encoder.encode(whole[end:])[0].tolist()
 
     def _conversation(self, messages, record):
-        chat, tools = self._need_chat(), record.get("tools")
-        if self.mask == "all":
-            text = chat.text(messages, tools)
-            return [self._tokenised(text, {(0, len(text)): 1.0}, record)]
+        given = context(record)
+        chat = self._need_chat(given)
         # Assistant turns in a prompt are examples that are given, not answers to learn.
-        given = len(record["prompt"]) if isinstance(record.get("prompt"), list) else 0
-        is_turn = lambda i: i >= given and messages[i]["role"] == "assistant"
-        turns = [i for i in range(len(messages)) if is_turn(i)]
+        examples = 0 if record.get("messages") is not None else len(record["prompt"])
+        turns = [i for i, m in enumerate(messages) if i >= examples and m["role"] == "assistant"]
+        if self.mask == "all":
+            text = chat.text(messages, given)
+            chat.check_shown(messages, given, text, turns)
+            return [self._tokenised(text, {(0, len(text)): 1.0}, record)]
         if not turns:
             raise DataError(
                 "no assistant message to learn from; see fields= to map roles.", "role_order"
             )
         if not self._unrolls:
-            text, spans = chat.spans(messages, tools)
+            text, spans = chat.spans(messages, given)
             if all(i in spans for i in turns):
-                return [self._masked(text, {i: spans[i] for i in turns}, messages, record)]
+                trained = turns[-1:] if self.mask == "last_turn" else turns
+                lost = chat.left_out(messages, given, text, trained)
+                # Earlier turns may be whole where they are the last ones.
+                if not lost or any(piece.path[1] not in trained[:-1] for piece in lost):
+                    refuse(lost)
+                    return [self._masked(text, {i: spans[i] for i in turns}, messages, record)]
         return self._unrolled(messages, turns, record)
 
     def _unrolled(self, messages, turns, record):
@@ -161,12 +181,12 @@ class Renderer:
                 "turn becomes a record of its own, so that training sees what the sampler will.",
                 stacklevel=5,
             )
-        turns = turns[-1:] if self.mask == "last_turn" else turns
-        results = []
+        turns, given = turns[-1:] if self.mask == "last_turn" else turns, context(record)
+        chat, results = self._need_chat(given), []
         for i in turns:
-            part, tools = messages[: i + 1], record.get("tools")
-            text, spans = self._chat.spans(part, tools)
-            span = spans.get(i) or self._chat.span_by_content(text, part, tools, i)
+            part = messages[: i + 1]
+            text, spans = chat.spans(part, given)
+            span = spans.get(i) or chat.span_by_content(text, part, given, i)
             if span is None:
                 raise DataError(
                     f"the chat template renders the prompt of message {i} otherwise with its answer "
@@ -174,6 +194,7 @@ class Renderer:
                     "template",
                 )
             if self._weight(messages[i]) or len(turns) == 1:
+                chat.check_shown(part, given, text, (i,))
                 results.append(self._masked(text, {i: span}, part, record))
         return results
 
@@ -259,7 +280,10 @@ class Renderer:
             raise DataError("the tokenizer has no EOS token; pass append_eos=False.")
         return [] if tokens[-1:].tolist() == [self._encoder.eos] else [self._encoder.eos]
 
-    def _need_chat(self):
+    def _need_chat(self, given=NOTHING):
+        """The chat template, for conversations with or without tools."""
+        if given.get("tools") and self._tool_chat is not None:
+            return self._tool_chat
         if self._chat is None:
             raise DataError(
                 "the tokenizer has no chat template; use an instruct model, pass --template with "
@@ -281,7 +305,7 @@ class Renderer:
         last = len(messages) - 1
         try:
             text, spans = self._chat.spans(messages)
-            span = spans.get(last) or self._chat.span_by_content(text, messages, None, last)
+            span = spans.get(last) or self._chat.span_by_content(text, messages, {}, last)
         except DataError as error:
             raise DataError(f"chat template, tried on a small conversation: {error}") from error
         if span is None or "One." not in text[slice(*span)]:
@@ -342,7 +366,7 @@ def render(
     result, total = [], 0
     for record in records:
         total += 1
-        where = str(record.get("where", record.get("id", f"record {total - 1}")))
+        where = str(record.get("_where", record.get("id", f"record {total - 1}")))
         try:
             parts = renderer(record)
         except DataError as error:

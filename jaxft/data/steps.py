@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxft.data.errors import BadRecords, DataError
 from jaxft.data.groups import TokenisedGroup
-from jaxft.data.records import Record, check_record
+from jaxft.data.records import Record, check_record, prompt_completion, renamed, without_null
 from jaxft.data.rendering import Renderer, Tokenised
 
 
@@ -21,14 +21,17 @@ def normalise_steps(raw: Mapping[str, Any], fields: Mapping[str, str] | None = N
     Raises:
         DataError: if a column is absent or empty, or labels are not one truth value a step.
     """
-    row = dict(raw)
-    for ours, theirs in (fields or {}).items():
-        if theirs not in row:
-            raise DataError(f"no column {theirs!r} among {sorted(row)}.")
-        row[ours] = row.pop(theirs)
+    row, names, _ = renamed(raw, fields)
     for name in ("prompt", "completions", "labels"):
-        if name not in row:
-            raise DataError(f"no column {name!r} among {sorted(row)}; map yours with fields=.")
+        if row.get(name) is None:
+            raise DataError(
+                f"no column {name!r} among {sorted(row)}; map yours with --fields {name} ..., in Python "
+                f"fields={{{name!r}: ...}}.",
+                "schema",
+            )
+    for name in ("completions", "labels"):
+        if not isinstance(row[name], (list, tuple)):
+            raise DataError(f"{name!r} must be a list, got {row[name]!r:.40}.", "schema")
     steps, labels = list(row["completions"]), list(row["labels"])
     if not steps or len(steps) != len(labels):
         raise DataError(
@@ -41,7 +44,9 @@ def normalise_steps(raw: Mapping[str, Any], fields: Mapping[str, str] | None = N
     for label in labels:
         if isinstance(label, str) or label not in (True, False):
             raise DataError(f"a label must be true or false, got {label!r:.40}.", "schema")
-    return check_record(row | {"completions": steps, "labels": [bool(x) for x in labels]})
+    asked = prompt_completion(row, steps[0], names, "completions")["prompt"]
+    own = {"prompt": asked, "completions": steps, "labels": [bool(x) for x in labels]}
+    return check_record(without_null(row) | own)
 
 
 def render_steps(

@@ -125,7 +125,7 @@ def _judged(config, rewards, tokenizer, records, out) -> data.Judged:
     ranked = []
     for record, answers in zip(records, groups(texts), strict=True):
         made = [data.answered(record, text) for text in answers]
-        kept = {name: record[name] for name in ("id", "tools") if name in record}
+        kept = {name: record[name] for name in ("id", *data.CONTEXT) if name in record}
         responses = [one["completion"] for one in made]
         ranked.append({**kept, "prompt": made[0]["prompt"], "responses": responses})
     choose = data.all_pairs if config.all_pairs else data.best_worst

@@ -36,11 +36,13 @@ from jaxft.data.preference import (
     unpair,
 )
 from jaxft.data.records import (
+    CONTEXT,
     answered,
     as_messages,
     infer_type,
     normalise,
     normalise_question,
+    whole_prompt,
 )
 from jaxft.data.rendering import Renderer, Tokenised, explain, render, render_prompts
 from jaxft.data.sources import load, reasoning_gym_task, split
@@ -48,6 +50,7 @@ from jaxft.data.steps import normalise_steps, render_steps
 from jaxft.data.templates import TEMPLATES
 
 __all__ = [
+    "CONTEXT",
     "BadRecord",
     "BadRecords",
     "DataError",
@@ -94,4 +97,5 @@ __all__ = [
     "render_steps",
     "render_unpaired",
     "unpair",
+    "whole_prompt",
 ]

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxft.data.errors import DataError
-from jaxft.data.messages import ROLES
+from jaxft.data.messages import ROLES, text_of
 from jaxft.data.records import (
     Record,
     check_record,
@@ -41,10 +41,11 @@ def normalise_pair(raw: Mapping[str, Any], fields: Mapping[str, str] | None = No
         if row.get(name) is None:
             raise DataError(_absent(name, row), "schema")
     chosen, rejected, prompt = _turns(row["chosen"]), _turns(row["rejected"]), _asked(row)
+    for name, value in (("chosen", chosen), ("rejected", rejected)):
+        if not _is_chat(value) and not text_of(value, name).strip():
+            raise DataError(f"{name!r} is empty.", "empty_completion")
     if _is_chat(chosen) != _is_chat(rejected):
         raise DataError("'chosen' and 'rejected' must both be text or both be messages.", "schema")
-    if not all(isinstance(x, (str, list)) and x for x in (chosen, rejected)):
-        raise DataError("'chosen' and 'rejected' must be text or messages, not empty.", "schema")
     if prompt is None or (_is_chat(chosen) and isinstance(prompt, str) and _opens(chosen)):
         prompt, chosen, rejected = common_prompt(chosen, rejected)
     row["prompt"] = prompt

@@ -99,12 +99,7 @@ class Renderer:
         messages = as_messages(record)
         if messages is not None:
             return self._conversation(messages, record)
-        if context(record).get("tools"):
-            raise DataError(
-                "'tools' beside plain text cannot be shown; give messages, or leave them out with "
-                "--fields tools '', in Python fields={'tools': ''}.",
-                "schema",
-            )
+        _refuse_tools(record)
         if "prompt" in record and "completion" in record:
             return [self._plain(record["prompt"], record["completion"], record)]
         if "text" in record:
@@ -115,7 +110,12 @@ class Renderer:
         """The ids after which a model is to answer: the conversation up to its last assistant turn."""
         messages = as_messages(record)
         if messages is None:
-            text = record["prompt"] if "prompt" in record else record["text"]
+            _refuse_tools(record)
+            text = record["prompt"] if "prompt" in record else record.get("text")
+            if text is None:
+                raise DataError(
+                    "token ids have no prompt to answer; give text or messages.", "schema"
+                )
             return self._bos(text) + self._encoder.encode(text)[0].tolist()
         while messages and messages[-1]["role"] == "assistant":
             messages = messages[:-1]
@@ -326,6 +326,15 @@ def _compiled(pattern):
         raise DataError(f"train_on {pattern!r} is no regular expression: {error}.") from error
 
 
+def _refuse_tools(record):
+    if context(record).get("tools"):
+        raise DataError(
+            "'tools' beside plain text cannot be shown; give messages, or leave them out with --fields "
+            "tools '', in Python fields={'tools': ''}.",
+            "schema",
+        )
+
+
 def _record_weight(record):
     weight = record.get("weight")
     return 1.0 if weight is None else float(weight)
@@ -362,7 +371,7 @@ def render(
     Raises:
         DataError: if nothing is left, or by the policies.
     """
-    bad = BadRecords() if bad is None else bad
+    bad = BadRecords(loud=True) if bad is None else bad
     result, total = [], 0
     for record in records:
         total += 1
@@ -389,10 +398,7 @@ def render(
                 pieces = shorten(part, max_length, too_long)
                 bad.dropped["truncated" if pieces else "too_long"] += 1
                 result += pieces
-    bad.check(total)
-    if not result:
-        dropped = f" ({bad.summary()})" if bad.summary() else ""
-        raise DataError(f"no usable record is left of {total}{dropped}; see max_length.")
+    bad.finish(total, len(result))
     return result
 
 
@@ -414,5 +420,15 @@ def explain(part: Tokenised, tokenizer: Any, *, color: bool = True) -> str:
 
 
 def render_prompts(records: Sequence[Record], renderer: Renderer) -> list[list[int]]:
-    """The prompt ids of each record, for generation."""
-    return [renderer.prompt(record) for record in records]
+    """The prompt ids of each record, for generation; DataError says which cannot be rendered."""
+    prompts = []
+    for record in records:
+        try:
+            prompts.append(renderer.prompt(record))
+        except DataError as error:
+            if error.code is None:
+                raise
+            raise DataError(
+                f"{record.get('_where', record.get('id'))}: {error}", error.code
+            ) from error
+    return prompts

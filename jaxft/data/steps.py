@@ -9,7 +9,14 @@ import numpy as np
 
 from jaxft.data.errors import BadRecords, DataError
 from jaxft.data.groups import TokenisedGroup
-from jaxft.data.records import Record, check_record, prompt_completion, renamed, without_null
+from jaxft.data.records import (
+    CONTEXT,
+    Record,
+    check_record,
+    prompt_completion,
+    renamed,
+    without_null,
+)
 from jaxft.data.rendering import Renderer, Tokenised
 
 
@@ -68,12 +75,19 @@ def render_steps(
     Raises:
         DataError: if nothing is left.
     """
-    bad = BadRecords() if bad is None else bad
+    bad = BadRecords(loud=True) if bad is None else bad
     encode = lambda text: renderer.tokenizer.encode(text, add_special_tokens=False)
     made, total = [], 0
     for record in records:
         total += 1
-        prompt = renderer.prompt({"prompt": record["prompt"], "completion": ""})
+        where = str(record.get("_where", record.get("id", f"record {total - 1}")))
+        try:
+            prompt = renderer.prompt({k: v for k, v in record.items() if k in ("prompt", *CONTEXT)})
+        except DataError as error:
+            if error.code is None:
+                raise
+            bad.add(where, error.code, str(error))
+            continue
         steps = [encode(step.rstrip(separator) + separator) for step in record["completions"]]
         ends = len(prompt) - 1 + np.cumsum([len(step) for step in steps])
         if ends[-1] + 1 > max_length:
@@ -83,9 +97,7 @@ def render_steps(
         mask = (np.arange(len(tokens)) >= len(prompt)).astype(np.float32)
         name = str(record.get("id", ""))
         made.append((Tokenised(tokens, mask, name), ends, np.array(record["labels"], bool)))
-    if not made:
-        dropped = f" ({bad.summary()})" if bad.summary() else ""
-        raise DataError(f"no usable record is left of {total}{dropped}; see max_length.")
+    bad.finish(total, len(made))
     most = max(len(ends) for _, ends, _ in made)
 
     def group(part, ends, labels):

@@ -111,6 +111,11 @@ class Chat:
             return None
         start = other.find(_SENTINEL)
         after = other[start + len(_SENTINEL) :]
+        if not messages[i]["content"] and i == len(messages) - 1 and start >= 0:
+            # Calls alone: they stand behind the place of the content, perhaps after a blank.
+            begin = len(text) - len(after.lstrip())
+            fits = text.endswith(after.lstrip()) and not text[start:begin].strip()
+            return self._finish(text, (begin, len(text)), messages[i]) if fits else None
         end = len(text) - len(after)
         if start < 0 or end <= start or text[:start] != other[:start] or not text.endswith(after):
             return None

@@ -11,8 +11,10 @@ import numpy as np
 
 from jaxft.data.batching import batches, packing_efficiency
 from jaxft.data.errors import BadRecords
+from jaxft.data.length import TooLong
 from jaxft.data.records import as_messages
-from jaxft.data.rendering import Renderer, TooLong, explain, render
+from jaxft.data.render import explain, render
+from jaxft.data.rendering import Renderer
 from jaxft.data.sources import load
 
 

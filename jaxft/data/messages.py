@@ -262,7 +262,8 @@ def _tool(tool, i):
             f"parameters of tool {i} must be an object, got {parameters!r:.60}.", "schema"
         )
     own = {} if parameters is None else {"parameters": parameters}
-    return {**tool, "type": "function", "function": {**function, **own}}
+    rest = {key: value for key, value in function.items() if key != "parameters"}
+    return {**tool, "type": "function", "function": rest | own}
 
 
 def _details(kept, i):

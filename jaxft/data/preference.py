@@ -13,9 +13,9 @@ from jaxft.data.records import (
     Record,
     check_record,
     normalise,
+    own_columns,
     prompt_completion,
     renamed,
-    without_null,
 )
 
 _ALTERNATIVES = {"chosen": ("preferred", "accepted", "win"), "rejected": ("dispreferred", "lose")}
@@ -57,7 +57,7 @@ def normalise_pair(raw: Mapping[str, Any], fields: Mapping[str, str] | None = No
         raise DataError("'chosen' and 'rejected' begin with different prompts.", "schema")
     _check_number(row.get("margin"), "margin")
     pair = {"chosen": first["completion"], "rejected": second["completion"]}
-    return check_record(without_null(row) | {"prompt": first["prompt"]} | pair)
+    return check_record(own_columns(row) | {"prompt": first["prompt"]} | pair)
 
 
 def normalise_unpaired(raw: Mapping[str, Any], fields: Mapping[str, str] | None = None) -> Record:
@@ -109,7 +109,7 @@ def normalise_ranked(raw: Mapping[str, Any], fields: Mapping[str, str] | None = 
     made = [prompt_completion(row, response, names, "responses") for response in responses]
     texts = [m["completion"] for m in made]
     own = {"prompt": made[0]["prompt"], "responses": texts, "scores": scores}
-    return check_record(without_null(row) | own)
+    return check_record(own_columns(row) | own)
 
 
 def common_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:

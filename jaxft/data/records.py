@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -45,6 +44,7 @@ FORMS = (
     ("text",),
     ("tokens",),
 )
+PAIR = ("chosen", "rejected")
 # Columns that a template gets beside the messages.
 CONTEXT = ("tools", "chat_template_kwargs")
 # Of `chat_template_kwargs`: variables that a template gets from the record or the tokenizer.
@@ -93,7 +93,7 @@ def normalise(raw: Mapping[str, Any], fields: Mapping[str, str] | None = None) -
             raise DataError("'text' is empty.", "empty_completion")
     else:
         made = _tokens(row)
-    return check_record(without_null(row, form not in (("text",), ("tokens",))) | made)
+    return check_record(own_columns(row, form) | made)
 
 
 def normalise_question(raw: Mapping[str, Any], fields: Mapping[str, str] | None = None) -> Record:
@@ -135,11 +135,17 @@ def renamed(
     return row | {o: raw[theirs] for o, theirs in fields.items() if theirs}, names, set(fields)
 
 
-def without_null(row: Mapping[str, Any], chat: bool = True) -> dict[str, Any]:
-    """The row without our columns that are null; of `chat`, without `system` and `history`: messages now."""
-    ours = {name for form in FORMS for name in form} | {"id", "weight", *CONTEXT}
+def own_columns(row: Mapping[str, Any], form: tuple[str, ...] = PAIR) -> dict[str, Any]:
+    """The row without what would be taken for something else now that its form is known.
+
+    Those are our columns that are null, all columns of a form that comes before its own, and, in
+    conversations, `system` and `history`, which are messages now.
+    """
+    ours = {name for other in FORMS for name in other} | {"id", "weight", *CONTEXT}
     gone = {name for name in ours if name in row and row[name] is None}
-    gone |= {"system", "history"} if chat else set()
+    before = FORMS[: FORMS.index(form)] if form in FORMS else FORMS[:1]
+    gone |= {name for other in before if all(n in row for n in other) for name in other}
+    gone |= set() if form in (("text",), ("tokens",)) else {"system", "history"}
     return {name: value for name, value in row.items() if name not in gone}
 
 
@@ -293,7 +299,7 @@ def _question(row, asks, tells):
 
 def _is_answer(value):
     number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    return isinstance(value, str) or (number and math.isfinite(value))
+    return isinstance(value, str) or (number and abs(value) < 1e300)  # False for NaN
 
 
 def _tokens(row):

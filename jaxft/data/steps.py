@@ -13,9 +13,9 @@ from jaxft.data.records import (
     CONTEXT,
     Record,
     check_record,
+    own_columns,
     prompt_completion,
     renamed,
-    without_null,
 )
 from jaxft.data.rendering import Renderer, Tokenised
 
@@ -53,7 +53,7 @@ def normalise_steps(raw: Mapping[str, Any], fields: Mapping[str, str] | None = N
             raise DataError(f"a label must be true or false, got {label!r:.40}.", "schema")
     asked = prompt_completion(row, steps[0], names, "completions")["prompt"]
     own = {"prompt": asked, "completions": steps, "labels": [bool(x) for x in labels]}
-    return check_record(without_null(row) | own)
+    return check_record(own_columns(row) | own)
 
 
 def render_steps(

@@ -66,16 +66,14 @@ class Chat:
         return self._render(messages, given, prompt)[0]
 
     def left_out(
-        self, messages: Sequence[Mapping], given: Mapping, text: str, trained: Collection[int] = ()
+        self, messages: Sequence[Mapping], given: Mapping, text: str, trained: Collection[int]
     ) -> list[Piece]:
         """What the messages and tools hold and `text`, made of them, does not show."""
         return left_out(self.text, messages, given, text, trained)
 
-    def check_shown(
-        self, messages: Sequence[Mapping], given: Mapping, text: str, trained: Collection[int] = ()
-    ) -> None:
-        """Raises DataError for what `left_out` finds."""
-        refuse(self.left_out(messages, given, text, trained))
+    def check_prompt(self, messages: Sequence[Mapping], given: Mapping, text: str) -> None:
+        """Raises DataError for what the text of a prompt, with the header of the answer, leaves out."""
+        refuse(left_out(functools.partial(self.text, prompt=True), messages, given, text, ()))
 
     def spans(
         self, messages: Sequence[Mapping], given: Mapping = NOTHING

@@ -121,7 +121,7 @@ class Renderer:
         given = context(record)
         chat = self._need_chat(given)
         text = chat.text(messages, given, prompt=True)
-        chat.check_shown(messages, given, text)
+        chat.check_prompt(messages, given, text)
         return self._encoder.encode(text)[0].tolist()
 
     def next_turn(self, text: str) -> list[int]:
@@ -154,7 +154,7 @@ class Renderer:
         turns = [i for i, m in enumerate(messages) if i >= examples and m["role"] == "assistant"]
         if self.mask == "all":
             text = chat.text(messages, given)
-            chat.check_shown(messages, given, text, turns)
+            refuse(chat.left_out(messages, given, text, turns))
             return [self._tokenised(text, {(0, len(text)): 1.0}, record)]
         if not turns:
             raise DataError(
@@ -193,7 +193,7 @@ class Renderer:
                     "template",
                 )
             if self._weight(messages[i]) or len(turns) == 1:
-                chat.check_shown(part, given, text, (i,))
+                refuse(chat.left_out(part, given, text, (i,)))
                 results.append(self._masked(text, {i: span}, part, record))
         return results
 

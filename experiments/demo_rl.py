@@ -41,19 +41,19 @@ ARMS = ("GRPO", "verdicts of others", "learning rate 0")
 class Config:
     """Sizes and seeds."""
 
-    seeds: int = 4
-    first_seed: int = 0
+    seeds: int = 4  # runs of each arm, each with a seed of its own
+    first_seed: int = 0  # the first of the seeds; the others follow it
     # probability of a right answer, on training questions, where the start ends
     until: float = 0.45
-    steps: int = 300
-    prompts_per_step: int = 32
-    group_size: int = 8
-    learning_rate: float = 3e-4
-    evaluate_every: int = 25
+    steps: int = 300  # optimizer steps of each arm
+    prompts_per_step: int = 32  # questions of a rollout
+    group_size: int = 8  # answers to each question
+    learning_rate: float = 3e-4  # of AdamW, constant
+    evaluate_every: int = 25  # steps between evaluations on held-out questions
     width: int = 96  # of the model
     size: int = 30_000  # draws for training, of which half are additions, about 6,800 different
-    output_dir: str = "runs/demo-rl"
-    smoke: bool = False
+    output_dir: str = "runs/demo-rl"  # directory of the figure and metrics.json
+    smoke: bool = False  # seconds; nothing is judged
     debug: bool = False  # full tracebacks
 
 

@@ -28,10 +28,11 @@ class Config:
     data: str  # file, rg:TASK, tfds:NAME or hub id
     trained: flags.Trained = flags.Trained()
     limit: int | None = None  # use at most so many records
+    # tokens that the loss counts: of the completion, of the last answer, all, or per message
     mask: Literal["completion", "last_turn", "all", "per_message"] = "completion"
     max_length: int = 512  # tokens of a row; longer records are left out of the loss
-    batch_size: int = 4
-    max_new_tokens: int = 64
+    batch_size: int = 4  # rows of one forward pass
+    max_new_tokens: int = 64  # tokens of an answer that is verified
     output: str | None = None  # JSON file for the metrics and answers
     debug: bool = False  # full tracebacks
 

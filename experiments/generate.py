@@ -25,9 +25,9 @@ class Config:
 
     trained: flags.Trained = flags.Trained()
     prompt: tuple[str, ...] = ()  # none: chat on the terminal
-    system: str | None = None
+    system: str | None = None  # system message before each prompt or chat
     sampling: flags.Sampling = flags.Sampling(max_new_tokens=200, temperature=0.0)
-    seed: int = 0
+    seed: int = 0  # of what is sampled
     debug: bool = False  # full tracebacks
 
 

@@ -22,7 +22,7 @@ class Config:
     """What to merge, and where to."""
 
     adapter: str  # directory in PEFT's format, or jaxft's own
-    output_dir: str
+    output_dir: str  # directory for the merged model, in Hugging Face's format
     model: str = "smollm2"  # directory, .gguf file, "smollm2", "tiny" (random), or hub id
     quantise: Quantisation | None = None  # merge into the rounded kernels that it was trained over
     target: str = "all-linear"  # or a pattern of the paths of kernels to quantise

@@ -50,6 +50,7 @@ class Config:
     eval_data: str = f"{shared.NEEDLE}&size=100&seed=1000000"  # "": hold out a part of the data
     adapter: Name = "lora"  # what trains; full: everything
 
+    # of pairs, of labelled completions (kto, bco, outcome), of steps (process); reward: a reward model
     loss: Loss = "dpo"
     beta: float | None = None  # strength of the pull to the reference; None: the loss's own
     label_smoothing: float | None = None  # share of wrong labels: dpo, robust, exo, aot, simpo, cpo
@@ -69,7 +70,7 @@ class Config:
     # bco: "minilm" or another model, whose embeddings of prompts give density ratios (UDM)
     prompt_embedder: str | None = None
     min_density_ratio: float = 0.5  # bco: limits of these
-    max_density_ratio: float = 10.0
+    max_density_ratio: float = 10.0  # bco: the upper limit of these
     desirable_weight: float = 1.0  # kto
     undesirable_weight: float = 1.0  # kto
     kl_weight: float = 0.1  # hypo: of the KL on the policy's own answers, nats of a whole answer
@@ -77,6 +78,7 @@ class Config:
     max_new_tokens: int = 64  # hypo: of these
     center_rewards_coefficient: float = 0.0  # reward: holds rewards near 0 (0.01 is usual)
 
+    # what happens to records longer than --max-length
     too_long: Literal["drop", "truncate", "truncate_left_prompt", "error"] = "drop"
 
     base: flags.Model = flags.Model()
@@ -85,7 +87,7 @@ class Config:
     rows: flags.Rows = flags.Rows()
     mesh: flags.Mesh = flags.Mesh()
     output: flags.Output = flags.Output("runs/preference")
-    seed: int = 0
+    seed: int = 0  # of the adapter's start, the order of records and all that is random
     smoke: bool = False  # a random tiny model for a few steps
     debug: bool = False  # full tracebacks
 

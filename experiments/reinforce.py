@@ -63,13 +63,13 @@ class Config:
     eval_data: str = f"{shared.NEEDLE}&size=100&seed=1000000"  # held-out questions
     adapter: Name = "lora"  # what trains; full: everything
 
-    algorithm: Choice = "grpo"
+    algorithm: Choice = "grpo"  # how rewards become credit, and the objective of a step
     prompts_per_step: int = 4  # questions of a rollout
     group_size: int = 8  # answers to each
     updates: int = 1  # optimizer steps on parts of one rollout
     epochs: int = 1  # passes over it, of so many steps each
     max_new_tokens: int = 16  # of an answer
-    temperature: float = 1.0
+    temperature: float = 1.0  # of the policy that samples and that trains
     stop: tuple[str, ...] = ()  # text that ends an answer, besides the stop token
     turns: int = 1  # answers to a question: after a wrong one, feedback and another try
     feedback: str = "That is not right. Try again."  # what a wrong answer is told
@@ -103,7 +103,7 @@ class Config:
     )
     mesh: flags.Mesh = flags.Mesh()
     output: flags.Output = flags.Output("runs/reinforce", save_steps=50, logging_steps=1)
-    seed: int = 0
+    seed: int = 0  # of the adapter's start, the order of questions and all that is random
     smoke: bool = False  # a random tiny model for a few steps
     debug: bool = False  # full tracebacks
 

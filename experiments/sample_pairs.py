@@ -61,7 +61,7 @@ class Config:
     sampling: flags.Sampling = flags.Sampling()
     keep_truncated: bool = False  # also answers that reach --max-new-tokens
     batch_size: int = 8  # questions at a time
-    seed: int = 0
+    seed: int = 0  # of what is sampled
     smoke: bool = False  # a random tiny model, a few questions
     debug: bool = False  # full tracebacks
 

@@ -61,9 +61,10 @@ class Config:
     adapter: Name | Literal["intrinsic"] = "lora"  # what trains; full: everything
     d: int = 1000  # intrinsic: numbers that train, moving all params in a random subspace
 
-    packing: bool = True
+    packing: bool = True  # put several short records into one row; no record sees another
     mask: Literal["completion", "last_turn", "all", "per_message"] = "completion"  # what trains
     train_on: str | None = None  # regular expression that narrows it, such as "Answer: (.*)"
+    # what happens to records longer than --max-length
     too_long: Literal["drop", "truncate", "error"] = "drop"
 
     max_new_tokens: int = 16  # of the answers that are verified
@@ -75,7 +76,7 @@ class Config:
     rows: flags.Rows = flags.Rows()
     mesh: flags.Mesh = flags.Mesh()
     output: flags.Output = flags.Output("runs/sft")
-    seed: int = 0
+    seed: int = 0  # of the adapter's start, the order of records and all that is random
     smoke: bool = False  # a random tiny model for a few steps
     debug: bool = False  # full tracebacks
 

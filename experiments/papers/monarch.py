@@ -48,13 +48,14 @@ CUT = {"inputs": 16, "outputs": 16, "rank": 1}
 class Config:
     """Sizes and seeds."""
 
-    seeds: int = 3
+    seeds: int = 3  # runs of each kind, each with a seed of its own
     steps: int = 600  # of training on digits
-    transform_steps: int = 3000
+    transform_steps: int = 3000  # of learning the Fourier transform
     fine_tuning_steps: int = 60  # after the projection, on 300 examples
     dense_share: float = 0.1  # of the steps, after which sparse has turned dense
-    learning_rate: float = 1e-3
+    learning_rate: float = 1e-3  # of Adam, for digits
     model: str | None = None  # also tabulate the projection of this model's MLP kernels
+    # directory of the figure, metrics.json and what is kept of finished seeds
     output_dir: str = "runs/monarch"
     preset: Literal["small", "full"] = "small"  # full: 10 seeds, and SmolLM2's kernels
     smoke: bool = False  # seconds; claims are printed, not judged

@@ -67,17 +67,17 @@ GRPO_WEIGHT = lambda rate: jnp.sqrt((1 - rate) / rate)
 class Config:
     """Sizes and seeds."""
 
-    seeds: int = 3
-    first_seed: int = 0
-    until: float = (
-        0.45  # probability of a right answer, on training questions, where the start ends
-    )
-    rollouts: int = 60
-    prompts_per_step: int = 64
-    group_size: int = 8
+    seeds: int = 3  # runs of each kind, each with a seed of its own
+    first_seed: int = 0  # of the seeds first_seed, first_seed + 1, ...
+    # probability of a right answer, on training questions, where the start ends
+    until: float = 0.45
+    rollouts: int = 60  # of each method
+    prompts_per_step: int = 64  # questions of a rollout
+    group_size: int = 8  # answers to each
     updates: int = 4  # optimizer steps on parts of a rollout
-    learning_rate: float = 3e-4
-    ablations: bool = False
+    learning_rate: float = 3e-4  # of all methods
+    ablations: bool = False  # also weights of questions, floors and weights of wrong answers
+    # directory of the figure, metrics.json and what is kept of finished seeds
     output_dir: str = "runs/nft"
     smoke: bool = False  # seconds; claims are printed, not judged
     debug: bool = False  # full tracebacks

@@ -55,18 +55,18 @@ BINS = 20  # of confidence
 class Config:
     """Sizes and seeds."""
 
-    mode: Literal["direct", "cot", "proof"] = (
-        "direct"  # the sizes of the other two stand in their files
-    )
+    # answers at once, after workings, or by a search for proofs (their sizes stand in their files)
+    mode: Literal["direct", "cot", "proof"] = "direct"
     num_samples: tuple[int, ...] = (1, 16, 256)  # N' of training; 1 is cross-entropy
-    seeds: int = 3
-    first_seed: int = 0
-    epochs: int = 80
+    seeds: int = 3  # runs of each kind, each with a seed of its own
+    first_seed: int = 0  # of the seeds first_seed, first_seed + 1, ...
+    epochs: int = 80  # passes over the problems
     every: int = 5  # epochs between measurements
     problems: int = 2000  # to train on, of 8100
     held_out: int = 800  # test problems, and half as many for validation
-    batch_size: int = 100
-    learning_rate: float = 1e-3
+    batch_size: int = 100  # problems of a step
+    learning_rate: float = 1e-3  # of Adam, the same for all N'
+    # directory of the figure, metrics.json and what is kept of finished seeds
     output_dir: str = "runs/dco"
     smoke: bool = False  # seconds; claims are printed, not judged
     debug: bool = False  # full tracebacks

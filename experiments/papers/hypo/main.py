@@ -42,10 +42,11 @@ class Config:
 
     draws: int = 60  # of random bandits
     seeds: int = 4  # of the language model
-    pretrain_steps: int = 400
+    pretrain_steps: int = 400  # of the language model, before all methods
     steps: int = 300  # of each method
     beta: float = 0.5  # of the text part
     text_kl_weight: float = 0.03  # HyPO's λ there
+    # directory of the figure, metrics.json and what is kept of finished seeds
     output_dir: str = "runs/hypo"
     smoke: bool = False  # seconds; claims are printed, not judged
     debug: bool = False  # full tracebacks

@@ -45,19 +45,16 @@ CHANCE = 0.5
 class Config:
     """Sizes and seeds."""
 
-    seeds: int = 3
+    seeds: int = 3  # runs of each kind, each with a seed of its own
     steps: int = 600  # of fine-tuning
-    checkpoints: tuple[int, ...] = (
-        0,
-        50,
-        200,
-        1000,
-    )  # steps of pretraining; the last is "pretrained"
+    # steps of pretraining; the last is "pretrained"
+    checkpoints: tuple[int, ...] = (0, 50, 200, 1000)
     widths: tuple[int, ...] = (32, 64, 128, 256)  # hidden units
     grid: tuple[int, ...] = (4, 8, 16, 32, 64, 128, 256)  # dimensions
-    batch_size: int = 50
+    batch_size: int = 50  # examples of a step
     model: str | None = None  # also tune this transformer: minilm, smollm2, a directory or hub id
     tuning: text.Settings = text.Settings()  # of that transformer
+    # directory of the figure, metrics.json and what is kept of finished seeds
     output_dir: str = "runs/intrinsic_dimension"
     preset: Literal["small", "full"] = "small"  # full: the paper's own setting for the transformer
     smoke: bool = False  # seconds; claims are printed, not judged

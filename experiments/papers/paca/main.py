@@ -64,15 +64,16 @@ class Config:
     model: str | None = None  # None: the small byte model; else as for experiments/sft.py
     data: str = f"{NEEDLE}&size=2000&seed=1"  # with --model; what it learns
     eval_data: str = f"{NEEDLE}&size=200&seed=1000000"  # halves: learning rates, figures
-    seeds: int = 3
-    pretrain_steps: int = 500
+    seeds: int = 3  # runs of each kind, each with a seed of its own
+    pretrain_steps: int = 500  # of the byte model
     layers: int = 4  # of the byte model
-    steps: int = 100
-    batch_size: int = 16
-    microbatches: int = 1
+    steps: int = 100  # of each fine-tuning
+    batch_size: int = 16  # rows of a step
+    microbatches: int = 1  # parts of a batch, one after the other
     length: int = 128  # tokens of a row
     rank: int = 8  # LoRA's; PaCA takes twice as many rows, about as many parameters
     learning_rate: float = 1e-3  # the grid is 1, 3, 10 and 30 times this
+    # directory of the figure, metrics.json and what is kept of finished seeds
     output_dir: str = "runs/paca"
     preset: Literal["small", "full"] = "small"  # full: Llama-3-8B on OASST1's best paths, a pod
     smoke: bool = False  # seconds; claims are printed, not judged

@@ -41,7 +41,8 @@ class Model:
     model: str = "smollm2"  # directory, .gguf file, "smollm2", "tiny" (random), or hub id
     # chat template that replaces the model's: a file, or chatml, llama3, gemma...
     template: str | None = None
-    bfloat16: bool = False  # compute in bfloat16; what trains stays float32
+    # compute in bfloat16; what trains is float32, whatever the files hold
+    bfloat16: bool = False
     scan_layers: bool = False  # stack layers: compile time independent of depth
     remat: Remat = "none"  # recompute in the backward pass: lean, dots or full save memory
 

@@ -28,6 +28,7 @@ from jaxft.adapters import (
     adapter_tensors,
     apply_named,
     count,
+    float32_masters,
     rounding_loss,
     save_checked,
 )
@@ -146,7 +147,7 @@ def load_base(
     *,
     keeps_start: bool = False,
 ) -> tuple[Any, Any]:
-    """(model, base params) on the mesh, in the types that the flags ask for.
+    """(model, base params) on the mesh, stored as in the files; in float32 where all of them train.
 
     Args:
         check: of (config, model), what must hold before minutes are spent; None: `check_length`.
@@ -158,31 +159,53 @@ def load_base(
     settings = config.base
     opened = files.open_model(settings.model)
     shapes = files.model_shapes(opened, scan_layers=settings.scan_layers)
-    trains_all = make_optimizer(config.optimisation) if config.adapter == "full" else None
+    whole = config.adapter == "full"
+    trains_all = make_optimizer(config.optimisation) if whole else None
     devices = [jax.devices()[0]] if mesh is None else list(mesh.local_devices)
-    needed = train.state_bytes(shapes, trains_all, mesh)
-    if keeps_start and config.adapter == "full":  # Adapters share the frozen base.
-        needed["reference"] = needed["weights"]
+    wide = whole or config.adapter == "intrinsic"
+    masters = jax.eval_shape(float32_masters, shapes) if wide else shapes
+    needed = train.state_bytes(masters, trains_all, mesh)
+    if keeps_start and whole:  # Adapters share the frozen base.
+        needed["reference"] = train.state_bytes(shapes, mesh=mesh)["weights"]
     train.check_memory(
         needed,
         devices,
         "take --adapter lora rather than full, more shards (--fsdp, --tensor) or a smaller model; "
         "`python -m jaxft.compile` tells what a slice would need.",
     )
-    model, base = files.load_model(opened, mesh=mesh, scan_layers=settings.scan_layers)
+    # With no use for the base beside what trains, it is read as the masters at once. A subspace moves
+    # the kernels themselves: rounded to bfloat16, most of its moves would be lost.
+    model, base = files.load_model(
+        opened,
+        dtype=jnp.float32 if wide and not keeps_start else None,
+        mesh=mesh,
+        scan_layers=settings.scan_layers,
+    )
+    tell_of_masters(config, shapes)
     dtype = jnp.bfloat16 if settings.bfloat16 else jnp.float32
     model = model.clone(dtype=dtype, remat=settings.remat)
     (check or check_length)(config, model)
     return model, base
 
 
+def tell_of_masters(config: Any, shapes: Any) -> None:
+    """Prints the types in which the files hold what trains whole, where those are not float32."""
+    stored = {str(leaf.dtype) for leaf in jax.tree.leaves(shapes)} & {"bfloat16", "float16"}
+    if stored and config.adapter in ("full", "intrinsic"):
+        print(
+            f"{config.base.model} is stored in {' and '.join(sorted(stored))}; what trains is kept, and "
+            "saved, in float32."
+        )
+
+
 def adapt_params(config: Any, model: Any, base: Any, mesh: Any) -> Any:
-    """The base params of a model with what trains: adapters, or all of them."""
+    """The base params of a model with what trains, in float32: adapters, or all of them."""
     family = family_of(model.config)
     settings = adapter_settings(config)
     params = apply_named(
         base, config.adapter, targets=family.targets, stacked=family.stacked_axes, **settings
     )
+    params = float32_masters(params)
     if mesh is not None:
         params = shard_params(params, mesh, family.rules, family.layers)
     return announce(params)
@@ -191,7 +214,7 @@ def adapt_params(config: Any, model: Any, base: Any, mesh: Any) -> Any:
 def announce(params: Any) -> Any:
     """The params, having said how many of them train."""
     trains, total = count(params)
-    print(f"{trains:,} of {total:,} parameters train ({trains / total:.2%})")
+    print(f"{trains:,} of {total:,} parameters train ({trains / total:.2%}), in float32")
     return params
 
 

@@ -38,6 +38,7 @@ from jaxft.adapters import (
     adapt,
     combine,
     count,
+    float32_masters,
     full,
     in_place,
     lora,
@@ -211,7 +212,8 @@ def fine_tune(config, task, objective, method: str, rate: float, seed: int) -> t
 
 
 def _adapted(config, task, method, seed):
-    return adapt(jax.random.key(seed), task.params, rules(method, config.rank))
+    adapted = adapt(jax.random.key(seed), task.params, rules(method, config.rank))
+    return float32_masters(adapted)
 
 
 def judge(metrics: dict[str, Any]) -> list[Claim]:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import tyro
 
 from experiments.cli import flags
+from experiments.cli.held_out import shown, tell_of
 from experiments.cli.models import check_positions, load_trained, renderer_of, verified
 from jaxft import data, train
 from jaxft.objectives import supervised
@@ -45,8 +46,7 @@ def main(config: Config) -> dict[str, Any]:
     records = data.load(config.data, limit=config.limit)
     bad = data.BadRecords()
     tokenised = data.render(records, renderer, config.max_length, bad=bad)
-    if bad.summary():
-        print(f"records left out of the loss: {bad.summary()}; see --max-length")
+    tell_of(bad, len(tokenised), len(records), "evaluated")
     model, params = load_trained(config.trained)
     check_positions(model, config.trained.model, config.max_length)
     batches = data.finite_batches(
@@ -54,12 +54,15 @@ def main(config: Config) -> dict[str, Any]:
     )
     loss = train.evaluate(train.make_eval_step(supervised(model.forward)), params, batches)["loss"]
     metrics = {"records": len(records), "loss": loss, "perplexity": math.exp(loss)}
-    print(f"loss {loss:.4f} nats a token, perplexity {math.exp(loss):.3f}")
+    print(
+        f"loss {loss:.4f} nats a token, perplexity {math.exp(loss):.3f} on {len(tokenised)} of "
+        f"{len(records)} records of {shown(config.data)}"
+    )
     result = verified(model, params, renderer, records, config.max_new_tokens)
     if result is not None:
         metrics |= {"accuracy": result.rate, "interval": result.interval}
         metrics["mentioned"] = result.mention_rate
-        print(f"accuracy {result}")
+        print(f"accuracy on {len(records)} records of {shown(config.data)}: {result}")
         metrics["answers"] = [
             {"id": r["id"], "completion": c, "correct": ok}
             for r, c, ok in zip(records, result.completions, result.correct, strict=True)

@@ -29,6 +29,7 @@ import tyro
 from experiments.cli import flags
 from experiments.cli import preference_report as reports
 from experiments.cli import training as shared
+from experiments.cli.held_out import NEEDLE
 from experiments.cli.preference_data import load_data
 from experiments.cli.preference_losses import LOSSES, DivergenceName, Loss, objective_of
 from jaxft import data, rl, train
@@ -46,8 +47,9 @@ SMALL |= {"max_steps": 6, "eval_steps": 3, "max_length": 256, "learning_rate": 1
 class Config:
     """What to train, on which preferences, and how."""
 
-    data: tuple[str, ...] = (f"{shared.NEEDLE}&size=1000&seed=1",)  # files, hub ids, rg:TASK
-    eval_data: str = f"{shared.NEEDLE}&size=100&seed=1000000"  # "": hold out a part of the data
+    data: tuple[str, ...] = (f"{NEEDLE}&size=1000&seed=1",)  # files, hub ids, rg:TASK
+    # held-out records; None: the default task's own or, with --data, a part of that; "": a part
+    eval_data: str | None = None
     adapter: Name = "lora"  # what trains; full: everything
 
     # of pairs, of labelled completions (kto, bco, outcome), of steps (process); reward: a reward model
@@ -96,7 +98,7 @@ def main(config: Config) -> dict[str, Any]:
     """Trains; returns the metrics that are written to metrics.json."""
     config = shared.start(config, SMALL)
     make_objective, entry = objective_of(config), LOSSES[config.loss]
-    training, held_out = load_data(config)
+    training, held_out, name = load_data(config)
     if config.rows.preview:
         return {"records": len(training)}
     output, mesh = shared.place(config)
@@ -127,13 +129,14 @@ def main(config: Config) -> dict[str, Any]:
         make_objective = objective_of(dataclasses.replace(config, kl_weight=0.0))  # To evaluate.
         batches = with_samples(config, model, params, training, batches, mesh)
     evaluated, books = make_objective(model.forward), books_of(config, model)
-    callbacks = shared.callbacks(config, evaluated, eval_batches, output, mesh)
+    callbacks = shared.callbacks(config, evaluated, eval_batches, output, mesh, name)
     donate = config.adapter == "full" and not entry.online
     state, history = shared.fit(
         config, params, method, batches, callbacks, output, mesh, books=books, donate=donate
     )
     shared.save(config, model, state.params, base, mesh, output)
-    metrics = shared.losses_of(history)
+    metrics = shared.losses_of(history, name)
+    print(f"\non {name}:")
     if entry.trains == "reward":
         rewards = reports.read_rewards(config, model, state.params, held_out, mesh)
         metrics |= reward_report(config, rewards, held_out)

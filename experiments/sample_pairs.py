@@ -28,7 +28,7 @@ import tyro
 
 from experiments.cli import flags
 from experiments.cli import rewards as rewards_cli
-from experiments.cli import training as shared
+from experiments.cli.held_out import NEEDLE
 from experiments.cli.models import load_trained, renderer_of
 from jaxft import data, train
 from jaxft.generation import generate
@@ -49,7 +49,7 @@ SMALL = dict(
 class Config:
     """Whose answers, to what, and how they are scored."""
 
-    data: str = f"{shared.NEEDLE}&size=1000&seed=1"  # file, rg:TASK, tfds:NAME or hub id
+    data: str = f"{NEEDLE}&size=1000&seed=1"  # file, rg:TASK, tfds:NAME or hub id
     trained: flags.Trained = flags.Trained()
     output: str = "pairs.jsonl"  # file for the pairs
     limit: int | None = None  # use at most so many questions

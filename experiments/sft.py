@@ -21,7 +21,7 @@ from typing import Any, Literal
 import jax
 import tyro
 
-from experiments.cli import choices, flags
+from experiments.cli import choices, flags, held_out
 from experiments.cli import training as shared
 from experiments.cli.models import verified
 from jaxft import checkpoints as files
@@ -53,10 +53,13 @@ SMALL = dict(
 class Config:
     """What to train, on what, and how."""
 
-    data: tuple[str, ...] = (f"{shared.NEEDLE}&size=2000&seed=1",)  # files, rg:TASK, tfds:, hub ids
+    data: tuple[str, ...] = (
+        f"{held_out.NEEDLE}&size=2000&seed=1",
+    )  # files, rg:TASK, tfds:, hub ids
     weights: tuple[float, ...] = ()  # share of each source; default: by size
     weights_by: Literal["records", "tokens"] = "records"  # of what they are shares
-    eval_data: str = f"{shared.NEEDLE}&size=100&seed=1000000"  # "": hold out a part of the data
+    # held-out records; None: the default task's own or, with --data, a part of that; "": a part
+    eval_data: str | None = None
 
     adapter: Name | Literal["intrinsic"] = "lora"  # what trains; full: everything
     d: int = 1000  # intrinsic: numbers that train, moving all params in a random subspace
@@ -89,7 +92,7 @@ def main(config: Config) -> dict[str, Any]:
         raise ValueError(
             f"--d {config.d} has no effect with --adapter {config.adapter}; take intrinsic."
         )
-    renderer, training, held_out = load_data(config)
+    renderer, training, kept, name = load_data(config)
     if config.rows.preview:
         return {"records": len(training)}
     output, mesh = shared.place(config)
@@ -99,7 +102,9 @@ def main(config: Config) -> dict[str, Any]:
     forward = reparametrised(model.forward, read)
     method = shared.method_of(config, supervised, forward)
     length = config.rows.max_length
-    tokenised = data.render(held_out, renderer, length, too_long="truncate")
+    bad = data.BadRecords()
+    tokenised = data.render(kept, renderer, length, too_long="truncate", bad=bad)
+    held_out.tell_of(bad, len(tokenised), len(kept), "held-out")
     eval_batches = data.finite_batches(tokenised, **config.rows.sizes)
     batches = data.batches(
         *training,
@@ -108,19 +113,19 @@ def main(config: Config) -> dict[str, Any]:
         packing=config.packing,
         seed=config.seed,
     )
-    before = verify(config, model, base, renderer, held_out, "before")
-    callbacks = shared.callbacks(config, supervised(forward), eval_batches, output, mesh)
+    before = verify(config, model, base, renderer, kept, f"before on {name}")
+    callbacks = shared.callbacks(config, supervised(forward), eval_batches, output, mesh, name)
     donate = config.adapter == "full"  # Nothing reads the base afterwards.
     state, history = shared.fit(
         config, params, method, batches, callbacks, output, mesh, donate=donate
     )
     save(config, model, state.params, base, mesh, output)
-    after = verify(config, model, read(state.params), renderer, held_out, "after")
-    return report(history, before, after, held_out, output)
+    after = verify(config, model, read(state.params), renderer, kept, f"after on {name}")
+    return report(history, before, after, kept, name, output)
 
 
 def load_data(config: Config):
-    """(renderer, tokenised records of each source, held-out records)."""
+    """(renderer, tokenised records of each source, held-out records, of what those are)."""
     renderer = data.Renderer(
         files.load_tokenizer(config.base.model),
         template=config.base.template,
@@ -129,13 +134,13 @@ def load_data(config: Config):
     )
     bad, length = data.BadRecords(config.rows.max_bad), config.rows.max_length
     sources = [data.load(spec, bad=bad) for spec in config.data]
-    sources, held_out = shared.with_held_out(config, sources, data.load, _question)
+    parts = held_out.with_held_out(config, sources, data.load, _question)
     render = functools.partial(data.render, too_long=config.too_long, bad=bad)
-    training = [render(records, renderer, length) for records in sources]
-    shared.tell_of(bad)
+    training = [render(records, renderer, length) for records in parts.training]
+    held_out.tell_of(bad, sum(map(len, training)), sum(map(len, parts.training)))
     for part in training[0][: 3 if config.rows.preview else 1]:
         print(data.explain(part, renderer.tokenizer, color=False), end="\n\n")
-    return renderer, training, held_out
+    return renderer, training, parts.held_out, parts.name
 
 
 def adapt_params(config: Config, model: Any, base: Any, mesh: Any) -> Any:
@@ -172,9 +177,9 @@ def save(
     print(f"adapter saved to {path}; read again: {difference}")
 
 
-def report(history, before, after, records, output) -> dict[str, Any]:
+def report(history, before, after, records, name, output) -> dict[str, Any]:
     """Prints sample answers, writes metrics.json and the figure's data, returns the metrics."""
-    metrics = shared.losses_of(history)
+    metrics = shared.losses_of(history, name)
     loss = metrics["eval_loss"]
     metrics["eval_perplexity"] = None if loss is None else math.exp(loss)
     if before is not None:
@@ -187,9 +192,7 @@ def report(history, before, after, records, output) -> dict[str, Any]:
             print(f"  answer    {data.as_messages(records[i])[-1]['content']}")
             print(f"  before    {_tail(before.completions[i])}")
             print(f"  after     {_tail(after.completions[i])}")
-        print(
-            f"\naccuracy on {len(records)} held-out records: {before.rate:.1%} -> {after.rate:.1%}"
-        )
+        print(f"\naccuracy on {name}: {before.rate:.1%} -> {after.rate:.1%}")
     shared.write_metrics(output, metrics)
     return metrics
 
@@ -201,7 +204,7 @@ def _weights(config, training):
 
 
 def _question(record) -> str:
-    return shared.question(record, data.as_messages(record))
+    return held_out.question(record, data.as_messages(record))
 
 
 def _tail(text: str, width: int = 100) -> str:

@@ -95,7 +95,8 @@ class Optimisation:
 class Rows:
     """Records as rows of batches, and how often held-out ones are evaluated."""
 
-    validation: float = 0.05  # the part held out, if there is no eval_data
+    # share of --data that is held out, without --eval-data; None: a tenth, at most 200 records
+    validation: float | None = None
     batch_size: int = 2  # rows of one step, over all devices and accumulation steps
     max_length: int = 384  # tokens of a row
     max_bad: float = 0.0  # largest share of unusable records that is skipped rather than an error

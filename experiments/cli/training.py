@@ -22,7 +22,7 @@ from experiments.cli import choices, flags
 from experiments.cli.models import check_positions
 from experiments.cli.optimizers import OPTIMIZERS, SHARPNESS, Sharpened, sharpen
 from jaxft import checkpoints as files
-from jaxft import data, train
+from jaxft import train
 from jaxft.adapters import (
     AdapterError,
     adapter_tensors,
@@ -37,16 +37,17 @@ from jaxft.models import Forward, family_of
 from jaxft.objectives import Objective
 from jaxft.parallel import connect_hosts, make_mesh, shard_params, written_once
 
-# reasoning-gym draws entry i from seed + i: seeds of parts must lie further apart than their sizes.
-NEEDLE = "rg:needle_haystack?min_num_statements=4&max_num_statements=8"
 # What every --smoke takes.
 TINY = {"model": "tiny", "rank": 2, "alpha": 4.0}
 
 
 def start(config: Any, small: Mapping[str, Any]) -> Any:
     """The config, of which --smoke takes `small`; joins the other hosts, of which the first alone prints."""
-    config = flags.with_small(config, TINY | small) if config.smoke else config
     choices.check(config, "sharpness", SHARPNESS)
+    if config.smoke:
+        if "data" in choices.given(config):  # Whose own part is then held out.
+            small = {name: x for name, x in small.items() if name != "eval_data"}
+        config = flags.with_small(config, TINY | small)
     connect_hosts(config.mesh.distributed)
     if jax.process_index() > 0:
         sys.stdout = open(os.devnull, "w")
@@ -129,14 +130,15 @@ def fit(
     )
 
 
-def losses_of(history: Sequence[train.Row]) -> dict[str, Any]:
-    """The steps, the first and the last loss of a run, and its last in evaluation."""
+def losses_of(history: Sequence[train.Row], name: str) -> dict[str, Any]:
+    """The steps, the first and the last loss of a run, its last in evaluation, and of what that is."""
     evaluated = [row for row in history if "eval/loss" in row]
     return {
         "steps": history[-1]["step"],
         "first_loss": history[0]["loss"],
         "last_loss": history[-1]["loss"],
         "eval_loss": evaluated[-1]["eval/loss"] if evaluated else None,
+        "evaluated_on": name,
     }
 
 
@@ -219,10 +221,10 @@ def announce(params: Any) -> Any:
 
 
 def callbacks(
-    config: Any, objective: Any, eval_batches: Any, output: pathlib.Path, mesh: Any
+    config: Any, objective: Any, eval_batches: Any, output: pathlib.Path, mesh: Any, name: str
 ) -> list[train.Callback]:
-    """Evaluation, progress and the figure of a run on rows."""
-    title = f"{config.base.model}, {config.adapter}"
+    """Evaluation, progress and the figure of a run on rows; `name` says of what the evaluation is."""
+    title = f"{config.base.model}, {config.adapter}; eval: {name}"
     return [
         train.evaluation(objective, eval_batches, steps=config.rows.eval_steps, mesh=mesh),
         train.progress(steps=config.output.logging_steps),
@@ -304,54 +306,3 @@ def check_length(config: Any, model: Any) -> None:
             f"--batch-size {size} must be a positive multiple of --gradient-accumulation-steps ({slices}) "
             f"times the {jax.process_count()} processes."
         )
-
-
-def with_held_out(
-    config: Any,
-    sources: list[list],
-    load: Callable[[str], list],
-    ask: Callable[[Any], str],
-) -> tuple[list[list], list]:
-    """(what of the sources trains, held-out records: of --eval-data, or a part of each source).
-
-    Held-out records whose question also trains are left out: those would measure memory.
-
-    Raises:
-        DataError: if none is left.
-        ValueError: for a --validation that --eval-data leaves without effect.
-    """
-    if config.eval_data and "validation" in choices.given(config):
-        raise ValueError(
-            f"--validation {config.rows.validation} has no effect with --eval-data {config.eval_data}; "
-            'give --eval-data "" to hold out a part of --data.'
-        )
-    if config.eval_data:
-        held_out = load(config.eval_data)
-    else:
-        pairs = [data.split(records, config.rows.validation) for records in sources]
-        sources, held_out = [pair[0] for pair in pairs], [r for pair in pairs for r in pair[1]]
-        if not held_out:
-            raise data.DataError("no record is held out; raise --validation or give --eval-data.")
-    known = {ask(record) for records in sources for record in records}
-    return sources, without_known(held_out, known, ask)
-
-
-def tell_of(bad: data.BadRecords) -> None:
-    """Prints how many records were left out or cut, if any were."""
-    if bad.summary():
-        print(f"records left out or cut: {bad.summary()}")
-
-
-def without_known(held_out: list, known: set[str], ask: Callable[[Any], str]) -> list:
-    """The held-out records whose question is not among `known`; DataError if none is left."""
-    left = [record for record in held_out if ask(record) not in known]
-    if not left:
-        raise data.DataError("every held-out record is also in the training data.")
-    return left
-
-
-def question(record: Mapping[str, Any], messages: Any) -> str:
-    """What a record asks: its user turns, its prompt or its text."""
-    if messages is None:
-        return record.get("prompt") or record.get("text") or str(record.get("tokens"))
-    return "\n".join(m["content"] for m in messages if m["role"] == "user")

@@ -16,6 +16,8 @@ rate 0. Settings were chosen on seeds of 100 and above, and are reported on seed
 
 from __future__ import annotations
 
+import experiments.cli.interrupts  # noqa: F401  isort: skip  (before what takes seconds)
+
 import dataclasses
 import functools
 import pathlib

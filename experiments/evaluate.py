@@ -6,6 +6,8 @@ $ python experiments/evaluate.py --data "rg:chain_sum?size=200&seed=9"
 
 from __future__ import annotations
 
+import experiments.cli.interrupts  # noqa: F401  isort: skip  (before what takes seconds)
+
 import dataclasses
 import json
 import math

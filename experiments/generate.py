@@ -6,6 +6,8 @@ $ python experiments/generate.py --adapter runs/sft/adapter          an interact
 
 from __future__ import annotations
 
+import experiments.cli.interrupts  # noqa: F401  isort: skip  (before what takes seconds)
+
 import dataclasses
 import sys
 

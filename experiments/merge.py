@@ -6,6 +6,8 @@ $ python experiments/merge.py --model smollm2 --adapter runs/qlora/adapter --qua
 
 from __future__ import annotations
 
+import experiments.cli.interrupts  # noqa: F401  isort: skip  (before what takes seconds)
+
 import dataclasses
 
 import jax

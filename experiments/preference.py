@@ -18,6 +18,8 @@ adapter's files, or the model's. The output directory gets the adapter, metrics,
 
 from __future__ import annotations
 
+import experiments.cli.interrupts  # noqa: F401  isort: skip  (before what takes seconds)
+
 import dataclasses
 import functools
 from typing import Any, Literal

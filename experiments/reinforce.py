@@ -18,6 +18,8 @@ adapter (or the whole model), metrics.jsonl, metrics.json, a figure and checkpoi
 
 from __future__ import annotations
 
+import experiments.cli.interrupts  # noqa: F401  isort: skip  (before what takes seconds)
+
 import dataclasses
 import functools
 from typing import Any

@@ -13,6 +13,8 @@ are questions whose answers are scored alike.
 
 from __future__ import annotations
 
+import experiments.cli.interrupts  # noqa: F401  isort: skip  (before what takes seconds)
+
 import collections
 import dataclasses
 import json

@@ -12,6 +12,8 @@ a figure, TensorBoard events and checkpoints; --resume goes on after an interrup
 
 from __future__ import annotations
 
+import experiments.cli.interrupts  # noqa: F401  isort: skip  (before what takes seconds)
+
 import dataclasses
 import functools
 import math

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from experiments.cli import choices, flags
+from experiments.cli import choices, flags, resuming
 from experiments.cli.models import check_positions
 from experiments.cli.optimizers import OPTIMIZERS, SHARPNESS, Sharpened, sharpen
 from jaxft import checkpoints as files
@@ -62,7 +62,9 @@ def place(config: Any) -> tuple[pathlib.Path, Any]:
     """
     output = pathlib.Path(config.output.output_dir)
     train.writable_directory(output)
-    if not config.output.resume and any((output / "checkpoints").glob("[0-9]*")):
+    if config.output.resume:
+        resuming.check(config, output)
+    elif any((output / "checkpoints").glob("[0-9]*")):
         raise train.OutputError(
             f"{output} holds an earlier run; go on with --resume, or choose another --output-dir."
         )
@@ -112,6 +114,7 @@ def fit(
     """`train.fit` with the flags' steps, seed, microbatches, logs and checkpoints."""
     path = output / "checkpoints"
     every, resume = config.output.save_steps, config.output.resume
+    noted = [resuming.note(config, output)] if resume else []
     return train.fit(
         params,
         method.objective,
@@ -124,8 +127,10 @@ def fit(
         microbatches=config.optimisation.gradient_accumulation_steps,
         books=books,
         mesh=mesh,
-        callbacks=[*callbacks, *logs(config, output)],
-        checkpoints=train.Checkpoints(path, every=every, best=best, resume=resume),
+        callbacks=[*noted, *callbacks, *logs(config, output)],
+        checkpoints=train.Checkpoints(
+            path, every=every, best=best, resume=resume, settings=resuming.settings(config)
+        ),
         donate=donate,
     )
 

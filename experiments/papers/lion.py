@@ -16,6 +16,8 @@ gain with the batch at sizes that are out of reach here.
 
 from __future__ import annotations
 
+import experiments.cli.interrupts  # noqa: F401  isort: skip  (before what takes seconds)
+
 import dataclasses
 import sys
 from typing import Any, Literal

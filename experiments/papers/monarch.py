@@ -16,6 +16,8 @@ stronger baseline (the projection is then some 4 points ahead, not more than 10)
 
 from __future__ import annotations
 
+import experiments.cli.interrupts  # noqa: F401  isort: skip  (before what takes seconds)
+
 import dataclasses
 import sys
 from typing import Any, Literal

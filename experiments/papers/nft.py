@@ -33,6 +33,8 @@ or all wrong count 0, in DAPO too), and losses are means over tokens, where the 
 
 from __future__ import annotations
 
+import experiments.cli.interrupts  # noqa: F401  isort: skip  (before what takes seconds)
+
 import dataclasses
 import functools
 import sys

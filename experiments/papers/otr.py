@@ -27,6 +27,8 @@ at 0.38 (OTR) and 0.19 (SFT) with 1e-3, at 0.94 and 0.91 with 3e-4, at 0.970 and
 
 from __future__ import annotations
 
+import experiments.cli.interrupts  # noqa: F401  isort: skip  (before what takes seconds)
+
 import dataclasses
 import functools
 import itertools

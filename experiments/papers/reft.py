@@ -31,6 +31,8 @@ base model; `--rerank` has one classifier, of the warm-up model's answers, for a
 
 from __future__ import annotations
 
+import experiments.cli.interrupts  # noqa: F401  isort: skip  (before what takes seconds)
+
 import dataclasses
 import functools
 import itertools

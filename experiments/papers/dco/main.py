@@ -25,6 +25,8 @@ and for proofs have files of their own: cot.py and proof.py tell their tasks.
 
 from __future__ import annotations
 
+import experiments.cli.interrupts  # noqa: F401  isort: skip  (before what takes seconds)
+
 import dataclasses
 import functools
 import sys

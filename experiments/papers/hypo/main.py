@@ -20,6 +20,8 @@ not verified against the authors' code; the baseline here is the mean of a promp
 
 from __future__ import annotations
 
+import experiments.cli.interrupts  # noqa: F401  isort: skip  (before what takes seconds)
+
 import dataclasses
 import math
 import sys

@@ -15,6 +15,8 @@ that was best on a validation set; "full" is the same budget of steps and rates 
 
 from __future__ import annotations
 
+import experiments.cli.interrupts  # noqa: F401  isort: skip  (before what takes seconds)
+
 import dataclasses
 import functools
 import math

@@ -16,6 +16,8 @@ memory and time go on accelerators is in benchmarks/aot_paca.py.
 
 from __future__ import annotations
 
+import experiments.cli.interrupts  # noqa: F401  isort: skip  (before what takes seconds)
+
 import dataclasses
 import statistics
 import sys

@@ -29,6 +29,8 @@ bring as text files of which one is math.txt; it reads all of a file at once.
 
 from __future__ import annotations
 
+import experiments.cli.interrupts  # noqa: F401  isort: skip  (before what takes seconds)
+
 import dataclasses
 import sys
 from typing import Any, Literal

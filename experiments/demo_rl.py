@@ -29,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
+from experiments.cli import limits
 from experiments.lab.claims import Claim, interval, report, show
 from experiments.worlds import arithmetic
 from jaxft import rl, train
@@ -198,4 +199,5 @@ def _figure(runs: list[dict], output: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-    train.run_main(lambda config: sys.exit(main(config)), tyro.cli(Config, description=__doc__))
+    config = tyro.cli(Config, description=__doc__)
+    train.run_main(lambda config: sys.exit(main(limits.check(config))), config)

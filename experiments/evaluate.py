@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import tyro
 
-from experiments.cli import flags
+from experiments.cli import flags, limits
 from experiments.cli.held_out import shown, tell_of
 from experiments.cli.models import check_positions, load_trained, renderer_of, verified
 from jaxft import data, train
@@ -42,6 +42,7 @@ class Config:
 
 def main(config: Config) -> dict[str, Any]:
     """Prints and returns the metrics."""
+    limits.check(config)
     if config.output:  # Now, not after the last answer.
         train.writable_directory(pathlib.Path(config.output).parent)
     renderer = renderer_of(config.trained, mask=config.mask)

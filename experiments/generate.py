@@ -14,7 +14,7 @@ import sys
 import jax
 import tyro
 
-from experiments.cli import flags
+from experiments.cli import flags, limits
 from experiments.cli.models import load_trained, renderer_of
 from jaxft import train
 from jaxft.generation import generate
@@ -35,7 +35,7 @@ class Config:
 
 def main(config: Config) -> list[str]:
     """Prints the answers; returns them."""
-    renderer = renderer_of(config.trained)
+    renderer = renderer_of(limits.check(config).trained)
     model, params = load_trained(config.trained)
     rules = config.sampling.rules(renderer.tokenizer)
     start = [{"role": "system", "content": config.system}] if config.system else []

@@ -33,6 +33,8 @@ class Config:
 
 def main(config: Config) -> Difference:
     """Prints and returns how far the files' logits are from the adapter's."""
+    if config.target != Config.target and config.quantise is None:
+        raise ValueError(f"--target {config.target} has no effect without --quantise.")
     train.keep_memory_warm()
     train.writable_directory(config.output_dir)
     model, base = files.load_model(config.model)

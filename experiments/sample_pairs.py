@@ -28,7 +28,7 @@ import rich.console
 import rich.progress
 import tyro
 
-from experiments.cli import flags
+from experiments.cli import flags, limits
 from experiments.cli import rewards as rewards_cli
 from experiments.cli.held_out import NEEDLE
 from experiments.cli.models import load_trained, renderer_of
@@ -70,6 +70,7 @@ class Config:
 
 def main(config: Config) -> dict[str, Any]:
     """Writes the pairs; returns how many there are, and what gave none."""
+    limits.check(config)
     config = flags.with_small(config, SMALL) if config.smoke else config
     if config.samples < 2 or config.batch_size < 1 or config.sampling.temperature <= 0:
         raise ValueError(

@@ -30,10 +30,12 @@ from jaxft import checkpoints as files
 from jaxft import data, train
 from jaxft.adapters import (
     Name,
+    adapt,
     check_same,
     intrinsic,
     intrinsic_apply,
     load_adapter,
+    quantised,
     save_intrinsic,
 )
 from jaxft.keys import stream
@@ -90,10 +92,6 @@ def main(config: Config) -> dict[str, Any]:
     """Trains; returns the metrics that are written to metrics.json."""
     config = shared.start(config, SMALL)
     choices.check_companions(config, {"weights_by": "weights"})
-    if config.adapter != "intrinsic" and config.d != Config.d:
-        raise ValueError(
-            f"--d {config.d} has no effect with --adapter {config.adapter}; take intrinsic."
-        )
     renderer, training, kept, name = load_data(config)
     if config.rows.preview:
         return {"records": len(training)}
@@ -149,11 +147,18 @@ def adapt_params(config: Config, model: Any, base: Any, mesh: Any) -> Any:
     """The base params with what trains: adapters, or all of them."""
     if config.adapter != "intrinsic":
         return shared.adapt_params(config, model, base, mesh)
-    if config.kernels.quantise:
-        raise ValueError("--adapter intrinsic moves the kernels themselves; drop --quantise.")
     # The base lies on the mesh already.
     key, layers = stream(jax.random.key(config.seed), "intrinsic"), family_of(model.config).layers
-    return shared.announce(intrinsic(key, base, config.d, layers=layers))
+    return shared.announce(intrinsic(key, rounded(config, model, base), config.d, layers=layers))
+
+
+def rounded(config: Config, model: Any, base: Any) -> Any:
+    """The base over which a subspace moves the kernels: quantised, if the flags say so."""
+    settings, family = config.kernels, family_of(model.config)
+    if settings.quantise is None:
+        return base
+    rules = {family.targets.pattern(settings.target): quantised(settings.quantise)}
+    return adapt(jax.random.key(config.seed), base, rules, stacked=family.stacked_axes)
 
 
 def verify(config, model, params, renderer, records, when: str) -> Accuracy | None:
@@ -174,7 +179,7 @@ def save(
         return shared.save(config, model, params, base, mesh, output)
     path = output / "adapter"
     save_intrinsic(path, params)
-    loaded = load_adapter(path, model.config, base)
+    loaded = load_adapter(path, model.config, rounded(config, model, base))
     difference = check_same(str(path), model, jax.jit(intrinsic_apply)(params), loaded)
     print(f"adapter saved to {path}; read again: {difference}")
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from experiments.cli import choices, flags, resuming
+from experiments.cli import adapters, choices, flags, limits, resuming
 from experiments.cli.models import check_positions
 from experiments.cli.optimizers import OPTIMIZERS, SHARPNESS, Sharpened, sharpen
 from jaxft import checkpoints as files
@@ -43,6 +43,7 @@ TINY = {"model": "tiny", "rank": 2, "alpha": 4.0}
 
 def start(config: Any, small: Mapping[str, Any]) -> Any:
     """The config, of which --smoke takes `small`; joins the other hosts, of which the first alone prints."""
+    adapters.check(limits.check(config))
     choices.check(config, "sharpness", SHARPNESS)
     if config.smoke:
         if "data" in choices.given(config):  # Whose own part is then held out.

@@ -43,6 +43,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from experiments.cli import limits
 from experiments.lab.claims import Claim, interval, show
 from experiments.lab.seeds import measure_claims
 from experiments.worlds import arithmetic
@@ -375,4 +376,5 @@ def _figure(config, runs, output):
 
 
 if __name__ == "__main__":
-    train.run_main(lambda config: sys.exit(main(config)), tyro.cli(Config, description=__doc__))
+    config = tyro.cli(Config, description=__doc__)
+    train.run_main(lambda config: sys.exit(main(limits.check(config))), config)

@@ -38,6 +38,7 @@ import numpy as np
 import optax
 import tyro
 
+from experiments.cli import limits
 from experiments.lab.claims import Claim, interval, report, show
 from experiments.lab.seeds import measure_claims, run_seeds
 from experiments.papers.dco import cot, proof
@@ -273,4 +274,5 @@ def _figure(metrics, output):
 
 
 if __name__ == "__main__":
-    train.run_main(lambda config: sys.exit(main(config)), tyro.cli(Config, description=__doc__))
+    config = tyro.cli(Config, description=__doc__)
+    train.run_main(lambda config: sys.exit(main(limits.check(config))), config)

@@ -30,6 +30,7 @@ import optax
 import tyro
 from scipy import stats
 
+from experiments.cli import limits
 from experiments.lab.claims import Claim, report, show
 from experiments.papers.intrinsic_dimension import text
 from jaxft import train
@@ -366,4 +367,5 @@ def _figure(config, metrics, output):
 
 
 if __name__ == "__main__":
-    train.run_main(lambda config: sys.exit(main(config)), tyro.cli(Config, description=__doc__))
+    config = tyro.cli(Config, description=__doc__)
+    train.run_main(lambda config: sys.exit(main(limits.check(config))), config)

@@ -32,6 +32,7 @@ import numpy as np
 import tyro
 from jax._src.ad_checkpoint import saved_residuals
 
+from experiments.cli import limits
 from experiments.lab.claims import Claim, interval, report, show
 from experiments.papers.paca.tasks import Task, pretrained_task, small_task
 from jaxft import train
@@ -329,4 +330,5 @@ def _figure(metrics, output):
 
 
 if __name__ == "__main__":
-    train.run_main(lambda config: sys.exit(main(config)), tyro.cli(Config, description=__doc__))
+    config = tyro.cli(Config, description=__doc__)
+    train.run_main(lambda config: sys.exit(main(limits.check(config))), config)

@@ -13,6 +13,8 @@ are questions whose answers are scored alike.
 
 from __future__ import annotations
 
+import experiments.cli.interrupts  # noqa: F401  isort: skip  (before what takes seconds)
+
 import collections
 import dataclasses
 import json
@@ -26,9 +28,9 @@ import rich.console
 import rich.progress
 import tyro
 
-from experiments.cli import flags
+from experiments.cli import flags, limits
 from experiments.cli import rewards as rewards_cli
-from experiments.cli import training as shared
+from experiments.cli.held_out import NEEDLE
 from experiments.cli.models import load_trained, renderer_of
 from jaxft import data, train
 from jaxft.generation import generate
@@ -49,7 +51,7 @@ SMALL = dict(
 class Config:
     """Whose answers, to what, and how they are scored."""
 
-    data: str = f"{shared.NEEDLE}&size=1000&seed=1"  # file, rg:TASK, tfds:NAME or hub id
+    data: str = f"{NEEDLE}&size=1000&seed=1"  # file, rg:TASK, tfds:NAME or hub id
     trained: flags.Trained = flags.Trained()
     output: str = "pairs.jsonl"  # file for the pairs
     limit: int | None = None  # use at most so many questions
@@ -61,13 +63,14 @@ class Config:
     sampling: flags.Sampling = flags.Sampling()
     keep_truncated: bool = False  # also answers that reach --max-new-tokens
     batch_size: int = 8  # questions at a time
-    seed: int = 0
+    seed: int = 0  # of what is sampled
     smoke: bool = False  # a random tiny model, a few questions
     debug: bool = False  # full tracebacks
 
 
 def main(config: Config) -> dict[str, Any]:
     """Writes the pairs; returns how many there are, and what gave none."""
+    limits.check(config)
     config = flags.with_small(config, SMALL) if config.smoke else config
     if config.samples < 2 or config.batch_size < 1 or config.sampling.temperature <= 0:
         raise ValueError(

@@ -30,6 +30,7 @@ class Config:
 
     data: str  # file, rg:TASK, tfds:NAME or hub id
     trained: flags.Trained = flags.Trained()
+    columns: flags.Columns = flags.Columns()
     limit: int | None = None  # use at most so many records
     # tokens that the loss counts: of the completion, of the last answer, all, or per message
     mask: Literal["completion", "last_turn", "all", "per_message"] = "completion"
@@ -46,7 +47,8 @@ def main(config: Config) -> dict[str, Any]:
     if config.output:  # Now, not after the last answer.
         train.writable_directory(pathlib.Path(config.output).parent)
     renderer = renderer_of(config.trained, mask=config.mask)
-    records = data.load(config.data, limit=config.limit)
+    fields = config.columns.of(config.data)
+    records = data.load(config.data, fields=fields, limit=config.limit)
     bad = data.BadRecords()
     tokenised = data.render(records, renderer, config.max_length, bad=bad)
     tell_of(bad, len(tokenised), len(records), "evaluated")

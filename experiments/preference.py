@@ -89,6 +89,7 @@ class Config:
     kernels: flags.Kernels = flags.Kernels()
     optimisation: flags.Optimisation = flags.Optimisation(learning_rate=1e-4)
     rows: flags.Rows = flags.Rows()
+    columns: flags.Columns = flags.Columns()
     mesh: flags.Mesh = flags.Mesh()
     output: flags.Output = flags.Output("runs/preference")
     seed: int = 0  # of the adapter's start, the order of records and all that is random

@@ -101,6 +101,7 @@ class Config:
     mask_truncated: bool = False  # answers that reach the limit leave the loss
 
     rewards: flags.Rewards = flags.Rewards()
+    columns: flags.Columns = flags.Columns()
     base: flags.Model = flags.Model()
     kernels: flags.Kernels = flags.Kernels()
     optimisation: flags.Optimisation = flags.Optimisation(
@@ -120,7 +121,7 @@ def main(config: Config) -> dict[str, Any]:
     renderer, records, kept, name = load_data(config)
     output, mesh = shared.place(config)
     checks.mesh(config, mesh)
-    ids = [renderer.prompt(record) for record in records]
+    ids = data.render_prompts(records, renderer)
     prompts = rl.Prompts(ids, config.prompts_per_step, records, seed=config.seed)
     check = functools.partial(checks.length, prompts=ids)
     model, base = shared.load_base(config, mesh, check, keeps_start=True)
@@ -159,7 +160,9 @@ def main(config: Config) -> dict[str, Any]:
 def load_data(config: Config):
     """(renderer, training records, held-out records, of what those are); all can be verified or judged."""
     renderer = data.Renderer(files.load_tokenizer(config.base.model), template=config.base.template)
-    load = functools.partial(data.load, form=data.normalise_question)
+    load = lambda spec: data.load(
+        spec, fields=config.columns.of(spec), form=data.normalise_question
+    )
     records = load(config.data)
     rewards_cli.check(config.rewards, {config.data: records})
     ask = lambda record: str(renderer.prompt(record))

@@ -53,6 +53,7 @@ class Config:
 
     data: str = f"{NEEDLE}&size=1000&seed=1"  # file, rg:TASK, tfds:NAME or hub id
     trained: flags.Trained = flags.Trained()
+    columns: flags.Columns = flags.Columns()
     output: str = "pairs.jsonl"  # file for the pairs
     limit: int | None = None  # use at most so many questions
     samples: int = 4  # answers to each
@@ -79,7 +80,8 @@ def main(config: Config) -> dict[str, Any]:
         )
     output = pathlib.Path(config.output)
     train.writable_directory(output.parent)
-    records = data.load(config.data, limit=config.limit, form=data.normalise_question)
+    how = {"fields": config.columns.of(config.data), "form": data.normalise_question}
+    records = data.load(config.data, limit=config.limit, **how)
     rewards_cli.check(config.rewards, {config.data: records})
     renderer = renderer_of(config.trained)
     tokenizer = renderer.tokenizer

@@ -81,6 +81,7 @@ class Config:
     kernels: flags.Kernels = flags.Kernels()
     optimisation: flags.Optimisation = flags.Optimisation()
     rows: flags.Rows = flags.Rows()
+    columns: flags.Columns = flags.Columns()
     mesh: flags.Mesh = flags.Mesh()
     output: flags.Output = flags.Output("runs/sft")
     seed: int = 0  # of the adapter's start, the order of records and all that is random
@@ -133,8 +134,9 @@ def load_data(config: Config):
         train_on=config.train_on,
     )
     bad, length = data.BadRecords(config.rows.max_bad), config.rows.max_length
-    sources = [data.load(spec, bad=bad) for spec in config.data]
-    parts = held_out.with_held_out(config, sources, data.load, _question)
+    load = lambda spec, **how: data.load(spec, fields=config.columns.of(spec), **how)
+    sources = [load(spec, bad=bad) for spec in config.data]
+    parts = held_out.with_held_out(config, sources, load, data.whole_prompt)
     render = functools.partial(data.render, too_long=config.too_long, bad=bad)
     training = [render(records, renderer, length) for records in parts.training]
     held_out.tell_of(bad, sum(map(len, training)), sum(map(len, parts.training)))

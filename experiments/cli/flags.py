@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -107,6 +107,21 @@ class Rows:
     def sizes(self) -> dict[str, int]:
         """The arguments of what makes batches."""
         return {"batch_size": self.batch_size, "max_length": self.max_length}
+
+
+@without_prefix
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """The columns of the data."""
+
+    # columns with other names, as in --fields prompt query completion reply; '' leaves one out
+    fields: Annotated[dict[str, str], tyro.conf.arg(metavar="OURS THEIRS ...")] = dataclasses.field(
+        default_factory=dict
+    )
+
+    def of(self, spec: str) -> dict[str, str]:
+        """The `fields` of a source; reasoning-gym's tasks have our names already."""
+        return {} if spec.startswith("rg:") else self.fields
 
 
 @without_prefix

@@ -20,7 +20,7 @@ def load_data(config: Any):
     bad = data.BadRecords(config.rows.max_bad)
     sources = [load_records(config, spec, bad) for spec in config.data]
     load = functools.partial(load_records, config, bad=data.BadRecords())
-    parts = held_out.with_held_out(config, sources, load, _question)
+    parts = held_out.with_held_out(config, sources, load, data.whole_prompt)
     records, others = [record for source in parts.training for record in source], parts.held_out
     tokenizer = shared.files.load_tokenizer(config.base.model)
     renderer = data.Renderer(tokenizer, template=config.base.template)
@@ -48,16 +48,20 @@ def load_data(config: Any):
 def load_records(config: Any, spec: str, bad: data.BadRecords) -> list[data.preference.Record]:
     """Pairs, or completions or steps with labels, of a source."""
     kind = LOSSES[config.loss].records
+    how = {"fields": config.columns.of(spec), "bad": bad}
     if kind == "steps":
-        return data.load(spec, form=data.normalise_steps, bad=bad)
+        return data.load(spec, form=data.normalise_steps, **how)
     if spec.startswith("rg:"):
-        return answers_of_others(data.load(spec, bad=bad))
+        return answers_of_others(data.load(spec, **how))
     if kind == "pairs":
-        return data.load(spec, form=data.normalise_pair, bad=bad)
-    either = lambda row, fields: (
-        data.normalise_unpaired(row, fields) if "label" in row else data.normalise_pair(row, fields)
-    )
-    return data.load(spec, form=either, bad=bad)
+        return data.load(spec, form=data.normalise_pair, **how)
+    label = how["fields"].get("label", "label")
+
+    def either(row, fields):
+        form = data.normalise_pair if row.get(label) is None else data.normalise_unpaired
+        return form(row, fields)
+
+    return data.load(spec, form=either, **how)
 
 
 def with_density_ratios(config: Any, records: list) -> list:

@@ -44,7 +44,7 @@ from jaxft.data.records import (
     normalise_question,
     whole_prompt,
 )
-from jaxft.data.render import explain, render, render_prompts
+from jaxft.data.rendered import explain, render, render_prompts
 from jaxft.data.rendering import Renderer, Tokenised
 from jaxft.data.sources import load, reasoning_gym_task, split
 from jaxft.data.steps import normalise_steps, render_steps

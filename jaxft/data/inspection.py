@@ -13,7 +13,7 @@ from jaxft.data.batching import batches, packing_efficiency
 from jaxft.data.errors import BadRecords
 from jaxft.data.length import TooLong
 from jaxft.data.records import as_messages
-from jaxft.data.render import explain, render
+from jaxft.data.rendered import explain, render
 from jaxft.data.rendering import Renderer
 from jaxft.data.sources import load
 

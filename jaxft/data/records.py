@@ -45,6 +45,7 @@ FORMS = (
     ("tokens",),
 )
 PAIR = ("chosen", "rejected")
+_ANSWERED = {*PAIR, "responses", "completions"}  # columns of what answers a `prompt`
 # Columns that a template gets beside the messages.
 CONTEXT = ("tools", "chat_template_kwargs")
 # Of `chat_template_kwargs`: variables that a template gets from the record or the tokenizer.
@@ -180,9 +181,9 @@ def suggest_fields(columns: Iterable[str]) -> dict[str, str]:
     columns = list(columns)
     for wanted in (("prompt", "completion"), ("messages",), ("text",)):
         find = lambda ours: next((c for c in columns if c.lower() in (ours, *_ALIASES[ours])), None)
-        found = {ours: find(ours) for ours in wanted}
-        if all(found.values()):
-            return {ours: theirs for ours, theirs in found.items() if ours != theirs}
+        found = {ours: ours if ours in columns else find(ours) for ours in wanted}
+        if any(found.values()):
+            return {ours: theirs or "..." for ours, theirs in found.items() if ours != theirs}
     return {"prompt": "...", "completion": "..."}
 
 
@@ -238,10 +239,13 @@ def as_messages(record: Mapping[str, Any]) -> list[dict[str, Any]] | None:
     if record.get("messages") is not None:
         return record["messages"]
     prompt = record.get("prompt")
-    alone = "text" not in record and "tokens" not in record
-    if isinstance(prompt, list) and ("completion" in record or alone):
-        return [*prompt, *record.get("completion", [])]
-    return None
+    if not isinstance(prompt, list):
+        return None
+    if "completion" in record:
+        return [*prompt, *record["completion"]]
+    # A list beside a text or tokens is a column of the user's, not a prompt.
+    other = not record.keys().isdisjoint(("text", "tokens"))
+    return prompt if record.keys() & _ANSWERED or not other else None
 
 
 def prompt_completion(

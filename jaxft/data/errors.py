@@ -39,7 +39,7 @@ class BadRecords:
 
     Args:
         max_bad: largest share that may be skipped; 0 raises at the first.
-        loud: warn of what was left out or cut, since nobody else will read the summary.
+        loud: warn of records that were left out, since nobody else will read the summary.
     """
 
     def __init__(self, max_bad: float = 0.0, *, loud: bool = False):
@@ -73,7 +73,7 @@ class BadRecords:
         if not kept:
             dropped = f" ({summary})" if summary else ""
             raise DataError(f"no usable record is left of {total}{dropped}; see max_length.")
-        if self.loud and summary:
+        if self.loud and set(self.dropped) - {"truncated"}:  # Cutting was asked for by name.
             warnings.warn(f"records left out or cut: {summary}, of {total}.", stacklevel=3)
 
     def summary(self) -> str:

@@ -179,6 +179,9 @@ def _form(row, mapped):
 def suggest_fields(columns: Iterable[str]) -> dict[str, str]:
     """The `fields` that would probably make records of these columns."""
     columns = list(columns)
+    if "instruction" in columns and "response" in columns:  # Dolly's
+        extra = {"input": "context"} if "context" in columns else {}
+        return extra | {"output": "response"}
     for wanted in (("prompt", "completion"), ("messages",), ("text",)):
         find = lambda ours: next((c for c in columns if c.lower() in (ours, *_ALIASES[ours])), None)
         found = {ours: ours if ours in columns else find(ours) for ours in wanted}
@@ -288,6 +291,12 @@ def _check_repeated(prompt, completion, name):
 def _question(row, asks, tells):
     """A question and its answer as messages, after alpaca's `input`, `history` and `system`."""
     question, answer = text_of(row[asks], asks), row[tells]
+    if row.get("context") not in (None, "", [], {}):  # Dolly's and SQuAD's
+        raise DataError(
+            f"the column 'context' would not be shown; put it behind the question with --fields instruction "
+            f"{asks} input context output {tells}, or leave it out with --fields context ''.",
+            "schema",
+        )
     extra = row.get("input") if asks == "instruction" else None
     parts = [question, text_of(extra, "input")] if extra is not None else [question]
     if not _is_answer(answer):

@@ -162,6 +162,8 @@ def _leaves(path, value) -> Iterator[Piece]:
 
 
 def _found(value, text, dense):
+    if isinstance(value, str) and value.strip() in text:
+        return True
     forms = [json.dumps(value), str(value)]
     if isinstance(value, str):
         escaped = [json.dumps(value, ensure_ascii=False)[1:-1], json.dumps(value)[1:-1]]

@@ -99,7 +99,10 @@ def _unit_hash(text: str) -> float:
 
 def _rows(spec: Spec) -> tuple[str, Iterable[tuple[str, Any]]]:
     if callable(spec):
-        return "function", _numbered("function", spec())
+        rows = spec()
+        if not isinstance(rows, Iterable):
+            raise DataError(f"the function returned {rows!r:.40}; expected rows.")
+        return "function", _numbered("function", rows)
     if not isinstance(spec, (str, pathlib.Path)):
         return "list", _numbered("list", spec)
     text = str(spec)

@@ -242,6 +242,11 @@ LONG = "The whole question, as it was asked."
         ({"messages": [user(" "), assistant("a")]}, "message 0, a user turn, is empty"),
         ({"messages": [user("q"), assistant("a", train="false")]}, "must be true or false"),
         ({"messages": [user("q"), assistant("a", thinking="t", reasoning="u")]}, "which differ"),
+        (
+            {"question": "q", "answer": "a", "context": "c"},
+            "--fields instruction question input con",
+        ),
+        ({"instruction": "q", "response": "a", "context": "c"}, "input context output response"),
         ({"text": " "}, "'text' is empty"),
         ({"text": None}, "'text': null, where text was expected"),
         ({"tokens": 7}, "'tokens' must be a list of numbers"),

@@ -101,7 +101,18 @@ def test_any_value_in_any_place(form):
         "{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}",
     )
     renderer = Renderer(tokenizer, template="{{ tools | tojson if tools else '' }}" + template)
-    extra = ("id", "source", "where", "weight", "system", "tools", "text", "messages", "image", "context")
+    extra = (
+        "id",
+        "source",
+        "where",
+        "weight",
+        "system",
+        "tools",
+        "text",
+        "messages",
+        "image",
+        "context",
+    )
     rendered = 0
     for row in ROWS[form]:
         for path in [*places(row), *((name,) for name in extra)]:

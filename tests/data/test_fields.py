@@ -457,3 +457,25 @@ def test_what_is_left_out_is_said_even_if_nobody_asked(plain):
     records = load([{"messages": [user("q"), assistant("a" * n)]} for n in (1, 99)])
     with pytest.warns(UserWarning, match="records left out or cut: 1 too_long, of 2"):
         assert len(render(records, plain, 40)) == 1
+
+
+def test_a_record_may_set_variables_of_the_template():
+    renderer = Renderer(small.tokenizer("{{ mood or 'no mood' }}" + small.CHATML))
+    row = {"messages": [user("q"), assistant("a")]}
+    assert said(renderer, row).startswith("no mood")
+    assert said(renderer, row | {"chat_template_kwargs": {"mood": "glad"}}).startswith("glad")
+    assert said(renderer, row | {"chat_template_kwargs": '{"mood": "sad"}'}).startswith("sad")
+
+
+def test_results_of_calls_stand_in_their_order_where_a_template_shows_no_ids(whole):
+    calls = [call("f", {"x": i}) | {"id": f"call-{i}"} for i in range(2)]
+    result = lambda i: {"role": "tool", "tool_call_id": f"call-{i}", "content": f"r{i}"}
+    chat = lambda *order: [
+        user("q"),
+        assistant("", tool_calls=calls),
+        *map(result, order),
+        assistant("a"),
+    ]
+    assert "r0" in said(whole, {"messages": chat(0, 1)})
+    with pytest.raises(DataError, match=r"does not show messages\[2\].tool_call_id \('call-1'\)"):
+        said(whole, {"messages": chat(1, 0)})

@@ -63,6 +63,8 @@ def place(config: Any) -> tuple[pathlib.Path, Any]:
     """
     output = pathlib.Path(config.output.output_dir)
     train.writable_directory(output)
+    if config.output.profile_dir:
+        train.writable_directory(config.output.profile_dir)
     if config.output.resume:
         resuming.check(config, output)
     elif any((output / "checkpoints").glob("[0-9]*")):

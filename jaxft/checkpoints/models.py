@@ -328,7 +328,7 @@ def _open_directory(path, families):
         config = codec.read(json, tensors.keys())
     except (AttributeError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"{path}/config.json: {type(error).__name__}: {error}: a key is missing or has a value of another "
-            f"type than {family.name} has there; download it again."
+            f"{path}/config.json: {type(error).__name__}: {error}; a key is missing, or its value is none "
+            f"that {family.name} can have there: download it again."
         ) from error
     return family, config, {n: t for n, t in tensors.items() if not codec.ignores(n, config)}

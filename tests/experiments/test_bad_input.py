@@ -389,6 +389,13 @@ BAD = [
         "--rank 4 has no effect with --adapter intrinsic",
     ),
     ("merge", "target", ["--target", ".*"], "--target .* has no effect without --quantise"),
+    ("sft", "slices of one device", ["--slices", "2"], "--slices 2 has no effect on one device"),
+    (
+        "sft",
+        "tokens of no answer",
+        ["--no-accuracy", "--max-new-tokens", "9"],
+        "--max-new-tokens 9 has no effect with --no-accuracy",
+    ),
     # Numbers outside their range.
     (
         "sft preference reinforce",
@@ -523,7 +530,9 @@ def given(config, arguments):
     """{flag: value} of arguments as typed; tyro, which the tests of --help ask, takes seconds for a table."""
     found, default = {}, flags.flat(config)
     for argument in map(str, arguments):
-        if argument.startswith("--"):
+        if argument.startswith("--no-"):
+            found[argument[5:].replace("-", "_")] = ["False"]
+        elif argument.startswith("--"):
             found[name := argument[2:].replace("-", "_")] = []
         else:
             found[name].append(argument)
@@ -536,7 +545,8 @@ def _value(texts, default):
     if not texts:
         return True
     (text,) = texts
-    kind = type(default) if isinstance(default, (int, float)) else _parsed
+    number = isinstance(default, (int, float)) and not isinstance(default, bool)
+    kind = type(default) if number else _parsed
     return text if isinstance(default, str) else kind(text)
 
 

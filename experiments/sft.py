@@ -57,9 +57,8 @@ SMALL = dict(
 class Config:
     """What to train, on what, and how."""
 
-    data: tuple[str, ...] = (
-        f"{held_out.NEEDLE}&size=2000&seed=1",
-    )  # files, rg:TASK, tfds:, hub ids
+    # files, rg:TASK, tfds:NAME, hub ids
+    data: tuple[str, ...] = (f"{held_out.NEEDLE}&size=2000&seed=1",)
     weights: tuple[float, ...] = ()  # share of each source; default: by size
     weights_by: Literal["records", "tokens"] = "records"  # of what they are shares
     # held-out records; None: the default task's own or, with --data, a part of that; "": a part

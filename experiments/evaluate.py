@@ -18,7 +18,13 @@ import tyro
 
 from experiments.cli import flags, limits
 from experiments.cli.held_out import shown, tell_of
-from experiments.cli.models import check_positions, load_trained, renderer_of, verified
+from experiments.cli.models import (
+    check_positions,
+    load_trained,
+    renderer_of,
+    verified,
+    writable_file,
+)
 from jaxft import data, train
 from jaxft.objectives import supervised
 from jaxft.output import writing
@@ -45,7 +51,7 @@ def main(config: Config) -> dict[str, Any]:
     """Prints and returns the metrics."""
     limits.check(config)
     if config.output:  # Now, not after the last answer.
-        train.writable_directory(pathlib.Path(config.output).parent)
+        writable_file(config.output)
     renderer = renderer_of(config.trained, mask=config.mask)
     fields = config.columns.of(config.data)
     records = data.load(config.data, fields=fields, limit=config.limit)

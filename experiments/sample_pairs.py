@@ -20,7 +20,6 @@ import dataclasses
 import json
 import math
 import os
-import pathlib
 from typing import Any
 
 import jax
@@ -31,7 +30,7 @@ import tyro
 from experiments.cli import flags, limits
 from experiments.cli import rewards as rewards_cli
 from experiments.cli.held_out import NEEDLE
-from experiments.cli.models import load_trained, renderer_of
+from experiments.cli.models import load_trained, renderer_of, writable_file
 from jaxft import data, train
 from jaxft.generation import generate
 from jaxft.keys import stream
@@ -78,8 +77,7 @@ def main(config: Config) -> dict[str, Any]:
             f"--samples must be at least 2, --batch-size 1 and --temperature above 0; got {config.samples}, "
             f"{config.batch_size} and {config.sampling.temperature}."
         )
-    output = pathlib.Path(config.output)
-    train.writable_directory(output.parent)
+    output = writable_file(config.output)
     how = {"fields": config.columns.of(config.data), "form": data.normalise_question}
     records = data.load(config.data, limit=config.limit, **how)
     rewards_cli.check(config.rewards, {config.data: records})

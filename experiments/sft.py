@@ -57,9 +57,8 @@ SMALL = dict(
 class Config:
     """What to train, on what, and how."""
 
-    data: tuple[str, ...] = (
-        f"{held_out.NEEDLE}&size=2000&seed=1",
-    )  # files, rg:TASK, tfds:, hub ids
+    # files, rg:TASK, tfds:NAME, hub ids
+    data: tuple[str, ...] = (f"{held_out.NEEDLE}&size=2000&seed=1",)
     weights: tuple[float, ...] = ()  # share of each source; default: by size
     weights_by: Literal["records", "tokens"] = "records"  # of what they are shares
     # held-out records; None: the default task's own or, with --data, a part of that; "": a part
@@ -91,6 +90,10 @@ class Config:
 
 def main(config: Config) -> dict[str, Any]:
     """Trains; returns the metrics that are written to metrics.json."""
+    if not config.accuracy and "max_new_tokens" in choices.given(config):
+        raise ValueError(
+            f"--max-new-tokens {config.max_new_tokens} has no effect with --no-accuracy; give one of them."
+        )
     config = shared.start(config, SMALL)
     choices.check_companions(config, {"weights_by": "weights"})
     renderer, training, kept, name = load_data(config)
@@ -170,6 +173,8 @@ def verify(config, model, params, renderer, records, when: str) -> Accuracy | No
     result = verified(model, params, renderer, records, config.max_new_tokens)
     if result is not None:
         print(f"accuracy {when}: {result}", flush=True)
+    elif when.startswith("before"):
+        print("accuracy is not measured: no verifier knows the held-out answers", flush=True)
     return result
 
 

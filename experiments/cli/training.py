@@ -63,6 +63,8 @@ def place(config: Any) -> tuple[pathlib.Path, Any]:
     """
     output = pathlib.Path(config.output.output_dir)
     train.writable_directory(output)
+    if config.output.profile_dir:
+        train.writable_directory(config.output.profile_dir)
     if config.output.resume:
         resuming.check(config, output)
     elif any((output / "checkpoints").glob("[0-9]*")):
@@ -291,6 +293,11 @@ def mesh_of(settings: flags.Mesh) -> Any:
     sizes = {axis: getattr(settings, name) for axis, name in names.items()}
     if set(sizes.values()) != {1}:
         return make_mesh(**sizes, slices=settings.slices)
+    if settings.slices is not None:
+        raise ValueError(
+            f"--slices {settings.slices} has no effect on one device; lay the run over several by "
+            "--data-axis, --fsdp or --tensor."
+        )
     if jax.device_count() == 1:
         return None
     return make_mesh(devices=jax.devices()[:1]) if jax.process_count() == 1 else make_mesh()

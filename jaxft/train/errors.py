@@ -121,6 +121,8 @@ def _explain(error: Exception):
         if any(note.startswith(IN_TRAINING) for note in getattr(error, "__notes__", ())):
             _raise(error)
         _exit(f"error: {error}", BAD_INPUT)
+    except MemoryError as error:
+        _exit(f"error: out of memory: {error}. {SMALLER}", BAD_INPUT)
     except HostLostError as error:
         _exit(f"error: {error}", HOST_LOST)
     except jax.errors.JaxRuntimeError as error:

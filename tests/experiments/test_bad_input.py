@@ -202,7 +202,7 @@ BAD = [
         bad_pair,
         "pairs.jsonl, line 2: 'chosen' and 'rejected' are the same",
     ),
-    ("preference", "beta", ["--beta", "0"], "--beta must be positive, got 0.0"),
+    ("preference", "beta", ["--beta", "0.0"], "--beta must be positive, got 0.0"),
     (
         "preference",
         "divergence",
@@ -221,7 +221,12 @@ BAD = [
         ["--loss", "bco", "--min-density-ratio", "0.1"],
         "--min-density-ratio 0.1 has no effect without --prompt-embedder",
     ),
-    ("preference", "ld alpha", ["--ld-alpha", "1.5"], "must lie in [0, 1], got 1.5"),
+    (
+        "preference",
+        "ld alpha",
+        ["--ld-alpha", "1.5"],
+        "--ld-alpha must be between 0 and 1, got 1.5",
+    ),
     ("preference", "kl weight", ["--loss", "hypo", "--kl-weight", "-1"], "at least 0, got -1.0"),
     ("preference", "hypo samples", ["--loss", "hypo", "--online-samples", "0"], "got 0 and 64"),
     (
@@ -252,7 +257,7 @@ BAD = [
     (
         "preference",
         "reward beta",
-        ["--loss", "reward", "--beta", "1"],
+        ["--loss", "reward", "--beta", "1.0"],
         "--beta 1.0 has no effect with --loss reward; take dpo, robust",
     ),
     ("reinforce", "no answers", without_answers, "its answers cannot be verified"),
@@ -328,10 +333,10 @@ BAD = [
     (
         "reinforce",
         "kl target",
-        ["--algorithm", "rloo", "--kl-target", "1"],
+        ["--algorithm", "rloo", "--kl-target", "1.0"],
         "1.0 must be positive and adapts --reward-kl",
     ),
-    ("reinforce", "epochs", ["--epochs", "0"], "and --epochs (0) positive"),
+    ("reinforce", "epochs", ["--epochs", "0"], "--epochs must be at least 1, got 0"),
     (
         "reinforce",
         "no ratio",
@@ -340,7 +345,6 @@ BAD = [
     ),
     ("reinforce", "overlong", ["--overlong", "9"], "must lie in 0..--max-new-tokens (4), got 9"),
     ("reinforce", "long", ["--max-new-tokens", "600"], "exceeds the 512 positions of tiny"),
-    ("evaluate", "batch size", ["--batch-size", "0"], "batch_size must be positive, got 0"),
     ("evaluate generate", "adapter", lambda p: ["--adapter", p], "no adapter_config.json"),
     (
         "evaluate",
@@ -385,6 +389,13 @@ BAD = [
         "--rank 4 has no effect with --adapter intrinsic",
     ),
     ("merge", "target", ["--target", ".*"], "--target .* has no effect without --quantise"),
+    ("sft", "slices of one device", ["--slices", "2"], "--slices 2 has no effect on one device"),
+    (
+        "sft",
+        "tokens of no answer",
+        ["--no-accuracy", "--max-new-tokens", "9"],
+        "--max-new-tokens 9 has no effect with --no-accuracy",
+    ),
     # Numbers outside their range.
     (
         "sft preference reinforce",
@@ -417,10 +428,15 @@ BAD = [
         "--max-new-tokens must be at least 1, got 0",
     ),
     ("sft", "alpha", ["--alpha", "0"], "--alpha must be a number other than 0, got 0.0"),
-    ("sft", "radius", ["--sharpness", "sam", "--rho", "-1"], "--rho must be at least 0, got -1.0"),
+    (
+        "sft",
+        "radius",
+        ["--sharpness", "sam", "--rho", "-1.0"],
+        "--rho must be at least 0, got -1.0",
+    ),
     ("sft", "shards", ["--fsdp", "0"], "--fsdp must be at least 1, or -1, got 0"),
     ("sft", "devices", ["--tensor", "3"], "devices"),
-    ("sft", "slices", ["--fsdp", "2", "--slices", "3"], "slices"),
+    ("sft", "slices", ["--fsdp", "-1", "--slices", "3"], "slices"),
     ("evaluate sample_pairs", "limit", ["--limit", "0"], "--limit must be at least 1, got 0"),
     ("reinforce", "tries", ["--max-tries", "0"], "--max-tries must be at least 1, got 0"),
     ("reinforce", "timeout", ["--timeout", "0"], "--timeout must be positive and finite, got 0.0"),
@@ -437,7 +453,7 @@ BAD = [
     (
         "reinforce",
         "share",
-        lambda p: [*questions(p), "--validation", "2"],
+        lambda p: [*questions(p), "--validation", "2.0"],
         "--validation must lie between 0 and 1, got 2.0",
     ),
     # Files that are something else.
@@ -453,12 +469,12 @@ BAD = [
     ("sft", "empty task", ["--data", "rg:chain_sum?size=0"], "size"),
     ("sft", "too few shares", ["--weights", "1", "2"], "weights"),
     ("sft", "negative share", ["--weights", "-1"], "weights"),
-    ("sft", "expression", ["--train-on", "("], "--train-on"),
+    ("sft", "expression", ["--train-on", "("], "train_on '(' is no regular expression"),
     (
         "sft generate",
         "Jinja",
         lambda p: ["--template", written(p, "t.jinja", "{% for %}")],
-        "t.jinja",
+        "not valid Jinja, line 1",
     ),
     ("sft", "config list", lambda p: overwritten(p, "config.json", "[]"), "config.json"),
     (
@@ -472,20 +488,16 @@ BAD = [
     ("sft", "gguf", lambda p: ["--model", written(p, "x.gguf", "no")], "x.gguf"),
     (
         "evaluate",
-        "adapter JSON",
-        lambda p: ["--adapter", written(p, "a/adapter_config.json", "{").parent],
-        "adapter_config.json",
+        "half an adapter",
+        lambda p: ["--adapter", written(p, "a/adapter_config.json", "{}").parent],
+        "a: no adapter_model.safetensors",
     ),
     (
-        "evaluate",
-        "adapter kind",
-        lambda p: [
-            "--adapter",
-            written(p, "a/adapter_config.json", '{"peft_type": "XLORA"}').parent,
-        ],
-        "XLORA",
+        "evaluate sample_pairs",
+        "output is a directory",
+        lambda p: ["--output", p],
+        "is a directory; name a file",
     ),
-    ("evaluate", "output is a directory", lambda p: ["--output", p], "is a directory"),
     ("reinforce", "no start", lambda p: ["--start", p / "none"], "none"),
     (
         "preference",
@@ -518,7 +530,9 @@ def given(config, arguments):
     """{flag: value} of arguments as typed; tyro, which the tests of --help ask, takes seconds for a table."""
     found, default = {}, flags.flat(config)
     for argument in map(str, arguments):
-        if argument.startswith("--"):
+        if argument.startswith("--no-"):
+            found[argument[5:].replace("-", "_")] = ["False"]
+        elif argument.startswith("--"):
             found[name := argument[2:].replace("-", "_")] = []
         else:
             found[name].append(argument)
@@ -531,7 +545,8 @@ def _value(texts, default):
     if not texts:
         return True
     (text,) = texts
-    kind = type(default) if isinstance(default, (int, float)) else _parsed
+    number = isinstance(default, (int, float)) and not isinstance(default, bool)
+    kind = type(default) if number else _parsed
     return text if isinstance(default, str) else kind(text)
 
 

@@ -32,7 +32,7 @@ import numpy as np
 import tyro
 from jax._src.ad_checkpoint import saved_residuals
 
-from experiments.cli import limits
+from experiments.cli import choices, limits
 from experiments.lab.claims import Claim, interval, report, show
 from experiments.papers.paca.tasks import Task, pretrained_task, small_task
 from jaxft import train
@@ -87,6 +87,7 @@ class Config:
 def main(config: Config) -> int:
     """Measures all claims; the exit code is 1 if one does not hold."""
     config = _sized(config)
+    choices.check_companions(config, {"data": "model", "eval_data": "model"})
     train.keep_memory_warm()
     output = train.writable_directory(config.output_dir)
     task = pretrained_task(config) if config.model else small_task(config)

@@ -42,7 +42,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from experiments.cli import limits
+from experiments.cli import choices, limits
 from experiments.lab.claims import Claim, report, show
 from experiments.papers.tram import digits, text
 from experiments.papers.tram.methods import (
@@ -95,6 +95,7 @@ class Config:
 def main(config: Config) -> int:
     """Measures all claims; the exit code is 1 if one does not hold."""
     config = _sized(config)
+    choices.check_companions(config, {"lora": "model", "domain": "texts"})
     output = train.writable_directory(config.output_dir)
     metrics: dict[str, Any] = {}
     tasks = digits.tasks(

@@ -165,8 +165,7 @@ def load_data(config: Config):
     )
     records = load(config.data)
     rewards_cli.check(config.rewards, {config.data: records})
-    ask = lambda record: str(renderer.prompt(record))
-    parts = held_out.with_held_out(config, [records], load, ask)
+    parts = held_out.with_held_out(config, [records], load, data.whole_prompt)
     rewards_cli.check(config.rewards, {config.eval_data or config.data: parts.held_out})
     return renderer, parts.training[0], parts.held_out, parts.name
 

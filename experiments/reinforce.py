@@ -279,8 +279,8 @@ def report(config, history, failures, before, after, name, output) -> dict[str, 
         "evaluated_on": name,
     }
     for when, result in (("before", before), ("after", after)):
-        for name, value in result.items():
-            kind, interval, _ = name.partition("_interval")
+        for key, value in result.items():
+            kind, interval, _ = key.partition("_interval")
             metrics[f"{kind}_{when}{interval}"] = value
     print(
         f"reward in training, mean of {few} steps: {metrics['reward_first']:.3f} -> "

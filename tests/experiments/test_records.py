@@ -14,14 +14,14 @@ def write(path, rows):
     return str(path)
 
 
-def test_prompts_that_differ_in_the_system_message_alone_are_held_out(tmp_path, capsys):
+def test_prompts_that_differ_in_the_system_message_alone_are_held_out(tmp_path):
     system = lambda i: {"role": "system", "content": f"Item {i} is blue."}
     asks, says = {"role": "user", "content": "Summarise."}, lambda i: f"{i} blue"
     chats = [[system(i), asks, {"role": "assistant", "content": says(i)}] for i in range(30)]
     path = write(tmp_path / "a.jsonl", [{"messages": chat} for chat in chats])
-    run = flags.replace(sft.Config(), model="tiny", data=(path,), validation=0.2, preview=True)
-    assert sft.main(run) == {"records": 1}  # sources
-    assert "training on 24 records" in capsys.readouterr().out
+    run = flags.replace(sft.Config(), model="tiny", data=(path,), validation=0.2)
+    _, training, held_out, _ = sft.load_data(run)
+    assert (len(training[0]), len(held_out)) == (24, 6)
 
 
 def test_columns_with_other_names(tmp_path, capsys):

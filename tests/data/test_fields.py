@@ -479,3 +479,15 @@ def test_results_of_calls_stand_in_their_order_where_a_template_shows_no_ids(who
     assert "r0" in said(whole, {"messages": chat(0, 1)})
     with pytest.raises(DataError, match=r"does not show messages\[2\].tool_call_id \('call-1'\)"):
         said(whole, {"messages": chat(1, 0)})
+
+
+def test_calls_without_content_train_where_the_header_of_an_answer_differs():
+    """As Nemotron's template: it asks for thinking, and writes an empty block where there was none."""
+    template = TOOLS.replace(
+        "{{ m.content }}", "{{ '<think></think>' if m.role != 'user' }}{{ m.content }}"
+    )
+    renderer = Renderer(
+        small.tokenizer(template.replace("assistant\n{%", "assistant\n<think>\n{%"))
+    )
+    (part,) = renderer(load([{"messages": OSLO}])[0])
+    assert renderer.tokenizer.decode(part.tokens[part.loss_mask > 0]) == CALLED + "<|im_end|>"

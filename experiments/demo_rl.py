@@ -16,6 +16,8 @@ rate 0. Settings were chosen on seeds of 100 and above, and are reported on seed
 
 from __future__ import annotations
 
+import experiments.cli.interrupts  # noqa: F401  isort: skip  (before what takes seconds)
+
 import dataclasses
 import functools
 import pathlib
@@ -27,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
+from experiments.cli import limits
 from experiments.lab.claims import Claim, interval, report, show
 from experiments.worlds import arithmetic
 from jaxft import rl, train
@@ -41,19 +44,19 @@ ARMS = ("GRPO", "verdicts of others", "learning rate 0")
 class Config:
     """Sizes and seeds."""
 
-    seeds: int = 4
-    first_seed: int = 0
+    seeds: int = 4  # runs of each arm, each with a seed of its own
+    first_seed: int = 0  # the first of the seeds; the others follow it
     # probability of a right answer, on training questions, where the start ends
     until: float = 0.45
-    steps: int = 300
-    prompts_per_step: int = 32
-    group_size: int = 8
-    learning_rate: float = 3e-4
-    evaluate_every: int = 25
+    steps: int = 300  # optimizer steps of each arm
+    prompts_per_step: int = 32  # questions of a rollout
+    group_size: int = 8  # answers to each question
+    learning_rate: float = 3e-4  # of AdamW, constant
+    evaluate_every: int = 25  # steps between evaluations on held-out questions
     width: int = 96  # of the model
     size: int = 30_000  # draws for training, of which half are additions, about 6,800 different
-    output_dir: str = "runs/demo-rl"
-    smoke: bool = False
+    output_dir: str = "runs/demo-rl"  # directory of the figure and metrics.json
+    smoke: bool = False  # seconds; nothing is judged
     debug: bool = False  # full tracebacks
 
 
@@ -124,7 +127,7 @@ def train_arm(config, model, start, sums, seed, arm, measure) -> tuple[Any, list
 
 def verified(model, params, sums: arithmetic.Sums, records) -> float:
     """Share of greedy answers, decoded to text, that reasoning-gym's own verifier takes as right."""
-    verifier = verifier_for(records[0]["source"], records)
+    verifier = verifier_for(records[0]["_source"], records)
     size = max(map(len, sums.answers)) + 1
     greedy = SamplingConfig(size, temperature=0.0, stop_ids=(arithmetic.ALPHABET.index("\n"),))
     out = generate(model, params, arithmetic.encode(sums.questions), jax.random.key(0), greedy)
@@ -196,4 +199,5 @@ def _figure(runs: list[dict], output: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-    train.run_main(lambda config: sys.exit(main(config)), tyro.cli(Config, description=__doc__))
+    config = tyro.cli(Config, description=__doc__)
+    train.run_main(lambda config: sys.exit(main(limits.check(config))), config)

@@ -6,6 +6,8 @@ $ python experiments/evaluate.py --data "rg:chain_sum?size=200&seed=9"
 
 from __future__ import annotations
 
+import experiments.cli.interrupts  # noqa: F401  isort: skip  (before what takes seconds)
+
 import dataclasses
 import json
 import math
@@ -14,8 +16,15 @@ from typing import Any, Literal
 
 import tyro
 
-from experiments.cli import flags
-from experiments.cli.models import check_positions, load_trained, renderer_of, verified
+from experiments.cli import flags, limits
+from experiments.cli.held_out import shown, tell_of
+from experiments.cli.models import (
+    check_positions,
+    load_trained,
+    renderer_of,
+    verified,
+    writable_file,
+)
 from jaxft import data, train
 from jaxft.objectives import supervised
 from jaxft.output import writing
@@ -27,25 +36,28 @@ class Config:
 
     data: str  # file, rg:TASK, tfds:NAME or hub id
     trained: flags.Trained = flags.Trained()
+    columns: flags.Columns = flags.Columns()
     limit: int | None = None  # use at most so many records
+    # tokens that the loss counts: of the completion, of the last answer, all, or per message
     mask: Literal["completion", "last_turn", "all", "per_message"] = "completion"
     max_length: int = 512  # tokens of a row; longer records are left out of the loss
-    batch_size: int = 4
-    max_new_tokens: int = 64
+    batch_size: int = 4  # rows of one forward pass
+    max_new_tokens: int = 64  # tokens of an answer that is verified
     output: str | None = None  # JSON file for the metrics and answers
     debug: bool = False  # full tracebacks
 
 
 def main(config: Config) -> dict[str, Any]:
     """Prints and returns the metrics."""
+    limits.check(config)
     if config.output:  # Now, not after the last answer.
-        train.writable_directory(pathlib.Path(config.output).parent)
+        writable_file(config.output)
     renderer = renderer_of(config.trained, mask=config.mask)
-    records = data.load(config.data, limit=config.limit)
+    fields = config.columns.of(config.data)
+    records = data.load(config.data, fields=fields, limit=config.limit)
     bad = data.BadRecords()
     tokenised = data.render(records, renderer, config.max_length, bad=bad)
-    if bad.summary():
-        print(f"records left out of the loss: {bad.summary()}; see --max-length")
+    tell_of(bad, len(tokenised), len(records), "evaluated")
     model, params = load_trained(config.trained)
     check_positions(model, config.trained.model, config.max_length)
     batches = data.finite_batches(
@@ -53,12 +65,15 @@ def main(config: Config) -> dict[str, Any]:
     )
     loss = train.evaluate(train.make_eval_step(supervised(model.forward)), params, batches)["loss"]
     metrics = {"records": len(records), "loss": loss, "perplexity": math.exp(loss)}
-    print(f"loss {loss:.4f} nats a token, perplexity {math.exp(loss):.3f}")
+    print(
+        f"loss {loss:.4f} nats a token, perplexity {math.exp(loss):.3f} on {len(tokenised)} of "
+        f"{len(records)} records of {shown(config.data)}"
+    )
     result = verified(model, params, renderer, records, config.max_new_tokens)
     if result is not None:
         metrics |= {"accuracy": result.rate, "interval": result.interval}
         metrics["mentioned"] = result.mention_rate
-        print(f"accuracy {result}")
+        print(f"accuracy on {len(records)} records of {shown(config.data)}: {result}")
         metrics["answers"] = [
             {"id": r["id"], "completion": c, "correct": ok}
             for r, c, ok in zip(records, result.completions, result.correct, strict=True)

@@ -6,13 +6,15 @@ $ python experiments/generate.py --adapter runs/sft/adapter          an interact
 
 from __future__ import annotations
 
+import experiments.cli.interrupts  # noqa: F401  isort: skip  (before what takes seconds)
+
 import dataclasses
 import sys
 
 import jax
 import tyro
 
-from experiments.cli import flags
+from experiments.cli import flags, limits
 from experiments.cli.models import load_trained, renderer_of
 from jaxft import train
 from jaxft.generation import generate
@@ -25,15 +27,15 @@ class Config:
 
     trained: flags.Trained = flags.Trained()
     prompt: tuple[str, ...] = ()  # none: chat on the terminal
-    system: str | None = None
+    system: str | None = None  # system message before each prompt or chat
     sampling: flags.Sampling = flags.Sampling(max_new_tokens=200, temperature=0.0)
-    seed: int = 0
+    seed: int = 0  # of what is sampled
     debug: bool = False  # full tracebacks
 
 
 def main(config: Config) -> list[str]:
     """Prints the answers; returns them."""
-    renderer = renderer_of(config.trained)
+    renderer = renderer_of(limits.check(config).trained)
     model, params = load_trained(config.trained)
     rules = config.sampling.rules(renderer.tokenizer)
     start = [{"role": "system", "content": config.system}] if config.system else []

@@ -6,6 +6,8 @@ $ python experiments/merge.py --model smollm2 --adapter runs/qlora/adapter --qua
 
 from __future__ import annotations
 
+import experiments.cli.interrupts  # noqa: F401  isort: skip  (before what takes seconds)
+
 import dataclasses
 
 import jax
@@ -22,7 +24,7 @@ class Config:
     """What to merge, and where to."""
 
     adapter: str  # directory in PEFT's format, or jaxft's own
-    output_dir: str
+    output_dir: str  # directory for the merged model, in Hugging Face's format
     model: str = "smollm2"  # directory, .gguf file, "smollm2", "tiny" (random), or hub id
     quantise: Quantisation | None = None  # merge into the rounded kernels that it was trained over
     target: str = "all-linear"  # or a pattern of the paths of kernels to quantise
@@ -31,6 +33,8 @@ class Config:
 
 def main(config: Config) -> Difference:
     """Prints and returns how far the files' logits are from the adapter's."""
+    if config.target != Config.target and config.quantise is None:
+        raise ValueError(f"--target {config.target} has no effect without --quantise.")
     train.keep_memory_warm()
     train.writable_directory(config.output_dir)
     model, base = files.load_model(config.model)

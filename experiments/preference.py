@@ -18,6 +18,8 @@ adapter's files, or the model's. The output directory gets the adapter, metrics,
 
 from __future__ import annotations
 
+import experiments.cli.interrupts  # noqa: F401  isort: skip  (before what takes seconds)
+
 import dataclasses
 import functools
 from typing import Any, Literal
@@ -29,6 +31,7 @@ import tyro
 from experiments.cli import flags
 from experiments.cli import preference_report as reports
 from experiments.cli import training as shared
+from experiments.cli.held_out import NEEDLE
 from experiments.cli.preference_data import load_data
 from experiments.cli.preference_losses import LOSSES, DivergenceName, Loss, objective_of
 from jaxft import data, rl, train
@@ -46,10 +49,12 @@ SMALL |= {"max_steps": 6, "eval_steps": 3, "max_length": 256, "learning_rate": 1
 class Config:
     """What to train, on which preferences, and how."""
 
-    data: tuple[str, ...] = (f"{shared.NEEDLE}&size=1000&seed=1",)  # files, hub ids, rg:TASK
-    eval_data: str = f"{shared.NEEDLE}&size=100&seed=1000000"  # "": hold out a part of the data
+    data: tuple[str, ...] = (f"{NEEDLE}&size=1000&seed=1",)  # files, hub ids, rg:TASK
+    # held-out records; None: the default task's own or, with --data, a part of that; "": a part
+    eval_data: str | None = None
     adapter: Name = "lora"  # what trains; full: everything
 
+    # of pairs, of labelled completions (kto, bco, outcome), of steps (process); reward: a reward model
     loss: Loss = "dpo"
     beta: float | None = None  # strength of the pull to the reference; None: the loss's own
     label_smoothing: float | None = None  # share of wrong labels: dpo, robust, exo, aot, simpo, cpo
@@ -69,7 +74,7 @@ class Config:
     # bco: "minilm" or another model, whose embeddings of prompts give density ratios (UDM)
     prompt_embedder: str | None = None
     min_density_ratio: float = 0.5  # bco: limits of these
-    max_density_ratio: float = 10.0
+    max_density_ratio: float = 10.0  # bco: the upper limit of these
     desirable_weight: float = 1.0  # kto
     undesirable_weight: float = 1.0  # kto
     kl_weight: float = 0.1  # hypo: of the KL on the policy's own answers, nats of a whole answer
@@ -77,15 +82,17 @@ class Config:
     max_new_tokens: int = 64  # hypo: of these
     center_rewards_coefficient: float = 0.0  # reward: holds rewards near 0 (0.01 is usual)
 
+    # what happens to records longer than --max-length
     too_long: Literal["drop", "truncate", "truncate_left_prompt", "error"] = "drop"
 
     base: flags.Model = flags.Model()
     kernels: flags.Kernels = flags.Kernels()
     optimisation: flags.Optimisation = flags.Optimisation(learning_rate=1e-4)
     rows: flags.Rows = flags.Rows()
+    columns: flags.Columns = flags.Columns()
     mesh: flags.Mesh = flags.Mesh()
     output: flags.Output = flags.Output("runs/preference")
-    seed: int = 0
+    seed: int = 0  # of the adapter's start, the order of records and all that is random
     smoke: bool = False  # a random tiny model for a few steps
     debug: bool = False  # full tracebacks
 
@@ -94,7 +101,7 @@ def main(config: Config) -> dict[str, Any]:
     """Trains; returns the metrics that are written to metrics.json."""
     config = shared.start(config, SMALL)
     make_objective, entry = objective_of(config), LOSSES[config.loss]
-    training, held_out = load_data(config)
+    training, held_out, name = load_data(config)
     if config.rows.preview:
         return {"records": len(training)}
     output, mesh = shared.place(config)
@@ -125,13 +132,14 @@ def main(config: Config) -> dict[str, Any]:
         make_objective = objective_of(dataclasses.replace(config, kl_weight=0.0))  # To evaluate.
         batches = with_samples(config, model, params, training, batches, mesh)
     evaluated, books = make_objective(model.forward), books_of(config, model)
-    callbacks = shared.callbacks(config, evaluated, eval_batches, output, mesh)
+    callbacks = shared.callbacks(config, evaluated, eval_batches, output, mesh, name)
     donate = config.adapter == "full" and not entry.online
     state, history = shared.fit(
         config, params, method, batches, callbacks, output, mesh, books=books, donate=donate
     )
     shared.save(config, model, state.params, base, mesh, output)
-    metrics = shared.losses_of(history)
+    metrics = shared.losses_of(history, name)
+    print(f"\non {name}:")
     if entry.trains == "reward":
         rewards = reports.read_rewards(config, model, state.params, held_out, mesh)
         metrics |= reward_report(config, rewards, held_out)

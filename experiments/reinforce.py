@@ -18,6 +18,8 @@ adapter (or the whole model), metrics.jsonl, metrics.json, a figure and checkpoi
 
 from __future__ import annotations
 
+import experiments.cli.interrupts  # noqa: F401  isort: skip  (before what takes seconds)
+
 import dataclasses
 import functools
 from typing import Any
@@ -25,7 +27,7 @@ from typing import Any
 import numpy as np
 import tyro
 
-from experiments.cli import flags, servers
+from experiments.cli import flags, held_out, servers
 from experiments.cli import reinforce_checks as checks
 from experiments.cli import rewards as rewards_cli
 from experiments.cli import training as shared
@@ -59,17 +61,20 @@ class Config:
 
     start: str | None = None  # adapter of a warm start, merged into the model before training
     # rg:TASK, or a file, tfds: or hub id with answers
-    data: str = f"{shared.NEEDLE}&size=2000&seed=1"
-    eval_data: str = f"{shared.NEEDLE}&size=100&seed=1000000"  # held-out questions
+    data: str = f"{held_out.NEEDLE}&size=2000&seed=1"
+    # held-out questions; None: the default task's own or, with --data, a part of that; "": a part
+    eval_data: str | None = None
+    # share of --data that is held out, without --eval-data; None: a tenth, at most 200 questions
+    validation: float | None = None
     adapter: Name = "lora"  # what trains; full: everything
 
-    algorithm: Choice = "grpo"
+    algorithm: Choice = "grpo"  # how rewards become credit, and the objective of a step
     prompts_per_step: int = 4  # questions of a rollout
     group_size: int = 8  # answers to each
     updates: int = 1  # optimizer steps on parts of one rollout
     epochs: int = 1  # passes over it, of so many steps each
     max_new_tokens: int = 16  # of an answer
-    temperature: float = 1.0
+    temperature: float = 1.0  # of the policy that samples and that trains
     stop: tuple[str, ...] = ()  # text that ends an answer, besides the stop token
     turns: int = 1  # answers to a question: after a wrong one, feedback and another try
     feedback: str = "That is not right. Try again."  # what a wrong answer is told
@@ -96,6 +101,7 @@ class Config:
     mask_truncated: bool = False  # answers that reach the limit leave the loss
 
     rewards: flags.Rewards = flags.Rewards()
+    columns: flags.Columns = flags.Columns()
     base: flags.Model = flags.Model()
     kernels: flags.Kernels = flags.Kernels()
     optimisation: flags.Optimisation = flags.Optimisation(
@@ -103,7 +109,7 @@ class Config:
     )
     mesh: flags.Mesh = flags.Mesh()
     output: flags.Output = flags.Output("runs/reinforce", save_steps=50, logging_steps=1)
-    seed: int = 0
+    seed: int = 0  # of the adapter's start, the order of questions and all that is random
     smoke: bool = False  # a random tiny model for a few steps
     debug: bool = False  # full tracebacks
 
@@ -112,10 +118,10 @@ def main(config: Config) -> dict[str, Any]:
     """Trains; returns the metrics that are written to metrics.json."""
     config = shared.start(config, SMALL)
     checks.settings(config)
-    renderer, records, held_out = load_data(config)
+    renderer, records, kept, name = load_data(config)
     output, mesh = shared.place(config)
     checks.mesh(config, mesh)
-    ids = [renderer.prompt(record) for record in records]
+    ids = data.render_prompts(records, renderer)
     prompts = rl.Prompts(ids, config.prompts_per_step, records, seed=config.seed)
     check = functools.partial(checks.length, prompts=ids)
     model, base = shared.load_base(config, mesh, check, keeps_start=True)
@@ -133,7 +139,8 @@ def main(config: Config) -> dict[str, Any]:
             config,
             model,
             renderer,
-            held_out,
+            kept,
+            name,
             mesh,
             rewards if config.rewards.numbers else None,
         )
@@ -147,19 +154,20 @@ def main(config: Config) -> dict[str, Any]:
         shared.save(config, model, trained, base, mesh, output, whole=bool(config.start))
         after = accuracy(trained, "after")
         failures = getattr(rewards, "failures", Failures())
-    return report(config, history, failures, before, after, output)
+    return report(config, history, failures, before, after, name, output)
 
 
 def load_data(config: Config):
-    """(renderer, training records, held-out records), all with answers that can be verified or judged."""
+    """(renderer, training records, held-out records, of what those are); all can be verified or judged."""
     renderer = data.Renderer(files.load_tokenizer(config.base.model), template=config.base.template)
-    load = functools.partial(data.load, form=data.normalise_question)
-    records, held_out = load(config.data), load(config.eval_data)
-    rewards_cli.check(config.rewards, {config.data: records, config.eval_data: held_out})
-    # A held-out question that is also trained on would measure memory.
-    known = {str(renderer.prompt(record)) for record in records}
-    held_out = shared.without_known(held_out, known, lambda record: str(renderer.prompt(record)))
-    return renderer, records, held_out
+    load = lambda spec: data.load(
+        spec, fields=config.columns.of(spec), form=data.normalise_question
+    )
+    records = load(config.data)
+    rewards_cli.check(config.rewards, {config.data: records})
+    parts = held_out.with_held_out(config, [records], load, data.whole_prompt)
+    rewards_cli.check(config.rewards, {config.eval_data or config.data: parts.held_out})
+    return renderer, parts.training[0], parts.held_out, parts.name
 
 
 def experience(config, model, prompts, renderer, rewards, credit, base, mesh) -> rl.Collector:
@@ -230,9 +238,12 @@ def sampling(config, model, renderer, rewards, base=None) -> rl.Sample:
     )
 
 
-def measure(config, model, renderer, records, mesh, rewards, params, when: str) -> dict[str, Any]:
-    """How good greedy answers to held-out questions are, printed: accuracy, or with `rewards` the mean."""
-    verifier = verifier_for(records[0]["source"], records) or (lambda completion, record: False)
+def measure(config, model, renderer, records, name, mesh, rewards, params, when: str):
+    """How good greedy answers to held-out questions are, printed: accuracy, or with `rewards` the mean.
+
+    `name` says of what the records are.
+    """
+    verifier = verifier_for(records[0]["_source"], records) or (lambda completion, record: False)
     with mesh_context(mesh):
         result = measure_accuracy(
             model,
@@ -244,16 +255,17 @@ def measure(config, model, renderer, records, mesh, rewards, params, when: str) 
             stop_strings=config.stop,
         )
     if rewards is None:
-        print(f"accuracy {when}: {result}", flush=True)
+        print(f"accuracy {when} on {name}: {result}", flush=True)
         return {"accuracy": result.rate, "accuracy_interval": result.interval}
     values = np.asarray(rewards(result.completions, records), float)
     told = values[~np.isnan(values)]
     mean = float(told.mean()) if len(told) else None
-    print(f"held-out reward {when}: {mean} ({len(told)} of {len(values)} were judged)", flush=True)
+    judged = f"{len(told)} of {len(values)} were judged"
+    print(f"mean reward {when} on {name}: {mean} ({judged})", flush=True)
     return {"held_out_reward": mean, "judged": len(told)}
 
 
-def report(config, history, failures, before, after, output) -> dict[str, Any]:
+def report(config, history, failures, before, after, name, output) -> dict[str, Any]:
     """Prints what changed, writes metrics.json, returns it."""
     few = max(1, len(history) // 10)
     mean = lambda rows: sum(row["reward"] for row in rows) / len(rows)
@@ -264,12 +276,16 @@ def report(config, history, failures, before, after, output) -> dict[str, Any]:
         "reward_last": mean(history[-few:]),
         "gap": max(row["gap"] for row in history),
         "failed_verdicts": failures._asdict(),
+        "evaluated_on": name,
     }
     for when, result in (("before", before), ("after", after)):
-        for name, value in result.items():
-            kind, interval, _ = name.partition("_interval")
+        for key, value in result.items():
+            kind, interval, _ = key.partition("_interval")
             metrics[f"{kind}_{when}{interval}"] = value
-    print(f"reward {metrics['reward_first']:.3f} -> {metrics['reward_last']:.3f}")
+    print(
+        f"reward in training, mean of {few} steps: {metrics['reward_first']:.3f} -> "
+        f"{metrics['reward_last']:.3f}"
+    )
     if any(failures):
         print(f"verdicts that failed: {failures}")
     grouped = ALGORITHMS[config.algorithm].least_group > 1
@@ -279,11 +295,10 @@ def report(config, history, failures, before, after, output) -> dict[str, Any]:
             "some questions right (--start), or raise --group-size."
         )
     if config.rewards.numbers:
-        print(f"held-out reward {before['held_out_reward']} -> {after['held_out_reward']}")
+        rewards = before["held_out_reward"], after["held_out_reward"]
+        print(f"mean reward on {name}: {rewards[0]} -> {rewards[1]}")
     else:
-        print(
-            f"accuracy on held-out questions: {before['accuracy']:.1%} -> {after['accuracy']:.1%}"
-        )
+        print(f"accuracy on {name}: {before['accuracy']:.1%} -> {after['accuracy']:.1%}")
     shared.write_metrics(output, metrics)
     return metrics
 

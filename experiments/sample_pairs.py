@@ -13,12 +13,13 @@ are questions whose answers are scored alike.
 
 from __future__ import annotations
 
+import experiments.cli.interrupts  # noqa: F401  isort: skip  (before what takes seconds)
+
 import collections
 import dataclasses
 import json
 import math
 import os
-import pathlib
 from typing import Any
 
 import jax
@@ -26,10 +27,10 @@ import rich.console
 import rich.progress
 import tyro
 
-from experiments.cli import flags
+from experiments.cli import flags, limits
 from experiments.cli import rewards as rewards_cli
-from experiments.cli import training as shared
-from experiments.cli.models import load_trained, renderer_of
+from experiments.cli.held_out import NEEDLE
+from experiments.cli.models import load_trained, renderer_of, writable_file
 from jaxft import data, train
 from jaxft.generation import generate
 from jaxft.keys import stream
@@ -49,8 +50,9 @@ SMALL = dict(
 class Config:
     """Whose answers, to what, and how they are scored."""
 
-    data: str = f"{shared.NEEDLE}&size=1000&seed=1"  # file, rg:TASK, tfds:NAME or hub id
+    data: str = f"{NEEDLE}&size=1000&seed=1"  # file, rg:TASK, tfds:NAME or hub id
     trained: flags.Trained = flags.Trained()
+    columns: flags.Columns = flags.Columns()
     output: str = "pairs.jsonl"  # file for the pairs
     limit: int | None = None  # use at most so many questions
     samples: int = 4  # answers to each
@@ -61,22 +63,23 @@ class Config:
     sampling: flags.Sampling = flags.Sampling()
     keep_truncated: bool = False  # also answers that reach --max-new-tokens
     batch_size: int = 8  # questions at a time
-    seed: int = 0
+    seed: int = 0  # of what is sampled
     smoke: bool = False  # a random tiny model, a few questions
     debug: bool = False  # full tracebacks
 
 
 def main(config: Config) -> dict[str, Any]:
     """Writes the pairs; returns how many there are, and what gave none."""
+    limits.check(config)
     config = flags.with_small(config, SMALL) if config.smoke else config
     if config.samples < 2 or config.batch_size < 1 or config.sampling.temperature <= 0:
         raise ValueError(
             f"--samples must be at least 2, --batch-size 1 and --temperature above 0; got {config.samples}, "
             f"{config.batch_size} and {config.sampling.temperature}."
         )
-    output = pathlib.Path(config.output)
-    train.writable_directory(output.parent)
-    records = data.load(config.data, limit=config.limit, form=data.normalise_question)
+    output = writable_file(config.output)
+    how = {"fields": config.columns.of(config.data), "form": data.normalise_question}
+    records = data.load(config.data, limit=config.limit, **how)
     rewards_cli.check(config.rewards, {config.data: records})
     renderer = renderer_of(config.trained)
     tokenizer = renderer.tokenizer
@@ -125,7 +128,7 @@ def _judged(config, rewards, tokenizer, records, out) -> data.Judged:
     ranked = []
     for record, answers in zip(records, groups(texts), strict=True):
         made = [data.answered(record, text) for text in answers]
-        kept = {name: record[name] for name in ("id", "tools") if name in record}
+        kept = {name: record[name] for name in ("id", *data.CONTEXT) if name in record}
         responses = [one["completion"] for one in made]
         ranked.append({**kept, "prompt": made[0]["prompt"], "responses": responses})
     choose = data.all_pairs if config.all_pairs else data.best_worst

@@ -12,6 +12,8 @@ a figure, TensorBoard events and checkpoints; --resume goes on after an interrup
 
 from __future__ import annotations
 
+import experiments.cli.interrupts  # noqa: F401  isort: skip  (before what takes seconds)
+
 import dataclasses
 import functools
 import math
@@ -21,17 +23,19 @@ from typing import Any, Literal
 import jax
 import tyro
 
-from experiments.cli import choices, flags
+from experiments.cli import choices, flags, held_out
 from experiments.cli import training as shared
 from experiments.cli.models import verified
 from jaxft import checkpoints as files
 from jaxft import data, train
 from jaxft.adapters import (
     Name,
+    adapt,
     check_same,
     intrinsic,
     intrinsic_apply,
     load_adapter,
+    quantised,
     save_intrinsic,
 )
 from jaxft.keys import stream
@@ -53,17 +57,20 @@ SMALL = dict(
 class Config:
     """What to train, on what, and how."""
 
-    data: tuple[str, ...] = (f"{shared.NEEDLE}&size=2000&seed=1",)  # files, rg:TASK, tfds:, hub ids
+    # files, rg:TASK, tfds:NAME, hub ids
+    data: tuple[str, ...] = (f"{held_out.NEEDLE}&size=2000&seed=1",)
     weights: tuple[float, ...] = ()  # share of each source; default: by size
     weights_by: Literal["records", "tokens"] = "records"  # of what they are shares
-    eval_data: str = f"{shared.NEEDLE}&size=100&seed=1000000"  # "": hold out a part of the data
+    # held-out records; None: the default task's own or, with --data, a part of that; "": a part
+    eval_data: str | None = None
 
     adapter: Name | Literal["intrinsic"] = "lora"  # what trains; full: everything
     d: int = 1000  # intrinsic: numbers that train, moving all params in a random subspace
 
-    packing: bool = True
+    packing: bool = True  # put several short records into one row; no record sees another
     mask: Literal["completion", "last_turn", "all", "per_message"] = "completion"  # what trains
     train_on: str | None = None  # regular expression that narrows it, such as "Answer: (.*)"
+    # what happens to records longer than --max-length
     too_long: Literal["drop", "truncate", "error"] = "drop"
 
     max_new_tokens: int = 16  # of the answers that are verified
@@ -73,22 +80,23 @@ class Config:
     kernels: flags.Kernels = flags.Kernels()
     optimisation: flags.Optimisation = flags.Optimisation()
     rows: flags.Rows = flags.Rows()
+    columns: flags.Columns = flags.Columns()
     mesh: flags.Mesh = flags.Mesh()
     output: flags.Output = flags.Output("runs/sft")
-    seed: int = 0
+    seed: int = 0  # of the adapter's start, the order of records and all that is random
     smoke: bool = False  # a random tiny model for a few steps
     debug: bool = False  # full tracebacks
 
 
 def main(config: Config) -> dict[str, Any]:
     """Trains; returns the metrics that are written to metrics.json."""
+    if not config.accuracy and "max_new_tokens" in choices.given(config):
+        raise ValueError(
+            f"--max-new-tokens {config.max_new_tokens} has no effect with --no-accuracy; give one of them."
+        )
     config = shared.start(config, SMALL)
     choices.check_companions(config, {"weights_by": "weights"})
-    if config.adapter != "intrinsic" and config.d != Config.d:
-        raise ValueError(
-            f"--d {config.d} has no effect with --adapter {config.adapter}; take intrinsic."
-        )
-    renderer, training, held_out = load_data(config)
+    renderer, training, kept, name = load_data(config)
     if config.rows.preview:
         return {"records": len(training)}
     output, mesh = shared.place(config)
@@ -98,7 +106,9 @@ def main(config: Config) -> dict[str, Any]:
     forward = reparametrised(model.forward, read)
     method = shared.method_of(config, supervised, forward)
     length = config.rows.max_length
-    tokenised = data.render(held_out, renderer, length, too_long="truncate")
+    bad = data.BadRecords()
+    tokenised = data.render(kept, renderer, length, too_long="truncate", bad=bad)
+    held_out.tell_of(bad, len(tokenised), len(kept), "held-out")
     eval_batches = data.finite_batches(tokenised, **config.rows.sizes)
     batches = data.batches(
         *training,
@@ -107,19 +117,19 @@ def main(config: Config) -> dict[str, Any]:
         packing=config.packing,
         seed=config.seed,
     )
-    before = verify(config, model, base, renderer, held_out, "before")
-    callbacks = shared.callbacks(config, supervised(forward), eval_batches, output, mesh)
+    before = verify(config, model, base, renderer, kept, f"before on {name}")
+    callbacks = shared.callbacks(config, supervised(forward), eval_batches, output, mesh, name)
     donate = config.adapter == "full"  # Nothing reads the base afterwards.
     state, history = shared.fit(
         config, params, method, batches, callbacks, output, mesh, donate=donate
     )
     save(config, model, state.params, base, mesh, output)
-    after = verify(config, model, read(state.params), renderer, held_out, "after")
-    return report(history, before, after, held_out, output)
+    after = verify(config, model, read(state.params), renderer, kept, f"after on {name}")
+    return report(history, before, after, kept, name, output)
 
 
 def load_data(config: Config):
-    """(renderer, tokenised records of each source, held-out records)."""
+    """(renderer, tokenised records of each source, held-out records, of what those are)."""
     renderer = data.Renderer(
         files.load_tokenizer(config.base.model),
         template=config.base.template,
@@ -127,25 +137,33 @@ def load_data(config: Config):
         train_on=config.train_on,
     )
     bad, length = data.BadRecords(config.rows.max_bad), config.rows.max_length
-    sources = [data.load(spec, bad=bad) for spec in config.data]
-    sources, held_out = shared.with_held_out(config, sources, data.load, _question)
+    load = lambda spec, **how: data.load(spec, fields=config.columns.of(spec), **how)
+    sources = [load(spec, bad=bad) for spec in config.data]
+    parts = held_out.with_held_out(config, sources, load, data.whole_prompt)
     render = functools.partial(data.render, too_long=config.too_long, bad=bad)
-    training = [render(records, renderer, length) for records in sources]
-    shared.tell_of(bad)
+    training = [render(records, renderer, length) for records in parts.training]
+    held_out.tell_of(bad, sum(map(len, training)), sum(map(len, parts.training)))
     for part in training[0][: 3 if config.rows.preview else 1]:
         print(data.explain(part, renderer.tokenizer, color=False), end="\n\n")
-    return renderer, training, held_out
+    return renderer, training, parts.held_out, parts.name
 
 
 def adapt_params(config: Config, model: Any, base: Any, mesh: Any) -> Any:
     """The base params with what trains: adapters, or all of them."""
     if config.adapter != "intrinsic":
         return shared.adapt_params(config, model, base, mesh)
-    if config.kernels.quantise:
-        raise ValueError("--adapter intrinsic moves the kernels themselves; drop --quantise.")
     # The base lies on the mesh already.
     key, layers = stream(jax.random.key(config.seed), "intrinsic"), family_of(model.config).layers
-    return shared.announce(intrinsic(key, base, config.d, layers=layers))
+    return shared.announce(intrinsic(key, rounded(config, model, base), config.d, layers=layers))
+
+
+def rounded(config: Config, model: Any, base: Any) -> Any:
+    """The base over which a subspace moves the kernels: quantised, if the flags say so."""
+    settings, family = config.kernels, family_of(model.config)
+    if settings.quantise is None:
+        return base
+    rules = {family.targets.pattern(settings.target): quantised(settings.quantise)}
+    return adapt(jax.random.key(config.seed), base, rules, stacked=family.stacked_axes)
 
 
 def verify(config, model, params, renderer, records, when: str) -> Accuracy | None:
@@ -155,6 +173,8 @@ def verify(config, model, params, renderer, records, when: str) -> Accuracy | No
     result = verified(model, params, renderer, records, config.max_new_tokens)
     if result is not None:
         print(f"accuracy {when}: {result}", flush=True)
+    elif when.startswith("before"):
+        print("accuracy is not measured: no verifier knows the held-out answers", flush=True)
     return result
 
 
@@ -166,14 +186,14 @@ def save(
         return shared.save(config, model, params, base, mesh, output)
     path = output / "adapter"
     save_intrinsic(path, params)
-    loaded = load_adapter(path, model.config, base)
+    loaded = load_adapter(path, model.config, rounded(config, model, base))
     difference = check_same(str(path), model, jax.jit(intrinsic_apply)(params), loaded)
     print(f"adapter saved to {path}; read again: {difference}")
 
 
-def report(history, before, after, records, output) -> dict[str, Any]:
+def report(history, before, after, records, name, output) -> dict[str, Any]:
     """Prints sample answers, writes metrics.json and the figure's data, returns the metrics."""
-    metrics = shared.losses_of(history)
+    metrics = shared.losses_of(history, name)
     loss = metrics["eval_loss"]
     metrics["eval_perplexity"] = None if loss is None else math.exp(loss)
     if before is not None:
@@ -186,9 +206,7 @@ def report(history, before, after, records, output) -> dict[str, Any]:
             print(f"  answer    {data.as_messages(records[i])[-1]['content']}")
             print(f"  before    {_tail(before.completions[i])}")
             print(f"  after     {_tail(after.completions[i])}")
-        print(
-            f"\naccuracy on {len(records)} held-out records: {before.rate:.1%} -> {after.rate:.1%}"
-        )
+        print(f"\naccuracy on {name}: {before.rate:.1%} -> {after.rate:.1%}")
     shared.write_metrics(output, metrics)
     return metrics
 
@@ -200,7 +218,7 @@ def _weights(config, training):
 
 
 def _question(record) -> str:
-    return shared.question(record, data.as_messages(record))
+    return held_out.question(record, data.as_messages(record))
 
 
 def _tail(text: str, width: int = 100) -> str:

@@ -79,25 +79,23 @@ CHIPS = {
 class Config:
     """What to compile, for what."""
 
-    model: str = (
-        "llama3-8b"  # llama3-1b, llama3-8b, llama3-70b, qwen3-8b, gemma3-27b, or a config.json
-    )
+    # llama3-1b, llama3-8b, llama3-70b, qwen3-8b, gemma3-27b, or a config.json
+    model: str = "llama3-8b"
     objective: Literal["sft", "grpo"] = "sft"  # grpo: the update on sampled responses
-    topology: str = (
-        "v5e:4x4"  # as jaxft.parallel.compile_only_devices has it: v5p:2x2x4, h100:8, 2*v5e:4x4
-    )
+    # as jaxft.parallel.compile_only_devices has it: v5p:2x2x4, h100:8, 2*v5e:4x4
+    topology: str = "v5e:4x4"
     data: int = 1  # mesh: copies of the model; -1 fills
     fsdp: int = -1  # mesh: shards of params and batch; -1 fills
     tensor: int = 1  # mesh: shards of each projection
     context: int = 1  # mesh: shards of each row's tokens
     adapter: str = "lora"  # as for experiments/sft.py; full: everything trains
-    rank: int = 16
+    rank: int = 16  # of the adapter, where it has one
     quantise: Literal["nf4", "int8", "int4", "fp8"] | None = None  # of the frozen kernels
     rows: int = 2  # of the batch, on each shard of it
     length: int = 2048  # tokens of a row
     response: int = 1024  # of them, the last that grpo trains on
-    microbatches: int = 1
-    remat: Literal["none", "lean", "dots", "full"] = "full"
+    microbatches: int = 1  # parts of the batch, one after the other
+    remat: Literal["none", "lean", "dots", "full"] = "full"  # what the backward pass recomputes
     float32: bool = False  # compute in float32; else bfloat16, with frozen params in bfloat16
     layers: int | None = None  # fewer than the model has, for a quick look
     json: bool = False  # one JSON line

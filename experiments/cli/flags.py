@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -41,7 +41,8 @@ class Model:
     model: str = "smollm2"  # directory, .gguf file, "smollm2", "tiny" (random), or hub id
     # chat template that replaces the model's: a file, or chatml, llama3, gemma...
     template: str | None = None
-    bfloat16: bool = False  # compute in bfloat16; what trains stays float32
+    # compute in bfloat16; what trains is float32, whatever the files hold
+    bfloat16: bool = False
     scan_layers: bool = False  # stack layers: compile time independent of depth
     remat: Remat = "none"  # recompute in the backward pass: lean, dots or full save memory
 
@@ -62,7 +63,7 @@ class Kernels:
     """The kernels that an adapter adapts."""
 
     quantise: Quantisation | None = None  # round the frozen kernels (nf4: QLoRA, QPaCA, QDoRA)
-    rank: int = 16
+    rank: int = 16  # rows or columns of an adapter; virtual tokens of prompt and prefix
     alpha: float = 32.0  # over rank: LoRA's scale; for paca a factor of the learning rate
     target: str = "all-linear"  # or a pattern of the paths of adapted kernels
 
@@ -73,17 +74,20 @@ class Optimisation:
     """Steps, and the optimizer that makes them."""
 
     max_steps: int = 60  # optimizer steps
+    # parts of a batch, one after the other: less memory, the same step
     gradient_accumulation_steps: int = 1
-    learning_rate: float = 1e-3
+    learning_rate: float = 1e-3  # the highest, reached after the warm-up
     # lion: learning rate 3 to 10 times smaller, decay as much larger
     optimizer: Optimizer = "adamw"
     # sam... : flatter minima for about twice the time (look_sam: 1.2 times)
     sharpness: Sharpness = "none"
     rho: float | None = None  # its radius; default: the method's own
+    # of the learning rate, after the warm-up
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_ratio: float = 0.1
+    warmup_ratio: float = 0.1  # share of --max-steps over which the rate rises from 0
+    # decoupled, multiplied by the rate; not of norms, biases and embeddings
     weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
+    max_grad_norm: float = 1.0  # longer gradients (L2 over all that trains) are scaled to this
 
 
 @without_prefix
@@ -91,17 +95,33 @@ class Optimisation:
 class Rows:
     """Records as rows of batches, and how often held-out ones are evaluated."""
 
-    validation: float = 0.05  # the part held out, if there is no eval_data
+    # share of --data that is held out, without --eval-data; None: a tenth, at most 200 records
+    validation: float | None = None
     batch_size: int = 2  # rows of one step, over all devices and accumulation steps
     max_length: int = 384  # tokens of a row
     max_bad: float = 0.0  # largest share of unusable records that is skipped rather than an error
-    eval_steps: int = 20
+    eval_steps: int = 20  # steps between evaluations on held-out records
     preview: bool = False  # print examples with what trains marked, then stop
 
     @property
     def sizes(self) -> dict[str, int]:
         """The arguments of what makes batches."""
         return {"batch_size": self.batch_size, "max_length": self.max_length}
+
+
+@without_prefix
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """The columns of the data."""
+
+    # columns with other names, as in --fields prompt query completion reply; '' leaves one out
+    fields: Annotated[dict[str, str], tyro.conf.arg(metavar="OURS THEIRS ...")] = dataclasses.field(
+        default_factory=dict
+    )
+
+    def of(self, spec: str) -> dict[str, str]:
+        """The `fields` of a source; reasoning-gym's tasks have our names already."""
+        return {} if spec.startswith("rg:") else self.fields
 
 
 @without_prefix
@@ -124,12 +144,12 @@ class Mesh:
 class Output:
     """What is written, where and how often."""
 
-    output_dir: str
-    save_steps: int = 100
-    logging_steps: int = 5
-    report_to: tuple[Log, ...] = ()
+    output_dir: str  # directory of the model or adapter, metrics, figure and checkpoints
+    save_steps: int = 100  # steps between checkpoints
+    logging_steps: int = 5  # steps between lines on the screen; the files have all steps
+    report_to: tuple[Log, ...] = ()  # where metrics go besides the files
     profile_dir: str | None = None  # trace of a few steps
-    resume: bool = False
+    resume: bool = False  # go on from the newest checkpoint in --output-dir
 
 
 @without_prefix
@@ -153,7 +173,7 @@ class Rewards:
 class Sampling:
     """How answers are sampled."""
 
-    max_new_tokens: int = 64
+    max_new_tokens: int = 64  # tokens of an answer
     temperature: float = 1.0  # 0 is greedy
     top_k: int | None = None  # keep the k likeliest tokens
     top_p: float | None = None  # keep the likeliest tokens up to this mass

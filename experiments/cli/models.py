@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pathlib
 from typing import Any
 
 from experiments.cli import flags
@@ -14,6 +15,15 @@ from jaxft.rewards import Accuracy, measure_accuracy, verifier_for
 def renderer_of(trained: flags.Trained, **options: Any) -> data.Renderer:
     """The renderer of its tokenizer and chat template; `options` are those of `data.Renderer`."""
     return data.Renderer(files.load_tokenizer(trained.model), template=trained.template, **options)
+
+
+def writable_file(place: str) -> pathlib.Path:
+    """The path of --output; OutputError if it is a directory, or its directory cannot be written to."""
+    path = pathlib.Path(place)
+    if path.is_dir():
+        raise train.OutputError(f"--output {place} is a directory; name a file in it.")
+    train.writable_directory(path.parent)
+    return path
 
 
 def check_positions(model: Any, name: str, length: int) -> None:
@@ -39,7 +49,7 @@ def verified(
     model: Any, params: Any, renderer: data.Renderer, records: list, max_new_tokens: int
 ) -> Accuracy | None:
     """The accuracy of greedy answers to records, or None if those cannot be verified."""
-    verifier = verifier_for(records[0]["source"], records)
+    verifier = verifier_for(records[0]["_source"], records)
     if verifier is None:
         return None
     return measure_accuracy(

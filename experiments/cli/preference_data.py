@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments.cli import held_out
 from experiments.cli import training as shared
 from experiments.cli.preference_losses import LOSSES
 from jaxft import data
@@ -15,12 +16,12 @@ from jaxft.losses import density_ratios
 
 
 def load_data(config: Any):
-    """(training groups, held-out groups)."""
+    """(training groups, held-out groups, of what those are)."""
     bad = data.BadRecords(config.rows.max_bad)
     sources = [load_records(config, spec, bad) for spec in config.data]
     load = functools.partial(load_records, config, bad=data.BadRecords())
-    sources, held_out = shared.with_held_out(config, sources, load, _question)
-    records = [record for source in sources for record in source]
+    parts = held_out.with_held_out(config, sources, load, data.whole_prompt)
+    records, others = [record for source in parts.training for record in source], parts.held_out
     tokenizer = shared.files.load_tokenizer(config.base.model)
     renderer = data.Renderer(tokenizer, template=config.base.template)
     entry = LOSSES[config.loss]
@@ -28,33 +29,39 @@ def load_data(config: Any):
     if entry.records == "labels":
         other = entry.trains == "policy"
         render = functools.partial(data.render_unpaired, seed=config.seed, mismatched=other)
-        records, held_out = _labelled(records), _labelled(held_out)
+        records, others = _labelled(records), _labelled(others)
         if config.prompt_embedder:
             records = with_density_ratios(config, records)
     else:
         render = data.render_steps if entry.records == "steps" else data.render_pairs
     training = render(records, renderer, config.rows.max_length, bad=bad, **too_long)
-    left = render(held_out, renderer, config.rows.max_length, **too_long)
-    shared.tell_of(bad)
+    held_out.tell_of(bad, len(training), len(records))
+    bad = data.BadRecords()
+    left = render(others, renderer, config.rows.max_length, bad=bad, **too_long)
+    held_out.tell_of(bad, len(left), len(others), "held-out")
     for group in training[: 3 if config.rows.preview else 1]:
         for part in group.parts:
             print(data.explain(part, renderer.tokenizer, color=False), end="\n\n")
-    return training, left
+    return training, left, parts.name
 
 
 def load_records(config: Any, spec: str, bad: data.BadRecords) -> list[data.preference.Record]:
     """Pairs, or completions or steps with labels, of a source."""
     kind = LOSSES[config.loss].records
+    how = {"fields": config.columns.of(spec), "bad": bad}
     if kind == "steps":
-        return data.load(spec, form=data.normalise_steps, bad=bad)
+        return data.load(spec, form=data.normalise_steps, **how)
     if spec.startswith("rg:"):
-        return answers_of_others(data.load(spec, bad=bad))
+        return answers_of_others(data.load(spec, **how))
     if kind == "pairs":
-        return data.load(spec, form=data.normalise_pair, bad=bad)
-    either = lambda row, fields: (
-        data.normalise_unpaired(row, fields) if "label" in row else data.normalise_pair(row, fields)
-    )
-    return data.load(spec, form=either, bad=bad)
+        return data.load(spec, form=data.normalise_pair, **how)
+    label = how["fields"].get("label", "label")
+
+    def either(row, fields):
+        form = data.normalise_pair if row.get(label) is None else data.normalise_unpaired
+        return form(row, fields)
+
+    return data.load(spec, form=either, **how)
 
 
 def with_density_ratios(config: Any, records: list) -> list:
@@ -82,7 +89,7 @@ def answers_of_others(records: list) -> list:
         others = (records[(i + step) % len(records)] for step in range(1, len(records)))
         wrong = next((o for o in others if o["completion"] != record["completion"]), None)
         if wrong is None:
-            raise data.DataError(f"{record['source']}: all answers are the same.")
+            raise data.DataError(f"{record['_source']}: all answers are the same.")
         answers = {"chosen": record["completion"], "rejected": wrong["completion"]}
         pairs.append({k: v for k, v in record.items() if k != "completion"} | answers)
     return pairs
@@ -96,4 +103,4 @@ def _labelled(records):
 
 def _question(record) -> str:
     prompt = record["prompt"]
-    return prompt if isinstance(prompt, str) else shared.question(record, prompt)
+    return prompt if isinstance(prompt, str) else held_out.question(record, prompt)

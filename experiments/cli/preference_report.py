@@ -66,7 +66,7 @@ def correctness_report(rewards: np.ndarray, labels: np.ndarray) -> dict[str, Any
     constant = float(max(labels.mean(), 1 - labels.mean()))
     metrics = {"accuracy": float(right.mean()), "accuracy_interval": (low, high)}
     print(
-        f"\nheld out: {len(right)} labels; accuracy {metrics['accuracy']:.1%} (95 % interval {low:.1%} to "
+        f"{len(right)} labels; accuracy {metrics['accuracy']:.1%} (95 % interval {low:.1%} to "
         f"{high:.1%}); the commoner label is right in {constant:.1%}"
     )
     return metrics | {"commoner_label": constant}
@@ -92,7 +92,7 @@ def pair_accuracy(rewards: np.ndarray, groups: list) -> dict[str, Any]:
     }
     show = lambda x: "-" if x is None else f"{x:.1%}"
     print(
-        f"\nheld-out pairs: {count}; accuracy {show(metrics['accuracy'])} (95 % interval {low:.1%} to "
+        f"{count} pairs; accuracy {show(metrics['accuracy'])} (95 % interval {low:.1%} to "
         f"{high:.1%})\n"
         f"is it length? chosen {metrics['length_chosen']:.1f} tokens, rejected "
         f"{metrics['length_rejected']:.1f}; accuracy where chosen is longer "

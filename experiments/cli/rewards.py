@@ -38,7 +38,7 @@ def check(settings: flags.Rewards, parts: Mapping[str, Sequence[Mapping[str, Any
     if settings.judge or settings.reward_model:
         return
     for spec, records in parts.items():
-        if verifier_for(records[0]["source"], records) is None:
+        if verifier_for(records[0]["_source"], records) is None:
             raise data.DataError(
                 f"{spec}: its answers cannot be verified; give a reasoning-gym task (rg:...), records that "
                 "all have an `answer`, or --judge or --reward-model."
@@ -56,7 +56,7 @@ def opened(
     if settings.reward_model:
         yield OnFirstHost(load_reward_model(settings.reward_model, base))
         return
-    verifier = functools.partial(verifier_for, records[0]["source"], records[:1])
+    verifier = functools.partial(verifier_for, records[0]["_source"], records[:1])
     make = functools.partial(load_judge, settings.judge) if settings.judge else verifier
     with VerifierPool(make, workers=settings.workers, timeout=settings.timeout) as pool:
         yield OnFirstHost(pool)

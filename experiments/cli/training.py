@@ -18,16 +18,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from experiments.cli import choices, flags
+from experiments.cli import adapters, choices, flags, limits, resuming
 from experiments.cli.models import check_positions
 from experiments.cli.optimizers import OPTIMIZERS, SHARPNESS, Sharpened, sharpen
 from jaxft import checkpoints as files
-from jaxft import data, train
+from jaxft import train
 from jaxft.adapters import (
     AdapterError,
     adapter_tensors,
     apply_named,
     count,
+    float32_masters,
     rounding_loss,
     save_checked,
 )
@@ -36,16 +37,18 @@ from jaxft.models import Forward, family_of
 from jaxft.objectives import Objective
 from jaxft.parallel import connect_hosts, make_mesh, shard_params, written_once
 
-# reasoning-gym draws entry i from seed + i: seeds of parts must lie further apart than their sizes.
-NEEDLE = "rg:needle_haystack?min_num_statements=4&max_num_statements=8"
 # What every --smoke takes.
 TINY = {"model": "tiny", "rank": 2, "alpha": 4.0}
 
 
 def start(config: Any, small: Mapping[str, Any]) -> Any:
     """The config, of which --smoke takes `small`; joins the other hosts, of which the first alone prints."""
-    config = flags.with_small(config, TINY | small) if config.smoke else config
+    adapters.check(limits.check(config))
     choices.check(config, "sharpness", SHARPNESS)
+    if config.smoke:
+        if "data" in choices.given(config):  # Whose own part is then held out.
+            small = {name: x for name, x in small.items() if name != "eval_data"}
+        config = flags.with_small(config, TINY | small)
     connect_hosts(config.mesh.distributed)
     if jax.process_index() > 0:
         sys.stdout = open(os.devnull, "w")
@@ -60,7 +63,11 @@ def place(config: Any) -> tuple[pathlib.Path, Any]:
     """
     output = pathlib.Path(config.output.output_dir)
     train.writable_directory(output)
-    if not config.output.resume and any((output / "checkpoints").glob("[0-9]*")):
+    if config.output.profile_dir:
+        train.writable_directory(config.output.profile_dir)
+    if config.output.resume:
+        resuming.check(config, output)
+    elif any((output / "checkpoints").glob("[0-9]*")):
         raise train.OutputError(
             f"{output} holds an earlier run; go on with --resume, or choose another --output-dir."
         )
@@ -110,6 +117,7 @@ def fit(
     """`train.fit` with the flags' steps, seed, microbatches, logs and checkpoints."""
     path = output / "checkpoints"
     every, resume = config.output.save_steps, config.output.resume
+    noted = [resuming.note(config, output)] if resume else []
     return train.fit(
         params,
         method.objective,
@@ -122,20 +130,23 @@ def fit(
         microbatches=config.optimisation.gradient_accumulation_steps,
         books=books,
         mesh=mesh,
-        callbacks=[*callbacks, *logs(config, output)],
-        checkpoints=train.Checkpoints(path, every=every, best=best, resume=resume),
+        callbacks=[*noted, *callbacks, *logs(config, output)],
+        checkpoints=train.Checkpoints(
+            path, every=every, best=best, resume=resume, settings=resuming.settings(config)
+        ),
         donate=donate,
     )
 
 
-def losses_of(history: Sequence[train.Row]) -> dict[str, Any]:
-    """The steps, the first and the last loss of a run, and its last in evaluation."""
+def losses_of(history: Sequence[train.Row], name: str) -> dict[str, Any]:
+    """The steps, the first and the last loss of a run, its last in evaluation, and of what that is."""
     evaluated = [row for row in history if "eval/loss" in row]
     return {
         "steps": history[-1]["step"],
         "first_loss": history[0]["loss"],
         "last_loss": history[-1]["loss"],
         "eval_loss": evaluated[-1]["eval/loss"] if evaluated else None,
+        "evaluated_on": name,
     }
 
 
@@ -146,7 +157,7 @@ def load_base(
     *,
     keeps_start: bool = False,
 ) -> tuple[Any, Any]:
-    """(model, base params) on the mesh, in the types that the flags ask for.
+    """(model, base params) on the mesh, stored as in the files; in float32 where all of them train.
 
     Args:
         check: of (config, model), what must hold before minutes are spent; None: `check_length`.
@@ -158,31 +169,53 @@ def load_base(
     settings = config.base
     opened = files.open_model(settings.model)
     shapes = files.model_shapes(opened, scan_layers=settings.scan_layers)
-    trains_all = make_optimizer(config.optimisation) if config.adapter == "full" else None
+    whole = config.adapter == "full"
+    trains_all = make_optimizer(config.optimisation) if whole else None
     devices = [jax.devices()[0]] if mesh is None else list(mesh.local_devices)
-    needed = train.state_bytes(shapes, trains_all, mesh)
-    if keeps_start and config.adapter == "full":  # Adapters share the frozen base.
-        needed["reference"] = needed["weights"]
+    wide = whole or config.adapter == "intrinsic"
+    masters = jax.eval_shape(float32_masters, shapes) if wide else shapes
+    needed = train.state_bytes(masters, trains_all, mesh)
+    if keeps_start and whole:  # Adapters share the frozen base.
+        needed["reference"] = train.state_bytes(shapes, mesh=mesh)["weights"]
     train.check_memory(
         needed,
         devices,
         "take --adapter lora rather than full, more shards (--fsdp, --tensor) or a smaller model; "
         "`python -m jaxft.compile` tells what a slice would need.",
     )
-    model, base = files.load_model(opened, mesh=mesh, scan_layers=settings.scan_layers)
+    # With no use for the base beside what trains, it is read as the masters at once. A subspace moves
+    # the kernels themselves: rounded to bfloat16, most of its moves would be lost.
+    model, base = files.load_model(
+        opened,
+        dtype=jnp.float32 if wide and not keeps_start else None,
+        mesh=mesh,
+        scan_layers=settings.scan_layers,
+    )
+    tell_of_masters(config, shapes)
     dtype = jnp.bfloat16 if settings.bfloat16 else jnp.float32
     model = model.clone(dtype=dtype, remat=settings.remat)
     (check or check_length)(config, model)
     return model, base
 
 
+def tell_of_masters(config: Any, shapes: Any) -> None:
+    """Prints the types in which the files hold what trains whole, where those are not float32."""
+    stored = {str(leaf.dtype) for leaf in jax.tree.leaves(shapes)} & {"bfloat16", "float16"}
+    if stored and config.adapter in ("full", "intrinsic"):
+        print(
+            f"{config.base.model} is stored in {' and '.join(sorted(stored))}; what trains is kept, and "
+            "saved, in float32."
+        )
+
+
 def adapt_params(config: Any, model: Any, base: Any, mesh: Any) -> Any:
-    """The base params of a model with what trains: adapters, or all of them."""
+    """The base params of a model with what trains, in float32: adapters, or all of them."""
     family = family_of(model.config)
     settings = adapter_settings(config)
     params = apply_named(
         base, config.adapter, targets=family.targets, stacked=family.stacked_axes, **settings
     )
+    params = float32_masters(params)
     if mesh is not None:
         params = shard_params(params, mesh, family.rules, family.layers)
     return announce(params)
@@ -191,15 +224,15 @@ def adapt_params(config: Any, model: Any, base: Any, mesh: Any) -> Any:
 def announce(params: Any) -> Any:
     """The params, having said how many of them train."""
     trains, total = count(params)
-    print(f"{trains:,} of {total:,} parameters train ({trains / total:.2%})")
+    print(f"{trains:,} of {total:,} parameters train ({trains / total:.2%}), in float32")
     return params
 
 
 def callbacks(
-    config: Any, objective: Any, eval_batches: Any, output: pathlib.Path, mesh: Any
+    config: Any, objective: Any, eval_batches: Any, output: pathlib.Path, mesh: Any, name: str
 ) -> list[train.Callback]:
-    """Evaluation, progress and the figure of a run on rows."""
-    title = f"{config.base.model}, {config.adapter}"
+    """Evaluation, progress and the figure of a run on rows; `name` says of what the evaluation is."""
+    title = f"{config.base.model}, {config.adapter}; eval: {name}"
     return [
         train.evaluation(objective, eval_batches, steps=config.rows.eval_steps, mesh=mesh),
         train.progress(steps=config.output.logging_steps),
@@ -260,6 +293,11 @@ def mesh_of(settings: flags.Mesh) -> Any:
     sizes = {axis: getattr(settings, name) for axis, name in names.items()}
     if set(sizes.values()) != {1}:
         return make_mesh(**sizes, slices=settings.slices)
+    if settings.slices is not None:
+        raise ValueError(
+            f"--slices {settings.slices} has no effect on one device; lay the run over several by "
+            "--data-axis, --fsdp or --tensor."
+        )
     if jax.device_count() == 1:
         return None
     return make_mesh(devices=jax.devices()[:1]) if jax.process_count() == 1 else make_mesh()
@@ -281,54 +319,3 @@ def check_length(config: Any, model: Any) -> None:
             f"--batch-size {size} must be a positive multiple of --gradient-accumulation-steps ({slices}) "
             f"times the {jax.process_count()} processes."
         )
-
-
-def with_held_out(
-    config: Any,
-    sources: list[list],
-    load: Callable[[str], list],
-    ask: Callable[[Any], str],
-) -> tuple[list[list], list]:
-    """(what of the sources trains, held-out records: of --eval-data, or a part of each source).
-
-    Held-out records whose question also trains are left out: those would measure memory.
-
-    Raises:
-        DataError: if none is left.
-        ValueError: for a --validation that --eval-data leaves without effect.
-    """
-    if config.eval_data and "validation" in choices.given(config):
-        raise ValueError(
-            f"--validation {config.rows.validation} has no effect with --eval-data {config.eval_data}; "
-            'give --eval-data "" to hold out a part of --data.'
-        )
-    if config.eval_data:
-        held_out = load(config.eval_data)
-    else:
-        pairs = [data.split(records, config.rows.validation) for records in sources]
-        sources, held_out = [pair[0] for pair in pairs], [r for pair in pairs for r in pair[1]]
-        if not held_out:
-            raise data.DataError("no record is held out; raise --validation or give --eval-data.")
-    known = {ask(record) for records in sources for record in records}
-    return sources, without_known(held_out, known, ask)
-
-
-def tell_of(bad: data.BadRecords) -> None:
-    """Prints how many records were left out or cut, if any were."""
-    if bad.summary():
-        print(f"records left out or cut: {bad.summary()}")
-
-
-def without_known(held_out: list, known: set[str], ask: Callable[[Any], str]) -> list:
-    """The held-out records whose question is not among `known`; DataError if none is left."""
-    left = [record for record in held_out if ask(record) not in known]
-    if not left:
-        raise data.DataError("every held-out record is also in the training data.")
-    return left
-
-
-def question(record: Mapping[str, Any], messages: Any) -> str:
-    """What a record asks: its user turns, its prompt or its text."""
-    if messages is None:
-        return record.get("prompt") or record.get("text") or str(record.get("tokens"))
-    return "\n".join(m["content"] for m in messages if m["role"] == "user")

@@ -27,6 +27,8 @@ smaller gradients as large a step.
 
 from __future__ import annotations
 
+import experiments.cli.interrupts  # noqa: F401  isort: skip  (before what takes seconds)
+
 import dataclasses
 import functools
 import sys
@@ -39,6 +41,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from experiments.cli import limits
 from experiments.lab.claims import Claim, interval, show
 from experiments.lab.seeds import measure_claims
 from experiments.worlds import arithmetic
@@ -65,20 +68,21 @@ ARMS = ("GRPO", "GRPO, KL 0.1", "Expert Iteration")
 class Config:
     """Sizes and seeds."""
 
-    seeds: int = 3
-    first_seed: int = 0
+    seeds: int = 3  # runs of each kind, each with a seed of its own
+    first_seed: int = 0  # of the seeds first_seed, first_seed + 1, ...
     mixture: tuple[float, float, float] = (0.6, 0.3, 0.1)  # of A, B and C in pretraining
     until: float = 0.25  # probability of a fully right string, where pretraining ends
-    steps: int = 40
-    evaluate_every: int = 5
+    steps: int = 40  # optimizer steps of RL
+    evaluate_every: int = 5  # steps between evaluations
     early: int = 20  # the step at which what was selected is told from what was learned
-    prompts_per_step: int = 32
-    group_size: int = 8
-    learning_rate: float = 2e-4
-    kl_weight: float = 0.1
-    held_out: int = 384
-    width: int = 96
-    layers: int = 2
+    prompts_per_step: int = 32  # questions of a rollout
+    group_size: int = 8  # answers to each
+    learning_rate: float = 2e-4  # of RL, constant
+    kl_weight: float = 0.1  # of the KL to the pretrained model
+    held_out: int = 384  # problems that measure what it writes
+    width: int = 96  # of the model
+    layers: int = 2  # of the model
+    # directory of the figure, metrics.json and what is kept of finished seeds
     output_dir: str = "runs/echo_chamber"
     smoke: bool = False  # seconds; claims are printed, not judged
     debug: bool = False  # full tracebacks
@@ -260,4 +264,5 @@ def _figure(runs, output):
 
 
 if __name__ == "__main__":
-    train.run_main(lambda config: sys.exit(main(config)), tyro.cli(Config, description=__doc__))
+    config = tyro.cli(Config, description=__doc__)
+    train.run_main(lambda config: sys.exit(main(limits.check(config))), config)

@@ -16,6 +16,8 @@ gain with the batch at sizes that are out of reach here.
 
 from __future__ import annotations
 
+import experiments.cli.interrupts  # noqa: F401  isort: skip  (before what takes seconds)
+
 import dataclasses
 import sys
 from typing import Any, Literal
@@ -27,6 +29,7 @@ import numpy as np
 import optax
 import tyro
 
+from experiments.cli import limits
 from experiments.lab.claims import Claim, interval, report, show
 from jaxft import train
 from jaxft.metrics import Mean
@@ -43,17 +46,18 @@ MOMENTS = ("bfloat16", "int8")
 class Config:
     """Sizes and seeds."""
 
-    seeds: int = 3
+    seeds: int = 3  # runs of each kind, each with a seed of its own
     steps: int = 150  # of each run on digits
     text_steps: int = 100  # of fine-tuning, and of the pretraining before it
     rates: int = 5  # learning rates of each optimizer
     adamw_rate: float = 3e-2  # the largest of AdamW's; Lion's is a tenth
-    batch_size: int = 64
+    batch_size: int = 64  # examples of a step; text: rows
     batch_sizes: tuple[int, ...] = (16, 256)  # also compared, with the first seed
     length: int = 64  # tokens of a row
     layers: int = 2  # of both models
     weight_decay: float = 0.01  # AdamW's; Lion's is 10 times as large
     model: str | None = None  # for the text task, in place of a small one; trained by LoRA
+    # directory of the figure, metrics.json and what is kept of finished seeds
     output_dir: str = "runs/lion"
     preset: Literal["small", "full"] = "small"  # full: 5 seeds, longer runs, SmolLM2
     smoke: bool = False  # seconds; claims are printed, not judged
@@ -360,4 +364,5 @@ def _figure(metrics, output):
 
 
 if __name__ == "__main__":
-    train.run_main(lambda config: sys.exit(main(config)), tyro.cli(Config, description=__doc__))
+    config = tyro.cli(Config, description=__doc__)
+    train.run_main(lambda config: sys.exit(main(limits.check(config))), config)

@@ -16,6 +16,8 @@ stronger baseline (the projection is then some 4 points ahead, not more than 10)
 
 from __future__ import annotations
 
+import experiments.cli.interrupts  # noqa: F401  isort: skip  (before what takes seconds)
+
 import dataclasses
 import sys
 from typing import Any, Literal
@@ -26,6 +28,7 @@ import numpy as np
 import optax
 import tyro
 
+from experiments.cli import limits
 from experiments.lab.claims import Claim, interval, report, show
 from jaxft import train
 from jaxft.adapters import (
@@ -48,13 +51,14 @@ CUT = {"inputs": 16, "outputs": 16, "rank": 1}
 class Config:
     """Sizes and seeds."""
 
-    seeds: int = 3
+    seeds: int = 3  # runs of each kind, each with a seed of its own
     steps: int = 600  # of training on digits
-    transform_steps: int = 3000
+    transform_steps: int = 3000  # of learning the Fourier transform
     fine_tuning_steps: int = 60  # after the projection, on 300 examples
     dense_share: float = 0.1  # of the steps, after which sparse has turned dense
-    learning_rate: float = 1e-3
+    learning_rate: float = 1e-3  # of Adam, for digits
     model: str | None = None  # also tabulate the projection of this model's MLP kernels
+    # directory of the figure, metrics.json and what is kept of finished seeds
     output_dir: str = "runs/monarch"
     preset: Literal["small", "full"] = "small"  # full: 10 seeds, and SmolLM2's kernels
     smoke: bool = False  # seconds; claims are printed, not judged
@@ -307,4 +311,5 @@ def _figure(metrics, output):
 
 
 if __name__ == "__main__":
-    train.run_main(lambda config: sys.exit(main(config)), tyro.cli(Config, description=__doc__))
+    config = tyro.cli(Config, description=__doc__)
+    train.run_main(lambda config: sys.exit(main(limits.check(config))), config)

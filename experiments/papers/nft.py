@@ -33,6 +33,8 @@ or all wrong count 0, in DAPO too), and losses are means over tokens, where the 
 
 from __future__ import annotations
 
+import experiments.cli.interrupts  # noqa: F401  isort: skip  (before what takes seconds)
+
 import dataclasses
 import functools
 import sys
@@ -46,6 +48,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from experiments.cli import limits
 from experiments.lab.claims import Claim, interval, show
 from experiments.lab.seeds import measure_claims
 from experiments.worlds import arithmetic
@@ -67,17 +70,17 @@ GRPO_WEIGHT = lambda rate: jnp.sqrt((1 - rate) / rate)
 class Config:
     """Sizes and seeds."""
 
-    seeds: int = 3
-    first_seed: int = 0
-    until: float = (
-        0.45  # probability of a right answer, on training questions, where the start ends
-    )
-    rollouts: int = 60
-    prompts_per_step: int = 64
-    group_size: int = 8
+    seeds: int = 3  # runs of each kind, each with a seed of its own
+    first_seed: int = 0  # of the seeds first_seed, first_seed + 1, ...
+    # probability of a right answer, on training questions, where the start ends
+    until: float = 0.45
+    rollouts: int = 60  # of each method
+    prompts_per_step: int = 64  # questions of a rollout
+    group_size: int = 8  # answers to each
     updates: int = 4  # optimizer steps on parts of a rollout
-    learning_rate: float = 3e-4
-    ablations: bool = False
+    learning_rate: float = 3e-4  # of all methods
+    ablations: bool = False  # also weights of questions, floors and weights of wrong answers
+    # directory of the figure, metrics.json and what is kept of finished seeds
     output_dir: str = "runs/nft"
     smoke: bool = False  # seconds; claims are printed, not judged
     debug: bool = False  # full tracebacks
@@ -271,4 +274,5 @@ def _figure(runs, output):
 
 
 if __name__ == "__main__":
-    train.run_main(lambda config: sys.exit(main(config)), tyro.cli(Config, description=__doc__))
+    config = tyro.cli(Config, description=__doc__)
+    train.run_main(lambda config: sys.exit(main(limits.check(config))), config)

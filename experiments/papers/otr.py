@@ -27,6 +27,8 @@ at 0.38 (OTR) and 0.19 (SFT) with 1e-3, at 0.94 and 0.91 with 3e-4, at 0.970 and
 
 from __future__ import annotations
 
+import experiments.cli.interrupts  # noqa: F401  isort: skip  (before what takes seconds)
+
 import dataclasses
 import functools
 import itertools
@@ -41,6 +43,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from experiments.cli import limits
 from experiments.lab.claims import Claim, interval, show
 from experiments.lab.seeds import measure_claims
 from experiments.worlds import arithmetic
@@ -74,26 +77,27 @@ MEASURES = ("kl target", "kl old", "old")
 class Config:
     """Sizes and seeds."""
 
-    methods: tuple[str, ...] = METHODS[:-1]
+    methods: tuple[str, ...] = METHODS[:-1]  # what is compared
     ablations: bool = False  # also OTR without negative rewards, and with samples at temperature 1
-    seeds: int = 4
-    first_seed: int = 0
+    seeds: int = 4  # runs of each kind, each with a seed of its own
+    first_seed: int = 0  # of the seeds first_seed, first_seed + 1, ...
     start_seed: int = 0  # of the one pretrained model from which all runs go on
     until: float = 0.4  # probability of right answers to the target, where pretraining ends
     share: float = 0.06  # of the target in pretraining
     levels: tuple[float, ...] = (0.7, 0.8, 0.9)  # accuracies of the target at which methods meet
     judged: float = 0.9  # the one that claims are about
-    steps: int = 300
-    evaluate_every: int = 10
+    steps: int = 300  # of each method
+    evaluate_every: int = 10  # steps between evaluations
     examples: int = 4000  # of the target
-    batch_size: int = 64
-    learning_rate: float = 1e-4
+    batch_size: int = 64  # examples of a step
+    learning_rate: float = 1e-4  # of all methods
     num_samples: int = 256  # K
-    kappa: float = 1.3
-    beta: float = -0.1
+    kappa: float = 1.3  # κ: temperature of the samples
+    beta: float = -0.1  # β: reward of a sample that is not the data's token
     held_out: int = 200  # words, with each task
-    width: int = 96
-    layers: int = 2
+    width: int = 96  # of the model
+    layers: int = 2  # of the model
+    # directory of the figure, metrics.json and what is kept of finished seeds
     output_dir: str = "runs/otr"
     smoke: bool = False  # seconds; claims are printed, not judged
     debug: bool = False  # full tracebacks
@@ -372,4 +376,5 @@ def _figure(config, runs, output):
 
 
 if __name__ == "__main__":
-    train.run_main(lambda config: sys.exit(main(config)), tyro.cli(Config, description=__doc__))
+    config = tyro.cli(Config, description=__doc__)
+    train.run_main(lambda config: sys.exit(main(limits.check(config))), config)

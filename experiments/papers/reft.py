@@ -31,6 +31,8 @@ base model; `--rerank` has one classifier, of the warm-up model's answers, for a
 
 from __future__ import annotations
 
+import experiments.cli.interrupts  # noqa: F401  isort: skip  (before what takes seconds)
+
 import dataclasses
 import functools
 import itertools
@@ -45,6 +47,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from experiments.cli import limits
 from experiments.lab.claims import Claim, interval, show
 from experiments.lab.seeds import measure_claims, plot_mean
 from experiments.worlds import arithmetic, reranker, workings
@@ -68,29 +71,30 @@ SMOKE: dict[str, Any] = dict(
 class Config:
     """Sizes and seeds."""
 
-    algo: tuple[str, ...] = ALGORITHMS
-    seeds: int = 5
-    first_seed: int = 0
+    algo: tuple[str, ...] = ALGORITHMS  # what is compared
+    seeds: int = 5  # runs of each kind, each with a seed of its own
+    first_seed: int = 0  # of the seeds first_seed, first_seed + 1, ...
     digits: int = 2  # of the numbers that are added
     kinds: str = "BC"  # of working in all data, each as often
     pretraining: int = 6000  # sums of other numbers, with either kind of working
     until: float = 0.3  # probability of a right working, where pretraining ends
     questions: int = 750  # to fine-tune on, with one annotated working each
-    held_out: int = 1000
+    held_out: int = 1000  # questions that measure accuracy
     warmup_epochs: int = 2  # on the annotated workings, before all algorithms
     steps: int = 240  # after the warm-up, of each algorithm
     batch_size: int = 128  # workings trained on in a step
-    evaluate_every: int = 60
+    evaluate_every: int = 60  # steps between evaluations
     samples: int = 2  # to each held-out question, as training goes on
     votes: int = 32  # and at its end
-    learning_rate: float = 3e-4
+    learning_rate: float = 3e-4  # of all algorithms
     kl: float = 0.05  # weight of the KL to the warm-up model in PPO's rewards
     partial_reward: float = 0.1  # of an answer that can be read and is wrong
-    value_weight: float = 0.5
+    value_weight: float = 0.5  # of the critic's loss in PPO
     own: int = 8  # samples to each training question, for offline self-training
     rerank: bool = False  # also a classifier of workings, which chooses among the samples
-    width: int = 64
-    layers: int = 2
+    width: int = 64  # of the model
+    layers: int = 2  # of the model
+    # directory of the figure, metrics.json and what is kept of finished seeds
     output_dir: str = "runs/reft"
     smoke: bool = False  # seconds; claims are printed, not judged
     debug: bool = False  # full tracebacks
@@ -359,4 +363,5 @@ def _figure(runs, output):
 
 
 if __name__ == "__main__":
-    train.run_main(lambda config: sys.exit(main(config)), tyro.cli(Config, description=__doc__))
+    config = tyro.cli(Config, description=__doc__)
+    train.run_main(lambda config: sys.exit(main(limits.check(config))), config)

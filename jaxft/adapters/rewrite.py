@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxft.adapters.committing import anywhere
@@ -135,6 +136,22 @@ def combine(trainable: Params, frozen: Params) -> Params:
     """The params from their two parts; the inverse of `partition`."""
     pick = lambda first, second: second if first is None else first
     return jax.tree.map(pick, trainable, frozen, is_leaf=lambda leaf: leaf is None)
+
+
+def float32_masters(params: Params) -> Params:
+    """The params with what trains in float32, if it is bfloat16 or float16; what is frozen stays as it is.
+
+    A step of 1e-6 of a weight is below half of bfloat16's last place (1 / 512 of the weight): added to a
+    bfloat16 weight it is lost, and float16 gradients overflow (Micikevicius et al., 2018,
+    arxiv.org/abs/1710.03740, section 3.1). Models compute in the type of their activations all the same.
+    """
+    trainable, frozen = partition(params)
+
+    def wide(leaf):
+        dtype = jnp.promote_types(leaf.dtype, jnp.float32)
+        return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+    return combine(jax.tree.map(wide, trainable), frozen)
 
 
 def merge(params: Params) -> Params:

@@ -228,7 +228,13 @@ def load_tokenizer(path_or_id: str | os.PathLike) -> Any:
         (path / name).exists() for name in TOKENIZER_FILES[:3] + ("vocab.json", "vocab.txt")
     ):
         raise CheckpointError(f"{path}: no tokenizer files (tokenizer.json...); copy them there.")
-    return AutoTokenizer.from_pretrained(path)
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # transformers, tokenizers and huggingface_hub raise many kinds.
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise CheckpointError(
+            f"{path}: its tokenizer or config.json cannot be read: {said}"
+        ) from error
 
 
 def _converted(file):
@@ -304,9 +310,12 @@ def _read_config(path: pathlib.Path) -> dict[str, Any]:
     if not file.exists():
         raise CheckpointError(f"{path}: no config.json; is it a Hugging Face model directory?")
     try:
-        return json.loads(file.read_text())
+        config = json.loads(file.read_text())
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{file}: not valid JSON ({error}); download it again.") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{file}: holds a {type(config).__name__}, not a JSON object.")
+    return config
 
 
 def _open_directory(path, families):
@@ -315,5 +324,11 @@ def _open_directory(path, families):
     family = find_family(json.get("model_type"), families)
     codec = family.huggingface
     tensors = {codec.rename(name): tensor for name, tensor in open_tensors(path).items()}
-    config = codec.read(json, tensors.keys())
+    try:
+        config = codec.read(json, tensors.keys())
+    except (AttributeError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path}/config.json: {type(error).__name__}: {error}; a key is missing, or its value is none "
+            f"that {family.name} can have there: download it again."
+        ) from error
     return family, config, {n: t for n, t in tensors.items() if not codec.ignores(n, config)}

@@ -36,18 +36,22 @@ from jaxft.data.preference import (
     unpair,
 )
 from jaxft.data.records import (
+    CONTEXT,
     answered,
     as_messages,
     infer_type,
     normalise,
     normalise_question,
+    whole_prompt,
 )
-from jaxft.data.rendering import Renderer, Tokenised, explain, render, render_prompts
+from jaxft.data.rendered import explain, render, render_prompts
+from jaxft.data.rendering import Renderer, Tokenised
 from jaxft.data.sources import load, reasoning_gym_task, split
 from jaxft.data.steps import normalise_steps, render_steps
 from jaxft.data.templates import TEMPLATES
 
 __all__ = [
+    "CONTEXT",
     "BadRecord",
     "BadRecords",
     "DataError",
@@ -94,4 +98,5 @@ __all__ = [
     "render_steps",
     "render_unpaired",
     "unpair",
+    "whole_prompt",
 ]

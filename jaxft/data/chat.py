@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 import datetime
+import functools
+import json
 import re
-from collections.abc import Mapping, Sequence
+import types
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from jaxft.data.errors import DataError
+from jaxft.data.shown import Piece, left_out, refuse
 
 Span = tuple[int, int]  # of characters
+NOTHING: Mapping[str, Any] = types.MappingProxyType({})
 
 _SENTINEL = "\ue000jaxft\ue001"  # private-use characters: in no text
 # A thinking block that the template put there, with nothing in it.
 _EMPTY_THINKING = re.compile(r"\s*<(think|thinking)>\s*</\1>\n*")
+# What templates raise that expect other messages.
+_REFUSALS = (
+    TypeError,
+    ValueError,
+    KeyError,
+    AttributeError,
+    IndexError,
+    RecursionError,
+    OverflowError,
+)
 _NOW = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 
 
@@ -39,16 +54,35 @@ class Chat:
         self._stop = re.compile(rf"\s*(?:{special})") if special else None
         self._tail = re.compile(rf"(?:{special})(\s+)$") if special else None
 
-    def text(self, messages: Sequence[Mapping], tools: Any = None, *, prompt: bool = False) -> str:
-        """The conversation as text; `prompt`: with the header of the answer to come."""
-        return self._render(messages, tools, prompt)[0]
+    def text(
+        self, messages: Sequence[Mapping], given: Mapping = NOTHING, *, prompt: bool = False
+    ) -> str:
+        """The conversation as text.
 
-    def spans(self, messages: Sequence[Mapping], tools: Any = None) -> tuple[str, dict[int, Span]]:
+        Args:
+            given: `tools`, and further variables of the template.
+            prompt: with the header of the answer to come.
+        """
+        return self._render(messages, given, prompt)[0]
+
+    def left_out(
+        self, messages: Sequence[Mapping], given: Mapping, text: str, trained: Collection[int]
+    ) -> list[Piece]:
+        """What the messages and tools hold and `text`, made of them, does not show."""
+        return left_out(self.text, messages, given, text, trained)
+
+    def check_prompt(self, messages: Sequence[Mapping], given: Mapping, text: str) -> None:
+        """Raises DataError for what the text of a prompt, with the header of the answer, leaves out."""
+        refuse(left_out(functools.partial(self.text, prompt=True), messages, given, text, ()))
+
+    def spans(
+        self, messages: Sequence[Mapping], given: Mapping = NOTHING
+    ) -> tuple[str, dict[int, Span]]:
         """(text, {message: span}) for each assistant message whose place can be found.
 
         A span holds what a sampler would produce after the text before it, stop token included.
         """
-        text, marked = self._render(messages, tools, False, self.has_markers)
+        text, marked = self._render(messages, given, False, self.has_markers)
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         if self.has_markers:
             marked = [(a, b) for a, b in marked if b > a]
@@ -60,39 +94,44 @@ class Chat:
                 )
             found = dict(zip(turns, marked, strict=True))
         else:
-            found = {i: self._by_prefix(text, messages, tools, i) for i in turns}
+            found = {i: self._by_prefix(text, messages, given, i) for i in turns}
         return text, {i: self._finish(text, s, messages[i]) for i, s in found.items() if s}
 
     def span_by_content(
-        self, text: str, messages: Sequence[Mapping], tools: Any, i: int
+        self, text: str, messages: Sequence[Mapping], given: Mapping, i: int
     ) -> Span | None:
         """Where the content of message i stands: what changes when it is replaced by a sentinel."""
         changed = [*messages]
         changed[i] = {**messages[i], "content": _SENTINEL}
         try:
-            other = self.text(changed, tools)
+            other = self.text(changed, given)
         except DataError:
             return None
         start = other.find(_SENTINEL)
         after = other[start + len(_SENTINEL) :]
+        if not messages[i]["content"] and i == len(messages) - 1 and start >= 0:
+            # Calls alone: they stand behind the place of the content, perhaps after a blank.
+            begin = len(text) - len(after.lstrip())
+            fits = text.endswith(after.lstrip()) and not text[start:begin].strip()
+            return self._finish(text, (begin, len(text)), messages[i]) if fits else None
         end = len(text) - len(after)
         if start < 0 or end <= start or text[:start] != other[:start] or not text.endswith(after):
             return None
         return self._finish(text, (start, end), messages[i])
 
-    def _by_prefix(self, text, messages, tools, i):
+    def _by_prefix(self, text, messages, given, i):
         """What the text gains over that of the messages before i and the header of the answer."""
         if i == 0:  # Templates refuse an empty conversation.
-            return self.span_by_content(text, messages, tools, i)
-        before = self.text(messages[:i], tools, prompt=True)
+            return self.span_by_content(text, messages, given, i)
+        before = self.text(messages[:i], given, prompt=True)
         last = i == len(messages) - 1
-        after = text if last else self.text(messages[: i + 1], tools)
+        after = text if last else self.text(messages[: i + 1], given)
         if not (text.startswith(after) and after.startswith(before)):
             return None
-        if before == self.text(messages[:i], tools):
+        if before == self.text(messages[:i], given):
             # Without a header to come, the turn's own may be part of what was gained. Blanks are
             # not a header: Llama 2 and Mistral put one there, which is in the answer's first token.
-            inner = self.span_by_content(text, messages, tools, i)
+            inner = self.span_by_content(text, messages, given, i)
             if inner and text[len(before) : inner[0]].strip():
                 return inner
         return len(before), len(after)
@@ -112,23 +151,65 @@ class Chat:
         stop = None if ended or not self._stop else self._stop.match(text, end)
         return start, stop.end() if stop else end
 
-    def _render(self, messages, tools, prompt, marks=False):
+    def _render(self, messages, given, prompt, marks=False):
+        if any(message.get("tool_calls") for message in messages) and self._text_arguments:
+            messages = [_with_text_arguments(message) for message in messages]
+        return self._rendered(messages, given, prompt, marks)
+
+    @functools.cached_property
+    def _text_arguments(self) -> bool:
+        """Whether the template wants arguments as JSON text, as DeepSeek's does: tried on a small call."""
+        call = {"name": "weather", "arguments": {"city": "Oslo"}}
+        tools = {"tools": [{"type": "function", "function": {"name": "weather", "parameters": {}}}]}
+        calls = [{"id": "call00001", "type": "function", "function": call}]
+        asks = {"role": "user", "content": "weather?"}
+        messages = [asks, {"role": "assistant", "content": "", "tool_calls": calls}]
+        try:
+            if str(call["arguments"]) not in self._rendered(messages, tools, False)[0]:
+                return False
+        except DataError:
+            pass
+        try:
+            text = self._rendered([*map(_with_text_arguments, messages)], tools, False)[0]
+        except DataError:
+            return False
+        return json.dumps(call["arguments"]) in text
+
+    def _rendered(self, messages, given, prompt, marks=False):
         import jinja2
         from transformers.utils.chat_template_utils import render_jinja_template
 
+        options = {**self._tokenizer.special_tokens_map, **self._options, **given}
         try:
             texts, spans = render_jinja_template(
-                conversations=[list(messages)],
-                tools=tools,
+                conversations=[[_with_reasoning(message) for message in messages]],
+                tools=options.pop("tools", None),
                 chat_template=self.template,
                 return_assistant_tokens_mask=marks,
                 add_generation_prompt=prompt,
-                **self._tokenizer.special_tokens_map | self._options,
+                **options,
             )
         except jinja2.TemplateSyntaxError as error:
             raise DataError(
                 f"the chat template is not valid Jinja, line {error.lineno}: {error.message}."
             ) from None
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        except _REFUSALS as error:
+            raise DataError(f"the chat template refuses it: {error}", "template") from error
+        except jinja2.TemplateError as error:
             raise DataError(f"the chat template refuses it: {error}", "template") from error
         return texts[0], spans[0] if marks else ()
+
+
+def _with_text_arguments(message):
+    calls = message.get("tool_calls")
+    if not calls:
+        return message
+    text = lambda call: json.dumps(call["function"]["arguments"], ensure_ascii=False)
+    as_text = lambda call: {**call, "function": {**call["function"], "arguments": text(call)}}
+    return {**message, "tool_calls": [as_text(call) for call in calls]}
+
+
+def _with_reasoning(message):
+    """The message with its reasoning also under the name that gpt-oss's template reads."""
+    thought = message.get("reasoning_content")
+    return message if thought is None else {**message, "thinking": thought}

@@ -44,8 +44,13 @@ class Encoder:
 
     def encode(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """(ids [T], offsets [T, 2] of characters)."""
-        with self._lock:
-            encoded = self._core.encode(text, add_special_tokens=False)
+        try:
+            with self._lock:
+                encoded = self._core.encode(text, add_special_tokens=False)
+        except TypeError:
+            raise DataError(
+                "text with an unpaired surrogate, which is no Unicode.", "encoding"
+            ) from None
         offsets = np.asarray(encoded.offsets, np.int64).reshape(-1, 2)
         return np.asarray(encoded.ids, np.int32), offsets
 

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import warnings
 
 from jaxft.output import writing
 
@@ -15,8 +16,8 @@ class DataError(ValueError):
     """A data set or record that cannot be used: says which, where, and what to do.
 
     `code` is set where one record is to blame, so that a run may skip and count it: json, encoding,
-    schema, role_order, empty_completion, no_loss_tokens, too_long, template. Without a code it is
-    the settings that are wrong, and no record is skipped for it.
+    schema, role_order, empty_prompt, empty_completion, identical_pair, no_loss_tokens, too_long,
+    template. Without a code it is the settings that are wrong, and no record is skipped for it.
     """
 
     def __init__(self, message: str, code: str | None = None):
@@ -38,10 +39,11 @@ class BadRecords:
 
     Args:
         max_bad: largest share that may be skipped; 0 raises at the first.
+        loud: warn of records that were left out, since nobody else will read the summary.
     """
 
-    def __init__(self, max_bad: float = 0.0):
-        self.max_bad = max_bad
+    def __init__(self, max_bad: float = 0.0, *, loud: bool = False):
+        self.max_bad, self.loud = max_bad, loud
         self.records: list[BadRecord] = []
         self.dropped: collections.Counter[str] = collections.Counter()  # by a policy, not bad
 
@@ -59,6 +61,20 @@ class BadRecords:
                 f"{len(self.records)} of {total} records are bad, more than max_bad={self.max_bad}; "
                 f"the first: {first.where}: {first.message}"
             )
+
+    def finish(self, total: int, kept: int) -> None:
+        """Ends a rendering of `total` records, of which `kept` sequences are left.
+
+        Raises:
+            DataError: if too many were bad, or nothing is left.
+        """
+        self.check(total)
+        summary = self.summary()
+        if not kept:
+            dropped = f" ({summary})" if summary else ""
+            raise DataError(f"no usable record is left of {total}{dropped}; see max_length.")
+        if self.loud and set(self.dropped) - {"truncated"}:  # Cutting was asked for by name.
+            warnings.warn(f"records left out or cut: {summary}, of {total}.", stacklevel=3)
 
     def summary(self) -> str:
         """One line: how many were skipped or dropped, by code; empty if none."""

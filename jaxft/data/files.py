@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from jaxft.data.errors import DataError
+from jaxft.data.values import arrow_row, check_values, parse_json
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 
@@ -70,14 +70,14 @@ def parse_line(raw: bytes, first: bool) -> Any:
     """The object of a line of JSON Lines, or the DataError that it is."""
     try:
         # Some editors put a byte-order mark before the first line.
-        row = json.loads(raw.decode("utf-8-sig" if first else "utf-8"))
+        row = parse_json(raw.decode("utf-8-sig" if first else "utf-8"))
+        if isinstance(row, dict):
+            check_values(row)
     except UnicodeDecodeError as error:
-        return DataError(f"not UTF-8 (byte {error.start}); convert the file.", "encoding")
-    except json.JSONDecodeError as error:
-        return DataError(f"not valid JSON ({error.msg} at column {error.colno}).", "json")
-    if not isinstance(row, dict):
-        return DataError(f"expected a JSON object, got {type(row).__name__}.", "schema")
-    return row
+        return _not_utf8(raw, error)
+    except DataError as error:
+        return error
+    return _object(row)
 
 
 def _json_lines(path):
@@ -88,19 +88,31 @@ def _json_lines(path):
 
 
 def _json_array(path):
+    raw = path.read_bytes()
     try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+        rows = parse_json(raw.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise DataError(f"{path.name}: not UTF-8 (byte {error.start}); convert the file.") from None
-    except json.JSONDecodeError as error:
+        raise DataError(f"{path.name}: {_not_utf8(raw, error)}") from None
+    except DataError as error:
         raise DataError(
-            f"{path.name}, line {error.lineno}: not valid JSON ({error.msg}); a file of one object a "
-            "line must not begin with '['."
+            f"{path.name}: {error} A file of one object a line must not begin with '['."
         ) from None
+    if not isinstance(rows, list):
+        raise DataError(f"{path.name}: expected a list of objects, got {type(rows).__name__}.")
     for i, row in enumerate(rows):
-        fine = isinstance(row, dict)
-        error = DataError(f"expected a JSON object, got {type(row).__name__}.", "schema")
-        yield f"{path.name}, row {i}", row if fine else error
+        yield f"{path.name}, row {i}", _object(row)
+
+
+def _object(row):
+    if isinstance(row, dict):
+        return row
+    return DataError(f"expected a JSON object, got {type(row).__name__}.", "schema")
+
+
+def _not_utf8(raw, error):
+    wide = raw[:2] in (b"\xff\xfe", b"\xfe\xff") or raw[:4].count(0) > 1
+    kind = "UTF-16 or UTF-32" if wide else f"not UTF-8 (byte {error.start})"
+    return DataError(f"{kind}; convert the file to UTF-8.", "encoding")
 
 
 def _csv(path, delimiter):
@@ -108,8 +120,10 @@ def _csv(path, delimiter):
     csv.field_size_limit(1 << 30)  # The default of 128 KiB is shorter than a long document.
     reader, before = None, 1
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
+        # Bytes that are not UTF-8 are found in their cell, when the row becomes a record.
+        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             reader = csv.DictReader(file, delimiter=delimiter, strict=True)
+            _check_header(path, reader.fieldnames or [])
             for row in reader:
                 begins, before = before + 1, reader.line_num
                 columns = len(reader.fieldnames)
@@ -120,8 +134,12 @@ def _csv(path, delimiter):
                 yield f"{path.name}, line {begins}", row
     except csv.Error as error:
         raise DataError(f"{path.name}, line {before + 1}: not valid CSV ({error}).") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path.name}: not UTF-8 (byte {error.start}); convert the file.") from None
+
+
+def _check_header(path, names):
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise DataError(f"{path.name}: the columns {twice} occur twice in the first line.")
 
 
 def _arrow(path, suffix):
@@ -135,9 +153,28 @@ def _arrow(path, suffix):
     except pa.ArrowException as error:
         reason = str(error).splitlines()[0]
         raise DataError(f"{path.name}: not a readable {suffix} file ({reason}).") from None
-    rows = (row for batch in table.to_batches(max_chunksize=1024) for row in batch.to_pylist())
+    rows = (row for batch in table.to_batches(max_chunksize=1024) for row in _arrow_rows(batch))
     for i, row in enumerate(rows):
         yield f"{path.name}, row {i}", row
+
+
+def _arrow_rows(batch):
+    """The rows of a record batch; those that cannot be read are the DataError they are."""
+    try:
+        rows = batch.to_pylist()
+    except ValueError as error:  # Text that is not UTF-8, or two fields of one name.
+        if len(batch) == 1:
+            code = "encoding" if isinstance(error, UnicodeDecodeError) else "schema"
+            return [DataError(f"not readable ({error}).", code)]
+        return [row for i in range(len(batch)) for row in _arrow_rows(batch.slice(i, 1))]
+    return [_arrow_row(row, batch.schema) for row in rows]
+
+
+def _arrow_row(row, schema):
+    try:
+        return arrow_row(row, schema, decoded=False)
+    except DataError as error:
+        return error
 
 
 def _arrow_table(path):

@@ -12,7 +12,7 @@ import numpy as np
 from jaxft.data.batching import MIN_BUCKET, Batch, DataIterator, ahead, own_rows, padded_row
 from jaxft.data.errors import BadRecords, DataError
 from jaxft.data.length import TooLong, keep_answer, shorten
-from jaxft.data.records import Record
+from jaxft.data.records import CONTEXT, Record
 from jaxft.data.rendering import Renderer, Tokenised
 
 
@@ -166,11 +166,11 @@ def _render(records, renderer, max_length, too_long, bad, answers, columns):
         )
     if too_long == "split":
         raise DataError("too_long='split' would part a completion; use 'drop' or a truncation.")
-    bad = BadRecords() if bad is None else bad
+    bad = BadRecords(loud=True) if bad is None else bad
     result, total = [], 0
     for record in records:
         total += 1
-        where = str(record.get("where", record.get("id", f"record {total - 1}")))
+        where = str(record.get("_where", record.get("id", f"record {total - 1}")))
         try:
             parts = [_sequence(record, answer, renderer) for answer in answers(record)]
         except DataError as error:
@@ -190,15 +190,12 @@ def _render(records, renderer, max_length, too_long, bad, answers, columns):
             bad.dropped["truncated" if parts else "too_long"] += 1
         if parts:
             result.append(TokenisedGroup(tuple(parts), columns(record), str(record.get("id", ""))))
-    bad.check(total)
-    if not result:
-        dropped = f" ({bad.summary()})" if bad.summary() else ""
-        raise DataError(f"no usable record is left of {total}{dropped}; see max_length.")
+    bad.finish(total, len(result))
     return result
 
 
 def _sequence(record, answer, renderer) -> Tokenised:
-    kept = {name: record[name] for name in ("id", "tools") if name in record}
+    kept = {name: record[name] for name in ("id", *CONTEXT) if name in record}
     parts = renderer({**kept, "prompt": record["prompt"], "completion": answer})
     if len(parts) > 1:
         raise DataError(

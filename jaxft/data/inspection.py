@@ -11,8 +11,10 @@ import numpy as np
 
 from jaxft.data.batching import batches, packing_efficiency
 from jaxft.data.errors import BadRecords
+from jaxft.data.length import TooLong
 from jaxft.data.records import as_messages
-from jaxft.data.rendering import Renderer, TooLong, explain, render
+from jaxft.data.rendered import explain, render
+from jaxft.data.rendering import Renderer
 from jaxft.data.sources import load
 
 
@@ -78,7 +80,7 @@ def inspect(
     copies = collections.Counter(part.tokens.tobytes() for part in parts)
     ids = collections.Counter(str(record["id"]) for record in records)
     return Inspection(
-        source=records[0]["source"],
+        source=records[0]["_source"],
         records=len(records),
         kinds=dict(collections.Counter(map(_kind, records))),
         sequences=len(parts),

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import itertools
-import math
 import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxft.data.errors import DataError
-from jaxft.data.records import Record, check_record, normalise, prompt_completion
+from jaxft.data.messages import ROLES, text_of
+from jaxft.data.records import (
+    Record,
+    check_record,
+    normalise,
+    own_columns,
+    prompt_completion,
+    renamed,
+)
 
 _ALTERNATIVES = {"chosen": ("preferred", "accepted", "win"), "rejected": ("dispreferred", "lose")}
 
@@ -19,7 +26,8 @@ def normalise_pair(raw: Mapping[str, Any], fields: Mapping[str, str] | None = No
 
     TRL's columns. Without a `prompt`, or where that repeats as text what both conversations begin with, the
     prompt is what they have in common: the longest common run of messages, or of characters up to a blank.
-    `margin`, if there is one, must be a number.
+    LLaMA-Factory's, too: the prompt in `conversations` or `instruction` and `input`, with `system` and
+    `history`. `margin`, if there is one, must be a number.
 
     Args:
         raw: the row as read.
@@ -28,23 +36,28 @@ def normalise_pair(raw: Mapping[str, Any], fields: Mapping[str, str] | None = No
     Raises:
         DataError: if a column is absent, empty or of the wrong kind, or both completions are the same.
     """
-    row, inner = _renamed(raw, fields)
+    row, names, _ = renamed(raw, fields)
     for name in ("chosen", "rejected"):
-        if name not in row:
-            raise DataError(_absent(name, row))
-    chosen, rejected, prompt = row["chosen"], row["rejected"], row.get("prompt")
-    implicit = prompt is None or (_is_chat(chosen) and isinstance(prompt, str) and _opens(chosen))
-    if implicit:
+        if row.get(name) is None:
+            raise DataError(_absent(name, row), "schema")
+    chosen, rejected, prompt = _turns(row["chosen"]), _turns(row["rejected"]), _asked(row)
+    for name, value in (("chosen", chosen), ("rejected", rejected)):
+        if not _is_chat(value) and not text_of(value, name).strip():
+            raise DataError(f"{name!r} is empty.", "empty_completion")
+    if _is_chat(chosen) != _is_chat(rejected):
+        raise DataError("'chosen' and 'rejected' must both be text or both be messages.", "schema")
+    if prompt is None or (_is_chat(chosen) and isinstance(prompt, str) and _opens(chosen)):
         prompt, chosen, rejected = common_prompt(chosen, rejected)
-    first = prompt_completion(prompt, chosen, inner, "chosen")
-    second = prompt_completion(prompt, rejected, inner, "rejected")
+    row["prompt"] = prompt
+    first = prompt_completion(row, chosen, names, "chosen")
+    second = prompt_completion(row, rejected, names, "rejected")
     if first["completion"] == second["completion"]:
         raise DataError("'chosen' and 'rejected' are the same.", "identical_pair")
-    if isinstance(first["completion"], list) != isinstance(second["completion"], list):
-        raise DataError("'chosen' and 'rejected' must both be text or both be messages.", "schema")
+    if first["prompt"] != second["prompt"]:
+        raise DataError("'chosen' and 'rejected' begin with different prompts.", "schema")
     _check_number(row.get("margin"), "margin")
     pair = {"chosen": first["completion"], "rejected": second["completion"]}
-    return check_record(row | {"prompt": first["prompt"]} | pair)
+    return check_record(own_columns(row) | {"prompt": first["prompt"]} | pair)
 
 
 def normalise_unpaired(raw: Mapping[str, Any], fields: Mapping[str, str] | None = None) -> Record:
@@ -53,12 +66,23 @@ def normalise_unpaired(raw: Mapping[str, Any], fields: Mapping[str, str] | None 
     Raises:
         DataError: see `normalise`; and if the label is no truth value.
     """
-    row, inner = _renamed(raw, fields)
-    if "label" not in row:
-        raise DataError(_absent("label", row))
+    row, names, _ = renamed(raw, fields)
+    if row.get("label") is None:
+        raise DataError(_absent("label", row), "schema")
     if isinstance(row["label"], str) or row["label"] not in (True, False):
         raise DataError(f"'label' must be true or false, got {row['label']!r:.40}.", "schema")
-    return normalise(row, inner) | {"label": bool(row["label"])}
+    _check_number(row.get("density_ratio"), "density_ratio")
+    record = normalise(row, names) | {"label": bool(row["label"])}
+    messages = record.pop("messages", None)
+    if messages is not None:  # The last answer is what the label is of.
+        if messages[-1]["role"] != "assistant" or len(messages) < 2:
+            raise DataError(
+                "a labelled conversation must end with an assistant turn.", "role_order"
+            )
+        record |= {"prompt": messages[:-1], "completion": messages[-1:]}
+    if "completion" not in record:
+        raise DataError("a label needs a prompt and a completion, got a text.", "schema")
+    return record
 
 
 def normalise_ranked(raw: Mapping[str, Any], fields: Mapping[str, str] | None = None) -> Record:
@@ -67,10 +91,13 @@ def normalise_ranked(raw: Mapping[str, Any], fields: Mapping[str, str] | None = 
     Raises:
         DataError: if a column is absent, or scores are not one finite number for each response.
     """
-    row, inner = _renamed(raw, fields)
+    row, names, _ = renamed(raw, fields)
     for name in ("prompt", "responses", "scores"):
-        if name not in row:
-            raise DataError(_absent(name, row))
+        if row.get(name) is None:
+            raise DataError(_absent(name, row), "schema")
+    for name in ("responses", "scores"):
+        if not isinstance(row[name], (list, tuple)):
+            raise DataError(f"{name!r} must be a list, got {row[name]!r:.40}.", "schema")
     responses, scores = list(row["responses"]), list(row["scores"])
     if len(responses) != len(scores) or len(scores) < 2:
         raise DataError(
@@ -79,9 +106,10 @@ def normalise_ranked(raw: Mapping[str, Any], fields: Mapping[str, str] | None = 
         )
     for i, score in enumerate(scores):
         _check_number(score, f"scores[{i}]", "nan_score")
-    made = [prompt_completion(row["prompt"], r, inner, "responses") for r in responses]
+    made = [prompt_completion(row, response, names, "responses") for response in responses]
     texts = [m["completion"] for m in made]
-    return check_record(row | {"prompt": made[0]["prompt"], "responses": texts, "scores": scores})
+    own = {"prompt": made[0]["prompt"], "responses": texts, "scores": scores}
+    return check_record(own_columns(row) | own)
 
 
 def common_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
@@ -161,16 +189,23 @@ def _pair(record, better, worse, min_gap):
     return [rest | made]
 
 
-def _renamed(raw, fields):
-    """(row with our column names, names inside messages)."""
-    fields = dict(fields or {})
-    inner = {name: fields.pop(name) for name in ("role", "content") if name in fields}
-    row = dict(raw)
-    for ours, theirs in fields.items():
-        if theirs not in row:
-            raise DataError(f"no column {theirs!r} among {sorted(row)}.")
-        row[ours] = row.pop(theirs)
-    return row, inner
+def _turns(value):
+    """A completion that is one message, as LLaMA-Factory's are, as a list of messages."""
+    value = list(value) if isinstance(value, tuple) else value
+    return [value] if isinstance(value, Mapping) else value
+
+
+def _asked(row):
+    """The prompt of a pair, wherever it stands; None: only in its completions."""
+    prompt = row.get("prompt")
+    if prompt is None and isinstance(row.get("conversations"), list):
+        prompt = row.pop("conversations")
+    if prompt is None and row.get("instruction") is not None:
+        parts = [row["instruction"], row.get("input") or ""]
+        if not all(isinstance(part, str) for part in parts):
+            raise DataError("'instruction' and 'input' must be text.", "schema")
+        prompt = [{"role": "user", "content": "\n\n".join(filter(None, parts))}]
+    return prompt
 
 
 def _is_chat(value) -> bool:
@@ -180,15 +215,19 @@ def _is_chat(value) -> bool:
 def _opens(chosen) -> bool:
     """Whether a conversation has its prompt in it, rather than being the answer alone."""
     first = chosen[0] if chosen else None
-    return isinstance(first, Mapping) and first.get("role", first.get("from")) != "assistant"
+    role = first.get("role", first.get("from")) if isinstance(first, Mapping) else None
+    return isinstance(role, str) and ROLES.get(role, role) != "assistant"
 
 
 def _absent(name, row) -> str:
     close = next((c for c in _ALTERNATIVES.get(name, ()) if c in row), "...")
-    return f"no column {name!r} among {sorted(row)}; map yours with fields={{{name!r}: {close!r}}}."
+    return (
+        f"no column {name!r} among {sorted(row)}; map yours with --fields {name} {close}, in Python "
+        f"fields={{{name!r}: {close!r}}}."
+    )
 
 
 def _check_number(value, name, code="schema"):
-    fine = isinstance(value, numbers.Real) and math.isfinite(value)
+    fine = isinstance(value, numbers.Real) and abs(value) < 1e30  # False for NaN
     if value is not None and not fine or (value is None and code == "nan_score"):
         raise DataError(f"{name} must be a finite number, got {value!r:.40}.", code)

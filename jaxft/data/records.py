@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from jaxft.data.errors import DataError
+from jaxft.data.messages import (
+    MEDIA,
+    check_order,
+    check_weight,
+    read_history,
+    read_messages,
+    read_tools,
+    text_of,
+    with_system,
+)
+from jaxft.data.values import check_values, strict_json
 
 Record = dict[str, Any]
 
-ROLES = {
-    "human": "user",
-    "gpt": "assistant",
-    "bing": "assistant",
-    "model": "assistant",
-    "function_call": "assistant",
-    "observation": "tool",
-    "function": "tool",
-}
-KNOWN_ROLES = ("system", "user", "assistant", "tool", "developer")
 # What people call our columns; for hints only.
 _ALIASES = {
     "messages": ("chat", "dialog", "dialogue", "turns", "conversation"),
@@ -32,18 +34,28 @@ _ALIASES = {
 }
 # The column that has the answer to another's question.
 _ANSWERS = {"prompt": "completion", "question": "answer", "instruction": "output"}
-COLUMNS = (
+# The forms of records, in the order in which they are looked for.
+FORMS = (
+    ("messages",),
+    ("conversations",),
+    ("prompt", "completion"),
+    ("instruction", "output"),
+    ("question", "answer"),
+    ("text",),
+    ("tokens",),
+)
+PAIR = ("chosen", "rejected")
+_ANSWERED = {*PAIR, "responses", "completions"}  # columns of what answers a `prompt`
+# Columns that a template gets beside the messages.
+CONTEXT = ("tools", "chat_template_kwargs")
+# Of `chat_template_kwargs`: variables that a template gets from the record or the tokenizer.
+_RESERVED = (
     "messages",
+    "tools",
+    "documents",
+    "add_generation_prompt",
     "conversations",
-    "prompt",
-    "completion",
-    "text",
-    "tokens",
-    "instruction",
-    "input",
-    "output",
-    "question",
-    "answer",
+    "chat_template",
 )
 
 
@@ -51,199 +63,300 @@ def normalise(raw: Mapping[str, Any], fields: Mapping[str, str] | None = None) -
     """A record with `messages`, `prompt` and `completion`, `text` or `tokens`; the rest is kept.
 
     Understands those four, sharegpt's `conversations` of from/value, alpaca's instruction/input/
-    output and GSM8K's question/answer; roles human, gpt, observation... are renamed.
+    output/system/history and GSM8K's question/answer; roles human, gpt, observation... are renamed. Of
+    several forms that of a column in `fields` is taken, then the first of FORMS. `tools` become a list,
+    `system` and `history` messages; tool calls have their arguments as objects.
 
     Args:
         raw: the row as read.
         fields: our name -> the row's, for columns and for `role` and `content` of messages, as in
-            {"messages": "dialog", "role": "speaker", "content": "utterance"}.
+            {"messages": "dialog", "role": "speaker", "content": "utterance"}; "" leaves a column out, as
+            in {"system": ""}.
 
     Raises:
         DataError: if a named column is absent, none of the forms fits, or a value is of the wrong kind.
     """
-    return check_record(_normalise(raw, fields))
-
-
-def _normalise(raw, fields):
-    fields = dict(fields or {})
-    inner = {name: fields.pop(name) for name in ("role", "content") if name in fields}
-    row = dict(raw)
-    for ours, theirs in fields.items():
-        if theirs not in row:
-            raise DataError(_no_column(theirs, row))
-        row[ours] = row.pop(theirs)
-    if "conversations" in row and "messages" not in row:
-        row["messages"] = row.pop("conversations")
-        inner = {"role": "from", "content": "value"} | inner
-    if "messages" in row:
-        return row | {"messages": _messages(row["messages"], inner)}
-    if "prompt" in row and "completion" in row:
-        return row | prompt_completion(row["prompt"], row["completion"], inner)
-    if "instruction" in row and "output" in row:
-        extra = row.get("input") or ""
-        prompt = f"{row['instruction']}\n\n{extra}" if extra else row["instruction"]
-        return row | _question(prompt, row["output"])
-    if "question" in row and "answer" in row:
-        return row | _question(row["question"], str(row["answer"]))
-    if "text" in row:
-        return row | {"text": _text(row["text"], "text")}
-    if "tokens" in row:
-        if not len(row["tokens"]):
-            raise DataError("'tokens' is empty.")
-        return row
-    raise DataError(
-        f"no usable columns among {sorted(row)}; expected messages, prompt and completion, text or "
-        f"tokens. Map yours with fields=, as in fields={suggest_fields(row)}."
-    )
+    row, names, mapped = renamed(raw, fields)
+    form = _form(row, mapped)
+    if form in (("messages",), ("conversations",)):
+        messages = read_messages(row[form[0]], names, form[0])
+        if row.get("history"):
+            raise DataError("'history' stands beside messages; put it into them.", "schema")
+        made = {"messages": with_system(row.get("system"), messages)}
+        row.pop("conversations", None)
+    elif form == ("prompt", "completion"):
+        made = prompt_completion(row, row["completion"], names)
+    elif form in (("instruction", "output"), ("question", "answer")):
+        made = _question(row, *form)
+    elif form == ("text",):
+        made = {"text": text_of(row["text"], "text")}
+        if not made["text"].strip():
+            raise DataError("'text' is empty.", "empty_completion")
+    else:
+        made = _tokens(row)
+    return check_record(own_columns(row, form) | made)
 
 
 def normalise_question(raw: Mapping[str, Any], fields: Mapping[str, str] | None = None) -> Record:
     """A record of `normalise`, or a question alone: `prompt`, `question`, or `instruction` and `input`.
 
     For what a model is to answer, where a judge scores the answer or a column `answer` tells it. A question
-    alone has no `completion`.
+    alone has no `completion`; nor has one whose `answer` is a list of answers that all count.
 
     Raises:
         DataError: as `normalise`.
     """
-    name = lambda ours: (fields or {}).get(ours, ours)
-    if not {name("messages"), name("conversations")} & raw.keys():
+    row, names, _ = renamed(raw, fields)
+    given = lambda name: row.get(name) is not None
+    if not any(map(given, ("messages", "conversations"))) and not (
+        given("prompt") and given("completion")
+    ):
         for asks, tells in _ANSWERS.items():
-            if name(asks) in raw and name(tells) not in raw:
-                record = normalise({**raw, name(tells): "-"}, fields)
-                return {k: v for k, v in record.items() if k not in ("completion", tells)}
-    return normalise(raw, fields)
+            alone = not given(tells) or (tells == "answer" and not _is_answer(row[tells]))
+            if given(asks) and alone:
+                record = normalise({**row, tells: "-"}, names)
+                record.pop("completion")
+                kept = {tells: row[tells]} if tells in row else {}
+                return {k: v for k, v in record.items() if k != tells} | kept
+    return normalise(row, names)
+
+
+def renamed(
+    raw: Mapping[str, Any], fields: Mapping[str, str] | None
+) -> tuple[dict[str, Any], dict[str, str], set[str]]:
+    """(the row with our column names, names of `role` and `content` in messages, which were renamed)."""
+    check_values(raw)
+    fields = dict(fields or {})
+    names = {name: fields.pop(name) for name in ("role", "content") if name in fields}
+    for theirs in fields.values():
+        if theirs and theirs not in raw:
+            raise DataError(_no_column(theirs, raw), "schema")
+    gone = {*fields.values(), *(ours for ours, theirs in fields.items() if not theirs)}
+    row = {name: value for name, value in raw.items() if name not in gone}
+    return row | {o: raw[theirs] for o, theirs in fields.items() if theirs}, names, set(fields)
+
+
+def own_columns(row: Mapping[str, Any], form: tuple[str, ...] = PAIR) -> dict[str, Any]:
+    """The row without what would be taken for something else now that its form is known.
+
+    Those are our columns that are null, all columns of a form that comes before its own, and, in
+    conversations, `system` and `history`, which are messages now.
+    """
+    ours = {name for other in FORMS for name in other} | {"id", "weight", *CONTEXT}
+    gone = {name for name in ours if name in row and row[name] is None}
+    before = FORMS[: FORMS.index(form)] if form in FORMS else FORMS[:1]
+    gone |= {name for other in before if all(n in row for n in other) for name in other}
+    gone |= set() if form in (("text",), ("tokens",)) else {"system", "history"}
+    return {name: value for name, value in row.items() if name not in gone}
+
+
+def _form(row, mapped):
+    given = lambda name: row.get(name) is not None
+    present = [form for form in FORMS if all(map(given, form))]
+    if present:
+        form = max(present, key=lambda form: len(mapped & set(form)))
+        both = [name for name in ("prompt", "completion") if given(name)]
+        if form in (("instruction", "output"), ("question", "answer")) and both:
+            raise DataError(
+                f"the columns {sorted({*form, *both})} say twice what is asked or answered; choose with "
+                f"--fields prompt {form[0]} completion {form[1]}.",
+                "schema",
+            )
+        return form
+    null = [form for form in FORMS if all(name in row for name in form)]
+    if null:
+        raise DataError(
+            f"{' and '.join(map(repr, null[0]))}: null, where text was expected.", "schema"
+        )
+    flag, found = suggest_fields(row), sorted(row)
+    raise DataError(
+        f"no usable columns among {found}; expected messages, prompt and completion, text or tokens. Map "
+        f"yours with --fields {' '.join(f'{a} {b}' for a, b in flag.items())}, in Python fields={flag}.",
+        "schema",
+    )
 
 
 def suggest_fields(columns: Iterable[str]) -> dict[str, str]:
     """The `fields` that would probably make records of these columns."""
     columns = list(columns)
+    if "instruction" in columns and "response" in columns:  # Dolly's
+        extra = {"input": "context"} if "context" in columns else {}
+        return extra | {"output": "response"}
     for wanted in (("prompt", "completion"), ("messages",), ("text",)):
         find = lambda ours: next((c for c in columns if c.lower() in (ours, *_ALIASES[ours])), None)
-        found = {ours: find(ours) for ours in wanted}
-        if all(found.values()):
-            return {ours: theirs for ours, theirs in found.items() if ours != theirs}
+        found = {ours: ours if ours in columns else find(ours) for ours in wanted}
+        if any(found.values()):
+            return {ours: theirs or "..." for ours, theirs in found.items() if ours != theirs}
     return {"prompt": "...", "completion": "..."}
 
 
 def check_record(record: Record) -> Record:
-    """The record, if its weights are weights and its tools are tools."""
-    messages = record.get("messages") or []
-    _check_weight(record.get("weight"), "weight")
-    for i, message in enumerate(messages):
-        _check_weight(message.get("weight"), f"weight of message {i}")
-        if i and message["role"] == "system":
-            raise DataError(f"message {i} has the role system; only the first may.", "role_order")
-    if not isinstance(record.get("tools"), str):
-        return record
-    try:
-        return record | {"tools": json.loads(record["tools"])}
-    except json.JSONDecodeError as error:
-        raise DataError(f"'tools' is not valid JSON ({error.msg}).", "schema") from None
+    """The record with its tools read, if its weights are weights and it has no media."""
+    check_weight(record.get("weight"), "weight")
+    for name in MEDIA:
+        value = record.get(name)
+        if value is not None and not (isinstance(value, (str, Sequence)) and not len(value)):
+            raise DataError(
+                f"the column {name!r} holds what a text model cannot be shown; leave it out with "
+                f"--fields {name} '', in Python fields={{{name!r}: ''}}.",
+                "schema",
+            )
+    tools = record.get("tools")
+    if tools is None and "messages" in record and record.get("functions"):
+        tools = record["functions"]  # OpenAI's, before there were tools
+    made = {k: v for k, v in record.items() if k != "tools"}
+    tools = read_tools(tools)
+    return made | _template_options(record) | ({"tools": tools} if tools else {})
 
 
-def _check_weight(weight, name):
-    fine = isinstance(weight, numbers.Real) and math.isfinite(weight) and weight >= 0
-    if weight is not None and not fine:
-        raise DataError(f"{name} must be a finite number >= 0, got {weight!r:.40}.", "schema")
+def context(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What a chat template gets of a record beside its messages: `tools` and its own variables."""
+    tools = record.get("tools")
+    return {**(record.get("chat_template_kwargs") or {}), **({"tools": tools} if tools else {})}
+
+
+def whole_prompt(record: Mapping[str, Any]) -> str:
+    """All that a record asks, system message, history and tools included; equal for equal prompts alone."""
+    messages = as_messages(record)
+    if messages is None:
+        return str(record.get("prompt") or record.get("text") or record.get("tokens"))
+    while messages and messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    return json.dumps([messages, context(record)], sort_keys=True, default=str)
 
 
 def infer_type(columns: Sequence[str]) -> str:
     """The kind of record that has these columns: messages, prompt_completion, text or tokens."""
-    names = set(columns)
-    forms = {
-        "messages": [{"messages"}, {"conversations"}],
-        "prompt_completion": [
-            {"prompt", "completion"},
-            {"instruction", "output"},
-            {"question", "answer"},
-        ],
-        "text": [{"text"}],
-        "tokens": [{"tokens"}],
+    form = _form(dict.fromkeys(columns, ""), set())
+    kinds = {
+        "messages": "messages",
+        "conversations": "messages",
+        "text": "text",
+        "tokens": "tokens",
     }
-    for kind, choices in forms.items():
-        if any(choice <= names for choice in choices):
-            return kind
-    raise DataError(
-        f"no known form has the columns {sorted(names)}; map them with fields={suggest_fields(columns)}."
-    )
+    return kinds.get(form[0], "prompt_completion")
 
 
-def as_messages(record: Record) -> list[dict[str, Any]] | None:
+def as_messages(record: Mapping[str, Any]) -> list[dict[str, Any]] | None:
     """The conversation of a record, or None if it is plain text."""
-    if "messages" in record:
+    if record.get("messages") is not None:
         return record["messages"]
-    if isinstance(record.get("prompt"), list):
-        return [*record["prompt"], *record.get("completion", [])]
-    return None
-
-
-def _messages(messages: Any, inner: Mapping[str, str]) -> list[dict[str, Any]]:
-    role, content = inner.get("role", "role"), inner.get("content", "content")
-    if not isinstance(messages, (list, tuple)) or not messages:
-        raise DataError(f"messages must be a list of at least one message, got {messages!r:.80}.")
-    return [_message(message, i, role, content) for i, message in enumerate(messages)]
-
-
-def _message(message, i, role, content):
-    if isinstance(message, Mapping):
-        # Tables fill absent keys with None.
-        message = {k: v for k, v in message.items() if v is not None}
-        message = {content: ""} | message if message.get("tool_calls") else message
-    if not isinstance(message, Mapping) or role not in message or content not in message:
-        raise DataError(
-            f"message {i} needs {role!r} and {content!r}, got {message!r:.80}; name them with "
-            "fields={'role': ..., 'content': ...}."
-        )
-    name = ROLES.get(message[role], message[role])
-    if name not in KNOWN_ROLES:
-        raise DataError(f"message {i} has the role {name!r}; known: {', '.join(KNOWN_ROLES)}.")
-    kept = {k: v for k, v in message.items() if k not in (role, content)}
-    text = _text(_joined_parts(message[content]), f"content of message {i}")
-    if name == "assistant" and not text.strip() and not message.get("tool_calls"):
-        raise DataError(f"message {i}, an assistant turn, is empty.", "empty_completion")
-    return kept | {"role": name, "content": text}
-
-
-def _joined_parts(content):
-    """The text of [{"type": "text", "text": ...}], the form for several media."""
-    parts = content if isinstance(content, (list, tuple)) and content else [None]
-    if all(isinstance(p, Mapping) and p.get("type") == "text" for p in parts):
-        return "".join(p["text"] for p in parts)
-    return content
+    prompt = record.get("prompt")
+    if not isinstance(prompt, list):
+        return None
+    if "completion" in record:
+        return [*prompt, *record["completion"]]
+    # A list beside a text or tokens is a column of the user's, not a prompt.
+    other = not record.keys().isdisjoint(("text", "tokens"))
+    return prompt if record.keys() & _ANSWERED or not other else None
 
 
 def prompt_completion(
-    prompt: Any, completion: Any, inner: Mapping[str, str], name: str = "completion"
+    row: Mapping[str, Any], completion: Any, names: Mapping[str, str], name: str = "completion"
 ) -> Record:
-    """{"prompt", "completion"}, both text, or both messages if either is; `name` is for messages."""
-    if isinstance(prompt, list) or isinstance(completion, list):
-        whole = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-        answer = completion
-        if not isinstance(completion, list):
-            answer = [{"role": "assistant", "content": completion}]
-        return {"prompt": _messages(whole, inner), "completion": _messages(answer, inner)}
-    if isinstance(completion, str) and not completion.strip():
-        raise DataError(f"{name!r} is empty.", "empty_completion")
-    return {"prompt": _text(prompt, "prompt"), "completion": _text(completion, name)}
+    """{"prompt", "completion"}, both text, or both messages if either is; `name` is for error messages.
+
+    Also messages if the row has a `system` or `history` column, which come before the prompt.
+    """
+    prompt, history = row["prompt"], read_history(row.get("history"))
+    answer = [completion] if isinstance(completion, Mapping) else completion
+    chat = isinstance(prompt, list) or isinstance(answer, list) or history or row.get("system")
+    if not chat:
+        prompt, completion = text_of(prompt, "prompt"), text_of(completion, name)
+        if not completion.strip():
+            raise DataError(f"{name!r} is empty.", "empty_completion")
+        _check_repeated(prompt, completion, name)
+        return {"prompt": prompt, "completion": completion}
+    asked = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+    asked = with_system(row.get("system"), [*history, *read_messages(asked, names, "prompt")])
+    answer = answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}]
+    said = read_messages(answer, names, name)
+    if said[: len(asked)] == asked:  # The whole conversation, rather than its end.
+        said = said[len(asked) :]
+    if not any(message["role"] == "assistant" for message in said):
+        raise DataError(f"{name!r} has no assistant message.", "role_order")
+    check_order([*asked, *said])
+    return {"prompt": asked, "completion": said}
 
 
-def _question(question, answer):
-    return {
-        "prompt": [{"role": "user", "content": _text(question, "question")}],
-        "completion": [{"role": "assistant", "content": _text(answer, "answer")}],
-    }
+def _check_repeated(prompt, completion, name):
+    """A model is never to say its prompt again; of short ones it cannot be told."""
+    if len(prompt.strip()) >= 20 and completion.lstrip().startswith(prompt.strip()):
+        raise DataError(
+            f"{name!r} begins with the whole prompt, which would train twice; take it out of one of them.",
+            "schema",
+        )
 
 
-def _text(value: Any, name: str) -> str:
-    if not isinstance(value, str):
-        raise DataError(f"{name} must be text, got {type(value).__name__}: {value!r:.60}.")
-    return value
+def _question(row, asks, tells):
+    """A question and its answer as messages, after alpaca's `input`, `history` and `system`."""
+    question, answer = text_of(row[asks], asks), row[tells]
+    if row.get("context") not in (None, "", [], {}):  # Dolly's and SQuAD's
+        raise DataError(
+            f"the column 'context' would not be shown; put it behind the question with --fields instruction "
+            f"{asks} input context output {tells}, or leave it out with --fields context ''.",
+            "schema",
+        )
+    extra = row.get("input") if asks == "instruction" else None
+    parts = [question, text_of(extra, "input")] if extra is not None else [question]
+    if not _is_answer(answer):
+        text_of(answer, tells)
+    prompt = {**row, "prompt": "\n\n".join(part for part in parts if part)}
+    prompt["prompt"] = [{"role": "user", "content": prompt["prompt"]}]
+    made = prompt_completion(prompt, [{"role": "assistant", "content": str(answer)}], {})
+    if not read_history(row.get("history")):
+        return made
+    # The answers of a history train too, as in LLaMA-Factory.
+    return {"messages": [*made["prompt"], *made["completion"]]}
+
+
+def _is_answer(value):
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return isinstance(value, str) or (number and abs(value) < 1e300)  # False for NaN
+
+
+def _tokens(row):
+    tokens, mask = row["tokens"], row.get("loss_mask")
+    ids = _numbers(tokens, "tokens")
+    if not len(ids):
+        raise DataError("'tokens' is empty.", "schema")
+    if ids.dtype.kind not in "iu":
+        raise DataError(f"'tokens' must be whole numbers, got {tokens!r:.60}.", "schema")
+    if mask is not None and (len(_numbers(mask, "loss_mask")) != len(ids)):
+        raise DataError(f"{len(mask)} loss_mask values for {len(ids)} tokens.", "schema")
+    for weight in () if mask is None else np.asarray(mask).tolist():
+        check_weight(weight, "a value of loss_mask")
+    return {"tokens": tokens}
+
+
+def _numbers(values, name):
+    try:
+        array = np.asarray(values)
+    except (ValueError, OverflowError, TypeError):
+        array = np.zeros((0, 0))
+    if array.ndim != 1 or array.dtype.kind not in "iufb":
+        raise DataError(f"{name!r} must be a list of numbers, got {values!r:.60}.", "schema")
+    return array
+
+
+def _template_options(record):
+    given = record.get("chat_template_kwargs")
+    given = (
+        strict_json(given, "chat_template_kwargs") if isinstance(given, str) and given else given
+    )
+    if not given:
+        return {}
+    if not isinstance(given, Mapping) or set(given) & set(_RESERVED):
+        raise DataError(
+            f"chat_template_kwargs must be an object of a template's own variables, got {given!r:.60}.",
+            "schema",
+        )
+    return {"chat_template_kwargs": dict(given)}
 
 
 def _no_column(name: str, row: Mapping[str, Any]) -> str:
     close = difflib.get_close_matches(name, list(row), n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else "."
+    hint = f"; did you mean {close[0]!r}?" if close else "; see --fields, in Python fields=."
     return f"no column {name!r} among {sorted(row)}{hint}"
 
 
@@ -257,5 +370,5 @@ def answered(record: Mapping[str, Any], text: str) -> Record:
         }
     while messages and messages[-1]["role"] == "assistant":
         messages = messages[:-1]
-    tools = {"tools": record["tools"]} if "tools" in record else {}
-    return {"prompt": messages, "completion": [{"role": "assistant", "content": text}]} | tools
+    kept = {name: record[name] for name in CONTEXT if name in record}
+    return {"prompt": messages, "completion": [{"role": "assistant", "content": text}]} | kept

@@ -6,17 +6,17 @@ import dataclasses
 import datetime
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import numpy as np
 
-from jaxft.data.chat import Chat
+from jaxft.data.chat import NOTHING, Chat
 from jaxft.data.encode import Encoder, in_span, touches
-from jaxft.data.errors import BadRecords, DataError
-from jaxft.data.length import TooLong, shorten
-from jaxft.data.records import Record, as_messages
-from jaxft.data.templates import TEMPLATES, read_template
+from jaxft.data.errors import DataError
+from jaxft.data.records import Record, as_messages, context
+from jaxft.data.shown import refuse
+from jaxft.data.templates import TEMPLATES, default_template, read_template
 
 MaskMode = Literal["completion", "last_turn", "all", "per_message"]
 
@@ -76,9 +76,11 @@ class Renderer:
         self.merged_boundaries = 0  # boundaries that a token would have crossed; encoded apart
         self._encoder = Encoder(tokenizer)
         self._unrolls = False
-        text, needed = read_template(template)
-        self.template = text or getattr(tokenizer, "chat_template", None)
-        self._chat = None
+        own = getattr(tokenizer, "chat_template", None)
+        names = own if isinstance(own, dict) else {}
+        text, needed = (names[template], ()) if template in names else read_template(template)
+        self.template = text or default_template(own)
+        self._chat = self._tool_chat = None
         if self.template:
             _check_special(tokenizer, needed, template)
             options = dict(template_options or {})
@@ -88,27 +90,38 @@ class Renderer:
             today = datetime.date.fromisoformat(date)
             self._chat = Chat(tokenizer, self.template, today, options)
             self._probe()
+            if text is None and "tool_use" in names:  # As transformers chooses.
+                self._tool_chat = Chat(tokenizer, names["tool_use"], today, options)
 
     def __call__(self, record: Record) -> list[Tokenised]:
         """The token sequences of a record: one, or one a turn where the template rewrites history."""
         messages = as_messages(record)
         if messages is not None:
             return self._conversation(messages, record)
-        if "tokens" in record:
-            return [self._tokens(record)]
+        _refuse_tools(record)
+        if "prompt" in record and "completion" in record:
+            return [self._plain(record["prompt"], record["completion"], record)]
         if "text" in record:
             return [self._plain("", record["text"], record)]
-        return [self._plain(record["prompt"], record["completion"], record)]
+        return [self._tokens(record)]
 
     def prompt(self, record: Record) -> list[int]:
         """The ids after which a model is to answer: the conversation up to its last assistant turn."""
         messages = as_messages(record)
         if messages is None:
-            text = record["prompt"] if "prompt" in record else record["text"]
+            _refuse_tools(record)
+            text = record["prompt"] if "prompt" in record else record.get("text")
+            if text is None:
+                raise DataError(
+                    "token ids have no prompt to answer; give text or messages.", "schema"
+                )
             return self._bos(text) + self._encoder.encode(text)[0].tolist()
         while messages and messages[-1]["role"] == "assistant":
             messages = messages[:-1]
-        text = self._need_chat().text(messages, record.get("tools"), prompt=True)
+        given = context(record)
+        chat = self._need_chat(given)
+        text = chat.text(messages, given, prompt=True)
+        chat.check_prompt(messages, given, text)
         return self._encoder.encode(text)[0].tolist()
 
     def next_turn(self, text: str) -> list[int]:
@@ -124,7 +137,7 @@ class Renderer:
         rendered, spans = chat.spans(before)
         whole = chat.text([*before, {"role": "user", "content": text}], prompt=True)
         last = len(before) - 1
-        end = (spans.get(last) or chat.span_by_content(rendered, before, None, last))[1]
+        end = (spans.get(last) or chat.span_by_content(rendered, before, {}, last))[1]
         if not whole.startswith(rendered[:end]):
             raise DataError(
                 "the chat template renders an answer otherwise once a turn follows it, so a conversation "
@@ -134,22 +147,28 @@ class Renderer:
         return self._encoder.encode(whole[end:])[0].tolist()
 
     def _conversation(self, messages, record):
-        chat, tools = self._need_chat(), record.get("tools")
-        if self.mask == "all":
-            text = chat.text(messages, tools)
-            return [self._tokenised(text, {(0, len(text)): 1.0}, record)]
+        given = context(record)
+        chat = self._need_chat(given)
         # Assistant turns in a prompt are examples that are given, not answers to learn.
-        given = len(record["prompt"]) if isinstance(record.get("prompt"), list) else 0
-        is_turn = lambda i: i >= given and messages[i]["role"] == "assistant"
-        turns = [i for i in range(len(messages)) if is_turn(i)]
+        examples = 0 if record.get("messages") is not None else len(record["prompt"])
+        turns = [i for i, m in enumerate(messages) if i >= examples and m["role"] == "assistant"]
+        if self.mask == "all":
+            text = chat.text(messages, given)
+            refuse(chat.left_out(messages, given, text, turns))
+            return [self._tokenised(text, {(0, len(text)): 1.0}, record)]
         if not turns:
             raise DataError(
                 "no assistant message to learn from; see fields= to map roles.", "role_order"
             )
         if not self._unrolls:
-            text, spans = chat.spans(messages, tools)
+            text, spans = chat.spans(messages, given)
             if all(i in spans for i in turns):
-                return [self._masked(text, {i: spans[i] for i in turns}, messages, record)]
+                trained = turns[-1:] if self.mask == "last_turn" else turns
+                lost = chat.left_out(messages, given, text, trained)
+                # Earlier turns may be whole where they are the last ones.
+                if not lost or any(piece.path[1] not in trained[:-1] for piece in lost):
+                    refuse(lost)
+                    return [self._masked(text, {i: spans[i] for i in turns}, messages, record)]
         return self._unrolled(messages, turns, record)
 
     def _unrolled(self, messages, turns, record):
@@ -161,12 +180,12 @@ class Renderer:
                 "turn becomes a record of its own, so that training sees what the sampler will.",
                 stacklevel=5,
             )
-        turns = turns[-1:] if self.mask == "last_turn" else turns
-        results = []
+        turns, given = turns[-1:] if self.mask == "last_turn" else turns, context(record)
+        chat, results = self._need_chat(given), []
         for i in turns:
-            part, tools = messages[: i + 1], record.get("tools")
-            text, spans = self._chat.spans(part, tools)
-            span = spans.get(i) or self._chat.span_by_content(text, part, tools, i)
+            part = messages[: i + 1]
+            text, spans = chat.spans(part, given)
+            span = spans.get(i) or chat.span_by_content(text, part, given, i)
             if span is None:
                 raise DataError(
                     f"the chat template renders the prompt of message {i} otherwise with its answer "
@@ -174,6 +193,7 @@ class Renderer:
                     "template",
                 )
             if self._weight(messages[i]) or len(turns) == 1:
+                refuse(chat.left_out(part, given, text, (i,)))
                 results.append(self._masked(text, {i: span}, part, record))
         return results
 
@@ -259,7 +279,10 @@ class Renderer:
             raise DataError("the tokenizer has no EOS token; pass append_eos=False.")
         return [] if tokens[-1:].tolist() == [self._encoder.eos] else [self._encoder.eos]
 
-    def _need_chat(self):
+    def _need_chat(self, given=NOTHING):
+        """The chat template, for conversations with or without tools."""
+        if given.get("tools") and self._tool_chat is not None:
+            return self._tool_chat
         if self._chat is None:
             raise DataError(
                 "the tokenizer has no chat template; use an instruct model, pass --template with "
@@ -281,7 +304,7 @@ class Renderer:
         last = len(messages) - 1
         try:
             text, spans = self._chat.spans(messages)
-            span = spans.get(last) or self._chat.span_by_content(text, messages, None, last)
+            span = spans.get(last) or self._chat.span_by_content(text, messages, {}, last)
         except DataError as error:
             raise DataError(f"chat template, tried on a small conversation: {error}") from error
         if span is None or "One." not in text[slice(*span)]:
@@ -302,6 +325,15 @@ def _compiled(pattern):
         raise DataError(f"train_on {pattern!r} is no regular expression: {error}.") from error
 
 
+def _refuse_tools(record):
+    if context(record).get("tools"):
+        raise DataError(
+            "'tools' beside plain text cannot be shown; give messages, or leave them out with --fields "
+            "tools '', in Python fields={'tools': ''}.",
+            "schema",
+        )
+
+
 def _record_weight(record):
     weight = record.get("weight")
     return 1.0 if weight is None else float(weight)
@@ -315,80 +347,3 @@ def _check_special(tokenizer, needed, template):
             "tokenizer does not have, so that turns would not end in one token; use 'alpaca' or "
             "'plain'."
         )
-
-
-def render(
-    records: Iterable[Record],
-    renderer: Renderer,
-    max_length: int,
-    *,
-    too_long: TooLong = "drop",
-    bad: BadRecords | None = None,
-) -> list[Tokenised]:
-    """All records as tokens, with what cannot be used reported or counted, never in silence.
-
-    Args:
-        max_length: in tokens.
-        too_long: what becomes of longer ones, counted in `bad`: "drop"; "truncate" on the right
-            (the stop token is lost, so the model is not taught to stop there);
-            "truncate_left_prompt", which keeps the answer and the BOS; "split" into pieces of
-            max_length, for plain text; or "error". A rest in which nothing trains is dropped.
-        bad: policy for records that cannot be rendered; also takes the counts.
-
-    Raises:
-        DataError: if nothing is left, or by the policies.
-    """
-    bad = BadRecords() if bad is None else bad
-    result, total = [], 0
-    for record in records:
-        total += 1
-        where = str(record.get("where", record.get("id", f"record {total - 1}")))
-        try:
-            parts = renderer(record)
-        except DataError as error:
-            if error.code is None:
-                raise  # A wrong setting fails every record: skipping would hide it.
-            bad.add(where, error.code, str(error))
-            continue
-        for part in parts:
-            if not part.loss_mask[1:].any():  # The first token has nothing before it.
-                bad.add(where, "no_loss_tokens", "its loss mask is all zero; nothing would train.")
-            elif len(part.tokens) <= max_length:
-                result.append(part)
-            elif too_long == "error":
-                raise DataError(
-                    f"{where}: {len(part.tokens)} tokens, more than max_length={max_length}; raise "
-                    "it, or choose too_long='drop' or 'truncate'.",
-                    "too_long",
-                )
-            else:
-                pieces = shorten(part, max_length, too_long)
-                bad.dropped["truncated" if pieces else "too_long"] += 1
-                result += pieces
-    bad.check(total)
-    if not result:
-        dropped = f" ({bad.summary()})" if bad.summary() else ""
-        raise DataError(f"no usable record is left of {total}{dropped}; see max_length.")
-    return result
-
-
-def explain(part: Tokenised, tokenizer: Any, *, color: bool = True) -> str:
-    """The decoded record with what trains in green, or in ⟦brackets⟧ without colour."""
-    begin, end = ("\033[32m", "\033[0m") if color else ("⟦", "⟧")
-    text, run, trains = "", [], False
-    for token, weight in [
-        *zip(part.tokens.tolist(), part.loss_mask > 0, strict=True),
-        (None, None),
-    ]:
-        if weight != trains or token is None:
-            piece = tokenizer.decode(run) if run else ""
-            text += f"{begin}{piece}{end}" if trains and piece else piece
-            run, trains = [], weight
-        run.append(token)
-    share = part.loss_mask.astype(bool).mean()
-    return f"{text}\n[{len(part.tokens)} tokens, {share:.0%} of them train]"
-
-
-def render_prompts(records: Sequence[Record], renderer: Renderer) -> list[list[int]]:
-    """The prompt ids of each record, for generation."""
-    return [renderer.prompt(record) for record in records]

@@ -19,6 +19,7 @@ from jaxft.data.errors import BadRecords, DataError
 from jaxft.data.files import SUFFIXES, rows_of
 from jaxft.data.records import Record, normalise
 from jaxft.data.remote import retried
+from jaxft.data.values import arrow_row
 
 Spec = str | pathlib.Path | Sequence[Mapping[str, Any]] | Callable[[], Iterable[Mapping[str, Any]]]
 
@@ -31,7 +32,9 @@ def load(
     bad: BadRecords | None = None,
     form: Callable[..., Record] = normalise,
 ) -> list[Record]:
-    """Normalised records with `id`, `source` and `where` (file and line), in the source's order.
+    """Normalised records in the source's order, each with its `id`, `_source` and `_where` (file and line).
+
+    A row's own columns stay, but for those that `form` reads; an `id` that is null is the row's number.
 
     Args:
         spec: a .json, .jsonl, .parquet, .arrow or .csv file; a folder of `datasets.save_to_disk`;
@@ -61,12 +64,15 @@ def load(
         try:
             if isinstance(raw, Exception):
                 raise raw
+            if not isinstance(raw, Mapping):
+                raise DataError(f"expected an object, got {type(raw).__name__}.", "schema")
             record = form(raw, fields)
         except DataError as error:
             bad.add(where, error.code or "schema", str(error))
             continue
-        record.setdefault("id", f"{name}:{seen - 1}")
-        records.append(record | {"source": name, "where": where})
+        if record.get("id") is None:
+            record["id"] = f"{name}:{seen - 1}"
+        records.append(record | {"_source": name, "_where": where})
     bad.check(seen)
     if not records:
         raise DataError(f"{name}: no records; is it the right file?")
@@ -77,6 +83,11 @@ def split(records: Sequence[Record], validation: float) -> tuple[list[Record], l
     """(training, validation) records; a record's side follows from its id alone, for ever."""
     if not 0 <= validation < 1:
         raise DataError(f"split: validation must lie in [0, 1), got {validation}.")
+    if validation and len(records) > 1 and len({str(record["id"]) for record in records}) == 1:
+        raise DataError(
+            f"all {len(records)} records have the id {records[0]['id']!r:.40}, so none can be held out; "
+            "leave the column out with --fields id '', in Python fields={'id': ''}."
+        )
     held_out = [_unit_hash(str(record["id"])) < validation for record in records]
     pick = lambda side: [r for r, h in zip(records, held_out, strict=True) if h is side]
     return pick(False), pick(True)
@@ -88,7 +99,10 @@ def _unit_hash(text: str) -> float:
 
 def _rows(spec: Spec) -> tuple[str, Iterable[tuple[str, Any]]]:
     if callable(spec):
-        return "function", _numbered("function", spec())
+        rows = spec()
+        if not isinstance(rows, Iterable):
+            raise DataError(f"the function returned {rows!r:.40}; expected rows.")
+        return "function", _numbered("function", rows)
     if not isinstance(spec, (str, pathlib.Path)):
         return "list", _numbered("list", spec)
     text = str(spec)
@@ -146,7 +160,15 @@ def _saved(folder, options):
 
 
 def _numbered(name: str, rows: Iterable[Any]) -> Iterable[tuple[str, Any]]:
-    return ((f"{name}, row {i}", row) for i, row in enumerate(rows))
+    return ((f"{name}, row {i}", row) for i, row in enumerate(_clean(rows)))
+
+
+def _clean(rows: Iterable[Any]) -> Iterable[Any]:
+    """The rows; those of `datasets` lie in Arrow's tables, and lose the keys that these filled with null."""
+    if not hasattr(rows, "features"):
+        return rows
+    schema = getattr(rows.features, "arrow_schema", None)  # A stream may not know it.
+    return (arrow_row(row, schema) for row in rows)
 
 
 def parse_options(spec: str) -> tuple[str, dict[str, Any]]:
@@ -224,7 +246,7 @@ def _hub(spec: str) -> Iterable[Any]:
         rows = rows if limit is None else rows.take(limit)
         return rows.skip(start) if start else rows
 
-    return retried(open_rows, f"{spec}: no such file; from the hub it")
+    return retried(lambda start: _clean(open_rows(start)), f"{spec}: no such file; from the hub it")
 
 
 def _datasets() -> Any:

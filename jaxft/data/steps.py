@@ -9,7 +9,14 @@ import numpy as np
 
 from jaxft.data.errors import BadRecords, DataError
 from jaxft.data.groups import TokenisedGroup
-from jaxft.data.records import Record, check_record
+from jaxft.data.records import (
+    CONTEXT,
+    Record,
+    check_record,
+    own_columns,
+    prompt_completion,
+    renamed,
+)
 from jaxft.data.rendering import Renderer, Tokenised
 
 
@@ -21,14 +28,17 @@ def normalise_steps(raw: Mapping[str, Any], fields: Mapping[str, str] | None = N
     Raises:
         DataError: if a column is absent or empty, or labels are not one truth value a step.
     """
-    row = dict(raw)
-    for ours, theirs in (fields or {}).items():
-        if theirs not in row:
-            raise DataError(f"no column {theirs!r} among {sorted(row)}.")
-        row[ours] = row.pop(theirs)
+    row, names, _ = renamed(raw, fields)
     for name in ("prompt", "completions", "labels"):
-        if name not in row:
-            raise DataError(f"no column {name!r} among {sorted(row)}; map yours with fields=.")
+        if row.get(name) is None:
+            raise DataError(
+                f"no column {name!r} among {sorted(row)}; map yours with --fields {name} ..., in Python "
+                f"fields={{{name!r}: ...}}.",
+                "schema",
+            )
+    for name in ("completions", "labels"):
+        if not isinstance(row[name], (list, tuple)):
+            raise DataError(f"{name!r} must be a list, got {row[name]!r:.40}.", "schema")
     steps, labels = list(row["completions"]), list(row["labels"])
     if not steps or len(steps) != len(labels):
         raise DataError(
@@ -41,7 +51,9 @@ def normalise_steps(raw: Mapping[str, Any], fields: Mapping[str, str] | None = N
     for label in labels:
         if isinstance(label, str) or label not in (True, False):
             raise DataError(f"a label must be true or false, got {label!r:.40}.", "schema")
-    return check_record(row | {"completions": steps, "labels": [bool(x) for x in labels]})
+    asked = prompt_completion(row, steps[0], names, "completions")["prompt"]
+    own = {"prompt": asked, "completions": steps, "labels": [bool(x) for x in labels]}
+    return check_record(own_columns(row) | own)
 
 
 def render_steps(
@@ -63,12 +75,19 @@ def render_steps(
     Raises:
         DataError: if nothing is left.
     """
-    bad = BadRecords() if bad is None else bad
+    bad = BadRecords(loud=True) if bad is None else bad
     encode = lambda text: renderer.tokenizer.encode(text, add_special_tokens=False)
     made, total = [], 0
     for record in records:
         total += 1
-        prompt = renderer.prompt({"prompt": record["prompt"], "completion": ""})
+        where = str(record.get("_where", record.get("id", f"record {total - 1}")))
+        try:
+            prompt = renderer.prompt({k: v for k, v in record.items() if k in ("prompt", *CONTEXT)})
+        except DataError as error:
+            if error.code is None:
+                raise
+            bad.add(where, error.code, str(error))
+            continue
         steps = [encode(step.rstrip(separator) + separator) for step in record["completions"]]
         ends = len(prompt) - 1 + np.cumsum([len(step) for step in steps])
         if ends[-1] + 1 > max_length:
@@ -78,9 +97,7 @@ def render_steps(
         mask = (np.arange(len(tokens)) >= len(prompt)).astype(np.float32)
         name = str(record.get("id", ""))
         made.append((Tokenised(tokens, mask, name), ends, np.array(record["labels"], bool)))
-    if not made:
-        dropped = f" ({bad.summary()})" if bad.summary() else ""
-        raise DataError(f"no usable record is left of {total}{dropped}; see max_length.")
+    bad.finish(total, len(made))
     most = max(len(ends) for _, ends, _ in made)
 
     def group(part, ends, labels):

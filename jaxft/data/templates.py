@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Mapping
 
 from jaxft.data.errors import DataError
 
@@ -79,3 +80,19 @@ def read_template(template: str | None) -> tuple[str | None, tuple[str, ...]]:
             f"template {template!r} is neither Jinja text, a file, nor one of "
             f"{', '.join(TEMPLATES)}."
         ) from None
+
+
+def default_template(own: str | Mapping[str, str] | None) -> str | None:
+    """The tokenizer's template for conversations without tools, of its only one or of several with names.
+
+    Raises:
+        DataError: for several of which none is named "default".
+    """
+    if not isinstance(own, Mapping):
+        return own or None
+    if own and "default" not in own:
+        raise DataError(
+            f"the tokenizer has the chat templates {', '.join(sorted(own))} and none named 'default'; "
+            "choose one with --template NAME."
+        )
+    return own.get("default")

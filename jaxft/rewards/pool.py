@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import multiprocessing
 import pathlib
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -236,7 +238,8 @@ class _Worker:
         self.pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, make_function), daemon=True)
         try:
-            self._process.start()
+            with _interrupts_blocked():
+                self._process.start()
         except RuntimeError as error:
             if "bootstrapping" not in str(error):
                 raise
@@ -299,6 +302,19 @@ class _Worker:
                 "importable, and the script's start under if __name__ == '__main__'?"
             ) from None
         return self.job, Outcome(failure=kind)
+
+
+@contextlib.contextmanager
+def _interrupts_blocked():
+    """A process that is started inside never sees SIGINT, which reaches all processes of a terminal.
+
+    Its parent ends it. Here a SIGINT waits until the block is left.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _serve(pipe, make_function):

@@ -5,7 +5,12 @@ from jaxft.optim.perturbations import global_norm
 from jaxft.train.accumulation import GradientEstimator, accumulate, loss_weight, split_batch
 from jaxft.train.books import Book, running_mean
 from jaxft.train.callbacks import Callback, Row, Run, every, profile
-from jaxft.train.checkpoints import Checkpoints, restore_params, writable_directory
+from jaxft.train.checkpoints import (
+    Checkpoints,
+    restore_params,
+    saved_settings,
+    writable_directory,
+)
 from jaxft.train.errors import (
     DivergedError,
     MissingDependencyError,
@@ -77,6 +82,7 @@ __all__ = [
     "run_main",
     "run_steps",
     "running_mean",
+    "saved_settings",
     "split_batch",
     "tensorboard_log",
     "wandb_log",

@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,6 +53,8 @@ class Checkpoints:
     # saved, and the best one is kept besides the newest
     mode: Literal["min", "max"] = "min"  # which value of `best` is the best
     resume: bool = False  # go on from the newest checkpoint, if there is one
+    # what the run was told, as JSON takes it; saved for `saved_settings`, and not compared here
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         if self.every < 1 or self.last < 1:
@@ -135,6 +137,18 @@ def restore_params(
         return combine(_read_arrays(manager, found, meta, trainable=trainable)[0], frozen)
 
 
+def saved_settings(directory: str | Path) -> tuple[int, dict[str, Any]] | None:
+    """(step, `Checkpoints.settings`) of the newest checkpoint that can be read; None if there is none."""
+    directory = Path(directory).absolute()
+    if not any(p.name.isdigit() for p in directory.glob("*")):
+        return None
+    with _quiet_absl(), contextlib.closing(_manager(directory, None, True, True)) as manager:
+        for step in sorted(manager.all_steps(), reverse=True):
+            with contextlib.suppress(Exception):  # `restore` says of a damaged one what is wrong.
+                return step, _read_meta(manager, step).get("settings", {})
+    return None
+
+
 class Saver:
     """Saves states of one run; all methods do nothing when it has no manager."""
 
@@ -165,6 +179,7 @@ class Saver:
         meta = {
             "format": FORMAT,
             "step": step,
+            "settings": dict(self._checkpoints.settings),
             "key": [str(jax.random.key_impl(state.key)), jax.random.key_data(state.key).tolist()],
             "data": gathered(source.position()),
             "history": [_as_json(r) for r in history[-HISTORY_ROWS:]],

@@ -15,6 +15,7 @@ import jax
 
 from jaxft.output import OutputError
 from jaxft.parallel import HostLostError, absent, several_hosts
+from jaxft.train.signals import catch_interrupts
 
 BAD_INPUT, MISSING_DEPENDENCY, DIVERGED, HOST_LOST, PREEMPTED, INTERRUPTED = 2, 3, 4, 5, 75, 130
 SMALLER = (
@@ -37,10 +38,13 @@ class DivergedError(ArithmeticError):
 
 
 class PreemptedError(SystemExit):
-    """SIGTERM or SIGINT during a run that saves checkpoints: all is saved, start it again to go on."""
+    """SIGTERM or SIGINT during a run that saves checkpoints: all is saved, start it again to go on.
 
-    def __init__(self, message: str):
-        super().__init__(PREEMPTED)
+    Its code is 75, by which a scheduler starts the run again, or 130 after Ctrl-C.
+    """
+
+    def __init__(self, message: str, code: int = PREEMPTED):
+        super().__init__(code)
         self.message = message
 
     def __str__(self):
@@ -67,29 +71,42 @@ def run_main(main: Callable[[Any], Any], config: Any) -> Any:
 
     2: bad argument, data or file, before training, or at any time a place that cannot be written (a full
     disk); 3: optional package missing; 4: diverged; 5: another host ended; 75: preempted, start again to
-    resume; 130: interrupted. Everything else, and everything with `config.debug` or JAXFT_DEBUG=1, has its
-    traceback and code 1.
+    resume; 130: interrupted, saved where the run saves checkpoints. Everything else, and everything with
+    `config.debug` or JAXFT_DEBUG=1, has its traceback and code 1.
 
-    Ctrl-C ends the process without Python's own teardown: threads of XLA that still compile or compute would
-    crash in it. `main` has left its context managers by then; functions given to `atexit` do not run.
+    An error of any kind after Ctrl-C counts as Ctrl-C, which libraries may turn into one. Ctrl-C ends the
+    process without Python's own teardown: threads of XLA that still compile or compute would crash in it.
+    `main` has left its context managers by then; functions given to `atexit` do not run.
 
     A process of several that fails waits a moment for the others to fail with it, says which did not, and
     ends: they cannot go on without it, nor it without them.
     """
-    if getattr(config, "debug", False) or os.environ.get("JAXFT_DEBUG", "0") not in ("", "0"):
+    with catch_interrupts() as seen:
+        if getattr(config, "debug", False) or os.environ.get("JAXFT_DEBUG", "0") not in ("", "0"):
+            try:
+                return main(config)
+            except (KeyboardInterrupt, jax.errors.JaxRuntimeError) as error:
+                if not _is_interrupt(error):
+                    raise
+                traceback.print_exception(error)
+                _interrupted()
         try:
             return main(config)
-        except (KeyboardInterrupt, jax.errors.JaxRuntimeError) as error:
-            if not _is_interrupt(error):
-                raise
-            traceback.print_exception(error)
+        except PreemptedError as error:
+            ended = "interrupted" if error.code == INTERRUPTED else "preempted"
+            _exit(f"{ended}: {error}", error.code)
+        except KeyboardInterrupt:
             _interrupted()
+        except Exception as error:
+            if seen():  # Libraries make other errors of it while they are imported or called.
+                _interrupted()
+            _explain(error)
+
+
+def _explain(error: Exception):
+    """Ends the process with one line and the code of an error that users cause; raises any other."""
     try:
-        return main(config)
-    except PreemptedError as error:
-        _exit(f"preempted: {error}", PREEMPTED)
-    except KeyboardInterrupt:
-        _interrupted()
+        raise error
     except MissingDependencyError as error:
         _exit(f"error: {error}", MISSING_DEPENDENCY)
     except ModuleNotFoundError as error:
@@ -104,6 +121,8 @@ def run_main(main: Callable[[Any], Any], config: Any) -> Any:
         if any(note.startswith(IN_TRAINING) for note in getattr(error, "__notes__", ())):
             _raise(error)
         _exit(f"error: {error}", BAD_INPUT)
+    except MemoryError as error:
+        _exit(f"error: out of memory: {error}. {SMALLER}", BAD_INPUT)
     except HostLostError as error:
         _exit(f"error: {error}", HOST_LOST)
     except jax.errors.JaxRuntimeError as error:
@@ -148,9 +167,9 @@ def _interrupted():
 
 def _exit(message: str, code: int):
     line = " ".join(message.split())
-    hint = "" if code == PREEMPTED else " (JAXFT_DEBUG=1 shows where)"
+    hint = "" if code in (PREEMPTED, INTERRUPTED) else " (JAXFT_DEBUG=1 shows where)"
     print(line + hint, file=sys.stderr, flush=True)
-    if code != PREEMPTED and several_hosts():
+    if code not in (PREEMPTED, INTERRUPTED) and several_hosts():
         _leave(code)
     raise SystemExit(code)
 

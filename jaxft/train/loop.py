@@ -26,7 +26,14 @@ from jaxft.train.batches import (
 from jaxft.train.books import Books
 from jaxft.train.callbacks import Callback, Row, Run, as_callbacks
 from jaxft.train.checkpoints import Checkpoints, open_checkpoints, what_is_saved
-from jaxft.train.errors import IN_TRAINING, DivergedError, OutputError, PreemptedError
+from jaxft.train.errors import (
+    IN_TRAINING,
+    INTERRUPTED,
+    PREEMPTED,
+    DivergedError,
+    OutputError,
+    PreemptedError,
+)
 from jaxft.train.rows import Rows
 from jaxft.train.signals import catch_preemption
 from jaxft.train.state import TrainState, init_state
@@ -73,7 +80,7 @@ def fit(
             (jaxft.parallel.shard_params): what is not on the mesh is copied to all its devices.
         callbacks: Callbacks, or functions of a row.
         checkpoints: where and when to save, and whether to resume; with it, SIGTERM and the first
-            SIGINT end the run after its current step with PreemptedError (exit code 75).
+            SIGINT end the run after its current step with PreemptedError (exit code 75, or 130 of SIGINT).
         donate: uses up `params` (see `init_state`): full fine-tuning holds one model, not two. On a
             mesh, lay them out first.
 
@@ -165,7 +172,10 @@ def _loop(run, state, source, steps, mesh, callbacks, rows, saver, preempted):
                 saver.save(state, source, rows.history)
             if signal:
                 saver.wait()
-                raise PreemptedError(f"{signal} at step {number}; saved, start again to resume")
+                code = INTERRUPTED if signal == "SIGINT" else PREEMPTED
+                raise PreemptedError(
+                    f"{signal} at step {number}; saved, start again to resume", code
+                )
         rows.flush()
         saver.save(state, source, rows.history)
         return state

@@ -93,7 +93,9 @@ def _number(value):
         return sum(map(_number, value.parts))
     if isinstance(value, Mean):
         total, weight = np.asarray(value.total), np.asarray(value.weight, np.float32)
-        value = np.divide(total, weight, out=np.zeros_like(total), where=weight != 0)
+        # A total may be a count, whose quotient is no integer; float32 keeps its own type.
+        quotient = np.zeros(total.shape, np.result_type(total, weight))
+        value = np.divide(total, weight, out=quotient, where=weight != 0)
     value = np.asarray(value)
     return value.item() if value.ndim == 0 else value
 

@@ -1,8 +1,9 @@
-"""Preemption: SIGTERM and the first SIGINT end a run after its current step."""
+"""Signals: SIGTERM and the first SIGINT end a run after its current step; Ctrl-C anywhere else."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -33,11 +34,44 @@ def catch_preemption() -> Iterator[Callable[[int], str | None]]:
     def handle(number, frame):
         del frame
         caught.append(signal.Signals(number).name)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        again = "; once more ends it at once" if number == signal.SIGINT else ""
+        # Not print: a signal may come while that is writing.
+        os.write(2, f"{caught[-1]}: saves and stops after this step{again}\n".encode())
+        interrupts = callable(before[signal.SIGINT])
+        signal.signal(
+            signal.SIGINT, before[signal.SIGINT] if interrupts else signal.default_int_handler
+        )
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number in numbers:
+        signal.signal(number, handle)
     try:
         yield lambda step: caught[0] if caught else None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def catch_interrupts() -> Iterator[Callable[[], bool]]:
+    """Gives seen() -> whether there was a SIGINT, each of which raises KeyboardInterrupt inside the block.
+
+    Set in the main thread only and put back at the end; not where SIGINT is ignored, as in the background.
+    """
+    seen = []
+
+    def handle(number, frame):
+        seen.append(True)
+        signal.default_int_handler(number, frame)
+
+    before = signal.getsignal(signal.SIGINT)
+    main = threading.current_thread() is threading.main_thread()
+    if not main or before in (signal.SIG_IGN, None):
+        yield lambda: False
+        return
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield lambda: bool(seen)
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -300,7 +300,7 @@ def test_a_pattern_names_several_files(tmp_path):
         (tmp_path / f"part-{i}.jsonl").write_text(f'{{"text": "{i}"}}\n')
     records = load(str(tmp_path / "part-*.jsonl"))
     assert [r["text"] for r in records] == ["0", "1", "2"]
-    assert [r["where"] for r in records][2] == "part-2.jsonl, line 1"
+    assert [r["_where"] for r in records][2] == "part-2.jsonl, line 1"
 
 
 @pytest.mark.parametrize("spec", ["rg:chain_su", "rg:chain_sum?min_term=3"])

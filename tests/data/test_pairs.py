@@ -82,7 +82,7 @@ BAD = {
     "empty turn": (CHAT | {"chosen": [ASSISTANT("")]}, "an assistant turn, is empty"),
     "mixed": (TEXT | {"chosen": [ASSISTANT("2")]}, "must both be text or both be messages"),
     "number": (TEXT | {"chosen": 2}, "chosen must be text, got int"),
-    "margin": (TEXT | {"margin": float("nan")}, "margin must be a finite number, got nan"),
+    "margin": (TEXT | {"margin": float("nan")}, "'margin': NaN is not valid JSON"),
     "nothing common": ({"chosen": "a", "rejected": "b"}, "no beginning in common"),
     "only a beginning": ({"chosen": "ab", "rejected": "abc"}, "'chosen' is only the beginning"),
 }

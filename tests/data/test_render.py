@@ -187,7 +187,7 @@ def test_records_without_loss_are_errors_or_counted():
     tokenizer = small.tokenizer(small.CHATML)
     silent = {
         "messages": [{"role": "assistant", "content": "a", "train": False}],
-        "where": "f, line 3",
+        "_where": "f, line 3",
     }
     fine = {"messages": [{"role": "assistant", "content": "a", "train": True}]}
     renderer = Renderer(tokenizer, mask="per_message")

@@ -32,7 +32,7 @@ def test_infer_type():
     assert infer_type(["messages", "id"]) == "messages"
     assert infer_type(["instruction", "input", "output"]) == "prompt_completion"
     assert infer_type(["text"]) == "text"
-    with pytest.raises(DataError, match="no known form has the columns"):
+    with pytest.raises(DataError, match="no usable columns among"):
         infer_type(["image"])
 
 
@@ -45,7 +45,7 @@ def test_infer_type():
         ({"messages": [{"speaker": "user"}]}, "needs 'role' and 'content'"),
         ({"messages": [{"role": "user", "content": 3}]}, "must be text, got int"),
         ({"prompt": "a", "completion": ""}, "'completion' is empty"),
-        ({"text": None}, "text must be text, got NoneType"),
+        ({"text": None}, "'text': null, where text was expected"),
         ({"tokens": []}, "'tokens' is empty"),
     ],
 )
@@ -76,7 +76,7 @@ def test_files_of_every_kind(tmp_path):
         assert [r["completion"] for r in loaded] == ["c0", "c1", "c2", "c3"], spec
         assert len({r["id"] for r in loaded}) == 4
     assert len(load(files[0], limit=2)) == 2
-    assert load(files[0])[2]["where"] == "a.jsonl, line 3"
+    assert load(files[0])[2]["_where"] == "a.jsonl, line 3"
 
 
 def test_a_bad_line_is_reported_by_file_and_line(tmp_path):

@@ -276,3 +276,33 @@ def test_what_optax_offers_works_on_it(case):
     assert updates["frozen"] is None
     clipped = optax.chain(optax.clip_by_global_norm(1.0), optimizer)
     jax.jit(make_step(clipped, parabola))(params, clipped.init(params))
+
+
+WRAPPERS = {
+    "apply_if_finite": lambda o: optax.apply_if_finite(o, 3),
+    "conditionally_transform": lambda o: optax.conditionally_transform(o, lambda step: step > 1),
+    "conditionally_mask": lambda o: optax.conditionally_mask(o, lambda step: step > 1),
+    "MultiSteps": lambda o: optax.MultiSteps(o, 2),
+    "masked": lambda o: optax.masked(o, {"matrix": True, "vector": True, "few": False}),
+    "partition": lambda o: optax.partition(
+        {"a": o, "b": optax.sgd(0.1)}, {"matrix": "a", "vector": "a", "few": "b"}
+    ),
+}
+
+
+PLAIN = ("lion", "lion_int8", "rounded_adam")
+
+
+@pytest.mark.parametrize(
+    "case, name",
+    [(c, n) for c in CASES for n in WRAPPERS if c.name in PLAIN or n == "apply_if_finite"],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_bfloat16_inside_optax_s_wrappers(case, name):
+    """Both branches of a wrapper's cond have the types of the gradients, and the state keeps its own."""
+    optimizer, params = WRAPPERS[name](make(case)), tree(0, jnp.bfloat16)
+    state = jax.eval_shape(optimizer.init, params)
+    run = optimizer.update if name == "MultiSteps" else update_of(optimizer)
+    updates, after = jax.eval_shape(run, tree(1, jnp.bfloat16), state, params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(after, state)

@@ -1,8 +1,12 @@
+import jax.numpy as jnp
 import optax
 import pytest
 
+from jaxft.metrics import Mean
 from jaxft.train import Callback, fit, profile
+from jaxft.train.accumulation import as_means
 from jaxft.train.callbacks import on_main_process
+from jaxft.train.rows import Rows
 
 
 def test_profile_traces_a_window_of_steps(problem, monkeypatch, tmp_path):
@@ -43,3 +47,16 @@ def test_other_processes_do_not_write(monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     callback.on_row("one")
     assert calls == ["zero"] and callback.on_start is None
+
+
+@pytest.mark.parametrize("total", [jnp.int32(3), jnp.uint8(3), jnp.float32(3), jnp.bfloat16(3)])
+@pytest.mark.parametrize("weight", [jnp.int32(4), jnp.float32(4)])
+def test_a_metric_may_be_a_count(total, weight):
+    rows, none = Rows([]), Mean(total, jnp.zeros_like(weight))
+    metrics = {"right": Mean(total, weight), "none": none, "any": Mean(jnp.array(True), weight)}
+    rows.push(1, metrics | {"number": total, "good": jnp.array(True)}, {})
+    rows.flush()
+    (row,) = rows.history
+    assert (row["right"], row["none"], row["any"], row["number"]) == (0.75, 0, 0.25, 3)
+    # And of slices, whose totals are added up.
+    assert as_means(metrics | {"loss": jnp.float32(1)})["right"].value == 0.75

@@ -98,14 +98,14 @@ def test_positions_in_bytes_and_collect_functions_resume(problem, whole, tmp_pat
     assert losses(problem.train(tmp_path / "function", batches=collect)[1]) == whole[1]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_process_with_75_and_the_run_resumes(problem, whole, tmp_path, number):
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_process_and_the_run_resumes(problem, whole, tmp_path, number, code):
     process = worker(tmp_path, 0)
     for _ in range(3):
         process.stdout.readline()
     process.send_signal(number)
     process.communicate(timeout=60)
-    assert process.returncode == 75
+    assert process.returncode == code
     done = len(logged(tmp_path))
     assert 3 <= done < problem.STEPS
     assert steps_in(tmp_path)[-1] == done

@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+import types
 
 import jax
 import optax
@@ -168,3 +169,51 @@ def test_ctrl_c_is_one_line_and_130(tmp_path, moment):
     # JAX itself logs what a host callback raised.
     assert moment == "callback" or said == "interrupted\n"
     assert log.read_text() == "logged"  # what main opened is closed
+
+
+def test_an_error_that_ctrl_c_has_become_is_ctrl_c(monkeypatch, capfd):
+    """Imports and callbacks of libraries catch KeyboardInterrupt and raise errors of their own."""
+    ended = []
+    monkeypatch.setattr(os, "_exit", lambda code: ended.append(code) or sys.exit(code))
+    before = signal.getsignal(signal.SIGINT)
+
+    def main(config):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise ValueError("could not import") from None
+
+    with pytest.raises(SystemExit):
+        run_main(main, Config())
+    assert ended == [130] and capfd.readouterr().err == "interrupted\n"
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_ctrl_c_while_a_script_is_imported_is_one_line_and_130(tmp_path):
+    """At the first import that takes seconds, which here is a jax that waits."""
+    (tmp_path / "jax.py").write_text("import time\nprint('ready', flush=True)\ntime.sleep(60)\n")
+    scripts = [ROOT / "experiments" / name for name in ("sft.py", "papers/paca/main.py")]
+    for script in scripts:
+        process = subprocess.Popen(
+            [sys.executable, str(script)],
+            env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=60)[1] == "interrupted\n"
+        assert process.returncode == 130
+
+
+def test_every_script_begins_with_what_ends_it_quietly():
+    from experiments.__main__ import scripts
+    from experiments.cli.interrupts import runs_a_script
+
+    first = "from __future__ import annotations\n\nimport experiments.cli.interrupts  # noqa"
+    for script in scripts():
+        assert first in script.read_text(), script
+        assert runs_a_script(types.SimpleNamespace(__file__=str(script)))
+    assert not runs_a_script(types.SimpleNamespace(__file__=pytest.__file__))
+    assert not runs_a_script(types.SimpleNamespace())  # an interactive interpreter

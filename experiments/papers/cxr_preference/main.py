@@ -29,6 +29,8 @@ where the paper sweeps three.
 
 from __future__ import annotations
 
+import experiments.cli.interrupts  # noqa: F401  isort: skip  (before what takes seconds)
+
 import dataclasses
 import functools
 import operator
@@ -41,6 +43,7 @@ import numpy as np
 import optax
 import tyro
 
+from experiments.cli import limits
 from experiments.lab.claims import Claim, interval, report, show
 from experiments.lab.seeds import plot_mean, run_seeds
 from experiments.papers.cxr_preference import lengths
@@ -60,16 +63,17 @@ BASELINES = ("more SFT", "best of 4")
 class Config:
     """Sizes and seeds."""
 
-    seeds: int = 3
-    first_seed: int = 0
-    sft_steps: int = 700
+    seeds: int = 3  # runs of each kind, each with a seed of its own
+    first_seed: int = 0  # of the seeds first_seed, first_seed + 1, ...
+    sft_steps: int = 700  # of supervised training, before all methods
     images: int = 3000  # whose samples make pairs
     samples: int = 4  # of each
     steps: int = 200  # of each method
     every: int = 50  # steps between checkpoints
     batch_size: int = 32  # pairs
-    learning_rate: float = 3e-4
+    learning_rate: float = 3e-4  # of the preference methods
     held_out: int = 1000  # images of the test; half as many choose the checkpoint
+    # directory of the figure, metrics.json and what is kept of finished seeds
     output_dir: str = "runs/cxr_preference"
     smoke: bool = False  # seconds; claims are printed, not judged
     debug: bool = False  # full tracebacks
@@ -359,4 +363,5 @@ def _figure(metrics, output):
 
 
 if __name__ == "__main__":
-    train.run_main(lambda config: sys.exit(main(config)), tyro.cli(Config, description=__doc__))
+    config = tyro.cli(Config, description=__doc__)
+    train.run_main(lambda config: sys.exit(main(limits.check(config))), config)

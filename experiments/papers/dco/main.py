@@ -25,6 +25,8 @@ and for proofs have files of their own: cot.py and proof.py tell their tasks.
 
 from __future__ import annotations
 
+import experiments.cli.interrupts  # noqa: F401  isort: skip  (before what takes seconds)
+
 import dataclasses
 import functools
 import sys
@@ -36,6 +38,7 @@ import numpy as np
 import optax
 import tyro
 
+from experiments.cli import limits
 from experiments.lab.claims import Claim, interval, report, show
 from experiments.lab.seeds import measure_claims, run_seeds
 from experiments.papers.dco import cot, proof
@@ -55,18 +58,18 @@ BINS = 20  # of confidence
 class Config:
     """Sizes and seeds."""
 
-    mode: Literal["direct", "cot", "proof"] = (
-        "direct"  # the sizes of the other two stand in their files
-    )
+    # answers at once, after workings, or by a search for proofs (their sizes stand in their files)
+    mode: Literal["direct", "cot", "proof"] = "direct"
     num_samples: tuple[int, ...] = (1, 16, 256)  # N' of training; 1 is cross-entropy
-    seeds: int = 3
-    first_seed: int = 0
-    epochs: int = 80
+    seeds: int = 3  # runs of each kind, each with a seed of its own
+    first_seed: int = 0  # of the seeds first_seed, first_seed + 1, ...
+    epochs: int = 80  # passes over the problems
     every: int = 5  # epochs between measurements
     problems: int = 2000  # to train on, of 8100
     held_out: int = 800  # test problems, and half as many for validation
-    batch_size: int = 100
-    learning_rate: float = 1e-3
+    batch_size: int = 100  # problems of a step
+    learning_rate: float = 1e-3  # of Adam, the same for all N'
+    # directory of the figure, metrics.json and what is kept of finished seeds
     output_dir: str = "runs/dco"
     smoke: bool = False  # seconds; claims are printed, not judged
     debug: bool = False  # full tracebacks
@@ -271,4 +274,5 @@ def _figure(metrics, output):
 
 
 if __name__ == "__main__":
-    train.run_main(lambda config: sys.exit(main(config)), tyro.cli(Config, description=__doc__))
+    config = tyro.cli(Config, description=__doc__)
+    train.run_main(lambda config: sys.exit(main(limits.check(config))), config)

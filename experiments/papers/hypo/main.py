@@ -20,6 +20,8 @@ not verified against the authors' code; the baseline here is the mean of a promp
 
 from __future__ import annotations
 
+import experiments.cli.interrupts  # noqa: F401  isort: skip  (before what takes seconds)
+
 import dataclasses
 import math
 import sys
@@ -28,6 +30,7 @@ from typing import Any
 import numpy as np
 import tyro
 
+from experiments.cli import limits
 from experiments.lab.claims import Claim, interval, report, show
 from experiments.papers.hypo import bandits, text
 from jaxft import train
@@ -42,10 +45,11 @@ class Config:
 
     draws: int = 60  # of random bandits
     seeds: int = 4  # of the language model
-    pretrain_steps: int = 400
+    pretrain_steps: int = 400  # of the language model, before all methods
     steps: int = 300  # of each method
     beta: float = 0.5  # of the text part
     text_kl_weight: float = 0.03  # HyPO's λ there
+    # directory of the figure, metrics.json and what is kept of finished seeds
     output_dir: str = "runs/hypo"
     smoke: bool = False  # seconds; claims are printed, not judged
     debug: bool = False  # full tracebacks
@@ -188,4 +192,5 @@ def _figure(metrics, output):
 
 
 if __name__ == "__main__":
-    train.run_main(lambda config: sys.exit(main(config)), tyro.cli(Config, description=__doc__))
+    config = tyro.cli(Config, description=__doc__)
+    train.run_main(lambda config: sys.exit(main(limits.check(config))), config)

@@ -15,6 +15,8 @@ that was best on a validation set; "full" is the same budget of steps and rates 
 
 from __future__ import annotations
 
+import experiments.cli.interrupts  # noqa: F401  isort: skip  (before what takes seconds)
+
 import dataclasses
 import functools
 import math
@@ -28,6 +30,7 @@ import optax
 import tyro
 from scipy import stats
 
+from experiments.cli import limits
 from experiments.lab.claims import Claim, report, show
 from experiments.papers.intrinsic_dimension import text
 from jaxft import train
@@ -45,19 +48,16 @@ CHANCE = 0.5
 class Config:
     """Sizes and seeds."""
 
-    seeds: int = 3
+    seeds: int = 3  # runs of each kind, each with a seed of its own
     steps: int = 600  # of fine-tuning
-    checkpoints: tuple[int, ...] = (
-        0,
-        50,
-        200,
-        1000,
-    )  # steps of pretraining; the last is "pretrained"
+    # steps of pretraining; the last is "pretrained"
+    checkpoints: tuple[int, ...] = (0, 50, 200, 1000)
     widths: tuple[int, ...] = (32, 64, 128, 256)  # hidden units
     grid: tuple[int, ...] = (4, 8, 16, 32, 64, 128, 256)  # dimensions
-    batch_size: int = 50
+    batch_size: int = 50  # examples of a step
     model: str | None = None  # also tune this transformer: minilm, smollm2, a directory or hub id
     tuning: text.Settings = text.Settings()  # of that transformer
+    # directory of the figure, metrics.json and what is kept of finished seeds
     output_dir: str = "runs/intrinsic_dimension"
     preset: Literal["small", "full"] = "small"  # full: the paper's own setting for the transformer
     smoke: bool = False  # seconds; claims are printed, not judged
@@ -367,4 +367,5 @@ def _figure(config, metrics, output):
 
 
 if __name__ == "__main__":
-    train.run_main(lambda config: sys.exit(main(config)), tyro.cli(Config, description=__doc__))
+    config = tyro.cli(Config, description=__doc__)
+    train.run_main(lambda config: sys.exit(main(limits.check(config))), config)

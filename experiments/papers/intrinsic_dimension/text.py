@@ -41,11 +41,11 @@ class Settings:
     """Of the transformer's fine-tuning."""
 
     data: str = "templates"  # or a task of GLUE: mrpc, qqp, sst2
-    dims: tuple[int, ...] = (100, 1000, 10_000)
+    dims: tuple[int, ...] = (100, 1000, 10_000)  # d, the dimensions of the subspaces
     rates: tuple[float, ...] = (1e-2,)  # of Adam, in the subspace
-    full_rates: tuple[float, ...] = (5e-5,)
-    steps: int = 60
-    batch_size: int = 16
+    full_rates: tuple[float, ...] = (5e-5,)  # of Adam, where all params train
+    steps: int = 60  # of each run
+    batch_size: int = 16  # sentences or pairs of a step
     length: int = 16  # tokens
     held_out: int = 240  # sentences
     seeds: int = 1  # restarts, each with a subspace and a head of its own

@@ -16,6 +16,8 @@ memory and time go on accelerators is in benchmarks/aot_paca.py.
 
 from __future__ import annotations
 
+import experiments.cli.interrupts  # noqa: F401  isort: skip  (before what takes seconds)
+
 import dataclasses
 import statistics
 import sys
@@ -30,6 +32,7 @@ import numpy as np
 import tyro
 from jax._src.ad_checkpoint import saved_residuals
 
+from experiments.cli import choices, limits
 from experiments.lab.claims import Claim, interval, report, show
 from experiments.papers.paca.tasks import Task, pretrained_task, small_task
 from jaxft import train
@@ -38,6 +41,7 @@ from jaxft.adapters import (
     adapt,
     combine,
     count,
+    float32_masters,
     full,
     in_place,
     lora,
@@ -64,15 +68,16 @@ class Config:
     model: str | None = None  # None: the small byte model; else as for experiments/sft.py
     data: str = f"{NEEDLE}&size=2000&seed=1"  # with --model; what it learns
     eval_data: str = f"{NEEDLE}&size=200&seed=1000000"  # halves: learning rates, figures
-    seeds: int = 3
-    pretrain_steps: int = 500
+    seeds: int = 3  # runs of each kind, each with a seed of its own
+    pretrain_steps: int = 500  # of the byte model
     layers: int = 4  # of the byte model
-    steps: int = 100
-    batch_size: int = 16
-    microbatches: int = 1
+    steps: int = 100  # of each fine-tuning
+    batch_size: int = 16  # rows of a step
+    microbatches: int = 1  # parts of a batch, one after the other
     length: int = 128  # tokens of a row
     rank: int = 8  # LoRA's; PaCA takes twice as many rows, about as many parameters
     learning_rate: float = 1e-3  # the grid is 1, 3, 10 and 30 times this
+    # directory of the figure, metrics.json and what is kept of finished seeds
     output_dir: str = "runs/paca"
     preset: Literal["small", "full"] = "small"  # full: Llama-3-8B on OASST1's best paths, a pod
     smoke: bool = False  # seconds; claims are printed, not judged
@@ -82,6 +87,7 @@ class Config:
 def main(config: Config) -> int:
     """Measures all claims; the exit code is 1 if one does not hold."""
     config = _sized(config)
+    choices.check_companions(config, {"data": "model", "eval_data": "model"})
     train.keep_memory_warm()
     output = train.writable_directory(config.output_dir)
     task = pretrained_task(config) if config.model else small_task(config)
@@ -210,7 +216,8 @@ def fine_tune(config, task, objective, method: str, rate: float, seed: int) -> t
 
 
 def _adapted(config, task, method, seed):
-    return adapt(jax.random.key(seed), task.params, rules(method, config.rank))
+    adapted = adapt(jax.random.key(seed), task.params, rules(method, config.rank))
+    return float32_masters(adapted)
 
 
 def judge(metrics: dict[str, Any]) -> list[Claim]:
@@ -324,4 +331,5 @@ def _figure(metrics, output):
 
 
 if __name__ == "__main__":
-    train.run_main(lambda config: sys.exit(main(config)), tyro.cli(Config, description=__doc__))
+    config = tyro.cli(Config, description=__doc__)
+    train.run_main(lambda config: sys.exit(main(limits.check(config))), config)

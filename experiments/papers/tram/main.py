@@ -29,6 +29,8 @@ bring as text files of which one is math.txt; it reads all of a file at once.
 
 from __future__ import annotations
 
+import experiments.cli.interrupts  # noqa: F401  isort: skip  (before what takes seconds)
+
 import dataclasses
 import sys
 from typing import Any, Literal
@@ -40,6 +42,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from experiments.cli import choices, limits
 from experiments.lab.claims import Claim, report, show
 from experiments.papers.tram import digits, text
 from experiments.papers.tram.methods import (
@@ -66,12 +69,13 @@ SURFACE = ("Adam", "SAM", "ASAM", "TRAM-x", "TRAM-θ_0")  # in the figure
 class Config:
     """Sizes and seeds."""
 
-    seeds: int = 4
+    seeds: int = 4  # runs of each kind, each with a seed of its own
     pretrain_steps: int = 400  # of both small models
     steps: int = 200  # of fine-tuning on digits
-    text_steps: int = 100
+    text_steps: int = 100  # of fine-tuning on text
     batch_size: int = 32  # text: half of it
     rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)  # of digits
+    # learning rates of text, of which the best is taken
     text_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
     length: int = 64  # tokens of a row
     layers: int = 2  # of both small models
@@ -80,10 +84,10 @@ class Config:
     lora: bool = True  # with --model: LoRA of rank 8, else all params train
     texts: str | None = None  # folder of <domain>.txt, in place of installed texts
     domain: str = "math"  # with --texts: the one that trains
+    # directory of the figure, metrics.json and what is kept of finished seeds
     output_dir: str = "runs/tram"
-    preset: Literal["small", "full"] = (
-        "small"  # full: GPT-2 on M2D2 as in the paper; 20 seeds of digits
-    )
+    # full: GPT-2 on M2D2 as in the paper; 20 seeds of digits
+    preset: Literal["small", "full"] = "small"
     smoke: bool = False  # seconds; claims are printed, not judged
     debug: bool = False  # full tracebacks
 
@@ -91,6 +95,7 @@ class Config:
 def main(config: Config) -> int:
     """Measures all claims; the exit code is 1 if one does not hold."""
     config = _sized(config)
+    choices.check_companions(config, {"lora": "model", "domain": "texts"})
     output = train.writable_directory(config.output_dir)
     metrics: dict[str, Any] = {}
     tasks = digits.tasks(
@@ -333,4 +338,5 @@ def _figure(metrics, output):
 
 
 if __name__ == "__main__":
-    train.run_main(lambda config: sys.exit(main(config)), tyro.cli(Config, description=__doc__))
+    config = tyro.cli(Config, description=__doc__)
+    train.run_main(lambda config: sys.exit(main(limits.check(config))), config)

@@ -59,7 +59,7 @@ def small_tasks(settings: Settings, options: dict | None = None) -> list[Task]:
 
 def large_task(settings: Settings, seed: int, mesh: Any) -> Task:
     """A pretrained model with LoRA on all projections, or as it is."""
-    from jaxft.adapters import ALL_LINEAR, apply_named
+    from jaxft.adapters import ALL_LINEAR, apply_named, float32_masters
     from jaxft.checkpoints import load_model, load_tokenizer
 
     model, params = load_model(settings.model, mesh=mesh)
@@ -67,6 +67,7 @@ def large_task(settings: Settings, seed: int, mesh: Any) -> Task:
         params = apply_named(
             params, "lora", rank=8, alpha=16.0, target=ALL_LINEAR, quantise=None, seed=seed
         )
+    params = float32_masters(params)
     tokenizer = load_tokenizer(settings.model)
     encode = lambda text: np.array(tokenizer(text)["input_ids"])
     return _task(settings, model, params, encode, seed)

@@ -1,0 +1,50 @@
+"""The ranges of numbers that scripts take as flags, the same wherever a flag has the name."""
+
+from __future__ import annotations
+
+import math
+from typing import TypeVar
+
+from experiments.cli import choices, flags
+
+Config = TypeVar("Config")
+
+_COUNTS = (
+    "batch_size batch_sizes context d digits dims draws early epochs eval_steps evaluate_every every "
+    "examples fine_tuning_steps gradient_accumulation_steps grid group_size held_out images layers "
+    "length limit logging_steps max_length max_new_tokens max_steps max_tries microbatches "
+    "num_samples own pretrain_steps pretraining problems prompts_per_step questions rank rollouts "
+    "samples save_steps seeds sft_steps size slices steps tensor text_steps transform_steps turns "
+    "votes width widths workers"
+).split()
+_POSITIVE = (
+    "adamw_rate full_rates kappa kl_horizon learning_rate max_grad_norm rates text_rates timeout"
+).split()
+_NOT_NEGATIVE = (
+    "center_rewards_coefficient desirable_weight first_seed kl kl_weight min_gap nll_alpha reward_kl rho "
+    "seed start_seed temperature text_kl_weight undesirable_weight value_clip value_weight warmup_epochs "
+    "weight_decay xpo_alpha"
+).split()
+_SHARES = "dense_share gamma judged lam ld_alpha levels max_bad mixture share until".split()
+
+LIMITS = {
+    **dict.fromkeys(_COUNTS, (lambda x: x >= 1, "at least 1")),
+    **dict.fromkeys(_POSITIVE, (lambda x: 0 < x < math.inf, "positive and finite")),
+    **dict.fromkeys(_NOT_NEGATIVE, (lambda x: 0 <= x < math.inf, "at least 0")),
+    **dict.fromkeys(_SHARES, (lambda x: 0 <= x <= 1, "between 0 and 1")),
+    **dict.fromkeys(("data_axis", "fsdp"), (lambda x: x == -1 or x >= 1, "at least 1, or -1")),
+    "warmup_ratio": (lambda x: 0 <= x < 1, "at least 0 and below 1"),
+    "alpha": (lambda x: x != 0 and math.isfinite(x), "a number other than 0"),
+}
+
+
+def check(config: Config) -> Config:
+    """The config; ValueError for a flag whose number, or one of its numbers, is outside its range."""
+    for name, value in flags.flat(config).items():
+        if name not in LIMITS:
+            continue
+        fine, said = LIMITS[name]
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, (int, float)) and not fine(number):
+                raise ValueError(f"{choices.option(name)} must be {said}, got {number}.")
+    return config

@@ -1,0 +1,317 @@
+"""Messages and tools of every dialect in one form: what chat templates and OpenAI's API call them.
+
+A message is {"role", "content"} and, where given, `tool_calls`, `tool_call_id`, `name`,
+`reasoning_content`, `train` and `weight`. What has no place there is refused, never left out.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jaxft.data.errors import DataError
+from jaxft.data.values import check_values, strict_json
+
+Message = dict[str, Any]
+
+ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
+    "tool_call": "assistant",
+    "observation": "tool",
+    "function": "tool",
+    "tool_response": "tool",
+}
+KNOWN_ROLES = ("system", "user", "assistant", "tool", "developer")
+# Roles whose content is a call as JSON text: LLaMA-Factory's and ms-swift's.
+_CALL_ROLES = ("function_call", "tool_call")
+# Names under which reasoning comes; the first is that of chat templates.
+REASONING = ("reasoning_content", "reasoning", "thinking")
+MEDIA = ("image", "images", "audio", "audios", "video", "videos")
+_MEDIA_PARTS = (*MEDIA, "image_url", "input_image", "audio_url", "input_audio", "video_url", "file")
+
+
+def read_messages(
+    messages: Any, names: Mapping[str, str], column: str = "messages"
+) -> list[Message]:
+    """The messages of a column: a list of dicts, or that as JSON text.
+
+    Args:
+        names: what `role` and `content` are called; by default so, or `from` and `value`.
+        column: for error messages.
+
+    Raises:
+        DataError: for a message that cannot be shown as it is.
+    """
+    if isinstance(messages, str) and messages.lstrip().startswith("["):
+        messages = strict_json(messages, column)
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise DataError(f"{column} must be a list of at least one message, got {messages!r:.80}.")
+    sharegpt = (
+        isinstance(messages[0], Mapping) and "role" not in messages[0] and "from" in messages[0]
+    )
+    role, content = ("from", "value") if sharegpt else ("role", "content")
+    role, content = names.get("role", role), names.get("content", content)
+    made = [_message(message, i, role, content) for i, message in enumerate(messages)]
+    return check_order(made)
+
+
+def read_tools(tools: Any) -> list[dict[str, Any]]:
+    """Tools as a list of {"type": "function", "function": {"name", "description", "parameters"}}.
+
+    Given as that, as the inner dicts alone, as one of them, or as JSON text of any of these; None, "",
+    [] and {} mean no tools.
+
+    Raises:
+        DataError: for what is no tool.
+    """
+    if isinstance(tools, str):
+        tools = strict_json(tools, "tools") if tools.strip() else None
+    tools = [tools] if isinstance(tools, Mapping) and tools else tools
+    if tools is None or (isinstance(tools, (Mapping, Sequence)) and not len(tools)):
+        return []
+    if not isinstance(tools, (list, tuple)):
+        raise DataError(f"tools must be a list of function schemas, got {tools!r:.60}.", "schema")
+    check_values(tools, finite=True)
+    return [_tool(tool, i) for i, tool in enumerate(tools)]
+
+
+def read_history(history: Any) -> list[Message]:
+    """LLaMA-Factory's `history`, pairs of question and answer, as messages; None, "" and [] mean none."""
+    if isinstance(history, str):
+        history = strict_json(history, "history") if history.strip() else None
+    if history is None or history == []:
+        return []
+    if isinstance(history, list) and all(isinstance(turn, Mapping) for turn in history):
+        return read_messages(history, {}, "history")
+    is_pair = lambda turn: isinstance(turn, (list, tuple)) and len(turn) == 2
+    if not isinstance(history, list) or not all(map(is_pair, history)):
+        raise DataError(
+            f"history must be a list of [question, answer], got {history!r:.60}.", "schema"
+        )
+    turns = [
+        (role, text)
+        for pair in history
+        for role, text in zip(("user", "assistant"), pair, strict=True)
+    ]
+    return read_messages([{"role": r, "content": text} for r, text in turns], {}, "history")
+
+
+def with_system(system: Any, messages: list[Message]) -> list[Message]:
+    """The messages after a system message of the column `system`; None and "" mean none.
+
+    Raises:
+        DataError: if they begin with another one, or the column is no text.
+    """
+    if system is None or system == "":
+        return messages
+    system = text_of(system, "the column 'system'")
+    if messages and messages[0]["role"] in ("system", "developer"):
+        if messages[0]["content"].strip() != system.strip():
+            raise DataError(
+                "the column 'system' and the first message say different things; leave one out "
+                "(--fields system '').",
+                "schema",
+            )
+        return messages
+    return [{"role": "system", "content": system}, *messages] if system.strip() else messages
+
+
+def check_order(messages: list[Message]) -> list[Message]:
+    """The messages, if only the first is a system message."""
+    for i, message in enumerate(messages):
+        if i and message["role"] == "system":
+            raise DataError(f"message {i} has the role system; only the first may.", "role_order")
+    return messages
+
+
+def text_of(value: Any, name: str) -> str:
+    """The value, if it is text; DataError otherwise."""
+    if (
+        isinstance(value, (list, tuple))
+        and len(value) > 1
+        and all(isinstance(v, str) for v in value)
+    ):
+        raise DataError(
+            f"{name} must be text, got a list of {len(value)} texts; which of them is meant? Give one.",
+            "schema",
+        )
+    if not isinstance(value, str):
+        raise DataError(
+            f"{name} must be text, got {type(value).__name__}: {value!r:.60}.", "schema"
+        )
+    return value
+
+
+def check_weight(weight: Any, name: str) -> None:
+    """Raises DataError for a weight that is neither None nor a finite number of at least 0."""
+    fine = isinstance(weight, numbers.Real) and 0 <= weight < 1e30 and math.isfinite(weight)
+    if weight is not None and not fine:
+        raise DataError(f"{name} must be a finite number >= 0, got {weight!r:.40}.", "schema")
+
+
+def _message(message, i, role, content):
+    if isinstance(message, Mapping):
+        # Absent keys are written as null by OpenAI's SDK and by tables.
+        message = {k: v for k, v in message.items() if v is not None}
+        calls = message.get("tool_calls") or message.get("function_call")
+        message = {content: ""} | message if calls else message
+    if not isinstance(message, Mapping) or role not in message or content not in message:
+        raise DataError(
+            f"message {i} needs {role!r} and {content!r}, got {message!r:.80}; name them with "
+            "fields={'role': ..., 'content': ...}.",
+            "schema",
+        )
+    said = message[role]
+    name = ROLES.get(said, said) if isinstance(said, str) else said
+    if name not in KNOWN_ROLES:
+        raise DataError(
+            f"message {i} has the role {name!r:.40}; known: {', '.join(KNOWN_ROLES)}.", "schema"
+        )
+    kept = _details({k: v for k, v in message.items() if k not in (role, content)}, i)
+    text = text_of(_joined_parts(message[content], i), f"content of message {i}")
+    made = _with_calls(kept, name, text, said in _CALL_ROLES, i)
+    if not made["content"].strip() and not made.get("tool_calls"):
+        if name == "assistant":
+            raise DataError(f"message {i}, an assistant turn, is empty.", "empty_completion")
+        if name == "user":
+            raise DataError(f"message {i}, a user turn, is empty.", "empty_prompt")
+    return made
+
+
+def _with_calls(kept, role, text, is_call, i):
+    """{"role", "content"} with `tool_calls`, however they came, and the other keys."""
+    given = [kept.get("tool_calls"), kept.get("function_call")]  # the second: OpenAI's older form
+    if is_call:
+        thought, end, call = text.rpartition("</think>")
+        given.append(strict_json(call, f"message {i}, a function call"))
+        text = thought + end
+    found = [
+        calls for calls in (_calls(calls, f"message {i}") for calls in given if calls) if calls
+    ]
+    if len(found) > 1:
+        raise DataError(f"message {i} has its tool calls twice; leave one out.", "schema")
+    rest = {k: v for k, v in kept.items() if k not in ("tool_calls", "function_call")}
+    made = rest | {"role": role, "content": text}
+    return made | {"tool_calls": found[0]} if found else made
+
+
+def _calls(calls, name):
+    calls = strict_json(calls, f"tool_calls of {name}") if isinstance(calls, str) else calls
+    calls = [calls] if isinstance(calls, Mapping) and calls else calls
+    if not calls and calls in (None, [], {}):
+        return []
+    if not isinstance(calls, (list, tuple)):
+        raise DataError(f"tool_calls of {name} must be a list, got {calls!r:.60}.", "schema")
+    return [_call(call, f"tool call {j} of {name}") for j, call in enumerate(calls)]
+
+
+def _call(call, name):
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    called = function.get("name") if isinstance(function, Mapping) else None
+    if (
+        not isinstance(called, str)
+        or not called.strip()
+        or call.get("type") not in (None, "function")
+    ):
+        raise DataError(
+            f"{name} must be a function with 'name' and 'arguments', got {call!r:.60}.", "schema"
+        )
+    outer = ("id", "type", "index", "function")
+    others = {k for k, v in function.items() if v is not None} - {"name", "arguments", *outer}
+    others |= set(call) - {*outer, "name", "arguments"}
+    if others:
+        raise DataError(f"{name} has {sorted(others)} beside 'name' and 'arguments'.", "schema")
+    rest = {k: call[k] for k in ("id", "index") if call.get(k) is not None}
+    function = {"name": called, "arguments": _arguments(function.get("arguments"), name)}
+    return rest | {"type": "function", "function": function}
+
+
+def _arguments(arguments, name):
+    """As an object, which is what templates write as JSON; OpenAI's API has it as text."""
+    if isinstance(arguments, str):
+        arguments = strict_json(arguments, f"arguments of {name}") if arguments.strip() else None
+    arguments = {} if arguments is None else arguments
+    if not isinstance(arguments, Mapping):
+        raise DataError(f"arguments of {name} must be an object, got {arguments!r:.60}.", "schema")
+    check_values(arguments, finite=True)
+    return dict(arguments)
+
+
+def _tool(tool, i):
+    tool = strict_json(tool, f"tool {i}") if isinstance(tool, str) else tool
+    if isinstance(tool, Mapping) and "function" not in tool and "name" in tool:
+        tool = {"type": "function", "function": {k: v for k, v in tool.items() if k != "type"}}
+    function = tool.get("function") if isinstance(tool, Mapping) else None
+    name = function.get("name") if isinstance(function, Mapping) else None
+    if not isinstance(name, str) or not name.strip():
+        raise DataError(f"tool {i} must be a function with a 'name', got {tool!r:.60}.", "schema")
+    parameters = function.get("parameters")
+    if isinstance(parameters, str):  # Tables have no other way for schemas that differ.
+        parameters = (
+            strict_json(parameters, f"parameters of tool {i}") if parameters.strip() else {}
+        )
+    if parameters is not None and not isinstance(parameters, Mapping):
+        raise DataError(
+            f"parameters of tool {i} must be an object, got {parameters!r:.60}.", "schema"
+        )
+    own = {} if parameters is None else {"parameters": parameters}
+    rest = {key: value for key, value in function.items() if key != "parameters"}
+    return {**tool, "type": "function", "function": rest | own}
+
+
+def _details(kept, i):
+    """The other keys of a message, of which those that are part of the conversation are checked."""
+    thoughts = {name: kept[name] for name in REASONING if name in kept}
+    given = {text_of(value, f"{key} of message {i}") for key, value in thoughts.items()} - {""}
+    if len(given) > 1:
+        raise DataError(f"message {i} has {' and '.join(thoughts)}, which differ.", "schema")
+    found = {"reasoning_content": given.pop()} if given else {}
+    for key in ("name", "tool_call_id"):
+        if key in kept:
+            text_of(kept[key], f"{key} of message {i}")
+    for key in ("refusal", *MEDIA):
+        if kept.get(key) not in (None, "", [], {}):
+            raise DataError(
+                f"message {i} has {key!r}, which a text model cannot be shown; write it into the "
+                "content, or take it out.",
+                "schema",
+            )
+    check_weight(kept.get("weight"), f"weight of message {i}")
+    if not isinstance(kept.get("train", True), bool):
+        raise DataError(
+            f"train of message {i} must be true or false, got {kept['train']!r:.40}.", "schema"
+        )
+    return {key: value for key, value in kept.items() if key not in REASONING} | found
+
+
+def _joined_parts(content, i):
+    """The text of [{"type": "text", "text": ...}], the form for several media.
+
+    Parts follow each other without a blank, as in the templates that read them (Llama 3.2, Qwen 2.5 VL).
+    """
+    if not isinstance(content, (list, tuple)) or not content:
+        return content
+    if not all(isinstance(part, Mapping) for part in content):
+        return content
+    for part in content:
+        kind = part.get("type")
+        if kind in _MEDIA_PARTS:
+            raise DataError(
+                f"message {i} has a part of the type {kind!r}, which a text model cannot be shown; "
+                "take such parts out.",
+                "schema",
+            )
+        if kind not in ("text", "input_text", "output_text") or not isinstance(
+            part.get("text"), str
+        ):
+            raise DataError(
+                f"message {i} has the part {part!r:.60}; known are text parts.", "schema"
+            )
+    return "".join(part["text"] for part in content)

@@ -1,0 +1,95 @@
+"""All records of a data set through a Renderer, with what cannot be used counted; and how one looks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from jaxft.data.errors import BadRecords, DataError
+from jaxft.data.length import TooLong, shorten
+from jaxft.data.records import Record
+from jaxft.data.rendering import Renderer, Tokenised
+
+
+def render(
+    records: Iterable[Record],
+    renderer: Renderer,
+    max_length: int,
+    *,
+    too_long: TooLong = "drop",
+    bad: BadRecords | None = None,
+) -> list[Tokenised]:
+    """All records as tokens, with what cannot be used reported or counted, never in silence.
+
+    Args:
+        max_length: in tokens.
+        too_long: what becomes of longer ones, counted in `bad`: "drop"; "truncate" on the right
+            (the stop token is lost, so the model is not taught to stop there);
+            "truncate_left_prompt", which keeps the answer and the BOS; "split" into pieces of
+            max_length, for plain text; or "error". A rest in which nothing trains is dropped.
+        bad: policy for records that cannot be rendered; also takes the counts.
+
+    Raises:
+        DataError: if nothing is left, or by the policies.
+    """
+    bad = BadRecords(loud=True) if bad is None else bad
+    result, total = [], 0
+    for record in records:
+        total += 1
+        where = str(record.get("_where", record.get("id", f"record {total - 1}")))
+        try:
+            parts = renderer(record)
+        except DataError as error:
+            if error.code is None:
+                raise  # A wrong setting fails every record: skipping would hide it.
+            bad.add(where, error.code, str(error))
+            continue
+        for part in parts:
+            if not part.loss_mask[1:].any():  # The first token has nothing before it.
+                bad.add(where, "no_loss_tokens", "its loss mask is all zero; nothing would train.")
+            elif len(part.tokens) <= max_length:
+                result.append(part)
+            elif too_long == "error":
+                raise DataError(
+                    f"{where}: {len(part.tokens)} tokens, more than max_length={max_length}; raise "
+                    "it, or choose too_long='drop' or 'truncate'.",
+                    "too_long",
+                )
+            else:
+                pieces = shorten(part, max_length, too_long)
+                bad.dropped["truncated" if pieces else "too_long"] += 1
+                result += pieces
+    bad.finish(total, len(result))
+    return result
+
+
+def explain(part: Tokenised, tokenizer: Any, *, color: bool = True) -> str:
+    """The decoded record with what trains in green, or in ⟦brackets⟧ without colour."""
+    begin, end = ("\033[32m", "\033[0m") if color else ("⟦", "⟧")
+    text, run, trains = "", [], False
+    for token, weight in [
+        *zip(part.tokens.tolist(), part.loss_mask > 0, strict=True),
+        (None, None),
+    ]:
+        if weight != trains or token is None:
+            piece = tokenizer.decode(run) if run else ""
+            text += f"{begin}{piece}{end}" if trains and piece else piece
+            run, trains = [], weight
+        run.append(token)
+    share = part.loss_mask.astype(bool).mean()
+    return f"{text}\n[{len(part.tokens)} tokens, {share:.0%} of them train]"
+
+
+def render_prompts(records: Sequence[Record], renderer: Renderer) -> list[list[int]]:
+    """The prompt ids of each record, for generation; DataError says which cannot be rendered."""
+    prompts = []
+    for record in records:
+        try:
+            prompts.append(renderer.prompt(record))
+        except DataError as error:
+            if error.code is None:
+                raise
+            raise DataError(
+                f"{record.get('_where', record.get('id'))}: {error}", error.code
+            ) from error
+    return prompts

@@ -1,0 +1,184 @@
+"""What of a conversation a chat template leaves out of its text.
+
+Templates read the fields that they know: a system message, tools or reasoning that one does not know are
+gone from the text, without an error. Here every text that a conversation holds is looked for in what was
+rendered. Allowed are what templates do on purpose: blanks that are stripped or added, JSON's escapes, and
+reasoning of earlier turns, which is asked for only in turns that train.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from jaxft.data.errors import DataError
+
+_THINK = re.compile(r"</?(?:think|thinking)>")
+_SHORT = 24  # characters; what is shorter may occur in a text by chance
+
+_REMEDY = "take it out of the data, or pass a template that shows it (--template)."
+_REMEDIES = {
+    "tools": "describe the tools in the system message, or pass a template that shows them "
+    "(--template, such as the tokenizer's tool_use).",
+    "tool_calls": "write the calls into the content as the model is to make them, or pass a template "
+    "that shows them (--template).",
+    "reasoning_content": "write it into the content, between <think> and </think>, or pass a template "
+    "that shows it (--template).",
+    "content": "take it out of the data (a system message may go into the first user message), or pass "
+    "a template that shows it (--template).",
+}
+
+
+class Piece(NamedTuple):
+    """A text that must be found."""
+
+    path: tuple[str | int, ...]  # into {"messages": ..., "tools": ...}
+    value: Any  # text or number
+    whole: bool  # is all that stands at this place, which may so be replaced
+
+    def __str__(self) -> str:
+        place = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in self.path)
+        return f"{place.lstrip('.')} ({self.value!r:.40})"
+
+
+def left_out(
+    render: Callable[[list, Mapping], str],
+    messages: Sequence[Mapping],
+    context: Mapping[str, Any],
+    text: str,
+    trained: Collection[int],
+) -> list[Piece]:
+    """The pieces of the messages and of the tools in `context` that are not in `text`.
+
+    Long ones are looked for. Short ones are also replaced, since they may occur by chance: they count as
+    shown if the text changes with them.
+
+    Args:
+        render: (messages, context) -> text.
+        text: what it gave for them.
+        trained: the messages whose reasoning must be there.
+    """
+    pieces = [*_of_messages(messages, trained), *_of_tools(context.get("tools") or ())]
+    dense = _dense(text)
+    gone = [piece for piece in pieces if not _found(piece.value, text, dense)]
+    short = [piece for piece in pieces if piece.whole and len(piece.value) < _SHORT]
+    return _without_effect(render, messages, context, text, short) + [
+        piece for piece in gone if piece not in short
+    ]
+
+
+def refuse(lost: Sequence[Piece]) -> None:
+    """Raises DataError for pieces that a template leaves out, if there are any."""
+    if lost:
+        path = lost[0].path
+        field = path[0] if path[0] == "tools" else path[2]
+        raise DataError(
+            f"the chat template does not show {', '.join(map(str, lost[:3]))}; "
+            f"{_REMEDIES.get(field, _REMEDY)}",
+            "template",
+        )
+
+
+def _without_effect(render, messages, context, text, pieces):
+    """Those in whose place anything may stand, and the text stays the same."""
+    given = {"messages": list(messages), **context}
+
+    def rendered(replaced):
+        data = given
+        for piece, mark in replaced:
+            data = _replaced(data, piece.path, mark)
+        try:
+            return render(data["messages"], {k: v for k, v in data.items() if k != "messages"})
+        except DataError:
+            return None  # Some templates look into what they show.
+
+    marks = [(piece, f"jaxft{i:04d}jaxft") for i, piece in enumerate(pieces)]
+    together = rendered(marks) if marks else None
+    alone = lambda piece, mark: rendered([(piece, mark)])
+    return [
+        piece
+        for piece, mark in marks
+        if (together is None or mark not in together) and alone(piece, mark) == text
+    ]
+
+
+def _of_messages(messages, trained) -> Iterator[Piece]:
+    asked: list[str | None] = []  # ids of the calls that wait for their result
+    for i, message in enumerate(messages):
+        place, content, full = ("messages", i), message["content"], i in trained
+        parts = [part for part in _THINK.split(content) if part.strip()]
+        if message["role"] == "assistant" and not full:
+            parts = parts[-1:]
+        whole = parts == [content]
+        yield from (Piece((*place, "content"), part, whole) for part in parts)
+        if full and message.get("reasoning_content"):
+            yield Piece((*place, "reasoning_content"), message["reasoning_content"], True)
+        if message.get("name"):
+            # Templates that do not name a tool's result have its name in the call.
+            yield Piece((*place, "name"), message["name"], message["role"] != "tool")
+        for j, call in enumerate(message.get("tool_calls") or ()):
+            function = (*place, "tool_calls", j, "function")
+            yield Piece((*function, "name"), call["function"]["name"], True)
+            yield from _leaves((*function, "arguments"), call["function"]["arguments"])
+            asked.append(call.get("id"))
+        if message.get("tool_call_id"):
+            # Without ids in the text, results belong to calls by their order.
+            if asked and message["tool_call_id"] != asked[0]:
+                yield Piece((*place, "tool_call_id"), message["tool_call_id"], False)
+            asked = [name for name in asked if name != message["tool_call_id"]]
+
+
+def _of_tools(tools) -> Iterator[Piece]:
+    for i, tool in enumerate(tools):
+        function, place = tool.get("function", tool), ("tools", i, "function")
+        if not isinstance(function, Mapping):
+            continue
+        for key in ("name", "description"):
+            if isinstance(function.get(key), str) and function[key].strip():
+                yield Piece((*place, key), function[key], "function" in tool)
+        properties = (function.get("parameters") or {}).get("properties")
+        for name, schema in (properties if isinstance(properties, Mapping) else {}).items():
+            inner = (*place, "parameters", "properties", name)
+            yield Piece(inner, name, False)
+            about = schema.get("description") if isinstance(schema, Mapping) else None
+            if isinstance(about, str) and about.strip():
+                yield Piece((*inner, "description"), about, True)
+
+
+def _leaves(path, value) -> Iterator[Piece]:
+    """Keys and values of a call's arguments."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            if key.strip():
+                yield Piece((*path, key), key, False)
+            yield from _leaves((*path, key), item)
+    elif isinstance(value, (list, tuple)):
+        for i, item in enumerate(value):
+            yield from _leaves((*path, i), item)
+    elif not isinstance(value, str) or value.strip():
+        yield Piece(path, value, isinstance(value, str))
+
+
+def _found(value, text, dense):
+    if isinstance(value, str) and value.strip() in text:
+        return True
+    forms = [json.dumps(value), str(value)]
+    if isinstance(value, str):
+        escaped = [json.dumps(value, ensure_ascii=False)[1:-1], json.dumps(value)[1:-1]]
+        forms = [value, *escaped, *(json.dumps(form)[1:-1] for form in escaped)]
+    return any(form in text for form in forms) or any(_dense(form) in dense for form in forms)
+
+
+def _dense(text):
+    return "".join(text.split())
+
+
+def _replaced(data, path, value):
+    """A copy with another value at the path; only what lies on the path is copied."""
+    key, *rest = path
+    inner = _replaced(data[key], rest, value) if rest else value
+    if isinstance(data, Mapping):
+        return {**data, key: inner}
+    return [*data[:key], inner, *data[key + 1 :]]

@@ -30,6 +30,7 @@ from jaxft.checkpoints.assemble import (
     stacked_shapes,
 )
 from jaxft.checkpoints.gguf import GgufFile
+from jaxft.checkpoints.gguf_parts import one_model
 from jaxft.checkpoints.packages import PACKAGES, fetch
 from jaxft.checkpoints.tensor_files import open_tensors, save_tensors
 from jaxft.checkpoints.tiny import byte_tokenizer, tiny_model
@@ -276,9 +277,7 @@ def resolve(path_or_id: str | os.PathLike) -> pathlib.Path:
         )
     files = sorted(path.glob("*.gguf")) if path.is_dir() else []
     if files and not (path / "config.json").exists():
-        if len(files) > 1:
-            raise CheckpointError(f"{path}: holds {len(files)} .gguf files; name the one to load.")
-        return files[0]
+        return one_model(files, path)
     return path
 
 

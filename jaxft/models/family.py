@@ -65,21 +65,28 @@ class GgufHeader(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Gguf:
-    """GGUF files, the format of llama.cpp, which are only read.
+    """GGUF files, the format of llama.cpp.
 
     Attributes:
-        architecture: the value of general.architecture.
+        architecture: the value of general.architecture. Of families that share one, the first is read.
         read: header -> config. Raises CheckpointError for what the module cannot compute.
+        write: config -> metadata, without the architecture's prefix: ints, floats, bools and strings. What
+            `read` would not give back is refused by `jaxft.checkpoints.save_gguf`.
         reads: the metadata keys that `read` looks at, without the architecture's prefix.
         entries: config -> the tensors of a file and the leaves that they hold.
-        ignores: tensors that are no leaf of the params: what `read` takes from the header.
+        beside: config -> tensors that are no leaf of the params: what `read` takes from the header.
+        ignores: the names of those.
+        float32: the matrices that llama.cpp keeps in float32 in a file of any type.
     """
 
     architecture: str
     read: Callable[[GgufHeader], Config]
+    write: Callable[[Config], dict[str, Any]]
     reads: frozenset[str]
     entries: Callable[[Config], list[Entry]]
-    ignores: frozenset[str] = frozenset({"rope_freqs.weight"})
+    beside: Callable[[Config], dict[str, Any]] = lambda config: {}
+    ignores: frozenset[str] = frozenset()
+    float32: frozenset[str] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Collection
 from typing import Any
 
-from jaxft.models import hf_config
+from jaxft.models import gguf, hf_config
 from jaxft.models.config import DecoderConfig, Rope
-from jaxft.models.family import Json
+from jaxft.models.family import GgufHeader, Json
 
 READS = hf_config.READS | {"hidden_activation", "attn_logit_softcapping", "final_logit_softcapping"}
 
@@ -41,6 +41,11 @@ def write(config: DecoderConfig) -> dict[str, Any]:
         "final_logit_softcapping": config.final_softcap,
         "query_pre_attn_scalar": round(config.scale**-2),
     }
+
+
+def read_gguf(header: GgufHeader) -> DecoderConfig:
+    """The DecoderConfig of a GGUF file of the first Gemma."""
+    return as_gemma(gguf.read_gguf_decoder(header, "gemma"))
 
 
 def as_gemma(config: DecoderConfig) -> DecoderConfig:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from jaxft.models import hf_config
+import functools
+
+from jaxft.models import gguf, hf_config
 from jaxft.models.decoder import Decoder
-from jaxft.models.family import Family
+from jaxft.models.family import Family, Gguf
 from jaxft.models.gemma import config
 
 GEMMA = Family(
@@ -15,5 +17,13 @@ GEMMA = Family(
         read=config.read,
         write=config.write,
         reads=config.READS,
+    ),
+    gguf=Gguf(
+        architecture="gemma",
+        read=config.read_gguf,
+        write=gguf.write_gguf_decoder,
+        reads=gguf.READS,
+        # Its files hold 1 + scale.
+        entries=functools.partial(gguf.gguf_decoder_entries, offset=1.0),
     ),
 )

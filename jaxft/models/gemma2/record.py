@@ -23,6 +23,7 @@ GEMMA2 = Family(
     gguf=Gguf(
         architecture="gemma2",
         read=config.read_gguf,
+        write=config.write_gguf,
         reads=config.GGUF_READS,
         # Its files hold 1 + scale.
         entries=functools.partial(gguf.gguf_decoder_entries, norms=GGUF_NORMS, offset=1.0),

@@ -6,12 +6,12 @@ import dataclasses
 from collections.abc import Collection
 from typing import Any
 
-from jaxft.models import hf_config
+from jaxft.models import gguf, hf_config
 from jaxft.models.config import DecoderConfig, Rope
 from jaxft.models.family import GgufHeader, Json
 from jaxft.models.gemma2 import config as gemma2
 
-GGUF_READS = gemma2.GGUF_READS
+GGUF_READS = gemma2.GGUF_READS - {"attn_logit_softcapping"}
 READS = gemma2.READS | {"rope_local_base_freq", "sliding_window_pattern"}
 THETA, LOCAL_THETA = 1e6, 1e4  # of layers without and with a window, by default
 
@@ -35,9 +35,22 @@ def write(config: DecoderConfig) -> dict[str, Any]:
 
 
 def read_gguf(header: GgufHeader) -> DecoderConfig:
-    """The DecoderConfig of a GGUF file."""
-    config = gemma2.read_later_gguf(header, "gemma3_text", lambda i: (i + 1) % 6 != 0, largest=62)
-    return dataclasses.replace(config, qk_norm=True, local_rope=Rope(theta=LOCAL_THETA))
+    """The DecoderConfig of a GGUF file; without a window in it, all layers see all."""
+    window = header.get("attention.sliding_window", 0)
+    config = gemma2.read_later_gguf(header, "gemma3_text", window, period=6, largest=62)
+    return dataclasses.replace(
+        config,
+        qk_norm=True,
+        local_rope=Rope(theta=gemma2.local_theta(header, LOCAL_THETA)),
+        final_softcap=gguf.decimal(header.get("final_logit_softcapping", 0.0)) or None,
+    )
+
+
+def write_gguf(config: DecoderConfig) -> dict[str, Any]:
+    """The metadata of a DecoderConfig."""
+    keys = gemma2.write_later_gguf(config)
+    cap = config.final_softcap
+    return keys | ({"final_logit_softcapping": float(cap)} if cap else {})
 
 
 def _ropes(json: Json) -> tuple[Rope, Rope]:

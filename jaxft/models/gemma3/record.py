@@ -23,6 +23,7 @@ GEMMA3 = Family(
     gguf=Gguf(
         architecture="gemma3",
         read=config.read_gguf,
+        write=config.write_gguf,
         reads=config.GGUF_READS,
         # Its files hold 1 + scale.
         entries=functools.partial(

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
+from jaxft.models import gguf
 from jaxft.models.config import DecoderConfig
 from jaxft.models.errors import CheckpointError
-from jaxft.models.family import Json
+from jaxft.models.family import GgufHeader, Json
 from jaxft.models.hf_config import read_activation
 
 READS = frozenset(
     "vocab_size n_embd n_inner n_layer n_head n_positions layer_norm_epsilon activation_function "
     "tie_word_embeddings scale_attn_by_inverse_layer_idx reorder_and_upcast_attn".split()
 )
+
+GGUF_READS = gguf.SHARED_READS | {"attention.layer_norm_epsilon"}
 
 
 def read(json: Json, tensors: Collection[str]) -> DecoderConfig:
@@ -60,4 +63,38 @@ def write(config: DecoderConfig) -> dict[str, Any]:
         "n_positions": config.max_length,
         "layer_norm_epsilon": config.norm_eps,
         "activation_function": {"gelu_tanh": "gelu_new"}.get(config.activation, config.activation),
+    }
+
+
+def read_gguf(header: GgufHeader) -> DecoderConfig:
+    """The DecoderConfig of a GGUF file."""
+    need = lambda key: gguf.need(header, key)
+    width, heads = need("embedding_length"), need("attention.head_count")
+    groups = gguf.one(header, "attention.head_count_kv")
+    if groups not in (None, heads):
+        raise CheckpointError(f"{header.file}: gpt2 with {groups} key heads for {heads} heads.")
+    json = {
+        "vocab_size": gguf.vocabulary(header),
+        "n_embd": width,
+        "n_inner": need("feed_forward_length"),
+        "n_layer": need("block_count"),
+        "n_head": heads,
+        "n_positions": need("context_length"),
+        "layer_norm_epsilon": gguf.decimal(need("attention.layer_norm_epsilon")),
+        "tie_word_embeddings": not header.has("output.weight"),
+    }
+    return read(json, ())
+
+
+def write_gguf(config: DecoderConfig) -> dict[str, Any]:
+    """The metadata of a DecoderConfig."""
+    return {
+        "vocab_size": config.vocab_size,
+        "context_length": config.max_length,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "block_count": config.num_layers,
+        "attention.head_count": config.num_heads,
+        "attention.head_count_kv": config.num_kv_heads,
+        "attention.layer_norm_epsilon": float(config.norm_eps),
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from jaxft.models.decoder import Decoder
-from jaxft.models.family import Family, HuggingFace
+from jaxft.models.family import Family, Gguf, HuggingFace
 from jaxft.models.gpt2 import config, names
 from jaxft.models.names import with_prefix
 
@@ -18,5 +18,13 @@ GPT2 = Family(
         entries=names.entries,
         rename=with_prefix("transformer."),
         ignores=names.ignores,
+    ),
+    gguf=Gguf(
+        architecture="gpt2",
+        read=config.read_gguf,
+        write=config.write_gguf,
+        reads=config.GGUF_READS,
+        entries=names.gguf_entries,
+        float32=frozenset({names.GGUF_POSITIONS}),
     ),
 )

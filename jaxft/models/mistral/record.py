@@ -9,6 +9,7 @@ from jaxft.models import hf_config
 from jaxft.models.config import DecoderConfig
 from jaxft.models.decoder import Decoder
 from jaxft.models.family import Family, Json
+from jaxft.models.llama.record import LLAMA_GGUF
 
 
 def _read(json: Json, tensors: Collection[str]) -> DecoderConfig:
@@ -25,4 +26,5 @@ MISTRAL = Family(
         write=hf_config.write_windowed_decoder,
         reads=hf_config.READS | hf_config.WINDOW_READS,
     ),
+    gguf=LLAMA_GGUF,
 )

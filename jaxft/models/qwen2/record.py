@@ -24,5 +24,11 @@ QWEN2 = Family(
         write=config.write,
         reads=config.READS,
     ),
-    gguf=Gguf("qwen2", _read_gguf, gguf.READS, gguf.gguf_decoder_entries),
+    gguf=Gguf(
+        architecture="qwen2",
+        read=_read_gguf,
+        write=gguf.write_gguf_decoder,
+        reads=gguf.READS,
+        entries=gguf.gguf_decoder_entries,
+    ),
 )

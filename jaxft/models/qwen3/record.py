@@ -39,6 +39,7 @@ QWEN3 = Family(
     gguf=Gguf(
         architecture="qwen3",
         read=_read_gguf,
+        write=gguf.write_gguf_decoder,
         reads=gguf.READS,
         entries=functools.partial(gguf.gguf_decoder_entries, norms=gguf.NORMS | gguf.QK_NORMS),
     ),

@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxft.models import FAMILIES, CheckpointError, Entry, Family
 from jaxft.models.family import find_gguf
+from jaxft.models.special_ids import SpecialIds
 
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K")
 
@@ -65,6 +66,14 @@ class GgufFile:
             raise CheckpointError(f"{file}: {error}") from None
         self.names = set(self._tensors) - self.family.gguf.ignores
         self.config = self.family.gguf.read(self)
+
+    def special(self) -> SpecialIds:
+        """The special ids of the metadata: the ends of a text, of a turn and of a message all end."""
+        find = lambda name: self._value(f"tokenizer.ggml.{name}_token_id")
+        ends = dict.fromkeys(find(name) for name in ("eos", "eot", "eom"))
+        eos = tuple(int(i) for i in ends if i is not None)
+        bos, pad = (None if (i := find(name)) is None else int(i) for name in ("bos", "padding"))
+        return SpecialIds(bos=bos, eos=eos, pad=pad)
 
     def get(self, key: str, default: Any = None) -> Any:
         """The value of the metadata field `<architecture>.<key>`."""

@@ -6,6 +6,7 @@ from jaxft.models import hf_config
 from jaxft.models.decoder import Decoder
 from jaxft.models.family import Family
 from jaxft.models.gemma import config
+from jaxft.models.special_ids import SpecialIds
 
 GEMMA = Family(
     name="gemma",
@@ -15,5 +16,6 @@ GEMMA = Family(
         read=config.read,
         write=config.write,
         reads=config.READS,
+        special=SpecialIds(bos=2, eos=(1,), pad=0),
     ),
 )

@@ -7,6 +7,7 @@ import functools
 from jaxft.models import gguf, hf_config
 from jaxft.models.decoder import Decoder
 from jaxft.models.family import Family, Gguf
+from jaxft.models.special_ids import SpecialIds
 
 LLAMA = Family(
     name="llama",
@@ -16,6 +17,7 @@ LLAMA = Family(
         read=lambda json, tensors: hf_config.read_decoder(json, "llama"),
         write=hf_config.write_decoder,
         reads=hf_config.READS,
+        special=SpecialIds(bos=1, eos=(2,)),
     ),
     gguf=Gguf(
         architecture="llama",

@@ -9,6 +9,7 @@ from jaxft.models import hf_config
 from jaxft.models.config import DecoderConfig
 from jaxft.models.decoder import Decoder
 from jaxft.models.family import Family, Json
+from jaxft.models.special_ids import SpecialIds
 
 
 def _read(json: Json, tensors: Collection[str]) -> DecoderConfig:
@@ -24,5 +25,6 @@ MISTRAL = Family(
         read=_read,
         write=hf_config.write_windowed_decoder,
         reads=hf_config.READS | hf_config.WINDOW_READS,
+        special=SpecialIds(bos=1, eos=(2,)),
     ),
 )

@@ -13,7 +13,7 @@ import jax
 import tyro
 
 from experiments.cli import flags
-from experiments.cli.models import load_trained, renderer_of
+from experiments.cli.models import load_trained, renderer_of, stop_ids
 from jaxft import train
 from jaxft.generation import generate
 from jaxft.keys import stream
@@ -35,7 +35,7 @@ def main(config: Config) -> list[str]:
     """Prints the answers; returns them."""
     renderer = renderer_of(config.trained)
     model, params = load_trained(config.trained)
-    rules = config.sampling.rules(renderer.tokenizer)
+    rules = config.sampling.rules(stop_ids(renderer, model))
     start = [{"role": "system", "content": config.system}] if config.system else []
 
     def answer(messages, number):

@@ -30,6 +30,7 @@ from experiments.cli import reinforce_checks as checks
 from experiments.cli import rewards as rewards_cli
 from experiments.cli import training as shared
 from experiments.cli.algorithms import ALGORITHMS, Choice, Correction, algorithm
+from experiments.cli.models import stop_ids
 from experiments.cli.servers import PushApiName
 from jaxft import checkpoints as files
 from jaxft import data, rl, train
@@ -210,7 +211,7 @@ def sampling(config, model, renderer, rewards, base=None) -> rl.Sample:
     settings = SamplingConfig(
         config.max_new_tokens,
         config.temperature,
-        stop_ids=(tokenizer.eos_token_id,),
+        stop_ids=stop_ids(renderer, model),
         stop_strings=config.stop,
     )
     sampler = servers.sampler(config, model, base) if config.sampler_url else generate

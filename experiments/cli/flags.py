@@ -160,10 +160,10 @@ class Sampling:
     min_p: float | None = None  # keep tokens at least this fraction as likely as the likeliest
     stop: tuple[str, ...] = ()  # text that ends an answer, besides the stop token
 
-    def rules(self, tokenizer: Any) -> SamplingConfig:
-        """What a sampler takes; the tokenizer's end of sequence ends an answer."""
+    def rules(self, stop_ids: tuple[int, ...]) -> SamplingConfig:
+        """What a sampler takes; each of the ids (`checkpoints.end_tokens`) ends an answer."""
         rules = {name: x for name, x in dataclasses.asdict(self).items() if name != "stop"}
-        return SamplingConfig(**rules, stop_ids=(tokenizer.eos_token_id,), stop_strings=self.stop)
+        return SamplingConfig(**rules, stop_ids=stop_ids, stop_strings=self.stop)
 
 
 def flat(config: Any) -> dict[str, Any]:

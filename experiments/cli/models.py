@@ -16,6 +16,11 @@ def renderer_of(trained: flags.Trained, **options: Any) -> data.Renderer:
     return data.Renderer(files.load_tokenizer(trained.model), template=trained.template, **options)
 
 
+def stop_ids(renderer: data.Renderer, model: Any) -> tuple[int, ...]:
+    """The ids at which the model's answers end, with that tokenizer and chat template."""
+    return files.end_tokens(renderer.tokenizer, model.config, renderer.template)
+
+
 def check_positions(model: Any, name: str, length: int) -> None:
     """Raises ValueError if the model `name` has fewer positions than --max-length."""
     if length > model.config.max_length:

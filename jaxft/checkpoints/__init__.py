@@ -10,11 +10,14 @@ from jaxft.checkpoints.models import (
     save_model,
 )
 from jaxft.checkpoints.packages import cache_directory, fetch
+from jaxft.checkpoints.pairing import check_tokenizer, end_tokens
 from jaxft.models import CheckpointError
 
 __all__ = [
     "CheckpointError",
     "cache_directory",
+    "check_tokenizer",
+    "end_tokens",
     "fetch",
     "load_model",
     "load_tokenizer",

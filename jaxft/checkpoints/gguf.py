@@ -13,6 +13,7 @@ from jaxft.checkpoints.gguf_parts import parts_of
 from jaxft.models import FAMILIES, CheckpointError, Entry, Family
 from jaxft.models.family import find_gguf
 from jaxft.models.gguf_keys import check_keys
+from jaxft.models.special_ids import SpecialIds
 
 _NUMBERS = ("F16", "F32", "F64")  # others are blocks of bytes
 
@@ -82,6 +83,14 @@ class GgufFile:
         """The value of a metadata field by its full name."""
         field = self._fields.get(key)
         return default if field is None else field.contents()
+
+    def special(self) -> SpecialIds:
+        """The special ids of the metadata: the ends of a text, of a turn and of a message all end."""
+        find = lambda name: self.field(f"tokenizer.ggml.{name}_token_id")
+        ends = dict.fromkeys(find(name) for name in ("eos", "eot", "eom"))
+        eos = tuple(int(i) for i in ends if i is not None)
+        bos, pad = (None if (i := find(name)) is None else int(i) for name in ("bos", "padding"))
+        return SpecialIds(bos=bos, eos=eos, pad=pad)
 
     def get(self, key: str, default: Any = None) -> Any:
         """The value of the metadata field `<architecture>.<key>`."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-import json
 import os
 import pathlib
 import re
@@ -29,9 +28,18 @@ from jaxft.checkpoints.assemble import (
     layer_shapes,
     stacked_shapes,
 )
+from jaxft.checkpoints.beside import (
+    check_beside,
+    read_json,
+    read_special,
+    with_special,
+    write_beside,
+)
 from jaxft.checkpoints.gguf import GgufFile
 from jaxft.checkpoints.gguf_parts import one_model
 from jaxft.checkpoints.packages import PACKAGES, fetch
+from jaxft.checkpoints.pairing import check_tokenizer
+from jaxft.checkpoints.quantised import check_floats, refuse_quantised, refuse_quantised_tensors
 from jaxft.checkpoints.tensor_files import open_tensors, save_tensors
 from jaxft.checkpoints.tiny import byte_tokenizer, tiny_model
 from jaxft.models import FAMILIES, CheckpointError, Entry, Family, family_of
@@ -146,7 +154,8 @@ def open_model(
     path, score = resolve(path_or_id), None
     if path.suffix == ".gguf":
         file = GgufFile(path, families)
-        family, config, entries, found = file.family, file.config, file.entries(), file.names
+        family, entries, found = file.family, file.entries(), file.names
+        config = with_special(file.config, file.special())
         read, dtype = lambda entry: file.read(entry.name), lambda entry: np.float32
     else:
         family, config, tensors = _open_directory(path, families)
@@ -154,7 +163,10 @@ def open_model(
             score = tensors.pop(SCORE)
         entries, found = family.huggingface.entries(config), set(tensors)
         read, dtype = lambda entry: tensors[entry.name], lambda entry: tensors[entry.name].dtype
+        refuse_quantised_tensors(path, found - {entry.name for entry in entries})
     check_names(found, {entry.name for entry in entries}, path)
+    for entry in entries:
+        check_floats(path, entry.name, dtype(entry))
     return Opened(family, family.module(config), entries, read, dtype, score)
 
 
@@ -168,7 +180,9 @@ def save_model(
 ) -> None:
     """Writes a Hugging Face directory that transformers opens: config.json and safetensors.
 
-    Structured weights are written dense (merged), in the data type of their base. On several hosts all call
+    Structured weights are written dense (merged), in the data type of their base. config.json and
+    generation_config.json name the ids at which texts end: those that the model came with, and, with
+    `tokenizer_from`, those of the tokenizer and its chat template. On several hosts all call
     it, and the first writes. A reward head makes it a sequence classifier with one label, whose `score`
     `load_model` reads again (the output projection, where there is one, stays in the file).
 
@@ -179,6 +193,9 @@ def save_model(
         tokenizer_from: a model directory or GGUF file whose tokenizer is written too, or a
             transformers tokenizer.
         families: see load_model.
+
+    Raises:
+        CheckpointError: after all is written, if the tokenizer has ids that the model has not.
     """
     path, family = pathlib.Path(path), family_of(model.config, families)
     dtype = np.dtype(jax.tree.leaves(params)[0].dtype).name
@@ -203,15 +220,30 @@ def save_model(
     def write():
         path.mkdir(parents=True, exist_ok=True)
         save_tensors(path, tensors)
-        (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        if tokenizer_from is not None:
-            save_tokenizer(path, tokenizer_from)
+        special = getattr(model.config, "special", None)
+        write_beside(path, config, special)
+        if tokenizer_from is None:
+            return
+        save_tokenizer(path, tokenizer_from)
+        if special is not None and _has_tokenizer(path):
+            tokenizer = (
+                tokenizer_from
+                if not isinstance(tokenizer_from, (str, os.PathLike))
+                else load_tokenizer(path)
+            )
+            write_beside(path, config, special, tokenizer)
+            check_tokenizer(tokenizer, model.config)
 
     written_once(write, str(path), tensors)
 
 
 def load_tokenizer(path_or_id: str | os.PathLike) -> Any:
-    """The transformers tokenizer of a model, with its chat template."""
+    """The transformers tokenizer of a model, with its chat template.
+
+    Raises:
+        CheckpointError: if there is none, or it does not belong to the config.json beside it: ids without
+            a row in the embedding, no token that ends a text (`end_tokens` says more).
+    """
     try:
         from transformers import AutoTokenizer
     except ImportError:
@@ -225,11 +257,15 @@ def load_tokenizer(path_or_id: str | os.PathLike) -> Any:
         if importlib.util.find_spec("torch") is not None:
             return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         return _converted(path)
-    if not any(
-        (path / name).exists() for name in TOKENIZER_FILES[:3] + ("vocab.json", "vocab.txt")
-    ):
+    if not _has_tokenizer(path):
         raise CheckpointError(f"{path}: no tokenizer files (tokenizer.json...); copy them there.")
-    return AutoTokenizer.from_pretrained(path)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    check_beside(tokenizer, path, FAMILIES)
+    return tokenizer
+
+
+def _has_tokenizer(path):
+    return any((path / name).exists() for name in TOKENIZER_FILES[:3] + ("vocab.json", "vocab.txt"))
 
 
 def _converted(file):
@@ -302,17 +338,16 @@ def _read_config(path: pathlib.Path) -> dict[str, Any]:
     file = path / "config.json"
     if not file.exists():
         raise CheckpointError(f"{path}: no config.json; is it a Hugging Face model directory?")
-    try:
-        return json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{file}: not valid JSON ({error}); download it again.") from None
+    return read_json(file)
 
 
 def _open_directory(path, families):
     """(family, config, name -> tensor) of a Hugging Face directory, without what no model needs."""
     json = _read_config(path)
+    refuse_quantised(path, json)
     family = find_family(json.get("model_type"), families)
     codec = family.huggingface
     tensors = {codec.rename(name): tensor for name, tensor in open_tensors(path).items()}
     config = codec.read(json, tensors.keys())
+    config = with_special(config, read_special(path, json, codec.special))
     return family, config, {n: t for n, t in tensors.items() if not codec.ignores(n, config)}

@@ -6,6 +6,8 @@ import dataclasses
 import math
 from typing import Literal
 
+from jaxft.models.special_ids import SpecialIds
+
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
@@ -60,6 +62,7 @@ class DecoderConfig:
     embedding_scale: float = 1.0
     tie_embeddings: bool = True
     family: str = "llama"  # Hugging Face's model_type, under which files are written
+    special: SpecialIds = SpecialIds()  # ids of its files: beginning, ends, padding
 
     def __post_init__(self):
         for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "head_dim"):

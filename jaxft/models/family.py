@@ -11,6 +11,7 @@ import flax.linen as nn
 from jaxft.models.errors import CheckpointError
 from jaxft.models.names import Entry
 from jaxft.models.prediction import Prediction
+from jaxft.models.special_ids import SpecialIds
 from jaxft.models.transformer import TRANSFORMER_TARGETS, Targets
 from jaxft.parallel import LAYERS, TRANSFORMER_RULES, stacked_axes
 from jaxft.parallel.rules import Rules
@@ -35,6 +36,8 @@ class HuggingFace:
         ignores: (renamed tensor, config) -> whether no model needs it: buffers, heads of other tasks.
         head: the torch module of the output projection, which "all-linear" of PEFT leaves out.
         task_type: of PEFT, for adapters of this family.
+        special: the special ids of transformers' configuration class, where config.json leaves them out.
+            They are read into, and written from, the field `special` of configs that have one.
     """
 
     architecture: str
@@ -46,6 +49,7 @@ class HuggingFace:
     ignores: Callable[[str, Config], bool] = lambda name, config: False
     head: str = "lm_head"
     task_type: str = "CAUSAL_LM"
+    special: SpecialIds = SpecialIds()
 
 
 class GgufHeader(Protocol):

@@ -8,6 +8,7 @@ from jaxft.models import gguf, hf_config
 from jaxft.models.decoder import Decoder
 from jaxft.models.family import Family, Gguf
 from jaxft.models.gemma import config
+from jaxft.models.special_ids import SpecialIds
 
 GEMMA = Family(
     name="gemma",
@@ -17,6 +18,7 @@ GEMMA = Family(
         read=config.read,
         write=config.write,
         reads=config.READS,
+        special=SpecialIds(bos=2, eos=(1,), pad=0),
     ),
     gguf=Gguf(
         architecture="gemma",

@@ -9,6 +9,7 @@ from jaxft.models.decoder import Decoder
 from jaxft.models.family import Family, Gguf
 from jaxft.models.gemma2 import config
 from jaxft.models.gemma2.names import GGUF_NORMS, NORMS
+from jaxft.models.special_ids import SpecialIds
 
 GEMMA2 = Family(
     name="gemma2",
@@ -19,6 +20,7 @@ GEMMA2 = Family(
         write=config.write,
         reads=config.READS,
         entries=functools.partial(names.decoder_entries, norms=NORMS),
+        special=SpecialIds(bos=2, eos=(1,), pad=0),
     ),
     gguf=Gguf(
         architecture="gemma2",

@@ -9,6 +9,7 @@ from jaxft.models.decoder import Decoder
 from jaxft.models.family import Family, Gguf
 from jaxft.models.gemma2.names import GGUF_NORMS, NORMS
 from jaxft.models.gemma3 import config
+from jaxft.models.special_ids import SpecialIds
 
 GEMMA3 = Family(
     name="gemma3_text",
@@ -19,6 +20,7 @@ GEMMA3 = Family(
         write=config.write,
         reads=config.READS,
         entries=functools.partial(names.decoder_entries, norms=NORMS | names.QK_NORMS),
+        special=SpecialIds(bos=2, eos=(1,), pad=0),
     ),
     gguf=Gguf(
         architecture="gemma3",

@@ -6,6 +6,7 @@ from jaxft.models.decoder import Decoder
 from jaxft.models.family import Family, Gguf, HuggingFace
 from jaxft.models.gpt2 import config, names
 from jaxft.models.names import with_prefix
+from jaxft.models.special_ids import SpecialIds
 
 GPT2 = Family(
     name="gpt2",
@@ -18,6 +19,7 @@ GPT2 = Family(
         entries=names.entries,
         rename=with_prefix("transformer."),
         ignores=names.ignores,
+        special=SpecialIds(bos=50256, eos=(50256,)),
     ),
     gguf=Gguf(
         architecture="gpt2",

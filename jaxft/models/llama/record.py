@@ -9,6 +9,7 @@ from jaxft.models import gguf, hf_config
 from jaxft.models.config import DecoderConfig
 from jaxft.models.decoder import Decoder
 from jaxft.models.family import Family, Gguf, GgufHeader
+from jaxft.models.special_ids import SpecialIds
 
 
 def _read_gguf(header: GgufHeader) -> DecoderConfig:
@@ -40,6 +41,7 @@ LLAMA = Family(
         read=lambda json, tensors: hf_config.read_decoder(json, "llama"),
         write=hf_config.write_decoder,
         reads=hf_config.READS,
+        special=SpecialIds(bos=1, eos=(2,)),
     ),
     gguf=LLAMA_GGUF,
 )

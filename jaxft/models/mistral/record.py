@@ -10,6 +10,7 @@ from jaxft.models.config import DecoderConfig
 from jaxft.models.decoder import Decoder
 from jaxft.models.family import Family, Json
 from jaxft.models.llama.record import LLAMA_GGUF
+from jaxft.models.special_ids import SpecialIds
 
 
 def _read(json: Json, tensors: Collection[str]) -> DecoderConfig:
@@ -25,6 +26,7 @@ MISTRAL = Family(
         read=_read,
         write=hf_config.write_windowed_decoder,
         reads=hf_config.READS | hf_config.WINDOW_READS,
+        special=SpecialIds(bos=1, eos=(2,)),
     ),
     gguf=LLAMA_GGUF,
 )

@@ -50,14 +50,14 @@ def assemble(
     tree like the result, places each leaf; `stacked` stacks the layers, which lie at `layers`, on a leading
     axis.
     """
-    named = _flatten(shapes)
+    named = flatten(shapes)
     by_path = {path: entry for entry in entries for path in entry.paths}
     lost = set(named) ^ set(by_path)
     if lost:
         raise CheckpointError(f"the architecture and the file disagree about {sorted(lost)[0]!r}.")
     fetch = lambda path: _leaf(by_path[path], path, named, read, dtype)
     leaves = _stacks(named, fetch, layers) if stacked else {path: fetch(path) for path in named}
-    places = _flatten(shardings) if shardings is not None else {}
+    places = flatten(shardings) if shardings is not None else {}
     return _nest({path: _place(leaf, places.get(path)) for path, leaf in leaves.items()})
 
 
@@ -72,7 +72,7 @@ def disassemble(
         CheckpointError: if the params have what the format lacks: a prompt, a prefix, adapters.
     """
     stacked = is_stacked(params, layers)
-    leaves = _flatten(merge_biases(params))
+    leaves = flatten(merge_biases(params))
     number = re.compile(rf"^{re.escape(layers)}/(\d+)/")
     known = {path for entry in entries for path in entry.paths}
     known = {number.sub(f"{layers}/", path) for path in known} if stacked else known
@@ -224,7 +224,8 @@ def _place(leaf: _Leaf | _Stack, sharding: Sharding | None) -> jax.Array:
     return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards)
 
 
-def _flatten(tree: Params) -> dict[str, Any]:
+def flatten(tree: Params) -> dict[str, Any]:
+    """path -> leaf or weight."""
     flat = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_weight)[0]
     return {path_name(path): leaf for path, leaf in flat}
 

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import os
 import pathlib
 import re
 import shutil
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -37,6 +33,7 @@ from jaxft.checkpoints.beside import (
 )
 from jaxft.checkpoints.gguf import GgufFile
 from jaxft.checkpoints.gguf_parts import one_model
+from jaxft.checkpoints.gguf_tokenizer import read_tokenizer
 from jaxft.checkpoints.packages import PACKAGES, fetch
 from jaxft.checkpoints.pairing import check_tokenizer
 from jaxft.checkpoints.quantised import check_floats, refuse_quantised, refuse_quantised_tensors
@@ -254,9 +251,7 @@ def load_tokenizer(path_or_id: str | os.PathLike) -> Any:
         return byte_tokenizer()
     path = resolve(path_or_id)
     if path.suffix == ".gguf":
-        if importlib.util.find_spec("torch") is not None:
-            return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        return _converted(path)
+        return read_tokenizer(path)
     if not _has_tokenizer(path):
         raise CheckpointError(f"{path}: no tokenizer files (tokenizer.json...); copy them there.")
     tokenizer = AutoTokenizer.from_pretrained(path)
@@ -266,22 +261,6 @@ def load_tokenizer(path_or_id: str | os.PathLike) -> Any:
 
 def _has_tokenizer(path):
     return any((path / name).exists() for name in TOKENIZER_FILES[:3] + ("vocab.json", "vocab.txt"))
-
-
-def _converted(file):
-    """The tokenizer of a GGUF file where torch, which transformers' GGUF reader imports, is not installed.
-
-    Another process converts it, and this one reads what it wrote.
-    """
-    from transformers import AutoTokenizer
-
-    with tempfile.TemporaryDirectory() as directory:
-        command = [sys.executable, "-m", "jaxft.checkpoints.gguf_tokenizer", str(file), directory]
-        result = subprocess.run(command, capture_output=True, text=True)
-        if result.returncode:
-            said = result.stderr.strip().splitlines()[-1:] or ["no message"]
-            raise CheckpointError(f"{file}: its tokenizer cannot be converted: {said[0]}")
-        return AutoTokenizer.from_pretrained(directory)
 
 
 def save_tokenizer(path: pathlib.Path, source: Any) -> None:

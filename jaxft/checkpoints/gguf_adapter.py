@@ -44,8 +44,9 @@ def save_gguf_adapter(
 ) -> None:
     """Writes the LoRA of adapted params as llama.cpp's converter does: tensors `<name>.lora_a` and `.lora_b`.
 
-    A is [R, in]; the rows of B [out, R] are in the order of the rows of the tensor in a GGUF file. The file has one alpha; a
-    kernel of another one has it in its B. GPT-2's query, key and value are one, of the summed rank.
+    A is [R, in]; the rows of B [out, R] are in the order of those of the tensor in a GGUF file. The file has
+    one alpha; a kernel of another one has it in its B. GPT-2's query, key and value are one, of the summed
+    rank.
 
     Args:
         path: the file.

@@ -55,8 +55,7 @@ def check_tokenizer(tokenizer: Any, config: Any) -> None:
     Fewer tokens than rows are fine: embeddings are padded. For `config` see `end_tokens`.
 
     Raises:
-        CheckpointError: for ids outside the embedding, with both sizes; for several chat templates of which
-            none is the default.
+        CheckpointError: for ids outside the embedding, with both sizes.
     """
     vocab_size, special = config.vocab_size, getattr(config, "special", SpecialIds())
     vocabulary = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else {}
@@ -65,7 +64,7 @@ def check_tokenizer(tokenizer: Any, config: Any) -> None:
         raise CheckpointError(
             f"the tokenizer has {len(vocabulary)} tokens with ids up to {beyond[-1][0]}, the model's "
             f"embedding {vocab_size} rows: {beyond[0][1]!r} (id {beyond[0][0]}) has none. Take the tokenizer "
-            "that came with the model, or resize its embeddings (transformers: resize_token_embeddings) first."
+            "that came with the model, or resize its embeddings first (resize_token_embeddings)."
         )
     written = {
         "config.json": write_ids(special),
@@ -75,17 +74,11 @@ def check_tokenizer(tokenizer: Any, config: Any) -> None:
         for name in NAMES:
             least = -1 if name == "pad_token_id" else 0  # -1: none, in files of the first Llamas.
             for i in as_ids(file, table, name):
-                if not least <= i < vocab_size and not (special.assumed and i in special.eos):
+                if not least <= i < vocab_size:
                     raise CheckpointError(
                         f"{file}: {name} {i} lies outside the embedding of {vocab_size} rows; mend the file, "
                         "or take the one that came with the model."
                     )
-    templates = getattr(tokenizer, "chat_template", None)
-    if isinstance(templates, dict) and "default" not in templates:
-        raise CheckpointError(
-            f"the tokenizer has the chat templates {', '.join(sorted(templates))}, none of which is "
-            '"default"; choose one: save its text to a file and give that as the template.'
-        )
 
 
 def _end_of_turn(tokenizer, template):

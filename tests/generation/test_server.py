@@ -174,7 +174,7 @@ def test_what_could_not_be_corrected_is_refused():
 
 def test_the_script_samples_by_a_server():
     model, params = model_and_params()
-    renderer = types.SimpleNamespace(tokenizer=Digits(), next_turn=lambda text: [6])
+    renderer = types.SimpleNamespace(tokenizer=Digits(), template=None, next_turn=lambda text: [6])
     renderer.tokenizer.eos_token_id = STOP
     with serving(own_model()) as (url, seen):
         settings = dict(sampler_url=url, correction="tokens", group_size=2, max_new_tokens=3)

@@ -72,13 +72,11 @@ def read_special_ids(
     )
     for name in NAMES:
         as_ids("generation_config.json", generation, name)
-    settings = {k: v for k, v in generation.items() if v is not None and k not in _METADATA}
-    same = lambda name: as_ids("", settings, name) == as_ids("", write_ids(ids), name)
-    if ids.assumed or not all(same(name) for name in settings.keys() & set(NAMES)):
-        return dataclasses.replace(ids, generation=_text(settings))
-    return dataclasses.replace(
-        ids, generation=_text({k: v for k, v in settings.items() if k not in NAMES})
-    )
+    written = write_ids(ids)
+    same = lambda name: as_ids("", generation, name) == as_ids("", written, name)
+    known = {name for name in NAMES if same(name)}.union(_METADATA)
+    settings = {k: v for k, v in generation.items() if v is not None and k not in known}
+    return dataclasses.replace(ids, generation=_text(settings))
 
 
 def write_ids(ids: SpecialIds) -> dict[str, Any]:

@@ -4,7 +4,6 @@ import json
 import shutil
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -18,6 +17,7 @@ from jaxft.checkpoints import (
     open_model,
     save_model,
 )
+from jaxft.checkpoints.assemble import layer_shapes
 from jaxft.checkpoints.tensor_files import INDEX, open_tensors
 from jaxft.data import Renderer
 from jaxft.generation import generate
@@ -45,11 +45,12 @@ def origin(tmp_path_factory):
     tokenizer = small.tokenizer(small.CHATML)
     config = DecoderConfig(len(tokenizer), 16, 16, 1, 2, 2, 8, max_length=64, tie_embeddings=False)
     model = Decoder(config)
-    params = model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
-    params["embed"]["embedding"] = jnp.abs(params["embed"]["embedding"])
-    kernel = jnp.zeros_like(params["head"]["kernel"]).at[:, TURN].set(1.0)
-    body = jax.tree.map(jnp.zeros_like, params["layers"])
-    save_model(path, model, params | {"head": {"kernel": kernel}, "layers": body})
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), layer_shapes(model))
+    one = zeros["head"]["kernel"].copy()
+    one[:, TURN] = 1
+    ends = {"head": {"kernel": one}, "final_norm": {"scale": np.ones(16, np.float32)}}
+    embed = {"embedding": np.ones((config.vocab_size, 16), np.float32)}
+    save_model(path, model, zeros | ends | {"embed": embed})
     tokenizer.save_pretrained(path)
     return path
 

@@ -32,8 +32,8 @@ CONFIG = DecoderConfig(
 ERRORS = {"F32": 0.0, "F16": 1e-3, "BF16": 8e-3, "Q8_0": 0.01, "Q4_0": 0.15, "Q4_1": 0.1}
 
 
-def write(path, tensors):
-    """A file of CONFIG's architecture; tensors: name -> (data, type)."""
+def write(path, tensors, **ids):
+    """A file of CONFIG's architecture; tensors: name -> (data, type); ids: those of special tokens."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(1)
     writer.add_context_length(64)
@@ -43,6 +43,8 @@ def write(path, tensors):
     writer.add_head_count_kv(2)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(10_000.0)
+    for name, i in ids.items():
+        writer.add_uint32(f"tokenizer.ggml.{name}_token_id", i)
     for name, (data, kind) in tensors.items():
         raw = None if kind == "F32" else gguf.GGMLQuantizationType[kind]
         writer.add_tensor(name, data, raw_dtype=raw)

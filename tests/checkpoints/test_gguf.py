@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxft.checkpoints import CheckpointError, load_model, load_tokenizer, resolve
+from jaxft.checkpoints import CheckpointError, load_model, load_tokenizer, resolve, save_model
 from jaxft.checkpoints.gguf import GgufFile
 from jaxft.models import Decoder, DecoderConfig, family_of
+from jaxft.models.special_ids import SpecialIds
 from jaxft.parallel import make_mesh
 
 CONFIG = DecoderConfig(
@@ -156,6 +157,16 @@ def test_k_quants_equal_their_definition(tmp_path, params, kind, draw, size):
     assert model.config == CONFIG
     # Two products and a difference in float32 here, in float64 there.
     chex.assert_trees_all_close(ours, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_special_ids_are_read_and_written_to_config_json(tmp_path, params):
+    write(tmp_path / "model.gguf", quantised(params, "F16"), bos=1, eos=2, eot=5, padding=0)
+    model, loaded = load_model(tmp_path / "model.gguf")
+    assert model.config.special == SpecialIds(bos=1, eos=(2, 5), pad=0)
+    save_model(tmp_path, model, loaded)
+    wanted = {"bos_token_id": 1, "eos_token_id": [2, 5], "pad_token_id": 0}
+    for name in ("config.json", "generation_config.json"):
+        assert wanted.items() <= json.loads((tmp_path / name).read_text()).items()
 
 
 @pytest.mark.parametrize("kind", ["F32", "BF16", "Q8_0"])

@@ -30,8 +30,7 @@ def end_tokens(tokenizer: Any, config: Any, template: str | None = None) -> tupl
     """
     special = getattr(config, "special", SpecialIds())
     check_tokenizer(tokenizer, config)
-    named = special.generation_ends if special.assumed else special.ends
-    found = [*tokenizer_ends(tokenizer, template), *named]
+    found = [*tokenizer_ends(tokenizer, template), *named_ends(special)]
     if special.assumed:
         found += [i for i in special.eos if i in _added(tokenizer) or not found]
     ends = tuple(i for i in dict.fromkeys(found) if i < config.vocab_size)
@@ -41,6 +40,11 @@ def end_tokens(tokenizer: Any, config: Any, template: str | None = None) -> tupl
             'one; set "eos_token" in tokenizer_config.json or "eos_token_id" in generation_config.json.'
         )
     return ends
+
+
+def named_ends(special: SpecialIds) -> tuple[int, ...]:
+    """The ids that files name as ends of a text, without what transformers assumes where they do not."""
+    return special.generation_ends if special.assumed else special.ends
 
 
 def tokenizer_ends(tokenizer: Any, template: str | None = None) -> tuple[int, ...]:

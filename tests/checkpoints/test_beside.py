@@ -139,6 +139,13 @@ def test_answers_that_are_verified_end_at_the_template_s_token(place):
     assert end_tokens(renderer.tokenizer, model.config, renderer.template) == (TURN, END)
 
 
+def test_a_tokenizer_without_an_end_takes_that_of_the_files(place):
+    found = load_tokenizer(place(END, generation=[END, TURN]))
+    assert found.eos_token_id == END
+    (tokenised,) = Renderer(found)({"prompt": "hi", "completion": "ho"})
+    assert tokenised.tokens[-1] == END
+
+
 def test_ids_may_lie_in_text_config_be_null_or_absent():
     default = SpecialIds(bos=1, eos=(2,))
     read = lambda config, generation=None: read_special_ids(config, generation or {}, default)

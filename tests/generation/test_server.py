@@ -1,6 +1,7 @@
 """Sampling by a server, one that speaks the protocol here: what it is sent, gives and gets wrong."""
 
 import contextlib
+import dataclasses
 import http.server
 import json
 import threading
@@ -170,6 +171,16 @@ def test_what_could_not_be_corrected_is_refused():
     with serving(lambda body, number: choice()) as (url, seen):
         ask(url, SamplingConfig(3, 0.7, stop_strings=("x",)), scaled=True)
     assert seen[0]["temperature"] == 0.7 and seen[0]["stop"] == ["x"]
+
+
+def test_of_several_stop_tokens_the_server_names_the_one_that_its_text_lacks():
+    several = dataclasses.replace(SAMPLING, stop_ids=(STOP, 7))
+    for name, token in (("stop_reason", 7), ("matched_stop", STOP)):  # vLLM, SGLang
+        with serving(lambda *_: choice(token_ids=None, **{name: token})) as (url, _):  # noqa: B023
+            assert ask(url, several).completions == [[1, token]]
+    with serving(lambda *_: choice(token_ids=None)) as (url, _):
+        with pytest.raises(ServerError, match="1 tokens with 2 log-probs"):
+            ask(url, several)
 
 
 def test_the_script_samples_by_a_server():

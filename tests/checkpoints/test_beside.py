@@ -112,7 +112,7 @@ def test_a_model_stops_at_every_id_that_a_file_names_and_does_so_once_saved(
     assert set(end_tokens(found, load_model(tmp_path / "out")[0].config)) >= ends - {2}
     # Without a tokenizer the files say what they said.
     save_model(tmp_path / "bare", model, params)
-    assert load_model(tmp_path / "bare")[0].config == model.config
+    assert load_model(tmp_path / "bare")[0].config.special == model.config.special
     if generation is not None:  # A null there hides config.json from transformers.
         assert theirs(tmp_path / "bare") == theirs(path)
 

@@ -198,6 +198,16 @@ def test_a_damaged_index_is_named(place, index, message):
         open_model(path)
 
 
+def test_a_pointer_and_a_damaged_tokenizer_are_named(place):
+    path = place()
+    (path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid x")
+    with pytest.raises(CheckpointError, match="a Git LFS pointer.*git lfs pull"):
+        open_model(path)
+    (path / "tokenizer.json").write_text('{"version": ')
+    with pytest.raises(CheckpointError, match="its tokenizer cannot be read .*download"):
+        load_tokenizer(path)
+
+
 def test_a_whole_file_goes_before_an_index_and_an_index_before_order(place):
     path = place()
     whole = load_file(path / "model.safetensors")

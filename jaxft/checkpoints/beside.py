@@ -8,7 +8,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from jaxft.checkpoints.pairing import check_tokenizer, end_tokens, tokenizer_ends
+from jaxft.checkpoints.pairing import check_tokenizer, end_tokens, named_ends, tokenizer_ends
 from jaxft.models import CheckpointError, Family
 from jaxft.models.special_ids import (
     SpecialIds,
@@ -60,6 +60,8 @@ def with_special(config: Any, special: SpecialIds) -> Any:
 def check_beside(tokenizer: Any, path: pathlib.Path, families: Sequence[Family]) -> None:
     """Whether a directory's tokenizer and its config.json, if it has one, belong together.
 
+    A tokenizer without an EOS gets the first that the files name.
+
     Raises:
         CheckpointError: see end_tokens, for decoders; see check_tokenizer, for others.
     """
@@ -75,6 +77,8 @@ def check_beside(tokenizer: Any, path: pathlib.Path, families: Sequence[Family])
     )
     try:
         end_tokens(tokenizer, named) if decodes else check_tokenizer(tokenizer, named)
+        if tokenizer.eos_token is None and (ends := named_ends(named.special)):
+            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[0])
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
 

@@ -254,7 +254,16 @@ def load_tokenizer(path_or_id: str | os.PathLike) -> Any:
         return read_tokenizer(path)
     if not _has_tokenizer(path):
         raise CheckpointError(f"{path}: no tokenizer files (tokenizer.json...); copy them there.")
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except ImportError:
+        raise
+    except Exception as error:  # The tokenizers package raises bare Exceptions for damaged files.
+        lines = str(error).strip().splitlines() or ["no message"]
+        raise CheckpointError(
+            f"{path}: its tokenizer cannot be read ({type(error).__name__}: {lines[0]}); download its "
+            "tokenizer.json and tokenizer_config.json again."
+        ) from error
     check_beside(tokenizer, path, FAMILIES)
     return tokenizer
 

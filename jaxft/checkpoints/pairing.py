@@ -30,8 +30,7 @@ def end_tokens(tokenizer: Any, config: Any, template: str | None = None) -> tupl
     """
     special = getattr(config, "special", SpecialIds())
     check_tokenizer(tokenizer, config)
-    named = special.generation_ends if special.assumed else special.ends
-    found = [*tokenizer_ends(tokenizer, template), *named]
+    found = [*tokenizer_ends(tokenizer, template), *named_ends(special)]
     if special.assumed:
         found += [i for i in special.eos if i in _added(tokenizer) or not found]
     ends = tuple(i for i in dict.fromkeys(found) if i < config.vocab_size)
@@ -41,6 +40,11 @@ def end_tokens(tokenizer: Any, config: Any, template: str | None = None) -> tupl
             'one; set "eos_token" in tokenizer_config.json or "eos_token_id" in generation_config.json.'
         )
     return ends
+
+
+def named_ends(special: SpecialIds) -> tuple[int, ...]:
+    """The ids that files name as ends of a text, without what transformers assumes where they do not."""
+    return special.generation_ends if special.assumed else special.ends
 
 
 def tokenizer_ends(tokenizer: Any, template: str | None = None) -> tuple[int, ...]:
@@ -55,8 +59,7 @@ def check_tokenizer(tokenizer: Any, config: Any) -> None:
     Fewer tokens than rows are fine: embeddings are padded. For `config` see `end_tokens`.
 
     Raises:
-        CheckpointError: for ids outside the embedding, with both sizes; for several chat templates of which
-            none is the default.
+        CheckpointError: for ids outside the embedding, with both sizes.
     """
     vocab_size, special = config.vocab_size, getattr(config, "special", SpecialIds())
     vocabulary = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else {}
@@ -65,7 +68,7 @@ def check_tokenizer(tokenizer: Any, config: Any) -> None:
         raise CheckpointError(
             f"the tokenizer has {len(vocabulary)} tokens with ids up to {beyond[-1][0]}, the model's "
             f"embedding {vocab_size} rows: {beyond[0][1]!r} (id {beyond[0][0]}) has none. Take the tokenizer "
-            "that came with the model, or resize its embeddings (transformers: resize_token_embeddings) first."
+            "that came with the model, or resize its embeddings first (resize_token_embeddings)."
         )
     written = {
         "config.json": write_ids(special),
@@ -75,17 +78,11 @@ def check_tokenizer(tokenizer: Any, config: Any) -> None:
         for name in NAMES:
             least = -1 if name == "pad_token_id" else 0  # -1: none, in files of the first Llamas.
             for i in as_ids(file, table, name):
-                if not least <= i < vocab_size and not (special.assumed and i in special.eos):
+                if not least <= i < vocab_size:
                     raise CheckpointError(
                         f"{file}: {name} {i} lies outside the embedding of {vocab_size} rows; mend the file, "
                         "or take the one that came with the model."
                     )
-    templates = getattr(tokenizer, "chat_template", None)
-    if isinstance(templates, dict) and "default" not in templates:
-        raise CheckpointError(
-            f"the tokenizer has the chat templates {', '.join(sorted(templates))}, none of which is "
-            '"default"; choose one: save its text to a file and give that as the template.'
-        )
 
 
 def _end_of_turn(tokenizer, template):

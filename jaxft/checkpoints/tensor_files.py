@@ -37,6 +37,9 @@ _DTYPES = {
 }
 
 
+_POINTER = b"version https://git-lfs"
+
+
 def open_tensors(directory: pathlib.Path) -> dict[str, np.ndarray]:
     """name -> memory-mapped array for every tensor of a Hugging Face directory; nothing is read yet.
 
@@ -68,6 +71,11 @@ def map_tensors(file: pathlib.Path) -> dict[str, np.ndarray]:
     except FileNotFoundError:
         raise CheckpointError(f"{file}: no such file; download the checkpoint again.") from None
     except SafetensorError as error:
+        with open(file, "rb") as stream:
+            if stream.read(len(_POINTER)) == _POINTER:
+                raise CheckpointError(
+                    f"{file}: a Git LFS pointer in place of the tensors; fetch them by `git lfs pull`."
+                ) from None
         raise CheckpointError(
             f"{file}: not a whole safetensors file ({error}); download or save it again."
         ) from None

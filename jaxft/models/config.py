@@ -62,7 +62,8 @@ class DecoderConfig:
     embedding_scale: float = 1.0
     tie_embeddings: bool = True
     family: str = "llama"  # Hugging Face's model_type, under which files are written
-    special: SpecialIds = SpecialIds()  # ids of its files: beginning, ends, padding
+    # Ids of its files that begin, end and pad texts. No program depends on them, so none is compiled anew.
+    special: SpecialIds = dataclasses.field(default=SpecialIds(), compare=False)
 
     def __post_init__(self):
         for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "head_dim"):

@@ -59,23 +59,24 @@ def read_special_ids(
         CheckpointError: for an id that is no number.
     """
     table = {**(config.get("text_config") or {}), **config}
-    bos = as_ids("config.json", table, "bos_token_id", default.bos)
-    pad = as_ids("config.json", table, "pad_token_id", default.pad)
+    # A default that the embedding is too small for is never met.
+    fits = lambda i: i is not None and i < table.get("vocab_size", i + 1)
+    assumed = dict(zip(NAMES, ([default.bos], default.eos, [default.pad]), strict=True))
+    find = lambda name: as_ids("config.json", table, name, tuple(filter(fits, assumed[name])))
+    bos, eos, pad = map(find, NAMES)
     ids = SpecialIds(
         bos=bos[0] if bos else None,
-        eos=as_ids("config.json", table, "eos_token_id", default.eos),
+        eos=eos,
         pad=pad[0] if pad else None,
-        assumed="eos_token_id" not in table and bool(default.eos),
+        assumed="eos_token_id" not in table and bool(eos),
     )
     for name in NAMES:
         as_ids("generation_config.json", generation, name)
-    settings = {k: v for k, v in generation.items() if v is not None and k not in _METADATA}
-    same = lambda name: as_ids("", settings, name) == as_ids("", write_ids(ids), name)
-    if ids.assumed or not all(same(name) for name in settings.keys() & set(NAMES)):
-        return dataclasses.replace(ids, generation=_text(settings))
-    return dataclasses.replace(
-        ids, generation=_text({k: v for k, v in settings.items() if k not in NAMES})
-    )
+    written = write_ids(ids)
+    same = lambda name: as_ids("", generation, name) == as_ids("", written, name)
+    known = {name for name in NAMES if same(name)}.union(_METADATA)
+    settings = {k: v for k, v in generation.items() if v is not None and k not in known}
+    return dataclasses.replace(ids, generation=_text(settings))
 
 
 def write_ids(ids: SpecialIds) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import pathlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxft.checkpoints.gguf import open_file
@@ -59,9 +59,14 @@ def build_tokenizer(get: Callable[[str], Any]) -> Any:
             f"{', '.join(_BUILDERS)}. Take the tokenizer files of the model that the file was made from."
         )
     types = find("token_type") or [NORMAL] * len(tokens)
+    if _is_gemma(get):  # Its runs of spaces are pieces of its words, and written as they look.
+        runs = [token != "" and not token.strip(" ") for token in tokens]
+        pairs = list(zip(tokens, runs, strict=True))
+        tokens = [_SPACE * len(token) if run else token for token, run in pairs]
+        types = [NORMAL if run else kind for kind, run in zip(types, runs, strict=True)]
     named = {f"{name}_token": find(f"{key}_token_id") for name, key in _IDS.items()}
     named = {name: tokens[i] for name, i in named.items() if i is not None and i < len(tokens)}
-    core, adds_bos = _BUILDERS[kind](get, _vocabulary(tokens, types, named.values()))
+    core, adds_bos = _BUILDERS[kind](get, tokens, types, set(named.values()))
     _add_tokens(core, tokens, types, named.values())
     bos, eos = find("add_bos_token"), find("add_eos_token")
     ends = {"bos_token": adds_bos if bos is None else bos, "eos_token": bool(eos)}
@@ -107,38 +112,41 @@ def write_tokenizer(tokenizer: Any, config: Any) -> dict[str, Any]:
     fields |= _added(tokenizer, ids)
     metadata = {f"tokenizer.ggml.{key}": value for key, value in fields.items()}
     metadata |= _write_templates(tokenizer)
-    _check_same(tokenizer, build_tokenizer(metadata.get))
+    _check_same(tokenizer, build_tokenizer({"general.architecture": config.family, **metadata}.get))
     return metadata
 
 
-def merges_of(tokens: Sequence[str], scores: Mapping[str, float]) -> list[tuple[str, str]]:
-    """The merges of SentencePiece's BPE, best first: every split of a token into two, by its score.
+def merges_of(pieces: Mapping[str, float]) -> list[tuple[str, str]]:
+    """The merges of SentencePiece's BPE, best first: every split of a piece into two, by the piece's score.
 
-    llama.cpp joins the adjacent pair that makes the token of the highest score, the leftmost first.
+    llama.cpp joins the adjacent pair that makes the piece of the highest score; of one piece, the split with
+    the longer start goes first, as in transformers' conversions.
     """
-    ids = {token: i for i, token in enumerate(tokens)}
     found = []
-    for token in tokens:
+    for token, score in pieces.items():
         pairs = ((token[:i], token[i:]) for i in range(1, len(token)))
-        pairs = [(ids[a], ids[b], a, b) for a, b in pairs if a in ids and b in ids]
-        found += [(-scores[token], ids[token], *pair) for pair in pairs]
-    return [(a, b) for *_, a, b in sorted(found)]
+        found += [(-score, -len(a), -len(b), a, b) for a, b in pairs if a in pieces and b in pieces]
+    return [(a, b) for *_, a, b in sorted(found, key=lambda merge: merge[:3])]
+
+
+def _is_gemma(get):
+    return (get("general.architecture") or "").startswith("gemma")
 
 
 def _vocabulary(tokens, types, kept):
     """token -> id, without the rows that pad the embeddings."""
-    kept = set(kept)
     pairs = zip(tokens, types, strict=True)
     return {t: i for i, (t, kind) in enumerate(pairs) if kind != UNUSED or t in kept}
 
 
-def _build_bytes(get, vocabulary):
+def _build_bytes(get, tokens, types, kept):
     from tokenizers import Tokenizer, decoders, models, normalizers
 
     split = split_named(get("tokenizer.ggml.pre") or "default")
     cut = lambda merge: (merge[: (at := merge.index(" ", 1))], merge[at + 1 :])
     merges = [cut(merge) for merge in get("tokenizer.ggml.merges") or ()]
     merges = [(a, b) for a, b in merges if a and b]
+    vocabulary = _vocabulary(tokens, types, kept)
     core = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=split.ignore_merges))
     core.pre_tokenizer = pre_tokenizer(split)
     core.decoder = decoders.ByteLevel()
@@ -147,22 +155,22 @@ def _build_bytes(get, vocabulary):
     return core, split.adds_bos
 
 
-def _build_pieces(get, vocabulary):
+def _build_pieces(get, tokens, types, kept):
     from tokenizers import Tokenizer, decoders, models, normalizers
 
     prefix = get("tokenizer.ggml.add_space_prefix") is not False
-    tokens, unknown = get("tokenizer.ggml.tokens"), get("tokenizer.ggml.unknown_token_id")
-    scores = dict(
-        zip(tokens, get("tokenizer.ggml.scores") or range(0, -len(tokens), -1), strict=True)
-    )
-    types = get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
-    pieces = [t for t, kind in zip(tokens, types, strict=True) if kind in (NORMAL, USER_DEFINED)]
-    # Runs of spaces are written as such where they are no pieces of words: Gemma's.
-    pieces = [piece for piece in pieces if piece.strip(" ")]
+    unknown, scores = (get(f"tokenizer.ggml.{key}") for key in ("unknown_token_id", "scores"))
+    # Gemma's merges are in the order of its tokens, whatever the scores.
+    scores = range(0, -len(tokens), -1) if scores is None or _is_gemma(get) else scores
+    pieces = {
+        token: score
+        for token, kind, score in zip(tokens, types, scores, strict=True)
+        if kind in (NORMAL, USER_DEFINED)
+    }
     core = Tokenizer(
         models.BPE(
-            vocabulary,
-            merges_of(pieces, scores),
+            _vocabulary(tokens, types, kept),
+            merges_of(pieces),
             unk_token=None if unknown is None else tokens[unknown],
             fuse_unk=True,
             byte_fallback=True,
@@ -216,6 +224,8 @@ def _tokens(tokenizer, rows, kind):
         if i in added:
             given = added[i]
             types[i] = CONTROL if given.special else USER_DEFINED
+            if kind == "llama" and not given.special and not token.strip(_SPACE):
+                tokens[i] = " " * len(token)
             if given.lstrip or given.rstrip or given.single_word:
                 raise CheckpointError(
                     f"the added token {token!r} takes the spaces beside it (lstrip, rstrip or single_word), "
@@ -299,7 +309,18 @@ def _write_templates(tokenizer):
 
 def _check_same(ours, theirs):
     """Raises CheckpointError if two tokenizers cut the probes otherwise, special tokens between them."""
-    specials = list(ours.get_added_vocab())[:20]
+    specials = [token for token in ours.get_added_vocab() if token.strip(_SPACE)][:20]
+    merges = [json.loads(t.backend_tokenizer.to_str())["model"]["merges"] for t in (ours, theirs)]
+    ours_only, theirs_only = (
+        set(map(tuple, a)) - set(map(tuple, b)) for a, b in (merges, merges[::-1])
+    )
+    if ours_only or theirs_only:
+        pair = min(ours_only or theirs_only)
+        raise CheckpointError(
+            f"the tokenizer {'has' if ours_only else 'lacks'} the merge {pair}, where GGUF would "
+            f"{'lack' if ours_only else 'have'} it: its merges are not all splits of its tokens. Save "
+            "the model with save_model."
+        )
     texts = [
         *_PROBES,
         *(f"{a} x {token}y{token}" for a, token in zip(_PROBES * 5, specials, strict=False)),

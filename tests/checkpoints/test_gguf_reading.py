@@ -229,3 +229,36 @@ def test_gemmas_windows_are_llama_cpps(tmp_path, architecture, keys, windows, th
     assert (config.local_rope and config.local_rope.theta) == theta
     caps = (config.attention_softcap, config.final_softcap)
     assert caps == ((50, 30) if architecture == "gemma2" else (None, None))
+
+
+class Header:
+    """Metadata that keeps the names of the keys that are looked at."""
+
+    file = "header"
+
+    def __init__(self, keys):
+        self.keys, self.seen = keys, set()
+
+    def get(self, key, default=None):
+        self.seen.add(key)
+        return self.keys.get(key, default)
+
+    def has(self, name):
+        return False
+
+    def read(self, name):
+        return np.zeros((61, 1))
+
+
+READABLE = [family for family in FAMILIES if family.gguf is not None]
+
+
+@pytest.mark.parametrize("family", READABLE, ids=lambda family: family.name)
+def test_a_codec_reads_the_keys_that_it_lists(family):
+    seen = set()
+    for keys in ({}, {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}):
+        header = Header(BASE | {"attention.layer_norm_epsilon": 1e-5} | keys)
+        header.keys |= {"attention.head_count_kv": 4}
+        family.gguf.read(header)
+        seen |= header.seen
+    assert seen == family.gguf.reads

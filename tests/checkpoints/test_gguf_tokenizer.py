@@ -17,12 +17,14 @@ from tokenizers import (
 
 from jaxft.checkpoints import CheckpointError
 from jaxft.checkpoints.gguf_splits import SPLITS, pre_tokenizer, split_named, split_of
-from jaxft.checkpoints.gguf_tokenizer import build_tokenizer, merges_of, write_tokenizer
+from jaxft.checkpoints.gguf_tokenizer import build_tokenizer, write_tokenizer
 from jaxft.checkpoints.tiny import byte_tokenizer
 from jaxft.models import tiny_config
 from jaxft.models.special_ids import SpecialIds
 
 transformers = pytest.importorskip("transformers")
+from transformers.tokenization_utils_base import generate_merges  # noqa: E402
+
 TEXT = [
     "the cat sat on the mat and the cats sat there, 1234 times in 2024!",
     "It's that she'd said they're theirs; we'll see 56 more.\n\n  def f(x):\n\treturn x + 1",
@@ -75,15 +77,15 @@ def sentencepiece(prefix):
         trainers.BpeTrainer(vocab_size=200, special_tokens=SPECIAL + alphabet, show_progress=False),
     )
     learned = json.loads(core.to_str())["model"]["vocab"]
-    scores = {token: -float(i) for token, i in learned.items()}
-    pieces = [token for token in learned if token not in {*SPECIAL, *alphabet}]
-    model = models.BPE(
-        learned, merges_of(pieces, scores), unk_token="<unk>", fuse_unk=True, byte_fallback=True
-    )
+    learned |= {"▁▁": len(learned), "▁▁▁": len(learned) + 1}
+    pieces = {t: -float(i) for t, i in learned.items() if t not in {*SPECIAL, *alphabet}}
+    merges = generate_merges(dict(sorted(learned.items(), key=lambda x: x[1])), pieces)
+    model = models.BPE(learned, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
     whole = tokenizers.Tokenizer(model)
     whole.normalizer = core.normalizer
     whole.add_special_tokens(SPECIAL)
-    whole.add_tokens([AddedToken("<think>", normalized=False)])
+    plain = ["<think>"] if prefix else ["<think>", "▁▁"]  # as Gemma's
+    whole.add_tokens([AddedToken(token, normalized=False) for token in plain])
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     whole.decoder = decoders.Sequence(steps + [decoders.Strip(" ", 1, 0)] * prefix)
     whole.post_processor = processors.TemplateProcessing(
@@ -92,11 +94,11 @@ def sentencepiece(prefix):
     return wrapped(whole)
 
 
-def back(tokenizer, rows=512, ends=()):
+def back(tokenizer, rows=512, ends=(), family="llama"):
     special = SpecialIds(eos=ends)
-    config = dataclasses.replace(tiny_config(vocab_size=rows), special=special)
+    config = dataclasses.replace(tiny_config(vocab_size=rows), special=special, family=family)
     metadata = write_tokenizer(tokenizer, config)
-    return metadata, build_tokenizer(metadata.get)
+    return metadata, build_tokenizer({"general.architecture": family, **metadata}.get)
 
 
 def same(ours, theirs):
@@ -132,7 +134,7 @@ def test_byte_level_tokenizers_come_back(split):
 @pytest.mark.parametrize("prefix", [True, False])
 def test_sentencepiece_tokenizers_come_back(prefix):
     tokenizer = sentencepiece(prefix)
-    metadata, read = back(tokenizer)
+    metadata, read = back(tokenizer, family="llama" if prefix else "gemma2")
     assert metadata["tokenizer.ggml.model"] == "llama"
     assert metadata["tokenizer.ggml.add_space_prefix"] is prefix
     assert metadata["tokenizer.ggml.add_bos_token"] is True
@@ -140,7 +142,18 @@ def test_sentencepiece_tokenizers_come_back(prefix):
         zip(*(metadata[f"tokenizer.ggml.{k}"] for k in ("tokens", "token_type")), strict=True)
     )
     assert (kinds["<0x0A>"], kinds["<unk>"], kinds["<s>"], kinds["<think>"]) == (6, 2, 3, 4)
+    assert ("  " in kinds) is not prefix  # written as it looks
     same(tokenizer, read)
+
+
+def test_merges_that_sentencepiece_would_not_have():
+    tokenizer = sentencepiece(True)
+    table = json.loads(tokenizer.backend_tokenizer.to_str())
+    dropped = table["model"]["merges"].pop()
+    core = tokenizers.Tokenizer.from_str(json.dumps(table))
+    with pytest.raises(CheckpointError, match="the tokenizer lacks the merge") as error:
+        back(wrapped(core))
+    assert str(tuple(dropped)) in str(error.value)
 
 
 def test_ends_of_the_model_beyond_the_tokenizers_are_those_of_turns_and_messages():

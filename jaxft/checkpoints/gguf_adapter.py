@@ -68,7 +68,7 @@ def save_gguf_adapter(
         "general.file_type": int(gguf.LlamaFileType.ALL_F32),
         **({"general.name": name} if name else {}),
         "adapter.type": "lora",
-        "adapter.lora.alpha": float(settings["lora_alpha"]),
+        "adapter.lora.alpha": _alpha(settings),
     }
 
     def write():
@@ -99,43 +99,43 @@ def load_gguf_adapter(
         CheckpointError: if it is damaged.
     """
     path, family = pathlib.Path(path), family_of(config, families)
-    reader = open_file(path)
-    said = {key: field.contents() for key, field in reader.fields.items() if "." in key}
-    wanted = {
-        "general.type": "adapter",
-        "adapter.type": "lora",
-        "general.architecture": _codec(family).architecture,
-    }
-    for key, value in wanted.items():
-        if said.get(key) != value and key in (*said, "adapter.type", "general.architecture"):
-            raise AdapterError(f"{path}: {key} is {said.get(key)!r}, expected {value!r}.")
-    alpha, tensors = said.get("adapter.lora.alpha"), {t.name: t for t in reader.tensors}
-    if alpha is None:
-        raise AdapterError(f"{path}: the key 'adapter.lora.alpha' is missing.")
-    for name, tensor in tensors.items():
-        check_type(path, name, tensor)
+    alpha, tensors = _open(path, _codec(family).architecture)
     read = lambda name: GgufTensor(tensors.pop(name))[...]
     stacked = is_stacked(params, family.layers)
-    nodes = jax.tree_util.tree_flatten_with_path(
-        unstack_layers(params, family.layers), is_leaf=is_weight
-    )
-    (pairs, tree), found = nodes, {}
-    kernels = {path_name(p): n.value if isinstance(n, Frozen) else n for p, n in pairs}
+    flat = unstack_layers(params, family.layers)
+    pairs, tree = jax.tree_util.tree_flatten_with_path(flat, is_leaf=is_weight)
+    nodes = {path_name(p): n.value if isinstance(n, Frozen) else n for p, n in pairs}
+    found = {}
     for entry in family.gguf.entries(config):
-        if {f"{entry.name}.lora_a", f"{entry.name}.lora_b"} <= tensors.keys():
-            a, b = read(f"{entry.name}.lora_a").T, read(f"{entry.name}.lora_b")
-            found |= _weights(path, entry, kernels, a, b, float(alpha))
+        names = [f"{entry.name}.lora_{which}" for which in "ab"]
+        if entry.transposed and all(name in tensors for name in names):
+            found |= _weights(path, entry, nodes, read(names[0]).T, read(names[1]), alpha)
     if tensors or not found:
         raise AdapterError(
             f"{path}: {min(tensors, default='no tensor')!r} belongs to no matrix of this model; the adapter "
             "is of another one."
         )
-    leaves = [
-        found.get(p, node if isinstance(node, Frozen) else Frozen(node))
-        for p, node in ((path_name(p), node) for p, node in pairs)
-    ]
+    leaves = [found.get(name, Frozen(node)) for name, node in nodes.items()]
     adapted = jax.tree.unflatten(tree, leaves)
     return stack_layers(adapted, family.layers) if stacked else adapted
+
+
+def _open(path, architecture):
+    """(alpha, name -> tensor) of the LoRA file of an architecture."""
+    reader = open_file(path)
+    get = lambda key: reader.fields[key].contents() if key in reader.fields else None
+    wanted = {
+        "general.type": (None, "adapter"),
+        "adapter.type": ("lora",),
+        "general.architecture": (architecture,),
+        "adapter.alora.invocation_tokens": (None,),
+    }
+    for key, values in wanted.items():
+        if get(key) not in values:
+            raise AdapterError(f"{path}: {key} is {get(key)!r}, expected {values[-1]!r}.")
+    for tensor in reader.tensors:
+        check_type(path, tensor.name, tensor)
+    return get("adapter.lora.alpha"), {tensor.name: tensor for tensor in reader.tensors}
 
 
 def _weights(path, entry: Entry, kernels: Mapping[str, Any], a, b, alpha) -> dict[str, LoraWeight]:
@@ -150,10 +150,16 @@ def _weights(path, entry: Entry, kernels: Mapping[str, Any], a, b, alpha) -> dic
             f"{inputs} inputs and {sum(widths)} outputs; the adapter is of another model."
         )
     ends = np.cumsum([0, *widths])
+    alpha = float(alpha or a.shape[1])  # as llama.cpp: none, or 0, stands for a scale of 1
     return {
         p: LoraWeight(kernels[p], jnp.asarray(a), jnp.asarray(b[ends[i] : ends[i + 1]].T), alpha)
         for i, p in enumerate(entry.paths)
     }
+
+
+def _alpha(settings) -> float:
+    # To llama.cpp 0 is no alpha: a B of zeros says it.
+    return float(settings["lora_alpha"]) or 1.0
 
 
 def _codec(family):
@@ -178,7 +184,7 @@ def _tensors(family, config, settings, theirs) -> dict[str, np.ndarray]:
             continue
         a, b = (np.ascontiguousarray(left.pop(key), np.float32) for key in keys)
         alpha = pattern(settings.get("alpha_pattern"), module, settings["lora_alpha"])
-        b = b * np.float32(alpha / settings["lora_alpha"])
+        b = b * np.float32(alpha / _alpha(settings))
         if entry.permuted_heads:
             b = b[permuted(len(b), entry.permuted_heads)]
         result |= {f"{entry.name}.lora_a": a, f"{entry.name}.lora_b": np.ascontiguousarray(b)}

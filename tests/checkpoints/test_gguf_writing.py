@@ -192,7 +192,8 @@ def lora(rank, alpha):
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_lora_comes_back_and_is_by_llama_cpps_rule_the_merged_model(tmp_path, name):
     model, params, _ = model_of(name)
-    weights = {"query/kernel": lora(2, 8), "key/kernel": lora(2, 8), "up/kernel": lora(3, 6)}
+    alpha = 6 if name == "llama" else 0  # 0: GPT-2's B of zeros, where llama.cpp would take 1
+    weights = {"query/kernel": lora(2, 8), "key/kernel": lora(2, 8), "up/kernel": lora(3, alpha)}
     adapted = with_weights(params, weights)
     save_gguf_adapter(tmp_path / "a.gguf", model.config, adapted)
     read = load_gguf_adapter(tmp_path / "a.gguf", model.config, params)

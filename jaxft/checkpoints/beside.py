@@ -94,14 +94,19 @@ def write_beside(
         special: of the model; None: of one that has none, such as an encoder.
         tokenizer: whose ends of a text are written too.
     """
-    settings = {}
-    if special is not None:
-        if tokenizer is not None:
-            if special == SpecialIds():
-                bos, pad = tokenizer.bos_token_id, tokenizer.pad_token_id
-                special = SpecialIds(bos=bos, pad=pad)
-            special = with_ends(special, tokenizer_ends(tokenizer))
-        config, settings = config | write_ids(special), write_generation(special)
-    (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    if settings:
-        (path / GENERATION).write_text(json.dumps(settings, indent=2) + "\n")
+    if special is None:
+        _write(path / "config.json", config)
+        return
+    if tokenizer is not None:
+        if special == SpecialIds():
+            special = SpecialIds(bos=tokenizer.bos_token_id, pad=tokenizer.pad_token_id)
+        special = with_ends(special, tokenizer_ends(tokenizer))
+    _write(path / "config.json", config | write_ids(special))
+    # A file of an earlier model in this directory would be followed too.
+    (path / GENERATION).unlink(missing_ok=True)
+    if settings := write_generation(special):
+        _write(path / GENERATION, settings)
+
+
+def _write(file, settings):
+    file.write_text(json.dumps(settings, indent=2) + "\n")

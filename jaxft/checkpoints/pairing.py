@@ -22,7 +22,7 @@ def end_tokens(tokenizer: Any, config: Any, template: str | None = None) -> tupl
 
     Args:
         tokenizer: a transformers tokenizer.
-        config: of a model: its `vocab_size` and, where it has them, its `special` ids.
+        config: of a model: its `vocab_size` and its `special` ids, where it has them.
         template: chat template in place of the tokenizer's.
 
     Raises:
@@ -33,7 +33,7 @@ def end_tokens(tokenizer: Any, config: Any, template: str | None = None) -> tupl
     found = [*tokenizer_ends(tokenizer, template), *named_ends(special)]
     if special.assumed:
         found += [i for i in special.eos if i in _added(tokenizer) or not found]
-    ends = tuple(i for i in dict.fromkeys(found) if i < config.vocab_size)
+    ends = tuple(dict.fromkeys(found))
     if not ends:
         raise CheckpointError(
             "no token ends a text: neither the tokenizer, nor generation_config.json, nor config.json names "
@@ -61,7 +61,10 @@ def check_tokenizer(tokenizer: Any, config: Any) -> None:
     Raises:
         CheckpointError: for ids outside the embedding, with both sizes.
     """
-    vocab_size, special = config.vocab_size, getattr(config, "special", SpecialIds())
+    vocab_size = getattr(config, "vocab_size", None)
+    if vocab_size is None:  # A model of a user's own.
+        return
+    special = getattr(config, "special", SpecialIds())
     vocabulary = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else {}
     beyond = sorted((i, t) for t, i in vocabulary.items() if i >= vocab_size and t not in _NOT_TEXT)
     if beyond:

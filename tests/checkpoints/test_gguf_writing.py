@@ -36,6 +36,9 @@ LLAMA3 = dict(
 YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16, attention_factor=1.5)
 GEMMA3 = {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
           "sliding_attention": {"rope_type": "default", "rope_theta": 2e4}}  # fmt: skip
+ENCODER = dict(
+    vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+)  # fmt: skip
 FILES = {
     "llama": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False},
     "llama3.1": {"rope_parameters": LLAMA3, "tie_word_embeddings": True},
@@ -164,8 +167,9 @@ def test_a_number_beyond_float16_and_a_full_disk_leave_no_file(tmp_path, tiny, m
     ],
 )
 def test_what_a_gguf_file_cannot_say_is_named_before_work(tmp_path, name, change, message):
-    json = {"model_type": name, **(SIZES if name != "gpt2" else {}), **FILES.get(name, {})}
-    config = config_of(json, {"pooler.dense.weight"})
+    sizes = {} if name == "gpt2" else SIZES
+    json = {"model_type": name, **(FILES[name] | sizes if name in FILES else ENCODER)}
+    config = config_of(json)
     model = Decoder(dataclasses.replace(config, **change) if change else config)
     with pytest.raises(CheckpointError, match=message):
         save_gguf(tmp_path / "m.gguf", model, {})

@@ -16,6 +16,17 @@ READS = frozenset(
     "tie_word_embeddings scale_attn_by_inverse_layer_idx reorder_and_upcast_attn".split()
 )
 
+# What no file says.
+SHARED: dict[str, Any] = {
+    "norm": "layer",
+    "gated_mlp": False,
+    "attention_bias": True,
+    "output_bias": True,
+    "mlp_bias": True,
+    "rope": None,
+    "learned_positions": True,
+    "family": "gpt2",
+}
 GGUF_READS = gguf.SHARED_READS | {"attention.layer_norm_epsilon"}
 
 
@@ -37,17 +48,10 @@ def read(json: Json, tensors: Collection[str]) -> DecoderConfig:
         num_kv_heads=json["n_head"],
         head_dim=width // json["n_head"],
         max_length=json.get("n_positions", 1024),
-        norm="layer",
         norm_eps=json.get("layer_norm_epsilon", 1e-5),
         activation=read_activation(json.get("activation_function", "gelu_new")),
-        gated_mlp=False,
-        attention_bias=True,
-        output_bias=True,
-        mlp_bias=True,
-        rope=None,
-        learned_positions=True,
         tie_embeddings=json.get("tie_word_embeddings", True),
-        family="gpt2",
+        **SHARED,
     )
 
 
@@ -73,17 +77,20 @@ def read_gguf(header: GgufHeader) -> DecoderConfig:
     groups = gguf.one(header, "attention.head_count_kv")
     if groups not in (None, heads):
         raise CheckpointError(f"{header.file}: gpt2 with {groups} key heads for {heads} heads.")
-    json = {
-        "vocab_size": gguf.vocabulary(header),
-        "n_embd": width,
-        "n_inner": need("feed_forward_length"),
-        "n_layer": need("block_count"),
-        "n_head": heads,
-        "n_positions": need("context_length"),
-        "layer_norm_epsilon": gguf.decimal(need("attention.layer_norm_epsilon")),
-        "tie_word_embeddings": not header.has("output.weight"),
-    }
-    return read(json, ())
+    return DecoderConfig(
+        vocab_size=gguf.vocabulary(header),
+        hidden_size=width,
+        intermediate_size=need("feed_forward_length"),
+        num_layers=need("block_count"),
+        num_heads=heads,
+        num_kv_heads=heads,
+        head_dim=width // heads,
+        max_length=need("context_length"),
+        norm_eps=gguf.decimal(need("attention.layer_norm_epsilon")),
+        activation="gelu_tanh",
+        tie_embeddings=not header.has("output.weight"),
+        **SHARED,
+    )
 
 
 def write_gguf(config: DecoderConfig) -> dict[str, Any]:

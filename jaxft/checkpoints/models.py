@@ -7,7 +7,6 @@ import itertools
 import json
 import os
 import pathlib
-import re
 import shutil
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from jaxft.checkpoints.assemble import (
     layer_shapes,
     stacked_shapes,
 )
+from jaxft.checkpoints.configs import check_config, config_json
 from jaxft.checkpoints.gguf import GgufFile
 from jaxft.checkpoints.packages import PACKAGES, fetch
 from jaxft.checkpoints.tensor_files import open_tensors, save_tensors
@@ -169,7 +169,8 @@ def save_model(
 
     Structured weights are written dense (merged), in the data type of their base. On several hosts all call
     it, and the first writes. A reward head makes it a sequence classifier with one label, whose `score`
-    `load_model` reads again (the output projection, where there is one, stays in the file).
+    `load_model` reads again (the output projection, where there is one, stays in the file). config.json keeps
+    what it was read from, but for what differs in the model's config.
 
     Args:
         path: the directory; made if needed.
@@ -178,31 +179,25 @@ def save_model(
         tokenizer_from: a model directory or GGUF file whose tokenizer is written too, or a
             transformers tokenizer.
         families: see load_model.
+
+    Raises:
+        CheckpointError: if the params have what the format lacks, or if config.json, read again by jaxft and
+            transformers, describes another model.
     """
     path, family = pathlib.Path(path), family_of(model.config, families)
     dtype = np.dtype(jax.tree.leaves(params)[0].dtype).name
     body = {name: node for name, node in params.items() if name != "reward"}
     tensors = disassemble(family.huggingface.entries(model.config), body, family.layers)
-    config = {
-        "architectures": [family.huggingface.architecture],
-        "model_type": family.name,
-        **family.huggingface.write(model.config),
-        "dtype": dtype,
-        "torch_dtype": dtype,
-    }
     if "reward" in params:
         score = to_host(to_dense(params["reward"]["kernel"])).T
         tensors = itertools.chain(tensors, [(SCORE, score)])
-        (name,) = config["architectures"]
-        config["architectures"] = [
-            re.sub("For.*|LMHeadModel", "", name) + "ForSequenceClassification"
-        ]
-        config["id2label"] = {"0": "reward"}
+    config = config_json(family, model.config, dtype, reward="reward" in params)
 
     def write():
         path.mkdir(parents=True, exist_ok=True)
         save_tensors(path, tensors)
         (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        check_config(path, family, model.config)
         if tokenizer_from is not None:
             save_tokenizer(path, tokenizer_from)
 
@@ -315,5 +310,5 @@ def _open_directory(path, families):
     family = find_family(json.get("model_type"), families)
     codec = family.huggingface
     tensors = {codec.rename(name): tensor for name, tensor in open_tensors(path).items()}
-    config = codec.read(json, tensors.keys())
+    config = codec.config(json, tensors.keys())
     return family, config, {n: t for n, t in tensors.items() if not codec.ignores(n, config)}

@@ -60,6 +60,8 @@ class DecoderConfig:
     embedding_scale: float = 1.0
     tie_embeddings: bool = True
     family: str = "llama"  # Hugging Face's model_type, under which files are written
+    # The config.json that it was read from: what is written again is this, where nothing else was changed.
+    source: str = dataclasses.field(default="", compare=False, repr=False)
 
     def __post_init__(self):
         for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "head_dim"):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
+from json import dumps
 from typing import Any, Protocol
 
 import flax.linen as nn
 
 from jaxft.models.errors import CheckpointError
+from jaxft.models.hf_keys import Keys, complete
 from jaxft.models.names import Entry
 from jaxft.models.prediction import Prediction
 from jaxft.models.transformer import TRANSFORMER_TARGETS, Targets
@@ -29,6 +31,8 @@ class HuggingFace:
             the module cannot compute.
         write: config -> config.json, without model_type, architectures and data type.
         reads: the keys of config.json that `read` looks at.
+        keys: the keys that transformers knows, which are filled in and checked before `read`; None: no
+            class of transformers is known.
         entries: config -> the tensors of a file, in its usual order, and the leaves that they hold.
         rename: the name that `entries` gives a tensor, from the name in a file: bare base models lack a
             prefix, others have one too many.
@@ -46,6 +50,28 @@ class HuggingFace:
     ignores: Callable[[str, Config], bool] = lambda name, config: False
     head: str = "lm_head"
     task_type: str = "CAUSAL_LM"
+    keys: Keys | None = None
+
+    def config(self, json: Json, tensors: Collection[str] = ()) -> Config:
+        """The config of a config.json, which it keeps as its `source` if it has such a field.
+
+        Args:
+            json: the file.
+            tensors: names of the tensors, after `rename`.
+
+        Raises:
+            CheckpointError: for what the module cannot compute, or values that fit no model.
+        """
+        full = json if self.keys is None else complete(json, self.keys, self.reads)
+        try:
+            config = self.read(full, tensors)
+        except CheckpointError:
+            raise
+        except ValueError as error:
+            raise CheckpointError(f"config.json: {error}") from None
+        if "source" not in {field.name for field in dataclasses.fields(config)}:
+            return config
+        return dataclasses.replace(config, source=dumps(dict(json)))
 
 
 class GgufHeader(Protocol):

@@ -14,6 +14,13 @@ GEMMA = Family(
         architecture="GemmaForCausalLM",
         read=config.read,
         write=config.write,
-        reads=config.READS,
+        reads=config.OWN_READS,
+        keys=config.keys(
+            **hf_config.sizes(3072, 24576, 28, 16, 8192),
+            vocab_size=256000,
+            num_key_value_heads=16,
+            hidden_act="gelu_pytorch_tanh",
+            hidden_activation=None,
+        ),
     ),
 )

@@ -8,15 +8,38 @@ from typing import Any
 
 from jaxft.models import gguf, hf_config
 from jaxft.models.config import DecoderConfig, Rope
+from jaxft.models.errors import CheckpointError
 from jaxft.models.family import GgufHeader, Json
 from jaxft.models.gemma import config as gemma
+from jaxft.models.hf_keys import Keys
 
-READS = gemma.READS | hf_config.WINDOW_READS | {"query_pre_attn_scalar"}
+READS = (
+    gemma.READS
+    | hf_config.WINDOW_READS
+    | {
+        "hidden_activation",
+        "query_pre_attn_scalar",
+        "attn_logit_softcapping",
+        "final_logit_softcapping",
+    }
+)
 GGUF_READS = gguf.READS | {
     "attention.sliding_window",
     "attn_logit_softcapping",
     "final_logit_softcapping",
 }
+
+
+def keys(**defaults: Any) -> Keys:
+    """The keys of the classes of Gemma 2 and 3, of which `defaults` are one's own."""
+    return gemma.keys(
+        num_key_value_heads=4,
+        hidden_activation="gelu_pytorch_tanh",
+        query_pre_attn_scalar=256,
+        sliding_window=4096,
+        layer_types=None,
+        **defaults,
+    )
 
 
 def read(json: Json, tensors: Collection[str]) -> DecoderConfig:
@@ -35,17 +58,32 @@ def read_later_gemma(
         local: which layers have a window: see jaxft.models.hf_config.read_windows.
         rope: see jaxft.models.hf_config.read_decoder.
     """
+    for name in ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"):
+        if json[name] is not None and json[name] <= 0:
+            raise CheckpointError(
+                f"config.json: {name} is {json[name]!r}, expected a positive number."
+            )
     return dataclasses.replace(
-        gemma.read_gemma(json, family, rope),
+        gemma.read_gemma(json, family, json["hidden_activation"], rope),
         post_norms=True,
-        attention_scale=json.get("query_pre_attn_scalar", 256) ** -0.5,
-        windows=hf_config.read_windows(json, local),
+        attention_scale=json["query_pre_attn_scalar"] ** -0.5,
+        attention_softcap=json["attn_logit_softcapping"],
+        final_softcap=json["final_logit_softcapping"],
+        windows=hf_config.read_windows(json, json["sliding_window"], local),
     )
 
 
 def write(config: DecoderConfig) -> dict[str, Any]:
     """The config.json of a DecoderConfig."""
-    return gemma.write(config) | hf_config.write_windows(config)
+    return (
+        gemma.write(config)
+        | hf_config.write_windows(config)
+        | {
+            "query_pre_attn_scalar": round(config.scale**-2),
+            "attn_logit_softcapping": config.attention_softcap,
+            "final_logit_softcapping": config.final_softcap,
+        }
+    )
 
 
 def read_gguf(header: GgufHeader) -> DecoderConfig:

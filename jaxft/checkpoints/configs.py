@@ -9,11 +9,14 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from jaxft.models import CheckpointError, Family
 
 # Keys of the file that was read which the written one must not repeat: code beside the weights, which is not
 # copied, and the packing of weights, which are written dense.
 _DROPPED = {"auto_map", "quantization_config"}
+_ROWS = 8192  # of a table that are compared together
 _LABELS = {"id2label", "label2id", "num_labels", "problem_type"}
 
 
@@ -65,6 +68,27 @@ def check_config(path: pathlib.Path, family: Family, config: Any) -> None:
                 f"{file}: {reader} reads another model from it: {_differing(read, config)}. Do not use it; "
                 "the checkpoints of the run hold what was trained."
             )
+
+
+def check_tied(where: Any, family: Family, config: Any, tensors: Mapping[str, Any]) -> None:
+    """Raises CheckpointError if embeddings that config.json ties to the output projection differ from it.
+
+    transformers leaves both as they are then.
+    """
+    head = tensors.get("lm_head.weight")
+    if head is None or not getattr(config, "tie_embeddings", False):
+        return
+    entries = family.huggingface.entries(config)
+    (name,) = (entry.name for entry in entries if entry.paths == ("embed/embedding",))
+    if (table := tensors.get(name)) is None:
+        return
+    rows = range(0, len(head), _ROWS)
+    same = lambda i: np.array_equal(head[i : i + _ROWS], table[i : i + _ROWS])
+    if head.shape != table.shape or not all(same(i) for i in rows):
+        raise CheckpointError(
+            f"{where}: config.json ties the output projection to the embeddings, but lm_head.weight and "
+            f"{name} differ; set tie_word_embeddings to false, or delete lm_head.weight."
+        )
 
 
 def _as_transformers(file: pathlib.Path, json: Mapping[str, Any]) -> dict[str, Any] | None:

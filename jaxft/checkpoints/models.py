@@ -28,7 +28,7 @@ from jaxft.checkpoints.assemble import (
     layer_shapes,
     stacked_shapes,
 )
-from jaxft.checkpoints.configs import check_config, config_json
+from jaxft.checkpoints.configs import check_config, check_tied, config_json
 from jaxft.checkpoints.gguf import GgufFile
 from jaxft.checkpoints.packages import PACKAGES, fetch
 from jaxft.checkpoints.tensor_files import open_tensors, save_tensors
@@ -311,4 +311,5 @@ def _open_directory(path, families):
     codec = family.huggingface
     tensors = {codec.rename(name): tensor for name, tensor in open_tensors(path).items()}
     config = codec.config(json, tensors.keys())
+    check_tied(path, family, config, tensors)
     return family, config, {n: t for n, t in tensors.items() if not codec.ignores(n, config)}

@@ -68,13 +68,12 @@ DEFAULTS: dict[str, Any] = COMMON | {
     "partial_rotary_factor": None,
     "is_causal": True,
 }
-NULLABLE = frozenset({"rope_theta", "num_key_value_heads", "sliding_window"})
 
 
-def decoder_keys(nullable: frozenset[str] = NULLABLE, **defaults: Any) -> Keys:
+def decoder_keys(*nullable: str, **defaults: Any) -> Keys:
     """The keys of a decoder's class: `DEFAULTS`, and what the class adds or has otherwise."""
     neutral = {"partial_rotary_factor": (1.0,)}
-    return Keys(DEFAULTS | defaults, nullable=nullable, neutral=neutral)
+    return Keys(DEFAULTS | defaults, frozenset({"rope_theta", *nullable}), neutral=neutral)
 
 
 def sizes(hidden: int, intermediate: int, layers: int, heads: int, length: int) -> dict[str, int]:

@@ -18,13 +18,15 @@ READS = hf_config.READS | {"attention_bias"}
 OWN_READS = READS | {"hidden_act", "hidden_activation"}
 
 
-def keys(**defaults: Any) -> Keys:
-    """The keys of the classes of all Gemmas, of which `defaults` are one's own."""
-    common = dict(head_dim=256, tie_word_embeddings=True, attention_bias=False)
-    nullable = hf_config.NULLABLE - {"num_key_value_heads"}
-    return hf_config.decoder_keys(
-        nullable, **(common | dict(use_bidirectional_attention=None) | defaults)
-    )
+def keys(*nullable: str, **defaults: Any) -> Keys:
+    """The keys of the classes of all Gemmas, of which `nullable` and `defaults` are one's own."""
+    common = {
+        "head_dim": 256,
+        "tie_word_embeddings": True,
+        "attention_bias": False,
+        "use_bidirectional_attention": False,
+    }
+    return hf_config.decoder_keys(*nullable, **common | defaults)
 
 
 def read(json: Json, tensors: Collection[str]) -> DecoderConfig:

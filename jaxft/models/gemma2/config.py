@@ -33,6 +33,9 @@ GGUF_READS = gguf.READS | {
 def keys(**defaults: Any) -> Keys:
     """The keys of the classes of Gemma 2 and 3, of which `defaults` are one's own."""
     return gemma.keys(
+        "sliding_window",
+        "attn_logit_softcapping",
+        "final_logit_softcapping",
         num_key_value_heads=4,
         hidden_activation="gelu_pytorch_tanh",
         query_pre_attn_scalar=256,

@@ -51,11 +51,12 @@ def _ropes(json: Json) -> tuple[Rope, Rope]:
         CheckpointError: for parameters of which transformers takes a part alone.
     """
     both, scaling = json["rope_parameters"] or {}, json["rope_scaling"] or {}
-    if not both.keys() <= {"full_attention", "sliding_attention"} or "full_attention" in scaling:
+    mixed = "full_attention" in scaling or ("type" in scaling and "rope_type" not in scaling)
+    if not both.keys() <= {"full_attention", "sliding_attention"} or mixed:
         raise CheckpointError(
             "config.json: rope_parameters of gemma3_text must hold full_attention and sliding_attention, "
-            f"each with its own parameters, and rope_scaling those of full_attention alone; got {both!r} and "
-            f"{scaling!r}."
+            f"each with its own parameters, and rope_scaling those of full_attention with a rope_type; got {both!r} "
+            f"and {scaling!r}."
         )
     parts = {**(both.get("full_attention") or {}), **scaling}, both.get("sliding_attention") or {}
     if not all(part.get("truncate", True) for part in parts):

@@ -37,6 +37,7 @@ MISTRAL = Family(
         write=_write,
         reads=hf_config.READS | hf_config.WINDOW_READS | {"hidden_act"},
         keys=hf_config.decoder_keys(
+            "sliding_window",
             **hf_config.sizes(4096, 14336, 32, 32, 131072),
             num_key_value_heads=8,
             hidden_act="silu",

@@ -21,6 +21,8 @@ READS = (
 def keys(**defaults: Any) -> Keys:
     """The keys of the classes of Qwen 2 and 3, of which `defaults` are one's own."""
     return hf_config.decoder_keys(
+        "num_key_value_heads",
+        "sliding_window",
         **hf_config.sizes(4096, 22016, 32, 32, 32768),
         vocab_size=151936,
         num_key_value_heads=32,

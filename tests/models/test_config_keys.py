@@ -1,0 +1,136 @@
+"""Every key of config.json that transformers knows: equal to transformers, or refused.
+
+The oracle is the installed transformers: its configuration classes for what a file means, and its models for
+what a meaning computes.
+"""
+
+import dataclasses
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxft.checkpoints import CheckpointError, load_model, save_model
+from jaxft.models import FAMILIES, config_of
+from jaxft.models.family import find_family
+from jaxft.models.hf_keys import NO_EFFECT
+
+torch = pytest.importorskip("torch", reason="parity tests need torch: pip install 'jaxft[test]'")
+hf = pytest.importorskip("transformers")
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+SIZES = dict(
+    vocab_size=37, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=64,
+)  # fmt: skip
+ENCODER = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4)
+LINEAR = dict(rope_type="linear", factor=2.0)
+YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16)
+LLAMA3 = dict(
+    rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+    original_max_position_embeddings=16,
+)  # fmt: skip
+WINDOW = dict(SIZES, head_dim=8, sliding_window=4)
+BASES = {
+    "llama": SIZES,
+    "mistral": SIZES | dict(sliding_window=5),
+    "qwen2": SIZES | dict(use_sliding_window=True, sliding_window=4, max_window_layers=1),
+    "qwen3": WINDOW | dict(use_sliding_window=True, max_window_layers=1),
+    "gemma": SIZES | dict(head_dim=8),
+    "gemma2": WINDOW,
+    "gemma3_text": WINDOW,
+    "gpt2": dict(vocab_size=37, n_embd=16, n_layer=2, n_head=4, n_positions=64),
+    "bert": ENCODER | dict(vocab_size=37, max_position_embeddings=32),
+    "roberta": ENCODER | dict(vocab_size=37, max_position_embeddings=32),
+    "vit": ENCODER | dict(image_size=8, patch_size=4),
+}
+ACTIVATIONS = ["relu", "gelu", "gelu_new", "quick_gelu", "mish", None]
+ROPES = [
+    None, {}, LINEAR, dict(type="linear", factor=3.0), dict(rope_type="linear"),
+    LINEAR | dict(factor=None), dict(rope_type="default", factor=3.0), dict(rope_theta=77.0),
+    dict(rope_type="dynamic", factor=2.0), dict(rope_type="longrope", factor=2.0),
+    dict(rope_type="proportional", rope_theta=9.0), dict(rope_type="mrope"),
+    LINEAR | dict(partial_rotary_factor=0.5), YARN, YARN | dict(attention_factor=1.5),
+    YARN | dict(beta_fast=8.0, beta_slow=2.0), YARN | dict(beta_fast=0, beta_slow=None),
+    YARN | dict(mscale=1.0, mscale_all_dim=0.5), YARN | dict(mscale=0.7), YARN | dict(truncate=False),
+    YARN | dict(truncate=None), YARN | dict(factor=None), dict(rope_type="yarn", factor=4.0),
+    dict(rope_type="yarn"), LLAMA3, LLAMA3 | dict(low_freq_factor=None),
+    {FULL: LINEAR, SLIDING: {}}, {FULL: YARN | dict(truncate=False)}, {SLIDING: LLAMA3}, {FULL: None},
+]  # fmt: skip
+# Legal values of another kind than the default, and some that transformers refuses.
+FLIPS = dict(
+    attention_bias=[True, None], mlp_bias=[True], tie_word_embeddings=[True, False, None],
+    hidden_act=ACTIVATIONS, hidden_activation=ACTIVATIONS, activation_function=ACTIVATIONS,
+    num_key_value_heads=[4, 1, None, 3], num_attention_heads=[2, 8], n_head=[2], head_dim=[4, None],
+    rms_norm_eps=[1e-2, None], layer_norm_eps=[1e-2], layer_norm_epsilon=[1e-2],
+    max_position_embeddings=[128], n_positions=[128], hidden_size=["16"], n_inner=[24, None],
+    intermediate_size=[40], num_hidden_layers=[2.0], vocab_size=[40],
+    sliding_window=[None, 3, 0], use_sliding_window=[False, True], max_window_layers=[0, 2],
+    layer_types=[[SLIDING, FULL], [FULL, FULL], [FULL], ["chunked_attention", FULL], None],
+    sliding_window_pattern=[2], rope_local_base_freq=[30.0], rope_theta=[50.0, 500],
+    rope_scaling=ROPES, rope_parameters=ROPES, original_max_position_embeddings=[32],
+    partial_rotary_factor=[0.5, 1.0], use_bidirectional_attention=[True, False, None],
+    query_pre_attn_scalar=[10, 0], attn_logit_softcapping=[2.0, None, 0.0],
+    final_logit_softcapping=[3.0, None], is_causal=[False, True], is_decoder=[True],
+    is_encoder_decoder=[True], add_cross_attention=[True], per_layer_config=[None, {"0": {"skip": []}}],
+    pruned_heads=[{"0": [1]}], position_embedding_type=["relative_key", "absolute"],
+    scale_attn_weights=[False], scale_attn_by_inverse_layer_idx=[True], reorder_and_upcast_attn=[True],
+    type_vocab_size=[3], pad_token_id=[0, 5], qkv_bias=[False], num_channels=[1], image_size=[[8, 8], 12],
+    patch_size=[[4, 4], [4, 2], 2], pooler_output_size=[16, 8], pooler_act=["relu"],
+    attention_dropout=[0.3], resid_pdrop=[0.3], hidden_dropout_prob=[0.3], initializer_range=[0.5],
+    chunk_size_feed_forward=[2], pretraining_tp=[2], use_cache=[False], output_hidden_states=[True],
+    summary_type=["last"], classifier_dropout=[0.5], encoder_stride=[4], tie_last_hidden_states=[False],
+)  # fmt: skip
+BY_NAME = pytest.mark.parametrize("name", BASES)
+
+
+def theirs(file):
+    """transformers' configuration of a config.json."""
+    kind = "ministral" if file["model_type"] == "mistral" and "layer_types" in file else None
+    return hf.CONFIG_MAPPING[kind or file["model_type"]].from_dict(json.loads(json.dumps(file)))
+
+
+def flips(name):
+    """Each file that has one key changed, or, a key of the base, left out."""
+    base = {"model_type": name} | BASES[name]
+    changed = [(key, base | {key: value}) for key in FLIPS for value in FLIPS[key]]
+    left_out = [(key, {k: base[k] for k in base if k != key}) for key in BASES[name]]
+    return [*changed, *left_out]
+
+
+@BY_NAME
+def test_the_tables_are_those_of_transformers(name):
+    """A key that a new transformers adds, or a default that it changes, fails here."""
+    codec, kind = find_family(name, FAMILIES).huggingface, hf.CONFIG_MAPPING[name]
+    for field in dataclasses.fields(kind):
+        if field.name in codec.keys.defaults:
+            default, expected = codec.keys.defaults[field.name], field.default
+            assert default == expected or not (default or expected), field.name
+            if field.name in codec.reads and (name, field.name) != ("roberta", "pad_token_id"):
+                null = default is None or field.name in codec.keys.nullable
+                assert null == ("None" in str(field.type)), field.name
+        else:
+            assert field.name in NO_EFFECT | codec.keys.no_effect, field.name
+    assert dict(codec.keys.aliases) == kind.attribute_map
+    assert {"rope_theta", "rope_parameters"} <= codec.reads or not hasattr(kind, "rope_parameters")
+
+
+@BY_NAME
+def test_a_file_means_what_transformers_takes_it_for(name):
+    """For each key: what we read from the file is what we read from transformers' own view of it."""
+    refused, reads = 0, find_family(name, FAMILIES).huggingface.reads
+    for key, file in flips(name):
+        try:
+            ours = config_of(file)
+        except CheckpointError as error:
+            refused += 1
+            assert "\n" not in str(error)
+            continue
+        try:
+            view = theirs(file)
+        except Exception as error:  # of several kinds; what we do not read may be wrong in any way
+            assert key not in reads, (key, file.get(key), error)
+            continue
+        assert config_of(view.to_dict() | {"model_type": name}) == ours, (key, file.get(key))
+    assert refused

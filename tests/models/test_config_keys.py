@@ -7,14 +7,15 @@ what a meaning computes.
 import dataclasses
 import json
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxft.checkpoints import CheckpointError, load_model, save_model
+from jaxft.checkpoints import CheckpointError, load_model
+from jaxft.checkpoints.configs import check_config, config_json
 from jaxft.models import FAMILIES, config_of
 from jaxft.models.family import find_family
 from jaxft.models.hf_keys import NO_EFFECT
+from jaxft.models.rope import rope_frequencies, yarn_attention_factor
 
 torch = pytest.importorskip("torch", reason="parity tests need torch: pip install 'jaxft[test]'")
 hf = pytest.importorskip("transformers")
@@ -134,3 +135,153 @@ def test_a_file_means_what_transformers_takes_it_for(name):
             continue
         assert config_of(view.to_dict() | {"model_type": name}) == ours, (key, file.get(key))
     assert refused
+
+
+@pytest.mark.parametrize("parameters", ROPES, ids=str)
+def test_rotary_frequencies_are_those_of_transformers(parameters):
+    file = {"model_type": "llama"} | SIZES | {"rope_scaling": parameters, "head_dim": 16}
+    try:
+        rope = config_of(file).rope
+    except CheckpointError:
+        return
+    frequencies = rope.theta ** -(np.arange(0, 16, 2) / 16), 1.0
+    if rope.scaling != "default":
+        view = theirs(file)
+        scaled = hf.modeling_rope_utils.ROPE_INIT_FUNCTIONS[view.rope_parameters["rope_type"]]
+        frequencies = scaled(view)
+    np.testing.assert_allclose(rope_frequencies(rope, 16), frequencies[0], rtol=1e-6)
+    factor = yarn_attention_factor(rope) if rope.scaling == "yarn" else 1.0
+    assert factor == pytest.approx(frequencies[1])
+
+
+# All that a family reads, at once, beside what the parity tests of tests/checkpoints have.
+CHANGED = {
+    "llama": dict(hidden_act="relu", rms_norm_eps=1e-2, num_key_value_heads=4, rope_theta=50.0),
+    "mistral": dict(sliding_window=3, hidden_act="gelu", tie_word_embeddings=True, num_attention_heads=2),
+    "qwen2": dict(layer_types=[SLIDING, FULL], hidden_act="relu", rope_scaling=LINEAR, head_dim=8),
+    "qwen3": dict(attention_bias=True, max_window_layers=0, tie_word_embeddings=True),
+    "gemma": dict(attention_bias=True, hidden_act="gelu", tie_word_embeddings=False),
+    "gemma2": dict(
+        attention_bias=True, hidden_activation="relu", query_pre_attn_scalar=3, attn_logit_softcapping=1.0,
+        final_logit_softcapping=2.0, layer_types=[FULL, SLIDING],
+    ),
+    "gemma3_text": dict(
+        attention_bias=True, sliding_window_pattern=2, rope_local_base_freq=30.0, rope_scaling=YARN,
+        final_logit_softcapping=2.0, attn_logit_softcapping=1.0,
+    ),
+    "gpt2": dict(scale_attn_weights=False, n_inner=24, activation_function="gelu", layer_norm_epsilon=0.1),
+    "bert": dict(hidden_act="gelu_new", layer_norm_eps=0.1, type_vocab_size=3),
+    "roberta": dict(pad_token_id=5, hidden_act="relu", type_vocab_size=1),
+    "vit": dict(qkv_bias=False, hidden_act="gelu_new", image_size=[8, 8], layer_norm_eps=0.1),
+}  # fmt: skip
+
+
+@BY_NAME
+def test_logits_of_changed_files_equal_those_of_transformers(name, tmp_path):
+    base = {"model_type": name} | BASES[name]
+    file = base | CHANGED[name]
+    for key in CHANGED[name]:
+        without = {k: file[k] for k in file if k != key} | {k: base[k] for k in base if k == key}
+        meant = config_of(file), config_of(without)
+        assert meant[0] != meant[1] or (key, file[key]) in [("image_size", [8, 8])], key
+    kind = hf.AutoModel if name in ("bert", "roberta", "vit") else hf.AutoModelForCausalLM
+    torch.manual_seed(0)
+    model = kind.from_config(theirs(file), attn_implementation="eager").float().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.3 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(file))
+    ours, params = load_model(tmp_path)
+    inputs = np.arange(9)[None] * 37 % 31 + 6
+    if name == "vit":
+        inputs = np.random.default_rng(0).normal(size=(1, 8, 8, 3)).astype(np.float32)
+    given = torch.tensor(np.moveaxis(inputs, -1, 1) if name == "vit" else inputs)
+    with torch.no_grad():
+        expected = model(given)[0].numpy()
+    output = ours.apply({"params": params}, inputs)
+    found = output.logits if hasattr(output, "logits") else output.hidden
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+
+
+def same(view, other):
+    """Whether two configurations of transformers are one, as they stand in its own files."""
+    apart = {"dtype", "architectures", "transformers_version"}
+    plain = lambda config: {k: v for k, v in config.to_dict().items() if k not in apart}
+    return type(view) is type(other) and plain(view) == plain(other)
+
+
+@BY_NAME
+def test_a_config_goes_back_as_it_came(name, tmp_path):
+    mine = dict(
+        id2label={"0": "no", "1": "yes", "2": "?"},
+        initializer_range=0.3,
+        my_note="kept",
+        eos_token_id=[1, 2],
+    )
+    family, base = find_family(name, FAMILIES), {"model_type": name} | BASES[name]
+    for file in (base | mine, base | CHANGED[name] | mine):
+        config = config_of(file)
+        written = config_json(family, config, "float32")
+        assert same(theirs(written), theirs(file)) and written.items() >= mine.items()
+        bare = dataclasses.replace(config, source="")  # as from a GGUF file
+        (tmp_path / "config.json").write_text(json.dumps(config_json(family, bare, "float32")))
+        check_config(tmp_path, family, bare)
+        if name == "vit":
+            continue
+        larger = config_json(family, dataclasses.replace(config, vocab_size=40), "float32")
+        assert {k: v for k, v in larger.items() if written[k] != v} == {"vocab_size": 40}
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_a_mistral_stays_a_mistral(window):
+    """transformers takes one with layer_types for a Ministral, which fails without a window."""
+    family, file = find_family("mistral", FAMILIES), {"model_type": "mistral"} | SIZES
+    for source in ("", json.dumps(file | {"sliding_window": window})):
+        config = config_of(file | {"sliding_window": window})
+        view = theirs(config_json(family, dataclasses.replace(config, source=source), "float32"))
+        assert type(view) is hf.MistralConfig and view.sliding_window == window
+
+
+def test_labels_of_a_source_do_not_stand_on_a_reward_head():
+    family = find_family("llama", FAMILIES)
+    file = {"model_type": "llama", "architectures": ["LlamaModel"]} | SIZES
+    labels = {"id2label": {"0": "a", "1": "b"}, "problem_type": "single_label_classification"}
+    config = config_of(file | labels)
+    written = config_json(family, config, "float32", reward=True)
+    assert written["architectures"] == ["LlamaForSequenceClassification"]
+    assert theirs(written).num_labels == 1 and theirs(written).problem_type is None
+    assert config_json(family, config, "float32")["architectures"] == ["LlamaForCausalLM"]
+
+
+def test_a_config_that_reads_otherwise_is_not_left_unsaid(tmp_path):
+    family, file = find_family("gemma2", FAMILIES), {"model_type": "gemma2"} | BASES["gemma2"]
+    config = config_of(file)
+    wrong = [({"attn_logit_softcapping": 7.0}, "attention_softcap is 7.0, saved was 50.0")]
+    wrong += [({"num_attention_heads": "4"}, "expected an integer")]
+    for change, message in wrong:
+        (tmp_path / "config.json").write_text(json.dumps(file | change))
+        with pytest.raises(CheckpointError, match=message):
+            check_config(tmp_path, family, config)
+
+
+def test_yarn_over_the_original_length_may_use_its_factor():
+    file = (
+        {"model_type": "qwen2"}
+        | SIZES
+        | {"rope_scaling": YARN | dict(original_max_position_embeddings=64)}
+    )
+    assert config_of(file).max_length == 256
+    assert config_of(file | {"max_position_embeddings": 512}).max_length == 512
+
+
+def test_errors_name_key_value_and_what_is_right():
+    file = {"model_type": "gemma3_text"} | BASES["gemma3_text"]
+    with pytest.raises(
+        CheckpointError, match="use_bidirectional_attention is true.*expected false"
+    ):
+        config_of(file | {"use_bidirectional_attention": True})
+    with pytest.raises(CheckpointError, match="unsupported rope scaling 'dynamic'.*none: null"):
+        config_of(
+            {"model_type": "llama"} | SIZES | {"rope_scaling": {"type": "dynamic", "factor": 2}}
+        )

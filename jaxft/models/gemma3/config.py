@@ -55,8 +55,8 @@ def _ropes(json: Json) -> tuple[Rope, Rope]:
     if not both.keys() <= {"full_attention", "sliding_attention"} or mixed:
         raise CheckpointError(
             "config.json: rope_parameters of gemma3_text must hold full_attention and sliding_attention, "
-            f"each with its own parameters, and rope_scaling those of full_attention with a rope_type; got {both!r} "
-            f"and {scaling!r}."
+            f"each with its own parameters, and rope_scaling those of full_attention, with a rope_type; got "
+            f"{both!r} and {scaling!r}."
         )
     parts = {**(both.get("full_attention") or {}), **scaling}, both.get("sliding_attention") or {}
     if not all(part.get("truncate", True) for part in parts):

@@ -93,9 +93,11 @@ def theirs(file):
 
 
 def flips(name):
-    """Each file that has one key changed, or, a key of the base, left out."""
-    base = {"model_type": name} | BASES[name]
-    changed = [(key, base | {key: value}) for key in FLIPS for value in FLIPS[key]]
+    """Each file that has one key changed which transformers knows, or, a key of the base, left out."""
+    base, codec = {"model_type": name} | BASES[name], find_family(name, FAMILIES).huggingface
+    fields = {field.name for field in dataclasses.fields(hf.CONFIG_MAPPING[name])}
+    known = fields | codec.keys.defaults.keys() | codec.keys.aliases.keys()
+    changed = [(key, base | {key: value}) for key in FLIPS if key in known for value in FLIPS[key]]
     left_out = [(key, {k: base[k] for k in base if k != key}) for key in BASES[name]]
     return [*changed, *left_out]
 

@@ -55,6 +55,17 @@ def test_missing_surplus_and_misshapen_tensors_are_named(saved):
         load_model(path)
 
 
+def test_a_tied_output_projection_must_equal_the_embeddings(saved):
+    path, _, params = saved
+    rewrite(path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].copy()}))
+    chex.assert_trees_all_equal(load_model(path)[1], params)
+    rewrite(path, lambda t: t.update({"lm_head.weight": t["lm_head.weight"] + 1}))
+    with pytest.raises(
+        CheckpointError, match="lm_head.weight and model.embed_tokens.weight differ"
+    ):
+        load_model(path)
+
+
 def test_truncated_file_pickle_and_unknown_architecture(saved):
     path, *_ = saved
     file = path / "model.safetensors"

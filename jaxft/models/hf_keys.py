@@ -96,15 +96,37 @@ def _neutral(value: Any, default: Any, others: tuple[Any, ...]) -> bool:
     return value == default or value in others or not (value or default)
 
 
+_KINDS: dict[str, type] = {  # of keys whose default is null
+    "num_key_value_heads": int,
+    "head_dim": int,
+    "n_inner": int,
+    "pooler_output_size": int,
+    "original_max_position_embeddings": int,
+    "attn_logit_softcapping": float,
+    "final_logit_softcapping": float,
+    "hidden_activation": str,
+    "layer_types": list,
+    "rope_scaling": dict,
+    "rope_parameters": dict,
+}
+_EXPECTED = {
+    bool: "true or false",
+    int: "an integer",
+    float: "a number",
+    str: "a name",
+    list: "a list",
+    dict: "an object",
+}
+
+
 def _check_type(family: Any, name: str, value: Any, default: Any, nullable: bool) -> None:
     if value is None and (default is None or nullable):
         return
-    expected = {bool: "true or false", int: "an integer", float: "a number", str: "a name"}
-    kind = type(default)
+    kind = _KINDS[name] if default is None else type(default)
     allowed = (float, int) if kind is float else kind
     right = isinstance(value, allowed) and (kind is bool or not isinstance(value, bool))
-    if kind in expected and not right:
+    if not right:
         raise CheckpointError(
-            f"config.json: {name} is {dumps(value)}, expected {expected[kind]}; correct the file, or leave "
+            f"config.json: {name} is {dumps(value)}, expected {_EXPECTED[kind]}; correct the file, or leave "
             f"{name} out for {dumps(default)}, the default of {family}."
         )

@@ -52,6 +52,7 @@ def _ropes(json: Json) -> tuple[Rope, Rope]:
     """
     both, scaling = json["rope_parameters"] or {}, json["rope_scaling"] or {}
     mixed = "full_attention" in scaling or ("type" in scaling and "rope_type" not in scaling)
+    mixed |= not all(part is None or isinstance(part, dict) for part in both.values())
     if not both.keys() <= {"full_attention", "sliding_attention"} or mixed:
         raise CheckpointError(
             "config.json: rope_parameters of gemma3_text must hold full_attention and sliding_attention, "

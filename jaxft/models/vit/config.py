@@ -13,7 +13,9 @@ from jaxft.models.hf_encoders import READS as COMMON
 from jaxft.models.hf_encoders import read_common, write_common
 from jaxft.models.hf_keys import Keys
 
-READS = COMMON | {"image_size", "patch_size", "num_channels", "qkv_bias", "pooler_output_size"}
+READS = COMMON | frozenset(
+    "image_size patch_size num_channels qkv_bias pooler_output_size head_dim".split()
+)
 KEYS = Keys(
     hf_encoders.DEFAULTS
     | {
@@ -22,6 +24,7 @@ KEYS = Keys(
         "num_channels": 3,
         "qkv_bias": True,
         "pooler_output_size": None,  # the hidden size
+        "head_dim": None,  # which transformers reads, and its class does not list
         "pooler_act": "tanh",
     },
     unchecked=frozenset({"image_size", "patch_size"}),
@@ -33,14 +36,17 @@ def read(json: Json, tensors: Collection[str]) -> EncoderConfig:
     """The EncoderConfig of a config.json.
 
     Raises:
-        CheckpointError: for images or patches that are not square, or a pooler of another width.
+        CheckpointError: for images or patches that are not square, or a pooler or heads of another width.
     """
     size, patch = _square(json, "image_size"), _square(json, "patch_size")
-    if json["pooler_output_size"] not in (None, 0, json["hidden_size"]):
-        raise CheckpointError(
-            f"config.json: pooler_output_size is {json['pooler_output_size']!r}, which jaxft's vit does not "
-            f"compute; expected hidden_size ({json['hidden_size']})."
-        )
+    width = json["hidden_size"]
+    expected = {"pooler_output_size": width, "head_dim": width // json["num_attention_heads"]}
+    for name in expected:
+        if json[name] not in (None, expected[name]):
+            raise CheckpointError(
+                f"config.json: {name} is {json[name]!r}, which jaxft's vit does not compute; expected "
+                f"{expected[name]}, which follows from hidden_size."
+            )
     return EncoderConfig(
         **read_common(json, tensors),
         num_positions=(size // patch) ** 2 + 1,

@@ -109,7 +109,8 @@ def _as_transformers(file: pathlib.Path, json: Mapping[str, Any]) -> dict[str, A
     except (
         Exception
     ) as error:  # Its validation has errors of its own, and KeyError for missing numbers.
-        raise CheckpointError(f"{file}: transformers cannot read it: {error}") from error
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{file}: transformers cannot read it: {reason}") from error
     return config.to_dict() | {"model_type": json["model_type"]}
 
 

@@ -57,7 +57,8 @@ ROPES = [
     YARN | dict(mscale=1.0, mscale_all_dim=0.5), YARN | dict(mscale=0.7), YARN | dict(truncate=False),
     YARN | dict(truncate=None), YARN | dict(factor=None), dict(rope_type="yarn", factor=4.0),
     dict(rope_type="yarn"), LLAMA3, LLAMA3 | dict(low_freq_factor=None),
-    3, {FULL: 3}, {FULL: LINEAR, SLIDING: {}}, {FULL: YARN | dict(truncate=False)}, {SLIDING: LLAMA3}, {FULL: None},
+    {FULL: LINEAR, SLIDING: {}}, {FULL: YARN | dict(truncate=False)}, {SLIDING: LLAMA3}, {FULL: None},
+    3, {FULL: 3},
 ]  # fmt: skip
 # Legal values of another kind than the default, and some that transformers refuses.
 FLIPS = dict(
@@ -162,14 +163,14 @@ CHANGED = {
     "mistral": dict(sliding_window=3, hidden_act="gelu", tie_word_embeddings=True, num_attention_heads=2),
     "qwen2": dict(layer_types=[SLIDING, FULL], hidden_act="relu", rope_scaling=LINEAR, head_dim=8),
     "qwen3": dict(attention_bias=True, max_window_layers=0, tie_word_embeddings=True),
-    "gemma": dict(attention_bias=True, hidden_act="gelu", tie_word_embeddings=False),
+    "gemma": dict(attention_bias=True, hidden_act="relu", tie_word_embeddings=False),
     "gemma2": dict(
         attention_bias=True, hidden_activation="relu", query_pre_attn_scalar=3, attn_logit_softcapping=1.0,
         final_logit_softcapping=2.0, layer_types=[FULL, SLIDING],
     ),
     "gemma3_text": dict(
         attention_bias=True, sliding_window_pattern=2, rope_local_base_freq=30.0, rope_scaling=YARN,
-        final_logit_softcapping=2.0, attn_logit_softcapping=1.0,
+        final_logit_softcapping=2.0,
     ),
     "gpt2": dict(scale_attn_weights=False, n_inner=24, activation_function="gelu", layer_norm_epsilon=0.1),
     "bert": dict(hidden_act="gelu_new", layer_norm_eps=0.1, type_vocab_size=3),
@@ -260,7 +261,10 @@ def test_a_config_that_reads_otherwise_is_not_left_unsaid(tmp_path):
     family, file = find_family("gemma2", FAMILIES), {"model_type": "gemma2"} | BASES["gemma2"]
     config = config_of(file)
     wrong = [({"attn_logit_softcapping": 7.0}, "attention_softcap is 7.0, saved was 50.0")]
-    wrong += [({"num_attention_heads": "4"}, "expected an integer")]
+    wrong += [
+        ({"layer_types": [FULL]}, "expected one of"),
+        ({"eos_token_id": "2"}, "transformers cannot"),
+    ]
     for change, message in wrong:
         (tmp_path / "config.json").write_text(json.dumps(file | change))
         with pytest.raises(CheckpointError, match=message):
@@ -283,6 +287,8 @@ def test_errors_name_key_value_and_what_is_right():
         CheckpointError, match="use_bidirectional_attention is true.*expected false"
     ):
         config_of(file | {"use_bidirectional_attention": True})
+    with pytest.raises(CheckpointError, match="attn_logit_softcapping is 50.0.*expected null"):
+        config_of(file | {"attn_logit_softcapping": 50.0})  # Gemma 2's; transformers ignores it
     with pytest.raises(CheckpointError, match="unsupported rope scaling 'dynamic'.*none: null"):
         config_of(
             {"model_type": "llama"} | SIZES | {"rope_scaling": {"type": "dynamic", "factor": 2}}

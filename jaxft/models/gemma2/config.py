@@ -13,16 +13,12 @@ from jaxft.models.family import GgufHeader, Json
 from jaxft.models.gemma import config as gemma
 from jaxft.models.hf_keys import Keys
 
-READS = (
+LATER_READS = (
     gemma.READS
     | hf_config.WINDOW_READS
-    | {
-        "hidden_activation",
-        "query_pre_attn_scalar",
-        "attn_logit_softcapping",
-        "final_logit_softcapping",
-    }
+    | {"hidden_activation", "query_pre_attn_scalar", "final_logit_softcapping"}
 )
+READS = LATER_READS | {"attn_logit_softcapping"}
 GGUF_READS = gguf.READS | {
     "attention.sliding_window",
     "attn_logit_softcapping",
@@ -47,7 +43,8 @@ def keys(**defaults: Any) -> Keys:
 
 def read(json: Json, tensors: Collection[str]) -> DecoderConfig:
     """The DecoderConfig of a config.json."""
-    return read_later_gemma(json, "gemma2", _local)
+    config = read_later_gemma(json, "gemma2", _local)
+    return dataclasses.replace(config, attention_softcap=_positive(json, "attn_logit_softcapping"))
 
 
 def read_later_gemma(
@@ -61,17 +58,11 @@ def read_later_gemma(
         local: which layers have a window: see jaxft.models.hf_config.read_windows.
         rope: see jaxft.models.hf_config.read_decoder.
     """
-    for name in ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"):
-        if json[name] is not None and json[name] <= 0:
-            raise CheckpointError(
-                f"config.json: {name} is {json[name]!r}, expected a positive number."
-            )
     return dataclasses.replace(
         gemma.read_gemma(json, family, json["hidden_activation"], rope),
         post_norms=True,
-        attention_scale=json["query_pre_attn_scalar"] ** -0.5,
-        attention_softcap=json["attn_logit_softcapping"],
-        final_softcap=json["final_logit_softcapping"],
+        attention_scale=_positive(json, "query_pre_attn_scalar") ** -0.5,
+        final_softcap=_positive(json, "final_logit_softcapping"),
         windows=hf_config.read_windows(json, json["sliding_window"], local),
     )
 
@@ -122,3 +113,10 @@ def read_later_gguf(
 
 def _local(layer: int) -> bool:
     return layer % 2 == 0
+
+
+def _positive(json: Json, name: str) -> float | None:
+    """The value of a key, which must be positive or null."""
+    if json[name] is not None and json[name] <= 0:
+        raise CheckpointError(f"config.json: {name} is {json[name]!r}, expected a positive number.")
+    return json[name]

@@ -13,7 +13,8 @@ from jaxft.models.family import GgufHeader, Json
 from jaxft.models.gemma2 import config as gemma2
 
 GGUF_READS = gemma2.GGUF_READS
-READS = gemma2.READS - {"original_max_position_embeddings"} | {
+# transformers' class has attn_logit_softcapping too, and its model ignores it.
+READS = gemma2.LATER_READS - {"original_max_position_embeddings"} | {
     "rope_local_base_freq",
     "sliding_window_pattern",
 }

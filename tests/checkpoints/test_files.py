@@ -112,6 +112,16 @@ def test_bfloat16_survives(saved, tmp_path_factory):
     chex.assert_trees_all_equal(load_model(other)[1], half)
 
 
+def test_a_saved_model_keeps_its_config_json(saved, tmp_path_factory):
+    path, *_ = saved
+    config = json.loads((path / "config.json").read_text()) | {"my_note": "kept", "pad_token_id": 3}
+    del config["rope_scaling"], config["mlp_bias"]
+    (path / "config.json").write_text(json.dumps(config))
+    other = tmp_path_factory.mktemp("kept")
+    save_model(other, *load_model(path))
+    assert json.loads((other / "config.json").read_text()) == config
+
+
 def test_adapted_params_are_saved_merged(saved, tmp_path_factory):
     _, model, params = saved
     trainable, frozen = partition(adapt(jax.random.key(1), params, {ALL_LINEAR: lora(4)}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json as jsonlib
 import pathlib
@@ -63,10 +64,12 @@ def check_config(path: pathlib.Path, family: Family, config: Any) -> None:
     tensors = [entry.name for entry in codec.entries(config)]
     readers = {"jaxft": json, "transformers": _as_transformers(file, json)}
     for reader, view in readers.items():
-        if view is not None and (read := codec.config(view, tensors)) != config:
+        if view is None:
+            continue
+        if differing := _differing(codec.config(view, tensors), config):
             raise CheckpointError(
-                f"{file}: {reader} reads another model from it: {_differing(read, config)}. Do not use it; "
-                "the checkpoints of the run hold what was trained."
+                f"{file}: {reader} reads another model from it: {differing}. Do not use it; the checkpoints of "
+                "the run hold what was trained."
             )
 
 
@@ -127,7 +130,11 @@ def _architecture(ours: str, source: Mapping[str, Any]) -> str:
 
 
 def _differing(read: Any, config: Any) -> str:
-    pairs = ((name, getattr(read, name), value) for name, value in vars(config).items())
+    """The fields in which two configs differ; a scale of attention may be said or follow from head_dim."""
+    if hasattr(config, "attention_scale"):
+        read, config = (dataclasses.replace(c, attention_scale=c.scale) for c in (read, config))
+    names = [field.name for field in dataclasses.fields(config) if field.compare]
+    pairs = ((name, getattr(read, name), getattr(config, name)) for name in names)
     return ", ".join(
         f"{name} is {theirs!r}, saved was {ours!r}"
         for name, theirs, ours in pairs

@@ -27,12 +27,12 @@ class HuggingFace:
 
     Attributes:
         architecture: the class under which files are written: "LlamaForCausalLM".
-        read: (config.json, names of the tensors after `rename`) -> config. Raises CheckpointError for what
-            the module cannot compute.
+        read: (config.json with the defaults of `keys`, names of the tensors after `rename`) -> config. Raises
+            CheckpointError for what the module cannot compute. Call `config`, which fills them in.
         write: config -> config.json, without model_type, architectures and data type.
         reads: the keys of config.json that `read` looks at.
-        keys: the keys that transformers knows, which are filled in and checked before `read`; None: no
-            class of transformers is known.
+        keys: the keys that transformers' class knows, checked and filled in before `read`; None: there is
+            no such class.
         entries: config -> the tensors of a file, in its usual order, and the leaves that they hold.
         rename: the name that `entries` gives a tensor, from the name in a file: bare base models lack a
             prefix, others have one too many.

@@ -271,6 +271,14 @@ def test_a_config_that_reads_otherwise_is_not_left_unsaid(tmp_path):
             check_config(tmp_path, family, config)
 
 
+def test_a_scale_of_attention_that_follows_from_heads_need_not_be_said(tmp_path):
+    """As in configs of GGUF files."""
+    family, file = find_family("gemma2", FAMILIES), {"model_type": "gemma2"} | BASES["gemma2"]
+    config = dataclasses.replace(config_of(file), attention_scale=None, source="")
+    (tmp_path / "config.json").write_text(json.dumps(config_json(family, config, "float32")))
+    check_config(tmp_path, family, config)
+
+
 def test_yarn_over_the_original_length_may_use_its_factor():
     file = (
         {"model_type": "qwen2"}

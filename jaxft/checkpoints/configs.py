@@ -68,8 +68,8 @@ def check_config(path: pathlib.Path, family: Family, config: Any) -> None:
             continue
         if differing := _differing(codec.config(view, tensors), config):
             raise CheckpointError(
-                f"{file}: {reader} reads another model from it: {differing}. Do not use it; the checkpoints of "
-                "the run hold what was trained."
+                f"{file}: {reader} reads another model from it: {differing}. Do not use it; the "
+                "checkpoints of the run hold what was trained."
             )
 
 

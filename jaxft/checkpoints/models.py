@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 import pathlib
-import re
 import shutil
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -31,6 +30,7 @@ from jaxft.checkpoints.beside import (
     with_special,
     write_beside,
 )
+from jaxft.checkpoints.configs import check_config, check_tied, config_json
 from jaxft.checkpoints.gguf import GgufFile
 from jaxft.checkpoints.gguf_parts import one_model
 from jaxft.checkpoints.gguf_tokenizer import read_tokenizer
@@ -181,7 +181,8 @@ def save_model(
     generation_config.json name the ids at which texts end: those that the model came with, and, with
     `tokenizer_from`, those of the tokenizer and its chat template. On several hosts all call
     it, and the first writes. A reward head makes it a sequence classifier with one label, whose `score`
-    `load_model` reads again (the output projection, where there is one, stays in the file).
+    `load_model` reads again (the output projection, where there is one, stays in the file). config.json keeps
+    what it was read from, but for what differs in the model's config.
 
     Args:
         path: the directory; made if needed.
@@ -192,33 +193,25 @@ def save_model(
         families: see load_model.
 
     Raises:
-        CheckpointError: after all is written, if the tokenizer has ids that the model has not.
+        CheckpointError: if the params have what the format lacks, or if config.json, read again by jaxft and
+            transformers, describes another model; after all is written, if the tokenizer has ids that the
+            model has not.
     """
     path, family = pathlib.Path(path), family_of(model.config, families)
     dtype = np.dtype(jax.tree.leaves(params)[0].dtype).name
     body = {name: node for name, node in params.items() if name != "reward"}
     tensors = disassemble(family.huggingface.entries(model.config), body, family.layers)
-    config = {
-        "architectures": [family.huggingface.architecture],
-        "model_type": family.name,
-        **family.huggingface.write(model.config),
-        "dtype": dtype,
-        "torch_dtype": dtype,
-    }
     if "reward" in params:
         score = to_host(to_dense(params["reward"]["kernel"])).T
         tensors = itertools.chain(tensors, [(SCORE, score)])
-        (name,) = config["architectures"]
-        config["architectures"] = [
-            re.sub("For.*|LMHeadModel", "", name) + "ForSequenceClassification"
-        ]
-        config["id2label"] = {"0": "reward"}
+    config = config_json(family, model.config, dtype, reward="reward" in params)
 
     def write():
         path.mkdir(parents=True, exist_ok=True)
         save_tensors(path, tensors)
         special = getattr(model.config, "special", None)
         write_beside(path, config, special)
+        check_config(path, family, model.config)
         if tokenizer_from is None:
             return
         save_tokenizer(path, tokenizer_from)
@@ -336,6 +329,7 @@ def _open_directory(path, families):
     family = find_family(json.get("model_type"), families)
     codec = family.huggingface
     tensors = {codec.rename(name): tensor for name, tensor in open_tensors(path).items()}
-    config = codec.read(json, tensors.keys())
+    config = codec.config(json, tensors.keys())
+    check_tied(path, family, config, tensors)
     config = with_special(config, read_special(path, json, codec.special))
     return family, config, {n: t for n, t in tensors.items() if not codec.ignores(n, config)}

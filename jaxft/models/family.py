@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
+from json import dumps
 from typing import Any, Protocol
 
 import flax.linen as nn
 
 from jaxft.models.errors import CheckpointError
+from jaxft.models.hf_keys import Keys, complete
 from jaxft.models.names import Entry
 from jaxft.models.prediction import Prediction
 from jaxft.models.special_ids import SpecialIds
@@ -26,10 +28,12 @@ class HuggingFace:
 
     Attributes:
         architecture: the class under which files are written: "LlamaForCausalLM".
-        read: (config.json, names of the tensors after `rename`) -> config. Raises CheckpointError for what
-            the module cannot compute.
+        read: (config.json with the defaults of `keys`, names of the tensors after `rename`) -> config. Raises
+            CheckpointError for what the module cannot compute. Call `config`, which fills them in.
         write: config -> config.json, without model_type, architectures and data type.
         reads: the keys of config.json that `read` looks at.
+        keys: the keys that transformers' class knows, checked and filled in before `read`; None: there is
+            no such class.
         entries: config -> the tensors of a file, in its usual order, and the leaves that they hold.
         rename: the name that `entries` gives a tensor, from the name in a file: bare base models lack a
             prefix, others have one too many.
@@ -50,6 +54,28 @@ class HuggingFace:
     head: str = "lm_head"
     task_type: str = "CAUSAL_LM"
     special: SpecialIds = SpecialIds()
+    keys: Keys | None = None
+
+    def config(self, json: Json, tensors: Collection[str] = ()) -> Config:
+        """The config of a config.json, which it keeps as its `source` if it has such a field.
+
+        Args:
+            json: the file.
+            tensors: names of the tensors, after `rename`.
+
+        Raises:
+            CheckpointError: for what the module cannot compute, or values that fit no model.
+        """
+        full = json if self.keys is None else complete(json, self.keys, self.reads)
+        try:
+            config = self.read(full, tensors)
+        except CheckpointError:
+            raise
+        except ValueError as error:
+            raise CheckpointError(f"config.json: {error}") from None
+        if "source" not in {field.name for field in dataclasses.fields(config)}:
+            return config
+        return dataclasses.replace(config, source=dumps(dict(json)))
 
 
 class GgufHeader(Protocol):

@@ -17,8 +17,15 @@ GEMMA = Family(
         architecture="GemmaForCausalLM",
         read=config.read,
         write=config.write,
-        reads=config.READS,
+        reads=config.OWN_READS,
         special=SpecialIds(bos=2, eos=(1,), pad=0),
+        keys=config.keys(
+            **hf_config.sizes(3072, 24576, 28, 16, 8192),
+            vocab_size=256000,
+            num_key_value_heads=16,
+            hidden_act="gelu_pytorch_tanh",
+            hidden_activation=None,
+        ),
     ),
     gguf=Gguf(
         architecture="gemma",

@@ -11,8 +11,14 @@ from jaxft.models.config import DecoderConfig, Rope
 from jaxft.models.errors import CheckpointError
 from jaxft.models.family import GgufHeader, Json
 from jaxft.models.gemma import config as gemma
+from jaxft.models.hf_keys import Keys
 
-READS = gemma.READS | hf_config.WINDOW_READS | {"query_pre_attn_scalar"}
+LATER_READS = (
+    gemma.READS
+    | hf_config.WINDOW_READS
+    | {"hidden_activation", "query_pre_attn_scalar", "final_logit_softcapping"}
+)
+READS = LATER_READS | {"attn_logit_softcapping"}
 GGUF_READS = gguf.READS | {
     "attention.sliding_window",
     "attention.sliding_window_pattern",
@@ -22,9 +28,25 @@ GGUF_READS = gguf.READS | {
 }
 
 
+def keys(**defaults: Any) -> Keys:
+    """The keys of the classes of Gemma 2 and 3, of which `defaults` are one's own."""
+    return gemma.keys(
+        "sliding_window",
+        "attn_logit_softcapping",
+        "final_logit_softcapping",
+        num_key_value_heads=4,
+        hidden_activation="gelu_pytorch_tanh",
+        query_pre_attn_scalar=256,
+        sliding_window=4096,
+        layer_types=None,
+        **defaults,
+    )
+
+
 def read(json: Json, tensors: Collection[str]) -> DecoderConfig:
     """The DecoderConfig of a config.json."""
-    return read_later_gemma(json, "gemma2", _local)
+    config = read_later_gemma(json, "gemma2", _local)
+    return dataclasses.replace(config, attention_softcap=_positive(json, "attn_logit_softcapping"))
 
 
 def read_later_gemma(
@@ -39,16 +61,25 @@ def read_later_gemma(
         rope: see jaxft.models.hf_config.read_decoder.
     """
     return dataclasses.replace(
-        gemma.read_gemma(json, family, rope),
+        gemma.read_gemma(json, family, json["hidden_activation"], rope),
         post_norms=True,
-        attention_scale=json.get("query_pre_attn_scalar", 256) ** -0.5,
-        windows=hf_config.read_windows(json, local),
+        attention_scale=_positive(json, "query_pre_attn_scalar") ** -0.5,
+        final_softcap=_positive(json, "final_logit_softcapping"),
+        windows=hf_config.read_windows(json, json["sliding_window"], local),
     )
 
 
 def write(config: DecoderConfig) -> dict[str, Any]:
     """The config.json of a DecoderConfig."""
-    return gemma.write(config) | hf_config.write_windows(config)
+    return (
+        gemma.write(config)
+        | hf_config.write_windows(config)
+        | {
+            "query_pre_attn_scalar": round(config.scale**-2),
+            "attn_logit_softcapping": config.attention_softcap,
+            "final_logit_softcapping": config.final_softcap,
+        }
+    )
 
 
 def read_gguf(header: GgufHeader) -> DecoderConfig:
@@ -129,3 +160,10 @@ def _cap(header, key, default):
 
 def _local(layer: int) -> bool:
     return layer % 2 == 0
+
+
+def _positive(json: Json, name: str) -> float | None:
+    """The value of a key, which must be positive or null."""
+    if json[name] is not None and json[name] <= 0:
+        raise CheckpointError(f"config.json: {name} is {json[name]!r}, expected a positive number.")
+    return json[name]

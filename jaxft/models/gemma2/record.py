@@ -19,6 +19,12 @@ GEMMA2 = Family(
         read=config.read,
         write=config.write,
         reads=config.READS,
+        keys=config.keys(
+            **hf_config.sizes(2304, 9216, 26, 8, 8192),
+            vocab_size=256000,
+            attn_logit_softcapping=50.0,
+            final_logit_softcapping=30.0,
+        ),
         entries=functools.partial(names.decoder_entries, norms=NORMS),
         special=SpecialIds(bos=2, eos=(1,), pad=0),
     ),

@@ -16,6 +16,7 @@ GPT2 = Family(
         read=config.read,
         write=config.write,
         reads=config.READS,
+        keys=config.KEYS,
         entries=names.entries,
         rename=with_prefix("transformer."),
         ignores=names.ignores,

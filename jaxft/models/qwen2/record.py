@@ -23,6 +23,8 @@ QWEN2 = Family(
         read=config.read,
         write=config.write,
         reads=config.READS,
+        # transformers reads head_dim too, which its class does not list.
+        keys=config.keys(),
     ),
     gguf=Gguf(
         architecture="qwen2",

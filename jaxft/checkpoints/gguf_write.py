@@ -209,10 +209,8 @@ def _check_said(codec, config) -> None:
     """Raises CheckpointError unless a reader of the metadata computes what the config says."""
     said = codec.read(_Said(codec, config))
     for field in dataclasses.fields(config):
-        if field.name in (
-            "family",
-            "special",
-        ):  # llama stands for Mistral too; ids are the tokenizer's
+        # Llama stands for Mistral too; ids are the tokenizer's.
+        if field.name == "family" or not field.compare:
             continue
         ours, theirs = getattr(config, field.name), getattr(said, field.name)
         if field.name == "windows":

@@ -46,16 +46,14 @@ def main(config: Config) -> Difference:
     if config.quantise is not None:
         rules = {family.targets.pattern(config.target): quantised(config.quantise)}
         params = adapt(jax.random.key(0), params, rules, stacked=family.stacked_axes)
-    under, load = params, load_adapter
-    if config.adapter.endswith(".gguf"):
-        load = files.load_gguf_adapter
-    params = load(config.adapter, model.config, under)
+    load = files.load_gguf_adapter if config.adapter.endswith(".gguf") else load_adapter
+    params = load(config.adapter, model.config, params)
     if (lost := rounding_loss(params, base, family.layers)) is not None:
         print(f"{config.quantise} took up to {lost:.1%} of a kernel")
     output, name = pathlib.Path(config.output_dir), pathlib.Path(config.model).stem
     if config.gguf == "lora":
         what, output = "adapter", output / "adapter.gguf"
-        difference = files.save_checked_gguf_adapter(output, model, params, under, name=name)
+        difference = files.save_checked_gguf_adapter(output, model, params, name=name)
     elif config.gguf is not None:
         what, output = "merged model", output / "model.gguf"
         options = {"kind": config.gguf, "tokenizer": tokenizer, "name": name}

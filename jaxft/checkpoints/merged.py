@@ -15,6 +15,7 @@ from jaxft.checkpoints.gguf_adapter import load_gguf_adapter, save_gguf_adapter
 from jaxft.checkpoints.gguf_write import Kind, save_gguf
 from jaxft.checkpoints.models import Params, load_model, save_model
 from jaxft.models import FAMILIES, Decoder, Family, family_of, is_stacked
+from jaxft.weights import Frozen, LoraWeight, is_weight
 
 
 def save_merged(
@@ -81,7 +82,7 @@ def save_checked_gguf_adapter(
     path: str | os.PathLike,
     model: Decoder,
     params: Params,
-    base: Params,
+    base: Params | None = None,
     *,
     name: str = "",
     tokens: Any = None,
@@ -92,8 +93,9 @@ def save_checked_gguf_adapter(
     Args:
         path: the file.
         model: the decoder.
-        params: LoRA on `base`.
-        base: the params that the adapter lies on, rounded or not, in the same layout.
+        params: with LoRA.
+        base: the params before they were adapted, for PiSSA (see jaxft.adapters.save_adapter); None: those
+            that lie under the LoRA.
         name: see save_gguf_adapter.
         tokens: see jaxft.adapters.logit_difference.
         families: see load_model.
@@ -101,6 +103,14 @@ def save_checked_gguf_adapter(
     Raises:
         AdapterError: see save_gguf_adapter and save_merged.
     """
-    save_gguf_adapter(path, model.config, params, name=name, families=families)
+    save_gguf_adapter(path, model.config, params, base=base, name=name, families=families)
+    if base is None:
+        base = jax.tree.map(_under, params, is_leaf=is_weight)
     loaded = load_gguf_adapter(path, model.config, base, families=families)
     return check_same(str(path), model, params, loaded, tokens=tokens)
+
+
+def _under(node):
+    if isinstance(node, Frozen):
+        return node.value
+    return node.base if isinstance(node, LoraWeight) else node

@@ -30,7 +30,7 @@ CONFIG = DecoderConfig(
     tie_embeddings=False,
 )
 # Largest difference of one stored value from the original, relative to the largest.
-ERRORS = {"F32": 0.0, "F16": 1e-3, "BF16": 8e-3, "Q8_0": 0.01, "Q4_0": 0.15, "Q4_1": 0.1}
+ERRORS = {"F32": 0.0, "Q4_0": 0.15}
 
 
 def write(path, tensors, **ids):
@@ -130,8 +130,8 @@ def params():
     return Decoder(CONFIG).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
 
 
-@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"])
-def test_every_type_comes_back(tmp_path, params, kind):
+@pytest.mark.parametrize("kind", list(ERRORS))  # of all types: test_gguf_reading.py
+def test_a_model_of_a_type_comes_back(tmp_path, params, kind):
     file = tmp_path / "model.gguf"
     write(file, quantised(params, kind))
     model, loaded = load_model(file)

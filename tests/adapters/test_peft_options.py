@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,10 @@ from safetensors.numpy import load_file, save_file
 from jaxft.adapters import (
     AdapterError,
     adapt,
+    as_lora,
+    dora,
     full,
+    ia3,
     load_adapter,
     lora,
     merge,
@@ -165,7 +169,9 @@ def test_lora_is_pefts_or_refused_by_name(name, bases, tmp_path):
 
 
 def test_the_table_has_the_options_of_the_installed_peft():
-    classes = {str(getattr(k, "value", k)): c for k, c in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    classes = {
+        str(getattr(k, "value", k)): c for k, c in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING.items()
+    }
     assert classes.keys() == (OPTIONS.keys() - {"PACA"}) | OTHERS
     for kind in OPTIONS.keys() - {"PACA"}:
         fields = {f.name: f for f in dataclasses.fields(classes[kind]) if f.name not in COMMON}
@@ -204,7 +210,7 @@ NAMES = {
     "compiled outside": renamed(lambda n: "_orig_mod." + n),
     "of FSDP": renamed(lambda n: n.replace(".self_attn.", "._fsdp_wrapped_module.self_attn.")),
     "of DDP": renamed(lambda n: "module." + n),
-    "with the adapter's name": renamed(lambda n: n.replace("lora_A.", "lora_A.mine.").replace("lora_B.", "lora_B.mine.")),
+    "with the adapter's name": renamed(lambda n: re.sub("(lora_[AB])", r"\1.mine", n)),
     "without the prefix": renamed(lambda n: n.removeprefix(PREFIX)),
     "of a bare model": renamed(lambda n: n.replace(PREFIX + "model.layers", PREFIX + "layers")),
 }  # fmt: skip
@@ -287,9 +293,113 @@ def test_what_is_not_read_is_refused_by_its_name(name, bases, written, tmp_path)
         load_adapter(changed(written, tmp_path, **change), base.model.config, base.params)
 
 
-@pytest.mark.parametrize("settings", [dict(lora_alpha=..., r=...), dict(rank_pattern=None), dict(bias=None)])
+@pytest.mark.parametrize("settings", [dict(lora_alpha=..., r=...), dict(rank_pattern=None)])
 def test_absent_and_null_options_are_pefts_defaults(settings, bases, tmp_path):
     base = bases["untied"]
     base.write(tmp_path, peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
     before = base.logits(tmp_path)
     close(base.logits(changed((tmp_path, None), tmp_path, **settings)), before)
+
+
+@pytest.mark.parametrize("which", ["untied", "tied"])
+def test_a_resized_vocabulary_is_read_on_a_base_that_was_resized(which, bases, tmp_path):
+    base = bases[which]
+    base.write(tmp_path / "adapter", lora_config(), resize=70)
+    with pytest.raises(AdapterError, match="a vocabulary of 70 tokens .*resize_token_embeddings"):
+        base.logits(tmp_path / "adapter")
+    larger = Base(
+        tmp_path / "base",
+        base.torch().config.__class__(
+            **SIZES | dict(vocab_size=70),
+            **(dict(tie_word_embeddings=True) if which == "tied" else dict(attention_bias=True)),
+        ),
+    )
+    other = peft.PeftModel.from_pretrained(larger.torch(), tmp_path / "adapter").eval()
+    file = load_file(tmp_path / "adapter" / FILE)
+    saved = load_adapter(tmp_path / "adapter", larger.model.config, larger.params)
+    np.testing.assert_array_equal(
+        merge(saved)["embed"]["embedding"], file["base_model.model.model.embed_tokens.weight"]
+    )
+    with torch.no_grad():
+        close(larger.logits(tmp_path / "adapter"), other(torch.tensor(TOKENS)).logits.numpy())
+
+
+TOKENS_TYPE = lambda: peft.TrainableTokensConfig(token_indices=[10, 3], task_type="CAUSAL_LM")
+
+
+@pytest.mark.parametrize("which, make", [
+    ("untied", TOKENS_TYPE),
+    ("tied", TOKENS_TYPE),
+    ("untied", lambda: peft.AdaLoraConfig(
+        target_modules=["q_proj"], init_r=4, target_r=2, total_step=10, task_type="CAUSAL_LM"
+    )),
+])  # fmt: skip
+def test_other_types_are_read(which, make, bases, tmp_path):
+    base = bases[which]
+    base.write(tmp_path, make())
+    theirs = base.pefts(tmp_path)
+    close(base.logits(tmp_path), theirs)
+    assert np.abs(theirs - np.asarray(base.apply(base.params))).max() > 0.02
+
+
+def test_the_ranks_that_adalora_kept_are_read(bases, tmp_path):
+    """Its scale is that of all ranks it began with, whatever is kept."""
+    base = bases["untied"]
+    config = peft.AdaLoraConfig(
+        target_modules=["q_proj"], init_r=4, target_r=2, total_step=10, task_type="CAUSAL_LM"
+    )
+    config.rank_pattern = {
+        f"model.layers.{i}.self_attn.q_proj.lora_E.default": kept
+        for i, kept in enumerate([[True, False, True, False], [False] * 4])
+    }
+    base.write(tmp_path, config)
+    close(base.logits(tmp_path), base.pefts(tmp_path))
+
+
+WRITTEN = {
+    "head and embedding": ("untied", {"(head/kernel|embed/embedding)": lora(2, 3.0)}),
+    "tied embedding": ("tied", {"embed/embedding": lora(2, 3.0)}),
+    "tied, whole": ("tied", {"embed/embedding": full(), ".*query/kernel": lora(2)}),
+    "tokens": ("tied", {"embed/embedding": paca(3)}),
+    "tokens beside LoRA": ("tied", {"embed/embedding": paca(3), ".*query/kernel": lora(2)}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_peft_opens_what_is_written_on_embeddings(name, bases, tmp_path):
+    which, rules = WRITTEN[name]
+    base = bases[which]
+    adapted = trained(adapt(jax.random.key(1), base.params, rules))
+    save_adapter(tmp_path, base.model.config, adapted, base_model=str(base.path), base=base.params)
+    theirs = base.pefts(tmp_path)
+    close(np.asarray(base.apply(merge(adapted))), theirs)
+    close(base.logits(tmp_path), theirs)
+    assert np.abs(theirs - np.asarray(base.apply(base.params))).max() > 0.02
+
+
+@pytest.mark.parametrize("rule, rank", [(paca(3), None), (dora(2), 24)], ids=["paca", "dora"])
+def test_peft_opens_other_adapters_as_lora(rule, rank, bases, tmp_path):
+    base = bases["untied"]
+    adapted = adapt(jax.random.key(1), base.params, {"layers/.*/(query|down)/kernel": rule})
+    converted, lost = as_lora(trained(adapted), rank)
+    assert lost.overall < 1e-9
+    save_adapter(tmp_path, base.model.config, converted)
+    close(np.asarray(base.apply(merge(trained(adapted)))), base.pefts(tmp_path))
+
+
+def test_what_pissa_and_olora_took_out_of_the_base_is_written_back(bases, tmp_path):
+    """A file that was saved without conversion, and is saved again, is plain LoRA."""
+    base = bases["untied"]
+    base.write(tmp_path / "olora", lora_config(init_lora_weights="olora"))
+    loaded = load_adapter(tmp_path / "olora", base.model.config, base.params)
+    save_adapter(tmp_path / "again", base.model.config, loaded, base=base.params)
+    assert json.loads((tmp_path / "again" / CONFIG).read_text())["r"] == 6
+    close(base.pefts(tmp_path / "again"), base.pefts(tmp_path / "olora"))
+
+
+def test_what_peft_has_no_place_for_on_embeddings_is_refused(bases, tmp_path):
+    base = bases["untied"]
+    for rule, message in ((dora(2), "not written for embeddings"), (ia3(), "does not have there")):
+        adapted = adapt(jax.random.key(1), base.params, {"embed/embedding": rule})
+        with pytest.raises(AdapterError, match=message):
+            save_adapter(tmp_path, base.model.config, adapted)

@@ -34,14 +34,19 @@ def canonical(tensors: Tensors, model: Model) -> Tensors:
     Raises:
         AdapterError: if the file holds several adapters, or one tensor under two names.
     """
-    names, adapters = {}, set()
     modules = {linear.name for linear in (*model.linears, *model.embeddings)} | {*model.leaves}
     modules.add(model.head)
-    for key in tensors:
-        name = _WRAPPERS.sub("", key).removeprefix("module.")
+    unwrapped = {key: _WRAPPERS.sub("", key).removeprefix("module.") for key in tensors}
+    adapters = {match[2] for name in unwrapped.values() for match in _ADAPTER.finditer(name)}
+    if len(adapters) > 1:
+        raise AdapterError(
+            f"the file holds the adapters {', '.join(sorted(adapters))}; save one by itself, with PEFT's "
+            "save_pretrained(selected_adapters=[name])."
+        )
+    names: dict[str, str] = {}
+    for key, name in unwrapped.items():
         if _COPIES.search(name):
             continue
-        adapters.update(match[2] for match in _ADAPTER.finditer(name))
         name = _ADAPTER.sub(r".\1", name).replace(".modules_to_save.", ".")
         name = name.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
         if not name.startswith("base_model."):
@@ -50,11 +55,6 @@ def canonical(tensors: Tensors, model: Model) -> Tensors:
         if name in names:
             raise AdapterError(f"{key!r} and {names[name]!r} are one tensor, {name!r}; keep one.")
         names[name] = key
-    if len(adapters) > 1:
-        raise AdapterError(
-            f"the file holds the adapters {', '.join(sorted(adapters))}; save one by itself, with PEFT's "
-            "save_pretrained(selected_adapters=[name])."
-        )
     return {name: tensors[key] for name, key in names.items()}
 
 

@@ -2,19 +2,22 @@
 
 $ python experiments/merge.py --model smollm2 --adapter runs/sft/adapter --output-dir merged
 $ python experiments/merge.py --model smollm2 --adapter runs/qlora/adapter --quantise nf4 --output-dir merged
+
+experiments/as_lora.py writes an adapter that servers can load beside the base instead.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 
-import jax
 import tyro
 
+from experiments.cli import cards, flags
+from experiments.cli.models import load_adapted
 from jaxft import checkpoints as files
 from jaxft import train
-from jaxft.adapters import Difference, Quantisation, adapt, load_adapter, quantised, rounding_loss
-from jaxft.models import family_of
+from jaxft.adapters import Difference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,26 +26,20 @@ class Config:
 
     adapter: str  # directory in PEFT's format, or jaxft's own
     output_dir: str
-    model: str = "smollm2"  # directory, .gguf file, "smollm2", "tiny" (random), or hub id
-    quantise: Quantisation | None = None  # merge into the rounded kernels that it was trained over
-    target: str = "all-linear"  # or a pattern of the paths of kernels to quantise
+    base: flags.Adapted = flags.Adapted()
+    hub: flags.Hub = flags.Hub()
     debug: bool = False  # full tracebacks
 
 
 def main(config: Config) -> Difference:
     """Prints and returns how far the files' logits are from the adapter's."""
-    train.keep_memory_warm()
+    cards.check(config)
     train.writable_directory(config.output_dir)
-    model, base = files.load_model(config.model)
-    params, family = base, family_of(model.config)
-    if config.quantise is not None:
-        rules = {family.targets.pattern(config.target): quantised(config.quantise)}
-        params = adapt(jax.random.key(0), params, rules, stacked=family.stacked_axes)
-    params = load_adapter(config.adapter, model.config, params)
-    if (lost := rounding_loss(params, base, family.layers)) is not None:
-        print(f"{config.quantise} took up to {lost:.1%} of a kernel")
-    difference = files.save_merged(config.output_dir, model, params, tokenizer_from=config.model)
+    model, _, params = load_adapted(config.adapter, config.base)
+    source = config.base.model
+    difference = files.save_merged(config.output_dir, model, params, tokenizer_from=source)
     print(f"merged model saved to {config.output_dir}; read again: {difference}")
+    cards.publish(config, {}, pathlib.Path(config.output_dir))
     return difference
 
 

@@ -547,7 +547,6 @@ BAD = {
     "merge": {
         "adapter": (lambda p: [], "no adapter_config.json"),
         "output": (lambda p: ["--output-dir", unwritable(p)], "cannot write to"),
-        "no token": (lambda p: ["--push-to-hub", "me/it"], "--push-to-hub me/it: no token"),
     },
     "as_lora": {"adapter": (lambda p: [], "no adapter_config.json")},
 }

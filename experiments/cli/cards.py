@@ -20,6 +20,7 @@ _LEFT_OUT = {
     "model",
     "data",
     "output_dir",
+    "public",
     "push_to_hub",
     "resume",
     "debug",
@@ -51,9 +52,9 @@ def card_of(config: Any, metrics: Mapping[str, Any], path: pathlib.Path) -> str:
     """The card of a directory that a script wrote."""
     values = flags.flat(config)
     sources = values.get("data") or ()
-    settings = {"adapter": values["adapter"]} if "adapter" in values else {}
+    settings = {"adapter": _public(values["adapter"])} if "adapter" in values else {}
     settings |= {n: _public(x) for n, x in _given(config).items() if n not in _LEFT_OUT}
-    kind, classifier = _kind(path)
+    kind, classifier, tags = _kind(path)
     return files.model_card(
         f"{path.parent.name}-{path.name}",
         kind=kind,
@@ -63,6 +64,7 @@ def card_of(config: Any, metrics: Mapping[str, Any], path: pathlib.Path) -> str:
         metrics=metrics,
         command=command(config),
         commit=commit(),
+        tags=tags,
         classifier=classifier,
     )
 
@@ -114,11 +116,13 @@ def _public(value: Any) -> Any:
     return pathlib.Path(value).name if is_path else value
 
 
-def _kind(path: pathlib.Path) -> tuple[str, bool] | None:
-    """(kind of model_card, whether it is a classifier) of a directory; None for one without a model."""
+def _kind(path: pathlib.Path) -> tuple[str, bool, list[str]] | None:
+    """(kind of model_card, whether it is a classifier, tags) of a directory; None for one without a model."""
     if (file := path / "adapter_config.json").exists():
-        return "adapter", json.loads(file.read_text()).get("task_type") == "SEQ_CLS"
+        found = json.loads(file.read_text())
+        tags = [found["peft_type"].lower()] if "peft_type" in found else []
+        return "adapter", found.get("task_type") == "SEQ_CLS", tags
     if (file := path / "config.json").exists():
         names = json.loads(file.read_text()).get("architectures") or [""]
-        return "model", names[0].endswith("ForSequenceClassification")
-    return ("native", False) if (path / "jaxft_adapter.json").exists() else None
+        return "model", names[0].endswith("ForSequenceClassification"), []
+    return ("native", False, []) if (path / "jaxft_adapter.json").exists() else None

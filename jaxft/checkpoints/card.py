@@ -42,6 +42,7 @@ def model_card(
     metrics: Mapping[str, Any],
     command: str,
     commit: str | None = None,
+    tags: Sequence[str] = (),
     classifier: bool = False,
 ) -> str:
     """The text of README.md: front matter in the hub's keys, what was trained on what, and how to load it.
@@ -58,6 +59,7 @@ def model_card(
         metrics: name -> number; others are left out.
         command: that trained it.
         commit: of the code; None: not known.
+        tags: besides "jaxft".
         classifier: whether it gives scores rather than text.
     """
     base, license = hub_id(base_model), license_of(base_model)
@@ -70,7 +72,7 @@ def model_card(
         "pipeline_tag": "text-classification" if classifier else "text-generation",
         "license": license,
         "datasets": [name for name in map(hub_id, data) if name],
-        "tags": ["jaxft", *(["lora"] if settings.get("adapter") == "lora" else [])],
+        "tags": ["jaxft", *tags],
     }
     lines = ["---", *_yaml(front), "---", "", f"# {title}", ""]
     what = "Weights" if kind == "model" else "An adapter"

@@ -23,7 +23,7 @@ from jaxft.adapters import (
     paca,
     save_adapter,
 )
-from jaxft.adapters.peft.options import COMMON, OPTIONS, OTHERS
+from jaxft.adapters.peft.options import COMMON, OPTIONS, OTHERS, with_defaults
 from jaxft.checkpoints import load_model
 from tests.small_models import trained
 
@@ -182,6 +182,17 @@ def test_the_table_has_the_options_of_the_installed_peft():
             assert neutral == (field.default_factory() if makes else field.default), (kind, name)
 
 
+def test_every_option_that_changes_the_result_and_is_not_read_is_refused():
+    for kind, options in OPTIONS.items():
+        settings = {"peft_type": kind, **dict.fromkeys(options.required, 1)}
+        for name in options.refused:
+            with_defaults(settings | {name: options.refused[name]})
+            with pytest.raises(AdapterError, match=f"^{name}=.* is not supported for {kind}"):
+                with_defaults(settings | {name: {"r": 2}})
+        for name in options.no_effect:
+            with_defaults(settings | {name: {"r": 2}})
+
+
 @pytest.fixture(scope="module")
 def written(bases, tmp_path_factory):
     """A LoRA of PEFT with its torch model, for what is changed in its files."""
@@ -291,6 +302,17 @@ def test_what_is_not_read_is_refused_by_its_name(name, bases, written, tmp_path)
     with pytest.raises(AdapterError, match=message):
         base = bases["untied"]
         load_adapter(changed(written, tmp_path, **change), base.model.config, base.params)
+
+
+WITHOUT_EFFECT = dict(
+    fan_in_fan_out=True, lora_dropout=0.3, qalora_group_size=4, ensure_weight_tying=True,
+    loftq_config={"loftq_bits": 2}, target_parameters=[], rank_pattern={}, exclude_modules=[],
+)  # fmt: skip
+
+
+def test_options_without_effect_have_none_in_peft_either(bases, written, tmp_path):
+    path = changed(written, tmp_path, **WITHOUT_EFFECT)
+    close(bases["untied"].logits(path), bases["untied"].pefts(path))
 
 
 @pytest.mark.parametrize("settings", [dict(lora_alpha=..., r=...), dict(rank_pattern=None)])

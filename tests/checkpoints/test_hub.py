@@ -22,6 +22,7 @@ COMMON = dict(
     metrics={"eval_loss": 0.5, "interval": (0, 1), "kl": None},
     command="python experiments/sft.py --rank 4",
     commit="abc123",
+    tags=["lora"],
 )
 
 

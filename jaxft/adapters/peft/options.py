@@ -125,6 +125,9 @@ OTHERS = _words(
     "LILY MISS MULTITASK_PROMPT_TUNING OFT OSF P_TUNING PEANUT POLY PSOFT PVERA RANDLORA ROAD SHADOW SHIRA "
     "SUPERTUNING TINYLORA UNILORA VBLORA WAVEFT XLORA"
 )
+_NO_MERGE = _words(
+    "ADAPTION_PROMPT CARTRIDGE CPT MULTITASK_PROMPT_TUNING P_TUNING POLY SHADOW XLORA"
+)
 _WHY = {
     "target_parameters": "it names parameters of mixture-of-experts layers, which no family here has",
     "layer_replication": "it builds a model of more layers; save that model merged",
@@ -177,6 +180,8 @@ def compiled(option: str, pattern: Any, form: str = "{}") -> re.Pattern:
 def _hint(kind) -> str:
     if kind not in OTHERS:
         return ""
+    if kind in _NO_MERGE:
+        return "; no kernel can take it up, so use it in PEFT"
     return "; merge it into its model with PEFT (merge_and_unload, save_pretrained) and load that model"
 
 

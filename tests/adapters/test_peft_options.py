@@ -346,17 +346,30 @@ def test_a_resized_vocabulary_is_read_on_a_base_that_was_resized(which, bases, t
         close(larger.logits(tmp_path / "adapter"), other(torch.tensor(TOKENS)).logits.numpy())
 
 
-TOKENS_TYPE = lambda: peft.TrainableTokensConfig(token_indices=[10, 3], task_type="CAUSAL_LM")
+def of(kind, **options):
+    return getattr(peft, kind)(task_type="CAUSAL_LM", **options)
 
 
-@pytest.mark.parametrize("which, make", [
-    ("untied", TOKENS_TYPE),
-    ("tied", TOKENS_TYPE),
-    ("untied", lambda: peft.AdaLoraConfig(
-        target_modules=["q_proj"], init_r=4, target_r=2, total_step=10, task_type="CAUSAL_LM"
-    )),
-])  # fmt: skip
-def test_other_types_are_read(which, make, bases, tmp_path):
+BANK = dict(
+    r=2, num_vectors=7, vector_length=8, topk=3, target_modules=["q_proj", "k_proj", "down_proj"]
+)
+OTHER_TYPES = {
+    "tokens": ("untied", lambda: of("TrainableTokensConfig", token_indices=[10, 3])),
+    "tokens, tied": ("tied", lambda: of("TrainableTokensConfig", token_indices=[10, 3])),
+    "adalora": (
+        "untied",
+        lambda: of("AdaLoraConfig", target_modules=["q_proj"], init_r=4, target_r=2, total_step=10),
+    ),
+    "vblora": ("untied", lambda: of("VBLoRAConfig", **BANK)),
+    "vblora, only k": ("untied", lambda: of("VBLoRAConfig", **BANK, save_only_topk_weights=True)),
+    "hra": ("untied", lambda: of("HRAConfig", r=3, target_modules=["q_proj", "k_proj"])),
+    "hra, orthogonal": ("untied", lambda: of("HRAConfig", r=3, target_modules=["up_proj"], apply_GS=True)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHER_TYPES)
+def test_other_types_are_read(name, bases, tmp_path):
+    which, make = OTHER_TYPES[name]
     base = bases[which]
     base.write(tmp_path, make())
     theirs = base.pefts(tmp_path)

@@ -18,7 +18,7 @@ import numpy as np
 
 from jaxft.adapters import native
 from jaxft.adapters.errors import AdapterError
-from jaxft.adapters.peft import adalora, ia3, lora, lycoris, paca, tokens, vera, whole
+from jaxft.adapters.peft import adalora, ia3, lora, low_rank, lycoris, paca, tokens, vera, whole
 from jaxft.adapters.peft.base_tensors import check_vocabulary, read_base, take_tied
 from jaxft.adapters.peft.files import Settings, Tensors, read_files, take, write_files
 from jaxft.adapters.peft.keys import canonical, module_of
@@ -68,7 +68,10 @@ FORMATS = {
     "PACA": Format((PacaWeight,), paca.read, paca.write),
     "LN_TUNING": Format((), whole.read_norms, whole.write_norms),
     "TRAINABLE_TOKENS": Format((), tokens.read, tokens.write),
-    "ADALORA": Format((), adalora.read, None),  # Its result is LoRA, and saved as that.
+    # What is read of these is LoRA, and saved as that.
+    "ADALORA": Format((), adalora.read, None),
+    "VBLORA": Format((), low_rank.read_vblora, None),
+    "HRA": Format((), low_rank.read_hra, None),
 }
 
 
@@ -230,7 +233,20 @@ def _surplus(key: str, settings: Settings, model: Model) -> str:
             f"surplus key {key!r}; the adapter is for another model: this one has no such module."
         )
     wanted = settings["peft_type"], settings.get("modules_to_save")
-    if any(n in key for n in ("lora_", "hada_", "lokr_", "vera_", "ia3_", "paca_", "ln_tuning")):
+    if any(
+        n in key
+        for n in (
+            "lora_",
+            "hada_",
+            "lokr_",
+            "vblora_",
+            "hra_",
+            "vera_",
+            "ia3_",
+            "paca_",
+            "ln_tuning",
+        )
+    ):
         chosen = targeted(settings, {}, model, model.leaves)
         if module not in chosen:
             named = {n: settings[n] for n in _NAMING if settings.get(n)}

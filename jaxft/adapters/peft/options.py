@@ -73,6 +73,16 @@ OPTIONS: dict[str, Options] = {
         ),
         dict(**_LORA_REFUSED, use_dora=False, lora_bias=False, trainable_token_indices=None),
     ),
+    "VBLORA": Options(
+        dict(
+            **_TARGETS, **_LAYERS, r=4, num_vectors=256, vector_length=256, topk=2,
+            save_only_topk_weights=False, bias="none",
+        ),
+        _words("vblora_dropout fan_in_fan_out init_vector_bank_bound init_logits_std"),
+    ),
+    "HRA": Options(
+        dict(**_TARGETS, **_LAYERS, r=8, apply_GS=False, bias="none"), _words("init_weights")
+    ),
     "LOHA": Options(_LYCORIS, _LYCORIS_NO_EFFECT),
     "LOKR": Options(
         dict(**_LYCORIS, decompose_factor=-1),
@@ -121,9 +131,9 @@ OPTIONS: dict[str, Options] = {
 AT_END = r"(.*\.)?({})$"
 # Known to PEFT, and not to this library.
 OTHERS = _words(
-    "ADAMSS ADAPTION_PROMPT BEFT BOFT C3A CARTRIDGE CPT DEFT DELORA FOURIERFT FROD GLORA GRALORA HIRA HRA "
+    "ADAMSS ADAPTION_PROMPT BEFT BOFT C3A CARTRIDGE CPT DEFT DELORA FOURIERFT FROD GLORA GRALORA HIRA "
     "LILY MISS MULTITASK_PROMPT_TUNING OFT OSF P_TUNING PEANUT POLY PSOFT PVERA RANDLORA ROAD SHADOW SHIRA "
-    "SUPERTUNING TINYLORA UNILORA VBLORA WAVEFT XLORA"
+    "SUPERTUNING TINYLORA UNILORA WAVEFT XLORA"
 )
 _NO_MERGE = _words(
     "ADAPTION_PROMPT CARTRIDGE CPT MULTITASK_PROMPT_TUNING P_TUNING POLY SHADOW XLORA"
@@ -190,7 +200,8 @@ def _neutral(value, neutral) -> bool:
 
 
 def _check_values(settings: Settings, options: Options) -> None:
-    for name in ("r", "init_r", "num_virtual_tokens"):
+    counts = ("r", "init_r", "num_virtual_tokens", "num_vectors", "vector_length", "topk")
+    for name in counts:
         if name in options.names - options.no_effect:
             _check(settings, name, _is_positive_int, "a positive integer")
     for name in ("lora_alpha", "alpha", "paca_alpha"):

@@ -289,6 +289,11 @@ REFUSED = {
         "adapter is for another model: this one has no such module",
     ),
     "half a file": (dict(tensors=without("lora_B")), "missing key .*lora_B.weight"),
+    "another tower": (
+        dict(tensors=renamed(lambda n: n.replace(".model.layers.0", ".vision_tower.model.layers.0"))),
+        "missing key .*model.layers.0",
+    ),
+    "two biases": (dict(lora_bias=True, bias="all"), "lora_bias=true with bias='all'"),
     "vocabulary": (
         dict(tensors=lambda t: t | {f"{PREFIX}lm_head.weight": np.zeros((70, 24), np.float32)}),
         r"vocabulary of 70 tokens \(lm_head\), the model one of 64. Resize .*resize_token_embeddings\(70",

@@ -19,7 +19,7 @@ import numpy as np
 from jaxft.adapters import native
 from jaxft.adapters.errors import AdapterError
 from jaxft.adapters.peft import adalora, ia3, lora, low_rank, lycoris, paca, tokens, vera, whole
-from jaxft.adapters.peft.base_tensors import check_vocabulary, read_base, take_tied
+from jaxft.adapters.peft.base_tensors import VOCABULARY, check_vocabulary, read_base, take_tied
 from jaxft.adapters.peft.files import Settings, Tensors, read_files, take, write_files
 from jaxft.adapters.peft.keys import canonical, module_of
 from jaxft.adapters.peft.model import PREFIX, Model, model_of, numpy, targeted
@@ -217,7 +217,8 @@ def _read(settings: Settings, tensors: Tensors, model: Model) -> dict[str, Weigh
         found[path] = dataclasses.replace(node, base=leaf) if is_weight(node) else leaf
     if model.tied:
         embedding = found.get(EMBEDDING, model.nodes[EMBEDDING])
-        take_tied(tensors, model, to_host(to_dense(getattr(embedding, "base", embedding))))
+        embedding = embedding.base if is_weight(embedding) else embedding
+        take_tied(tensors, model, to_host(to_dense(embedding)))
     if tensors:
         raise AdapterError(_surplus(min(tensors), settings, model))
     if not found:
@@ -263,7 +264,7 @@ def _own_vocabulary(model: Model, adapted: dict, original: Any) -> Tensors:
     tensors = {}
     for linear in (*model.linears, *model.embeddings):
         path, node = linear.paths[0], adapted.get(linear.paths[0])
-        if path not in (EMBEDDING, "head/kernel") or not isinstance(node, LoraWeight):
+        if path not in VOCABULARY or not isinstance(node, LoraWeight):
             continue
         kernel = numpy(to_dense(node.base))
         if original is not None and np.array_equal(kernel, numpy(to_dense(original[path]))):
@@ -319,6 +320,8 @@ def _on(kernel, node, path):
     moved = pissa_to_lora(node, kernel)
     lost = jnp.max(jnp.abs(moved.to_dense() - node.to_dense()))
     if lost > jnp.finfo(kernel.dtype).eps ** 0.5 * jnp.max(jnp.abs(kernel)):
+        if path in VOCABULARY:  # Its base is written beside it.
+            return node
         raise AdapterError(
             f"save_adapter: the kernel under {path!r} is neither that of `base` nor what PiSSA leaves "
             "of it; give the params that were adapted."

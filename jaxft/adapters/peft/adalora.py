@@ -40,9 +40,10 @@ def _kept(settings: Settings, linear: Linear) -> int:
     table = settings["rank_pattern"] or {}
     if not isinstance(table, dict):
         raise AdapterError(f"rank_pattern={table!r} must be an object of ranks that are kept.")
-    for name in (f"{linear.name}.lora_E", f"model.{linear.name}.lora_E"):
-        kept = table.get(name)
-        if kept is not None:
+    for name, kept in table.items():
+        if name.startswith(
+            f"{linear.name}.lora_E"
+        ):  # Of some versions with the adapter's name behind.
             if not isinstance(kept, list) or not all(isinstance(x, bool) for x in kept):
                 raise AdapterError(f"rank_pattern[{name!r}] must be a list of true and false.")
             return sum(kept)

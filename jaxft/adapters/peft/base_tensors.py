@@ -14,8 +14,10 @@ from jaxft.models.transformer import EMBEDDING
 from jaxft.parallel import to_host
 from jaxft.weights import is_weight, to_dense
 
+# The leaves that a resized vocabulary changes.
+VOCABULARY = (EMBEDDING, "head/kernel")
 # Which axis of a tensor of the embeddings, or of the output projection, is the vocabulary.
-_VOCABULARY = {
+_AXES = {
     "weight": 0,
     "bias": 0,
     "base_layer.weight": 0,
@@ -30,7 +32,7 @@ def check_vocabulary(tensors: Tensors, model: Model) -> None:
     if embedding is None:
         return
     for module in (embedding.name, model.head):
-        for suffix, axis in _VOCABULARY.items():
+        for suffix, axis in _AXES.items():
             tensor = tensors.get(f"{PREFIX}{module}.{suffix}")
             if module == embedding.name and suffix in ("bias", "lora_B.weight"):
                 continue
@@ -66,10 +68,9 @@ def _other(key, tensor, entry: Entry, model: Model) -> dict[str, jax.Array]:
     leaf = tensor.T if entry.transposed else tensor
     nodes = [model.nodes[path] for path in entry.paths]
     own = np.concatenate([to_host(to_dense(node)) for node in nodes], -1)
-    if entry.paths in ((EMBEDDING,), ("head/kernel",)) and leaf.shape == own.shape:
+    if entry.paths[0] in VOCABULARY and leaf.shape == own.shape:
         return {} if _equal(leaf, own) else {entry.paths[0]: jnp.asarray(leaf)}
-    allowed = 0.2 if any(map(is_weight, nodes)) else 2**-7  # quantised, or rounded to bfloat16
-    if leaf.shape != own.shape or _distance(leaf, own) > allowed:
+    if leaf.shape != own.shape or not (_equal(leaf, own) or _is_rounded(leaf, own, nodes)):
         cause = "the adapter was trained on another model"
         if key.endswith("bias"):
             cause = "it trained with another option `bias` than adapter_config.json has, or on another model"
@@ -116,6 +117,7 @@ def _equal(leaf, own) -> bool:
     return bool(np.all(np.abs(leaf.astype(np.float32) - own) <= eps * np.abs(own)))
 
 
-def _distance(leaf, own) -> float:
-    own = own.astype(np.float32)
-    return float(np.linalg.norm(leaf.astype(np.float32) - own) / max(np.linalg.norm(own), 1e-30))
+def _is_rounded(leaf, own, nodes) -> bool:
+    """Whether `own` is a quantised form of `leaf`."""
+    error = np.linalg.norm(leaf.astype(np.float32) - own.astype(np.float32))
+    return any(map(is_weight, nodes)) and bool(error <= 0.2 * np.linalg.norm(own))

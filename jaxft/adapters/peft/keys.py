@@ -18,6 +18,8 @@ _PARTS = (
 )
 # A state dict that was saved as it stands has the adapter's name behind each of its parts.
 _ADAPTER = re.compile(rf"\.({_PARTS})\.(?!(?:weight|bias)$)([^.]+)(?=\.(?:weight|bias)$|$)")
+# What stands in front of the names of a bare model where it is part of a larger one.
+_PREFIXES = {"model", "transformer", "language_model", "bert", "roberta", "vit"}
 # Copies that such a state dict has of the base model.
 _COPIES = re.compile(
     r"\.(original_module\.(weight|bias)|token_adapter\.trainable_tokens_original\..*|ranknum(\..*)?)$"
@@ -65,16 +67,23 @@ def module_of(key: str, modules: Iterable[str]) -> str | None:
 
 
 def _in_model(name: str, modules: set[str]) -> str:
-    """The name with its module called as here, if one module alone ends so."""
-    inner = name.removeprefix(PREFIX)
-    parts = inner.split(".")
+    """The name with its module called as here, if one module alone has it but for the model's own prefix."""
+    parts = name.removeprefix(PREFIX).split(".")
     if not name.startswith(PREFIX) or any(
         ".".join(parts[:n]) in modules for n in range(len(parts))
     ):
         return name
     for n in range(len(parts) - 1, 1, -1):
         own = ".".join(parts[:n])
-        found = [m for m in modules if m.endswith(f".{own}") or own.endswith(f".{m}")]
+        found = [module for module in modules if _same_module(own, module)]
         if len(found) == 1:
             return ".".join([f"{PREFIX}{found[0]}", *parts[n:]])
     return name
+
+
+def _same_module(one: str, other: str) -> bool:
+    """Whether the names differ by a prefix of whole models alone: a vision tower's layers are others."""
+    longer, shorter = sorted((one, other), key=len, reverse=True)
+    if not longer.endswith(f".{shorter}"):
+        return False
+    return set(longer.removesuffix(f".{shorter}").split(".")) <= _PREFIXES

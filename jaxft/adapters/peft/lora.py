@@ -34,6 +34,9 @@ def read(settings: Settings, tensors: Tensors, model: Model) -> dict[str, Any]:
     Of embeddings lora_embedding_A [R, V] and lora_embedding_B [D, R]. With lora_bias, lora_B has a bias
     [out], of which α/R times itself is added to the layer's own bias. trainable_token_indices are rows.
     """
+    if settings["lora_bias"] and (settings["use_dora"] or settings["bias"] != "none"):
+        other = "use_dora=true" if settings["use_dora"] else f"bias={settings['bias']!r}"
+        raise AdapterError(f"lora_bias=true with {other} is not supported.")
     matrices = (*model.linears, *model.embeddings)
     chosen = set(targeted(settings, tensors, model, (n.name for n in matrices)))
     found = {}

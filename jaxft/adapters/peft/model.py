@@ -158,7 +158,10 @@ def _is_target(settings, tensors, name, head) -> bool:
     if any(re.match(rf"(^|.*\.){module}($|\..*)", name) for module in saved):
         return False
     if targets is None:  # PEFT's default for the architecture: what the file holds, then.
-        return any(key.startswith(f"{PREFIX}{name}.") for key in tensors)
+        own = (
+            k.removeprefix(f"{PREFIX}{name}.") for k in tensors if k.startswith(f"{PREFIX}{name}.")
+        )
+        return any(not re.fullmatch(r"(base_layer\.)?(weight|bias)", suffix) for suffix in own)
     if isinstance(targets, str):
         return name != head if targets.lower() == "all-linear" else _named(targets, name)
     if not _named(targets, name):

@@ -40,12 +40,21 @@ def publish(config: Any, metrics: Mapping[str, Any], output: pathlib.Path) -> An
 
     What was saved is in `output`, or in its folder "adapter" or "model".
     """
-    found = [place for place in (output / "adapter", output / "model", output) if _kind(place)]
-    if found:
-        text = card_of(config, metrics, found[0])
-        written_once(lambda: files.write_card(found[0], text), str(found[0]))
-        _push(config, found[0])
+    # Other hosts may not see the first one's disk.
+    written_once(lambda: _publish(config, metrics, output), str(output))
     return metrics
+
+
+def _publish(config: Any, metrics: Mapping[str, Any], output: pathlib.Path) -> None:
+    found = [place for place in (output / "adapter", output / "model", output) if _kind(place)]
+    if not found:
+        return
+    files.write_card(found[0], card_of(config, metrics, found[0]))
+    values = flags.flat(config)
+    if values["push_to_hub"]:
+        repo, private = files.check_push(values["push_to_hub"]), not values["public"]
+        address = files.push(found[0], repo, private=private, message=command(config))
+        print(f"pushed to {address}")
 
 
 def card_of(config: Any, metrics: Mapping[str, Any], path: pathlib.Path) -> str:
@@ -67,16 +76,6 @@ def card_of(config: Any, metrics: Mapping[str, Any], path: pathlib.Path) -> str:
         tags=tags,
         classifier=classifier,
     )
-
-
-def _push(config: Any, path: pathlib.Path) -> None:
-    """Pushes the directory if --push-to-hub asks for it, and prints where it is."""
-    values = flags.flat(config)
-    if not values["push_to_hub"]:
-        return
-    repo = files.check_push(values["push_to_hub"])
-    pushed = lambda: files.push(path, repo, private=not values["public"], message=command(config))
-    written_once(lambda: print(f"pushed to {pushed()}"), str(path))
 
 
 def command(config: Any) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -233,29 +234,13 @@ def _surplus(key: str, settings: Settings, model: Model) -> str:
         return (
             f"surplus key {key!r}; the adapter is for another model: this one has no such module."
         )
-    wanted = settings["peft_type"], settings.get("modules_to_save")
-    if any(
-        n in key
-        for n in (
-            "lora_",
-            "hada_",
-            "lokr_",
-            "vblora_",
-            "hra_",
-            "vera_",
-            "ia3_",
-            "paca_",
-            "ln_tuning",
-        )
-    ):
-        chosen = targeted(settings, {}, model, model.leaves)
-        if module not in chosen:
-            named = {n: settings[n] for n in _NAMING if settings.get(n)}
-            named = named or "no module"
+    if re.search(r"\.(lora|hada|lokr|vblora|hra|vera|ia3|paca|ln_tuning)_", key):
+        if module not in targeted(settings, {}, model, model.leaves):
+            named = {n: settings[n] for n in _NAMING if settings.get(n)} or "no module"
             return f"surplus key {key!r}; adapter_config.json does not name its module: {named}."
     return (
-        f"surplus key {key!r}; peft_type {wanted[0]} with the options of adapter_config.json has no such "
-        f"tensor (modules_to_save={wanted[1]}); the two files do not belong together."
+        f"surplus key {key!r}; {settings['peft_type']} with the options of adapter_config.json has no such "
+        f"tensor (modules_to_save={settings.get('modules_to_save')}); the two files do not belong together."
     )
 
 

@@ -26,7 +26,7 @@ import jax
 import numpy as np
 import tyro
 
-from experiments.cli import flags
+from experiments.cli import cards, flags
 from experiments.cli import preference_report as reports
 from experiments.cli import training as shared
 from experiments.cli.models import stop_ids
@@ -146,7 +146,7 @@ def main(config: Config) -> dict[str, Any]:
         metrics["kl"] = float(np.mean(kls)) if kls else None
         print(f"KL from the start, on the policy's own last answers: {metrics['kl']} nats")
     shared.write_metrics(output, metrics)
-    return metrics
+    return cards.publish(config, metrics, output)
 
 
 def with_samples(config: Config, model, params, training, batches, mesh):

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import tyro
 
-from experiments.cli import flags, servers
+from experiments.cli import cards, flags, servers
 from experiments.cli import reinforce_checks as checks
 from experiments.cli import rewards as rewards_cli
 from experiments.cli import training as shared
@@ -148,7 +148,8 @@ def main(config: Config) -> dict[str, Any]:
         shared.save(config, model, trained, base, mesh, output, whole=bool(config.start))
         after = accuracy(trained, "after")
         failures = getattr(rewards, "failures", Failures())
-    return report(config, history, failures, before, after, output)
+    metrics = report(config, history, failures, before, after, output)
+    return cards.publish(config, metrics, output)
 
 
 def load_data(config: Config):

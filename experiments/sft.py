@@ -21,7 +21,7 @@ from typing import Any, Literal
 import jax
 import tyro
 
-from experiments.cli import choices, flags
+from experiments.cli import cards, choices, flags
 from experiments.cli import training as shared
 from experiments.cli.models import verified
 from jaxft import checkpoints as files
@@ -115,7 +115,7 @@ def main(config: Config) -> dict[str, Any]:
     )
     save(config, model, state.params, base, mesh, output)
     after = verify(config, model, read(state.params), renderer, held_out, "after")
-    return report(history, before, after, held_out, output)
+    return cards.publish(config, report(history, before, after, held_out, output), output)
 
 
 def load_data(config: Config):

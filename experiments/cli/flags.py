@@ -121,6 +121,25 @@ class Mesh:
 
 @without_prefix
 @dataclasses.dataclass(frozen=True)
+class Adapted:
+    """An adapter that was trained, and the model below it."""
+
+    model: str = "smollm2"  # directory, .gguf file, "smollm2", "tiny" (random), or hub id
+    quantise: Quantisation | None = None  # round the kernels as they were when it trained
+    target: str = "all-linear"  # or a pattern of the paths of kernels to quantise
+
+
+@without_prefix
+@dataclasses.dataclass(frozen=True)
+class Hub:
+    """Whether what was written goes to the Hugging Face hub."""
+
+    push_to_hub: str | None = None  # repository (user/name) for what was written; needs a token
+    public: bool = False  # a new repository is private without it
+
+
+@without_prefix
+@dataclasses.dataclass(frozen=True)
 class Output:
     """What is written, where and how often."""
 
@@ -130,6 +149,8 @@ class Output:
     report_to: tuple[Log, ...] = ()
     profile_dir: str | None = None  # trace of a few steps
     resume: bool = False
+    push_to_hub: str | None = None  # repository (user/name) for what was trained; needs a token
+    public: bool = False  # a new repository is private without it
 
 
 @without_prefix

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from experiments.cli import choices, flags
+from experiments.cli import cards, choices, flags
 from experiments.cli.models import check_positions
 from experiments.cli.optimizers import OPTIMIZERS, SHARPNESS, Sharpened, sharpen
 from jaxft import checkpoints as files
@@ -58,6 +58,7 @@ def place(config: Any) -> tuple[pathlib.Path, Any]:
 
     The mesh is None on one device.
     """
+    cards.check(config)
     output = pathlib.Path(config.output.output_dir)
     train.writable_directory(output)
     if not config.output.resume and any((output / "checkpoints").glob("[0-9]*")):

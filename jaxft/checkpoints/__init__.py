@@ -1,7 +1,9 @@
 """Checkpoints: Hugging Face directories in and out, GGUF in and out, small models by name."""
 
+from jaxft.checkpoints.card import hub_id, license_of, model_card, write_card
 from jaxft.checkpoints.gguf_adapter import load_gguf_adapter, save_gguf_adapter
 from jaxft.checkpoints.gguf_write import check_gguf, save_gguf
+from jaxft.checkpoints.hub import check_push, push
 from jaxft.checkpoints.merged import save_checked_gguf_adapter, save_merged, save_merged_gguf
 from jaxft.checkpoints.models import (
     load_model,
@@ -19,14 +21,19 @@ __all__ = [
     "CheckpointError",
     "cache_directory",
     "check_gguf",
+    "check_push",
     "check_tokenizer",
     "end_tokens",
     "fetch",
+    "hub_id",
+    "license_of",
     "load_gguf_adapter",
     "load_model",
     "load_tokenizer",
+    "model_card",
     "model_shapes",
     "open_model",
+    "push",
     "resolve",
     "save_checked_gguf_adapter",
     "save_gguf",
@@ -34,4 +41,5 @@ __all__ = [
     "save_merged",
     "save_merged_gguf",
     "save_model",
+    "write_card",
 ]

@@ -10,6 +10,7 @@ import tokenizers
 import transformers
 
 from experiments import merge as script
+from experiments.cli import flags
 from jaxft.adapters import merge, save_adapter
 from jaxft.checkpoints import CheckpointError, load_model, load_tokenizer, save_model
 from jaxft.checkpoints.assemble import layer_shapes
@@ -48,7 +49,7 @@ def base(tmp_path):
 def test_merge_script_writes_gguf_files(tmp_path, base, capsys):
     directory, adapter, merged = base
     run = lambda kind, adapter=adapter: script.main(
-        script.Config(str(adapter), str(tmp_path / "out"), model=str(directory), gguf=kind)
+        script.Config(str(adapter), str(tmp_path / "out"), kind, flags.Adapted(str(directory)))
     )
     run("lora")
     run("f32", tmp_path / "out/adapter.gguf")
@@ -65,6 +66,6 @@ def test_merge_script_writes_gguf_files(tmp_path, base, capsys):
 
 
 def test_merge_script_refuses_before_work(tmp_path):
-    config = script.Config("no such adapter", str(tmp_path), model="tiny", gguf="f16")
+    config = script.Config("no such adapter", str(tmp_path), "f16", flags.Adapted("tiny"))
     with pytest.raises(CheckpointError, match="the tokenizer has no merges"):
         script.main(config)

@@ -15,7 +15,7 @@ import jax
 import tyro
 
 from experiments.cli import flags, limits
-from experiments.cli.models import load_trained, renderer_of
+from experiments.cli.models import load_trained, renderer_of, stop_ids
 from jaxft import train
 from jaxft.generation import generate
 from jaxft.keys import stream
@@ -37,7 +37,7 @@ def main(config: Config) -> list[str]:
     """Prints the answers; returns them."""
     renderer = renderer_of(limits.check(config).trained)
     model, params = load_trained(config.trained)
-    rules = config.sampling.rules(renderer.tokenizer)
+    rules = config.sampling.rules(stop_ids(renderer, model))
     start = [{"role": "system", "content": config.system}] if config.system else []
 
     def answer(messages, number):

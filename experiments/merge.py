@@ -1,7 +1,10 @@
-"""Merges an adapter into its base model and writes a Hugging Face directory, read again and compared.
+"""Merges an adapter into its base model; a Hugging Face directory or a GGUF file is written and compared.
 
 $ python experiments/merge.py --model smollm2 --adapter runs/sft/adapter --output-dir merged
 $ python experiments/merge.py --model smollm2 --adapter runs/qlora/adapter --quantise nf4 --output-dir merged
+$ python experiments/merge.py --model smollm2 --adapter runs/sft/adapter --gguf q8_0 --output-dir merged
+
+experiments/as_lora.py writes an adapter that servers can load beside the base instead.
 """
 
 from __future__ import annotations
@@ -9,45 +12,62 @@ from __future__ import annotations
 import experiments.cli.interrupts  # noqa: F401  isort: skip  (before what takes seconds)
 
 import dataclasses
+import pathlib
+from typing import Any, Literal
 
-import jax
 import tyro
 
+from experiments.cli import cards, flags
+from experiments.cli.models import load_adapted
 from jaxft import checkpoints as files
 from jaxft import train
-from jaxft.adapters import Difference, Quantisation, adapt, load_adapter, quantised, rounding_loss
-from jaxft.models import family_of
+from jaxft.adapters import Difference
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """What to merge, and where to."""
 
-    adapter: str  # directory in PEFT's format, or jaxft's own
-    output_dir: str  # directory for the merged model, in Hugging Face's format
-    model: str = "smollm2"  # directory, .gguf file, "smollm2", "tiny" (random), or hub id
-    quantise: Quantisation | None = None  # merge into the rounded kernels that it was trained over
-    target: str = "all-linear"  # or a pattern of the paths of kernels to quantise
+    adapter: str  # directory in PEFT's format or jaxft's own, or a LoRA as a .gguf file
+    output_dir: str  # directory for what is written
+    # write model.gguf, for llama.cpp, with matrices of this type; or adapter.gguf: the LoRA alone, not merged
+    gguf: Literal["f32", "f16", "bf16", "q8_0", "lora"] | None = None
+    base: flags.Adapted = flags.Adapted()
+    hub: flags.Hub = flags.Hub()
     debug: bool = False  # full tracebacks
 
 
 def main(config: Config) -> Difference:
     """Prints and returns how far the files' logits are from the adapter's."""
-    if config.target != Config.target and config.quantise is None:
-        raise ValueError(f"--target {config.target} has no effect without --quantise.")
+    cards.check(config)
+    if config.base.target != flags.Adapted.target and config.base.quantise is None:
+        raise ValueError(f"--target {config.base.target} has no effect without --quantise.")
     train.keep_memory_warm()
     train.writable_directory(config.output_dir)
-    model, base = files.load_model(config.model)
-    params, family = base, family_of(model.config)
-    if config.quantise is not None:
-        rules = {family.targets.pattern(config.target): quantised(config.quantise)}
-        params = adapt(jax.random.key(0), params, rules, stacked=family.stacked_axes)
-    params = load_adapter(config.adapter, model.config, params)
-    if (lost := rounding_loss(params, base, family.layers)) is not None:
-        print(f"{config.quantise} took up to {lost:.1%} of a kernel")
-    difference = files.save_merged(config.output_dir, model, params, tokenizer_from=config.model)
-    print(f"merged model saved to {config.output_dir}; read again: {difference}")
+    source, output = config.base.model, pathlib.Path(config.output_dir)
+    tokenizer = None if config.gguf in (None, "lora") else _sayable_tokenizer(source)
+    model, _, params = load_adapted(config.adapter, config.base)
+    what, name = "merged model", pathlib.Path(source).stem
+    if config.gguf is None:
+        file = output
+        difference = files.save_merged(output, model, params, tokenizer_from=source)
+    elif config.gguf == "lora":
+        what, file = "adapter", output / "adapter.gguf"
+        difference = files.save_checked_gguf_adapter(file, model, params, name=name)
+    else:
+        file, options = output / "model.gguf", {"kind": config.gguf, "tokenizer": tokenizer}
+        difference = files.save_merged_gguf(file, model, params, name=name, **options)
+    print(f"{what} saved to {file}; read again: {difference}")
+    cards.publish(config, {}, output)
     return difference
+
+
+def _sayable_tokenizer(source: str) -> Any:
+    """The tokenizer of the base, after the checks that a GGUF file can say it and the model."""
+    opened, tokenizer = files.open_model(source), files.load_tokenizer(source)
+    model = files.load_model("tiny")[0] if opened == "tiny" else opened.model
+    files.check_gguf(model, tokenizer)
+    return tokenizer
 
 
 if __name__ == "__main__":

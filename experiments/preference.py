@@ -28,10 +28,11 @@ import jax
 import numpy as np
 import tyro
 
-from experiments.cli import flags
+from experiments.cli import cards, flags
 from experiments.cli import preference_report as reports
 from experiments.cli import training as shared
 from experiments.cli.held_out import NEEDLE
+from experiments.cli.models import stop_ids
 from experiments.cli.preference_data import load_data
 from experiments.cli.preference_losses import LOSSES, DivergenceName, Loss, objective_of
 from jaxft import data, rl, train
@@ -153,7 +154,7 @@ def main(config: Config) -> dict[str, Any]:
         metrics["kl"] = float(np.mean(kls)) if kls else None
         print(f"KL from the start, on the policy's own last answers: {metrics['kl']} nats")
     shared.write_metrics(output, metrics)
-    return metrics
+    return cards.publish(config, metrics, output)
 
 
 def with_samples(config: Config, model, params, training, batches, mesh):
@@ -166,13 +167,14 @@ def with_samples(config: Config, model, params, training, batches, mesh):
             f"the longest prompt has {longest} tokens; with --max-new-tokens {config.max_new_tokens} that "
             f"exceeds the {model.config.max_length} positions of {config.base.model}."
         )
-    stop = shared.files.load_tokenizer(config.base.model).eos_token_id
+    tokenizer = shared.files.load_tokenizer(config.base.model)
+    ends = stop_ids(data.Renderer(tokenizer, template=config.base.template), model)
     return rl.SamplesBeside(
         batches,
         model,
         rl.Prompts(prompts, config.rows.batch_size, seed=config.seed),
         params,
-        SamplingConfig(config.max_new_tokens, stop_ids=(stop,)),
+        SamplingConfig(config.max_new_tokens, stop_ids=ends),
         samples=config.online_samples,
         mesh=mesh,
     )

@@ -27,11 +27,12 @@ from typing import Any
 import numpy as np
 import tyro
 
-from experiments.cli import flags, held_out, servers
+from experiments.cli import cards, flags, held_out, servers
 from experiments.cli import reinforce_checks as checks
 from experiments.cli import rewards as rewards_cli
 from experiments.cli import training as shared
 from experiments.cli.algorithms import ALGORITHMS, Choice, Correction, algorithm
+from experiments.cli.models import stop_ids
 from experiments.cli.servers import PushApiName
 from jaxft import checkpoints as files
 from jaxft import data, rl, train
@@ -154,7 +155,8 @@ def main(config: Config) -> dict[str, Any]:
         shared.save(config, model, trained, base, mesh, output, whole=bool(config.start))
         after = accuracy(trained, "after")
         failures = getattr(rewards, "failures", Failures())
-    return report(config, history, failures, before, after, name, output)
+    metrics = report(config, history, failures, before, after, name, output)
+    return cards.publish(config, metrics, output)
 
 
 def load_data(config: Config):
@@ -218,7 +220,7 @@ def sampling(config, model, renderer, rewards, base=None) -> rl.Sample:
     settings = SamplingConfig(
         config.max_new_tokens,
         config.temperature,
-        stop_ids=(tokenizer.eos_token_id,),
+        stop_ids=stop_ids(renderer, model),
         stop_strings=config.stop,
     )
     sampler = servers.sampler(config, model, base) if config.sampler_url else generate

@@ -30,7 +30,7 @@ import tyro
 from experiments.cli import flags, limits
 from experiments.cli import rewards as rewards_cli
 from experiments.cli.held_out import NEEDLE
-from experiments.cli.models import load_trained, renderer_of, writable_file
+from experiments.cli.models import load_trained, renderer_of, stop_ids, writable_file
 from jaxft import data, train
 from jaxft.generation import generate
 from jaxft.keys import stream
@@ -84,7 +84,7 @@ def main(config: Config) -> dict[str, Any]:
     renderer = renderer_of(config.trained)
     tokenizer = renderer.tokenizer
     model, params = load_trained(config.trained)
-    settings = config.sampling.rules(tokenizer)
+    settings = config.sampling.rules(stop_ids(renderer, model))
     prompts = data.render_prompts(records, renderer)
     # Questions of like length together, to save padding.
     order = sorted(range(len(records)), key=lambda i: len(prompts[i]))

@@ -23,7 +23,7 @@ from typing import Any, Literal
 import jax
 import tyro
 
-from experiments.cli import choices, flags, held_out
+from experiments.cli import cards, choices, flags, held_out
 from experiments.cli import training as shared
 from experiments.cli.models import verified
 from jaxft import checkpoints as files
@@ -125,7 +125,7 @@ def main(config: Config) -> dict[str, Any]:
     )
     save(config, model, state.params, base, mesh, output)
     after = verify(config, model, read(state.params), renderer, kept, f"after on {name}")
-    return report(history, before, after, kept, name, output)
+    return cards.publish(config, report(history, before, after, kept, name, output), output)
 
 
 def load_data(config: Config):

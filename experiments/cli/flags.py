@@ -141,6 +141,25 @@ class Mesh:
 
 @without_prefix
 @dataclasses.dataclass(frozen=True)
+class Adapted:
+    """An adapter that was trained, and the model below it."""
+
+    model: str = "smollm2"  # directory, .gguf file, "smollm2", "tiny" (random), or hub id
+    quantise: Quantisation | None = None  # round the kernels as they were when it trained
+    target: str = "all-linear"  # or a pattern of the paths of kernels to quantise
+
+
+@without_prefix
+@dataclasses.dataclass(frozen=True)
+class Hub:
+    """Whether what was written goes to the Hugging Face hub."""
+
+    push_to_hub: str | None = None  # repository (user/name) for what was written; needs a token
+    public: bool = False  # a new repository is private without it
+
+
+@without_prefix
+@dataclasses.dataclass(frozen=True)
 class Output:
     """What is written, where and how often."""
 
@@ -150,6 +169,8 @@ class Output:
     report_to: tuple[Log, ...] = ()  # where metrics go besides the files
     profile_dir: str | None = None  # trace of a few steps
     resume: bool = False  # go on from the newest checkpoint in --output-dir
+    push_to_hub: str | None = None  # repository (user/name) for what was trained; needs a token
+    public: bool = False  # a new repository is private without it
 
 
 @without_prefix
@@ -180,10 +201,10 @@ class Sampling:
     min_p: float | None = None  # keep tokens at least this fraction as likely as the likeliest
     stop: tuple[str, ...] = ()  # text that ends an answer, besides the stop token
 
-    def rules(self, tokenizer: Any) -> SamplingConfig:
-        """What a sampler takes; the tokenizer's end of sequence ends an answer."""
+    def rules(self, stop_ids: tuple[int, ...]) -> SamplingConfig:
+        """What a sampler takes; each of the ids (`checkpoints.end_tokens`) ends an answer."""
         rules = {name: x for name, x in dataclasses.asdict(self).items() if name != "stop"}
-        return SamplingConfig(**rules, stop_ids=(tokenizer.eos_token_id,), stop_strings=self.stop)
+        return SamplingConfig(**rules, stop_ids=stop_ids, stop_strings=self.stop)
 
 
 def flat(config: Any) -> dict[str, Any]:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import pathlib
 from typing import Any
 
+import jax
+
 from experiments.cli import flags
 from jaxft import checkpoints as files
 from jaxft import data, train
-from jaxft.adapters import load_adapter, merge, mergeable
+from jaxft.adapters import adapt, load_adapter, merge, mergeable, quantised, rounding_loss
+from jaxft.models import family_of
 from jaxft.rewards import Accuracy, measure_accuracy, verifier_for
 
 
@@ -24,6 +27,11 @@ def writable_file(place: str) -> pathlib.Path:
         raise train.OutputError(f"--output {place} is a directory; name a file in it.")
     train.writable_directory(path.parent)
     return path
+
+
+def stop_ids(renderer: data.Renderer, model: Any) -> tuple[int, ...]:
+    """The ids at which the model's answers end, with that tokenizer and chat template."""
+    return files.end_tokens(renderer.tokenizer, model.config, renderer.template)
 
 
 def check_positions(model: Any, name: str, length: int) -> None:
@@ -43,6 +51,21 @@ def load_trained(trained: flags.Trained) -> tuple[Any, Any]:
     params = load_adapter(trained.adapter, model.config, params)
     # Merged once: sampling then costs what the base model costs.
     return model, merge(params) if mergeable(params) else params
+
+
+def load_adapted(adapter: str, settings: flags.Adapted) -> tuple[Any, Any, Any]:
+    """(model, base params, params with the adapter over them), quantised as it was when it trained."""
+    train.keep_memory_warm()
+    model, base = files.load_model(settings.model)
+    params, family = base, family_of(model.config)
+    if settings.quantise is not None:
+        rules = {family.targets.pattern(settings.target): quantised(settings.quantise)}
+        params = adapt(jax.random.key(0), params, rules, stacked=family.stacked_axes)
+    load = files.load_gguf_adapter if adapter.endswith(".gguf") else load_adapter
+    params = load(adapter, model.config, params)
+    if (lost := rounding_loss(params, base, family.layers)) is not None:
+        print(f"{settings.quantise} took up to {lost:.1%} of a kernel")
+    return model, base, params
 
 
 def verified(

@@ -12,7 +12,8 @@ from jaxft import train
 # What changes nothing that a run computes: where things go, how they are laid out and shown.
 FREE = frozenset(
     "output_dir save_steps logging_steps report_to profile_dir resume debug preview remat data_axis fsdp "
-    "tensor context slices distributed workers timeout eval_steps accuracy push_dir push_every".split()
+    "tensor context slices distributed workers timeout eval_steps accuracy push_dir push_every push_to_hub "
+    "public".split()
 )
 # What the place in the data and the saved arrays are of: with others they would mean something else.
 FIXED = frozenset(

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from experiments.cli import adapters, choices, flags, limits, resuming
+from experiments.cli import adapters, cards, choices, flags, limits, resuming
 from experiments.cli.models import check_positions
 from experiments.cli.optimizers import OPTIMIZERS, SHARPNESS, Sharpened, sharpen
 from jaxft import checkpoints as files
@@ -61,6 +61,7 @@ def place(config: Any) -> tuple[pathlib.Path, Any]:
 
     The mesh is None on one device.
     """
+    cards.check(config)
     output = pathlib.Path(config.output.output_dir)
     train.writable_directory(output)
     if config.output.profile_dir:

@@ -1,5 +1,6 @@
 """Adapters: rewrite a params tree, split it, merge it, save and load what trains."""
 
+from jaxft.adapters.as_lora import Lost, as_lora
 from jaxft.adapters.base import base_params
 from jaxft.adapters.committing import commit, in_place, writes_back
 from jaxft.adapters.errors import AdapterError
@@ -78,11 +79,13 @@ __all__ = [
     "AdapterError",
     "Difference",
     "IntrinsicParams",
+    "Lost",
     "Name",
     "Quantisation",
     "adapt",
     "adapter_tensors",
     "apply_named",
+    "as_lora",
     "base_params",
     "carry_state",
     "check_same",

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
+from jaxft.checkpoints import check_tokenizer
 from jaxft.models.encoder import mean_pool
 
 _MULTIPLE = 32  # of tokens: few programs, little padding
@@ -39,6 +40,7 @@ def text_embeddings(
         output = model.apply({"params": params}, tokens, segment_ids=valid)
         return mean_pool(output.hidden, valid)
 
+    check_tokenizer(tokenizer, model.config)
     ids = [tokenizer(text)["input_ids"][:max_length] for text in texts]
     if empty := [i for i, row in enumerate(ids) if not row]:
         raise ValueError(f"text_embeddings: texts {empty[:5]} have no token.")

@@ -1,6 +1,10 @@
-"""Checkpoints: Hugging Face directories in and out, GGUF in, small models by name."""
+"""Checkpoints: Hugging Face directories in and out, GGUF in and out, small models by name."""
 
-from jaxft.checkpoints.merged import save_merged
+from jaxft.checkpoints.card import hub_id, license_of, model_card, write_card
+from jaxft.checkpoints.gguf_adapter import load_gguf_adapter, save_gguf_adapter
+from jaxft.checkpoints.gguf_write import check_gguf, save_gguf
+from jaxft.checkpoints.hub import check_push, push
+from jaxft.checkpoints.merged import save_checked_gguf_adapter, save_merged, save_merged_gguf
 from jaxft.checkpoints.models import (
     load_model,
     load_tokenizer,
@@ -10,17 +14,32 @@ from jaxft.checkpoints.models import (
     save_model,
 )
 from jaxft.checkpoints.packages import cache_directory, fetch
+from jaxft.checkpoints.pairing import check_tokenizer, end_tokens
 from jaxft.models import CheckpointError
 
 __all__ = [
     "CheckpointError",
     "cache_directory",
+    "check_gguf",
+    "check_push",
+    "check_tokenizer",
+    "end_tokens",
     "fetch",
+    "hub_id",
+    "license_of",
+    "load_gguf_adapter",
     "load_model",
     "load_tokenizer",
+    "model_card",
     "model_shapes",
     "open_model",
+    "push",
     "resolve",
+    "save_checked_gguf_adapter",
+    "save_gguf",
+    "save_gguf_adapter",
     "save_merged",
+    "save_merged_gguf",
     "save_model",
+    "write_card",
 ]

@@ -50,14 +50,14 @@ def assemble(
     tree like the result, places each leaf; `stacked` stacks the layers, which lie at `layers`, on a leading
     axis.
     """
-    named = _flatten(shapes)
+    named = flatten(shapes)
     by_path = {path: entry for entry in entries for path in entry.paths}
     lost = set(named) ^ set(by_path)
     if lost:
         raise CheckpointError(f"the architecture and the file disagree about {sorted(lost)[0]!r}.")
     fetch = lambda path: _leaf(by_path[path], path, named, read, dtype)
     leaves = _stacks(named, fetch, layers) if stacked else {path: fetch(path) for path in named}
-    places = _flatten(shardings) if shardings is not None else {}
+    places = flatten(shardings) if shardings is not None else {}
     return _nest({path: _place(leaf, places.get(path)) for path, leaf in leaves.items()})
 
 
@@ -72,7 +72,7 @@ def disassemble(
         CheckpointError: if the params have what the format lacks: a prompt, a prefix, adapters.
     """
     stacked = is_stacked(params, layers)
-    leaves = _flatten(merge_biases(params))
+    leaves = flatten(merge_biases(params))
     number = re.compile(rf"^{re.escape(layers)}/(\d+)/")
     known = {path for entry in entries for path in entry.paths}
     known = {number.sub(f"{layers}/", path) for path in known} if stacked else known
@@ -95,7 +95,12 @@ def disassemble(
             axes = entry.axes or tuple(range(len(entry.file_shape)))
             tensor = tensor.reshape([entry.file_shape[axis] for axis in axes])
             tensor = tensor.transpose(np.argsort(axes))
-        yield entry.name, tensor.T if entry.transposed else tensor
+        tensor = tensor.T if entry.transposed else tensor
+        if entry.offset:
+            tensor = tensor.astype(np.float32) + np.float32(entry.offset)
+        if entry.permuted_heads:
+            tensor = tensor[permuted(len(tensor), entry.permuted_heads)]
+        yield entry.name, tensor
 
 
 def check_names(found: set[str], expected: set[str], where: Any) -> None:
@@ -132,12 +137,12 @@ class _Leaf:
     def _part(self, index):
         *outer, last = index
         index = (*outer, slice(last.start + self.start, last.stop + self.start))
-        if not self.entry.transposed:
-            return self.tensor[index]
-        index = index[::-1]
-        if heads := self.entry.permuted_heads:
-            index = (_unpermuted(self.tensor.shape[0], heads)[index[0]], index[1])
-        return self.tensor[index].T
+        if heads := self.entry.permuted_heads:  # the outputs: our last axis, their first
+            rows = unpermuted(self.tensor.shape[0], heads)[index[-1]]
+            if not self.entry.transposed:  # a bias
+                return self.tensor[...][rows]
+            return self.tensor[(rows, index[0])].T
+        return self.tensor[index[::-1]].T if self.entry.transposed else self.tensor[index]
 
     def _reshaped(self):
         # What has a shape of its own in the file (patches, their positions) is small.
@@ -180,8 +185,13 @@ def _leaf(entry: Entry, path: str, shapes: Mapping[str, Any], read: Read, dtype)
     return _Leaf(tensor, entry, shapes[path].shape, start, kind)
 
 
-def _unpermuted(rows: int, heads: int) -> np.ndarray:
-    """Which row in llama.cpp's rotary order (pairs side by side) is each of ours (halves)."""
+def permuted(rows: int, heads: int) -> np.ndarray:
+    """Which of our rows (halves) is each in llama.cpp's rotary order (pairs side by side)."""
+    return np.arange(rows).reshape(heads, 2, rows // heads // 2).swapaxes(1, 2).reshape(rows)
+
+
+def unpermuted(rows: int, heads: int) -> np.ndarray:
+    """Which row in llama.cpp's rotary order is each of ours; the inverse of `permuted`."""
     return np.arange(rows).reshape(heads, rows // heads // 2, 2).swapaxes(1, 2).reshape(rows)
 
 
@@ -214,7 +224,8 @@ def _place(leaf: _Leaf | _Stack, sharding: Sharding | None) -> jax.Array:
     return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards)
 
 
-def _flatten(tree: Params) -> dict[str, Any]:
+def flatten(tree: Params) -> dict[str, Any]:
+    """path -> leaf or weight."""
     flat = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_weight)[0]
     return {path_name(path): leaf for path, leaf in flat}
 

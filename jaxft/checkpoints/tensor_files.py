@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 from collections.abc import Iterator
 
@@ -26,20 +27,39 @@ _DTYPES = {
     "I32": np.int32,
     "I16": np.int16,
     "I8": np.int8,
+    "U64": np.uint64,
+    "U32": np.uint32,
+    "U16": np.uint16,
     "U8": np.uint8,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
     "BOOL": np.bool_,
 }
+
+
+_POINTER = b"version https://git-lfs"
 
 
 def open_tensors(directory: pathlib.Path) -> dict[str, np.ndarray]:
     """name -> memory-mapped array for every tensor of a Hugging Face directory; nothing is read yet.
 
     Raises:
-        CheckpointError: if there is no safetensors file, or one is truncated or missing.
+        CheckpointError: if there is no safetensors file, one is truncated or missing, or the index of shards
+            is damaged or of others. A whole model.safetensors goes before an index, as in transformers.
     """
+    files, weight_map = _files(directory)
     tensors: dict[str, np.ndarray] = {}
-    for file in _files(directory):
-        tensors.update(map_tensors(file))
+    for file in files:
+        tensors.update(
+            (name, tensor)
+            for name, tensor in map_tensors(file).items()
+            if weight_map.get(name, file) == file
+        )
+    for name in sorted(weight_map.keys() - tensors.keys()):
+        raise CheckpointError(
+            f"{directory / INDEX}: names tensor {name!r} in {weight_map[name].name}, which does not hold it; "
+            "the index and the shards are of different checkpoints, download both again."
+        )
     return tensors
 
 
@@ -51,6 +71,11 @@ def map_tensors(file: pathlib.Path) -> dict[str, np.ndarray]:
     except FileNotFoundError:
         raise CheckpointError(f"{file}: no such file; download the checkpoint again.") from None
     except SafetensorError as error:
+        with open(file, "rb") as stream:
+            if stream.read(len(_POINTER)) == _POINTER:
+                raise CheckpointError(
+                    f"{file}: a Git LFS pointer in place of the tensors; fetch them by `git lfs pull`."
+                ) from None
         raise CheckpointError(
             f"{file}: not a whole safetensors file ({error}); download or save it again."
         ) from None
@@ -106,22 +131,48 @@ def _name_shards(directory, shards, total):
 
 
 def _files(directory):
-    index = directory / INDEX
-    if index.exists():
-        names = json.loads(index.read_text())["weight_map"].values()
-        unsafe = [name for name in names if pathlib.PurePath(name).name != name]
-        if unsafe:
-            raise CheckpointError(f"{index}: {unsafe[0]!r} points outside the directory; refused.")
-        return [directory / name for name in sorted(set(names))]
+    """(the files, tensor -> its file where an index says so)."""
     if (directory / SINGLE).exists():
-        return [directory / SINGLE]
-    pickled = list(directory.glob("pytorch_model*.bin"))
-    hint = (
-        "it holds pickled weights alone, which jaxft never loads; convert them to safetensors"
-        if pickled
-        else f"expected {SINGLE} or {INDEX}"
-    )
+        return [directory / SINGLE], {}
+    if (directory / INDEX).exists():
+        weight_map = _read_index(directory)
+        return sorted(set(weight_map.values())), weight_map
+    shards = sorted(path.name for path in directory.glob("model-*-of-*.safetensors"))
+    if shards:
+        hint = f"it holds the shards {', '.join(shards[:3])}... without {INDEX}; download that too"
+    elif list(directory.glob("pytorch_model*.bin")):
+        hint = (
+            "it holds pickled weights alone, which jaxft never loads; convert them to safetensors"
+        )
+    else:
+        hint = f"expected {SINGLE} or {INDEX}"
     raise CheckpointError(f"{directory}: no safetensors weights; {hint}.")
+
+
+def _read_index(directory):
+    """tensor -> file of the index, which exist."""
+    index = directory / INDEX
+    try:
+        weight_map = json.loads(index.read_text())["weight_map"]
+        names = set(weight_map.values())
+        if not names or not all(isinstance(name, str) for name in names):
+            raise TypeError("weight_map names no files")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{index}: not an index of shards ({type(error).__name__}: {error}); expected JSON with a "
+            "weight_map of tensors to files. Download it again."
+        ) from None
+    for name in sorted(names):
+        parts = pathlib.PurePosixPath(os.path.normpath(name.replace("\\", "/"))).parts
+        if not parts or parts[0] in ("/", "..") or ":" in parts[0]:
+            raise CheckpointError(f"{index}: {name!r} points outside the directory; refused.")
+    missing = [name for name in sorted(names) if not (directory / name).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{index}: {len(missing)} of its {len(names)} files are missing: {', '.join(missing[:5])}"
+            f"{', ...' if len(missing) > 5 else ''}; download the rest of the checkpoint."
+        )
+    return {tensor: directory / name for tensor, name in weight_map.items()}
 
 
 def _map(file, name, entry, start):

@@ -148,6 +148,7 @@ def left_pad(prompts, config) -> tuple[np.ndarray, np.ndarray]:
     lengths = [len(prompt) for prompt in prompts]
     if not lengths or min(lengths) < 1:
         raise ValueError("generate: every prompt needs at least one token.")
+    _check_ids(prompts, getattr(config, "vocab_size", None))
     width = min(bucket(max(lengths), MIN_BUCKET), config.max_length)
     width = max(width, max(lengths))
     tokens = np.zeros((bucket(len(prompts), 1), width), np.int32)
@@ -156,6 +157,16 @@ def left_pad(prompts, config) -> tuple[np.ndarray, np.ndarray]:
         tokens[i, width - len(prompt) :] = prompt
         valid[i, width - len(prompt) :] = True
     return tokens, valid
+
+
+def _check_ids(prompts, size):
+    """An id without a row in the embedding would become NaN, and its completion empty."""
+    low, high = min(map(min, prompts)), max(map(max, prompts))
+    if size is not None and not 0 <= low <= high < size:
+        raise ValueError(
+            f"generate: prompts have ids {low}..{high}, but the model's embedding has {size} rows; take the "
+            "tokenizer that came with the model."
+        )
 
 
 @functools.partial(jax.jit, static_argnames=("model", "slots", "cache_dtype"))

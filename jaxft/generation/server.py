@@ -236,9 +236,15 @@ def _ids(choice, tokens, finish, count, config, tokenizer):
         )
     ids = tokenizer.encode(choice.get("text", ""), add_special_tokens=False)
     # The stop token has a log-prob, but is in no text.
-    if finish == "stop" and len(ids) == count - 1 and len(config.stop_ids) == 1:
-        ids = [*ids, *config.stop_ids]
+    if finish == "stop" and len(ids) == count - 1:
+        ids = [*ids, *_stopped_by(choice, config.stop_ids)]
     return ids
+
+
+def _stopped_by(choice, stop_ids):
+    """The stop token of a choice: the only one there is, or the one that vLLM or SGLang name."""
+    named = choice.get("stop_reason", choice.get("matched_stop"))
+    return [named] if named in stop_ids else stop_ids if len(stop_ids) == 1 else []
 
 
 def _as_generation(rows, limit):

@@ -12,6 +12,7 @@ from jaxft.models.layers import read
 from jaxft.models.names import Entry
 from jaxft.models.prediction import Forward, Prediction, predict, project, with_noise
 from jaxft.models.soft import virtual_tokens
+from jaxft.models.special_ids import SpecialIds
 from jaxft.models.stacking import is_stacked, stack_layers, unstack_layers
 from jaxft.models.transformer import Targets
 
@@ -32,6 +33,7 @@ __all__ = [
     "Output",
     "Prediction",
     "Rope",
+    "SpecialIds",
     "Targets",
     "config_of",
     "family_of",

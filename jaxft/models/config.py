@@ -6,6 +6,8 @@ import dataclasses
 import math
 from typing import Literal
 
+from jaxft.models.special_ids import SpecialIds
+
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
@@ -60,6 +62,10 @@ class DecoderConfig:
     embedding_scale: float = 1.0
     tie_embeddings: bool = True
     family: str = "llama"  # Hugging Face's model_type, under which files are written
+    # Ids of its files that begin, end and pad texts. No program depends on them, so none is compiled anew.
+    special: SpecialIds = dataclasses.field(default=SpecialIds(), compare=False)
+    # The config.json that it was read from: what is written again is this, where nothing else was changed.
+    source: str = dataclasses.field(default="", compare=False, repr=False)
 
     def __post_init__(self):
         for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "head_dim"):

@@ -43,6 +43,7 @@ class EncoderConfig:
     patch_size: int = 0
     channels: int = 3
     family: str = "bert"  # Hugging Face's model_type
+    source: str = dataclasses.field(default="", compare=False, repr=False)  # see DecoderConfig
 
     def __post_init__(self):
         if self.hidden_size % self.num_heads:

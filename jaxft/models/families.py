@@ -43,9 +43,9 @@ def family_of(config: Any, families: Sequence[Family] = FAMILIES) -> Family:
 
 
 def config_of(json: Any, tensors: Any = (), families: Sequence[Family] = FAMILIES) -> Any:
-    """The config of a config.json, by its model_type; for `tensors` see HuggingFace.read.
+    """The config of a config.json, by its model_type; for `tensors` see HuggingFace.config.
 
     Raises:
         CheckpointError: for an architecture that none of `families` is.
     """
-    return find_family(json.get("model_type"), families).huggingface.read(json, tensors)
+    return find_family(json.get("model_type"), families).huggingface.config(json, tensors)

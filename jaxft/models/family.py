@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
+from json import dumps
 from typing import Any, Protocol
 
 import flax.linen as nn
 
 from jaxft.models.errors import CheckpointError
+from jaxft.models.hf_keys import Keys, complete
 from jaxft.models.names import Entry
 from jaxft.models.prediction import Prediction
+from jaxft.models.special_ids import SpecialIds
 from jaxft.models.transformer import TRANSFORMER_TARGETS, Targets
 from jaxft.parallel import LAYERS, TRANSFORMER_RULES, stacked_axes
 from jaxft.parallel.rules import Rules
@@ -25,16 +28,20 @@ class HuggingFace:
 
     Attributes:
         architecture: the class under which files are written: "LlamaForCausalLM".
-        read: (config.json, names of the tensors after `rename`) -> config. Raises CheckpointError for what
-            the module cannot compute.
+        read: (config.json with the defaults of `keys`, names of the tensors after `rename`) -> config. Raises
+            CheckpointError for what the module cannot compute. Call `config`, which fills them in.
         write: config -> config.json, without model_type, architectures and data type.
         reads: the keys of config.json that `read` looks at.
+        keys: the keys that transformers' class knows, checked and filled in before `read`; None: there is
+            no such class.
         entries: config -> the tensors of a file, in its usual order, and the leaves that they hold.
         rename: the name that `entries` gives a tensor, from the name in a file: bare base models lack a
             prefix, others have one too many.
         ignores: (renamed tensor, config) -> whether no model needs it: buffers, heads of other tasks.
         head: the torch module of the output projection, which "all-linear" of PEFT leaves out.
         task_type: of PEFT, for adapters of this family.
+        special: the special ids of transformers' configuration class, where config.json leaves them out.
+            They are read into, and written from, the field `special` of configs that have one.
     """
 
     architecture: str
@@ -46,6 +53,29 @@ class HuggingFace:
     ignores: Callable[[str, Config], bool] = lambda name, config: False
     head: str = "lm_head"
     task_type: str = "CAUSAL_LM"
+    special: SpecialIds = SpecialIds()
+    keys: Keys | None = None
+
+    def config(self, json: Json, tensors: Collection[str] = ()) -> Config:
+        """The config of a config.json, which it keeps as its `source` if it has such a field.
+
+        Args:
+            json: the file.
+            tensors: names of the tensors, after `rename`.
+
+        Raises:
+            CheckpointError: for what the module cannot compute, or values that fit no model.
+        """
+        full = json if self.keys is None else complete(json, self.keys, self.reads)
+        try:
+            config = self.read(full, tensors)
+        except CheckpointError:
+            raise
+        except ValueError as error:
+            raise CheckpointError(f"config.json: {error}") from None
+        if "source" not in {field.name for field in dataclasses.fields(config)}:
+            return config
+        return dataclasses.replace(config, source=dumps(dict(json)))
 
 
 class GgufHeader(Protocol):
@@ -65,21 +95,28 @@ class GgufHeader(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Gguf:
-    """GGUF files, the format of llama.cpp, which are only read.
+    """GGUF files, the format of llama.cpp.
 
     Attributes:
-        architecture: the value of general.architecture.
+        architecture: the value of general.architecture. Of families that share one, the first is read.
         read: header -> config. Raises CheckpointError for what the module cannot compute.
+        write: config -> metadata, without the architecture's prefix: ints, floats, bools and strings. What
+            `read` would not give back is refused by `jaxft.checkpoints.save_gguf`.
         reads: the metadata keys that `read` looks at, without the architecture's prefix.
         entries: config -> the tensors of a file and the leaves that they hold.
-        ignores: tensors that are no leaf of the params: what `read` takes from the header.
+        beside: config -> tensors that are no leaf of the params: what `read` takes from the header.
+        ignores: the names of those.
+        float32: the matrices that llama.cpp keeps in float32 in a file of any type.
     """
 
     architecture: str
     read: Callable[[GgufHeader], Config]
+    write: Callable[[Config], dict[str, Any]]
     reads: frozenset[str]
     entries: Callable[[Config], list[Entry]]
-    ignores: frozenset[str] = frozenset({"rope_freqs.weight"})
+    beside: Callable[[Config], dict[str, Any]] = lambda config: {}
+    ignores: frozenset[str] = frozenset()
+    float32: frozenset[str] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,11 +1,9 @@
-"""Hugging Face's config.json of Llama-like decoders <-> DecoderConfig: what families share.
-
-Defaults are those of transformers' configuration classes, which files may leave out.
-"""
+"""Hugging Face's config.json of Llama-like decoders <-> DecoderConfig: what families share."""
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +11,7 @@ from jaxft.models import names
 from jaxft.models.config import DecoderConfig, Rope
 from jaxft.models.errors import CheckpointError
 from jaxft.models.family import HuggingFace, Json
+from jaxft.models.hf_keys import COMMON, Keys
 
 # The codec of a decoder whose tensors have Llama's names: a family adds its class and its config.json.
 decoder_codec = functools.partial(
@@ -30,6 +29,19 @@ _ACTIVATION_NAMES = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu": "relu",
 }
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+Windows = tuple[int | None, ...]
+_ROPE_NUMBERS = {  # rope_type -> the numbers that it needs, and the fields of a Rope that hold them
+    "default": {},
+    "linear": {"factor": "factor"},
+    "llama3": {
+        "factor": "factor",
+        "low_freq_factor": "low_freq_factor",
+        "high_freq_factor": "high_freq_factor",
+        "original_max_position_embeddings": "original_max_length",
+    },
+    "yarn": {"factor": "factor", "original_max_position_embeddings": "original_max_length"},
+}
 ACTIVATIONS = {  # the other way
     "silu": "silu",
     "gelu": "gelu",
@@ -39,35 +51,67 @@ ACTIVATIONS = {  # the other way
 
 READS = frozenset(
     "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
-    "head_dim max_position_embeddings rms_norm_eps hidden_act attention_bias mlp_bias "
-    "tie_word_embeddings rope_theta rope_scaling rope_parameters".split()
+    "head_dim max_position_embeddings rms_norm_eps tie_word_embeddings "
+    "rope_theta rope_scaling rope_parameters original_max_position_embeddings".split()
 )
 WINDOW_READS = frozenset({"sliding_window", "layer_types"})
+# What transformers' classes of decoders have in common, sizes aside.
+DEFAULTS: dict[str, Any] = COMMON | {
+    "vocab_size": 32000,
+    "head_dim": None,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "rope_theta": 1e4,
+    "rope_scaling": None,
+    "rope_parameters": None,
+    "original_max_position_embeddings": None,
+    "partial_rotary_factor": None,
+    "is_causal": True,
+}
 
 
-def read_decoder(json: Json, family: str, rope: Rope | None = None) -> DecoderConfig:
-    """The DecoderConfig of a config.json that has nothing but what Llama's has (the keys `READS`).
+def decoder_keys(*nullable: str, **defaults: Any) -> Keys:
+    """The keys of a decoder's class: `DEFAULTS`, and what the class adds or has otherwise."""
+    neutral = {"partial_rotary_factor": (1.0,)}
+    return Keys(DEFAULTS | defaults, frozenset({"rope_theta", *nullable}), neutral=neutral)
 
-    `rope` is of the layers without a window; None: that of `read_rope`.
+
+def sizes(hidden: int, intermediate: int, layers: int, heads: int, length: int) -> dict[str, int]:
+    """The sizes in a config.json: width, width of the MLP, layers, heads and positions."""
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "max_position_embeddings": length,
+    }
+
+
+def read_decoder(
+    json: Json, family: str, activation: str, rope: Rope | None = None
+) -> DecoderConfig:
+    """The DecoderConfig of a config.json that has nothing but the keys `READS`.
+
+    Args:
+        json: the file, with defaults for what it leaves out.
+        family: the config's.
+        activation: the value of the key that names it.
+        rope: of the layers without a window; None: that of `read_rope`.
     """
-    heads = json["num_attention_heads"]
-    bias = json.get("attention_bias", False)
+    heads, rope = json["num_attention_heads"], read_rope(json) if rope is None else rope
     return DecoderConfig(
         vocab_size=json["vocab_size"],
         hidden_size=json["hidden_size"],
         intermediate_size=json["intermediate_size"],
         num_layers=json["num_hidden_layers"],
         num_heads=heads,
-        num_kv_heads=json.get("num_key_value_heads") or heads,
-        head_dim=json.get("head_dim") or json["hidden_size"] // heads,
-        max_length=json.get("max_position_embeddings", 2048),
-        norm_eps=json.get("rms_norm_eps", 1e-6),
-        activation=read_activation(json.get("hidden_act", "silu")),
-        attention_bias=bias,
-        output_bias=bias,
-        mlp_bias=json.get("mlp_bias", False),
-        rope=read_rope(json) if rope is None else rope,
-        tie_embeddings=json.get("tie_word_embeddings", False),
+        num_kv_heads=heads if json["num_key_value_heads"] is None else json["num_key_value_heads"],
+        head_dim=json["hidden_size"] // heads if json["head_dim"] is None else json["head_dim"],
+        max_length=_usable_length(json["max_position_embeddings"], rope),
+        norm_eps=json["rms_norm_eps"],
+        activation=read_activation(activation),
+        rope=rope,
+        tie_embeddings=json["tie_word_embeddings"],
         family=family,
     )
 
@@ -95,8 +139,6 @@ def write_decoder(config: DecoderConfig) -> dict[str, Any]:
         "max_position_embeddings": config.max_length,
         "rms_norm_eps": config.norm_eps,
         "hidden_act": ACTIVATIONS[config.activation],
-        "attention_bias": config.attention_bias,
-        "mlp_bias": config.mlp_bias,
     } | _write_rope(config.rope)
 
 
@@ -113,89 +155,126 @@ def read_activation(name: str) -> str:
     return _ACTIVATION_NAMES[name]
 
 
-def read_windows(json: Json, local: Callable[[int], bool]) -> tuple[int | None, ...]:
-    """The windows of the layers; keys `WINDOW_READS`.
+def read_windows(json: Json, window: int | None, local: Callable[[int], bool]) -> Windows:
+    """The windows of the layers; key `layer_types`, or `local` in files without it.
 
-    `local` says which layers have one in files that are older than `layer_types`.
+    Args:
+        json: the file.
+        window: tokens that a layer with a window sees, itself counted.
+        local: whether a layer has a window.
+
+    Raises:
+        CheckpointError: for kinds of layers that jaxft does not have, too many or too few of them, or
+            windows of no size.
     """
-    window = json.get("sliding_window")
-    if window is None:
-        return ()
-    kinds = json.get("layer_types")
+    layers, kinds = json["num_hidden_layers"], json["layer_types"]
     if kinds is None:
-        found = [local(i) for i in range(json["num_hidden_layers"])]
-    else:
-        found = [kind == "sliding_attention" for kind in kinds]
-    return tuple(window if has else None for has in found) if any(found) else ()
-
-
-def write_windowed_decoder(config: DecoderConfig) -> dict[str, Any]:
-    """The keys of `write_decoder` and of `write_windows`: Mistral's and Qwen's."""
-    return write_decoder(config) | write_windows(config)
+        kinds = [_SLIDING if local(i) else _FULL for i in range(layers)]
+    if len(kinds) != layers or not set(kinds) <= {_FULL, _SLIDING}:
+        raise CheckpointError(
+            f"config.json: layer_types is {kinds!r}, expected one of {_FULL!r} and {_SLIDING!r} for each of "
+            f"the {layers} layers."
+        )
+    if _SLIDING not in kinds:
+        return ()
+    if window is None or window < 1:
+        raise CheckpointError(
+            f"config.json: layers with {_SLIDING} need a sliding_window, got {window!r}; give its tokens, or "
+            f"make layer_types {_FULL!r} (Qwen also needs use_sliding_window: true)."
+        )
+    return tuple(window if kind == _SLIDING else None for kind in kinds)
 
 
 def write_windows(config: DecoderConfig) -> dict[str, Any]:
     """The keys of the windows."""
     window = next((w for w in config.windows if w is not None), None)
-    kind = lambda i: "full_attention" if config.window(i) is None else "sliding_attention"
-    return {
-        "sliding_window": window,
-        "use_sliding_window": window is not None,
-        "layer_types": [kind(i) for i in range(config.num_layers)],
-    }
+    kinds = [_FULL if config.window(i) is None else _SLIDING for i in range(config.num_layers)]
+    return {"sliding_window": window, "layer_types": kinds}
 
 
-def read_rope(json: Json, theta: float = 1e4) -> Rope:
-    """The rotary positions of all layers; `theta` is the default of `rope_theta`.
+def read_rope(json: Json) -> Rope:
+    """The rotary positions of all layers. `rope_scaling` goes before `rope_parameters`, as in transformers.
 
     Raises:
         CheckpointError: for a scaling that jaxft does not have, or positions that differ by layer.
     """
-    parameters = json.get("rope_parameters") or json.get("rope_scaling") or {}
-    if "full_attention" in parameters:
+    parameters = json["rope_scaling"] or json["rope_parameters"] or {}
+    if not {_FULL, _SLIDING}.isdisjoint(parameters):
         raise CheckpointError("rope_parameters that differ by layer are supported for gemma3 only.")
-    return read_rope_parameters(parameters, json, json.get("rope_theta", theta))
+    original = json["original_max_position_embeddings"]
+    if original is not None:
+        parameters = {**parameters, "original_max_position_embeddings": original}
+    return read_rope_parameters(parameters, json["max_position_embeddings"], json["rope_theta"])
 
 
-def read_rope_parameters(parameters: Json, json: Json, theta: float) -> Rope:
+def read_rope_parameters(parameters: Json, length: int, theta: float | None) -> Rope:
     """The Rope of one set of parameters, in the form of transformers 4 or 5.
 
+    Args:
+        parameters: of `rope_scaling` or `rope_parameters`.
+        length: max_position_embeddings.
+        theta: for parameters that do not have it.
+
     Raises:
-        CheckpointError: for a scaling that jaxft does not have.
+        CheckpointError: for a scaling that jaxft does not have, or lacking numbers.
     """
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if kind not in ("default", "linear", "llama3", "yarn"):
-        raise CheckpointError(f"unsupported rope scaling {kind!r}; known: linear, llama3, yarn.")
-    length = parameters.get("original_max_position_embeddings")
-    optional = {
-        name: parameters[name]
-        for name in ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "truncate")
-        if parameters.get(name) is not None
-    }
-    return Rope(
-        theta=float(parameters.get("rope_theta", theta)),
-        scaling=kind,
-        factor=float(parameters.get("factor", 1.0)),
-        original_max_length=length or json.get("max_position_embeddings", 8192),
-        attention_factor=parameters.get("attention_factor"),
-        **optional,
-    )
+    get = parameters.get
+    kind = get("rope_type", get("type", "default"))
+    if kind not in _ROPE_NUMBERS:
+        hint = (
+            " Up to max_position_embeddings tokens, it is none: null." if kind == "dynamic" else ""
+        )
+        known = ", ".join(_ROPE_NUMBERS)
+        raise CheckpointError(f"unsupported rope scaling {kind!r}; known: {known}.{hint}")
+    if get("partial_rotary_factor", 1.0) not in (None, 1.0):
+        raise CheckpointError(
+            f"config.json: partial_rotary_factor is {get('partial_rotary_factor')!r}; jaxft rotates whole "
+            "heads (1.0)."
+        )
+    numbers = {"rope_theta": theta, "original_max_position_embeddings": length, **parameters}
+    if kind == "yarn" and "factor" in numbers and numbers["factor"] is None:
+        numbers["factor"] = length / (numbers["original_max_position_embeddings"] or length)
+    for name in ("rope_theta", *_ROPE_NUMBERS[kind]):
+        if isinstance(numbers.get(name), bool) or not isinstance(numbers.get(name), (int, float)):
+            raise CheckpointError(
+                f"config.json: rope scaling {kind!r} has {name}: {numbers.get(name)!r}, expected a number."
+            )
+    found = {ours: numbers[name] for name, ours in _ROPE_NUMBERS[kind].items()}
+    yarn = _read_yarn(parameters, numbers["factor"]) if kind == "yarn" else {}
+    return Rope(theta=float(numbers["rope_theta"]), scaling=kind, **found, **yarn)
 
 
 def write_rope_parameters(rope: Rope) -> dict[str, Any]:
     """The parameters of one Rope, as transformers 5 has them."""
     json = {"rope_type": rope.scaling, "rope_theta": rope.theta}
-    if rope.scaling != "default":
-        json["factor"] = rope.factor
-    if rope.scaling in ("llama3", "yarn"):
-        json["original_max_position_embeddings"] = rope.original_max_length
-    if rope.scaling == "llama3":
-        json["low_freq_factor"] = rope.low_freq_factor
-        json["high_freq_factor"] = rope.high_freq_factor
+    json |= {name: getattr(rope, ours) for name, ours in _ROPE_NUMBERS[rope.scaling].items()}
     if rope.scaling == "yarn":
         json |= {"beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow}
         json |= {"attention_factor": rope.attention_factor, "truncate": rope.truncate}
     return json
+
+
+def _read_yarn(parameters: Json, factor: float) -> dict[str, Any]:
+    """YaRN's own numbers; transformers takes 0 and null for the defaults of beta_fast and beta_slow."""
+    get = parameters.get
+    attention = get("attention_factor")
+    if attention is None and get("mscale") and get("mscale_all_dim"):
+        # DeepSeek: arxiv.org/abs/2405.04434.
+        grown = lambda scale: 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
+        attention = grown(get("mscale")) / grown(get("mscale_all_dim"))
+    return {
+        "attention_factor": attention,
+        "beta_fast": get("beta_fast") or 32.0,
+        "beta_slow": get("beta_slow") or 1.0,
+        "truncate": bool(get("truncate", True)),
+    }
+
+
+def _usable_length(length: int, rope: Rope) -> int:
+    """The positions of a model: max_position_embeddings, which YaRN's files may leave as it was before."""
+    if rope.scaling != "yarn":
+        return length
+    return max(length, math.floor(rope.factor * rope.original_max_length))
 
 
 def _write_rope(rope: Rope) -> dict[str, Any]:

@@ -9,23 +9,34 @@ from typing import Any
 from jaxft.models.encoder import EncoderConfig
 from jaxft.models.family import HuggingFace, Json
 from jaxft.models.hf_config import ACTIVATIONS, read_activation
+from jaxft.models.hf_keys import COMMON
 from jaxft.models.names import Entry, layer_norm
 
 READS = frozenset(
     "hidden_size intermediate_size num_hidden_layers num_attention_heads layer_norm_eps hidden_act".split()
 )
+# What transformers' classes of encoders have in common; hidden states do not depend on tied embeddings.
+DEFAULTS: dict[str, Any] = COMMON | {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "layer_norm_eps": 1e-12,
+    "hidden_act": "gelu",
+}
+NO_EFFECT = frozenset({"tie_word_embeddings"})
 _POOLER = "pooler.dense.weight"
 
 
 def read_common(json: Json, tensors: Collection[str]) -> dict[str, Any]:
     """Fields of an EncoderConfig; the names of the tensors tell whether there is a pooler."""
     return dict(
-        hidden_size=json.get("hidden_size", 768),
-        intermediate_size=json.get("intermediate_size", 3072),
-        num_layers=json.get("num_hidden_layers", 12),
-        num_heads=json.get("num_attention_heads", 12),
-        norm_eps=json.get("layer_norm_eps", 1e-12),
-        activation=read_activation(json.get("hidden_act", "gelu")),
+        hidden_size=json["hidden_size"],
+        intermediate_size=json["intermediate_size"],
+        num_layers=json["num_hidden_layers"],
+        num_heads=json["num_attention_heads"],
+        norm_eps=json["layer_norm_eps"],
+        activation=read_activation(json["hidden_act"]),
         pooler=_POOLER in tensors,
     )
 

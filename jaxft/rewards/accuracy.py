@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from jaxft.checkpoints import end_tokens
 from jaxft.data import Renderer
 from jaxft.generation import SamplingConfig, generate
 from jaxft.metrics import wilson_interval
@@ -60,13 +61,14 @@ def measure_accuracy(
     """Answers every record greedily and verifies.
 
     Args:
-        stop_ids: tokens that end an answer; None: the tokenizer's EOS.
+        stop_ids: tokens that end an answer; None: `checkpoints.end_tokens`.
         stop_strings: text that ends one too.
         batch_size: prompts at a time; those of like length go together, to save padding.
         progress: called with (records done, all).
     """
     tokenizer = renderer.tokenizer
-    stop_ids = [tokenizer.eos_token_id] if stop_ids is None else stop_ids
+    if stop_ids is None:
+        stop_ids = end_tokens(tokenizer, model.config, renderer.template)
     config = SamplingConfig(
         max_new_tokens,
         temperature=0.0,

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxft.checkpoints import check_tokenizer
 from jaxft.generation import SamplingConfig, bucket, generate, left_pad
 from jaxft.models import Decoder
 from jaxft.rewards.pool import RewardFn
@@ -39,9 +40,11 @@ def answers(
         sampler: a function with the signature of `generate`.
 
     Raises:
-        ValueError: for greedy sampling; when called, for rewards of a wrong length.
+        ValueError: for greedy sampling, or a tokenizer with ids that the model has not; when called, for
+            rewards of a wrong length.
     """
     check_policy(config)
+    check_tokenizer(tokenizer, model.config)
 
     def sample(params, asked, key):
         batch, completions = sample_groups(

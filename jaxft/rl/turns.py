@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxft.checkpoints import check_tokenizer
 from jaxft.generation import SamplingConfig, bucket, generate, left_pad
 from jaxft.keys import stream
 from jaxft.models import Decoder, virtual_tokens
@@ -82,6 +83,7 @@ def episodes(
         sampler: a function with the signature of `generate`.
     """
     check_policy(config)
+    check_tokenizer(tokenizer, model.config)
 
     def draw(params, rows, columns, going, turn, key):
         """The actions of the rows `going`."""

@@ -139,8 +139,14 @@ def pissa_weight(
 
 
 def pissa_to_lora(weight: LoraWeight, kernel: jax.Array) -> LoraWeight:
-    """A trained PiSSA weight as plain LoRA of rank 2R on the original kernel, which others can load."""
-    initial = pissa_weight(jax.random.key(0), kernel, rank=weight.rank, alpha=weight.alpha)
-    a = jnp.concatenate([weight.a, initial.a], axis=1)
-    b = jnp.concatenate([weight.b, -initial.b], axis=0)
+    """A trained PiSSA weight as plain LoRA of rank 2R on the original kernel, which others can load.
+
+    What its base lacks of the kernel has rank R, and is taken back by the second half of the factors. So
+    it is for any initialisation that takes a product of rank R out of the kernel, OLoRA's too.
+    """
+    lacks = kernel.astype(jnp.float32) - to_dense(weight.base).astype(jnp.float32)
+    u, s, v = jnp.linalg.svd(lacks, full_matrices=False)
+    root = jnp.sqrt(s[: weight.rank] / (weight.alpha / weight.rank))
+    a = jnp.concatenate([weight.a, u[:, : weight.rank] * root[None]], axis=1)
+    b = jnp.concatenate([weight.b, -root[:, None] * v[: weight.rank]], axis=0)
     return LoraWeight(kernel, a, b, 2 * weight.alpha)

@@ -1,6 +1,7 @@
 """Sampling by a server, one that speaks the protocol here: what it is sent, gives and gets wrong."""
 
 import contextlib
+import dataclasses
 import http.server
 import json
 import threading
@@ -172,9 +173,19 @@ def test_what_could_not_be_corrected_is_refused():
     assert seen[0]["temperature"] == 0.7 and seen[0]["stop"] == ["x"]
 
 
+def test_of_several_stop_tokens_the_server_names_the_one_that_its_text_lacks():
+    several = dataclasses.replace(SAMPLING, stop_ids=(STOP, 7))
+    for name, token in (("stop_reason", 7), ("matched_stop", STOP)):  # vLLM, SGLang
+        with serving(lambda *_: choice(token_ids=None, **{name: token})) as (url, _):  # noqa: B023
+            assert ask(url, several).completions == [[1, token]]
+    with serving(lambda *_: choice(token_ids=None)) as (url, _):
+        with pytest.raises(ServerError, match="1 tokens with 2 log-probs"):
+            ask(url, several)
+
+
 def test_the_script_samples_by_a_server():
     model, params = model_and_params()
-    renderer = types.SimpleNamespace(tokenizer=Digits(), next_turn=lambda text: [6])
+    renderer = types.SimpleNamespace(tokenizer=Digits(), template=None, next_turn=lambda text: [6])
     renderer.tokenizer.eos_token_id = STOP
     with serving(own_model()) as (url, seen):
         settings = dict(sampler_url=url, correction="tokens", group_size=2, max_new_tokens=3)

@@ -6,6 +6,7 @@ import jax
 import pytest
 
 from jaxft.models import FAMILIES, config_of
+from jaxft.models.hf_keys import complete
 from jaxft.models.stacking import layers_in
 
 DECODER = dict(
@@ -52,7 +53,8 @@ def files(family):
 def test_a_codec_reads_the_keys_that_it_lists(family):
     seen = set()
     for json in files(family):
-        recorder = Recorder(json)
+        codec = family.huggingface
+        recorder = Recorder(complete(json, codec.keys, codec.reads))
         family.huggingface.read(recorder, ())
         seen |= recorder.seen
     assert seen == family.huggingface.reads

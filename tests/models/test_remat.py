@@ -41,7 +41,9 @@ def build(model, remat, scan_layers=False):
 
 
 def test_lean_changes_no_gradient(model):
-    scan_layers = model[0] is Encoder  # decoders' layers apart; tests/models/test_decoder.py scans them
+    scan_layers = (
+        model[0] is Encoder
+    )  # decoders' layers apart; tests/models/test_decoder.py scans them
     grads = [jax.jit(jax.grad(f))(p) for p, f in (build(model, r, scan_layers) for r in RULES)]
     chex.assert_trees_all_close(*grads, rtol=1e-4, atol=1e-6)
 

@@ -6,23 +6,31 @@ knows out of `tensors`, and write(model, {path: weight}) -> (settings, tensors).
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pathlib
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxft.adapters import native
 from jaxft.adapters.errors import AdapterError
-from jaxft.adapters.peft import ia3, lora, lycoris, paca, vera, whole
+from jaxft.adapters.peft import adalora, ia3, lora, low_rank, lycoris, paca, tokens, vera, whole
+from jaxft.adapters.peft.base_tensors import VOCABULARY, check_vocabulary, read_base, take_tied
 from jaxft.adapters.peft.files import Settings, Tensors, read_files, take, write_files
-from jaxft.adapters.peft.model import PREFIX, Model, model_of, numpy
+from jaxft.adapters.peft.keys import canonical, module_of
+from jaxft.adapters.peft.model import PREFIX, Model, model_of, numpy, targeted
+from jaxft.adapters.peft.options import with_defaults
 from jaxft.adapters.peft.soft import TYPES as SOFT
 from jaxft.adapters.peft.soft import read_soft, soft_name, write_soft
 from jaxft.adapters.rewrite import Params, partition, path_name
 from jaxft.models import FAMILIES, Family, family_of, is_stacked, stack_layers, unstack_layers
+from jaxft.models.transformer import EMBEDDING
+from jaxft.parallel import to_host
 from jaxft.weights import (
     DoraWeight,
     Frozen,
@@ -44,9 +52,11 @@ class Format(NamedTuple):
 
     weights: tuple[type, ...]
     read: Callable[[Settings, Tensors, Model], dict[str, WeightLike]]
-    write: Callable[[Model, dict[str, Any]], tuple[Settings, Tensors]]
+    write: Callable[[Model, dict[str, Any]], tuple[Settings, Tensors]] | None
 
 
+# The options that say which modules are adapted.
+_NAMING = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 SCORE = f"{PREFIX}score.weight"
 
 # By the file's peft_type.
@@ -58,6 +68,11 @@ FORMATS = {
     "IA3": Format((ScaledWeight,), ia3.read, ia3.write),
     "PACA": Format((PacaWeight,), paca.read, paca.write),
     "LN_TUNING": Format((), whole.read_norms, whole.write_norms),
+    "TRAINABLE_TOKENS": Format((), tokens.read, tokens.write),
+    # What is read of these is LoRA, and saved as that.
+    "ADALORA": Format((), adalora.read, None),
+    "VBLORA": Format((), low_rank.read_vblora, None),
+    "HRA": Format((), low_rank.read_hra, None),
 }
 
 
@@ -127,6 +142,8 @@ def adapter_tensors(
             "save_native, or save the whole model with save_model."
         )
     kind = _kind(adapted)
+    _check_places(kind, adapted, model)
+    original = None
     if base is not None:
         original = model_of(family, config, apart(base)).nodes
         adapted = {path: _on(original[path], node, path) for path, node in adapted.items()}
@@ -134,6 +151,7 @@ def adapter_tensors(
     if adapted:
         more, beside = whole.write_whole(model, leaves, adapted, biases=kind == "LORA")
         settings, tensors = settings | more, tensors | beside
+        tensors |= _own_vocabulary(model, adapted, original)
     if head is not None:
         tensors[SCORE] = numpy(to_dense(head["kernel"])).T
         settings["modules_to_save"] = [*(settings.get("modules_to_save") or []), "score"]
@@ -164,10 +182,18 @@ def load_adapter(
     flat = jax.tree.map(bare, unstack_layers(params, family.layers), is_leaf=is_weight)
     try:
         settings, tensors = read_files(path)
-        if settings.get("peft_type") in SOFT:
-            return _nothing_left(tensors, read_soft(settings, tensors, config, params))
+        settings = with_defaults(settings)
+        if settings["peft_type"] in SOFT:
+            adapted = read_soft(settings, tensors, config, params)
+            if tensors:
+                raise AdapterError(
+                    f"surplus key {min(tensors)!r}; a {settings['peft_type']} has one."
+                )
+            return adapted
+        model = model_of(family, config, flat)
+        tensors = canonical(tensors, model)
         head = _head(tensors, config)
-        found = _read(settings, tensors, model_of(family, config, flat))
+        found = _read(settings, tensors, model)
     except AdapterError as error:
         raise AdapterError(f"{path}: {error}") from None
     attach = lambda p, node: found.get(path_name(p), Frozen(node))
@@ -184,27 +210,65 @@ def _head(tensors: Tensors, config: Any) -> Params:
 
 
 def _read(settings: Settings, tensors: Tensors, model: Model) -> dict[str, WeightLike]:
-    kind = settings.get("peft_type")
-    if kind not in FORMATS:
-        known = ", ".join([*FORMATS, *SOFT])
-        raise AdapterError(f"peft_type {kind!r} is not supported; expected {known}.")
-    try:
-        found = FORMATS[kind].read(settings, tensors, model)
-        found |= whole.read_whole(settings, tensors, model, found)
-    except KeyError as error:
-        raise AdapterError(f"adapter_config.json has no {error.args[0]!r}.") from None
-    if not _nothing_left(tensors, found):
+    check_vocabulary(tensors, model)
+    found = FORMATS[settings["peft_type"]].read(settings, tensors, model)
+    found |= whole.read_whole(settings, tensors, model, found)
+    for path, leaf in read_base(tensors, model).items():
+        node = found.get(path, leaf)
+        found[path] = dataclasses.replace(node, base=leaf) if is_weight(node) else leaf
+    if model.tied:
+        embedding = found.get(EMBEDDING, model.nodes[EMBEDDING])
+        embedding = embedding.base if is_weight(embedding) else embedding
+        take_tied(tensors, model, to_host(to_dense(embedding)))
+    if tensors:
+        raise AdapterError(_surplus(min(tensors), settings, model))
+    if not found:
         raise AdapterError("target_modules names no module of this model.")
     return found
 
 
-def _nothing_left(tensors, result):
-    if tensors:
-        raise AdapterError(
-            f"surplus key {min(tensors)!r}; the adapter is for another model, or target_modules does "
-            "not name its module."
+def _surplus(key: str, settings: Settings, model: Model) -> str:
+    """The message for a tensor that nothing took."""
+    module = module_of(key, [*model.leaves, model.head])
+    if module is None:
+        return (
+            f"surplus key {key!r}; the adapter is for another model: this one has no such module."
         )
-    return result
+    if re.search(r"\.(lora|hada|lokr|vblora|hra|vera|ia3|paca|ln_tuning)_", key):
+        if module not in targeted(settings, {}, model, model.leaves):
+            named = {n: settings[n] for n in _NAMING if settings.get(n)} or "no module"
+            return f"surplus key {key!r}; adapter_config.json does not name its module: {named}."
+    return (
+        f"surplus key {key!r}; {settings['peft_type']} with the options of adapter_config.json has no such "
+        f"tensor (modules_to_save={settings.get('modules_to_save')}); the two files do not belong together."
+    )
+
+
+def _own_vocabulary(model: Model, adapted: dict, original: Any) -> Tensors:
+    """The embeddings and output projection under LoRA, which PEFT saves; not if they are the base's."""
+    tensors = {}
+    for linear in (*model.linears, *model.embeddings):
+        path, node = linear.paths[0], adapted.get(linear.paths[0])
+        if path not in VOCABULARY or not isinstance(node, LoraWeight):
+            continue
+        kernel = numpy(to_dense(node.base))
+        if original is not None and np.array_equal(kernel, numpy(to_dense(original[path]))):
+            continue
+        tensors[linear.key("base_layer.weight")] = kernel if linear.embedding else kernel.T
+        if linear.embedding and model.tied:
+            tensors[f"{PREFIX}{model.head}.base_layer.weight"] = kernel
+    return tensors
+
+
+def _check_places(kind: str, adapted: dict, model: Model) -> None:
+    known = {path for linear in model.linears for path in linear.paths}
+    if kind in ("LORA", "TRAINABLE_TOKENS"):
+        known |= {path for linear in model.embeddings for path in linear.paths}
+    for path in sorted(adapted.keys() - known):
+        name = type(adapted[path]).__name__
+        raise AdapterError(
+            f"save_adapter: {path!r} trains as {name}, which PEFT does not have there. Use save_native."
+        )
 
 
 def _kind(adapted) -> str:
@@ -216,12 +280,16 @@ def _kind(adapted) -> str:
                 "A and B alone. Use save_native."
             )
         kind = next((k for k, f in FORMATS.items() if isinstance(node, f.weights)), None)
+        if kind == "PACA" and path.endswith("/embedding"):
+            kind = "TRAINABLE_TOKENS"
         if kind is None:
             raise AdapterError(
                 f"save_adapter: {path!r} trains as {type(node).__name__}, which PEFT does not have. Use "
                 "save_native."
             )
         kinds[kind] = path
+    if kinds.keys() == {"LORA", "TRAINABLE_TOKENS"}:
+        return "LORA"
     if len(kinds) > 1:
         places = ", ".join(f"{kind} at {path!r}" for kind, path in kinds.items())
         raise AdapterError(f"save_adapter: a PEFT file holds one type, params have {places}.")
@@ -237,6 +305,8 @@ def _on(kernel, node, path):
     moved = pissa_to_lora(node, kernel)
     lost = jnp.max(jnp.abs(moved.to_dense() - node.to_dense()))
     if lost > jnp.finfo(kernel.dtype).eps ** 0.5 * jnp.max(jnp.abs(kernel)):
+        if path in VOCABULARY:  # Its base is written beside it.
+            return node
         raise AdapterError(
             f"save_adapter: the kernel under {path!r} is neither that of `base` nor what PiSSA leaves "
             "of it; give the params that were adapted."

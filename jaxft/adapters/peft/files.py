@@ -64,10 +64,3 @@ def take(tensors: Tensors, key: str, shape: tuple[int, ...], dtype: Any = np.flo
             f"{key!r} has shape {tensor.shape}, the model and the config need {shape}."
         )
     return tensor if dtype is None else tensor.astype(dtype)
-
-
-def refuse(settings: Settings, *options: str) -> None:
-    """Raises AdapterError for the first of the options that is set: each changes what is computed."""
-    for option in options:
-        if settings.get(option):
-            raise AdapterError(f"{option}={settings[option]!r} is not supported.")

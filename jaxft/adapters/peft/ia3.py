@@ -21,7 +21,7 @@ def read(settings: Settings, tensors: Tensors, model: Model) -> dict[str, Scaled
     for linear in model.linears:
         if linear.name not in chosen:
             continue
-        if _is_feedforward(settings.get("feedforward_modules"), linear.name):
+        if _is_feedforward(settings["feedforward_modules"], linear.name):
             scale = take(tensors, linear.key("ia3_l"), (1, linear.inputs))[0]
             found |= {
                 path: ScaledWeight(kernel, jnp.asarray(scale), "input")

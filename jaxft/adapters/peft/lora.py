@@ -1,15 +1,21 @@
-"""LORA: LoRA, rsLoRA, DoRA, and PiSSA as the difference that it makes."""
+"""LORA: LoRA, rsLoRA, DoRA, on matrices and embeddings; PiSSA as the difference that it makes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxft.adapters.errors import AdapterError
-from jaxft.adapters.peft.files import Settings, Tensors, refuse, take
+from jaxft.adapters.peft import tokens
+from jaxft.adapters.peft.base_tensors import untied
+from jaxft.adapters.peft.files import Settings, Tensors, take
+from jaxft.adapters.peft.initial import with_initial_base
 from jaxft.adapters.peft.model import (
+    PREFIX,
     Linear,
     Model,
     numpy,
@@ -18,68 +24,142 @@ from jaxft.adapters.peft.model import (
     short_names,
     targeted,
 )
-from jaxft.weights import DoraWeight, LoraWeight, to_dense
-
-# What PEFT's LoRA can also do and changes what is computed.
-_REFUSED = (
-    "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias",
-    "monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora",
-    "velora_config",
-)  # fmt: skip
+from jaxft.models.transformer import EMBEDDING
+from jaxft.weights import DoraWeight, LoraWeight, PacaWeight, to_dense
 
 
-def read(settings: Settings, tensors: Tensors, model: Model) -> dict[str, LoraWeight | DoraWeight]:
-    """path -> weight; takes lora_A [R, in], lora_B [out, R] and lora_magnitude_vector [out]."""
-    refuse(settings, *_REFUSED)
-    chosen = set(targeted(settings, tensors, model))
+def read(settings: Settings, tensors: Tensors, model: Model) -> dict[str, Any]:
+    """path -> weight, or bias; takes lora_A [R, in], lora_B [out, R] and lora_magnitude_vector [out].
+
+    Of embeddings lora_embedding_A [R, V] and lora_embedding_B [D, R]. With lora_bias, lora_B has a bias
+    [out], of which α/R times itself is added to the layer's own bias. trainable_token_indices are rows.
+    """
+    if settings["lora_bias"] and (settings["use_dora"] or settings["bias"] != "none"):
+        other = "use_dora=true" if settings["use_dora"] else f"bias={settings['bias']!r}"
+        raise AdapterError(f"lora_bias=true with {other} is not supported.")
+    matrices = (*model.linears, *model.embeddings)
+    chosen = set(targeted(settings, tensors, model, (n.name for n in matrices)))
     found = {}
-    for linear in model.linears:
-        if linear.name not in chosen:
-            continue
-        rank = pattern(settings.get("rank_pattern"), linear.name, settings["r"])
-        alpha = float(pattern(settings.get("alpha_pattern"), linear.name, settings["lora_alpha"]))
-        alpha *= rank**0.5 if settings.get("use_rslora") else 1.0
-        a = take(tensors, linear.key("lora_A.weight"), (rank, linear.inputs)).T
-        b = take(tensors, linear.key("lora_B.weight"), (linear.outputs, rank)).T
-        length = None
-        if settings.get("use_dora"):
-            length = take(tensors, linear.key("lora_magnitude_vector"), (linear.outputs,))
-        for path, kernel, columns in linear.parts():
-            factors = jnp.asarray(a), jnp.asarray(b[:, columns])
-            if length is None:
-                found[path] = LoraWeight(kernel, *factors, alpha)
-            else:
-                found[path] = DoraWeight(kernel, *factors, jnp.asarray(length[columns]), alpha)
+    for linear in matrices:
+        if linear.name in chosen:
+            found |= _read_one(settings, tensors, model, linear)
+    rows = tokens.read_beside(settings, tensors, model)
+    for path in found.keys() & rows.keys():
+        raise AdapterError(
+            f"{path!r} has LoRA and trainable_token_indices, which do not go together."
+        )
+    found |= rows
+    if model.tied:
+        _take_tied(tensors, model, found.get(EMBEDDING))
     return found
 
 
-def write(model: Model, found: Mapping[str, LoraWeight | DoraWeight]) -> tuple[Settings, Tensors]:
+def write(model: Model, found: Mapping[str, Any]) -> tuple[Settings, Tensors]:
     """(settings, tensors). GPT-2's query, key and value become one of the summed rank."""
-    use_dora = {isinstance(weight, DoraWeight) for weight in found.values()}
+    rows = {path: weight for path, weight in found.items() if isinstance(weight, PacaWeight)}
+    factors = {path: weight for path, weight in found.items() if path not in rows}
+    use_dora = {isinstance(weight, DoraWeight) for weight in factors.values()}
     if len(use_dora) > 1:
         raise AdapterError("LoRA and DoRA side by side: PEFT has one or the other in a file.")
     use_dora = use_dora.pop()
     tensors, ranks, alphas = {}, {}, {}
-    for linear in model.linears:
-        parts = [found.get(path) for path in linear.paths]
+    for linear in (*model.linears, *model.embeddings):
+        parts = [factors.get(path) for path in linear.paths]
         if all(part is None for part in parts):
             continue
         a, b, alpha = _join(linear, parts)
-        tensors[linear.key("lora_A.weight")] = a.T
-        tensors[linear.key("lora_B.weight")] = b.T
+        first, second = _names(linear)
+        tensors[linear.key(first)], tensors[linear.key(second)] = a.T, b.T
         if use_dora:
+            if linear.embedding:
+                raise AdapterError(
+                    f"{linear.name!r} trains as DoRA, which is not written for embeddings."
+                )
             lengths = map(_length, linear.kernels, parts)
             tensors[linear.key("lora_magnitude_vector")] = np.concatenate(list(lengths))
         ranks[linear.name], alphas[linear.name] = a.shape[1], alpha
+        if linear.paths == (EMBEDDING,) and model.tied:
+            tensors[f"{PREFIX}{model.head}.lora_A.weight"] = b
+            tensors[f"{PREFIX}{model.head}.lora_B.weight"] = a
+    names = [linear.name for linear in (*model.linears, *model.embeddings)]
     settings = patterns(ranks, "r") | patterns(alphas, "lora_alpha")
-    return settings | {
-        "target_modules": short_names((linear.name for linear in model.linears), ranks),
+    settings |= {
+        "target_modules": short_names(names, ranks),
         "lora_dropout": 0.0,
         "fan_in_fan_out": model.conv1d,
         "init_lora_weights": True,
         "use_dora": use_dora,
         "use_rslora": False,  # Its factor is in lora_alpha.
-    }, tensors
+    }
+    if model.tied and EMBEDDING in factors:
+        settings["ensure_weight_tying"] = True
+    more, beside = tokens.write_beside(model, rows)
+    return settings | more, tensors | beside
+
+
+def _read_one(settings, tensors, model: Model, linear: Linear) -> dict[str, Any]:
+    """path -> weight of the kernels of one matrix, and its bias where the adapter has one."""
+    rank = pattern(settings["rank_pattern"], linear.name, settings["r"])
+    alpha = float(pattern(settings["alpha_pattern"], linear.name, settings["lora_alpha"]))
+    alpha *= rank**0.5 if settings["use_rslora"] else 1.0
+    linear = with_initial_base(settings["init_lora_weights"], linear, rank, alpha / rank)
+    first, second = _names(linear)
+    a = take(tensors, linear.key(first), (rank, linear.inputs)).T
+    b = take(tensors, linear.key(second), (linear.outputs, rank)).T
+    length = None
+    if settings["use_dora"]:
+        if linear.embedding:
+            raise AdapterError(f"use_dora on the embedding {linear.name!r} is not supported.")
+        length = take(tensors, linear.key("lora_magnitude_vector"), (linear.outputs,))
+    found = {}
+    for path, kernel, columns in linear.parts():
+        factors = jnp.asarray(a), jnp.asarray(b[:, columns])
+        if length is None:
+            found[path] = LoraWeight(kernel, *factors, alpha)
+        else:
+            found[path] = DoraWeight(kernel, *factors, jnp.asarray(length[columns]), alpha)
+    if settings["lora_bias"] and not linear.embedding:
+        found |= _bias(tensors, model, linear, alpha / rank)
+    return found
+
+
+def _bias(tensors, model: Model, linear: Linear, scale: float) -> dict[str, jax.Array]:
+    """path -> the layer's bias with that of lora_B in it."""
+    added = scale * take(tensors, linear.key("lora_B.bias"), (linear.outputs,))
+    entry = model.leaves[linear.name].get("bias")
+    if entry is None:
+        raise AdapterError(
+            f"lora_bias=true adds a bias to {linear.name!r}, and the layers of this model have none; train "
+            "without lora_bias, or use the adapter in PEFT."
+        )
+    found, start = {}, 0
+    for path in entry.paths:
+        own = to_dense(model.nodes[path])
+        found[path] = own + jnp.asarray(added[start : start + len(own)], own.dtype)
+        start += len(own)
+    return found
+
+
+def _take_tied(tensors: Tensors, model: Model, weight: Any) -> None:
+    """Takes the adapter of a tied output projection, which must be that of the embeddings, transposed."""
+    keys = [f"{PREFIX}{model.head}.lora_{name}.weight" for name in "AB"]
+    head = [tensors[key] for key in keys if key in tensors]
+    if not head and not isinstance(weight, LoraWeight):
+        return
+    if len(head) < 2 or not isinstance(weight, LoraWeight):
+        adapted = model.head if head else "embed_tokens"
+        raise AdapterError(untied(model, f"LoRA is on {adapted} alone"))
+    pair = np.asarray(weight.b), np.asarray(weight.a)
+    for key, tensor, own in zip(keys, head, pair, strict=True):
+        if not np.array_equal(tensor.astype(np.float32), own):
+            raise AdapterError(untied(model, f"{key!r} is not that of the embeddings"))
+        del tensors[key]
+
+
+def _names(linear: Linear) -> tuple[str, str]:
+    if linear.embedding:
+        return "lora_embedding_A", "lora_embedding_B"
+    return "lora_A.weight", "lora_B.weight"
 
 
 def _join(linear: Linear, parts):

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 
 from jaxft.adapters.errors import AdapterError
-from jaxft.adapters.peft.files import Settings, Tensors, refuse, take
+from jaxft.adapters.peft.files import Settings, Tensors, take
 from jaxft.adapters.peft.model import (
     Linear,
     Model,
@@ -47,10 +47,9 @@ def write_loha(model: Model, found: Mapping[str, LohaWeight]) -> tuple[Settings,
 
 def read_lokr(settings: Settings, tensors: Tensors, model: Model) -> dict[str, LokrWeight]:
     """path -> weight; takes lokr_w1 and lokr_w2 [out, in], or lokr_w2_a [out, R] and lokr_w2_b."""
-    refuse(settings, "decompose_both")
     found = {}
     for linear, rank, alpha in _layers(settings, tensors, model, "LoKr"):
-        cut = lambda size: factorise(size, settings.get("decompose_factor", -1))
+        cut = lambda size: factorise(size, settings["decompose_factor"])
         (rows1, rows2), (columns1, columns2) = cut(linear.inputs), cut(linear.outputs)
         u, v, a, b = _take(tensors, linear, "lokr_w1", (columns1, rows1)), None, None, None
         if rank < max(rows2, columns2) / 2:
@@ -81,8 +80,8 @@ def _layers(settings, tensors, model, kind):
     for linear in model.linears:
         if linear.name in chosen:
             no_conv1d(linear, kind)
-            rank = pattern(settings.get("rank_pattern"), linear.name, settings["r"])
-            alpha = pattern(settings.get("alpha_pattern"), linear.name, settings["alpha"])
+            rank = pattern(settings["rank_pattern"], linear.name, settings["r"])
+            alpha = pattern(settings["alpha_pattern"], linear.name, settings["alpha"])
             yield linear, rank, float(alpha)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxft.adapters.errors import AdapterError
 from jaxft.adapters.peft.files import Settings, Tensors
+from jaxft.adapters.peft.options import AT_END
 from jaxft.adapters.rewrite import path_name
 from jaxft.models import Entry, Family
 from jaxft.parallel import to_host
@@ -23,12 +24,16 @@ PREFIX = "base_model.model."
 
 @dataclasses.dataclass(frozen=True)
 class Linear:
-    """A matrix of the torch model; GPT-2's c_attn holds three of our kernels side by side."""
+    """A matrix of the torch model; GPT-2's c_attn holds three of our kernels side by side.
+
+    Of an embedding the inputs are the tokens, or positions, and W is stored as here.
+    """
 
     name: str  # "model.layers.0.self_attn.q_proj"
     paths: tuple[str, ...]  # "layers/0/attention/query/kernel"
     kernels: tuple[WeightLike, ...]
-    conv1d: bool  # GPT-2's own layer, which stores W as [in, out]
+    conv1d: bool = False  # GPT-2's own layer, which stores W as [in, out]
+    embedding: bool = False
 
     @property
     def inputs(self) -> int:
@@ -57,8 +62,10 @@ class Model:
 
     nodes: Mapping[str, Any]  # path -> leaf or weight
     linears: tuple[Linear, ...]
+    embeddings: tuple[Linear, ...]
     leaves: Mapping[str, Mapping[str, Entry]]  # torch module -> "weight" or "bias" -> where it is
     head: str  # the torch module of the output projection, be it there or tied to the embeddings
+    tied: bool  # whether the output projection is the embeddings, transposed
 
     @property
     def conv1d(self) -> bool:
@@ -71,14 +78,17 @@ def model_of(family: Family, config: Any, params: Any) -> Model:
     nodes = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_weight)[0]
     nodes = {path_name(path): node for path, node in nodes}
     leaves: dict[str, dict[str, Entry]] = {}
-    linears = []
+    linears, embeddings = [], []
     for entry in family.huggingface.entries(config):
         module, leaf = entry.name.rsplit(".", 1)
         leaves.setdefault(module, {})[leaf] = entry
         if entry.paths[0].endswith("/kernel"):
             kernels = tuple(nodes[path] for path in entry.paths)
             linears.append(Linear(module, entry.paths, kernels, not entry.transposed))
-    return Model(nodes, tuple(linears), leaves, family.huggingface.head)
+        elif entry.paths[0].endswith("/embedding"):
+            embeddings.append(Linear(module, entry.paths, (nodes[entry.paths[0]],), embedding=True))
+    tied = getattr(config, "tie_embeddings", False)
+    return Model(nodes, tuple(linears), tuple(embeddings), leaves, family.huggingface.head, tied)
 
 
 def targeted(
@@ -99,9 +109,7 @@ def short_names(modules: Iterable[str], chosen: Iterable[str]) -> list[str]:
 
 def pattern(table: Mapping[str, Any] | None, module: str, default: Any) -> Any:
     """The value of a module in rank_pattern or alpha_pattern: regular expressions of a name's end."""
-    matches = (
-        value for key, value in (table or {}).items() if re.match(rf"(.*\.)?({key})$", module)
-    )
+    matches = (v for key, v in (table or {}).items() if re.match(AT_END.format(key), module))
     return next(matches, default)
 
 
@@ -144,14 +152,22 @@ def single(linear: Linear, parts: list, kind: str) -> Any:
 
 def _is_target(settings, tensors, name, head) -> bool:
     targets, excluded = settings.get("target_modules"), settings.get("exclude_modules")
+    if excluded and _named(excluded, name):
+        return False
+    saved = settings.get("modules_to_save") or ()
+    if any(re.match(rf"(^|.*\.){module}($|\..*)", name) for module in saved):
+        return False
     if targets is None:  # PEFT's default for the architecture: what the file holds, then.
-        return any(key.startswith(f"{PREFIX}{name}.") for key in tensors)
-    if targets == "all-linear":
-        return name != head and not (excluded and _named(excluded, name))
-    if not _named(targets, name) or (excluded and _named(excluded, name)):
+        own = (
+            k.removeprefix(f"{PREFIX}{name}.") for k in tensors if k.startswith(f"{PREFIX}{name}.")
+        )
+        return any(not re.fullmatch(r"(base_layer\.)?(weight|bias)", suffix) for suffix in own)
+    if isinstance(targets, str):
+        return name != head if targets.lower() == "all-linear" else _named(targets, name)
+    if not _named(targets, name):
         return False
     only = settings.get("layers_to_transform")
-    if isinstance(targets, str) or only in (None, []) or name in targets:
+    if only in (None, []) or name in targets:
         return True
     places = settings.get("layers_pattern") or [r"[^.]*"]
     places = [places] if isinstance(places, str) else places

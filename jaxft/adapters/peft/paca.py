@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxft.adapters.errors import AdapterError
-from jaxft.adapters.peft.files import Settings, Tensors, refuse, take
+from jaxft.adapters.peft.files import Settings, Tensors, take
 from jaxft.adapters.peft.model import (
     Model,
     no_conv1d,
@@ -24,15 +24,14 @@ from jaxft.weights import PacaWeight
 
 def read(settings: Settings, tensors: Tensors, model: Model) -> dict[str, PacaWeight]:
     """path -> weight; takes paca_w [out, R] and paca_indices [R]."""
-    refuse(settings, "layer_replication")
     chosen = set(targeted(settings, tensors, model))
     found = {}
     for linear in model.linears:
         if linear.name not in chosen:
             continue
         no_conv1d(linear, "PaCA")
-        rank = pattern(settings.get("rank_pattern"), linear.name, settings["r"])
-        alpha = float(pattern(settings.get("alpha_pattern"), linear.name, settings["paca_alpha"]))
+        rank = pattern(settings["rank_pattern"], linear.name, settings["r"])
+        alpha = float(pattern(settings["alpha_pattern"], linear.name, settings["paca_alpha"]))
         rows = take(tensors, linear.key("paca_w"), (linear.outputs, rank)).T
         indices = take(tensors, linear.key("paca_indices"), (rank,), np.int32)
         if len(set(indices)) < rank or not all(0 <= i < linear.inputs for i in indices):

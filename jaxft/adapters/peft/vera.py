@@ -26,11 +26,11 @@ def read(settings: Settings, tensors: Tensors, model: Model) -> dict[str, VeraWe
         return {}
     rank = settings["r"]
     rows, columns = max(n.inputs for n in linears), max(n.outputs for n in linears)
-    if settings.get("save_projection", True):
+    if settings["save_projection"]:
         a = jnp.asarray(take(tensors, _A, (rank, rows)).T)
         b = jnp.asarray(take(tensors, _B, (columns, rank)).T)
     else:
-        a, b = vera_tables((rows, columns), rank, settings.get("projection_prng_key") or 0)
+        a, b = vera_tables((rows, columns), rank, settings["projection_prng_key"] or 0)
     found = {}
     for linear in linears:
         d = jnp.asarray(take(tensors, linear.key("vera_lambda_d"), (rank,)))

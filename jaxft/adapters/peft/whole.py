@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxft.adapters.errors import AdapterError
+from jaxft.adapters.peft.base_tensors import untied
 from jaxft.adapters.peft.files import Settings, Tensors, take
 from jaxft.adapters.peft.model import PREFIX, Model, short_names, targeted
 from jaxft.models import Entry
@@ -60,7 +61,8 @@ def read_whole(
             saved.add(module)
             for leaf, entry in leaves.items():
                 found |= _take(tensors, f"{PREFIX}{module}.{leaf}", entry, model)
-    _check_tied(model, found)
+    if model.tied and EMBEDDING in found and f"{PREFIX}{model.head}.weight" not in tensors:
+        raise AdapterError(untied(model, "modules_to_save has the embeddings alone"))
     bias = settings.get("bias", "none")
     if bias not in ("none", "all", "lora_only"):
         raise AdapterError(f"bias={bias!r} is not supported; expected none, all or lora_only.")
@@ -81,12 +83,11 @@ def write_whole(
         model: with the leaves.
         found: path -> leaf, those that train.
         adapted: path -> weight of the adapters.
-        biases: whether the type has the option `bias`.
+        biases: whether the type is LoRA, which has the options `bias` and `ensure_weight_tying`.
 
     Raises:
         AdapterError: for a choice of leaves that PEFT has no option for.
     """
-    _check_tied(model, found)
     layers, saved, tensors, lone = _adapted_modules(model, adapted), [], {}, set()
     for module, leaves in model.leaves.items():
         trained = {leaf for leaf, entry in leaves.items() if _trains(entry, found)}
@@ -99,6 +100,14 @@ def write_whole(
         elif trained:
             raise AdapterError(f"{module!r} trains in part; PEFT saves modules whole.")
     settings: Settings = {"modules_to_save": saved or None}
+    if model.tied and EMBEDDING in found:
+        if not biases:  # PEFT has the option for LoRA alone.
+            raise AdapterError(
+                "the embedding trains, which is tied to the output projection; PEFT would part them. Save "
+                "the whole model with save_model."
+            )
+        settings["ensure_weight_tying"] = True
+        tensors[f"{PREFIX}{model.head}.weight"] = to_host(to_dense(model.nodes[EMBEDDING]))
     if biases:
         having = {m for m, leaves in model.leaves.items() if "bias" in leaves and m not in saved}
         choices = {"none": set(), "lora_only": having & layers, "all": having}
@@ -128,14 +137,6 @@ def _is_saved(names, module) -> bool:
     parts = module.split(".")
     outer = [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
     return any(name.endswith(end) for end in names for name in outer)
-
-
-def _check_tied(model, found):
-    if EMBEDDING in found and model.head not in model.leaves:
-        raise AdapterError(
-            "the embedding trains, which is tied to the output projection; PEFT would part them. "
-            "Save the whole model with save_model."
-        )
 
 
 def _trains(entry: Entry, found) -> bool:

@@ -5,21 +5,33 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
+from jaxft.models import hf_encoders
 from jaxft.models.encoder import EncoderConfig
 from jaxft.models.family import Json
 from jaxft.models.hf_encoders import READS as COMMON
 from jaxft.models.hf_encoders import read_common, write_common
+from jaxft.models.hf_keys import Keys
 
 READS = COMMON | {"vocab_size", "max_position_embeddings", "type_vocab_size"}
+
+
+def keys(**defaults: Any) -> Keys:
+    """The keys of the classes of BERT and RoBERTa, of which `defaults` are one's own."""
+    common = dict(vocab_size=30522, max_position_embeddings=512, type_vocab_size=2)
+    # Relative positions were transformers 4's, and are gone in 5.
+    switches = dict(is_decoder=False, add_cross_attention=False, position_embedding_type="absolute")
+    return Keys(
+        hf_encoders.DEFAULTS | common | switches | defaults, no_effect=hf_encoders.NO_EFFECT
+    )
 
 
 def read(json: Json, tensors: Collection[str]) -> EncoderConfig:
     """The EncoderConfig of a config.json."""
     return EncoderConfig(
         **read_common(json, tensors),
-        vocab_size=json.get("vocab_size", 30522),
-        num_positions=json.get("max_position_embeddings", 512),
-        token_types=json.get("type_vocab_size", 2),
+        vocab_size=json["vocab_size"],
+        num_positions=json["max_position_embeddings"],
+        token_types=json["type_vocab_size"],
         family="bert",
     )
 

@@ -15,6 +15,7 @@ BERT = Family(
         read=config.read,
         write=config.write,
         reads=config.READS,
+        keys=config.keys(),
         entries=names.entries,
         rename=lambda name: name.removeprefix("bert."),
     ),

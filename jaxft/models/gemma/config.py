@@ -6,41 +6,73 @@ import dataclasses
 from collections.abc import Collection
 from typing import Any
 
-from jaxft.models import hf_config
+from jaxft.models import gguf, hf_config
 from jaxft.models.config import DecoderConfig, Rope
-from jaxft.models.family import Json
+from jaxft.models.errors import CheckpointError
+from jaxft.models.family import GgufHeader, Json
+from jaxft.models.hf_config import read_activation
+from jaxft.models.hf_keys import Keys
 
-READS = hf_config.READS | {"hidden_activation", "attn_logit_softcapping", "final_logit_softcapping"}
+READS = hf_config.READS | {"attention_bias"}
+# Its class has hidden_act alone, transformers 4 also hidden_activation.
+OWN_READS = READS | {"hidden_act", "hidden_activation"}
+
+
+def keys(*nullable: str, **defaults: Any) -> Keys:
+    """The keys of the classes of all Gemmas, of which `nullable` and `defaults` are one's own."""
+    common = {
+        "head_dim": 256,
+        "tie_word_embeddings": True,
+        "attention_bias": False,
+        "use_bidirectional_attention": False,
+    }
+    return hf_config.decoder_keys(*nullable, **common | defaults)
 
 
 def read(json: Json, tensors: Collection[str]) -> DecoderConfig:
-    """The DecoderConfig of the first Gemma's config.json."""
-    return read_gemma(json, "gemma")
+    """The DecoderConfig of the first Gemma's config.json, whose "gelu" means its approximation by tanh.
 
-
-def read_gemma(json: Json, family: str, rope: Rope | None = None) -> DecoderConfig:
-    """The DecoderConfig of a config.json that has nothing but what Gemma's has (the keys `READS`).
-
-    For `rope` see jaxft.models.hf_config.read_decoder.
+    Raises:
+        CheckpointError: for an activation of which transformers 4 and 5 differ.
     """
+    legacy = {"gelu": "gelu_pytorch_tanh"}
+    name, other = legacy.get(json["hidden_act"], json["hidden_act"]), json["hidden_activation"]
+    if other is not None and read_activation(other) != read_activation(name):
+        raise CheckpointError(
+            f"config.json: hidden_activation is {other!r} and hidden_act {json['hidden_act']!r}; "
+            "transformers 4 takes the first and 5 the second. Give both the value that the weights were "
+            "trained with."
+        )
+    return read_gemma(json, "gemma", name)
+
+
+def read_gemma(json: Json, family: str, activation: str, rope: Rope | None = None) -> DecoderConfig:
+    """The DecoderConfig of a config.json that has nothing but what all Gemmas have (the keys `READS`).
+
+    For the arguments see jaxft.models.hf_config.read_decoder.
+    """
+    config = hf_config.read_decoder(json, family, activation, rope)
     return dataclasses.replace(
-        as_gemma(hf_config.read_decoder(json, family, rope)),
-        head_dim=json.get("head_dim") or 256,
-        activation=hf_config.read_activation(json.get("hidden_activation") or "gelu_pytorch_tanh"),
-        attention_softcap=json.get("attn_logit_softcapping"),
-        final_softcap=json.get("final_logit_softcapping"),
-        tie_embeddings=json.get("tie_word_embeddings", True),
+        as_gemma(config),
+        activation=config.activation,
+        attention_bias=json["attention_bias"],
+        output_bias=json["attention_bias"],
     )
 
 
 def write(config: DecoderConfig) -> dict[str, Any]:
-    """The config.json of a DecoderConfig of any Gemma, windows aside."""
+    """The config.json of a DecoderConfig of any Gemma, with what all of them have."""
+    activation = hf_config.ACTIVATIONS[config.activation]
     return hf_config.write_decoder(config) | {
-        "hidden_activation": hf_config.ACTIVATIONS[config.activation],
-        "attn_logit_softcapping": config.attention_softcap,
-        "final_logit_softcapping": config.final_softcap,
-        "query_pre_attn_scalar": round(config.scale**-2),
+        "attention_bias": config.attention_bias,
+        "hidden_act": activation,
+        "hidden_activation": activation,
     }
+
+
+def read_gguf(header: GgufHeader) -> DecoderConfig:
+    """The DecoderConfig of a GGUF file of the first Gemma."""
+    return as_gemma(gguf.read_gguf_decoder(header, "gemma"))
 
 
 def as_gemma(config: DecoderConfig) -> DecoderConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from jaxft.models import gguf
 from jaxft.models.config import DecoderConfig
 from jaxft.models.names import Entry, decoder_ignores, layer_norm, output_entries
 
@@ -11,6 +12,14 @@ MODULES = {
     "mlp.c_fc": ("mlp/up",),
     "mlp.c_proj": ("mlp/down",),
 }
+GGUF_MODULES = {
+    "attn_qkv": MODULES["attn.c_attn"],
+    "attn_output": MODULES["attn.c_proj"],
+    "ffn_up": MODULES["mlp.c_fc"],
+    "ffn_down": MODULES["mlp.c_proj"],
+}
+GGUF_POSITIONS = "position_embd.weight"
+_LEAVES = ("kernel", "bias")
 
 
 def entries(config: DecoderConfig) -> list[Entry]:
@@ -37,3 +46,21 @@ def entries(config: DecoderConfig) -> list[Entry]:
 def ignores(name: str, config: DecoderConfig) -> bool:
     """Whether the tensor is a causal mask, or a copy of the tied embeddings."""
     return name.endswith((".attn.bias", ".attn.masked_bias")) or decoder_ignores(name, config)
+
+
+def gguf_entries(config: DecoderConfig) -> list[Entry]:
+    """The tensors of a GGUF file, which stores [out, in], query, key and value below each other."""
+    result = [
+        Entry("token_embd.weight", ("embed/embedding",)),
+        Entry(GGUF_POSITIONS, ("positions/embedding",)),
+    ]
+    for i in range(config.num_layers):
+        theirs, ours = f"blk.{i}.", f"layers/{i}/"
+        for name, paths in GGUF_MODULES.items():
+            kernels, biases = (tuple(f"{ours}{p}/{leaf}" for p in paths) for leaf in _LEAVES)
+            result.append(Entry(f"{theirs}{name}.weight", kernels, True))
+            result.append(Entry(f"{theirs}{name}.bias", biases))
+        for name, path in gguf.NORMS.items():
+            result += layer_norm(f"{theirs}{name}", f"{ours}{path}")
+    result += layer_norm("output_norm", "final_norm")
+    return result + gguf.output_entries(config)

@@ -9,26 +9,47 @@ from typing import Any
 from jaxft.models import hf_config
 from jaxft.models.config import DecoderConfig
 from jaxft.models.family import Json
+from jaxft.models.hf_keys import Keys
 
-READS = hf_config.READS | hf_config.WINDOW_READS | {"use_sliding_window", "max_window_layers"}
+READS = (
+    hf_config.READS
+    | hf_config.WINDOW_READS
+    | {"hidden_act", "use_sliding_window", "max_window_layers"}
+)
+
+
+def keys(**defaults: Any) -> Keys:
+    """The keys of the classes of Qwen 2 and 3, of which `defaults` are one's own."""
+    return hf_config.decoder_keys(
+        "num_key_value_heads",
+        "sliding_window",
+        **hf_config.sizes(4096, 22016, 32, 32, 32768),
+        vocab_size=151936,
+        num_key_value_heads=32,
+        hidden_act="silu",
+        use_sliding_window=False,
+        sliding_window=4096,
+        max_window_layers=28,
+        layer_types=None,
+        **defaults,
+    )
 
 
 def read(json: Json, tensors: Collection[str]) -> DecoderConfig:
     """The DecoderConfig of a config.json. Which projections have biases is no key: it is the family's."""
-    config = hf_config.read_decoder(json, "qwen2")
     windows = read_qwen_windows(json)
-    return dataclasses.replace(config, attention_bias=True, output_bias=False, windows=windows)
+    config = hf_config.read_decoder(json, "qwen2", json["hidden_act"])
+    return dataclasses.replace(config, attention_bias=True, windows=windows)
 
 
 def write(config: DecoderConfig) -> dict[str, Any]:
-    """The config.json of a DecoderConfig."""
-    json = hf_config.write_windowed_decoder(config)
-    return json | {"attention_bias": False}
+    """The config.json of a DecoderConfig, biases aside."""
+    switch = {"use_sliding_window": any(config.windows)}
+    return hf_config.write_decoder(config) | hf_config.write_windows(config) | switch
 
 
-def read_qwen_windows(json: Json) -> tuple[int | None, ...]:
+def read_qwen_windows(json: Json) -> hf_config.Windows:
     """The windows, of the layers from max_window_layers on if use_sliding_window is set."""
-    first = json.get("max_window_layers", 28)
-    return hf_config.read_windows(
-        json, lambda layer: json.get("use_sliding_window", False) and layer >= first
-    )
+    window = json["sliding_window"] if json["use_sliding_window"] else None
+    local = lambda layer: window is not None and layer >= json["max_window_layers"]
+    return hf_config.read_windows(json, window, local)

@@ -23,6 +23,14 @@ QWEN2 = Family(
         read=config.read,
         write=config.write,
         reads=config.READS,
+        # transformers reads head_dim too, which its class does not list.
+        keys=config.keys(),
     ),
-    gguf=Gguf("qwen2", _read_gguf, gguf.READS, gguf.gguf_decoder_entries),
+    gguf=Gguf(
+        architecture="qwen2",
+        read=_read_gguf,
+        write=gguf.write_gguf_decoder,
+        reads=gguf.READS,
+        entries=gguf.gguf_decoder_entries,
+    ),
 )

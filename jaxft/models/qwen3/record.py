@@ -5,21 +5,27 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Collection
+from typing import Any
 
 from jaxft.models import gguf, hf_config, names
 from jaxft.models.config import DecoderConfig
 from jaxft.models.decoder import Decoder
 from jaxft.models.family import Family, Gguf, GgufHeader, Json
-from jaxft.models.qwen2.config import READS, read_qwen_windows
+from jaxft.models.qwen2 import config as qwen2
 
 
 def _read(json: Json, tensors: Collection[str]) -> DecoderConfig:
     return dataclasses.replace(
-        hf_config.read_decoder(json, "qwen3"),
-        head_dim=json.get("head_dim") or 128,
+        hf_config.read_decoder(json, "qwen3", json["hidden_act"]),
+        attention_bias=json["attention_bias"],
+        output_bias=json["attention_bias"],
         qk_norm=True,
-        windows=read_qwen_windows(json),
+        windows=qwen2.read_qwen_windows(json),
     )
+
+
+def _write(config: DecoderConfig) -> dict[str, Any]:
+    return qwen2.write(config) | {"attention_bias": config.attention_bias}
 
 
 def _read_gguf(header: GgufHeader) -> DecoderConfig:
@@ -32,13 +38,15 @@ QWEN3 = Family(
     huggingface=hf_config.decoder_codec(
         architecture="Qwen3ForCausalLM",
         read=_read,
-        write=hf_config.write_windowed_decoder,
-        reads=READS,
+        write=_write,
+        reads=qwen2.READS | {"attention_bias"},
+        keys=qwen2.keys(head_dim=128, attention_bias=False),
         entries=functools.partial(names.decoder_entries, norms=names.NORMS | names.QK_NORMS),
     ),
     gguf=Gguf(
         architecture="qwen3",
         read=_read_gguf,
+        write=gguf.write_gguf_decoder,
         reads=gguf.READS,
         entries=functools.partial(gguf.gguf_decoder_entries, norms=gguf.NORMS | gguf.QK_NORMS),
     ),

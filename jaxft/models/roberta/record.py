@@ -14,7 +14,7 @@ from jaxft.models.hf_encoders import encoder_codec
 
 
 def _read(json: Json, tensors: Collection[str]) -> EncoderConfig:
-    offset = json.get("pad_token_id", 1) + 1
+    offset = json["pad_token_id"] + 1
     return dataclasses.replace(bert.read(json, tensors), position_offset=offset, family="roberta")
 
 
@@ -30,6 +30,7 @@ ROBERTA = Family(
         read=_read,
         write=_write,
         reads=bert.READS | {"pad_token_id"},
+        keys=bert.keys(vocab_size=50265, pad_token_id=1),
         entries=entries,
         rename=lambda name: name.removeprefix("roberta."),
     ),

@@ -15,6 +15,7 @@ VIT = Family(
         read=config.read,
         write=config.write,
         reads=config.READS,
+        keys=config.KEYS,
         entries=names.entries,
         rename=lambda name: name.removeprefix("vit."),
     ),

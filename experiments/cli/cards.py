@@ -1,0 +1,127 @@
+"""Model cards beside what a run saved, and --push-to-hub."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from experiments.cli import choices, flags
+from jaxft import checkpoints as files
+from jaxft.parallel import written_once
+
+ROOT = pathlib.Path(__file__).parents[2]
+# Told elsewhere in the card, or of this machine alone.
+_LEFT_OUT = {
+    "model",
+    "data",
+    "output_dir",
+    "public",
+    "push_to_hub",
+    "resume",
+    "debug",
+    "report_to",
+    "profile_dir",
+}
+
+
+def check(config: Any) -> None:
+    """Whether --push-to-hub can work, before minutes are spent."""
+    if repo := flags.flat(config).get("push_to_hub"):
+        files.check_push(repo)
+
+
+def publish(config: Any, metrics: Mapping[str, Any], output: pathlib.Path) -> Any:
+    """The metrics, after the card of what was saved is written beside it, and pushed if a flag asks for it.
+
+    What was saved is in `output`, or in its folder "adapter" or "model".
+    """
+    # Other hosts may not see the first one's disk.
+    written_once(lambda: _publish(config, metrics, output), str(output))
+    return metrics
+
+
+def _publish(config: Any, metrics: Mapping[str, Any], output: pathlib.Path) -> None:
+    found = [place for place in (output / "adapter", output / "model", output) if _kind(place)]
+    if not found:
+        return
+    files.write_card(found[0], card_of(config, metrics, found[0]))
+    values = flags.flat(config)
+    if values["push_to_hub"]:
+        repo, private = files.check_push(values["push_to_hub"]), not values["public"]
+        address = files.push(found[0], repo, private=private, message=command(config))
+        print(f"pushed to {address}")
+
+
+def card_of(config: Any, metrics: Mapping[str, Any], path: pathlib.Path) -> str:
+    """The card of a directory that a script wrote."""
+    values = flags.flat(config)
+    sources = values.get("data") or ()
+    settings = {"adapter": _public(values["adapter"])} if "adapter" in values else {}
+    settings |= {n: _public(x) for n, x in _given(config).items() if n not in _LEFT_OUT}
+    kind, classifier, tags = _kind(path)
+    return files.model_card(
+        f"{path.parent.name}-{path.name}",
+        kind=kind,
+        base_model=values["model"],
+        data=[sources] if isinstance(sources, str) else list(sources),
+        settings=settings,
+        metrics=metrics,
+        command=command(config),
+        commit=commit(),
+        tags=tags,
+        classifier=classifier,
+    )
+
+
+def command(config: Any) -> str:
+    """The flags that were given, as they are typed; of paths of this machine the last part."""
+    module = sys.modules[type(config).__module__]
+    script = pathlib.Path(getattr(module, "__file__", None) or "script.py").resolve()
+    name = script.relative_to(ROOT) if script.is_relative_to(ROOT) else script.name
+    shown = [choices.shown(flag, _public(value)) for flag, value in _given(config).items()]
+    return " ".join(["python", str(name), *shown])
+
+
+def commit() -> str | None:
+    """The commit of the code that runs, "+" behind it if files are changed; None outside of a checkout."""
+    git = lambda *words: subprocess.run(
+        ["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _given(config: Any) -> dict[str, Any]:
+    """{flag: value} of what differs from the script's defaults, and of what has none."""
+    absent = dataclasses.MISSING
+    fields = [f for f in dataclasses.fields(config) if f.default is f.default_factory is absent]
+    needed = {field.name: getattr(config, field.name) for field in fields}
+    default = flags.flat(type(config)(**needed))
+    found = flags.flat(config).items()
+    return {name: x for name, x in found if name in needed or x != default[name]}
+
+
+def _public(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_public, value))
+    is_path = isinstance(value, str) and value.startswith(("/", "~", "./", "../"))
+    return pathlib.Path(value).name if is_path else value
+
+
+def _kind(path: pathlib.Path) -> tuple[str, bool, list[str]] | None:
+    """(kind of model_card, whether it is a classifier, tags) of a directory; None for one without a model."""
+    if (file := path / "adapter_config.json").exists():
+        found = json.loads(file.read_text())
+        tags = [found["peft_type"].lower()] if "peft_type" in found else []
+        return "adapter", found.get("task_type") == "SEQ_CLS", tags
+    if (file := path / "config.json").exists():
+        names = json.loads(file.read_text()).get("architectures") or [""]
+        return "model", names[0].endswith("ForSequenceClassification"), []
+    return ("native", False, []) if (path / "jaxft_adapter.json").exists() else None

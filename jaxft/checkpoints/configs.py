@@ -1,0 +1,142 @@
+"""config.json of a saved model: what it was read from, what changed, and what transformers makes of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json as jsonlib
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxft.models import CheckpointError, Family
+
+# Keys of the file that was read which the written one must not repeat: code beside the weights, which is not
+# copied, and the packing of weights, which are written dense.
+_DROPPED = {"auto_map", "quantization_config"}
+_ROWS = 8192  # of a table that are compared together
+_LABELS = {"id2label", "label2id", "num_labels", "problem_type"}
+
+
+def config_json(family: Family, config: Any, dtype: str, reward: bool = False) -> dict[str, Any]:
+    """The config.json of a model: that which it was read from, with what differs in `config`.
+
+    Args:
+        family: of the model.
+        config: its config; if it has no `source`, every key is the codec's.
+        dtype: of the params.
+        reward: whether it is written as a sequence classifier with one label.
+    """
+    codec = family.huggingface
+    ours, source = codec.write(config), _source(family, config)
+    if source:
+        before = codec.write(codec.config(source))
+        ours = {name: ours[name] for name in ours if before.get(name, ...) != ours[name]}
+        source = codec.keys.renamed(source) if codec.keys else source
+    kept = {name: source[name] for name in source if name not in _DROPPED}
+    result = {"architectures": [codec.architecture], "model_type": family.name} | kept | ours
+    result["architectures"] = [_architecture(codec.architecture, source)]
+    if reward:
+        base = re.sub("For.*|LMHeadModel", "", codec.architecture)
+        result["architectures"] = [f"{base}ForSequenceClassification"]
+        if len(source.get("id2label") or ()) != 1:
+            result = {name: result[name] for name in result if name not in _LABELS}
+            result |= {"id2label": {"0": "reward"}, "label2id": {"reward": 0}}
+    return result | {"dtype": dtype, "torch_dtype": dtype}
+
+
+def check_config(path: pathlib.Path, family: Family, config: Any) -> None:
+    """Reads config.json again, as jaxft and, where it is installed, as transformers reads it.
+
+    Args:
+        path: the directory.
+        family: of the model that was saved.
+        config: its config.
+
+    Raises:
+        CheckpointError: if either reads another model from it.
+    """
+    file, codec = path / "config.json", family.huggingface
+    json = jsonlib.loads(file.read_text())
+    tensors = [entry.name for entry in codec.entries(config)]
+    readers = {"jaxft": json, "transformers": _as_transformers(file, json)}
+    for reader, view in readers.items():
+        if view is None:
+            continue
+        if differing := _differing(codec.config(view, tensors), config):
+            raise CheckpointError(
+                f"{file}: {reader} reads another model from it: {differing}. Do not use it; the "
+                "checkpoints of the run hold what was trained."
+            )
+
+
+def check_tied(where: Any, family: Family, config: Any, tensors: Mapping[str, Any]) -> None:
+    """Raises CheckpointError if embeddings that config.json ties to the output projection differ from it.
+
+    transformers leaves both as they are then.
+    """
+    head = tensors.get("lm_head.weight")
+    if head is None or not getattr(config, "tie_embeddings", False):
+        return
+    entries = family.huggingface.entries(config)
+    (name,) = (entry.name for entry in entries if entry.paths == ("embed/embedding",))
+    if (table := tensors.get(name)) is None:
+        return
+    rows = range(0, len(head), _ROWS)
+    same = lambda i: np.array_equal(head[i : i + _ROWS], table[i : i + _ROWS])
+    if head.shape != table.shape or not all(same(i) for i in rows):
+        raise CheckpointError(
+            f"{where}: config.json ties the output projection to the embeddings, but lm_head.weight and "
+            f"{name} differ; set tie_word_embeddings to false, or delete lm_head.weight."
+        )
+
+
+def _as_transformers(file: pathlib.Path, json: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What transformers' class makes of a config.json; None without transformers, or such a class."""
+    if importlib.util.find_spec("transformers") is None:
+        return None
+    from transformers import CONFIG_MAPPING
+
+    kind = json["model_type"]
+    # As AutoConfig does.
+    kind = "ministral" if kind == "mistral" and "layer_types" in json else kind
+    if kind not in CONFIG_MAPPING:
+        return None
+    # The data type would import torch.
+    plain = {name: json[name] for name in json if name not in ("dtype", "torch_dtype")}
+    try:
+        config = CONFIG_MAPPING[kind].from_dict(jsonlib.loads(jsonlib.dumps(plain)))
+    except (
+        Exception
+    ) as error:  # Its validation has errors of its own, and KeyError for missing numbers.
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{file}: transformers cannot read it: {reason}") from error
+    return config.to_dict() | {"model_type": json["model_type"]}
+
+
+def _source(family: Family, config: Any) -> dict[str, Any]:
+    source = jsonlib.loads(getattr(config, "source", "") or "{}")
+    return source if source.get("model_type") == family.name else {}
+
+
+def _architecture(ours: str, source: Mapping[str, Any]) -> str:
+    """The class that the source names, if it has the head that is written."""
+    (name, *_) = source.get("architectures") or [ours]
+    head = re.search("ForCausalLM$|LMHeadModel$|(?<!LMHead)Model$", ours)
+    return name if head and name.endswith(head[0]) else ours
+
+
+def _differing(read: Any, config: Any) -> str:
+    """The fields in which two configs differ; a scale of attention may be said or follow from head_dim."""
+    if hasattr(config, "attention_scale"):
+        read, config = (dataclasses.replace(c, attention_scale=c.scale) for c in (read, config))
+    names = [field.name for field in dataclasses.fields(config) if field.compare]
+    pairs = ((name, getattr(read, name), getattr(config, name)) for name in names)
+    return ", ".join(
+        f"{name} is {theirs!r}, saved was {ours!r}"
+        for name, theirs, ours in pairs
+        if theirs != ours
+    )

@@ -1,0 +1,84 @@
+"""Pushing a directory to the Hugging Face hub."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+
+from jaxft.models import CheckpointError
+
+
+def check_push(repo: str) -> str:
+    """The full name, user/name, of a repository that can be pushed to; asks the hub who the token is.
+
+    The hub is that of HF_ENDPOINT; the token HF_TOKEN, or that of `hf auth login`.
+
+    Raises:
+        CheckpointError: for a name that the hub would refuse, without a token, or with one that the hub
+            does not take.
+        ModuleNotFoundError: without huggingface_hub.
+    """
+    hub = _hub()
+    try:
+        hub.utils.validate_repo_id(repo)
+    except hub.errors.HFValidationError:
+        raise CheckpointError(
+            f"--push-to-hub {repo}: no name of a repository; expected user/name or name."
+        ) from None
+    if not hub.get_token():
+        raise CheckpointError(
+            f"--push-to-hub {repo}: no token; set HF_TOKEN, or log in with `hf auth login`."
+        )
+    try:
+        user = _api(hub).whoami()["name"]
+    except Exception as error:  # The hub's errors have no common base but OSError or ValueError.
+        raise CheckpointError(f"--push-to-hub {repo}: {_said(error)}") from None
+    return repo if "/" in repo else f"{user}/{repo}"
+
+
+def push(path: str | os.PathLike, repo: str, *, private: bool = True, message: str = "") -> str:
+    """The address of the repository that now holds the directory's files; it is made if needed.
+
+    Args:
+        path: the directory.
+        repo: user/name.
+        private: of a new repository; one that exists keeps what it is.
+        message: of the commit.
+
+    Raises:
+        CheckpointError: if the hub refuses or cannot be reached; the files stay where they are.
+    """
+    api = _api(_hub())
+    try:
+        api.create_repo(repo, private=private, exist_ok=True)
+        api.upload_folder(
+            repo_id=repo,
+            folder_path=pathlib.Path(path),
+            commit_message=message or "Upload by jaxft",
+        )
+    except Exception as error:
+        raise CheckpointError(
+            f"{path} was not pushed to {repo}: {_said(error)} The files are there: push them with "
+            f"`hf upload {repo} {path}`."
+        ) from None
+    return f"{api.endpoint}/{repo}"
+
+
+def _hub():
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise ModuleNotFoundError(
+            "--push-to-hub needs the package huggingface_hub: pip install 'jaxft[text]'"
+        ) from None
+    return huggingface_hub
+
+
+def _api(hub):
+    # The package reads HF_ENDPOINT when it is imported; here it counts at each call.
+    return hub.HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None)
+
+
+def _said(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' '.join(lines[:2])[:200].rstrip('.')}."

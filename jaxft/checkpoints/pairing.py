@@ -1,0 +1,110 @@
+"""A tokenizer beside a model: which tokens end a text, and whether the two belong together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxft.models import CheckpointError
+from jaxft.models.special_ids import NAMES, SpecialIds, as_ids, write_generation, write_ids
+
+# In the tokenizer of Gemma 3's text models, whose embeddings end before it; only images stand for it.
+_NOT_TEXT = {"<image_soft_token>"}
+_ANSWER = "@answer@"
+
+
+def end_tokens(tokenizer: Any, config: Any, template: str | None = None) -> tuple[int, ...]:
+    """The ids at which a text ends, of which each counts, after `check_tokenizer`.
+
+    The union of the token that the chat template puts after an answer (first, since it is what a
+    conversation goes on from), the tokenizer's EOS, and the ids of generation_config.json, config.json or the
+    GGUF file. What transformers assumes of a config.json without an id counts if it is a special token, or
+    if nothing else is known.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        config: of a model: its `vocab_size` and its `special` ids, where it has them.
+        template: chat template in place of the tokenizer's.
+
+    Raises:
+        CheckpointError: see check_tokenizer; or if no token ends a text.
+    """
+    special = getattr(config, "special", SpecialIds())
+    check_tokenizer(tokenizer, config)
+    found = [*tokenizer_ends(tokenizer, template), *named_ends(special)]
+    if special.assumed:
+        found += [i for i in special.eos if i in _added(tokenizer) or not found]
+    ends = tuple(dict.fromkeys(found))
+    if not ends:
+        raise CheckpointError(
+            "no token ends a text: neither the tokenizer, nor generation_config.json, nor config.json names "
+            'one; set "eos_token" in tokenizer_config.json or "eos_token_id" in generation_config.json.'
+        )
+    return ends
+
+
+def named_ends(special: SpecialIds) -> tuple[int, ...]:
+    """The ids that files name as ends of a text, without what transformers assumes where they do not."""
+    return special.generation_ends if special.assumed else special.ends
+
+
+def tokenizer_ends(tokenizer: Any, template: str | None = None) -> tuple[int, ...]:
+    """The ids at which a tokenizer's texts end: its template's end of an answer, and its EOS."""
+    found = (_end_of_turn(tokenizer, template), tokenizer.eos_token_id)
+    return tuple(dict.fromkeys(i for i in found if i is not None))
+
+
+def check_tokenizer(tokenizer: Any, config: Any) -> None:
+    """Whether a tokenizer's ids have rows in a model's embedding, and the files' special ids too.
+
+    Fewer tokens than rows are fine: embeddings are padded. For `config` see `end_tokens`.
+
+    Raises:
+        CheckpointError: for ids outside the embedding, with both sizes.
+    """
+    vocab_size = getattr(config, "vocab_size", None)
+    if vocab_size is None:  # A model of a user's own.
+        return
+    special = getattr(config, "special", SpecialIds())
+    vocabulary = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else {}
+    beyond = sorted((i, t) for t, i in vocabulary.items() if i >= vocab_size and t not in _NOT_TEXT)
+    if beyond:
+        raise CheckpointError(
+            f"the tokenizer has {len(vocabulary)} tokens with ids up to {beyond[-1][0]}, the model's "
+            f"embedding {vocab_size} rows: {beyond[0][1]!r} (id {beyond[0][0]}) has none. Take the tokenizer "
+            "that came with the model, or resize its embeddings first (resize_token_embeddings)."
+        )
+    written = {
+        "config.json": write_ids(special),
+        "generation_config.json": write_generation(special),
+    }
+    for file, table in written.items():
+        for name in NAMES:
+            least = -1 if name == "pad_token_id" else 0  # -1: none, in files of the first Llamas.
+            for i in as_ids(file, table, name):
+                if not least <= i < vocab_size:
+                    raise CheckpointError(
+                        f"{file}: {name} {i} lies outside the embedding of {vocab_size} rows; mend the file, "
+                        "or take the one that came with the model."
+                    )
+
+
+def _end_of_turn(tokenizer, template):
+    """The added token that a chat template puts after an answer, or None."""
+    template = template or getattr(tokenizer, "chat_template", None)
+    template = template.get("default") if isinstance(template, dict) else template
+    if not template:
+        return None
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _ANSWER}]
+    try:
+        text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
+    except Exception:  # Of any kind, since templates are programs; rendering records reports it.
+        return None
+    rest = text.rpartition(_ANSWER)[2].lstrip()
+    after = {token: i for i, token in _added(tokenizer).items() if rest.startswith(token)}
+    return after[max(after, key=len)] if after else None
+
+
+def _added(tokenizer):
+    """id -> text of the tokens that stand outside the model of the vocabulary."""
+    table = getattr(tokenizer, "added_tokens_decoder", {})
+    return {i: token.content for i, token in table.items() if token.content}

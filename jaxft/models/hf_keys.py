@@ -1,0 +1,132 @@
+"""Which keys of config.json count: absent ones get transformers' defaults, unsupported values are refused.
+
+transformers is optional here, so each family has a table of what its configuration class knows;
+tests/models/test_config_keys.py compares the tables with the classes of the installed transformers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from json import dumps
+from typing import Any
+
+from jaxft.models.errors import CheckpointError
+
+# Known to transformers, and without effect on hidden states or logits. Dropout is among them: from_pretrained
+# gives models in evaluation mode, and jaxft's models have none in training either.
+NO_EFFECT = frozenset(
+    "architectures model_type transformers_version dtype torch_dtype name_or_path _name_or_path "
+    "initializer_range use_cache pretraining_tp gradient_checkpointing chunk_size_feed_forward "
+    "output_hidden_states output_attentions return_dict tie_last_hidden_states attn_implementation "
+    "id2label label2id num_labels problem_type classifier_dropout encoder_stride "
+    "pad_token_id bos_token_id eos_token_id "
+    "attention_dropout resid_pdrop embd_pdrop attn_pdrop hidden_dropout_prob "
+    "attention_probs_dropout_prob summary_type summary_use_proj summary_activation "
+    "summary_proj_to_labels summary_first_dropout".split()
+)
+# Keys that transformers' base class, or its functions for all models, look at.
+COMMON: dict[str, Any] = {
+    "is_encoder_decoder": False,
+    "per_layer_config": None,
+    "pruned_heads": None,  # transformers 4
+    "transformers_weights": None,  # another file of weights
+    "fusion_config": None,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Keys:
+    """The keys that transformers knows in the config.json of one model_type.
+
+    Attributes:
+        defaults: the value of each key in a file that leaves it out. A key that the codec does not read
+            must have this value, or another false one if this is false.
+        nullable: keys that are read and that may be null although their default is not.
+        unchecked: keys that are read and whose type is checked by the codec.
+        neutral: for keys that are not read, values that mean the same as the default.
+        no_effect: keys without effect on this family, beside NO_EFFECT.
+        aliases: another name of a key -> the key; a file that has both means the alias.
+    """
+
+    defaults: Mapping[str, Any]
+    nullable: frozenset[str] = frozenset()
+    unchecked: frozenset[str] = frozenset()
+    neutral: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
+    no_effect: frozenset[str] = frozenset()
+    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def renamed(self, json: Mapping[str, Any]) -> dict[str, Any]:
+        """The config.json with keys by their own names."""
+        others = {self.aliases[name]: json[name] for name in self.aliases if name in json}
+        return {name: json[name] for name in json if name not in self.aliases} | others
+
+
+def complete(json: Mapping[str, Any], keys: Keys, reads: frozenset[str]) -> dict[str, Any]:
+    """The config.json with transformers' defaults for what it leaves out.
+
+    Keys that transformers does not know are ignored, as transformers ignores them.
+
+    Args:
+        json: the file.
+        keys: of its model_type.
+        reads: the keys that the codec looks at.
+
+    Raises:
+        CheckpointError: for a key that has an effect in transformers and none here, or whose value is of
+            another type than transformers'.
+    """
+    family, json = json.get("model_type"), keys.renamed(json)
+    for name, default in keys.defaults.items():
+        if name not in json:
+            continue
+        value = json[name]
+        if name in reads and name not in keys.unchecked:
+            _check_type(family, name, value, default, name in keys.nullable)
+        elif name not in reads and not _neutral(value, default, keys.neutral.get(name, ())):
+            raise CheckpointError(
+                f"config.json: {name} is {dumps(value)}, which jaxft's {family} does not compute; expected "
+                f"{dumps(default)}. Use transformers for this model, or correct the file if its weights were "
+                "trained otherwise."
+            )
+    return {**keys.defaults, **json}
+
+
+def _neutral(value: Any, default: Any, others: tuple[Any, ...]) -> bool:
+    return value == default or value in others or not (value or default)
+
+
+_KINDS: dict[str, type] = {  # of keys whose default is null
+    "num_key_value_heads": int,
+    "head_dim": int,
+    "n_inner": int,
+    "pooler_output_size": int,
+    "original_max_position_embeddings": int,
+    "attn_logit_softcapping": float,
+    "final_logit_softcapping": float,
+    "hidden_activation": str,
+    "layer_types": list,
+    "rope_scaling": dict,
+    "rope_parameters": dict,
+}
+_EXPECTED = {
+    bool: "true or false",
+    int: "an integer",
+    float: "a number",
+    str: "a name",
+    list: "a list",
+    dict: "an object",
+}
+
+
+def _check_type(family: Any, name: str, value: Any, default: Any, nullable: bool) -> None:
+    if value is None and (default is None or nullable):
+        return
+    kind = _KINDS[name] if default is None else type(default)
+    allowed = (float, int) if kind is float else kind
+    right = isinstance(value, allowed) and (kind is bool or not isinstance(value, bool))
+    if not right:
+        raise CheckpointError(
+            f"config.json: {name} is {dumps(value)}, expected {_EXPECTED[kind]}; correct the file, or leave "
+            f"{name} out for {dumps(default)}, the default of {family}."
+        )

@@ -1,0 +1,303 @@
+"""Every key of config.json that transformers knows: equal to transformers, or refused.
+
+The oracle is the installed transformers: its configuration classes for what a file means, and its models for
+what a meaning computes.
+"""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from jaxft.checkpoints import CheckpointError, load_model
+from jaxft.checkpoints.configs import check_config, config_json
+from jaxft.models import FAMILIES, config_of
+from jaxft.models.family import find_family
+from jaxft.models.hf_keys import NO_EFFECT
+from jaxft.models.rope import rope_frequencies, yarn_attention_factor
+
+torch = pytest.importorskip("torch", reason="parity tests need torch: pip install 'jaxft[test]'")
+hf = pytest.importorskip("transformers")
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+SIZES = dict(
+    vocab_size=37, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=64,
+)  # fmt: skip
+ENCODER = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4)
+LINEAR = dict(rope_type="linear", factor=2.0)
+YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16)
+LLAMA3 = dict(
+    rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+    original_max_position_embeddings=16,
+)  # fmt: skip
+WINDOW = dict(SIZES, head_dim=8, sliding_window=4)
+BASES = {
+    "llama": SIZES,
+    "mistral": SIZES | dict(sliding_window=5),
+    "qwen2": SIZES | dict(use_sliding_window=True, sliding_window=4, max_window_layers=1),
+    "qwen3": WINDOW | dict(use_sliding_window=True, max_window_layers=1),
+    "gemma": SIZES | dict(head_dim=8),
+    "gemma2": WINDOW,
+    "gemma3_text": WINDOW,
+    "gpt2": dict(vocab_size=37, n_embd=16, n_layer=2, n_head=4, n_positions=64),
+    "bert": ENCODER | dict(vocab_size=37, max_position_embeddings=32),
+    "roberta": ENCODER | dict(vocab_size=37, max_position_embeddings=32),
+    "vit": ENCODER | dict(image_size=8, patch_size=4),
+}
+ACTIVATIONS = ["relu", "gelu", "gelu_new", "quick_gelu", "mish", None]
+ROPES = [
+    None, {}, LINEAR, dict(type="linear", factor=3.0), dict(rope_type="linear"),
+    LINEAR | dict(factor=None), dict(rope_type="default", factor=3.0), dict(rope_theta=77.0),
+    dict(rope_type="dynamic", factor=2.0), dict(rope_type="longrope", factor=2.0),
+    dict(rope_type="proportional", rope_theta=9.0), dict(rope_type="mrope"),
+    LINEAR | dict(partial_rotary_factor=0.5), YARN, YARN | dict(attention_factor=1.5),
+    YARN | dict(beta_fast=8.0, beta_slow=2.0), YARN | dict(beta_fast=0, beta_slow=None),
+    YARN | dict(mscale=1.0, mscale_all_dim=0.5), YARN | dict(mscale=0.7), YARN | dict(truncate=False),
+    YARN | dict(truncate=None), YARN | dict(factor=None), dict(rope_type="yarn", factor=4.0),
+    dict(rope_type="yarn"), LLAMA3, LLAMA3 | dict(low_freq_factor=None),
+    {FULL: LINEAR, SLIDING: {}}, {FULL: YARN | dict(truncate=False)}, {SLIDING: LLAMA3}, {FULL: None},
+    3, {FULL: 3},
+]  # fmt: skip
+# Legal values of another kind than the default, and some that transformers refuses.
+FLIPS = dict(
+    attention_bias=[True, None], mlp_bias=[True], tie_word_embeddings=[True, False, None],
+    hidden_act=ACTIVATIONS, hidden_activation=ACTIVATIONS, activation_function=ACTIVATIONS,
+    num_key_value_heads=[4, 1, None, 3], num_attention_heads=[2, 8], n_head=[2], head_dim=[4, None],
+    rms_norm_eps=[1e-2, None], layer_norm_eps=[1e-2], layer_norm_epsilon=[1e-2],
+    max_position_embeddings=[128], n_positions=[128], hidden_size=["16"], n_inner=[24, None, "24"],
+    intermediate_size=[40], num_hidden_layers=[2.0], vocab_size=[40],
+    sliding_window=[None, 3, 0], use_sliding_window=[False, True], max_window_layers=[0, 2],
+    layer_types=[[SLIDING, FULL], [FULL, FULL], [FULL], ["chunked_attention", FULL], None, 2],
+    sliding_window_pattern=[2], rope_local_base_freq=[30.0], rope_theta=[50.0, 500],
+    rope_scaling=ROPES, rope_parameters=ROPES, original_max_position_embeddings=[32],
+    partial_rotary_factor=[0.5, 1.0], use_bidirectional_attention=[True, False, None],
+    query_pre_attn_scalar=[10, 0], attn_logit_softcapping=[2.0, None, 0.0],
+    final_logit_softcapping=[3.0, None, "3"], is_causal=[False, True], is_decoder=[True],
+    is_encoder_decoder=[True], add_cross_attention=[True], per_layer_config=[None, {"0": {"skip": []}}],
+    pruned_heads=[{"0": [1]}], position_embedding_type=["relative_key", "absolute"],
+    scale_attn_weights=[False], scale_attn_by_inverse_layer_idx=[True], reorder_and_upcast_attn=[True],
+    type_vocab_size=[3], pad_token_id=[0, 5], qkv_bias=[False], num_channels=[1], image_size=[[8, 8], 12],
+    patch_size=[[4, 4], [4, 2], 2], pooler_output_size=[16, 8, "16"], pooler_act=["relu"],
+    attention_dropout=[0.3], resid_pdrop=[0.3], hidden_dropout_prob=[0.3], initializer_range=[0.5],
+    chunk_size_feed_forward=[2], pretraining_tp=[2], use_cache=[False], output_hidden_states=[True],
+    summary_type=["last"], classifier_dropout=[0.5], encoder_stride=[4], tie_last_hidden_states=[False],
+)  # fmt: skip
+BY_NAME = pytest.mark.parametrize("name", BASES)
+
+
+def theirs(file):
+    """transformers' configuration of a config.json."""
+    kind = "ministral" if file["model_type"] == "mistral" and "layer_types" in file else None
+    return hf.CONFIG_MAPPING[kind or file["model_type"]].from_dict(json.loads(json.dumps(file)))
+
+
+def flips(name):
+    """Each file that has one key changed which transformers knows, or, a key of the base, left out."""
+    base, codec = {"model_type": name} | BASES[name], find_family(name, FAMILIES).huggingface
+    fields = {field.name for field in dataclasses.fields(hf.CONFIG_MAPPING[name])}
+    known = fields | codec.keys.defaults.keys() | codec.keys.aliases.keys()
+    changed = [(key, base | {key: value}) for key in FLIPS if key in known for value in FLIPS[key]]
+    left_out = [(key, {k: base[k] for k in base if k != key}) for key in BASES[name]]
+    return [*changed, *left_out]
+
+
+@BY_NAME
+def test_the_tables_are_those_of_transformers(name):
+    """A key that a new transformers adds, or a default that it changes, fails here."""
+    codec, kind = find_family(name, FAMILIES).huggingface, hf.CONFIG_MAPPING[name]
+    for field in dataclasses.fields(kind):
+        if field.name in codec.keys.defaults:
+            default, expected = codec.keys.defaults[field.name], field.default
+            assert default == expected or not (default or expected), field.name
+            if field.name in codec.reads and (name, field.name) != ("roberta", "pad_token_id"):
+                null = default is None or field.name in codec.keys.nullable
+                assert null == ("None" in str(field.type)), field.name
+        else:
+            assert field.name in NO_EFFECT | codec.keys.no_effect, field.name
+    assert dict(codec.keys.aliases) == kind.attribute_map
+    assert {"rope_theta", "rope_parameters"} <= codec.reads or not hasattr(kind, "rope_parameters")
+
+
+@BY_NAME
+def test_a_file_means_what_transformers_takes_it_for(name):
+    """For each key: what we read from the file is what we read from transformers' own view of it."""
+    refused, reads = 0, find_family(name, FAMILIES).huggingface.reads
+    for key, file in flips(name):
+        try:
+            ours = config_of(file)
+        except CheckpointError as error:
+            refused += 1
+            assert "\n" not in str(error)
+            continue
+        try:
+            view = theirs(file)
+        except Exception as error:  # of several kinds; what we do not read may be wrong in any way
+            assert key not in reads, (key, file.get(key), error)
+            continue
+        assert config_of(view.to_dict() | {"model_type": name}) == ours, (key, file.get(key))
+    assert refused
+
+
+@pytest.mark.parametrize("parameters", ROPES, ids=str)
+def test_rotary_frequencies_are_those_of_transformers(parameters):
+    file = {"model_type": "llama"} | SIZES | {"rope_scaling": parameters, "head_dim": 16}
+    try:
+        rope = config_of(file).rope
+    except CheckpointError:
+        return
+    frequencies = rope.theta ** -(np.arange(0, 16, 2) / 16), 1.0
+    if rope.scaling != "default":
+        view = theirs(file)
+        scaled = hf.modeling_rope_utils.ROPE_INIT_FUNCTIONS[view.rope_parameters["rope_type"]]
+        frequencies = scaled(view)
+    np.testing.assert_allclose(rope_frequencies(rope, 16), frequencies[0], rtol=1e-6)
+    factor = yarn_attention_factor(rope) if rope.scaling == "yarn" else 1.0
+    assert factor == pytest.approx(frequencies[1])
+
+
+# All that a family reads, at once, beside what the parity tests of tests/checkpoints have.
+CHANGED = {
+    "llama": dict(hidden_act="relu", rms_norm_eps=1e-2, num_key_value_heads=4, rope_theta=50.0),
+    "mistral": dict(sliding_window=3, hidden_act="gelu", tie_word_embeddings=True, num_attention_heads=2),
+    "qwen2": dict(layer_types=[SLIDING, FULL], hidden_act="relu", rope_scaling=LINEAR, head_dim=8),
+    "qwen3": dict(attention_bias=True, max_window_layers=0, tie_word_embeddings=True),
+    "gemma": dict(attention_bias=True, hidden_act="relu", tie_word_embeddings=False),
+    "gemma2": dict(
+        attention_bias=True, hidden_activation="relu", query_pre_attn_scalar=3, attn_logit_softcapping=1.0,
+        final_logit_softcapping=2.0, layer_types=[FULL, SLIDING],
+    ),
+    "gemma3_text": dict(
+        attention_bias=True, sliding_window_pattern=2, rope_local_base_freq=30.0, rope_scaling=YARN,
+        final_logit_softcapping=2.0,
+    ),
+    "gpt2": dict(scale_attn_weights=False, n_inner=24, activation_function="gelu", layer_norm_epsilon=0.1),
+    "bert": dict(hidden_act="gelu_new", layer_norm_eps=0.1, type_vocab_size=3),
+    "roberta": dict(pad_token_id=5, hidden_act="relu", type_vocab_size=1),
+    "vit": dict(qkv_bias=False, hidden_act="gelu_new", image_size=[8, 8], layer_norm_eps=0.1),
+}  # fmt: skip
+
+
+@BY_NAME
+def test_logits_of_changed_files_equal_those_of_transformers(name, tmp_path):
+    base = {"model_type": name} | BASES[name]
+    file = base | CHANGED[name]
+    for key in CHANGED[name]:
+        without = {k: file[k] for k in file if k != key} | {k: base[k] for k in base if k == key}
+        meant = config_of(file), config_of(without)
+        assert meant[0] != meant[1] or (key, file[key]) in [("image_size", [8, 8])], key
+    kind = hf.AutoModel if name in ("bert", "roberta", "vit") else hf.AutoModelForCausalLM
+    torch.manual_seed(0)
+    model = kind.from_config(theirs(file), attn_implementation="eager").float().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.3 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(file))
+    ours, params = load_model(tmp_path)
+    inputs = np.arange(9)[None] * 37 % 31 + 6
+    if name == "vit":
+        inputs = np.random.default_rng(0).normal(size=(1, 8, 8, 3)).astype(np.float32)
+    given = torch.tensor(np.moveaxis(inputs, -1, 1) if name == "vit" else inputs)
+    with torch.no_grad():
+        expected = model(given)[0].numpy()
+    output = ours.apply({"params": params}, inputs)
+    found = output.logits if hasattr(output, "logits") else output.hidden
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+
+
+def same(view, other):
+    """Whether two configurations of transformers are one, as they stand in its own files."""
+    apart = {"dtype", "architectures", "transformers_version"}
+    plain = lambda config: {k: v for k, v in config.to_dict().items() if k not in apart}
+    return type(view) is type(other) and plain(view) == plain(other)
+
+
+@BY_NAME
+def test_a_config_goes_back_as_it_came(name, tmp_path):
+    mine = dict(
+        id2label={"0": "no", "1": "yes", "2": "?"},
+        initializer_range=0.3,
+        my_note="kept",
+        eos_token_id=[1, 2],
+    )
+    family, base = find_family(name, FAMILIES), {"model_type": name} | BASES[name]
+    for file in (base | mine, base | CHANGED[name] | mine):
+        config = config_of(file)
+        written = config_json(family, config, "float32")
+        assert same(theirs(written), theirs(file)) and written.items() >= mine.items()
+        bare = dataclasses.replace(config, source="")  # as from a GGUF file
+        (tmp_path / "config.json").write_text(json.dumps(config_json(family, bare, "float32")))
+        check_config(tmp_path, family, bare)
+        if name == "vit":
+            continue
+        larger = config_json(family, dataclasses.replace(config, vocab_size=40), "float32")
+        assert {k: v for k, v in larger.items() if written[k] != v} == {"vocab_size": 40}
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_a_mistral_stays_a_mistral(window):
+    """transformers takes one with layer_types for a Ministral, which fails without a window."""
+    family, file = find_family("mistral", FAMILIES), {"model_type": "mistral"} | SIZES
+    for source in ("", json.dumps(file | {"sliding_window": window})):
+        config = config_of(file | {"sliding_window": window})
+        view = theirs(config_json(family, dataclasses.replace(config, source=source), "float32"))
+        assert type(view) is hf.MistralConfig and view.sliding_window == window
+
+
+def test_labels_of_a_source_do_not_stand_on_a_reward_head():
+    family = find_family("llama", FAMILIES)
+    file = {"model_type": "llama", "architectures": ["LlamaModel"]} | SIZES
+    labels = {"id2label": {"0": "a", "1": "b"}, "problem_type": "single_label_classification"}
+    config = config_of(file | labels)
+    written = config_json(family, config, "float32", reward=True)
+    assert written["architectures"] == ["LlamaForSequenceClassification"]
+    assert theirs(written).num_labels == 1 and theirs(written).problem_type is None
+    assert config_json(family, config, "float32")["architectures"] == ["LlamaForCausalLM"]
+
+
+def test_a_config_that_reads_otherwise_is_not_left_unsaid(tmp_path):
+    family, file = find_family("gemma2", FAMILIES), {"model_type": "gemma2"} | BASES["gemma2"]
+    config = config_of(file)
+    wrong = [({"attn_logit_softcapping": 7.0}, "attention_softcap is 7.0, saved was 50.0")]
+    wrong += [
+        ({"layer_types": [FULL]}, "expected one of"),
+        ({"eos_token_id": "2"}, "transformers cannot"),
+    ]
+    for change, message in wrong:
+        (tmp_path / "config.json").write_text(json.dumps(file | change))
+        with pytest.raises(CheckpointError, match=message):
+            check_config(tmp_path, family, config)
+
+
+def test_a_scale_of_attention_that_follows_from_heads_need_not_be_said(tmp_path):
+    """As in configs of GGUF files."""
+    family, file = find_family("gemma2", FAMILIES), {"model_type": "gemma2"} | BASES["gemma2"]
+    config = dataclasses.replace(config_of(file), attention_scale=None, source="")
+    (tmp_path / "config.json").write_text(json.dumps(config_json(family, config, "float32")))
+    check_config(tmp_path, family, config)
+
+
+def test_yarn_over_the_original_length_may_use_its_factor():
+    file = (
+        {"model_type": "qwen2"}
+        | SIZES
+        | {"rope_scaling": YARN | dict(original_max_position_embeddings=64)}
+    )
+    assert config_of(file).max_length == 256
+    assert config_of(file | {"max_position_embeddings": 512}).max_length == 512
+
+
+def test_errors_name_key_value_and_what_is_right():
+    file = {"model_type": "gemma3_text"} | BASES["gemma3_text"]
+    with pytest.raises(
+        CheckpointError, match="use_bidirectional_attention is true.*expected false"
+    ):
+        config_of(file | {"use_bidirectional_attention": True})
+    with pytest.raises(CheckpointError, match="attn_logit_softcapping is 50.0.*expected null"):
+        config_of(file | {"attn_logit_softcapping": 50.0})  # Gemma 2's; transformers ignores it
+    with pytest.raises(CheckpointError, match="unsupported rope scaling 'dynamic'.*none: null"):
+        config_of(
+            {"model_type": "llama"} | SIZES | {"rope_scaling": {"type": "dynamic", "factor": 2}}
+        )

@@ -548,7 +548,6 @@ BAD = {
         "adapter": (lambda p: [], "no adapter_config.json"),
         "output": (lambda p: ["--output-dir", unwritable(p)], "cannot write to"),
     },
-    "as_lora": {"adapter": (lambda p: [], "no adapter_config.json")},
 }
 
 
@@ -558,7 +557,7 @@ def defaults(script, path):
         return ["--smoke", "--output-dir", path / "out"]
     if script == "sample_pairs":
         return ["--smoke", "--output", path / "pairs.jsonl"]
-    if script in ("merge", "as_lora"):
+    if script == "merge":
         return ["--model", "tiny", "--adapter", path, "--output-dir", path / "out"]
     return ["--model", "tiny", *(chat(path) if script == "evaluate" else ["--prompt", "1"])]
 
@@ -610,7 +609,6 @@ print(json.dumps(found))
 
 def test_help_is_readable_and_a_wrong_option_is_named():
     scripts = ("sft", "preference", "reinforce", "generate", "evaluate", "merge", "sample_pairs")
-    scripts += ("as_lora",)
     scripts += ("papers/lion",)
     names = [f"{name}.py" for name in scripts]
     calls = json.dumps([[name, "--help"] for name in names] + [["sft.py", "--rnk", "1"]])

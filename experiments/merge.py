@@ -3,8 +3,10 @@
 $ python experiments/merge.py --model smollm2 --adapter runs/sft/adapter --output-dir merged
 $ python experiments/merge.py --model smollm2 --adapter runs/qlora/adapter --quantise nf4 --output-dir merged
 $ python experiments/merge.py --model smollm2 --adapter runs/sft/adapter --gguf q8_0 --output-dir merged
+$ python experiments/merge.py --adapter runs/qdora/adapter --quantise nf4 --as-lora 64 --output-dir lora
 
-experiments/as_lora.py writes an adapter that servers can load beside the base instead.
+--as-lora writes an adapter in PEFT's format, which peft, vLLM and SGLang load beside the base: PaCA, VeRA and
+LoRA itself are LoRA exactly; others become the nearest LoRA of that rank, and what this loses is printed.
 """
 
 from __future__ import annotations
@@ -19,9 +21,8 @@ import tyro
 
 from experiments.cli import cards, flags
 from experiments.cli.models import load_adapted
+from jaxft import adapters, train
 from jaxft import checkpoints as files
-from jaxft import train
-from jaxft.adapters import Difference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,34 +33,52 @@ class Config:
     output_dir: str  # directory for what is written
     # write model.gguf, for llama.cpp, with matrices of this type; or adapter.gguf: the LoRA alone, not merged
     gguf: Literal["f32", "f16", "bf16", "q8_0", "lora"] | None = None
+    as_lora: int | None = None  # an adapter instead: LoRA of at most this rank; 0: if exact
     base: flags.Adapted = flags.Adapted()
     hub: flags.Hub = flags.Hub()
     debug: bool = False  # full tracebacks
 
 
-def main(config: Config) -> Difference:
-    """Prints and returns how far the files' logits are from the adapter's."""
+def main(config: Config) -> adapters.Difference:
+    """Prints and returns how far the files' logits are from the adapter's, or its LoRA's."""
     cards.check(config)
     if config.base.target != flags.Adapted.target and config.base.quantise is None:
         raise ValueError(f"--target {config.base.target} has no effect without --quantise.")
+    if config.as_lora is not None and config.gguf not in (None, "lora"):
+        raise ValueError(
+            f"--as-lora writes an adapter, --gguf {config.gguf} a whole model; give one."
+        )
     train.keep_memory_warm()
     train.writable_directory(config.output_dir)
     source, output = config.base.model, pathlib.Path(config.output_dir)
     tokenizer = None if config.gguf in (None, "lora") else _sayable_tokenizer(source)
-    model, _, params = load_adapted(config.adapter, config.base)
+    model, base, params = load_adapted(config.adapter, config.base)
     what, name = "merged model", pathlib.Path(source).stem
-    if config.gguf is None:
-        file = output
-        difference = files.save_merged(output, model, params, tokenizer_from=source)
-    elif config.gguf == "lora":
+    if config.as_lora is not None:
+        what, params = "adapter", _lora(config.as_lora, model, base, params)
+    if config.gguf == "lora":
         what, file = "adapter", output / "adapter.gguf"
         difference = files.save_checked_gguf_adapter(file, model, params, name=name)
-    else:
+    elif config.gguf is not None:
         file, options = output / "model.gguf", {"kind": config.gguf, "tokenizer": tokenizer}
         difference = files.save_merged_gguf(file, model, params, name=name, **options)
+    elif config.as_lora is not None:
+        file = output
+        difference = adapters.save_checked(output, model, params, base, base_model=source)
+    else:
+        file = output
+        difference = files.save_merged(output, model, params, tokenizer_from=source)
     print(f"{what} saved to {file}; read again: {difference}")
     cards.publish(config, {}, output)
     return difference
+
+
+def _lora(rank: int, model: Any, base: Any, params: Any) -> Any:
+    """The adapter as LoRA, after the share of its update that this loses is printed."""
+    lora, lost = adapters.as_lora(params, rank or None, base=base)
+    print("\n".join(f"{name:56} lacks {share:.2%}" for name, share in lost.by_path.items()))
+    print(f"{lost}; against the adapter: {adapters.logit_difference(model, params, lora)}")
+    return lora
 
 
 def _sayable_tokenizer(source: str) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -83,8 +84,16 @@ def command(config: Any) -> str:
     module = sys.modules[type(config).__module__]
     script = pathlib.Path(getattr(module, "__file__", None) or "script.py").resolve()
     name = script.relative_to(ROOT) if script.is_relative_to(ROOT) else script.name
-    shown = [choices.shown(flag, _public(value)) for flag, value in _given(config).items()]
+    shown = [_typed(flag, _public(value)) for flag, value in _given(config).items()]
     return " ".join(["python", str(name), *shown])
+
+
+def _typed(flag: str, value: Any) -> str:
+    """A flag as a shell takes it."""
+    if isinstance(value, bool):
+        return choices.option(flag if value else f"no_{flag}")
+    values = value if isinstance(value, tuple) else (value,)
+    return " ".join([choices.option(flag), *(shlex.quote(str(x)) for x in values)])
 
 
 def commit() -> str | None:

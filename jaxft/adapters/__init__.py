@@ -1,8 +1,8 @@
 """Adapters: rewrite a params tree, split it, merge it, save and load what trains."""
 
-from jaxft.adapters.as_lora import Lost, as_lora
 from jaxft.adapters.base import base_params
 from jaxft.adapters.committing import commit, in_place, writes_back
+from jaxft.adapters.conversion import Lost, as_lora
 from jaxft.adapters.errors import AdapterError
 from jaxft.adapters.intrinsic_dimension import (
     IntrinsicParams,

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from experiments import as_lora, merge, sft
+from experiments import merge, sft
 from experiments.cli import cards, flags
 from jaxft import checkpoints
 from jaxft.checkpoints import CheckpointError, hub_id, license_of, model_card
@@ -139,6 +139,14 @@ def test_a_run_is_pushed_with_its_card(server, public, tmp_path, capsys):
     assert str(tmp_path.parent) not in card
 
 
+def test_the_command_of_a_card_is_what_a_shell_takes():
+    config = flags.replace(
+        sft.Config(), accuracy=False, smoke=True, data=("/me/a b.jsonl", "rg:x?a=1&b=2")
+    )
+    typed = "--data 'a b.jsonl' 'rg:x?a=1&b=2' --no-accuracy --smoke"
+    assert cards.command(config) == f"python experiments/sft.py {typed}"
+
+
 def test_a_run_without_the_flag_has_a_card_and_asks_nobody(server, tmp_path):
     cards.publish(run(tmp_path), {}, tmp_path)
     assert hub.ModelCard.load(tmp_path / "adapter" / "README.md").data.library_name == "peft"
@@ -154,10 +162,9 @@ def test_pushing_is_refused_before_training(server, tmp_path, monkeypatch):
         cards.check(run(tmp_path, push_to_hub="me/it"))
     monkeypatch.setattr(hub, "get_token", lambda: None)
     message = "--push-to-hub me/it: no token; set HF_TOKEN"
-    for script in (merge, as_lora):  # Before anything is loaded.
-        with pytest.raises(CheckpointError, match=message):
-            hub_flags = flags.Hub("me/it")
-            script.main(script.Config(adapter="none", output_dir=str(tmp_path), hub=hub_flags))
+    hub_flags = flags.Hub("me/it")
+    with pytest.raises(CheckpointError, match=message):  # Before anything is loaded.
+        merge.main(merge.Config(adapter="none", output_dir=str(tmp_path), hub=hub_flags))
 
 
 def test_a_hub_that_fails_leaves_the_files_and_says_how_to_push_them(server, tmp_path, monkeypatch):

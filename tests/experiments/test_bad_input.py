@@ -389,6 +389,7 @@ BAD = [
         "--rank 4 has no effect with --adapter intrinsic",
     ),
     ("merge", "target", ["--target", ".*"], "--target .* has no effect without --quantise"),
+    ("merge", "two forms", ["--as-lora", "8", "--gguf", "q8_0"], "an adapter, --gguf q8_0 a whole"),
     ("sft", "slices of one device", ["--slices", "2"], "--slices 2 has no effect on one device"),
     (
         "sft",

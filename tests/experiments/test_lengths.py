@@ -7,14 +7,7 @@ import pytest
 
 HERE = pathlib.Path(__file__).parents[2] / "experiments"
 # Lines of each script when what it shares with others moved to experiments/cli.
-LONGEST = {
-    "as_lora": 60,
-    "demo_rl": 200,
-    "evaluate": 84,
-    "generate": 88,
-    "merge": 56,
-    "preference": 234,
-}
+LONGEST = {"demo_rl": 200, "evaluate": 84, "generate": 88, "merge": 56, "preference": 234}
 LONGEST |= {"reinforce": 390, "sample_pairs": 151, "sft": 240}
 SCRIPTS = sorted(path.stem for path in HERE.glob("*.py") if not path.name.startswith("_"))
 

@@ -343,7 +343,6 @@ print(json.dumps(found))
 
 def test_help_is_readable_and_a_wrong_option_is_named():
     scripts = ("sft", "preference", "reinforce", "generate", "evaluate", "merge", "sample_pairs")
-    scripts += ("as_lora",)
     scripts += ("papers/lion",)
     names = [f"{name}.py" for name in scripts]
     calls = json.dumps([[name, "--help"] for name in names] + [["sft.py", "--rnk", "1"]])

@@ -62,15 +62,9 @@ def check_config(path: pathlib.Path, family: Family, config: Any) -> None:
     file, codec = path / "config.json", family.huggingface
     json = jsonlib.loads(file.read_text())
     tensors = [entry.name for entry in codec.entries(config)]
-    readers = {"jaxft": json, "transformers": _as_transformers(file, json)}
-    for reader, view in readers.items():
-        if view is None:
-            continue
-        if differing := _differing(codec.config(view, tensors), config):
-            raise CheckpointError(
-                f"{file}: {reader} reads another model from it: {differing}. Do not use it; the "
-                "checkpoints of the run hold what was trained."
-            )
+    _compare(file, "jaxft", codec.config(json, tensors), config)
+    if (view := _as_transformers(file, json)) is not None:
+        _compare(file, "transformers", codec.config(view, tensors), config)
 
 
 def check_tied(where: Any, family: Family, config: Any, tensors: Mapping[str, Any]) -> None:
@@ -129,14 +123,20 @@ def _architecture(ours: str, source: Mapping[str, Any]) -> str:
     return name if head and name.endswith(head[0]) else ours
 
 
-def _differing(read: Any, config: Any) -> str:
-    """The fields in which two configs differ; a scale of attention may be said or follow from head_dim."""
+def _compare(file: pathlib.Path, reader: str, read: Any, config: Any) -> None:
+    """Raises CheckpointError with the fields in which two configs differ.
+
+    A scale of attention may be said, or follow from head_dim.
+    """
     if hasattr(config, "attention_scale"):
         read, config = (dataclasses.replace(c, attention_scale=c.scale) for c in (read, config))
     names = [field.name for field in dataclasses.fields(config) if field.compare]
-    pairs = ((name, getattr(read, name), getattr(config, name)) for name in names)
-    return ", ".join(
-        f"{name} is {theirs!r}, saved was {ours!r}"
-        for name, theirs, ours in pairs
-        if theirs != ours
-    )
+    pairs = [(name, getattr(read, name), getattr(config, name)) for name in names]
+    told = [
+        f"{name} is {found!r}, saved was {ours!r}" for name, found, ours in pairs if found != ours
+    ]
+    if told:
+        raise CheckpointError(
+            f"{file}: {reader} reads another model from it: {', '.join(told)}. Do not use it; the "
+            "checkpoints of the run hold what was trained."
+        )

@@ -1,6 +1,7 @@
 """Rewards: verifiers and the processes they run in, programs, reward models, accuracy."""
 
 from jaxft.rewards.accuracy import Accuracy, measure_accuracy
+from jaxft.rewards.answers import accepted_answers, same_answer, stated_answer
 from jaxft.rewards.heads import add_reward_head, sequence_rewards, token_rewards
 from jaxft.rewards.pool import (
     Failures,
@@ -20,8 +21,6 @@ from jaxft.rewards.verifiers import (
     mentions_answer,
     numbers_equal,
     reasoning_gym_verifier,
-    same_answer,
-    stated_answer,
     verifier_for,
 )
 
@@ -38,6 +37,7 @@ __all__ = [
     "Verifier",
     "VerifierError",
     "VerifierPool",
+    "accepted_answers",
     "answer_reward",
     "in_process",
     "measure_accuracy",

@@ -11,8 +11,6 @@ from jaxft.data import as_messages, reasoning_gym_task
 
 Verifier = Callable[[str, Mapping[str, Any]], bool]  # (completion, record) -> right?
 
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
-
 
 def verifier_for(source: str, records: list[Mapping[str, Any]]) -> Verifier | None:
     """The verifier of records of a source, or None if their answers cannot be checked.
@@ -40,20 +38,6 @@ def reasoning_gym_verifier(source: str) -> Verifier:
         return score is not None and score >= 1.0
 
     return verify
-
-
-def same_answer(completion: str, answer: str) -> bool:
-    """Equal text, ignoring case, outer space and a final stop; or, for numbers, the last number.
-
-    GSM8K's "reasoning #### 42" counts as 42 on both sides.
-    """
-    completion, answer = (text.split("####")[-1].strip() for text in (completion, answer))
-    if completion.casefold().rstrip(".") == answer.casefold().rstrip("."):
-        return True
-    wanted = _NUMBER.fullmatch(answer)
-    found = _NUMBER.findall(completion)
-    number = lambda text: float(text.replace(",", ""))
-    return bool(wanted and found) and number(found[-1]) == number(answer)
 
 
 def answer_reward(
@@ -86,13 +70,6 @@ def answer_reward(
         return 1.0 if equal(found, answer) else partial
 
     return reward
-
-
-def stated_answer(text: str) -> str | None:
-    """What follows the last "the answer is" or "####" on its line, without a final stop; None without one."""
-    _, *stated = re.split("the answer is|####", text, flags=re.IGNORECASE)
-    line = stated[-1].strip(": ").partition("\n")[0] if stated else ""
-    return line.strip().rstrip(".") or None
 
 
 def numbers_equal(found: str, answer: str, tolerance: float = 1e-6) -> bool:

@@ -16,6 +16,7 @@ _MARKER = re.compile(
     r"(?i)####|\b(?:answer|(?:correct|right|best)\s+(?:option|choice))\b"
     r"(?:[^.:=\n]{0,40}?\b(?:is|are|was|equals)\b\s*:?|[*_\s]*[:=])"
 )
+LONGEST = 2000  # characters beyond which a text is an answer only if it equals the wanted one
 _REASON = re.compile(r"(?i),?\s+(?:because|since|as|which|so that|where)\b.*|\s+\((?!\d).*")
 _POLAR = {"yes": True, "true": True, "no": False, "false": False}
 _MENTION = re.compile(
@@ -43,6 +44,12 @@ def same_answer(completion: str, answer: Any) -> bool:
         DataError: for an answer that is null, empty or no text, number or list of them.
     """
     return any(_states(completion, wanted) for wanted in accepted_answers(answer))
+
+
+def needs_mathematics(answer: str) -> bool:
+    """Whether comparing with the answer takes more than numbers, words and lists of them."""
+    gold = plain(_reference(answer))
+    return is_mathematics(gold) and not any(read(gold) for read, _ in _KINDS[:3])
 
 
 def accepted_answers(answer: Any) -> list[str]:
@@ -85,7 +92,9 @@ def _stated(text):
         inner = _stated(tags[-1])
         return inner or (tags[-1].strip(), True)
     box, markers = boxed(text), list(_MARKER.finditer(text))
-    if box and (not markers or box[0] > markers[-1].start() or not text[markers[-1].end() :].strip()):
+    if box and (
+        not markers or box[0] > markers[-1].start() or not text[markers[-1].end() :].strip()
+    ):
         return box[1].strip(), True
     if not markers:
         return None
@@ -96,9 +105,14 @@ def _stated(text):
     return (line, False) if line else None
 
 
+def _reference(answer):
+    """The answer that a reference solution with "####" or \\boxed{} states, or the answer as it is."""
+    found = _stated(answer) if "####" in answer or "\\boxed" in answer else None
+    return found[0] if found else answer.strip()
+
+
 def _states(completion, wanted):
-    reference = _stated(wanted) if "####" in wanted or "\\boxed" in wanted else None
-    wanted = reference[0] if reference else wanted.strip()
+    wanted = _reference(wanted)
     found = _stated(completion)
     text, alone = found if found else (completion.rpartition("</think>")[2].strip(), False)
     candidates = [text] if alone else _clauses(text)
@@ -110,7 +124,7 @@ def _states(completion, wanted):
     if gold.casefold().rstrip(".") in _POLAR:
         return _polar(plain(text), bool(found)) is _POLAR[gold.casefold().rstrip(".")]
     number = None if alone else quantities.read_number(gold)
-    if number is None:
+    if number is None or _offers_several(candidates[-1] if found else text):
         return False
     last = quantities.last_number(plain(candidates[-1] if found else text))
     return last is not None and quantities.same_quantity(last, number)
@@ -123,6 +137,12 @@ def _clauses(text):
     return list(dict.fromkeys(part for part in (text, sentence, bare) if part.strip()))
 
 
+def _offers_several(text):
+    """Whether a text is nothing but a list of numbers."""
+    items = _items(plain(text)) if len(text) < LONGEST else None
+    return bool(items) and all(map(quantities.read_number, items[2]))
+
+
 def same_value(found: str, wanted: str) -> bool:
     """Whether two texts, each an answer and nothing else, are the same answer; see `same_answer`."""
     given, gold = plain(found), plain(wanted)
@@ -130,6 +150,8 @@ def same_value(found: str, wanted: str) -> bool:
         return False
     if _key(given) == _key(gold):
         return True
+    if max(len(given), len(gold)) > LONGEST:
+        return False
     given, gold = _without_name(given, gold)
     for read, same in _KINDS:
         value = read(gold)
@@ -149,7 +171,11 @@ def same_value(found: str, wanted: str) -> bool:
 def _key(text):
     """The text for comparison of words."""
     text = text.casefold().strip(" .!?\"'`*_;:,")
-    if not re.search(r"\d", text) and re.fullmatch(r"[\w\s.,'\"!?;:&-]+", text) and re.search(r"[^\W_]{3}", text):
+    if (
+        not re.search(r"\d", text)
+        and re.fullmatch(r"[\w\s.,'\"!?;:&-]+", text)
+        and re.search(r"[^\W_]{3}", text)
+    ):
         text = re.sub(r"[.,'\"!?;:]", "", text.replace("-", " "))  # as SQuAD's graders do
         text = re.sub(r"^(?:the|an?) ", "", text)
     return " ".join(text.split())
@@ -164,7 +190,12 @@ def _without_name(given, gold):
         return (given[one.end() :], gold[other.end() :]) if same else (given, gold)
     if other and "=" not in given and "," not in gold:
         gold = gold[other.end() :]
-    if "=" in given and "=" not in gold and "," not in given and not re.search(r"[<>!]=|\\n?eq", given):
+    if (
+        "=" in given
+        and "=" not in gold
+        and "," not in given
+        and not re.search(r"[<>!]=|\\n?eq", given)
+    ):
         given = given.rpartition("=")[2].strip()
     return given, gold
 
@@ -184,7 +215,9 @@ def _items(text) -> tuple[str, str, list[str]] | None:
             parts.append("")
         else:
             parts[-1] += c
-    parts = [x for part in parts for x in re.split(r"(?i)^and\s+|\s+and\s+", part.strip()) if x.strip()]
+    parts = [
+        x for part in parts for x in re.split(r"(?i)^and\s+|\s+and\s+", part.strip()) if x.strip()
+    ]
     if len(parts) < 2 and (opening, closing) != ("{", "}"):
         return None
     if not opening and not all(len(part) <= 30 and len(part.split()) <= 3 for part in parts):
@@ -207,7 +240,11 @@ def _same_items(given, gold):
     ordered = wanted_ends[0] in tuple("([") if wanted_ends[0] else ends[0] in tuple("([")
     if ends[0] and wanted_ends[0] and ends != wanted_ends:
         return False
-    if ends[0] != wanted_ends[0] and "[" in ends[0] + wanted_ends[0] and ends[1] + wanted_ends[1] != "]":
+    if (
+        ends[0] != wanted_ends[0]
+        and "[" in ends[0] + wanted_ends[0]
+        and ends[1] + wanted_ends[1] != "]"
+    ):
         return False
     if len(items) != len(wanted):
         return False
@@ -246,7 +283,12 @@ def _latex(text):
     text = re.sub(r"(?<![\\A-Za-z])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", text)
     text = re.sub(r"√\s*\(([^()]*)\)|√\s*(\w+)", lambda m: rf"\sqrt{{{m[1] or m[2]}}}", text)
     text = re.sub(r"(?<![\\A-Za-z])pi(?![A-Za-z])|π", r"\\pi ", text)
-    text = text.replace("∞", r"\infty ").replace("∪", r"\cup ").replace("≤", r"\le ").replace("≥", r"\ge ")
+    text = (
+        text.replace("∞", r"\infty ")
+        .replace("∪", r"\cup ")
+        .replace("≤", r"\le ")
+        .replace("≥", r"\ge ")
+    )
     text = re.sub(r"(?<![\\A-Za-z])(sin|cos|tan|log|ln|exp)(?![A-Za-z])", r"\\\1", text)
     text = re.sub(r"<=", r"\\le ", re.sub(r">=", r"\\ge ", text))
     if text.startswith("{") and text.endswith("}"):
@@ -272,7 +314,9 @@ def _choice(text, stated):
 def _polar(text, stated):
     """True or False of a yes or a no at the beginning, or alone at the end; None for neither or both."""
     words = re.split(r"(?<=[.!?:])\s+", text.casefold())
-    first = re.match(r"\W*(\w+)\b(?!\s+(?:and|or)\b)", words[0])
+    first = re.match(
+        r"\W*(\w+)\b(?=\W*$|[,.;:!*]|\s+(?:because|it|they|he|she|this|that|we|i)\b)", words[0]
+    )
     last = re.fullmatch(r"\W*(?:so|therefore|thus|hence)?,?\s*(\w+)\W*", words[-1])
     said = {_POLAR[m[1]] for m in (first, None if stated else last) if m and m[1] in _POLAR}
     return said.pop() if len(said) == 1 else None

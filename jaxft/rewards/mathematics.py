@@ -20,8 +20,10 @@ STARTUP = 60.0  # seconds in which the process imports sympy
 LONGEST = 300  # characters of an expression
 
 _LOCK = threading.Lock()
-_COMMANDS = re.compile(r"\\(?:text|mathrm|mbox)\s*\{[^{}]*\}|\\[A-Za-z]+")
-_FUNCTIONS = re.compile(r"\b(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?\b|\b(?:sqrt|log|exp|min|max|gcd|lcm|mod|det)\b")
+_COMMANDS = re.compile(r"\\(?:text|mathrm|mbox)\s*\{[^{}]*\}|\\(?:begin|end)\{\w+\}|\\[A-Za-z]+")
+_FUNCTIONS = re.compile(
+    r"\b(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?\b|\b(?:sqrt|log|exp|min|max|gcd|lcm|mod|det)\b"
+)
 
 
 def same_mathematics(found: str, answer: str, *, seconds: float = 2.0) -> bool:
@@ -39,7 +41,7 @@ def same_mathematics(found: str, answer: str, *, seconds: float = 2.0) -> bool:
         return False
     request = json.dumps([found, answer, seconds])
     with _LOCK:
-        process = start()
+        process = start(wait=True)
         reply = _ask(process, request, 3 * seconds + 1)
         if reply is None:
             _end(process)
@@ -49,12 +51,21 @@ def same_mathematics(found: str, answer: str, *, seconds: float = 2.0) -> bool:
 
 def is_mathematics(text: str) -> bool:
     """Whether an answer needs more than the comparison of numbers and words: LaTeX, powers, variables."""
-    return _readable(text) and bool(re.search(r"\\[A-Za-z]|[\^=<>√π∞∪]|\d[a-z]\b|[a-z]\d|[+*]", text))
+    return _readable(text) and bool(
+        re.search(r"\\[A-Za-z]|[\^=<>√π∞∪]|\d[a-z]\b|[a-z]\d|[+*]", text)
+    )
 
 
-def start() -> subprocess.Popen:
-    """The process that compares for this one; it imports sympy in the background."""
-    return _process(os.getpid())
+def start(*, wait: bool = False) -> subprocess.Popen:
+    """The process that compares for this one; `wait`: until it has imported sympy.
+
+    Raises:
+        ModuleNotFoundError: if math-verify is not installed.
+    """
+    process = _process(os.getpid())
+    if wait and not process.ready:
+        process.ready = _line(process, STARTUP) == "ready"
+    return process
 
 
 @functools.lru_cache(maxsize=1)
@@ -80,11 +91,9 @@ def _process(owner):
 
 def _ask(process, request, seconds):
     """The reply, or None if the process died or is late."""
+    if not process.ready:
+        return None
     try:
-        if not process.ready:
-            process.ready = _line(process, STARTUP) == "ready"
-            if not process.ready:
-                return None
         process.stdin.write(request.encode() + b"\n")
         return _line(process, seconds)
     except (BrokenPipeError, ConnectionResetError):
@@ -106,6 +115,7 @@ def _end(process):
 
 def _readable(text):
     """Whether it is an expression and not prose, whose words would be products of variables."""
-    if not text or len(text) > LONGEST or "\n" in text:
+    # math-verify reads 52_8 as 52.
+    if not text or len(text) > LONGEST or "\n" in text or re.search(r"\d\s*_", text):
         return False
     return not re.search(r"[^\W\d_]{3}", _FUNCTIONS.sub(" ", _COMMANDS.sub(" ", text)))

@@ -15,6 +15,7 @@ _CHARACTERS = str.maketrans(
 )
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
 _WORDS = r"\\(?:text|textbf|textit|textrm|texttt|mathrm|mathbf|mathit|mathsf|mbox|operatorname)\s*"
+_JOINS = re.compile(r"(?i)[\s$,\\]*(?:\\text\s*\{\s*)?(?:and|or|,)?[\s}$,\\]*")
 _NUMBER = r"\s*([-+]?\d+(?:\.\d+)?)\s*"
 
 # (pattern, replacement), in this order.
@@ -26,14 +27,20 @@ _LATEX = tuple(
         (r"\$([^$]*)\$", r" \1 "),
         (r"\$", _MONEY),
         (r"\{,\}|(?<=\d)\\[,!](?=\d{3})", ","),
-        (r"\\(?:left|right|displaystyle|textstyle|big|Big|bigg|Bigg)(?![A-Za-z])|\\!", ""),
-        (r"\\[,;: ]|~|\\q?quad(?![A-Za-z])", " "),
+        (r"\\(?:left|right|displaystyle|textstyle|big|Big|bigg|Bigg)(?![A-Za-z])|(?<!\\)\\!", ""),
+        (r"(?<!\\)\\[,;: ]|~|\\q?quad(?![A-Za-z])", " "),
         (_WORDS + r"\{([^{}]*)\}", r" \1 "),
         (r"\^\s*\{?\s*\\circ\s*\}?|\\degree(?![A-Za-z])|°", " degrees "),
-        (r"\\([%#&_])", r"\1"),
+        (r"(?<!\\)\\([%#&_])", r"\1"),
         (r"\\[dtc]frac", r"\\frac"),
         (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
-        (r"\\frac\s*\{" + _NUMBER + r"\}\s*\{\s*(\d+)\s*\}", r" \1/\2 "),
+        # Not before a variable: 1/2 x could be 1/(2x).
+        (
+            r"\\frac\s*\{"
+            + _NUMBER
+            + r"\}\s*\{\s*(\d+)\s*\}(?!\s*(?:\\[a-z]|[A-Za-z](?![A-Za-z])|[(^]))",
+            r" \1/\2 ",
+        ),
         (r"\\(?:cdot|times)(?![A-Za-z])", "*"),
         (r"\\div(?![A-Za-z])", "/"),
         (r"\\[lr]brace(?![A-Za-z])|\\(?=[{}])", ""),
@@ -50,37 +57,48 @@ def plain(text: str) -> str:
     Numbers, simple fractions, percent, money, degrees and words become plain; other LaTeX stays as it is.
     """
     text = "".join(
-        " " + unicodedata.normalize("NFKC", c) if unicodedata.decomposition(c)[:10] == "<fraction>" else c
+        " " + unicodedata.normalize("NFKC", c)
+        if unicodedata.decomposition(c)[:10] == "<fraction>"
+        else c
         for c in text
     ).translate(_CHARACTERS)
     text = re.sub(r"[⁰¹²³⁴-⁹⁻⁺]+", lambda m: f"^{{{m[0].translate(_SUPERSCRIPTS)}}}", text)
+    text = re.sub(r"(\d*)\.(\d*)\\(?:overline|bar)\s*\{?(\d+)\}?", _repeating, text)
     for pattern, replacement in _LATEX:
         text = pattern.sub(replacement, text)
     text = text.replace(_MONEY, "$").replace("- 1/", "-1/")
     return " ".join(text.split())
 
 
-def boxed(text: str) -> tuple[int, str] | None:
-    """(where it begins, content) of the last \\boxed{...} or \\fbox{...}, braces nested; None without one.
+def _repeating(match):
+    """0.1\\overline{6} as a fraction."""
+    whole, first, repeated = match[1] or "0", match[2], match[3]
+    scale = 10 ** len(first)
+    denominator = scale * (10 ** len(repeated) - 1)
+    numerator = int(whole + first + repeated) - int(whole + first)
+    return f"{numerator}/{denominator}"
 
-    Boxes with nothing but "and", "or" or a comma between them are one answer, their contents joined by commas.
+
+def boxed(text: str) -> tuple[int, str] | None:
+    """(where it begins, content) of the last \\boxed{...} or \\fbox{...}; None without one.
+
+    Boxes with nothing but "and", "or" or a comma between them are one answer, with commas in between.
     """
-    found = []  # (begin, end, content)
-    for match in re.finditer(r"\\(?:boxed|fbox)\s*(?:\{|(\w))", text):
-        if match[1] is not None:  # \boxed 5
-            found.append((match.start(), match.end(), match[1]))
-            continue
-        depth, place = 1, match.end()
-        while place < len(text) and depth:
-            escaped = text[place - 1] == "\\"
-            depth += 0 if escaped else {"{": 1, "}": -1}.get(text[place], 0)
-            place += 1
-        if not depth:
-            found.append((match.start(), place, text[match.end() : place - 1]))
+    open_braces, found = (
+        [],
+        [],
+    )  # where each open box begins, None for another brace; (begin, end, content)
+    for match in re.finditer(r"\\(?:boxed|fbox)\s*(?:(\{)|(\w))|\\.|[{}]", text):
+        if match[2]:  # \boxed 5
+            found.append((match.start(), match.end(), match[2]))
+        elif match[1] or match[0] == "{":
+            open_braces.append((match.start(), match.end()) if match[1] else None)
+        elif match[0] == "}" and open_braces and (box := open_braces.pop()):
+            found.append((box[0], match.end(), text[box[1] : match.start()]))
     if not found:
         return None
     begin, _, content = found.pop()
-    while found and re.fullmatch(r"(?i)[\s$,\\]*(?:and|or|,)?[\s$,\\]*", text[found[-1][1] : begin]):
+    while found and _JOINS.fullmatch(text[found[-1][1] : begin]):
         begin, _, earlier = found.pop()
         if earlier.strip() != content.strip():
             content = f"{earlier}, {content}"

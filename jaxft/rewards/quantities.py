@@ -47,10 +47,10 @@ _UNITS = {
     for end in (("", "s") if len(name) > 2 else ("",))
 }
 
-_INTEGER = r"\d{1,3}(?:,\d{3})+(?!\d)|\d{1,2}(?:,\d{2})+,\d{3}(?!\d)|\d+"
+_INTEGER = r"\d{1,3}(?:,\d{3})+(?!\d)|\d{1,2}(?:,\d{2}){1,6},\d{3}(?!\d)|\d+"
 _TOKEN = re.compile(
     rf"""(?P<sign>(?<![\w)\]}}])[-+]\s?)?
-    (?P<money>[$€£¥₹])?\s?(?P<inner>(?<=[$€£¥₹])-)?
+    (?:(?P<money>[$€£¥₹])\s?)?(?P<inner>(?<=[$€£¥₹])-)?
     (?:(?P<whole>\d+)\s+(?:and\s+)?(?P<part>\d+/[1-9]\d*)
       |(?:(?P<integer>{_INTEGER})(?P<decimals>\.\d+)?|(?P<only>\.\d+))
        (?:[eE](?P<exponent>[-+]?\d+)(?!\w)|\s?[*xX]\s?10\s?\^\s?\{{?(?P<power>[-+]?\d+)\}}?)?
@@ -65,7 +65,7 @@ _BEFORE = re.compile(  # what makes a number a part of something else, or denies
 )
 _AFTER = re.compile(r"[_^\d]|[.:,]\d|\s*[*^/+]\s*[\w(\\]|\s?[\\({]")
 _OTHER = re.compile(r"\d\D{0,15}\bor\b\D{0,12}$")  # "4 or 5" is no answer
-_WORDS = re.compile(r"(?:[a-z%°$]+[23]?(?:[\s/^.-]+[a-z\d^]+)*)?")
+_WORDS = re.compile(r"(?:[a-z%°$]+[23]?(?:[\s/.-]+[a-z\d^]+|\^\{?\d\}?)*)?")
 
 
 class Quantity(NamedTuple):
@@ -99,7 +99,7 @@ def last_number(text: str) -> Quantity | None:
     A part of an expression, of a ratio or a list, and the last of "4 or 5" and "not 5", are no answer.
     """
     found = list(_TOKEN.finditer(text))
-    if not found or _OTHER.search(text[: found[-1].start()]):
+    if not found or _OTHER.search(text[: found[-1].start()][-60:]):
         return None
     return _quantity(found[-1], text)
 
@@ -118,7 +118,7 @@ def _quantity(match, text):
             return None
         rest = text[match.end("gap") :]
     rest = re.sub(r"^(?:\^?\{?[23]\}?)(?!\d)", "", rest) if known else rest  # cm^2
-    if _BEFORE.search(text[: match.start()]) or (not unit and _AFTER.match(rest)):
+    if _BEFORE.search(text[: match.start()][-30:]) or (not unit and _AFTER.match(rest)):
         return None
     if part["whole"]:
         value = Fraction(part["whole"]) + Fraction(part["part"])

@@ -27,8 +27,8 @@ PLAIN = {
         + ["\\boxed{3, 4}", "\\boxed{x=4, y=3}", "x3", "3x", "The answer is not 3", "2.3", "\\sqrt3", "4/3"],
     ),
     "4": (
-        ["4", "2 and 4", "1 + 3 = 4", "#### 4\nCheck: 2 + 2", "<answer>4</answer> (not 5)"],
-        ["4 and 5", "The answer is 3/4.", "four and 5", "\\boxed{4} or \\boxed{5}", "#### 5, not 4"],
+        ["4", "2 + 2 is 4", "1 + 3 = 4", "#### 4\nCheck: 2 + 2", "<answer>4</answer> (not 5)"],
+        ["4 and 5", "2 and 4", "The answer is 3/4.", "four and 5", "\\boxed{4} or \\boxed{5}", "#### 5, not 4"],
     ),
     "1234": (
         ["The answer is 1,234.", "$1,234", "1 234", "1{,}234", "\\boxed{1{,}234}", "1\\,234", "1.234e3"],

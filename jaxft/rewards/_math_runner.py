@@ -1,4 +1,4 @@
-"""Compares mathematics for `mathematics.py`: lines [found, answer, seconds] in JSON come in, true or false go out.
+"""Compares mathematics for `mathematics.py`: [found, answer, seconds] in JSON on a line, then true or false.
 
 Started as a script in an interpreter of its own, in which sympy may hang, or fill the memory, without harm.
 """
@@ -14,7 +14,7 @@ MEMORY = 2 << 30  # bytes
 
 
 class OutOfTime(BaseException):
-    """Raised by the alarm; not an Exception, which sympy would swallow."""
+    """Raised at the end of the time; not an Exception, which sympy would swallow."""
 
 
 def main() -> None:
@@ -36,22 +36,22 @@ def main() -> None:
     def stop(*_):
         raise OutOfTime
 
-    signal.signal(signal.SIGALRM, stop)
+    signal.signal(signal.SIGVTALRM, stop)
     answers.write("ready\n")
     for line in sys.stdin:
         found, answer, seconds = json.loads(line)
-        # An alarm is seen between two operations of Python alone; a long power of integers is one. After
-        # twice the time the system ends this process.
-        signal.setitimer(signal.ITIMER_VIRTUAL, 2 * seconds)
-        signal.setitimer(signal.ITIMER_REAL, seconds)
+        # Both count seconds of CPU, so that a busy machine changes no verdict. The first is seen between
+        # two operations of Python alone, and a long power of integers is one: the second ends the process.
+        signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+        signal.setitimer(signal.ITIMER_PROF, 2 * seconds)
         try:
             gold, given = read(answer), read(found)
             same = bool(gold and given) and verify(gold, given, timeout_seconds=None)
         except (Exception, OutOfTime):
             same = False
         finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
             signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+            signal.setitimer(signal.ITIMER_PROF, 0)
         answers.write(json.dumps(same) + "\n")
 
 

@@ -87,10 +87,10 @@ def stated_answer(text: str) -> str | None:
 def _stated(text):
     """(the stated answer, whether it is the answer alone), or None."""
     text = text.rpartition("</think>")[2]
-    tags = re.findall(r"(?s)<answer>(.*?)</answer>", text)
-    if tags:
-        inner = _stated(tags[-1])
-        return inner or (tags[-1].strip(), True)
+    before, tag, _ = text.rpartition("</answer>")
+    if tag and "<answer>" in before:
+        inside = before.rpartition("<answer>")[2]
+        return _stated(inside) or (inside.strip(), True)
     box, markers = boxed(text), list(_MARKER.finditer(text))
     if box and (
         not markers or box[0] > markers[-1].start() or not text[markers[-1].end() :].strip()
@@ -119,8 +119,8 @@ def _states(completion, wanted):
     if any(same_value(candidate, wanted) for candidate in candidates):
         return True
     gold = plain(wanted)
-    if re.fullmatch(r"\(?[A-Ja-j]\)?[.:]?", gold):
-        return _choice(plain(text), bool(found)) == gold.strip("().: ").upper()
+    if letter := re.fullmatch(r"\(?([A-Ja-j])\)?[.:]?|\(([A-J])\)\s.+", gold):
+        return _choice(plain(text), bool(found)) == (letter[1] or letter[2]).upper()
     if gold.casefold().rstrip(".") in _POLAR:
         return _polar(plain(text), bool(found)) is _POLAR[gold.casefold().rstrip(".")]
     number = None if alone else quantities.read_number(gold)
@@ -146,10 +146,10 @@ def _offers_several(text):
 def same_value(found: str, wanted: str) -> bool:
     """Whether two texts, each an answer and nothing else, are the same answer; see `same_answer`."""
     given, gold = plain(found), plain(wanted)
+    if found.strip() == wanted.strip() or _key(given) == _key(gold):
+        return bool(_key(gold) or found.strip() == wanted.strip())
     if not given or not gold:
         return False
-    if _key(given) == _key(gold):
-        return True
     if max(len(given), len(gold)) > LONGEST:
         return False
     given, gold = _without_name(given, gold)
@@ -163,6 +163,8 @@ def same_value(found: str, wanted: str) -> bool:
     number = quantities.read_number(gold)
     if exact is not None and number is not None and not quantities.read_range(given):
         return quantities.same_quantity(quantities.Quantity(exact, True, None), number)
+    if "=" in given and "=" not in gold:
+        return False
     if is_mathematics(given) or is_mathematics(gold):
         return _brackets_agree(given, gold) and same_mathematics(_latex(given), _latex(gold))
     return False
@@ -190,18 +192,17 @@ def _without_name(given, gold):
         return (given[one.end() :], gold[other.end() :]) if same else (given, gold)
     if other and "=" not in given and "," not in gold:
         gold = gold[other.end() :]
-    if (
-        "=" in given
-        and "=" not in gold
-        and "," not in given
-        and not re.search(r"[<>!]=|\\n?eq", given)
-    ):
-        given = given.rpartition("=")[2].strip()
+    first, equals, _ = given.partition("=")
+    variables = re.search(r"(?<![A-Za-z\\])[A-Za-z](?![A-Za-z])", first)  # 3x + 2y = 7 is no 7
+    named = re.search(r"(?:^|\s)[A-Za-z](?:_\w+)?(?:\([A-Za-z]\))?\s*$", first)
+    if equals and "=" not in gold and "," not in given and (named or not variables):
+        if not re.search(r"[<>!]=|\\n?eq", given):
+            given = given.rpartition("=")[2].strip()
     return given, gold
 
 
 def _items(text) -> tuple[str, str, list[str]] | None:
-    """(opening, closing, items) of a set, tuple, interval or list with at least two items, or a set of one."""
+    """(opening, closing, items) of a set, tuple, interval or list of two items or more, or a set."""
     opening = closing = ""
     if text[:1] in "([{" and text[-1:] in ")]}" and _is_enclosed(text):
         opening, closing, text = text[0], text[-1], text[1:-1].strip()
@@ -216,7 +217,10 @@ def _items(text) -> tuple[str, str, list[str]] | None:
         else:
             parts[-1] += c
     parts = [
-        x for part in parts for x in re.split(r"(?i)^and\s+|\s+and\s+", part.strip()) if x.strip()
+        x
+        for part in parts
+        for x in re.split(r"(?i)^(?:and|or)\s+|\s+(?:and|or)\s+", part.strip())
+        if x.strip()
     ]
     if len(parts) < 2 and (opening, closing) != ("{", "}"):
         return None
@@ -306,7 +310,9 @@ def _choice(text, stated):
     if letter:
         if re.match(r"\W*(?:or|and|/|&)\W*(?:[Oo]ption\s+)?\(?[A-Ja-j]\b", text[letter.end(1) :]):
             return None
-        return None if re.match(r"[,)\s]+[A-J]\b", text[letter.end(1) :]) else letter[1].upper()
+        return (
+            None if re.match(r"\)?\s*,\s*\(?[A-J]\b", text[letter.end(1) :]) else letter[1].upper()
+        )
     found = {next(filter(None, groups)) for groups in _MENTION.findall(text)}
     return found.pop() if len(found) == 1 and not _DENIED.search(text) else None
 

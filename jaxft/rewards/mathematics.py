@@ -12,15 +12,18 @@ import select
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 RUNNER = Path(__file__).with_name("_math_runner.py")
 STARTUP = 60.0  # seconds in which the process imports sympy
+PATIENCE = 10  # wall-clock seconds for each second of CPU that a comparison may take
 LONGEST = 300  # characters of an expression
 
 _LOCK = threading.Lock()
 _COMMANDS = re.compile(r"\\(?:text|mathrm|mbox)\s*\{[^{}]*\}|\\(?:begin|end)\{\w+\}|\\[A-Za-z]+")
+_NOTATION = re.compile(
+    r"\\[A-Za-z]|[\^=<>√π∞∪+*]|\d[a-z]\b|[a-z]\d|\d!|(?<![A-Za-z])[a-z]\s*[-/]\s*[a-z](?![A-Za-z])"
+)
 _FUNCTIONS = re.compile(
     r"\b(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?\b|\b(?:sqrt|log|exp|min|max|gcd|lcm|mod|det)\b"
 )
@@ -30,9 +33,9 @@ def same_mathematics(found: str, answer: str, *, seconds: float = 2.0) -> bool:
     """Whether two expressions in LaTeX, or in plain notation, are mathematically the same.
 
     math-verify compares them (Hugging Face, Apache 2.0): simplified by sympy, sets in any order, decimals
-    to six places. False for what it cannot read, or not within `seconds`; it never raises for an expression,
-    and never hangs. The process is shared by the threads of this one and is started at its first use
-    (`start`), so that sympy is imported by nobody who has no use for it.
+    to six places. False for what it cannot read, or not within `seconds` of CPU time; it never raises for an
+    expression, and never hangs. The process is shared by the threads of this one and is started at its first
+    use (`start`), so that sympy is imported by nobody who has no use for it.
 
     Raises:
         ModuleNotFoundError: if math-verify is not installed.
@@ -42,7 +45,7 @@ def same_mathematics(found: str, answer: str, *, seconds: float = 2.0) -> bool:
     request = json.dumps([found, answer, seconds])
     with _LOCK:
         process = start(wait=True)
-        reply = _ask(process, request, 3 * seconds + 1)
+        reply = _ask(process, request, PATIENCE * seconds)
         if reply is None:
             _end(process)
             _process.cache_clear()
@@ -51,9 +54,7 @@ def same_mathematics(found: str, answer: str, *, seconds: float = 2.0) -> bool:
 
 def is_mathematics(text: str) -> bool:
     """Whether an answer needs more than the comparison of numbers and words: LaTeX, powers, variables."""
-    return _readable(text) and bool(
-        re.search(r"\\[A-Za-z]|[\^=<>√π∞∪]|\d[a-z]\b|[a-z]\d|[+*]", text)
-    )
+    return _readable(text) and bool(_NOTATION.search(text))
 
 
 def start(*, wait: bool = False) -> subprocess.Popen:
@@ -102,8 +103,7 @@ def _ask(process, request, seconds):
 
 def _line(process, seconds):
     """One line of its output; None if it ends or `seconds` pass. Lines are short, and arrive whole."""
-    deadline = time.monotonic() + seconds
-    ready, _, _ = select.select([process.stdout], [], [], max(0.0, deadline - time.monotonic()))
+    ready, _, _ = select.select([process.stdout], [], [], seconds)
     return process.stdout.readline().decode().strip() or None if ready else None
 
 

@@ -56,16 +56,19 @@ _TOKEN = re.compile(
        (?:[eE](?P<exponent>[-+]?\d+)(?!\w)|\s?[*xX]\s?10\s?\^\s?\{{?(?P<power>[-+]?\d+)\}}?)?
        (?:\s?/\s?(?P<denominator>[1-9]\d*))?)
     (?P<large>\s(?:thousand|million|billion|trillion)s?\b)?
-    (?P<gap>\s?)(?P<unit>[%¢$€£¥₹]|[A-Za-z]+)?""",
+    (?P<gap>\s?)(?:(?P<unit>[%¢$€£¥₹]|[A-Za-z]+)(?:\^?\{{?[23]\}}?(?![\d.]\d))?)?""",
     re.VERBOSE,
 )
 _BEFORE = re.compile(  # what makes a number a part of something else, or denies it
     r"(?:[\w.:]|\d,|[\w)}\]]\s*[*+/^]\s*|\^\s*[-{]?|[√\\_{]\s*|[\w)}\]]\s+-\s+|"
-    r"(?:\bnot|n't|≠|!=)\s+(?:be\s+)?)$"
+    r"\d[a-z](?:\^\d)?\s*=\s*|\d-\d+-|(?:\bnot|n't|≠|!=)\s+(?:be\s+)?)$"
 )
+_WRONG = re.compile(r"\s+(?:is|was)(?:n't|\s+(?:not|wrong|incorrect|false))\b")
 _AFTER = re.compile(r"[_^\d]|[.:,]\d|\s*[*^/+]\s*[\w(\\]|\s?[\\({]")
-_OTHER = re.compile(r"\d\D{0,15}\bor\b\D{0,12}$")  # "4 or 5" is no answer
-_WORDS = re.compile(r"(?:[a-z%°$]+[23]?(?:[\s/.-]+[a-z\d^]+|\^\{?\d\}?)*)?")
+_OTHER = re.compile(r"\d\D{0,15}\bor\b\D{0,20}$")  # "4 or 5" is no answer
+_WORDS = re.compile(
+    r"(?:(?:[%°$¢€£¥₹]|[A-Za-z]{1,2}|[a-z]{3,})[23]?(?:[\s/.-]+[a-z\d^]+|\^\{?\d\}?)*)?"
+)
 
 
 class Quantity(NamedTuple):
@@ -90,7 +93,9 @@ def read_number(text: str) -> Quantity | None:
     words = text[found.end("gap") :] if found else ""
     if not found or not _WORDS.fullmatch(words) or re.search(r"\b(?:or|and|to|by)\b", words):
         return None
-    return _quantity(found, text)
+    number = _quantity(found, text)
+    variable = re.match(r"[A-Za-z]{1,2}\b", words)  # 1/2 x; units have three letters or are known
+    return None if variable and number and not number.unit else number
 
 
 def last_number(text: str) -> Quantity | None:
@@ -117,7 +122,8 @@ def _quantity(match, text):
         if not match["gap"] and len(unit) < 3:  # 3x, 4th; but 5apples
             return None
         rest = text[match.end("gap") :]
-    rest = re.sub(r"^(?:\^?\{?[23]\}?)(?!\d)", "", rest) if known else rest  # cm^2
+    if _WRONG.match(text[match.start("gap") :]):
+        return None
     if _BEFORE.search(text[: match.start()][-30:]) or (not unit and _AFTER.match(rest)):
         return None
     if part["whole"]:

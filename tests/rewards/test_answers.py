@@ -1,13 +1,20 @@
 """Answers as models write them against answers as data sets have them."""
 
-import threading
-import time
+import functools
+from concurrent import futures
 
 import numpy as np
 import pytest
 
 from jaxft.data import DataError
-from jaxft.rewards import accepted_answers, same_answer, stated_answer, verifier_for
+from jaxft.rewards import (
+    VerifierPool,
+    accepted_answers,
+    mentions_answer,
+    same_answer,
+    stated_answer,
+    verifier_for,
+)
 from jaxft.rewards.mathematics import same_mathematics
 
 # answer -> (completions that give it, completions that do not)
@@ -79,6 +86,24 @@ PLAIN = {
     r"We get $\boxed{\frac{3}{4}}$ of it.": (["3/4", r"\boxed{\frac34}"], ["4"]),
     r"\text{Paris}": (["Paris"], ["London"]),
     "x=5": (["5", "x = 5", "$x=5$"], ["y=5", "x=6"]),
+    "18": (
+        ["She makes 9 * 2 = $<<9*2=18>>18 a day.\n#### 18", "Answer: 18\n\nThere are 12 others.", "$18."]
+        + [r"\boxed{18\text{ hours}}", r"\boxed{\$18}", "The final answer is **18**.", "**18**", "18 (eighteen)"],
+        ["The answer is 17, not 18", "18 is not the answer", "2020-03-18", "192.168.1.18", "v18", "18th"]
+        + ["3x+2y=18", "18 or 19", "x_18", "10^18", "isn't 18", "maybe 17 or so... or 18", r"\boxed{}"],
+    ),
+    "B": (
+        [r"\boxed{\textbf{(B)}\ 5}", "**Answer: B**", "Answer: **B) Paris**", "The answer is: B."],
+        ["(A), (B)", "B or A", "Answer: A/B", "ABC"],
+    ),
+    "(C) Paris": (["C"], ["B"]),
+    "1024": (["2^{10}"], ["2^{9}"]),
+    "1/6": ([r"0.1\overline{6}"], ["0.1"]),
+    "25 cm^2": (["The area is 25 cm^2.", "25", r"25 \text{ cm}^2"], ["26 cm^2"]),
+    "90 minutes": (["1.5 hours", "90"], ["1.5 days"]),
+    "3, 5": (["x=3 or x=5", "5 and 3", r"\boxed{3}\text{ and }\boxed{5}"], ["3", "5", "3, 5, 7"]),
+    "0": (["0.0", "-0"], ["1e-9", "1/0", "nan"]),
+    "no": (["No, they are not."], ["No idea.", "yes/no", "I have no idea"]),
 }  # fmt: skip
 MATHEMATICS = {
     r"\frac{\sqrt{3}}{2}": ([r"\boxed{\frac{\sqrt3}{2}}", r"$\sqrt{3}/2$", "sqrt(3)/2"], [r"\sqrt{3}", "3/2"]),
@@ -93,6 +118,10 @@ MATHEMATICS = {
         [r"\begin{pmatrix}1&2\\4&3\end{pmatrix}"],
     ),
     "10": ([r"\boxed{\binom{5}{2}}", r"\boxed{\sqrt{100}}"], [r"\boxed{\sqrt{10}}"]),
+    r"\frac{1}{2}x": (["x/2", "0.5x"], ["2x", "1/(2x)"]),
+    r"x \le 3": ([r"(-\infty, 3]"], [r"(-\infty, 3)"]),
+    "p-q": (["p - q"], ["q - p", "-q"]),
+    "(x+y)^2": (["x^2+2xy+y^2"], ["x^2+y^2"]),
     "abc": (["abc"], ["cab", "bca"]),
 }  # fmt: skip
 
@@ -110,5 +139,58 @@ def test_plain_answers():
 
 
 def test_mathematics():
-    pytest.importorskip("math_verify")
     assert not failures(MATHEMATICS)
+
+
+def test_mathematics_neither_hangs_nor_raises_in_any_thread():
+    tower = "9^{9^{9^{9}}}"  # one operation of integers, which no signal handler can interrupt
+    table = [(tower, "1", False), (r"\frac{1}{", "1", False), (r"1/\sqrt2", r"\sqrt{2}/2", True)]
+    table += [("x" * 10_000, "x", False), ("\0", "1", False), (r"\frac{x}{0}", "x", False)]
+    run = lambda row: same_mathematics(row[0], row[1], seconds=0.5)
+    with futures.ThreadPoolExecutor(2) as threads:
+        assert list(threads.map(run, table)) == [right for *_, right in table]
+
+
+def test_answers_in_processes():
+    record = {"answer": [r"\frac{\sqrt{2}}{2}"], "source": "x"}
+    make = functools.partial(verifier_for, "x", [record])
+    with VerifierPool(make, workers=1, timeout=20) as rewards:
+        assert rewards([r"\boxed{1/\sqrt{2}}", "2"], [record] * 2).tolist() == [1, 0]
+
+
+def test_any_of_several_accepted_answers_counts():
+    record = {"answer": ["4", "four", 4.5], "source": "x"}
+    verify = verifier_for("x", [record])
+    right = ["four", "It is 4", "4.5"]
+    assert [verify(text, record) for text in [*right, "['4', 'four']", "5"]] == [True] * 3 + [
+        False
+    ] * 2
+    assert same_answer("yes", True) and same_answer("3", 3.0) and same_answer("4", np.float32(4))
+    assert accepted_answers((1, "a")) == ["1", "a"]
+    assert mentions_answer("it is four!", record) and not mentions_answer("fourteen", record)
+
+
+@pytest.mark.parametrize(
+    "answer", [None, "", "  ", [], [None], ["4", ""], {"a": 1}, float("nan"), [[1]]]
+)
+def test_an_answer_that_cannot_be_compared_is_an_error_of_its_record(answer):
+    records = [{"answer": "1"}, {"answer": answer, "where": "qa.jsonl, line 2"}]
+    with pytest.raises(DataError, match="^qa.jsonl, line 2: the answer"):
+        verifier_for("qa.jsonl", records)
+    with pytest.raises(DataError, match="the answer"):
+        same_answer("None", answer)
+
+
+def test_stated_answers():
+    table = {
+        r"so \boxed{\frac{1}{2}}.": r"\frac{1}{2}",
+        r"\boxed{1} and \boxed{2}": "1, 2",
+        "The answer is 5.\n\nDone": "5",
+        "**Answer:** Paris": "Paris",
+        "#### 7": "7",
+        "<answer> 8 </answer>": "8",
+        "no statement": None,
+        "the answer is": None,
+        r"\boxed{": None,
+    }
+    assert {text: stated_answer(text) for text in table} == table

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxft.generation import SamplingConfig, decode, fork, left_pad, prefill
+from jaxft.generation import SamplingConfig, decode, fork, left_pad, prefill, remember
 from jaxft.models import Decoder
 from jaxft.parallel import in_turn, mesh_context
 from jaxft.rl.advantages import has_contrast
@@ -167,6 +167,8 @@ def _sample(model, params, tokens, valid, key, chosen, config, samples, columns=
     keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(len(chosen)))
     slots = tokens.shape[1] + size
     state = prefill(model, params, tokens[chosen], valid[chosen], keys, slots, columns=columns)
+    if config.looks_back:
+        state = remember(state, tokens[chosen], valid[chosen], slots)
     state, part = decode(model, params, fork(state, samples), config, steps=size)
     numbers = jnp.repeat(chosen, samples)
     batch = side_by_side(jnp, tokens[numbers], valid[numbers], *part)

@@ -72,8 +72,8 @@ def sample_groups(
     """(batch, completions): `group_size` responses to each prompt, side by side, from one prefill.
 
     The batch is that of jaxft.objectives.policy, as numpy arrays: `sampler_log_probs` under the
-    full vocabulary at the temperature; `behaviour_log_probs` under what was sampled from (with top-k,
-    top-p or min-p, log π - log of the mass kept); `truncated` [B], True where a response reached the
+    full vocabulary at the temperature; `behaviour_log_probs` under what was sampled from (with rules
+    that cut, log π - log of the mass kept); `truncated` [B], True where a response reached the
     limit. Its columns are buckets, of the longest prompt and the longest response.
 
     Args:

@@ -62,10 +62,13 @@ class SamplingConfig:
                 f"({self.max_new_tokens}), got {self.no_repeat_ngram_size} and {self.min_new_tokens}."
             )
         for word in self.bad_words:
-            if isinstance(word, str) or not word or any(i != int(i) or i < 0 for i in word):
+            if isinstance(word, str) or not len(word) or any(i != int(i) or i < 0 for i in word):
                 raise ValueError(
-                    f"bad_words must be sequences of token ids, got {word!r}; bad_word_ids makes them of text."
+                    f"bad_words must be sequences of token ids, got {word!r}; bad_word_ids makes them."
                 )
+        # Hashable, as what is compiled for.
+        words = tuple(tuple(int(i) for i in word) for word in self.bad_words)
+        object.__setattr__(self, "bad_words", words)
 
     @property
     def cuts(self) -> bool:
@@ -134,7 +137,7 @@ def _marked(ids, mask, size):
     """[B, V] bool: the ids [B, N] where the mask [B, N] holds; those beyond the vocabulary are dropped."""
     rows = jnp.arange(ids.shape[0])[:, None]
     blank = jnp.zeros((ids.shape[0], size), bool)
-    return blank.at[rows, jnp.where(mask, ids, size)].set(True, mode="drop")
+    return blank.at[rows, jnp.where(mask & (ids >= 0), ids, size)].set(True, mode="drop")
 
 
 def _last(history, position, count):

@@ -57,8 +57,8 @@ def server_sampler(
         wait: sleeps.
 
     Raises:
-        ValueError: by the sampler, for settings whose log-probs could not be corrected: every rule that changes
-            the distribution, greedy decoding, another temperature than 1 unless `scaled`.
+        ValueError: by the sampler, for settings whose log-probs could not be corrected: every rule that
+            changes the distribution, greedy decoding, another temperature than 1 unless `scaled`.
         ServerError: by the sampler, after the last retry, or for an answer that cannot be used.
     """
     address = f"{url.rstrip('/')}/completions"

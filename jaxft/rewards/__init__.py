@@ -1,7 +1,13 @@
 """Rewards: verifiers and the processes they run in, programs, reward models, accuracy."""
 
 from jaxft.rewards.accuracy import Accuracy, measure_accuracy
-from jaxft.rewards.answers import accepted_answers, same_answer, stated_answer
+from jaxft.rewards.answers import (
+    accepted_answers,
+    needs_mathematics,
+    same_answer,
+    stated_answer,
+)
+from jaxft.rewards.checked import RewardError, checked_reward, checked_rewards
 from jaxft.rewards.heads import add_reward_head, sequence_rewards, token_rewards
 from jaxft.rewards.pool import (
     Failures,
@@ -33,16 +39,20 @@ __all__ = [
     "OnFirstHost",
     "Outcome",
     "ProcessPool",
+    "RewardError",
     "RewardFn",
     "Verifier",
     "VerifierError",
     "VerifierPool",
     "accepted_answers",
     "answer_reward",
+    "checked_reward",
+    "checked_rewards",
     "in_process",
     "measure_accuracy",
     "mentions_answer",
     "model_rewards",
+    "needs_mathematics",
     "numbers_equal",
     "reasoning_gym_verifier",
     "run_programs",

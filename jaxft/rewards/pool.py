@@ -8,6 +8,7 @@ import multiprocessing
 import pathlib
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import connection
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxft.parallel import first_decides
+from jaxft.rewards.checked import checked_reward, checked_rewards, shown
 from jaxft.rewards.verifiers import Verifier
 
 STARTUP = 120.0  # seconds that a process may take to import and to make its verifier
@@ -37,9 +39,13 @@ class Failures(NamedTuple):
 
 
 def in_process(verifier: Verifier) -> RewardFn:
-    """Rewards of a verifier that is trusted to return: 1 for right, 0 for wrong, or its own numbers."""
+    """Rewards of a verifier that is trusted to return: 1 for right, 0 for wrong, or its own numbers.
+
+    Raises:
+        RewardError: when called, for a verdict that is no number.
+    """
     return lambda completions, records: [
-        float(verifier(completion, record))
+        checked_reward(verifier(completion, record))
         for completion, record in zip(completions, records, strict=True)
     ]
 
@@ -59,10 +65,14 @@ class OnFirstHost:
         return getattr(self._rewards, "failures", Failures())
 
     def __call__(self, completions, records):
-        """A reward each; NaN where there is no verdict."""
+        """A reward each; NaN where there is no verdict.
+
+        Raises:
+            RewardError: for what is no reward.
+        """
 
         def call():
-            values = np.asarray(self._rewards(completions, records), float)
+            values = checked_rewards(self._rewards(completions, records), len(completions))
             return [None if np.isnan(value) else float(value) for value in values]
 
         values = first_decides(call)
@@ -72,7 +82,7 @@ class OnFirstHost:
 class Outcome(NamedTuple):
     """What a call in another process came to."""
 
-    value: Any = None  # or, of an exception, its message
+    value: Any = None  # or, of an exception, its message and place
     failure: str | None = None  # a field of Failures
 
 
@@ -144,7 +154,8 @@ class ProcessPool:
 class VerifierPool:
     """Rewards of a verifier in a `ProcessPool`.
 
-    A verdict that takes too long or raises, or whose process dies, is a failure. A failure's reward is
+    A verdict that takes too long, raises or is no number (`checked_reward`), or whose process dies, is a
+    failure. The first of each kind is shown on standard error, with the completion. A failure's reward is
     `failed`: by default NaN, no verdict, so that the response is in no baseline and gets no advantage; 0
     teaches to avoid what breaks the verifier.
 
@@ -166,6 +177,7 @@ class VerifierPool:
         max_failed: float = 0.5,
     ):
         self.failures = Failures()
+        self._said: dict[str, str] = {}  # kind of failure -> what was said of its first
         self._failed, self._max_failed = failed, max_failed
         make = functools.partial(_numbers, make_verifier)
         self._pool = ProcessPool(make, workers=workers, timeout=timeout)
@@ -183,14 +195,27 @@ class VerifierPool:
         outcomes = self._pool(list(zip(completions, records, strict=True)))
         failed = collections.Counter(o.failure for o in outcomes if o.failure)
         self.failures = Failures(*(n + failed[k] for k, n in self.failures._asdict().items()))
+        for outcome, completion in zip(outcomes, completions, strict=True):
+            if outcome.failure:
+                self._say(outcome, completion)
         count = sum(failed.values())
         if count > self._max_failed * len(outcomes):
             raise VerifierError(
-                f"{count} of {len(outcomes)} verdicts failed ({dict(failed)}); try the verifier on one "
-                "completion by hand, or raise max_failed."
+                f"{count} of {len(outcomes)} verdicts failed ({dict(failed)}), the first with: "
+                f"{'; '.join(self._said[kind] for kind in failed)}; try the verifier on one completion by "
+                "hand, or raise max_failed."
             )
         values = [self._failed if o.failure else o.value for o in outcomes]
         return np.array(values, np.float64)
+
+    def _say(self, outcome, completion):
+        """Shows the first failure of each kind; the others are counted."""
+        if outcome.failure in self._said:
+            return
+        what = {"timeouts": "no verdict in time", "deaths": "its process died"}
+        said = f"{what.get(outcome.failure, outcome.value)}, on the completion {shown(completion)}"
+        self._said[outcome.failure] = said
+        print(f"verdict failed: {said}; more like it are counted", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Ends the processes."""
@@ -225,7 +250,7 @@ def _is_of_main(value):
 def _numbers(make_verifier):
     """The verifier, its verdicts made numbers where what is none can still be counted as an error."""
     verifier = make_verifier()
-    return lambda completion, record: float(verifier(completion, record))
+    return lambda completion, record: checked_reward(verifier(completion, record))
 
 
 class _Worker:
@@ -302,10 +327,13 @@ class _Worker:
 
 
 def _serve(pipe, make_function):
+    # What a function prints goes to the output of the script, and a process that is killed flushes nothing.
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(line_buffering=True)
     try:
         function = make_function()
     except Exception as error:
-        pipe.send(repr(error))
+        pipe.send(_told(error))
         return
     pipe.send(None)
     while True:
@@ -314,6 +342,21 @@ def _serve(pipe, make_function):
         except EOFError:
             return
         try:
-            pipe.send(Outcome(function(*arguments)))
-        except Exception as error:  # Of the function, or because its value cannot be pickled.
-            pipe.send(Outcome(repr(error), "errors"))
+            outcome = Outcome(function(*arguments))
+        except Exception as error:
+            outcome = Outcome(_told(error), "errors")
+        sys.stdout.flush()
+        try:
+            pipe.send(outcome)
+        except Exception as error:  # Its value cannot be pickled.
+            pipe.send(Outcome(_told(error), "errors"))
+
+
+def _told(error):
+    """An exception on one line, with the place in the user's code that raised it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if "site-packages" not in f.filename and f.filename != __file__]
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    if not own or own[-1].filename.endswith(str(pathlib.Path("rewards", "checked.py"))):
+        return text
+    return f"{text} ({pathlib.Path(own[-1].filename).name}, line {own[-1].lineno})"

@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxft.generation import SamplingConfig, bucket, generate, left_pad
 from jaxft.models import Decoder
+from jaxft.rewards.checked import checked_rewards
 from jaxft.rewards.pool import RewardFn
 from jaxft.rl.prompts import MIN_BUCKET, Asked
 
@@ -39,7 +40,8 @@ def answers(
         sampler: a function with the signature of `generate`.
 
     Raises:
-        ValueError: for greedy sampling; when called, for rewards of a wrong length.
+        ValueError: for greedy sampling.
+        RewardError: when called, for what is no list of rewards; see `jaxft.rewards.checked_rewards`.
     """
     check_policy(config)
 
@@ -187,7 +189,8 @@ def checked(batch: Any) -> Batch:
     """What a sampler gave, with arrays in place of lists, a bool mask, and rewards NaN without a verdict.
 
     Raises:
-        ValueError: for entries that are missing; see `checked_rewards`.
+        ValueError: for entries that are missing.
+        RewardError: for what is no list of rewards.
     """
     needed = {"tokens", "completion_mask", "sampler_log_probs", "rewards", "truncated"}
     if not isinstance(batch, Mapping) or (missing := sorted(needed - batch.keys())):
@@ -204,23 +207,6 @@ def checked(batch: Any) -> Batch:
 def with_bool_masks(batch: Batch) -> Batch:
     """The batch with completion_mask and truncated as bool, whatever numbers they were."""
     return batch | {name: batch[name].astype(bool) for name in ("completion_mask", "truncated")}
-
-
-def checked_rewards(rewards: Any, count: int) -> np.ndarray:
-    """An array [count], NaN where there is no verdict.
-
-    Raises:
-        ValueError: for rewards of a wrong length, or infinite ones.
-    """
-    rewards = np.asarray([np.nan if r is None else r for r in rewards], np.float32)
-    if rewards.shape != (count,):
-        raise ValueError(
-            f"collect: the reward function gave {rewards.shape} rewards for {count} completions; it must "
-            "give one each, in their order."
-        )
-    if np.isinf(rewards).any():
-        raise ValueError("collect: the reward function gave an infinite reward; NaN is no verdict.")
-    return rewards
 
 
 def check_policy(config: SamplingConfig) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import inspect
 import multiprocessing
 import pathlib
 import sys
@@ -82,8 +83,9 @@ class OnFirstHost:
 class Outcome(NamedTuple):
     """What a call in another process came to."""
 
-    value: Any = None  # or, of an exception, its message and place
+    value: Any = None  # or, of an exception, its message
     failure: str | None = None  # a field of Failures
+    place: str = ""  # of an exception, the file and line that raised it
 
 
 class ProcessPool:
@@ -213,7 +215,8 @@ class VerifierPool:
         if outcome.failure in self._said:
             return
         what = {"timeouts": "no verdict in time", "deaths": "its process died"}
-        said = f"{what.get(outcome.failure, outcome.value)}, on the completion {shown(completion)}"
+        said = what.get(outcome.failure) or f"{outcome.value} {outcome.place}".strip()
+        said = " ".join(f"{said}, on the completion {shown(completion)}".split())
         self._said[outcome.failure] = said
         print(f"verdict failed: {said}; more like it are counted", file=sys.stderr, flush=True)
 
@@ -333,7 +336,7 @@ def _serve(pipe, make_function):
     try:
         function = make_function()
     except Exception as error:
-        pipe.send(_told(error))
+        pipe.send(" ".join(filter(None, (repr(error), _failed(error).place))))
         return
     pipe.send(None)
     while True:
@@ -344,19 +347,18 @@ def _serve(pipe, make_function):
         try:
             outcome = Outcome(function(*arguments))
         except Exception as error:
-            outcome = Outcome(_told(error), "errors")
+            outcome = _failed(error)
         sys.stdout.flush()
         try:
             pipe.send(outcome)
         except Exception as error:  # Its value cannot be pickled.
-            pipe.send(Outcome(_told(error), "errors"))
+            pipe.send(_failed(error))
 
 
-def _told(error):
-    """An exception on one line, with the place in the user's code that raised it."""
+def _failed(error):
+    """The outcome of a call that raised, with the place in the user's code."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if "site-packages" not in f.filename and f.filename != __file__]
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    if not own or own[-1].filename.endswith(str(pathlib.Path("rewards", "checked.py"))):
-        return text
-    return f"{text} ({pathlib.Path(own[-1].filename).name}, line {own[-1].lineno})"
+    ours = (__file__, inspect.getsourcefile(checked_reward))
+    own = [f for f in frames if "site-packages" not in f.filename and f.filename not in ours]
+    place = f"({pathlib.Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
+    return Outcome(repr(error), "errors", place)

@@ -67,9 +67,9 @@ def run_main(main: Callable[[Any], Any], config: Any) -> Any:
     """main(config), with the errors that users cause as one line and an exit code.
 
     2: bad argument, data or file, before training, or at any time a place that cannot be written (a full
-    disk) and a reward function or judge that fails; 3: optional package missing; 4: diverged; 5: another host ended; 75: preempted, start again to
-    resume; 130: interrupted. Everything else, and everything with `config.debug` or JAXFT_DEBUG=1, has its
-    traceback and code 1.
+    disk), and a reward function or judge that fails; 3: optional package missing; 4: diverged; 5: another
+    host ended; 75: preempted, start again to resume; 130: interrupted. Everything else, and everything with
+    `config.debug` or JAXFT_DEBUG=1, has its traceback and code 1.
 
     Ctrl-C ends the process without Python's own teardown: threads of XLA that still compile or compute would
     crash in it. `main` has left its context managers by then; functions given to `atexit` do not run.

@@ -19,6 +19,7 @@ from experiments.cli.models import check_positions, load_trained, renderer_of, v
 from jaxft import data, train
 from jaxft.objectives import supervised
 from jaxft.output import writing
+from jaxft.rewards import verifier_for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +43,7 @@ def main(config: Config) -> dict[str, Any]:
         train.writable_directory(pathlib.Path(config.output).parent)
     renderer = renderer_of(config.trained, mask=config.mask)
     records = data.load(config.data, limit=config.limit)
+    verifier_for(records[0]["source"], records)  # An answer that cannot be compared is an error now.
     bad = data.BadRecords()
     tokenised = data.render(records, renderer, config.max_length, bad=bad)
     if bad.summary():

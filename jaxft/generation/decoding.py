@@ -117,7 +117,7 @@ def process_logits(
     logits = logits.astype(jnp.float32)
     size = logits.shape[-1]
     # In a row of `history`, places from `position` on hold what was never written.
-    before = None if history is None else jnp.arange(history.shape[1]) < position[:, None]
+    before = None if history is None else jnp.arange(history.shape[1])[None] < position[:, None]
     if config.repetition_penalty != 1:
         penalty = config.repetition_penalty
         seen = _marked(history, before, size)
@@ -128,7 +128,7 @@ def process_logits(
     if words:
         logits = jnp.where(_bad(history, position, words, size), -jnp.inf, logits)
     if short is not None and config.stop_ids:
-        stops = np.isin(np.arange(size), config.stop_ids)
+        stops = np.isin(np.arange(size), config.stop_ids)[None]
         logits = jnp.where(short & stops, -jnp.inf, logits)
     return logits
 
@@ -142,7 +142,7 @@ def _marked(ids, mask, size):
 
 def _last(history, position, count):
     """[B, count]: the last tokens of each row; of rows that are shorter, anything."""
-    places = position[:, None] + jnp.arange(-count, 0)
+    places = position[:, None] + jnp.arange(-count, 0)[None]
     return jnp.take_along_axis(history, jnp.maximum(places, 0), axis=1)
 
 
@@ -150,7 +150,7 @@ def _repeats(history, position, config, size):
     """[B, V] bool: tokens that would complete an n-gram which the row has already."""
     n = config.no_repeat_ngram_size
     suffix = _last(history, position, n - 1)
-    ends = jnp.arange(history.shape[1])  # of an earlier n-gram, whose beginning is the suffix
+    ends = jnp.arange(history.shape[1])[None]  # of an earlier n-gram, whose beginning is the suffix
     match = (ends >= n - 1) & (ends < position[:, None])
     for k in range(n - 1):
         match &= jnp.roll(history, n - 1 - k, axis=1) == suffix[:, k : k + 1]
@@ -162,13 +162,13 @@ def _bad(history, position, words, size):
     if wrong := sorted({i for word in words for i in word if i >= size}):
         raise ValueError(f"bad_words: ids {wrong} lie outside of the vocabulary of {size}.")
     single = np.isin(np.arange(size), [word[0] for word in words if len(word) == 1])
-    banned = jnp.broadcast_to(single, (position.shape[0], size))
+    banned = jnp.broadcast_to(single[None], (position.shape[0], size))
     longer = sorted((word for word in words if len(word) > 1), key=len)
     for length, group in itertools.groupby(longer, key=len):
         table = np.array(list(group), np.int32)  # [words, length]
-        begins = _last(history, position, length - 1)[:, None] == table[:, :-1]
+        begins = _last(history, position, length - 1)[:, None] == table[None, :, :-1]
         match = jnp.all(begins, axis=-1) & (position >= length - 1)[:, None]
-        ends = jnp.broadcast_to(table[:, -1], match.shape)
+        ends = jnp.broadcast_to(table[None, :, -1], match.shape)
         banned |= _marked(ends, match, size)
     return banned
 

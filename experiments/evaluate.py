@@ -43,7 +43,9 @@ def main(config: Config) -> dict[str, Any]:
         train.writable_directory(pathlib.Path(config.output).parent)
     renderer = renderer_of(config.trained, mask=config.mask)
     records = data.load(config.data, limit=config.limit)
-    verifier_for(records[0]["source"], records)  # An answer that cannot be compared is an error now.
+    verifier_for(
+        records[0]["source"], records
+    )  # An answer that cannot be compared is an error now.
     bad = data.BadRecords()
     tokenised = data.render(records, renderer, config.max_length, bad=bad)
     if bad.summary():

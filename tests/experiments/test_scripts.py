@@ -496,7 +496,10 @@ BAD = {
             lambda p: ["--algorithm", "online_dpo", "--updates", "2"],
             "--updates 2 is refused by --algorithm online_dpo, which takes its gradient at the policy",
         ),
-        "judge": (lambda p: ["--judge", p / "none.py:f"], "none.py:f': [Errno 2] No such file"),
+        "judge": (
+            lambda p: ["--judge", p / "none.py:f"],
+            "none.py:f': FileNotFoundError: [Errno 2] No such file",
+        ),
         "two judges": (
             lambda p: ["--judge", judge_file(p), "--reward-model", "x"],
             "both reward answers; give one of them",

@@ -50,16 +50,11 @@ def checked_reward(value: Any) -> float:
     """
     if value is None:
         return math.nan
-    if isinstance(value, (numbers.Real, np.bool_)):
-        number = float(value)
-    elif (
-        hasattr(value, "dtype") and getattr(value, "shape", None) == () and value.dtype.kind != "c"
-    ):
-        number = float(value)
-    else:
-        raise RewardError(
-            f"{shown(value)} is no reward; expected a number, or None for no verdict."
-        )
+    dtype = getattr(value, "dtype", None)
+    scalar = dtype is not None and getattr(value, "shape", None) == () and dtype.kind not in "cSUOMm"
+    if not isinstance(value, (numbers.Real, np.bool_)) and not scalar:
+        raise RewardError(f"{shown(value)} is no reward; expected a number, or None for no verdict.")
+    number = float(value)
     if math.isinf(number):
         raise RewardError(
             f"an infinite reward ({number}); expected a number, or None for no verdict."

@@ -125,7 +125,7 @@ PLAIN = {
     "18": (
         ["She makes 9 * 2 = $<<9*2=18>>18 a day.\n#### 18"]
         + ["Answer: 18\n\nThere are 12 others.", "$18."]
-        + [r"\boxed{18\text{ hours}}", r"\boxed{\$18}", "The final answer is **18**.", "**18**", "18 (eighteen)"],
+        + [r"\boxed{18\text{ hours}}", r"\boxed{\$18}", "The final answer is **18**.", "18 (eighteen)"],
         ["The answer is 17, not 18", "18 is not the answer"]
         + ["2020-03-18", "192.168.1.18", "v18", "18th"]
         + ["3x+2y=18", "18 or 19", "x_18", "10^18", "isn't 18", "maybe 17 or so... or 18", r"\boxed{}"],

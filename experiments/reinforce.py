@@ -232,7 +232,9 @@ def sampling(config, model, renderer, rewards, base=None) -> rl.Sample:
 
 def measure(config, model, renderer, records, mesh, rewards, params, when: str) -> dict[str, Any]:
     """How good greedy answers to held-out questions are, printed: accuracy, or with `rewards` the mean."""
-    verifier = verifier_for(records[0]["source"], records) or (lambda completion, record: False)
+    verifier = lambda completion, record: False  # A judge's records need no answers.
+    if rewards is None:
+        verifier = verifier_for(records[0]["source"], records) or verifier
     with mesh_context(mesh):
         result = measure_accuracy(
             model,

@@ -65,16 +65,20 @@ def opened(
     if settings.reward_model:
         yield OnFirstHost(load_reward_model(settings.reward_model, base))
         return
-    verifier = functools.partial(verifier_for, records[0]["source"], _typical(records))
-    make = functools.partial(load_judge, settings.judge) if settings.judge else verifier
+    if settings.judge:  # Whose records need no answers.
+        make = functools.partial(load_judge, settings.judge)
+    else:
+        make = functools.partial(verifier_for, records[0]["source"], _typical(records))
     with VerifierPool(make, workers=settings.workers, timeout=settings.timeout) as pool:
         yield OnFirstHost(pool)
 
 
 def _typical(records):
     """The first record, and one whose answer needs mathematics: what the verifier is made from elsewhere."""
-    answers = lambda record: accepted_answers(record["answer"]) if "answer" in record else []
-    some = (record for record in records if any(map(needs_mathematics, answers(record))))
+    if records[0]["source"].startswith("rg:"):
+        return records[:1]
+    needs = lambda record: any(map(needs_mathematics, accepted_answers(record["answer"])))
+    some = filter(needs, records)
     return [records[0], *itertools.islice(some, 1)]
 
 

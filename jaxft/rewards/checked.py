@@ -51,9 +51,13 @@ def checked_reward(value: Any) -> float:
     if value is None:
         return math.nan
     dtype = getattr(value, "dtype", None)
-    scalar = dtype is not None and getattr(value, "shape", None) == () and dtype.kind not in "cSUOMm"
+    scalar = (
+        dtype is not None and getattr(value, "shape", None) == () and dtype.kind not in "cSUOMm"
+    )
     if not isinstance(value, (numbers.Real, np.bool_)) and not scalar:
-        raise RewardError(f"{shown(value)} is no reward; expected a number, or None for no verdict.")
+        raise RewardError(
+            f"{shown(value)} is no reward; expected a number, or None for no verdict."
+        )
     number = float(value)
     if math.isinf(number):
         raise RewardError(

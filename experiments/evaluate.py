@@ -43,9 +43,8 @@ def main(config: Config) -> dict[str, Any]:
         train.writable_directory(pathlib.Path(config.output).parent)
     renderer = renderer_of(config.trained, mask=config.mask)
     records = data.load(config.data, limit=config.limit)
-    verifier_for(
-        records[0]["source"], records
-    )  # An answer that cannot be compared is an error now.
+    # An answer that cannot be compared is an error now, not after the loss.
+    verifier_for(records[0]["source"], records)
     bad = data.BadRecords()
     tokenised = data.render(records, renderer, config.max_length, bad=bad)
     if bad.summary():

@@ -192,7 +192,6 @@ def prefill(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("slots",))
 def remember(state: State, tokens: jax.Array, valid: jax.Array, slots: int) -> State:
     """The state with the prompts (tokens, valid [B, P]; as for `prefill`) in its history.
 
@@ -203,6 +202,7 @@ def remember(state: State, tokens: jax.Array, valid: jax.Array, slots: int) -> S
     return state._replace(history=_written(blank, tokens, valid, start))
 
 
+@jax.jit
 def _written(history, tokens, valid, position):
     """The history with valid tokens [B, T] at each row's position and behind it."""
     places = position[:, None] + jnp.cumsum(valid, axis=1) - 1
@@ -319,11 +319,8 @@ def _draw(state: State, config: SamplingConfig, least: jax.Array | None = None):
         jnp.take_along_axis(table, token[:, None], axis=1)[:, 0] - jax.nn.logsumexp(table, axis=-1)
     )
     scaled = state.logits.astype(jnp.float32) / (config.temperature or 1.0)
-    logits, processed = (
-        state.logits,
-        bool(config.looks_back or config.bad_words or least is not None),
-    )
-    if processed:
+    logits = state.logits
+    if processed := config.looks_back or bool(config.bad_words) or least is not None:
         short = None if least is None else state.step < least
         logits = process_logits(logits, config, state.history, state.position, short)
     if config.temperature == 0:

@@ -83,6 +83,7 @@ def test_rules_equal_transformers(rules):
     logits[-2:] = rng.normal(size=(2, V)) * 2
     history = np.full((len(LENGTHS), 26), -1)
     rows = [rng.choice([1, 4, 5, 6, 9], n).tolist() for n in LENGTHS]
+    rows[0] = [1]  # shorter than the beginning of the bad word 1, 1, 4
     for line, row in zip(history, rows, strict=True):
         line[: len(row)] = row
     position = np.array(LENGTHS)

@@ -179,7 +179,7 @@ class VerifierPool:
         max_failed: float = 0.5,
     ):
         self.failures = Failures()
-        self._said: dict[str, str] = {}  # kind of failure -> what was said of its first
+        self._shown: set[str] = set()  # kinds of failures of which the first was shown
         self._failed, self._max_failed = failed, max_failed
         make = functools.partial(_numbers, make_verifier)
         self._pool = ProcessPool(make, workers=workers, timeout=timeout)
@@ -197,32 +197,33 @@ class VerifierPool:
         outcomes = self._pool(list(zip(completions, records, strict=True)))
         failed = collections.Counter(o.failure for o in outcomes if o.failure)
         self.failures = Failures(*(n + failed[k] for k, n in self.failures._asdict().items()))
-        for outcome, completion in zip(outcomes, completions, strict=True):
-            if outcome.failure:
-                self._say(outcome, completion)
+        pairs = zip(outcomes, completions, strict=True)
+        said = [(outcome.failure, _said(*pair)) for pair in pairs if (outcome := pair[0]).failure]
+        for kind, text in said:
+            if kind not in self._shown:
+                self._shown.add(kind)
+                print(
+                    f"verdict failed: {text}; more like it are counted", file=sys.stderr, flush=True
+                )
         count = sum(failed.values())
         if count > self._max_failed * len(outcomes):
             raise VerifierError(
-                f"{count} of {len(outcomes)} verdicts failed ({dict(failed)}), the first with: "
-                f"{'; '.join(self._said[kind] for kind in failed)}; try the verifier on one completion by "
-                "hand, or raise max_failed."
+                f"{count} of {len(outcomes)} verdicts failed ({dict(failed)}), the first with: {said[0][1]}; "
+                "try the verifier on one completion by hand, or raise max_failed."
             )
         values = [self._failed if o.failure else o.value for o in outcomes]
         return np.array(values, np.float64)
 
-    def _say(self, outcome, completion):
-        """Shows the first failure of each kind; the others are counted."""
-        if outcome.failure in self._said:
-            return
-        what = {"timeouts": "no verdict in time", "deaths": "its process died"}
-        said = what.get(outcome.failure) or f"{outcome.value} {outcome.place}".strip()
-        said = " ".join(f"{said}, on the completion {shown(completion)}".split())
-        self._said[outcome.failure] = said
-        print(f"verdict failed: {said}; more like it are counted", file=sys.stderr, flush=True)
-
     def close(self) -> None:
         """Ends the processes."""
         self._pool.close()
+
+
+def _said(outcome, completion):
+    """What failed, and on which completion, on one line."""
+    what = {"timeouts": "no verdict in time", "deaths": "its process died"}
+    said = what.get(outcome.failure) or f"{outcome.value} {outcome.place}".strip()
+    return " ".join(f"{said}, on the completion {shown(completion)}".split())
 
 
 def _check_importable(make_function):

@@ -98,7 +98,7 @@ def test_a_judges_errors_are_counted_and_each_kind_is_shown_once(judge, capfd):
         np.testing.assert_array_equal(got, [1, np.nan, np.nan, np.nan, np.nan, 1, 1])
         assert rewards.failures.errors == 3
         with pytest.raises(
-            VerifierError, match=r"first with: KeyError\('missing'\) \(judge.py, line 7\)"
+            VerifierError, match=r"first with: RewardError.*'seven' .str. is no reward"
         ):
             rewards(["text", "2d"], [{}] * 2)
     out, err = capfd.readouterr()

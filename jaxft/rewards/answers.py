@@ -140,9 +140,9 @@ def _clauses(text):
 
 
 def _offers_several(text):
-    """Whether a text is nothing but a list of numbers."""
+    """Whether a text is nothing but a list of numbers, or of anything in brackets."""
     items = _items(plain(text)) if len(text) < LONGEST else None
-    return bool(items) and all(map(quantities.read_number, items[2]))
+    return bool(items) and (items[0] != "" or all(map(quantities.read_number, items[2])))
 
 
 def same_value(found: str, wanted: str) -> bool:

@@ -105,6 +105,20 @@ def model_and_params():
     return model, jax.tree.map(lambda leaf: leaf * 4 if leaf.ndim > 1 else leaf, params)
 
 
+@pytest.fixture(scope="module")
+def logits_of(model_and_params):
+    """ids -> the logits [V] after them, by a full forward."""
+    model, params = model_and_params
+    apply = jax.jit(lambda tokens: model.apply({"params": params}, tokens).logits[0])
+
+    def logits(ids):
+        row = np.zeros((1, 20), np.int32)
+        row[0, : len(ids)] = ids
+        return np.asarray(apply(row), np.float32)[len(ids) - 1]
+
+    return logits
+
+
 PROMPTS = [[1], [5, 6, 5], [4, 4, 9, 1, 6, 5, 6]]
 ALL = SamplingConfig(
     10, 0.0, repetition_penalty=1.2, no_repeat_ngram_size=3, bad_words=WORDS, min_new_tokens=4,
@@ -112,26 +126,23 @@ ALL = SamplingConfig(
 )  # fmt: skip
 
 
-def test_the_sampler_follows_the_rules(model_and_params):
+def test_the_sampler_follows_the_rules(model_and_params, logits_of):
     """Greedy, against full forwards and transformers' processors; prompts of several lengths in a batch."""
     model, params = model_and_params
     out = generate(model, params, PROMPTS, jax.random.key(0), ALL, samples=2)
     free = generate(
         model, params, PROMPTS, jax.random.key(0), SamplingConfig(10, 0.0, stop_ids=STOPS)
     )
-    apply = jax.jit(lambda tokens: model.apply({"params": params}, tokens).logits)
     for i, prompt in enumerate(PROMPTS):
         new = []
         while len(new) < 10 and not (new and new[-1] in STOPS):
-            row = np.zeros((1, 20), np.int32)
-            row[0, : len(prompt + new)] = prompt + new
-            logits = apply(row)[0, len(prompt + new) - 1]
+            logits = logits_of(prompt + new)
             new.append(int(np.argmax(theirs(ALL, prompt, new, logits))))
         assert out.completions[2 * i] == out.completions[2 * i + 1] == new
     assert out.completions[::2] != free.completions
 
 
-def test_log_probs_under_the_rules(model_and_params):
+def test_log_probs_under_the_rules(model_and_params, logits_of):
     """`log_probs` are the model's own, `sampler_log_probs` those of what was sampled from."""
     model, params = model_and_params
     config = dataclasses.replace(ALL, temperature=0.8, top_p=0.9)
@@ -139,9 +150,8 @@ def test_log_probs_under_the_rules(model_and_params):
     for prompt, ids, own, sampled in zip(
         PROMPTS, out.completions, out.log_probs, out.sampler_log_probs, strict=True
     ):
-        logits = model.apply({"params": params}, jnp.asarray([prompt + ids])).logits[0]
         for j, token in enumerate(ids):
-            at = np.asarray(logits[len(prompt) + j - 1], np.float32)
+            at = logits_of(prompt + ids[:j])
             cut = jax.nn.log_softmax(theirs(config, prompt, ids[:j], at))
             np.testing.assert_allclose(sampled[j], cut[token], atol=1e-4)
             np.testing.assert_allclose(own[j], jax.nn.log_softmax(at / 0.8)[token], atol=1e-4)

@@ -74,6 +74,9 @@ import sys
 def judge(completion, record):
     print("judging", completion, end="")
     print("to stderr", file=sys.stderr)
+    if completion == "mathematics":  # in a process of a pool, which is a daemon
+        from jaxft.rewards import same_answer
+        return same_answer("1/\\\\sqrt{2}", "\\\\sqrt{2}/2")
     if completion == "raise":
         return record["missing"]
     return {"text": "seven", "none": None, "2d": [[1.0]], "hang": 0.5}.get(completion, 1)
@@ -93,7 +96,7 @@ def judge(tmp_path_factory):
 def test_a_judges_errors_are_counted_and_each_kind_is_shown_once(judge, capfd):
     make = functools.partial(load_judge, f"{judge}:judge")
     with VerifierPool(make, workers=1, timeout=60) as rewards:
-        completions = ["fine", "raise", "raise", "text", "none", "fine", "fine"]
+        completions = ["fine", "raise", "raise", "text", "none", "fine", "mathematics"]
         got = rewards(completions, [{}] * 7)
         np.testing.assert_array_equal(got, [1, np.nan, np.nan, np.nan, np.nan, 1, 1])
         assert rewards.failures.errors == 3
@@ -105,7 +108,7 @@ def test_a_judges_errors_are_counted_and_each_kind_is_shown_once(judge, capfd):
     assert out.count("judging raise") == 2 and err.count("to stderr") == 9
     failed = [line for line in err.splitlines() if line.startswith("verdict failed")]
     assert failed == [
-        "verdict failed: KeyError('missing') (judge.py, line 7), on the completion 'raise' (str); "
+        "verdict failed: KeyError('missing') (judge.py, line 10), on the completion 'raise' (str); "
         "more like it are counted"
     ]
 

@@ -34,8 +34,8 @@ class Config:
 def main(config: Config) -> list[str]:
     """Prints the answers; returns them."""
     renderer = renderer_of(config.trained)
-    model, params = load_trained(config.trained)
     rules = config.sampling.rules(renderer.tokenizer)
+    model, params = load_trained(config.trained)
     start = [{"role": "system", "content": config.system}] if config.system else []
 
     def answer(messages, number):

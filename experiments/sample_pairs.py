@@ -80,8 +80,8 @@ def main(config: Config) -> dict[str, Any]:
     rewards_cli.check(config.rewards, {config.data: records})
     renderer = renderer_of(config.trained)
     tokenizer = renderer.tokenizer
-    model, params = load_trained(config.trained)
     settings = config.sampling.rules(tokenizer)
+    model, params = load_trained(config.trained)
     prompts = data.render_prompts(records, renderer)
     # Questions of like length together, to save padding.
     order = sorted(range(len(records)), key=lambda i: len(prompts[i]))

@@ -356,6 +356,15 @@ def truncated(path):
     return ["--model", model]
 
 
+def null_answer(path):
+    rows = [
+        {"question": "1+1?", "answer": ["2", "two"]},
+        {"question": "1+2?", "answer": ["3", None]},
+    ]
+    (path / "answers.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return ["--data", path / "answers.jsonl"]
+
+
 def without_answers(path):
     return [*chat(path), "--eval-data", path / "chat.jsonl"]
 
@@ -540,10 +549,12 @@ BAD = {
     | {
         "adapter": (lambda p: ["--adapter", p], "no adapter_config.json"),
         "long": (lambda p: ["--max-new-tokens", "600"], "exceed the model's 512; shorten one"),
+        "penalty": (lambda p: ["--repetition-penalty", "0"], "repetition_penalty must be positive"),
     },
     "sample_pairs": {
         "missing file": DATA["missing file"],
         "no answers": (chat, "its answers cannot be verified"),
+        "null answer": (null_answer, "line 2: the answer ['3', None] cannot be compared"),
         "judge": (lambda p: ["--judge", "os:nothing"], "has no attribute 'nothing'"),
         "samples": (lambda p: ["--samples", "1"], "--samples must be at least 2"),
     },

@@ -28,6 +28,7 @@ from experiments.cli.models import (
 from jaxft import data, train
 from jaxft.objectives import supervised
 from jaxft.output import writing
+from jaxft.rewards import verifier_for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +56,8 @@ def main(config: Config) -> dict[str, Any]:
     renderer = renderer_of(config.trained, mask=config.mask)
     fields = config.columns.of(config.data)
     records = data.load(config.data, fields=fields, limit=config.limit)
+    # An answer that cannot be compared is an error now, not after the loss.
+    verifier_for(records[0]["_source"], records)
     bad = data.BadRecords()
     tokenised = data.render(records, renderer, config.max_length, bad=bad)
     tell_of(bad, len(tokenised), len(records), "evaluated")

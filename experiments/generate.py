@@ -36,8 +36,9 @@ class Config:
 def main(config: Config) -> list[str]:
     """Prints the answers; returns them."""
     renderer = renderer_of(limits.check(config).trained)
+    config.sampling.rules(renderer.tokenizer)  # an error before the model is loaded
     model, params = load_trained(config.trained)
-    rules = config.sampling.rules(stop_ids(renderer, model))
+    rules = config.sampling.rules(renderer.tokenizer, stop_ids(renderer, model))
     start = [{"role": "system", "content": config.system}] if config.system else []
 
     def answer(messages, number):

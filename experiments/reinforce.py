@@ -245,7 +245,9 @@ def measure(config, model, renderer, records, name, mesh, rewards, params, when:
 
     `name` says of what the records are.
     """
-    verifier = verifier_for(records[0]["_source"], records) or (lambda completion, record: False)
+    verifier = lambda completion, record: False  # A judge's records need no answers.
+    if rewards is None:
+        verifier = verifier_for(records[0]["_source"], records) or verifier
     with mesh_context(mesh):
         result = measure_accuracy(
             model,

@@ -83,8 +83,9 @@ def main(config: Config) -> dict[str, Any]:
     rewards_cli.check(config.rewards, {config.data: records})
     renderer = renderer_of(config.trained)
     tokenizer = renderer.tokenizer
+    config.sampling.rules(tokenizer)  # an error before the model is loaded
     model, params = load_trained(config.trained)
-    settings = config.sampling.rules(stop_ids(renderer, model))
+    settings = config.sampling.rules(tokenizer, stop_ids(renderer, model))
     prompts = data.render_prompts(records, renderer)
     # Questions of like length together, to save padding.
     order = sorted(range(len(records)), key=lambda i: len(prompts[i]))

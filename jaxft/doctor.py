@@ -16,7 +16,7 @@ CORE = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "chex", "numpy", "
 EXTRAS = {
     "text": (
         *("transformers", "jinja2", "datasets", "pyarrow", "grain", "gguf", "reasoning-gym"),
-        *("rich", "tyro", "matplotlib"),
+        *("math-verify", "rich", "tyro", "matplotlib"),
     ),
     "papers": ("scikit-learn", "scipy"),
     "vision": ("pillow",),

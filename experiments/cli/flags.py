@@ -21,7 +21,7 @@ import tyro
 from experiments.cli.optimizers import Optimizer, Sharpness
 from jaxft import train
 from jaxft.adapters import Quantisation
-from jaxft.generation import SamplingConfig
+from jaxft.generation import SamplingConfig, bad_word_ids
 from jaxft.models.remat import Remat
 
 # Where --report-to sends the metrics of all steps.
@@ -199,11 +199,21 @@ class Sampling:
     top_k: int | None = None  # keep the k likeliest tokens
     top_p: float | None = None  # keep the likeliest tokens up to this mass
     min_p: float | None = None  # keep tokens at least this fraction as likely as the likeliest
+    typical_p: float | None = None  # keep the tokens nearest to the entropy up to this mass
+    repetition_penalty: float = 1.0  # above 1: tokens of prompt and answer become less likely
+    no_repeat_ngram_size: int = 0  # no sequence of so many tokens twice, prompt included; 0: off
+    min_new_tokens: int = 0  # the stop token is not sampled before so many tokens
+    bad_words: tuple[str, ...] = ()  # text that is never sampled, alone or after a space
     stop: tuple[str, ...] = ()  # text that ends an answer, besides the stop token
 
-    def rules(self, stop_ids: tuple[int, ...]) -> SamplingConfig:
-        """What a sampler takes; each of the ids (`checkpoints.end_tokens`) ends an answer."""
+    def rules(self, tokenizer: Any, stop_ids: tuple[int, ...] = ()) -> SamplingConfig:
+        """What a sampler takes; each of the ids (`checkpoints.end_tokens`) ends an answer.
+
+        Raises:
+            ValueError: for rules that cannot hold, which is known before a model is loaded.
+        """
         rules = {name: x for name, x in dataclasses.asdict(self).items() if name != "stop"}
+        rules["bad_words"] = bad_word_ids(tokenizer, self.bad_words)
         return SamplingConfig(**rules, stop_ids=stop_ids, stop_strings=self.stop)
 
 

@@ -9,8 +9,9 @@ import contextlib
 import functools
 import importlib
 import importlib.util
+import inspect
+import itertools
 import json
-import math
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -21,7 +22,15 @@ from experiments.cli import flags
 from jaxft import checkpoints as files
 from jaxft import data
 from jaxft.adapters import load_adapter
-from jaxft.rewards import OnFirstHost, RewardFn, VerifierPool, model_rewards, verifier_for
+from jaxft.rewards import (
+    OnFirstHost,
+    RewardFn,
+    VerifierPool,
+    accepted_answers,
+    model_rewards,
+    needs_mathematics,
+    verifier_for,
+)
 
 
 def check(settings: flags.Rewards, parts: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
@@ -56,10 +65,21 @@ def opened(
     if settings.reward_model:
         yield OnFirstHost(load_reward_model(settings.reward_model, base))
         return
-    verifier = functools.partial(verifier_for, records[0]["_source"], records[:1])
-    make = functools.partial(load_judge, settings.judge) if settings.judge else verifier
+    if settings.judge:  # Whose records need no answers.
+        make = functools.partial(load_judge, settings.judge)
+    else:
+        make = functools.partial(verifier_for, records[0]["_source"], _typical(records))
     with VerifierPool(make, workers=settings.workers, timeout=settings.timeout) as pool:
         yield OnFirstHost(pool)
+
+
+def _typical(records):
+    """The first record, and one whose answer needs mathematics: what the verifier is made from elsewhere."""
+    if records[0]["_source"].startswith("rg:"):
+        return records[:1]
+    needs = lambda record: any(map(needs_mathematics, accepted_answers(record["answer"])))
+    some = filter(needs, records)
+    return [records[0], *itertools.islice(some, 1)]
 
 
 def load_judge(spec: str) -> Callable[[str, Mapping[str, Any]], float]:
@@ -77,17 +97,13 @@ def load_judge(spec: str) -> Callable[[str, Mapping[str, Any]], float]:
         else:
             module = importlib.import_module(place)
         function = getattr(module, name)
-    except (ImportError, FileNotFoundError, AttributeError, ValueError) as error:
+        inspect.signature(function).bind("completion", {})
+    except (Exception, SystemExit) as error:  # Of the user's file, which may raise anything.
         raise ValueError(
-            f"--judge {spec!r}: {error}; expected file.py:function or package.module:function, a function "
-            "of (completion, record) that gives a number."
+            f"--judge {spec!r}: {type(error).__name__}: {error}; expected file.py:function or "
+            "package.module:function, a function of (completion, record) that returns a number."
         ) from None
-
-    def judge(completion, record):
-        value = function(completion, record)
-        return math.nan if value is None else float(value)
-
-    return judge
+    return function
 
 
 def load_reward_model(place: str, policy: flags.Model | flags.Trained) -> RewardFn:

@@ -1,6 +1,11 @@
 """Generation: decoding rules and the KV-cache sampler."""
 
-from jaxft.generation.decoding import SamplingConfig, transform_logits
+from jaxft.generation.decoding import (
+    SamplingConfig,
+    bad_word_ids,
+    process_logits,
+    transform_logits,
+)
 from jaxft.generation.push import (
     Interface,
     Push,
@@ -19,6 +24,7 @@ from jaxft.generation.sampler import (
     generate,
     left_pad,
     prefill,
+    remember,
 )
 from jaxft.generation.search import Found, best_first_search
 from jaxft.generation.server import ServerError, server_sampler
@@ -32,6 +38,7 @@ __all__ = [
     "ServerError",
     "State",
     "append",
+    "bad_word_ids",
     "best_first_search",
     "bucket",
     "decode",
@@ -39,6 +46,8 @@ __all__ = [
     "generate",
     "left_pad",
     "prefill",
+    "process_logits",
+    "remember",
     "server_sampler",
     "sglang_adapters",
     "sglang_weights",

@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-    """How to sample. Rules apply in the order temperature, top-k, top-p, min-p."""
+    """How to sample.
+
+    Rules apply in the order of transformers: repetition_penalty, no_repeat_ngram_size, bad_words and
+    min_new_tokens, which hold for greedy decoding too (`process_logits`); then temperature, top_k, top_p,
+    min_p and typical_p (`transform_logits`).
+    """
 
     max_new_tokens: int = 128
     temperature: float = 1.0  # 0 is greedy
     top_k: int | None = None  # keep the k likeliest tokens (and ties with the k-th)
     top_p: float | None = None  # keep the likeliest tokens up to this mass
     min_p: float | None = None  # keep tokens at least this fraction as likely as the likeliest
+    typical_p: float | None = None  # keep the tokens nearest to the entropy up to this mass
+    repetition_penalty: float = 1.0  # divides positive logits of tokens seen, multiplies others
+    no_repeat_ngram_size: int = 0  # no sequence of so many tokens twice, prompt included; 0: off
+    min_new_tokens: int = 0  # no stop_ids before so many tokens
+    bad_words: tuple[tuple[int, ...], ...] = ()  # sequences of ids never sampled: `bad_word_ids`
     stop_ids: tuple[int, ...] = ()  # tokens that end a completion; they are part of it
     stop_strings: tuple[str, ...] = ()  # text that ends it; looked for between chunks
 
@@ -27,23 +41,142 @@ class SamplingConfig:
             raise ValueError(f"temperature must be at least 0 (greedy), got {self.temperature}.")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k must be at least 1, got {self.top_k}; None turns it off.")
-        for name in ("top_p", "min_p"):
+        for name in ("top_p", "min_p", "typical_p"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"{name} must lie in 0..1, got {value}; None turns it off.")
-        if self.temperature == 0 and any(
-            v is not None for v in (self.top_k, self.top_p, self.min_p)
-        ):
+        if self.typical_p == 0:
+            raise ValueError("typical_p must be positive, got 0; None turns it off.")
+        if self.temperature == 0 and self.cuts:
             raise ValueError(
-                "temperature=0 is greedy and takes the likeliest token; drop top_k, top_p and min_p "
-                "or set a temperature."
+                "temperature=0 is greedy and takes the likeliest token; drop top_k, top_p, min_p and "
+                "typical_p or set a temperature."
             )
+        if not self.repetition_penalty > 0:
+            raise ValueError(
+                f"repetition_penalty must be positive, got {self.repetition_penalty}; 1 turns it off."
+            )
+        if self.no_repeat_ngram_size < 0 or not 0 <= self.min_new_tokens <= self.max_new_tokens:
+            raise ValueError(
+                "no_repeat_ngram_size must be at least 0 and min_new_tokens lie in 0..max_new_tokens "
+                f"({self.max_new_tokens}), got {self.no_repeat_ngram_size} and {self.min_new_tokens}."
+            )
+        for word in self.bad_words:
+            if isinstance(word, str) or not len(word) or any(i != int(i) or i < 0 for i in word):
+                raise ValueError(
+                    f"bad_words must be sequences of token ids, got {word!r}; bad_word_ids makes them."
+                )
+        # Hashable, as what is compiled for.
+        words = tuple(tuple(int(i) for i in word) for word in self.bad_words)
+        object.__setattr__(self, "bad_words", words)
+
+    @property
+    def cuts(self) -> bool:
+        """Whether a rule cuts the distribution by its probabilities."""
+        rules = (self.top_k, self.top_p, self.min_p, self.typical_p)
+        return any(rule is not None for rule in rules)
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether a rule needs the tokens so far."""
+        several = any(len(word) > 1 for word in self.bad_words)
+        return several or self.repetition_penalty != 1 or self.no_repeat_ngram_size > 0
+
+
+def bad_word_ids(tokenizer: Any, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+    """`bad_words` of texts: the ids of each, at the beginning of a text and after a space.
+
+    Raises:
+        ValueError: for a word without tokens.
+    """
+    encode = lambda text: tuple(tokenizer.encode(text, add_special_tokens=False))
+    found = [encode(text) for word in words for text in (word, f" {word.lstrip()}")]
+    if not all(found):
+        raise ValueError(f"bad_words: each needs at least one token, got {list(words)}.")
+    return tuple(dict.fromkeys(found))
+
+
+def process_logits(
+    logits: jax.Array,
+    config: SamplingConfig,
+    history: jax.Array | None,
+    position: jax.Array,
+    short: jax.Array | None = None,
+) -> jax.Array:
+    """Logits [B, V] after the rules that know tokens rather than probabilities: float32, -inf where banned.
+
+    They are transformers' processors of these names, in their order; padding is no token of a row. Where
+    every token is banned nothing is left to sample, as there.
+
+    Args:
+        history: [B, W] int32, the token at each position of a row, prompt included; needed where
+            `config.looks_back`.
+        position: [B], how many tokens a row has.
+        short: [], whether `min_new_tokens` are still to come; None: never.
+    """
+    logits = logits.astype(jnp.float32)
+    size = logits.shape[-1]
+    # In a row of `history`, places from `position` on hold what was never written.
+    before = None if history is None else jnp.arange(history.shape[1])[None] < position[:, None]
+    if config.repetition_penalty != 1:
+        penalty = config.repetition_penalty
+        seen = _marked(history, before, size)
+        logits = jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
+    if config.no_repeat_ngram_size:
+        logits = jnp.where(_repeats(history, position, config, size), -jnp.inf, logits)
+    words = [word for word in config.bad_words if word not in {(i,) for i in config.stop_ids}]
+    if words:
+        logits = jnp.where(_bad(history, position, words, size), -jnp.inf, logits)
+    if short is not None and config.stop_ids:
+        stops = np.isin(np.arange(size), config.stop_ids)[None]
+        logits = jnp.where(short & stops, -jnp.inf, logits)
+    return logits
+
+
+def _marked(ids, mask, size):
+    """[B, V] bool: the ids [B, N] where the mask [B, N] holds; those beyond the vocabulary are dropped."""
+    rows = jnp.arange(ids.shape[0])[:, None]
+    blank = jnp.zeros((ids.shape[0], size), bool)
+    return blank.at[rows, jnp.where(mask & (ids >= 0), ids, size)].set(True, mode="drop")
+
+
+def _last(history, position, count):
+    """[B, count]: the last tokens of each row; of rows that are shorter, anything."""
+    places = position[:, None] + jnp.arange(-count, 0)[None]
+    return jnp.take_along_axis(history, jnp.maximum(places, 0), axis=1)
+
+
+def _repeats(history, position, config, size):
+    """[B, V] bool: tokens that would complete an n-gram which the row has already."""
+    n = config.no_repeat_ngram_size
+    suffix = _last(history, position, n - 1)
+    ends = jnp.arange(history.shape[1])[None]  # of an earlier n-gram, whose beginning is the suffix
+    match = (ends >= n - 1) & (ends < position[:, None])
+    for k in range(n - 1):
+        match &= jnp.roll(history, n - 1 - k, axis=1) == suffix[:, k : k + 1]
+    return _marked(history, match, size)
+
+
+def _bad(history, position, words, size):
+    """[B, V] bool: tokens that would complete a bad word."""
+    if wrong := sorted({i for word in words for i in word if i >= size}):
+        raise ValueError(f"bad_words: ids {wrong} lie outside of the vocabulary of {size}.")
+    single = np.isin(np.arange(size), [word[0] for word in words if len(word) == 1])
+    banned = jnp.broadcast_to(single[None], (position.shape[0], size))
+    longer = sorted((word for word in words if len(word) > 1), key=len)
+    for length, group in itertools.groupby(longer, key=len):
+        table = np.array(list(group), np.int32)  # [words, length]
+        begins = _last(history, position, length - 1)[:, None] == table[None, :, :-1]
+        match = jnp.all(begins, axis=-1) & (position >= length - 1)[:, None]
+        ends = jnp.broadcast_to(table[None, :, -1], match.shape)
+        banned |= _marked(ends, match, size)
+    return banned
 
 
 def transform_logits(logits: jax.Array, config: SamplingConfig) -> jax.Array:
     """Logits [..., V] of the distribution that is sampled from: float32, -inf where cut off.
 
-    The likeliest token always survives. Nothing is sorted unless a rule needs it.
+    At least one token survives, without typical_p the likeliest. Nothing is sorted unless a rule needs it.
     """
     logits = logits.astype(jnp.float32)
     if config.temperature == 0:
@@ -59,15 +192,34 @@ def transform_logits(logits: jax.Array, config: SamplingConfig) -> jax.Array:
     if config.min_p is not None and config.min_p > 0:
         best = jnp.max(logits, axis=-1, keepdims=True)
         logits = jnp.where(logits < best + jnp.log(config.min_p), -jnp.inf, logits)
+    if config.typical_p is not None and config.typical_p < 1:
+        logits = _typical_p(logits, config.typical_p)
     return logits
 
 
 def _top_p(logits, top_p):
-    """Keeps token i, in falling order, iff the mass before it is less than top_p."""
-    order = jnp.argsort(-logits, axis=-1, stable=True)
+    """Keeps the likeliest tokens until their mass is top_p; of equal ones the later, as transformers does."""
+    order = jnp.argsort(logits, axis=-1, stable=True)
     sorted_probs = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1)
-    before = jnp.cumsum(sorted_probs, axis=-1) - sorted_probs
-    # The first always stays, also for top_p = 0.
-    keep = (before < top_p).at[..., 0].set(True)
+    # The likeliest always stays, also for top_p = 0.
+    keep = (jnp.cumsum(sorted_probs, axis=-1) > 1 - top_p).at[..., -1].set(True)
     ranks = jnp.argsort(order, axis=-1)
     return jnp.where(jnp.take_along_axis(keep, ranks, axis=-1), logits, -jnp.inf)
+
+
+def _typical_p(logits, typical_p):
+    """Keeps the tokens whose surprise is nearest to its mean, the entropy, until their mass is typical_p.
+
+    Locally typical sampling: Meister et al., 2023, arxiv.org/abs/2202.00666. Tokens as near as the last one
+    stay too, as in transformers.
+    """
+    log_probs = jax.nn.log_softmax(logits, axis=-1)
+    probs = jnp.exp(log_probs)
+    entropy = -jnp.sum(jnp.where(probs > 0, log_probs * probs, 0.0), axis=-1, keepdims=True)
+    distance = jnp.abs(-log_probs - entropy)
+    order = jnp.argsort(distance, axis=-1, stable=True)
+    mass = jnp.cumsum(jnp.take_along_axis(probs, order, axis=-1), axis=-1)
+    last = jnp.sum(mass < typical_p, axis=-1, keepdims=True)
+    last = jnp.minimum(last, logits.shape[-1] - 1)
+    farthest = jnp.take_along_axis(jnp.take_along_axis(distance, order, axis=-1), last, axis=-1)
+    return jnp.where(distance > farthest, -jnp.inf, logits)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft.generation.decoding import SamplingConfig, transform_logits
+from jaxft.generation.decoding import SamplingConfig, process_logits, transform_logits
 from jaxft.models import Cache, Decoder, unstack_layers, virtual_tokens
 from jaxft.parallel import in_turn, to_host
 
@@ -30,6 +30,8 @@ class State(NamedTuple):
     done: jax.Array  # [B] bool
     keys: jax.Array  # [B] a key for each row
     step: jax.Array  # [] int32, tokens decoded so far
+    # [B, slots] int32, the token at each position; only for rules that look back (`remember`)
+    history: jax.Array | None = None
 
 
 class Part(NamedTuple):
@@ -46,7 +48,8 @@ class Generation(NamedTuple):
 
     tokens: np.ndarray  # [B, N] int32, 0 after the end
     mask: np.ndarray  # [B, N] bool, True on generated tokens, the stop token among them
-    log_probs: np.ndarray  # [B, N] nats, under the full vocabulary at the temperature (1 if greedy)
+    # [B, N] nats, under the model's full vocabulary at the temperature (1 if greedy), before any rule
+    log_probs: np.ndarray
     sampler_log_probs: np.ndarray  # [B, N] nats, under the distribution actually sampled from
     finish: list[str]  # "stop" or "length"
 
@@ -114,6 +117,8 @@ def generate(
     state = prefill(
         model, params, jnp.asarray(tokens), jnp.asarray(valid), keys, slots, cache_dtype, columns
     )
+    if config.looks_back:
+        state = remember(state, jnp.asarray(tokens), jnp.asarray(valid), slots)
     extra = np.arange(len(tokens)) >= rows
     state = state._replace(done=jnp.asarray(extra))
     state, rows = in_turn(fork(in_turn(state), samples)), rows * samples
@@ -198,6 +203,25 @@ def prefill(
     )
 
 
+def remember(state: State, tokens: jax.Array, valid: jax.Array, slots: int) -> State:
+    """The state with the prompts (tokens, valid [B, P]; as for `prefill`) in its history.
+
+    Rules that look back (`SamplingConfig.looks_back`) read it; other states have none, and cost nothing.
+    """
+    blank = jnp.full((tokens.shape[0], slots), -1, jnp.int32)
+    start = jnp.zeros(tokens.shape[0], jnp.int32)
+    return state._replace(history=_written(blank, tokens, valid, start))
+
+
+@jax.jit
+def _written(history, tokens, valid, position):
+    """The history with valid tokens [B, T] at each row's position and behind it."""
+    places = position[:, None] + jnp.cumsum(valid, axis=1) - 1
+    places = jnp.where(valid, places, history.shape[1])
+    rows = jnp.arange(history.shape[0])[:, None]
+    return history.at[rows, places].set(tokens, mode="drop")
+
+
 @functools.partial(jax.jit, static_argnames=("samples",))
 def fork(state: State, samples: int) -> State:
     """The state with `samples` copies of each row side by side, which go on by keys of their own."""
@@ -225,6 +249,9 @@ def append(
     positions = state.position[:, None] + jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
     found = _next(model, params, _inputs(tokens, positions, valid), state.cache)
     some = jnp.any(valid, axis=1)
+    if state.history is not None:
+        history = _written(state.history, tokens, valid, state.position)
+        state = state._replace(history=history)
     return state._replace(
         cache=found.cache,
         logits=jnp.where(some[:, None], found.logits, state.logits),
@@ -236,7 +263,7 @@ def append(
 @functools.partial(
     jax.jit, static_argnames=("model", "config", "steps"), donate_argnames=("state",)
 )
-def _decode(model, params, state, limit, config, steps):
+def _decode(model, params, state, limit, least, config, steps):
     params = _separate(params)
     rows = state.done.shape[0]
     blank = lambda dtype: jnp.zeros((rows, steps), dtype)
@@ -249,7 +276,7 @@ def _decode(model, params, state, limit, config, steps):
 
     def body(carry):
         state, part = carry
-        token, log_prob, sampler_log_prob = _draw(state, config)
+        token, log_prob, sampler_log_prob = _draw(state, config, least)
         alive = ~state.done
         column = Part(token, alive, log_prob, sampler_log_prob)
         keep = lambda new: jnp.where(alive, new, jnp.zeros((), new.dtype))
@@ -261,6 +288,9 @@ def _decode(model, params, state, limit, config, steps):
         ended = jnp.any(token[:, None] == stops[None, :], axis=1)
         inputs = _inputs(token[:, None], state.position[:, None], jnp.ones((rows, 1), bool))
         found = _next(model, params, inputs, state.cache)
+        if state.history is not None:
+            history = _written(state.history, token[:, None], alive[:, None], state.position)
+            state = state._replace(history=history)
         state = state._replace(
             cache=found.cache,
             logits=found.logits,
@@ -276,30 +306,44 @@ def _decode(model, params, state, limit, config, steps):
 def decode(
     model: Decoder, params: Params, state: State, config: SamplingConfig, steps: int = CHUNK
 ) -> tuple[State, Part]:
-    """Up to `steps` more tokens a row; stops early when all rows are done. `state` is donated."""
+    """Up to `steps` more tokens a row; stops early when all rows are done. `state` is donated.
+
+    Raises:
+        ValueError: for rules that look back at a state without a history; see `remember`.
+    """
+    if config.looks_back and state.history is None:
+        raise ValueError(
+            "decode: repetition_penalty, no_repeat_ngram_size and bad_words need the tokens so far; call "
+            "remember(state, tokens, valid, slots) after prefill, with the same arguments."
+        )
     limit = jnp.asarray(config.max_new_tokens, jnp.int32)
+    least = jnp.asarray(config.min_new_tokens, jnp.int32) if config.min_new_tokens else None
     # What the program takes as a value, or the host alone uses, must not make another program.
-    config = dataclasses.replace(config, max_new_tokens=1, stop_strings=())
-    return _decode(model, params, state, limit, config, steps)
+    config = dataclasses.replace(config, max_new_tokens=1, min_new_tokens=0, stop_strings=())
+    return _decode(model, params, state, limit, least, config, steps)
 
 
-def _draw(state: State, config: SamplingConfig):
+def _draw(state: State, config: SamplingConfig, least: jax.Array | None = None):
     """(token, log-prob under the full vocabulary, log-prob as sampled), each [B]."""
     # Not log_softmax: a table of log-probs written at every token, to read one entry a row.
     log_prob_of = lambda table, token: (
         jnp.take_along_axis(table, token[:, None], axis=1)[:, 0] - jax.nn.logsumexp(table, axis=-1)
     )
     scaled = state.logits.astype(jnp.float32) / (config.temperature or 1.0)
+    logits = state.logits
+    if processed := config.looks_back or bool(config.bad_words) or least is not None:
+        short = None if least is None else state.step < least
+        logits = process_logits(logits, config, state.history, state.position, short)
     if config.temperature == 0:
-        token = jnp.argmax(state.logits, axis=-1).astype(jnp.int32)
+        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
         return token, log_prob_of(scaled, token), jnp.zeros(token.shape)
-    cut = transform_logits(state.logits, config)
+    cut = transform_logits(logits, config)
     keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(state.keys, state.step)
     token = jax.vmap(jax.random.categorical)(keys, cut).astype(jnp.int32)
     log_prob = log_prob_of(scaled, token)
-    # Without a rule that cuts, both are one table: each pass over it costs at every token.
-    cuts = any(rule is not None for rule in (config.top_k, config.top_p, config.min_p))
-    return token, log_prob, log_prob_of(cut, token) if cuts else log_prob
+    # Without a rule that changes it, both are one table: each pass over it costs at every token.
+    changed = processed or config.cuts
+    return token, log_prob, log_prob_of(cut, token) if changed else log_prob
 
 
 def _inputs(tokens, positions, valid):

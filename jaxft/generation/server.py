@@ -57,8 +57,8 @@ def server_sampler(
         wait: sleeps.
 
     Raises:
-        ValueError: by the sampler, for settings whose log-probs could not be corrected: top-k, top-p, min-p,
-            greedy decoding, another temperature than 1 unless `scaled`.
+        ValueError: by the sampler, for settings whose log-probs could not be corrected: every rule that
+            changes the distribution, greedy decoding, another temperature than 1 unless `scaled`.
         ServerError: by the sampler, after the last retry, or for an answer that cannot be used.
     """
     address = f"{url.rstrip('/')}/completions"
@@ -104,10 +104,11 @@ def server_sampler(
 
 
 def _check(config, scaled, max_length, prompts):
-    if any(rule is not None for rule in (config.top_k, config.top_p, config.min_p)):
+    if config.cuts or config.looks_back or config.bad_words or config.min_new_tokens:
         raise ValueError(
-            "server_sampler: top_k, top_p and min_p cut the distribution, and a server's log-probs do not "
-            "say by how much; a ratio to them could not be corrected. Drop them."
+            "server_sampler: top_k, top_p, min_p, typical_p, repetition_penalty, no_repeat_ngram_size, "
+            "bad_words and min_new_tokens change the distribution, and a server's log-probs do not say by "
+            "how much; a ratio to them could not be corrected. Drop them."
         )
     if config.temperature == 0 or (config.temperature != 1 and not scaled):
         raise ValueError(

@@ -1,6 +1,13 @@
 """Rewards: verifiers and the processes they run in, programs, reward models, accuracy."""
 
 from jaxft.rewards.accuracy import Accuracy, measure_accuracy
+from jaxft.rewards.answers import (
+    accepted_answers,
+    needs_mathematics,
+    same_answer,
+    stated_answer,
+)
+from jaxft.rewards.checked import RewardError, checked_reward, checked_rewards
 from jaxft.rewards.heads import add_reward_head, sequence_rewards, token_rewards
 from jaxft.rewards.pool import (
     Failures,
@@ -20,8 +27,6 @@ from jaxft.rewards.verifiers import (
     mentions_answer,
     numbers_equal,
     reasoning_gym_verifier,
-    same_answer,
-    stated_answer,
     verifier_for,
 )
 
@@ -34,15 +39,20 @@ __all__ = [
     "OnFirstHost",
     "Outcome",
     "ProcessPool",
+    "RewardError",
     "RewardFn",
     "Verifier",
     "VerifierError",
     "VerifierPool",
+    "accepted_answers",
     "answer_reward",
+    "checked_reward",
+    "checked_rewards",
     "in_process",
     "measure_accuracy",
     "mentions_answer",
     "model_rewards",
+    "needs_mathematics",
     "numbers_equal",
     "reasoning_gym_verifier",
     "run_programs",

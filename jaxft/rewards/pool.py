@@ -5,11 +5,13 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
+import inspect
 import multiprocessing
 import pathlib
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import connection
 from typing import Any, NamedTuple
@@ -17,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxft.parallel import first_decides
+from jaxft.rewards.checked import checked_reward, checked_rewards, shown
 from jaxft.rewards.verifiers import Verifier
 
 STARTUP = 120.0  # seconds that a process may take to import and to make its verifier
@@ -39,9 +42,13 @@ class Failures(NamedTuple):
 
 
 def in_process(verifier: Verifier) -> RewardFn:
-    """Rewards of a verifier that is trusted to return: 1 for right, 0 for wrong, or its own numbers."""
+    """Rewards of a verifier that is trusted to return: 1 for right, 0 for wrong, or its own numbers.
+
+    Raises:
+        RewardError: when called, for a verdict that is no number.
+    """
     return lambda completions, records: [
-        float(verifier(completion, record))
+        checked_reward(verifier(completion, record))
         for completion, record in zip(completions, records, strict=True)
     ]
 
@@ -61,10 +68,14 @@ class OnFirstHost:
         return getattr(self._rewards, "failures", Failures())
 
     def __call__(self, completions, records):
-        """A reward each; NaN where there is no verdict."""
+        """A reward each; NaN where there is no verdict.
+
+        Raises:
+            RewardError: for what is no reward.
+        """
 
         def call():
-            values = np.asarray(self._rewards(completions, records), float)
+            values = checked_rewards(self._rewards(completions, records), len(completions))
             return [None if np.isnan(value) else float(value) for value in values]
 
         values = first_decides(call)
@@ -76,6 +87,7 @@ class Outcome(NamedTuple):
 
     value: Any = None  # or, of an exception, its message
     failure: str | None = None  # a field of Failures
+    place: str = ""  # of an exception, the file and line that raised it
 
 
 class ProcessPool:
@@ -146,7 +158,8 @@ class ProcessPool:
 class VerifierPool:
     """Rewards of a verifier in a `ProcessPool`.
 
-    A verdict that takes too long or raises, or whose process dies, is a failure. A failure's reward is
+    A verdict that takes too long, raises or is no number (`checked_reward`), or whose process dies, is a
+    failure. The first of each kind is shown on standard error, with the completion. A failure's reward is
     `failed`: by default NaN, no verdict, so that the response is in no baseline and gets no advantage; 0
     teaches to avoid what breaks the verifier.
 
@@ -168,6 +181,7 @@ class VerifierPool:
         max_failed: float = 0.5,
     ):
         self.failures = Failures()
+        self._shown: set[str] = set()  # kinds of failures of which the first was shown
         self._failed, self._max_failed = failed, max_failed
         make = functools.partial(_numbers, make_verifier)
         self._pool = ProcessPool(make, workers=workers, timeout=timeout)
@@ -185,11 +199,19 @@ class VerifierPool:
         outcomes = self._pool(list(zip(completions, records, strict=True)))
         failed = collections.Counter(o.failure for o in outcomes if o.failure)
         self.failures = Failures(*(n + failed[k] for k, n in self.failures._asdict().items()))
+        pairs = zip(outcomes, completions, strict=True)
+        said = [(outcome.failure, _said(*pair)) for pair in pairs if (outcome := pair[0]).failure]
+        for kind, text in said:
+            if kind not in self._shown:
+                self._shown.add(kind)
+                print(
+                    f"verdict failed: {text}; more like it are counted", file=sys.stderr, flush=True
+                )
         count = sum(failed.values())
         if count > self._max_failed * len(outcomes):
             raise VerifierError(
-                f"{count} of {len(outcomes)} verdicts failed ({dict(failed)}); try the verifier on one "
-                "completion by hand, or raise max_failed."
+                f"{count} of {len(outcomes)} verdicts failed ({dict(failed)}), the first with: {said[0][1]}; "
+                "try the verifier on one completion by hand, or raise max_failed."
             )
         values = [self._failed if o.failure else o.value for o in outcomes]
         return np.array(values, np.float64)
@@ -197,6 +219,13 @@ class VerifierPool:
     def close(self) -> None:
         """Ends the processes."""
         self._pool.close()
+
+
+def _said(outcome, completion):
+    """What failed, and on which completion, on one line."""
+    what = {"timeouts": "no verdict in time", "deaths": "its process died"}
+    said = what.get(outcome.failure) or f"{outcome.value} {outcome.place}".strip()
+    return " ".join(f"{said}, on the completion {shown(completion)}".split())
 
 
 def _check_importable(make_function):
@@ -227,7 +256,7 @@ def _is_of_main(value):
 def _numbers(make_verifier):
     """The verifier, its verdicts made numbers where what is none can still be counted as an error."""
     verifier = make_verifier()
-    return lambda completion, record: float(verifier(completion, record))
+    return lambda completion, record: checked_reward(verifier(completion, record))
 
 
 class _Worker:
@@ -318,10 +347,13 @@ def _interrupts_blocked():
 
 
 def _serve(pipe, make_function):
+    # What a function prints goes to the output of the script, and a process that is killed flushes nothing.
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(line_buffering=True)
     try:
         function = make_function()
     except Exception as error:
-        pipe.send(repr(error))
+        pipe.send(" ".join(filter(None, (repr(error), _failed(error).place))))
         return
     pipe.send(None)
     while True:
@@ -330,6 +362,20 @@ def _serve(pipe, make_function):
         except EOFError:
             return
         try:
-            pipe.send(Outcome(function(*arguments)))
-        except Exception as error:  # Of the function, or because its value cannot be pickled.
-            pipe.send(Outcome(repr(error), "errors"))
+            outcome = Outcome(function(*arguments))
+        except Exception as error:
+            outcome = _failed(error)
+        sys.stdout.flush()
+        try:
+            pipe.send(outcome)
+        except Exception as error:  # Its value cannot be pickled.
+            pipe.send(_failed(error))
+
+
+def _failed(error):
+    """The outcome of a call that raised, with the place in the user's code."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = (__file__, inspect.getsourcefile(checked_reward))
+    own = [f for f in frames if "site-packages" not in f.filename and f.filename not in ours]
+    place = f"({pathlib.Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
+    return Outcome(repr(error), "errors", place)

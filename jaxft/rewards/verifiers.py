@@ -2,29 +2,44 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jaxft.data import as_messages, reasoning_gym_task
+from jaxft.data import DataError, as_messages, reasoning_gym_task
+from jaxft.rewards import mathematics
+from jaxft.rewards.answers import accepted_answers, needs_mathematics, same_answer
+from jaxft.rewards.notation import plain
+from jaxft.rewards.quantities import read_number
 
 Verifier = Callable[[str, Mapping[str, Any]], bool]  # (completion, record) -> right?
 
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
-
 
 def verifier_for(source: str, records: list[Mapping[str, Any]]) -> Verifier | None:
-    """The verifier of records of a source, or None if their answers cannot be checked.
+    """The verifier of records of a source, or None if they have no answers to check.
 
-    reasoning-gym tasks have their own; records with an `answer`, or a `metadata` that has one, are
-    compared by `same_answer`.
+    reasoning-gym tasks have their own; records with an `answer` are compared by `same_answer`. Where an
+    answer needs mathematics, the process that compares it is started now, so that its start is in no
+    verdict's time.
+
+    Raises:
+        DataError: if an answer is missing in some records, null, empty, or no text or number, with its place.
+        ModuleNotFoundError: for answers in mathematics without math-verify.
     """
     if source.startswith("rg:"):
         return reasoning_gym_verifier(source)
-    if all("answer" in record for record in records):
-        return lambda completion, record: same_answer(completion, str(record["answer"]))
-    return None
+    if not any("answer" in record for record in records):
+        return None
+    wanted = []
+    for number, record in enumerate(records):
+        try:
+            wanted += accepted_answers(record.get("answer"))
+        except DataError as error:
+            where = record.get("_where", record.get("id", f"{source}, record {number}"))
+            raise DataError(f"{where}: {error}") from None
+    if any(map(needs_mathematics, wanted)):
+        mathematics.start(wait=True)
+    return lambda completion, record: same_answer(completion, record["answer"])
 
 
 def reasoning_gym_verifier(source: str) -> Verifier:
@@ -42,20 +57,6 @@ def reasoning_gym_verifier(source: str) -> Verifier:
     return verify
 
 
-def same_answer(completion: str, answer: str) -> bool:
-    """Equal text, ignoring case, outer space and a final stop; or, for numbers, the last number.
-
-    GSM8K's "reasoning #### 42" counts as 42 on both sides.
-    """
-    completion, answer = (text.split("####")[-1].strip() for text in (completion, answer))
-    if completion.casefold().rstrip(".") == answer.casefold().rstrip("."):
-        return True
-    wanted = _NUMBER.fullmatch(answer)
-    found = _NUMBER.findall(completion)
-    number = lambda text: float(text.replace(",", ""))
-    return bool(wanted and found) and number(found[-1]) == number(answer)
-
-
 def answer_reward(
     extract: Callable[[str], str | None],
     equal: Callable[[str, str], bool],
@@ -68,31 +69,23 @@ def answer_reward(
 
     Args:
         extract: the answer in a completion, or None: `stated_answer`, or `run_python` for programs.
-        equal: (answer found, record["answer"]) -> the same?
+        equal: (answer found, one that the record accepts) -> the same?
 
     Raises:
-        ValueError: for `partial` outside [0, 1]; when called, for a record whose answer is empty.
+        ValueError: for `partial` outside [0, 1].
+        DataError: when called, for a record whose answer is null or empty; see `accepted_answers`.
     """
     if not 0 <= partial <= 1:
         raise ValueError(f"answer_reward: partial must lie in [0, 1], got {partial}.")
 
     def reward(completion, record):
-        answer = str(record["answer"]).strip()
-        if not answer:
-            raise ValueError(f"answer_reward: the answer of {dict(record)} is empty.")
+        wanted = accepted_answers(record["answer"])
         found = extract(completion)
         if found is None:
             return 0.0
-        return 1.0 if equal(found, answer) else partial
+        return 1.0 if any(equal(found, answer.strip()) for answer in wanted) else partial
 
     return reward
-
-
-def stated_answer(text: str) -> str | None:
-    """What follows the last "the answer is" or "####" on its line, without a final stop; None without one."""
-    _, *stated = re.split("the answer is|####", text, flags=re.IGNORECASE)
-    line = stated[-1].strip(": ").partition("\n")[0] if stated else ""
-    return line.strip().rstrip(".") or None
 
 
 def numbers_equal(found: str, answer: str, tolerance: float = 1e-6) -> bool:
@@ -100,27 +93,23 @@ def numbers_equal(found: str, answer: str, tolerance: float = 1e-6) -> bool:
 
     "1,000" is 1000, "$5" is 5, "1/3" is 0.333 with a tolerance of 1e-3.
     """
-    values = [_value(text) for text in (found, answer)]
+    values = [read_number(plain(text)) for text in (found, answer)]
     if None in values:
         return found.strip().casefold() == answer.strip().casefold()
-    return abs(values[0] - values[1]) <= tolerance
-
-
-def _value(text):
-    numerator, slash, denominator = text.replace(",", "").strip().strip("$").partition("/")
-    try:
-        value = float(numerator) / float(denominator) if slash else float(numerator)
-    except (ValueError, ZeroDivisionError):
-        return None
-    return value if math.isfinite(value) else None
+    return abs(values[0].value - values[1].value) <= tolerance
 
 
 def mentions_answer(completion: str, record: Mapping[str, Any]) -> bool:
-    """Whether the answer occurs in the completion as a whole word: right, whatever the format."""
+    """Whether an accepted answer occurs in the completion as a whole word: right, whatever the format."""
     last = (as_messages(record) or [{"role": "assistant", "content": record.get("completion")}])[-1]
     answer = last["content"] if last["role"] == "assistant" else None
+    # Of a list of accepted answers the rendered completion has the list's text.
+    answer = record["answer"] if isinstance(record.get("answer"), (list, tuple)) else answer
     answer = record.get("answer") if answer is None else answer
     if answer is None:  # Nobody but a judge knows.
         return False
-    pattern = rf"(?<!\w){re.escape(str(answer).strip().casefold())}(?!\w)"
-    return re.search(pattern, completion.casefold()) is not None
+    words = lambda one: re.escape(str(one).strip().casefold())
+    return any(
+        re.search(rf"(?<!\w){words(one)}(?!\w)", completion.casefold())
+        for one in (answer if isinstance(answer, (list, tuple)) else [answer])
+    )

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxft.generation import SamplingConfig, decode, fork, left_pad, prefill
+from jaxft.generation import SamplingConfig, decode, fork, left_pad, prefill, remember
 from jaxft.models import Decoder
 from jaxft.parallel import in_turn, mesh_context
+from jaxft.rewards import RewardError
 from jaxft.rl.advantages import has_contrast
 from jaxft.rl.algorithms import Credit
 from jaxft.rl.collection import Collector, in_parts
@@ -53,6 +54,7 @@ def collect_on_device(
 
     Raises:
         ValueError: for greedy sampling.
+        RewardError: when called, for rewards of another shape.
     """
     check_policy(config)
     tokens, valid = map(jnp.asarray, _left_pad(prompts.ids, model.config))
@@ -65,6 +67,11 @@ def collect_on_device(
         )
         size = batch["completion_mask"].shape[1]
         value = reward(batch["tokens"][:, -size:], batch["completion_mask"], numbers)
+        if jnp.shape(value) != numbers.shape:
+            raise RewardError(
+                f"collect_on_device: the reward function returned {type(value).__name__} of shape "
+                f"{jnp.shape(value)}; expected {numbers.shape}, a reward for each response."
+            )
         flat = ~jnp.repeat(has_contrast(value, group_size), group_size)
         truncated = batch.pop("truncated")
         batch["stats"] = {"reward": value, "truncated": truncated, "no_contrast": flat * 1.0}
@@ -167,6 +174,8 @@ def _sample(model, params, tokens, valid, key, chosen, config, samples, columns=
     keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(len(chosen)))
     slots = tokens.shape[1] + size
     state = prefill(model, params, tokens[chosen], valid[chosen], keys, slots, columns=columns)
+    if config.looks_back:
+        state = remember(state, tokens[chosen], valid[chosen], slots)
     state, part = decode(model, params, fork(state, samples), config, steps=size)
     numbers = jnp.repeat(chosen, samples)
     batch = side_by_side(jnp, tokens[numbers], valid[numbers], *part)

@@ -11,6 +11,7 @@ import numpy as np
 from jaxft.checkpoints import check_tokenizer
 from jaxft.generation import SamplingConfig, bucket, generate, left_pad
 from jaxft.models import Decoder
+from jaxft.rewards.checked import checked_rewards
 from jaxft.rewards.pool import RewardFn
 from jaxft.rl.prompts import MIN_BUCKET, Asked
 
@@ -40,8 +41,8 @@ def answers(
         sampler: a function with the signature of `generate`.
 
     Raises:
-        ValueError: for greedy sampling, or a tokenizer with ids that the model has not; when called, for
-            rewards of a wrong length.
+        ValueError: for greedy sampling, or a tokenizer with ids that the model has not.
+        RewardError: when called, for what is no list of rewards; see `jaxft.rewards.checked_rewards`.
     """
     check_policy(config)
     check_tokenizer(tokenizer, model.config)
@@ -75,8 +76,8 @@ def sample_groups(
     """(batch, completions): `group_size` responses to each prompt, side by side, from one prefill.
 
     The batch is that of jaxft.objectives.policy, as numpy arrays: `sampler_log_probs` under the
-    full vocabulary at the temperature; `behaviour_log_probs` under what was sampled from (with top-k,
-    top-p or min-p, log π - log of the mass kept); `truncated` [B], True where a response reached the
+    full vocabulary at the temperature; `behaviour_log_probs` under what was sampled from (with rules
+    that cut, log π - log of the mass kept); `truncated` [B], True where a response reached the
     limit. Its columns are buckets, of the longest prompt and the longest response.
 
     Args:
@@ -190,7 +191,8 @@ def checked(batch: Any) -> Batch:
     """What a sampler gave, with arrays in place of lists, a bool mask, and rewards NaN without a verdict.
 
     Raises:
-        ValueError: for entries that are missing; see `checked_rewards`.
+        ValueError: for entries that are missing.
+        RewardError: for what is no list of rewards.
     """
     needed = {"tokens", "completion_mask", "sampler_log_probs", "rewards", "truncated"}
     if not isinstance(batch, Mapping) or (missing := sorted(needed - batch.keys())):
@@ -207,23 +209,6 @@ def checked(batch: Any) -> Batch:
 def with_bool_masks(batch: Batch) -> Batch:
     """The batch with completion_mask and truncated as bool, whatever numbers they were."""
     return batch | {name: batch[name].astype(bool) for name in ("completion_mask", "truncated")}
-
-
-def checked_rewards(rewards: Any, count: int) -> np.ndarray:
-    """An array [count], NaN where there is no verdict.
-
-    Raises:
-        ValueError: for rewards of a wrong length, or infinite ones.
-    """
-    rewards = np.asarray([np.nan if r is None else r for r in rewards], np.float32)
-    if rewards.shape != (count,):
-        raise ValueError(
-            f"collect: the reward function gave {rewards.shape} rewards for {count} completions; it must "
-            "give one each, in their order."
-        )
-    if np.isinf(rewards).any():
-        raise ValueError("collect: the reward function gave an infinite reward; NaN is no verdict.")
-    return rewards
 
 
 def check_policy(config: SamplingConfig) -> None:

@@ -15,6 +15,7 @@ import jax
 
 from jaxft.output import OutputError
 from jaxft.parallel import HostLostError, absent, several_hosts
+from jaxft.rewards import RewardError, VerifierError
 from jaxft.train.signals import catch_interrupts
 
 BAD_INPUT, MISSING_DEPENDENCY, DIVERGED, HOST_LOST, PREEMPTED, INTERRUPTED = 2, 3, 4, 5, 75, 130
@@ -70,8 +71,9 @@ def run_main(main: Callable[[Any], Any], config: Any) -> Any:
     """main(config), with the errors that users cause as one line and an exit code.
 
     2: bad argument, data or file, before training, or at any time a place that cannot be written (a full
-    disk); 3: optional package missing; 4: diverged; 5: another host ended; 75: preempted, start again to
-    resume; 130: interrupted, saved where the run saves checkpoints. Everything else, and everything with
+    disk), and a reward function or judge that fails; 3: optional package missing; 4: diverged; 5: another
+    host ended; 75: preempted, start again to resume; 130: interrupted, saved where the run saves checkpoints.
+    Everything else, and everything with
     `config.debug` or JAXFT_DEBUG=1, has its traceback and code 1.
 
     An error of any kind after Ctrl-C counts as Ctrl-C, which libraries may turn into one. Ctrl-C ends the
@@ -115,7 +117,7 @@ def _explain(error: Exception):
         _exit(f"error: {error}", MISSING_DEPENDENCY)
     except DivergedError as error:
         _exit(f"error: {error}", DIVERGED)
-    except OutputError as error:
+    except (OutputError, RewardError, VerifierError) as error:
         _exit(f"error: {error}", BAD_INPUT)
     except (ValueError, OSError) as error:
         if any(note.startswith(IN_TRAINING) for note in getattr(error, "__notes__", ())):

@@ -82,6 +82,15 @@ def truncated(path):
     return ["--model", model]
 
 
+def null_answer(path):
+    rows = [
+        {"question": "1+1?", "answer": ["2", "two"]},
+        {"question": "1+2?", "answer": ["3", None]},
+    ]
+    (path / "answers.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return ["--data", path / "answers.jsonl"]
+
+
 def without_answers(path):
     return [*chat(path), "--eval-data", path / "chat.jsonl"]
 
@@ -301,7 +310,7 @@ BAD = [
         "reinforce",
         "judge",
         lambda p: ["--judge", p / "none.py:f"],
-        "none.py:f': [Errno 2] No such file",
+        "none.py:f': FileNotFoundError: [Errno 2] No such file",
     ),
     (
         "reinforce",
@@ -355,6 +364,13 @@ BAD = [
     ("generate", "long", ["--max-new-tokens", "600"], "exceed the model's 512; shorten one"),
     ("sample_pairs", "no answers", chat, "its answers cannot be verified"),
     ("sample_pairs", "judge", ["--judge", "os:nothing"], "has no attribute 'nothing'"),
+    (
+        "sample_pairs",
+        "null answer",
+        null_answer,
+        "line 2: the answer ['3', None] cannot be compared",
+    ),
+    ("generate", "penalty", ["--repetition-penalty", "0"], "repetition_penalty must be positive"),
     ("sample_pairs", "samples", ["--samples", "1"], "--samples must be at least 2"),
     ("merge", "adapter", [], "no adapter_config.json"),
     # Flags that an adapter does not read, or refuses.

@@ -160,8 +160,12 @@ def test_answers_that_cannot_be_used_are_errors(reply, message):
 
 
 def test_what_could_not_be_corrected_is_refused():
-    for rule in (dict(top_k=2), dict(top_p=0.9), dict(min_p=0.1)):
-        with pytest.raises(ValueError, match="top_k, top_p and min_p cut"):
+    cuts = dict(top_k=2), dict(top_p=0.9), dict(min_p=0.1), dict(typical_p=0.5)
+    others = dict(repetition_penalty=2), dict(bad_words=((1,),)), dict(min_new_tokens=1)
+    for rule in (*cuts, *others, dict(no_repeat_ngram_size=2)):
+        with pytest.raises(
+            ValueError, match="bad_words and min_new_tokens change the distribution"
+        ):
             ask("http://nowhere", SamplingConfig(3, **rule))
     for temperature in (0.0, 0.7):
         with pytest.raises(ValueError, match="log-probs are at 1 unless"):

@@ -2,33 +2,16 @@ import jax
 import pytest
 
 from jaxft.checkpoints import load_model, load_tokenizer
-from jaxft.data import Renderer, load
+from jaxft.data import DataError, Renderer, load
 from jaxft.metrics import wilson_interval
 from jaxft.rewards import (
     measure_accuracy,
     mentions_answer,
     reasoning_gym_verifier,
-    same_answer,
     verifier_for,
 )
 
 TASK = "rg:chain_sum?size=6&seed=3&max_terms=2"
-
-
-@pytest.mark.parametrize(
-    "completion, answer, right",
-    [
-        ("Paris.", "paris", True),
-        ("The answer is 1,234.", "1234", True),
-        ("4 and 5", "4", False),
-        ("reasoning 7 #### 42", "#### 42", True),
-        ("-3", "3", False),
-        ("", "3", False),
-        ("London", "Paris", False),
-    ],
-)
-def test_same_answer(completion, answer, right):
-    assert same_answer(completion, answer) is right
 
 
 def test_reasoning_gym_answers_verify_and_others_do_not():
@@ -46,6 +29,8 @@ def test_verifier_for_needs_answers():
     assert verifier_for("chats.jsonl", [{"messages": []}]) is None
     verify = verifier_for("qa.jsonl", [{"answer": 4}])
     assert verify("it is 4", {"answer": 4})
+    with pytest.raises(DataError, match="record 1: the answer None"):
+        verifier_for("qa.jsonl", [{"answer": 4}, {"messages": []}])
 
 
 def test_mentions_are_whole_words():

@@ -179,7 +179,7 @@ def test_columns_stand_at_every_response_of_their_prompt_and_reach_the_sampler()
 
 def test_rewards_are_checked_and_missing_ones_defined():
     _, params = model_and_params()
-    with pytest.raises(ValueError, match=r"gave \(3,\) rewards for 8 completions"):
+    with pytest.raises(ValueError, match="returned 3 rewards for 8 completions"):
         taken(collector(lambda completions, records: [1.0, 2.0, 3.0]), params)
     with pytest.raises(ValueError, match="infinite reward"):
         taken(collector(lambda completions, records: [np.inf] * 8), params)

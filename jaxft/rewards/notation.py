@@ -1,0 +1,105 @@
+"""Plain text from Unicode, Markdown and LaTeX notation, for the comparison of answers."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+_MONEY = "\ue000"  # stands for a dollar sign of money while those of LaTeX are removed
+_CHARACTERS = str.maketrans(
+    dict.fromkeys("−‒–—﹣‐‑", "-")
+    | dict.fromkeys("\u00a0\u2009\u202f\u2007\u3000", " ")
+    | dict.fromkeys("\u200b\u200c\u200d\ufeff\u2061\u2062", "")
+    | dict(zip("×∙⋅·✕⁄÷’‘“”，", ["*"] * 5 + ["/"] * 2 + ["'"] * 2 + ['"'] * 2 + [","], strict=True))
+    | {chr(code): chr(code - 0xFEE0) for code in range(0xFF10, 0xFF5B)}
+)
+_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
+_WORDS = r"\\(?:text|textbf|textit|textrm|texttt|mathrm|mathbf|mathit|mathsf|mbox|operatorname)\s*"
+_JOINS = re.compile(r"(?i)[\s$,\\]*(?:\\text\s*\{\s*)?(?:and|or|,)?[\s}$,\\]*")
+_NUMBER = r"\s*([-+]?\d+(?:\.\d+)?)\s*"
+
+# (pattern, replacement), in this order.
+_LATEX = tuple(
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"\\\$", _MONEY),
+        (r"\$\$|\\[\[\]()]", " "),
+        (r"\$([^$]*)\$", r" \1 "),
+        (r"\$", _MONEY),
+        (r"\{,\}|(?<=\d)\\[,!](?=\d{3})", ","),
+        (r"\\(?:left|right|displaystyle|textstyle|big|Big|bigg|Bigg)(?![A-Za-z])|(?<!\\)\\!", ""),
+        (r"(?<!\\)\\[,;: ]|~|\\q?quad(?![A-Za-z])", " "),
+        (_WORDS + r"\{([^{}]*)\}", r" \1 "),
+        (r"\^\s*\{?\s*\\circ\s*\}?|\\degree(?![A-Za-z])|°", " degrees "),
+        (r"(?<!\\)\\([%#&_])", r"\1"),
+        (r"\\[dtc]frac", r"\\frac"),
+        (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
+        # Not before a variable: 1/2 x could be 1/(2x).
+        (
+            r"\\frac\s*\{"
+            + _NUMBER
+            + r"\}\s*\{\s*(\d+)\s*\}(?!\s*(?:\\[a-z]|[A-Za-z](?![A-Za-z])|[(^]))",
+            r" \1/\2 ",
+        ),
+        (r"\\(?:cdot|times)(?![A-Za-z])", "*"),
+        (r"\\div(?![A-Za-z])", "/"),
+        (r"\\[lr]brace(?![A-Za-z])|\\(?=[{}])", ""),
+        (r"(?<=[\d)])\*\*(?=[\d(-])", "^"),  # Python's power, before Markdown's bold face
+        (r"\*\*|__|`", ""),
+        (r"-\s+(?=\d+/\d)", "-"),  # what a replaced \frac left behind its sign
+    )
+)
+
+
+def plain(text: str) -> str:
+    """The text in one notation and on one line: `$-\\frac{1}{2}$` and `−½` are both -1/2.
+
+    Numbers, simple fractions, percent, money, degrees and words become plain; other LaTeX stays as it is.
+    """
+    text = "".join(
+        " " + unicodedata.normalize("NFKC", c)
+        if unicodedata.decomposition(c)[:10] == "<fraction>"
+        else c
+        for c in text
+    ).translate(_CHARACTERS)
+    text = re.sub(r"[⁰¹²³⁴-⁹⁻⁺]+", lambda m: f"^{{{m[0].translate(_SUPERSCRIPTS)}}}", text)
+    text = re.sub(r"(\d*)\.(\d*)\\(?:overline|bar)\s*\{?(\d+)\}?", _repeating, text)
+    for pattern, replacement in _LATEX:
+        text = pattern.sub(replacement, text)
+    text = text.replace(_MONEY, "$").replace("- 1/", "-1/")
+    return " ".join(text.split())
+
+
+def _repeating(match):
+    """0.1\\overline{6} as a fraction."""
+    whole, first, repeated = match[1] or "0", match[2], match[3]
+    scale = 10 ** len(first)
+    denominator = scale * (10 ** len(repeated) - 1)
+    numerator = int(whole + first + repeated) - int(whole + first)
+    return f"{numerator}/{denominator}"
+
+
+def boxed(text: str) -> tuple[int, str] | None:
+    """(where it begins, content) of the last \\boxed{...} or \\fbox{...}; None without one.
+
+    Boxes with nothing but "and", "or" or a comma between them are one answer, with commas in between.
+    """
+    open_braces, found = (
+        [],
+        [],
+    )  # where each open box begins, None for another brace; (begin, end, content)
+    for match in re.finditer(r"\\(?:boxed|fbox)\s*(?:(\{)|(\w))|\\.|[{}]", text):
+        if match[2]:  # \boxed 5
+            found.append((match.start(), match.end(), match[2]))
+        elif match[1] or match[0] == "{":
+            open_braces.append((match.start(), match.end()) if match[1] else None)
+        elif match[0] == "}" and open_braces and (box := open_braces.pop()):
+            found.append((box[0], match.end(), text[box[1] : match.start()]))
+    if not found:
+        return None
+    begin, _, content = found.pop()
+    while found and _JOINS.fullmatch(text[found[-1][1] : begin]):
+        begin, _, earlier = found.pop()
+        if earlier.strip() != content.strip():
+            content = f"{earlier}, {content}"
+    return begin, content

@@ -28,10 +28,10 @@ class Config:
 
     adapter: str  # directory in PEFT's format or jaxft's own, or a LoRA as a .gguf file
     output_dir: str
-    # write model.gguf, for llama.cpp, with matrices of this type; or adapter.gguf: the LoRA alone, not merged
-    gguf: Literal["f32", "f16", "bf16", "q8_0", "lora"] | None = None
     base: flags.Adapted = flags.Adapted()
     hub: flags.Hub = flags.Hub()
+    # write model.gguf, for llama.cpp, with matrices of this type; or adapter.gguf: the LoRA alone, not merged
+    gguf: Literal["f32", "f16", "bf16", "q8_0", "lora"] | None = None
     debug: bool = False  # full tracebacks
 
 

@@ -7,6 +7,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from experiments import merge as merge_script
+from experiments.cli import flags
 from jaxft import adapters, checkpoints
 from jaxft.adapters import (
     ALL_LINEAR,
@@ -139,7 +140,7 @@ def test_merge_script(kind, tiny, tmp_path, capsys):
     save_adapter(tmp_path / "adapter", model.config, params)
     out = str(tmp_path / "merged")
     merge_script.main(
-        merge_script.Config(str(tmp_path / "adapter"), out, model="tiny", quantise=kind)
+        merge_script.Config(str(tmp_path / "adapter"), out, flags.Adapted("tiny", quantise=kind))
     )
     shown = capsys.readouterr().out
     assert "largest logit difference" in shown and ("of a kernel" in shown) == (kind is not None)

@@ -212,7 +212,7 @@ def test_any_of_several_accepted_answers_counts():
     "answer", [None, "", "  ", [], [None], ["4", ""], {"a": 1}, float("nan"), [[1]]]
 )
 def test_an_answer_that_cannot_be_compared_is_an_error_of_its_record(answer):
-    records = [{"answer": "1"}, {"answer": answer, "where": "qa.jsonl, line 2"}]
+    records = [{"answer": "1"}, {"answer": answer, "_where": "qa.jsonl, line 2"}]
     with pytest.raises(DataError, match="^qa.jsonl, line 2: the answer"):
         verifier_for("qa.jsonl", records)
     with pytest.raises(DataError, match="the answer"):

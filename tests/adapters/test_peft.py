@@ -150,7 +150,7 @@ def test_what_peft_cannot_hold_is_not_lost_in_silence(pair, tmp_path):
         save({"layers/1/.*/up/kernel": dora(2), ALL_LINEAR: lora(2)})
     if model.config.tie_embeddings:
         with pytest.raises(AdapterError, match="embedding trains, which is tied"):
-            save({"embed/.*": full(), ALL_LINEAR: lora(2)})
+            save({"embed/.*": full(), IA3_OUTPUTS: ia3()})
     message = "random matrices of its own|query, key and value in one matrix"
     with pytest.raises(AdapterError, match=message):
         save({ALL_LINEAR: vera(4)})

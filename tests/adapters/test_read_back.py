@@ -139,9 +139,8 @@ def test_merge_script(kind, tiny, tmp_path, capsys):
     params = trained(under, lora(2))
     save_adapter(tmp_path / "adapter", model.config, params)
     out = str(tmp_path / "merged")
-    merge_script.main(
-        merge_script.Config(str(tmp_path / "adapter"), out, flags.Adapted("tiny", quantise=kind))
-    )
+    settings = flags.Adapted(model="tiny", quantise=kind)
+    merge_script.main(merge_script.Config(str(tmp_path / "adapter"), out, base=settings))
     shown = capsys.readouterr().out
     assert "largest logit difference" in shown and ("of a kernel" in shown) == (kind is not None)
     loaded = load_model(out)[1]
@@ -149,3 +148,11 @@ def test_merge_script(kind, tiny, tmp_path, capsys):
     assert not any(is_weight(n) for n in jax.tree.leaves(loaded, is_leaf=is_weight))
     assert checkpoints.load_tokenizer(out).vocab_size == model.config.vocab_size
     assert load_adapter(tmp_path / "adapter", model.config, base)
+    if kind is None:
+        lora_too = merge_script.Config(
+            str(tmp_path / "adapter"), out + "2", as_lora=1, base=settings
+        )
+        merge_script.main(lora_too)
+        assert "lacks" in capsys.readouterr().out
+        written = load_adapter(out + "2", model.config, base)["layers"]["0"]["mlp"]["up"]["kernel"]
+        assert written.rank == 1

@@ -49,7 +49,9 @@ def base(tmp_path):
 def test_merge_script_writes_gguf_files(tmp_path, base, capsys):
     directory, adapter, merged = base
     run = lambda kind, adapter=adapter: script.main(
-        script.Config(str(adapter), str(tmp_path / "out"), flags.Adapted(str(directory)), gguf=kind)
+        script.Config(
+            str(adapter), str(tmp_path / "out"), base=flags.Adapted(str(directory)), gguf=kind
+        )
     )
     run("lora")
     run("f32", tmp_path / "out/adapter.gguf")
@@ -66,6 +68,6 @@ def test_merge_script_writes_gguf_files(tmp_path, base, capsys):
 
 
 def test_merge_script_refuses_before_work(tmp_path):
-    config = script.Config("no such adapter", str(tmp_path), flags.Adapted("tiny"), gguf="f16")
+    config = script.Config("no such adapter", str(tmp_path), base=flags.Adapted("tiny"), gguf="f16")
     with pytest.raises(CheckpointError, match="the tokenizer has no merges"):
         script.main(config)

@@ -137,8 +137,8 @@ def test_weights_by_tokens_give_exact_shares_of_the_tokens():
     sources = [part(1, 2)] * 5, [part(2, 6), part(2, 10)]
     weights = token_weights(sources, [0.75, 0.25])
     got = batches(*sources, batch_size=1, max_length=16, weights=weights, packing=False)
-    tokens = np.concatenate([next(got)["tokens"].ravel() for _ in range(13 * 3)])
-    assert np.bincount(tokens)[1:].tolist() == [72, 24]
+    tokens = np.concatenate([next(got)["tokens"].ravel() for _ in range(13 * 4)])
+    assert np.bincount(tokens)[1:].tolist() == [96, 32]
     for shares in ([1.0], [1.0, 0.0]):
         with pytest.raises(DataError, match="expected a positive number for each of 2 sources"):
             token_weights(sources, shares)

@@ -540,7 +540,7 @@ def defaults(script, path):
         return ["--smoke", "--output", path / "pairs.jsonl"]
     if script == "merge":
         return ["--model", "tiny", "--adapter", path, "--output-dir", path / "out"]
-    return ["--model", "tiny", *(chat(path) if script == "evaluate" else ["--prompt", "1"])]
+    return ["--model", "tiny", *(chat(path) if script == "evaluate" else ["--prompt", "a"])]
 
 
 def given(config, arguments):

@@ -23,11 +23,12 @@ class Config:
 
     data: tyro.conf.Positional[str]  # a file, folder, hub id, rg:TASK or tfds:NAME
     tokenizer: str  # a model directory, .gguf file, name or hub id
-    max_length: int = 1024
+    max_length: int = 1024  # tokens of a record
     template: str | None = None  # a name, a path or Jinja text
     mask: MaskMode = "completion"  # what trains
-    too_long: TooLong = "drop"
+    too_long: TooLong = "drop"  # what becomes of records longer than --max-length
     limit: int | None = None  # read only the first records
+    # columns with other names
     fields: Annotated[dict[str, str], tyro.conf.arg(metavar="OURS THEIRS ...")] = dataclasses.field(
         default_factory=dict
     )

@@ -11,7 +11,7 @@ MODULES = [".".join(("experiments", *f.relative_to(HERE).with_suffix("").parts))
 
 
 @pytest.mark.filterwarnings("ignore:get_parser")
-@pytest.mark.parametrize("name", [*MODULES, "jaxft.compile"])
+@pytest.mark.parametrize("name", [*MODULES, "jaxft.compile", "jaxft.data.__main__"])
 def test_every_flag_has_a_help_text(name):
     """tyro reads comments behind a field and above it, but none inside the parentheses of a default."""
     parser = tyro.extras.get_parser(importlib.import_module(name).Config)

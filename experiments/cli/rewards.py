@@ -42,9 +42,6 @@ def check(settings: flags.Rewards, parts: Mapping[str, Sequence[Mapping[str, Any
     """
     if settings.judge and settings.reward_model:
         raise ValueError("--judge and --reward-model both reward answers; give one of them.")
-    for name in ("workers", "timeout"):
-        if settings.reward_model and getattr(settings, name) != getattr(flags.Rewards, name):
-            raise ValueError(f"--{name} has no effect with --reward-model, which needs no processes.")
     if settings.judge:
         load_judge(settings.judge)
     if settings.judge or settings.reward_model:

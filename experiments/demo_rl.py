@@ -46,8 +46,7 @@ class Config:
 
     seeds: int = 4  # runs of each arm, each with a seed of its own
     first_seed: int = 0  # the first of the seeds; the others follow it
-    # probability of a right answer, on training questions, where the start ends
-    until: float = 0.45
+    until: float = 0.45  # probability of a right training answer where the start ends
     steps: int = 300  # optimizer steps of each arm
     prompts_per_step: int = 32  # questions of a rollout
     group_size: int = 8  # answers to each question
@@ -67,7 +66,7 @@ def main(config: Config) -> int:
             config, seeds=1, until=0.002, steps=2, prompts_per_step=2, group_size=4, evaluate_every=1,
             width=32, size=400,
         )  # fmt: skip
-    output = train.writable_directory(config.output_dir)
+    output = train.writable_directory(limits.check(config).output_dir)
     seeds = range(config.first_seed, config.first_seed + config.seeds)
     runs = [run_seed(config, seed) for seed in seeds]
     _figure(runs, output)
@@ -91,9 +90,8 @@ def run_seed(config: Config, seed: int) -> dict[str, Any]:
     for arm in ARMS:
         params, history = train_arm(config, model, start, known, seed, arm, measure)
         after = measure(params) | {"verified": verified(model, params, new, records)}
-        curve = [(0, before["pass@1"])] + [
-            (r["step"], r["pass@1"]) for r in history if "pass@1" in r
-        ]
+        curve = [(0, before["pass@1"])]
+        curve += [(r["step"], r["pass@1"]) for r in history if "pass@1" in r]
         rewards = [row["reward"] for row in history]
         arms[arm] = {"before": before, "after": after, "curve": curve, "rewards": rewards}
         print(
@@ -199,5 +197,4 @@ def _figure(runs: list[dict], output: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-    config = tyro.cli(Config, description=__doc__)
-    train.run_main(lambda config: sys.exit(main(limits.check(config))), config)
+    train.run_main(lambda config: sys.exit(main(config)), tyro.cli(Config, description=__doc__))

@@ -11,24 +11,17 @@ import experiments.cli.interrupts  # noqa: F401  isort: skip  (before what takes
 import dataclasses
 import json
 import math
-import pathlib
 from typing import Any, Literal
 
 import tyro
 
 from experiments.cli import flags, limits
 from experiments.cli.held_out import shown, tell_of
-from experiments.cli.models import (
-    check_positions,
-    load_trained,
-    renderer_of,
-    verified,
-    writable_file,
-)
+from experiments.cli.models import check_positions, load_trained, renderer_of, writable_file
 from jaxft import data, train
 from jaxft.objectives import supervised
 from jaxft.output import writing
-from jaxft.rewards import verifier_for
+from jaxft.rewards import measure_accuracy, verifier_for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,40 +43,34 @@ class Config:
 
 def main(config: Config) -> dict[str, Any]:
     """Prints and returns the metrics."""
-    limits.check(config)
-    if config.output:  # Now, not after the last answer.
-        writable_file(config.output)
-    renderer = renderer_of(config.trained, mask=config.mask)
-    fields = config.columns.of(config.data)
-    records = data.load(config.data, fields=fields, limit=config.limit)
-    # An answer that cannot be compared is an error now, not after the loss.
-    verifier_for(records[0]["_source"], records)
-    bad = data.BadRecords()
+    renderer = renderer_of(limits.check(config).trained, mask=config.mask)
+    output = writable_file(config.output) if config.output else None
+    records = data.load(config.data, fields=config.columns.of(config.data), limit=config.limit)
+    verifier = verifier_for(records[0]["_source"], records)  # or an error now, not after the loss
+    bad, what = data.BadRecords(), shown(config.data)
     tokenised = data.render(records, renderer, config.max_length, bad=bad)
     tell_of(bad, len(tokenised), len(records), "evaluated")
     model, params = load_trained(config.trained)
     check_positions(model, config.trained.model, config.max_length)
-    batches = data.finite_batches(
-        tokenised, batch_size=config.batch_size, max_length=config.max_length
-    )
+    sizes = dict(batch_size=config.batch_size, max_length=config.max_length)
+    batches = data.finite_batches(tokenised, **sizes)
     loss = train.evaluate(train.make_eval_step(supervised(model.forward)), params, batches)["loss"]
     metrics = {"records": len(records), "loss": loss, "perplexity": math.exp(loss)}
-    print(
-        f"loss {loss:.4f} nats a token, perplexity {math.exp(loss):.3f} on {len(tokenised)} of "
-        f"{len(records)} records of {shown(config.data)}"
-    )
-    result = verified(model, params, renderer, records, config.max_new_tokens)
-    if result is not None:
+    on = f"on {len(tokenised)} of {len(records)} records of {what}"
+    print(f"loss {loss:.4f} nats a token, perplexity {math.exp(loss):.3f} {on}")
+    if verifier is not None:
+        longest = dict(max_new_tokens=config.max_new_tokens)
+        result = measure_accuracy(model, params, renderer, records, verifier, **longest)
         metrics |= {"accuracy": result.rate, "interval": result.interval}
         metrics["mentioned"] = result.mention_rate
-        print(f"accuracy on {len(records)} records of {shown(config.data)}: {result}")
+        print(f"accuracy on {len(records)} records of {what}: {result}")
         metrics["answers"] = [
             {"id": r["id"], "completion": c, "correct": ok}
             for r, c, ok in zip(records, result.completions, result.correct, strict=True)
         ]
-    if config.output:
-        with writing(config.output):
-            pathlib.Path(config.output).write_text(json.dumps(metrics, indent=2) + "\n")
+    if output is not None:
+        with writing(output):
+            output.write_text(json.dumps(metrics, indent=2) + "\n")
     return metrics
 
 

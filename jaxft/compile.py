@@ -348,4 +348,5 @@ if __name__ == "__main__":
         try:
             main(tyro.cli(Config, description=__doc__))
         except (ValueError, RuntimeError) as error:
-            sys.exit(f"error: {error}")
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+import jaxft.compile as compile_module
 from jaxft.parallel.compiled import exchanged_bytes
 from tests.aot import run_aot
 
@@ -166,12 +167,12 @@ ENTRY main (a: f32[4]) -> f32[4] {
         (["--objective", "grpo", "--response", "9", "--length", "9"], "must lie below --length 9"),
     ],
 )
-def test_bad_input_is_one_line(arguments, message, monkeypatch):
+def test_bad_input_is_one_line_and_exit_code_2(arguments, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["compile", *arguments])
     with pytest.raises(SystemExit) as ended:
-        runpy.run_module("jaxft.compile", run_name="__main__")
-    said = str(ended.value.code)  # what Python prints as it ends with 1
-    assert message in said and "\n" not in said
+        runpy.run_path(compile_module.__file__, run_name="__main__")
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and message in said and len(said.splitlines()) == 1
 
 
 def test_what_is_exchanged_by_the_book_is_two_gathers_and_the_gradients(figures):

@@ -98,7 +98,7 @@ def main(config: Config) -> dict[str, Any]:
     choices.check_companions(config, {"weights_by": "weights"})
     renderer, training, kept, name = load_data(config)
     if config.rows.preview:
-        return {"records": len(training)}
+        return {"records": sum(map(len, training))}
     output, mesh = shared.place(config)
     model, base = shared.load_base(config, mesh)
     params = adapt_params(config, model, base, mesh)

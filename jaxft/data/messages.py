@@ -20,6 +20,9 @@ ROLES = {
     "human": "user",
     "gpt": "assistant",
     "chatgpt": "assistant",
+    "ai": "assistant",
+    "bot": "assistant",
+    "bard": "assistant",
     "bing": "assistant",
     "model": "assistant",
     "function_call": "assistant",
@@ -169,6 +172,7 @@ def _message(message, i, role, content):
             "schema",
         )
     said = message[role]
+    said = said.lower() if isinstance(said, str) else said
     name = ROLES.get(said, said) if isinstance(said, str) else said
     if name not in KNOWN_ROLES:
         raise DataError(

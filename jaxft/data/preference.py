@@ -18,7 +18,11 @@ from jaxft.data.records import (
     renamed,
 )
 
-_ALTERNATIVES = {"chosen": ("preferred", "accepted", "win"), "rejected": ("dispreferred", "lose")}
+_ALTERNATIVES = {
+    "chosen": ("chosen_response", "preferred_output", "preferred", "accepted", "win"),
+    "rejected": ("rejected_response", "non_preferred_output", "dispreferred", "lose"),
+    "label": ("kto_tag",),
+}
 
 
 def normalise_pair(raw: Mapping[str, Any], fields: Mapping[str, str] | None = None) -> Record:
@@ -205,6 +209,8 @@ def _asked(row):
         if not all(isinstance(part, str) for part in parts):
             raise DataError("'instruction' and 'input' must be text.", "schema")
         prompt = [{"role": "user", "content": "\n\n".join(filter(None, parts))}]
+    if prompt is None and row.get("question") is not None:  # Intel's and Argilla's
+        prompt = [{"role": "user", "content": text_of(row["question"], "question")}]
     return prompt
 
 

@@ -158,8 +158,8 @@ def _form(row, mapped):
         both = [name for name in ("prompt", "completion") if given(name)]
         if form in (("instruction", "output"), ("question", "answer")) and both:
             raise DataError(
-                f"the columns {sorted({*form, *both})} say twice what is asked or answered; choose with "
-                f"--fields prompt {form[0]} completion {form[1]}.",
+                f"the columns {sorted({*form, *both})} say twice what is asked or answered; leave one out, "
+                f"as in --fields {both[0]} ''.",
                 "schema",
             )
         return form
@@ -258,6 +258,12 @@ def prompt_completion(
 
     Also messages if the row has a `system` or `history` column, which come before the prompt.
     """
+    if row.get("system_prompt"):
+        raise DataError(
+            "the column 'system_prompt' would not be shown; take it with --fields system system_prompt, or "
+            "leave it out with --fields system_prompt ''.",
+            "schema",
+        )
     prompt, history = row["prompt"], read_history(row.get("history"))
     answer = [completion] if isinstance(completion, Mapping) else completion
     chat = isinstance(prompt, list) or isinstance(answer, list) or history or row.get("system")
@@ -291,12 +297,14 @@ def _check_repeated(prompt, completion, name):
 def _question(row, asks, tells):
     """A question and its answer as messages, after alpaca's `input`, `history` and `system`."""
     question, answer = text_of(row[asks], asks), row[tells]
-    if row.get("context") not in (None, "", [], {}):  # Dolly's and SQuAD's
-        raise DataError(
-            f"the column 'context' would not be shown; put it behind the question with --fields instruction "
-            f"{asks} input context output {tells}, or leave it out with --fields context ''.",
-            "schema",
-        )
+    for name in _BESIDE:
+        if row.get(name) not in (None, "", [], {}):
+            raise DataError(
+                f"the column {name!r} would not be shown; put a text behind the question with --fields "
+                f"instruction {asks} input {name} output {tells}, write choices into the question, or leave "
+                f"it out with --fields {name} ''.",
+                "schema",
+            )
     extra = row.get("input") if asks == "instruction" else None
     parts = [question, text_of(extra, "input")] if extra is not None else [question]
     if not _is_answer(answer):
@@ -308,6 +316,10 @@ def _question(row, asks, tells):
         return made
     # The answers of a history train too, as in LLaMA-Factory.
     return {"messages": [*made["prompt"], *made["completion"]]}
+
+
+# Columns without which a question cannot be answered: Dolly's, SQuAD's, RACE's, MMLU's, AQuA's.
+_BESIDE = ("context", "passage", "choices", "options")
 
 
 def _is_answer(value):

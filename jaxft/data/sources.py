@@ -74,6 +74,8 @@ def load(
             record["id"] = f"{name}:{seen - 1}"
         records.append(record | {"_source": name, "_where": where})
     bad.check(seen)
+    if not records and seen:
+        raise DataError(f"{name}: none of {seen} rows is a record ({bad.summary()}).")
     if not records:
         raise DataError(f"{name}: no records; is it the right file?")
     return records

@@ -73,8 +73,8 @@ class SamplingConfig:
     @property
     def cuts(self) -> bool:
         """Whether a rule cuts the distribution by its probabilities."""
-        rules = (self.top_k, self.top_p, self.min_p, self.typical_p)
-        return any(rule is not None for rule in rules)
+        shares = (self.top_p, 1), (self.typical_p, 1), (self.min_p, 0)  # with what cuts nothing
+        return self.top_k is not None or any(x not in (None, off) for x, off in shares)
 
     @property
     def looks_back(self) -> bool:

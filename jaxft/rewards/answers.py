@@ -50,7 +50,7 @@ def needs_mathematics(answer: str) -> bool:
     """Whether comparing with the answer takes more than numbers, words and lists of them."""
     if answer.isdigit() or answer.isalpha():  # Thousands of answers are asked at once.
         return False
-    gold = plain(_reference(answer))
+    gold = plain(reference_answer(answer))
     return is_mathematics(gold) and not any(read(gold) for read, _ in _KINDS[:3])
 
 
@@ -107,14 +107,14 @@ def _stated(text):
     return (line, False) if line else None
 
 
-def _reference(answer):
+def reference_answer(answer):
     """The answer that a reference solution with "####" or \\boxed{} states, or the answer as it is."""
     found = _stated(answer) if "####" in answer or "\\boxed" in answer else None
     return found[0] if found else answer.strip()
 
 
 def _states(completion, wanted):
-    wanted = _reference(wanted)
+    wanted = reference_answer(wanted)
     found = _stated(completion)
     text, alone = found if found else (completion.rpartition("</think>")[2].strip(), False)
     candidates = [text] if alone else _clauses(text)

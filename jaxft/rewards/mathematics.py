@@ -22,7 +22,8 @@ LONGEST = 300  # characters of an expression
 _LOCK = threading.Lock()
 _COMMANDS = re.compile(r"\\(?:text|mathrm|mbox)\s*\{[^{}]*\}|\\(?:begin|end)\{\w+\}|\\[A-Za-z]+")
 _NOTATION = re.compile(
-    r"\\[A-Za-z]|[\^=<>√π∞∪+*]|\d[a-z]\b|[a-z]\d|\d!|(?<![A-Za-z])[a-z]\s*[-/]\s*[a-z](?![A-Za-z])"
+    r"\\[A-Za-z]|[\^=<>√π∞∪+*]|\d[a-z]\b|[a-z]\d|\d!|"
+    r"(?<![A-Za-z])(?:[a-z]\s*[-/]\s*[a-z\d]|\d\s*[-/]\s*[a-z])(?![A-Za-z])"
 )
 _FUNCTIONS = re.compile(
     r"\b(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?\b|\b(?:sqrt|log|exp|min|max|gcd|lcm|mod|det)\b"

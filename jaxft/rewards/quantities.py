@@ -91,7 +91,9 @@ def read_number(text: str) -> Quantity | None:
         text = text.replace(" ", "")
     found = _TOKEN.match(text)
     words = text[found.end("gap") :] if found else ""
-    if not found or not _WORDS.fullmatch(words) or re.search(r"\b(?:or|and|to|by)\b", words):
+    if not found or not _WORDS.fullmatch(words):
+        return None
+    if re.search(r"\b(?:or|and|to|by)\b|\s\d", words):  # 5 hours 30 minutes is more than 5 hours
         return None
     number = _quantity(found, text)
     variable = re.match(r"[A-Za-z]{1,2}\b", words)  # 1/2 x; units have three letters or are known

@@ -8,7 +8,12 @@ from typing import Any
 
 from jaxft.data import DataError, as_messages, reasoning_gym_task
 from jaxft.rewards import mathematics
-from jaxft.rewards.answers import accepted_answers, needs_mathematics, same_answer
+from jaxft.rewards.answers import (
+    accepted_answers,
+    needs_mathematics,
+    reference_answer,
+    same_answer,
+)
 from jaxft.rewards.notation import plain
 from jaxft.rewards.quantities import read_number
 
@@ -101,14 +106,16 @@ def numbers_equal(found: str, answer: str, tolerance: float = 1e-6) -> bool:
 
 def mentions_answer(completion: str, record: Mapping[str, Any]) -> bool:
     """Whether an accepted answer occurs in the completion as a whole word: right, whatever the format."""
-    last = (as_messages(record) or [{"role": "assistant", "content": record.get("completion")}])[-1]
-    answer = last["content"] if last["role"] == "assistant" else None
-    # Of a list of accepted answers the rendered completion has the list's text.
-    answer = record["answer"] if isinstance(record.get("answer"), (list, tuple)) else answer
-    answer = record.get("answer") if answer is None else answer
+    answer = record.get("answer")
+    if answer is None:
+        last = (
+            as_messages(record) or [{"role": "assistant", "content": record.get("completion")}]
+        )[-1]
+        answer = last["content"] if last["role"] == "assistant" else None
     if answer is None:  # Nobody but a judge knows.
         return False
-    words = lambda one: re.escape(str(one).strip().casefold())
+    # Of a reference solution, what it ends in.
+    words = lambda one: re.escape(reference_answer(str(one)).strip().casefold())
     return any(
         re.search(rf"(?<!\w){words(one)}(?!\w)", completion.casefold())
         for one in (answer if isinstance(answer, (list, tuple)) else [answer])

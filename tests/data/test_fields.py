@@ -13,6 +13,7 @@ from jaxft.data import (
     DataError,
     Renderer,
     load,
+    normalise,
     normalise_pair,
     normalise_question,
     normalise_unpaired,
@@ -491,3 +492,30 @@ def test_calls_without_content_train_where_the_header_of_an_answer_differs():
     )
     (part,) = renderer(load([{"messages": OSLO}])[0])
     assert renderer.tokenizer.decode(part.tokens[part.loss_mask > 0]) == CALLED + "<|im_end|>"
+
+
+@pytest.mark.parametrize("column", ["passage", "choices", "options"])
+def test_a_column_that_a_question_needs_is_not_left_out_in_silence(column):
+    with pytest.raises(DataError, match=f"'{column}' would not be shown"):
+        normalise({"question": "q", "answer": "a", column: ["x", "y"]})
+
+
+def test_a_system_prompt_of_another_name_is_refused_until_it_is_mapped():
+    row = {"system_prompt": "S", "prompt": "q", "completion": "a"}
+    with pytest.raises(DataError, match="--fields system system_prompt"):
+        normalise(row)
+    told = normalise(row, {"system": "system_prompt"})
+    assert told["prompt"][0] == {"role": "system", "content": "S"}
+
+
+def test_a_pair_asks_its_question():
+    row = {"system": "S", "question": "How many?", "chosen": "The answer is 3"}
+    pair = normalise_pair(row | {"rejected": "The answer is 4"})
+    assert [m["content"] for m in pair["prompt"]] == ["S", "How many?"]
+    assert pair["chosen"][0]["content"] == "The answer is 3"
+
+
+def test_roles_in_capitals_are_roles():
+    said = [{"from": "Human", "value": "q"}, {"from": "GPT", "value": "a"}]
+    record = normalise({"conversations": said})
+    assert [m["role"] for m in record["messages"]] == ["user", "assistant"]

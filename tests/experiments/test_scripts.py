@@ -305,7 +305,7 @@ def test_other_divergences_are_dpo_with_another_h():
 
 
 def test_preview_prints_what_trains_and_stops(capsys):
-    assert sft.main(config_of(sft, smoke=True, preview=True)) == {"records": 1}
+    assert sft.main(config_of(sft, smoke=True, preview=True)) == {"records": 64}
     shown = capsys.readouterr().out
     assert shown.count("<|im_end|>⟧") == 3 and "tokens, " in shown
 

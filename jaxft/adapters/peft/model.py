@@ -96,7 +96,8 @@ def targeted(
 ) -> list[str]:
     """Those of the torch modules, the linear ones by default, that the config names: PEFT's rule."""
     modules = (linear.name for linear in model.linears) if modules is None else modules
-    return [name for name in modules if _is_target(settings, tensors, name, model.head)]
+    outside = {model.head, *(embedding.name for embedding in model.embeddings)}
+    return [name for name in modules if _is_target(settings, tensors, name, outside)]
 
 
 def short_names(modules: Iterable[str], chosen: Iterable[str]) -> list[str]:
@@ -150,7 +151,8 @@ def single(linear: Linear, parts: list, kind: str) -> Any:
     return parts[0]
 
 
-def _is_target(settings, tensors, name, head) -> bool:
+def _is_target(settings, tensors, name, outside) -> bool:
+    """`outside`: what "all-linear" leaves out, the embeddings and the output projection."""
     targets, excluded = settings.get("target_modules"), settings.get("exclude_modules")
     if excluded and _named(excluded, name):
         return False
@@ -163,7 +165,7 @@ def _is_target(settings, tensors, name, head) -> bool:
         )
         return any(not re.fullmatch(r"(base_layer\.)?(weight|bias)", suffix) for suffix in own)
     if isinstance(targets, str):
-        return name != head if targets.lower() == "all-linear" else _named(targets, name)
+        return name not in outside if targets.lower() == "all-linear" else _named(targets, name)
     if not _named(targets, name):
         return False
     only = settings.get("layers_to_transform")

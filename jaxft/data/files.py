@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -34,7 +35,24 @@ def rows_of(path: pathlib.Path) -> Iterator[Row]:
         return _arrow(path, suffix)
     with path.open("rb") as file:
         head = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+    if suffix == ".json":
+        _refuse_one_object(path)
     return _json_array(path) if head.startswith(b"[") else _json_lines(path)
+
+
+def _refuse_one_object(path):
+    """Raises DataError for an object over several lines, whose first line is no row."""
+    with path.open("rb") as file:
+        if file.readline().strip() not in (b"{", b"\xef\xbb\xbf{"):
+            return
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return  # What is wrong with it is told by line.
+    raise DataError(
+        f"{path.name}: one JSON object with {sorted(found)[:5]}, over several lines; expected a list of "
+        "rows, or one row a line."
+    )
 
 
 class JsonLines:

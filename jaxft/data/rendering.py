@@ -45,8 +45,8 @@ class Renderer:
             qwen3, alpaca, plain), a path, or Jinja text.
         mask: which tokens train: those of all assistant turns and completions, stop token
             included; of the last assistant turn alone; all; or "per_message", which leaves out
-            assistant turns with "train": false and scales by "weight". Assistant turns that are
-            part of a prompt are examples and do not train, but with "all".
+            assistant turns with "train": false and scales by "weight", which completion and last_turn
+            refuse. Assistant turns that are part of a prompt are examples and do not train, but with "all".
         train_on: a regular expression that narrows the mask to its matches (to group 1, if it has
             one), such as r"Answer: (.*)": a token counts if it touches a match. The stop token
             counts if a match reaches the end of the turn.
@@ -204,9 +204,14 @@ class Renderer:
         return self._tokenised(text, weights, record)
 
     def _weight(self, message):
-        if self.mask != "per_message":
-            return 1.0
-        return float(message.get("weight", 1.0)) * (message.get("train") is not False)
+        weight = float(message.get("weight", 1.0)) * (message.get("train") is not False)
+        if self.mask != "per_message" and weight != 1:
+            raise DataError(
+                f"an assistant turn has weight {weight:g} (its 'weight' or 'train'), which mask {self.mask} "
+                "does not honour; take --mask per_message, or all.",
+                "schema",
+            )
+        return weight
 
     def _plain(self, prompt, completion, record):
         text = prompt + completion

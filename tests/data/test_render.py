@@ -79,9 +79,13 @@ def test_mask_modes():
         turn("user", "b"),
         turn("assistant", "two", weight=0.5),
     ]
-    run = lambda mask: Renderer(tokenizer, mask=mask)({"messages": messages})[0]
-    assert trained(run("completion"), tokenizer) == ["one<|im_end|>", "two<|im_end|>"]
-    assert trained(run("last_turn"), tokenizer) == ["two<|im_end|>"]
+    run = lambda mask, said=messages: Renderer(tokenizer, mask=mask)({"messages": said})[0]
+    plain = [turn(m["role"], m["content"]) for m in messages]
+    assert trained(run("completion", plain), tokenizer) == ["one<|im_end|>", "two<|im_end|>"]
+    assert trained(run("last_turn", plain), tokenizer) == ["two<|im_end|>"]
+    for mask, weight in (("completion", "0"), ("last_turn", "0.5")):
+        with pytest.raises(DataError, match=f"has weight {weight} .*take --mask per_message"):
+            run(mask)
     assert trained(run("per_message"), tokenizer) == ["two<|im_end|>"]
     assert set(run("per_message").loss_mask) == {0.0, 0.5}
     # Everything but the newline after the last end-of-turn token.

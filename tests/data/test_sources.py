@@ -119,3 +119,10 @@ def test_split_follows_ids_alone():
     assert len(train) + len(held_out) == 1000 and 150 < len(held_out) < 250
     more, held_out_again = split(records[::-1][:500], 0.2)
     assert {r["id"] for r in held_out_again} <= {r["id"] for r in held_out}
+
+
+def test_a_json_file_that_is_one_object_says_so(tmp_path):
+    file = tmp_path / "all.json"
+    file.write_text(json.dumps({"data": [{"prompt": "a", "completion": "b"}]}, indent=2))
+    with pytest.raises(DataError, match=r"one JSON object with \['data'\]"):
+        load(str(file))

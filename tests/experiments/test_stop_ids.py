@@ -6,9 +6,9 @@ import types
 import numpy as np
 import pytest
 
-from experiments import evaluate, generate, preference, reinforce, sample_pairs
-from experiments.cli import flags
-from jaxft import rewards, rl
+from experiments import generate, preference, reinforce, sample_pairs
+from experiments.cli import flags, models
+from jaxft import data, rewards, rl
 from jaxft.checkpoints.tiny import byte_tokenizer
 from jaxft.data import Renderer
 from jaxft.models import Decoder, tiny_config
@@ -48,9 +48,9 @@ RUNS = {
     "sample_pairs": lambda: sample_pairs.main(
         flags.replace(sample_pairs.Config(), model="tiny", data=TASK, workers=1, output="pairs")
     ),
-    # The verified answers of evaluate.py, sft.py and reinforce.py.
-    "evaluate": lambda: evaluate.verified(
-        MODEL, None, Renderer(byte_tokenizer()), evaluate.data.load(TASK), 4
+    # Those of evaluate.py, sft.py and reinforce.py.
+    "verified answers": lambda: models.verified(
+        MODEL, None, Renderer(byte_tokenizer()), data.load(TASK), 4
     ),
     "reinforce": reinforced,
     "hypo": hypo,

@@ -1,9 +1,7 @@
 """Any JSON value in any column of a record ends in tokens or in a DataError, never in another exception."""
 
 import copy
-import importlib.util
 import json
-import pathlib
 import random
 
 import pytest
@@ -25,12 +23,7 @@ from jaxft.data import (
     split,
     whole_prompt,
 )
-
-_spec = importlib.util.spec_from_file_location(
-    "small_tokenizers", pathlib.Path(__file__).with_name("small_tokenizers.py")
-)
-small = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(small)
+from tests.data import small_tokenizers as small
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 CALL = {"id": "1", "function": {"name": "f", "arguments": {"x": 1, "y": ["z", None]}}}

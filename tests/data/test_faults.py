@@ -1,7 +1,5 @@
 """What other trainers got wrong, and bad input of all kinds: each is one test."""
 
-import importlib.util
-import pathlib
 import random
 
 import numpy as np
@@ -12,12 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from jaxft.data import BadRecords, DataError, Renderer, load, normalise, render
 from jaxft.data.files import JsonLines
 from jaxft.data.templates import TEMPLATES
-
-_spec = importlib.util.spec_from_file_location(
-    "small_tokenizers", pathlib.Path(__file__).with_name("small_tokenizers.py")
-)
-small = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(small)
+from tests.data import small_tokenizers as small
 
 
 def user(content):

@@ -1,8 +1,6 @@
 """Fields of a record are rendered as their own ecosystem would, or refused by name."""
 
-import importlib.util
 import json
-import pathlib
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,12 +20,7 @@ from jaxft.data import (
     split,
     whole_prompt,
 )
-
-_spec = importlib.util.spec_from_file_location(
-    "small_tokenizers", pathlib.Path(__file__).with_name("small_tokenizers.py")
-)
-small = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(small)
+from tests.data import small_tokenizers as small
 
 TOOLS = (
     "{{ tools | tojson if tools else '' }}{% for m in messages %}<|im_start|>{{ m.role }}\n"

@@ -1,17 +1,10 @@
-import importlib.util
-import pathlib
 import random
 
 import numpy as np
 import pytest
 
 from jaxft.data import BadRecords, DataError, Renderer, explain, render
-
-_spec = importlib.util.spec_from_file_location(
-    "small_tokenizers", pathlib.Path(__file__).with_name("small_tokenizers.py")
-)
-small = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(small)
+from tests.data import small_tokenizers as small
 
 GRID = {
     "chatml": (small.CHATML, dict(eos="<|im_end|>"), "<|im_end|>"),

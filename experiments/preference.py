@@ -93,6 +93,7 @@ class Config:
     columns: flags.Columns = flags.Columns()
     mesh: flags.Mesh = flags.Mesh()
     output: flags.Output = flags.Output("runs/preference")
+    hub: flags.Hub = flags.Hub()
     seed: int = 0  # of the adapter's start, the order of records and all that is random
     smoke: bool = False  # a random tiny model for a few steps
     debug: bool = False  # full tracebacks

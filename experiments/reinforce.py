@@ -110,6 +110,7 @@ class Config:
     )
     mesh: flags.Mesh = flags.Mesh()
     output: flags.Output = flags.Output("runs/reinforce", save_steps=50, logging_steps=1)
+    hub: flags.Hub = flags.Hub()
     seed: int = 0  # of the adapter's start, the order of questions and all that is random
     smoke: bool = False  # a random tiny model for a few steps
     debug: bool = False  # full tracebacks

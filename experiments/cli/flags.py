@@ -169,8 +169,6 @@ class Output:
     report_to: tuple[Log, ...] = ()  # where metrics go besides the files
     profile_dir: str | None = None  # trace of a few steps
     resume: bool = False  # go on from the newest checkpoint in --output-dir
-    push_to_hub: str | None = None  # repository (user/name) for what was trained; needs a token
-    public: bool = False  # a new repository is private without it
 
 
 @without_prefix

@@ -75,11 +75,18 @@ def serve(step: Callable[[], Any], finish: Callable[[], dict] | None = None, **f
 
 
 class Side:
-    """A process that serves steps."""
+    """A process that serves steps, started in `folder`: the checkout whose modules it imports."""
 
-    def __init__(self, command: Sequence[str], threads: int | None, python: str = sys.executable):
+    def __init__(
+        self,
+        command: Sequence[str],
+        threads: int | None,
+        python: str = sys.executable,
+        folder: str | None = None,
+    ):
         self._process = subprocess.Popen(
             [python, *command],
+            cwd=folder,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -120,9 +127,13 @@ def compare(
     rounds: int,
     threads: int | None,
     peer_python: str = sys.executable,
+    peer_folder: str | None = None,
 ) -> dict:
     """Alternates steps of both sides, the order swapped each round; medians and their ratio."""
-    sides = {"jaxft": Side(ours, threads), "peer": Side(theirs, threads, peer_python)}
+    sides = {
+        "jaxft": Side(ours, threads),
+        "peer": Side(theirs, threads, peer_python, peer_folder),
+    }
     for side in sides.values():
         side.ready()
     times: dict[str, list] = {name: [] for name in sides}

@@ -2,6 +2,7 @@
 
 python -m benchmarks.run                      all cells
 python -m benchmarks.run --cells lora_30m decode_135m_1 --rounds 9 --threads 2
+python -m benchmarks.run --against ../older       the same cells of another checkout of jaxft as the peer
 """
 
 import argparse
@@ -62,6 +63,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="1 gives steady CPU seconds")
     parser.add_argument("--warm", action="store_true", help="jaxft's malloc settings on both sides")
     parser.add_argument("--tunix-python", default=".venv-tunix/bin/python")
+    parser.add_argument(
+        "--against", metavar="DIR", help="a checkout of jaxft, in place of all peers"
+    )
     args = parser.parse_args()
     for name in args.cells:
         ours, theirs = _epoch() if name == "epoch_trl" else TRL.get(name) or _cell(name)
@@ -69,8 +73,11 @@ def main() -> None:
         alike = name.startswith("paca") or name in SHARPNESS
         warm = ["--warm"] if args.warm and not alike else []
         python = args.tunix_python if name.startswith("tunix") else sys.executable
-        result = compare(ours, theirs + warm, args.rounds, args.threads, python)
-        print(json.dumps({"cell": name, "equal_malloc": args.warm} | result), flush=True)
+        if args.against:
+            theirs, warm, python = ours, [], sys.executable
+        result = compare(ours, theirs + warm, args.rounds, args.threads, python, args.against)
+        facts = {"cell": name, "equal_malloc": args.warm or bool(args.against)}
+        print(json.dumps(facts | result), flush=True)
 
 
 def _cell(name):

@@ -25,7 +25,12 @@ from jaxft.output import writing
 
 FOLDER = sources.ROOT / "docs" / "results"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")  # whose versions may change numbers
-FREE = ("seeds", "output_dir", "debug", "record")  # settings that a recorded run may have as it likes
+FREE = (
+    "seeds",
+    "output_dir",
+    "debug",
+    "record",
+)  # settings that a recorded run may have as it likes
 FIGURE_BYTES = 100_000  # more is not written
 MAIN: Mapping[str, Mapping[str, Any]] = {"main": {}}
 
@@ -163,7 +168,9 @@ def _commit():
             ["git", *arguments], cwd=sources.ROOT, capture_output=True, text=True, check=False
         )
         if done.returncode:
-            raise ValueError(f"--record: needs a git checkout: {done.stderr.strip().splitlines()[-1]}")
+            raise ValueError(
+                f"--record: needs a git checkout: {done.stderr.strip().splitlines()[-1]}"
+            )
         return done.stdout
 
     # Records that wait to be committed are no code.

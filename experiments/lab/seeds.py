@@ -56,7 +56,7 @@ class Run:
         return 0 if self.config.smoke else code
 
 
-def start(config: Any, parts: Mapping[str, Mapping[str, Any]] = records.MAIN) -> Run:
+def begin(config: Any, parts: Mapping[str, Mapping[str, Any]] = records.MAIN) -> Run:
     """A script's run from its settings as given, before any work.
 
     Raises:

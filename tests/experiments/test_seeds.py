@@ -31,7 +31,7 @@ def test_finished_seeds_are_not_run_again(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run_seeds(Config(), tmp_path, lambda seed: run(seed, last=5))
     # More seeds and another folder's name change no seed's result.
-    found = run_seeds(Config(seeds=4, output_dir="b"), tmp_path, run)
+    found, _ = run_seeds(Config(seeds=4, output_dir="b"), tmp_path, run)
     assert asked == [4, 5, 6, 6, 7]
     assert found == [{"seed": seed, "pair": [1, 2.5]} for seed in (4, 5, 6, 7)]
     run_seeds(Config(seeds=1, rate=0.2), tmp_path, run)
@@ -49,7 +49,7 @@ def test_a_changed_script_runs_again(tmp_path, monkeypatch):
         asked = []
         run_seeds(Config(seeds=1), tmp_path, asked.append)
         assert len(asked) == (text == "a = 2" or not kept)
-    assert all(json.loads(p.read_text()) is None for p in (tmp_path / "seeds").iterdir())
+    assert all(json.loads(p.read_text())["result"] is None for p in (tmp_path / "seeds").iterdir())
 
 
 @pytest.mark.parametrize(

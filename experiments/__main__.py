@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     for file in scripts():
         doc = ast.get_docstring(ast.parse(file.read_text())) or ""
-        print(f"python experiments/{file.relative_to(HERE)!s:34}{doc.splitlines()[0]}")
+        print(f"python experiments/{file.relative_to(HERE)!s:38} {doc.splitlines()[0]}")
     print_papers(results.overview())
 
 
@@ -32,7 +32,7 @@ def print_papers(rows: list[list[str]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("slug", "paper", "claims", "recorded", "minutes", "record is")
+    table = Table("slug", "paper", "claims", "recorded", "minutes", "stale")
     for row in rows:
         table.add_row(*row)
     Console(width=140).print(table)

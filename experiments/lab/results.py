@@ -53,7 +53,9 @@ def paper(heading: str) -> tuple[str, str]:
     """(title, link) of the first line of a script's docstring."""
     found = re.fullmatch(r"(.+) \(arXiv (\d{4}\.\d{4,5})\).*", heading)
     if not found:
-        raise ValueError(f"a script of a paper begins with 'Title (arXiv 1234.56789)', got {heading!r}.")
+        raise ValueError(
+            f"a script of a paper begins with 'Title (arXiv 1234.56789)', got {heading!r}."
+        )
     return found[1], f"https://arxiv.org/abs/{found[2]}"
 
 
@@ -63,7 +65,7 @@ def minutes(record: dict[str, Any]) -> float:
 
 
 def overview() -> list[list[str]]:
-    """Rows of `python -m experiments`: slug, paper, claims, recorded, minutes, state."""
+    """Rows of `python -m experiments`: slug, paper, claims held of all, recorded, minutes, stale."""
     found = {record["slug"]: record for record in records.load()}
     rows = []
     for slug, script in sources.scripts().items():
@@ -74,8 +76,10 @@ def overview() -> list[list[str]]:
             continue
         told = record["parts"].values()
         dates = ", ".join(dict.fromkeys(f"{p['date']} {p['commit'][:8]}" for p in told))
-        old = [name for name, p in record["parts"].items() if p["code"] != sources.code_digest(script)]
-        state = f"stale: {', '.join(old)}" if old else "as the code"
+        old = [
+            name for name, p in record["parts"].items() if p["code"] != sources.code_digest(script)
+        ]
+        state = f"yes: {', '.join(old)}" if old else "no"
         count = "{}/{}".format(*records.held(record))
         rows.append([slug, title, count, dates, f"{minutes(record):.0f}", state])
     return rows

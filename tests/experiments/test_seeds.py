@@ -34,11 +34,16 @@ def test_finished_seeds_are_not_run_again(tmp_path):
     found, _ = run_seeds(Config(seeds=4, output_dir="b"), tmp_path, run)
     assert asked == [4, 5, 6, 6, 7]
     assert found == [{"seed": seed, "pair": [1, 2.5]} for seed in (4, 5, 6, 7)]
+    # What the kept ones took then is part of what the run took.
+    for path in (tmp_path / "seeds").iterdir():
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"seconds": 60.0}))
+    assert run_seeds(Config(seeds=5), tmp_path, run)[1] == 240.0
+    assert asked.pop() == 8
     run_seeds(Config(seeds=1, rate=0.2), tmp_path, run)
     run_seeds(Config(seeds=1, smoke=True), tmp_path, run)
     run_seeds(Config(seeds=1, smoke=True), tmp_path, run)
     assert asked[5:] == [4, 4, 4]
-    assert len(list((tmp_path / "seeds").iterdir())) == 5  # No part is left, nothing of smoke runs.
+    assert len(list((tmp_path / "seeds").iterdir())) == 6  # No part is left, nothing of smoke runs.
 
 
 def test_a_changed_script_runs_again(tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ def main(arguments: list[str] | None = None) -> None:
     from experiments.lab import records, results
 
     if parser.parse_args(arguments).results:
-        results.PAGE.write_text(results.render(records.load()))
+        results.PAGE.write_text(results.render(records.load()), encoding="utf-8")
         print(f"{results.PAGE.relative_to(HERE.parent)}: {len(results.held())} papers")
         return
     for file in scripts():

@@ -87,7 +87,7 @@ def write(
 ) -> pathlib.Path:
     """Writes the part of a draft into its record, and its figure beside it; returns the record's path."""
     path = FOLDER / f"{made.slug}.json"
-    old = json.loads(path.read_text()) if path.exists() else {"slug": made.slug, "parts": {}}
+    old = json.loads(path.read_text("utf-8")) if path.exists() else {"slug": made.slug, "parts": {}}
     name = f"{made.slug}.png" if made.part == "main" else f"{made.slug}-{made.part}.png"
     told = {k: v for k, v in dataclasses.asdict(made).items() if k not in ("slug", "part")}
     row = told | {
@@ -102,13 +102,14 @@ def write(
     with writing(FOLDER):
         (FOLDER / name).write_bytes(_small(figure))
         parts = old["parts"] | {made.part: row}
-        path.write_text(json.dumps(old | {"parts": parts}, indent=1, ensure_ascii=False) + "\n")
+        text = json.dumps(old | {"parts": parts}, indent=1, ensure_ascii=False)
+        path.write_text(f"{text}\n", encoding="utf-8")
     return path
 
 
 def load() -> list[dict[str, Any]]:
     """All records, by slug."""
-    return [json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json"))]
+    return [json.loads(path.read_text("utf-8")) for path in sorted(FOLDER.glob("*.json"))]
 
 
 def claims_of(record: Mapping[str, Any]) -> list[Claim]:

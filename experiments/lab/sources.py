@@ -23,7 +23,7 @@ def scripts() -> dict[str, pathlib.Path]:
 
 def heading(script: pathlib.Path) -> str:
     """The first line of a script's docstring: the paper's title and its number on arXiv."""
-    return (ast.get_docstring(ast.parse(script.read_text())) or "").partition("\n")[0]
+    return (ast.get_docstring(ast.parse(script.read_text("utf-8"))) or "").partition("\n")[0]
 
 
 def code_digest(script: pathlib.Path) -> str:
@@ -48,7 +48,7 @@ def code_digest(script: pathlib.Path) -> str:
 @functools.cache
 def _read(file: pathlib.Path) -> tuple[str, list[pathlib.Path]]:
     """(code without comments and docstrings, files that it imports)."""
-    text = file.read_text()
+    text = file.read_text("utf-8")
     tree = ast.parse(text)
     left_out = set()
     for node in ast.walk(tree):

@@ -209,7 +209,7 @@ RECORDS = records.load()
 
 
 def test_the_page_is_that_of_the_records():
-    assert results.PAGE.read_text() == results.render(RECORDS), "run `make results`"
+    assert results.PAGE.read_text("utf-8") == results.render(RECORDS), "run `make results`"
 
 
 @pytest.mark.parametrize("record", RECORDS, ids=lambda record: record["slug"])

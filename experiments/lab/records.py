@@ -31,7 +31,7 @@ FREE = (
     "debug",
     "record",
 )  # settings that a recorded run may have as it likes
-FIGURE_BYTES = 100_000  # more is not written
+FIGURE_BYTES = 100_000  # of a figure, at most
 MAIN: Mapping[str, Mapping[str, Any]] = {"main": {}}
 
 
@@ -100,10 +100,10 @@ def write(
     }
     FOLDER.mkdir(parents=True, exist_ok=True)
     with writing(FOLDER):
-        (FOLDER / name).write_bytes(_small(figure))
         parts = old["parts"] | {made.part: row}
         text = json.dumps(old | {"parts": parts}, indent=1, ensure_ascii=False)
         path.write_text(f"{text}\n", encoding="utf-8")
+        (FOLDER / name).write_bytes(_small(figure))
     return path
 
 
@@ -195,13 +195,14 @@ def _cpu():
 
 
 def _small(figure):
-    """The PNG's bytes with as many colours as keep it below FIGURE_BYTES."""
+    """The PNG's bytes with as many colours, and then as large, as keeps it below FIGURE_BYTES."""
     from PIL import Image
 
     image = Image.open(figure).convert("RGB")
-    for colours in (256, 128, 64, 32):
+    for share, colours in [(1, 256), (1, 128), (1, 64), (1, 32), (0.75, 32), (0.5, 32), (0.25, 16)]:
+        size = tuple(round(side * share) for side in image.size)
         buffer = io.BytesIO()
-        image.quantize(colours).save(buffer, "PNG", optimize=True)
+        image.resize(size).quantize(colours).save(buffer, "PNG", optimize=True)
         if len(buffer.getvalue()) < FIGURE_BYTES:
-            return buffer.getvalue()
-    raise ValueError(f"{figure}: more than {FIGURE_BYTES} bytes with 32 colours; draw it smaller.")
+            break
+    return buffer.getvalue()

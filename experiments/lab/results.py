@@ -13,11 +13,13 @@ PAGE = sources.ROOT / "docs" / "results.md"
 INTRODUCTION = """\
 # Results
 
-Made by `make results` from the records in docs/results, which the scripts write when they are run with
-`--record`; edit neither by hand. A claim is measured over several seeds, on held-out data; brackets are 95 %
-intervals by Student's t over seeds. Whether a claim holds follows from its numbers and from the bound beside
-them. A claim that fails stays here as failed. `python -m experiments` says which records are older than the
-code that they came from.
+`make results` writes this page from the records in docs/results; edit neither by hand. A script of a paper
+writes its record when it is run with `--record`, at its own settings and from a commit: the command stands
+below each table, and `python -m experiments` says which records are older than their code.
+
+Claims are measured over several seeds, on held-out data. Brackets are 95 % intervals by Student's t over
+seeds, and figures draw the same intervals. Whether a claim holds follows from its numbers and from the bound
+beside them. A claim that fails stays on this page as failed.
 """
 
 

@@ -166,7 +166,7 @@ def compare(config: Config, tasks: list[Task], trainers: dict, part: str):
 
 
 def surface(tasks: list[Task], tuned: dict[str, list], points: int) -> dict[str, Any]:
-    """Training loss of the digits along one filter-normalised direction, a mean over seeds."""
+    """Training loss [seeds, points] of the digits along one filter-normalised direction a seed."""
     radii, objective = jnp.linspace(-1.0, 1.0, points), classify(tasks[0])
 
     @jax.jit
@@ -174,15 +174,14 @@ def surface(tasks: list[Task], tuned: dict[str, list], points: int) -> dict[str,
         loss = lambda p: objective(p, training, key)[0]
         return loss_along(loss, params, [filter_normalised(key, params)], radii)
 
-    def mean(params):
+    def lines(params):
         keys = map(jax.random.key, range(len(tasks)))
         training = [task.training for task in tasks]
-        lines = [line(*each) for each in zip(params, training, keys, strict=True)]
-        return np.mean(lines, axis=0).tolist()
+        return [line(*each).tolist() for each in zip(params, training, keys, strict=True)]
 
     return {
         "radii": radii.tolist(),
-        "loss": {name: mean(tuned[name]) for name in SURFACE if name in tuned},
+        "loss": {name: lines(tuned[name]) for name in SURFACE if name in tuned},
     }
 
 
@@ -337,7 +336,7 @@ def _figure(metrics, output):
         row[1].legend(fontsize=7)
     panels[0, 0].legend(fontsize=6)
     for name, values in metrics["surface"]["loss"].items():
-        panels[0, 2].plot(metrics["surface"]["radii"], values, label=name)
+        plot_band(panels[0, 2], metrics["surface"]["radii"], values, label=name)
     panels[0, 2].set(xlabel="filter-normalised direction", ylabel="training loss, digits")
     panels[0, 2].legend(fontsize=7)
     methods = metrics["text"]["methods"]

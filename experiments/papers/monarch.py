@@ -307,9 +307,7 @@ def _figure(metrics, output):
     left.set(xlabel="held-out accuracy on digits", xlim=(0, 1))
     gaussian = {k: v for k, v in metrics["projection"].items() if k.startswith("gaussian")}
     right.plot([1, 2, 4], list(gaussian.values()), "o-", color="#aa3377")
-    right.set(
-        xlabel="rank of slices", ylabel="relative error", title="projection of noise, 256 x 256"
-    )
+    right.set(xlabel="rank of slices", ylabel="relative error", title="projection of noise")
     figure.savefig(output / "monarch.png", dpi=150)
 
 

@@ -7,7 +7,7 @@ import types
 
 import pytest
 
-from experiments.lab.seeds import run_seeds
+from experiments.lab.seeds import Run, run_seeds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,8 @@ def test_finished_seeds_are_not_run_again(tmp_path):
     # What the kept ones took then is part of what the run took.
     for path in (tmp_path / "seeds").iterdir():
         path.write_text(json.dumps(json.loads(path.read_text()) | {"seconds": 60.0}))
-    assert run_seeds(Config(seeds=5), tmp_path, run)[1] == 240.0
+    this = Run(Config(), tmp_path, began=0.0, draft=None)
+    assert len(this.seeds(Config(seeds=5), run)) == 5 and this.kept == 240.0
     assert asked.pop() == 8
     run_seeds(Config(seeds=1, rate=0.2), tmp_path, run)
     run_seeds(Config(seeds=1, smoke=True), tmp_path, run)

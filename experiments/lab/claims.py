@@ -170,7 +170,9 @@ def _plain(value):
 
 
 def _number(row):
-    told = {name: float(x) for name in ("estimate", "low", "high") if (x := row[name]) is not None}
+    # Counts stay whole: their style is "d".
+    real = lambda x: float(x) if isinstance(x, str) else x
+    read = {name: real(row[name]) for name in ("estimate", "low", "high")}
     bound = row["bound"]
-    pair = tuple(map(float, bound)) if isinstance(bound, list) else float(bound)
-    return Number(**row | told | {"bound": pair})
+    pair = tuple(map(real, bound)) if isinstance(bound, list) else real(bound)
+    return Number(**row | read | {"bound": pair})

@@ -47,7 +47,7 @@ def test_a_claim_holds_by_its_numbers_and_is_read_as_written(
     for by, expected in zip(("estimate", "all", "any"), held, strict=True):
         number = Number(estimate, direction, bound, low, high, seeds=3, by=by)
         assert number.holds is expected, by
-        fine = Number(1, "equal to", 1)
+        fine = Number(1, "equal to", 1, style="d")
         for numbers in ([number], [fine, number], [number, fine]):
             claim = Claim("a", "b", numbers, "c")
             text = json.dumps(claim.plain(), allow_nan=False)  # what other languages read too

@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Workers of the tests; two suit a laptop.
 WORKERS ?= 2
 
-.PHONY: help demo demo-rl test test-fast faults audit lint bench aot scale clean
+.PHONY: help demo demo-rl test test-fast faults audit lint bench aot scale results clean
 
 help:
 	@echo "make demo     fine-tune SmolLM2-135M on a real task and show what changed (ten minutes)"
@@ -18,6 +18,7 @@ help:
 	@echo "make lint     check style"
 	@echo "make bench    compare speed with transformers + peft and trl"
 	@echo "make scale    compile for slices that are not here, and write docs/scale.md"
+	@echo "make results  write docs/results.md from the records of the papers (seconds; nothing trains)"
 
 demo: $(VENV)/.text
 	rm -rf runs/demo
@@ -59,6 +60,9 @@ bench: $(VENV)/.bench .venv-tunix/.ready
 
 scale: $(VENV)/.test aot
 	$(BIN)/python -m benchmarks.scale $(ARGS)
+
+results: $(VENV)/.text
+	$(BIN)/python -m experiments --results
 
 # Tunix pins other releases than the tests run with.
 .venv-tunix/.ready:

@@ -1,16 +1,41 @@
-"""Lists the scripts: python -m experiments"""
+"""Lists the scripts, and what is recorded of the papers: python -m experiments
 
+python -m experiments --results writes docs/results.md from the records (make results).
+"""
+
+import argparse
 import ast
 import pathlib
 
 HERE = pathlib.Path(__file__).parent
 
 
-def main() -> None:
-    """Prints each script with the first line of its docstring."""
+def main(arguments: list[str] | None = None) -> None:
+    """Prints each everyday script with the first line of its docstring, then the table of papers."""
+    parser = argparse.ArgumentParser(prog="python -m experiments", description=__doc__)
+    parser.add_argument("--results", action="store_true", help="write docs/results.md, then end")
+    # The lab imports NumPy and SciPy, but no JAX.
+    from experiments.lab import records, results
+
+    if parser.parse_args(arguments).results:
+        results.PAGE.write_text(results.render(records.load()), encoding="utf-8")
+        print(f"{results.PAGE.relative_to(HERE.parent)}: {len(results.held())} papers")
+        return
     for file in scripts():
         doc = ast.get_docstring(ast.parse(file.read_text())) or ""
-        print(f"python experiments/{file.relative_to(HERE)!s:34}{doc.splitlines()[0]}")
+        print(f"python experiments/{file.relative_to(HERE)!s:38} {doc.splitlines()[0]}")
+    print_papers(results.overview())
+
+
+def print_papers(rows: list[list[str]]) -> None:
+    """The table of papers: state of their claims, last record, and whether the code changed since."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("slug", "paper", "claims", "recorded", "minutes", "stale")
+    for row in rows:
+        table.add_row(*row)
+    Console(width=140).print(table)
 
 
 def scripts() -> list[pathlib.Path]:

@@ -173,6 +173,15 @@ class Output:
 
 @without_prefix
 @dataclasses.dataclass(frozen=True)
+class Record:
+    """Whether a paper's results become a record that anyone can check."""
+
+    # write docs/results/<slug>.json and its figure; at the script's own settings only
+    record: bool = False
+
+
+@without_prefix
+@dataclasses.dataclass(frozen=True)
 class Rewards:
     """What rewards answers: the data's verifier, a judge, or a reward model."""
 

@@ -1,1 +1,1 @@
-"""What the scripts of papers share: claims with intervals, seeds that are kept, curves."""
+"""What the scripts of papers share: claims with numbers, seeds that are kept, figures, records."""

@@ -1,11 +1,13 @@
-"""What the scripts of papers share: claims measured over seeds, as a table, a file and an exit code."""
+"""Claims that hold or fail by their numbers: a table, a file and an exit code."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import pathlib
 from collections.abc import Sequence
+from typing import Any, Literal
 
 import numpy as np
 from rich.console import Console
@@ -15,15 +17,112 @@ from scipy import stats
 
 from jaxft.output import writing
 
+DIRECTIONS = {
+    "above": lambda x, bound: x > bound,
+    "at least": lambda x, bound: x >= bound,
+    "below": lambda x, bound: x < bound,
+    "at most": lambda x, bound: x <= bound,
+    "equal to": lambda x, bound: x == bound,
+    "within": lambda x, bound: bound[0] <= x <= bound[1],
+}
+Direction = Literal[tuple(DIRECTIONS)]
+# What must lie on the right side of the bound, and how the pages say it.
+PARTS = {"estimate": "", "all": " (all of the interval)", "any": " (some of the interval)"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Number:
+    """One measured number, and the bound that decides.
+
+    `by` says what must lie on the right side of the bound: the estimate, all of the interval (a number
+    without an interval then fails), or any of it (a number without an interval then holds: nothing
+    contradicts it). A NaN never holds.
+    """
+
+    estimate: float
+    direction: Direction
+    bound: float | tuple[float, float]  # a pair, both ends included, for "within"
+    low: float | None = None  # of the 95 % interval; None: one value
+    high: float | None = None
+    seeds: int | None = None  # how many seeds the estimate is the mean, or the worst, of
+    by: Literal[tuple(PARTS)] = "estimate"
+    label: str = ""
+    style: str = ".3f"  # format of what is shown; the file has all digits
+    unit: str = ""
+
+    @property
+    def holds(self) -> bool:
+        """Whether the number lies where the bound says."""
+        inside = lambda x: bool(DIRECTIONS[self.direction](x, self.bound))
+        if self.by == "estimate":
+            return inside(self.estimate)
+        if self.low is None or self.high is None:
+            return self.by == "any" and not math.isnan(self.estimate)
+        return {"all": all, "any": any}[self.by](map(inside, (self.low, self.high)))
+
+    @property
+    def shown(self) -> str:
+        """The number as text: label, estimate, interval, unit."""
+        text = format(self.estimate, self.style)
+        if self.low is not None and self.high is not None:
+            text += f" [{self.low:{self.style}}, {self.high:{self.style}}]"
+        return " ".join(filter(None, (self.label, text, self.unit)))
+
+    @property
+    def needed(self) -> str:
+        """The bound as text."""
+        ends = self.bound if isinstance(self.bound, tuple) else (self.bound,)
+        return f"{self.direction} {' to '.join(f'{x:.4g}' for x in ends)}{PARTS[self.by]}"
+
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """One row of the table."""
+    """One row of the table; it holds if all of its numbers do."""
 
     text: str
     paper: str  # what the paper says
-    here: str  # what was measured
-    holds: bool
+    numbers: Sequence[Number]
+    detail: str = ""  # what else was measured
+
+    @property
+    def holds(self) -> bool:
+        """Whether every number lies where its bound says."""
+        return all(number.holds for number in self.numbers)
+
+    @property
+    def here(self) -> str:
+        """What was measured, as text; a number with two bounds is said once."""
+        return "; ".join(filter(None, [*dict.fromkeys(n.shown for n in self.numbers), self.detail]))
+
+    @property
+    def needed(self) -> str:
+        """The bounds as text, those of several numbers alike said once."""
+        return "; ".join(dict.fromkeys(number.needed for number in self.numbers))
+
+    def plain(self) -> dict[str, Any]:
+        """The claim as JSON has it. Infinities and NaN, which JSON lacks, are "inf", "-inf" and "nan"."""
+        return _plain(dataclasses.asdict(self)) | {"here": self.here, "holds": self.holds}
+
+    @classmethod
+    def parse(cls, row: dict[str, Any]) -> Claim:
+        """The claim of `plain`; what holds is not read but follows from the numbers again."""
+        return cls(row["text"], row["paper"], tuple(map(_number, row["numbers"])), row["detail"])
+
+
+def mean(
+    values: Sequence[float], direction: Direction, bound: Any, by: str = "all", **more: Any
+) -> Number:
+    """The mean of one number a seed, with its interval."""
+    estimate, low, high = interval(values)
+    ends = dict(low=low, high=high) if len(values) > 1 else {}
+    return Number(estimate, direction, bound, by=by, seeds=len(values), **ends, **more)
+
+
+def worst(values: Sequence[float], direction: Direction, bound: float, **more: Any) -> Number:
+    """The worst of one number a seed: its smallest for "above" and "at least", else its largest."""
+    extreme = np.min if direction in ("above", "at least") else np.max
+    label = {"label": "worst seed"} | more
+    return Number(float(extreme(values)), direction, bound, seeds=len(values), **label)
 
 
 def interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
@@ -50,7 +149,7 @@ def report(claims: Sequence[Claim], metrics: dict, directory: pathlib.Path) -> i
         cells = map(escape, (claim.text, claim.paper, claim.here))
         table.add_row(*cells, "yes" if claim.holds else "NO")
     Console(width=140).print(table)
-    rows = [dataclasses.asdict(claim) for claim in claims]
+    rows = [claim.plain() for claim in claims]
     directory.mkdir(parents=True, exist_ok=True)
     with writing(directory):
         (directory / "metrics.json").write_text(
@@ -58,3 +157,22 @@ def report(claims: Sequence[Claim], metrics: dict, directory: pathlib.Path) -> i
         )
     print(f"metrics and figure in {directory}")
     return 0 if all(claim.holds for claim in claims) else 1
+
+
+def _plain(value):
+    if isinstance(value, dict):
+        return {name: _plain(x) for name, x in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(x) for x in value]
+    if isinstance(value, (np.generic, np.ndarray)):
+        return _plain(value.tolist())
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _number(row):
+    # Counts stay whole: their style is "d".
+    real = lambda x: float(x) if isinstance(x, str) else x
+    read = {name: real(row[name]) for name in ("estimate", "low", "high")}
+    bound = row["bound"]
+    pair = tuple(map(real, bound)) if isinstance(bound, list) else real(bound)
+    return Number(**row | read | {"bound": pair})

@@ -29,8 +29,10 @@ import numpy as np
 import optax
 import tyro
 
-from experiments.cli import limits
-from experiments.lab.claims import Claim, interval, report, show
+from experiments.cli import flags, limits
+from experiments.lab.claims import Claim, Number, mean
+from experiments.lab.figures import bar_means
+from experiments.lab.seeds import begin
 from jaxft import train
 from jaxft.metrics import Mean
 from jaxft.models import Decoder
@@ -60,12 +62,14 @@ class Config:
     # directory of the figure, metrics.json and what is kept of finished seeds
     output_dir: str = "runs/lion"
     preset: Literal["small", "full"] = "small"  # full: 5 seeds, longer runs, SmolLM2
+    record: flags.Record = flags.Record()
     smoke: bool = False  # seconds; claims are printed, not judged
     debug: bool = False  # full tracebacks
 
 
 def main(config: Config) -> int:
     """Measures all claims; the exit code is 1 if one does not hold."""
+    this = begin(config)
     if config.preset == "full":
         config = dataclasses.replace(
             config, seeds=5, steps=2000, text_steps=500, model=config.model or "smollm2"
@@ -75,7 +79,6 @@ def main(config: Config) -> int:
             config, seeds=2, steps=3, text_steps=2, rates=2, batch_size=8, batch_sizes=(), length=16,
             layers=1,
         )  # fmt: skip
-    output = train.writable_directory(config.output_dir)
     metrics: dict[str, Any] = {"memory": memory(), "rounding": rounding()}
     seeds = range(config.seeds)
     metrics["digits"] = compare(config, [vision(config, s, config.batch_size) for s in seeds])
@@ -89,9 +92,8 @@ def main(config: Config) -> int:
     metrics["batch_sizes"] = {
         str(size): compare(config, [vision(config, 0, size)])[0] for size in config.batch_sizes
     } | {str(config.batch_size): metrics["digits"][0]}
-    _figure(metrics, output)
-    code = report(judge(metrics), metrics, output)
-    return 0 if config.smoke else code
+    _figure(metrics, this.output)
+    return this.finish(judge(metrics), metrics)
 
 
 def memory() -> dict[str, float]:
@@ -284,44 +286,44 @@ def judge(metrics: dict[str, Any]) -> list[Claim]:
     accuracy = [row["lion_accuracy"] - row["adamw_accuracy"] for row in digits]
     ratio = float(np.median([r["adamw_rate"] / r["lion_rate"] for r in digits + words]))
     few = {d: excess(words, f"lion_{d}", "lion") for d in MOMENTS}
+    most = {"float32": 0.5, "bfloat16": 0.25, "int8": 0.14}
+    off = abs(bits["stochastic"] - bits["exact"])
     return [
         Claim(
             "state over AdamW's: float32, bfloat16, int8",
             "0.5; here also 0.25, 0.14",
-            ", ".join(f"{share[d]:.4f}" for d in ("float32", *MOMENTS)),
-            share["float32"] <= 0.5 and share["bfloat16"] <= 0.25 and share["int8"] <= 0.14,
+            [Number(share[d], "at most", most[d], label=d, style=".4f") for d in most],
         ),
         Claim(
             "bfloat16 momentum moves only by stochastic rounding",
             f"exact {bits['exact']:.4f} (ours, not the paper's)",
-            f"{bits['stochastic']:.4f}; to the nearest {bits['nearest']:.4f}",
-            abs(bits["stochastic"] - bits["exact"]) < 2e-3 and bits["nearest"] == 1.0,
+            [
+                Number(off, "below", 2e-3, label="error", style=".4f"),
+                Number(bits["nearest"], "equal to", 1.0, label="to the nearest", style=".4f"),
+            ],
+            f"stochastic {bits['stochastic']:.4f}",
         ),
         Claim(
             "ViT on digits: accuracy within 2 points of AdamW's",
             "up to 2 points better",
-            show(accuracy),
-            interval(accuracy)[0] > -0.02,
+            [mean(accuracy, "above", -0.02, by="estimate")],
         ),
         Claim(
             "language model: loss within 2 % of AdamW's",
             "similar or better",
-            show(excess(words, "lion", "adamw")),
-            interval(excess(words, "lion", "adamw"))[0] < 0.02,
+            [mean(excess(words, "lion", "adamw"), "below", 0.02, by="estimate")],
         ),
         Claim(
             "the best learning rate is 3 to 10 times smaller",
             "3 to 10",
-            f"{ratio:.1f} (median of both tasks)",
-            3 <= ratio <= 10.1,
+            [Number(ratio, "within", (3.0, 10.1), label="median of both tasks", style=".1f")],
         ),
         Claim(
             "few bits of momentum cost less than 2 % of the loss",
             "(ours)",
-            "; ".join(f"{d} {show(v)}" for d, v in few.items()),
-            all(interval(v)[0] < 0.02 for v in few.values()),
+            [mean(v, "below", 0.02, by="estimate", label=d) for d, v in few.items()],
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _pretrained(config, seed):
@@ -357,8 +359,7 @@ def _figure(metrics, output):
             continue
         names = [key.removesuffix("_rate") for key in rows[0] if key.endswith("_rate")]
         values = np.array([[row[f"{n}_loss"] for n in names] for row in rows])
-        axes.barh([n.replace("_", " ") for n in names], values.mean(0), color="#4477aa")
-        axes.plot(values.T, np.arange(len(names)), "k.", markersize=4)
+        bar_means(axes, [n.replace("_", " ") for n in names], values)
         axes.set(xlabel="test loss", title=task)
     figure.savefig(output / "lion.png", dpi=150)
 

@@ -28,8 +28,10 @@ import numpy as np
 import optax
 import tyro
 
-from experiments.cli import limits
-from experiments.lab.claims import Claim, interval, report, show
+from experiments.cli import flags, limits
+from experiments.lab.claims import Claim, Number, mean, show, worst
+from experiments.lab.figures import bar_means
+from experiments.lab.seeds import begin
 from jaxft import train
 from jaxft.adapters import (
     adapt,
@@ -61,27 +63,27 @@ class Config:
     # directory of the figure, metrics.json and what is kept of finished seeds
     output_dir: str = "runs/monarch"
     preset: Literal["small", "full"] = "small"  # full: 10 seeds, and SmolLM2's kernels
+    record: flags.Record = flags.Record()
     smoke: bool = False  # seconds; claims are printed, not judged
     debug: bool = False  # full tracebacks
 
 
 def main(config: Config) -> int:
     """Measures all claims; the exit code is 1 if one does not hold."""
+    this = begin(config)
     if config.preset == "full":
         config = dataclasses.replace(config, seeds=10, model=config.model or "smollm2")
     if config.smoke:
         config = dataclasses.replace(
             config, seeds=1, steps=20, transform_steps=20, fine_tuning_steps=5
         )
-    output = train.writable_directory(config.output_dir)
     metrics: dict[str, Any] = {"projection": projection()}
     metrics["transform"] = [learn_transform(config, seed) for seed in range(config.seeds)]
     metrics["digits"] = [digits(config, seed) for seed in range(config.seeds)]
     if config.model:
         metrics["kernels"] = kernel_errors(config.model)
-    _figure(metrics, output)
-    code = report(judge(metrics), metrics, output)
-    return 0 if config.smoke else code
+    _figure(metrics, this.output)
+    return this.finish(judge(metrics), metrics)
 
 
 def projection() -> dict[str, float]:
@@ -196,36 +198,38 @@ def judge(metrics: dict[str, Any]) -> list[Claim]:
     learnt, low = column(fits, "monarch"), column(fits, "low_rank")
     ahead = gap("projected_tuned", "random_tuned")
     stronger = gap("projected_tuned", "random_variance_preserving_tuned")
+    error = lambda name, label: Number(exact[name], "below", 1e-5, label=label, style=".0e")
+    # One seed has no interval, and only its gap is judged.
+    sure = [mean(ahead, "above", 0.0)] * (len(ahead) > 1)
     return [
         Claim(
             "the projection holds transforms exactly (relative error)",
             "Hadamard 0, DFT 0 after a permutation",
-            f"{exact['hadamard_64']:.0e}, {exact['dft_16_permuted']:.0e}",
-            max(exact["hadamard_64"], exact["dft_16_permuted"]) < 1e-5,
+            [error("hadamard_64", "Hadamard"), error("dft_16_permuted", "DFT")],
         ),
         Claim(
             "it learns y = Hx; low rank of the same size cannot (squared error)",
             "expressive",
-            f"{max(learnt):.1e} at worst; low rank {show(low)}",
-            max(learnt) < 1e-4 and min(low) > 0.8,
+            [
+                worst(learnt, "below", 1e-4, style=".1e"),
+                worst(low, "above", 0.8, label="low rank, best seed"),
+            ],
         ),
         Claim(
             "sparse training is within 2 points of dense (accuracy gap)",
             "equal quality",
-            show(gap("sparse", "dense")),
-            interval(gap("sparse", "dense"))[0] > -0.02,
+            [mean(gap("sparse", "dense"), "above", -0.02, by="estimate")],
         ),
         Claim(
             "sparse, then dense for the last steps, is too",
             "equal quality, 2x faster",
-            show(gap("sparse_to_dense", "dense")),
-            interval(gap("sparse_to_dense", "dense"))[0] > -0.02,
+            [mean(gap("sparse_to_dense", "dense"), "above", -0.02, by="estimate")],
         ),
         Claim(
             "a projected dense model fine-tunes better than a random sparse one",
             "1.7x faster at comparable score",
-            f"{show(ahead)}; variance-preserving start {show(stronger)}",
-            interval(ahead)[0] > 0.1 and not interval(ahead)[1] <= 0,
+            [mean(ahead, "above", 0.1, by="estimate"), *sure],
+            f"variance-preserving start {show(stronger)}",
         ),
     ]
 
@@ -299,14 +303,11 @@ def _figure(metrics, output):
     left, right = figure.subplots(1, 2)
     names = list(metrics["digits"][0])
     values = np.array([[row[name] for name in names] for row in metrics["digits"]])
-    left.barh([n.replace("_", " ") for n in names], values.mean(0), color="#4477aa")
-    left.plot(values.T, np.arange(len(names)), "k.", markersize=4)
+    bar_means(left, [n.replace("_", " ") for n in names], values)
     left.set(xlabel="held-out accuracy on digits", xlim=(0, 1))
     gaussian = {k: v for k, v in metrics["projection"].items() if k.startswith("gaussian")}
     right.plot([1, 2, 4], list(gaussian.values()), "o-", color="#aa3377")
-    right.set(
-        xlabel="rank of slices", ylabel="relative error", title="projection of noise, 256 x 256"
-    )
+    right.set(xlabel="rank of slices", ylabel="relative error", title="projection of noise")
     figure.savefig(output / "monarch.png", dpi=150)
 
 

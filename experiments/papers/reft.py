@@ -47,9 +47,10 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from experiments.cli import limits
-from experiments.lab.claims import Claim, interval, show
-from experiments.lab.seeds import measure_claims, plot_mean
+from experiments.cli import flags, limits
+from experiments.lab.claims import Claim, mean, show
+from experiments.lab.figures import plot_mean
+from experiments.lab.seeds import begin, measure_claims
 from experiments.worlds import arithmetic, reranker, workings
 from jaxft import rl, train
 from jaxft.metrics import majority_vote, rerank
@@ -96,6 +97,7 @@ class Config:
     layers: int = 2  # of the model
     # directory of the figure, metrics.json and what is kept of finished seeds
     output_dir: str = "runs/reft"
+    record: flags.Record = flags.Record()
     smoke: bool = False  # seconds; claims are printed, not judged
     debug: bool = False  # full tracebacks
 
@@ -103,10 +105,11 @@ class Config:
 def main(config: Config) -> int:
     """Measures all claims; the exit code is 1 if one does not hold."""
     check(config)
+    this = begin(config)
     if config.smoke:
         config = dataclasses.replace(config, **SMOKE)
     run = functools.partial(run_seed, config)
-    return measure_claims(config, run, judge=judge, print_table=print_table, figure=_figure)
+    return measure_claims(this, config, run, judge=judge, print_table=print_table, figure=_figure)
 
 
 def check(config: Config) -> None:
@@ -312,20 +315,19 @@ def judge(runs: list[dict]) -> list[Claim]:
         Claim(
             "ReFT is above SFT that went on for as many examples (greedy, held out)",
             "63.7 -> 75.3 on GSM8K",
-            f"{last('sft', 'greedy').mean():.3f} -> {last('reft', 'greedy').mean():.3f}: {show(gain)}",
-            interval(gain)[1] > 0,
+            [mean(gain, "above", 0)],
+            f"{last('sft', 'greedy').mean():.3f} -> {last('reft', 'greedy').mean():.3f}",
         ),
         Claim(
             "control: and above SFT at its best measured step",
             "(ours)",
-            f"{best.mean():.3f}: {show(ahead)}",
-            interval(ahead)[1] > 0,
+            [mean(ahead, "above", 0)],
+            f"SFT {best.mean():.3f}",
         ),
         Claim(
             "majority voting of ReFT's samples is above its greedy answers",
             "75.3 -> 78.0",
-            f"{show(vote)}",
-            interval(vote)[1] > 0,
+            [mean(vote, "above", 0)],
         ),
     ]
 

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from experiments.lab.claims import Claim, interval, report
+from experiments.lab.claims import Claim, Number, interval, report
 from experiments.papers import lion, monarch
 from experiments.papers.intrinsic_dimension import main as intrinsic_dimension
 from experiments.papers.paca import main as paca
@@ -23,7 +23,7 @@ def test_interval_is_student_s():
 
 
 def test_a_claim_that_fails_is_an_exit_code(tmp_path, capsys):
-    good, bad = Claim("a", "1", "1", True), Claim("b", "1", "0", False)
+    good, bad = (Claim(x, "1", [Number(x == "a", "above", 0.5)]) for x in "ab")
     assert report([good], {"x": 1}, tmp_path) == 0
     assert report([good, bad], {"x": 1}, tmp_path) == 1
     assert json.loads((tmp_path / "metrics.json").read_text())["claims"][1]["holds"] is False

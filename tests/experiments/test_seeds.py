@@ -7,7 +7,7 @@ import types
 
 import pytest
 
-from experiments.lab.seeds import run_seeds
+from experiments.lab.seeds import Run, run_seeds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,14 +31,20 @@ def test_finished_seeds_are_not_run_again(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run_seeds(Config(), tmp_path, lambda seed: run(seed, last=5))
     # More seeds and another folder's name change no seed's result.
-    found = run_seeds(Config(seeds=4, output_dir="b"), tmp_path, run)
+    found, _ = run_seeds(Config(seeds=4, output_dir="b"), tmp_path, run)
     assert asked == [4, 5, 6, 6, 7]
     assert found == [{"seed": seed, "pair": [1, 2.5]} for seed in (4, 5, 6, 7)]
+    # What the kept ones took then is part of what the run took.
+    for path in (tmp_path / "seeds").iterdir():
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"seconds": 60.0}))
+    this = Run(Config(), tmp_path, began=0.0, draft=None)
+    assert len(this.seeds(Config(seeds=5), run)) == 5 and this.kept == 240.0
+    assert asked.pop() == 8
     run_seeds(Config(seeds=1, rate=0.2), tmp_path, run)
     run_seeds(Config(seeds=1, smoke=True), tmp_path, run)
     run_seeds(Config(seeds=1, smoke=True), tmp_path, run)
     assert asked[5:] == [4, 4, 4]
-    assert len(list((tmp_path / "seeds").iterdir())) == 5  # No part is left, nothing of smoke runs.
+    assert len(list((tmp_path / "seeds").iterdir())) == 6  # No part is left, nothing of smoke runs.
 
 
 def test_a_changed_script_runs_again(tmp_path, monkeypatch):
@@ -49,7 +55,7 @@ def test_a_changed_script_runs_again(tmp_path, monkeypatch):
         asked = []
         run_seeds(Config(seeds=1), tmp_path, asked.append)
         assert len(asked) == (text == "a = 2" or not kept)
-    assert all(json.loads(p.read_text()) is None for p in (tmp_path / "seeds").iterdir())
+    assert all(json.loads(p.read_text())["result"] is None for p in (tmp_path / "seeds").iterdir())
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.optimize
 
-from experiments.lab.claims import Claim
+from experiments.lab.claims import Claim, Number
 from jaxft import losses
 
 LENGTHS = np.arange(2.0, 12.0, 2.0)  # of the five responses of the exact part
@@ -64,18 +64,26 @@ def optimum(loss: Callable[..., jax.Array]) -> np.ndarray:
 def judge(exact: dict[str, Any]) -> list[Claim]:
     """The claims about these optima, and whether they hold."""
     row, right, wrong = (exact[name] for name in ("DPO", "R-DPO", "R-DPO, wrong sign"))
+    off = lambda row, length: abs(row["length"] - length)
+    distance = functools.partial(Number, direction="below", bound=5e-3, style=".1e", unit="tokens")
+    error = functools.partial(Number, direction="below", bound=1e-3, style=".1e")
     return [
         Claim(
             "exact: labels that favour length lengthen DPO's optimum",
             "8.138 tokens, closed form (unbiased: 6)",
-            f"{row['length']:.3f}, error {row['error']:.1e}",
-            abs(row["length"] - 8.138) < 5e-3 and row["error"] < 1e-3,
+            [
+                distance(off(row, 8.138), label="length off by"),
+                error(row["error"], label="largest error of a probability"),
+            ],
+            f"{row['length']:.3f} tokens",
         ),
         Claim(
             "exact: R-DPO with α the bias gives the unbiased optimum, with the wrong sign a longer one",
             "6.000 and 9.237 tokens, closed form",
-            f"{right['length']:.3f} and {wrong['length']:.3f}, errors {right['error']:.1e}, "
-            f"{wrong['error']:.1e}",
-            max(right["error"], wrong["error"]) < 1e-3 and abs(wrong["length"] - 9.237) < 5e-3,
+            [
+                distance(off(wrong, 9.237), label="longer one off by"),
+                error(max(right["error"], wrong["error"]), label="largest error of a probability"),
+            ],
+            f"{right['length']:.3f} and {wrong['length']:.3f} tokens",
         ),
     ]

@@ -43,9 +43,10 @@ import numpy as np
 import optax
 import tyro
 
-from experiments.cli import limits
-from experiments.lab.claims import Claim, interval, report, show
-from experiments.lab.seeds import plot_mean, run_seeds
+from experiments.cli import flags, limits
+from experiments.lab.claims import Claim, interval, mean, show
+from experiments.lab.figures import plot_mean
+from experiments.lab.seeds import begin
 from experiments.papers.cxr_preference import lengths
 from experiments.papers.cxr_preference import reports as world
 from experiments.worlds import toy_text as toy
@@ -75,23 +76,23 @@ class Config:
     held_out: int = 1000  # images of the test; half as many choose the checkpoint
     # directory of the figure, metrics.json and what is kept of finished seeds
     output_dir: str = "runs/cxr_preference"
+    record: flags.Record = flags.Record()
     smoke: bool = False  # seconds; claims are printed, not judged
     debug: bool = False  # full tracebacks
 
 
 def main(config: Config) -> int:
     """Measures all claims; the exit code is 1 if one does not hold."""
+    this = begin(config)
     if config.smoke:
         config = dataclasses.replace(
             config, seeds=1, sft_steps=20, images=64, steps=4, every=2, batch_size=8, held_out=64
         )
-    output = train.writable_directory(config.output_dir)
     train.keep_memory_warm()
-    runs = run_seeds(config, output, functools.partial(run_seed, config))
+    runs = this.seeds(config, functools.partial(run_seed, config))
     metrics = {"lengths": lengths.measure(), "runs": runs}
-    _figure(metrics, output)
-    code = report(judge(metrics), metrics, output)
-    return 0 if config.smoke else code
+    _figure(metrics, this.output)
+    return this.finish(judge(metrics), metrics)
 
 
 def run_seed(config: Config, seed: int) -> dict[str, Any]:
@@ -233,26 +234,24 @@ def _gains(column, five, baselines):
         Claim(
             "each of the five gains 0.05 of GREEN or more on SFT",
             "all five gain (ours: 0.05)",
+            [mean(gain(least), "at least", 0.05, by="estimate", label=f"least, {least}")],
             f"SFT {show(start)}; {_listed(means)}",
-            min(means.values()) >= 0.05,
         ),
         Claim(
             "the least of these gains is no chance",
             "",
-            f"{least}: {show(gain(least))}",
-            interval(gain(least))[1] > 0,
+            [mean(gain(least), "above", 0, label=f"{least}:")],
         ),
         Claim(
             "the best of them gains more than a tenth",
             "up to +57 %",
-            f"{best}: {show(100 * gain(best) / start, 1)} %",
-            interval(gain(best) / start)[1] > 0.1,
+            [mean(100 * gain(best) / start, "above", 10, label=f"{best}:", style=".1f", unit="%")],
         ),
         Claim(
             "the best of them is ahead of as many supervised steps",
             "(ours)",
-            f"{show(ahead)} on {other}; {_listed({n: float(gain(n).mean()) for n in baselines})}",
-            interval(ahead)[1] > 0,
+            [mean(ahead, "above", 0)],
+            f"on {other}; {_listed({n: float(gain(n).mean()) for n in baselines})}",
         ),
     ]
 
@@ -261,7 +260,7 @@ def _costs(runs, column, five):
     longer = {name: column(name, "length") / column("SFT", "length") for name in five}
     longest = max(longer, key=lambda name: longer[name].mean())
     pairs = np.array([run["length_chosen"] - run["length_rejected"] for run in runs])
-    even = {name: column(name, "win_rate_at_equal_length") - 0.5 for name in five}
+    even = {name: column(name, "win_rate_at_equal_length") for name in five}
     weakest = min(even, key=lambda name: interval(even[name])[1])
     f1 = {name: column(name, "f1") - column("SFT", "f1") for name in five}
     worst = min(f1, key=lambda name: f1[name].mean())
@@ -269,26 +268,23 @@ def _costs(runs, column, five):
         Claim(
             "the judge's chosen reports are longer than its rejected ones",
             "GREEN does not punish more true statements",
-            f"by {show(pairs, 2)} tokens",
-            interval(pairs)[1] > 0,
+            [mean(pairs, "above", 0, label="by", style=".2f", unit="tokens")],
         ),
         Claim(
             "the method that lengthens most lengthens its reports",
             "up to 3.2 times",
-            f"{longest}: {show(longer[longest])} times",
-            interval(longer[longest])[1] > 1,
+            [mean(longer[longest], "above", 1, label=f"{longest}:", unit="times")],
         ),
         Claim(
             "at equal length all five still win more often than SFT",
             "win rate up to 0.62 by radiologists, verbosity penalised",
-            f"the weakest, {weakest}: {show(even[weakest] + 0.5)}",
-            interval(even[weakest])[1] > 0,
+            [mean(even[weakest], "above", 0.5, label=f"the weakest, {weakest}:")],
         ),
         Claim(
             "none of the five loses F1 of findings",
             "no significant loss on six other tasks",
-            f"{_listed({n: float(v.mean()) for n, v in f1.items()})}",
-            not interval(f1[worst])[2] < 0,
+            [mean(f1[worst], "at least", 0, by="any", label=f"least, {worst}:")],
+            _listed({n: float(v.mean()) for n, v in f1.items()}),
         ),
     ]
 

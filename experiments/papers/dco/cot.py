@@ -22,8 +22,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from experiments.lab.claims import Claim, interval, show
-from experiments.lab.seeds import plot_mean
+from experiments.lab.claims import Claim, mean
+from experiments.lab.figures import plot_mean
 from experiments.worlds import arithmetic, workings
 from jaxft import rl, train
 from jaxft.data import HardExampleQueue
@@ -159,25 +159,24 @@ def judge(runs: list[dict]) -> list[Claim]:
     looked = np.mean(
         [run["DCO"][-1]["looked"] / run["cross-entropy"][-1]["looked"] for run in runs]
     )
-    text = lambda n: (
-        f"{last('cross-entropy', n).mean():.3f} -> {last('DCO', n).mean():.3f}: {show(gain[n])}"
-    )
+    ends_at = lambda n: f"{last('cross-entropy', n).mean():.3f} -> {last('DCO', n).mean():.3f}"
     return [
         Claim(
             "DCO is ahead of cross-entropy in pass@64 after as many updates",
-            "61.7 -> 63.1 (epoch 3)", text(64), interval(gain[64])[1] > 0,
+            "61.7 -> 63.1 (epoch 3)", [mean(gain[64], "above", 0)], ends_at(64),
         ),
         Claim(
             "and at least not behind: the interval does not end below 0",
-            "(spec)", show(gain[64]), not interval(gain[64])[2] < 0,
+            "(spec)", [mean(gain[64], "at least", 0, by="any")],
         ),
         Claim(
             "control: ahead too where each stops at its best measured step",
-            "(ours)", show(peak), interval(peak)[1] > 0,
+            "(ours)", [mean(peak, "above", 0)],
         ),
         Claim(
             "what it pays is pass@1",
-            "9.0 -> 8.3", text(1) + f"; {looked:.1f} times the candidates", interval(gain[1])[2] < 0,
+            "9.0 -> 8.3", [mean(gain[1], "below", 0)],
+            f"{ends_at(1)}; {looked:.1f} times the candidates",
         ),
     ]  # fmt: skip
 

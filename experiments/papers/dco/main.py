@@ -29,6 +29,7 @@ import experiments.cli.interrupts  # noqa: F401  isort: skip  (before what takes
 
 import dataclasses
 import functools
+import itertools
 import sys
 from typing import Any, Literal
 
@@ -38,9 +39,10 @@ import numpy as np
 import optax
 import tyro
 
-from experiments.cli import limits
-from experiments.lab.claims import Claim, interval, report, show
-from experiments.lab.seeds import measure_claims, run_seeds
+from experiments.cli import flags, limits
+from experiments.lab.claims import Claim, mean, show, worst
+from experiments.lab.figures import plot_band
+from experiments.lab.seeds import Run, begin, measure_claims
 from experiments.papers.dco import cot, proof
 from experiments.worlds import toy_text as toy
 from jaxft import train
@@ -52,6 +54,7 @@ TIMES, EQUALS, END, VOCABULARY = 10, 11, 12, 13  # after the ten digits
 ANSWER = 5  # tokens: four digits and the end
 SAMPLES = (1, 16, 256, 4096)  # N of the tables
 BINS = 20  # of confidence
+PARTS = {"direct": {}, "cot": {"mode": "cot"}, "proof": {"mode": "proof"}}  # of the record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,12 +74,14 @@ class Config:
     learning_rate: float = 1e-3  # of Adam, the same for all N'
     # directory of the figure, metrics.json and what is kept of finished seeds
     output_dir: str = "runs/dco"
+    record: flags.Record = flags.Record()
     smoke: bool = False  # seconds; claims are printed, not judged
     debug: bool = False  # full tracebacks
 
 
 def main(config: Config) -> int:
     """Measures all claims; the exit code is 1 if one does not hold."""
+    this = begin(config, PARTS)
     if not {1, 256} <= set(config.num_samples):
         raise ValueError(f"num_samples: 1 and 256 must be among them, got {config.num_samples}.")
     if config.smoke:
@@ -85,24 +90,22 @@ def main(config: Config) -> int:
             batch_size=20,
         )  # fmt: skip
     if config.mode != "direct":
-        return other_mode(config)
-    output = train.writable_directory(config.output_dir)
+        return other_mode(this, config)
     layers = 1 if config.smoke else 2
     model = Decoder(dataclasses.replace(tiny_config(VOCABULARY, max_length=16), num_layers=layers))
     every = lambda seed: {str(n): run(config, model, n, seed) for n in config.num_samples}
-    runs = run_seeds(config, output, every)
+    runs = this.seeds(config, every)
     metrics: dict[str, Any] = {name: [found[name] for found in runs] for name in runs[0]}
-    _figure(metrics, output)
-    code = report(judge(metrics), {"training": metrics}, output)
-    return 0 if config.smoke else code
+    _figure(metrics, this.output)
+    return this.finish(judge(metrics), {"training": metrics})
 
 
-def other_mode(config: Config) -> int:
+def other_mode(this: Run, config: Config) -> int:
     """The same of chains of thought or of proofs."""
     part = {"cot": cot, "proof": proof}[config.mode]
     run = functools.partial(part.run_seed, part.SMOKE if config.smoke else part.Settings())
     return measure_claims(
-        config, run, judge=part.judge, print_table=part.print_table, figure=part.figure
+        this, config, run, judge=part.judge, print_table=part.print_table, figure=part.figure
     )
 
 
@@ -200,46 +203,48 @@ def judge(metrics: dict[str, list]) -> list[Claim]:
     gaps = {n: last(n, 256) - last("1", 256) for n in metrics if n != "1"}
     stopped = peak("256", 256) - peak("1", 256)
     order = sorted(metrics, key=int)
-    falling = [sure[a] > sure[b] for a, b in zip(order, order[1:], strict=False)]
+    drops = np.concatenate([sure[a] - sure[b] for a, b in itertools.pairwise(order)])
     ahead = {n: last("256", n) - last("1", n) for n in (1, 256, 4096)}
-    text = lambda values: "; ".join(f"N' {n}: {v}" for n, v in values.items())
-    claims = [
+    text = "; ".join(f"N' {n}: {sure[n].mean():.2f}" for n in order)
+    least = {n: 0.3 if n == "256" else 0.1 for n in gaps}
+    front = {n: mean(x, "below" if n == 1 else "above", 0, label=f"@{n}") for n, x in ahead.items()}
+    return [
         Claim(
             "cross-entropy: pass@256 falls from its best epoch by 0.2, pass@1 by less than 0.01",
             "65.2 to 44.5 %; 4.4 to 7.4 %",
-            f"falls {show(fall)}; pass@1 {show(first)}",
-            interval(fall)[0] > 0.2 and interval(first)[0] > -0.01,
+            [
+                mean(fall, "above", 0.2, by="estimate", label="falls"),
+                mean(first, "above", -0.01, by="estimate", label="pass@1 rises"),
+            ],
         ),
         Claim(
             "last epoch: N' = 256 is 0.3 ahead in pass@256, others 0.1",
             "N' near N is best",
-            text({n: show(v) for n, v in gaps.items()}),
-            all(
-                interval(v)[0] >= (0.3 if n == "256" else 0.1) and interval(v)[1] > 0
+            [
+                mean(v, *bound, label=f"N' {n}:")
                 for n, v in gaps.items()
-            ),
+                for bound in (("at least", least[n], "estimate"), ("above", 0, "all"))
+            ],
         ),
         Claim(
             "the larger N', the less sure of the likeliest answer, with every seed",
             "limits confidence",
-            text({n: f"{sure[n].mean():.2f}" for n in order})
-            + f"; N' 1 is right in {np.mean(accuracy):.3f}",
-            bool(np.all(falling)),
+            [worst(drops, "above", 0, label="smallest fall from one N' to the next")],
+            f"{text}; N' 1 is right in {np.mean(accuracy):.3f}",
         ),
         Claim(
             "a front: cross-entropy is ahead in pass@1, N' = 256 in pass@256 and pass@4096",
             "no N' is best at all N",
-            "N' 256 less 1: " + "; ".join(f"@{n} {show(v)}" for n, v in ahead.items()),
-            interval(ahead[1])[2] < 0 and min(interval(ahead[n])[1] for n in (256, 4096)) > 0,
+            list(front.values()),
+            "each N' 256 less 1",
         ),
         Claim(
             "control: N' = 256 is ahead in pass@256 too where both stop at their best epochs",
             "(ours)",
-            f"{show(stopped)}; N' 1 {show(peak('1', 256))}",
-            interval(stopped)[1] > 0,
+            [mean(stopped, "above", 0)],
+            f"N' 1 {show(peak('1', 256))}",
         ),
     ]
-    return claims
 
 
 @functools.cache
@@ -256,10 +261,9 @@ def _figure(metrics, output):
         epochs = [row["epoch"] for row in runs[0]]
         for axes, of in ((first, lambda r: r["pass"]["256"]), (second, lambda r: r["confidence"])):
             values = np.array([[of(row) for row in rows] for rows in runs])
-            (line,) = axes.plot(epochs, values.mean(0), "o-", label=f"N' = {n}", markersize=3)
-            axes.plot(epochs, values.T, color=line.get_color(), alpha=0.3, linewidth=0.7)
-        passes = [np.mean([rows[-1]["pass"][str(k)] for rows in runs]) for k in SAMPLES]
-        third.plot(SAMPLES, passes, "o-", markersize=3)
+            plot_band(axes, epochs, values, "o-", label=f"N' = {n}", markersize=3)
+        passes = [[rows[-1]["pass"][str(k)] for k in SAMPLES] for rows in runs]
+        plot_band(third, SAMPLES, passes, "o-", markersize=3)
     first.set(xlabel="epoch", title="pass@256 on test")
     second.set(xlabel="epoch", title="probability of the greedy answer")
     third.set(xlabel="N", xscale="log", yscale="log", title="pass@N, last epoch")

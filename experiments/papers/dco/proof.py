@@ -27,8 +27,8 @@ import optax
 from rich.console import Console
 from rich.table import Table
 
-from experiments.lab.claims import Claim, interval, show
-from experiments.lab.seeds import plot_mean
+from experiments.lab.claims import Claim, Number, mean
+from experiments.lab.figures import plot_band, plot_mean
 from experiments.worlds import toy_text as toy
 from jaxft import train
 from jaxft.generation import best_first_search
@@ -176,14 +176,14 @@ def judge(runs: list[dict]) -> list[Claim]:
 
     gain = lambda width, how, n: last(width, how, n) - last("1", how, n)
     one = {width: gain(width, "search", 1) for width in widths}
-    sure = {w: np.mean([run[w][-1]["confidence"] for run in runs]) for w in runs[0]}
+    sure = {w: float(np.mean([run[w][-1]["confidence"] for run in runs])) for w in runs[0]}
+    drops = [a - b for a, b in itertools.pairwise(sure.values())]
     claims = [
         Claim(
             f"N_eff {width} is ahead of cross-entropy in pass@256 by {how}",
             "MiniF2F pass@4k 37.4 -> 39.5 (N_eff 8)",
-            f"{last('1', how, 256).mean():.3f} -> {last(width, how, 256).mean():.3f}: "
-            f"{show(gain(width, how, 256))}",
-            interval(gain(width, how, 256))[1] > 0,
+            [mean(gain(width, how, 256), "above", 0)],
+            f"{last('1', how, 256).mean():.3f} -> {last(width, how, 256).mean():.3f}",
         )
         for how in ("samples", "search")
         for width in widths
@@ -193,18 +193,18 @@ def judge(runs: list[dict]) -> list[Claim]:
         *claims,
         Claim(
             f"control: so is N_eff {widths[0]} by samples where each stops at its best epoch (validation)",
-            "(ours)", f"{best('1', 'samples').mean():.3f}: {show(stopped)}", interval(stopped)[1] > 0,
+            "(ours)", [mean(stopped, "above", 0)], f"N_eff 1 {best('1', 'samples').mean():.3f}",
         ),
         Claim(
             "cross-entropy is ahead of all in the first proof that a search tries",
             "small N_eff: narrow and deep",
-            "; ".join(f"{width}: {show(-value)}" for width, value in one.items()),
-            max(interval(value)[2] for value in one.values()) < 0,
+            [mean(-value, "above", 0, label=f"{width}:") for width, value in one.items()],
         ),
         Claim(
             "the larger N_eff, the less sure the first step, on average",
-            "limits confidence", ", ".join(f"{w}: {p:.2f}" for w, p in sure.items()),
-            list(sure.values()) == sorted(sure.values(), reverse=True),
+            "limits confidence",
+            [Number(min(drops), "at least", 0, label="smallest fall from one N_eff to the next")],
+            ", ".join(f"{w}: {p:.2f}" for w, p in sure.items()),
         ),
     ]  # fmt: skip
 
@@ -235,9 +235,7 @@ def figure(runs: list[dict], output: pathlib.Path) -> None:
         passed = lambda row: row["search"]["256"]
         plot_mean(first, runs, width, passed, "o-", x="epoch", markersize=3, label=f"N_eff {width}")
         for axes, how in ((second, "search"), (third, "samples")):
-            axes.plot(
-                TRIED, [np.mean([r[width][-1][how][str(n)] for r in runs]) for n in TRIED], "o-"
-            )
+            plot_band(axes, TRIED, [[r[width][-1][how][str(n)] for n in TRIED] for r in runs], "o-")
     first.set(xlabel="epoch", title="pass@256 by best-first search")
     second.set(xlabel="N", xscale="log", title="pass@N by search, last epoch")
     third.set(xlabel="N", xscale="log", title="pass@N by samples, last epoch")

@@ -30,8 +30,10 @@ from typing import Any
 import numpy as np
 import tyro
 
-from experiments.cli import limits
-from experiments.lab.claims import Claim, interval, report, show
+from experiments.cli import flags, limits
+from experiments.lab.claims import Claim, Number, mean, show, worst
+from experiments.lab.figures import plot_band
+from experiments.lab.seeds import begin
 from experiments.papers.hypo import bandits, text
 from jaxft import train
 
@@ -51,12 +53,14 @@ class Config:
     text_kl_weight: float = 0.03  # HyPO's λ there
     # directory of the figure, metrics.json and what is kept of finished seeds
     output_dir: str = "runs/hypo"
+    record: flags.Record = flags.Record()
     smoke: bool = False  # seconds; claims are printed, not judged
     debug: bool = False  # full tracebacks
 
 
 def main(config: Config) -> int:
     """Measures all claims; the exit code is 1 if one does not hold."""
+    this = begin(config)
     settings = text.Settings(
         pretrain_steps=config.pretrain_steps, steps=config.steps, every=max(1, config.steps // 30),
         beta=config.beta, kl_weight=config.text_kl_weight,
@@ -67,14 +71,12 @@ def main(config: Config) -> int:
             pretrain_steps=40, steps=4, every=2, texts=512, batch_size=4, prompts=4, samples=2,
             held_out=64, width=16, layers=1,
         )  # fmt: skip
-    output = train.writable_directory(config.output_dir)
     weights = {"three": THREE, "random": RANDOM}
     metrics: dict[str, Any] = bandits.run(config.draws, 0, weights)
     metrics["beta"] = config.beta
     metrics["text"] = [text.run(settings, seed) for seed in range(config.seeds)]
-    _figure(metrics, output)
-    code = report(judge(metrics), metrics, output)
-    return 0 if config.smoke else code
+    _figure(metrics, this.output)
+    return this.finish(judge(metrics), metrics)
 
 
 def judge(metrics: dict[str, Any]) -> list[Claim]:
@@ -83,7 +85,7 @@ def judge(metrics: dict[str, Any]) -> list[Claim]:
     one, two = (metrics["random"][f"{w:g}"] for w in RANDOM)
     lower = np.array(two["kl"]) < np.array(one["kl"])
     better = np.array(two["regularised"]) > np.array(one["regularised"])
-    mean = lambda row, name: float(np.mean(row[name]))
+    average = lambda row, name: float(np.mean(row[name]))
     last = {name: [seed[name][-1] for seed in metrics["text"]] for name in text.METHODS}
     column = lambda name, what: [row[what] for row in last[name]]
     value = lambda name: [r["reward"] - metrics["beta"] * r["kl"] for r in last[name]]
@@ -99,59 +101,67 @@ def judge(metrics: dict[str, Any]) -> list[Claim]:
         Claim(
             "3 responses: DPO's optimum is the one that no pair contains",
             "π(C) = 1, KL log 10, reward -1",
-            f"π(C) {dpo['policy'][2]:.3f}, KL {dpo['kl']:.3f}, reward {dpo['reward']:.3f}",
-            dpo["policy"][2] > 0.99 and abs(dpo["kl"] - math.log(10)) < 0.01,
+            [
+                Number(dpo["policy"][2], "above", 0.99, label="π(C)"),
+                Number(
+                    abs(dpo["kl"] - math.log(10)), "below", 0.01, label="KL off by", style=".1e"
+                ),
+            ],
+            f"KL {dpo['kl']:.3f}, reward {dpo['reward']:.3f}",
         ),
         Claim(
             "3 responses: HyPO (λ 0.1) keeps the reward at a small KL",
             "reward > 0.3, KL < 0.1 (ours)",
-            f"reward {held['reward']:.3f}, KL {held['kl']:.3f}; λ 0.01: reward {weak['reward']:.3f}",
-            held["reward"] > 0.3 and held["kl"] < 0.1,
+            [
+                Number(held["reward"], "above", 0.3, label="reward"),
+                Number(held["kl"], "below", 0.1, label="KL"),
+            ],
+            f"λ 0.01: reward {weak['reward']:.3f}",
         ),
         Claim(
             "random bandits: HyPO's KL is lower in every draw",
             "HyPO controls KL(π‖π_ref)",
-            f"{lower.sum()} of {lower.size}; mean {mean(two, 'kl'):.2f}, DPO {mean(one, 'kl'):.2f}",
-            bool(lower.all()),
+            [Number(int(lower.sum()), "equal to", lower.size, style="d", unit=f"of {lower.size}")],
+            f"mean {average(two, 'kl'):.2f}, DPO {average(one, 'kl'):.2f}",
         ),
         Claim(
             "random bandits: E[r] - β KL is better in half of the draws",
             "(ours: it needs bad extrapolation)",
-            f"{better.mean():.0%}; reward {mean(two, 'reward'):.3f}, DPO {mean(one, 'reward'):.3f}",
-            bool(better.mean() >= 0.5),
+            [Number(float(better.mean()), "at least", 0.5, style=".0%")],
+            f"reward {average(two, 'reward'):.3f}, DPO {average(one, 'reward'):.3f}",
         ),
         Claim(
             "text: HyPO's last KL over DPO's is below 0.8",
             "clearly lower; DPO's keeps growing",
-            f"{show(share)}; in nats {show(column('HyPO', 'kl'), 2)}, DPO {show(column('DPO', 'kl'), 2)}",
-            max(share) < 0.8,
+            [worst(share, "below", 0.8)],
+            f"mean {show(share)}; in nats {show(column('HyPO', 'kl'), 2)}, "
+            f"DPO {show(column('DPO', 'kl'), 2)}",
         ),
         Claim(
             "text: HyPO's reward is not below DPO's",
             "win rate 46 to 42 % (TL;DR, 1.4B)",
-            f"gain {show(gain)}; HyPO {show(column('HyPO', 'reward'), 2)}, "
+            [mean(gain, "at least", 0, by="any", label="gain")],
+            f"HyPO {show(column('HyPO', 'reward'), 2)}, "
             f"RLOO with the true reward {show(column('RLOO', 'reward'), 2)}",
-            not interval(gain)[2] < 0,
         ),
         Claim(
             "text: HyPO's E[r] - β KL is above DPO's",
             "the objective of RLHF",
-            f"{show(worth)}; HyPO {show(value('HyPO'), 2)}",
-            interval(worth)[1] > 0,
+            [mean(worth, "above", 0)],
+            f"HyPO {show(value('HyPO'), 2)}",
         ),
         Claim(
             "text: nor is it below that of DPO stopped at the same KL",
             "(ours: early stopping)",
-            f"gain {show(stopped)}; DPO there {show(early, 2)}",
-            not interval(stopped)[2] < 0,
+            [mean(stopped, "at least", 0, by="any", label="gain")],
+            f"DPO there {show(early, 2)}",
         ),
         Claim(
             "text: DPO makes even its chosen texts less likely",
             "may lower both sides",
-            f"{show(falls, 2)} nats",
-            interval(falls)[2] < 0,
+            [mean(falls, "below", 0, style=".2f", unit="nats")],
         ),
-    ]  # fmt: skip
+    ]
 
 
 def reward_at(rows: list[dict[str, float]], kl: float) -> float:
@@ -184,8 +194,7 @@ def _figure(metrics, output):
             rows = [seed[name] for seed in metrics["text"]]
             values = np.array([[row[what] for row in run] for run in rows])
             steps = [row["step"] for row in rows[0]]
-            (line,) = axes.plot(steps, values.mean(0), label=name)
-            axes.plot(steps, values.T, color=line.get_color(), alpha=0.3, linewidth=0.7)
+            plot_band(axes, steps, values, label=name)
         axes.set(title="small language model", xlabel="step", ylabel=label)
     third.legend()
     figure.savefig(output / "hypo.png", dpi=150)

@@ -30,8 +30,10 @@ import optax
 import tyro
 from scipy import stats
 
-from experiments.cli import limits
-from experiments.lab.claims import Claim, report, show
+from experiments.cli import flags, limits
+from experiments.lab.claims import Claim, Number, show
+from experiments.lab.figures import plot_band
+from experiments.lab.seeds import begin
 from experiments.papers.intrinsic_dimension import text
 from jaxft import train
 from jaxft.adapters import intrinsic, intrinsic_apply
@@ -42,6 +44,7 @@ HIDDEN = 64  # units, where the width is not what is measured
 RATES = (1e-2, 3e-2, 1e-1)  # of Adam, in the subspace
 FULL_RATES = (1e-3, 3e-3, 1e-2)
 CHANCE = 0.5
+PARTS = {"main": {}, "minilm": {"model": "minilm"}}  # of the record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,25 +63,27 @@ class Config:
     # directory of the figure, metrics.json and what is kept of finished seeds
     output_dir: str = "runs/intrinsic_dimension"
     preset: Literal["small", "full"] = "small"  # full: the paper's own setting for the transformer
+    record: flags.Record = flags.Record()
     smoke: bool = False  # seconds; claims are printed, not judged
     debug: bool = False  # full tracebacks
 
 
 def main(config: Config) -> int:
     """Measures all claims; the exit code is 1 if one does not hold."""
+    this = begin(config, PARTS)
     if config.preset == "full":
         paper = dict(model=config.model or "FacebookAI/roberta-base", tuning=text.PAPER)
         config = dataclasses.replace(config, **paper)
     if config.smoke:
         small = dict(steps=4, checkpoints=(0, 4), widths=(HIDDEN,), grid=(8, 16), seeds=2)
         config = dataclasses.replace(config, **small, tuning=text.SMOKE)
-    output = train.writable_directory(config.output_dir)
     metrics = measure(config)
     if config.model:
         metrics["text"] = text.measure(config.model, config.tuning)
-    _figure(config, metrics, output)
-    code = report(judge(metrics), metrics, output)
-    return 0 if config.smoke else code
+    _figure(config, metrics, this.output)
+    claims = judge(metrics)
+    # The first claims are in the record of the run without a transformer.
+    return this.finish(claims, metrics, claims[-1:] if config.model else None)
 
 
 def measure(config: Config) -> dict[str, Any]:
@@ -256,37 +261,44 @@ def judge(metrics: dict[str, Any]) -> list[Claim]:
         Claim(
             "at equal d a pretrained start is ahead of a random one (accuracy gap)",
             "pretraining lowers d90",
-            f"behind at {len(behind)} of {len(gaps)}; largest gap {show(gaps[widest])} at {widest}",
-            len(behind) < 2,
+            [Number(len(behind), "below", 2, label="behind at", style="d", unit=f"of {len(gaps)}")],
+            f"largest gap {show(gaps[widest])} at {widest}",
         ),
         Claim(
             "d95 from a pretrained start is at most half of a random one's",
             "pretraining lowers d90",
+            [
+                Number(ratio(m, "d95"), "at least", 2, label=f"{m}:", style=".1f", unit="times lower")
+                for m in ("DID", "SAID")
+            ],
             ", ".join(f"{m}: {line(curves, m, 'd95')}" for m in ("DID", "SAID")),
-            all(ratio(m, "d95") >= 2 for m in ("DID", "SAID")),
         ),
         Claim(
             "d90 falls along pretraining (rank correlation with steps)",
             "falls for all of 6 tasks",
-            f"{rho:.2f}; d90 " + ", ".join(f"{shown(d)} after {step}" for step, d in steps.items()),
-            rho <= -0.8 + 1e-9,
+            [Number(rho, "at most", -0.8 + 1e-9, style=".2f")],
+            "d90 " + ", ".join(f"{shown(d)} after {step}" for step, d in steps.items()),
         ),
         Claim(
             "d90 of SAID is at most one grid step (a factor 2) above DID's",
             "MRPC, RoBERTa-base: 896, DID 1000",
+            [
+                Number(
+                    at(said["d90"]) / at(did["d90"]), "at most", 2, label=f"{name}:", style=".2f",
+                    unit="times",
+                )
+                for name, (said, did) in pairs.items()
+            ],
             ", ".join(
                 f"{name}: {shown(said['d90'])}, DID {shown(did['d90'])}"
                 for name, (said, did) in pairs.items()
-            ),
-            all(
-                said["d90"] and said["d90"] <= 2 * at(did["d90"]) for said, did in pairs.values()
             ),
         ),
         Claim(
             "d90 does not grow with the model (exponent of d90 in D, at most 1/4)",
             "MRPC, RoBERTa: base 896, large 207",
-            f"{slope:.2f}; d90 " + ", ".join(f"{shown(w['d90'])} of {w['D']:,}" for w in widths.values()),
-            slope <= 0.25,
+            [Number(slope, "at most", 0.25, style=".2f")],
+            "d90 " + ", ".join(f"{shown(w['d90'])} of {w['D']:,}" for w in widths.values()),
         ),
     ]  # fmt: skip
     if "text" in metrics:
@@ -295,8 +307,8 @@ def judge(metrics: dict[str, Any]) -> list[Claim]:
             Claim(
                 f"a transformer of {found['D']:,} numbers keeps 90 % of full fine-tuning with d = 1000",
                 "MRPC, RoBERTa-base: d90 896",
-                f"d90 {shown(found['d90'])}; full {show(found['full'])}, before {found['before']:.3f}",
-                at(found["d90"]) <= 1000,
+                [Number(at(found["d90"]), "at most", 1000, label="d90", style=".0f")],
+                f"full {show(found['full'])}, before {found['before']:.3f}",
             )
         )
     return claims
@@ -351,8 +363,7 @@ def _figure(config, metrics, output):
         values = np.array(list(found["scores"].values()))
         style = "-" if name.startswith("pretrained") else "--"
         color = "#4477aa" if name.endswith(" DID") else "#aa3377"
-        left.plot(d, values.mean(1), style, color=color, label=name)
-        left.plot(d, values, ".", color=color, markersize=3)
+        plot_band(left, d, values.T, style, color=color, label=name)
     left.set(xscale="log", xlabel="d", ylabel="held-out accuracy")
     left.legend(fontsize="small")
     middle.plot(

@@ -19,6 +19,7 @@ from __future__ import annotations
 import experiments.cli.interrupts  # noqa: F401  isort: skip  (before what takes seconds)
 
 import dataclasses
+import functools
 import statistics
 import sys
 import time
@@ -32,8 +33,10 @@ import numpy as np
 import tyro
 from jax._src.ad_checkpoint import saved_residuals
 
-from experiments.cli import choices, limits
-from experiments.lab.claims import Claim, interval, report, show
+from experiments.cli import choices, flags, limits
+from experiments.lab.claims import Claim, Number, mean, show
+from experiments.lab.figures import intervals
+from experiments.lab.seeds import begin
 from experiments.papers.paca.tasks import Task, pretrained_task, small_task
 from jaxft import train
 from jaxft.adapters import (
@@ -80,16 +83,17 @@ class Config:
     # directory of the figure, metrics.json and what is kept of finished seeds
     output_dir: str = "runs/paca"
     preset: Literal["small", "full"] = "small"  # full: Llama-3-8B on OASST1's best paths, a pod
+    record: flags.Record = flags.Record()
     smoke: bool = False  # seconds; claims are printed, not judged
     debug: bool = False  # full tracebacks
 
 
 def main(config: Config) -> int:
     """Measures all claims; the exit code is 1 if one does not hold."""
+    this = begin(config)
     config = _sized(config)
     choices.check_companions(config, {"data": "model", "eval_data": "model"})
     train.keep_memory_warm()
-    output = train.writable_directory(config.output_dir)
     task = pretrained_task(config) if config.model else small_task(config)
     metrics = {
         "residuals": {r: {m: residuals(m, r) for m in METHODS} for r in ("none", "lean", "full")},
@@ -97,9 +101,8 @@ def main(config: Config) -> int:
         "quality": compare(config, task),
     }
     print_residuals(metrics["residuals"])
-    _figure(metrics, output)
-    code = report(judge(metrics), metrics, output)
-    return 0 if config.smoke else code
+    _figure(metrics, this.output)
+    return this.finish(judge(metrics), metrics)
 
 
 def rules(method: str, rank: int, pattern: str = ALL_LINEAR) -> dict[str, Rule]:
@@ -228,40 +231,55 @@ def judge(metrics: dict[str, Any]) -> list[Claim]:
     behind = [row["paca"] / row["lora"] - 1 for row in runs]
     share = [(zero - row["paca"]) / (zero - row["lora"]) for row in runs]
     choice = {s: [row[s] / row["paca"] - 1 for row in runs] for s in SELECTIONS}
-    low, high = (interval(x)[i] for x, i in ((share, 1), (behind, 2)))
     table = ", ".join(f"{m} {kept['lean'][m]:.1f} ({kept['none'][m]:.1f})" for m in METHODS)
+    less = lambda r: kept[r]["paca"] / kept[r]["lora"]
+    worst_loss = max(row[m] for row in runs for m in METHODS) / zero
+    beside = len(full_width_only_in(metrics["residuals"]["lean"]))
+    count = functools.partial(Number, style="d")
     return [
         Claim(
             "fewer activations are kept (MB of a gated MLP, lean; in brackets: all kept)",
             "16 % less memory than LoRA",
+            [
+                Number(less("lean"), "below", 0.85, label="of LoRA's"),
+                Number(less("none"), "below", 0.85, label="all kept, of LoRA's"),
+                count(beside, "equal to", 0, label="arrays for a weight's gradient alone:"),
+            ],
             table,
-            all(kept[r]["paca"] < 0.85 * kept[r]["lora"] for r in ("none", "lean"))
-            and not full_width_only_in(metrics["residuals"]["lean"]),
         ),
         Claim(
             "no further products in the forward pass (base, PaCA, LoRA)",
             "none; LoRA has two more a layer",
+            [
+                count(products["paca"], "equal to", products["base"], label="PaCA"),
+                count(
+                    products["lora"] // 3, "equal to", products["base"], label="a third of LoRA's"
+                ),
+            ],
             f"{products['base']}, {products['paca']}, {products['lora']}",
-            products["paca"] == products["base"] == products["lora"] // 3,
         ),
         Claim(
             "test loss within 3 % of LoRA's at its best rate (relative gap)",
             "comparable",
-            show(behind),
-            bool(high <= 0.03),
+            [mean(behind, "at most", 0.03)],
         ),
         Claim(
             "improvement over zero-shot, as a share of LoRA's, is at least 0.7",
             "comparable",
-            f"{show(share)}; zero-shot {zero:.3f}, PaCA {show([row['paca'] for row in runs])}, "
+            [
+                mean(share, "at least", 0.7),
+                Number(worst_loss, "below", 0.98, label="largest loss of all, of zero-shot's"),
+            ],
+            f"zero-shot {zero:.3f}, PaCA {show([row['paca'] for row in runs])}, "
             f"LoRA {show([row['lora'] for row in runs])}, full {show([row['full'] for row in runs])}",
-            bool(low >= 0.7) and max(row[m] for row in runs for m in METHODS) < 0.98 * zero,
         ),
         Claim(
             "which inputs are chosen does not matter (gap of norm rules to random)",
             "no rule is better",
-            f"largest {show(choice['largest_norm'])}, smallest {show(choice['smallest_norm'])}",
-            all(-0.03 <= interval(x)[1] and interval(x)[2] <= 0.03 for x in choice.values()),
+            [
+                mean(gaps, "within", (-0.03, 0.03), label=name.removesuffix("_norm"))
+                for name, gaps in choice.items()
+            ],
         ),
     ]
 
@@ -322,7 +340,9 @@ def _figure(metrics, output):
     quality = metrics["quality"]
     names = list(quality["test"][0])
     values = np.array([[row[name] for name in names] for row in quality["test"]])
-    right.plot(np.arange(len(names)), values.T, "o", color="#4477aa")
+    right.plot(np.arange(len(names)) + 0.15, values.T, "o", color="#4477aa", markersize=4)
+    means, low, _ = intervals(values)
+    right.errorbar(np.arange(len(names)), means, means - low, fmt="k_", capsize=4)
     right.axhline(quality["zero_shot"], color="gray", linestyle=":", label="zero-shot")
     right.set_xticks(range(len(names)), [n.replace("_", "\n") for n in names])
     right.set(ylabel="test loss, nats a token")

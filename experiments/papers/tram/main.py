@@ -42,8 +42,10 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from experiments.cli import choices, limits
-from experiments.lab.claims import Claim, report, show
+from experiments.cli import choices, flags, limits
+from experiments.lab.claims import Claim, Number, mean, show, worst
+from experiments.lab.figures import bar_means, intervals, plot_band
+from experiments.lab.seeds import begin
 from experiments.papers.tram import digits, text
 from experiments.papers.tram.methods import (
     METHODS,
@@ -88,15 +90,16 @@ class Config:
     output_dir: str = "runs/tram"
     # full: GPT-2 on M2D2 as in the paper; 20 seeds of digits
     preset: Literal["small", "full"] = "small"
+    record: flags.Record = flags.Record()
     smoke: bool = False  # seconds; claims are printed, not judged
     debug: bool = False  # full tracebacks
 
 
 def main(config: Config) -> int:
     """Measures all claims; the exit code is 1 if one does not hold."""
+    this = begin(config)
     config = _sized(config)
     choices.check_companions(config, {"lora": "model", "domain": "texts"})
-    output = train.writable_directory(config.output_dir)
     metrics: dict[str, Any] = {}
     tasks = digits.tasks(
         config.seeds, config.pretrain_steps, config.steps, config.batch_size, config.layers,
@@ -109,9 +112,8 @@ def main(config: Config) -> int:
     metrics["text"], _ = compare(config, tasks, trainers, "text")
     for name in ("digits", "text"):
         print_table(name, metrics[name])
-    _figure(metrics, output)
-    code = report(judge(metrics), metrics, output)
-    return 0 if config.smoke else code
+    _figure(metrics, this.output)
+    return this.finish(judge(metrics), metrics)
 
 
 def text_part(config: Config) -> tuple[list[Task], dict]:
@@ -164,7 +166,7 @@ def compare(config: Config, tasks: list[Task], trainers: dict, part: str):
 
 
 def surface(tasks: list[Task], tuned: dict[str, list], points: int) -> dict[str, Any]:
-    """Training loss of the digits along one filter-normalised direction, a mean over seeds."""
+    """Training loss [seeds, points] of the digits along one filter-normalised direction a seed."""
     radii, objective = jnp.linspace(-1.0, 1.0, points), classify(tasks[0])
 
     @jax.jit
@@ -172,15 +174,14 @@ def surface(tasks: list[Task], tuned: dict[str, list], points: int) -> dict[str,
         loss = lambda p: objective(p, training, key)[0]
         return loss_along(loss, params, [filter_normalised(key, params)], radii)
 
-    def mean(params):
+    def lines(params):
         keys = map(jax.random.key, range(len(tasks)))
         training = [task.training for task in tasks]
-        lines = [line(*each) for each in zip(params, training, keys, strict=True)]
-        return np.mean(lines, axis=0).tolist()
+        return [line(*each).tolist() for each in zip(params, training, keys, strict=True)]
 
     return {
         "radii": radii.tolist(),
-        "loss": {name: mean(tuned[name]) for name in SURFACE if name in tuned},
+        "loss": {name: lines(tuned[name]) for name in SURFACE if name in tuned},
     }
 
 
@@ -197,50 +198,61 @@ def judge(metrics: dict[str, Any]) -> list[Claim]:
         Claim(
             "the gradient is taken at ‖eps / θ‖ = d, in every step",
             "eq. 7",
-            f"off by {max(off.values()):.2f} of what float32 allows",
-            max(off.values()) <= 1,
+            [Number(max(off.values()), "at most", 1, label="off by", style=".2f",
+                    unit="of what float32 allows")],
         ),
         Claim(
             "d falls for θ_{t-1} (last quarter over first)",
             "steps shrink",
-            show(falls),
-            max(falls) < 1,
+            [worst(falls, "below", 1, label="worst run")],
+            f"mean {show(falls)}",
         ),
-        Claim("d rises for θ_0", "the model moves away", show(rises), min(rises) > 1),
-    ]
+        Claim(
+            "d rises for θ_0",
+            "the model moves away",
+            [worst(rises, "above", 1, label="worst run")],
+            f"mean {show(rises)}",
+        ),
+    ]  # fmt: skip
     for name, part in parts.items():
         measure, sign = ("accuracy", 1) if name == "digits" else ("loss", -1)
         values = {m: scores(row["seeds"], measure) for m, row in part.items()}
         gain = lambda m, domain, v=values, s=sign: s * (v[m][domain] - v["Adam"][domain])
         trams = [m for m in TRAM if m in part]
         unit = 1.0 if name == "digits" else values["Adam"]["in domain"].mean()
-        worst = min(
+        behind = min(
             (m for m in part if m in (*SHARP, *TRAM)), key=lambda m: gain(m, "in domain").mean()
         )
         best = max(trams, key=lambda m: gain(m, "elsewhere").mean())
         sharper = {m: scores(part[m]["seeds"], "sharpness") for m in ("Adam", *trams)}
         counts = {m: int(np.sum(sharper[m] > sharper["Adam"])) for m in trams}
         seeds = len(part["Adam"]["seeds"])
+        out = gain(best, "elsewhere")
+        sharpest = max(counts, key=counts.get)
         claims += [
             Claim(
                 f"{name}, in domain: no SAM or TRAM is 2 % behind Adam in {measure}",
                 "all ahead of Adam or SGD",
-                f"worst {worst}: {show(gain(worst, 'in domain') / unit)}",
-                bool(gain(worst, "in domain").mean() / unit > -0.02),
+                [
+                    mean(gain(behind, "in domain") / unit, "above", -0.02, by="estimate",
+                         label=f"worst {behind}:"),
+                ],
             ),
             Claim(
                 f"{name}, out of domain: the best TRAM does not lose to Adam by a standard error",
                 "TRAM ahead of all",
-                f"{best}: {show(gain(best, 'elsewhere'))} {measure}",
-                bool(gain(best, "elsewhere").mean() >= -standard_error(gain(best, "elsewhere"))),
+                [
+                    mean(out, "at least", -standard_error(out), by="estimate", label=f"{best}:",
+                         unit=measure),
+                ],
             ),
             Claim(
                 f"{name}: no TRAM ends sharper than Adam with every seed",
                 "flatter than Adam",
+                [Number(counts[sharpest], "below", seeds, label=f"worst, {sharpest}:", style="d")],
                 "seeds sharper: " + ", ".join(f"{m} {n} of {seeds}" for m, n in counts.items()),
-                max(counts.values()) < seeds,
             ),
-        ]
+        ]  # fmt: skip
     return claims
 
 
@@ -313,26 +325,25 @@ def _figure(metrics, output):
             x = scores(methods[name]["seeds"], "sharpness").mean()
             y = scores(methods[name]["seeds"], measure)["elsewhere"]
             marker = "s" if name in TRAM else "o"
-            row[0].errorbar(
-                x, y.mean(), standard_error(y), fmt=marker, color=colours[i], label=name
-            )
+            mid, low, _ = intervals(y[:, None])
+            row[0].errorbar(x, mid, mid - low, fmt=marker, color=colours[i], label=name)
         row[0].set(xlabel="ε-sharpness, %", ylabel=f"{measure} out of domain", title=part)
         for name in (name for name in (*RADII, "TRPO", "MESA") if name in methods):
-            d = np.mean(methods[name]["d"], axis=0)
-            row[1].semilogy(np.arange(1, len(d)), d[1:], label=name)
+            d = np.array(methods[name]["d"])[:, 1:]
+            plot_band(row[1], np.arange(1, d.shape[1] + 1), d, label=name)
+        row[1].set_yscale("log", nonpositive="mask")
         row[1].set(xlabel="step", ylabel="d, nats", title="distance")
         row[1].legend(fontsize=7)
     panels[0, 0].legend(fontsize=6)
     for name, values in metrics["surface"]["loss"].items():
-        panels[0, 2].plot(metrics["surface"]["radii"], values, label=name)
+        plot_band(panels[0, 2], metrics["surface"]["radii"], values, label=name)
     panels[0, 2].set(xlabel="filter-normalised direction", ylabel="training loss, digits")
     panels[0, 2].legend(fontsize=7)
     methods = metrics["text"]["methods"]
     names = [name for name in methods if name != "Adam"]
     loss = {name: scores(methods[name]["seeds"], "loss") for name in methods}
     behind = np.array([loss[n]["elsewhere"] - loss["Adam"]["elsewhere"] for n in names])
-    panels[1, 2].barh(names, behind.mean(axis=1), color="#4477aa")
-    panels[1, 2].plot(behind, np.arange(len(names)), "k.", markersize=4)
+    bar_means(panels[1, 2], names, behind.T)
     panels[1, 2].set(xlabel="loss out of domain - Adam's, text")
     figure.savefig(output / "tram.png", dpi=150)
 

@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Workers of the tests; two suit a laptop.
 WORKERS ?= 2
 
-.PHONY: help demo demo-rl test test-fast faults audit lint bench aot scale results clean
+.PHONY: help demo demo-rl test test-fast faults audit lint docs bench aot scale results clean
 
 help:
 	@echo "make demo     fine-tune SmolLM2-135M on a real task and show what changed (ten minutes)"
@@ -15,7 +15,8 @@ help:
 	@echo "make test-fast  run those without scripts, processes and compiles for other devices"
 	@echo "make faults   kill, fill and corrupt runs at twenty random points of each kind"
 	@echo "make audit    look up known vulnerabilities of what is installed"
-	@echo "make lint     check style"
+	@echo "make lint     check style and spelling"
+	@echo "make docs     build the site in build/site; warnings are errors"
 	@echo "make bench    compare speed with transformers + peft and trl"
 	@echo "make scale    compile for slices that are not here, and write docs/scale.md"
 	@echo "make results  write docs/results.md from the records of the papers (seconds; nothing trains)"
@@ -54,6 +55,10 @@ audit: $(VENV)/.test .venv-audit/.ready
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 bench: $(VENV)/.bench .venv-tunix/.ready
 	$(BIN)/python -m benchmarks.run $(ARGS)

@@ -1,6 +1,6 @@
 """Lists the scripts, and what is recorded of the papers: python -m experiments
 
-python -m experiments --results writes docs/results.md from the records (make results).
+python -m experiments --results writes docs/results.md and README's table from the records (make results).
 """
 
 import argparse
@@ -13,12 +13,17 @@ HERE = pathlib.Path(__file__).parent
 def main(arguments: list[str] | None = None) -> None:
     """Prints each everyday script with the first line of its docstring, then the table of papers."""
     parser = argparse.ArgumentParser(prog="python -m experiments", description=__doc__)
-    parser.add_argument("--results", action="store_true", help="write docs/results.md, then end")
+    parser.add_argument(
+        "--results", action="store_true", help="write docs/results.md and README's table"
+    )
     # The lab imports NumPy and SciPy, but no JAX.
     from experiments.lab import records, results
 
     if parser.parse_args(arguments).results:
-        results.PAGE.write_text(results.render(records.load()), encoding="utf-8")
+        found = records.load()
+        results.PAGE.write_text(results.render(found), encoding="utf-8")
+        readme = results.README.read_text(encoding="utf-8")
+        results.README.write_text(results.with_papers(readme, found), encoding="utf-8")
         print(f"{results.PAGE.relative_to(HERE.parent)}: {len(results.held())} papers")
         return
     for file in scripts():

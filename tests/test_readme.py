@@ -6,7 +6,6 @@ import re
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
@@ -30,9 +29,10 @@ class Model(nn.Module):
         return Attention(name="attention")(x)
 
 
-def test_the_snippets_run_as_they_are_printed():
+def session_of_a_user() -> dict:
+    """What the later snippets take as given: a model, params and a loss of the user's own."""
     x = jax.random.normal(jax.random.key(0), (5, 16))
-    session = {  # What the snippets take as given.
+    return {
         "jax": jax,
         "optax": optax,
         "key": jax.random.key(1),
@@ -41,18 +41,25 @@ def test_the_snippets_run_as_they_are_printed():
         "optimizer": optax.adam(1e-3),
         "batch": {"x": x, "y": 2 * x},
         "loss": lambda got, wanted: jnp.mean((got - wanted) ** 2),
-        "tokens": np.arange(6).reshape(1, 6),
     }
-    assert len(BLOCKS) == 3
-    exec(BLOCKS[0], session)
+
+
+def test_the_snippets_run_as_they_are_printed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first, adapters, optimizers = BLOCKS
+    assert len(first.strip().splitlines()) <= 13
+    alone = {}
+    exec(first, alone)
+    assert alone["history"][-1]["loss"] < alone["history"][0]["loss"]
+    assert (tmp_path / "runs/adapter/adapter_model.safetensors").exists()
+
+    session = session_of_a_user()
+    exec(adapters, session)
     names = {jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(session["grads"])}
     assert len(names) == 4 and all("query" in name or "value" in name for name in names)
-    exec(BLOCKS[1], session)
+    exec(optimizers, session)
     plain = jax.grad(session["loss_fn"])(session["trainable"], session["batch"])
     differ = lambda a, b: max(
         map(float, jax.tree.leaves(jax.tree.map(lambda x, y: abs(x - y).max(), a, b)))
     )
     assert differ(session["grads"], plain) > 0 and differ(session["updates"], plain) > 0
-    exec(BLOCKS[2], session)
-    assert session["output"].logits.shape == (1, 6, session["model"].config.vocab_size)
-    assert session["history"][-1]["loss"] < session["history"][0]["loss"]

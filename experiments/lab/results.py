@@ -1,4 +1,4 @@
-"""docs/results.md, made from the records alone: nothing trains, and the same records give the same page."""
+"""docs/results.md and README's table of papers, made from the records alone: nothing trains."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from experiments.lab import records, sources
 from experiments.lab.claims import Claim
 
 PAGE = sources.ROOT / "docs" / "results.md"
+README = sources.ROOT / "README.md"
+MARKS = ("<!-- papers: written by make results -->\n", "<!-- end of papers -->\n")
 INTRODUCTION = """\
 # Results
 
@@ -49,6 +51,23 @@ def render(found: Sequence[dict[str, Any]]) -> str:
         parts += [f"## {record['slug']}\n", f"[{title}]({link})\n"]
         parts += [_part(name, row) for name, row in record["parts"].items()]
     return "\n".join(parts)
+
+
+def with_papers(readme: str, found: Sequence[dict[str, Any]]) -> str:
+    """README with its table of papers written anew: slug, paper, claims held of all, script."""
+    state = {r["slug"]: "[{} of {}](docs/results.md#{})" for r in found}
+    state = {r["slug"]: state[r["slug"]].format(*records.held(r), r["slug"]) for r in found}
+    rows = []
+    for slug, script in sources.scripts().items():
+        title, link = paper(sources.heading(script))
+        path = script.relative_to(sources.ROOT)
+        rows.append(
+            [f"[{title}]({link})", state.get(slug, "not recorded yet"), f"[{slug}]({path})"]
+        )
+    start, end = MARKS
+    before, rest = readme.split(start)
+    table = _table(("paper", "claims that hold", "script"), rows)
+    return f"{before}{start}{table}{end}{rest.split(end)[1]}"
 
 
 def paper(heading: str) -> tuple[str, str]:

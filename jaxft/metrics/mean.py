@@ -37,8 +37,8 @@ class WholeMean(Mean):
     """A Mean, without gradient, that its own objective reads: KTO's KL, BCO's mean reward.
 
     Part of a batch has another mean than the whole. An objective therefore takes
-    `metrics[name].over(batch, name)`: batch["whole"][name] if it is there, else its own. Microbatches
-    first add it up over all slices and then give each slice the sum (jaxft.train.accumulate).
+    `metrics[name].over(batch, name)`: the entry `name` of `batch["whole"]` if it is there, else its own.
+    Microbatches first add it up over all slices and then give each slice the sum (jaxft.train.accumulate).
     """
 
     __slots__ = ()

@@ -39,9 +39,9 @@ def subspace_gradient(
     Args:
         window: τ.
         threshold: ν, the share of the variance that is taken out; 0 takes out nothing.
-        samples: n of the estimator. If given, the result is divided by sqrt((d - rank P + n - 1) / n), by
-        which
-            such an estimate is longer than the gradient, so that Adam's eps means the same for all d.
+        samples: n of the estimator. If given, the result is divided by sqrt((d - rank P + n - 1) / n), the
+            factor by which such an estimate is longer than the gradient: Adam's eps then means the same for
+            all d.
 
     Raises:
         ValueError: for window < 1, threshold outside [0, 1) or samples < 1; in update for params=None.

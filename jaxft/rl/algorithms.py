@@ -57,7 +57,7 @@ class Algorithm(NamedTuple):
 
 
 def reads_kl_weight(credit: Credit) -> Credit:
-    """Marks a credit that weights its KL by batch["kl_weight"] [B]; `kl_control` of `collect` needs one."""
+    """Marks a credit whose KL has the weight `batch["kl_weight"]`; `kl_control` of `collect` needs one."""
     credit.reads_kl_weight = True
     return credit
 

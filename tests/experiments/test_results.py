@@ -210,6 +210,8 @@ RECORDS = records.load()
 
 def test_the_page_is_that_of_the_records():
     assert results.PAGE.read_text("utf-8") == results.render(RECORDS), "run `make results`"
+    readme = results.README.read_text("utf-8")
+    assert results.with_papers(readme, RECORDS) == readme, "run `make results`"
 
 
 @pytest.mark.parametrize("record", RECORDS, ids=lambda record: record["slug"])

@@ -1,0 +1,54 @@
+"""The pages of docs: links resolve, lines are short, programs run as they are printed."""
+
+import pathlib
+import re
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+READ = [page for page in PAGES if page.name not in ("CHANGELOG.md", "decisions.md")]
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+NAMES = lambda pages: [str(page.relative_to(ROOT)) for page in pages]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES(PAGES))
+def test_links_lead_to_files_of_the_repository(page):
+    for target in LINK.findall(page.read_text()):
+        path, _, heading = target.partition("#")
+        if target.startswith(("http://", "https://")):
+            continue
+        linked = page.parent / path if path else page
+        assert linked.exists(), f"{target} does not exist"
+        titles = re.findall(r"^#+ (.*)$", linked.read_text(), re.M) if heading else []
+        slugs = [
+            re.sub(r"[^\w\- ]", "", title).strip().lower().replace(" ", "-") for title in titles
+        ]
+        assert not heading or heading in slugs, f"{target}: the page has {slugs}"
+
+
+@pytest.mark.parametrize("page", READ, ids=NAMES(READ))
+def test_prose_is_at_most_120_columns_wide(page):
+    lines = page.read_text().splitlines()
+    wide = [line for line in lines if len(line) > 120 and not line.startswith(("|", "    "))]
+    assert not wide
+
+
+@pytest.mark.parametrize("page", ["models", "rl"])
+def test_a_page_s_program_runs_as_it_is_printed(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (program,) = re.findall(r"```python\n(.*?)```", (ROOT / f"docs/{page}.md").read_text(), re.S)
+    session = {}
+    exec(program, session)
+    assert len(session["history"]) > 2
+
+
+def test_the_site_has_a_place_for_every_page():
+    text = (ROOT / "mkdocs.yml").read_text()
+    missing = [
+        p for p in ROOT.glob("docs/**/*.md") if str(p.relative_to(ROOT / "docs")) not in text
+    ]
+    assert not missing, "add them to nav in mkdocs.yml"
+    packages = {p.parent.name for p in ROOT.glob("jaxft/*/__init__.py")}
+    described = {p.stem for p in ROOT.glob("docs/reference/*.md")}
+    assert packages <= described, "add a page `::: jaxft.<package>`"

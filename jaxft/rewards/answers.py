@@ -19,8 +19,8 @@ _CORRECTED = re.compile(  # "not B, it is C", "not B but rather C"
     r"(?i)^not\s+[^\n]{1,40}?\s*(?:[,;.:-]\s*)?\b(?:but|it\s+is|it's|rather|instead)\b\s*"
     r"(?:(?:rather|instead|it\s+is|it's|is)\b\s*)*:?\s*(?=\S)"
 )
-_CONTRASTED = re.compile(
-    r"(?i)^(.{1,60}?)\s*[,(;]\s*(?:and\s+)?(?:not|rather than|instead of)\s.*$"
+_CONTRASTED = re.compile(  # "C, not B", "C rather than B"
+    r"(?i)^(.{1,60}?)(?:\s*[,(;]\s*(?:and\s+)?not|\s*[,(;]?\s*\b(?:rather than|instead of))\s.*$"
 )
 _REASON = re.compile(r"(?i),?\s+(?:because|since|as|which|so that|where)\b.*|\s+\((?!\d).*")
 

@@ -272,6 +272,8 @@ def _latex(text):
         .replace("≥", r"\ge ")
     )
     text = re.sub(r"(?<![\\A-Za-z])(sin|cos|tan|log|ln|exp)(?![A-Za-z])", r"\\\1", text)
+    # math-verify takes the m of "2x m" for a unit, and drops it.
+    text = re.sub(r"(?<![A-Za-z\\])([a-z\d])\s+(?=[a-z](?![A-Za-z]))", r"\1 \\cdot ", text)
     text = re.sub(r"<=", r"\\le ", re.sub(r">=", r"\\ge ", text))
     if text.startswith("{") and text.endswith("}"):
         text = rf"\{{{text[1:-1]}\}}"

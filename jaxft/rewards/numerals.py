@@ -31,6 +31,7 @@ _RUN = re.compile(
     rf"(?i)(?P<sign>minus|negative)?\s*(?P<run>(?:an?\s+)?\b(?:(?:{_WORD})\b(?:[\s-]+(?:and\s+)?(?=(?:{_WORD})\b))?)+)"
 )
 _PART = re.compile(rf"(?i)[\s-]+({'|'.join(_PARTS)})s?\b")
+_HALF = re.compile(r"(?i)\s+and\s+(?:a|one)[\s-]half\b")
 
 
 def with_digits(text: str) -> str:
@@ -38,8 +39,8 @@ def with_digits(text: str) -> str:
 
     At most one word may follow the number: "one of them" and "Seven Samurai" stay as they are.
     """
-    if text.casefold() in ("half", "a half", "one half", "one-half"):
-        return "1/2"
+    if share := re.fullmatch(rf"(?i)(?:an?\s+)?({'|'.join(_PARTS)})", text):
+        return f"1/{_PARTS[share[1].lower()]}" if " " in text or "half" in text.lower() else text
     found = _RUN.match(text)
     value = _value(re.findall(r"[a-z]+", found["run"].lower())) if found else None
     if value is None:
@@ -47,6 +48,8 @@ def with_digits(text: str) -> str:
     number, end = str(value), found.end()
     if part := _PART.match(text, end):
         number, end = f"{value}/{_PARTS[part[1].lower()]}", part.end()
+    elif half := _HALF.match(text, end):
+        number, end = f"{value} 1/2", half.end()
     rest = text[end:].strip(" .")
     if rest and not (re.fullmatch(r"[a-z%]+", rest) and text[end].isspace()):
         return text

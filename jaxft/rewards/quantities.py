@@ -31,7 +31,7 @@ _TOKEN = re.compile(
 )
 _BEFORE = re.compile(  # what makes a number a part of something else, or denies it
     r"(?:[\w.:]|\d,|[\w)}\]]\s*[*+/^]\s*|\^\s*[-{]?|[√\\_{]\s*|[\w)}\]]\s+-\s+|"
-    r"(?:\d|[+*/-]\s?)[a-z](?:\^\d)?\s*=\s*|[<>≤≥]=?\s*|(?:\\[pm][mp]|±)\s*|"
+    r"(?:\d|[+*/-]\s?)[a-z](?:\^\d)?\s*=\s*|[a-z]\^\{?\d\}?\s*=\s*|[<>≤≥]=?\s*|(?:\\[pm][mp]|±)\s*|"
     r"\d-\d+-|(?:\bnot|n't|≠|!=)\s+(?:be\s+)?)$"
 )
 _WRONG = re.compile(r"\s+(?:is|was)(?:n't|\s+(?:not|wrong|incorrect|false))\b")
@@ -193,7 +193,7 @@ def read_range(text: str) -> tuple[Quantity, Quantity] | None:
     between = re.match(r"(?i)(?:from|between)\s+", text)
     text = text[between.end() :] if between else text
     joint = r"\s*(?:-|\bto\b|\.\.+)\s*" + (r"|\s*\band\b\s*" if between else "")
-    for match in re.finditer(rf"(?<=[\w%)])(?:{joint})(?=[\d$€£¥.-])", text):
+    for match in re.finditer(rf"(?<=[\w%)])(?:{joint})(?=[\w$€£¥.-])", text):
         low, high = read_number(text[: match.start()]), read_number(text[match.end() :])
         if low and high and low.value < high.value:
             return (low if low.unit else low._replace(unit=high.unit)), high

@@ -43,6 +43,7 @@ _MEASURES = {
     },
     "length time^-1": {"mph": "1397/3125", "kph kmh": "5/18"},
     "angle": {"deg degree °": "1"},
+    "radian": {"rad radian": "1"},
     "$": {"$ dollar usd": "1", "cent ¢": "1/100"},
     "€": {"€ euro eur": "1"},
     "£": {"£ gbp": "1"},

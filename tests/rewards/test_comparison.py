@@ -46,7 +46,7 @@ def test_units_are_read_as_far_as_they_go():
         "miles per hour": ("length time^-1", "1397/3125", 14),
         "m s^{-1}": ("length time^-1", "1", 8),
         "square feet": ("length^2", "145161/1562500", 11),
-        "cm^2 wide": ("length^2", "1/10000", 5),
+        "cm^2 wide": ("length^2", "1/10000", 4),
         "dollars per apple": ("$ apple^-1", "1", 17),
         "in": ("length", "127/5000", 2),
         "degrees Celsius": ("°C", "1", 15),

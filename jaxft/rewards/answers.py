@@ -20,7 +20,7 @@ _CORRECTED = re.compile(  # "not B, it is C", "not B but rather C"
     r"(?:(?:rather|instead|it\s+is|it's|is)\b\s*)*:?\s*(?=\S)"
 )
 _CONTRASTED = re.compile(  # "C, not B", "C rather than B"
-    r"(?i)^(.{1,60}?)(?:\s*[,(;]\s*(?:and\s+)?not|\s*[,(;]?\s*\b(?:rather than|instead of))\s.*$"
+    r"(?i)^(.{1,60}?)(?:(?:\s*[,(;]|\s+and)\s*(?:and\s+)?\bnot|\s*[,(;]?\s*\b(?:rather than|instead of))\s.*$"
 )
 _REASON = re.compile(r"(?i),?\s+(?:because|since|as|which|so that|where)\b.*|\s+\((?!\d).*")
 
@@ -150,6 +150,8 @@ def _clauses(text):
 
 
 def _offers_several(text):
-    """Whether a text is nothing but a list of numbers, or of anything in brackets."""
+    """Whether a text is nothing but a range or a list of numbers, or of anything in brackets."""
+    if text[:1].isdigit() and quantities.read_range(plain(text)):
+        return True
     items = read_items(plain(text)) if len(text) < LONGEST else None
     return bool(items) and (items[0] != "" or all(map(quantities.read_number, items[2])))

@@ -19,11 +19,14 @@ _NAME = (
 _NAMED = re.compile(
     rf"({_NAME}(?:\s*:\s*{_NAME})*|\({_NAME}(?:\s*,\s*{_NAME})*\))\s*(?:=(?!=)|\\in(?![A-Za-z])|∈)\s*"
 )
+_NAMED_TUPLE = re.compile(rf"\(({_NAME}(?:\s*,\s*{_NAME})+)\)\s*=\s*\(([^()]*)\)")
 _EQUALS = re.compile(r"(?<![<>!=])=(?!=)")
 _PLUS_MINUS = re.compile(r"\\pm(?![A-Za-z])|±|\+/-")
-_UNIT = re.compile(
+_WRAPPED_UNIT = re.compile(
     r"\\(?:text\w*|mathrm|mbox|operatorname)\s*\{([^{}]*)\}\s*(\^\s*\{?\s*[23]\s*\}?)?[\s.$]*$"
-    r"|(?<=[\w}!)])\s+((?:square |cubic |sq\.? |cu\.? )?[a-z]{2,}(?<!\bin)(?:\s*\^\s*\{?[23]\}?)?)[\s.$]*$"
+)
+_BARE_UNIT = re.compile(  # of two letters: the m of 2x m may be a variable
+    r"(?<=[\w}!)])\s+((?:square |cubic |sq\.? |cu\.? )?[a-z]{2,}(?<!\bin)(?:\s*\^\s*\{?[23]\}?)?)$"
 )
 
 
@@ -107,25 +110,30 @@ def _without_name(given, gold):
 
 
 def _unit(text):
-    """(unit or None, its words, what stands before it) of an expression with a unit; None without one."""
-    found = _UNIT.search(text)
-    if not found or not text[: found.start()].strip(" $"):
+    """(unit or None, what stands before it) of an expression with a unit; None without one."""
+    if found := _WRAPPED_UNIT.search(text):
+        before = text[: found.start()]
+        words = plain(found[1] + (found[2] or ""))
+        before = before.replace("$", "", 1) if before.count("$") % 2 else before
+    elif found := _BARE_UNIT.search(text := plain(text)):
+        before, words = text[: found.start()], found[1]
+    else:
         return None
-    words = plain((found[1] or found[3]) + (found[2] or ""))
-    if re.fullmatch(r"(?:(?:square|cubic|sq\.?|cu\.?) )?units?", words):
-        return None, words, text[: found.start()]
+    if not before.strip(" $"):
+        return None
+    if re.fullmatch(r"(?:(?:square|cubic|sq\.?|cu\.?) )?units?(?: ?\^ ?\{?[23]\}?)?", words):
+        return None, before
     unit, length = read_unit(words)
     if unit is None or length != len(words) or unit.dimension == "%":
         return None
-    return unit, words, text[: found.start()]
+    return unit, before
 
 
 def _same_with_units(found, wanted, given, gold):
     """Whether two expressions, one or both with a unit, are the same; units are not converted."""
     if given and gold and given[0] and gold[0] and given[0] != gold[0]:
         return False
-    without = lambda text, unit: unit[2].count("$") % 2 * "$" + unit[2] if unit else text
-    return same_value(without(found, given).strip("$ "), without(wanted, gold).strip("$ "))
+    return same_value(given[1] if given else found, gold[1] if gold else wanted)
 
 
 def read_items(text: str) -> tuple[str, str, list[str]] | None:
@@ -133,6 +141,10 @@ def read_items(text: str) -> tuple[str, str, list[str]] | None:
 
     The text is that of `notation.plain`; 1 ± 2 is the list 1 + 2, 1 - 2. None for prose and anything else.
     """
+    if found := _NAMED_TUPLE.fullmatch(text):  # (a, b) = (1, 2)
+        names, values = (re.split(r"\s*,\s*", part.strip()) for part in found.groups())
+        if len(names) == len(values):
+            return "", "", [f"{name}={value}" for name, value in zip(names, values, strict=True)]
     opening = closing = ""
     if text[:1] in "([{" and text[-1:] in ")]}" and _is_enclosed(text):
         opening, closing, text = text[0], text[-1], text[1:-1].strip()
@@ -246,11 +258,11 @@ _KINDS: tuple[tuple[Callable, Callable], ...] = (
     (dates.read_time, _equal),
     (quantities.read_range, _same_range),
     (choices.read_choices, _equal),
-    (read_items, _same_items),
     (
         intervals.read_intervals,
         lambda given, gold: intervals.same_intervals(given, gold, same_value),
     ),
+    (read_items, _same_items),
 )
 
 

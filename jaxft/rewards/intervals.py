@@ -14,14 +14,16 @@ _SIGNS = (
     (r"\\(?:neq|ne)(?![A-Za-z])|!=", "≠"),
     (r"\\(?:cup|bigcup)(?![A-Za-z])|(?<=[)\]}])\s*U\s*(?=[(\[{])", "∪"),
     (r"\\in(?![A-Za-z])", "∈"),
-    (r"\\infty(?![A-Za-z])|\binfinity\b", "∞"),
+    (r"\\infty(?![A-Za-z])|\b(?:infinity|inf)\b", "∞"),
     (
         r"\\mathbb\s*\{?\s*R\s*\}?|\b(?:all|any|every) real (?:numbers?|values?)\b|\ball reals\b",
         "ℝ",
     ),
     (r"\\(?:mid|vert)(?![A-Za-z])", "|"),
+    (r"\\(?:setminus|backslash)(?![A-Za-z])|∖", "-"),
 )
-_NAME = r"[A-Za-z](?:_\{?\w+\}?)?(?:\([A-Za-z]\))?"
+_GREEK = "alpha|beta|gamma|theta|lambda|mu|phi|omega"
+_NAME = rf"(?:[A-Za-z]|\\(?:{_GREEK})(?![a-z]))" r"(?:_\{?\w+\}?)?(?:\([A-Za-z]\))?"
 
 
 class Intervals(NamedTuple):
@@ -46,6 +48,8 @@ def read_intervals(text: str) -> Intervals | None:
         name, text = member[1].replace(" ", ""), text[member.end() :]
     if text == "ℝ":
         return Intervals(name, (("-∞", False, "∞", False),))
+    if without := re.fullmatch(r"ℝ\s*-\s*\{([^{},;]+)\}", text):
+        return Intervals(name, _all_but(without[1].strip()))
     if re.search("[<>≤≥≠]", text):
         return None if name else _inequalities(text)
     parts = [_interval(part.strip()) for part in text.split("∪")]
@@ -54,10 +58,14 @@ def read_intervals(text: str) -> Intervals | None:
     return Intervals(name, tuple(parts))
 
 
+def _all_but(value):
+    return ("-∞", False, value, False), (value, False, "∞", False)
+
+
 def _interval(text):
     if point := re.fullmatch(r"\{([^{},;]+)\}", text):
         return point[1].strip(), True, point[1].strip(), True
-    ends = re.fullmatch(r"([(\[])([^,;]+)[,;]([^,;]+)([)\]])", text)
+    ends = re.fullmatch(r"([(\[\]])([^,;]+)[,;]([^,;]+)([)\]\[])", text)
     if not ends or re.search(r"[()\[\]]", re.sub(r"\([^()\[\]]*\)|\[\d\]", "", ends[2] + ends[3])):
         return None
     low, high = _end(ends[2]), _end(ends[3])
@@ -70,40 +78,52 @@ def _end(text):
 
 
 def _inequalities(text):
-    """The intervals of inequalities joined by "or"; "and" and commas join only those with ≠."""
+    """The intervals of inequalities joined by "or", or of two joined by "and" or a comma."""
     names, parts = set(), []
     for piece in re.split(r"\s*\bor\b\s*|∪", text):
-        terms = re.split(r"\s*([<>≤≥≠])\s*", piece.strip(" ,;"))
-        if len(terms) not in (3, 5) or not all(term.strip() for term in terms):
+        found = [
+            _inequality(one) for one in re.split(r"\s*(?:[,;]|\band\b)\s*", piece.strip(" ,;"))
+        ]
+        if None in found or len(found) > 2:
             return None
-        if terms[1] in ">≥":
-            terms = [{">": "<", "≥": "≤"}.get(term, term) for term in reversed(terms)]
-        signs = terms[1::2]
-        if len(terms) == 5:
-            if not set(signs) <= set("<≤"):
+        names |= {name for name, _ in found}
+        (_, first), (_, last) = found[0], found[-1]
+        if len(found) == 2:  # x > 1, x < 3
+            (low,), (high,) = sorted((first, last), key=lambda one: one[0][0] == "-∞")
+            if len(first) > 1 or len(last) > 1 or low[2] != "∞" or high[0] != "-∞":
                 return None
-            low, name, high = terms[::2]
-            part = [(low, signs[0] == "≤", high, signs[1] == "≤")]
-        else:
-            left, right = terms[::2]
-            name = left if re.fullmatch(_NAME, left) else right
-            closed = signs[0] == "≤"
-            if signs[0] == "≠":
-                value = right if name == left else left
-                part = [("-∞", False, value, False), (value, False, "∞", False)]
-            elif name == left:
-                part = [("-∞", False, right, closed)]
-            else:
-                part = [(left, closed, "∞", False)]
-        if not re.fullmatch(_NAME, name) or any(
-            re.search(rf"(?<![A-Za-z\\]){re.escape(name[0])}(?![A-Za-z])", end)
-            for ends in part
-            for end in ends[::2]
-        ):
-            return None
-        names.add(name)
-        parts += part
+            first = ((*low[:2], *high[2:]),)
+        parts += first
     return Intervals(names.pop(), tuple(parts)) if len(names) == 1 else None
+
+
+def _inequality(text):
+    """(name, intervals) of "1 < x <= 3", "x > 1" or "x ≠ 1"; None for anything else."""
+    terms = re.split(r"\s*([<>≤≥≠])\s*", text)
+    if len(terms) not in (3, 5) or not all(term.strip() for term in terms):
+        return None
+    if terms[1] in ">≥":
+        terms = [{">": "<", "≥": "≤"}.get(term, term) for term in reversed(terms)]
+    signs = terms[1::2]
+    if len(terms) == 5:
+        low, name, high = terms[::2]
+        if not set(signs) <= set("<≤"):
+            return None
+        parts, ends = ((low, signs[0] == "≤", high, signs[1] == "≤"),), low + high
+    else:
+        left, right = terms[::2]
+        name, ends = (left, right) if re.fullmatch(_NAME, left) else (right, left)
+        if signs[0] == "≠":
+            parts = _all_but(ends)
+        elif name == left:
+            parts = (("-∞", False, right, signs[0] == "≤"),)
+        else:
+            parts = ((left, signs[0] == "≤", "∞", False),)
+    variable = re.sub(r"_.*|\(.*", "", name)
+    known = re.fullmatch(_NAME, name) and not re.search(
+        rf"(?<![A-Za-z\\]){re.escape(variable)}(?![A-Za-z])", ends
+    )
+    return (name, parts) if known else None
 
 
 def same_intervals(given: Intervals, gold: Intervals, same: Callable[[str, str], bool]) -> bool:

@@ -44,7 +44,7 @@ _LATEX = tuple(
         ),
         (r"\\(?:cdot|times)(?![A-Za-z])", "*"),
         (r"\\div(?![A-Za-z])", "/"),
-        (r"\s*\\colon(?![A-Za-z])\s*", ":"),
+        (r"\s*\\colon(?![A-Za-z])\s*|\{:\}", ":"),
         (r"(?<![A-Za-z\\])[Ii]nfinity\b|∞", r"\\infty "),
         (r"(?<=\d)\s+:\s+(?=\d)", ":"),
         (r"\\langle(?![A-Za-z])|⟨", "("),

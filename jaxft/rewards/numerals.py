@@ -31,7 +31,9 @@ _RUN = re.compile(
     rf"(?i)(?P<sign>minus|negative)?\s*(?P<run>(?:an?\s+)?\b(?:(?:{_WORD})\b(?:[\s-]+(?:and\s+)?(?=(?:{_WORD})\b))?)+)"
 )
 _PART = re.compile(rf"(?i)[\s-]+({'|'.join(_PARTS)})s?\b")
-_HALF = re.compile(r"(?i)\s+and\s+(?:a|one)[\s-]half\b")
+_MORE = re.compile(
+    rf"(?i)\s+and\s+(an?|{'|'.join(_SMALL[1:10])})[\s-]({'|'.join(_PARTS)})s?\b"  # and a half
+)
 
 
 def with_digits(text: str) -> str:
@@ -48,8 +50,9 @@ def with_digits(text: str) -> str:
     number, end = str(value), found.end()
     if part := _PART.match(text, end):
         number, end = f"{value}/{_PARTS[part[1].lower()]}", part.end()
-    elif half := _HALF.match(text, end):
-        number, end = f"{value} 1/2", half.end()
+    elif more := _MORE.match(text, end):
+        count = _VALUES.get(more[1].lower(), 1)
+        number, end = f"{value} {count}/{_PARTS[more[2].lower()]}", more.end()
     rest = text[end:].strip(" .")
     if rest and not (re.fullmatch(r"[a-z%]+", rest) and text[end].isspace()):
         return text

@@ -31,7 +31,8 @@ _TOKEN = re.compile(
 )
 _BEFORE = re.compile(  # what makes a number a part of something else, or denies it
     r"(?:[\w.:]|\d,|[\w)}\]]\s*[*+/^]\s*|\^\s*[-{]?|[√\\_{]\s*|[\w)}\]]\s+-\s+|"
-    r"(?:\d|[+*/-]\s?)[a-z](?:\^\d)?\s*=\s*|[a-z]\^\{?\d\}?\s*=\s*|[<>≤≥]=?\s*|(?:\\[pm][mp]|±)\s*|"
+    r"(?:\d|[+*/-]\s?)[a-z](?:\^\d)?\s*=\s*|[a-z]\^\{?\d\}?\s*=\s*|[<>≤≥]=?\s*|"
+    r"(?:\\(?:pm|mp|[lg]eq?(?:slant)?|[lg]t|neq?)|±)\s*|"
     r"\d-\d+-|(?:\bnot|n't|≠|!=)\s+(?:be\s+)?)$"
 )
 _WRONG = re.compile(r"\s+(?:is|was)(?:n't|\s+(?:not|wrong|incorrect|false))\b")
@@ -169,7 +170,8 @@ def read_compound(text: str) -> Quantity | None:
     Each unit must be smaller than the one before, and its number smaller than one of that.
     """
     parts = [
-        read_number(part) for part in re.split(r"(?<=[a-z.])(?:,|\s+and|,\s*and)?\s+(?=\d)", text)
+        read_number(part)
+        for part in re.split(r"(?<=[a-z.])(?:,\s*(?:and\s+)?|\s+and\s+|\s+(?=\d))", text)
     ]
     if len(parts) < 2 or any(part is None or part.unit is None or part.value < 0 for part in parts):
         return None

@@ -115,8 +115,8 @@ def _states(completion, wanted):
     wanted = reference_answer(wanted)
     found = _stated(completion)
     text, alone = found if found else (completion.rpartition("</think>")[2].strip(), False)
-    text = text if alone else _affirmed(text)
-    candidates = [text] if alone else _clauses(text)
+    whole, text = text, text if alone else _affirmed(text)
+    candidates = [text] if alone else [whole, *_clauses(text)]
     if any(same_value(candidate, wanted) for candidate in candidates):
         return True
     gold = plain(wanted)

@@ -17,7 +17,7 @@ _NAME = (
     r"(?:_\{?\w+\}?)?'*(?:\([^()=<>]{1,12}\))?"
 )
 _NAMED = re.compile(
-    rf"({_NAME}(?:\s*:\s*{_NAME})*|\({_NAME}(?:\s*,\s*{_NAME})*\))\s*(?:=(?!=)|\\in(?![A-Za-z])|∈)\s*"
+    rf"({_NAME}(?:\s*:\s*{_NAME})*|\({_NAME}(?:\s*,\s*{_NAME})*\))\s*(?:=(?!=)|(?:\\in(?![A-Za-z])|∈)(?=\s*\{{))\s*"
 )
 _NAMED_TUPLE = re.compile(rf"\(({_NAME}(?:\s*,\s*{_NAME})+)\)\s*=\s*\(([^()]*)\)")
 _EQUALS = re.compile(r"(?<![<>!=])=(?!=)")
@@ -72,13 +72,18 @@ def is_expression(gold: str) -> bool:
 
 def _key(text):
     """The text for comparison of words."""
-    text = text.casefold().strip(" .!?\"'`*_;:,")
+    if not re.search(r"\d[A-Za-z](?!\w)", text):  # 5M is no 5m
+        text = text.casefold()
+    text = re.sub(r"(?<![\d)}])!$", "", text.rstrip(" .?\"'`*_;:,"))  # 5! is no 5
+    text = re.sub(r"^[ !?\"'`*_;:,]*(?:\.(?!\d))?[ !?\"'`*_;:,]*", "", text)
     if (
         not re.search(r"\d", text)
         and re.fullmatch(r"[\w\s.,'\"!?;:&-]+", text)
         and re.search(r"[^\W_]{3}", text)
     ):
-        text = re.sub(r"[.,'\"!?;:]", "", text.replace("-", " "))  # as SQuAD's graders do
+        text = re.sub(
+            r"[.,'\"!?;:]", "", re.sub(r"(?<=\w)-(?=\w)", " ", text)
+        )  # as SQuAD's graders do
         text = re.sub(r"^(?:the|an?) ", "", text)
     return " ".join(text.split())
 
@@ -102,8 +107,11 @@ def _without_name(given, gold):
     first = _EQUALS.split(given)[0]
     variables = re.search(r"(?<![A-Za-z\\])[A-Za-z](?![A-Za-z])", first)  # 3x + 2y = 7 is no 7
     named = re.search(rf"(?:^|[A-Za-z]{{2,}}\s){_NAME}\s*$", first)
-    if (named or not variables) and not re.search(
-        r"[<>≤≥≠]|!=|\\(?:n?eq?|leq?|geq?|lt|gt)(?![a-z])", given
+    joined = re.search(r",\s|;|\b(?:or|and)\b", given[len(first) :])  # x = 5 or y = 6 is no 6
+    if (
+        (named or not variables)
+        and not joined
+        and not re.search(r"[<>≤≥≠]|!=|\\(?:n?eq?|leq?|geq?|lt|gt)(?![a-z])", given)
     ):
         given = given.rpartition("=")[2].strip()
     return given, gold
@@ -119,7 +127,8 @@ def _unit(text):
         before, words = text[: found.start()], found[1]
     else:
         return None
-    if not before.strip(" $"):
+    expression = plain(before)
+    if not (is_mathematics(expression) or quantities.read_number(expression)):  # prose
         return None
     if re.fullmatch(r"(?:(?:square|cubic|sq\.?|cu\.?) )?units?(?: ?\^ ?\{?[23]\}?)?", words):
         return None, before
@@ -145,6 +154,8 @@ def read_items(text: str) -> tuple[str, str, list[str]] | None:
         names, values = (re.split(r"\s*,\s*", part.strip()) for part in found.groups())
         if len(names) == len(values):
             return "", "", [f"{name}={value}" for name, value in zip(names, values, strict=True)]
+    if quantities.read_compound(text):  # 3 weeks and 2 days
+        return None
     opening = closing = ""
     if text[:1] in "([{" and text[-1:] in ")]}" and _is_enclosed(text):
         opening, closing, text = text[0], text[-1], text[1:-1].strip()
@@ -193,7 +204,9 @@ def _same_items(given, gold):
     names, gold_names = _names(items), _names(wanted)
     if names or gold_names:
         if not names or not gold_names:  # the values alone, in the alphabet's order of the names
-            bare = ends if gold_names else gold_ends
+            bare, values = (ends, items) if gold_names else (gold_ends, wanted)
+            if any(map(_NAMED.match, values)):  # x = 1, x = 2 beside a = 1, b = 2
+                return False
             in_order = list(names or gold_names) == sorted(names or gold_names)
             return bare[0] in ("", "(") and in_order and _all_same(_values(items), _values(wanted))
         values = dict(zip(names, _values(items), strict=True))

@@ -28,8 +28,9 @@ _PARTS = {
 }
 _WORD = "|".join([*_VALUES, *_SCALES, "hundred", "dozen"])
 _RUN = re.compile(
-    rf"(?i)(?P<sign>minus|negative)?\s*(?P<run>(?:an?\s+)?\b(?:(?:{_WORD})\b(?:[\s-]+(?:and\s+)?(?=(?:{_WORD})\b))?)+)"
+    rf"(?i)(?P<sign>minus|negative|-)?\s*(?P<run>(?:an?\s+)?\b(?:(?:{_WORD})\b(?:[\s-]+(?:and\s+)?(?=(?:{_WORD})\b))?)+)"
 )
+_SMALLER = re.compile(r"(?:hundred|thousand|(?:m|b|tr)illion|\w+ie)ths?")  # five hundredths
 _PART = re.compile(rf"(?i)[\s-]+({'|'.join(_PARTS)})s?\b")
 _MORE = re.compile(
     rf"(?i)\s+and\s+(an?|{'|'.join(_SMALL[1:10])})[\s-]({'|'.join(_PARTS)})s?\b"  # and a half
@@ -43,6 +44,8 @@ def with_digits(text: str) -> str:
     """
     if share := re.fullmatch(rf"(?i)(?:an?\s+)?({'|'.join(_PARTS)})", text):
         return f"1/{_PARTS[share[1].lower()]}" if " " in text or "half" in text.lower() else text
+    if share := re.fullmatch(rf"(?i)(\d+)[\s-]({'|'.join(_PARTS)})s?( [a-z]+)?", text):
+        return f"{share[1]}/{_PARTS[share[2].lower()]}{share[3] or ''}"
     found = _RUN.match(text)
     value = _value(re.findall(r"[a-z]+", found["run"].lower())) if found else None
     if value is None:
@@ -54,7 +57,11 @@ def with_digits(text: str) -> str:
         count = _VALUES.get(more[1].lower(), 1)
         number, end = f"{value} {count}/{_PARTS[more[2].lower()]}", more.end()
     rest = text[end:].strip(" .")
-    if rest and not (re.fullmatch(r"[a-z%]+", rest) and text[end].isspace()):
+    if (
+        _SMALLER.fullmatch(rest)
+        or rest
+        and not (re.fullmatch(r"[a-z%]+", rest) and text[end].isspace())
+    ):
         return text
     return f"{'-' if found['sign'] else ''}{number} {rest}".strip()
 

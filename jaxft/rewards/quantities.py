@@ -36,6 +36,9 @@ _BEFORE = re.compile(  # what makes a number a part of something else, or denies
     r"\d-\d+-|(?:\bnot|n't|≠|!=)\s+(?:be\s+)?)$"
 )
 _WRONG = re.compile(r"\s+(?:is|was)(?:n't|\s+(?:not|wrong|incorrect|false))\b")
+_SHARES = re.compile(  # 5 hundredths are no 5; quarters may be coins
+    r"(?:third|f(?:our|if)th|sixth|seventh|eighth|ninth|tenth|(?:hundred|thousand|million)th)s?\b"
+)
 _AFTER = re.compile(r"[_^\d]|[.:,]\d|\s*[*^/+]\s*[\w(\\]|\s?[\\({]")
 _OTHER = re.compile(  # "4 or 5", "4 to 5" and "between 4 and 5" are no answer
     r"(?i)(?:\d\D{0,15}\b(?:or|to)\b\D{0,20}|\bbetween\b\D{0,10}\d[\d.,]*\D{0,15}\band\b\D{0,5})$"
@@ -114,7 +117,7 @@ def _quantity(match, text, shorthand):
         if not match["gap"] and len(unit) < 3 and not short:  # 3x, 4th; but 5apples
             return None
         end = begin
-    if _WRONG.match(text[match.start("gap") :]):
+    if _WRONG.match(text[match.start("gap") :]) or _SHARES.match(text[begin:]):
         return None
     if _BEFORE.search(text[: match.start()][-30:]) or (not unit and _AFTER.match(text[end:])):
         return None

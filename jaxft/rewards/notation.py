@@ -70,7 +70,7 @@ def plain(text: str) -> str:
         for c in text
     ).translate(_CHARACTERS)
     text = re.sub(r"[⁰¹²³⁴-⁹⁻⁺]+", lambda m: f"^{{{m[0].translate(_SUPERSCRIPTS)}}}", text)
-    text = re.sub(r"(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{?(\d+)\}?", _repeating, text)
+    text = re.sub(r"(?<!\d)(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{?(\d+)\}?", _repeating, text)
     for pattern, replacement in _LATEX:
         text = pattern.sub(replacement, text)
     text = text.replace(_MONEY, "$").replace("- 1/", "-1/")

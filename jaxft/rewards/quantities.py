@@ -140,15 +140,15 @@ def same_quantity(found: Quantity, wanted: Quantity) -> bool:
 
     Units: of one dimension they are converted (50 cents are $0.50); of two dimensions nothing is equal; one
     that is missing or unknown is not compared, as in the MATH and GSM8K graders. Percent: where one side
-    alone has the sign, 50 % is 50 and is 0.5, as in math-verify and the graders of Minerva and Qwen.
+    alone has the sign, 50 % is 50 and is 0.5, as the graders of Minerva and Qwen accept.
     Decimals: equal to six places, as in math-verify (0.333333 is 1/3, 0.33 is not), and to 0.1 %.
     """
     if found.unit and wanted.unit:
         kinds = {found.unit.dimension, wanted.unit.dimension}
         if kinds in ({"angle", "°C"}, {"angle", "°F"}):  # "10 degrees" names no scale
             return _close(found, wanted)
-        scaled = lambda x: x._replace(value=x.value * x.unit.factor)
-        return len(kinds) == 1 and _close(scaled(found), scaled(wanted))
+        value = found.value * found.unit.factor / wanted.unit.factor
+        return len(kinds) == 1 and _close(found._replace(value=value), wanted)
     percents = [x for x in (found, wanted) if x.unit and x.unit.dimension == "%"]
     if percents:
         (percent,) = percents

@@ -33,11 +33,14 @@ def same_answer(completion: str, answer: Any) -> bool:
     text that merely contains the answer is wrong, and so is one that offers two. A reference solution with
     "####" or \\boxed{} counts as the answer that it states. Compared are, in this order:
 
-    - texts, without case, outer marks, articles and Markdown; dates in any order of their parts;
-    - choices: "(B)", "B.", "**B**", "option B" for B; yes and true, no and false;
-    - numbers and units (`quantities.same_quantity` says how percent and decimals count), ranges;
-    - sets and lists in any order, tuples and intervals by their brackets;
+    - texts, without case, outer marks, articles and Markdown;
+    - choices: "(B)", "B.", "**B**", "option B" for B, "A, C" for AC; yes and true, no and false;
+    - numbers, in words too, with units (`quantities.same_quantity` says how percent and decimals count);
+    - dates in any order of their parts, times of day, ranges;
+    - intervals and inequalities; sets and lists in any order, tuples by brackets, values by names;
     - mathematics, by math-verify (`mathematics.same_mathematics`).
+
+    docs/rewards.md says where public graders disagree, and what holds here.
 
     Raises:
         DataError: for an answer that is null, empty or no text, number or list of them.

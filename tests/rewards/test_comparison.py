@@ -80,3 +80,7 @@ def test_numbers_in_words():
     )
     assert {text: with_digits(text) for text in table} == table
     assert [with_digits(text) for text in same] == list(same)
+
+
+def test_a_long_run_of_digits_takes_linear_time():
+    assert not same_answer("9" * 20_000, "5")

@@ -10,8 +10,11 @@ _MENTION = re.compile(
     r"|\b([A-J]) is (?:the )?(?:correct|right|best)"
 )
 _DENIED = re.compile(r"(?i)\bnot\b|n't\b|\bwrong\b|\bincorrect\b|\bfalse\b|\bexcept\b|\brather\b")
+_LETTER = r"\(?[A-J]\b\)?"
 _SEVERAL = re.compile(
-    r"(?:[Oo]ptions?\s+|[Cc]hoices?\s+)?\(?[A-J]\)?(?:(?:\s*[,;&]\s*(?:and\s+)?|\s+and\s+|\s+|(?<=\))(?=\())\(?[A-J]\b\)?)+[.]?"
+    rf"(?:[Oo]ptions?\s+|[Cc]hoices?\s+)?{_LETTER}"
+    rf"(?:(?:\s*[,;&]\s*(?:and\s+)?|\s+and\s+|\s+|(?<=\))(?=\()){_LETTER})+"
+    r"(?:\s+are\s+(?:both\s+)?(?:correct|right))?[.]?"
 )
 
 
@@ -26,6 +29,7 @@ def read_choices(text: str) -> frozenset[str] | None:
 
     Letters without a separator count only in the order of the alphabet: BAD is a word.
     """
+    text = re.sub(r"^(?:\[(.*)\]|\{(.*)\})$", r"\1\2", text)
     letters = re.findall(r"\b[A-J]\b", text) if _SEVERAL.fullmatch(text) else None
     if re.fullmatch(r"[A-J]{2,}", text) and list(text) == sorted(set(text)):
         letters = list(text)

@@ -17,7 +17,7 @@ _NAME = (
     r"(?:_\{?\w+\}?)?'*(?:\([^()=<>]{1,12}\))?"
 )
 _NAMED = re.compile(
-    rf"({_NAME}(?:\s*:\s*{_NAME})*|\({_NAME}(?:\s*,\s*{_NAME})*\))\s*(?:=(?!=)|(?:\\in(?![A-Za-z])|∈)(?=\s*\{{))\s*"
+    rf"({_NAME}(?:\s*:\s*{_NAME})*|\({_NAME}(?:\s*,\s*{_NAME})*\))\s*(?:=(?![=<>])|(?:\\in(?![A-Za-z])|∈)(?=\s*\{{))\s*"
 )
 _NAMED_TUPLE = re.compile(rf"\(({_NAME}(?:\s*,\s*{_NAME})+)\)\s*=\s*\(([^()]*)\)")
 _EQUALS = re.compile(r"(?<![<>!=])=(?!=)")

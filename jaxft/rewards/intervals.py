@@ -89,8 +89,10 @@ def _inequalities(text):
         names |= {name for name, _ in found}
         (_, first), (_, last) = found[0], found[-1]
         if len(found) == 2:  # x > 1, x < 3
+            if len(first) > 1 or len(last) > 1:
+                return None
             (low,), (high,) = sorted((first, last), key=lambda one: one[0][0] == "-∞")
-            if len(first) > 1 or len(last) > 1 or low[2] != "∞" or high[0] != "-∞":
+            if low[2] != "∞" or high[0] != "-∞":
                 return None
             first = ((*low[:2], *high[2:]),)
         parts += first

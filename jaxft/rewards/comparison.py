@@ -11,13 +11,15 @@ from jaxft.rewards.notation import plain
 from jaxft.rewards.units import read_unit
 
 LONGEST = 2000  # characters beyond which a text is an answer only if it equals the wanted one
+DEEPEST = 20  # brackets within brackets
 _GREEK = "alpha|beta|gamma|delta|theta|lambda|mu|phi|omega|angle|triangle"
 _NAME = (
     rf"(?:\\(?:{_GREEK})(?![a-z])\s*[A-Z]{{0,3}}|[A-Za-z]|[A-Z]{{2,4}})"
     r"(?:_\{?\w+\}?)?'*(?:\([^()=<>]{1,12}\))?"
 )
 _NAMED = re.compile(
-    rf"({_NAME}(?:\s*:\s*{_NAME})*|\({_NAME}(?:\s*,\s*{_NAME})*\))\s*(?:=(?![=<>])|(?:\\in(?![A-Za-z])|∈)(?=\s*\{{))\s*"
+    rf"({_NAME}(?:\s*:\s*{_NAME})*|\({_NAME}(?:\s*,\s*{_NAME})*\))\s*"
+    r"(?:=(?![=<>])|(?:\\in(?![A-Za-z])|∈)(?=\s*\{))\s*"
 )
 _NAMED_TUPLE = re.compile(rf"\(({_NAME}(?:\s*,\s*{_NAME})+)\)\s*=\s*\(([^()]*)\)")
 _EQUALS = re.compile(r"(?<![<>!=])=(?!=)")
@@ -96,7 +98,7 @@ def _without_name(given, gold):
         one_name = not (_NAMED.search(given, one.end()) or _NAMED.search(gold, other.end()))
         if same and one_name:
             given, gold = given[one.end() :], gold[other.end() :]
-        elif not same or not one_name:
+        else:
             return given, gold
     elif other and not _EQUALS.search(given) and not _NAMED.search(gold, other.end()):
         gold = gold[other.end() :]
@@ -168,6 +170,8 @@ def read_items(text: str) -> tuple[str, str, list[str]] | None:
     parts, depth = [""], 0
     for i, c in enumerate(text):
         depth += {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}.get(c, 0)
+        if depth > DEEPEST:
+            return None
         if c in ",;" and depth == 0 and (not spaced or text[i + 1 : i + 2].isspace() or c == ";"):
             parts.append("")
         else:

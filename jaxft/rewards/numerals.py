@@ -28,7 +28,8 @@ _PARTS = {
 }
 _WORD = "|".join([*_VALUES, *_SCALES, "hundred", "dozen"])
 _RUN = re.compile(
-    rf"(?i)(?P<sign>minus|negative|-)?\s*(?P<run>(?:an?\s+)?\b(?:(?:{_WORD})\b(?:[\s-]+(?:and\s+)?(?=(?:{_WORD})\b))?)+)"
+    rf"(?i)(?P<sign>minus|negative|-)?\s*(?P<run>(?:an?\s+)?"
+    rf"\b(?:(?:{_WORD})\b(?:[\s-]+(?:and\s+)?(?=(?:{_WORD})\b))?)+)"
 )
 _SMALLER = re.compile(r"(?:hundred|thousand|(?:m|b|tr)illion|\w+ie)ths?")  # five hundredths
 _PART = re.compile(rf"(?i)[\s-]+({'|'.join(_PARTS)})s?\b")

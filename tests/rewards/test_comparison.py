@@ -82,5 +82,7 @@ def test_numbers_in_words():
     assert [with_digits(text) for text in same] == list(same)
 
 
-def test_a_long_run_of_digits_takes_linear_time():
+def test_long_and_deep_texts_are_compared_in_time():
     assert not same_answer("9" * 20_000, "5")
+    nested = lambda last: "(1," * 300 + last + ")" * 300
+    assert not same_answer(nested("2"), nested("3"))

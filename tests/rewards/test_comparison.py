@@ -10,9 +10,9 @@ from jaxft.rewards import same_answer
 from jaxft.rewards.numerals import with_digits
 from jaxft.rewards.units import read_unit
 
-# "# kind", then lines "reference == right | right <> wrong | wrong". Collected from the tests of math-verify
-# and the rules of OpenAI's PRM800K grader, Qwen2.5-Math's and DeepSeek-Math's math_equal, Minerva's and
-# Hendrycks's normalisation and DROP's; where they disagree the strict verdict, as docs/rewards.md says.
+# "# kind", then lines "reference == right | right <> wrong | wrong". Collected from math-verify's tests and
+# from the rules of OpenAI's PRM800K grader, Qwen2.5-Math's math_equal (after DeepSeek-Math's), and lm-eval's
+# Minerva, Hendrycks, GSM8K and DROP; where they disagree, docs/rewards.md says what holds.
 TABLE = pathlib.Path(__file__).with_name("answers.txt").read_text()
 FORMS = "{}", r"\boxed{{{}}}", "The answer is ${}$."  # which an answer takes in turn
 

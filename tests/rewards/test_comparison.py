@@ -1,4 +1,4 @@
-"""Pairs of answers with the verdicts of public graders, and the parts that read them."""
+"""Pairs of answers with the verdict that holds here, and the parts that read them."""
 
 import itertools
 import pathlib
@@ -10,9 +10,9 @@ from jaxft.rewards import same_answer
 from jaxft.rewards.numerals import with_digits
 from jaxft.rewards.units import read_unit
 
-# "# kind", then lines "reference == right | right <> wrong | wrong". Collected from math-verify's tests and
-# from the rules of OpenAI's PRM800K grader, Qwen2.5-Math's math_equal (after DeepSeek-Math's), and lm-eval's
-# Minerva, Hendrycks, GSM8K and DROP; where they disagree, docs/rewards.md says what holds.
+# "# kind", then lines "reference == right | right <> wrong | wrong". Written after math-verify's tests,
+# the rules of OpenAI's PRM800K grader, Qwen2.5-Math's math_equal (after DeepSeek-Math's), and lm-eval's
+# Minerva, Hendrycks, GSM8K and DROP, and inputs that were wrong here; where graders disagree, docs/rewards.md says what holds.
 TABLE = pathlib.Path(__file__).with_name("answers.txt").read_text()
 FORMS = "{}", r"\boxed{{{}}}", "The answer is ${}$."  # which an answer takes in turn
 

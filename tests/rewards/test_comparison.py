@@ -12,7 +12,8 @@ from jaxft.rewards.units import read_unit
 
 # "# kind", then lines "reference == right | right <> wrong | wrong". Written after math-verify's tests,
 # the rules of OpenAI's PRM800K grader, Qwen2.5-Math's math_equal (after DeepSeek-Math's), and lm-eval's
-# Minerva, Hendrycks, GSM8K and DROP, and inputs that were wrong here; where graders disagree, docs/rewards.md says what holds.
+# Minerva, Hendrycks, GSM8K and DROP, and inputs that were wrong here. docs/rewards.md says what holds where
+# graders disagree.
 TABLE = pathlib.Path(__file__).with_name("answers.txt").read_text()
 FORMS = "{}", r"\boxed{{{}}}", "The answer is ${}$."  # which an answer takes in turn
 

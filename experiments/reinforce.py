@@ -118,7 +118,7 @@ class Config:
 
 def main(config: Config) -> dict[str, Any]:
     """Trains; returns the metrics that are written to metrics.json."""
-    config = shared.start(config, SMALL)
+    config = shared.start(config, rewards_cli.small(config.rewards, SMALL))
     checks.settings(config)
     renderer, records, kept, name = load_data(config)
     output, mesh = shared.place(config)

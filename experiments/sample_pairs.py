@@ -71,7 +71,8 @@ class Config:
 def main(config: Config) -> dict[str, Any]:
     """Writes the pairs; returns how many there are, and what gave none."""
     limits.check(config)
-    config = flags.with_small(config, SMALL) if config.smoke else config
+    if config.smoke:
+        config = flags.with_small(config, rewards_cli.small(config.rewards, SMALL))
     if config.samples < 2 or config.batch_size < 1 or config.sampling.temperature <= 0:
         raise ValueError(
             f"--samples must be at least 2, --batch-size 1 and --temperature above 0; got {config.samples}, "

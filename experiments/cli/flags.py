@@ -187,8 +187,8 @@ class Rewards:
 
     judge: str | None = None  # file.py:function of (completion, record) -> number; None: verify
     reward_model: str | None = None  # directory of preference.py --loss reward
-    workers: int = 2  # processes that verify or judge
-    timeout: float = 5.0  # seconds of one verdict
+    workers: int | None = None  # processes that verify or judge; None: 2
+    timeout: float | None = None  # seconds of one verdict, not of a reward model's; None: 5
 
     @property
     def numbers(self) -> bool:

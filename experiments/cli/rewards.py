@@ -32,6 +32,14 @@ from jaxft.rewards import (
     verifier_for,
 )
 
+WORKERS = 2
+TIMEOUT = 5.0  # seconds
+
+
+def small(settings: flags.Rewards, preset: Mapping[str, Any]) -> dict[str, Any]:
+    """The preset of --smoke, without its `workers` where a reward model has no use for them."""
+    return {name: x for name, x in preset.items() if name != "workers" or not settings.reward_model}
+
 
 def check(settings: flags.Rewards, parts: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
     """Whether answers to the records of each source can be rewarded.
@@ -42,6 +50,11 @@ def check(settings: flags.Rewards, parts: Mapping[str, Sequence[Mapping[str, Any
     """
     if settings.judge and settings.reward_model:
         raise ValueError("--judge and --reward-model both reward answers; give one of them.")
+    if settings.reward_model and (settings.workers, settings.timeout) != (None, None):
+        raise ValueError(
+            "--workers and --timeout are for verifiers and --judge; --reward-model runs in the script's own "
+            "process, without a limit of time: leave them out."
+        )
     if settings.judge:
         load_judge(settings.judge)
     if settings.judge or settings.reward_model:
@@ -69,7 +82,8 @@ def opened(
         make = functools.partial(load_judge, settings.judge)
     else:
         make = functools.partial(verifier_for, records[0]["_source"], _typical(records))
-    with VerifierPool(make, workers=settings.workers, timeout=settings.timeout) as pool:
+    limits = {"workers": settings.workers or WORKERS, "timeout": settings.timeout or TIMEOUT}
+    with VerifierPool(make, **limits) as pool:
         yield OnFirstHost(pool)
 
 

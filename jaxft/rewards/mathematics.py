@@ -15,8 +15,8 @@ import threading
 from pathlib import Path
 
 RUNNER = Path(__file__).with_name("_math_runner.py")
-STARTUP = 60.0  # seconds in which the process imports sympy
-PATIENCE = 10  # wall-clock seconds for each second of CPU that a comparison may take
+STARTUP = 300.0  # seconds in which the process imports sympy
+PATIENCE = 30  # wall-clock seconds for each second of CPU that a comparison may take
 LONGEST = 300  # characters of an expression
 
 _LOCK = threading.Lock()

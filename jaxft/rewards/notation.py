@@ -14,7 +14,7 @@ _CHARACTERS = str.maketrans(
     | {chr(code): chr(code - 0xFEE0) for code in range(0xFF10, 0xFF5B)}
 )
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
-_WORDS = r"\\(?:text|textbf|textit|textrm|texttt|mathrm|mathbf|mathit|mathsf|mbox|operatorname)\s*"
+_WORDS = r"\\(?:text|textbf|textit|textrm|texttt|textnormal|mathrm|mathbf|mathit|mathsf|mbox|operatorname)\s*"
 _JOINS = re.compile(r"(?i)[\s$,\\]*(?:\\text\s*\{\s*)?(?:and|or|,)?[\s}$,\\]*")
 _NUMBER = r"\s*([-+]?\d+(?:\.\d+)?)\s*"
 
@@ -44,6 +44,12 @@ _LATEX = tuple(
         ),
         (r"\\(?:cdot|times)(?![A-Za-z])", "*"),
         (r"\\div(?![A-Za-z])", "/"),
+        (r"\s*\\colon(?![A-Za-z])\s*|\{:\}", ":"),
+        (r"(?<![A-Za-z\\])[Ii]nfinity\b|∞", r"\\infty "),
+        (r"(?<=\d)\s+:\s+(?=\d)", ":"),
+        (r"\\langle(?![A-Za-z])|⟨", "("),
+        (r"\\rangle(?![A-Za-z])|⟩", ")"),
+        (r"\\varnothing(?![A-Za-z])|∅", r"\\emptyset"),
         (r"\\[lr]brace(?![A-Za-z])|\\(?=[{}])", ""),
         (r"(?<=[\d)])\*\*(?=[\d(-])", "^"),  # Python's power, before Markdown's bold face
         (r"\*\*|__|`", ""),
@@ -64,11 +70,11 @@ def plain(text: str) -> str:
         for c in text
     ).translate(_CHARACTERS)
     text = re.sub(r"[⁰¹²³⁴-⁹⁻⁺]+", lambda m: f"^{{{m[0].translate(_SUPERSCRIPTS)}}}", text)
-    text = re.sub(r"(\d*)\.(\d*)\\(?:overline|bar)\s*\{?(\d+)\}?", _repeating, text)
+    text = re.sub(r"(?<!\d)(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{?(\d+)\}?", _repeating, text)
     for pattern, replacement in _LATEX:
         text = pattern.sub(replacement, text)
     text = text.replace(_MONEY, "$").replace("- 1/", "-1/")
-    return " ".join(text.split())
+    return re.sub(r"(?<![.\s])\s*\.$", "", " ".join(text.split()))
 
 
 def _repeating(match):

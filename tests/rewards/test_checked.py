@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from experiments.cli import flags
-from experiments.cli.rewards import check, load_judge
+from experiments.cli.rewards import check, load_judge, small
 from jaxft import train
 from jaxft.rewards import (
     OnFirstHost,
@@ -131,6 +131,16 @@ def test_a_judge_that_cannot_be_used_is_refused_before_work_starts(tmp_path, tex
         path.write_text(text)
     with pytest.raises(ValueError, match=f"^--judge .*{message}.*; expected file.py:function"):
         check(flags.Rewards(judge=f"{path}:{name}"), {})
+
+
+@pytest.mark.parametrize("flag", [{"workers": 2}, {"timeout": 5.0}])
+def test_limits_of_verifiers_beside_a_reward_model_are_refused(flag):
+    with pytest.raises(ValueError, match="^--workers and --timeout .* --reward-model"):
+        check(flags.Rewards(reward_model="reward", **flag), {})
+    preset = {"max_steps": 4, "workers": 1}  # of --smoke, which nobody typed
+    check(flags.Rewards(reward_model="reward"), {})
+    assert small(flags.Rewards(reward_model="reward"), preset) == {"max_steps": 4}
+    assert small(flags.Rewards(), preset) == preset
 
 
 @pytest.mark.parametrize("error", [RewardError, VerifierError])

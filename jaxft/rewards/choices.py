@@ -1,0 +1,63 @@
+"""Choices by letter, and yes or no."""
+
+from __future__ import annotations
+
+import re
+
+POLAR = {"yes": True, "true": True, "no": False, "false": False}
+_MENTION = re.compile(
+    r"\b(?:[Oo]ption|[Cc]hoice|OPTION|CHOICE)\s+\(?([A-J])\b|\(([A-J])\)"
+    r"|\b([A-J]) is (?:the )?(?:correct|right|best)"
+)
+_DENIED = re.compile(r"(?i)\bnot\b|n't\b|\bwrong\b|\bincorrect\b|\bfalse\b|\bexcept\b|\brather\b")
+_LETTER = r"\(?[A-J]\b\)?"
+_SEVERAL = re.compile(
+    rf"(?:[Oo]ptions?\s+|[Cc]hoices?\s+)?{_LETTER}"
+    rf"(?:(?:\s*[,;&]\s*(?:and\s+)?|\s+and\s+|\s+|(?<=\))(?=\()){_LETTER})+"
+    r"(?:\s+are\s+(?:both\s+)?(?:correct|right))?[.]?"
+)
+
+
+def labelled(text: str) -> tuple[str, str] | None:
+    """(letter, what it stands for) of "(A) Paris", "A. Paris" or "A: Paris"; None for anything else."""
+    found = re.fullmatch(r"\(([A-J])\)[.:]?\s*(\S.*)|([A-J])[.):]\s+(\S.*)", text)
+    return (found[1] or found[3], found[2] or found[4]) if found else None
+
+
+def read_choices(text: str) -> frozenset[str] | None:
+    """The letters of "A, C", "(A) and (C)" or "AC"; None for one letter and for anything else.
+
+    Letters without a separator count only in the order of the alphabet: BAD is a word.
+    """
+    text = re.sub(r"^(?:\[(.*)\]|\{(.*)\})$", r"\1\2", text)
+    letters = re.findall(r"\b[A-J]\b", text) if _SEVERAL.fullmatch(text) else None
+    if re.fullmatch(r"[A-J]{2,}", text) and list(text) == sorted(set(text)):
+        letters = list(text)
+    return frozenset(letters) if letters else None
+
+
+def read_choice(text: str, stated: bool) -> str | None:
+    """The letter that a text chooses, or None; `stated`: the text is what stands behind "the answer is"."""
+    letter = re.match(
+        r"\W*(?:(?:option|choice|answer)\s+)?\(?([A-J])\b(?=\W*$|[).:,*]|\s+(?:because|since|as|is|\())",
+        text,
+        0 if not stated else re.IGNORECASE if len(text.strip("()*. ")) == 1 else 0,
+    ) or re.fullmatch(r"\W*(?:[Oo]ption\s+)?\(?([a-j])\W*", text)
+    if letter:
+        rest = text[letter.end(1) :]
+        if re.match(r"\W*(?:or|and|/|&)\W*(?:[Oo]ption\s+)?\(?[A-Ja-j]\b", rest):
+            return None
+        return None if re.match(r"\)?\s*,\s*\(?[A-J]\b", rest) else letter[1].upper()
+    found = {next(filter(None, groups)) for groups in _MENTION.findall(text)}
+    return found.pop() if len(found) == 1 and not _DENIED.search(text) else None
+
+
+def read_polar(text: str, stated: bool) -> bool | None:
+    """True or False of a yes or a no at the beginning, or alone at the end; None for neither or both."""
+    words = re.split(r"(?<=[.!?:])\s+", text.casefold())
+    first = re.match(
+        r"\W*(\w+)\b(?=\W*$|[,.;:!*]|\s+(?:because|it|they|he|she|this|that|we|i)\b)", words[0]
+    )
+    last = re.fullmatch(r"\W*(?:so|therefore|thus|hence)?,?\s*(\w+)\W*", words[-1])
+    said = {POLAR[m[1]] for m in (first, None if stated else last) if m and m[1] in POLAR}
+    return said.pop() if len(said) == 1 else None

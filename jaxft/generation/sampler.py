@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxft.generation.decoding import SamplingConfig, process_logits, transform_logits
-from jaxft.models import Cache, Decoder, unstack_layers, virtual_tokens
+from jaxft.models import Cache, Decoder, layers_of, unstack_layers, virtual_tokens
 from jaxft.parallel import in_turn, to_host
 
 CHUNK = 64  # tokens decoded between two looks of the host, by which the cache is rounded too
@@ -81,7 +81,8 @@ def generate(
 
     Args:
         model: a Decoder, or another whose `forward` takes a cache: it has `forward`, `init_cache` and
-            `config.max_length`.
+            `config.max_length`. Stacked layers of jaxft's own models are taken apart first; another
+            model's forward gets its params as they are.
         prompts: ids, each at least one.
         columns: what the model's forward reads beside tokens (images, a source sentence), name -> [prompts,
             ...]; it is given to the prefill alone, so the model's cache must keep what later tokens need.
@@ -189,7 +190,7 @@ def prefill(
 
     `columns` are what the model's forward reads beside tokens, [B, ...] each.
     """
-    params = _separate(params)
+    params = _separate(model, params)
     cache = model.init_cache(tokens.shape[0], slots + virtual_tokens(params), cache_dtype)
     positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
     found = _next(model, params, {**(columns or {}), **_inputs(tokens, positions, valid)}, cache)
@@ -245,7 +246,7 @@ def append(
     They take T slots of the cache, padding too: ask `prefill` for as many more. A row without valid
     tokens stays where it is; one that was done goes on.
     """
-    params = _separate(params)
+    params = _separate(model, params)
     positions = state.position[:, None] + jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
     found = _next(model, params, _inputs(tokens, positions, valid), state.cache)
     some = jnp.any(valid, axis=1)
@@ -264,7 +265,7 @@ def append(
     jax.jit, static_argnames=("model", "config", "steps"), donate_argnames=("state",)
 )
 def _decode(model, params, state, limit, least, config, steps):
-    params = _separate(params)
+    params = _separate(model, params)
     rows = state.done.shape[0]
     blank = lambda dtype: jnp.zeros((rows, steps), dtype)
     part = Part(blank(jnp.int32), blank(bool), blank(jnp.float32), blank(jnp.float32))
@@ -365,9 +366,10 @@ def _padded(name, column, rows, size):
     return np.pad(column, [(0, size - rows)] + [(0, 0)] * (column.ndim - 1))
 
 
-def _separate(params: Params) -> Params:
+def _separate(model: Decoder, params: Params) -> Params:
     """Layers one by one: a scan that carried the stacked cache would copy it for every token."""
-    return unstack_layers(params)
+    layers = layers_of(model)
+    return params if layers is None else unstack_layers(params, layers)
 
 
 def bucket(size: int, least: int) -> int:

@@ -8,6 +8,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec
 
@@ -23,6 +24,9 @@ from jaxft.weights.base import (
     to_dense,
 )
 
+IN_PLACE = (
+    "jaxft in place"  # of the kernel in a product that trusts it: see jaxft.adapters.untouched
+)
 Selection = Literal["random", "largest_norm", "smallest_norm"]
 
 
@@ -191,7 +195,8 @@ def _product(in_place, scale, x, base, rows, indices):
     if is_weight(base):
         return x @ _with_rows(to_dense(base), rows * scale, indices).astype(x.dtype)
     if in_place:
-        return matmul(x, base)
+        # The name marks the product in a jaxpr, and compiles to nothing.
+        return matmul(x, checkpoint_name(base, IN_PLACE))
     # Rounded as `to_dense` rounds them: where the base holds the rows, the difference is exactly 0.
     wanted = (rows * scale).astype(base.dtype).astype(jnp.float32)
     moved = wanted - base[indices].astype(jnp.float32)

@@ -127,8 +127,15 @@ def generate(
         state, part = decode(model, params, state, config, chunk)
         part, done = to_host((part, state.done))
         return _gather(part, part.mask, done, rows, config.max_new_tokens)
-    done, ends = np.repeat(extra, samples), np.full(len(tokens) * samples, slots)
-    parts, looks = [], []
+    whole, mask, done = _until_strings(
+        model, params, state, config, chunk, tokenizer, np.repeat(extra, samples)
+    )
+    return _gather(whole, mask, done, rows, config.max_new_tokens)
+
+
+def _until_strings(model, params, state, config, chunk, tokenizer, done):
+    """(Part, mask, done) of rows that end with a stop string too, for which the host looks at each chunk."""
+    parts, looks, ends = [], [], np.full(len(done), np.iinfo(np.int32).max)
     for _ in range(-(-config.max_new_tokens // chunk)):
         state, part = decode(model, params, state, config, chunk)
         parts.append(part)
@@ -137,16 +144,15 @@ def generate(
         looks.append(look)
         seen = [np.concatenate(columns, axis=1) for columns in zip(*looks, strict=True)]
         for i in np.flatnonzero(~settled):
-            ends[i] = _after_string(*(x[i] for x in seen), config, tokenizer) or slots
-        done = done | (ends < slots)
+            ends[i] = _after_string(*(x[i] for x in seen), config, tokenizer) or ends[i]
+        done = done | (ends <= seen[0].shape[1])
         if done.all():
             break
         state = state._replace(done=jnp.asarray(done))
     whole = Part(
         *(np.concatenate(columns, axis=1) for columns in zip(*to_host(parts), strict=True))
     )
-    mask = whole.mask & (np.arange(whole.mask.shape[1]) < ends[:, None])
-    return _gather(whole, mask, done, rows, config.max_new_tokens)
+    return whole, whole.mask & (np.arange(whole.mask.shape[1]) < ends[:, None]), done
 
 
 def left_pad(prompts, config) -> tuple[np.ndarray, np.ndarray]:

@@ -99,17 +99,10 @@ def make_step(
         (loss, metrics), grads = estimate(trainable, here if stays else moved)
         norm = global_norm(grads)
         good = good & jnp.isfinite(loss) & jnp.isfinite(norm)
-        updates, opt_state = update(
-            grads,
-            state.opt_state,
-            trainable,
-            value=loss,
-            grad=grads,
-            value_fn=lambda t: estimate(t)[0][0],
-            grad_fn=lambda t, *_: estimate(t)[1],
-            metrics=metrics,
-            **extra,
-        )
+        extra |= dict(value=loss, grad=grads, metrics=metrics)
+        extra["value_fn"] = lambda t: estimate(t)[0][0]
+        extra["grad_fn"] = lambda t, *_: estimate(t)[1]
+        updates, opt_state = update(grads, state.opt_state, trainable, **extra)
         new_state = _advanced(state, good, trainable, frozen, updates, opt_state)
         metrics = _with_standard_metrics(metrics, loss, norm, good, opt_state)
         after = partition(new_state.params)[0]

@@ -17,6 +17,7 @@ from jaxft.weights.base import (
     is_weight,
     split_spec,
     to_dense,
+    wide,
 )
 
 
@@ -56,7 +57,7 @@ class LohaWeight(Weight):
 
     def to_dense(self):
         base = jax.lax.stop_gradient(to_dense(self.base))
-        return (base.astype(jnp.float32) + self._update()).astype(base.dtype)
+        return (wide(base) + self._update()).astype(base.dtype)
 
     def with_specs(self, spec):
         stack, rows, columns = split_spec(spec, self.ndim)
@@ -107,7 +108,7 @@ class LokrWeight(Weight):
         base = jax.lax.stop_gradient(to_dense(self.base))
         v = self.a @ self.b if self.v is None else self.v
         update = jnp.kron(self.u, v) * (self.alpha / self.rank)
-        return (base.astype(jnp.float32) + update).astype(base.dtype)
+        return (wide(base) + update).astype(base.dtype)
 
     def with_specs(self, spec):
         base = self.base.with_specs(spec) if is_weight(self.base) else spec

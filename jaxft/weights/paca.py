@@ -22,6 +22,7 @@ from jaxft.weights.base import (
     matmul,
     split_spec,
     to_dense,
+    wide,
 )
 
 IN_PLACE = (
@@ -138,7 +139,7 @@ def paca_weight(
     )
     indices = jnp.sort(local.reshape(-1)).astype(jnp.int32)
     alpha = float(rank if alpha is None else alpha)
-    rows = dense[indices].astype(jnp.float32) / (alpha / rank)
+    rows = wide(dense[indices]) / (alpha / rank)
     return PacaWeight(kernel, rows, indices, alpha)
 
 
@@ -175,7 +176,7 @@ def check_paca(weight: PacaWeight, name: str = "paca") -> None:
 def _scores(key, dense, selection):
     if selection == "random":
         return jax.random.uniform(key, dense.shape[:1])
-    norms = jnp.linalg.norm(dense.astype(jnp.float32), axis=1)
+    norms = jnp.linalg.norm(wide(dense), axis=1)
     if selection == "largest_norm":
         return norms
     if selection == "smallest_norm":
@@ -198,8 +199,8 @@ def _product(in_place, scale, x, base, rows, indices):
         # The name marks the product in a jaxpr, and compiles to nothing.
         return matmul(x, checkpoint_name(base, IN_PLACE))
     # Rounded as `to_dense` rounds them: where the base holds the rows, the difference is exactly 0.
-    wanted = (rows * scale).astype(base.dtype).astype(jnp.float32)
-    moved = wanted - base[indices].astype(jnp.float32)
+    wanted = wide((rows * scale).astype(base.dtype))
+    moved = wanted - wide(base[indices])
     return matmul(x, base) + chosen_columns(x, indices) @ moved.astype(x.dtype)
 
 

@@ -18,6 +18,7 @@ from jaxft.weights.base import (
     is_weight,
     split_spec,
     to_dense,
+    wide,
 )
 
 
@@ -60,7 +61,7 @@ class VeraWeight(Weight):
         a, b = self._tables()
         base = jax.lax.stop_gradient(to_dense(self.base))
         update = ((a * self.d[None]) @ b) * self.e[None]
-        return (base.astype(jnp.float32) + update).astype(base.dtype)
+        return (wide(base) + update).astype(base.dtype)
 
     def with_specs(self, spec):
         stack, _, columns = split_spec(spec, self.ndim)

@@ -72,8 +72,8 @@ class DoraWeight(Weight):
         return dataclasses.replace(self, base=inner.base, a=inner.a, b=inner.b, magnitude=magnitude)
 
     def _updated(self):
-        update = wide(self.a) @ wide(self.b)
         base = wide(jax.lax.stop_gradient(to_dense(self.base)))
+        update = wide(self.a, base) @ wide(self.b, base)
         return base + update * (self.alpha / self.rank)
 
     def _gain(self):

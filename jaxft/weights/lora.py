@@ -64,8 +64,8 @@ class LoraWeight(Weight):
 
     def to_dense(self):
         # The product in float32, whatever the storage: merging must not lose what was trained.
-        update = wide(self.a) @ wide(self.b)
         base = to_dense(self.base)
+        update = wide(self.a, base) @ wide(self.b, base)
         scaled = update * (self.alpha / self.rank)
         return (wide(base) + scaled).astype(base.dtype)
 

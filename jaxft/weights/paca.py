@@ -236,7 +236,10 @@ def _by_rows(scale, chosen, drows):
     def transpose(fixed, cotangent):
         tokens = tuple(range(cotangent.ndim - 1))
         summed = jax.lax.dot_general(
-            fixed[0], cotangent, ((tokens, tokens), ((), ())), preferred_element_type=jnp.float32
+            fixed[0],
+            cotangent,
+            ((tokens, tokens), ((), ())),
+            preferred_element_type=jnp.promote_types(cotangent.dtype, jnp.float32),
         )
         return [(summed * scale).astype(drows.dtype)]
 

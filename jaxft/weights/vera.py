@@ -58,9 +58,9 @@ class VeraWeight(Weight):
         return frozen_matmul(x, self.base) + update
 
     def to_dense(self):
-        a, b = self._tables()
         base = jax.lax.stop_gradient(to_dense(self.base))
-        update = ((a * self.d[None]) @ b) * self.e[None]
+        a, b, d, e = (wide(leaf, base) for leaf in (*self._tables(), self.d, self.e))
+        update = ((a * d[None]) @ b) * e[None]
         return (wide(base) + update).astype(base.dtype)
 
     def with_specs(self, spec):

@@ -30,11 +30,6 @@ def apart(params, x):
     return x
 
 
-def carried(params, x):
-    step = lambda i, c: (c[0], jnp.sin(matmul(c[1], jax.tree.map(lambda leaf: leaf[i], c[0]))))
-    return jax.lax.fori_loop(0, 3, step, (params["layers"]["w"], x))[1]
-
-
 def after(move, model=scanned):
     return lambda params, x: model(move(params), x)
 
@@ -62,7 +57,6 @@ MOVE = {
     "noise in jit": jax.jit(after(lambda params: FLOATS(lambda x: 1.1 * x, params), apart)),
     "one leaf": after(lambda p: jax.tree.map(lambda x: x + 1.0 if x.shape == (3, 2, 6) else x, p)),
     "inner step": stepped,
-    "carried by a loop": carried,  # They do not move: it is not seen, and right in the other form.
 }
 
 

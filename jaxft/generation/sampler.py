@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxft.generation.decoding import SamplingConfig, process_logits, transform_logits
+from jaxft.generation.padding import left_pad, padded
 from jaxft.models import Cache, Decoder, layers_of, unstack_layers, virtual_tokens
 from jaxft.parallel import in_turn, to_host
 
 CHUNK = 64  # tokens decoded between two looks of the host, by which the cache is rounded too
-MIN_BUCKET = 16
 
 Params = Any
 
@@ -114,7 +114,7 @@ def generate(
     chunk = chunk if config.stop_strings else -(-config.max_new_tokens // CHUNK) * CHUNK
     slots = width + -(-config.max_new_tokens // chunk) * chunk
     keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.asarray(ids))
-    columns = {name: _padded(name, x, rows, len(tokens)) for name, x in (columns or {}).items()}
+    columns = {name: padded(name, x, rows, len(tokens)) for name, x in (columns or {}).items()}
     state = prefill(
         model, params, jnp.asarray(tokens), jnp.asarray(valid), keys, slots, cache_dtype, columns
     )
@@ -153,32 +153,6 @@ def _until_strings(model, params, state, config, chunk, tokenizer, done):
         *(np.concatenate(columns, axis=1) for columns in zip(*to_host(parts), strict=True))
     )
     return whole, whole.mask & (np.arange(whole.mask.shape[1]) < ends[:, None]), done
-
-
-def left_pad(prompts, config) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens, valid) [B, P]: prompts at the right end, rows and width rounded up to buckets."""
-    lengths = [len(prompt) for prompt in prompts]
-    if not lengths or min(lengths) < 1:
-        raise ValueError("generate: every prompt needs at least one token.")
-    _check_ids(prompts, getattr(config, "vocab_size", None))
-    width = min(bucket(max(lengths), MIN_BUCKET), config.max_length)
-    width = max(width, max(lengths))
-    tokens = np.zeros((bucket(len(prompts), 1), width), np.int32)
-    valid = np.zeros(tokens.shape, bool)
-    for i, prompt in enumerate(prompts):
-        tokens[i, width - len(prompt) :] = prompt
-        valid[i, width - len(prompt) :] = True
-    return tokens, valid
-
-
-def _check_ids(prompts, size):
-    """An id without a row in the embedding would become NaN, and its completion empty."""
-    low, high = min(map(min, prompts)), max(map(max, prompts))
-    if size is not None and not 0 <= low <= high < size:
-        raise ValueError(
-            f"generate: prompts have ids {low}..{high}, but the model's embedding has {size} rows; take the "
-            "tokenizer that came with the model."
-        )
 
 
 @functools.partial(jax.jit, static_argnames=("model", "slots", "cache_dtype"))
@@ -362,26 +336,10 @@ def _next(model, params, batch, cache):
     return model.forward(params, batch, cache=cache).at(slice(None), -1)
 
 
-def _padded(name, column, rows, size):
-    """The column of `rows` prompts with rows of zeros up to `size`."""
-    column = np.asarray(column)
-    if column.shape[:1] != (rows,):
-        raise ValueError(
-            f"generate: column {name!r} has shape {column.shape} for {rows} prompts; give one row for each."
-        )
-    return np.pad(column, [(0, size - rows)] + [(0, 0)] * (column.ndim - 1))
-
-
 def _separate(model: Decoder, params: Params) -> Params:
     """Layers one by one: a scan that carried the stacked cache would copy it for every token."""
     layers = layers_of(model)
     return params if layers is None else unstack_layers(params, layers)
-
-
-def bucket(size: int, least: int) -> int:
-    """The power of two that holds `size`, or three quarters of it if that does too."""
-    power = max(least, 1 << (size - 1).bit_length())
-    return power * 3 // 4 if power > least and size <= power * 3 // 4 else power
 
 
 def _after_string(tokens, mask, config, tokenizer) -> int | None:

@@ -46,8 +46,8 @@ def make_step(
 
     The metrics are the objective's and `loss`, `grad_norm` (L2, before clipping), `good` (whether
     the state advanced), `num_tokens` (weight of the loss, if metrics["loss"] is a Mean or Terms; or the total
-    of metrics["num_tokens"], if that is one), `learning_rate` (if the optimizer's state has one hyperparameter
-    of that name, as with optax.inject_hyperparams or `make_optimizer`) and likewise `trust_distance`.
+    of metrics["num_tokens"], if that is one), `learning_rate` (if the optimizer's state has one such
+    hyperparameter, as with optax.inject_hyperparams or `make_optimizer`) and likewise `trust_distance`.
 
     Args:
         objective: (params, batch, key) -> (loss, metrics). It is traced once more where weights could be

@@ -52,6 +52,7 @@ def sides(params) -> dict:
     import optax.contrib
 
     from jaxft.optim import lion, lion_apply, scale_by_lion
+    from jaxft.train import muon_axes
 
     grads = jax.tree.map(lambda p: jnp.full_like(p, 1e-3), params)
     size = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
@@ -59,7 +60,7 @@ def sides(params) -> dict:
     transforms = {
         "adamw": optax.adamw(1e-4, **decay),
         "adafactor": optax.adafactor(1e-4),
-        "muon": optax.contrib.muon(1e-4, **decay),
+        "muon": optax.contrib.muon(1e-4, muon_weight_dimension_numbers=muon_axes, **decay),
         "optax_lion": optax.lion(1e-4, **decay),
         "lion": lion(1e-4, **decay),
         "lion_bfloat16": lion(1e-4, mu_dtype="bfloat16", **decay),

@@ -187,6 +187,7 @@ def compile_step(config: Config) -> dict[str, Any]:
             quantise=config.quantise,
             seed=0,
             targets=family.targets,
+            layers=family.layers,
             stacked=family.stacked_axes,
         )
         return train.init_state(

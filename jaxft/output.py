@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,35 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
         raise OutputError(
             f"{path} could not be written: {reason(error)}; {free(path)}Make room or choose another place."
         ) from error
+
+
+def writable_directory(directory: str | Path, size: int = 0) -> Path:
+    """The directory, made and probed by writing a file.
+
+    Raises:
+        OutputError: if it cannot be written or has less than `size` bytes free.
+    """
+    directory = Path(directory).absolute()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory) as file:
+            file.write(b"probe" * 1000)
+    except OSError as error:
+        raise OutputError(
+            f"cannot write to {directory}: {reason(error)}; make room or choose another."
+        ) from error
+    check_room(directory, size)
+    return directory
+
+
+def check_room(directory: Path, size: int) -> None:
+    """Raises OutputError if the directory has less than `size` bytes free."""
+    room = shutil.disk_usage(directory).free
+    if room < size:
+        raise OutputError(
+            f"{directory} has {size_text(room)} free, but one checkpoint takes {size_text(size)}; "
+            "make room or choose another directory."
+        )
 
 
 def reason(error: Exception) -> str:

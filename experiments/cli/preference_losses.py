@@ -58,9 +58,7 @@ def pair_loss(loss: Callable[..., Any], config: Any, arguments: Mapping[str, str
     jax.eval_shape(loss, pairs)  # Bad values fail now, not after minutes.
     if not config.nll_alpha:
         return loss
-    whole = lambda pairs: loss(pairs) + config.nll_alpha * losses.nll_loss(pairs)
-    whole.compares_pairs = losses.compares_pairs(loss)
-    return whole
+    return lambda pairs: loss(pairs) + config.nll_alpha * losses.nll_loss(pairs)
 
 
 def _of_pairs(loss, *, reference=True, **arguments):

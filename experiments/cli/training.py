@@ -33,7 +33,7 @@ from jaxft.adapters import (
     save_checked,
 )
 from jaxft.data.batching import MIN_BUCKET
-from jaxft.models import Forward, family_of
+from jaxft.models import Forward, family_of, tiny_config
 from jaxft.objectives import Objective
 from jaxft.parallel import connect_hosts, make_mesh, shard_params, written_once
 
@@ -175,9 +175,11 @@ def load_base(
     devices = [jax.devices()[0]] if mesh is None else list(mesh.local_devices)
     wide = whole or config.adapter == "intrinsic"
     masters = jax.eval_shape(float32_masters, shapes) if wide else shapes
-    needed = train.state_bytes(masters, trains_all, mesh)
+    family = family_of(tiny_config() if opened == "tiny" else opened.model.config)
+    place = dict(mesh=mesh, rules=family.rules, layers=family.layers)
+    needed = train.state_bytes(masters, trains_all, **place)
     if keeps_start and whole:  # Adapters share the frozen base.
-        needed["reference"] = train.state_bytes(shapes, mesh=mesh)["weights"]
+        needed["reference"] = train.state_bytes(shapes, **place)["weights"]
     train.check_memory(
         needed,
         devices,
@@ -213,9 +215,8 @@ def adapt_params(config: Any, model: Any, base: Any, mesh: Any) -> Any:
     """The base params of a model with what trains, in float32: adapters, or all of them."""
     family = family_of(model.config)
     settings = adapter_settings(config)
-    params = apply_named(
-        base, config.adapter, targets=family.targets, stacked=family.stacked_axes, **settings
-    )
+    place = dict(targets=family.targets, layers=family.layers, stacked=family.stacked_axes)
+    params = apply_named(base, config.adapter, **place, **settings)
     params = float32_masters(params)
     if mesh is not None:
         params = shard_params(params, mesh, family.rules, family.layers)

@@ -53,12 +53,13 @@ def anywhere(params: Any) -> Any:
     """
 
     def mark(node):
-        return dataclasses.replace(node, in_place=False) if _is_in_place(node) else node
+        return dataclasses.replace(node, in_place=False) if is_in_place(node) else node
 
     return jax.tree.map(mark, params, is_leaf=is_weight)
 
 
-def _is_in_place(node):
+def is_in_place(node: Any) -> bool:
+    """Whether `node` is a weight in the form of `in_place`."""
     return writes_back(node) and getattr(node, "in_place", False)
 
 

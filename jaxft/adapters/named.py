@@ -7,6 +7,7 @@ from typing import Literal
 from jaxft.adapters import rules, soft
 from jaxft.adapters.rules import Rule
 from jaxft.models.transformer import TRANSFORMER_TARGETS, Targets
+from jaxft.parallel import LAYERS
 
 Name = Literal[
     "lora", "rslora", "pissa", "dora", "vera", "loha", "lokr", "paca", "ia3", "bitfit", "norms",
@@ -23,6 +24,7 @@ def named_rules(
     target: str = "all-linear",
     shape: tuple[int, int] | None = None,
     targets: Targets = TRANSFORMER_TARGETS,
+    layers: str = LAYERS,
 ) -> dict[str, Rule | soft.Added]:
     """The rules of an adapter for `adapt`.
 
@@ -34,7 +36,8 @@ def named_rules(
         alpha: of those that have one; for paca, alpha / rank multiplies the learning rate.
         target: pattern of the paths of adapted kernels, or "all-linear".
         shape: of vera's shared matrices: see jaxft.adapters.vera.
-        targets: the patterns of the model's family: `family_of(model.config).targets`.
+        targets, layers: the patterns of the model's family and where its layers lie:
+            `family_of(model.config).targets` and `.layers`.
 
     Raises:
         ValueError: for an unknown name, or a rank below 1.
@@ -62,5 +65,5 @@ def named_rules(
         case "prompt":
             return {"prompt": soft.prompt(rank)}
         case "prefix":
-            return {"prefix": soft.prefix(rank)}
+            return {"prefix": soft.prefix(rank, layers=layers)}
     raise ValueError(f"unknown adapter {name!r}; expected one of {', '.join(Name.__args__)}.")

@@ -21,8 +21,8 @@ from jaxft.adapters.named import named_rules
 from jaxft.adapters.rewrite import Params, adapt, largest_shape, partition, path_name, unsaid
 from jaxft.adapters.rules import qpissa, quantised
 from jaxft.models.transformer import TRANSFORMER_TARGETS, Targets
-from jaxft.parallel import stacked_axes
-from jaxft.weights import PacaWeight, ReshapedWeight, Weight, check_paca, is_weight
+from jaxft.parallel import LAYERS, stacked_axes
+from jaxft.weights import Frozen, PacaWeight, ReshapedWeight, Weight, check_paca, is_weight
 
 
 def apply_named(
@@ -35,13 +35,14 @@ def apply_named(
     quantise: str | None = None,
     seed: int = 0,
     targets: Targets = TRANSFORMER_TARGETS,
+    layers: str = LAYERS,
     stacked: Callable[[str], int] = stacked_axes,
     input_axes: Callable[[str], int | None] = unsaid,
 ) -> Params:
     """The params with the adapter `name` (see named_rules), over kernels rounded to `quantise` bits.
 
-    `stacked` and `input_axes` are those of `adapt`: which leading axes are layers or experts, and
-    what are the inputs of kernels with more axes than a matrix.
+    `targets` and `layers` are the family's; `stacked` and `input_axes` are those of `adapt`: which leading
+    axes are layers or experts, and what are the inputs of kernels with more axes than a matrix.
 
     Raises:
         ValueError: see named_rules; and for quantised kernels that are to train whole.
@@ -59,7 +60,8 @@ def apply_named(
         rules = {target: quantised(quantise)}
         params = adapt(jax.random.key(seed), params, rules, **axes)
     shape = largest_shape(params, target, **axes) if name == "vera" else None
-    rules = named_rules(name, rank=rank, alpha=alpha, target=target, shape=shape, targets=targets)
+    options = dict(rank=rank, alpha=alpha, target=target, shape=shape)
+    rules = named_rules(name, **options, targets=targets, layers=layers)
     return adapt(jax.random.key(seed), params, rules, **axes)
 
 
@@ -69,8 +71,9 @@ def save_native(path: str | os.PathLike, params: Params, **settings: Any) -> Non
     Args:
         path: the directory; made if needed.
         params: adapted by `apply_named`.
-        settings: its arguments, which `load_native` gives it again; without `targets`, `stacked` and
-            `input_axes`, which belong to the model's family and are given to both.
+        settings: its arguments, which `load_native` gives it again; without `targets`, `layers` and
+            `stacked`, which belong to the model's family and are given to both, and without `input_axes`,
+            which are read off the weights.
 
     Raises:
         AdapterError: if nothing trains.
@@ -79,7 +82,9 @@ def save_native(path: str | os.PathLike, params: Params, **settings: Any) -> Non
     if not tensors:
         raise AdapterError("save_native: nothing trains in params; adapt them first.")
     path = pathlib.Path(path)
-    write_adapter(path / CONFIG, path / WEIGHTS, {"version": 1, **settings}, tensors)
+    axes = {path_name(key): len(node.inputs) for key, node in _nodes(params) if _reshaped(node)}
+    config = {"version": 1, **settings} | ({"input_axes": axes} if axes else {})
+    write_adapter(path / CONFIG, path / WEIGHTS, config, tensors)
 
 
 def load_native(
@@ -87,13 +92,13 @@ def load_native(
     params: Params,
     *,
     targets: Targets = TRANSFORMER_TARGETS,
+    layers: str = LAYERS,
     stacked: Callable[[str], int] = stacked_axes,
-    input_axes: Callable[[str], int | None] = unsaid,
 ) -> Params:
     """The base params with an adapter of `save_native`, or moved by what `save_intrinsic` wrote (dense).
 
-    `targets` are the patterns of the model's family and `stacked` and `input_axes` the axes of
-    its kernels, as for `apply_named`.
+    `targets`, `layers` and `stacked` are those of the model's family, as for `apply_named`. What the inputs
+    of kernels with more axes than a matrix are, the file says.
 
     Raises:
         AdapterError: if a file is missing or damaged, a key is missing, surplus or misshapen.
@@ -111,8 +116,9 @@ def load_native(
         return jax.jit(intrinsic_apply)(load_intrinsic(path, params))
     if settings.pop("version", None) != 1:
         raise AdapterError(f"{path}: written by another version of jaxft; update it.")
-    axes = dict(stacked=stacked, input_axes=input_axes)
-    adapted = apply_named(params, targets=targets, **settings, **axes)
+    place = dict(targets=targets, layers=layers, stacked=stacked)
+    inputs = settings.pop("input_axes", {}).get
+    adapted = apply_named(params, **settings, **place, input_axes=inputs)
     if "reward/kernel" in tensors:  # Beside the adapter, of which it is no part.
         adapted["reward"] = {"kernel": tensors["reward/kernel"]}
     expected = dict(_own_leaves(adapted))
@@ -125,11 +131,21 @@ def load_native(
                 f"{path}: {name!r} has shape {tensors[name].shape}, the model needs {leaf.shape}."
             )
     loaded = _own_leaves(adapted, tensors)
-    for key, node in jax.tree_util.tree_leaves_with_path(loaded, is_leaf=is_weight):
-        node = node.matrix if isinstance(node, ReshapedWeight) else node
+    for key, node in _nodes(loaded):
+        node = node.matrix if _reshaped(node) else node
         if isinstance(node, PacaWeight):
             check_paca(node, f"{path}: {path_name(key)}")
     return loaded
+
+
+def _nodes(params):
+    """(path, weight or array), of a frozen one what it holds."""
+    for key, node in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_weight):
+        yield key, node.value if isinstance(node, Frozen) else node
+
+
+def _reshaped(node):
+    return isinstance(node, ReshapedWeight)
 
 
 def _own_leaves(params: Params, values: dict | None = None):

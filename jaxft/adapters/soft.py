@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +19,7 @@ from jaxft.models.transformer import (
     SUBLAYER_OUTPUTS,
     TRANSFORMER_TARGETS,
 )
+from jaxft.parallel import LAYERS
 from jaxft.weights import bottleneck_adapter, prefix_mlp, to_dense
 
 # Patterns for `bottleneck` and `parallel_adapter`; `prompt` stands at "prompt", `prefix` at "prefix".
@@ -66,7 +66,9 @@ def parallel_adapter(
     return _bottleneck("parallel_adapter", size, activation=activation, scale=scale, reads="input")
 
 
-def prompt(length: int | None = None, ids: Sequence[int] | None = None) -> Added:
+def prompt(
+    length: int | None = None, ids: Sequence[int] | None = None, *, embedding: str = EMBEDDING
+) -> Added:
     """`length` soft tokens before the embeddings of each row (or segment): {"prompt": prompt(20)}.
 
     Prompt tuning: Lester et al., 2021, arxiv.org/abs/2104.08691, section 2.1 and 3.2. Images get theirs
@@ -76,6 +78,7 @@ def prompt(length: int | None = None, ids: Sequence[int] | None = None) -> Added
         length: 0 leaves the model as it is. None: that of `ids`.
         ids: token ids of a text whose embeddings they start from, cut or repeated to `length`
             (as PEFT does). None: of tokens drawn from the vocabulary.
+        embedding: path of the table [V, D] in the params.
 
     Raises:
         ValueError: for a negative or no length, or empty ids; in `adapt` for ids outside the vocabulary.
@@ -90,10 +93,9 @@ def prompt(length: int | None = None, ids: Sequence[int] | None = None) -> Added
 
     def make(key, params, stacked):
         del stacked  # one leaf for all layers
-        _check_root("prompt", params)
-        if EMBEDDING.split("/")[0] not in params:
+        if (table := _leaf(params, embedding)) is None:
+            _check_root("prompt", _leaf(params, PATCHES), f"{embedding!r} or {PATCHES!r}")
             return _image_prompt(key, length, ids, params)
-        table = _leaf(params, EMBEDDING)
         rows = table.shape[0]
         if ids is None:
             chosen = jax.random.randint(key, (length,), 0, rows)
@@ -106,7 +108,13 @@ def prompt(length: int | None = None, ids: Sequence[int] | None = None) -> Added
     return Added("prompt", make)
 
 
-def prefix(length: int = 20, *, hidden: int | None = None, scale: float = 0.02) -> Added:
+def prefix(
+    length: int = 20,
+    *,
+    hidden: int | None = None,
+    scale: float = 0.02,
+    layers: str = LAYERS,
+) -> Added:
     """`length` keys and values before those of each layer: {"prefix": prefix(20)}.
 
     Prefix tuning: Li & Liang, 2021, arxiv.org/abs/2101.00190; trained directly, as in P-tuning v2
@@ -118,6 +126,7 @@ def prefix(length: int = 20, *, hidden: int | None = None, scale: float = 0.02) 
         hidden: of the network through which the prefix is trained (the paper's 512); `merge` folds it
             away.
         scale: standard deviation at first, without `hidden`.
+        layers: where the layers lie: `family_of(model.config).layers`.
 
     Raises:
         ValueError: for a negative length; in `adapt` for a hidden size below 1.
@@ -126,11 +135,11 @@ def prefix(length: int = 20, *, hidden: int | None = None, scale: float = 0.02) 
 
     def make(key, params, stacked):
         del stacked  # one leaf for all layers
-        _check_root("prefix", params)
-        layers = layers_in(params)
-        layer = layers if is_stacked(params) else layers["0"]
+        _check_root("prefix", layers_in(params, layers), repr(layers))
+        layer = layers_in(params, layers if is_stacked(params, layers) else f"{layers}/0")
+        _check_root("prefix", _leaf(layer, KEY), f"{layers}/.../{KEY}")
         features, width = _leaf(layer, KEY).shape[-2:]
-        shape = (length, depth(params) * 2 * width)
+        shape = (length, depth(params, layers) * 2 * width)
         if hidden is None:
             return scale * jax.random.normal(key, shape)
         return prefix_mlp(key, shape, features, hidden)
@@ -167,7 +176,8 @@ def _image_prompt(key, length, ids, params):
 
 
 def _leaf(params, path):
-    return functools.reduce(operator.getitem, path.split("/"), params)
+    step = lambda node, name: node.get(name) if isinstance(node, Mapping) else None
+    return functools.reduce(step, path.split("/"), params)
 
 
 def _check_length(name, length):
@@ -176,8 +186,9 @@ def _check_length(name, length):
     return length
 
 
-def _check_root(name, params):
-    if layers_in(params) is None:
+def _check_root(name, found, path):
+    if found is None:
         raise ValueError(
-            f"{name}: it stands at the root of the params, as {name!r}; use that pattern."
+            f"{name}: it stands at the root of the params, as {name!r}, where {path} must be; use that "
+            "pattern, and say where the model has these if it is elsewhere."
         )

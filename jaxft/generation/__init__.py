@@ -6,6 +6,7 @@ from jaxft.generation.decoding import (
     process_logits,
     transform_logits,
 )
+from jaxft.generation.padding import bucket, left_pad
 from jaxft.generation.push import (
     Interface,
     Push,
@@ -18,11 +19,9 @@ from jaxft.generation.sampler import (
     Generation,
     State,
     append,
-    bucket,
     decode,
     fork,
     generate,
-    left_pad,
     prefill,
     remember,
 )

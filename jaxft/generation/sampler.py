@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxft.generation.decoding import SamplingConfig, process_logits, transform_logits
-from jaxft.models import Cache, Decoder, unstack_layers, virtual_tokens
+from jaxft.generation.padding import left_pad, padded
+from jaxft.models import Cache, Decoder, layers_of, unstack_layers, virtual_tokens
 from jaxft.parallel import in_turn, to_host
 
 CHUNK = 64  # tokens decoded between two looks of the host, by which the cache is rounded too
-MIN_BUCKET = 16
 
 Params = Any
 
@@ -81,7 +81,8 @@ def generate(
 
     Args:
         model: a Decoder, or another whose `forward` takes a cache: it has `forward`, `init_cache` and
-            `config.max_length`.
+            `config.max_length`. Stacked layers of jaxft's own models are taken apart first; another
+            model's forward gets its params as they are.
         prompts: ids, each at least one.
         columns: what the model's forward reads beside tokens (images, a source sentence), name -> [prompts,
             ...]; it is given to the prefill alone, so the model's cache must keep what later tokens need.
@@ -113,7 +114,7 @@ def generate(
     chunk = chunk if config.stop_strings else -(-config.max_new_tokens // CHUNK) * CHUNK
     slots = width + -(-config.max_new_tokens // chunk) * chunk
     keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.asarray(ids))
-    columns = {name: _padded(name, x, rows, len(tokens)) for name, x in (columns or {}).items()}
+    columns = {name: padded(name, x, rows, len(tokens)) for name, x in (columns or {}).items()}
     state = prefill(
         model, params, jnp.asarray(tokens), jnp.asarray(valid), keys, slots, cache_dtype, columns
     )
@@ -126,8 +127,15 @@ def generate(
         state, part = decode(model, params, state, config, chunk)
         part, done = to_host((part, state.done))
         return _gather(part, part.mask, done, rows, config.max_new_tokens)
-    done, ends = np.repeat(extra, samples), np.full(len(tokens) * samples, slots)
-    parts, looks = [], []
+    whole, mask, done = _until_strings(
+        model, params, state, config, chunk, tokenizer, np.repeat(extra, samples)
+    )
+    return _gather(whole, mask, done, rows, config.max_new_tokens)
+
+
+def _until_strings(model, params, state, config, chunk, tokenizer, done):
+    """(Part, mask, done) of rows that end with a stop string too, for which the host looks at each chunk."""
+    parts, looks, ends = [], [], np.full(len(done), np.iinfo(np.int32).max)
     for _ in range(-(-config.max_new_tokens // chunk)):
         state, part = decode(model, params, state, config, chunk)
         parts.append(part)
@@ -136,42 +144,15 @@ def generate(
         looks.append(look)
         seen = [np.concatenate(columns, axis=1) for columns in zip(*looks, strict=True)]
         for i in np.flatnonzero(~settled):
-            ends[i] = _after_string(*(x[i] for x in seen), config, tokenizer) or slots
-        done = done | (ends < slots)
+            ends[i] = _after_string(*(x[i] for x in seen), config, tokenizer) or ends[i]
+        done = done | (ends <= seen[0].shape[1])
         if done.all():
             break
         state = state._replace(done=jnp.asarray(done))
     whole = Part(
         *(np.concatenate(columns, axis=1) for columns in zip(*to_host(parts), strict=True))
     )
-    mask = whole.mask & (np.arange(whole.mask.shape[1]) < ends[:, None])
-    return _gather(whole, mask, done, rows, config.max_new_tokens)
-
-
-def left_pad(prompts, config) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens, valid) [B, P]: prompts at the right end, rows and width rounded up to buckets."""
-    lengths = [len(prompt) for prompt in prompts]
-    if not lengths or min(lengths) < 1:
-        raise ValueError("generate: every prompt needs at least one token.")
-    _check_ids(prompts, getattr(config, "vocab_size", None))
-    width = min(bucket(max(lengths), MIN_BUCKET), config.max_length)
-    width = max(width, max(lengths))
-    tokens = np.zeros((bucket(len(prompts), 1), width), np.int32)
-    valid = np.zeros(tokens.shape, bool)
-    for i, prompt in enumerate(prompts):
-        tokens[i, width - len(prompt) :] = prompt
-        valid[i, width - len(prompt) :] = True
-    return tokens, valid
-
-
-def _check_ids(prompts, size):
-    """An id without a row in the embedding would become NaN, and its completion empty."""
-    low, high = min(map(min, prompts)), max(map(max, prompts))
-    if size is not None and not 0 <= low <= high < size:
-        raise ValueError(
-            f"generate: prompts have ids {low}..{high}, but the model's embedding has {size} rows; take the "
-            "tokenizer that came with the model."
-        )
+    return whole, whole.mask & (np.arange(whole.mask.shape[1]) < ends[:, None]), done
 
 
 @functools.partial(jax.jit, static_argnames=("model", "slots", "cache_dtype"))
@@ -189,7 +170,7 @@ def prefill(
 
     `columns` are what the model's forward reads beside tokens, [B, ...] each.
     """
-    params = _separate(params)
+    params = _separate(model, params)
     cache = model.init_cache(tokens.shape[0], slots + virtual_tokens(params), cache_dtype)
     positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
     found = _next(model, params, {**(columns or {}), **_inputs(tokens, positions, valid)}, cache)
@@ -245,7 +226,7 @@ def append(
     They take T slots of the cache, padding too: ask `prefill` for as many more. A row without valid
     tokens stays where it is; one that was done goes on.
     """
-    params = _separate(params)
+    params = _separate(model, params)
     positions = state.position[:, None] + jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
     found = _next(model, params, _inputs(tokens, positions, valid), state.cache)
     some = jnp.any(valid, axis=1)
@@ -264,7 +245,7 @@ def append(
     jax.jit, static_argnames=("model", "config", "steps"), donate_argnames=("state",)
 )
 def _decode(model, params, state, limit, least, config, steps):
-    params = _separate(params)
+    params = _separate(model, params)
     rows = state.done.shape[0]
     blank = lambda dtype: jnp.zeros((rows, steps), dtype)
     part = Part(blank(jnp.int32), blank(bool), blank(jnp.float32), blank(jnp.float32))
@@ -355,25 +336,10 @@ def _next(model, params, batch, cache):
     return model.forward(params, batch, cache=cache).at(slice(None), -1)
 
 
-def _padded(name, column, rows, size):
-    """The column of `rows` prompts with rows of zeros up to `size`."""
-    column = np.asarray(column)
-    if column.shape[:1] != (rows,):
-        raise ValueError(
-            f"generate: column {name!r} has shape {column.shape} for {rows} prompts; give one row for each."
-        )
-    return np.pad(column, [(0, size - rows)] + [(0, 0)] * (column.ndim - 1))
-
-
-def _separate(params: Params) -> Params:
+def _separate(model: Decoder, params: Params) -> Params:
     """Layers one by one: a scan that carried the stacked cache would copy it for every token."""
-    return unstack_layers(params)
-
-
-def bucket(size: int, least: int) -> int:
-    """The power of two that holds `size`, or three quarters of it if that does too."""
-    power = max(least, 1 << (size - 1).bit_length())
-    return power * 3 // 4 if power > least and size <= power * 3 // 4 else power
+    layers = layers_of(model)
+    return params if layers is None else unstack_layers(params, layers)
 
 
 def _after_string(tokens, mask, config, tokenizer) -> int | None:

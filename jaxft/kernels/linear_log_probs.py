@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxft.kernels import linear_log_probs_tpu as tpu
-from jaxft.kernels.pullback import with_pullback
+from jaxft.kernels.pullback import as_varying, with_pullback
 
 Implementation = Literal["reference", "xla", "pallas"]
 # Products of fewer tokens with a head wait for the head's bytes, on a TPU v5e and an H100 alike.
@@ -180,6 +180,7 @@ def _forward_xla(hidden, head, targets, options, wants):
     # Every entry is written, so nothing need be there before.
     empty = [jax.lax.empty(targets.shape, jnp.float32)] * 2
     empty += [jax.lax.empty(hidden.shape, hidden.dtype)] * wants
+    empty = as_varying([*empty, hidden, head, targets])[: len(empty)]
     results = jax.lax.fori_loop(0, -(-length // chunk), body, empty)
     return (*results, None)[:3]
 
@@ -204,6 +205,7 @@ def _backward_head_xla(hidden, head, targets, normaliser, cotangent, options):
         return jax.lax.dynamic_update_slice_in_dim(d_head, part, start, axis)
 
     empty = jax.lax.empty(head.shape, head.dtype)  # every entry is written
+    empty = as_varying([empty, hidden, head, targets, normaliser, cotangent])[0]
     return jax.lax.fori_loop(0, -(-vocabulary // tile), body, empty)
 
 

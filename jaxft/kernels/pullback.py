@@ -40,6 +40,7 @@ def with_pullback(
 
     def value_jvp(args, tangents):
         wanted = tuple(not isinstance(t, SymbolicZero) for t in tangents)
+        args = tuple(as_varying(args))  # as the tangents are made below, which must have their types
         y, residuals = differentiated(wanted, *args)
         if not any(wanted):
             return y, jnp.zeros_like(y)
@@ -109,7 +110,20 @@ def linear_map(
 
     `jax.custom_derivatives.linear_call` would do, but has no derivative by `fixed` and no batching.
     """
+    moving = as_varying([*fixed, *moving])[len(fixed) :]
     return _linear_p.bind(*fixed, *moving, apply=apply, transpose=transpose, split=len(fixed))
+
+
+def as_varying(operands: Sequence[jax.Array]) -> list[jax.Array]:
+    """The operands, all different on the axes of a shard_map on which any of them is.
+
+    JAX's own operations do so by themselves: the cotangent of one that is the same on all devices is summed.
+    """
+    axes = [getattr(jax.typeof(x), "mat", None) for x in operands]
+    axes = [frozenset() if a is None else a.varying for a in axes]
+    lacking = [tuple(frozenset().union(*axes) - own) for own in axes]
+    cast = functools.partial(jax.lax.pcast, to="varying")
+    return [cast(x, names) if names else x for x, names in zip(operands, lacking, strict=True)]
 
 
 def _linear_value(*operands, apply, transpose, split):

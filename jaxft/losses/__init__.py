@@ -1,5 +1,6 @@
 """Losses: arrays in, values out; no model, no tokenizer, no reduction that is not in the name."""
 
+from jaxft.losses.comparing import compares_pairs
 from jaxft.losses.coverage import coverage_weight, dco_loss, dco_step_loss
 from jaxft.losses.density_ratio import density_ratios, logistic_regression
 from jaxft.losses.divergences import (
@@ -42,7 +43,6 @@ from jaxft.losses.preference import (
     apo_down_loss,
     apo_zero_loss,
     bco_pair_loss,
-    compares_pairs,
     discopop_loss,
     dpo_loss,
     dpop_loss,

@@ -8,7 +8,6 @@ n_w and n_l their lengths in tokens. Hyperparameters are named as in TRL.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -60,17 +59,6 @@ def lengths(pairs: Pairs) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
         raise ValueError("this loss divides by lengths: give chosen_lengths and rejected_lengths.")
     chex.assert_equal_shape([pairs.chosen, pairs.chosen_lengths, pairs.rejected_lengths])
     return pairs.chosen_lengths.astype(jnp.float32), pairs.rejected_lengths.astype(jnp.float32)
-
-
-def compares_pairs(loss: Callable[[Pairs], jax.Array]) -> bool:
-    """Whether a pair's value depends on the other pairs of its batch, so that microbatches would change it.
-
-    The function says so by an attribute of this name, which is also found inside a functools.partial. A
-    function around such a loss must be given it: `mine.compares_pairs = compares_pairs(loss)`.
-    """
-    while isinstance(loss, functools.partial):
-        loss = loss.func
-    return getattr(loss, "compares_pairs", False)
 
 
 def dpo_loss(

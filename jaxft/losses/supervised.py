@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jaxft.kernels.linear_log_probs import fused_log_probs
-from jaxft.kernels.pullback import of_wanted, pick, with_pullback
+from jaxft.kernels.pullback import as_varying, of_wanted, pick, with_pullback
 from jaxft.parallel.axes import length_axes, row_axes
 from jaxft.weights import WeightLike, matmul_float32, stored
 
@@ -182,7 +182,8 @@ def _fused(hidden, targets, weights, head, count, softcap, chunk):
         one = jax.checkpoint(lambda xs: part(*xs, *leaves))
         chunks = tuple(map(split, (hidden, targets, weights)))
         add = lambda total, xs: (total + one(xs), None)
-        return jax.lax.scan(add, jnp.zeros((), jnp.float32), chunks)[0]
+        start = as_varying([jnp.zeros((), jnp.float32), *chunks, *leaves])[0]
+        return jax.lax.scan(add, start, chunks)[0]
 
     def pullback(wanted, args, gradients, cotangent):
         return [(g * cotangent).astype(g.dtype) for g in gradients]
@@ -197,6 +198,7 @@ def _loop(part, chunk, wanted, count, *args):
     A leaf of the head that is not differentiated has no gradient here, whatever its data type.
     """
     wanted = wanted[1:]
+    args = as_varying(args)  # Inside a shard_map devices add up their own, and JAX once at the end.
     tokens, leaves = args[:3], args[3:]
     empty = [
         jnp.zeros_like(tokens[0]),
@@ -221,7 +223,8 @@ def _loop(part, chunk, wanted, count, *args):
         ]
         return index + 1, total + value, [*gradients[: wanted[0]], *added]
 
-    start = (jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32), list(pick(wanted, empty)))
+    zeros = as_varying([jnp.zeros((), jnp.float32), *pick(wanted, empty), *args])
+    start = (jnp.zeros((), jnp.int32), zeros[0], zeros[1 : 1 + sum(wanted)])
     # Counted in chunks: XLA takes a loop by steps of `chunk` to a smaller constant `count` for an empty one.
     chunks = -(-count // chunk)
     _, total, found = jax.lax.while_loop(lambda s: s[0] < chunks, body, start)

@@ -6,7 +6,7 @@ from jaxft.models.config import DecoderConfig, Rope, tiny_config
 from jaxft.models.decoder import Decoder, Output
 from jaxft.models.encoder import Encoder, EncoderConfig, EncoderOutput, mean_pool
 from jaxft.models.errors import CheckpointError
-from jaxft.models.families import FAMILIES, config_of, family_of
+from jaxft.models.families import FAMILIES, config_of, family_of, layers_of
 from jaxft.models.family import Family, Gguf, HuggingFace
 from jaxft.models.layers import read
 from jaxft.models.names import Entry
@@ -39,6 +39,7 @@ __all__ = [
     "family_of",
     "as_rows",
     "is_stacked",
+    "layers_of",
     "mean_pool",
     "of_group",
     "predict",

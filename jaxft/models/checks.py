@@ -60,6 +60,24 @@ def check_column(batch: Batch, name: str, shape: tuple[int, ...], who: str) -> j
     return jnp.asarray(batch[name])
 
 
+def check_completion(batch: Batch, who: str) -> jax.Array:
+    """The column `completion_mask` [B, N] of the last N of the T tokens of each row, N < T, as bools.
+
+    Raises:
+        ValueError: for another number of rows or axes, as many tokens as the row has, or complex numbers.
+    """
+    (rows, length), shape = check_tokens(batch), np.shape(batch["completion_mask"])
+    mask = check_column(batch, "completion_mask", (rows, shape[-1] if shape else 0), who)
+    if mask.shape[1] >= length:
+        raise ValueError(
+            f"{who}: {mask.shape[1]} response tokens leave none of {length} for the prompt; completion_mask "
+            "is of the last columns alone."
+        )
+    if jnp.issubdtype(mask.dtype, jnp.complexfloating):
+        raise ValueError(f"{who}: completion_mask must be bool or 0 and 1, got {mask.dtype}.")
+    return mask > 0
+
+
 def check_labels(batch: Batch, who: str) -> jax.Array:
     """The column `label` [B] as bools: True where it is above 0, so that 0/1 and -1/1 mean the same.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -11,22 +10,19 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxft.kernels.attention import attend, attend_cache, attention
-from jaxft.models.cache import Cache, cache_mask, empty_cache, reserve, window_mask, write
+from jaxft.models.blocks import Block, Context, LayerKind, Layers
+from jaxft.models.cache import Cache, empty_cache, reserve
 from jaxft.models.config import DecoderConfig, Rope
 from jaxft.models.layers import (
-    ACTIVATIONS,
     KERNEL_INIT,
-    Dense,
     Embed,
     Norm,
     output_head,
     read,
-    through_adapter,
 )
 from jaxft.models.prediction import Prediction, project
-from jaxft.models.remat import Remat, remat_block, remat_lean
-from jaxft.models.rope import apply_rope, rope_table
+from jaxft.models.remat import Remat, remat_block
+from jaxft.models.rope import rope_table
 from jaxft.models.soft import (
     ALWAYS_NEAR,
     before,
@@ -47,26 +43,6 @@ class Output(NamedTuple):
     hidden: jax.Array  # [B, T, D] after the final norm, in the compute dtype
     logits: jax.Array  # [B, T, V] float32
     cache: Cache | None
-
-
-class LayerKind(NamedTuple):
-    """How one layer differs from the next: Python values, or traced ones under a scan."""
-
-    local: bool | jax.Array  # whether it has a window, and so the local rotary table
-    window: int | jax.Array | None
-
-
-class Context(NamedTuple):
-    """What all layers share: see `Decoder.__call__` for shapes."""
-
-    segment_ids: jax.Array | None
-    positions: jax.Array  # [B, N]: of a prompt, if there is one, and the tokens
-    table: Any  # (cos, sin) of the rotary positions, None without
-    local_table: Any  # the same for layers with a window
-    cache: Cache | None
-    start: jax.Array | None  # the slot of the first key; None: the cache was empty
-    mask: jax.Array | None  # [B, 1, N, S], windows aside, of virtual tokens without a cache
-    key_positions: jax.Array  # [B, S]
 
 
 class Decoder(nn.Module):
@@ -231,155 +207,6 @@ class Decoder(nn.Module):
         return body(x, LayerKind(local, windows), prefix, None, context)[0]
 
 
-class Layers(nn.Module):
-    """The blocks one after the other, each with its own params."""
-
-    config: DecoderConfig
-    remat: Remat = "none"
-    attention: str | None = None
-
-    @nn.compact
-    def __call__(self, x, context, prefix):
-        config, keys, values = self.config, [], []
-        # A window known while tracing lets attention pick a kernel.
-        block_type = remat_block(Block, self.remat, static_argnums=(2,))
-        for i in range(config.num_layers):
-            block = block_type(config, self.remat, self.attention, name=str(i))
-            own = None if prefix is None else prefix[i]
-            layer, cached = LayerKind(config.window(i) is not None, config.window(i)), None
-            if context.cache is not None:
-                cached = (context.cache.keys[i], context.cache.values[i])
-            x, cached = block(x, layer, own, cached, context)
-            if cached is not None:
-                keys.append(cached[0])
-                values.append(cached[1])
-        if context.cache is None:
-            return x, None
-        return x, dataclasses.replace(context.cache, keys=tuple(keys), values=tuple(values))
-
-
-class Block(nn.Module):
-    """Attention and MLP, each on the normed residual stream and added to it."""
-
-    config: DecoderConfig
-    remat: Remat = "none"
-    attention: str | None = None
-
-    @nn.compact
-    def __call__(self, x, layer, prefix, cached, context):
-        config = self.config
-        norm_type = remat_lean(Norm, self.remat)
-        norm = functools.partial(norm_type, config.norm, config.norm_eps, config.norm_offset)
-        y = norm(name="attention_norm")(x)
-        mix = Attention(config, self.remat, self.attention, name="attention")
-        y, cached = mix(y, layer, prefix, cached, context)
-        x = keep_tokens(x + (norm(name="post_attention_norm")(y) if config.post_norms else y))
-        y = Mlp(config, self.remat, name="mlp")(norm(name="mlp_norm")(x))
-        x = keep_tokens(x + (norm(name="post_mlp_norm")(y) if config.post_norms else y))
-        return x, cached
-
-
-class Attention(nn.Module):
-    """Grouped-query self-attention with rotary or no positions."""
-
-    config: DecoderConfig
-    remat: Remat = "none"
-    implementation: str | None = None
-
-    @nn.compact
-    def __call__(self, x, layer, prefix, cached, context):
-        config = self.config
-        heads, groups, size = config.num_heads, config.num_kv_heads, config.head_dim
-        split = lambda y: y.reshape(*y.shape[:-1], -1, size)
-        dense = functools.partial(Dense, bias=config.attention_bias)
-        query = dense(heads * size, name="query")(x)
-        key = dense(groups * size, name="key")(x)
-        value = dense(groups * size, name="value")(x)
-        if config.qk_norm:
-            norm_type = remat_lean(Norm, self.remat)
-            norm = functools.partial(norm_type, "rms", config.norm_eps, config.norm_offset)
-            query = norm(name="query_norm")(split(query)).reshape(query.shape)
-            key = norm(name="key_norm")(split(key)).reshape(key.shape)
-        options = {"scale": config.scale, "softcap": config.attention_softcap}
-        table = None if config.rope is None else _layer_table(config, layer, context)
-
-        # From flat projections: heads narrower than a TPU's lanes would be stored padded.
-        def to_heads(query, key, value):
-            query, key, value = split(query), split(key), split(value)
-            if table is not None:
-                query, key = apply_rope(query, table), apply_rope(key, table)
-            if prefix is not None:
-                key, value = before(prefix[0], key), before(prefix[1], value)
-            return query, key, value
-
-        # At init any will do, and a kernel may not run where params are made.
-        implementation = None if self.is_initializing() else self.implementation
-        window = config.shared_window or layer.window
-
-        def attended(*heads):
-            return attention(
-                *heads,
-                segment_ids=context.segment_ids,
-                window=window,
-                gradient=cached is None,
-                implementation=implementation,
-                **options,
-            )
-
-        def masked(*heads):
-            mask = context.mask
-            if window is not None:
-                mask = mask & window_mask(context.positions, context.key_positions, window)
-            return attend(*heads, mask, **options)
-
-        if cached is None:
-            plain = attended if context.mask is None else masked
-            run = remat_lean(lambda *projections: plain(*to_heads(*projections)), self.remat)
-            y = run(query, key, value)
-        else:
-            query, key, value = to_heads(query, key, value)
-            first = 0 if context.start is None else context.start
-            cached = write(cached, key, value, first)
-            if context.start is None:
-                y = attended(query, key, value)
-            else:
-                stored = (c.astype(query.dtype) for c in cached)
-                y = attend_cache(query, *stored, self._visible(context, prefix, window), **options)
-        y = Dense(config.hidden_size, config.output_bias, name="out")(y.reshape(*x.shape[:-1], -1))
-        return through_adapter(self, x, y), cached
-
-    def _visible(self, context, prefix, window):
-        """The masks of `attend_cache`: the queries' slots come after those of a prefix, if it is new."""
-        start = context.start + (0 if prefix is None else prefix.shape[1])
-
-        def visible(i, rows):
-            positions = jax.lax.dynamic_slice_in_dim(context.positions, i, rows, axis=1)
-            return cache_mask(context.cache, start + i, positions, window)
-
-        return visible
-
-
-class Mlp(nn.Module):
-    """act(x W_gate) * (x W_up) W_down, or act(x W_up) W_down without a gate."""
-
-    config: DecoderConfig
-    remat: Remat = "none"
-
-    @nn.compact
-    def __call__(self, x):
-        config = self.config
-        dense = functools.partial(Dense, config.intermediate_size, config.mlp_bias)
-        activation = ACTIVATIONS[config.activation]
-        up = dense(name="up")(x)
-        if config.gated_mlp:
-            gate = dense(name="gate")(x)
-            y = remat_lean(lambda g, u: activation(g) * u, self.remat)(gate, up)
-        else:
-            y = remat_lean(activation, self.remat)(up)
-        y = Dense(config.hidden_size, config.mlp_bias, name="down")(y)
-        return through_adapter(self, x, y)
-
-
 class OutputKernel(nn.Module):
     """Holds the output projection of models whose embeddings are not tied."""
 
@@ -389,15 +216,6 @@ class OutputKernel(nn.Module):
     def __call__(self):
         shape = (self.config.hidden_size, self.config.vocab_size)
         return read(self, "kernel", KERNEL_INIT, shape)
-
-
-def _layer_table(config, layer, context):
-    if config.local_rope is None:
-        return context.table
-    if isinstance(layer.local, bool):
-        return context.local_table if layer.local else context.table
-    pick = functools.partial(jnp.where, layer.local)
-    return jax.tree.map(pick, context.local_table, context.table)
 
 
 def _table(rope: Rope | None, *, positions, head_dim):

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxft.kernels.attention import attend, attention, attention_mask
-from jaxft.models.decoder import Mlp
+from jaxft.models.blocks import Mlp
 from jaxft.models.layers import KERNEL_INIT, Dense, Embed, Norm, read, through_adapter
 from jaxft.models.remat import Remat, remat_block, remat_lean
 from jaxft.models.soft import before, check_room, open_front, read_lead

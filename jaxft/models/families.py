@@ -42,6 +42,16 @@ def family_of(config: Any, families: Sequence[Family] = FAMILIES) -> Family:
     return find_family(config.family, families)
 
 
+def layers_of(model: Any) -> str | None:
+    """Where the layers lie in the params of a model of one of jaxft's modules; None: it is another's.
+
+    A family from outside whose module is jaxft's `Decoder` keeps them where the Decoder does.
+    """
+    name = getattr(model.config, "family", None)
+    ours = (f for f in FAMILIES if f.name == name or isinstance(model, f.module))
+    return next((family.layers for family in ours), None)
+
+
 def config_of(json: Any, tensors: Any = (), families: Sequence[Family] = FAMILIES) -> Any:
     """The config of a config.json, by its model_type; for `tensors` see HuggingFace.config.
 

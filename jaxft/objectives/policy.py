@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jaxft import losses
 from jaxft.metrics import Mean
 from jaxft.models import Forward, Prediction, predict
-from jaxft.models.checks import check_column, check_tokens
+from jaxft.models.checks import check_column, check_completion
 from jaxft.objectives.next_token import Objective
 
 Batch = dict[str, Any]
@@ -138,14 +138,8 @@ def completion_forward(
     chunk: int | None = None,
 ) -> tuple[Prediction, jax.Array]:
     """(what predicts the response's tokens, hidden [B, N, D]; log π of these [B, N], 0 off the mask)."""
-    rows, _ = check_tokens(batch)
-    tokens, mask = jnp.asarray(batch["tokens"]), batch["completion_mask"]
-    size = mask.shape[-1]
-    check_column(batch, "completion_mask", (rows, size), "policy_gradient")
-    if size >= tokens.shape[1]:
-        raise ValueError(
-            f"policy_gradient: {size} response tokens leave none of {tokens.shape[1]} for the prompt."
-        )
+    tokens, mask = jnp.asarray(batch["tokens"]), check_completion(batch, "policy_gradient")
+    size = mask.shape[1]
     found = predict(forward, params, batch, key).at(slice(None), slice(-size - 1, -1))
     log_probs = losses.linear_log_probs(
         found.hidden,

@@ -121,6 +121,7 @@ def preference(
         use_weighting: multiply each pair's loss by both `wpo_weights`.
         ld_alpha: see `sequence_log_probs`; `ref_log_probs` must have been made with the same.
     """
+    compares = compares_pairs(loss)
 
     def objective(params, batch, key):
         check_group(batch, 2, "preference")
@@ -132,7 +133,7 @@ def preference(
         values = loss(pairs)
         if use_weighting:
             values = values * policy.weights[:, 0] * policy.weights[:, 1]
-        kind = Undivided if compares_pairs(loss) else Mean
+        kind = Undivided if compares else Mean
         total = kind.of(jnp.where(counted > 0, values, 0.0), counted)
         metrics = _pair_metrics(pairs, counted, beta) | {
             "loss": total,

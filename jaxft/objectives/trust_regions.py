@@ -30,6 +30,7 @@ from jaxft.losses.divergences import (
 )
 from jaxft.metrics import Mean, Terms, Undivided, terms_of
 from jaxft.models import Forward, as_rows, predict
+from jaxft.models.checks import check_completion
 from jaxft.objectives.next_token import Objective, shift
 from jaxft.objectives.reparametrisation import reparametrised
 from jaxft.optim.perturbations import wide
@@ -52,10 +53,11 @@ def token_logits(forward: Forward) -> LogitsFn:
 
     def logits_fn(params, batch, key, noise=None):
         options = {} if noise is None else {"noise": noise}
+        experience = "completion_mask" in batch
+        mask = check_completion(batch, "token_logits") if experience else None
         found = predict(forward, params, rows := as_rows(batch), key, **options)
-        if "completion_mask" not in batch:
+        if mask is None:
             return found.logits, shift(rows)[1]
-        mask = jnp.asarray(batch["completion_mask"])
         before = slice(-mask.shape[1] - 1, -1)
         return found.at(slice(None), before).logits, mask.astype(jnp.float32)
 

@@ -2,15 +2,11 @@
 
 from jaxft.adapters.committing import commit
 from jaxft.optim.perturbations import global_norm
+from jaxft.output import writable_directory
 from jaxft.train.accumulation import GradientEstimator, accumulate, loss_weight, split_batch
 from jaxft.train.books import Book, running_mean
 from jaxft.train.callbacks import Callback, Row, Run, every, profile
-from jaxft.train.checkpoints import (
-    Checkpoints,
-    restore_params,
-    saved_settings,
-    writable_directory,
-)
+from jaxft.train.checkpoints import Checkpoints, restore_params, saved_settings
 from jaxft.train.errors import (
     DivergedError,
     MissingDependencyError,

@@ -130,7 +130,8 @@ def _refuse_undivided(metrics):
         raise ValueError(
             f"microbatches: {name!r} is a value of the whole batch and no sum over its rows, such as a "
             "sample_distance or aot_loss; use microbatches=1 with a smaller batch, or a distance or loss "
-            "that is a Mean."
+            "that is a Mean. (A loss of pairs of your own that could not be tried is taken for one: "
+            "see losses.compares_pairs.)"
         )
 
 

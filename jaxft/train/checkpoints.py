@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
-import json
-import logging
 import math
 import os
 import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,19 +17,32 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from jaxft.adapters import combine, partition, path_name
-from jaxft.output import OutputError, free, reason, size_text
-from jaxft.parallel import gathered, lay_out, meet
+from jaxft.adapters import combine, partition
+from jaxft.output import OutputError, check_room, free, reason, size_text, writable_directory
+from jaxft.parallel import gathered, meet
 from jaxft.train.batches import BatchSource
 from jaxft.train.callbacks import Row
 from jaxft.train.digest import all_finite, digests
 from jaxft.train.errors import DivergedError
-from jaxft.train.packing import packed, packed_shapes, unpacked
+from jaxft.train.packing import packed
 from jaxft.train.state import TrainState
+from jaxft.train.stored import (
+    FORMAT,
+    NOTHING,
+    MismatchError,
+    amend,
+    check_same,
+    filled,
+    json_checksum,
+    open_manager,
+    own_position,
+    quiet_absl,
+    read_arrays,
+    read_meta,
+    restored_state,
+)
 
-FORMAT = 3  # 2: small leaves are stacked; 3: what is said of a checkpoint has a checksum too
 HISTORY_ROWS = 1000  # saved with a checkpoint
-NOTHING = {"nothing": np.zeros((), np.int32)}  # Orbax takes no empty tree.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,8 +87,8 @@ def open_checkpoints(checkpoints: Checkpoints | None, state: TrainState) -> Iter
     trainable, frozen = partition(state.params)
     size = sum(x.nbytes for x in jax.tree.leaves((trainable, state.opt_state, state.carry)))
     directory = writable_directory(checkpoints.directory, size)
-    with _quiet_absl():
-        manager = _manager(directory, checkpoints.last, checkpoints.best is not None)
+    with quiet_absl():
+        manager = open_manager(directory, checkpoints.last, checkpoints.best is not None)
         saver = Saver(checkpoints, manager, digests(frozen), size)
         try:
             yield saver
@@ -123,7 +132,7 @@ def restore_params(
         FileNotFoundError: if there is no such checkpoint.
         ValueError: if `params` differ from those of the run in structure or frozen values.
     """
-    manager = _manager(Path(directory).absolute(), None, scored=True, read_only=True)
+    manager = open_manager(Path(directory).absolute(), None, scored=True, read_only=True)
     with contextlib.closing(manager):
         found = {"newest": manager.latest_step, "best": manager.best_step}.get(step, lambda: step)()
         if found is None or found not in manager.all_steps():
@@ -131,10 +140,10 @@ def restore_params(
                 f"{directory} has no checkpoint {step!r}; it has {sorted(manager.all_steps())}."
             )
         trainable, frozen = partition(jax.tree.map(jnp.asarray, params))
-        meta = _read_meta(manager, found)
-        _check_same(meta["trainable"], digests(trainable), "trainable params", values=False)
-        _check_same(meta["frozen"], digests(frozen), "frozen params")
-        return combine(_read_arrays(manager, found, meta, trainable=trainable)[0], frozen)
+        meta = read_meta(manager, found)
+        check_same(meta["trainable"], digests(trainable), "trainable params", values=False)
+        check_same(meta["frozen"], digests(frozen), "frozen params")
+        return combine(read_arrays(manager, found, meta, trainable=trainable)[0], frozen)
 
 
 def saved_settings(directory: str | Path) -> tuple[int, dict[str, Any]] | None:
@@ -142,10 +151,10 @@ def saved_settings(directory: str | Path) -> tuple[int, dict[str, Any]] | None:
     directory = Path(directory).absolute()
     if not any(p.name.isdigit() for p in directory.glob("*")):
         return None
-    with _quiet_absl(), contextlib.closing(_manager(directory, None, True, True)) as manager:
+    with quiet_absl(), contextlib.closing(open_manager(directory, None, True, True)) as manager:
         for step in sorted(manager.all_steps(), reverse=True):
             with contextlib.suppress(Exception):  # `restore` says of a damaged one what is wrong.
-                return step, _read_meta(manager, step).get("settings", {})
+                return step, read_meta(manager, step).get("settings", {})
     return None
 
 
@@ -157,6 +166,7 @@ class Saver:
     ):
         self._checkpoints, self._manager, self._frozen = checkpoints, manager, frozen
         self._size = size  # bytes of a checkpoint
+        self._names: set[str] | None = None  # of the metrics in the row of the newest one
 
     def due(self, step: int, row: Row) -> bool:
         """Whether the state after `step` is to be saved."""
@@ -165,9 +175,14 @@ class Saver:
         return step % self._checkpoints.every == 0 or self._checkpoints.best in row
 
     def save(self, state: TrainState, source: BatchSource, history: list[Row]) -> None:
-        """Starts to write a checkpoint of a good state, unless it is there."""
+        """Starts to write a checkpoint of a good state; if it is there, adds to it what its row has more."""
         step = int(state.step)
-        if self._manager is None or step in (0, self._manager.latest_step()):
+        if self._manager is None or step == 0:
+            return
+        row = history[-1] if history and history[-1]["step"] == step else {}
+        rows = [_as_json(r) for r in history[-HISTORY_ROWS:]]
+        if step == self._manager.latest_step():
+            self._amend(step, row, rows)
             return
         meet(f"checkpoint {step}")
         trainable, _ = partition(state.params)
@@ -175,14 +190,13 @@ class Saver:
         carry_parts = packed(state.carry)
         if not all_finite(parts):
             raise DivergedError(f"diverged at step {step}: params are not finite; not saved.", step)
-        row = history[-1] if history and history[-1]["step"] == step else {}
         meta = {
             "format": FORMAT,
             "step": step,
             "settings": dict(self._checkpoints.settings),
             "key": [str(jax.random.key_impl(state.key)), jax.random.key_data(state.key).tolist()],
             "data": gathered(source.position()),
-            "history": [_as_json(r) for r in history[-HISTORY_ROWS:]],
+            "history": rows,
             "frozen": self._frozen,
             "trainable": digests(trainable, parts),
             "opt_state": digests(state.opt_state, opt_parts),
@@ -191,12 +205,23 @@ class Saver:
         items = ocp.args.Composite(
             trainable=ocp.args.StandardSave(parts or NOTHING),
             opt_state=ocp.args.StandardSave(opt_parts or NOTHING),
-            meta=ocp.args.JsonSave(meta | {"checksum": _json_checksum(meta)}),
+            meta=ocp.args.JsonSave(meta | {"checksum": json_checksum(meta)}),
             **({"carry": ocp.args.StandardSave(carry_parts)} if carry_parts else {}),
         )
-        _check_room(Path(self._manager.directory), self._size)
+        check_room(Path(self._manager.directory), self._size)
         with self.write_errors():
             self._manager.save(step, args=items, metrics=self._score(row))
+        self._names = set(row)
+
+    def _amend(self, step, row, rows):
+        """Tells the checkpoint what its row has got since: an evaluation after the last batch."""
+        if self._names is None or row.keys() <= self._names:
+            return
+        self.wait()
+        meet(f"row of checkpoint {step}")  # Complete on all hosts.
+        if jax.process_index() == 0:
+            with self.write_errors():
+                amend(Path(self._manager.directory) / str(step), rows, self._score(row))
 
     def wait(self) -> None:
         """Waits until what `save` started is written."""
@@ -237,31 +262,29 @@ class Saver:
             )
         for step in steps:
             try:
-                meta = _read_meta(self._manager, step)
-                state = state._replace(carry=_filled(state.carry, meta.get("carry", {}), state))
+                meta = read_meta(self._manager, step)
+                state = state._replace(carry=filled(state.carry, meta.get("carry", {}), state))
                 self._check(meta, state)
                 parts = dict(trainable=partition(state.params)[0], opt_state=state.opt_state)
                 if jax.tree.leaves(state.carry):
                     parts["carry"] = state.carry
-                arrays = _read_arrays(self._manager, step, meta, **parts)
+                arrays = read_arrays(self._manager, step, meta, **parts)
             except MismatchError:
                 raise
             except Exception as error:  # Orbax and TensorStore raise many kinds for bad files.
                 self._set_aside(step, error)
                 continue
-            source.seek(_own_position(meta["data"]))
-            return _restored(state, meta, *arrays), meta["history"]
+            source.seek(own_position(meta["data"]))
+            return restored_state(state, meta, *arrays), meta["history"]
         raise OutputError(f"{self._manager.directory}: no checkpoint of {steps} can be read.")
 
     def _check(self, meta, state):
-        _check_same(meta["frozen"], self._frozen, "frozen params")
+        check_same(meta["frozen"], self._frozen, "frozen params")
         trainable, _ = partition(state.params)
-        _check_same(meta["trainable"], digests(trainable), "trainable params", values=False)
-        _check_same(meta["opt_state"], digests(state.opt_state), "optimizer state", values=False)
-        _check_same(
-            meta.get("carry", {}), digests(state.carry), "arrays of the carry", values=False
-        )
-        _own_position(meta["data"])
+        check_same(meta["trainable"], digests(trainable), "trainable params", values=False)
+        check_same(meta["opt_state"], digests(state.opt_state), "optimizer state", values=False)
+        check_same(meta.get("carry", {}), digests(state.carry), "arrays of the carry", values=False)
+        own_position(meta["data"])
 
     def _score(self, row):
         """Orbax's metrics of a checkpoint: the lowest score is the best."""
@@ -284,167 +307,6 @@ class Saver:
             shutil.rmtree(aside, ignore_errors=True)
             os.rename(directory / str(step), aside)
         self._manager.reload()
-
-
-class MismatchError(ValueError):
-    """A checkpoint of another model, adapter or optimizer than the run's."""
-
-
-def writable_directory(directory: str | Path, size: int = 0) -> Path:
-    """The directory, made and probed by writing a file.
-
-    Raises:
-        OutputError: if it cannot be written or has less than `size` bytes free.
-    """
-    directory = Path(directory).absolute()
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory) as file:
-            file.write(b"probe" * 1000)
-    except OSError as error:
-        raise OutputError(
-            f"cannot write to {directory}: {reason(error)}; make room or choose another."
-        ) from error
-    _check_room(directory, size)
-    return directory
-
-
-def _check_room(directory, size):
-    room = shutil.disk_usage(directory).free
-    if room < size:
-        raise OutputError(
-            f"{directory} has {size_text(room)} free, but one checkpoint takes {size_text(size)}; "
-            "make room or choose another directory."
-        )
-
-
-def _manager(directory, last, scored, read_only=False):
-    policies = ocp.checkpoint_managers
-    score = lambda metrics: metrics["score"]
-    best = policies.BestN(
-        get_metric_fn=score, reverse=True, n=1, keep_checkpoints_without_metrics=False
-    )
-    kept = [policies.LatestN(last), best] if scored else [policies.LatestN(last)]
-    options = ocp.CheckpointManagerOptions(
-        best_fn=score if scored else None,  # without it Orbax writes no scores
-        best_mode="min",
-        preservation_policy=policies.AnyPreservationPolicy(kept),
-        cleanup_tmp_directories=not read_only,
-        create=not read_only,
-        read_only=read_only,
-        save_interval_steps=0 if read_only else 1,
-    )
-    return ocp.CheckpointManager(directory, options=options)
-
-
-def _read_meta(manager, step):
-    meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
-    said, found = meta.get("checksum"), {k: v for k, v in meta.items() if k != "checksum"}
-    whole = said == _json_checksum(found)
-    if not whole and (said is not None or found.get("format") not in range(FORMAT)):
-        raise OSError(f"what checkpoint {step} says of itself differs from its checksum")
-    if found["format"] != FORMAT:
-        raise MismatchError(
-            f"checkpoint {step} has format {found['format']}, this jaxft reads {FORMAT}: finish the run "
-            "with the version that began it, or start in another directory."
-        )
-    return found
-
-
-def _json_checksum(meta):
-    """Of what JSON gives back: a key, a position or a step that a bad disk changed must not be taken."""
-    text = json.dumps(json.loads(json.dumps(meta)), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _read_arrays(manager, step, meta, **parts):
-    """The named parts, restored with the shardings of those given and compared with their checksums."""
-    shapes = {name: packed_shapes(part) for name, part in parts.items()}
-    wanted = {name: ocp.args.StandardRestore(of or NOTHING) for name, of in shapes.items()}
-    restored = manager.restore(step, args=ocp.args.Composite(**wanted))
-    for name, part in parts.items():
-        if shapes[name] and digests(part, restored[name]) != meta[name]:
-            raise OSError(f"{name} differs from its checksum")
-    return [unpacked(restored[name], part) for name, part in parts.items()]
-
-
-def _restored(state, meta, trainable, opt_state, carry=None):
-    impl, data = meta["key"]
-    key = jax.random.wrap_key_data(jnp.array(data, jnp.uint32), impl=impl)
-    params = combine(trainable, partition(state.params)[1])
-    step = lay_out(jnp.array(meta["step"], jnp.int32), state.step.sharding)
-    return TrainState(step, params, opt_state, carry, lay_out(key, state.key.sharding))
-
-
-def _filled(carry, saved, state):
-    """The carry with arrays as saved in the dicts that are empty at the start: a rollout, say."""
-    whole, known = carry, {path_name(p) for p, _ in jax.tree_util.tree_leaves_with_path(carry)}
-    for path in saved.keys() - known:
-        shape, dtype, _ = saved[path]
-        *outer, last = path.split("/")
-        if _empty_at(carry, outer):
-            x = lay_out(jnp.zeros(shape, dtype), state.step.sharding)
-            whole = _with_entry(whole, outer, last, x)
-    return whole
-
-
-def _empty_at(tree, names):
-    """Whether the way `names` through nested dicts leads into an empty one."""
-    for name in names:
-        if tree == {}:
-            return True
-        if not isinstance(tree, dict) or name not in tree:
-            return False
-        tree = tree[name]
-    return isinstance(tree, dict) and not tree
-
-
-def _with_entry(tree, outer, last, x):
-    if not outer:
-        return {**tree, last: x}
-    return {**tree, outer[0]: _with_entry(tree.get(outer[0], {}), outer[1:], last, x)}
-
-
-def _check_same(saved, now, what, values=True):
-    """Raises MismatchError if two results of `digests` differ; without values, in structure."""
-    describe = lambda entry: tuple(map(str, entry[: 3 if values else 2]))
-    different = [k for k in (saved | now) if k not in saved or k not in now]
-    different += [k for k in saved if k in now and describe(saved[k]) != describe(now[k])]
-    if different:
-        name = different[0]
-        show = lambda d: (
-            f"{d[name][1]}{d[name][0]} checksum {d[name][2]}" if name in d else "nothing"
-        )
-        raise MismatchError(
-            f"resume: {len(different)} of {len(saved | now)} {what} differ from the checkpoint's. First "
-            f"{name!r}: saved {show(saved)}, now {show(now)}. Use the same base model, adapters, "
-            "optimizer, books and carry as before, or another directory."
-        )
-
-
-@contextlib.contextmanager
-def _quiet_absl():
-    """Without Orbax's tracebacks in the log: their errors come back as one line from `Saver.write_errors`."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-def _own_position(positions):
-    """This process's, of those of the processes that saved; any one if all are the same."""
-    if len(positions) == jax.process_count():
-        return positions[jax.process_index()]
-    if all(position == positions[0] for position in positions):
-        return positions[0]
-    raise MismatchError(
-        f"resume: saved by {len(positions)} processes with data positions of their own, now there are "
-        f"{jax.process_count()}; start as many as before, or take batches whose position all share "
-        "(jaxft.data's do)."
-    )
 
 
 def _as_json(row):

@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxft.output import writing
+from jaxft.output import writable_directory, writing
 from jaxft.train.callbacks import Callback, Row, on_main_process
-from jaxft.train.checkpoints import writable_directory
 from jaxft.train.errors import require
 
 TRAIN, EVAL, GRID = "#4C72B0", "#DD8452", "#DDDDDD"

@@ -14,9 +14,8 @@ import numpy as np
 import rich.console
 import rich.progress
 
-from jaxft.output import writing
+from jaxft.output import writable_directory, writing
 from jaxft.train.callbacks import Callback, on_main_process
-from jaxft.train.checkpoints import writable_directory
 from jaxft.train.errors import require
 
 

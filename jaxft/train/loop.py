@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from jaxft.adapters.committing import commit, writes_back
 from jaxft.parallel import in_turn
 from jaxft.train.accumulation import GradientEstimator
 from jaxft.train.batches import (
@@ -38,6 +39,7 @@ from jaxft.train.rows import Rows
 from jaxft.train.signals import catch_preemption
 from jaxft.train.state import TrainState, init_state
 from jaxft.train.step import Objective, Step, guarded, jit_step, make_step
+from jaxft.weights import is_weight
 
 
 def fit(
@@ -178,13 +180,24 @@ def _loop(run, state, source, steps, mesh, callbacks, rows, saver, preempted):
                 )
         rows.flush()
         saver.save(state, source, rows.history)
-        return state
+        return _with_rows_written(state) if number == first > 0 else state
     except (DivergedError, OutputError) as error:
         error.state, error.history = state, rows.history
         raise
     except Exception as error:
         error.add_note(f"{IN_TRAINING} {number}")
         raise
+
+
+def _with_rows_written(state):
+    """The state of a run with no step left: kernels hold the rows that trained, as a step leaves them.
+
+    A checkpoint has the rows alone, and each step writes them at its start.
+    """
+    if not any(map(writes_back, jax.tree.leaves(state.params, is_leaf=is_weight))):
+        return state
+    write = lambda state, batch: (state._replace(params=commit(state.params)), {})
+    return jit_step(write)(state, {})[0]
 
 
 def _start(params, optimizer, key, carry, mesh, books, donate):

@@ -14,7 +14,8 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from jaxft.parallel import param_shardings
+from jaxft.parallel import LAYERS, TRANSFORMER_RULES, param_shardings
+from jaxft.parallel.rules import Rules
 
 # malloc.h of glibc
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
@@ -75,7 +76,11 @@ def device_memory(device: jax.Device) -> int | None:
 
 
 def state_bytes(
-    shapes: Any, optimizer: optax.GradientTransformation | None = None, mesh: Mesh | None = None
+    shapes: Any,
+    optimizer: optax.GradientTransformation | None = None,
+    mesh: Mesh | None = None,
+    rules: Rules = TRANSFORMER_RULES,
+    layers: str = LAYERS,
 ) -> dict[str, int]:
     """{what: bytes on one device} of weights and, with an optimizer that trains all, of what training adds.
 
@@ -83,10 +88,11 @@ def state_bytes(
         shapes: of the params, a tree of arrays or ShapeDtypeStructs.
         optimizer: None: nothing of the weights trains.
         mesh: over which they lie.
+        rules, layers: of the model's family (`family_of(model.config)`), by which they are laid out there.
     """
     if mesh is not None:
         here = lambda leaf, s: jax.ShapeDtypeStruct(s.shard_shape(leaf.shape), leaf.dtype)
-        shapes = jax.tree.map(here, shapes, param_shardings(shapes, mesh))
+        shapes = jax.tree.map(here, shapes, param_shardings(shapes, mesh, rules, layers))
     size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
     result = {"weights": size(shapes)}
     if optimizer is not None:

@@ -12,7 +12,7 @@ import optax
 import optax.contrib
 
 from jaxft.optim.perturbations import global_norm
-from jaxft.parallel import path_name, stacked_axes
+from jaxft.parallel import LAYERS, path_name, stacked_axes
 
 Decay = Callable[[jax.Array], jax.Array]  # progress in 0..1 -> factor of the learning rate
 
@@ -122,17 +122,17 @@ def _is_number(value):
     return not isinstance(value, jax.Array)
 
 
-def muon_axes(params: Any) -> Any:
+def muon_axes(params: Any, layers: str = LAYERS) -> Any:
     """Which axes of which leaves optax.contrib.muon takes as matrices; None: Adam, for all other leaves.
 
         optax.contrib.muon(1e-3, muon_weight_dimension_numbers=muon_axes)
 
     Its own rule, leaves with two axes, takes the scales and biases of stacked layers for one matrix, and
-    their kernels for none. Here stacked layers are trained as separate ones are.
+    their kernels for none. Here stacked layers, which lie at `layers`, are trained as separate ones are.
     """
 
     def axes(path, leaf):
-        stack = stacked_axes(path_name(path))
+        stack = stacked_axes(path_name(path), layers)
         if leaf.ndim - stack != 2:
             return None
         return optax.contrib.MuonDimensionNumbers(reduction_axis=stack, output_axis=stack + 1)
@@ -140,18 +140,19 @@ def muon_axes(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(axes, params)
 
 
-def clip_by_layer_rms(threshold: float) -> optax.GradientTransformation:
+def clip_by_layer_rms(threshold: float, layers: str = LAYERS) -> optax.GradientTransformation:
     """u / max(1, rms(u) / threshold) for each leaf of each layer.
 
     Adafactor's clipping: Shazeer & Stern, 2018, arxiv.org/abs/1804.04235, algorithm 4. As
-    optax.clip_by_block_rms, but for stacked layers, which there have one root mean square together.
+    optax.clip_by_block_rms, but for stacked layers (at `layers`), which there have one root mean square
+    together.
     """
 
     def update(updates, state, params=None):
         del params
 
         def clip(path, u):
-            axes = tuple(range(stacked_axes(path_name(path)), u.ndim))
+            axes = tuple(range(stacked_axes(path_name(path), layers), u.ndim))
             rms = jnp.sqrt(jnp.mean(jnp.square(u), axis=axes, keepdims=True))
             return u / jnp.maximum(1.0, rms / threshold)
 

@@ -13,6 +13,7 @@ import optax
 
 from jaxft.adapters import combine, partition
 from jaxft.adapters.committing import commit, in_place
+from jaxft.adapters.untouched import untouched
 from jaxft.keys import stream
 from jaxft.metrics import Mean, Terms, is_undivided
 from jaxft.optim.estimators import evaluates_at_params
@@ -45,13 +46,13 @@ def make_step(
 
     The metrics are the objective's and `loss`, `grad_norm` (L2, before clipping), `good` (whether
     the state advanced), `num_tokens` (weight of the loss, if metrics["loss"] is a Mean or Terms; or the total
-    of metrics["num_tokens"], if that is one),
-    `learning_rate` (if the optimizer's state has exactly one hyperparameter of that name, as
-    with optax.inject_hyperparams or `make_optimizer`) and likewise `trust_distance` (`with_tram`).
+    of metrics["num_tokens"], if that is one), `learning_rate` (if the optimizer's state has one such
+    hyperparameter, as with optax.inject_hyperparams or `make_optimizer`) and likewise `trust_distance`.
 
     Args:
-        objective: (params, batch, key) -> (loss, metrics). One that looks at other params than those given
-            (noise on the weights, an inner step) moves what `partition` gives it.
+        objective: (params, batch, key) -> (loss, metrics). It is traced once more where weights could be
+            used in place: one that looks at other params than those given (noise on the weights, an inner
+            step) gets weights that are right anywhere.
         optimizer: any optax transform; one with extra arguments gets `value`, `grad`,
             `value_fn(trainable)` and `grad_fn(trainable, *_)` of this batch, and the objective's `metrics`.
         gradient: estimator with the signature of jax.value_and_grad, called with has_aux=True. One of your
@@ -93,20 +94,14 @@ def make_step(
             _of_batch(fn, whole, batch, stream(key, f"argument {name}"), microbatches)
             for name, fn in extra_args.items()
         }
-        (loss, metrics), grads = estimate(trainable, here if _stays(gradient, params) else moved)
+        stays = _stays(gradient, params, objective, batch, key)
+        (loss, metrics), grads = estimate(trainable, here if stays else moved)
         norm = global_norm(grads)
         good = good & jnp.isfinite(loss) & jnp.isfinite(norm)
-        updates, opt_state = update(
-            grads,
-            state.opt_state,
-            trainable,
-            value=loss,
-            grad=grads,
-            value_fn=lambda t: estimate(t)[0][0],
-            grad_fn=lambda t, *_: estimate(t)[1],
-            metrics=metrics,
-            **extra,
-        )
+        extra |= dict(value=loss, grad=grads, metrics=metrics)
+        extra["value_fn"] = lambda t: estimate(t)[0][0]
+        extra["grad_fn"] = lambda t, *_: estimate(t)[1]
+        updates, opt_state = update(grads, state.opt_state, trainable, **extra)
         new_state = _advanced(state, good, trainable, frozen, updates, opt_state)
         metrics = _with_standard_metrics(metrics, loss, norm, good, opt_state)
         after = partition(new_state.params)[0]
@@ -198,10 +193,20 @@ def _advanced(state, good, trainable, frozen, updates, opt_state):
     )
 
 
-def _stays(gradient, params):
+def _stays(gradient, params, objective, batch, key):
     """Whether the objective may get the params' form for use in place."""
-    stays = evaluates_at_params(gradient)
-    if stays is None and jax.tree.structure(in_place(params)) != jax.tree.structure(params):
+    stays, placed = evaluates_at_params(gradient), in_place(params)
+    if jax.tree.structure(placed) == jax.tree.structure(params):
+        return True  # They have no other form.
+    if stays and not untouched(objective, placed, batch, key):
+        warnings.warn(
+            "make_step: the objective moves its params before a model reads them (noise, an inner step, a "
+            "cast), so weights that could be used in place (PaCA's) take their slower form, which is right "
+            "anywhere. What moves only the trainable part of `partition(params)` gets that form at once.",
+            stacklevel=3,
+        )
+        return False
+    if stays is None:
         name = getattr(gradient, "__qualname__", type(gradient).__name__)
         warnings.warn(
             f"make_step: the gradient estimator {name} does not say where it evaluates its objective, so "

@@ -103,6 +103,11 @@ def _product(x, w):
     return (x.reshape(-1, x.shape[-1]) @ w).reshape(*x.shape[:-1], w.shape[-1])
 
 
+def wide(x: jax.Array, *others: jax.Array) -> jax.Array:
+    """x in float32, or in the type of x or `others` that is wider: float64 kernels keep their digits."""
+    return x.astype(jnp.result_type(jnp.float32, x.dtype, *(other.dtype for other in others)))
+
+
 def scaled_bias(bias: jax.Array, w: WeightLike | None) -> jax.Array:
     """What is added to x w for the `bias` [..., out] of its layer, with layers stacked or apart."""
     return w.scaled_bias(bias) if isinstance(w, Weight) else bias

@@ -16,6 +16,7 @@ from jaxft.weights.base import (
     matmul,
     split_spec,
     to_dense,
+    wide,
 )
 from jaxft.weights.lora import LoraWeight, lora_weight
 
@@ -71,8 +72,8 @@ class DoraWeight(Weight):
         return dataclasses.replace(self, base=inner.base, a=inner.a, b=inner.b, magnitude=magnitude)
 
     def _updated(self):
-        update = self.a.astype(jnp.float32) @ self.b.astype(jnp.float32)
-        base = jax.lax.stop_gradient(to_dense(self.base)).astype(jnp.float32)
+        base = wide(jax.lax.stop_gradient(to_dense(self.base)))
+        update = wide(self.a, base) @ wide(self.b, base)
         return base + update * (self.alpha / self.rank)
 
     def _gain(self):
@@ -86,5 +87,5 @@ def dora_weight(
 ) -> DoraWeight:
     """A DoraWeight that equals `kernel` [D, F]; see lora_weight for A, B and the errors raised."""
     inner = lora_weight(key, kernel, rank=rank, alpha=alpha)
-    magnitude = jnp.linalg.norm(to_dense(kernel).astype(jnp.float32), axis=0)
+    magnitude = jnp.linalg.norm(wide(to_dense(kernel)), axis=0)
     return DoraWeight(kernel, inner.a, inner.b, magnitude, inner.alpha)

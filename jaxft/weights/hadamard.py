@@ -17,6 +17,7 @@ from jaxft.weights.base import (
     is_weight,
     split_spec,
     to_dense,
+    wide,
 )
 
 
@@ -50,13 +51,13 @@ class LohaWeight(Weight):
 
     def rmatmul(self, x):
         # The update has no cheaper product than its dense form, which is formed twice, not kept.
-        product = jax.checkpoint(lambda x, w: x @ w._update().astype(x.dtype))
+        product = jax.checkpoint(lambda x, w: x @ w._update(x).astype(x.dtype))
         own = dataclasses.replace(self, base=None)
         return frozen_matmul(x, self.base) + product(x, own)
 
     def to_dense(self):
         base = jax.lax.stop_gradient(to_dense(self.base))
-        return (base.astype(jnp.float32) + self._update()).astype(base.dtype)
+        return (wide(base) + self._update(base)).astype(base.dtype)
 
     def with_specs(self, spec):
         stack, rows, columns = split_spec(spec, self.ndim)
@@ -64,8 +65,9 @@ class LohaWeight(Weight):
         a, b = PartitionSpec(*stack, rows, None), PartitionSpec(*stack, None, columns)
         return LohaWeight(base, a, b, a, b, self.alpha)
 
-    def _update(self):
-        return (self.a1 @ self.b1) * (self.a2 @ self.b2) * (self.alpha / self.rank)
+    def _update(self, like):
+        a1, b1, a2, b2 = (wide(leaf, like) for leaf in (self.a1, self.b1, self.a2, self.b2))
+        return (a1 @ b1) * (a2 @ b2) * (self.alpha / self.rank)
 
 
 @jax.tree_util.register_dataclass
@@ -105,9 +107,10 @@ class LokrWeight(Weight):
 
     def to_dense(self):
         base = jax.lax.stop_gradient(to_dense(self.base))
-        v = self.a @ self.b if self.v is None else self.v
-        update = jnp.kron(self.u, v) * (self.alpha / self.rank)
-        return (base.astype(jnp.float32) + update).astype(base.dtype)
+        part = lambda leaf: wide(leaf, base)
+        v = part(self.a) @ part(self.b) if self.v is None else part(self.v)
+        update = jnp.kron(part(self.u), v) * (self.alpha / self.rank)
+        return (wide(base) + update).astype(base.dtype)
 
     def with_specs(self, spec):
         base = self.base.with_specs(spec) if is_weight(self.base) else spec

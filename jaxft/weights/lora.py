@@ -19,6 +19,7 @@ from jaxft.weights.base import (
     matmul,
     split_spec,
     to_dense,
+    wide,
 )
 
 
@@ -63,10 +64,10 @@ class LoraWeight(Weight):
 
     def to_dense(self):
         # The product in float32, whatever the storage: merging must not lose what was trained.
-        update = self.a.astype(jnp.float32) @ self.b.astype(jnp.float32)
         base = to_dense(self.base)
+        update = wide(self.a, base) @ wide(self.b, base)
         scaled = update * (self.alpha / self.rank)
-        return (base.astype(jnp.float32) + scaled).astype(base.dtype)
+        return (wide(base) + scaled).astype(base.dtype)
 
     def with_specs(self, spec):
         stack, rows, columns = split_spec(spec, self.ndim)
@@ -128,10 +129,10 @@ def pissa_weight(
             "quantised, and `quantise` (the rule qpissa) to round what is left of it."
         )
     whole = lora_weight(key, kernel, rank=rank, alpha=alpha)
-    u, s, v = jnp.linalg.svd(kernel.astype(jnp.float32), full_matrices=False)
+    u, s, v = jnp.linalg.svd(wide(kernel), full_matrices=False)
     root = jnp.sqrt(s[:rank] / (alpha / rank))
     a, b = u[:, :rank] * root[None], root[:, None] * v[:rank]
-    rest = kernel.astype(jnp.float32) - (a @ b) * (alpha / rank)
+    rest = wide(kernel) - (a @ b) * (alpha / rank)
     rest = rest.astype(kernel.dtype)
     if quantise is None:
         return dataclasses.replace(whole, base=rest, a=a, b=b)
@@ -144,7 +145,7 @@ def pissa_to_lora(weight: LoraWeight, kernel: jax.Array) -> LoraWeight:
     What its base lacks of the kernel has rank R, and is taken back by the second half of the factors. So
     it is for any initialisation that takes a product of rank R out of the kernel, OLoRA's too.
     """
-    lacks = kernel.astype(jnp.float32) - to_dense(weight.base).astype(jnp.float32)
+    lacks = wide(kernel) - wide(to_dense(weight.base))
     u, s, v = jnp.linalg.svd(lacks, full_matrices=False)
     root = jnp.sqrt(s[: weight.rank] / (weight.alpha / weight.rank))
     a = jnp.concatenate([weight.a, u[:, : weight.rank] * root[None]], axis=1)

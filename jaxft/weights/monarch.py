@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jaxft.kernels.monarch import monarch_product
-from jaxft.weights.base import Weight, WeightLike, split_spec, to_dense
+from jaxft.weights.base import Weight, WeightLike, split_spec, to_dense, wide
 
 
 @jax.tree_util.register_dataclass
@@ -145,7 +145,7 @@ def monarch_project(kernel: WeightLike, cut: Blocks) -> MonarchWeight:
     """
     dense = to_dense(kernel)
     dtype = dense.dtype
-    dense = dense if jnp.iscomplexobj(dense) else dense.astype(jnp.float32)
+    dense = wide(dense)
     (k, j, r, i), (_, rows, _, _) = _factor_shapes(dense.shape, cut)
     padded = jnp.pad(dense, ((0, k * i - dense.shape[0]), (0, rows * j - dense.shape[1])))
     slices = padded.reshape(k, i, rows, j).transpose(0, 3, 2, 1)  # [K, J, L, I]

@@ -8,6 +8,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec
 
@@ -21,8 +22,12 @@ from jaxft.weights.base import (
     matmul,
     split_spec,
     to_dense,
+    wide,
 )
 
+IN_PLACE = (
+    "jaxft in place"  # of the kernel in a product that trusts it: see jaxft.adapters.untouched
+)
 Selection = Literal["random", "largest_norm", "smallest_norm"]
 
 
@@ -134,7 +139,7 @@ def paca_weight(
     )
     indices = jnp.sort(local.reshape(-1)).astype(jnp.int32)
     alpha = float(rank if alpha is None else alpha)
-    rows = dense[indices].astype(jnp.float32) / (alpha / rank)
+    rows = wide(dense[indices]) / (alpha / rank)
     return PacaWeight(kernel, rows, indices, alpha)
 
 
@@ -171,7 +176,7 @@ def check_paca(weight: PacaWeight, name: str = "paca") -> None:
 def _scores(key, dense, selection):
     if selection == "random":
         return jax.random.uniform(key, dense.shape[:1])
-    norms = jnp.linalg.norm(dense.astype(jnp.float32), axis=1)
+    norms = jnp.linalg.norm(wide(dense), axis=1)
     if selection == "largest_norm":
         return norms
     if selection == "smallest_norm":
@@ -191,10 +196,11 @@ def _product(in_place, scale, x, base, rows, indices):
     if is_weight(base):
         return x @ _with_rows(to_dense(base), rows * scale, indices).astype(x.dtype)
     if in_place:
-        return matmul(x, base)
+        # The name marks the product in a jaxpr, and compiles to nothing.
+        return matmul(x, checkpoint_name(base, IN_PLACE))
     # Rounded as `to_dense` rounds them: where the base holds the rows, the difference is exactly 0.
-    wanted = (rows * scale).astype(base.dtype).astype(jnp.float32)
-    moved = wanted - base[indices].astype(jnp.float32)
+    wanted = wide((rows * scale).astype(base.dtype))
+    moved = wanted - wide(base[indices])
     return matmul(x, base) + chosen_columns(x, indices) @ moved.astype(x.dtype)
 
 
@@ -230,7 +236,10 @@ def _by_rows(scale, chosen, drows):
     def transpose(fixed, cotangent):
         tokens = tuple(range(cotangent.ndim - 1))
         summed = jax.lax.dot_general(
-            fixed[0], cotangent, ((tokens, tokens), ((), ())), preferred_element_type=jnp.float32
+            fixed[0],
+            cotangent,
+            ((tokens, tokens), ((), ())),
+            preferred_element_type=jnp.promote_types(cotangent.dtype, jnp.float32),
         )
         return [(summed * scale).astype(drows.dtype)]
 

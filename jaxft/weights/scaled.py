@@ -18,6 +18,7 @@ from jaxft.weights.base import (
     is_weight,
     split_spec,
     to_dense,
+    wide,
 )
 
 
@@ -56,7 +57,7 @@ class ScaledWeight(Weight):
     def to_dense(self):
         dense = jax.lax.stop_gradient(to_dense(self.base))
         scale = self.scale[:, None] if self.side == "input" else self.scale[None]
-        return (dense.astype(jnp.float32) * scale).astype(dense.dtype)
+        return (wide(dense) * scale).astype(dense.dtype)
 
     def with_specs(self, spec):
         stack, rows, columns = split_spec(spec, self.ndim)

@@ -18,6 +18,7 @@ from jaxft.weights.base import (
     is_weight,
     split_spec,
     to_dense,
+    wide,
 )
 
 
@@ -57,10 +58,10 @@ class VeraWeight(Weight):
         return frozen_matmul(x, self.base) + update
 
     def to_dense(self):
-        a, b = self._tables()
         base = jax.lax.stop_gradient(to_dense(self.base))
-        update = ((a * self.d[None]) @ b) * self.e[None]
-        return (base.astype(jnp.float32) + update).astype(base.dtype)
+        a, b, d, e = (wide(leaf, base) for leaf in (*self._tables(), self.d, self.e))
+        update = ((a * d[None]) @ b) * e[None]
+        return (wide(base) + update).astype(base.dtype)
 
     def with_specs(self, spec):
         stack, _, columns = split_spec(spec, self.ndim)

@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import types
 
 import chex
 import jax
@@ -9,7 +10,7 @@ import pytest
 
 from jaxft.generation import SamplingConfig, generate, sampler, transform_logits
 from jaxft.losses import linear_log_probs
-from jaxft.models import Decoder, DecoderConfig, stack_layers, tiny_config
+from jaxft.models import Cache, Decoder, DecoderConfig, Prediction, stack_layers, tiny_config
 from jaxft.rl import on_device
 
 GREEDY = SamplingConfig(max_new_tokens=12, temperature=0.0)
@@ -53,6 +54,25 @@ def test_greedy_equals_repeated_full_forwards(model, params, prompts):
     assert generate(model, params, prompts[1:2], key, GREEDY).completions == expected[1:2]
     stacked = stack_layers(params)
     assert generate(model, stacked, prompts, key, GREEDY).completions == expected
+
+
+@dataclasses.dataclass(frozen=True)
+class Mine:
+    """A model from outside: what lies at "layers" is its own affair; token t is followed by 2t mod 7."""
+
+    config = types.SimpleNamespace(max_length=64)
+
+    def init_cache(self, rows, length, dtype=None):
+        return Cache((), (), jnp.zeros((), jnp.int32), None, None)
+
+    def forward(self, params, batch, key=None, *, cache=None):
+        return Prediction(params["layers"]["next"][batch["tokens"]], jnp.eye(7), None, cache)
+
+
+def test_another_model_gets_its_params_as_they_are():
+    table = {"layers": {"next": jnp.eye(7)[2 * jnp.arange(7) % 7]}}
+    rules = SamplingConfig(max_new_tokens=3, temperature=0.0)
+    assert generate(Mine(), table, [[1]], jax.random.key(0), rules).completions == [[2, 4, 1]]
 
 
 def test_log_probs_are_those_of_a_full_forward(model, params, prompts):

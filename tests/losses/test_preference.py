@@ -91,6 +91,25 @@ def test_aot_is_that_of_sorted_numbers_of_the_pairs_that_count(loss):
     assert not losses.compares_pairs(functools.partial(losses.dpo_loss, beta=0.3))
 
 
+def test_whether_a_function_of_ones_own_compares_pairs_is_seen():
+    """What a batch's statistics, ranks or count change in another pair's value, and what they do not."""
+    dpo, margins = losses.dpo_loss, lambda pairs: pairs.chosen - pairs.rejected
+    comparing = [
+        lambda pairs: losses.aot_loss(pairs, beta=0.3) + losses.nll_loss(pairs),
+        lambda pairs: dpo(pairs) * pairs.counted.sum(),
+        lambda pairs: dpo(pairs) * (margins(pairs) > jnp.median(margins(pairs))),
+        lambda pairs: dpo(pairs) * jnp.ones(7),  # cannot be tried
+    ]
+    alone = [
+        lambda pairs: dpo(pairs, beta=0.3) + losses.simpo_loss(pairs) * pairs.prompt_lengths,
+        functools.partial(lambda pairs, scale: scale * dpo(pairs), scale=2.0),
+    ]
+    assert all(map(losses.compares_pairs, comparing))
+    assert not any(map(losses.compares_pairs, alone))
+    comparing[-1].compares_pairs = False  # said
+    assert not losses.compares_pairs(comparing[-1])
+
+
 def test_wpo_weights_are_trls():
     weights = losses.wpo_weights(DATA["log_probs"], DATA["collision"], DATA["mask"])
     plain = losses.dpo_loss(pairs_of(DATA["log_probs"].sum(1)), beta=0.3)

@@ -14,12 +14,14 @@ from jax.sharding import PartitionSpec
 from safetensors.numpy import load_file, save_file
 
 from jaxft.adapters import (
+    adapt,
     apply_named,
     count,
     intrinsic,
     intrinsic_apply,
     load_adapter,
     partition,
+    prompt,
     save_adapter,
     save_checked,
     save_intrinsic,
@@ -27,17 +29,21 @@ from jaxft.adapters import (
 from jaxft.checkpoints import CheckpointError, load_model, model_shapes, save_merged, save_model
 from jaxft.models import (
     FAMILIES,
+    Decoder,
     Entry,
     Family,
     HuggingFace,
     Prediction,
     Targets,
+    layers_of,
     stack_layers,
+    tiny_config,
     unstack_layers,
 )
 from jaxft.models.layers import Dense, Embed
 from jaxft.objectives import supervised
 from jaxft.parallel import make_mesh, param_shardings
+from jaxft.train import muon_axes, state_bytes
 from tests.small_models import trained
 
 
@@ -141,7 +147,7 @@ TOY = Family(
     ),
 )
 KNOWN = (*FAMILIES, TOY)
-PLACES = dict(targets=TOY.targets, stacked=TOY.stacked_axes)
+PLACES = dict(targets=TOY.targets, layers=TOY.layers, stacked=TOY.stacked_axes)
 CONFIG = ToyConfig(vocab_size=24, width=8, depth=3)
 TOKENS = jnp.arange(6)[None]
 
@@ -273,6 +279,29 @@ def test_its_stacked_layers_have_the_subspace_of_separate_ones(folder, tmp_path_
     stacked = stack_layers(params, TOY.layers)
     again = load_adapter(out, model.config, stacked, families=KNOWN)
     chex.assert_trees_all_close(again, stack_layers(expected, TOY.layers), rtol=1e-6)
+
+
+def test_what_reads_stacked_layers_is_told_where_they_lie():
+    """Bytes of a run, matrices of muon and virtual tokens; of a sampler the model's own record."""
+    shapes = jax.eval_shape(Toy(CONFIG, scan_layers=True).init, jax.random.key(0), TOKENS)["params"]
+    mesh, place = make_mesh(fsdp=4, tensor=2), (TOY.rules, TOY.layers)
+    blocks = 2 * CONFIG.depth * 8 * 16 * 4  # two kernels a block, each in 8 parts
+    weights = sum(leaf.size * 4 for leaf in jax.tree.leaves(shapes)) - blocks + blocks // 8
+    assert state_bytes(shapes, None, mesh, *place) == {"weights": weights}
+    axes = muon_axes(shapes, TOY.layers)["trunk"]["blocks"]["wide"]["kernel"]
+    assert (axes.reduction_axis, axes.output_axis) == (1, 2)
+
+    layer = lambda width: {"attention": {"key": {"kernel": jnp.ones((3, 8, width))}}}
+    params = {"table": {"embedding": jnp.ones((24, 8))}, "trunk": {"blocks": layer(4)}}
+    made = apply_named(params, "prefix", rank=5, **PLACES)["prefix"]
+    assert made.shape == (5, 3 * 2 * 4)
+    rules = {"prompt": prompt(2, embedding="table/embedding")}
+    assert adapt(jax.random.key(0), params, rules)["prompt"].shape == (2, 8)
+    with pytest.raises(ValueError, match="prompt: .*, where 'embed/embedding' or .* must be"):
+        adapt(jax.random.key(0), params, {"prompt": prompt(2)})
+
+    mine = Decoder(dataclasses.replace(tiny_config(), family="mine"))
+    assert layers_of(mine) == "layers" and layers_of(Toy(CONFIG)) is None
 
 
 def test_a_head_that_trains_is_saved_whole(folder, tmp_path_factory):

@@ -92,6 +92,21 @@ def test_a_distance_of_pairs_or_of_experience_is_that_of_their_counted_tokens(pa
     chex.assert_trees_all_close(distance(other, params, learnt, KEY), expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "mask, message",
+    [
+        (jnp.ones((1, 3)), r"completion_mask has shape \(1, 3\), expected \(4, 3\)"),
+        (jnp.ones(3), r"completion_mask has shape \(3,\), expected \(4, 3\)"),
+        (jnp.ones((4, 6)), "6 response tokens leave none of 6"),
+        (jnp.ones((4, 3), jnp.complex64), "must be bool or 0 and 1, got complex64"),
+    ],
+)
+def test_masks_of_completions_that_do_not_fit_are_refused(params, mask, message):
+    batch = {"tokens": BATCH["tokens"], "completion_mask": mask}
+    with pytest.raises(ValueError, match=f"token_logits: .*{message}"):
+        token_logits(MODEL.forward)(params, batch, KEY)
+
+
 def test_methods_of_predictions_go_with_preferences_and_experience(params):
     """Two steps of each with microbatches: finite, and not the plain one's."""
     pairs = {n: x.reshape(2, 2, 6) for n, x in BATCH.items()} | {"ref_log_probs": -jnp.ones((2, 2))}

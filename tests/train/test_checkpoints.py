@@ -17,18 +17,18 @@ import orbax.checkpoint as ocp
 import pytest
 
 from jaxft.adapters import adapt, full, lora, partition
+from jaxft.output import writable_directory
 from jaxft.train import (
     Callback,
     Checkpoints,
     DivergedError,
     OutputError,
     PreemptedError,
-    checkpoints,
     fit,
     make_optimizer,
     restore_params,
+    stored,
 )
-from jaxft.train.checkpoints import writable_directory
 
 WORKER = Path(__file__).with_name("_worker.py")
 
@@ -179,7 +179,7 @@ def test_values_that_were_changed_behind_the_storages_back_are_seen(problem, who
     path = tmp_path / "checkpoints" / "6" / "meta" / "metadata"
     meta = json.loads(path.read_text())
     meta["trainable"]["first/bias"][2] ^= 1  # as if the values, not their checksum, were others
-    meta["checksum"] = checkpoints._json_checksum({k: meta[k] for k in meta if k != "checksum"})
+    meta["checksum"] = stored.json_checksum({k: meta[k] for k in meta if k != "checksum"})
     path.write_text(json.dumps(meta))
     with pytest.warns(UserWarning, match="cannot be read .trainable differs from its checksum"):
         _, history = problem.train(tmp_path)
@@ -194,7 +194,7 @@ def test_any_flipped_bit_of_what_a_checkpoint_says_of_itself_is_seen(problem, tm
     def read(data):
         meta = json.loads(data)
         manager = types.SimpleNamespace(restore=lambda *_, **__: types.SimpleNamespace(meta=meta))
-        return meta, checkpoints._read_meta(manager, 2)
+        return meta, stored.read_meta(manager, 2)
 
     whole, _ = read(text)
     changed = 0
@@ -215,8 +215,8 @@ def test_any_flipped_bit_of_what_a_checkpoint_says_of_itself_is_seen(problem, tm
 def test_other_formats_are_refused_by_name():
     meta = {"format": 2, "step": 2}
     manager = types.SimpleNamespace(restore=lambda *_, **__: types.SimpleNamespace(meta=meta))
-    with pytest.raises(checkpoints.MismatchError, match="has format 2, this jaxft reads 3"):
-        checkpoints._read_meta(manager, 2)
+    with pytest.raises(stored.MismatchError, match="has format 2, this jaxft reads 3"):
+        stored.read_meta(manager, 2)
 
 
 def test_the_key_is_restored(problem, whole, tmp_path):
@@ -334,6 +334,27 @@ def test_the_newest_and_the_best_are_kept_also_over_a_restart(problem, tmp_path,
         read(6)
     with pytest.raises(ValueError, match="frozen params differ"):
         restore_params(tmp_path / "checkpoints", problem.make_params(seed=1))
+
+
+def test_an_evaluation_after_the_last_batch_counts_for_its_checkpoint(problem, tmp_path):
+    """The checkpoint of step 4 is saved before the batches have run out, and its score is told later."""
+    scores, said = {2: 0.5}, {"eval/loss": 0.1}
+    late = Callback(
+        on_step=lambda n, _: {"eval/loss": scores[n]} if n in scores else None,
+        on_last=lambda n, _: said,
+    )
+
+    def train():
+        place = Checkpoints(tmp_path / "checkpoints", every=2, best="eval/loss", resume=True)
+        given = problem.make_params(), problem.objective, make_optimizer(1e-2, total_steps=4)
+        batches = [problem.make_batch(n) for n in range(4)]
+        return fit(*given, batches, callbacks=[late], checkpoints=place)
+
+    state, history = train()
+    assert steps_in(tmp_path) == [2, 4] and history[-1]["eval/loss"] == 0.1
+    best = restore_params(tmp_path / "checkpoints", problem.make_params(), step="best")
+    chex.assert_trees_all_equal(partition(best)[0], partition(state.params)[0])
+    assert train()[1] == history  # Nothing is left to do, and nothing is lost.
 
 
 def test_a_state_that_is_not_finite_is_never_saved(problem, tmp_path):

@@ -298,7 +298,7 @@ def test_an_optimizer_state_that_repeats_an_array_can_be_donated(problem, key):
 
 
 @pytest.mark.parametrize("pattern", ["first", "first|second"])
-def test_donated_kernels_of_paca_may_be_one_array(key, pattern):
+def test_donated_kernels_of_paca_may_be_one_array(key, pattern, tmp_path):
     """A step writes PaCA's rows into the kernel; who shares it must not see that."""
     shared = jax.random.normal(key, (4, 4))
     params = lambda: adapt(
@@ -312,8 +312,11 @@ def test_donated_kernels_of_paca_may_be_one_array(key, pattern):
     run = lambda params, **options: train.fit(
         params, objective, optax.sgd(0.1), [jnp.ones((3, 4))] * 3, **options
     )
-    kept, donated = run(params())[0].params, run(params(), donate=True)[0].params
+    place = dict(checkpoints=train.Checkpoints(tmp_path, resume=True))
+    kept, donated = run(params(), **place)[0].params, run(params(), donate=True)[0].params
     chex.assert_trees_all_equal(donated, kept)
+    if pattern == "first":  # Started again, a finished run returns the same.
+        chex.assert_trees_all_equal(run(params(), **place, steps=3)[0].params, kept)
     if pattern == "first":
         chex.assert_trees_all_equal(donated["second"].value, shared)
     assert jnp.any(donated["first"].base != shared)

@@ -3,6 +3,7 @@
 import functools
 import math
 import re
+import types
 
 import flax.linen as nn
 import jax
@@ -22,6 +23,7 @@ from jaxft.adapters import (
     densify,
     full,
     largest_shape,
+    load_adapter,
     lora_plus,
     merge,
     monarch_from_dense,
@@ -179,8 +181,13 @@ def test_what_is_done_to_weights_is_done_to_kernels(tmp_path):
         )
         ours = moved(apply_named(base, **settings, **axes))
         save_native(tmp_path, ours, **settings)
-        found = load_native(tmp_path, base, **axes)
+        found = load_native(tmp_path, base, stacked=axes["stacked"])  # The files know the inputs.
         jax.tree.map(np.testing.assert_array_equal, found, ours)
+    kind = types.SimpleNamespace(family="llama")  # any: the kernels' paths are not its
+    options = dict(name="lora", rank=2, target=".*kernel", quantise="int8")
+    quantised = moved(apply_named(params, **options, input_axes=lambda path: 3))
+    save_native(tmp_path, quantised, **options)
+    jax.tree.map(np.testing.assert_array_equal, load_adapter(tmp_path, kind, params), quantised)
 
     trainable, _ = partition(make(CASES["lora"].rule))
     updates, _ = lora_plus(4.0).update(trainable, lora_plus(4.0).init(trainable))

@@ -99,6 +99,30 @@ def test_product_is_the_dense_form_s(case, shape, lead):
     np.testing.assert_allclose(matmul(x, w), x @ to_dense(w), atol=2e-4)
 
 
+FLOAT64 = "lora pissa dora vera loha lokr paca".split() + ["ia3 output", "monarch projected"]
+
+
+@pytest.mark.parametrize("name", FLOAT64)
+def test_kernels_in_float64_keep_their_digits(name):
+    case = CASES[name]
+    with jax.enable_x64(True):
+        kernel, w = make(case.rule, dtype=jnp.float64)
+        if case.exact:
+            started = adapt(jax.random.key(1), {"w": kernel}, {"w": case.rule})["w"]
+            np.testing.assert_allclose(to_dense(started), kernel, rtol=0, atol=1e-13)
+        x = jax.random.normal(jax.random.key(3), (2, 12), jnp.float64)
+        trainable, frozen = partition({"w": w})
+        weight = lambda t: combine(t, frozen)["w"]
+        through = lambda t: jnp.sum(jnp.sin(matmul(x, weight(t))))
+        dense = lambda t: jnp.sum(jnp.sin(x @ to_dense(weight(t))))
+        found, wanted = (jax.value_and_grad(f)(trainable) for f in (through, dense))
+        close = lambda a, b: np.testing.assert_allclose(
+            a, b, rtol=0, atol=1e-12 if a.dtype == jnp.float64 else 1e-5
+        )
+        jax.tree.map(close, found, wanted)
+        assert found[0].dtype == jnp.float64
+
+
 def test_gradients_are_the_dense_form_s(case):
     _, w = make(case.rule)
     x = jax.random.normal(jax.random.key(3), (2, 3, 12))

@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxft import train
 from jaxft.adapters import ALL_LINEAR, adapt, combine, lora, merge, paca, partition
 from jaxft.kernels.paca import chosen_columns
+from jaxft.losses import linear_log_probs
 from jaxft.metrics import Mean
 from jaxft.models import Decoder, stack_layers, tiny_config
 from jaxft.objectives import supervised
@@ -244,6 +245,27 @@ def test_a_plain_loop_trains_it(stacked, quantise):
     np.testing.assert_allclose(objective(merge(tuned)), objective(tuned), rtol=1e-5)
     expected = _losses(model, adapted, optimizer, batch, steps=30)
     np.testing.assert_allclose(losses, expected, rtol=2e-3)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_gradients_in_a_shard_map_are_summed_over_its_devices(in_place):
+    """Rows and the output head are the same on all devices, activations are not."""
+    w = paca_weight(KEY, jax.random.normal(KEY, (6, 6)), rank=2)
+    trainable, frozen = partition({"w": w, "head": jax.random.normal(KEY, (6, 5))})
+    x, targets = jax.random.normal(jax.random.key(1), (4, 3, 6)), jnp.arange(12).reshape(4, 3) % 5
+
+    def loss(trainable, x, targets):
+        params = combine(trainable, frozen)
+        hidden = jnp.sin(matmul(x, dataclasses.replace(params["w"], in_place=in_place)))
+        return -jnp.sum(linear_log_probs(hidden, params["head"], targets))
+
+    mesh, rows = make_mesh(data=2, devices=jax.devices()[:2]), PartitionSpec("data")
+    here = jax.grad(lambda *args: jax.lax.psum(loss(*args), "data"))
+    specs = dict(in_specs=(PartitionSpec(), rows, rows), out_specs=PartitionSpec())
+    found = jax.jit(jax.shard_map(here, mesh=mesh, **specs))(trainable, x, targets)
+    wanted = jax.jit(jax.grad(loss))(trainable, x, targets)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    jax.tree.map(close, found, wanted)
 
 
 def test_rows_moved_between_steps_are_seen_by_the_next():

@@ -54,7 +54,7 @@ from jaxft.adapters import (
 )
 from jaxft.adapters.rules import Rule
 from jaxft.models import DecoderConfig
-from jaxft.models.decoder import Mlp
+from jaxft.models.blocks import Mlp
 from jaxft.models.layers import Norm
 from jaxft.models.remat import remat_lean
 from jaxft.objectives import supervised

@@ -176,7 +176,13 @@ def load_adapter(
     """
     path, family = pathlib.Path(path), family_of(config, families)
     if (path / native.CONFIG).exists():
-        return native.load_native(path, params, targets=family.targets, stacked=family.stacked_axes)
+        return native.load_native(
+            path,
+            params,
+            targets=family.targets,
+            layers=family.layers,
+            stacked=family.stacked_axes,
+        )
     stacked = is_stacked(params, family.layers)
     bare = lambda node: node.value if isinstance(node, Frozen) else node
     flat = jax.tree.map(bare, unstack_layers(params, family.layers), is_leaf=is_weight)

@@ -1,0 +1,52 @@
+"""Prompts and columns padded to few shapes, so that few programs are compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+MIN_BUCKET = 16
+
+
+def left_pad(prompts: Sequence[Sequence[int]], config: Any) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens, valid) [B, P]: prompts at the right end, rows and width rounded up to buckets."""
+    lengths = [len(prompt) for prompt in prompts]
+    if not lengths or min(lengths) < 1:
+        raise ValueError("generate: every prompt needs at least one token.")
+    _check_ids(prompts, getattr(config, "vocab_size", None))
+    width = min(bucket(max(lengths), MIN_BUCKET), config.max_length)
+    width = max(width, max(lengths))
+    tokens = np.zeros((bucket(len(prompts), 1), width), np.int32)
+    valid = np.zeros(tokens.shape, bool)
+    for i, prompt in enumerate(prompts):
+        tokens[i, width - len(prompt) :] = prompt
+        valid[i, width - len(prompt) :] = True
+    return tokens, valid
+
+
+def _check_ids(prompts, size):
+    """An id without a row in the embedding would become NaN, and its completion empty."""
+    low, high = min(map(min, prompts)), max(map(max, prompts))
+    if size is not None and not 0 <= low <= high < size:
+        raise ValueError(
+            f"generate: prompts have ids {low}..{high}, but the model's embedding has {size} rows; take the "
+            "tokenizer that came with the model."
+        )
+
+
+def padded(name: str, column: Any, rows: int, size: int) -> np.ndarray:
+    """The column of `rows` prompts with rows of zeros up to `size`."""
+    column = np.asarray(column)
+    if column.shape[:1] != (rows,):
+        raise ValueError(
+            f"generate: column {name!r} has shape {column.shape} for {rows} prompts; give one row for each."
+        )
+    return np.pad(column, [(0, size - rows)] + [(0, 0)] * (column.ndim - 1))
+
+
+def bucket(size: int, least: int) -> int:
+    """The power of two that holds `size`, or three quarters of it if that does too."""
+    power = max(least, 1 << (size - 1).bit_length())
+    return power * 3 // 4 if power > least and size <= power * 3 // 4 else power

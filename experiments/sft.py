@@ -141,6 +141,7 @@ def load_data(config: Config):
     load = lambda spec, **how: data.load(spec, fields=config.columns.of(spec), **how)
     sources = [load(spec, bad=bad) for spec in config.data]
     parts = held_out.with_held_out(config, sources, load, data.whole_prompt)
+    held_out.tell_of_columns(config, sources)
     render = functools.partial(data.render, too_long=config.too_long, bad=bad)
     training = [render(records, renderer, length) for records in parts.training]
     held_out.tell_of(bad, sum(map(len, training)), sum(map(len, parts.training)))

@@ -169,7 +169,7 @@ def _csv(path, delimiter):
 def _dialect(header, delimiter):
     """How the cells of a file are parted, by its first line.
 
-    Spreadsheets of many countries write semicolons, for the comma is in their numbers; exports also have tabs.
+    Spreadsheets of many countries write semicolons, because the comma is in their numbers.
     A header with a blank behind each delimiter says that the blanks are no part of the cells.
     """
     others = [mark for mark in ",;\t|" if mark in header]

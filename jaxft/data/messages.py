@@ -61,8 +61,13 @@ def read_messages(
     )
     role, content = ("from", "value") if sharegpt else ("role", "content")
     role, content = names.get("role", role), names.get("content", content)
-    made = [_message(message, i, role, content) for i, message in enumerate(messages)]
-    return check_order(made)
+    if all(isinstance(message, str) for message in messages):
+        raise DataError(
+            f"{column} is a list of texts that do not say who speaks; write each as {{'role': 'user', "
+            "'content': ...}, user and assistant in turn.",
+            "schema",
+        )
+    return [_message(message, i, role, content) for i, message in enumerate(messages)]
 
 
 def read_tools(tools: Any) -> list[dict[str, Any]]:
@@ -124,14 +129,6 @@ def with_system(system: Any, messages: list[Message]) -> list[Message]:
             )
         return messages
     return [{"role": "system", "content": system}, *messages] if system.strip() else messages
-
-
-def check_order(messages: list[Message]) -> list[Message]:
-    """The messages, if only the first is a system message."""
-    for i, message in enumerate(messages):
-        if i and message["role"] == "system":
-            raise DataError(f"message {i} has the role system; only the first may.", "role_order")
-    return messages
 
 
 def text_of(value: Any, name: str) -> str:

@@ -153,7 +153,7 @@ def _local_or_hub(text: str) -> tuple[str, Iterable[tuple[str, Any]]]:
 
 
 def _pattern(text):
-    """The rows of all files that fit, in the order of their names; each file is checked before any is read."""
+    """The rows of all files that fit, in the order of names; each file is checked before any is read."""
     found = local_files(text)
     if not found:
         raise DataError(f"{text}: no file fits this pattern.")

@@ -90,7 +90,7 @@ def suggest_pair(row: Mapping[str, Any]) -> str:
     """What to do with a row that has no `chosen` or `rejected`, as a clause for an error."""
     for name in row:
         other = _other_side(name)
-        if other in row and isinstance(row[name], str) and isinstance(row[other], str):
+        if other in row and all(isinstance(row[n], (str, list)) for n in (name, other)):
             return (
                 f"{name!r} and {other!r} are two answers of which another column says the better one: write "
                 "that as 'chosen', the other as 'rejected', and what both answer as 'prompt'"
@@ -231,9 +231,8 @@ def _preference(name, row):
 
 def _other_side(name):
     """human_ref_B of human_ref_A, response_1 of response_0; None for other names."""
-    ends = {"A": "B", "a": "b", "0": "1", "1": "2"}
-    parted = len(name) > 2 and name[-2] in "_-" and name[-1] in ends
-    return name[:-1] + ends[name[-1]] if parted else None
+    ends = {"A": "B", "a": "b", "0": "1", "1": "2", "j": "k"}
+    return name[:-1] + ends[name[-1]] if len(name) > 2 and name[-1] in ends else None
 
 
 def _leaves(value):

@@ -157,11 +157,14 @@ def check_weight(weight: Any, name: str) -> None:
 
 
 def _message(message, i, role, content):
+    null = isinstance(message, Mapping) and content in message and message[content] is None
     if isinstance(message, Mapping):
         # Absent keys are written as null by OpenAI's SDK and by tables.
         message = {k: v for k, v in message.items() if v is not None}
         calls = message.get("tool_calls") or message.get("function_call")
         message = {content: ""} | message if calls else message
+    if null and not isinstance(message.get(content), str):
+        raise DataError(f"the content of message {i} is null.", "schema")
     if not isinstance(message, Mapping) or role not in message or content not in message:
         raise DataError(
             f"message {i} needs {role!r} and {content!r}, got {message!r:.80}; name them with "

@@ -74,10 +74,13 @@ def normalise_unpaired(raw: Mapping[str, Any], fields: Mapping[str, str] | None 
     row, names, mapped = renamed(raw, fields)
     if row.get("label") is None:
         raise absent("label", row)
-    if isinstance(row["label"], str) or row["label"] not in (True, False):
+    label = row["label"]
+    if isinstance(label, str):  # The cells of CSV are text.
+        label = {"true": True, "1": True, "false": False, "0": False}.get(label.strip().lower())
+    if label is None or isinstance(label, (list, dict)) or label not in (True, False):
         raise DataError(f"'label' must be true or false, got {row['label']!r:.40}.", "schema")
     _check_number(row.get("density_ratio"), "density_ratio")
-    record = read_row(row, names, mapped) | {"label": bool(row["label"])}
+    record = read_row(row, names, mapped) | {"label": bool(label)}
     messages = record.pop("messages", None)
     if messages is not None:  # The last answer is what the label is of.
         if messages[-1]["role"] != "assistant" or len(messages) < 2:
@@ -136,7 +139,8 @@ def common_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
         count -= 1
     if count == 0:
         raise DataError(
-            "there is no 'prompt', and 'chosen' and 'rejected' have no beginning in common.",
+            "there is no 'prompt' (map yours with --fields question ...), and 'chosen' and 'rejected' have no "
+            "beginning in common.",
             "schema",
         )
     if count in (len(chosen), len(rejected)):

@@ -29,6 +29,8 @@ _ANSWERS = {"prompt": "completion", "question": "answer", "instruction": "output
 _ANSWERED = {*PAIR, "responses", "completions"}  # columns of what answers a `prompt`
 # Columns of what a record shows, unless it is messages or text.
 SHOWN = ("prompt", "completion", "chosen", "rejected", "responses", "completions")
+# Columns that a row may do without.
+OPTIONAL = ("system", "input", "history", "tools", "id", "weight", "margin")
 # Columns that a template gets beside the messages.
 CONTEXT = ("tools", "chat_template_kwargs")
 # Of `chat_template_kwargs`: variables that a template gets from the record or the tokenizer.
@@ -116,6 +118,8 @@ def renamed(
     check_values(raw)
     fields = dict(fields or {})
     names = {name: fields.pop(name) for name in ("role", "content") if name in fields}
+    # JSON Lines leave out what is null; `load` sees whether any row has such a column.
+    fields = {a: b for a, b in fields.items() if not b or b in raw or a not in OPTIONAL}
     for theirs in fields.values():
         if theirs and theirs not in raw:
             raise DataError(no_column(theirs, raw), "schema")

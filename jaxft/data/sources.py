@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from jaxft.data.columns import no_column
 from jaxft.data.errors import BadRecords, DataError
 from jaxft.data.files import rows_of
 from jaxft.data.kinds import SUFFIXES, files_in, kind_of
-from jaxft.data.records import Record, normalise
+from jaxft.data.records import OPTIONAL, Record, normalise
 from jaxft.data.remote import retried
 from jaxft.data.values import arrow_row
 
@@ -58,7 +59,7 @@ def load(
     """
     bad = BadRecords() if bad is None else bad
     name, rows = _rows(spec)
-    records, seen = [], 0
+    records, seen, absent = [], 0, {b: {} for a, b in (fields or {}).items() if a in OPTIONAL and b}
     for where, raw in rows:
         if limit is not None and seen >= limit:
             break
@@ -68,6 +69,7 @@ def load(
                 raise raw
             if not isinstance(raw, Mapping):
                 raise DataError(f"expected an object, got {type(raw).__name__}.", "schema")
+            absent = {name: raw for name in absent if name not in raw}
             record = form(raw, fields)
         except DataError as error:
             bad.add(where, error.code or "schema", str(error))
@@ -75,6 +77,8 @@ def load(
         if record.get("id") is None:
             record["id"] = f"{name}:{seen - 1}"
         records.append(record | {"_source": name, "_where": where})
+    for column, row in absent.items():
+        raise DataError(f"{name}: {no_column(column, row)}")
     bad.check(seen)
     if not records and seen:
         raise DataError(f"{name}: none of {seen} rows is a record ({bad.summary()}).")

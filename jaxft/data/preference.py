@@ -77,7 +77,7 @@ def normalise_unpaired(raw: Mapping[str, Any], fields: Mapping[str, str] | None 
     label = row["label"]
     if isinstance(label, str):  # The cells of CSV are text.
         label = {"true": True, "1": True, "false": False, "0": False}.get(label.strip().lower())
-    if label is None or isinstance(label, (list, dict)) or label not in (True, False):
+    if label is None or label not in (True, False):
         raise DataError(f"'label' must be true or false, got {row['label']!r:.40}.", "schema")
     _check_number(row.get("density_ratio"), "density_ratio")
     record = read_row(row, names, mapped) | {"label": bool(label)}
@@ -139,8 +139,8 @@ def common_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
         count -= 1
     if count == 0:
         raise DataError(
-            "there is no 'prompt' (map yours with --fields question ...), and 'chosen' and 'rejected' have no "
-            "beginning in common.",
+            "there is no 'prompt', and 'chosen' and 'rejected' have no beginning in common; name the "
+            "question's column NAME with --fields question NAME.",
             "schema",
         )
     if count in (len(chosen), len(rejected)):

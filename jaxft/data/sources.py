@@ -69,7 +69,7 @@ def load(
                 raise raw
             if not isinstance(raw, Mapping):
                 raise DataError(f"expected an object, got {type(raw).__name__}.", "schema")
-            absent = {name: raw for name in absent if name not in raw}
+            absent = {column: raw for column in absent if column not in raw}
             record = form(raw, fields)
         except DataError as error:
             bad.add(where, error.code or "schema", str(error))
@@ -77,7 +77,7 @@ def load(
         if record.get("id") is None:
             record["id"] = f"{name}:{seen - 1}"
         records.append(record | {"_source": name, "_where": where})
-    for column, row in absent.items():
+    for column, row in absent.items() if seen else ():
         raise DataError(f"{name}: {no_column(column, row)}")
     bad.check(seen)
     if not records and seen:

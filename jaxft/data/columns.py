@@ -6,6 +6,7 @@ The tables of names serve hints and checks alone: what is read is what FORMS say
 from __future__ import annotations
 
 import difflib
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -127,7 +128,8 @@ def flag(fields: Mapping[str, str]) -> str:
 
 def typed(fields: Mapping[str, str]) -> str:
     """The fields as they are typed on the command line."""
-    return "--fields " + " ".join(f"{ours} {theirs or repr('')}" for ours, theirs in fields.items())
+    quoted = lambda name: name if name == "..." else shlex.quote(name)
+    return "--fields " + " ".join(f"{a} {quoted(b)}" for a, b in fields.items())
 
 
 def check_beside(

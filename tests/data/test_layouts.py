@@ -48,7 +48,7 @@ def renderer():
 
 def pasted(error):
     """The first --fields of a message, as typed."""
-    words = shlex.split(re.search(r"--fields ((?:[^\s,;.]+ ?)+)", str(error))[1])
+    words = shlex.split(re.search(r"--fields ((?:'[^']*' ?|[^\s,;.']+ ?)+)", str(error))[1])
     words = words[: words.index("or")] if "or" in words else words
     return dict(zip(words[::2], words[1::2], strict=True))
 
@@ -109,6 +109,7 @@ LAYOUTS = {
     "Aya": ({"inputs": "2+2?", "targets": "Four.", "language": "en"}, ASKED),
     "XSum": ({"document": "2+2?", "summary": "Four.", "id": "1"}, ASKED),
     "capitals": ({"Question": "2+2?", "Answer": "Four."}, ASKED),
+    "blank": ({"question ": "2+2?", "Answer": "Four."}, ASKED),
     "speakers": (
         {"dialog": [{"speaker": "user", "text": "2+2?"}, {"speaker": "bot", "text": "Four."}]},
         ASKED,

@@ -243,8 +243,8 @@ def _placed(name, leaf, before, mesh):
     if before is not None:
         if not is_like(leaf, before):
             raise ValueError(
-                f"collect: {name!r} of the carry was {type_of(before)} and is now {type_of(leaf)}; entries keep "
-                "their shapes and types."
+                f"collect: {name!r} of the carry was {type_of(before)} and is now {type_of(leaf)}; entries "
+                "keep their shapes and types."
             )
         x = x.astype(before.dtype)
     if mesh is None or _on_mesh(x, mesh):

@@ -25,7 +25,6 @@ import tyro
 
 from experiments.cli import cards, choices, flags, held_out
 from experiments.cli import training as shared
-from experiments.cli.models import verified
 from jaxft import checkpoints as files
 from jaxft import data, train
 from jaxft.adapters import (
@@ -41,7 +40,7 @@ from jaxft.adapters import (
 from jaxft.keys import stream
 from jaxft.models import family_of
 from jaxft.objectives import reparametrised, supervised
-from jaxft.rewards import Accuracy
+from jaxft.rewards import Accuracy, measure_accuracy, verifier_for
 
 SMALL = dict(
     data=("rg:chain_sum?size=64&seed=1&max_terms=2",),
@@ -141,6 +140,7 @@ def load_data(config: Config):
     load = lambda spec, **how: data.load(spec, fields=config.columns.of(spec), **how)
     sources = [load(spec, bad=bad) for spec in config.data]
     parts = held_out.with_held_out(config, sources, load, data.whole_prompt)
+    held_out.tell_of_columns(config, sources)
     render = functools.partial(data.render, too_long=config.too_long, bad=bad)
     training = [render(records, renderer, length) for records in parts.training]
     held_out.tell_of(bad, sum(map(len, training)), sum(map(len, parts.training)))
@@ -171,11 +171,14 @@ def verify(config, model, params, renderer, records, when: str) -> Accuracy | No
     """The accuracy on held-out records, printed, or None if they cannot be verified."""
     if not config.accuracy:
         return None
-    result = verified(model, params, renderer, records, config.max_new_tokens)
-    if result is not None:
-        print(f"accuracy {when}: {result}", flush=True)
-    elif when.startswith("before"):
-        print("accuracy is not measured: no verifier knows the held-out answers", flush=True)
+    verifier = verifier_for(records[0]["_source"], records)
+    if verifier is None:
+        if when.startswith("before"):
+            print("accuracy is not measured: no verifier knows the held-out answers", flush=True)
+        return None
+    length = config.max_new_tokens
+    result = measure_accuracy(model, params, renderer, records, verifier, max_new_tokens=length)
+    print(f"accuracy {when}: {result}", flush=True)
     return result
 
 

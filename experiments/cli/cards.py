@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 import shlex
 import subprocess
@@ -13,6 +12,7 @@ from typing import Any
 
 from experiments.cli import choices, flags
 from jaxft import checkpoints as files
+from jaxft.models.json_files import read_json
 from jaxft.parallel import written_once
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -127,10 +127,10 @@ def _public(value: Any) -> Any:
 def _kind(path: pathlib.Path) -> tuple[str, bool, list[str]] | None:
     """(kind of model_card, whether it is a classifier, tags) of a directory; None for one without a model."""
     if (file := path / "adapter_config.json").exists():
-        found = json.loads(file.read_text())
+        found = read_json(file)
         tags = [found["peft_type"].lower()] if "peft_type" in found else []
         return "adapter", found.get("task_type") == "SEQ_CLS", tags
     if (file := path / "config.json").exists():
-        names = json.loads(file.read_text()).get("architectures") or [""]
+        names = read_json(file).get("architectures") or [""]
         return "model", names[0].endswith("ForSequenceClassification"), []
     return ("native", False, []) if (path / "jaxft_adapter.json").exists() else None

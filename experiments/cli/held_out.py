@@ -127,6 +127,13 @@ def tell_of(bad: data.BadRecords, kept: int, total: int, what: str = "training")
     )
 
 
+def tell_of_columns(config: Any, sources: Sequence[list]) -> None:
+    """Prints which columns of the user's look like something to learn from and are not shown to the model."""
+    for spec, records in zip(_specs(config), sources, strict=True):
+        if not spec.startswith("rg:") and (names := data.not_shown(records)):
+            print(f"columns of {shown(spec)} that the model is not shown: {names}", flush=True)
+
+
 def question(record: Mapping[str, Any], messages: Any) -> str:
     """What a record asks: its user turns, its prompt or its text."""
     if messages is None:

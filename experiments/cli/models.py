@@ -12,7 +12,6 @@ from jaxft import checkpoints as files
 from jaxft import data, train
 from jaxft.adapters import adapt, load_adapter, merge, mergeable, quantised, rounding_loss
 from jaxft.models import family_of
-from jaxft.rewards import Accuracy, measure_accuracy, verifier_for
 
 
 def renderer_of(trained: flags.Trained, **options: Any) -> data.Renderer:
@@ -66,15 +65,3 @@ def load_adapted(adapter: str, settings: flags.Adapted) -> tuple[Any, Any, Any]:
     if (lost := rounding_loss(params, base, family.layers)) is not None:
         print(f"{settings.quantise} took up to {lost:.1%} of a kernel")
     return model, base, params
-
-
-def verified(
-    model: Any, params: Any, renderer: data.Renderer, records: list, max_new_tokens: int
-) -> Accuracy | None:
-    """The accuracy of greedy answers to records, or None if those cannot be verified."""
-    verifier = verifier_for(records[0]["_source"], records)
-    if verifier is None:
-        return None
-    return measure_accuracy(
-        model, params, renderer, records, verifier, max_new_tokens=max_new_tokens
-    )

@@ -21,6 +21,7 @@ def load_data(config: Any):
     sources = [load_records(config, spec, bad) for spec in config.data]
     load = functools.partial(load_records, config, bad=data.BadRecords())
     parts = held_out.with_held_out(config, sources, load, data.whole_prompt)
+    held_out.tell_of_columns(config, sources)
     records, others = [record for source in parts.training for record in source], parts.held_out
     tokenizer = shared.files.load_tokenizer(config.base.model)
     renderer = data.Renderer(tokenizer, template=config.base.template)
@@ -55,11 +56,11 @@ def load_records(config: Any, spec: str, bad: data.BadRecords) -> list[data.pref
         return answers_of_others(data.load(spec, **how))
     if kind == "pairs":
         return data.load(spec, form=data.normalise_pair, **how)
-    label = how["fields"].get("label", "label")
+    label, chosen = (how["fields"].get(name, name) for name in ("label", "chosen"))
 
     def either(row, fields):
-        form = data.normalise_pair if row.get(label) is None else data.normalise_unpaired
-        return form(row, fields)
+        pair = row.get(label) is None and (chosen in row or label not in row)
+        return (data.normalise_pair if pair else data.normalise_unpaired)(row, fields)
 
     return data.load(spec, form=either, **how)
 

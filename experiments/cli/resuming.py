@@ -1,13 +1,14 @@
-"""--resume with other flags than before: refused where the result would be wrong, else told."""
+"""--resume with other flags or data than before: refused where the result would be wrong, else told."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pathlib
 from typing import Any
 
 from experiments.cli import choices, flags
-from jaxft import train
+from jaxft import data, train
 
 # What changes nothing that a run computes: where things go, how they are laid out and shown.
 FREE = frozenset(
@@ -22,11 +23,22 @@ FIXED = frozenset(
     "algorithm prompts_per_step group_size updates epochs turns optimizer sharpness smoke".split()
 )
 
+# Under this name the contents of local data files are saved beside the flags.
+FILES = "data_files"
+WHOLE = (
+    64 * 2**20
+)  # bytes of a file that are hashed; of larger ones the first and the last half of that
+
 
 def settings(config: Any) -> dict[str, Any]:
-    """The flags that are saved with each checkpoint, as JSON gives them back."""
+    """The flags that are saved with each checkpoint, as JSON gives them back, and digests of data files."""
     found = {name: value for name, value in flags.flat(config).items() if name not in FREE}
-    return json.loads(json.dumps(found, default=str))
+    specs = [found.get("data") or (), found.get("eval_data") or ()]
+    names = [name for spec in specs for name in ([spec] if isinstance(spec, str) else spec)]
+    held = {name: _contents(name) for name in names}
+    return json.loads(json.dumps(found, default=str)) | {
+        FILES: {k: v for k, v in held.items() if v}
+    }
 
 
 def check(config: Any, output: pathlib.Path) -> None:
@@ -45,6 +57,14 @@ def check(config: Any, output: pathlib.Path) -> None:
             f"--resume: {output} was begun with other flags: {', '.join(fixed)}. Its place in the data and "
             "its arrays would mean something else; give the old ones, or another --output-dir."
         )
+    files = settings(config)[FILES]
+    for name, then in before.get(FILES, {}).items():
+        if files.get(name, then) != then:
+            raise ValueError(
+                f"--resume: {name} is not the file that {output} was begun with ({then}; now {files[name]}). "
+                "Its place in the data would mean other records; bring the old file back, or give another "
+                "--output-dir."
+            )
     steps = config.optimisation.max_steps
     if steps < step:
         raise ValueError(
@@ -68,11 +88,27 @@ def note(config: Any, output: pathlib.Path) -> train.Callback:
     return train.Callback(on_step=lambda step, state: left.pop() if left else None)
 
 
+def _contents(spec):
+    """Bytes and digest of the local files of a source; "" where there are none."""
+    files = data.local_files(spec)
+    digest, size = hashlib.sha256(), 0
+    for path in files:
+        size += (own := path.stat().st_size)
+        digest.update(f"{path.name} {own}\n".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(WHOLE if own <= WHOLE else WHOLE // 2))
+            if own > WHOLE:
+                file.seek(own - WHOLE // 2)
+                digest.update(file.read())
+    return f"{size} bytes, sha256 {digest.hexdigest()[:12]}" if files else ""
+
+
 def _changed(config, before):
     """{flag: "--flag before -> now"}"""
     text = lambda value: " ".join(map(str, value)) if isinstance(value, list) else str(value)
     now = settings(config)
     names = sorted(name for name in now if name in before and now[name] != before[name])
+    names = [name for name in names if name != FILES]
     return {
         name: f"{choices.option(name)} {text(before[name])} -> {text(now[name])}" for name in names
     }

@@ -11,7 +11,6 @@ import importlib
 import importlib.util
 import inspect
 import itertools
-import json
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -22,6 +21,7 @@ from experiments.cli import flags
 from jaxft import checkpoints as files
 from jaxft import data
 from jaxft.adapters import load_adapter
+from jaxft.models.json_files import read_json
 from jaxft.rewards import (
     OnFirstHost,
     RewardFn,
@@ -131,7 +131,7 @@ def load_reward_model(place: str, policy: flags.Model | flags.Trained) -> Reward
     adapter = written.exists() or (path / "jaxft_adapter.json").exists()
     base = place
     if adapter:  # jaxft's own format does not name the base: the policy's, then.
-        named = json.loads(written.read_text()) if written.exists() else {}
+        named = read_json(written) if written.exists() else {}
         base = named.get("base_model_name_or_path") or policy.model
     model, params = files.load_model(base)
     if adapter:

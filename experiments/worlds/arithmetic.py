@@ -161,28 +161,6 @@ def pass_at(probabilities: np.ndarray, k: int) -> float:
     return float(np.mean(1.0 - (1.0 - np.asarray(probabilities, np.float64)) ** k))
 
 
-def greedy_accuracy(model: Decoder) -> Callable[[Any, dict], jax.Array]:
-    """accuracy(params, rows of `layout`) []: how many answers greedy decoding gets right.
-
-    It does if each character of the right answer is the likeliest after those before it.
-    """
-
-    @jax.jit
-    def accuracy(params, rows):
-        size = rows["completion_mask"].shape[1]
-        output = model.apply(
-            {"params": params},
-            rows["tokens"],
-            positions=rows["positions"],
-            segment_ids=rows["segment_ids"],
-        )
-        best = jnp.argmax(output.logits[:, -size - 1 : -1], axis=-1)
-        right = (best == rows["tokens"][:, -size:]) | ~rows["completion_mask"]
-        return jnp.mean(jnp.all(right, axis=1))
-
-    return accuracy
-
-
 def warm_start(
     model: Decoder,
     params: Any,

@@ -5,13 +5,35 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from jaxft.adapters.errors import AdapterError
+from jaxft.models.json_files import read_json
 from jaxft.parallel import to_host, written_once
+
+
+def read_adapter(
+    config: pathlib.Path, weights: pathlib.Path, load: Callable[[pathlib.Path], dict[str, Any]]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(settings, tensors) of both files; `load` is safetensors' `load_file`, of NumPy or of Flax.
+
+    Raises:
+        AdapterError: if one is missing or damaged.
+    """
+    for file in (config, weights):
+        if not file.exists():
+            raise AdapterError(
+                f"{file.parent}: no {file.name}; copy the adapter's directory whole."
+            )
+    try:
+        return read_json(config, AdapterError), load(weights)
+    except SafetensorError as error:
+        raise AdapterError(f"{weights}: damaged ({error}); copy it again.") from None
 
 
 def write_adapter(

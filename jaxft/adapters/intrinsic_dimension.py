@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import pathlib
@@ -15,11 +14,10 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError
 from safetensors.flax import load_file
 
 from jaxft.adapters.errors import AdapterError
-from jaxft.adapters.files import write_adapter
+from jaxft.adapters.files import read_adapter, write_adapter
 from jaxft.adapters.rewrite import Params, adapt, count, merge, partition, path_name
 from jaxft.adapters.rules import full
 from jaxft.parallel import LAYERS, stacked_axes
@@ -261,13 +259,7 @@ def _name(function):
 
 
 def _read(path):
-    for name in (CONFIG, WEIGHTS):
-        if not (path / name).exists():
-            raise AdapterError(f"{path}: no {name}; copy the adapter's directory whole.")
-    try:
-        settings, tensors = json.loads((path / CONFIG).read_text()), load_file(path / WEIGHTS)
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise AdapterError(f"{path}: damaged ({error}); copy it again.") from None
+    settings, tensors = read_adapter(path / CONFIG, path / WEIGHTS, load_file)
     if (settings.get("version"), settings.get("name")) != (1, "intrinsic"):
         raise AdapterError(
             f"{path}: holds version {settings.get('version')} of adapter {settings.get('name')!r}; "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import pathlib
 from collections.abc import Callable
@@ -11,11 +10,10 @@ from typing import Any
 
 import jax
 from jax.tree_util import GetAttrKey
-from safetensors import SafetensorError
 from safetensors.flax import load_file
 
 from jaxft.adapters.errors import AdapterError
-from jaxft.adapters.files import write_adapter
+from jaxft.adapters.files import read_adapter, write_adapter
 from jaxft.adapters.intrinsic_dimension import CONFIG, WEIGHTS, intrinsic_apply, load_intrinsic
 from jaxft.adapters.named import named_rules
 from jaxft.adapters.rewrite import Params, adapt, largest_shape, partition, path_name, unsaid
@@ -104,14 +102,7 @@ def load_native(
         AdapterError: if a file is missing or damaged, a key is missing, surplus or misshapen.
     """
     path = pathlib.Path(path)
-    for name in (CONFIG, WEIGHTS):
-        if not (path / name).exists():
-            raise AdapterError(f"{path}: no {name}; copy the adapter's directory whole.")
-    try:
-        settings = json.loads((path / CONFIG).read_text())
-        tensors = load_file(path / WEIGHTS)
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise AdapterError(f"{path}: damaged ({error}); copy it again.") from None
+    settings, tensors = read_adapter(path / CONFIG, path / WEIGHTS, load_file)
     if settings.get("name") == "intrinsic":
         return jax.jit(intrinsic_apply)(load_intrinsic(path, params))
     if settings.pop("version", None) != 1:

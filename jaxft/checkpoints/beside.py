@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from jaxft.checkpoints.pairing import check_tokenizer, end_tokens, named_ends, tokenizer_ends
 from jaxft.models import CheckpointError, Family
+from jaxft.models.json_files import read_json
 from jaxft.models.special_ids import (
     SpecialIds,
     read_special_ids,
@@ -26,21 +27,6 @@ class _Named(NamedTuple):
 
     vocab_size: int
     special: SpecialIds
-
-
-def read_json(file: pathlib.Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        CheckpointError: if it holds none.
-    """
-    try:
-        found = json.loads(file.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{file}: not valid JSON ({error}); download it again.") from None
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{file}: expected a JSON object, got {str(found)[:40]!r}.")
-    return found
 
 
 def read_special(path: pathlib.Path, config: dict[str, Any], default: SpecialIds) -> SpecialIds:

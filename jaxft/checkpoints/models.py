@@ -25,7 +25,6 @@ from jaxft.checkpoints.assemble import (
 )
 from jaxft.checkpoints.beside import (
     check_beside,
-    read_json,
     read_special,
     with_special,
     write_beside,
@@ -41,6 +40,7 @@ from jaxft.checkpoints.tensor_files import open_tensors, save_tensors
 from jaxft.checkpoints.tiny import byte_tokenizer, tiny_model
 from jaxft.models import FAMILIES, CheckpointError, Entry, Family, family_of
 from jaxft.models.family import find_family
+from jaxft.models.json_files import read_json
 from jaxft.parallel import param_shardings, path_name, shard_params, to_host, written_once
 from jaxft.weights import to_dense
 

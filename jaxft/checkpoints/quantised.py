@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -11,6 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxft.models import CheckpointError
+from jaxft.models.json_files import read_json
 
 # Files of their own in which older tools say how they rounded.
 _FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
@@ -66,10 +66,7 @@ def refuse_quantised(path: pathlib.Path, config: Mapping[str, Any]) -> None:
             refuse(path, _kind(settings, kind or _assumed(key)), f"{key} in config.json")
     for name in _FILES:
         if (path / name).exists():
-            try:
-                settings = json.loads((path / name).read_text())
-            except ValueError:
-                settings = {}
+            settings = read_json(path / name)
             assumed = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
             refuse(path, _kind(settings, assumed.get(name, "modelopt")), name)
 

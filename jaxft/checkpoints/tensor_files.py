@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jaxft.models import CheckpointError
+from jaxft.models.json_files import read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -153,11 +154,11 @@ def _read_index(directory):
     """tensor -> file of the index, which exist."""
     index = directory / INDEX
     try:
-        weight_map = json.loads(index.read_text())["weight_map"]
+        weight_map = read_json(index)["weight_map"]
         names = set(weight_map.values())
         if not names or not all(isinstance(name, str) for name in names):
             raise TypeError("weight_map names no files")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{index}: not an index of shards ({type(error).__name__}: {error}); expected JSON with a "
             "weight_map of tensors to files. Download it again."

@@ -17,7 +17,7 @@ from jaxft.data.groups import (
     render_unpaired,
 )
 from jaxft.data.hard_examples import HardExampleQueue
-from jaxft.data.inspection import Inspection, inspect
+from jaxft.data.inspection import Inspection, inspect, not_shown
 from jaxft.data.judged import (
     GreenCounts,
     Judged,
@@ -46,7 +46,7 @@ from jaxft.data.records import (
 )
 from jaxft.data.rendered import explain, render, render_prompts
 from jaxft.data.rendering import Renderer, Tokenised
-from jaxft.data.sources import load, reasoning_gym_task, split
+from jaxft.data.sources import load, local_files, reasoning_gym_task, split
 from jaxft.data.steps import normalise_steps, render_steps
 from jaxft.data.templates import TEMPLATES
 
@@ -70,7 +70,9 @@ __all__ = [
     "infer_type",
     "inspect",
     "load",
+    "local_files",
     "normalise",
+    "not_shown",
     "packing_efficiency",
     "reasoning_gym_task",
     "render",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import pathlib
 from collections.abc import Iterator
@@ -11,48 +12,54 @@ from typing import Any
 import numpy as np
 
 from jaxft.data.errors import DataError
+from jaxft.data.kinds import check_kind, opened
 from jaxft.data.values import arrow_row, check_values, parse_json
 
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+# Columns that are a list of objects and make a row by themselves.
+FORMS_OF_ONE = {"messages", "conversations"}
 
 Row = tuple[str, Any]  # (where, the row, or the DataError it is)
 
 
 def rows_of(path: pathlib.Path) -> Iterator[Row]:
-    """("name, line 4", row) of each row of a file of one of SUFFIXES.
+    """("name, line 4", row) of each row of a file of one of `kinds.SUFFIXES`.
 
     Raises:
-        DataError: if the file is damaged; damaged lines of JSON Lines are errors in their place.
+        DataError: if the file is of another kind or damaged; damaged lines of JSON Lines are errors in
+            their place.
     """
-    suffix = path.suffix.lower()
-    if suffix not in SUFFIXES:
-        raise DataError(
-            f"{path}: unknown kind of file {suffix!r}; expected one of {', '.join(SUFFIXES)}."
-        )
-    if suffix in (".csv", ".tsv"):
-        return _csv(path, "\t" if suffix == ".tsv" else ",")
-    if suffix in (".parquet", ".arrow"):
-        return _arrow(path, suffix)
-    with path.open("rb") as file:
+    kind = check_kind(path)
+    if kind in (".csv", ".tsv"):
+        return _csv(path, "\t" if kind == ".tsv" else ",")
+    if kind in (".parquet", ".arrow"):
+        return _arrow(path, kind)
+    with opened(path) as file:
         head = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-    if suffix == ".json":
+    if kind == ".json":
         _refuse_one_object(path)
     return _json_array(path) if head.startswith(b"[") else _json_lines(path)
 
 
 def _refuse_one_object(path):
-    """Raises DataError for an object over several lines, whose first line is no row."""
-    with path.open("rb") as file:
-        if file.readline().strip() not in (b"{", b"\xef\xbb\xbf{"):
+    """Raises DataError for an object over several lines, and for one around a list of rows."""
+    with opened(path) as file:
+        first = file.readline().removeprefix(b"\xef\xbb\xbf").strip()
+        if not first.startswith(b"{") or (first != b"{" and file.readline().strip()):
             return
+        file.seek(0)
+        raw = file.read()
     try:
-        found = json.loads(path.read_bytes())
+        found = json.loads(raw)
     except (ValueError, RecursionError):
         return  # What is wrong with it is told by line.
-    raise DataError(
-        f"{path.name}: one JSON object with {sorted(found)[:5]}, over several lines; expected a list of "
-        "rows, or one row a line."
-    )
+    is_rows = lambda value: isinstance(value, list) and value and isinstance(value[0], dict)
+    holds = [name for name, value in found.items() if is_rows(value)]
+    if first == b"{" or (len(found) == 1 and holds and not FORMS_OF_ONE & {*holds}):
+        inside = f" (jq .{holds[0]} {path.name} > rows.json)" if holds else ""
+        raise DataError(
+            f"{path.name}: one JSON object with {sorted(found)[:5]}; expected a list of rows{inside}, or "
+            "one row a line."
+        )
 
 
 class JsonLines:
@@ -99,14 +106,15 @@ def parse_line(raw: bytes, first: bool) -> Any:
 
 
 def _json_lines(path):
-    with path.open("rb") as file:
+    with opened(path) as file:
         for number, raw in enumerate(file, 1):
             if raw.strip():
                 yield f"{path.name}, line {number}", parse_line(raw, number == 1)
 
 
 def _json_array(path):
-    raw = path.read_bytes()
+    with opened(path) as file:
+        raw = file.read()
     try:
         rows = parse_json(raw.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -139,9 +147,13 @@ def _csv(path, delimiter):
     reader, before = None, 1
     try:
         # Bytes that are not UTF-8 are found in their cell, when the row becomes a record.
-        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            reader = csv.DictReader(file, delimiter=delimiter, strict=True)
-            _check_header(path, reader.fieldnames or [])
+        with opened(path) as raw:
+            file = io.TextIOWrapper(raw, "utf-8-sig", errors="surrogateescape", newline="")
+            header = file.readline()
+            file.seek(0)
+            reader = csv.DictReader(file, strict=True, **_dialect(header, delimiter))
+            reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
+            _check_header(path, reader.fieldnames)
             for row in reader:
                 begins, before = before + 1, reader.line_num
                 columns = len(reader.fieldnames)
@@ -152,6 +164,20 @@ def _csv(path, delimiter):
                 yield f"{path.name}, line {begins}", row
     except csv.Error as error:
         raise DataError(f"{path.name}, line {before + 1}: not valid CSV ({error}).") from None
+
+
+def _dialect(header, delimiter):
+    """How the cells of a file are parted, by its first line.
+
+    Spreadsheets of many countries write semicolons, because the comma is in their numbers.
+    A header with a blank behind each delimiter says that the blanks are no part of the cells.
+    """
+    others = [mark for mark in ",;\t|" if mark in header]
+    if delimiter not in header and len(others) == 1:
+        delimiter = others[0]
+    parts = header.rstrip("\r\n").split(delimiter)[1:]
+    padded = delimiter != "\t" and bool(parts) and all(part.startswith(" ") for part in parts)
+    return {"delimiter": delimiter, "skipinitialspace": padded}
 
 
 def _check_header(path, names):

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from jaxft.data.batching import batches, packing_efficiency
+from jaxft.data.columns import CONTENT, is_hidden
 from jaxft.data.errors import BadRecords
 from jaxft.data.length import TooLong
-from jaxft.data.records import as_messages
+from jaxft.data.records import SHOWN, Record, as_messages, shown_text
 from jaxft.data.rendered import explain, render
 from jaxft.data.rendering import Renderer
 from jaxft.data.sources import load
@@ -29,6 +30,7 @@ class Inspection:
     tokens: int
     trained: float  # share of the tokens that train
     percentiles: dict[int, int]  # of the lengths, before any is cut
+    not_shown: str  # "answer (5 records), solution (5 records)", or ""
     left_out: str  # "3 too_long, 1 no_loss_tokens", or ""
     duplicate_ids: int
     duplicates: int  # records with the same tokens as one before
@@ -45,6 +47,7 @@ class Inspection:
             ("sequences", f"{self.sequences}, of {self.tokens} tokens"),
             ("tokens that train", f"{self.trained:.1%}"),
             ("lengths", lengths),
+            ("columns not shown", self.not_shown or "none"),
             ("left out or cut", self.left_out or "none"),
             ("duplicates", f"{self.duplicates} (ids: {self.duplicate_ids})"),
             ("packing efficiency", f"{self.packing_efficiency:.1%}"),
@@ -87,6 +90,7 @@ def inspect(
         tokens=total,
         trained=sum(int((part.loss_mask > 0).sum()) for part in parts) / total,
         percentiles={p: int(np.percentile(lengths, p)) for p in (50, 90, 99, 100)},
+        not_shown=not_shown(records),
         left_out=bad.summary(),
         duplicate_ids=len(records) - len(ids),
         duplicates=len(parts) - len(copies),
@@ -94,6 +98,18 @@ def inspect(
         merged_boundaries=renderer.merged_boundaries,
         examples=[explain(part, renderer.tokenizer, color=color) for part in parts[:3]],
     )
+
+
+def not_shown(records: Iterable[Record]) -> str:
+    """The columns named like questions, answers or texts that records do not show, with how many; or ""."""
+    counts: collections.Counter[str] = collections.Counter()
+    for record in records:
+        names = CONTENT & record.keys() - {*SHOWN, "messages", "tokens"}
+        if "text" in record and "prompt" not in record and record.get("messages") is None:
+            names -= {"text"}
+        shown = shown_text(record) if any(record[name] for name in names) else ""
+        counts.update(name for name in names if is_hidden(record[name], shown))
+    return ", ".join(f"{name} ({n} records)" for name, n in sorted(counts.items()))
 
 
 def _kind(record) -> str:

@@ -61,8 +61,13 @@ def read_messages(
     )
     role, content = ("from", "value") if sharegpt else ("role", "content")
     role, content = names.get("role", role), names.get("content", content)
-    made = [_message(message, i, role, content) for i, message in enumerate(messages)]
-    return check_order(made)
+    if all(isinstance(message, str) for message in messages):
+        raise DataError(
+            f"{column} is a list of texts that do not say who speaks; write each as {{'role': 'user', "
+            "'content': ...}, user and assistant in turn.",
+            "schema",
+        )
+    return [_message(message, i, role, content) for i, message in enumerate(messages)]
 
 
 def read_tools(tools: Any) -> list[dict[str, Any]]:
@@ -126,14 +131,6 @@ def with_system(system: Any, messages: list[Message]) -> list[Message]:
     return [{"role": "system", "content": system}, *messages] if system.strip() else messages
 
 
-def check_order(messages: list[Message]) -> list[Message]:
-    """The messages, if only the first is a system message."""
-    for i, message in enumerate(messages):
-        if i and message["role"] == "system":
-            raise DataError(f"message {i} has the role system; only the first may.", "role_order")
-    return messages
-
-
 def text_of(value: Any, name: str) -> str:
     """The value, if it is text; DataError otherwise."""
     if (
@@ -160,11 +157,14 @@ def check_weight(weight: Any, name: str) -> None:
 
 
 def _message(message, i, role, content):
+    null = isinstance(message, Mapping) and content in message and message[content] is None
     if isinstance(message, Mapping):
         # Absent keys are written as null by OpenAI's SDK and by tables.
         message = {k: v for k, v in message.items() if v is not None}
         calls = message.get("tool_calls") or message.get("function_call")
         message = {content: ""} | message if calls else message
+    if null and not isinstance(message.get(content), str):
+        raise DataError(f"the content of message {i} is null.", "schema")
     if not isinstance(message, Mapping) or role not in message or content not in message:
         raise DataError(
             f"message {i} needs {role!r} and {content!r}, got {message!r:.80}; name them with "

@@ -7,22 +7,18 @@ import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaxft.data.columns import PAIR, absent, check_beside, flag
 from jaxft.data.errors import DataError
 from jaxft.data.messages import ROLES, text_of
 from jaxft.data.records import (
     Record,
     check_record,
-    normalise,
     own_columns,
     prompt_completion,
+    read_row,
     renamed,
+    shown_text,
 )
-
-_ALTERNATIVES = {
-    "chosen": ("chosen_response", "preferred_output", "preferred", "accepted", "win"),
-    "rejected": ("rejected_response", "non_preferred_output", "dispreferred", "lose"),
-    "label": ("kto_tag",),
-}
 
 
 def normalise_pair(raw: Mapping[str, Any], fields: Mapping[str, str] | None = None) -> Record:
@@ -40,16 +36,19 @@ def normalise_pair(raw: Mapping[str, Any], fields: Mapping[str, str] | None = No
     Raises:
         DataError: if a column is absent, empty or of the wrong kind, or both completions are the same.
     """
-    row, names, _ = renamed(raw, fields)
-    for name in ("chosen", "rejected"):
+    row, names, mapped = renamed(raw, fields)
+    for name in PAIR:
         if row.get(name) is None:
-            raise DataError(_absent(name, row), "schema")
-    chosen, rejected, prompt = _turns(row["chosen"]), _turns(row["rejected"]), _asked(row)
+            raise absent(name, row)
+    chosen, rejected = _turns(row["chosen"]), _turns(row["rejected"])
+    form, prompt = _asked(row)
     for name, value in (("chosen", chosen), ("rejected", rejected)):
         if not _is_chat(value) and not text_of(value, name).strip():
             raise DataError(f"{name!r} is empty.", "empty_completion")
     if _is_chat(chosen) != _is_chat(rejected):
         raise DataError("'chosen' and 'rejected' must both be text or both be messages.", "schema")
+    if prompt is None and not (_is_chat(chosen) and _opens(chosen)):
+        _check_question(row, chosen)
     if prompt is None or (_is_chat(chosen) and isinstance(prompt, str) and _opens(chosen)):
         prompt, chosen, rejected = common_prompt(chosen, rejected)
     row["prompt"] = prompt
@@ -60,8 +59,10 @@ def normalise_pair(raw: Mapping[str, Any], fields: Mapping[str, str] | None = No
     if first["prompt"] != second["prompt"]:
         raise DataError("'chosen' and 'rejected' begin with different prompts.", "schema")
     _check_number(row.get("margin"), "margin")
-    pair = {"chosen": first["completion"], "rejected": second["completion"]}
-    return check_record(own_columns(row) | {"prompt": first["prompt"]} | pair)
+    made = {"chosen": first["completion"], "rejected": second["completion"]}
+    made |= {"prompt": first["prompt"]}
+    check_beside(row, (form, "chosen"), shown_text(made), mapped)
+    return check_record(own_columns(row) | made)
 
 
 def normalise_unpaired(raw: Mapping[str, Any], fields: Mapping[str, str] | None = None) -> Record:
@@ -70,13 +71,16 @@ def normalise_unpaired(raw: Mapping[str, Any], fields: Mapping[str, str] | None 
     Raises:
         DataError: see `normalise`; and if the label is no truth value.
     """
-    row, names, _ = renamed(raw, fields)
+    row, names, mapped = renamed(raw, fields)
     if row.get("label") is None:
-        raise DataError(_absent("label", row), "schema")
-    if isinstance(row["label"], str) or row["label"] not in (True, False):
+        raise absent("label", row)
+    label = row["label"]
+    if isinstance(label, str):  # The cells of CSV are text.
+        label = {"true": True, "1": True, "false": False, "0": False}.get(label.strip().lower())
+    if label is None or label not in (True, False):
         raise DataError(f"'label' must be true or false, got {row['label']!r:.40}.", "schema")
     _check_number(row.get("density_ratio"), "density_ratio")
-    record = normalise(row, names) | {"label": bool(row["label"])}
+    record = read_row(row, names, mapped) | {"label": bool(label)}
     messages = record.pop("messages", None)
     if messages is not None:  # The last answer is what the label is of.
         if messages[-1]["role"] != "assistant" or len(messages) < 2:
@@ -95,10 +99,10 @@ def normalise_ranked(raw: Mapping[str, Any], fields: Mapping[str, str] | None = 
     Raises:
         DataError: if a column is absent, or scores are not one finite number for each response.
     """
-    row, names, _ = renamed(raw, fields)
+    row, names, mapped = renamed(raw, fields)
     for name in ("prompt", "responses", "scores"):
         if row.get(name) is None:
-            raise DataError(_absent(name, row), "schema")
+            raise absent(name, row)
     for name in ("responses", "scores"):
         if not isinstance(row[name], (list, tuple)):
             raise DataError(f"{name!r} must be a list, got {row[name]!r:.40}.", "schema")
@@ -113,6 +117,7 @@ def normalise_ranked(raw: Mapping[str, Any], fields: Mapping[str, str] | None = 
     made = [prompt_completion(row, response, names, "responses") for response in responses]
     texts = [m["completion"] for m in made]
     own = {"prompt": made[0]["prompt"], "responses": texts, "scores": scores}
+    check_beside(row, ("prompt", "responses"), shown_text(own), mapped)
     return check_record(own_columns(row) | own)
 
 
@@ -134,7 +139,8 @@ def common_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
         count -= 1
     if count == 0:
         raise DataError(
-            "there is no 'prompt', and 'chosen' and 'rejected' have no beginning in common.",
+            "there is no 'prompt', and 'chosen' and 'rejected' have no beginning in common; name the "
+            "question's column NAME with --fields question NAME.",
             "schema",
         )
     if count in (len(chosen), len(rejected)):
@@ -200,18 +206,38 @@ def _turns(value):
 
 
 def _asked(row):
-    """The prompt of a pair, wherever it stands; None: only in its completions."""
-    prompt = row.get("prompt")
-    if prompt is None and isinstance(row.get("conversations"), list):
-        prompt = row.pop("conversations")
-    if prompt is None and row.get("instruction") is not None:
+    """(its column, the prompt of a pair), wherever it stands; None: only in its completions."""
+    prompt, given = row.get("prompt"), row.get("input")
+    if prompt is not None:
+        return "prompt", prompt
+    if isinstance(row.get("conversations"), list):
+        return "prompt", row.pop("conversations")
+    if isinstance(given, Mapping) and isinstance(given.get("messages"), list):  # OpenAI's
+        row |= {"tools": row.get("tools") or given.get("tools")}
+        return "input", row.pop("input")["messages"]
+    if row.get("instruction") is not None:
         parts = [row["instruction"], row.get("input") or ""]
         if not all(isinstance(part, str) for part in parts):
             raise DataError("'instruction' and 'input' must be text.", "schema")
-        prompt = [{"role": "user", "content": "\n\n".join(filter(None, parts))}]
-    if prompt is None and row.get("question") is not None:  # Intel's and Argilla's
-        prompt = [{"role": "user", "content": text_of(row["question"], "question")}]
-    return prompt
+        content = "\n\n".join(filter(None, parts))
+        return "instruction", [{"role": "user", "content": content}]
+    if row.get("question") is not None:  # Intel's and Argilla's
+        content = text_of(row["question"], "question")
+        return "question", [{"role": "user", "content": content}]
+    return "prompt", None
+
+
+def _check_question(row, chosen):
+    """Refuses a pair whose question stands in a column of another name."""
+    for name in ("input", "query", "problem", "history", "post", "query_text"):
+        value = row.get(name)
+        begins = isinstance(chosen, str) and isinstance(value, str) and chosen.startswith(value)
+        if isinstance(value, str) and value.strip() and not begins:
+            raise DataError(
+                f"there is no 'prompt', and the column {name!r} would not be shown; if the answers are to "
+                f"it, map it with {flag({'question': name})}, else leave it out with --fields {name} ''.",
+                "schema",
+            )
 
 
 def _is_chat(value) -> bool:
@@ -223,14 +249,6 @@ def _opens(chosen) -> bool:
     first = chosen[0] if chosen else None
     role = first.get("role", first.get("from")) if isinstance(first, Mapping) else None
     return isinstance(role, str) and ROLES.get(role, role) != "assistant"
-
-
-def _absent(name, row) -> str:
-    close = next((c for c in _ALTERNATIVES.get(name, ()) if c in row), "...")
-    return (
-        f"no column {name!r} among {sorted(row)}; map yours with --fields {name} {close}, in Python "
-        f"fields={{{name!r}: {close!r}}}."
-    )
 
 
 def _check_number(value, name, code="schema"):

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import numbers
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from jaxft.data.columns import FORMS, PAIR, check_beside, flag, no_column, suggest_fields, typed
 from jaxft.data.errors import DataError
 from jaxft.data.messages import (
     MEDIA,
-    check_order,
     check_weight,
     read_history,
     read_messages,
@@ -25,27 +24,13 @@ from jaxft.data.values import check_values, strict_json
 
 Record = dict[str, Any]
 
-# What people call our columns; for hints only.
-_ALIASES = {
-    "messages": ("chat", "dialog", "dialogue", "turns", "conversation"),
-    "prompt": ("question", "query", "input", "instruction", "problem"),
-    "completion": ("response", "answer", "output", "solution", "target", "reply"),
-    "text": ("content", "body", "document", "passage", "sentence"),
-}
 # The column that has the answer to another's question.
 _ANSWERS = {"prompt": "completion", "question": "answer", "instruction": "output"}
-# The forms of records, in the order in which they are looked for.
-FORMS = (
-    ("messages",),
-    ("conversations",),
-    ("prompt", "completion"),
-    ("instruction", "output"),
-    ("question", "answer"),
-    ("text",),
-    ("tokens",),
-)
-PAIR = ("chosen", "rejected")
 _ANSWERED = {*PAIR, "responses", "completions"}  # columns of what answers a `prompt`
+# Columns of what a record shows, unless it is messages or text.
+SHOWN = ("prompt", "completion", "chosen", "rejected", "responses", "completions")
+# Columns that a row may do without.
+OPTIONAL = ("system", "input", "history", "tools", "id", "weight", "margin")
 # Columns that a template gets beside the messages.
 CONTEXT = ("tools", "chat_template_kwargs")
 # Of `chat_template_kwargs`: variables that a template gets from the record or the tokenizer.
@@ -76,7 +61,11 @@ def normalise(raw: Mapping[str, Any], fields: Mapping[str, str] | None = None) -
     Raises:
         DataError: if a named column is absent, none of the forms fits, or a value is of the wrong kind.
     """
-    row, names, mapped = renamed(raw, fields)
+    return read_row(*renamed(raw, fields))
+
+
+def read_row(row: dict[str, Any], names: Mapping[str, str], mapped: Mapping[str, str]) -> Record:
+    """The record of what `renamed` gives; see `normalise`."""
     form = _form(row, mapped)
     if form in (("messages",), ("conversations",)):
         messages = read_messages(row[form[0]], names, form[0])
@@ -94,6 +83,7 @@ def normalise(raw: Mapping[str, Any], fields: Mapping[str, str] | None = None) -
             raise DataError("'text' is empty.", "empty_completion")
     else:
         made = _tokens(row)
+    check_beside(row, form, shown_text(made), mapped)
     return check_record(own_columns(row, form) | made)
 
 
@@ -106,7 +96,7 @@ def normalise_question(raw: Mapping[str, Any], fields: Mapping[str, str] | None 
     Raises:
         DataError: as `normalise`.
     """
-    row, names, _ = renamed(raw, fields)
+    row, names, mapped = renamed(raw, fields)
     given = lambda name: row.get(name) is not None
     if not any(map(given, ("messages", "conversations"))) and not (
         given("prompt") and given("completion")
@@ -114,26 +104,28 @@ def normalise_question(raw: Mapping[str, Any], fields: Mapping[str, str] | None 
         for asks, tells in _ANSWERS.items():
             alone = not given(tells) or (tells == "answer" and not _is_answer(row[tells]))
             if given(asks) and alone:
-                record = normalise({**row, tells: "-"}, names)
+                record = read_row({**row, tells: "-"}, names, mapped)
                 record.pop("completion")
                 kept = {tells: row[tells]} if tells in row else {}
                 return {k: v for k, v in record.items() if k != tells} | kept
-    return normalise(row, names)
+    return read_row(row, names, mapped)
 
 
 def renamed(
     raw: Mapping[str, Any], fields: Mapping[str, str] | None
-) -> tuple[dict[str, Any], dict[str, str], set[str]]:
-    """(the row with our column names, names of `role` and `content` in messages, which were renamed)."""
+) -> tuple[dict[str, Any], dict[str, str], dict[str, str]]:
+    """(the row with our column names, names of `role` and `content` in messages, the other fields)."""
     check_values(raw)
     fields = dict(fields or {})
     names = {name: fields.pop(name) for name in ("role", "content") if name in fields}
+    # JSON Lines leave out what is null; `load` sees whether any row has such a column.
+    fields = {a: b for a, b in fields.items() if not b or b in raw or a not in OPTIONAL}
     for theirs in fields.values():
         if theirs and theirs not in raw:
-            raise DataError(_no_column(theirs, raw), "schema")
+            raise DataError(no_column(theirs, raw), "schema")
     gone = {*fields.values(), *(ours for ours, theirs in fields.items() if not theirs)}
     row = {name: value for name, value in raw.items() if name not in gone}
-    return row | {o: raw[theirs] for o, theirs in fields.items() if theirs}, names, set(fields)
+    return row | {o: raw[theirs] for o, theirs in fields.items() if theirs}, names, fields
 
 
 def own_columns(row: Mapping[str, Any], form: tuple[str, ...] = PAIR) -> dict[str, Any]:
@@ -154,40 +146,24 @@ def _form(row, mapped):
     given = lambda name: row.get(name) is not None
     present = [form for form in FORMS if all(map(given, form))]
     if present:
-        form = max(present, key=lambda form: len(mapped & set(form)))
+        form = max(present, key=lambda form: len(mapped.keys() & set(form)))
         both = [name for name in ("prompt", "completion") if given(name)]
         if form in (("instruction", "output"), ("question", "answer")) and both:
             raise DataError(
                 f"the columns {sorted({*form, *both})} say twice what is asked or answered; leave one out, "
-                f"as in --fields {both[0]} ''.",
+                f"as in {typed({**mapped, both[0]: ''})}.",
                 "schema",
             )
         return form
     null = [form for form in FORMS if all(name in row for name in form)]
     if null:
-        raise DataError(
-            f"{' and '.join(map(repr, null[0]))}: null, where text was expected.", "schema"
-        )
-    flag, found = suggest_fields(row), sorted(row)
+        names = [repr(name) for name in null[0] if not given(name)]
+        raise DataError(f"{' and '.join(names)}: null, where text was expected.", "schema")
     raise DataError(
-        f"no usable columns among {found}; expected messages, prompt and completion, text or tokens. Map "
-        f"yours with --fields {' '.join(f'{a} {b}' for a, b in flag.items())}, in Python fields={flag}.",
+        f"no usable columns among {sorted(row)}; expected messages, question and answer, prompt and "
+        f"completion (plain text), text or tokens. Map yours with {flag(suggest_fields(row))}.",
         "schema",
     )
-
-
-def suggest_fields(columns: Iterable[str]) -> dict[str, str]:
-    """The `fields` that would probably make records of these columns."""
-    columns = list(columns)
-    if "instruction" in columns and "response" in columns:  # Dolly's
-        extra = {"input": "context"} if "context" in columns else {}
-        return extra | {"output": "response"}
-    for wanted in (("prompt", "completion"), ("messages",), ("text",)):
-        find = lambda ours: next((c for c in columns if c.lower() in (ours, *_ALIASES[ours])), None)
-        found = {ours: ours if ours in columns else find(ours) for ours in wanted}
-        if any(found.values()):
-            return {ours: theirs or "..." for ours, theirs in found.items() if ours != theirs}
-    return {"prompt": "...", "completion": "..."}
 
 
 def check_record(record: Record) -> Record:
@@ -225,9 +201,24 @@ def whole_prompt(record: Mapping[str, Any]) -> str:
     return json.dumps([messages, context(record)], sort_keys=True, default=str)
 
 
+def shown_text(record: Mapping[str, Any]) -> str:
+    """All text that a record shows: contents of its messages, or prompt, answers and text."""
+    names = ("text",) if "text" in record and "prompt" not in record else SHOWN
+    parts = ("messages",) if record.get("messages") is not None else names
+    return "\n".join(text for name in parts for text in _contents(record.get(name)))
+
+
+def _contents(value):
+    if isinstance(value, Mapping):
+        return [value["content"]] if isinstance(value.get("content"), str) else []
+    if isinstance(value, (list, tuple)):
+        return [text for item in value for text in _contents(item)]
+    return [value] if isinstance(value, str) else []
+
+
 def infer_type(columns: Sequence[str]) -> str:
     """The kind of record that has these columns: messages, prompt_completion, text or tokens."""
-    form = _form(dict.fromkeys(columns, ""), set())
+    form = _form(dict.fromkeys(columns, ""), {})
     kinds = {
         "messages": "messages",
         "conversations": "messages",
@@ -258,12 +249,6 @@ def prompt_completion(
 
     Also messages if the row has a `system` or `history` column, which come before the prompt.
     """
-    if row.get("system_prompt"):
-        raise DataError(
-            "the column 'system_prompt' would not be shown; take it with --fields system system_prompt, or "
-            "leave it out with --fields system_prompt ''.",
-            "schema",
-        )
     prompt, history = row["prompt"], read_history(row.get("history"))
     answer = [completion] if isinstance(completion, Mapping) else completion
     chat = isinstance(prompt, list) or isinstance(answer, list) or history or row.get("system")
@@ -274,14 +259,15 @@ def prompt_completion(
         _check_repeated(prompt, completion, name)
         return {"prompt": prompt, "completion": completion}
     asked = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-    asked = with_system(row.get("system"), [*history, *read_messages(asked, names, "prompt")])
+    asked = read_messages(asked, names, "prompt")
+    first = asked[:1] if history and asked[0]["role"] in ("system", "developer") else []
+    asked = with_system(row.get("system"), [*first, *history, *asked[len(first) :]])
     answer = answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}]
     said = read_messages(answer, names, name)
     if said[: len(asked)] == asked:  # The whole conversation, rather than its end.
         said = said[len(asked) :]
     if not any(message["role"] == "assistant" for message in said):
         raise DataError(f"{name!r} has no assistant message.", "role_order")
-    check_order([*asked, *said])
     return {"prompt": asked, "completion": said}
 
 
@@ -297,14 +283,6 @@ def _check_repeated(prompt, completion, name):
 def _question(row, asks, tells):
     """A question and its answer as messages, after alpaca's `input`, `history` and `system`."""
     question, answer = text_of(row[asks], asks), row[tells]
-    for name in _BESIDE:
-        if row.get(name) not in (None, "", [], {}):
-            raise DataError(
-                f"the column {name!r} would not be shown; put a text behind the question with --fields "
-                f"instruction {asks} input {name} output {tells}, write choices into the question, or leave "
-                f"it out with --fields {name} ''.",
-                "schema",
-            )
     extra = row.get("input") if asks == "instruction" else None
     parts = [question, text_of(extra, "input")] if extra is not None else [question]
     if not _is_answer(answer):
@@ -316,10 +294,6 @@ def _question(row, asks, tells):
         return made
     # The answers of a history train too, as in LLaMA-Factory.
     return {"messages": [*made["prompt"], *made["completion"]]}
-
-
-# Columns without which a question cannot be answered: Dolly's, SQuAD's, RACE's, MMLU's, AQuA's.
-_BESIDE = ("context", "passage", "choices", "options")
 
 
 def _is_answer(value):
@@ -364,12 +338,6 @@ def _template_options(record):
             "schema",
         )
     return {"chat_template_kwargs": dict(given)}
-
-
-def _no_column(name: str, row: Mapping[str, Any]) -> str:
-    close = difflib.get_close_matches(name, list(row), n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else "; see --fields, in Python fields=."
-    return f"no column {name!r} among {sorted(row)}{hint}"
 
 
 def answered(record: Mapping[str, Any], text: str) -> Record:

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import glob
 import hashlib
+import itertools
 import json
 import pathlib
 import re
@@ -15,9 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from jaxft.data.columns import no_column
 from jaxft.data.errors import BadRecords, DataError
-from jaxft.data.files import SUFFIXES, rows_of
-from jaxft.data.records import Record, normalise
+from jaxft.data.files import rows_of
+from jaxft.data.kinds import SUFFIXES, files_in, kind_of
+from jaxft.data.records import OPTIONAL, Record, normalise
 from jaxft.data.remote import retried
 from jaxft.data.values import arrow_row
 
@@ -56,7 +59,7 @@ def load(
     """
     bad = BadRecords() if bad is None else bad
     name, rows = _rows(spec)
-    records, seen = [], 0
+    records, seen, absent = [], 0, {b: {} for a, b in (fields or {}).items() if a in OPTIONAL and b}
     for where, raw in rows:
         if limit is not None and seen >= limit:
             break
@@ -66,6 +69,7 @@ def load(
                 raise raw
             if not isinstance(raw, Mapping):
                 raise DataError(f"expected an object, got {type(raw).__name__}.", "schema")
+            absent = {column: raw for column in absent if column not in raw}
             record = form(raw, fields)
         except DataError as error:
             bad.add(where, error.code or "schema", str(error))
@@ -73,6 +77,8 @@ def load(
         if record.get("id") is None:
             record["id"] = f"{name}:{seen - 1}"
         records.append(record | {"_source": name, "_where": where})
+    for column, row in absent.items() if seen else ():
+        raise DataError(f"{name}: {no_column(column, row)}")
     bad.check(seen)
     if not records and seen:
         raise DataError(f"{name}: none of {seen} rows is a record ({bad.summary()}).")
@@ -99,6 +105,17 @@ def _unit_hash(text: str) -> float:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
 
+def local_files(spec: str) -> list[pathlib.Path]:
+    """The files on this machine that `load` reads for a source, sorted; [] for sources of other kinds."""
+    path = pathlib.Path(spec).expanduser()
+    if path.is_file():
+        return [path]
+    folder = path if path.is_dir() else pathlib.Path(parse_options("disk:" + spec)[0]).expanduser()
+    if folder.is_dir() and not spec.startswith(("rg:", "tfds:")):
+        return sorted(p for p in folder.rglob("*") if p.is_file())
+    return sorted(p for p in map(pathlib.Path, glob.glob(str(path))) if p.is_file())
+
+
 def _rows(spec: Spec) -> tuple[str, Iterable[tuple[str, Any]]]:
     if callable(spec):
         rows = spec()
@@ -123,34 +140,35 @@ def _local_or_hub(text: str) -> tuple[str, Iterable[tuple[str, Any]]]:
     folder = path if path.is_dir() else pathlib.Path(name).expanduser()
     if folder.is_dir():
         return folder.name, _numbered(folder.name, _saved(folder, {} if path.is_dir() else options))
-    if glob.has_magic(text) and path.suffix in SUFFIXES:
+    if glob.has_magic(text) and (kind_of(path) or not options):
         return path.name, _pattern(text)
-    if path.suffix not in SUFFIXES and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+    if not kind_of(path) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
         return text, _numbered(text, _hub(text))
     there = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     close = difflib.get_close_matches(path.name, there, n=1)
     if close:
         raise DataError(f"{text}: no such file; did you mean {close[0]!r}?")
-    if path.suffix in SUFFIXES:
+    if kind_of(path):
         raise DataError(f"{text}: no such file.")
     raise DataError(
-        f"{text}: no such file, and no known kind of source; give a .jsonl, .json, .parquet, .arrow "
-        "or .csv file, a saved data set, rg:TASK, tfds:NAME or a hub id OWNER/NAME."
+        f"{text}: no such file, and no known kind of source; give a file ({', '.join(SUFFIXES)}), a saved "
+        "data set, rg:TASK, tfds:NAME or a hub id OWNER/NAME."
     )
 
 
 def _pattern(text):
-    found = sorted(glob.glob(str(pathlib.Path(text).expanduser())))
+    """The rows of all files that fit, in the order of names; each file is checked before any is read."""
+    found = local_files(text)
     if not found:
         raise DataError(f"{text}: no file fits this pattern.")
-    return (row for name in found for row in rows_of(pathlib.Path(name)))
+    # Programs that write a file for each worker leave empty ones.
+    return itertools.chain(*[rows_of(path) for path in found if path.stat().st_size])
 
 
 def _saved(folder, options):
     if not any((folder / name).exists() for name in ("state.json", "dataset_dict.json")):
         raise DataError(
-            f"{folder}: a folder, but not one that `datasets` saved; name a file in it, or a pattern "
-            f"such as '{folder}/*.jsonl'."
+            f"{folder}: a folder, but not one that `datasets` saved; {files_in(folder)}."
         )
     found = _datasets().load_from_disk(str(folder))
     if not isinstance(found, dict):

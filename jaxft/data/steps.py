@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxft.data.columns import absent, check_beside
 from jaxft.data.errors import BadRecords, DataError
 from jaxft.data.groups import TokenisedGroup
 from jaxft.data.records import (
@@ -16,6 +17,7 @@ from jaxft.data.records import (
     own_columns,
     prompt_completion,
     renamed,
+    shown_text,
 )
 from jaxft.data.rendering import Renderer, Tokenised
 
@@ -28,14 +30,10 @@ def normalise_steps(raw: Mapping[str, Any], fields: Mapping[str, str] | None = N
     Raises:
         DataError: if a column is absent or empty, or labels are not one truth value a step.
     """
-    row, names, _ = renamed(raw, fields)
+    row, names, mapped = renamed(raw, fields)
     for name in ("prompt", "completions", "labels"):
         if row.get(name) is None:
-            raise DataError(
-                f"no column {name!r} among {sorted(row)}; map yours with --fields {name} ..., in Python "
-                f"fields={{{name!r}: ...}}.",
-                "schema",
-            )
+            raise absent(name, row)
     for name in ("completions", "labels"):
         if not isinstance(row[name], (list, tuple)):
             raise DataError(f"{name!r} must be a list, got {row[name]!r:.40}.", "schema")
@@ -53,6 +51,7 @@ def normalise_steps(raw: Mapping[str, Any], fields: Mapping[str, str] | None = N
             raise DataError(f"a label must be true or false, got {label!r:.40}.", "schema")
     asked = prompt_completion(row, steps[0], names, "completions")["prompt"]
     own = {"prompt": asked, "completions": steps, "labels": [bool(x) for x in labels]}
+    check_beside(row, ("prompt", "completions"), shown_text(own), mapped)
     return check_record(own_columns(row) | own)
 
 

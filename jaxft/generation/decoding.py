@@ -56,10 +56,14 @@ class SamplingConfig:
             raise ValueError(
                 f"repetition_penalty must be positive, got {self.repetition_penalty}; 1 turns it off."
             )
-        if self.no_repeat_ngram_size < 0 or not 0 <= self.min_new_tokens <= self.max_new_tokens:
+        if self.no_repeat_ngram_size < 0:
             raise ValueError(
-                "no_repeat_ngram_size must be at least 0 and min_new_tokens lie in 0..max_new_tokens "
-                f"({self.max_new_tokens}), got {self.no_repeat_ngram_size} and {self.min_new_tokens}."
+                f"no_repeat_ngram_size must be at least 0, got {self.no_repeat_ngram_size}; 0 turns it off."
+            )
+        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
+            raise ValueError(
+                f"min_new_tokens must lie in 0..max_new_tokens, got min_new_tokens={self.min_new_tokens} and "
+                f"max_new_tokens={self.max_new_tokens}; lower the first or raise the second."
             )
         for word in self.bad_words:
             if isinstance(word, str) or not len(word) or any(i != int(i) or i < 0 for i in word):

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from jaxft.keys import stream
 from jaxft.parallel import batch_sharding, lay_out, path_name, replicated, to_host, token_sharding
+from jaxft.train.books import is_like, type_of
 from jaxft.train.state import TrainState, own
 
 # collect: (params, carry, key) -> (batch, carry)
@@ -240,10 +241,10 @@ def _placed(name, leaf, before, mesh):
         leaf if isinstance(leaf, jax.Array) else np.array(leaf)
     )  # a copy: it may be changed in place
     if before is not None:
-        if x.shape != before.shape or not np.can_cast(x.dtype, before.dtype, "same_kind"):
+        if not is_like(leaf, before):
             raise ValueError(
-                f"collect: {name!r} of the carry was {before.dtype}{list(before.shape)} and is now "
-                f"{x.dtype}{list(x.shape)}; entries keep their shapes and types."
+                f"collect: {name!r} of the carry was {type_of(before)} and is now {type_of(leaf)}; entries "
+                "keep their shapes and types."
             )
         x = x.astype(before.dtype)
     if mesh is None or _on_mesh(x, mesh):

@@ -153,10 +153,10 @@ def where_good(good: jax.Array, new: Any, old: Any, who: str) -> Any:
     named = lambda tree: {path_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(tree)}
     now, before = named(new), named(old)
     for name in [*before, *(now.keys() - before.keys())]:
-        if not _is_like(now.get(name), before.get(name)):
+        if not is_like(now.get(name), before.get(name)):
             raise ValueError(
-                f"{who} changes {name or 'the entry'!r} from {_type(before.get(name))} to "
-                f"{_type(now.get(name))}; it must keep structure, shapes and dtypes: convert what is new, "
+                f"{who} changes {name or 'the entry'!r} from {type_of(before.get(name))} to "
+                f"{type_of(now.get(name))}; it must keep structure, shapes and dtypes: convert what is new, "
                 "or start with the type that it will have."
             )
     if jax.tree.structure(new) != jax.tree.structure(old):
@@ -168,12 +168,13 @@ def where_good(good: jax.Array, new: Any, old: Any, who: str) -> Any:
     return jax.tree.map(lambda n, o: n if n is o else jnp.where(good, n, o), new, old)
 
 
-def _is_like(new, old):
+def is_like(new: Any, old: Any) -> bool:
     """Whether `new` has the shape of `old` and, a Python number taking the dtype it meets, the dtype."""
     if new is None or old is None or new is old:
         return new is old
     return jnp.shape(new) == jnp.shape(old) and jnp.result_type(new, old) == jnp.result_type(old)
 
 
-def _type(leaf):
+def type_of(leaf: Any) -> str:
+    """Dtype and shape of a leaf, for an error: float32[2, 3]."""
     return "nothing" if leaf is None else f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}"

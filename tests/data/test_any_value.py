@@ -38,7 +38,8 @@ ROWS = {
         {"prompt": [USER], "completion": [ANSWER], "system": "s", "history": [["q", "a"]]},
         {"instruction": "q", "input": "i", "output": "a", "system": "s", "history": []},
         {"question": "q", "answer": 4, "source": None, "where": "w"},
-        {"text": "t", "tokens": 3},
+        {"text": "t", "tokens": 3, "parent_id": None, "role": "prompter"},
+        {"conversations": [{"from": "gpt", "value": "a"}], "system_prompt": "a", "documents": []},
         {"tokens": [1, 2, 3], "loss_mask": [0, 1, 1]},
     ],
     normalise_question: [
@@ -47,6 +48,7 @@ ROWS = {
     ],
     normalise_pair: [
         {"prompt": "q", "chosen": "a", "rejected": "b", "margin": 1.5, "tools": []},
+        {"input": {"messages": [USER], "tools": []}, "chosen": [ANSWER], "rejected": [CALLS[1]]},
         {"chosen": [USER, ANSWER], "rejected": [USER, {"role": "assistant", "content": "b"}]},
     ],
     normalise_unpaired: [{"prompt": "q", "completion": "a", "label": True, "density_ratio": 1}],
@@ -105,11 +107,13 @@ def test_any_value_in_any_place(form):
         "messages",
         "image",
         "context",
+        "input",
+        "dialog",
     )
     rendered = 0
     for row in ROWS[form]:
         for path in [*places(row), *((name,) for name in extra)]:
-            for value in draw.sample(ODD, 4):
+            for value in draw.sample(ODD, 3):
                 bad = changed(row, path, value)
                 try:
                     [record] = load([bad], form=form)

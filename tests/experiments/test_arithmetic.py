@@ -9,7 +9,7 @@ import pytest
 from experiments import demo_rl
 from experiments.worlds import arithmetic
 from jaxft import rl
-from jaxft.generation import SamplingConfig, generate
+from jaxft.generation import SamplingConfig
 from jaxft.metrics import pass_at_k
 
 SUMS = arithmetic.Sums(["1+2=", "10+7=", "9+9="], ["3", "17", "18"])
@@ -39,21 +39,6 @@ def test_probabilities_are_those_of_the_sampler(small):
     assert ((exact > 0.05) & (exact < 0.95)).any()
     errors = np.abs(np.asarray(share).mean(axis=1) - exact)
     assert (errors < 4 * np.sqrt(exact * (1 - exact) / 4000) + 1e-6).all(), (share, exact)
-
-
-def test_greedy_accuracy_is_that_of_greedy_decoding(small):
-    model, params = small
-    prompts = arithmetic.encode(SUMS.questions)
-    greedy = SamplingConfig(6, temperature=0.0, stop_ids=(0,))
-    out = generate(model, params, prompts, jax.random.key(0), greedy)
-    given = [arithmetic.decode(t, m) for t, m in zip(out.tokens, out.mask, strict=True)]
-    accuracy = arithmetic.greedy_accuracy(model)
-    assert set(out.finish) == {"stop"}
-    assert accuracy(params, arithmetic.layout(SUMS.questions, given)) == 1
-    # One answer of another length, one of another last character: two of three are wrong.
-    wrong = [given[0] + "1", given[1][:-1] + "=", given[2]]
-    got = accuracy(params, arithmetic.layout(SUMS.questions, wrong))
-    np.testing.assert_allclose(got, 1 / 3, rtol=1e-6)
 
 
 def test_rows_are_laid_out_as_experience():

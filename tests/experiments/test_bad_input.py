@@ -117,6 +117,12 @@ def chat(path):
     return ["--data", path / "chat.jsonl"]
 
 
+def beside(path, **columns):
+    """A data file of one conversation with more columns."""
+    turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
+    return written(path, "beside.jsonl", json.dumps({"messages": turns} | columns))
+
+
 SERVED = ["--sampler-url", "http://x", "--correction", "tokens"]
 BAD = [
     (
@@ -480,7 +486,20 @@ BAD = [
         lambda p: ["--data", written(p, "x.jsonl", b"\xff\xfe\x00")],
         "x.jsonl",
     ),
-    ("sft", "empty folder", lambda p: ["--data", p], ""),
+    ("sft", "empty folder", lambda p: ["--data", p], "holds no file of a known kind"),
+    ("sft", "text file", lambda p: ["--data", written(p, "a.txt", "x")], "into a .jsonl file"),
+    (
+        "sft",
+        "documents",
+        lambda p: ["--data", beside(p, documents=["x"])],
+        "beside.jsonl, line 1: the column 'documents' would not be shown",
+    ),
+    (
+        "preference",
+        "null answer",
+        lambda p: ["--data", beside(p, prompt="q", chosen=None, rejected="b")],
+        "beside.jsonl, line 1: 'chosen' is null",
+    ),
     ("sft", "unknown task", ["--data", "rg:nothing"], "nothing"),
     ("sft", "unknown option of a task", ["--data", "rg:chain_sum?nonsense=1"], "nonsense"),
     ("sft", "empty task", ["--data", "rg:chain_sum?size=0"], "size"),

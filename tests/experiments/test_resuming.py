@@ -66,6 +66,27 @@ def test_what_would_be_wrong_is_refused(begun, change, said):
     assert said in str(caught.value) and "another --output-dir" in str(caught.value)
 
 
+def test_a_data_file_that_changed_under_its_name_is_refused(tmp_path, monkeypatch):
+    file, output = tmp_path / "a.jsonl", tmp_path / "run"
+    file.write_text('{"text": "old"}\n' * 9)
+    config = config_of(output, data=(str(file), "rg:chain_sum"), eval_data=None)
+    before = resuming.settings(config)
+    assert list(before[resuming.FILES]) == [str(file)]
+    monkeypatch.setattr(train, "saved_settings", lambda path: (1, before))
+    resuming.check(config, output)
+    monkeypatch.setattr(train, "saved_settings", lambda path: (1, {"seed": 0}))
+    resuming.check(config, output)  # A run that was begun before files were saved.
+    monkeypatch.setattr(train, "saved_settings", lambda path: (1, before))
+    for text in ('{"text": "new"}\n' * 9, '{"text": "old"}\n' * 8):  # also of the same length
+        file.write_text(text)
+        with pytest.raises(ValueError, match="a.jsonl is not the file that .*another --output-dir"):
+            resuming.check(config, output)
+    monkeypatch.setattr(resuming, "WHOLE", 8)  # The first and the last four bytes of a larger file.
+    before = resuming.settings(config)
+    file.write_text(file.read_text()[:-2] + " \n")
+    assert resuming.settings(config) != before
+
+
 def test_another_schedule_is_told_on_the_screen_and_in_the_log(begun, capsys):
     config = config_of(begun, data=("a.jsonl",), max_steps=120, learning_rate=0.5)
     resuming.check(config, begun)

@@ -6,8 +6,8 @@ import types
 import numpy as np
 import pytest
 
-from experiments import generate, preference, reinforce, sample_pairs
-from experiments.cli import flags, models
+from experiments import generate, preference, reinforce, sample_pairs, sft
+from experiments.cli import flags
 from jaxft import data, rewards, rl
 from jaxft.checkpoints.tiny import byte_tokenizer
 from jaxft.data import Renderer
@@ -48,9 +48,8 @@ RUNS = {
     "sample_pairs": lambda: sample_pairs.main(
         flags.replace(sample_pairs.Config(), model="tiny", data=TASK, workers=1, output="pairs")
     ),
-    # Those of evaluate.py, sft.py and reinforce.py.
-    "verified answers": lambda: models.verified(
-        MODEL, None, Renderer(byte_tokenizer()), data.load(TASK), 4
+    "sft": lambda: sft.verify(
+        sft.Config(), MODEL, None, Renderer(byte_tokenizer()), data.load(TASK), "before"
     ),
     "reinforce": reinforced,
     "hypo": hypo,

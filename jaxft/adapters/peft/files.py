@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from jaxft.adapters.errors import AdapterError
-from jaxft.adapters.files import write_adapter
+from jaxft.adapters.files import read_adapter, write_adapter
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -30,13 +28,7 @@ def read_files(path: pathlib.Path) -> tuple[Settings, Tensors]:
             pickled = "adapter_model.bin is pickled; convert it"
             hint = pickled if name == WEIGHTS else "is it a PEFT adapter?"
             raise AdapterError(f"no {name}; {hint}.")
-    try:
-        settings, tensors = json.loads((path / CONFIG).read_text()), load_file(path / WEIGHTS)
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise AdapterError(f"damaged ({error}); copy it again.") from None
-    if not isinstance(settings, dict):
-        raise AdapterError(f"{CONFIG} is no JSON object; copy it again.")
-    return settings, tensors
+    return read_adapter(path / CONFIG, path / WEIGHTS, load_file)
 
 
 def write_files(path: pathlib.Path, settings: Settings, tensors: Tensors) -> None:

@@ -58,7 +58,7 @@ def splash_attention(
     place, length = attention_layout(query, key), query.shape[1]
     beyond = -length % (TILE * place.shards)
     if not causal and beyond and segment_ids is None:
-        segment_ids = jnp.ones(query.shape[:2], jnp.int32)  # all but what is added
+        segment_ids = jnp.ones(query.shape[:2], jnp.int32)  # all except the padding
     pad = lambda x: jnp.pad(x, ((0, 0), (0, beyond)) + ((0, 0),) * (x.ndim - 2))
     query, key, value, segment_ids = jax.tree.map(pad, (query, key, value, segment_ids))
     kernel = _kernel(query, key, window, causal, softcap, interpret, place.shards)

@@ -1,4 +1,4 @@
-"""Random directions with E[e e^T] = I, as functions of (key, params): made again, never stored."""
+"""Random directions with E[e e^T] = I, as functions of (key, params): regenerated, never stored."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ def clipped_surrogate(
     arxiv.org/abs/2503.14476, section 3.1 (0.2, 0.28). GSPO clips sequence ratios at (3e-4, 4e-4).
 
     Args:
-        clip_low: ε_low; from 1 on it clips nothing.
+        clip_low, clip_high: ε_low and ε_high; 1 disables the lower clip, infinity the upper one.
         dual_clip: c > 1 bounds the loss of negative advantages by c |A| (Ye et al., 2019,
             arxiv.org/abs/1912.09729).
     """
@@ -298,7 +298,7 @@ def truncated_sequence_weights(
     *,
     cap: float = 2.0,
 ) -> Float[Array, " B"]:
-    """min(Π_t π_old / π_sampler, C) per sequence, no gradient: unbiased below C; variance grows with length."""
+    """min(Π_t π_old / π_sampler, C) per sequence, no gradient; unbiased below C, variance grows with length."""
     if cap <= 0:
         raise ValueError(f"truncated_sequence_weights: cap must be positive, got {cap}.")
     difference = jnp.where(mask, log_ratio(old_log_probs, sampler_log_probs), 0.0)

@@ -266,8 +266,7 @@ def truncated_weights(
     *,
     cap: float = 2.0,
 ) -> Float[Array, "*batch"]:
-    """min(π_old / π_sampler, C) per token, no gradient: corrects numerical differences of trainer
-    and sampler.
+    """min(π_old / π_sampler, C) per token, no gradient: corrects for numerics that differ.
 
     Truncated importance sampling: Ionides, 2008, doi.org/10.1198/106186008X320456. Multiply only
     the policy term by it, not KL, values or entropy. NaN log-probs give the weight 0.
@@ -298,7 +297,7 @@ def truncated_sequence_weights(
     *,
     cap: float = 2.0,
 ) -> Float[Array, " B"]:
-    """min(Π_t π_old / π_sampler, C) per sequence, no gradient; unbiased below C, variance grows with length."""
+    """min(Π_t π_old / π_sampler, C) per sequence, no gradient; unbiased below C, more variance with length."""
     if cap <= 0:
         raise ValueError(f"truncated_sequence_weights: cap must be positive, got {cap}.")
     difference = jnp.where(mask, log_ratio(old_log_probs, sampler_log_probs), 0.0)

@@ -73,7 +73,7 @@ def policy_gradient(
     """
     if temperature <= 0:
         raise ValueError(
-            f"policy_gradient: temperature must be positive, got {temperature}; greedy sampling has no policy gradient."
+            f"policy_gradient: temperature must be positive, got {temperature}; greedy has no gradient."
         )
     if kl_weight < 0:
         raise ValueError(f"policy_gradient: kl_weight must be at least 0, got {kl_weight}.")

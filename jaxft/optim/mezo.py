@@ -32,7 +32,7 @@ def mezo_step(
     stay in the params, about one unit in the last place per step. `value` is the mean of both
     losses, or (loss, aux) with the mean of both aux.
 
-    rge(mu, two_sided=True) is the same as a gradient for any optimizer; it needs memory for a copy
+    rge(mu, two_sided=True) gives this gradient to any optimizer; it needs memory for a copy
     of the params and for the gradient.
 
     Raises:

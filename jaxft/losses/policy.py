@@ -297,7 +297,7 @@ def truncated_sequence_weights(
     *,
     cap: float = 2.0,
 ) -> Float[Array, " B"]:
-    """min(Π_t π_old / π_sampler, C) per sequence, no gradient; unbiased below C, more variance with length."""
+    """min(Π_t π_old / π_sampler, C) per sequence, no gradient; unbiased below C, long ones vary more."""
     if cap <= 0:
         raise ValueError(f"truncated_sequence_weights: cap must be positive, got {cap}.")
     difference = jnp.where(mask, log_ratio(old_log_probs, sampler_log_probs), 0.0)

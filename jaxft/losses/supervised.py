@@ -198,7 +198,9 @@ def _loop(part, chunk, wanted, count, *args):
     A leaf of the head that is not differentiated has no gradient here, whatever its data type.
     """
     wanted = wanted[1:]
-    args = as_varying(args)  # Inside a shard_map devices add up their own, and JAX sums them once at the end.
+    args = as_varying(
+        args
+    )  # Inside a shard_map devices add up their own, and JAX sums them once at the end.
     tokens, leaves = args[:3], args[3:]
     empty = [
         jnp.zeros_like(tokens[0]),

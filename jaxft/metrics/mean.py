@@ -134,7 +134,7 @@ def terms_of(loss: jax.Array, logged: Any, coefficient: float = 1.0) -> tuple[Me
 def with_mean(mean: jax.Array, weight: jax.Array, part: Mean) -> tuple[jax.Array, jax.Array]:
     """(mean, weight) after one more part, whose total and weight are added to a mean of weight `weight`."""
     whole = weight + part.weight
-    # Not from the sum so far, which would exceed float32's precision.
+    # Not from the sum so far, which would outgrow float32.
     return mean + (part.total - part.weight * mean) / jnp.maximum(whole, 1e-9), whole
 
 

@@ -18,7 +18,7 @@ def free_axes() -> dict[str, int]:
 
 
 def dividing(size: int, names: Sequence[str]) -> tuple[str, ...]:
-    """Those of `names` that are free axes and split `size` evenly, each splitting the rest of the previous."""
+    """Those of `names` that are free axes and split `size` evenly, each splitting the remainder."""
     axes, taken = free_axes(), ()
     for name in names:
         if axes.get(name, 1) > 1 and size % axes[name] == 0:

@@ -48,7 +48,7 @@ def connect_hosts(distributed: bool = False, *, timeout: int = 300) -> bool:
         )
         where = f" at {options['coordinator_address']}" if options else ""
         raise RuntimeError(
-            f"{who} did not connect to the others{where} within {timeout} s: {error}. Every host must start the "
+            f"{who} did not reach the others{where} within {timeout} s: {error}. Every host must start the "
             "same command at about the same time, and reach process 0 on that port."
         ) from error
     return True
@@ -101,7 +101,7 @@ def meet(place: str, timeout: float = 600) -> None:
 
 
 def to_host(tree: Any) -> Any:
-    """The tree with whole NumPy arrays as leaves, gathered if they span processes; all processes must call it."""
+    """The tree with whole NumPy arrays as leaves, gathered across processes: all must call it."""
 
     def whole(leaf):
         if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
@@ -143,7 +143,9 @@ def first_decides(call: Callable[[], Any]) -> Any:
     if failure is not None:
         raise failure
     if "value" not in word:
-        raise RuntimeError("process 0 failed in a step that it runs for all processes; its own message says why.")
+        raise RuntimeError(
+            "process 0 failed in a step that it runs for all; its own message says why."
+        )
     return word["value"]
 
 

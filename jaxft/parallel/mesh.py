@@ -55,7 +55,7 @@ def make_mesh(
         )
     if sizes[AXES.index("expert")] != 1:
         raise ValueError(
-            f"make_mesh: expert={sizes[AXES.index('expert')]}, but no model of jaxft has experts yet, so those "
+            f"make_mesh: expert={sizes[AXES.index('expert')]}, but no model of jaxft has experts: those "
             "devices would all do the same. Put them on fsdp, tensor, data or context."
         )
     # jax.make_mesh alone gives Explicit axes, under which linen's einsums ask for shardings.
@@ -120,7 +120,7 @@ def lay_out(x: Any, sharding: Sharding) -> jax.Array:
 
 
 def mesh_context(mesh: Mesh | None) -> contextlib.AbstractContextManager:
-    """`jax.set_mesh(mesh)`, or a null context; functions traced in it know their devices and can shard kernels."""
+    """`jax.set_mesh(mesh)`, or a null context: programs traced in it know their devices."""
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 

@@ -1,8 +1,7 @@
 """Reports installed versions, whether they work together, and the devices.
 
 python -m jaxft.doctor
-python -m jaxft.doctor --hosts    started on every host like a training script: whether hosts
-connect and agree
+python -m jaxft.doctor --hosts    started on every host like training: whether they connect and agree
 """
 
 from __future__ import annotations
@@ -178,9 +177,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--hosts", action="store_true", help="connect to the other hosts and compare"
-    )
+    parser.add_argument("--hosts", action="store_true", help="connect to other hosts, compare them")
     parser.add_argument("--timeout", type=int, default=120, help="seconds to wait for them")
     options = parser.parse_args(arguments)
     try:

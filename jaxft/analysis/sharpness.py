@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-Loss = Callable[[Any], jax.Array]  # of the params alone
+Loss = Callable[[Any], jax.Array]  # params -> scalar
 
 
 def epsilon_sharpness(

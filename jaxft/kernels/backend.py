@@ -9,7 +9,7 @@ def target_platform() -> str:
     """The name "cpu", "gpu" or "tpu" of the mesh in context, else of the default backend.
 
     The two differ when a program is compiled for another machine; `jax.set_mesh` puts a
-    mesh in context, and so do the compiled steps of jaxft.train for the mesh that the params lie on.
+    mesh in context, and so do the compiled steps of jaxft.train for the mesh of the params.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform

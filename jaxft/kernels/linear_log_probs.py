@@ -24,7 +24,7 @@ Implementation = Literal["reference", "xla", "pallas"]
 # Products of fewer tokens with a head are memory-bound on a TPU v5e and on an H100.
 FEWEST = 64  # tokens of a row in memory at once: on a mesh a device may hold a single row
 TOKENS = 1024  # tokens, over all rows, whose logits are in memory at once in the forward pass
-TILE = 2048  # columns of the head whose logits, of all tokens, are in memory at once in the backward pass
+TILE = 2048  # columns of the head whose logits, of all tokens, the backward pass holds at once
 
 
 def fused_log_probs(

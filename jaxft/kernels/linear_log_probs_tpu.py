@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 LANES = 128
-TOKENS = 512  # rows of a tile: each byte read from the head serves so many tokens
+TOKENS = 512  # rows of a tile: each byte read from the head serves this many tokens
 COLUMNS = 1024  # columns of a tile, at most
 VMEM = 96 * 2**20  # bytes; a v5e or v6e core has 128 MiB
 
@@ -181,7 +181,7 @@ def _rows(count, tokens):
 
 
 def _columns(vocabulary):
-    """The widest tile of at most COLUMNS that divides the vocabulary; if none does, one that overhangs it."""
+    """The widest tile of at most COLUMNS that divides the vocabulary, or else one that overhangs it."""
     fits = [n for n in range(LANES, COLUMNS + 1, LANES) if vocabulary % n == 0]
     if fits and fits[-1] >= COLUMNS // 2:
         return fits[-1]

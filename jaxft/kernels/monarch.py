@@ -177,7 +177,7 @@ def _middle(sizes, x, padded_ref, h_ref):
 
 
 def _rows(sizes, j):
-    """Where the rows (k, r) of output block j lie in [(k, j, r), tokens]: slices to be joined."""
+    """Slices of [(k, j, r), tokens] that hold the rows (k, r) of output block j; the caller joins them."""
     if sizes.r == 1:
         return [pl.ds(j, sizes.k, stride=sizes.pitch)]
     return [pl.ds(k * sizes.pitch + j * sizes.r, sizes.r) for k in range(sizes.k)]

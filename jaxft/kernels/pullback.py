@@ -107,7 +107,9 @@ def linear_map(
 
     `transpose(fixed, cotangent)` gives the cotangents of `moving`. Reverse mode runs `transpose`,
     not `apply`: a backward pass keeps only `fixed` and computes products in the order written
-    there. `jax.custom_derivatives.linear_call` does the same, but has no derivative with respect to
+    there.
+
+    `jax.custom_derivatives.linear_call` does the same, but has no derivative with respect to
     `fixed` and no batching.
     """
     moving = as_varying([*fixed, *moving])[len(fixed) :]
@@ -116,6 +118,7 @@ def linear_map(
 
 def as_varying(operands: Sequence[jax.Array]) -> list[jax.Array]:
     """The operands, all marked as varying over the shard_map axes over which any of them varies.
+
     JAX's own operations do so by themselves: the cotangent of an operand that is the same on all
     devices is summed.
     """

@@ -26,7 +26,7 @@ def otr_loss(
     """-1/K Σ_j R_j log π(a_j), a_j from softmax(logits / κ), R_j = 1 for the target and β for others.
 
     One-token rollout: Ming et al., 2025, arxiv.org/abs/2509.26313. REINFORCE without baseline or
-    importance weights; log π is at temperature 1 and alone gets a gradient.
+    importance weights; log π is at temperature 1, and only log π gets a gradient.
 
     Args:
         key: combined with each row's index, so that samples depend on the row's place in the batch.
@@ -50,7 +50,7 @@ def otr_metrics(
     num_samples: int = 256,
     kappa: float = 1.3,
 ) -> dict[str, Float[Array, "B T"]]:
-    """Metrics, per position, of the samples that `otr_loss` draws with the same key (under jit only once).
+    """Metrics per position of the samples of `otr_loss` with the same key; jit draws them only once.
 
     `hit_rate`: share of samples that are the target; `missed`: 1 where none is, so that every
     reward there is β; `entropy` of π in nats.

@@ -266,7 +266,7 @@ def truncated_weights(
     *,
     cap: float = 2.0,
 ) -> Float[Array, "*batch"]:
-    """min(π_old / π_sampler, C) per token, no gradient: corrects for numerics that differ.
+    """min(π_old / π_sampler, C) per token, no gradient: corrects for the sampler's numerics.
 
     Truncated importance sampling: Ionides, 2008, doi.org/10.1198/106186008X320456. Multiply only
     the policy term by it, not KL, values or entropy. NaN log-probs give the weight 0.

@@ -34,8 +34,9 @@ class Mean(NamedTuple):
 
 
 class WholeMean(Mean):
-    """A Mean, without gradient, that its own objective uses: KTO's KL, BCO's mean reward. The mean
-    of a part of a batch differs from that of the whole. An objective therefore takes
+    """A Mean, without gradient, that its own objective uses: KTO's KL, BCO's mean reward.
+
+    The mean of a part of a batch differs from that of the whole. An objective therefore takes
     `metrics[name].over(batch, name)`: the entry `name` of `batch["whole"]` if it is there, else its
     own. Microbatches first add it up over all slices and then give each slice the sum
     (jaxft.train.accumulate).

@@ -8,8 +8,7 @@ import numpy as np
 
 
 def pass_at_k(correct: np.ndarray, samples: int, k: int) -> np.ndarray:
-    """1 - C(n - c, k) / C(n, k): the probability that one of k answers is right, from c right ones
-    among n >= k.
+    """1 - C(n - c, k) / C(n, k): probability that one of k answers is right, if c of n >= k are.
 
     Unbiased for 1 - (1 - p)^k, unlike the same formula with p = c / n: Chen et al., 2021,
     arxiv.org/abs/2107.03374, section 2.1. If p itself is known, use 1 - (1 - p)^k.

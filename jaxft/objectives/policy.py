@@ -8,7 +8,7 @@ A batch of experience, B responses of at most N tokens that follow prompts (see 
     old_log_probs, ref_log_probs     [B, N], optional: under the policy before several updates; the reference
     advantages                       [B] or [B, N]
     old_values, returns              [B, N], with a critic (jaxft.objectives.critic)
-    stats                            name -> [B], optional: logged as means over rows without NaN
+    stats                            name -> [B], optional: logged as means over rows, skipping NaN
 """
 
 from __future__ import annotations

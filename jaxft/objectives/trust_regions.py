@@ -267,8 +267,8 @@ def spectrally_normalised(params: Any, path: tuple[str, ...] = ("head", "kernel"
     """The params with the kernel W at `path` as W / σ(W), σ its largest singular value, differentiable.
 
     Miyato et al., 2018, arxiv.org/abs/1802.05957, with the exact σ instead of power iteration: for
-    the [D, C] heads of classifiers. A kernel of zeros does not change and has the gradient of W /
-    1. The path leads through nested dicts.
+    the [D, C] heads of classifiers. A kernel of zeros is not changed; its
+    gradient is that of W / 1. The path leads through nested dicts.
     """
     if not path:
         kernel = to_dense(params)

@@ -8,8 +8,7 @@ passes get the same arguments, so that an objective draws the same random number
 With microbatches there are two methods, which differ in eps:
 
     one eps of the whole batch:    sam(0.05, gradient=accumulate(jax.value_and_grad, 4))
-    one eps per slice (m-SAM):     accumulate(sam(0.05), 4), that is make_step(gradient=sam(),
-    microbatches=4)
+    one eps per slice (m-SAM):     accumulate(sam(0.05), 4) or make_step(gradient=sam(), microbatches=4)
 
 The second measures sharpness on fewer rows, which generalised better in Foret et al., section 4.1;
 its result depends on the number of slices, unlike that of the first. `m_sam` is the second method

@@ -1,4 +1,4 @@
-"""Gradients from losses alone: estimators with the signature of jax.value_and_grad.
+"""Gradients estimated from loss values: estimators with the signature of jax.value_and_grad.
 
     ((loss, metrics), grads) = spsa()(objective, has_aux=True)(params, batch, key)
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import jax
 
-ROW_AXES = ("data", "fsdp")  # a batch's rows lie over these
-LENGTH_AXES = ("context",)  # and the tokens of a row over these
-HEAD_AXES = ("tensor",)  # and the heads of an attention, the features of an MLP
+ROW_AXES = ("data", "fsdp")  # split a batch's rows
+LENGTH_AXES = ("context",)  # split the tokens of a row
+HEAD_AXES = ("tensor",)  # split the heads of an attention, the features of an MLP
 
 
 def free_axes() -> dict[str, int]:

@@ -143,9 +143,7 @@ def first_decides(call: Callable[[], Any]) -> Any:
     if failure is not None:
         raise failure
     if "value" not in word:
-        raise RuntimeError(
-            "process 0 failed in a step that it runs for all; its own message says why."
-        )
+        raise RuntimeError("process 0 failed in a step for all; its own message says why.")
     return word["value"]
 
 
@@ -182,9 +180,9 @@ def written_once(write: Callable[[], None], what: str, parts: Iterable[Any] = ()
 
 
 def _joined():
-    """The client, number and count of processes of jax.distributed, which has no public names for
-    them. A barrier that names the absent processes needs the client. Runs of one process never call
-    this.
+    """The client, number and count of processes of jax.distributed, which has no public names for them.
+
+    A barrier that names the absent processes needs the client. Runs of one process never call this.
     """
     from jax._src import distributed
 

@@ -1,6 +1,7 @@
-"""Compares mathematics for `mathematics.py`: reads [found, answer, seconds] as a JSON line, writes
-true or false. It is started as a script in a separate interpreter, so that sympy may hang or fill
-the memory without harm.
+"""Compares mathematics for `mathematics.py`: JSON lines [found, answer, seconds] in, true or false out.
+
+It is started as a script in a separate interpreter, so that sympy may hang or fill the memory
+without harm.
 """
 
 import json

@@ -51,9 +51,7 @@ def same_answer(completion: str, answer: Any) -> bool:
 
 def needs_mathematics(answer: str) -> bool:
     """True if comparing with the answer takes more than numbers, words and lists of them."""
-    if (
-        answer.isdigit() or answer.isalpha()
-    ):  # A fast path: thousands of answers are checked at once.
+    if answer.isdigit() or answer.isalpha():  # Fast: thousands of answers are checked at once.
         return False
     return is_expression(plain(reference_answer(answer)))
 
@@ -91,7 +89,7 @@ def stated_answer(text: str) -> str | None:
 
 
 def _stated(text):
-    """(the stated answer, whether it is the answer alone), or None."""
+    """(the stated answer, whether it is only the answer), or None."""
     text = text.rpartition("</think>")[2]
     before, tag, _ = text.rpartition("</answer>")
     if tag and "<answer>" in before:

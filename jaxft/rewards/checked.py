@@ -11,7 +11,7 @@ import numpy as np
 
 
 class RewardError(ValueError):
-    """A reward function or judge returned something else than a reward; names it and what was expected."""
+    """A reward function or judge returned no reward; names the value and what was expected."""
 
 
 def checked_rewards(rewards: Any, count: int) -> np.ndarray:

@@ -206,9 +206,7 @@ class VerifierPool:
             if kind not in self._shown:
                 self._shown.add(kind)
                 print(
-                    f"verdict failed: {text}; further ones are only counted",
-                    file=sys.stderr,
-                    flush=True,
+                    f"verdict failed: {text}; others are only counted", file=sys.stderr, flush=True
                 )
         count = sum(failed.values())
         if count > self._max_failed * len(outcomes):
@@ -338,8 +336,9 @@ class _Worker:
 
 @contextlib.contextmanager
 def _interrupts_blocked():
-    """Processes started inside never get SIGINT, which a terminal sends to all its processes; their
-    parent ends them. In this process a SIGINT waits until the block ends.
+    """Blocks SIGINT, which a terminal sends to all its processes, in processes started inside.
+
+    Their parent ends them. In this process a SIGINT waits until the block ends.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:

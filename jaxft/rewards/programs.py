@@ -22,8 +22,8 @@ def run_python(program: str, *, seconds: float = 2.0, megabytes: int = 512) -> s
     after `seconds` of wall-clock time, has the same limit of CPU time and `megabytes` of memory,
     and cannot open files or sockets. An audit hook refuses other operations: imports beyond math,
     fractions, datetime, itertools and the like, other processes, the file system. That guards
-    against programs that a policy happens to write, not against an attacker, who requires a virtual
-    machine.
+    against programs that a policy happens to write, not against an attacker; for that, use a
+    virtual machine.
 
     No signal handler is set, so any thread may call it; a `ProcessPool` or a `VerifierPool` may run
     it too, with a longer timeout.

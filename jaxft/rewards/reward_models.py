@@ -26,6 +26,7 @@ def model_rewards(
     mesh: Mesh | None = None,
 ) -> RewardFn:
     """(completions, records) -> the head's value at the last token of each answer, as in training.
+
     If question and answer are too long together, there is no verdict: NaN.
 
     Args:

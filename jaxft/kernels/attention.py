@@ -336,7 +336,7 @@ def _tiled(query, key, value, segment_ids, window, causal, scale, softcap):
 
 
 def _tile_mask(offset, tile, ids, others, window, causal):
-    """[1 or B, 1, tile, tile] of queries with `ids` that stand `offset` behind keys with `others`."""
+    """[1 or B, 1, tile, tile] of queries with `ids`, `offset` positions after keys with `others`."""
     distance = offset + jnp.arange(tile)[:, None] - jnp.arange(tile)[None, :]
     visible = distance >= 0 if causal else jnp.ones(distance.shape, bool)
     if window is not None:

@@ -338,9 +338,9 @@ def _specs():
 
 
 def _cost(sizes, x, passes):
-    """What the kernel reads, writes and multiplies: each operand once."""
+    """Bytes and FLOPs of the kernel, which reads or writes each operand once."""
     parameters = sizes.j * sizes.r * sizes.k * (sizes.i + sizes.l)
-    # Backward: h again, then two products a factor.
+    # Backward: h again, then two products per factor.
     products = parameters if passes == 1 else 2 * parameters + sizes.j * sizes.r * sizes.k * sizes.i
     moved = x.shape[0] * (passes * sizes.d + sizes.f) + passes * parameters
     return pl.CostEstimate(

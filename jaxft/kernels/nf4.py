@@ -19,7 +19,8 @@ __all__ = ["NF4_LEVELS", "nf4_dequantise", "nf4_product"]
 
 
 BLOCK = 64  # inputs that share a scale, as the kernel requires
-# Widths of a tile of the kernel: wider tiles read x less often. As many rows hold 8 n blocks.
+# Widths of a tile of the kernel: wider tiles read x less often. As numbers of rows, both are
+# multiples of 8 blocks.
 WIDTHS = (1024, 512)
 TOKENS = 256
 MOST_VMEM = 40 << 20  # bytes; TPUs since v5e have 64 MiB or more

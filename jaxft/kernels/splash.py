@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from jaxft.parallel.attention import attention_layout
 
 TILE = 128  # the least rows and columns that the kernels work on
-# jax.ad_checkpoint.checkpoint_name of what the kernels keep for their backward pass.
+# jax.ad_checkpoint.checkpoint_name of results that the kernels keep for their backward pass.
 KERNEL_RESULT = "attention_kernel"
 
 

@@ -103,8 +103,8 @@ def ipo_loss(pairs: Pairs, *, beta: float = 0.1) -> Float[Array, " B"]:
     """(a / n_w - b / n_l - 1 / (2 β))².
 
     IPO: Azar et al., 2023, arxiv.org/abs/2310.12036, eq. 17 (β is its τ). Per-token means instead
-    of the sums in the paper's formula: its authors told TRL's that they produced its results with
-    means.
+    of the sums in the paper's formula: its results use means, as the authors told TRL's
+    maintainers.
     """
     (a, b), (n_w, n_l) = log_ratios(pairs), lengths(pairs)
     return (a / n_w - b / n_l - 1 / (2 * _positive(beta))) ** 2

@@ -49,7 +49,7 @@ def linear_cross_entropy(
         targets: token ids; where the weight is 0, any valid id.
         weights: w, at least 0; gets no gradient.
         softcap: c of logits c tanh(h W / c).
-        chunk: tokens of each row whose logits (B x chunk x V, float32) are alive at once.
+        chunk: tokens of each row whose logits (B x chunk x V, float32) are in memory at once.
 
     Returns: the weighted sum, in nats; divide by sum(weights) for the mean.
     """

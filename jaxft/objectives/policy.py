@@ -5,7 +5,7 @@ A batch of experience, B responses of at most N tokens that follow prompts (see 
     tokens, segment_ids, positions   [B, T]: prompt and response; the response is in the last N columns
     completion_mask                  [B, N]: the policy's own tokens, stop token included
     sampler_log_probs                [B, N]: of the response's tokens, as the sampler computed them
-    old_log_probs, ref_log_probs     [B, N], optional: under the policy before several updates; the reference
+    old_log_probs, ref_log_probs     [B, N], optional: under the old policy and the reference
     advantages                       [B] or [B, N]
     old_values, returns              [B, N], with a critic (jaxft.objectives.critic)
     stats                            name -> [B], optional: logged as means over rows, skipping NaN
@@ -185,7 +185,7 @@ def sequence_sum(values: jax.Array, mask: jax.Array) -> Mean:
 
 
 def constant_length(length: int) -> Reduction:
-    """The sum of all tokens over responses that have any times `length`, the generation budget (Dr. GRPO)."""
+    """Sum over all tokens / (`length` x responses that have any), `length` the generation budget (Dr. GRPO)."""
     if length < 1:
         raise ValueError(f"constant_length: length must be at least 1, got {length}.")
 

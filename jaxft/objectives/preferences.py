@@ -115,7 +115,7 @@ def preference(
     Args:
         forward: see `supervised`.
         loss: `functools.partial(dpo_loss, beta=0.1)` or any function of `Pairs`; one that compares pairs with
-            each other (`losses.compares_pairs`, such as `aot_loss`) allows no microbatches.
+            each other (`losses.compares_pairs`, such as `aot_loss`) does not allow microbatches.
         beta: scale of the rewards in the metrics only; set the loss's beta separately.
         reference: params -> params of the reference, for batches without `ref_log_probs`.
         use_weighting: multiply each pair's loss by both `wpo_weights`.
@@ -261,8 +261,8 @@ def bco(forward: Forward, *, beta: float = 0.1, reference: Reference | None = No
 def _pairs(policy: Sequences, ref) -> tuple[Pairs, jax.Array]:
     """(pairs, 1 where both have a completion)."""
     counted = jnp.all(policy.lengths > 0, axis=1).astype(jnp.float32)
-    # Empty groups fill the last batch: their lengths must not cause a division by 0, nor in the
-    # gradient.
+    # Empty groups fill the last batch: their lengths must not cause a division by 0, in the value
+    # or in the gradient.
     lengths = jnp.maximum(policy.lengths, 1.0)
     columns = lambda x: (None, None) if x is None else (x[:, 0], x[:, 1])
     prompt = policy.prompts[:, 0], policy.prompt_lengths[:, 0]

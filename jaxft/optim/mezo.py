@@ -13,7 +13,7 @@ from jaxft.optim.zeroth_order import direction_key, evaluation
 
 
 class MezoRecord(NamedTuple):
-    """What one step did: θ became θ - scale e(key)."""
+    """The record of one step: θ became θ - scale e(key)."""
 
     key: jax.Array  # of the direction
     scale: (

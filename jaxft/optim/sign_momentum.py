@@ -133,10 +133,11 @@ def lion_apply(
 ) -> tuple[optax.Params, LionState]:
     """(params, state) after a step of `lion`, with no tree of updates in between.
 
-    Gives what `lion` and optax.apply_updates give, for float32 params bit for bit, from the state that
-    `scale_by_lion(mu_dtype=...).init(params)` makes. Jit it with donate_argnums=(0, 2). An optax transform
-    returns updates, and with int8 momentum XLA reads gradients and codes twice; here a TPU kernel reads them
-    once: see `implementation` of jaxft.kernels.lion.lion_step. Other arguments as for `lion`.
+    Equals `lion` and optax.apply_updates, for float32 params bit for bit; the state is that of
+    `scale_by_lion(mu_dtype=...).init(params)`. Jit it with donate_argnums=(0, 2). An optax
+    transform returns updates, and with int8 momentum XLA reads gradients and codes twice; here a
+    TPU kernel reads them once: see `implementation` of jaxft.kernels.lion.lion_step. Other
+    arguments as for `lion`.
     """
     _check(b1, b2)
     rate = learning_rate(state.count) if callable(learning_rate) else learning_rate

@@ -328,8 +328,8 @@ class _Worker:
             ) from None
         if not self.ready:
             raise VerifierError(
-                f"a process ended or hung before its first call ({kind}); is what makes the function "
-                "importable, and the script's start under if __name__ == '__main__'?"
+                f"a process ended or hung before its first call ({kind}); check that the function's maker "
+                "can be imported, and that the script starts under if __name__ == '__main__'."
             ) from None
         return self.job, Outcome(failure=kind)
 

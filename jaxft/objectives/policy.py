@@ -185,7 +185,7 @@ def sequence_sum(values: jax.Array, mask: jax.Array) -> Mean:
 
 
 def constant_length(length: int) -> Reduction:
-    """Sum over all tokens / (`length` x responses that have any), `length` the generation budget (Dr. GRPO)."""
+    """Sum over tokens / (`length` x responses that have any); `length` is the token budget (Dr. GRPO)."""
     if length < 1:
         raise ValueError(f"constant_length: length must be at least 1, got {length}.")
 

@@ -59,7 +59,7 @@ def subspace_gradient(
         d = size(params)
         if 0 < d <= window:
             warnings.warn(
-                f"subspace_gradient: a window of {window} for {d} params may remove every direction; "
+                f"subspace_gradient: a window of {window} for {d} params may take out every direction; "
                 "choose a window below the number of params.",
                 stacklevel=2,
             )

@@ -55,7 +55,7 @@ def make_mesh(
         )
     if sizes[AXES.index("expert")] != 1:
         raise ValueError(
-            f"make_mesh: expert={sizes[AXES.index('expert')]}, but no model of jaxft has experts: those "
+            f"make_mesh: expert={sizes[AXES.index('expert')]}, but no model of jaxft has experts yet: those "
             "devices would all do the same. Put them on fsdp, tensor, data or context."
         )
     # jax.make_mesh alone gives Explicit axes, under which linen's einsums ask for shardings.

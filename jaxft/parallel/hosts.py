@@ -137,7 +137,7 @@ def first_decides(call: Callable[[], Any]) -> Any:
     if jax.process_index() == 0:
         try:
             value = {"value": call()}
-        except Exception as error:  # Whatever it is: the others wait for word of it.
+        except Exception as error:  # Any error: the other processes wait for the outcome.
             failure = error
     word = gathered(value)[0]
     if failure is not None:
@@ -168,7 +168,7 @@ def written_once(write: Callable[[], None], what: str, parts: Iterable[Any] = ()
         try:
             with writing(what):
                 write()
-        except Exception as error:  # Whatever it is: the others wait for word of it.
+        except Exception as error:  # Any error: the other processes wait for the outcome.
             failure = error
     for _ in parts:
         pass

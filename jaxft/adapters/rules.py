@@ -18,6 +18,7 @@ from jaxft.weights import (
     MonarchWeight,
     ReshapedWeight,
     WeightLike,
+    boft_weight,
     dora_weight,
     is_weight,
     loha_weight,
@@ -27,6 +28,7 @@ from jaxft.weights import (
     monarch_project,
     monarch_weight,
     nf4_weight,
+    oft_weight,
     paca_weight,
     pissa_weight,
     quantised_weight,
@@ -122,6 +124,45 @@ def lokr(rank: int = 8, alpha: float = 8.0, factor: int = -1) -> Rule:
     """A Kronecker product, its larger factor of low rank; `factor` cuts as in jaxft.weights.lokr_weight."""
     _check_rank("lokr", rank)
     return functools.partial(lokr_weight, rank=rank, alpha=alpha, factor=factor)
+
+
+def oft(
+    block_size: int = 32,
+    *,
+    terms: int | None = 5,
+    eps: float | None = None,
+    share: bool = False,
+) -> Rule:
+    """Rotations of blocks of inputs before each kernel: see jaxft.weights.oft_weight.
+
+    Args:
+        block_size: inputs of a rotation.
+        terms: of the Neumann series that PEFT uses by default; None: exact rotations (Cayley).
+        eps: radius of constrained OFT (COFT); None: free.
+        share: whether the blocks of a kernel share one rotation.
+
+    Raises:
+        ValueError: for a block_size or terms below 2, or an eps that is not positive.
+    """
+    if block_size < 2:
+        raise ValueError(f"oft: block_size must be at least 2, got {block_size}; 32 is usual.")
+    if eps is not None and eps <= 0:
+        raise ValueError(f"oft: eps must be positive, or None for free rotations, got {eps}.")
+    options = dict(block_size=block_size, terms=terms, eps=eps, share=share)
+    return functools.partial(oft_weight, **options)
+
+
+def boft(block_size: int = 4, factors: int = 1) -> Rule:
+    """Rotations by `factors` butterfly factors before each kernel, and a scale of each output.
+
+    Raises:
+        ValueError: for a block_size below 2, or fewer than one factor.
+    """
+    if block_size < 2 or factors < 1:
+        raise ValueError(
+            f"boft: block_size must be at least 2 and factors at least 1, got {block_size} and {factors}."
+        )
+    return functools.partial(boft_weight, block_size=block_size, factors=factors)
 
 
 def ia3(side: str = "output") -> Rule:

@@ -29,6 +29,14 @@ from jaxft.weights.monarch import (
     monarch_project,
     monarch_weight,
 )
+from jaxft.weights.orthogonal import (
+    BoftWeight,
+    OftWeight,
+    boft_weight,
+    butterfly_problem,
+    nearest_divisor,
+    oft_weight,
+)
 from jaxft.weights.paca import PacaWeight, check_paca, delta, paca_weight
 from jaxft.weights.prefix import PrefixMlp, prefix_mlp
 from jaxft.weights.quantised import (
@@ -53,6 +61,7 @@ from jaxft.weights.vera import VeraWeight, vera_tables, vera_weight
 
 __all__ = [
     "Blocks",
+    "BoftWeight",
     "Bottleneck",
     "DenseMap",
     "DoraWeight",
@@ -63,6 +72,7 @@ __all__ = [
     "LoraWeight",
     "MonarchWeight",
     "Nf4Weight",
+    "OftWeight",
     "PacaWeight",
     "PrefixMlp",
     "QuantisedWeight",
@@ -74,7 +84,9 @@ __all__ = [
     "WeightLike",
     "along_last",
     "bits_per_parameter",
+    "boft_weight",
     "bottleneck_adapter",
+    "butterfly_problem",
     "check_paca",
     "conv",
     "cropped_fastfood",
@@ -96,7 +108,9 @@ __all__ = [
     "monarch_cost",
     "monarch_project",
     "monarch_weight",
+    "nearest_divisor",
     "nf4_weight",
+    "oft_weight",
     "paca_weight",
     "pissa_to_lora",
     "pissa_weight",

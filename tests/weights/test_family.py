@@ -42,6 +42,12 @@ class Case(NamedTuple):
     nests: bool = True  # takes a quantised base
 
 
+def butterflies(key, kernel):
+    """Two factors where their blocks divide the inputs."""
+    even = kernel.shape[0] % 4 == 0
+    return adapters.boft(*((2, 2) if even else (kernel.shape[0], 1)))(key, kernel)
+
+
 CASES = {
     "lora": Case(adapters.lora(2, 4.0)),
     "rslora": Case(adapters.rslora(4, 4.0)),
@@ -52,6 +58,8 @@ CASES = {
     "loha": Case(adapters.loha(2)),
     "lokr": Case(adapters.lokr(1)),
     "lokr full": Case(adapters.lokr(8)),
+    "oft": Case(adapters.oft(6)),
+    "boft": Case(butterflies),
     "vera shared": Case(adapters.vera(5, shape=(256, 256))),
     "ia3 output": Case(adapters.ia3()),
     "ia3 input": Case(adapters.ia3("input")),

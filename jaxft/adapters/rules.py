@@ -16,6 +16,8 @@ import jax
 from jaxft.models.transformer import TRANSFORMER_TARGETS
 from jaxft.weights import (
     MonarchWeight,
+    Nf4Weight,
+    QuantisedWeight,
     ReshapedWeight,
     WeightLike,
     boft_weight,
@@ -174,10 +176,24 @@ def quantised(kind: str = "nf4", block: int = 64) -> Rule:
     """A rule that rounds kernels to "nf4", "int8", "int4" or "fp8"; nothing of them trains.
 
     Adapt again to train something beside them: adapters nest (QLoRA, QPaCA, QDoRA).
+
+    Raises:
+        ValueError: by the rule, for a kernel that is rounded already.
     """
-    if kind == "nf4":
-        return lambda key, kernel: nf4_weight(kernel, block=block)
-    return lambda key, kernel: quantised_weight(kernel, kind, block=block)
+
+    def rule(key, kernel):
+        if isinstance(kernel, Nf4Weight | QuantisedWeight):
+            raise ValueError(
+                f"quantised: the kernel is rounded already ({type(kernel).__name__}), as in the checkpoint; "
+                "leave --quantise out, or take the model that the checkpoint was made from."
+            )
+        return (
+            nf4_weight(kernel, block=block)
+            if kind == "nf4"
+            else quantised_weight(kernel, kind, block=block)
+        )
+
+    return rule
 
 
 def paca(rank: int = 16, alpha: float | None = None, selection: str = "random", **options) -> Rule:

@@ -46,15 +46,8 @@ from tests.small_models import LLAMA, base, large
 # the same kinds of leaves, a transform that asks for the same functions, or an objective of the same calls.
 SAME = {
     "lora": ("lora", "rslora", "pissa"),  # another scale or start of one weight
-    "dora": (
-        "dora",
-        "vera",
-        "loha",
-        "lokr",
-        "oft",
-        "boft",
-        "ia3",
-    ),  # trained fields around a frozen kernel
+    # Trained fields around a frozen kernel.
+    "dora": ("dora", "vera", "loha", "lokr", "oft", "boft", "randlora", "ia3"),
     "norms": ("norms", "bitfit"),  # arrays that are no kernels
     "full": ("full", "monarch"),  # kernels of which nothing is frozen
     "bottleneck": ("bottleneck", "parallel"),  # maps in each layer that are no weights

@@ -59,6 +59,7 @@ from jaxft.adapters.rules import (
     qpaca,
     qpissa,
     quantised,
+    randlora,
     rslora,
     vera,
 )
@@ -125,6 +126,7 @@ __all__ = [
     "qpissa",
     "qpaca",
     "quantised",
+    "randlora",
     "rslora",
     "rounding_loss",
     "save_adapter",

@@ -21,12 +21,15 @@ from jaxft.weights import (
     MonarchWeight,
     OftWeight,
     PacaWeight,
+    RandloraWeight,
     VeraWeight,
     is_weight,
     to_dense,
 )
 
-_BY_SVD = (DoraWeight, LohaWeight, LokrWeight, OftWeight, BoftWeight, MonarchWeight)
+_BY_SVD = (
+    DoraWeight, LohaWeight, LokrWeight, OftWeight, BoftWeight, RandloraWeight, MonarchWeight
+)  # fmt: skip
 
 
 class Lost(NamedTuple):
@@ -59,8 +62,9 @@ def as_lora(
 
     LoRA, PaCA and VeRA of rank R are LoRA of rank R exactly: of PaCA A picks the tuned rows and B is
     their change, of VeRA the two vectors are multiplied into its matrices. The update of DoRA, LoHa,
-    LoKr, OFT, BOFT and Monarch, and of any whose R exceeds `rank`, is replaced by the nearest matrix of
-    that rank, its truncated singular value decomposition (Eckart and Young, 1936). All else stays as it is.
+    LoKr, OFT, BOFT, RandLoRA and Monarch, and of any whose R exceeds `rank`, is replaced by the nearest
+    matrix of that rank, its truncated singular value decomposition (Eckart and Young, 1936). All else
+    stays as it is.
 
     Args:
         params: adapted, of separate layers (jaxft.models.unstack_layers).

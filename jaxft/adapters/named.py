@@ -9,8 +9,8 @@ from jaxft.adapters.rules import Rule
 from jaxft.models.transformer import TRANSFORMER_TARGETS, Targets
 
 Name = Literal[
-    "lora", "rslora", "pissa", "dora", "vera", "loha", "lokr", "oft", "boft", "paca", "ia3", "bitfit",
-    "norms", "monarch", "full", "bottleneck", "parallel", "prompt", "prefix",
+    "lora", "rslora", "pissa", "dora", "vera", "loha", "lokr", "oft", "boft", "randlora", "paca",
+    "ia3", "bitfit", "norms", "monarch", "full", "bottleneck", "parallel", "prompt", "prefix",
 ]  # fmt: skip
 Quantisation = Literal["nf4", "int8", "int4", "fp8"]
 
@@ -33,7 +33,7 @@ def named_rules(
             and boft, the number of virtual tokens of prompt and prefix.
         alpha: of those that have one; for paca, alpha / rank multiplies the learning rate.
         target: pattern of the paths of adapted kernels, or "all-linear".
-        shape: of vera's shared matrices: see jaxft.adapters.vera.
+        shape: of the matrices that vera and randlora share: see jaxft.adapters.vera.
         targets: the patterns of the model's family: `family_of(model.config).targets`.
 
     Raises:
@@ -47,6 +47,8 @@ def named_rules(
             return {target: getattr(rules, name)(rank)}
         case "vera":
             return {target: rules.vera(rank, shape=shape)}
+        case "randlora":
+            return {target: rules.randlora(rank, shape=shape)}
         case "ia3":
             return {targets.ia3_outputs: rules.ia3(), targets.ia3_inputs: rules.ia3("input")}
         case "bitfit":

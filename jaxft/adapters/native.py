@@ -69,7 +69,7 @@ def apply_named(
         params = adapt(jax.random.key(seed), params, rules, **axes)
     if name == "full":
         _check_whole(params)
-    shape = largest_shape(params, target, **axes) if name == "vera" else None
+    shape = largest_shape(params, target, **axes) if name in ("vera", "randlora") else None
     rules = named_rules(name, rank=rank, alpha=alpha, target=target, shape=shape, targets=targets)
     return adapt(jax.random.key(seed), params, rules, **axes)
 
@@ -79,8 +79,8 @@ def _check_whole(params: Params) -> None:
         node = node.value if isinstance(node, Frozen) else node
         if isinstance(node, Nf4Weight | QuantisedWeight):
             raise ValueError(
-                f"--adapter full trains the kernels themselves, and {path_name(path)} is rounded to a few bits, "
-                "as in the checkpoint; choose an adapter beside them, such as lora."
+                f"--adapter full trains the kernels themselves, and {path_name(path)} is rounded to a few "
+                "bits, as in the checkpoint; choose an adapter beside them, such as lora."
             )
 
 

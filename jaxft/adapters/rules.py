@@ -34,6 +34,8 @@ from jaxft.weights import (
     paca_weight,
     pissa_weight,
     quantised_weight,
+    randlora_tables,
+    randlora_weight,
     scaled_weight,
     vera_tables,
     vera_weight,
@@ -114,6 +116,26 @@ def vera(
     # Made once: all kernels hold the same two arrays.
     tables = None if shape is None else vera_tables(shape, rank, seed)
     return functools.partial(vera_weight, rank=rank, initial=initial, seed=seed, tables=tables)
+
+
+def randlora(
+    rank: int = 32,
+    alpha: float | None = None,
+    seed: int = 0,
+    shape: tuple[int, int] | None = None,
+) -> Rule:
+    """Updates of full rank: random bases of rank `rank` that all layers share, scaled by what trains.
+
+    Args:
+        rank: of a basis; the smaller, the more numbers train.
+        alpha: alpha / rank scales the update; None: 20 times the rank, as PEFT advises.
+        seed: of the bases.
+        shape: as for `vera`.
+    """
+    _check_rank("randlora", rank)
+    tables = None if shape is None else randlora_tables(shape, rank, seed)
+    alpha = 20.0 * rank if alpha is None else alpha
+    return functools.partial(randlora_weight, rank=rank, alpha=alpha, seed=seed, tables=tables)
 
 
 def loha(rank: int = 8, alpha: float = 8.0) -> Rule:

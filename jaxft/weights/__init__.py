@@ -49,6 +49,7 @@ from jaxft.weights.quantised import (
     quantised_weight,
 )
 from jaxft.weights.qwix_arrays import from_qwix, to_qwix
+from jaxft.weights.randlora import RandloraWeight, randlora_tables, randlora_weight
 from jaxft.weights.random_maps import (
     DenseMap,
     FastfoodMap,
@@ -77,6 +78,7 @@ __all__ = [
     "PacaWeight",
     "PrefixMlp",
     "QuantisedWeight",
+    "RandloraWeight",
     "ReshapedWeight",
     "ScaledWeight",
     "Transposed",
@@ -119,6 +121,8 @@ __all__ = [
     "prefix_mlp",
     "quantisation_error",
     "quantised_weight",
+    "randlora_tables",
+    "randlora_weight",
     "scaled_bias",
     "stored",
     "scaled_weight",

@@ -115,11 +115,11 @@ def kernels(params):
     """torch's name of some kernels -> the kernel."""
     return {
         f"model.layers.{i}.{theirs}.weight": params["layers"][str(i)][part][ours]["kernel"]
-        for i in range(2)
-        for part, ours, theirs in (
-            ("attention", "query", "self_attn.q_proj"), ("mlp", "down", "mlp.down_proj")
+        for i, part, ours, theirs in (
+            (0, "attention", "query", "self_attn.q_proj"),
+            (1, "mlp", "down", "mlp.down_proj"),
         )
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize(

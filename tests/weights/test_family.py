@@ -60,6 +60,7 @@ CASES = {
     "lokr full": Case(adapters.lokr(8)),
     "oft": Case(adapters.oft(6)),
     "boft": Case(butterflies),
+    "randlora": Case(adapters.randlora(4, 1.0)),
     "vera shared": Case(adapters.vera(5, shape=(256, 256))),
     "ia3 output": Case(adapters.ia3()),
     "ia3 input": Case(adapters.ia3("input")),

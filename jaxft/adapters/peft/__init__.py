@@ -27,6 +27,7 @@ from jaxft.adapters.peft import (
     lycoris,
     orthogonal,
     paca,
+    randlora,
     tokens,
     vera,
     whole,
@@ -57,6 +58,7 @@ from jaxft.weights import (
     LoraWeight,
     OftWeight,
     PacaWeight,
+    RandloraWeight,
     ScaledWeight,
     VeraWeight,
     WeightLike,
@@ -86,6 +88,7 @@ FORMATS = {
     "VERA": Format((VeraWeight,), vera.read, vera.write),
     "OFT": Format((OftWeight,), orthogonal.read_oft, orthogonal.write_oft),
     "BOFT": Format((BoftWeight,), orthogonal.read_boft, orthogonal.write_boft),
+    "RANDLORA": Format((RandloraWeight,), randlora.read, randlora.write),
     "IA3": Format((ScaledWeight,), ia3.read, ia3.write),
     "PACA": Format((PacaWeight,), paca.read, paca.write),
     "LN_TUNING": Format((), whole.read_norms, whole.write_norms),
@@ -255,7 +258,7 @@ def _surplus(key: str, settings: Settings, model: Model) -> str:
         return (
             f"surplus key {key!r}; the adapter is for another model: this one has no such module."
         )
-    if re.search(r"\.(lora|hada|lokr|vblora|hra|vera|oft|boft|ia3|paca|ln_tuning)_", key):
+    if re.search(r"\.(lora|hada|lokr|vblora|hra|vera|oft|boft|randlora|ia3|paca|ln_tuning)_", key):
         if model.tied and module == model.head:
             return untied(model, f"{settings['peft_type']} is on {module} alone")
         if module not in targeted(settings, {}, model, model.leaves):

@@ -96,6 +96,14 @@ OPTIONS: dict[str, Options] = {
         ),
         _words("vera_dropout d_initial fan_in_fan_out init_weights"),
     ),
+    "RANDLORA": Options(
+        dict(
+            target_modules=None, modules_to_save=None, **_LAYERS,
+            r=32, randlora_alpha=640, save_projection=True, bias="none",
+        ),
+        # The bases are in the file, whatever they were drawn from.
+        _words("randlora_dropout fan_in_fan_out init_weights projection_prng_key sparse very_sparse"),
+    ),
     "OFT": Options(
         dict(
             **_TARGETS, **_LAYERS, r=0, bias="none", coft=False, eps=6e-5, block_share=False,
@@ -147,7 +155,7 @@ AT_END = r"(.*\.)?({})$"
 # Known to PEFT, and not to this library.
 OTHERS = _words(
     "ADAMSS ADAPTION_PROMPT BEFT C3A CARTRIDGE CPT DEFT DELORA FOURIERFT FROD GLORA GRALORA HIRA "
-    "LILY MISS MULTITASK_PROMPT_TUNING OSF P_TUNING PEANUT POLY PSOFT PVERA RANDLORA ROAD SHADOW SHIRA "
+    "LILY MISS MULTITASK_PROMPT_TUNING OSF P_TUNING PEANUT POLY PSOFT PVERA ROAD SHADOW SHIRA "
     "SUPERTUNING TINYLORA UNILORA WAVEFT XLORA"
 )
 _NO_MERGE = _words(
@@ -225,7 +233,7 @@ def _check_values(settings: Settings, options: Options) -> None:
             continue  # 0 where oft_block_size is given.
         if name in options.names - options.no_effect:
             _check(settings, name, _is_positive_int, "a positive integer")
-    for name in ("lora_alpha", "alpha", "paca_alpha"):
+    for name in ("lora_alpha", "alpha", "paca_alpha", "randlora_alpha"):
         if name in options.names - options.no_effect:
             _check(
                 settings, name, _is_number, "a number; without one PEFT cannot scale the adapter"

@@ -1,4 +1,4 @@
-"""OFT and BOFT: PEFT's products and gradients, and its files both ways."""
+"""OFT, BOFT and RandLoRA: PEFT's products and gradients, and its files both ways."""
 
 import dataclasses
 import functools
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxft.adapters import AdapterError, adapt, boft, load_adapter, oft, save_adapter
+from jaxft.adapters import AdapterError, adapt, boft, load_adapter, oft, randlora, save_adapter
 from jaxft.weights import matmul, nearest_divisor
 
 torch = pytest.importorskip("torch", reason="parity tests need torch: pip install 'jaxft[test]'")
@@ -149,10 +149,12 @@ FILES = {
     "oft, shared": ("OFT", dict(oft_block_size=8, block_share=True, coft=True, eps=0.5)),
     "boft": ("BOFT", dict(boft_block_size=4, boft_n_butterfly_factor=2)),
     "boft, numbers": ("BOFT", dict(boft_block_size=0, boft_block_num=4)),
+    "randlora": ("RandLora", dict(r=5, randlora_alpha=3)),
 }
 WRITTEN = {  # of a file written here and PEFT's, whose other options are training's or say the same
     "OFT": "coft block_share use_cayley_neumann peft_type target_modules bias".split(),
     "BOFT": "boft_block_size boft_block_num boft_n_butterfly_factor peft_type".split(),
+    "RANDLORA": "r randlora_alpha save_projection peft_type".split(),
 }
 
 
@@ -163,7 +165,7 @@ def written(bases, tmp_path_factory):
     @functools.cache
     def write(name):
         path, (kind, options) = tmp_path_factory.mktemp("peft"), FILES[name]
-        make = peft.OFTConfig if kind == "OFT" else peft.BOFTConfig
+        make = getattr(peft, f"{kind}Config")
         bases[0].write(path, make(task_type="CAUSAL_LM", target_modules=TARGETS, **options))
         return path
 
@@ -210,6 +212,8 @@ REFUSED = {
         "boft", dict(boft_block_size=0, boft_block_num=7), "boft_block_num=7 does not divide the 24"
     ),
     "no factors": ("boft", dict(boft_n_butterfly_factor=0), "factor=0 must be a positive integer"),
+    "no bases": ("randlora", dict(save_projection=False), "save_projection=false leaves the random"),
+    "no alpha": ("randlora", dict(randlora_alpha=None), "randlora_alpha=None must be a number"),
     "biases": ("boft", dict(bias="boft_only"), "bias='boft_only' is not supported"),
 }  # fmt: skip
 
@@ -246,6 +250,8 @@ def test_what_one_file_cannot_hold_is_refused(bases, tmp_path):
         save({up: oft(4), q: oft(4, terms=None)})
     with pytest.raises(AdapterError, match="BOFT has one block size for all kernels"):
         save({up: boft(4), q: boft(2)})
+    with pytest.raises(AdapterError, match="has random bases, a rank or an alpha of its own"):
+        save({up: randlora(4), q: randlora(4, seed=1)})
 
 
 @pytest.mark.parametrize(

@@ -179,7 +179,7 @@ def _tensor(packed, parts: Mapping[str, Any], state: Mapping[str, Any]) -> FourB
     count = math.prod(shape)
     if packed.nbytes != -(-count // 2) or scales.shape != (-(-count // block),):
         raise ValueError(f"{packed.nbytes} bytes and {scales.size} scales for {shape}")
-    if parts["nested_absmax"] is not None:
+    if scales.dtype == np.uint8:  # Codes of scales.
         table, groups = parts["nested_quant_map"], parts["nested_absmax"]
         group = np.arange(scales.size) // state["nested_blocksize"]
         # As dequantize_blockwise and the line after it: a rounded product, then a rounded sum.

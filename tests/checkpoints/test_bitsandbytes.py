@@ -22,7 +22,6 @@ FILE = "model.safetensors"
 FP4 = np.float32([0, 0.0625, 8, 12, 4, 6, 2, 3]) / np.float32(12)
 LEVELS = {"nf4": NF4_LEVELS, "fp4": np.concatenate([FP4, -FP4])}
 TABLE = np.sort(np.random.default_rng(3).uniform(-1, 1, 256)).astype(np.float32)
-SKIPPED = "lm_head"
 
 
 def round_off(weight, *, kind="nf4", block=64, nested=256, storage=np.uint8, dtype="bfloat16"):
@@ -197,6 +196,9 @@ def test_it_is_a_frozen_base_and_leaves_as_a_dense_model(wide, tmp_path):
 Q = "model.layers.1.self_attn.q_proj.weight"
 REFUSED = {
     "no scales": (lambda t: t.pop(f"{Q}.absmax"), {}, "q_proj.weight' is no whole 4-bit tensor"),
+    "no scales of scales": (
+        lambda t: t.pop(f"{Q}.nested_absmax"), {}, "q_proj.weight' is no whole 4-bit tensor"
+    ),
     "no codes": (lambda t: t.pop(Q), {}, "q_proj.weight' is no whole 4-bit tensor"),
     "half a table": (
         lambda t: t.update({f"{Q}.quant_map": NF4_LEVELS[:8]}), {}, "no whole .*8 levels"

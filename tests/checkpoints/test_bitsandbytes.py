@@ -33,8 +33,8 @@ def round_off(weight, *, kind="nf4", block=64, nested=256, storage=np.uint8, dty
     codes = np.abs(parts[..., None] / largest[:, None, None] - LEVELS[kind]).argmin(-1)
     codes = codes.reshape(-1)[: flat.size].astype(np.uint8)
     state = {"quant_type": kind, "blocksize": block, "dtype": dtype, "shape": list(weight.shape)}
-    packed = (codes[::2] << 4 | codes[1::2])[:, None]
-    found = {"": packed.view(storage), ".quant_map": LEVELS[kind]}
+    packed = (codes[::2] << 4 | codes[1::2]).view(storage)[:, None]
+    found = {"": packed, ".quant_map": LEVELS[kind]}
     if nested:
         offset, groups = largest.mean(), -(-blocks // nested)
         rest = np.pad(largest - offset, (0, groups * nested - blocks)).reshape(groups, nested)

@@ -50,7 +50,6 @@ def butterflies(key, kernel):
 
 CASES = {
     "lora": Case(adapters.lora(2, 4.0)),
-    "rslora": Case(adapters.rslora(4, 4.0)),
     "pissa": Case(adapters.pissa(2), nests=False),
     "qpissa": Case(adapters.qpissa(2), exact=False, nests=False),
     "dora": Case(adapters.dora(2, 4.0)),

@@ -18,10 +18,10 @@ _A, _B = "base_model.randlora_A", "base_model.randlora_B"
 def read(settings: Settings, tensors: Tensors, model: Model) -> dict[str, RandloraWeight]:
     """path -> weight; takes randlora_lambda [R, N], randlora_gamma [N, min], and the bases A and B.
 
-    A is [R, 1, min of the largest sizes], B [their max, N, R].
+    A is [R, 1, min of the largest sizes], B [their max, N, R]. PEFT repeats them for each layer.
 
     Raises:
-        AdapterError: for a file without the bases, which torch's generator drew.
+        AdapterError: for a file without the bases, which torch's generator drew, or one with several.
     """
     chosen = set(targeted(settings, tensors, model))
     linears = [linear for linear in model.linears if linear.name in chosen]
@@ -44,6 +44,10 @@ def read(settings: Settings, tensors: Tensors, model: Model) -> dict[str, Randlo
                 f"{linear.name!r} holds query, key and value in one matrix, whose RandLoRA no kernel of this "
                 "model can take; merge it into its model with PEFT (merge_and_unload, save_pretrained)."
             )
+        for name, own in (("randlora_A", a[:, None]), ("randlora_B", b)):
+            copy = tensors.pop(linear.key(name), None)
+            if copy is not None and not np.array_equal(copy.astype(np.float32), own):
+                raise AdapterError(f"{linear.key(name)!r} is not that of {f'base_model.{name}'!r}.")
         side = min(linear.inputs, linear.outputs)
         count = -(-side // rank)
         scale = take(tensors, linear.key("randlora_lambda"), (rank, count))
@@ -54,7 +58,7 @@ def read(settings: Settings, tensors: Tensors, model: Model) -> dict[str, Randlo
 
 
 def write(model: Model, found: Mapping[str, RandloraWeight]) -> tuple[Settings, Tensors]:
-    """(settings, tensors).
+    """(settings, tensors), the bases once; PEFT says then that their copies are missing, and has them.
 
     Raises:
         AdapterError: for kernels that do not share their bases, ranks or alphas.

@@ -215,6 +215,8 @@ def boft_weight(
 def butterfly_problem(inputs: int, block_size: int, factors: int) -> str | None:
     """Why so many inputs have no butterfly factors of such blocks, or None where they have."""
     stretch = block_size << (factors - 1)
+    if factors == 1 and inputs % stretch:
+        return f"block_size {block_size} does not divide {inputs} inputs"
     if inputs % stretch:
         return (
             f"{factors} factors of block_size {block_size} need a multiple of {stretch} inputs, got "

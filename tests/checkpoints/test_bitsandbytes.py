@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxft.adapters import adapt, apply_named, merge, quantised
+from jaxft.adapters import adapt, apply_named, lora, merge, rounding_loss
 from jaxft.checkpoints import load_model, model_shapes, open_model, save_model
 from jaxft.checkpoints.bitsandbytes import kept
 from jaxft.kernels.nf4 import NF4_LEVELS
@@ -83,16 +83,10 @@ def tiny(path, hidden=64):
     return path
 
 
-@pytest.fixture(scope="module", params=[64, 24])
-def dense(request, tmp_path_factory):
-    return tiny(tmp_path_factory.mktemp("dense"), request.param)
-
-
-@pytest.fixture
-def wide(dense):
-    if json.loads((dense / "config.json").read_text())["hidden_size"] != 64:
-        pytest.skip("blocks of 64 are whole at 64 inputs")
-    return dense
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """With whole blocks of 64 inputs."""
+    return tiny(tmp_path_factory.mktemp("dense"), 64)
 
 
 def rounded(dense, path, change=lambda tensors: None, settings=None, **options):
@@ -110,52 +104,57 @@ def rounded(dense, path, change=lambda tensors: None, settings=None, **options):
     return path, parts
 
 
+PLACES = {
+    "model.layers.0.self_attn.q_proj.weight": ("0", "attention", "query"),
+    "model.layers.1.mlp.down_proj.weight": ("1", "mlp", "down"),
+}
+
+
 def kernels(params):
     """torch's name of some kernels -> the kernel."""
     return {
-        f"model.layers.{i}.{theirs}.weight": params["layers"][str(i)][part][ours]["kernel"]
-        for i, part, ours, theirs in (
-            (0, "attention", "query", "self_attn.q_proj"),
-            (1, "mlp", "down", "mlp.down_proj"),
-        )
+        name: params["layers"][layer][part][ours]["kernel"]
+        for name, (layer, part, ours) in PLACES.items()
     }
 
 
 @pytest.mark.parametrize(
-    "options",
+    "options, dtype",
     [
-        {},
-        dict(nested=0),
-        dict(nested=4, storage=ml_dtypes.bfloat16),
-        dict(block=128),
-        dict(kind="fp4", dtype="float16"),
+        ({}, jnp.float32),
+        (dict(nested=0), None),
+        (dict(nested=4, storage=ml_dtypes.bfloat16), jnp.float32),
+        (dict(block=128), None),
+        (dict(kind="fp4", dtype="float16"), jnp.float32),
     ],
     ids=["nested", "plain", "stored as bfloat16", "blocks over outputs", "fp4"],
 )
-@pytest.mark.filterwarnings("ignore:.*dequantised")
-def test_numbers_are_bitsandbytes_bit_for_bit(options, dense, tmp_path):
-    path, parts = rounded(dense, tmp_path, **options)
-    params, stored = load_model(path, dtype=jnp.float32)[1], load_model(path)[1]
-    holds = not {"block", "kind"} & options.keys() and params["final_norm"]["scale"].size == 64
+@pytest.mark.filterwarnings("ignore:.*14 of its 14 4-bit tensors are dequantised as they are read")
+def test_numbers_are_bitsandbytes_bit_for_bit(options, dtype, wide, tmp_path):
+    path, parts = rounded(wide, tmp_path, **options)
+    _, params = load_model(path, dtype=dtype)
     for name, kernel in kernels(params).items():
-        assert isinstance(kernel, Nf4Weight) == holds
-        expected = slowly(parts[name]).T
-        np.testing.assert_array_equal(to_dense(kernel), expected)
-        other = to_dense(kernels(stored)[name])
-        assert other.dtype == options.get("dtype", "bfloat16")
-        np.testing.assert_array_equal(other, expected.astype(other.dtype))
-    for given, dtype in ((params, jnp.float32), (stored, None)):
-        same = jax.tree.map(lambda a, s: a.shape == s.shape and a.dtype == s.dtype, given,
-                            model_shapes(path, dtype=dtype))  # fmt: skip
-        assert all(jax.tree.leaves(same))
+        assert isinstance(kernel, Nf4Weight) == (not {"block", "kind"} & options.keys())
+        found, expected = to_dense(kernel), slowly(parts[name]).T
+        assert found.dtype == (dtype or "bfloat16")
+        np.testing.assert_array_equal(found, expected.astype(found.dtype))
+    same = lambda a, s: a.shape == s.shape and a.dtype == s.dtype
+    assert all(jax.tree.leaves(jax.tree.map(same, params, model_shapes(path, dtype=dtype))))
 
 
-def test_dense_ones_are_told(dense, tmp_path):
-    path, parts = rounded(dense, tmp_path, block=128)
+def test_blocks_that_run_over_an_output_are_read_dense(tmp_path):
+    """24 inputs: a block of 64 holds two outputs and two thirds; the last one is not whole."""
+    (tmp_path / "rounded").mkdir()
+    path, parts = rounded(tiny(tmp_path / "dense", 24), tmp_path / "rounded", nested=4)
     with pytest.warns(
         UserWarning, match="14 of its 14 4-bit tensors are dequantised as they are read"
     ):
-        open_model(path)
+        read = open_model(path).read
+    for name in PLACES:
+        np.testing.assert_array_equal(read(Entry(name, ()))[...], slowly(parts[name]))
+        np.testing.assert_array_equal(
+            read(Entry(name, ()))[3:7, 2:9], slowly(parts[name])[3:7, 2:9]
+        )
 
 
 def test_on_a_mesh_and_stacked_it_is_the_same(wide, tmp_path):
@@ -172,9 +171,9 @@ def test_it_is_a_frozen_base_and_leaves_as_a_dense_model(wide, tmp_path):
     """LoRA trains beside it; what is saved says nothing of bitsandbytes."""
     path, parts = rounded(wide, tmp_path)
     model, params = load_model(path, dtype=jnp.float32)
-    adapted = apply_named(params, "lora", rank=2)
+    adapted = adapt(jax.random.key(0), params, {".*/query/kernel": lora(2)})
     query = adapted["layers"]["0"]["attention"]["query"]["kernel"]
-    assert isinstance(query.base, Nf4Weight)
+    assert isinstance(query.base, Nf4Weight) and rounding_loss(adapted, params) is None
     x = jax.random.normal(jax.random.key(0), (3, 64))
     np.testing.assert_allclose(matmul(x, query), x @ to_dense(query), atol=1e-4)
     save_model(tmp_path / "out", model, merge(adapted))
@@ -189,8 +188,6 @@ def test_it_is_a_frozen_base_and_leaves_as_a_dense_model(wide, tmp_path):
         ValueError, match="--adapter full trains the kernels themselves, and layers/0"
     ):
         apply_named(params, "full")
-    with pytest.raises(ValueError, match="rounded already"):
-        adapt(jax.random.key(0), adapted, {".*/query/kernel": quantised()})
 
 
 Q = "model.layers.1.self_attn.q_proj.weight"

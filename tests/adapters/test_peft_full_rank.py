@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxft.adapters import AdapterError, adapt, boft, load_adapter, oft, randlora, save_adapter
-from jaxft.weights import matmul, nearest_divisor
+from jaxft.weights import matmul, nearest_divisor, to_dense
 
 torch = pytest.importorskip("torch", reason="parity tests need torch: pip install 'jaxft[test]'")
 transformers = pytest.importorskip("transformers", reason="pip install 'jaxft[test]'")
@@ -33,98 +33,88 @@ def butterflies(monkeypatch):
     monkeypatch.setattr(layer, "FastBlockDiag", types.SimpleNamespace(apply=diagonals))
 
 
-# name -> (PEFT's options, ours)
-OFT = {
-    "series": (dict(oft_block_size=4), dict(block_size=4)),
-    "2 terms": (
-        dict(oft_block_size=5, num_cayley_neumann_terms=2), dict(block_size=5, terms=2)
+INPUTS, OUTPUTS = 24, 5
+# (the type, PEFT's options, ours)
+SERIES = [
+    ("oft", dict(oft_block_size=5, num_cayley_neumann_terms=2), dict(block_size=5, terms=2)),
+    ("oft", dict(oft_block_size=4, num_cayley_neumann_terms=3), dict(block_size=4, terms=3)),
+    ("oft", dict(oft_block_size=4, num_cayley_neumann_terms=4), dict(block_size=4, terms=4)),
+    ("oft", dict(oft_block_size=4, num_cayley_neumann_terms=7), dict(block_size=4, terms=7)),
+    ("boft", dict(boft_block_size=4), dict(block_size=4)),
+    (
+        "boft", dict(boft_block_num=6, boft_block_size=0, boft_n_butterfly_factor=2),
+        dict(block_size=4, factors=2),
     ),
-    "3 terms": (dict(r=6, oft_block_size=0, num_cayley_neumann_terms=3), dict(block_size=4, terms=3)),
-    "4 terms": (dict(oft_block_size=4, num_cayley_neumann_terms=4), dict(block_size=4, terms=4)),
-    "7 terms": (dict(oft_block_size=4, num_cayley_neumann_terms=7), dict(block_size=4, terms=7)),
-    "shared": (
-        dict(oft_block_size=4, block_share=True, coft=True, eps=0.4),
+]  # fmt: skip
+EXACT = dict(use_cayley_neumann=False, coft=True)
+ALL = [
+    ("oft", dict(r=6, oft_block_size=0), dict(block_size=4)),
+    (
+        "oft", dict(oft_block_size=4, block_share=True, coft=True, eps=0.4),
         dict(block_size=4, share=True, eps=0.4),
     ),
-    "near": (
-        dict(oft_block_size=6, use_cayley_neumann=False, coft=True, eps=9.0),
-        dict(block_size=6, terms=None, eps=9.0),
-    ),
-    "far": (
-        dict(oft_block_size=6, use_cayley_neumann=False, coft=True, eps=0.4),
-        dict(block_size=6, terms=None, eps=0.4),
-    ),
-}  # fmt: skip
-BOFT = {
-    "1 factor": (dict(boft_block_size=3), dict(block_size=3)),
-    "3 factors": (
-        dict(boft_block_size=2, boft_n_butterfly_factor=3), dict(block_size=2, factors=3)
-    ),
-    "blocks of 6": (
-        dict(boft_block_num=4, boft_block_size=0, boft_n_butterfly_factor=2),
-        dict(block_size=6, factors=2),
-    ),
-}  # fmt: skip
-INPUTS, OUTPUTS = 24, 5
+    ("oft", dict(oft_block_size=4, eps=9.0, **EXACT), dict(block_size=4, terms=None, eps=9.0)),
+    ("oft", dict(oft_block_size=4, eps=0.4, **EXACT), dict(block_size=4, terms=None, eps=0.4)),
+    ("boft", dict(boft_block_size=2, boft_n_butterfly_factor=3), dict(block_size=2, factors=3)),
+]  # fmt: skip
 
 
-def moved(parameters):
-    with torch.no_grad():
-        for parameter in parameters:
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return [parameter.detach().numpy().copy() for parameter in parameters]
-
-
-def pefts_oft(linear, options):
-    """(PEFT's layer, its parameters)."""
-    config = peft.OFTConfig(target_modules=["x"], **options)
-    made = peft.tuners.oft.layer.Linear(linear, "default", config, r=config.r)
-    return made, [made.oft_R["default"].weight]
-
-
-def pefts_boft(linear, options):
-    config = peft.BOFTConfig(target_modules=["x"], **options)
-    made = peft.tuners.boft.layer.Linear(linear, "default", config)
-    return made, [made.boft_R["default"], made.boft_s["default"]]
-
-
-@pytest.mark.parametrize(
-    "name, options", [("oft", o) for o in OFT.values()] + [("boft", o) for o in BOFT.values()]
-)
-def test_products_and_gradients_are_pefts(name, options):
-    theirs, ours = options
+def both(kind, theirs, ours):
+    """(PEFT's layer, its parameters, ours, its fields), away from their start."""
     torch.manual_seed(0)
     linear = torch.nn.Linear(INPUTS, OUTPUTS)
-    layer, parameters = (pefts_oft if name == "oft" else pefts_boft)(linear, theirs)
-    values = moved(parameters)
+    if kind == "oft":
+        config = peft.OFTConfig(target_modules=["x"], **theirs)
+        layer = peft.tuners.oft.layer.Linear(linear, "default", config, r=config.r)
+        parameters = {"skew": layer.oft_R["default"].weight}
+    else:
+        config = peft.BOFTConfig(target_modules=["x"], **theirs)
+        layer = peft.tuners.boft.layer.Linear(linear, "default", config)
+        parameters = {"blocks": layer.boft_R["default"], "scale": layer.boft_s["default"]}
+    weight = (oft if kind == "oft" else boft)(**ours)(None, jnp.asarray(linear.weight.detach().T))
+    np.testing.assert_allclose(to_dense(weight), linear.weight.detach().T, atol=1e-6)
+    fields = {}
+    for name, parameter in parameters.items():
+        with torch.no_grad():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+        value = parameter.detach().numpy().copy()
+        fields[name] = jnp.asarray(value).reshape(getattr(weight, name).shape)
+    return layer, parameters, weight, fields
+
+
+close = functools.partial(np.testing.assert_allclose, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("case", SERIES)
+def test_products_are_pefts(case):
+    layer, _, weight, fields = both(*case)
+    x = torch.randn(3, INPUTS)
+    dense = to_dense(dataclasses.replace(weight, **fields))
+    bias = layer.get_base_layer().bias.detach().numpy()[None]
+    close(x.numpy() @ np.asarray(dense) + bias, layer(x).detach())
+
+
+@pytest.mark.parametrize("case", ALL)
+def test_products_and_gradients_are_pefts(case):
+    layer, parameters, weight, fields = both(*case)
     x = torch.randn(2, 3, INPUTS, requires_grad=True)
     y = layer(x)
     torch.sin(y).sum().backward()
-
-    rule, kernel = (oft if name == "oft" else boft)(**ours), jnp.asarray(linear.weight.detach().T)
-    made = rule(jax.random.key(0), kernel)
-    fields = ("skew",) if name == "oft" else ("blocks", "scale")
-    start = {field: getattr(made, field) for field in fields}
-    trains = {
-        f: jnp.asarray(v).reshape(start[f].shape) for f, v in zip(fields, values, strict=True)
-    }
-    bias = linear.bias.detach().numpy()[None, None]
+    bias = layer.get_base_layer().bias.detach().numpy()[None, None]
 
     @jax.jit
-    def run(trains, x):
-        def loss(trains, x):
-            product = matmul(x, dataclasses.replace(made, **trains)) + bias
+    def run(fields, x):
+        def loss(fields, x):
+            product = matmul(x, dataclasses.replace(weight, **fields)) + bias
             return jnp.sum(jnp.sin(product)), product
 
-        return jax.grad(loss, (0, 1), has_aux=True)(trains, x)
+        return jax.grad(loss, (0, 1), has_aux=True)(fields, x)
 
-    (gradients, at_x), product = run(trains, jnp.asarray(x.detach()))
-    close = functools.partial(np.testing.assert_allclose, atol=2e-5, rtol=1e-4)
+    (gradients, at_x), product = run(fields, jnp.asarray(x.detach()))
     close(product, y.detach())
     close(at_x, x.grad)
-    for field, parameter in zip(fields, parameters, strict=True):
-        close(gradients[field], parameter.grad.reshape(gradients[field].shape))
-    close(matmul(jnp.asarray(x.detach()), kernel), matmul(jnp.asarray(x.detach()), made))
+    for name, parameter in parameters.items():
+        close(gradients[name], parameter.grad.reshape(gradients[name].shape))
 
 
 def test_blocks_are_cut_as_peft_cuts_them():
@@ -136,22 +126,20 @@ def test_blocks_are_cut_as_peft_cuts_them():
 
 
 @pytest.fixture(scope="module")
-def bases(tmp_path_factory):
-    """Llamas, the second with its output projection tied to its embeddings."""
-    path, config = tmp_path_factory.mktemp("bases"), transformers.LlamaConfig(**peft_base.SIZES)
-    tied = transformers.LlamaConfig(**peft_base.SIZES, tie_word_embeddings=True)
-    return peft_base.Base(path / "untied", config), peft_base.Base(path / "tied", tied)
+def base(tmp_path_factory):
+    config = transformers.LlamaConfig(**peft_base.SIZES | dict(num_hidden_layers=1))
+    return peft_base.Base(tmp_path_factory.mktemp("base"), config)
 
 
 TARGETS = ["q_proj", "down_proj", "lm_head"]  # of 24 and 40 inputs
 FILES = {
     "oft": ("OFT", dict(oft_block_size=7)),
-    "oft, exact": ("OFT", dict(r=4, oft_block_size=0, use_cayley_neumann=False)),
-    "oft, shared": ("OFT", dict(oft_block_size=8, block_share=True, coft=True, eps=0.5)),
-    "boft": ("BOFT", dict(boft_block_size=4, boft_n_butterfly_factor=2)),
-    "boft, numbers": ("BOFT", dict(boft_block_size=0, boft_block_num=4)),
+    "oft, shared": (
+        "OFT", dict(r=4, oft_block_size=0, block_share=True, eps=0.5, **EXACT)
+    ),
+    "boft": ("BOFT", dict(boft_block_size=0, boft_block_num=4, boft_n_butterfly_factor=2)),
     "randlora": ("RandLora", dict(r=5, randlora_alpha=3)),
-}
+}  # fmt: skip
 WRITTEN = {  # of a file written here and PEFT's, whose other options are training's or say the same
     "OFT": "coft block_share use_cayley_neumann peft_type target_modules bias".split(),
     "BOFT": "boft_block_size boft_block_num boft_n_butterfly_factor peft_type".split(),
@@ -160,22 +148,22 @@ WRITTEN = {  # of a file written here and PEFT's, whose other options are traini
 
 
 @pytest.fixture(scope="module")
-def written(bases, tmp_path_factory):
+def written(base, tmp_path_factory):
     """name -> PEFT's file, made once."""
 
     @functools.cache
     def write(name):
         path, (kind, options) = tmp_path_factory.mktemp("peft"), FILES[name]
         make = getattr(peft, f"{kind}Config")
-        bases[0].write(path, make(task_type="CAUSAL_LM", target_modules=TARGETS, **options))
+        base.write(path, make(task_type="CAUSAL_LM", target_modules=TARGETS, **options))
         return path
 
     return write
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_files_are_read_and_written_as_pefts(name, bases, written, tmp_path):
-    base, path = bases[0], written(name)
+def test_files_are_read_and_written_as_pefts(name, base, written, tmp_path):
+    path = written(name)
     theirs = base.pefts(path)
     adapted = load_adapter(path, base.model.config, base.params)
     peft_base.close(base.logits(path), theirs)
@@ -210,11 +198,13 @@ REFUSED = {
     "both": ("oft", dict(r=3), "r=3 and oft_block_size=7: one must be a positive integer, the other 0"),
     "no radius": ("oft", dict(coft=True, eps=0), "eps=0 must be a positive number"),
     "other blocks": ("oft", dict(oft_block_size=4), r"has shape \(4, 15\), .* need \(6, 6\)"),
-    "neither": ("boft", dict(boft_block_size=0), "boft_block_num=0 and boft_block_size=0: one must"),
-    "too many": ("boft", dict(boft_n_butterfly_factor=4), "q_proj': 4 factors of block_size 4 need a"),
-    "odd": ("boft", dict(boft_block_size=3), "q_proj': more than one factor needs an even block_size"),
+    "neither": ("boft", dict(boft_block_num=0), "boft_block_num=0 and boft_block_size=0: one must"),
+    "too many": ("boft", dict(boft_n_butterfly_factor=4), "q_proj': 4 factors of block_size 6 need a"),
+    "odd": (
+        "boft", dict(boft_block_size=3, boft_block_num=0), "q_proj': more than one factor needs an even"
+    ),
     "no division": (
-        "boft", dict(boft_block_size=0, boft_block_num=7), "boft_block_num=7 does not divide the 24"
+        "boft", dict(boft_block_num=7), "boft_block_num=7 does not divide the 24"
     ),
     "no factors": ("boft", dict(boft_n_butterfly_factor=0), "factor=0 must be a positive integer"),
     "no bases": ("randlora", dict(save_projection=False), "save_projection=false leaves the random"),
@@ -224,31 +214,31 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_not_read_is_refused_by_its_name(name, bases, written, tmp_path):
+def test_what_is_not_read_is_refused_by_its_name(name, base, written, tmp_path):
     file, settings, message = REFUSED[name]
-    base, path = bases[0], changed(written(file), tmp_path, **settings)
+    path = changed(written(file), tmp_path, **settings)
     with pytest.raises(AdapterError, match=message):
         load_adapter(path, base.model.config, base.params)
 
 
-def test_embeddings_and_tied_heads_are_refused(bases, written, tmp_path):
-    untied, tied = bases
+def test_embeddings_and_tied_heads_are_refused(base, written, tmp_path):
+    tied = dataclasses.replace(base.model.config, tie_embeddings=True)
+    params = {name: node for name, node in base.params.items() if name != "head"}
     path = changed(written("oft"), tmp_path)
     with pytest.raises(AdapterError, match="lm_head.* is not the embedding.*untie the base first"):
-        load_adapter(path, tied.model.config, tied.params)
+        load_adapter(path, tied, params)
     tensors = {n: t for n, t in load_file(path / FILE).items() if "base_layer" not in n}
     save_file(tensors, path / FILE)
     with pytest.raises(AdapterError, match="OFT is on lm_head alone.*untie the base first"):
-        load_adapter(path, tied.model.config, tied.params)
+        load_adapter(path, tied, params)
     key = "base_model.model.model.embed_tokens.oft_embedding_R.weight"
     save_file(load_file(path / FILE) | {key: np.zeros((6, 6), np.float32)}, path / FILE)
     with pytest.raises(AdapterError, match="OFT on the embedding 'model.embed_tokens'"):
-        load_adapter(path, untied.model.config, untied.params)
+        load_adapter(path, base.model.config, base.params)
 
 
-def test_what_one_file_cannot_hold_is_refused(bases, tmp_path):
+def test_what_one_file_cannot_hold_is_refused(base, tmp_path):
     """Other block sizes than those of one option, and other series."""
-    base = bases[0]
     save = lambda rules: save_adapter(
         tmp_path, base.model.config, adapt(jax.random.key(0), base.params, rules)
     )

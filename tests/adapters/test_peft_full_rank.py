@@ -37,15 +37,9 @@ INPUTS, OUTPUTS = 24, 5
 # (the type, PEFT's options, ours)
 SERIES = [
     ("oft", dict(oft_block_size=5, num_cayley_neumann_terms=2), dict(block_size=5, terms=2)),
-    ("oft", dict(oft_block_size=4, num_cayley_neumann_terms=3), dict(block_size=4, terms=3)),
     ("oft", dict(oft_block_size=4, num_cayley_neumann_terms=4), dict(block_size=4, terms=4)),
     ("oft", dict(oft_block_size=4, num_cayley_neumann_terms=7), dict(block_size=4, terms=7)),
-    ("boft", dict(boft_block_size=4), dict(block_size=4)),
-    (
-        "boft", dict(boft_block_num=6, boft_block_size=0, boft_n_butterfly_factor=2),
-        dict(block_size=4, factors=2),
-    ),
-]  # fmt: skip
+]
 EXACT = dict(use_cayley_neumann=False, coft=True)
 ALL = [
     ("oft", dict(r=6, oft_block_size=0), dict(block_size=4)),
@@ -54,7 +48,6 @@ ALL = [
         dict(block_size=4, share=True, eps=0.4),
     ),
     ("oft", dict(oft_block_size=4, eps=9.0, **EXACT), dict(block_size=4, terms=None, eps=9.0)),
-    ("oft", dict(oft_block_size=4, eps=0.4, **EXACT), dict(block_size=4, terms=None, eps=0.4)),
     ("boft", dict(boft_block_size=2, boft_n_butterfly_factor=3), dict(block_size=2, factors=3)),
 ]  # fmt: skip
 

@@ -56,7 +56,6 @@ CASES = {
     "vera": Case(adapters.vera(5)),
     "loha": Case(adapters.loha(2)),
     "lokr": Case(adapters.lokr(1)),
-    "lokr full": Case(adapters.lokr(8)),
     "oft": Case(adapters.oft(6)),
     "boft": Case(butterflies),
     "randlora": Case(adapters.randlora(4, 1.0)),
@@ -64,7 +63,6 @@ CASES = {
     "ia3 output": Case(adapters.ia3()),
     "ia3 input": Case(adapters.ia3("input")),
     "paca": Case(adapters.paca(3)),
-    "paca scaled": Case(adapters.paca(3, 6.0)),
     "monarch": Case(adapters.monarch(blocks=2), exact=False, nests=False),
     "monarch projected": Case(
         adapters.monarch_from_dense(inputs=2, outputs=2, rank=3), exact=False

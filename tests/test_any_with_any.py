@@ -45,8 +45,14 @@ from tests.small_models import LLAMA, base, large
 # A place of the matrix, and what takes turns in it: the same to all other factors, which see a tree with
 # the same kinds of leaves, a transform that asks for the same functions, or an objective of the same calls.
 SAME = {
-    "lora": ("lora", "rslora", "pissa"),  # another scale or start of one weight
-    "dora": ("dora", "vera", "loha", "lokr", "ia3"),  # trained fields around a frozen kernel
+    "lora": (
+        "lora",
+        "rslora",
+        "pissa",
+        "randlora",
+    ),  # factors beside a kernel, of another scale or start
+    # Trained fields around a frozen kernel.
+    "dora": ("dora", "vera", "loha", "lokr", "oft", "boft", "ia3"),
     "norms": ("norms", "bitfit"),  # arrays that are no kernels
     "full": ("full", "monarch"),  # kernels of which nothing is frozen
     "bottleneck": ("bottleneck", "parallel"),  # maps in each layer that are no weights

@@ -42,21 +42,27 @@ class Case(NamedTuple):
     nests: bool = True  # takes a quantised base
 
 
+def butterflies(key, kernel):
+    """Two factors where their blocks divide the inputs."""
+    even = kernel.shape[0] % 4 == 0
+    return adapters.boft(*((2, 2) if even else (kernel.shape[0], 1)))(key, kernel)
+
+
 CASES = {
     "lora": Case(adapters.lora(2, 4.0)),
-    "rslora": Case(adapters.rslora(4, 4.0)),
     "pissa": Case(adapters.pissa(2), nests=False),
     "qpissa": Case(adapters.qpissa(2), exact=False, nests=False),
     "dora": Case(adapters.dora(2, 4.0)),
     "vera": Case(adapters.vera(5)),
     "loha": Case(adapters.loha(2)),
     "lokr": Case(adapters.lokr(1)),
-    "lokr full": Case(adapters.lokr(8)),
+    "oft": Case(adapters.oft(6)),
+    "boft": Case(butterflies),
+    "randlora": Case(adapters.randlora(4, 1.0)),
     "vera shared": Case(adapters.vera(5, shape=(256, 256))),
     "ia3 output": Case(adapters.ia3()),
     "ia3 input": Case(adapters.ia3("input")),
     "paca": Case(adapters.paca(3)),
-    "paca scaled": Case(adapters.paca(3, 6.0)),
     "monarch": Case(adapters.monarch(blocks=2), exact=False, nests=False),
     "monarch projected": Case(
         adapters.monarch_from_dense(inputs=2, outputs=2, rank=3), exact=False

@@ -101,8 +101,8 @@ def back(tokenizer, rows=512, ends=(), family="llama"):
     return metadata, build_tokenizer({"general.architecture": family, **metadata}.get)
 
 
-def same(ours, theirs):
-    for text in ASKED:
+def same(ours, theirs, texts=ASKED):
+    for text in texts:
         ids = ours(text)["input_ids"]
         assert theirs(text)["input_ids"] == ids
         assert theirs.decode(ids) == ours.decode(ids, clean_up_tokenization_spaces=False)
@@ -144,6 +144,44 @@ def test_sentencepiece_tokenizers_come_back(prefix):
     assert (kinds["<0x0A>"], kinds["<unk>"], kinds["<s>"], kinds["<think>"]) == (6, 2, 3, 4)
     assert ("  " in kinds) is not prefix  # written as it looks
     same(tokenizer, read)
+
+
+CHAT = ["<s>hi there<|end|>hi  there<think>the", "  the cat", "▁the", "<s> hi", " "]
+
+
+@pytest.mark.parametrize("scheme", ["first", "always", "never"])
+@pytest.mark.parametrize("replaced", [False, True])
+def test_metaspace_comes_back(scheme, replaced):
+    """As in transformers' LlamaTokenizer (nothing is replaced) and its reading of tokenizer.model."""
+    tokenizer = sentencepiece(scheme != "never")
+    core = tokenizer.backend_tokenizer
+    double = [normalizers.Replace(tokenizers.Regex(r"\A▁"), "▁▁")] if scheme == "always" else []
+    replace = normalizers.Sequence([normalizers.Replace(" ", "▁"), *double])
+    core.normalizer = replace if replaced else None
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    metadata, read = back(wrapped(core), family="gemma" if scheme == "never" else "llama")
+    assert metadata["tokenizer.ggml.add_space_prefix"] is (scheme != "never")
+    exact = scheme == "never" or bool(replaced and double)
+    assert ("tokenizer.huggingface.json" not in metadata) is exact
+    same(wrapped(core), read, ASKED + CHAT)
+    if scheme == "first":  # llama.cpp's way, without the tokenizer.json: as its converter has it.
+        del metadata["tokenizer.huggingface.json"]
+        same(wrapped(core), build_tokenizer(metadata.get), TEXT)
+        there = [t.tokenize("<s>hi<|end|>the") for t in (read, build_tokenizer(metadata.get))]
+        assert there[0] != there[1] and there[1][1].startswith("▁")
+
+
+def test_a_tokenizer_json_of_another_vocabulary():
+    metadata, _ = back(byte_level(split_named("gpt-2")))
+    for whole, message in (
+        (
+            byte_tokenizer().backend_tokenizer.to_str(),
+            "has the token .* where tokenizer.ggml.tokens",
+        ),
+        ("{", "tokenizer.huggingface.json is no tokenizer.json"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            build_tokenizer({**metadata, "tokenizer.huggingface.json": whole}.get)
 
 
 def test_merges_that_sentencepiece_would_not_have():
@@ -234,7 +272,7 @@ def test_kinds_that_gguf_does_not_have():
         back(wrapped(words))
     pieces = sentencepiece(True)
     pieces.backend_tokenizer.normalizer = None
-    pieces.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    pieces.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(split=True)
     with pytest.raises(CheckpointError, match="pre-tokenizer Metaspace have no words in GGUF"):
         back(wrapped(pieces.backend_tokenizer))
     with pytest.raises(CheckpointError, match="has id .*, the model 300 rows"):

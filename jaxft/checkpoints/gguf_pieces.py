@@ -25,6 +25,7 @@ _PREFIXES = {
         ([_REPLACE], (), (False, True)),
         ([_PREPEND, _REPLACE], (), (True, True)),
         ([], ("never",), (False, True)),
+        ([_REPLACE], ("never",), (False, True)),
         ([], ("always",), (True, False)),
         ([], ("first",), (True, False)),
         ([_REPLACE], ("always",), (True, False)),

@@ -179,7 +179,7 @@ def read_windows(json: Json, window: int | None, local: Callable[[int], bool]) -
     layers, kinds = json["num_hidden_layers"], json["layer_types"]
     if kinds is None:
         kinds = [_SLIDING if local(i) else _FULL for i in range(layers)]
-    if len(kinds) != layers or not set(kinds) <= {_FULL, _SLIDING}:
+    if len(kinds) != layers or not all(kind in (_FULL, _SLIDING) for kind in kinds):
         raise CheckpointError(
             f"config.json: layer_types is {kinds!r}, expected one of {_FULL!r} and {_SLIDING!r} for each of "
             f"the {layers} layers."

@@ -72,6 +72,12 @@ class Keys:
         others = {self.aliases[name]: json[name] for name in self.aliases if name in json}
         return {name: json[name] for name in json if name not in self.aliases} | others
 
+    def with_floats(self, json: Mapping[str, Any]) -> dict[str, Any]:
+        """The config.json with 50.0 for 50 where the class has a float: transformers 5 refuses integers there."""
+        kind = lambda name: _KINDS.get(name) or type(self.defaults.get(name))
+        whole = {name for name in json if type(json[name]) is int and kind(name) is float}
+        return {name: float(json[name]) if name in whole else json[name] for name in json}
+
 
 def complete(json: Mapping[str, Any], keys: Keys, reads: frozenset[str]) -> dict[str, Any]:
     """The config.json with transformers' defaults for what it leaves out.
@@ -119,7 +125,8 @@ def _neutral(value: Any, default: Any, others: tuple[Any, ...] | None) -> bool:
     return value == default or not (value or default)
 
 
-_KINDS: dict[str, type] = {  # of keys whose default is null
+_KINDS: dict[str, type] = {  # of keys whose default is null, or that are not read
+    "initializer_range": float,
     "num_key_value_heads": int,
     "head_dim": int,
     "n_inner": int,

@@ -73,7 +73,7 @@ class Keys:
         return {name: json[name] for name in json if name not in self.aliases} | others
 
     def with_floats(self, json: Mapping[str, Any]) -> dict[str, Any]:
-        """The config.json with 50.0 for 50 where the class has a float: transformers 5 refuses integers there."""
+        """The config.json with 50.0 for 50 where the class has a float, which transformers 5 insists on."""
         kind = lambda name: _KINDS.get(name) or type(self.defaults.get(name))
         whole = {name for name in json if type(json[name]) is int and kind(name) is float}
         return {name: float(json[name]) if name in whole else json[name] for name in json}

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+import unicodedata
 
 import pytest
 import tokenizers
@@ -228,6 +230,43 @@ def test_the_rules_of_cutting_are_transformers_own():
     theirs = pytest.importorskip("transformers.integrations.gguf.gguf_tokenizer_mapping")
     for name in ("llama-bpe", "tekken", "qwen2", "gpt-4o", "dbrx"):
         assert split_named(name).steps == (theirs.GGUF_PRE_TOKENIZER_SPLITS[name],)
+
+
+@pytest.mark.parametrize(
+    "name, pieces",
+    [
+        # Falcon's digits are cut among the signs that stand for bytes, ¼ of м among them.
+        ("falcon", "Ā ĠÐ ¼ Ġ 123 45 ĠÂ ½ )=$ x _ 1 ! Ċ Ġä ½ łå¥ ½ Ġ"),
+        ("deepseek-llm", "Ā ĠÐ¼ Ġ 1 2 3 4 5 Ġ Â½ )=$ x _ 1 ! Ċ Ġ ä½łå¥½ Ġ"),
+        ("deepseek-coder", "Ā ĠÐ¼ Ġ 1 2 3 4 5 Ġ Â½ ) =$ x _ 1 ! Ċ Ġ ä½łå¥½ Ġ"),
+        ("deepseek-v3", "Ā ĠÐ¼ Ġ 123 45 Ġ Â½ )=$ x _ 1 !Ċ Ġ ä½łå¥½ Ġ"),
+        ("seed-coder", "Ā ĠÐ¼ Ġ 1 2 3 4 5 Ġ Â½ )=$ x _ 1 ! Ċ Ġä½łå¥½ Ġ"),
+        ("qwen35", "Ā ĠÐ¼ Ġ 1 2 3 4 5 Ġ Â½ )=$ x _ 1 !Ċ Ġä½łå¥½ Ġ"),
+        ("bloom", "Ā ĠÐ¼ Ġ12345 ĠÂ½ ) =$x_1 !Ċ Ġä½łå¥½ Ġ"),
+        ("viking", "Ā ĠÐ¼ Ġ 1 2 3 4 5 Ġ Â½ ) =$x_ 1 !Ċ Ġä½łå¥½ Ġ"),
+    ],
+)
+def test_pieces_of_the_rules(name, pieces):
+    """By hand from the models' own tokenizer.json, as quoted in public tests of other readers."""
+    cut = pre_tokenizer(split_named(name)).pre_tokenize_str("\0 м 12345 ½)=$x_1!\n 你好 ")
+    assert " ".join(piece for piece, _ in cut) == pieces
+
+
+def test_letters_with_cases():
+    """Every letter of Unicode 12 that has cases, and nothing else."""
+    letters = re.search(r"\[.*\]", split_named("deepseek-llm").steps[1])[0]
+    found = re.findall(letters, "".join(map(chr, range(0x110000))))
+    assert len(found) == 2729
+    assert {unicodedata.category(letter) for letter in found} == {"Ll", "Lu", "Lt"}
+
+
+def test_a_tokenizer_json_may_hold_line_ends_or_their_escapes():
+    """DeepSeek's files: line ends as they are, and a normalizer of no steps."""
+    core = byte_level(split_named("deepseek-v3")).backend_tokenizer
+    table = json.loads(core.to_str()) | {"normalizer": {"type": "Sequence", "normalizers": []}}
+    for step in table["pre_tokenizer"]["pretokenizers"][:3]:
+        step["pattern"]["Regex"] = step["pattern"]["Regex"].replace(r"\r\n", "\r\n")
+    assert split_of(table).names[0] == "deepseek-v3"
 
 
 def prefixed(core):

@@ -255,7 +255,7 @@ def test_pieces_of_the_rules(name, pieces):
 def test_letters_with_cases():
     """Every letter of Unicode 12 that has cases, and nothing else."""
     letters = re.search(r"\[.*\]", split_named("deepseek-llm").steps[1])[0]
-    found = re.findall(letters, "".join(map(chr, range(0x110000))))
+    found = re.findall(letters, "".join(map(chr, range(0x20000))))
     assert len(found) == 2729
     assert {unicodedata.category(letter) for letter in found} == {"Ll", "Lu", "Lt"}
 

@@ -28,6 +28,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+from tests import costs  # noqa: E402
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 MOST_MAPPINGS = 25_000  # Linux lets a process have 65,530, and each compiled program takes some
@@ -37,10 +39,22 @@ STARTS_A_PROCESS = {"subprocess", "run_aot", "run_processes", "start_processes"}
 
 
 def pytest_collection_modifyitems(items):
-    """Marks tests that start processes, those that compile for other devices among them, as slow."""
+    """Marks as slow the tests that tests/slow.txt lists, and those that start processes."""
+    slow = costs.read()
     for item in items:
-        if STARTS_A_PROCESS & set(item.function.__code__.co_names):
+        function, _, case = item.nodeid.partition("[")
+        listed = function in slow and slow[function] != f"[{case}"
+        if listed or STARTS_A_PROCESS & set(item.function.__code__.co_names):
             item.add_marker("slow")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--costs", action="store_true", help="write tests/slow.txt, of all tests run")
+
+
+def pytest_configure(config):
+    if config.getoption("--costs"):
+        config.pluginmanager.register(costs.Costs(), "costs")
 
 
 def pytest_collection_finish():

@@ -1,0 +1,68 @@
+"""The list of slow tests, tests/slow.txt, and the plugin of pytest that measures it."""
+
+import collections
+import os
+import pathlib
+
+import pytest
+
+FILE = pathlib.Path(__file__).parent / "slow.txt"
+# CPU seconds, which unlike wall seconds do not depend on what else runs.
+DEAREST_OF_FAST = 1.0
+
+
+def read() -> dict[str, str]:
+    """Returns the one case that is fast, or "", of each function with slow cases."""
+    lines = FILE.read_text().splitlines()
+    return dict((line.split(" but ", 1) + [""])[:2] for line in lines if line[:1] != "#")
+
+
+def lines(seconds: dict[str, float]) -> list[str]:
+    """Returns the lines of the list, given the CPU seconds of each test by node id.
+
+    A function is slow if one of its cases is. Its cheapest case counts as fast if it is not the
+    only one and below the same bound.
+    """
+    cases = collections.defaultdict(dict)
+    for node, cost in seconds.items():
+        function, _, case = node.partition("[")
+        cases[function][f"[{case}"] = cost
+    found = []
+    for function, costs in sorted(cases.items()):
+        if max(costs.values()) >= DEAREST_OF_FAST:
+            cheapest = min(costs, key=costs.get)
+            fast = len(costs) > 1 and costs[cheapest] < DEAREST_OF_FAST
+            found.append(f"{function} but {cheapest}" if fast else function)
+    return found
+
+
+class Costs:
+    """Measures each test's CPU seconds, those of its processes included, and writes the list."""
+
+    def __init__(self):
+        self.seconds = {}
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item):
+        item.cpu_before = _spent()
+        return (yield)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self, item):
+        report = yield
+        report.cpu_seconds = _spent() - item.cpu_before  # xdist sends it to the main process
+        return report
+
+    def pytest_runtest_logreport(self, report):
+        self.seconds[report.nodeid] = report.cpu_seconds
+
+    def pytest_sessionfinish(self, session):
+        if hasattr(session.config, "workerinput"):
+            return
+        head = "# Written by `make test-costs`: functions with slow tests, and which case is fast."
+        FILE.write_text("\n".join([head, *lines(self.seconds)]) + "\n")
+
+
+def _spent():
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system

@@ -53,6 +53,8 @@ def test_the_snippets_run_as_they_are_printed():
         map(float, jax.tree.leaves(jax.tree.map(lambda x, y: abs(x - y).max(), a, b)))
     )
     assert differ(session["grads"], plain) > 0 and differ(session["updates"], plain) > 0
-    exec(BLOCKS[2], session)
+    # The same on a small model; that SmolLM2's file is read is tests/checkpoints/test_gguf.py's.
+    assert BLOCKS[2].count('load_model("smollm2")') == 1
+    exec(BLOCKS[2].replace('"smollm2"', '"tiny"'), session)
     assert session["output"].logits.shape == (1, 6, session["model"].config.vocab_size)
     assert session["history"][-1]["loss"] < session["history"][0]["loss"]

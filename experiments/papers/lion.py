@@ -200,7 +200,7 @@ def vision(config: Config, seed: int, batch_size: int) -> Task:
             pre_norm=True, pooler=False, image_size=8, patch_size=2, channels=1, family="vit",
         )
     )  # fmt: skip
-    params = model.init(jax.random.key(seed), jnp.zeros((1, 8, 8, 1)))["params"]
+    params = jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, 8, 8, 1)))["params"]
 
     def objective(params, batch, key):
         logits = model.apply({"params": params}, batch["x"])
@@ -236,7 +236,7 @@ def text(config: Config, seed: int) -> Task:
         encode = lambda text: np.frombuffer(text.encode("ascii", "replace"), np.uint8).astype(int)
         small = dict(hidden_size=64, head_dim=16, num_layers=config.layers)
         model = Decoder(dataclasses.replace(tiny_config(128), **small))
-        params = model.init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))["params"]
+        params = jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))["params"]
     rng = np.random.default_rng(seed)
     pieces = _pieces(encode(python), config.length)
     held_out = rng.permutation(len(pieces))

@@ -94,7 +94,6 @@ print(json.dumps([[row["loss"], row["reward"]] for row in rows]))
 """
 
 
-@pytest.mark.slow
 def test_a_rollout_of_two_processes_is_that_of_one(start, tmp_path):
     codes, outputs, errors = run_processes(2, ["-c", HOST, tmp_path], devices=1)
     assert codes == [0, 0], errors

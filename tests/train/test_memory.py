@@ -32,7 +32,6 @@ print(sum(number > 1000 for number in faults[20:]))
 """
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
 def test_steps_stop_faulting_in_their_temporaries():
     def late_steps_with_faults(mode):

@@ -130,3 +130,4 @@ def test_a_function_is_slow_with_its_dearest_case_and_its_cheapest_stays():
     seconds = {"t.py::a[x]": 3.0, "t.py::a[y::z[0]]": 0.2, "t.py::b": 0.5, "t.py::c": 2.0}
     seconds |= {"t.py::d[0]": 2.0, "t.py::d[1]": 3.0}
     assert costs.slow(seconds) == {"t.py::a": "[y::z[0]]", "t.py::c": "", "t.py::d": ""}
+    assert costs.slow({"u/t.py::a": 3.0, "u/v.py::b": 2.0}) == {"u/t.py::a": ""}

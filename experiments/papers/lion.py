@@ -40,6 +40,7 @@ from jaxft.optim import lion, scale_by_lion
 
 STEP = 10**0.5  # between learning rates
 MOMENTS = ("bfloat16", "int8")
+HELD_OUT = 128  # pieces of text in each of validation and test split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,8 +258,8 @@ def text(config: Config, seed: int) -> Task:
         params = state.params
     training = pieces[held_out[2 * n :]]
     return Task(
-        params, objective, draw(training), pieces[held_out[:n]][:128],
-        pieces[held_out[n : 2 * n]][:128],
+        params, objective, draw(training), pieces[held_out[:n]][:HELD_OUT],
+        pieces[held_out[n : 2 * n]][:HELD_OUT],
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Run by each Python with this folder on its path: torch cannot be found, as after `pip install "jaxft[text]"`."""
+"""Hides torch from each Python with this folder on its path, as after `pip install "jaxft[text]"`."""
 
 import importlib.machinery
 import sys

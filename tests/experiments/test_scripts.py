@@ -165,7 +165,7 @@ def test_answers_that_a_judge_scores_become_pairs_or_train_online(tmp_path, caps
         assert score("chosen") > score("rejected") and pair["prompt"][-1]["role"] == "user"
     run = tmp_path / "run"
     settings |= dict(data=file("chats"), eval_data=file("held_out"), algorithm="online_dpo")
-    settings |= dict(output_dir=str(run), scan_layers=True)
+    settings |= dict(output_dir=str(run))
     metrics = reinforce.main(config_of(reinforce, **settings))
     assert metrics["steps"] == 4 and metrics["held_out_reward_before"] is not None
     row = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
@@ -182,7 +182,6 @@ def test_every_algorithm_of_reinforce_is_there(name):
 
 def test_the_whole_model_in_a_subspace(tmp_path):
     subspace = dict(adapter="intrinsic", d=100, accuracy=False, learning_rate=1e-2, quantise="nf4")
-    subspace |= dict(scan_layers=True)
     config = config_of(sft, smoke=True, output_dir=str(tmp_path), **subspace)
     metrics = sft.main(config)
     assert metrics["last_loss"] < metrics["first_loss"]
@@ -235,7 +234,6 @@ def test_preferences_are_learnt_from_a_file(loss, tmp_path):
     settings |= dict(fsdp=2, context=4) if loss == "kto" else {}
     moving = dict(ref_model_sync_steps=5, ref_model_mixup_alpha=0.3, prompt_embedder="tiny")
     settings |= moving if loss == "bco" else {}
-    settings |= {} if loss in ("dpo", "kto") else dict(scan_layers=True)
     output = tmp_path / "run"
     config = config_of(preference, loss=loss, output_dir=str(output), **settings)
     metrics = preference.main(config)

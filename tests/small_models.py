@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 
 from jaxft.adapters import combine, partition
 from jaxft.models import Decoder, DecoderConfig, Encoder, EncoderConfig
@@ -67,6 +68,28 @@ def hidden(model, params, *args, **options):
 def jitted(model):
     """`model.apply`, compiled once for all tests of a process."""
     return jax.jit(model.apply)
+
+
+@functools.cache
+def forward_of(model, read=None):
+    """`model.forward` of tokens and params (or `read(params)`), traced once for all calls of the same shapes.
+
+    Objectives and estimators call it up to twenty times: tracing it each time takes most of a test's time.
+    """
+
+    @jax.jit
+    def run(params, batch, key, offset):
+        noise = None if offset is None else lambda x: x + offset
+        params = params if read is None else read(params)
+        return model.forward(params, batch, key, noise=noise)
+
+    def forward(params, batch, key=None, noise=None):
+        batch = {name: batch.get(name) for name in ("tokens", "positions", "segment_ids")}
+        # What is added to embeddings, whatever they are: a function cannot go into a jit.
+        zeros = jnp.zeros((*batch["tokens"].shape, model.config.hidden_size))
+        return run(params, batch, key, noise and noise(zeros))
+
+    return forward
 
 
 @functools.cache

@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jaxft.adapters import combine, partition
+from jaxft.adapters import adapt, combine, partition
 from jaxft.models import Decoder, DecoderConfig, Encoder, EncoderConfig
 
 KEY = jax.random.key(0)
@@ -58,6 +58,11 @@ def trained(adapted):
     """As after training: all that trains has moved."""
     trainable, frozen = partition(adapted)
     return combine(large(trainable), frozen)
+
+
+def adapted(params, rules, **options):
+    """`adapt` as one program: its operations one by one take longer to compile."""
+    return jax.jit(lambda params: adapt(KEY, params, rules, **options))(params)
 
 
 def hidden(model, params, *args, **options):

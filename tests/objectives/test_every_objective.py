@@ -82,9 +82,7 @@ def experience(seed=0, empty=EMPTY):
     }
 
 
-BUILD = functools.partial(
-    policy_gradient, FORWARD, kl_weight=0.1, correction=token_correction()
-)
+BUILD = functools.partial(policy_gradient, FORWARD, kl_weight=0.1, correction=token_correction())
 
 
 def learning(make, on_policy=False):

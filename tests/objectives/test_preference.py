@@ -253,9 +253,7 @@ def test_length_desensitised_log_probs_are_of_policy_and_reference_alike():
     picked = log_p[np.arange(len(part.tokens) - 1), part.tokens[1:]][-3:]
     close(sums[0, 0], picked[0] + picked[1] + 0.25 * picked[2])
     close(sums[0, 1], slow(params, GROUPS)[0, 1])
-    value, _ = jax.jit(preference(FORWARD, dpo_loss, ld_alpha=0.25))(
-        params, batch_of(scored), None
-    )
+    value, _ = jax.jit(preference(FORWARD, dpo_loss, ld_alpha=0.25))(params, batch_of(scored), None)
     ratios = sums - np.stack([group.columns["ref_log_probs"] for group in scored])
     close(value, jnp.mean(-jax.nn.log_sigmoid(0.1 * (ratios[:, 0] - ratios[:, 1]))))
 
@@ -266,9 +264,7 @@ def test_hypo_adds_the_gradient_of_the_surrogate():
     online = with_reference(groups_of(5, [(3, 4), (2, 2)]))
     both = batch | {"online": batch_of(online)}
     plain = run(preference(FORWARD, dpo_loss), params, batch)
-    chex.assert_trees_all_equal(
-        run(hypo(FORWARD, dpo_loss, kl_weight=0.0), params, both), plain
-    )
+    chex.assert_trees_all_equal(run(hypo(FORWARD, dpo_loss, kl_weight=0.0), params, both), plain)
     (_, metrics), grads = run(hypo(FORWARD, dpo_loss, kl_weight=0.5), params, both)
     ratios = slow(params, online) - np.stack([g.columns["ref_log_probs"] for g in online])
     advantages = ratios - ratios[:, ::-1]  # of two samples, the other is the baseline

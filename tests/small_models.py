@@ -46,6 +46,7 @@ def base(config):
     return model, jax.tree.map(lambda x: x, params)
 
 
+@jax.jit
 def large(params):
     """Every leaf moved, so that each part of a model shows in what it gives."""
     leaves, tree = jax.tree.flatten(params)
@@ -54,6 +55,7 @@ def large(params):
     return tree.unflatten([x + n for x, n in zip(leaves, noise, strict=True)])
 
 
+@jax.jit
 def trained(adapted):
     """As after training: all that trains has moved."""
     trainable, frozen = partition(adapted)

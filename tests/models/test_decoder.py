@@ -72,7 +72,7 @@ def test_remat_changes_no_gradient(config, remats, scan_layers):
 
 
 def test_lean_and_full_remat_store_less():
-    config = dataclasses.replace(tiny_config(50), num_layers=6)
+    config = dataclasses.replace(tiny_config(50), num_layers=4)
     params, batch = init(config), {"tokens": jnp.tile(TOKENS, (8, 20))}
 
     def kept(name):

@@ -87,7 +87,7 @@ def moved(params):
     trainable, frozen = partition(params)
     leaves, tree = jax.tree.flatten(trainable)
     rng = np.random.default_rng(2)
-    noise = [0.3 * rng.normal(size=leaf.shape).astype(leaf.dtype) for leaf in leaves]
+    noise = [(0.3 * rng.normal(size=leaf.shape)).astype(leaf.dtype) for leaf in leaves]
     return combine(
         tree.unflatten([np.asarray(a) + b for a, b in zip(leaves, noise, strict=True)]), frozen
     )

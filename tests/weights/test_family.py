@@ -257,20 +257,16 @@ def test_specs_speak_of_leading_axes_and_stacked_ones_are_among_them(name):
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("name", [n for n, c in CASES.items() if c.nests and c.trains])
 def test_nests_over_a_quantised_base(name, base):
-    rounded, dense = quantise(base)
-    trainable, frozen = partition(adapted(rounded, {"kernel": CASES[name].rule}))
-
-    @jax.jit
-    def run(t, x):
-        product = lambda t: matmul(x, combine(t, frozen)["kernel"])
-        dense = to_dense(combine(t, frozen)["kernel"])
-        return product(t), x @ dense, jax.grad(lambda t: jnp.sum(jnp.sin(product(t))))(t)
-
+    # Operation by operation: bases of one type share what is compiled.
+    case, (params, rounded) = CASES[name], quantise(base)
+    ours = adapt(KEY, params, {"kernel": case.rule})
     x = draw(jax.random.key(3), (5, 64))
-    found, expected, grads = run(trainable, x)
-    np.testing.assert_allclose(found, expected, atol=2e-4)
-    if CASES[name].exact:
-        np.testing.assert_allclose(found, x @ dense, atol=2e-4)
+    found = matmul(x, ours["kernel"])
+    np.testing.assert_allclose(found, x @ to_dense(ours["kernel"]), atol=2e-4)
+    if case.exact:
+        np.testing.assert_allclose(found, x @ rounded, atol=2e-4)
+    trainable, frozen = partition(ours)
+    grads = jax.grad(lambda t: jnp.sum(jnp.sin(matmul(x, combine(t, frozen)["kernel"]))))(trainable)
     assert jax.tree.leaves(grads) and all(g.dtype == jnp.float32 for g in jax.tree.leaves(grads))
 
 
@@ -317,21 +313,17 @@ def check_head(head, dtype, tolerance):
     whole = lambda trainable: combine(trainable, frozen)["w"]
 
     @jax.jit
-    def fused(hidden, trainable):
+    def run(hidden, trainable):
         def total(hidden, trainable):
             values = head_losses(hidden, whole(trainable), *inputs[1:])
             return sum(values), values
 
-        return jax.grad(total, (0, 1), has_aux=True)(hidden, trainable)
+        found = jax.grad(total, (0, 1), has_aux=True)(hidden, trainable)
+        dense, pull = jax.vjp(lambda trainable: to_dense(whole(trainable)), trainable)
+        (by_hidden, by_dense), values = unfused(hidden, dense, *inputs[1:])
+        return found, ((by_hidden, pull(by_dense)[0]), values)
 
-    @jax.jit
-    def pulled_back(trainable, slope):
-        """The gradient by what trains, of a loss with this gradient by the dense head."""
-        return jax.vjp(lambda trainable: to_dense(whole(trainable)), trainable)[1](slope)[0]
-
-    (by_hidden, by_dense), values = unfused(inputs[0], jax.jit(to_dense)(head), *inputs[1:])
-    found = fused(inputs[0], trainable)
-    expected = (by_hidden, pulled_back(trainable, by_dense)), values
+    found, expected = run(inputs[0], trainable)
     for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
         assert a.dtype == b.dtype
         a, b = np.float32(a), np.float32(b)

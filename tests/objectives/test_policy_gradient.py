@@ -196,15 +196,15 @@ def algorithms():
 )
 def test_every_algorithm_moves_towards_what_was_rewarded(name, params, batch):
     credit, objective = algorithms()[name]
-    rewards = np.array([1.0, 0, 0, 1, 0, 0, 1, 0], np.float32)
     on_policy = without(batch, "old_log_probs", "advantages", "correct", "success_rates")
-    given = credit(rewards, on_policy)
+    given = credit(REWARDS, on_policy)
     (loss, _), grads = gradient(objective, params, on_policy | given)
     size = 1e-2 / norm(grads)
     moved = jax.tree.map(lambda p, g: p - size * np.asarray(g), params, grads)
     change = np.asarray(log_probs_of(moved, batch) - log_probs_of(params, batch))
     change = change.sum(axis=1) / np.maximum(np.sum(batch["completion_mask"], axis=1), 1)
-    assert change[rewards == 1].mean() > change[rewards == 0].mean() + 1e-4
+    right = np.asarray(REWARDS) == 1
+    assert change[right].mean() > change[~right].mean() + 1e-4
     assert jnp.isfinite(loss)
 
 

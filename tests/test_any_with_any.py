@@ -196,16 +196,13 @@ def dense(scan_layers):
 
 @functools.cache
 def adapted(weight, bits, scan_layers):
-    bits = None if bits == "none" else bits
-
-    def make(params):
-        if weight != "intrinsic":
-            return apply_named(params, weight, rank=2, alpha=4.0, quantise=bits)
-        if bits is not None:
-            params = adapt(KEY, params, {ALL_LINEAR: quantised(bits)})
-        return intrinsic(KEY, params, 16, only=".*(query|up)/kernel")
-
-    return jax.jit(make)(dense(scan_layers))
+    params, bits = dense(scan_layers), None if bits == "none" else bits
+    if weight != "intrinsic":
+        return apply_named(params, weight, rank=2, alpha=4.0, quantise=bits)
+    if bits is not None:
+        params = adapt(KEY, params, {ALL_LINEAR: quantised(bits)})
+    # Of some tensors: each size of them is one more program.
+    return intrinsic(KEY, params, 16, only=".*(query|up)/kernel")
 
 
 def forward_in(case):

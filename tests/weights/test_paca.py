@@ -30,7 +30,6 @@ from jaxft.weights import (
     paca_weight,
     to_dense,
 )
-from tests.small_models import adapted
 
 KEY = jax.random.key(0)
 
@@ -105,7 +104,7 @@ def test_all_rows_are_full_fine_tuning():
         ALL_LINEAR: lambda k, w: paca_weight(k, w, rank=w.shape[0]),
         "(?!layers).*|.*scale": lambda k, w: w,
     }
-    tuned = _fit(model, adapted(params, rules), optax.sgd(0.1), batch)
+    tuned = _fit(model, adapt(KEY, params, rules), optax.sgd(0.1), batch)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), full, jax.jit(merge)(tuned)
     )
@@ -116,7 +115,7 @@ def test_training_writes_the_rows_and_nothing_else(stacked):
     model, batch = _model(layers=1 + stacked), _batch()
     params = _params(model)
     params = stack_layers(params) if stacked else params
-    start = adapted(params, {ALL_LINEAR: paca(4)})
+    start = adapt(KEY, params, {ALL_LINEAR: paca(4)})
     logits = jax.jit(lambda p: model.apply({"params": p}, batch["tokens"]).logits)
     np.testing.assert_array_equal(logits(start), logits(params))
     tuned = _fit(model, start, optax.adamw(1e-2, weight_decay=0.0), batch)
@@ -136,9 +135,9 @@ def test_training_writes_the_rows_and_nothing_else(stacked):
 
 def test_modes_and_remat_give_the_same_losses():
     params, rules = _params(_model(layers=2)), {ALL_LINEAR: paca(4, 8.0)}
-    apart = adapted(params, rules)
+    apart = adapt(KEY, params, rules)
     stacked = {**apart, "layers": stack_layers(apart)["layers"]}  # indices [L, R]
-    over = adapted(adapted(params, {ALL_LINEAR: lambda k, w: Halved(w / 2)}), rules)
+    over = adapt(KEY, adapt(KEY, params, {ALL_LINEAR: lambda k, w: Halved(w / 2)}), rules)
     cases = {
         "in place": (apart, "none"),
         "lean": (apart, "lean"),
@@ -157,7 +156,7 @@ def test_modes_and_remat_give_the_same_losses():
 
 def test_microbatches_and_bfloat16():
     model, batch = _model(), _batch()
-    start = adapted(_params(model), {ALL_LINEAR: paca(4)})
+    start = adapt(KEY, _params(model), {ALL_LINEAR: paca(4)})
     whole = _losses(model, start, optax.sgd(0.1), batch)
     np.testing.assert_allclose(
         _losses(model, start, optax.sgd(0.1), batch, microbatches=2), whole, rtol=1e-5
@@ -216,8 +215,8 @@ def test_a_plain_loop_trains_it(stacked, quantise):
     params = _params(model)
     params = stack_layers(params) if stacked else params
     if quantise:
-        params = adapted(params, {ALL_LINEAR: lambda k, w: Halved(w / 2)})
-    start = adapted(params, {r"layers/.*/kernel": paca(8)})
+        params = adapt(KEY, params, {ALL_LINEAR: lambda k, w: Halved(w / 2)})
+    start = adapt(KEY, params, {r"layers/.*/kernel": paca(8)})
     trainable, frozen = partition(start)
     optimizer = optax.adam(1e-2)
     objective = jax.jit(lambda p: supervised(model.forward)(p, batch, KEY)[0])
@@ -261,7 +260,7 @@ def test_writing_rows_copies_no_kernel(stacked):
     model, batch = _model("lean", layers=1 + stacked), _batch()
     params = _params(model)
     params = stack_layers(params) if stacked else params
-    start = adapted(params, {ALL_LINEAR: paca(4)})
+    start = adapt(KEY, params, {ALL_LINEAR: paca(4)})
     optimizer = optax.adam(1e-2)
     run = train.jit_step(train.make_step(supervised(model.forward), optimizer))
     compiled = run.lower(train.init_state(start, optimizer, KEY), batch).compile()
@@ -283,7 +282,7 @@ def test_no_full_width_input_is_kept_for_a_weight_gradient():
 
     def kept(rule):
         trainable, frozen = partition(
-            adapted(_params(model), {r"layers/.*/(up|gate|down)/kernel": rule})
+            adapt(KEY, _params(model), {r"layers/.*/(up|gate|down)/kernel": rule})
         )
         loss = lambda t: supervised(model.forward)(combine(t, frozen), batch, KEY)[0]
         shapes = [tuple(aval.shape) for aval, _ in saved_residuals(loss, trainable)]
@@ -309,7 +308,7 @@ def test_a_block_keeps_nothing_as_wide_as_an_input_beyond_the_frozen_base():
     def kept(rules):
         # The embedding trains in all, so that gradients pass through every block.
         rules = {**rules, "embed/embedding": lambda key, kernel: kernel}
-        trainable, frozen = partition(adapted(_params(model), rules))
+        trainable, frozen = partition(adapt(KEY, _params(model), rules))
         loss = lambda t: supervised(model.forward)(combine(t, frozen), batch, KEY)[0]
         return Counter(
             tuple(aval.shape)
@@ -328,7 +327,7 @@ def test_a_block_keeps_nothing_as_wide_as_an_input_beyond_the_frozen_base():
 
 def test_optimizer_state_is_two_numbers_a_trained_one():
     params = _params(_model())
-    state = train.init_state(adapted(params, {ALL_LINEAR: paca(4)}), optax.adam(1e-2), KEY)
+    state = train.init_state(adapt(KEY, params, {ALL_LINEAR: paca(4)}), optax.adam(1e-2), KEY)
     kernels = [
         kernel.shape for path, kernel in jax.tree_util.tree_leaves_with_path(params["layers"])
         if kernel.ndim == 2

@@ -134,7 +134,7 @@ def test_training_writes_the_rows_and_nothing_else(stacked):
 
 
 def test_modes_and_remat_give_the_same_losses():
-    params, rules = _params(_model(layers=2)), {ALL_LINEAR: paca(4, 8.0)}
+    params, rules = _params(_model()), {ALL_LINEAR: paca(4, 8.0)}
     apart = adapt(KEY, params, rules)
     stacked = {**apart, "layers": stack_layers(apart)["layers"]}  # indices [L, R]
     over = adapt(KEY, adapt(KEY, params, {ALL_LINEAR: lambda k, w: Halved(w / 2)}), rules)
@@ -145,9 +145,7 @@ def test_modes_and_remat_give_the_same_losses():
         "scanned": (stacked, "none"),
         "lossless base": (over, "none"),
     }
-    run = lambda params, remat: _losses(
-        _model(remat, 2), params, optax.adam(1e-2), _batch(), steps=20
-    )
+    run = lambda params, remat: _losses(_model(remat), params, optax.adam(1e-2), _batch(), steps=20)
     losses = {name: run(*case) for name, case in cases.items()}
     for name, values in losses.items():
         np.testing.assert_allclose(values, losses["in place"], rtol=2e-4, err_msg=name)

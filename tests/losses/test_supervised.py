@@ -238,10 +238,9 @@ def test_hessian_products_of_the_supervised_objective_are_those_of_its_logits():
 def test_weights_known_while_compiling_give_the_same_sum(length, counted):
     """XLA may see how many tokens count: with a loop by steps of a chunk it took one chunk for none."""
     hidden, head = draw_parts(length)
-    targets = np.zeros((3, length), np.int32)
-    weights = np.ones((3, length), np.float32) * (np.arange(length) < counted)
-    dense = -jax.nn.log_softmax(hidden @ head)[..., 0]
-    each = np.sum(dense * weights, axis=1)
+    targets, weights = jnp.zeros((3, length), jnp.int32), np.ones((3, length), np.float32)
+    weights = jnp.asarray(weights * (np.arange(length) < counted))
+    each = np.sum(-jax.nn.log_softmax(hidden @ head)[..., 0] * weights, axis=1)
     for chunk in (64, 2):
         loss = lambda h, w, chunk=chunk: linear_cross_entropy(h, w, targets, weights, chunk=chunk)
 
@@ -261,4 +260,6 @@ def test_weights_known_while_compiling_give_the_same_sum(length, counted):
 def draw_parts(length):
     """Hidden states [3, T, 8] and a head [8, 5]."""
     rng = np.random.default_rng(length)
-    return rng.normal(size=(3, length, 8)).astype("f"), rng.normal(size=(8, 5)).astype("f")
+    return tuple(
+        jnp.asarray(rng.normal(size=size), jnp.float32) for size in ((3, length, 8), (8, 5))
+    )

@@ -199,7 +199,7 @@ def test_a_frozen_head_costs_no_second_product_and_no_gradient():
 
 
 def test_losses_read_dense_heads_through_it_however_they_are_wrapped():
-    hidden, head, targets, cotangent = draw(2, 9, 8, 130)
+    hidden, head, targets, cotangent = draw(2, 9, 8, 150)
     slow = lambda h, w: jnp.sum(cotangent * plain(h, w, targets, False))
     expected = jax.jit(jax.value_and_grad(slow, (0, 1)))(hidden, head)
     for weight in (head, Transposed(head.T), Frozen(head), Transposed(Frozen(head.T))):

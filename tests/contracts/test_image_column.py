@@ -10,13 +10,12 @@ import numpy as np
 import optax
 
 from jaxft import rl
-from jaxft.adapters import full, lora
+from jaxft.adapters import adapt, full, lora
 from jaxft.generation import SamplingConfig, generate
 from jaxft.models import Decoder, tiny_config
 from jaxft.objectives import policy_gradient, supervised
 from jaxft.train import fit
 from jaxft.weights import matmul
-from tests.small_models import adapted
 
 IMAGE, PROMPT = 6, [6, 6, 6, 6, 7]  # four patches and a question; answers are 0 to 3
 
@@ -59,7 +58,7 @@ def test_images_are_learnt_by_supervised_and_by_grpo():
     (pixels, answers), (held_out, wanted) = images(0), images(1)
     batch = {"tokens": np.insert(np.tile(PROMPT, (64, 1)), 5, answers, axis=1), "images": pixels}
     batch["loss_mask"] = np.tile(np.arange(6) == 5, (64, 1)) * 1.0
-    params = adapted(params, {"text/layers/.*/kernel": lora(8), ".*": full()})
+    params = adapt(jax.random.key(2), params, {"text/layers/.*/kernel": lora(8), ".*": full()})
     greedy = functools.partial(generate, config=SamplingConfig(1, temperature=0))
 
     def right(params, pixels=held_out):

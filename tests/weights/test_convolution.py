@@ -294,7 +294,7 @@ def test_flax_s_own_attention_takes_adapters_of_matrices(name):
     as_matrix = lambda path, leaf: leaf.reshape((32, 32) if path[-1].key == "kernel" else (32,))
     flat = jax.tree_util.tree_map_with_path(as_matrix, params)
     ours = jax.jit(merge)(moved(adapted(params, rules, input_axes=inputs)))
-    wanted = jax.jit(merge)(moved(adapted(flat, rules)))
+    wanted = jax.jit(merge)(moved(small_models.adapted(flat, rules)))
     shaped = jax.tree.map(lambda leaf, like: leaf.reshape(like.shape), wanted, params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), ours, shaped)
     x = jax.ShapeDtypeStruct((2, 5, 32), jnp.float32)

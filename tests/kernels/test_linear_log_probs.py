@@ -199,13 +199,16 @@ def test_a_frozen_head_costs_no_second_product_and_no_gradient():
 
 
 def test_losses_read_dense_heads_through_it_however_they_are_wrapped():
-    hidden, head, targets, cotangent = draw(2, 9, 8, 150)
+    hidden, head, targets, cotangent = draw(2, 9, 8, 130)
     slow = lambda h, w: jnp.sum(cotangent * plain(h, w, targets, False))
     expected = jax.jit(jax.value_and_grad(slow, (0, 1)))(hidden, head)
     for weight in (head, Transposed(head.T), Frozen(head), Transposed(Frozen(head.T))):
         loss = lambda h, w: jnp.sum(cotangent * losses.linear_log_probs(h, w, targets))
         value, (d_hidden, d_head) = jax.jit(jax.value_and_grad(loss, (0, 1)))(hidden, weight)
-        chex.assert_trees_all_close((value, d_hidden), (expected[0], expected[1][0]), rtol=1e-4)
+        np.testing.assert_allclose(value, expected[0], rtol=1e-4)
+        # An entry near 0 is a sum whose terms cancel: its rounding has the size of the largest entries.
+        size = np.abs(expected[1][0]).max()
+        np.testing.assert_allclose(d_hidden, expected[1][0], rtol=1e-4, atol=1e-6 * size)
         assert products(jax.grad(loss, (0, 1)), hidden, weight) == (
             2 if "Frozen" in str(jax.tree.structure(weight)) else 4
         )

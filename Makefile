@@ -6,13 +6,14 @@ BIN := $(VENV)/bin
 # Workers of the tests; two suit a laptop.
 WORKERS ?= 2
 
-.PHONY: help demo demo-rl test test-fast faults audit lint docs bench aot scale results clean
+.PHONY: help demo demo-rl test test-fast test-costs faults audit lint docs bench aot scale results clean
 
 help:
 	@echo "make demo     fine-tune SmolLM2-135M on a real task and show what changed (ten minutes)"
 	@echo "make demo-rl  a small model learns to add from verified answers, with controls (ten minutes)"
-	@echo "make test     run the tests"
-	@echo "make test-fast  run those without scripts, processes and compiles for other devices"
+	@echo "make test     run the tests, in about half an hour on two cores"
+	@echo "make test-fast  run three fifths of them, of every room, in about five minutes"
+	@echo "make test-costs measure them, and write which of them are slow (tests/slow.txt)"
 	@echo "make faults   kill, fill and corrupt runs at twenty random points of each kind"
 	@echo "make audit    look up known vulnerabilities of what is installed"
 	@echo "make lint     check style and spelling"
@@ -32,14 +33,16 @@ demo-rl: $(VENV)/.text
 test: $(VENV)/.test aot
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
-# Left out: scripts, notebooks, meshes, parity with other libraries on disk, optimizers in every wrapper. Tests
-# that start processes or compile for other devices are marked as slow by tests/conftest.py.
-SLOW := tests/experiments tests/notebooks tests/parallel tests/checkpoints tests/test_benchmarks.py \
-	tests/test_compile.py tests/train/test_fault_matrix.py tests/train/test_checkpoints.py \
-	tests/adapters/test_peft.py tests/adapters/test_peft_soft.py tests/adapters/test_reward_head.py \
-	tests/adapters/test_native.py tests/optim/test_stability.py tests/rl/test_mesh.py
+# Without what tests/slow.txt lists and without tests that start processes.
 test-fast: $(VENV)/.test
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" $(SLOW:%=--ignore=%) $(ARGS)
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" $(ARGS)
+
+# Writes tests/slow.txt: measures all tests, then the fast ones alone. Each time the cache of compiled
+# programs begins empty.
+test-costs: $(VENV)/.test aot
+	JAX_COMPILATION_CACHE_DIR=$$(mktemp -d) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --costs
+	JAX_COMPILATION_CACHE_DIR=$$(mktemp -d) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal \
+		-m "not slow" --costs
 
 faults: $(VENV)/.test
 	FAULT_POINTS=20 JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) tests/train/test_fault_matrix.py $(ARGS)
@@ -56,6 +59,7 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell
+	$(BIN)/python .ci/words.py
 
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build

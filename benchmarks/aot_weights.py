@@ -114,7 +114,7 @@ def _paca():
 
 
 def kernel_cycles(listing: str, steps: int, trips: int) -> int:
-    """Of a kernel's final bundles; see the module's docstring."""
+    """Counts of a kernel's final bundles; see the module's docstring."""
     bundles, pushes = collections.Counter(), collections.Counter()
     for line in listing.splitlines():
         match = re.match(r"\s*(?:0x[0-9a-f]+|0)\s+[A-Z ]*\s*:\s*(>*)\s*\{", line)

@@ -18,11 +18,11 @@ HEAD = """# What fits where
 Real train steps, compiled ahead of time by `python -m jaxft.compile` for devices that were not here: no
 weights, no run. `make scale` writes this page again.
 
-Memory is what one device needs of what it has. Exchanged is what one device gets from the others in a step
-(an all-reduce counts twice); in brackets, how many times what FSDP exchanges by the book: all params twice
-and, if all train, their gradients, in bfloat16. Below 1: embeddings are looked up, not gathered. The bound
-is the longest of three times that no step can beat: computing at the peak, reading memory, exchanging at the
-full rate of the links; a real step takes longer.
+Memory is what one device needs, of what it has. Exchanged is what one device receives from the others in a
+step (an all-reduce counts twice). The number in brackets divides it by what plain FSDP exchanges: all params
+twice and, if all of them train, their gradients, in bfloat16. It is below 1 where embeddings are looked up
+instead of gathered. The bound is the longest of three times: computing at the peak rate, reading memory, and
+exchanging at the full rate of the links. A real step takes longer.
 
 """
 COLUMNS = (

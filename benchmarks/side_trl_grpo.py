@@ -1,4 +1,4 @@
-"""TRL's side of GRPO: GRPOTrainer on the same random Llama, as shipped but for what a CPU lacks."""
+"""TRL's side of GRPO: GRPOTrainer on the same random Llama, as shipped except what a CPU lacks."""
 
 import argparse
 

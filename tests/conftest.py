@@ -23,10 +23,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 _cache = pathlib.Path(__file__).parents[1] / ".jax_cache"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_cache))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+# A small program, too, takes longer to compile than to read: other processes and resumed runs have the same.
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+
+from tests import costs  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -37,10 +40,22 @@ STARTS_A_PROCESS = {"subprocess", "run_aot", "run_processes", "start_processes"}
 
 
 def pytest_collection_modifyitems(items):
-    """Marks tests that start processes, those that compile for other devices among them, as slow."""
+    """Marks as slow the tests that tests/slow.txt lists, and those that start processes."""
+    slow = costs.read()
     for item in items:
-        if STARTS_A_PROCESS & set(item.function.__code__.co_names):
+        function, _, case = item.nodeid.partition("[")
+        listed = function in slow and slow[function] != f"[{case}"
+        if listed or STARTS_A_PROCESS & set(item.function.__code__.co_names):
             item.add_marker("slow")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--costs", action="store_true", help="write tests/slow.txt, of all tests run")
+
+
+def pytest_configure(config):
+    if config.getoption("--costs"):
+        config.pluginmanager.register(costs.Costs(), "costs")
 
 
 def pytest_collection_finish():

@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+WITHOUT_TORCH = str(
+    ROOT / "tests/without_torch"
+)  # on the path, it hides torch, which takes seconds to import
 
 
 def child_flags():
@@ -24,7 +27,7 @@ def start_processes(count, command, *, devices=2):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), WITHOUT_TORCH]),
         "XLA_FLAGS": child_flags(),
         "JAX_NUM_CPU_DEVICES": str(devices),
         "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",

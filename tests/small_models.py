@@ -3,8 +3,9 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 
-from jaxft.adapters import combine, partition
+from jaxft.adapters import adapt, combine, partition
 from jaxft.models import Decoder, DecoderConfig, Encoder, EncoderConfig
 
 KEY = jax.random.key(0)
@@ -45,6 +46,7 @@ def base(config):
     return model, jax.tree.map(lambda x: x, params)
 
 
+@jax.jit
 def large(params):
     """Every leaf moved, so that each part of a model shows in what it gives."""
     leaves, tree = jax.tree.flatten(params)
@@ -53,10 +55,16 @@ def large(params):
     return tree.unflatten([x + n for x, n in zip(leaves, noise, strict=True)])
 
 
+@jax.jit
 def trained(adapted):
     """As after training: all that trains has moved."""
     trainable, frozen = partition(adapted)
     return combine(large(trainable), frozen)
+
+
+def adapted(params, rules, **options):
+    """`adapt` as one program: its operations one by one take longer to compile."""
+    return jax.jit(lambda params: adapt(KEY, params, rules, **options))(params)
 
 
 def hidden(model, params, *args, **options):
@@ -67,6 +75,28 @@ def hidden(model, params, *args, **options):
 def jitted(model):
     """`model.apply`, compiled once for all tests of a process."""
     return jax.jit(model.apply)
+
+
+@functools.cache
+def forward_of(model, read=None):
+    """`model.forward` of tokens and params (or `read(params)`), traced once for all calls of the same shapes.
+
+    Objectives and estimators call it up to twenty times: tracing it each time takes most of a test's time.
+    """
+
+    @jax.jit
+    def run(params, batch, key, offset):
+        noise = None if offset is None else lambda x: x + offset
+        params = params if read is None else read(params)
+        return model.forward(params, batch, key, noise=noise)
+
+    def forward(params, batch, key=None, noise=None):
+        batch = {name: batch.get(name) for name in ("tokens", "positions", "segment_ids")}
+        # What is added to embeddings, whatever they are: a function cannot go into a jit.
+        zeros = jnp.zeros((*batch["tokens"].shape, model.config.hidden_size))
+        return run(params, batch, key, noise and noise(zeros))
+
+    return forward
 
 
 @functools.cache

@@ -65,7 +65,6 @@ def test_versions_are_parsed():
     assert doctor.parse("0.12.8.dev3") == (0, 12, 8)
 
 
-@pytest.mark.slow
 def test_hosts_meet_and_are_compared():
     codes, outputs, errors = run_processes(2, ["-m", "jaxft.doctor", "--hosts"])
     assert codes == [0, 0], errors

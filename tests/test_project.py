@@ -10,6 +10,8 @@ import sys
 
 import pytest
 
+from tests import costs
+
 ROOT = pathlib.Path(__file__).parents[1]
 # DESIGN: a folder imports only from folders above it, or from its own.
 LAYERS = (
@@ -116,3 +118,16 @@ def test_nothing_names_a_machine_or_a_registry():
             __file__
         ):
             assert not pattern.search(path.read_text(errors="replace")), name
+
+
+def test_slow_tests_that_are_listed_exist():
+    for name in costs.read():
+        path, _, function = name.partition("::")
+        assert f"\ndef {function}(" in (ROOT / path).read_text(), name
+
+
+def test_a_function_is_slow_with_its_dearest_case_and_its_cheapest_stays():
+    seconds = {"t.py::a[x]": 3.0, "t.py::a[y::z[0]]": 0.2, "t.py::b": 0.5, "t.py::c": 2.0}
+    seconds |= {"t.py::d[0]": 2.0, "t.py::d[1]": 3.0}
+    assert costs.slow(seconds) == {"t.py::a": "[y::z[0]]", "t.py::c": "", "t.py::d": ""}
+    assert costs.slow({"u/t.py::a": 3.0, "u/v.py::b": 2.0}) == {"u/t.py::a": ""}

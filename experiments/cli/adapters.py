@@ -20,7 +20,7 @@ RANKED = Entry(("rank",))
 NO_KERNELS = {"quantise": "trains the kernels themselves, which quantised ones do not"}
 ADAPTERS = {
     **dict.fromkeys(("lora", "rslora", "pissa", "dora", "loha", "lokr", "paca"), SCALED),
-    "vera": Entry(("rank", "target")),
+    **dict.fromkeys(("vera", "oft", "boft", "randlora"), Entry(("rank", "target"))),
     **dict.fromkeys(("ia3", "bitfit", "norms"), Entry()),
     "monarch": Entry(("target",), NO_KERNELS),
     "full": Entry((), NO_KERNELS),

@@ -63,7 +63,9 @@ class Kernels:
     """The kernels that an adapter adapts."""
 
     quantise: Quantisation | None = None  # round the frozen kernels (nf4: QLoRA, QPaCA, QDoRA)
-    rank: int = 16  # rows or columns of an adapter; virtual tokens of prompt and prefix
+    rank: int = (
+        16  # rows or columns of an adapter; oft, boft: block size; prompt, prefix: virtual tokens
+    )
     alpha: float = 32.0  # over rank: LoRA's scale; for paca a factor of the learning rate
     target: str = "all-linear"  # or a pattern of the paths of adapted kernels
 

@@ -117,7 +117,8 @@ def _part(name: str, row: dict[str, Any]) -> str:
         f"Seeds {seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else f"Seed {seeds[0]}",
         f"{row['minutes']:.1f} minutes on {machine['cpus']} CPUs ({machine['cpu']}), JAX devices: "
         f"{machine['devices']}",
-        f"Recorded {row['date']} at commit `{row['commit'][:12]}`; {packages}",
+        f"Recorded {row['date']} at commit `{row['commit'][:12]}`",
+        packages,
     ]
     lines = "\n".join(f"- {fact}" for fact in facts)
     title = "" if name == "main" else f"### {name}\n\n"

@@ -42,6 +42,7 @@ from jaxft.optim import lion, scale_by_lion
 
 STEP = 10**0.5  # between learning rates
 MOMENTS = ("bfloat16", "int8")
+HELD_OUT = 128  # pieces of text in each of validation and test split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,7 +203,7 @@ def vision(config: Config, seed: int, batch_size: int) -> Task:
             pre_norm=True, pooler=False, image_size=8, patch_size=2, channels=1, family="vit",
         )
     )  # fmt: skip
-    params = model.init(jax.random.key(seed), jnp.zeros((1, 8, 8, 1)))["params"]
+    params = jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, 8, 8, 1)))["params"]
 
     def objective(params, batch, key):
         logits = model.apply({"params": params}, batch["x"])
@@ -238,7 +239,7 @@ def text(config: Config, seed: int) -> Task:
         encode = lambda text: np.frombuffer(text.encode("ascii", "replace"), np.uint8).astype(int)
         small = dict(hidden_size=64, head_dim=16, num_layers=config.layers)
         model = Decoder(dataclasses.replace(tiny_config(128), **small))
-        params = model.init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))["params"]
+        params = jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))["params"]
     rng = np.random.default_rng(seed)
     pieces = _pieces(encode(python), config.length)
     held_out = rng.permutation(len(pieces))
@@ -259,8 +260,8 @@ def text(config: Config, seed: int) -> Task:
         params = state.params
     training = pieces[held_out[2 * n :]]
     return Task(
-        params, objective, draw(training), pieces[held_out[:n]][:128],
-        pieces[held_out[n : 2 * n]][:128],
+        params, objective, draw(training), pieces[held_out[:n]][:HELD_OUT],
+        pieces[held_out[n : 2 * n]][:HELD_OUT],
     )  # fmt: skip
 
 

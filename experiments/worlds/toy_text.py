@@ -71,7 +71,7 @@ def pretrain(
 ) -> Any:
     """Params after supervised steps on what `draw` gives, with Adam and a cosine."""
     rng = np.random.default_rng(seed)
-    params = model.init(jax.random.key(seed), model.example_input())["params"]
+    params = jax.jit(model.init)(jax.random.key(seed), model.example_input())["params"]
     optimizer = optax.adam(lambda count: rate * train.cosine(count / steps))
     batches = (draw(rng) for _ in range(steps))
     state, _ = train.fit(params, supervised(model.forward), optimizer, batches, steps=steps)

@@ -12,19 +12,24 @@ import jax.numpy as jnp
 from jaxft.adapters.errors import AdapterError
 from jaxft.adapters.rewrite import Params, partition, path_name
 from jaxft.weights import (
+    BoftWeight,
     DoraWeight,
     Frozen,
     LohaWeight,
     LokrWeight,
     LoraWeight,
     MonarchWeight,
+    OftWeight,
     PacaWeight,
+    RandloraWeight,
     VeraWeight,
     is_weight,
     to_dense,
 )
 
-_BY_SVD = (DoraWeight, LohaWeight, LokrWeight, MonarchWeight)
+_BY_SVD = (
+    DoraWeight, LohaWeight, LokrWeight, OftWeight, BoftWeight, RandloraWeight, MonarchWeight
+)  # fmt: skip
 
 
 class Lost(NamedTuple):
@@ -57,8 +62,9 @@ def as_lora(
 
     LoRA, PaCA and VeRA of rank R are LoRA of rank R exactly: of PaCA A picks the tuned rows and B is
     their change, of VeRA the two vectors are multiplied into its matrices. The update of DoRA, LoHa,
-    LoKr and Monarch, and of any whose R exceeds `rank`, is replaced by the nearest matrix of that rank,
-    its truncated singular value decomposition (Eckart and Young, 1936). All else stays as it is.
+    LoKr, OFT, BOFT, RandLoRA and Monarch, and of any whose R exceeds `rank`, is replaced by the nearest
+    matrix of that rank, its truncated singular value decomposition (Eckart and Young, 1936). All else
+    stays as it is.
 
     Args:
         params: adapted, of separate layers (jaxft.models.unstack_layers).

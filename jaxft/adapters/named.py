@@ -10,8 +10,8 @@ from jaxft.models.transformer import TRANSFORMER_TARGETS, Targets
 from jaxft.parallel import LAYERS
 
 Name = Literal[
-    "lora", "rslora", "pissa", "dora", "vera", "loha", "lokr", "paca", "ia3", "bitfit", "norms",
-    "monarch", "full", "bottleneck", "parallel", "prompt", "prefix",
+    "lora", "rslora", "pissa", "dora", "vera", "loha", "lokr", "oft", "boft", "randlora", "paca",
+    "ia3", "bitfit", "norms", "monarch", "full", "bottleneck", "parallel", "prompt", "prefix",
 ]  # fmt: skip
 Quantisation = Literal["nf4", "int8", "int4", "fp8"]
 
@@ -31,11 +31,11 @@ def named_rules(
     Args:
         name: ia3, bitfit, norms, full and those from bottleneck on have their own targets; monarch
             projects the kernels onto 4 blocks.
-        rank: of those that have one; the width of bottleneck and parallel adapters, the number of
-            virtual tokens of prompt and prefix.
+        rank: of those that have one; the width of bottleneck and parallel adapters, the block size of oft
+            and boft, the number of virtual tokens of prompt and prefix.
         alpha: of those that have one; for paca, alpha / rank multiplies the learning rate.
         target: pattern of the paths of adapted kernels, or "all-linear".
-        shape: of vera's shared matrices: see jaxft.adapters.vera.
+        shape: of the matrices that vera and randlora share: see jaxft.adapters.vera.
         targets, layers: the patterns of the model's family and where its layers lie:
             `family_of(model.config).targets` and `.layers`.
 
@@ -46,8 +46,12 @@ def named_rules(
     match name:
         case "lora" | "rslora" | "pissa" | "dora" | "loha" | "lokr" | "paca":
             return {target: getattr(rules, name)(rank, alpha)}
+        case "oft" | "boft":
+            return {target: getattr(rules, name)(rank)}
         case "vera":
             return {target: rules.vera(rank, shape=shape)}
+        case "randlora":
+            return {target: rules.randlora(rank, shape=shape)}
         case "ia3":
             return {targets.ia3_outputs: rules.ia3(), targets.ia3_inputs: rules.ia3("input")}
         case "bitfit":

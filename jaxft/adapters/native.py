@@ -20,7 +20,16 @@ from jaxft.adapters.rewrite import Params, adapt, largest_shape, partition, path
 from jaxft.adapters.rules import qpissa, quantised
 from jaxft.models.transformer import TRANSFORMER_TARGETS, Targets
 from jaxft.parallel import LAYERS, stacked_axes
-from jaxft.weights import Frozen, PacaWeight, ReshapedWeight, Weight, check_paca, is_weight
+from jaxft.weights import (
+    Frozen,
+    Nf4Weight,
+    PacaWeight,
+    QuantisedWeight,
+    ReshapedWeight,
+    Weight,
+    check_paca,
+    is_weight,
+)
 
 
 def apply_named(
@@ -57,10 +66,22 @@ def apply_named(
             return adapt(jax.random.key(seed), params, {target: rule}, **axes)
         rules = {target: quantised(quantise)}
         params = adapt(jax.random.key(seed), params, rules, **axes)
-    shape = largest_shape(params, target, **axes) if name == "vera" else None
+    if name == "full":
+        _check_whole(params)
+    shape = largest_shape(params, target, **axes) if name in ("vera", "randlora") else None
     options = dict(rank=rank, alpha=alpha, target=target, shape=shape)
     rules = named_rules(name, **options, targets=targets, layers=layers)
     return adapt(jax.random.key(seed), params, rules, **axes)
+
+
+def _check_whole(params: Params) -> None:
+    for path, node in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_weight):
+        node = node.value if isinstance(node, Frozen) else node
+        if isinstance(node, Nf4Weight | QuantisedWeight):
+            raise ValueError(
+                f"--adapter full trains the kernels themselves, and {path_name(path)} is rounded to a few "
+                "bits, as in the checkpoint; choose an adapter beside them, such as lora."
+            )
 
 
 def save_native(path: str | os.PathLike, params: Params, **settings: Any) -> None:

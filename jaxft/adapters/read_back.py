@@ -140,7 +140,9 @@ def rounding_loss(params: Params, base: Params, layers: str = LAYERS) -> float |
         jax.tree.leaves(kernels, is_leaf=is_weight),
         strict=True,
     )
-    errors = [quantisation_error(kernel, under) for under, kernel in pairs if is_weight(under)]
+    # A base that came rounded has lost nothing here.
+    rounded = (pair for pair in pairs if is_weight(pair[0]) and not is_weight(pair[1]))
+    errors = [quantisation_error(kernel, under) for under, kernel in rounded]
     return max(errors, default=None)
 
 

@@ -16,8 +16,11 @@ import jax
 from jaxft.models.transformer import TRANSFORMER_TARGETS
 from jaxft.weights import (
     MonarchWeight,
+    Nf4Weight,
+    QuantisedWeight,
     ReshapedWeight,
     WeightLike,
+    boft_weight,
     dora_weight,
     is_weight,
     loha_weight,
@@ -27,9 +30,12 @@ from jaxft.weights import (
     monarch_project,
     monarch_weight,
     nf4_weight,
+    oft_weight,
     paca_weight,
     pissa_weight,
     quantised_weight,
+    randlora_tables,
+    randlora_weight,
     scaled_weight,
     vera_tables,
     vera_weight,
@@ -112,6 +118,26 @@ def vera(
     return functools.partial(vera_weight, rank=rank, initial=initial, seed=seed, tables=tables)
 
 
+def randlora(
+    rank: int = 32,
+    alpha: float | None = None,
+    seed: int = 0,
+    shape: tuple[int, int] | None = None,
+) -> Rule:
+    """Updates of full rank: random bases of rank `rank` that all layers share, scaled by what trains.
+
+    Args:
+        rank: of a basis; the smaller, the more numbers train.
+        alpha: alpha / rank scales the update; None: 20 times the rank, as PEFT advises.
+        seed: of the bases.
+        shape: as for `vera`.
+    """
+    _check_rank("randlora", rank)
+    tables = None if shape is None else randlora_tables(shape, rank, seed)
+    alpha = 20.0 * rank if alpha is None else alpha
+    return functools.partial(randlora_weight, rank=rank, alpha=alpha, seed=seed, tables=tables)
+
+
 def loha(rank: int = 8, alpha: float = 8.0) -> Rule:
     """The elementwise product of two low-rank matrices, of rank up to rank²."""
     _check_rank("loha", rank)
@@ -124,6 +150,45 @@ def lokr(rank: int = 8, alpha: float = 8.0, factor: int = -1) -> Rule:
     return functools.partial(lokr_weight, rank=rank, alpha=alpha, factor=factor)
 
 
+def oft(
+    block_size: int = 32,
+    *,
+    terms: int | None = 5,
+    eps: float | None = None,
+    share: bool = False,
+) -> Rule:
+    """Rotations of blocks of inputs before each kernel: see jaxft.weights.oft_weight.
+
+    Args:
+        block_size: inputs of a rotation.
+        terms: of the Neumann series that PEFT uses by default; None: exact rotations (Cayley).
+        eps: radius of constrained OFT (COFT); None: free.
+        share: whether the blocks of a kernel share one rotation.
+
+    Raises:
+        ValueError: for a block_size or terms below 2, or an eps that is not positive.
+    """
+    if block_size < 2:
+        raise ValueError(f"oft: block_size must be at least 2, got {block_size}; 32 is usual.")
+    if eps is not None and eps <= 0:
+        raise ValueError(f"oft: eps must be positive, or None for free rotations, got {eps}.")
+    options = dict(block_size=block_size, terms=terms, eps=eps, share=share)
+    return functools.partial(oft_weight, **options)
+
+
+def boft(block_size: int = 4, factors: int = 1) -> Rule:
+    """Rotations by `factors` butterfly factors before each kernel, and a scale of each output.
+
+    Raises:
+        ValueError: for a block_size below 2, or fewer than one factor.
+    """
+    if block_size < 2 or factors < 1:
+        raise ValueError(
+            f"boft: block_size must be at least 2 and factors at least 1, got {block_size} and {factors}."
+        )
+    return functools.partial(boft_weight, block_size=block_size, factors=factors)
+
+
 def ia3(side: str = "output") -> Rule:
     """Learned scales: of the outputs of keys and values, of the inputs of `down` (see IA3)."""
     return functools.partial(scaled_weight, side=side)
@@ -133,10 +198,24 @@ def quantised(kind: str = "nf4", block: int = 64) -> Rule:
     """A rule that rounds kernels to "nf4", "int8", "int4" or "fp8"; nothing of them trains.
 
     Adapt again to train something beside them: adapters nest (QLoRA, QPaCA, QDoRA).
+
+    Raises:
+        ValueError: by the rule, for a kernel that is rounded already.
     """
-    if kind == "nf4":
-        return lambda key, kernel: nf4_weight(kernel, block=block)
-    return lambda key, kernel: quantised_weight(kernel, kind, block=block)
+
+    def rule(key, kernel):
+        if isinstance(kernel, Nf4Weight | QuantisedWeight):
+            raise ValueError(
+                f"quantised: the kernel is rounded already ({type(kernel).__name__}), as in the checkpoint; "
+                "leave --quantise out, or take the model that the checkpoint was made from."
+            )
+        return (
+            nf4_weight(kernel, block=block)
+            if kind == "nf4"
+            else quantised_weight(kernel, kind, block=block)
+        )
+
+    return rule
 
 
 def paca(rank: int = 16, alpha: float | None = None, selection: str = "random", **options) -> Rule:

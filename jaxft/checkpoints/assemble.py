@@ -15,7 +15,7 @@ from jax.sharding import Sharding
 from jaxft.adapters import merge, merge_biases
 from jaxft.models import CheckpointError, Entry, is_stacked, stack_layers
 from jaxft.parallel import LAYERS, path_name, to_host
-from jaxft.weights import is_weight
+from jaxft.weights import Weight, WeightLike, is_weight
 
 Params = Any
 Index = tuple[slice, ...]  # whose starts and stops are given
@@ -46,9 +46,10 @@ def assemble(
 ) -> Params:
     """The params tree whose leaves have the `shapes` (of separate layers), read through `entries`.
 
-    Nothing is read but what this host's devices hold, and one shard of one leaf at a time. `shardings`, a
-    tree like the result, places each leaf; `stacked` stacks the layers, which lie at `layers`, on a leading
-    axis.
+    Where `shapes` has a structured weight, the tensor makes it: `tensor.weight(dtype)`. Nothing is read but
+    what this host's devices hold, and one shard of one leaf at a time (of such a weight, all of it).
+    `shardings`, a tree like the result, places each leaf; `stacked` stacks the layers, which lie at
+    `layers`, on a leading axis.
     """
     named = flatten(shapes)
     by_path = {path: entry for entry in entries for path in entry.paths}
@@ -126,6 +127,11 @@ class _Leaf:
     shape: tuple[int, ...]
     start: int  # its first column among those of the leaves in this tensor
     dtype: np.dtype
+    structured: bool  # whether it stands in the params as the tensor's weight
+
+    def weight(self) -> Weight:
+        """The structured weight, of arrays of the host."""
+        return self.tensor.weight(self.dtype)
 
     def __getitem__(self, index: Index) -> np.ndarray:
         entry = self.entry
@@ -158,6 +164,16 @@ class _Stack:
     layers: Sequence[_Leaf]
 
     @property
+    def structured(self) -> bool:
+        return self.layers[0].structured
+
+    def weight(self) -> Weight:
+        """The layers' weights as one."""
+        return jax.tree.map(
+            lambda *parts: np.stack(parts), *(leaf.weight() for leaf in self.layers)
+        )
+
+    @property
     def shape(self) -> tuple[int, ...]:
         return (len(self.layers), *self.layers[0].shape)
 
@@ -182,7 +198,7 @@ def _leaf(entry: Entry, path: str, shapes: Mapping[str, Any], read: Read, dtype)
         )
     start = sum(widths[: entry.paths.index(path)])
     kind = np.dtype(tensor.dtype if dtype is None else dtype)
-    return _Leaf(tensor, entry, shapes[path].shape, start, kind)
+    return _Leaf(tensor, entry, shapes[path].shape, start, kind, is_weight(shapes[path]))
 
 
 def permuted(rows: int, heads: int) -> np.ndarray:
@@ -209,8 +225,10 @@ def _stacks(named, fetch, layers):
     return result
 
 
-def _place(leaf: _Leaf | _Stack, sharding: Sharding | None) -> jax.Array:
-    """The leaf as an array, of which the host holds one shard at a time."""
+def _place(leaf: _Leaf | _Stack, sharding: Sharding | Weight | None) -> WeightLike:
+    """The leaf as an array, of which the host holds one shard at a time; or as a weight, all of it."""
+    if leaf.structured:
+        return jax.device_put(leaf.weight(), sharding)
     if sharding is None:
         return jnp.asarray(leaf[tuple(slice(0, n) for n in leaf.shape)])
     devices: dict[tuple, list[jax.Device]] = {}  # by the part that they hold

@@ -35,7 +35,7 @@ def config_json(family: Family, config: Any, dtype: str, reward: bool = False) -
     if source:
         before = codec.write(codec.config(source))
         ours = {name: ours[name] for name in ours if before.get(name, ...) != ours[name]}
-        source = codec.keys.renamed(source) if codec.keys else source
+        source = codec.keys.with_floats(codec.keys.renamed(source)) if codec.keys else source
     kept = {name: source[name] for name in source if name not in _DROPPED}
     result = {"architectures": [codec.architecture], "model_type": family.name} | kept | ours
     result["architectures"] = [_architecture(codec.architecture, source)]

@@ -10,14 +10,19 @@ from typing import Any, NamedTuple
 
 from jaxft.models import CheckpointError
 
-# A step is a regular expression whose matches stand alone, or one of these two of the tokenizers package.
-WORDS, DIGITS = "ByteLevel", "Digits"
+# A step is a regular expression whose matches stand alone, or one of these of the tokenizers package. Steps
+# after WORDS see the signs that stand for bytes.
+WORDS, DIGITS, NUMBERS, SIGNS = "ByteLevel", "Digits", "runs of Digits", "Punctuation"
 
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+_QWEN35 = _QWEN2.replace(r"\p{L}+", r"[\p{L}\p{M}]+").replace(
+    r"[^\s\p{L}\p{N}]+", r"[^\s\p{L}\p{M}\p{N}]+"
+)
+_SEED = _QWEN2.replace(r"\p{N}|", r"\p{N}{1}|").replace(r"\p{N}]+[\r\n]*", r"\p{N}\r\n]+")
 _LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -27,7 +32,23 @@ _GPT4O = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_SHORT}"
     rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_SHORT}|\p{{N}}{{1,3}}{_REST}"
 )
-_DEEPSEEK_CODER = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", DIGITS)
+# The letters that have cases, as DeepSeek wrote them out; escaped where editors would compose them.
+_CASED = (
+    "A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕ"
+    "ἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-\u1f7dᾀ-ᾴᾶ-ᾼ\u1fbeῂ-ῄῆ-ῌῐ-\u1fd3ῖ-\u1fdbῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤ\u2126ℨ"
+    "\u212a-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃"
+)
+_HAN = "[一-龥ࠀ-一가-퟿]+"
+_DEEPSEEK_CODER = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _HAN, DIGITS)
+_PUNCTUATION = r"\s?[!-/:-~！-／：-～‘-‟　-。]+"
+_DEEPSEEK_LLM = (r"[\r\n]", rf"\s?[{_CASED}]+", _PUNCTUATION, r"\s+$", _HAN, DIGITS)
+_DEEPSEEK3 = (
+    r"\p{N}{1,3}",
+    "[一-龥぀-ゟ゠-ヿ]+",
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
+    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+)
+_BLOOM = r" ?[^(\s|[.,!?…。，、।۔،])]+"
 
 
 class Split(NamedTuple):
@@ -50,22 +71,40 @@ class Split(NamedTuple):
 
 # "default", the mark of files from before 2024-05, of which many were made for GPT-2's rule.
 SPLITS = (
-    Split((WORDS,), ("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "exaone4", "default")),
     Split(
-        (DIGITS, WORDS), ("smollm", "starcoder", "refact", "command-r", "codeshell", "minerva-7b")
+        (WORDS,),
+        ("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "exaone4", "gigachat", "a.x-4.0")
+        + ("mellum", "granite-docling", "default"),
     ),
     Split(
+        (DIGITS, WORDS),
+        ("smollm", "starcoder", "refact", "codeshell", "minerva-7b", "exaone", "mellum2"),
+    ),
+    Split((DIGITS, WORDS), ("command-r",), composes=True),
+    Split((SIGNS, WORDS, NUMBERS, "[0-9][0-9][0-9]"), ("falcon",)),
+    Split(
         (_LLAMA3,),
-        ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "midm-2.0", "lfm2"),
+        ("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2")
+        + ("jina-v5-nano",),
         ignore_merges=True,
         adds_bos=True,
     ),
-    Split((_LLAMA3,), ("dbrx", "smaug-bpe")),
-    Split((_QWEN2,), ("qwen2", "deepseek-r1-qwen", "megrez", "kormo", "hunyuan"), composes=True),
-    Split((_QWEN2,), ("stablelm2",)),
+    Split((_LLAMA3,), ("dbrx", "smaug-bpe", "glm4", "chatglm-bpe")),
+    Split(
+        (_QWEN2,),
+        ("qwen2", "deepseek-r1-qwen", "megrez", "kormo", "f2llmv2", "hunyuan"),
+        composes=True,
+    ),
+    Split((_QWEN2,), ("stablelm2", "solar-open", "grok-2")),
+    Split((_QWEN35,), ("qwen35",), composes=True),
     Split((_TEKKEN,), ("tekken",), ignore_merges=True, adds_bos=True),
-    Split((_GPT4O,), ("gpt-4o", "llama4", "kanana2")),
+    Split((_GPT4O,), ("gpt-4o", "llama4", "kanana2", "talkie", "minimax-m2")),
     Split(_DEEPSEEK_CODER, ("deepseek-coder",)),
+    Split(_DEEPSEEK_LLM, ("deepseek-llm",)),
+    Split(_DEEPSEEK3, ("deepseek-v3", "hunyuan-dense", "joyai-llm")),
+    Split((_SEED,), ("seed-coder",)),
+    Split((_BLOOM,), ("bloom", "poro-chat", "gpt3-finnish")),
+    Split((_BLOOM, DIGITS), ("viking",)),
 )
 
 
@@ -95,7 +134,7 @@ def split_of(tokenizer: dict[str, Any]) -> Split:
     merges = bool(tokenizer["model"].get("ignore_merges"))
     normalizer = tokenizer["normalizer"]
     composes = normalizer == {"type": "NFC"}
-    if normalizer is not None and not composes:
+    if not composes and normalizer not in (None, {"type": "Sequence", "normalizers": []}):
         raise CheckpointError(
             f"the tokenizer's normalizer {normalizer['type']} has no name in GGUF; save the model "
             "with save_model."
@@ -115,11 +154,13 @@ def pre_tokenizer(split: Split) -> Any:
 
     known = {
         DIGITS: lambda: pre_tokenizers.Digits(individual_digits=True),
+        NUMBERS: lambda: pre_tokenizers.Digits(individual_digits=False),
+        SIGNS: lambda: pre_tokenizers.Punctuation(behavior="contiguous"),
         WORDS: lambda: pre_tokenizers.ByteLevel(add_prefix_space=False),
     }
     regex = lambda step: pre_tokenizers.Split(Regex(step), behavior="isolated")
     steps = [known[step]() if step in known else regex(step) for step in split.steps]
-    if split.steps[-1] != WORDS:
+    if WORDS not in split.steps:
         steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
     return steps[0] if len(steps) == 1 else pre_tokenizers.Sequence(steps)
 
@@ -131,10 +172,13 @@ def _steps(node):
             yield from _steps(inner)
     elif kind == "ByteLevel" and not node["add_prefix_space"]:
         yield from (WORDS,) if node["use_regex"] else ()
-    elif kind == "Digits" and node["individual_digits"]:
-        yield DIGITS
+    elif kind == "Digits":
+        yield DIGITS if node["individual_digits"] else NUMBERS
+    elif kind == "Punctuation" and node["behavior"] == "Contiguous":
+        yield SIGNS
     elif kind == "Split" and node["behavior"] == "Isolated" and not node["invert"]:
-        yield next(iter(node["pattern"].values()))
+        # DeepSeek's files hold line ends themselves, others the escapes for them.
+        yield next(iter(node["pattern"].values())).replace("\r", r"\r").replace("\n", r"\n")
     else:
         raise CheckpointError(
             f"the tokenizer's pre-tokenizer {json.dumps(node)[:120]} has no name in GGUF; save the model "

@@ -8,17 +8,30 @@ from __future__ import annotations
 import json
 import pathlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from jaxft.checkpoints.gguf import open_file
 from jaxft.checkpoints.gguf_parts import parts_of
+from jaxft.checkpoints.gguf_pieces import (
+    BYTE,
+    CONTROL,
+    NORMAL,
+    SPACE,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    build_pieces,
+    is_gemma,
+    space_prefix,
+    vocabulary_of,
+    write_pieces,
+)
 from jaxft.checkpoints.gguf_splits import pre_tokenizer, split_named, split_of
 from jaxft.models import CheckpointError
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # tokenizer.ggml.token_type
-_SPACE = "▁"
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+_WHOLE = "tokenizer.huggingface.json"  # the tokenizer.json, of which llama.cpp takes no notice
 _IDS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 # What a tokenizer must cut alike before and after: numbers, spaces, cases, scripts, line ends, contractions.
 _PROBES = (
@@ -59,15 +72,18 @@ def build_tokenizer(get: Callable[[str], Any]) -> Any:
             f"{', '.join(_BUILDERS)}. Take the tokenizer files of the model that the file was made from."
         )
     types = find("token_type") or [NORMAL] * len(tokens)
-    if _is_gemma(get):  # Its runs of spaces are pieces of its words, and written as they look.
+    if is_gemma(get):  # Its runs of spaces are pieces of its words, and written as they look.
         runs = [token != "" and not token.strip(" ") for token in tokens]
         pairs = list(zip(tokens, runs, strict=True))
-        tokens = [_SPACE * len(token) if run else token for token, run in pairs]
+        tokens = [SPACE * len(token) if run else token for token, run in pairs]
         types = [NORMAL if run else kind for kind, run in zip(types, runs, strict=True)]
     named = {f"{name}_token": find(f"{key}_token_id") for name, key in _IDS.items()}
     named = {name: tokens[i] for name, i in named.items() if i is not None and i < len(tokens)}
     core, adds_bos = _BUILDERS[kind](get, tokens, types, set(named.values()))
-    _add_tokens(core, tokens, types, named.values())
+    if whole := get(_WHOLE):
+        core = _parse(whole, tokens)
+    else:
+        _add_tokens(core, tokens, types, named.values())
     bos, eos = find("add_bos_token"), find("add_eos_token")
     ends = {"bos_token": adds_bos if bos is None else bos, "eos_token": bool(eos)}
     _add_ends(core, [name for name, adds in ends.items() if adds and name in named], named)
@@ -83,6 +99,8 @@ def write_tokenizer(tokenizer: Any, config: Any) -> dict[str, Any]:
     """The metadata of a transformers tokenizer, padded to the rows of the model's embeddings.
 
     The ends of a text beyond the tokenizer's own, of `config.special`, are those of a turn and of a message.
+    Where llama.cpp adds a space that the tokenizer does not (see jaxft.checkpoints.gguf_pieces), the metadata
+    are its converter's, and beside them stands the whole tokenizer.json, which `read_tokenizer` prefers.
 
     Raises:
         CheckpointError: if GGUF has no words for the tokenizer, or they would cut text otherwise.
@@ -94,6 +112,7 @@ def write_tokenizer(tokenizer: Any, config: Any) -> dict[str, Any]:
             "byte-level or SentencePiece's. Save the model with save_model."
         )
     kind = "llama" if table["model"].get("byte_fallback") else "gpt2"
+    exact = kind == "gpt2" or space_prefix(table)[1]
     tokens, types = _tokens(tokenizer, config.vocab_size, kind)
     fields = {"model": kind, "tokens": tokens, "token_type": types} | _WRITERS[kind](table, tokens)
     ids = {key: getattr(tokenizer, f"{name}_token_id") for name, key in _IDS.items()}
@@ -112,31 +131,13 @@ def write_tokenizer(tokenizer: Any, config: Any) -> dict[str, Any]:
     fields |= _added(tokenizer, ids)
     metadata = {f"tokenizer.ggml.{key}": value for key, value in fields.items()}
     metadata |= _write_templates(tokenizer)
-    _check_same(tokenizer, build_tokenizer({"general.architecture": config.family, **metadata}.get))
+    metadata["general.architecture"] = config.family  # of `build_tokenizer`
+    _check_same(tokenizer, build_tokenizer(metadata.get), exact)
+    if not exact:
+        metadata[_WHOLE] = tokenizer.backend_tokenizer.to_str()
+        _check_same(tokenizer, build_tokenizer(metadata.get))
+    del metadata["general.architecture"]
     return metadata
-
-
-def merges_of(pieces: Mapping[str, float]) -> list[tuple[str, str]]:
-    """The merges of SentencePiece's BPE, best first: every split of a piece into two, by the piece's score.
-
-    llama.cpp joins the adjacent pair that makes the piece of the highest score; of one piece, the split with
-    the longer start goes first, as in transformers' conversions.
-    """
-    found = []
-    for token, score in pieces.items():
-        pairs = ((token[:i], token[i:]) for i in range(1, len(token)))
-        found += [(-score, -len(a), -len(b), a, b) for a, b in pairs if a in pieces and b in pieces]
-    return [(a, b) for *_, a, b in sorted(found, key=lambda merge: merge[:3])]
-
-
-def _is_gemma(get):
-    return (get("general.architecture") or "").startswith("gemma")
-
-
-def _vocabulary(tokens, types, kept):
-    """token -> id, without the rows that pad the embeddings."""
-    pairs = zip(tokens, types, strict=True)
-    return {t: i for i, (t, kind) in enumerate(pairs) if kind != UNUSED or t in kept}
 
 
 def _build_bytes(get, tokens, types, kept):
@@ -146,7 +147,7 @@ def _build_bytes(get, tokens, types, kept):
     cut = lambda merge: (merge[: (at := merge.index(" ", 1))], merge[at + 1 :])
     merges = [cut(merge) for merge in get("tokenizer.ggml.merges") or ()]
     merges = [(a, b) for a, b in merges if a and b]
-    vocabulary = _vocabulary(tokens, types, kept)
+    vocabulary = vocabulary_of(tokens, types, kept)
     core = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=split.ignore_merges))
     core.pre_tokenizer = pre_tokenizer(split)
     core.decoder = decoders.ByteLevel()
@@ -155,33 +156,22 @@ def _build_bytes(get, tokens, types, kept):
     return core, split.adds_bos
 
 
-def _build_pieces(get, tokens, types, kept):
-    from tokenizers import Tokenizer, decoders, models, normalizers
+def _parse(whole, tokens):
+    """The tokenizer of a tokenizer.json, which must have the file's tokens."""
+    from tokenizers import Tokenizer
 
-    prefix = get("tokenizer.ggml.add_space_prefix") is not False
-    unknown, scores = (get(f"tokenizer.ggml.{key}") for key in ("unknown_token_id", "scores"))
-    # Gemma's merges are in the order of its tokens, whatever the scores.
-    scores = range(0, -len(tokens), -1) if scores is None or _is_gemma(get) else scores
-    pieces = {
-        token: score
-        for token, kind, score in zip(tokens, types, scores, strict=True)
-        if kind in (NORMAL, USER_DEFINED)
-    }
-    core = Tokenizer(
-        models.BPE(
-            _vocabulary(tokens, types, kept),
-            merges_of(pieces),
-            unk_token=None if unknown is None else tokens[unknown],
-            fuse_unk=True,
-            byte_fallback=True,
-        )
-    )
-    replace = normalizers.Replace(" ", _SPACE)
-    steps = [normalizers.Prepend(_SPACE), replace]
-    core.normalizer = normalizers.Sequence(steps) if prefix else replace
-    decode = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    core.decoder = decoders.Sequence(decode + [decoders.Strip(" ", 1, 0)] * prefix)
-    return core, True
+    try:
+        core = Tokenizer.from_str(whole)
+    except Exception as error:  # The package raises no other.
+        raise CheckpointError(f"{_WHOLE} is no tokenizer.json: {error}.") from None
+    blank = lambda token: token.replace(SPACE, " ")
+    for token, i in core.get_vocab().items():
+        if i >= len(tokens) or blank(tokens[i]) != blank(token):
+            raise CheckpointError(
+                f"{_WHOLE} has the token {token!r} at id {i}, where tokenizer.ggml.tokens has "
+                "another; delete either."
+            )
+    return core
 
 
 def _add_tokens(core, tokens, types, named):
@@ -201,6 +191,7 @@ def _add_ends(core, names, named):
     from tokenizers.processors import TemplateProcessing
 
     if not names:
+        core.post_processor = TemplateProcessing(single="$A", pair="$A $B")
         return
     around = {
         name: f"{named[name]} " if name in names else "" for name in ("bos_token", "eos_token")
@@ -224,7 +215,7 @@ def _tokens(tokenizer, rows, kind):
         if i in added:
             given = added[i]
             types[i] = CONTROL if given.special else USER_DEFINED
-            if kind == "llama" and not given.special and not token.strip(_SPACE):
+            if kind == "llama" and not given.special and not token.strip(SPACE):
                 tokens[i] = " " * len(token)
             if given.lstrip or given.rstrip or given.single_word:
                 raise CheckpointError(
@@ -243,33 +234,6 @@ def _write_bytes(table, tokens):
             "the tokenizer has no merges (its tokens are bytes), without which llama.cpp opens no file."
         )
     return {"pre": split_of(table).names[0], "merges": merges}
-
-
-def _write_pieces(table, tokens):
-    replace = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
-    prepend = {"type": "Prepend", "prepend": _SPACE}
-    known = {
-        json.dumps({"type": "Sequence", "normalizers": [prepend, replace]}, sort_keys=True): True,
-        json.dumps(replace, sort_keys=True): False,
-    }
-    said = json.dumps(table["normalizer"], sort_keys=True)
-    cut = (table["pre_tokenizer"] or {"type": "none"})["type"]
-    if said not in known or cut not in ("none", "Split"):
-        raise CheckpointError(
-            f"the tokenizer's normalizer {said[:100]} and pre-tokenizer {cut} have no words in GGUF, where "
-            "spaces become ▁ with or without one in front; save the model with save_model."
-        )
-    # Of a token, the rank of the first merge that makes it; what no merge makes is never asked for.
-    scores: dict[str, float] = {}
-    for rank, merge in enumerate(table["model"]["merges"]):
-        scores.setdefault(
-            "".join(merge.split(" ") if isinstance(merge, str) else merge), -float(rank)
-        )
-    return {
-        "pre": "default",
-        "scores": [scores.get(token, -1e6) for token in tokens],
-        "add_space_prefix": known[said],
-    }
 
 
 def _added(tokenizer, ids):
@@ -307,9 +271,12 @@ def _write_templates(tokenizer):
     return fields | ({"tokenizer.chat_templates": list(templates)} if templates else {})
 
 
-def _check_same(ours, theirs):
-    """Raises CheckpointError if two tokenizers cut the probes otherwise, special tokens between them."""
-    specials = [token for token in ours.get_added_vocab() if token.strip(_SPACE)][:20]
+def _check_same(ours, theirs, exact=True):
+    """Raises CheckpointError if two tokenizers cut the probes otherwise, special tokens between them.
+
+    If not `exact`, probes count that neither begin with a space nor hold special tokens.
+    """
+    specials = [token for token in ours.get_added_vocab() if token.strip(SPACE)][:20]
     merges = [json.loads(t.backend_tokenizer.to_str())["model"]["merges"] for t in (ours, theirs)]
     ours_only, theirs_only = (
         set(map(tuple, a)) - set(map(tuple, b)) for a, b in (merges, merges[::-1])
@@ -325,6 +292,8 @@ def _check_same(ours, theirs):
         *_PROBES,
         *(f"{a} x {token}y{token}" for a, token in zip(_PROBES * 5, specials, strict=False)),
     ]
+    if not exact:
+        texts = [text for text in _PROBES if not text.startswith(" ")]
     for text in texts:
         pair = [tokenizer(text)["input_ids"] for tokenizer in (ours, theirs)]
         back = [
@@ -338,5 +307,5 @@ def _check_same(ours, theirs):
             )
 
 
-_BUILDERS = {"gpt2": _build_bytes, "llama": _build_pieces}
-_WRITERS = {"gpt2": _write_bytes, "llama": _write_pieces}
+_BUILDERS = {"gpt2": _build_bytes, "llama": build_pieces}
+_WRITERS = {"gpt2": _write_bytes, "llama": write_pieces}

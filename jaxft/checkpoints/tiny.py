@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -19,7 +20,13 @@ TEMPLATE = (
 def tiny_model(scan_layers: bool = False) -> tuple[Decoder, Any]:
     """(model, params) of about 0.25 M parameters, initialised at random, always the same."""
     model = Decoder(tiny_config(vocab_size=256 + len(SPECIAL)), scan_layers=scan_layers)
-    return model, model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    return model, _init(model)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+
+
+@functools.cache
+def _init(model):
+    """Compiled once for a process: tests make the model hundreds of times."""
+    return jax.jit(model.init)
 
 
 def byte_tokenizer() -> Any:

@@ -9,7 +9,15 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jaxft.data.batching import MIN_BUCKET, Batch, DataIterator, ahead, own_rows, padded_row
+from jaxft.data.batching import (
+    MIN_BUCKET,
+    Batch,
+    DataIterator,
+    ahead,
+    own_rows,
+    padded_row,
+    read,
+)
 from jaxft.data.errors import BadRecords, DataError
 from jaxft.data.length import TooLong, keep_answer, shorten
 from jaxft.data.records import CONTEXT, Record
@@ -124,7 +132,7 @@ def group_batches(
 
     own = own_rows(batch_size, process_index, process_count)
     _check(groups, max_length)
-    stream = grain.MapDataset.source(groups).seed(seed).shuffle().repeat(epochs).to_iter_dataset()
+    stream = read(grain.MapDataset.source(groups).seed(seed).shuffle().repeat(epochs))
     stack = lambda given: own(_stack(given, batch_size, max_length))
     whole = stream.batch(batch_size, drop_remainder=last == "drop", batch_fn=stack)
     settings = {

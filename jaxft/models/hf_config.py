@@ -11,7 +11,7 @@ from jaxft.models import names
 from jaxft.models.config import DecoderConfig, Rope
 from jaxft.models.errors import CheckpointError
 from jaxft.models.family import HuggingFace, Json
-from jaxft.models.hf_keys import COMMON, Keys
+from jaxft.models.hf_keys import COMMON, Keys, check_multiple
 
 # The codec of a decoder whose tensors have Llama's names: a family adds its class and its config.json.
 decoder_codec = functools.partial(
@@ -42,6 +42,7 @@ _ROPE_NUMBERS = {  # rope_type -> the numbers that it needs, and the fields of a
     },
     "yarn": {"factor": "factor", "original_max_position_embeddings": "original_max_length"},
 }
+_YARN_NUMBERS = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
 ACTIVATIONS = {  # the other way
     "silu": "silu",
     "gelu": "gelu",
@@ -99,6 +100,13 @@ def read_decoder(
         rope: of the layers without a window; None: that of `read_rope`.
     """
     heads, rope = json["num_attention_heads"], read_rope(json) if rope is None else rope
+    check_multiple(json, "num_attention_heads", "num_key_value_heads")
+    head_dim = json["hidden_size"] // heads if json["head_dim"] is None else json["head_dim"]
+    if head_dim < 1 or head_dim % 2:
+        raise CheckpointError(
+            f"config.json: head_dim, or hidden_size over num_attention_heads, is {head_dim}; expected an "
+            "even number, since rotary positions turn pairs of features."
+        )
     return DecoderConfig(
         vocab_size=json["vocab_size"],
         hidden_size=json["hidden_size"],
@@ -106,7 +114,7 @@ def read_decoder(
         num_layers=json["num_hidden_layers"],
         num_heads=heads,
         num_kv_heads=heads if json["num_key_value_heads"] is None else json["num_key_value_heads"],
-        head_dim=json["hidden_size"] // heads if json["head_dim"] is None else json["head_dim"],
+        head_dim=head_dim,
         max_length=_usable_length(json["max_position_embeddings"], rope),
         norm_eps=json["rms_norm_eps"],
         activation=read_activation(activation),
@@ -150,7 +158,8 @@ def read_activation(name: str) -> str:
     """
     if name not in _ACTIVATION_NAMES:
         raise CheckpointError(
-            f"unsupported activation {name!r}; supported: {', '.join(_ACTIVATION_NAMES)}."
+            f"config.json: unsupported activation {name!r} (hidden_act, hidden_activation or "
+            f"activation_function); supported: {', '.join(_ACTIVATION_NAMES)}."
         )
     return _ACTIVATION_NAMES[name]
 
@@ -170,7 +179,7 @@ def read_windows(json: Json, window: int | None, local: Callable[[int], bool]) -
     layers, kinds = json["num_hidden_layers"], json["layer_types"]
     if kinds is None:
         kinds = [_SLIDING if local(i) else _FULL for i in range(layers)]
-    if len(kinds) != layers or not set(kinds) <= {_FULL, _SLIDING}:
+    if len(kinds) != layers or not all(kind in (_FULL, _SLIDING) for kind in kinds):
         raise CheckpointError(
             f"config.json: layer_types is {kinds!r}, expected one of {_FULL!r} and {_SLIDING!r} for each of "
             f"the {layers} layers."
@@ -220,12 +229,15 @@ def read_rope_parameters(parameters: Json, length: int, theta: float | None) -> 
     """
     get = parameters.get
     kind = get("rope_type", get("type", "default"))
-    if kind not in _ROPE_NUMBERS:
+    if not isinstance(kind, str) or kind not in _ROPE_NUMBERS:
         hint = (
             " Up to max_position_embeddings tokens, it is none: null." if kind == "dynamic" else ""
         )
         known = ", ".join(_ROPE_NUMBERS)
-        raise CheckpointError(f"unsupported rope scaling {kind!r}; known: {known}.{hint}")
+        raise CheckpointError(
+            f"config.json: unsupported rope scaling {kind!r} (rope_type of rope_scaling or rope_parameters); "
+            f"known: {known}.{hint}"
+        )
     if get("partial_rotary_factor", 1.0) not in (None, 1.0):
         raise CheckpointError(
             f"config.json: partial_rotary_factor is {get('partial_rotary_factor')!r}; jaxft rotates whole "
@@ -234,10 +246,13 @@ def read_rope_parameters(parameters: Json, length: int, theta: float | None) -> 
     numbers = {"rope_theta": theta, "original_max_position_embeddings": length, **parameters}
     if kind == "yarn" and "factor" in numbers and numbers["factor"] is None:
         numbers["factor"] = length / (numbers["original_max_position_embeddings"] or length)
-    for name in ("rope_theta", *_ROPE_NUMBERS[kind]):
-        if isinstance(numbers.get(name), bool) or not isinstance(numbers.get(name), (int, float)):
+    optional = [name for name in _YARN_NUMBERS if kind == "yarn" and parameters.get(name)]
+    for name in ("rope_theta", *_ROPE_NUMBERS[kind], *optional):
+        value = numbers.get(name)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not 0 < value < math.inf:
             raise CheckpointError(
-                f"config.json: rope scaling {kind!r} has {name}: {numbers.get(name)!r}, expected a number."
+                f"config.json: rope scaling {kind!r} has {name}: {value!r}, expected a positive number."
             )
     found = {ours: numbers[name] for name, ours in _ROPE_NUMBERS[kind].items()}
     yarn = _read_yarn(parameters, numbers["factor"]) if kind == "yarn" else {}

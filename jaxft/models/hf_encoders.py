@@ -9,7 +9,7 @@ from typing import Any
 from jaxft.models.encoder import EncoderConfig
 from jaxft.models.family import HuggingFace, Json
 from jaxft.models.hf_config import ACTIVATIONS, read_activation
-from jaxft.models.hf_keys import COMMON
+from jaxft.models.hf_keys import COMMON, check_multiple
 from jaxft.models.names import Entry, layer_norm
 
 READS = frozenset(
@@ -30,6 +30,7 @@ _POOLER = "pooler.dense.weight"
 
 def read_common(json: Json, tensors: Collection[str]) -> dict[str, Any]:
     """Fields of an EncoderConfig; the names of the tensors tell whether there is a pooler."""
+    check_multiple(json, "hidden_size", "num_attention_heads")
     return dict(
         hidden_size=json["hidden_size"],
         intermediate_size=json["intermediate_size"],

@@ -35,6 +35,16 @@ COMMON: dict[str, Any] = {
 }
 
 
+# Keys that count things of which a model has at least one.
+COUNTS = frozenset(
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+    "head_dim max_position_embeddings n_embd n_inner n_layer n_head n_positions num_channels "
+    "type_vocab_size sliding_window_pattern".split()
+)
+# Numbers that no model has negative, infinite or NaN (which JSON texts of Python may hold).
+_EPSILONS = frozenset({"rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon"})
+
+
 @dataclasses.dataclass(frozen=True)
 class Keys:
     """The keys that transformers knows in the config.json of one model_type.
@@ -44,7 +54,8 @@ class Keys:
             must have this value, or another false one if this is false.
         nullable: keys that are read and that may be null although their default is not.
         unchecked: keys that are read and whose type is checked by the codec.
-        neutral: for keys that are not read, values that mean the same as the default.
+        neutral: for keys that are not read, the values that mean the same as the default; of a key that is
+            not here, any false value does if the default is false.
         no_effect: keys without effect on this family, beside NO_EFFECT.
         aliases: another name of a key -> the key; a file that has both means the alias.
     """
@@ -60,6 +71,12 @@ class Keys:
         """The config.json with keys by their own names."""
         others = {self.aliases[name]: json[name] for name in self.aliases if name in json}
         return {name: json[name] for name in json if name not in self.aliases} | others
+
+    def with_floats(self, json: Mapping[str, Any]) -> dict[str, Any]:
+        """The config.json with 50.0 for 50 where the class has a float, which transformers 5 insists on."""
+        kind = lambda name: _KINDS.get(name) or type(self.defaults.get(name))
+        whole = {name for name in json if type(json[name]) is int and kind(name) is float}
+        return {name: float(json[name]) if name in whole else json[name] for name in json}
 
 
 def complete(json: Mapping[str, Any], keys: Keys, reads: frozenset[str]) -> dict[str, Any]:
@@ -83,7 +100,8 @@ def complete(json: Mapping[str, Any], keys: Keys, reads: frozenset[str]) -> dict
         value = json[name]
         if name in reads and name not in keys.unchecked:
             _check_type(family, name, value, default, name in keys.nullable)
-        elif name not in reads and not _neutral(value, default, keys.neutral.get(name, ())):
+            _check_range(name, value)
+        elif name not in reads and not _neutral(value, default, keys.neutral.get(name)):
             raise CheckpointError(
                 f"config.json: {name} is {dumps(value)}, which jaxft's {family} does not compute; expected "
                 f"{dumps(default)}. Use transformers for this model, or correct the file if its weights were "
@@ -92,11 +110,23 @@ def complete(json: Mapping[str, Any], keys: Keys, reads: frozenset[str]) -> dict
     return {**keys.defaults, **json}
 
 
-def _neutral(value: Any, default: Any, others: tuple[Any, ...]) -> bool:
-    return value == default or value in others or not (value or default)
+def check_multiple(json: Mapping[str, Any], whole: str, part: str) -> None:
+    """Raises CheckpointError if the size under the key `whole` is no multiple of that under `part`."""
+    if json[part] is not None and json[whole] % json[part]:
+        raise CheckpointError(
+            f"config.json: {whole} is {json[whole]} and {part} {json[part]}, expected a divisor of it; "
+            "correct the file."
+        )
 
 
-_KINDS: dict[str, type] = {  # of keys whose default is null
+def _neutral(value: Any, default: Any, others: tuple[Any, ...] | None) -> bool:
+    if others is not None:
+        return value == default or value in others
+    return value == default or not (value or default)
+
+
+_KINDS: dict[str, type] = {  # of keys whose default is null, or that are not read
+    "initializer_range": float,
     "num_key_value_heads": int,
     "head_dim": int,
     "n_inner": int,
@@ -129,4 +159,17 @@ def _check_type(family: Any, name: str, value: Any, default: Any, nullable: bool
         raise CheckpointError(
             f"config.json: {name} is {dumps(value)}, expected {_EXPECTED[kind]}; correct the file, or leave "
             f"{name} out for {dumps(default)}, the default of {family}."
+        )
+
+
+def _check_range(name: str, value: Any) -> None:
+    if value is None:
+        return
+    if name in COUNTS and value < 1:
+        raise CheckpointError(
+            f"config.json: {name} is {value}, expected 1 or more; correct the file."
+        )
+    if name in _EPSILONS and not 0 <= value < float("inf"):
+        raise CheckpointError(
+            f"config.json: {name} is {value}, expected a small positive number; correct the file."
         )

@@ -29,17 +29,27 @@ from jaxft.weights.monarch import (
     monarch_project,
     monarch_weight,
 )
+from jaxft.weights.orthogonal import (
+    BoftWeight,
+    OftWeight,
+    boft_weight,
+    butterfly_problem,
+    nearest_divisor,
+    oft_weight,
+)
 from jaxft.weights.paca import PacaWeight, check_paca, delta, paca_weight
 from jaxft.weights.prefix import PrefixMlp, prefix_mlp
 from jaxft.weights.quantised import (
     Nf4Weight,
     QuantisedWeight,
     bits_per_parameter,
+    nf4_exact,
     nf4_weight,
     quantisation_error,
     quantised_weight,
 )
 from jaxft.weights.qwix_arrays import from_qwix, to_qwix
+from jaxft.weights.randlora import RandloraWeight, randlora_tables, randlora_weight
 from jaxft.weights.random_maps import (
     DenseMap,
     FastfoodMap,
@@ -53,6 +63,7 @@ from jaxft.weights.vera import VeraWeight, vera_tables, vera_weight
 
 __all__ = [
     "Blocks",
+    "BoftWeight",
     "Bottleneck",
     "DenseMap",
     "DoraWeight",
@@ -63,9 +74,11 @@ __all__ = [
     "LoraWeight",
     "MonarchWeight",
     "Nf4Weight",
+    "OftWeight",
     "PacaWeight",
     "PrefixMlp",
     "QuantisedWeight",
+    "RandloraWeight",
     "ReshapedWeight",
     "ScaledWeight",
     "Transposed",
@@ -74,7 +87,9 @@ __all__ = [
     "WeightLike",
     "along_last",
     "bits_per_parameter",
+    "boft_weight",
     "bottleneck_adapter",
+    "butterfly_problem",
     "check_paca",
     "conv",
     "cropped_fastfood",
@@ -96,13 +111,18 @@ __all__ = [
     "monarch_cost",
     "monarch_project",
     "monarch_weight",
+    "nearest_divisor",
+    "nf4_exact",
     "nf4_weight",
+    "oft_weight",
     "paca_weight",
     "pissa_to_lora",
     "pissa_weight",
     "prefix_mlp",
     "quantisation_error",
     "quantised_weight",
+    "randlora_tables",
+    "randlora_weight",
     "scaled_bias",
     "stored",
     "scaled_weight",

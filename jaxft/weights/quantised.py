@@ -57,13 +57,14 @@ class Nf4Weight(Weight):
 
     QLoRA: Dettmers et al., 2023, arxiv.org/abs/2305.14314, section 3. Blocks run along the inputs, as in
     bitsandbytes, whose kernels are stored the other way round. Scales are quantised to 8 bits
-    linearly around their mean, in groups of 256 (bitsandbytes: a nonlinear table).
+    linearly around their mean, in groups of 256 (bitsandbytes: a nonlinear table); or they are float32,
+    without steps and mean, for what another library rounded (`nf4_exact`).
     """
 
     codes: jax.Array = frozen_field()  # [ceil(D / block) block / 2, F] uint8: see nf4_dequantise
-    scale_codes: jax.Array = frozen_field()  # [ceil(D / block), F] int8
-    scale_steps: jax.Array = frozen_field()  # [groups] float32
-    scale_mean: jax.Array = frozen_field()  # []
+    scale_codes: jax.Array = frozen_field()  # [ceil(D / block), F] int8, or float32: the scales
+    scale_steps: jax.Array | None = frozen_field()  # [groups] float32
+    scale_mean: jax.Array | None = frozen_field()  # []
     features: int = dataclasses.field(default=0, metadata={"static": True})  # D
     dense_dtype: Any = dataclasses.field(default="float32", metadata={"static": True})
 
@@ -82,7 +83,9 @@ class Nf4Weight(Weight):
         return nf4_dequantise(self.codes, self.scales(), features=self.features, dtype=self.dtype)
 
     def scales(self) -> jax.Array:
-        """The largest magnitude of each block, [blocks, F], as far as 8 bits tell."""
+        """The largest magnitude of each block, [blocks, F], as far as its bits tell."""
+        if self.scale_steps is None:
+            return self.scale_codes
         groups = self.scale_steps.shape[0]
         flat = self.scale_codes.T.reshape(-1).astype(jnp.float32)
         padded = jnp.pad(flat, (0, groups * SCALES_PER_GROUP - flat.size)).reshape(groups, -1)
@@ -92,7 +95,8 @@ class Nf4Weight(Weight):
     def with_specs(self, spec):
         stack, _, columns = split_spec(spec, self.ndim)
         # Two rows share a byte, and blocks may overhang: rows stay together, columns may be split.
-        split, small = PartitionSpec(*stack, None, columns), PartitionSpec(*stack)
+        split = PartitionSpec(*stack, None, columns)
+        small = None if self.scale_steps is None else PartitionSpec(*stack)
         return dataclasses.replace(
             self, codes=split, scale_codes=split, scale_steps=small, scale_mean=small
         )
@@ -155,7 +159,6 @@ def nf4_from_codes(
         features: D; None: all rows of the codes.
     """
     blocks, columns = scale.shape
-    halves = codes.reshape(blocks, 2, -1, columns)
     flat = scale.T.reshape(-1)
     mean = jnp.mean(flat)
     groups = -(-flat.size // SCALES_PER_GROUP)
@@ -164,10 +167,25 @@ def nf4_from_codes(
     steps = jnp.max(jnp.abs(centred), axis=1) / 127
     scale_codes = jnp.round(centred / jnp.where(steps == 0, 1.0, steps)[:, None])
     scale_codes = scale_codes.reshape(-1)[: flat.size].reshape(columns, blocks).T.astype(jnp.int8)
-    packed = (halves[:, 0] << 4) | halves[:, 1]
-    packed = packed.reshape(-1, columns)
     features = len(codes) if features is None else features
+    packed = _pack(codes, blocks)
     return Nf4Weight(packed, scale_codes, steps, mean, features, str(jnp.dtype(dtype)))
+
+
+def nf4_exact(codes: np.ndarray, scale: np.ndarray, dtype: Any) -> Nf4Weight:
+    """An Nf4Weight of codes [D, F], one a byte, and scales [blocks, F], kept in float32: 4.5 bits a number.
+
+    Both are arrays of the host, and so are the weight's.
+    """
+    packed = _pack(np.ascontiguousarray(codes, np.uint8), len(scale))
+    scale = np.ascontiguousarray(scale, np.float32)
+    return Nf4Weight(packed, scale, None, None, len(codes), str(jnp.dtype(dtype)))
+
+
+def _pack(codes, blocks):
+    """Two codes a byte, those of a block's first half in the high bits: see nf4_dequantise."""
+    halves = codes.reshape(blocks, 2, -1, codes.shape[-1])
+    return ((halves[:, 0] << 4) | halves[:, 1]).reshape(-1, codes.shape[-1])
 
 
 def nf4_codes(weight: Nf4Weight) -> jax.Array:

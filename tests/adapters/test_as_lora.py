@@ -16,6 +16,7 @@ from jaxft.adapters import (
     lora,
     merge,
     monarch_from_dense,
+    oft,
     paca,
     quantised,
     vera,
@@ -47,7 +48,7 @@ def test_what_has_a_low_rank_is_lora_of_that_rank(rule, kind):
 
 
 @pytest.mark.parametrize(
-    "rule", [dora(2), loha(2), lokr(2), monarch_from_dense(blocks=3), lora(5), paca(5)]
+    "rule", [dora(2), loha(2), lokr(2), oft(4), monarch_from_dense(blocks=3), lora(5), paca(5)]
 )
 def test_others_are_the_nearest_of_a_rank_and_the_loss_is_that_of_the_norms(rule):
     """Eckart and Young: the singular values from R on are lost, of any matrix."""

@@ -150,7 +150,7 @@ def test_lost_surplus_and_misshapen_keys_are_named(case, base, tmp_path):
 @pytest.mark.parametrize(
     "case, change, message",
     [
-        ("lora", {"peft_type": "BOFT"}, "peft_type 'BOFT' is not supported; expected LORA"),
+        ("lora", {"peft_type": "SHIRA"}, "peft_type 'SHIRA' is not supported; expected LORA"),
         ("lora", {"peft_type": "LOHA", "alpha": 1}, "is no option of LOHA that is known"),
         ("lora", {"target_modules": ["q_proj"]}, "surplus key .*(down|v)_proj"),
         ("lora", {"target_modules": ["other"]}, "surplus key"),

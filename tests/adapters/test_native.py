@@ -111,15 +111,3 @@ def test_bad_choices():
         named_rules("best")
     with pytest.raises(AdapterError, match="nothing trains"):
         save_native("unused", partition({})[0])
-
-
-def test_sft_takes_it_by_flag(tmp_path):
-    from experiments import sft
-    from experiments.cli import flags
-
-    config = flags.replace(
-        sft.Config(), smoke=True, adapter="dora", quantise="int8", output_dir=str(tmp_path)
-    )
-    metrics = sft.main(flags.replace(config, accuracy=False))
-    assert metrics["steps"] == 6 and np.isfinite(metrics["last_loss"])
-    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()

@@ -5,7 +5,6 @@ import json
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -24,7 +23,6 @@ from jaxft.adapters import (
     save_adapter,
 )
 from jaxft.adapters.peft.options import COMMON, OPTIONS, OTHERS, with_defaults
-from jaxft.checkpoints import load_model
 from tests.small_models import trained
 
 torch = pytest.importorskip("torch", reason="parity tests need torch: pip install 'jaxft[test]'")
@@ -32,54 +30,9 @@ transformers = pytest.importorskip("transformers", reason="pip install 'jaxft[te
 peft = pytest.importorskip("peft", reason="parity tests need peft: pip install 'jaxft[test]'")
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT warns of what it is asked for here.
-TOKENS = (np.arange(18).reshape(2, 9) * 7 + 3) % 64
-SIZES = dict(
-    vocab_size=64, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=3,
-    num_key_value_heads=1, max_position_embeddings=32,
-)  # fmt: skip
+peft_base = pytest.importorskip("tests.adapters.peft_base")
+Base, SIZES, TOKENS, close = (getattr(peft_base, n) for n in ("Base", "SIZES", "TOKENS", "close"))
 FILE, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-
-
-class Base:
-    """A tiny model of transformers, on the disk, and as jaxft reads it."""
-
-    def __init__(self, path, config):
-        torch.manual_seed(0)
-        model = transformers.AutoModelForCausalLM.from_config(config)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(0.2 * torch.randn_like(parameter))
-        model.save_pretrained(path)
-        self.path, (self.model, self.params) = path, load_model(path)
-        # Of merged params, so that one program serves all adapters.
-        self.apply = jax.jit(lambda p: self.model.apply({"params": p}, jnp.asarray(TOKENS)).logits)
-
-    def torch(self):
-        return transformers.AutoModelForCausalLM.from_pretrained(self.path, dtype=torch.float32)
-
-    def logits(self, path):
-        """Of an adapter's directory on this base, here."""
-        return np.asarray(self.apply(merge(load_adapter(path, self.model.config, self.params))))
-
-    def pefts(self, path):
-        """The same, there."""
-        model = peft.PeftModel.from_pretrained(self.torch(), path).eval()
-        with torch.no_grad():
-            return model(torch.tensor(TOKENS)).logits.numpy()
-
-    def write(self, path, config, resize=None):
-        """An adapter by PEFT, moved away from its start."""
-        model = self.torch()
-        if resize:
-            model.resize_token_embeddings(resize)
-        torch.manual_seed(1)
-        model = peft.get_peft_model(model, config)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.add_(0.3 * torch.randn_like(parameter))
-        model.save_pretrained(path)
-        return model
 
 
 @pytest.fixture(scope="module")
@@ -98,10 +51,6 @@ def bases(tmp_path_factory):
 def lora_config(**options):
     defaults = dict(r=3, lora_alpha=5, target_modules=["q_proj"], task_type="CAUSAL_LM")
     return peft.LoraConfig(**defaults | options)
-
-
-def close(ours, theirs):
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4 * np.abs(theirs).max())
 
 
 TIED = "tied to its embeddings.*untie the base first"
@@ -276,7 +225,7 @@ REFUSED = {
     "loftq": (dict(init_lora_weights="loftq"), "'loftq' is not supported: it quantised the base"),
     "experts": (dict(target_parameters=["experts.up"]), "target_parameters=.*mixture-of-experts"),
     "unheard of": (dict(use_moonlight=True), "use_moonlight=True is no option of LORA"),
-    "another type": (dict(peft_type="OFT"), "peft_type 'OFT' .* merge it into its model with PEFT"),
+    "another type": (dict(peft_type="SHIRA"), "peft_type 'SHIRA' .* merge it into its model with PEFT"),
     "no module": (dict(target_modules=["nothing"]), "surplus key .*does not name its module"),
     "another model": (
         dict(tensors=renamed(lambda n: n.replace("layers.1", "layers.7"))), "missing key .*layers.1"

@@ -227,7 +227,6 @@ QUANTISED = [
     ({Q: {"quant_method": "gptq", "bits": 4}}, r"quantised \(GPTQ, 4 bit: quantization_config"),
     ({Q: {"quant_method": "awq", "bits": 4}}, "AWQ, 4 bit"),
     ({Q: {"quant_method": "bitsandbytes", "load_in_8bit": True}}, "bitsandbytes, 8 bit"),
-    ({Q: {"load_in_4bit": True, "quant_method": "bitsandbytes"}}, "bitsandbytes, 4 bit"),
     ({"text_config": {Q: {"quant_method": "compressed-tensors"}}}, "compressed-tensors"),
     ({"compression_config": {"format": "pack"}}, "compressed-tensors"),
     ({"quantization": {"group_size": 64, "bits": 4}}, "MLX, 4 bit"),

@@ -17,6 +17,7 @@ from jaxft.checkpoints.gguf import GgufFile
 from jaxft.models import Decoder, DecoderConfig, family_of
 from jaxft.models.special_ids import SpecialIds
 from jaxft.parallel import make_mesh
+from tests.processes import WITHOUT_TORCH
 
 CONFIG = DecoderConfig(
     vocab_size=32,
@@ -210,7 +211,7 @@ def test_smollm2_equals_transformers(tmp_path):
     torch = pytest.importorskip("torch", reason="needs torch: pip install 'jaxft[test]'")
     transformers = pytest.importorskip("transformers")
     file = resolve("smollm2")
-    model, params = load_model("smollm2")
+    model, params = load_model("smollm2", scan_layers=True)  # a thirtieth of the layers to compile
     tokenizer = load_tokenizer("smollm2")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         file.parent, gguf_file=file.name, dtype=torch.float32
@@ -228,18 +229,6 @@ def test_smollm2_equals_transformers(tmp_path):
     assert text.endswith("<|im_start|>assistant\n")
 
 
-# Run by each Python as it starts: torch cannot be found, as after `pip install 'jaxft[text]'`.
-_WITHOUT_TORCH = """
-import importlib.machinery, sys
-find = importlib.machinery.PathFinder.find_spec
-
-class Finder(importlib.machinery.PathFinder):
-    @classmethod
-    def find_spec(cls, name, path=None, target=None):
-        return None if name.split(".")[0] == "torch" else find(name, path, target)
-
-sys.meta_path = [Finder if f is importlib.machinery.PathFinder else f for f in sys.meta_path]
-"""
 _READ = """
 import json, sys
 from jaxft.checkpoints import load_tokenizer
@@ -261,9 +250,7 @@ def test_the_tokenizer_of_a_gguf_file_needs_no_torch(tmp_path):
     tokenizer = load_tokenizer("smollm2")
     text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    (tmp_path / "start").mkdir()
-    (tmp_path / "start/sitecustomize.py").write_text(_WITHOUT_TORCH)
-    path = os.pathsep.join([str(tmp_path / "start"), *sys.path])
+    path = os.pathsep.join([WITHOUT_TORCH, *sys.path])
     command = [sys.executable, "-c", _READ, str(tmp_path), json.dumps(chat)]
     environment = os.environ | {"PYTHONPATH": path}
     result = subprocess.run(command, capture_output=True, text=True, env=environment)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+import unicodedata
 
 import pytest
 import tokenizers
@@ -101,8 +103,8 @@ def back(tokenizer, rows=512, ends=(), family="llama"):
     return metadata, build_tokenizer({"general.architecture": family, **metadata}.get)
 
 
-def same(ours, theirs):
-    for text in ASKED:
+def same(ours, theirs, texts=ASKED):
+    for text in texts:
         ids = ours(text)["input_ids"]
         assert theirs(text)["input_ids"] == ids
         assert theirs.decode(ids) == ours.decode(ids, clean_up_tokenization_spaces=False)
@@ -144,6 +146,44 @@ def test_sentencepiece_tokenizers_come_back(prefix):
     assert (kinds["<0x0A>"], kinds["<unk>"], kinds["<s>"], kinds["<think>"]) == (6, 2, 3, 4)
     assert ("  " in kinds) is not prefix  # written as it looks
     same(tokenizer, read)
+
+
+CHAT = ["<s>hi there<|end|>hi  there<think>the", "  the cat", "▁the", "<s> hi", " "]
+
+
+@pytest.mark.parametrize("scheme", ["first", "always", "never"])
+@pytest.mark.parametrize("replaced", [False, True])
+def test_metaspace_comes_back(scheme, replaced):
+    """As in transformers' LlamaTokenizer (nothing is replaced) and its reading of tokenizer.model."""
+    tokenizer = sentencepiece(scheme != "never")
+    core = tokenizer.backend_tokenizer
+    double = [normalizers.Replace(tokenizers.Regex(r"\A▁"), "▁▁")] if scheme == "always" else []
+    replace = normalizers.Sequence([normalizers.Replace(" ", "▁"), *double])
+    core.normalizer = replace if replaced else None
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    metadata, read = back(wrapped(core), family="gemma" if scheme == "never" else "llama")
+    assert metadata["tokenizer.ggml.add_space_prefix"] is (scheme != "never")
+    exact = scheme == "never" or bool(replaced and double)
+    assert ("tokenizer.huggingface.json" not in metadata) is exact
+    same(wrapped(core), read, ASKED + CHAT)
+    if scheme == "first":  # llama.cpp's way, without the tokenizer.json: as its converter has it.
+        del metadata["tokenizer.huggingface.json"]
+        same(wrapped(core), build_tokenizer(metadata.get), TEXT)
+        there = [t.tokenize("<s>hi<|end|>the") for t in (read, build_tokenizer(metadata.get))]
+        assert there[0] != there[1] and there[1][1].startswith("▁")
+
+
+def test_a_tokenizer_json_of_another_vocabulary():
+    metadata, _ = back(byte_level(split_named("gpt-2")))
+    for whole, message in (
+        (
+            byte_tokenizer().backend_tokenizer.to_str(),
+            "has the token .* where tokenizer.ggml.tokens",
+        ),
+        ("{", "tokenizer.huggingface.json is no tokenizer.json"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            build_tokenizer({**metadata, "tokenizer.huggingface.json": whole}.get)
 
 
 def test_merges_that_sentencepiece_would_not_have():
@@ -192,6 +232,43 @@ def test_the_rules_of_cutting_are_transformers_own():
         assert split_named(name).steps == (theirs.GGUF_PRE_TOKENIZER_SPLITS[name],)
 
 
+@pytest.mark.parametrize(
+    "name, pieces",
+    [
+        # Falcon's digits are cut among the signs that stand for bytes, ¼ of м among them.
+        ("falcon", "Ā ĠÐ ¼ Ġ 123 45 ĠÂ ½ )=$ x _ 1 ! Ċ Ġä ½ łå¥ ½ Ġ"),
+        ("deepseek-llm", "Ā ĠÐ¼ Ġ 1 2 3 4 5 Ġ Â½ )=$ x _ 1 ! Ċ Ġ ä½łå¥½ Ġ"),
+        ("deepseek-coder", "Ā ĠÐ¼ Ġ 1 2 3 4 5 Ġ Â½ ) =$ x _ 1 ! Ċ Ġ ä½łå¥½ Ġ"),
+        ("deepseek-v3", "Ā ĠÐ¼ Ġ 123 45 Ġ Â½ )=$ x _ 1 !Ċ Ġ ä½łå¥½ Ġ"),
+        ("seed-coder", "Ā ĠÐ¼ Ġ 1 2 3 4 5 Ġ Â½ )=$ x _ 1 ! Ċ Ġä½łå¥½ Ġ"),
+        ("qwen35", "Ā ĠÐ¼ Ġ 1 2 3 4 5 Ġ Â½ )=$ x _ 1 !Ċ Ġä½łå¥½ Ġ"),
+        ("bloom", "Ā ĠÐ¼ Ġ12345 ĠÂ½ ) =$x_1 !Ċ Ġä½łå¥½ Ġ"),
+        ("viking", "Ā ĠÐ¼ Ġ 1 2 3 4 5 Ġ Â½ ) =$x_ 1 !Ċ Ġä½łå¥½ Ġ"),
+    ],
+)
+def test_pieces_of_the_rules(name, pieces):
+    """By hand from the models' own tokenizer.json, as quoted in public tests of other readers."""
+    cut = pre_tokenizer(split_named(name)).pre_tokenize_str("\0 м 12345 ½)=$x_1!\n 你好 ")
+    assert " ".join(piece for piece, _ in cut) == pieces
+
+
+def test_letters_with_cases():
+    """Every letter of Unicode 12 that has cases, and nothing else."""
+    letters = re.search(r"\[.*\]", split_named("deepseek-llm").steps[1])[0]
+    found = re.findall(letters, "".join(map(chr, range(0x20000))))
+    assert len(found) == 2729
+    assert {unicodedata.category(letter) for letter in found} == {"Ll", "Lu", "Lt"}
+
+
+def test_a_tokenizer_json_may_hold_line_ends_or_their_escapes():
+    """DeepSeek's files: line ends as they are, and a normalizer of no steps."""
+    core = byte_level(split_named("deepseek-v3")).backend_tokenizer
+    table = json.loads(core.to_str()) | {"normalizer": {"type": "Sequence", "normalizers": []}}
+    for step in table["pre_tokenizer"]["pretokenizers"][:3]:
+        step["pattern"]["Regex"] = step["pattern"]["Regex"].replace(r"\r\n", "\r\n")
+    assert split_of(table).names[0] == "deepseek-v3"
+
+
 def prefixed(core):
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
 
@@ -234,7 +311,7 @@ def test_kinds_that_gguf_does_not_have():
         back(wrapped(words))
     pieces = sentencepiece(True)
     pieces.backend_tokenizer.normalizer = None
-    pieces.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    pieces.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(split=True)
     with pytest.raises(CheckpointError, match="pre-tokenizer Metaspace have no words in GGUF"):
         back(wrapped(pieces.backend_tokenizer))
     with pytest.raises(CheckpointError, match="has id .*, the model 300 rows"):

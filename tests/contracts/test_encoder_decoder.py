@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxft.adapters import adapt, lora
+from jaxft.adapters import lora
 from jaxft.generation import SamplingConfig, generate
 from jaxft.losses import simpo_loss
 from jaxft.models import Prediction
 from jaxft.objectives import completion_log_probs, preference, supervised
 from jaxft.train import fit
 from jaxft.weights import matmul, take
+from tests.small_models import adapted
 
 DIM, LENGTH, START = 32, 4, 11  # words 0 to 9 and a start token
 
@@ -55,20 +56,21 @@ def test_supervised_preference_and_sampling_read_the_source():
     model, batch, options = Translator(), task(0), dict(optimizer=optax.adam(1e-2))
     params, loss = initial(jax.random.key(0)), supervised(model.forward)
     state, rows = fit(params, loss, batches=[batch] * 80, **options)
-    assert rows[-1]["loss"] < 0.05 and loss(state.params, task(1), None)[0] < 0.1
+    assert rows[-1]["loss"] < 0.05 and jax.jit(loss)(state.params, task(1), None)[0] < 0.1
     asked = dict(samples=2, columns={"source": task(2)["source"][:5]})
     config, prompts = SamplingConfig(LENGTH, temperature=1.0), [[START]] * 5
     out = generate(model, state.params, prompts, jax.random.key(1), config, **asked)
     twice = {k: v[:5].repeat(2, axis=0) for k, v in task(2).items()}
     given = twice | {"tokens": np.insert(out.tokens, 0, START, axis=1), "completion_mask": out.mask}
-    scored = completion_log_probs(model.forward, state.params, given)
+    score = jax.jit(functools.partial(completion_log_probs, model.forward))
+    scored = score(state.params, given)
     np.testing.assert_allclose(scored, out.log_probs, atol=1e-4)
     assert np.mean(out.tokens == twice["tokens"][:, 1:]) > 0.9
     # LoRA is to prefer w -> w + 4; a record's source is repeated for both sequences of its pair.
     sides = task(0, shift=4), batch
     pair = {k: np.stack([side[k] for side in sides], axis=1) for k in ("tokens", "positions")}
     pair |= {"loss_mask": 1.0 * (pair["positions"] > 0), "source": batch["source"]}
-    adapted = adapt(jax.random.key(2), state.params, {"value|head": lora(rank=4)})
+    start = adapted(state.params, {"value|head": lora(rank=4)})
     objective = preference(model.forward, functools.partial(simpo_loss, beta=1.0))
-    _, rows = fit(adapted, objective, batches=[pair] * 60, **options)
+    _, rows = fit(start, objective, batches=[pair] * 60, **options)
     assert rows[0]["rewards/accuracy"] < 0.1 and rows[-1]["rewards/accuracy"] > 0.9

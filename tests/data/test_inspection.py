@@ -1,6 +1,6 @@
 """The counts of a data set, worked out by hand, and the command."""
 
-import subprocess
+import runpy
 import sys
 
 import pytest
@@ -26,15 +26,22 @@ def test_counts_are_those_worked_out_by_hand(spec, small_tokenizer):
     assert "packing efficiency    87.5%" in str(result)
 
 
-def test_the_command_prints_them_and_mistakes_as_one_line(tmp_path, small_tokenizer):
+def test_the_command_prints_them_and_mistakes_as_one_line(
+    tmp_path, small_tokenizer, monkeypatch, capsys
+):
     small_tokenizer.save_pretrained(tmp_path / "tokenizer")
     (tmp_path / "a.jsonl").write_text('{"prompt": "1 + 1 =", "completion": " 2"}\n')
-    command = [sys.executable, "-m", "jaxft.data", "--tokenizer", str(tmp_path / "tokenizer")]
-    run = lambda name: subprocess.run(
-        [*command, str(tmp_path / name)], capture_output=True, text=True
-    )
-    good, bad = run("a.jsonl"), run("b.jsonl")
-    assert good.returncode == 0 and "1 (1 prompts with completion)" in good.stdout, good.stderr
-    assert "⟦ 2" in good.stdout
-    assert bad.returncode == 2 and bad.stderr.startswith("error: ")
-    assert len(bad.stderr.splitlines()) == 1 and "did you mean 'a.jsonl'" in bad.stderr
+
+    def run(name):
+        arguments = ["--tokenizer", str(tmp_path / "tokenizer"), str(tmp_path / name)]
+        monkeypatch.setattr(sys, "argv", ["jaxft.data", *arguments])
+        runpy.run_module("jaxft.data", run_name="__main__", alter_sys=True)
+
+    run("a.jsonl")
+    good = capsys.readouterr().out
+    assert "1 (1 prompts with completion)" in good and "⟦ 2" in good
+    with pytest.raises(SystemExit) as ended:
+        run("b.jsonl")
+    bad = capsys.readouterr().err
+    assert ended.value.code == 2 and bad.startswith("error: ")
+    assert len(bad.splitlines()) == 1 and "did you mean 'a.jsonl'" in bad

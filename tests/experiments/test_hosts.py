@@ -3,7 +3,6 @@
 import json
 
 import numpy as np
-import pytest
 import tyro
 
 from experiments import reinforce, sft
@@ -46,7 +45,6 @@ def run_here(script, flags):
     script.main(tyro.cli(script.Config, args=flags))
 
 
-@pytest.mark.slow
 def test_two_hosts_of_which_one_crashes_and_that_go_on_over_another_mesh_give_the_losses_of_one(
     tmp_path,
 ):
@@ -73,7 +71,6 @@ def test_two_hosts_of_which_one_crashes_and_that_go_on_over_another_mesh_give_th
     assert not list((output / "checkpoints").glob("corrupt-*"))
 
 
-@pytest.mark.slow
 def test_answers_sampled_in_two_processes_are_those_of_one(tmp_path):
     # Without rewards that differ the gradient is rounding, which Adam would make steps of.
     judge = tmp_path / "judge.py"

@@ -90,7 +90,8 @@ def test_intrinsic_dimension_s_judge_can_fail():
     assert not holds(text=metrics["text"] | {"d90": None})[5]
 
 
-def test_lion_smoke(tmp_path):
+def test_lion_smoke(tmp_path, monkeypatch):
+    monkeypatch.setattr(lion, "HELD_OUT", 8)
     assert lion.main(lion.Config(smoke=True, output_dir=str(tmp_path))) == 0
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["memory"]["float32"] == 0.5 and metrics["memory"]["int8"] < 0.14
@@ -145,7 +146,8 @@ def test_paca_s_judge_can_fail(change):
 
 
 def test_tram_smoke(tmp_path, monkeypatch):
-    monkeypatch.setattr(tram.text, "HELD_OUT", 8)  # Held-out rows, four at a time, took most of it.
+    monkeypatch.setattr(tram.text, "HELD_OUT", 8)  # Held-out rows took most of it.
+    monkeypatch.setattr(tram.digits, "HELD_OUT", 8)
     assert tram.main(tram.Config(smoke=True, output_dir=str(tmp_path))) == 0
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["claims"][0]["holds"]  # ‖eps / θ‖ = d does not depend on training.

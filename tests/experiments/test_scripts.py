@@ -46,11 +46,10 @@ def config_of(script, *data, **given):
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
-    """A smoke run's output directory and metrics."""
+    """A smoke run's output directory and metrics; of the default adapter it is test_hosts.py's."""
     output = tmp_path_factory.mktemp("smoke") / "run"
-    return output, sft.main(
-        config_of(sft, smoke=True, output_dir=str(output), report_to=("tensorboard",))
-    )
+    settings = dict(adapter="dora", quantise="int8", report_to=("tensorboard",))
+    return output, sft.main(config_of(sft, smoke=True, output_dir=str(output), **settings))
 
 
 def test_smoke_writes_all_it_promises(smoke):
@@ -67,6 +66,8 @@ def test_smoke_writes_all_it_promises(smoke):
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, 7))
     assert json.loads((output / "metrics.json").read_text())["steps"] == metrics["steps"] == 6
+    assert math.isfinite(metrics["last_loss"])
+    assert (output / "adapter" / "adapter_model.safetensors").exists()
 
 
 def test_the_adapter_is_used_by_the_other_scripts(smoke, tmp_path, capsys):

@@ -51,10 +51,15 @@ def test_fused_equals_plain_with_gradients(batch, length, chunk, softcap):
     hidden, head, targets, weights = draw(batch, length)
     fused = lambda h, w: linear_cross_entropy(h, w, targets, weights, softcap=softcap, chunk=chunk)
     slow = lambda h, w: plain(h, w, targets, weights, softcap)
-    run = lambda fun: jax.jit(jax.value_and_grad(fun, argnums=(0, 1)))(hidden, head)
-    chex.assert_trees_all_close(run(fused), run(slow), rtol=1e-5, atol=1e-6)
-    only_hidden = lambda fun: jax.grad(lambda h: 3.0 * fun(h, head))(hidden)
-    chex.assert_trees_all_close(only_hidden(fused), only_hidden(slow), rtol=1e-5, atol=1e-6)
+
+    @jax.jit
+    def run(hidden, head):
+        both = [jax.value_and_grad(fun, argnums=(0, 1))(hidden, head) for fun in (fused, slow)]
+        return *both, jax.grad(lambda h: 3.0 * fused(h, head))(hidden)
+
+    found, expected, by_hidden = run(hidden, head)
+    chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(by_hidden, 3.0 * expected[1][0], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
@@ -62,14 +67,15 @@ def test_fused_with_no_and_with_all_tokens_counted(share):
     hidden, head, targets, weights = draw(2, 6, share=share)
     fused = jax.value_and_grad(lambda h: linear_cross_entropy(h, head, targets, weights, chunk=4))
     slow = jax.value_and_grad(lambda h: plain(h, head, targets, weights))
-    chex.assert_trees_all_close(fused(hidden), slow(hidden), rtol=1e-5, atol=1e-6)
+    found, expected = jax.jit(lambda h: (fused(h), slow(h)))(hidden)
+    chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_fused_reads_structured_heads():
     hidden, head, targets, weights = draw(2, 6)
     a, b = jnp.ones((6, 2)), 0.1 * jnp.ones((2, 11))
     for weight in (Transposed(head.T), Frozen(head), LoraWeight(head, a, b)):
-        run = lambda fun, w=weight: jax.value_and_grad(fun, argnums=(0, 1))(hidden, w)
+        run = lambda fun, w=weight: jax.jit(jax.value_and_grad(fun, argnums=(0, 1)))(hidden, w)
         fused = run(lambda h, w: linear_cross_entropy(h, w, targets, weights, chunk=4))
         slow = run(lambda h, w: plain(h, w, targets, weights))
         if isinstance(weight, LoraWeight):  # The base is frozen: only `to_dense` passes a gradient.
@@ -94,9 +100,9 @@ def test_linear_log_probs_equal_log_softmax(length, chunk):
         return jnp.take_along_axis(log_probs, targets[..., None], -1)[..., 0]
 
     fused = lambda h, w: linear_log_probs(h, w, targets, temperature=0.7, softcap=2.0, chunk=chunk)
-    run = lambda fun: jax.value_and_grad(lambda *x: jnp.sum(jnp.sin(fun(*x))), (0, 1))(hidden, head)
-    chex.assert_trees_all_close(fused(hidden, head), slow(hidden, head), rtol=1e-5, atol=1e-6)
-    chex.assert_trees_all_close(run(fused), run(slow), rtol=1e-5, atol=1e-6)
+    derived = lambda fun: jax.grad(lambda *x: jnp.sum(jnp.sin(fun(*x))), (0, 1))
+    run = lambda *x: [(fun(*x), derived(fun)(*x)) for fun in (fused, slow)]
+    chex.assert_trees_all_close(*jax.jit(run)(hidden, head), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("wrap", [
@@ -155,8 +161,8 @@ HEADS = {
 }
 
 
-@pytest.mark.parametrize("softcap", [None, 2.0])
-@pytest.mark.parametrize("wrap", HEADS)
+# The softcap is applied to logits, whatever the head that made them.
+@pytest.mark.parametrize("wrap, softcap", [("dense", None), ("tied", 2.0), ("lora", 2.0)])
 def test_forward_mode_and_second_derivatives_are_the_plain_form_s(wrap, softcap):
     hidden, head, targets, weights = draw(2, 7)
     at = (hidden, HEADS[wrap](head))
@@ -171,7 +177,7 @@ def test_forward_mode_and_second_derivatives_are_the_plain_form_s(wrap, softcap)
     @functools.partial(jax.jit, static_argnums=0)
     def derivatives(function, at):
         # The gradient of the sine is not linear in the loss: its cotangent has a derivative.
-        value = lambda *at: jnp.sin(function(*at))
+        value = jax.jit(lambda *at: jnp.sin(function(*at)))  # traced once
         gradient = jax.grad(value, (0, 1))
         slope = lambda *at: jax.jvp(value, at, along)[1]
         dot = lambda *at: sum(map(jnp.vdot, *map(jax.tree.leaves, (gradient(*at), along))))
@@ -187,8 +193,8 @@ def test_forward_mode_and_second_derivatives_are_the_plain_form_s(wrap, softcap)
     for function in (fused, through):
         chex.assert_trees_all_close(derivatives(function, at), expected, rtol=1e-3, atol=1e-3)
     # Central differences: rounding of a loss of about 10, some 1e-6, is divided by 2e-3.
-    moved = lambda by: tuple(jax.tree.map(lambda a, b: a + by * b, at, along))
-    difference = (jnp.sin(slow(*moved(1e-3))) - jnp.sin(slow(*moved(-1e-3)))) / 2e-3
+    value = jax.jit(lambda by: jnp.sin(slow(*jax.tree.map(lambda a, b: a + by * b, at, along))))
+    difference = (value(1e-3) - value(-1e-3)) / 2e-3
     np.testing.assert_allclose(expected[0], difference, rtol=2e-2, atol=2e-2)
 
 
@@ -232,24 +238,28 @@ def test_hessian_products_of_the_supervised_objective_are_those_of_its_logits():
 def test_weights_known_while_compiling_give_the_same_sum(length, counted):
     """XLA may see how many tokens count: with a loop by steps of a chunk it took one chunk for none."""
     hidden, head = draw_parts(length)
-    targets = jnp.zeros((3, length), jnp.int32)
-    weights = jnp.ones((3, length)) * (jnp.arange(length) < counted)[None]
-    dense = -jax.nn.log_softmax(hidden @ head)[..., 0]
-    wanted = jnp.sum(dense * weights)
+    targets, weights = jnp.zeros((3, length), jnp.int32), np.ones((3, length), np.float32)
+    weights = jnp.asarray(weights * (np.arange(length) < counted))
+    each = np.sum(-jax.nn.log_softmax(hidden @ head)[..., 0] * weights, axis=1)
     for chunk in (64, 2):
         loss = lambda h, w, chunk=chunk: linear_cross_entropy(h, w, targets, weights, chunk=chunk)
-        value, grads = jax.jit(jax.value_and_grad(loss, (0, 1)))(hidden, head)
-        np.testing.assert_allclose(value, wanted, rtol=1e-5)
-        np.testing.assert_allclose(jax.jit(loss)(hidden, head), wanted, rtol=1e-5)
-        sliced = jax.jit(
-            lambda w, f=loss: jax.lax.map(lambda h: f(h[None].repeat(3, 0), w), hidden)
-        )
-        each = jnp.sum(dense * weights, axis=1)
-        np.testing.assert_allclose(sliced(head), 3 * each, rtol=1e-5)
-        assert bool(jnp.any(grads[1])) == (counted > 0)
+
+        @jax.jit
+        def run(hidden, head, loss=loss):
+            value, grads = jax.value_and_grad(loss, (0, 1))(hidden, head)
+            sliced = jax.lax.map(lambda h: loss(h[None].repeat(3, 0), head), hidden)
+            return value, grads, sliced
+
+        value, grads, sliced = run(hidden, head)
+        np.testing.assert_allclose(value, each.sum(), rtol=1e-5)
+        np.testing.assert_allclose(jax.jit(loss)(hidden, head), each.sum(), rtol=1e-5)
+        np.testing.assert_allclose(sliced, 3 * each, rtol=1e-5)
+        assert np.any(grads[1]) == (counted > 0)
 
 
 def draw_parts(length):
     """Hidden states [3, T, 8] and a head [8, 5]."""
-    key = jax.random.key(length)
-    return jax.random.normal(key, (3, length, 8)), jax.random.normal(key, (8, 5))
+    rng = np.random.default_rng(length)
+    return tuple(
+        jnp.asarray(rng.normal(size=size), jnp.float32) for size in ((3, length, 8), (8, 5))
+    )

@@ -16,6 +16,7 @@ from jaxft.models import FAMILIES, config_of
 from jaxft.models.family import find_family
 from jaxft.models.hf_keys import NO_EFFECT
 from jaxft.models.rope import rope_frequencies, yarn_attention_factor
+from tests.models.real_configs import REAL, respelled
 
 torch = pytest.importorskip("torch", reason="parity tests need torch: pip install 'jaxft[test]'")
 hf = pytest.importorskip("transformers")
@@ -57,6 +58,8 @@ ROPES = [
     YARN | dict(mscale=1.0, mscale_all_dim=0.5), YARN | dict(mscale=0.7), YARN | dict(truncate=False),
     YARN | dict(truncate=None), YARN | dict(factor=None), dict(rope_type="yarn", factor=4.0),
     dict(rope_type="yarn"), LLAMA3, LLAMA3 | dict(low_freq_factor=None),
+    dict(rope_type={}), LINEAR | dict(factor=-2.0), YARN | dict(mscale="1", mscale_all_dim=1.0),
+    dict(rope_type="default", rope_theta=float("inf")),
     {FULL: LINEAR, SLIDING: {}}, {FULL: YARN | dict(truncate=False)}, {SLIDING: LLAMA3}, {FULL: None},
     3, {FULL: 3},
 ]  # fmt: skip
@@ -64,22 +67,25 @@ ROPES = [
 FLIPS = dict(
     attention_bias=[True, None], mlp_bias=[True], tie_word_embeddings=[True, False, None],
     hidden_act=ACTIVATIONS, hidden_activation=ACTIVATIONS, activation_function=ACTIVATIONS,
-    num_key_value_heads=[4, 1, None, 3], num_attention_heads=[2, 8], n_head=[2], head_dim=[4, None],
+    num_key_value_heads=[4, 1, None, 3, 0, -2], num_attention_heads=[2, 8, 0], n_head=[2, 0, 3],
+    head_dim=[4, None, 7],
     rms_norm_eps=[1e-2, None], layer_norm_eps=[1e-2], layer_norm_epsilon=[1e-2],
     max_position_embeddings=[128], n_positions=[128], hidden_size=["16"], n_inner=[24, None, "24"],
     intermediate_size=[40], num_hidden_layers=[2.0], vocab_size=[40],
     sliding_window=[None, 3, 0], use_sliding_window=[False, True], max_window_layers=[0, 2],
-    layer_types=[[SLIDING, FULL], [FULL, FULL], [FULL], ["chunked_attention", FULL], None, 2],
-    sliding_window_pattern=[2], rope_local_base_freq=[30.0], rope_theta=[50.0, 500],
+    layer_types=[[SLIDING, FULL], [FULL, FULL], [FULL], ["chunked_attention", FULL], None, 2,
+                 [[FULL], FULL]],
+    sliding_window_pattern=[2, 0], rope_local_base_freq=[30.0], rope_theta=[50.0, 500],
     rope_scaling=ROPES, rope_parameters=ROPES, original_max_position_embeddings=[32],
-    partial_rotary_factor=[0.5, 1.0], use_bidirectional_attention=[True, False, None],
+    partial_rotary_factor=[0.5, 1.0, 0.0], use_bidirectional_attention=[True, False, None],
     query_pre_attn_scalar=[10, 0], attn_logit_softcapping=[2.0, None, 0.0],
     final_logit_softcapping=[3.0, None, "3"], is_causal=[False, True], is_decoder=[True],
     is_encoder_decoder=[True], add_cross_attention=[True], per_layer_config=[None, {"0": {"skip": []}}],
     pruned_heads=[{"0": [1]}], position_embedding_type=["relative_key", "absolute"],
     scale_attn_weights=[False], scale_attn_by_inverse_layer_idx=[True], reorder_and_upcast_attn=[True],
-    type_vocab_size=[3], pad_token_id=[0, 5], qkv_bias=[False], num_channels=[1], image_size=[[8, 8], 12],
-    patch_size=[[4, 4], [4, 2], 2], pooler_output_size=[16, 8, "16"], pooler_act=["relu"],
+    type_vocab_size=[3, -1], pad_token_id=[0, 5], qkv_bias=[False], num_channels=[1],
+    image_size=[[8, 8], 12, 0], patch_size=[[4, 4], [4, 2], 2, 0], pooler_output_size=[16, 8, "16"],
+    pooler_act=["relu"],
     attention_dropout=[0.3], resid_pdrop=[0.3], hidden_dropout_prob=[0.3], initializer_range=[0.5],
     chunk_size_feed_forward=[2], pretraining_tp=[2], use_cache=[False], output_hidden_states=[True],
     summary_type=["last"], classifier_dropout=[0.5], encoder_stride=[4], tie_last_hidden_states=[False],
@@ -287,6 +293,67 @@ def test_yarn_over_the_original_length_may_use_its_factor():
     )
     assert config_of(file).max_length == 256
     assert config_of(file | {"max_position_embeddings": 512}).max_length == 512
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_files_mean_what_transformers_takes_them_for(name):
+    """The config.json of checkpoints that are much used, in the spelling of transformers 4 and of 5."""
+    old, read = REAL[name], []
+    family = find_family(old["model_type"], FAMILIES)
+    for file in (old, respelled(old)):
+        config = config_of(file)
+        read.append(config)
+        assert config_of(theirs(file).to_dict() | {"model_type": family.name}) == config
+        written = config_json(family, config, "float32")
+        assert same(theirs(written), theirs(file))
+        own = {k: v for k, v in file.items() if k not in ("dtype", "torch_dtype", "architectures")}
+        assert written.items() >= own.items()
+    assert read[0] == read[1]
+
+
+@pytest.mark.parametrize(
+    "name, change, message",
+    [
+        ("llama", dict(num_key_value_heads=0), "num_key_value_heads is 0, expected 1 or more"),
+        (
+            "llama",
+            dict(num_key_value_heads=3),
+            "num_attention_heads is 4 and num_key_value_heads 3",
+        ),
+        ("llama", dict(head_dim=7), "head_dim, or hidden_size over num_attention_heads, is 7"),
+        (
+            "llama",
+            dict(rms_norm_eps=float("nan")),
+            "rms_norm_eps is nan, expected a small positive",
+        ),
+        ("llama", dict(hidden_act="mish"), r"unsupported activation 'mish' \(hidden_act"),
+        ("llama", dict(partial_rotary_factor=0.0), "partial_rotary_factor is 0.0"),
+        ("llama", dict(rope_scaling=LINEAR | {"factor": -2}), "factor: -2, expected a positive"),
+        (
+            "llama",
+            dict(rope_scaling=YARN | {"beta_fast": "x"}),
+            "beta_fast: 'x', expected a positive",
+        ),
+        ("mistral", dict(layer_types=[[FULL], FULL]), "layer_types is"),
+        ("gemma3_text", dict(sliding_window_pattern=0), "sliding_window_pattern is 0, expected 1"),
+        ("gpt2", dict(n_head=3), "n_embd is 16 and n_head 3, expected a divisor"),
+        ("bert", dict(num_attention_heads=3), "hidden_size is 16 and num_attention_heads 3"),
+        ("vit", dict(patch_size=0), "patch_size is 0"),
+    ],
+)
+def test_values_that_no_model_can_have_are_refused_by_their_key(name, change, message):
+    with pytest.raises(CheckpointError, match=message):
+        config_of({"model_type": name} | BASES[name] | change)
+
+
+def test_integers_for_floats_are_written_as_transformers_5_takes_them():
+    """transformers 4 read them, and 5 refuses them: a model would be trained and not be saved."""
+    ints = dict(final_logit_softcapping=30, attn_logit_softcapping=50, initializer_range=1)
+    file = {"model_type": "gemma2"} | BASES["gemma2"] | ints
+    with pytest.raises(Exception, match="expected float, got int"):
+        theirs(file)
+    written = config_json(find_family("gemma2", FAMILIES), config_of(file), "float32")
+    assert theirs(written).final_logit_softcapping == 30.0
 
 
 def test_errors_name_key_value_and_what_is_right():

@@ -23,14 +23,14 @@ from jaxft.rewards import add_reward_head
 from jaxft.rl.algorithms import clipped
 from jaxft.train import accumulate, evaluate, make_eval_step
 from jaxft.train.batches import place_batch
-from tests.small_models import LLAMA, base, large
+from tests.small_models import LLAMA, base, forward_of, large
 
 MODEL, START = base(dataclasses.replace(LLAMA, num_layers=1, tie_embeddings=False))
-PARAMS = large(START)
+FORWARD, PARAMS = forward_of(MODEL), jax.jit(large)(START)
 ROWS, WIDTH, PROMPT, GROUP, VOCABULARY = 8, 9, 4, 4, LLAMA.vocab_size
 EMPTY = (1, 5)  # with 4 slices, all rows of the second
 RESPONSE = WIDTH - PROMPT
-LOGITS = objectives.token_logits(MODEL.forward)
+LOGITS = objectives.token_logits(FORWARD)
 LOSS = functools.partial(dpo_loss, beta=0.3)
 REWARDS = jnp.array([1.0, 0, 0, 1, 0, 0, 1, 0])
 
@@ -61,6 +61,9 @@ def groups(seed=0, size=2, count=ROWS, empty=EMPTY):
     }
 
 
+completion_log_probs = jax.jit(functools.partial(objectives.completion_log_probs, FORWARD))
+
+
 def experience(seed=0, empty=EMPTY):
     """What `collect` gives for several updates a rollout, without the credit."""
     batch = rows(seed, empty=empty)
@@ -68,7 +71,7 @@ def experience(seed=0, empty=EMPTY):
     mask = batch.pop("loss_mask")[:, PROMPT:] > 0
     noise = lambda: jnp.asarray(0.2 * rng.normal(size=mask.shape), jnp.float32)
     batch |= {"completion_mask": mask}
-    now = objectives.completion_log_probs(MODEL.forward, PARAMS, batch)
+    now = completion_log_probs(PARAMS, batch)
     return batch | {
         "sampler_log_probs": now + noise(),
         "old_log_probs": now + noise(),
@@ -79,9 +82,7 @@ def experience(seed=0, empty=EMPTY):
     }
 
 
-BUILD = functools.partial(
-    policy_gradient, MODEL.forward, kl_weight=0.1, correction=token_correction()
-)
+BUILD = functools.partial(policy_gradient, FORWARD, kl_weight=0.1, correction=token_correction())
 
 
 def learning(make, on_policy=False):
@@ -112,19 +113,19 @@ def token_loss(key, logits, targets, mask):
 
 def penalised(distance, every=1):
     """A task over records held back by a distance over tokens."""
-    task = objectives.preference(MODEL.forward, LOSS)
+    task = objectives.preference(FORWARD, LOSS)
     d = objectives.on_rows(distance, every)
     return objectives.trust_region(task, lambda *args: d(START, *args), 0.7)
 
 
-SUPERVISED = objectives.supervised(MODEL.forward)
+SUPERVISED = objectives.supervised(FORWARD)
 DISTANCE = objectives.function_distance(LOGITS)
 STEPS = {"steps": np.tile(np.arange(WIDTH) % 3, (ROWS, 1))}
 OBJECTIVES = {
     "supervised": lambda: (SUPERVISED, rows(0)),
-    "token_supervised": lambda: (objectives.token_supervised(MODEL.forward, token_loss), rows(0)),
-    "coverage": lambda: (objectives.coverage(MODEL.forward, 8), rows(0)),
-    "step_coverage": lambda: (objectives.step_coverage(MODEL.forward, 8, 3), rows(0) | STEPS),
+    "token_supervised": lambda: (objectives.token_supervised(FORWARD, token_loss), rows(0)),
+    "coverage": lambda: (objectives.coverage(FORWARD, 8), rows(0)),
+    "step_coverage": lambda: (objectives.step_coverage(FORWARD, 8, 3), rows(0) | STEPS),
     "reparametrised": lambda: (
         objectives.reparametrised(SUPERVISED, lambda p: jax.tree.map(lambda x: 0.5 * x, p)),
         rows(0),
@@ -139,25 +140,25 @@ OBJECTIVES = {
     "r3f": lambda: (objectives.r3f(SUPERVISED, still_noise), rows(0)),
     "r4f": lambda: (objectives.r4f(SUPERVISED, still_noise), rows(0)),
     "preference": lambda: (
-        objectives.preference(MODEL.forward, LOSS, use_weighting=True),
+        objectives.preference(FORWARD, LOSS, use_weighting=True),
         groups(),
     ),
     "hypo": lambda: (
-        objectives.hypo(MODEL.forward, LOSS, kl_weight=0.3),
+        objectives.hypo(FORWARD, LOSS, kl_weight=0.3),
         groups() | {"online": groups(1, 3, 4, (2,))},
     ),
-    "kto": lambda: (objectives.kto(MODEL.forward, beta=0.3, undesirable_weight=0.5), groups()),
-    "bco": lambda: (objectives.bco(MODEL.forward, beta=0.3), groups()),
+    "kto": lambda: (objectives.kto(FORWARD, beta=0.3, undesirable_weight=0.5), groups()),
+    "bco": lambda: (objectives.bco(FORWARD, beta=0.3), groups()),
     "bco, running": lambda: (
-        objectives.bco(MODEL.forward, beta=0.3),
+        objectives.bco(FORWARD, beta=0.3),
         groups() | {"running": (jnp.float32(0.4), jnp.float32(6.0))},
     ),
     "pairwise_reward": lambda: (
-        objectives.pairwise_reward(MODEL.forward, center_rewards_coefficient=0.1),
+        objectives.pairwise_reward(FORWARD, center_rewards_coefficient=0.1),
         groups(),
     ),
-    "outcome_reward": lambda: (objectives.outcome_reward(MODEL.forward), groups()),
-    "process_reward": lambda: (objectives.process_reward(MODEL.forward), groups()),
+    "outcome_reward": lambda: (objectives.outcome_reward(FORWARD), groups()),
+    "process_reward": lambda: (objectives.process_reward(FORWARD), groups()),
     "policy_gradient": learning(
         lambda: rl.Algorithm(
             rl.grpo(BUILD, GROUP).credit, BUILD(clipped(), sequence_mean, entropy_weight=0.2)
@@ -177,7 +178,7 @@ OBJECTIVES = {
     "online_preference": learning(lambda: rl.online_preference(BUILD, LOSS, GROUP), True),
     "xpo": learning(lambda: rl.xpo(BUILD, LOSS, GROUP, alpha=0.1), True),
     "online_self_training": lambda: (
-        rl.online_self_training(MODEL.forward),
+        rl.online_self_training(FORWARD),
         {"samples": experience() | {"correct": REWARDS > 0}, "gold": rows(3, (4,), (2,))},
     ),
 }
@@ -197,20 +198,33 @@ PARTS = set(
 def params_for(name):
     if "_reward" in name:
         return add_reward_head(jax.random.key(2), PARAMS, MODEL.config.hidden_size)
-    return large(objectives.with_value_head(MODEL, START)) if name == "ppo" else PARAMS
+    with_values = jax.jit(lambda params: large(objectives.with_value_head(MODEL, params)))
+    return with_values(START) if name == "ppo" else PARAMS
+
+
+@functools.cache
+def estimator(objective, slices):
+    return jax.jit(accumulate(jax.value_and_grad, slices)(objective, has_aux=True))
 
 
 def update(objective, params, batch, slices=1):
-    estimate = accumulate(jax.value_and_grad, slices)(objective, has_aux=True)
-    (loss, metrics), grads = jax.jit(estimate)(params, batch, jax.random.key(0))
+    (loss, metrics), grads = estimator(objective, slices)(params, batch, jax.random.key(0))
     return loss, {name: getattr(m, "value", m) for name, m in metrics.items()}, grads
+
+
+@functools.cache
+def whole(name):
+    """(objective, batch, params, update of the whole batch)."""
+    objective, batch = OBJECTIVES[name]()
+    params = params_for(name)
+    return objective, batch, params, update(objective, params, batch)
 
 
 def close(got, wanted):
     """Equal as far as sums in float32 are, whose rounding has the size of the largest entries."""
     (*others, grads), (*known, wanted_grads) = got, wanted
     chex.assert_trees_all_close(others, known, rtol=2e-5, atol=2e-6)
-    largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(wanted_grads))
+    largest = max(np.abs(x).max() for x in jax.tree.leaves(wanted_grads))
     chex.assert_trees_all_close(grads, wanted_grads, rtol=2e-5, atol=2e-6 * max(largest, 1.0))
 
 
@@ -221,11 +235,9 @@ def test_every_public_objective_is_listed():
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_slices_change_nothing_and_what_is_optimised_is_logged(name):
-    objective, batch = OBJECTIVES[name]()
-    params = params_for(name)
-    loss, metrics, grads = update(objective, params, batch)
+    objective, batch, params, (loss, metrics, grads) = whole(name)
     np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-6, atol=1e-6)
-    assert loss != 0 and any(jnp.any(g != 0) for g in jax.tree.leaves(grads))
+    assert loss != 0 and any(np.any(g != 0) for g in jax.tree.leaves(grads))
     for slices in (2, 4):
         close(update(objective, params, batch, slices), (loss, metrics, grads))
 
@@ -256,15 +268,14 @@ def test_packed_rows_change_nothing(name):
     if name == "penalty":
         d = functools.partial(DISTANCE, START)
         objective, batch = objectives.trust_region(SUPERVISED, d, 0.7), rows(0)
+        wanted = update(objective, PARAMS, batch)
     else:
-        objective, batch = OBJECTIVES[name]()
-    wanted = update(objective, PARAMS, batch)
+        objective, batch, _, wanted = whole(name)
     close(update(objective, PARAMS, packed(batch), 2), wanted)
 
 
 def test_evaluation_adds_terms_up_over_batches():
-    objective, batch = OBJECTIVES["trust_region"]()
-    loss, metrics, _ = update(objective, PARAMS, batch)
+    objective, batch, _, (loss, metrics, _) = whole("trust_region")
     parts = [{k: v[i::3] for k, v in batch.items()} for i in range(3)]
     found = evaluate(make_eval_step(objective), PARAMS, parts)
     assert found["loss"] == pytest.approx(float(loss), rel=1e-5)
@@ -299,7 +310,7 @@ COMPARING = {
 @pytest.mark.parametrize("name", COMPARING)
 def test_losses_that_compare_pairs_compare_those_that_count(name, weighted):
     """Empty records change nothing, and neither does the order of records."""
-    objective = objectives.preference(MODEL.forward, COMPARING[name], use_weighting=weighted)
+    objective = objectives.preference(FORWARD, COMPARING[name], use_weighting=weighted)
     batch, there = groups(), [i for i in range(ROWS) if i not in EMPTY]
     wanted = update(objective, PARAMS, {k: x[there] for k, x in batch.items()})
     close(update(objective, PARAMS, batch), wanted)
@@ -308,13 +319,13 @@ def test_losses_that_compare_pairs_compare_those_that_count(name, weighted):
 
 @pytest.mark.parametrize("name", COMPARING)
 def test_losses_that_compare_pairs_are_refused_in_slices(name):
-    preference = objectives.preference(MODEL.forward, COMPARING[name])
+    preference = objectives.preference(FORWARD, COMPARING[name])
     d = functools.partial(DISTANCE, START)
     around = {
         "preference": (preference, groups()),
         "trust_region": (objectives.trust_region(preference, d, 0.7), groups()),
         "hypo": (
-            objectives.hypo(MODEL.forward, COMPARING[name]),
+            objectives.hypo(FORWARD, COMPARING[name]),
             groups() | {"online": groups(1, 3, 4, (2,))},
         ),
     }

@@ -25,9 +25,11 @@ from jaxft.objectives import (
     sequence_log_probs,
 )
 from jaxft.rewards import add_reward_head, sequence_rewards, token_rewards
+from tests.small_models import forward_of, jitted
 
-MODEL = Decoder(tiny_config(vocab_size=17))
-BASE = MODEL.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+MODEL = Decoder(dataclasses.replace(tiny_config(vocab_size=17), num_layers=1))
+FORWARD = forward_of(MODEL)
+BASE = jax.jit(MODEL.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
 KERNELS = r"layers/.*/(query|down)/kernel"
 LENGTHS = [(3, 2), (5, 7), (2, 4), (6, 3)]  # tokens of the completions; prompts have 2 to 5
 
@@ -54,7 +56,10 @@ GROUPS = groups_of()
 
 
 def with_reference(groups=GROUPS, params=BASE):
-    return train.reference_log_probs(MODEL.forward, params, groups, batch_size=2, max_length=32)
+    return train.reference_log_probs(FORWARD, params, groups, batch_size=2, max_length=32)
+
+
+referenced = functools.cache(with_reference)  # without arguments: GROUPS, by BASE
 
 
 def batch_of(groups, rows=None, max_length=16):
@@ -64,6 +69,7 @@ def batch_of(groups, rows=None, max_length=16):
     return batch
 
 
+@jax.jit
 def moved(params=BASE, seed=1):
     """Params that are not where they started."""
     trainable, frozen = partition(params)
@@ -92,25 +98,24 @@ def close(a, b):
     chex.assert_trees_all_close(a, b, rtol=2e-5, atol=2e-6)
 
 
-run = lambda objective, params, batch: jax.jit(jax.value_and_grad(objective, has_aux=True))(
-    params, batch, None
-)
+run = lambda objective, params, batch: compiled(objective)(params, batch, None)
+compiled = functools.cache(lambda objective: jax.jit(jax.value_and_grad(objective, has_aux=True)))
 
 
 def test_log_probs_are_those_of_each_sequence_alone():
-    found = jax.jit(functools.partial(sequence_log_probs, MODEL.forward))(BASE, batch_of(GROUPS))
+    found = jax.jit(functools.partial(sequence_log_probs, FORWARD))(BASE, batch_of(GROUPS))
     expected = slow(BASE, GROUPS)
     close(found.sums, expected)
     chex.assert_trees_all_equal(found.lengths, jnp.asarray(LENGTHS, jnp.float32))
-    for group, row in zip(with_reference(), expected, strict=True):
+    for group, row in zip(referenced(), expected, strict=True):
         close(jnp.asarray(group.columns["ref_log_probs"]), row)
     with pytest.raises(ValueError, match=r"must be \[B, G, T\]"):
-        sequence_log_probs(MODEL.forward, BASE, {"tokens": jnp.zeros((2, 3), jnp.int32)})
+        sequence_log_probs(FORWARD, BASE, {"tokens": jnp.zeros((2, 3), jnp.int32)})
 
 
 def test_a_policy_that_is_its_reference_has_loss_log_2():
-    objective = preference(MODEL.forward, functools.partial(dpo_loss, beta=0.3), beta=0.3)
-    (loss, metrics), grads = run(objective, BASE, batch_of(with_reference()))
+    objective = preference(FORWARD, functools.partial(dpo_loss, beta=0.3), beta=0.3)
+    (loss, metrics), grads = run(objective, BASE, batch_of(referenced()))
     close(loss, jnp.log(2.0))
     assert metrics["rewards/accuracy"].value == 0.5
     assert jnp.abs(metrics["rewards/margin"].value) < 1e-5
@@ -124,9 +129,9 @@ def test_a_policy_that_is_its_reference_has_loss_log_2():
 
 def test_metrics_are_means_over_pairs():
     params = moved()
-    batch = batch_of(with_reference())
+    batch = batch_of(referenced())
     loss = functools.partial(ipo_loss, beta=0.2)
-    (value, metrics), _ = run(preference(MODEL.forward, loss, beta=0.2), params, batch)
+    (value, metrics), _ = run(preference(FORWARD, loss, beta=0.2), params, batch)
     policy = np.asarray(slow(params, GROUPS))
     ratio = policy - np.asarray(slow(BASE, GROUPS))
     n = np.array(LENGTHS)
@@ -142,14 +147,14 @@ def test_metrics_are_means_over_pairs():
 
 
 OBJECTIVES = {
-    "dpo": preference(MODEL.forward, dpo_loss),
-    "simpo": preference(MODEL.forward, simpo_loss),
-    "wpo": preference(MODEL.forward, dpo_loss, use_weighting=True),
-    "kto": kto(MODEL.forward, beta=0.3, undesirable_weight=0.5),
-    "bco": bco(MODEL.forward),
-    "reward": pairwise_reward(MODEL.forward, center_rewards_coefficient=0.1),
-    "outcome": outcome_reward(MODEL.forward),
-    "process": process_reward(MODEL.forward),
+    "dpo": preference(FORWARD, dpo_loss),
+    "simpo": preference(FORWARD, simpo_loss),
+    "wpo": preference(FORWARD, dpo_loss, use_weighting=True),
+    "kto": kto(FORWARD, beta=0.3, undesirable_weight=0.5),
+    "bco": bco(FORWARD),
+    "reward": pairwise_reward(FORWARD, center_rewards_coefficient=0.1),
+    "outcome": outcome_reward(FORWARD),
+    "process": process_reward(FORWARD),
 }
 
 
@@ -162,22 +167,12 @@ def params_for(name):
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_padding_changes_nothing(name):
-    groups, params = with_reference(), params_for(name)
+    groups, params = referenced(), params_for(name)
     exact = run(OBJECTIVES[name], params, batch_of(groups))
     wide = batch_of(groups, rows=6, max_length=32)  # and two empty groups
     wide = {k: np.pad(v, [(0, 0)] * 2 + [(0, 8)]) if v.ndim == 3 else v for k, v in wide.items()}
     assert wide["tokens"].shape == (6, 2, 24)
     chex.assert_trees_all_close(exact, run(OBJECTIVES[name], params, wide), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", ["dpo", "simpo", "wpo", "reward", "outcome"])
-def test_microbatches_change_nothing(name):
-    """With lengths that differ, and a group that is only padding. (KTO's KL is of its microbatch.)"""
-    groups, params = with_reference()[:3], params_for(name)
-    batch = batch_of(groups, rows=4)
-    step = lambda parts: train.accumulate(jax.value_and_grad, parts)(OBJECTIVES[name], has_aux=True)
-    whole, parts = (jax.jit(step(n))(params, batch, jax.random.key(0)) for n in (1, 2))
-    chex.assert_trees_all_close(whole, parts, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("quantise", [None, "int8"])
@@ -190,12 +185,12 @@ def test_the_base_under_an_adapter_is_the_reference(quantise):
         start = adapt(jax.random.key(3), BASE, {KERNELS: quantised(quantise)})
     adapted = moved(adapt(jax.random.key(4), start, rules))
     chex.assert_trees_all_equal_structs(base_params(adapted), adapt(jax.random.key(0), start, {}))
-    objective = preference(MODEL.forward, dpo_loss, reference=base_params)
+    objective = preference(FORWARD, dpo_loss, reference=base_params)
     (loss, _), grads = run(lambda t, b, k: objective(combine(t, partition(adapted)[1]), b, k),
                            partition(adapted)[0], batch_of(GROUPS))  # fmt: skip
     columns = batch_of(with_reference(params=start))
     (again, _), grads_again = run(
-        lambda t, b, k: preference(MODEL.forward, dpo_loss)(combine(t, partition(adapted)[1]), b, k),
+        lambda t, b, k: preference(FORWARD, dpo_loss)(combine(t, partition(adapted)[1]), b, k),
         partition(adapted)[0], columns)  # fmt: skip
     close((loss, grads), (again, grads_again))
     assert abs(float(loss) - np.log(2)) > 1e-3
@@ -211,7 +206,7 @@ def test_what_trains_in_place_has_no_base(rule):
 
 
 def test_kto_is_its_formula_and_its_kl_passes_no_gradient():
-    params, batch = moved(), batch_of(with_reference())
+    params, batch = moved(), batch_of(referenced())
     (loss, metrics), grads = run(OBJECTIVES["kto"], params, batch)
     labels = jnp.array([bool(g.columns["label"]) for g in GROUPS])
     ref = jnp.asarray(batch["ref_log_probs"])
@@ -222,7 +217,7 @@ def test_kto_is_its_formula_and_its_kl_passes_no_gradient():
         ratios = slow(params, GROUPS)[:, 0] - ref[:, 0]
         return jnp.mean(kto_loss(ratios, labels, kl, beta=0.3, undesirable_weight=0.5))
 
-    value, gradient = jax.value_and_grad(expected)(params)
+    value, gradient = jax.jit(jax.value_and_grad(expected))(params)
     chex.assert_trees_all_close((loss, grads), (value, gradient), rtol=1e-4, atol=1e-5)
     close(metrics["kl"].value, jnp.mean(other))
     for name, side in (("chosen", True), ("rejected", False)):
@@ -231,16 +226,16 @@ def test_kto_is_its_formula_and_its_kl_passes_no_gradient():
 
 def test_wpo_weights_come_from_the_whole_distribution():
     params, batch = moved(), batch_of(GROUPS)
-    run = jax.jit(functools.partial(sequence_log_probs, MODEL.forward, wpo=True))
+    run = jax.jit(functools.partial(sequence_log_probs, FORWARD, wpo=True))
     weights = run(params, batch).weights
     part = GROUPS[1].parts[0]
-    log_p = jax.nn.log_softmax(MODEL.apply({"params": params}, part.tokens[None]).logits[0])
+    log_p = jax.nn.log_softmax(jitted(MODEL)({"params": params}, part.tokens[None]).logits[0])
     picked = log_p[np.arange(len(part.tokens) - 1), part.tokens[1:]]
     collision = jnp.log(jnp.sum(jnp.exp(2 * log_p), axis=-1))[:-1]
     mask = part.loss_mask[1:]
     expected = jnp.exp(jnp.sum(mask * (picked - collision)) / mask.sum())
     close(weights[1, 0], expected)
-    columns = batch_of(with_reference())
+    columns = batch_of(referenced())
     loss, _ = jax.jit(OBJECTIVES["wpo"])(params, columns, None)
     ratios = slow(params, GROUPS) - columns["ref_log_probs"]
     plain = -jax.nn.log_sigmoid(0.1 * (ratios[:, 0] - ratios[:, 1]))
@@ -250,55 +245,51 @@ def test_wpo_weights_come_from_the_whole_distribution():
 def test_length_desensitised_log_probs_are_of_policy_and_reference_alike():
     params = moved()
     options = dict(batch_size=4, max_length=32, ld_alpha=0.25)
-    scored = train.reference_log_probs(MODEL.forward, BASE, GROUPS, **options)
-    run = jax.jit(functools.partial(sequence_log_probs, MODEL.forward, ld_alpha=0.25))
+    scored = train.reference_log_probs(FORWARD, BASE, GROUPS, **options)
+    run = jax.jit(functools.partial(sequence_log_probs, FORWARD, ld_alpha=0.25))
     sums = run(params, batch_of(GROUPS)).sums
     part = GROUPS[0].parts[0]  # of 3 tokens, the other of 2: its last counts a quarter
-    log_p = jax.nn.log_softmax(MODEL.apply({"params": params}, part.tokens[None]).logits[0])
+    log_p = jax.nn.log_softmax(jitted(MODEL)({"params": params}, part.tokens[None]).logits[0])
     picked = log_p[np.arange(len(part.tokens) - 1), part.tokens[1:]][-3:]
     close(sums[0, 0], picked[0] + picked[1] + 0.25 * picked[2])
     close(sums[0, 1], slow(params, GROUPS)[0, 1])
-    value, _ = jax.jit(preference(MODEL.forward, dpo_loss, ld_alpha=0.25))(
-        params, batch_of(scored), None
-    )
+    value, _ = jax.jit(preference(FORWARD, dpo_loss, ld_alpha=0.25))(params, batch_of(scored), None)
     ratios = sums - np.stack([group.columns["ref_log_probs"] for group in scored])
     close(value, jnp.mean(-jax.nn.log_sigmoid(0.1 * (ratios[:, 0] - ratios[:, 1]))))
 
 
 def test_hypo_adds_the_gradient_of_the_surrogate():
     params = moved()
-    batch = batch_of(with_reference())
+    batch = batch_of(referenced())
     online = with_reference(groups_of(5, [(3, 4), (2, 2)]))
     both = batch | {"online": batch_of(online)}
-    plain = run(preference(MODEL.forward, dpo_loss), params, batch)
-    chex.assert_trees_all_equal(
-        run(hypo(MODEL.forward, dpo_loss, kl_weight=0.0), params, both), plain
-    )
-    (_, metrics), grads = run(hypo(MODEL.forward, dpo_loss, kl_weight=0.5), params, both)
+    plain = run(preference(FORWARD, dpo_loss), params, batch)
+    chex.assert_trees_all_equal(run(hypo(FORWARD, dpo_loss, kl_weight=0.0), params, both), plain)
+    (_, metrics), grads = run(hypo(FORWARD, dpo_loss, kl_weight=0.5), params, both)
     ratios = slow(params, online) - np.stack([g.columns["ref_log_probs"] for g in online])
     advantages = ratios - ratios[:, ::-1]  # of two samples, the other is the baseline
 
     def surrogate(params):
         return 0.5 * jnp.mean(slow(params, online) * advantages)
 
-    expected = jax.tree.map(jnp.add, plain[1], jax.grad(surrogate)(params))
+    expected = jax.tree.map(np.add, plain[1], jax.jit(jax.grad(surrogate))(params))
     chex.assert_trees_all_close(grads, expected, rtol=1e-4, atol=1e-5)
     close(metrics["kl"].value, jnp.mean(ratios))  # and not the surrogate's value
     with pytest.raises(ValueError, match="no 'online' samples"):
-        hypo(MODEL.forward, dpo_loss)(params, batch, None)
+        hypo(FORWARD, dpo_loss)(params, batch, None)
 
 
 def test_rewards_are_read_at_the_last_token_of_the_completion():
     params, batch = params_for("reward"), batch_of(GROUPS)
-    rewards, present = jax.jit(functools.partial(sequence_rewards, MODEL.forward))(params, batch)
+    rewards, present = jax.jit(functools.partial(sequence_rewards, FORWARD))(params, batch)
     assert present.all()
     part = GROUPS[1].parts[0]
-    hidden = MODEL.apply({"params": moved()}, part.tokens[None]).hidden[0, -1]
+    hidden = jitted(MODEL)({"params": moved()}, part.tokens[None]).hidden[0, -1]
     close(rewards[1, 0], hidden @ params["reward"]["kernel"][:, 0])
     kernel = add_reward_head(jax.random.key(1), {}, 9999)["reward"]["kernel"]
     assert kernel.shape == (9999, 1) and abs(float(kernel.std()) - 0.01) < 4e-4
     with pytest.raises(ValueError, match="no 'reward' head"):
-        token_rewards(MODEL.forward, BASE, batch)
+        token_rewards(FORWARD, BASE, batch)
 
 
 def test_process_rewards_are_of_steps():
@@ -306,8 +297,8 @@ def test_process_rewards_are_of_steps():
     ends = np.array([[2, 3, -1], [4, 5, 6], [4, -1, -1], [6, 9, -1]])
     labels = np.array([[1, 0, 0], [1, 1, 0], [0, 0, 0], [1, 1, 0]], bool)
     columns = {"step_ends": ends, "step_labels": labels}
-    loss, metrics = jax.jit(process_reward(MODEL.forward))(params, batch | columns, None)
-    values = jax.jit(functools.partial(token_rewards, MODEL.forward))(params, batch)[:, 0]
+    loss, metrics = jax.jit(process_reward(FORWARD))(params, batch | columns, None)
+    values = jax.jit(functools.partial(token_rewards, FORWARD))(params, batch)[:, 0]
     signed = [
         values[b, t] * (1 if labels[b, s] else -1)
         for b in range(4) for s, t in enumerate(ends[b]) if t >= 0
@@ -319,7 +310,7 @@ def test_process_rewards_are_of_steps():
 
 @pytest.mark.parametrize("name", ["dpo", "simpo", "kto", "reward"])
 def test_training_learns_its_pairs(name):
-    batch = batch_of(with_reference())
+    batch = batch_of(referenced())
     params = params_for(name)
     _, history = train.fit(params, OBJECTIVES[name], optax.adam(5e-3), iter([batch] * 15), steps=15)
     assert history[-1]["loss"] < 0.8 * history[0]["loss"]
@@ -330,9 +321,9 @@ def test_training_learns_its_pairs(name):
 
 
 def test_orpo_reads_the_likelihood_of_the_prompt():
-    objective = preference(MODEL.forward, functools.partial(orpo_loss, nll_on_prompt=True))
+    objective = preference(FORWARD, functools.partial(orpo_loss, nll_on_prompt=True))
     (loss, _), _ = run(objective, BASE, batch_of(GROUPS))
-    (plain, _), _ = run(preference(MODEL.forward, orpo_loss), BASE, batch_of(GROUPS))
+    (plain, _), _ = run(preference(FORWARD, orpo_loss), BASE, batch_of(GROUPS))
     everything = [
         dataclasses.replace(g.parts[0], loss_mask=np.ones(20, np.float32)) for g in GROUPS
     ]
@@ -352,14 +343,14 @@ def train_on(objective, groups, params=None, steps=5, **options):
 @pytest.mark.parametrize("adapter", [None, "paca"])
 def test_a_moving_reference_is_that_of_the_policy_so_far(adapter):
     """TR-DPO against a loop with a reference of its own, and in its limits."""
-    objective = preference(MODEL.forward, functools.partial(dpo_loss, beta=0.5))
+    objective = preference(FORWARD, functools.partial(dpo_loss, beta=0.5))
     params = moved()
     if adapter:
         rules = named_rules(adapter, rank=2, target=KERNELS)
         params = train.commit(moved(adapt(jax.random.key(3), BASE, rules)))
 
     def losses(*settings):
-        books = {"reference": train.moving_reference(MODEL.forward, *settings)}
+        books = {"reference": train.moving_reference(FORWARD, *settings)}
         return [row["loss"] for row in train_on(objective, GROUPS, params, books=books)]
 
     # The reference is the policy itself at each step; or never moves.
@@ -386,14 +377,14 @@ def test_a_moving_reference_is_that_of_the_policy_so_far(adapter):
 
 def test_the_delta_of_bco_is_the_mean_of_all_rewards_so_far():
     books = {"rewards": train.running_mean("rewards/mean")}
-    history = train_on(bco(MODEL.forward, beta=0.5), with_reference(), books=books)
+    history = train_on(bco(FORWARD, beta=0.5), referenced(), books=books)
     rewards = np.array([row["rewards/mean"] for row in history])
     assert np.ptp(rewards) > 1e-2
     wanted = np.cumsum(rewards) / np.arange(1, 6)
     np.testing.assert_allclose([row["delta"] for row in history], wanted, rtol=1e-4)
     # Of a batch alone it is its own mean; undesirable completions weigh what their ratio says.
-    batch = batch_of(with_reference()) | {"density_ratio": np.array([2.0, 5.0, 0.5, 5.0])}
-    (loss, metrics), _ = run(bco(MODEL.forward, beta=0.5), moved(), batch)
+    batch = batch_of(referenced()) | {"density_ratio": np.array([2.0, 5.0, 0.5, 5.0])}
+    (loss, metrics), _ = run(bco(FORWARD, beta=0.5), moved(), batch)
     ratio = (np.asarray(slow(moved(), GROUPS)) - np.asarray(slow(BASE, GROUPS)))[:, 0]
     good = np.arange(4) % 2 == 1
     z = 0.5 * ratio - 0.5 * ratio.mean()
@@ -405,9 +396,9 @@ def test_the_delta_of_bco_is_the_mean_of_all_rewards_so_far():
 def test_a_missing_reference_is_explained():
     batch = batch_of(GROUPS)
     for objective, message in [
-        (preference(MODEL.forward, dpo_loss), "give ref_chosen and ref_rejected"),
-        (kto(MODEL.forward), "reference_log_probs"),
-        (bco(MODEL.forward), "reference_log_probs"),
+        (preference(FORWARD, dpo_loss), "give ref_chosen and ref_rejected"),
+        (kto(FORWARD), "reference_log_probs"),
+        (bco(FORWARD), "reference_log_probs"),
     ]:
         with pytest.raises(ValueError, match=message):
             objective(BASE, batch, None)

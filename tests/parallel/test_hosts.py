@@ -80,7 +80,6 @@ meet("the end")
 """
 
 
-@pytest.mark.slow
 def test_processes_meet_gather_write_once_and_miss_one_another():
     codes, outputs, errors = run_processes(2, ["-c", MEET])
     assert codes == [0, 0], errors

@@ -25,7 +25,6 @@ def test_profile_traces_a_window_of_steps(problem, monkeypatch, tmp_path):
     assert events == [str(tmp_path), "stop"]
 
 
-@pytest.mark.slow
 def test_profile_writes_a_trace(problem, tmp_path):
     batches = [problem.make_batch(n) for n in range(4)]
     args = problem.make_params(), problem.objective, optax.sgd(0.1)

@@ -125,7 +125,6 @@ def test_a_second_sigint_interrupts_at_once_and_handlers_are_put_back(problem, t
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
-@pytest.mark.slow
 def test_runs_killed_at_random_moments_and_in_writes_resume_exactly(problem, tmp_path, seed=1):
     process = worker(tmp_path / "killed", seed, 4)
     output, _ = process.communicate(timeout=300)

@@ -37,7 +37,6 @@ def logged(directory):
     return [row["loss"] for row in rows]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kinds", [faults.PROCESS_FAULTS, faults.STORAGE_FAULTS], ids=" ".join)
 def test_nothing_is_lost_and_nothing_diverges(losses, tmp_path, kinds):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": child_flags()}
@@ -101,7 +100,6 @@ run_main(lambda _: module.train(directory, every=4, **options), None)
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("point", range(POINTS))
 def test_one_of_several_processes_is_killed_and_others_go_on(losses, tmp_path, point):
     rng = random.Random(f"{SEED} host {point}")

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 from tests.processes import run_processes
 
@@ -35,7 +34,6 @@ run_main(lambda config: _worker.train(directory, every=5, **options), None)
 """
 
 
-@pytest.mark.slow
 def test_a_signal_to_one_of_two_processes_stops_both_and_both_resume(problem, tmp_path):
     command = ["-c", SCRIPT, Path(__file__).parent, tmp_path]
     codes, _, errors = run_processes(2, [*command, "stop"])

@@ -49,7 +49,7 @@ def test_an_adapter_starts_from_the_base_model_and_alone_trains(name, stacked):
     params = stack_layers(plain) if stacked else plain
     for rule in (bottleneck(3), parallel_adapter(3)):
         for pattern, sublayers in ((PFEIFFER, 1), (HOULSBY, 2)):
-            adapted = adapt(KEY, params, {pattern: rule})
+            adapted = small_models.adapted(params, {pattern: rule})
             assert count(adapted)[0] == 2 * sublayers * 2 * 16 * 3
             downs = [np.reshape(n, (-1, 16, 3)) for n in trains(adapted)[::2]]
             assert len(np.unique(np.concatenate(downs)[:, 0, 0])) == 2 * sublayers
@@ -59,7 +59,9 @@ def test_an_adapter_starts_from_the_base_model_and_alone_trains(name, stacked):
 @families
 def test_a_linear_serial_adapter_is_one_more_factor_of_kernel_and_bias(name):
     model, params = base(FAMILIES[name])
-    adapted = trained(adapt(KEY, params, {HOULSBY: bottleneck(3, activation=lambda h: h)}))
+    adapted = trained(
+        small_models.adapted(params, {HOULSBY: bottleneck(3, activation=lambda h: h)})
+    )
     folded = jax.tree.map(lambda x: x, params)
     for i in "01":
         for sublayer, last in (("attention", "out"), ("mlp", "down")):
@@ -77,7 +79,7 @@ def test_a_parallel_adapter_of_a_plain_mlp_is_a_wider_mlp():
     model, params = base(GPT2)
     gelu = lambda h: jax.nn.gelu(h, approximate=True)
     rules = {r"layers/.*mlp/adapter": parallel_adapter(3, 2.5, activation=gelu)}
-    adapted = trained(adapt(KEY, params, rules))
+    adapted = trained(small_models.adapted(params, rules))
     wide = jax.tree.map(lambda x: x, params)
     for i in "01":
         mlp, adapter = params["layers"][i]["mlp"], adapted["layers"][i]["mlp"]["adapter"]
@@ -98,7 +100,7 @@ def test_a_parallel_adapter_of_attention_adds_to_its_output(name):
     """Captured in the first block, before any norm of what attention gives."""
     model, params = base(FAMILIES[name])
     rule = parallel_adapter(3, 2.5, activation=jnp.tanh)
-    adapted = trained(adapt(KEY, params, {r"layers/.*attention/adapter": rule}))
+    adapted = trained(small_models.adapted(params, {r"layers/.*attention/adapter": rule}))
 
     def captured(params):
         apply = jax.jit(lambda p, x: model.apply(p, x, capture_intermediates=True))
@@ -120,7 +122,7 @@ def test_value_and_gradients_are_torch_s(reads):
     adapter = large(adapter)
     x, y = jax.random.normal(jax.random.key(1), (2, 5, 8))
     loss = lambda a, x, y: jnp.sum(jnp.sin(a(x, y)))
-    value, grads = jax.value_and_grad(loss, argnums=(0, 1, 2))(adapter, x, y)
+    value, grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(adapter, x, y)
     leaves = [torch.tensor(np.asarray(v), requires_grad=True) for v in (*vars_of(adapter), x, y)]
     down, up, tx, ty = leaves
     h = ty if reads == "output" else tx

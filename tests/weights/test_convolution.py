@@ -33,6 +33,7 @@ from jaxft.adapters import (
 from jaxft.adapters.native import apply_named, load_native, save_native
 from jaxft.parallel import make_mesh, param_shardings, shard_params
 from jaxft.weights import ReshapedWeight, conv, lora_weight, to_dense
+from tests import small_models
 from tests.weights.test_family import CASES, KEY
 
 # Kernels here are [*window, in, out], stacked or not.
@@ -53,16 +54,21 @@ def dense_conv(x, kernel, strides=1, padding="SAME", dilation=1, groups=1):
     )
 
 
-def make(rule, shape=SHAPE, key=KEY):
+def make(rule, shape=SHAPE):
     """Params with a kernel whose trained fields have moved."""
-    params = {"kernel": jax.random.normal(KEY, shape)}
-    axes = lambda path: len(shape) - 1
-    return moved(adapters.adapt(key, params, {"kernel": rule}, input_axes=axes))
+    params = {"kernel": np.random.default_rng(0).normal(size=shape).astype(np.float32)}
+    return moved(adapted(params, {"kernel": rule}, input_axes=lambda path: len(shape) - 1))
+
+
+adapted = functools.partial(small_models.adapted, input_axes=lambda path: 3)
 
 
 def moved(params):
     trainable, frozen = partition(params)
-    noise = lambda leaf: leaf + 0.3 * jnp.cos(1.0 + jnp.arange(leaf.size)).reshape(leaf.shape)
+    noise = lambda leaf: (
+        np.asarray(leaf)
+        + 0.3 * np.cos(1.0 + np.arange(leaf.size), dtype=np.float32).reshape(leaf.shape)
+    )
     return combine(jax.tree.map(noise, trainable), frozen)
 
 
@@ -73,19 +79,20 @@ def test_products_and_derivatives_are_the_dense_kernel_s(name):
     trainable, frozen = partition(params)
     assert bool(jax.tree.leaves(trainable)) == CASES[name].trains
     at = (trainable, X)
-    along = jax.tree.map(lambda leaf: jnp.cos(7 * leaf), at)
+    along = jax.tree.map(lambda leaf: np.cos(7 * leaf), at)
 
-    def results(apply):
-        value = lambda t, x: jnp.sum(jnp.sin(apply(x, combine(t, frozen)["kernel"])))
+    def results(apply, at, along, frozen):
+        value = jax.jit(lambda t, x: jnp.sum(jnp.sin(apply(x, combine(t, frozen)["kernel"]))))
         gradient = jax.grad(value, argnums=(0, 1))
-        return gradient(*at), jax.jvp(value, at, along), jax.jvp(gradient, at, along)[1]
+        return *jax.jvp(gradient, at, along), jax.jvp(value, at, along)
 
-    ours = jax.jit(lambda: results(conv))()
-    expected = jax.jit(lambda: results(lambda x, w: dense_conv(x, to_dense(w))))()
+    forms = (conv, lambda x, w: dense_conv(x, to_dense(w)))
+    run = jax.jit(lambda *args: [results(form, *args) for form in forms])
+    ours, expected = run(at, along, frozen)
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
     jax.tree.map(close, ours, expected)
     if CASES[name].trains:
-        assert all(jnp.any(g != 0) for g in jax.tree.leaves(ours[0]))
+        assert all(np.any(g != 0) for g in jax.tree.leaves(ours[0]))
 
 
 @pytest.mark.parametrize("name", ["lora", "dora", "paca", "ia3 output", "nf4", "frozen"])
@@ -101,29 +108,41 @@ def test_products_and_derivatives_are_the_dense_kernel_s(name):
     ],
 )
 def test_strides_padding_dilation_and_groups(name, places, window, options):
-    x = jax.random.normal(KEY, (2, *places, 8))
+    x = np.random.default_rng(1).normal(size=(2, *places, 8)).astype(np.float32)
     kernel = make(CASES[name].rule, (*window, 8 // options.get("groups", 1), 16))["kernel"]
-    expected = dense_conv(x, to_dense(kernel), **options)
-    np.testing.assert_allclose(conv(x, kernel, **options), expected, atol=1e-3)
-    np.testing.assert_allclose(conv(x, to_dense(kernel), **options), expected, atol=1e-6)
+
+    @jax.jit
+    def run(x, kernel):
+        dense = to_dense(kernel)
+        forms = (conv(x, kernel, **options), conv(x, dense, **options))
+        return *forms, dense_conv(x, dense, **options)
+
+    found, plain, expected = run(x, kernel)
+    np.testing.assert_allclose(found, expected, atol=1e-3)
+    np.testing.assert_allclose(plain, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["lora", "dora", "paca", "nf4"])
 def test_stacked_layers_under_scan_and_vmap(name):
-    kernels = jax.random.normal(KEY, (3, 3, 3, 4, 4)) / 6
-    params = moved(adapt(KEY, {"layers": {"kernel": kernels}}, {".*": CASES[name].rule}))
+    kernels = np.random.default_rng(0).normal(size=(3, 3, 3, 4, 4)).astype(np.float32) / 6
+    params = moved(adapted({"layers": {"kernel": kernels}}, {".*": CASES[name].rule}))
     stacked = params["layers"]["kernel"]
     assert stacked.shape == kernels.shape and stacked.stack == (3,)
     with pytest.raises(ValueError, match=r"of which \(3,\) are stacked"):
         conv(X, stacked)
-    merged = merge(params)["layers"]["kernel"]
-    h = X
-    for kernel in merged:
-        h = jnp.tanh(dense_conv(h, kernel))
-    body = jax.checkpoint(lambda h, w: (jnp.tanh(conv(h, w)), None))
-    np.testing.assert_allclose(jax.lax.scan(body, X, stacked)[0], h, atol=2e-5)
-    each = jax.vmap(conv, (None, 0))(X, stacked)
-    np.testing.assert_allclose(each[2], dense_conv(X, merged[2]), atol=2e-5)
+
+    @jax.jit
+    def run(params):
+        merged, stacked = merge(params)["layers"]["kernel"], params["layers"]["kernel"]
+        h = X
+        for kernel in merged:
+            h = jnp.tanh(dense_conv(h, kernel))
+        body = jax.checkpoint(lambda h, w: (jnp.tanh(conv(h, w)), None))
+        each = jax.vmap(conv, (None, 0))(X, stacked)[2]
+        return (jax.lax.scan(body, X, stacked)[0], each), (h, dense_conv(X, merged[2]))
+
+    for found, expected in zip(*run(params), strict=True):
+        np.testing.assert_allclose(found, expected, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", ["lora", "dora", "paca", "vera", "nf4", "frozen"])
@@ -213,7 +232,7 @@ def test_laid_over_a_mesh_it_is_the_same():
     rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
     for name in ("lora", "dora", "paca", "nf4"):
         params = make(CASES[name].rule, (3, 3, 8, 16))
-        expected = conv(x, params["kernel"])
+        expected = jax.jit(conv)(x, params["kernel"])
         placed = shard_params(params, mesh, rules)["kernel"]
         found = jax.jit(conv)(jax.device_put(x, rows), placed)
         np.testing.assert_allclose(found, expected, atol=1e-3)
@@ -276,19 +295,25 @@ class Attention(nn.Module):
 @pytest.mark.parametrize("name", CASES)
 def test_flax_s_own_attention_takes_adapters_of_matrices(name):
     """Kernels [in, heads, head size] and [heads, head size, out] are adapted as nn.Dense's would be."""
-    x = jax.random.normal(KEY, (2, 5, 32))
-    params = Attention().init(KEY, x)["params"]
-    (module,) = params
-    params[module] = jax.tree.map(lambda leaf: leaf + 0.1, params[module])
+    params = attention_params()
     rules = {".*/(query|out)/kernel": CASES[name].rule}
     inputs = lambda path: 2 if "/out/" in path else 1
     as_matrix = lambda path, leaf: leaf.reshape((32, 32) if path[-1].key == "kernel" else (32,))
     flat = jax.tree_util.tree_map_with_path(as_matrix, params)
-    ours = merge(moved(adapters.adapt(KEY, params, rules, input_axes=inputs)))
-    wanted = merge(moved(adapters.adapt(KEY, flat, rules)))
+    ours = jax.jit(merge)(moved(adapted(params, rules, input_axes=inputs)))
+    wanted = jax.jit(merge)(moved(small_models.adapted(flat, rules)))
     shaped = jax.tree.map(lambda leaf, like: leaf.reshape(like.shape), wanted, params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), ours, shaped)
-    assert Attention().apply({"params": ours}, x).shape == x.shape
+    x = jax.ShapeDtypeStruct((2, 5, 32), jnp.float32)
+    assert (
+        jax.eval_shape(lambda p, x: Attention().apply({"params": p}, x), ours, x).shape == x.shape
+    )
+
+
+@functools.cache
+def attention_params():
+    params = jax.jit(Attention().init)(KEY, jnp.ones((2, 5, 32)))["params"]
+    return jax.tree.map(lambda leaf: np.asarray(leaf) + np.float32(0.1), params)
 
 
 def test_heads_are_split_over_a_mesh_as_columns():

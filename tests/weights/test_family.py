@@ -18,6 +18,7 @@ from jaxft.models import Decoder, tiny_config
 from jaxft.parallel import make_mesh
 from jaxft.weights import (
     Frozen,
+    MonarchWeight,
     ScaledWeight,
     Transposed,
     bits_per_parameter,
@@ -31,6 +32,7 @@ from jaxft.weights import (
     to_dense,
     vera_tables,
 )
+from tests.small_models import adapted
 
 KEY = jax.random.key(0)
 
@@ -42,21 +44,27 @@ class Case(NamedTuple):
     nests: bool = True  # takes a quantised base
 
 
+def butterflies(key, kernel):
+    """Two factors where their blocks divide the inputs."""
+    even = kernel.shape[0] % 4 == 0
+    return adapters.boft(*((2, 2) if even else (kernel.shape[0], 1)))(key, kernel)
+
+
 CASES = {
     "lora": Case(adapters.lora(2, 4.0)),
-    "rslora": Case(adapters.rslora(4, 4.0)),
     "pissa": Case(adapters.pissa(2), nests=False),
     "qpissa": Case(adapters.qpissa(2), exact=False, nests=False),
     "dora": Case(adapters.dora(2, 4.0)),
     "vera": Case(adapters.vera(5)),
     "loha": Case(adapters.loha(2)),
     "lokr": Case(adapters.lokr(1)),
-    "lokr full": Case(adapters.lokr(8)),
+    "oft": Case(adapters.oft(6)),
+    "boft": Case(butterflies),
+    "randlora": Case(adapters.randlora(4, 1.0)),
     "vera shared": Case(adapters.vera(5, shape=(256, 256))),
     "ia3 output": Case(adapters.ia3()),
     "ia3 input": Case(adapters.ia3("input")),
     "paca": Case(adapters.paca(3)),
-    "paca scaled": Case(adapters.paca(3, 6.0)),
     "monarch": Case(adapters.monarch(blocks=2), exact=False, nests=False),
     "monarch projected": Case(
         adapters.monarch_from_dense(inputs=2, outputs=2, rank=3), exact=False
@@ -70,33 +78,30 @@ CASES = {
 BASES = ("nf4", "int8", "int4", "fp8")
 
 
-@pytest.fixture(params=list(CASES))
-def case(request):
-    return CASES[request.param]
+every_case = pytest.mark.parametrize("name", CASES)
 
 
-def make(rule, shape=(12, 10), dtype=jnp.float32, move=True):
+@functools.cache
+def make(name, shape=(12, 10), dtype=jnp.float32, move=True):
     """A weight on a random kernel, its trained fields moved away from their initial values."""
-    kernel = jax.random.normal(KEY, shape, dtype)
-    params = {"kernel": rule(jax.random.key(1), kernel)}
+    kernel = draw(KEY, shape, dtype)
+    params = jax.jit(lambda kernel: {"kernel": CASES[name].rule(jax.random.key(1), kernel)})(kernel)
+    return kernel, moved(params)["kernel"] if move else params["kernel"]
+
+
+def moved(params):
     trainable, frozen = partition(params)
-    if move:
-        leaves, tree = jax.tree.flatten(trainable)
-        keys = jax.random.split(jax.random.key(2), max(1, len(leaves)))
-        noise = [
-            0.3 * jax.random.normal(k, leaf.shape, leaf.dtype)
-            for k, leaf in zip(keys, leaves, strict=False)
-        ]
-        trainable = tree.unflatten([a + b for a, b in zip(leaves, noise, strict=True)])
-    return kernel, combine(trainable, frozen)["kernel"]
+    leaves, tree = jax.tree.flatten(trainable)
+    rng = np.random.default_rng(2)
+    noise = [(0.3 * rng.normal(size=leaf.shape)).astype(leaf.dtype) for leaf in leaves]
+    return combine(
+        tree.unflatten([np.asarray(a) + b for a, b in zip(leaves, noise, strict=True)]), frozen
+    )
 
 
-@pytest.mark.parametrize("shape, lead", [((12, 10), ()), ((7, 13), (2, 3)), ((128, 64), (3,))])
-def test_product_is_the_dense_form_s(case, shape, lead):
-    _, w = make(case.rule, shape)
-    assert w.shape == shape and to_dense(w).shape == shape and w.dtype == to_dense(w).dtype
-    x = jax.random.normal(jax.random.key(3), (*lead, shape[0]))
-    np.testing.assert_allclose(matmul(x, w), x @ to_dense(w), atol=2e-4)
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def draw(key, shape, dtype=jnp.float32):
+    return jax.random.normal(key, shape, dtype)
 
 
 FLOAT64 = "lora pissa dora vera loha lokr paca".split() + ["ia3 output", "monarch projected"]
@@ -106,7 +111,7 @@ FLOAT64 = "lora pissa dora vera loha lokr paca".split() + ["ia3 output", "monarc
 def test_kernels_in_float64_keep_their_digits(name):
     case = CASES[name]
     with jax.enable_x64(True):
-        kernel, w = make(case.rule, dtype=jnp.float64)
+        kernel, w = make(name, dtype=jnp.float64)
         if case.exact:
             started = adapt(jax.random.key(1), {"w": kernel}, {"w": case.rule})["w"]
             np.testing.assert_allclose(to_dense(started), kernel, rtol=0, atol=1e-13)
@@ -123,70 +128,97 @@ def test_kernels_in_float64_keep_their_digits(name):
         assert found[0].dtype == jnp.float64
 
 
-def test_gradients_are_the_dense_form_s(case):
-    _, w = make(case.rule)
-    x = jax.random.normal(jax.random.key(3), (2, 3, 12))
-    trainable, frozen = partition({"w": w})
-    through = lambda t, x: jnp.sum(jnp.sin(matmul(x, combine(t, frozen)["w"])))
-    dense = lambda t, x: jnp.sum(jnp.sin(x @ to_dense(combine(t, frozen)["w"])))
-    ours, expected = (jax.grad(f, argnums=(0, 1))(trainable, x) for f in (through, dense))
-    assert bool(jax.tree.leaves(trainable)) == case.trains
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), ours, expected)
-    if case.trains:
-        assert all(jnp.any(g != 0) for g in jax.tree.leaves(ours[0]))
+def close(found, expected, atol, rtol=1e-7):
+    check = lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol)
+    jax.tree.map(check, found, expected)
 
 
-def test_forward_mode_and_hessian_products_are_the_dense_form_s(case):
-    _, w = make(case.rule)
-    x = jax.random.normal(jax.random.key(3), (2, 3, 12))
+@every_case
+def test_product_is_the_dense_form_s(name):
+    shapes = [((12, 10), ()), ((7, 13), (2, 3)), ((128, 64), (3,))]
+    weights = [make(name, shape)[1] for shape, _ in shapes]
+    inputs = [draw(jax.random.key(3), (*lead, shape[0])) for shape, lead in shapes]
+
+    @jax.jit
+    def products(inputs, weights):
+        return [(matmul(x, w), x @ to_dense(w)) for x, w in zip(inputs, weights, strict=True)]
+
+    for found, expected in products(inputs, weights):
+        np.testing.assert_allclose(found, expected, atol=2e-4)
+    for w, (shape, _) in zip(weights, shapes, strict=True):
+        dense = jax.eval_shape(to_dense, w)
+        assert w.shape == dense.shape == shape and w.dtype == dense.dtype
+
+
+@every_case
+def test_derivatives_are_the_dense_form_s(name):
+    """Gradients, forward mode, and Hessian products by all three ways."""
+    _, w = make(name)
+    x = draw(jax.random.key(3), (2, 3, 12))
     trainable, frozen = partition({"w": w})
+    assert bool(jax.tree.leaves(trainable)) == CASES[name].trains
     at = (trainable, x)
-    along = jax.tree.map(lambda leaf: jnp.cos(7 * leaf), at)
-    through = lambda t, x: jnp.sum(jnp.sin(matmul(x, combine(t, frozen)["w"])))
-    dense = lambda t, x: jnp.sum(jnp.sin(x @ to_dense(combine(t, frozen)["w"])))
+    along = jax.tree.map(lambda leaf: np.cos(7 * leaf), at)
+    through = lambda t, x, frozen: jnp.sum(jnp.sin(matmul(x, combine(t, frozen)["w"])))
+    dense = lambda t, x, frozen: jnp.sum(jnp.sin(x @ to_dense(combine(t, frozen)["w"])))
 
-    def products(f):
+    def products(function, at, along, frozen):
+        f = jax.jit(lambda *at: function(*at, frozen))  # traced once
         gradient = jax.grad(f, argnums=(0, 1))
         slope = lambda *at: jax.jvp(f, at, along)[1]
         dot = lambda *at: sum(
             jnp.sum(a * b)
             for a, b in zip(jax.tree.leaves(gradient(*at)), jax.tree.leaves(along), strict=True)
         )
-        hessian = jax.jvp(gradient, at, along)[1]
+        found, hessian = jax.jvp(gradient, at, along)
         backwards = jax.grad(slope, argnums=(0, 1))(*at)
-        return slope(*at), hessian, backwards, jax.grad(dot, argnums=(0, 1))(*at)
+        return found, (slope(*at), hessian, backwards, jax.grad(dot, argnums=(0, 1))(*at))
 
-    found, expected = jax.jit(lambda: products(through))(), jax.jit(lambda: products(dense))()
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), found, expected
-    )
-
-
-def test_starts_as_its_base(case):
-    kernel, w = make(case.rule, move=False)
-    x = jax.random.normal(jax.random.key(3), (5, 12))
-    same = np.allclose(matmul(x, w), x @ kernel, atol=2e-5)
-    assert same == case.exact
+    run = jax.jit(lambda *args: [products(f, *args) for f in (through, dense)])
+    (gradient, found), (wanted, expected) = run(at, along, frozen)
+    close(gradient, wanted, atol=2e-4)
+    close(found, expected, rtol=1e-3, atol=1e-3)
+    if CASES[name].trains:
+        assert all(np.any(g != 0) for g in jax.tree.leaves(gradient[0]))
 
 
-def test_bfloat16(case):
-    kernel, w = make(case.rule, (64, 32), jnp.bfloat16)
-    x = jax.random.normal(jax.random.key(3), (4, 64), jnp.bfloat16)
-    assert matmul(x, w).dtype == to_dense(w).dtype == jnp.bfloat16
+@every_case
+def test_starts_as_its_base(name):
+    kernel, w = make(name, move=False)
+    x = draw(jax.random.key(3), (5, 12))
+    same = np.allclose(jax.jit(matmul)(x, w), x @ kernel, atol=2e-5)
+    assert same == CASES[name].exact
+
+
+@every_case
+def test_bfloat16(name):
+    _, w = make(name, (64, 32), jnp.bfloat16)
+    x = draw(jax.random.key(3), (4, 64), jnp.bfloat16)
+    found, dense = jax.jit(lambda x, w: (matmul(x, w), to_dense(w)))(x, w)
+    assert found.dtype == dense.dtype == jnp.bfloat16
     trained = jax.tree.leaves(partition({"w": w})[0])
-    if not isinstance(w, type(make(CASES["monarch"].rule)[1])):  # whose factors are the kernel
+    if not isinstance(w, MonarchWeight):  # whose factors are the kernel
         assert all(leaf.dtype == jnp.float32 for leaf in trained)
-    wide = x.astype(jnp.float32) @ to_dense(w).astype(jnp.float32)
-    error = jnp.abs(matmul(x, w).astype(jnp.float32) - wide)
-    assert jnp.max(error) < 0.05 * jnp.max(jnp.abs(wide))
+    wide = np.float32(x) @ np.float32(dense)
+    assert np.max(np.abs(np.float32(found) - wide)) < 0.05 * np.max(np.abs(wide))
 
 
-def test_stacked_layers_scan_and_vmap(case):
-    kernels = jax.random.normal(KEY, (3, 12, 12)) / 4
-    params = adapt(KEY, {"kernel": kernels}, {"kernel": case.rule}, stacked=lambda path: 1)
+@every_case
+def test_stacked_layers_scan_and_vmap(name):
+    kernels = draw(KEY, (3, 12, 12)) / 4
+
+    @jax.jit
+    def make(kernels):
+        rules = {"kernel": CASES[name].rule}
+        params = adapt(KEY, {"kernel": kernels}, rules, stacked=lambda path: 1)
+        one = jax.tree.map(lambda leaf: leaf[1], params["kernel"])
+        return params, merge(params)["kernel"], to_dense(one)
+
+    params, merged, one = make(kernels)
     assert params["kernel"].shape == (3, 12, 12)
+    np.testing.assert_allclose(merged[1], one, atol=1e-6)
     trainable, frozen = partition(params)
-    x = jax.random.normal(jax.random.key(3), (5, 12))
+    x = draw(jax.random.key(3), (5, 12))
 
     def scanned(t, wrap=lambda f: f):
         body = wrap(lambda h, w: (jnp.tanh(matmul(h, w)), None))
@@ -200,19 +232,17 @@ def test_stacked_layers_scan_and_vmap(case):
             )
         return jnp.sum(h)
 
-    expected = jax.value_and_grad(unrolled)(trainable)
-    for wrap in (lambda f: f, jax.checkpoint):
-        found = jax.jit(jax.value_and_grad(lambda t, wrap=wrap: scanned(t, wrap)))(trainable)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), found, expected)
-    merged = merge(params)["kernel"]
-    np.testing.assert_allclose(
-        merged[1], to_dense(jax.tree.map(lambda leaf: leaf[1], params["kernel"])), atol=1e-6
-    )
+    ways = (unrolled, scanned, lambda t: scanned(t, jax.checkpoint))
+    run = jax.jit(lambda t: [jax.value_and_grad(way)(t) for way in ways])
+    expected, *found = run(trainable)
+    for each in found:
+        close(each, expected, atol=1e-3)
 
 
-def test_sharded_is_the_same(case):
+@every_case
+def test_sharded_is_the_same(name):
     mesh = make_mesh(fsdp=4, tensor=2)
-    _, w = make(case.rule, (64, 32))
+    _, w = make(name, (64, 32))
 
     def place(spec):
         specs = w.with_specs(PartitionSpec(*spec))
@@ -227,15 +257,17 @@ def test_sharded_is_the_same(case):
         return jax.tree.unflatten(jax.tree.structure(w), placed)
 
     sharded = [place(spec) for spec in (("fsdp", "tensor"), (None, "tensor"), ("fsdp", None))]
-    x = jax.random.normal(jax.random.key(3), (8, 64))
+    x = draw(jax.random.key(3), (8, 64))
     products = jax.jit(lambda x, ws: [matmul(x, w) for w in ws])  # one program: a third of the time
+    expected = jax.jit(matmul)(x, w)
     for product in products(x, sharded):
-        np.testing.assert_allclose(product, matmul(x, w), atol=2e-4)
+        np.testing.assert_allclose(product, expected, atol=2e-4)
 
 
-def test_specs_speak_of_leading_axes_and_stacked_ones_are_among_them(case):
+@every_case
+def test_specs_speak_of_leading_axes_and_stacked_ones_are_among_them(name):
     def weight(*shape):
-        options = {"rules": {"kernel": case.rule}, "stacked": lambda path: len(shape) - 2}
+        options = {"rules": {"kernel": CASES[name].rule}, "stacked": lambda path: len(shape) - 2}
         return jax.eval_shape(lambda k: adapt(KEY, {"kernel": k}, **options), jnp.ones(shape))
 
     def specs(w, *axes):
@@ -255,20 +287,24 @@ def test_specs_speak_of_leading_axes_and_stacked_ones_are_among_them(case):
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("name", [n for n, c in CASES.items() if c.nests and c.trains])
 def test_nests_over_a_quantised_base(name, base):
-    case = CASES[name]
-    kernel = jax.random.normal(KEY, (64, 16))
-    params = adapt(KEY, {"kernel": kernel}, {"kernel": CASES[base].rule})
-    rounded = to_dense(params["kernel"])
-    adapted = adapt(KEY, params, {"kernel": case.rule})
-    x = jax.random.normal(jax.random.key(3), (5, 64))
-    np.testing.assert_allclose(
-        matmul(x, adapted["kernel"]), x @ to_dense(adapted["kernel"]), atol=2e-4
-    )
+    # Operation by operation: bases of one type share what is compiled.
+    case, (params, rounded) = CASES[name], quantise(base)
+    ours = adapt(KEY, params, {"kernel": case.rule})
+    x = draw(jax.random.key(3), (5, 64))
+    found = matmul(x, ours["kernel"])
+    np.testing.assert_allclose(found, x @ to_dense(ours["kernel"]), atol=2e-4)
     if case.exact:
-        np.testing.assert_allclose(matmul(x, adapted["kernel"]), x @ rounded, atol=2e-4)
-    trainable, frozen = partition(adapted)
+        np.testing.assert_allclose(found, x @ rounded, atol=2e-4)
+    trainable, frozen = partition(ours)
     grads = jax.grad(lambda t: jnp.sum(jnp.sin(matmul(x, combine(t, frozen)["kernel"]))))(trainable)
     assert jax.tree.leaves(grads) and all(g.dtype == jnp.float32 for g in jax.tree.leaves(grads))
+
+
+@functools.cache
+def quantise(base):
+    """(quantised params, their dense kernel)."""
+    made = adapted({"kernel": draw(KEY, (64, 16))}, {"kernel": CASES[base].rule})
+    return made, jax.jit(to_dense)(made["kernel"])
 
 
 def head_losses(hidden, head, targets, weights, signs):
@@ -276,46 +312,62 @@ def head_losses(hidden, head, targets, weights, signs):
     return total, jnp.sum(signs * linear_log_probs(hidden, head, targets, chunk=2))
 
 
-def unfused_losses(hidden, head, targets, weights, signs):
-    logits = hidden.astype(jnp.float32) @ to_dense(head).astype(jnp.float32)
-    log_probs = jax.nn.log_softmax(logits)
-    log_probs = jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
-    return -jnp.sum(weights * log_probs), jnp.sum(signs * log_probs)
+@jax.jit
+def unfused(hidden, dense, targets, weights, signs):
+    """Both losses by a dense head, with the gradients of their sum by hidden states and head."""
+
+    def total(hidden, dense):
+        log_probs = jax.nn.log_softmax(hidden.astype(jnp.float32) @ dense.astype(jnp.float32))
+        log_probs = jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
+        values = -jnp.sum(weights * log_probs), jnp.sum(signs * log_probs)
+        return sum(values), values
+
+    return jax.grad(total, (0, 1), has_aux=True)(hidden, dense)
 
 
-def check_head(head, dtype, tolerance):
-    """Losses, and gradients of their sum, are the unfused ones up to a share of the largest entry."""
-    size, vocabulary = head.shape
+@functools.cache
+def head_inputs(size, vocabulary, dtype):
+    """(hidden states, targets, weights, signs)."""
     keys = jax.random.split(jax.random.key(3), 4)
     # Logits of about 1, as at a model's beginning: larger ones amplify rounding.
     hidden = (jax.random.normal(keys[0], (2, 3, size)) / size**0.5).astype(dtype)
     targets = jax.random.randint(keys[1], (2, 3), 0, vocabulary)
     weights = jax.random.uniform(keys[2], (2, 3)).at[0, 1].set(0.0)
-    signs = jax.random.normal(keys[3], (2, 3))
-    trainable, frozen = partition({"w": head})
+    return hidden, targets, weights, jax.random.normal(keys[3], (2, 3))
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def run(losses, hidden, trainable):
+
+def check_head(head, dtype, tolerance):
+    """Losses, and gradients of their sum, are the unfused ones up to a share of the largest entry."""
+    inputs = head_inputs(*head.shape, dtype)
+    trainable, frozen = partition({"w": head})
+    whole = lambda trainable: combine(trainable, frozen)["w"]
+
+    @jax.jit
+    def run(hidden, trainable):
         def total(hidden, trainable):
-            values = losses(hidden, combine(trainable, frozen)["w"], targets, weights, signs)
+            values = head_losses(hidden, whole(trainable), *inputs[1:])
             return sum(values), values
 
-        return jax.grad(total, (0, 1), has_aux=True)(hidden, trainable)
+        found = jax.grad(total, (0, 1), has_aux=True)(hidden, trainable)
+        dense, pull = jax.vjp(lambda trainable: to_dense(whole(trainable)), trainable)
+        (by_hidden, by_dense), values = unfused(hidden, dense, *inputs[1:])
+        return found, ((by_hidden, pull(by_dense)[0]), values)
 
-    found, expected = (run(f, hidden, trainable) for f in (head_losses, unfused_losses))
+    found, expected = run(inputs[0], trainable)
     for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
         assert a.dtype == b.dtype
-        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * (jnp.max(jnp.abs(b)) + 1e-6))
+        a, b = np.float32(a), np.float32(b)
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * (np.max(np.abs(b)) + 1e-6))
     return found[0][1]
 
 
 # In bfloat16 some weights round their dense form, others their parts, to 2^-9 of a number.
 @pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 2e-5), (jnp.bfloat16, 2e-2)])
-def test_as_a_head_it_has_the_losses_of_its_dense_form(case, dtype, tolerance):
-    _, w = make(case.rule, (12, 10) if dtype == jnp.float32 else (64, 32), dtype)
+@every_case
+def test_as_a_head_it_has_the_losses_of_its_dense_form(name, dtype, tolerance):
+    _, w = make(name, (12, 10) if dtype == jnp.float32 else (64, 32), dtype)
     gradients = jax.tree.leaves(check_head(w, dtype, tolerance))
-    assert bool(gradients) == case.trains and all(jnp.any(g != 0) for g in gradients)
+    assert bool(gradients) == CASES[name].trains and all(np.any(g != 0) for g in gradients)
 
 
 @pytest.mark.parametrize(
@@ -324,11 +376,8 @@ def test_as_a_head_it_has_the_losses_of_its_dense_form(case, dtype, tolerance):
     + [(name, "int8") for name in ("dora", "vera", "loha", "lokr", "ia3 output")],
 )
 def test_as_a_head_over_a_quantised_base(name, base):
-    quantised = adapt(
-        KEY, {"kernel": jax.random.normal(KEY, (64, 16))}, {"kernel": CASES[base].rule}
-    )
-    adapted = adapt(KEY, quantised, {"kernel": CASES[name].rule})["kernel"]
-    assert jax.tree.leaves(check_head(adapted, jnp.float32, 2e-5))
+    head = adapted(quantise(base)[0], {"kernel": CASES[name].rule})["kernel"]
+    assert jax.tree.leaves(check_head(head, jnp.float32, 2e-5))
 
 
 @pytest.fixture(scope="module")
@@ -344,10 +393,11 @@ def whole_model():
 def test_whole_model(name, whole_model):
     """In a model every rule runs, and merging gives the same logits."""
     case, (params, logits) = CASES[name], whole_model
-    adapted = adapt(KEY, params, {adapters.ALL_LINEAR: case.rule})
-    np.testing.assert_allclose(logits(merge(adapted)), logits(adapted), atol=1e-4)
+    ours = adapted(params, {adapters.ALL_LINEAR: case.rule})
+    found = logits(ours)
+    np.testing.assert_allclose(logits(jax.jit(merge)(ours)), found, atol=1e-4)
     if case.exact:
-        np.testing.assert_allclose(logits(adapted), logits(params), atol=1e-4)
+        np.testing.assert_allclose(found, logits(params), atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -460,14 +510,14 @@ def test_qpissa_rounds_what_pissa_leaves_and_loses_less(kind):
 def test_pissa_holds_the_leading_triplets_and_becomes_lora():
     from jaxft.weights import pissa_to_lora
 
-    kernel, w = make(adapters.pissa(3, 6.0), move=False)
+    kernel, w = draw(KEY, (12, 10)), adapters.pissa(3, 6.0)(KEY, draw(KEY, (12, 10)))
     s = np.linalg.svd(kernel, compute_uv=False)
     np.testing.assert_allclose(np.linalg.svd(w.base, compute_uv=False)[: 10 - 3], s[3:], atol=1e-5)
     np.testing.assert_allclose(jnp.sum(w.a**2, axis=0), jnp.sum(w.b**2, axis=1), rtol=1e-4)
-    _, moved = make(adapters.pissa(3, 6.0))
-    plain = pissa_to_lora(moved, kernel)
+    later = moved({"kernel": w})["kernel"]
+    plain = pissa_to_lora(later, kernel)
     assert plain.rank == 6
-    np.testing.assert_allclose(to_dense(plain), to_dense(moved), atol=1e-4)
+    np.testing.assert_allclose(to_dense(plain), to_dense(later), atol=1e-4)
 
 
 def test_nf4_levels_zeros_and_size():
@@ -477,7 +527,7 @@ def test_nf4_levels_zeros_and_size():
     # Scales are 1 and 0: their mean and step hold both.
     np.testing.assert_allclose(dense[:4, 0], [0.4407098, -1, 0.0795803, 0.2461123], atol=2e-3)
     assert (dense[4:] == 0).all() and (jnp.abs(dense[:, 1]) < 1e-6).all()
-    big = nf4_weight(jax.random.normal(KEY, (512, 512)))
+    big = jax.eval_shape(nf4_weight, jax.ShapeDtypeStruct((512, 512), jnp.float32))
     assert bits_per_parameter(big) < 4.6
     assert bits_per_parameter(quantised_weight(jnp.ones((256, 64)), "int4")) == 4.5
     assert to_dense(nf4_weight(jnp.zeros((70, 3)))).tolist() == jnp.zeros((70, 3)).tolist()
@@ -550,7 +600,7 @@ def test_counts_of_smollm2():
 
 def test_bitfit_and_norms():
     model = Decoder(tiny_config())
-    params = model.init(KEY, model.example_input())["params"]
+    params = jax.eval_shape(model.init, KEY, model.example_input())["params"]
     norms = adapt(KEY, params, {adapters.ALL_NORMS: adapters.full()})
     trains, _ = adapters.count(norms)
     assert trains == tiny_config().hidden_size * (2 * tiny_config().num_layers + 1)

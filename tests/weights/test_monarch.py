@@ -10,8 +10,8 @@ import pytest
 import scipy.linalg
 
 from jaxft import train
-from jaxft.adapters import adapt, carry_state, densify, full, monarch, monarch_from_dense, partition
-from jaxft.models import Decoder, stack_layers, tiny_config
+from jaxft.adapters import carry_state, densify, full, monarch, monarch_from_dense, partition
+from jaxft.models import stack_layers
 from jaxft.objectives import supervised
 from jaxft.weights import (
     Blocks,
@@ -23,6 +23,7 @@ from jaxft.weights import (
     monarch_weight,
     to_dense,
 )
+from tests.small_models import LLAMA, adapted, base, jitted
 
 KEY = jax.random.key(0)
 MLP = r"layers/.*/(up|gate|down)/kernel"
@@ -39,14 +40,17 @@ MLP = r"layers/.*/(up|gate|down)/kernel"
     ],
 )
 def test_product_and_gradients_are_the_dense_form_s(shape, cut):
-    w = monarch_weight(KEY, shape, cut)
-    x = jax.random.normal(jax.random.key(1), (2, 3, shape[0]))
-    np.testing.assert_allclose(matmul(x, w), x @ to_dense(w), atol=1e-5)
-    assert to_dense(w).shape == w.shape == shape
-    through = jax.grad(lambda w: jnp.sum(jnp.sin(matmul(x, w))))(w)
-    dense = jax.grad(lambda w: jnp.sum(jnp.sin(x @ to_dense(w))))(w)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), through, dense)
-    assert matmul(x.astype(jnp.bfloat16), w).dtype == jnp.bfloat16
+    w = jax.jit(monarch_weight, static_argnums=(1, 2))(KEY, shape, cut)
+    x = np.random.default_rng(1).normal(size=(2, 3, shape[0])).astype(np.float32)
+
+    @jax.jit
+    def run(w, x):
+        forms = (lambda w: matmul(x, w), lambda w: x @ to_dense(w))
+        return [(form(w), jax.grad(lambda w, f=form: jnp.sum(jnp.sin(f(w))))(w)) for form in forms]
+
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *run(w, x))
+    assert jax.eval_shape(to_dense, w).shape == w.shape == shape
+    assert jax.eval_shape(matmul, x.astype(jnp.bfloat16), w).dtype == jnp.bfloat16
 
 
 def test_entries_by_definition():
@@ -107,9 +111,12 @@ def test_projection_is_the_best_and_idempotent(shape, cut):
         np.testing.assert_allclose(error(w), np.sum(dropped**2), rtol=1e-5)
     again = monarch_project(to_dense(w), cut)
     np.testing.assert_allclose(to_dense(again), to_dense(w), atol=1e-5)
-    lowest = error(w)
+    lowest, step = (
+        error(w),
+        jax.jit(lambda w: jax.tree.map(lambda p, g: p - 0.01 * g, w, jax.grad(error)(w))),
+    )
     for _ in range(50):  # descent from the optimum finds nothing lower
-        w = jax.tree.map(lambda p, g: p - 0.01 * g, w, jax.grad(error)(w))
+        w = step(w)
     assert error(w) > lowest - 1e-5
     np.testing.assert_allclose(
         to_dense(monarch_project(kernel, Blocks(cut.inputs, cut.outputs, 3))), kernel, atol=1e-5
@@ -146,23 +153,22 @@ def test_init_variance():
 
 @pytest.mark.parametrize("stacked", [False, True])
 def test_reverse_sparsification_keeps_the_function_and_the_state(stacked):
-    model = Decoder(tiny_config())
-    tokens = jax.random.randint(KEY, (2, 9), 0, model.config.vocab_size)
-    params = model.init(KEY, model.example_input())["params"]
+    model, params = base(LLAMA)
+    tokens = np.random.default_rng(0).integers(0, LLAMA.vocab_size, (2, 9))
     params = stack_layers(params) if stacked else params
     rules = {MLP: monarch(blocks=2), ".*": full()}
-    params = adapt(KEY, params, rules)
+    params = adapted(params, rules)
     optimizer = train.make_optimizer(1e-2, total_steps=20)
     run = train.jit_step(train.make_step(supervised(model.forward), optimizer))
     state = train.init_state(params, optimizer, KEY)
     for _ in range(3):
         state, metrics = run(state, {"tokens": tokens})
-    dense = densify(state.params)
+    dense = jax.jit(densify)(state.params)
     assert not any(
         isinstance(n, MonarchWeight)
         for n in jax.tree.leaves(dense, is_leaf=lambda n: isinstance(n, MonarchWeight))
     )
-    logits = lambda p: model.apply({"params": p}, tokens).logits
+    logits = lambda p: jitted(model)({"params": p}, tokens).logits
     np.testing.assert_allclose(logits(dense), logits(state.params), atol=1e-5)
     opt_state = carry_state(state.opt_state, optimizer.init(partition(dense)[0]))
     moments = lambda s, name: [
@@ -187,17 +193,16 @@ def test_reverse_sparsification_keeps_the_function_and_the_state(stacked):
 
 
 def test_dense_to_sparse_on_a_model():
-    model = Decoder(tiny_config())
-    params = model.init(KEY, model.example_input())["params"]
+    model, params = base(LLAMA)
     kernel = params["layers"]["0"]["mlp"]["up"]["kernel"]
-    adapted = adapt(KEY, params, {MLP: monarch_from_dense(blocks=2)})
-    node = adapted["layers"]["0"]["mlp"]["up"]["kernel"]
+    rules = {MLP: monarch_from_dense(blocks=2)}
+    apart, stacked = adapted(params, rules), adapted(stack_layers(params), rules)
+    node = apart["layers"]["0"]["mlp"]["up"]["kernel"]
     assert isinstance(node, MonarchWeight)
     best = monarch_project(kernel, monarch_blocks(kernel.shape, blocks=2))
     np.testing.assert_allclose(to_dense(node), to_dense(best), atol=1e-6)
-    stacked = adapt(KEY, stack_layers(params), {MLP: monarch_from_dense(blocks=2)})
-    logits = lambda p: model.apply({"params": p}, jnp.ones((1, 5), jnp.int32)).logits
-    np.testing.assert_allclose(logits(stacked), logits(adapted), atol=1e-5)
+    logits = lambda p: jitted(model)({"params": p}, jnp.ones((1, 5), jnp.int32)).logits
+    np.testing.assert_allclose(logits(stacked), logits(apart), atol=1e-5)
 
 
 @pytest.mark.parametrize(

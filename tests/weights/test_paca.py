@@ -101,31 +101,25 @@ def test_all_rows_are_full_fine_tuning():
     model, batch = _model(), _batch()
     params = _params(model)
     full = _fit(model, params, optax.sgd(0.1), batch)
-    tuned = _fit(
-        model,
-        adapt(
-            KEY,
-            params,
-            {
-                ALL_LINEAR: lambda k, w: paca_weight(k, w, rank=w.shape[0]),
-                "(?!layers).*|.*scale": lambda k, w: w,
-            },
-        ),
-        optax.sgd(0.1),
-        batch,
+    rules = {
+        ALL_LINEAR: lambda k, w: paca_weight(k, w, rank=w.shape[0]),
+        "(?!layers).*|.*scale": lambda k, w: w,
+    }
+    tuned = _fit(model, adapt(KEY, params, rules), optax.sgd(0.1), batch)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), full, jax.jit(merge)(tuned)
     )
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), full, merge(tuned))
 
 
 @pytest.mark.parametrize("stacked", [False, True])
 def test_training_writes_the_rows_and_nothing_else(stacked):
-    model, batch = _model(), _batch()
+    model, batch = _model(layers=1 + stacked), _batch()
     params = _params(model)
     params = stack_layers(params) if stacked else params
-    adapted = adapt(KEY, params, {ALL_LINEAR: paca(4)})
+    start = adapt(KEY, params, {ALL_LINEAR: paca(4)})
     logits = jax.jit(lambda p: model.apply({"params": p}, batch["tokens"]).logits)
-    np.testing.assert_array_equal(logits(adapted), logits(params))
-    tuned = _fit(model, adapted, optax.adamw(1e-2, weight_decay=0.0), batch)
+    np.testing.assert_array_equal(logits(start), logits(params))
+    tuned = _fit(model, start, optax.adamw(1e-2, weight_decay=0.0), batch)
     layers = tuned["layers"] if stacked else tuned["layers"]["0"]
     node = layers["mlp"]["up"]["kernel"]
     original = params["layers"] if stacked else params["layers"]["0"]
@@ -137,27 +131,23 @@ def test_training_writes_the_rows_and_nothing_else(stacked):
     rest = np.setdiff1d(np.arange(first.shape[0]), indices)
     np.testing.assert_array_equal(one.base[rest], first[rest])
     assert not np.allclose(one.base[indices], first[indices])
-    np.testing.assert_allclose(logits(merge(tuned)), logits(tuned), atol=1e-5)
+    np.testing.assert_allclose(logits(jax.jit(merge)(tuned)), logits(tuned), atol=1e-5)
 
 
 def test_modes_and_remat_give_the_same_losses():
-    batch = _batch()
-    params = _params(_model())
-    losses = {}
-    for name, options, remat in [
-        ("in place", {}, "none"),
-        ("lean", {}, "lean"),
-        ("full", {}, "full"),
-    ]:
-        model = _model(remat)
-        adapted = adapt(KEY, params, {ALL_LINEAR: paca(4, 8.0, **options)})
-        losses[name] = _losses(model, adapted, optax.adam(1e-2), batch, steps=20)
-    stacked = adapt(KEY, params, {ALL_LINEAR: paca(4, 8.0)})
-    stacked = {**stacked, "layers": stack_layers(stacked)["layers"]}  # indices [L, R]
-    losses["scanned"] = _losses(_model(), stacked, optax.adam(1e-2), batch, steps=20)
-    quantised = adapt(KEY, params, {ALL_LINEAR: lambda k, w: Halved(w / 2)})
-    quantised = adapt(KEY, quantised, {ALL_LINEAR: paca(4, 8.0)})
-    losses["lossless base"] = _losses(_model(), quantised, optax.adam(1e-2), batch, steps=20)
+    params, rules = _params(_model()), {ALL_LINEAR: paca(4, 8.0)}
+    apart = adapt(KEY, params, rules)
+    stacked = {**apart, "layers": stack_layers(apart)["layers"]}  # indices [L, R]
+    over = adapt(KEY, adapt(KEY, params, {ALL_LINEAR: lambda k, w: Halved(w / 2)}), rules)
+    cases = {
+        "in place": (apart, "none"),
+        "lean": (apart, "lean"),
+        "full": (apart, "full"),
+        "scanned": (stacked, "none"),
+        "lossless base": (over, "none"),
+    }
+    run = lambda params, remat: _losses(_model(remat), params, optax.adam(1e-2), _batch(), steps=20)
+    losses = {name: run(*case) for name, case in cases.items()}
     for name, values in losses.items():
         np.testing.assert_allclose(values, losses["in place"], rtol=2e-4, err_msg=name)
     assert losses["in place"][-1] < losses["in place"][0] - 0.1
@@ -165,13 +155,13 @@ def test_modes_and_remat_give_the_same_losses():
 
 def test_microbatches_and_bfloat16():
     model, batch = _model(), _batch()
-    adapted = adapt(KEY, _params(model), {ALL_LINEAR: paca(4)})
-    whole = _losses(model, adapted, optax.sgd(0.1), batch)
+    start = adapt(KEY, _params(model), {ALL_LINEAR: paca(4)})
+    whole = _losses(model, start, optax.sgd(0.1), batch)
     np.testing.assert_allclose(
-        _losses(model, adapted, optax.sgd(0.1), batch, microbatches=2), whole, rtol=1e-5
+        _losses(model, start, optax.sgd(0.1), batch, microbatches=2), whole, rtol=1e-5
     )
     half = model.clone(dtype=jnp.bfloat16)
-    assert np.isfinite(_losses(half, adapted, optax.adam(1e-2), batch)).all()
+    assert np.isfinite(_losses(half, start, optax.adam(1e-2), batch)).all()
     loss, grads = jax.value_and_grad(
         lambda t: jnp.sum(
             dataclasses.replace(w, rows=t).rmatmul(jnp.ones((3, 8), jnp.bfloat16)) ** 2
@@ -220,15 +210,15 @@ def test_population_over_rows():
 @pytest.mark.parametrize("stacked, quantise", [(False, False), (True, True)])
 def test_a_plain_loop_trains_it(stacked, quantise):
     """Without jaxft.train: the losses are those of `make_step`, and `merge` gives the last one too."""
-    model, batch = _model(), _batch()
+    model, batch = _model(layers=1 + stacked), _batch()
     params = _params(model)
     params = stack_layers(params) if stacked else params
     if quantise:
         params = adapt(KEY, params, {ALL_LINEAR: lambda k, w: Halved(w / 2)})
-    adapted = adapt(KEY, params, {r"layers/.*/kernel": paca(8)})
-    trainable, frozen = partition(adapted)
+    start = adapt(KEY, params, {r"layers/.*/kernel": paca(8)})
+    trainable, frozen = partition(start)
     optimizer = optax.adam(1e-2)
-    objective = lambda p: supervised(model.forward)(p, batch, KEY)[0]
+    objective = jax.jit(lambda p: supervised(model.forward)(p, batch, KEY)[0])
 
     @jax.jit
     def step(trainable, opt_state):
@@ -242,8 +232,9 @@ def test_a_plain_loop_trains_it(stacked, quantise):
         losses.append(float(loss))
     assert losses[-1] < losses[0] - 1
     tuned = combine(trainable, frozen)
-    np.testing.assert_allclose(objective(merge(tuned)), objective(tuned), rtol=1e-5)
-    expected = _losses(model, adapted, optimizer, batch, steps=30)
+    merged = jax.jit(merge)(tuned)
+    np.testing.assert_allclose(objective(merged), objective(tuned), rtol=1e-5)
+    expected = _losses(model, start, optimizer, batch, steps=30)
     np.testing.assert_allclose(losses, expected, rtol=2e-3)
 
 
@@ -286,14 +277,14 @@ def test_rows_moved_between_steps_are_seen_by_the_next():
 
 @pytest.mark.parametrize("stacked", [False, True])
 def test_writing_rows_copies_no_kernel(stacked):
-    model, batch = _model("lean"), _batch()
+    model, batch = _model("lean", layers=1 + stacked), _batch()
     params = _params(model)
     params = stack_layers(params) if stacked else params
-    adapted = adapt(KEY, params, {ALL_LINEAR: paca(4)})
+    start = adapt(KEY, params, {ALL_LINEAR: paca(4)})
     optimizer = optax.adam(1e-2)
     run = train.jit_step(train.make_step(supervised(model.forward), optimizer))
-    compiled = run.lower(train.init_state(adapted, optimizer, KEY), batch).compile()
-    up = adapted["layers"]["mlp" if stacked else "0"]
+    compiled = run.lower(train.init_state(start, optimizer, KEY), batch).compile()
+    up = start["layers"]["mlp" if stacked else "0"]
     up = (up if stacked else up["mlp"])["up"]["kernel"].base
     shape = "f32[" + ",".join(map(str, up.shape)) + "]"
     copies = [
@@ -356,8 +347,7 @@ def test_a_block_keeps_nothing_as_wide_as_an_input_beyond_the_frozen_base():
 
 def test_optimizer_state_is_two_numbers_a_trained_one():
     params = _params(_model())
-    adapted = adapt(KEY, params, {ALL_LINEAR: paca(4)})
-    state = train.init_state(adapted, optax.adam(1e-2), KEY)
+    state = train.init_state(adapt(KEY, params, {ALL_LINEAR: paca(4)}), optax.adam(1e-2), KEY)
     kernels = [
         kernel.shape for path, kernel in jax.tree_util.tree_leaves_with_path(params["layers"])
         if kernel.ndim == 2
@@ -439,8 +429,8 @@ def test_bad_arguments(options, message):
         paca(0)
 
 
-def _model(remat="none"):
-    return Decoder(tiny_config(), remat=remat)
+def _model(remat="none", layers=1):
+    return Decoder(dataclasses.replace(tiny_config(), num_layers=layers), remat=remat)
 
 
 @functools.cache

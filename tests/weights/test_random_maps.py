@@ -52,15 +52,20 @@ def test_adjoint_linearity_vmap(make, d, D):
     m = make(KEY, d, D)
     a, c = jax.random.normal(jax.random.key(1), (2, d))
     b = jax.random.normal(jax.random.key(2), (D,))
-    image, pulled = jax.jit(lambda m, a, b: (m(a), jax.vjp(m, a)[1](b)[0]))(m, a, b)
+
+    @jax.jit
+    def run(m, a, b, c):
+        image, pull = jax.vjp(m, a)
+        pairs = jax.vmap(m)(jnp.stack([c, 2 * a - c]))
+        return image, pull(b)[0], jax.linear_transpose(m, a)(b)[0], pairs, m(c)
+
+    image, pulled, transposed, (other, sums), alone = run(m, a, b, c)
     assert image.shape == (D,) and image.dtype == jnp.float32
-    scale = float(jnp.linalg.norm(a) * jnp.linalg.norm(b))
-    np.testing.assert_allclose(image @ b, pulled @ a, rtol=1e-5, atol=1e-6 * scale)
-    (transposed,) = jax.jit(lambda m, b: jax.linear_transpose(m, a)(b))(m, b)
+    scale = float(np.linalg.norm(a) * np.linalg.norm(b))
+    np.testing.assert_allclose(np.dot(image, b), np.dot(pulled, a), rtol=1e-5, atol=1e-6 * scale)
     np.testing.assert_allclose(transposed, pulled, rtol=1e-5, atol=1e-6)
-    other, sums = jax.jit(lambda m: jax.vmap(m)(jnp.stack([c, 2 * a - c])))(m)
     np.testing.assert_allclose(sums, 2 * image - other, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(other, jax.jit(lambda x: m(x))(c), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(other, alone, rtol=1e-4, atol=1e-5)
 
 
 def test_overflow():

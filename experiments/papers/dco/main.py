@@ -130,7 +130,7 @@ def run(config: Config, model: Decoder, num_samples: int, seed: int) -> list[dic
     rng = np.random.default_rng(seed)
     sizes = (config.problems, config.held_out // 2, config.held_out)
     training, validation, test = problems(rng, sizes)
-    params = model.init(jax.random.key(seed), model.example_input())["params"]
+    params = jax.jit(model.init)(jax.random.key(seed), model.example_input())["params"]
     steps = config.problems // config.batch_size
     rows = []
 

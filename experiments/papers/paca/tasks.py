@@ -38,7 +38,7 @@ def small_task(config) -> Task:
         max_length=config.length,
     )  # fmt: skip
     model = Decoder(settings, scan_layers=True)
-    params = model.init(jax.random.key(0), model.example_input())["params"]
+    params = jax.jit(model.init)(jax.random.key(0), model.example_input())["params"]
     draw = functools.partial(random_rows, config=config)
     optimizer = train.make_optimizer(3e-3, total_steps=config.pretrain_steps)
     state, history = train.fit(

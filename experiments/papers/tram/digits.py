@@ -13,6 +13,7 @@ from jaxft.models.encoder import Encoder, EncoderConfig
 from jaxft.objectives import classifier_logits
 
 ANGLES = (-40, -20, 0, 20, 40)
+HELD_OUT = 547  # images of the split in domain, all that no other split has
 
 
 def tasks(
@@ -93,8 +94,8 @@ def _digits(seed: int) -> dict[str, dict[str, np.ndarray]]:
         "pretraining": part(order[:900], ANGLES),
         "training": part(order[900:1100]),
         "validation": part(order[1100:1250]),
-        "in domain": part(order[1250:]),
-        "rotated": part(order[1250:], [angle for angle in ANGLES if angle]),
+        "in domain": part(order[1250 : 1250 + HELD_OUT]),
+        "rotated": part(order[1250 : 1250 + HELD_OUT], [angle for angle in ANGLES if angle]),
     }
 
 

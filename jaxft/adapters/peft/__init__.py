@@ -19,8 +19,26 @@ import numpy as np
 
 from jaxft.adapters import native
 from jaxft.adapters.errors import AdapterError
-from jaxft.adapters.peft import adalora, ia3, lora, low_rank, lycoris, paca, tokens, vera, whole
-from jaxft.adapters.peft.base_tensors import VOCABULARY, check_vocabulary, read_base, take_tied
+from jaxft.adapters.peft import (
+    adalora,
+    ia3,
+    lora,
+    low_rank,
+    lycoris,
+    orthogonal,
+    paca,
+    randlora,
+    tokens,
+    vera,
+    whole,
+)
+from jaxft.adapters.peft.base_tensors import (
+    VOCABULARY,
+    check_vocabulary,
+    read_base,
+    take_tied,
+    untied,
+)
 from jaxft.adapters.peft.files import Settings, Tensors, read_files, take, write_files
 from jaxft.adapters.peft.keys import canonical, module_of
 from jaxft.adapters.peft.model import PREFIX, Model, model_of, numpy, targeted
@@ -32,12 +50,15 @@ from jaxft.models import FAMILIES, Family, family_of, is_stacked, stack_layers, 
 from jaxft.models.transformer import EMBEDDING
 from jaxft.parallel import to_host
 from jaxft.weights import (
+    BoftWeight,
     DoraWeight,
     Frozen,
     LohaWeight,
     LokrWeight,
     LoraWeight,
+    OftWeight,
     PacaWeight,
+    RandloraWeight,
     ScaledWeight,
     VeraWeight,
     WeightLike,
@@ -65,6 +86,9 @@ FORMATS = {
     "LOHA": Format((LohaWeight,), lycoris.read_loha, lycoris.write_loha),
     "LOKR": Format((LokrWeight,), lycoris.read_lokr, lycoris.write_lokr),
     "VERA": Format((VeraWeight,), vera.read, vera.write),
+    "OFT": Format((OftWeight,), orthogonal.read_oft, orthogonal.write_oft),
+    "BOFT": Format((BoftWeight,), orthogonal.read_boft, orthogonal.write_boft),
+    "RANDLORA": Format((RandloraWeight,), randlora.read, randlora.write),
     "IA3": Format((ScaledWeight,), ia3.read, ia3.write),
     "PACA": Format((PacaWeight,), paca.read, paca.write),
     "LN_TUNING": Format((), whole.read_norms, whole.write_norms),
@@ -240,7 +264,9 @@ def _surplus(key: str, settings: Settings, model: Model) -> str:
         return (
             f"surplus key {key!r}; the adapter is for another model: this one has no such module."
         )
-    if re.search(r"\.(lora|hada|lokr|vblora|hra|vera|ia3|paca|ln_tuning)_", key):
+    if re.search(r"\.(lora|hada|lokr|vblora|hra|vera|oft|boft|randlora|ia3|paca|ln_tuning)_", key):
+        if model.tied and module == model.head:
+            return untied(model, f"{settings['peft_type']} is on {module} alone")
         if module not in targeted(settings, {}, model, model.leaves):
             named = {n: settings[n] for n in _NAMING if settings.get(n)} or "no module"
             return f"surplus key {key!r}; adapter_config.json does not name its module: {named}."

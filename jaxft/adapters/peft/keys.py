@@ -14,7 +14,9 @@ _WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wr
 _PARTS = (
     "lora_A|lora_B|lora_E|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|hada_w1_a|hada_w1_b|"
     "hada_w2_a|hada_w2_b|lokr_w1|lokr_w2|lokr_w2_a|lokr_w2_b|vera_A|vera_B|vera_lambda_b|vera_lambda_d|"
-    "ia3_l|hra_u|vblora_logits_A|vblora_logits_B|vblora_vector_bank|paca_w|paca_indices|ln_tuning_layers|modules_to_save|trainable_tokens_delta"
+    "randlora_A|randlora_B|randlora_lambda|randlora_gamma|oft_R|oft_embedding_R|boft_R|boft_s|ia3_l|"
+    "hra_u|vblora_logits_A|vblora_logits_B|vblora_vector_bank|paca_w|paca_indices|"
+    "ln_tuning_layers|modules_to_save|trainable_tokens_delta"
 )
 # A state dict that was saved as it stands has the adapter's name behind each of its parts.
 _ADAPTER = re.compile(rf"\.({_PARTS})\.(?!(?:weight|bias)$)([^.]+)(?=\.(?:weight|bias)$|$)")

@@ -96,6 +96,29 @@ OPTIONS: dict[str, Options] = {
         ),
         _words("vera_dropout d_initial fan_in_fan_out init_weights"),
     ),
+    "RANDLORA": Options(
+        dict(
+            target_modules=None, modules_to_save=None, **_LAYERS,
+            r=32, randlora_alpha=640, save_projection=True, bias="none",
+        ),
+        # The bases are in the file, whatever they were drawn from.
+        _words("randlora_dropout fan_in_fan_out init_weights projection_prng_key sparse very_sparse"),
+    ),
+    "OFT": Options(
+        dict(
+            **_TARGETS, **_LAYERS, r=0, bias="none", coft=False, eps=6e-5, block_share=False,
+            use_cayley_neumann=True, num_cayley_neumann_terms=5,
+        ),
+        _words("module_dropout fan_in_fan_out init_weights"),
+        required=_words("oft_block_size"),
+    ),
+    "BOFT": Options(
+        dict(
+            **_TARGETS, **_LAYERS, boft_block_size=4, boft_block_num=0, boft_n_butterfly_factor=1,
+            bias="none",
+        ),
+        _words("boft_dropout fan_in_fan_out init_weights"),
+    ),
     "IA3": Options(
         dict(**_TARGETS, feedforward_modules=None), _words("fan_in_fan_out init_ia3_weights")
     ),
@@ -131,8 +154,8 @@ OPTIONS: dict[str, Options] = {
 AT_END = r"(.*\.)?({})$"
 # Known to PEFT, and not to this library.
 OTHERS = _words(
-    "ADAMSS ADAPTION_PROMPT BEFT BOFT C3A CARTRIDGE CPT DEFT DELORA FOURIERFT FROD GLORA GRALORA HIRA "
-    "LILY MISS MULTITASK_PROMPT_TUNING OFT OSF P_TUNING PEANUT POLY PSOFT PVERA RANDLORA ROAD SHADOW SHIRA "
+    "ADAMSS ADAPTION_PROMPT BEFT C3A CARTRIDGE CPT DEFT DELORA FOURIERFT FROD GLORA GRALORA HIRA "
+    "LILY MISS MULTITASK_PROMPT_TUNING OSF P_TUNING PEANUT POLY PSOFT PVERA ROAD SHADOW SHIRA "
     "SUPERTUNING TINYLORA UNILORA WAVEFT XLORA"
 )
 _NO_MERGE = _words(
@@ -142,6 +165,10 @@ _WHY = {
     "target_parameters": "it names parameters of mixture-of-experts layers, which no family here has",
     "layer_replication": "it builds a model of more layers; save that model merged",
     "num_transformer_submodules": "decoders have one",
+}
+
+_ABSENT = {
+    "oft_block_size": ": the file is of PEFT before 0.14, whose OFT no later PEFT reads; merge it there"
 }
 
 
@@ -159,7 +186,7 @@ def with_defaults(settings: Settings) -> Settings:
         )
     options = OPTIONS[kind]
     for name in sorted(options.required - settings.keys()):
-        raise AdapterError(f"adapter_config.json has no {name!r}.")
+        raise AdapterError(f"adapter_config.json has no {name!r}{_ABSENT.get(name, '')}.")
     for name, value in settings.items():
         if name in options.refused and not _neutral(value, options.refused[name]):
             why = _WHY.get(name, "it changes what the adapter computes")
@@ -202,9 +229,11 @@ def _neutral(value, neutral) -> bool:
 def _check_values(settings: Settings, options: Options) -> None:
     counts = ("r", "init_r", "num_virtual_tokens", "num_vectors", "vector_length", "topk")
     for name in counts:
+        if name == "r" and settings["peft_type"] == "OFT":
+            continue  # 0 where oft_block_size is given.
         if name in options.names - options.no_effect:
             _check(settings, name, _is_positive_int, "a positive integer")
-    for name in ("lora_alpha", "alpha", "paca_alpha"):
+    for name in ("lora_alpha", "alpha", "paca_alpha", "randlora_alpha"):
         if name in options.names - options.no_effect:
             _check(
                 settings, name, _is_number, "a number; without one PEFT cannot scale the adapter"

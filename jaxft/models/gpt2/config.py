@@ -10,7 +10,7 @@ from jaxft.models.config import DecoderConfig
 from jaxft.models.errors import CheckpointError
 from jaxft.models.family import GgufHeader, Json
 from jaxft.models.hf_config import read_activation
-from jaxft.models.hf_keys import COMMON, Keys
+from jaxft.models.hf_keys import COMMON, Keys, check_multiple
 
 READS = frozenset(
     "vocab_size n_embd n_inner n_layer n_head n_positions layer_norm_epsilon activation_function "
@@ -58,6 +58,7 @@ GGUF_READS = gguf.SHARED_READS | {"attention.layer_norm_epsilon"}
 
 def read(json: Json, tensors: Collection[str]) -> DecoderConfig:
     """The DecoderConfig of a config.json."""
+    check_multiple(json, "n_embd", "n_head")
     width, inner = json["n_embd"], json["n_inner"]
     return DecoderConfig(
         vocab_size=json["vocab_size"],

@@ -72,7 +72,7 @@ def write(config: EncoderConfig) -> dict[str, Any]:
 def _square(json: Json, name: str) -> int:
     """A side in pixels, which transformers also takes as [height, width]."""
     sides = json[name] if isinstance(json[name], (list, tuple)) else [json[name]]
-    if len(set(sides)) != 1 or not isinstance(sides[0], int):
+    if len(set(map(str, sides))) != 1 or type(sides[0]) is not int or sides[0] < 1:
         raise CheckpointError(
             f"config.json: {name} is {json[name]!r}; jaxft's vit takes squares: one integer."
         )

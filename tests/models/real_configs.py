@@ -1,0 +1,175 @@
+"""The config.json of checkpoints that are much used: all their keys, with small sizes."""
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+SIZES = dict(
+    hidden_act="silu", hidden_size=32, initializer_range=0.02, intermediate_size=48, num_attention_heads=8,
+    num_hidden_layers=2, use_cache=True, vocab_size=96,
+)  # fmt: skip
+LLAMA2 = SIZES | dict(
+    model_type="llama", _name_or_path="meta-llama/Llama-2-7b-hf", architectures=["LlamaForCausalLM"],
+    bos_token_id=1, eos_token_id=2, max_position_embeddings=4096, num_key_value_heads=8, pretraining_tp=1,
+    rms_norm_eps=1e-05, rope_scaling=None, tie_word_embeddings=False, torch_dtype="float16",
+    transformers_version="4.31.0.dev0",
+)  # fmt: skip
+LLAMA3 = LLAMA2 | dict(
+    attention_bias=False, attention_dropout=0.0, bos_token_id=80, eos_token_id=81,
+    max_position_embeddings=8192, num_key_value_heads=2, rope_theta=500000.0, torch_dtype="bfloat16",
+)  # fmt: skip
+SCALED = dict(
+    factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192,
+    rope_type="llama3",
+)  # fmt: skip
+LLAMA31 = LLAMA3 | dict(
+    eos_token_id=[81, 82, 83], max_position_embeddings=131072, mlp_bias=False, rope_scaling=SCALED
+)
+DEEPSEEK = LLAMA2 | dict(
+    attention_bias=False, bos_token_id=90, rope_theta=10000.0, rms_norm_eps=1e-06
+)
+MISTRAL = SIZES | dict(
+    model_type="mistral", architectures=["MistralForCausalLM"], bos_token_id=1, eos_token_id=2,
+    max_position_embeddings=32768, num_key_value_heads=2, rms_norm_eps=1e-05, rope_theta=10000.0,
+    sliding_window=6, tie_word_embeddings=False, torch_dtype="bfloat16",
+    transformers_version="4.34.0.dev0",
+)  # fmt: skip
+NEMO = MISTRAL | dict(
+    attention_dropout=0.0, head_dim=8, hidden_size=40, num_attention_heads=4, num_key_value_heads=1,
+    max_position_embeddings=1024000, rope_theta=1000000.0, sliding_window=None,
+)  # fmt: skip
+GEMMA = SIZES | dict(
+    model_type="gemma", architectures=["GemmaForCausalLM"], attention_bias=False, attention_dropout=0.0,
+    bos_token_id=2, eos_token_id=1, head_dim=16, hidden_act="gelu", max_position_embeddings=8192,
+    num_attention_heads=2, num_key_value_heads=1, pad_token_id=0, rms_norm_eps=1e-06, rope_scaling=None,
+    rope_theta=10000.0, torch_dtype="bfloat16", transformers_version="4.38.0.dev0",
+)  # fmt: skip
+GEMMA2 = GEMMA | dict(
+    model_type="gemma2", architectures=["Gemma2ForCausalLM"], attn_logit_softcapping=50.0,
+    cache_implementation="hybrid", final_logit_softcapping=30.0, hidden_act="gelu_pytorch_tanh",
+    hidden_activation="gelu_pytorch_tanh", num_attention_heads=4, num_hidden_layers=4,
+    num_key_value_heads=2, query_pre_attn_scalar=256, sliding_window=6, torch_dtype="float32",
+)  # fmt: skip
+GEMMA3 = {k: v for k, v in GEMMA2.items() if k != "hidden_act"} | dict(
+    model_type="gemma3_text", architectures=["Gemma3ForCausalLM"], attn_logit_softcapping=None,
+    eos_token_id=[1, 10], final_logit_softcapping=None, max_position_embeddings=32768,
+    num_hidden_layers=7, num_key_value_heads=1, rope_local_base_freq=10000, rope_theta=1000000,
+    sliding_window_pattern=6,
+)  # fmt: skip
+QWEN2 = SIZES | dict(
+    model_type="qwen2", architectures=["Qwen2ForCausalLM"], attention_dropout=0.0, bos_token_id=80,
+    eos_token_id=81, max_position_embeddings=32768, max_window_layers=24, num_hidden_layers=3,
+    num_key_value_heads=2, rms_norm_eps=1e-06, rope_theta=1000000.0, sliding_window=7,
+    tie_word_embeddings=True, torch_dtype="bfloat16", use_mrope=False, use_sliding_window=False,
+)  # fmt: skip
+QWEN3 = {k: v for k, v in QWEN2.items() if k != "use_mrope"} | dict(
+    model_type="qwen3", architectures=["Qwen3ForCausalLM"], attention_bias=False, head_dim=16,
+    max_position_embeddings=40960, rope_scaling=None, rope_theta=1000000, sliding_window=None,
+)  # fmt: skip
+GPT2 = dict(
+    activation_function="gelu_new", architectures=["GPT2LMHeadModel"], attn_pdrop=0.1, bos_token_id=95,
+    embd_pdrop=0.1, eos_token_id=95, initializer_range=0.02, layer_norm_epsilon=1e-05, model_type="gpt2",
+    n_ctx=64, n_embd=32, n_head=4, n_layer=2, n_positions=64, n_special=0, predict_special_tokens=True,
+    resid_pdrop=0.1, summary_activation=None, summary_first_dropout=0.1, summary_proj_to_labels=True,
+    summary_type="cls_index", summary_use_proj=True, vocab_size=96,
+    task_specific_params={"text-generation": {"do_sample": True, "max_length": 50}},
+)  # fmt: skip
+BERT = SIZES | dict(
+    model_type="bert", architectures=["BertModel"], attention_probs_dropout_prob=0.1,
+    gradient_checkpointing=False, hidden_act="gelu", hidden_dropout_prob=0.1, layer_norm_eps=1e-12,
+    max_position_embeddings=64, pad_token_id=0, position_embedding_type="absolute", type_vocab_size=2,
+)  # fmt: skip
+VIT = dict(
+    architectures=["ViTModel"], attention_probs_dropout_prob=0.0, encoder_stride=16, hidden_act="gelu",
+    hidden_dropout_prob=0.0, hidden_size=32, image_size=16, initializer_range=0.02, intermediate_size=48,
+    layer_norm_eps=1e-12, model_type="vit", num_attention_heads=4, num_channels=3, num_hidden_layers=2,
+    patch_size=4, qkv_bias=True, transformers_version="4.13.0.dev0",
+)  # fmt: skip
+YARN = dict(factor=4.0, original_max_position_embeddings=32768)
+
+REAL = {
+    "llama-7b": {
+        k: v for k, v in LLAMA2.items() if k not in ("num_key_value_heads", "rope_scaling")
+    }
+    | dict(max_sequence_length=2048, pad_token_id=-1),
+    "llama-2-7b": LLAMA2,
+    "vicuna-16k": LLAMA2 | dict(rope_scaling=dict(factor=4.0, type="linear"), pad_token_id=0),
+    "codellama-7b": LLAMA2 | dict(max_position_embeddings=16384, rope_theta=1000000),
+    "llama-3-8b": LLAMA3,
+    "llama-3.1-8b": LLAMA31,
+    "llama-3.2-1b": LLAMA31 | dict(head_dim=4, tie_word_embeddings=True),
+    "tinyllama": LLAMA2 | dict(attention_bias=False, num_key_value_heads=1, rope_theta=10000.0),
+    "smollm2-135m": LLAMA3
+    | dict(hidden_size=36, num_attention_heads=9, num_key_value_heads=3, is_llama_config=True)
+    | dict(rope_interleaved=False, rope_theta=100000, tie_word_embeddings=True)
+    | {"transformers.js_config": {"kv_cache_dtype": {"fp16": "float16"}}},
+    "yi-6b": LLAMA3 | dict(rope_theta=5000000.0, pad_token_id=0),
+    "deepseek-llm-7b": DEEPSEEK,
+    "deepseek-coder": DEEPSEEK
+    | dict(rope_scaling=dict(factor=4.0, type="linear"), rope_theta=100000),
+    "mistral-7b-v0.1": MISTRAL,
+    "mistral-7b-v0.3": MISTRAL | dict(sliding_window=None, rope_theta=1000000.0),
+    "mistral-nemo": NEMO,
+    "mistral-head-null": NEMO | dict(head_dim=None),
+    "ministral-8b": NEMO | dict(sliding_window=7, rope_theta=100000000.0),
+    "gemma-2b": GEMMA,
+    "gemma-7b": GEMMA | dict(hidden_size=24, hidden_activation=None),
+    "gemma-1.1": GEMMA | dict.fromkeys(("hidden_act", "hidden_activation"), "gelu_pytorch_tanh"),
+    "gemma-2-2b": GEMMA2,
+    "gemma-2-9b": GEMMA2 | dict(eos_token_id=[1, 10], sliding_window_size=6),
+    "gemma-2-27b": GEMMA2 | dict(query_pre_attn_scalar=9, _attn_implementation="eager"),
+    "gemma-3-1b": GEMMA3,
+    "gemma-3-4b-text": GEMMA3 | dict(rope_scaling=dict(factor=8.0, rope_type="linear")),
+    "gemma-3-270m": {k: v for k, v in GEMMA3.items() if k != "sliding_window_pattern"}
+    | dict(_sliding_window_pattern=6, layer_types=[*[SLIDING] * 5, FULL, SLIDING])
+    | dict(use_bidirectional_attention=False),
+    "qwen2.5-0.5b": QWEN2,
+    "qwen2.5-math": QWEN2
+    | dict(sliding_window=None, rope_theta=10000.0, tie_word_embeddings=False),
+    "qwen2.5-window": QWEN2 | dict(use_sliding_window=True, max_window_layers=1),
+    "qwen2.5-yarn": QWEN2 | dict(rope_scaling=YARN | dict(type="yarn")),
+    "qwen3-0.6b": QWEN3,
+    "qwen3-8b-yarn": QWEN3
+    | dict(rope_scaling=YARN | dict(rope_type="yarn"), tie_word_embeddings=False),
+    "gpt2-medium": GPT2,
+    "distilgpt2": GPT2 | dict(_num_labels=1, id2label={"0": "LABEL_0"}, label2id={"LABEL_0": 0}),
+    "gpt2-large": GPT2
+    | dict(reorder_and_upcast_attn=False, scale_attn_by_inverse_layer_idx=False, n_inner=None)
+    | dict(scale_attn_weights=True),
+    "cerebras-gpt": GPT2 | dict(activation_function="gelu", n_inner=128),
+    "bert-base": BERT | dict(architectures=["BertForMaskedLM"]),
+    "all-minilm-l6": BERT | dict(classifier_dropout=None),
+    "roberta-base": BERT
+    | dict(
+        model_type="roberta", architectures=["RobertaForMaskedLM"], bos_token_id=0, eos_token_id=2
+    )
+    | dict(layer_norm_eps=1e-05, max_position_embeddings=66, pad_token_id=1, type_vocab_size=1),
+    "vit-base": VIT,
+    "vit-base-224": VIT
+    | dict(architectures=["ViTForImageClassification"], id2label={"0": "a", "1": "b"})
+    | dict(label2id={"a": 0, "b": 1}, pooler_act="tanh", pooler_output_size=32),
+}
+
+
+def respelled(file: dict) -> dict:
+    """The file of transformers 4 in the spelling of 5: dtype, rope_parameters, layer_types."""
+    file = {k: v for k, v in file.items()} | {"transformers_version": "5.1.0"}
+    if "torch_dtype" in file:
+        file["dtype"] = file.pop("torch_dtype")
+    name, layers = file["model_type"], file.get("num_hidden_layers")
+    scaling, theta = file.pop("rope_scaling", None) or {}, file.pop("rope_theta", None)
+    if layers and name not in ("bert", "roberta", "vit"):
+        kind = scaling.get("rope_type", scaling.get("type", "default"))
+        rope = {k: v for k, v in scaling.items() if k != "type"}
+        rope |= {"rope_type": kind, "rope_theta": 10000.0 if theta is None else theta}
+        if name == "gemma3_text":
+            local = dict(rope_type="default", rope_theta=file.pop("rope_local_base_freq"))
+            rope = {FULL: rope, SLIDING: local}
+        file["rope_parameters"] = rope
+    local = {
+        "gemma2": lambda i: i % 2 == 0,
+        "gemma3_text": lambda i: (i + 1) % 6 != 0,
+        "qwen2": lambda i: file["use_sliding_window"] and i >= file["max_window_layers"],
+        "qwen3": lambda i: False,
+    }
+    if name in local:
+        file.pop("sliding_window_pattern", None)
+        file["layer_types"] = [SLIDING if local[name](i) else FULL for i in range(layers)]
+    return file

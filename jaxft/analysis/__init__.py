@@ -1,4 +1,4 @@
-"""What fine-tuning does to a model, measured."""
+"""Measurements of fine-tuned models."""
 
 from jaxft.analysis.intrinsic_dimension import D90, d90_search, satisfactory
 from jaxft.analysis.sentences import text_embeddings

@@ -63,9 +63,8 @@ class Kernels:
     """The kernels that an adapter adapts."""
 
     quantise: Quantisation | None = None  # round the frozen kernels (nf4: QLoRA, QPaCA, QDoRA)
-    rank: int = (
-        16  # rows or columns of an adapter; oft, boft: block size; prompt, prefix: virtual tokens
-    )
+    # rank, block size of oft and boft, or number of virtual tokens of prompt and prefix
+    rank: int = 16
     alpha: float = 32.0  # over rank: LoRA's scale; for paca a factor of the learning rate
     target: str = "all-linear"  # or a pattern of the paths of adapted kernels
 

@@ -462,7 +462,7 @@ BAD = [
     ("sft", "slices", ["--fsdp", "-1", "--slices", "3"], "slices"),
     ("evaluate sample_pairs", "limit", ["--limit", "0"], "--limit must be at least 1, got 0"),
     ("reinforce", "tries", ["--max-tries", "0"], "--max-tries must be at least 1, got 0"),
-    ("reinforce", "timeout", ["--timeout", "0"], "--timeout must be positive and finite, got 0.0"),
+    ("reinforce", "timeout", ["--timeout", "0"], "--timeout must be positive and finite, got 0"),
     ("sample_pairs", "gap", ["--min-gap", "-1"], "--min-gap must be at least 0, got -1.0"),
     # What is held out.
     ("sft", "one record", chat, "1 records cannot be split into what trains and what is held out"),

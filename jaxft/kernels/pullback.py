@@ -40,7 +40,9 @@ def with_pullback(
 
     def value_jvp(args, tangents):
         wanted = tuple(not isinstance(t, SymbolicZero) for t in tangents)
-        args = tuple(as_varying(args))  # as the tangents are made below, which must have their types
+        args = tuple(
+            as_varying(args)
+        )  # as the tangents are made below, which must have their types
         y, residuals = differentiated(wanted, *args)
         if not any(wanted):
             return y, jnp.zeros_like(y)

@@ -22,12 +22,12 @@ Request = tuple[str, dict[str, Any]]  # (address, body)
 
 
 class Interface(NamedTuple):
-    """How a server is told of weights on the disk."""
+    """The requests by which a server loads weights from the disk."""
 
-    load: Callable[[str, str], list[Request]]  # of (name of the version, its directory)
-    unload: Callable[[str], list[Request]]  # of a version that nothing asks for any more
-    model: Callable[[str], str | None]  # what a version is called in requests; None: as before
-    needs: str  # said where a push fails
+    load: Callable[[str, str], list[Request]]  # (name of the version, its directory) -> requests
+    unload: Callable[[str], list[Request]]  # requests that unload a version no longer in use
+    model: Callable[[str], str | None]  # name of a version in requests; None: unchanged
+    needs: str  # requirements, for the error of a failed push
 
 
 def vllm_adapters(url: str) -> Interface:

@@ -22,11 +22,11 @@ Params = Any
 
 
 class State(NamedTuple):
-    """A batch in mid-generation."""
+    """State of a batch during generation."""
 
     cache: Cache
-    logits: jax.Array  # [B, V] float32, of the next token
-    position: jax.Array  # [B] int32, of the next token
+    logits: jax.Array  # [B, V] float32, for the next token
+    position: jax.Array  # [B] int32, position of the next token
     done: jax.Array  # [B] bool
     keys: jax.Array  # [B] one key per row
     step: jax.Array  # [] int32, tokens decoded so far
@@ -205,14 +205,14 @@ def _written(history, tokens, valid, position):
 
 @functools.partial(jax.jit, static_argnames=("samples",))
 def fork(state: State, samples: int) -> State:
-    """The state with `samples` copies of each row side by side, which go on by keys of their own."""
+    """Copies each row of the state `samples` times, adjacent, with a separate key for each copy."""
     if samples == 1:
         return state
     copy = lambda x: jnp.repeat(x, samples, axis=0) if x.ndim else x
     children = jax.vmap(
         lambda key: jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(samples))
     )(state.keys)
-    # The keys apart: an array of keys is no array of numbers to every version of repeat.
+    # Keys are repeated separately: not every version of repeat accepts an array of keys.
     others = jax.tree.map(copy, state._replace(keys=None))
     return others._replace(keys=children.reshape(-1))
 
@@ -306,7 +306,7 @@ def decode(
 
 def _draw(state: State, config: SamplingConfig, least: jax.Array | None = None):
     """(token, log-prob under the full vocabulary, log-prob as sampled), each [B]."""
-    # Not log_softmax: a table of log-probs written at every token, to read one entry a row.
+    # Not log_softmax, which would write a table of log-probs per token to read one entry per row.
     log_prob_of = lambda table, token: (
         jnp.take_along_axis(table, token[:, None], axis=1)[:, 0] - jax.nn.logsumexp(table, axis=-1)
     )
@@ -322,7 +322,7 @@ def _draw(state: State, config: SamplingConfig, least: jax.Array | None = None):
     keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(state.keys, state.step)
     token = jax.vmap(jax.random.categorical)(keys, cut).astype(jnp.int32)
     log_prob = log_prob_of(scaled, token)
-    # Without a rule that changes it, both are one table: each pass over it costs at every token.
+    # If no rule changes the logits, both tables are the same: each pass over one costs time per token.
     changed = processed or config.cuts
     return token, log_prob, log_prob_of(cut, token) if changed else log_prob
 

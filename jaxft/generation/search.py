@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 
 class Found(NamedTuple):
-    """What a search came to."""
+    """Result of a search."""
 
-    state: Any | None  # the first right one, or None
-    log_prob: float  # of the path to it; -inf without one
-    expanded: int  # states whose branches were asked for: calls of the model
-    tried: int  # complete states that were verified, the right one included
+    state: Any | None  # the first correct complete state, or None
+    log_prob: float  # log-probability of the path to it; -inf if there is none
+    expanded: int  # number of expanded states, each a call of the model
+    tried: int  # number of complete states verified, the correct one included
 
 
 def best_first_search(

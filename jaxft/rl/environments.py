@@ -13,11 +13,11 @@ State = Any
 
 
 class Reply(NamedTuple):
-    """What an environment gives back for an action."""
+    """Reply of an environment to an action."""
 
     reward: float = 0.0  # for this turn; an episode's rewards are summed; NaN: no verdict
-    observation: str | None = None  # what the policy reads next; None: the episode is over
-    forced: str = ""  # with what the policy's next turn begins, as if it had said so
+    observation: str | None = None  # text that the policy reads next; None: the episode is over
+    forced: str = ""  # forced beginning of the policy's next turn
 
 
 class Environment(NamedTuple):

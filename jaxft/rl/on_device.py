@@ -145,11 +145,11 @@ def equals(answers: Sequence[Sequence[int]], size: int) -> DeviceReward:
     """Returns a reward: 1 for a response that equals its prompt's answer token by token, else 0.
 
     Args:
-        answers: ids, one each prompt, the stop token included.
+        answers: token ids of each prompt's answer, the stop token included.
         size: max_new_tokens of the sampling.
 
     Raises:
-        ValueError: for an answer longer than `size`, which could never be met.
+        ValueError: if an answer is longer than `size`, so that no response could equal it.
     """
     longest = max(map(len, answers))
     if longest > size:

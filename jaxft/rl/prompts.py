@@ -57,8 +57,8 @@ class Prompts:
         for name, column in self.columns.items():
             if len(column) != len(self.ids) or "/" in name:
                 raise ValueError(
-                    f"Prompts: column {name!r} has {len(column)} rows for {len(self.ids)} prompts; it needs one "
-                    "row per prompt, and no '/' in its name."
+                    f"Prompts: column {name!r} has {len(column)} rows for {len(self.ids)} prompts; it needs "
+                    "one row per prompt, and no '/' in its name."
                 )
 
     def chosen(self, draw: int) -> list[int]:

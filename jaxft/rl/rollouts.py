@@ -35,8 +35,8 @@ def answers(
     """Returns sample(params, asked, key): `group_size` responses to each prompt, judged by `rewards`.
 
     Args:
-        rewards: (completions, records) -> one number each, NaN for no verdict: a VerifierPool, or `in_process`
-            of a verifier. Completions are decoded without special tokens and stripped of outer whitespace.
+        rewards: (completions, records) -> one number each, NaN for no verdict: a VerifierPool, or
+            `in_process` of a verifier. Completions are decoded without special tokens and stripped of outer whitespace.
         config: the sampling config.
         sampler: a function with the signature of `generate`.
 

@@ -112,9 +112,9 @@ def give(books: Books, carry: Any, params: Any, batch: Any, microbatches: int) -
         return found
 
     whole = given(batch)
-    if microbatches > 1:  # as little memory as the slices of the objective take
+    if microbatches > 1:  # to use no more memory than the objective's slices
         rows = joined(jax.lax.map(given, split_batch(batch, microbatches)))
-        # What of `whole` has rows is not read, so the compiler leaves it out.
+        # The parts of `whole` that have rows are not read, so the compiler removes them.
         whole = jax.tree.map(lambda w, r: r if jnp.ndim(w) else w, whole, rows)
     return {**batch, **whole}
 

@@ -80,12 +80,12 @@ def make_step(
     update = optax.with_extra_args_support(optimizer).update
 
     def step(state, batch, good=True):
-        # Committed anew: whoever holds the state may have moved what trains since the last step.
+        # Commit again: the caller may have changed the trainable part since the last step.
         params = commit(state.params)
         trainable, frozen = partition(params)
         batch = give(books, state.carry, params, batch, microbatches)
         here = lambda t, batch, key: objective(in_place(combine(t, frozen)), batch, key)
-        # Elsewhere than at the state's params, frozen fields do not hold what trains.
+        # At params other than the state's, frozen fields do not hold the trainable values.
         whole = lambda t: combine(t, frozen)
         moved = lambda t, batch, key: objective(whole(t), batch, key)
         key = stream(state.key, "objective", state.step)

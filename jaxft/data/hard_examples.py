@@ -19,11 +19,11 @@ class HardExampleQueue:
             queue.push(candidates := next(source), weigh(state.params, candidates))
 
     Args:
-        threshold: the least weight of an example that is kept; 0.1 in the authors' code, of F(N, p).
-        batch_size: examples of a batch.
+        threshold: minimum weight of an example; the authors' code has 0.1, for the weight F(N, p).
+        batch_size: examples per batch.
 
     Raises:
-        ValueError: for a batch size below 1.
+        ValueError: if batch_size is below 1.
     """
 
     def __init__(self, threshold: float, batch_size: int):

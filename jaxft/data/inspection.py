@@ -24,9 +24,9 @@ class Inspection:
     """Counts of a data set; str() is a table."""
 
     source: str
-    records: int  # that were read
+    records: int  # records read
     kinds: dict[str, int]
-    sequences: int  # that are left to train on
+    sequences: int  # sequences left to train on
     tokens: int
     trained: float  # fraction of the tokens that train
     percentiles: dict[int, int]  # of the lengths before truncation

@@ -229,7 +229,7 @@ def infer_type(columns: Sequence[str]) -> str:
 
 
 def as_messages(record: Mapping[str, Any]) -> list[dict[str, Any]] | None:
-    """The conversation of a record, or None if it is plain text."""
+    """Returns the conversation of a record, or None if it is plain text."""
     if record.get("messages") is not None:
         return record["messages"]
     prompt = record.get("prompt")
@@ -237,7 +237,7 @@ def as_messages(record: Mapping[str, Any]) -> list[dict[str, Any]] | None:
         return None
     if "completion" in record:
         return [*prompt, *record["completion"]]
-    # A list beside a text or tokens is a column of the user's, not a prompt.
+    # A list in a record with text or tokens is a user's column, not a prompt.
     other = not record.keys().isdisjoint(("text", "tokens"))
     return prompt if record.keys() & _ANSWERED or not other else None
 

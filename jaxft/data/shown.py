@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 from jaxft.data.errors import DataError
 
 _THINK = re.compile(r"</?(?:think|thinking)>")
-_SHORT = 24  # characters; what is shorter may occur in a text by chance
+_SHORT = 24  # characters; shorter texts may occur by chance
 
-_REMEDY = "take it out of the data, or pass a template that shows it (--template)."
+_REMEDY = "remove it from the data, or pass a template that shows it (--template)."
 _REMEDIES = {
     "tools": "describe the tools in the system message, or pass a template that shows them "
     "(--template, such as the tokenizer's tool_use).",
@@ -116,7 +116,7 @@ def _of_messages(messages, trained) -> Iterator[Piece]:
         if full and message.get("reasoning_content"):
             yield Piece((*place, "reasoning_content"), message["reasoning_content"], True)
         if message.get("name"):
-            # Templates that do not name a tool's result have its name in the call.
+            # Templates that do not show the tool's name with its result show it in the call.
             yield Piece((*place, "name"), message["name"], message["role"] != "tool")
         for j, call in enumerate(message.get("tool_calls") or ()):
             function = (*place, "tool_calls", j, "function")
@@ -124,7 +124,7 @@ def _of_messages(messages, trained) -> Iterator[Piece]:
             yield from _leaves((*function, "arguments"), call["function"]["arguments"])
             asked.append(call.get("id"))
         if message.get("tool_call_id"):
-            # Without ids in the text, results belong to calls by their order.
+            # If the text has no ids, results belong to calls by their order.
             if asked and message["tool_call_id"] != asked[0]:
                 yield Piece((*place, "tool_call_id"), message["tool_call_id"], False)
             asked = [name for name in asked if name != message["tool_call_id"]]

@@ -91,7 +91,7 @@ class Push:
     the server has loaded the new version, it is asked to unload the previous one, whose files are deleted.
 
     Args:
-        save: (directory, params) -> None, writes files that the server loads, such as `save_adapter` in PEFT's
+        save: (directory, params), writes files that the server loads, such as `save_adapter` in PEFT's
             format or `save_model`. All hosts call it; only the first sends requests to the server.
         directory: directory of the versions; the server must see it under the same path.
         interface: for example `vllm_adapters(url)`.

@@ -231,8 +231,8 @@ def reinforce() -> TokenLoss:
         if "old_log_probs" in batch:
             raise ValueError(
                 "reinforce: -A log π has no importance ratio, so it allows only one update a rollout "
-                "(updates=1, epochs=1), but the batch has old_log_probs, as for several updates. For several, "
-                "use clipped_sums() or clipped(), that is rloo, grpo, dapo or ppo."
+                "(updates=1, epochs=1), but the batch has old_log_probs, as for several. For these, use "
+                "clipped_sums() or clipped(), that is rloo, grpo, dapo or ppo."
             )
         return losses.reinforce_loss(log_probs, spread(batch["advantages"], log_probs)), {}
 

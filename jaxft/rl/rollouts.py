@@ -36,7 +36,7 @@ def answers(
 
     Args:
         rewards: (completions, records) -> one number each, NaN for no verdict: a VerifierPool, or
-            `in_process` of a verifier. Completions are decoded without special tokens and stripped of outer whitespace.
+            `in_process` of a verifier. Completions are decoded without special tokens and stripped.
         config: the sampling config.
         sampler: a function with the signature of `generate`.
 

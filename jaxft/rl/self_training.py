@@ -32,7 +32,7 @@ def offline_collect(
     """
     if gold and len(gold) != len(completions):
         raise ValueError(
-            f"offline_collect: {len(gold)} gold answers for {len(completions)} questions; give one each, or none."
+            f"offline_collect: {len(gold)} gold answers for {len(completions)} questions; one each, or none."
         )
     sizes = [[len(row) for row in rows] for rows in (completions, correct)]
     if sizes[0] != sizes[1]:

@@ -70,18 +70,18 @@ def require(module: str, what: str) -> Any:
 def run_main(main: Callable[[Any], Any], config: Any) -> Any:
     """Runs main(config); prints errors that users cause as one line and exits with their code.
 
-    2: bad argument, data or file, before training, or at any time a place that cannot be written (a full
-    disk), and a reward function or judge that fails; 3: optional package missing; 4: diverged; 5: another
-    host ended; 75: preempted, start again to resume; 130: interrupted, saved where the run saves checkpoints.
-    Everything else, and everything with
-    `config.debug` or JAXFT_DEBUG=1, has its traceback and code 1.
+    2: a bad argument, data or file before training, or at any time a path that cannot be written (a full
+    disk) or a reward function or judge that fails; 3: an optional package is missing; 4: diverged; 5:
+    another host ended; 75: preempted, start again to resume; 130: interrupted, state saved if the run saves
+    checkpoints. Any other error, and every error with `config.debug` or JAXFT_DEBUG=1, prints its traceback
+    and exits with code 1.
 
-    An error of any kind after Ctrl-C counts as Ctrl-C, which libraries may turn into one. Ctrl-C ends the
-    process without Python's own teardown: threads of XLA that still compile or compute would crash in it.
-    `main` has left its context managers by then; functions given to `atexit` do not run.
+    After Ctrl-C any error counts as Ctrl-C, because libraries may convert it. Ctrl-C ends the process
+    without Python's own teardown, in which XLA threads that still compile or compute would crash. `main`
+    has left its context managers by then; functions registered with `atexit` do not run.
 
-    A process of several that fails waits a moment for the others to fail with it, says which did not, and
-    ends: they cannot go on without it, nor it without them.
+    If one of several processes fails, it waits a moment for the others to fail too, reports which did not,
+    and ends: the processes cannot continue without each other.
     """
     with catch_interrupts() as seen:
         if getattr(config, "debug", False) or os.environ.get("JAXFT_DEBUG", "0") not in ("", "0"):

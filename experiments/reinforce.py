@@ -195,7 +195,7 @@ def experience(config, model, prompts, renderer, rewards, credit, base, mesh) ->
 
 
 def transforms(config, model, base) -> list[rl.Transform]:
-    """What is done to a rollout before its rewards become credit."""
+    """Returns the transforms of a rollout before its rewards become credit."""
     found = []
     if config.overlong:
         budget = config.max_new_tokens * config.turns

@@ -150,10 +150,10 @@ def load_data(config: Config):
 
 
 def adapt_params(config: Config, model: Any, base: Any, mesh: Any) -> Any:
-    """The base params with what trains: adapters, or all of them."""
+    """Returns the base params with trainable params: adapters, or all of them."""
     if config.adapter != "intrinsic":
         return shared.adapt_params(config, model, base, mesh)
-    # The base lies on the mesh already.
+    # The base is already on the mesh.
     key, layers = stream(jax.random.key(config.seed), "intrinsic"), family_of(model.config).layers
     return shared.announce(intrinsic(key, rounded(config, model, base), config.d, layers=layers))
 

@@ -42,13 +42,13 @@ def check_positions(model: Any, name: str, length: int) -> None:
 
 
 def load_trained(trained: flags.Trained) -> tuple[Any, Any]:
-    """(model, params), with the adapter if one is named."""
+    """Loads (model, params), with the adapter if one is given."""
     train.keep_memory_warm()
     model, params = files.load_model(trained.model)
     if not trained.adapter:
         return model, params
     params = load_adapter(trained.adapter, model.config, params)
-    # Merged once: sampling then costs what the base model costs.
+    # Merged once: sampling then costs as much as with the base model.
     return model, merge(params) if mergeable(params) else params
 
 

@@ -63,10 +63,10 @@ class Sharpened(NamedTuple):
 
 
 class Method(NamedTuple):
-    """How a method is made, and what it needs, reads and refuses (see `choices`)."""
+    """How to make a method, and what it needs, reads and refuses (see `choices`)."""
 
     make: Callable[[Parts], Sharpened]
-    rho: float | None = 0.1  # the radius, if the flags name none
+    rho: float | None = 0.1  # the radius, if --rho is not given
     of_predictions: bool = False  # needs a distribution over tokens at each position
     reads: tuple[str, ...] = ("rho",)
     refuses: Mapping[str, str] = {}

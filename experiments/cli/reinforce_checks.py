@@ -60,7 +60,7 @@ def group(config: Any) -> None:
         )
     if entry.halves and config.group_size % 2:
         raise ValueError(
-            f"--algorithm {config.algorithm} samples half of each group from the initial model: it needs an even "
+            f"--algorithm {config.algorithm} samples half of each group from the start: it needs an even "
             f"--group-size, got {config.group_size}."
         )
 
@@ -120,8 +120,8 @@ def mesh(config: Any, devices: Any) -> None:
         )
     if config.mesh.context != 1:
         raise ValueError(
-            f"only sft.py and preference.py support --context {config.mesh.context}: sampling generates token "
-            "by token and does not split rows. Use --fsdp or --tensor."
+            f"only sft.py and preference.py support --context {config.mesh.context}: sampling generates "
+            "token by token and does not split rows. Use --fsdp or --tensor."
         )
     parts = 1 if devices is None else devices.shape["data"] * devices.shape["fsdp"]
     rows = config.prompts_per_step * config.group_size

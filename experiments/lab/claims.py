@@ -80,9 +80,9 @@ class Claim:
     """One row of the table; it holds if all of its numbers hold."""
 
     text: str
-    paper: str  # what the paper says
+    paper: str  # the paper's statement
     numbers: Sequence[Number]
-    detail: str = ""  # what else was measured
+    detail: str = ""  # further measurements
 
     @property
     def holds(self) -> bool:

@@ -120,7 +120,7 @@ def _kept(path, keep, run, seed):
 
 
 def _digest(config):
-    """Of the settings, `_place`, and the code: the script, where the config's class is, and what it uses."""
+    """Digest of the settings, `_place`, and the code of the config's script with all that it uses."""
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in APART}
     ours = {
         type(config).__module__,

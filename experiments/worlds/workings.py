@@ -123,7 +123,7 @@ def started(
 ) -> Start:
     """Pretrains on sums that are not asked later, until a working is correct with probability `until`.
 
-    `sizes` are the numbers of sums to pretrain, fine-tune and hold out; `kinds` of working are equally frequent.
+    `sizes`: the numbers of sums to pretrain, fine-tune and hold out; `kinds` of working occur equally often.
     """
     rng = np.random.default_rng(seed)
     drawn = rng.choice(100**digits, sum(sizes), replace=False)

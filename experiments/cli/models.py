@@ -63,5 +63,5 @@ def load_adapted(adapter: str, settings: flags.Adapted) -> tuple[Any, Any, Any]:
     load = files.load_gguf_adapter if adapter.endswith(".gguf") else load_adapter
     params = load(adapter, model.config, params)
     if (lost := rounding_loss(params, base, family.layers)) is not None:
-        print(f"{settings.quantise} changed a kernel by up to {lost:.1%}")
+        print(f"{settings.quantise} lost up to {lost:.1%} of a kernel")
     return model, base, params

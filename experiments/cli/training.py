@@ -279,7 +279,7 @@ def save(
     print(f"adapter saved to {path}; read again: {difference}")
     if (lost := rounding_loss(params, base, family_of(model.config).layers)) is not None:
         print(
-            f"{config.kernels.quantise} changed a kernel by up to {lost:.1%}, and the adapter trained with "
+            f"{config.kernels.quantise} lost up to {lost:.1%} of a kernel, and the adapter trained with "
             "that; PEFT's files do not record it: quantise the base in the same way when you use it."
         )
 

@@ -299,12 +299,17 @@ BAD = [
         "--rho 0.1 has no effect with --sharpness none; take sam, asam",
     ),
     ("reinforce", "mesh", ["--fsdp", "-1"], "cannot be laid over data x fsdp = 8 devices"),
-    ("reinforce", "context", ["--context", "2", "--fsdp", "-1"], "--context 2 is of sft.py"),
+    (
+        "reinforce",
+        "context",
+        ["--context", "2", "--fsdp", "-1"],
+        "only sft.py and preference.py support --context 2",
+    ),
     (
         "reinforce",
         "halves",
         ["--algorithm", "xpo", "--group-size", "3"],
-        "half of each group to the start: it needs an even --group-size",
+        "half of each group from the start: it needs an even --group-size",
     ),
     (
         "reinforce",
@@ -465,7 +470,7 @@ BAD = [
     ("reinforce", "timeout", ["--timeout", "0"], "--timeout must be positive and finite, got 0.0"),
     ("sample_pairs", "gap", ["--min-gap", "-1"], "--min-gap must be at least 0, got -1.0"),
     # What is held out.
-    ("sft", "one record", chat, "1 records cannot be split into what trains and what is held out"),
+    ("sft", "one record", chat, "1 records cannot be split into training and held-out records"),
     ("sft", "same", without_answers, "every held-out record is also in the training data"),
     (
         "sft reinforce",
@@ -545,7 +550,7 @@ BAD = [
         "sft preference reinforce",
         "earlier run",
         earlier_run,
-        "holds an earlier run; go on with --resume",
+        "holds an earlier run; continue it with --resume",
     ),
     ("sft", "profile", lambda p: ["--profile-dir", unwritable(p)], "cannot write to"),
 ]

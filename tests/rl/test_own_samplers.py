@@ -114,7 +114,7 @@ def test_a_scalar_is_in_every_part_of_a_rollout(devices):
 
 def test_rollouts_in_parts_whose_shapes_change_are_an_error_that_says_what_to_do():
     assert len(collected(sampler((3, 5)), count=2)) == 2
-    with pytest.raises(ValueError, match="pads prompts to asked.width columns"):
+    with pytest.raises(ValueError, match="must pad prompts to asked.width columns"):
         collected(sampler((3, 5)), OLD, updates=2, count=3)
 
 

@@ -17,9 +17,9 @@ Seeds 0 to 3, where the target is right at 0.9 (0.42 at first): OTR's KL to the 
 0.043 nats an answer, SFT's 0.059 (-0.016 [-0.026, -0.006]); the old tasks are right at 0.972 and 0.968
 (+0.003 [0.001, 0.005]): small, and shown. On the target's own questions no difference in KL was shown
 (-0.017 [-0.045, 0.011] of 1.16). OTR gets there in 169 steps, SFT in 202. DFT, and the expectation without
-samples, cannot be distinguished from OTR; nor can OTR without negative rewards (its old tasks' accuracy is higher by
-0.0001 [-0.0018, 0.0019]) or with samples at temperature 1 (seeds 0 to 2, by which alone OTR's two gains over
-SFT would not be shown either).
+samples, cannot be distinguished from OTR; nor can OTR without negative rewards (its old tasks' accuracy is
+higher by 0.0001 [-0.0018, 0.0019]) or with samples at temperature 1 (seeds 0 to 2, by which alone OTR's two
+gains over SFT would not be shown either).
 
 The learning rate does more than the method: on seeds 100 to 102, at the same point, the old tasks were right
 at 0.38 (OTR) and 0.19 (SFT) with 1e-3, at 0.94 and 0.91 with 3e-4, at 0.970 and 0.965 with 1e-4, the default.

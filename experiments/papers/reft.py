@@ -14,12 +14,12 @@ workings: SFT on the annotated ones (41 epochs; the paper's SFT has 40); offline
 the model's own right ones, each once; online self-training, half of either; and ReFT: PPO with a critic on
 the same model, 0.1 for a wrong sum that can be read, KL 0.05 in the reward.
 
-Over seeds 0 to 4 ReFT's greedy answers are right in 0.707 of held-out questions, SFT's in 0.527
-(+0.181 [0.078, 0.284]; at its best measured step SFT's are in 0.576). Voting adds nothing to ReFT
-(+0.002 [-0.009, 0.014]), which has one kind of working left, and 11 points to SFT, which has both. Online
-self-training is not between the two: it is right in 0.741, as is offline self-training, and ReFT cannot be
-distinguished from it (-0.033 [-0.112, 0.046]). Seeds 3 and 4 were added when three could not tell ReFT from SFT
-(+0.218 [-0.010, 0.445]).
+Over seeds 0 to 4 ReFT's greedy answers are right in 0.707 of held-out questions, SFT's in 0.527 (+0.181
+[0.078, 0.284]; at its best measured step SFT's are in 0.576). Voting adds nothing to ReFT (+0.002 [-0.009,
+0.014]), which has one kind of working left, and 11 points to SFT, which has both. Online self-training is
+not between the two: it is right in 0.741, as is offline self-training, and ReFT cannot be distinguished from
+it (-0.033 [-0.112, 0.046]). Seeds 3 and 4 were added when three could not tell ReFT from SFT (+0.218
+[-0.010, 0.445]).
 
 Settings were chosen on seeds 100 and 101, and the amount of data decides: with 750 questions ReFT was 6 and
 8 points above SFT, with 1500 (and KL 0.01) 4 and 3 below, for SFT then has enough annotated workings; with

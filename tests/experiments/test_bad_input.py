@@ -315,7 +315,7 @@ BAD = [
         "reinforce",
         "online",
         ["--algorithm", "online_dpo", "--updates", "2"],
-        "--updates 2 is refused by --algorithm online_dpo, which takes its gradient at the policy",
+        "--updates 2 is refused by --algorithm online_dpo, which computes its gradient at the policy",
     ),
     (
         "reinforce",
@@ -361,7 +361,7 @@ BAD = [
         "reinforce",
         "no ratio",
         ["--algorithm", "expert_iteration", "--updates", "2"],
-        "--updates 2 is refused by --algorithm expert_iteration, which takes its gradient at",
+        "--updates 2 is refused by --algorithm expert_iteration, which computes its gradient at",
     ),
     ("reinforce", "overlong", ["--overlong", "9"], "must lie in 0..--max-new-tokens (4), got 9"),
     ("reinforce", "long", ["--max-new-tokens", "600"], "exceeds the 512 positions of tiny"),

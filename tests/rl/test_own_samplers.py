@@ -120,7 +120,7 @@ def test_rollouts_in_parts_whose_shapes_change_are_an_error_that_says_what_to_do
 
 def test_what_is_no_batch_is_an_error():
     nothing = lambda batch, params, key: None
-    with pytest.raises(ValueError, match="transform 1 returned NoneType in place of the batch"):
+    with pytest.raises(ValueError, match="transform 1 returned NoneType instead of the batch"):
         collected(sampler(), OLD, nothing)
     with pytest.raises(ValueError, match="this one gave NoneType"):
         collected(lambda params, asked, key: None)

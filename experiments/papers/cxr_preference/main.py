@@ -13,8 +13,9 @@ parameters. Beside the five, with the same steps and as many tokens: more of the
 validation images, as in the paper; printed results are for other images, one sample each. Reports that the
 judge cannot read (here: without an end) give no pair, and count 0 where methods are compared.
 
-The paper's lengthening, up to 3.2 times, is not reached in such a small language with a habit of three negatives. The effect of a judge's bias is therefore also shown exactly: five responses whose labels
-favour length by 0.1 a token. DPO's optimum is then the biased one, R-DPO's with α = 0.1 the unbiased one.
+The paper's lengthening, up to 3.2 times, is not reached in such a small language with a habit of three
+negatives. The effect of a judge's bias is therefore also shown exactly: five responses whose labels favour
+length by 0.1 a token. DPO's optimum is then the biased one, R-DPO's with α = 0.1 the unbiased one.
 
 Seen over seeds 0 to 2: DPO gains for 100 steps; by 200 its reports have grown from 6.2 to 9 tokens and its
 GREEN has fallen below the start's, which is why a checkpoint is chosen. On seed 0 115 of SimPO's 1000

@@ -1,9 +1,9 @@
 """HyPO: The Importance of Online Data, Understanding Preference Fine-tuning via Coverage (arXiv 2406.01462).
 
-DPO compares log-ratios on its pairs alone, so responses outside of the pairs are unconstrained; HyPO adds the KL
-from the reference on the policy's own samples, which need no reward. Three parts: three responses of which
-one is in no pair, random log-linear bandits (both with exact gradients), and a small language model whose
-pairs do not show the failure, compared with online RLOO, which sees the true reward.
+DPO compares log-ratios on its pairs alone, so responses outside of the pairs are unconstrained; HyPO adds
+the KL from the reference on the policy's own samples, which need no reward. Three parts: three responses of
+which one is in no pair, random log-linear bandits (both with exact gradients), and a small language model
+whose pairs do not show the failure, compared with online RLOO, which sees the true reward.
 
     python experiments/papers/hypo/main.py
     python experiments/papers/hypo/main.py --text-kl-weight 0.1     more of the KL, less of the reward

@@ -109,7 +109,7 @@ def test_a_pattern_narrows_what_trains():
     assert trained(plain("two$"), tokenizer)[0].strip().startswith("two")
     assert plain("two$").loss_mask[-1] == 0.5  # EOS
     assert plain("one").loss_mask[-1] == 0.0
-    with pytest.raises(DataError, match="no regular expression"):
+    with pytest.raises(DataError, match="not a regular expression"):
         Renderer(tokenizer, train_on="(")
 
 

@@ -510,7 +510,7 @@ BAD = [
     ("sft", "empty task", ["--data", "rg:chain_sum?size=0"], "size"),
     ("sft", "too few shares", ["--weights", "1", "2"], "weights"),
     ("sft", "negative share", ["--weights", "-1"], "weights"),
-    ("sft", "expression", ["--train-on", "("], "train_on '(' is no regular expression"),
+    ("sft", "expression", ["--train-on", "("], "train_on '(' is not a regular expression"),
     (
         "sft generate",
         "Jinja",

@@ -165,7 +165,7 @@ def test_a_broken_checkpoint_is_set_aside_for_the_one_before(
     for path in files:
         break_file(path, how)
     assert files and steps_in(tmp_path) == [2, 4, 6]
-    with pytest.warns(UserWarning, match="checkpoint 6 cannot be read .* the one before"):
+    with pytest.warns(UserWarning, match="checkpoint 6 cannot be read .* the previous one is used"):
         problem.train(tmp_path, steps=6)
     assert steps_in(tmp_path) == [2, 4, 6]  # written anew
     _, history = problem.train(tmp_path)

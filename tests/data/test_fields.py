@@ -214,7 +214,7 @@ LONG = "The whole question, as it was asked."
         ),
         (
             {"messages": [user("<image>"), assistant("a")], "images": ["a.png"]},
-            "'images' holds what",
+            "'images' holds data",
         ),
         ({"messages": [user("q"), assistant("a", refusal="no")]}, "message 1 has 'refusal'"),
         ({"question": "q", "answer": ["4", "four"]}, "answer must be text, got a list of 2 texts"),

@@ -1,4 +1,4 @@
-"""Held-out loss, perplexity and, where answers can be verified, accuracy of a model and adapter.
+"""Held-out loss, perplexity and, if answers can be verified, accuracy of a model and adapter.
 
 $ python experiments/evaluate.py --data held_out.jsonl --adapter runs/sft/adapter
 $ python experiments/evaluate.py --data "rg:chain_sum?size=200&seed=9"
@@ -31,22 +31,22 @@ class Config:
     data: str  # file, rg:TASK, tfds:NAME or hub id
     trained: flags.Trained = flags.Trained()
     columns: flags.Columns = flags.Columns()
-    limit: int | None = None  # use at most so many records
+    limit: int | None = None  # use at most this many records; None: all
     # tokens that the loss counts: of the completion, of the last answer, all, or per message
     mask: Literal["completion", "last_turn", "all", "per_message"] = "completion"
-    max_length: int = 512  # tokens of a row; longer records are left out of the loss
-    batch_size: int = 4  # rows of one forward pass
-    max_new_tokens: int = 64  # tokens of an answer that is verified
-    output: str | None = None  # JSON file for the metrics and answers
+    max_length: int = 512  # maximum tokens of a row; the loss excludes longer records
+    batch_size: int = 4  # rows per forward pass
+    max_new_tokens: int = 64  # maximum tokens of an answer to verify
+    output: str | None = None  # JSON file for the metrics and answers; None: none
     debug: bool = False  # full tracebacks
 
 
 def main(config: Config) -> dict[str, Any]:
-    """Prints and returns the metrics."""
+    """Evaluates; prints and returns the metrics."""
     renderer = renderer_of(limits.check(config).trained, mask=config.mask)
     output = writable_file(config.output) if config.output else None
     records = data.load(config.data, fields=config.columns.of(config.data), limit=config.limit)
-    verifier = verifier_for(records[0]["_source"], records)  # or an error now, not after the loss
+    verifier = verifier_for(records[0]["_source"], records)  # an error now, not after the loss
     bad, what = data.BadRecords(), shown(config.data)
     tokenised = data.render(records, renderer, config.max_length, bad=bad)
     tell_of(bad, len(tokenised), len(records), "evaluated")

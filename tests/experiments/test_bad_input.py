@@ -299,18 +299,23 @@ BAD = [
         "--rho 0.1 has no effect with --sharpness none; take sam, asam",
     ),
     ("reinforce", "mesh", ["--fsdp", "-1"], "cannot be laid over data x fsdp = 8 devices"),
-    ("reinforce", "context", ["--context", "2", "--fsdp", "-1"], "--context 2 is of sft.py"),
+    (
+        "reinforce",
+        "context",
+        ["--context", "2", "--fsdp", "-1"],
+        "only sft.py and preference.py support --context 2",
+    ),
     (
         "reinforce",
         "halves",
         ["--algorithm", "xpo", "--group-size", "3"],
-        "half of each group to the start: it needs an even --group-size",
+        "half of each group from the start: it needs an even --group-size",
     ),
     (
         "reinforce",
         "online",
         ["--algorithm", "online_dpo", "--updates", "2"],
-        "--updates 2 is refused by --algorithm online_dpo, which takes its gradient at the policy",
+        "--updates 2 is refused by --algorithm online_dpo, which computes its gradient at the policy",
     ),
     (
         "reinforce",
@@ -356,7 +361,7 @@ BAD = [
         "reinforce",
         "no ratio",
         ["--algorithm", "expert_iteration", "--updates", "2"],
-        "--updates 2 is refused by --algorithm expert_iteration, which takes its gradient at",
+        "--updates 2 is refused by --algorithm expert_iteration, which computes its gradient at",
     ),
     ("reinforce", "overlong", ["--overlong", "9"], "must lie in 0..--max-new-tokens (4), got 9"),
     ("reinforce", "long", ["--max-new-tokens", "600"], "exceeds the 512 positions of tiny"),
@@ -465,7 +470,7 @@ BAD = [
     ("reinforce", "timeout", ["--timeout", "0"], "--timeout must be positive and finite, got 0"),
     ("sample_pairs", "gap", ["--min-gap", "-1"], "--min-gap must be at least 0, got -1.0"),
     # What is held out.
-    ("sft", "one record", chat, "1 records cannot be split into what trains and what is held out"),
+    ("sft", "one record", chat, "1 records cannot be split into training and held-out records"),
     ("sft", "same", without_answers, "every held-out record is also in the training data"),
     (
         "sft reinforce",
@@ -505,7 +510,7 @@ BAD = [
     ("sft", "empty task", ["--data", "rg:chain_sum?size=0"], "size"),
     ("sft", "too few shares", ["--weights", "1", "2"], "weights"),
     ("sft", "negative share", ["--weights", "-1"], "weights"),
-    ("sft", "expression", ["--train-on", "("], "train_on '(' is no regular expression"),
+    ("sft", "expression", ["--train-on", "("], "train_on '(' is not a regular expression"),
     (
         "sft generate",
         "Jinja",
@@ -545,7 +550,7 @@ BAD = [
         "sft preference reinforce",
         "earlier run",
         earlier_run,
-        "holds an earlier run; go on with --resume",
+        "holds an earlier run; continue it with --resume",
     ),
     ("sft", "profile", lambda p: ["--profile-dir", unwritable(p)], "cannot write to"),
 ]

@@ -41,9 +41,7 @@ def _kept(settings: Settings, linear: Linear) -> int:
     if not isinstance(table, dict):
         raise AdapterError(f"rank_pattern={table!r} must be an object of ranks that are kept.")
     for name, kept in table.items():
-        if name.startswith(
-            f"{linear.name}.lora_E"
-        ):  # Some versions append the adapter's name.
+        if name.startswith(f"{linear.name}.lora_E"):  # Some versions append the adapter's name.
             if not isinstance(kept, list) or not all(isinstance(x, bool) for x in kept):
                 raise AdapterError(f"rank_pattern[{name!r}] must be a list of true and false.")
             return sum(kept)

@@ -29,7 +29,9 @@ def read(settings: Settings, tensors: Tensors, model: Model) -> dict[str, PacaWe
         if linear.name in chosen:
             found |= _rows(tensors, linear, settings["token_indices"], _ROWS)
     if model.head in chosen and not model.tied:
-        raise AdapterError(f"token_indices of {model.head!r} are not supported, only those of embeddings.")
+        raise AdapterError(
+            f"token_indices of {model.head!r} are not supported, only those of embeddings."
+        )
     _take_tied(tensors, model, found, _ROWS)
     return found
 

@@ -42,7 +42,8 @@ def read(settings: Settings, tensors: Tensors, model: Model) -> dict[str, Randlo
         if len(linear.paths) > 1:
             raise AdapterError(
                 f"{linear.name!r} holds query, key and value in one matrix, whose RandLoRA does not "
-                "split into this model's kernels; merge it into its model with PEFT (merge_and_unload, save_pretrained)."
+                "split into this model's kernels; merge it into its model with PEFT (merge_and_unload, "
+                "save_pretrained)."
             )
         for name, own in (("randlora_A", a[:, None]), ("randlora_B", b)):
             copy = tensors.pop(linear.key(name), None)

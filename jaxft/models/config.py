@@ -62,9 +62,9 @@ class DecoderConfig:
     embedding_scale: float = 1.0
     tie_embeddings: bool = True
     family: str = "llama"  # Hugging Face's model_type, under which files are written
-    # Ids of its files that begin, end and pad texts. No program depends on them, so none is compiled anew.
+    # The ids that begin, end and pad texts. No program depends on them, so a change recompiles none.
     special: SpecialIds = dataclasses.field(default=SpecialIds(), compare=False)
-    # The config.json that it was read from: what is written again is this, where nothing else was changed.
+    # The config.json that it was read from; unchanged values are written again from it.
     source: str = dataclasses.field(default="", compare=False, repr=False)
 
     def __post_init__(self):

@@ -198,7 +198,7 @@ def _product(in_place, scale, x, base, rows, indices):
     if in_place:
         # The name marks the product in a jaxpr, and adds no operation.
         return matmul(x, checkpoint_name(base, IN_PLACE))
-    # Rounded as `to_dense` rounds them: where the base holds the rows, the difference is exactly 0.
+    # Rounded as in `to_dense`: if the base holds the rows, the difference is exactly 0.
     wanted = wide((rows * scale).astype(base.dtype))
     moved = wanted - wide(base[indices])
     return matmul(x, base) + chosen_columns(x, indices) @ moved.astype(x.dtype)
@@ -210,13 +210,13 @@ def _product_jvp(in_place, scale, primals, tangents):
     here = functools.partial(_product, in_place, scale)
     y = here(*primals)
     parts = []
-    # The backward pass keeps x[..., indices], and by the checkpoint the weight's own fields, which are
-    # inputs of the step and cost nothing: no dense, cast or scaled copy.
+    # The backward pass keeps x[..., indices] and, due to the checkpoint, the weight's own fields, which are
+    # inputs of the step and need no memory; it keeps no dense, cast or scaled copy.
     if not isinstance(dx, SymbolicZero):
         parts.append(jax.checkpoint(here, prevent_cse=False)(dx, base, rows, indices))
     if not isinstance(drows, SymbolicZero):
         parts.append(_by_rows(scale, chosen_columns(x, indices), drows))
-    # Not summed from a zero array: the backward pass would keep that.
+    # The sum does not start from a zero array, because the backward pass would keep it.
     return y, functools.reduce(jnp.add, parts) if parts else jnp.zeros_like(y)
 
 

@@ -64,7 +64,7 @@ def intrinsic(
 
     SAID uses m of these for lam, one per tensor, so that theta has d - m (the released code
     uses d - m - 1). A tensor is a leaf of one layer: stacked layers have the same
-    subspace as separate ones, whatever the mesh. On a mesh, lay `params` out first.
+    subspace as separate ones, on any mesh. On a mesh, shard `params` first.
 
     Args:
         key: a jax.random.key; each tensor's map draws from fold_in(key, crc32(path)).

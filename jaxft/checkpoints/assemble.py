@@ -79,7 +79,7 @@ def disassemble(
     known = {number.sub(f"{layers}/", path) for path in known} if stacked else known
     for name in sorted(leaves.keys() - known):
         raise CheckpointError(
-            f"{name!r} has no place in a model's files; save it as an adapter, beside its base model."
+            f"{name!r} cannot be saved in a model's files; save it as an adapter of its base model."
         )
 
     def fetch(path):

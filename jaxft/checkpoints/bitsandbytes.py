@@ -97,7 +97,7 @@ def fold_four_bit(path: pathlib.Path, tensors: Mapping[str, Any]) -> dict[str, A
     if not states:
         raise CheckpointError(
             f"{path}: config.json says load_in_4bit, but no tensor is one of bitsandbytes' 4 bits; if the "
-            "weights are whole, take quantization_config out of config.json."
+            "weights are whole, remove quantization_config from config.json."
         )
     for key in states:
         name, kind = key.split(_STATE)
@@ -163,8 +163,8 @@ def with_kept(shapes: Any, found: Mapping[str, Nf4Weight], dtype: Any) -> Any:
 def _holds(path, entry: Entry, tensor: FourBitTensor) -> bool:
     if entry.paths[0].endswith("/kernel") and not entry.transposed:
         raise CheckpointError(
-            f"{path}: {entry.name!r} is a Conv1D in bitsandbytes' 4 bits, which is not supported; take the "
-            "model that this was made from, and --quantise nf4 to round it here."
+            f"{path}: {entry.name!r} is a Conv1D in bitsandbytes' 4 bits, which is not supported; use the "
+            "model that this was made from, with --quantise nf4."
         )
     plain = not (entry.offset or entry.file_shape or entry.permuted_heads)
     return plain and entry.transposed and len(entry.paths) == 1 and tensor.exact

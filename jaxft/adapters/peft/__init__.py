@@ -266,7 +266,7 @@ def _surplus(key: str, settings: Settings, model: Model) -> str:
         )
     if re.search(r"\.(lora|hada|lokr|vblora|hra|vera|oft|boft|randlora|ia3|paca|ln_tuning)_", key):
         if model.tied and module == model.head:
-            return untied(model, f"{settings['peft_type']} is on {module} alone")
+            return untied(model, f"{settings['peft_type']} is only on {module}")
         if module not in targeted(settings, {}, model, model.leaves):
             named = {n: settings[n] for n in _NAMING if settings.get(n)} or "no module"
             return f"surplus key {key!r}; adapter_config.json does not name its module: {named}."

@@ -148,11 +148,11 @@ def _take_tied(tensors: Tensors, model: Model, weight: Any) -> None:
         return
     if len(head) < 2 or not isinstance(weight, LoraWeight):
         adapted = model.head if head else "embed_tokens"
-        raise AdapterError(untied(model, f"LoRA is on {adapted} alone"))
+        raise AdapterError(untied(model, f"LoRA is only on {adapted}"))
     pair = np.asarray(weight.b), np.asarray(weight.a)
     for key, tensor, own in zip(keys, head, pair, strict=True):
         if not np.array_equal(tensor.astype(np.float32), own):
-            raise AdapterError(untied(model, f"{key!r} is not that of the embeddings"))
+            raise AdapterError(untied(model, f"{key!r} differs from that of the embeddings"))
         del tensors[key]
 
 

@@ -63,7 +63,7 @@ def read_beside(settings: Settings, tensors: Tensors, model: Model) -> dict[str,
         matched = [n for n in model.embeddings if targeted(one, tensors, model, [n.name])]
         if not matched:
             raise AdapterError(
-                f"trainable_token_indices of {name!r}: supported for embeddings alone, "
+                f"trainable_token_indices of {name!r}: supported only for embeddings, "
                 f"{', '.join(n.name for n in model.embeddings)}."
             )
         for linear in matched:
@@ -111,5 +111,5 @@ def _take_tied(tensors: Tensors, model: Model, found, name) -> None:
         return
     own = found.get(EMBEDDING)
     if own is None or not np.array_equal(rows.astype(np.float32), np.asarray(own.rows)):
-        raise AdapterError(untied(model, f"{key!r} is not that of the embeddings"))
+        raise AdapterError(untied(model, f"{key!r} differs from that of the embeddings"))
     del tensors[key]

@@ -25,7 +25,7 @@ def read_norms(settings: Settings, tensors: Tensors, model: Model) -> dict[str, 
     found = {}
     for module in targeted(settings, tensors, model, model.leaves):
         if not _is_norm(model, module):
-            raise AdapterError(f"LN_TUNING of {module!r}: norms alone are supported.")
+            raise AdapterError(f"LN_TUNING of {module!r}: only norms are supported.")
         for leaf, entry in model.leaves[module].items():
             found |= _take(tensors, f"{PREFIX}{module}.{_COPY}.{leaf}", entry, model)
     return found
@@ -62,7 +62,7 @@ def read_whole(
             for leaf, entry in leaves.items():
                 found |= _take(tensors, f"{PREFIX}{module}.{leaf}", entry, model)
     if model.tied and EMBEDDING in found and f"{PREFIX}{model.head}.weight" not in tensors:
-        raise AdapterError(untied(model, "modules_to_save has the embeddings alone"))
+        raise AdapterError(untied(model, "modules_to_save has only the embeddings"))
     bias = settings.get("bias", "none")
     if bias not in ("none", "all", "lora_only"):
         raise AdapterError(f"bias={bias!r} is not supported; expected none, all or lora_only.")
@@ -113,10 +113,10 @@ def write_whole(
         choices = {"none": set(), "lora_only": having & layers, "all": having}
         bias = next((name for name, modules in choices.items() if modules == lone), None)
         if bias is None:
-            raise AdapterError("PEFT lets no biases train, all, or those of adapted layers.")
+            raise AdapterError("PEFT trains no biases, all biases, or those of adapted layers.")
         settings["bias"] = bias
     elif lone:
-        raise AdapterError(f"the bias of {sorted(lone)[0]!r} trains; PEFT has that for LoRA alone.")
+        raise AdapterError(f"the bias of {sorted(lone)[0]!r} trains; PEFT has that only for LoRA.")
     return settings, tensors
 
 

@@ -192,7 +192,7 @@ def test_a_raw_state_dict_is_read(bases, written, tmp_path):
     with pytest.raises(AdapterError, match=r"q_proj.base_layer.weight' .* differs from this model"):
         base.logits(changed(written, tmp_path, lambda _: moved))
     two = state | {n.replace("default", "other"): t for n, t in state.items() if "lora_" in n}
-    with pytest.raises(AdapterError, match="holds the adapters default, other; save one"):
+    with pytest.raises(AdapterError, match="holds the adapters default, other; save a single one"):
         base.logits(changed(written, tmp_path, lambda _: two))
 
 

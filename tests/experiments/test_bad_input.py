@@ -315,7 +315,7 @@ BAD = [
         "reinforce",
         "online",
         ["--algorithm", "online_dpo", "--updates", "2"],
-        "--updates 2 is refused by --algorithm online_dpo, which computes its gradient at the sampling policy",
+        "--updates 2 is refused by --algorithm online_dpo, which computes its gradient at the sampling",
     ),
     (
         "reinforce",

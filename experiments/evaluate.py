@@ -2,6 +2,7 @@
 
 $ python experiments/evaluate.py --data held_out.jsonl --adapter runs/sft/adapter
 $ python experiments/evaluate.py --data "rg:chain_sum?size=200&seed=9"
+$ python experiments/evaluate.py --tasks arc_easy my_task --task-dir tasks --limit 100
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any, Literal
 
 import tyro
 
-from experiments.cli import flags, limits
+from experiments.cli import flags, harness, limits
 from experiments.cli.held_out import shown, tell_of
 from experiments.cli.models import check_positions, load_trained, renderer_of, writable_file
 from jaxft import data, train
@@ -28,13 +29,14 @@ from jaxft.rewards import measure_accuracy, verifier_for
 class Config:
     """Which model, on which records."""
 
-    data: str  # file, rg:TASK, tfds:NAME or hub id
+    data: str | None = None  # file, rg:TASK, tfds:NAME or hub id; or --tasks
+    harness: harness.Harness = harness.Harness()
     trained: flags.Trained = flags.Trained()
     columns: flags.Columns = flags.Columns()
-    limit: int | None = None  # use at most so many records
+    limit: int | None = None  # use at most so many records, or documents of each task
     # tokens that the loss counts: of the completion, of the last answer, all, or per message
     mask: Literal["completion", "last_turn", "all", "per_message"] = "completion"
-    max_length: int = 512  # tokens of a row; longer records are left out of the loss
+    max_length: int = 512  # tokens of a row; longer records are left out of the loss, contexts cut
     batch_size: int = 4  # rows of one forward pass
     max_new_tokens: int = 64  # tokens of an answer that is verified
     output: str | None = None  # JSON file for the metrics and answers
@@ -43,7 +45,10 @@ class Config:
 
 def main(config: Config) -> dict[str, Any]:
     """Prints and returns the metrics."""
-    renderer = renderer_of(limits.check(config).trained, mask=config.mask)
+    harness.check(limits.check(config))
+    if config.harness.tasks:
+        return harness.run(config)
+    renderer = renderer_of(config.trained, mask=config.mask)
     output = writable_file(config.output) if config.output else None
     records = data.load(config.data, fields=config.columns.of(config.data), limit=config.limit)
     verifier = verifier_for(records[0]["_source"], records)  # or an error now, not after the loss

@@ -6,6 +6,7 @@ from jaxft.analysis.harness import (
     harness_model,
     load_tasks,
     metrics_of,
+    results_table,
 )
 from jaxft.analysis.intrinsic_dimension import D90, d90_search, satisfactory
 from jaxft.analysis.sentences import text_embeddings
@@ -25,6 +26,7 @@ __all__ = [
     "load_tasks",
     "loss_along",
     "metrics_of",
+    "results_table",
     "satisfactory",
     "text_embeddings",
 ]

@@ -169,6 +169,13 @@ def metrics_of(results: dict[str, Any]) -> dict[str, float]:
     return found
 
 
+def results_table(results: dict[str, Any]) -> str:
+    """The harness's tables of tasks and of groups, as Markdown."""
+    make = _module("lm_eval.utils").make_table
+    parts = [make(results)] + ([make(results, "groups")] if results.get("groups") else [])
+    return "\n".join(parts)
+
+
 def _manager(tasks, names, directory):
     """The index of tasks; that of the harness's own 14,000 takes seconds, so only where it is needed."""
     if directory is not None or all(map(_is_file, names)):

@@ -44,11 +44,11 @@ def load_tasks(
         MissingDependencyError: if lm-eval is not installed.
         ValueError: for a name without a task, a directory that does not exist, or a task that cannot be read.
     """
-    tasks = _module("lm_eval.tasks")
     if directory is not None and not pathlib.Path(directory).is_dir():
         raise ValueError(f"{directory}: no such directory of tasks.")
     if not names:
         raise ValueError("load_tasks: names is empty; give at least one task.")
+    tasks = _module("lm_eval.tasks")
     manager, found = _manager(tasks, names, directory), []
     for name in names:
         matches = [name] if _is_file(name) else manager.match_tasks([name])

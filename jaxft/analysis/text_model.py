@@ -309,7 +309,9 @@ def _signed_losses(model, params, batch, start, targets):
     the sign tells which they are, and only one number a token is kept of its logits.
     """
     found = predict(model.forward, params, batch, None)
-    places = jnp.minimum(start[:, None] + jnp.arange(targets.shape[1])[None], found.hidden.shape[1] - 1)
+    places = jnp.minimum(
+        start[:, None] + jnp.arange(targets.shape[1])[None], found.hidden.shape[1] - 1
+    )
     hidden = jnp.take_along_axis(found.hidden, places[..., None], axis=1)
 
     def signed(logits, targets):

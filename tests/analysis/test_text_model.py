@@ -14,6 +14,7 @@ from jaxft import train
 from jaxft.analysis import (
     TextModel,
     evaluate_tasks,
+    harness,
     harness_metrics,
     harness_model,
     load_tasks,
@@ -167,12 +168,22 @@ def test_metrics_of_results():
     assert metrics_of({"results": {"t": values}}) == {"t/acc": 0.5, "t/em/strict": 1.0}
 
 
-def test_without_the_package_the_extra_is_named(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
-    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+@pytest.mark.parametrize(
+    "given, code, said",
+    [
+        ({"tasks": ("arc_easy",)}, 3, "pip install 'jaxft[eval]'"),
+        ({"tasks": ("own",), "task_dir": "nowhere"}, 2, "nowhere: no such directory of tasks"),
+        ({"tasks": ("own",), "num_fewshot": -1}, 2, "--num-fewshot must be at least 0, got -1"),
+        ({}, 2, "give --data, or --tasks"),
+    ],
+)
+def test_what_is_missing_is_named(given, code, said, monkeypatch, capsys):
+    for name in ("lm_eval", "lm_eval.tasks"):
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(SystemExit) as stop:
-        train.run_main(evaluate.main, flags.replace(evaluate.Config(), tasks=("arc_easy",)))
-    assert stop.value.code == 3 and "pip install 'jaxft[eval]'" in capsys.readouterr().err
+        train.run_main(evaluate.main, flags.replace(evaluate.Config(), **given))
+    stderr = capsys.readouterr().err
+    assert stop.value.code == code and said in stderr and len(stderr.splitlines()) == 1
 
 
 def write_task(path):
@@ -211,6 +222,8 @@ def test_a_local_task_runs_in_the_harness(text_model, tmp_path, monkeypatch, cap
     assert results["n-shot"] == {"own": 1} and results["n-samples"]["own"]["effective"] == 2
     assert metrics["own/acc"] == results["results"]["own"]["acc,none"]
     assert "|own" in capsys.readouterr().out
-    for name, directory, said in (("owm", tmp_path, "near: own"), ("own", "none", "no such dir")):
-        with pytest.raises(ValueError, match=said):
-            load_tasks([name], directory=directory)
+    # Without the index of the harness's own tasks, which takes seconds.
+    options = dict(include_defaults=False, include_path=str(tmp_path))
+    monkeypatch.setattr(harness, "_manager", lambda tasks, *_: tasks.TaskManager(**options))
+    with pytest.raises(ValueError, match="task 'owm' is neither of lm-eval nor a file; near: own"):
+        load_tasks(["owm"])

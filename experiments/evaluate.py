@@ -36,7 +36,8 @@ class Config:
     limit: int | None = None  # use at most so many records, or documents of each task
     # tokens that the loss counts: of the completion, of the last answer, all, or per message
     mask: Literal["completion", "last_turn", "all", "per_message"] = "completion"
-    max_length: int = 512  # tokens of a row; longer records are left out of the loss, contexts cut
+    # tokens of a record, or of a context; default: 512 and the model's positions
+    max_length: int | None = None
     batch_size: int = 4  # rows of one forward pass
     max_new_tokens: int = 64  # tokens of an answer that is verified
     output: str | None = None  # JSON file for the metrics and answers
@@ -48,24 +49,24 @@ def main(config: Config) -> dict[str, Any]:
     harness.check(limits.check(config))
     if config.harness.tasks:
         return harness.run(config)
-    renderer = renderer_of(config.trained, mask=config.mask)
+    renderer, longest = renderer_of(config.trained, mask=config.mask), config.max_length or 512
     output = writable_file(config.output) if config.output else None
     records = data.load(config.data, fields=config.columns.of(config.data), limit=config.limit)
     verifier = verifier_for(records[0]["_source"], records)  # or an error now, not after the loss
     bad, what = data.BadRecords(), shown(config.data)
-    tokenised = data.render(records, renderer, config.max_length, bad=bad)
+    tokenised = data.render(records, renderer, longest, bad=bad)
     tell_of(bad, len(tokenised), len(records), "evaluated")
     model, params = load_trained(config.trained)
-    check_positions(model, config.trained.model, config.max_length)
-    sizes = dict(batch_size=config.batch_size, max_length=config.max_length)
+    check_positions(model, config.trained.model, longest)
+    sizes = dict(batch_size=config.batch_size, max_length=longest)
     batches = data.finite_batches(tokenised, **sizes)
     loss = train.evaluate(train.make_eval_step(supervised(model.forward)), params, batches)["loss"]
     metrics = {"records": len(records), "loss": loss, "perplexity": math.exp(loss)}
     on = f"on {len(tokenised)} of {len(records)} records of {what}"
     print(f"loss {loss:.4f} nats a token, perplexity {math.exp(loss):.3f} {on}")
     if verifier is not None:
-        longest = dict(max_new_tokens=config.max_new_tokens)
-        result = measure_accuracy(model, params, renderer, records, verifier, **longest)
+        sizes = dict(max_new_tokens=config.max_new_tokens)
+        result = measure_accuracy(model, params, renderer, records, verifier, **sizes)
         metrics |= {"accuracy": result.rate, "interval": result.interval}
         metrics["mentioned"] = result.mention_rate
         print(f"accuracy on {len(records)} records of {what}: {result}")

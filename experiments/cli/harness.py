@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import pathlib
+import logging
 from typing import Any
 
 import tyro
@@ -53,6 +53,7 @@ def run(config: Any) -> dict[str, Any]:
 
     --output gets the harness's results as JSON.
     """
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # It warns of each default of a task file.
     asked, output = config.harness, writable_file(config.output) if config.output else None
     options = dict(directory=asked.task_dir, num_fewshot=asked.num_fewshot)
     tasks = analysis.load_tasks(asked.tasks, **options)
@@ -66,16 +67,15 @@ def run(config: Any) -> dict[str, Any]:
             "--apply-chat-template needs a chat template, and the model has none; give --template."
         )
     model, params = load_trained(config.trained)
-    longest = config.max_length if "max_length" in choices.given(config) else None
-    if longest is not None:
-        check_positions(model, config.trained.model, longest)
+    if config.max_length is not None:
+        check_positions(model, config.trained.model, config.max_length)
     text_model = analysis.TextModel(
         model,
         params,
         renderer.tokenizer,
         template=renderer.template,
         batch_size=config.batch_size,
-        max_length=longest,
+        max_length=config.max_length,
         progress=True,
     )
     chat = dict(apply_chat_template=asked.apply_chat_template)
@@ -84,5 +84,5 @@ def run(config: Any) -> dict[str, Any]:
     if output is not None:
         with writing(output):
             output.write_text(json.dumps(results, indent=2, default=str) + "\n")
-        print(f"wrote {pathlib.Path(output)}")
+        print(f"wrote {output}")
     return analysis.metrics_of(results)

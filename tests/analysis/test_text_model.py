@@ -101,15 +101,17 @@ def test_rolling_loglikelihood_is_the_sum_over_all_tokens(text_model):
 
 
 def test_answers_are_cut_at_the_first_stop_string_whatever_the_batch(text_model):
-    contexts = ["a long context that has to lose its beginning to leave room", "Q", "what", "", "x"]
+    contexts = ["a long context that has to lose its beginning to leave room", "Q", ""]
     plain = {"until": [], "max_gen_toks": 8}
-    whole = text_model.generate_until([(text, plain) for text in contexts])
-    assert all(whole) and text_model.generate_until([("what", plain)]) == [whole[2]]
+    ask = lambda **more: text_model.generate_until([(c, {**plain, **more}) for c in contexts])
+    whole = ask()
     until = whole[1][2]
-    requests = [(text, {**plain, "until": until}) for text in contexts]
-    requests += [("what", {**plain, "do_sample": True, "temperature": 2.0})] * 2
-    *cut, one, other = text_model.generate_until(requests)
-    assert cut == [text.split(until)[0] for text in whole] and one != other
+    requests = [(c, {**plain, "until": u}) for c in contexts for u in (until, ["", "\ue000"])]
+    assert text_model.generate_until(requests) == [
+        text for answer in whole for text in (answer.split(until)[0], answer)
+    ]
+    sampled = ask(do_sample=True, temperature=2.0)
+    assert sampled == ask(do_sample=True, temperature=2.0) and sampled != whole
     ids = text_model.encode(contexts[0])[-(LENGTH - 8) :]
     for _ in range(8):
         ids.append(int(log_probs(text_model, ids)[-1].argmax()))

@@ -1,4 +1,4 @@
-"""Lists the scripts, and what is recorded of the papers: python -m experiments
+"""Lists the scripts and the recorded results of the papers: python -m experiments
 
 python -m experiments --results writes docs/results.md and README's table from the records (make results).
 """
@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def print_papers(rows: list[list[str]]) -> None:
-    """The table of papers: state of their claims, last record, and whether the code changed since."""
+    """Prints the table of papers: their claims, last record, and whether the code has changed since."""
     from rich.console import Console
     from rich.table import Table
 
@@ -44,7 +44,7 @@ def print_papers(rows: list[list[str]]) -> None:
 
 
 def scripts() -> list[pathlib.Path]:
-    """The files that are meant to be run: the everyday jobs, then one for each paper."""
+    """Returns the runnable files: the everyday scripts, then one for each paper."""
     papers = HERE / "papers"
     jobs, single = sorted(HERE.glob("*.py")), sorted(papers.glob("*.py"))
     files = [*jobs, *sorted([*single, *papers.glob("*/main.py")])]

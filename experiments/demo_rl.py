@@ -4,14 +4,14 @@
     python experiments/demo_rl.py --smoke    seconds; nothing is judged
 
 The task is reasoning-gym's chain_sum, additions of two two-digit numbers. A model of 0.2 M
-parameters that reads characters is made here and trained on right answers until it gives one with
-probability 0.45. From there on it sees questions alone: it answers each eight times, and a verifier
-says which answers are right. Held-out questions are never trained on; the numbers before and after
-are exact probabilities of the right answer, averaged over them, one number a seed.
+parameters that reads characters is created here and trained on correct answers until it gives one
+with probability 0.45. From there on it sees only questions: it answers each eight times, and a
+verifier judges the answers. Held-out questions are never trained on; the numbers before and after
+are exact probabilities of the correct answer, averaged over these, one number per seed.
 
-Two controls train in the same way. One is given, for each answer, the verdict of an answer to
-another question: rewards as frequent as the real ones that say nothing. The other has the learning
-rate 0. Settings were chosen on seeds of 100 and above, and are reported on seeds 0 to 3.
+Two controls train in the same way. One receives, for each answer, the verdict on an answer to
+another question: rewards as frequent as the real ones, but without information. The other has
+learning rate 0. Settings were chosen on seeds from 100 up; results are reported on seeds 0 to 3.
 """
 
 from __future__ import annotations
@@ -44,23 +44,23 @@ ARMS = ("GRPO", "verdicts of others", "learning rate 0")
 class Config:
     """Sizes and seeds."""
 
-    seeds: int = 4  # runs of each arm, each with a seed of its own
+    seeds: int = 4  # runs of each arm, each with its own seed
     first_seed: int = 0  # the first of the seeds; the others follow it
-    until: float = 0.45  # probability of a right training answer where the start ends
+    until: float = 0.45  # probability of a correct training answer at which RL starts
     steps: int = 300  # optimizer steps of each arm
     prompts_per_step: int = 32  # questions of a rollout
     group_size: int = 8  # answers to each question
-    learning_rate: float = 3e-4  # of AdamW, constant
+    learning_rate: float = 3e-4  # AdamW's, constant
     evaluate_every: int = 25  # steps between evaluations on held-out questions
-    width: int = 96  # of the model
-    size: int = 30_000  # draws for training, of which half are additions, about 6,800 different
+    width: int = 96  # width of the model
+    size: int = 30_000  # draws for training; half are additions, about 6,800 of them distinct
     output_dir: str = "runs/demo-rl"  # directory of the figure and metrics.json
     smoke: bool = False  # seconds; nothing is judged
     debug: bool = False  # full tracebacks
 
 
 def main(config: Config) -> int:
-    """Runs all seeds and arms; the exit code is 1 if the gain, or a control, is not as claimed."""
+    """Runs all seeds and arms; returns exit code 1 if the gain or a control is not as claimed."""
     if config.smoke:
         config = dataclasses.replace(
             config, seeds=1, until=0.002, steps=2, prompts_per_step=2, group_size=4, evaluate_every=1,
@@ -106,14 +106,14 @@ def train_arm(config, model, start, sums, seed, arm, measure) -> tuple[Any, list
     """(params, history) of one arm."""
     build = functools.partial(policy_gradient, model.forward)
     credit, objective = rl.grpo(build, config.group_size)
-    # By one question: all rewards stay, none belongs to its answer.
+    # Shift by one question: the same rewards, but none belongs to its answer.
     others = lambda rewards, batch: credit(jnp.roll(rewards, config.group_size), batch)
     return arithmetic.reinforce(
         model,
         start,
         sums,
         rl.Algorithm(others if arm == "verdicts of others" else credit, objective),
-        # What cannot move need not run long.
+        # With learning rate 0 nothing changes, so few steps suffice.
         steps=min(config.steps, 10) if arm == "learning rate 0" else config.steps,
         seed=seed,
         learning_rate=0.0 if arm == "learning rate 0" else config.learning_rate,
@@ -124,7 +124,7 @@ def train_arm(config, model, start, sums, seed, arm, measure) -> tuple[Any, list
 
 
 def verified(model, params, sums: arithmetic.Sums, records) -> float:
-    """Share of greedy answers, decoded to text, that reasoning-gym's own verifier takes as right."""
+    """Fraction of greedy answers, decoded to text, that reasoning-gym's verifier accepts."""
     verifier = verifier_for(records[0]["_source"], records)
     size = max(map(len, sums.answers)) + 1
     greedy = SamplingConfig(size, temperature=0.0, stop_ids=(arithmetic.ALPHABET.index("\n"),))
@@ -134,7 +134,7 @@ def verified(model, params, sums: arithmetic.Sums, records) -> float:
 
 
 def judge(runs: list[dict]) -> list[Claim]:
-    """The claims and whether they hold."""
+    """Returns the claims with their measured numbers."""
     gains = lambda arm, metric: [r[arm]["after"][metric] - r[arm]["before"][metric] for r in runs]
     real, blind, still = ARMS
     above = [a - b for a, b in zip(gains(real, "pass@1"), gains(blind, "pass@1"), strict=True)]

@@ -1,4 +1,4 @@
-"""Held-out loss, perplexity and, where answers can be verified, accuracy of a model and adapter.
+"""Held-out loss, perplexity and, if answers can be verified, accuracy of a model and adapter.
 
 $ python experiments/evaluate.py --data held_out.jsonl --adapter runs/sft/adapter
 $ python experiments/evaluate.py --data "rg:chain_sum?size=200&seed=9"
@@ -33,26 +33,26 @@ class Config:
     harness: harness.Harness = harness.Harness()
     trained: flags.Trained = flags.Trained()
     columns: flags.Columns = flags.Columns()
-    limit: int | None = None  # use at most so many records, or documents of each task
+    limit: int | None = None  # use at most this many records, or documents per task; None: all
     # tokens that the loss counts: of the completion, of the last answer, all, or per message
     mask: Literal["completion", "last_turn", "all", "per_message"] = "completion"
-    # tokens of a record, or of a context; default: 512 and the model's positions
+    # maximum tokens of a record or context; None: 512, or the model's positions with --tasks
     max_length: int | None = None
-    batch_size: int = 4  # rows of one forward pass
-    max_new_tokens: int = 64  # tokens of an answer that is verified
-    output: str | None = None  # JSON file for the metrics and answers
+    batch_size: int = 4  # rows per forward pass
+    max_new_tokens: int = 64  # maximum tokens of an answer to verify
+    output: str | None = None  # JSON file for the metrics and answers; None: none
     debug: bool = False  # full tracebacks
 
 
 def main(config: Config) -> dict[str, Any]:
-    """Prints and returns the metrics."""
+    """Evaluates; prints and returns the metrics."""
     harness.check(limits.check(config))
     if config.harness.tasks:
         return harness.run(config)
     renderer, longest = renderer_of(config.trained, mask=config.mask), config.max_length or 512
     output = writable_file(config.output) if config.output else None
     records = data.load(config.data, fields=config.columns.of(config.data), limit=config.limit)
-    verifier = verifier_for(records[0]["_source"], records)  # or an error now, not after the loss
+    verifier = verifier_for(records[0]["_source"], records)  # an error now, not after the loss
     bad, what = data.BadRecords(), shown(config.data)
     tokenised = data.render(records, renderer, longest, bad=bad)
     tell_of(bad, len(tokenised), len(records), "evaluated")

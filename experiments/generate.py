@@ -23,18 +23,18 @@ from jaxft.keys import stream
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Which model, and how to sample."""
+    """Model and sampling."""
 
     trained: flags.Trained = flags.Trained()
-    prompt: tuple[str, ...] = ()  # none: chat on the terminal
-    system: str | None = None  # system message before each prompt or chat
+    prompt: tuple[str, ...] = ()  # prompts to answer; none: chat on the terminal
+    system: str | None = None  # system message before each prompt or chat; None: none
     sampling: flags.Sampling = flags.Sampling(max_new_tokens=200, temperature=0.0)
-    seed: int = 0  # of what is sampled
+    seed: int = 0  # seed of the sampling
     debug: bool = False  # full tracebacks
 
 
 def main(config: Config) -> list[str]:
-    """Prints the answers; returns them."""
+    """Prints and returns the answers."""
     renderer = renderer_of(limits.check(config).trained)
     config.sampling.rules(renderer.tokenizer)  # an error before the model is loaded
     model, params = load_trained(config.trained)

@@ -1,12 +1,12 @@
-"""Merges an adapter into its base model; a Hugging Face directory or a GGUF file is written and compared.
+"""Merges an adapter into its base model; writes a Hugging Face directory or GGUF file and compares it.
 
 $ python experiments/merge.py --model smollm2 --adapter runs/sft/adapter --output-dir merged
 $ python experiments/merge.py --model smollm2 --adapter runs/qlora/adapter --quantise nf4 --output-dir merged
 $ python experiments/merge.py --model smollm2 --adapter runs/sft/adapter --gguf q8_0 --output-dir merged
 $ python experiments/merge.py --adapter runs/qdora/adapter --quantise nf4 --as-lora 64 --output-dir lora
 
---as-lora writes an adapter in PEFT's format, which peft, vLLM and SGLang load beside the base: PaCA, VeRA and
-LoRA itself are LoRA exactly; others become the nearest LoRA of that rank, and what this loses is printed.
+--as-lora writes an adapter in PEFT's format, which peft, vLLM and SGLang load with the base: PaCA, VeRA and
+LoRA convert exactly; others become the nearest LoRA of that rank, and the approximation error is printed.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from jaxft import checkpoints as files
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What to merge, and where to."""
+    """Adapter to merge, and output."""
 
     adapter: str  # directory in PEFT's format or jaxft's own, or a LoRA as a .gguf file
-    output_dir: str  # directory for what is written
-    # write model.gguf, for llama.cpp, with matrices of this type; or adapter.gguf: the LoRA alone, not merged
+    output_dir: str  # directory for the output
+    # write model.gguf, for llama.cpp, with matrices of this type; or adapter.gguf: only the LoRA, not merged
     gguf: Literal["f32", "f16", "bf16", "q8_0", "lora"] | None = None
-    as_lora: int | None = None  # an adapter instead: LoRA of at most this rank; 0: if exact
+    as_lora: int | None = None  # write a LoRA of at most this rank instead; 0: only if exact
     base: flags.Adapted = flags.Adapted()
     hub: flags.Hub = flags.Hub()
     debug: bool = False  # full tracebacks
 
 
 def main(config: Config) -> adapters.Difference:
-    """Prints and returns how far the files' logits are from the adapter's, or its LoRA's."""
+    """Merges; prints and returns the difference of the files' logits from the adapter's or its LoRA's."""
     cards.check(config)
     if config.base.target != flags.Adapted.target and config.base.quantise is None:
         raise ValueError(f"--target {config.base.target} has no effect without --quantise.")
@@ -74,7 +74,7 @@ def main(config: Config) -> adapters.Difference:
 
 
 def _lora(rank: int, model: Any, base: Any, params: Any) -> Any:
-    """The adapter as LoRA, after the share of its update that this loses is printed."""
+    """Converts the adapter to LoRA, and prints the fraction of its update that is lost."""
     lora, lost = adapters.as_lora(params, rank or None, base=base)
     print("\n".join(f"{name:56} lacks {share:.2%}" for name, share in lost.by_path.items()))
     print(f"{lost}; against the adapter: {adapters.logit_difference(model, params, lora)}")
@@ -82,7 +82,7 @@ def _lora(rank: int, model: Any, base: Any, params: Any) -> Any:
 
 
 def _sayable_tokenizer(source: str) -> Any:
-    """The tokenizer of the base, after the checks that a GGUF file can say it and the model."""
+    """Returns the base's tokenizer, after checks that GGUF can represent it and the model."""
     opened, tokenizer = files.open_model(source), files.load_tokenizer(source)
     model = files.load_model("tiny")[0] if opened == "tiny" else opened.model
     files.check_gguf(model, tokenizer)

@@ -4,16 +4,16 @@
     python experiments/preference.py --data labelled.jsonl --loss kto
     python experiments/preference.py --model meta-llama/Llama-3.1-8B-Instruct --fsdp -1 --bfloat16 \\
         --data trl-lib/ultrafeedback_binarized --loss simpo --learning-rate 1e-6 --adapter full
-    python experiments/preference.py --data pairs.jsonl --loss hypo      DPO, held by a KL on its own answers
+    python experiments/preference.py --data pairs.jsonl --loss hypo      DPO with a KL on its own answers
     python experiments/preference.py --data pairs.jsonl --loss reward    a reward model
     python experiments/preference.py --smoke        seconds, random weights
 
 Pairs have the columns prompt, chosen and rejected; kto, bco and outcome take prompt, completion and label, or
-pairs; process takes prompt, completions (steps) and labels. A reasoning-gym task (rg:TASK) gives pairs of
-right answers and those of other questions. The reference is the model before training; its log-probs
+pairs; process takes prompt, completions (steps) and labels. A reasoning-gym task (rg:TASK) gives pairs of a
+correct answer and that of another question. The reference is the model before training; its log-probs
 are computed once. A reward model is a sequence classifier with one label: its head is `score` in the
 adapter's files, or the model's. The output directory gets the adapter, metrics, a figure and checkpoints;
---resume goes on.
+--resume continues a run.
 """
 
 from __future__ import annotations
@@ -48,40 +48,44 @@ SMALL |= {"max_steps": 6, "eval_steps": 3, "max_length": 256, "learning_rate": 1
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What to train, on which preferences, and how."""
+    """Model, preference data, loss and training."""
 
     data: tuple[str, ...] = (f"{NEEDLE}&size=1000&seed=1",)  # files, hub ids, rg:TASK
-    # held-out records; None: the default task's own or, with --data, a part of that; "": a part
+    # held-out records; None: those of the default task or, with --data, a part of it; "": a part
     eval_data: str | None = None
-    adapter: Name = "lora"  # what trains; full: everything
+    adapter: Name = "lora"  # the kind of adapter to train; full: all params
 
-    # of pairs, of labelled completions (kto, bco, outcome), of steps (process); reward: a reward model
+    # for pairs, labelled completions (kto, bco, outcome) or steps (process); reward: a reward model
     loss: Loss = "dpo"
-    beta: float | None = None  # strength of the pull to the reference; None: the loss's own
-    label_smoothing: float | None = None  # share of wrong labels: dpo, robust, exo, aot, simpo, cpo
-    simpo_gamma: float = 0.5  # margin that simpo and alpha_po ask for
-    alpha_length: float = 0.05  # of length_regularised: reward of a token of mere length
-    # below 1: what is longer than the pair's shorter one counts less (LD-DPO)
+    beta: float | None = None  # weight of the KL to the reference; None: the loss's own
+    label_smoothing: float | None = (
+        None  # fraction of wrong labels: dpo, robust, exo, aot, simpo, cpo
+    )
+    simpo_gamma: float = 0.5  # target margin of simpo and alpha_po
+    alpha_length: float = 0.05  # length_regularised: reward per token of length
+    # below 1: tokens beyond the length of the pair's shorter completion count less (LD-DPO)
     ld_alpha: float = 1.0
-    f_divergence: DivergenceName = "reverse_kl"  # of dpo: from the reference
-    f_alpha: float = 0.5  # of the alpha divergence; 1 is the reverse KL
+    f_divergence: DivergenceName = "reverse_kl"  # dpo: divergence from the reference
+    f_alpha: float = 0.5  # α of the alpha divergence; 1 is the reverse KL
     nll_alpha: float = 0.0  # weight of the chosen completion's own likelihood (RPO; cpo: 1 more)
-    use_weighting: bool = False  # weigh pairs by how likely the policy is to say them (WPO)
-    # orpo: its likelihood is of the prompt too, as in its authors' code
+    use_weighting: bool = False  # weight pairs by their likelihood under the policy (WPO)
+    # orpo: the likelihood includes the prompt, as in the authors' code
     nll_on_prompt: bool = False
-    # steps after which the reference moves to the policy (TR-DPO: 512); None: never
+    # steps between updates of the reference towards the policy (TR-DPO: 512); None: never
     ref_model_sync_steps: int | None = None
-    ref_model_mixup_alpha: float = 0.6  # how far, of the way there; 1 is all of it
+    ref_model_mixup_alpha: float = 0.6  # weight of the policy in such an update; 1: replace
     # bco: "minilm" or another model, whose embeddings of prompts give density ratios (UDM)
     prompt_embedder: str | None = None
-    min_density_ratio: float = 0.5  # bco: limits of these
-    max_density_ratio: float = 10.0  # bco: the upper limit of these
-    desirable_weight: float = 1.0  # kto
-    undesirable_weight: float = 1.0  # kto
-    kl_weight: float = 0.1  # hypo: of the KL on the policy's own answers, nats of a whole answer
-    online_samples: int = 2  # hypo: answers to each of --batch-size prompts a step
-    max_new_tokens: int = 64  # hypo: of these
-    center_rewards_coefficient: float = 0.0  # reward: holds rewards near 0 (0.01 is usual)
+    min_density_ratio: float = 0.5  # bco: lower limit of the density ratios
+    max_density_ratio: float = 10.0  # bco: upper limit of the density ratios
+    desirable_weight: float = 1.0  # kto: weight of desirable completions
+    undesirable_weight: float = 1.0  # kto: weight of undesirable completions
+    kl_weight: float = 0.1  # hypo: weight of the KL on the policy's own answers, in nats per answer
+    online_samples: int = 2  # hypo: answers to each of --batch-size prompts per step
+    max_new_tokens: int = 64  # hypo: maximum tokens of these answers
+    center_rewards_coefficient: float = (
+        0.0  # reward: penalty that keeps rewards near 0 (0.01 is usual)
+    )
 
     # what happens to records longer than --max-length
     too_long: Literal["drop", "truncate", "truncate_left_prompt", "error"] = "drop"
@@ -94,7 +98,7 @@ class Config:
     mesh: flags.Mesh = flags.Mesh()
     output: flags.Output = flags.Output("runs/preference")
     hub: flags.Hub = flags.Hub()
-    seed: int = 0  # of the adapter's start, the order of records and all that is random
+    seed: int = 0  # for the adapter's initial values, the order of records and all other draws
     smoke: bool = False  # a random tiny model for a few steps
     debug: bool = False  # full tracebacks
 
@@ -107,7 +111,7 @@ def main(config: Config) -> dict[str, Any]:
     if config.rows.preview:
         return {"records": len(training)}
     output, mesh = shared.place(config)
-    # HyPO scores its samples with the start; other losses score their rows before training.
+    # HyPO scores its samples with the initial model; other losses score their rows before training.
     model, base = shared.load_base(config, mesh, keeps_start=entry.online)
     params = shared.adapt_params(config, model, base, mesh)
     if entry.trains == "reward":
@@ -123,7 +127,9 @@ def main(config: Config) -> dict[str, Any]:
     )
     bare_held_out = held_out
     if entry.trains == "policy":
-        held_out = score(params, held_out)  # Free of reference or not: gains are told.
+        held_out = score(
+            params, held_out
+        )  # Gains are reported also for losses without a reference.
     if entry.trains == "policy" and entry.reference and config.ref_model_sync_steps is None:
         training = score(params, training)
     eval_batches = data.finite_group_batches(
@@ -131,7 +137,7 @@ def main(config: Config) -> dict[str, Any]:
     )
     batches = data.group_batches(training, **config.rows.sizes, seed=config.seed)
     if entry.online:
-        make_objective = objective_of(dataclasses.replace(config, kl_weight=0.0))  # To evaluate.
+        make_objective = objective_of(dataclasses.replace(config, kl_weight=0.0))  # For evaluation.
         batches = with_samples(config, model, params, training, batches, mesh)
     evaluated, books = make_objective(model.forward), books_of(config, model)
     callbacks = shared.callbacks(config, evaluated, eval_batches, output, mesh, name)
@@ -159,7 +165,7 @@ def main(config: Config) -> dict[str, Any]:
 
 
 def with_samples(config: Config, model, params, training, batches, mesh):
-    """HyPO's batches: the pairs, and fresh answers of the policy to the training prompts."""
+    """Returns HyPO's batches: pairs with fresh answers of the policy to the training prompts."""
     first = [group.parts[0] for group in training]
     prompts = [part.tokens[: int(np.argmax(part.loss_mask > 0))].tolist() for part in first]
     longest = max(map(len, prompts))
@@ -182,7 +188,7 @@ def with_samples(config: Config, model, params, training, batches, mesh):
 
 
 def books_of(config: Config, model) -> dict[str, train.Book]:
-    """A moving reference and BCO's running mean of rewards, if the loss has them."""
+    """Returns the books of the loss: a moving reference and BCO's running mean of rewards."""
     books = {}
     if config.ref_model_sync_steps is not None:
         settings = config.ref_model_mixup_alpha, config.ref_model_sync_steps
@@ -195,7 +201,7 @@ def books_of(config: Config, model) -> dict[str, train.Book]:
 
 
 def reward_report(config: Config, rewards: np.ndarray, groups: list) -> dict[str, Any]:
-    """What held-out preferences, or labels, say of a reward model."""
+    """Reports a reward model's accuracy on held-out preferences or labels."""
     if config.loss == "reward":
         return reports.reward_report(rewards, groups)
     if config.loss == "outcome":

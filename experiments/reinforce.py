@@ -2,18 +2,18 @@
 
     python experiments/reinforce.py --start runs/sft/adapter       GRPO on a reasoning-gym task
     python experiments/reinforce.py --data questions.jsonl --eval-data held_out.jsonl --algorithm rloo
-    python experiments/reinforce.py --turns 2                      a wrong answer may be mended
+    python experiments/reinforce.py --turns 2                      a wrong answer may be corrected
     python experiments/reinforce.py --algorithm online_dpo --group-size 2 --reward-model runs/reward/adapter
     python experiments/reinforce.py --sampler-url http://host:8000/v1 --push-dir /nfs/push --correction tokens
     python experiments/reinforce.py --smoke                        seconds, random weights
 
 Data: reasoning-gym tasks, or records with a question and an `answer`; with --judge or --reward-model, which
-reward answers in the verifier's place, any records with a question. Start where some answers are right
-(10 to 60 % of samples): of nothing but wrong ones there is nothing to learn. A server samples from the
-newest weights that were pushed to it through --push-dir, which it must see under the same path: LoRA as an
+replace the verifier, any records with a question. Start from a model that answers some questions correctly
+(10 to 60 % of samples): from wrong answers alone it cannot learn. A server samples from the newest
+weights that were pushed to it through --push-dir, which it must see under the same path: LoRA as an
 adapter (vLLM: VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve MODEL --enable-lora --max-lora-rank 64),
 others as a whole model (vLLM: VLLM_SERVER_DEV_MODE=1). The output directory gets the
-adapter (or the whole model), metrics.jsonl, metrics.json, a figure and checkpoints; --resume goes on.
+adapter (or the whole model), metrics.jsonl, metrics.json, a figure and checkpoints; --resume continues.
 """
 
 from __future__ import annotations
@@ -58,48 +58,52 @@ SMALL = dict(
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What to train, on what, and how."""
+    """Model, data, algorithm and training."""
 
-    start: str | None = None  # adapter of a warm start, merged into the model before training
+    start: str | None = None  # adapter to merge into the model before training; None: none
     # rg:TASK, or a file, tfds: or hub id with answers
     data: str = f"{held_out.NEEDLE}&size=2000&seed=1"
-    # held-out questions; None: the default task's own or, with --data, a part of that; "": a part
+    # held-out questions; None: those of the default task or, with --data, a part of it; "": a part
     eval_data: str | None = None
-    # share of --data that is held out, without --eval-data; None: a tenth, at most 200 questions
+    # fraction of --data to hold out if there is no --eval-data; None: 0.1, at most 200 questions
     validation: float | None = None
-    adapter: Name = "lora"  # what trains; full: everything
+    adapter: Name = "lora"  # the kind of adapter to train; full: all params
 
-    algorithm: Choice = "grpo"  # how rewards become credit, and the objective of a step
-    prompts_per_step: int = 4  # questions of a rollout
-    group_size: int = 8  # answers to each
+    algorithm: Choice = "grpo"  # credit of the rewards, and objective of a step
+    prompts_per_step: int = 4  # questions per rollout
+    group_size: int = 8  # answers to each question
     updates: int = 1  # optimizer steps on parts of one rollout
-    epochs: int = 1  # passes over it, of so many steps each
-    max_new_tokens: int = 16  # of an answer
-    temperature: float = 1.0  # of the policy that samples and that trains
+    epochs: int = 1  # passes over a rollout, of --updates steps each
+    max_new_tokens: int = 16  # maximum tokens of an answer
+    temperature: float = 1.0  # of the policy, in sampling and training
     stop: tuple[str, ...] = ()  # text that ends an answer, besides the stop token
-    turns: int = 1  # answers to a question: after a wrong one, feedback and another try
-    feedback: str = "That is not right. Try again."  # what a wrong answer is told
+    turns: int = 1  # maximum answers to a question; a wrong answer gets feedback
+    feedback: str = "That is not right. Try again."  # the reply to a wrong answer
 
-    kl_weight: float = 0.0  # of k3 to the starting model, in the loss
-    reward_kl: float = 0.0  # of k1 to it, in the reward: rloo, reinforce_plus_plus and ppo
-    kl_target: float | None = None  # nats of an answer to which reward_kl is adapted; None: never
-    kl_horizon: float = 10000.0  # answers: adapts by 20 % at most in so many
-    entropy_weight: float = 0.0  # of an entropy bonus
-    beta: float = 0.1  # online_dpo, xpo: of DPO, on the best and the worst answer of each group
-    xpo_alpha: float = 1e-5  # xpo: pull away from the answers that the start gives to half a group
-    gamma: float = 1.0  # ppo: discount of a token
-    lam: float = 0.95  # ppo: GAE's; 1 for long reasoning
-    value_weight: float = 0.1  # ppo: of the critic's loss
-    value_clip: float = 0.2  # ppo: how far a value moves from its start in a rollout
-    correction: Correction = "none"  # sampler to trainer, truncated at 2
-    sampler_url: str | None = None  # OpenAI-compatible server that samples (http://host:8000/v1)
+    kl_weight: float = 0.0  # weight in the loss of the KL (k3) to the initial model
+    reward_kl: float = 0.0  # weight in the reward of the KL (k1): rloo, reinforce_plus_plus, ppo
+    kl_target: float | None = (
+        None  # adapt --reward-kl to this KL, in nats per answer; None: constant
+    )
+    kl_horizon: float = 10000.0  # answers in which --reward-kl changes by at most 20 %
+    entropy_weight: float = 0.0  # weight of the entropy bonus
+    beta: float = 0.1  # online_dpo, xpo: β of DPO, on the best and the worst answer of each group
+    xpo_alpha: float = 1e-5  # xpo: weight of the term against the initial model's answers
+    gamma: float = 1.0  # ppo: discount per token
+    lam: float = 0.95  # ppo: λ of GAE; 1 for long reasoning
+    value_weight: float = 0.1  # ppo: weight of the critic's loss
+    value_clip: float = 0.2  # ppo: maximum change of a value within a rollout
+    correction: Correction = "none"  # importance weights from sampler to trainer, truncated at 2
+    sampler_url: str | None = (
+        None  # OpenAI-compatible server that samples (http://host:8000/v1); None: no
+    )
     sampler_model: str | None = None  # the model's name there; None: that of --model
-    push_dir: str | None = None  # where it reads the trainer's weights; None: it keeps its own
-    push_api: PushApiName = "vllm"  # by whose requests it is told of them
-    push_every: int = 1  # rollouts from one push to the next
-    max_tries: int = 1  # sample anew up to so many times for groups whose rewards differ (DAPO: 10)
-    overlong: int = 0  # last tokens of the budget over which a penalty grows to 1 (DAPO)
-    mask_truncated: bool = False  # answers that reach the limit leave the loss
+    push_dir: str | None = None  # where the server reads new weights; None: it keeps its own
+    push_api: PushApiName = "vllm"  # the server's requests for loading weights
+    push_every: int = 1  # rollouts between two pushes of weights
+    max_tries: int = 1  # maximum draws for groups whose rewards differ (DAPO: 10)
+    overlong: int = 0  # last tokens of the limit, over which a penalty rises to 1 (DAPO)
+    mask_truncated: bool = False  # exclude answers that reach the limit from the loss
 
     rewards: flags.Rewards = flags.Rewards()
     columns: flags.Columns = flags.Columns()
@@ -111,7 +115,7 @@ class Config:
     mesh: flags.Mesh = flags.Mesh()
     output: flags.Output = flags.Output("runs/reinforce", save_steps=50, logging_steps=1)
     hub: flags.Hub = flags.Hub()
-    seed: int = 0  # of the adapter's start, the order of questions and all that is random
+    seed: int = 0  # for the adapter's initial values, the order of questions and all other draws
     smoke: bool = False  # a random tiny model for a few steps
     debug: bool = False  # full tracebacks
 
@@ -152,7 +156,7 @@ def main(config: Config) -> dict[str, Any]:
             config, params, method, collect, _callbacks(config, output), output, mesh, best=None
         )
         trained = without_value_head(state.params)
-        # With --start an adapter would be one of a model that is nowhere on disk.
+        # With --start, the adapter's base would be a model that is not on disk.
         shared.save(config, model, trained, base, mesh, output, whole=bool(config.start))
         after = accuracy(trained, "after")
         failures = getattr(rewards, "failures", Failures())
@@ -161,7 +165,7 @@ def main(config: Config) -> dict[str, Any]:
 
 
 def load_data(config: Config):
-    """(renderer, training records, held-out records, of what those are); all can be verified or judged."""
+    """Returns (renderer, training records, held-out records, their name); all can be rewarded."""
     renderer = data.Renderer(files.load_tokenizer(config.base.model), template=config.base.template)
     load = lambda spec: data.load(
         spec, fields=config.columns.of(spec), form=data.normalise_question
@@ -174,7 +178,7 @@ def load_data(config: Config):
 
 
 def experience(config, model, prompts, renderer, rewards, credit, base, mesh) -> rl.Collector:
-    """The batches of `fit`: rollouts of the current policy."""
+    """Returns the batches of `fit`: rollouts of the current policy."""
     sample = sampling(config, model, renderer, rewards, base)
     if config.max_tries != 1:
         sample = rl.until_contrast(sample, config.max_tries)
@@ -191,7 +195,7 @@ def experience(config, model, prompts, renderer, rewards, credit, base, mesh) ->
 
 
 def transforms(config, model, base) -> list[rl.Transform]:
-    """What is done to a rollout before its rewards become credit."""
+    """Returns the transforms of a rollout before its rewards become credit."""
     found = []
     if config.overlong:
         budget = config.max_new_tokens * config.turns
@@ -204,19 +208,19 @@ def transforms(config, model, base) -> list[rl.Transform]:
         found += [rl.add_old_policy(model.forward, config.temperature)]
     elif ALGORITHMS[config.algorithm].values:
         found += [rl.add_values(model.forward)]
-    # Always: how far the policy has gone is shown, whether or not it is held back.
+    # Always add the reference: the KL is shown even if it has no weight.
     return [*found, rl.add_reference(model.forward, base, config.temperature)]
 
 
 def kl_control(config) -> rl.KlControl | None:
-    """What adapts the KL's weight in the reward, with --kl-target."""
+    """Returns the controller of the KL's weight in the reward; None without --kl-target."""
     if config.kl_target is None:
         return None
     return rl.KlControl(config.reward_kl, config.kl_target, config.kl_horizon)
 
 
 def sampling(config, model, renderer, rewards, base=None) -> rl.Sample:
-    """Answers, or with --turns episodes, of the current policy; for xpo half of them of the base."""
+    """Returns the sampler of answers or, with --turns, episodes; for xpo half come from the base."""
     tokenizer = renderer.tokenizer
     settings = SamplingConfig(
         config.max_new_tokens,
@@ -242,9 +246,9 @@ def sampling(config, model, renderer, rewards, base=None) -> rl.Sample:
 
 
 def measure(config, model, renderer, records, name, mesh, rewards, params, when: str):
-    """How good greedy answers to held-out questions are, printed: accuracy, or with `rewards` the mean.
+    """Measures and prints accuracy or, with `rewards`, mean reward of greedy held-out answers.
 
-    `name` says of what the records are.
+    `name` describes the records.
     """
     verifier = lambda completion, record: False  # A judge's records need no answers.
     if rewards is None:
@@ -271,7 +275,7 @@ def measure(config, model, renderer, records, name, mesh, rewards, params, when:
 
 
 def report(config, history, failures, before, after, name, output) -> dict[str, Any]:
-    """Prints what changed, writes metrics.json, returns it."""
+    """Prints the changes, writes metrics.json and returns the metrics."""
     few = max(1, len(history) // 10)
     mean = lambda rows: sum(row["reward"] for row in rows) / len(rows)
     metrics = {
@@ -296,8 +300,8 @@ def report(config, history, failures, before, after, name, output) -> dict[str, 
     grouped = ALGORITHMS[config.algorithm].least_group > 1
     if grouped and all(row["no_contrast"] == 1 for row in history):
         print(
-            "In no group did rewards differ, so nothing was learned: start from a model that answers "
-            "some questions right (--start), or raise --group-size."
+            "Rewards did not differ in any group, so nothing was learned: start from a model that answers "
+            "some questions correctly (--start), or raise --group-size."
         )
     if config.rewards.numbers:
         rewards = before["held_out_reward"], after["held_out_reward"]

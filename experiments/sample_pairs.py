@@ -1,4 +1,4 @@
-r"""Preference pairs of a model's own answers: several to each question, scored, the best against the worst.
+r"""Preference pairs of a model's own answers: samples several per question, scores them, pairs the extremes.
 
     python experiments/sample_pairs.py --data rg:chain_sum?size=1000\&seed=1 --output pairs.jsonl
     python experiments/sample_pairs.py --data questions.jsonl --judge judge.py:score
@@ -7,8 +7,8 @@ r"""Preference pairs of a model's own answers: several to each question, scored,
 
 Answers are scored by the data's verifier (reasoning-gym tasks, records with an `answer`), by a function of
 your own, score(completion, record) -> a number or None, or by a reward model of preference.py. Answers
-without a score, without an end (--keep-truncated keeps those) or without text are left out and counted; so
-are questions whose answers are scored alike.
+without a score, without an end (--keep-truncated keeps these) or without text are excluded and counted; so
+are questions whose answers have equal scores.
 """
 
 from __future__ import annotations
@@ -48,28 +48,28 @@ SMALL = dict(
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Whose answers, to what, and how they are scored."""
+    """Model, questions and scoring."""
 
     data: str = f"{NEEDLE}&size=1000&seed=1"  # file, rg:TASK, tfds:NAME or hub id
     trained: flags.Trained = flags.Trained()
     columns: flags.Columns = flags.Columns()
     output: str = "pairs.jsonl"  # file for the pairs
-    limit: int | None = None  # use at most so many questions
-    samples: int = 4  # answers to each
-    min_gap: float = 1e-8  # scores that are no further apart give no pair
-    all_pairs: bool = False  # every two answers that differ, not the best and the worst alone
+    limit: int | None = None  # use at most this many questions; None: all
+    samples: int = 4  # answers to each question
+    min_gap: float = 1e-8  # two answers give a pair only if their scores differ by more
+    all_pairs: bool = False  # pair every two answers whose scores differ, not only best and worst
 
     rewards: flags.Rewards = flags.Rewards()
     sampling: flags.Sampling = flags.Sampling()
-    keep_truncated: bool = False  # also answers that reach --max-new-tokens
+    keep_truncated: bool = False  # also use answers that reach --max-new-tokens
     batch_size: int = 8  # questions at a time
-    seed: int = 0  # of what is sampled
+    seed: int = 0  # seed of the sampling
     smoke: bool = False  # a random tiny model, a few questions
     debug: bool = False  # full tracebacks
 
 
 def main(config: Config) -> dict[str, Any]:
-    """Writes the pairs; returns how many there are, and what gave none."""
+    """Writes the pairs; returns counts of pairs, and of answers and questions without one."""
     limits.check(config)
     if config.smoke:
         config = flags.with_small(config, rewards_cli.small(config.rewards, SMALL))
@@ -88,7 +88,7 @@ def main(config: Config) -> dict[str, Any]:
     model, params = load_trained(config.trained)
     settings = config.sampling.rules(tokenizer, stop_ids(renderer, model))
     prompts = data.render_prompts(records, renderer)
-    # Questions of like length together, to save padding.
+    # Batch questions of similar length, to save padding.
     order = sorted(range(len(records)), key=lambda i: len(prompts[i]))
     chunks = [order[i : i + config.batch_size] for i in range(0, len(order), config.batch_size)]
     counts, part = collections.Counter(questions=len(records)), f"{output}.part"
@@ -118,7 +118,7 @@ def main(config: Config) -> dict[str, Any]:
 
 
 def _judged(config, rewards, tokenizer, records, out) -> data.Judged:
-    """The pairs of some questions' answers."""
+    """Samples and judges answers to a batch of questions."""
     texts = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in out.completions]
     asked = [record for record in records for _ in range(config.samples)]
     whole = [finish != "length" or config.keep_truncated for finish in out.finish]

@@ -7,7 +7,7 @@
     python experiments/sft.py --smoke               seconds, random weights
 
 The output directory gets the adapter in PEFT's format (or the whole model), metrics.jsonl, metrics.json,
-a figure, TensorBoard events and checkpoints; --resume goes on after an interruption.
+a figure, TensorBoard events and checkpoints; --resume continues after an interruption.
 """
 
 from __future__ import annotations
@@ -54,26 +54,26 @@ SMALL = dict(
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What to train, on what, and how."""
+    """Model, data and training."""
 
     # files, rg:TASK, tfds:NAME, hub ids
     data: tuple[str, ...] = (f"{held_out.NEEDLE}&size=2000&seed=1",)
-    weights: tuple[float, ...] = ()  # share of each source; default: by size
-    weights_by: Literal["records", "tokens"] = "records"  # of what they are shares
-    # held-out records; None: the default task's own or, with --data, a part of that; "": a part
+    weights: tuple[float, ...] = ()  # fraction of each source; default: by size
+    weights_by: Literal["records", "tokens"] = "records"  # unit of --weights
+    # held-out records; None: those of the default task or, with --data, a part of it; "": a part
     eval_data: str | None = None
 
-    adapter: Name | Literal["intrinsic"] = "lora"  # what trains; full: everything
-    d: int = 1000  # intrinsic: numbers that train, moving all params in a random subspace
+    adapter: Name | Literal["intrinsic"] = "lora"  # the kind of adapter to train; full: all params
+    d: int = 1000  # intrinsic: dimension of the random subspace of the params that trains
 
-    packing: bool = True  # put several short records into one row; no record sees another
-    mask: Literal["completion", "last_turn", "all", "per_message"] = "completion"  # what trains
-    train_on: str | None = None  # regular expression that narrows it, such as "Answer: (.*)"
+    packing: bool = True  # pack several short records into one row; none attends to another
+    mask: Literal["completion", "last_turn", "all", "per_message"] = "completion"  # trained tokens
+    train_on: str | None = None  # regular expression that restricts --mask, such as "Answer: (.*)"
     # what happens to records longer than --max-length
     too_long: Literal["drop", "truncate", "error"] = "drop"
 
-    max_new_tokens: int = 16  # of the answers that are verified
-    accuracy: bool = True  # verify answers before and after, where the data can be verified
+    max_new_tokens: int = 16  # maximum tokens of the answers to verify
+    accuracy: bool = True  # verify answers before and after training, if the data allow it
 
     base: flags.Model = flags.Model()
     kernels: flags.Kernels = flags.Kernels()
@@ -83,7 +83,7 @@ class Config:
     mesh: flags.Mesh = flags.Mesh()
     output: flags.Output = flags.Output("runs/sft")
     hub: flags.Hub = flags.Hub()
-    seed: int = 0  # of the adapter's start, the order of records and all that is random
+    seed: int = 0  # for the adapter's initial values, the order of records and all other draws
     smoke: bool = False  # a random tiny model for a few steps
     debug: bool = False  # full tracebacks
 
@@ -129,7 +129,7 @@ def main(config: Config) -> dict[str, Any]:
 
 
 def load_data(config: Config):
-    """(renderer, tokenised records of each source, held-out records, of what those are)."""
+    """Returns (renderer, tokenised records of each source, held-out records, their name)."""
     renderer = data.Renderer(
         files.load_tokenizer(config.base.model),
         template=config.base.template,
@@ -150,16 +150,16 @@ def load_data(config: Config):
 
 
 def adapt_params(config: Config, model: Any, base: Any, mesh: Any) -> Any:
-    """The base params with what trains: adapters, or all of them."""
+    """Returns the base params with trainable params: adapters, or all of them."""
     if config.adapter != "intrinsic":
         return shared.adapt_params(config, model, base, mesh)
-    # The base lies on the mesh already.
+    # The base is already on the mesh.
     key, layers = stream(jax.random.key(config.seed), "intrinsic"), family_of(model.config).layers
     return shared.announce(intrinsic(key, rounded(config, model, base), config.d, layers=layers))
 
 
 def rounded(config: Config, model: Any, base: Any) -> Any:
-    """The base over which a subspace moves the kernels: quantised, if the flags say so."""
+    """Returns the base params of a subspace, quantised if --quantise is set."""
     settings, family = config.kernels, family_of(model.config)
     if settings.quantise is None:
         return base
@@ -168,13 +168,16 @@ def rounded(config: Config, model: Any, base: Any) -> Any:
 
 
 def verify(config, model, params, renderer, records, when: str) -> Accuracy | None:
-    """The accuracy on held-out records, printed, or None if they cannot be verified."""
+    """Prints and returns the accuracy on held-out records; None if they cannot be verified."""
     if not config.accuracy:
         return None
     verifier = verifier_for(records[0]["_source"], records)
     if verifier is None:
         if when.startswith("before"):
-            print("accuracy is not measured: no verifier knows the held-out answers", flush=True)
+            print(
+                "accuracy is not measured: there is no verifier for the held-out answers",
+                flush=True,
+            )
         return None
     length = config.max_new_tokens
     result = measure_accuracy(model, params, renderer, records, verifier, max_new_tokens=length)
@@ -185,7 +188,7 @@ def verify(config, model, params, renderer, records, when: str) -> Accuracy | No
 def save(
     config: Config, model: Any, params: Any, base: Any, mesh: Any, output: pathlib.Path
 ) -> None:
-    """What trained, read again and compared: PEFT's files, jaxft's own, or the whole model."""
+    """Saves the trained params in PEFT's or jaxft's format, or the whole model; rereads and compares."""
     if config.adapter != "intrinsic":
         return shared.save(config, model, params, base, mesh, output)
     path = output / "adapter"

@@ -1,10 +1,10 @@
-"""Compiles a real train step for hardware that is not here: python -m jaxft.compile --topology v5e:4x4
+"""Compiles a real train step for other machines' hardware: python -m jaxft.compile --topology v5e:4x4
 
     python -m jaxft.compile --model llama3-8b --adapter paca --topology v5p:4x4x4 --fsdp 16 --tensor 4
     python -m jaxft.compile --model path/to/config.json --adapter full --topology h100:8 --json
 
-The target's own compiler (`make aot`) runs on shapes alone: no weights, no device. It prints what one device
-needs of its memory, what it multiplies, what the devices exchange, and whether it fits.
+The target's own compiler (`make aot`) needs only shapes: no weights, no device. The program prints
+the memory and FLOPs of one device, the bytes that devices exchange, and whether the step fits.
 """
 
 from __future__ import annotations
@@ -61,10 +61,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 class Chip(NamedTuple):
     """Public figures of one device."""
 
-    flops: float  # peak, bfloat16, a second
+    flops: float  # peak per second, bfloat16
     memory: float  # bytes
-    bandwidth: float  # of that memory, bytes a second
-    link: float  # to the other devices, bytes a second
+    bandwidth: float  # of that memory, bytes per second
+    link: float  # to the other devices, bytes per second
 
 
 CHIPS = {
@@ -77,32 +77,32 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What to compile, for what."""
+    """The step to compile and its target."""
 
     # llama3-1b, llama3-8b, llama3-70b, qwen3-8b, gemma3-27b, or a config.json
     model: str = "llama3-8b"
     objective: Literal["sft", "grpo"] = "sft"  # grpo: the update on sampled responses
-    # as jaxft.parallel.compile_only_devices has it: v5p:2x2x4, h100:8, 2*v5e:4x4
+    # see jaxft.parallel.compile_only_devices: v5p:2x2x4, h100:8, 2*v5e:4x4
     topology: str = "v5e:4x4"
     data: int = 1  # mesh: copies of the model; -1 fills
     fsdp: int = -1  # mesh: shards of params and batch; -1 fills
     tensor: int = 1  # mesh: shards of each projection
     context: int = 1  # mesh: shards of each row's tokens
-    adapter: str = "lora"  # as for experiments/sft.py; full: everything trains
-    rank: int = 16  # of the adapter, where it has one
+    adapter: str = "lora"  # see experiments/sft.py; full: all params are trained
+    rank: int = 16  # of the adapter, if it has one
     quantise: Literal["nf4", "int8", "int4", "fp8"] | None = None  # of the frozen kernels
-    rows: int = 2  # of the batch, on each shard of it
+    rows: int = 2  # of each shard of the batch
     length: int = 2048  # tokens of a row
-    response: int = 1024  # of them, the last that grpo trains on
-    microbatches: int = 1  # parts of the batch, one after the other
+    response: int = 1024  # tokens at the end of a row that grpo trains on
+    microbatches: int = 1  # sequential parts of the batch
     remat: Literal["none", "lean", "dots", "full"] = "full"  # what the backward pass recomputes
     float32: bool = False  # compute in float32; else bfloat16, with frozen params in bfloat16
-    layers: int | None = None  # fewer than the model has, for a quick look
+    layers: int | None = None  # fewer than in the model, for a quick estimate
     json: bool = False  # one JSON line
 
 
 def main(config: Config) -> dict[str, Any]:
-    """Compiles in a process of its own; returns and prints the figures."""
+    """Compiles in a separate process; returns and prints the figures."""
     settings = json.dumps(dataclasses.asdict(config))
     call = [sys.executable, "-m", "jaxft.compile", "--here"]
     result = subprocess.run(
@@ -135,13 +135,13 @@ def describe(config: Config, figures: dict[str, Any]) -> str:
         f"{figures['exchange_s']:.3f} s exchanging"
     )
     ideal = figures["ideal_exchanged_bytes"]
-    ideal = f"; by the book {ideal / 2**20:.1f} MiB" if ideal else ""
+    ideal = f"; FSDP needs {ideal / 2**20:.1f} MiB" if ideal else ""
     return "\n".join(
         (
             f"{head}: fits; of {gib('memory_bytes')} a device needs {gib('peak_bytes')}",
             f"  arguments {gib('argument_bytes')}, temporaries {gib('temp_bytes')}",
-            f"  {figures['tokens']} tokens a step, {figures['step_flops'] / 1e12:.1f} TFLOP a device",
-            f"  exchanged a step and device: {moved or 'nothing'}{ideal}",
+            f"  {figures['tokens']} tokens per step, {figures['step_flops'] / 1e12:.1f} TFLOP per device",
+            f"  exchanged per step and device: {moved or 'nothing'}{ideal}",
             f"  no step is shorter than {bound}",
         )
     )
@@ -179,7 +179,7 @@ def compile_step(config: Config) -> dict[str, Any]:
 
     def start(key):
         params = model.init(key, model.example_input())["params"]
-        if config.adapter != "full":  # what trains is float32 in any case
+        if config.adapter != "full":  # trained params are float32 in any case
             params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
         options = dict(
             rank=config.rank,
@@ -197,7 +197,7 @@ def compile_step(config: Config) -> dict[str, Any]:
     state = jax.eval_shape(start, jax.random.key(0))
     shardings = param_shardings(state.params, mesh, family.rules, family.layers)
     single = replicated(mesh)
-    # The optimizer's state lies as what it belongs to; its counters on every device.
+    # The optimizer's state is sharded like its params; its counters are replicated.
     moments = optax.tree_map_params(
         optimizer, lambda _, s: s, state.opt_state, partition(shardings)[0],
         transform_non_params=lambda _: single,
@@ -256,7 +256,7 @@ def _objective(config, model, shape, mesh):
 def _figures(config, cost: CompiledCost, tokens, devices, model, trains) -> dict[str, Any]:
     chip = CHIPS[slices_of(config.topology)[1].split(":")[0]]
     flops = _matmul_flops(model, config, tokens) / devices
-    # What goes between slices goes over a network whose rate nobody here knows.
+    # The rate of the network between slices is unknown.
     exchanged = sum(size for kind, (_, size) in cost.exchanged.items() if kind != "between slices")
     return {
         "fits": cost.peak_bytes <= chip.memory,
@@ -271,17 +271,18 @@ def _figures(config, cost: CompiledCost, tokens, devices, model, trains) -> dict
         "collectives": cost.exchanged,
         "ideal_exchanged_bytes": ideal_exchanged(config, model, devices),
         "compute_s": flops / chip.flops,
-        # What lies there is read forward and backward, what is gathered is written and read: at least.
+        # A lower bound: arguments are read forward and backward, gathered arrays are written and
+        # read.
         "memory_s": 2 * (cost.argument_bytes + exchanged) / chip.bandwidth,
         "exchange_s": exchanged / chip.link,
     }
 
 
 def ideal_exchanged(config: Config, model: Any, devices: int) -> float | None:
-    """Bytes that a device gets by FSDP's book: all params twice and, if all train, their gradients.
+    """Bytes that a device receives in FSDP: all params twice and, if all are trained, their gradients.
 
-    In the type that is computed in. A compiler may need fewer: embeddings are looked up, not gathered. None
-    for other meshes and quantised kernels, which exchange other things.
+    In the data type of the computation. A compiler may need fewer: embeddings are looked up, not
+    gathered. None for other meshes and quantised kernels, which exchange other arrays.
     """
     import jax
 
@@ -293,10 +294,10 @@ def ideal_exchanged(config: Config, model: Any, devices: int) -> float | None:
 
 
 def _matmul_flops(model, config: Config, tokens: int) -> float:
-    """Of the projections and the vocabulary, for all devices; attention's products left out.
+    """FLOPs of the projections and the vocabulary, for all devices, without attention's products.
 
-    Forward and the gradient of activations take 2 a parameter and token each, the gradient of kernels,
-    if they train, 2 more, and full recomputation another 2.
+    Forward and the gradient of activations take 2 each per parameter and token, the gradient of
+    kernels, if they are trained, 2 more, and full recomputation another 2.
     """
     from jax.tree_util import tree_leaves_with_path
 
@@ -332,9 +333,7 @@ def _model_config(config: Config):
         settings = json.loads(path.read_text())
     result = config_of(settings)
     if not hasattr(family_of(result).module, "forward"):
-        raise ValueError(
-            f"--model {config.model!r} is {result.family}, no language model to train."
-        )
+        raise ValueError(f"--model {config.model!r} is {result.family}, not a language model.")
     if config.layers:
         windows = result.windows[: config.layers]
         result = dataclasses.replace(result, num_layers=config.layers, windows=windows)

@@ -1,7 +1,7 @@
-"""What is installed, whether it fits together, and which devices there are.
+"""Reports installed versions, whether they work together, and the devices.
 
 python -m jaxft.doctor
-python -m jaxft.doctor --hosts    started on every host as a training script: whether they meet and are alike
+python -m jaxft.doctor --hosts    started on every host like training: whether they connect and agree
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Version = tuple[int, ...]
 
 
 def bad_pair(jax: Version, flax: Version) -> str | None:
-    """Why these versions of jax and flax do not import together, and what to install; None if fine."""
+    """The reason why these versions of jax and flax do not import together; None if they do."""
     if flax <= (0, 12, 8) and jax >= (0, 11, 1):
         return "flax up to 0.12.8 does not import with jax from 0.11.1 on"
     if flax[:3] == (0, 12, 9) and jax >= (0, 11, 2):
@@ -47,7 +47,7 @@ def bad_pair(jax: Version, flax: Version) -> str | None:
 
 
 def fix_command(python: Version) -> str:
-    """The pip command for a pair that works on a Python version."""
+    """The pip command for a pair of versions that works on a Python version."""
     if python < (3, 12):
         return 'pip install "jax==0.10.2" "flax==0.12.8"'
     return 'pip install -U "jax>=0.11" "flax>=0.12.12"'
@@ -72,7 +72,7 @@ def parse(version: str) -> Version:
 
 
 def problems() -> list[str]:
-    """What must be mended before jaxft can work."""
+    """Problems to fix before jaxft can work."""
     found = [f"{name} is missing: pip install jaxft" for name in CORE if installed(name) is None]
     if not (3, 11) <= sys.version_info[:2] <= (3, 13):
         found.append(f"Python {platform.python_version()} is not supported; use 3.11 to 3.13")
@@ -86,7 +86,7 @@ def problems() -> list[str]:
 
 
 def devices() -> str:
-    """The backend and its devices, or why there are none."""
+    """The backend and its devices, or the reason why there are none."""
     try:
         import jax
 
@@ -98,11 +98,11 @@ def devices() -> str:
 
 
 def memory() -> str:
-    """Memory of this machine in GiB, where the system tells."""
+    """Memory of this machine in GiB, if the system reports it."""
     try:
         return f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB"
     except (AttributeError, OSError, ValueError):  # No sysconf on Windows, other names elsewhere.
-        return "not told by this system"
+        return "not reported by this system"
 
 
 def report() -> tuple[str, list[str]]:
@@ -124,10 +124,10 @@ def report() -> tuple[str, list[str]]:
 
 
 def hosts_report(timeout: int) -> tuple[str, list[str]]:
-    """(a line for each host, how they differ), once all have met and exchanged what they are.
+    """(a line for each host, their differences), after all have connected and exchanged their data.
 
     Raises:
-        RuntimeError: if they do not meet within `timeout` seconds.
+        RuntimeError: if they do not connect within `timeout` seconds.
         ValueError: see connect_hosts.
     """
     from jaxft.parallel import connect_hosts, gathered
@@ -154,7 +154,7 @@ def hosts_report(timeout: int) -> tuple[str, list[str]]:
 
 
 def differences(rows: list[dict]) -> list[str]:
-    """What hosts must have in common and do not."""
+    """Differences in what all hosts must have in common."""
     found = []
     for name in rows[0]["versions"]:
         seen = [row["versions"][name] for row in rows]
@@ -178,7 +178,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--hosts", action="store_true", help="meet the other hosts, and compare")
+    parser.add_argument("--hosts", action="store_true", help="connect to other hosts, compare them")
     parser.add_argument("--timeout", type=int, default=120, help="seconds to wait for them")
     options = parser.parse_args(arguments)
     try:

@@ -1,4 +1,4 @@
-"""Errors of writing, which name the place and what to do."""
+"""Errors of writing that name the path and a remedy."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 class OutputError(OSError):
     """A file or directory that cannot be written, has no room, or holds another run.
 
-    state, history: of a training run that it ended, as `fit` would have returned them.
+    state, history: those of the training run that it ended, as `fit` would have returned them.
     """
 
     state: Any = None
@@ -25,14 +25,14 @@ class OutputError(OSError):
 def writing(path: str | os.PathLike) -> Iterator[None]:
     """Turns an error of the file system inside the block into an OutputError that names `path`.
 
-    Without it, a full disk is "[Errno 28] No space left on device".
+    Without it, the error of a full disk is "[Errno 28] No space left on device".
     """
     try:
         yield
     except OutputError:
         raise
     except Exception as error:
-        # safetensors and others in Rust have errors of their own, with this text.
+        # Rust libraries such as safetensors have their own error types, with this text.
         if not isinstance(error, OSError) and "os error" not in str(error):
             raise
         raise OutputError(
@@ -41,7 +41,7 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
 
 
 def writable_directory(directory: str | Path, size: int = 0) -> Path:
-    """The directory, made and probed by writing a file.
+    """Creates the directory, probes it by writing a file, and returns it.
 
     Raises:
         OutputError: if it cannot be written or has less than `size` bytes free.
@@ -76,7 +76,7 @@ def reason(error: Exception) -> str:
 
 
 def free(path: str | os.PathLike) -> str:
-    """How much room there is, as a clause; empty where that cannot be known."""
+    """The free space, as a clause; empty if it is unknown."""
     path = Path(path).absolute()
     there = next((p for p in (path, *path.parents) if p.exists()), None)
     try:
@@ -86,7 +86,7 @@ def free(path: str | os.PathLike) -> str:
 
 
 def size_text(size: float) -> str:
-    """A number of bytes with three digits, in the largest decimal unit that it fills: 2 MB = 2e6 bytes."""
+    """A number of bytes with three digits, in the largest decimal unit not above it: 2 MB = 2e6 bytes."""
     units = {"GB": 1e9, "MB": 1e6, "kB": 1e3}
     unit, scale = next(((u, s) for u, s in units.items() if size >= 0.9995 * s), ("bytes", 1))
     number = size / scale

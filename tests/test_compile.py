@@ -161,7 +161,7 @@ ENTRY main (a: f32[4]) -> f32[4] {
     "arguments, message",
     [
         (["--model", "nowhere"], "neither a preset (llama3-1b"),
-        (["--topology", "v9z:2"], "is no topology"),
+        (["--topology", "v9z:2"], "is not a topology"),
         (["--fsdp", "3", "--topology", "h100:8"], "does not fill 8 devices"),
         (["--context", "2", "--length", "9"], "--length 9 must be a multiple of --context 2"),
         (["--objective", "grpo", "--response", "9", "--length", "9"], "must lie below --length 9"),

@@ -1,1 +1,1 @@
-"""Flags that scripts share, and the tables of what each choice stands for."""
+"""Flags that scripts share, and the tables of their choices."""

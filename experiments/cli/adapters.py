@@ -1,4 +1,4 @@
-"""What --adapter reads of the flags of kernels, and what it refuses (see `choices`)."""
+"""The kernel flags that each --adapter reads and refuses (see `choices`)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from experiments.cli import choices
 
 
 class Entry(NamedTuple):
-    """What an adapter reads and refuses."""
+    """Flags that an adapter reads and refuses."""
 
     reads: tuple[str, ...] = ()
     refuses: Mapping[str, str] = {}
@@ -17,7 +17,7 @@ class Entry(NamedTuple):
 
 SCALED = Entry(("rank", "alpha", "target"))
 RANKED = Entry(("rank",))
-NO_KERNELS = {"quantise": "trains the kernels themselves, which quantised ones do not"}
+NO_KERNELS = {"quantise": "trains the kernels themselves, and quantised kernels cannot train"}
 ADAPTERS = {
     **dict.fromkeys(("lora", "rslora", "pissa", "dora", "loha", "lokr", "paca"), SCALED),
     **dict.fromkeys(("vera", "oft", "boft", "randlora"), Entry(("rank", "target"))),
@@ -30,9 +30,9 @@ ADAPTERS = {
 
 
 def check(config: Any) -> None:
-    """Raises ValueError for a flag of kernels that --adapter refuses or does not read.
+    """Raises ValueError for a kernel flag that --adapter refuses or does not read.
 
-    With --quantise, --target names the kernels that are rounded, whatever the adapter.
+    With --quantise, --target names the kernels that are rounded, for every adapter.
     """
     more = ("target",) if config.kernels.quantise else ()
     table = {name: entry._replace(reads=entry.reads + more) for name, entry in ADAPTERS.items()}

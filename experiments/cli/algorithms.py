@@ -1,4 +1,4 @@
-"""What --algorithm and --correction of reinforce.py stand for."""
+"""The choices of --algorithm and --correction of reinforce.py."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ CORRECTIONS = {
 
 
 class Entry(NamedTuple):
-    """How an algorithm is made, and what it needs, reads and refuses (see `choices`)."""
+    """How to make an algorithm, and what it needs, reads and refuses (see `choices`)."""
 
     make: Callable[[Build, Any], rl.Algorithm]  # (build, config)
     reads: tuple[str, ...] = ()
     refuses: Mapping[str, str] = {}
-    least_group: int = 2  # answers to a question that it compares; 1: none
-    values: bool = False  # needs a value head, and the values of a rollout
-    halves: bool = False  # half of each group is sampled by the start
+    least_group: int = 2  # smallest group of answers to a question; 1: no comparison
+    values: bool = False  # needs a value head and the values of a rollout
+    halves: bool = False  # the initial model samples half of each group
 
 
 IN_REWARD = ("reward_kl", "kl_target", "kl_horizon")
-AT_SAMPLER = "takes its gradient at the policy that sampled, with no importance ratio"
+AT_SAMPLER = "computes its gradient at the sampling policy, without an importance ratio"
 ONLY_SAMPLER = {name: AT_SAMPLER for name in ("updates", "epochs")}
-VERDICTS = {"reward_model": "needs right or wrong, which a reward model does not tell"}
+VERDICTS = {"reward_model": "needs correct or wrong, which a reward model does not give"}
 ONLINE = ONLY_SAMPLER | {"sampler_url": AT_SAMPLER}
-HALF = "gives half of each group to the start"
+HALF = "samples half of each group from the initial model"
 
 
 def _pair_loss(config):
@@ -91,7 +91,7 @@ Correction = Literal[tuple(CORRECTIONS)]
 
 
 def algorithm(config: Any, forward: Forward) -> rl.Algorithm:
-    """The credit and the objective that --algorithm asks for."""
+    """Returns the credit and the objective of --algorithm."""
     build = functools.partial(
         policy_gradient,
         forward,

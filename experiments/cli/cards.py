@@ -1,4 +1,4 @@
-"""Model cards beside what a run saved, and --push-to-hub."""
+"""Model cards for the saved results of a run, and --push-to-hub."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jaxft.models.json_files import read_json
 from jaxft.parallel import written_once
 
 ROOT = pathlib.Path(__file__).parents[2]
-# Told elsewhere in the card, or of this machine alone.
+# Flags shown elsewhere in the card, or specific to this machine.
 _LEFT_OUT = {
     "model",
     "data",
@@ -31,17 +31,17 @@ _LEFT_OUT = {
 
 
 def check(config: Any) -> None:
-    """Whether --push-to-hub can work, before minutes are spent."""
+    """Checks that --push-to-hub can work, before any training."""
     if repo := flags.flat(config).get("push_to_hub"):
         files.check_push(repo)
 
 
 def publish(config: Any, metrics: Mapping[str, Any], output: pathlib.Path) -> Any:
-    """The metrics, after the card of what was saved is written beside it, and pushed if a flag asks for it.
+    """Writes the model card, pushes to the hub if --push-to-hub is set, and returns the metrics.
 
-    What was saved is in `output`, or in its folder "adapter" or "model".
+    The saved files are in `output`, or in its folder "adapter" or "model".
     """
-    # Other hosts may not see the first one's disk.
+    # Other hosts may not see the first host's disk.
     written_once(lambda: _publish(config, metrics, output), str(output))
     return metrics
 
@@ -59,7 +59,7 @@ def _publish(config: Any, metrics: Mapping[str, Any], output: pathlib.Path) -> N
 
 
 def card_of(config: Any, metrics: Mapping[str, Any], path: pathlib.Path) -> str:
-    """The card of a directory that a script wrote."""
+    """Returns the card of a directory that a script wrote."""
     values = flags.flat(config)
     sources = values.get("data") or ()
     settings = {"adapter": _public(values["adapter"])} if "adapter" in values else {}
@@ -80,7 +80,7 @@ def card_of(config: Any, metrics: Mapping[str, Any], path: pathlib.Path) -> str:
 
 
 def command(config: Any) -> str:
-    """The flags that were given, as they are typed; of paths of this machine the last part."""
+    """Returns the given flags as typed, with local paths shortened to their last part."""
     module = sys.modules[type(config).__module__]
     script = pathlib.Path(getattr(module, "__file__", None) or "script.py").resolve()
     name = script.relative_to(ROOT) if script.is_relative_to(ROOT) else script.name
@@ -89,7 +89,7 @@ def command(config: Any) -> str:
 
 
 def _typed(flag: str, value: Any) -> str:
-    """A flag as a shell takes it."""
+    """Formats a flag for a shell."""
     if isinstance(value, bool):
         return choices.option(flag if value else f"no_{flag}")
     values = value if isinstance(value, tuple) else (value,)
@@ -97,7 +97,7 @@ def _typed(flag: str, value: Any) -> str:
 
 
 def commit() -> str | None:
-    """The commit of the code that runs, "+" behind it if files are changed; None outside of a checkout."""
+    """Returns the commit of the running code, with "+" if files are changed; None without a checkout."""
     git = lambda *words: subprocess.run(
         ["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True
     ).stdout.strip()
@@ -108,7 +108,7 @@ def commit() -> str | None:
 
 
 def _given(config: Any) -> dict[str, Any]:
-    """{flag: value} of what differs from the script's defaults, and of what has none."""
+    """{flag: value} of flags that differ from the script's defaults or have none."""
     absent = dataclasses.MISSING
     fields = [f for f in dataclasses.fields(config) if f.default is f.default_factory is absent]
     needed = {field.name: getattr(config, field.name) for field in fields}
@@ -125,7 +125,7 @@ def _public(value: Any) -> Any:
 
 
 def _kind(path: pathlib.Path) -> tuple[str, bool, list[str]] | None:
-    """(kind of model_card, whether it is a classifier, tags) of a directory; None for one without a model."""
+    """Returns (kind of model_card, whether it is a classifier, tags); None for a directory without model."""
     if (file := path / "adapter_config.json").exists():
         found = read_json(file)
         tags = [found["peft_type"].lower()] if "peft_type" in found else []

@@ -1,12 +1,12 @@
-"""What a table of a choice says of the other flags: which of them its entries read, and which they refuse.
+"""Tables of choices: which other flags their entries read, and which they refuse.
 
-A table is a dict of name -> entry, a NamedTuple with `make` and what this page reads:
+A table is a dict of name -> entry, a NamedTuple with `make` and the fields that this module reads:
 
     reads    names of flags that this entry reads and that not all entries of the table read
     refuses  {name of a flag: why the entry refuses every value but the default}
 
-The flags of `--algorithm`, say, are the union of what its entries read. A flag counts as given if its
-value is not the default: one that is given in vain is an error, never ignored.
+For example, the flags of `--algorithm` are the union of the flags that its entries read. A flag counts as
+given if its value is not the default. A given flag without effect is an error, never ignored.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from experiments.cli import flags
 
 
 def check(config: Any, choice: str, table: Mapping[str, Any]) -> None:
-    """Raises ValueError for a flag that is given and that the chosen entry refuses or does not read.
+    """Raises ValueError for a given flag that the chosen entry refuses or does not read.
 
     Args:
         choice: the flag that chooses, such as "algorithm".
@@ -30,17 +30,17 @@ def check(config: Any, choice: str, table: Mapping[str, Any]) -> None:
             others = [other for other, entry in table.items() if flag not in entry.refuses]
             raise ValueError(
                 f"{shown(flag, value)} is refused by {option(choice)} {name}, which "
-                f"{table[name].refuses[flag]}; take {one_of(others)}."
+                f"{table[name].refuses[flag]}; use {one_of(others)}."
             )
         readers = [other for other, entry in table.items() if flag in entry.reads]
         if readers and name not in readers:
             raise ValueError(
-                f"{shown(flag, value)} has no effect with {option(choice)} {name}; take {one_of(readers)}."
+                f"{shown(flag, value)} has no effect with {option(choice)} {name}; use {one_of(readers)}."
             )
 
 
 def check_companions(config: Any, companions: Mapping[str, str]) -> None:
-    """Raises ValueError for a flag that is given without the flag that it adds to.
+    """Raises ValueError for a flag that is given without the flag that it depends on.
 
     Args:
         companions: {flag: the flag without which it has no effect}.
@@ -54,13 +54,13 @@ def check_companions(config: Any, companions: Mapping[str, str]) -> None:
 
 
 def given(config: Any) -> dict[str, Any]:
-    """{name: value} of the flags whose values are not the defaults of their script."""
+    """{name: value} of the flags whose values differ from the script's defaults."""
     default = flags.flat(type(config)())
     return {name: x for name, x in flags.flat(config).items() if x != default[name]}
 
 
 def shown(flag: str, value: Any) -> str:
-    """A flag as it is typed: "--push-every 2"."""
+    """Formats a flag as typed: "--push-every 2"."""
     if value is True:
         return option(flag)
     values = value if isinstance(value, tuple) else (value,)
@@ -68,11 +68,11 @@ def shown(flag: str, value: Any) -> str:
 
 
 def option(flag: str) -> str:
-    """The name of a flag on the command line."""
+    """Returns the name of a flag on the command line."""
     return "--" + flag.replace("_", "-")
 
 
 def one_of(names: Iterable[str]) -> str:
-    """ "a, b or c"."""
+    """Joins names as "a, b or c"."""
     *first, last = names
     return f"{', '.join(first)} or {last}" if first else last

@@ -1,4 +1,4 @@
-"""Groups of flags, of which a script's Config is composed; on the command line they have no prefix.
+"""Groups of flags that a script's Config is composed of; on the command line they have no prefix.
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -24,7 +24,7 @@ from jaxft.adapters import Quantisation
 from jaxft.generation import SamplingConfig, bad_word_ids
 from jaxft.models.remat import Remat
 
-# Where --report-to sends the metrics of all steps.
+# The destinations of --report-to.
 LOGS = {
     "tensorboard": lambda config, output: train.tensorboard_log(output / "tensorboard"),
     "wandb": lambda config, output: train.wandb_log("jaxft", name=output.name, config=flat(config)),
@@ -41,7 +41,7 @@ class Model:
     model: str = "smollm2"  # directory, .gguf file, "smollm2", "tiny" (random), or hub id
     # chat template that replaces the model's: a file, or chatml, llama3, gemma...
     template: str | None = None
-    # compute in bfloat16; what trains is float32, whatever the files hold
+    # compute in bfloat16; trainable params are float32 for any dtype of the files
     bfloat16: bool = False
     scan_layers: bool = False  # stack layers: compile time independent of depth
     remat: Remat = "none"  # recompute in the backward pass: lean, dots or full save memory
@@ -53,8 +53,8 @@ class Trained:
     """The model that answers."""
 
     model: str = "smollm2"  # directory, .gguf file, "smollm2", "tiny" (random), or hub id
-    adapter: str | None = None  # directory of an adapter, in PEFT's format or jaxft's own
-    template: str | None = None  # chat template that replaces the model's
+    adapter: str | None = None  # directory of an adapter, in PEFT's or jaxft's format; None: none
+    template: str | None = None  # chat template that replaces the model's; None: the model's
 
 
 @without_prefix
@@ -63,51 +63,50 @@ class Kernels:
     """The kernels that an adapter adapts."""
 
     quantise: Quantisation | None = None  # round the frozen kernels (nf4: QLoRA, QPaCA, QDoRA)
-    rank: int = (
-        16  # rows or columns of an adapter; oft, boft: block size; prompt, prefix: virtual tokens
-    )
-    alpha: float = 32.0  # over rank: LoRA's scale; for paca a factor of the learning rate
-    target: str = "all-linear"  # or a pattern of the paths of adapted kernels
+    # rank, block size of oft and boft, or number of virtual tokens of prompt and prefix
+    rank: int = 16
+    alpha: float = 32.0  # LoRA's scale is alpha / rank; paca: factor of the learning rate
+    target: str = "all-linear"  # adapted kernels: all-linear, or a pattern of their paths
 
 
 @without_prefix
 @dataclasses.dataclass(frozen=True)
 class Optimisation:
-    """Steps, and the optimizer that makes them."""
+    """Steps and optimizer."""
 
     max_steps: int = 60  # optimizer steps
-    # parts of a batch, one after the other: less memory, the same step
+    # parts of a batch that are processed in turn: less memory, the same step
     gradient_accumulation_steps: int = 1
-    learning_rate: float = 1e-3  # the highest, reached after the warm-up
-    # lion: learning rate 3 to 10 times smaller, decay as much larger
+    learning_rate: float = 1e-3  # peak, reached after the warm-up
+    # lion: use a learning rate 3 to 10 times smaller and a decay larger by the same factor
     optimizer: Optimizer = "adamw"
-    # sam... : flatter minima for about twice the time (look_sam: 1.2 times)
+    # sharpness-aware method; sam... : flatter minima for about twice the time (look_sam: 1.2 times)
     sharpness: Sharpness = "none"
-    rho: float | None = None  # its radius; default: the method's own
-    # of the learning rate, after the warm-up
+    rho: float | None = None  # radius of --sharpness; None: the method's own
+    # decay of the learning rate after the warm-up
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_ratio: float = 0.1  # share of --max-steps over which the rate rises from 0
-    # decoupled, multiplied by the rate; not of norms, biases and embeddings
+    warmup_ratio: float = 0.1  # fraction of --max-steps over which the rate rises from 0
+    # decoupled, multiplied by the rate; norms, biases and embeddings have none
     weight_decay: float = 0.0
-    max_grad_norm: float = 1.0  # longer gradients (L2 over all that trains) are scaled to this
+    max_grad_norm: float = 1.0  # maximum L2 norm of the gradient over all trainable params
 
 
 @without_prefix
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Records as rows of batches, and how often held-out ones are evaluated."""
+    """Batches of records, and evaluation on held-out records."""
 
-    # share of --data that is held out, without --eval-data; None: a tenth, at most 200 records
+    # fraction of --data to hold out if there is no --eval-data; None: 0.1, at most 200 records
     validation: float | None = None
-    batch_size: int = 2  # rows of one step, over all devices and accumulation steps
-    max_length: int = 384  # tokens of a row
-    max_bad: float = 0.0  # largest share of unusable records that is skipped rather than an error
+    batch_size: int = 2  # rows per step, over all devices and accumulation steps
+    max_length: int = 384  # maximum tokens of a row
+    max_bad: float = 0.0  # maximum fraction of unusable records to skip; more are an error
     eval_steps: int = 20  # steps between evaluations on held-out records
-    preview: bool = False  # print examples with what trains marked, then stop
+    preview: bool = False  # print examples with trained tokens marked, then stop
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The arguments of what makes batches."""
+        """Returns the arguments of functions that make batches."""
         return {"batch_size": self.batch_size, "max_length": self.max_length}
 
 
@@ -116,110 +115,114 @@ class Rows:
 class Columns:
     """The columns of the data."""
 
-    # columns with other names, as in --fields prompt query completion reply; '' leaves one out
+    # columns with other names, as in --fields prompt query completion reply; '' omits one
     fields: Annotated[dict[str, str], tyro.conf.arg(metavar="OURS THEIRS ...")] = dataclasses.field(
         default_factory=dict
     )
 
     def of(self, spec: str) -> dict[str, str]:
-        """The `fields` of a source; reasoning-gym's tasks have our names already."""
+        """Returns the `fields` of a source; reasoning-gym's tasks already have our names."""
         return {} if spec.startswith("rg:") else self.fields
 
 
 @without_prefix
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-    """The devices, and how params and batches lie on them."""
+    """Devices and sharding of params and batches."""
 
-    data_axis: int = 1  # copies of the model; -1 fills
-    fsdp: int = 1  # shards of the params and the batch; -1 fills
+    data_axis: int = 1  # copies of the model; -1: as many as the devices allow
+    fsdp: int = 1  # shards of the params and the batch; -1: as many as the devices allow
     tensor: int = 1  # shards of each projection
     context: int = 1  # shards of each row's tokens, for rows too long for one device
     # groups of devices that share a fast network, each with whole copies; TPU slices are found
     slices: int | None = None
-    # one of several hosts (Cloud TPU slices, Kubernetes); see TPU_SETUP.md
+    # this process is one of several hosts (Cloud TPU slices, Kubernetes); see TPU_SETUP.md
     distributed: bool = False
 
 
 @without_prefix
 @dataclasses.dataclass(frozen=True)
 class Adapted:
-    """An adapter that was trained, and the model below it."""
+    """The base model of a trained adapter."""
 
     model: str = "smollm2"  # directory, .gguf file, "smollm2", "tiny" (random), or hub id
-    quantise: Quantisation | None = None  # round the kernels as they were when it trained
-    target: str = "all-linear"  # or a pattern of the paths of kernels to quantise
+    quantise: Quantisation | None = None  # round the kernels as during the adapter's training
+    target: str = "all-linear"  # kernels to quantise: all-linear, or a pattern of their paths
 
 
 @without_prefix
 @dataclasses.dataclass(frozen=True)
 class Hub:
-    """Whether what was written goes to the Hugging Face hub."""
+    """Upload to the Hugging Face hub."""
 
-    push_to_hub: str | None = None  # repository (user/name) for what was written; needs a token
-    public: bool = False  # a new repository is private without it
+    push_to_hub: str | None = (
+        None  # upload the output to this repository (user/name); needs a token
+    )
+    public: bool = False  # create a new repository as public instead of private
 
 
 @without_prefix
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """What is written, where and how often."""
+    """Output directory, logs and checkpoints."""
 
     output_dir: str  # directory of the model or adapter, metrics, figure and checkpoints
     save_steps: int = 100  # steps between checkpoints
-    logging_steps: int = 5  # steps between lines on the screen; the files have all steps
-    report_to: tuple[Log, ...] = ()  # where metrics go besides the files
-    profile_dir: str | None = None  # trace of a few steps
-    resume: bool = False  # go on from the newest checkpoint in --output-dir
+    logging_steps: int = 5  # steps between printed lines; the files have all steps
+    report_to: tuple[Log, ...] = ()  # further destinations of the metrics, besides the files
+    profile_dir: str | None = None  # directory for a profiler trace of a few steps; None: no trace
+    resume: bool = False  # continue from the newest checkpoint in --output-dir
 
 
 @without_prefix
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """Whether a paper's results become a record that anyone can check."""
+    """Recording of a paper's results."""
 
-    # write docs/results/<slug>.json and its figure; at the script's own settings only
+    # write docs/results/<slug>.json and its figure; only with the script's own settings
     record: bool = False
 
 
 @without_prefix
 @dataclasses.dataclass(frozen=True)
 class Rewards:
-    """What rewards answers: the data's verifier, a judge, or a reward model."""
+    """Source of the rewards: the data's verifier, a judge, or a reward model."""
 
     judge: str | None = None  # file.py:function of (completion, record) -> number; None: verify
-    reward_model: str | None = None  # directory of preference.py --loss reward
+    reward_model: str | None = None  # directory written by preference.py --loss reward; None: no
     workers: int | None = None  # processes that verify or judge; None: 2
-    timeout: float | None = None  # seconds of one verdict, not of a reward model's; None: 5
+    timeout: float | None = None  # time limit of a verdict in seconds (verifier, judge); None: 5
 
     @property
     def numbers(self) -> bool:
-        """Whether rewards are numbers rather than verdicts."""
+        """Returns whether rewards are numbers rather than verdicts."""
         return bool(self.judge or self.reward_model)
 
 
 @without_prefix
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How answers are sampled."""
+    """Sampling of answers."""
 
-    max_new_tokens: int = 64  # tokens of an answer
+    max_new_tokens: int = 64  # maximum tokens of an answer
     temperature: float = 1.0  # 0 is greedy
-    top_k: int | None = None  # keep the k likeliest tokens
-    top_p: float | None = None  # keep the likeliest tokens up to this mass
-    min_p: float | None = None  # keep tokens at least this fraction as likely as the likeliest
-    typical_p: float | None = None  # keep the tokens nearest to the entropy up to this mass
+    top_k: int | None = None  # sample only from the k likeliest tokens; None: off
+    top_p: float | None = None  # keep the likeliest tokens until their mass reaches this; None: off
+    min_p: float | None = (
+        None  # keep tokens at least this fraction as likely as the likeliest; None: off
+    )
+    typical_p: float | None = None  # keep tokens nearest to the entropy up to this mass; None: off
     repetition_penalty: float = 1.0  # above 1: tokens of prompt and answer become less likely
-    no_repeat_ngram_size: int = 0  # no sequence of so many tokens twice, prompt included; 0: off
-    min_new_tokens: int = 0  # the stop token is not sampled before so many tokens
+    no_repeat_ngram_size: int = 0  # no n-gram of this size occurs twice, prompt included; 0: off
+    min_new_tokens: int = 0  # the stop token is not sampled before this many tokens
     bad_words: tuple[str, ...] = ()  # text that is never sampled, alone or after a space
     stop: tuple[str, ...] = ()  # text that ends an answer, besides the stop token
 
     def rules(self, tokenizer: Any, stop_ids: tuple[int, ...] = ()) -> SamplingConfig:
-        """What a sampler takes; each of the ids (`checkpoints.end_tokens`) ends an answer.
+        """Returns the SamplingConfig; each of the ids (`checkpoints.end_tokens`) ends an answer.
 
         Raises:
-            ValueError: for rules that cannot hold, which is known before a model is loaded.
+            ValueError: if rules are invalid; this is checked before a model is loaded.
         """
         rules = {name: x for name, x in dataclasses.asdict(self).items() if name != "stop"}
         rules["bad_words"] = bad_word_ids(tokenizer, self.bad_words)
@@ -227,7 +230,7 @@ class Sampling:
 
 
 def flat(config: Any) -> dict[str, Any]:
-    """{name on the command line, with underscores: value} of all flags, those of the groups included."""
+    """{name on the command line, with underscores: value} of all flags, including the groups'."""
     found: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -236,10 +239,10 @@ def flat(config: Any) -> dict[str, Any]:
 
 
 def replace(config: Any, **given: Any) -> Any:
-    """The config with other values of the given flags, in whichever group they lie.
+    """Returns the config with new values of the given flags, in any group.
 
     Raises:
-        TypeError: for a name that is no flag.
+        TypeError: if a name is not a flag.
     """
     changed: dict[str, Any] = {}
     for field in dataclasses.fields(config):
@@ -251,6 +254,6 @@ def replace(config: Any, **given: Any) -> Any:
 
 
 def with_small(config: Any, small: Mapping[str, Any]) -> Any:
-    """The config with `small` in place of what is at its default."""
+    """Returns the config with `small` for flags at their defaults."""
     now, default = flat(config), flat(type(config)())
     return replace(config, **{name: x for name, x in small.items() if now[name] == default[name]})

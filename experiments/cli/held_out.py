@@ -1,4 +1,4 @@
-"""What is evaluated: records of --eval-data, or a part of what the user trains on; and how it is named."""
+"""Held-out records: those of --eval-data, or a part of the training data; and their description."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any, NamedTuple
 from experiments.cli import choices, flags
 from jaxft import data
 
-# reasoning-gym draws entry i from seed + i: seeds of parts must lie further apart than their sizes.
+# reasoning-gym draws entry i from seed + i: seeds of parts must differ by more than their sizes.
 NEEDLE = "rg:needle_haystack?min_num_statements=4&max_num_statements=8"
-EVAL = f"{NEEDLE}&size=100&seed=1000000"  # what is evaluated where --data is not given
-SHARE, MOST = 0.1, 200  # of the records, where --validation is not given
-FEWEST = 0.1  # share of the records that must be left to train on
+EVAL = f"{NEEDLE}&size=100&seed=1000000"  # evaluation data if --data is not given
+SHARE, MOST = 0.1, 200  # fraction and maximum of held-out records if --validation is not given
+FEWEST = 0.1  # fraction of the records that must remain to train on
 
 
 class Parts(NamedTuple):
-    """What trains of each source, what is held out, and of what that is: "40 held-out records of x"."""
+    """Training records of each source, held-out records, and their name: "40 held-out records of x"."""
 
     training: list[list]
     held_out: list
@@ -28,15 +28,15 @@ class Parts(NamedTuple):
 def with_held_out(
     config: Any, sources: list[list], load: Callable[[str], list], ask: Callable[[Any], str]
 ) -> Parts:
-    """The sources without what is held out: --eval-data, or a part of each source; says which.
+    """Separates held-out records, --eval-data or a part of each source, and prints which.
 
-    Without --eval-data, a script's default data have their own held-out task, and data of the user's give a
-    tenth of their questions, at most 200 records, or the share --validation. Held-out records whose question
-    also trains are left out: those would measure memory.
+    Without --eval-data, a script's default data have their own held-out task. The user's data give a tenth of
+    their questions, at most 200 records, or the fraction --validation. Held-out records whose question also
+    trains are excluded, because they would measure memory.
 
     Raises:
-        DataError: if none is left.
-        ValueError: for a --validation that --eval-data leaves without effect.
+        DataError: if no held-out record remains.
+        ValueError: if both --validation and --eval-data are given.
     """
     settings = flags.flat(config)
     share, specs = settings["validation"], _specs(config)
@@ -58,13 +58,13 @@ def with_held_out(
         of = f"held-out records of {', '.join(map(shown, specs))}"
         if not held_out or not all(sources):
             raise data.DataError(
-                f"{', '.join(specs)}: {total} records cannot be split into what trains and what is held "
-                "out; give more records, another --validation, or --eval-data."
+                f"{', '.join(specs)}: {total} records cannot be split into training and held-out "
+                "records; give more records, another --validation, or --eval-data."
             )
     known = {ask(record) for records in sources for record in records}
     left = without_known(held_out, known, ask)
     name = f"{len(left)} {of}"
-    also = f" ({len(held_out) - len(left)} more are asked in training too)"
+    also = f" ({len(held_out) - len(left)} more also occur in training)"
     print(
         f"training on {sum(map(len, sources))} records of {', '.join(map(shown, specs))}; evaluated on "
         f"{name}{also if len(left) < len(held_out) else ''}",
@@ -76,12 +76,12 @@ def with_held_out(
 def part(
     records: Sequence[Any], ask: Callable[[Any], str], share: float | None, most: float = 1.0
 ) -> tuple[list, list]:
-    """(training, held out): whole questions, those whose text has the smallest hashes, so always the same.
+    """Returns (training, held out); holds out the questions with the smallest hashes, so always the same.
 
     Args:
-        records: of one source.
-        ask: record -> its question; records that ask the same lie on one side.
-        share: of the records; None: `SHARE`, but at most `most`, and at least one record.
+        records: records of one source.
+        ask: record -> its question; records with the same question are on the same side.
+        share: fraction of the records; None: `SHARE`, at most `most` and at least one record.
     """
     if share is not None and not 0 < share < 1:
         raise ValueError(f"--validation must lie between 0 and 1, got {share}.")
@@ -102,7 +102,7 @@ def part(
 
 
 def without_known(held_out: list, known: set[str], ask: Callable[[Any], str]) -> list:
-    """The held-out records whose question is not among `known`; DataError if none is left."""
+    """Returns held-out records whose question is not in `known`; raises DataError if none remains."""
     left = [record for record in held_out if ask(record) not in known]
     if not left:
         raise data.DataError("every held-out record is also in the training data.")
@@ -110,10 +110,10 @@ def without_known(held_out: list, known: set[str], ask: Callable[[Any], str]) ->
 
 
 def tell_of(bad: data.BadRecords, kept: int, total: int, what: str = "training") -> None:
-    """Prints how many records were left out or cut, if any were.
+    """Prints how many records were dropped or truncated, if any.
 
     Raises:
-        DataError: if fewer than a tenth of them are left.
+        DataError: if fewer than a tenth of the records remain.
     """
     if not bad.summary():
         return
@@ -128,21 +128,21 @@ def tell_of(bad: data.BadRecords, kept: int, total: int, what: str = "training")
 
 
 def tell_of_columns(config: Any, sources: Sequence[list]) -> None:
-    """Prints which columns of the user's look like something to learn from and are not shown to the model."""
+    """Prints the user's columns that look like training text but are not shown to the model."""
     for spec, records in zip(_specs(config), sources, strict=True):
         if not spec.startswith("rg:") and (names := data.not_shown(records)):
             print(f"columns of {shown(spec)} that the model is not shown: {names}", flush=True)
 
 
 def question(record: Mapping[str, Any], messages: Any) -> str:
-    """What a record asks: its user turns, its prompt or its text."""
+    """Returns the question of a record: its user turns, its prompt or its text."""
     if messages is None:
         return record.get("prompt") or record.get("text") or str(record.get("tokens"))
     return "\n".join(m["content"] for m in messages if m["role"] == "user")
 
 
 def shown(spec: str) -> str:
-    """A source's name as it is told: without options, and of a path the last part."""
+    """Returns a source's name for output: without options, and only the last part of a path."""
     if spec.startswith(("rg:", "tfds:")):
         return spec.split("?")[0]
     return pathlib.Path(spec).name or spec

@@ -1,4 +1,4 @@
-"""The ranges of numbers that scripts take as flags, the same wherever a flag has the name."""
+"""Ranges of numeric flags, by the name of the flag in all scripts."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ LIMITS = {
 
 
 def check(config: Config) -> Config:
-    """The config; ValueError for a flag whose number, or one of its numbers, is outside its range."""
+    """Returns the config; raises ValueError if a number of a flag is outside its range."""
     for name, value in flags.flat(config).items():
         if name not in LIMITS:
             continue

@@ -1,4 +1,4 @@
-"""The model that a script answers with."""
+"""Loading of the model that a script generates answers with."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from jaxft.models import family_of
 
 
 def renderer_of(trained: flags.Trained, **options: Any) -> data.Renderer:
-    """The renderer of its tokenizer and chat template; `options` are those of `data.Renderer`."""
+    """Returns the renderer of the model's tokenizer and chat template; `options`: of `data.Renderer`."""
     return data.Renderer(files.load_tokenizer(trained.model), template=trained.template, **options)
 
 
 def writable_file(place: str) -> pathlib.Path:
-    """The path of --output; OutputError if it is a directory, or its directory cannot be written to."""
+    """Returns the path of --output; OutputError if it is a directory, or its directory is not writable."""
     path = pathlib.Path(place)
     if path.is_dir():
         raise train.OutputError(f"--output {place} is a directory; name a file in it.")
@@ -29,7 +29,7 @@ def writable_file(place: str) -> pathlib.Path:
 
 
 def stop_ids(renderer: data.Renderer, model: Any) -> tuple[int, ...]:
-    """The ids at which the model's answers end, with that tokenizer and chat template."""
+    """Returns the ids that end the model's answers, for the tokenizer and chat template."""
     return files.end_tokens(renderer.tokenizer, model.config, renderer.template)
 
 
@@ -42,18 +42,18 @@ def check_positions(model: Any, name: str, length: int) -> None:
 
 
 def load_trained(trained: flags.Trained) -> tuple[Any, Any]:
-    """(model, params), with the adapter if one is named."""
+    """Loads (model, params), with the adapter if one is given."""
     train.keep_memory_warm()
     model, params = files.load_model(trained.model)
     if not trained.adapter:
         return model, params
     params = load_adapter(trained.adapter, model.config, params)
-    # Merged once: sampling then costs what the base model costs.
+    # Merged once: sampling then costs as much as with the base model.
     return model, merge(params) if mergeable(params) else params
 
 
 def load_adapted(adapter: str, settings: flags.Adapted) -> tuple[Any, Any, Any]:
-    """(model, base params, params with the adapter over them), quantised as it was when it trained."""
+    """Loads (model, base params, params with the adapter), quantised as during its training."""
     train.keep_memory_warm()
     model, base = files.load_model(settings.model)
     params, family = base, family_of(model.config)
@@ -63,5 +63,5 @@ def load_adapted(adapter: str, settings: flags.Adapted) -> tuple[Any, Any, Any]:
     load = files.load_gguf_adapter if adapter.endswith(".gguf") else load_adapter
     params = load(adapter, model.config, params)
     if (lost := rounding_loss(params, base, family.layers)) is not None:
-        print(f"{settings.quantise} took up to {lost:.1%} of a kernel")
+        print(f"{settings.quantise} lost up to {lost:.1%} of a kernel")
     return model, base, params

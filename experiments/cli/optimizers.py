@@ -1,4 +1,4 @@
-"""What --optimizer and --sharpness of the scripts that train stand for."""
+"""The choices of --optimizer and --sharpness of the training scripts."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ from jaxft.optim import (
 )
 from jaxft.train import clip_by_layer_rms, muon_axes
 
-# What turns gradients into a direction; clipping, decay and learning rate are the same for all.
+# Transforms from gradients to a direction; clipping, decay and learning rate are the same for all.
 OPTIMIZERS = {
     "adamw": lambda: optax.scale_by_adam(),
-    "lion": lambda: scale_by_lion(0.95, 0.98),  # the paper's for language models
+    "lion": lambda: scale_by_lion(0.95, 0.98),  # the paper's values for language models
     "lion_int8": lambda: scale_by_lion(0.95, 0.98, "int8"),
     "adafactor": lambda: optax.chain(optax.scale_by_factored_rms(), clip_by_layer_rms(1.0)),
-    # Matrices by Newton-Schulz, the rest by Adam; -1 leaves sign and rate to the chain.
+    # Newton-Schulz for matrices, Adam for the rest; -1 leaves sign and rate to the chain.
     "muon": lambda: optax.contrib.muon(-1.0, muon_weight_dimension_numbers=muon_axes),
     "sgd": lambda: optax.trace(0.9),
 }
 
 
 class Parts(NamedTuple):
-    """What a method of --sharpness is made of."""
+    """Inputs of a method of --sharpness."""
 
     build: Callable[[Forward], Objective]
     forward: Forward
@@ -54,7 +54,7 @@ class Parts(NamedTuple):
 
 
 class Sharpened(NamedTuple):
-    """What jaxft.train.fit takes for a method."""
+    """Arguments of jaxft.train.fit for a method."""
 
     objective: Objective
     optimizer: optax.GradientTransformation
@@ -63,22 +63,22 @@ class Sharpened(NamedTuple):
 
 
 class Method(NamedTuple):
-    """How a method is made, and what it needs, reads and refuses (see `choices`)."""
+    """How to make a method, and what it needs, reads and refuses (see `choices`)."""
 
     make: Callable[[Parts], Sharpened]
-    rho: float | None = 0.1  # the radius, if the flags name none
+    rho: float | None = 0.1  # the radius, if --rho is not given
     of_predictions: bool = False  # needs a distribution over tokens at each position
     reads: tuple[str, ...] = ("rho",)
     refuses: Mapping[str, str] = {}
 
 
 def _optimizer(wrap, rho):
-    """A method that is an optimizer around the base: `wrap(base, rho)`."""
+    """Returns a method that is an optimizer around the base: `wrap(base, rho)`."""
     return Method(lambda p: Sharpened(p.build(p.forward), wrap(p.base, p.rho)), rho)
 
 
 def _distant(wrap, rho=0.1, distance=function_distance):
-    """One whose optimizer also takes a distance of predictions."""
+    """Returns a method whose optimizer also takes a distance between predictions."""
 
     def make(p):
         moved = {"distance_fn": distance(token_logits(p.forward))}
@@ -129,16 +129,16 @@ def sharpen(
     base: optax.GradientTransformation,
     rho: float | None = None,
 ) -> Sharpened:
-    """A sharpness-aware or trust-region method around the base optimizer, for any objective.
+    """Builds a sharpness-aware or trust-region method around the base optimizer, for any objective.
 
     Args:
         build: forward -> the objective, such as `jaxft.objectives.supervised`.
-        forward: of the model; distances of predictions and noise on the inputs come from the same one.
-        rho: the radius; None: the method's own. For tram it scales the distance, for the penalties
-            (trpo, mesa, r3f) it is their weight.
+        forward: the model's forward; distances of predictions and noise on the inputs use it too.
+        rho: the radius; None: the method's own. For tram it scales the distance; for the penalties
+            (trpo, mesa, r3f) it is the weight.
 
     Raises:
-        ValueError: for rho < 0.
+        ValueError: if rho < 0.
     """
     method = SHARPNESS[name]
     return method.make(Parts(build, forward, base, method.rho if rho is None else rho))

@@ -1,4 +1,4 @@
-"""The records that preference.py trains on: read, held out, labelled and rendered as its loss wants them."""
+"""Data of preference.py: read, split, labelled and rendered as its loss requires."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jaxft.losses import density_ratios
 
 
 def load_data(config: Any):
-    """(training groups, held-out groups, of what those are)."""
+    """Returns (training groups, held-out groups, description of the held-out groups)."""
     bad = data.BadRecords(config.rows.max_bad)
     sources = [load_records(config, spec, bad) for spec in config.data]
     load = functools.partial(load_records, config, bad=data.BadRecords())
@@ -47,7 +47,7 @@ def load_data(config: Any):
 
 
 def load_records(config: Any, spec: str, bad: data.BadRecords) -> list[data.preference.Record]:
-    """Pairs, or completions or steps with labels, of a source."""
+    """Loads pairs, labelled completions or labelled steps of a source."""
     kind = LOSSES[config.loss].records
     how = {"fields": config.columns.of(spec), "bad": bad}
     if kind == "steps":
@@ -66,7 +66,7 @@ def load_records(config: Any, spec: str, bad: data.BadRecords) -> list[data.pref
 
 
 def with_density_ratios(config: Any, records: list) -> list:
-    """The records with `density_ratio`, of the prompts' embeddings."""
+    """Adds `density_ratio`, from the prompts' embeddings, to the records."""
     model, params = shared.files.load_model(config.prompt_embedder)
     tokenizer = shared.files.load_tokenizer(config.prompt_embedder)
     texts = list(map(_question, records))
@@ -84,7 +84,7 @@ def with_density_ratios(config: Any, records: list) -> list:
 
 
 def answers_of_others(records: list) -> list:
-    """Pairs of each record's answer and the next record's that differs, so right and wrong of one kind."""
+    """Pairs each record's answer with the next record's that differs, as a wrong answer of the same kind."""
     pairs = []
     for i, record in enumerate(records):
         others = (records[(i + step) % len(records)] for step in range(1, len(records)))
@@ -97,7 +97,7 @@ def answers_of_others(records: list) -> list:
 
 
 def _labelled(records):
-    """Records with labels: pairs become two each."""
+    """Returns labelled records: each pair becomes two."""
     pairs = [record for record in records if "chosen" in record]
     return [record for record in records if "chosen" not in record] + data.unpair(pairs)
 

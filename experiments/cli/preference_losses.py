@@ -1,4 +1,4 @@
-"""What --loss and --f-divergence of preference.py stand for."""
+"""The choices of --loss and --f-divergence of preference.py."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from jaxft.objectives import Objective
 
 
 class Entry(NamedTuple):
-    """How a loss is made, and what it needs, reads and refuses (see `choices`)."""
+    """How to make a loss, and what it needs, reads and refuses (see `choices`)."""
 
     make: Callable[[Any], Callable[[Forward], Objective]]  # config -> forward -> objective
     reads: tuple[str, ...] = ()
     refuses: Mapping[str, str] = {}
-    records: Literal["pairs", "labels", "steps"] = "pairs"  # what it needs
+    records: Literal["pairs", "labels", "steps"] = "pairs"  # the kind of records that it needs
     trains: Literal["policy", "reward"] = "policy"
     reference: bool = True  # reads log-probs of a reference
-    online: bool = False  # needs the policy's own answers, and the start that scores them
+    online: bool = False  # needs the policy's own answers, and the initial model to score them
 
 
 class Divergence(NamedTuple):
-    """h of `losses.f_dpo_loss`, None for the plain loss of DPO; and what it reads and refuses."""
+    """h of `losses.f_dpo_loss`, None for the plain DPO loss; and the flags that it reads and refuses."""
 
     make: Callable[[Any], Callable[[jax.Array], jax.Array] | None]
     reads: tuple[str, ...] = ()
@@ -51,18 +51,18 @@ MOVING = ("ref_model_sync_steps", "ref_model_mixup_alpha")
 
 
 def pair_loss(loss: Callable[..., Any], config: Any, arguments: Mapping[str, str]):
-    """`loss` with the flags that are given: {its argument: the flag}; bad values raise ValueError."""
+    """Binds given flags to `loss`, {its argument: the flag}; invalid values raise ValueError."""
     given = {name: getattr(config, flag) for name, flag in arguments.items()}
     loss = functools.partial(loss, **{name: x for name, x in given.items() if x is not None})
     pairs = losses.Pairs(*[jax.ShapeDtypeStruct((1,), np.float32)] * len(losses.Pairs._fields))
-    jax.eval_shape(loss, pairs)  # Bad values fail now, not after minutes.
+    jax.eval_shape(loss, pairs)  # Invalid values fail now, not after minutes.
     if not config.nll_alpha:
         return loss
     return lambda pairs: loss(pairs) + config.nll_alpha * losses.nll_loss(pairs)
 
 
 def _of_pairs(loss, *, reference=True, **arguments):
-    """The entry of a loss of pairs whose `arguments` are flags."""
+    """Returns the entry of a pair loss whose `arguments` are flags."""
 
     def make(config):
         made = pair_loss(loss, config, {"beta": "beta", **arguments})
@@ -173,7 +173,7 @@ COMPANIONS = {
 
 
 def objective_of(config: Any) -> Callable[[Forward], Objective]:
-    """forward -> objective, for the loss of the flags; refuses flags that the loss does not have."""
+    """Returns forward -> objective for --loss; refuses flags that the loss does not read."""
     choices.check(config, "loss", LOSSES)
     choices.check(config, "f_divergence", DIVERGENCES)
     choices.check_companions(config, COMPANIONS)
@@ -181,8 +181,8 @@ def objective_of(config: Any) -> Callable[[Forward], Objective]:
     entry, sharpness = LOSSES[config.loss], config.optimisation.sharpness
     if entry.trains == "reward" and SHARPNESS[sharpness].of_predictions:
         raise ValueError(
-            f"--sharpness {sharpness} compares predictions of tokens, and the model of --loss "
-            f"{config.loss} gives one number; take one of sam's family."
+            f"--sharpness {sharpness} compares predictions of tokens, but the model of --loss "
+            f"{config.loss} gives one number; use a method of sam's family."
         )
     return entry.make(config)
 

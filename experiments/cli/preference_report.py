@@ -1,4 +1,4 @@
-"""What preference.py prints and writes of held-out preferences."""
+"""Reports of preference.py on held-out preferences, printed and written."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jaxft.train.batches import place_batch
 
 
 def label_report(policy: np.ndarray, start: np.ndarray, groups: list) -> dict[str, Any]:
-    """How much likelier completions with either label became."""
+    """Reports the gain in log-prob of completions with either label."""
     labels = np.array([group.columns["label"] for group in groups])
     gain = (policy - start)[:, 0]
     mean = lambda side: float(gain[side].mean()) if side.any() else None
@@ -24,11 +24,11 @@ def label_report(policy: np.ndarray, start: np.ndarray, groups: list) -> dict[st
 
 
 def pair_report(policy: np.ndarray, start: np.ndarray, groups: list) -> dict[str, Any]:
-    """Accuracy on held-out pairs, before and after, and how much of it is length.
+    """Reports accuracy on held-out pairs before and after training, and the effect of length.
 
     Args:
         policy: [N, 2] log-probs of the trained model.
-        start: those of the model before.
+        start: [N, 2] log-probs of the initial model.
         groups: the pairs.
     """
     gain = policy - start
@@ -48,7 +48,7 @@ def pair_report(policy: np.ndarray, start: np.ndarray, groups: list) -> dict[str
 
 
 def reward_report(rewards: np.ndarray, groups: list) -> dict[str, Any]:
-    """The same of a reward model: [N, 2] rewards of chosen and rejected answers."""
+    """Reports a reward model's accuracy: [N, 2] rewards of chosen and rejected answers."""
     found = {"min": rewards.min(), "mean": rewards.mean(), "max": rewards.max()}
     metrics = pair_accuracy(rewards, groups)
     metrics |= {f"reward_{name}": float(value) for name, value in found.items()}
@@ -60,7 +60,7 @@ def reward_report(rewards: np.ndarray, groups: list) -> dict[str, Any]:
 
 
 def correctness_report(rewards: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-    """Accuracy of rewards above or below 0, of answers or of steps, beside always saying the same."""
+    """Reports the accuracy of the sign of rewards, of answers or steps, and of a constant prediction."""
     right = (rewards > 0) == labels
     low, high = wilson_interval(int(right.sum()), len(right))
     constant = float(max(labels.mean(), 1 - labels.mean()))
@@ -73,7 +73,7 @@ def correctness_report(rewards: np.ndarray, labels: np.ndarray) -> dict[str, Any
 
 
 def pair_accuracy(rewards: np.ndarray, groups: list) -> dict[str, Any]:
-    """How often the chosen completion has the higher reward, [N, 2], and at equal length."""
+    """Reports how often the chosen completion has the higher reward ([N, 2]), also at equal length."""
     lengths = np.array([[(p.loss_mask[1:] > 0).sum() for p in group.parts] for group in groups])
     longer = lengths[:, 0] - lengths[:, 1]
     margin = rewards[:, 0] - rewards[:, 1]
@@ -103,7 +103,7 @@ def pair_accuracy(rewards: np.ndarray, groups: list) -> dict[str, Any]:
 
 
 def read_rewards(config: Any, model: Any, params: Any, groups: list, mesh: Any) -> np.ndarray:
-    """[N, G] rewards at the last token of each completion; of steps [N, S], at theirs."""
+    """Returns rewards [N, G] at the last token of each completion or, for steps, [N, S]."""
 
     def run(params, batch):
         if "step_ends" not in batch:

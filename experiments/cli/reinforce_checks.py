@@ -1,4 +1,4 @@
-"""What can be seen to be wrong with the flags of reinforce.py before minutes are spent."""
+"""Checks of the flags of reinforce.py before anything expensive."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ COMPANIONS = {
 
 
 def settings(config: Any) -> None:
-    """What can be seen to be wrong before anything is loaded."""
+    """Checks everything that can be checked before anything is loaded."""
     choices.check(config, "algorithm", ALGORITHMS)
     choices.check_companions(config, COMPANIONS)
     rows = config.prompts_per_step * config.group_size
@@ -43,7 +43,7 @@ def settings(config: Any) -> None:
         )
     if config.turns > 1 and config.rewards.numbers:
         raise ValueError(
-            "--turns needs right or wrong, which --judge and --reward-model do not tell; take --turns 1."
+            "--turns needs correct or wrong, which --judge and --reward-model do not give; use --turns 1."
         )
     if config.sampler_url:
         server(config)
@@ -51,7 +51,7 @@ def settings(config: Any) -> None:
 
 
 def group(config: Any) -> None:
-    """Whether a group has the answers that the algorithm compares."""
+    """Checks that a group has enough answers for the algorithm."""
     entry = ALGORITHMS[config.algorithm]
     if config.group_size < entry.least_group:
         raise ValueError(
@@ -60,13 +60,13 @@ def group(config: Any) -> None:
         )
     if entry.halves and config.group_size % 2:
         raise ValueError(
-            f"--algorithm {config.algorithm} gives half of each group to the start: it needs an even "
+            f"--algorithm {config.algorithm} samples half of each group from the start: it needs an even "
             f"--group-size, got {config.group_size}."
         )
 
 
 def numbers(config: Any) -> None:
-    """Whether numbers lie in their ranges."""
+    """Checks the ranges of numbers."""
     if config.temperature <= 0:
         raise ValueError(f"--temperature must be positive, got {config.temperature}.")
     if config.beta <= 0 or config.xpo_alpha < 0:
@@ -77,7 +77,7 @@ def numbers(config: Any) -> None:
     if config.kl_target is not None and not (config.reward_kl > 0 and config.kl_target > 0):
         raise ValueError(
             f"--kl-target {config.kl_target} must be positive and adapts --reward-kl, which is "
-            f"{config.reward_kl}; start from 0.05, say."
+            f"{config.reward_kl}; start from 0.05, for example."
         )
     if not 0 <= config.overlong <= config.max_new_tokens:
         raise ValueError(
@@ -86,19 +86,19 @@ def numbers(config: Any) -> None:
 
 
 def server(config: Any) -> None:
-    """Whether what a server samples can be corrected for."""
+    """Checks that a server's samples can be corrected for."""
     if config.correction == "none":
         raise ValueError(
             "--sampler-url needs --correction tokens or sequences: the server's policy is not the trainer's."
         )
     if config.temperature != 1:
         raise ValueError(
-            f"--sampler-url needs --temperature 1, got {config.temperature}: at others a server's log-probs "
-            "may be those of 1."
+            f"--sampler-url needs --temperature 1, got {config.temperature}: a server's log-probs may "
+            "always be those at temperature 1."
         )
     if config.reward_kl:
         raise ValueError(
-            "--sampler-url samples from another policy, whose KL --reward-kl would be; take --kl-weight."
+            "--sampler-url samples from another policy, so --reward-kl would be its KL; use --kl-weight."
         )
     if config.push_every < 1:
         raise ValueError(f"--push-every must be at least 1 rollout, got {config.push_every}.")
@@ -107,25 +107,25 @@ def server(config: Any) -> None:
         if config.adapter in UNSERVED:
             raise ValueError(
                 f"--push-dir: no server takes --adapter {config.adapter}, which is neither LoRA nor can be "
-                "merged into the model; take lora or full, or drop --push-dir."
+                "merged into the model; use lora or full, or drop --push-dir."
             )
 
 
 def mesh(config: Any, devices: Any) -> None:
-    """Whether there is one host, and the rows of a step can be laid over its devices."""
+    """Checks the number of hosts, and that the devices divide the rows of a step."""
     if jax.process_count() > 1 and config.sampler_url:
         raise ValueError(
-            f"--sampler-url: each of the {jax.process_count()} hosts would get answers of its own; let the "
+            f"--sampler-url: each of the {jax.process_count()} hosts would get different answers; let the "
             "trainer sample, or use the devices of one host."
         )
     if config.mesh.context != 1:
         raise ValueError(
-            f"--context {config.mesh.context} is of sft.py and preference.py: sampling goes token by token "
-            "and does not split rows. Use --fsdp or --tensor."
+            f"only sft.py and preference.py support --context {config.mesh.context}: sampling generates "
+            "token by token and does not split rows. Use --fsdp or --tensor."
         )
     parts = 1 if devices is None else devices.shape["data"] * devices.shape["fsdp"]
     rows = config.prompts_per_step * config.group_size
-    rows = rows // 2 if ALGORITHMS[config.algorithm].halves else rows  # sampled at a time
+    rows = rows // 2 if ALGORITHMS[config.algorithm].halves else rows  # sampled at once
     slices = config.optimisation.gradient_accumulation_steps
     if rows % (parts * config.updates * slices):
         raise ValueError(
@@ -135,7 +135,7 @@ def mesh(config: Any, devices: Any) -> None:
 
 
 def length(config: Any, model: Any, *, prompts: Sequence[Sequence[int]]) -> None:
-    """Whether the longest question and an answer fit the model."""
+    """Checks that the longest question and an answer fit the model."""
     longest = max(map(len, prompts))
     if longest + config.max_new_tokens > model.config.max_length:
         raise ValueError(

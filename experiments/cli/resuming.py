@@ -1,4 +1,4 @@
-"""--resume with other flags or data than before: refused where the result would be wrong, else told."""
+"""Checks --resume with changed flags or data: refuses if the result would be wrong, else reports it."""
 
 from __future__ import annotations
 
@@ -10,28 +10,26 @@ from typing import Any
 from experiments.cli import choices, flags
 from jaxft import data, train
 
-# What changes nothing that a run computes: where things go, how they are laid out and shown.
+# Flags that do not change what a run computes: paths, sharding and output.
 FREE = frozenset(
     "output_dir save_steps logging_steps report_to profile_dir resume debug preview remat data_axis fsdp "
     "tensor context slices distributed workers timeout eval_steps accuracy push_dir push_every push_to_hub "
     "public".split()
 )
-# What the place in the data and the saved arrays are of: with others they would mean something else.
+# Flags that determine the meaning of the data position and the saved arrays.
 FIXED = frozenset(
     "model template adapter d rank alpha target quantise start scan_layers data eval_data validation "
     "fields weights weights_by batch_size max_length packing mask train_on too_long max_bad seed loss "
     "algorithm prompts_per_step group_size updates epochs turns optimizer sharpness smoke".split()
 )
 
-# Under this name the contents of local data files are saved beside the flags.
+# The name under which digests of local data files are saved with the flags.
 FILES = "data_files"
-WHOLE = (
-    64 * 2**20
-)  # bytes of a file that are hashed; of larger ones the first and the last half of that
+WHOLE = 64 * 2**20  # bytes of a file to hash; of a larger file, half from each end
 
 
 def settings(config: Any) -> dict[str, Any]:
-    """The flags that are saved with each checkpoint, as JSON gives them back, and digests of data files."""
+    """Returns the flags that each checkpoint saves, as read back from JSON, and digests of data files."""
     found = {name: value for name, value in flags.flat(config).items() if name not in FREE}
     specs = [found.get("data") or (), found.get("eval_data") or ()]
     names = [name for spec in specs for name in ([spec] if isinstance(spec, str) else spec)]
@@ -42,10 +40,10 @@ def settings(config: Any) -> dict[str, Any]:
 
 
 def check(config: Any, output: pathlib.Path) -> None:
-    """Compares the flags with those of the run in `output`, and prints in one line what has changed.
+    """Compares the flags with those of the run in `output`, and prints the changes in one line.
 
     Raises:
-        ValueError: for a change with which the result would be that of neither run.
+        ValueError: for a change after which the result would belong to neither setting.
     """
     earlier = train.saved_settings(output / "checkpoints")
     if earlier is None:
@@ -54,15 +52,15 @@ def check(config: Any, output: pathlib.Path) -> None:
     changed = _changed(config, before)
     if fixed := [text for name, text in changed.items() if name in FIXED]:
         raise ValueError(
-            f"--resume: {output} was begun with other flags: {', '.join(fixed)}. Its place in the data and "
-            "its arrays would mean something else; give the old ones, or another --output-dir."
+            f"--resume: {output} was begun with other flags: {', '.join(fixed)}. Its data position and its "
+            "arrays would have another meaning; use the old flags, or another --output-dir."
         )
     files = settings(config)[FILES]
     for name, then in before.get(FILES, {}).items():
         if files.get(name, then) != then:
             raise ValueError(
                 f"--resume: {name} is not the file that {output} was begun with ({then}; now {files[name]}). "
-                "Its place in the data would mean other records; bring the old file back, or give another "
+                "Its data position would refer to other records; restore the old file, or use another "
                 "--output-dir."
             )
     steps = config.optimisation.max_steps
@@ -72,16 +70,14 @@ def check(config: Any, output: pathlib.Path) -> None:
             "--output-dir."
         )
     if not before:
-        print(f"resumed at step {step}; the run does not say with which flags it was begun")
+        print(f"resumed at step {step}; the run has no record of its original flags")
     if changed:
         text = ", ".join(changed.values())
-        print(
-            f"resumed at step {step} with other flags than before, which hold from here on: {text}"
-        )
+        print(f"resumed at step {step} with changed flags, which apply from here on: {text}")
 
 
 def note(config: Any, output: pathlib.Path) -> train.Callback:
-    """A callback that writes what has changed into the first row after a checkpoint, and so into the logs."""
+    """Returns a callback that adds the changes to the first row after a checkpoint, and so to the logs."""
     _, before = train.saved_settings(output / "checkpoints") or (0, {})
     changed = _changed(config, before)
     left = [{"resumed_with": ", ".join(changed.values())}] if changed else []
@@ -89,7 +85,7 @@ def note(config: Any, output: pathlib.Path) -> train.Callback:
 
 
 def _contents(spec):
-    """Bytes and digest of the local files of a source; "" where there are none."""
+    """Returns size and digest of the local files of a source; "" if there are none."""
     files = data.local_files(spec)
     digest, size = hashlib.sha256(), 0
     for path in files:

@@ -1,6 +1,6 @@
-"""What the scripts reward answers with: a verifier, a judge of the user's own, or a saved reward model.
+"""Reward functions of the scripts: a verifier, the user's judge, or a saved reward model.
 
-`settings` are those of `flags.Rewards`; `base` those of a model, of which `model` and `template` are read.
+`settings` are `flags.Rewards`; of `base`, the flags of a model, only `model` and `template` are read.
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ TIMEOUT = 5.0  # seconds
 
 
 def small(settings: flags.Rewards, preset: Mapping[str, Any]) -> dict[str, Any]:
-    """The preset of --smoke, without its `workers` where a reward model has no use for them."""
+    """Returns the preset of --smoke, without `workers` for a reward model."""
     return {name: x for name, x in preset.items() if name != "workers" or not settings.reward_model}
 
 
 def check(settings: flags.Rewards, parts: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-    """Whether answers to the records of each source can be rewarded.
+    """Checks that answers to the records of each source can be rewarded.
 
     Raises:
-        ValueError: for flags that contradict each other, or a judge that cannot be found.
-        DataError: for records without a verifier, where neither flag is given.
+        ValueError: if flags contradict each other, or the judge cannot be found.
+        DataError: if there is no verifier for the records, and neither flag is given.
     """
     if settings.judge and settings.reward_model:
         raise ValueError("--judge and --reward-model both reward answers; give one of them.")
     if settings.reward_model and (settings.workers, settings.timeout) != (None, None):
         raise ValueError(
             "--workers and --timeout are for verifiers and --judge; --reward-model runs in the script's own "
-            "process, without a limit of time: leave them out."
+            "process without a time limit: leave them out."
         )
     if settings.judge:
         load_judge(settings.judge)
@@ -71,14 +71,14 @@ def check(settings: flags.Rewards, parts: Mapping[str, Sequence[Mapping[str, Any
 def opened(
     settings: flags.Rewards, base: flags.Model | flags.Trained, records: Sequence[Mapping[str, Any]]
 ) -> Iterator[RewardFn]:
-    """(completions, records) -> a number each, NaN for no verdict; on several hosts the first one's."""
+    """Yields (completions, records) -> one number each, NaN for no verdict, from the first host."""
     if jax.process_index() > 0:
         yield OnFirstHost(None)
         return
     if settings.reward_model:
         yield OnFirstHost(load_reward_model(settings.reward_model, base))
         return
-    if settings.judge:  # Whose records need no answers.
+    if settings.judge:  # Records for a judge need no answers.
         make = functools.partial(load_judge, settings.judge)
     else:
         make = functools.partial(verifier_for, records[0]["_source"], _typical(records))
@@ -88,7 +88,7 @@ def opened(
 
 
 def _typical(records):
-    """The first record, and one whose answer needs mathematics: what the verifier is made from elsewhere."""
+    """Returns the first record and one with a mathematical answer, which determine the verifier."""
     if records[0]["_source"].startswith("rg:"):
         return records[:1]
     needs = lambda record: any(map(needs_mathematics, accepted_answers(record["answer"])))
@@ -97,10 +97,10 @@ def _typical(records):
 
 
 def load_judge(spec: str) -> Callable[[str, Mapping[str, Any]], float]:
-    """The function "file.py:name" or "package.module:name" of (completion, record); None is no verdict.
+    """Loads the function "file.py:name" or "package.module:name" of (completion, record).
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is no such function.
     """
     place, _, name = spec.rpartition(":")
     try:
@@ -112,7 +112,7 @@ def load_judge(spec: str) -> Callable[[str, Mapping[str, Any]], float]:
             module = importlib.import_module(place)
         function = getattr(module, name)
         inspect.signature(function).bind("completion", {})
-    except (Exception, SystemExit) as error:  # Of the user's file, which may raise anything.
+    except (Exception, SystemExit) as error:  # The user's file may raise anything.
         raise ValueError(
             f"--judge {spec!r}: {type(error).__name__}: {error}; expected file.py:function or "
             "package.module:function, a function of (completion, record) that returns a number."
@@ -121,7 +121,7 @@ def load_judge(spec: str) -> Callable[[str, Mapping[str, Any]], float]:
 
 
 def load_reward_model(place: str, policy: flags.Model | flags.Trained) -> RewardFn:
-    """A model of `preference.py --loss reward`: its adapter's directory, or the whole model's.
+    """Loads a model of `preference.py --loss reward` from the directory of its adapter or whole model.
 
     Raises:
         ValueError: if it has no reward head.
@@ -130,7 +130,7 @@ def load_reward_model(place: str, policy: flags.Model | flags.Trained) -> Reward
     written = path / "adapter_config.json"
     adapter = written.exists() or (path / "jaxft_adapter.json").exists()
     base = place
-    if adapter:  # jaxft's own format does not name the base: the policy's, then.
+    if adapter:  # jaxft's own format does not name the base, so use the policy's.
         named = read_json(written) if written.exists() else {}
         base = named.get("base_model_name_or_path") or policy.model
     model, params = files.load_model(base)

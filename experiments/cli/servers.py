@@ -1,4 +1,4 @@
-"""What --sampler-url, --push-dir and --push-api of reinforce.py stand for: a server that samples."""
+"""Sampling by a server: --sampler-url, --push-dir and --push-api of reinforce.py."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from jaxft.generation import (
 )
 from jaxft.objectives import without_value_head
 
-SERVED_ADAPTERS = ("lora", "rslora", "pissa")  # of which vLLM and SGLang know the files
+SERVED_ADAPTERS = ("lora", "rslora", "pissa")  # adapters whose files vLLM and SGLang can load
 UNSERVED = ("bottleneck", "parallel", "prompt", "prefix", "intrinsic")
 
 
 class PushApi(NamedTuple):
-    """The requests by which a server is told of new weights."""
+    """The requests by which a server loads new weights."""
 
     adapters: Callable[[str, str], Any]  # (url, the model's name there)
     weights: Callable[[str], Any]  # (url)
@@ -36,14 +36,14 @@ PushApiName = Literal[tuple(PUSH_APIS)]
 
 
 def sampler(config: Any, model: Any, base: Any) -> Callable[..., Any]:
-    """What samples in the place of `generate`, with the newest weights if there is a --push-dir."""
+    """Returns a replacement of `generate` that uses the server, with new weights if --push-dir is set."""
     served = config.sampler_model or config.base.model
     push = pushes(config, model, base, served) if config.push_dir else None
     return server_sampler(config.sampler_url, served, push=push)
 
 
 def pushes(config: Any, model: Any, base: Any, served: str) -> Push:
-    """What puts the policy on the server: its adapter where servers take that, else the whole model."""
+    """Returns the Push of the policy: its adapter if servers can load it, else the whole model."""
     url, api = config.sampler_url, PUSH_APIS[config.push_api]
 
     def save_trained(path, params):
@@ -53,7 +53,7 @@ def pushes(config: Any, model: Any, base: Any, served: str) -> Push:
     def save_whole(path, params):
         files.save_model(path, model, without_value_head(params), tokenizer_from=config.base.model)
 
-    # With --start an adapter would be one of a model that the server does not have.
+    # With --start, the adapter's base would be a model that the server does not have.
     if config.adapter in SERVED_ADAPTERS and not config.start:
         save, told = save_trained, api.adapters(url, served)
     else:

@@ -1,7 +1,7 @@
-"""What the main functions of the scripts that train share, in the order in which they call it.
+"""Steps that the main functions of the training scripts share, in the order of the calls.
 
-`config` is a script's: it has the groups base, kernels, optimisation, mesh and output of `flags`, and the
-flags adapter, seed and smoke; where rows of records are read, also the group rows and eval_data.
+`config` is that of a script: it has the groups base, kernels, optimisation, mesh and output of `flags`, and
+the flags adapter, seed and smoke; scripts that read rows of records also have the group rows and eval_data.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ from jaxft.models import Forward, family_of, tiny_config
 from jaxft.objectives import Objective
 from jaxft.parallel import connect_hosts, make_mesh, shard_params, written_once
 
-# What every --smoke takes.
+# The settings of every --smoke.
 TINY = {"model": "tiny", "rank": 2, "alpha": 4.0}
 
 
 def start(config: Any, small: Mapping[str, Any]) -> Any:
-    """The config, of which --smoke takes `small`; joins the other hosts, of which the first alone prints."""
+    """Returns the config, with `small` for --smoke; joins the other hosts, of which only the first prints."""
     adapters.check(limits.check(config))
     choices.check(config, "sharpness", SHARPNESS)
     if config.smoke:
-        if "data" in choices.given(config):  # Whose own part is then held out.
+        if "data" in choices.given(config):  # A part of these data is then held out.
             small = {name: x for name, x in small.items() if name != "eval_data"}
         config = flags.with_small(config, TINY | small)
     connect_hosts(config.mesh.distributed)
@@ -57,7 +57,7 @@ def start(config: Any, small: Mapping[str, Any]) -> Any:
 
 
 def place(config: Any) -> tuple[pathlib.Path, Any]:
-    """(output directory, mesh); fit itself would find out minutes later that it cannot be written to.
+    """Returns (output directory, mesh); checks early that the directory is writable.
 
     The mesh is None on one device.
     """
@@ -70,20 +70,20 @@ def place(config: Any) -> tuple[pathlib.Path, Any]:
         resuming.check(config, output)
     elif any((output / "checkpoints").glob("[0-9]*")):
         raise train.OutputError(
-            f"{output} holds an earlier run; go on with --resume, or choose another --output-dir."
+            f"{output} holds an earlier run; continue it with --resume, or choose another --output-dir."
         )
     return output, mesh_of(config.mesh)
 
 
 def write_metrics(output: pathlib.Path, metrics: Mapping[str, Any]) -> None:
-    """metrics.json, and a line that says where it lies."""
+    """Writes metrics.json and prints its directory."""
     text = json.dumps(metrics, indent=2) + "\n"
     written_once(lambda: (output / "metrics.json").write_text(text), str(output))
     print(f"metrics and figure in {output}")
 
 
 def make_optimizer(settings: flags.Optimisation) -> optax.GradientTransformation:
-    """The optimizer that the flags ask for."""
+    """Returns the optimizer of the flags."""
     return train.make_optimizer(
         settings.learning_rate,
         total_steps=settings.max_steps,
@@ -96,7 +96,7 @@ def make_optimizer(settings: flags.Optimisation) -> optax.GradientTransformation
 
 
 def method_of(config: Any, build: Callable[[Forward], Objective], forward: Forward) -> Sharpened:
-    """The objective `build(forward)` with the optimizer and the --sharpness that the flags ask for."""
+    """Returns the objective `build(forward)` with the flags' optimizer and --sharpness."""
     settings = config.optimisation
     optimizer = make_optimizer(settings)
     return sharpen(settings.sharpness, build, forward, optimizer, settings.rho)
@@ -115,7 +115,7 @@ def fit(
     books: Mapping[str, train.Book] | None = None,
     donate: bool = False,
 ) -> tuple[train.TrainState, list[train.Row]]:
-    """`train.fit` with the flags' steps, seed, microbatches, logs and checkpoints."""
+    """Calls `train.fit` with the flags' steps, seed, microbatches, logs and checkpoints."""
     path = output / "checkpoints"
     every, resume = config.output.save_steps, config.output.resume
     noted = [resuming.note(config, output)] if resume else []
@@ -140,7 +140,7 @@ def fit(
 
 
 def losses_of(history: Sequence[train.Row], name: str) -> dict[str, Any]:
-    """The steps, the first and the last loss of a run, its last in evaluation, and of what that is."""
+    """Returns the steps, first, last and last evaluated loss of a run, and the evaluation's name."""
     evaluated = [row for row in history if "eval/loss" in row]
     return {
         "steps": history[-1]["step"],
@@ -158,14 +158,14 @@ def load_base(
     *,
     keeps_start: bool = False,
 ) -> tuple[Any, Any]:
-    """(model, base params) on the mesh, stored as in the files; in float32 where all of them train.
+    """Loads (model, base params) on the mesh in the files' dtypes, or in float32 if all of them train.
 
     Args:
-        check: of (config, model), what must hold before minutes are spent; None: `check_length`.
-        keeps_start: whether training needs the base beside what trains, as a reference model.
+        check: function of (config, model) that checks settings before loading; None: `check_length`.
+        keeps_start: whether training also needs the base, as a reference model.
 
     Raises:
-        ValueError: if they cannot fit the memory there is.
+        ValueError: if they cannot fit in the available memory.
     """
     settings = config.base
     opened = files.open_model(settings.model)
@@ -183,11 +183,11 @@ def load_base(
     train.check_memory(
         needed,
         devices,
-        "take --adapter lora rather than full, more shards (--fsdp, --tensor) or a smaller model; "
-        "`python -m jaxft.compile` tells what a slice would need.",
+        "use --adapter lora instead of full, more shards (--fsdp, --tensor) or a smaller model; "
+        "`python -m jaxft.compile` shows what a slice would need.",
     )
-    # With no use for the base beside what trains, it is read as the masters at once. A subspace moves
-    # the kernels themselves: rounded to bfloat16, most of its moves would be lost.
+    # If the base is not needed separately, it is read directly as the float32 masters. A subspace changes
+    # the kernels themselves: in bfloat16, rounding would lose most of its updates.
     model, base = files.load_model(
         opened,
         dtype=jnp.float32 if wide and not keeps_start else None,
@@ -202,17 +202,17 @@ def load_base(
 
 
 def tell_of_masters(config: Any, shapes: Any) -> None:
-    """Prints the types in which the files hold what trains whole, where those are not float32."""
+    """Prints the files' dtypes of fully trained params, if they are not float32."""
     stored = {str(leaf.dtype) for leaf in jax.tree.leaves(shapes)} & {"bfloat16", "float16"}
     if stored and config.adapter in ("full", "intrinsic"):
         print(
-            f"{config.base.model} is stored in {' and '.join(sorted(stored))}; what trains is kept, and "
-            "saved, in float32."
+            f"{config.base.model} is stored in {' and '.join(sorted(stored))}; trainable params are kept "
+            "and saved in float32."
         )
 
 
 def adapt_params(config: Any, model: Any, base: Any, mesh: Any) -> Any:
-    """The base params of a model with what trains, in float32: adapters, or all of them."""
+    """Returns the base params with trainable params in float32: adapters, or all of them."""
     family = family_of(model.config)
     settings = adapter_settings(config)
     place = dict(targets=family.targets, layers=family.layers, stacked=family.stacked_axes)
@@ -224,7 +224,7 @@ def adapt_params(config: Any, model: Any, base: Any, mesh: Any) -> Any:
 
 
 def announce(params: Any) -> Any:
-    """The params, having said how many of them train."""
+    """Prints how many of the params train, and returns the params."""
     trains, total = count(params)
     print(f"{trains:,} of {total:,} parameters train ({trains / total:.2%}), in float32")
     return params
@@ -233,7 +233,7 @@ def announce(params: Any) -> Any:
 def callbacks(
     config: Any, objective: Any, eval_batches: Any, output: pathlib.Path, mesh: Any, name: str
 ) -> list[train.Callback]:
-    """Evaluation, progress and the figure of a run on rows; `name` says of what the evaluation is."""
+    """Returns evaluation, progress and figure of a run on rows; `name` describes the held-out records."""
     title = f"{config.base.model}, {config.adapter}; eval: {name}"
     return [
         train.evaluation(objective, eval_batches, steps=config.rows.eval_steps, mesh=mesh),
@@ -243,7 +243,7 @@ def callbacks(
 
 
 def logs(config: Any, output: pathlib.Path) -> list[train.Callback]:
-    """Where the metrics of all steps go, and a profile if the flags ask for one."""
+    """Returns the loggers of all steps' metrics, and the profiler if --profile-dir is set."""
     found = [train.jsonl_log(output / "metrics.jsonl")]
     found += [flags.LOGS[name](config, output) for name in config.output.report_to]
     return found + ([train.profile(path)] if (path := config.output.profile_dir) else [])
@@ -259,7 +259,7 @@ def save(
     *,
     whole: bool = False,
 ) -> None:
-    """What trained, read again and compared: PEFT's files, jaxft's own, or (`whole`) the model."""
+    """Saves the trained params in PEFT's or jaxft's format, or the `whole` model; rereads and compares."""
     if whole or config.adapter == "full":
         path = output / "model"
         difference = files.save_merged(
@@ -279,18 +279,18 @@ def save(
     print(f"adapter saved to {path}; read again: {difference}")
     if (lost := rounding_loss(params, base, family_of(model.config).layers)) is not None:
         print(
-            f"{config.kernels.quantise} took up to {lost:.1%} of a kernel, and the adapter trained with "
-            "that; PEFT's files do not say so: quantise the base alike where you use it."
+            f"{config.kernels.quantise} lost up to {lost:.1%} of a kernel, and the adapter trained with "
+            "that; PEFT's files do not record it: quantise the base in the same way when you use it."
         )
 
 
 def adapter_settings(config: Any) -> dict[str, Any]:
-    """The arguments of `apply_named` in the flags."""
+    """Returns the arguments of `apply_named` from the flags."""
     return dataclasses.asdict(config.kernels) | {"seed": config.seed}
 
 
 def mesh_of(settings: flags.Mesh) -> Any:
-    """The mesh that the flags ask for; None on one device."""
+    """Returns the mesh of the flags; None on one device."""
     names = {"data": "data_axis", "fsdp": "fsdp", "tensor": "tensor", "context": "context"}
     sizes = {axis: getattr(settings, name) for axis, name in names.items()}
     if set(sizes.values()) != {1}:
@@ -306,7 +306,7 @@ def mesh_of(settings: flags.Mesh) -> Any:
 
 
 def check_length(config: Any, model: Any) -> None:
-    """Whether the model has the positions, and the batch can be split."""
+    """Checks that the model has enough positions, and that the batch can be split."""
     length, size, context = config.rows.max_length, config.rows.batch_size, config.mesh.context
     check_positions(model, config.base.model, length)
     if context < 1 or length % context or MIN_BUCKET % context:

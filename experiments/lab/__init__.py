@@ -1,1 +1,1 @@
-"""What the scripts of papers share: claims with numbers, seeds that are kept, figures, records."""
+"""Shared code of the scripts of papers: claims with numbers, cached seeds, figures, records."""

@@ -26,33 +26,33 @@ DIRECTIONS = {
     "within": lambda x, bound: bound[0] <= x <= bound[1],
 }
 Direction = Literal[tuple(DIRECTIONS)]
-# What must lie on the right side of the bound, and how the pages say it.
+# The part of a number that must satisfy the bound -> its text on the pages.
 PARTS = {"estimate": "", "all": " (all of the interval)", "any": " (some of the interval)"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Number:
-    """One measured number, and the bound that decides.
+    """One measured number and its bound.
 
-    `by` says what must lie on the right side of the bound: the estimate, all of the interval (a number
-    without an interval then fails), or any of it (a number without an interval then holds: nothing
-    contradicts it). A NaN never holds.
+    `by` says what must satisfy the bound: the estimate, all of the interval (a number without an interval
+    then fails), or any part of it (a number without an interval then holds, because nothing contradicts
+    it). NaN never holds.
     """
 
     estimate: float
     direction: Direction
     bound: float | tuple[float, float]  # a pair, both ends included, for "within"
-    low: float | None = None  # of the 95 % interval; None: one value
+    low: float | None = None  # lower end of the 95 % interval; None: one value
     high: float | None = None
-    seeds: int | None = None  # how many seeds the estimate is the mean, or the worst, of
+    seeds: int | None = None  # number of seeds whose mean or worst the estimate is
     by: Literal[tuple(PARTS)] = "estimate"
     label: str = ""
-    style: str = ".3f"  # format of what is shown; the file has all digits
+    style: str = ".3f"  # format of the shown number; the file has all digits
     unit: str = ""
 
     @property
     def holds(self) -> bool:
-        """Whether the number lies where the bound says."""
+        """Returns whether the number satisfies its bound."""
         inside = lambda x: bool(DIRECTIONS[self.direction](x, self.bound))
         if self.by == "estimate":
             return inside(self.estimate)
@@ -62,7 +62,7 @@ class Number:
 
     @property
     def shown(self) -> str:
-        """The number as text: label, estimate, interval, unit."""
+        """Formats the number: label, estimate, interval, unit."""
         text = format(self.estimate, self.style)
         if self.low is not None and self.high is not None:
             text += f" [{self.low:{self.style}}, {self.high:{self.style}}]"
@@ -70,63 +70,63 @@ class Number:
 
     @property
     def needed(self) -> str:
-        """The bound as text."""
+        """Formats the bound."""
         ends = self.bound if isinstance(self.bound, tuple) else (self.bound,)
         return f"{self.direction} {' to '.join(f'{x:.4g}' for x in ends)}{PARTS[self.by]}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """One row of the table; it holds if all of its numbers do."""
+    """One row of the table; it holds if all of its numbers hold."""
 
     text: str
-    paper: str  # what the paper says
+    paper: str  # the paper's statement
     numbers: Sequence[Number]
-    detail: str = ""  # what else was measured
+    detail: str = ""  # further measurements
 
     @property
     def holds(self) -> bool:
-        """Whether every number lies where its bound says."""
+        """Returns whether every number satisfies its bound."""
         return all(number.holds for number in self.numbers)
 
     @property
     def here(self) -> str:
-        """What was measured, as text; a number with two bounds is said once."""
+        """Formats the measured numbers; a number with two bounds appears once."""
         return "; ".join(filter(None, [*dict.fromkeys(n.shown for n in self.numbers), self.detail]))
 
     @property
     def needed(self) -> str:
-        """The bounds as text, those of several numbers alike said once."""
+        """Formats the bounds; a bound that several numbers share appears once."""
         return "; ".join(dict.fromkeys(number.needed for number in self.numbers))
 
     def plain(self) -> dict[str, Any]:
-        """The claim as JSON has it. Infinities and NaN, which JSON lacks, are "inf", "-inf" and "nan"."""
+        """Converts the claim to JSON; infinities and NaN, which JSON lacks, become "inf", "-inf", "nan"."""
         return _plain(dataclasses.asdict(self)) | {"here": self.here, "holds": self.holds}
 
     @classmethod
     def parse(cls, row: dict[str, Any]) -> Claim:
-        """The claim of `plain`; what holds is not read but follows from the numbers again."""
+        """Reads the claim from `plain`; `holds` is not read but computed from the numbers."""
         return cls(row["text"], row["paper"], tuple(map(_number, row["numbers"])), row["detail"])
 
 
 def mean(
     values: Sequence[float], direction: Direction, bound: Any, by: str = "all", **more: Any
 ) -> Number:
-    """The mean of one number a seed, with its interval."""
+    """Mean of one number per seed, with its interval."""
     estimate, low, high = interval(values)
     ends = dict(low=low, high=high) if len(values) > 1 else {}
     return Number(estimate, direction, bound, by=by, seeds=len(values), **ends, **more)
 
 
 def worst(values: Sequence[float], direction: Direction, bound: float, **more: Any) -> Number:
-    """The worst of one number a seed: its smallest for "above" and "at least", else its largest."""
+    """Worst of one number per seed: the smallest for "above" and "at least", else the largest."""
     extreme = np.min if direction in ("above", "at least") else np.max
     label = {"label": "worst seed"} | more
     return Number(float(extreme(values)), direction, bound, seeds=len(values), **label)
 
 
 def interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
-    """(mean, low, high) of one number a seed, by Student's t; one value has no interval (NaN)."""
+    """(mean, low, high) of one number per seed, by Student's t; one value has no interval (NaN)."""
     values = np.asarray(values, float)
     mean = float(values.mean())
     if len(values) < 2:
@@ -136,7 +136,7 @@ def interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, 
 
 
 def show(values: Sequence[float], digits: int = 3) -> str:
-    """Mean and interval as text."""
+    """Formats mean and interval."""
     mean, low, high = interval(values)
     return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
@@ -145,7 +145,7 @@ def report(claims: Sequence[Claim], metrics: dict, directory: pathlib.Path) -> i
     """Prints the table, writes metrics.json; returns the exit code, 1 if a claim does not hold."""
     table = Table("claim", "paper", "here", "holds")
     for claim in claims:
-        # "E[r]" and "[nan, nan]" would be taken for rich's markup.
+        # rich would interpret "E[r]" and "[nan, nan]" as markup.
         cells = map(escape, (claim.text, claim.paper, claim.here))
         table.add_row(*cells, "yes" if claim.holds else "NO")
     Console(width=140).print(table)
@@ -170,7 +170,7 @@ def _plain(value):
 
 
 def _number(row):
-    # Counts stay whole: their style is "d".
+    # Counts stay integers: their style is "d".
     real = lambda x: float(x) if isinstance(x, str) else x
     read = {name: real(row[name]) for name in ("estimate", "low", "high")}
     bound = row["bound"]

@@ -1,4 +1,4 @@
-"""Means over seeds as figures show them: always with the interval of `claims.interval`."""
+"""Plots of means over seeds, always with the interval of `claims.interval`."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ def plot_mean(
     x: str = "step",
     **more: Any,
 ) -> None:
-    """The mean over seeds of `value` along `x` of the rows that runs[i][name] has, with its band."""
+    """Plots the mean over seeds of `value` against `x`, from the rows runs[i][name], with its band."""
     values = [[value(row) for row in run[name]] for run in runs]
     plot_band(axes, [row[x] for row in runs[0][name]], values, *style, **more)
 
 
 def plot_band(axes: Any, x: Sequence[float], values: Any, *style: str, **more: Any) -> None:
-    """The mean over seeds of `values` [seeds, len(x)] as a line, its interval as a band around it."""
+    """Plots the mean over seeds of `values` [seeds, len(x)] as a line with its interval as a band."""
     means, low, high = intervals(values)
     (line,) = axes.plot(x, means, *style, **more)
     axes.fill_between(x, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
 
 
 def bar_means(axes: Any, names: Sequence[str], values: Any) -> None:
-    """A horizontal bar for each name: the mean over seeds of `values` [seeds, len(names)].
+    """Plots a horizontal bar for each name: the mean over seeds of `values` [seeds, len(names)].
 
-    Its interval is a line with caps; a dot is a seed.
+    The interval is a line with caps; each dot is one seed.
     """
     means, low, high = intervals(values)
     error = np.stack([means - low, high - means])
@@ -43,5 +43,5 @@ def bar_means(axes: Any, names: Sequence[str], values: Any) -> None:
 
 
 def intervals(values: Any) -> np.ndarray:
-    """(means, low, high) [3, N] over seeds of `values` [seeds, N]; of one seed low and high are NaN."""
+    """(means, low, high) [3, N] over seeds of `values` [seeds, N]; NaN low and high for one seed."""
     return np.array([interval(column) for column in np.transpose(values)]).T

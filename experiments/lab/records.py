@@ -1,7 +1,7 @@
-"""Records of runs, docs/results/<slug>.json: what was claimed, measured and held, and how to repeat it.
+"""Records of runs, docs/results/<slug>.json: claims, measurements, and how to repeat the run.
 
-A record has a part for each command that makes it; a part that is run later joins it, with a command, a
-commit and a date of its own.
+A record has a part for each command that makes it; a part that is run later is added with its own command,
+commit and date.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from experiments.lab.claims import Claim
 from jaxft.output import writing
 
 FOLDER = sources.ROOT / "docs" / "results"
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")  # whose versions may change numbers
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")  # packages whose versions may change numbers
 FREE = (
     "seeds",
     "output_dir",
     "debug",
     "record",
-)  # settings that a recorded run may have as it likes
-FIGURE_BYTES = 100_000  # of a figure, at most
+)  # settings that a recorded run may choose freely
+FIGURE_BYTES = 100_000  # maximum size of a figure
 MAIN: Mapping[str, Mapping[str, Any]] = {"main": {}}
 
 
 @dataclasses.dataclass(frozen=True)
 class Draft:
-    """What a record says of a run before it has begun."""
+    """The fields of a record that are known before the run."""
 
     slug: str
     part: str
@@ -49,13 +49,13 @@ class Draft:
 
 
 def draft(config: Any, parts: Mapping[str, Mapping[str, Any]] = MAIN) -> Draft:
-    """The draft of a script's run with --record.
+    """Returns the draft of a script's run with --record.
 
-    `parts` has what each part sets apart from the defaults: {"cot": {"mode": "cot"}}.
+    `parts` has the settings of each part that differ from the defaults: {"cot": {"mode": "cot"}}.
 
     Raises:
-        ValueError: for a smoke run, for other settings than the script records, and for code that no
-            commit has, before any work.
+        ValueError: for a smoke run, for settings other than those to record, and for uncommitted code;
+            raised before any work.
     """
     script = pathlib.Path(sys.modules[type(config).__module__].__file__).resolve()
     slug = (script.parent if script.name == "main.py" else script).stem.replace("_", "-")
@@ -85,7 +85,7 @@ def draft(config: Any, parts: Mapping[str, Mapping[str, Any]] = MAIN) -> Draft:
 def write(
     made: Draft, claims: Sequence[Claim], *, minutes: float, figure: pathlib.Path
 ) -> pathlib.Path:
-    """Writes the part of a draft into its record, and its figure beside it; returns the record's path."""
+    """Writes the part of a draft into its record, with its figure; returns the record's path."""
     path = FOLDER / f"{made.slug}.json"
     old = json.loads(path.read_text("utf-8")) if path.exists() else {"slug": made.slug, "parts": {}}
     name = f"{made.slug}.png" if made.part == "main" else f"{made.slug}-{made.part}.png"
@@ -108,12 +108,12 @@ def write(
 
 
 def load() -> list[dict[str, Any]]:
-    """All records, by slug."""
+    """Reads all records, sorted by slug."""
     return [json.loads(path.read_text("utf-8")) for path in sorted(FOLDER.glob("*.json"))]
 
 
 def claims_of(record: Mapping[str, Any]) -> list[Claim]:
-    """The claims of all parts of a record."""
+    """Returns the claims of all parts of a record."""
     return [Claim.parse(row) for part in record["parts"].values() for row in part["claims"]]
 
 
@@ -124,12 +124,12 @@ def held(record: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that compute."""
+    """Returns {package: version} of PACKAGES."""
     return {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
 def machine() -> dict[str, Any]:
-    """The kind of machine: CPUs that a process may use, their model, and JAX's devices."""
+    """Returns the kind of machine: CPUs that a process may use, their model, and JAX's devices."""
     import jax
 
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -142,7 +142,7 @@ def machine() -> dict[str, Any]:
 
 
 def _part(config, parts):
-    """The part that sets what this config sets."""
+    """Returns the part whose settings are those of the config."""
     usual, given = (dataclasses.asdict(x) for x in (type(config)(), config))
     other = {k: v for k, v in given.items() if k not in FREE and v != usual[k]}
     for name, settings in parts.items():
@@ -162,7 +162,7 @@ def _choices(parts):
 
 
 def _commit():
-    """The commit of the code that runs."""
+    """Returns the commit of the running code."""
 
     def git(*arguments):
         done = subprocess.run(
@@ -174,18 +174,18 @@ def _commit():
             )
         return done.stdout
 
-    # Records that wait to be committed are no code.
+    # Uncommitted records are not code.
     changed = git("status", "--porcelain", "--", ":/", ":(exclude,top)docs/results*").splitlines()
     if changed:
         raise ValueError(
-            f"--record: {len(changed)} changes are in no commit ({changed[0].strip()}, ...); commit them "
+            f"--record: {len(changed)} changes are not committed ({changed[0].strip()}, ...); commit them "
             "first, so that the record names the code that ran."
         )
     return git("rev-parse", "HEAD").strip()
 
 
 def _cpu():
-    """The model of the CPU, as Linux names it, or else the platform's name for it."""
+    """Returns the model of the CPU from Linux, or else the platform's name for it."""
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -195,7 +195,7 @@ def _cpu():
 
 
 def _small(figure):
-    """The PNG's bytes with as many colours, and then as large, as keeps it below FIGURE_BYTES."""
+    """Encodes a PNG below FIGURE_BYTES, with fewer colours and then a smaller size if needed."""
     from PIL import Image
 
     image = Image.open(figure).convert("RGB")

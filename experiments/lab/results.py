@@ -1,4 +1,4 @@
-"""docs/results.md and README's table of papers, made from the records alone: nothing trains."""
+"""Writes docs/results.md and README's table of papers from the records alone: nothing trains."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ beside them. A claim that fails stays on this page as failed.
 
 
 class Held(NamedTuple):
-    """How many of a paper's claims hold, by its record."""
+    """The number of a paper's claims that hold, by its record."""
 
     slug: str
     held: int
@@ -34,12 +34,12 @@ class Held(NamedTuple):
 
 
 def held() -> list[Held]:
-    """The state of each paper that has a record, by slug; reads JSON, imports no JAX."""
+    """Returns the state of each recorded paper, sorted by slug; reads JSON, imports no JAX."""
     return [Held(record["slug"], *records.held(record)) for record in records.load()]
 
 
 def render(found: Sequence[dict[str, Any]]) -> str:
-    """The page of these records."""
+    """Renders the page of these records."""
     scripts = sources.scripts()
     summary = [
         [f"[{r['slug']}](#{r['slug']})", "{} of {}".format(*records.held(r)), f"{minutes(r):.0f}"]
@@ -54,7 +54,7 @@ def render(found: Sequence[dict[str, Any]]) -> str:
 
 
 def with_papers(readme: str, found: Sequence[dict[str, Any]]) -> str:
-    """README with its table of papers written anew: slug, paper, claims held of all, script."""
+    """Returns README with a new table of papers: slug, paper, claims held of all, script."""
     state = {r["slug"]: "[{} of {}](docs/results.md#{})" for r in found}
     state = {r["slug"]: state[r["slug"]].format(*records.held(r), r["slug"]) for r in found}
     rows = []
@@ -71,7 +71,7 @@ def with_papers(readme: str, found: Sequence[dict[str, Any]]) -> str:
 
 
 def paper(heading: str) -> tuple[str, str]:
-    """(title, link) of the first line of a script's docstring."""
+    """Parses (title, link) from the first line of a script's docstring."""
     found = re.fullmatch(r"(.+) \(arXiv (\d{4}\.\d{4,5})\).*", heading)
     if not found:
         raise ValueError(
@@ -81,12 +81,12 @@ def paper(heading: str) -> tuple[str, str]:
 
 
 def minutes(record: dict[str, Any]) -> float:
-    """Minutes that all parts of a record took."""
+    """Total minutes of all parts of a record."""
     return sum(part["minutes"] for part in record["parts"].values())
 
 
 def overview() -> list[list[str]]:
-    """Rows of `python -m experiments`: slug, paper, claims held of all, recorded, minutes, stale."""
+    """Returns rows of `python -m experiments`: slug, paper, claims held of all, date, minutes, stale."""
     found = {record["slug"]: record for record in records.load()}
     rows = []
     for slug, script in sources.scripts().items():

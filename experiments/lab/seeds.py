@@ -1,4 +1,4 @@
-"""Finished seeds are kept on disk, so that a run of minutes that was interrupted goes on where it stopped."""
+"""Keeps finished seeds on disk, so that an interrupted run continues where it stopped."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from experiments.lab.claims import Claim, report
 from jaxft import train
 from jaxft.output import writing
 
-# What does not change the result of a seed.
+# Settings that do not change the result of a seed.
 APART = ("seeds", "first_seed", "output_dir", "debug", "record")
 
 
 @dataclasses.dataclass
 class Run:
-    """A run of a script: where it writes, since when, and what its record says if it becomes one."""
+    """A run of a script: its output directory, start time and the draft of its record, if any."""
 
     config: Any  # as the user gave it
     output: pathlib.Path
     began: float  # seconds of time.perf_counter
     draft: records.Draft | None
-    kept: float = 0.0  # seconds that its seeds took in earlier runs
+    kept: float = 0.0  # seconds that its cached seeds took in earlier runs
 
     def seeds(self, config: Any, run: Callable[[int], Any]) -> list[Any]:
-        """`run_seeds` in this run's directory; `config` may be one of smaller or larger sizes."""
+        """Calls `run_seeds` in this run's directory; `config` may have smaller or larger sizes."""
         found, seconds = run_seeds(config, self.output, run)
         self.kept += seconds
         return found
@@ -42,9 +42,9 @@ class Run:
     def finish(
         self, claims: list[Claim], metrics: dict, recorded: list[Claim] | None = None
     ) -> int:
-        """Table, metrics.json and, with --record, the record; then the exit code, 0 of a smoke run.
+        """Writes table, metrics.json and, with --record, the record; returns the exit code, 0 if smoke.
 
-        recorded: those of the claims that the record's part gets, if not all.
+        recorded: the claims for the record's part; None: all.
         """
         code = report(claims, metrics, self.output)
         if self.draft:
@@ -57,10 +57,10 @@ class Run:
 
 
 def begin(config: Any, parts: Mapping[str, Mapping[str, Any]] = records.MAIN) -> Run:
-    """A script's run from its settings as given, before any work.
+    """Begins a script's run with its given settings, before any work.
 
     Raises:
-        ValueError: for --record with what is not recorded; `parts` is that of `records.draft`.
+        ValueError: for --record with settings that cannot be recorded; `parts`: see `records.draft`.
     """
     draft = records.draft(config, parts) if config.record.record else None
     return Run(config, train.writable_directory(config.output_dir), time.perf_counter(), draft)
@@ -75,7 +75,7 @@ def measure_claims(
     print_table: Callable[[list], None],
     figure: Callable[[list, pathlib.Path], None],
 ) -> int:
-    """A script's run from its seeds to its exit code: runs, table, figure, claims."""
+    """Runs a script from its seeds to its exit code: runs, table, figure, claims."""
     runs = this.seeds(config, run)
     print_table(runs)
     figure(runs, this.output)
@@ -85,14 +85,13 @@ def measure_claims(
 def run_seeds(
     config: Any, directory: pathlib.Path, run: Callable[[int], Any]
 ) -> tuple[list[Any], float]:
-    """([run(seed) for each seed of a script's config], seconds that those kept from earlier runs took).
+    """Returns ([run(seed) for each seed of the config], seconds that the cached seeds took earlier).
 
-    Results are as JSON gives them back: tuples become lists. A seed's result, with its seconds, is written to
-    directory/seeds once it is there; with the same settings, the same code (jaxft's included), the same
-    versions of what it computes with and the same devices it is read from there, which is said. Smoke
-    runs keep nothing.
+    Results are as read back from JSON: tuples become lists. A finished seed's result and seconds are written
+    to directory/seeds. A later run with the same settings, code (jaxft's included), package versions and
+    devices reads them from there and prints that it does. Smoke runs keep nothing.
     """
-    # Now, before somebody edits the script that runs.
+    # Compute the digest now, before the running script can be edited.
     digest, first = _digest(config), getattr(config, "first_seed", 0)
     paths = {
         s: directory / "seeds" / f"{s}-{digest}.json" for s in range(first, first + config.seeds)
@@ -102,7 +101,7 @@ def run_seeds(
 
 
 def _kept(path, keep, run, seed):
-    """(result, its seconds in an earlier run)."""
+    """Returns (result, its seconds in an earlier run)."""
     if path.exists():
         print(f"seed {seed}: kept from an earlier run ({path}; delete it to repeat)", flush=True)
         row = json.loads(path.read_text())
@@ -111,7 +110,7 @@ def _kept(path, keep, run, seed):
     text = json.dumps(run(seed))
     if keep:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Whole or not at all: a run may end while it writes.
+        # Write atomically: a run may end while it writes.
         part = path.with_suffix(".part")
         with writing(path):
             seconds = round(time.perf_counter() - began, 2)
@@ -121,7 +120,7 @@ def _kept(path, keep, run, seed):
 
 
 def _digest(config):
-    """Of the settings, `_place`, and the code: the script, where the config's class is, and what it uses."""
+    """Digest of the settings, `_place`, and the code of the config's script with all that it uses."""
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in APART}
     ours = {
         type(config).__module__,
@@ -136,7 +135,7 @@ def _digest(config):
 
 
 def _place():
-    """What computes: versions of packages, and the devices. Threads of a CPU decide the order of its sums."""
+    """Versions of packages, devices, and CPU threads, which determine the order of sums."""
     devices = [jax.default_backend(), jax.device_count(), jax.devices()[0].device_kind]
     threads = [os.cpu_count(), os.environ.get("OMP_NUM_THREADS"), os.environ.get("XLA_FLAGS")]
     return [list(records.versions().values()), devices, threads]

@@ -1,4 +1,4 @@
-"""The code that a paper's script uses, found by reading it: no script is imported, nor JAX."""
+"""Finds the code that a paper's script uses by parsing it, without importing the script or JAX."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from collections.abc import Iterator
 
 ROOT = pathlib.Path(__file__).parents[2]
 PAPERS = ROOT / "experiments" / "papers"
-# What decides how numbers are shown, kept and asked for, and no number itself.
+# Modules that determine how numbers are shown, kept and requested, but not the numbers.
 APART = (ROOT / "experiments" / "lab", ROOT / "experiments" / "cli")
 
 
 def scripts() -> dict[str, pathlib.Path]:
-    """{slug: script} of all papers that have one."""
+    """{slug: script} of all papers with a script."""
     single, folders = PAPERS.glob("[!_]*.py"), PAPERS.glob("*/main.py")
     named = {file.stem: file for file in single} | {file.parent.name: file for file in folders}
     return {name.replace("_", "-"): named[name] for name in sorted(named)}
@@ -29,8 +29,7 @@ def heading(script: pathlib.Path) -> str:
 def code_digest(script: pathlib.Path) -> str:
     """Eight hexadecimal digits of the script, its folder, and what they import of jaxft and worlds.
 
-    Comments, docstrings and empty lines do not count, so that editing them makes no record older than
-    its code.
+    Comments, docstrings and empty lines do not count, so editing them does not make a record stale.
     """
     own = script.parent.glob("*.py") if script.name == "main.py" else [script]
     todo, found = list(own), set()
@@ -47,7 +46,7 @@ def code_digest(script: pathlib.Path) -> str:
 
 @functools.cache
 def _read(file: pathlib.Path) -> tuple[str, list[pathlib.Path]]:
-    """(code without comments and docstrings, files that it imports)."""
+    """Returns (code without comments and docstrings, files that it imports)."""
     text = file.read_text("utf-8")
     tree = ast.parse(text)
     left_out = set()

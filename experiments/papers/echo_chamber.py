@@ -1,12 +1,12 @@
 """Echo Chamber: RL Post-training Amplifies Behaviors Learned in Pretraining (arXiv 2504.07912).
 
 A model pretrained on a mixture of answer formats is trained by reinforcement learning with a reward that asks
-for right answers and for no format. Within a few steps it gives one format alone: the one that it was
-best at.
+for correct answers in any format. Within a few steps it uses only one format: the one in which it was
+most accurate.
 
     python experiments/papers/echo_chamber.py       after an interruption, again: finished seeds are kept
 
-The task is the addition of three-digit numbers, 123+456=, with three formats, told by the first character:
+The task is the addition of three-digit numbers, 123+456=, with three formats, marked by the first character:
 A0579, the sum; B9750|0579, its digits reversed and then the sum; C050709|0579, the sums of the
 digits and then the sum. A model of 0.2 M parameters learns A, B and C at 0.6, 0.3 and 0.1 until it
 gives one of the three fully right strings with probability 0.25. The reward is 1 for a right sum at the end
@@ -69,21 +69,21 @@ ARMS = ("GRPO", "GRPO, KL 0.1", "Expert Iteration")
 class Config:
     """Sizes and seeds."""
 
-    seeds: int = 3  # runs of each kind, each with a seed of its own
-    first_seed: int = 0  # of the seeds first_seed, first_seed + 1, ...
-    mixture: tuple[float, float, float] = (0.6, 0.3, 0.1)  # of A, B and C in pretraining
-    until: float = 0.25  # probability of a fully right string, where pretraining ends
+    seeds: int = 3  # runs of each kind, each with its own seed
+    first_seed: int = 0  # the seeds are first_seed, first_seed + 1, ...
+    mixture: tuple[float, float, float] = (0.6, 0.3, 0.1)  # fractions of A, B and C in pretraining
+    until: float = 0.25  # probability of a fully correct string at which pretraining ends
     steps: int = 40  # optimizer steps of RL
     evaluate_every: int = 5  # steps between evaluations
-    early: int = 20  # the step at which what was selected is told from what was learned
-    prompts_per_step: int = 32  # questions of a rollout
-    group_size: int = 8  # answers to each
-    learning_rate: float = 2e-4  # of RL, constant
-    kl_weight: float = 0.1  # of the KL to the pretrained model
-    held_out: int = 384  # problems that measure what it writes
-    width: int = 96  # of the model
-    layers: int = 2  # of the model
-    # directory of the figure, metrics.json and what is kept of finished seeds
+    early: int = 20  # the step at which selection of a format is separated from learning
+    prompts_per_step: int = 32  # questions per rollout
+    group_size: int = 8  # answers to each question
+    learning_rate: float = 2e-4  # learning rate of RL, constant
+    kl_weight: float = 0.1  # weight of the KL to the pretrained model
+    held_out: int = 384  # problems for the measurements
+    width: int = 96  # width of the model
+    layers: int = 2  # layers of the model
+    # directory for the figure, metrics.json and the cache of finished seeds
     output_dir: str = "runs/echo_chamber"
     record: flags.Record = flags.Record()
     smoke: bool = False  # seconds; claims are printed, not judged
@@ -91,7 +91,7 @@ class Config:
 
 
 def main(config: Config) -> int:
-    """Measures all claims; the exit code is 1 if one does not hold."""
+    """Measures all claims; returns exit code 1 if one does not hold."""
     this = begin(config)
     if config.smoke:
         config = dataclasses.replace(
@@ -170,7 +170,7 @@ def train_arm(config, model, params, pairs, seed, arm, measure) -> list[dict]:
 
 
 def measures(model, pairs, seed):
-    """measure(params): shares of formats, accuracy within each (0 where unused), pass@1 and pass@8."""
+    """Returns measure(params): fractions of formats, accuracy in each (0 if unused), pass@1, pass@8."""
     prompts = arithmetic.encode([question(a, b) for a, b in pairs])
     reward, numbers = result_reward(pairs.sum(axis=1)), np.repeat(np.arange(len(pairs)), SAMPLES)
     firsts = np.array([arithmetic.ALPHABET.index(name) for name in FORMATS])
@@ -200,7 +200,7 @@ def selected(before: dict, after: dict) -> float:
 
 
 def judge(config: Config, runs: list[dict]) -> list[Claim]:
-    """The claims and whether they hold."""
+    """Returns the claims with their measured numbers."""
     best = [int(np.argmax(run["GRPO"][0]["accuracy"])) for run in runs]
     at = lambda run, arm, step: next(row for row in run[arm] if row["step"] == step)
     share = lambda arm, step: np.array(

@@ -40,7 +40,7 @@ from jaxft.models.config import tiny_config
 from jaxft.models.encoder import Encoder, EncoderConfig
 from jaxft.optim import lion, scale_by_lion
 
-STEP = 10**0.5  # between learning rates
+STEP = 10**0.5  # ratio of adjacent learning rates
 MOMENTS = ("bfloat16", "int8")
 HELD_OUT = 128  # pieces of text in each of validation and test split
 
@@ -49,18 +49,20 @@ HELD_OUT = 128  # pieces of text in each of validation and test split
 class Config:
     """Sizes and seeds."""
 
-    seeds: int = 3  # runs of each kind, each with a seed of its own
-    steps: int = 150  # of each run on digits
-    text_steps: int = 100  # of fine-tuning, and of the pretraining before it
+    seeds: int = 3  # runs of each kind, each with its own seed
+    steps: int = 150  # steps of each run on digits
+    text_steps: int = 100  # steps of fine-tuning, and of the pretraining before it
     rates: int = 5  # learning rates of each optimizer
     adamw_rate: float = 3e-2  # the largest of AdamW's; Lion's is a tenth
-    batch_size: int = 64  # examples of a step; text: rows
+    batch_size: int = 64  # examples per step; text: rows
     batch_sizes: tuple[int, ...] = (16, 256)  # also compared, with the first seed
     length: int = 64  # tokens of a row
-    layers: int = 2  # of both models
+    layers: int = 2  # layers of both models
     weight_decay: float = 0.01  # AdamW's; Lion's is 10 times as large
-    model: str | None = None  # for the text task, in place of a small one; trained by LoRA
-    # directory of the figure, metrics.json and what is kept of finished seeds
+    model: str | None = (
+        None  # replaces the small model of the text task, with LoRA; None: the small model
+    )
+    # directory for the figure, metrics.json and the cache of finished seeds
     output_dir: str = "runs/lion"
     preset: Literal["small", "full"] = "small"  # full: 5 seeds, longer runs, SmolLM2
     record: flags.Record = flags.Record()
@@ -69,7 +71,7 @@ class Config:
 
 
 def main(config: Config) -> int:
-    """Measures all claims; the exit code is 1 if one does not hold."""
+    """Measures all claims; returns exit code 1 if one does not hold."""
     this = begin(config)
     if config.preset == "full":
         config = dataclasses.replace(
@@ -83,7 +85,7 @@ def main(config: Config) -> int:
     metrics: dict[str, Any] = {"memory": memory(), "rounding": rounding()}
     seeds = range(config.seeds)
     metrics["digits"] = compare(config, [vision(config, s, config.batch_size) for s in seeds])
-    # All seeds in one program, but for a model of which there should be one copy.
+    # All seeds in one program, except for a model of which there should be one copy.
     groups = [[s] for s in seeds] if config.model else [seeds]
     metrics["text"] = [
         row
@@ -126,7 +128,7 @@ def rounding() -> dict[str, float]:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What both optimizers are given."""
+    """Inputs of both optimizers."""
 
     params: Any
     objective: Any
@@ -280,7 +282,7 @@ def texts() -> tuple[str, str]:
 
 
 def judge(metrics: dict[str, Any]) -> list[Claim]:
-    """The claims and whether they hold."""
+    """Returns the claims with their measured numbers."""
     share, bits = metrics["memory"], metrics["rounding"]
     digits, words = metrics["digits"], metrics["text"]
     excess = lambda rows, a, b: [row[f"{a}_loss"] / row[f"{b}_loss"] - 1 for row in rows]

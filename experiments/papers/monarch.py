@@ -45,7 +45,7 @@ from jaxft.adapters import (
 from jaxft.metrics import Mean
 from jaxft.weights import Blocks, matmul, monarch_project, monarch_weight, to_dense
 
-HIDDEN = r"hidden_[12]/kernel"  # of the two 256 x 256 kernels
+HIDDEN = r"hidden_[12]/kernel"  # the paths of the two 256 x 256 kernels
 CUT = {"inputs": 16, "outputs": 16, "rank": 1}
 
 
@@ -53,14 +53,14 @@ CUT = {"inputs": 16, "outputs": 16, "rank": 1}
 class Config:
     """Sizes and seeds."""
 
-    seeds: int = 3  # runs of each kind, each with a seed of its own
-    steps: int = 600  # of training on digits
-    transform_steps: int = 3000  # of learning the Fourier transform
-    fine_tuning_steps: int = 60  # after the projection, on 300 examples
-    dense_share: float = 0.1  # of the steps, after which sparse has turned dense
-    learning_rate: float = 1e-3  # of Adam, for digits
+    seeds: int = 3  # runs of each kind, each with its own seed
+    steps: int = 600  # steps of training on digits
+    transform_steps: int = 3000  # steps of learning the Fourier transform
+    fine_tuning_steps: int = 60  # steps after the projection, on 300 examples
+    dense_share: float = 0.1  # fraction of the steps that train dense after sparse
+    learning_rate: float = 1e-3  # Adam's, for digits
     model: str | None = None  # also tabulate the projection of this model's MLP kernels
-    # directory of the figure, metrics.json and what is kept of finished seeds
+    # directory for the figure, metrics.json and the cache of finished seeds
     output_dir: str = "runs/monarch"
     preset: Literal["small", "full"] = "small"  # full: 10 seeds, and SmolLM2's kernels
     record: flags.Record = flags.Record()
@@ -69,7 +69,7 @@ class Config:
 
 
 def main(config: Config) -> int:
-    """Measures all claims; the exit code is 1 if one does not hold."""
+    """Measures all claims; returns exit code 1 if one does not hold."""
     this = begin(config)
     if config.preset == "full":
         config = dataclasses.replace(config, seeds=10, model=config.model or "smollm2")
@@ -191,7 +191,7 @@ def kernel_errors(name: str) -> list[dict[str, Any]]:
 
 
 def judge(metrics: dict[str, Any]) -> list[Claim]:
-    """The claims and whether they hold."""
+    """Returns the claims with their measured numbers."""
     exact, fits, runs = metrics["projection"], metrics["transform"], metrics["digits"]
     column = lambda rows, name: [row[name] for row in rows]
     gap = lambda a, b: [row[a] - row[b] for row in runs]

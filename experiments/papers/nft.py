@@ -71,17 +71,17 @@ GRPO_WEIGHT = lambda rate: jnp.sqrt((1 - rate) / rate)
 class Config:
     """Sizes and seeds."""
 
-    seeds: int = 3  # runs of each kind, each with a seed of its own
-    first_seed: int = 0  # of the seeds first_seed, first_seed + 1, ...
-    # probability of a right answer, on training questions, where the start ends
+    seeds: int = 3  # runs of each kind, each with its own seed
+    first_seed: int = 0  # the seeds are first_seed, first_seed + 1, ...
+    # probability of a correct training answer at which the start ends
     until: float = 0.45
-    rollouts: int = 60  # of each method
-    prompts_per_step: int = 64  # questions of a rollout
-    group_size: int = 8  # answers to each
+    rollouts: int = 60  # rollouts of each method
+    prompts_per_step: int = 64  # questions per rollout
+    group_size: int = 8  # answers to each question
     updates: int = 4  # optimizer steps on parts of a rollout
-    learning_rate: float = 3e-4  # of all methods
+    learning_rate: float = 3e-4  # learning rate of all methods
     ablations: bool = False  # also weights of questions, floors and weights of wrong answers
-    # directory of the figure, metrics.json and what is kept of finished seeds
+    # directory for the figure, metrics.json and the cache of finished seeds
     output_dir: str = "runs/nft"
     record: flags.Record = flags.Record()
     smoke: bool = False  # seconds; claims are printed, not judged
@@ -89,7 +89,7 @@ class Config:
 
 
 def main(config: Config) -> int:
-    """Measures all claims; the exit code is 1 if one does not hold."""
+    """Measures all claims; returns exit code 1 if one does not hold."""
     this = begin(config)
     if config.smoke:
         config = dataclasses.replace(
@@ -123,7 +123,7 @@ def run_seed(config: Config, seed: int) -> dict[str, Any]:
 
 
 def algorithms(build: Callable[..., Any], group_size: int) -> dict[str, rl.Algorithm]:
-    """What the names of METHODS and ABLATIONS stand for."""
+    """Returns the algorithms by the names of METHODS and ABLATIONS."""
     nft = functools.partial(rl.nft, build, group_size)
     wrong = nft()
     only_wrong = lambda rewards, batch: _without(wrong.credit(rewards, batch))
@@ -212,7 +212,7 @@ def identity(config, task, params, build, seed) -> dict[str, float]:
 
 
 def judge(runs: list[dict]) -> list[Claim]:
-    """The claims and whether they hold."""
+    """Returns the claims with their measured numbers."""
     of = lambda name, metric="pass@1": np.array([run["methods"][name][metric] for run in runs])
     start = np.array([run["start"] for run in runs])
     identity = {name: [run["identity"][name] for run in runs] for name in runs[0]["identity"]}

@@ -1,8 +1,8 @@
 """OTR: One-Token Rollout, Guiding Supervised Fine-Tuning with Policy Gradient (arXiv 2509.26313).
 
 Each token of supervised data is a bandit of one step: candidates are drawn from the model itself, the
-reference token is worth 1 and any other a little less than nothing. What the model finds impossible is then
-hardly learned, and it should stay nearer to where it was than plain fine-tuning (SFT) leaves it.
+reference token has reward 1 and any other token a slightly negative reward. Tokens that the model finds
+impossible are then hardly learned, and it should stay closer to the start than with plain fine-tuning (SFT).
 
     python experiments/papers/otr.py
     python experiments/papers/otr.py --methods sft dft otr otr_expected grpo --ablations
@@ -17,9 +17,9 @@ Seeds 0 to 3, where the target is right at 0.9 (0.42 at first): OTR's KL to the 
 0.043 nats an answer, SFT's 0.059 (-0.016 [-0.026, -0.006]); the old tasks are right at 0.972 and 0.968
 (+0.003 [0.001, 0.005]): small, and shown. On the target's own questions no difference in KL was shown
 (-0.017 [-0.045, 0.011] of 1.16). OTR gets there in 169 steps, SFT in 202. DFT, and the expectation without
-samples, cannot be told from OTR; nor can OTR without negative rewards (its old tasks' accuracy is higher by
-0.0001 [-0.0018, 0.0019]) or with samples at temperature 1 (seeds 0 to 2, by which alone OTR's two gains over
-SFT would not be shown either).
+samples, cannot be distinguished from OTR; nor can OTR without negative rewards (its old tasks' accuracy is
+higher by 0.0001 [-0.0018, 0.0019]) or with samples at temperature 1 (seeds 0 to 2, by which alone OTR's two
+gains over SFT would not be shown either).
 
 The learning rate does more than the method: on seeds 100 to 102, at the same point, the old tasks were right
 at 0.38 (OTR) and 0.19 (SFT) with 1e-3, at 0.94 and 0.91 with 3e-4, at 0.970 and 0.965 with 1e-4, the default.
@@ -78,27 +78,27 @@ MEASURES = ("kl target", "kl old", "old")
 class Config:
     """Sizes and seeds."""
 
-    methods: tuple[str, ...] = METHODS[:-1]  # what is compared
+    methods: tuple[str, ...] = METHODS[:-1]  # the methods to compare
     ablations: bool = False  # also OTR without negative rewards, and with samples at temperature 1
-    seeds: int = 4  # runs of each kind, each with a seed of its own
-    first_seed: int = 0  # of the seeds first_seed, first_seed + 1, ...
-    start_seed: int = 0  # of the one pretrained model from which all runs go on
-    until: float = 0.4  # probability of right answers to the target, where pretraining ends
-    share: float = 0.06  # of the target in pretraining
-    levels: tuple[float, ...] = (0.7, 0.8, 0.9)  # accuracies of the target at which methods meet
-    judged: float = 0.9  # the one that claims are about
-    steps: int = 300  # of each method
+    seeds: int = 4  # runs of each kind, each with its own seed
+    first_seed: int = 0  # the seeds are first_seed, first_seed + 1, ...
+    start_seed: int = 0  # seed of the pretrained model from which all runs start
+    until: float = 0.4  # accuracy on the target task at which pretraining ends
+    share: float = 0.06  # fraction of the target task in pretraining
+    levels: tuple[float, ...] = (0.7, 0.8, 0.9)  # target accuracies at which methods are compared
+    judged: float = 0.9  # the level of the claims
+    steps: int = 300  # steps of each method
     evaluate_every: int = 10  # steps between evaluations
-    examples: int = 4000  # of the target
-    batch_size: int = 64  # examples of a step
-    learning_rate: float = 1e-4  # of all methods
+    examples: int = 4000  # examples of the target task
+    batch_size: int = 64  # examples per step
+    learning_rate: float = 1e-4  # learning rate of all methods
     num_samples: int = 256  # K
     kappa: float = 1.3  # κ: temperature of the samples
     beta: float = -0.1  # β: reward of a sample that is not the data's token
-    held_out: int = 200  # words, with each task
-    width: int = 96  # of the model
-    layers: int = 2  # of the model
-    # directory of the figure, metrics.json and what is kept of finished seeds
+    held_out: int = 200  # held-out words, for each task
+    width: int = 96  # width of the model
+    layers: int = 2  # layers of the model
+    # directory for the figure, metrics.json and the cache of finished seeds
     output_dir: str = "runs/otr"
     record: flags.Record = flags.Record()
     smoke: bool = False  # seconds; claims are printed, not judged
@@ -106,7 +106,7 @@ class Config:
 
 
 def main(config: Config) -> int:
-    """Measures all claims; the exit code is 1 if one does not hold."""
+    """Measures all claims; returns exit code 1 if one does not hold."""
     check(config)
     this = begin(config)
     if config.smoke:
@@ -141,7 +141,7 @@ def main(config: Config) -> int:
 
 
 def check(config: Config) -> None:
-    """Raises for settings that would be found wrong only after minutes."""
+    """Raises ValueError early for settings that would fail only after minutes."""
     unknown = set(config.methods) - set(METHODS)
     if unknown or not {"sft", "otr"} <= set(config.methods):
         raise ValueError(
@@ -203,7 +203,7 @@ def pretrained(config: Config) -> tuple[Decoder, Any]:
 
 
 def train_method(config, model, start, name, seed, measure) -> list[dict]:
-    """What was measured along a run of one method."""
+    """Trains one method; returns the measurements along the run."""
     known, _ = splits(config)
     examples = known[np.random.default_rng(seed).permutation(len(known))[: config.examples]]
     prompts, answers = questions("target", examples)
@@ -262,7 +262,7 @@ def token_losses(config: Config) -> dict[str, tuple[Callable, Callable | None]]:
 
 
 def measures(config: Config, model: Decoder, start: Any) -> Callable[[Any], dict[str, float]]:
-    """measure(params): accuracies of held-out words, and KL to the start in nats an answer.
+    """Returns measure(params): accuracies of held-out words, and KL to the start in nats an answer.
 
     `target` and `old`: the probability of the right answer, the latter over all old tasks. KL(π || start) is
     along one answer of π to each question, with the whole distribution at each of its tokens.
@@ -291,9 +291,9 @@ def measures(config: Config, model: Decoder, start: Any) -> Callable[[Any], dict
 
 
 def at_level(curve: list[dict], level: float) -> dict[str, float]:
-    """What was measured where the target's accuracy first reaches `level`, between two measurements.
+    """Interpolates the measurements to where the target's accuracy first reaches `level`.
 
-    NaN where it is never reached; the first row where that is there already.
+    NaN if it is never reached; the first row if that already reaches it.
     """
     if curve[0]["target"] >= level:
         return {name: curve[0][name] for name in ("step", *MEASURES)}
@@ -306,7 +306,7 @@ def at_level(curve: list[dict], level: float) -> dict[str, float]:
 
 
 def judge(config: Config, runs: list[dict]) -> list[Claim]:
-    """The claims and whether they hold."""
+    """Returns the claims with their measured numbers."""
     of = lambda method, name: np.array([at_level(run[method], config.judged)[name] for run in runs])
     gap = {name: of("otr", name) - of("sft", name) for name in MEASURES}
     sft = lambda name: f"SFT {of('sft', name).mean():.3f}"

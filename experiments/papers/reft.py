@@ -14,12 +14,12 @@ workings: SFT on the annotated ones (41 epochs; the paper's SFT has 40); offline
 the model's own right ones, each once; online self-training, half of either; and ReFT: PPO with a critic on
 the same model, 0.1 for a wrong sum that can be read, KL 0.05 in the reward.
 
-Over seeds 0 to 4 ReFT's greedy answers are right in 0.707 of held-out questions, SFT's in 0.527
-(+0.181 [0.078, 0.284]; at its best measured step SFT's are in 0.576). Voting adds nothing to ReFT
-(+0.002 [-0.009, 0.014]), which has one kind of working left, and 11 points to SFT, which has both. Online
-self-training is not between the two: it is right in 0.741, as is offline self-training, and ReFT cannot be
-told from it (-0.033 [-0.112, 0.046]). Seeds 3 and 4 were added when three could not tell ReFT from SFT
-(+0.218 [-0.010, 0.445]).
+Over seeds 0 to 4 ReFT's greedy answers are right in 0.707 of held-out questions, SFT's in 0.527 (+0.181
+[0.078, 0.284]; at its best measured step SFT's are in 0.576). Voting adds nothing to ReFT (+0.002 [-0.009,
+0.014]), which has one kind of working left, and 11 points to SFT, which has both. Online self-training is
+not between the two: it is right in 0.741, as is offline self-training, and ReFT cannot be distinguished from
+it (-0.033 [-0.112, 0.046]). Seeds 3 and 4 were added when three could not tell ReFT from SFT (+0.218
+[-0.010, 0.445]).
 
 Settings were chosen on seeds 100 and 101, and the amount of data decides: with 750 questions ReFT was 6 and
 8 points above SFT, with 1500 (and KL 0.01) 4 and 3 below, for SFT then has enough annotated workings; with
@@ -72,30 +72,30 @@ SMOKE: dict[str, Any] = dict(
 class Config:
     """Sizes and seeds."""
 
-    algo: tuple[str, ...] = ALGORITHMS  # what is compared
-    seeds: int = 5  # runs of each kind, each with a seed of its own
-    first_seed: int = 0  # of the seeds first_seed, first_seed + 1, ...
-    digits: int = 2  # of the numbers that are added
-    kinds: str = "BC"  # of working in all data, each as often
+    algo: tuple[str, ...] = ALGORITHMS  # the methods to compare
+    seeds: int = 5  # runs of each kind, each with its own seed
+    first_seed: int = 0  # the seeds are first_seed, first_seed + 1, ...
+    digits: int = 2  # digits of the numbers that are added
+    kinds: str = "BC"  # kinds of working in all data, equally often
     pretraining: int = 6000  # sums of other numbers, with either kind of working
-    until: float = 0.3  # probability of a right working, where pretraining ends
-    questions: int = 750  # to fine-tune on, with one annotated working each
+    until: float = 0.3  # probability of a correct working at which pretraining ends
+    questions: int = 750  # questions to fine-tune on, with one annotated working each
     held_out: int = 1000  # questions that measure accuracy
-    warmup_epochs: int = 2  # on the annotated workings, before all algorithms
-    steps: int = 240  # after the warm-up, of each algorithm
+    warmup_epochs: int = 2  # epochs on the annotated workings before all algorithms
+    steps: int = 240  # steps of each algorithm after the warm-up
     batch_size: int = 128  # workings trained on in a step
     evaluate_every: int = 60  # steps between evaluations
-    samples: int = 2  # to each held-out question, as training goes on
-    votes: int = 32  # and at its end
-    learning_rate: float = 3e-4  # of all algorithms
+    samples: int = 2  # samples per held-out question during training
+    votes: int = 32  # samples per held-out question at the end
+    learning_rate: float = 3e-4  # learning rate of all algorithms
     kl: float = 0.05  # weight of the KL to the warm-up model in PPO's rewards
-    partial_reward: float = 0.1  # of an answer that can be read and is wrong
-    value_weight: float = 0.5  # of the critic's loss in PPO
-    own: int = 8  # samples to each training question, for offline self-training
-    rerank: bool = False  # also a classifier of workings, which chooses among the samples
-    width: int = 64  # of the model
-    layers: int = 2  # of the model
-    # directory of the figure, metrics.json and what is kept of finished seeds
+    partial_reward: float = 0.1  # reward of a readable but wrong answer
+    value_weight: float = 0.5  # weight of the critic's loss in PPO
+    own: int = 8  # samples per training question, for offline self-training
+    rerank: bool = False  # also select among the samples by a classifier of workings
+    width: int = 64  # width of the model
+    layers: int = 2  # layers of the model
+    # directory for the figure, metrics.json and the cache of finished seeds
     output_dir: str = "runs/reft"
     record: flags.Record = flags.Record()
     smoke: bool = False  # seconds; claims are printed, not judged
@@ -103,7 +103,7 @@ class Config:
 
 
 def main(config: Config) -> int:
-    """Measures all claims; the exit code is 1 if one does not hold."""
+    """Measures all claims; returns exit code 1 if one does not hold."""
     check(config)
     this = begin(config)
     if config.smoke:
@@ -113,7 +113,7 @@ def main(config: Config) -> int:
 
 
 def check(config: Config) -> None:
-    """Raises for settings that would be found wrong only after minutes."""
+    """Raises ValueError early for settings that would fail only after minutes."""
     if set(config.algo) - set(ALGORITHMS) or not {"sft", "reft"} <= set(config.algo):
         raise ValueError(
             f"algo: sft, reft and others of {ALGORITHMS} are expected, got {config.algo}."
@@ -169,7 +169,7 @@ def warm_up(config, model, params, rows, seed) -> Any:
 
 
 def train_algorithm(config, model, start, pairs, rows, seed, name, measure) -> list[dict]:
-    """What was measured along a run of one algorithm."""
+    """Trains one algorithm; returns the measurements along the run."""
     asked = arithmetic.encode([workings.question(*pair, config.digits) for pair in pairs])
     totals = pairs.sum(axis=1)
     sampling = workings.sampling(config.digits)
@@ -272,9 +272,9 @@ def answers(config, model, params, pairs, samples, seed, temperature=1.0) -> lis
 def measures(
     config: Config, model: Decoder, pairs: np.ndarray, seed: int, rank: Any = None
 ) -> Callable[[Any, int], dict[str, Any]]:
-    """measure(params, samples): accuracy of greedy answers, samples and their votes; shares of kinds.
+    """Returns measure(params, samples): accuracy of greedy answers, samples, votes; fractions of kinds.
 
-    With `rank` also of the answer that it scores highest.
+    With `rank`, also the accuracy of the answer that it scores highest.
     """
     asked = [workings.question(*pair, config.digits) for pair in pairs]
     records = [{"answer": total} for total in pairs.sum(axis=1)]
@@ -305,7 +305,7 @@ def measures(
 
 
 def judge(runs: list[dict]) -> list[Claim]:
-    """The claims and whether they hold."""
+    """Returns the claims with their measured numbers."""
     last = lambda name, measure: np.array([run[name][-1][measure] for run in runs])
     best = np.array([max(row["greedy"] for row in run["sft"]) for run in runs])
     gain = last("reft", "greedy") - last("sft", "greedy")

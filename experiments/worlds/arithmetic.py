@@ -1,7 +1,7 @@
-"""A small task for reinforcement learning that can be measured exactly: sums, by a model of characters.
+"""A small, exactly measurable task for reinforcement learning: sums, by a character-level model.
 
-The model is made here and trained until it gives the right answer with a set probability: started from there,
-runs of several seeds can be compared. Where one string alone is right, its probability under the model is
+The model is created here and trained until it gives the correct answer with a set probability, so that runs
+of several seeds are comparable. Because only one string is correct, its probability p under the model is
 pass@1 of a sample, and 1 - (1 - p)^k is pass@k: one forward pass, no sampling noise.
 """
 
@@ -30,14 +30,14 @@ ALPHABET = STOP + "0123456789+-=ABC|;"
 
 
 class Sums(NamedTuple):
-    """Questions and their right answers as text: "57-87=" and "-30"."""
+    """Questions and their correct answers as text: "57-87=" and "-30"."""
 
     questions: list[str]
     answers: list[str]
 
 
 class Task(NamedTuple):
-    """What the runs of one seed share."""
+    """Data and model that the runs of one seed share."""
 
     model: Decoder
     start: Any  # params of the model, still untrained
@@ -45,12 +45,12 @@ class Task(NamedTuple):
     rows: dict[str, np.ndarray]  # `layout` of these
     held_out: Sums
     held_out_rows: dict[str, np.ndarray]
-    records: list[dict]  # of the held-out questions, for reasoning-gym's verifier
+    records: list[dict]  # the held-out questions, for reasoning-gym's verifier
     probabilities: Callable[[Any, dict], jax.Array]  # `answer_probabilities` of the model
 
 
 def task(seed: int, *, width: int = 96, size: int = 30_000, layers: int = 2) -> Task:
-    """Additions of two two-digit numbers: chain_sum, of `size` draws on either side, and a model."""
+    """Makes additions of two two-digit numbers from `size` draws of chain_sum per split, and a model."""
     first = 1 + seed * SEEDS_APART
     spec = lambda first: f"{TASK}&size={size}&seed={first}"
     known, new, records = chain_sums(spec(first), spec(first + SEEDS_APART // 2))
@@ -60,31 +60,31 @@ def task(seed: int, *, width: int = 96, size: int = 30_000, layers: int = 2) -> 
 
 
 def started(task: Task, seed: int, until: float) -> tuple[Any, int]:
-    """(params, steps): the model trained until it is right on training questions with probability `until`."""
+    """Trains the model until its probability of a correct training answer is `until`: (params, steps)."""
     some = jax.tree.map(lambda x: x[:500], task.rows)
     measure = lambda params: float(jnp.mean(task.probabilities(params, some)))
     return warm_start(task.model, task.start, task.rows, seed, until=until, measure=measure)
 
 
 def encode(texts: Sequence[str]) -> list[list[int]]:
-    """The ids of each text's characters."""
+    """Returns the ids of each text's characters."""
     return [[ALPHABET.index(character) for character in text] for text in texts]
 
 
 def decode(tokens: np.ndarray, mask: np.ndarray) -> str:
-    """The text of what a mask counts, without the stop character."""
+    """Decodes the masked tokens, without the stop character."""
     return "".join(ALPHABET[i] for i in tokens[mask]).rstrip(STOP)
 
 
 def encode_answers(answers: Sequence[str]) -> list[list[int]]:
-    """The ids of each answer and the stop character."""
+    """Returns the ids of each answer and the stop character."""
     return encode([answer + STOP for answer in answers])
 
 
 def chain_sums(spec: str, held_out_spec: str) -> tuple[Sums, Sums, list[dict]]:
-    """(training, held out, held-out records) of reasoning-gym's chain_sum: its additions, in short form.
+    """Returns (training, held out, held-out records): additions of reasoning-gym's chain_sum, shortened.
 
-    A question of either is in it once; one of the training questions is not among the held-out ones.
+    Each question occurs once, and no training question is held out.
     """
     question = lambda record: record["metadata"]["metadata"]["expression"].replace(" ", "") + "="
     table = lambda spec: {question(r): r for r in data.load(spec) if "-" not in question(r)}
@@ -95,7 +95,7 @@ def chain_sums(spec: str, held_out_spec: str) -> tuple[Sums, Sums, list[dict]]:
 
 
 def layout(questions: Sequence[str], answers: Sequence[str]) -> dict[str, np.ndarray]:
-    """Rows of question and answer side by side, padded at either end, as experience is.
+    """Rows of question and answer, padded at both ends like experience.
 
     `loss_mask` counts the answer with its stop character; `completion_mask` [B, N] is its last N columns.
     """
@@ -125,7 +125,7 @@ def small_model(
     vocabulary: int = len(ALPHABET),
     layers: int = 2,
 ) -> tuple[Decoder, Any]:
-    """(model, params): kernels and embedding are drawn with the deviation inputs^-1/2.
+    """(model, params), with standard deviation inputs^-1/2 for kernels and embedding.
 
     The usual 0.02 is for widths of a thousand; at 96 it leaves the model near zero for hundreds of steps.
     """
@@ -147,7 +147,7 @@ def small_model(
 
 
 def answer_probabilities(model: Decoder) -> Callable[[Any, dict], jax.Array]:
-    """probabilities(params, rows of `layout`) [B]: of the whole answer, the stop character included."""
+    """Returns probabilities(params, rows of `layout`) [B] of the whole answer, stop character included."""
 
     @jax.jit
     def probabilities(params, rows):
@@ -157,7 +157,7 @@ def answer_probabilities(model: Decoder) -> Callable[[Any, dict], jax.Array]:
 
 
 def pass_at(probabilities: np.ndarray, k: int) -> float:
-    """The mean over questions of 1 - (1 - p)^k."""
+    """Mean over questions of 1 - (1 - p)^k."""
     return float(np.mean(1.0 - (1.0 - np.asarray(probabilities, np.float64)) ** k))
 
 
@@ -174,10 +174,10 @@ def warm_start(
     check: int = 10,
     most: int = 3000,
 ) -> tuple[Any, int]:
-    """(params, steps): supervised training on `rows` until measure(params) reaches `until`.
+    """Trains on `rows` until measure(params) reaches `until`; returns (params, steps).
 
-    At a fixed number of steps seeds differ too much in what is left to learn. `measure` must look at
-    training questions alone: stopping by held-out ones would choose the start by what is reported.
+    After a fixed number of steps, seeds would differ too much in what is left to learn. `measure` must use
+    only training questions: with held-out ones the start would be selected by the reported metric.
 
     Raises:
         RuntimeError: if `most` steps do not reach it.
@@ -202,7 +202,7 @@ def warm_start(
 
 
 def batches_of(rows: dict[str, np.ndarray], seed: int, batch_size: int) -> Iterator[dict]:
-    """Endless random batches of rows."""
+    """Yields endless random batches of rows."""
     rng = np.random.default_rng(seed)
     rows = {name: rows[name] for name in ("tokens", "segment_ids", "positions", "loss_mask")}
     count = len(rows["tokens"])
@@ -212,12 +212,12 @@ def batches_of(rows: dict[str, np.ndarray], seed: int, batch_size: int) -> Itera
 
 
 def rising(learning_rate: float, steps: int = 10) -> optax.Schedule:
-    """A learning rate that rises over its first steps, in which Adam's moments mean little."""
+    """Learning rate that rises over its first steps, in which Adam's moments are unreliable."""
     return lambda step: learning_rate * jnp.minimum((step + 1) / steps, 1.0)
 
 
 def policy_optimizer(learning_rate: float) -> optax.GradientTransformation:
-    """What all methods of reinforcement learning on this task train with."""
+    """Optimizer of all reinforcement learning methods on this task."""
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rising(learning_rate)))
 
 
@@ -235,7 +235,7 @@ def reinforce(
     updates: int = 1,
     callbacks: Sequence[Any] = (),
 ) -> tuple[Any, list[dict]]:
-    """(params, history): `steps` optimizer steps on the policy's own answers, 1 for a right one, else 0."""
+    """Takes `steps` optimizer steps on the policy's answers, reward 1 if correct; (params, history)."""
     batches = experience(
         model,
         sums,
@@ -260,7 +260,7 @@ def reinforce(
 def experience(
     model: Decoder, sums: Sums, credit: rl.Credit, per_step: int, seed: int, **settings: Any
 ) -> rl.Collector:
-    """`collect_on_device` of answers to sums, at temperature 1."""
+    """Returns `collect_on_device` of answers to sums, at temperature 1."""
     answers = encode_answers(sums.answers)
     size = max(map(len, answers))
     config = SamplingConfig(size, stop_ids=(ALPHABET.index(STOP),))

@@ -1,4 +1,4 @@
-"""A small classifier that ranks sampled workings: is this one right? Two classes, from a language model."""
+"""A small binary classifier that ranks sampled workings by correctness, from a language model."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def train_reranker(
     learning_rate: float,
     seed: int,
 ) -> Any:
-    """Params with a head that tells right workings from wrong ones; equal samples count once."""
+    """Trains params with a head that classifies workings as correct; equal samples count once."""
     labels = {
         (question, text): good
         for question, some, verdicts in zip(questions, texts, correct, strict=True)
@@ -50,7 +50,7 @@ def train_reranker(
 def scores(
     model: Decoder, params: Any, questions: Sequence[str], texts: Texts, chunk: int = 4000
 ) -> list[list[float]]:
-    """The head's value of each text: the log-odds that it is right."""
+    """Returns the head's value of each text: the log-odds that it is correct."""
     pairs = [
         (question, text) for question, some in zip(questions, texts, strict=True) for text in some
     ]
@@ -70,6 +70,6 @@ def _read(model, params, rows):
 
 
 def _rows(pairs):
-    """[B, 1, T]: one completion a record, as batches of reward models are."""
+    """Returns rows [B, 1, T], one completion per record, as in batches of reward models."""
     rows = arithmetic.layout(*zip(*pairs, strict=True))
     return {name: x[:, None] for name, x in rows.items() if name != "completion_mask"}

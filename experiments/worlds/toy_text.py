@@ -1,4 +1,4 @@
-"""Small language models on token rows of one shape, for scripts of papers: pretraining and sampling."""
+"""Pretraining and sampling of small language models on rows of one shape, for scripts of papers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from jaxft.objectives import supervised
 def decoder(
     vocabulary: int, length: int, width: int = 64, layers: int = 2, **options: Any
 ) -> Decoder:
-    """A Llama-like decoder with four heads; `options` are fields of its config."""
+    """Returns a Llama-like decoder with four heads; `options` are fields of its config."""
     return Decoder(
         DecoderConfig(
             vocab_size=vocabulary, hidden_size=width, intermediate_size=2 * width, num_layers=layers,
@@ -34,10 +34,10 @@ def decoder(
 def sampler(
     model: Decoder, size: int, stop: int | None = None, temperature: float = 1.0
 ) -> Callable[..., Any]:
-    """sample(params, prompts [B, P], key) -> (completions [B, size], mask, log-probs of tokens).
+    """Returns sample(params, prompts [B, P], key) -> (completions [B, size], mask, log-probs of tokens).
 
-    One compiled program for each B; a completion ends after `stop`, which the mask counts. Temperature 0 is
-    greedy, its log-probs are at 1.
+    Compiles one program for each B. A completion ends after `stop`, which the mask counts. Temperature 0 is
+    greedy, with log-probs at temperature 1.
     """
     stops = () if stop is None else (stop,)
     config = SamplingConfig(max_new_tokens=size, temperature=temperature, stop_ids=stops)
@@ -69,7 +69,7 @@ def rows(prompts: Any, completions: Any, mask: Any = None) -> dict[str, jax.Arra
 def pretrain(
     model: Decoder, draw: Callable[[np.random.Generator], Any], steps: int, rate: float, seed: int
 ) -> Any:
-    """Params after supervised steps on what `draw` gives, with Adam and a cosine."""
+    """Trains params with supervised steps on batches of `draw`, with Adam and a cosine schedule."""
     rng = np.random.default_rng(seed)
     params = jax.jit(model.init)(jax.random.key(seed), model.example_input())["params"]
     optimizer = optax.adam(lambda count: rate * train.cosine(count / steps))

@@ -1,4 +1,4 @@
-"""Additions with several kinds of written-out working, and a reward for their results."""
+"""Additions with several formats of written-out working, and a reward for their results."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def question(a: int, b: int, digits: int = 3) -> str:
 
 
 def answer(name: str, a: int, b: int, digits: int = 3) -> str:
-    """The right string of a format: A0579, the sum; B9750|0579, its digits reversed first; C050709|0579, the
+    """Correct string of a format: A0579, the sum; B9750|0579, its reversed digits first; C050709|0579, the
     sums of the digits first.
     """
     total = f"{a + b:0{digits + 1}d}"
@@ -51,14 +51,14 @@ def rows_of(pairs: np.ndarray, names: Sequence[str], digits: int = 3) -> dict[st
 def right_probability(
     model: Decoder, pairs: np.ndarray, digits: int = 3, names: str = FORMATS
 ) -> Callable[[Any], float]:
-    """measure(params): the mean probability that an answer is right in all its characters, in any format."""
+    """Returns measure(params): mean probability that an answer is correct in every character, any format."""
     gold = [rows_of(pairs, name * len(pairs), digits) for name in names]
     probabilities = arithmetic.answer_probabilities(model)
     return lambda params: float(sum(jnp.mean(probabilities(params, rows)) for rows in gold))
 
 
 def result(text: str, digits: int = 3) -> str | None:
-    """The sum at the end of an answer of its format's length, as digits; None of any other text."""
+    """Returns the sum at the end of an answer of its format's length, as digits; None for other texts."""
     name, size = text[:1], digits + 1
     if len(text) != lengths(digits).get(name) or not text[-size:].isdigit():
         return None
@@ -66,7 +66,7 @@ def result(text: str, digits: int = 3) -> str | None:
 
 
 def sampling(digits: int = 3) -> SamplingConfig:
-    """Room for the longest answer and its stop."""
+    """Sampling config with room for the longest answer and its stop."""
     limit = max(lengths(digits).values()) + 1
     return SamplingConfig(limit, stop_ids=(arithmetic.ALPHABET.index(arithmetic.STOP),))
 
@@ -74,9 +74,10 @@ def sampling(digits: int = 3) -> SamplingConfig:
 def result_reward(
     totals: Sequence[int] | np.ndarray, digits: int = 3, partial: float = 0.0
 ) -> rl.DeviceReward:
-    """1 for a right sum at the end of an answer of its format's length; `partial` for a wrong one there.
+    """Returns a reward: 1 for a correct sum at the end of a well-formed answer; `partial` for a wrong sum.
 
-    The working may be wrong, and nothing rewards a format. `totals` has the sum of each prompt.
+    Well-formed means of its format's length. The working may be wrong, and no format gets a reward. `totals`
+    has the sum of each prompt.
     """
     size = digits + 1
     wanted = jnp.asarray(arithmetic.encode([f"{total:0{size}d}" for total in totals]))
@@ -100,7 +101,7 @@ def result_reward(
 
 
 class Start(NamedTuple):
-    """A model that knows a little of the task, and the questions of one seed."""
+    """A partly trained model, and the questions of one seed."""
 
     model: Decoder
     params: Any
@@ -120,9 +121,9 @@ def started(
     width: int = 64,
     layers: int = 2,
 ) -> Start:
-    """Pretrained on sums that are not asked later, until a working is right with probability `until`.
+    """Pretrains on sums that are not asked later, until a working is correct with probability `until`.
 
-    `sizes` are how many sums pretrain, fine-tune and are held out; `kinds` of working occur equally often.
+    `sizes`: the numbers of sums to pretrain, fine-tune and hold out; `kinds` of working occur equally often.
     """
     rng = np.random.default_rng(seed)
     drawn = rng.choice(100**digits, sum(sizes), replace=False)
@@ -137,5 +138,5 @@ def started(
 
 
 def supervised_rows(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """What supervised fine-tuning needs of `rows_of`."""
+    """Selects the columns of `rows_of` for supervised fine-tuning."""
     return {name: rows[name] for name in ("tokens", "segment_ids", "positions", "loss_mask")}

@@ -16,14 +16,16 @@ _ADDED = ("prompt", "prefix", "adapter")
 
 
 def base_params(params: Params) -> Params:
-    """The params with adapters switched off, all frozen: no copy, each kernel is the adapter's own base.
+    """The params without their adapters, all frozen; nothing is copied, each kernel is the adapter's base.
 
-    For a reference model beside the one that trains. Not for PiSSA, whose base is the kernel without its
-    leading part; nothing in the params tells it from LoRA. Under jit the two models share what they can.
+    The result serves as the reference model during training. Do not use it for PiSSA, whose base is the
+    kernel without its leading part; the params cannot distinguish PiSSA from LoRA. Under jit the two models
+    share computation where possible.
 
     Raises:
-        ValueError: where the start is not kept: kernels, biases and norms that train themselves, and PaCA,
-            which writes into its base. Log-probs that are computed before training serve for those.
+        ValueError: if the initial values are not kept: for kernels, biases and norms that train
+            themselves, and for PaCA, which writes into its base. For those, compute the log-probs
+            before training.
     """
     return _visit("", params)
 
@@ -41,6 +43,6 @@ def _visit(path: str, node: Any) -> Any:
             node = {name: child for name, child in node.items() if name not in _ADDED}
         return map_children(lambda name, child: _visit(f"{path}/{name}".lstrip("/"), child), node)
     raise ValueError(
-        f"base_params: {path} is trained in place, so its start is gone; compute the reference's log-probs "
-        "before training, as jaxft.train.reference_log_probs does."
+        f"base_params: {path} is trained in place, so its initial value is lost; compute the reference's "
+        "log-probs before training, as jaxft.train.reference_log_probs does."
     )

@@ -1,4 +1,4 @@
-"""Weights that keep what has been trained inside a frozen field, and write it there in each step."""
+"""Weights that write their trained values into a frozen field in each step."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from jaxft.weights import is_weight
 def commit(params: Any) -> Any:
     """The params after an update, with each weight that has a method `committed` replaced by its result.
 
-    `committed()` returns the same node with what has been trained written into its frozen fields
-    (PaCA keeps the trained rows inside the frozen kernel). It sees one kernel, without the axes of
-    stacked layers, is called on outermost weights only, and must give the same when repeated.
+    `committed()` returns the same node with the trained values written into its frozen fields
+    (PaCA keeps the trained rows inside the frozen kernel). It gets one kernel, without the axes of
+    stacked layers, is called on outermost weights only, and must be idempotent.
     """
 
     def write(node):
@@ -30,11 +30,11 @@ def commit(params: Any) -> Any:
 
 
 def in_place(params: Any) -> Any:
-    """Committed params with each weight that writes back in its form for use within a step.
+    """Committed params in which each weight that writes back has its form for use within a step.
 
-    Such a weight has a static field `in_place`: it multiplies by its frozen fields alone and trusts
-    that they hold what has been trained. Outside a step mark none: there a weight is right for any
-    values of its fields.
+    Such a weight has a static field `in_place`: its products use only its frozen fields and assume
+    that these hold the trained values. Do not set it outside a step: there a weight must be correct
+    for any values of its fields.
     """
 
     def mark(node):
@@ -46,10 +46,10 @@ def in_place(params: Any) -> Any:
 
 
 def anywhere(params: Any) -> Any:
-    """The params with each weight in the form that is right for any values of its fields.
+    """The params with each weight in the form that is correct for any values of its fields.
 
-    The inverse of `in_place`. `partition` calls it, so that an objective that moves what trains (noise on
-    the weights, an inner gradient step) gets within a step what it gets anywhere else.
+    This is the inverse of `in_place`. `partition` calls it, so that an objective that changes trainable
+    leaves (noise on the weights, an inner gradient step) gives the same result within a step as outside.
     """
 
     def mark(node):
@@ -65,5 +65,5 @@ def is_in_place(node: Any) -> bool:
 
 def writes_back(node: Any) -> bool:
     """Whether `node` is a weight with a method `committed`."""
-    # An array too has an attribute `committed`.
+    # Arrays also have an attribute `committed`.
     return is_weight(node) and hasattr(node, "committed")

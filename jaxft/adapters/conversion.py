@@ -33,7 +33,7 @@ _BY_SVD = (
 
 
 class Lost(NamedTuple):
-    """What is missing of the updates U = W' - W: |U - A B|² / |U|² in squared Frobenius norms, 0 to 1."""
+    """The share of the updates U = W' - W that is lost: |U - A B|² / |U|², Frobenius norms, 0 to 1."""
 
     by_path: Mapping[str, float]
     overall: float  # all kernels together
@@ -51,29 +51,29 @@ class Lost(NamedTuple):
 class _Factors(NamedTuple):
     a: jax.Array  # [D, R] float32
     b: jax.Array  # [R, F] float32; the update is A B
-    lost: float  # squared norm of what A B lacks
+    lost: float  # squared norm of U - A B
     total: float  # squared norm of the update
 
 
 def as_lora(
     params: Params, rank: int | None = None, *, base: Params | None = None
 ) -> tuple[Params, Lost]:
-    """(the params with each adapter of a kernel as a LoraWeight, what that loses).
+    """(the params with each adapter of a kernel as a LoraWeight, the share that is lost).
 
-    LoRA, PaCA and VeRA of rank R are LoRA of rank R exactly: of PaCA A picks the tuned rows and B is
-    their change, of VeRA the two vectors are multiplied into its matrices. The update of DoRA, LoHa,
-    LoKr, OFT, BOFT, RandLoRA and Monarch, and of any whose R exceeds `rank`, is replaced by the nearest
-    matrix of that rank, its truncated singular value decomposition (Eckart and Young, 1936). All else
-    stays as it is.
+    LoRA, PaCA and VeRA of rank R are exactly LoRA of rank R: for PaCA, A selects the tuned rows and B is
+    their change; for VeRA, the two vectors are multiplied into its matrices. The update of DoRA, LoHa,
+    LoKr, OFT, BOFT, RandLoRA and Monarch, and of any adapter with R > `rank`, is replaced by the nearest
+    matrix of that rank, its truncated singular value decomposition (Eckart and Young, 1936). All other
+    leaves are unchanged.
 
     Args:
-        params: adapted, of separate layers (jaxft.models.unstack_layers).
-        rank: the largest R that is wanted. None: none is cut, and only exact adapters are taken.
-        base: the params before they were adapted, for Monarch, which replaces its kernel.
+        params: adapted, with separate layers (jaxft.models.unstack_layers).
+        rank: the largest R. None: no update is truncated, and only exact adapters are accepted.
+        base: the params before adapting, for Monarch, which replaces its kernel.
 
     Raises:
-        AdapterError: for an adapter that is no change of a kernel alone ((IA)³, bottlenecks), stacked
-            layers, a rank below 1, or where `rank` or `base` is needed and missing.
+        AdapterError: for an adapter that does not only change a kernel ((IA)³, bottlenecks), stacked
+            layers, a rank below 1, or if `rank` or `base` is needed and missing.
     """
     if rank is not None and rank < 1:
         raise AdapterError(f"as_lora: rank must be at least 1, got {rank}.")
@@ -103,10 +103,10 @@ def as_lora(
 
 
 def _factors(name: str, node: Any, rank: int | None, kernel: Any) -> tuple[Any, _Factors]:
-    """(the kernel below, the factors of the update)."""
+    """(the base kernel, the factors of the update)."""
     if not isinstance(node, (LoraWeight, PacaWeight, VeraWeight, *_BY_SVD)):
         raise AdapterError(
-            f"as_lora: {name!r} trains as {type(node).__name__}, which is no change of a kernel alone."
+            f"as_lora: {name!r} trains as {type(node).__name__}, which does not only change a kernel."
         )
     if node.stack:
         raise AdapterError(
@@ -125,7 +125,7 @@ def _factors(name: str, node: Any, rank: int | None, kernel: Any) -> tuple[Any, 
             "give a rank."
         )
     below = to_dense(kernel).astype(jnp.float32)
-    # Over a float32 kernel, so that to_dense does not round what it adds.
+    # The kernel is float32, so that to_dense does not round the update.
     wide = dataclasses.replace(node, base=below) if hasattr(node, "base") else node
     return kernel, _truncated(to_dense(wide).astype(jnp.float32) - below, rank)
 

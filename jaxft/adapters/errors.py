@@ -1,4 +1,4 @@
-"""What goes wrong with adapter files."""
+"""The error of adapter files."""
 
 
 class AdapterError(ValueError):

@@ -43,12 +43,12 @@ def write_adapter(
     tensors: Mapping[str, Any],
     **save: Any,
 ) -> None:
-    """Writes both files; their directory is made if needed. On several hosts all call it, the first writes.
+    """Writes both files; makes their directory if needed. On several hosts all call it, the first writes.
 
     Args:
         config: path of the JSON.
         weights: path of the safetensors.
-        settings: what goes into the JSON.
+        settings: the content of the JSON.
         tensors: arrays, on any devices of all hosts.
         save: more arguments of safetensors' `save_file`.
     """

@@ -32,20 +32,20 @@ Projection = Callable[[jax.Array, int, int], Callable[[jax.Array], jax.Array]]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class IntrinsicParams:
-    """A params tree whose tensors are W_i + lam_i (P theta)_i; of it, theta and lam train.
+    """A params tree whose tensors are W_i + lam_i (P theta)_i, of which theta and lam train.
 
     Aghajanyan, Zettlemoyer, Gupta, 2020, arxiv.org/abs/2012.13255: DID without lam, SAID with it. The
-    model reads `intrinsic_apply(params)`. The random map P is drawn again from `key` at each call.
+    model reads `intrinsic_apply(params)`. The random map P is redrawn from `key` at each call.
     """
 
-    base: Params  # frozen, but for tensors that train outside the subspace
+    base: Params  # frozen, except tensors that train outside the subspace
     theta: jax.Array  # float32, zeros at first
     lam: jax.Array | None  # [m], ones at first, in the order of `tensor_shapes`; None: DID
-    key: Frozen  # a jax.random.key. In the tree: a constant would be folded with all drawn from it
+    key: Frozen  # a jax.random.key, in the tree: XLA would fold a constant and all draws from it
     only: str = dataclasses.field(metadata={"static": True})
     granularity: Granularity = dataclasses.field(metadata={"static": True})
     projection: Projection = dataclasses.field(metadata={"static": True})
-    layers: str = dataclasses.field(default=LAYERS, metadata={"static": True})  # where they lie
+    layers: str = dataclasses.field(default=LAYERS, metadata={"static": True})  # path of the layers
 
 
 def intrinsic(
@@ -60,26 +60,26 @@ def intrinsic(
     projection: Projection = fastfood,
     layers: str = LAYERS,
 ) -> IntrinsicParams:
-    """The params in a random subspace, of which d numbers train; at first they equal `params`.
+    """The params in a random subspace with d trainable numbers; initially they equal `params`.
 
-    SAID spends m of them on lam, one for each tensor, so that theta has d - m (the released code
-    takes d - m - 1). A tensor is a leaf of one layer: stacked layers have the same
-    subspace as separate ones, whatever the mesh. On a mesh, lay `params` out first.
+    SAID uses m of these for lam, one per tensor, so that theta has d - m (the released code
+    uses d - m - 1). A tensor is a leaf of one layer: stacked layers have the same
+    subspace as separate ones, on any mesh. On a mesh, shard `params` first.
 
     Args:
         key: a jax.random.key; each tensor's map draws from fold_in(key, crc32(path)).
         params: dense or frozen, quantised too.
-        d: all numbers that train, lam and what trains outside included.
-        said: with lam.
+        d: all numbers that train, including lam and leaves outside the subspace.
+        said: whether lam trains.
         granularity: "tensor": a map for each tensor, as in the released code. "global": one map into
-            all of them together, as in the text; then it takes memory for 2^k numbers at once.
+            all of them together, as in the text; it needs memory for 2^k numbers at once.
         only: pattern of the paths of tensors in the subspace, with layers as in "layers/0/..."; the
             others stay as they are.
-        trainable_outside: pattern of the paths of weights (as `adapt` sees them) that train whole,
+        trainable_outside: pattern of the paths of weights (as in `adapt`) that train whole,
             such as a new head.
         projection: (key, d, D) -> linear function of theta: fastfood, cropped_fastfood,
             dense_projection, or any other named function (programs are compiled once for each).
-        layers: where the layers lie in the params: `family_of(model.config).layers`.
+        layers: path of the layers in the params: `family_of(model.config).layers`.
 
     Raises:
         ValueError: if d is too small, a pattern matches nothing, or granularity is unknown.
@@ -117,8 +117,8 @@ def intrinsic(
 def intrinsic_apply(params: IntrinsicParams) -> Params:
     """The dense params theta_0 + lam P theta, differentiable in theta and lam; also the merged model.
 
-    Sums are in float32 and returned in the base's data type. Of the projection, only theta and the
-    key are kept for the backward pass.
+    Sums are in float32 and returned in the base's data type. For the projection, the backward pass keeps
+    only theta and the key.
     """
     shapes = tensor_shapes(params.base, params.only, params.layers)
     updates = _updates(params, shapes)
@@ -138,7 +138,7 @@ def intrinsic_apply(params: IntrinsicParams) -> Params:
 def tensor_shapes(
     base: Params, only: str = ".*", layers: str = LAYERS
 ) -> dict[str, tuple[int, ...]]:
-    """{path: shape} of the tensors in the subspace, sorted; those of stacked layers one by one."""
+    """{path: shape} of the tensors in the subspace, sorted; stacked layers are listed separately."""
     shapes = {}
     for path, node in jax.tree_util.tree_leaves_with_path(base, is_leaf=is_weight):
         if isinstance(node, Frozen) and jnp.issubdtype(node.dtype, jnp.floating):
@@ -150,7 +150,7 @@ def tensor_shapes(
 
 
 def save_intrinsic(path: str | os.PathLike, params: IntrinsicParams) -> None:
-    """Writes theta, lam, the key and what trains outside: d numbers and a JSON of settings."""
+    """Writes theta, lam, the key and the leaves that train outside: d numbers and a JSON of settings."""
     trainable = jax.tree_util.tree_leaves_with_path(partition(params)[0])
     tensors = {path_name(p): leaf for p, leaf in trainable}
     key = params.key.value
@@ -177,10 +177,10 @@ def load_intrinsic(
     Args:
         path: the directory.
         params: of the base model, in either layout of layers if nothing trains outside.
-        projection: the function that was used.
+        projection: the function used in training.
 
     Raises:
-        AdapterError: if a file is missing, damaged or of another kind, the projection is another, or
+        AdapterError: if a file is missing, damaged or of another kind, the projection differs, or
             the numbers do not fit the model.
     """
     settings, tensors = _read(pathlib.Path(path))
@@ -224,7 +224,7 @@ def load_intrinsic(
 
 def _updates(params, shapes):
     """{path: P theta of that tensor}."""
-    # The checkpoint: B, Pi and G are drawn again in the backward pass rather than kept.
+    # checkpoint: the backward pass redraws B, Pi and G instead of keeping them.
     project = jax.checkpoint(
         lambda key, theta, size: params.projection(key, theta.size, size)(theta),
         static_argnums=2,
@@ -236,7 +236,7 @@ def _updates(params, shapes):
         return {n: p.reshape(shapes[n]) for n, p in zip(shapes, parts, strict=True)}
     updates = {}
     for size in sorted(set(sizes.values())):
-        # A loop over tensors of one size: the program grows with the sizes, not with the depth.
+        # A loop over tensors of one size: the program grows with the number of sizes, not the depth.
         names = [name for name in sizes if sizes[name] == size]
         # zlib.crc32 rather than hash(): the same in every process.
         seeds = np.array([zlib.crc32(name.encode()) for name in names], np.uint32)

@@ -13,8 +13,8 @@ from jaxft.weights import DoraWeight, LoraWeight
 def lora_plus(ratio: float = 16.0) -> optax.GradientTransformation:
     """Multiplies the updates of every B by `ratio`: optax.chain(optax.adamw(1e-4), lora_plus()).
 
-    LoRA+: Hayou et al., 2024, arxiv.org/abs/2402.12354. It stands last in the
-    chain; weight decay, which optax scales by the learning rate, grows too.
+    LoRA+: Hayou et al., 2024, arxiv.org/abs/2402.12354. It must be last in the
+    chain; it also multiplies weight decay, which optax scales by the learning rate.
     The updates are a params tree with LoRA or DoRA weights.
 
     Raises:
@@ -25,7 +25,7 @@ def lora_plus(ratio: float = 16.0) -> optax.GradientTransformation:
 
     def scale(updates, params):
         del params
-        # Wherever they stand: in a frozen weight, or as the matrix of a convolution's kernel.
+        # At any depth: in a frozen weight, or as the matrix of a convolution's kernel.
         is_low_rank = lambda node: isinstance(node, LoraWeight | DoraWeight)
         if not any(map(is_low_rank, jax.tree.leaves(updates, is_leaf=is_low_rank))):
             raise ValueError("lora_plus: no LoRA weight among the updates; adapt the params first.")

@@ -29,14 +29,14 @@ def named_rules(
     """The rules of an adapter for `adapt`.
 
     Args:
-        name: ia3, bitfit, norms, full and those from bottleneck on have their own targets; monarch
+        name: ia3, bitfit, norms, full and the names from bottleneck on have their own targets; monarch
             projects the kernels onto 4 blocks.
-        rank: of those that have one; the width of bottleneck and parallel adapters, the block size of oft
+        rank: the adapter's rank; the width of bottleneck and parallel adapters, the block size of oft
             and boft, the number of virtual tokens of prompt and prefix.
-        alpha: of those that have one; for paca, alpha / rank multiplies the learning rate.
+        alpha: the adapter's alpha; for paca, alpha / rank multiplies the learning rate.
         target: pattern of the paths of adapted kernels, or "all-linear".
         shape: of the matrices that vera and randlora share: see jaxft.adapters.vera.
-        targets, layers: the patterns of the model's family and where its layers lie:
+        targets, layers: the patterns of the model's family and the path of its layers:
             `family_of(model.config).targets` and `.layers`.
 
     Raises:

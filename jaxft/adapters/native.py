@@ -48,20 +48,20 @@ def apply_named(
 ) -> Params:
     """The params with the adapter `name` (see named_rules), over kernels rounded to `quantise` bits.
 
-    `targets` and `layers` are the family's; `stacked` and `input_axes` are those of `adapt`: which leading
-    axes are layers or experts, and what are the inputs of kernels with more axes than a matrix.
+    `targets` and `layers` are the family's; `stacked` and `input_axes` are as in `adapt`: the number of
+    leading axes that are layers or experts, and of input axes in kernels with more than two axes.
 
     Raises:
-        ValueError: see named_rules; and for quantised kernels that are to train whole.
+        ValueError: see named_rules; also for quantised kernels that should train whole.
     """
     target, axes = targets.pattern(target), dict(stacked=stacked, input_axes=input_axes)
     if quantise is not None:
         if name in ("full", "monarch"):
             raise ValueError(
                 f"--adapter {name} trains the kernels themselves, which --quantise freezes; "
-                "choose an adapter beside them, such as lora or paca."
+                "choose an adapter such as lora or paca."
             )
-        if name == "pissa":  # It splits the dense kernels, and what is left of them is rounded.
+        if name == "pissa":  # It splits the dense kernels and rounds the residual.
             rule = qpissa(rank, alpha, kind=quantise)
             return adapt(jax.random.key(seed), params, {target: rule}, **axes)
         rules = {target: quantised(quantise)}
@@ -85,14 +85,14 @@ def _check_whole(params: Params) -> None:
 
 
 def save_native(path: str | os.PathLike, params: Params, **settings: Any) -> None:
-    """Writes what an adapter adds to its base model: what trains, and what was drawn beside it.
+    """Writes what an adapter adds to its base model: trainable leaves and random fields.
 
     Args:
         path: the directory; made if needed.
         params: adapted by `apply_named`.
-        settings: its arguments, which `load_native` gives it again; without `targets`, `layers` and
-            `stacked`, which belong to the model's family and are given to both, and without `input_axes`,
-            which are read off the weights.
+        settings: the arguments of `apply_named`, which `load_native` reuses; without `targets`, `layers` and
+            `stacked`, which belong to the model's family and are passed to both, and without `input_axes`,
+            which the weights contain.
 
     Raises:
         AdapterError: if nothing trains.
@@ -116,8 +116,8 @@ def load_native(
 ) -> Params:
     """The base params with an adapter of `save_native`, or moved by what `save_intrinsic` wrote (dense).
 
-    `targets`, `layers` and `stacked` are those of the model's family, as for `apply_named`. What the inputs
-    of kernels with more axes than a matrix are, the file says.
+    `targets`, `layers` and `stacked` are those of the model's family, as for `apply_named`. The file contains
+    the input axes of kernels with more than two axes.
 
     Raises:
         AdapterError: if a file is missing or damaged, a key is missing, surplus or misshapen.
@@ -131,7 +131,7 @@ def load_native(
     place = dict(targets=targets, layers=layers, stacked=stacked)
     inputs = settings.pop("input_axes", {}).get
     adapted = apply_named(params, **settings, **place, input_axes=inputs)
-    if "reward/kernel" in tensors:  # Beside the adapter, of which it is no part.
+    if "reward/kernel" in tensors:  # Not a part of the adapter.
         adapted["reward"] = {"kernel": tensors["reward/kernel"]}
     expected = dict(_own_leaves(adapted))
     for name in sorted(expected.keys() ^ tensors.keys()):
@@ -151,7 +151,7 @@ def load_native(
 
 
 def _nodes(params):
-    """(path, weight or array), of a frozen one what it holds."""
+    """(path, weight or array); for a frozen weight, its content."""
     for key, node in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_weight):
         yield key, node.value if isinstance(node, Frozen) else node
 
@@ -161,7 +161,7 @@ def _reshaped(node):
 
 
 def _own_leaves(params: Params, values: dict | None = None):
-    """(name, leaf) of all that is not the base model's; or the params with `values` in their place."""
+    """(name, leaf) of all leaves that are not the base model's; or the params with `values` there."""
     found = []
 
     def visit(prefix, node):

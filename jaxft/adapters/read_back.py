@@ -1,4 +1,4 @@
-"""Adapters that are written, read again and compared: what is on the disk gives the logits that trained."""
+"""Writes adapters, reads them again and compares: the files must give the logits of the trained params."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from jaxft.weights import Frozen, is_weight, quantisation_error, to_dense
 
 
 class Difference(NamedTuple):
-    """How far two models' logits are apart."""
+    """The distance between two models' logits."""
 
     largest: float  # over tokens and vocabulary
     scale: float  # the largest logit's magnitude
@@ -57,25 +57,25 @@ def check_same(
     dtype: Any = jnp.float32,
     tokens: Any = None,
 ) -> Difference:
-    """`logit_difference`, which must stay below sqrt(eps) of the largest logit.
+    """`logit_difference`, which must be at most sqrt(eps) times the largest logit.
 
     Args:
         what: names the files in the error.
         model: the decoder.
-        params: as they were trained.
-        other: as they were read.
-        dtype: gives eps: what `other` was rounded to. float32 allows 3e-4, bfloat16 9%.
+        params: as trained.
+        other: as read from the files.
+        dtype: gives eps: the type to which `other` was rounded. float32 allows 3e-4, bfloat16 9%.
         tokens: see logit_difference.
 
     Raises:
-        AdapterError: if it does not.
+        AdapterError: if it is larger.
     """
     difference = logit_difference(model, params, other, tokens)
     allowed = float(jnp.finfo(dtype).eps) ** 0.5 * difference.scale
     if not difference.largest <= allowed:  # NaN too.
         raise AdapterError(
             f"{what}: read again, it gives other logits: {difference}, allowed {allowed:.2g}. Do not "
-            "use these files; the checkpoints of the run hold what was trained."
+            "use these files; the run's checkpoints hold the trained params."
         )
     return difference
 
@@ -97,9 +97,9 @@ def save_checked(
         path: the directory.
         model: the decoder.
         params: adapted.
-        base: the params before, not quantised, in the same layout.
+        base: the params before adapting, not quantised, in the same layout.
         base_model: see save_adapter.
-        native: the settings of save_native, for its format; None: PEFT's.
+        native: the settings of save_native, for its format; None: PEFT's format.
         tokens: see logit_difference.
         families: see save_adapter.
 
@@ -110,7 +110,7 @@ def save_checked(
         save_adapter(
             path, model.config, params, base_model=base_model, base=base, families=families
         )
-        # As in training: what lies under the adapter may be rounded.
+        # As in training: the kernel under the adapter may be quantised.
         under = _kernels_under(params, base)
     else:
         save_native(path, params, **native)
@@ -120,7 +120,7 @@ def save_checked(
         head, read = (to_host(to_dense(p["reward"]["kernel"])) for p in (params, loaded))
         if not np.array_equal(head.astype(np.float32), read.astype(np.float32)):
             raise AdapterError(f"{path}: read again, it has another reward head; do not use it.")
-    # What comes back as it was is computed as it was; PiSSA's residual kernel was rounded.
+    # Unchanged leaves need no comparison; PiSSA's residual kernel was rounded.
     same = jax.tree.structure(loaded) == jax.tree.structure(params)
     dtype = jnp.float32 if same else jax.tree.leaves(base)[0].dtype
     return check_same(str(path), model, params, loaded, dtype=dtype, tokens=tokens)
@@ -130,9 +130,9 @@ def rounding_loss(params: Params, base: Params, layers: str = LAYERS) -> float |
     """The largest relative error |W - Q| / |W| of the quantised kernels of `params`, or None without any.
 
     Args:
-        params: adapted, over quantised kernels, or with some.
-        base: the params before they were quantised, in the same layout.
-        layers: where the layers lie in both.
+        params: adapted, with quantised kernels.
+        base: the params before quantisation, in the same layout.
+        layers: path of the layers in both.
     """
     unstacked, kernels = (unstack_layers(tree, layers) for tree in (params, base))
     pairs = zip(
@@ -140,20 +140,20 @@ def rounding_loss(params: Params, base: Params, layers: str = LAYERS) -> float |
         jax.tree.leaves(kernels, is_leaf=is_weight),
         strict=True,
     )
-    # A base that came rounded has lost nothing here.
+    # A base that was already quantised loses nothing here.
     rounded = (pair for pair in pairs if is_weight(pair[0]) and not is_weight(pair[1]))
     errors = [quantisation_error(kernel, under) for under, kernel in rounded]
     return max(errors, default=None)
 
 
 def _kernels_under(params, base):
-    """A tree like `base`: the quantised kernel that an adapter stands on, or else the base's."""
+    """A tree like `base`: the quantised kernel under an adapter, otherwise the base's kernel."""
     nodes = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_weight)
     nodes = {path_name(path): node for path, node in nodes}
 
     def under(path, kernel):
         node = nodes.get(path_name(path))
-        if getattr(node, "rounded_rest", False):  # QPiSSA: what is quantised is not the kernel
+        if getattr(node, "rounded_rest", False):  # QPiSSA: the quantised array is not the kernel
             return kernel
         inner = node.value if isinstance(node, Frozen) else getattr(node, "base", None)
         if inner is None and is_weight(node) and not jax.tree.leaves(partition(node)[0]):

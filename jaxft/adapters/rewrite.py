@@ -1,4 +1,4 @@
-"""Adapting as a rewrite of the params tree, and the split into what trains and what does not."""
+"""Rewrites the params tree for adapters, and splits it into trainable and frozen leaves."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Params = Any  # a pytree of arrays and weights
 
 
 def unsaid(path: str) -> None:
-    """The default of `input_axes`: kernels are matrices, and others are refused."""
+    """The default of `input_axes`: kernels must be matrices."""
 
 
 def adapt(
@@ -48,24 +48,25 @@ def adapt(
 
     Args:
         key: a jax.random.key; each weight draws from its own key, derived from its path.
-        params: any pytree of arrays and weights: dicts, lists, NamedTuples. A frozen weight is adapted by
-            what it holds, so a tree can be adapted again.
+        params: any pytree of arrays and weights: dicts, lists, NamedTuples. A frozen weight is adapted
+            through its content, so a tree can be adapted again.
         rules: path pattern (a regular expression that matches the whole path, as in
             "layers/.*/(query|value)/kernel") to rule; the first that matches wins. The pattern of an
-            `Added` rule names what is new ("layers/.*mlp/adapter", "prefix").
+            `Added` rule matches the new leaf's path ("layers/.*mlp/adapter", "prefix").
         stacked: path to the number of leading axes that are stacked layers or experts, whose kernels
-            are rewritten one by one. Asked for arrays and added leaves: a weight knows its own. Default:
+            are rewritten separately. Called for arrays and added leaves: a weight stores its own. Default:
             1 for paths under "layers/" without a number, else 0. Experts [E, in, out] are 1 axis in a
             layer, 2 in stacked layers.
         input_axes: path to the number of axes, after the stacked ones, that are inputs of a kernel with
-            more axes than a matrix; the others are outputs. None: not known. 3 for a convolution
+            more than two axes; the others are outputs. None: unknown. 3 for a convolution
             [H, W, in, out], 1 for flax attention's query, key and value [in, heads, head size], 2 for its
-            out [heads, head size, out]. A rule sees the matrix of their products; the result is a
-            `ReshapedWeight`. `full()` leaves any kernel as it is and asks nothing.
+            out [heads, head size, out]. A rule gets the matrix [product of inputs, product of
+            outputs]; the result is a `ReshapedWeight`. `full()` accepts any kernel and does not
+            call it.
 
     Raises:
         ValueError: if a pattern matches no path, `stacked` or `input_axes` names more axes than an array
-            has, a kernel has more axes than a matrix and `input_axes` gives None, or a rule refuses it.
+            has, a kernel has more than two axes and `input_axes` returns None, or a rule refuses it.
     """
     added = {pattern: rule for pattern, rule in rules.items() if isinstance(rule, Added)}
     compiled = {pattern: _compile(pattern) for pattern in rules if pattern not in added}
@@ -123,7 +124,7 @@ def trainable_mask(params: Params) -> Params:
 def partition(params: Params) -> tuple[Params, Params]:
     """(trainable, frozen): two trees like params, each with None where the other has the leaf.
 
-    Both have weights in the form that is right for any values of their fields (`anywhere`).
+    Weights in both have the form that is correct for any values of their fields (`anywhere`).
     """
     params = anywhere(params)
     mask = trainable_mask(params)
@@ -139,11 +140,11 @@ def combine(trainable: Params, frozen: Params) -> Params:
 
 
 def float32_masters(params: Params) -> Params:
-    """The params with what trains in float32, if it is bfloat16 or float16; what is frozen stays as it is.
+    """The params with trainable bfloat16 and float16 leaves in float32; frozen leaves are unchanged.
 
-    A step of 1e-6 of a weight is below half of bfloat16's last place (1 / 512 of the weight): added to a
-    bfloat16 weight it is lost, and float16 gradients overflow (Micikevicius et al., 2018,
-    arxiv.org/abs/1710.03740, section 3.1). Models compute in the type of their activations all the same.
+    An update of 1e-6 of a weight is below half a unit in the last place of bfloat16 (1 / 512 of the weight)
+    and would be lost; float16 gradients overflow (Micikevicius et al., 2018, arxiv.org/abs/1710.03740,
+    section 3.1). Models still compute in the type of their activations.
     """
     trainable, frozen = partition(params)
 
@@ -155,12 +156,12 @@ def float32_masters(params: Params) -> Params:
 
 
 def merge(params: Params) -> Params:
-    """The params with each structured weight made one dense array; differentiable.
+    """The params with each structured weight as one dense array; differentiable.
 
-    Prompts and prefixes stay where they are, reparameterisations folded.
+    Prompts and prefixes are kept, with reparameterisations folded in.
 
     Raises:
-        ValueError: if there is an adapter that no kernel can take up: see `mergeable`.
+        ValueError: if an adapter cannot be merged into a kernel: see `mergeable`.
     """
 
     def dense(path, node):
@@ -178,15 +179,15 @@ def merge(params: Params) -> Params:
 
 
 def mergeable(params: Params) -> bool:
-    """Whether `merge` can make the params dense: not with bottleneck adapters, whose kernels stay apart."""
+    """Whether `merge` can make the params dense: False if there are bottleneck adapters."""
     nodes = jax.tree.leaves(params, is_leaf=_is_adapter)
     return not any(isinstance(node, Bottleneck) for node in nodes)
 
 
 def merge_biases(params: Params) -> Params:
-    """The params with each bias as its layer's kernel makes it ((IA)^3 scales both), kernels left alone.
+    """The params with each bias as its layer's kernel scales it ((IA)^3); kernels are unchanged.
 
-    A leaf that is merged by itself afterwards is what it would be in the merged whole.
+    Merging one leaf afterwards gives the same leaf as merging the whole tree.
     """
     names = lambda path: tuple(path_name((key,)) for key in path)
     leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_adapter)
@@ -196,7 +197,7 @@ def merge_biases(params: Params) -> Params:
         name = names(path)
         if "bias" not in name:
             return node
-        at = len(name) - 1 - name[::-1].index("bias")  # nnx has "value" behind it
+        at = len(name) - 1 - name[::-1].index("bias")  # nnx appends "value"
         kernel = nodes.get((*name[:at], "kernel", *name[at + 1 :]))
         return scaled_bias(to_dense(node), kernel) if is_weight(kernel) else node
 
@@ -212,10 +213,10 @@ def largest_shape(
 ) -> tuple[int, int]:
     """(most inputs, most outputs) of the kernels whose path matches `pattern`.
 
-    `stacked` and `input_axes` as in `adapt`. Sizes of several axes are multiplied.
+    `stacked` and `input_axes` are as in `adapt`. Sizes of several axes are multiplied.
 
     Raises:
-        ValueError: if it matches no path, or for kernels that `adapt` refuses.
+        ValueError: if the pattern matches no path, or for kernels that `adapt` refuses.
     """
     nodes = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_weight)[0]
     shapes = []
@@ -238,7 +239,7 @@ def count(params: Params) -> tuple[int, int]:
 def map_children(function: Callable[[str, Any], Any], node: Any) -> Any:
     """`node` with function(name, child) in place of each child; arrays, weights and adapters have none.
 
-    Goes one level down any pytree node (dicts, lists, NamedTuples, nnx states) and keeps its type.
+    The node is any pytree node (dict, list, NamedTuple, nnx state); its type is kept.
     """
     if _is_adapter(node) or jax.tree_util.all_leaves([node]):
         return node
@@ -293,7 +294,7 @@ def _apply_rule(
 
 
 def _axes(name: str, kernel: WeightLike, stack: Sequence[int], input_axes) -> tuple[tuple, tuple]:
-    """(sizes of the axes of inputs, of outputs) of a kernel behind its axes `stack`."""
+    """(sizes of the input axes, of the output axes) of a kernel, after its axes `stack`."""
     if isinstance(kernel, ReshapedWeight):
         return kernel.inputs, kernel.outputs
     axes = tuple(kernel.shape[len(stack) :])
@@ -301,39 +302,39 @@ def _axes(name: str, kernel: WeightLike, stack: Sequence[int], input_axes) -> tu
     if said is None and len(axes) > 2:
         raise ValueError(
             f"adapt: {name} {kernel.shape} has the axes {axes}"
-            + (f" behind {tuple(stack)}, which are stacked" if stack else "")
-            + ", and rules adapt matrices. Say by adapt(..., input_axes=path -> number) how many of them "
+            + (f" after {tuple(stack)}, which are stacked" if stack else "")
+            + ", but rules adapt matrices. Give by adapt(..., input_axes=path -> number) how many of them "
             f"are inputs: {len(axes) - 1} in a convolution, 1 in attention's [in, heads, head size]; or by "
             "stacked=path -> number how many leading axes are layers or experts."
         )
     if said is not None and not 0 < said < len(axes):
         raise ValueError(
-            f"adapt: input_axes({name!r}) is {said}, but the shape is {axes}: give None for what is no "
-            "kernel, and leave an axis for the outputs."
+            f"adapt: input_axes({name!r}) is {said}, but the shape is {axes}: give None for an array that is "
+            "not a kernel, and leave an axis for the outputs."
         )
     said = 1 if said is None else said
     return axes[:said], axes[said:]
 
 
 def _taken(kernel: WeightLike, stack: Sequence[int]) -> str:
-    """A hint for errors of rules, which see a kernel without the axes `stack`."""
+    """A hint for errors of rules, which get a kernel without the axes `stack`."""
     if not stack:
         return ""
     return (
         f", whose leading axes {tuple(stack)} of {kernel.shape} are taken for stacked layers or experts "
-        "(stacked=path -> number says how many are)"
+        "(set their number by stacked=path -> number)"
     )
 
 
 def _over(stack: Sequence[int], function: Callable) -> Callable:
-    """`function` of one weight, for weights with the leading axes `stack`."""
+    """`function` of one weight, mapped over the leading axes `stack`."""
     for _ in stack:
         function = jax.vmap(function)
     return function
 
 
 def _stack(name: str, kernel: WeightLike, stacked: Callable[[str], int]) -> tuple[int, ...]:
-    """Sizes of the leading axes of stacked layers: `kernel.stack` of a weight, else as `stacked` says."""
+    """Sizes of the leading axes of stacked layers: `kernel.stack` for a weight, otherwise from `stacked`."""
     if is_weight(kernel):
         return kernel.stack
     depth = stacked(name)

@@ -1,7 +1,7 @@
-"""Rules for `adapt`: (key, kernel) -> weight. Arguments are checked here, shapes where they are met.
+"""Rules for `adapt`: (key, kernel) -> weight. Rules check arguments when made, shapes when applied.
 
-A rule sees one matrix [in, out]: without the axes of stacked layers, a kernel of more axes
-as `adapt(..., input_axes=)` cuts it.
+A rule gets one matrix [in, out], without the axes of stacked layers; `adapt(..., input_axes=)` reshapes
+kernels with more axes.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def as_it_is(key: jax.Array, kernel: WeightLike) -> WeightLike:
 
 
 def lora(rank: int = 16, alpha: float = 32.0) -> Rule:
-    """A rule that puts low-rank adapters on kernels: W + (alpha / rank) A B, only A and B train."""
+    """A rule that adds low-rank adapters to kernels: W + (alpha / rank) A B, where only A and B train."""
     _check_rank("lora", rank)
     return functools.partial(lora_weight, rank=rank, alpha=alpha)
 
@@ -80,7 +80,7 @@ def pissa(rank: int = 16, alpha: float = 16.0) -> Rule:
 
 
 def qpissa(rank: int = 16, alpha: float = 16.0, *, kind: str = "nf4", block: int = 64) -> Rule:
-    """`pissa` on dense kernels with what is left of them rounded as `quantised` does (QPiSSA)."""
+    """`pissa` on dense kernels, with the residual rounded as by `quantised` (QPiSSA)."""
     _check_rank("qpissa", rank)
     rounded = quantised(kind, block)
 
@@ -92,7 +92,7 @@ def qpissa(rank: int = 16, alpha: float = 16.0, *, kind: str = "nf4", block: int
 
 
 def dora(rank: int = 16, alpha: float = 32.0) -> Rule:
-    """LoRA for the direction of each column of a kernel, and a length that trains beside it."""
+    """LoRA for the direction of each column of a kernel, with a separately trained length."""
     _check_rank("dora", rank)
     return functools.partial(dora_weight, rank=rank, alpha=alpha)
 
@@ -103,13 +103,13 @@ def vera(
     seed: int = 0,
     shape: tuple[int, int] | None = None,
 ) -> Rule:
-    """Two vectors a kernel around random matrices that all layers share.
+    """Two trained vectors per kernel, around random matrices that all layers share.
 
     Args:
         rank: of the matrices.
-        initial: what one of the vectors starts from; the other is zero.
+        initial: initial value of one of the vectors; the other is zero.
         seed: of the matrices: PEFT's projection_prng_key.
-        shape: the largest numbers of inputs and outputs of the kernels (`largest_shape` finds them), for
+        shape: the largest numbers of inputs and outputs of the kernels (see `largest_shape`), for
             one pair of matrices; PEFT's format needs it. None: a pair for each kernel's shape.
     """
     _check_rank("vera", rank)
@@ -124,10 +124,10 @@ def randlora(
     seed: int = 0,
     shape: tuple[int, int] | None = None,
 ) -> Rule:
-    """Updates of full rank: random bases of rank `rank` that all layers share, scaled by what trains.
+    """Updates of full rank: random bases of rank `rank` that all layers share, with trained scales.
 
     Args:
-        rank: of a basis; the smaller, the more numbers train.
+        rank: of a basis; a smaller rank gives more trainable numbers.
         alpha: alpha / rank scales the update; None: 20 times the rank, as PEFT advises.
         seed: of the bases.
         shape: as for `vera`.
@@ -145,7 +145,7 @@ def loha(rank: int = 8, alpha: float = 8.0) -> Rule:
 
 
 def lokr(rank: int = 8, alpha: float = 8.0, factor: int = -1) -> Rule:
-    """A Kronecker product, its larger factor of low rank; `factor` cuts as in jaxft.weights.lokr_weight."""
+    """A Kronecker product, its larger factor of low rank; `factor` is as in jaxft.weights.lokr_weight."""
     _check_rank("lokr", rank)
     return functools.partial(lokr_weight, rank=rank, alpha=alpha, factor=factor)
 
@@ -162,7 +162,7 @@ def oft(
     Args:
         block_size: inputs of a rotation.
         terms: of the Neumann series that PEFT uses by default; None: exact rotations (Cayley).
-        eps: radius of constrained OFT (COFT); None: free.
+        eps: radius of constrained OFT (COFT); None: unconstrained.
         share: whether the blocks of a kernel share one rotation.
 
     Raises:
@@ -197,17 +197,17 @@ def ia3(side: str = "output") -> Rule:
 def quantised(kind: str = "nf4", block: int = 64) -> Rule:
     """A rule that rounds kernels to "nf4", "int8", "int4" or "fp8"; nothing of them trains.
 
-    Adapt again to train something beside them: adapters nest (QLoRA, QPaCA, QDoRA).
+    Apply a second rule to train an adapter on top (QLoRA, QPaCA, QDoRA).
 
     Raises:
-        ValueError: by the rule, for a kernel that is rounded already.
+        ValueError: when the rule is applied to a kernel that is already rounded.
     """
 
     def rule(key, kernel):
         if isinstance(kernel, Nf4Weight | QuantisedWeight):
             raise ValueError(
                 f"quantised: the kernel is rounded already ({type(kernel).__name__}), as in the checkpoint; "
-                "leave --quantise out, or take the model that the checkpoint was made from."
+                "leave --quantise out, or use the model that the checkpoint was made from."
             )
         return (
             nf4_weight(kernel, block=block)
@@ -222,7 +222,7 @@ def paca(rank: int = 16, alpha: float | None = None, selection: str = "random", 
     """A rule that lets `rank` rows of each kernel train in place: see jaxft.weights.paca_weight.
 
     At equal parameters PaCA takes about twice LoRA's rank. alpha / rank (default 1) multiplies the
-    learning rate, so that it wants one of its own.
+    learning rate, so tune that separately.
     """
     _check_rank("paca", rank)
     return functools.partial(paca_weight, rank=rank, alpha=alpha, selection=selection, **options)
@@ -242,8 +242,8 @@ def qpaca(
     Args:
         rank, alpha, selection: see `paca`.
         kind, block: see `quantised`.
-        init_from: the tuned rows start as the rounded ones (the authors' code), or as those of the
-            kernel given, without its rounding error.
+        init_from: the tuned rows start from the rounded rows (the authors' code), or from the rows of the
+            given kernel, without rounding error.
 
     Raises:
         ValueError: for an unknown init_from.
@@ -282,11 +282,11 @@ def monarch_from_dense(**cut: int) -> Rule:
 
 
 def densify(params: Any, pattern: str = ".*") -> Any:
-    """The params with Monarch kernels multiplied out, to go on training dense ("reverse sparsification").
+    """The params with Monarch kernels as dense arrays, for dense training ("reverse sparsification").
 
     Args:
         params: any params tree; stacked layers too.
-        pattern: of the whole path, as in `adapt`.
+        pattern: must match the whole path, as in `adapt`.
     """
     from jaxft.adapters.rewrite import merge, path_name
 
@@ -299,13 +299,13 @@ def densify(params: Any, pattern: str = ".*") -> Any:
 
 
 def carry_state(old: Any, new: Any) -> Any:
-    """An optimizer's state for params of which some have changed their form.
+    """An optimizer's state for params some of which have changed their form.
 
-    Moments of factors do not map to moments of their product: what is not found in the
-    old state under the same path, with the same shape, starts afresh; step counts and schedules go on.
+    Moments of factors do not map to moments of their product: leaves that the old state lacks under the
+    same path with the same shape are reset; step counts and schedules continue.
 
     Args:
-        old: the state so far.
+        old: the previous state.
         new: `optimizer.init` of the changed params' trainable part.
     """
     known = {jax.tree_util.keystr(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(old)}

@@ -1,4 +1,4 @@
-"""Rules of additive adapters: what `adapt` puts beside the weights of a model, rather than in their place."""
+"""Rules of additive adapters: leaves that `adapt` adds to a model's weights instead of replacing them."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ from jaxft.models.transformer import (
 from jaxft.parallel import LAYERS
 from jaxft.weights import bottleneck_adapter, prefix_mlp, to_dense
 
-# Patterns for `bottleneck` and `parallel_adapter`; `prompt` stands at "prompt", `prefix` at "prefix".
+# Patterns for `bottleneck` and `parallel_adapter`; `prompt` belongs at "prompt", `prefix` at "prefix".
 HOULSBY = TRANSFORMER_TARGETS.houlsby  # in both sublayers of each block
-PFEIFFER = TRANSFORMER_TARGETS.pfeiffer  # behind the MLP alone (arxiv.org/abs/2005.00247)
+PFEIFFER = TRANSFORMER_TARGETS.pfeiffer  # after the MLP only (arxiv.org/abs/2005.00247)
 
 
 @dataclasses.dataclass(frozen=True)
 class Added:
     """A rule for a leaf that the base model lacks.
 
-    `adapt` puts it into each subtree whose path, with the leaf's name behind it, the pattern matches. It
-    trains, and is made anew where there is one already.
+    `adapt` adds it to each subtree for which the pattern matches the path plus the leaf's name. The leaf
+    trains; an existing one is replaced.
     """
 
     name: str  # last part of the path: "adapter" in "layers/0/mlp/adapter"
-    # (key, subtree, how many leading axes of the leaf are stacked layers) -> leaf
+    # (key, subtree, number of leading axes that are stacked layers) -> leaf
     make: Callable[[jax.Array, Mapping[str, Any], int], Any]
 
 
 def bottleneck(
     size: int = 64, *, activation: Callable[[jax.Array], jax.Array] = jax.nn.relu
 ) -> Added:
-    """A serial adapter behind a sublayer: y + f(y D) U. Patterns: HOULSBY, PFEIFFER.
+    """A serial adapter after a sublayer: y + f(y D) U. Patterns: HOULSBY, PFEIFFER.
 
     Args:
         size: columns of D, at least 1 and at most the sublayer's features.
@@ -58,9 +58,9 @@ def parallel_adapter(
     *,
     activation: Callable[[jax.Array], jax.Array] = jax.nn.relu,
 ) -> Added:
-    """An adapter beside a sublayer of the (normed) input x: y + scale f(x D) U; patterns as `bottleneck`.
+    """An adapter beside a sublayer of the (normed) input x: y + scale f(x D) U; patterns as in `bottleneck`.
 
-    Beside MLPs, together with `prefix(30)`, it makes the MAM adapter of He et al., 2021,
+    On MLPs, together with `prefix(30)`, it is the MAM adapter of He et al., 2021,
     arxiv.org/abs/2110.04366, section 4.6.
     """
     return _bottleneck("parallel_adapter", size, activation=activation, scale=scale, reads="input")
@@ -71,17 +71,17 @@ def prompt(
 ) -> Added:
     """`length` soft tokens before the embeddings of each row (or segment): {"prompt": prompt(20)}.
 
-    Prompt tuning: Lester et al., 2021, arxiv.org/abs/2104.08691, section 2.1 and 3.2. Images get theirs
-    uniform, as in Jia et al., 2022, arxiv.org/abs/2203.12119 (VPT-shallow).
+    Prompt tuning: Lester et al., 2021, arxiv.org/abs/2104.08691, section 2.1 and 3.2. For images the
+    initial values are uniform, as in Jia et al., 2022, arxiv.org/abs/2203.12119 (VPT-shallow).
 
     Args:
-        length: 0 leaves the model as it is. None: that of `ids`.
-        ids: token ids of a text whose embeddings they start from, cut or repeated to `length`
-            (as PEFT does). None: of tokens drawn from the vocabulary.
+        length: 0 leaves the model unchanged. None: the length of `ids`.
+        ids: token ids of a text whose embeddings are the initial values, cut or repeated to `length`
+            (as in PEFT). None: random tokens of the vocabulary.
         embedding: path of the table [V, D] in the params.
 
     Raises:
-        ValueError: for a negative or no length, or empty ids; in `adapt` for ids outside the vocabulary.
+        ValueError: for a negative or missing length, or empty ids; in `adapt` for ids outside the vocabulary.
     """
     if ids is not None and len(ids) == 0:
         raise ValueError(
@@ -118,15 +118,15 @@ def prefix(
     """`length` keys and values before those of each layer: {"prefix": prefix(20)}.
 
     Prefix tuning: Li & Liang, 2021, arxiv.org/abs/2101.00190; trained directly, as in P-tuning v2
-    (Liu et al., 2021, arxiv.org/abs/2110.07602), unless there is a `hidden` size. One leaf
+    (Liu et al., 2021, arxiv.org/abs/2110.07602), unless `hidden` is given. One leaf
     [length, layers x 2 x KV heads x head size], as PEFT lays it out.
 
     Args:
-        length: 0 leaves the model as it is.
-        hidden: of the network through which the prefix is trained (the paper's 512); `merge` folds it
-            away.
-        scale: standard deviation at first, without `hidden`.
-        layers: where the layers lie: `family_of(model.config).layers`.
+        length: 0 leaves the model unchanged.
+        hidden: size of the network that reparameterises the prefix (512 in the paper); `merge` removes
+            it.
+        scale: initial standard deviation, without `hidden`.
+        layers: path of the layers: `family_of(model.config).layers`.
 
     Raises:
         ValueError: for a negative length; in `adapt` for a hidden size below 1.
@@ -155,7 +155,7 @@ def _bottleneck(name, size, **options) -> Added:
         last = next((module[n]["kernel"] for n in SUBLAYER_OUTPUTS if n in module), None)
         if last is None:
             raise ValueError(
-                f"{name}: the pattern matches a module with {', '.join(sorted(module))}, which is no "
+                f"{name}: the pattern matches a module with {', '.join(sorted(module))}, which is not a "
                 "sublayer (attention or mlp); see HOULSBY and PFEIFFER."
             )
         build = lambda key: bottleneck_adapter(key, last.shape[-1], size=size, **options)
@@ -169,7 +169,7 @@ def _bottleneck(name, size, **options) -> Added:
 
 def _image_prompt(key, length, ids, params):
     if ids is not None:
-        raise ValueError("prompt: ids need a model with a vocabulary; give a length alone.")
+        raise ValueError("prompt: ids need a model with a vocabulary; give only a length.")
     rows, features = _leaf(params, PATCHES).shape
     bound = math.sqrt(6 / (rows + features))
     return jax.random.uniform(key, (length, features), jnp.float32, -bound, bound)
@@ -189,6 +189,6 @@ def _check_length(name, length):
 def _check_root(name, found, path):
     if found is None:
         raise ValueError(
-            f"{name}: it stands at the root of the params, as {name!r}, where {path} must be; use that "
-            "pattern, and say where the model has these if it is elsewhere."
+            f"{name}: it must be at the root of the params, as {name!r}, where {path} must be; use that "
+            "pattern, and give the path of these if the model has them elsewhere."
         )

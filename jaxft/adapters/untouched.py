@@ -1,4 +1,4 @@
-"""Whether an objective uses weights in their in-place form as it was given them."""
+"""Checks whether an objective uses weights in their in-place form unchanged."""
 
 from __future__ import annotations
 
@@ -12,26 +12,25 @@ from jaxft.adapters.committing import is_in_place
 from jaxft.weights import is_weight
 from jaxft.weights.paca import IN_PLACE
 
-# What takes a layer out of a stack, or passes an array on.
+# Operations that take a layer out of a stack, or pass an array on.
 _PASSING = frozenset(
     "squeeze slice dynamic_slice gather reshape broadcast_in_dim transpose copy name device_put reshard "
     "sharding_constraint optimization_barrier pvary pcast".split()
 )
-Owners = Sequence[
-    int | None
-]  # of each variable the weight whose field it is, None: no field as it was
+Owners = Sequence[int | None]  # for each variable, the weight whose unchanged field it is, or None
 
 
 def untouched(objective: Callable[..., Any], params: Any, *args: Any) -> bool:
     """Whether each product of an in-place weight in objective(params, *args) reads its fields as given.
 
-    In place is right while the frozen kernel holds the trained rows. Noise that jax.tree.map puts on all of
-    the params, or an inner step on them, moves the rows alone, or the kernel otherwise than the rows. The
-    objective is traced, not run. Fields that reach a product through a loop's carry, or any operation that
-    does more than take out a layer, count as touched: at worst a step is slower than it could be.
+    The in-place form is correct while the frozen kernel holds the trained rows. Noise that
+    jax.tree.map adds to all params, or an inner step on them, changes only the rows, or changes the
+    kernel differently. The objective is traced, not run. Fields that reach a product through a
+    loop's carry, or through an operation that does more than select a layer, count as touched: at
+    worst a step is slower than necessary.
 
     Args:
-        params: of `in_place`.
+        params: the result of `in_place`.
     """
     jaxpr = jax.make_jaxpr(objective)(params, *args).jaxpr
     owners: list[int | None] = []
@@ -41,14 +40,14 @@ def untouched(objective: Callable[..., Any], params: Any, *args: Any) -> bool:
 
 
 def _visit(jaxpr: Jaxpr, owners: Owners) -> Owners | None:
-    """The owners of what the jaxpr returns; None if a product in it gets what no weight owns."""
+    """The owners of the jaxpr's results; None if a product in it gets an array that no weight owns."""
     known = dict(zip(jaxpr.invars, owners, strict=True))
     of = lambda variable: None if isinstance(variable, Literal) else known.get(variable)
     for eqn in jaxpr.eqns:
         given = [of(variable) for variable in eqn.invars]
         found = [None] * len(eqn.outvars)
         if _is_product(eqn):
-            fields = set(given[eqn.params["num_consts"] + 1 :])  # behind the activations
+            fields = set(given[eqn.params["num_consts"] + 1 :])  # after the activations
             if len(fields) != 1 or None in fields:
                 return None
         else:
@@ -66,7 +65,7 @@ def _visit(jaxpr: Jaxpr, owners: Owners) -> Owners | None:
 
 
 def _inner(eqn: Any, given: Owners) -> Iterator[tuple[Jaxpr, Owners, bool]]:
-    """(jaxpr, the owners of its arguments, whether its results are the equation's) of each one inside."""
+    """(jaxpr, owners of its arguments, whether its results are the equation's) of each inner jaxpr."""
     params, nothing = eqn.params, lambda jaxpr, n: [None] * (len(jaxpr.invars) - n)
     match eqn.primitive.name:
         case "scan":
@@ -104,7 +103,7 @@ def _is_mark(eqn):
 
 
 def _is_product(eqn):
-    """Whether it is the product of a weight in place, whose arguments are activations and fields."""
+    """Whether the equation is a product of an in-place weight, with activations and fields as arguments."""
     found = eqn.params.get("call_jaxpr")
     if eqn.primitive.name != "custom_jvp_call" or found is None:
         return False

@@ -1,4 +1,4 @@
-"""What fine-tuning does to a model, measured."""
+"""Measurements of fine-tuned models."""
 
 from jaxft.analysis.harness import (
     evaluate_tasks,

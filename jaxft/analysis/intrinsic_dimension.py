@@ -10,10 +10,10 @@ TrainFunction = Callable[[int, Sequence[int]], Sequence[float]]
 
 
 class D90(NamedTuple):
-    """What a search found."""
+    """The result of a search."""
 
     d: int | None  # the smallest d that reached the target; None: none of the grid did
-    failing: int | None  # the largest tried below it; None: already the grid's first reached it
+    failing: int | None  # the largest failing d below it; None: the grid's first d passed
     scores: dict[int, list[float]]  # d -> a score for each seed
 
 
@@ -21,8 +21,8 @@ def satisfactory(full: float, *, share: float = 0.9, floor: float = 0.0) -> floa
     """floor + share (full - floor): the score that counts as solved.
 
     Li et al., 2018, arxiv.org/abs/1804.08838, and Aghajanyan et al., 2020, arxiv.org/abs/2012.13255: 90 %
-    of full fine-tuning's. With the score of a constant guess as `floor`, a metric whose 90 % the
-    guess would nearly reach is measured from there.
+    of full fine-tuning's. If a constant guess already scores close to 90 %, pass its score as
+    `floor`.
     """
     return floor + share * (full - floor)
 
@@ -39,16 +39,17 @@ def d90_search(
     """The smallest d whose score reaches `target`, on a grid and then between its points.
 
     d grows along the grid until it reaches the target; then log d is bisected between the last failing
-    and the first passing d. A score that is noisy in d gives one crossing of possibly several.
+    and the first passing d. If the score is noisy in d, the result is one crossing of possibly
+    several.
 
     Args:
-        train_fn: (d, seeds) -> a score for each seed, the higher the better; all seeds at once, so that
+        train_fn: (d, seeds) -> a score for each seed, higher is better; all seeds at once, so that
             it may `vmap` over them. Called once for each d.
         grid: numbers of dimensions, increasing.
         target: see `satisfactory`.
-        seeds: passed on.
+        seeds: passed to train_fn.
         agreement: the share of seeds that must reach the target: 2 of 3.
-        resolution: bisection ends when the two are nearer than this factor, or next to each other.
+        resolution: bisection ends when the two differ by less than this factor, or by 1.
 
     Raises:
         ValueError: for a grid that is empty, not increasing or below 1, no seeds, or wrong scores.

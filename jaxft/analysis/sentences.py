@@ -12,7 +12,7 @@ from jaxtyping import Float
 from jaxft.checkpoints import check_tokenizer
 from jaxft.models.encoder import mean_pool
 
-_MULTIPLE = 32  # of tokens: few programs, little padding
+_MULTIPLE = 32  # lengths are padded to multiples of it: few programs, little padding
 
 
 def text_embeddings(
@@ -24,15 +24,15 @@ def text_embeddings(
     max_length: int = 256,
     batch_size: int = 32,
 ) -> Float[np.ndarray, "N D"]:
-    """`mean_pool` of the hidden states of each text, its first `max_length` tokens.
+    """`mean_pool` of the hidden states of each text's first `max_length` tokens.
 
     Args:
         model: an Encoder of sentences, such as "minilm"; or a Decoder.
-        params: its params.
-        tokenizer: its tokenizer.
-        texts: each at least a token long.
-        max_length: in tokens, special ones included.
-        batch_size: texts at a time, those of like length together.
+        params: the model's params.
+        tokenizer: the model's tokenizer.
+        texts: each must have at least one token.
+        max_length: in tokens, including special ones.
+        batch_size: texts at a time, grouped by length.
     """
 
     @jax.jit

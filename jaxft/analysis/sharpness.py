@@ -1,4 +1,4 @@
-"""How sharp a minimum is, how alike two representations are, and the loss along directions."""
+"""Sharpness of minima, similarity of representations, and the loss along directions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-Loss = Callable[[Any], jax.Array]  # of the params alone
+Loss = Callable[[Any], jax.Array]  # params -> scalar
 
 
 def epsilon_sharpness(
@@ -22,16 +22,16 @@ def epsilon_sharpness(
     """100 (max_y L(θ + y) - L(θ)) / (1 + L(θ)) over the box |y_i| <= ε (|θ_i| + 1), in percent.
 
     Keskar et al., 2017, arxiv.org/abs/1609.04836, metric 2.1, on the whole space. The maximum is approached
-    by steepest ascent in the box's own norm: y moves by the gradient's signs times the box's sides, is
-    projected, and the moves shrink to 0; from a random corner, as the gradient of a minimum is 0. So it is
-    a lower bound. (Keskar et al. take 10 steps of L-BFGS-B, TRAM's authors projected gradients at ε = 1e-5,
-    which float32 hardly resolves.)
+    by steepest ascent in the box's own norm: y moves by the gradient's signs times the box's sides
+    and is projected; the moves shrink to 0. It starts from a random corner, because the gradient at
+    a minimum is 0. The result is a lower bound. (Keskar et al. take 10 steps of L-BFGS-B, TRAM's
+    authors projected gradients at ε = 1e-5, which float32 hardly resolves.)
 
     Args:
-        key: of the first corner.
-        loss: params -> scalar, at least 0 so that the measure makes sense; of a fixed set of data.
+        key: for the first corner.
+        loss: params -> scalar on a fixed set of data; must be at least 0 for a meaningful result.
         epsilon: ε, positive; Keskar et al.: 1e-3 and 5e-4.
-        steps: gradients to take.
+        steps: number of gradients.
     """
     if not epsilon > 0 or steps < 1:
         raise ValueError(
@@ -56,8 +56,8 @@ def epsilon_sharpness(
 def linear_cka(x: jax.Array, y: jax.Array) -> jax.Array:
     """‖Yᵀ X‖² / (‖Xᵀ X‖ ‖Yᵀ Y‖) of centred features x [N, D], y [N, E], in Frobenius norms: in [0, 1].
 
-    Linear centred kernel alignment: Kornblith et al., 2019, arxiv.org/abs/1905.00414. Neither rotations nor
-    one scale of all features matter; constant features give 0.
+    Linear centred kernel alignment: Kornblith et al., 2019, arxiv.org/abs/1905.00414. It is
+    invariant to rotations and to one scale of all features; constant features give 0.
     """
     if x.ndim != 2 or y.ndim != 2 or x.shape[0] != y.shape[0]:
         raise ValueError(
@@ -73,11 +73,11 @@ def linear_cka(x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def filter_normalised(key: jax.Array, params: Any) -> Any:
-    """A normal direction, each filter of it as long as that of the params; 0 for vectors and scalars.
+    """A normal direction with each filter's norm equal to that of the params; 0 for vectors and scalars.
 
-    Li et al., 2018, arxiv.org/abs/1712.09913, section 4: a figure along it does not depend on the scale of
-    filters. A filter is what feeds one output: the last axis of a kernel counts them. Take stacked layers
-    apart first (jaxft.models.unstack_layers).
+    Li et al., 2018, arxiv.org/abs/1712.09913, section 4: a plot along it does not depend on the
+    scale of filters. A filter holds the weights of one output: the last axis of a kernel counts
+    filters. Unstack layers first (jaxft.models.unstack_layers).
     """
     leaves, treedef = jax.tree.flatten(params)
 
@@ -96,10 +96,10 @@ def filter_normalised(key: jax.Array, params: Any) -> Any:
 def loss_along(
     loss: Loss, params: Any, directions: Sequence[Any], radii: Sequence[float] | jax.Array
 ) -> jax.Array:
-    """L(θ + Σ_k r_k d_k) for every combination of radii, one axis a direction: [n], [n, n], ...
+    """L(θ + Σ_k r_k d_k) for every combination of radii, one axis per direction: [n], [n, n], ...
 
-    For figures of a loss's surface: one or two directions of `filter_normalised`, or the way between two
-    models, with d = θ' - θ and radii from 0 to 1. Evaluated one after the other.
+    For plots of a loss surface: one or two directions of `filter_normalised`, or the line between
+    two models, with d = θ' - θ and radii from 0 to 1. Points are evaluated in sequence.
     """
     directions, radii = list(directions), jnp.asarray(radii, jnp.float32)
     if not directions or radii.ndim != 1:

@@ -1,4 +1,4 @@
-"""Checkpoints: Hugging Face directories in and out, GGUF in and out, small models by name."""
+"""Checkpoints: reads and writes Hugging Face directories and GGUF files, and loads small models by name."""
 
 from jaxft.checkpoints.card import hub_id, license_of, model_card, write_card
 from jaxft.checkpoints.gguf_adapter import load_gguf_adapter, save_gguf_adapter

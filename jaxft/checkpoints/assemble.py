@@ -18,11 +18,11 @@ from jaxft.parallel import LAYERS, path_name, to_host
 from jaxft.weights import Weight, WeightLike, is_weight
 
 Params = Any
-Index = tuple[slice, ...]  # whose starts and stops are given
+Index = tuple[slice, ...]  # with explicit starts and stops
 
 
 class Tensor(Protocol):
-    """A tensor as the file stores it, read where it is indexed: a memory-mapped array, a GGUF tensor."""
+    """A tensor as stored in a file; indexing reads that part: a memory-mapped array, a GGUF tensor."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -46,9 +46,9 @@ def assemble(
 ) -> Params:
     """The params tree whose leaves have the `shapes` (of separate layers), read through `entries`.
 
-    Where `shapes` has a structured weight, the tensor makes it: `tensor.weight(dtype)`. Nothing is read but
-    what this host's devices hold, and one shard of one leaf at a time (of such a weight, all of it).
-    `shardings`, a tree like the result, places each leaf; `stacked` stacks the layers, which lie at
+    If `shapes` has a structured weight, the tensor makes it: `tensor.weight(dtype)`. Only the parts that
+    this host's devices hold are read, one shard of one leaf at a time (a structured weight is read whole).
+    `shardings`, a tree like the result, places each leaf; `stacked` stacks the layers, whose path is
     `layers`, on a leading axis.
     """
     named = flatten(shapes)
@@ -67,10 +67,10 @@ def disassemble(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """(name, tensor) in the file's layout for each entry, one at a time; weights become dense.
 
-    `layers` is where the layers lie in the params, stacked or apart.
+    `layers` is the path of the layers in the params, stacked or separate.
 
     Raises:
-        CheckpointError: if the params have what the format lacks: a prompt, a prefix, adapters.
+        CheckpointError: if the params have leaves that the format lacks: a prompt, a prefix, adapters.
     """
     stacked = is_stacked(params, layers)
     leaves = flatten(merge_biases(params))
@@ -79,7 +79,7 @@ def disassemble(
     known = {number.sub(f"{layers}/", path) for path in known} if stacked else known
     for name in sorted(leaves.keys() - known):
         raise CheckpointError(
-            f"{name!r} has no place in a model's files; save it as an adapter, beside its base model."
+            f"{name!r} cannot be saved in a model's files; save it as an adapter of its base model."
         )
 
     def fetch(path):
@@ -117,9 +117,9 @@ def check_names(found: set[str], expected: set[str], where: Any) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Leaf:
-    """A leaf that lies in a file: `leaf[index]`, with a slice for each axis, copies that part alone.
+    """A leaf in a file: `leaf[index]`, with a slice for each axis, copies only that part.
 
-    The part has the data type asked for; nothing else of the tensor is converted, turned or read.
+    The part has the requested data type; the rest of the tensor is not read, converted or transposed.
     """
 
     tensor: Tensor
@@ -127,23 +127,25 @@ class _Leaf:
     shape: tuple[int, ...]
     start: int  # its first column among those of the leaves in this tensor
     dtype: np.dtype
-    structured: bool  # whether it stands in the params as the tensor's weight
+    structured: bool  # whether the params hold it as the tensor's weight
 
     def weight(self) -> Weight:
-        """The structured weight, of arrays of the host."""
+        """The structured weight, with arrays on the host."""
         return self.tensor.weight(self.dtype)
 
     def __getitem__(self, index: Index) -> np.ndarray:
         entry = self.entry
         part = self._reshaped()[index] if entry.file_shape else self._part(index)
         part = part - np.asarray(entry.offset, part.dtype) if entry.offset else part
-        # A copy: the memory map must not stay open under the array.
+        # A copy: the array must not keep the memory map open.
         return np.array(part, self.dtype, order="C")
 
     def _part(self, index):
         *outer, last = index
         index = (*outer, slice(last.start + self.start, last.stop + self.start))
-        if heads := self.entry.permuted_heads:  # the outputs: our last axis, their first
+        if (
+            heads := self.entry.permuted_heads
+        ):  # the outputs: the last axis here, the first in the file
             rows = unpermuted(self.tensor.shape[0], heads)[index[-1]]
             if not self.entry.transposed:  # a bias
                 return self.tensor[...][rows]
@@ -151,7 +153,7 @@ class _Leaf:
         return self.tensor[index[::-1]].T if self.entry.transposed else self.tensor[index]
 
     def _reshaped(self):
-        # What has a shape of its own in the file (patches, their positions) is small.
+        # Leaves with another shape in the file (patches, their positions) are small.
         whole = self.tensor[...]
         whole = whole.transpose(self.entry.axes) if self.entry.axes else whole
         return whole.reshape(self.shape)
@@ -159,7 +161,7 @@ class _Leaf:
 
 @dataclasses.dataclass(frozen=True)
 class _Stack:
-    """Leaves of the same shape, one for each layer, on a leading axis; sliced as a `_Leaf` is."""
+    """Leaves of the same shape, one for each layer, on a leading axis; sliced like a `_Leaf`."""
 
     layers: Sequence[_Leaf]
 
@@ -168,7 +170,7 @@ class _Stack:
         return self.layers[0].structured
 
     def weight(self) -> Weight:
-        """The layers' weights as one."""
+        """The layers' weights, stacked."""
         return jax.tree.map(
             lambda *parts: np.stack(parts), *(leaf.weight() for leaf in self.layers)
         )
@@ -202,17 +204,17 @@ def _leaf(entry: Entry, path: str, shapes: Mapping[str, Any], read: Read, dtype)
 
 
 def permuted(rows: int, heads: int) -> np.ndarray:
-    """Which of our rows (halves) is each in llama.cpp's rotary order (pairs side by side)."""
+    """The index of jaxft's row (halves) for each row in llama.cpp's rotary order (adjacent pairs)."""
     return np.arange(rows).reshape(heads, 2, rows // heads // 2).swapaxes(1, 2).reshape(rows)
 
 
 def unpermuted(rows: int, heads: int) -> np.ndarray:
-    """Which row in llama.cpp's rotary order is each of ours; the inverse of `permuted`."""
+    """The index in llama.cpp's rotary order for each of jaxft's rows; the inverse of `permuted`."""
     return np.arange(rows).reshape(heads, rows // heads // 2, 2).swapaxes(1, 2).reshape(rows)
 
 
 def _stacks(named, fetch, layers):
-    """path -> leaf, the layers' stacked."""
+    """path -> leaf, with stacked layers."""
     first, inside = f"{layers}/0/", f"{layers}/"
     depth = len({p.removeprefix(inside).split("/")[0] for p in named if p.startswith(inside)})
     result = {}
@@ -226,12 +228,12 @@ def _stacks(named, fetch, layers):
 
 
 def _place(leaf: _Leaf | _Stack, sharding: Sharding | Weight | None) -> WeightLike:
-    """The leaf as an array, of which the host holds one shard at a time; or as a weight, all of it."""
+    """The leaf as an array, read one shard at a time; or as a weight, read whole."""
     if leaf.structured:
         return jax.device_put(leaf.weight(), sharding)
     if sharding is None:
         return jnp.asarray(leaf[tuple(slice(0, n) for n in leaf.shape)])
-    devices: dict[tuple, list[jax.Device]] = {}  # by the part that they hold
+    devices: dict[tuple, list[jax.Device]] = {}  # keyed by their part
     for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
         bounds = tuple(part.indices(n)[:2] for part, n in zip(index, leaf.shape, strict=True))
         devices.setdefault(bounds, []).append(device)

@@ -1,4 +1,4 @@
-"""What lies beside the weights of a Hugging Face directory: config.json, generation_config.json."""
+"""The files beside the weights of a Hugging Face directory: config.json, generation_config.json."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ GENERATION = "generation_config.json"
 
 
 class _Named(NamedTuple):
-    """What the files say of a model without its architecture."""
+    """The part of a model's config that does not depend on its architecture."""
 
     vocab_size: int
     special: SpecialIds
@@ -44,9 +44,9 @@ def with_special(config: Any, special: SpecialIds) -> Any:
 
 
 def check_beside(tokenizer: Any, path: pathlib.Path, families: Sequence[Family]) -> None:
-    """Whether a directory's tokenizer and its config.json, if it has one, belong together.
+    """Checks that a directory's tokenizer matches its config.json, if it has one.
 
-    A tokenizer without an EOS gets the first that the files name.
+    A tokenizer without an EOS gets the first one that the files name.
 
     Raises:
         CheckpointError: see end_tokens, for decoders; see check_tokenizer, for others.
@@ -76,9 +76,9 @@ def write_beside(
 
     Args:
         path: the directory.
-        config: config.json without those.
-        special: of the model; None: of one that has none, such as an encoder.
-        tokenizer: whose ends of a text are written too.
+        config: config.json without those ids.
+        special: the model's ids; None for a model without any, such as an encoder.
+        tokenizer: its ids that end a text are written too.
     """
     if special is None:
         _write(path / "config.json", config)
@@ -88,7 +88,7 @@ def write_beside(
             special = SpecialIds(bos=tokenizer.bos_token_id, pad=tokenizer.pad_token_id)
         special = with_ends(special, tokenizer_ends(tokenizer))
     _write(path / "config.json", config | write_ids(special))
-    # A file of an earlier model in this directory would be followed too.
+    # Otherwise transformers would follow a file of an earlier model in this directory.
     (path / GENERATION).unlink(missing_ok=True)
     if settings := write_generation(special):
         _write(path / GENERATION, settings)

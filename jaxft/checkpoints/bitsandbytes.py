@@ -1,4 +1,4 @@
-"""Tensors that bitsandbytes rounded to 4 bits: read as they are, or dequantised as it does."""
+"""Tensors that bitsandbytes rounded to 4 bits: kept as stored, or dequantised as in bitsandbytes."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class FourBitTensor:
     """A weight [out, in] of codes of 4 bits; indexing it dequantises that part, in float32.
 
     As bitsandbytes stores it (Dettmers et al., 2023, arxiv.org/abs/2305.14314; functional.py there): two
-    codes a byte, the first in the high bits, in blocks of the flattened weight, whose largest
-    magnitudes are float32, or codes of 8 bits in blocks of their own around a common offset.
+    codes a byte, the first in the high bits, in blocks of the flattened weight; the blocks' largest
+    magnitudes are float32, or 8-bit codes in blocks of their own around a common offset.
     """
 
     def __init__(self, packed: np.ndarray, scales: np.ndarray, levels: np.ndarray, state: Mapping):
@@ -60,7 +60,7 @@ class FourBitTensor:
 
     @property
     def exact(self) -> bool:
-        """Whether an Nf4Weight holds the same numbers: NF4's levels, and no block in two outputs."""
+        """Whether an Nf4Weight can hold the same numbers: NF4's levels, and no block spans two outputs."""
         return np.array_equal(self.levels, NF4_LEVELS) and self.shape[1] % self.block == 0
 
     def weight(self, dtype: Any) -> Nf4Weight:
@@ -90,14 +90,14 @@ def fold_four_bit(path: pathlib.Path, tensors: Mapping[str, Any]) -> dict[str, A
     """The tensors with each group `x.weight`, `x.weight.absmax`, ... as one FourBitTensor `x.weight`.
 
     Raises:
-        CheckpointError: if there is none, or one whose parts are missing, damaged or of a new kind.
+        CheckpointError: if there is none, or the parts of one are missing, damaged or of an unknown kind.
     """
     tensors = dict(tensors)
     states = sorted(name for name in tensors if _STATE in name)
     if not states:
         raise CheckpointError(
             f"{path}: config.json says load_in_4bit, but no tensor is one of bitsandbytes' 4 bits; if the "
-            "weights are whole, take quantization_config out of config.json."
+            "weights are whole, remove quantization_config from config.json."
         )
     for key in states:
         name, kind = key.split(_STATE)
@@ -118,12 +118,12 @@ def fold_four_bit(path: pathlib.Path, tensors: Mapping[str, Any]) -> dict[str, A
 def kept(
     path: pathlib.Path, entries: Sequence[Entry], read: Read, layers: str
 ) -> dict[str, Nf4Weight]:
-    """path -> shapes of the kernels that are kept in 4 bits; warns of those that are read dense.
+    """path -> shapes of the kernels that are kept in 4 bits; warns about those that are read dense.
 
-    A kernel is kept where an Nf4Weight holds it, and those of all other layers in the same blocks.
+    A kernel is kept if an Nf4Weight can hold it and the same kernel of all other layers, in the same blocks.
 
     Raises:
-        CheckpointError: for GPT-2's own layers, which bitsandbytes turns round.
+        CheckpointError: for GPT-2's own layers, which bitsandbytes transposes.
     """
     groups: dict[str, dict[str, Nf4Weight | None]] = {}
     names = []
@@ -149,7 +149,7 @@ def kept(
 
 
 def with_kept(shapes: Any, found: Mapping[str, Nf4Weight], dtype: Any) -> Any:
-    """The shapes of params with those weights in their places, which are dense in `dtype`, or as stored."""
+    """The shapes of params with the `found` weights, whose dense form has `dtype`, or the stored type."""
 
     def place(path, leaf):
         weight = found.get(path_name(path))
@@ -163,15 +163,15 @@ def with_kept(shapes: Any, found: Mapping[str, Nf4Weight], dtype: Any) -> Any:
 def _holds(path, entry: Entry, tensor: FourBitTensor) -> bool:
     if entry.paths[0].endswith("/kernel") and not entry.transposed:
         raise CheckpointError(
-            f"{path}: {entry.name!r} is a Conv1D in bitsandbytes' 4 bits, which is not supported; take the "
-            "model that this was made from, and --quantise nf4 to round it here."
+            f"{path}: {entry.name!r} is a Conv1D in bitsandbytes' 4 bits, which is not supported; use the "
+            "model that this was made from, with --quantise nf4."
         )
     plain = not (entry.offset or entry.file_shape or entry.permuted_heads)
     return plain and entry.transposed and len(entry.paths) == 1 and tensor.exact
 
 
 def _tensor(packed, parts: Mapping[str, Any], state: Mapping[str, Any]) -> FourBitTensor:
-    """The tensor of its parts, checked."""
+    """The tensor made from its parts, checked."""
     scales, levels = parts["absmax"], np.asarray(parts["quant_map"], np.float32)
     shape, block = tuple(state["shape"]), state["blocksize"]
     if len(shape) != 2 or levels.shape != (16,) or state["dtype"] not in _DTYPES:
@@ -179,7 +179,7 @@ def _tensor(packed, parts: Mapping[str, Any], state: Mapping[str, Any]) -> FourB
     count = math.prod(shape)
     if packed.nbytes != -(-count // 2) or scales.shape != (-(-count // block),):
         raise ValueError(f"{packed.nbytes} bytes and {scales.size} scales for {shape}")
-    if scales.dtype == np.uint8:  # Codes of scales.
+    if scales.dtype == np.uint8:  # The scales are codes.
         table, groups = parts["nested_quant_map"], parts["nested_absmax"]
         group = np.arange(scales.size) // state["nested_blocksize"]
         # As dequantize_blockwise and the line after it: a rounded product, then a rounded sum.

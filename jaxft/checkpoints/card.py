@@ -15,7 +15,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def hub_id(name: Any) -> str | None:
-    """The hub id of a model or data set, as its card names it; None for one that is on this disk alone."""
+    """The hub id of a model or data set for its card; None if it is only on this disk."""
     name = str(name).split("?")[0]
     if name in PACKAGES:
         return PACKAGES[name].hub_id
@@ -23,7 +23,7 @@ def hub_id(name: Any) -> str | None:
 
 
 def license_of(name: Any) -> str | None:
-    """The license of a base model, where it is known: by its package, or by the card in its directory."""
+    """The license of a base model, if known: from its package, or from the card in its directory."""
     if str(name) in PACKAGES:
         return PACKAGES[str(name)].license
     card = pathlib.Path(str(name)) / "README.md"
@@ -45,22 +45,22 @@ def model_card(
     tags: Sequence[str] = (),
     classifier: bool = False,
 ) -> str:
-    """The text of README.md: front matter in the hub's keys, what was trained on what, and how to load it.
+    """The text of README.md: front matter in the hub's keys, the training setup, and how to load it.
 
-    Keys: huggingface.co/docs/hub/model-cards. Only ids of the hub are written into them; what lies on a
-    local disk is named in the text. A license is written where it is known.
+    Keys: huggingface.co/docs/hub/model-cards. They only contain ids of the hub; the text names what is on a
+    local disk. A license is written if it is known.
 
     Args:
         title: the heading.
         kind: "adapter" in PEFT's format, "native" for one in jaxft's own, or "model".
-        base_model: what was trained, as load_model takes it.
+        base_model: the trained model, as an argument of load_model.
         data: sources of the training records.
-        settings: name -> value of what else decided the run.
-        metrics: name -> number; others are left out.
-        command: that trained it.
+        settings: name -> value of the run's other settings.
+        metrics: name -> number; other values are left out.
+        command: the training command.
         commit: of the code; None: not known.
         tags: besides "jaxft".
-        classifier: whether it gives scores rather than text.
+        classifier: whether the model returns scores rather than text.
     """
     base, license = hub_id(base_model), license_of(base_model)
     library = {"adapter": "peft", "native": "jaxft", "model": "transformers"}[kind]
@@ -91,7 +91,7 @@ def model_card(
 
 
 def write_card(path: str | os.PathLike, text: str) -> None:
-    """README.md in the directory."""
+    """Writes README.md in the directory."""
     (pathlib.Path(path) / "README.md").write_text(text)
 
 

@@ -1,4 +1,4 @@
-"""config.json of a saved model: what it was read from, what changed, and what transformers makes of it."""
+"""config.json of a saved model: its source, the changes, and the check against transformers."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ import numpy as np
 
 from jaxft.models import CheckpointError, Family
 
-# Keys of the file that was read which the written one must not repeat: code beside the weights, which is not
-# copied, and the packing of weights, which are written dense.
+# Keys of the source file that must not be written: code beside the weights, which is not copied, and the
+# packing of weights, which are written dense.
 _DROPPED = {"auto_map", "quantization_config"}
-_ROWS = 8192  # of a table that are compared together
+_ROWS = 8192  # rows of a table that are compared at once
 _LABELS = {"id2label", "label2id", "num_labels", "problem_type"}
 
 
 def config_json(family: Family, config: Any, dtype: str, reward: bool = False) -> dict[str, Any]:
-    """The config.json of a model: that which it was read from, with what differs in `config`.
+    """The config.json of a model: its source file, updated by the values that differ in `config`.
 
     Args:
         family: of the model.
         config: its config; if it has no `source`, every key is the codec's.
         dtype: of the params.
-        reward: whether it is written as a sequence classifier with one label.
+        reward: whether the model is written as a sequence classifier with one label.
     """
     codec = family.huggingface
     ours, source = codec.write(config), _source(family, config)
@@ -49,7 +49,7 @@ def config_json(family: Family, config: Any, dtype: str, reward: bool = False) -
 
 
 def check_config(path: pathlib.Path, family: Family, config: Any) -> None:
-    """Reads config.json again, as jaxft and, where it is installed, as transformers reads it.
+    """Reads config.json again, with jaxft and, if installed, with transformers.
 
     Args:
         path: the directory.
@@ -57,7 +57,7 @@ def check_config(path: pathlib.Path, family: Family, config: Any) -> None:
         config: its config.
 
     Raises:
-        CheckpointError: if either reads another model from it.
+        CheckpointError: if either result describes another model.
     """
     file, codec = path / "config.json", family.huggingface
     json = jsonlib.loads(file.read_text())
@@ -68,9 +68,9 @@ def check_config(path: pathlib.Path, family: Family, config: Any) -> None:
 
 
 def check_tied(where: Any, family: Family, config: Any, tensors: Mapping[str, Any]) -> None:
-    """Raises CheckpointError if embeddings that config.json ties to the output projection differ from it.
+    """Raises CheckpointError if config.json ties the embeddings to a different output projection.
 
-    transformers leaves both as they are then.
+    transformers keeps both in this case.
     """
     head = tensors.get("lm_head.weight")
     if head is None or not getattr(config, "tie_embeddings", False):
@@ -89,17 +89,17 @@ def check_tied(where: Any, family: Family, config: Any, tensors: Mapping[str, An
 
 
 def _as_transformers(file: pathlib.Path, json: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What transformers' class makes of a config.json; None without transformers, or such a class."""
+    """The values that transformers' class reads from a config.json; None without transformers or a class."""
     if importlib.util.find_spec("transformers") is None:
         return None
     from transformers import CONFIG_MAPPING
 
     kind = json["model_type"]
-    # As AutoConfig does.
+    # As in AutoConfig.
     kind = "ministral" if kind == "mistral" and "layer_types" in json else kind
     if kind not in CONFIG_MAPPING:
         return None
-    # The data type would import torch.
+    # Reading the data type would import torch.
     plain = {name: json[name] for name in json if name not in ("dtype", "torch_dtype")}
     try:
         config = CONFIG_MAPPING[kind].from_dict(jsonlib.loads(jsonlib.dumps(plain)))
@@ -117,7 +117,7 @@ def _source(family: Family, config: Any) -> dict[str, Any]:
 
 
 def _architecture(ours: str, source: Mapping[str, Any]) -> str:
-    """The class that the source names, if it has the head that is written."""
+    """The class that the source names, if it has the same head as the written model."""
     (name, *_) = source.get("architectures") or [ours]
     head = re.search("ForCausalLM$|LMHeadModel$|(?<!LMHead)Model$", ours)
     return name if head and name.endswith(head[0]) else ours
@@ -126,7 +126,7 @@ def _architecture(ours: str, source: Mapping[str, Any]) -> str:
 def _compare(file: pathlib.Path, reader: str, read: Any, config: Any) -> None:
     """Raises CheckpointError with the fields in which two configs differ.
 
-    A scale of attention may be said, or follow from head_dim.
+    The scale of attention may be given explicitly or follow from head_dim.
     """
     if hasattr(config, "attention_scale"):
         read, config = (dataclasses.replace(c, attention_scale=c.scale) for c in (read, config))
@@ -138,5 +138,5 @@ def _compare(file: pathlib.Path, reader: str, read: Any, config: Any) -> None:
     if told:
         raise CheckpointError(
             f"{file}: {reader} reads another model from it: {', '.join(told)}. Do not use it; the "
-            "checkpoints of the run hold what was trained."
+            "run's checkpoints hold the trained params."
         )

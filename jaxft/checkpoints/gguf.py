@@ -1,4 +1,4 @@
-"""GGUF files, the format of llama.cpp, through the `gguf` package: what is read of them."""
+"""Reads GGUF files, the format of llama.cpp, through the `gguf` package."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from jaxft.models.family import find_gguf
 from jaxft.models.gguf_keys import check_keys
 from jaxft.models.special_ids import SpecialIds
 
-_NUMBERS = ("F16", "F32", "F64")  # others are blocks of bytes
+_NUMBERS = ("F16", "F32", "F64")  # other types are blocks of bytes
 
 
 class GgufTensor:
-    """A tensor [out, in] of a GGUF file, of which the blocks are dequantised that an index touches."""
+    """A tensor [out, in] of a GGUF file; indexing dequantises only the blocks that it needs."""
 
     dtype = np.dtype(np.float32)
 
@@ -32,7 +32,7 @@ class GgufTensor:
         self.shape = tuple(int(n) for n in tensor.shape[::-1])
 
     def __getitem__(self, index: Any) -> np.ndarray:
-        """The part in float32; `index`: ..., or for each axis a slice or, but on the last, rows."""
+        """The part in float32; `index` is ..., or a slice for each axis (rows on all axes but the last)."""
         if index is ...:
             index = tuple(slice(0, n) for n in self.shape)
         *rows, columns = index
@@ -46,12 +46,12 @@ class GgufTensor:
 
 
 class GgufFile:
-    """A GGUF model of one file or several, which is its own header (jaxft.models.family.GgufHeader).
+    """A GGUF model of one or several files; it is its own header (jaxft.models.family.GgufHeader).
 
     Attributes:
         family: the record of its general.architecture.
         config: of its model.
-        names: of its tensors, without those that are no leaf of the params.
+        names: of the tensors that are leaves of the params.
     """
 
     def __init__(self, file: pathlib.Path, families: Sequence[Family] = FAMILIES):
@@ -61,7 +61,7 @@ class GgufFile:
         kind = self.field("general.type", "model")
         if kind != "model":
             raise CheckpointError(
-                f"{file}: general.type is {kind!r}, expected a model; an adapter is given beside its model."
+                f"{file}: general.type is {kind!r}, expected a model; pass an adapter with its model."
             )
         self._architecture = self.field("general.architecture")
         try:
@@ -85,7 +85,7 @@ class GgufFile:
         return default if field is None else field.contents()
 
     def special(self) -> SpecialIds:
-        """The special ids of the metadata: the ends of a text, of a turn and of a message all end."""
+        """The special ids of the metadata; the ids that end a text, a turn and a message all end a text."""
         find = lambda name: self.field(f"tokenizer.ggml.{name}_token_id")
         ends = dict.fromkeys(find(name) for name in ("eos", "eot", "eom"))
         eos = tuple(int(i) for i in ends if i is not None)
@@ -101,11 +101,11 @@ class GgufFile:
         return name in self._tensors
 
     def read(self, name: str) -> GgufTensor:
-        """The tensor, which is dequantised where it is indexed."""
+        """The tensor; indexing dequantises that part."""
         return GgufTensor(self._tensors[name])
 
     def entries(self) -> list[Entry]:
-        """Where each leaf of the params lies in the file."""
+        """The place of each leaf of the params in the file."""
         return self.family.gguf.entries(self.config)
 
     def _check_vocabulary(self):
@@ -150,7 +150,7 @@ def join(readers: dict[pathlib.Path, Any]) -> tuple[dict[str, Any], dict[str, An
             said = said if foreign or not shared else f"holds {min(shared)!r} again"
             raise CheckpointError(
                 f"{part}: not part {i + 1} of {len(readers)} of {first.name} ({said}); parts are named "
-                "NAME-00001-of-00003.gguf and lie in one directory. Download them again."
+                "NAME-00001-of-00003.gguf and are in one directory. Download them again."
             )
         tensors |= {tensor.name: tensor for tensor in reader.tensors}
     total = value(head, "split.tensors.count")
@@ -163,7 +163,7 @@ def join(readers: dict[pathlib.Path, Any]) -> tuple[dict[str, Any], dict[str, An
 
 
 def check_type(file: pathlib.Path, name: str, tensor: Any) -> None:
-    """Raises CheckpointError for a tensor of a type that the gguf package cannot turn into numbers."""
+    """Raises CheckpointError for a tensor of a type that the gguf package cannot dequantise."""
     kind = tensor.tensor_type
     if kind.name not in _NUMBERS and not _dequantises(kind):
         raise CheckpointError(
@@ -187,7 +187,7 @@ def package() -> Any:
     """The gguf package.
 
     Raises:
-        ModuleNotFoundError: that says how to install it.
+        ModuleNotFoundError: if it is not installed; the message says how to install it.
     """
     try:
         import gguf

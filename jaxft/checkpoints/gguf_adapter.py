@@ -1,4 +1,4 @@
-"""LoRA adapters as GGUF files, which llama.cpp applies with --lora, in and out."""
+"""Reads and writes LoRA adapters as GGUF files, which llama.cpp applies with --lora."""
 
 from __future__ import annotations
 
@@ -44,20 +44,20 @@ def save_gguf_adapter(
 ) -> None:
     """Writes the LoRA of adapted params as llama.cpp's converter does: tensors `<name>.lora_a` and `.lora_b`.
 
-    A is [R, in]; the rows of B [out, R] are in the order of those of the tensor in a GGUF file. The file has
-    one alpha; a kernel of another one has it in its B. GPT-2's query, key and value are one, of the summed
-    rank.
+    A is [R, in]; the rows of B [out, R] are in the order of the tensor's rows in a GGUF file. The file has
+    one alpha; for a kernel with another alpha, B is rescaled. GPT-2's query, key and value become one LoRA of
+    the summed rank.
 
     Args:
         path: the file.
         config: of the model.
         params: adapted, of either layout.
         base: see jaxft.adapters.save_adapter.
-        name: general.name, for people.
+        name: general.name, for human readers.
         families: see load_model.
 
     Raises:
-        AdapterError: for what is no LoRA on the matrices of a family that has GGUF files.
+        AdapterError: for anything other than LoRA on the matrices of a family that has GGUF files.
     """
     gguf, path = package(), pathlib.Path(path)
     family = family_of(config, families)
@@ -92,10 +92,10 @@ def load_gguf_adapter(
     *,
     families: Sequence[Family] = FAMILIES,
 ) -> Params:
-    """The params with the LoRA of a GGUF file on them; all else is frozen.
+    """The params with the LoRA of a GGUF file; all other leaves are frozen.
 
     Raises:
-        AdapterError: if the file is no LoRA of this model.
+        AdapterError: if the file is not a LoRA of this model.
         CheckpointError: if it is damaged.
     """
     path, family = pathlib.Path(path), family_of(config, families)
@@ -150,7 +150,7 @@ def _weights(path, entry: Entry, kernels: Mapping[str, Any], a, b, alpha) -> dic
             f"{inputs} inputs and {sum(widths)} outputs; the adapter is of another model."
         )
     ends = np.cumsum([0, *widths])
-    alpha = float(alpha or a.shape[1])  # as llama.cpp: none, or 0, stands for a scale of 1
+    alpha = float(alpha or a.shape[1])  # as in llama.cpp: no alpha, or 0, means a scale of 1
     return {
         p: LoraWeight(kernels[p], jnp.asarray(a), jnp.asarray(b[ends[i] : ends[i + 1]].T), alpha)
         for i, p in enumerate(entry.paths)
@@ -158,13 +158,13 @@ def _weights(path, entry: Entry, kernels: Mapping[str, Any], a, b, alpha) -> dic
 
 
 def _alpha(settings) -> float:
-    # To llama.cpp 0 is no alpha: a B of zeros says it.
+    # llama.cpp reads 0 as no alpha; a B of zeros has the same effect.
     return float(settings["lora_alpha"]) or 1.0
 
 
 def _codec(family):
     if family.gguf is None:
-        raise AdapterError(f"{family.name}: llama.cpp's files have no such family here.")
+        raise AdapterError(f"{family.name}: jaxft has no GGUF format for this family.")
     return family.gguf
 
 
@@ -173,7 +173,7 @@ def _tensors(family, config, settings, theirs) -> dict[str, np.ndarray]:
     kind = "DoRA" if settings.get("use_dora") else settings["peft_type"]
     if kind != "LORA":
         raise AdapterError(
-            f"llama.cpp has LoRA alone, the params have {kind}; merge it and write the whole model."
+            f"llama.cpp supports only LoRA, the params have {kind}; merge it and write the whole model."
         )
     modules = {e.paths: e.name.rsplit(".", 1)[0] for e in family.huggingface.entries(config)}
     result, left = {}, dict(theirs)
@@ -190,7 +190,7 @@ def _tensors(family, config, settings, theirs) -> dict[str, np.ndarray]:
         result |= {f"{entry.name}.lora_a": a, f"{entry.name}.lora_b": np.ascontiguousarray(b)}
     if left:
         raise AdapterError(
-            f"{min(left).removeprefix(PREFIX)!r} trains too, for which llama.cpp's LoRA files have no place; "
+            f"{min(left).removeprefix(PREFIX)!r} trains too, which llama.cpp's LoRA files cannot hold; "
             "merge it (merge.py) and write the whole model."
         )
     return result

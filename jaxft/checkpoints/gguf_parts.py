@@ -12,10 +12,10 @@ _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
 def parts_of(file: pathlib.Path) -> list[pathlib.Path]:
-    """All parts of the model of which `file` is one, in order; the file alone if it is no part.
+    """All parts of the model that `file` belongs to, in order; only the file if it is not a part.
 
     Raises:
-        CheckpointError: naming the parts that are missing.
+        CheckpointError: with the names of the missing parts.
     """
     match = _PART.fullmatch(file.name)
     if match is None:

@@ -1,6 +1,6 @@
-"""SentencePiece's BPE in GGUF metadata: scores for merges, and where a space is put before a text.
+"""SentencePiece's BPE in GGUF metadata: scores for merges, and the space before a text.
 
-After llama.cpp's src/llama-vocab.cpp (llm_tokenizer_spm).
+Follows llama.cpp's src/llama-vocab.cpp (llm_tokenizer_spm).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
 _PREPEND = {"type": "Prepend", "prepend": SPACE}
 _DOUBLE = {"type": "Replace", "pattern": {"Regex": rf"\A{SPACE}"}, "content": SPACE * 2}
 # (normalizers, scheme of Metaspace) of SentencePiece's BPE -> what space_prefix returns. Metaspace adds no
-# space to a text that begins with one nor, by its scheme "first", after special tokens; llama.cpp does.
+# space to a text that begins with one nor, under its scheme "first", after special tokens; llama.cpp does.
 _PREFIXES = {
     (json.dumps(normalizers, sort_keys=True), *scheme): meant
     for normalizers, scheme, meant in (
@@ -38,19 +38,19 @@ _PREFIXES = {
 def build_pieces(
     get: Callable[[str], Any], tokens: Sequence[str], types: Sequence[int], kept: Collection[str]
 ) -> tuple[Any, bool]:
-    """(tokenizer of the tokenizers package, whether texts begin with BOS where the file does not say so).
+    """(tokenizer of the tokenizers package, whether texts begin with BOS if the file does not say).
 
     Args:
-        get: the value of a metadata key, or None.
+        get: returns the value of a metadata key, or None.
         tokens: of all rows; Gemma's runs of spaces with ▁.
         types: of the tokens.
-        kept: tokens that are in the vocabulary although they are of type UNUSED.
+        kept: tokens that are in the vocabulary although their type is UNUSED.
     """
     from tokenizers import Tokenizer, decoders, models, normalizers
 
     prefix = get("tokenizer.ggml.add_space_prefix") is not False
     unknown, scores = (get(f"tokenizer.ggml.{key}") for key in ("unknown_token_id", "scores"))
-    # Gemma's merges are in the order of its tokens, whatever the scores.
+    # Gemma's merges follow the order of its tokens, not the scores.
     scores = range(0, -len(tokens), -1) if scores is None or is_gemma(get) else scores
     pieces = {
         token: score
@@ -75,8 +75,8 @@ def build_pieces(
 
 
 def write_pieces(table: Mapping[str, Any], tokens: Sequence[str]) -> dict[str, Any]:
-    """The metadata of a tokenizer.json, without `tokenizer.ggml.`; `tokens` are those of all rows."""
-    # Of a token, the rank of the first merge that makes it; what no merge makes is never asked for.
+    """The metadata of a tokenizer.json, without `tokenizer.ggml.`; `tokens` has all rows."""
+    # A token's score is the rank of the first merge that makes it; scores of other tokens are never used.
     scores: dict[str, float] = {}
     for rank, merge in enumerate(table["model"]["merges"]):
         scores.setdefault(
@@ -90,10 +90,10 @@ def write_pieces(table: Mapping[str, Any], tokens: Sequence[str]) -> dict[str, A
 
 
 def space_prefix(table: Mapping[str, Any]) -> tuple[bool, bool]:
-    """(whether a space is put before a text, whether llama.cpp does it just as the tokenizer does).
+    """(whether a space is added before a text, whether llama.cpp adds it exactly as the tokenizer does).
 
     Raises:
-        CheckpointError: if spaces do not become ▁, or text is changed or cut otherwise.
+        CheckpointError: if spaces do not become ▁, or text is changed or split in another way.
     """
     normalizers, cuts = _parts(table["normalizer"]), _parts(table["pre_tokenizer"])
     schemes = [cut["prepend_scheme"] for cut in cuts if _METASPACE.items() <= cut.items()]
@@ -102,7 +102,7 @@ def space_prefix(table: Mapping[str, Any]) -> tuple[bool, bool]:
     if said not in _PREFIXES or others:
         raise CheckpointError(
             f"the tokenizer's normalizer {said[0][:100]} and pre-tokenizer "
-            f"{' then '.join(cut['type'] for cut in cuts) or 'none'} have no words in GGUF, where "
+            f"{' then '.join(cut['type'] for cut in cuts) or 'none'} cannot be written to GGUF, where "
             "spaces become ▁ with or without one in front; save the model with save_model."
         )
     return _PREFIXES[said]
@@ -111,8 +111,8 @@ def space_prefix(table: Mapping[str, Any]) -> tuple[bool, bool]:
 def merges_of(pieces: Mapping[str, float]) -> list[tuple[str, str]]:
     """The merges of SentencePiece's BPE, best first: every split of a piece into two, by the piece's score.
 
-    llama.cpp joins the adjacent pair that makes the piece of the highest score; of one piece, the split with
-    the longer start goes first, as in transformers' conversions.
+    llama.cpp joins the adjacent pair that makes the piece of the highest score; for equal pieces,
+    the split with the longer first part comes first, as in transformers' conversions.
     """
     found = []
     for token, score in pieces.items():
@@ -122,7 +122,7 @@ def merges_of(pieces: Mapping[str, float]) -> list[tuple[str, str]]:
 
 
 def is_gemma(get: Callable[[str], Any]) -> bool:
-    """Whether the metadata is of a Gemma, whose tokenizers have rules of their own."""
+    """Whether the metadata is of a Gemma, whose tokenizers have special rules."""
     return (get("general.architecture") or "").startswith("gemma")
 
 

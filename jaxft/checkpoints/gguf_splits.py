@@ -1,6 +1,6 @@
-"""How byte-level tokenizers cut text before merging, by llama.cpp's names (`tokenizer.ggml.pre`).
+"""How byte-level tokenizers split text before merging, by llama.cpp's names (`tokenizer.ggml.pre`).
 
-From llama.cpp's src/llama-vocab.cpp, whose rules are those of the tokenizer.json that each was made from.
+Source: llama.cpp's src/llama-vocab.cpp, whose rules come from each model's tokenizer.json.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 from jaxft.models import CheckpointError
 
-# A step is a regular expression whose matches stand alone, or one of these of the tokenizers package. Steps
-# after WORDS see the signs that stand for bytes.
+# A step is a regular expression whose matches become separate pieces, or one of these steps of the
+# tokenizers package. Steps after WORDS get the characters that represent bytes.
 WORDS, DIGITS, NUMBERS, SIGNS = "ByteLevel", "Digits", "runs of Digits", "Punctuation"
 
 _LLAMA3 = (
@@ -32,7 +32,7 @@ _GPT4O = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_SHORT}"
     rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_SHORT}|\p{{N}}{{1,3}}{_REST}"
 )
-# The letters that have cases, as DeepSeek wrote them out; escaped where editors would compose them.
+# The letters that have cases, as in DeepSeek's file; escaped if editors would compose them.
 _CASED = (
     "A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕ"
     "ἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-\u1f7dᾀ-ᾴᾶ-ᾼ\u1fbeῂ-ῄῆ-ῌῐ-\u1fd3ῖ-\u1fdbῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤ\u2126ℨ"
@@ -52,14 +52,14 @@ _BLOOM = r" ?[^(\s|[.,!?…。，、।۔،])]+"
 
 
 class Split(NamedTuple):
-    """One way of cutting.
+    """One way of splitting.
 
     Attributes:
-        steps: one after the other.
+        steps: applied in order.
         names: llama.cpp's; the first is written.
-        ignore_merges: whether a piece that is a token is one, whatever the merges say.
-        adds_bos: whether a file that does not say so puts the beginning of a text before each.
-        composes: whether text is put into Unicode's form NFC first, which llama.cpp leaves to its caller.
+        ignore_merges: whether a piece that equals a token becomes this token regardless of merges.
+        adds_bos: whether texts begin with BOS if the file does not say.
+        composes: whether text is first normalised to Unicode's NFC, which llama.cpp leaves to its caller.
     """
 
     steps: tuple[str, ...]
@@ -69,7 +69,7 @@ class Split(NamedTuple):
     composes: bool = False
 
 
-# "default", the mark of files from before 2024-05, of which many were made for GPT-2's rule.
+# "default" marks files from before 2024-05, many of which were made for GPT-2's rule.
 SPLITS = (
     Split(
         (WORDS,),
@@ -109,7 +109,7 @@ SPLITS = (
 
 
 def split_named(name: str) -> Split:
-    """The way of cutting that `tokenizer.ggml.pre` names.
+    """The way of splitting that `tokenizer.ggml.pre` names.
 
     Raises:
         CheckpointError: for a name that is not in `SPLITS`.
@@ -119,13 +119,13 @@ def split_named(name: str) -> Split:
             return split
     known = ", ".join(split.names[0] for split in SPLITS)
     raise CheckpointError(
-        f"tokenizer.ggml.pre is {name!r}, known are {known} and their like; take the tokenizer files of the "
+        f"tokenizer.ggml.pre is {name!r}, known are {known} and their like; use the tokenizer files of the "
         "model that the file was made from."
     )
 
 
 def split_of(tokenizer: dict[str, Any]) -> Split:
-    """The way of cutting of a byte-level tokenizer.json.
+    """The way of splitting of a byte-level tokenizer.json.
 
     Raises:
         CheckpointError: if llama.cpp has no name for it.
@@ -177,7 +177,7 @@ def _steps(node):
     elif kind == "Punctuation" and node["behavior"] == "Contiguous":
         yield SIGNS
     elif kind == "Split" and node["behavior"] == "Isolated" and not node["invert"]:
-        # DeepSeek's files hold line ends themselves, others the escapes for them.
+        # DeepSeek's files contain literal line ends, other files their escapes.
         yield next(iter(node["pattern"].values())).replace("\r", r"\r").replace("\n", r"\n")
     else:
         raise CheckpointError(

@@ -1,6 +1,6 @@
-"""Tokenizers of GGUF files, in and out: byte-level BPE ("gpt2") and SentencePiece's BPE ("llama").
+"""Reads and writes tokenizers of GGUF files: byte-level BPE ("gpt2") and SentencePiece's BPE ("llama").
 
-As llama.cpp means them (src/llama-vocab.cpp there), built with the package tokenizers alone.
+Keys have llama.cpp's meaning (its src/llama-vocab.cpp); only the package tokenizers is needed.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from jaxft.checkpoints.gguf_splits import pre_tokenizer, split_named, split_of
 from jaxft.models import CheckpointError
 
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
-_WHOLE = "tokenizer.huggingface.json"  # the tokenizer.json, of which llama.cpp takes no notice
+_WHOLE = "tokenizer.huggingface.json"  # the tokenizer.json, which llama.cpp ignores
 _IDS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-# What a tokenizer must cut alike before and after: numbers, spaces, cases, scripts, line ends, contractions.
+# Texts that must get the same ids before and after: numbers, spaces, cases, scripts, line ends, contractions.
 _PROBES = (
     "Hello world, it's 3.14159 or 20260  times!\n\n\tEND   ",
     "  don't WE'LL sum(x_i) == 42;  // naïve café Ⅷ",
@@ -46,7 +46,7 @@ def read_tokenizer(path: pathlib.Path) -> Any:
     """The transformers tokenizer of a GGUF file, with its chat templates.
 
     Raises:
-        CheckpointError: if it has none, or one of a kind that jaxft does not have.
+        CheckpointError: if the file has none, or a kind that jaxft does not support.
     """
     fields = open_file(parts_of(path)[0]).fields
     get = lambda key: None if key not in fields else fields[key].contents()
@@ -57,7 +57,7 @@ def read_tokenizer(path: pathlib.Path) -> Any:
 
 
 def build_tokenizer(get: Callable[[str], Any]) -> Any:
-    """The transformers tokenizer of metadata; `get` gives the value of a key, or None.
+    """The transformers tokenizer of metadata; `get` returns the value of a key, or None.
 
     Raises:
         CheckpointError: see read_tokenizer.
@@ -72,7 +72,7 @@ def build_tokenizer(get: Callable[[str], Any]) -> Any:
             f"{', '.join(_BUILDERS)}. Take the tokenizer files of the model that the file was made from."
         )
     types = find("token_type") or [NORMAL] * len(tokens)
-    if is_gemma(get):  # Its runs of spaces are pieces of its words, and written as they look.
+    if is_gemma(get):  # Its runs of spaces are pieces, and are written as spaces.
         runs = [token != "" and not token.strip(" ") for token in tokens]
         pairs = list(zip(tokens, runs, strict=True))
         tokens = [SPACE * len(token) if run else token for token, run in pairs]
@@ -98,12 +98,13 @@ def build_tokenizer(get: Callable[[str], Any]) -> Any:
 def write_tokenizer(tokenizer: Any, config: Any) -> dict[str, Any]:
     """The metadata of a transformers tokenizer, padded to the rows of the model's embeddings.
 
-    The ends of a text beyond the tokenizer's own, of `config.special`, are those of a turn and of a message.
-    Where llama.cpp adds a space that the tokenizer does not (see jaxft.checkpoints.gguf_pieces), the metadata
-    are its converter's, and beside them stands the whole tokenizer.json, which `read_tokenizer` prefers.
+    The ids of `config.special` that end a text, besides the tokenizer's own, are written as the
+    ends of a turn and of a message. If llama.cpp adds a space that the tokenizer does not (see
+    jaxft.checkpoints.gguf_pieces), the metadata are as its converter writes them, plus the whole
+    tokenizer.json, which `read_tokenizer` prefers.
 
     Raises:
-        CheckpointError: if GGUF has no words for the tokenizer, or they would cut text otherwise.
+        CheckpointError: if GGUF cannot represent the tokenizer, or would split text in another way.
     """
     table = json.loads(tokenizer.backend_tokenizer.to_str())
     if table["model"]["type"] != "BPE":
@@ -131,7 +132,7 @@ def write_tokenizer(tokenizer: Any, config: Any) -> dict[str, Any]:
     fields |= _added(tokenizer, ids)
     metadata = {f"tokenizer.ggml.{key}": value for key, value in fields.items()}
     metadata |= _write_templates(tokenizer)
-    metadata["general.architecture"] = config.family  # of `build_tokenizer`
+    metadata["general.architecture"] = config.family  # for `build_tokenizer`
     _check_same(tokenizer, build_tokenizer(metadata.get), exact)
     if not exact:
         metadata[_WHOLE] = tokenizer.backend_tokenizer.to_str()
@@ -162,7 +163,7 @@ def _parse(whole, tokens):
 
     try:
         core = Tokenizer.from_str(whole)
-    except Exception as error:  # The package raises no other.
+    except Exception as error:  # The package raises only this type.
         raise CheckpointError(f"{_WHOLE} is no tokenizer.json: {error}.") from None
     blank = lambda token: token.replace(SPACE, " ")
     for token, i in core.get_vocab().items():
@@ -219,8 +220,8 @@ def _tokens(tokenizer, rows, kind):
                 tokens[i] = " " * len(token)
             if given.lstrip or given.rstrip or given.single_word:
                 raise CheckpointError(
-                    f"the added token {token!r} takes the spaces beside it (lstrip, rstrip or single_word), "
-                    "which a GGUF file cannot say; save the model with save_model."
+                    f"the added token {token!r} absorbs spaces beside it (lstrip, rstrip or single_word), "
+                    "which a GGUF file cannot represent; save the model with save_model."
                 )
         if kind == "llama" and i == tokenizer.unk_token_id:
             types[i] = UNKNOWN
@@ -231,13 +232,13 @@ def _write_bytes(table, tokens):
     merges = [m if isinstance(m, str) else " ".join(m) for m in table["model"]["merges"]]
     if not merges:
         raise CheckpointError(
-            "the tokenizer has no merges (its tokens are bytes), without which llama.cpp opens no file."
+            "the tokenizer has no merges (its tokens are bytes), and llama.cpp opens no file without them."
         )
     return {"pre": split_of(table).names[0], "merges": merges}
 
 
 def _added(tokenizer, ids):
-    """Which ends each text gets."""
+    """The special tokens that are added at the ends of each text."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]
     for bos in (False, True):
@@ -245,7 +246,7 @@ def _added(tokenizer, ids):
             if whole == [ids["bos"]] * bos + bare + [ids["eos"]] * eos:
                 return {"add_bos_token": bos, "add_eos_token": eos}
     raise CheckpointError(
-        f"the tokenizer makes {whole} of {bare}; a GGUF file can say no more than a beginning and an end."
+        f"the tokenizer makes {whole} of {bare}; a GGUF file can only add one token at each end."
     )
 
 
@@ -272,9 +273,9 @@ def _write_templates(tokenizer):
 
 
 def _check_same(ours, theirs, exact=True):
-    """Raises CheckpointError if two tokenizers cut the probes otherwise, special tokens between them.
+    """Raises CheckpointError if two tokenizers give the probes different ids, also with special tokens.
 
-    If not `exact`, probes count that neither begin with a space nor hold special tokens.
+    If not `exact`, only probes count that neither begin with a space nor contain special tokens.
     """
     specials = [token for token in ours.get_added_vocab() if token.strip(SPACE)][:20]
     merges = [json.loads(t.backend_tokenizer.to_str())["model"]["merges"] for t in (ours, theirs)]

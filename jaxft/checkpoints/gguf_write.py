@@ -1,4 +1,4 @@
-"""GGUF files that are written: whole models for llama.cpp and what is built on it."""
+"""Writes whole models as GGUF files for llama.cpp and tools built on it."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def save_gguf(
     """Writes a GGUF file as llama.cpp's converter does, for llama.cpp, Ollama and `load_model`.
 
     Structured weights are written dense (merged). Matrices have the type `kind`; vectors, and the positions
-    of GPT-2, are float32, and matrices whose rows are no multiple of 32 long are float16 where `kind` is
-    q8_0. The file appears whole under its name, or not at all. On several hosts all call it, and the
+    of GPT-2, are float32, and matrices whose row length is no multiple of 32 are float16 if `kind` is
+    q8_0. The file appears complete under its name, or not at all. On several hosts all call it, and the
     first writes.
 
     Args:
@@ -47,20 +47,20 @@ def save_gguf(
         model: gives the config.
         params: of either layout, plain or adapted.
         kind: the type of matrices.
-        tokenizer: a transformers tokenizer, which goes into the file with its chat templates; None: the file
-            holds none, and needs one beside it.
-        name: general.name, for people.
+        tokenizer: a transformers tokenizer, which is written with its chat templates; None: the file
+            has none, and needs tokenizer files beside it.
+        name: general.name, for human readers.
         families: see load_model.
 
     Raises:
-        CheckpointError: before anything is written, if the format has no such family, cannot say
-            something of the config, or cannot say the tokenizer; and for a number beyond float16.
+        CheckpointError: before anything is written, if the format lacks the family or cannot represent
+            the config or the tokenizer; also for a number outside float16's range.
     """
     gguf, path = package(), pathlib.Path(path)
     family, config = family_of(model.config, families), model.config
     codec = _codec(family, config)
     if "reward" in params:
-        raise CheckpointError("a GGUF file has no place for a reward head; use save_model.")
+        raise CheckpointError("a GGUF file cannot hold a reward head; use save_model.")
     beside, entries = codec.beside(config), codec.entries(config)
     metadata = _metadata(codec, config, kind, name)
     if tokenizer is not None:
@@ -90,7 +90,7 @@ def save_gguf(
 def check_gguf(
     model: nn.Module, tokenizer: Any = None, families: Sequence[Family] = FAMILIES
 ) -> None:
-    """Raises CheckpointError if a GGUF file cannot say the model or the tokenizer: see save_gguf."""
+    """Raises CheckpointError if a GGUF file cannot represent the model or the tokenizer: see save_gguf."""
     _codec(family_of(model.config, families), model.config)
     if tokenizer is not None:
         write_tokenizer(tokenizer, model.config)
@@ -109,7 +109,7 @@ def _codec(family: Family, config: Any) -> Any:
 
 @contextlib.contextmanager
 def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A name beside `path` for a file that takes its place when the block ends well."""
+    """A temporary name beside `path`; the file replaces `path` when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -120,7 +120,7 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def add_fields(writer: Any, metadata: Mapping[str, Any]) -> None:
-    """Adds metadata by its full names: ints as uint32, floats as float32, lists by their first item."""
+    """Adds metadata under full names: ints as uint32, floats as float32, lists by the first item's type."""
     for key, value in metadata.items():
         if isinstance(value, (list, tuple)):
             writer.add_array(key, value)
@@ -130,7 +130,7 @@ def add_fields(writer: Any, metadata: Mapping[str, Any]) -> None:
 
 
 def begin(writer: Any) -> None:
-    """Writes all that comes before the tensors."""
+    """Writes everything that precedes the tensors."""
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -140,7 +140,7 @@ def encode(name: str, values: np.ndarray, numbers: str) -> np.ndarray:
     """A tensor in the type of a file.
 
     Raises:
-        CheckpointError: if float16 cannot hold a value, which would come back as infinite.
+        CheckpointError: if float16 cannot hold a value, which would become infinite.
     """
     gguf = package()
     values = np.ascontiguousarray(values, np.float32)
@@ -206,10 +206,10 @@ class _Said:
 
 
 def _check_said(codec, config) -> None:
-    """Raises CheckpointError unless a reader of the metadata computes what the config says."""
+    """Raises CheckpointError unless the metadata, read back, give the same config."""
     said = codec.read(_Said(codec, config))
     for field in dataclasses.fields(config):
-        # Llama stands for Mistral too; ids are the tokenizer's.
+        # Llama is written for Mistral too; ids belong to the tokenizer.
         if field.name == "family" or not field.compare:
             continue
         ours, theirs = getattr(config, field.name), getattr(said, field.name)
@@ -218,7 +218,7 @@ def _check_said(codec, config) -> None:
         if field.name == "attention_scale":
             ours, theirs = config.scale, said.scale
         if field.name == "local_rope":
-            # Only layers with a window have it.
+            # Only layers with a window use it.
             ours, theirs = (
                 c.local_rope or c.rope if any(config.windows) else None for c in (config, said)
             )

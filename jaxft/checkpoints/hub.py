@@ -9,13 +9,13 @@ from jaxft.models import CheckpointError
 
 
 def check_push(repo: str) -> str:
-    """The full name, user/name, of a repository that can be pushed to; asks the hub who the token is.
+    """The full name, user/name, of a repository that can be pushed to; asks the hub for the token's user.
 
-    The hub is that of HF_ENDPOINT; the token HF_TOKEN, or that of `hf auth login`.
+    HF_ENDPOINT names the hub; the token is HF_TOKEN, or that of `hf auth login`.
 
     Raises:
-        CheckpointError: for a name that the hub would refuse, without a token, or with one that the hub
-            does not take.
+        CheckpointError: for a name that the hub would refuse, without a token, or if the hub rejects
+            the token.
         ModuleNotFoundError: without huggingface_hub.
     """
     hub = _hub()
@@ -31,22 +31,24 @@ def check_push(repo: str) -> str:
         )
     try:
         user = _api(hub).whoami()["name"]
-    except Exception as error:  # The hub's errors have no common base but OSError or ValueError.
+    except (
+        Exception
+    ) as error:  # The hub's errors have no common base other than OSError or ValueError.
         raise CheckpointError(f"--push-to-hub {repo}: {_said(error)}") from None
     return repo if "/" in repo else f"{user}/{repo}"
 
 
 def push(path: str | os.PathLike, repo: str, *, private: bool = True, message: str = "") -> str:
-    """The address of the repository that now holds the directory's files; it is made if needed.
+    """Pushes the directory's files to a repository, made if needed, and returns its address.
 
     Args:
         path: the directory.
         repo: user/name.
-        private: of a new repository; one that exists keeps what it is.
+        private: of a new repository; an existing one keeps its setting.
         message: of the commit.
 
     Raises:
-        CheckpointError: if the hub refuses or cannot be reached; the files stay where they are.
+        CheckpointError: if the hub refuses or cannot be reached; the local files are kept.
     """
     api = _api(_hub())
     try:
@@ -75,7 +77,7 @@ def _hub():
 
 
 def _api(hub):
-    # The package reads HF_ENDPOINT when it is imported; here it counts at each call.
+    # The package reads HF_ENDPOINT only at import; here it is read at each call.
     return hub.HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None)
 
 

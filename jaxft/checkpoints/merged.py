@@ -1,4 +1,4 @@
-"""Merged models that are written, read again and compared."""
+"""Writes merged models, reads them again and compares."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ def save_merged(
     tokens: Any = None,
     families: Sequence[Family] = FAMILIES,
 ) -> Difference:
-    """`save_model` of adapted params, then the logits of what is on the disk against theirs.
+    """Saves adapted params by `save_model`, then compares the files' logits with those of the params.
 
     Args:
         path: the directory.
         model: the decoder.
         params: of either layout; weights are written dense, in the data type of their base.
         tokenizer_from: see save_model.
-        mesh: over which the copy is read.
+        mesh: onto which the copy is read.
         tokens: see jaxft.adapters.logit_difference.
         families: see load_model.
 
     Raises:
-        AdapterError: if a logit differs by more than sqrt(eps) of the largest, eps that of the data
-            type of the files.
+        AdapterError: if a logit differs by more than sqrt(eps) times the largest, with eps of the files'
+            data type.
     """
     save_model(path, model, params, tokenizer_from=tokenizer_from, families=families)
     stacked = is_stacked(params, family_of(model.config, families).layers)
@@ -62,7 +62,7 @@ def save_merged_gguf(
     tokens: Any = None,
     families: Sequence[Family] = FAMILIES,
 ) -> Difference:
-    """`save_gguf` of adapted params, then the logits of the file against theirs.
+    """Saves adapted params by `save_gguf`, then compares the file's logits with those of the params.
 
     Args: see save_gguf, and `tokens` in jaxft.adapters.logit_difference.
 
@@ -88,14 +88,14 @@ def save_checked_gguf_adapter(
     tokens: Any = None,
     families: Sequence[Family] = FAMILIES,
 ) -> Difference:
-    """`save_gguf_adapter`, then the logits of the file on its base against those of the params.
+    """Saves by `save_gguf_adapter`, then compares the logits of base plus file with those of the params.
 
     Args:
         path: the file.
         model: the decoder.
         params: with LoRA.
-        base: the params before they were adapted, for PiSSA (see jaxft.adapters.save_adapter); None: those
-            that lie under the LoRA.
+        base: the params before they were adapted, for PiSSA (see jaxft.adapters.save_adapter);
+            None: the kernels under the LoRA.
         name: see save_gguf_adapter.
         tokens: see jaxft.adapters.logit_difference.
         families: see load_model.

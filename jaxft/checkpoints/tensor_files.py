@@ -1,4 +1,4 @@
-"""Directories of safetensors files: one tensor at a time in, shards with an index out."""
+"""Reads directories of safetensors files tensor by tensor, and writes shards with an index."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def open_tensors(directory: pathlib.Path) -> dict[str, np.ndarray]:
 
     Raises:
         CheckpointError: if there is no safetensors file, one is truncated or missing, or the index of shards
-            is damaged or of others. A whole model.safetensors goes before an index, as in transformers.
+            is damaged or of other shards. A whole model.safetensors takes precedence, as in transformers.
     """
     files, weight_map = _files(directory)
     tensors: dict[str, np.ndarray] = {}
@@ -92,7 +92,7 @@ def save_tensors(
     tensors: Iterator[tuple[str, np.ndarray]],
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Writes named tensors to model.safetensors, or to shards with an index where they are larger.
+    """Writes named tensors to model.safetensors, or to shards with an index if they are too large.
 
     Only one shard is in memory at a time.
     """
@@ -132,7 +132,7 @@ def _name_shards(directory, shards, total):
 
 
 def _files(directory):
-    """(the files, tensor -> its file where an index says so)."""
+    """(the files, tensor -> its file by the index, if any)."""
     if (directory / SINGLE).exists():
         return [directory / SINGLE], {}
     if (directory / INDEX).exists():
@@ -142,16 +142,14 @@ def _files(directory):
     if shards:
         hint = f"it holds the shards {', '.join(shards[:3])}... without {INDEX}; download that too"
     elif list(directory.glob("pytorch_model*.bin")):
-        hint = (
-            "it holds pickled weights alone, which jaxft never loads; convert them to safetensors"
-        )
+        hint = "it holds only pickled weights, which jaxft never loads; convert them to safetensors"
     else:
         hint = f"expected {SINGLE} or {INDEX}"
     raise CheckpointError(f"{directory}: no safetensors weights; {hint}.")
 
 
 def _read_index(directory):
-    """tensor -> file of the index, which exist."""
+    """tensor -> existing file, from the index."""
     index = directory / INDEX
     try:
         weight_map = read_json(index)["weight_map"]

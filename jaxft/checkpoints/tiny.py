@@ -1,4 +1,4 @@
-"""The model "tiny": random weights and a tokenizer of bytes, for runs of seconds."""
+"""The model "tiny": random weights and a byte tokenizer, for runs that take seconds."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TEMPLATE = (
 
 
 def tiny_model(scan_layers: bool = False) -> tuple[Decoder, Any]:
-    """(model, params) of about 0.25 M parameters, initialised at random, always the same."""
+    """(model, params) of about 0.25 M parameters, initialised with a fixed seed."""
     model = Decoder(tiny_config(vocab_size=256 + len(SPECIAL)), scan_layers=scan_layers)
     return model, _init(model)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
 

@@ -23,11 +23,11 @@ class Config:
 
     data: tyro.conf.Positional[str]  # a file, folder, hub id, rg:TASK or tfds:NAME
     tokenizer: str  # a model directory, .gguf file, name or hub id
-    max_length: int = 1024  # tokens of a record
-    template: str | None = None  # a name, a path or Jinja text
-    mask: MaskMode = "completion"  # what trains
-    too_long: TooLong = "drop"  # what becomes of records longer than --max-length
-    limit: int | None = None  # read only the first records
+    max_length: int = 1024  # maximum tokens of a record
+    template: str | None = None  # a name, a path or Jinja text; None: the tokenizer's
+    mask: MaskMode = "completion"  # which tokens train
+    too_long: TooLong = "drop"  # what happens to records longer than --max-length
+    limit: int | None = None  # read only the first LIMIT records; None: all
     # columns with other names
     fields: Annotated[dict[str, str], tyro.conf.arg(metavar="OURS THEIRS ...")] = dataclasses.field(
         default_factory=dict
@@ -35,7 +35,7 @@ class Config:
 
 
 def main(config: Config) -> Inspection:
-    """Inspects and prints."""
+    """Inspects a data set and prints the result."""
     renderer = Renderer(
         load_tokenizer(config.tokenizer), template=config.template, mask=config.mask
     )

@@ -1,4 +1,4 @@
-"""Tokenised records -> batches of static shape: shuffled, packed, mixed, with a position to save."""
+"""Batches of static shape from tokenised records: shuffled, packed, mixed, with a resumable position."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from jaxft.data.rendering import Tokenised
 
 Batch = dict[str, np.ndarray]  # tokens, loss_mask, segment_ids, positions: [B, T] each
 Packing = Literal["first_fit", "best_fit", "concat_split"]
-PACKING_BINS = 16  # rows that are filled side by side
+PACKING_BINS = 16  # rows that are filled concurrently
 MIN_BUCKET = 16
 
 
 class DataIterator:
-    """Batches for ever, or for some epochs; `get_state` is the position after the last one taken.
+    """Endless batches, or batches of some epochs; `get_state` is the position after the last one taken.
 
-    Made by `batches`. The position is JSON, the same on every host and for any number of hosts, and goes
-    into the checkpoint of the training state. Batches that were prepared ahead but not taken are not lost.
+    Made by `batches`. The position is JSON, is the same on every host and for any number of hosts, and is
+    saved in checkpoints. It excludes batches that were prefetched but not taken, so none is lost.
     """
 
     def __init__(self, dataset: Any, fingerprint: dict[str, Any]):
@@ -36,18 +36,18 @@ class DataIterator:
         return next(self._iterator)
 
     def get_state(self) -> dict[str, Any]:
-        """The position, as JSON."""
+        """Returns the position as JSON."""
         state = json.loads(json.dumps(self._iterator.get_state()))
         return {"fingerprint": self.fingerprint, "grain": state}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes to a position.
+        """Moves to a position.
 
         Raises:
-            DataError: if it belongs to other records or settings, with those that differ.
+            DataError: if it belongs to other records or settings; the message lists the differences.
         """
         saved = state["fingerprint"]
-        # Through JSON, as the saved one went: tuples become lists.
+        # Convert by JSON, like the saved position: tuples become lists.
         here = json.loads(json.dumps(self.fingerprint))
         if saved != here:
             raise DataError(
@@ -71,27 +71,27 @@ def batches(
     max_segments: int | None = None,
     prefetch: int = 2,
 ) -> DataIterator:
-    """An endless (or `epochs` long) iterator over batches of one or several sources.
+    """Returns an endless (or `epochs` long) iterator over batches of one or several sources.
 
-    The order is a function of the seed alone and new in each epoch. Packed rows hold several records
-    with segment ids 1, 2... (0 is padding) and positions that restart; unpacked rows are padded to
-    the power of two that holds the batch's longest, or to max_length on several hosts, whose shapes
-    must agree.
+    The order depends only on the seed and differs in each epoch. Packed rows hold several records
+    with segment ids 1, 2... (0 is padding) and positions that restart. Unpacked rows are padded to the
+    smallest power of two that fits the batch's longest or, on several hosts, whose shapes must agree,
+    to max_length.
 
     Args:
         sources: tokenised records; no record may be longer than max_length.
         batch_size: rows of a batch, over all hosts.
-        max_length: T of packed rows, the longest for padded ones.
-        weights: share of the records that each source gives; default: by their sizes. See
-            `token_weights` for shares of the tokens.
+        max_length: T of packed rows, the maximum T of padded rows.
+        weights: fraction of the records from each source; default: in proportion to their sizes. See
+            `token_weights` for fractions of the tokens.
         packing: True or "first_fit": whole records, each in the first row with room for it;
-            "best_fit": in the fullest one; "concat_split": one after the other, cut at the end of
-            the row (no padding; what follows the cut lacks its beginning); False: a row a record.
-        epochs: passes over the data, with one source.
-        process_index, process_count: of this host, which gets that part of the rows. Default: JAX's.
-        last: what becomes of an incomplete last batch, of `epochs`: left out, or filled up with rows
-            of padding, so that every record counts.
-        max_segments: most records in a packed row.
+            "best_fit": in the fullest such row; "concat_split": consecutive, split at the end of the
+            row (no padding; the second piece lacks its beginning); False: one record per row.
+        epochs: passes over the data; needs a single source. None: endless.
+        process_index, process_count: those of this host, which gets its part of the rows. Default: JAX's.
+        last: handling of an incomplete last batch of `epochs`: it is dropped, or filled with rows of
+            padding, so that every record counts.
+        max_segments: maximum records in a packed row.
         prefetch: batches that a thread prepares ahead; 0: none.
 
     Raises:
@@ -126,7 +126,7 @@ def batches(
 def own_rows(
     batch_size: int, process_index: int | None = None, process_count: int | None = None
 ) -> Callable[[Batch], Batch]:
-    """A function that keeps this host's rows of a batch of `batch_size`; see `batches`.
+    """Returns a function that selects this host's rows of a batch of `batch_size`; see `batches`.
 
     Raises:
         DataError: if the rows cannot be divided among the hosts.
@@ -148,7 +148,7 @@ def own_rows(
 
 
 def ahead(dataset: Any, prefetch: int) -> Any:
-    """The dataset with so many elements prepared by a thread; 0: none."""
+    """Prefetches `prefetch` elements of the dataset in a thread; 0: none."""
     import grain
 
     if not prefetch:
@@ -190,13 +190,13 @@ def _stream(source, seed, epochs):
 
 
 def token_weights(sources: Sequence[Sequence[Tokenised]], shares: Sequence[float]) -> list[float]:
-    """The `weights` of `batches` with which the sources give these shares of the tokens.
+    """Returns the `weights` of `batches` for which the sources give these fractions of the tokens.
 
-    A source of long records gives fewer of them: the weight is the share over the mean length. Exact
-    over whole passes, since each of a source's records comes equally often.
+    The weight is the fraction divided by the mean length, so a source of long records gives fewer
+    records. This is exact over whole passes, in which each record of a source occurs equally often.
 
     Raises:
-        DataError: if there is not a positive share for each source, or a source is empty.
+        DataError: if `shares` is not one positive number per source, or a source is empty.
     """
     if len(shares) != len(sources) or not sources or min(shares) <= 0:
         raise DataError(
@@ -220,13 +220,13 @@ def finite_batches(
     process_index: int | None = None,
     process_count: int | None = None,
 ) -> list[Batch]:
-    """Every record once, in order, packed into rows; the last batch is filled up with padding.
+    """Yields every record once, in order, packed into rows; the last batch is filled with padding.
 
     Args:
         batch_size, process_index, process_count: see `batches`; a host gets its rows of each batch.
 
     Raises:
-        DataError: for a batch_size below 1, or that the hosts cannot divide.
+        DataError: if batch_size is below 1 or not a multiple of the hosts.
     """
     own = own_rows(batch_size, process_index, process_count)
     rows: list[list[Tokenised]] = [[]]
@@ -243,7 +243,7 @@ def finite_batches(
 
 
 def packing_efficiency(batch: Batch) -> float:
-    """Share of a batch's slots that hold real tokens."""
+    """Fraction of a batch's slots that hold real tokens."""
     return float((batch["segment_ids"] > 0).mean())
 
 
@@ -299,7 +299,7 @@ def _batched(dataset, batch_size, as_rows, last):
 
 
 def padded_row(parts: Sequence[Tokenised], width: int) -> Batch:
-    """One row [T] of each leaf: the parts one after the other, as segments 1, 2..., then padding."""
+    """Builds one row [T] of each leaf: the parts as segments 1, 2..., then padding."""
     row = {
         "tokens": np.zeros(width, np.int32),
         "loss_mask": np.zeros(width, np.float32),
@@ -318,7 +318,7 @@ def padded_row(parts: Sequence[Tokenised], width: int) -> Batch:
 
 
 def _digest(sources) -> str:
-    """Of all tokens and masks, and so of records, template and tokenizer."""
+    """Digest of all tokens and masks, which depend on records, template and tokenizer."""
     digest = hashlib.sha256()
     for source in sources:
         digest.update(len(source).to_bytes(8))

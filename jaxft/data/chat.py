@@ -1,4 +1,4 @@
-"""Conversations -> text and the spans of the assistant's turns in it."""
+"""Converts conversations to text with the spans of the assistant's turns."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from typing import Any
 from jaxft.data.errors import DataError
 from jaxft.data.shown import Piece, left_out, refuse
 
-Span = tuple[int, int]  # of characters
+Span = tuple[int, int]  # characters [start, end)
 NOTHING: Mapping[str, Any] = types.MappingProxyType({})
 
-_SENTINEL = "\ue000jaxft\ue001"  # private-use characters: in no text
-# A thinking block that the template put there, with nothing in it.
+_SENTINEL = "\ue000jaxft\ue001"  # private-use characters, which occur in no text
+# An empty thinking block that the template inserted.
 _EMPTY_THINKING = re.compile(r"\s*<(think|thinking)>\s*</\1>\n*")
-# What templates raise that expect other messages.
+# Errors of templates that expect other messages.
 _REFUSALS = (
     TypeError,
     ValueError,
@@ -38,8 +38,7 @@ class Chat:
     Args:
         tokenizer: a transformers tokenizer.
         template: Jinja text.
-        date: what templates that print today's date print instead, so that data do not change
-            overnight.
+        date: the date that templates print instead of today's, so that data do not change daily.
         options: further variables of the template, such as {"enable_thinking": False}.
     """
 
@@ -57,30 +56,30 @@ class Chat:
     def text(
         self, messages: Sequence[Mapping], given: Mapping = NOTHING, *, prompt: bool = False
     ) -> str:
-        """The conversation as text.
+        """Renders the conversation as text.
 
         Args:
             given: `tools`, and further variables of the template.
-            prompt: with the header of the answer to come.
+            prompt: append the header of the next answer.
         """
         return self._render(messages, given, prompt)[0]
 
     def left_out(
         self, messages: Sequence[Mapping], given: Mapping, text: str, trained: Collection[int]
     ) -> list[Piece]:
-        """What the messages and tools hold and `text`, made of them, does not show."""
+        """Returns the parts of the messages and tools that their rendered `text` does not show."""
         return left_out(self.text, messages, given, text, trained)
 
     def check_prompt(self, messages: Sequence[Mapping], given: Mapping, text: str) -> None:
-        """Raises DataError for what the text of a prompt, with the header of the answer, leaves out."""
+        """Raises DataError for parts of the messages that the text of a prompt omits."""
         refuse(left_out(functools.partial(self.text, prompt=True), messages, given, text, ()))
 
     def spans(
         self, messages: Sequence[Mapping], given: Mapping = NOTHING
     ) -> tuple[str, dict[int, Span]]:
-        """(text, {message: span}) for each assistant message whose place can be found.
+        """Returns (text, {message index: span}) for each assistant message that is found in the text.
 
-        A span holds what a sampler would produce after the text before it, stop token included.
+        A span is the text that a sampler would produce after the preceding text, stop token included.
         """
         text, marked = self._render(messages, given, False, self.has_markers)
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
@@ -89,7 +88,7 @@ class Chat:
             if len(marked) != len(turns):
                 raise DataError(
                     f"the chat template's generation markers enclose {len(marked)} of "
-                    f"{len(turns)} assistant turns; mend the template.",
+                    f"{len(turns)} assistant turns; correct the template.",
                     "template",
                 )
             found = dict(zip(turns, marked, strict=True))
@@ -100,7 +99,7 @@ class Chat:
     def span_by_content(
         self, text: str, messages: Sequence[Mapping], given: Mapping, i: int
     ) -> Span | None:
-        """Where the content of message i stands: what changes when it is replaced by a sentinel."""
+        """Span of message i's content: the text that changes if a sentinel replaces it."""
         changed = [*messages]
         changed[i] = {**messages[i], "content": _SENTINEL}
         try:
@@ -110,7 +109,7 @@ class Chat:
         start = other.find(_SENTINEL)
         after = other[start + len(_SENTINEL) :]
         if not messages[i]["content"] and i == len(messages) - 1 and start >= 0:
-            # Calls alone: they stand behind the place of the content, perhaps after a blank.
+            # Only tool calls: they follow the place of the content, possibly after whitespace.
             begin = len(text) - len(after.lstrip())
             fits = text.endswith(after.lstrip()) and not text[start:begin].strip()
             return self._finish(text, (begin, len(text)), messages[i]) if fits else None
@@ -120,7 +119,7 @@ class Chat:
         return self._finish(text, (start, end), messages[i])
 
     def _by_prefix(self, text, messages, given, i):
-        """What the text gains over that of the messages before i and the header of the answer."""
+        """Span of the text after the rendering of the messages before i with the answer's header."""
         if i == 0:  # Templates refuse an empty conversation.
             return self.span_by_content(text, messages, given, i)
         before = self.text(messages[:i], given, prompt=True)
@@ -129,15 +128,15 @@ class Chat:
         if not (text.startswith(after) and after.startswith(before)):
             return None
         if before == self.text(messages[:i], given):
-            # Without a header to come, the turn's own may be part of what was gained. Blanks are
-            # not a header: Llama 2 and Mistral put one there, which is in the answer's first token.
+            # If the prompt adds no header, the turn's own may be part of the span. A blank is not
+            # a header: that of Llama 2 and Mistral is part of the answer's first token.
             inner = self.span_by_content(text, messages, given, i)
             if inner and text[len(before) : inner[0]].strip():
                 return inner
         return len(before), len(after)
 
     def _finish(self, text, span, message):
-        """The span without what no model produces, and with the stop token."""
+        """Adjusts the span: removes text that no model produces, and includes the stop token."""
         start, end = span
         thinks = message.get("reasoning_content") or message["content"].lstrip().startswith(
             "<think"
@@ -158,7 +157,7 @@ class Chat:
 
     @functools.cached_property
     def _text_arguments(self) -> bool:
-        """Whether the template wants arguments as JSON text, as DeepSeek's does: tried on a small call."""
+        """Returns whether the template needs arguments as JSON text (DeepSeek), tested on a small call."""
         call = {"name": "weather", "arguments": {"city": "Oslo"}}
         tools = {"tools": [{"type": "function", "function": {"name": "weather", "parameters": {}}}]}
         calls = [{"id": "call00001", "type": "function", "function": call}]
@@ -210,6 +209,6 @@ def _with_text_arguments(message):
 
 
 def _with_reasoning(message):
-    """The message with its reasoning also under the name that gpt-oss's template reads."""
+    """Copies the message's reasoning to the name that gpt-oss's template reads."""
     thought = message.get("reasoning_content")
     return message if thought is None else {**message, "thinking": thought}

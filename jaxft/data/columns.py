@@ -1,6 +1,6 @@
-"""Names of columns: the forms of records, what others call ours, and columns that would not be shown.
+"""Column names: the forms of records, synonyms of our names, and columns that would not be shown.
 
-The tables of names serve hints and checks alone: what is read is what FORMS say, or what `fields` map.
+The tables of names are only for hints and checks: the columns read are those of FORMS or `fields`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from jaxft.data.errors import DataError
 
-# The forms of records, in the order in which they are looked for.
+# The forms of records, in order of precedence.
 FORMS = (
     ("messages",),
     ("conversations",),
@@ -24,7 +24,7 @@ FORMS = (
 )
 PAIR = ("chosen", "rejected")
 
-# What people call our columns, the likeliest first.
+# Synonyms of our columns, the likeliest first.
 _QUESTIONS = (
     "question prompt query problem instruction input inputs request human user task article document "
     "dialogue source"
@@ -38,11 +38,11 @@ _ROLES = "role from speaker author sender user".split()
 _CONTENTS = "content value text message utterance".split()
 _ANSWERING = "assistant gpt chatgpt ai bot model bard bing".split()
 _SYSTEM = ("system_prompt", "system_message", "system_instruction")
-# Columns without which a question cannot be answered: Dolly's, SQuAD's, RACE's, MMLU's, AQuA's, Cohere's.
+# Columns that a question depends on: Dolly's, SQuAD's, RACE's, MMLU's, AQuA's, Cohere's.
 _GIVEN = "context contexts passage choices options documents document background knowledge".split()
-# Beside a question of another column these are part of it, too.
+# Columns that are also part of the question if it is in another column.
 _ASKED = ("input", "instruction")
-# Columns that look like something to learn from.
+# Columns that look like training text.
 CONTENT = frozenset(
     {*_QUESTIONS, *_ANSWERS, *_TEXTS, *_GIVEN, "text", "rationale", "thinking", "system", "history"}
     - {"source", "task", "code"}
@@ -55,12 +55,12 @@ _PREFERENCES = {
 
 
 def suggest_fields(row: Mapping[str, Any]) -> dict[str, str]:
-    """The `fields` that would make a record of this row, as well as names and kinds of values tell.
+    """Suggests `fields` that map this row to a record, from names and types of its values.
 
     A question and its answer become `question` and `answer`, which go through the chat template; a list of
-    messages becomes `messages`. What cannot be found is "...".
+    messages becomes `messages`. A column that cannot be found is "...".
     """
-    for form in FORMS:  # Names with another case or a slip in them.
+    for form in FORMS:  # Names with different case or a typing error.
         near = {ours: _near(ours, row) for ours in form}
         if all(near.values()):
             return {ours: theirs for ours, theirs in near.items() if ours != theirs}
@@ -80,7 +80,7 @@ def suggest_fields(row: Mapping[str, Any]) -> dict[str, str]:
     maybe = lambda name: name in row and (row[name] is None or isinstance(row[name], str))
     extra = next((name for name in _GIVEN if name not in (asks, tells) and maybe(name)), None)
     system = next(({"system": name} for name in _SYSTEM if maybe(name)), {})
-    # Alpaca's form has a place for what is beside the question, and leaves a column `answer` alone.
+    # Alpaca's form has a column for further input, and does not read a column `answer`.
     if extra or asks == "instruction" or ("answer" in row and tells != "answer"):
         given = {} if extra is None else {"input": extra}
         return _renamed(instruction=asks, **given, output=tells) | system
@@ -88,13 +88,13 @@ def suggest_fields(row: Mapping[str, Any]) -> dict[str, str]:
 
 
 def suggest_pair(row: Mapping[str, Any]) -> str:
-    """What to do with a row that has no `chosen` or `rejected`, as a clause for an error."""
+    """Suggests what to do with a row without `chosen` or `rejected`, as a clause for an error."""
     for name in row:
         other = _other_side(name)
         if other in row and all(isinstance(row[n], (str, list)) for n in (name, other)):
             return (
-                f"{name!r} and {other!r} are two answers of which another column says the better one: write "
-                "that as 'chosen', the other as 'rejected', and what both answer as 'prompt'"
+                f"{name!r} and {other!r} are two answers, and another column says which is better: write "
+                "that as 'chosen', the other as 'rejected', and their question as 'prompt'"
             )
     missing = [name for name in PAIR if name not in row]
     asked = _near("prompt", row) if "prompt" not in row else None
@@ -103,7 +103,7 @@ def suggest_pair(row: Mapping[str, Any]) -> str:
 
 
 def absent(name: str, row: Mapping[str, Any]) -> DataError:
-    """The error of a column of preferences that a row does not have, or has as null."""
+    """Returns the error for a preference column that is absent or null in a row."""
     if name in row:
         return DataError(f"{name!r} is null, where a value was expected.", "schema")
     hint = (
@@ -115,19 +115,19 @@ def absent(name: str, row: Mapping[str, Any]) -> DataError:
 
 
 def no_column(name: str, row: Mapping[str, Any]) -> str:
-    """What is wrong where `fields` name a column that is not there."""
+    """Returns the message for a column in `fields` that the row does not have."""
     close = difflib.get_close_matches(name, list(row), n=1)
     hint = f"; did you mean {close[0]!r}?" if close else "; see --fields, in Python fields=."
     return f"no column {name!r} among {sorted(row)}{hint}"
 
 
 def flag(fields: Mapping[str, str]) -> str:
-    """The fields as they are typed, and as they are in Python."""
+    """Formats the fields as typed on the command line and as in Python."""
     return f"{typed(fields)}, in Python fields={dict(fields)}"
 
 
 def typed(fields: Mapping[str, str]) -> str:
-    """The fields as they are typed on the command line."""
+    """Formats the fields as typed on the command line."""
     quoted = lambda name: name if name == "..." else shlex.quote(name)
     return "--fields " + " ".join(f"{a} {quoted(b)}" for a, b in fields.items())
 
@@ -135,13 +135,13 @@ def typed(fields: Mapping[str, str]) -> str:
 def check_beside(
     row: Mapping[str, Any], form: Sequence[str], shown: str, mapped: Mapping[str, str]
 ) -> None:
-    """Raises DataError for a column that an answer depends on, and whose text the record does not show.
+    """Raises DataError if an answer depends on a column whose text the record does not show.
 
     Args:
-        row: with our names.
+        row: the row, with our column names.
         form: the columns that are read: `messages`, or those of question and answer.
         shown: all text of the record.
-        mapped: our names -> those in the file.
+        mapped: our names -> the file's names.
     """
     for name in _SYSTEM:
         if is_hidden(row.get(name), shown):
@@ -164,7 +164,7 @@ def check_beside(
 
 
 def _beside(name, row, form, mapped):
-    """What to do with a column beside a form that does not show it."""
+    """Returns the error for a column that the record's form does not show."""
     put, asks, tells = "", form[0], form[-1]
     ours = {"completion": "output", "answer": "output"}.get(tells, tells)
     is_text = isinstance(row[name], str) and isinstance(row.get(asks), str)
@@ -173,7 +173,7 @@ def _beside(name, row, form, mapped):
         fields |= {ours: mapped.get(tells, tells)}
         fields |= {a: b for a, b in mapped.items() if a not in (asks, tells, *fields)}
         fields = {a: b for a, b in fields.items() if a != b}
-        put = f"put it behind the question with {typed(fields)}, or "
+        put = f"put it after the question with {typed(fields)}, or "
     where = "messages" if len(form) == 1 else "question"
     return (
         f"the column {name!r} would not be shown; {put}write it into the {where}, or leave it out with "
@@ -182,7 +182,7 @@ def _beside(name, row, form, mapped):
 
 
 def is_hidden(value: Any, shown: str) -> bool:
-    """Whether a value holds text, or a number, that is not in the text that is shown; blanks do not count."""
+    """Returns whether a value has text or a number that is not in `shown`, ignoring whitespace."""
     leaves = _leaves(value)
     dense = _dense(shown) if leaves else ""
     return any(_dense(leaf) not in dense for leaf in leaves)
@@ -200,7 +200,7 @@ def _near(ours, row):
 
 
 def _message_keys(value):
-    """{"role": ..., "content": ...} as far as they have other names, if a value is a list of messages."""
+    """Maps "role" and "content" to a list of messages' own names, where these differ."""
     first = value[0] if isinstance(value, list) and value else None
     if not isinstance(first, Mapping):
         return None
@@ -232,7 +232,7 @@ def _preference(name, row):
 
 
 def _other_side(name):
-    """human_ref_B of human_ref_A, response_1 of response_0; None for other names."""
+    """Name of the other answer: human_ref_B for human_ref_A, response_1 for response_0; else None."""
     ends = {"A": "B", "a": "b", "0": "1", "1": "2", "j": "k"}
     return name[:-1] + ends[name[-1]] if len(name) > 2 and name[-1] in ends else None
 

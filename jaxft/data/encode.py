@@ -1,4 +1,4 @@
-"""Text -> token ids and where in the text each lies."""
+"""Encodes text as token ids with their character offsets."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from jaxft.data.errors import DataError
 
 
 class Encoder:
-    """A private copy of a fast tokenizer, which adds no special tokens of its own.
+    """A private copy of a fast tokenizer that adds no special tokens.
 
-    Private, because padding and truncation are state of a tokenizer that others share, and because
-    a post-processor would trim blanks from the offsets (GPT-2's and Llama 3's do).
+    It is private because padding and truncation are shared state of a tokenizer, and because
+    a post-processor would trim whitespace from the offsets (GPT-2's and Llama 3's do).
     """
 
     def __init__(self, tokenizer: Any):
         if not getattr(tokenizer, "is_fast", False):
             raise DataError(
-                f"{type(tokenizer).__name__} is not a fast tokenizer, so it cannot say where tokens "
-                "lie in the text; save it with a tokenizer.json."
+                f"{type(tokenizer).__name__} is not a fast tokenizer, so it cannot give the tokens' "
+                "offsets in the text; save it with a tokenizer.json."
             )
         with_special = tokenizer("a")["input_ids"]
         self.adds_bos = with_special[:1] == [tokenizer.bos_token_id]
         self.bos, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-        # Pieces of a text must not gain the blank that SentencePiece puts before a text.
+        # Pieces of a text must not get the space that SentencePiece prepends to a text.
         self._core = copy.deepcopy(tokenizer).backend_tokenizer
         self._core.post_processor = None
         self._core.no_padding()
@@ -43,22 +43,22 @@ class Encoder:
         return self._core.get_vocab_size()
 
     def encode(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        """(ids [T], offsets [T, 2] of characters)."""
+        """Returns (ids [T], character offsets [T, 2])."""
         try:
             with self._lock:
                 encoded = self._core.encode(text, add_special_tokens=False)
         except TypeError:
             raise DataError(
-                "text with an unpaired surrogate, which is no Unicode.", "encoding"
+                "text with an unpaired surrogate, which is not Unicode.", "encoding"
             ) from None
         offsets = np.asarray(encoded.offsets, np.int64).reshape(-1, 2)
         return np.asarray(encoded.ids, np.int32), offsets
 
     def encode_apart(self, text: str, cuts: Sequence[int]) -> tuple[np.ndarray, np.ndarray, int]:
-        """(ids, offsets, how many cuts a token would have crossed); no token crosses a cut.
+        """Returns (ids, offsets, number of cuts that a token would have crossed); no token crosses a cut.
 
-        The text is encoded as a whole, as a sampler encodes a conversation. Only where a token would
-        reach over a cut, the sides are encoded one by one, as a sampler sees prompt and completion.
+        The text is encoded as a whole, as a sampler encodes a conversation. Only if a token would
+        cross a cut are the sides encoded separately, as a sampler sees prompt and completion.
         """
         ids, offsets = self.encode(text)
         inside = lambda cut: ((offsets[:, 0] < cut) & (cut < offsets[:, 1])).any()
@@ -81,11 +81,11 @@ class Encoder:
 
 
 def in_span(offsets: np.ndarray, start: int, end: int) -> np.ndarray:
-    """Which tokens lie in text[start:end]."""
+    """Returns which tokens lie in text[start:end]."""
     begins, ends = offsets[:, 0], offsets[:, 1]
     return (begins >= start) & (begins < end) & (ends <= end)
 
 
 def touches(offsets: np.ndarray, start: int, end: int) -> np.ndarray:
-    """Which tokens share a character with text[start:end]."""
+    """Returns which tokens share a character with text[start:end]."""
     return (offsets[:, 0] < end) & (offsets[:, 1] > start)

@@ -13,11 +13,11 @@ from jaxft.output import writing
 
 
 class DataError(ValueError):
-    """A data set or record that cannot be used: says which, where, and what to do.
+    """A data set or record cannot be used: the message says which, where, and what to do.
 
-    `code` is set where one record is to blame, so that a run may skip and count it: json, encoding,
+    `code` is set if a single record is at fault, so that a run may skip and count it: json, encoding,
     schema, role_order, empty_prompt, empty_completion, identical_pair, no_loss_tokens, too_long,
-    template. Without a code it is the settings that are wrong, and no record is skipped for it.
+    template. Without a code the settings are wrong, and no record is skipped.
     """
 
     def __init__(self, message: str, code: str | None = None):
@@ -35,20 +35,22 @@ class BadRecord:
 
 
 class BadRecords:
-    """Collects bad records; raises at the first, or once more than a share of all is bad.
+    """Collects bad records; raises at the first, or if the bad fraction exceeds `max_bad`.
 
     Args:
-        max_bad: largest share that may be skipped; 0 raises at the first.
-        loud: warn of records that were left out, since nobody else will read the summary.
+        max_bad: largest fraction that may be skipped; 0 raises at the first.
+        loud: warns of records that were left out; set it if the caller does not print the summary.
     """
 
     def __init__(self, max_bad: float = 0.0, *, loud: bool = False):
         self.max_bad, self.loud = max_bad, loud
         self.records: list[BadRecord] = []
-        self.dropped: collections.Counter[str] = collections.Counter()  # by a policy, not bad
+        self.dropped: collections.Counter[str] = (
+            collections.Counter()
+        )  # dropped by a policy, not bad
 
     def add(self, where: str, code: str, message: str) -> None:
-        """Notes a bad record; raises DataError if none may be skipped."""
+        """Adds a bad record; raises DataError if none may be skipped."""
         if self.max_bad == 0:
             raise DataError(f"{where}: {message}")
         self.records.append(BadRecord(where, code, message[:200]))
@@ -63,21 +65,21 @@ class BadRecords:
             )
 
     def finish(self, total: int, kept: int) -> None:
-        """Ends a rendering of `total` records, of which `kept` sequences are left.
+        """Ends a rendering of `total` records, of which `kept` sequences remain.
 
         Raises:
-            DataError: if too many were bad, or nothing is left.
+            DataError: if too many were bad, or none remains.
         """
         self.check(total)
         summary = self.summary()
         if not kept:
             dropped = f" ({summary})" if summary else ""
             raise DataError(f"no usable record is left of {total}{dropped}; see max_length.")
-        if self.loud and set(self.dropped) - {"truncated"}:  # Cutting was asked for by name.
+        if self.loud and set(self.dropped) - {"truncated"}:  # Truncation was requested explicitly.
             warnings.warn(f"records left out or cut: {summary}, of {total}.", stacklevel=3)
 
     def summary(self) -> str:
-        """One line: how many were skipped or dropped, by code; empty if none."""
+        """Returns one line with the numbers skipped or dropped, by code; empty if none."""
         counts = collections.Counter(record.code for record in self.records) + self.dropped
         return ", ".join(f"{n} {code}" for code, n in sorted(counts.items()))
 

@@ -1,4 +1,4 @@
-"""Rows of local files, each with the place it has in its file."""
+"""Rows of local files, each with its place in the file."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from jaxft.data.errors import DataError
 from jaxft.data.kinds import check_kind, opened
 from jaxft.data.values import arrow_row, check_values, parse_json
 
-# Columns that are a list of objects and make a row by themselves.
+# Columns that are a list of objects and are a complete row by themselves.
 FORMS_OF_ONE = {"messages", "conversations"}
 
-Row = tuple[str, Any]  # (where, the row, or the DataError it is)
+Row = tuple[str, Any]  # (where, the row or its DataError)
 
 
 def rows_of(path: pathlib.Path) -> Iterator[Row]:
-    """("name, line 4", row) of each row of a file of one of `kinds.SUFFIXES`.
+    """Yields ("name, line 4", row) for each row of a file of one of `kinds.SUFFIXES`.
 
     Raises:
-        DataError: if the file is of another kind or damaged; damaged lines of JSON Lines are errors in
-            their place.
+        DataError: if the file is of another kind or damaged; for a damaged line of JSON Lines, the row is
+            a DataError.
     """
     kind = check_kind(path)
     if kind in (".csv", ".tsv"):
@@ -41,7 +41,7 @@ def rows_of(path: pathlib.Path) -> Iterator[Row]:
 
 
 def _refuse_one_object(path):
-    """Raises DataError for an object over several lines, and for one around a list of rows."""
+    """Raises DataError for a single object, over several lines or around a list of rows."""
     with opened(path) as file:
         first = file.readline().removeprefix(b"\xef\xbb\xbf").strip()
         if not first.startswith(b"{") or (first != b"{" and file.readline().strip()):
@@ -51,7 +51,7 @@ def _refuse_one_object(path):
     try:
         found = json.loads(raw)
     except (ValueError, RecursionError):
-        return  # What is wrong with it is told by line.
+        return  # The reader reports the error by line.
     is_rows = lambda value: isinstance(value, list) and value and isinstance(value[0], dict)
     holds = [name for name, value in found.items() if is_rows(value)]
     if first == b"{" or (len(found) == 1 and holds and not FORMS_OF_ONE & {*holds}):
@@ -63,10 +63,10 @@ def _refuse_one_object(path):
 
 
 class JsonLines:
-    """A JSON Lines file by random access: len(), [i] -> row, line(i); empty lines do not count.
+    """A JSON Lines file with random access: len(), [i] -> row, line(i); empty lines do not count.
 
-    Holds 8 bytes a line and nothing of the rows, and any number of threads or processes may read,
-    so that it serves as a source of Grain as it is.
+    Holds 8 bytes per line and no rows. Any number of threads or processes may read it, so it can be
+    used directly as a Grain source.
     """
 
     def __init__(self, path: pathlib.Path):
@@ -77,7 +77,7 @@ class JsonLines:
         return len(self._lines)
 
     def line(self, i: int) -> int:
-        """The 1-based line of row i."""
+        """Returns the 1-based line of row i."""
         return int(self._lines[i]) + 1
 
     def __getitem__(self, i: int) -> Any:
@@ -92,7 +92,7 @@ class JsonLines:
 
 
 def parse_line(raw: bytes, first: bool) -> Any:
-    """The object of a line of JSON Lines, or the DataError that it is."""
+    """Parses a line of JSON Lines to its object, or returns a DataError."""
     try:
         # Some editors put a byte-order mark before the first line.
         row = parse_json(raw.decode("utf-8-sig" if first else "utf-8"))
@@ -142,11 +142,11 @@ def _not_utf8(raw, error):
 
 
 def _csv(path, delimiter):
-    """Every cell is text; `where` is the line where the row begins."""
+    """Yields rows in which every cell is text; `where` is the line where the row begins."""
     csv.field_size_limit(1 << 30)  # The default of 128 KiB is shorter than a long document.
     reader, before = None, 1
     try:
-        # Bytes that are not UTF-8 are found in their cell, when the row becomes a record.
+        # Bytes that are not UTF-8 are reported with their cell when the row becomes a record.
         with opened(path) as raw:
             file = io.TextIOWrapper(raw, "utf-8-sig", errors="surrogateescape", newline="")
             header = file.readline()
@@ -167,10 +167,10 @@ def _csv(path, delimiter):
 
 
 def _dialect(header, delimiter):
-    """How the cells of a file are parted, by its first line.
+    """Determines the delimiter of a file's cells from its first line.
 
-    Spreadsheets of many countries write semicolons, because the comma is in their numbers.
-    A header with a blank behind each delimiter says that the blanks are no part of the cells.
+    Spreadsheets in many countries write semicolons, because their numbers contain commas. If a
+    header has a blank after each delimiter, blanks after delimiters are not part of the cells.
     """
     others = [mark for mark in ",;\t|" if mark in header]
     if delimiter not in header and len(others) == 1:
@@ -203,7 +203,7 @@ def _arrow(path, suffix):
 
 
 def _arrow_rows(batch):
-    """The rows of a record batch; those that cannot be read are the DataError they are."""
+    """Returns the rows of a record batch, with a DataError for each unreadable row."""
     try:
         rows = batch.to_pylist()
     except ValueError as error:  # Text that is not UTF-8, or two fields of one name.
@@ -226,12 +226,12 @@ def _arrow_table(path):
 
     try:
         return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-    except pa.ArrowInvalid:  # `datasets` writes the streaming format under the same suffix.
+    except pa.ArrowInvalid:  # `datasets` writes the streaming format with the same suffix.
         return pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
 
 
 def _index(path, chunk=1 << 24):
-    """(byte where each line starts, and the end; numbers of the lines that are not empty)."""
+    """Returns (byte where each line starts, and the end; numbers of the lines that are not empty)."""
     starts, size = [np.zeros(1, np.int64)], 0
     with path.open("rb") as file:
         while block := file.read(chunk):
@@ -240,7 +240,7 @@ def _index(path, chunk=1 << 24):
             size += len(block)
         starts = np.concatenate(starts)
         starts = starts if starts[-1] == size else np.append(starts, size)
-        short = np.flatnonzero(np.diff(starts) <= 2)  # No object is: "\n", "\r\n", "{}".
+        short = np.flatnonzero(np.diff(starts) <= 2)  # Too short for an object: "\n", "\r\n", "{}".
         blank = [i for i in short.tolist() if not _bytes(file, starts, i).strip()]
     return starts, np.delete(np.arange(len(starts) - 1), blank)
 

@@ -1,4 +1,4 @@
-"""Sequences that belong together, such as a pair's completions: rendered, and batched as [B, G, T]."""
+"""Groups of sequences, such as the two completions of a pair: rendered, and batched as [B, G, T]."""
 
 from __future__ import annotations
 
@@ -26,14 +26,16 @@ from jaxft.data.rendering import Renderer, Tokenised
 
 @dataclasses.dataclass(frozen=True)
 class TokenisedGroup:
-    """Sequences of one record, and what a loss needs beside them."""
+    """Sequences of one record, with further columns for the loss."""
 
-    parts: tuple[Tokenised, ...]  # chosen and rejected; or a completion and that of another prompt
+    parts: tuple[
+        Tokenised, ...
+    ]  # chosen and rejected; or a completion and another prompt's completion
     columns: Mapping[str, Any]  # numbers or arrays: margin, label, ref_log_probs [G]
     id: str = ""
 
     def with_column(self, name: str, value: Any) -> TokenisedGroup:
-        """The group with one more column."""
+        """Returns the group with one more column."""
         return dataclasses.replace(self, columns={**self.columns, name: value})
 
 
@@ -45,16 +47,16 @@ def render_pairs(
     too_long: TooLong = "drop",
     bad: BadRecords | None = None,
 ) -> list[TokenisedGroup]:
-    """Pairs of `normalise_pair` as groups of two, chosen first; a `margin` becomes a column.
+    """Renders pairs of `normalise_pair` as groups of two, chosen first; a `margin` becomes a column.
 
     Args:
-        renderer: with the mask "completion" or "last_turn"; a prompt has no loss.
-        max_length: of each sequence, in tokens.
-        too_long: as of `render`, but for "split"; "truncate_left_prompt" cuts both prompts alike.
+        renderer: must have the mask "completion" or "last_turn"; a prompt has no loss.
+        max_length: maximum tokens of each sequence.
+        too_long: as in `render`, except "split"; "truncate_left_prompt" cuts both prompts equally.
         bad: policy for pairs that cannot be used.
 
     Raises:
-        DataError: if nothing is left, or by the policies.
+        DataError: if no group remains, or by the policies.
     """
     answers = lambda record: [record["chosen"], record["rejected"]]
 
@@ -75,19 +77,19 @@ def render_unpaired(
     seed: int = 0,
     mismatched: bool = True,
 ) -> list[TokenisedGroup]:
-    """Records of `normalise_unpaired` as groups of two: the completion, and one of another prompt.
+    """Renders records of `normalise_unpaired` as groups of two: its completion and a mismatched one.
 
-    The column `label` is whether the completion is desirable; a `density_ratio` becomes a column too. The
-    second sequence is the record's prompt with the completion of the next record, in a shuffled order, with
-    another prompt: KTO estimates its KL from such. That it is chosen here, not in the batch, makes it
-    independent of batches and hosts and its reference log-probs a column like the others.
+    The column `label` is True if the completion is desirable; a `density_ratio` becomes a column too. The
+    second sequence is the record's prompt with the completion of the next record (in shuffled order) that
+    has another prompt: KTO estimates its KL from these. Because it is chosen here, not in the batch, it does
+    not depend on batches or hosts, and its reference log-probs are a column like the others.
 
     Args:
-        seed: of the order in which completions are passed on.
-        mismatched: False leaves the second sequence out, as what learns from labels alone wants it.
+        seed: seed of the shuffled order.
+        mismatched: False omits the second sequence, for losses that need only labels.
 
     Raises:
-        DataError: as `render_pairs`; and if all prompts are the same.
+        DataError: as `render_pairs`, and if all prompts are the same.
     """
 
     def columns(record):
@@ -116,13 +118,13 @@ def group_batches(
     last: Literal["drop", "pad"] = "drop",
     prefetch: int = 2,
 ) -> DataIterator:
-    """An endless (or `epochs` long) iterator over batches of groups, resumable and sharded as `batches`.
+    """Returns an endless (or `epochs` long) iterator over batches of groups, resumable like `batches`.
 
-    Leaves are [B, G, T], one sequence a row, padded to the power of two that holds the batch's longest;
-    columns are [B, ...]. Axis 0 counts groups, so that microbatches and devices never part one.
+    Leaves are [B, G, T], one sequence per row, padded to the smallest power of two that fits the batch's
+    longest; columns are [B, ...]. Axis 0 counts groups, so microbatches and devices never split a group.
 
     Args:
-        batch_size: groups of a batch, over all hosts.
+        batch_size: groups per batch, over all hosts.
         max_length, seed, epochs, process_index, process_count, last, prefetch: see `batches`.
 
     Raises:
@@ -153,7 +155,7 @@ def finite_group_batches(
     process_index: int | None = None,
     process_count: int | None = None,
 ) -> list[Batch]:
-    """Every group once, in order; the last batch is filled up with empty groups, which count nowhere.
+    """Yields every group once, in order; the last batch is filled with empty groups of weight 0.
 
     Args:
         batch_size, process_index, process_count: see `group_batches`; a host gets its part of each batch.
@@ -170,10 +172,10 @@ def finite_group_batches(
 def _render(records, renderer, max_length, too_long, bad, answers, columns):
     if renderer.mask not in ("completion", "last_turn"):
         raise DataError(
-            f"mask {renderer.mask!r}: preferences are of completions; use 'completion'."
+            f"mask {renderer.mask!r}: preference losses need a mask of the completions; use 'completion'."
         )
     if too_long == "split":
-        raise DataError("too_long='split' would part a completion; use 'drop' or a truncation.")
+        raise DataError("too_long='split' would split a completion; use 'drop' or a truncation.")
     bad = BadRecords(loud=True) if bad is None else bad
     result, total = [], 0
     for record in records:
@@ -207,8 +209,8 @@ def _sequence(record, answer, renderer) -> Tokenised:
     parts = renderer({**kept, "prompt": record["prompt"], "completion": answer})
     if len(parts) > 1:
         raise DataError(
-            "the chat template rewrites earlier turns, so a completion of several turns is no single "
-            "sequence; move all but its last turn into 'prompt'.",
+            "the chat template rewrites earlier turns, so a completion of several turns is not a single "
+            "sequence; move all turns except its last into 'prompt'.",
             "template",
         )
     if not parts[0].loss_mask[1:].any():
@@ -217,7 +219,7 @@ def _sequence(record, answer, renderer) -> Tokenised:
 
 
 def _shortened(parts, max_length, too_long):
-    """The parts cut to max_length, or [] if one cannot be; their prompts stay the same."""
+    """Shortens the parts to max_length, or returns [] if one cannot be; their prompts stay equal."""
     if too_long == "truncate_left_prompt":
         surplus = max(len(part.tokens) for part in parts) - max_length
         return [part[keep_answer(part, max_length, surplus)] for part in parts]
@@ -227,7 +229,7 @@ def _shortened(parts, max_length, too_long):
 
 
 def _mismatched(records, order) -> Iterable[tuple[int, Any]]:
-    """(identity of a record, completion of the next in `order` with another prompt)."""
+    """Yields (identity of a record, completion of the next in `order` with another prompt)."""
     for place, i in enumerate(order):
         following = (order[(place + step) % len(order)] for step in range(1, len(order)))
         fits = lambda a, b: a["prompt"] != b["prompt"] and type(a["prompt"]) is type(b["prompt"])
@@ -235,7 +237,7 @@ def _mismatched(records, order) -> Iterable[tuple[int, Any]]:
         j = next(different, None)
         if j is None:
             raise DataError(
-                "all records have the same prompt, so no completion is that of another one; KTO "
+                "all records have the same prompt, so there is no mismatched completion; KTO "
                 "cannot estimate its KL from them."
             )
         yield id(records[i]), records[j]["completion"]
@@ -270,14 +272,14 @@ def _stack(groups, batch_size, max_length) -> Batch:
 
 
 def _blank_like(group: TokenisedGroup) -> TokenisedGroup:
-    """Parts without tokens, columns of zeros."""
+    """Returns a group with empty parts and zero columns."""
     nothing = Tokenised(np.zeros(0, np.int32), np.zeros(0, np.float32))
     zeros = {name: np.zeros_like(value) for name, value in group.columns.items()}
     return TokenisedGroup((nothing,) * len(group.parts), zeros)
 
 
 def _digest(groups) -> str:
-    """Of tokens, masks and columns, but for reference log-probs: they are recomputed, within rounding."""
+    """Digest of tokens, masks and columns, without reference log-probs, which differ by rounding."""
     digest = hashlib.sha256()
     update: Callable[[bytes], None] = digest.update
     for group in groups:

@@ -1,4 +1,4 @@
-"""Full batches of the examples that still teach something."""
+"""Full batches of examples that are not solved yet."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import numpy as np
 
 
 class HardExampleQueue:
-    """Collects examples whose weight reaches a threshold; what is over one batch waits for the next.
+    """Collects examples whose weight reaches a threshold; surplus examples wait for the next batch.
 
-    Direct coverage optimization (Chen et al., 2025, arxiv.org/abs/2502.07154) passes over examples that are
-    solved, and fills its batches up: candidates are looked at until a batch is full.
+    Direct coverage optimization (Chen et al., 2025, arxiv.org/abs/2502.07154) skips solved examples and
+    still takes full batches: candidates are weighed until a batch is full.
 
         while (batch := queue.pop()) is None:
             queue.push(candidates := next(source), weigh(state.params, candidates))
 
     Args:
-        threshold: the least weight of an example that is kept; 0.1 in the authors' code, of F(N, p).
-        batch_size: examples of a batch.
+        threshold: minimum weight of an example; the authors' code has 0.1, for the weight F(N, p).
+        batch_size: examples per batch.
 
     Raises:
-        ValueError: for a batch size below 1.
+        ValueError: if batch_size is below 1.
     """
 
     def __init__(self, threshold: float, batch_size: int):
@@ -33,20 +33,20 @@ class HardExampleQueue:
         self._waiting: list[Any] = []
 
     def __len__(self) -> int:
-        """How many examples wait."""
+        """Number of waiting examples."""
         return len(self._waiting)
 
     def push(self, candidates: Mapping[str, Any], weights: np.ndarray) -> int:
-        """Takes the heavy ones among candidates, leaves [B, ...]; returns how many these are.
+        """Adds the candidates (leaves [B, ...]) that reach the threshold; returns their number.
 
         Raises:
-            ValueError: if there is not one weight a candidate.
+            ValueError: if there is not one weight per candidate.
         """
         weights = np.asarray(weights)
         sizes = {np.shape(leaf)[0] for leaf in jax.tree.leaves(candidates)}
         if sizes != {len(weights)} or weights.ndim != 1:
             raise ValueError(
-                f"HardExampleQueue: one weight a candidate is expected, got weights {weights.shape} for "
+                f"HardExampleQueue: one weight per candidate is expected, got weights {weights.shape} for "
                 f"leaves of {sorted(sizes)} rows."
             )
         kept = np.flatnonzero(weights >= self.threshold)
@@ -55,7 +55,7 @@ class HardExampleQueue:
         return len(kept)
 
     def pop(self) -> Any | None:
-        """A batch of those that have waited longest; None as long as they are fewer than a batch."""
+        """Removes and returns a batch of the oldest examples; None if there are fewer than a batch."""
         if len(self) < self.batch_size:
             return None
         taken, self._waiting = self._waiting[: self.batch_size], self._waiting[self.batch_size :]

@@ -1,4 +1,4 @@
-"""What a data set looks like to a model, without a model."""
+"""Inspection of a data set as a model would see it, without a model."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ class Inspection:
     """Counts of a data set; str() is a table."""
 
     source: str
-    records: int  # that were read
+    records: int  # records read
     kinds: dict[str, int]
-    sequences: int  # that are left to train on
+    sequences: int  # sequences left to train on
     tokens: int
-    trained: float  # share of the tokens that train
-    percentiles: dict[int, int]  # of the lengths, before any is cut
+    trained: float  # fraction of the tokens that train
+    percentiles: dict[int, int]  # of the lengths before truncation
     not_shown: str  # "answer (5 records), solution (5 records)", or ""
     left_out: str  # "3 too_long, 1 no_loss_tokens", or ""
     duplicate_ids: int
-    duplicates: int  # records with the same tokens as one before
-    packing_efficiency: float  # share of real tokens in packed rows
+    duplicates: int  # records with the same tokens as an earlier one
+    packing_efficiency: float  # fraction of real tokens in packed rows
     merged_boundaries: int
     examples: list[str]
 
@@ -67,9 +67,9 @@ def inspect(
     too_long: TooLong = "drop",
     color: bool = False,
 ) -> Inspection:
-    """Reads and renders `spec` (see `load`) as training would, and counts.
+    """Reads and renders `spec` (see `load`) as training would, and returns counts.
 
-    Bad records are counted, not errors; `limit` reads only the first of them.
+    Bad records are counted and are not errors; `limit` reads only the first records.
     """
     bad = BadRecords(max_bad=1.0)
     records = load(spec, fields=fields, limit=limit, bad=bad)
@@ -79,7 +79,7 @@ def inspect(
     parts = render(records, renderer, max_length, too_long=too_long, bad=bad)
     total = sum(len(part.tokens) for part in parts)
     rows = batches(parts, batch_size=1, max_length=max_length, epochs=1, process_count=1)
-    # Another unit than the number of records: one record may be several sequences.
+    # Not the number of records: one record may be several sequences.
     copies = collections.Counter(part.tokens.tobytes() for part in parts)
     ids = collections.Counter(str(record["id"]) for record in records)
     return Inspection(
@@ -101,7 +101,7 @@ def inspect(
 
 
 def not_shown(records: Iterable[Record]) -> str:
-    """The columns named like questions, answers or texts that records do not show, with how many; or ""."""
+    """Lists columns named like question, answer or text that records do not show, with counts; or ""."""
     counts: collections.Counter[str] = collections.Counter()
     for record in records:
         names = CONTENT & record.keys() - {*SHOWN, "messages", "tokens"}

@@ -1,7 +1,7 @@
-"""Preference pairs made by a judge: samples of a model are scored against a reference, best against worst.
+"""Preference pairs from a judge: samples of a model are scored against a reference and paired.
 
-A judge is any function of texts that gives a number, or None where it cannot tell. `parse_green` and
-`green_score` are one: they read what the language model of GREEN writes about two radiology reports.
+A judge is any function of texts that returns a number, or None for no verdict. `parse_green` and
+`green_score` form a judge from the text that GREEN's language model writes about two radiology reports.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ _LETTER = re.compile(r"^\([a-f1-6]\)", re.MULTILINE)
 
 
 class GreenCounts(NamedTuple):
-    """What a candidate report has in common with its reference, and where it is wrong."""
+    """Matched findings and errors of a candidate report against its reference."""
 
-    matched: int  # findings of both
-    significant: tuple[int, ...]  # errors that matter, of the six kinds (a) to (f):
-    # false finding, missing finding, wrong location, wrong severity, comparison that the reference
-    # does not have, comparison left out
-    insignificant: tuple[int, ...] = (0,) * 6  # errors that do not; they are in no score
+    matched: int  # findings in both
+    significant: tuple[int, ...]  # clinically significant errors of the six kinds (a) to (f):
+    # false finding, missing finding, wrong location, wrong severity, comparison that is not in the
+    # reference, omitted comparison
+    insignificant: tuple[int, ...] = (0,) * 6  # insignificant errors; no score uses them
 
 
 class Judged(NamedTuple):
-    """Pairs, and what gave none."""
+    """Pairs, with the numbers of samples and prompts that gave none."""
 
     pairs: list[Record]
-    unscored: int  # samples without a score, left out
+    unscored: int  # samples without a score, excluded
     undecided: int  # prompts whose scores are too close, or fewer than two
 
 
 def green_score(counts: GreenCounts) -> float:
-    """matched / (matched + significant errors), in [0, 1]; 0 where nothing matches.
+    """matched / (matched + significant errors), in [0, 1]; 0 if nothing matches.
 
-    GREEN: Ostmeier et al., 2024, arxiv.org/abs/2405.03595, eq. 1. What is true and not in the reference
-    costs nothing, so a longer report never scores less for it.
+    GREEN: Ostmeier et al., 2024, arxiv.org/abs/2405.03595, eq. 1. A true finding that is not in the
+    reference has no cost, so it does not lower a longer report's score.
 
     Raises:
         ValueError: for negative counts.
@@ -55,12 +55,12 @@ def green_score(counts: GreenCounts) -> float:
 
 
 def parse_green(text: str) -> GreenCounts | None:
-    """The counts in what GREEN's language model writes; None where they cannot be read.
+    """Parses the counts from the text of GREEN's language model; None if unreadable.
 
-    Read are `[Clinically Significant Errors]:`, `[Clinically Insignificant Errors]:` (may be absent), each
-    with lines "(a) ...: 2. ...", and `[Matched Findings]:` with "3. ..."; "No ..." is none. A kind that has
-    no line counts 0. A line without its number, or a section that says neither, makes all unreadable: to
-    take it for 0, as GREEN's own parser does for its table, would reward what breaks the judge.
+    It reads `[Clinically Significant Errors]:` and `[Clinically Insignificant Errors]:` (may be absent), each
+    with lines "(a) ...: 2. ...", and `[Matched Findings]:` with "3. ..."; "No ..." means none. A kind without
+    a line counts 0. A line without its number, or a section with neither form, makes the text unreadable: to
+    count it as 0, as GREEN's own parser does for its table, would reward samples that break the judge.
     """
     significant = _errors(_section(text, "Clinically Significant Errors"))
     insignificant = _errors(_section(text, "Clinically Insignificant Errors") or "No")
@@ -72,7 +72,7 @@ def parse_green(text: str) -> GreenCounts | None:
 
 
 def clean_report(text: str) -> str:
-    """The text as it is judged: without [spans in brackets] and **, blanks single, lower case."""
+    """Normalises text for the judge: no [spans in brackets], no **, single blanks, lower case."""
     return " ".join(re.sub(r"\[[^\]]*\]|\*\*", "", text).split()).lower()
 
 
@@ -83,18 +83,18 @@ def judge_pairs(
     min_gap: float = 1e-8,
     choose: Callable[..., list[Record]] = best_worst,
 ) -> Judged:
-    """The pairs of prompts whose samples a judge has scored; by default one a prompt, best against worst.
+    """Makes pairs from judged samples; by default one per prompt, best against worst.
 
     Hein et al., 2024, arxiv.org/abs/2410.07025, section 3 (four samples, GREEN, 1e-8).
 
     Args:
-        samples: records with `prompt` and `responses`; what else they have is kept.
-        scores: for each record one score a response; None or NaN: the judge could not tell.
-        min_gap: scores that are no further apart give no pair.
+        samples: records with `prompt` and `responses`; their other columns are kept.
+        scores: for each record, one score per response; None or NaN: no verdict.
+        min_gap: two scores give a pair only if they differ by more than this.
         choose: `best_worst` or `all_pairs`.
 
     Raises:
-        DataError: if there is not one finite score, or none, for each response.
+        DataError: if a response lacks a score (finite, None or NaN).
     """
     if len(samples) != len(scores):
         raise DataError(f"judge_pairs: {len(samples)} records and {len(scores)} lists of scores.")
@@ -128,7 +128,7 @@ def _is_none(section):
 
 
 def _errors(section):
-    """Counts of the six kinds, or None."""
+    """Counts the six kinds of errors; None if unreadable."""
     if section is None:
         return None
     if _is_none(section):

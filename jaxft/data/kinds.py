@@ -1,4 +1,4 @@
-"""What kind of file a data file is, by its name and first bytes; compressed files are read as they are."""
+"""Kinds of data files, by name and first bytes; compressed files are read directly."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 from jaxft.data.errors import DataError
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
-_TABLES = (".parquet", ".arrow")  # binary, with compression of their own
+_TABLES = (".parquet", ".arrow")  # binary, with internal compression
 _OPEN: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _DAMAGED = (EOFError, OSError, zlib.error, lzma.LZMAError)
 
@@ -39,11 +39,11 @@ _REMEDIES = {
     ".yml": "write one JSON object a line into a .jsonl file",
     ".feather": "a Feather file of version 2 is an Arrow file; rename it to .arrow",
 }
-# Beginnings of files that are not what their name says.
+# First bytes of files whose content does not match their name.
 _BEGINNINGS = {
-    b"version https://git-lfs": "a Git LFS pointer in place of the data; fetch them by `git lfs pull`",
-    b"<!doctype html": "a web page in place of the data; download the raw file",
-    b"<html": "a web page in place of the data; download the raw file",
+    b"version https://git-lfs": "a Git LFS pointer instead of the data; fetch the data by `git lfs pull`",
+    b"<!doctype html": "a web page instead of the data; download the raw file",
+    b"<html": "a web page instead of the data; download the raw file",
     b"par1": "a Parquet file; rename it to .parquet",
     b"arrow1": "an Arrow file; rename it to .arrow",
     b"\x1f\x8b": "compressed with gzip; rename it so that it ends in .gz",
@@ -54,7 +54,7 @@ _WIDE = (b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")
 
 
 def kind_of(path: pathlib.Path) -> str | None:
-    """The suffix of SUFFIXES that a name ends in, before .gz, .bz2 or .xz if it is text; None for others."""
+    """Returns the suffix of SUFFIXES of a name, ignoring .gz, .bz2 or .xz after text; None for others."""
     last = path.suffix.lower()
     if last in _OPEN:
         inner = pathlib.Path(path.stem).suffix.lower()
@@ -63,10 +63,10 @@ def kind_of(path: pathlib.Path) -> str | None:
 
 
 def check_kind(path: pathlib.Path) -> str:
-    """The kind of a file that can be read.
+    """Returns the kind of a file, if it can be read.
 
     Raises:
-        DataError: for another kind, an empty file, text in UTF-16, and what its name does not say.
+        DataError: for an unknown kind, an empty file, text in UTF-16, or content that contradicts the name.
     """
     kind = kind_of(path)
     if kind is None:
@@ -95,7 +95,7 @@ def check_kind(path: pathlib.Path) -> str:
 
 @contextlib.contextmanager
 def opened(path: pathlib.Path) -> Iterator[BinaryIO]:
-    """The bytes of a file, decompressed if its name says so.
+    """Opens a file for reading bytes, decompressed according to its name.
 
     Raises:
         DataError: if a compressed file is damaged.
@@ -117,7 +117,7 @@ def opened(path: pathlib.Path) -> Iterator[BinaryIO]:
 
 
 def files_in(folder: pathlib.Path) -> str:
-    """What a folder holds, and a pattern that names the most files of one kind, as a clause for an error."""
+    """Lists a folder's kinds of files and a pattern for the commonest, as a clause for an error."""
     some = sorted(itertools.islice(folder.rglob("*"), 10_000))
     files = [p for p in some if p.is_file() and not p.name.startswith(".")]
     groups = collections.Counter((p.parent, _ending(p)) for p in files if kind_of(p))

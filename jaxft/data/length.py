@@ -1,4 +1,4 @@
-"""What becomes of records that are longer than the model's window."""
+"""Handling of records that are longer than the model's window."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ TooLong = Literal["drop", "truncate", "truncate_left_prompt", "split", "error"]
 
 
 def shorten(part: Any, max_length: int, too_long: TooLong) -> list[Any]:
-    """The Tokenised that a longer one becomes; none of them is without a token that trains.
+    """Shortens or splits a Tokenised; each result has at least one token that trains.
 
-    Masks are cut after they were made, so that a turn that is cut keeps what is left of its mask.
+    Masks are cut after they are computed, so a truncated turn keeps the rest of its mask.
     """
     if too_long == "drop":
         cut = []
@@ -28,10 +28,10 @@ def shorten(part: Any, max_length: int, too_long: TooLong) -> list[Any]:
 
 
 def keep_answer(part: Any, max_length: int, surplus: int | None = None) -> np.ndarray:
-    """Places of BOS, the end of the prompt and the answer; the answer is cut on the right if need be.
+    """Indices of BOS, the end of the prompt and the answer, which is cut on the right if necessary.
 
-    `surplus` tokens of the prompt go, by default as many as are too many, but one of it stays at least,
-    from which the answer's first is predicted.
+    `surplus` tokens of the prompt are removed, by default as many as exceed max_length, but at least one
+    remains, from which the answer's first token is predicted.
     """
     surplus = len(part.tokens) - max_length if surplus is None else surplus
     head = 1 if part.starts_with_bos else 0

@@ -1,7 +1,7 @@
-"""Messages and tools of every dialect in one form: what chat templates and OpenAI's API call them.
+"""Converts messages and tools of all dialects to one form, that of chat templates and OpenAI's API.
 
-A message is {"role", "content"} and, where given, `tool_calls`, `tool_call_id`, `name`,
-`reasoning_content`, `train` and `weight`. What has no place there is refused, never left out.
+A message is {"role", "content"} and, if given, `tool_calls`, `tool_call_id`, `name`,
+`reasoning_content`, `train` and `weight`. Anything else is refused, never dropped.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ ROLES = {
     "tool_response": "tool",
 }
 KNOWN_ROLES = ("system", "user", "assistant", "tool", "developer")
-# Roles whose content is a call as JSON text: LLaMA-Factory's and ms-swift's.
+# Roles whose content is a tool call as JSON text: LLaMA-Factory's and ms-swift's.
 _CALL_ROLES = ("function_call", "tool_call")
-# Names under which reasoning comes; the first is that of chat templates.
+# Names of the reasoning; the first is that of chat templates.
 REASONING = ("reasoning_content", "reasoning", "thinking")
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 _MEDIA_PARTS = (*MEDIA, "image_url", "input_image", "audio_url", "input_audio", "video_url", "file")
@@ -43,14 +43,14 @@ _MEDIA_PARTS = (*MEDIA, "image_url", "input_image", "audio_url", "input_audio", 
 def read_messages(
     messages: Any, names: Mapping[str, str], column: str = "messages"
 ) -> list[Message]:
-    """The messages of a column: a list of dicts, or that as JSON text.
+    """Reads the messages of a column: a list of dicts, or that list as JSON text.
 
     Args:
-        names: what `role` and `content` are called; by default so, or `from` and `value`.
-        column: for error messages.
+        names: the names of `role` and `content`; default: these, or `from` and `value`.
+        column: the column's name, for error messages.
 
     Raises:
-        DataError: for a message that cannot be shown as it is.
+        DataError: if a message cannot be rendered unchanged.
     """
     if isinstance(messages, str) and messages.lstrip().startswith("["):
         messages = strict_json(messages, column)
@@ -64,20 +64,20 @@ def read_messages(
     if all(isinstance(message, str) for message in messages):
         raise DataError(
             f"{column} is a list of texts that do not say who speaks; write each as {{'role': 'user', "
-            "'content': ...}, user and assistant in turn.",
+            "'content': ...}, with user and assistant alternating.",
             "schema",
         )
     return [_message(message, i, role, content) for i, message in enumerate(messages)]
 
 
 def read_tools(tools: Any) -> list[dict[str, Any]]:
-    """Tools as a list of {"type": "function", "function": {"name", "description", "parameters"}}.
+    """Reads tools as a list of {"type": "function", "function": {"name", "description", "parameters"}}.
 
-    Given as that, as the inner dicts alone, as one of them, or as JSON text of any of these; None, "",
+    Accepts such a list, the inner dicts alone, a single one, or JSON text of any of these; None, "",
     [] and {} mean no tools.
 
     Raises:
-        DataError: for what is no tool.
+        DataError: if an entry is not a tool.
     """
     if isinstance(tools, str):
         tools = strict_json(tools, "tools") if tools.strip() else None
@@ -91,7 +91,7 @@ def read_tools(tools: Any) -> list[dict[str, Any]]:
 
 
 def read_history(history: Any) -> list[Message]:
-    """LLaMA-Factory's `history`, pairs of question and answer, as messages; None, "" and [] mean none."""
+    """Converts LLaMA-Factory's `history`, [question, answer] pairs, to messages; None, "", []: none."""
     if isinstance(history, str):
         history = strict_json(history, "history") if history.strip() else None
     if history is None or history == []:
@@ -112,10 +112,10 @@ def read_history(history: Any) -> list[Message]:
 
 
 def with_system(system: Any, messages: list[Message]) -> list[Message]:
-    """The messages after a system message of the column `system`; None and "" mean none.
+    """Prepends a system message from the column `system`; None and "" mean none.
 
     Raises:
-        DataError: if they begin with another one, or the column is no text.
+        DataError: if the messages begin with a different one, or the column is not text.
     """
     if system is None or system == "":
         return messages
@@ -123,7 +123,7 @@ def with_system(system: Any, messages: list[Message]) -> list[Message]:
     if messages and messages[0]["role"] in ("system", "developer"):
         if messages[0]["content"].strip() != system.strip():
             raise DataError(
-                "the column 'system' and the first message say different things; leave one out "
+                "the column 'system' and the first message differ; leave one out "
                 "(--fields system '').",
                 "schema",
             )
@@ -132,7 +132,7 @@ def with_system(system: Any, messages: list[Message]) -> list[Message]:
 
 
 def text_of(value: Any, name: str) -> str:
-    """The value, if it is text; DataError otherwise."""
+    """Returns the value if it is text; raises DataError otherwise."""
     if (
         isinstance(value, (list, tuple))
         and len(value) > 1
@@ -150,7 +150,7 @@ def text_of(value: Any, name: str) -> str:
 
 
 def check_weight(weight: Any, name: str) -> None:
-    """Raises DataError for a weight that is neither None nor a finite number of at least 0."""
+    """Raises DataError unless the weight is None or a finite number >= 0."""
     fine = isinstance(weight, numbers.Real) and 0 <= weight < 1e30 and math.isfinite(weight)
     if weight is not None and not fine:
         raise DataError(f"{name} must be a finite number >= 0, got {weight!r:.40}.", "schema")
@@ -159,7 +159,7 @@ def check_weight(weight: Any, name: str) -> None:
 def _message(message, i, role, content):
     null = isinstance(message, Mapping) and content in message and message[content] is None
     if isinstance(message, Mapping):
-        # Absent keys are written as null by OpenAI's SDK and by tables.
+        # OpenAI's SDK and tables write absent keys as null.
         message = {k: v for k, v in message.items() if v is not None}
         calls = message.get("tool_calls") or message.get("function_call")
         message = {content: ""} | message if calls else message
@@ -190,8 +190,11 @@ def _message(message, i, role, content):
 
 
 def _with_calls(kept, role, text, is_call, i):
-    """{"role", "content"} with `tool_calls`, however they came, and the other keys."""
-    given = [kept.get("tool_calls"), kept.get("function_call")]  # the second: OpenAI's older form
+    """Returns {"role", "content"} with `tool_calls`, from any of their forms, and the other keys."""
+    given = [
+        kept.get("tool_calls"),
+        kept.get("function_call"),
+    ]  # function_call: OpenAI's older form
     if is_call:
         thought, end, call = text.rpartition("</think>")
         given.append(strict_json(call, f"message {i}, a function call"))
@@ -238,7 +241,7 @@ def _call(call, name):
 
 
 def _arguments(arguments, name):
-    """As an object, which is what templates write as JSON; OpenAI's API has it as text."""
+    """Converts arguments to an object, which templates write as JSON; OpenAI's API has text."""
     if isinstance(arguments, str):
         arguments = strict_json(arguments, f"arguments of {name}") if arguments.strip() else None
     arguments = {} if arguments is None else arguments
@@ -257,7 +260,7 @@ def _tool(tool, i):
     if not isinstance(name, str) or not name.strip():
         raise DataError(f"tool {i} must be a function with a 'name', got {tool!r:.60}.", "schema")
     parameters = function.get("parameters")
-    if isinstance(parameters, str):  # Tables have no other way for schemas that differ.
+    if isinstance(parameters, str):  # Tables can hold differing schemas only as text.
         parameters = (
             strict_json(parameters, f"parameters of tool {i}") if parameters.strip() else {}
         )
@@ -271,7 +274,7 @@ def _tool(tool, i):
 
 
 def _details(kept, i):
-    """The other keys of a message, of which those that are part of the conversation are checked."""
+    """Returns the other keys of a message; checks those that are part of the conversation."""
     thoughts = {name: kept[name] for name in REASONING if name in kept}
     given = {text_of(value, f"{key} of message {i}") for key, value in thoughts.items()} - {""}
     if len(given) > 1:
@@ -284,7 +287,7 @@ def _details(kept, i):
         if kept.get(key) not in (None, "", [], {}):
             raise DataError(
                 f"message {i} has {key!r}, which a text model cannot be shown; write it into the "
-                "content, or take it out.",
+                "content, or remove it.",
                 "schema",
             )
     check_weight(kept.get("weight"), f"weight of message {i}")
@@ -296,9 +299,9 @@ def _details(kept, i):
 
 
 def _joined_parts(content, i):
-    """The text of [{"type": "text", "text": ...}], the form for several media.
+    """Joins the text of [{"type": "text", "text": ...}], the multimodal form.
 
-    Parts follow each other without a blank, as in the templates that read them (Llama 3.2, Qwen 2.5 VL).
+    Parts are joined without a blank, as in the templates that read them (Llama 3.2, Qwen 2.5 VL).
     """
     if not isinstance(content, (list, tuple)) or not content:
         return content
@@ -309,7 +312,7 @@ def _joined_parts(content, i):
         if kind in _MEDIA_PARTS:
             raise DataError(
                 f"message {i} has a part of the type {kind!r}, which a text model cannot be shown; "
-                "take such parts out.",
+                "remove such parts.",
                 "schema",
             )
         if kind not in ("text", "input_text", "output_text") or not isinstance(

@@ -22,12 +22,12 @@ from jaxft.data.records import (
 
 
 def normalise_pair(raw: Mapping[str, Any], fields: Mapping[str, str] | None = None) -> Record:
-    """A record with `prompt`, `chosen`, `rejected`, each text or each messages; the rest is kept.
+    """Returns a record with `prompt`, `chosen`, `rejected`, all text or all messages; keeps the rest.
 
-    TRL's columns. Without a `prompt`, or where that repeats as text what both conversations begin with, the
-    prompt is what they have in common: the longest common run of messages, or of characters up to a blank.
-    LLaMA-Factory's, too: the prompt in `conversations` or `instruction` and `input`, with `system` and
-    `history`. `margin`, if there is one, must be a number.
+    Reads TRL's columns. Without a `prompt`, or if the `prompt` repeats as text the beginning of both
+    conversations, the prompt is their longest common prefix of messages, or of characters up to a blank. Also
+    reads LLaMA-Factory's columns: the prompt in `conversations` or `instruction` and `input`, with `system`
+    and `history`. `margin`, if present, must be a number.
 
     Args:
         raw: the row as read.
@@ -66,10 +66,10 @@ def normalise_pair(raw: Mapping[str, Any], fields: Mapping[str, str] | None = No
 
 
 def normalise_unpaired(raw: Mapping[str, Any], fields: Mapping[str, str] | None = None) -> Record:
-    """A record with `prompt`, `completion` and `label`: True where the completion is desirable.
+    """Returns a record with `prompt`, `completion` and `label`: True if the completion is desirable.
 
     Raises:
-        DataError: see `normalise`; and if the label is no truth value.
+        DataError: see `normalise`; also if the label is not a truth value.
     """
     row, names, mapped = renamed(raw, fields)
     if row.get("label") is None:
@@ -82,7 +82,7 @@ def normalise_unpaired(raw: Mapping[str, Any], fields: Mapping[str, str] | None 
     _check_number(row.get("density_ratio"), "density_ratio")
     record = read_row(row, names, mapped) | {"label": bool(label)}
     messages = record.pop("messages", None)
-    if messages is not None:  # The last answer is what the label is of.
+    if messages is not None:  # The label belongs to the last answer.
         if messages[-1]["role"] != "assistant" or len(messages) < 2:
             raise DataError(
                 "a labelled conversation must end with an assistant turn.", "role_order"
@@ -94,10 +94,10 @@ def normalise_unpaired(raw: Mapping[str, Any], fields: Mapping[str, str] | None 
 
 
 def normalise_ranked(raw: Mapping[str, Any], fields: Mapping[str, str] | None = None) -> Record:
-    """A record with `prompt`, `responses` and their `scores`, for `best_worst` and `all_pairs`.
+    """Returns a record with `prompt`, `responses` and `scores`, for `best_worst` and `all_pairs`.
 
     Raises:
-        DataError: if a column is absent, or scores are not one finite number for each response.
+        DataError: if a column is absent, or there is not one finite score for each response.
     """
     row, names, mapped = renamed(raw, fields)
     for name in ("prompt", "responses", "scores"):
@@ -122,12 +122,12 @@ def normalise_ranked(raw: Mapping[str, Any], fields: Mapping[str, str] | None = 
 
 
 def common_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
-    """(prompt, rest of chosen, rest of rejected): what both begin with, messages or text.
+    """Returns (prompt, rest of chosen, rest of rejected): the common prefix, messages or text.
 
     A blank before the completions belongs to them, as in TRL.
 
     Raises:
-        DataError: if they have nothing in common, or one of them is all prompt.
+        DataError: if there is no common prefix, or one completion would be empty.
     """
     if _is_chat(chosen) != _is_chat(rejected):
         raise DataError("'chosen' and 'rejected' must both be text or both be messages.", "schema")
@@ -153,7 +153,7 @@ def common_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
 
 
 def unpair(pairs: Sequence[Record]) -> list[Record]:
-    """Two records with a label of each pair: all chosen completions first, as TRL orders them."""
+    """Splits each pair into two labelled records: all chosen completions first, as in TRL."""
 
     def one(record, name):
         rest = {k: v for k, v in record.items() if k not in ("chosen", "rejected")}
@@ -166,7 +166,7 @@ def unpair(pairs: Sequence[Record]) -> list[Record]:
 
 
 def best_worst(ranked: Sequence[Record], *, min_gap: float = 1e-8) -> list[Record]:
-    """A pair of each record's best and worst response; records whose scores are closer give none."""
+    """Pairs each record's best and worst response; none if their scores differ by at most `min_gap`."""
     pairs = []
     for record in ranked:
         scores = record["scores"]
@@ -176,7 +176,7 @@ def best_worst(ranked: Sequence[Record], *, min_gap: float = 1e-8) -> list[Recor
 
 
 def all_pairs(ranked: Sequence[Record], *, min_gap: float = 1e-8) -> list[Record]:
-    """A pair of every two responses whose scores differ by more than `min_gap`."""
+    """Pairs every two responses whose scores differ by more than `min_gap`."""
     return [
         pair
         for record in ranked
@@ -186,7 +186,7 @@ def all_pairs(ranked: Sequence[Record], *, min_gap: float = 1e-8) -> list[Record
 
 
 def _pair(record, better, worse, min_gap):
-    """[the pair], or [] if the scores are too close or the texts the same."""
+    """Returns [the pair], or [] if the scores are too close or the texts are equal."""
     responses, scores = record["responses"], record["scores"]
     gap = scores[better] - scores[worse]
     if not gap > min_gap or responses[better] == responses[worse]:
@@ -200,13 +200,13 @@ def _pair(record, better, worse, min_gap):
 
 
 def _turns(value):
-    """A completion that is one message, as LLaMA-Factory's are, as a list of messages."""
+    """Converts a completion that is one message, as in LLaMA-Factory, to a list of messages."""
     value = list(value) if isinstance(value, tuple) else value
     return [value] if isinstance(value, Mapping) else value
 
 
 def _asked(row):
-    """(its column, the prompt of a pair), wherever it stands; None: only in its completions."""
+    """Returns (column, prompt) of a pair, from any form; None: only the completions hold it."""
     prompt, given = row.get("prompt"), row.get("input")
     if prompt is not None:
         return "prompt", prompt
@@ -228,7 +228,7 @@ def _asked(row):
 
 
 def _check_question(row, chosen):
-    """Refuses a pair whose question stands in a column of another name."""
+    """Raises DataError if the pair's question is in a column of another name."""
     for name in ("input", "query", "problem", "history", "post", "query_text"):
         value = row.get(name)
         begins = isinstance(chosen, str) and isinstance(value, str) and chosen.startswith(value)
@@ -245,7 +245,7 @@ def _is_chat(value) -> bool:
 
 
 def _opens(chosen) -> bool:
-    """Whether a conversation has its prompt in it, rather than being the answer alone."""
+    """Returns whether a conversation contains its prompt, not only the answer."""
     first = chosen[0] if chosen else None
     role = first.get("role", first.get("from")) if isinstance(first, Mapping) else None
     return isinstance(role, str) and ROLES.get(role, role) != "assistant"

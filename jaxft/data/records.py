@@ -1,4 +1,4 @@
-"""Records of supervised fine-tuning in one form, whatever their columns were called."""
+"""Converts records of supervised fine-tuning to one form from various column names."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from jaxft.data.values import check_values, strict_json
 
 Record = dict[str, Any]
 
-# The column that has the answer to another's question.
+# The column that has the answer to another column's question.
 _ANSWERS = {"prompt": "completion", "question": "answer", "instruction": "output"}
-_ANSWERED = {*PAIR, "responses", "completions"}  # columns of what answers a `prompt`
-# Columns of what a record shows, unless it is messages or text.
+_ANSWERED = {*PAIR, "responses", "completions"}  # columns with answers to a `prompt`
+# Columns that a record shows, unless it is messages or text.
 SHOWN = ("prompt", "completion", "chosen", "rejected", "responses", "completions")
-# Columns that a row may do without.
+# Columns that a row may lack.
 OPTIONAL = ("system", "input", "history", "tools", "id", "weight", "margin")
-# Columns that a template gets beside the messages.
+# Columns that a template gets in addition to the messages.
 CONTEXT = ("tools", "chat_template_kwargs")
-# Of `chat_template_kwargs`: variables that a template gets from the record or the tokenizer.
+# Variables that a template gets from the record or the tokenizer, not from `chat_template_kwargs`.
 _RESERVED = (
     "messages",
     "tools",
@@ -45,12 +45,12 @@ _RESERVED = (
 
 
 def normalise(raw: Mapping[str, Any], fields: Mapping[str, str] | None = None) -> Record:
-    """A record with `messages`, `prompt` and `completion`, `text` or `tokens`; the rest is kept.
+    """Returns a record with `messages`, `prompt` and `completion`, `text` or `tokens`; keeps the rest.
 
-    Understands those four, sharegpt's `conversations` of from/value, alpaca's instruction/input/
-    output/system/history and GSM8K's question/answer; roles human, gpt, observation... are renamed. Of
-    several forms that of a column in `fields` is taken, then the first of FORMS. `tools` become a list,
-    `system` and `history` messages; tool calls have their arguments as objects.
+    Reads these four forms, sharegpt's `conversations` of from/value, alpaca's instruction/input/
+    output/system/history and GSM8K's question/answer; renames roles human, gpt, observation... If several
+    forms fit, the one with a column in `fields` is used, else the first of FORMS. `tools` become a list,
+    `system` and `history` messages; arguments of tool calls become objects.
 
     Args:
         raw: the row as read.
@@ -59,13 +59,13 @@ def normalise(raw: Mapping[str, Any], fields: Mapping[str, str] | None = None) -
             in {"system": ""}.
 
     Raises:
-        DataError: if a named column is absent, none of the forms fits, or a value is of the wrong kind.
+        DataError: if a named column is absent, no form fits, or a value has the wrong type.
     """
     return read_row(*renamed(raw, fields))
 
 
 def read_row(row: dict[str, Any], names: Mapping[str, str], mapped: Mapping[str, str]) -> Record:
-    """The record of what `renamed` gives; see `normalise`."""
+    """Returns the record of a row from `renamed`; see `normalise`."""
     form = _form(row, mapped)
     if form in (("messages",), ("conversations",)):
         messages = read_messages(row[form[0]], names, form[0])
@@ -88,10 +88,10 @@ def read_row(row: dict[str, Any], names: Mapping[str, str], mapped: Mapping[str,
 
 
 def normalise_question(raw: Mapping[str, Any], fields: Mapping[str, str] | None = None) -> Record:
-    """A record of `normalise`, or a question alone: `prompt`, `question`, or `instruction` and `input`.
+    """Returns a record of `normalise`, or only a question: `prompt`, `question`, or `instruction`, `input`.
 
-    For what a model is to answer, where a judge scores the answer or a column `answer` tells it. A question
-    alone has no `completion`; nor has one whose `answer` is a list of answers that all count.
+    For questions to a model whose answer is scored by a judge or compared with a column `answer`. The record
+    has no `completion` if the row has no answer or `answer` is a list of acceptable answers.
 
     Raises:
         DataError: as `normalise`.
@@ -114,11 +114,11 @@ def normalise_question(raw: Mapping[str, Any], fields: Mapping[str, str] | None 
 def renamed(
     raw: Mapping[str, Any], fields: Mapping[str, str] | None
 ) -> tuple[dict[str, Any], dict[str, str], dict[str, str]]:
-    """(the row with our column names, names of `role` and `content` in messages, the other fields)."""
+    """Returns (row with our column names, names of `role` and `content` in messages, other fields)."""
     check_values(raw)
     fields = dict(fields or {})
     names = {name: fields.pop(name) for name in ("role", "content") if name in fields}
-    # JSON Lines leave out what is null; `load` sees whether any row has such a column.
+    # JSON Lines omit nulls; `load` checks whether any row has such a column.
     fields = {a: b for a, b in fields.items() if not b or b in raw or a not in OPTIONAL}
     for theirs in fields.values():
         if theirs and theirs not in raw:
@@ -129,10 +129,10 @@ def renamed(
 
 
 def own_columns(row: Mapping[str, Any], form: tuple[str, ...] = PAIR) -> dict[str, Any]:
-    """The row without what would be taken for something else now that its form is known.
+    """Removes columns that would be misread, given the form of the row.
 
-    Those are our columns that are null, all columns of a form that comes before its own, and, in
-    conversations, `system` and `history`, which are messages now.
+    These are our columns that are null, all columns of a form that precedes its own and, in
+    conversations, `system` and `history`, which have become messages.
     """
     ours = {name for other in FORMS for name in other} | {"id", "weight", *CONTEXT}
     gone = {name for name in ours if name in row and row[name] is None}
@@ -150,7 +150,7 @@ def _form(row, mapped):
         both = [name for name in ("prompt", "completion") if given(name)]
         if form in (("instruction", "output"), ("question", "answer")) and both:
             raise DataError(
-                f"the columns {sorted({*form, *both})} say twice what is asked or answered; leave one out, "
+                f"the columns {sorted({*form, *both})} give the question or answer twice; leave one out, "
                 f"as in {typed({**mapped, both[0]: ''})}.",
                 "schema",
             )
@@ -167,13 +167,13 @@ def _form(row, mapped):
 
 
 def check_record(record: Record) -> Record:
-    """The record with its tools read, if its weights are weights and it has no media."""
+    """Reads the record's tools; raises DataError for invalid weights or media."""
     check_weight(record.get("weight"), "weight")
     for name in MEDIA:
         value = record.get(name)
         if value is not None and not (isinstance(value, (str, Sequence)) and not len(value)):
             raise DataError(
-                f"the column {name!r} holds what a text model cannot be shown; leave it out with "
+                f"the column {name!r} holds data that a text model cannot be shown; leave it out with "
                 f"--fields {name} '', in Python fields={{{name!r}: ''}}.",
                 "schema",
             )
@@ -186,13 +186,13 @@ def check_record(record: Record) -> Record:
 
 
 def context(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What a chat template gets of a record beside its messages: `tools` and its own variables."""
+    """Returns a chat template's arguments from a record besides messages: `tools` and own variables."""
     tools = record.get("tools")
     return {**(record.get("chat_template_kwargs") or {}), **({"tools": tools} if tools else {})}
 
 
 def whole_prompt(record: Mapping[str, Any]) -> str:
-    """All that a record asks, system message, history and tools included; equal for equal prompts alone."""
+    """Returns a text that is equal only for equal prompts, with system message, history and tools."""
     messages = as_messages(record)
     if messages is None:
         return str(record.get("prompt") or record.get("text") or record.get("tokens"))
@@ -202,7 +202,7 @@ def whole_prompt(record: Mapping[str, Any]) -> str:
 
 
 def shown_text(record: Mapping[str, Any]) -> str:
-    """All text that a record shows: contents of its messages, or prompt, answers and text."""
+    """Returns all text that a record shows: contents of its messages, or prompt, answers and text."""
     names = ("text",) if "text" in record and "prompt" not in record else SHOWN
     parts = ("messages",) if record.get("messages") is not None else names
     return "\n".join(text for name in parts for text in _contents(record.get(name)))
@@ -217,7 +217,7 @@ def _contents(value):
 
 
 def infer_type(columns: Sequence[str]) -> str:
-    """The kind of record that has these columns: messages, prompt_completion, text or tokens."""
+    """Returns the kind of record with these columns: messages, prompt_completion, text or tokens."""
     form = _form(dict.fromkeys(columns, ""), {})
     kinds = {
         "messages": "messages",
@@ -229,7 +229,7 @@ def infer_type(columns: Sequence[str]) -> str:
 
 
 def as_messages(record: Mapping[str, Any]) -> list[dict[str, Any]] | None:
-    """The conversation of a record, or None if it is plain text."""
+    """Returns the conversation of a record, or None if it is plain text."""
     if record.get("messages") is not None:
         return record["messages"]
     prompt = record.get("prompt")
@@ -237,7 +237,7 @@ def as_messages(record: Mapping[str, Any]) -> list[dict[str, Any]] | None:
         return None
     if "completion" in record:
         return [*prompt, *record["completion"]]
-    # A list beside a text or tokens is a column of the user's, not a prompt.
+    # A list in a record with text or tokens is a user's column, not a prompt.
     other = not record.keys().isdisjoint(("text", "tokens"))
     return prompt if record.keys() & _ANSWERED or not other else None
 
@@ -245,9 +245,9 @@ def as_messages(record: Mapping[str, Any]) -> list[dict[str, Any]] | None:
 def prompt_completion(
     row: Mapping[str, Any], completion: Any, names: Mapping[str, str], name: str = "completion"
 ) -> Record:
-    """{"prompt", "completion"}, both text, or both messages if either is; `name` is for error messages.
+    """Returns {"prompt", "completion"}, both text, or both messages if either is; `name` is for errors.
 
-    Also messages if the row has a `system` or `history` column, which come before the prompt.
+    Both are also messages if the row has a `system` or `history` column, which precede the prompt.
     """
     prompt, history = row["prompt"], read_history(row.get("history"))
     answer = [completion] if isinstance(completion, Mapping) else completion
@@ -264,7 +264,7 @@ def prompt_completion(
     asked = with_system(row.get("system"), [*first, *history, *asked[len(first) :]])
     answer = answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}]
     said = read_messages(answer, names, name)
-    if said[: len(asked)] == asked:  # The whole conversation, rather than its end.
+    if said[: len(asked)] == asked:  # The completion is the whole conversation.
         said = said[len(asked) :]
     if not any(message["role"] == "assistant" for message in said):
         raise DataError(f"{name!r} has no assistant message.", "role_order")
@@ -272,16 +272,16 @@ def prompt_completion(
 
 
 def _check_repeated(prompt, completion, name):
-    """A model is never to say its prompt again; of short ones it cannot be told."""
+    """Raises DataError if the completion repeats the prompt; short prompts may repeat by chance."""
     if len(prompt.strip()) >= 20 and completion.lstrip().startswith(prompt.strip()):
         raise DataError(
-            f"{name!r} begins with the whole prompt, which would train twice; take it out of one of them.",
+            f"{name!r} begins with the whole prompt, which would train twice; remove it from one of them.",
             "schema",
         )
 
 
 def _question(row, asks, tells):
-    """A question and its answer as messages, after alpaca's `input`, `history` and `system`."""
+    """Converts a question and its answer to messages, with alpaca's `input`, `history` and `system`."""
     question, answer = text_of(row[asks], asks), row[tells]
     extra = row.get("input") if asks == "instruction" else None
     parts = [question, text_of(extra, "input")] if extra is not None else [question]
@@ -341,7 +341,7 @@ def _template_options(record):
 
 
 def answered(record: Mapping[str, Any], text: str) -> Record:
-    """The record's question with `text` for its answer: `prompt` and `completion`, as messages or as text."""
+    """Answers the record's question with `text`: `prompt` and `completion`, as messages or text."""
     messages = as_messages(record)
     if messages is None:
         return {

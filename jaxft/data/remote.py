@@ -1,4 +1,4 @@
-"""Rows that come over a network: after a failure the reader waits, opens the source again and goes on."""
+"""Rows from a network: after a failure the reader waits, reopens the source and continues."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxft.data.errors import DataError
 
-# What trying again does not mend: a missing data set, no permission, wrong options.
+# Errors that a retry does not fix: a missing data set, no permission, wrong options.
 _LASTING = (FileNotFoundError, PermissionError, ValueError, TypeError, KeyError, ImportError)
 
 
@@ -20,18 +20,18 @@ def retried(
     wait: float = 1.0,
     sleep: Callable[[float], None] | None = None,
 ) -> Iterator[Any]:
-    """The rows of `open_rows(0)`, each once and in order, through failures in between.
+    """Yields the rows of `open_rows(0)`, each once and in order, despite transient failures.
 
     Args:
-        open_rows: (number of rows to leave out) -> the others.
-        what: names the source in messages.
-        attempts: failures in a row, with no row between them, after which it is an error.
-        wait: seconds before the second attempt; doubled for each one after it.
-        sleep: waits; default: time.sleep.
+        open_rows: (number of rows to skip) -> the remaining rows.
+        what: name of the source in messages.
+        attempts: consecutive failures, without a row in between, after which it raises.
+        wait: seconds before the second attempt; doubled for each further attempt.
+        sleep: function that waits; default: time.sleep.
 
     Raises:
-        DataError: after so many failures, or at one that lasts. A source that fails never looks like one
-            that has ended.
+        DataError: after `attempts` failures, or at a permanent one, so that a failed source never looks
+            like one that has ended.
     """
     given = failures = 0
     while True:
@@ -40,9 +40,7 @@ def retried(
                 yield row
                 given, failures = given + 1, 0
             return
-        except (
-            Exception
-        ) as error:  # Connections fail with errors of many libraries, of no common base.
+        except Exception as error:  # Libraries raise connection errors without a common base class.
             failures += 1
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             if isinstance(error, _LASTING) or failures >= attempts:

@@ -1,4 +1,4 @@
-"""All records of a data set through a Renderer, with what cannot be used counted; and how one looks."""
+"""Renders all records of a data set, counts unusable ones, and shows a rendered record."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ def render(
     too_long: TooLong = "drop",
     bad: BadRecords | None = None,
 ) -> list[Tokenised]:
-    """All records as tokens, with what cannot be used reported or counted, never in silence.
+    """Renders all records as tokens; reports or counts unusable ones, never silently.
 
     Args:
-        max_length: in tokens.
-        too_long: what becomes of longer ones, counted in `bad`: "drop"; "truncate" on the right
+        max_length: maximum length in tokens.
+        too_long: handling of longer records, counted in `bad`: "drop"; "truncate" on the right
             (the stop token is lost, so the model is not taught to stop there);
             "truncate_left_prompt", which keeps the answer and the BOS; "split" into pieces of
-            max_length, for plain text; or "error". A rest in which nothing trains is dropped.
-        bad: policy for records that cannot be rendered; also takes the counts.
+            max_length, for plain text; or "error". A piece without trained tokens is dropped.
+        bad: policy for records that cannot be rendered; also receives the counts.
 
     Raises:
-        DataError: if nothing is left, or by the policies.
+        DataError: if nothing remains, or by the policies.
     """
     bad = BadRecords(loud=True) if bad is None else bad
     result, total = [], 0
@@ -64,7 +64,7 @@ def render(
 
 
 def explain(part: Tokenised, tokenizer: Any, *, color: bool = True) -> str:
-    """The decoded record with what trains in green, or in ⟦brackets⟧ without colour."""
+    """Decodes the record with trained tokens in green, or in ⟦brackets⟧ without colour."""
     begin, end = ("\033[32m", "\033[0m") if color else ("⟦", "⟧")
     text, run, trains = "", [], False
     for token, weight in [
@@ -81,7 +81,7 @@ def explain(part: Tokenised, tokenizer: Any, *, color: bool = True) -> str:
 
 
 def render_prompts(records: Sequence[Record], renderer: Renderer) -> list[list[int]]:
-    """The prompt ids of each record, for generation; DataError says which cannot be rendered."""
+    """Returns the prompt ids of each record; DataError names a record that cannot be rendered."""
     prompts = []
     for record in records:
         try:

@@ -1,4 +1,4 @@
-"""Records -> tokens and loss masks. Masks come from structure, never from token ids."""
+"""Renders records as tokens and loss masks. Masks come from structure, never from token ids."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Tokenised:
     starts_with_bos: bool = False
 
     def __getitem__(self, places: slice | np.ndarray) -> Tokenised:
-        """Some of the tokens."""
+        """Selects some of the tokens."""
         mask = self.loss_mask[places]
         return dataclasses.replace(self, tokens=self.tokens[places], loss_mask=mask)
 
@@ -44,18 +44,18 @@ class Renderer:
         template: a chat template that replaces the tokenizer's: a name (chatml, llama3, gemma,
             qwen3, alpaca, plain), a path, or Jinja text.
         mask: which tokens train: those of all assistant turns and completions, stop token
-            included; of the last assistant turn alone; all; or "per_message", which leaves out
-            assistant turns with "train": false and scales by "weight", which completion and last_turn
-            refuse. Assistant turns that are part of a prompt are examples and do not train, but with "all".
-        train_on: a regular expression that narrows the mask to its matches (to group 1, if it has
-            one), such as r"Answer: (.*)": a token counts if it touches a match. The stop token
-            counts if a match reaches the end of the turn.
-        append_eos: end plain completions and texts with the tokenizer's EOS.
-        date: ISO date for templates that print the current one.
+            included; those of the last assistant turn only; all; or "per_message", which excludes
+            assistant turns with "train": false and scales by "weight" (completion and last_turn refuse
+            weights). Assistant turns in a prompt are examples and train only with "all".
+        train_on: a regular expression that restricts the mask to its matches (to group 1, if it has
+            one), such as r"Answer: (.*)": a token counts if it overlaps a match. The stop token
+            counts if a match reaches the end of the turn. None: no restriction.
+        append_eos: ends plain completions and texts with the tokenizer's EOS.
+        date: ISO date for templates that print the current date.
         template_options: further variables of the template, such as {"enable_thinking": False}.
 
     Raises:
-        DataError: if the template cannot be used; at the first conversation, if there is none.
+        DataError: if the template cannot be used; without a template, at the first conversation.
     """
 
     def __init__(
@@ -70,10 +70,12 @@ class Renderer:
         template_options: Mapping[str, Any] | None = None,
     ):
         if mask not in get_args(MaskMode):
-            raise DataError(f"mask {mask!r} is none of {', '.join(get_args(MaskMode))}.")
+            raise DataError(f"mask {mask!r} is not one of {', '.join(get_args(MaskMode))}.")
         self.tokenizer, self.mask, self.append_eos = tokenizer, mask, append_eos
         self._pattern = _compiled(train_on)
-        self.merged_boundaries = 0  # boundaries that a token would have crossed; encoded apart
+        self.merged_boundaries = (
+            0  # boundaries that a token would have crossed; both sides encoded separately
+        )
         self._encoder = Encoder(tokenizer)
         self._unrolls = False
         own = getattr(tokenizer, "chat_template", None)
@@ -85,7 +87,7 @@ class Renderer:
             _check_special(tokenizer, needed, template)
             options = dict(template_options or {})
             if needed or template in TEMPLATES:
-                # The named templates begin with BOS where the tokenizer itself would put one.
+                # The named templates begin with BOS if the tokenizer itself would add one.
                 options["bos_token"] = tokenizer.bos_token if self._encoder.adds_bos else ""
             today = datetime.date.fromisoformat(date)
             self._chat = Chat(tokenizer, self.template, today, options)
@@ -94,7 +96,7 @@ class Renderer:
                 self._tool_chat = Chat(tokenizer, names["tool_use"], today, options)
 
     def __call__(self, record: Record) -> list[Tokenised]:
-        """The token sequences of a record: one, or one a turn where the template rewrites history."""
+        """Renders a record: one sequence, or one per turn if the template rewrites history."""
         messages = as_messages(record)
         if messages is not None:
             return self._conversation(messages, record)
@@ -106,7 +108,7 @@ class Renderer:
         return [self._tokens(record)]
 
     def prompt(self, record: Record) -> list[int]:
-        """The ids after which a model is to answer: the conversation up to its last assistant turn."""
+        """Returns the ids of a prompt for generation: the conversation before its last assistant turn."""
         messages = as_messages(record)
         if messages is None:
             _refuse_tools(record)
@@ -125,13 +127,13 @@ class Renderer:
         return self._encoder.encode(text)[0].tolist()
 
     def next_turn(self, text: str) -> list[int]:
-        """The ids that go on after an answer's stop token: the user says `text`, and is to be answered.
+        """Returns the ids after an answer's stop token: a user turn `text` and the next answer's header.
 
-        Appended to the ids of a conversation and its sampled answer, they make the next prompt without
-        encoding anything again: text that was sampled need not encode to the tokens that were.
+        Appended to the ids of a conversation and its sampled answer, they form the next prompt without
+        encoding the answer again: sampled text may not encode to the sampled tokens.
 
         Raises:
-            DataError: without a chat template, or for one that renders earlier turns otherwise.
+            DataError: without a chat template, or if it renders earlier turns differently.
         """
         chat, before = self._need_chat(), self._example
         rendered, spans = chat.spans(before)
@@ -140,8 +142,8 @@ class Renderer:
         end = (spans.get(last) or chat.span_by_content(rendered, before, {}, last))[1]
         if not whole.startswith(rendered[:end]):
             raise DataError(
-                "the chat template renders an answer otherwise once a turn follows it, so a conversation "
-                "cannot go on from its tokens; pass another with --template.",
+                "the chat template renders an answer differently if a turn follows it, so a conversation "
+                "cannot continue from its tokens; pass another with --template.",
                 "template",
             )
         return self._encoder.encode(whole[end:])[0].tolist()
@@ -149,7 +151,7 @@ class Renderer:
     def _conversation(self, messages, record):
         given = context(record)
         chat = self._need_chat(given)
-        # Assistant turns in a prompt are examples that are given, not answers to learn.
+        # Assistant turns in a prompt are given examples, not answers to learn.
         examples = 0 if record.get("messages") is not None else len(record["prompt"])
         turns = [i for i, m in enumerate(messages) if i >= examples and m["role"] == "assistant"]
         if self.mask == "all":
@@ -165,19 +167,19 @@ class Renderer:
             if all(i in spans for i in turns):
                 trained = turns[-1:] if self.mask == "last_turn" else turns
                 lost = chat.left_out(messages, given, text, trained)
-                # Earlier turns may be whole where they are the last ones.
+                # Earlier turns may be complete when they are last.
                 if not lost or any(piece.path[1] not in trained[:-1] for piece in lost):
                     refuse(lost)
                     return [self._masked(text, {i: spans[i] for i in turns}, messages, record)]
         return self._unrolled(messages, turns, record)
 
     def _unrolled(self, messages, turns, record):
-        """One record for each turn, which ends there: what inference will see."""
+        """Makes one record per turn, which ends with that turn, as at inference."""
         if len(turns) > 1 and not self._unrolls:
             self._unrolls = True
             warnings.warn(
-                "the chat template rewrites earlier turns (it drops thinking, say); each assistant "
-                "turn becomes a record of its own, so that training sees what the sampler will.",
+                "the chat template rewrites earlier turns (for example, it drops thinking); each assistant "
+                "turn becomes its own record, so that training sees the same text as sampling.",
                 stacklevel=5,
             )
         turns, given = turns[-1:] if self.mask == "last_turn" else turns, context(record)
@@ -188,7 +190,7 @@ class Renderer:
             span = spans.get(i) or chat.span_by_content(text, part, given, i)
             if span is None:
                 raise DataError(
-                    f"the chat template renders the prompt of message {i} otherwise with its answer "
+                    f"the chat template renders the prompt of message {i} differently with its answer "
                     "than without; pass a template with {% generation %} markers.",
                     "template",
                 )
@@ -208,7 +210,7 @@ class Renderer:
         if self.mask != "per_message" and weight != 1:
             raise DataError(
                 f"an assistant turn has weight {weight:g} (its 'weight' or 'train'), which mask {self.mask} "
-                "does not honour; take --mask per_message, or all.",
+                "does not honour; use --mask per_message, or all.",
                 "schema",
             )
         return weight
@@ -240,7 +242,7 @@ class Renderer:
         return Tokenised(ids, mask, str(record.get("id", "")), self._is_bos(ids))
 
     def _narrowed(self, text, start, end):
-        """The spans of text[start:end] that `train_on` matches; all of it without a pattern."""
+        """Returns the spans of text[start:end] that `train_on` matches; without a pattern, all."""
         if self._pattern is None:
             return [(start, end)]
         group = min(self._pattern.groups, 1)
@@ -268,7 +270,7 @@ class Renderer:
         )
 
     def _bos(self, text: str) -> list[int]:
-        """The BOS that the tokenizer itself would put before a text, unless it begins with it."""
+        """Returns the BOS that the tokenizer would add, unless the text begins with it."""
         encoder = self._encoder
         if not encoder.adds_bos or text.startswith(self.tokenizer.bos_token):
             return []
@@ -285,7 +287,7 @@ class Renderer:
         return [] if tokens[-1:].tolist() == [self._encoder.eos] else [self._encoder.eos]
 
     def _need_chat(self, given=NOTHING):
-        """The chat template, for conversations with or without tools."""
+        """Returns the chat template for conversations with or without tools."""
         if given.get("tools") and self._tool_chat is not None:
             return self._tool_chat
         if self._chat is None:
@@ -297,14 +299,14 @@ class Renderer:
         return self._chat
 
     def _probe(self):
-        """Renders a small conversation, so that a template that cannot work fails at once."""
+        """Renders a small conversation, so that an unusable template fails at once."""
         messages = [
             {"role": "user", "content": "Say one."},
             {"role": "assistant", "content": "One."},
         ]
         try:
             self._chat.spans(messages)
-        except DataError:  # Some demand a system message.
+        except DataError:  # Some templates require a system message.
             messages = [{"role": "system", "content": "Be brief."}, *messages]
         last = len(messages) - 1
         try:
@@ -314,20 +316,20 @@ class Renderer:
             raise DataError(f"chat template, tried on a small conversation: {error}") from error
         if span is None or "One." not in text[slice(*span)]:
             raise DataError(
-                "cannot find the assistant's turn in what the chat template renders, so nothing "
+                "cannot find the assistant's turn in the text of the chat template, so nothing "
                 "would train; put {% generation %} ... {% endgeneration %} around it."
             )
         self._example = messages
         ids = self._encoder.encode(text)[0]
         if self._encoder.bos != self._encoder.eos and (ids[:2] == self._encoder.bos).sum() == 2:
-            raise DataError("the chat template begins with two BOS tokens; take one out.")
+            raise DataError("the chat template begins with two BOS tokens; remove one.")
 
 
 def _compiled(pattern):
     try:
         return None if pattern is None else re.compile(pattern)
     except re.error as error:
-        raise DataError(f"train_on {pattern!r} is no regular expression: {error}.") from error
+        raise DataError(f"train_on {pattern!r} is not a regular expression: {error}.") from error
 
 
 def _refuse_tools(record):

@@ -1,9 +1,9 @@
-"""What of a conversation a chat template leaves out of its text.
+"""Finds the parts of a conversation that a chat template omits from its text.
 
-Templates read the fields that they know: a system message, tools or reasoning that one does not know are
-gone from the text, without an error. Here every text that a conversation holds is looked for in what was
-rendered. Allowed are what templates do on purpose: blanks that are stripped or added, JSON's escapes, and
-reasoning of earlier turns, which is asked for only in turns that train.
+Templates read only the fields that they know: a system message, tools or reasoning that a template does not
+know is omitted without an error. This module searches the rendered text for every text of a conversation. It
+allows what templates do on purpose: stripped or added whitespace and JSON's escapes. It requires reasoning
+only in turns that train, since templates drop that of earlier turns.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from typing import Any, NamedTuple
 from jaxft.data.errors import DataError
 
 _THINK = re.compile(r"</?(?:think|thinking)>")
-_SHORT = 24  # characters; what is shorter may occur in a text by chance
+_SHORT = 24  # characters; shorter texts may occur by chance
 
-_REMEDY = "take it out of the data, or pass a template that shows it (--template)."
+_REMEDY = "remove it from the data, or pass a template that shows it (--template)."
 _REMEDIES = {
     "tools": "describe the tools in the system message, or pass a template that shows them "
     "(--template, such as the tokenizer's tool_use).",
-    "tool_calls": "write the calls into the content as the model is to make them, or pass a template "
+    "tool_calls": "write the calls into the content as the model should write them, or pass a template "
     "that shows them (--template).",
     "reasoning_content": "write it into the content, between <think> and </think>, or pass a template "
     "that shows it (--template).",
-    "content": "take it out of the data (a system message may go into the first user message), or pass "
+    "content": "remove it from the data (a system message may go into the first user message), or pass "
     "a template that shows it (--template).",
 }
 
@@ -36,7 +36,7 @@ class Piece(NamedTuple):
 
     path: tuple[str | int, ...]  # into {"messages": ..., "tools": ...}
     value: Any  # text or number
-    whole: bool  # is all that stands at this place, which may so be replaced
+    whole: bool  # whether it is the whole value at `path`, which can then be replaced
 
     def __str__(self) -> str:
         place = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in self.path)
@@ -50,15 +50,15 @@ def left_out(
     text: str,
     trained: Collection[int],
 ) -> list[Piece]:
-    """The pieces of the messages and of the tools in `context` that are not in `text`.
+    """Returns the pieces of the messages and of the tools in `context` that are not in `text`.
 
-    Long ones are looked for. Short ones are also replaced, since they may occur by chance: they count as
-    shown if the text changes with them.
+    Long pieces are searched for. Short pieces may occur by chance, so they are also replaced by a mark: they
+    count as shown only if the text changes.
 
     Args:
         render: (messages, context) -> text.
-        text: what it gave for them.
-        trained: the messages whose reasoning must be there.
+        text: the result of `render` for them.
+        trained: the messages whose reasoning must be shown.
     """
     pieces = [*_of_messages(messages, trained), *_of_tools(context.get("tools") or ())]
     dense = _dense(text)
@@ -70,7 +70,7 @@ def left_out(
 
 
 def refuse(lost: Sequence[Piece]) -> None:
-    """Raises DataError for pieces that a template leaves out, if there are any."""
+    """Raises DataError if a template omits any pieces."""
     if lost:
         path = lost[0].path
         field = path[0] if path[0] == "tools" else path[2]
@@ -82,7 +82,7 @@ def refuse(lost: Sequence[Piece]) -> None:
 
 
 def _without_effect(render, messages, context, text, pieces):
-    """Those in whose place anything may stand, and the text stays the same."""
+    """Returns the pieces that can be replaced without changing the text."""
     given = {"messages": list(messages), **context}
 
     def rendered(replaced):
@@ -92,7 +92,7 @@ def _without_effect(render, messages, context, text, pieces):
         try:
             return render(data["messages"], {k: v for k, v in data.items() if k != "messages"})
         except DataError:
-            return None  # Some templates look into what they show.
+            return None  # Some templates parse the values that they show.
 
     marks = [(piece, f"jaxft{i:04d}jaxft") for i, piece in enumerate(pieces)]
     together = rendered(marks) if marks else None
@@ -105,7 +105,7 @@ def _without_effect(render, messages, context, text, pieces):
 
 
 def _of_messages(messages, trained) -> Iterator[Piece]:
-    asked: list[str | None] = []  # ids of the calls that wait for their result
+    asked: list[str | None] = []  # ids of calls without a result so far
     for i, message in enumerate(messages):
         place, content, full = ("messages", i), message["content"], i in trained
         parts = [part for part in _THINK.split(content) if part.strip()]
@@ -116,7 +116,7 @@ def _of_messages(messages, trained) -> Iterator[Piece]:
         if full and message.get("reasoning_content"):
             yield Piece((*place, "reasoning_content"), message["reasoning_content"], True)
         if message.get("name"):
-            # Templates that do not name a tool's result have its name in the call.
+            # Templates that do not show the tool's name with its result show it in the call.
             yield Piece((*place, "name"), message["name"], message["role"] != "tool")
         for j, call in enumerate(message.get("tool_calls") or ()):
             function = (*place, "tool_calls", j, "function")
@@ -124,7 +124,7 @@ def _of_messages(messages, trained) -> Iterator[Piece]:
             yield from _leaves((*function, "arguments"), call["function"]["arguments"])
             asked.append(call.get("id"))
         if message.get("tool_call_id"):
-            # Without ids in the text, results belong to calls by their order.
+            # If the text has no ids, results belong to calls by their order.
             if asked and message["tool_call_id"] != asked[0]:
                 yield Piece((*place, "tool_call_id"), message["tool_call_id"], False)
             asked = [name for name in asked if name != message["tool_call_id"]]
@@ -148,7 +148,7 @@ def _of_tools(tools) -> Iterator[Piece]:
 
 
 def _leaves(path, value) -> Iterator[Piece]:
-    """Keys and values of a call's arguments."""
+    """Yields keys and values of a call's arguments."""
     if isinstance(value, Mapping):
         for key, item in value.items():
             if key.strip():
@@ -176,7 +176,7 @@ def _dense(text):
 
 
 def _replaced(data, path, value):
-    """A copy with another value at the path; only what lies on the path is copied."""
+    """Returns a copy with another value at the path; only containers on the path are copied."""
     key, *rest = path
     inner = _replaced(data[key], rest, value) if rest else value
     if isinstance(data, Mapping):

@@ -1,4 +1,4 @@
-"""Where records come from: files, data sets, generated tasks, lists."""
+"""Sources of records: files, data sets, generated tasks, lists."""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ def load(
     bad: BadRecords | None = None,
     form: Callable[..., Record] = normalise,
 ) -> list[Record]:
-    """Normalised records in the source's order, each with its `id`, `_source` and `_where` (file and line).
+    """Loads normalised records in order, each with `id`, `_source` and `_where` (file and line).
 
-    A row's own columns stay, but for those that `form` reads; an `id` that is null is the row's number.
+    Columns of a row that `form` does not read are kept. A null `id` becomes the row's number.
 
     Args:
         spec: a .json, .jsonl, .parquet, .arrow or .csv file; a folder of `datasets.save_to_disk`;
             "rg:TASK?size=1000&seed=0&OPTION=VALUE" for a reasoning-gym task (its answer is the
             completion, its entry stays under `metadata`); "tfds:NAME?split=train"; a Hugging Face
-            hub id, "OWNER/NAME?split=train", of which "&streaming=true&limit=10000" fetches the first rows
-            alone; a list of dicts; or a function that returns one.
+            hub id, "OWNER/NAME?split=train", where "&streaming=true&limit=10000" fetches only the first
+            rows; a list of dicts; or a function that returns one.
         fields: our column name -> the source's; see `normalise`.
-        limit: read at most so many.
-        bad: what to do with records that cannot be used; default: the first is an error.
-        form: what makes a record of a row: `normalise`, for supervised fine-tuning; `normalise_pair`,
+        limit: maximum number of records; None: all.
+        bad: policy for records that cannot be used; default: raise at the first.
+        form: function from a row to a record: `normalise`, for supervised fine-tuning; `normalise_pair`,
             `normalise_unpaired` or `normalise_ranked`, for preferences; or your own (row, fields) -> record.
 
     Files may also be given by a pattern, "part-*.jsonl", and a saved folder of several splits as
@@ -88,7 +88,7 @@ def load(
 
 
 def split(records: Sequence[Record], validation: float) -> tuple[list[Record], list[Record]]:
-    """(training, validation) records; a record's side follows from its id alone, for ever."""
+    """Returns (training, validation) records; a record's side depends only on its id."""
     if not 0 <= validation < 1:
         raise DataError(f"split: validation must lie in [0, 1), got {validation}.")
     if validation and len(records) > 1 and len({str(record["id"]) for record in records}) == 1:
@@ -106,7 +106,7 @@ def _unit_hash(text: str) -> float:
 
 
 def local_files(spec: str) -> list[pathlib.Path]:
-    """The files on this machine that `load` reads for a source, sorted; [] for sources of other kinds."""
+    """Returns the local files that `load` reads for a source, sorted; [] for other kinds of sources."""
     path = pathlib.Path(spec).expanduser()
     if path.is_file():
         return [path]
@@ -151,17 +151,17 @@ def _local_or_hub(text: str) -> tuple[str, Iterable[tuple[str, Any]]]:
     if kind_of(path):
         raise DataError(f"{text}: no such file.")
     raise DataError(
-        f"{text}: no such file, and no known kind of source; give a file ({', '.join(SUFFIXES)}), a saved "
+        f"{text}: no such file, and not a known kind of source; give a file ({', '.join(SUFFIXES)}), a saved "
         "data set, rg:TASK, tfds:NAME or a hub id OWNER/NAME."
     )
 
 
 def _pattern(text):
-    """The rows of all files that fit, in the order of names; each file is checked before any is read."""
+    """Yields the rows of all matching files by name; checks every file before reading any."""
     found = local_files(text)
     if not found:
-        raise DataError(f"{text}: no file fits this pattern.")
-    # Programs that write a file for each worker leave empty ones.
+        raise DataError(f"{text}: no file matches this pattern.")
+    # Programs that write one file per worker may leave empty files.
     return itertools.chain(*[rows_of(path) for path in found if path.stat().st_size])
 
 
@@ -184,15 +184,15 @@ def _numbered(name: str, rows: Iterable[Any]) -> Iterable[tuple[str, Any]]:
 
 
 def _clean(rows: Iterable[Any]) -> Iterable[Any]:
-    """The rows; those of `datasets` lie in Arrow's tables, and lose the keys that these filled with null."""
+    """Yields the rows; from rows of `datasets`, removes keys that Arrow's tables filled with null."""
     if not hasattr(rows, "features"):
         return rows
-    schema = getattr(rows.features, "arrow_schema", None)  # A stream may not know it.
+    schema = getattr(rows.features, "arrow_schema", None)  # A stream may lack it.
     return (arrow_row(row, schema) for row in rows)
 
 
 def parse_options(spec: str) -> tuple[str, dict[str, Any]]:
-    """("chain_sum", {"size": 100}) of "rg:chain_sum?size=100"."""
+    """Parses "rg:chain_sum?size=100" to ("chain_sum", {"size": 100})."""
     name, _, query = spec.partition(":")[2].partition("?")
     options = {}
     for key, value in urllib.parse.parse_qsl(query, keep_blank_values=True):
@@ -204,7 +204,7 @@ def parse_options(spec: str) -> tuple[str, dict[str, Any]]:
 
 
 def reasoning_gym_task(spec: str) -> Any:
-    """The reasoning-gym data set of "rg:TASK?size=...&seed=...": entries and `score_answer`."""
+    """Makes the reasoning-gym data set of "rg:TASK?size=...&seed=...": entries and `score_answer`."""
     try:
         import reasoning_gym
     except ImportError:

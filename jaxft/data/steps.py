@@ -1,4 +1,4 @@
-"""Completions in steps, each with a label: the data of process reward models."""
+"""Completions in labelled steps: the data of process reward models."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from jaxft.data.rendering import Renderer, Tokenised
 
 
 def normalise_steps(raw: Mapping[str, Any], fields: Mapping[str, str] | None = None) -> Record:
-    """A record with `prompt`, `completions` (the steps, text) and `labels`, one truth value a step.
+    """Returns a record with `prompt`, `completions` (the steps, text) and `labels`, one per step.
 
     TRL's columns for stepwise supervision.
 
     Raises:
-        DataError: if a column is absent or empty, or labels are not one truth value a step.
+        DataError: if a column is absent or empty, or there is not one truth value per step.
     """
     row, names, mapped = renamed(raw, fields)
     for name in ("prompt", "completions", "labels"):
@@ -63,16 +63,16 @@ def render_steps(
     separator: str = "\n",
     bad: BadRecords | None = None,
 ) -> list[TokenisedGroup]:
-    """Records of `normalise_steps` as groups of one sequence: the prompt, then each step and a separator.
+    """Renders records of `normalise_steps` as groups of one: prompt, then each step and a separator.
 
-    Columns `step_ends` [S], the place of each step's last token (its separator's), and `step_labels` [S];
-    S is the most steps of a record, -1 and False where there are fewer. Steps are encoded apart.
+    The columns are `step_ends` [S], the index of each step's last token (its separator), and `step_labels`
+    [S]; S is the maximum steps of a record; missing steps are -1 and False. Steps are encoded separately.
 
     Args:
-        max_length: in tokens; longer records are dropped and counted in `bad`.
+        max_length: maximum tokens; longer records are dropped and counted in `bad`.
 
     Raises:
-        DataError: if nothing is left.
+        DataError: if no record remains.
     """
     bad = BadRecords(loud=True) if bad is None else bad
     encode = lambda text: renderer.tokenizer.encode(text, add_special_tokens=False)

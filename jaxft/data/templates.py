@@ -1,4 +1,4 @@
-"""Named chat templates, for tokenizers that bring none, and how an override is read."""
+"""Named chat templates, for tokenizers without one, and the reading of an override."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LLAMA3 = (
     "<|end_header_id|>\n\n{{ message['content'] | trim }}<|eot_id|>{% endfor %}"
     "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
 )
-# Gemma has no system role: such text goes before the first user turn.
+# Gemma has no system role: system text is put before the first user turn.
 GEMMA = (
     "{{ bos_token }}{% set system = messages[0]['content'] | trim + '\n\n' "
     "if messages[0]['role'] == 'system' else '' %}{% set ns = namespace(system=system) %}"
@@ -25,8 +25,8 @@ GEMMA = (
     "{% set ns.system = '' %}{{ message['content'] | trim }}<end_of_turn>\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )
-# Qwen 3: thinking of turns before the last question is dropped, an empty block stands for none
-# after it.
+# Qwen 3: thinking in turns before the last question is dropped; after it, a turn without thinking
+# has an empty block.
 QWEN3 = (
     "{% set ns = namespace(last=-1) %}{% for message in messages %}"
     "{% if message['role'] == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
@@ -52,7 +52,7 @@ PLAIN = (
     "{{ eos_token if message['role'] == 'assistant' else '\n' }}{% endfor %}"
 )
 
-# Each with the special tokens without which a turn would not end in one token.
+# Each with the special tokens that it needs so that a turn ends in one token.
 TEMPLATES = {
     "chatml": (CHATML, ("<|im_start|>", "<|im_end|>")),
     "llama3": (LLAMA3, ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")),
@@ -64,7 +64,7 @@ TEMPLATES = {
 
 
 def read_template(template: str | None) -> tuple[str | None, tuple[str, ...]]:
-    """(Jinja text, special tokens it needs) of a name in TEMPLATES, a path, or the text itself.
+    """Returns (Jinja text, special tokens it needs) for a name in TEMPLATES, a path, or the text itself.
 
     Raises:
         DataError: if it is none of these.
@@ -83,10 +83,10 @@ def read_template(template: str | None) -> tuple[str | None, tuple[str, ...]]:
 
 
 def default_template(own: str | Mapping[str, str] | None) -> str | None:
-    """The tokenizer's template for conversations without tools, of its only one or of several with names.
+    """Returns the tokenizer's template for conversations without tools: its only one or its default.
 
     Raises:
-        DataError: for several of which none is named "default".
+        DataError: if there are several and none is named "default".
     """
     if not isinstance(own, Mapping):
         return own or None

@@ -1,4 +1,4 @@
-"""Values of rows: JSON read strictly, text that is Unicode, and the nulls that tables add."""
+"""Values of rows: strict JSON, valid Unicode text, and removal of nulls that tables add."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from typing import Any
 
 from jaxft.data.errors import DataError
 
-MAX_DEPTH = 64  # levels; deeper values end in a RecursionError of JSON, Jinja or copy
-_MAX_DIGITS = 400  # of an integer; Python itself refuses to read 4300
+MAX_DEPTH = 64  # levels; deeper values cause a RecursionError in JSON, Jinja or copy
+_MAX_DIGITS = 400  # maximum digits of an integer; Python itself refuses to read 4300
 
 
 class _Damaged:
-    """Stands in a parsed row for a value that cannot be used, until `check_values` finds it."""
+    """Placeholder in a parsed row for an unusable value, which `check_values` reports."""
 
     def __init__(self, reason: str):
         self.reason = reason
 
 
 def parse_json(text: str) -> Any:
-    """The value of JSON text; what is no JSON inside it is found by `check_values`.
+    """Parses JSON text; `check_values` reports invalid values inside it.
 
-    NaN, Infinity, numbers that overflow, integers of more than 400 digits and keys that occur twice are
-    such values: Python's own reader takes them, and other readers of the same file do not.
+    Invalid values are NaN, Infinity, numbers that overflow, integers of more than 400 digits and duplicate
+    keys: Python's own parser accepts them, but other parsers do not.
 
     Raises:
-        DataError: if the text as a whole is no JSON.
+        DataError: if the text as a whole is not JSON.
     """
     try:
         return json.loads(
@@ -47,7 +47,7 @@ def parse_json(text: str) -> Any:
 
 
 def strict_json(text: str, name: str) -> Any:
-    """The value of JSON text inside a column; DataError names the column."""
+    """Parses JSON text inside a column; DataError names the column."""
     try:
         value = parse_json(text)
         check_values(value)
@@ -60,8 +60,8 @@ def check_values(value: Any, *, finite: bool = False) -> None:
     """Raises DataError for text that is not Unicode, damaged JSON, keys that are not text, and deep nesting.
 
     Args:
-        value: of a row, or a whole one. Values of other types than JSON's pass.
-        finite: refuse NaN and infinities in Python's numbers, which no template can write as JSON.
+        value: a row, or a value of a row. Values of types other than JSON's are accepted.
+        finite: refuses NaN and infinities in Python's numbers, which no template can write as JSON.
     """
     left = [(value, 0, "")]
     while left:
@@ -81,18 +81,18 @@ def check_values(value: Any, *, finite: bool = False) -> None:
         elif isinstance(value, (list, tuple)):
             left += [(item, depth + 1, name) for item in value]
         elif finite and isinstance(value, float) and not math.isfinite(value):
-            raise DataError(f"{name!r} holds {value}, which is no number of JSON.", "schema")
+            raise DataError(f"{name!r} holds {value}, which is not a JSON number.", "schema")
 
 
 def without_filled(value: Any, arrow_type: Any = None, *, decoded: bool = True) -> Any:
-    """The value without the keys that Arrow added with null, because a struct has the keys of all rows.
+    """Removes null keys that Arrow added, because a struct has the keys of all rows.
 
-    A null that the row's author wrote inside a struct is indistinguishable from those, and goes too. Columns
-    of Arrow's JSON type keep their nulls.
+    A null that the row's author wrote inside a struct cannot be distinguished, and is removed too. Columns of
+    Arrow's JSON type keep their nulls.
 
     Args:
-        arrow_type: of the column; None: every dict is taken for a struct.
-        decoded: JSON's type is given as values, as `datasets` does, rather than as text.
+        arrow_type: type of the column; None: every dict counts as a struct.
+        decoded: values of the JSON type are parsed, as in `datasets`, rather than text.
     """
     import pyarrow as pa
 
@@ -116,7 +116,7 @@ def without_filled(value: Any, arrow_type: Any = None, *, decoded: bool = True) 
 def arrow_row(
     row: Mapping[str, Any], schema: Any = None, *, decoded: bool = True
 ) -> dict[str, Any]:
-    """The row with `without_filled` of every column; columns that are null as a whole stay."""
+    """Applies `without_filled` to every column of the row; columns that are null themselves are kept."""
     types = {} if schema is None else {field.name: field.type for field in schema}
     clean = lambda name, value: without_filled(value, types.get(name), decoded=decoded)
     return {name: clean(name, value) for name, value in row.items()}
@@ -133,7 +133,7 @@ def _check_text(text, name):
         text.encode()
     except UnicodeEncodeError as error:
         found = text[error.start]
-        if "\udc80" <= found <= "\udcff":  # what reading with `surrogateescape` leaves
+        if "\udc80" <= found <= "\udcff":  # from reading with `surrogateescape`
             why = f"byte 0x{ord(found) - 0xDC00:02x} is not UTF-8; convert the file"
         else:
             why = f"an unpaired surrogate \\u{ord(found):04x}; the text was cut inside a character"

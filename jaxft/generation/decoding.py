@@ -1,4 +1,4 @@
-"""Decoding rules: what is sampled from, given logits."""
+"""Decoding rules: the distribution to sample from, given logits."""
 
 from __future__ import annotations
 
@@ -14,25 +14,29 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-    """How to sample.
+    """Settings of sampling.
 
     Rules apply in the order of transformers: repetition_penalty, no_repeat_ngram_size, bad_words and
-    min_new_tokens, which hold for greedy decoding too (`process_logits`); then temperature, top_k, top_p,
+    min_new_tokens, which also apply to greedy decoding (`process_logits`); then temperature, top_k, top_p,
     min_p and typical_p (`transform_logits`).
     """
 
     max_new_tokens: int = 128
     temperature: float = 1.0  # 0 is greedy
     top_k: int | None = None  # keep the k likeliest tokens (and ties with the k-th)
-    top_p: float | None = None  # keep the likeliest tokens up to this mass
+    top_p: float | None = None  # keep the likeliest tokens until their mass reaches this
     min_p: float | None = None  # keep tokens at least this fraction as likely as the likeliest
-    typical_p: float | None = None  # keep the tokens nearest to the entropy up to this mass
-    repetition_penalty: float = 1.0  # divides positive logits of tokens seen, multiplies others
-    no_repeat_ngram_size: int = 0  # no sequence of so many tokens twice, prompt included; 0: off
-    min_new_tokens: int = 0  # no stop_ids before so many tokens
+    typical_p: float | None = (
+        None  # keep the tokens nearest to the entropy until their mass reaches this
+    )
+    repetition_penalty: float = (
+        1.0  # divides positive logits of tokens in the row, multiplies negative ones
+    )
+    no_repeat_ngram_size: int = 0  # no n-gram of this size occurs twice, prompt included; 0: off
+    min_new_tokens: int = 0  # no stop_ids before this many tokens
     bad_words: tuple[tuple[int, ...], ...] = ()  # sequences of ids never sampled: `bad_word_ids`
-    stop_ids: tuple[int, ...] = ()  # tokens that end a completion; they are part of it
-    stop_strings: tuple[str, ...] = ()  # text that ends it; looked for between chunks
+    stop_ids: tuple[int, ...] = ()  # tokens that end a completion and are part of it
+    stop_strings: tuple[str, ...] = ()  # text that ends it; searched for between chunks
 
     def __post_init__(self):
         if self.max_new_tokens < 1:
@@ -70,28 +74,32 @@ class SamplingConfig:
                 raise ValueError(
                     f"bad_words must be sequences of token ids, got {word!r}; bad_word_ids makes them."
                 )
-        # Hashable, as what is compiled for.
+        # Hashable, as a static argument of compiled functions must be.
         words = tuple(tuple(int(i) for i in word) for word in self.bad_words)
         object.__setattr__(self, "bad_words", words)
 
     @property
     def cuts(self) -> bool:
-        """Whether a rule cuts the distribution by its probabilities."""
-        shares = (self.top_p, 1), (self.typical_p, 1), (self.min_p, 0)  # with what cuts nothing
+        """Returns whether a rule truncates the distribution by probability."""
+        shares = (
+            (self.top_p, 1),
+            (self.typical_p, 1),
+            (self.min_p, 0),
+        )  # each with its neutral value
         return self.top_k is not None or any(x not in (None, off) for x, off in shares)
 
     @property
     def looks_back(self) -> bool:
-        """Whether a rule needs the tokens so far."""
+        """Returns whether a rule needs the tokens so far."""
         several = any(len(word) > 1 for word in self.bad_words)
         return several or self.repetition_penalty != 1 or self.no_repeat_ngram_size > 0
 
 
 def bad_word_ids(tokenizer: Any, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-    """`bad_words` of texts: the ids of each, at the beginning of a text and after a space.
+    """Encodes texts for `bad_words`: the ids of each at the beginning of a text and after a space.
 
     Raises:
-        ValueError: for a word without tokens.
+        ValueError: if a word has no tokens.
     """
     encode = lambda text: tuple(tokenizer.encode(text, add_special_tokens=False))
     found = [encode(text) for word in words for text in (word, f" {word.lstrip()}")]
@@ -107,20 +115,20 @@ def process_logits(
     position: jax.Array,
     short: jax.Array | None = None,
 ) -> jax.Array:
-    """Logits [B, V] after the rules that know tokens rather than probabilities: float32, -inf where banned.
+    """Logits [B, V] after the rules that depend on tokens, not probabilities: float32, -inf if banned.
 
-    They are transformers' processors of these names, in their order; padding is no token of a row. Where
-    every token is banned nothing is left to sample, as there.
+    The rules are transformers' processors of the same names, in their order, except that padding does not
+    count as a token. If every token is banned, nothing is left to sample, as in transformers.
 
     Args:
-        history: [B, W] int32, the token at each position of a row, prompt included; needed where
+        history: [B, W] int32, the token at each position of a row, prompt included; required if
             `config.looks_back`.
-        position: [B], how many tokens a row has.
-        short: [], whether `min_new_tokens` are still to come; None: never.
+        position: [B], the number of tokens of a row.
+        short: [], whether there are fewer than `min_new_tokens` so far; None: False.
     """
     logits = logits.astype(jnp.float32)
     size = logits.shape[-1]
-    # In a row of `history`, places from `position` on hold what was never written.
+    # In a row of `history`, entries from `position` on are uninitialised.
     before = None if history is None else jnp.arange(history.shape[1])[None] < position[:, None]
     if config.repetition_penalty != 1:
         penalty = config.repetition_penalty
@@ -138,23 +146,25 @@ def process_logits(
 
 
 def _marked(ids, mask, size):
-    """[B, V] bool: the ids [B, N] where the mask [B, N] holds; those beyond the vocabulary are dropped."""
+    """[B, V] bool: True at the ids [B, N] where the mask [B, N] is True; ids outside of V are dropped."""
     rows = jnp.arange(ids.shape[0])[:, None]
     blank = jnp.zeros((ids.shape[0], size), bool)
     return blank.at[rows, jnp.where(mask & (ids >= 0), ids, size)].set(True, mode="drop")
 
 
 def _last(history, position, count):
-    """[B, count]: the last tokens of each row; of rows that are shorter, anything."""
+    """[B, count]: the last tokens of each row; arbitrary for shorter rows."""
     places = position[:, None] + jnp.arange(-count, 0)[None]
     return jnp.take_along_axis(history, jnp.maximum(places, 0), axis=1)
 
 
 def _repeats(history, position, config, size):
-    """[B, V] bool: tokens that would complete an n-gram which the row has already."""
+    """[B, V] bool: tokens that would complete an n-gram that the row already has."""
     n = config.no_repeat_ngram_size
     suffix = _last(history, position, n - 1)
-    ends = jnp.arange(history.shape[1])[None]  # of an earlier n-gram, whose beginning is the suffix
+    ends = jnp.arange(history.shape[1])[
+        None
+    ]  # ends of earlier n-grams whose beginning is the suffix
     match = (ends >= n - 1) & (ends < position[:, None])
     for k in range(n - 1):
         match &= jnp.roll(history, n - 1 - k, axis=1) == suffix[:, k : k + 1]
@@ -178,9 +188,10 @@ def _bad(history, position, words, size):
 
 
 def transform_logits(logits: jax.Array, config: SamplingConfig) -> jax.Array:
-    """Logits [..., V] of the distribution that is sampled from: float32, -inf where cut off.
+    """Logits [..., V] of the distribution to sample from: float32, -inf where truncated.
 
-    At least one token survives, without typical_p the likeliest. Nothing is sorted unless a rule needs it.
+    At least one token remains: the likeliest, unless typical_p is set. Logits are sorted only if a rule
+    needs it.
     """
     logits = logits.astype(jnp.float32)
     if config.temperature == 0:
@@ -202,10 +213,10 @@ def transform_logits(logits: jax.Array, config: SamplingConfig) -> jax.Array:
 
 
 def _top_p(logits, top_p):
-    """Keeps the likeliest tokens until their mass is top_p; of equal ones the later, as transformers does."""
+    """Keeps the likeliest tokens until their mass is top_p; on ties the later token, as in transformers."""
     order = jnp.argsort(logits, axis=-1, stable=True)
     sorted_probs = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1)
-    # The likeliest always stays, also for top_p = 0.
+    # The likeliest token always remains, also for top_p = 0.
     keep = (jnp.cumsum(sorted_probs, axis=-1) > 1 - top_p).at[..., -1].set(True)
     ranks = jnp.argsort(order, axis=-1)
     return jnp.where(jnp.take_along_axis(keep, ranks, axis=-1), logits, -jnp.inf)
@@ -214,8 +225,8 @@ def _top_p(logits, top_p):
 def _typical_p(logits, typical_p):
     """Keeps the tokens whose surprise is nearest to its mean, the entropy, until their mass is typical_p.
 
-    Locally typical sampling: Meister et al., 2023, arxiv.org/abs/2202.00666. Tokens as near as the last one
-    stay too, as in transformers.
+    Locally typical sampling: Meister et al., 2023, arxiv.org/abs/2202.00666. Tokens that tie with the
+    last one are kept too, as in transformers.
     """
     log_probs = jax.nn.log_softmax(logits, axis=-1)
     probs = jnp.exp(log_probs)

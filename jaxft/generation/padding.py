@@ -1,4 +1,4 @@
-"""Prompts and columns padded to few shapes, so that few programs are compiled."""
+"""Pads prompts and columns to few shapes, so that few programs are compiled."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MIN_BUCKET = 16
 
 
 def left_pad(prompts: Sequence[Sequence[int]], config: Any) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens, valid) [B, P]: prompts at the right end, rows and width rounded up to buckets."""
+    """Returns (tokens, valid) [B, P]: left-padded prompts, with rows and width rounded up to buckets."""
     lengths = [len(prompt) for prompt in prompts]
     if not lengths or min(lengths) < 1:
         raise ValueError("generate: every prompt needs at least one token.")
@@ -27,17 +27,17 @@ def left_pad(prompts: Sequence[Sequence[int]], config: Any) -> tuple[np.ndarray,
 
 
 def _check_ids(prompts, size):
-    """An id without a row in the embedding would become NaN, and its completion empty."""
+    """Raises for ids outside of the embedding, which would become NaN and give an empty completion."""
     low, high = min(map(min, prompts)), max(map(max, prompts))
     if size is not None and not 0 <= low <= high < size:
         raise ValueError(
-            f"generate: prompts have ids {low}..{high}, but the model's embedding has {size} rows; take the "
-            "tokenizer that came with the model."
+            f"generate: prompts have ids {low}..{high}, but the model's embedding has {size} rows; use the "
+            "tokenizer that belongs to the model."
         )
 
 
 def padded(name: str, column: Any, rows: int, size: int) -> np.ndarray:
-    """The column of `rows` prompts with rows of zeros up to `size`."""
+    """Pads the column of `rows` prompts with rows of zeros to `size` rows."""
     column = np.asarray(column)
     if column.shape[:1] != (rows,):
         raise ValueError(
@@ -47,6 +47,6 @@ def padded(name: str, column: Any, rows: int, size: int) -> np.ndarray:
 
 
 def bucket(size: int, least: int) -> int:
-    """The power of two that holds `size`, or three quarters of it if that does too."""
+    """Smallest power of two, or three quarters of one, that is at least `size`."""
     power = max(least, 1 << (size - 1).bit_length())
     return power * 3 // 4 if power > least and size <= power * 3 // 4 else power

@@ -1,7 +1,7 @@
-"""Putting the trainer's weights on the server that samples, through vLLM's and SGLang's own requests.
+"""Pushes the trainer's weights to the inference server, by vLLM's and SGLang's own requests.
 
-Neither is of OpenAI's protocol: vLLM's are in its documentation under "LoRA adapters" and "layerwise
-reloading", SGLang's under "LoRA serving" and "native APIs". All take files that the server can read.
+These are not part of OpenAI's protocol: vLLM documents them under "LoRA adapters" and "layerwise
+reloading", SGLang under "LoRA serving" and "native APIs". All load files that the server can read.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ Request = tuple[str, dict[str, Any]]  # (address, body)
 
 
 class Interface(NamedTuple):
-    """How a server is told of weights on the disk."""
+    """The requests by which a server loads weights from the disk."""
 
-    load: Callable[[str, str], list[Request]]  # of (name of the version, its directory)
-    unload: Callable[[str], list[Request]]  # of a version that nothing asks for any more
-    model: Callable[[str], str | None]  # what a version is called in requests; None: as before
-    needs: str  # said where a push fails
+    load: Callable[[str, str], list[Request]]  # (name of the version, its directory) -> requests
+    unload: Callable[[str], list[Request]]  # requests that unload a version no longer in use
+    model: Callable[[str], str | None]  # name of a version in requests; None: unchanged
+    needs: str  # requirements, for the error of a failed push
 
 
 def vllm_adapters(url: str) -> Interface:
-    """LoRA adapters beside the model of vLLM at `url` (http://host:8000/v1)."""
+    """Returns the interface of vLLM at `url` (http://host:8000/v1) for LoRA adapters of its model."""
     name_of = lambda verb: f"{url.rstrip('/')}/{verb}_lora_adapter"
     return Interface(
         lambda name, path: [(name_of("load"), {"lora_name": name, "lora_path": path})],
@@ -43,7 +43,7 @@ def vllm_adapters(url: str) -> Interface:
 
 
 def sglang_adapters(url: str, model: str) -> Interface:
-    """LoRA adapters beside `model` of SGLang at `url`."""
+    """Returns the interface of SGLang at `url` for LoRA adapters of `model`."""
     name_of = lambda verb: f"{_root(url)}/{verb}_lora_adapter"
     return Interface(
         lambda name, path: [(name_of("load"), {"lora_name": name, "lora_path": path})],
@@ -54,7 +54,7 @@ def sglang_adapters(url: str, model: str) -> Interface:
 
 
 def vllm_weights(url: str) -> Interface:
-    """All weights of vLLM at `url`; what it computed with those before is forgotten."""
+    """Returns the interface of vLLM at `url` for all weights; it resets the prefix cache."""
     return Interface(
         lambda name, path: [
             (
@@ -70,7 +70,7 @@ def vllm_weights(url: str) -> Interface:
 
 
 def sglang_weights(url: str) -> Interface:
-    """All weights of SGLang at `url`, which flushes its cache with them."""
+    """Returns the interface of SGLang at `url` for all weights; SGLang also flushes its cache."""
     return Interface(
         lambda name, path: [
             (
@@ -85,25 +85,25 @@ def sglang_weights(url: str) -> Interface:
 
 
 class Push:
-    """(params) -> what to call the model on the server: `push` of `server_sampler`.
+    """Pushes params and returns the model's name on the server: `push` of `server_sampler`.
 
-    Each push is a version of its own, by name and directory, for a server may keep what it computed under a
-    name. Once the server has the new one, it is told to drop the one before, whose files are deleted.
+    Each push is a version with its own name and directory, because a server may cache results by name. After
+    the server has loaded the new version, it is asked to unload the previous one, whose files are deleted.
 
     Args:
-        save: (directory, params) -> files that the server loads, such as `save_adapter` of PEFT's format or
-            `save_model`. On several hosts all call it, and the first alone speaks to the server.
-        directory: of the versions; the server must see it under the same path.
-        interface: such as `vllm_adapters(url)`.
-        every: rollouts from one push to the next; the first is always before the first of them.
-        timeout: seconds of a request.
-        retries: after failures that may pass.
-        wait: sleeps.
+        save: (directory, params), writes files that the server loads, such as `save_adapter` in PEFT's
+            format or `save_model`. All hosts call it; only the first sends requests to the server.
+        directory: directory of the versions; the server must see it under the same path.
+        interface: for example `vllm_adapters(url)`.
+        every: rollouts between two pushes; the first push precedes the first rollout.
+        timeout: timeout of a request in seconds.
+        retries: number of retries after transient failures.
+        wait: function that sleeps for some seconds.
 
     Raises:
-        ValueError: for `every` below 1.
-        ServerError: by the call, with what the server answered; sampling from old weights in silence is no
-            choice.
+        ValueError: if `every` is below 1.
+        ServerError: from the call, with the server's answer: sampling never continues silently with old
+            weights.
     """
 
     def __init__(
@@ -122,13 +122,13 @@ class Push:
         self._save, self._interface, self._every = save, interface, every
         self._directory = pathlib.Path(directory).resolve()
         self._settings = dict(timeout=timeout, retries=retries, wait=wait, read=str)
-        # So that an earlier run's versions are not taken for these.
+        # Distinguishes these versions from those of an earlier run.
         self._run = uuid.uuid4().hex[:8]
         self._rollouts, self._seen, self._name = 0, None, None
 
     def __call__(self, params: Any) -> str | None:
-        """Pushes if it is time to; returns what `Interface.model` says of the newest version."""
-        if params is not self._seen:  # A rollout samples several times: turns, groups sampled anew.
+        """Pushes if a push is due; returns `Interface.model` of the newest version."""
+        if params is not self._seen:  # A rollout samples several times (turns, resampled groups).
             if self._rollouts % self._every == 0:
                 self._push(f"jaxft-{self._run}-{self._rollouts}", params)
             self._seen, self._rollouts = params, self._rollouts + 1
@@ -148,7 +148,7 @@ class Push:
                 self._ask(*request)
         except ServerError as error:
             raise ServerError(
-                f"the weights in {path} were not taken: {error} ({self._interface.needs}; the server must "
+                f"the weights in {path} were not loaded: {error} ({self._interface.needs}; the server must "
                 "see that directory.)"
             ) from error
 
@@ -156,17 +156,17 @@ class Push:
         try:
             for request in self._interface.unload(name):
                 self._ask(*request)
-        except ServerError as error:  # It samples from the newest all the same.
+        except ServerError as error:  # Not fatal: it samples from the newest version.
             warnings.warn(f"the server kept {name}, which is no longer used: {error}", stacklevel=2)
         shutil.rmtree(self._directory / name, ignore_errors=True)
 
     def _ask(self, url, body):
         answer = post(url, body, **self._settings)
-        # vLLM answers a load with text, or nothing; SGLang with JSON, which may say that it failed.
+        # vLLM answers a load with text or nothing; SGLang with JSON, which may report a failure.
         if '"success":false' in answer.replace(" ", ""):
             raise ServerError(f"{url} answered {answer[:500]}")
 
 
 def _root(url: str) -> str:
-    """The address without the /v1 of OpenAI's protocol."""
+    """Removes the /v1 of OpenAI's protocol from the address."""
     return url.rstrip("/").removesuffix("/v1")

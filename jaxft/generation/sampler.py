@@ -16,26 +16,26 @@ from jaxft.generation.padding import left_pad, padded
 from jaxft.models import Cache, Decoder, layers_of, unstack_layers, virtual_tokens
 from jaxft.parallel import in_turn, to_host
 
-CHUNK = 64  # tokens decoded between two looks of the host, by which the cache is rounded too
+CHUNK = 64  # tokens decoded between two inspections by the host; cache sizes are rounded to it
 
 Params = Any
 
 
 class State(NamedTuple):
-    """A batch in mid-generation."""
+    """State of a batch during generation."""
 
     cache: Cache
-    logits: jax.Array  # [B, V] float32, of the next token
-    position: jax.Array  # [B] int32, of the next token
+    logits: jax.Array  # [B, V] float32, for the next token
+    position: jax.Array  # [B] int32, position of the next token
     done: jax.Array  # [B] bool
-    keys: jax.Array  # [B] a key for each row
+    keys: jax.Array  # [B] one key per row
     step: jax.Array  # [] int32, tokens decoded so far
-    # [B, slots] int32, the token at each position; only for rules that look back (`remember`)
+    # [B, slots] int32, the token at each position; only for rules that need past tokens (`remember`)
     history: jax.Array | None = None
 
 
 class Part(NamedTuple):
-    """What one chunk of decoding gave, [B, steps] each."""
+    """Results of one chunk of decoding, [B, steps] each."""
 
     tokens: jax.Array
     mask: jax.Array
@@ -44,10 +44,10 @@ class Part(NamedTuple):
 
 
 class Generation(NamedTuple):
-    """Completions as numpy arrays, one row a prompt."""
+    """Completions as numpy arrays, one row per sample of a prompt."""
 
     tokens: np.ndarray  # [B, N] int32, 0 after the end
-    mask: np.ndarray  # [B, N] bool, True on generated tokens, the stop token among them
+    mask: np.ndarray  # [B, N] bool, True on generated tokens, including the stop token
     # [B, N] nats, under the model's full vocabulary at the temperature (1 if greedy), before any rule
     log_probs: np.ndarray
     sampler_log_probs: np.ndarray  # [B, N] nats, under the distribution actually sampled from
@@ -73,26 +73,26 @@ def generate(
     cache_dtype: Any = None,
     chunk: int = CHUNK,
 ) -> Generation:
-    """Completions of token-id prompts, `samples` rows for each, side by side.
+    """Generates completions of token-id prompts, `samples` adjacent rows for each.
 
-    Prompts are left-padded to a bucket (powers of two and midway), rows likewise, so that few
-    programs are compiled; what a row gets does not depend on padding or on the other rows. Samples of
-    a prompt share its prefill.
+    Prompts are left-padded to a bucket (powers of two and three quarters of them), rows likewise, so
+    that few programs are compiled; a row's result does not depend on padding or on the other rows.
+    Samples of a prompt share its prefill.
 
     Args:
-        model: a Decoder, or another whose `forward` takes a cache: it has `forward`, `init_cache` and
-            `config.max_length`. Stacked layers of jaxft's own models are taken apart first; another
-            model's forward gets its params as they are.
-        prompts: ids, each at least one.
-        columns: what the model's forward reads beside tokens (images, a source sentence), name -> [prompts,
-            ...]; it is given to the prefill alone, so the model's cache must keep what later tokens need.
+        model: a Decoder, or another model with `forward` that takes a cache, `init_cache` and
+            `config.max_length`. Stacked layers of jaxft's own models are unstacked first; another
+            model's forward gets its params unchanged.
+        prompts: token ids, at least one per prompt.
+        columns: further inputs of the model's forward (images, a source sentence), name -> [prompts, ...].
+            Only the prefill receives them, so the model's cache must keep what later tokens need.
         key: a jax.random.key. Row i draws from fold_in(key, row_ids[i]) and the token's number.
             With several samples, sample j draws from fold_in of that key and j.
-        row_ids: of prompts, default 0, 1, 2...; distinct ids give distinct samples of equal prompts.
-        tokenizer: needed for `stop_strings`.
-        cache_dtype: of keys and values; None: the model's activations'.
-        chunk: tokens decoded between two looks of the host for `stop_strings`; without these it never looks:
-            the program itself ends when no row is left.
+        row_ids: ids of the prompts, default 0, 1, 2...; distinct ids give equal prompts distinct samples.
+        tokenizer: required for `stop_strings`.
+        cache_dtype: dtype of keys and values; None: that of the model's activations.
+        chunk: tokens decoded between two inspections by the host, which happen only if stop_strings are
+            set: the program itself ends when all rows are done.
 
     Raises:
         ValueError: for an empty prompt, or if prompt and completion exceed the model's max_length.
@@ -134,7 +134,7 @@ def generate(
 
 
 def _until_strings(model, params, state, config, chunk, tokenizer, done):
-    """(Part, mask, done) of rows that end with a stop string too, for which the host looks at each chunk."""
+    """Decodes (Part, mask, done) with stop strings, which the host searches for after each chunk."""
     parts, looks, ends = [], [], np.full(len(done), np.iinfo(np.int32).max)
     for _ in range(-(-config.max_new_tokens // chunk)):
         state, part = decode(model, params, state, config, chunk)
@@ -166,9 +166,9 @@ def prefill(
     cache_dtype: Any = None,
     columns: Mapping[str, Any] | None = None,
 ) -> State:
-    """The state after the prompts (tokens, valid [B, P]; left-padded), in a cache of `slots`.
+    """Returns the state after the prompts (tokens, valid [B, P]; left-padded), in a cache of `slots`.
 
-    `columns` are what the model's forward reads beside tokens, [B, ...] each.
+    `columns` are further inputs of the model's forward, [B, ...] each.
     """
     params = _separate(model, params)
     cache = model.init_cache(tokens.shape[0], slots + virtual_tokens(params), cache_dtype)
@@ -185,9 +185,9 @@ def prefill(
 
 
 def remember(state: State, tokens: jax.Array, valid: jax.Array, slots: int) -> State:
-    """The state with the prompts (tokens, valid [B, P]; as for `prefill`) in its history.
+    """Adds the prompts (tokens, valid [B, P]; as for `prefill`) to the history of the state.
 
-    Rules that look back (`SamplingConfig.looks_back`) read it; other states have none, and cost nothing.
+    Rules that need past tokens (`SamplingConfig.looks_back`) read the history; other states have none.
     """
     blank = jnp.full((tokens.shape[0], slots), -1, jnp.int32)
     start = jnp.zeros(tokens.shape[0], jnp.int32)
@@ -196,7 +196,7 @@ def remember(state: State, tokens: jax.Array, valid: jax.Array, slots: int) -> S
 
 @jax.jit
 def _written(history, tokens, valid, position):
-    """The history with valid tokens [B, T] at each row's position and behind it."""
+    """Writes valid tokens [B, T] into the history, from each row's position on."""
     places = position[:, None] + jnp.cumsum(valid, axis=1) - 1
     places = jnp.where(valid, places, history.shape[1])
     rows = jnp.arange(history.shape[0])[:, None]
@@ -205,14 +205,14 @@ def _written(history, tokens, valid, position):
 
 @functools.partial(jax.jit, static_argnames=("samples",))
 def fork(state: State, samples: int) -> State:
-    """The state with `samples` copies of each row side by side, which go on by keys of their own."""
+    """Copies each row of the state `samples` times, adjacent, with a separate key for each copy."""
     if samples == 1:
         return state
     copy = lambda x: jnp.repeat(x, samples, axis=0) if x.ndim else x
     children = jax.vmap(
         lambda key: jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(samples))
     )(state.keys)
-    # The keys apart: an array of keys is no array of numbers to every version of repeat.
+    # Keys are repeated separately: not every version of repeat accepts an array of keys.
     others = jax.tree.map(copy, state._replace(keys=None))
     return others._replace(keys=children.reshape(-1))
 
@@ -221,10 +221,10 @@ def fork(state: State, samples: int) -> State:
 def append(
     model: Decoder, params: Params, state: State, tokens: jax.Array, valid: jax.Array
 ) -> State:
-    """The state after more tokens that are given, not drawn (tokens, valid [B, T]; left-padded).
+    """Returns the state after given (not sampled) tokens (tokens, valid [B, T]; left-padded).
 
-    They take T slots of the cache, padding too: ask `prefill` for as many more. A row without valid
-    tokens stays where it is; one that was done goes on.
+    They occupy T slots of the cache, padding included: reserve as many more in `prefill`. A row
+    without valid tokens does not change; a row that was done continues.
     """
     params = _separate(model, params)
     positions = state.position[:, None] + jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
@@ -287,10 +287,10 @@ def _decode(model, params, state, limit, least, config, steps):
 def decode(
     model: Decoder, params: Params, state: State, config: SamplingConfig, steps: int = CHUNK
 ) -> tuple[State, Part]:
-    """Up to `steps` more tokens a row; stops early when all rows are done. `state` is donated.
+    """Decodes up to `steps` more tokens per row; stops when all rows are done. Donates `state`.
 
     Raises:
-        ValueError: for rules that look back at a state without a history; see `remember`.
+        ValueError: if a rule needs past tokens and the state has no history; see `remember`.
     """
     if config.looks_back and state.history is None:
         raise ValueError(
@@ -299,14 +299,14 @@ def decode(
         )
     limit = jnp.asarray(config.max_new_tokens, jnp.int32)
     least = jnp.asarray(config.min_new_tokens, jnp.int32) if config.min_new_tokens else None
-    # What the program takes as a value, or the host alone uses, must not make another program.
+    # Settings that are traced values, or that only the host uses, must not cause recompilation.
     config = dataclasses.replace(config, max_new_tokens=1, min_new_tokens=0, stop_strings=())
     return _decode(model, params, state, limit, least, config, steps)
 
 
 def _draw(state: State, config: SamplingConfig, least: jax.Array | None = None):
     """(token, log-prob under the full vocabulary, log-prob as sampled), each [B]."""
-    # Not log_softmax: a table of log-probs written at every token, to read one entry a row.
+    # Not log_softmax, which would write a table of log-probs per token to read one entry per row.
     log_prob_of = lambda table, token: (
         jnp.take_along_axis(table, token[:, None], axis=1)[:, 0] - jax.nn.logsumexp(table, axis=-1)
     )
@@ -322,7 +322,7 @@ def _draw(state: State, config: SamplingConfig, least: jax.Array | None = None):
     keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(state.keys, state.step)
     token = jax.vmap(jax.random.categorical)(keys, cut).astype(jnp.int32)
     log_prob = log_prob_of(scaled, token)
-    # Without a rule that changes it, both are one table: each pass over it costs at every token.
+    # If no rule changes the logits, both tables are the same: each pass over one costs time per token.
     changed = processed or config.cuts
     return token, log_prob, log_prob_of(cut, token) if changed else log_prob
 
@@ -332,18 +332,18 @@ def _inputs(tokens, positions, valid):
 
 
 def _next(model, params, batch, cache):
-    """What is predicted after the last token, hidden [B, D]."""
+    """Predicts from the last token's hidden state [B, D]."""
     return model.forward(params, batch, cache=cache).at(slice(None), -1)
 
 
 def _separate(model: Decoder, params: Params) -> Params:
-    """Layers one by one: a scan that carried the stacked cache would copy it for every token."""
+    """Unstacks the layers: a scan that carries the stacked cache would copy it for every token."""
     layers = layers_of(model)
     return params if layers is None else unstack_layers(params, layers)
 
 
 def _after_string(tokens, mask, config, tokenizer) -> int | None:
-    """The column behind the token that completes a row's first stop string, if there is one."""
+    """Returns the column after the token that completes a row's first stop string, or None."""
     ids = tokens[mask].tolist()
     found = lambda n: any(s in tokenizer.decode(ids[:n]) for s in config.stop_strings)
     if not found(len(ids)):

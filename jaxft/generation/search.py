@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 
 class Found(NamedTuple):
-    """What a search came to."""
+    """Result of a search."""
 
-    state: Any | None  # the first right one, or None
-    log_prob: float  # of the path to it; -inf without one
-    expanded: int  # states whose branches were asked for: calls of the model
-    tried: int  # complete states that were verified, the right one included
+    state: Any | None  # the first correct complete state, or None
+    log_prob: float  # log-probability of the path to it; -inf if there is none
+    expanded: int  # number of expanded states, each a call of the model
+    tried: int  # number of complete states verified, the correct one included
 
 
 def best_first_search(
@@ -25,21 +25,21 @@ def best_first_search(
     most_expanded: int,
     most_tried: int | None = None,
 ) -> Found:
-    """Follows the likeliest path so far, Σ log p of its branches, until a complete state is right.
+    """Expands the likeliest path so far, by Σ log p of its branches, until a complete state is correct.
 
-    The search of theorem provers: Polu and Sutskever, 2020, arxiv.org/abs/2009.03393, section 4. As no branch
-    raises Σ log p, complete states come in the order of their probabilities.
+    The search of theorem provers: Polu and Sutskever, 2020, arxiv.org/abs/2009.03393, section 4. Because no
+    branch raises Σ log p, complete states are found in descending order of probability.
 
     Args:
         root: the first state.
-        expand: (log-probability, child) of each branch of a state; at most 0 each.
-        verdict: True or False of a complete state, None of one that can be expanded.
-        most_expanded, most_tried: where the search gives up.
+        expand: state -> (log-probability, child) of each branch; log-probabilities must be at most 0.
+        verdict: state -> True or False for a complete state, None for one that can be expanded.
+        most_expanded, most_tried: limits at which the search stops.
 
     Raises:
-        ValueError: for a branch with a log-probability above 0, or one that is no number.
+        ValueError: if a branch's log-probability is above 0 or NaN.
     """
-    order = itertools.count()  # of equals the first comes first, and states are never compared
+    order = itertools.count()  # breaks ties first-in first-out, so states are never compared
     frontier = [(0.0, next(order), root)]
     expanded = tried = 0
     while frontier and (most_tried is None or tried < most_tried):
@@ -55,6 +55,8 @@ def best_first_search(
         expanded += 1
         for log_prob, child in expand(state):
             if not log_prob <= 0:
-                raise ValueError(f"best_first_search: a log-probability of {log_prob}; at most 0.")
+                raise ValueError(
+                    f"best_first_search: log-probability must be at most 0, got {log_prob}."
+                )
             heapq.heappush(frontier, (cost - log_prob, next(order), child))
     return Found(None, float("-inf"), expanded, tried)

@@ -1,4 +1,4 @@
-"""Sampling by an inference server that speaks OpenAI's completions protocol, such as vLLM or SGLang."""
+"""Sampling by an inference server with OpenAI's completions protocol, such as vLLM or SGLang."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ import numpy as np
 from jaxft.generation.decoding import SamplingConfig
 from jaxft.generation.sampler import Generation
 
-CONCURRENT = 16  # requests at a time: the server batches them
-_PASSING = (408, 409, 429, 500, 502, 503, 504)  # statuses that may be other a moment later
+CONCURRENT = 16  # concurrent requests, which the server batches
+_PASSING = (408, 409, 429, 500, 502, 503, 504)  # transient HTTP statuses
 
 
 class ServerError(RuntimeError):
-    """The server cannot be reached, refuses, or answers what cannot be used."""
+    """The server cannot be reached, refuses a request, or gives an unusable answer."""
 
 
 def server_sampler(
@@ -37,29 +37,29 @@ def server_sampler(
     retries: int = 4,
     wait: Callable[[float], None] = time.sleep,
 ) -> Callable[..., Generation]:
-    """A function with the signature of `generate` whose tokens and log-probs come from a server.
+    """Returns a function with the signature of `generate` whose tokens and log-probs a server computes.
 
-    The server has weights, kernels and rounding of its own: train with a correction (`token_correction()`),
-    and with `push`, without which it goes on sampling from the weights that it was started with. Prompts are
-    sent as ids, one request each, seeded by the key and the row's id. Ids come back as `token_ids` or
-    "token_id:7" (vLLM); where only text does, it is encoded again, which must give as many tokens as there
-    are log-probs.
+    The server has its own weights, kernels and rounding: train with a correction (`token_correction()`) and
+    with `push`, without which it keeps sampling from its initial weights. Prompts are sent as ids, one
+    request each, seeded by the key and the row's id. The server returns ids as `token_ids` or "token_id:7"
+    (vLLM); if it returns only text, the text is encoded, which must give as many tokens as there are
+    log-probs.
 
     Args:
-        url: of the API, such as http://localhost:8000/v1.
-        name: of the model, as the server calls it.
+        url: address of the API, such as http://localhost:8000/v1.
+        name: name of the model on the server.
         scaled: whether its log-probs are at the sampling temperature (vLLM: --logprobs-mode
-            processed_logprobs; its default is at 1). Without, other temperatures are refused.
-        push: called with the params before each request for samples, to put them on the server, such as
-            `Push`; what it returns is the model's name from then on (None: `name`).
-        timeout: seconds of a request.
-        retries: after failures that may pass, each after twice the seconds of the one before, from 1 s.
-        wait: sleeps.
+            processed_logprobs; its default is at 1). If False, temperatures other than 1 are refused.
+        push: function called with the params before each request for samples, to load them into the server,
+            such as `Push`; it returns the model's name from then on (None: `name`).
+        timeout: timeout of a request in seconds.
+        retries: retries after transient failures; the delay starts at 1 s and doubles each time.
+        wait: function that sleeps for some seconds.
 
     Raises:
-        ValueError: by the sampler, for settings whose log-probs could not be corrected: every rule that
-            changes the distribution, greedy decoding, another temperature than 1 unless `scaled`.
-        ServerError: by the sampler, after the last retry, or for an answer that cannot be used.
+        ValueError: from the sampler, for settings whose log-probs could not be corrected: every rule that
+            changes the distribution, greedy decoding, a temperature other than 1 unless `scaled`.
+        ServerError: from the sampler, after the last retry, or for an unusable answer.
     """
     address = f"{url.rstrip('/')}/completions"
     ask = functools.partial(post, address, timeout=timeout, retries=retries, wait=wait)
@@ -79,7 +79,7 @@ def server_sampler(
         _check(config, scaled, model.config.max_length, prompts)
         if columns:
             raise ValueError(
-                f"server_sampler: the server gets token ids alone, not columns {sorted(columns)}; "
+                f"server_sampler: the server accepts only token ids, not columns {sorted(columns)}; "
                 "sample with jaxft.generation.generate."
             )
         asked = (push(params) if push is not None else None) or name
@@ -113,7 +113,7 @@ def _check(config, scaled, max_length, prompts):
     if config.temperature == 0 or (config.temperature != 1 and not scaled):
         raise ValueError(
             f"server_sampler: temperature {config.temperature}, but a server's log-probs are at 1 unless it "
-            "is started otherwise (vLLM: --logprobs-mode processed_logprobs, then scaled=True); use 1."
+            "is configured otherwise (vLLM: --logprobs-mode processed_logprobs, then scaled=True); use 1."
         )
     longest = max(map(len, prompts))
     if longest + config.max_new_tokens > max_length:
@@ -134,7 +134,7 @@ def _request(name, prompt, seed, samples, config):
         "top_p": 1.0,
         "logprobs": 1,
         "stop": list(config.stop_strings) or None,
-        # Beyond OpenAI's protocol: what these servers have for token-exact training.
+        # Extensions of OpenAI's protocol that these servers have for token-exact training.
         "top_k": -1,
         "stop_token_ids": list(config.stop_ids),
         "return_token_ids": True,
@@ -153,16 +153,16 @@ def post(
     wait: Callable[[float], None] = time.sleep,
     read: Callable[[str], Any] = json.loads,
 ) -> Any:
-    """What `read` makes of the answer to a POST, tried again while failures may pass.
+    """Returns `read` of the answer to a POST, retrying after transient failures.
 
     Args:
-        url: the whole address.
+        url: the full address.
         body: sent as JSON.
         timeout, retries, wait: see server_sampler.
-        read: of the answer's text; its ValueError is a failure that may pass.
+        read: function of the answer's text; its ValueError counts as a transient failure.
 
     Raises:
-        ServerError: after the last retry, or for a refusal, with what the server said.
+        ServerError: after the last retry, or for a refusal, with the server's answer.
     """
     headers = {"Content-Type": "application/json"}
     request = urllib.request.Request(url, json.dumps(body).encode(), headers)
@@ -174,15 +174,18 @@ def post(
             failure = f"status {error.code}: {error.read(500).decode(errors='replace').strip()}"
             if error.code not in _PASSING:
                 raise ServerError(f"{url} refused the request, {failure}") from error
-        except (OSError, http.client.HTTPException) as error:  # Time-outs and refusals too.
+        except (
+            OSError,
+            http.client.HTTPException,
+        ) as error:  # Includes time-outs and refused connections.
             failure = f"{getattr(error, 'reason', None) or error or type(error).__name__}"
         except ValueError as error:
-            failure = f"its answer is no JSON: {error}"
+            failure = f"its answer is not JSON: {error}"
         if attempt < retries:
             wait(2.0**attempt)
     raise ServerError(
-        f"{url}: {retries + 1} attempts failed, the last with {failure}. Is the server up, and the URL that "
-        "of its API (http://host:8000/v1)?"
+        f"{url}: {retries + 1} attempts failed, the last with {failure}. Is the server running, and is the "
+        "URL that of its API (http://host:8000/v1)?"
     )
 
 
@@ -203,8 +206,8 @@ def _row(choice, config, tokenizer, size):
         isinstance(x, (int, float)) and math.isfinite(x) for x in log_probs
     ):
         raise ServerError(
-            f"server_sampler: the server gave no log-prob for each token ({str(log_probs)[:80]}), without "
-            "which nothing can be corrected; start it so that it returns `logprobs`."
+            f"server_sampler: the server did not give a log-prob for each token ({str(log_probs)[:80]}), "
+            "which the correction needs; start it so that it returns `logprobs`."
         )
     finish = choice.get("finish_reason")
     if finish not in ("stop", "length"):
@@ -215,8 +218,8 @@ def _row(choice, config, tokenizer, size):
     if len(ids) != len(log_probs) or len(ids) > config.max_new_tokens:
         raise ServerError(
             f"server_sampler: {len(ids)} tokens with {len(log_probs)} log-probs, of at most "
-            f"{config.max_new_tokens}; text need not encode to the tokens that were sampled, so serve with "
-            "one that returns token ids (vLLM)."
+            f"{config.max_new_tokens}; text may not encode to the sampled tokens, so use a server "
+            "that returns token ids (vLLM)."
         )
     if min(ids) < 0 or max(ids) >= size:
         raise ServerError(
@@ -236,14 +239,14 @@ def _ids(choice, tokens, finish, count, config, tokenizer):
             "server_sampler: the server gave text without token ids; pass tokenizer=."
         )
     ids = tokenizer.encode(choice.get("text", ""), add_special_tokens=False)
-    # The stop token has a log-prob, but is in no text.
+    # The stop token has a log-prob, but is not in the text.
     if finish == "stop" and len(ids) == count - 1:
         ids = [*ids, *_stopped_by(choice, config.stop_ids)]
     return ids
 
 
 def _stopped_by(choice, stop_ids):
-    """The stop token of a choice: the only one there is, or the one that vLLM or SGLang name."""
+    """Returns the stop token of a choice: the only one configured, or the one that the server names."""
     named = choice.get("stop_reason", choice.get("matched_stop"))
     return [named] if named in stop_ids else stop_ids if len(stop_ids) == 1 else []
 

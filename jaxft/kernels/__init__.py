@@ -1,4 +1,4 @@
-"""Kernels, each behind one public function and beside its plain reference; import them from their modules.
+"""Kernels, each with one public function and a plain reference; import them from their modules.
 
-Nothing is imported here: jaxft.optim needs two of the kernels, and jax and optax alone.
+Nothing is imported here, so that jaxft.optim, which uses two kernels, needs only jax and optax.
 """

@@ -17,7 +17,7 @@ from jaxft.parallel.axes import length_axes
 
 Implementation = Literal["reference", "blocked", "tiled", "gathered", "splash", "xla", "cudnn"]
 BLOCK = 128  # query rows whose masked keys are skipped together
-QUERIES = 512  # at most whose scores are alive at once when keys were gathered
+QUERIES = 512  # the most whose scores are in memory at once when keys are gathered
 FEW = 16  # queries at a time against a cache
 
 
@@ -38,26 +38,26 @@ def attention(
 
     Args:
         query, key, value: H, the number of query heads, is a multiple of that of key heads, G.
-        segment_ids: a query sees the keys of its own segment alone, and 0 is padding that
-            no other segment sees. None: one segment.
-        window: a query sees the `window` last keys, itself counted, by index. None: all.
+        segment_ids: a query sees only the keys of its own segment; 0 is padding, which no other
+            segment sees. None: one segment.
+        window: a query sees the last `window` keys by index, its own included. None: all.
         causal: hide later keys.
-        scale: of the scores; None: K^-1/2.
+        scale: multiplies the scores; None: K^-1/2.
         softcap: c in c tanh(scores / c), as in Gemma 2. None: no cap.
-        gradient: False where none will be taken: a form that holds all scores is not picked then.
+        gradient: False if none will be taken: then a form that holds all scores is not chosen.
         implementation: "reference" is plain jnp; "blocked" skips the keys above the diagonal;
             "tiled" does too, and holds the scores of one tile, but its gradient costs memory;
             "gathered" is for meshes that split rows' tokens over "context", and stores no scores;
-            "splash" runs on TPUs, and on a mesh wants it in context: see `splash_attention`;
+            "splash" runs on TPUs, and needs a mesh, if any, in context: see `splash_attention`;
             "xla" and "cudnn" are jax.nn.dot_product_attention's. None: the best for the mesh in
-            context or, without one, for this process's backend; where a program is compiled for
-            other devices, set the mesh (jax.set_mesh) or name the implementation.
+            context or, without one, for this process's backend; when compiling for other devices,
+            set the mesh (jax.set_mesh) or name the implementation.
 
-    Returns: heads side by side, in the query's data type. A row that sees nothing is the mean of values
-        (of padding, for "splash").
+    Returns: heads side by side, in the query's data type. A query that sees no key gets the mean of
+    values (of padding, for "splash").
 
     Raises:
-        ValueError: for an implementation that is unknown or lacks what is asked for.
+        ValueError: for an implementation that is unknown or does not support the arguments.
     """
     if implementation is None:
         implementation = _best(query, key, segment_ids, window, causal, softcap)
@@ -129,7 +129,7 @@ def attend(
     scale: float,
     softcap: float | None = None,
 ) -> Float[Array, "B T H K"]:
-    """The reference: scores in full. `mask` is True where a key is visible."""
+    """The reference, which holds all scores. `mask` is True where a key is visible."""
     grouped = _grouped(query, key.shape[2])
     scores = jnp.einsum("btghk,bsgk->bghts", grouped, key, preferred_element_type=jnp.float32)
     weights = _weights(scores, mask, scale, softcap).astype(value.dtype)
@@ -147,7 +147,7 @@ def attend_cache(
 ) -> Float[Array, "B T H K"]:
     """`attend` for a cache's keys [B, G, K, S] and values [B, G, S, K]: no operand is transposed.
 
-    `visible(i, R)` is the mask of queries i..i + R. `FEW` have scores at a time.
+    `visible(i, R)` is the mask of queries i..i + R. Only `FEW` queries have scores at a time.
     """
 
     length = query.shape[1]
@@ -168,8 +168,8 @@ def attend_cache(
 def _attend_cache(query, keys, values, mask, scale, softcap):
     batch, rows, heads, size = query.shape
     groups = keys.shape[1]
-    # Heads of a group as rows of one product, the cache on its right: einsum would put the cache on the
-    # left, and XLA:CPU is four to ten times slower at that.
+    # The heads of a group are rows of one product with the cache on its right: einsum would put the
+    # cache on the left, which is four to ten times slower on XLA:CPU.
     grouped = jnp.moveaxis(_grouped(query, groups), 1, 3)  # [B, G, H/G, T, K]
     left = grouped.reshape(batch, groups, -1, size)
     scores = jnp.matmul(left, keys, preferred_element_type=jnp.float32)
@@ -216,8 +216,9 @@ def _best(query, key, segment_ids, window, causal, softcap) -> Implementation:
     if platform == "tpu":
         return "reference"
     if platform == "gpu" and softcap is None and query.dtype in (jnp.bfloat16, jnp.float16):
-        # JAX asks the GPU for its version, which is not there when a program is compiled elsewhere.
-        # cuDNN's gradient with a mask wants even lengths; and a window to both sides needs a mask.
+        # JAX asks the GPU for its version, but there is no GPU when a program is compiled
+        # elsewhere. cuDNN's gradient with a mask needs even lengths, and a two-sided window needs a
+        # mask.
         length, size = query.shape[1], query.shape[3]
         takes = size <= 128 and size % 8 == 0 and length % 2 == 0 and (causal or window is None)
         takes &= known or segment_ids is None
@@ -237,7 +238,7 @@ def _library(query, key, value, segment_ids, window, causal, scale, softcap, imp
         if segment_ids is not None or array:
             width = window_array if array else window
             mask, triangle = attention_mask(query.shape[1], segment_ids, width, causal), False
-        elif window is not None:  # local_window_size counts the keys beside the query itself
+        elif window is not None:  # local_window_size excludes the query's own key
             beside = (window - 1, 0 if causal else window - 1)
         return jax.nn.dot_product_attention(
             query,
@@ -263,7 +264,7 @@ def _library(query, key, value, segment_ids, window, causal, scale, softcap, imp
 
 
 def _blocked(query, key, value, segment_ids, window, causal, scale, softcap):
-    """The reference over blocks of queries, each against the keys up to its last row alone."""
+    """The reference over blocks of queries, each against only the keys up to its last row."""
     if not causal:
         raise ValueError("attention: 'blocked' needs causal=True; use 'reference' or 'xla'.")
     length, outputs = query.shape[1], []
@@ -279,22 +280,23 @@ def _blocked(query, key, value, segment_ids, window, causal, scale, softcap):
 
 
 def _tiled(query, key, value, segment_ids, window, causal, scale, softcap):
-    """The reference by tiles of queries and keys, one after the other, those left out that hide all.
+    """The reference by tiles of queries and keys, in sequence; fully hidden tiles are skipped.
 
-    What a tile of queries has so far is Σ exp(s - top) v, Σ exp(s - top) and top, its largest score, as
-    in FlashAttention (Dao et al., 2022, arxiv.org/abs/2205.14135, algorithm 1).
+    The state of a tile of queries is Σ exp(s - top) v, Σ exp(s - top) and top, its largest score,
+    as in FlashAttention (Dao et al., 2022, arxiv.org/abs/2205.14135, algorithm 1).
     """
     batch, length, heads, size = query.shape
     groups, tile = key.shape[2], BLOCK if target_platform() == "cpu" else QUERIES
     beyond = -length % tile
     if not causal and beyond and segment_ids is None:
-        segment_ids = jnp.ones(query.shape[:2], jnp.int32)  # all but what is added
+        segment_ids = jnp.ones(query.shape[:2], jnp.int32)  # all except the padding
     pad = lambda x: jnp.pad(x, ((0, 0), (0, beyond)) + ((0, 0),) * (x.ndim - 2))
     query, key, value, segment_ids = jax.tree.map(pad, (query, key, value, segment_ids))
     tiles = jnp.arange(0, length, tile)
     at = lambda x, start: jax.lax.dynamic_slice_in_dim(x, start, tile, axis=1)
 
-    # Outputs take their queries' place: the blank ones of all layers would be made ahead by XLA:CPU.
+    # Outputs overwrite their queries: XLA:CPU would allocate empty outputs of all layers in
+    # advance.
     def rows(carry, i):
         queries = _grouped(at(carry, i), groups)
         ids = None if segment_ids is None else at(segment_ids, i)
@@ -334,7 +336,7 @@ def _tiled(query, key, value, segment_ids, window, causal, scale, softcap):
 
 
 def _tile_mask(offset, tile, ids, others, window, causal):
-    """[1 or B, 1, tile, tile] of queries with `ids` that stand `offset` behind keys with `others`."""
+    """[1 or B, 1, tile, tile] of queries with `ids`, `offset` positions after keys with `others`."""
     distance = offset + jnp.arange(tile)[:, None] - jnp.arange(tile)[None, :]
     visible = distance >= 0 if causal else jnp.ones(distance.shape, bool)
     if window is not None:
@@ -348,8 +350,9 @@ def _tile_mask(offset, tile, ids, others, window, causal):
 def _gathered(query, key, value, segment_ids, window, causal, scale, softcap):
     """The queries of each device, in blocks, against all keys, which are gathered over "context".
 
-    Llama 3 is trained so (Grattafiori et al., 2024, arxiv.org/abs/2407.21783, section 3.3.2): keys of a
-    few groups are small, and any mask will do. Scores and gathered keys are made again backwards.
+    Llama 3 was trained this way (Grattafiori et al., 2024, arxiv.org/abs/2407.21783, section
+    3.3.2): keys of a few groups are small, and any mask works. The backward pass recomputes scores
+    and gathers keys again.
     """
     place = attention_layout(query, key)
 

@@ -1,4 +1,4 @@
-"""What the program being traced will run on, and whether a Pallas kernel can run there."""
+"""The platform of the program being traced, and whether a Pallas kernel can run there."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import jax
 def target_platform() -> str:
     """The name "cpu", "gpu" or "tpu" of the mesh in context, else of the default backend.
 
-    The two differ where a program is compiled for devices that are not here; `jax.set_mesh` puts a
-    mesh in context, and so do the compiled steps of jaxft.train for the mesh that the params lie on.
+    The two differ when a program is compiled for another machine; `jax.set_mesh` puts a
+    mesh in context, and so do the compiled steps of jaxft.train for the mesh of the params.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
 
 
 def on_one(platform: str) -> bool:
-    """True on a "tpu" or "gpu" with one device in sight, or inside a shard_map over all axes of a mesh.
+    """True on a "tpu" or "gpu" with one visible device, or inside a shard_map over all axes of a mesh.
 
-    XLA cannot split a kernel over the devices of a mesh by itself, so that under jit with sharded
-    arrays the forms that it can split must be taken.
+    XLA cannot split a kernel over the devices of a mesh by itself, so jit with sharded arrays must
+    use the forms that it can split.
     """
     if target_platform() != platform:
         return False

@@ -1,8 +1,9 @@
-"""Random numbers that are a function of a seed and an index: made where they are used, never stored.
+"""Random numbers as a function of a seed and an index: generated where they are used, never stored.
 
-`jax.random` draws with Threefry, whose loop XLA does not fuse: its bits lie in memory before they are read.
-The hash here is plain arithmetic. It becomes part of the loop that consumes it, on every backend and inside
-kernels, gives the same bits however an array is sharded, and can be replayed from 64 bits.
+`jax.random` draws with Threefry, whose loop XLA does not fuse: its bits are written to memory
+before they are read. The hash here is plain arithmetic. XLA fuses it into the loop that consumes
+it, on every backend and inside kernels; it gives the same bits however an array is sharded, and can
+be replayed from 64 bits.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ def counter_bits(seed: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """uint32 bits of `shape`; entry i, in row-major order, is h(h((i + N seed[1]) ^ seed[0]) + seed[1]).
 
     h is `mix`, N the number of entries; all modulo 2^32. `seed` is uint32 [2], as `seeds` makes it.
-    Statistical, not cryptographic.
+    The quality is statistical, not cryptographic.
     """
-    # Starting from the seed, not adding it: an index without it is the same in every turn of a loop,
-    # and the compiler would store it before the loop.
+    # The index starts from the seed: without it the index would be the same in every iteration of a
+    # loop, and the compiler would store it before the loop.
     index = jnp.broadcast_to(seed[1], shape)
     for axis, length in enumerate(shape):
         index = index * jnp.uint32(length % 2**32)
@@ -44,8 +45,8 @@ def mix(x: jax.Array) -> jax.Array:
 def seeds(key: jax.Array, number: int, *path: int | jax.Array) -> jax.Array:
     """uint32 [number, 2]: seeds of `counter_bits`, one for each leaf of a tree.
 
-    `path` names a purpose, a step and so on: other numbers, other seeds. By hashing alone, so that they too
-    become part of the loop that consumes them.
+    `path` identifies a purpose, a step and so on: different numbers give different seeds. Seeds use
+    only hashing, so that XLA fuses them, too, into the loop that consumes them.
     """
     seed = jax.random.key_data(key)[:2]
     for step in path:
@@ -56,5 +57,5 @@ def seeds(key: jax.Array, number: int, *path: int | jax.Array) -> jax.Array:
 
 def uniform(bits: jax.Array) -> jax.Array:
     """float32 in (0, 1), never 0 or 1: the middles of 2^23 equal intervals."""
-    # 23 bits, so that adding the half is exact; by way of int32, which every backend converts.
+    # 23 bits, so that adding the half is exact; int32 in between, which every backend converts.
     return ((bits >> jnp.uint32(9)).astype(jnp.int32).astype(jnp.float32) + 0.5) * 2.0**-23

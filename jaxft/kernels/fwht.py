@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Products with H_128 fill a TPU's matrix unit; a CPU's caches and registers like small factors.
+# Products with H_128 fill a TPU's matrix unit; a CPU's caches and registers favour small factors.
 RADIX = {"cpu": 16}
 DEFAULT_RADIX = 128
 
@@ -23,30 +23,30 @@ def fwht(
     """H x along one axis of length L = 2^k, H unnormalised: H_1 = 1, H_2n = [[H_n, H_n], [H_n, -H_n]].
 
     H = H_r ⊗ H_r ⊗ ... (Sylvester), so that a transform is log_r L products with H_r on a reshaped
-    array: L r log_r L multiplications in place of L². H is symmetric and H H = L I, so autodiff's
+    array: L r log_r L multiplications instead of L². H is symmetric and H H = L I, so autodiff's
     adjoint of a transform is a transform.
 
     Args:
         x: floats, or integers (for exact sums).
-        axis: the one to transform.
+        axis: axis to transform.
         implementation: "butterfly": log2 L passes of additions, the plain form. "matmul": products
             with H_r. None: matmul.
         radix: r, a power of 2; None: 16 on a CPU, else 128.
 
     Raises:
-        ValueError: for a length or radix that is no power of 2, or an unknown implementation.
+        ValueError: for a length or radix that is not a power of 2, or an unknown implementation.
     """
     length = x.shape[axis]
     if length < 1 or length & (length - 1):
         raise ValueError(
-            f"fwht: axis {axis} of {x.shape} has length {length}, no power of 2; pad it with zeros."
+            f"fwht: axis {axis} of {x.shape} has length {length}, not a power of 2; pad it with zeros."
         )
     if implementation == "butterfly":
         transform = _butterfly
     elif implementation in ("matmul", None):
         radix = radix or RADIX.get(jax.default_backend(), DEFAULT_RADIX)
         if radix < 2 or radix & (radix - 1):
-            raise ValueError(f"fwht: radix must be a power of 2 from 2 on, got {radix}.")
+            raise ValueError(f"fwht: radix must be a power of 2, at least 2, got {radix}.")
         transform = lambda x: _products(x, radix)
     else:
         raise ValueError(

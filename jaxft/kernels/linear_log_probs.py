@@ -1,10 +1,11 @@
 """Log-probs of target tokens under a projection onto a vocabulary, without the logits of all tokens.
 
-Two facts make this cheap. The gradient of a token's log-prob by its hidden state is a vector that
-the token alone determines, so the forward pass forms it while the logits are at hand, and the
-backward pass only multiplies it by the cotangent: with a frozen head, no logit is computed twice.
-And a column of the head gets its gradient from that column's logits alone, given each token's
-normaliser, so the backward pass goes through the vocabulary in tiles and adds nothing up in memory.
+Two facts make this cheap. First, the gradient of a token's log-prob with respect to its hidden
+state depends only on that token, so the forward pass forms it while the logits are available, and
+the backward pass only multiplies it by the cotangent: with a frozen head, no logit is computed
+twice. Second, given each token's normaliser, the gradient of a column of the head depends only on
+that column's logits, so the backward pass processes the vocabulary in tiles and accumulates nothing
+in memory.
 """
 
 from __future__ import annotations
@@ -20,12 +21,10 @@ from jaxft.kernels import linear_log_probs_tpu as tpu
 from jaxft.kernels.pullback import as_varying, with_pullback
 
 Implementation = Literal["reference", "xla", "pallas"]
-# Products of fewer tokens with a head wait for the head's bytes, on a TPU v5e and an H100 alike.
-FEWEST = 64  # tokens of a row alive at once: on a mesh a device may hold a row alone
-TOKENS = 1024  # tokens, over all rows, whose logits are alive at once in the forward pass
-TILE = (
-    2048  # columns of the head whose logits, of all tokens, are alive at once in the backward pass
-)
+# Products of fewer tokens with a head are memory-bound on a TPU v5e and on an H100.
+FEWEST = 64  # tokens of a row in memory at once: on a mesh a device may hold a single row
+TOKENS = 1024  # tokens, over all rows, whose logits are in memory at once in the forward pass
+TILE = 2048  # columns of the head whose logits, of all tokens, the backward pass holds at once
 
 
 def fused_log_probs(
@@ -42,9 +41,9 @@ def fused_log_probs(
 ) -> Float[Array, "*batch T"]:
     """x_t[target_t] - logsumexp_v x_t[v], x_t = cap(h_t W) / temperature, in nats and float32.
 
-    d/dh_t = s_t (W[:, target_t] - Σ_v p_t[v] W[:, v]) is kept from the forward pass; d/dW is formed from
-    recomputed logits. Recomputing logits in tiles from each token's normaliser follows Wijmans et
-    al., 2024, arxiv.org/abs/2411.09009, section 4 (without their filter, which drops small
+    d/dh_t = s_t (W[:, target_t] - Σ_v p_t[v] W[:, v]) is stored in the forward pass; d/dW is formed
+    from recomputed logits. Recomputing logits in tiles from each token's normaliser follows Wijmans
+    et al., 2024, arxiv.org/abs/2411.09009, section 4 (without their filter, which drops small
     gradients); the online normaliser of "pallas" is Milakov and Gimelshein's, 2018,
     arxiv.org/abs/1805.02867, algorithm 3.
 
@@ -55,12 +54,12 @@ def fused_log_probs(
         transposed: how the head is stored; neither form copies it.
         temperature: positive, divides the capped logits.
         softcap: c of cap(z) = c tanh(z / c). None: no cap.
-        chunk: "xla": tokens of each row whose logits are alive at once in the forward pass. None:
-            so many that all rows together have 1024, and no fewer than 64.
-        implementation: "reference" forms all logits. "xla" goes through chunks of tokens forward and tiles
-            of the vocabulary backward, and may be partitioned over a mesh (tiles of a head that
-            trains are gathered over an axis that splits its vocabulary). "pallas" keeps logits in
-            a TPU core's own memory; under a mesh it must be called in a shard_map. None: "xla".
+        chunk: "xla": tokens of each row whose logits are in memory at once in the forward pass.
+            None: 1024 over all rows, but at least 64 per row.
+        implementation: "reference" forms all logits. "xla" processes chunks of tokens forward and
+            tiles of the vocabulary backward, and may be partitioned over a mesh (tiles of a trained
+            head are gathered over an axis that splits its vocabulary). "pallas" keeps logits in a
+            TPU core's own memory; under a mesh it must be called in a shard_map. None: "xla".
         interpret: run "pallas" step by step, on any backend.
 
     Raises:
@@ -152,13 +151,13 @@ def _forward_xla(hidden, head, targets, options, wants):
     chunk, axis = max(min(chunk, length), 1), targets.ndim - 1
     vocabulary = jnp.arange(head.shape[options.vocabulary_axis])
 
-    # Second derivatives go through it, and form its logits again.
+    # Second derivatives differentiate this function and recompute its logits.
     @jax.checkpoint
     def part(start, hidden, head):
         h, target = (jax.lax.dynamic_slice_in_dim(x, start, chunk, axis) for x in (hidden, targets))
         logits, slope = _logits(h, head, options)
         hit = target[..., None] == _along(vocabulary, logits)
-        # jax.nn.logsumexp also mends infinities, for a percent of the time on a TPU.
+        # jax.nn.logsumexp also handles infinities, which costs one percent of the time on a TPU.
         largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
         total = jnp.sum(jnp.exp(logits - largest[..., None]), axis=-1)
         normaliser = largest + jnp.log(total)
@@ -177,7 +176,7 @@ def _forward_xla(hidden, head, targets, options, wants):
         put = lambda x, part: jax.lax.dynamic_update_slice_in_dim(x, part, start, axis)
         return [put(*pair) for pair in zip(results, parts, strict=True)]
 
-    # Every entry is written, so nothing need be there before.
+    # Every entry is written, so no initial values are needed.
     empty = [jax.lax.empty(targets.shape, jnp.float32)] * 2
     empty += [jax.lax.empty(hidden.shape, hidden.dtype)] * wants
     empty = as_varying([*empty, hidden, head, targets])[: len(empty)]
@@ -192,7 +191,7 @@ def _backward_head_xla(hidden, head, targets, normaliser, cotangent, options):
     tokens = tuple(range(targets.ndim))
 
     def body(i, d_head):
-        # The last tile overlaps the one before, and finds the same gradient there.
+        # The last tile overlaps the one before and computes the same gradient there.
         start = jnp.minimum(i * tile, vocabulary - tile)
         logits, slope = _logits(
             hidden, jax.lax.dynamic_slice_in_dim(head, start, tile, axis), options
@@ -234,7 +233,7 @@ def _check(hidden, head, targets, transposed, temperature, softcap, chunk, imple
 def _logits(hidden, head, options):
     """(x, dx / d(h W)), float32."""
     across = ((hidden.ndim - 1,), (1 - options.vocabulary_axis,))
-    # Not rounded to bfloat16: that would move a log-prob by up to 0.07 nats.
+    # Not rounded to bfloat16: that would change a log-prob by up to 0.07 nats.
     logits = jax.lax.dot_general(
         hidden, head, (across, ((), ())), preferred_element_type=jnp.float32
     )

@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 LANES = 128
-TOKENS = 512  # rows of a tile: each byte of the head that is read meets so many tokens
+TOKENS = 512  # rows of a tile: each byte read from the head serves this many tokens
 COLUMNS = 1024  # columns of a tile, at most
 VMEM = 96 * 2**20  # bytes; a v5e or v6e core has 128 MiB
 
@@ -28,9 +28,10 @@ def forward(
 ):
     """(log-probs [N], normalisers [N], d log-prob / d hidden [N, D] or None) of hidden [N, D].
 
-    As in flash attention, with the head as keys and values: while tiles of the vocabulary go by, each
-    token keeps its largest logit m, Σ e^(x - m), and Σ e^(x - m) W[:, v]. Tokens are sorted by
-    target first: then few tiles hold targets of a block of tokens, and those alone cost a third product.
+    Works like flash attention, with the head as keys and values: over the tiles of the vocabulary,
+    each token keeps its largest logit m, Σ e^(x - m), and Σ e^(x - m) W[:, v]. Tokens are sorted by
+    target first: then few tiles hold targets of a block of tokens, and only those cost a third
+    product.
     """
     order = jnp.argsort(targets)
     vocabulary = head.shape[0 if transposed else 1]
@@ -74,7 +75,7 @@ def backward_head(
     vocabulary = head.shape[0 if transposed else 1]
     count, features = hidden.shape
     rows, columns = _rows(count, tokens), _columns(vocabulary)
-    # The sum runs over tokens: those that fill the last block must be numbers, with cotangent 0.
+    # The sum runs over tokens: padding in the last block must be finite, with cotangent 0.
     pad = lambda x: jnp.pad(x, ((0, -count % rows), (0, 0)))
     grid = (pl.cdiv(vocabulary, columns), pl.cdiv(count, rows))
     per_token = pl.BlockSpec((rows, 1), lambda i, j: (j, 0))
@@ -112,7 +113,7 @@ def _forward_kernel(
     part = head[...]
     columns = part.shape[0 if transposed else 1]
     start = tile * columns
-    if vocabulary % columns:  # What lies beyond the head may be anything, and 0 times it NaN.
+    if vocabulary % columns:  # Memory beyond the head may hold NaN, and 0 times NaN is NaN.
         index = jax.lax.broadcasted_iota(jnp.int32, part.shape, 0 if transposed else 1)
         part = jnp.where(start + index < vocabulary, part, jnp.zeros_like(part))
     logits = _dot(hidden[...], part, 1, 1 if transposed else 0)
@@ -180,7 +181,7 @@ def _rows(count, tokens):
 
 
 def _columns(vocabulary):
-    """The widest tile of at most COLUMNS that divides the vocabulary; else one that overhangs it."""
+    """The widest tile of at most COLUMNS that divides the vocabulary, or else one that overhangs it."""
     fits = [n for n in range(LANES, COLUMNS + 1, LANES) if vocabulary % n == 0]
     if fits and fits[-1] >= COLUMNS // 2:
         return fits[-1]

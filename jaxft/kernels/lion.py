@@ -28,10 +28,10 @@ COLUMNS = 128
 
 
 def lion_direction(grad, moment: Moment, seed, b1, b2) -> tuple[jax.Array, Moment]:
-    """(sign(β1 m + (1 - β1) g), β2 m + (1 - β2) g), the moment kept as it came in.
+    """(sign(β1 m + (1 - β1) g), β2 m + (1 - β2) g), the moment in the form it came in.
 
-    In float32, in the order of optax's operations, so that results are equal to the last bit.
-    `seed` rounds bfloat16 and int8 moments up or down at random; None: to the nearest.
+    Computed in float32, in the order of optax's operations, so that results are equal to the last
+    bit. `seed` rounds bfloat16 and int8 moments up or down at random; None: to nearest.
     """
     g = grad.astype(jnp.promote_types(grad.dtype, jnp.float32))
     m = dequantise(moment) if isinstance(moment, Int8Blocks) else moment.astype(g.dtype)
@@ -61,15 +61,15 @@ def lion_step(
     Args:
         param: θ, any float; grad: g of its shape.
         moment: m, an array or int8 blocks.
-        seeds: uint32 [2, 2], for the rounding of a bfloat16 or int8 moment and of bfloat16 params; None:
-            to the nearest.
-        implementation: "xla" is the plain form. It is one fusion on TPUs and GPUs, except for int8, where
-            the largest magnitude of a block has to be known before its codes. "pallas" is a TPU kernel
-            that keeps the block on the chip meanwhile. None: pallas on a single TPU where it applies;
-            under a mesh call it inside shard_map.
+        seeds: uint32 [2, 2], for the rounding of a bfloat16 or int8 moment and of bfloat16 params;
+            None: to nearest.
+        implementation: "xla" is the plain form. It is one fusion on TPUs and GPUs, except for int8,
+            where the largest magnitude of a block must be known before its codes. "pallas" is a TPU
+            kernel that keeps the block on the chip meanwhile. None: pallas on a single TPU if it
+            applies; under a mesh call it inside shard_map.
 
     Raises:
-        ValueError: if "pallas" is asked for what it cannot do: see `kernel_applies`.
+        ValueError: if implementation is "pallas" and `kernel_applies` is False.
     """
     applies = kernel_applies(param, moment)
     if implementation is None:
@@ -87,7 +87,7 @@ def lion_step(
 
 
 def kernel_applies(param: jax.Array, moment: Moment) -> bool:
-    """Whether the kernel takes this leaf: int8 blocks of 256 rows, leading axes in whole blocks."""
+    """True if the kernel supports this leaf: int8 blocks of 256 rows, leading axes in whole blocks."""
     if not isinstance(moment, Int8Blocks) or param.ndim < 2:
         return False
     whole = param.ndim == 2 or param.shape[-2] % BLOCK == 0
@@ -105,7 +105,7 @@ def _reference(param, grad, moment, seeds, learning_rate, b1, b2, weight_decay):
 
 
 def lion_int8_kernel(param, grad, moment, seeds, scalars, interpret: bool = False):
-    """The same on a TPU for int8 blocks of 256 rows: tiles of 2048 x 128, written where they were read."""
+    """`lion_step` on a TPU for int8 blocks of 256 rows, in tiles of 2048 x 128 updated in place."""
     columns, stochastic = param.shape[-1], seeds is not None
     flat = lambda x: x.reshape(-1, columns)
     p, g, codes, scale = map(flat, (param, grad, moment.codes, moment.scale))
@@ -146,11 +146,12 @@ def _kernel(
     p, g = p_ref[...].astype(jnp.float32), g_ref[...].astype(jnp.float32)
     m = decode(codes_ref[...], wide(scale_ref[...]))
     c = (1.0 - b1) * g + b1 * m
-    # jnp.sign asks which TPU this is, and so cannot be compiled where there is none.
+    # jnp.sign queries the TPU's version, so it cannot be compiled on a machine without one.
     direction = jnp.where(c > 0, 1.0, jnp.where(c < 0, -1.0, c))
     m = (1 - b2) * g + b2 * m
     p = p + (-1 * learning_rate) * (direction + weight_decay * p)
-    # Beyond the last row a tile holds anything: it must not count for a block's largest magnitude.
+    # Beyond the last row a tile is uninitialised: it must not count for a block's largest
+    # magnitude.
     magnitude = jnp.where(rows < shape[0], jnp.abs(m), 0.0)
     scale = jnp.max(magnitude.reshape(tile), axis=1)
     codes_out[...] = encode(m, wide(scale), uniform(bits(0)) if stochastic else None)

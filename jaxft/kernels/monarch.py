@@ -15,7 +15,7 @@ from jaxtyping import Array, Inexact
 from jaxft.kernels.backend import on_one, target_platform
 from jaxft.kernels.pullback import pick, with_pullback
 
-# Above this many blocks a product for each of them costs more in overhead than it saves in copies.
+# With more blocks than this, one product per block costs more in overhead than it saves in copies.
 MOST_UNROLLED = 8
 LANES = 128
 TOKENS = 128  # of a tile; also the lanes of the transposed tiles
@@ -36,16 +36,16 @@ def monarch_product(
     """The product of x with the matrix of two factors; see MonarchWeight.
 
     Args:
-        x: inputs, D <= K I; those up to K I are taken as zeros.
-        first: the factor that acts first, in x's data type.
-        second: the other.
-        features: F <= L J, how many outputs are wanted; None: all.
+        x: inputs, D <= K I; padded with zeros to K I.
+        first: the factor that is applied first, in x's data type.
+        second: the other factor.
+        features: F <= L J, the number of outputs; None: all.
         implementation: "batched": two batched matrix products. "unrolled": one product for each
-            block, which reads and writes slices in place of permuted copies; on a CPU 1.4 to 2 times
+            block, which reads and writes slices instead of permuted copies; on a CPU 1.4 to 2 times
             as fast for 4 blocks. "pallas": one kernel for TPUs, which keeps the middle vector in
-            fast memory and forms it anew in the backward pass. None: unrolled on a CPU with at
-            most 8 blocks either way; pallas on one TPU if the factors fit; else batched.
-        interpret: run the kernel of "pallas" in Python, wherever this is.
+            fast memory and recomputes it in the backward pass. None: unrolled on a CPU if both
+            factors have at most 8 blocks; pallas on one TPU if the factors fit; else batched.
+        interpret: run the kernel of "pallas" in Python, on any backend.
 
     Raises:
         ValueError: for an unknown implementation.
@@ -90,7 +90,8 @@ def _batched(x, first, second):
 def _unrolled(x, first, second):
     inputs, outputs, rank, width = first.shape
     height = second.shape[1]
-    # Split, not sliced: the gradient of slices is a sum of padded copies, of a split one concatenation.
+    # Split, not slices: the gradient of slices is a sum of padded copies, that of a split one
+    # concatenation.
     split = functools.partial(jnp.split, axis=-1)
     maps = [f.reshape(outputs * rank, width).T for f in first]
     middle = [split(p @ f, outputs) for p, f in zip(split(x, inputs), maps, strict=True)]
@@ -102,7 +103,7 @@ def _unrolled(x, first, second):
 
 
 class _Sizes(NamedTuple):
-    """Of one product, as in MonarchWeight."""
+    """The sizes of one product, named as in MonarchWeight."""
 
     k: int
     j: int
@@ -124,8 +125,8 @@ class _Sizes(NamedTuple):
     def windows(self) -> list[tuple[int, int, int]]:
         """For each k the lanes start..stop of x that hold block k, at whole tiles, and its offset.
 
-        A block need not begin at a tile. Its factor is therefore padded with zeros, so that the
-        window's other lanes count for nothing and x is never shifted.
+        A block may begin inside a tile. Its factor is therefore padded with zeros, so that the
+        window's other lanes contribute nothing and x is never shifted.
         """
         found = []
         for k in range(self.k):
@@ -136,11 +137,11 @@ class _Sizes(NamedTuple):
 
     @property
     def window(self) -> int:
-        """The widest of them."""
+        """The width of the widest window."""
         return max(stop - start for start, stop, _ in self.windows())
 
     def vmem_bytes(self, itemsize: int) -> int:
-        """Of the backward kernel, the larger one: two of each operand's tiles, and the scratch."""
+        """Bytes of the backward kernel, the larger one: two tiles of each operand, and the scratch."""
         parameters = self.j * self.r * (self.k * max(self.window, self.i) + self.l * self.k)
         features = 2 * self.d + self.f
         scratch = parameters * (4 + itemsize) + TOKENS * 4 * (
@@ -150,8 +151,8 @@ class _Sizes(NamedTuple):
 
 
 # The kernels work on transposed tiles, features along sublanes and tokens along lanes. There both
-# permutations are strided loads and stores; along lanes each would be a shuffle. One transposition
-# of a tile (of y, of its cotangent) inside the kernel is the price.
+# permutations are strided loads and stores; along lanes each would be a shuffle. The cost is one
+# transposition of a tile (of y, of its cotangent) inside the kernel.
 _NT, _NN, _TN = ((((a,), (b,)), ((), ())) for a, b in ((1, 1), (1, 0), (0, 0)))
 
 
@@ -176,7 +177,7 @@ def _middle(sizes, x, padded_ref, h_ref):
 
 
 def _rows(sizes, j):
-    """Where the rows (k, r) of output block j lie in [(k, j, r), tokens]: slices to be joined."""
+    """Slices of [(k, j, r), tokens] that hold the rows (k, r) of output block j; the caller joins them."""
     if sizes.r == 1:
         return [pl.ds(j, sizes.k, stride=sizes.pitch)]
     return [pl.ds(k * sizes.pitch + j * sizes.r, sizes.r) for k in range(sizes.k)]
@@ -218,7 +219,7 @@ def _backward_kernel(
         dsecond_sum[...] = jnp.zeros_like(dsecond_sum)
 
     x, g = x_ref[...], g_ref[...].astype(jnp.float32)
-    if tokens % x.shape[0]:  # what lies beyond the last token is anything, NaN too
+    if tokens % x.shape[0]:  # data beyond the last token may be NaN
         here = jax.lax.broadcasted_iota(jnp.int32, (x.shape[0], 1), 0) < tokens - step * x.shape[0]
         x, g = jnp.where(here, x, jnp.zeros_like(x)), jnp.where(here, g, 0.0)
     _middle(sizes, x, padded_ref, h_ref)
@@ -337,9 +338,9 @@ def _specs():
 
 
 def _cost(sizes, x, passes):
-    """What the kernel reads, writes and multiplies: each operand once."""
+    """Bytes and FLOPs of the kernel, which reads or writes each operand once."""
     parameters = sizes.j * sizes.r * sizes.k * (sizes.i + sizes.l)
-    # Backward: h again, then two products a factor.
+    # Backward: h again, then two products per factor.
     products = parameters if passes == 1 else 2 * parameters + sizes.j * sizes.r * sizes.k * sizes.i
     moved = x.shape[0] * (passes * sizes.d + sizes.f) + passes * parameters
     return pl.CostEstimate(

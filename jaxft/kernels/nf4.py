@@ -1,4 +1,4 @@
-"""The product of rows with a kernel of NormalFloat codes, which is never formed whole."""
+"""The product of rows with a kernel of NormalFloat codes, without forming the whole kernel."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ from jaxft.kernels.nf4_levels import NF4_LEVELS, nf4_level
 __all__ = ["NF4_LEVELS", "nf4_dequantise", "nf4_product"]
 
 
-BLOCK = 64  # inputs that share a scale, where the kernel is to be used
-# Of a tile of the kernel: the wider, the more seldom x is read. Of rows, so many hold 8 n blocks.
+BLOCK = 64  # inputs that share a scale, as the kernel requires
+# Widths of a tile of the kernel: wider tiles read x less often. As numbers of rows, both are
+# multiples of 8 blocks.
 WIDTHS = (1024, 512)
 TOKENS = 256
 MOST_VMEM = 40 << 20  # bytes; TPUs since v5e have 64 MiB or more
 
 
 def nf4_dequantise(codes: jax.Array, scales: jax.Array, *, features: int, dtype: Any) -> jax.Array:
-    """The kernel W [D, F] that codes and scales stand for.
+    """The kernel W [D, F] that codes and scales represent.
 
     QLoRA: Dettmers et al., 2023, arxiv.org/abs/2305.14314, eq. 5, without the outer constants.
 
@@ -35,7 +36,7 @@ def nf4_dequantise(codes: jax.Array, scales: jax.Array, *, features: int, dtype:
             high bits, row block / 2 + p in its low ones: so both halves are contiguous.
         scales: [blocks, F] float32, the largest magnitude of each block.
         features: D; the last block may overhang.
-        dtype: of W.
+        dtype: data type of W.
     """
     blocks, columns = scales.shape
     halves = codes.reshape(blocks, 1, -1, columns) >> jnp.array([4, 0], jnp.uint8).reshape(
@@ -59,17 +60,18 @@ def nf4_product(
     """x W, or x W^T if `transposed`, of x [..., D] (or [..., F]) and the W of `nf4_dequantise`.
 
     Args:
-        x: inputs; the product is taken and returned in their data type, W rounded to `dtype` first.
+        x: inputs; the product is computed and returned in their data type, after rounding W to
+            `dtype`.
         codes, scales, features, dtype: see nf4_dequantise.
-        implementation: "xla": nf4_dequantise and a product, which XLA fuses on a TPU; on a GPU W lies in
-            memory for a while. "pallas": a kernel for TPUs that dequantises each tile of W once
-            into fast memory; needs blocks of 64. "triton": a kernel for GPUs and at most 64 rows, as in
-            decoding, that reads the codes and never writes W. None: pallas on one TPU for at most 256
-            rows, triton on one GPU for at most 64, where they apply, else xla.
-        interpret: run the kernel in Python, wherever this is.
+        implementation: "xla": nf4_dequantise and a product, which XLA fuses on a TPU; on a GPU W is
+            in memory temporarily. "pallas": a kernel for TPUs that dequantises each tile of W once
+            into fast memory; needs blocks of 64. "triton": a kernel for GPUs and at most 64 rows,
+            as in decoding, that reads the codes and never writes W. None: pallas on one TPU for at
+            most 256 rows, triton on one GPU for at most 64, where they apply, else xla.
+        interpret: run the kernel in Python, on any backend.
 
     Raises:
-        ValueError: for an unknown implementation, or one that cannot take this kernel.
+        ValueError: for an unknown implementation, or one that does not support this kernel.
     """
     implementation = implementation or _best(x, codes, scales, features, transposed)
     if implementation == "pallas":
@@ -94,7 +96,8 @@ def _best(x, codes, scales, features, transposed):
         return "xla"
     rows = math.prod(x.shape[:-1])
     width = _width(codes.shape, features, x.dtype.itemsize, transposed)
-    # With more rows the compiler's own fusion overlaps what the kernel does one after the other.
+    # With more rows the compiler's fusion is better: it overlaps steps that the kernel does in
+    # sequence.
     if rows <= TOKENS and _block(codes, scales) == BLOCK and width and on_one("tpu"):
         return "pallas"
     few = not transposed and takes(rows, codes.shape, scales.shape)
@@ -167,7 +170,7 @@ def _width(shape, features, itemsize, transposed) -> int:
     inputs, outputs = shape[1] if transposed else 2 * shape[0], features if transposed else shape[1]
     for width in WIDTHS:
         width = min(width, outputs)
-        # The tile, its codes and scales twice over, rows of x and y twice over.
+        # The tile, two buffers of its codes and scales, and two of rows of x and y.
         held = inputs * width * (itemsize + 1.25) + 2 * TOKENS * (inputs + width) * itemsize
         if held <= MOST_VMEM:
             return width

@@ -1,4 +1,4 @@
-"""NF4's product for a few rows on a GPU, by Triton: the codes are read and nothing is written but y."""
+"""NF4's product for a few rows on a GPU, by Triton: it reads the codes and writes only y."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from jax.experimental.pallas import triton
 
 from jaxft.kernels.nf4_levels import nf4_level
 
-MOST_ROWS = 64  # beyond them W is worth writing out once, for the vendor's product
-LEAST_ROWS = 16  # of a tile, and of a block's half: what tensor cores take
+MOST_ROWS = 64  # for more rows, writing W once and using the vendor's product is faster
+LEAST_ROWS = 16  # of a tile, and of a block's half: the minimum of tensor cores
 COLUMNS = 32  # of a tile: a kernel of 4096 columns then occupies 128 multiprocessors
 
 
 def takes(rows: int, codes: tuple[int, int], scales: tuple[int, int]) -> bool:
-    """Whether `nf4_few_rows` has a form for so many rows and arrays of these shapes."""
+    """True if `nf4_few_rows` supports this number of rows and arrays of these shapes."""
     half = codes[0] // scales[0]
     whole = codes[1] % COLUMNS == 0 and half >= 16 and half & (half - 1) == 0
     return rows <= MOST_ROWS and whole
@@ -30,10 +30,11 @@ def nf4_few_rows(
 ) -> jax.Array:
     """x W of x [T, D], T <= MOST_ROWS, and the W [D, F] of `jaxft.kernels.nf4.nf4_dequantise`.
 
-    Each program holds a tile of y and goes down the inputs: a block's codes, both halves, times x.
+    Each program holds a tile of y and loops over the inputs: a block's codes, both halves, times x.
 
     Raises:
-        ValueError: for more rows, other columns than multiples of 32, or blocks other than 32, 64, 128...
+        ValueError: for more rows, columns that are not multiples of 32, or blocks other than 32,
+            64, 128...
     """
     if not takes(x.shape[0], codes.shape, scales.shape):
         raise ValueError(

@@ -1,10 +1,10 @@
-"""The sixteen numbers of NormalFloat's four bits."""
+"""The sixteen values of 4-bit NormalFloat."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Quantiles of the normal distribution, 0 among them (QLoRA, appendix E).
+# Quantiles of the normal distribution, including 0 (QLoRA, appendix E).
 NF4_LEVELS = np.array(
     [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
      -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,

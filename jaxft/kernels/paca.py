@@ -14,9 +14,9 @@ def chosen_columns(
     Args:
         x: inputs.
         indices: [R], in 0..D - 1.
-        implementation: "gather": by address. "product": x times R columns of the unit matrix, equal bit
-            for bit where x is finite; a TPU gathers along lanes one by one, and by its compiler's
-            estimate spends 20 times as long on that. None: product on a TPU, else gather.
+        implementation: "gather": indexes x. "product": x times R columns of the unit matrix, equal
+            bit for bit where x is finite; a TPU gathers along lanes one by one, which takes 20
+            times as long by its compiler's estimate. None: product on a TPU, else gather.
 
     Raises:
         ValueError: for an unknown implementation.
@@ -37,5 +37,5 @@ def _by_gather(x, indices):
 def _by_product(x, indices):
     unit = jax.nn.one_hot(indices, x.shape[-1], dtype=x.dtype)  # [R, D]
     axes = (((x.ndim - 1,), (1,)), ((), ()))
-    # The highest precision, or a TPU would round float32 to bfloat16 on the way.
+    # Without the highest precision a TPU would round float32 to bfloat16.
     return jax.lax.dot_general(x, unit, axes, precision=jax.lax.Precision.HIGHEST)

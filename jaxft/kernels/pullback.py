@@ -1,4 +1,4 @@
-"""A fast gradient for a function that JAX still differentiates in either mode, any number of times."""
+"""Fast gradients for functions that JAX can still differentiate in both modes, any number of times."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def with_pullback(
     """plain(*args), computed by `forward` and `pullback` at first order and by `plain` otherwise.
 
     `jax.custom_vjp` does the same for reverse mode but refuses `jax.jvp` and second derivatives.
-    Here those of `plain` are used: tangents, Hessian products and gradients of gradients.
+    Here `plain` provides them: tangents, Hessian products and gradients of gradients.
 
     Args:
         plain: maps arrays to one array; JAX must be able to differentiate it. It never runs in a
             first-order gradient.
         forward: (wanted, *args) -> (the value of plain, residuals of any structure).
-        pullback: (wanted, args, residuals, cotangent) -> the cotangents of the wanted arguments
-            alone, each with its argument's shape and data type.
+        pullback: (wanted, args, residuals, cotangent) -> the cotangents of only the wanted
+            arguments, each with its argument's shape and data type.
     """
 
     @jax.custom_jvp
@@ -40,9 +40,7 @@ def with_pullback(
 
     def value_jvp(args, tangents):
         wanted = tuple(not isinstance(t, SymbolicZero) for t in tangents)
-        args = tuple(
-            as_varying(args)
-        )  # as the tangents are made below, which must have their types
+        args = tuple(as_varying(args))  # like the tangents made below: their types must agree
         y, residuals = differentiated(wanted, *args)
         if not any(wanted):
             return y, jnp.zeros_like(y)
@@ -65,7 +63,7 @@ def with_pullback(
     def differentiated_jvp(wanted, args, tangents):
         y, residuals = differentiated(wanted, *args)
         dy = jax.jvp(plain, args, tangents)[1]
-        # Residuals serve `pulled` alone, whose derivatives do not depend on them.
+        # Only `pulled` uses residuals, and its derivatives do not depend on them.
         return (y, residuals), (dy, jax.tree.map(_zero_tangent, residuals))
 
     @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -90,7 +88,7 @@ def pick(wanted: Wanted, values: Sequence) -> tuple:
 
 
 def of_wanted(function: Callable, wanted: Wanted, args: Sequence) -> Callable:
-    """`function` of the wanted arguments alone; the others are `args`."""
+    """`function` as a function of only the wanted arguments; the others are those of `args`."""
 
     def of_wanted(*moving):
         moving = iter(moving)
@@ -107,19 +105,22 @@ def linear_map(
 ) -> jax.Array:
     """apply(fixed, moving), linear in `moving`, whose transposed map JAX takes from `transpose`.
 
-    `transpose(fixed, cotangent)` gives the cotangents of `moving`. Of the two it is what reverse mode runs:
-    a backward pass keeps `fixed` alone, and products in the order that is written there.
+    `transpose(fixed, cotangent)` gives the cotangents of `moving`. Reverse mode runs `transpose`,
+    not `apply`: a backward pass keeps only `fixed` and computes products in the order written
+    there.
 
-    `jax.custom_derivatives.linear_call` would do, but has no derivative by `fixed` and no batching.
+    `jax.custom_derivatives.linear_call` does the same, but has no derivative with respect to
+    `fixed` and no batching.
     """
     moving = as_varying([*fixed, *moving])[len(fixed) :]
     return _linear_p.bind(*fixed, *moving, apply=apply, transpose=transpose, split=len(fixed))
 
 
 def as_varying(operands: Sequence[jax.Array]) -> list[jax.Array]:
-    """The operands, all different on the axes of a shard_map on which any of them is.
+    """The operands, all marked as varying over the shard_map axes over which any of them varies.
 
-    JAX's own operations do so by themselves: the cotangent of one that is the same on all devices is summed.
+    JAX's own operations do so by themselves: the cotangent of an operand that is the same on all
+    devices is summed.
     """
     axes = [getattr(jax.typeof(x), "mat", None) for x in operands]
     axes = [frozenset() if a is None else a.varying for a in axes]

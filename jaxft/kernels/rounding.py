@@ -1,4 +1,4 @@
-"""Numbers in few bits: stochastic rounding to bfloat16, and int8 blocks whose steps grow with the value."""
+"""Stochastic rounding to bfloat16, and int8 blocks whose steps grow with the value."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ LEVELS = 127.0
 
 
 class Int8Blocks(NamedTuple):
-    """scale * sign(code) * (code / 127)²: an array in int8, with one float32 scale a block of 256."""
+    """scale * sign(code) * (code / 127)²: an array in int8, with one float32 scale per block of 256."""
 
     codes: jax.Array  # int8, of the array's shape, so that it is sharded like the array
     scale: jax.Array  # float32, the largest magnitude of each block; see `block_shape`
 
 
 def stochastic_round(x: jax.Array, bits: jax.Array) -> jax.Array:
-    """`x`, as float32, as bfloat16, up or down with the probabilities that make its mean x.
+    """Rounds `x`, as float32, to bfloat16, up or down with the probabilities that make its mean x.
 
-    16 random bits are added below bfloat16's mantissa, and what is below is cut off. `bits` is uint32
-    of x's shape, of which the low half is used. Infinities and NaN stay.
+    16 random bits are added below bfloat16's mantissa, which is then truncated. `bits` is uint32 of
+    x's shape; its low half is used. Infinities and NaN do not change.
     """
     x, low = x.astype(jnp.float32), jnp.uint32(0xFFFF)
     raw = jax.lax.bitcast_convert_type(x, jnp.uint32)
@@ -33,10 +33,10 @@ def stochastic_round(x: jax.Array, bits: jax.Array) -> jax.Array:
 
 
 def block_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Sides of a block: up to 256 rows of a column; where there are fewer rows, several columns.
+    """Sides of a block: up to 256 rows of a column; if there are fewer rows, several columns.
 
-    Rows and columns are the last two axes. Along rows, because a TPU's tiles then hold the scales without
-    padding and reduce without crossing lanes.
+    Rows and columns are the last two axes. Blocks run along rows because a TPU's tiles then hold
+    the scales without padding and reduce without crossing lanes.
     """
     if len(shape) == 1:
         return (min(shape[0], BLOCK),)
@@ -46,17 +46,17 @@ def block_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def fills_a_block(shape: tuple[int, ...]) -> bool:
-    """Whether an array is worth int8: its last two axes hold at least 256 numbers."""
+    """True if the last two axes hold at least 256 numbers, so that int8 saves memory."""
     return len(shape) > 0 and shape[-1] * (shape[-2] if len(shape) > 1 else 1) >= BLOCK
 
 
 def quantise(x: jax.Array, seed: jax.Array | None = None) -> Int8Blocks:
-    """`x`, as float32, in int8 blocks, to the nearest code, or with a seed up or down so that its mean is x.
+    """Rounds `x`, as float32, to int8 blocks: to nearest, or with a seed up or down so that the mean is x.
 
     With r = |x| / scale and t = 127 sqrt(r), rounding t to the nearest integer is wrong by at most
-    scale (t + 1/4) / 127². Square-law steps take the place of bitsandbytes' table of 256 values (Dettmers
-    et al., 2022, arxiv.org/abs/2110.02861, section 2): as fine near 0, and arithmetic, not a search in a
-    table.
+    scale (t + 1/4) / 127². Square-law steps replace bitsandbytes' table of 256 values (Dettmers et
+    al., 2022, arxiv.org/abs/2110.02861, section 2): they are as fine near 0 and need arithmetic
+    instead of a table search.
     """
     x = x.astype(jnp.float32)
     scale = block_maximum(jnp.abs(x))
@@ -70,7 +70,7 @@ def dequantise(blocks: Int8Blocks) -> jax.Array:
 
 
 def encode(x: jax.Array, scale: jax.Array, draw: jax.Array | None) -> jax.Array:
-    """int8 codes of `x` given each number's scale; `draw` is uniform in (0, 1), None: to the nearest."""
+    """int8 codes of `x` given each number's scale; `draw` is uniform in (0, 1); None: to nearest."""
     ratio = jnp.abs(x) / jnp.where(scale > 0, scale, 1.0)
     code = LEVELS * jnp.sqrt(ratio)
     if draw is None:

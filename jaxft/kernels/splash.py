@@ -12,8 +12,8 @@ from jaxtyping import Array, Float, Int
 
 from jaxft.parallel.attention import attention_layout
 
-TILE = 128  # rows and columns that the kernels work on at least
-# jax.ad_checkpoint.checkpoint_name of what the kernels keep for their backward pass.
+TILE = 128  # the least rows and columns that the kernels work on
+# jax.ad_checkpoint.checkpoint_name of results that the kernels keep for their backward pass.
 KERNEL_RESULT = "attention_kernel"
 
 
@@ -33,7 +33,7 @@ def splash_attention(
 
     FlashAttention (Dao et al., 2022, arxiv.org/abs/2205.14135) over the tiles that the causal mask
     and the window leave; segment ids are compared within a tile. Padding (segment 0) sees padding
-    here, where the reference gives the mean of values: neither means anything.
+    here, but gets the mean of values in the reference: both results are meaningless.
 
     Lengths are padded to a multiple of 128. Windows must be known while tracing.
 
@@ -49,20 +49,20 @@ def splash_attention(
     """
     if isinstance(window, jax.Array):
         raise ValueError(
-            "attention: 'splash' needs a window known while tracing, not an array, as layers have "
-            "that are scanned and differ in their windows; take them apart "
+            "attention: 'splash' needs a window known while tracing, not an array, as in scanned layers "
+            "that differ in their windows; unstack them "
             "(jaxft.models.unstack_layers) or use 'reference'."
         )
-    # The kernel has no scale of its own. In bfloat16 a power of two costs no accuracy.
+    # The kernel has no scale argument. In bfloat16 a power of two costs no accuracy.
     query = query * jnp.asarray(scale, query.dtype)
     place, length = attention_layout(query, key), query.shape[1]
     beyond = -length % (TILE * place.shards)
     if not causal and beyond and segment_ids is None:
-        segment_ids = jnp.ones(query.shape[:2], jnp.int32)  # all but what is added
+        segment_ids = jnp.ones(query.shape[:2], jnp.int32)  # all except the padding
     pad = lambda x: jnp.pad(x, ((0, 0), (0, beyond)) + ((0, 0),) * (x.ndim - 2))
     query, key, value, segment_ids = jax.tree.map(pad, (query, key, value, segment_ids))
     kernel = _kernel(query, key, window, causal, softcap, interpret, place.shards)
-    # Which tiles are visited differs from query to query, and so from device to device.
+    # The visited tiles differ between queries, and therefore between devices.
     mesh = AbstractMesh(tuple(place.axes.values()), tuple(place.axes))
     visits = NamedSharding(mesh, PartitionSpec(None, place.length))
     specs = (kernel.manual_sharding_spec(visits), *[place.states] * 3, place.tokens)
@@ -78,7 +78,7 @@ def _kernel(query, key, window, causal, softcap, interpret, shards):
     else:
         beside = (window - 1, 0 if causal else window - 1)
         mask = splash.LocalMask((length, length), beside, offset=0)
-    # The larger, the fewer visits; 512 still leaves room for heads of 256 (tests compile them).
+    # Larger blocks need fewer visits; 512 leaves room for heads of 256 (tests compile them).
     block = next(size for size in (512, 256, TILE) if length // shards % size == 0)
     names = "block_q block_kv block_q_dkv block_kv_dkv block_q_dq block_kv_dq".split()
     return splash.make_splash_mqa(

@@ -1,4 +1,4 @@
-"""Losses: arrays in, values out; no model, no tokenizer, no reduction that is not in the name."""
+"""Losses: arrays in, values out; no model, no tokenizer, no reduction unless the name says so."""
 
 from jaxft.losses.comparing import compares_pairs
 from jaxft.losses.coverage import coverage_weight, dco_loss, dco_step_loss

@@ -14,12 +14,12 @@ _LARGEST = 1 - 1e-6  # p: log(1 - p) must stay finite
 def coverage_weight(log_probs: Float[Array, "*batch"], num_samples: int) -> Float[Array, "*batch"]:
     """F(N, p) = N (1 - p)^(N-1) p / (1 - (1 - p)^N), in [0, 1], without gradient.
 
-    The gradient of -log(1 - (1 - p)^N) is F times that of -log p: examples that N samples solve anyway
-    teach nothing. DCO: Chen et al., 2025, arxiv.org/abs/2502.07154.
+    The gradient of -log(1 - (1 - p)^N) is F times that of -log p: examples that N samples solve
+    anyway get no gradient. DCO: Chen et al., 2025, arxiv.org/abs/2502.07154.
 
     Args:
         log_probs: log p of a whole completion, summed over its tokens.
-        num_samples: N; 1 gives weights of 1, and so cross-entropy.
+        num_samples: N; 1 gives weights of 1, that is cross-entropy.
     """
     if num_samples < 1:
         raise ValueError(f"coverage_weight: num_samples must be at least 1, got {num_samples}.")
@@ -38,10 +38,10 @@ def coverage_weight(log_probs: Float[Array, "*batch"], num_samples: int) -> Floa
 def dco_loss(
     log_probs: Float[Array, "B T"], mask: Float[Array, "B T"], *, num_samples: int
 ) -> Float[Array, " B"]:
-    """F(N, p) times the mean of -log p_t over a completion's tokens, one value an example.
+    """F(N, p) times the mean of -log p_t over a completion's tokens, one value per example.
 
-    See `coverage_weight`; the mean rather than the sum is that of the authors' code. For the sum, multiply
-    by the number of tokens.
+    See `coverage_weight`. The authors' code, too, takes the mean and not the sum. For the sum,
+    multiply by the number of tokens.
 
     Args:
         log_probs: of the target tokens.
@@ -57,14 +57,15 @@ def dco_loss(
 def dco_step_loss(
     log_probs: Float[Array, "B T"], steps: Int[Array, "B T"], *, num_samples: int, num_steps: int
 ) -> Float[Array, "B S"]:
-    """`dco_loss` of each step of a row by itself: F(N, p_s) times the mean of -log p_t over its tokens.
+    """`dco_loss` of each step of a row separately: F(N, p_s) times the mean of -log p_t over its tokens.
 
-    For proofs, whose steps a search takes one by one: N is then the width of the tree, N_eff, and a small one
-    makes a deep and narrow search (DCO_step of Chen et al., 2025). Steps that are not there give 0.
+    For proofs that are searched step by step: N is then the width of the tree, N_eff, and a small
+    N_eff makes the search deep and narrow (DCO_step of Chen et al., 2025). Missing steps give 0.
 
     Args:
         log_probs: of the target tokens.
-        steps: to which step, 0..S-1, a token belongs; anything else for tokens of none.
+        steps: the step, 0..S-1, that a token belongs to; any other number for tokens outside the
+            steps.
         num_samples: N_eff.
         num_steps: S.
     """

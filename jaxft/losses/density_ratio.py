@@ -19,19 +19,20 @@ def density_ratios(
 ) -> Float[np.ndarray, " N"]:
     """p(ψ | good) / p(ψ | bad) of each prompt's embedding ψ, clipped: weights of bad completions.
 
-    BCO: Jung et al., 2024, arxiv.org/abs/2404.04656, section 3.3: where good and bad completions answer
-    other prompts, those bad ones count that answer prompts like the good ones'. The ratio is the odds of a
-    logistic regression with both classes of equal weight; the defaults are TRL's.
+    BCO: Jung et al., 2024, arxiv.org/abs/2404.04656, section 3.3: if good and bad completions
+    answer different prompts, bad ones whose prompts resemble those of good ones get more weight.
+    The ratio is the odds of a logistic regression with both classes of equal weight; the defaults
+    are TRL's.
 
     Args:
         embeddings: of prompts, such as `mean_pool` of an encoder's hidden states.
         labels: whether the completion is good.
-        minimum, maximum: between which ratios are clipped.
-        fitted: completions of each class, drawn at random, that the regression sees.
+        minimum, maximum: limits to which ratios are clipped.
+        fitted: number of completions of each class, drawn at random, for the regression.
         seed: of that draw.
 
     Raises:
-        ValueError: if one of the classes is empty, or the limits are no limits.
+        ValueError: if one of the classes is empty, or unless 0 <= minimum <= maximum.
     """
     if not 0 <= minimum <= maximum:
         raise ValueError(
@@ -51,10 +52,11 @@ def logistic_regression(
 ) -> tuple[Float[np.ndarray, " D"], float]:
     """(w, b) of log odds w x + b, classes of equal weight: ½ |w|² + C Σ_i s_i log(1 + exp(-y_i (w x_i + b))).
 
-    By Newton's method, each step halved until it does not climb. s_i = N / (2 N of i's class).
+    Uses Newton's method; each step is halved until the value does not rise. s_i = N / (2 N of i's
+    class).
 
     Args:
-        strength: C, of the data against the penalty.
+        strength: C, weight of the data against the penalty.
 
     Raises:
         ValueError: without examples of both classes.
@@ -68,7 +70,7 @@ def logistic_regression(
     sign, inputs = np.where(labels, 1.0, -1.0), np.pad(x, ((0, 0), (0, 1)), constant_values=1.0)
     penalty = np.ones(inputs.shape[1])
     penalty[-1] = 0.0
-    # The least value keeps the last row solvable where all examples are told apart.
+    # A floor keeps the bias row solvable if the classes are separated perfectly.
     floor = np.diag(np.where(penalty > 0, 0.0, 1e-9))
 
     def value(theta):

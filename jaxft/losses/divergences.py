@@ -1,6 +1,6 @@
-"""How far the predictions of two models are apart: logits in, one value a token or example out.
+"""How far the predictions of two models are apart: logits in, one value per token or example out.
 
-No gradient is stopped: whoever has a fixed target stops its logits.
+No gradient is stopped: for a fixed target, the caller applies stop_gradient to its logits.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def kl_divergence(
     log_target = jax.nn.log_softmax(target_logits.astype(jnp.float32), axis=-1)
     log_p = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
     target = jnp.exp(log_target)
-    # Where the target never goes, log p_target may be -inf, and 0 * (-inf - log p) is 0.
+    # Where p_target is 0, log p_target may be -inf; 0 * (-inf - log p) counts as 0.
     ratio = jnp.where(target > 0, log_target - log_p, 0.0)
     return jnp.sum(target * ratio, axis=-1)
 
@@ -61,7 +61,7 @@ def maximum_mean_discrepancy(
 
     x are the target's rows and y the others. The mean over i weighted by w is the squared maximum mean
     discrepancy of the two samples, diagonals included: Gretton et al., 2012, jmlr.org/papers/v13/
-    gretton12a.html. Every row meets every other: memory grows with their number squared.
+    gretton12a.html. Memory is quadratic in the number of rows.
 
     Args:
         weights: w, at least 0; rows of weight 0 take no part. No gradient.
@@ -72,7 +72,7 @@ def maximum_mean_discrepancy(
     total = jnp.sum(w)
     w = w / jnp.where(total > 0, total, 1.0)
     x, y = (z.astype(jnp.float32).reshape(-1, z.shape[-1]) for z in (target_logits, logits))
-    # Distances from products lose digits to a common offset.
+    # A common offset would cost distances computed from products their precision.
     center = jax.lax.stop_gradient(w @ x)[None]
     x, y = x - center, y - center
     mean = lambda a, b: kernel(_squared_distances(a, b)) @ w

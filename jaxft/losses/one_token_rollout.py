@@ -26,10 +26,10 @@ def otr_loss(
     """-1/K Σ_j R_j log π(a_j), a_j from softmax(logits / κ), R_j = 1 for the target and β for others.
 
     One-token rollout: Ming et al., 2025, arxiv.org/abs/2509.26313. REINFORCE without baseline or
-    importance weights; log π is at temperature 1 and alone gets a gradient.
+    importance weights; log π is at temperature 1, and only log π gets a gradient.
 
     Args:
-        key: folded in by row, so that a row's samples depend on its place in the batch.
+        key: combined with each row's index, so that samples depend on the row's place in the batch.
         mask: True where a target counts; elsewhere the loss is 0.
         num_samples: K.
         kappa: κ, temperature of the samples.
@@ -50,10 +50,10 @@ def otr_metrics(
     num_samples: int = 256,
     kappa: float = 1.3,
 ) -> dict[str, Float[Array, "B T"]]:
-    """What the samples of `otr_loss` with the same key met, of each position; under jit they are drawn once.
+    """Metrics per position of the samples of `otr_loss` with the same key; jit draws them only once.
 
-    `hit_rate`: share of samples that are the target; `missed`: 1 where none is, so that the position
-    teaches only what not to say; `entropy` of π in nats.
+    `hit_rate`: share of samples that are the target; `missed`: 1 where none is, so that every
+    reward there is β; `entropy` of π in nats.
     """
     _check(kappa, 0.0)
     logits = jax.lax.stop_gradient(logits.astype(jnp.float32))
@@ -82,12 +82,13 @@ def otr_expected_loss(
 
 
 def _drawn_shares(key, logits, num_samples, kappa):
-    """[B, T, V]: the share of each token among K draws, those of a row from its own key."""
+    """[B, T, V]: the share of each token among K draws, each row with its own key."""
     if num_samples < 1:
         raise ValueError(f"otr_loss: num_samples must be at least 1, got {num_samples}.")
 
     def counts(key, logits):
-        # From the CDF: K uniforms a position, where K draws of `categorical` would take K V Gumbels.
+        # From the CDF: K uniforms per position, where K draws of `categorical` would need K V
+        # Gumbels.
         cdf = jnp.cumsum(jax.nn.softmax(logits / kappa, axis=-1), axis=-1)
         u = jax.random.uniform(key, (*logits.shape[:-1], num_samples)) * cdf[..., -1:]
         drawn = jax.vmap(lambda c, x: jnp.searchsorted(c, x, side="right"))(cdf, u)
@@ -101,7 +102,7 @@ def _drawn_shares(key, logits, num_samples, kappa):
 
 
 def _policy_loss(logits, targets, shares, beta):
-    """-Σ_v shares_v R_v log π(v), all V at once: R is β, and 1 for the target."""
+    """-Σ_v shares_v R_v log π(v), all V at once: R is 1 for the target and β for others."""
     picked = _at(shares, targets)
     everything = jnp.sum(shares * jax.nn.log_softmax(logits), axis=-1)
     return (1 - beta) * picked * cross_entropy(logits, targets) - beta * everything

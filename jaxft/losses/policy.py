@@ -1,8 +1,8 @@
-"""Policy-gradient losses: log-probs and advantages in, one value a token (or sequence) out.
+"""Policy-gradient losses: log-probs and advantages in, one value per token (or sequence) out.
 
 All are elementwise and unreduced: the caller masks and takes means. Where a loss takes a log-ratio
-log π - log π_old, the caller chooses π_old; for one update a rollout it is the policy itself, without
-gradient. Advantages and what is written `old_` or `ref_` get no gradient.
+log π - log π_old, the caller chooses π_old; with one update per rollout it is the policy itself,
+without gradient. Advantages and arguments named `old_` or `ref_` get no gradient.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float
 from jaxft.losses.supervised import CHUNK, scan_logits
 from jaxft.weights import WeightLike
 
-MAX_LOG_RATIO = 20.0  # e^20 is the largest ratio: one odd token must not make the loss infinite
+MAX_LOG_RATIO = 20.0  # e^20 is the largest ratio: one outlier must not make the loss infinite
 
 
 def reinforce_loss(
@@ -75,7 +75,7 @@ def clipped_surrogate(
     arxiv.org/abs/2503.14476, section 3.1 (0.2, 0.28). GSPO clips sequence ratios at (3e-4, 4e-4).
 
     Args:
-        clip_high: infinity for none; of ε_low 1 clips nothing.
+        clip_low, clip_high: ε_low and ε_high; 1 disables the lower clip, infinity the upper one.
         dual_clip: c > 1 bounds the loss of negative advantages by c |A| (Ye et al., 2019,
             arxiv.org/abs/1912.09729).
     """
@@ -135,12 +135,13 @@ def nft_loss(
 
     max_v(x, ε) is `straight_through_max`. Negative-aware fine-tuning: Chen et al., 2025,
     arxiv.org/abs/2505.18116. On-policy, weighted by sqrt((1 - r) / r), its gradient is GRPO's (with
-    the biased deviation); by 1 - r, Dr. GRPO's. Both weights are the caller's, as is r's origin.
+    the biased deviation); by 1 - r, Dr. GRPO's. The caller applies these weights and chooses how r
+    is estimated.
 
     Args:
         correct: whether the answer (of this token) is right.
-        success_rates: r, the share of right answers to the prompt; taken as within 0.02..0.98.
-        floor: ε, positive; lower ones give the gradient larger weights where R > 1.
+        success_rates: r, the share of right answers to the prompt; clipped to 0.02..0.98.
+        floor: ε, positive; lower values give the gradient larger weights where R > 1.
         negative_weight: λ; 0 is rejection sampling.
     """
     if floor <= 0:
@@ -165,8 +166,8 @@ def kl_k1(
 ) -> Float[Array, "*batch"]:
     """log π - log π_ref: unbiased for KL(π || π_ref) under samples of π, often negative.
 
-    Schulman, 2020, "Approximating KL divergence", as are k2 and k3. In the reward, not in the loss: there
-    its expected gradient is 0.
+    Schulman, 2020, "Approximating KL divergence", also for k2 and k3. Use it in the reward; in a
+    loss its expected gradient is 0.
     """
     return log_ratio(log_probs, ref_log_probs)
 
@@ -212,7 +213,7 @@ def adapted_kl_weight(
 
 
 def entropy(logits: Float[Array, "*batch V"]) -> Float[Array, "*batch"]:
-    """-Σ_v p log p in nats, in float32; a token of probability 0 counts 0."""
+    """-Σ_v p log p in nats, in float32; a token of probability 0 contributes 0."""
     log_p = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
     p = jnp.exp(log_p)
     return -jnp.sum(p * jnp.where(p > 0, log_p, 0.0), axis=-1)
@@ -226,7 +227,7 @@ def linear_entropy(
     softcap: float | None = None,
     chunk: int = CHUNK,
 ) -> Float[Array, "B T"]:
-    """`entropy` of h_t W / temperature, the logits of `chunk` tokens a row alive at once."""
+    """`entropy` of h_t W / temperature, holding the logits of `chunk` tokens per row at once."""
     of = lambda logits: entropy(logits / temperature)
     return scan_logits(of, hidden, head, softcap=softcap, chunk=chunk)
 
@@ -241,7 +242,7 @@ def clipped_value_loss(
     """½ max((V - R)², (V_old + clip(V - V_old, ±ε) - R)²), as PPO's implementations have it."""
     if clip <= 0:
         raise ValueError(
-            f"clipped_value_loss: clip must be positive, got {clip}; infinity is none."
+            f"clipped_value_loss: clip must be positive, got {clip}; use infinity for no clip."
         )
     chex.assert_equal_shape([values, old_values, returns])
     old_values, returns = jax.lax.stop_gradient((old_values, returns))
@@ -250,7 +251,7 @@ def clipped_value_loss(
 
 
 def overlong_penalty(lengths: Float[Array, " B"], budget: int, buffer: int) -> Float[Array, " B"]:
-    """0 up to budget - buffer tokens, then linearly to -1 at the budget: to be added to rewards.
+    """0 up to budget - buffer tokens, then linearly to -1 at the budget: add it to rewards.
 
     DAPO: Yu et al., 2025, arxiv.org/abs/2503.14476, section 3.4.
     """
@@ -265,10 +266,10 @@ def truncated_weights(
     *,
     cap: float = 2.0,
 ) -> Float[Array, "*batch"]:
-    """min(π_old / π_sampler, C) a token, no gradient: for the trainer's and sampler's numerical difference.
+    """min(π_old / π_sampler, C) per token, no gradient: corrects for the sampler's numerics.
 
-    Truncated importance sampling: Ionides, 2008, doi.org/10.1198/106186008X320456. Multiply the policy
-    term by it, not KL, values or entropy. NaN log-probs give the weight 0.
+    Truncated importance sampling: Ionides, 2008, doi.org/10.1198/106186008X320456. Multiply only
+    the policy term by it, not KL, values or entropy. NaN log-probs give the weight 0.
     """
     if cap <= 0:
         raise ValueError(f"truncated_weights: cap must be positive, got {cap}.")
@@ -296,7 +297,7 @@ def truncated_sequence_weights(
     *,
     cap: float = 2.0,
 ) -> Float[Array, " B"]:
-    """min(Π_t π_old / π_sampler, C) a sequence, no gradient: unbiased up to C, but the wider the longer."""
+    """min(Π_t π_old / π_sampler, C) per sequence, no gradient; unbiased below C, long ones vary more."""
     if cap <= 0:
         raise ValueError(f"truncated_sequence_weights: cap must be positive, got {cap}.")
     difference = jnp.where(mask, log_ratio(old_log_probs, sampler_log_probs), 0.0)

@@ -1,9 +1,9 @@
-"""Losses of preference pairs against a reference model, one value a pair.
+"""Losses of preference pairs against a reference model, one value per pair.
 
-All take `Pairs`, so that an objective can be given any of them; combine several by adding what they give
-(with one that compares pairs, see `compares_pairs`).
-Symbols: a, b are the log-ratios log π/π_ref of the chosen and the rejected completion, Δ = a - b,
-n_w and n_l their lengths in tokens. Hyperparameters are named as in TRL.
+All take `Pairs`, so that an objective accepts any of them; add their values to combine several (if
+one of them compares pairs, see `compares_pairs`). Symbols: a, b are the log-ratios log π/π_ref of
+the chosen and the rejected completion, Δ = a - b, n_w and n_l their lengths in tokens.
+Hyperparameters are named as in TRL.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ class Pairs(NamedTuple):
     rejected: jax.Array  # [B]
     ref_chosen: jax.Array | None = None  # [B] under the reference model; gets no gradient
     ref_rejected: jax.Array | None = None  # [B]
-    chosen_lengths: jax.Array | None = None  # [B] tokens, the stop token among them; at least 1
+    chosen_lengths: jax.Array | None = None  # [B] tokens, stop token included; at least 1
     rejected_lengths: jax.Array | None = None  # [B]
-    prompt: jax.Array | None = None  # [B] log π(prompt), of its tokens but the first
-    prompt_lengths: jax.Array | None = None  # [B] how many these are
+    prompt: jax.Array | None = None  # [B] log π(prompt) without its first token
+    prompt_lengths: jax.Array | None = None  # [B] number of these tokens
     counted: jax.Array | None = (
         None  # [B] above 0 where a pair counts; None: all. For `compares_pairs`
     )
@@ -41,7 +41,7 @@ def log_ratios(pairs: Pairs) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
     """
     if pairs.ref_chosen is None or pairs.ref_rejected is None:
         raise ValueError(
-            "this loss compares with a reference model: give ref_chosen and ref_rejected, or take one "
+            "this loss compares with a reference model: give ref_chosen and ref_rejected, or use one "
             "that needs none (simpo_loss, cpo_loss, orpo_loss, slic_loss)."
         )
     chex.assert_equal_shape(pairs[:4])  # [B] with [B, 1] would broadcast to [B, B].
@@ -64,14 +64,14 @@ def lengths(pairs: Pairs) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
 def dpo_loss(
     pairs: Pairs, *, beta: float = 0.1, label_smoothing: float = 0.0
 ) -> Float[Array, " B"]:
-    """-(1 - ε) log σ(β Δ) - ε log σ(-β Δ): prefer the chosen one more than the reference does.
+    """-(1 - ε) log σ(β Δ) - ε log σ(-β Δ): prefers the chosen one more than the reference does.
 
     Direct preference optimization: Rafailov et al., 2023, arxiv.org/abs/2305.18290, eq. 7; with ε its
     conservative form (Mitchell, 2023, "A note on DPO with noisy preferences").
 
     Args:
         beta: β, weight of the implicit KL penalty, positive.
-        label_smoothing: ε, how often a label is thought to be wrong; in [0, 0.5).
+        label_smoothing: ε, the assumed rate of wrong labels, in [0, 0.5).
     """
     a, b = log_ratios(pairs)
     return smoothed_logistic(_positive(beta) * (a - b), label_smoothing)
@@ -102,8 +102,9 @@ def hinge_loss(pairs: Pairs, *, beta: float = 0.1) -> Float[Array, " B"]:
 def ipo_loss(pairs: Pairs, *, beta: float = 0.1) -> Float[Array, " B"]:
     """(a / n_w - b / n_l - 1 / (2 β))².
 
-    IPO: Azar et al., 2023, arxiv.org/abs/2310.12036, eq. 17 (β is its τ). Per-token means rather than the
-    sums of the paper's formula: what its results were made with, as its authors told TRL's.
+    IPO: Azar et al., 2023, arxiv.org/abs/2310.12036, eq. 17 (β is its τ). Per-token means instead
+    of the sums in the paper's formula: its results use means, as the authors told TRL's
+    maintainers.
     """
     (a, b), (n_w, n_l) = log_ratios(pairs), lengths(pairs)
     return (a / n_w - b / n_l - 1 / (2 * _positive(beta))) ** 2
@@ -184,11 +185,12 @@ def apo_down_loss(pairs: Pairs, *, beta: float = 0.1) -> Float[Array, " B"]:
 def aot_loss(
     pairs: Pairs, *, beta: float = 0.1, label_smoothing: float = 0.0
 ) -> Float[Array, " B"]:
-    """DPO's loss of sorted margins: the policy's margins are to dominate the reference's as a distribution.
+    """DPO's loss of sorted margins: the policy's distribution of margins should dominate the reference's.
 
     AOT: Melnyk et al., 2024, arxiv.org/abs/2406.05882. The k-th smallest margin is compared with the k-th
-    smallest margin of the reference, among the pairs that count; the value stands at the pair of the
-    policy's margin. It compares pairs (`compares_pairs`), so `preference` refuses microbatches with it.
+    smallest margin of the reference, among the pairs that count; the value belongs to the pair of
+    the policy's margin. It compares pairs (`compares_pairs`), so `preference` refuses microbatches
+    with it.
     """
     log_ratios(pairs)  # Checks.
     margins = pairs.chosen - pairs.rejected
@@ -203,10 +205,10 @@ aot_loss.compares_pairs = True
 def aot_unpaired_loss(
     pairs: Pairs, *, beta: float = 0.1, label_smoothing: float = 0.0
 ) -> Float[Array, " B"]:
-    """DPO's loss of the sorted a against the sorted b: which belong together does not matter.
+    """DPO's loss of the sorted a against the sorted b: the pairing does not matter.
 
-    AOT: Melnyk et al., 2024, arxiv.org/abs/2406.05882, unpaired. The value stands at the pair of a; see
-    `aot_loss` on batches.
+    AOT: Melnyk et al., 2024, arxiv.org/abs/2406.05882, unpaired. The value belongs to the pair of
+    a; see `aot_loss` on batches.
     """
     a, b = log_ratios(pairs)
     z = _positive(beta) * (a - _of_equal_rank(a, b, pairs.counted))
@@ -230,7 +232,7 @@ def discopop_loss(
 
 
 def normalised_dpo_loss(pairs: Pairs, *, beta: float = 5.0) -> Float[Array, " B"]:
-    """-log σ(β (a / n_w - b / n_l)): DPO with per-token means, and so a larger β.
+    """-log σ(β (a / n_w - b / n_l)): DPO with per-token means and therefore a larger β.
 
     Tülu 3: Lambert et al., 2024, arxiv.org/abs/2411.15124. TRL's "sigmoid_norm".
     """
@@ -241,9 +243,9 @@ def normalised_dpo_loss(pairs: Pairs, *, beta: float = 5.0) -> Float[Array, " B"
 def length_regularised_dpo_loss(
     pairs: Pairs, *, beta: float = 0.1, alpha: float = 0.05
 ) -> Float[Array, " B"]:
-    """-log σ(β Δ + α (n_w - n_l)): DPO for a reward of which α a token is mere length.
+    """-log σ(β Δ + α (n_w - n_l)): DPO for a reward with a length bias of α per token.
 
-    R-DPO: Park et al., 2024, arxiv.org/abs/2403.19159, with the sign that makes length cost (see
+    R-DPO: Park et al., 2024, arxiv.org/abs/2403.19159, with the sign that penalises length (see
     tests for the closed form: labels biased by α a token give the unbiased optimum).
     """
     (a, b), (n_w, n_l) = log_ratios(pairs), lengths(pairs)
@@ -251,7 +253,7 @@ def length_regularised_dpo_loss(
 
 
 def dpop_loss(pairs: Pairs, *, beta: float = 0.1, dpop_lambda: float = 50.0) -> Float[Array, " B"]:
-    """-log σ(β (Δ - λ max(0, -a))): DPO that pays for a falling likelihood of the chosen completion.
+    """-log σ(β (Δ - λ max(0, -a))): DPO that penalises a falling likelihood of the chosen completion.
 
     DPO-Positive: Pal et al., 2024, arxiv.org/abs/2402.13228.
     """
@@ -262,8 +264,9 @@ def dpop_loss(pairs: Pairs, *, beta: float = 0.1, dpop_lambda: float = 50.0) -> 
 def hybrid_dpo_loss(pairs: Pairs, *, beta: float = 0.1) -> Float[Array, " B"]:
     """-log σ(β ((log π(y_w) - log π(y_l)) - max(0, log π_ref(y_w) - log π_ref(y_l)))).
 
-    Hybrid-DPO, which its authors call HyPO: arxiv.org/abs/2602.11902 (by its abstract). A reference that
-    has the pair the wrong way round no longer holds the policy back. Not `objectives.hypo`.
+    Hybrid-DPO, which its authors call HyPO: arxiv.org/abs/2602.11902 (from its abstract). A
+    reference that ranks the pair wrongly no longer restrains the policy. This is not
+    `objectives.hypo`.
     """
     log_ratios(pairs)  # Checks.
     ref_margin = jax.nn.relu(jax.lax.stop_gradient(pairs.ref_chosen - pairs.ref_rejected))
@@ -271,7 +274,7 @@ def hybrid_dpo_loss(pairs: Pairs, *, beta: float = 0.1) -> Float[Array, " B"]:
 
 
 def mpo_loss(pairs: Pairs, *, beta: float = 0.1) -> Float[Array, " B"]:
-    """0.8 `dpo_loss` + 0.2 `bco_pair_loss` + `nll_loss`: any losses of pairs may be added up so.
+    """0.8 `dpo_loss` + 0.2 `bco_pair_loss` + `nll_loss`: any losses of pairs may be added like this.
 
     MPO: Wang et al., 2024, arxiv.org/abs/2411.10442; the likelihood is a mean over tokens here.
     """
@@ -283,10 +286,11 @@ def mpo_loss(pairs: Pairs, *, beta: float = 0.1) -> Float[Array, " B"]:
 def f_dpo_loss(
     pairs: Pairs, h: Callable[[jax.Array], jax.Array], *, beta: float = 0.1
 ) -> Float[Array, " B"]:
-    """-log σ(β (h(a) - h(b))): DPO for another divergence from the reference than the reverse KL.
+    """-log σ(β (h(a) - h(b))): DPO with another divergence from the reference than the reverse KL.
 
     f-DPO: Wang et al., 2023, arxiv.org/abs/2309.16240; h(log t) = f'(t) up to a constant, which
-    cancels. `forward_kl`, `jensen_shannon` and `alpha_divergence` are such; the identity gives DPO.
+    cancels. `forward_kl`, `jensen_shannon` and `alpha_divergence` are such h; the identity gives
+    DPO.
     """
     a, b = log_ratios(pairs)
     return -jax.nn.log_sigmoid(_positive(beta) * (h(a) - h(b)))
@@ -303,17 +307,18 @@ def jensen_shannon(log_ratio: jax.Array) -> jax.Array:
 
 
 def alpha_divergence(alpha: float) -> Callable[[jax.Array], jax.Array]:
-    """h(u) = exp((α - 1) u) / (α - 1) for `f_dpo_loss`; the exponent ends at 80, as float32's does."""
+    """h(u) = exp((α - 1) u) / (α - 1) for `f_dpo_loss`; the exponent is capped at 80, to fit float32."""
     if alpha == 1:
         return lambda log_ratio: log_ratio
     return lambda log_ratio: jnp.exp(jnp.minimum((alpha - 1) * log_ratio, 80.0)) / (alpha - 1)
 
 
 def nll_loss(pairs: Pairs) -> Float[Array, " B"]:
-    """-log π(chosen | x) / n_w in nats a token, to be added to a loss of margins.
+    """-log π(chosen | x) / n_w in nats per token; add it to a loss of margins.
 
-    As in iterative RPO: Pang et al., 2024, arxiv.org/abs/2404.19733. The mean is over the tokens of
-    each completion, so that it does not depend on what else is in the batch (TRL's is over all tokens).
+    Used in iterative RPO: Pang et al., 2024, arxiv.org/abs/2404.19733. The mean is over the tokens
+    of each completion, so that it does not depend on the rest of the batch (TRL's is over all
+    tokens).
     """
     return -pairs.chosen / lengths(pairs)[0]
 
@@ -324,15 +329,15 @@ def length_desensitised(
     public_lengths: Float[Array, "*batch"],
     alpha: float,
 ) -> Float[Array, "*batch"]:
-    """Σ_t log π(y_t) over a completion's first tokens, and α times that of those behind them.
+    """Σ_t log π(y_t) over a completion's first tokens, plus α times the sum over later ones.
 
-    LD-DPO: Liu et al., 2024, arxiv.org/abs/2409.06411: what a completion has beyond the length that both
-    of its pair have counts less. The sums take the place of plain ones in any loss of `Pairs`, for
-    policy and reference alike; α = 1 changes nothing.
+    LD-DPO: Liu et al., 2024, arxiv.org/abs/2409.06411: tokens beyond the length of the shorter
+    completion count less. Use these sums instead of plain ones in any loss of `Pairs`, for policy
+    and reference alike; α = 1 gives the plain sum.
 
     Args:
         mask: above 0 on the completion's tokens.
-        public_lengths: tokens of the shorter one of the pair.
+        public_lengths: tokens of the shorter completion of the pair.
         alpha: in [0, 1].
     """
     if not 0 <= alpha <= 1:
@@ -348,14 +353,14 @@ def wpo_weights(
     log_collision_probs: Float[Array, "*batch T"],
     mask: Float[Array, "*batch T"],
 ) -> Float[Array, "*batch"]:
-    """exp(mean_t [log π(y_t) - log Σ_v π(v)²]), without gradient: how likely the policy is to say it.
+    """exp(mean_t [log π(y_t) - log Σ_v π(v)²]), without gradient: the policy's own likelihood of it.
 
     WPO: Zhou et al., 2024, arxiv.org/abs/2406.11827, eq. 2. A pair's loss is multiplied by
     the weights of both completions.
 
     Args:
         log_probs: of the completion's tokens.
-        log_collision_probs: log Σ_v π(v)² at each of them: the likelihood that a sample itself would have.
+        log_collision_probs: log Σ_v π(v)² at each of them: the expected likelihood of a sample.
         mask: 1 on the completion's tokens.
     """
     aligned = jnp.sum(mask * (log_probs - log_collision_probs), axis=-1)
@@ -371,7 +376,7 @@ def smoothed_logistic(z: Float[Array, " B"], label_smoothing: float) -> Float[Ar
 def _of_equal_rank(x, y, counted):
     """For each counted x the counted y of the same rank; where nothing counts, some y."""
     out = jnp.zeros(x.shape, bool) if counted is None else ~(counted > 0)
-    order, other = jnp.lexsort((x, out)), jnp.lexsort((y, out))  # what does not count comes last
+    order, other = jnp.lexsort((x, out)), jnp.lexsort((y, out))  # uncounted ones last
     return y[other[jnp.argsort(order)]]
 
 

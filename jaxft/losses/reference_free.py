@@ -1,4 +1,4 @@
-"""Losses of preference pairs that need no reference model, one value a pair. See `Pairs`."""
+"""Losses of preference pairs that need no reference model, one value per pair. See `Pairs`."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def simpo_loss(
 
     Args:
         beta: β, 2 to 10 in the paper.
-        simpo_gamma: γ, the margin that is asked for; 0.3 to 0.55 times β there.
-        label_smoothing: as of `dpo_loss`.
+        simpo_gamma: γ, the target margin; 0.3 to 0.55 times β in the paper.
+        label_smoothing: see `dpo_loss`.
     """
     p_w, p_l = _averages(pairs)
     return smoothed_logistic(beta * (p_w - p_l) - simpo_gamma, label_smoothing)
@@ -62,13 +62,13 @@ def tpo_loss(
     beta: float = 0.01,
     tpo_alpha: float = 1.0,
 ) -> Float[Array, " B"]:
-    """-log σ(β (log π(y_w) - log π(y_l))) + α (-log π(y_gold) / n_gold): CPO that imitates a third one.
+    """-log σ(β (log π(y_w) - log π(y_l))) + α (-log π(y_gold) / n_gold): CPO that imitates a third.
 
-    TPO: Saeidi et al., 2024, arxiv.org/abs/2405.16681. TPO-L has `simpo_loss` in the first term's place.
+    TPO: Saeidi et al., 2024, arxiv.org/abs/2405.16681. TPO-L has `simpo_loss` as the first term.
 
     Args:
-        gold: log π of the completion that is imitated, summed over its tokens.
-        gold_lengths: its tokens, at least 1.
+        gold: log π of the third completion, which is imitated, summed over its tokens.
+        gold_lengths: number of its tokens, at least 1.
     """
     chex.assert_equal_shape([pairs.chosen, pairs.rejected, gold, gold_lengths])
     loss = -jax.nn.log_sigmoid(beta * (pairs.chosen - pairs.rejected))
@@ -76,7 +76,7 @@ def tpo_loss(
 
 
 def slic_loss(pairs: Pairs, *, beta: float = 1.0) -> Float[Array, " B"]:
-    """max(0, 1 - β (log π(y_w) - log π(y_l))); its regularizer is `nll_loss`, of the paper's choice of text.
+    """max(0, 1 - β (log π(y_w) - log π(y_l))); the paper's regularizer is an `nll_loss`.
 
     SLiC-HF: Zhao et al., 2023, arxiv.org/abs/2305.10425, divided by its δ = 1 / β.
     """
@@ -97,7 +97,7 @@ def orpo_loss(
             in the authors' code and TRL's (whose mean is over all tokens of a batch).
 
     Raises:
-        ValueError: if that is asked of pairs without log-probs of prompts.
+        ValueError: if nll_on_prompt is True and the pairs have no log-probs of prompts.
     """
     # A completion that is certain has infinite odds: the clamp also stops its gradient.
     p_w, p_l = (jnp.minimum(x, _LARGEST) for x in _averages(pairs))
@@ -108,7 +108,7 @@ def orpo_loss(
 
 def _whole_nll(pairs):
     if pairs.prompt is None or pairs.prompt_lengths is None:
-        raise ValueError("orpo_loss: nll_on_prompt needs prompt and prompt_lengths of the pairs.")
+        raise ValueError("orpo_loss: nll_on_prompt needs prompt and prompt_lengths in the pairs.")
     chex.assert_equal_shape([pairs.chosen, pairs.prompt, pairs.prompt_lengths])
     return -(pairs.chosen + pairs.prompt) / (lengths(pairs)[0] + pairs.prompt_lengths)
 

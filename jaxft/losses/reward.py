@@ -18,7 +18,7 @@ def bradley_terry_loss(
     """-log σ(r_w - r_l - margin) + c (r_w + r_l)².
 
     Bradley & Terry, 1952, doi.org/10.2307/2334029; with the margin: Touvron et al., 2023,
-    arxiv.org/abs/2307.09288, eq. 2; with c, which holds the mean near 0: Eisenstein et al., 2023,
+    arxiv.org/abs/2307.09288, eq. 2; with c, which keeps the mean near 0: Eisenstein et al., 2023,
     arxiv.org/abs/2312.09244.
     """
     chex.assert_equal_shape([chosen_rewards, rejected_rewards])
@@ -35,8 +35,9 @@ def correctness_loss(
 ) -> Float[Array, "*batch"]:
     """-log σ(r) where the label is True, -log σ(-r) where it is False.
 
-    Outcome reward models take it once a completion (Cobbe et al., 2021, arxiv.org/abs/2110.14168), process
-    reward models once a step, at its last token (Lightman et al., 2023, arxiv.org/abs/2305.20050).
+    Outcome reward models use it once per completion (Cobbe et al., 2021, arxiv.org/abs/2110.14168),
+    process reward models once per step, at its last token (Lightman et al., 2023,
+    arxiv.org/abs/2305.20050).
     """
     chex.assert_equal_shape([rewards, labels])
     return -jax.nn.log_sigmoid(jnp.where(labels, rewards, -rewards))

@@ -1,4 +1,4 @@
-"""KL divergence from a reference by the policy's own samples: estimates, and a loss that has its gradient."""
+"""Estimates of the KL divergence from a reference on policy samples, and a loss with its gradient."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 
 class KlEstimates(NamedTuple):
-    """Estimates of KL(π || π_ref), one a sample: Schulman, 2020, "Approximating KL divergence"."""
+    """Estimates of KL(π || π_ref), one per sample: Schulman, 2020, "Approximating KL divergence"."""
 
     k1: jax.Array  # log π - log π_ref: unbiased
     k2: jax.Array  # half its square: biased, never negative
@@ -34,7 +34,7 @@ def reverse_kl_surrogate(
 ) -> Float[Array, " B"]:
     """log π(y) sg(log π(y) - log π_ref(y) - b) for samples y of π: its mean's *gradient* is that of KL.
 
-    Its value is no KL: see `kl_estimates`. The online term of HyPO: Song et al., 2024,
+    Its value is not a KL: see `kl_estimates`. The online term of HyPO: Song et al., 2024,
     arxiv.org/abs/2406.01462.
 
     Args:
@@ -56,12 +56,12 @@ def leave_one_out(values: Float[Array, " B"], group_size: int) -> Float[Array, "
     The baseline of RLOO: Ahmadian et al., 2024, arxiv.org/abs/2402.14740.
 
     Raises:
-        ValueError: for a group size below 2, which leaves no others, or that does not divide the rows.
+        ValueError: if group_size is below 2 or does not divide the number of rows.
     """
     if group_size < 2 or values.shape[0] % group_size:
         raise ValueError(
             f"leave_one_out: group_size={group_size} for {values.shape[0]} values; it must be at least 2 "
-            "and divide them. Draw more samples a prompt, or use no baseline."
+            "and divide their number. Draw more samples per prompt, or use no baseline."
         )
     groups = values.reshape(-1, group_size)
     others = (jnp.sum(groups, axis=1, keepdims=True) - groups) / (group_size - 1)

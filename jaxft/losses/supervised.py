@@ -15,13 +15,13 @@ from jaxft.kernels.pullback import as_varying, of_wanted, pick, with_pullback
 from jaxft.parallel.axes import length_axes, row_axes
 from jaxft.weights import WeightLike, matmul_float32, stored
 
-CHUNK = 64  # tokens a row whose logits are alive at once
+CHUNK = 64  # tokens per row whose logits are in memory at once
 
 
 def cross_entropy(
     logits: Float[Array, "*batch V"], targets: Int[Array, "*batch"]
 ) -> Float[Array, "*batch"]:
-    """-log softmax(logits)[target] in nats, one value a token, in float32."""
+    """-log softmax(logits)[target] in nats, one value per token, in float32."""
     logits = logits.astype(jnp.float32)
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return jax.nn.logsumexp(logits, axis=-1) - picked
@@ -36,20 +36,20 @@ def linear_cross_entropy(
     softcap: float | None = None,
     chunk: int = CHUNK,
 ) -> Float[Array, ""]:
-    """sum_t w_t (-log softmax(h_t W)[target_t]), without ever holding the logits of all tokens.
+    """sum_t w_t (-log softmax(h_t W)[target_t]), without holding the logits of all tokens at once.
 
     The gradient is formed in the forward pass, chunk by chunk, so that the logits are computed once;
     tokens of weight 0 are skipped: each row's counted tokens are moved to its front and the loop
-    ends after the fullest row. The idea of gradients in the forward pass is Liger Kernel's (Hsu et
-    al., 2024, arxiv.org/abs/2410.10989, section 3.2).
+    ends after the row with the most. Computing gradients in the forward pass follows Liger Kernel
+    (Hsu et al., 2024, arxiv.org/abs/2410.10989, section 3.2).
 
     Args:
         hidden: states after the final norm.
-        head: the output projection [D, V], an array or a weight; gets its gradient if it trains.
+        head: the output projection [D, V], an array or a weight; gets a gradient if it is trained.
         targets: token ids; where the weight is 0, any valid id.
         weights: w, at least 0; gets no gradient.
         softcap: c of logits c tanh(h W / c).
-        chunk: tokens of each row whose logits (B x chunk x V, float32) are alive at once.
+        chunk: tokens of each row whose logits (B x chunk x V, float32) are in memory at once.
 
     Returns: the weighted sum, in nats; divide by sum(weights) for the mean.
     """
@@ -58,8 +58,8 @@ def linear_cross_entropy(
     axes = (*rows, *length)
     if not axes:
         return run(hidden, head, targets, weights)
-    # Each device over its own tokens, the head gathered once and its gradient added up once: left to XLA
-    # both would happen for every chunk.
+    # Each device processes its own tokens; the head is gathered once and its gradient summed once.
+    # XLA by itself would do both for every chunk.
     tokens, whole = PartitionSpec(rows, length), PartitionSpec()
     sums = jax.shard_map(
         lambda *arguments: run(*arguments, axes=axes)[None],
@@ -73,7 +73,7 @@ def linear_cross_entropy(
 
 def _weighted_sum(hidden, head, targets, weights, *, softcap, chunk, axes=()):
     order, count = _front(weights)
-    if axes:  # as many chunks on every device
+    if axes:  # the same number on every device
         count = jax.lax.pmax(count, axes)
     gather = functools.partial(jnp.take_along_axis, indices=order, axis=1)
     hidden = jnp.take_along_axis(hidden, order[..., None], axis=1)
@@ -95,14 +95,14 @@ def linear_log_probs(
     softcap: float | None = None,
     chunk: int | None = None,
 ) -> Float[Array, "B T"]:
-    """log softmax(h_t W / temperature)[target_t] in nats, one value a token; logits never held whole.
+    """log softmax(h_t W / temperature)[target_t] in nats, one value per token; never holds all logits.
 
-    A caller may weigh tokens by values that are known only after the forward pass (advantages,
-    preferences). A dense head, frozen or not, goes to the kernel `fused_log_probs`; any other weight
-    through `matmul`, chunk by chunk, and its logits are recomputed in the backward pass.
+    A caller may weight tokens by values that are known only after the forward pass (advantages,
+    preferences). A dense head, frozen or not, uses the kernel `fused_log_probs`; any other weight
+    uses `matmul`, chunk by chunk, and recomputes its logits in the backward pass.
 
     Args:
-        chunk: tokens of each row whose logits are alive at once. None: what suits the form.
+        chunk: tokens of each row whose logits are in memory at once. None: the form's default.
     """
     dense, transposed = stored(head)
     if dense is not None:
@@ -121,13 +121,13 @@ def scan_logits(
     softcap: float | None = None,
     chunk: int | None = None,
 ) -> Float[Array, "B T"]:
-    """function(logits [B, chunk, V], others' [B, chunk]) chunk by chunk along T; recomputed backwards."""
+    """function(logits [B, chunk, V], others' [B, chunk]) by chunks of T; the backward pass recomputes it."""
     scan = functools.partial(_scan_logits, function, softcap=softcap, chunk=chunk)
     return _over_length(scan, hidden, head, *others)
 
 
 def _over_length(run, hidden, head, *others):
-    """run(hidden, head, *others), in which each device of "context" goes through its own tokens."""
+    """run(hidden, head, *others), with each device of "context" processing its own tokens."""
     axes = length_axes(hidden.shape[1])
     if not axes:
         return run(hidden, head, *others)
@@ -169,7 +169,7 @@ def _logits(hidden, head, softcap):
 
 
 def _fused(hidden, targets, weights, head, count, softcap, chunk):
-    """sum_t w_t (-log p_t) over chunks of T, up to the one in which the first `count` tokens end."""
+    """sum_t w_t (-log p_t) over chunks of T, up to the one that contains token number `count`."""
     leaves, structure = jax.tree.flatten(head)
 
     def part(hidden, targets, weights, *leaves):
@@ -193,12 +193,14 @@ def _fused(hidden, targets, weights, head, count, softcap, chunk):
 
 
 def _loop(part, chunk, wanted, count, *args):
-    """(sum, [its gradient by each wanted argument: hidden and leaves of the head]) over chunks.
+    """(sum, [its gradient for each wanted argument: hidden and leaves of the head]) over chunks.
 
     A leaf of the head that is not differentiated has no gradient here, whatever its data type.
     """
     wanted = wanted[1:]
-    args = as_varying(args)  # Inside a shard_map devices add up their own, and JAX once at the end.
+    args = as_varying(
+        args
+    )  # Inside a shard_map devices add up their own, and JAX sums them once at the end.
     tokens, leaves = args[:3], args[3:]
     empty = [
         jnp.zeros_like(tokens[0]),
@@ -225,7 +227,8 @@ def _loop(part, chunk, wanted, count, *args):
 
     zeros = as_varying([jnp.zeros((), jnp.float32), *pick(wanted, empty), *args])
     start = (jnp.zeros((), jnp.int32), zeros[0], zeros[1 : 1 + sum(wanted)])
-    # Counted in chunks: XLA takes a loop by steps of `chunk` to a smaller constant `count` for an empty one.
+    # Counted in chunks: XLA treats a loop in steps of `chunk` to a smaller constant `count` as
+    # empty.
     chunks = -(-count // chunk)
     _, total, found = jax.lax.while_loop(lambda s: s[0] < chunks, body, start)
     return total, [g.astype(w.dtype) for g, w in zip(found, pick(wanted, args), strict=True)]

@@ -1,4 +1,4 @@
-"""Losses of single completions that were found good or bad, one value an example."""
+"""Losses of single completions labelled good or bad, one value per example."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def kto_loss(
     Args:
         log_ratios: r = log π(y | x) - log π_ref(y | x), summed over tokens.
         labels: whether the completion is desirable.
-        kl: z, of `kto_kl`; gets no gradient. 0 makes it the unpaired APO-zero.
-        desirable_weight, undesirable_weight: λ_D and λ_U. The paper asks for
-            λ_D n_D / (λ_U n_U) in [1, 4/3].
+        kl: z, from `kto_kl`; gets no gradient. 0 makes it the unpaired APO-zero.
+        desirable_weight, undesirable_weight: λ_D and λ_U. The paper recommends λ_D n_D / (λ_U n_U)
+            in [1, 4/3].
     """
     chex.assert_equal_shape([log_ratios, labels])
     if not (desirable_weight >= 0 and undesirable_weight >= 0):
@@ -65,9 +65,9 @@ def bco_loss(
     BCO: Jung et al., 2024, arxiv.org/abs/2404.04656.
 
     Args:
-        log_ratios, labels: as of `kto_loss`.
+        log_ratios, labels: see `kto_loss`.
         delta: δ, mean of the rewards β r so far; gets no gradient.
-        ratios: w, of `density_ratios`; None: 1.
+        ratios: w, from `density_ratios`; None: 1.
     """
     chex.assert_equal_shape([log_ratios, labels])
     z = beta * log_ratios - jax.lax.stop_gradient(delta)

@@ -1,4 +1,4 @@
-"""Cousins of cross-entropy that weigh or temper what each token teaches."""
+"""Variants of cross-entropy that weight or soften the loss of each token."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def label_smoothed_cross_entropy(
     *,
     label_smoothing: float = 0.1,
 ) -> Float[Array, "*batch"]:
-    """-(1 - ε) log p(target) - ε / V Σ_v log p(v) in nats, one value a token.
+    """-(1 - ε) log p(target) - ε / V Σ_v log p(v) in nats, one value per token.
 
     Szegedy et al., 2015, arxiv.org/abs/1512.00567, section 7, with the uniform distribution.
     """
@@ -31,7 +31,7 @@ def label_smoothed_cross_entropy(
 
 
 def dft_loss(log_probs: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
-    """-sg(p) log p of the target tokens, one value a token: tokens the model finds impossible teach little.
+    """-sg(p) log p of the target tokens, one value per token: tokens of low probability get little gradient.
 
     Dynamic fine-tuning: Wu et al., 2025, arxiv.org/abs/2508.05629. `log_probs` are those of the
     targets, as `linear_log_probs` gives them.
@@ -40,10 +40,10 @@ def dft_loss(log_probs: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
 
 
 def unlikelihood_loss(log_probs: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
-    """-log(1 - p) of tokens that should not be said, one value a token; `log_probs` are log p.
+    """-log(1 - p) of tokens to be made unlikely, one value per token; `log_probs` are log p.
 
-    Welleck et al., 2019, arxiv.org/abs/1908.04319, for one candidate a position: the tokens of
-    a text that is to become unlikely.
+    Welleck et al., 2019, arxiv.org/abs/1908.04319, for one candidate per position: the tokens of an
+    undesired text.
     """
     return -jax.nn.log1mexp(-jnp.minimum(log_probs, _CERTAIN))
 
@@ -51,12 +51,12 @@ def unlikelihood_loss(log_probs: Float[Array, "*batch"]) -> Float[Array, "*batch
 def repetition_unlikelihood(
     logits: Float[Array, "B T V"], targets: Int[Array, "B T"], mask: Bool[Array, "B T"]
 ) -> Float[Array, "B T"]:
-    """-Σ_c log(1 - p(c)) over the distinct earlier targets c of the row, the present one aside.
+    """-Σ_c log(1 - p(c)) over the distinct earlier targets c of the row, except the current one.
 
     Welleck et al., 2019, arxiv.org/abs/1908.04319, with the earlier context as candidates.
 
     Args:
-        mask: True where a target is part of the text; only such are candidates and have a loss.
+        mask: True where a target is part of the text; only those are candidates and have a loss.
     """
     chex.assert_equal_shape([targets, mask])
     log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))

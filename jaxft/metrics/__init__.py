@@ -1,4 +1,4 @@
-"""Measures of models: running means, intervals, wins at equal length, several answers."""
+"""Metrics of models: running means, intervals, win rates at equal length, several answers."""
 
 from jaxft.metrics.interval import wilson_interval
 from jaxft.metrics.length import length_controlled_rate, standardised_mean

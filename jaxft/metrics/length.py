@@ -1,4 +1,4 @@
-"""Is a gain mere length? Wins that are compared at equal length."""
+"""Win rates and scores at equal length, to separate gains from mere length."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ def length_controlled_rate(wins: np.ndarray, length_differences: np.ndarray) -> 
     """The win rate at equal length: σ(θ) of the fit P(win) = σ(θ + φ tanh(d / std(d))).
 
     The length part of length-controlled AlpacaEval: Dubois et al., 2024, arxiv.org/abs/2404.04475, section 3,
-    with one intercept for all prompts. Plain rate where all lengths differ alike, or all win or all lose.
+    with one intercept for all prompts. It is the plain rate if all length differences are equal, or
+    all win or all lose.
 
     Args:
         wins: [N] 1, 0, or 1/2 for a tie.
-        length_differences: [N] d, tokens of the completion that may win less those of the other.
+        length_differences: [N] d, tokens of the scored completion minus those of the other.
 
     Raises:
-        ValueError: for no or unequally many values, or wins outside 0..1.
+        ValueError: for no values, different numbers of values, or wins outside 0..1.
     """
     wins = np.asarray(wins, np.float64)
     lengths = np.asarray(length_differences, np.float64)
     if wins.shape != lengths.shape or wins.ndim != 1 or not len(wins):
         raise ValueError(
             f"length_controlled_rate: {wins.shape} wins and {lengths.shape} length differences; expected "
-            "one of each a comparison."
+            "one of each per comparison."
         )
     if not ((wins >= 0) & (wins <= 1)).all():
         raise ValueError("length_controlled_rate: wins must lie in 0..1.")
@@ -31,7 +32,7 @@ def length_controlled_rate(wins: np.ndarray, length_differences: np.ndarray) -> 
     if spread == 0 or wins.min() == wins.max():
         return float(wins.mean())
     features = np.stack([np.ones_like(wins), np.tanh(lengths / spread)], axis=1)
-    # Wins that length alone tells apart would send the slope to infinity.
+    # Without a penalty the slope would be infinite if length alone separates the wins.
     penalty = np.diag([0.0, 1e-3 * len(wins)])
     weights = np.zeros(2)
     for _ in range(50):
@@ -49,22 +50,23 @@ def standardised_mean(
 ) -> tuple[float, float]:
     """(mean, share): the mean of `values` if their lengths were distributed as `ref_lengths` are.
 
-    Direct standardisation: the mean value at each length, weighted by the reference's share of it. Lengths
-    that `values` do not have are left out; `share` is what the others hold of the reference.
+    Direct standardisation: the mean value at each length, weighted by the reference's share of it.
+    Lengths that `values` do not have are left out; `share` is the other lengths' share of the
+    reference.
 
     Args:
         values: [N] scores.
-        lengths: [N] tokens of what was scored.
-        ref_lengths: [M] tokens of what it is compared with.
+        lengths: [N] tokens of the scored completions.
+        ref_lengths: [M] tokens of the reference completions.
 
     Raises:
-        ValueError: for no or unequally many values, or if no length is shared.
+        ValueError: for no values, different numbers of values, or if no length is shared.
     """
     values, lengths, ref_lengths = map(np.asarray, (values, lengths, ref_lengths))
     if values.shape != lengths.shape or values.ndim != 1 or not len(values) or not len(ref_lengths):
         raise ValueError(
             f"standardised_mean: {values.shape} values, {lengths.shape} lengths and {ref_lengths.shape} of "
-            "the reference; expected one length a value, and some of both."
+            "the reference; expected one length per value, and at least one of both."
         )
     kinds = np.intersect1d(lengths, ref_lengths)
     if not len(kinds):

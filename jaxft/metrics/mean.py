@@ -1,4 +1,4 @@
-"""Means that say over what they are taken, so that parts of a batch add up to the whole."""
+"""Means that keep their weight, so that parts of a batch add up to the whole."""
 
 import functools
 from typing import Any, NamedTuple
@@ -9,7 +9,7 @@ from jax.custom_derivatives import SymbolicZero
 
 
 class Mean(NamedTuple):
-    """total / weight, kept apart: the mean of two parts is the sum of totals over that of weights."""
+    """total / weight, stored separately: the mean of two parts is the sum of totals over that of weights."""
 
     total: jax.Array  # [], sum of weight_i * value_i
     weight: jax.Array  # [], sum of weight_i: tokens, sequences, ...
@@ -34,11 +34,12 @@ class Mean(NamedTuple):
 
 
 class WholeMean(Mean):
-    """A Mean, without gradient, that its own objective reads: KTO's KL, BCO's mean reward.
+    """A Mean, without gradient, that its own objective uses: KTO's KL, BCO's mean reward.
 
-    Part of a batch has another mean than the whole. An objective therefore takes
-    `metrics[name].over(batch, name)`: the entry `name` of `batch["whole"]` if it is there, else its own.
-    Microbatches first add it up over all slices and then give each slice the sum (jaxft.train.accumulate).
+    The mean of a part of a batch differs from that of the whole. An objective therefore takes
+    `metrics[name].over(batch, name)`: the entry `name` of `batch["whole"]` if it is there, else its
+    own. Microbatches first add it up over all slices and then give each slice the sum
+    (jaxft.train.accumulate).
     """
 
     __slots__ = ()
@@ -49,13 +50,13 @@ class WholeMean(Mean):
 
 
 class Undivided(Mean):
-    """A value of a whole batch that is no sum over its rows: a batch of it cannot be cut into slices."""
+    """A value of a whole batch that is not a sum over its rows: its batch cannot be cut into slices."""
 
     __slots__ = ()
 
 
 def is_undivided(metric: Any) -> bool:
-    """Whether it is `Undivided`, or `Terms` of which one is."""
+    """True for `Undivided`, and for `Terms` with an `Undivided` part."""
     parts = metric.parts if isinstance(metric, Terms) else (metric,)
     return any(isinstance(part, Undivided) for part in parts)
 
@@ -63,15 +64,15 @@ def is_undivided(metric: Any) -> bool:
 class Terms(NamedTuple):
     """Σ_k total_k / weight_k: a loss of several means, each over its own tokens, records or samples.
 
-    Parts of a batch add up term by term. One total over one weight would not: where slices differ in the
-    ratio of two weights, their terms would be weighed otherwise than in the whole batch.
+    Parts of a batch add up term by term. One total over one weight would not: if slices differ in
+    the ratio of two weights, their terms would have other weights than in the whole batch.
 
     An objective returns it as metrics["loss"], *with* its gradient, and `value` as its loss:
 
         terms = Terms((task, Mean(kl_weight * kl.total, kl.weight)))
         return terms.value, jax.lax.stop_gradient(metrics) | {"loss": terms}
 
-    Without its gradient it is refused where parts of a batch are added up (`differentiable`).
+    Without its gradient it is refused when parts of a batch are added up (`differentiable`).
     """
 
     parts: tuple[Mean, ...]  # the task's first; coefficients are in the totals
@@ -88,11 +89,11 @@ class Terms(NamedTuple):
 
 
 def differentiable(terms: Terms, loss: jax.Array) -> Terms:
-    """The terms of a loss, whose gradient is to be taken through them.
+    """The terms of a loss, for taking its gradient through them.
 
     Raises:
         ValueError: when differentiated, if `loss` has a gradient and the totals of its terms have none, as
-            after jax.lax.stop_gradient(metrics): the gradient would be 0 without a word.
+            after jax.lax.stop_gradient(metrics): the gradient would silently be 0.
     """
     totals = _with_gradient([part.total for part in terms.parts], loss)
     return Terms(tuple(p._replace(total=t) for p, t in zip(terms.parts, totals, strict=True)))
@@ -110,7 +111,7 @@ def _with_gradient_jvp(primals, tangents):
     if has(tangents[1]) and not any(map(has, tangents[0])):
         raise ValueError(
             'metrics["loss"] is Terms without a gradient, but microbatches, and objectives around this one, '
-            "take the gradient through them. Take stop_gradient of the other metrics alone: "
+            "take the gradient through them. Take stop_gradient of only the other metrics: "
             'jax.lax.stop_gradient(metrics) | {"loss": terms}.'
         )
     return primals[0], tangents[0]
@@ -120,7 +121,7 @@ def terms_of(loss: jax.Array, logged: Any, coefficient: float = 1.0) -> tuple[Me
     """The parts of coefficient * loss, with its gradient, for a `Terms` of it and others.
 
     Args:
-        loss: an objective's.
+        loss: the loss of an objective.
         logged: its metrics["loss"]: Terms, a Mean, or any number, which is averaged over slices.
     """
     if isinstance(logged, Terms):
@@ -134,7 +135,7 @@ def terms_of(loss: jax.Array, logged: Any, coefficient: float = 1.0) -> tuple[Me
 def with_mean(mean: jax.Array, weight: jax.Array, part: Mean) -> tuple[jax.Array, jax.Array]:
     """(mean, weight) after one more part, whose total and weight are added to a mean of weight `weight`."""
     whole = weight + part.weight
-    # Not the sum so far: it would outgrow float32.
+    # Not from the sum so far, which would outgrow float32.
     return mean + (part.total - part.weight * mean) / jnp.maximum(whole, 1e-9), whole
 
 

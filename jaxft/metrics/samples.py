@@ -1,4 +1,4 @@
-"""Measures of several answers to one question."""
+"""Metrics of several answers to one question."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import numpy as np
 
 
 def pass_at_k(correct: np.ndarray, samples: int, k: int) -> np.ndarray:
-    """1 - C(n - c, k) / C(n, k): whether one of k answers is right, from c right ones among n >= k.
+    """1 - C(n - c, k) / C(n, k): probability that one of k answers is right, if c of n >= k are.
 
-    Unbiased for 1 - (1 - p)^k, which c / n put in place of p is not: Chen et al., 2021,
-    arxiv.org/abs/2107.03374, section 2.1. Where p itself is known, take 1 - (1 - p)^k.
+    Unbiased for 1 - (1 - p)^k, unlike the same formula with p = c / n: Chen et al., 2021,
+    arxiv.org/abs/2107.03374, section 2.1. If p itself is known, use 1 - (1 - p)^k.
 
     Args:
         correct: c, right answers to each question, any shape.
@@ -47,7 +47,7 @@ def exact_pass_rate(log_probs: np.ndarray, num_samples: int) -> float:
 
 
 def majority_vote(answers: Sequence[Hashable | None]) -> Hashable | None:
-    """The answer given most often, the first of several such; None are none, and None if all are.
+    """The most frequent answer, the first in a tie; None counts as no answer, and is returned if all are.
 
     Self-consistency: Wang et al., 2022, arxiv.org/abs/2203.11171.
     """
@@ -59,7 +59,7 @@ def majority_vote(answers: Sequence[Hashable | None]) -> Hashable | None:
 
 
 def rerank(scores: Sequence[float], answers: Sequence[Hashable | None]) -> Hashable | None:
-    """The answer with the highest score, the first of several such; None are none, and None if all are."""
+    """The answer with the highest score, the first in a tie; skips None, and returns it if all are None."""
     if len(scores) != len(answers):
         raise ValueError(f"rerank: {len(scores)} scores for {len(answers)} answers.")
     known = [(s, a) for s, a in zip(scores, answers, strict=True) if a is not None]

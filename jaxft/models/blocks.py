@@ -1,4 +1,4 @@
-"""The blocks of the decoder, and what its layers share."""
+"""The blocks of the decoder, and the inputs that its layers share."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from jaxft.parallel.activations import keep_tokens
 
 
 class LayerKind(NamedTuple):
-    """How one layer differs from the next: Python values, or traced ones under a scan."""
+    """The differences between layers: Python values, or traced ones under a scan."""
 
     local: bool | jax.Array  # whether it has a window, and so the local rotary table
     window: int | jax.Array | None
 
 
 class Context(NamedTuple):
-    """What all layers share: see `Decoder.__call__` for shapes."""
+    """The inputs that all layers share: see `Decoder.__call__` for shapes."""
 
     segment_ids: jax.Array | None
     positions: jax.Array  # [B, N]: of a prompt, if there is one, and the tokens
@@ -36,12 +36,12 @@ class Context(NamedTuple):
     local_table: Any  # the same for layers with a window
     cache: Cache | None
     start: jax.Array | None  # the slot of the first key; None: the cache was empty
-    mask: jax.Array | None  # [B, 1, N, S], windows aside, of virtual tokens without a cache
+    mask: jax.Array | None  # [B, 1, N, S], without windows, for virtual tokens without a cache
     key_positions: jax.Array  # [B, S]
 
 
 class Layers(nn.Module):
-    """The blocks one after the other, each with its own params."""
+    """The blocks in sequence, each with its own params."""
 
     config: DecoderConfig
     remat: Remat = "none"
@@ -50,7 +50,7 @@ class Layers(nn.Module):
     @nn.compact
     def __call__(self, x, context, prefix):
         config, keys, values = self.config, [], []
-        # A window known while tracing lets attention pick a kernel.
+        # If the window is known while tracing, attention can choose a kernel.
         block_type = remat_block(Block, self.remat, static_argnums=(2,))
         for i in range(config.num_layers):
             block = block_type(config, self.remat, self.attention, name=str(i))
@@ -121,7 +121,7 @@ class Attention(nn.Module):
                 key, value = before(prefix[0], key), before(prefix[1], value)
             return query, key, value
 
-        # At init any will do, and a kernel may not run where params are made.
+        # At init any implementation works, but a kernel may not run on the device that makes the params.
         implementation = None if self.is_initializing() else self.implementation
         window = config.shared_window or layer.window
 

@@ -13,33 +13,33 @@ import jax.numpy as jnp
 class Cache:
     """Keys and values of past tokens. Rows share one write index: ragged prompts are left-padded.
 
-    One pair of arrays a layer, not one stacked pair: a loop that carries a stacked cache copies all
-    of it at every token. The axes are in the order in which `attend_cache` multiplies them: another
-    order has XLA:CPU copy every layer's cache for every token, a third of the time of decoding.
+    There is one pair of arrays per layer, not one stacked pair: a loop that carries a stacked cache copies it
+    for every token. The axes have the order in which `attend_cache` multiplies them: with another
+    order, XLA:CPU copies every layer's cache for every token, a third of the time of decoding.
     """
 
     keys: tuple[jax.Array, ...]  # L x [B, G, K, S]
     values: tuple[jax.Array, ...]  # L x [B, G, S, K]
     positions: jax.Array  # [B, S] int32, as given to the model
-    valid: jax.Array  # [B, S] bool: written, and no padding
+    valid: jax.Array  # [B, S] bool: written and not padding
     index: jax.Array  # [] int32: slots written so far
     virtual: int = dataclasses.field(default=0, metadata={"static": True})  # tokens in front
-    # Known while tracing, so that a prefill can be attention among its own tokens: nothing written.
+    # True before the first write; static, so that a prefill can attend only among its own tokens.
     empty: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def length(self) -> int:
-        """Slots, S."""
+        """Number of slots, S."""
         return self.valid.shape[1]
 
 
 def empty_cache(
     layers: int, batch: int, length: int, groups: int, size: int, dtype=jnp.float32
 ) -> Cache:
-    """A cache of `length` slots with nothing in it.
+    """A cache of `length` empty slots.
 
-    Its pytree differs from that of a written one (`empty`): a loop carries caches from its second
-    token on, or one with `dataclasses.replace(cache, empty=False)`.
+    Its pytree differs from a written cache's (`empty`): let a loop carry the cache from the second token
+    on, or use `dataclasses.replace(cache, empty=False)`.
     """
     blank = lambda *shape: tuple(jnp.zeros((batch, groups, *shape), dtype) for _ in range(layers))
     return Cache(
@@ -53,9 +53,9 @@ def empty_cache(
 
 
 def reserve(cache: Cache, positions: jax.Array, valid: jax.Array, virtual: int = 0) -> Cache:
-    """The cache with the next T slots marked (positions, valid [B, T]); keys come layer by layer.
+    """The cache with the next T slots marked (positions, valid [B, T]); layers write keys later.
 
-    `virtual` tokens (see jaxft.models.soft) stand in front then.
+    `virtual` tokens (see jaxft.models.soft) then come first.
     """
     start = (jnp.zeros((), jnp.int32), cache.index)
     update = jax.lax.dynamic_update_slice
@@ -85,9 +85,9 @@ def write(
 def cache_mask(
     cache: Cache, start: jax.Array, positions: jax.Array, window: int | None = None
 ) -> jax.Array:
-    """[B, 1, R, S]: what queries at slots start..start + R, at positions [B, R], see of a cache.
+    """[B, 1, R, S]: the slots of a cache that queries at slots start..start + R, positions [B, R], see.
 
-    A window counts positions, those of the queries themselves included.
+    A window counts positions, including the query's own.
     """
     slots = jnp.arange(cache.length)
     causal = slots[None, :] <= start + jnp.arange(positions.shape[1])[:, None]
@@ -96,6 +96,6 @@ def cache_mask(
 
 
 def window_mask(positions: jax.Array, key_positions: jax.Array, window) -> jax.Array:
-    """[B, 1, T, S]: keys at most `window` positions back from the queries, their own counted."""
+    """[B, 1, T, S]: keys at most `window` positions back, including the query's own."""
     distance = positions[:, None, :, None] - key_positions[:, None, None, :]
     return distance < window

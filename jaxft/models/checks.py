@@ -1,4 +1,4 @@
-"""Checks of shapes while tracing: what broadcasting or slicing would take for something else is refused."""
+"""Checks of shapes while tracing, which refuse arrays that broadcasting or slicing would misread."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def check_tokens(batch: Batch, dims: str = "B T") -> tuple[int, ...]:
     if len(shape) != len(dims.split()):
         raise ValueError(
             f"batch: tokens must be [{axes}], got {shape}; one sequence is a batch of one: tokens[None]. "
-            "Groups [B, G, T] are for preferences and rewards, rows [B, T] for all else."
+            "Groups [B, G, T] are for preferences and rewards, rows [B, T] for all other objectives."
         )
     if shape[0] == 0:
         raise ValueError(f"batch: tokens {shape} have no rows; leave empty batches out.")
@@ -49,7 +49,7 @@ def check_group(batch: Batch, size: int, who: str) -> None:
 
 
 def check_column(batch: Batch, name: str, shape: tuple[int, ...], who: str) -> jax.Array:
-    """batch[name] as an array, which must be there and have that shape, or raises ValueError."""
+    """batch[name] as an array; raises ValueError if it is missing or has another shape."""
     if name not in batch:
         raise ValueError(f"{who}: the batch has no {name!r} {shape}; it has {sorted(batch)}.")
     if np.shape(batch[name]) != shape:
@@ -64,14 +64,14 @@ def check_completion(batch: Batch, who: str) -> jax.Array:
     """The column `completion_mask` [B, N] of the last N of the T tokens of each row, N < T, as bools.
 
     Raises:
-        ValueError: for another number of rows or axes, as many tokens as the row has, or complex numbers.
+        ValueError: for another number of rows or axes, N = T, or complex numbers.
     """
     (rows, length), shape = check_tokens(batch), np.shape(batch["completion_mask"])
     mask = check_column(batch, "completion_mask", (rows, shape[-1] if shape else 0), who)
     if mask.shape[1] >= length:
         raise ValueError(
             f"{who}: {mask.shape[1]} response tokens leave none of {length} for the prompt; completion_mask "
-            "is of the last columns alone."
+            "covers only the last columns."
         )
     if jnp.issubdtype(mask.dtype, jnp.complexfloating):
         raise ValueError(f"{who}: completion_mask must be bool or 0 and 1, got {mask.dtype}.")
@@ -82,8 +82,8 @@ def check_labels(batch: Batch, who: str) -> jax.Array:
     """The column `label` [B] as bools: True where it is above 0, so that 0/1 and -1/1 mean the same.
 
     Raises:
-        ValueError: if it is not there, has another shape, or is neither bool nor integer: a score needs a
-            threshold, which only its user knows.
+        ValueError: if it is missing, has another shape, or is neither bool nor integer: a score needs a
+            threshold, which the user must choose.
     """
     labels = check_column(batch, "label", np.shape(batch["tokens"])[:1], who)
     if not (labels.dtype == bool or jnp.issubdtype(labels.dtype, jnp.integer)):
@@ -95,7 +95,7 @@ def check_labels(batch: Batch, who: str) -> jax.Array:
 
 
 def check_forward(forward: Any) -> None:
-    """Raises ValueError for what is no function, or a model in place of its forward."""
+    """Raises ValueError if `forward` is not a function, or is a model in place of its forward."""
     if hasattr(forward, "forward"):
         raise ValueError(
             f"forward: got a {type(forward).__name__} itself; pass its function: model.forward."

@@ -9,17 +9,17 @@ import jax.numpy as jnp
 
 from jaxft.models.checks import check_tokens
 
-# What each sequence of a group has of its own; any other column is the record's, one for all of its group.
+# The columns with a value for each sequence of a group; any other column has one value for the group.
 OF_SEQUENCES = ("tokens", "loss_mask", "segment_ids", "positions")
 
 Batch = Mapping[str, Any]
 
 
 def as_rows(batch: Batch) -> dict[str, Any]:
-    """The batch [B, ...] with one row [B·G, T] for each sequence; a batch of rows [N, T] as it is.
+    """The batch [B, ...] with one row [B·G, T] for each sequence; a batch of rows [N, T] is unchanged.
 
-    A column of records (images, a source sentence) is repeated for the sequences of its group. What is no
-    array of B rows (nested batches, running means) is left out: no forward reads it.
+    A column of records (images, a source sentence) is repeated for the sequences of its group. Entries that
+    are not arrays of B rows (nested batches, running means) are left out: no forward reads them.
     """
     tokens = jnp.asarray(batch["tokens"])
     if tokens.ndim == 2:

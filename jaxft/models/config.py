@@ -1,4 +1,4 @@
-"""What distinguishes one transformer decoder from another, as one flat dataclass."""
+"""The configuration of a transformer decoder, as one flat dataclass."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Rope:
 
     theta: float = 10_000.0
     scaling: Literal["default", "linear", "llama3", "yarn"] = "default"
-    factor: float = 1.0  # how many times longer the context became
+    factor: float = 1.0  # new context length over the old
     low_freq_factor: float = 1.0  # llama3
     high_freq_factor: float = 4.0  # llama3
     original_max_length: int = 8192  # llama3, yarn
@@ -30,8 +30,8 @@ class Rope:
 class DecoderConfig:
     """A decoder-only transformer: Llama, SmolLM2, Mistral, Qwen 2 and 3, Gemma 2 and 3, GPT-2.
 
-    Lengths are in tokens. `windows` holds, for each layer, how many tokens back it sees (itself
-    counted), or None for all; an empty tuple stands for None everywhere.
+    Lengths are in tokens. `windows` holds, for each layer, the number of tokens that it sees (including
+    the query's own), or None for all; an empty tuple means None for every layer.
     """
 
     vocab_size: int
@@ -53,7 +53,7 @@ class DecoderConfig:
     qk_norm: bool = False
     post_norms: bool = False  # norms after attention and MLP too
     rope: Rope | None = Rope()
-    local_rope: Rope | None = None  # of the layers with a window, where it differs
+    local_rope: Rope | None = None  # of the layers with a window, if it differs
     learned_positions: bool = False
     windows: tuple[int | None, ...] = ()
     attention_scale: float | None = None  # None: head_dim^-1/2
@@ -62,9 +62,9 @@ class DecoderConfig:
     embedding_scale: float = 1.0
     tie_embeddings: bool = True
     family: str = "llama"  # Hugging Face's model_type, under which files are written
-    # Ids of its files that begin, end and pad texts. No program depends on them, so none is compiled anew.
+    # The ids that begin, end and pad texts. No program depends on them, so a change recompiles none.
     special: SpecialIds = dataclasses.field(default=SpecialIds(), compare=False)
-    # The config.json that it was read from: what is written again is this, where nothing else was changed.
+    # The config.json that it was read from; unchanged values are written again from it.
     source: str = dataclasses.field(default="", compare=False, repr=False)
 
     def __post_init__(self):
@@ -90,12 +90,12 @@ class DecoderConfig:
         return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
 
     def window(self, layer: int) -> int | None:
-        """How many tokens back `layer` sees, or None for all."""
+        """The number of tokens that `layer` sees, or None for all."""
         return self.windows[layer] if self.windows else None
 
     @property
     def shared_window(self) -> int | None:
-        """The window, if there is one and it is every layer's."""
+        """The window, if all layers have the same one."""
         return self.windows[0] if len(set(self.windows)) == 1 else None
 
 

@@ -38,7 +38,7 @@ from jaxft.weights import WeightLike
 
 
 class Output(NamedTuple):
-    """What a decoder gives. Under jit, what is not used is not computed."""
+    """The result of a decoder. Under jit, unused fields are not computed."""
 
     hidden: jax.Array  # [B, T, D] after the final norm, in the compute dtype
     logits: jax.Array  # [B, T, V] float32
@@ -52,9 +52,9 @@ class Decoder(nn.Module):
         config: the architecture.
         dtype: of activations; params keep theirs and are cast where they are used.
         scan_layers: at init, whether layers are stacked on a leading axis and scanned over
-            (`jax.lax.scan`: compile time independent of depth) or kept apart (faster on CPU, and
-            each layer can be adapted for itself). Params of either layout can be applied.
-        remat: what a backward pass recomputes instead of storing: see jaxft.models.remat.
+            (`jax.lax.scan`: compile time independent of depth) or kept separate (faster on CPU, and
+            each layer can be adapted on its own). Params of either layout can be applied.
+        remat: the values that a backward pass recomputes instead of storing: see jaxft.models.remat.
         attention: implementation of jaxft.kernels.attention; None picks by backend.
     """
 
@@ -79,13 +79,14 @@ class Decoder(nn.Module):
             tokens: [B, T] int32.
             positions: [B, T] int32, for rotary or learned positions; None: 0..T-1.
             segment_ids: [B, T] int32; tokens see earlier tokens of their segment, 0 is padding.
-                None: one segment. With a cache: greater than 0 where a token counts.
-            cache: written at its index; its tokens are seen too. Layers must not be stacked. From an empty
-                one, attention is as without a cache: windows count tokens, padding included.
-            noise: replaces the tokens' embeddings [B, T, D], as they lie in the table, by others.
+                None: one segment. With a cache: greater than 0 for tokens that count.
+            cache: written at its index; queries also see its tokens. Layers must not be stacked.
+                With an empty cache, attention is as without a cache: windows count tokens,
+                including padding.
+            noise: a function that replaces the tokens' embeddings [B, T, D] (unscaled, as in the table).
 
-        A prompt or prefix in the params (see jaxft.models.soft) goes before the tokens, into the cache at
-        its first use; positions and the output remain those of the tokens.
+        A prompt or prefix in the params (see jaxft.models.soft) is put before the tokens, and into the cache
+        at its first use; positions and the output are those of the tokens.
         """
         config = self.config
         segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
@@ -137,7 +138,7 @@ class Decoder(nn.Module):
     ) -> Prediction:
         """The `jaxft.models.Forward` of decoders: reads `tokens`, `positions` and `segment_ids` of a batch.
 
-        Nothing is drawn from `key`: decoders have no dropout. Other columns of the batch are ignored.
+        `key` is not used: decoders have no dropout. Other columns of the batch are ignored.
         """
         del key
         names = ("positions", "segment_ids")
@@ -149,7 +150,7 @@ class Decoder(nn.Module):
         return Prediction(output.hidden, self.head(params), softcap, output.cache)
 
     def init_cache(self, batch: int, length: int, dtype: Any = None) -> Cache:
-        """An empty cache of `length` slots for `batch` rows; dtype None: that of activations."""
+        """An empty cache of `length` slots for `batch` rows; dtype None: the activations' type."""
         config = self.config
         dtype = self.dtype if dtype is None else dtype
         return empty_cache(
@@ -181,7 +182,7 @@ class Decoder(nn.Module):
             if segment_ids is not None:
                 valid = valid.at[:, -segment_ids.shape[1] :].set(segment_ids > 0)
             segment_ids = None if segment_ids is None else valid.astype(jnp.int32)
-            # With virtual tokens in front, distances are not those between slots.
+            # With virtual tokens in front, distances differ from those between slots.
             start = None if cache.empty and not lead.length else cache.index
             cache = reserve(cache, key_positions, valid, lead.length)
         elif lead.length:
@@ -194,7 +195,7 @@ class Decoder(nn.Module):
         local = jnp.array([config.window(i) is not None for i in range(config.num_layers)])
         windows = None
         if config.shared_window is None and any(config.windows):
-            # A window longer than any input hides nothing: one program serves all layers.
+            # A window longer than any input masks nothing, so one program serves all layers.
             windows = jnp.array([config.window(i) or 2**30 for i in range(config.num_layers)])
         scanned = nn.scan(
             remat_block(Block, self.remat, scanned=True),

@@ -31,7 +31,7 @@ class EncoderConfig:
     num_layers: int
     num_heads: int
     num_positions: int  # rows of the position table
-    position_offset: int = 0  # of the first token: RoBERTa's begin after the padding's
+    position_offset: int = 0  # of the first token: RoBERTa's positions begin after the padding's
     vocab_size: int = 0
     token_types: int = 0
     norm_eps: float = 1e-12
@@ -62,13 +62,13 @@ class EncoderConfig:
         """Features of one head."""
         return self.hidden_size // self.num_heads
 
-    # What the MLP, which decoders share, asks for.
+    # The fields that the MLP, shared with decoders, reads.
     mlp_bias = True
     gated_mlp = False
 
 
 class EncoderOutput(NamedTuple):
-    """What an encoder gives."""
+    """The result of an encoder."""
 
     hidden: jax.Array  # [B, T, D]
     pooled: jax.Array | None  # [B, D], None without a pooler
@@ -93,15 +93,15 @@ class Encoder(nn.Module):
         """Runs the encoder.
 
         Args:
-            inputs: tokens [B, T] int32; or images [B, height, width, channels], normalised, whose
+            inputs: tokens [B, T] int32; or images [B, height, width, channels], normalised, for which
                 T is the number of patches plus one for the class token in front.
-            segment_ids: [B, T]; tokens see those of their own segment, 0 is padding. Positions
-                count on across segments.
+            segment_ids: [B, T]; tokens see tokens of their own segment, 0 is padding. Positions
+                continue across segments.
             token_types: [B, T] int32 for BERT's sentence A and B; None: all 0.
-            noise: replaces the tokens' embeddings [B, T, D], or the images, by others.
+            noise: a function that replaces the tokens' embeddings [B, T, D], or the images.
 
-        A prompt or prefix in the params (see jaxft.models.soft) goes before the tokens or patches; a
-        prompt sees what it stands before, so that it fits rows of one segment alone: others become NaN.
+        A prompt or prefix in the params (see jaxft.models.soft) is put before the tokens or patches. A
+        prompt sees all of them, so rows must have one segment: other rows become NaN.
         """
         config = self.config
         segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
@@ -116,7 +116,7 @@ class Encoder(nn.Module):
         else:
             x = self._embed_tokens(lead, inputs, segment_ids, token_types, noise)
         if segment_ids is not None and lead.prompt is not None:
-            # The values are known at run time only: as with unknown tokens, NaN makes the error visible.
+            # The values are only known at run time: NaN makes the error visible, as for unknown tokens.
             x = jnp.where(jnp.max(segment_ids, axis=1).reshape(-1, 1, 1) > 1, jnp.nan, x)
             segment_ids = before(jnp.ones(lead.prompt_length), segment_ids)
         if self._stacked():
@@ -198,7 +198,7 @@ class PatchEmbed(nn.Module):
 
 
 class EncoderLayers(nn.Module):
-    """The blocks one after the other."""
+    """The blocks in sequence."""
 
     config: EncoderConfig
     remat: Remat = "none"
@@ -234,7 +234,7 @@ class EncoderBlock(nn.Module):
 
 
 class EncoderAttention(nn.Module):
-    """Attention in both directions."""
+    """Bidirectional attention."""
 
     config: EncoderConfig
     remat: Remat = "none"
@@ -263,9 +263,9 @@ class EncoderAttention(nn.Module):
 def mean_pool(
     hidden: jax.Array, segment_ids: jax.Array | None = None, *, normalize: bool = True
 ) -> jax.Array:
-    """[B, D]: the mean of the hidden states [B, T, D] that are no padding, of unit length.
+    """[B, D]: the mean of the hidden states [B, T, D] without padding, scaled to unit length.
 
-    Sentence embeddings as sentence-transformers makes them (Reimers & Gurevych, 2019,
+    Equals the sentence embeddings of sentence-transformers (Reimers & Gurevych, 2019,
     arxiv.org/abs/1908.10084).
     """
     counts = jnp.ones(hidden.shape[:2]) if segment_ids is None else (segment_ids > 0) * 1.0

@@ -1,4 +1,4 @@
-"""The error of files that hold no model, or another than they say."""
+"""The error of files that do not contain the model that they describe."""
 
 
 class CheckpointError(ValueError):

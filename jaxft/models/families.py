@@ -43,9 +43,9 @@ def family_of(config: Any, families: Sequence[Family] = FAMILIES) -> Family:
 
 
 def layers_of(model: Any) -> str | None:
-    """Where the layers lie in the params of a model of one of jaxft's modules; None: it is another's.
+    """The path of the layers in the params of a model of one of jaxft's modules; None for other modules.
 
-    A family from outside whose module is jaxft's `Decoder` keeps them where the Decoder does.
+    A family from outside whose module is jaxft's `Decoder` has the Decoder's path.
     """
     name = getattr(model.config, "family", None)
     ours = (f for f in FAMILIES if f.name == name or isinstance(model, f.module))
@@ -56,6 +56,6 @@ def config_of(json: Any, tensors: Any = (), families: Sequence[Family] = FAMILIE
     """The config of a config.json, by its model_type; for `tensors` see HuggingFace.config.
 
     Raises:
-        CheckpointError: for an architecture that none of `families` is.
+        CheckpointError: for an architecture that is not in `families`.
     """
     return find_family(json.get("model_type"), families).huggingface.config(json, tensors)

@@ -1,4 +1,4 @@
-"""What the library knows of a model family: one record, and one codec for each format of files."""
+"""The record of a model family, and its codec for each file format."""
 
 from __future__ import annotations
 
@@ -29,18 +29,19 @@ class HuggingFace:
     Attributes:
         architecture: the class under which files are written: "LlamaForCausalLM".
         read: (config.json with the defaults of `keys`, names of the tensors after `rename`) -> config. Raises
-            CheckpointError for what the module cannot compute. Call `config`, which fills them in.
+            CheckpointError for a config that the module cannot compute. Call `config`, which adds
+            the defaults.
         write: config -> config.json, without model_type, architectures and data type.
         reads: the keys of config.json that `read` looks at.
         keys: the keys that transformers' class knows, checked and filled in before `read`; None: there is
             no such class.
         entries: config -> the tensors of a file, in its usual order, and the leaves that they hold.
-        rename: the name that `entries` gives a tensor, from the name in a file: bare base models lack a
-            prefix, others have one too many.
-        ignores: (renamed tensor, config) -> whether no model needs it: buffers, heads of other tasks.
-        head: the torch module of the output projection, which "all-linear" of PEFT leaves out.
+        rename: the name in a file -> the name that `entries` gives the tensor: bare base models lack a
+            prefix, others have an extra one.
+        ignores: (renamed tensor, config) -> whether it is not needed: buffers, heads of other tasks.
+        head: the torch module of the output projection, which PEFT's "all-linear" excludes.
         task_type: of PEFT, for adapters of this family.
-        special: the special ids of transformers' configuration class, where config.json leaves them out.
+        special: the special ids of transformers' configuration class, used if config.json omits them.
             They are read into, and written from, the field `special` of configs that have one.
     """
 
@@ -64,7 +65,7 @@ class HuggingFace:
             tensors: names of the tensors, after `rename`.
 
         Raises:
-            CheckpointError: for what the module cannot compute, or values that fit no model.
+            CheckpointError: for a config that the module cannot compute, or invalid values.
         """
         full = json if self.keys is None else complete(json, self.keys, self.reads)
         try:
@@ -79,7 +80,7 @@ class HuggingFace:
 
 
 class GgufHeader(Protocol):
-    """What a GGUF file says of its model, before any tensor is read."""
+    """The description of a model in a GGUF file, available before any tensor is read."""
 
     file: Any  # its path, for errors
 
@@ -90,7 +91,7 @@ class GgufHeader(Protocol):
         """Whether there is a tensor of this name."""
 
     def read(self, name: str) -> Any:
-        """A tensor with its `shape`, read where it is indexed."""
+        """A tensor with its `shape`; indexing reads that part."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,14 +99,14 @@ class Gguf:
     """GGUF files, the format of llama.cpp.
 
     Attributes:
-        architecture: the value of general.architecture. Of families that share one, the first is read.
-        read: header -> config. Raises CheckpointError for what the module cannot compute.
-        write: config -> metadata, without the architecture's prefix: ints, floats, bools and strings. What
-            `read` would not give back is refused by `jaxft.checkpoints.save_gguf`.
+        architecture: the value of general.architecture. If families share one, the first reads it.
+        read: header -> config. Raises CheckpointError for a config that the module cannot compute.
+        write: config -> metadata, without the architecture's prefix: ints, floats, bools and strings.
+            `jaxft.checkpoints.save_gguf` refuses a config that `read` would not restore.
         reads: the metadata keys that `read` looks at, without the architecture's prefix.
         entries: config -> the tensors of a file and the leaves that they hold.
-        beside: config -> tensors that are no leaf of the params: what `read` takes from the header.
-        ignores: the names of those.
+        beside: config -> tensors that are not leaves of the params, which `read` takes from the header.
+        ignores: the names of those tensors.
         float32: the matrices that llama.cpp keeps in float32 in a file of any type.
     """
 
@@ -121,18 +122,18 @@ class Gguf:
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """One model family. Whatever loads, saves, shards, adapts or compiles a model reads its record.
+    """One model family. All code that loads, saves, shards, adapts or compiles a model reads its record.
 
     Attributes:
         name: Hugging Face's model_type, and the `family` of configs.
         module: a Flax module with fields `config`, `dtype`, `scan_layers` and, for compiles, `remat`; a
             method `example_input()`; and, to be trained by jaxft's objectives, a method `forward`.
         huggingface: the codec of Hugging Face directories.
-        gguf: the codec of GGUF files; None: the format has no such family, or jaxft does not read it.
-        layers: where the layers lie in the params: the path of a subtree whose children are "0", "1"...
-            or, stacked, the one layer with a leading axis on each leaf.
-        targets: which paths are linear and where adapters stand.
-        rules: (path pattern, PartitionSpec), first match first, of a kernel of one layer.
+        gguf: the codec of GGUF files; None: the format lacks the family, or jaxft does not read it.
+        layers: path of the layers in the params: a subtree whose children are "0", "1"...
+            or, stacked, one layer with a leading axis on each leaf.
+        targets: patterns of the linear kernels and of the adapters' positions.
+        rules: (path pattern, PartitionSpec) of a kernel of one layer; the first match applies.
     """
 
     name: str
@@ -145,14 +146,14 @@ class Family:
 
     @property
     def forward(self) -> Callable[..., Prediction]:
-        """(model, params, batch, key) -> Prediction, the module's; `model.forward` is a jaxft.models.Forward.
+        """The module's (model, params, batch, key) -> Prediction; `model.forward` is a jaxft.models.Forward.
 
-        Encoders, which predict no tokens, have none.
+        Encoders do not have it, because they predict no tokens.
         """
         return self.module.forward
 
     def stacked_axes(self, path: str) -> int:
-        """How many leading axes of the leaf at `path` are stacked layers: 1 or 0."""
+        """The number of leading axes of the leaf at `path` that are stacked layers: 1 or 0."""
         return stacked_axes(path, self.layers)
 
 

@@ -1,6 +1,6 @@
-"""Metadata and tensor names of GGUF files that Llama-like decoders share, in and out.
+"""Reads and writes metadata and tensor names of GGUF files that Llama-like decoders share.
 
-What a key means, and what its absence means, is llama.cpp's (src/llama-model.cpp and src/models there).
+Present and absent keys mean the same as in llama.cpp (src/llama-model.cpp and src/models there).
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ ROPE_FACTORS = "rope_freqs.weight"
 
 
 def read_gguf_decoder(header: GgufHeader, family: str) -> DecoderConfig:
-    """The DecoderConfig of a file that has nothing but what Llama's have (the keys `READS`).
+    """The DecoderConfig of a file that only has Llama's keys (`READS`).
 
     Raises:
-        CheckpointError: for a key that is missing, differs by layer, or asks for what the decoder lacks.
+        CheckpointError: for a key that is missing, differs by layer, or needs a feature the decoder lacks.
     """
     heads, width = need(header, "attention.head_count"), need(header, "embedding_length")
     size = int(header.get("attention.key_length") or width // heads)
@@ -72,7 +72,7 @@ def read_gguf_decoder(header: GgufHeader, family: str) -> DecoderConfig:
 
 
 def write_gguf_decoder(config: DecoderConfig) -> dict[str, Any]:
-    """The keys that `read_gguf_decoder` reads; what they cannot say, `jaxft.checkpoints.save_gguf` finds."""
+    """The keys that `read_gguf_decoder` reads; `jaxft.checkpoints.save_gguf` checks that they suffice."""
     return {
         "vocab_size": config.vocab_size,
         "context_length": config.max_length,
@@ -100,7 +100,7 @@ def gguf_decoder_entries(
 
     Args:
         config: of the model.
-        norms: name in the file -> path in a block, of the norms of each layer.
+        norms: name in the file -> path in a block, for the norms of each layer.
         permuted: whether rows of queries and keys are in llama.cpp's rotary order.
         offset: added to the scales of norms in the file.
     """
@@ -133,7 +133,7 @@ def output_entries(config: DecoderConfig) -> list[Entry]:
 
 
 def need(header: GgufHeader, key: str) -> Any:
-    """The value of a key without which there is no model; for keys by layer see `one`."""
+    """The value of a required key; for keys by layer see `one`."""
     value = one(header, key)
     if value is None:
         raise CheckpointError(
@@ -159,7 +159,7 @@ def one(header: GgufHeader, key: str) -> Any:
 
 
 def vocabulary(header: GgufHeader) -> int:
-    """The number of rows of the embeddings, which the key `vocab_size` must say too, if it is there."""
+    """The number of rows of the embeddings, which must equal the key `vocab_size` if present."""
     rows, said = int(header.read("token_embd.weight").shape[0]), header.get("vocab_size")
     if said not in (None, rows):
         raise CheckpointError(
@@ -177,11 +177,11 @@ def read_rope(header: GgufHeader) -> Rope:
     """The rotary positions of the layers without a window.
 
     Raises:
-        CheckpointError: for a scaling that jaxft does not have.
+        CheckpointError: for a scaling that jaxft does not support.
     """
     get = header.get
     theta = decimal(get("rope.freq_base", 10_000.0))
-    # As llama.cpp: without a type the factor scales linearly, and 0 stands for none.
+    # As in llama.cpp: without a type the factor scales linearly, and 0 means no factor.
     kind = get("rope.scaling.type", "linear")
     factor = decimal(get("rope.scaling.factor", get("rope.scale_linear", 0.0)) or 1.0)
     if kind not in ("none", "linear", "yarn"):
@@ -232,7 +232,7 @@ def _read_yarn(header, theta, factor, attention, mix):
         ),
         beta_fast=decimal(get("rope.scaling.yarn_beta_fast", 32.0)),
         beta_slow=decimal(get("rope.scaling.yarn_beta_slow", 1.0)),
-        # llama.cpp multiplies its factor by that of the paper.
+        # llama.cpp multiplies its factor by the paper's.
         attention_factor=None if attention == 1 else attention * (0.1 * math.log(factor) + 1),
     )
 

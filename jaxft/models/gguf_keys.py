@@ -1,6 +1,6 @@
-"""The metadata keys of models that llama.cpp knows, and those of their values that change nothing.
+"""The metadata keys of models that llama.cpp knows, with the values at which each has no effect.
 
-From the `gguf` package's constants, against which a test holds this table, and from llama.cpp's older names.
+Sources: the `gguf` package's constants, with which a test compares this table, and llama.cpp's older names.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from typing import Any
 
 from jaxft.models.errors import CheckpointError
 
-# Say nothing of what a decoder computes: how it was made, what is pooled, or parts of a mixture of experts,
-# of which there is none where expert_count is 0.
+# Keys without effect on a decoder: its origin, pooling, or parts of a mixture of experts, which is absent if
+# expert_count is 0.
 _HARMLESS = """
     decoder_start_token_id expert_chunk_feed_forward_length expert_feed_forward_length expert_gating_func
     expert_group_count expert_group_scale expert_group_used_count expert_shared_count
@@ -20,7 +20,7 @@ _HARMLESS = """
     pooling_type rope.scaling.finetuned router_logit_softcapping tensor_data_layout
 """.split()
 
-# Neutral at 0 or False, and also at 1 where a factor of 0 means that there is none.
+# Neutral at 0 or False; factors, for which 0 means absent, also at 1.
 _NEUTRAL_AT_ZERO = """
     activation_sparsity_scale altup.active_idx altup.num_inputs attention.clamp_kqv
     attention.decay_lora_rank attention.gate_lora_rank attention.group_norm_epsilon
@@ -50,7 +50,7 @@ _FACTORS = """
     rope.scaling.factor rope.scaling.yarn_attn_factor
 """.split()
 
-# key without the architecture -> values at which it changes nothing; None: whatever its value.
+# key without the architecture -> values at which it has no effect; None: any value.
 KEYS: dict[str, tuple[Any, ...] | None] = {
     **dict.fromkeys(_HARMLESS),
     **dict.fromkeys(_NEUTRAL_AT_ZERO, (0,)),
@@ -60,11 +60,11 @@ KEYS: dict[str, tuple[Any, ...] | None] = {
 
 
 def check_keys(found: Iterable[tuple[str, Any]], reads: Collection[str], where: Any) -> None:
-    """Raises CheckpointError for a key that changes what a model computes and that nothing here reads.
+    """Raises CheckpointError for a key that changes the computation and is not read.
 
     Args:
         found: (key without the architecture, value) of a file. A key that llama.cpp does not know is ignored,
-            as there.
+            as in llama.cpp.
         reads: the keys that are read.
         where: names the file.
     """

@@ -13,7 +13,7 @@ from jaxft.models.errors import CheckpointError
 from jaxft.models.family import HuggingFace, Json
 from jaxft.models.hf_keys import COMMON, Keys, check_multiple
 
-# The codec of a decoder whose tensors have Llama's names: a family adds its class and its config.json.
+# The codec of a decoder whose tensors have Llama's names; a family adds its class and its config.json.
 decoder_codec = functools.partial(
     HuggingFace,
     entries=names.decoder_entries,
@@ -43,7 +43,7 @@ _ROPE_NUMBERS = {  # rope_type -> the numbers that it needs, and the fields of a
     "yarn": {"factor": "factor", "original_max_position_embeddings": "original_max_length"},
 }
 _YARN_NUMBERS = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
-ACTIVATIONS = {  # the other way
+ACTIVATIONS = {  # the inverse
     "silu": "silu",
     "gelu": "gelu",
     "gelu_tanh": "gelu_pytorch_tanh",
@@ -56,7 +56,7 @@ READS = frozenset(
     "rope_theta rope_scaling rope_parameters original_max_position_embeddings".split()
 )
 WINDOW_READS = frozenset({"sliding_window", "layer_types"})
-# What transformers' classes of decoders have in common, sizes aside.
+# The common keys of transformers' classes of decoders, without sizes.
 DEFAULTS: dict[str, Any] = COMMON | {
     "vocab_size": 32000,
     "head_dim": None,
@@ -72,7 +72,7 @@ DEFAULTS: dict[str, Any] = COMMON | {
 
 
 def decoder_keys(*nullable: str, **defaults: Any) -> Keys:
-    """The keys of a decoder's class: `DEFAULTS`, and what the class adds or has otherwise."""
+    """The keys of a decoder's class: `DEFAULTS`, with the class's additions and changes."""
     neutral = {"partial_rotary_factor": (1.0,)}
     return Keys(DEFAULTS | defaults, frozenset({"rope_theta", *nullable}), neutral=neutral)
 
@@ -91,10 +91,10 @@ def sizes(hidden: int, intermediate: int, layers: int, heads: int, length: int) 
 def read_decoder(
     json: Json, family: str, activation: str, rope: Rope | None = None
 ) -> DecoderConfig:
-    """The DecoderConfig of a config.json that has nothing but the keys `READS`.
+    """The DecoderConfig of a config.json that only has the keys `READS`.
 
     Args:
-        json: the file, with defaults for what it leaves out.
+        json: the file, with defaults for absent keys.
         family: the config's.
         activation: the value of the key that names it.
         rope: of the layers without a window; None: that of `read_rope`.
@@ -128,11 +128,11 @@ def write_decoder(config: DecoderConfig) -> dict[str, Any]:
     """The config.json of a DecoderConfig; the inverse of `read_decoder`.
 
     Raises:
-        CheckpointError: for rotary factors, which GGUF files alone can hold.
+        CheckpointError: for rotary factors, which only GGUF files can hold.
     """
     if config.rope.factors:
         raise CheckpointError(
-            "this model's rotary factors came from a GGUF file and have no place in config.json; "
+            "this model's rotary factors came from a GGUF file and config.json cannot hold them; "
             "load the Hugging Face checkpoint instead."
         )
     return {
@@ -151,10 +151,10 @@ def write_decoder(config: DecoderConfig) -> dict[str, Any]:
 
 
 def read_activation(name: str) -> str:
-    """Our name of Hugging Face's activation.
+    """jaxft's name of Hugging Face's activation.
 
     Raises:
-        CheckpointError: for one that jaxft does not have.
+        CheckpointError: for one that jaxft does not support.
     """
     if name not in _ACTIVATION_NAMES:
         raise CheckpointError(
@@ -165,16 +165,16 @@ def read_activation(name: str) -> str:
 
 
 def read_windows(json: Json, window: int | None, local: Callable[[int], bool]) -> Windows:
-    """The windows of the layers; key `layer_types`, or `local` in files without it.
+    """The windows of the layers, from the key `layer_types`, or from `local` in files without it.
 
     Args:
         json: the file.
-        window: tokens that a layer with a window sees, itself counted.
+        window: tokens that a layer with a window sees, including the query's own.
         local: whether a layer has a window.
 
     Raises:
-        CheckpointError: for kinds of layers that jaxft does not have, too many or too few of them, or
-            windows of no size.
+        CheckpointError: for unsupported kinds of layers, too many or too few of them, or windows
+            without a size.
     """
     layers, kinds = json["num_hidden_layers"], json["layer_types"]
     if kinds is None:
@@ -202,10 +202,10 @@ def write_windows(config: DecoderConfig) -> dict[str, Any]:
 
 
 def read_rope(json: Json) -> Rope:
-    """The rotary positions of all layers. `rope_scaling` goes before `rope_parameters`, as in transformers.
+    """The rotary positions of all layers. `rope_scaling` overrides `rope_parameters`, as in transformers.
 
     Raises:
-        CheckpointError: for a scaling that jaxft does not have, or positions that differ by layer.
+        CheckpointError: for a scaling that jaxft does not support, or positions that differ by layer.
     """
     parameters = json["rope_scaling"] or json["rope_parameters"] or {}
     if not {_FULL, _SLIDING}.isdisjoint(parameters):
@@ -222,10 +222,10 @@ def read_rope_parameters(parameters: Json, length: int, theta: float | None) -> 
     Args:
         parameters: of `rope_scaling` or `rope_parameters`.
         length: max_position_embeddings.
-        theta: for parameters that do not have it.
+        theta: for parameters without it.
 
     Raises:
-        CheckpointError: for a scaling that jaxft does not have, or lacking numbers.
+        CheckpointError: for a scaling that jaxft does not support, or missing numbers.
     """
     get = parameters.get
     kind = get("rope_type", get("type", "default"))
@@ -260,7 +260,7 @@ def read_rope_parameters(parameters: Json, length: int, theta: float | None) -> 
 
 
 def write_rope_parameters(rope: Rope) -> dict[str, Any]:
-    """The parameters of one Rope, as transformers 5 has them."""
+    """The parameters of one Rope, in transformers 5's form."""
     json = {"rope_type": rope.scaling, "rope_theta": rope.theta}
     json |= {name: getattr(rope, ours) for name, ours in _ROPE_NUMBERS[rope.scaling].items()}
     if rope.scaling == "yarn":
@@ -270,7 +270,7 @@ def write_rope_parameters(rope: Rope) -> dict[str, Any]:
 
 
 def _read_yarn(parameters: Json, factor: float) -> dict[str, Any]:
-    """YaRN's own numbers; transformers takes 0 and null for the defaults of beta_fast and beta_slow."""
+    """YaRN's own numbers; 0 and null mean the defaults of beta_fast and beta_slow, as in transformers."""
     get = parameters.get
     attention = get("attention_factor")
     if attention is None and get("mscale") and get("mscale_all_dim"):
@@ -286,14 +286,14 @@ def _read_yarn(parameters: Json, factor: float) -> dict[str, Any]:
 
 
 def _usable_length(length: int, rope: Rope) -> int:
-    """The positions of a model: max_position_embeddings, which YaRN's files may leave as it was before."""
+    """The number of positions: max_position_embeddings, which YaRN's files may leave unscaled."""
     if rope.scaling != "yarn":
         return length
     return max(length, math.floor(rope.factor * rope.original_max_length))
 
 
 def _write_rope(rope: Rope) -> dict[str, Any]:
-    """Both forms: transformers 5 reads `rope_parameters`, earlier ones `rope_theta` and scaling."""
+    """Both forms: transformers 5 reads `rope_parameters`, earlier versions `rope_theta` and scaling."""
     main = write_rope_parameters(rope)
     scaling = {k: v for k, v in main.items() if k != "rope_theta"}
     return {

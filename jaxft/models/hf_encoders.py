@@ -15,7 +15,7 @@ from jaxft.models.names import Entry, layer_norm
 READS = frozenset(
     "hidden_size intermediate_size num_hidden_layers num_attention_heads layer_norm_eps hidden_act".split()
 )
-# What transformers' classes of encoders have in common; hidden states do not depend on tied embeddings.
+# The common keys of transformers' classes of encoders; hidden states do not depend on tied embeddings.
 DEFAULTS: dict[str, Any] = COMMON | {
     "hidden_size": 768,
     "intermediate_size": 3072,
@@ -29,7 +29,7 @@ _POOLER = "pooler.dense.weight"
 
 
 def read_common(json: Json, tensors: Collection[str]) -> dict[str, Any]:
-    """Fields of an EncoderConfig; the names of the tensors tell whether there is a pooler."""
+    """Fields of an EncoderConfig; the tensors' names show whether there is a pooler."""
     check_multiple(json, "hidden_size", "num_attention_heads")
     return dict(
         hidden_size=json["hidden_size"],
@@ -91,7 +91,7 @@ def pooler_entries(config: EncoderConfig) -> list[Entry]:
 
 
 def ignores(name: str, config: EncoderConfig) -> bool:
-    """Whether the tensor is a task's head, which an encoder has not, or a buffer."""
+    """Whether the tensor is a task's head, which an encoder lacks, or a buffer."""
     heads, buffers = (
         ("cls.", "lm_head.", "classifier.", "qa_outputs."),
         ("position_ids", "token_type_ids"),
@@ -99,5 +99,5 @@ def ignores(name: str, config: EncoderConfig) -> bool:
     return name.startswith(heads) or name.endswith(buffers)
 
 
-# The codec of an encoder: a family adds its class, its config.json and its tensors' names.
+# The codec of an encoder; a family adds its class, its config.json and its tensors' names.
 encoder_codec = functools.partial(HuggingFace, ignores=ignores, task_type="FEATURE_EXTRACTION")

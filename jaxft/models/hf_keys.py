@@ -1,6 +1,6 @@
-"""Which keys of config.json count: absent ones get transformers' defaults, unsupported values are refused.
+"""Gives absent keys of config.json transformers' defaults, and refuses unsupported values.
 
-transformers is optional here, so each family has a table of what its configuration class knows;
+transformers is optional, so each family has a table of its configuration class's keys;
 tests/models/test_config_keys.py compares the tables with the classes of the installed transformers.
 """
 
@@ -13,8 +13,8 @@ from typing import Any
 
 from jaxft.models.errors import CheckpointError
 
-# Known to transformers, and without effect on hidden states or logits. Dropout is among them: from_pretrained
-# gives models in evaluation mode, and jaxft's models have none in training either.
+# Known to transformers, without effect on hidden states or logits. They include dropout: from_pretrained
+# returns models in evaluation mode, and jaxft's models have no dropout in training either.
 NO_EFFECT = frozenset(
     "architectures model_type transformers_version dtype torch_dtype name_or_path _name_or_path "
     "initializer_range use_cache pretraining_tp gradient_checkpointing chunk_size_feed_forward "
@@ -25,7 +25,7 @@ NO_EFFECT = frozenset(
     "attention_probs_dropout_prob summary_type summary_use_proj summary_activation "
     "summary_proj_to_labels summary_first_dropout".split()
 )
-# Keys that transformers' base class, or its functions for all models, look at.
+# Keys that transformers' base class, or its functions for all models, read.
 COMMON: dict[str, Any] = {
     "is_encoder_decoder": False,
     "per_layer_config": None,
@@ -35,13 +35,13 @@ COMMON: dict[str, Any] = {
 }
 
 
-# Keys that count things of which a model has at least one.
+# Counts that must be at least 1.
 COUNTS = frozenset(
     "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
     "head_dim max_position_embeddings n_embd n_inner n_layer n_head n_positions num_channels "
     "type_vocab_size sliding_window_pattern".split()
 )
-# Numbers that no model has negative, infinite or NaN (which JSON texts of Python may hold).
+# Numbers that must not be negative, infinite or NaN (which Python's JSON allows).
 _EPSILONS = frozenset({"rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon"})
 
 
@@ -50,14 +50,14 @@ class Keys:
     """The keys that transformers knows in the config.json of one model_type.
 
     Attributes:
-        defaults: the value of each key in a file that leaves it out. A key that the codec does not read
+        defaults: the value of each absent key. A key that the codec does not read
             must have this value, or another false one if this is false.
-        nullable: keys that are read and that may be null although their default is not.
-        unchecked: keys that are read and whose type is checked by the codec.
-        neutral: for keys that are not read, the values that mean the same as the default; of a key that is
-            not here, any false value does if the default is false.
-        no_effect: keys without effect on this family, beside NO_EFFECT.
-        aliases: another name of a key -> the key; a file that has both means the alias.
+        nullable: keys that are read and may be null although their default is not.
+        unchecked: keys that are read and whose type the codec checks.
+        neutral: for keys that are not read, the values equivalent to the default; for a key that is not
+            listed, any false value is if the default is false.
+        no_effect: keys without effect on this family, besides NO_EFFECT.
+        aliases: another name of a key -> the key; if a file has both, the alias counts.
     """
 
     defaults: Mapping[str, Any]
@@ -68,21 +68,21 @@ class Keys:
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def renamed(self, json: Mapping[str, Any]) -> dict[str, Any]:
-        """The config.json with keys by their own names."""
+        """The config.json without aliases of keys."""
         others = {self.aliases[name]: json[name] for name in self.aliases if name in json}
         return {name: json[name] for name in json if name not in self.aliases} | others
 
     def with_floats(self, json: Mapping[str, Any]) -> dict[str, Any]:
-        """The config.json with 50.0 for 50 where the class has a float, which transformers 5 insists on."""
+        """The config.json with 50.0 for 50 if the class has a float, which transformers 5 requires."""
         kind = lambda name: _KINDS.get(name) or type(self.defaults.get(name))
         whole = {name for name in json if type(json[name]) is int and kind(name) is float}
         return {name: float(json[name]) if name in whole else json[name] for name in json}
 
 
 def complete(json: Mapping[str, Any], keys: Keys, reads: frozenset[str]) -> dict[str, Any]:
-    """The config.json with transformers' defaults for what it leaves out.
+    """The config.json with transformers' defaults for absent keys.
 
-    Keys that transformers does not know are ignored, as transformers ignores them.
+    Keys that transformers does not know are ignored, as in transformers.
 
     Args:
         json: the file.
@@ -90,8 +90,8 @@ def complete(json: Mapping[str, Any], keys: Keys, reads: frozenset[str]) -> dict
         reads: the keys that the codec looks at.
 
     Raises:
-        CheckpointError: for a key that has an effect in transformers and none here, or whose value is of
-            another type than transformers'.
+        CheckpointError: for a key that has an effect in transformers but not here, or whose value has a
+            type other than transformers'.
     """
     family, json = json.get("model_type"), keys.renamed(json)
     for name, default in keys.defaults.items():

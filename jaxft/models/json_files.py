@@ -13,7 +13,7 @@ def read_json(file: pathlib.Path, error: type[ValueError] = CheckpointError) -> 
     """The object in a JSON file.
 
     Raises:
-        error: if it holds none; the message names the file.
+        error: if there is none; the message names the file.
     """
     try:
         found = json.loads(file.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Parts that transformers are made of. Each reads its kernels through `matmul` and `take`."""
+"""The layers of transformers. Each reads its kernels through `matmul` and `take`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ KERNEL_INIT = nn.initializers.normal(0.02)
 
 
 def read(module: nn.Module, name: str, init: Callable, shape: tuple[int, ...]) -> WeightLike:
-    """The variable `name` of a module as it stands in params, a dense float32 array at init.
+    """The variable `name` of a module as stored in params; at init, a dense float32 array.
 
     `module.param` alone rejects a structured weight whose first leaf has another shape.
     """

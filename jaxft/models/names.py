@@ -1,4 +1,4 @@
-"""Which tensor of a file holds which leaf of a params tree; the names that Llama-like decoders share."""
+"""Maps the tensors of a file to leaves of a params tree; the names that Llama-like decoders share."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from jaxft.models.config import DecoderConfig
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One tensor of a file and the leaves in it, side by side on the last axis of ours."""
+    """One tensor of a file and the leaves in it, side by side on the leaves' last axis."""
 
     name: str
     paths: tuple[str, ...]  # "layers/0/attention/query/kernel"
     transposed: bool = False  # the file stores [out, in]
-    permuted_heads: int = 0  # GGUF: rows interleave the rotary halves of so many heads
+    permuted_heads: int = 0  # GGUF: rows interleave the rotary halves of this many heads
     offset: float = 0.0  # GGUF of Gemma stores 1 + scale
-    file_shape: tuple[int, ...] = ()  # where the file's shape is another than ours
-    axes: tuple[int, ...] = ()  # order in which our leaf runs through the file's axes
+    file_shape: tuple[int, ...] = ()  # the file's shape if it differs from the leaf's
+    axes: tuple[int, ...] = ()  # the file's axes in the leaf's order
 
 
 LINEAR = {
@@ -42,7 +42,7 @@ def decoder_entries(config: DecoderConfig, norms: Mapping[str, str] = NORMS) -> 
 
     Args:
         config: of the model.
-        norms: name in the file -> path in a block, of the norms of each layer.
+        norms: name in the file -> path in a block, for the norms of each layer.
     """
     entries = [Entry("model.embed_tokens.weight", ("embed/embedding",))]
     for i in range(config.num_layers):
@@ -71,9 +71,9 @@ def layer_norm(theirs: str, ours: str) -> list[Entry]:
 
 
 def with_prefix(prefix: str) -> Callable[[str], str]:
-    """A function that puts `prefix` before names that lack it, as those of bare base models do.
+    """A function that adds `prefix` to names that lack it, such as those of bare base models.
 
-    Heads stand beside the base model and keep their names.
+    Heads are outside the base model and keep their names.
     """
     return lambda name: name if name.startswith((prefix, "lm_head.", "score.")) else prefix + name
 

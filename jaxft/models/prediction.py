@@ -1,4 +1,4 @@
-"""What a language model predicts: the one thing that objectives, scorers and samplers know of it."""
+"""A language model's prediction: the only interface that objectives, scorers and samplers use."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from jaxft.weights import WeightLike, matmul_float32
 
 @flax.struct.dataclass
 class Prediction:
-    """Hidden states and the head that projects them: logits are formed where and when they are needed.
+    """Hidden states and the head that projects them; logits are only formed when needed.
 
-    Losses over the vocabulary take the three apart, `linear_cross_entropy(p.hidden, p.head, targets, weights,
-    softcap=p.softcap)`, and never hold [B, T, V].
+    Losses over the vocabulary use the three fields directly, `linear_cross_entropy(p.hidden,
+    p.head, targets, weights, softcap=p.softcap)`, and never hold [B, T, V].
     """
 
     hidden: jax.Array  # [B, T, D]; position t predicts token t + 1
     head: WeightLike  # [D, V]
     softcap: float | None = flax.struct.field(pytree_node=False, default=None)  # c of c tanh(x / c)
-    cache: Any = None  # what a sampler gives to the next call; None without one
+    cache: Any = None  # the cache for a sampler's next call; None without one
 
     @property
     def logits(self) -> jax.Array:
@@ -37,8 +37,8 @@ class Prediction:
 
 
 # forward(params, batch, key=None, *, noise=None, cache=None) -> Prediction, of a batch with `tokens` [B, T]
-# and whatever else the family reads: `positions`, `segment_ids`, images, a source sentence. `key` is for
-# what is drawn (dropout). `noise` is a function of the embedded inputs that returns them moved; only
+# and other columns that the family reads: `positions`, `segment_ids`, images, a source sentence. `key` is
+# for random draws (dropout). `noise` is a function that returns the embedded inputs plus noise; only
 # objectives with noise pass it. `cache` is `init_cache`'s or an earlier prediction's; only samplers pass it.
 Forward = Callable[..., Prediction]
 
@@ -46,10 +46,10 @@ Forward = Callable[..., Prediction]
 def predict(
     forward: Forward, params: Any, batch: Mapping[str, Any], key: Any = None, **options: Any
 ) -> Prediction:
-    """forward(params, batch, key, **options) of rows [B, T], one hidden state for each token.
+    """forward(params, batch, key, **options) of rows [B, T], with one hidden state for each token.
 
     Raises:
-        ValueError: for a model in place of its forward, tokens that are no rows, or if the forward returns
+        ValueError: for a model in place of its forward, tokens that are not rows, or if the forward returns
             something other than a Prediction, or more or fewer hidden states than tokens.
     """
     check_forward(forward)
@@ -59,8 +59,8 @@ def predict(
         what = f"{type(found).__name__} {getattr(found, 'shape', '')}".strip()
         raise ValueError(
             f"forward: expected a jaxft.models.Prediction(hidden [B, T, D], head [D, V]), got {what}. Return "
-            "the hidden states before the output projection and the projection itself; of logits alone: "
-            "Prediction(logits, jnp.eye(V))."
+            "the hidden states before the output projection and the projection itself; if it has only "
+            "logits: Prediction(logits, jnp.eye(V))."
         )
     check_hidden(found.hidden, tokens)
     return found
@@ -73,9 +73,9 @@ def project(hidden: jax.Array, head: WeightLike, softcap: float | None = None) -
 
 
 def with_noise(forward: Forward, noise: Callable[[jax.Array, jax.Array], jax.Array]) -> Forward:
-    """`forward` with noise(key, x) in place of the embedded inputs x, drawn anew for each key.
+    """`forward` with noise(key, x) in place of the embedded inputs x, redrawn for each key.
 
-    Any objective of it is the objective with noise on its inputs: `supervised(with_noise(model.forward,
+    Any objective of it becomes the objective with noise on its inputs: `supervised(with_noise(model.forward,
     embedding_noise()))`.
     """
 

@@ -1,4 +1,4 @@
-"""What the backward pass recomputes instead of storing."""
+"""Policies for values that the backward pass recomputes instead of storing."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import jax
 from jaxft.kernels.splash import KERNEL_RESULT
 
 # none: store every intermediate that a gradient needs.
-# lean: recompute what is cheap: norms, activations, rotary positions, attention scores (results
+# lean: recompute cheap values: norms, activations, rotary positions, attention scores (results
 #   of fused attention kernels are kept).
-# dots: store the projections' outputs alone; attention scores are recomputed.
-# full: store each block's input alone; costs one more forward pass.
+# dots: store only the projections' outputs; attention scores are recomputed.
+# full: store only each block's input; costs one more forward pass.
 Remat = Literal["none", "lean", "dots", "full"]
 NAMES = ("none", "lean", "dots", "full")
 
@@ -27,10 +27,10 @@ def remat_block(
         block: the class.
         name: the policy.
         scanned: whether it is the body of a scan.
-        static_argnums: of `__call__`, self counted, whose Python values must not become arrays.
+        static_argnums: of `__call__`, counting self: arguments that must stay Python values.
 
     Raises:
-        ValueError: for a name that is none of NAMES.
+        ValueError: for a name that is not in NAMES.
     """
     if name not in NAMES:
         raise ValueError(f"remat: unknown policy {name!r}; expected one of {', '.join(NAMES)}.")
@@ -38,7 +38,7 @@ def remat_block(
         return block
     policies = jax.checkpoint_policies
     policy = policies.dots_with_no_batch_dims_saveable if name == "dots" else None
-    # Outside a loop, XLA would find the recomputation equal to the original and undo it.
+    # Outside a loop, XLA would merge the recomputation with the original.
     return nn.remat(block, policy=policy, prevent_cse=not scanned, static_argnums=static_argnums)
 
 
@@ -52,6 +52,6 @@ def remat_lean(fun: Any, name: Remat) -> Any:
 
 
 def _is_kernel_result(primitive, *_, **options):
-    """Whether this is what a fused attention kernel leaves: to run it again would cost what it saves."""
+    """Whether this is a fused attention kernel's result, which costs as much to recompute as it saves."""
     named = primitive.name == "name" and options["name"] == KERNEL_RESULT
     return named or "dot_product_attention" in primitive.name

@@ -45,7 +45,7 @@ def apply_rope(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 
 def _llama3(rope: Rope, frequencies: np.ndarray) -> np.ndarray:
-    """Llama 3.1: long wavelengths are stretched by the factor, short ones kept, a ramp between."""
+    """Llama 3.1: long wavelengths are stretched by the factor, short ones kept, with a ramp in between."""
     wavelengths = 2 * math.pi / frequencies
     low = rope.original_max_length / rope.low_freq_factor
     high = rope.original_max_length / rope.high_freq_factor
@@ -58,12 +58,12 @@ def _llama3(rope: Rope, frequencies: np.ndarray) -> np.ndarray:
 
 
 def _yarn(rope: Rope, frequencies: np.ndarray, head_dim: int) -> np.ndarray:
-    """YaRN: interpolate what turns less than beta_slow times in the context, keep the fast ones.
+    """YaRN: interpolates pairs with fewer than beta_slow turns over the context, keeps the fast ones.
 
     Peng et al., 2023, arxiv.org/abs/2309.00071, section 3.2 ("NTK-by-parts").
     """
 
-    def dimension(rotations):  # at which a position turns `rotations` times over the context
+    def dimension(rotations):  # the one with `rotations` turns over the context
         full_turns = rope.original_max_length / (rotations * 2 * math.pi)
         return head_dim * math.log(full_turns) / (2 * math.log(rope.theta))
 

@@ -11,19 +11,21 @@ import jax.numpy as jnp
 from jaxft.kernels.attention import attention_mask
 from jaxft.weights import to_dense
 
-ALWAYS_NEAR = 2**30  # position of prefix slots for windows: later than any query, so inside each
+ALWAYS_NEAR = (
+    2**30
+)  # position of prefix slots for windows: later than any query, so inside every window
 
 
 class Lead(NamedTuple):
-    """What a call has to put in front: params["prefix"], then params["prompt"], then the tokens.
+    """The virtual tokens of a call: params["prefix"], then params["prompt"], then the tokens.
 
-    Virtual tokens take the first positions, so that token 0 stands at position `length`, in each
+    Virtual tokens have the first positions, so that token 0 has position `length`, in each
     segment of a packed row. A prefix has no queries, and its keys are not rotated.
     """
 
     prompt: jax.Array | None  # [l, D], on the scale of the embedding table
     prefix: jax.Array | None  # [L, 2, l, G, K]: keys and values of each layer
-    length: int  # of both, be they put here or held by the cache
+    length: int  # of both, added here or already in the cache
 
     @property
     def prompt_length(self) -> int:
@@ -37,18 +39,18 @@ class Lead(NamedTuple):
 
 
 def virtual_tokens(params: Mapping[str, Any]) -> int:
-    """How many virtual tokens params put before each row, and so how many slots of a cache they take."""
+    """The number of virtual tokens that params put before each row, which is their number of cache slots."""
     return sum(params[name].shape[0] for name in ("prompt", "prefix") if name in params)
 
 
 def read_lead(
     params: Mapping[str, Any], layers: int, groups: int, size: int, held: int = 0
 ) -> Lead:
-    """The prompt and prefix in a model's params, unless a cache holds them (`held` > 0) already.
+    """The prompt and prefix in a model's params, unless a cache already holds them (`held` > 0).
 
     Raises:
-        ValueError: if the cache holds another number of virtual tokens, or the prefix is another
-            model's.
+        ValueError: if the cache holds another number of virtual tokens, or the prefix belongs to
+            another model.
     """
     length = virtual_tokens(params)
     if held not in (0, length):
@@ -85,8 +87,8 @@ def put_prompt(
 ) -> tuple[jax.Array, jax.Array]:
     """(x, positions) of the prompt and the embedded tokens, x [B, T, D]; positions None: from 0.
 
-    Without given positions those of a packed row restart in each segment: all segments share one prompt,
-    and must be equally far from it.
+    If positions is None, they restart in each segment of a packed row: all segments share one prompt, and
+    must have the same distance to it.
     """
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(x.shape[1])[None], x.shape[:2])
@@ -99,10 +101,10 @@ def put_prompt(
 
 
 def lead_mask(lead: Lead, segment_ids: jax.Array | None, length: int) -> jax.Array:
-    """[1 or B, 1, N, P + N]: what the N = l + T queries of prompt and tokens see, windows aside.
+    """[1 or B, 1, N, P + N]: the keys that the N = l + T queries of prompt and tokens see, without windows.
 
-    All of the prefix; the prompt up to themselves, in whatever segment; earlier tokens of their own segment.
-    A prompt sees no tokens: it is the same for all segments, which can share it.
+    Each query sees the whole prefix, the prompt up to itself, and earlier tokens of its own segment.
+    A prompt sees no tokens, so all segments can share it.
     """
     size = lead.prompt_length + length
     mask = attention_mask(size, None, None, True)
@@ -119,7 +121,7 @@ def open_front(mask: jax.Array, count: int) -> jax.Array:
 
 
 def check_room(lead: Lead, length: int, positions: int) -> None:
-    """Raises ValueError if `length` tokens behind the virtual ones exceed a table of positions."""
+    """Raises ValueError if `length` tokens after the virtual ones exceed a table of positions."""
     if lead.length and lead.length + length > positions:
         raise ValueError(
             f"{lead.length} virtual tokens and rows of {length} exceed the model's {positions} "

@@ -1,4 +1,4 @@
-"""The special ids that a model's files name beside its architecture, and how they are written again."""
+"""Reads and writes the special ids of a model's files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from jaxft.models.errors import CheckpointError
 
 NAMES = ("bos_token_id", "eos_token_id", "pad_token_id")
-# What transformers writes of itself, which is no setting.
+# Keys that transformers adds, which are not settings.
 _METADATA = ("transformers_version", "_from_model_config", "_commit_hash", "_original_object_hash")
 
 
@@ -22,9 +22,9 @@ class SpecialIds:
         bos: begins a text.
         eos: each of these ends one.
         pad: fills rows.
-        assumed: no file names `eos`: it is the default of transformers' configuration class.
-        generation: the JSON text of generation_config.json without what `bos`, `eos` and `pad` say; "": it
-            says no more than those, or there is none.
+        assumed: whether `eos` is the default of transformers' configuration class, because no file names it.
+        generation: the JSON text of generation_config.json without the ids of `bos`, `eos` and `pad`; "": it
+            has nothing else, or there is none.
     """
 
     bos: int | None = None
@@ -35,7 +35,7 @@ class SpecialIds:
 
     @property
     def generation_ends(self) -> tuple[int, ...]:
-        """The ids that generation_config.json says end a text, where config.json says otherwise."""
+        """The ids that end a text by generation_config.json, if they differ from config.json."""
         settings = json.loads(self.generation or "{}")
         return as_ids("generation_config.json", settings, "eos_token_id")
 
@@ -51,15 +51,15 @@ def read_special_ids(
     """The ids of a config.json, whose `text_config` counts too, and the settings of its generation config.
 
     Args:
-        config: config.json. What it leaves out is as in `default`; a null is no id.
+        config: config.json. Absent keys are as in `default`; null means no id.
         generation: generation_config.json; {}: there is none.
         default: the ids of transformers' configuration class.
 
     Raises:
-        CheckpointError: for an id that is no number.
+        CheckpointError: for an id that is not a number.
     """
     table = {**(config.get("text_config") or {}), **config}
-    # A default that the embedding is too small for is never met.
+    # A default outside the embedding can never occur.
     fits = lambda i: i is not None and i < table.get("vocab_size", i + 1)
     assumed = dict(zip(NAMES, ([default.bos], default.eos, [default.pad]), strict=True))
     find = lambda name: as_ids("config.json", table, name, tuple(filter(fits, assumed[name])))
@@ -80,23 +80,23 @@ def read_special_ids(
 
 
 def write_ids(ids: SpecialIds) -> dict[str, Any]:
-    """The keys of config.json; nulls where there is no id, since absent keys mean defaults."""
+    """The keys of config.json; null if there is no id, because absent keys mean defaults."""
     eos: Any = list(ids.eos) if len(ids.eos) > 1 else next(iter(ids.eos), None)
     written = {"bos_token_id": ids.bos, "pad_token_id": ids.pad}
     return written if ids.assumed else written | {"eos_token_id": eos}
 
 
 def write_generation(ids: SpecialIds) -> dict[str, Any]:
-    """The generation_config.json: `ids`, and the settings that came with the model; {}: nothing is known."""
+    """The generation_config.json: `ids` and the loaded model's settings; {}: nothing is known."""
     known = {name: value for name, value in write_ids(ids).items() if value is not None}
     return known | json.loads(ids.generation or "{}")
 
 
 def with_ends(ids: SpecialIds, ends: tuple[int, ...]) -> SpecialIds:
-    """The ids of which `ends` end a text too.
+    """The ids, with `ends` as further ids that end a text.
 
-    config.json gets them where it named none, so that what it said stays; generation_config.json, which
-    transformers follows, gets those that it lacks.
+    They are added to config.json only if it names none, so that its content stays; generation_config.json,
+    which transformers follows, gets those that it lacks.
     """
     if ids.assumed or not ids.eos:
         ids = dataclasses.replace(ids, eos=ends or ids.eos, assumed=ids.assumed and not ends)
@@ -114,7 +114,7 @@ def as_ids(file: str, table: Mapping[str, Any], name: str, default: Any = ()) ->
     ids = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
     if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
         raise CheckpointError(
-            f"{file}: {name} is {value!r}, expected an id, a list of ids or null; mend the file."
+            f"{file}: {name} is {value!r}, expected an id, a list of ids or null; correct the file."
         )
     return tuple(ids)
 

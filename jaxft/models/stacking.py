@@ -1,6 +1,6 @@
-"""The two forms of a transformer's layers: one subtree a layer, or all stacked on axis 0.
+"""The two forms of a transformer's layers: one subtree per layer, or all stacked on axis 0.
 
-`layers` is where a family's layers lie in its params: the path of their subtree, "layers" by default.
+`layers` is the path of the layers' subtree in a family's params, "layers" by default.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def stack_layers(params: Params, layers: str = LAYERS) -> Params:
     """The params with all layers stacked on a leading axis, for a scan over layers.
 
     Raises:
-        ValueError: if there are no layers, or they differ in structure (adapters on some of them alone).
+        ValueError: if there are no layers, or they differ in structure (adapters on only some layers).
     """
     if is_stacked(params, layers):
         return params
@@ -52,14 +52,14 @@ def stack_layers(params: Params, layers: str = LAYERS) -> Params:
     if len(structures) > 1:
         raise ValueError(
             f"stack_layers: the {len(ordered)} layers have {len(structures)} different structures "
-            "(adapters on some layers alone?); keep them apart with scan_layers=False."
+            "(adapters on only some layers?); keep them separate with scan_layers=False."
         )
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *ordered)
     return _with_layers(params, layers, stacked)
 
 
 def unstack_layers(params: Params, layers: str = LAYERS) -> Params:
-    """The params with one subtree a layer, named by its number; the inverse of `stack_layers`."""
+    """The params with one subtree per layer, named by its number; the inverse of `stack_layers`."""
     if not is_stacked(params, layers):
         return params
     blocks = layers_in(params, layers)

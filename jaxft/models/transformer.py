@@ -1,7 +1,7 @@
-"""Where things lie in the params of jaxft's own transformers, `Decoder` and `Encoder`.
+"""The paths in the params of jaxft's own transformers, `Decoder` and `Encoder`.
 
-Families of other modules have a `Targets` of their own. Their partition rules are in jaxft.parallel, which
-this folder may import and not the other way.
+Families of other modules have their own `Targets`. The partition rules are in jaxft.parallel, which
+this folder may import, but not vice versa.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from jaxft.parallel import LAYERS
 
 
 class Targets(NamedTuple):
-    """Patterns of paths for `adapt`: which kernels are linear maps of a block, and where adapters stand."""
+    """Patterns of paths for `adapt`: the linear kernels of a block, and the adapters' positions."""
 
     linear: str  # PEFT's "all-linear": each projection of the blocks
     ia3_outputs: str = ""  # kernels whose outputs (IA)^3 scales; "": none
     ia3_inputs: str = ""  # kernels whose inputs it scales
     houlsby: str = ""  # bottleneck adapters in both sublayers of each block
-    pfeiffer: str = ""  # behind the MLP alone (arxiv.org/abs/2005.00247)
+    pfeiffer: str = ""  # after the MLP only (arxiv.org/abs/2005.00247)
 
     def pattern(self, target: str) -> str:
-        """The pattern of a command line's target: that of `linear` for "all-linear", else itself."""
+        """The pattern of a command line's target: `linear` for "all-linear", otherwise the target itself."""
         return self.linear if target == "all-linear" else target
 
 

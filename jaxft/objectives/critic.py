@@ -1,7 +1,8 @@
-"""A critic beside a language model: a value head on its hidden states, and the loss that trains it.
+"""A critic for a language model: a value head on its hidden states, and the loss that trains it.
 
-The head is one more leaf of the params, `value_head/{kernel [D, 1], bias [1]}`. It trains with whatever
-else does, is saved in checkpoints, and is taken off before the model itself is saved.
+The head is one more leaf of the params, `value_head/{kernel [D, 1], bias [1]}`. It trains together
+with the other trained params, is saved in checkpoints, and is removed before the model itself is
+saved.
 """
 
 from __future__ import annotations
@@ -20,18 +21,18 @@ Params = Any
 
 
 def with_value_head(model: Any, params: Params) -> Params:
-    """The params with a value head of zeros: V = 0 at first, and the first step moves the head alone."""
+    """The params with a value head of zeros: V = 0 at first, and the first step changes only the head."""
     kernel = jnp.zeros((model.config.hidden_size, 1))
     return params | {"value_head": {"kernel": kernel, "bias": jnp.zeros(1)}}
 
 
 def without_value_head(params: Params) -> Params:
-    """The params as they are saved and used."""
+    """The params of the model itself, to save and use."""
     return {name: node for name, node in params.items() if name != "value_head"}
 
 
 def token_values(params: Params, hidden: jax.Array) -> jax.Array:
-    """V_t = h_t w + b in float32, [B, N]: what the state [B, N, D] in which token t is chosen is worth.
+    """V_t = h_t w + b in float32, [B, N]: the value of the state [B, N, D] in which token t is chosen.
 
     Raises:
         ValueError: without a value head in the params.
@@ -45,13 +46,13 @@ def token_values(params: Params, hidden: jax.Array) -> jax.Array:
 def value_loss(weight: float = 0.1, clip: float = 0.2, detach: bool = False) -> Auxiliary:
     """c_v ½ max((V - R)², (V_old + clip(V - V_old, ±ε) - R)²): see `clipped_value_loss`.
 
-    The batch has `old_values` and `returns`, both [B, N]. Its gradient reaches the model below the head,
-    unless that is detached.
+    The batch has `old_values` and `returns`, both [B, N]. Its gradient reaches the model below the
+    head, unless `detach` is True.
 
     Args:
         weight: c_v.
-        clip: ε; infinity for none.
-        detach: whether the head alone learns, from hidden states that are given.
+        clip: ε; infinity disables it.
+        detach: train only the head; the hidden states get no gradient.
     """
     if weight < 0:
         raise ValueError(f"value_loss: weight must be at least 0, got {weight}.")

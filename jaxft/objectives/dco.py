@@ -14,15 +14,15 @@ from jaxft.objectives.next_token import Objective, shift
 def coverage(forward: Forward, num_samples: int) -> Objective:
     """objective(params, batch, key) -> (mean `dco_loss`, metrics): each row's cross-entropy times F(N, p).
 
-    A row is one example: what `loss_mask` counts is one completion, whose likelihood p decides about its
-    weight, so rows cannot be packed. The mean is over rows that have a completion.
+    A row is one example: the tokens that `loss_mask` counts are one completion, whose likelihood p
+    determines its weight, so rows cannot be packed. The mean is over rows that have a completion.
 
     Metrics, Means over the same rows: loss; weight, F(N, p); log_prob, log p in nats.
 
     Args:
         forward: see `supervised`.
-        num_samples: N, how many answers will be sampled; 1 is supervised fine-tuning, with a mean over
-            rows rather than tokens.
+        num_samples: N, number of answers that will be sampled; 1 is supervised fine-tuning, with a
+            mean over rows instead of tokens.
 
     Raises:
         ValueError: for num_samples below 1.
@@ -50,13 +50,13 @@ def coverage(forward: Forward, num_samples: int) -> Objective:
 def step_coverage(forward: Forward, num_samples: int, num_steps: int) -> Objective:
     """objective(params, batch, key) -> (mean `dco_step_loss` over steps, metrics): for proofs.
 
-    A row is a whole proof; `steps` [B, T] of the batch says of which step, 0 to num_steps - 1, a token is,
-    and is -1 elsewhere. Metrics: loss, a Mean over the steps that are there.
+    A row is a whole proof; `steps` [B, T] of the batch gives each token's step, 0 to num_steps - 1,
+    and is -1 elsewhere. Metrics: loss, a Mean over existing steps.
 
     Args:
         forward: see `supervised`.
         num_samples: N_eff, the width of the search tree; 1 is supervised fine-tuning.
-        num_steps: of the longest proof.
+        num_steps: number of steps of the longest proof.
 
     Raises:
         ValueError: for num_samples below 1.

@@ -24,8 +24,8 @@ def supervised(forward: Forward, *, chunk: int = 64) -> Objective:
     the sum of weights; metrics["loss"] carries it, so that microbatches add up.
 
     Args:
-        forward: a family's (`jaxft.models.Forward`), such as `model.forward` of a Decoder; with noise on its
-            inputs, `with_noise` of it.
+        forward: a `jaxft.models.Forward`, such as `model.forward` of a Decoder; `with_noise` adds
+            noise to its inputs.
         chunk: see `linear_cross_entropy`.
     """
 
@@ -46,12 +46,14 @@ def token_supervised(
     token_loss: Callable[..., jax.Array],
     metrics: Callable[..., dict] | None = None,
 ) -> Objective:
-    """As `supervised`, with any token_loss(key, logits [B, T, V], targets [B, T], mask [B, T]) -> [B, T].
+    """`supervised` with any token_loss(key, logits [B, T, V], targets [B, T], mask [B, T]) -> [B, T].
 
-    For losses that look at more than the target's log-prob, such as `otr_loss`: logits are held whole.
+    For losses that need more than the target's log-prob, such as `otr_loss`: all logits are in
+    memory.
 
     Args:
-        metrics: metrics(key, logits, targets) -> {name: [B, T]}, with the key of the loss; logged as means.
+        metrics: (key, logits, targets) -> {name: [B, T]}, with the key of the loss; logged as
+            means.
     """
 
     def objective(params, batch, key):
@@ -68,7 +70,8 @@ def token_supervised(
 def mean_of(objective: Objective) -> Callable[..., Mean | Terms]:
     """(params, batch, key) -> the loss as a Mean, or Terms, with its gradient, which adds up over slices.
 
-    That of an objective with a `WholeMean` or `Undivided` value is `Undivided`: of a whole batch.
+    If the objective has a `WholeMean` or `Undivided` value, the result is `Undivided`: it needs a
+    whole batch.
     """
 
     def mean(params, batch, key):
@@ -87,7 +90,8 @@ def shift(batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
     The weight is 0 at the last position, where t + 1 belongs to another segment, and on padding.
 
     Raises:
-        ValueError: if tokens are no rows [B, T], or loss_mask or segment_ids are not of their shape.
+        ValueError: if tokens are not rows [B, T], or loss_mask or segment_ids differ from them in
+            shape.
     """
     check_tokens(batch)
     tokens = batch["tokens"]

@@ -3,12 +3,12 @@
 A batch of experience, B responses of at most N tokens that follow prompts (see jaxft.rl.collect), holds
 
     tokens, segment_ids, positions   [B, T]: prompt and response; the response is in the last N columns
-    completion_mask                  [B, N]: the policy's own tokens, the stop token among them
+    completion_mask                  [B, N]: the policy's own tokens, stop token included
     sampler_log_probs                [B, N]: of the response's tokens, as the sampler computed them
-    old_log_probs, ref_log_probs     [B, N], optional: under the policy before several updates; the reference
+    old_log_probs, ref_log_probs     [B, N], optional: under the old policy and the reference
     advantages                       [B] or [B, N]
     old_values, returns              [B, N], with a critic (jaxft.objectives.critic)
-    stats                            name -> [B], optional: shown as means over rows, NaN left out
+    stats                            name -> [B], optional: logged as means over rows, skipping NaN
 """
 
 from __future__ import annotations
@@ -50,29 +50,30 @@ def policy_gradient(
 ) -> Objective:
     """objective(params, batch, key) = reduction of w L_t + β KL_t - c H_t over the policy's tokens.
 
-    π_old is batch["old_log_probs"], or without them the policy itself, with no gradient: right for one
-    update a rollout, where the ratio is exactly 1.
+    π_old is batch["old_log_probs"], or without it the policy itself, with no gradient: correct for
+    one update per rollout, where the ratio is exactly 1.
 
     Metrics are Means over tokens: the loss's own, `entropy` (exact with an entropy bonus, else -log π of
     the sampled tokens, unbiased on-policy), `kl` (k3 to the reference), `kl_old` (k3 to π_old) and `gap`,
-    the mean |log π_old - log π_sampler|: what the trainer's and the sampler's arithmetic differ by. `length`
+    the mean |log π_old - log π_sampler|: the numerical difference of trainer and sampler. `length`
     is a mean over rows, like all of batch["stats"].
 
     Args:
         forward: see `supervised`.
         token_loss: L, such as `jaxft.rl.algorithms.clipped()`.
         reduction: `token_mean`, `sequence_mean`, `sequence_sum` or `constant_length(n)`.
-        temperature: at which the responses were sampled: logits are divided by it for log-probs and entropy.
+        temperature: the sampler's; logits are divided by it for log-probs and entropy.
         kl_weight: β; needs ref_log_probs in the batch.
-        kl: an estimator of which the loss has the gradient: k2 or k3, not k1.
+        kl: an estimator that is correct as a loss: k2 or k3, not k1.
         entropy_weight: c; costs another projection to the vocabulary.
-        correction: w of (old_log_probs, sampler_log_probs, mask), such as `token_correction()`.
-        auxiliary: one more loss, of the hidden states that predict the tokens, such as `value_loss()`.
+        correction: (old_log_probs, sampler_log_probs, mask) -> w, such as `token_correction()`.
+        auxiliary: an additional loss of the hidden states that predict the tokens, such as
+            `value_loss()`.
         chunk: see `linear_log_probs`.
     """
     if temperature <= 0:
         raise ValueError(
-            f"policy_gradient: temperature must be positive, got {temperature}; greedy is no policy."
+            f"policy_gradient: temperature must be positive, got {temperature}; greedy has no gradient."
         )
     if kl_weight < 0:
         raise ValueError(f"policy_gradient: kl_weight must be at least 0, got {kl_weight}.")
@@ -137,7 +138,7 @@ def completion_forward(
     temperature: float = 1.0,
     chunk: int | None = None,
 ) -> tuple[Prediction, jax.Array]:
-    """(what predicts the response's tokens, hidden [B, N, D]; log π of these [B, N], 0 off the mask)."""
+    """(the Prediction of the response's tokens, hidden [B, N, D]; their log π [B, N], 0 off the mask)."""
     tokens, mask = jnp.asarray(batch["tokens"]), check_completion(batch, "policy_gradient")
     size = mask.shape[1]
     found = predict(forward, params, batch, key).at(slice(None), slice(-size - 1, -1))
@@ -167,24 +168,24 @@ def sequence_correction(cap: float = 2.0) -> Correction:
 
 
 def token_mean(values: jax.Array, mask: jax.Array) -> Mean:
-    """Over all tokens: long responses count for more (DAPO)."""
+    """Mean over all tokens: long responses count more (DAPO)."""
     return Mean.of(jnp.where(mask, values, 0.0), mask)
 
 
 def sequence_mean(values: jax.Array, mask: jax.Array) -> Mean:
-    """Over each response's tokens, then over responses that have any (GRPO)."""
+    """Mean over each response's tokens, then over responses that have any (GRPO)."""
     counts = jnp.sum(mask, axis=1)
     means = jnp.sum(jnp.where(mask, values, 0.0), axis=1) / jnp.maximum(counts, 1)
     return Mean.of(means, counts > 0)
 
 
 def sequence_sum(values: jax.Array, mask: jax.Array) -> Mean:
-    """The sum over each response's tokens, its mean over responses that have any (REINFORCE, RLOO)."""
+    """Sum over each response's tokens, then mean over responses that have any (REINFORCE, RLOO)."""
     return Mean.of(jnp.sum(jnp.where(mask, values, 0.0), axis=1), jnp.any(mask, axis=1))
 
 
 def constant_length(length: int) -> Reduction:
-    """The sum of all tokens over responses that have any times `length`, the generation budget (Dr. GRPO)."""
+    """Sum over tokens / (`length` x responses that have any); `length` is the token budget (Dr. GRPO)."""
     if length < 1:
         raise ValueError(f"constant_length: length must be at least 1, got {length}.")
 
@@ -196,7 +197,7 @@ def constant_length(length: int) -> Reduction:
 
 
 def spread(values: jax.Array, like: jax.Array) -> jax.Array:
-    """[B] as [B, N], the same for all tokens; [B, N] as it is."""
+    """Returns [B] as [B, N], the same for all tokens, and [B, N] unchanged."""
     values = jnp.asarray(values)
     return jnp.broadcast_to(values[:, None], like.shape) if values.ndim == 1 else values
 

@@ -1,10 +1,10 @@
-"""Preference optimisation: pairs, labelled completions, and pairs with samples of the policy beside them.
+"""Preference optimisation: pairs, labelled completions, and pairs together with policy samples.
 
-A batch is what `jaxft.data.group_batches` gives: `tokens`, `loss_mask`, `segment_ids`, `positions`
-[B, G, T], with G = 2 sequences a record, and columns [B, ...]: `ref_log_probs` [B, G] of
-`jaxft.train.reference_log_probs`, `label` [B], bool or integer, where above 0 is
-desirable. A sequence's log-prob is the *sum* over its completion. All means are over records, groups
-without tokens aside, so that microbatches add up.
+A batch comes from `jaxft.data.group_batches`: `tokens`, `loss_mask`, `segment_ids`, `positions` [B,
+G, T], with G = 2 sequences per record, and columns [B, ...]: `ref_log_probs` [B, G] from
+`jaxft.train.reference_log_probs`, `label` [B], bool or integer; above 0 is desirable. A sequence's
+log-prob is the *sum* over its completion. All means are over records, excluding groups without
+tokens, so that microbatches add up.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from jaxft.objectives.next_token import Objective, shift
 PairLoss = Callable[[Pairs], jax.Array]  # one of jaxft.losses with its hyperparameters
 Reference = Callable[[Any], Any]  # params -> the reference's params, such as adapters.base_params
 
-_CHUNK = 64  # tokens a row whose distributions are alive at once
+_CHUNK = 64  # tokens per row whose distributions are in memory at once
 
 
 class Sequences(NamedTuple):
@@ -46,7 +46,7 @@ class Sequences(NamedTuple):
     lengths: jax.Array  # [B, G] tokens of the completion, float32; 0 where there is none
     weights: jax.Array | None = None  # [B, G] WPO's
     prompts: jax.Array | None = (
-        None  # [B, G] log π of the tokens before the completion, but the first
+        None  # [B, G] log π of the tokens before the completion, except the first
     )
     prompt_lengths: jax.Array | None = None  # [B, G]
 
@@ -64,10 +64,10 @@ def sequence_log_probs(
 
     Args:
         forward: see `supervised`.
-        params: its params.
+        params: the forward's params.
         batch: leaves [B, G, T]; columns of records are repeated for the sequences of their group.
-        key: for what `forward` draws.
-        wpo: also `wpo_weights`, for which the distribution at each token is formed.
+        key: for random numbers in `forward`, such as dropout.
+        wpo: also compute `wpo_weights`, which need the distribution at each token.
         ld_alpha: weight of tokens beyond the length of the group's shortest: see `length_desensitised`.
     """
     tokens = jnp.asarray(batch["tokens"])
@@ -108,18 +108,19 @@ def preference(
 ) -> Objective:
     """objective(params, batch, key) -> (mean of a pairwise loss, metrics).
 
-    Metrics, all `Mean`s over pairs: rewards/{chosen,rejected,margin,accuracy} (β times log-ratios, or times
-    log-probs without a reference; a tie is half right), log_probs/{chosen,rejected} and
+    Metrics, all `Mean`s over pairs: rewards/{chosen,rejected,margin,accuracy} (β times log-ratios,
+    or times log-probs without a reference; a tie counts 1/2), log_probs/{chosen,rejected} and
     lengths/{chosen,rejected}.
 
     Args:
         forward: see `supervised`.
         loss: `functools.partial(dpo_loss, beta=0.1)` or any function of `Pairs`; one that compares pairs with
-            each other (`losses.compares_pairs`, such as `aot_loss`) allows no microbatches.
-        beta: scale of the rewards in the metrics; give the loss its own.
+            each other (`losses.compares_pairs`, such as `aot_loss`) does not allow microbatches.
+        beta: scale of the rewards in the metrics only; set the loss's beta separately.
         reference: params -> params of the reference, for batches without `ref_log_probs`.
         use_weighting: multiply each pair's loss by both `wpo_weights`.
-        ld_alpha: see `sequence_log_probs`; `ref_log_probs` must have been made with the same.
+        ld_alpha: see `sequence_log_probs`; `ref_log_probs` must have been computed with the same
+            value.
     """
     compares = compares_pairs(loss)
 
@@ -154,15 +155,15 @@ def hypo(
 ) -> Objective:
     """A pairwise loss on given pairs, and λ times the KL from the reference on the policy's own samples.
 
-    HyPO: Song et al., 2024, arxiv.org/abs/2406.01462: pairs constrain the policy only where they lie; the KL
-    holds it elsewhere. batch["online"] is a batch of groups, leaves [N, K, T]: K fresh samples at
-    temperature 1 of each of N prompts, with `ref_log_probs` [N, K]. With K > 1 each sample's baseline is
-    the mean of the others.
+    HyPO: Song et al., 2024, arxiv.org/abs/2406.01462: pairs constrain the policy only near their
+    texts; the KL constrains it elsewhere. batch["online"] is a batch of groups, leaves [N, K, T]: K
+    fresh samples at temperature 1 of each of N prompts, with `ref_log_probs` [N, K]. With K > 1
+    each sample's baseline is the mean of the others.
 
     Metrics: those of `preference`, and kl (mean log-ratio of the samples) and kl_k3.
 
     Args:
-        kl_weight: λ, on KL in nats a sequence; the paper's 1e-4 is for sums over long texts.
+        kl_weight: λ, on KL in nats per sequence; the paper's 1e-4 is for sums over long texts.
     """
     offline = preference(forward, loss, beta=beta, reference=reference)
 
@@ -200,10 +201,10 @@ def kto(
 ) -> Objective:
     """objective(params, batch, key) -> (mean `kto_loss`, metrics) of completions with a `label`.
 
-    The second sequence of each group, a completion of another prompt, serves for the KL alone and has a
-    forward pass of its own, without gradient. The KL is the mean over the whole batch, also where
-    microbatches cut it (`WholeMean`). Metrics: rewards/{chosen,rejected} (means over completions with label
-    True and False), lengths, log_probs, kl, rewards/accuracy.
+    The second sequence of each group, a completion of another prompt, is used only for the KL and
+    has a separate forward pass without gradient. The KL is the mean over the whole batch, also with
+    microbatches (`WholeMean`). Metrics: rewards/{chosen,rejected} (means over completions with
+    label True and False), lengths, log_probs, kl, rewards/accuracy.
     """
 
     def objective(params, batch, key):
@@ -232,9 +233,10 @@ def kto(
 def bco(forward: Forward, *, beta: float = 0.1, reference: Reference | None = None) -> Objective:
     """objective(params, batch, key) -> (mean `bco_loss`, metrics) of completions with a `label`.
 
-    δ is the mean reward of all batches so far where the batch has `running` (`train.running_mean`), and
-    else of the whole batch, also where microbatches cut it (`WholeMean`). A column `density_ratio` [B] weighs
-    undesirable completions: see `density_ratios`. Metrics: `kto`'s, with rewards/mean and delta for its kl.
+    δ is the mean reward of all batches so far if the batch has `running` (`train.running_mean`),
+    otherwise of the whole batch, also with microbatches (`WholeMean`). A column `density_ratio` [B]
+    weights undesirable completions: see `density_ratios`. Metrics: `kto`'s, with rewards/mean and
+    delta instead of kl.
     """
 
     def objective(params, batch, key):
@@ -259,7 +261,8 @@ def bco(forward: Forward, *, beta: float = 0.1, reference: Reference | None = No
 def _pairs(policy: Sequences, ref) -> tuple[Pairs, jax.Array]:
     """(pairs, 1 where both have a completion)."""
     counted = jnp.all(policy.lengths > 0, axis=1).astype(jnp.float32)
-    # Empty groups fill a last batch: their lengths must not divide by 0, in the gradient either.
+    # Empty groups fill the last batch: their lengths must not cause a division by 0, in the value
+    # or in the gradient.
     lengths = jnp.maximum(policy.lengths, 1.0)
     columns = lambda x: (None, None) if x is None else (x[:, 0], x[:, 1])
     prompt = policy.prompts[:, 0], policy.prompt_lengths[:, 0]
@@ -333,7 +336,7 @@ def _label_metrics(policy: Sequences, rewards, threshold, labels, counted):
 
 
 def all_tokens(batch, total: Mean) -> Mean:
-    """All tokens of a batch, prompts too, over its records."""
+    """Tokens per record of a batch, prompts included."""
     real = batch.get("segment_ids", jnp.ones_like(batch["tokens"])) > 0
     return Mean(jnp.sum(real, dtype=jnp.float32), total.weight)
 

@@ -1,4 +1,4 @@
-"""Objectives, and forwards, of params that a model reads only after a function of them."""
+"""Objectives and forwards of params that are transformed before the model reads them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ def reparametrised(function: Callable[..., Any], dense_params: Callable[[Any], A
     """function(dense_params(params), batch, key, ...), for example with jaxft.adapters.intrinsic_apply.
 
     Args:
-        function: an objective, a `jaxft.models.Forward` or a LogitsFn: what takes params first.
+        function: an objective, a `jaxft.models.Forward` or a LogitsFn: any function whose first
+            argument is params.
         dense_params: params -> the params that `function` reads, differentiable.
     """
     return lambda params, *rest, **options: function(dense_params(params), *rest, **options)

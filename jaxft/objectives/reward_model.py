@@ -1,6 +1,6 @@
 """Reward models trained on pairs, outcomes or steps.
 
-Batches are those of jaxft.objectives.preferences; the head is that of jaxft.rewards.heads.
+See jaxft.objectives.preferences for batches and jaxft.rewards.heads for the head.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ def pairwise_reward(forward: Forward, *, center_rewards_coefficient: float = 0.0
 def outcome_reward(forward: Forward) -> Objective:
     """objective(params, batch, key) -> (mean `correctness_loss`, metrics): is the first completion right?
 
-    The column `label` [B] says so: True, or an integer above 0. Metrics: accuracy, mean over records.
+    It is if the column `label` [B] is True or an integer above 0. Metrics: accuracy, mean over
+    records.
     """
 
     def objective(params, batch, key):
@@ -67,8 +68,9 @@ def outcome_reward(forward: Forward) -> Objective:
 def process_reward(forward: Forward) -> Objective:
     """objective(params, batch, key) -> (mean `correctness_loss` of steps, metrics): is each step right?
 
-    Columns `step_ends` [B, S], the place of each step's last token in the first sequence, -1 where a record
-    has no more steps, and `step_labels` [B, S]. The mean is over steps, not records. Metrics: accuracy.
+    Columns: `step_ends` [B, S], the index of each step's last token in the first sequence, -1 if a
+    record has no more steps, and `step_labels` [B, S]. The mean is over steps, not records.
+    Metrics: accuracy.
     """
 
     def objective(params, batch, key):
@@ -77,7 +79,7 @@ def process_reward(forward: Forward) -> Objective:
         ends = jnp.asarray(batch["step_ends"])
         rewards = jnp.take_along_axis(values, jnp.maximum(ends, 0), axis=1)
         labels = jnp.asarray(batch["step_labels"]).astype(bool)
-        # Empty groups, which fill a last batch, have zeros in their columns.
+        # Empty groups, which fill the last batch, have zeros in their columns.
         present = jnp.any(jnp.asarray(batch["loss_mask"][:, 0]) > 0, axis=1)[:, None]
         return _classified(rewards, labels, ((ends >= 0) & present).astype(jnp.float32))
 

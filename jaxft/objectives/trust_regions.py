@@ -7,9 +7,9 @@
     noised = mean_of(supervised(with_noise(model.forward, embedding_noise())))
     make_step(objective, with_tram_fisher(adam), extra_args={"noised_fn": noised})
 
-They go with any objective: `token_logits` reads batches of rows, of groups and of experience.
-Distances are Means over tokens or examples, in nats where the divergence is: parts of a batch add up.
-TRPO's and MESA's penalties have targets that move: see jaxft.optim.with_trust_region.
+They work with any objective: `token_logits` reads batches of rows, of groups and of experience.
+Distances are Means over tokens or examples, in the divergence's unit: parts of a batch add up.
+TRPO's and MESA's penalties have moving targets: see jaxft.optim.with_trust_region.
 """
 
 from __future__ import annotations
@@ -37,18 +37,20 @@ from jaxft.optim.perturbations import wide
 from jaxft.weights import to_dense
 
 # logits_fn(params, batch, key, noise=None) -> (logits [..., V], weights [...]). `noise` is a function of
-# the embedded inputs (of pixels, for images) that returns them moved; `key` is the objective's.
+# the embedded inputs (of pixels, for images) that returns them with noise; `key` is the
+# objective's.
 LogitsFn = Callable[..., tuple[jax.Array, jax.Array]]
 Divergence = Callable[[jax.Array, jax.Array], jax.Array]
 Kind = Literal["normal", "uniform"]
 
 
 def token_logits(forward: Forward) -> LogitsFn:
-    """The logits of a language model where its batch trains it; noise goes on the tokens' embeddings.
+    """The logits of a language model at trained tokens; noise is added to the tokens' embeddings.
 
-    The batch is one of rows [B, T] (`supervised`), of groups [B, G, T] (`preference`), each with its `shift`
-    weights, or of experience (`policy_gradient`), where the completion's tokens count 1. All logits are held,
-    [B, T, V] in float32: use microbatches, or `on_rows`, where that is much.
+    The batch is one of rows [B, T] (`supervised`), of groups [B, G, T] (`preference`), each with
+    its `shift` weights, or of experience (`policy_gradient`), where the completion's tokens have
+    weight 1. All logits are in memory, [B, T, V] in float32: if that is too much, use microbatches
+    or `on_rows`.
     """
 
     def logits_fn(params, batch, key, noise=None):
@@ -67,11 +69,11 @@ def token_logits(forward: Forward) -> LogitsFn:
 def classifier_logits(
     model, head: Callable[[Any, Any], jax.Array], inputs: str = "tokens"
 ) -> LogitsFn:
-    """The logits of a classifier on a jaxft.models.Encoder; noise goes on token embeddings, or on pixels.
+    """The logits of a classifier on a jaxft.models.Encoder; noise is added to token embeddings or pixels.
 
     Args:
-        head: (params, output of the encoder) -> logits [B, C]; the encoder ignores other params than its
-            own, so that head's may lie beside them.
+        head: (params, output of the encoder) -> logits [B, C]; the encoder ignores other params
+            than its own, so the same tree may hold the head's.
         inputs: name of the tokens or images in the batch. `segment_ids`, `token_types` and `weights`
             [B] (of each example; default 1) are optional.
     """
@@ -93,8 +95,8 @@ def function_distance(
     """distance(target_params, params, batch, key) = mean of divergence(f(target_params), f(params)).
 
     Sherborne et al., 2023, arxiv.org/abs/2310.03646, with the divergence KL(target || params).
-    The target gets no gradient. Both draw from the same key: with dropout that differs, as in the authors'
-    code, equal models would be apart. The mean is over the weights, and 0 if all are 0.
+    The target gets no gradient. Both use the same key: with different dropout, as in the authors'
+    code, equal models would have a distance. The mean is weighted, and 0 if all weights are 0.
     """
 
     def distance(target_params, params, batch, key):
@@ -108,9 +110,9 @@ def function_distance(
 def sample_distance(logits_fn: LogitsFn, kernel: Kernel | None = None) -> Callable[..., Mean]:
     """distance(target_params, params, batch, key): squared maximum mean discrepancy.
 
-    The two models' logits on the batch's tokens or examples are compared as two samples. No sum over slices
-    gives it: it is `Undivided`. `make_step` makes it from the whole batch at once, and an objective that
-    holds it (`trust_region`) is refused with microbatches.
+    The two models' logits on the batch's tokens or examples are compared as two samples. It is not
+    a sum over slices, so it is `Undivided`: `make_step` computes it from the whole batch at once,
+    and an objective that contains it (`trust_region`) is refused with microbatches.
     """
 
     def distance(target_params, params, batch, key):
@@ -139,7 +141,7 @@ def embedding_noise(sigma: float = 0.1, kind: Kind = "normal") -> Callable[..., 
         raise ValueError(f"embedding_noise: kind must be one of {get_args(Kind)}, got {kind!r}.")
 
     def noise(key, x):
-        # Not the objective's own: z must not go with what it draws.
+        # Not the objective's own key: z must be independent of its random numbers.
         key = stream(key, "noise")
         if kind == "normal":
             return x + (sigma * jax.random.normal(key, x.shape)).astype(x.dtype)
@@ -154,7 +156,7 @@ def noise_distance(
     kind: Kind = "normal",
     divergence: Divergence = kl_divergence,
 ) -> Callable[..., Mean]:
-    """distance(params, batch, key) = mean of divergence(f(x + z), f(x)), z new for each key.
+    """distance(params, batch, key) = mean of divergence(f(x + z), f(x)), with a new z for each key.
 
     TRAM-x: Sherborne et al., 2023, arxiv.org/abs/2310.03646; R3F: Aghajanyan et al., 2020,
     arxiv.org/abs/2008.03156. The gradient flows through both f; in R3F's code it does not
@@ -180,8 +182,8 @@ def noise_distance(
 def on_rows(distance: Callable[..., Mean], every: int) -> Callable[..., Mean]:
     """`distance` on rows 0, every, 2 · every, ... of the batch: an estimate of it at 1 / every of the cost.
 
-    A distance of decoders costs two forward passes, a third of what SAM's two gradients of all params cost,
-    and near to half where few train; on every 4th or 8th row they are a tenth of it or less.
+    A distance of decoders costs two forward passes: a third of the cost of SAM's two gradients if
+    all params are trained, nearly half if few are; on every 4th or 8th row, a tenth of it or less.
 
     Raises:
         ValueError: for every < 1.
@@ -200,13 +202,14 @@ def on_rows(distance: Callable[..., Mean], every: int) -> Callable[..., Mean]:
 def trust_region(
     objective: Objective, distance: Callable[..., Mean | jax.Array], weight: float = 0.1
 ) -> Objective:
-    """L + λ d, the gradient through both; d = distance(params, batch, key).
+    """L + λ d, with gradients through both; d = distance(params, batch, key).
 
-    metrics["loss"] is the sum's, Terms where L or d is a Mean, each over its own weights; "task_loss" is L's
-    own and "trust_distance" d.
+    metrics["loss"] is that of the sum, and Terms if L or d is a Mean, each over its own weights;
+    "task_loss" is that of L and "trust_distance" is d.
 
     Args:
-        distance: what is no Mean is averaged over microbatches: a distance of params alone.
+        distance: if its result is not a Mean (a distance of params only), it is averaged over
+            microbatches.
         weight: λ, at least 0.
     """
     if not weight >= 0:
@@ -263,9 +266,9 @@ def r4f(
 def spectrally_normalised(params: Any, path: tuple[str, ...] = ("head", "kernel")) -> Any:
     """The params with the kernel W at `path` as W / σ(W), σ its largest singular value, differentiable.
 
-    Miyato et al., 2018, arxiv.org/abs/1802.05957, with the exact σ in place of power iteration: for the
-    [D, C] heads of classifiers. A kernel of zeros stays, with the gradient of W / 1.
-    The path is that of nested dicts.
+    Miyato et al., 2018, arxiv.org/abs/1802.05957, with the exact σ instead of power iteration: for
+    the [D, C] heads of classifiers. A kernel of zeros is not changed; its
+    gradient is that of W / 1. The path leads through nested dicts.
     """
     if not path:
         kernel = to_dense(params)
@@ -280,5 +283,5 @@ def spectrally_normalised(params: Any, path: tuple[str, ...] = ("head", "kernel"
 
 
 def _mean(values, weights):
-    # What does not count may be NaN.
+    # Values of weight 0 may be NaN.
     return Mean.of(jnp.where(weights > 0, values, 0.0), weights)

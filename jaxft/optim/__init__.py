@@ -1,4 +1,4 @@
-"""optax transforms and gradient estimators; needs jax and optax, and nothing else of jaxft but kernels."""
+"""Optax transforms and gradient estimators; imports only jax, optax and jaxft.kernels."""
 
 from jaxft.optim.directions import normal, rademacher, sphere
 from jaxft.optim.estimators import evaluates, evaluates_at_params

@@ -1,4 +1,4 @@
-"""Random directions with E[e e^T] = I, as functions of (key, params): made again, never stored."""
+"""Random directions with E[e e^T] = I, as functions of (key, params): regenerated, never stored."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def rademacher(key: jax.Array, params: Any) -> Any:
 def sphere(key: jax.Array, params: Any) -> Any:
     """e uniform on the sphere of radius sqrt(d), d the number of params.
 
-    With unit vectors u = e / sqrt(d), as they are usually written, the estimate is d (ΔL / μ') u at μ' =
+    In the usual form, with unit vectors u = e / sqrt(d), the estimate is d (ΔL / μ') u at μ' =
     sqrt(d) μ.
     """
     e = normal(key, params)

@@ -1,4 +1,4 @@
-"""What a gradient estimator says of itself: where it evaluates its objective."""
+"""Marks where a gradient estimator evaluates its objective."""
 
 from __future__ import annotations
 
@@ -8,23 +8,24 @@ from typing import Any
 
 import jax
 
-# estimator(fun, has_aux)(params, *args) -> (value, grads), as of jax.value_and_grad.
+# estimator(fun, has_aux)(params, *args) -> (value, grads), as jax.value_and_grad.
 Estimator = Callable[..., Callable[..., Any]]
 
 
 def evaluates(*, at_params: bool) -> Callable[[Estimator], Estimator]:
-    """Decorates a gradient estimator with where it evaluates its objective.
+    """Returns a decorator that records where a gradient estimator evaluates its objective.
 
-    A weight may have a form that costs less and is right at the params of the train state alone: PaCA's
-    multiplies by the kernel that holds the trained rows. `jaxft.train.make_step` uses it with estimators that
-    say at_params=True, and not with others. Elsewhere that form has the wrong values. For example:
+    A weight may have a cheaper form that is correct only at the params of the train state: PaCA's
+    multiplies by the kernel that holds the trained rows. `jaxft.train.make_step` uses that form
+    only with estimators marked at_params=True; at other params its values are wrong. For example:
 
         @evaluates(at_params=True)
         def clipped(fun, has_aux):
             return clip(jax.value_and_grad(fun, has_aux=has_aux))
 
     Args:
-        at_params: True: at the params that it is given and at no others; False: also at others, as `sam`.
+        at_params: True if it evaluates only at the params that it is given; False if also at
+            others, as `sam`.
     """
 
     def say(estimator):
@@ -39,9 +40,9 @@ def evaluates(*, at_params: bool) -> Callable[[Estimator], Estimator]:
 
 
 def evaluates_at_params(estimator: Estimator) -> bool | None:
-    """What the estimator says by `evaluates`, itself or inside functools.partial; None if it says nothing."""
+    """The mark set by `evaluates`, also inside functools.partial; None if there is none."""
     while isinstance(estimator, functools.partial):
         estimator = estimator.func
-    # JAX's own function cannot say it, so it is said here.
+    # JAX's own function carries no mark.
     known = True if estimator is jax.value_and_grad else None
     return getattr(estimator, "evaluates_at_params", known)

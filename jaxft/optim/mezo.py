@@ -1,4 +1,4 @@
-"""MeZO: training in the memory of inference, and its replay from a few bytes a step."""
+"""MeZO: training with the memory of inference, and replay from a few bytes per step."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from jaxft.optim.zeroth_order import direction_key, evaluation
 
 
 class MezoRecord(NamedTuple):
-    """What one step did: θ became θ - scale e(key)."""
+    """The record of one step: θ became θ - scale e(key)."""
 
-    key: jax.Array  # the direction's
+    key: jax.Array  # of the direction
     scale: (
         jax.Array
     )  # [] float32 or wider, learning rate times projected gradient; 0 if that was not finite
@@ -27,13 +27,13 @@ def mezo_step(
     """step(params, learning_rate, *args, key) -> (params, value, record): θ - η (L(θ+μe) - L(θ-μe)) / 2μ e.
 
     MeZO: Malladi et al., 2023, arxiv.org/abs/2305.17333, algorithm 1. One set of params is moved to θ + μe,
-    to θ - μe and to the result, each time in place, with e made again from the key as it is added: jitted
-    with donate_argnums=0, the step needs the memory of `fun` alone. The rounding of those moves stays in
-    the params, a unit in the last place or so a step. `value` is the mean of both losses, or (loss, aux)
-    with the mean of both aux.
+    to θ - μe and to the result, each time in place, with e regenerated from the key: jitted with
+    donate_argnums=0, the step needs only the memory of `fun`. The rounding errors of these moves
+    stay in the params, about one unit in the last place per step. `value` is the mean of both
+    losses, or (loss, aux) with the mean of both aux.
 
-    As a gradient for any optimizer, at the price of a copy of the params and of the gradient, it is
-    rge(mu, two_sided=True).
+    rge(mu, two_sided=True) gives this gradient to any optimizer; it needs memory for a copy
+    of the params and for the gradient.
 
     Raises:
         ValueError: as for jaxft.optim.rge.
@@ -45,12 +45,12 @@ def mezo_step(
         key = direction_key(args)
 
         def evaluate(params, shift):
-            # Tied to the params, or the compiler would draw e once, before the loop, and store it.
+            # The barrier stops the compiler from drawing e once, before the loop, and storing it.
             params, again = jax.lax.optimization_barrier((params, key))
             params = along(params, again, shift, direction)
             return params, evaluation(fun, params, args, has_aux)
 
-        # The carry of a loop is written in place; in a straight line XLA might keep both sides.
+        # XLA updates the carry of a loop in place; without a loop it might keep both sides.
         shifts = jnp.array([mu, -2 * mu], widest(params))
         params, (losses, aux) = jax.lax.scan(evaluate, params, shifts)
         scale = learning_rate * (losses[0] - losses[1]) / (2 * mu)
@@ -66,7 +66,7 @@ def mezo_step(
 def mezo_replay(params: Any, records: MezoRecord, *, direction: Direction = normal) -> Any:
     """The params after the steps of `records` (stacked on axis 0), without data or losses.
 
-    Equal to training up to the rounding of its moves there and back.
+    Equal to training up to the rounding errors of its moves.
     """
 
     def step(params, record):

@@ -1,8 +1,8 @@
-"""Where sharpness-aware methods look: perturbations eps(params, grads) of params along their gradient.
+"""Perturbations eps(params, grads) of params along their gradient, for sharpness-aware methods.
 
-All norms are over the whole tree, on a mesh over all its devices, in float32 or wider. Of a gradient that is
-zero everywhere the perturbation is zero. eps is float32 (float64 for float64 params); params whose last place
-is coarser than it do not see it: keep what trains in float32.
+All norms are over the whole tree (on a mesh over all its devices), in float32 or wider. If the
+gradient is zero everywhere, the perturbation is zero. eps is float32 (float64 for float64 params)
+and is lost in params of coarser precision: keep trained params in float32.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ def perturb_sam(rho: float | jax.Array = 0.05) -> Perturbation:
         rho: ρ, at least 0; may be traced (optax.inject_hyperparams, schedules).
 
     Raises:
-        ValueError: for a negative or non-finite rho, as for the numbers of the others.
+        ValueError: for a negative or non-finite rho; the other functions check their numbers
+            likewise.
     """
     _check("perturb_sam", rho=rho)
 
@@ -43,8 +44,8 @@ def perturb_asam(rho: float | jax.Array = 0.5, eta: float | jax.Array = 0.0) -> 
     """ρ T² g / ‖T g‖ with T = |θ| + η: the ball is measured in each parameter's own scale.
 
     Adaptive SAM: Kwon et al., 2021, arxiv.org/abs/2102.11600. With η = 0, as in TRAM (Sherborne et
-    al., 2023, arxiv.org/abs/2310.03646, eq. 7), ‖eps / θ‖ = ρ, and params that are 0 stay: the B of a new
-    LoRA, biases. Kwon et al. take η = 0.01 for kernels.
+    al., 2023, arxiv.org/abs/2310.03646, eq. 7), ‖eps / θ‖ = ρ, and params that are 0 are not
+    perturbed: the B of a new LoRA, biases. Kwon et al. take η = 0.01 for kernels.
     """
     _check("perturb_asam", rho=rho, eta=eta)
 
@@ -61,9 +62,10 @@ def perturb_fisher(gamma: float | jax.Array = 0.1, eta: float | jax.Array = 0.1)
     """γ F⁻¹ g / sqrt(g · F⁻¹ g) with F⁻¹ = 1 / (1 + η f) and f = g².
 
     Fisher SAM: Kim et al., 2022, arxiv.org/abs/2206.04920. The square root and 1 / (1 + η f) are as in two
-    public implementations; the paper's own text was not at hand. f stands for the diagonal of the Fisher
-    information; it is the square of the batch's gradient here, as in those two, not the mean of squared
-    gradients of single examples. TRAM's paper prints it without γ and the root. η = 0 is SAM with ρ = γ.
+    public implementations; the paper's text was not available. f stands for the diagonal of the
+    Fisher information; it is the square of the batch's gradient here, as in those two, not the mean
+    of squared gradients of single examples. TRAM's paper prints it without γ and the root. η = 0 is
+    SAM with ρ = γ.
     """
     fisher = fisher_perturbation(gamma, eta)
     return lambda params, grads: fisher(grads, grads)
@@ -104,17 +106,17 @@ def wide(x: Any) -> jax.Array:
 
 def _sqrt_of_sum(squares):
     square = sum(jax.tree.leaves(squares), jnp.zeros((), jnp.float32))
-    # The root of 0 has an infinite slope, which times 0 is NaN: it must not be taken, not even unused.
+    # sqrt has an infinite slope at 0, and 0 times infinity is NaN, even in the unused branch.
     return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), square)
 
 
 def _ratio(rho, norm):
-    # Not norm + 1e-12, which the papers' codes have: that would shorten eps of tiny gradients.
+    # Not norm + 1e-12, as in the papers' code: that would shorten eps of tiny gradients.
     return jnp.where(norm > 0, rho / jnp.where(norm > 0, norm, 1.0), 0.0)
 
 
 def _check(name, **numbers):
     for argument, value in numbers.items():
-        # Traced values are not known yet.
+        # Traced values cannot be checked.
         if isinstance(value, (int, float)) and not (value >= 0 and math.isfinite(value)):
             raise ValueError(f"{name}: {argument} must be finite and at least 0, got {value}.")

@@ -17,17 +17,17 @@ MOMENT_STREAM, PARAM_STREAM = 0, 1
 class RoundingState(NamedTuple):
     """The state of `round_stochastically`."""
 
-    count: jax.Array  # [] int32, steps done: with the key it gives the random bits
+    count: jax.Array  # [] int32, steps done; determines the random bits together with the key
 
 
 def round_stochastically(key: jax.Array | None = None) -> optax.GradientTransformation:
     """Updates u that move bfloat16 params θ to bfloat16 numbers whose mean is θ plus the given update.
 
-    To the nearest, an update below half of θ's last place (θ / 512) would be lost. optax.apply_updates lands
-    exactly on the rounded params, so put no transform after this one. The updates keep the type they come in.
-    In bfloat16 too they are exact while θ keeps its sign and changes by less than a half; a larger step is
-    rounded to the nearest, by at most 1 / 512 of itself.
-    Params of other types, and their updates, are left alone. `key` defaults to jax.random.key(0).
+    Rounding to nearest would lose updates below half a unit in θ's last place (θ / 512).
+    optax.apply_updates gives exactly the rounded params, so this transform must be the last. The
+    updates keep their data type. Also in bfloat16 they are exact while θ keeps its sign and changes
+    by less than a half; a larger step is rounded to nearest, by at most 1 / 512 of itself. Params
+    of other types, and their updates, do not change. `key` defaults to jax.random.key(0).
     """
 
     def init(params):

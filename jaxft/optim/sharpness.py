@@ -3,15 +3,16 @@
     (loss, metrics), grads = sam(0.05)(objective, has_aux=True)(params, batch, key)
 
 Loss and metrics are those at θ, the gradient is that at θ + eps; no gradient flows through eps. Both
-passes get the same arguments, so that what an objective draws (dropout) is the same in both.
+passes get the same arguments, so that an objective draws the same random numbers (dropout) in both.
 
-With microbatches there are two methods. Whose eps is it?
+With microbatches there are two methods, which differ in eps:
 
-    the batch's, for all slices:   sam(0.05, gradient=accumulate(jax.value_and_grad, 4))
-    each slice's own (m-SAM):      accumulate(sam(0.05), 4), that is make_step(gradient=sam(), microbatches=4)
+    one eps of the whole batch:    sam(0.05, gradient=accumulate(jax.value_and_grad, 4))
+    one eps per slice (m-SAM):     accumulate(sam(0.05), 4) or make_step(gradient=sam(), microbatches=4)
 
-The second finds what is sharp for fewer rows, which generalised better in Foret et al., section 4.1; its
-result depends on the number of slices, the first one's does not. `m_sam` is the second for jax alone.
+The second measures sharpness on fewer rows, which generalised better in Foret et al., section 4.1;
+its result depends on the number of slices, unlike that of the first. `m_sam` is the second method
+without jaxft.train.
 """
 
 from __future__ import annotations
@@ -106,9 +107,9 @@ def in_groups(estimator: Estimator, groups: int) -> Estimator:
 
     m-sharpness: Foret et al., 2021, section 4.1, whose m is the rows of a group, not the groups. The first
     argument after the params, a pytree of arrays with rows on axis 0, is split: row r goes to group r mod
-    m, so that rows split over devices stay where they are. All groups get its leaves without axes and
-    the other arguments as they are. Groups weigh the same and aux is averaged leaf by leaf;
-    jaxft.train.accumulate weighs by tokens and adds Means up.
+    m, so that rows split over devices stay where they are. All groups get its leaves without axes
+    and the other arguments unchanged. Groups have equal weights and aux is averaged leaf by leaf;
+    jaxft.train.accumulate weights by tokens and adds Means.
 
     Raises:
         ValueError: for groups < 1, and if the rows cannot be split evenly.
@@ -145,12 +146,12 @@ def tram(
 
     TRAM: Sherborne et al., 2023, arxiv.org/abs/2310.03646, eq. 7 and algorithm 1. d is a number without
     gradient, so that ‖eps / θ‖ = d; where d = 0 this is the plain gradient. The authors' code differs: its
-    eps is d θ² / ‖θ g‖, without the gradient, and its KL is divided by the numbers of classes and, once
-    more, of rows, which `d_scale` = 1 / (classes · rows) imitates.
+    eps is d θ² / ‖θ g‖, without the gradient, and its KL is divided by the numbers of classes and,
+    once more, of rows, which `d_scale` = 1 / (classes · rows) reproduces.
 
-    See `with_tram` for distances to moving params (the step before, a mean), and for adapters: jaxft's
-    train step gives an estimator what trains and keeps the frozen part in the objective, where a distance
-    does not see it.
+    Use `with_tram` for distances to moving params (the previous step, a running mean), and for
+    adapters: jaxft's train step gives an estimator only the trained params and keeps the frozen
+    ones in the objective, where a distance does not see them.
 
     Args:
         distance: (params, *args) -> d, at least 0, of the objective's arguments, with no gradient through
@@ -162,7 +163,7 @@ def tram(
         gradient: the estimator of both passes.
 
     Raises:
-        ValueError: for a negative d_scale, d_max or eta; when traced, for a d that is no scalar.
+        ValueError: for a negative d_scale, d_max or eta; when traced, for a d that is not a scalar.
     """
     check_radius("tram", d_scale, d_max)
     perturb_asam(0.0, eta)
@@ -187,8 +188,8 @@ def tram_fisher(
 ) -> Estimator:
     """Fisher SAM with f = (∇L(θ; x + z))², the gradient at noised inputs.
 
-    TRAM-Fisher: Sherborne et al., 2023, arxiv.org/abs/2310.03646. Costs three gradients. As in `tram`, the
-    other objective gets what trains alone: with adapters, take `with_tram_fisher`.
+    TRAM-Fisher: Sherborne et al., 2023, arxiv.org/abs/2310.03646. Costs three gradients. As in
+    `tram`, `noised` gets only the trained params: with adapters, use `with_tram_fisher`.
 
     Args:
         noised: the objective with noise on its inputs: the same arguments and results. Without noise
@@ -220,7 +221,7 @@ def radius(d: Any, d_scale: float | jax.Array = 1.0, d_max: float | jax.Array = 
 
 
 def scalar(d: Any) -> jax.Array:
-    """The number of a distance: itself, or the `value` of a Mean, which this folder does not know."""
+    """Returns a distance as an array; accepts a scalar or a Mean."""
     d = jnp.asarray(getattr(d, "value", d))
     if d.shape != ():
         raise ValueError(

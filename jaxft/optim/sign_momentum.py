@@ -39,9 +39,9 @@ def lion(
 ) -> optax.GradientTransformationExtraArgs:
     """θ - η (sign(β1 m + (1 - β1) g) + λ θ), then m = β2 m + (1 - β2) g.
 
-    Lion: Chen et al., 2023, arxiv.org/abs/2302.06675, algorithm 2. Equal to optax.lion to the last bit in
-    float32 (whose weight decay is 1e-3 if none is given; the paper's code has 0, as here). η is usually 3
-    to 10 times smaller than AdamW's and λ as much larger.
+    Lion: Chen et al., 2023, arxiv.org/abs/2302.06675, algorithm 2. Equal to optax.lion to the last
+    bit in float32 (optax's weight decay defaults to 1e-3; the default here is 0, as in the paper's
+    code). η is usually 3 to 10 times smaller than AdamW's and λ as much larger.
 
     Under jit, with the params and the state donated, the step reads gradients, params and momentum once
     and writes the last two in place, on TPUs and GPUs (int8 on TPUs: see `lion_apply`). XLA for CPUs does
@@ -51,16 +51,16 @@ def lion(
         learning_rate: η.
         b1: β1 in [0, 1); 0.95 for language models.
         b2: β2 in [0, 1); 0.98 for language models.
-        mu_dtype: of the momentum: "float32", "bfloat16", or "int8" (blocks of 256; leaves whose last two
-            axes hold fewer numbers stay float32). None: the params'.
+        mu_dtype: data type of the momentum: "float32", "bfloat16", or "int8" (blocks of 256; leaves
+            whose last two axes hold fewer numbers stay float32). None: the params' type.
         weight_decay: λ, multiplied by η.
-        mask: a tree of bools, a prefix of the params, or a function that makes one of them: where
-            weight decay acts. None: everywhere.
-        stochastic_rounding: round bfloat16 params, and bfloat16 and int8 momentum, up or down at random so
-            that the mean is right. To the nearest, steps below half of the last place are lost: a
-            bfloat16 momentum of 1 never moves towards a gradient of 1.1. It needs this transform to be
-            the last of a chain.
-        key: of the rounding; default jax.random.key(0).
+        mask: where weight decay acts: a tree of bools that is a prefix of the params, or a function
+            of the params that returns one. None: everywhere.
+        stochastic_rounding: round bfloat16 params, and bfloat16 and int8 momentum, up or down at
+            random so that the mean is exact. Rounding to nearest loses steps below half a unit in
+            the last place: a bfloat16 momentum of 1 never moves towards a gradient of 1.1. This
+            transform must then be the last of a chain.
+        key: for the rounding; default jax.random.key(0).
 
     Raises:
         ValueError: for b1 or b2 outside [0, 1), or an unknown mu_dtype.
@@ -75,7 +75,7 @@ def lion(
         return steps
 
     def update(updates, state, params=None, **extra):
-        # Float32 in between: in bfloat16, 1 + λ θ would be 1.
+        # Intermediate values are float32: in bfloat16, 1 + λ θ would be 1.
         new, state = steps.update(jax.tree.map(wide, updates), state, params, **extra)
         return jax.tree.map(lambda u, g: u.astype(g.dtype), new, updates), state
 
@@ -133,10 +133,11 @@ def lion_apply(
 ) -> tuple[optax.Params, LionState]:
     """(params, state) after a step of `lion`, with no tree of updates in between.
 
-    Gives what `lion` and optax.apply_updates give, for float32 params bit for bit, from the state that
-    `scale_by_lion(mu_dtype=...).init(params)` makes. Jit it with donate_argnums=(0, 2). An optax transform
-    returns updates, and with int8 momentum XLA reads gradients and codes twice; here a TPU kernel reads them
-    once: see `implementation` of jaxft.kernels.lion.lion_step. Other arguments as for `lion`.
+    Equals `lion` and optax.apply_updates, for float32 params bit for bit; the state is that of
+    `scale_by_lion(mu_dtype=...).init(params)`. Jit it with donate_argnums=(0, 2). An optax
+    transform returns updates, and with int8 momentum XLA reads gradients and codes twice; here a
+    TPU kernel reads them once: see `implementation` of jaxft.kernels.lion.lion_step. Other
+    arguments as for `lion`.
     """
     _check(b1, b2)
     rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
@@ -183,7 +184,7 @@ def _zero_moment(param, dtype):
 
 
 def _scale_sharding(sharding, shape):
-    """That of the param, but for axes whose blocks cannot be dealt out evenly."""
+    """The param's sharding, without axes along which blocks cannot be split evenly."""
     if not isinstance(sharding, NamedSharding) or isinstance(
         sharding.mesh, jax.sharding.AbstractMesh
     ):
@@ -210,6 +211,6 @@ def _moment_dtype(dtype):
 
 def _check(b1, b2):
     for name, value in (("b1", b1), ("b2", b2)):
-        # Traced under optax.inject_hyperparams: nothing to check.
+        # Values traced under optax.inject_hyperparams cannot be checked.
         if isinstance(value, (int, float)) and not 0 <= value < 1:
             raise ValueError(f"lion: {name} must be in [0, 1), got {value}.")

@@ -1,4 +1,4 @@
-"""ZOODiP's subspace gradient: directions in which the params have hardly moved are taken out."""
+"""ZOODiP's subspace gradient: removes directions in which the params have hardly moved."""
 
 from __future__ import annotations
 
@@ -32,13 +32,14 @@ def subspace_gradient(
 
         B = U S V^T,  i* = min {i : Σ_{j<=i} S_j² / Σ_j S_j² > 1 - ν},  P = rows of V^T after i*.
 
-    As in the authors' code P is found in standardised coordinates and applied to the gradient as it is, and
-    directions that the window does not span stay. It comes before the optimizer, which in the paper is
-    optax.adam(5e-3, eps=1e-3). For a few thousand params: the state is 2 window d numbers.
+    As in the authors' code, P is computed in standardised coordinates and applied to the gradient
+    without standardisation, and directions that the window does not span are kept. Chain it before
+    the optimizer, which in the paper is optax.adam(5e-3, eps=1e-3). It suits a few thousand params:
+    the state holds 2 window d numbers.
 
     Args:
         window: τ.
-        threshold: ν, the share of the variance that is taken out; 0 takes out nothing.
+        threshold: ν, the share of the variance that is removed; 0 removes nothing.
         samples: n of the estimator. If given, the result is divided by sqrt((d - rank P + n - 1) / n), the
             factor by which such an estimate is longer than the gradient: Adam's eps then means the same for
             all d.
@@ -46,7 +47,7 @@ def subspace_gradient(
     Raises:
         ValueError: for window < 1, threshold outside [0, 1) or samples < 1; in update for params=None.
     """
-    # Under optax.inject_hyperparams the threshold is traced: nothing to check.
+    # Under optax.inject_hyperparams the threshold is traced and cannot be checked.
     share = threshold if isinstance(threshold, (int, float)) else 0.0
     if window < 1 or not 0 <= share < 1 or (samples is not None and samples < 1):
         raise ValueError(
@@ -88,15 +89,16 @@ def subspace_gradient(
 
 
 def low_variance_directions(visited: jax.Array, threshold: float) -> jax.Array:
-    """P of `subspace_gradient`, [window, d]: orthonormal rows, zeros in place of directions that stay."""
+    """P of `subspace_gradient`, [window, d]: orthonormal rows, zeros in place of kept directions."""
     centred = visited - jnp.mean(visited, axis=0, keepdims=True)
     spread = jnp.std(visited, axis=0, keepdims=True)
     _, singular, rows = jnp.linalg.svd(
         centred / jnp.where(spread > 0, spread, 1.0), full_matrices=False
     )
     variance = jnp.square(singular)
-    # Row i goes if the rows before it already hold more than 1 - ν, that is if it and those after
-    # hold less than ν: summed from the small end, where rounding cannot make a share of 0 negative.
+    # Row i is removed if the rows before it hold more than 1 - ν, that is if it and those after
+    # hold less than ν. The sum starts from the small end, where rounding cannot make a share of 0
+    # negative.
     rest = jnp.cumsum(variance[::-1])[::-1]
     removed = rows * (rest < threshold * jnp.sum(variance))[:, None]
     return jnp.zeros_like(visited).at[: rows.shape[0]].set(removed)

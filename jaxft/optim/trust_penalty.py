@@ -39,13 +39,13 @@ def with_tram(
         target <- decay · target + (1 - decay) θ  after each step, at first θ_0
 
     TRAM: Sherborne et al., 2023, arxiv.org/abs/2310.03646: decay 0 is TRAM-θ_{t-1}, 1 TRAM-θ_0 (the
-    pretrained model), between them a running mean. In the first step d = 0, which is the base's own step.
-    decay None is for distances that need no target (TRAM-x): they get θ alone, and the state holds no
-    copy of it. For what differs in the authors' code see `tram`.
+    pretrained model), between them a running mean. In the first step d = 0, so it equals the base's
+    own step. decay None is for distances that need no target (TRAM-x): they get only θ, and the
+    state holds no copy of it. `tram` lists differences from the authors' code.
 
     The state holds one copy of the params, and the last d, before d_scale, as `trust_distance`, which
-    jaxft's train step shows among its metrics. A mean in bfloat16 may stand still: keep what trains
-    in float32.
+    jaxft's train step shows among its metrics. A running mean in bfloat16 may never change: keep
+    trained params in float32.
 
     Args:
         base: any optax transform; it gets the extra arguments too.
@@ -57,7 +57,7 @@ def with_tram(
 
     Raises:
         ValueError: for decay outside [0, 1] or what `tram` refuses; in update, without params, grad_fn or a
-            distance, and for params that are no tree like the target.
+            distance, and for params whose tree differs from the target's.
     """
     _check_decay("with_tram", decay)
     check_radius("with_tram", d_scale, d_max)
@@ -132,7 +132,7 @@ def _init(base, decay):
 def _advance(target, params, decay):
     if decay is None:
         return None
-    if isinstance(decay, (int, float)) and decay in (0, 1):  # exactly, and no sums
+    if isinstance(decay, (int, float)) and decay in (0, 1):  # exact, without sums
         return target if decay == 1 else jax.tree.map(jnp.copy, params)
 
     def mean(t, p):
@@ -150,7 +150,7 @@ def _checked(target, params):
     here, there = jax.tree.structure(params), jax.tree.structure(target)
     if here != there:
         raise ValueError(
-            f"with_tram: the params {here} are no tree like the target's {there}; call init(params) again."
+            f"with_tram: params {here} differ in structure from the target {there}; call init(params) again."
         )
     return target
 

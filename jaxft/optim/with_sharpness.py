@@ -31,15 +31,16 @@ def with_sam(
 
         updates, state = with_sam(optax.adam(1e-3)).update(grads, state, params, grad_fn=grad_fn)
 
-    Equal to optax.contrib.sam(base, ..., opaque_mode=True) where that is finite: a gradient of zero is
-    not perturbed here, and there it becomes NaN. The state is the base's alone. jaxft's train step gives
-    `grad_fn`, with microbatches accumulated: eps is the whole batch's. Inside optax.MultiSteps eps comes
-    from the mean gradient, but grad_fn sees the last part of the batch only.
+    Equal to optax.contrib.sam(base, ..., opaque_mode=True) where that is finite: a zero gradient is
+    not perturbed here, but becomes NaN there. The state is only the base's. jaxft's train step
+    provides `grad_fn`, with microbatches accumulated: eps is the whole batch's. Inside
+    optax.MultiSteps eps comes from the mean gradient, but grad_fn sees the last part of the batch
+    only.
 
     Args:
         base: any optax transform; it gets the extra arguments too.
         rho: see `perturb_sam`.
-        perturb: takes the place of perturb_sam(rho): `perturb_asam()`, `perturb_fisher()`, ...
+        perturb: replaces perturb_sam(rho): `perturb_asam()`, `perturb_fisher()`, ...
         ascent_steps: n of `sharpness_aware`, each of which calls grad_fn(params, number of the step) once.
 
     Raises:
@@ -74,10 +75,10 @@ def with_tram_fisher(
     eta: float | jax.Array = 0.1,
     noised: Callable[[optax.Params], Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """The base's update for the gradient at θ + eps, eps that of Fisher SAM with f = (∇L(θ; x + z))².
+    """The base's update for the gradient at θ + eps, with Fisher SAM's eps for f = (∇L(θ; x + z))².
 
-    TRAM-Fisher: Sherborne et al., 2023, arxiv.org/abs/2310.03646; the transform of `tram_fisher`, and for
-    adapters too. Costs three gradients; the state is the base's alone.
+    TRAM-Fisher: Sherborne et al., 2023, arxiv.org/abs/2310.03646; `tram_fisher` as a transform,
+    which also works with adapters. Costs three gradients; the state is only the base's.
 
     Args:
         base: any optax transform; it gets the extra arguments too.
@@ -115,15 +116,15 @@ def look_sam(
     period: int = 5,
     alpha: float | jax.Array = 0.7,
 ) -> optax.GradientTransformationExtraArgs:
-    """SAM in every `period`-th step, whose part across the gradient the steps between use again.
+    """SAM in every `period`-th step; the other steps reuse its component orthogonal to the gradient.
 
         full steps: g_s = ∇L(θ + ρ g / ‖g‖),    g_v = g_s - (g_s · g) g / ‖g‖²
         the others: g_s = g + α ‖g‖ g_v / ‖g_v‖
 
     LookSAM: Liu et al., 2022, arxiv.org/abs/2203.02714, algorithm 1, k = 5 and α = 0.7. One step costs
     1 + 1 / period gradients on average; only full steps call `grad_fn`. The state holds one tree like the
-    gradients. A g_v within the rounding of g_s counts as 0: where both are parallel, its direction would be
-    that of the rounding. Arguments of update and errors as for `with_sam`.
+    gradients. A g_v within the rounding error of g_s counts as 0: if g_s and g are parallel,
+    rounding errors would give its direction. Arguments of update and errors as for `with_sam`.
     """
     check_steps("look_sam", period=period)
     if isinstance(alpha, (int, float)) and not alpha >= 0:
@@ -167,16 +168,17 @@ def alternating_sam(
     sync_period: int = 2,
     perturb: Perturbation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """SAM for loops that know no grad_fn: every `sync_period`-th update is a step, those before it go up.
+    """SAM for loops without grad_fn: every `sync_period`-th update is a step, the others ascend.
 
         θ -> θ + eps(θ) -> ... -> θ + base(gradient at the last point)
 
-    As optax.contrib.sam in its transparent mode. Between steps the params of the loop are perturbed:
-    evaluate and save `evaluation_params(state, params)`. Of the params the state keeps one copy.
+    Works like optax.contrib.sam in its transparent mode. Between steps the params of the loop are
+    perturbed: evaluate and save `evaluation_params(state, params)`. The state keeps one copy of the
+    params.
 
     Args:
         base, rho, perturb: see `with_sam`.
-        sync_period: gradients, and updates, for each step of the base; at least 2.
+        sync_period: gradients, and updates, per step of the base; at least 2.
 
     Raises:
         ValueError: for sync_period < 2; in update, without params.
@@ -203,7 +205,8 @@ def alternating_sam(
             back = lambda t, p, u: (wide(t) - wide(p) + wide(u)).astype(p.dtype)
             return jax.tree.map(back, theta, params, updates), base_state
 
-        # A cond, not products with 0 and 1: those spread NaN, and keys in a state have no products.
+        # cond, not products with 0 and 1: products spread NaN, and keys in a state cannot be
+        # multiplied.
         last = state.phase == sync_period - 1
         updates, base_state = jax.lax.cond(last, step, up, updates)
         phase = (state.phase + 1) % sync_period
@@ -213,9 +216,9 @@ def alternating_sam(
 
 
 def evaluation_params(state: optax.OptState, params: optax.Params) -> optax.Params:
-    """θ, while `alternating_sam` has moved `params`: its state may lie anywhere inside `state`.
+    """The unperturbed θ of `alternating_sam`, whose state may be anywhere inside `state`.
 
-    Params that no alternating_sam moves come back as they are.
+    Params that no alternating_sam moves are returned unchanged.
     """
     is_ours = lambda node: isinstance(node, AlternatingSamState)
     states = [node for node in jax.tree.leaves(state, is_leaf=is_ours) if is_ours(node)]
@@ -226,7 +229,7 @@ def evaluation_params(state: optax.OptState, params: optax.Params) -> optax.Para
 
 
 def check_arguments(name: str, params: Any, **functions: Any) -> None:
-    """Raises ValueError for what is None of what update needs."""
+    """Raises ValueError if params or a function that update needs is None."""
     if params is None:
         raise ValueError(f"{name}: params=None; call update(updates, state, params, ...).")
     for argument, function in functions.items():

@@ -1,11 +1,11 @@
-"""Gradients from losses alone: estimators with the signature of jax.value_and_grad.
+"""Gradients estimated from loss values: estimators with the signature of jax.value_and_grad.
 
     ((loss, metrics), grads) = spsa()(objective, has_aux=True)(params, batch, key)
 
 The last argument of the objective is a key. All evaluations of one estimate get the same arguments, key
-included (common random numbers: the difference of two losses is that of the params alone), and the
-directions are drawn from another key, derived from it. Directions are made again wherever they are needed
-and never stored.
+included (common random numbers: two losses differ only through the params), and the directions are
+drawn from another key, derived from it. Directions are regenerated where they are needed and never
+stored.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ def rge(
     Randomised gradient estimation: Nesterov & Spokoiny, 2017, doi.org/10.1007/s10208-015-9296-2, eqs. 22-24;
     one-sided with n = 2 and normal e as in ZOODiP (Seo et al., 2025, arxiv.org/abs/2503.14868). Its mean is
     the gradient of E_e[L(θ + μ e)]: exact for a linear L, and two-sided for a quadratic one. For linear L
-    and normal e, E|g|² = (d + n + 1) / n |∇L|² (rademacher: (d + n - 1) / n): learning rates must fall like
-    n / d against first-order ones.
+    and normal e, E|g|² = (d + n + 1) / n |∇L|² (rademacher: (d + n - 1) / n): learning rates must
+    be smaller than first-order ones by a factor of order n / d.
 
-    The loss and the metrics returned are those at θ; two-sided, means over the evaluations.
+    The returned loss and metrics are those at θ or, if two-sided, means over the evaluations.
 
     Args:
-        mu: μ, how far to look. Params whose last place is coarser do not see it: keep what trains in
-            float32, and return the loss in float32.
+        mu: μ, the size of the step. It is lost in params of coarser precision: keep trained params
+            in float32, and return the loss in float32.
         samples: n. There are n + 1 evaluations, two-sided 2 n.
         direction: (key, params) -> e with E[e e^T] = I: `normal`, `rademacher`, `sphere` or your own.
 
     Raises:
-        ValueError: for mu <= 0 or samples < 1; when traced, for a loss that is no scalar or a last
-            argument that is no key.
+        ValueError: for mu <= 0 or samples < 1; when traced, for a loss that is not a scalar or a
+            last argument that is not a key.
     """
     _check(mu, samples)
 
@@ -68,7 +68,7 @@ def rge(
                     fun, along(params, keys[index], step, direction), args, has_aux
                 )
 
-            # A loop: the objective is compiled once, and one moved copy of the params is alive.
+            # A loop compiles the objective once and keeps one moved copy of the params in memory.
             _, (losses, aux) = jax.lax.scan(evaluate, None, (steps, which))
             if two_sided:
                 pairs = losses.reshape(samples, 2)
@@ -97,7 +97,8 @@ def spsa(mu: float = 1e-3, samples: int = 1) -> Estimator:
 def coordinate_differences(mu: float = 1e-3) -> Estimator:
     """(L(θ + μ u_j) - L(θ - μ u_j)) / 2μ for each coordinate j: exact up to μ², in 2 d evaluations.
 
-    The oracle of the others, or a method for a handful of params. Arguments, values and errors as for `rge`.
+    An oracle for the other estimators, or a method for a few params. Arguments, values and errors
+    as for `rge`.
     """
     _check(mu, 1)
 

@@ -1,4 +1,4 @@
-"""Meshes, how params and batches are laid over them, and compiling for devices that are not here."""
+"""Meshes, the layout of params and batches over them, and compiling for devices of other machines."""
 
 from jaxft.parallel.compiled import CompiledCost, compiled_cost, estimated_cycles
 from jaxft.parallel.hosts import (

@@ -1,4 +1,4 @@
-"""Where activations stay on the mesh in context."""
+"""Sharding constraints of activations on the mesh in context."""
 
 from __future__ import annotations
 
@@ -9,24 +9,25 @@ from jaxft.parallel.axes import dividing, length_axes, row_axes
 
 
 def keep_tokens(x: jax.Array) -> jax.Array:
-    """x [B, T, ...], its tokens kept where `row_axes` and `length_axes` have them.
+    """x [B, T, ...] with its tokens sharded over `row_axes` and `length_axes`.
 
-    Left alone, XLA may multiply activations of the whole batch by each device's shard of a kernel and
-    add up the products, rather than gather the kernel: FSDP then moves activations, many times as much.
+    Without this, XLA may multiply activations of the whole batch by each device's shard of a kernel
+    and add up the products instead of gathering the kernel: FSDP then moves activations, which is
+    many times as much.
     """
     rows, length = row_axes(x.shape[0]), length_axes(x.shape[1])
     if not rows and not length:
         return x
-    # Rows that cannot be split evenly may lie as XLA likes.
+    # XLA chooses the layout of rows that cannot be split evenly.
     spec = PartitionSpec(rows or PartitionSpec.UNCONSTRAINED, length, *[None] * (x.ndim - 2))
     return jax.lax.with_sharding_constraint(x, spec)
 
 
 def keep_features(x: jax.Array) -> jax.Array:
-    """Rows x [B, T, D] of a table whose columns lie over "fsdp": so do x's, its tokens over the other axes.
+    """Rows x [B, T, D] of a table, with columns sharded over "fsdp" like the table's, tokens over other axes.
 
-    From there it is one exchange over "fsdp" to `keep_tokens`; left alone, XLA takes every row to every
-    device on a mesh of three axes.
+    From there `keep_tokens` needs one exchange over "fsdp"; without this, XLA sends every row to
+    every device on a mesh of three axes.
     """
     rows, length, features = (
         row_axes(x.shape[0]),

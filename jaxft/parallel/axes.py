@@ -1,4 +1,4 @@
-"""Which axes of the mesh in context split what: the one place that says what a mesh axis is for."""
+"""Defines what each axis of the mesh in context splits."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import jax
 
-ROW_AXES = ("data", "fsdp")  # a batch's rows lie over these
-LENGTH_AXES = ("context",)  # and the tokens of a row over these
-HEAD_AXES = ("tensor",)  # and the heads of an attention, the features of an MLP
+ROW_AXES = ("data", "fsdp")  # split a batch's rows
+LENGTH_AXES = ("context",)  # split the tokens of a row
+HEAD_AXES = ("tensor",)  # split the heads of an attention, the features of an MLP
 
 
 def free_axes() -> dict[str, int]:
@@ -18,7 +18,7 @@ def free_axes() -> dict[str, int]:
 
 
 def dividing(size: int, names: Sequence[str]) -> tuple[str, ...]:
-    """Those of `names` that are free axes and split `size` evenly, each what those before it left."""
+    """Those of `names` that are free axes and split `size` evenly, each splitting the remainder."""
     axes, taken = free_axes(), ()
     for name in names:
         if axes.get(name, 1) > 1 and size % axes[name] == 0:
@@ -27,15 +27,15 @@ def dividing(size: int, names: Sequence[str]) -> tuple[str, ...]:
 
 
 def row_axes(rows: int) -> tuple[str, ...]:
-    """The axes of the mesh in context over which so many rows are split; () without, or in a shard_map."""
+    """The axes of the mesh in context that split this many rows; () without a mesh or in a shard_map."""
     return dividing(rows, ROW_AXES)
 
 
 def length_axes(length: int) -> tuple[str, ...]:
-    """The axes over which the tokens of rows so long are split, likewise."""
+    """The axes that split the tokens of rows of this length, like `row_axes`."""
     return dividing(length, LENGTH_AXES)
 
 
 def head_axes(heads: int) -> tuple[str, ...]:
-    """The axes over which so many heads are split, likewise."""
+    """The axes that split this many heads, like `row_axes`."""
     return dividing(heads, HEAD_AXES)

@@ -1,4 +1,4 @@
-"""What a compiled program says of itself: memory, FLOPs, estimated cycles, collectives."""
+"""Figures of a compiled program: memory, FLOPs, estimated cycles, collectives."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ class CompiledCost(NamedTuple):
     temp_bytes: int  # the compiler's scratch: activations, residuals
     argument_bytes: int
     output_bytes: int
-    alias_bytes: int  # of the outputs, what lies in donated arguments
-    flops: float  # bodies of loops counted once; Pallas calls not at all
+    alias_bytes: int  # outputs stored in donated arguments
+    flops: float  # counts bodies of loops once and Pallas calls not at all
     bytes_accessed: float  # likewise
-    cycles: int  # TPU: the compiler's estimates over the schedule, loops times their trips; else 0
+    cycles: int  # TPU: the compiler's estimates over the schedule, with trip counts; else 0
     collectives: dict[str, int]  # kind -> instructions
-    # What goes between TPU slices, over the slower network, is of the kind "between slices".
+    # Traffic between TPU slices, over the slower network, has the kind "between slices".
     exchanged: dict[
         str, tuple[int, int]
-    ]  # kind -> (calls, bytes that a device gets), loops times trips
+    ]  # kind -> (calls, bytes that a device receives), with trip counts of loops
     kernels: int  # Pallas calls
 
     @property
     def peak_bytes(self) -> int:
-        """Arguments, temporaries, and outputs that are no arguments."""
+        """Arguments, temporaries, and outputs that are not stored in arguments."""
         return self.argument_bytes + self.temp_bytes + self.output_bytes - self.alias_bytes
 
 
 def compiled_cost(compiled: jax.stages.Compiled) -> CompiledCost:
     """The figures of `jax.jit(f).lower(...).compile()`.
 
-    The TPU compiler writes its own estimate of cycles on each fusion of the final schedule: a model to
-    compare two programs by, not a clock; Pallas calls and collectives are not in it.
+    The TPU compiler writes its own estimate of cycles on each fusion of the final schedule. It can
+    compare two programs but is not a time; it excludes Pallas calls and collectives.
     """
     memory, text = compiled.memory_analysis(), compiled.as_text()
     cost: dict[str, Any] = compiled.cost_analysis() or {}
@@ -73,8 +73,8 @@ def estimated_cycles(text: str) -> int:
 def exchanged_bytes(text: str) -> dict[str, tuple[int, int]]:
     """Kind of collective -> (calls, bytes) of one run of a compiled HLO text, for one device.
 
-    The bytes are those of the results: what an all-gather puts together, what a reduce-scatter or an
-    all-to-all leaves. An all-reduce counts twice, as the reduce-scatter and the all-gather that it is.
+    The bytes are those of the results of an all-gather, a reduce-scatter or an all-to-all. An
+    all-reduce counts twice, because it is a reduce-scatter and an all-gather.
     """
     found: dict[str, list[int]] = {}
     for line, times in _executed(text):
@@ -83,7 +83,8 @@ def exchanged_bytes(text: str) -> dict[str, tuple[int, int]]:
             calls[0] += times
             calls[1] += times * _size(match[1], match[2])
             continue
-        # In two halves, "-done" has the result alone. XLA:TPU scatters what it reduces in a fusion.
+        # Of a collective in two halves only "-done" has just the result. XLA:TPU reduce-scatters in
+        # a fusion.
         match = re.search(rf"= (.*?) ({_COLLECTIVES})(-done)?\(", line) or re.search(
             r"= (.*?) fusion\(.*calls=%?all-reduce-(scatter)\b", line
         )
@@ -105,7 +106,7 @@ def _size(dtype, dimensions):
 
 
 def _executed(text: str) -> Iterator[tuple[str, int]]:
-    """The instructions of the entry and of what it calls, each with the number of its executions."""
+    """The instructions of the entry and of computations that it calls, each with its execution count."""
     lines, current, entry = collections.defaultdict(list), None, None
     for line in text.splitlines():
         if match := re.match(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$", line):
@@ -115,7 +116,7 @@ def _executed(text: str) -> Iterator[tuple[str, int]]:
             lines[current].append(line)
 
     def stride(condition, body):
-        """What a loop adds to its counter: unrolled ones more than 1."""
+        """The increment of a loop's counter, above 1 if the loop is unrolled."""
         counter = re.search(
             r"\b[su]32\[\]\S* get-tuple-element\(.*index=(\d+)", "\n".join(lines[condition])
         )
@@ -143,7 +144,7 @@ def _executed(text: str) -> Iterator[tuple[str, int]]:
             yield line, times
             if loop := re.search(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)", line):
                 yield from walk(loop[2], times * trips(line, *loop.groups()))
-            # Collectives that run beside other work are calls of computations of their own.
+            # Asynchronous collectives are calls of separate computations.
             elif call := re.search(
                 r" (?:async-start|call)\(.*(?:calls|to_apply)=%?([\w.\-]+)", line
             ):

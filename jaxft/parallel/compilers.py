@@ -9,7 +9,7 @@ from importlib.metadata import requires, version
 
 
 def compiler_requirements() -> list[str]:
-    """Requirements for pip that fit the installed jax; none where no such package is built."""
+    """Requirements for pip that fit the installed jax; empty on platforms without such packages."""
     if not sys.platform.startswith("linux") or platform.machine() != "x86_64":
         return []
     needs = requires("jax") or []

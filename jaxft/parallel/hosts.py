@@ -1,4 +1,4 @@
-"""A run on several hosts: start-up, values gathered from all, files that one of them writes."""
+"""Runs on several hosts: start-up, values gathered from all, files that one of them writes."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from jax.experimental import multihost_utils
 from jaxft.output import writing
 
 _BY_HAND = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-# Launchers that start several processes say how many, each in its own variable.
+# Each launcher gives the number of processes in its own variable.
 _LAUNCHERS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
 
 
 def connect_hosts(distributed: bool = False, *, timeout: int = 300) -> bool:
     """Joins this process with those on the other hosts, if there are any; True if it did.
 
-    Call it before anything else of JAX. It does something if JAX_NUM_PROCESSES is set (then with
-    JAX_COORDINATOR_ADDRESS, host:port of process 0, and JAX_PROCESS_ID), under SLURM or Open MPI with more
-    than one task, and if `distributed` says so: on Cloud TPU slices and Kubernetes, where jax.distributed
-    finds the others by itself.
+    Call it before any other use of JAX. It acts only if JAX_NUM_PROCESSES is set (then with
+    JAX_COORDINATOR_ADDRESS, host:port of process 0, and JAX_PROCESS_ID), under SLURM or Open MPI
+    with more than one task, or if `distributed` is True: on Cloud TPU slices and Kubernetes, where
+    jax.distributed finds the others by itself.
 
     Args:
-        distributed: this is one of several hosts.
+        distributed: True if this is one of several hosts.
         timeout: seconds to wait for the others.
 
     Raises:
         ValueError: for an incomplete set of variables.
-        RuntimeError: if the others do not come in time.
+        RuntimeError: if the others do not connect in time.
     """
     options = _options(os.environ)
     if options is None and not distributed:
@@ -48,23 +48,23 @@ def connect_hosts(distributed: bool = False, *, timeout: int = 300) -> bool:
         )
         where = f" at {options['coordinator_address']}" if options else ""
         raise RuntimeError(
-            f"{who} did not meet the others{where} within {timeout} s: {error}. Every host must start the "
+            f"{who} did not reach the others{where} within {timeout} s: {error}. Every host must start the "
             "same command at about the same time, and reach process 0 on that port."
         ) from error
     return True
 
 
 class HostLostError(RuntimeError):
-    """Another process of the run did not come to where all must be."""
+    """Another process of the run did not reach a barrier."""
 
 
 def several_hosts() -> bool:
-    """Whether this process has joined others; unlike jax.process_count() it starts no backend."""
+    """True if this process has joined others; unlike jax.process_count(), it starts no backend."""
     return jax.distributed.is_initialized() and (_joined().num_processes or 1) > 1
 
 
 def absent(place: str, timeout: float) -> list[int]:
-    """Waits until all processes are at `place`; the numbers of those that did not come in time.
+    """Waits until all processes are at `place`; returns the numbers of those that did not arrive in time.
 
     Args:
         place: a name that each process uses once.
@@ -87,21 +87,21 @@ def absent(place: str, timeout: float) -> list[int]:
 
 
 def meet(place: str, timeout: float = 600) -> None:
-    """Waits until all processes are at `place` (see `absent`); nothing in a single process.
+    """Waits until all processes are at `place` (see `absent`); does nothing in a single process.
 
     Raises:
-        HostLostError: naming those that did not come within `timeout` seconds.
+        HostLostError: naming those that did not arrive within `timeout` seconds.
     """
     if several_hosts() and (lost := absent(place, timeout)):
         numbers, count = ", ".join(map(str, lost)), _joined().num_processes
         raise HostLostError(
-            f"{place}: process {numbers} of {count} did not come within {timeout:g} s. Look at its output "
+            f"{place}: process {numbers} of {count} did not arrive within {timeout:g} s. Look at its output "
             "first, then start all of them again with --resume."
         )
 
 
 def to_host(tree: Any) -> Any:
-    """The tree with whole NumPy arrays as leaves, gathered where they span processes: all must call it."""
+    """The tree with whole NumPy arrays as leaves, gathered across processes: all must call it."""
 
     def whole(leaf):
         if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
@@ -115,7 +115,7 @@ def to_host(tree: Any) -> Any:
 
 
 def gathered(value: Any) -> list[Any]:
-    """What each process passed, as JSON has it, in a list that all of them get."""
+    """Returns the values of all processes, after a round trip through JSON, as a list in every process."""
     if jax.process_count() == 1:
         return [value]
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -125,10 +125,11 @@ def gathered(value: Any) -> list[Any]:
 
 
 def first_decides(call: Callable[[], Any]) -> Any:
-    """What `call`, made in the first process alone, returned there, as JSON has it: the same in all.
+    """Runs `call` only in the first process and returns its result, as JSON has it, in all of them.
 
     Raises:
-        RuntimeError: in the other processes, if `call` failed in the first; there, its own error.
+        RuntimeError: in the other processes, if `call` failed in the first, which raises its own
+            error.
     """
     if jax.process_count() == 1:
         return call()
@@ -136,27 +137,27 @@ def first_decides(call: Callable[[], Any]) -> Any:
     if jax.process_index() == 0:
         try:
             value = {"value": call()}
-        except Exception as error:  # Whatever it is: the others wait for word of it.
+        except Exception as error:  # Any error: the other processes wait for the outcome.
             failure = error
     word = gathered(value)[0]
     if failure is not None:
         raise failure
     if "value" not in word:
-        raise RuntimeError("process 0 failed at what it does for all; its own message says why.")
+        raise RuntimeError("process 0 failed in a step for all; its own message says why.")
     return word["value"]
 
 
 def written_once(write: Callable[[], None], what: str, parts: Iterable[Any] = ()) -> None:
-    """Calls `write` in the first process alone; the others wait until it is done.
+    """Calls `write` only in the first process; the others wait until it is done.
 
     Args:
-        write: must not call what needs all processes, but may take from `parts`.
+        write: must not call functions that need all processes, but may take from `parts`.
         what: the path, named in errors.
         parts: an iterator that gathers values from all processes as it goes; all run to its end.
 
     Raises:
-        RuntimeError: in the other processes, if `write` failed in the first; there, its own error, which is
-            an OutputError where the disk is full or the like.
+        RuntimeError: in the other processes, if `write` failed in the first, which raises its own
+            error: an OutputError if, for example, the disk is full.
     """
     if jax.process_count() == 1:
         with writing(what):
@@ -167,7 +168,7 @@ def written_once(write: Callable[[], None], what: str, parts: Iterable[Any] = ()
         try:
             with writing(what):
                 write()
-        except Exception as error:  # Whatever it is: the others wait for word of it.
+        except Exception as error:  # Any error: the other processes wait for the outcome.
             failure = error
     for _ in parts:
         pass
@@ -179,9 +180,9 @@ def written_once(write: Callable[[], None], what: str, parts: Iterable[Any] = ()
 
 
 def _joined():
-    """The client, number and count of processes behind jax.distributed, which has no public name for them.
+    """The client, number and count of processes of jax.distributed, which has no public names for them.
 
-    A barrier that says who did not come needs the client. Runs of one process never get here.
+    A barrier that names the absent processes needs the client. Runs of one process never call this.
     """
     from jax._src import distributed
 
@@ -189,7 +190,7 @@ def _joined():
 
 
 def _options(environment: Mapping[str, str]) -> dict | None:
-    """Arguments of jax.distributed.initialize; {} where it finds them itself, None for one process."""
+    """Arguments of jax.distributed.initialize; {} if it finds them itself, None for one process."""
     given = [name for name in _BY_HAND if environment.get(name)]
     if not given or given == ["JAX_COORDINATOR_ADDRESS"]:
         several = any(int(environment.get(name) or 1) > 1 for name in _LAUNCHERS)

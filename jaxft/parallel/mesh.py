@@ -1,4 +1,4 @@
-"""Meshes: one function makes them, with the axes that everything else names."""
+"""Meshes with jaxft's axes, and shardings over them."""
 
 from __future__ import annotations
 
@@ -28,13 +28,14 @@ def make_mesh(
     slices: int | None = None,
     devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-    """A mesh over all devices with jaxft's axes, of Auto type; one size may be -1 to fill.
+    """A mesh over all devices with jaxft's axes, of Auto type; one size may be -1: all remaining devices.
 
     Args:
-        data, fsdp, tensor, expert, context: sizes. No model has experts so far: `expert` waits for one.
-        slices: groups of devices joined by a slower network: TPU slices or, where there is one at most,
-            processes (hosts). Each holds whole copies of the model, `data` / `slices` of them, so that
-            gradients alone go from one to another. None: as many as there are TPU slices.
+        data, fsdp, tensor, expert, context: sizes. `expert` must be 1, because no model has experts
+            yet.
+        slices: groups of devices joined by a slower network: TPU slices or, if there is at most
+            one, processes (hosts). Each holds `data` / `slices` whole copies of the model, so that
+            only gradients move between slices. None: the number of TPU slices.
         devices: default: all.
 
     Raises:
@@ -95,7 +96,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def token_sharding(mesh: Mesh, ndim: int = 2) -> NamedSharding:
-    """The same for tokens [B, ..., T] of `ndim` axes, which lie over the context axis too."""
+    """`batch_sharding` for tokens [B, ..., T] of `ndim` axes, with T split over the context axis."""
     between = [None] * (ndim - 2)
     return NamedSharding(mesh, PartitionSpec(ROW_AXES, *between, LENGTH_AXES))
 
@@ -106,7 +107,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def lay_out(x: Any, sharding: Sharding) -> jax.Array:
-    """The value, which all processes have whole, as an array of the given sharding."""
+    """The value, which every process holds whole, as an array with the given sharding."""
     if sharding.is_fully_addressable:
         return jax.device_put(x, sharding)
     # device_put refuses arrays bound to a device of this process, and keys.
@@ -119,15 +120,16 @@ def lay_out(x: Any, sharding: Sharding) -> jax.Array:
 
 
 def mesh_context(mesh: Mesh | None) -> contextlib.AbstractContextManager:
-    """`jax.set_mesh(mesh)`, or nothing: what is traced in it knows its devices and can shard kernels."""
+    """`jax.set_mesh(mesh)`, or a null context: programs traced in it know their devices."""
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def in_turn(result: Any) -> Any:
-    """`result`, awaited first where it comes from several CPU devices.
+    """Returns `result`; waits for it first if it is on several CPU devices.
 
-    Two programs with collectives at once can take the threads there that each other's wait for, and start
-    in another order in another process; neither ever ends. TPUs and GPUs run programs in the order given.
+    On CPUs two concurrent programs with collectives can take threads that the other's collectives
+    need, and can start in different orders in different processes, which is a deadlock. TPUs and
+    GPUs run programs in the order given.
     """
     for leaf in jax.tree.leaves(result):
         if isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) > 1:

@@ -1,4 +1,4 @@
-"""How params are laid over a mesh: (path pattern, PartitionSpec), first match first."""
+"""Sharding rules of params over a mesh: (path pattern, PartitionSpec); the first match applies."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from jaxft.weights import is_weight
 Params = Any
 Rules = Sequence[tuple[str, PartitionSpec]]
 
-# Where the layers of the default family, jaxft's own transformers, lie in a params tree.
+# Path of the layers of the default family, jaxft's own transformers, in a params tree.
 LAYERS = "layers"
 # Column-parallel projections split their outputs over "tensor", row-parallel ones their inputs, so
-# that a block needs one all-reduce after attention and one after the MLP; "fsdp" takes the other side.
+# that a block needs one all-reduce after attention and one after the MLP; "fsdp" splits the other
+# side.
 TRANSFORMER_RULES: Rules = (
     (r".*/(query|key|value|gate|up)/kernel", PartitionSpec("fsdp", "tensor")),
     (r".*/(out|down)/kernel", PartitionSpec("tensor", "fsdp")),
@@ -34,9 +35,9 @@ def path_name(path: tuple) -> str:
 
 
 def stacked_axes(path: str, layers: str = LAYERS) -> int:
-    """How many leading axes of the leaf at `path` are stacked layers, which lie at `layers`: 1 or 0.
+    """The number of leading axes of the leaf at `path` that are stacked layers, 1 or 0.
 
-    Layers are apart under "layers/0/...", and stacked under "layers/..." without a number.
+    Layers are separate under "layers/0/...", and stacked under "layers/..." without a number.
     """
     rest = path.removeprefix(f"{layers}/")
     return int(rest != path and not rest.split("/")[0].isdigit())
@@ -45,12 +46,12 @@ def stacked_axes(path: str, layers: str = LAYERS) -> int:
 def param_shardings(
     params: Params, mesh: Mesh, rules: Rules = TRANSFORMER_RULES, layers: str = LAYERS
 ) -> Params:
-    """A tree like params with a NamedSharding for each leaf; `layers` is where the layers lie.
+    """A tree like params with a NamedSharding for each leaf; `layers` is the path of the layers.
 
-    What no rule names lies whole on each device. An axis of the mesh that does not divide its dimension is
-    left out for that leaf. Structured weights lay out their own fields, given the spec of the dense
-    kernel they stand for. A rule's spec is that of a leaf in one layer: the axis of stacked layers
-    (`stacked_axes`) is put before it.
+    Leaves that match no rule are replicated. A mesh axis that does not divide its dimension is
+    dropped for that leaf. Structured weights shard their own fields, given the spec of the dense
+    kernel that they represent. A rule's spec is that of a leaf in one layer: an axis for stacked
+    layers (`stacked_axes`) is put before it.
     """
 
     def place(path, node):
@@ -68,7 +69,7 @@ def param_shardings(
 def shard_params(
     params: Params, mesh: Mesh, rules: Rules = TRANSFORMER_RULES, layers: str = LAYERS
 ) -> Params:
-    """The params laid over the mesh."""
+    """The params, sharded over the mesh."""
     return jax.device_put(params, param_shardings(params, mesh, rules, layers))
 
 

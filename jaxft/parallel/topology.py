@@ -1,4 +1,4 @@
-"""Devices that are not here, to compile for: TPU slices and H100 boxes by name."""
+"""Devices of other machines to compile for: TPU slices and H100 hosts, by name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 import jax
 from jax.experimental import topologies
 
-# What XLA asks of a target: the public properties of an H100 SXM with 80 GB, as a text proto.
+# Target properties that XLA needs: the public ones of an H100 SXM with 80 GB, as a text proto.
 _H100 = """gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048 core_count: 132
   fpus_per_core: 128 shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448
@@ -32,10 +32,10 @@ def compile_only_devices(topology: str) -> list[jax.Device]:
 
     Arrays of jax.ShapeDtypeStruct with shardings over them make jax.jit(f).lower(...).compile() run
     the target's own compiler: it fails if the program does not fit the target's memory. Nothing can
-    be executed. Run it in a process of its own, started with `compile_environment()`.
+    be executed. Run it in a separate process, started with `compile_environment()`.
 
     Raises:
-        ValueError: for a name of another form.
+        ValueError: for a name of any other form.
         RuntimeError: if the target's compiler is not installed.
     """
     count, one = slices_of(topology)
@@ -43,10 +43,10 @@ def compile_only_devices(topology: str) -> list[jax.Device]:
         return _gpu_devices(count, int(match[1]))
     if not re.fullmatch(r"(v[2-6][ep]?|tpu7x):\d+(x\d+)*", one):
         raise ValueError(
-            f"compile_only_devices: {topology!r} is no topology; "
+            f"compile_only_devices: {topology!r} is not a topology; "
             "expected one like 'v5e:4x4', 'v5p:2x2x4', '2*v5e:4x4', 'v6e:1x1' or 'h100:8'."
         )
-    # One chip is less than the host of four that the compiler supposes.
+    # One chip is less than the host of four chips that the compiler assumes.
     single = re.fullmatch(r"\w+:1(x1)+", one)
     options = {"chips_per_host_bounds": (1, 1, 1)} if single else {}
     options |= {"num_slices": count} if count > 1 else {}
@@ -68,7 +68,7 @@ def slices_of(topology: str) -> tuple[int, str]:
 def compile_environment() -> dict[str, str]:
     """The environment of a process that calls `compile_only_devices`.
 
-    Compilers that lie beside the environment, in <prefix>/aot as `make aot` puts them, are found; a
+    It finds compilers in <prefix>/aot beside the environment, where `make aot` installs them; a
     plain process does not see them, so that JAX does not look for a TPU at each start.
     """
     aot = pathlib.Path(sys.prefix) / "aot"
@@ -77,7 +77,7 @@ def compile_environment() -> dict[str, str]:
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        # There is no device to try kernels out on.
+        # There is no device on which to autotune kernels.
         "XLA_FLAGS": "--xla_gpu_autotune_level=0",
         **({"PYTHONPATH": os.pathsep.join(filter(None, path))} if path else {}),
     }

@@ -1,6 +1,7 @@
-"""Compares mathematics for `mathematics.py`: [found, answer, seconds] in JSON on a line, then true or false.
+"""Compares mathematics for `mathematics.py`: JSON lines [found, answer, seconds] in, true or false out.
 
-Started as a script in an interpreter of its own, in which sympy may hang, or fill the memory, without harm.
+It is started as a script in a separate interpreter, so that sympy may hang or fill the memory
+without harm.
 """
 
 import json
@@ -14,15 +15,15 @@ MEMORY = 2 << 30  # bytes
 
 
 class OutOfTime(BaseException):
-    """Raised at the end of the time; not an Exception, which sympy would swallow."""
+    """Raised when the time is over; not an Exception, which sympy would swallow."""
 
 
 def main() -> None:
     """Answers requests until the input ends."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # What a library prints is no answer.
+    os.dup2(2, 1)  # Output printed by a library is not an answer.
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    logging.disable(logging.CRITICAL)  # It warns that its own time limit is off; the alarm is ours.
+    logging.disable(logging.CRITICAL)  # It would warn that its own timer is off; ours replaces it.
     from math_verify import LatexExtractionConfig, parse, verify
 
     def read(text):
@@ -40,8 +41,9 @@ def main() -> None:
     answers.write("ready\n")
     for line in sys.stdin:
         found, answer, seconds = json.loads(line)
-        # Both count seconds of CPU, so that a busy machine changes no verdict. The first is seen between
-        # two operations of Python alone, and a long power of integers is one: the second ends the process.
+        # Both count CPU seconds, so that a busy machine does not change a verdict. Python handles
+        # the first only between two operations, and a long power of integers is one operation; the
+        # second ends the process.
         signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
         signal.setitimer(signal.ITIMER_PROF, 2 * seconds)
         try:

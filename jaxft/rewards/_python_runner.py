@@ -1,9 +1,9 @@
 """Runs the program on its standard input and writes what its `solution()` returns; see `run_python`.
 
-Started as a script of its own by a bare interpreter (-I -S): nothing of jaxft is imported.
+A bare interpreter (-I -S) starts it as a script: it imports nothing of jaxft.
 """
 
-import collections  # noqa: F401  Loaded here, since a program can load nothing more.
+import collections  # noqa: F401  Loaded here because a program cannot load modules.
 import datetime  # noqa: F401
 import decimal
 import fractions
@@ -22,7 +22,7 @@ import string  # noqa: F401
 import sys
 
 LONGEST = 1000  # characters of an answer
-# What a program may do of what the interpreter reports (docs.python.org/3/library/audit_events.html).
+# Audit events that a program may cause (docs.python.org/3/library/audit_events.html).
 HARMLESS = frozenset(
     "compile exec builtins.id object.__getattr__ object.__setattr__ object.__delattr__ code.__new__ "
     "function.__new__ sys._getframe sys.excepthook sys.unraisablehook time.sleep gc.get_objects".split()
@@ -34,7 +34,7 @@ def main(seconds: float, megabytes: int) -> None:
     program = sys.stdin.read()
     write, limit = sys.stdout.write, resource.setrlimit
     flush = sys.stdout.flush
-    sys.stdout = sys.stderr = io.StringIO()  # What it prints is no answer.
+    sys.stdout = sys.stderr = io.StringIO()  # Printed output is not an answer.
     cpu = math.ceil(seconds)
     limit(resource.RLIMIT_CPU, (cpu, cpu))
     limit(resource.RLIMIT_AS, (megabytes << 20, megabytes << 20))
@@ -60,7 +60,7 @@ def main(seconds: float, megabytes: int) -> None:
 
 
 def answer_text(value) -> str | None:
-    """A number or a text as text; None for anything else, and for what is too long or not finite."""
+    """A number or a text as text; None for anything else, and for values too long or not finite."""
     if not isinstance(value, (int, float, str, fractions.Fraction, decimal.Decimal)):
         return None
     if isinstance(value, float) and not math.isfinite(value):
@@ -74,4 +74,4 @@ def answer_text(value) -> str | None:
 
 if __name__ == "__main__":
     main(float(sys.argv[1]), int(sys.argv[2]))
-    os._exit(0)  # Nothing that the program left behind runs.
+    os._exit(0)  # Exit handlers and threads of the program do not run.

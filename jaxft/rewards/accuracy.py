@@ -16,11 +16,11 @@ from jaxft.rewards.verifiers import Verifier, mentions_answer
 
 
 class Accuracy(NamedTuple):
-    """What a model answered, and how often it was right."""
+    """A model's answers, and how often they were right."""
 
     completions: list[str]
     correct: list[bool]  # by the verifier
-    mentioned: list[bool]  # the answer occurs somewhere: right but for the format
+    mentioned: list[bool]  # the answer occurs somewhere: right except for the format
 
     @property
     def rate(self) -> float:
@@ -58,13 +58,13 @@ def measure_accuracy(
     batch_size: int = 16,
     progress: Callable[[int, int], None] | None = None,
 ) -> Accuracy:
-    """Answers every record greedily and verifies.
+    """Answers every record greedily and verifies the answers.
 
     Args:
         stop_ids: tokens that end an answer; None: `checkpoints.end_tokens`.
-        stop_strings: text that ends one too.
-        batch_size: prompts at a time; those of like length go together, to save padding.
-        progress: called with (records done, all).
+        stop_strings: texts that also end an answer.
+        batch_size: prompts at a time, grouped by length to save padding.
+        progress: called with (records done, number of records).
     """
     tokenizer = renderer.tokenizer
     if stop_ids is None:

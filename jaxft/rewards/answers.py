@@ -1,4 +1,4 @@
-"""Which answer a completion states, and whether it is the wanted one."""
+"""Finds the answer that a completion states, and compares it with the wanted one."""
 
 from __future__ import annotations
 
@@ -26,12 +26,13 @@ _REASON = re.compile(r"(?i),?\s+(?:because|since|as|which|so that|where)\b.*|\s+
 
 
 def same_answer(completion: str, answer: Any) -> bool:
-    """Whether the completion's answer is the wanted one, or one of a list of accepted ones.
+    """True if the completion's answer is the wanted one, or one of a list of accepted ones.
 
-    The completion's answer is what it states last, by \\boxed{}, "####", "the answer is", "Answer:" or
-    <answer> tags; otherwise the whole text or, where a number is wanted, the last number in it (GSM8K). A
-    text that merely contains the answer is wrong, and so is one that offers two. A reference solution with
-    "####" or \\boxed{} counts as the answer that it states. Compared are, in this order:
+    The completion's answer is the last one stated with \\boxed{}, "####", "the answer is",
+    "Answer:" or <answer> tags; otherwise the whole text or, if a number is wanted, the last number
+    in it (GSM8K). A text that merely contains the answer is wrong, as is one that offers two. A
+    reference solution with "####" or \\boxed{} counts as the answer that it states. The comparison
+    tries, in this order:
 
     - texts, without case, outer marks, articles and Markdown;
     - choices: "(B)", "B.", "**B**", "option B" for B, "A, C" for AC; yes and true, no and false;
@@ -40,26 +41,26 @@ def same_answer(completion: str, answer: Any) -> bool:
     - intervals and inequalities; sets and lists in any order, tuples by brackets, values by names;
     - mathematics, by math-verify (`mathematics.same_mathematics`).
 
-    docs/rewards.md says where public graders disagree, and what holds here.
+    docs/rewards.md lists where public graders disagree, and the rule used here.
 
     Raises:
-        DataError: for an answer that is null, empty or no text, number or list of them.
+        DataError: for an answer that is null, empty, or not a text, a number or a list of them.
     """
     return any(_states(completion, wanted) for wanted in accepted_answers(answer))
 
 
 def needs_mathematics(answer: str) -> bool:
-    """Whether comparing with the answer takes more than numbers, words and lists of them."""
-    if answer.isdigit() or answer.isalpha():  # Thousands of answers are asked at once.
+    """True if comparing with the answer takes more than numbers, words and lists of them."""
+    if answer.isdigit() or answer.isalpha():  # Fast: thousands of answers are checked at once.
         return False
     return is_expression(plain(reference_answer(answer)))
 
 
 def accepted_answers(answer: Any) -> list[str]:
-    """The answers, any of which is right: of a list its items; numbers and truth values as text.
+    """The accepted answers: the items of a list; numbers and truth values as text.
 
     Raises:
-        DataError: if there is none, or one is null, empty, or no text, number or truth value.
+        DataError: if there is none, or one is null, empty, or not a text, number or truth value.
     """
     answers = list(answer) if isinstance(answer, (list, tuple)) else [answer]
     answers = [x.item() if hasattr(x, "item") else x for x in answers]  # of NumPy
@@ -79,7 +80,7 @@ def accepted_answers(answer: Any) -> list[str]:
 
 
 def stated_answer(text: str) -> str | None:
-    """What the text states as its answer, on one line and without a final stop; None if it states none.
+    """The answer that the text states, on one line and without a final stop; None if it states none.
 
     The last of \\boxed{...}, "####", "the answer is", "Answer:" and <answer>...</answer> counts.
     """
@@ -88,7 +89,7 @@ def stated_answer(text: str) -> str | None:
 
 
 def _stated(text):
-    """(the stated answer, whether it is the answer alone), or None."""
+    """(the stated answer, whether it is only the answer), or None."""
     text = text.rpartition("</think>")[2]
     before, tag, _ = text.rpartition("</answer>")
     if tag and "<answer>" in before:
@@ -109,7 +110,7 @@ def _stated(text):
 
 
 def reference_answer(answer):
-    """The answer that a reference solution with "####" or \\boxed{} states, or the answer as it is."""
+    """The answer that a reference solution with "####" or \\boxed{} states, or the answer unchanged."""
     found = _stated(answer) if "####" in answer or "\\boxed" in answer else None
     return found[0] if found else answer.strip()
 
@@ -140,20 +141,20 @@ def _states(completion, wanted):
 
 
 def _affirmed(text):
-    """The text without what it denies: of "not B, it is C" and of "C, not B" the C."""
+    """The text without what it denies: C for "not B, it is C" and for "C, not B"."""
     text = _CORRECTED.sub("", text.strip())
     return _CONTRASTED.sub(r"\1", text) if "\n" not in text else text
 
 
 def _clauses(text):
-    """The text, its first sentence, and that without its reason."""
+    """The text, its first sentence, and the first sentence without its reason."""
     sentence = re.split(r"(?<=[^\d.][.!?])\s|(?<=\d[.!?])\s+(?=[A-Z*])|\n", text.strip())[0]
     bare = _REASON.sub("", sentence)
     return list(dict.fromkeys(part for part in (text, sentence, bare) if part.strip()))
 
 
 def _offers_several(text):
-    """Whether a text is nothing but a range or a list of numbers, or of anything in brackets."""
+    """True if a text is only a range or a list of numbers, or of anything in brackets."""
     if text[:1].isdigit() and quantities.read_range(plain(text)):
         return True
     items = read_items(plain(text)) if len(text) < LONGEST else None

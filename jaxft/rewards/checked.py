@@ -1,4 +1,4 @@
-"""What a reward function of the user's own gave, as numbers or as one error that shows it."""
+"""Checks the results of user reward functions: numbers, or one error that shows the bad value."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ import numpy as np
 
 
 class RewardError(ValueError):
-    """What a reward function or a judge returned is no reward: says what it was, and which was expected."""
+    """A reward function or judge returned no reward; names the value and what was expected."""
 
 
 def checked_rewards(rewards: Any, count: int) -> np.ndarray:
     """The rewards of `count` completions as an array [count] of float32, NaN where there is no verdict.
 
-    Lists, tuples and arrays of NumPy and JAX with one axis are read; their items as `checked_reward` does.
+    Lists, tuples and arrays of NumPy and JAX with one axis are accepted; `checked_reward` reads
+    their items.
 
     Raises:
-        RewardError: for anything else, with its shape or the first item that is no reward.
+        RewardError: for anything else, with its shape or the first item that is not a reward.
     """
     expected = f"it must return {count} numbers, one for each completion, in their order"
     if rewards is None or isinstance(rewards, (str, bytes, Mapping)) or not np.iterable(rewards):
@@ -56,7 +57,7 @@ def checked_reward(value: Any) -> float:
     )
     if not isinstance(value, (numbers.Real, np.bool_)) and not scalar:
         raise RewardError(
-            f"{shown(value)} is no reward; expected a number, or None for no verdict."
+            f"{shown(value)} is not a reward; expected a number, or None for no verdict."
         )
     number = float(value)
     if math.isinf(number):

@@ -19,7 +19,7 @@ _SEVERAL = re.compile(
 
 
 def labelled(text: str) -> tuple[str, str] | None:
-    """(letter, what it stands for) of "(A) Paris", "A. Paris" or "A: Paris"; None for anything else."""
+    """(letter, its text) of "(A) Paris", "A. Paris" or "A: Paris"; None for anything else."""
     found = re.fullmatch(r"\(([A-J])\)[.:]?\s*(\S.*)|([A-J])[.):]\s+(\S.*)", text)
     return (found[1] or found[3], found[2] or found[4]) if found else None
 
@@ -27,7 +27,7 @@ def labelled(text: str) -> tuple[str, str] | None:
 def read_choices(text: str) -> frozenset[str] | None:
     """The letters of "A, C", "(A) and (C)" or "AC"; None for one letter and for anything else.
 
-    Letters without a separator count only in the order of the alphabet: BAD is a word.
+    Letters without a separator count only in alphabetical order: BAD is a word.
     """
     text = re.sub(r"^(?:\[(.*)\]|\{(.*)\})$", r"\1\2", text)
     letters = re.findall(r"\b[A-J]\b", text) if _SEVERAL.fullmatch(text) else None
@@ -37,7 +37,7 @@ def read_choices(text: str) -> frozenset[str] | None:
 
 
 def read_choice(text: str, stated: bool) -> str | None:
-    """The letter that a text chooses, or None; `stated`: the text is what stands behind "the answer is"."""
+    """The letter that a text chooses, or None; `stated`: the text follows "the answer is"."""
     letter = re.match(
         r"\W*(?:(?:option|choice|answer)\s+)?\(?([A-J])\b(?=\W*$|[).:,*]|\s+(?:because|since|as|is|\())",
         text,
@@ -53,7 +53,7 @@ def read_choice(text: str, stated: bool) -> str | None:
 
 
 def read_polar(text: str, stated: bool) -> bool | None:
-    """True or False of a yes or a no at the beginning, or alone at the end; None for neither or both."""
+    """True for a yes, False for a no, at the beginning or alone at the end; None for neither or both."""
     words = re.split(r"(?<=[.!?:])\s+", text.casefold())
     first = re.match(
         r"\W*(\w+)\b(?=\W*$|[,.;:!*]|\s+(?:because|it|they|he|she|this|that|we|i)\b)", words[0]

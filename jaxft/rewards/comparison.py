@@ -1,4 +1,4 @@
-"""Whether two texts, each an answer and nothing else, are the same answer."""
+"""Compares two texts, each an answer and nothing else."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _BARE_UNIT = re.compile(  # of two letters: the m of 2x m may be a variable
 
 
 def same_value(found: str, wanted: str) -> bool:
-    """Whether two texts, each an answer and nothing else, are the same answer; see `same_answer`."""
+    """True if two texts, each an answer and nothing else, are the same answer; see `same_answer`."""
     given, gold = plain(found), plain(wanted)
     if found.strip() == wanted.strip() or _key(given) == _key(gold):
         return bool(_key(gold) or found.strip() == wanted.strip())
@@ -68,15 +68,15 @@ def same_value(found: str, wanted: str) -> bool:
 
 
 def is_expression(gold: str) -> bool:
-    """Whether comparing with a plain text takes more than numbers, words and lists of them."""
+    """True if comparing with a plain text takes more than numbers, words and lists of them."""
     return is_mathematics(gold) and not any(read(gold) for read, _ in _KINDS[:-2])
 
 
 def _key(text):
-    """The text for comparison of words."""
-    if not re.search(r"\d[A-Za-z](?!\w)", text):  # 5M is no 5m
+    """The text, normalised for comparing words."""
+    if not re.search(r"\d[A-Za-z](?!\w)", text):  # 5M is not 5m
         text = text.casefold()
-    text = re.sub(r"(?<![\d)}])!$", "", text.rstrip(" .?\"'`*_;:,"))  # 5! is no 5
+    text = re.sub(r"(?<![\d)}])!$", "", text.rstrip(" .?\"'`*_;:,"))  # 5! is not 5
     text = re.sub(r"^[ !?\"'`*_;:,]*(?:\.(?!\d))?[ !?\"'`*_;:,]*", "", text)
     if (
         not re.search(r"\d", text)
@@ -91,7 +91,7 @@ def _key(text):
 
 
 def _without_name(given, gold):
-    """Both without "x =", where one of them alone has it, or both have the same."""
+    """Both without "x =", if only one of them has it, or both have the same."""
     one, other = _NAMED.match(given), _NAMED.match(gold)
     if one and other:
         same = one[1].replace(" ", "") == other[1].replace(" ", "")
@@ -107,9 +107,9 @@ def _without_name(given, gold):
     if not _EQUALS.search(given) or _EQUALS.search(gold) or read_items(given):
         return given, gold
     first = _EQUALS.split(given)[0]
-    variables = re.search(r"(?<![A-Za-z\\])[A-Za-z](?![A-Za-z])", first)  # 3x + 2y = 7 is no 7
+    variables = re.search(r"(?<![A-Za-z\\])[A-Za-z](?![A-Za-z])", first)  # 3x + 2y = 7 is not 7
     named = re.search(rf"(?:^|[A-Za-z]{{2,}}\s){_NAME}\s*$", first)
-    joined = re.search(r",\s|;|\b(?:or|and)\b", given[len(first) :])  # x = 5 or y = 6 is no 6
+    joined = re.search(r",\s|;|\b(?:or|and)\b", given[len(first) :])  # x = 5 or y = 6 is not 6
     if (
         (named or not variables)
         and not joined
@@ -120,7 +120,7 @@ def _without_name(given, gold):
 
 
 def _unit(text):
-    """(unit or None, what stands before it) of an expression with a unit; None without one."""
+    """(unit or None, the text before it) of an expression with a unit; None without one."""
     if found := _WRAPPED_UNIT.search(text):
         before = text[: found.start()]
         words = plain(found[1] + (found[2] or ""))
@@ -141,7 +141,7 @@ def _unit(text):
 
 
 def _same_with_units(found, wanted, given, gold):
-    """Whether two expressions, one or both with a unit, are the same; units are not converted."""
+    """True if two expressions, one or both with a unit, are the same; units are not converted."""
     if given and gold and given[0] and gold[0] and given[0] != gold[0]:
         return False
     return same_value(given[1] if given else found, gold[1] if gold else wanted)
@@ -192,7 +192,7 @@ def _both_signs(text):
 
 
 def _is_enclosed(text):
-    """Whether the first bracket closes at the end, by a bracket of any shape."""
+    """True if the first bracket closes at the end, with a bracket of any shape."""
     depth = 0
     for i, c in enumerate(text):
         depth += (c in "([{") - (c in ")]}")
@@ -207,7 +207,7 @@ def _same_items(given, gold):
         return False
     names, gold_names = _names(items), _names(wanted)
     if names or gold_names:
-        if not names or not gold_names:  # the values alone, in the alphabet's order of the names
+        if not names or not gold_names:  # only the values, in alphabetical order of the names
             bare, values = (ends, items) if gold_names else (gold_ends, wanted)
             if any(map(_NAMED.match, values)):  # x = 1, x = 2 beside a = 1, b = 2
                 return False
@@ -239,7 +239,7 @@ def _same_items(given, gold):
 
 
 def _names(items):
-    """The names of "a=1, b=2", or None where an item has none, or two have the same."""
+    """The names of "a=1, b=2", or None if an item has none or two have the same."""
     found = [_NAMED.match(item) for item in items]
     names = [match[1].replace(" ", "") for match in found if match]
     return names if len(names) == len(items) == len(set(names)) > 1 else None
@@ -267,7 +267,7 @@ def _equal(given, gold):
     return given == gold
 
 
-# (how a kind is read, None for another kind; how two of it are compared)
+# (reader of a kind, returning None for other kinds; comparison of two values of it)
 _KINDS: tuple[tuple[Callable, Callable], ...] = (
     (quantities.read_number, quantities.same_quantity),
     (quantities.read_measure, quantities.same_quantity),
@@ -284,13 +284,13 @@ _KINDS: tuple[tuple[Callable, Callable], ...] = (
 
 
 def _brackets_agree(given, gold):
-    """False for (1, 2) beside {1, 2}: math-verify takes a tuple for an open interval, and that for a set."""
+    """False for (1, 2) beside {1, 2}: math-verify reads a tuple as an open interval, and that as a set."""
     ends = [text[:1] + text[-1:] for text in (given, gold)]
     return not any({a, b} == {"()", "{}"} for a, b in [ends] if "," in given + gold)
 
 
 def _latex(text):
-    """Plain notation as LaTeX, where they differ."""
+    """Converts plain notation to LaTeX where they differ."""
     text = re.sub(r"(?<![\\A-Za-z])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", text)
     text = re.sub(r"√\s*\(([^()]*)\)|√\s*(\w+)", lambda m: rf"\sqrt{{{m[1] or m[2]}}}", text)
     text = re.sub(r"(?<![\\A-Za-z])pi(?![A-Za-z])|π", r"\\pi ", text)
@@ -301,7 +301,7 @@ def _latex(text):
         .replace("≥", r"\ge ")
     )
     text = re.sub(r"(?<![\\A-Za-z])(sin|cos|tan|log|ln|exp)(?![A-Za-z])", r"\\\1", text)
-    # math-verify takes the m of "2x m" for a unit, and drops it.
+    # math-verify reads the m of "2x m" as a unit and drops it.
     text = re.sub(r"(?<![A-Za-z\\])([a-z\d])\s+(?=[a-z](?![A-Za-z]))", r"\1 \\cdot ", text)
     text = re.sub(r"<=", r"\\le ", re.sub(r">=", r"\\ge ", text))
     if text.startswith("{") and text.endswith("}"):

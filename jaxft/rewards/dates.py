@@ -26,7 +26,7 @@ _TIME = re.compile(r"(\d{1,2})(?::(\d\d))?(?::(\d\d))?\s*(?:([ap])\.?\s?m\b\.?)?
 def read_date(text: str) -> tuple[int | None, int, int | None] | None:
     """(year, month, day) of "2020-03-05", "March 5th, 2020", "5 March" or "May 2020"; None for other text.
 
-    A part that is not named is None. 3/5/2020 is no date: its first number may be the month or the day.
+    A missing part is None. 3/5/2020 is not read: its first number may be the month or the day.
     """
     for pattern in _DATES:
         if match := pattern.fullmatch(text.casefold().strip(". ")):
@@ -41,7 +41,7 @@ def read_date(text: str) -> tuple[int | None, int, int | None] | None:
 
 
 def read_time(text: str) -> tuple[int, int, int, bool] | None:
-    """(hour, minute, second, whether the half of the day is known) of "3:30 p.m." or "15:30"; None else."""
+    """(hour, minute, second, whether a.m. or p.m. is known) of "3:30 p.m." or "15:30"; None otherwise."""
     match = _TIME.fullmatch(text.casefold().strip())
     if not match or not (match[2] or match[4]):
         return None

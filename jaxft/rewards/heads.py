@@ -12,7 +12,7 @@ from jaxft.weights import matmul
 
 
 def add_reward_head(key: jax.Array, params: Any, hidden_size: int) -> Any:
-    """The params with a reward head, normal with variance 1 / (D + 1); it trains."""
+    """The params with a trainable reward head, normal with variance 1 / (D + 1)."""
     kernel = jax.random.normal(key, (hidden_size, 1)) / jnp.sqrt(hidden_size + 1.0)
     return {**params, "reward": {"kernel": kernel}}
 

@@ -1,4 +1,4 @@
-"""Intervals, unions of them, and the inequalities that say the same."""
+"""Intervals, unions of intervals, and equivalent inequalities."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def _inequality(text):
 
 
 def same_intervals(given: Intervals, gold: Intervals, same: Callable[[str, str], bool]) -> bool:
-    """Whether two sets have the same parts, in any order; `same` compares their ends.
+    """True if two sets have the same parts, in any order; `same` compares their ends.
 
     A variable counts only if both name one.
     """

@@ -1,4 +1,4 @@
-"""Equality of mathematical expressions, by math-verify in a process of its own."""
+"""Equality of mathematical expressions, by math-verify in a separate process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import threading
 from pathlib import Path
 
 RUNNER = Path(__file__).with_name("_math_runner.py")
-STARTUP = 300.0  # seconds in which the process imports sympy
+STARTUP = 300.0  # seconds for the process to import sympy
 PATIENCE = 30  # wall-clock seconds for each second of CPU that a comparison may take
 LONGEST = 300  # characters of an expression
 
@@ -31,12 +31,12 @@ _FUNCTIONS = re.compile(
 
 
 def same_mathematics(found: str, answer: str, *, seconds: float = 2.0) -> bool:
-    """Whether two expressions in LaTeX, or in plain notation, are mathematically the same.
+    """True if two expressions in LaTeX, or in plain notation, are mathematically the same.
 
     math-verify compares them (Hugging Face, Apache 2.0): simplified by sympy, sets in any order, decimals
-    to six places. False for what it cannot read, or not within `seconds` of CPU time; it never raises for an
-    expression, and never hangs. The process is shared by the threads of this one and is started at its first
-    use (`start`), so that sympy is imported by nobody who has no use for it.
+    to six places. False if it cannot read one, or exceeds `seconds` of CPU time; it never raises
+    for an expression, and never hangs. Threads share the process, which is started at its first use
+    (`start`), so that programs without such answers do not import sympy.
 
     Raises:
         ModuleNotFoundError: if math-verify is not installed.
@@ -54,12 +54,12 @@ def same_mathematics(found: str, answer: str, *, seconds: float = 2.0) -> bool:
 
 
 def is_mathematics(text: str) -> bool:
-    """Whether an answer needs more than the comparison of numbers and words: LaTeX, powers, variables."""
+    """True if an answer needs more than the comparison of numbers and words: LaTeX, powers, variables."""
     return _readable(text) and bool(_NOTATION.search(text))
 
 
 def start(*, wait: bool = False) -> subprocess.Popen:
-    """The process that compares for this one; `wait`: until it has imported sympy.
+    """Starts the process that compares, and returns it; `wait`: until it has imported sympy.
 
     Raises:
         ModuleNotFoundError: if math-verify is not installed.
@@ -72,7 +72,7 @@ def start(*, wait: bool = False) -> subprocess.Popen:
 
 @functools.lru_cache(maxsize=1)
 def _process(owner):
-    """The process of the process `owner`: one that was forked needs another."""
+    """The comparing process of the process `owner`: a forked process needs its own."""
     del owner
     if importlib.util.find_spec("math_verify") is None:
         raise ModuleNotFoundError(
@@ -92,7 +92,7 @@ def _process(owner):
 
 
 def _ask(process, request, seconds):
-    """The reply, or None if the process died or is late."""
+    """The reply, or None if the process died or exceeded its time."""
     if not process.ready:
         return None
     try:
@@ -103,7 +103,7 @@ def _ask(process, request, seconds):
 
 
 def _line(process, seconds):
-    """One line of its output; None if it ends or `seconds` pass. Lines are short, and arrive whole."""
+    """One short line of the process's output; None at its end or after `seconds`."""
     ready, _, _ = select.select([process.stdout], [], [], seconds)
     return process.stdout.readline().decode().strip() or None if ready else None
 
@@ -115,7 +115,7 @@ def _end(process):
 
 
 def _readable(text):
-    """Whether it is an expression and not prose, whose words would be products of variables."""
+    """True for an expression, False for prose, whose words would be products of variables."""
     # math-verify reads 52_8 as 52.
     if not text or len(text) > LONGEST or "\n" in text or re.search(r"\d\s*_", text):
         return False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 
-_MONEY = "\ue000"  # stands for a dollar sign of money while those of LaTeX are removed
+_MONEY = "\ue000"  # replaces the dollar sign of money while those of LaTeX are removed
 _CHARACTERS = str.maketrans(
     dict.fromkeys("−‒–—﹣‐‑", "-")
     | dict.fromkeys("\u00a0\u2009\u202f\u2007\u3000", " ")
@@ -53,7 +53,7 @@ _LATEX = tuple(
         (r"\\[lr]brace(?![A-Za-z])|\\(?=[{}])", ""),
         (r"(?<=[\d)])\*\*(?=[\d(-])", "^"),  # Python's power, before Markdown's bold face
         (r"\*\*|__|`", ""),
-        (r"-\s+(?=\d+/\d)", "-"),  # what a replaced \frac left behind its sign
+        (r"-\s+(?=\d+/\d)", "-"),  # the space that a replaced \frac left after its sign
     )
 )
 
@@ -61,7 +61,8 @@ _LATEX = tuple(
 def plain(text: str) -> str:
     """The text in one notation and on one line: `$-\\frac{1}{2}$` and `−½` are both -1/2.
 
-    Numbers, simple fractions, percent, money, degrees and words become plain; other LaTeX stays as it is.
+    Numbers, simple fractions, percent, money, degrees and words become plain; other LaTeX does not
+    change.
     """
     text = "".join(
         " " + unicodedata.normalize("NFKC", c)
@@ -87,14 +88,14 @@ def _repeating(match):
 
 
 def boxed(text: str) -> tuple[int, str] | None:
-    """(where it begins, content) of the last \\boxed{...} or \\fbox{...}; None without one.
+    """(start, content) of the last \\boxed{...} or \\fbox{...}; None without one.
 
-    Boxes with nothing but "and", "or" or a comma between them are one answer, with commas in between.
+    Boxes with only "and", "or" or a comma between them are one answer, joined by commas.
     """
     open_braces, found = (
         [],
         [],
-    )  # where each open box begins, None for another brace; (begin, end, content)
+    )  # start of each open box, None for another brace; (begin, end, content)
     for match in re.finditer(r"\\(?:boxed|fbox)\s*(?:(\{)|(\w))|\\.|[{}]", text):
         if match[2]:  # \boxed 5
             found.append((match.start(), match.end(), match[2]))

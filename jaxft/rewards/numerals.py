@@ -39,9 +39,9 @@ _MORE = re.compile(
 
 
 def with_digits(text: str) -> str:
-    """The text with the number that it begins with in digits: "twenty-one", "two thirds", "five apples".
+    """The text with its leading number in digits: "twenty-one", "two thirds", "five apples".
 
-    At most one word may follow the number: "one of them" and "Seven Samurai" stay as they are.
+    At most one word may follow the number: "one of them" and "Seven Samurai" do not change.
     """
     if share := re.fullmatch(rf"(?i)(?:an?\s+)?({'|'.join(_PARTS)})", text):
         return f"1/{_PARTS[share[1].lower()]}" if " " in text or "half" in text.lower() else text
@@ -68,7 +68,7 @@ def with_digits(text: str) -> str:
 
 
 def _value(words):
-    """The number of the words, or None if they are no number, such as "one two"."""
+    """The number of the words, or None if they are not a number, such as "one two"."""
     if words[0] in ("a", "an"):
         words = ["one", *words[1:]]
         if len(words) < 2 or words[1] in _VALUES:

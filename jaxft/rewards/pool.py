@@ -1,4 +1,4 @@
-"""Calls in processes of their own, which may hang, raise or die: verifiers above all."""
+"""Runs calls that may hang, raise or die, mainly verifiers, in separate processes."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from jaxft.parallel import first_decides
 from jaxft.rewards.checked import checked_reward, checked_rewards, shown
 from jaxft.rewards.verifiers import Verifier
 
-STARTUP = 120.0  # seconds that a process may take to import and to make its verifier
-_UNGUARDED = 78  # exit status of a process that came back to here while it imported the script
+STARTUP = 120.0  # seconds for a process to import and to make its verifier
+_UNGUARDED = 78  # exit status of a process that made a pool while it imported the script
 
 # (completions, records) -> one reward each; NaN where there is no verdict.
 RewardFn = Callable[[Sequence[str], Sequence[Mapping[str, Any]]], Sequence[float]]
 
 
 class VerifierError(RuntimeError):
-    """Too many verdicts failed, or no process can make its function."""
+    """Too many verdicts failed, or a process cannot make its function."""
 
 
 class Failures(NamedTuple):
-    """How many calls of a pool failed so far, and why."""
+    """Numbers of calls of a pool that failed so far, by cause."""
 
     timeouts: int = 0
     errors: int = 0  # exceptions
@@ -42,10 +42,10 @@ class Failures(NamedTuple):
 
 
 def in_process(verifier: Verifier) -> RewardFn:
-    """Rewards of a verifier that is trusted to return: 1 for right, 0 for wrong, or its own numbers.
+    """Rewards of a verifier that is trusted to return: 1 for right, 0 for wrong, or the verifier's numbers.
 
     Raises:
-        RewardError: when called, for a verdict that is no number.
+        RewardError: when called, for a verdict that is not a number.
     """
     return lambda completions, records: [
         checked_reward(verifier(completion, record))
@@ -56,7 +56,7 @@ def in_process(verifier: Verifier) -> RewardFn:
 class OnFirstHost:
     """A RewardFn that the first process calls for all: verdicts of a pool depend on its clock.
 
-    `failures` are those of the function, if it counts them.
+    `failures` are the function's, if it counts them.
     """
 
     def __init__(self, rewards: RewardFn | None):
@@ -64,14 +64,14 @@ class OnFirstHost:
 
     @property
     def failures(self) -> Failures:
-        """How many calls failed so far, here."""
+        """Numbers of calls that failed so far in this process."""
         return getattr(self._rewards, "failures", Failures())
 
     def __call__(self, completions, records):
-        """A reward each; NaN where there is no verdict.
+        """One reward per completion; NaN where there is no verdict.
 
         Raises:
-            RewardError: for what is no reward.
+            RewardError: for a result that is not a reward.
         """
 
         def call():
@@ -83,27 +83,28 @@ class OnFirstHost:
 
 
 class Outcome(NamedTuple):
-    """What a call in another process came to."""
+    """The result of a call in another process."""
 
-    value: Any = None  # or, of an exception, its message
+    value: Any = None  # for an exception, its message
     failure: str | None = None  # a field of Failures
-    place: str = ""  # of an exception, the file and line that raised it
+    place: str = ""  # for an exception, the file and line that raised it
 
 
 class ProcessPool:
     """Calls of a function in `workers` processes, each within `timeout` seconds.
 
-    A call that takes longer costs its process, which is killed and replaced. Processes are spawned, not
-    forked (JAX has threads), so each imports the script: a script needs its `if __name__ == "__main__"`,
-    and a notebook takes the function from a module.
+    If a call takes longer, its process is killed and replaced. Processes are spawned, not forked
+    (JAX has threads), so each imports the script: a script needs `if __name__ == "__main__"`, and a
+    notebook must import the function from a module.
 
     Args:
         make_function: called once in each process: a function of a module, or a functools.partial of one.
-            What it makes takes and gives what can be pickled.
+            The arguments and results of the function that it makes must be picklable.
         timeout: wall-clock seconds of one call.
 
     Raises:
-        ValueError: if a process could not import the function: one of a notebook, or of standard input.
+        ValueError: if a process could not import the function: one from a notebook or from standard
+            input.
         VerifierError: in the first call, if the script starts its work when it is imported.
     """
 
@@ -129,7 +130,7 @@ class ProcessPool:
         self.close()
 
     def __call__(self, arguments: Sequence[tuple[Any, ...]]) -> list[Outcome]:
-        """The outcome of each call, in their order."""
+        """The outcome of each call, in order."""
         jobs = collections.deque(enumerate(arguments))
         outcomes = [Outcome()] * len(jobs)
         while jobs or any(worker.job is not None for worker in self._workers):
@@ -158,17 +159,17 @@ class ProcessPool:
 class VerifierPool:
     """Rewards of a verifier in a `ProcessPool`.
 
-    A verdict that takes too long, raises or is no number (`checked_reward`), or whose process dies, is a
-    failure. The first of each kind is shown on standard error, with the completion. A failure's reward is
-    `failed`: by default NaN, no verdict, so that the response is in no baseline and gets no advantage; 0
-    teaches to avoid what breaks the verifier.
+    A verdict is a failure if it takes too long, raises, is not a number (`checked_reward`), or its
+    process dies. The first of each kind is printed on standard error, with the completion. A
+    failure's reward is `failed`: by default NaN, no verdict, so that the response is in no baseline
+    and gets no advantage; 0 trains the policy to avoid texts that break the verifier.
 
         with VerifierPool(functools.partial(reasoning_gym_verifier, "rg:chain_sum")) as rewards:
             rewards(completions, records)
 
     Args:
         make_verifier, workers, timeout: see `ProcessPool`.
-        max_failed: share of failures in one call above which it raises.
+        max_failed: share of failures in one call above which VerifierError is raised.
     """
 
     def __init__(
@@ -181,7 +182,7 @@ class VerifierPool:
         max_failed: float = 0.5,
     ):
         self.failures = Failures()
-        self._shown: set[str] = set()  # kinds of failures of which the first was shown
+        self._shown: set[str] = set()  # kinds of failures already shown once
         self._failed, self._max_failed = failed, max_failed
         make = functools.partial(_numbers, make_verifier)
         self._pool = ProcessPool(make, workers=workers, timeout=timeout)
@@ -205,7 +206,7 @@ class VerifierPool:
             if kind not in self._shown:
                 self._shown.add(kind)
                 print(
-                    f"verdict failed: {text}; more like it are counted", file=sys.stderr, flush=True
+                    f"verdict failed: {text}; others are only counted", file=sys.stderr, flush=True
                 )
         count = sum(failed.values())
         if count > self._max_failed * len(outcomes):
@@ -222,14 +223,14 @@ class VerifierPool:
 
 
 def _said(outcome, completion):
-    """What failed, and on which completion, on one line."""
+    """The failure and its completion, on one line."""
     what = {"timeouts": "no verdict in time", "deaths": "its process died"}
     said = what.get(outcome.failure) or f"{outcome.value} {outcome.place}".strip()
     return " ".join(f"{said}, on the completion {shown(completion)}".split())
 
 
 def _check_importable(make_function):
-    """Refuses what a new process, which has only files to import from, could not find."""
+    """Raises ValueError for functions that a new process, which imports from files, could not find."""
     main = sys.modules["__main__"]
     if getattr(main, "__spec__", None) is not None:  # python -m
         return
@@ -254,13 +255,13 @@ def _is_of_main(value):
 
 
 def _numbers(make_verifier):
-    """The verifier, its verdicts made numbers where what is none can still be counted as an error."""
+    """The verifier with verdicts as numbers, checked where a bad one still counts as an error."""
     verifier = make_verifier()
     return lambda completion, record: checked_reward(verifier(completion, record))
 
 
 class _Worker:
-    """One process and the call it is at: at most one."""
+    """One process and its current call, at most one."""
 
     def __init__(self, make_function):
         context = multiprocessing.get_context("spawn")
@@ -272,8 +273,8 @@ class _Worker:
         except RuntimeError as error:
             if "bootstrapping" not in str(error):
                 raise
-            # This is such a process itself, still importing a script without a guard: the script's own
-            # process reports it (`_fail`).
+            # This is itself a process of a pool, still importing a script without a guard: the
+            # script's main process reports it (`_fail`).
             raise SystemExit(_UNGUARDED) from None
         theirs.close()
         self.ready, self.dead, self.job = False, False, None
@@ -288,10 +289,10 @@ class _Worker:
         try:
             self.pipe.send(arguments)
         except (BrokenPipeError, ConnectionResetError):
-            pass  # Its end shows when it is listened to.
+            pass  # `listen` will notice its end.
 
     def listen(self):
-        """(job, outcome; None: it has just become ready)."""
+        """(job, outcome), or (None, None) if the process has just become ready."""
         try:
             message = self.pipe.recv()
         except (EOFError, OSError):
@@ -306,7 +307,7 @@ class _Worker:
         return job, message
 
     def check(self):
-        """As `listen`, of a process that says nothing."""
+        """`listen` for a process that sent nothing: (None, None) before its deadline, then a failure."""
         return (None, None) if time.monotonic() < self.deadline else self._fail("timeouts")
 
     def kill(self):
@@ -317,7 +318,7 @@ class _Worker:
 
     def _fail(self, kind):
         if kind == "deaths":
-            self._process.join(1.0)  # Its own exit status, not that of `kill`.
+            self._process.join(1.0)  # To get its own exit status, not that of `kill`.
         self.kill()
         if self._process.exitcode == _UNGUARDED:
             raise VerifierError(
@@ -327,17 +328,17 @@ class _Worker:
             ) from None
         if not self.ready:
             raise VerifierError(
-                f"a process ended or hung before its first call ({kind}); is what makes the function "
-                "importable, and the script's start under if __name__ == '__main__'?"
+                f"a process ended or hung before its first call ({kind}); check that the function's maker "
+                "can be imported, and that the script starts under if __name__ == '__main__'."
             ) from None
         return self.job, Outcome(failure=kind)
 
 
 @contextlib.contextmanager
 def _interrupts_blocked():
-    """A process that is started inside never sees SIGINT, which reaches all processes of a terminal.
+    """Blocks SIGINT, which a terminal sends to all its processes, in processes started inside.
 
-    Its parent ends it. Here a SIGINT waits until the block is left.
+    Their parent ends them. In this process a SIGINT waits until the block ends.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -347,7 +348,7 @@ def _interrupts_blocked():
 
 
 def _serve(pipe, make_function):
-    # What a function prints goes to the output of the script, and a process that is killed flushes nothing.
+    # A function prints to the script's output, and a killed process flushes nothing.
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True)
     try:
@@ -368,12 +369,12 @@ def _serve(pipe, make_function):
         sys.stdout.flush()
         try:
             pipe.send(outcome)
-        except Exception as error:  # Its value cannot be pickled.
+        except Exception as error:  # The value cannot be pickled.
             pipe.send(_failed(error))
 
 
 def _failed(error):
-    """The outcome of a call that raised, with the place in the user's code."""
+    """The outcome of a call that raised, with the line of the user's code."""
     frames = traceback.extract_tb(error.__traceback__)
     ours = (__file__, inspect.getsourcefile(checked_reward))
     own = [f for f in frames if "site-packages" not in f.filename and f.filename not in ours]

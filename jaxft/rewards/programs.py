@@ -1,4 +1,4 @@
-"""Programs as chains of thought (P-CoT): what a program's `solution()` returns, from a process of its own."""
+"""Programs as chains of thought (P-CoT): results of a program's `solution()`, in a separate process."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ RUNNER = Path(__file__).with_name("_python_runner.py")
 
 
 def run_python(program: str, *, seconds: float = 2.0, megabytes: int = 512) -> str | None:
-    """What the program's `solution()` returns, as text; None if it does not within the limits.
+    """The result of the program's `solution()`, as text; None if it does not return within the limits.
 
-    A number, a text or a truth value is an answer; what is printed is none. The program runs in a new
-    interpreter, isolated (-I -S) and with an empty environment, that is killed with its children after
-    `seconds` of wall-clock time, has as much CPU time and `megabytes` of memory, and can open no file and no
-    socket. An audit hook refuses what else the interpreter reports: imports beyond math, fractions,
-    datetime, itertools and their like, other processes, the file system. That guards against what a policy
-    happens to write, not against an attacker, who would need a virtual machine.
+    A number, a text or a truth value is an answer; printed text is not. The program runs in a new
+    interpreter, isolated (-I -S) and with an empty environment, that is killed with its children
+    after `seconds` of wall-clock time, has the same limit of CPU time and `megabytes` of memory,
+    and cannot open files or sockets. An audit hook refuses other operations: imports beyond math,
+    fractions, datetime, itertools and the like, other processes, the file system. That guards
+    against programs that a policy happens to write, not against an attacker; for that, use a
+    virtual machine.
 
-    No signal handler is set, so any thread may call it; `run_python` is a function for a `ProcessPool` or a
-    `VerifierPool` too, whose own timeout should be longer.
+    No signal handler is set, so any thread may call it; a `ProcessPool` or a `VerifierPool` may run
+    it too, with a longer timeout.
 
     Raises:
         ValueError: for limits that are not positive.
@@ -48,7 +49,7 @@ def run_python(program: str, *, seconds: float = 2.0, megabytes: int = 512) -> s
         except subprocess.TimeoutExpired:
             return None
         finally:
-            if process.poll() is None:  # With its children, which have its process group.
+            if process.poll() is None:  # Also ends its children, which share its process group.
                 os.killpg(process.pid, signal.SIGKILL)
     text = written.decode("utf-8", "replace")
     return text if process.returncode == 0 and text else None

@@ -29,18 +29,18 @@ _TOKEN = re.compile(
     (?P<gap>\s?)(?:(?P<unit>[%¢$€£¥₹]|[A-Za-z]+)(?:\^?\{{?[23]\}}?(?![\d.]\d))?)?""",
     re.VERBOSE,
 )
-_BEFORE = re.compile(  # what makes a number a part of something else, or denies it
+_BEFORE = re.compile(  # texts before a number that make it part of something else, or deny it
     r"(?:[\w.:]|\d,|[\w)}\]]\s*[*+/^]\s*|\^\s*[-{]?|[√\\_{]\s*|[\w)}\]]\s+-\s+|"
     r"(?:\d|[+*/-]\s?)[a-z](?:\^\d)?\s*=\s*|[a-z]\^\{?\d\}?\s*=\s*|[<>≤≥]=?\s*|"
     r"(?:\\(?:pm|mp|[lg]eq?(?:slant)?|[lg]t|neq?)|±)\s*|"
     r"\d-\d+-|(?:\bnot|n't|≠|!=)\s+(?:be\s+)?)$"
 )
 _WRONG = re.compile(r"\s+(?:is|was)(?:n't|\s+(?:not|wrong|incorrect|false))\b")
-_SHARES = re.compile(  # 5 hundredths are no 5; quarters may be coins
+_SHARES = re.compile(  # 5 hundredths are not 5; quarters may be coins
     r"(?:third|f(?:our|if)th|sixth|seventh|eighth|ninth|tenth|(?:hundred|thousand|million)th)s?\b"
 )
 _AFTER = re.compile(r"[_^\d]|[.:,]\d|\s*[*^/+]\s*[\w(\\]|\s?[\\({]")
-_OTHER = re.compile(  # "4 or 5", "4 to 5" and "between 4 and 5" are no answer
+_OTHER = re.compile(  # "4 or 5", "4 to 5" and "between 4 and 5" are not answers
     r"(?i)(?:\d\D{0,15}\b(?:or|to)\b\D{0,20}|\bbetween\b\D{0,10}\d[\d.,]*\D{0,15}\band\b\D{0,5})$"
 )
 _WORDS = re.compile(
@@ -57,11 +57,11 @@ class Quantity(NamedTuple):
 
 
 def read_number(text: str, *, shorthand: bool = False) -> Quantity | None:
-    """The number that the whole text is, with words behind it as a unit; None for anything else.
+    """The number that the whole text states, with words after it as a unit; None for anything else.
 
     The text is that of `notation.plain`. "1,234", "$5", "3 1/2 cups", "1.5e3", "2 million", "-.5%" and
-    "five" are numbers; "1,2", "3x", "4 or 5" and "12 Angry Men" are none. "$5k" is 5000; "5k", which may
-    be five times k, only if `shorthand`.
+    "five" are numbers; "1,2", "3x", "4 or 5" and "12 Angry Men" are not. "$5k" is 5000; "5k", which
+    may be five times k, only if `shorthand`.
     """
     text = re.sub(r"(?i)^(?:about|approximately|approx\.?|around|exactly|only|[=≈])\s*", "", text)
     text = with_digits(text.rstrip(" ."))
@@ -85,8 +85,8 @@ def read_number(text: str, *, shorthand: bool = False) -> Quantity | None:
 def last_number(text: str) -> Quantity | None:
     """The last number of a text, as GSM8K's graders take it; None if it is a part of something else.
 
-    A part of an expression, of a ratio, a range, a list or "5 feet 4 inches", and the last of "4 or 5" and
-    "not 5", are no answer. "5k" is 5000.
+    Parts of an expression, a ratio, a range, a list or "5 feet 4 inches", and the last number of "4
+    or 5" and "not 5", are not answers. "5k" is 5000.
     """
     found = list(_TOKEN.finditer(text))
     if not found or _OTHER.search(text[: found[-1].start()][-60:]):
@@ -102,7 +102,7 @@ def last_number(text: str) -> Quantity | None:
 
 
 def _quantity(match, text, shorthand):
-    """The quantity of a match, or None if what stands around it makes it something else."""
+    """The quantity of a match, or None if the text around it makes it something else."""
     part, unit = match.groupdict(), match["unit"] or ""
     begin = match.end("gap")
     money = part["money"] and _MONEY.get(part["money"].lower().rstrip("."), part["money"])
@@ -136,12 +136,13 @@ def _quantity(match, text, shorthand):
 
 
 def same_quantity(found: Quantity, wanted: Quantity) -> bool:
-    """Whether two numbers are the same.
+    """True if two numbers are the same.
 
-    Units: of one dimension they are converted (50 cents are $0.50); of two dimensions nothing is equal; one
-    that is missing or unknown is not compared, as in the MATH and GSM8K graders. Percent: where one side
-    alone has the sign, 50 % is 50 and is 0.5, as the graders of Minerva and Qwen accept.
-    Decimals: equal to six places, as in math-verify (0.333333 is 1/3, 0.33 is not), and to 0.1 %.
+    Units of one dimension are converted (50 cents are $0.50); quantities of different dimensions
+    are never equal; a missing or unknown unit is not compared, as in the MATH and GSM8K graders.
+    Percent: if only one side has the sign, 50 % is 50 and is 0.5, as the graders of Minerva and
+    Qwen accept. Decimals: equal to six places, as in math-verify (0.333333 is 1/3, 0.33 is not),
+    and to 0.1 %.
     """
     if found.unit and wanted.unit:
         kinds = {found.unit.dimension, wanted.unit.dimension}
@@ -170,7 +171,8 @@ def _close(a, b):
 def read_compound(text: str) -> Quantity | None:
     """The sum of "2 hours and 30 minutes" in the dimension's unit of factor 1; None for anything else.
 
-    Each unit must be smaller than the one before, and its number smaller than one of that.
+    Each unit must be smaller than the one before, and each part smaller than one unit of the one
+    before.
     """
     parts = [
         read_number(part)

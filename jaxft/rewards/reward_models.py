@@ -25,17 +25,17 @@ def model_rewards(
     batch_size: int = 8,
     mesh: Mesh | None = None,
 ) -> RewardFn:
-    """(completions, records) -> the head's value at the last token of each answer, as it was trained.
+    """(completions, records) -> the head's value at the last token of each answer, as in training.
 
-    An answer that is too long, with its question, has no verdict: NaN.
+    If question and answer are too long together, there is no verdict: NaN.
 
     Args:
         forward: see `jaxft.objectives.supervised`.
-        params: with a reward head (`reward/kernel`).
-        renderer: of the reward model's own tokenizer and template.
+        params: must have a reward head (`reward/kernel`).
+        renderer: has the reward model's own tokenizer and template.
         max_length: in tokens.
         batch_size: sequences at a time.
-        mesh: over which the params lie.
+        mesh: the mesh that the params are sharded over.
 
     Raises:
         ValueError: if the params have no head.

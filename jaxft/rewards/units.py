@@ -1,4 +1,4 @@
-"""Units of measurement: what "km/h", "square feet" and "10 degrees C" measure, and by which factor."""
+"""Units of measurement: dimension and factor of "km/h", "square feet" and "10 degrees C"."""
 
 from __future__ import annotations
 
@@ -67,17 +67,17 @@ _PIECE = re.compile(
 
 
 class Unit(NamedTuple):
-    """What is measured, such as "length^2" or "length time^-1", and a unit's size in that of factor 1."""
+    """A dimension, such as "length^2" or "length time^-1", and the unit's size in units of factor 1."""
 
     dimension: str
     factor: Fraction
 
 
 def read_unit(text: str) -> tuple[Unit | None, int]:
-    """(the unit with which the text begins, characters that it takes); (None, 0) if it begins with none.
+    """(the unit at the start of the text, its number of characters); (None, 0) if there is none.
 
-    "cm^2", "square feet", "km/h", "miles per hour", "m s^{-1}" and "degrees C" are units; of "cm long" the
-    first two characters are. What stands behind "per" may be anything: "$5 per apple" is no $5.
+    "cm^2", "square feet", "km/h", "miles per hour", "m s^{-1}" and "degrees C" are units; in "cm
+    long" the first two characters are. Any word may follow "per": "$5 per apple" is not $5.
     """
     if heat := _TEMPERATURE.match(text):
         return Unit("°" + (heat[1] or heat[2]).upper(), Fraction(1)), heat.end()

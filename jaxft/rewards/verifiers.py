@@ -1,4 +1,4 @@
-"""Verifiers: is this completion right?"""
+"""Verifiers, which decide whether a completion is right."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ Verifier = Callable[[str, Mapping[str, Any]], bool]  # (completion, record) -> r
 def verifier_for(source: str, records: list[Mapping[str, Any]]) -> Verifier | None:
     """The verifier of records of a source, or None if they have no answers to check.
 
-    reasoning-gym tasks have their own; records with an `answer` are compared by `same_answer`. Where an
-    answer needs mathematics, the process that compares it is started now, so that its start is in no
-    verdict's time.
+    reasoning-gym tasks have their own; records with an `answer` are compared by `same_answer`. If
+    an answer needs mathematics, the process that compares it is started now, so that no verdict's
+    time includes the start.
 
     Raises:
-        DataError: if an answer is missing in some records, null, empty, or no text or number, with its place.
+        DataError: if an answer is missing in some records, null, empty, or not a text or number;
+            names its place.
         ModuleNotFoundError: for answers in mathematics without math-verify.
     """
     if source.startswith("rg:"):
@@ -48,7 +49,7 @@ def verifier_for(source: str, records: list[Mapping[str, Any]]) -> Verifier | No
 
 
 def reasoning_gym_verifier(source: str) -> Verifier:
-    """Full score by the task's own `score_answer`; what makes it raise is wrong."""
+    """True for full score by the task's own `score_answer`; completions that make it raise are wrong."""
     task = reasoning_gym_task(source)
 
     def verify(completion, record):
@@ -69,12 +70,12 @@ def answer_reward(
 ) -> Callable[[str, Mapping[str, Any]], float]:
     """reward(completion, record): 1 for the right answer, `partial` for another one, 0 where there is none.
 
-    ReFT: Luong et al., 2024, arxiv.org/abs/2401.08967, section 3.2: an answer that can be read at all is
-    worth a little, since right ones are rare at first.
+    ReFT: Luong et al., 2024, arxiv.org/abs/2401.08967, section 3.2: any readable answer gets a
+    small reward, because right ones are rare at first.
 
     Args:
-        extract: the answer in a completion, or None: `stated_answer`, or `run_python` for programs.
-        equal: (answer found, one that the record accepts) -> the same?
+        extract: completion -> its answer or None: `stated_answer`, or `run_python` for programs.
+        equal: (answer found, one that the record accepts) -> True if they are the same.
 
     Raises:
         ValueError: for `partial` outside [0, 1].
@@ -94,7 +95,7 @@ def answer_reward(
 
 
 def numbers_equal(found: str, answer: str, tolerance: float = 1e-6) -> bool:
-    """Whether two texts are the same number within the tolerance, or the same text.
+    """True if two texts are the same number within the tolerance, or the same text.
 
     "1,000" is 1000, "$5" is 5, "1/3" is 0.333 with a tolerance of 1e-3.
     """
@@ -105,16 +106,16 @@ def numbers_equal(found: str, answer: str, tolerance: float = 1e-6) -> bool:
 
 
 def mentions_answer(completion: str, record: Mapping[str, Any]) -> bool:
-    """Whether an accepted answer occurs in the completion as a whole word: right, whatever the format."""
+    """True if an accepted answer occurs in the completion as a whole word, in any format."""
     answer = record.get("answer")
     if answer is None:
         last = (
             as_messages(record) or [{"role": "assistant", "content": record.get("completion")}]
         )[-1]
         answer = last["content"] if last["role"] == "assistant" else None
-    if answer is None:  # Nobody but a judge knows.
+    if answer is None:  # Only a judge can decide.
         return False
-    # Of a reference solution, what it ends in.
+    # For a reference solution, the answer that it ends with.
     words = lambda one: re.escape(reference_answer(str(one)).strip().casefold())
     return any(
         re.search(rf"(?<!\w){words(one)}(?!\w)", completion.casefold())

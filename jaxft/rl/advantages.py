@@ -1,7 +1,7 @@
-"""Advantages: rewards in, how much better than expected each response or token was out.
+"""Advantages: how much better than a baseline each response or token was, from rewards.
 
-Rows are prompt-major: those of one prompt, a group, lie side by side. A NaN reward (no verdict) is in no
-baseline and gets the advantage 0. No gradient flows through an advantage.
+Rows are prompt-major: the rows of one prompt, a group, are adjacent. A NaN reward (no verdict) is excluded
+from baselines and gets advantage 0. No gradient flows through an advantage.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float
 def grpo_advantages(
     rewards: Float[Array, " B"], group_size: int, *, eps: float = 1e-4
 ) -> Float[Array, " B"]:
-    """(r - mean) / (std + ε) in each group, the standard deviation unbiased.
+    """(r - mean) / (std + ε) in each group, with the unbiased standard deviation.
 
     GRPO: Shao et al., 2024, arxiv.org/abs/2402.03300, section 4.1.2. A group of equal rewards gets 0. With
     a group size of 1 there is no baseline: A = r. Over a whole batch (group_size = B) it is REINFORCE
@@ -38,26 +38,26 @@ def grpo_advantages(
 def centred_advantages(rewards: Float[Array, " B"], group_size: int) -> Float[Array, " B"]:
     """r - mean in each group: Dr. GRPO, Liu et al., 2025, arxiv.org/abs/2503.20783.
 
-    Not divided by a deviation, which would give easy and hard prompts the most weight. With a group size
-    of 1 A = r; with B it is REINFORCE with the batch's mean as baseline.
+    Unlike GRPO it does not divide by the deviation, which would give easy and hard prompts the most weight.
+    With a group size of 1, A = r; with B it is REINFORCE with the batch's mean as baseline.
     """
     groups, counted = _groups(rewards, group_size, "centred_advantages")
     return _rows(groups if group_size == 1 else _centred(groups, counted))
 
 
 def leave_one_out_advantages(rewards: Float[Array, " B"], group_size: int) -> Float[Array, " B"]:
-    """r_i minus the mean of the others of its group, = n / (n - 1) (r_i - mean).
+    """r_i minus the mean of the other rewards of its group, = n / (n - 1) (r_i - mean).
 
-    RLOO: Kool et al., 2019; Ahmadian et al., 2024, arxiv.org/abs/2402.14740. Unbiased: a response is in
-    no baseline of its own. The only one of its group with a verdict gets 0.
+    RLOO: Kool et al., 2019; Ahmadian et al., 2024, arxiv.org/abs/2402.14740. Unbiased: a
+    response is not in its own baseline. If it is the only one of its group with a verdict, it gets 0.
 
     Raises:
-        ValueError: for a group size below 2, which leaves nobody.
+        ValueError: if group_size is below 2.
     """
     if group_size < 2:
         raise ValueError(
             f"leave_one_out_advantages: group_size must be at least 2, got {group_size}; "
-            "sample more responses a prompt."
+            "sample more responses per prompt."
         )
     groups, counted = _groups(rewards, group_size, "leave_one_out_advantages")
     count = _count(counted)
@@ -67,7 +67,7 @@ def leave_one_out_advantages(rewards: Float[Array, " B"], group_size: int) -> Fl
 def baseline_advantages(
     rewards: Float[Array, " B"], baselines: Float[Array, " B"]
 ) -> Float[Array, " B"]:
-    """r - b, and 0 where either is NaN.
+    """r - b, or 0 if either is NaN.
 
     b may be the reward of a greedy response (ReMax: Li et al., 2023, arxiv.org/abs/2310.10505), a running
     mean, or 0 (Expert Iteration and rejection sampling, with r in {0, 1}).
@@ -79,7 +79,7 @@ def baseline_advantages(
 def whiten(
     values: Float[Array, "*batch"], mask: Bool[Array, "*batch"], *, eps: float = 1e-8
 ) -> Float[Array, "*batch"]:
-    """(x - mean) / sqrt(var + ε) over what the mask counts, the variance unbiased; 0 elsewhere."""
+    """(x - mean) / sqrt(var + ε) over masked entries, with the unbiased variance; 0 elsewhere."""
     count = jnp.sum(mask)
     values = jnp.where(mask, values.astype(jnp.float32), 0.0)
     centred = jnp.where(mask, values - jnp.sum(values) / jnp.maximum(count, 1), 0.0)
@@ -92,11 +92,11 @@ def placed_rewards(
     mask: Bool[Array, "B T"],
     penalties: Float[Array, "B T"] | None = None,
 ) -> Float[Array, "B T"]:
-    """-penalty at every policy token, and the response's reward at its last one as well.
+    """-penalty at every policy token, plus the response's reward at its last policy token.
 
     Args:
-        mask: the policy's own tokens, the stop token among them.
-        penalties: such as β (old_log_probs - ref_log_probs): KL in the reward, as in RLHF.
+        mask: the policy's own tokens, including the stop token.
+        penalties: for example β (old_log_probs - ref_log_probs), the KL in the reward of RLHF.
     """
     last = mask & (jnp.cumsum(mask[:, ::-1], axis=1)[:, ::-1] == 1)
     placed = jnp.where(last, rewards[:, None], 0.0)
@@ -108,7 +108,7 @@ def placed_rewards(
 def rewards_to_go(
     rewards: Float[Array, "B T"], mask: Bool[Array, "B T"], gamma: float = 1.0
 ) -> Float[Array, "B T"]:
-    """G_t = r_t + γ G_{t+1} over the policy's tokens; what lies between them passes G on; 0 there."""
+    """G_t = r_t + γ G_{t+1} over the policy's tokens; other tokens are skipped and get 0."""
     returns, _ = generalised_advantages(rewards, jnp.zeros_like(rewards), mask, gamma, 1.0)
     return returns
 
@@ -120,10 +120,10 @@ def reinforce_plus_plus_advantages(
     *,
     gamma: float = 1.0,
 ) -> Float[Array, "B T"]:
-    """Rewards to go, whitened over all policy tokens of the batch.
+    """Rewards to go whitened over all policy tokens of the batch.
 
-    REINFORCE++: Hu et al., 2025, arxiv.org/abs/2501.03262. For its variant with a baseline pass
-    `centred_advantages` as the rewards. Rows whose reward is NaN are left out.
+    REINFORCE++: Hu et al., 2025, arxiv.org/abs/2501.03262. For its variant with a
+    baseline, pass `centred_advantages` as the rewards. Rows whose reward is NaN are excluded.
     """
     mask = mask & ~jnp.isnan(rewards)[:, None]
     placed = placed_rewards(jnp.nan_to_num(rewards), mask, penalties)
@@ -140,11 +140,11 @@ def generalised_advantages(
     """(A, R): δ_t = r_t + γ V_{t+1} - V_t, A_t = δ_t + γ λ A_{t+1}, R_t = A_t + V_t; both 0 off the mask.
 
     GAE: Schulman et al., 2015, arxiv.org/abs/1506.02438, eq. 16. After the end V and A are 0. t + 1 is the
-    policy's next token: what tools or environments put between is skipped, with no discount.
+    policy's next token: tokens of tools or environments in between are skipped without a discount.
 
     Args:
-        rewards: of the policy's tokens (see `placed_rewards`); those of other tokens are ignored.
-        values: V_t of the state in which token t was chosen.
+        rewards: rewards of the policy's tokens (see `placed_rewards`); others are ignored.
+        values: V_t, the value of the state in which token t was chosen.
         lam: λ; 1 gives R = the rewards to go, 0 the one-step error.
     """
     chex.assert_equal_shape([rewards, values, mask])
@@ -168,14 +168,14 @@ def generalised_advantages(
 
 
 def success_rates(rewards: Float[Array, " B"], group_size: int) -> Float[Array, " B"]:
-    """The mean reward of each row's group, of those with a verdict; 0 if there is none."""
+    """Mean reward of each row's group, over rows with a verdict; 0 if there are none."""
     groups, counted = _groups(rewards, group_size, "success_rates")
     means = jnp.sum(groups, axis=1, keepdims=True) / jnp.maximum(_count(counted), 1)
     return _rows(jnp.broadcast_to(means, groups.shape))
 
 
 def has_contrast(rewards: Float[Array, " B"], group_size: int) -> Bool[Array, " Q"]:
-    """Which groups have two different rewards: the others teach nothing by comparison.
+    """Returns which groups have two different rewards: the others give no gradient by comparison.
 
     Dynamic sampling (DAPO: Yu et al., 2025, arxiv.org/abs/2503.14476, section 3.2) keeps these.
     """
@@ -184,10 +184,10 @@ def has_contrast(rewards: Float[Array, " B"], group_size: int) -> Bool[Array, " 
 
 
 def _groups(rewards, group_size, name):
-    """(rewards [Q, G] with 0 for NaN, which are none [Q, G])."""
+    """Returns (rewards [Q, G] with 0 for NaN, mask [Q, G] of those that are not NaN)."""
     if group_size < 1 or rewards.shape[0] % group_size:
         raise ValueError(
-            f"{name}: {rewards.shape[0]} rewards are no whole number of groups of {group_size}."
+            f"{name}: {rewards.shape[0]} rewards are not a multiple of the group size {group_size}."
         )
     rewards = jax.lax.stop_gradient(jnp.asarray(rewards, jnp.float32)).reshape(-1, group_size)
     counted = ~jnp.isnan(rewards)
@@ -203,7 +203,7 @@ _count = functools.partial(jnp.sum, axis=1, keepdims=True)
 
 def _centred(groups, counted):
     mean = jnp.sum(groups, axis=1, keepdims=True) / jnp.maximum(_count(counted), 1)
-    # A mean of equal numbers may be off by a rounding, which division by ε would blow up.
+    # The mean of equal numbers may have a rounding error, which division by ε would amplify.
     silent = ~counted | _all_equal(groups, counted)
     return jnp.where(silent, 0.0, groups - mean)
 

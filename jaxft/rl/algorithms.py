@@ -1,6 +1,6 @@
-"""Algorithms of reinforcement learning: how rewards become credit, and the objective that uses it.
+"""Algorithms of reinforcement learning: a credit function of the rewards and an objective that uses it.
 
-Each is a function of `build`, a partial of `policy_gradient` with the model and what all have in common:
+Each is a function of `build`, a partial of `policy_gradient` with the model and the shared settings:
 
     build = functools.partial(policy_gradient, model.forward, temperature=0.9, kl_weight=0.01)
     credit, objective = grpo(build, group_size=8)
@@ -10,8 +10,8 @@ Each is a function of `build`, a partial of `policy_gradient` with the model and
     )
     fit(params, objective, optimizer, batches, steps=100)
 
-Write another from the same parts: Algorithm(advantages(centred_advantages, 8), build(clipped(), token_mean)).
-The formulas are in jaxft.rl.advantages and jaxft.losses.policy; what joins them is here.
+Write others from the same parts: Algorithm(advantages(centred_advantages, 8), build(clipped(), token_mean)).
+The formulas are in jaxft.rl.advantages and jaxft.losses.policy; this module combines them.
 """
 
 from __future__ import annotations
@@ -45,19 +45,19 @@ from jaxft.rl.advantages import (
 )
 
 Build = Callable[..., Objective]  # (token_loss, reduction) -> objective
-# (rewards [B], batch) -> what the objective needs besides, such as {"advantages": [B]}
+# (rewards [B], batch) -> further fields that the objective needs, such as {"advantages": [B]}
 Credit = Callable[[jax.Array, dict[str, Any]], dict[str, Any]]
 
 
 class Algorithm(NamedTuple):
-    """What `collect` and `fit` take."""
+    """A credit for `collect` and an objective for `fit`."""
 
     credit: Credit  # (rewards [B], batch) -> fields of the batch
     objective: Objective
 
 
 def reads_kl_weight(credit: Credit) -> Credit:
-    """Marks a credit whose KL has the weight `batch["kl_weight"]`; `kl_control` of `collect` needs one."""
+    """Marks a credit whose KL weight is `batch["kl_weight"]`, as `kl_control` of `collect` requires."""
     credit.reads_kl_weight = True
     return credit
 
@@ -65,7 +65,7 @@ def reads_kl_weight(credit: Credit) -> Credit:
 def reinforce_with_baseline(build: Build, clip: float = 0.2) -> Algorithm:
     """-(r - mean of the batch) Σ_t log π_t: Williams, 1992, doi.org/10.1007/BF00992696.
 
-    With several updates a rollout, the clipped ratio of each sequence takes the place of log π.
+    With several updates per rollout, the clipped ratio of each sequence replaces log π.
     """
     credit = lambda rewards, batch: {"advantages": centred_advantages(rewards, len(rewards))}
     return Algorithm(credit, build(clipped_sums(clip), sequence_sum))
@@ -76,7 +76,7 @@ def rloo(build: Build, group_size: int, reward_kl: float = 0.0, clip: float = 0.
 
     Args:
         reward_kl: β of the KL to the reference in the reward (k1, summed); needs ref_log_probs.
-        clip: ε of the ratio of each sequence, which is 1 at a rollout's first update: see `clipped_sums`.
+        clip: ε for the ratio of each sequence, which is 1 at a rollout's first update: see `clipped_sums`.
     """
 
     @reads_kl_weight
@@ -89,17 +89,17 @@ def rloo(build: Build, group_size: int, reward_kl: float = 0.0, clip: float = 0.
 
 
 def grpo(build: Build, group_size: int, clip: float = 0.2) -> Algorithm:
-    """GRPO: Shao et al., 2024, arxiv.org/abs/2402.03300, eq. 3, its KL aside (`kl_weight` of build)."""
+    """GRPO: Shao et al., 2024, arxiv.org/abs/2402.03300, eq. 3; the KL is `kl_weight` of build."""
     return Algorithm(
         advantages(grpo_advantages, group_size), build(clipped(clip, clip), sequence_mean)
     )
 
 
 def dr_grpo(build: Build, group_size: int, length: int, clip: float = 0.2) -> Algorithm:
-    """Dr. GRPO: Liu et al., 2025, arxiv.org/abs/2503.20783: no deviation, no response's own length.
+    """Dr. GRPO: Liu et al., 2025, arxiv.org/abs/2503.20783: no division by deviation or response length.
 
     Args:
-        length: the generation budget, by which sums of tokens are divided.
+        length: the generation budget in tokens, by which sums over tokens are divided.
     """
     objective = build(clipped(clip, clip), constant_length(length))
     return Algorithm(advantages(centred_advantages, group_size), objective)
@@ -108,7 +108,7 @@ def dr_grpo(build: Build, group_size: int, length: int, clip: float = 0.2) -> Al
 def dapo(
     build: Build, group_size: int, clip_low: float = 0.2, clip_high: float = 0.28
 ) -> Algorithm:
-    """DAPO: Yu et al., 2025, arxiv.org/abs/2503.14476: two clips, the mean over all tokens.
+    """DAPO: Yu et al., 2025, arxiv.org/abs/2503.14476: two clip bounds, mean over all tokens.
 
     Its dynamic sampling is `until_contrast`, its overlong penalty `add_penalty` (jaxft.rl.transforms).
     """
@@ -125,7 +125,7 @@ def gspo(
 
 
 def cispo(build: Build, group_size: int, clip_high: float = 3.0) -> Algorithm:
-    """CISPO: MiniMax, 2025, arxiv.org/abs/2506.13585: the weight is clipped, no token loses its gradient."""
+    """CISPO: MiniMax, 2025, arxiv.org/abs/2506.13585: clips the weight, so every token keeps a gradient."""
     objective = build(weight_clipped(1.0, clip_high), token_mean)
     return Algorithm(advantages(grpo_advantages, group_size), objective)
 
@@ -158,13 +158,13 @@ def ppo(
 ) -> Algorithm:
     """PPO: Schulman et al., 2017, arxiv.org/abs/1707.06347, with a critic, whitened GAE and KL in the reward.
 
-    As for language models (Ziegler et al., 2019, arxiv.org/abs/1909.08593; Ouyang et al., 2022,
+    The form for language models (Ziegler et al., 2019, arxiv.org/abs/1909.08593; Ouyang et al., 2022,
     arxiv.org/abs/2203.02155): returns from advantages before whitening, means over all tokens. The params
-    need a value head (`with_value_head`). Responses without a verdict leave the loss.
+    need a value head (`with_value_head`). Responses without a verdict are excluded from the loss.
 
     Args:
         reward_kl: β of the KL to the reference in each token's reward (k1); needs ref_log_probs.
-        gamma, lam: see `generalised_advantages`; lam 1 for long reasoning.
+        gamma, lam: see `generalised_advantages`; use lam=1 for long reasoning.
         value_clip, value_weight: see `value_loss`.
     """
 
@@ -187,11 +187,11 @@ def ppo(
 
 
 def expert_iteration(build: Build) -> Algorithm:
-    """Cross-entropy of right answers: Anthony et al., 2017, arxiv.org/abs/1705.08439; rejection sampling.
+    """Cross-entropy of correct answers: Anthony et al., 2017, arxiv.org/abs/1705.08439; rejection sampling.
 
-    -r log π with rewards in {0, 1}, over all tokens. Equal answers are not dropped here, and each step's
-    answers are of the current policy: the online form. One update a rollout: the objective raises
-    ValueError for several (`reinforce`).
+    -r log π with rewards in {0, 1}, over all tokens. This is the online form: duplicate answers are kept,
+    and each step's answers come from the current policy. With several updates per rollout the objective
+    raises ValueError (`reinforce`).
     """
     credit = lambda rewards, batch: {
         "advantages": baseline_advantages(rewards, jnp.zeros_like(rewards))
@@ -207,7 +207,8 @@ def nft(
 ) -> Algorithm:
     """Negative-aware fine-tuning: Chen et al., 2025, arxiv.org/abs/2505.18116.
 
-    A reward of at least 1 is right; one without a verdict is wrong, as is a truncated answer in the paper.
+    An answer is correct if its reward is at least 1. An answer without a verdict counts as wrong, as a
+    truncated answer does in the paper.
     """
 
     def credit(rewards, batch):
@@ -220,19 +221,18 @@ def nft(
 
 
 def reinforce() -> TokenLoss:
-    """-A log π: see `reinforce_loss`. For one update a rollout; `clipped_sums` is for several.
+    """-A log π: see `reinforce_loss`. For one update per rollout; `clipped_sums` is for several.
 
-    The TokenLoss raises ValueError for a batch with old_log_probs, which `collect` gives for several
-    updates a rollout: -A log π has no importance ratio, and from the second update on its gradient is of
-    another policy than the one that sampled.
+    The TokenLoss raises ValueError if the batch has old_log_probs, which `collect` adds for several updates
+    per rollout: -A log π has no importance ratio, so from the second update on its gradient is biased.
     """
 
     def token_loss(log_probs, old, batch):
         if "old_log_probs" in batch:
             raise ValueError(
-                "reinforce: -A log π has no importance ratio, so that one update a rollout is right "
-                "(updates=1, epochs=1), and the batch has old_log_probs, as for several. Take "
-                "clipped_sums() or clipped(), that is rloo, grpo, dapo or ppo, for several."
+                "reinforce: -A log π has no importance ratio, so it allows only one update a rollout "
+                "(updates=1, epochs=1), but the batch has old_log_probs, as for several. For these, use "
+                "clipped_sums() or clipped(), that is rloo, grpo, dapo or ppo."
             )
         return losses.reinforce_loss(log_probs, spread(batch["advantages"], log_probs)), {}
 
@@ -240,17 +240,17 @@ def reinforce() -> TokenLoss:
 
 
 def clipped_sums(clip: float = 0.2) -> TokenLoss:
-    """REINFORCE's and RLOO's clipped ratio of each sequence's whole probability; with `sequence_sum`.
+    """REINFORCE's and RLOO's clipped ratio of each sequence's probability; use with `sequence_sum`.
 
     A sequence's tokens add up to -min(ρ A, clip(ρ, 1 ± ε) A), ρ = Π_t π / π_old, as in TRL's RLOOTrainer
-    (huggingface.co/docs/trl/rloo_trainer). At the policy that sampled, its gradient is that of `reinforce`.
+    (huggingface.co/docs/trl/rloo_trainer). At the sampling policy, its gradient equals that of `reinforce`.
     """
 
     def token_loss(log_probs, old, batch):
         mask = batch["completion_mask"]
         ratio = losses.summed_log_ratio(log_probs, old, mask)
         loss, shown = _clipped(ratio, batch, clip, clip, None)
-        # Each token has the sequence's value, and the gradient of its own log-prob: the values are shared.
+        # Each token gets an equal share of the sequence's value and the gradient of its own log-prob.
         share = 1.0 / jnp.maximum(jnp.sum(mask, axis=1, keepdims=True), 1)
         return loss + jax.lax.stop_gradient((share - 1.0) * loss), shown
 
@@ -260,7 +260,7 @@ def clipped_sums(clip: float = 0.2) -> TokenLoss:
 def clipped(
     clip_low: float = 0.2, clip_high: float = 0.2, dual_clip: float | None = None
 ) -> TokenLoss:
-    """PPO's, GRPO's and DAPO's clipped ratio of each token; shows the shares that either clip stops."""
+    """PPO's, GRPO's and DAPO's clipped ratio of each token; logs the fraction clipped at each bound."""
 
     def token_loss(log_probs, old, batch):
         ratio = losses.log_ratio(log_probs, old)
@@ -270,7 +270,7 @@ def clipped(
 
 
 def sequence_clipped(clip_low: float = 3e-4, clip_high: float = 4e-4) -> TokenLoss:
-    """GSPO's clipped ratio of each sequence; with `sequence_mean`."""
+    """GSPO's clipped ratio of each sequence; use with `sequence_mean`."""
 
     def token_loss(log_probs, old, batch):
         ratio = losses.sequence_log_ratio(log_probs, old, batch["completion_mask"])
@@ -296,13 +296,13 @@ def negative_aware(
     floor: float = 1.0,
     negative_weight: float = 1.0,
 ) -> TokenLoss:
-    """NFT's likelihoods of right and wrong answers: see `nft_loss`.
+    """NFT's likelihoods of correct and wrong answers: see `nft_loss`.
 
-    The batch has `correct` [B] (bool) and `success_rates` [B] in place of advantages. Prompts of which all
-    answers are right, or all wrong, count 0, as if they had been dropped.
+    The batch has `correct` [B] (bool) and `success_rates` [B] instead of advantages. Prompts whose answers
+    are all correct or all wrong have weight 0, as if they had been dropped.
 
     Args:
-        prompt_weight: of the success rate: 1 - r (Dr. GRPO's on-policy), sqrt((1 - r) / r) (GRPO's) or 1.
+        prompt_weight: weight by success rate r: 1 - r (Dr. GRPO, on-policy), sqrt((1 - r) / r) (GRPO) or 1.
         floor, negative_weight: see `nft_loss`; negative_weight 0 and prompt_weight 1 are rejection sampling.
     """
 
@@ -324,12 +324,12 @@ def negative_aware(
 
 
 def advantages(function: Callable[[jax.Array, int], jax.Array], group_size: int) -> Credit:
-    """The credit of a function of rewards and the group size."""
+    """Returns the credit that computes advantages by `function`(rewards, group_size)."""
     return lambda rewards, batch: {"advantages": function(rewards, group_size)}
 
 
 def _penalties(batch, reward_kl):
-    """β k1 to the reference at the sampled policy, [B, N]; None where β is 0 and nothing adapts it."""
+    """β k1 to the reference at the sampling policy, [B, N]; None if β is 0 and not adapted."""
     if not reward_kl and "kl_weight" not in batch:
         return None
     if "ref_log_probs" not in batch:

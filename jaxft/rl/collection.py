@@ -1,4 +1,4 @@
-"""Collecting experience: responses sampled from the policy, rewarded, transformed and credited."""
+"""Collects experience: samples responses from the policy, rewards, transforms and credits them."""
 
 from __future__ import annotations
 
@@ -30,27 +30,27 @@ from jaxft.rl.prompts import Prompts
 from jaxft.rl.rollouts import Batch, Sample, checked, rows_of, with_bool_masks
 from jaxft.rl.transforms import Transform
 
-# (params, draws of prompts so far, key, weight of the KL or None) -> (batch, draws that it took)
+# (params, draws of prompts so far, key, weight of the KL or None) -> (batch, number of draws taken)
 Rollout = Callable[[Any, int, jax.Array, float | None], tuple[Batch, int]]
 
 
 class KlControl(NamedTuple):
-    """The weight of the KL in the reward, adapted from rollout to rollout: see `adapted_kl_weight`."""
+    """Weight of the KL in the reward, adapted after each rollout: see `adapted_kl_weight`."""
 
-    weight: float = 0.2  # of the first rollout
-    target: float = 6.0  # nats of a whole response
+    weight: float = 0.2  # for the first rollout
+    target: float = 6.0  # nats per response
     horizon: float = 10000.0  # responses
 
 
 @dataclasses.dataclass(frozen=True)
 class Collector:
-    """collect(params, carry, key) -> (batch, carry), and the entries with which the carry of a run starts."""
+    """collect(params, carry, key) -> (batch, carry), with the initial entries of the run's carry."""
 
     collect: Callable[[Any, dict[str, Any], jax.Array], tuple[Batch, dict[str, Any]]]
     carry: dict[str, Any]
 
     def __call__(self, params: Any, carry: dict[str, Any], key: jax.Array) -> tuple[Batch, Any]:
-        """The batch of a step; of the carry the entries of `self.carry` are new."""
+        """Returns the batch of a step and the carry with the entries of `self.carry` updated."""
         return self.collect(params, carry, key)
 
 
@@ -64,38 +64,38 @@ def collect(
     kl_control: KlControl | None = None,
     mesh: Mesh | None = None,
 ) -> Collector:
-    """What `fit` takes as its batches: rollouts of the policy, `updates` x `epochs` steps on each.
+    """Returns batches for `fit`: rollouts of the policy, with `updates` x `epochs` steps on each.
 
     A rollout samples the next draw of prompts with the params of its first step, applies the transforms in
-    their order, and adds what `credit` makes of rewards. `stats` name -> [B] are logged as means over rows:
-    reward, truncated, no_contrast, unscored, tries, and response_kl, kl_weight and turns where there are any.
+    order, and adds the fields of `credit`. `stats` name -> [B] are logged as means over rows: reward,
+    truncated, no_contrast, unscored, tries and, if available, response_kl, kl_weight and turns.
 
-    The entry "experience" of the run's carry has the counts of draws and rollouts, with `kl_control` the
-    weight of the KL, and with several steps a rollout the rollout itself, whose batches then all have the
-    shape of the longest prompt and response. A run that is cut anywhere goes on with the same experience.
+    The entry "experience" of the run's carry has the counts of draws and rollouts, the weight of the KL if
+    there is a `kl_control`, and the rollout itself if it takes several steps; all batches then have the
+    shape of the longest prompt and response. A run resumed at any step continues with the same experience.
 
     Args:
-        prompts: what to ask.
-        sample: `answers` or `episodes`, in `until_contrast` for dynamic sampling.
+        prompts: the prompts to sample responses to.
+        sample: `answers` or `episodes`, wrapped in `until_contrast` for dynamic sampling.
         credit: see jaxft.rl.algorithms.
         transforms: (batch, params, key) -> batch, such as those of jaxft.rl.transforms.
         updates: parts into which a rollout's rows are split, one optimizer step each. Several need
             `add_old_policy` among the transforms.
-        epochs: passes over a rollout, in each but the first its rows shuffled.
-        kl_control: gives the batch `kl_weight`, which the credit of rloo, reinforce_plus_plus and ppo uses
-            in place of their `reward_kl`. Needs `add_reference` among the transforms, and a credit that is
-            marked by `reads_kl_weight`.
-        mesh: as for `fit`; rows are sampled and scored over its data and fsdp axes. On several hosts all form
-            the whole rollout and keep their rows; rewards must be the same for all: see `on_first_host`.
+        epochs: passes over a rollout; rows are shuffled in each except the first.
+        kl_control: adds `kl_weight` to the batch, which the credits of rloo, reinforce_plus_plus and ppo use
+            instead of their `reward_kl`. Needs `add_reference` among the transforms, and a credit marked by
+            `reads_kl_weight`. None: the weight is constant.
+        mesh: as for `fit`; rows are sampled and scored over its data and fsdp axes. Each of several hosts
+            makes the whole rollout and keeps its rows; rewards must be equal on all: see `on_first_host`.
 
     Raises:
-        ValueError: for sizes that do not fit each other, or `kl_control` with a credit that does not read its
-            weight; when called, for rewards of a wrong length.
+        ValueError: if sizes are inconsistent, or for `kl_control` with a credit that does not read its
+            weight; when called, if the rewards have a wrong length.
     """
     if kl_control is not None and not getattr(credit, "reads_kl_weight", False):
         raise ValueError(
-            "collect: kl_control adapts batch['kl_weight'], which this credit does not read; take the credit "
-            "of rloo, reinforce_plus_plus or ppo, or mark one of your own that reads it by "
+            "collect: kl_control adapts batch['kl_weight'], which this credit does not read; use the credit "
+            "of rloo, reinforce_plus_plus or ppo, or mark a custom credit that reads it by "
             "rl.reads_kl_weight(credit). The kl_weight of policy_gradient is a constant."
         )
     several = updates * epochs > 1
@@ -108,7 +108,7 @@ def collect(
                 batch = transform(batch, params, stream(key, "transform", place))
                 if not isinstance(batch, Mapping):
                     raise ValueError(
-                        f"collect: transform {place} returned {type(batch).__name__} in place of the batch; "
+                        f"collect: transform {place} returned {type(batch).__name__} instead of the batch; "
                         "a transform ends with `return batch | {...}`."
                     )
             batch = with_bool_masks(dict(batch))
@@ -131,12 +131,12 @@ def in_parts(
     seed: int = 0,
     mesh: Mesh | None = None,
 ) -> Collector:
-    """The collector of rollouts, each split over `updates` x `epochs` steps; see `collect`.
+    """Returns a collector of rollouts, each split over `updates` x `epochs` steps; see `collect`.
 
     Args:
-        rollout: (params, draws, key, kl_weight) -> (batch, draws taken); with several steps a rollout its
-            batches must always have the same shapes.
-        seed: of the order of rows in later epochs.
+        rollout: (params, draws, key, kl_weight) -> (batch, draws taken); with several steps per rollout,
+            all its batches must have the same shapes.
+        seed: seed for the order of rows in later epochs.
     """
     if min(updates, epochs) < 1:
         raise ValueError(f"collect: {updates} updates and {epochs} epochs must be positive.")
@@ -171,7 +171,7 @@ def in_parts(
 
 
 def _shown(batch, count, taken):
-    """What is logged of every rollout."""
+    """Returns the statistics that every rollout logs."""
     rewards, rows = batch["rewards"], len(batch["tokens"])
     contrast = np.asarray(has_contrast(jnp.asarray(rewards), rows // count))
     stats = {
@@ -190,7 +190,7 @@ def _shown(batch, count, taken):
 
 
 def _credited(credit, batch, kl_weight):
-    """The batch with its credit, without rewards."""
+    """Adds the credit to the batch and removes the rewards."""
     rewards = batch.pop("rewards")
     batch.pop("turns", None)
     if kl_weight is not None:
@@ -217,7 +217,7 @@ def _checked_rows(batch, updates, mesh):
 
 
 def _check_shapes(before, now):
-    """Whether a rollout, kept in the carry, has the shapes of the one before, if there was one."""
+    """Checks that a rollout kept in the carry has the shapes of the previous one, if any."""
     shapes = lambda tree: {
         path_name(path): list(np.shape(x)) for path, x in jax.tree_util.tree_leaves_with_path(tree)
     }
@@ -226,8 +226,8 @@ def _check_shapes(before, now):
         name = changed[0]
         raise ValueError(
             f"collect: {name!r} was {known[name]} in one rollout and is {new.get(name)} in the next; with "
-            "several updates or epochs all rollouts need the same shapes: a sampler of your own pads prompts "
-            "to asked.width columns (at the left), and responses to as many as they may ever have."
+            "several updates or epochs all rollouts need the same shapes: a custom sampler must pad prompts "
+            "to asked.width columns (at the left), and responses to their maximum length."
         )
 
 
@@ -237,7 +237,7 @@ def _adapted(control, weight, batch, count):
 
 
 def _order(rows, seed, number, epoch):
-    """The order of rows in an epoch of a rollout, shuffled in each but the first."""
+    """Order of rows in an epoch of a rollout, shuffled in each epoch except the first."""
     if epoch == 0:
         return np.arange(rows)
     return np.random.default_rng((seed, number, epoch)).permutation(rows)
@@ -251,7 +251,7 @@ def _of_this_host(batch):
 
 
 def _laid_out(batch, mesh):
-    """The rollout as the carry holds it, rows over the mesh like those of a batch."""
+    """Places the rollout for the carry, rows over the mesh like those of a batch."""
     if mesh is None:
         return jax.tree.map(jnp.asarray, batch)
     rows, whole = batch_sharding(mesh), replicated(mesh)
@@ -261,7 +261,7 @@ def _laid_out(batch, mesh):
 
 
 def _take(batch, rows, mesh):
-    """Rows of a rollout; entries without axes are copied to the host, for steps overwrite the carry."""
+    """Takes rows of a rollout; copies entries without axes to the host, as steps overwrite the carry."""
     leaves, treedef = jax.tree.flatten(batch)
     taken = iter(in_turn(_take_arrays(mesh)([x for x in leaves if np.ndim(x)], rows)))
     return treedef.unflatten([next(taken) if np.ndim(x) else to_host(x) for x in leaves])
@@ -269,6 +269,6 @@ def _take(batch, rows, mesh):
 
 @functools.cache
 def _take_arrays(mesh):
-    """One program for all parts."""
+    """Compiles one program for all parts of a rollout."""
     take = lambda arrays, rows: [x[rows] for x in arrays]
     return jax.jit(take, out_shardings=None if mesh is None else batch_sharding(mesh))

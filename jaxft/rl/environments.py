@@ -1,4 +1,4 @@
-"""Environments of episodes: what answers a policy that acts by text, several episodes at a time."""
+"""Environments: batches of episodes in which a policy acts by text and reads observations."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ State = Any
 
 
 class Reply(NamedTuple):
-    """What an environment gives back for an action."""
+    """Reply of an environment to an action."""
 
-    reward: float = 0.0  # of this turn: those of an episode are added up; NaN is no verdict
-    observation: str | None = None  # what the policy reads next; None: the episode is over
-    forced: str = ""  # with what the policy's next turn begins, as if it had said so
+    reward: float = 0.0  # for this turn; an episode's rewards are summed; NaN: no verdict
+    observation: str | None = None  # text that the policy reads next; None: the episode is over
+    forced: str = ""  # forced beginning of the policy's next turn
 
 
 class Environment(NamedTuple):
-    """A batch of episodes at a time; state comes in and goes out."""
+    """A pure environment for a batch of episodes: states are arguments and results."""
 
     start: Callable[[Sequence[Record]], Sequence[State]]
-    # (states, actions) of the episodes that go on -> (state, reply) each
+    # (states, actions) of the episodes that continue -> (state, reply) for each
     step: Callable[[Sequence[State], Sequence[str]], Sequence[tuple[State, Reply]]]
-    turns: int  # actions of an episode at most
+    turns: int  # maximum actions per episode
 
 
 def try_again(
@@ -35,13 +35,13 @@ def try_again(
     turns: int = 2,
     right: float = 1.0,
 ) -> Environment:
-    """An answer that is not right is told so, and may be given anew.
+    """Returns an environment that replies `feedback` to a wrong answer, and lets the policy retry.
 
-    The reward is that of the last answer, so that a wrong one costs no more than its turn. An answer without
-    a verdict ends the episode with NaN.
+    The reward is that of the last answer, so a wrong answer costs only its turn. An answer without a verdict
+    ends the episode with NaN.
 
     Args:
-        right: the reward from which on an answer is right.
+        right: the smallest reward of a correct answer.
     """
     _check_turns(turns)
 
@@ -53,7 +53,7 @@ def try_again(
         ]
 
     def reply(verdict, turn):
-        # A NaN is less than nothing: it is not told to try again.
+        # NaN compares False, so the episode ends.
         return Reply(0.0, feedback) if verdict < right and turn + 1 < turns else Reply(verdict)
 
     return Environment(lambda records: [(record, 0) for record in records], step, turns)
@@ -65,15 +65,15 @@ def with_tool(
     rewards: RewardFn,
     turns: int = 4,
 ) -> Environment:
-    """An action that calls the tool reads its result; one that does not is the answer, judged by `rewards`.
+    """Returns an environment with a tool: an action without a call is the answer, judged by `rewards`.
 
-    What the tool raises is an observation, from which the policy may learn to call it otherwise. A call that
-    hangs, or kills its process, ends the episode with a NaN reward. An answer that is not given within
-    `turns` is worth 0.
+    The tool's result is the next observation, and so is an exception of the tool, from which the policy may
+    learn. A call that hangs or kills its process ends the episode with reward NaN. Without an answer within
+    `turns`, the reward is 0.
 
     Args:
         tool: a pool of functions text -> text.
-        call_of: the call in an action, such as `tagged("python")`, or None.
+        call_of: function that returns the call in an action, or None; for example `tagged("python")`.
     """
     _check_turns(turns)
 
@@ -91,7 +91,7 @@ def with_tool(
 
 
 def tagged(name: str) -> Callable[[str], str | None]:
-    """What stands in the last <name>...</name> of a text; None without one."""
+    """Returns a function: the content of the last <name>...</name> of a text, or None."""
     pattern = re.compile(rf"<{re.escape(name)}>(.*?)</{re.escape(name)}>", re.DOTALL)
 
     def call_of(text):

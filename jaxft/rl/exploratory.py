@@ -1,6 +1,6 @@
-"""Exploratory preference optimisation: online DPO that is also driven away from what the reference says.
+"""Exploratory preference optimisation: online DPO that also lowers the reference's answers' likelihood.
 
-Xie et al., 2024, arxiv.org/abs/2405.21046, algorithm 1. `answers_of_both` samples, `xpo` learns.
+Xie et al., 2024, arxiv.org/abs/2405.21046, algorithm 1. `answers_of_both` samples, `xpo` trains.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from jaxft.rl.transforms import policy_log_probs
 
 
 def answers_of_both(sample: Sample, model: Decoder, ref_params, temperature: float) -> Sample:
-    """Groups of which the policy gives the first half and the reference the second, judged alike.
+    """Samples groups: the first half from the policy, the second half from the reference.
 
-    The batch has `from_reference` [B]; of those rows `sampler_log_probs` are the policy's, as everywhere,
-    and `behaviour_log_probs` the reference's.
+    The batch has `from_reference` [B]; in those rows `sampler_log_probs` are the policy's, as in all rows,
+    and `behaviour_log_probs` the reference's. The same rewards judge both halves.
 
     Args:
-        sample: `answers` of half a group.
+        sample: `answers` with half the group size.
         model: a Decoder.
-        ref_params: of the reference.
-        temperature: at which `sample` draws.
+        ref_params: params of the reference.
+        temperature: the temperature of `sample`.
     """
 
     def both(params, asked, key):
@@ -36,7 +36,7 @@ def answers_of_both(sample: Sample, model: Decoder, ref_params, temperature: flo
         other = checked(sample(ref_params, asked, stream(key, "reference")))
         whole = concatenated([own, other], asked.columns)
         size = len(own["tokens"]) // len(asked.ids)
-        # Prompt-major: each prompt's rows of both, side by side.
+        # Prompt-major: each prompt's rows of both halves are adjacent.
         order = np.arange(2 * len(own["tokens"])).reshape(2, len(asked.ids), size)
         order = order.transpose(1, 0, 2).reshape(-1)
         whole = rows_of(whole, order)
@@ -50,22 +50,22 @@ def answers_of_both(sample: Sample, model: Decoder, ref_params, temperature: flo
 
 
 def xpo(build: Build, loss: PairLoss, group_size: int, alpha: float = 1e-5) -> Algorithm:
-    """A pairwise loss on each group's best and worst answer, and α log π of the reference's answers.
+    """A pairwise loss on each group's best and worst answer, plus α log π of the reference's answers.
 
-    The mean over groups that have a pair of loss + α mean log π(y_ref | x): the second term takes likelihood
-    from what the reference would say, and so gives it to what nobody has tried. Its credit is a constant,
-    -α for each of these rows; see `online_preference` for the rest, and for its price, one update a rollout.
-    Shown besides: `reference_log_prob`, of the reference's answers under the policy, which is to fall.
+    The mean over groups that have a pair of loss + α mean log π(y_ref | x): the second term moves likelihood
+    from the reference's answers to unexplored ones. Its credit is the constant -α for each of these rows. For
+    the rest, and the limit of one update per rollout, see `online_preference`. An additional metric is
+    `reference_log_prob`, of the reference's answers under the policy, which should fall.
 
     Args:
         build: a partial of `policy_gradient`.
         loss: `functools.partial(dpo_loss, beta=0.1)` or any function of `Pairs`.
-        group_size: answers to each prompt, half of them of the reference; an even number.
-        alpha: α, in nats a nat; 1e-5 is TRL's, 0 online DPO.
+        group_size: answers to each prompt, half of them from the reference; must be even.
+        alpha: α, in nats per nat; TRL uses 1e-5; 0 gives online DPO.
     """
     if group_size % 2 or alpha < 0:
         raise ValueError(
-            "xpo: group_size must be even, half of it the reference's, and alpha at least 0; got "
+            "xpo: group_size must be even (half is the reference's), and alpha at least 0; got "
             f"{group_size} and {alpha}."
         )
     pairwise = online_preference(build, loss, group_size)
@@ -76,7 +76,7 @@ def xpo(build: Build, loss: PairLoss, group_size: int, alpha: float = 1e-5) -> A
         counted, paired = jnp.any(mask, axis=1), given["stats"]["paired"]
         chosen = jnp.asarray(batch["from_reference"]) & counted
         share = chosen / jnp.maximum(_of_group(chosen, group_size), 1)
-        # As there: the objective divides by rows with tokens, where the mean is over pairs.
+        # As in online_preference: the objective divides by rows with tokens, but the mean is over pairs.
         scale = jnp.sum(counted) / jnp.maximum(jnp.sum(paired) / group_size, 1)
         sums = jnp.sum(jnp.where(mask, jnp.asarray(batch["sampler_log_probs"]), 0.0), axis=1)
         stats = {"reference_log_prob": jnp.where(chosen, sums, jnp.nan)}

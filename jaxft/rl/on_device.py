@@ -1,4 +1,4 @@
-"""Experience whose rewards the device computes: sampling, verdicts and advantages in one program."""
+"""Experience with rewards computed on the device: sampling, rewards and advantages in one program."""
 
 from __future__ import annotations
 
@@ -39,22 +39,22 @@ def collect_on_device(
     ref_params: Any = None,
     mesh: Mesh | None = None,
 ) -> Collector:
-    """As `collect`, with rewards that are a function of tokens, such as `equals(answers)`.
+    """Works like `collect`, with rewards that are a function of tokens, such as `equals(answers)`.
 
-    Sampling, rewards and credit are one compiled program, from which nothing returns to the host: for
-    answers of a fixed form, and models so small that the host's part would be most of the time. All
-    prompts have the width of the longest. What is drawn is what `collect` draws.
+    Sampling, rewards and credit are one compiled program without transfers to the host: for answers of
+    a fixed form, and models so small that host work would dominate the time. All prompts have the
+    width of the longest. The samples equal those of `collect`.
 
     Args:
-        reward: is given tokens and mask of responses and the number of each one's prompt.
+        reward: function of the responses' tokens and mask and of each response's prompt number.
         group_size: responses to each prompt.
-        updates, epochs: as in `collect`; several give `old_log_probs`. A value head gives `old_values`.
-        ref_params: gives `ref_log_probs`.
-        mesh: as for `fit`; a rollout of several updates then lies over its data and fsdp axes.
+        updates, epochs: as in `collect`; several add `old_log_probs`. A value head adds `old_values`.
+        ref_params: adds `ref_log_probs`; None: no reference.
+        mesh: as for `fit`; with several updates, the rollout lies over its data and fsdp axes.
 
     Raises:
         ValueError: for greedy sampling.
-        RewardError: when called, for rewards of another shape.
+        RewardError: when called, if the rewards have a wrong shape.
     """
     check_policy(config)
     tokens, valid = map(jnp.asarray, _left_pad(prompts.ids, model.config))
@@ -70,7 +70,7 @@ def collect_on_device(
         if jnp.shape(value) != numbers.shape:
             raise RewardError(
                 f"collect_on_device: the reward function returned {type(value).__name__} of shape "
-                f"{jnp.shape(value)}; expected {numbers.shape}, a reward for each response."
+                f"{jnp.shape(value)}; expected {numbers.shape}, one reward per response."
             )
         flat = ~jnp.repeat(has_contrast(value, group_size), group_size)
         truncated = batch.pop("truncated")
@@ -99,7 +99,7 @@ def sample_on_device(
     config: SamplingConfig,
     samples: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens, mask) [prompts, samples, N]: responses to each prompt by one program, for evaluation."""
+    """Samples (tokens, mask) [prompts, samples, N] for evaluation, in one compiled program."""
     tokens, valid = map(jnp.asarray, _left_pad(prompts, model.config))
     chosen = jnp.arange(len(prompts))
     batch, _ = _sample_jit(model, params, tokens, valid, key, chosen, config, samples)
@@ -117,18 +117,18 @@ def estimate_success(
     numbers: Sequence[int],
     samples: int,
 ) -> np.ndarray:
-    """p̂ [B]: the share of right ones, of a reward of 1 or more, among `samples` answers to each prompt.
+    """p̂ [B]: the fraction of `samples` answers to each prompt that are correct (reward at least 1).
 
-    For p(answer | prompt) where many workings lead to an answer, so that no likelihood gives it.
+    Estimates p(answer | prompt) if many derivations lead to an answer, so that no likelihood gives it.
 
     Args:
         sample: number of samples -> (tokens, mask) [B, samples, N], such as `sample_on_device`.
-        reward: of responses and the numbers of their prompts.
-        numbers: which prompt each of the B rows is.
-        samples: 64 for DCO (Chen et al., 2025, arxiv.org/abs/2502.07154).
+        reward: function of the responses and their prompts' numbers.
+        numbers: the prompt number of each of the B rows.
+        samples: samples per prompt; DCO (Chen et al., 2025, arxiv.org/abs/2502.07154) uses 64.
 
     Raises:
-        ValueError: if other samples came than were asked for.
+        ValueError: if `sample` returns a wrong number of samples.
     """
     tokens, mask = sample(samples)
     if np.shape(tokens)[:2] != (len(numbers), samples):
@@ -142,14 +142,14 @@ def estimate_success(
 
 
 def equals(answers: Sequence[Sequence[int]], size: int) -> DeviceReward:
-    """1 for a response that is its prompt's answer token by token, else 0.
+    """Returns a reward: 1 for a response that equals its prompt's answer token by token, else 0.
 
     Args:
-        answers: ids, one each prompt, the stop token included.
+        answers: token ids of each prompt's answer, the stop token included.
         size: max_new_tokens of the sampling.
 
     Raises:
-        ValueError: for an answer longer than `size`, which could never be met.
+        ValueError: if an answer is longer than `size`, so that no response could equal it.
     """
     longest = max(map(len, answers))
     if longest > size:
@@ -169,7 +169,7 @@ def equals(answers: Sequence[Sequence[int]], size: int) -> DeviceReward:
 
 
 def _sample(model, params, tokens, valid, key, chosen, config, samples, columns=None):
-    """(batch without rewards, which prompt each row answers)."""
+    """Returns (batch without rewards, the prompt number of each row)."""
     size = config.max_new_tokens
     keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(len(chosen)))
     slots = tokens.shape[1] + size
@@ -187,7 +187,7 @@ _sample_jit = jax.jit(_sample, static_argnames=("model", "config", "samples"))
 
 
 def _left_pad(prompts, config):
-    """[B, P] of the longest prompt's width: one program needs no bucket."""
+    """Left-pads to [B, P], P the longest prompt's length: one program needs no buckets."""
     tokens, valid = left_pad(prompts, config)
     width = max(map(len, prompts))
     return tokens[: len(prompts), -width:], valid[: len(prompts), -width:]

@@ -1,7 +1,7 @@
-"""Preferences and the policy's own samples: losses of pairs on answers that are judged as they are sampled.
+"""Online preference learning: pairwise losses on the policy's own samples, judged during training.
 
-`online_preference` is an algorithm like those of jaxft.rl.algorithms; `SamplesBeside` gives what
-jaxft.objectives.hypo takes: pairs with fresh samples beside them.
+`online_preference` is an algorithm like those of jaxft.rl.algorithms; `SamplesBeside` yields batches for
+jaxft.objectives.hypo: pairs together with fresh samples.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ def best_and_worst(
     """(row of the best, row of the worst, whether they differ) of each group of `group_size` rows.
 
     Args:
-        rewards: NaN where there is no verdict: never the best, never the worst.
-        counted: rows that may be taken; None: all.
+        rewards: NaN means no verdict: such a row is never the best or the worst.
+        counted: rows that may be chosen; None: all.
     """
     if len(rewards) % group_size:
         raise ValueError(
-            f"best_and_worst: {len(rewards)} rewards are no whole number of groups of {group_size}."
+            f"best_and_worst: {len(rewards)} rewards are not a multiple of the group size {group_size}."
         )
     told = ~jnp.isnan(rewards) if counted is None else ~jnp.isnan(rewards) & counted
     groups = lambda x: x.reshape(-1, group_size)
@@ -51,15 +51,15 @@ def best_and_worst(
 
 
 def online_preference(build: Build, loss: PairLoss, group_size: int) -> Algorithm:
-    """A pairwise loss on the best and the worst answer of each group: online DPO, and so on.
+    """A pairwise loss on the best and the worst answer of each group, such as online DPO.
 
-    Direct alignment from AI feedback: Guo et al., 2024, arxiv.org/abs/2402.04792, where a group is two
+    Direct alignment from AI feedback: Guo et al., 2024, arxiv.org/abs/2402.04792, with groups of two
     answers. The gradient of a loss of log π(y_w) and log π(y_l) is Σ (∂loss/∂log π(y)) ∇log π(y), so each
-    row's credit is -∂loss/∂log π(y) at the policy that sampled it, and rows need not stay together. That
-    is the loss's own gradient for one update a rollout; the objective raises ValueError for several. The
-    mean is over groups that have a pair. Needs ref_log_probs in the batch (for losses with a reference)
-    and is shown as `pair_loss`, `pair_accuracy` (does the policy, against the reference, prefer the better
-    answer already?), `paired`.
+    row's credit is -∂loss/∂log π(y) at the policy that sampled it, and rows need not stay together. This
+    equals the loss's gradient only for one update per rollout; for several the objective raises
+    ValueError. The mean is over groups that have a pair. Losses with a reference need ref_log_probs in the
+    batch. Metrics: `pair_loss`, `pair_accuracy` (how often the policy, relative to the reference, already
+    prefers the better answer), `paired`.
 
     Args:
         build: a partial of `policy_gradient`.
@@ -80,12 +80,12 @@ def online_preference(build: Build, loss: PairLoss, group_size: int) -> Algorith
         safe = jnp.maximum(lengths, 1.0)
 
         def values(sums):
-            # Of groups without a pair both sides are one row, or empty: finite, and left out.
+            # In groups without a pair both sides are one row, or empty: finite, and excluded.
             found = loss(Pairs(*take(sums), *take(ref), *take(safe), counted=paired))
             return jnp.sum(jnp.where(paired, found, 0.0)), found
 
         gradient, found = jax.grad(values, has_aux=True)(sums)
-        # The objective divides by rows with tokens, where the mean is over pairs.
+        # The objective divides by rows with tokens, but the mean is over pairs.
         rows, pairs = jnp.sum(lengths > 0), jnp.maximum(jnp.sum(paired), 1)
         ratio = sums if ref is None else sums - ref
         nan = lambda x: jnp.repeat(jnp.where(paired, x, jnp.nan), group_size)
@@ -105,21 +105,21 @@ def online_preference(build: Build, loss: PairLoss, group_size: int) -> Algorith
 class SamplesBeside:
     """collect(params, carry, key) -> (pairs with the policy's own samples as `online`, carry).
 
-    `online` holds groups [N, K, T] of K samples to each of N prompts, with `ref_log_probs` [N, K]. The entry
-    "beside" of the carry counts draws of prompts; the position of the pairs is their own, in the data
-    position of checkpoints. A host gets its groups of the samples.
+    `online` holds groups [N, K, T] of K samples for each of N prompts, with `ref_log_probs` [N, K]. The entry
+    "beside" of the carry counts draws of prompts; the position of the pairs is separate, in the data
+    position of checkpoints. Each host gets its own groups of the samples.
 
     Args:
-        pairs: an iterator over batches, of this host, with `get_state` and `set_state` to be resumed.
+        pairs: an iterator over this host's batches, with `get_state` and `set_state` for resuming.
         model: a Decoder.
-        prompts: what to sample answers to.
-        ref_params: of the reference.
-        config: of the sampler; its temperature must be 1 and nothing cut off, or the KL is another policy's.
-        samples: K.
+        prompts: the prompts to sample answers to.
+        ref_params: params of the reference.
+        config: sampling config; must have temperature 1 and no truncation, or the KL is another policy's.
+        samples: K, samples per prompt.
         mesh: as for `fit`.
 
     Raises:
-        ValueError: for another policy than the model's own.
+        ValueError: if `config` does not sample from the model's own distribution.
     """
 
     def __init__(
@@ -137,14 +137,14 @@ class SamplesBeside:
         if config.temperature != 1 or any(value is not None for value in filters):
             raise ValueError(
                 f"SamplesBeside: temperature {config.temperature} and top_k, top_p, min_p {filters} sample "
-                "from another policy, whose KL it would be; use temperature 1 and none of these."
+                "from another policy, so the KL would be that policy's; use temperature 1 and none of these."
             )
         self._pairs, self._prompts = pairs, prompts
         self._sample = functools.partial(_sample_beside, model, ref_params, config, samples, mesh)
         self.carry = {"beside": {"draws": np.int32(0)}}
 
     def __call__(self, params: Any, carry: dict[str, Any], key: jax.Array) -> tuple[Batch, Any]:
-        """The next pairs, and samples of these params."""
+        """Returns the next pairs, with samples from these params, and the new carry."""
         pairs = next(self._pairs, None)
         if pairs is None:
             return None, carry
@@ -157,7 +157,7 @@ class SamplesBeside:
         return self._pairs.get_state()
 
     def set_state(self, position: Any) -> None:
-        """Goes on from a position of the pairs."""
+        """Continues from a position of the pairs."""
         self._pairs.set_state(position)
 
 
@@ -171,7 +171,7 @@ def _sample_beside(model, ref_params, config, samples, mesh, params, asked, key)
 
 
 def as_groups(batch: Batch, ref_log_probs: np.ndarray, size: int) -> Batch:
-    """The rows of `sample_groups` as groups of `size` sequences, [N, K, T], for objectives of pairs."""
+    """Reshapes the rows of `sample_groups` to groups of `size` sequences, [N, K, T], for pair losses."""
     mask = np.asarray(batch["completion_mask"])
     before = batch["tokens"].shape[1] - mask.shape[1]
     group = lambda x: np.asarray(x).reshape(-1, size, *x.shape[1:])

@@ -1,4 +1,4 @@
-"""What a step asks: prompts in an order that is new each epoch, with their records and columns."""
+"""Prompts in an order that is shuffled each epoch, with their records and columns."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import numpy as np
 
 from jaxft.generation import bucket
 
-MIN_BUCKET = 16  # of prompt and response lengths
+MIN_BUCKET = 16  # smallest bucket of prompt and response lengths, in tokens
 
 
 class Asked(NamedTuple):
-    """The prompts of one draw, P of them."""
+    """The P prompts of one draw."""
 
     ids: Sequence[Sequence[int]]
     records: Sequence[Mapping[str, Any]]
-    columns: Mapping[str, np.ndarray] = {}  # name -> [P, ...]: images, say
-    # Columns of prompts in a batch, whose responses then have all they may ever need; None: as few as do.
+    columns: Mapping[str, np.ndarray] = {}  # name -> [P, ...], such as images
+    # Prompt columns of a batch, whose responses then get the maximum; None: as few as needed.
     width: int | None = None
     following: Callable[[], Asked] | None = None  # the next draw
 
@@ -30,14 +30,14 @@ class Prompts:
 
     Args:
         ids: token ids of each prompt.
-        per_step: prompts of a draw.
-        records: one a prompt, which rewards are given; None: empty ones.
+        per_step: prompts per draw.
+        records: one record per prompt, for the rewards; None: empty records.
         columns: name -> [len(ids), ...], any arrays that belong to prompts, such as images: the sampler gets
-            those of its prompts as `columns=`, and the batch a row of them for each response.
-        seed: of the order, a new permutation each epoch.
+            the rows of its prompts as `columns=`, and the batch gets one row for each response.
+        seed: seed of the order, a new permutation each epoch.
 
     Raises:
-        ValueError: where prompts, records and columns differ in number, or for a name with a "/".
+        ValueError: if prompts, records and columns differ in number, or a name contains "/".
     """
 
     ids: Sequence[Sequence[int]]
@@ -52,13 +52,13 @@ class Prompts:
         if self.per_step < 1 or len(self.ids) != len(records) or not records:
             raise ValueError(
                 f"Prompts: {len(self.ids)} prompts for {len(records)} records, {self.per_step} a step; there "
-                "must be as many of both, and at least one of each."
+                "must be equally many of both, and at least one of each."
             )
         for name, column in self.columns.items():
             if len(column) != len(self.ids) or "/" in name:
                 raise ValueError(
-                    f"Prompts: column {name!r} has {len(column)} rows for {len(self.ids)} prompts; one each, "
-                    "and no '/' in its name."
+                    f"Prompts: column {name!r} has {len(column)} rows for {len(self.ids)} prompts; it needs "
+                    "one row per prompt, and no '/' in its name."
                 )
 
     def chosen(self, draw: int) -> list[int]:
@@ -69,7 +69,7 @@ class Prompts:
         """The prompts of a draw.
 
         Args:
-            fixed: whether batches of all draws are to have the same shape, that of the longest prompt.
+            fixed: gives the batches of all draws the same shape, that of the longest prompt.
         """
         numbers = self.chosen(draw)
         width = bucket(max(map(len, self.ids)), MIN_BUCKET) if fixed else None
@@ -83,7 +83,7 @@ class Prompts:
 
 
 def prompts_of(draw: int, count: int, size: int, seed: int) -> list[int]:
-    """The draw-th `count` prompts of `size` in an order that is new each epoch."""
+    """Numbers of the draw-th `count` of `size` prompts, in an order shuffled each epoch."""
     places = np.arange(draw * count, (draw + 1) * count)
     order = {
         epoch: np.random.default_rng((seed, epoch)).permutation(size)

@@ -32,17 +32,17 @@ def answers(
     *,
     sampler: Callable[..., Any] = generate,
 ) -> Sample:
-    """sample(params, asked, key): `group_size` responses to each prompt, judged by `rewards`.
+    """Returns sample(params, asked, key): `group_size` responses to each prompt, judged by `rewards`.
 
     Args:
-        rewards: (completions, records) -> a number each, NaN for no verdict: a VerifierPool, or `in_process`
-            of a verifier. Completions are decoded without special tokens and outer space.
-        config: how to sample.
+        rewards: (completions, records) -> one number each, NaN for no verdict: a VerifierPool, or
+            `in_process` of a verifier. Completions are decoded without special tokens and stripped.
+        config: the sampling config.
         sampler: a function with the signature of `generate`.
 
     Raises:
-        ValueError: for greedy sampling, or a tokenizer with ids that the model has not.
-        RewardError: when called, for what is no list of rewards; see `jaxft.rewards.checked_rewards`.
+        ValueError: for greedy sampling, or if the tokenizer has ids that the model lacks.
+        RewardError: when called, if the rewards are invalid; see `jaxft.rewards.checked_rewards`.
     """
     check_policy(config)
     check_tokenizer(tokenizer, model.config)
@@ -73,20 +73,21 @@ def sample_groups(
     sampler: Callable[..., Any] = generate,
     columns: Mapping[str, np.ndarray] | None = None,
 ) -> tuple[Batch, list[list[int]]]:
-    """(batch, completions): `group_size` responses to each prompt, side by side, from one prefill.
+    """Samples (batch, completions): `group_size` adjacent responses to each prompt, from one prefill.
 
     The batch is that of jaxft.objectives.policy, as numpy arrays: `sampler_log_probs` under the
-    full vocabulary at the temperature; `behaviour_log_probs` under what was sampled from (with rules
-    that cut, log π - log of the mass kept); `truncated` [B], True where a response reached the
-    limit. Its columns are buckets, of the longest prompt and the longest response.
+    full vocabulary at the temperature; `behaviour_log_probs` under the distribution sampled from (with
+    truncation, log π - log of the mass kept); `truncated` [B], True if a response reached the limit.
+    Its widths are bucketed: those of the longest prompt and of the longest response.
 
     Args:
         tokenizer: needed for stop strings.
         sampler: a function with the signature of `generate`.
-        columns: name -> [P, ...], which the sampler gets too: a row of each prompt for each of its responses.
+        columns: name -> [P, ...], also passed to the sampler; the batch repeats each prompt's row for each of
+            its responses.
 
     Raises:
-        ValueError: for greedy sampling, of which no policy gradient can be taken.
+        ValueError: for greedy sampling, which has no policy gradient.
     """
     check_policy(config)
     out = sampler(
@@ -109,7 +110,7 @@ def sample_groups(
 
 
 def side_by_side(xp, prompts, valid, tokens, mask, log_probs, sampler_log_probs):
-    """The batch of prompts [B, P] and responses [B, N] side by side, padding at either end of a row."""
+    """Joins prompts [B, P] and responses [B, N] to a batch, with padding at both ends of a row."""
     seen = xp.concatenate([valid, mask], axis=1)
     return {
         "tokens": xp.concatenate([prompts, xp.where(mask, tokens, 0)], axis=1),
@@ -122,15 +123,15 @@ def side_by_side(xp, prompts, valid, tokens, mask, log_probs, sampler_log_probs)
 
 
 def columns_of(columns: Mapping[str, np.ndarray] | None) -> dict[str, Any]:
-    """The argument `columns` of a sampler, where there are any."""
+    """Returns the keyword argument `columns` of a sampler, if there are columns."""
     return {"columns": columns} if columns else {}
 
 
 def with_columns(batch: Batch, columns: Mapping[str, np.ndarray] | None, group_size: int) -> Batch:
-    """The batch with each prompt's row of the columns at all of its responses.
+    """Adds the columns to the batch, repeating each prompt's row for all of its responses.
 
     Raises:
-        ValueError: for a name that the batch has already.
+        ValueError: if the batch already has an entry of the same name.
     """
     columns = columns or {}
     if taken := sorted(columns.keys() & (batch.keys() | MADE)):
@@ -139,7 +140,7 @@ def with_columns(batch: Batch, columns: Mapping[str, np.ndarray] | None, group_s
 
 
 def padded(batch: Batch, width: int, size: int) -> Batch:
-    """The batch with `width` columns for prompts, at the left, and `size` for responses, at the right."""
+    """Pads prompts to `width` columns at the left, and responses to `size` columns at the right."""
     own_size = batch["completion_mask"].shape[1]
     before, after = width - (batch["tokens"].shape[1] - own_size), size - own_size
     pads = {name: ((0, 0), (before, after)) for name in WHOLE}
@@ -148,13 +149,13 @@ def padded(batch: Batch, width: int, size: int) -> Batch:
 
 
 def concatenated(batches: Sequence[Batch], columns: Collection[str] = ()) -> Batch:
-    """One batch of several, whose prompts and responses may lie in different buckets.
+    """Concatenates batches whose prompts and responses may be in different buckets.
 
-    Entries [B, N, ...] are padded with zeros like completion_mask, [B, T, ...] like tokens, those in nested
-    dicts too. Entries without axes are the first batch's.
+    Entries [B, N, ...] are zero-padded like completion_mask, [B, T, ...] like tokens, also in nested dicts.
+    Entries without axes are taken from the first batch.
 
     Args:
-        columns: names of entries that belong to prompts, which keep their shapes.
+        columns: names of entries that belong to prompts; their shapes do not change.
     """
     totals = [batch["tokens"].shape[1] for batch in batches]
     sizes = [batch["completion_mask"].shape[1] for batch in batches]
@@ -177,22 +178,22 @@ def concatenated(batches: Sequence[Batch], columns: Collection[str] = ()) -> Bat
 
 
 def rows_of(batch: Batch, rows: Any) -> Batch:
-    """The batch's rows of these numbers; entries without axes stay as they are."""
+    """Selects rows of the batch by number; entries without axes are unchanged."""
     return jax.tree.map(lambda x: x[rows] if np.ndim(x) else x, batch)
 
 
 def model_inputs(batch: Batch) -> Batch:
-    """What a forward pass reads: tokens, positions, segments, the mask, and columns of the user's."""
+    """Selects the inputs of a forward pass: tokens, positions, segments, mask and user columns."""
     given = {*WHOLE, "completion_mask"}
     return {name: x for name, x in batch.items() if name in given or name not in MADE}
 
 
 def checked(batch: Any) -> Batch:
-    """What a sampler gave, with arrays in place of lists, a bool mask, and rewards NaN without a verdict.
+    """Checks a sampler's batch and converts lists to arrays, the mask to bool, missing verdicts to NaN.
 
     Raises:
-        ValueError: for entries that are missing.
-        RewardError: for what is no list of rewards.
+        ValueError: if entries are missing.
+        RewardError: if the rewards are invalid.
     """
     needed = {"tokens", "completion_mask", "sampler_log_probs", "rewards", "truncated"}
     if not isinstance(batch, Mapping) or (missing := sorted(needed - batch.keys())):
@@ -207,19 +208,17 @@ def checked(batch: Any) -> Batch:
 
 
 def with_bool_masks(batch: Batch) -> Batch:
-    """The batch with completion_mask and truncated as bool, whatever numbers they were."""
+    """Converts completion_mask and truncated to bool from any numeric dtype."""
     return batch | {name: batch[name].astype(bool) for name in ("completion_mask", "truncated")}
 
 
 def check_policy(config: SamplingConfig) -> None:
-    """Raises for a sampler that is no policy."""
+    """Raises ValueError for a config that is greedy, not a policy."""
     if config.temperature == 0:
-        raise ValueError(
-            "collect: temperature=0 is greedy, and no policy to take a gradient of; use 1.0."
-        )
+        raise ValueError("collect: temperature=0 is greedy, which has no policy gradient; use 1.0.")
 
 
-# What sampling, transforms and credit put into a batch, and no model reads.
+# Entries from sampling, transforms and credit, which no model reads.
 MADE = frozenset(
     (
         *WHOLE,

@@ -1,4 +1,4 @@
-"""Self-training: fine-tuning on the model's own right answers, collected beforehand or at each step."""
+"""Self-training: fine-tuning on the model's own correct answers, collected beforehand or at each step."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ def offline_collect(
     correct: Sequence[Sequence[bool]],
     gold: Sequence[Hashable] = (),
 ) -> list[tuple[int, Hashable]]:
-    """(question, answer) to fine-tune on: the gold ones, and the right ones of the samples, each once.
+    """Returns (question, answer) pairs to fine-tune on: gold and correct sampled answers, deduplicated.
 
     Rejection sampling: Yuan et al., 2023, arxiv.org/abs/2308.01825; the offline self-training of Luong et
     al., 2024, arxiv.org/abs/2401.08967, which keeps the gold answers.
 
     Args:
         completions: the samples of each question, as text or tuples of ids.
-        correct: the verdict on each.
-        gold: one answer a question, if there are any.
+        correct: the verdict on each sample.
+        gold: one answer per question; None: no gold answers.
 
     Raises:
-        ValueError: where questions, samples and verdicts do not match.
+        ValueError: if questions, samples and verdicts differ in number.
     """
     if gold and len(gold) != len(completions):
         raise ValueError(
@@ -45,12 +45,12 @@ def offline_collect(
 
 
 def online_self_training(forward: Forward) -> Objective:
-    """½ cross-entropy of the right ones among the policy's samples + ½ cross-entropy of gold answers.
+    """½ cross-entropy of the policy's correct samples + ½ cross-entropy of gold answers.
 
     Online self-training: Luong et al., 2024, arxiv.org/abs/2401.08967; means over tokens, in nats. A step
-    without a right sample has the second half alone. The batch has `samples`, experience with `correct` [B]
+    without a correct sample has only the second term. The batch has `samples`, experience with `correct` [B]
     (the credit of `right_samples`), and `gold`, rows of `supervised`. Metrics: own and gold, the two means;
-    right, the share of right samples; num_tokens, of both, a sample.
+    right, the fraction of correct samples; num_tokens, tokens of both per sample.
     """
     gold = mean_of(supervised(forward))
 
@@ -74,6 +74,6 @@ def online_self_training(forward: Forward) -> Objective:
 
 
 def right_samples(rewards: jax.Array, batch: dict) -> dict[str, jax.Array]:
-    """Credit of `online_self_training`: a reward of at least 1 is right; one without a verdict is not."""
+    """Credit of `online_self_training`: correct [B], reward at least 1; False without a verdict."""
     del batch
     return {"correct": jnp.nan_to_num(rewards) >= 1.0}

@@ -1,7 +1,7 @@
-"""What stands between sampling and credit: functions (batch, params, key) -> batch, and dynamic sampling.
+"""Transforms between sampling and credit: functions (batch, params, key) -> batch, and dynamic sampling.
 
-`collect(prompts, sample, credit, *transforms)` applies them in their order; one of your own is a function
-with this signature. The key is that of the rollout and of the transform's place.
+`collect(prompts, sample, credit, *transforms)` applies them in order; a custom transform is any
+function with this signature. The key depends on the rollout and the transform's index.
 """
 
 from __future__ import annotations
@@ -42,19 +42,19 @@ def add_penalty(penalty: Callable[[jax.Array], Any]) -> Transform:
 
 
 def mask_truncated(batch: Batch, params: Any, key: jax.Array) -> Batch:
-    """Takes responses that reached the limit out of the loss; they stay in baselines."""
+    """Excludes responses that reached the limit from the loss, but not from baselines."""
     mask = batch["completion_mask"] & ~batch["truncated"][:, None]
     return batch | {"completion_mask": mask}
 
 
 def add_old_policy(forward: Forward, temperature: float) -> Transform:
-    """Adds `old_log_probs` [B, N] of the policy that sampled; with a value head `old_values` too.
+    """Adds `old_log_probs` [B, N] of the sampling policy and, with a value head, `old_values`.
 
-    Needed for several updates a rollout.
+    Required for several updates per rollout.
 
     Args:
-        forward: of the model, model.forward.
-        temperature: at which the responses were sampled.
+        forward: the model's model.forward.
+        temperature: the sampling temperature of the responses.
     """
 
     def add(batch, params, key):
@@ -69,7 +69,7 @@ def add_old_policy(forward: Forward, temperature: float) -> Transform:
 
 
 def add_values(forward: Forward) -> Transform:
-    """Adds `old_values` [B, N] of the params' value head, for one update a rollout."""
+    """Adds `old_values` [B, N] of the params' value head, for one update per rollout."""
 
     def add(batch, params, key):
         _, values = _read(_log_probs_and_values(forward, params, model_inputs(batch)))
@@ -79,12 +79,12 @@ def add_values(forward: Forward) -> Transform:
 
 
 def add_reference(forward: Forward, ref_params: Any, temperature: float) -> Transform:
-    """Adds `ref_log_probs` [B, N] of a reference; `response_kl` from it is then shown.
+    """Adds `ref_log_probs` [B, N] of a reference; `response_kl` is then logged.
 
     Args:
-        forward: of the model, model.forward.
-        ref_params: of the reference, such as the start of the run.
-        temperature: at which the responses were sampled.
+        forward: the model's model.forward.
+        ref_params: params of the reference, such as the initial params of the run.
+        temperature: the sampling temperature of the responses.
     """
 
     def add(batch, params, key):
@@ -95,18 +95,18 @@ def add_reference(forward: Forward, ref_params: Any, temperature: float) -> Tran
 
 
 def until_contrast(sample: Sample, tries: int) -> Sample:
-    """Dynamic sampling: draws of further prompts in place of groups whose rewards are all equal.
+    """Dynamic sampling: replaces groups whose rewards are all equal by draws of further prompts.
 
-    DAPO: Yu et al., 2025, arxiv.org/abs/2503.14476, section 3.2. It stops after `tries` draws in all; what is
-    missing then is filled with groups without contrast. Rewards are compared as `sample` gives them, before
-    any penalty. The batch has `draws`, how many were taken.
+    DAPO: Yu et al., 2025, arxiv.org/abs/2503.14476, section 3.2. It stops after `tries` draws in total and
+    fills the rest with groups without contrast. Rewards are compared as returned by `sample`, before any
+    penalty. The batch has `draws`, the number of draws taken.
 
     Args:
-        sample: such as `answers`.
-        tries: draws at most; the paper's code has 10.
+        sample: for example `answers`.
+        tries: maximum number of draws; the paper's code has 10.
 
     Raises:
-        ValueError: for fewer than one.
+        ValueError: if tries is below 1.
     """
     if tries < 1:
         raise ValueError(f"until_contrast: tries must be at least 1, got {tries}.")
@@ -122,7 +122,7 @@ def until_contrast(sample: Sample, tries: int) -> Sample:
             group_size = len(batch["rewards"]) // count
             taken.append(batch)
             kept.append(np.asarray(has_contrast(jnp.asarray(batch["rewards"]), group_size)))
-        # Stable: in the order of sampling.
+        # A stable sort keeps the order of sampling.
         groups = np.argsort(~np.concatenate(kept), kind="stable")[:count]
         rows = (groups[:, None] * group_size + np.arange(group_size)).reshape(-1)
         return rows_of(concatenated(taken, asked.columns), rows) | {"draws": len(taken)}
@@ -131,6 +131,6 @@ def until_contrast(sample: Sample, tries: int) -> Sample:
 
 
 def _read(found):
-    """The arrays on the host, but for what is only being traced."""
+    """Copies the arrays to the host, except traced ones."""
     traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(found))
     return found if traced else to_host(in_turn(found))

@@ -1,4 +1,4 @@
-"""Episodes of several turns: the policy acts, an environment answers, and both stand in one row of tokens."""
+"""Multi-turn episodes: actions of the policy and replies of an environment in one row of tokens."""
 
 from __future__ import annotations
 
@@ -31,22 +31,24 @@ POLICY, FORCED, ENVIRONMENT = 1, 2, 3
 
 @dataclasses.dataclass
 class Episode:
-    """One row in the making."""
+    """One episode (row) under construction."""
 
     prompt: list[int]
     state: Any
     ids: list[int] = dataclasses.field(default_factory=list)  # after the prompt
     authors: list[int] = dataclasses.field(default_factory=list)
-    log_probs: list[float] = dataclasses.field(default_factory=list)  # 0 but for the policy's own
+    log_probs: list[float] = dataclasses.field(
+        default_factory=list
+    )  # 0 except for the policy's tokens
     behaviour: list[float] = dataclasses.field(default_factory=list)
-    lead: str = ""  # what its next action begins with, forced
+    lead: str = ""  # forced beginning of its next action
     reward: float = 0.0
     turns: int = 0
     done: bool = False
     truncated: bool = False
 
     def write(self, ids, author, log_probs=None, behaviour=None) -> None:
-        """More tokens of one author."""
+        """Appends tokens of one author."""
         zeros = [0.0] * len(ids)
         self.ids += ids
         self.authors += [author] * len(ids)
@@ -65,30 +67,30 @@ def episodes(
     max_observation: int = 2000,
     sampler: Callable[..., Any] = generate,
 ) -> Sample:
-    """`group_size` episodes from each prompt, for `collect`.
+    """Returns a sampler of `group_size` episodes from each prompt, for `collect`.
 
-    Each turn's prompt is the ids so far, those sampled as they were sampled: nothing is encoded twice. An
-    action that reaches the limit of new tokens ends its episode, truncated, after its reply's reward; so
-    does one after which the model has no room for another. The batch has `author` [B, N] (POLICY, FORCED,
-    ENVIRONMENT), of which `completion_mask` counts the policy's alone, and `turns` [B].
+    Each turn's prompt is the ids so far; sampled ids are reused without encoding them again. An action that
+    reaches the limit of new tokens ends its episode, truncated, after its reply's reward; so does an action
+    after which the model's context has no room for another. The batch has `author` [B, N] (POLICY, FORCED,
+    ENVIRONMENT) and `turns` [B]; `completion_mask` counts only the policy's tokens.
 
-    What a row draws depends on its place and turn alone, not on which other episodes still go on; with an
-    environment of one turn it is `answers`.
+    A row's samples depend only on its row number and turn, not on which other episodes continue; with an
+    environment of one turn the result equals `answers`.
 
     Args:
-        config: of one turn. What the policy is to write after a stop string is left to the next turn.
-        next_turn: the ids that put an observation after an action's stop token and ask for the next
-            action: `Renderer.next_turn`.
-        max_observation: characters; of longer ones the middle is cut out.
+        config: sampling config of one turn. Text after a stop string is left to the next turn.
+        next_turn: function that returns the ids of an observation after an action's stop token and the
+            prompt for the next action: `Renderer.next_turn`.
+        max_observation: maximum characters; the middle of a longer observation is removed.
         sampler: a function with the signature of `generate`.
     """
     check_policy(config)
     check_tokenizer(tokenizer, model.config)
 
     def draw(params, rows, columns, going, turn, key):
-        """The actions of the rows `going`."""
+        """Samples the actions of the rows `going`."""
         draw_from = functools.partial(sampler, model, params, tokenizer=tokenizer)
-        if turn == 0:  # One prefill a group.
+        if turn == 0:  # One prefill per group.
             prompts = [row.prompt for row in rows[::group_size]]
             return draw_from(prompts, key, config, samples=group_size, **columns_of(columns))
         contexts = [rows[i].prompt + rows[i].ids for i in going]
@@ -97,7 +99,7 @@ def episodes(
         return draw_from(contexts, key, config, row_ids=going, **columns_of(given))
 
     def observe(row, reply, room):
-        """Writes what the policy reads before it goes on, if there is room for that and its action."""
+        """Appends the observation if there is room for it and the next action."""
         closing = [] if row.ids[-1] in config.stop_ids else list(config.stop_ids[:1])
         shown = list(next_turn(_cut(reply.observation, max_observation)))
         forced = _encode(tokenizer, reply.forced)
@@ -134,7 +136,7 @@ def episodes(
 
 
 def _act(rows, out, environment, tokenizer):
-    """Writes the rows' actions; the environment's replies."""
+    """Appends the rows' actions; returns the environment's replies."""
     texts = []
     for i, row in enumerate(rows):
         mask = out.mask[i]
@@ -151,7 +153,7 @@ def _act(rows, out, environment, tokenizer):
 
 
 def _as_batch(rows: Sequence[Episode], group_size: int, config: Any, limit: int) -> Batch:
-    """The rows side by side, responses of at most `limit` columns."""
+    """Builds a batch of the rows, with at most `limit` response columns."""
     tokens, valid = left_pad([row.prompt for row in rows[::group_size]], config)
     count = len(rows) // group_size
     repeat = lambda x: np.repeat(x[:count], group_size, axis=0)
@@ -177,7 +179,7 @@ def _as_batch(rows: Sequence[Episode], group_size: int, config: Any, limit: int)
 
 
 def _cut(text: str, most: int) -> str:
-    """The text without its middle, which is marked, if it has more than `most` characters."""
+    """Replaces the middle of a text of more than `most` characters by a mark."""
     if len(text) <= most:
         return text
     return f"{text[: most // 2]} ... {text[len(text) - most // 2 :]}"

@@ -1,4 +1,4 @@
-"""Training: one step, one loop, and what goes with them."""
+"""Training: the step, the loop, checkpoints, logs and callbacks."""
 
 from jaxft.adapters.committing import commit
 from jaxft.optim.perturbations import global_norm

@@ -20,26 +20,26 @@ GradientEstimator = Callable[..., Any]
 
 
 def accumulate(gradient: GradientEstimator, microbatches: int) -> GradientEstimator:
-    """`gradient` over slices of the batch, one after the other: less memory, the same result.
+    """Returns `gradient` computed over slices of the batch in turn: less memory, the same result.
 
-    With w_i = metrics["loss"].weight of slice i (1 if that is no Mean),
+    With w_i = metrics["loss"].weight of slice i (1 if that is not a Mean),
 
         loss = Σ w_i loss_i / Σ w_i,    grads = Σ w_i grads_i / Σ w_i,
 
-    sums in float32, so a token-mean over the slices is the token-mean over the batch whatever
-    the slices' lengths. If metrics["loss"] is `Terms`, the loss of the whole batch is
-    Σ_k (Σ_i total_ki) / W_k with W_k = Σ_i weight_ki. Weights depend on no params: they are added up
-    first, in a pass over the slices of which the compiler leaves the masks alone, and then
+    with sums in float32, so the token mean over the slices equals the token mean over the batch
+    for any slice lengths. If metrics["loss"] is `Terms`, the loss of the whole batch is
+    Σ_k (Σ_i total_ki) / W_k with W_k = Σ_i weight_ki. The weights do not depend on the params: a first
+    pass over the slices adds them up (the compiler reduces it to the masks), and then
 
         loss = Σ_i Σ_k total_ki / W_k,    its gradient slice by slice.
 
-    A `WholeMean` is added up in that first pass too, which costs what it is made of (KTO: its forward
-    pass without gradient, which the second pass then leaves out; BCO: one forward pass more), and the
-    slices find it in batch["whole"]. An objective that logs an `Undivided` value is refused.
+    The first pass also adds up each `WholeMean`, at the cost of computing it (KTO: a forward pass
+    without gradient, which the second pass then skips; BCO: one more forward pass). The slices find it
+    in batch["whole"]. An objective that logs an `Undivided` value is refused.
 
-    Means add up, other metrics are averaged with the w_i, or over slices that count at all where the
-    loss is Terms. A slice of weight 0 contributes nothing, even when it holds NaN; if all are, loss and
-    gradients are 0.
+    Means add up. Other metrics are averaged with the weights w_i or, if the loss is Terms, over the
+    slices of nonzero weight. A slice of weight 0 contributes nothing, even if it holds NaN; if all
+    slices have weight 0, loss and gradients are 0.
 
     Each leaf of the batch is split on axis 0; row r goes to slice r mod `microbatches`, so that
     rows split over devices stay where they are. Leaves without axes go to every slice. Each slice
@@ -48,8 +48,8 @@ def accumulate(gradient: GradientEstimator, microbatches: int) -> GradientEstima
     An estimator that must see the whole batch goes outside: sam(accumulate(jax.value_and_grad, 4)).
 
     Raises:
-        ValueError: for fewer microbatches than 1, a batch that they do not divide, an objective of
-            the whole batch, or Terms without their gradient.
+        ValueError: if microbatches is below 1 or does not divide the batch, if the objective needs the
+            whole batch, or for Terms without their gradient.
     """
     if microbatches < 1:
         raise ValueError(f"accumulate: microbatches must be at least 1, got {microbatches}.")
@@ -64,14 +64,14 @@ def accumulate(gradient: GradientEstimator, microbatches: int) -> GradientEstima
             slices = split_batch(batch, microbatches), _own_keys(key, microbatches)
             whole, weights = _first_pass(lambda part: fun(params, *part)[1], slices)
             estimate = gradient(_on_slices(fun, whole, weights), has_aux=True)
-            plain = []  # names of metrics that are no Means, seen while tracing
+            plain = []  # names of metrics that are not Means, seen while tracing
 
             def weighted(part):
                 (loss, metrics), grads = estimate(params, *part)
                 plain[:] = [k for k, m in metrics.items() if not isinstance(m, Mean | Terms)]
                 weight = loss_weight(metrics)
                 scale = lambda x: _weighted(x, weight)
-                # What the first pass knows is left out, so that the compiler does not make it again.
+                # Values of the first pass are left out, so that they are not computed again.
                 metrics = {k: m for k, m in as_means(metrics).items() if k not in whole}
                 return weight, scale(loss), metrics, jax.tree.map(scale, grads)
 
@@ -92,7 +92,7 @@ def accumulate(gradient: GradientEstimator, microbatches: int) -> GradientEstima
 
 
 def _first_pass(metrics_of, slices):
-    """({name: WholeMean}, weights of the loss's Terms) of the whole batch; empty where there are none."""
+    """Returns ({name: WholeMean}, weights of the loss's Terms) of the whole batch; either may be empty."""
 
     def found(part):
         metrics = metrics_of(part)
@@ -107,7 +107,7 @@ def _first_pass(metrics_of, slices):
 
 
 def _on_slices(fun, whole, weights):
-    """The objective of a slice that knows what the whole batch's means and weights are."""
+    """Returns the objective of a slice, given the means and weights of the whole batch."""
     if not whole and not weights:
         return fun
 
@@ -124,13 +124,13 @@ def _on_slices(fun, whole, weights):
 
 def _refuse_undivided(metrics):
     found = [name for name, metric in metrics.items() if is_undivided(metric)]
-    # The part that is undivided rather than the Terms that hold it.
+    # Name the undivided part, not the Terms that contain it.
     if found:
         name = min(found, key=lambda name: isinstance(metrics[name], Terms))
         raise ValueError(
-            f"microbatches: {name!r} is a value of the whole batch and no sum over its rows, such as a "
+            f"microbatches: {name!r} is a value of the whole batch and not a sum over its rows, as with "
             "sample_distance or aot_loss; use microbatches=1 with a smaller batch, or a distance or loss "
-            "that is a Mean. (A loss of pairs of your own that could not be tried is taken for one: "
+            "that is a Mean. (A custom pair loss that could not be tested is assumed to be such a value: "
             "see losses.compares_pairs.)"
         )
 
@@ -138,17 +138,17 @@ def _refuse_undivided(metrics):
 def in_slices(
     fun: Callable[[Any, jax.Array], Mean | Terms], batch: Any, key: jax.Array, microbatches: int
 ) -> Mean | Terms:
-    """fun(batch, key), one slice of the batch after the other; a slice of weight 0 counts as 0."""
+    """Computes fun(batch, key) slice by slice; a slice of weight 0 counts as 0."""
     if microbatches == 1:
         return fun(batch, key)
     slices = split_batch(batch, microbatches), _own_keys(key, microbatches)
-    # Where a gradient flows through it, a slice is recomputed rather than stored.
+    # The backward pass recomputes each slice instead of storing it.
     part = jax.checkpoint(lambda part: as_means({"loss": fun(*part)})["loss"])
     return combine_means(jax.lax.map(part, slices))
 
 
 def split_batch(batch: Any, parts: int) -> Any:
-    """The batch with leaves [B, ...] as [parts, B / parts, ...]: row r is in part r mod `parts`."""
+    """Reshapes leaves [B, ...] to [parts, B / parts, ...]: row r is in part r mod `parts`."""
 
     def split(path, leaf):
         leaf = jnp.asarray(leaf)
@@ -177,9 +177,9 @@ def _own_keys(key, parts):
 
 
 def loss_weight(metrics: dict[str, Any]) -> jax.Array:
-    """What a slice of the loss counts: the weight of metrics["loss"], or 1 if that is no Mean.
+    """Weight of a slice of the loss: the weight of metrics["loss"], or 1 if that is not a Mean.
 
-    Terms have weights of their own: 1 if any of them counts, else 0.
+    Terms have their own weights: 1 if any of them is nonzero, else 0.
     """
     loss = metrics.get("loss")
     if isinstance(loss, Terms):
@@ -188,9 +188,9 @@ def loss_weight(metrics: dict[str, Any]) -> jax.Array:
 
 
 def as_means(metrics: dict[str, Any]) -> dict[str, Mean | Terms]:
-    """The metrics as Means and Terms, which add up: what is neither is weighted like the loss.
+    """Converts metrics to Means and Terms, which add up; a plain number is weighted like the loss.
 
-    A weight of 0 makes its total 0, even where that is NaN.
+    A weight of 0 makes the total 0, even if the total is NaN.
     """
     weight = loss_weight(metrics)
 
@@ -206,5 +206,5 @@ def as_means(metrics: dict[str, Any]) -> dict[str, Mean | Terms]:
 
 
 def _weighted(x, weight):
-    # where, not only a product: 0 * NaN is NaN.
+    # jnp.where rather than a product alone: 0 * NaN is NaN.
     return jnp.where(weight == 0, 0.0, x.astype(jnp.float32) * weight)

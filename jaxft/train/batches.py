@@ -1,4 +1,4 @@
-"""Where batches come from and where they go: iteration, data position, device placement."""
+"""Batches: iteration, data position, device placement."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ TOKENS = ("tokens", "loss_mask", "segment_ids", "positions")
 
 
 class BatchSource:
-    """`next` over an iterable, an iterator or a collect function, with a position.
+    """Yields batches from an iterable, an iterator or a collect function, and tracks the position.
 
-    The position is get_state() of the batches where they have it (Grain iterators do), as JSON.
-    Without it, iterators are replayed from the start, which is exact if they are deterministic;
-    what a collect function must remember is in the carry.
+    The position is the result of the batches' get_state() as JSON if they have it (Grain iterators do).
+    Otherwise iterators are replayed from the start, which is exact if they are deterministic. A collect
+    function keeps its state in the carry.
     """
 
     def __init__(self, batches: Batches):
@@ -38,12 +38,12 @@ class BatchSource:
         self._taken, self._key = 0, None
 
     def next(self, state: TrainState, step: int, mesh: Mesh | None) -> tuple[Any, TrainState]:
-        """(the batch of a step, the state with the carry that a collect function gave back).
+        """Returns (the batch of a step, the state with the carry that the collect function returned).
 
-        StopIteration (or None for a batch) is the end, returned as None.
+        At the end (StopIteration, or a batch that is None) the batch is None.
         """
         if self._is_function:
-            # Of this process alone: what is sampled may be another program on each host.
+            # Local to this process: the sampling program may differ between hosts.
             self._key = _own_key(state) if self._key is None else self._key
             key = stream(self._key, "collect", step)
             batch, carry = _pair(self._batches(state.params, state.carry, key))
@@ -63,7 +63,7 @@ class BatchSource:
         return {"taken": self._taken, "state": position}
 
     def seek(self, position: dict[str, Any]) -> None:
-        """Goes on after `position`, on a fresh source."""
+        """Advances a fresh source to `position`."""
         self._taken = position["taken"]
         if "bytes" in position:
             self._batches.set_state(base64.b64decode(position["bytes"]))
@@ -79,7 +79,7 @@ class BatchSource:
 
 
 def with_start(state: TrainState, batches: Batches) -> TrainState:
-    """The state whose carry has the entries of `batches.carry`, those with which a collect function starts.
+    """Adds the missing entries of `batches.carry`, the start values of a collect function, to the carry.
 
     Raises:
         ValueError: if the state's carry has no names.
@@ -98,14 +98,14 @@ def with_start(state: TrainState, batches: Batches) -> TrainState:
 
 
 def place_batch(batch: Any, mesh: Mesh | None) -> Any:
-    """The batch on the devices: rows over the mesh's data and fsdp axes, or as it is without mesh.
+    """Places a batch on the devices: rows over the mesh's data and fsdp axes; unchanged without a mesh.
 
-    The tokens of a row, in the leaves that TOKENS names, lie over the context axis. On several processes each
-    passes its own rows; leaves without axes are the same everywhere.
+    In the leaves that TOKENS names, the tokens of a row lie over the context axis. With several processes,
+    each passes its own rows; leaves without axes must be the same in every process.
 
     Raises:
         ValueError: if the mesh does not divide the rows or the tokens, if processes share rows, or if a
-            column holds something else than numbers, such as text.
+            column is not numeric, such as text.
     """
     _check_numbers(batch)
     if mesh is None:
@@ -140,10 +140,10 @@ def place_batch(batch: Any, mesh: Mesh | None) -> Any:
 
 
 def check_hosts(mesh: Mesh) -> None:
-    """Whether each process has rows of its own.
+    """Checks that each process has its own rows.
 
     Raises:
-        ValueError: if the same rows would lie on devices of several processes, which read different ones.
+        ValueError: if devices of several processes, which read different rows, would hold the same rows.
     """
     if jax.process_count() == 1:
         return
@@ -159,7 +159,7 @@ def check_hosts(mesh: Mesh) -> None:
 
 
 def place_on_mesh(tree: Any, mesh: Mesh | None) -> Any:
-    """The tree with each leaf that is not laid over the mesh yet copied to all of its devices."""
+    """Copies each leaf that is not on the mesh yet to all of the mesh's devices."""
     if mesh is None:
         return tree
     whole = replicated(mesh)
@@ -172,12 +172,12 @@ def _on_mesh(leaf: Any, mesh: Mesh) -> bool:
 
 
 def iterate(batches: Iterable[Any] | Callable[[], Iterable[Any]]) -> Iterator[Any]:
-    """A fresh pass over batches that can be iterated again, or over what a function returns."""
+    """Starts a fresh pass over a re-iterable, or over the iterable that a function returns."""
     return _each(batches() if is_function(batches) else batches)
 
 
 def is_function(batches: Any) -> bool:
-    """Whether `batches` is to be called rather than iterated."""
+    """Returns whether `batches` is called rather than iterated."""
     return callable(batches) and not hasattr(batches, "__iter__")
 
 
@@ -191,21 +191,21 @@ def _each(batches):
 
 
 def _pair(returned):
-    """(batch, carry) of a collect function. A dict of two columns, unpacked, would be their names."""
+    """Checks the (batch, carry) of a collect function: a dict of two columns would unpack to names."""
     if not isinstance(returned, tuple | list) or len(returned) != 2:
         got = type(returned).__name__
         if isinstance(returned, Mapping):
             got = f"one dict, with {sorted(map(str, returned))}"
         raise ValueError(
             f"collect: it must return (batch, carry), got {got}; if there is nothing to remember, return the "
-            "carry that it was given: (batch, carry)."
+            "carry that it received: (batch, carry)."
         )
     return returned
 
 
 def _check_numbers(batch):
     for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
-        # Text, dates and Python objects; bfloat16 and its like are "V" to NumPy.
+        # Text, dates and Python objects; NumPy's kind of bfloat16 and similar types is "V".
         if not isinstance(leaf, jax.Array) and np.asarray(leaf).dtype.kind in "OSUMm":
             name = path_name(path)
             raise ValueError(
@@ -221,7 +221,7 @@ def _own_key(state):
 
 
 def _next_carry(new, state, batch, mesh):
-    """The carry that a collect function gave back: laid out as before, in memory of its own."""
+    """Returns the collect function's new carry: same shardings as before, in its own memory."""
     flat, treedef = jax.tree_util.tree_flatten_with_path(new)
     named = {path_name(path): leaf for path, leaf in flat}
     known = {path_name(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(state.carry)}
@@ -230,7 +230,7 @@ def _next_carry(new, state, batch, mesh):
     changed = {name: x for name, x in named.items() if x is not known.get(name)}
     placed = {n: _placed(n, x, known.get(n), mesh) for n, x in changed.items()}
     if any(isinstance(x, jax.Array) for x in changed.values()):
-        # Steps overwrite the carry: what the batch or the params also hold would be freed with it.
+        # Steps overwrite the carry: arrays shared with the batch or the params would be freed with it.
         same = [x for name, x in named.items() if name not in changed]
         placed = own(placed, (batch, state.params, state.opt_state, same))
     return treedef.unflatten([(named | placed)[name] for name in named])

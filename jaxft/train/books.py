@@ -1,4 +1,4 @@
-"""Books: entries of the carry that a step keeps and its objective reads: moving references, running means."""
+"""Books: carry entries that a step updates and its objective reads: moving references, running means."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ Entry = Any  # a pytree of arrays, at state.carry[name] for make_step(books={nam
 
 
 class Book(NamedTuple):
-    """Three pure functions of one entry of the carry, which the step of `make_step` calls.
+    """Three pure functions for one entry of the carry, called by the step of `make_step`.
 
-    start(params) -> entry: at the beginning of the run, of the whole params tree.
-    give(entry, params, batch) -> {column: value}: what the objective finds in its batch beside the data. The
-        compiled step makes it once, from the whole params of the state, and without a gradient. A value is
-        a scalar, or a column of rows [B, ...] each made from its own row (with microbatches slice by slice).
-    update(entry, trainable, metrics) -> entry: after the step, from the trainable part of the new params and
-        the metrics of the step. After a step that is not `good` the entry stays as it was.
+    start(params) -> entry: the entry at the beginning of the run, from the whole params tree.
+    give(entry, params, batch) -> {column: value}: columns added to the objective's batch. The compiled step
+        computes them once, from the whole params of the state, and without a gradient. A value is a scalar,
+        or a column [B, ...] of which each row depends on its own row (with microbatches slice by slice).
+    update(entry, trainable, metrics) -> entry: the entry after the step, from the trainable part of the new
+        params and the metrics of the step. After a step that is not `good` the entry is unchanged.
     """
 
     start: Callable[[Any], Entry]
@@ -35,10 +35,10 @@ Books = Mapping[str, Book]
 
 
 def running_mean(metric: str, *, column: str = "running") -> Book:
-    """The mean of a metric over all steps so far.
+    """Returns a book with the mean of a metric over all steps so far.
 
-    The batch gets `column`, (mean, weight), two float32 scalars. The mean is weighted as the metric's `Mean`s
-    are; a plain number counts like the loss.
+    The batch gets `column`, (mean, weight), two float32 scalars. The mean uses the weights of the metric's
+    `Mean`s; a plain number is weighted like the loss.
 
     Args:
         metric: a name among the objective's metrics.
@@ -62,10 +62,10 @@ def running_mean(metric: str, *, column: str = "running") -> Book:
 
 
 def start_books(books: Books | None, params: Any, carry: Any = None) -> Any:
-    """The first carry of a run: the given one, with an entry for each book.
+    """Returns the first carry of a run: the given one plus an entry for each book.
 
     Raises:
-        ValueError: if there are books and `carry` is no dict, or has an entry of a book's name.
+        ValueError: if there are books and `carry` is not a dict, or has an entry with a book's name.
     """
     if not books:
         return carry
@@ -79,11 +79,11 @@ def start_books(books: Books | None, params: Any, carry: Any = None) -> Any:
 
 
 def give(books: Books, carry: Any, params: Any, batch: Any, microbatches: int) -> Any:
-    """The batch with what the books give.
+    """Adds the books' columns to the batch.
 
     Raises:
-        ValueError: if the batch is no dict, the carry lacks an entry, or the batch has a column that a book
-            gives.
+        ValueError: if the batch is not a dict or has a column that a book gives, or if the carry lacks an
+            entry.
     """
     if not books:
         return batch
@@ -105,22 +105,22 @@ def give(books: Books, carry: Any, params: Any, batch: Any, microbatches: int) -
             columns = book.give(carry[name], params, batch)
             if taken := sorted(columns.keys() & (batch.keys() | found.keys())):
                 raise ValueError(
-                    f"make_step: book {name!r} gives {taken}, which the batch has already; leave it out of "
+                    f"make_step: book {name!r} gives {taken}, which the batch already has; leave it out of "
                     "the data, or drop the book."
                 )
             found |= columns
         return found
 
     whole = given(batch)
-    if microbatches > 1:  # as little memory as the slices of the objective take
+    if microbatches > 1:  # to use no more memory than the objective's slices
         rows = joined(jax.lax.map(given, split_batch(batch, microbatches)))
-        # What of `whole` has rows is not read, so the compiler leaves it out.
+        # The parts of `whole` that have rows are not read, so the compiler removes them.
         whole = jax.tree.map(lambda w, r: r if jnp.ndim(w) else w, whole, rows)
     return {**batch, **whole}
 
 
 def updated(books: Books, carry: Any, trainable: Any, metrics: Any, good: jax.Array) -> Any:
-    """The carry after a step; if that is not `good`, as it was.
+    """Returns the carry after a step, unchanged if the step is not `good`.
 
     Raises:
         ValueError: if an update changes the structure of its entry, a shape or a dtype.
@@ -140,15 +140,15 @@ def updated(books: Books, carry: Any, trainable: Any, metrics: Any, good: jax.Ar
 
 
 def where_good(good: jax.Array, new: Any, old: Any, who: str) -> Any:
-    """The tree `new` if `good`, else `old`, of the same structure, shapes and dtypes.
+    """Returns `new` if `good`, else `old`; both must have the same structure, shapes and dtypes.
 
-    A checkpoint of a state that changed them could not be restored into the state at the start of a run.
+    A checkpoint whose structure has changed could not be restored into the state at the start of a run.
 
     Args:
-        who: who made `new`, at the beginning of the error.
+        who: the function that made `new`, for the start of the error message.
 
     Raises:
-        ValueError: if they differ; it names the first leaf that does, with its old and new type.
+        ValueError: if they differ; it names the first leaf that differs, with its old and new type.
     """
     named = lambda tree: {path_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(tree)}
     now, before = named(new), named(old)
@@ -156,20 +156,20 @@ def where_good(good: jax.Array, new: Any, old: Any, who: str) -> Any:
         if not is_like(now.get(name), before.get(name)):
             raise ValueError(
                 f"{who} changes {name or 'the entry'!r} from {type_of(before.get(name))} to "
-                f"{type_of(now.get(name))}; it must keep structure, shapes and dtypes: convert what is new, "
-                "or start with the type that it will have."
+                f"{type_of(now.get(name))}; it must keep structure, shapes and dtypes: convert the new "
+                "value, or start with the type that it will have."
             )
     if jax.tree.structure(new) != jax.tree.structure(old):
         raise ValueError(
             f"{who} changes the structure from {jax.tree.structure(old)} to {jax.tree.structure(new)}; it "
             "must stay as it was at the start."
         )
-    # What nobody touched goes through as it is: no copy, and frozen leaves stay inputs alone.
+    # Unchanged leaves are passed through: no copy, and frozen leaves remain inputs only.
     return jax.tree.map(lambda n, o: n if n is o else jnp.where(good, n, o), new, old)
 
 
 def is_like(new: Any, old: Any) -> bool:
-    """Whether `new` has the shape of `old` and, a Python number taking the dtype it meets, the dtype."""
+    """Returns whether `new` has the shape and dtype of `old`; a Python number matches any dtype."""
     if new is None or old is None or new is old:
         return new is old
     return jnp.shape(new) == jnp.shape(old) and jnp.result_type(new, old) == jnp.result_type(old)

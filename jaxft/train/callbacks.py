@@ -1,4 +1,4 @@
-"""What a run calls besides its step: loggers, evaluation, profiling."""
+"""Callbacks of a run: loggers, evaluation, profiling."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ Row = dict[str, Any]  # the metrics of one step as numbers: {"step": 1, "loss": 
 
 
 class Run(NamedTuple):
-    """What callbacks are told at the start."""
+    """Facts about the run that `on_start` receives."""
 
-    first_step: int  # steps done before: 0, or that of the checkpoint
-    steps: int | None  # at which the run ends, if known
+    first_step: int  # steps already done: 0, or the checkpoint's step
+    steps: int | None  # the step at which the run ends, if known
     history: list[Row]  # rows restored from a checkpoint
 
 
 class Callback(NamedTuple):
-    """Functions that a run calls; each is optional. A plain function is taken as `on_row`.
+    """Functions that a run calls; each is optional. A plain function is used as `on_row`.
 
     on_start(run): before the first step.
-    on_step(step, state) -> more metrics or None: after each step is on its way and before the
-        next; `state` must not be kept, the next step overwrites it. "step", "seconds" and the names of the
-        step's own metrics are refused with a ValueError.
-    on_row(row): the metrics of each step in turn, one step late, so that the device never waits. If
-        on_last adds metrics to a row that was reported before, because its step was saved, that row is
-        reported a second time, with them.
+    on_step(step, state) -> more metrics or None: after each step is dispatched and before the
+        next. Do not keep `state`: the next step overwrites it. Metrics named "step", "seconds" or like one
+        of the step's own metrics raise ValueError.
+    on_row(row): with the metrics of each step in turn, one step late, so that the device never waits. If
+        on_last adds metrics to a row that was already reported, because its step was saved, the extended
+        row is reported again.
     on_last(step, state) -> more metrics or None: when the batches have run out, after the last step.
     on_end(error): at the end, with the exception that ended the run or None.
     """
@@ -43,12 +43,12 @@ class Callback(NamedTuple):
 
 
 def as_callbacks(callbacks: Iterable[Callback | Callable[[Row], None]]) -> list[Callback]:
-    """The callbacks, with plain functions made Callbacks."""
+    """Converts plain functions among the callbacks to Callbacks."""
     return [c if isinstance(c, Callback) else Callback(on_row=c) for c in callbacks]
 
 
 def every(steps: int, function: Callable[[TrainState], Mapping[str, Any]]) -> Callback:
-    """Merges function(state) into the rows of steps that `steps` divides and of the last: evaluation.
+    """Merges function(state) into the rows of every `steps`-th step and of the last, as evaluation does.
 
     The last step is the run's `steps`, or the one after which the batches run out.
     """
@@ -69,7 +69,7 @@ def every(steps: int, function: Callable[[TrainState], Mapping[str, Any]]) -> Ca
 
 
 def profile(directory: str | Path, *, start: int = 3, stop: int = 6) -> Callback:
-    """A jax.profiler trace of the steps after `start` up to `stop`, for xprof or Perfetto."""
+    """Writes a jax.profiler trace of steps start + 1 to `stop`, for xprof or Perfetto."""
     if not 0 <= start < stop:
         raise ValueError(f"profile: needs 0 <= start < stop, got {start} and {stop}.")
     running = []
@@ -80,7 +80,7 @@ def profile(directory: str | Path, *, start: int = 3, stop: int = 6) -> Callback
             jax.profiler.stop_trace()
             running.clear()
         elif not running and start <= step < stop:
-            jax.block_until_ready(state)  # The trace begins where earlier steps have ended.
+            jax.block_until_ready(state)  # The trace begins after earlier steps have ended.
             jax.profiler.start_trace(str(directory))
             running.append(True)
 
@@ -93,7 +93,7 @@ def profile(directory: str | Path, *, start: int = 3, stop: int = 6) -> Callback
 
 
 def on_main_process(callback: Callback) -> Callback:
-    """The callback on process 0 and nothing on others, for what writes files or a terminal."""
+    """Runs the callback on process 0 only, for callbacks that write files or to a terminal."""
 
     def only(function):
         if function is None:

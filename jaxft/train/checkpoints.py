@@ -1,4 +1,4 @@
-"""Saving and resuming a run with Orbax: what trains, the optimizer, the key, the data position."""
+"""Saving and resuming a run with Orbax: trainable params, optimizer, key, data position."""
 
 from __future__ import annotations
 
@@ -47,22 +47,22 @@ HISTORY_ROWS = 1000  # saved with a checkpoint
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoints:
-    """Where and when `fit` saves, and whether it goes on from what is there.
+    """Where and when `fit` saves, and whether it resumes.
 
     A checkpoint holds the trainable part of the params, the optimizer's state, the carry, the key, the data
-    position and the last rows of the history; of the frozen part only shapes and checksums, which
-    must be the same on resume. It is written beside the training and appears under its number only
+    position and the last rows of the history. Of the frozen part it holds only shapes and checksums,
+    which must be the same on resume. It is written in the background and appears under its number only
     when complete. The final state is always saved.
     """
 
     directory: str | Path
     every: int = 500  # steps between saves
     last: int = 3  # newest checkpoints kept
-    best: str | None = None  # name of a metric such as "eval/loss": each step that has it is
-    # saved, and the best one is kept besides the newest
+    best: str | None = None  # name of a metric such as "eval/loss": each step that reports it is
+    # saved, and the best one is kept in addition to the newest; None: none is
     mode: Literal["min", "max"] = "min"  # which value of `best` is the best
-    resume: bool = False  # go on from the newest checkpoint, if there is one
-    # what the run was told, as JSON takes it; saved for `saved_settings`, and not compared here
+    resume: bool = False  # continue from the newest checkpoint, if there is one
+    # the run's settings, as JSON; saved for `saved_settings`, and not compared here
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
@@ -76,10 +76,10 @@ class Checkpoints:
 
 @contextlib.contextmanager
 def open_checkpoints(checkpoints: Checkpoints | None, state: TrainState) -> Iterator[Saver]:
-    """What `fit` saves and restores with, for a run that begins at `state`.
+    """Yields the Saver of a run that begins at `state`.
 
     Raises:
-        OutputError: if the directory cannot be written or has no room for one checkpoint.
+        OutputError: if the directory is not writable or has no room for one checkpoint.
     """
     if checkpoints is None:
         yield Saver(None, None, {}, 0)
@@ -97,7 +97,7 @@ def open_checkpoints(checkpoints: Checkpoints | None, state: TrainState) -> Iter
             with (
                 contextlib.suppress(OutputError),
                 saver.write_errors(),
-            ):  # the first error is the one
+            ):  # report the first error, not a later one
                 manager.close()
             raise
         with saver.write_errors():
@@ -105,15 +105,15 @@ def open_checkpoints(checkpoints: Checkpoints | None, state: TrainState) -> Iter
 
 
 def what_is_saved(checkpoints: Checkpoints | None) -> str:
-    """What a run that ends before its time has left, and how to go on."""
+    """Says what an interrupted run has saved and how to resume it."""
     if checkpoints is None:
-        return "The run saves no checkpoints; what it trained is the error's `state`."
+        return "The run saves no checkpoints; the trained state is the error's `state`."
     directory = Path(checkpoints.directory).absolute()
     steps = [int(p.name) for p in directory.glob("*") if p.name.isdigit()]
     if not steps:
         return f"No checkpoint was saved before in {directory}."
     return (
-        f"The last checkpoint is of step {max(steps)}, in {directory}: go on from it with resume=True "
+        f"The last checkpoint is of step {max(steps)}, in {directory}: resume from it with resume=True "
         "(--resume)."
     )
 
@@ -121,12 +121,12 @@ def what_is_saved(checkpoints: Checkpoints | None) -> str:
 def restore_params(
     directory: str | Path, params: Any, *, step: int | Literal["newest", "best"] = "newest"
 ) -> Any:
-    """The params with the trainable part of a checkpoint: to evaluate or generate after a run.
+    """Returns the params with the trainable part of a checkpoint, to evaluate or generate after a run.
 
     Args:
         directory: as given to Checkpoints.
-        params: a tree made as for the run: same base model, same adapters.
-        step: number of a checkpoint, or the newest, or the best by Checkpoints.best.
+        params: a tree with the same base model and adapters as the run's.
+        step: the number of a checkpoint, the newest, or the best by Checkpoints.best.
 
     Raises:
         FileNotFoundError: if there is no such checkpoint.
@@ -153,20 +153,22 @@ def saved_settings(directory: str | Path) -> tuple[int, dict[str, Any]] | None:
         return None
     with quiet_absl(), contextlib.closing(open_manager(directory, None, True, True)) as manager:
         for step in sorted(manager.all_steps(), reverse=True):
-            with contextlib.suppress(Exception):  # `restore` says of a damaged one what is wrong.
+            with contextlib.suppress(
+                Exception
+            ):  # `restore` reports what is wrong with a damaged one.
                 return step, read_meta(manager, step).get("settings", {})
     return None
 
 
 class Saver:
-    """Saves states of one run; all methods do nothing when it has no manager."""
+    """Saves states of one run; without a manager, all methods do nothing."""
 
     def __init__(
         self, checkpoints: Checkpoints | None, manager: Any, frozen: dict[str, list], size: int
     ):
         self._checkpoints, self._manager, self._frozen = checkpoints, manager, frozen
         self._size = size  # bytes of a checkpoint
-        self._names: set[str] | None = None  # of the metrics in the row of the newest one
+        self._names: set[str] | None = None  # metrics in the newest checkpoint's row
 
     def due(self, step: int, row: Row) -> bool:
         """Whether the state after `step` is to be saved."""
@@ -175,7 +177,7 @@ class Saver:
         return step % self._checkpoints.every == 0 or self._checkpoints.best in row
 
     def save(self, state: TrainState, source: BatchSource, history: list[Row]) -> None:
-        """Starts to write a checkpoint of a good state; if it is there, adds to it what its row has more."""
+        """Starts to write a checkpoint of a good state; to an existing one, adds the row's new metrics."""
         step = int(state.step)
         if self._manager is None or step == 0:
             return
@@ -214,33 +216,33 @@ class Saver:
         self._names = set(row)
 
     def _amend(self, step, row, rows):
-        """Tells the checkpoint what its row has got since: an evaluation after the last batch."""
+        """Adds metrics to a complete checkpoint's row: an evaluation after the last batch."""
         if self._names is None or row.keys() <= self._names:
             return
         self.wait()
-        meet(f"row of checkpoint {step}")  # Complete on all hosts.
+        meet(f"row of checkpoint {step}")  # The checkpoint is complete on all hosts.
         if jax.process_index() == 0:
             with self.write_errors():
                 amend(Path(self._manager.directory) / str(step), rows, self._score(row))
 
     def wait(self) -> None:
-        """Waits until what `save` started is written."""
+        """Waits until the checkpoint that `save` started is written."""
         if self._manager is not None:
             with self.write_errors():
                 self._manager.wait_until_finished()
 
     def check(self) -> None:
-        """Raises the error of a checkpoint that is written beside the training, once it has failed."""
+        """Raises the error of a checkpoint write that failed in the background."""
         if self._manager is not None:
             with self.write_errors():
                 self._manager.check_for_errors()
 
     @contextlib.contextmanager
     def write_errors(self) -> Iterator[None]:
-        """Makes any error inside the block an OutputError."""
+        """Converts any error inside the block to an OutputError."""
         try:
             yield
-        except Exception as error:  # Orbax and TensorStore raise many kinds.
+        except Exception as error:  # Orbax and TensorStore raise many types.
             directory = self._manager.directory
             raise OutputError(
                 f"a checkpoint of {size_text(self._size)} could not be written to {directory}: "
@@ -248,9 +250,9 @@ class Saver:
             ) from error
 
     def restore(self, state: TrainState, source: BatchSource) -> tuple[TrainState, list[Row]]:
-        """The newest complete checkpoint and its rows, or `state` and no rows if there is none.
+        """Returns the newest complete checkpoint and its rows, or `state` and no rows if there is none.
 
-        A checkpoint that cannot be read is set aside as corrupt-<step>, and the one before is taken.
+        An unreadable checkpoint is renamed to corrupt-<step>, and the previous one is used.
         """
         steps = sorted(self._manager.all_steps(), reverse=True) if self._manager else []
         if not steps:
@@ -271,7 +273,7 @@ class Saver:
                 arrays = read_arrays(self._manager, step, meta, **parts)
             except MismatchError:
                 raise
-            except Exception as error:  # Orbax and TensorStore raise many kinds for bad files.
+            except Exception as error:  # Orbax and TensorStore raise many types for bad files.
                 self._set_aside(step, error)
                 continue
             source.seek(own_position(meta["data"]))
@@ -299,8 +301,8 @@ class Saver:
         aside = directory / f"corrupt-{step}"
         reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
         warnings.warn(
-            f"checkpoint {step} cannot be read ({reason}); it is moved to {aside}, and the one before "
-            "it is taken.",
+            f"checkpoint {step} cannot be read ({reason}); it is moved to {aside}, and the previous "
+            "one is used.",
             stacklevel=2,
         )
         if jax.process_index() == 0:

@@ -1,4 +1,4 @@
-"""Checksums of arrays that do not depend on how they are laid over devices."""
+"""Checksums of arrays that do not depend on the arrays' sharding."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ def digests(tree: Any, parts: dict[str, jax.Array] | None = None) -> dict[str, l
     """{path: [shape, data type, checksum]} for each leaf, as JSON.
 
     Args:
-        parts: the values as `packed` has them; None: those of `tree`, of which else only shapes are read.
+        parts: the values, as `packed` returns them; only shapes are then read from `tree`. None: the
+            values of `tree`.
     """
     leaves, found = jax.tree_util.tree_leaves_with_path(tree), groups(tree)
     parts = packed(tree) if parts is None else parts
-    # All are started before the first is awaited, where that is safe.
+    # If that is safe, all are started before the first is awaited.
     several = lambda name: len(found[name]) > 1
     sums = {n: in_turn((_checksums if several(n) else checksum)(x)) for n, x in parts.items()}
     each = {}
@@ -32,10 +33,10 @@ def digests(tree: Any, parts: dict[str, jax.Array] | None = None) -> dict[str, l
 
 @jax.jit
 def checksum(x: jax.Array) -> jax.Array:
-    """Sum over elements of a 32-bit hash of (bits, place): a uint32 that any changed bit changes.
+    """Sum over elements of a 32-bit hash of (bits, position): a uint32 that any changed bit changes.
 
-    The hash is MurmurHash3's finalizer (Appleby, public domain). Sums of integers wrap and do not
-    depend on their order, so that every sharding gives the same.
+    The hash is MurmurHash3's finalizer (Appleby, public domain). Integer sums wrap and do not
+    depend on the order of their terms, so every sharding gives the same checksum.
     """
     words = _words(x)
     place = jnp.zeros((), jnp.uint32)
@@ -53,7 +54,7 @@ _checksums = jax.jit(jax.vmap(checksum))
 
 @jax.jit
 def all_finite(tree: Any) -> jax.Array:
-    """Whether no leaf has a NaN or an infinity."""
+    """Returns whether no leaf has a NaN or an infinity."""
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
 
 

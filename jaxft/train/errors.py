@@ -1,4 +1,4 @@
-"""Errors that end a run, the exit codes they stand for, and the frame of a script."""
+"""Errors that end a run, their exit codes, and the error handling of a script's `main`."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ SMALLER = (
     "Try --remat full, fewer rows (--batch-size), --gradient-accumulation-steps, a shorter --max-length, "
     "--quantise nf4, or more shards (--fsdp)."
 )
-END_TOGETHER = 5.0  # seconds within which hosts that fail alike have all failed
+END_TOGETHER = 5.0  # seconds within which all hosts with the same failure have failed
 
 IN_TRAINING = "in training, at step"  # begins the note that fit adds to errors of its loop
 
 
 class DivergedError(ArithmeticError):
-    """A loss or gradient that is not finite: `step` is the bad one, `state` that before it."""
+    """A loss or gradient is not finite: `step` is the bad step, `state` the state before it."""
 
     def __init__(self, message: str, step: int):
         super().__init__(message)
@@ -39,9 +39,9 @@ class DivergedError(ArithmeticError):
 
 
 class PreemptedError(SystemExit):
-    """SIGTERM or SIGINT during a run that saves checkpoints: all is saved, start it again to go on.
+    """A run that saves checkpoints got SIGTERM or SIGINT: its state is saved, and it can resume.
 
-    Its code is 75, by which a scheduler starts the run again, or 130 after Ctrl-C.
+    The exit code is 75, which tells a scheduler to restart the run, or 130 after Ctrl-C.
     """
 
     def __init__(self, message: str, code: int = PREEMPTED):
@@ -57,7 +57,7 @@ class MissingDependencyError(ImportError):
 
 
 def require(module: str, what: str) -> Any:
-    """The imported module; MissingDependencyError, naming `what` needs it, if it is not installed."""
+    """Imports a module; raises MissingDependencyError, which names `what` needs it, if it is missing."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -68,20 +68,20 @@ def require(module: str, what: str) -> Any:
 
 
 def run_main(main: Callable[[Any], Any], config: Any) -> Any:
-    """main(config), with the errors that users cause as one line and an exit code.
+    """Runs main(config); prints errors that users cause as one line and exits with their code.
 
-    2: bad argument, data or file, before training, or at any time a place that cannot be written (a full
-    disk), and a reward function or judge that fails; 3: optional package missing; 4: diverged; 5: another
-    host ended; 75: preempted, start again to resume; 130: interrupted, saved where the run saves checkpoints.
-    Everything else, and everything with
-    `config.debug` or JAXFT_DEBUG=1, has its traceback and code 1.
+    2: a bad argument, data or file before training, or at any time a path that cannot be written (a full
+    disk) or a reward function or judge that fails; 3: an optional package is missing; 4: diverged; 5:
+    another host ended; 75: preempted, start again to resume; 130: interrupted, state saved if the run saves
+    checkpoints. Any other error, and every error with `config.debug` or JAXFT_DEBUG=1, prints its traceback
+    and exits with code 1.
 
-    An error of any kind after Ctrl-C counts as Ctrl-C, which libraries may turn into one. Ctrl-C ends the
-    process without Python's own teardown: threads of XLA that still compile or compute would crash in it.
-    `main` has left its context managers by then; functions given to `atexit` do not run.
+    After Ctrl-C any error counts as Ctrl-C, because libraries may convert it. Ctrl-C ends the process
+    without Python's own teardown, in which XLA threads that still compile or compute would crash. `main`
+    has left its context managers by then; functions registered with `atexit` do not run.
 
-    A process of several that fails waits a moment for the others to fail with it, says which did not, and
-    ends: they cannot go on without it, nor it without them.
+    If one of several processes fails, it waits a moment for the others to fail too, reports which did not,
+    and ends: the processes cannot continue without each other.
     """
     with catch_interrupts() as seen:
         if getattr(config, "debug", False) or os.environ.get("JAXFT_DEBUG", "0") not in ("", "0"):
@@ -100,19 +100,19 @@ def run_main(main: Callable[[Any], Any], config: Any) -> Any:
         except KeyboardInterrupt:
             _interrupted()
         except Exception as error:
-            if seen():  # Libraries make other errors of it while they are imported or called.
+            if seen():  # Libraries convert it to other errors while they are imported or called.
                 _interrupted()
             _explain(error)
 
 
 def _explain(error: Exception):
-    """Ends the process with one line and the code of an error that users cause; raises any other."""
+    """Ends the process with one line and the exit code of a user's error; raises any other error."""
     try:
         raise error
     except MissingDependencyError as error:
         _exit(f"error: {error}", MISSING_DEPENDENCY)
     except ModuleNotFoundError as error:
-        if "pip install" not in str(error):  # Not an extra of ours that is absent, but a fault.
+        if "pip install" not in str(error):  # A real import failure, not a missing extra of jaxft.
             raise
         _exit(f"error: {error}", MISSING_DEPENDENCY)
     except DivergedError as error:
@@ -144,7 +144,7 @@ def _explain(error: Exception):
 
 
 def _raise(error: Exception):
-    """Its traceback and code 1; of several processes none waits for the others."""
+    """Prints the traceback and exits with code 1; does not wait for other processes."""
     if several_hosts():
         traceback.print_exception(error)
         _leave(1)
@@ -152,14 +152,14 @@ def _raise(error: Exception):
 
 
 def _is_interrupt(error: BaseException) -> bool:
-    """Whether it is Ctrl-C: inside a host callback XLA makes it an error with the text of its traceback."""
+    """Returns whether `error` is Ctrl-C: in a host callback, XLA wraps its traceback's text in an error."""
     if isinstance(error, KeyboardInterrupt):
         return True
     return str(error).rstrip().split("\n")[-1].strip(": ") == "KeyboardInterrupt"
 
 
 def _interrupted():
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a further Ctrl-C would be a traceback here
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # another Ctrl-C would print a traceback here
     print("interrupted", file=sys.stderr)
     for child in multiprocessing.active_children():
         child.terminate()
@@ -177,7 +177,7 @@ def _exit(message: str, code: int):
 
 
 def _leave(code: int):
-    """Ends this process at once if the others do not end with it: jax.distributed would wait for them."""
+    """Ends this process at once if the others do not end too: jax.distributed would wait for them."""
     if lost := absent("end", END_TOGETHER):
         numbers = ", ".join(map(str, lost))
         print(

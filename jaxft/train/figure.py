@@ -1,4 +1,4 @@
-"""A picture of a run: loss, learning rate, gradient norm."""
+"""Figure of a run: loss, learning rate, gradient norm."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ BELOW = ("learning_rate", "grad_norm")
 def run_figure(
     path: str | Path, *, title: str = "", main: str = "loss", below: Sequence[str] = BELOW
 ) -> Callback:
-    """Writes `plot_run` of all rows to a PNG (or PDF, SVG) when the run ends, however it ends."""
+    """Writes `plot_run` of all rows to a PNG (or PDF, SVG) when the run ends, also after an error."""
     require("matplotlib", "run_figure")
-    path, rows = Path(path), {}  # by step: a row that is reported again replaces the one before
+    path, rows = Path(path), {}  # by step: a row that is reported again replaces the earlier one
 
     def on_start(run):
         writable_directory(path.parent)
@@ -34,7 +34,7 @@ def run_figure(
         del error
         if rows:
             figure = plot_run(list(rows.values()), title=title, main=main, below=below)
-            # Beside it first: where the disk is full, an earlier picture stays.
+            # Write a temporary file first: if the disk is full, the earlier figure remains.
             new = path.with_name(f".{path.name}.tmp{path.suffix}")
             with writing(path):
                 try:
@@ -54,11 +54,11 @@ def plot_run(
     main: str = "loss",
     below: Sequence[str] = BELOW,
 ) -> Any:
-    """A matplotlib Figure of the losses (train and eval) over the learning rate and gradient norm.
+    """Returns a matplotlib Figure: losses (train and eval) above learning rate and gradient norm.
 
-    `main` and `below` name other metrics in their places: ("reward", ("length", "entropy")).
+    `main` and `below` name other metrics to plot instead: ("reward", ("length", "entropy")).
     """
-    # Not pyplot: it keeps figures in a global list and picks a display.
+    # Without pyplot, which keeps figures in a global list and selects a display.
     figure_module = require("matplotlib.figure", "plot_run")
     names = [n for n in below if any(n in row for row in history)]
     figure = figure_module.Figure(figsize=(7, 4 + 1.4 * len(names)), layout="constrained")
@@ -79,7 +79,7 @@ def plot_run(
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """Means of the last `window` values, fewer at the start: no value looks ahead."""
+    """Trailing means of the last `window` values (fewer at the start)."""
     sums = np.cumsum(np.insert(values, 0, 0.0))
     ends = np.arange(1, len(values) + 1)
     starts = np.maximum(0, ends - window)

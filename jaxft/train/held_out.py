@@ -21,7 +21,7 @@ EvalStep = Callable[[Any, Any, jax.Array], dict[str, Mean | Terms]]  # (params, 
 
 
 def make_eval_step(objective: Objective) -> EvalStep:
-    """The compiled metrics of an objective, as Means, with its loss."""
+    """Compiles the metrics of an objective, its loss included, as Means."""
 
     @jax.jit
     def eval_step(params, batch, key):
@@ -39,11 +39,11 @@ def evaluate(
     key: jax.Array | None = None,
     mesh: Mesh | None = None,
 ) -> dict[str, Any]:
-    """The metrics over all batches as numbers: sums of totals over sums of weights.
+    """Returns the metrics over all batches as numbers: the sum of totals over the sum of weights.
 
-    Batches of unequal size count by their weights, so the result does not depend on how the data
-    are cut into batches. Each batch draws from
-    stream(key, "evaluation", number); default key jax.random.key(0).
+    Batches count by their weights, so the result does not depend on how the data are split into
+    batches. Each batch draws from stream(key, "evaluation", number); the default key is
+    jax.random.key(0).
     """
     key = jax.random.key(0) if key is None else key
     parts = []
@@ -53,7 +53,7 @@ def evaluate(
             parts.append(in_turn(eval_step(params, batch, own_key)))
     if not parts:
         raise ValueError("evaluate: there are no batches.")
-    # In float64 on the host: millions of tokens are more than float32 counts exactly.
+    # In float64 on the host: float32 cannot count many millions of tokens exactly.
     total = lambda *x: np.sum(np.stack([np.asarray(part, np.float64) for part in x]), axis=0)
     sums = jax.tree.map(total, *to_host(parts))
     return {name: _value(mean) for name, mean in sums.items()}
@@ -67,14 +67,14 @@ def evaluation(
     prefix: str = "eval/",
     mesh: Mesh | None = None,
 ) -> Callback:
-    """A callback that evaluates every `steps` steps and at the last; rows get "eval/loss" and so on.
+    """Returns a callback that adds "eval/loss" etc. to the rows of every `steps`-th and the last step.
 
     Args:
-        objective: as for training, or any (params, batch, key) -> (loss, metrics).
-        batches: a list or another iterable that starts anew each time, or a function that
+        objective: the training objective, or any (params, batch, key) -> (loss, metrics).
+        batches: a list or another iterable that can be iterated repeatedly, or a function that
             returns one.
-        steps: between two evaluations.
-        prefix: of the metrics' names.
+        steps: steps between two evaluations.
+        prefix: prefix of the metrics' names.
         mesh: as for `fit`.
     """
     if hasattr(batches, "__next__"):

@@ -1,4 +1,4 @@
-"""Where the rows of a run go: the terminal, a file, TensorBoard, Weights & Biases."""
+"""Loggers for the rows of a run: the terminal, a file, TensorBoard, Weights & Biases."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def progress(
     show: Sequence[str] = (),
     console: rich.console.Console | None = None,
 ) -> Callback:
-    """A progress bar with loss, tokens/s and time left; off a terminal, a line every `steps` steps.
+    """Shows a progress bar with loss, tokens/s and time left; without a terminal, prints lines.
 
-    Goes to standard error, or to `console`. Tokens are those that the loss counts. `show` names metrics to
-    show instead, such as ("reward", "length"), with seconds a step.
+    Writes to standard error or to `console`; lines come every `steps` steps. Tokens are those that the loss
+    counts. `show` names metrics to show instead, such as ("reward", "length"), with seconds per step.
     """
     if steps < 1:
         raise ValueError(f"progress: steps must be at least 1, got {steps}.")
@@ -76,12 +76,12 @@ def describe(
     steps: int | None,
     show: Sequence[str] = (),
 ) -> str:
-    """A row as a line: step, metrics, then tokens/s and time left from the recent rows."""
+    """Formats a row as a line: step, metrics, then tokens/s and time left from the recent rows."""
     parts = [f"step {row['step']}" + (f"/{steps}" if steps else "")]
     evaluated = (name for name in row if name.startswith("eval"))
     first = [*show, *evaluated] if show else ["loss", *evaluated, "grad_norm", "learning_rate"]
     parts += [f"{name} {row[name]:.4g}" for name in first if np.ndim(row.get(name, [])) == 0]
-    # The first row of all includes compilation.
+    # The very first row includes compilation.
     timed = recent[1:] or recent
     seconds = sum(r["seconds"] for r in timed)
     if show:
@@ -95,10 +95,10 @@ def describe(
 
 
 def jsonl_log(path: str | Path) -> Callback:
-    """Each row as a line of JSON; numbers that are not finite are null.
+    """Writes each row as a line of JSON; numbers that are not finite are null.
 
-    A resumed run goes on in the same file, without the rows after the checkpoint: each step is
-    there once.
+    A resumed run continues the same file and removes the rows after the checkpoint, so each step
+    appears once.
     """
     path, files, newest = Path(path), [], {}
 
@@ -106,7 +106,7 @@ def jsonl_log(path: str | Path) -> Callback:
         newest.clear()
         writable_directory(path.parent)
         kept = _lines_up_to(path, run.first_step)
-        # In one piece: a kill between emptying the file and filling it would lose the rows for good.
+        # Replace the file atomically: a kill between truncating and writing it would lose the rows.
         new = path.with_name(path.name + ".tmp")
         with writing(path):
             new.write_text("".join(kept))
@@ -114,7 +114,7 @@ def jsonl_log(path: str | Path) -> Callback:
             files.append(path.open("a"))
 
     def on_row(row):
-        if row["step"] in newest:  # reported again, with more: it replaces its line
+        if row["step"] in newest:  # reported again with more metrics: replace its line
             files[0].truncate(newest[row["step"]])
         else:
             newest.clear(), newest.update({row["step"]: files[0].tell()})
@@ -124,7 +124,7 @@ def jsonl_log(path: str | Path) -> Callback:
 
     def on_end(error):
         del error
-        with writing(path):  # what could not be written before is tried once more
+        with writing(path):  # retry lines that could not be written before
             while files:
                 files.pop().close()
 
@@ -132,7 +132,7 @@ def jsonl_log(path: str | Path) -> Callback:
 
 
 def tensorboard_log(directory: str | Path) -> Callback:
-    """Each number of the rows as a TensorBoard scalar; needs the package tensorboardX."""
+    """Logs each number of the rows as a TensorBoard scalar; needs the package tensorboardX."""
     tensorboard = require("tensorboardX", "tensorboard_log")
     writers = []
 
@@ -157,9 +157,9 @@ def tensorboard_log(directory: str | Path) -> Callback:
 def wandb_log(
     project: str, *, name: str | None = None, config: Mapping[str, Any] | None = None
 ) -> Callback:
-    """Each number of the rows to Weights & Biases; needs the package wandb.
+    """Logs each number of the rows to Weights & Biases; needs the package wandb.
 
-    WANDB_MODE=offline keeps it on this machine. A run of the same name goes on when resumed.
+    WANDB_MODE=offline keeps the log on this machine. A resumed run continues the run of the same name.
     """
     wandb = require("wandb", "wandb_log")
     runs = []
@@ -195,7 +195,7 @@ def _as_json(value):
 
 
 def _lines_up_to(path, step):
-    """The lines of a log up to a step; the last may be cut off, if the process was killed."""
+    """Returns the lines of a log up to a step; after a kill, the last line may be truncated."""
     if not path.exists():
         return []
     lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]

@@ -63,35 +63,35 @@ def fit(
     """Trains and returns (state, history): history[i] has the metrics of one step as numbers.
 
     Args:
-        params: a params tree, which stays usable unless `donate`; or a TrainState, which is used up.
+        params: a params tree, which stays usable unless `donate`; or a TrainState, which is donated.
         objective: (params, batch, key) -> (loss, metrics).
         optimizer: any optax transform; it sees the trainable part only.
         batches: an iterable of pytrees, or for experience a function collect(params, carry, key) ->
             (batch, carry), called before each step with the state's params and carry and the key
-            stream(state.key, "collect", step). What it must remember (a replay buffer, places of
-            environments, the rest of a rollout) it keeps in the carry, whose entries keep their shapes. If it
-            has an attribute `carry`, a dict of named entries, the run starts with those that it has not got
-            yet (`jaxft.rl.collect` gives such a function). On a mesh, each process gives its own rows.
-        steps: optimizer steps at which the run ends, those of a restored state included; None: as
-            long as there are batches.
-        key: for everything random in the run; default jax.random.key(0).
-        carry: any pytree of arrays that the run must not lose beside params and optimizer state, at its
-            start; a dict of named entries where batches or books bring some of their own. See `init_state`.
+            stream(state.key, "collect", step). Its state (a replay buffer, environment states, the rest of
+            a rollout) is in the carry, whose entries keep their shapes. If the function has an attribute
+            `carry`, a dict of named entries, the run starts with those that its carry lacks
+            (`jaxft.rl.collect` returns such a function). On a mesh, each process gives its own rows.
+        steps: optimizer steps at which the run ends, including those of a restored state; None: until
+            the batches run out.
+        key: typed key for all random draws of the run; default jax.random.key(0).
+        carry: initial value of any further pytree of arrays that the run updates and saves; must be a dict
+            of named entries if batches or books add entries. See `init_state`.
         gradient, microbatches, extra_args, books: see `make_step`.
         mesh: lays rows of batches over its data and fsdp axes. Lay out the params first
-            (jaxft.parallel.shard_params): what is not on the mesh is copied to all its devices.
+            (jaxft.parallel.shard_params): arrays that are not on the mesh are copied to all its devices.
         callbacks: Callbacks, or functions of a row.
         checkpoints: where and when to save, and whether to resume; with it, SIGTERM and the first
             SIGINT end the run after its current step with PreemptedError (exit code 75, or 130 of SIGINT).
-        donate: uses up `params` (see `init_state`): full fine-tuning holds one model, not two. On a
+        donate: donates `params` (see `init_state`): full fine-tuning then holds one model, not two. On a
             mesh, lay them out first.
 
     Raises:
-        DivergedError: at a non-finite loss or gradient; no such state is ever saved, and the error
-            has the state before (but for what a collect function has put into the carry since).
-        PreemptedError: after a signal, everything saved.
-        OutputError: if a place cannot be written or is full, before the first step where it can be known by
-            then; in mid-run the error has the state and the history so far.
+        DivergedError: if a loss or gradient is not finite; no such state is ever saved, and the error
+            has the previous state (except for later changes of the carry by a collect function).
+        PreemptedError: after a signal, once everything is saved.
+        OutputError: if a path is not writable or the disk is full; raised before the first step if it can
+            be detected then. Later, the error has the state and the history so far.
     """
     step = make_step(
         objective,
@@ -117,17 +117,18 @@ def run_steps(
     callbacks: Iterable[Callback | Callable[[Row], None]] = (),
     checkpoints: Checkpoints | None = None,
 ) -> tuple[TrainState, list[Row]]:
-    """The loop of `fit` over any step: an update that is not one gradient of one objective.
+    """Runs the loop of `fit` over any step, for updates that are not one gradient of one objective.
 
-    `state.carry` holds what the step changes beside params and optimizer state (replay buffer, target
-    networks, environment states, a federated round): it is laid out, donated, saved and restored with them.
+    `state.carry` holds everything else that the step changes (replay buffer, target networks, environment
+    states, a federated round): it is laid out, donated, saved and restored with params and optimizer state.
 
     Args:
-        state: see `init_state`; it is used up.
-        step: pure, (state, batch) -> (state, metrics): the loop counts the steps, and stops before the first
-            whose metrics are not finite. Or what `make_step` returns, (state, batch, good), which does both.
-        batches, steps, mesh, callbacks, checkpoints: see `fit`. A step that makes its own experience takes
-            batches of nothing: `itertools.repeat({}, n)`.
+        state: see `init_state`; it is donated.
+        step: a pure function (state, batch) -> (state, metrics): the loop counts the steps, and stops before
+            the first whose metrics are not finite. Or a step of `make_step`, (state, batch, good), which
+            does both itself.
+        batches, steps, mesh, callbacks, checkpoints: see `fit`. A step that collects its own experience
+            takes empty batches: `itertools.repeat({}, n)`.
 
     Returns, Raises: see `fit`.
     """
@@ -170,7 +171,7 @@ def _loop(run, state, source, steps, mesh, callbacks, rows, saver, preempted):
             saver.check()
             signal = preempted(number)
             if signal or saver.due(number, extra):
-                rows.flush()  # A state is saved only once its step is known to be good.
+                rows.flush()  # A state is saved only after its step is known to be good.
                 saver.save(state, source, rows.history)
             if signal:
                 saver.wait()
@@ -190,9 +191,9 @@ def _loop(run, state, source, steps, mesh, callbacks, rows, saver, preempted):
 
 
 def _with_rows_written(state):
-    """The state of a run with no step left: kernels hold the rows that trained, as a step leaves them.
+    """Writes the trained rows into their kernels, as a step does, for a run with no step left.
 
-    A checkpoint has the rows alone, and each step writes them at its start.
+    A checkpoint holds only the rows, and each step writes them at its start.
     """
     if not any(map(writes_back, jax.tree.leaves(state.params, is_leaf=is_weight))):
         return state
@@ -207,7 +208,7 @@ def _start(params, optimizer, key, carry, mesh, books, donate):
         return params
     _check_alive(params, "these params")
     key = jax.random.key(0) if key is None else key
-    # The mesh first: the optimizer's state takes the shardings of the params.
+    # Place the params on the mesh first: the optimizer's state takes their shardings.
     params = place_on_mesh(params, mesh)
     return init_state(params, optimizer, key, carry, books=books, donate=donate)
 
@@ -215,9 +216,9 @@ def _start(params, optimizer, key, carry, mesh, books, donate):
 def _check_alive(tree, what):
     if any(isinstance(x, jax.Array) and x.is_deleted() for x in jax.tree.leaves(tree)):
         raise ValueError(
-            f"fit: arrays of {what} were deleted: an earlier run used them up, as it does with a TrainState "
-            "and, with donate=True, with params. Go on with the state that it returned, or make them anew; "
-            "jax.tree.map(jax.numpy.copy, ...) before a run keeps a copy."
+            f"fit: arrays of {what} were deleted: an earlier run donated them, as it does with a TrainState "
+            "and, with donate=True, with params. Continue with the state that it returned, or create them "
+            "again; jax.tree.map(jax.numpy.copy, ...) before a run keeps a copy."
         )
 
 
@@ -237,7 +238,7 @@ def _started(callbacks, run):
 
 
 def _end(callbacks, error):
-    """Calls each on_end, also after one that fails; raises the first failure, unless the run had one."""
+    """Calls each on_end, even if one fails; raises the first failure unless the run itself failed."""
     failures = []
     for callback in callbacks:
         try:
@@ -253,7 +254,7 @@ def _end(callbacks, error):
 
 @contextlib.contextmanager
 def _output_errors(checkpoints, ended):
-    """Says in the OutputErrors of a run that has begun what is saved, and keeps what it has trained."""
+    """Adds to OutputErrors of a started run what is saved, and attaches its state and history."""
     try:
         yield
     except OutputError as error:
@@ -267,7 +268,7 @@ def _output_errors(checkpoints, ended):
 
 
 def _call(callbacks, name, number, state):
-    """What the functions of that name, on_step or on_last, add to the row of a step."""
+    """Returns the metrics that the callbacks' on_step or on_last add to the row of a step."""
     extra = {}
     for function in (getattr(callback, name) for callback in callbacks):
         extra |= (function(number, state) or {}) if function else {}

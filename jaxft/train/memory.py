@@ -1,4 +1,4 @@
-"""Memory: what a run needs at the least, what there is, and how the CPU backend keeps it."""
+"""Memory: the least that a run needs, what is available, and how the CPU backend reuses it."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
 
 def keep_memory_warm() -> bool:
-    """Lets glibc keep freed memory, so that XLA's temporaries are not zeroed anew at each step.
+    """Makes glibc keep freed memory, so that XLA's temporaries are not zeroed again at each step.
 
-    XLA's CPU backend allocates the temporaries of a call anew; glibc gives such large blocks back
-    to the kernel when they are freed, and the next step waits for thousands of page faults.
-    The price is memory that stays with the process (mallopt(3): no mmap for large blocks, no trimming,
-    one arena). Call it once, before the first computation; with jax.distributed, after that is
-    initialized. Returns whether it did anything: only on Linux with glibc and JAX on the CPU.
+    XLA's CPU backend allocates temporaries in each call; glibc returns such large blocks to the
+    kernel when they are freed, and the next step waits for thousands of page faults.
+    In exchange, the process keeps the memory (mallopt(3): no mmap for large blocks, no trimming,
+    one arena). Call it once, before the first computation but after jax.distributed is initialized.
+    Returns whether it did anything, which is only on Linux with glibc and JAX on the CPU.
     """
     if not sys.platform.startswith("linux") or platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    # First of all: asking for the backend starts its threads, and a thread that has an arena of its
-    # own by then keeps it, and gives its memory back.
+    # Before anything else: querying the backend starts its threads, and a thread that already has
+    # its own arena keeps it and returns its memory to the kernel.
     alone = mallopt(_M_ARENA_MAX, 1) == 1
     if jax.default_backend() != "cpu":
         return False
@@ -44,15 +44,15 @@ def keep_memory_warm() -> bool:
 
 
 def check_memory(needed: Mapping[str, int], devices: Sequence[jax.Device], advice: str) -> None:
-    """Raises, before anything is loaded or compiled, if a run cannot fit.
+    """Raises, before anything is loaded or compiled, if a run cannot fit in memory.
 
     Args:
-        needed: {what: bytes on one device}, of what will be there for certain.
-        devices: of this process. CPU devices share the memory.
-        advice: what would need less.
+        needed: {what: bytes on one device} that the run certainly allocates.
+        devices: devices of this process. CPU devices share the memory.
+        advice: what would reduce the need, for the error message.
 
     Raises:
-        ValueError: if the sum is more than a device's memory; on CPUs, than what is available.
+        ValueError: if the sum exceeds a device's memory or, on CPUs, the available memory.
     """
     there, on_cpu = device_memory(devices[0]), devices[0].platform == "cpu"
     needed = {what: size * len(devices) if on_cpu else size for what, size in needed.items()}
@@ -67,7 +67,7 @@ def check_memory(needed: Mapping[str, int], devices: Sequence[jax.Device], advic
 
 
 def device_memory(device: jax.Device) -> int | None:
-    """Bytes of a device's memory; of a CPU, those that are available now; None where it is not told."""
+    """Bytes of a device's memory; for a CPU, the bytes available now; None if unknown."""
     if device.platform != "cpu":
         return (device.memory_stats() or {}).get("bytes_limit")
     table = pathlib.Path("/proc/meminfo")
@@ -82,13 +82,13 @@ def state_bytes(
     rules: Rules = TRANSFORMER_RULES,
     layers: str = LAYERS,
 ) -> dict[str, int]:
-    """{what: bytes on one device} of weights and, with an optimizer that trains all, of what training adds.
+    """{what: bytes on one device} of the weights and, with an optimizer, of full training's state.
 
     Args:
-        shapes: of the params, a tree of arrays or ShapeDtypeStructs.
-        optimizer: None: nothing of the weights trains.
-        mesh: over which they lie.
-        rules, layers: of the model's family (`family_of(model.config)`), by which they are laid out there.
+        shapes: the params, a tree of arrays or ShapeDtypeStructs.
+        optimizer: None: no weight trains.
+        mesh: the mesh over which the weights lie.
+        rules, layers: sharding rules of the model's family (`family_of(model.config)`).
     """
     if mesh is not None:
         here = lambda leaf, s: jax.ShapeDtypeStruct(s.shard_shape(leaf.shape), leaf.dtype)

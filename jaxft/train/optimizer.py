@@ -29,22 +29,22 @@ def make_optimizer(
     max_grad_norm: float | jax.Array | None = 1.0,
     rule: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformation:
-    """Clipping, Adam, decoupled weight decay, learning rate: AdamW under a schedule.
+    """Chains clipping, Adam, decoupled weight decay and a learning-rate schedule: AdamW.
 
     AdamW: Loshchilov & Hutter, 2019, arxiv.org/abs/1711.05101, algorithm 2. The decay is multiplied by the
-    learning rate, as in torch and optax. Its state shows the learning rate, so metrics have it.
-    learning_rate, weight_decay and max_grad_norm may be arrays, as optax.inject_hyperparams makes them (with
-    the other arguments among its static_args).
+    learning rate, as in torch and optax. The state holds the learning rate, so metrics include it.
+    learning_rate, weight_decay and max_grad_norm may be arrays, as from optax.inject_hyperparams (name the
+    other arguments in its static_args).
 
     Args:
-        learning_rate: the highest, reached after the warm-up.
+        learning_rate: the peak, reached after the warm-up.
         total_steps: optimizer steps of the whole run.
-        schedule: factor over the progress 0..1 after the warm-up: `cosine` (the default), `linear`,
-            `constant` or your own.
-        warmup_ratio: part of `total_steps` over which the rate rises linearly from 0.
-        weight_decay: coefficient; applied to what `decay_mask` names.
-        max_grad_norm: longest gradient (L2 over all that trains); None does not clip.
-        rule: what turns gradients into a direction; default optax.scale_by_adam(0.9, 0.999, 1e-8).
+        schedule: factor as a function of the progress 0..1 after the warm-up: `cosine` (the default),
+            `linear`, `constant` or your own.
+        warmup_ratio: fraction of `total_steps` over which the rate rises linearly from 0.
+        weight_decay: coefficient; applied to the leaves that `decay_mask` selects.
+        max_grad_norm: maximum L2 norm of the gradient over all trainable leaves; None: no clipping.
+        rule: transform from gradients to a direction; default optax.scale_by_adam(0.9, 0.999, 1e-8).
     """
     if _is_number(learning_rate) and not 0 < learning_rate < math.inf:
         raise ValueError(
@@ -68,7 +68,7 @@ def make_optimizer(
 def with_warmup(
     peak: float | jax.Array, total_steps: int, schedule: Decay, warmup_ratio: float = 0.03
 ) -> optax.Schedule:
-    """The learning rate at each step: a linear rise, then peak * schedule(progress in 0..1)."""
+    """Returns the learning-rate schedule: a linear rise, then peak * schedule(progress in 0..1)."""
     warmup = round(warmup_ratio * total_steps)
 
     def rate(step):
@@ -95,17 +95,17 @@ def constant(progress: jax.Array) -> jax.Array:
 
 
 def decay_mask(params: Any) -> Any:
-    """True for what weight decay shrinks: all but scales and biases of norms, biases, embeddings.
+    """True for leaves with weight decay: all except norms' scales, biases and embeddings.
 
-    Rows of an embedding whose token never occurs would shrink with no gradient to answer, and
-    most rows of a fine-tuned vocabulary never occur.
+    Embedding rows of tokens that never occur, which is most rows in fine-tuning, would shrink
+    without a gradient to counteract the decay.
     """
     decays = lambda path, _: NOT_DECAYED.isdisjoint(path_name(path).split("/"))
     return jax.tree_util.tree_map_with_path(decays, params)
 
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
-    """g min(1, max_norm / |g|), |g| over all leaves: optax's, with the norm in float32 for bfloat16."""
+    """g min(1, max_norm / |g|), |g| over all leaves: as optax, but a bfloat16 norm is in float32."""
     if _is_number(max_norm) and max_norm <= 0:
         raise ValueError(f"clip_by_global_norm: max_norm must be positive, got {max_norm}.")
 
@@ -118,17 +118,17 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
 
 
 def _is_number(value):
-    """Whether it can be checked now: an array may be traced."""
+    """Returns whether `value` can be checked now: an array may be traced."""
     return not isinstance(value, jax.Array)
 
 
 def muon_axes(params: Any, layers: str = LAYERS) -> Any:
-    """Which axes of which leaves optax.contrib.muon takes as matrices; None: Adam, for all other leaves.
+    """Returns the axes that optax.contrib.muon treats as a matrix, per leaf; None: Adam, for others.
 
         optax.contrib.muon(1e-3, muon_weight_dimension_numbers=muon_axes)
 
-    Its own rule, leaves with two axes, takes the scales and biases of stacked layers for one matrix, and
-    their kernels for none. Here stacked layers, which lie at `layers`, are trained as separate ones are.
+    Muon's own rule (leaves with two axes) treats the stacked scales and biases of layers as one matrix and
+    their kernels as none. Here layers stacked at `layers` are trained as separate layers would be.
     """
 
     def axes(path, leaf):
@@ -143,9 +143,8 @@ def muon_axes(params: Any, layers: str = LAYERS) -> Any:
 def clip_by_layer_rms(threshold: float, layers: str = LAYERS) -> optax.GradientTransformation:
     """u / max(1, rms(u) / threshold) for each leaf of each layer.
 
-    Adafactor's clipping: Shazeer & Stern, 2018, arxiv.org/abs/1804.04235, algorithm 4. As
-    optax.clip_by_block_rms, but for stacked layers (at `layers`), which there have one root mean square
-    together.
+    Adafactor's clipping: Shazeer & Stern, 2018, arxiv.org/abs/1804.04235, algorithm 4. Like
+    optax.clip_by_block_rms, except that layers stacked at `layers` each have their own root mean square.
     """
 
     def update(updates, state, params=None):

@@ -1,4 +1,4 @@
-"""Trees with many small leaves as few larger arrays, and back: writing costs by the array."""
+"""Packs many small leaves of a tree into few larger arrays, and back: writing costs time per array."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ SMALL = 1 << 20  # bytes of a leaf; larger ones stay alone, so that little is co
 
 
 def groups(tree: Any) -> dict[str, list[int]]:
-    """Name -> places of leaves, in their order: small ones of one name (but for numbers), shape and type.
+    """{name: indices of leaves}: small leaves with equal name (ignoring digits), shape and dtype.
 
-    They are the same on every mesh, and so are the layouts of the leaves of a group.
+    Groups are the same on every mesh. All leaves of a group have the same sharding.
     """
     found: dict[str, list[int]] = {}
     for i, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(tree)):
@@ -31,7 +31,7 @@ def groups(tree: Any) -> dict[str, list[int]]:
 
 
 def packed(tree: Any) -> dict[str, jax.Array]:
-    """The leaves of each group stacked on a new first axis; alone, as they are."""
+    """Stacks the leaves of each group on a new first axis; a single leaf is unchanged."""
     leaves = jax.tree.leaves(tree)
     parts = {name: [leaves[i] for i in places] for name, places in groups(tree).items()}
     stack = lambda part: part[0] if len(part) == 1 else _stack(_of(part[0]))(part)
@@ -39,7 +39,7 @@ def packed(tree: Any) -> dict[str, jax.Array]:
 
 
 def packed_shapes(tree: Any) -> dict[str, jax.ShapeDtypeStruct]:
-    """What `packed` gives, as shapes with their shardings."""
+    """Returns the result of `packed` as shapes with shardings."""
     leaves = jax.tree.leaves(tree)
 
     def of(places):
@@ -53,7 +53,7 @@ def packed_shapes(tree: Any) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def unpacked(parts: dict[str, jax.Array], tree: Any) -> Any:
-    """A tree like `tree`, with the shardings of its leaves, of what `packed` gave."""
+    """Inverts `packed`: a tree with the structure and shardings of `tree`."""
     leaves, treedef = jax.tree.flatten(tree)
     for name, places in groups(tree).items():
         whole = parts[name]

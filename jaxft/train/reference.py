@@ -1,4 +1,4 @@
-"""Log-probs of a reference model: once, as a column of the data, or inside each step where it moves."""
+"""Log-probs of a reference model: a column of the data, or computed in each step if it moves."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ def reference_log_probs(
     mesh: Mesh | None = None,
     ld_alpha: float = 1.0,
 ) -> list[TokenisedGroup]:
-    """The groups with a column `ref_log_probs` [G]: log π_ref(completion | prompt), summed over tokens.
+    """Adds the column `ref_log_probs` [G], log π_ref(completion | prompt) summed over tokens, to groups.
 
-    With the params from which training starts, adapters included, the reference is that start.
+    If `params` are those from which training starts, adapters included, the reference is the start.
 
     Args:
         forward: such as `model.forward` of a Decoder.
-        params: of the reference.
-        groups: in any order; batches are made of those of like length.
-        batch_size: groups of a batch, over all processes.
-        max_length: of a sequence.
-        mesh: as for `fit`. On several processes all pass the same groups, and each computes its share.
+        params: params of the reference.
+        groups: in any order; groups of similar length are batched together.
+        batch_size: groups per batch, over all processes.
+        max_length: maximum length of a sequence in tokens.
+        mesh: as for `fit`. With several processes all pass the same groups, and each computes a share.
         ld_alpha: see `sequence_log_probs`.
     """
     sums_of = lambda params, batch: (
@@ -50,7 +50,7 @@ def reference_log_probs(
     run = jax.jit(sums_of)
     longest = lambda i: max(len(part.tokens) for part in groups[i].parts)
     order = sorted(range(len(groups)), key=longest)
-    # Other columns would only make more programs.
+    # Other columns would only cause more compilations.
     bare = [dataclasses.replace(groups[i], columns={}) for i in order]
     sums = []
     for batch in finite_group_batches(bare, batch_size=batch_size, max_length=max_length):
@@ -62,23 +62,23 @@ def reference_log_probs(
 
 
 def moving_reference(forward: Forward, alpha: float, every: int, *, ld_alpha: float = 1.0) -> Book:
-    """A reference that follows the params: π_ref <- α π + (1 - α) π_ref after every τ-th step.
+    """Returns a book whose reference follows the params: π_ref <- α π + (1 - α) π_ref every τ steps.
 
-    TR-DPO: Gorbatovski et al., 2024, arxiv.org/abs/2404.09656: its soft update for α below 1, its hard one
-    for α = 1. The reference is of what trains: of an adapter's factors rather than of the kernels that they
-    make, which is the same for α = 1 alone.
+    TR-DPO: Gorbatovski et al., 2024, arxiv.org/abs/2404.09656: the soft update for α < 1, the hard update
+    for α = 1. The average is over trainable leaves: over an adapter's factors rather than the kernels that
+    they produce, which is equivalent only for α = 1.
 
-    The batch gets `ref_log_probs` [B, G] under it: log π_ref(completion | prompt), summed over tokens, which
-    costs a forward pass a step. The entry of the carry is (steps done, reference).
+    The batch gets `ref_log_probs` [B, G], log π_ref(completion | prompt) summed over tokens, at the cost of
+    one forward pass per step. The entry of the carry is (steps done, reference).
 
     Args:
         forward: such as `model.forward` of a Decoder.
-        alpha: α in (0, 1], what the reference takes of the params; the paper's is 0.6.
-        every: τ, steps between two moves; the paper's is 512.
+        alpha: α in (0, 1], the weight of the params; the paper's is 0.6.
+        every: τ, steps between two updates; the paper's is 512.
         ld_alpha: see `sequence_log_probs`.
 
     Raises:
-        ValueError: for alpha or every outside these.
+        ValueError: if alpha or every is out of range.
     """
     if not 0 < alpha <= 1 or every < 1:
         raise ValueError(

@@ -14,13 +14,13 @@ from jaxft.metrics import Mean, Terms
 from jaxft.train.callbacks import Callback, Row
 from jaxft.train.errors import DivergedError
 
-OWN = ("step", "seconds")  # what a row has beside the metrics
+OWN = ("step", "seconds")  # entries of a row that are not metrics
 
 
 class Rows:
-    """The history of a run: `push` the metrics of each step, get the row of the step before.
+    """The history of a run: `push` takes the metrics of a step and reports the previous step's row.
 
-    Copies to the host start at once and are awaited only when the next step is on its way, so
+    Copies to the host start at once and are awaited only after the next step is dispatched, so
     the device always has work.
     """
 
@@ -31,10 +31,10 @@ class Rows:
         self._time = time.perf_counter()
 
     def push(self, step: int, metrics: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
-        """Takes the metrics of a step that has just been started; reports the one before.
+        """Takes the metrics of a step that has just been dispatched; reports the previous step.
 
         Raises:
-            ValueError: if a metric has the name of something else in the row.
+            ValueError: if a metric has the name of another entry of the row.
         """
         refuse_names(metrics, OWN, "fit: the step")
         self._names = metrics.keys()
@@ -45,7 +45,7 @@ class Rows:
         self._report(before)
 
     def amend(self, extra: Mapping[str, Any]) -> None:
-        """Adds to the row of the last step; if it was reported before, it is reported again.
+        """Adds metrics to the row of the last step; a row that was already reported is reported again.
 
         Raises: see `push`.
         """
@@ -81,10 +81,10 @@ class Rows:
 
 
 def refuse_names(metrics: Mapping[str, Any], taken: Iterable[str], who: str) -> None:
-    """Raises ValueError if metrics that `who` gives have names that the row of a step has already."""
+    """Raises ValueError if metrics from `who` have names that the row of a step already has."""
     if found := [name for name in metrics if name in taken]:
         raise ValueError(
-            f"{who} gives a metric {found[0]!r}, a name that the row of a step has already; give it another."
+            f"{who} gives a metric {found[0]!r}, a name that the row of a step already has; rename it."
         )
 
 
@@ -93,7 +93,7 @@ def _number(value):
         return sum(map(_number, value.parts))
     if isinstance(value, Mean):
         total, weight = np.asarray(value.total), np.asarray(value.weight, np.float32)
-        # A total may be a count, whose quotient is no integer; float32 keeps its own type.
+        # A total may be a count, whose quotient is not an integer; float32 keeps its dtype.
         quotient = np.zeros(total.shape, np.result_type(total, weight))
         value = np.divide(total, weight, out=quotient, where=weight != 0)
     value = np.asarray(value)
@@ -104,7 +104,7 @@ def _diverged_message(step, values):
     numbers = {n: v for n, v in values.items() if isinstance(v, (int, float))}
     usual = [n for n in ("loss", "grad_norm") if n in numbers]
     bad = lambda names: [n for n in names if not math.isfinite(numbers[n])]
-    # A step of make_step stops for its loss or gradient alone, one of the user's for any metric.
+    # A step of make_step stops only for its loss or gradient, a user's step for any metric.
     bad = bad(usual) or bad(numbers) or ["loss"]
     shown = ", ".join(f"{name} = {numbers.get(name)}" for name in usual or bad)
     return (

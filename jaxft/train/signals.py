@@ -1,4 +1,4 @@
-"""Signals: SIGTERM and the first SIGINT end a run after its current step; Ctrl-C anywhere else."""
+"""Signals: SIGTERM and the first SIGINT end a run after its current step; Ctrl-C outside a run."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from jax.experimental import multihost_utils
 
 @contextlib.contextmanager
 def catch_preemption() -> Iterator[Callable[[int], str | None]]:
-    """Gives preempted(step) -> name of the signal that asks to stop, or None.
+    """Yields preempted(step) -> name of the signal that asks to stop, or None.
 
-    A second SIGINT interrupts at once. Handlers are set in the main thread only and put back at
+    A second SIGINT interrupts at once. Handlers are set only in the main thread and restored at
     the end. In a run of several processes jax.distributed watches for SIGTERM, and all processes agree
     on the step after which they stop.
     """
@@ -35,7 +35,7 @@ def catch_preemption() -> Iterator[Callable[[int], str | None]]:
         del frame
         caught.append(signal.Signals(number).name)
         again = "; once more ends it at once" if number == signal.SIGINT else ""
-        # Not print: a signal may come while that is writing.
+        # os.write instead of print: a signal may arrive during a print.
         os.write(2, f"{caught[-1]}: saves and stops after this step{again}\n".encode())
         interrupts = callable(before[signal.SIGINT])
         signal.signal(
@@ -55,9 +55,10 @@ def catch_preemption() -> Iterator[Callable[[int], str | None]]:
 
 @contextlib.contextmanager
 def catch_interrupts() -> Iterator[Callable[[], bool]]:
-    """Gives seen() -> whether there was a SIGINT, each of which raises KeyboardInterrupt inside the block.
+    """Yields seen() -> whether a SIGINT arrived; each raises KeyboardInterrupt inside the block.
 
-    Set in the main thread only and put back at the end; not where SIGINT is ignored, as in the background.
+    The handler is set only in the main thread and restored at the end. It is not set if SIGINT is ignored,
+    as in a background job.
     """
     seen = []
 

@@ -20,9 +20,9 @@ class TrainState(NamedTuple):
 
     step: jax.Array  # [] int32, optimizer steps done
     params: Any  # the whole tree: what trains and what is frozen
-    opt_state: optax.OptState  # of the trainable part only
-    carry: Any  # what else a run must not lose: replay buffer, environments, books; None: nothing
-    key: jax.Array  # typed key, the same for the whole run: draws are from streams of it
+    opt_state: optax.OptState  # for the trainable part only
+    carry: Any  # further state of the run: replay buffer, environments, books; None: nothing
+    key: jax.Array  # typed key, the same for the whole run: draws use its streams
 
 
 def init_state(
@@ -34,24 +34,24 @@ def init_state(
     books: Books | None = None,
     donate: bool = False,
 ) -> TrainState:
-    """The state before the first step.
+    """Returns the state before the first step.
 
-    What a compiled step overwrites (donates) is copied: trainable leaves, and weights that have
-    `committed`. Other frozen leaves are shared with `params`, so one base model serves many runs.
+    Arrays that a compiled step overwrites (donates) are copied: trainable leaves, and weights that
+    have `committed`. Other frozen leaves are shared with `params`, so one base model serves many runs.
 
     Args:
         params: a params tree.
         optimizer: any optax transform; it sees the trainable part only.
         key: a typed key.
-        carry: any pytree of arrays that the steps of the run change beside the params; copied.
-        books: those of `make_step`: each adds an entry of its name to the carry.
+        carry: any further pytree of arrays that the steps of the run change; copied.
+        books: the books of `make_step`: each adds an entry with its name to the carry.
         donate: the params are not copied, so that full fine-tuning holds one model: the first compiled
             step deletes the arrays of `params` that it overwrites. An array that `params` also holds
             elsewhere is copied.
 
     Raises:
-        ValueError: if nothing trains, a trainable leaf is no float, `key` is no typed key, or `carry`
-            has a typed key, which cannot be saved (derive keys from the state's by `stream`).
+        ValueError: if nothing trains, a trainable leaf is not a float, `key` is not a typed key, or
+            `carry` has a typed key, which cannot be saved (derive keys from the state's by `stream`).
     """
     if not jnp.issubdtype(jnp.asarray(key).dtype, jax.dtypes.prng_key):
         raise ValueError("init_state: key must be a typed key; make one with jax.random.key(seed).")
@@ -70,7 +70,7 @@ def init_state(
 
 
 def overwritten(params: Any) -> Any:
-    """A tree like params with True for each leaf that a step changes: see `init_state`."""
+    """Returns a tree like params with True for each leaf that a step changes: see `init_state`."""
     return jax.tree.map(
         lambda node, trains: jax.tree.map(lambda _: True, node) if writes_back(node) else trains,
         params,
@@ -109,7 +109,7 @@ def _checked_carry(carry):
 
 
 def own(tree, other):
-    """`tree` with a copy of each array whose memory is used twice or in `other`, as donation asks."""
+    """Copies each array of `tree` whose memory is used twice or in `other`, as donation requires."""
     seen = set().union(*map(_buffers, jax.tree.leaves(other)))
 
     def own(leaf):
@@ -122,7 +122,7 @@ def own(tree, other):
 
 
 def _buffers(leaf):
-    """What tells the memory of an array apart: laid over a mesh, two arrays may share one buffer."""
+    """Identifies the memory of an array: on a mesh, two arrays may share one buffer."""
     traced = isinstance(leaf, jax.core.Tracer)
     if traced or not isinstance(leaf, jax.Array) or leaf.size == 0:
         return {("id", id(leaf))}

@@ -37,36 +37,37 @@ def make_step(
     extra_args: Mapping[str, Callable[..., Any]] | None = None,
     books: Books | None = None,
 ) -> Step:
-    """step(state, batch, good=True) -> (state, metrics), pure and not compiled (see `jit_step`).
+    """Returns step(state, batch, good=True) -> (state, metrics), pure and not compiled (see `jit_step`).
 
-    Only the trainable part of the params is differentiated and seen by the optimizer. `objective`
+    Only the trainable part of the params is differentiated and passed to the optimizer. `objective`
     is called with the key stream(state.key, "objective", state.step). If the loss or the gradient is not
-    finite, or `good` is False, nothing changes, the step counter included; `good` lets a loop that looks
-    at the metrics one step late stop at the state before the first bad step.
+    finite, or `good` is False, nothing changes, not even the step counter; with `good`, a loop that reads
+    the metrics one step late can stop at the state before the first bad step.
 
     The metrics are the objective's and `loss`, `grad_norm` (L2, before clipping), `good` (whether
-    the state advanced), `num_tokens` (weight of the loss, if metrics["loss"] is a Mean or Terms; or the total
-    of metrics["num_tokens"], if that is one), `learning_rate` (if the optimizer's state has one such
-    hyperparameter, as with optax.inject_hyperparams or `make_optimizer`) and likewise `trust_distance`.
+    the state advanced), `num_tokens` (the weight of the loss, if metrics["loss"] is a Mean or Terms; or the
+    total of metrics["num_tokens"], if that is a Mean), `learning_rate` (if the optimizer's state has exactly
+    one such hyperparameter, as with optax.inject_hyperparams or `make_optimizer`) and likewise
+    `trust_distance`.
 
     Args:
-        objective: (params, batch, key) -> (loss, metrics). It is traced once more where weights could be
-            used in place: one that looks at other params than those given (noise on the weights, an inner
-            step) gets weights that are right anywhere.
-        optimizer: any optax transform; one with extra arguments gets `value`, `grad`,
+        objective: (params, batch, key) -> (loss, metrics). It is traced once more if weights could be
+            used in place: an objective that evaluates other params than those given (noise on the weights,
+            an inner step) gets a form of the weights that is correct at any params.
+        optimizer: any optax transform; a transform with extra arguments gets `value`, `grad`,
             `value_fn(trainable)` and `grad_fn(trainable, *_)` of this batch, and the objective's `metrics`.
-        gradient: estimator with the signature of jax.value_and_grad, called with has_aux=True. One of your
-            own should say where it evaluates the objective: see `jaxft.optim.evaluates`.
-        microbatches: slices of the batch whose gradients are accumulated. An estimator that looks at
-            more than one point (sam) does so for each slice by itself; the optimizer's grad_fn is the
-            whole batch's.
-        extra_args: further functions that the optimizer asks for, name -> fn(params, ..., batch, key)
-            with any number of params trees. It gets name(trainable, ...), with the frozen part put in
-            and the batch and a key of its own passed: {"distance_fn": function_distance(...)} for
-            `with_tram`. Where fn returns a Mean, the optimizer gets its value, with microbatches that of
-            the sum over slices; any other result is made from the whole batch at once.
-        books: what the objective reads and the step keeps, such as a reference that moves after the params:
-            name of an entry of the carry -> `Book`. Make the state with init_state(..., books=books).
+        gradient: estimator with the signature of jax.value_and_grad, called with has_aux=True. A custom one
+            should declare where it evaluates the objective: see `jaxft.optim.evaluates`.
+        microbatches: slices of the batch whose gradients are accumulated. An estimator that evaluates
+            more than one point (sam) does so for each slice separately; the optimizer's grad_fn uses the
+            whole batch.
+        extra_args: further functions that the optimizer needs, name -> fn(params, ..., batch, key)
+            with any number of params trees. The optimizer gets name(trainable, ...), which adds the frozen
+            part, the batch and its own key: {"distance_fn": function_distance(...)} for `with_tram`. If fn
+            returns a Mean, the optimizer gets its value (with microbatches, of the sum over slices); any
+            other result is computed from the whole batch at once.
+        books: values that the objective reads and the step updates, such as a reference that follows the
+            params: name of an entry of the carry -> `Book`. Make the state with init_state(..., books=books).
     """
     books = dict(books or {})
     extra_args = dict(extra_args or {})
@@ -79,18 +80,18 @@ def make_step(
     update = optax.with_extra_args_support(optimizer).update
 
     def step(state, batch, good=True):
-        # Committed anew: whoever holds the state may have moved what trains since the last step.
+        # Commit again: the caller may have changed the trainable part since the last step.
         params = commit(state.params)
         trainable, frozen = partition(params)
         batch = give(books, state.carry, params, batch, microbatches)
         here = lambda t, batch, key: objective(in_place(combine(t, frozen)), batch, key)
-        # Elsewhere than at the state's params, frozen fields do not hold what trains.
+        # At params other than the state's, frozen fields do not hold the trainable values.
         whole = lambda t: combine(t, frozen)
         moved = lambda t, batch, key: objective(whole(t), batch, key)
         key = stream(state.key, "objective", state.step)
         estimate = lambda t, fn=moved: estimator(fn, has_aux=True)(t, batch, key)
         extra = {
-            name:  # Not the objective's: noise that a distance draws must not be that of its dropout.
+            name:  # A separate key: a distance's noise must be independent of the objective's dropout.
             _of_batch(fn, whole, batch, stream(key, f"argument {name}"), microbatches)
             for name, fn in extra_args.items()
         }
@@ -111,12 +112,12 @@ def make_step(
 
 
 def jit_step(step: Step) -> Step:
-    """`step` compiled, overwriting what it changes: do not use the old state afterwards.
+    """Compiles `step`; it overwrites what it changes: do not use the old state afterwards.
 
-    Donated are the step counter, trainable leaves, optimizer state, carry and all of a weight that has
-    `committed`. Other frozen leaves go in and never come out: no copy, and whoever shares them keeps
-    them. On a mesh, each leaf keeps its sharding, and the mesh is in context.
-    `.lower(state, batch)` is that of jax.jit.
+    It donates the step counter, trainable leaves, optimizer state, carry and all of a weight that has
+    `committed`. Other frozen leaves are inputs only: they are not copied, and other holders keep them.
+    On a mesh, each leaf keeps its sharding, and the mesh is in context.
+    `.lower(state, batch)` works as that of jax.jit.
     """
 
     @functools.cache
@@ -128,7 +129,7 @@ def jit_step(step: Step) -> Step:
             state, metrics = step(treedef.unflatten(_merge(moves, moving, still)), *inputs)
             return _pick(jax.tree.leaves(state), moves), metrics
 
-        # Without this the compiler may shard the output otherwise, and the next call recompiles.
+        # Without this the compiler may change the output's sharding, and the next call recompiles.
         pinned = [
             s if isinstance(s, jax.sharding.NamedSharding) else None
             for s in _pick(shardings, moves)
@@ -160,9 +161,9 @@ def jit_step(step: Step) -> Step:
 
 
 def guarded(step: Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]) -> Step:
-    """A user's `step(state, batch) -> (state, metrics)` as `jit_step` and `run_steps` take it.
+    """Converts a user's `step(state, batch) -> (state, metrics)` to the form that `jit_step` takes.
 
-    Counts the steps, and keeps the state as it was where a metric is not finite, as `make_step` does. Raises
+    Counts the steps, and leaves the state unchanged if a metric is not finite, as `make_step` does. Raises
     ValueError while tracing if the step changes the structure of the state, a shape or a dtype.
     """
 
@@ -172,7 +173,7 @@ def guarded(step: Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]
         numbers = [m.value if isinstance(m, Mean | Terms) else m for m in metrics.values()]
         finite = [jnp.all(jnp.isfinite(jnp.asarray(n, jnp.float32))) for n in numbers]
         good = functools.reduce(jnp.logical_and, finite, jnp.asarray(good))
-        own = lambda state: state._replace(step=None, key=None)  # which are the loop's
+        own = lambda state: state._replace(step=None, key=None)  # the loop owns both
         kept = where_good(good, own(new), own(state), "run_steps: the step")
         return kept._replace(step=state.step + good, key=state.key), metrics | {"good": good}
 
@@ -180,8 +181,8 @@ def guarded(step: Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]
 
 
 def _advanced(state, good, trainable, frozen, updates, opt_state):
-    """The state after the updates; if not `good`, as it was."""
-    # On the updates, not on the params: a select between whole trees would keep both.
+    """Returns the state after the updates, or the old state if not `good`."""
+    # Select between updates, not params: a select between whole trees would keep both.
     updates = jax.tree.map(lambda u: jnp.where(good, u, jnp.zeros_like(u)), updates)
     trainable = optax.apply_updates(trainable, updates)
     return TrainState(
@@ -194,15 +195,16 @@ def _advanced(state, good, trainable, frozen, updates, opt_state):
 
 
 def _stays(gradient, params, objective, batch, key):
-    """Whether the objective may get the params' form for use in place."""
+    """Returns whether the objective may get the params in their form for use in place."""
     stays, placed = evaluates_at_params(gradient), in_place(params)
     if jax.tree.structure(placed) == jax.tree.structure(params):
         return True  # They have no other form.
     if stays and not untouched(objective, placed, batch, key):
         warnings.warn(
-            "make_step: the objective moves its params before a model reads them (noise, an inner step, a "
+            "make_step: the objective changes its params before a model reads them (noise, an inner step, a "
             "cast), so weights that could be used in place (PaCA's) take their slower form, which is right "
-            "anywhere. What moves only the trainable part of `partition(params)` gets that form at once.",
+            "anywhere. An objective that changes only the trainable part of `partition(params)` gets that "
+            "form without this warning.",
             stacklevel=3,
         )
         return False
@@ -211,7 +213,7 @@ def _stays(gradient, params, objective, batch, key):
         warnings.warn(
             f"make_step: the gradient estimator {name} does not say where it evaluates its objective, so "
             "weights that could be used in place (PaCA's) take their slower form, which is right anywhere. "
-            "Decorate it with jaxft.optim.evaluates(at_params=True) if it looks at the given params alone, "
+            "Decorate it with jaxft.optim.evaluates(at_params=True) if it evaluates only the given params, "
             "else with at_params=False.",
             stacklevel=3,
         )
@@ -219,7 +221,7 @@ def _stays(gradient, params, objective, batch, key):
 
 
 def _of_batch(fn, whole, batch, key, microbatches):
-    """(trainable, ...) -> fn of the whole params, this batch and key: the value where it is a mean."""
+    """Returns (trainable, ...) -> fn(whole params, batch, key), with a Mean replaced by its value."""
 
     def run(*trees):
         of = lambda batch, key: fn(*map(whole, trees), batch, key)
@@ -237,11 +239,13 @@ def _with_standard_metrics(metrics, loss, norm, good, opt_state):
     metrics = {"loss": loss} | metrics | {"grad_norm": norm, "good": good}
     if isinstance(metrics["loss"], Mean | Terms):
         metrics.setdefault("num_tokens", metrics["loss"].weight)
-    if isinstance(metrics.get("num_tokens"), Mean):  # whose total is a sum over microbatches
+    if isinstance(metrics.get("num_tokens"), Mean):  # its total is a sum over microbatches
         metrics["num_tokens"] = metrics["num_tokens"].total
     for name in ("learning_rate", "trust_distance"):
         found = optax.tree_utils.tree_get_all_with_path(opt_state, name)
-        found = [value for _, value in found if isinstance(value, jax.Array)]  # no schedule's state
+        found = [
+            value for _, value in found if isinstance(value, jax.Array)
+        ]  # excludes a schedule's state
         if len(found) == 1:
             metrics.setdefault(name, found[0])
     return metrics
@@ -249,7 +253,7 @@ def _with_standard_metrics(metrics, loss, norm, good, opt_state):
 
 @functools.cache
 def _moving(treedef):
-    """For each leaf of a TrainState, whether a step changes it."""
+    """Returns for each leaf of a TrainState whether a step changes it."""
     state = treedef.unflatten(range(treedef.num_leaves))
     everything = lambda node: jax.tree.map(lambda _: True, node)
     moves = TrainState(

@@ -1,4 +1,4 @@
-"""What stands in a directory of checkpoints: how Orbax keeps it, and what must be the same on resume."""
+"""Contents of a checkpoint directory: how Orbax stores them, and what must be equal on resume."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from jaxft.train.digest import digests
 from jaxft.train.packing import packed_shapes, unpacked
 from jaxft.train.state import TrainState
 
-FORMAT = 3  # 2: small leaves are stacked; 3: what is said of a checkpoint has a checksum too
-NOTHING = {"nothing": np.zeros((), np.int32)}  # Orbax takes no empty tree.
+FORMAT = 3  # 2: small leaves are stacked; 3: the metadata of a checkpoint has a checksum too
+NOTHING = {"nothing": np.zeros((), np.int32)}  # Orbax does not accept an empty tree.
 
 
 class MismatchError(ValueError):
-    """A checkpoint of another model, adapter or optimizer than the run's."""
+    """The checkpoint is of a model, adapter or optimizer other than the run's."""
 
 
 def open_manager(
     directory: Path, last: int | None, scored: bool, read_only: bool = False
 ) -> ocp.CheckpointManager:
-    """Orbax's manager, which keeps the `last` newest and, if they are scored, the one of the lowest score."""
+    """Opens Orbax's manager, which keeps the `last` newest and, if `scored`, the lowest-scored one."""
     policies = ocp.checkpoint_managers
     score = lambda metrics: metrics["score"]
     best = policies.BestN(
@@ -41,7 +41,7 @@ def open_manager(
     )
     kept = [policies.LatestN(last), best] if scored else [policies.LatestN(last)]
     options = ocp.CheckpointManagerOptions(
-        best_fn=score if scored else None,  # without it Orbax writes no scores
+        best_fn=score if scored else None,  # otherwise Orbax writes no scores
         best_mode="min",
         preservation_policy=policies.AnyPreservationPolicy(kept),
         cleanup_tmp_directories=not read_only,
@@ -53,17 +53,17 @@ def open_manager(
 
 
 def read_meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
-    """What the checkpoint of a step says of itself.
+    """Reads the metadata of a step's checkpoint.
 
     Raises:
-        OSError: if it differs from its checksum.
-        MismatchError: for another format.
+        OSError: if the metadata differ from their checksum.
+        MismatchError: if the format is not FORMAT.
     """
     meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
     said, found = meta.get("checksum"), {k: v for k, v in meta.items() if k != "checksum"}
     whole = said == json_checksum(found)
     if not whole and (said is not None or found.get("format") not in range(FORMAT)):
-        raise OSError(f"what checkpoint {step} says of itself differs from its checksum")
+        raise OSError(f"the metadata of checkpoint {step} differs from its checksum")
     if found["format"] != FORMAT:
         raise MismatchError(
             f"checkpoint {step} has format {found['format']}, this jaxft reads {FORMAT}: finish the run "
@@ -73,9 +73,9 @@ def read_meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
 
 
 def amend(checkpoint: Path, history: list, score: dict[str, float] | None) -> None:
-    """Puts the history and the score into a complete checkpoint, where Orbax has written them as JSON.
+    """Replaces the history and the score of a complete checkpoint, which Orbax stores as JSON.
 
-    Each file is replaced whole: a run that is killed leaves the old one or the new one.
+    Each file is replaced atomically: a killed run leaves the old file or the new one.
     """
     file = checkpoint / "meta" / "metadata"
     meta = json.loads(file.read_text()) | {"history": history}
@@ -88,7 +88,7 @@ def amend(checkpoint: Path, history: list, score: dict[str, float] | None) -> No
 
 
 def json_checksum(meta: Mapping[str, Any]) -> str:
-    """Of what JSON gives back: a key, a position or a step that a bad disk changed must not be taken."""
+    """Checksum of `meta` as read back from JSON, to detect a key, position or step that a disk changed."""
     text = json.dumps(json.loads(json.dumps(meta)), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -96,7 +96,7 @@ def json_checksum(meta: Mapping[str, Any]) -> str:
 def read_arrays(
     manager: ocp.CheckpointManager, step: int, meta: Mapping[str, Any], **parts: Any
 ) -> list[Any]:
-    """The named parts, restored with the shardings of those given and compared with their checksums."""
+    """Restores the named parts with the shardings of the given ones and verifies their checksums."""
     shapes = {name: packed_shapes(part) for name, part in parts.items()}
     wanted = {name: ocp.args.StandardRestore(of or NOTHING) for name, of in shapes.items()}
     restored = manager.restore(step, args=ocp.args.Composite(**wanted))
@@ -109,7 +109,7 @@ def read_arrays(
 def restored_state(
     state: TrainState, meta: Mapping[str, Any], trainable: Any, opt_state: Any, carry: Any = None
 ) -> TrainState:
-    """The state of a checkpoint, whose frozen params are those of `state`."""
+    """Restores the state of a checkpoint; the frozen params are those of `state`."""
     impl, data = meta["key"]
     key = jax.random.wrap_key_data(jnp.array(data, jnp.uint32), impl=impl)
     params = combine(trainable, partition(state.params)[1])
@@ -118,7 +118,7 @@ def restored_state(
 
 
 def filled(carry: Any, saved: Mapping[str, list], state: TrainState) -> Any:
-    """The carry with arrays as saved in the dicts that are empty at the start: a rollout, say."""
+    """Adds arrays shaped as saved to dicts of the carry that are empty at the start, such as a rollout."""
     whole, known = carry, {path_name(p) for p, _ in jax.tree_util.tree_leaves_with_path(carry)}
     for path in saved.keys() - known:
         shape, dtype, _ = saved[path]
@@ -130,7 +130,7 @@ def filled(carry: Any, saved: Mapping[str, list], state: TrainState) -> Any:
 
 
 def _empty_at(tree, names):
-    """Whether the way `names` through nested dicts leads into an empty one."""
+    """Returns whether the path `names` through nested dicts leads into an empty dict."""
     for name in names:
         if tree == {}:
             return True
@@ -149,7 +149,7 @@ def _with_entry(tree, outer, last, x):
 def check_same(
     saved: Mapping[str, list], now: Mapping[str, list], what: str, values: bool = True
 ) -> None:
-    """Raises MismatchError if two results of `digests` differ; without values, in structure."""
+    """Raises MismatchError if two results of `digests` differ; with values=False, only in structure."""
     describe = lambda entry: tuple(map(str, entry[: 3 if values else 2]))
     different = [k for k in (saved | now) if k not in saved or k not in now]
     different += [k for k in saved if k in now and describe(saved[k]) != describe(now[k])]
@@ -167,7 +167,7 @@ def check_same(
 
 @contextlib.contextmanager
 def quiet_absl() -> Iterator[None]:
-    """Without Orbax's tracebacks in the log: their errors come back as one line from `Saver.write_errors`."""
+    """Silences Orbax's tracebacks in the log: `Saver.write_errors` reports their errors in one line."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -178,7 +178,7 @@ def quiet_absl() -> Iterator[None]:
 
 
 def own_position(positions: list[Any]) -> Any:
-    """This process's, of those of the processes that saved; any one if all are the same."""
+    """Selects this process's position from those saved, one per process; any one if all are equal."""
     if len(positions) == jax.process_count():
         return positions[jax.process_index()]
     if all(position == positions[0] for position in positions):

@@ -1,4 +1,4 @@
-"""Structured weights: what may stand where a model has a kernel."""
+"""Structured weights: values that can take the place of a model's kernel."""
 
 from jaxft.weights.base import (
     Frozen,

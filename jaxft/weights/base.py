@@ -1,4 +1,4 @@
-"""Structured weights: pytrees that stand where a model has a kernel array, and how models read them."""
+"""Structured weights: pytrees in the place of a model's kernel array, and functions that read them."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from jaxft.kernels.backend import target_platform
 
 
 class Weight:
-    """What a kernel may be besides an array: a frozen dataclass registered as a pytree.
+    """A kernel that is not an array: a frozen dataclass registered as a pytree.
 
-    A subclass is final. It stands for a dense kernel W [in, out] and defines `shape`, `dtype`,
+    A subclass is final. It represents a dense kernel W [in, out] and defines `shape`, `dtype`,
     `rmatmul(x)` = x W, `to_dense()` = W and `with_specs(spec)`. Its array fields train unless they
-    are declared by `frozen_field()`. Methods see one kernel; where layers (or experts) are stacked,
+    are declared by `frozen_field()`. Methods get one kernel; if layers (or experts) are stacked,
     every field has their leading axes, `stack` gives their sizes, and `jax.lax.scan` or `jax.vmap`
-    takes them off before a method is called; only `shape`, `dtype`, `stack` and `with_specs` may be
+    removes them before a method is called; only `shape`, `dtype`, `stack` and `with_specs` may be
     used on a stacked weight.
     """
 
@@ -43,7 +43,7 @@ class Weight:
 
     @property
     def stack(self) -> tuple[int, ...]:
-        """Sizes of the leading axes of stacked layers: what stands before the kernel [in, out]."""
+        """Sizes of the leading axes of stacked layers, before the kernel [in, out]."""
         return self.shape[:-2]
 
     def rmatmul(self, x: jax.Array) -> jax.Array:
@@ -55,22 +55,22 @@ class Weight:
         raise NotImplementedError
 
     def rconv(self, x: jax.Array, convolve: Convolution) -> jax.Array:
-        """convolve(x, W), which is linear in W, for a W [window x in, out] that is a convolution's.
+        """convolve(x, W), which is linear in W, for a convolution's W [window x in, out].
 
-        A weight that has a cheaper form than its dense one overrides this. The dense kernel is
+        A weight with a cheaper form than the dense one overrides this. The dense kernel is
         formed again in the backward pass, never kept.
         """
         return jax.checkpoint(lambda x, w: convolve(x, w.to_dense()))(x, self)
 
     def scaled_bias(self, bias: jax.Array) -> jax.Array:
-        """What is added to x W for the `bias` [..., out] of the layer: itself, but for (IA)^3."""
+        """The term added to x W for the `bias` [..., out] of the layer: the bias, except under (IA)^3."""
         return scaled_bias(bias, getattr(self, "base", None))
 
     def with_specs(self, spec: PartitionSpec) -> Weight:
         """The same node with a PartitionSpec for each field, given that of the dense kernel.
 
-        As for arrays, `spec` speaks of the leading axes of `shape`, stacked layers first, and axes that
-        it does not reach are not split.
+        As for arrays, `spec` applies to the leading axes of `shape`, stacked layers first; axes beyond its
+        length are not split.
         """
         raise NotImplementedError
 
@@ -86,7 +86,7 @@ def frozen_field(**options: Any) -> Any:
 
 
 def is_weight(node: Any) -> bool:
-    """Whether `node` is a structured weight; meant as `is_leaf` of tree functions."""
+    """Whether `node` is a structured weight; use it as `is_leaf` of tree functions."""
     return isinstance(node, Weight)
 
 
@@ -99,25 +99,25 @@ def _product(x, w):
     if x.ndim < 3 or w.ndim != 2 or target_platform() != "cpu":
         return x @ w
     # With several leading axes XLA:CPU writes the gradient of w transposed and copies it: 12 % of a
-    # full layer's time, 15 % of one with LoRA. Accelerators choose layouts for themselves.
+    # full layer's time, 15 % with LoRA. Accelerators choose layouts themselves.
     return (x.reshape(-1, x.shape[-1]) @ w).reshape(*x.shape[:-1], w.shape[-1])
 
 
 def wide(x: jax.Array, *others: jax.Array) -> jax.Array:
-    """x in float32, or in the type of x or `others` that is wider: float64 kernels keep their digits."""
+    """x in float32, or in the widest type of x and `others`, so that float64 kernels keep their precision."""
     return x.astype(jnp.result_type(jnp.float32, x.dtype, *(other.dtype for other in others)))
 
 
 def scaled_bias(bias: jax.Array, w: WeightLike | None) -> jax.Array:
-    """What is added to x w for the `bias` [..., out] of its layer, with layers stacked or apart."""
+    """The term added to x w for the `bias` [..., out] of its layer, with layers stacked or separate."""
     return w.scaled_bias(bias) if isinstance(w, Weight) else bias
 
 
 def linear_in_x(product):
-    """product(x, w) = x w, differentiable in x alone, any number of times and in either mode.
+    """product(x, w) = x w, differentiable only in x, any number of times and in either mode.
 
-    The tangent is dx W with the dense W, which JAX can transpose whatever kernel `product` runs. By
-    the checkpoint the backward pass keeps w as it stands, no dense or cast copy, and no x.
+    The tangent is dx W with the dense W, which JAX can transpose for any kernel that `product` runs. Due to
+    the checkpoint, the backward pass keeps w as stored, without a dense or cast copy, and does not keep x.
     """
     wrapped = jax.custom_jvp(product)
     dense = lambda dx, w: matmul(dx, jax.lax.stop_gradient(to_dense(w)))
@@ -134,7 +134,7 @@ def linear_in_x(product):
 
 
 def matmul_float32(x: jax.Array, w: WeightLike) -> jax.Array:
-    """x w, added up and returned in float32: logits. A dense w is not copied in float32."""
+    """x w, accumulated and returned in float32: logits. A dense w is not copied in float32."""
     array, transposed = stored(w)
     if array is None:
         return matmul(x.astype(jnp.float32), w)
@@ -147,7 +147,7 @@ def _float32_product(x, w, transposed):
 
 
 def _float32_product_jvp(transposed, primals, tangents):
-    """Tangents in x's data type: a cotangent in float32 would make the backward products float32 too."""
+    """Tangents in x's data type; a float32 cotangent would make the backward products float32 too."""
     (x, w), (dx, dw) = primals, tangents
     product = lambda x, w: _dot(x, w, transposed).astype(jnp.float32)
     y = _float32_product(x, w, transposed)
@@ -179,10 +179,10 @@ def stored(w: WeightLike) -> tuple[jax.Array | None, bool]:
 
 @linear_in_x
 def frozen_matmul(x: jax.Array, w: WeightLike) -> jax.Array:
-    """x w for a kernel of which nothing trains: the backward pass keeps w as it stands, and no x.
+    """x w for a frozen kernel: the backward pass keeps w as stored, and does not keep x.
 
     The product of x and `stop_gradient(w)` has the same gradient, but under a scan over layers JAX
-    keeps the stopped (or cast) copy of each layer's kernel: the base model a second time.
+    keeps the stopped (or cast) copy of each layer's kernel, a second base model.
     """
     return matmul(x, w)
 
@@ -207,14 +207,14 @@ def along_last(vector: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def to_dense(w: WeightLike) -> jax.Array:
-    """The weight as one array, whatever it is."""
+    """The weight, structured or not, as one array."""
     return w.to_dense() if isinstance(w, Weight) else w
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Frozen(Weight):
-    """A weight of which nothing trains: what `adapt` makes of all that no rule names."""
+    """A frozen weight: `adapt` makes it from every weight that no rule matches."""
 
     value: WeightLike = frozen_field()
 
@@ -228,7 +228,7 @@ class Frozen(Weight):
 
     @property
     def stack(self):
-        # An array is dense already, whatever its axes are: there is nothing to map over.
+        # An array is already dense, so there is nothing to map over.
         return self.value.stack if is_weight(self.value) else ()
 
     def rmatmul(self, x):

@@ -1,4 +1,4 @@
-"""Bottleneck adapters: two small projections behind, or beside, a sublayer of a transformer."""
+"""Bottleneck adapters: two small projections after, or parallel to, a sublayer of a transformer."""
 
 from __future__ import annotations
 
@@ -19,10 +19,9 @@ class Bottleneck:
 
     Serial: Houlsby et al., 2019, arxiv.org/abs/1902.00751, figure 2, without biases (there s = 1).
     Parallel: He et al., 2021, arxiv.org/abs/2110.04366, table 1 (s = 4).
-    The sum goes into what follows the sublayer: the residual, or a norm before it (Gemma, BERT).
-
-    It is no `Weight`: it stands for no kernel, and cannot be merged into one. Its two kernels are weights
-    like any other: plain arrays, which train.
+    The sum is the input of what follows the sublayer: the residual, or a norm before it (Gemma, BERT).
+    It is not a `Weight`: it represents no kernel and cannot be merged into one. Its two kernels are
+    ordinary weights: plain arrays, which train.
     """
 
     down: WeightLike  # D [features, R]
@@ -50,7 +49,7 @@ def bottleneck_adapter(
     scale: float = 1.0,
     reads: Literal["output", "input"] = "output",
 ) -> Bottleneck:
-    """A Bottleneck that changes nothing yet: D uniform in ±1/sqrt(features), U zero, both float32.
+    """A Bottleneck that initially changes nothing: D uniform in ±1/sqrt(features), U zero, float32.
 
     Raises:
         ValueError: for a size outside 1..features, or an unknown `reads`.

@@ -12,7 +12,7 @@ from jaxft.weights.reshaped import ReshapedWeight
 Sizes = int | Sequence[int]
 Padding = str | Sequence[tuple[int, int]]
 
-# Of x and y, and of the kernel, by the number of axes of the window.
+# Layouts of x and y, and of the kernel, by the number of axes of the window.
 _LAYOUTS = {1: ("NWC", "WIO"), 2: ("NHWC", "HWIO"), 3: ("NDHWC", "DHWIO")}
 
 
@@ -27,23 +27,23 @@ def conv(
 ) -> jax.Array:
     """The convolution of x [B, *places, in] with a kernel [*window, in / groups, out], in x's data type.
 
-    `jax.lax.conv_general_dilated` with channels last, over 1, 2 or 3 axes of places. LoRA and DoRA
-    convolve with A and multiply by B at each place; other weights, and all with groups, form the dense
-    kernel for the product and again in the backward pass. A module must read its variable by
+    It is `jax.lax.conv_general_dilated` with channels last, over 1, 2 or 3 axes of places. LoRA and DoRA
+    convolve with A and multiply by B at each place; other weights, and all weights with groups, form the
+    dense kernel for the product and again in the backward pass. A module must read its variable by
     `jaxft.models.read`. `flax.linen.Conv` raises an error for structured weights: give it
     `merge(params)`, which is differentiable.
 
     Args:
         x: the inputs.
-        w: a kernel, or what `adapt` made of one.
+        w: a kernel, or a weight made by `adapt`.
         strides: of the window, one for all axes or one each.
         padding: "SAME", "VALID", or (before, after) for each axis of places.
         dilation: distance of the window's places, one for all axes or one each.
-        groups: feature groups; output channels [i out / groups, (i + 1) out / groups) see the i-th
-            part of the inputs alone.
+        groups: feature groups; output channels [i out / groups, (i + 1) out / groups) only use the i-th
+            part of the inputs.
 
     Raises:
-        ValueError: for shapes that do not fit, a weight of a matrix, or stacked kernels.
+        ValueError: for shapes that do not match, a weight that is a matrix, or stacked kernels.
     """
     window, stack = w.shape[:-2], w.stack if is_weight(w) else ()
     heads = isinstance(w, ReshapedWeight) and len(w.outputs) > 1

@@ -27,7 +27,7 @@ class DoraWeight(Weight):
     """(W + (α/R) A B) m / n: a direction by LoRA, and the length m of each column.
 
     DoRA: Liu et al., 2024, arxiv.org/abs/2402.09353, eq. 5 and 11: n, the lengths of the columns of
-    W + (α/R) A B, is a constant for the gradient.
+    W + (α/R) A B, gets no gradient.
     """
 
     base: WeightLike = frozen_field()  # W [D, F]

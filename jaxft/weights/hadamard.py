@@ -50,7 +50,7 @@ class LohaWeight(Weight):
         return self.a1.shape[-1]
 
     def rmatmul(self, x):
-        # The update has no cheaper product than its dense form, which is formed twice, not kept.
+        # The update has no cheaper product than its dense form, which is formed twice instead of kept.
         product = jax.checkpoint(lambda x, w: x @ w._update(x).astype(x.dtype))
         own = dataclasses.replace(self, base=None)
         return frozen_matmul(x, self.base) + product(x, own)
@@ -84,7 +84,7 @@ class LokrWeight(Weight):
     a: jax.Array | None  # [D2, R]
     b: jax.Array | None  # [R, F2]
     alpha: float = dataclasses.field(default=8.0, metadata={"static": True})
-    rank: int = dataclasses.field(default=8, metadata={"static": True})  # R, also where V is full
+    rank: int = dataclasses.field(default=8, metadata={"static": True})  # R, also if V is full
 
     @property
     def shape(self):
@@ -114,7 +114,7 @@ class LokrWeight(Weight):
 
     def with_specs(self, spec):
         base = self.base.with_specs(spec) if is_weight(self.base) else spec
-        whole = PartitionSpec()  # all parts are of the order of sqrt(D F): replicated
+        whole = PartitionSpec()  # the parts are small, O(sqrt(D F)): replicated
         part = lambda leaf: None if leaf is None else whole
         parts = {name: part(getattr(self, name)) for name in ("v", "a", "b")}
         return dataclasses.replace(self, base=base, u=whole, **parts)
@@ -148,14 +148,14 @@ def lokr_weight(
 ) -> LokrWeight:
     """A LokrWeight that equals `kernel` [D, F], initialised as PEFT does.
 
-    V is a product of rank R where that is smaller than half of V's larger side, and full otherwise.
+    V is a product of rank R if R is smaller than half of V's larger side, and full otherwise.
 
     Args:
         key: draws V.
         kernel: the kernel.
         rank: R.
         alpha: α/R scales the update.
-        factor: D1 and F1, where it divides D and F; -1 cuts near their square roots.
+        factor: D1 and F1, if it divides D and F; -1 chooses factors near the square roots.
 
     Raises:
         ValueError: for a kernel that is no matrix, or a rank below 1.
@@ -173,10 +173,10 @@ def lokr_weight(
 
 
 def factorise(size: int, factor: int = -1) -> tuple[int, int]:
-    """(m, n) with m n = size: (factor, size / factor), or where that is not whole the nearest m ≤ n.
+    """(m, n) with m n = size: (factor, size / factor), or the nearest m ≤ n if that is not an integer.
 
-    LyCORIS's rule, which PEFT follows: 128 -> (8, 16), 127 -> (1, 127); with factor 4, 128 -> (4, 32).
-    Where `factor` does not divide `size`, m is the largest divisor up to it, if m ≤ n.
+    This is LyCORIS's rule, which PEFT follows: 128 -> (8, 16), 127 -> (1, 127); with factor 4, 128
+    -> (4, 32). If `factor` does not divide `size`, m is the largest divisor up to it, if m ≤ n.
     """
     if factor > 0 and size % factor == 0:
         return factor, size // factor
@@ -186,7 +186,7 @@ def factorise(size: int, factor: int = -1) -> tuple[int, int]:
 
 
 def _uniform(key, shape):
-    """In ±1/sqrt(inputs), for factors that rows are multiplied by."""
+    """Uniform values in ±1/sqrt(inputs), for factors that multiply rows."""
     return jax.random.uniform(key, shape, jnp.float32, -1.0, 1.0) * shape[0] ** -0.5
 
 

@@ -35,7 +35,7 @@ class LoraWeight(Weight):
     a: jax.Array  # [D, R]
     b: jax.Array  # [R, F], zeros at first, so that training starts from W
     alpha: float = dataclasses.field(default=16.0, metadata={"static": True})
-    # Whether `base` is what PiSSA left of W, rounded: then A B is no change of W, as PEFT's files say.
+    # Whether `base` is PiSSA's quantised residual: then A B is not a change of W, as in PEFT's files.
     rounded_rest: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
@@ -52,18 +52,18 @@ class LoraWeight(Weight):
         return self.a.shape[-1]
 
     def rmatmul(self, x):
-        # (x A) B costs R (D + F) a row; x (A B) would cost D F and store a dense update. Scaling B
-        # rather than the product spares a pass over the outputs.
+        # (x A) B costs R (D + F) per row; x (A B) would cost D F and store a dense update. Scaling B
+        # rather than the product saves a pass over the outputs.
         update = matmul(matmul(x, self.a), self.b * (self.alpha / self.rank))
         return frozen_matmul(x, self.base) + update
 
     def rconv(self, x, convolve):
-        # R channels through the window, then a product at each place, as PEFT's Conv2d has it.
+        # R channels through the window, then a product at each place, as in PEFT's Conv2d.
         update = matmul(convolve(x, self.a), self.b * (self.alpha / self.rank))
         return Frozen(self.base).rconv(x, convolve) + update
 
     def to_dense(self):
-        # The product in float32, whatever the storage: merging must not lose what was trained.
+        # The product is in float32 for any storage type: merging must not lose the trained update.
         base = to_dense(self.base)
         update = wide(self.a, base) @ wide(self.b, base)
         scaled = update * (self.alpha / self.rank)
@@ -83,7 +83,7 @@ def lora_weight(
     """A LoraWeight that equals `kernel` [D, F]: A uniform in ±1/sqrt(D), B zero.
 
     The initialisation is PEFT's (Kaiming uniform with a = sqrt(5)). A and B
-    are float32 whatever the kernel's data type: an update below bfloat16's precision would be lost.
+    are float32 for any data type of the kernel: an update below bfloat16's precision would be lost.
 
     Raises:
         ValueError: for a kernel that is no matrix, or a rank outside 1..min(D, F).
@@ -108,25 +108,25 @@ def pissa_weight(
     alpha: float = 16.0,
     quantise: Callable[[jax.Array], WeightLike] | None = None,
 ) -> LoraWeight:
-    """A LoraWeight whose A B holds the leading R singular triplets of `kernel`, and the base the rest.
+    """A LoraWeight whose A B has the leading R singular triplets of `kernel`, and its base the residual.
 
-    PiSSA: Meng et al., 2024, arxiv.org/abs/2404.02948, eq. 2 to 4. Its sum is the kernel up to rounding.
+    PiSSA: Meng et al., 2024, arxiv.org/abs/2404.02948, eq. 2 to 4. The sum is the kernel up to rounding.
 
     Args:
         key: unused; all rules of `adapt` take one.
         kernel: W [D, F], dense.
         rank: R.
         alpha: α; A B is scaled by α/R.
-        quantise: rounds the rest, W - (α/R) A B, which becomes the base (QPiSSA, section 4: the rest is
-            narrower than W and loses less). None: the rest stays dense.
+        quantise: rounds the residual, W - (α/R) A B, which becomes the base (QPiSSA, section 4: the residual
+            has a narrower range than W and loses less). None: the residual stays dense.
 
     Raises:
-        ValueError: see lora_weight; and for a kernel that is a structured weight.
+        ValueError: see lora_weight; also for a kernel that is a structured weight.
     """
     if is_weight(kernel):
         raise ValueError(
             f"pissa: needs a dense kernel, got {type(kernel).__name__}; give the kernel before it was "
-            "quantised, and `quantise` (the rule qpissa) to round what is left of it."
+            "quantised, and `quantise` (the rule qpissa) to round the residual."
         )
     whole = lora_weight(key, kernel, rank=rank, alpha=alpha)
     u, s, v = jnp.linalg.svd(wide(kernel), full_matrices=False)
@@ -140,10 +140,10 @@ def pissa_weight(
 
 
 def pissa_to_lora(weight: LoraWeight, kernel: jax.Array) -> LoraWeight:
-    """A trained PiSSA weight as plain LoRA of rank 2R on the original kernel, which others can load.
+    """A trained PiSSA weight as plain LoRA of rank 2R on the original kernel, which other tools can load.
 
-    What its base lacks of the kernel has rank R, and is taken back by the second half of the factors. So
-    it is for any initialisation that takes a product of rank R out of the kernel, OLoRA's too.
+    The difference of its base from the kernel has rank R, and the second half of the factors subtracts it.
+    This applies to any initialisation that subtracts a product of rank R from the kernel, also to OLoRA's.
     """
     lacks = wide(kernel) - wide(to_dense(weight.base))
     u, s, v = jnp.linalg.svd(lacks, full_matrices=False)

@@ -24,7 +24,7 @@ class MonarchWeight(Weight):
 
         h[k, j, r] = Σ_i first[k, j, r, i] x[k, i]        y[l, j] = Σ_kr second[j, l, k, r] h[k, j, r]
 
-    Each of the K J slices W[(k, :), (:, j)] so has rank R or less. Parameters: R (J K I + K L J).
+    Each of the K J slices W[(k, :), (:, j)] therefore has rank at most R. Parameters: R (J K I + K L J).
     """
 
     first: jax.Array  # [K, J, R, I]
@@ -51,14 +51,14 @@ class MonarchWeight(Weight):
 
     def with_specs(self, spec):
         stack, rows, columns = split_spec(spec, self.ndim)
-        # Blocks of inputs lie with the kernel's rows, blocks of outputs with its columns.
+        # Blocks of inputs are sharded like the kernel's rows, blocks of outputs like its columns.
         first = PartitionSpec(*stack, rows, None, None, None)
         second = PartitionSpec(*stack, columns, None, None, None)
         return dataclasses.replace(self, first=first, second=second)
 
 
 class Blocks(NamedTuple):
-    """How a kernel is cut: K blocks of inputs, J of outputs, slices of rank R."""
+    """The partition of a kernel: K blocks of inputs, J of outputs, slices of rank R."""
 
     inputs: int
     outputs: int
@@ -66,11 +66,11 @@ class Blocks(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """Of one kernel; multiply and add count as two operations."""
+    """The cost of one kernel; multiply and add count as two operations."""
 
     parameters: int
-    flops: int  # a token, forward
-    bytes: int  # read and written for `tokens` tokens if the middle stays in fast memory
+    flops: int  # per token, forward
+    bytes: int  # read and written for `tokens` tokens if intermediate values stay in fast memory
 
 
 def monarch_blocks(
@@ -81,10 +81,10 @@ def monarch_blocks(
     outputs: int | None = None,
     rank: int = 1,
 ) -> Blocks:
-    """The cut of a kernel [D, F]: by `blocks` (the reference code's nblocks) or by K, J and R.
+    """The partition of a kernel [D, F]: by `blocks` (the reference code's nblocks) or by K, J and R.
 
     With blocks=n, K = J = n and R = ceil(min(ceil(D/n), ceil(F/n)) / n), the reference's shapes
-    where n divides them. "4 blocks" so has slices of high rank; the paper's square matrix is
+    if n divides them. "4 blocks" therefore has slices of high rank; the paper's square matrix is
     inputs=outputs=sqrt(D), rank=1, which is also the default (nearest integers).
 
     Raises:
@@ -139,8 +139,8 @@ def monarch_weight(
 def monarch_project(kernel: WeightLike, cut: Blocks) -> MonarchWeight:
     """The Monarch matrix nearest to `kernel` [D, F] in the Frobenius norm.
 
-    Optimal in closed form: the slices are disjoint sets of entries, each of rank R or less, so each
-    is cut by its own singular values (paper, section 3.3). The squared error is the sum of
+    The solution has a closed form: the slices are disjoint sets of entries, each of rank at most R, so each
+    is truncated by its own singular values (paper, section 3.3). The squared error is the sum of
     the discarded singular values' squares.
     """
     dense = to_dense(kernel)
@@ -159,7 +159,7 @@ def monarch_project(kernel: WeightLike, cut: Blocks) -> MonarchWeight:
 def monarch_cost(
     shape: tuple[int, int], cut: Blocks, *, tokens: int = 1, itemsize: int = 4
 ) -> Cost:
-    """What a Monarch kernel costs; a dense one has D F parameters and 2 D F operations a token."""
+    """The cost of a Monarch kernel; a dense one has D F parameters and 2 D F operations per token."""
     parameters = sum(math.prod(s) for s in _factor_shapes(shape, cut))
     moved = (parameters + tokens * (shape[0] + shape[1])) * itemsize
     return Cost(parameters, 2 * parameters, moved)

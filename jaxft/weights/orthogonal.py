@@ -29,18 +29,16 @@ class OftWeight(Weight):
     OFT: Qiu et al., 2023, arxiv.org/abs/2306.07280, section 3: R = (I - Q) (I + Q)⁻¹ (Cayley) of a
     skew-symmetric Q. With `terms`, as in OFTv2 (Qiu et al., 2025, arxiv.org/abs/2506.19847, eq. 5), R is
     a truncated Neumann series of (I + Q) (I - Q)⁻¹: I + 2 Q + 2 Q² + ..., which is a rotation by the
-    opposite angle, up to the truncation. The series is that of PEFT since 0.18, whose last term counts
-    once; its series of 3 and of 4 terms are the same.
+    opposite angle, up to the truncation. The series is that of PEFT since 0.18, whose last term has
+    coefficient 1; its series of 3 and of 4 terms are equal.
 
-    With `eps` (COFT) Q enters as its projection onto the ball of radius eps / √n, n the blocks that are
-    stored. The gradient is that at the projection, which is a constant shift for it: as in PEFT, which
-    writes the projection into the parameter.
+    With `eps` (COFT), Q is replaced by its projection onto the ball of radius eps / √n, where n is the number
+    of stored blocks. The gradient is taken at the projection, as in PEFT, which writes the projection into
+    the parameter.
     """
 
     base: WeightLike = frozen_field()  # W [D, F]
-    skew: (
-        jax.Array
-    )  # [n, block (block - 1) / 2], Q above its diagonal; n is 1 where blocks share it
+    skew: jax.Array  # [n, block (block - 1) / 2], Q above its diagonal; n is 1 if blocks share it
     block: int = dataclasses.field(metadata={"static": True})  # inputs of a rotation; divides D
     terms: int | None = dataclasses.field(default=None, metadata={"static": True})
     eps: float | None = dataclasses.field(default=None, metadata={"static": True})
@@ -95,7 +93,7 @@ class OftWeight(Weight):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class BoftWeight(Weight):
-    """B_M ... B_1 W diag(s): each B rotates blocks of inputs, of other inputs in each factor.
+    """B_M ... B_1 W diag(s): each B rotates blocks of inputs, with different blocks in each factor.
 
     BOFT: Liu et al., 2024, arxiv.org/abs/2311.06243, section 4, with PEFT's parameters: R is the Cayley
     transform of the skew-symmetric part of each block, and outputs are scaled by s. Factor m, from 0, rotates
@@ -154,16 +152,16 @@ def oft_weight(
     """An OftWeight that equals `kernel` [D, F].
 
     Args:
-        key: unused; all starts at zero.
+        key: unused; all values are initially zero.
         kernel: the kernel.
-        block_size: inputs of a rotation; where it does not divide D, the divisor nearest to it.
+        block_size: inputs of a rotation; if it does not divide D, the nearest divisor.
         terms: of the Neumann series (PEFT's default is 5); None: the exact Cayley transform.
-        eps: radius of COFT; None: rotations are free. PEFT's default is 6e-5.
+        eps: radius of COFT; None: unconstrained rotations. PEFT's default is 6e-5.
         share: whether all blocks share one rotation.
 
     Raises:
-        ValueError: for a kernel that is no matrix, blocks or terms below 2, or where blocks of one
-            input are nearest, which cannot turn.
+        ValueError: for a kernel that is no matrix, blocks or terms below 2, or if the nearest divisor is 1,
+            because single inputs cannot rotate.
     """
     del key
     if len(kernel.shape) != 2 or block_size < 2:
@@ -191,13 +189,13 @@ def boft_weight(
     """A BoftWeight that equals `kernel` [D, F].
 
     Args:
-        key: unused; all starts at zero, or one.
+        key: unused; all values are initially zero, or one.
         kernel: the kernel.
         block_size: inputs of a rotation; must divide D.
         factors: M; 1 is a block-diagonal rotation.
 
     Raises:
-        ValueError: for a kernel that is no matrix, or where block_size 2^(M - 1) does not divide D.
+        ValueError: for a kernel that is no matrix, or if block_size 2^(M - 1) does not divide D.
     """
     del key
     if len(kernel.shape) != 2 or block_size < 2 or factors < 1:
@@ -213,7 +211,7 @@ def boft_weight(
 
 
 def butterfly_problem(inputs: int, block_size: int, factors: int) -> str | None:
-    """Why so many inputs have no butterfly factors of such blocks, or None where they have."""
+    """The reason why `inputs` cannot have such butterfly factors, or None if they can."""
     stretch = block_size << (factors - 1)
     if factors == 1 and inputs % stretch:
         return f"block_size {block_size} does not divide {inputs} inputs"
@@ -228,7 +226,7 @@ def butterfly_problem(inputs: int, block_size: int, factors: int) -> str | None:
 
 
 def nearest_divisor(size: int, wanted: int) -> int:
-    """The divisor of `size` nearest to `wanted`, the smaller of two: PEFT's rule for OFT."""
+    """The divisor of `size` nearest to `wanted`, the smaller one of a tie: PEFT's rule for OFT."""
     if wanted >= size:
         return size
     higher = next(n for n in range(wanted, size + 1) if size % n == 0)
@@ -262,7 +260,7 @@ def _factor(x: jax.Array, rotations: jax.Array, level: int) -> jax.Array:
     """x P diag(R_1, ..., R_n) P^T for x [..., D], P the order of the half-blocks at a level."""
     if level == 0:
         return _rotate(x, rotations)
-    # PEFT's permutation: half-block h of a stretch of 2^(level + 1) goes beside h + 2^level.
+    # PEFT's permutation: half-block h of a stretch of 2^(level + 1) is put beside h + 2^level.
     halves = (*x.shape[:-1], -1, 2, 1 << level, rotations.shape[-1] // 2)
     paired = jnp.swapaxes(x.reshape(halves), -3, -2)
     turned = _rotate(paired.reshape(x.shape), rotations).reshape(paired.shape)

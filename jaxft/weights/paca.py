@@ -26,7 +26,7 @@ from jaxft.weights.base import (
 )
 
 IN_PLACE = (
-    "jaxft in place"  # of the kernel in a product that trusts it: see jaxft.adapters.untouched
+    "jaxft in place"  # name of the kernel in an in-place product: see jaxft.adapters.untouched
 )
 Selection = Literal["random", "largest_norm", "smallest_norm"]
 
@@ -34,16 +34,16 @@ Selection = Literal["random", "largest_norm", "smallest_norm"]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PacaWeight(Weight):
-    """W with the rows `indices` replaced by (α/R) P, of which P trains.
+    """W with the rows `indices` replaced by (α/R) P, where P trains.
 
     PaCA: Woo et al., 2025, arxiv.org/abs/2503.01905, section 3 (there for columns: it stores W^T).
-    No adapter is multiplied, and the backward pass keeps x[..., indices] alone, R numbers a token.
+    There is no adapter product, and the backward pass only keeps x[..., indices], R numbers per token.
 
-    The product is right for any P. Over an array it is x W + x[..., indices] ((α/R) P - W[indices]).
+    The product is correct for any P. Over an array it is x W + x[..., indices] ((α/R) P - W[indices]).
     Over a structured base (QPaCA) the rows are put into its dense form, in the forward pass and
-    again in the backward pass; no dense kernel is stored between. `in_place` promises that an array
-    `base` holds the tuned rows (`committed` writes them): x W alone is then the product, as in the
-    paper. `jaxft.adapters.in_place` sets it for the objective of a train step; nobody holds such a weight.
+    again in the backward pass; no dense kernel is stored between. `in_place` asserts that an array
+    `base` holds the tuned rows (`committed` writes them): the product is then only x W, as in the
+    paper. `jaxft.adapters.in_place` sets it only for the objective of a train step.
     """
 
     base: WeightLike = frozen_field()  # W [D, F]
@@ -70,7 +70,7 @@ class PacaWeight(Weight):
         return _product(self.in_place, scale, x, self.base, self.rows, self.indices)
 
     def to_dense(self):
-        # Written even in place, so that P alone decides, and gradients reach it.
+        # Written even in place, so that the result depends only on P, and gradients reach it.
         return _with_rows(jax.lax.stop_gradient(to_dense(self.base)), self._scaled(), self.indices)
 
     def committed(self) -> PacaWeight:
@@ -104,17 +104,17 @@ def paca_weight(
 
     Args:
         key: draws the rows under selection="random".
-        kernel: the kernel; of a quantised one (QPaCA) the rows are dequantised.
-        rank: R, how many rows train.
-        alpha: α/R multiplies what an update of P does to W, as a learning rate would; None: R.
-        selection: which rows: random (the paper's), or those of largest or smallest L2 norm.
-        shards: draw R/shards rows from each of so many equal parts of D: for a kernel sharded on D.
-        original: where the tuned rows start, the kernel before it was quantised, so that they carry no
-            rounding error; norms are its too. None: `kernel` itself, as in the authors' code.
+        kernel: the kernel; the rows of a quantised one (QPaCA) are dequantised.
+        rank: R, the number of rows that train.
+        alpha: α/R multiplies the effect of an update of P on W, like a learning rate; None: R.
+        selection: random rows (the paper's choice), or those of largest or smallest L2 norm.
+        shards: number of equal parts of D, with R/shards rows from each; for a kernel sharded on D.
+        original: the kernel before quantisation, from which the rows start without rounding error
+            and whose norms are used. None: `kernel` itself, as in the authors' code.
 
     Raises:
         ValueError: for a kernel that is no matrix, a rank outside 1..D, an unknown selection, an
-            original of another shape or beside an array, or shards that do not divide D and the rank.
+            original of another shape or for an array, or shards that do not divide D and the rank.
     """
     if len(kernel.shape) != 2:
         raise ValueError(f"paca: needs a matrix [in, out], got a weight of shape {kernel.shape}.")
@@ -144,14 +144,14 @@ def paca_weight(
 
 
 def delta(weight: PacaWeight) -> tuple[jax.Array, jax.Array]:
-    """(indices [R], rows [R, F] of the effective kernel): all that differs from the base model."""
+    """(indices [R], rows [R, F] of the effective kernel): the whole difference from the base model."""
     return weight.indices, weight._scaled()
 
 
 def check_paca(weight: PacaWeight, name: str = "paca") -> None:
-    """Raises if a weight, with stacked layers or without, cannot be right; reads its arrays.
+    """Raises an error if a weight, with or without stacked layers, is invalid; reads its arrays.
 
-    For weights that were not made by `paca_weight`.
+    Use it for weights that were not made by `paca_weight`.
 
     Raises:
         ValueError: naming the weight, for rows or indices of the wrong shape, and for indices that
@@ -192,13 +192,13 @@ def _with_rows(dense, rows, indices):
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _product(in_place, scale, x, base, rows, indices):
-    """x W for the W whose rows `indices` are scale * `rows`; of the base nothing trains."""
+    """x W for the W whose rows `indices` are scale * `rows`; the base is frozen."""
     if is_weight(base):
         return x @ _with_rows(to_dense(base), rows * scale, indices).astype(x.dtype)
     if in_place:
-        # The name marks the product in a jaxpr, and compiles to nothing.
+        # The name marks the product in a jaxpr, and adds no operation.
         return matmul(x, checkpoint_name(base, IN_PLACE))
-    # Rounded as `to_dense` rounds them: where the base holds the rows, the difference is exactly 0.
+    # Rounded as in `to_dense`: if the base holds the rows, the difference is exactly 0.
     wanted = wide((rows * scale).astype(base.dtype))
     moved = wanted - wide(base[indices])
     return matmul(x, base) + chosen_columns(x, indices) @ moved.astype(x.dtype)
@@ -210,13 +210,13 @@ def _product_jvp(in_place, scale, primals, tangents):
     here = functools.partial(_product, in_place, scale)
     y = here(*primals)
     parts = []
-    # The backward pass keeps x[..., indices], and by the checkpoint the weight's own fields, which are
-    # inputs of the step and cost nothing: no dense, cast or scaled copy.
+    # The backward pass keeps x[..., indices] and, due to the checkpoint, the weight's own fields, which are
+    # inputs of the step and need no memory; it keeps no dense, cast or scaled copy.
     if not isinstance(dx, SymbolicZero):
         parts.append(jax.checkpoint(here, prevent_cse=False)(dx, base, rows, indices))
     if not isinstance(drows, SymbolicZero):
         parts.append(_by_rows(scale, chosen_columns(x, indices), drows))
-    # Not summed from a zero array: the backward pass would keep that.
+    # The sum does not start from a zero array, because the backward pass would keep it.
     return y, functools.reduce(jnp.add, parts) if parts else jnp.zeros_like(y)
 
 
@@ -224,10 +224,10 @@ _product.defjvp(_product_jvp, symbolic_zeros=True)
 
 
 def _by_rows(scale, chosen, drows):
-    """chosen [..., R] @ scale * drows [R, F], with a backward product that is added up in float32.
+    """chosen [..., R] @ scale * drows [R, F], with a backward product that is accumulated in float32.
 
-    JAX's own would be that of the cotangent's transpose, [F, tokens] beside [tokens, R]: a copy of the
-    cotangent for each kernel on a CPU, and rounded to its data type.
+    JAX's own backward product would use the cotangent's transpose, [F, tokens] times [tokens, R]: on a CPU
+    it copies the cotangent for each kernel, and it rounds to its data type.
     """
 
     def apply(fixed, moving):

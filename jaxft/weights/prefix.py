@@ -16,8 +16,8 @@ from jaxft.weights.base import Weight, along_last
 class PrefixMlp(Weight):
     """tanh(E W1 + b1) W2 + b2: a prefix [l, N], N = layers x 2 x KV heads x head size.
 
-    Prefix tuning: Li & Liang, 2021, arxiv.org/abs/2101.00190, section 4.3. Trains more steadily
-    than the prefix itself; `to_dense`, and so `merge`, folds the network away.
+    Prefix tuning: Li & Liang, 2021, arxiv.org/abs/2101.00190, section 4.3. It trains more stably
+    than the prefix itself; `to_dense`, and so `merge`, folds the network in.
     """
 
     embedding: jax.Array  # E [l, D]
@@ -50,7 +50,7 @@ class PrefixMlp(Weight):
 
 
 def prefix_mlp(key: jax.Array, shape: tuple[int, int], features: int, hidden: int) -> PrefixMlp:
-    """A PrefixMlp for a prefix of `shape`, initialised as PEFT's: E normal, kernels ±1/sqrt(in).
+    """A PrefixMlp for a prefix of `shape`, initialised as in PEFT: E normal, kernels ±1/sqrt(in).
 
     Raises:
         ValueError: for a hidden size below 1.

@@ -1,4 +1,4 @@
-"""Frozen kernels in few bits: int8, int4, fp8 with one scale a block, and NF4 with double quantisation."""
+"""Frozen kernels in few bits: int8, int4, fp8 with one scale per block, and NF4 with double quantisation."""
 
 from __future__ import annotations
 
@@ -56,9 +56,9 @@ class Nf4Weight(Weight):
     """NormalFloat codes of 4 bits in blocks of inputs, with scales of 8 bits; nothing trains.
 
     QLoRA: Dettmers et al., 2023, arxiv.org/abs/2305.14314, section 3. Blocks run along the inputs, as in
-    bitsandbytes, whose kernels are stored the other way round. Scales are quantised to 8 bits
+    bitsandbytes, which stores kernels transposed. Scales are quantised to 8 bits
     linearly around their mean, in groups of 256 (bitsandbytes: a nonlinear table); or they are float32,
-    without steps and mean, for what another library rounded (`nf4_exact`).
+    without steps and mean, for kernels that another library quantised (`nf4_exact`).
     """
 
     codes: jax.Array = frozen_field()  # [ceil(D / block) block / 2, F] uint8: see nf4_dequantise
@@ -83,7 +83,7 @@ class Nf4Weight(Weight):
         return nf4_dequantise(self.codes, self.scales(), features=self.features, dtype=self.dtype)
 
     def scales(self) -> jax.Array:
-        """The largest magnitude of each block, [blocks, F], as far as its bits tell."""
+        """The largest magnitude of each block, [blocks, F], dequantised."""
         if self.scale_steps is None:
             return self.scale_codes
         groups = self.scale_steps.shape[0]
@@ -103,12 +103,12 @@ class Nf4Weight(Weight):
 
 
 def quantised_weight(kernel: WeightLike, kind: str = "int8", *, block: int = 64) -> QuantisedWeight:
-    """`kernel` [D, F] rounded to "int8", "int4" or "fp8" with the largest magnitude of each block kept.
+    """`kernel` [D, F] rounded to "int8", "int4" or "fp8" with exact largest magnitudes of blocks.
 
     Args:
         kernel: the kernel.
         kind: the format of the values.
-        block: inputs that share a scale; where it does not divide D, all D share one.
+        block: inputs that share a scale; if it does not divide D, all D share one.
 
     Raises:
         ValueError: for a kernel that is no matrix, an unknown kind, or a block below 1.
@@ -129,7 +129,7 @@ def quantised_weight(kernel: WeightLike, kind: str = "int8", *, block: int = 64)
 
 
 def nf4_weight(kernel: WeightLike, *, block: int = 64) -> Nf4Weight:
-    """`kernel` [D, F] as NF4: 4.13 bits a number for blocks of 64.
+    """`kernel` [D, F] as NF4: 4.13 bits per number for blocks of 64.
 
     Raises:
         ValueError: for a kernel that is no matrix, or an odd block.
@@ -150,7 +150,7 @@ def nf4_weight(kernel: WeightLike, *, block: int = 64) -> Nf4Weight:
 def nf4_from_codes(
     codes: jax.Array, scale: jax.Array, dtype: Any, features: int | None = None
 ) -> Nf4Weight:
-    """An Nf4Weight of codes [blocks block, F], one a byte, and exact scales [blocks, F].
+    """An Nf4Weight of codes [blocks block, F], one per byte, and exact scales [blocks, F].
 
     Args:
         codes: 0..15, indices of NF4_LEVELS.
@@ -162,7 +162,7 @@ def nf4_from_codes(
     flat = scale.T.reshape(-1)
     mean = jnp.mean(flat)
     groups = -(-flat.size // SCALES_PER_GROUP)
-    # Padding with the mean leaves the steps of the last group alone.
+    # Padding with the mean does not change the steps of the last group.
     centred = jnp.pad(flat - mean, (0, groups * SCALES_PER_GROUP - flat.size)).reshape(groups, -1)
     steps = jnp.max(jnp.abs(centred), axis=1) / 127
     scale_codes = jnp.round(centred / jnp.where(steps == 0, 1.0, steps)[:, None])
@@ -173,9 +173,9 @@ def nf4_from_codes(
 
 
 def nf4_exact(codes: np.ndarray, scale: np.ndarray, dtype: Any) -> Nf4Weight:
-    """An Nf4Weight of codes [D, F], one a byte, and scales [blocks, F], kept in float32: 4.5 bits a number.
+    """An Nf4Weight of codes [D, F], one per byte, and scales [blocks, F], kept in float32: 4.5 bits each.
 
-    Both are arrays of the host, and so are the weight's.
+    The arguments and the weight's fields are arrays on the host.
     """
     packed = _pack(np.ascontiguousarray(codes, np.uint8), len(scale))
     scale = np.ascontiguousarray(scale, np.float32)
@@ -183,26 +183,26 @@ def nf4_exact(codes: np.ndarray, scale: np.ndarray, dtype: Any) -> Nf4Weight:
 
 
 def _pack(codes, blocks):
-    """Two codes a byte, those of a block's first half in the high bits: see nf4_dequantise."""
+    """Two codes per byte, with a block's first half in the high bits: see nf4_dequantise."""
     halves = codes.reshape(blocks, 2, -1, codes.shape[-1])
     return ((halves[:, 0] << 4) | halves[:, 1]).reshape(-1, codes.shape[-1])
 
 
 def nf4_codes(weight: Nf4Weight) -> jax.Array:
-    """The codes [blocks block, F] of a weight, one a byte, in the order of the inputs."""
+    """The codes [blocks block, F] of a weight, one per byte, in the order of the inputs."""
     blocks, columns = weight.scale_codes.shape
     packed = weight.codes.reshape(blocks, -1, columns)
     return jnp.concatenate([packed >> 4, packed & 15], axis=1).reshape(-1, columns)
 
 
 def bits_per_parameter(weight: Weight) -> float:
-    """What a weight takes at rest, all its arrays counted."""
+    """Bits of storage per parameter, counting all arrays of the weight."""
     bits = lambda leaf: leaf.size * (4 if leaf.dtype == jnp.int4 else 8 * leaf.dtype.itemsize)
     return sum(map(bits, jax.tree.leaves(weight))) / np.prod(weight.shape)
 
 
 def quantisation_error(kernel: WeightLike, weight: Weight) -> float:
-    """|W - Q| / |W| in the Frobenius norm: what rounding, and any merge through it, has lost."""
+    """|W - Q| / |W| in the Frobenius norm: the error of rounding, and of any merge into it."""
     dense = to_dense(kernel).astype(jnp.float32)
     lost = jnp.linalg.norm(to_dense(weight).astype(jnp.float32) - dense)
     return float(lost / jnp.maximum(jnp.linalg.norm(dense), 1e-30))
@@ -222,5 +222,5 @@ def _frozen_product(x, weight):
     if isinstance(weight, Nf4Weight):
         options = dict(features=weight.features, dtype=weight.dtype)
         return nf4_product(x, weight.codes, weight.scales(), **options)
-    # Of int8, int4 and fp8 XLA fuses the scaling into the product where it gains by it.
+    # For int8, int4 and fp8, XLA fuses the scaling into the product if that is faster.
     return x @ weight.to_dense().astype(x.dtype)

@@ -1,4 +1,4 @@
-"""Quantised kernels as qwix holds them, and back."""
+"""Converts quantised kernels from and to qwix."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _SIGNED = ("int8", "int4", "float8_e4m3fn")
 
 
 def from_qwix(array: QArray) -> QuantisedWeight | Nf4Weight:
-    """The weight that holds a qwix QArray [D, F]; int8, int4 and fp8 share its arrays, uncopied.
+    """The weight that holds a qwix QArray [D, F]; int8, int4 and fp8 share its arrays without a copy.
 
-    Those become the same numbers bit for bit, in the data type of the QArray's scale. "nf4" keeps
+    These have the same values bit for bit, in the data type of the QArray's scale. "nf4" keeps
     its codes, but its scales are quantised to 8 bits as `nf4_weight` does.
 
     Args:
-        array: of qwix.quantize(kernel, qtype, channelwise_axes=[1], tiled_axes={0: block}); without
-            tiled_axes all inputs share a scale.
+        array: the result of qwix.quantize(kernel, qtype, channelwise_axes=[1], tiled_axes={0:
+            block}); without tiled_axes all inputs share a scale.
 
     Raises:
         ValueError: for another type, rank or tiling, or a zero point.
@@ -46,7 +46,7 @@ def from_qwix(array: QArray) -> QuantisedWeight | Nf4Weight:
 
 
 def to_qwix(weight: QuantisedWeight | Nf4Weight) -> QArray:
-    """The weight as a QArray; int8, int4 and fp8 share their arrays, uncopied.
+    """The weight as a QArray; int8, int4 and fp8 share their arrays without a copy.
 
     qwix dequantises in the data type of the scales, float32 unless they came from qwix. Needs qwix.
 
@@ -62,7 +62,7 @@ def to_qwix(weight: QuantisedWeight | Nf4Weight) -> QArray:
     codes = nf4_codes(weight)
     if len(codes) != weight.features:
         raise ValueError(
-            f"to_qwix: the last block of {weight.features} inputs overhangs, which qwix has not; "
+            f"to_qwix: the last block of {weight.features} inputs overhangs, which qwix does not support; "
             "quantise with a block that divides them."
         )
     return QArray(codes.astype(jnp.uint4), weight.scales(), None, "nf4")

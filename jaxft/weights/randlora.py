@@ -1,4 +1,4 @@
-"""Full-rank updates of random bases: RandLoRA."""
+"""Full-rank updates from random bases: RandLoRA."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from jaxft.weights.base import (
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RandloraWeight(Weight):
-    """W + (α/R) Σ_n B_n diag(λ_n) A diag(γ_n): N random bases of rank R, scaled by what trains.
+    """W + (α/R) Σ_n B_n diag(λ_n) A diag(γ_n): N random bases of rank R with trained scales.
 
     RandLoRA: Albert et al., 2025, arxiv.org/abs/2502.00987, eq. 4, with PEFT's order of columns and rows,
     which differ: component (k, n) of the scaled A meets column (n, k) of B. A and B are the first rows
-    and columns of two tables that kernels of all shapes share; A stands on the side of the smaller of D
-    and F, whose number R N reaches, so that the update may have full rank.
+    and columns of two tables that kernels of all shapes share; A is on the side of the smaller of D
+    and F, and R N is at least that number, so that the update can have full rank.
     """
 
     base: WeightLike = frozen_field()  # W [D, F]
@@ -51,7 +51,7 @@ class RandloraWeight(Weight):
         return self.scale.shape[-2]
 
     def rmatmul(self, x):
-        # The factors are larger than the kernel: they are formed twice, not kept.
+        # The factors are larger than the kernel: they are formed twice instead of kept.
         def product(x, w):
             left, right = (factor.astype(x.dtype) for factor in w._factors(self.shape))
             return (x @ left) @ right * (self.alpha / self.rank)
@@ -68,7 +68,7 @@ class RandloraWeight(Weight):
     def with_specs(self, spec):
         stack, *_ = split_spec(spec, self.ndim)
         base = self.base.with_specs(spec) if is_weight(self.base) else spec
-        # Shared with kernels of other shapes, and small beside the base: whole on every device.
+        # Shared with kernels of other shapes, and smaller than the base: replicated.
         matrix, tensor = PartitionSpec(*stack, None, None), PartitionSpec(*stack, None, None, None)
         return RandloraWeight(base, matrix, tensor, matrix, matrix, self.alpha)
 
@@ -91,15 +91,15 @@ def randlora_weight(
     seed: int = 0,
     tables: tuple[jax.Array, jax.Array] | None = None,
 ) -> RandloraWeight:
-    """A RandloraWeight that equals `kernel` [D, F]; initialised as PEFT does: λ zero, γ 1 / its longer side.
+    """A RandloraWeight that equals `kernel` [D, F]; initialised as in PEFT: λ zero, γ 1 / its longer side.
 
     Args:
         key: not used.
         kernel: the kernel.
-        rank: R; the smaller, the more numbers train: about min(D, F)² / R.
+        rank: R; about min(D, F)² / R numbers train, so a smaller rank trains more.
         alpha: α/R scales the update; 20 times the rank is usual.
         seed: of the tables.
-        tables: (A, B) of `randlora_tables`, to be shared by several kernels; None: of this one's shape.
+        tables: (A, B) of `randlora_tables`, shared by several kernels; None: of this kernel's shape.
 
     Raises:
         ValueError: for a kernel that is no matrix, a rank below 1, or tables too small for the kernel.
@@ -125,9 +125,9 @@ def randlora_weight(
 def randlora_tables(
     shape: tuple[int, int], rank: int, seed: int = 0
 ) -> tuple[jax.Array, jax.Array]:
-    """Random (A [R, min(D, F)], B [max(D, F), N, R]) of mean 0 and standard deviation 1, uniform as PEFT's.
+    """Random (A [R, min(D, F)], B [max(D, F), N, R]) of mean 0 and standard deviation 1, uniform as in PEFT.
 
-    Not the numbers of PEFT, which torch's generator draws in bfloat16; files hold the tables.
+    The values differ from PEFT's, which torch's generator draws in bfloat16; files hold the tables.
 
     Args:
         shape: (D, F), the largest numbers of inputs and outputs of the kernels that share them.

@@ -20,11 +20,11 @@ Overflow = Literal["fold", "crop"]
 class FastfoodMap:
     """P theta = first D entries of H G Pi H B theta / sqrt(D sum(G²)), linear in theta [d].
 
-    Fastfood: Le et al., 2013, proceedings.mlr.press/v28/le13.html, as Aghajanyan et al., 2020,
-    arxiv.org/abs/2012.13255, use it. H is the unnormalised Walsh-Hadamard transform of length
+    Fastfood: Le et al., 2013, proceedings.mlr.press/v28/le13.html, as used by Aghajanyan et al., 2020,
+    arxiv.org/abs/2012.13255. H is the unnormalised Walsh-Hadamard transform of length
     L = 2^ceil(log2 D). Columns of P have a squared norm of about 1 and are nearly orthogonal. The
-    adjoint is autodiff's, P^T exactly; the released code multiplies each H by 1/sqrt(L) in the
-    backward pass, which scales the gradient of each tensor by its 1/L.
+    adjoint from autodiff is exactly P^T; the released code multiplies each H by 1/sqrt(L) in the
+    backward pass, which scales the gradient of each tensor by 1/L.
     """
 
     signs: jax.Array  # B [C, L], ±1 int8; row c for entries c L to (c + 1) L of theta
@@ -58,17 +58,17 @@ class DenseMap:
 def fastfood(key: jax.Array, d: int, D: int, *, overflow: Overflow = "fold") -> FastfoodMap:
     """A random Fastfood map from d to D numbers: a function, and a pytree of its random parts.
 
-    Call it inside jit with a key that is an argument, and the parts are drawn in the program; or draw
-    it once and pass it as an argument. Never close over it: XLA would fold its parts, as
-    constants, for minutes. Maps of one key agree: that for d is that for a larger d on the first d
-    numbers (if d <= L in the case of "crop").
+    To draw the parts inside the program, call it in jit with the key as an argument; or draw the map
+    once and pass it as an argument. Never close over it: XLA would spend minutes folding its parts as
+    constants. Maps of one key agree: the map for d equals the map for a larger d on the first d
+    numbers (for "crop", if d <= L).
 
     Args:
         key: a jax.random.key.
         d: numbers in.
         D: numbers out.
-        overflow: what happens if d > L. "fold": each chunk of L numbers gets signs of its own, and the
-            chunks are added. "crop": the first L count alone, as in the released code.
+        overflow: the rule for d > L. "fold": each chunk of L numbers gets its own signs, and the
+            chunks are added. "crop": only the first L count, as in the released code.
 
     Raises:
         ValueError: if d < 1, D < 1, or overflow is unknown.
@@ -93,7 +93,7 @@ def cropped_fastfood(key: jax.Array, d: int, D: int) -> FastfoodMap:
 
 
 def dense_projection(key: jax.Array, d: int, D: int) -> DenseMap:
-    """A random map of entries N(0, 1/D), columns of about unit norm; D d numbers, so for small D.
+    """A random map of entries N(0, 1/D), columns of about unit norm; it stores D d numbers.
 
     Li et al., 2018, arxiv.org/abs/1804.08838, draw N(0, 1) and normalise each column.
 
@@ -105,7 +105,7 @@ def dense_projection(key: jax.Array, d: int, D: int) -> DenseMap:
 
 
 def _permutation(key, length):
-    """A pseudorandom permutation of `length` = 2^k numbers in O(length), where shuffling must sort.
+    """A pseudorandom permutation of `length` = 2^k numbers in O(length), whereas shuffling sorts.
 
     Each round is a bijection of k-bit numbers: add a constant, multiply by an odd number, both modulo
     2^k, and xor the upper half of the bits into the lower, as in MurmurHash3's finalizer.

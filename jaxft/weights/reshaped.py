@@ -1,4 +1,4 @@
-"""Kernels of more than two axes, held as matrices: convolutions, and attention's with an axis of heads."""
+"""Kernels of more than two axes as matrices: convolutions, and attention's kernels with an axis of heads."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from jaxft.weights.base import Weight, WeightLike, is_weight, scaled_bias, to_de
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ReshapedWeight(Weight):
-    """A kernel [*inputs, *outputs], held by any weight of its matrix [product of inputs, of outputs].
+    """A kernel [*inputs, *outputs], stored as any weight of its matrix [product of inputs, of outputs].
 
     A convolution's inputs are [*window, in]; `jaxft.weights.conv` reads it. Flax's attention has queries
     [in, heads, head size] and an output [heads, head size, out]; it reads `merge(params)`. `adapt` makes
-    it of a kernel whose `input_axes` are given: the rule sees the matrix. It has no `committed`: PaCA's
+    it from a kernel whose `input_axes` are given: the rule gets the matrix. It has no `committed`: PaCA's
     rows are written into the dense kernel at each use, inside a step and outside.
     """
 
@@ -42,7 +42,7 @@ class ReshapedWeight(Weight):
         raise ValueError(
             f"matmul: the weight {self.shape} has inputs {self.inputs} and outputs {self.outputs}; read a "
             "convolution's kernel by jaxft.weights.conv, others from merge(params). If its leading axes "
-            "are layers or experts, say so in adapt(..., stacked=)."
+            "are layers or experts, set adapt(..., stacked=)."
         )
 
     def to_dense(self):
@@ -56,7 +56,7 @@ class ReshapedWeight(Weight):
         axes = (*spec, *(None,) * (self.ndim - len(spec)))
         start = len(self.stack)
         middle = start + len(self.inputs)
-        # Of several axes one is split: the last that the spec names, a convolution's channels.
+        # Only one of several axes is split: the last that the spec names, a convolution's channels.
         last = lambda names: next((name for name in reversed(names) if name is not None), None)
         spec = PartitionSpec(*axes[:start], last(axes[start:middle]), last(axes[middle:]))
         matrix = self.matrix.with_specs(spec) if is_weight(self.matrix) else spec

@@ -27,8 +27,8 @@ from jaxft.weights.base import (
 class ScaledWeight(Weight):
     """W diag(s) for side="output", diag(s) W for side="input"; s trains.
 
-    (IA)^3: Liu et al., 2022, arxiv.org/abs/2205.05638, section 3.3: outputs are scaled with the bias of
-    their layer, (x W + b) diag(s).
+    (IA)^3: Liu et al., 2022, arxiv.org/abs/2205.05638, section 3.3: outputs are scaled together with the
+    layer's bias, (x W + b) diag(s).
     """
 
     base: WeightLike = frozen_field()  # W [D, F]
@@ -69,7 +69,7 @@ class ScaledWeight(Weight):
 def scaled_weight(
     key: jax.Array, kernel: WeightLike, *, side: Literal["input", "output"] = "output"
 ) -> ScaledWeight:
-    """A ScaledWeight that equals `kernel` [D, F]; nothing is drawn from `key`.
+    """A ScaledWeight that equals `kernel` [D, F]; `key` is not used.
 
     Raises:
         ValueError: for a kernel that is no matrix, or an unknown side.

@@ -25,11 +25,11 @@ from jaxft.weights.base import (
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class VeraWeight(Weight):
-    """W + A diag(d) B diag(e), of which the vectors d and e train; A and B are random.
+    """W + A diag(d) B diag(e), where the vectors d and e train; A and B are random.
 
     VeRA: Kopiczko et al., 2023, arxiv.org/abs/2310.11454, eq. 2 (there for columns). A and B are the
-    first rows and columns of two tables, which kernels of all shapes share: one array at many places
-    of a params tree (stacked layers have a copy each).
+    first rows and columns of two tables, which kernels of all shapes share: one array in many places
+    of a params tree (stacked layers have one copy each).
     """
 
     base: WeightLike = frozen_field()  # W [D, F]
@@ -66,7 +66,7 @@ class VeraWeight(Weight):
     def with_specs(self, spec):
         stack, _, columns = split_spec(spec, self.ndim)
         base = self.base.with_specs(spec) if is_weight(self.base) else spec
-        # Longer than this kernel's axes and shared with others': whole on every device.
+        # Longer than this kernel's axes and shared with other kernels: replicated.
         table, d, e = (PartitionSpec(*stack, *rest) for rest in ((None, None), (None,), (columns,)))
         return VeraWeight(base, table, table, d, e)
 
@@ -90,9 +90,9 @@ def vera_weight(
         key: not used.
         kernel: the kernel.
         rank: R.
-        initial: what d starts from.
+        initial: initial value of d.
         seed: of the tables.
-        tables: (A, B) of `vera_tables`, to be shared by several kernels; None: of this one's shape.
+        tables: (A, B) of `vera_tables`, shared by several kernels; None: of this kernel's shape.
 
     Raises:
         ValueError: for a kernel that is no matrix, a rank below 1, or tables too small for the kernel.
@@ -115,10 +115,11 @@ def vera_weight(
 
 
 def vera_tables(shape: tuple[int, int], rank: int, seed: int = 0) -> tuple[jax.Array, jax.Array]:
-    """The random (A [D, R], B [R, F]) that PEFT makes of a `projection_prng_key`, up to rounding.
+    """The random (A [D, R], B [R, F]) that PEFT makes from a `projection_prng_key`, up to rounding.
 
-    Kaiming uniform: A in ±sqrt(6 / D), B in ±sqrt(6 / R). Drawn as torch does, A^T before B^T, from the
-    24 low bits of the Mersenne twister's words, so that files without tables can be read.
+    Kaiming uniform: A in ±sqrt(6 / D), B in ±sqrt(6 / R). They are drawn as in torch, A^T before
+    B^T, from the 24 low bits of the Mersenne twister's words, so that files without tables can be
+    read.
 
     Args:
         shape: (D, F), the largest numbers of inputs and outputs of the kernels that share them.

@@ -164,7 +164,7 @@ def test_lost_surplus_and_misshapen_keys_are_named(case, base, tmp_path):
         ("lora", {"modules_to_save": ["lm_head"]}, r"missing key .*lm_head\.weight"),
         ("lokr", {"decompose_both": True}, "decompose_both=True is not supported"),
         ("ia3", {"feedforward_modules": None}, "feedforward_modules is null"),
-        ("norms", {"target_modules": ["q_proj"]}, "norms alone"),
+        ("norms", {"target_modules": ["q_proj"]}, "only norms"),
     ],
 )
 def test_a_config_that_does_not_fit_is_named(case, change, message, base, tmp_path):

@@ -82,7 +82,7 @@ LORA = {
     "olora, fused": (
         "gpt2", dict(init_lora_weights="olora", target_modules=["attn.c_proj"]), "GPT-2's Conv1D"
     ),
-    "pissa_niter_4": ("untied", dict(init_lora_weights="pissa_niter_4"), "a random share"),
+    "pissa_niter_4": ("untied", dict(init_lora_weights="pissa_niter_4"), "a random part"),
     "gaussian": ("untied", dict(init_lora_weights="gaussian"), None),
     "orthogonal": ("untied", dict(init_lora_weights="orthogonal", r=4), None),
     "wte": ("gpt2", dict(target_modules=["wpe", "c_proj"]), None),
@@ -189,7 +189,7 @@ def test_a_raw_state_dict_is_read(bases, written, tmp_path):
     close(base.logits(changed(written, tmp_path, lambda _: state)), base.logits(path))
     key = f"{PREFIX}model.layers.0.self_attn.q_proj.base_layer.weight"
     moved = state | {key: 2 * state[key]}
-    with pytest.raises(AdapterError, match=r"q_proj.base_layer.weight' .* not that of this model"):
+    with pytest.raises(AdapterError, match=r"q_proj.base_layer.weight' .* differs from this model"):
         base.logits(changed(written, tmp_path, lambda _: moved))
     two = state | {n.replace("default", "other"): t for n, t in state.items() if "lora_" in n}
     with pytest.raises(AdapterError, match="holds the adapters default, other; save one"):
@@ -215,7 +215,7 @@ REFUSED = {
     "excluded": (dict(exclude_modules="["), "exclude_modules: '\\[' is no regular exp"),
     "saved as text": (dict(modules_to_save="lm_head"), "modules_to_save='lm_head' must be a list"),
     "layers of a pattern": (
-        dict(target_modules=".*q_proj", layers_to_transform=[1]), "layers_to_transform goes with a list"
+        dict(target_modules=".*q_proj", layers_to_transform=[1]), "layers_to_transform needs a list"
     ),
     "pattern of no layers": (dict(layers_pattern="layers"), "layers_pattern has no effect without"),
     "layers": (dict(layers_to_transform="1"), "layers_to_transform='1' must be"),
@@ -388,7 +388,7 @@ def test_what_pissa_and_olora_took_out_of_the_base_is_written_back(bases, tmp_pa
 
 def test_what_peft_has_no_place_for_on_embeddings_is_refused(bases, tmp_path):
     base = bases["untied"]
-    for rule, message in ((dora(2), "not written for embeddings"), (ia3(), "does not have there")):
+    for rule, message in ((dora(2), "not supported on embeddings"), (ia3(), "does not have there")):
         adapted = adapt(jax.random.key(1), base.params, {"embed/embedding": rule})
         with pytest.raises(AdapterError, match=message):
             save_adapter(tmp_path, base.model.config, adapted)

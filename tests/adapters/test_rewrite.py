@@ -146,7 +146,7 @@ def test_axes_that_are_not_said_are_no_guess():
     for call in (refuse, lambda params, rules: largest_shape(params, *rules)):
         with pytest.raises(ValueError, match=said):
             call(params, {".*kernel": lora(2)})
-    with pytest.raises(ValueError, match=r"\(3, 8, 4, 2\) has .* behind \(3,\), which are stacked"):
+    with pytest.raises(ValueError, match=r"\(3, 8, 4, 2\) has .* after \(3,\), which are stacked"):
         refuse({"layers": {"kernel": jnp.ones((3, 8, 4, 2))}}, {".*": lora(2)})
     for number in (0, 3):
         with pytest.raises(ValueError, match=rf"input_axes\('.*'\) is {number}, but the shape is"):

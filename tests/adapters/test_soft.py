@@ -312,7 +312,7 @@ def test_bad_input_is_explained(tmp_path):
     with raises("no weight matches 'soft'"):
         adapt(KEY, params, {"soft": prefix(2)})
     for name, rule in (("prompt", prompt(2)), ("prefix", prefix(2))):
-        with raises(f"stands at the root of the params, as '{name}'"):
+        with raises(f"must be at the root of the params, as '{name}'"):
             adapt(KEY, params, {f"layers/{name}": rule})
     other = adapt(KEY, base(GPT2)[1], {"prefix": prefix(2)})
     with raises("rows of 96 numbers; 2 layers of 2 KV heads of size 6 need 48"):
@@ -322,5 +322,5 @@ def test_bad_input_is_explained(tmp_path):
         weights = adapt(KEY, weights, {"prompt": prompt(4)})
         gpt2.apply({"params": weights}, jnp.zeros((1, 45), jnp.int32))
     for rules in (BOTH, {r"layers/.*mlp/adapter": parallel_adapter(2)}):
-        with pytest.raises(CheckpointError, match="has no place in a model's files"):
+        with pytest.raises(CheckpointError, match="cannot be saved in a model's files"):
             save_model(tmp_path, model, adapt(KEY, params, rules))

@@ -69,7 +69,7 @@ def test_a_step_is_that_of_the_values_that_the_objective_reads(name):
         return
     wanted = objective(PARAMS, X, KEY)[0]  # right anywhere
     step = train.make_step(objective, optax.sgd(0.1))
-    with pytest.warns(UserWarning, match="the objective moves its params"):
+    with pytest.warns(UserWarning, match="the objective changes its params"):
         _, metrics = step(train.init_state(PARAMS, optax.sgd(0.1), KEY), X)
     np.testing.assert_allclose(metrics["loss"], wanted, rtol=1e-5)
 

@@ -292,8 +292,8 @@ def sandwiched(core):
     [
         (prefixed, "pre-tokenizer {.*ByteLevel.* has no name in GGUF"),
         (lowered, "normalizer Lowercase has no name in GGUF"),
-        (stripping, r"added token '<\\|tool\\|>' takes the spaces beside it"),
-        (sandwiched, "no more than a beginning and an end"),
+        (stripping, r"added token '<\\|tool\\|>' absorbs spaces beside it"),
+        (sandwiched, "only add one token at each end"),
     ],
 )
 def test_what_gguf_cannot_say_of_a_tokenizer_is_named(change, message):
@@ -312,7 +312,7 @@ def test_kinds_that_gguf_does_not_have():
     pieces = sentencepiece(True)
     pieces.backend_tokenizer.normalizer = None
     pieces.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(split=True)
-    with pytest.raises(CheckpointError, match="pre-tokenizer Metaspace have no words in GGUF"):
+    with pytest.raises(CheckpointError, match="pre-tokenizer Metaspace cannot be written to GGUF"):
         back(wrapped(pieces.backend_tokenizer))
     with pytest.raises(CheckpointError, match="has id .*, the model 300 rows"):
         back(byte_level(split_named("gpt-2")), rows=300)

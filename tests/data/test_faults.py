@@ -268,7 +268,7 @@ def test_files_that_cannot_be_read_say_why(tmp_path):
         ("train.jsonl", "train.jsonl, line 2: not UTF-8"),
         ("bad.parquet", "bad.parquet: not a readable .parquet file"),
         ("a.csv", "a.csv, line 4: 1 cells for 2 columns"),
-        ("none-*.jsonl", "no file fits this pattern"),
+        ("none-*.jsonl", "no file matches this pattern"),
         (".", "not one that `datasets` saved"),
     ]:
         with pytest.raises(DataError, match=message):

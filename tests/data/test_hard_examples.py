@@ -23,7 +23,7 @@ def test_batches_are_full_in_order_and_of_heavy_examples():
 
 def test_bad_weights_and_sizes():
     queue = HardExampleQueue(0.1, 2)
-    with pytest.raises(ValueError, match="one weight a candidate is expected"):
+    with pytest.raises(ValueError, match="one weight per candidate is expected"):
         queue.push({"id": np.arange(3)}, np.ones(2))
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         HardExampleQueue(0.1, 0)

@@ -44,7 +44,7 @@ NAMED = {
     "sheet.csv": (b"PK\x03\x04...", "zip archive .or a spreadsheet"),
     "a.jsonl": (b"PAR1....", "a Parquet file; rename it"),
     "pointer.jsonl": (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
-    "page.json": (b"\n<!DOCTYPE html><html>", "a web page in place of the data"),
+    "page.json": (b"\n<!DOCTYPE html><html>", "a web page instead of the data"),
     "wide.csv": ("text,n\na,1\n".encode("utf-16"), "iconv -f UTF-16 -t UTF-8 wide.csv"),
     "empty.csv": (b"", "no records; the file is empty"),
     "empty.parquet": (b"", "no records; the file is empty"),

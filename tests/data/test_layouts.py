@@ -186,7 +186,7 @@ REFUSED = [
     (
         normalise_pair,
         {"history": "q", "human_ref_A": "a", "human_ref_B": "b", "labels": 1},  # SHP
-        "'human_ref_A' and 'human_ref_B' are two answers .* write that as 'chosen'",
+        "'human_ref_A' and 'human_ref_B' are two answers.* write that as 'chosen'",
     ),
     (normalise_pair, {"prompt": "q", "chosen": None, "rejected": "b"}, "'chosen' is null"),
     (normalise_ranked, {"prompt": "q", "responses": None, "scores": [1]}, "'responses' is null"),

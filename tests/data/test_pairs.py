@@ -150,7 +150,7 @@ def test_truncation_keeps_both_prompts_the_same(small_tokenizer):
         data.render_pairs([long], renderer, limit, bad=bad)
     with pytest.raises(DataError, match="more than max_length"):
         data.render_pairs([long], renderer, limit, too_long="error")
-    with pytest.raises(DataError, match="would part a completion"):
+    with pytest.raises(DataError, match="would split a completion"):
         data.render_pairs([long], renderer, limit, too_long="split")
     with pytest.raises(DataError, match="mask 'all'"):
         data.render_pairs([long], Renderer(small_tokenizer, mask="all"), 200)

@@ -77,7 +77,7 @@ def test_mask_modes():
     assert trained(run("completion", plain), tokenizer) == ["one<|im_end|>", "two<|im_end|>"]
     assert trained(run("last_turn", plain), tokenizer) == ["two<|im_end|>"]
     for mask, weight in (("completion", "0"), ("last_turn", "0.5")):
-        with pytest.raises(DataError, match=f"has weight {weight} .*take --mask per_message"):
+        with pytest.raises(DataError, match=f"has weight {weight} .*use --mask per_message"):
             run(mask)
     assert trained(run("per_message"), tokenizer) == ["two<|im_end|>"]
     assert set(run("per_message").loss_mask) == {0.0, 0.5}
@@ -109,7 +109,7 @@ def test_a_pattern_narrows_what_trains():
     assert trained(plain("two$"), tokenizer)[0].strip().startswith("two")
     assert plain("two$").loss_mask[-1] == 0.5  # EOS
     assert plain("one").loss_mask[-1] == 0.0
-    with pytest.raises(DataError, match="no regular expression"):
+    with pytest.raises(DataError, match="not a regular expression"):
         Renderer(tokenizer, train_on="(")
 
 
@@ -223,5 +223,5 @@ def test_a_template_that_rewrites_answers_cannot_go_on():
         "{{ m.content }}", "{{ m.content if loop.last else m.content | upper }}"
     )
     renderer = Renderer(small.tokenizer(template))
-    with pytest.raises(DataError, match="renders an answer otherwise once a turn follows it"):
+    with pytest.raises(DataError, match="renders an answer differently if a turn follows it"):
         renderer.next_turn("Why?")

@@ -100,7 +100,7 @@ def test_missing_and_empty_sources(tmp_path):
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(DataError, match="empty.jsonl: no records"):
         load(tmp_path / "empty.jsonl")
-    with pytest.raises(DataError, match="no known kind of source"):
+    with pytest.raises(DataError, match="not a known kind of source"):
         load("nonsense")
     with pytest.raises(DataError, match="rg:no_such_task"):
         load("rg:no_such_task?size=3")

@@ -58,7 +58,7 @@ def test_own_data_are_evaluated_on_a_part_of_themselves(script, capsys):
     config = config_of(script, "own.jsonl", eval_data="other.jsonl")
     parts = held_out.with_held_out(config, [records(40)], load, ask)
     assert (
-        parts.name == "4 records of other.jsonl" and "4 more are asked" in capsys.readouterr().out
+        parts.name == "4 records of other.jsonl" and "4 more also occur" in capsys.readouterr().out
     )
 
 

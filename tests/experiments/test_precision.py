@@ -43,7 +43,7 @@ def test_every_adapter_trains_in_float32_over_what_the_files_hold(name, director
     assert kinds(trainable) == {"float32"}
     assert name == "full" or "bfloat16" in kinds(frozen)
     assert "parameters train" in (said := capsys.readouterr().out) and "in float32" in said
-    assert ("is stored in bfloat16; what trains is kept, and saved, in float32" in said) == (
+    assert ("is stored in bfloat16; trainable params are kept and saved in float32" in said) == (
         name == "full"
     )
 

@@ -32,5 +32,5 @@ def test_columns_with_other_names(tmp_path, capsys):
     preference.main(flags.replace(preference.Config(), fields=ours, **both))
     sft.main(flags.replace(sft.Config(), fields={"prompt": "query", "completion": "good"}, **both))
     assert "q 0" in capsys.readouterr().out
-    with pytest.raises(data.DataError, match=r"--fields prompt query completion \.\.\., "):
+    with pytest.raises(data.DataError, match=r"--fields question query answer \.\.\., "):
         sft.main(flags.replace(sft.Config(), **both))

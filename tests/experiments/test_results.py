@@ -142,7 +142,7 @@ def test_the_command_of_a_record_repeats_it(slug, change, part, command, monkeyp
 @pytest.mark.parametrize(
     "answers, message",
     [
-        ({"status": (0, " M a.py\n?? b\n")}, r"--record: 2 changes are in no commit \(M a.py"),
+        ({"status": (0, " M a.py\n?? b\n")}, r"--record: 2 changes are not committed \(M a.py"),
         ({"status": (128, "")}, "--record: needs a git checkout: fatal: no"),
     ],
 )

@@ -91,7 +91,7 @@ def test_another_schedule_is_told_on_the_screen_and_in_the_log(begun, capsys):
     config = config_of(begun, data=("a.jsonl",), max_steps=120, learning_rate=0.5)
     resuming.check(config, begun)
     changed = "--learning-rate 0.001 -> 0.5, --max-steps 60 -> 120"
-    said = f"resumed at step 3 with other flags than before, which hold from here on: {changed}\n"
+    said = f"resumed at step 3 with changed flags, which apply from here on: {changed}\n"
     assert capsys.readouterr().out == said
     run(config, begun, 5)
     rows = [json.loads(line) for line in (begun / "metrics.jsonl").read_text().splitlines()]

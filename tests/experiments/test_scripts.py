@@ -315,7 +315,7 @@ def test_what_cannot_fit_is_refused_before_anything_is_loaded(tmp_path, monkeypa
     monkeypatch.setattr(train.memory, "device_memory", lambda device: 10**6)
     monkeypatch.setattr(checkpoints, "load_model", pytest.fail)
     config = config_of(sft, smoke=True, adapter="full", output_dir=str(tmp_path / "run"))
-    with pytest.raises(ValueError, match="needs at least 0.0 GB .weights .* take --adapter lora"):
+    with pytest.raises(ValueError, match="needs at least 0.0 GB .weights .* use --adapter lora"):
         sft.main(config)
 
 
@@ -355,7 +355,7 @@ def test_help_is_readable_and_a_wrong_option_is_named():
     for name, (exit_code, text) in zip(names, helped, strict=True):
         assert exit_code == 0 and "--model" in text, name
     # A comment inside brackets around a long default would not be shown.
-    assert "lion: learning rate" in " ".join(helped[0][1].replace("│", " ").split())
+    assert "lion: use a learning rate" in " ".join(helped[0][1].replace("│", " ").split())
     assert code == 2 and "rnk" in printed and "Traceback" not in printed
 
 

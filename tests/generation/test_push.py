@@ -131,7 +131,7 @@ def test_a_push_that_fails_says_what_the_server_answered(tmp_path):
             push = Push(save, tmp_path, vllm_adapters(url))
             sampler = server_sampler(url, "m", push=push)
             model, params = model_and_params()
-            with pytest.raises(ServerError, match=f"were not taken: .*{said}.* --max-lora-rank"):
+            with pytest.raises(ServerError, match=f"were not loaded: .*{said}.* --max-lora-rank"):
                 sampler(model, params, PROMPTS, KEY, SAMPLING)
             assert [body["path"] for body in seen] == [
                 "/v1/load_lora_adapter"

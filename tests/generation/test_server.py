@@ -142,8 +142,11 @@ def test_failures_that_last_are_errors():
 @pytest.mark.parametrize(
     "reply, message",
     [
-        (choice(logprobs=None), "no log-prob for each token"),
-        (choice(logprobs={"token_logprobs": [None, -1.0]}), "no log-prob for each token"),
+        (choice(logprobs=None), "did not give a log-prob for each token"),
+        (
+            choice(logprobs={"token_logprobs": [None, -1.0]}),
+            "did not give a log-prob for each token",
+        ),
         (choice(token_ids=[1]), "1 tokens with 2 log-probs"),
         (choice(token_ids=None, text="123"), "3 tokens with 2 log-probs.*returns token ids"),
         (choice(token_ids=[1, 99]), r"must lie in \[0, 8\), got 1..99"),

@@ -64,7 +64,7 @@ def test_matrix_is_scipy_s():
 
 @pytest.mark.parametrize("length", [3, 12, 0])
 def test_lengths_that_are_no_power_of_2(length):
-    with pytest.raises(ValueError, match=f"length {length}, no power of 2"):
+    with pytest.raises(ValueError, match=f"length {length}, not a power of 2"):
         fwht(jnp.ones(length))
 
 

@@ -46,7 +46,7 @@ def test_lengths_that_tell_nothing_leave_the_plain_rate():
 
 
 def test_mistakes_are_explained():
-    with pytest.raises(ValueError, match="one of each a comparison"):
+    with pytest.raises(ValueError, match="one of each per comparison"):
         length_controlled_rate([1, 0], [1])
     with pytest.raises(ValueError, match="must lie in 0..1"):
         length_controlled_rate([2.0], [1])
@@ -60,5 +60,5 @@ def test_a_mean_at_the_reference_s_lengths():
     assert standardised_mean(values, lengths, lengths) == (pytest.approx(values.mean()), 1.0)
     with pytest.raises(ValueError, match="no length is among"):
         standardised_mean(values, lengths, np.array([1]))
-    with pytest.raises(ValueError, match="one length a value"):
+    with pytest.raises(ValueError, match="one length per value"):
         standardised_mean(values, lengths[:2], lengths)

@@ -313,7 +313,7 @@ def test_what_has_no_ratio_refuses_several_updates_a_rollout(name, params, batch
     batch = batch | {"from_reference": jnp.arange(ROWS) % 4 > 1}
     batch |= dict(credit(REWARDS, batch))
     with pytest.raises(
-        ValueError, match=r"no importance ratio, so that one update a rollout is right"
+        ValueError, match=r"no importance ratio, so it allows only one update a rollout"
     ):
         objective(params, batch, None)
     objective(params, without(batch, "old_log_probs"), None)

@@ -85,7 +85,7 @@ def test_processes_meet_gather_write_once_and_miss_one_another():
     assert codes == [0, 0], errors
     first = "written by 0\nOutputError a file could not be written: disk full"
     assert first in outputs[0]
-    assert "\nthere: process 1 of 2 did not come within 0.5 s." in outputs[0]
+    assert "\nthere: process 1 of 2 did not arrive within 0.5 s." in outputs[0]
     assert all("context=4 lays the same rows of a batch over several" in out for out in outputs)
     assert "RuntimeError process 0 could not write a file; its own message says why." in outputs[1]
     assert "written" not in outputs[1]

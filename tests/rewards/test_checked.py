@@ -47,7 +47,7 @@ def test_rewards_are_numbers_or_no_verdict(rewards):
         (np.zeros((3, 1)), r"returned an array of shape \(3, 1\)"),
         (jnp.zeros((1, 3)), r"returned an array of shape \(1, 3\)"),
         (np.float32(1), r"returned np.float32\(1.0\) \(float32\)"),
-        ([1, "good", 0], r"item 1 of 3: 'good' \(str\) is no reward; expected a number, or None"),
+        ([1, "good", 0], r"item 1 of 3: 'good' \(str\) is not a reward; expected a number"),
         ([1, 0, [1]], r"item 2 of 3: \[1\] \(list\)"),
         ([1, np.zeros(1), 0], r"item 1 of 3: array\(\[0.\]\) \(ndarray of shape \(1,\)\)"),
         ([1, 2j, 0], r"item 1 of 3: 2j \(complex\)"),
@@ -65,7 +65,7 @@ def test_what_is_no_reward_is_shown(rewards, message):
 
 
 def test_a_verdict_in_process_is_checked():
-    with pytest.raises(RewardError, match=r"'0.5' \(str\) is no reward"):
+    with pytest.raises(RewardError, match=r"'0.5' \(str\) is not a reward"):
         in_process(lambda completion, record: "0.5")(["a"], [{}])
 
 
@@ -101,7 +101,7 @@ def test_a_judges_errors_are_counted_and_each_kind_is_shown_once(judge, capfd):
         np.testing.assert_array_equal(got, [1, np.nan, np.nan, np.nan, np.nan, 1, 1])
         assert rewards.failures.errors == 3
         with pytest.raises(
-            VerifierError, match=r"first with: RewardError.*'seven' .str. is no reward"
+            VerifierError, match=r"first with: RewardError.*'seven' .str. is not a reward"
         ):
             rewards(["text", "2d"], [{}] * 2)
     out, err = capfd.readouterr()
@@ -109,7 +109,7 @@ def test_a_judges_errors_are_counted_and_each_kind_is_shown_once(judge, capfd):
     failed = [line for line in err.splitlines() if line.startswith("verdict failed")]
     assert failed == [
         "verdict failed: KeyError('missing') (judge.py, line 10), on the completion 'raise' (str); "
-        "more like it are counted"
+        "others are only counted"
     ]
 
 

@@ -64,7 +64,7 @@ def test_degenerate_groups_are_defined():
 
 
 def test_bad_groups_are_errors():
-    with pytest.raises(ValueError, match="4 rewards are no whole number of groups of 3"):
+    with pytest.raises(ValueError, match="4 rewards are not a multiple of the group size 3"):
         adv.grpo_advantages(TWO_RIGHT, 3)
     with pytest.raises(ValueError, match="at least 2, got 1"):
         adv.leave_one_out_advantages(TWO_RIGHT, 1)

@@ -57,7 +57,7 @@ def test_best_and_worst_is_a_loop():
     counted = jnp.arange(12) != 1  # The best of the first group reached the limit, say.
     best, worst, paired = best_and_worst(rewards, 3, counted)
     assert (int(best[0]), int(worst[0])) == (2, 0) and bool(paired[0])
-    with pytest.raises(ValueError, match="12 rewards are no whole number of groups of 5"):
+    with pytest.raises(ValueError, match="12 rewards are not a multiple of the group size 5"):
         best_and_worst(rewards, 5)
 
 

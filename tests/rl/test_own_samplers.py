@@ -114,13 +114,13 @@ def test_a_scalar_is_in_every_part_of_a_rollout(devices):
 
 def test_rollouts_in_parts_whose_shapes_change_are_an_error_that_says_what_to_do():
     assert len(collected(sampler((3, 5)), count=2)) == 2
-    with pytest.raises(ValueError, match="pads prompts to asked.width columns"):
+    with pytest.raises(ValueError, match="must pad prompts to asked.width columns"):
         collected(sampler((3, 5)), OLD, updates=2, count=3)
 
 
 def test_what_is_no_batch_is_an_error():
     nothing = lambda batch, params, key: None
-    with pytest.raises(ValueError, match="transform 1 returned NoneType in place of the batch"):
+    with pytest.raises(ValueError, match="transform 1 returned NoneType instead of the batch"):
         collected(sampler(), OLD, nothing)
     with pytest.raises(ValueError, match="this one gave NoneType"):
         collected(lambda params, asked, key: None)

@@ -173,7 +173,9 @@ def test_columns_stand_at_every_response_of_their_prompt_and_reach_the_sampler()
                 rl.collect(rl.Prompts(PROMPTS, 2, RECORDS, {name: images}), sample, CREDIT), params
             )
     for wrong in ({"image": images[:3]}, {"a/b": images}):
-        with pytest.raises(ValueError, match="for 4 prompts; one each, and no '/'"):
+        with pytest.raises(
+            ValueError, match="for 4 prompts; it needs one row per prompt, and no '/'"
+        ):
             rl.Prompts(PROMPTS, 2, RECORDS, wrong)
 
 

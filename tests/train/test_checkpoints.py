@@ -164,7 +164,7 @@ def test_a_broken_checkpoint_is_set_aside_for_the_one_before(
     for path in files:
         break_file(path, how)
     assert files and steps_in(tmp_path) == [2, 4, 6]
-    with pytest.warns(UserWarning, match="checkpoint 6 cannot be read .* the one before"):
+    with pytest.warns(UserWarning, match="checkpoint 6 cannot be read .* the previous one is used"):
         problem.train(tmp_path, steps=6)
     assert steps_in(tmp_path) == [2, 4, 6]  # written anew
     _, history = problem.train(tmp_path)
@@ -423,7 +423,7 @@ def test_a_write_that_fails_ends_the_run_and_keeps_earlier_checkpoints(problem, 
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     said, place = str(caught.value), tmp_path / "checkpoints"
     assert f"to {place}: " in said and "GB are free there. Make room or choose" in said
-    assert f"The last checkpoint is of step 4, in {place}: go on from it with resume=True" in said
+    assert f"The last checkpoint is of step 4, in {place}: resume from it with resume=True" in said
     assert len(caught.value.history) >= 6 and caught.value.state is not None
     assert steps_in(tmp_path) == [2, 4]
     _, history = problem.train(tmp_path)

@@ -50,7 +50,7 @@ def test_a_log_that_cannot_be_written_ends_the_run_at_once_and_says_what_is_save
     said = str(caught.value)
     assert said.startswith(f"after step 5: {log} could not be written: No space left on device; ")
     assert "GB are free there. Make room" in said
-    assert f"The last checkpoint is of step 4, in {tmp_path / 'checkpoints'}: go on" in said
+    assert f"The last checkpoint is of step 4, in {tmp_path / 'checkpoints'}: resume" in said
     # Seen when the row of step 5 is reported: while step 6 is under way, and not later.
     assert seen == [1, 2, 3, 4, 5] and int(caught.value.state.step) <= 6
     monkeypatch.undo()

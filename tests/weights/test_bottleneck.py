@@ -147,7 +147,7 @@ def test_bad_input_is_explained_and_merging_names_the_adapter():
         parallel_adapter(-1)
     with raises(r"size must lie in 1..16, the features of the sublayer, got 17"):
         adapt(KEY, params, {HOULSBY: bottleneck(17)})
-    with raises("which is no sublayer"):
+    with raises("which is not a sublayer"):
         adapt(KEY, params, {r"layers/.*/up/adapter": bottleneck(2)})
     with raises("no weight matches 'layers/mlp/adaptor'"):
         adapt(KEY, params, {r"layers/mlp/adaptor": bottleneck(2)})

@@ -14,12 +14,12 @@ import scipy.optimize
 from experiments.lab.claims import Claim, Number
 from jaxft import losses
 
-LENGTHS = np.arange(2.0, 12.0, 2.0)  # of the five responses of the exact part
+LENGTHS = np.arange(2.0, 12.0, 2.0)  # tokens of the five responses of the exact part
 REWARDS, BETA, BIAS = np.array([1.0, 0.5, 0.0, 0.5, 1.0]), 0.5, 0.1
 
 
 def measure() -> dict[str, Any]:
-    """What DPO and R-DPO make of labels that favour length, and closed forms of their optima."""
+    """Optima of DPO and R-DPO for labels that favour length, and their closed forms."""
     closed = lambda c: np.exp(REWARDS / BETA + c * LENGTHS / BETA)
     normalised = lambda weights: weights / weights.sum()
     regularised = lambda alpha: functools.partial(losses.length_regularised_dpo_loss, alpha=alpha)
@@ -62,7 +62,7 @@ def optimum(loss: Callable[..., jax.Array]) -> np.ndarray:
 
 
 def judge(exact: dict[str, Any]) -> list[Claim]:
-    """The claims about these optima, and whether they hold."""
+    """Returns the claims about these optima, with their measured numbers."""
     row, right, wrong = (exact[name] for name in ("DPO", "R-DPO", "R-DPO, wrong sign"))
     off = lambda row, length: abs(row["length"] - length)
     distance = functools.partial(Number, direction="below", bound=5e-3, style=".1e", unit="tokens")

@@ -3,19 +3,19 @@
 A model that was fine-tuned on reports writes four of its own to each image; an automatic judge scores
 them against the reference report, the best and the worst make a pair, and DPO, KTO, IPO, SimPO and ORPO
 learn from such pairs without any human. The judge counts as GREEN does, and so has its loophole: what is
-true and not in the reference costs nothing, whence longer reports.
+true and not in the reference has no cost, which favours longer reports.
 
     python experiments/papers/cxr_preference/main.py
 
 Images are twelve tokens of evidence, reports name findings (reports.py); a model of 0.1 M
 parameters. Beside the five, with the same steps and as many tokens: more of the supervised start
 ("more SFT"), and the best of the four as a supervised target ("best of 4"). A checkpoint is chosen on
-validation images, as in the paper; what is printed is of other images, one sample each. Reports that the
+validation images, as in the paper; printed results are for other images, one sample each. Reports that the
 judge cannot read (here: without an end) give no pair, and count 0 where methods are compared.
 
-The paper's lengthening, up to 3.2 times, is not reached by so small a language in which three negatives
-are the habit. What the bias of a judge does is therefore also shown exactly: five responses whose labels
-favour length by 0.1 a token. DPO's optimum is then the biased one, R-DPO's with α = 0.1 the unbiased one.
+The paper's lengthening, up to 3.2 times, is not reached in such a small language with a habit of three
+negatives. The effect of a judge's bias is therefore also shown exactly: five responses whose labels favour
+length by 0.1 a token. DPO's optimum is then the biased one, R-DPO's with α = 0.1 the unbiased one.
 
 Seen over seeds 0 to 2: DPO gains for 100 steps; by 200 its reports have grown from 6.2 to 9 tokens and its
 GREEN has fallen below the start's, which is why a checkpoint is chosen. On seed 0 115 of SimPO's 1000
@@ -64,17 +64,17 @@ BASELINES = ("more SFT", "best of 4")
 class Config:
     """Sizes and seeds."""
 
-    seeds: int = 3  # runs of each kind, each with a seed of its own
-    first_seed: int = 0  # of the seeds first_seed, first_seed + 1, ...
-    sft_steps: int = 700  # of supervised training, before all methods
-    images: int = 3000  # whose samples make pairs
-    samples: int = 4  # of each
-    steps: int = 200  # of each method
+    seeds: int = 3  # runs of each kind, each with its own seed
+    first_seed: int = 0  # the seeds are first_seed, first_seed + 1, ...
+    sft_steps: int = 700  # steps of supervised training before all methods
+    images: int = 3000  # images whose samples form pairs
+    samples: int = 4  # samples per image
+    steps: int = 200  # steps of each method
     every: int = 50  # steps between checkpoints
     batch_size: int = 32  # pairs
-    learning_rate: float = 3e-4  # of the preference methods
-    held_out: int = 1000  # images of the test; half as many choose the checkpoint
-    # directory of the figure, metrics.json and what is kept of finished seeds
+    learning_rate: float = 3e-4  # learning rate of the preference methods
+    held_out: int = 1000  # test images; half as many select the checkpoint
+    # directory for the figure, metrics.json and the cache of finished seeds
     output_dir: str = "runs/cxr_preference"
     record: flags.Record = flags.Record()
     smoke: bool = False  # seconds; claims are printed, not judged
@@ -82,7 +82,7 @@ class Config:
 
 
 def main(config: Config) -> int:
-    """Measures all claims; the exit code is 1 if one does not hold."""
+    """Measures all claims; returns exit code 1 if one does not hold."""
     this = begin(config)
     if config.smoke:
         config = dataclasses.replace(
@@ -96,7 +96,7 @@ def main(config: Config) -> int:
 
 
 def run_seed(config: Config, seed: int) -> dict[str, Any]:
-    """What one start, its pairs and all methods came to."""
+    """Returns the results of one start, its pairs and all methods."""
     size = dict(width=16, layers=1) if config.smoke else {}
     # A finding is a place among the evidence, so places are learnt.
     places = dict(learned_positions=True, rope=None)
@@ -199,7 +199,7 @@ def measure(model: Decoder, params: Any, cases: world.Cases, *, key: jax.Array) 
 
 
 def against(found: dict[str, Any], start: dict[str, Any]) -> dict[str, Any]:
-    """The measured numbers, and what is left of the gain at equal length."""
+    """Returns the measured numbers, and the remaining gain at equal length."""
     wins = 0.5 * (1 + np.sign(found["greens"] - start["greens"]))
     matched, share = standardised_mean(found["greens"], found["tokens"], start["tokens"])
     rest = {k: v for k, v in found.items() if k not in ("greens", "tokens")}
@@ -212,7 +212,7 @@ def against(found: dict[str, Any], start: dict[str, Any]) -> dict[str, Any]:
 
 
 def judge(metrics: dict[str, Any]) -> list[Claim]:
-    """The claims and whether they hold."""
+    """Returns the claims with their measured numbers."""
     runs = metrics["runs"]
     five, baselines = ([n for n in names if n in runs[0]] for names in (FIVE, BASELINES))
     column = lambda name, what: np.array([run[name][what] for run in runs])

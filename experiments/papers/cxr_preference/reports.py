@@ -16,7 +16,7 @@ from experiments.worlds import toy_text as toy
 from jaxft.data import GreenCounts
 
 FINDINGS, PREVALENCE, UNCLEAR, WRONG = 12, 0.18, 0.15, 0.05
-NEGATIVES = 3  # of a report
+NEGATIVES = 3  # negative findings in a report
 PRESENT, ABSENT, UNKNOWN, ASK, END = range(5)
 POSITIVE, NEGATIVE = 5, 5 + FINDINGS  # ids of "finding 0 is there" and "finding 0 is not"
 VOCABULARY = 5 + 2 * FINDINGS + 1
@@ -25,11 +25,11 @@ LENGTH = FINDINGS + 1 + SIZE
 
 
 class Cases(NamedTuple):
-    """Images and what is true of them."""
+    """Images with their true findings."""
 
     prompts: np.ndarray  # [N, FINDINGS + 1] evidence, and the token that asks for a report
     truth: np.ndarray  # [N, FINDINGS] which findings are there
-    reports: list[list[int]]  # of reference, with END
+    reports: list[list[int]]  # reference reports, with END
 
 
 def draw(rng: np.random.Generator, count: int) -> Cases:

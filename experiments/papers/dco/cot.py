@@ -39,16 +39,16 @@ class Settings(NamedTuple):
     """Sizes."""
 
     pretraining: int = 6000  # sums of other numbers
-    until: float = 0.1  # probability of a right working, where pretraining ends
-    questions: int = 750  # with one annotated working each
+    until: float = 0.1  # probability of a correct working at which pretraining ends
+    questions: int = 750  # questions with one annotated working each
     held_out: int = 200
     steps: int = 180
     every: int = 60
     batch_size: int = 32
-    samples: int = 64  # behind p̂, and to each held-out question
-    threshold: float = 0.1  # of p̂, for those that train
+    samples: int = 64  # samples for p̂, and for each held-out question
+    threshold: float = 0.1  # maximum p̂ of questions that train
     warmup: int = 20  # steps without the filter
-    looked: int = 20  # batches of candidates that may go by without a full batch
+    looked: int = 20  # maximum candidate batches drawn for one full batch
     learning_rate: float = 3e-4
     width: int = 64
     layers: int = 2
@@ -146,7 +146,7 @@ def _success(model, settings, pairs, reward):
 
 
 def judge(runs: list[dict]) -> list[Claim]:
-    """The claims and whether they hold."""
+    """Returns the claims with their measured numbers."""
     # Where both still trained: DCO ends early if nothing is hard any more.
     ends = [min(run[arm][-1]["step"] for arm in ARMS) for run in runs]
     at = lambda run, arm, step: next(row for row in run[arm] if row["step"] == step)

@@ -1,7 +1,7 @@
 """DCO: Rethinking Fine-Tuning when Scaling Test-Time Compute, Limiting Confidence (arXiv 2502.07154).
 
-Who samples N answers and has a verifier wants one right answer among them (pass@N); cross-entropy makes a
-model sure of few answers, mostly wrong ones, and its pass@N falls as training goes on. Direct coverage
+With N samples and a verifier, one correct answer is enough (pass@N). Cross-entropy makes a model confident of
+few answers, mostly wrong ones, and its pass@N falls during training. Direct coverage
 optimization trains for pass@N': it stops learning an example when N' samples would solve it anyway.
 
     python experiments/papers/dco/main.py
@@ -12,7 +12,7 @@ optimization trains for pass@N': it stops learning an example when N' samples wo
 A small model reads `47*83=` and answers with four digits, no steps between. pass@N is exact, without
 samples: the mean of 1 - (1 - p)^N over test problems, p the likelihood of the one right answer. Most of the
 late gap is overfitting that early stopping would also avoid, so both are compared as well at
-the epochs that are best on a validation split: there three seeds do not tell them apart in pass@256 (gain
+the epochs that are best on a validation split: there three seeds cannot distinguish them in pass@256 (gain
 0.06, interval -0.10 to 0.22), a claim that does not hold at the default size.
 
 The 80 epochs were set after a run of 40 with the same seeds, where this model was not yet sure of its answers
@@ -20,7 +20,7 @@ The 80 epochs were set after a run of 40 with the same seeds, where this model w
 
 The weight is that of the authors' code, F(N', p) times the token-mean cross-entropy; its queue, which refills
 batches with examples of weight above 0.1, is left out here. The forms for chains of thought, with the queue,
-and for proofs have files of their own: cot.py and proof.py tell their tasks.
+and for proofs are in cot.py and proof.py, which describe their tasks.
 """
 
 from __future__ import annotations
@@ -53,26 +53,26 @@ from jaxft.objectives import coverage, sequence_log_probs
 TIMES, EQUALS, END, VOCABULARY = 10, 11, 12, 13  # after the ten digits
 ANSWER = 5  # tokens: four digits and the end
 SAMPLES = (1, 16, 256, 4096)  # N of the tables
-BINS = 20  # of confidence
-PARTS = {"direct": {}, "cot": {"mode": "cot"}, "proof": {"mode": "proof"}}  # of the record
+BINS = 20  # bins of confidence
+PARTS = {"direct": {}, "cot": {"mode": "cot"}, "proof": {"mode": "proof"}}  # parts of the record
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Sizes and seeds."""
 
-    # answers at once, after workings, or by a search for proofs (their sizes stand in their files)
+    # direct answers, answers after workings, or search for proofs (their sizes are in their files)
     mode: Literal["direct", "cot", "proof"] = "direct"
     num_samples: tuple[int, ...] = (1, 16, 256)  # N' of training; 1 is cross-entropy
-    seeds: int = 3  # runs of each kind, each with a seed of its own
-    first_seed: int = 0  # of the seeds first_seed, first_seed + 1, ...
+    seeds: int = 3  # runs of each kind, each with its own seed
+    first_seed: int = 0  # the seeds are first_seed, first_seed + 1, ...
     epochs: int = 80  # passes over the problems
     every: int = 5  # epochs between measurements
     problems: int = 2000  # to train on, of 8100
     held_out: int = 800  # test problems, and half as many for validation
-    batch_size: int = 100  # problems of a step
+    batch_size: int = 100  # problems per step
     learning_rate: float = 1e-3  # of Adam, the same for all N'
-    # directory of the figure, metrics.json and what is kept of finished seeds
+    # directory for the figure, metrics.json and the cache of finished seeds
     output_dir: str = "runs/dco"
     record: flags.Record = flags.Record()
     smoke: bool = False  # seconds; claims are printed, not judged
@@ -80,7 +80,7 @@ class Config:
 
 
 def main(config: Config) -> int:
-    """Measures all claims; the exit code is 1 if one does not hold."""
+    """Measures all claims; returns exit code 1 if one does not hold."""
     this = begin(config, PARTS)
     if not {1, 256} <= set(config.num_samples):
         raise ValueError(f"num_samples: 1 and 256 must be among them, got {config.num_samples}.")
@@ -101,7 +101,7 @@ def main(config: Config) -> int:
 
 
 def other_mode(this: Run, config: Config) -> int:
-    """The same of chains of thought or of proofs."""
+    """Measures the claims about chains of thought or proofs."""
     part = {"cot": cot, "proof": proof}[config.mode]
     run = functools.partial(part.run_seed, part.SMOKE if config.smoke else part.Settings())
     return measure_claims(
@@ -164,13 +164,13 @@ def pass_at(log_probs: np.ndarray) -> dict[str, float]:
 
 
 def log_probs(model: Decoder, params: Any, batch: dict[str, jax.Array]) -> np.ndarray:
-    """log p [B] of the right answers."""
+    """log p [B] of the correct answers."""
     groups = jax.tree.map(lambda x: x[:, None], batch)
     return np.asarray(_sums(model)(params, groups))[:, 0]
 
 
 def measure(model: Decoder, params: Any, batch: dict[str, jax.Array]) -> dict[str, Any]:
-    """pass@N, and how sure the model is of its likeliest answer (greedy) where right and where wrong."""
+    """Measures pass@N, and the confidence in correct and in wrong greedy answers."""
     questions, answers = batch["tokens"][:, :-ANSWER], batch["tokens"][:, -ANSWER:]
     greedy = toy.sampler(model, ANSWER, temperature=0.0)
     tokens, _, token_log_probs = greedy(params, questions, jax.random.key(0))
@@ -192,7 +192,7 @@ def best(rows: list[dict[str, Any]], num_samples: int) -> dict[str, Any]:
 
 
 def judge(metrics: dict[str, list]) -> list[Claim]:
-    """The claims and whether they hold."""
+    """Returns the claims with their measured numbers."""
     last = lambda n, samples: np.array([rows[-1]["pass"][str(samples)] for rows in metrics[n]])
     peak = lambda n, samples: np.array(
         [best(rows, samples)["pass"][str(samples)] for rows in metrics[n]]

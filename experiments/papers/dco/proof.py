@@ -1,16 +1,16 @@
 """dco.py --mode proof: proofs of a hidden rule, found by samples and by best-first search.
 
 A theorem is four symbols, a proof four tactics of six. The right tactic is that of a hidden rule of two
-symbols in 70 % of steps, and any of the six in the others, which no model can know of new theorems: one
+symbols in 70 % of steps, and any of the six in the others, which no model can predict for new theorems: one
 path of 1296 is right. A model of 0.05 M parameters that is sure of every step is wrong in most proofs.
 
 Over seeds 0 to 2: by 256 samples N_eff 4 proves 0.582 of new theorems, cross-entropy 0.521 (+0.061 [0.017,
-0.105]), which was at 0.631 before it overfitted: where each stops at its best epoch they cannot be told
-apart (+0.013 [-0.087, 0.112]). By best-first search N_eff 4 is not ahead (-0.007 [-0.103, 0.090]), perhaps
-as a search needs the order of the branches alone. N_eff 16, more than there are branches, gives a step of p
-= 0.25 a twentieth of its weight and learns too slowly (search -0.093 [-0.255, 0.068]); in the first proof
-of a search it is 0.052 [0.016, 0.088] behind. Sizes were set on seed 100: with 600 theorems little was
-learned of new ones.
+0.105]), which was at 0.631 before it overfitted: where each stops at its best epoch they cannot be
+distinguished (+0.013 [-0.087, 0.112]). By best-first search N_eff 4 is not ahead (-0.007 [-0.103, 0.090]),
+perhaps as a search needs the order of the branches alone. N_eff 16, more than there are branches, gives a
+step of p = 0.25 a twentieth of its weight and learns too slowly (search -0.093 [-0.255, 0.068]); in the
+first proof of a search it is 0.052 [0.016, 0.088] behind. Sizes were set on seed 100: with 600 theorems
+little was learned of new ones.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Settings(NamedTuple):
     """Sizes."""
 
     widths: tuple[int, ...] = (1, 4, 16)  # N_eff; 1 is cross-entropy
-    predictable: float = 0.7  # of the steps
+    predictable: float = 0.7  # fraction of predictable steps
     theorems: int = 1500  # to train on, of 4096
     held_out: int = 200  # and half as many for validation
     epochs: int = 40
@@ -166,7 +166,7 @@ def search(log_probs: np.ndarray, proof: np.ndarray):
 
 
 def judge(runs: list[dict]) -> list[Claim]:
-    """The claims and whether they hold."""
+    """Returns the claims with their measured numbers."""
     widths = [width for width in runs[0] if width != "1"]
     last = lambda width, how, n: np.array([run[width][-1][how][str(n)] for run in runs])
 

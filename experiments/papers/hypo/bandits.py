@@ -83,7 +83,7 @@ def solve(
 
 
 def measure(theta: jax.Array, bandit: Bandit, beta: float) -> dict[str, jax.Array]:
-    """What the policy is worth, and how far it went from the reference."""
+    """Measures the reward of the policy and its KL from the reference."""
     log_p = log_policy(theta, bandit)
     p = jnp.exp(log_p)
     seen = jnp.zeros(p.shape, bool).at[bandit.pairs.reshape(-1)].set(True)

@@ -1,9 +1,9 @@
 """HyPO: The Importance of Online Data, Understanding Preference Fine-tuning via Coverage (arXiv 2406.01462).
 
-DPO compares log-ratios on its pairs alone, so what no pair contains may become anything; HyPO adds the KL
-from the reference on the policy's own samples, which need no reward. Three parts: three responses of which
-one is in no pair, random log-linear bandits (both with exact gradients), and a small language model whose
-pairs cannot say what goes wrong, beside online RLOO, which sees the true reward.
+DPO compares log-ratios on its pairs alone, so responses outside of the pairs are unconstrained; HyPO adds
+the KL from the reference on the policy's own samples, which need no reward. Three parts: three responses of
+which one is in no pair, random log-linear bandits (both with exact gradients), and a small language model
+whose pairs do not show the failure, compared with online RLOO, which sees the true reward.
 
     python experiments/papers/hypo/main.py
     python experiments/papers/hypo/main.py --text-kl-weight 0.1     more of the KL, less of the reward
@@ -45,13 +45,13 @@ RANDOM = (0.0, 0.03)  # λ of part 2
 class Config:
     """Sizes and seeds."""
 
-    draws: int = 60  # of random bandits
-    seeds: int = 4  # of the language model
-    pretrain_steps: int = 400  # of the language model, before all methods
-    steps: int = 300  # of each method
-    beta: float = 0.5  # of the text part
-    text_kl_weight: float = 0.03  # HyPO's λ there
-    # directory of the figure, metrics.json and what is kept of finished seeds
+    draws: int = 60  # number of random bandits
+    seeds: int = 4  # seeds of the language model
+    pretrain_steps: int = 400  # pretraining steps of the language model
+    steps: int = 300  # steps of each method
+    beta: float = 0.5  # β of the text part
+    text_kl_weight: float = 0.03  # HyPO's λ in the text part
+    # directory for the figure, metrics.json and the cache of finished seeds
     output_dir: str = "runs/hypo"
     record: flags.Record = flags.Record()
     smoke: bool = False  # seconds; claims are printed, not judged
@@ -59,7 +59,7 @@ class Config:
 
 
 def main(config: Config) -> int:
-    """Measures all claims; the exit code is 1 if one does not hold."""
+    """Measures all claims; returns exit code 1 if one does not hold."""
     this = begin(config)
     settings = text.Settings(
         pretrain_steps=config.pretrain_steps, steps=config.steps, every=max(1, config.steps // 30),
@@ -80,7 +80,7 @@ def main(config: Config) -> int:
 
 
 def judge(metrics: dict[str, Any]) -> list[Claim]:
-    """The claims and whether they hold."""
+    """Returns the claims with their measured numbers."""
     dpo, weak, held = (metrics["three"][key] for key in ("0", "0.01", "0.1"))
     one, two = (metrics["random"][f"{w:g}"] for w in RANDOM)
     lower = np.array(two["kl"]) < np.array(one["kl"])
@@ -165,9 +165,9 @@ def judge(metrics: dict[str, Any]) -> list[Claim]:
 
 
 def reward_at(rows: list[dict[str, float]], kl: float) -> float:
-    """The reward when a run first came to a KL, between measurements on a line."""
+    """Interpolates the reward linearly to where a run first reaches a KL."""
     after = next((i for i, row in enumerate(rows) if row["kl"] >= kl), None)
-    if not after:  # It never did, or started there.
+    if not after:  # The KL was never reached, or at the start.
         return rows[-1 if after is None else 0]["reward"]
     kls, rewards = ([row[name] for row in rows[after - 1 : after + 1]] for name in ("kl", "reward"))
     return float(np.interp(kl, kls, rewards))

@@ -35,11 +35,11 @@ class Settings(NamedTuple):
     pretrain_steps: int = 400
     steps: int = 300
     every: int = 10  # steps between measurements
-    texts: int = 4096  # of which pairs are made
+    texts: int = 4096  # texts for the pairs
     batch_size: int = 32  # pairs
-    prompts: int = 32  # of fresh samples, in HyPO and RLOO
-    samples: int = 4  # for each of them
-    held_out: int = 512  # fresh samples of a measurement
+    prompts: int = 32  # prompts per step of fresh samples, in HyPO and RLOO
+    samples: int = 4  # samples per prompt
+    held_out: int = 512  # fresh samples per measurement
     width: int = 64
     layers: int = 2
     learning_rate: float = 1e-3
@@ -68,7 +68,7 @@ def _shares(topics):
 
 
 def count(words: jax.Array, kind: tuple[int, int]) -> jax.Array:
-    """How many of the last axis are of a kind."""
+    """Counts the words of a kind on the last axis."""
     return jnp.sum((words >= kind[0]) & (words < kind[1]), axis=-1, dtype=jnp.float32)
 
 
@@ -176,14 +176,14 @@ def _draw(name, model, settings):
 
 
 def experience(topics: jax.Array, words: jax.Array, advantages: jax.Array) -> dict[str, jax.Array]:
-    """What `policy_gradient` reads, of whole texts."""
+    """Returns the batch of `policy_gradient` from whole texts."""
     tokens = jnp.concatenate([topics, words], axis=1)
     return {
         "tokens": tokens,
         "segment_ids": jnp.ones_like(tokens),
         "positions": jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape),
         "completion_mask": jnp.ones(words.shape, bool),
-        "sampler_log_probs": jnp.zeros(words.shape),  # Only shown, as a gap, and not here.
+        "sampler_log_probs": jnp.zeros(words.shape),  # Used only for a logged gap, not here.
         "advantages": advantages,
     }
 

@@ -44,23 +44,23 @@ HIDDEN = 64  # units, where the width is not what is measured
 RATES = (1e-2, 3e-2, 1e-1)  # of Adam, in the subspace
 FULL_RATES = (1e-3, 3e-3, 1e-2)
 CHANCE = 0.5
-PARTS = {"main": {}, "minilm": {"model": "minilm"}}  # of the record
+PARTS = {"main": {}, "minilm": {"model": "minilm"}}  # parts of the record
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Sizes and seeds."""
 
-    seeds: int = 3  # runs of each kind, each with a seed of its own
-    steps: int = 600  # of fine-tuning
+    seeds: int = 3  # runs of each kind, each with its own seed
+    steps: int = 600  # steps of fine-tuning
     # steps of pretraining; the last is "pretrained"
     checkpoints: tuple[int, ...] = (0, 50, 200, 1000)
     widths: tuple[int, ...] = (32, 64, 128, 256)  # hidden units
     grid: tuple[int, ...] = (4, 8, 16, 32, 64, 128, 256)  # dimensions
-    batch_size: int = 50  # examples of a step
+    batch_size: int = 50  # examples per step
     model: str | None = None  # also tune this transformer: minilm, smollm2, a directory or hub id
     tuning: text.Settings = text.Settings()  # of that transformer
-    # directory of the figure, metrics.json and what is kept of finished seeds
+    # directory for the figure, metrics.json and the cache of finished seeds
     output_dir: str = "runs/intrinsic_dimension"
     preset: Literal["small", "full"] = "small"  # full: the paper's own setting for the transformer
     record: flags.Record = flags.Record()
@@ -69,7 +69,7 @@ class Config:
 
 
 def main(config: Config) -> int:
-    """Measures all claims; the exit code is 1 if one does not hold."""
+    """Measures all claims; returns exit code 1 if one does not hold."""
     this = begin(config, PARTS)
     if config.preset == "full":
         paper = dict(model=config.model or "FacebookAI/roberta-base", tuning=text.PAPER)
@@ -219,7 +219,7 @@ def mlp(params: dict[str, Any], x: jax.Array) -> jax.Array:
 
 
 def accuracy(params, part) -> jax.Array:
-    """Share of right labels."""
+    """Fraction of correct labels."""
     return jnp.mean(jnp.argmax(mlp(params, part["x"]), 1) == part["y"])
 
 
@@ -238,7 +238,7 @@ def split(seed: int) -> dict[str, dict[str, np.ndarray]]:
 
 
 def judge(metrics: dict[str, Any]) -> list[Claim]:
-    """The claims and whether they hold."""
+    """Returns the claims with their measured numbers."""
     curves = metrics["curves"]
     gaps = {
         f"{method} {d}": np.subtract(scores, curves[f"random {method}"]["scores"][d])

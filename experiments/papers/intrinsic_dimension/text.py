@@ -38,14 +38,14 @@ GLUE_FIELDS = {
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Of the transformer's fine-tuning."""
+    """Settings of the transformer's fine-tuning."""
 
     data: str = "templates"  # or a task of GLUE: mrpc, qqp, sst2
     dims: tuple[int, ...] = (100, 1000, 10_000)  # d, the dimensions of the subspaces
     rates: tuple[float, ...] = (1e-2,)  # of Adam, in the subspace
     full_rates: tuple[float, ...] = (5e-5,)  # of Adam, where all params train
-    steps: int = 60  # of each run
-    batch_size: int = 16  # sentences or pairs of a step
+    steps: int = 60  # steps of each run
+    batch_size: int = 16  # sentences or pairs per step
     length: int = 16  # tokens
     held_out: int = 240  # sentences
     seeds: int = 1  # restarts, each with a subspace and a head of its own
@@ -135,7 +135,7 @@ def logits(model, params, batch):
 
 
 def accuracy(model, params, examples, batch_size):
-    """Share of right labels."""
+    """Fraction of correct labels."""
     right = jax.jit(lambda p, b: jnp.sum(jnp.argmax(logits(model, p, b), 1) == b["labels"]))
     count = len(examples["labels"])
     parts = [range(i, min(i + batch_size, count)) for i in range(0, count, batch_size)]

@@ -69,18 +69,20 @@ class Config:
     """Sizes, seeds and, with --model, the model and its data."""
 
     model: str | None = None  # None: the small byte model; else as for experiments/sft.py
-    data: str = f"{NEEDLE}&size=2000&seed=1"  # with --model; what it learns
-    eval_data: str = f"{NEEDLE}&size=200&seed=1000000"  # halves: learning rates, figures
-    seeds: int = 3  # runs of each kind, each with a seed of its own
-    pretrain_steps: int = 500  # of the byte model
-    layers: int = 4  # of the byte model
-    steps: int = 100  # of each fine-tuning
-    batch_size: int = 16  # rows of a step
-    microbatches: int = 1  # parts of a batch, one after the other
+    data: str = f"{NEEDLE}&size=2000&seed=1"  # with --model: the training data
+    eval_data: str = (
+        f"{NEEDLE}&size=200&seed=1000000"  # one half selects learning rates, the other is reported
+    )
+    seeds: int = 3  # runs of each kind, each with its own seed
+    pretrain_steps: int = 500  # pretraining steps of the byte model
+    layers: int = 4  # layers of the byte model
+    steps: int = 100  # steps of each fine-tuning run
+    batch_size: int = 16  # rows per step
+    microbatches: int = 1  # parts of a batch that are processed in turn
     length: int = 128  # tokens of a row
     rank: int = 8  # LoRA's; PaCA takes twice as many rows, about as many parameters
     learning_rate: float = 1e-3  # the grid is 1, 3, 10 and 30 times this
-    # directory of the figure, metrics.json and what is kept of finished seeds
+    # directory for the figure, metrics.json and the cache of finished seeds
     output_dir: str = "runs/paca"
     preset: Literal["small", "full"] = "small"  # full: Llama-3-8B on OASST1's best paths, a pod
     record: flags.Record = flags.Record()
@@ -89,7 +91,7 @@ class Config:
 
 
 def main(config: Config) -> int:
-    """Measures all claims; the exit code is 1 if one does not hold."""
+    """Measures all claims; returns exit code 1 if one does not hold."""
     this = begin(config)
     config = _sized(config)
     choices.check_companions(config, {"data": "model", "eval_data": "model"})
@@ -106,7 +108,7 @@ def main(config: Config) -> int:
 
 
 def rules(method: str, rank: int, pattern: str = ALL_LINEAR) -> dict[str, Rule]:
-    """What trains under a method; "paca" and a selection rule have 2 `rank` rows."""
+    """Returns the adapter rules of a method; "paca" and selection rules have 2 `rank` rows."""
     if method == "base":
         return {}
     if method == "full":
@@ -137,13 +139,13 @@ def gated_mlp(method: str, remat: str = "none") -> tuple[Callable, Any, Any, jax
     made = rules(method, 4 if method == "paca" else 8, r"mlp/.*/kernel")
     shape = lambda key, x: adapt(key, block.init(key, x)["params"], made)
     trainable, frozen = partition(jax.eval_shape(shape, jax.random.key(0), x))
-    # In place, as within a step of training.
+    # Weights in place, as in a training step.
     loss = lambda t, f, x: jnp.sum(block.apply({"params": in_place(combine(t, f))}, x))
     return loss, trainable, frozen, x
 
 
 def residuals(method: str, remat: str) -> list[dict[str, Any]]:
-    """What the backward pass of the block keeps besides arguments: shape, bytes, where it is from."""
+    """Arrays that the block's backward pass keeps besides arguments: shape, bytes, origin."""
     kept = saved_residuals(*gated_mlp(method, remat))
     return [
         {"shape": list(a.shape), "bytes": a.size * a.dtype.itemsize, "from": where}
@@ -162,7 +164,7 @@ def compare(config: Config, task: Task) -> dict[str, Any]:
     """Losses on the test split by seed, each method at the rate that validation chose."""
     objective = supervised(task.model.forward)
     eval_step = train.make_eval_step(objective)
-    # Of dense params, so that one program serves all methods.
+    # As a function of dense params, so that one program serves all methods.
     score = lambda params, batches: train.evaluate(
         eval_step, merge(params), batches, mesh=task.mesh
     )["loss"]
@@ -174,7 +176,7 @@ def compare(config: Config, task: Task) -> dict[str, Any]:
         seconds.setdefault(method, []).append(taken)
         return score(params, batches)
 
-    # A seed that none of the figures has.
+    # A seed that no reported result uses.
     tuning = {
         method: {rate: tuned(method, rate, config.seeds, task.validation) for rate in grid}
         for method in METHODS
@@ -224,7 +226,7 @@ def _adapted(config, task, method, seed):
 
 
 def judge(metrics: dict[str, Any]) -> list[Claim]:
-    """The claims and whether they hold."""
+    """Returns the claims with their measured numbers."""
     kept = {r: {m: _megabytes(x) for m, x in by.items()} for r, by in metrics["residuals"].items()}
     products, quality = metrics["products"], metrics["quality"]
     runs, zero = quality["test"], quality["zero_shot"]
@@ -285,7 +287,7 @@ def judge(metrics: dict[str, Any]) -> list[Claim]:
 
 
 def full_width_only_in(lean: dict[str, list], method: str = "paca") -> list[list[int]]:
-    """Shapes that PaCA keeps and that are as wide as an input of a linear, but for gate, up and x.
+    """Shapes that PaCA keeps and that are as wide as an input of a linear, except gate, up and x.
 
     Under "lean" the frozen block itself needs gate and up [T, F] for the activation's gradient;
     anything more of that width, or of the width of x, would be there for a weight's gradient alone.

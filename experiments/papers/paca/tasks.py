@@ -1,4 +1,4 @@
-"""What PaCA's script fine-tunes: a byte model that moves from prose to program text, or a model from disk."""
+"""Tasks of PaCA's script: a byte model fine-tuned from prose to program text, or a model from disk."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from jaxft.objectives import supervised
 
 
 class Task(NamedTuple):
-    """A pretrained model and what it is to learn."""
+    """A pretrained model and its fine-tuning data."""
 
     model: Decoder
     params: Any
-    batches: Callable[[int], Iterable]  # of a seed
+    batches: Callable[[int], Iterable]  # seed -> batches
     validation: list[Any]
     test: list[Any]
     mesh: Any = None
 
 
 def small_task(config) -> Task:
-    """A byte model pretrained on prose, to be moved to program text."""
+    """A byte model pretrained on prose, to be fine-tuned on program text."""
     prose, code = language_reference(), library_sources()
     settings = DecoderConfig(
         256, 128, 352, num_layers=config.layers, num_heads=4, num_kv_heads=4, head_dim=32,

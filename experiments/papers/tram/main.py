@@ -10,9 +10,9 @@ learns Python's language reference; the other domains are data-set descriptions,
     python experiments/papers/tram/main.py --preset full --texts m2d2      GPT-2 on a folder of <domain>.txt
 
 The learning rate is Adam's best on a validation split of the training domain, which favours Adam; no other
-domain chooses anything. Adam (0.9, 0.99) is the base of all. The order of eleven methods at this size is
-mostly noise: asserted is the mechanism, that no sharpness-aware method costs accuracy in its domain,
-that the best TRAM does not lose out of it, and that no TRAM ends sharper than Adam with every seed.
+domain is used for selection. Adam (0.9, 0.99) is the base of all. The order of eleven methods at this size is
+mostly noise: the claims are about the mechanism: no sharpness-aware method costs accuracy in its domain,
+the best TRAM does not lose out of it, and no TRAM ends sharper than Adam with every seed.
 
 What does not hold at the default size: the paper's radii are those of models with 10^8 params. Models of
 2 x 10^4 and few steps end flatter with them but behind Adam in their domain, Fisher-SAM and TRAM-Fisher
@@ -64,29 +64,29 @@ from jaxft.analysis import filter_normalised, loss_along
 from jaxft.parallel import make_mesh
 
 HELD_IN = ("validation", "in domain")
-SURFACE = ("Adam", "SAM", "ASAM", "TRAM-x", "TRAM-θ_0")  # in the figure
+SURFACE = ("Adam", "SAM", "ASAM", "TRAM-x", "TRAM-θ_0")  # methods in the figure
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Sizes and seeds."""
 
-    seeds: int = 4  # runs of each kind, each with a seed of its own
-    pretrain_steps: int = 400  # of both small models
-    steps: int = 200  # of fine-tuning on digits
-    text_steps: int = 100  # of fine-tuning on text
+    seeds: int = 4  # runs of each kind, each with its own seed
+    pretrain_steps: int = 400  # pretraining steps of both small models
+    steps: int = 200  # steps of fine-tuning on digits
+    text_steps: int = 100  # steps of fine-tuning on text
     batch_size: int = 32  # text: half of it
-    rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)  # of digits
-    # learning rates of text, of which the best is taken
+    rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)  # learning rates of digits
+    # learning rates of text; the best is used
     text_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
     length: int = 64  # tokens of a row
-    layers: int = 2  # of both small models
-    methods: tuple[str, ...] = METHODS  # those without d may be left out, but not Adam
-    model: str | None = None  # for the text part, in place of the small one
+    layers: int = 2  # layers of both small models
+    methods: tuple[str, ...] = METHODS  # methods without d may be omitted, except Adam
+    model: str | None = None  # replaces the small model of the text part; None: the small model
     lora: bool = True  # with --model: LoRA of rank 8, else all params train
-    texts: str | None = None  # folder of <domain>.txt, in place of installed texts
-    domain: str = "math"  # with --texts: the one that trains
-    # directory of the figure, metrics.json and what is kept of finished seeds
+    texts: str | None = None  # folder of <domain>.txt; None: installed texts
+    domain: str = "math"  # with --texts: the training domain
+    # directory for the figure, metrics.json and the cache of finished seeds
     output_dir: str = "runs/tram"
     # full: GPT-2 on M2D2 as in the paper; 20 seeds of digits
     preset: Literal["small", "full"] = "small"
@@ -96,7 +96,7 @@ class Config:
 
 
 def main(config: Config) -> int:
-    """Measures all claims; the exit code is 1 if one does not hold."""
+    """Measures all claims; returns exit code 1 if one does not hold."""
     this = begin(config)
     config = _sized(config)
     choices.check_companions(config, {"lora": "model", "domain": "texts"})
@@ -136,7 +136,7 @@ def text_part(config: Config) -> tuple[list[Task], dict]:
 
 
 def options(config: Config) -> dict | None:
-    """The compiler's: a dry run compiles for longer than it runs."""
+    """Returns compiler options: a dry run compiles for longer than it runs."""
     return {"xla_backend_optimization_level": "0"} if config.smoke else None
 
 
@@ -186,7 +186,7 @@ def surface(tasks: list[Task], tuned: dict[str, list], points: int) -> dict[str,
 
 
 def judge(metrics: dict[str, Any]) -> list[Claim]:
-    """The claims and whether they hold."""
+    """Returns the claims with their measured numbers."""
     parts = {name: metrics[name]["methods"] for name in ("digits", "text")}
     off = {f"{n} {m}": p[m]["length_error_over_rounding"] for n, p in parts.items() for m in RADII}
     trends = {
@@ -263,7 +263,7 @@ def trend(d: list[float]) -> float:
 
 
 def scores(seeds: list[dict], measure: str) -> Any:
-    """By domain [seeds], "elsewhere" the mean of all other domains; of "sharpness" one array."""
+    """Scores [seeds] by domain, "elsewhere" the mean of other domains; one array for "sharpness"."""
     if measure == "sharpness":
         return np.array([row[measure] for row in seeds])
     domains = [name for name, value in seeds[0].items() if isinstance(value, dict)]
@@ -272,7 +272,7 @@ def scores(seeds: list[dict], measure: str) -> Any:
 
 
 def standard_error(values: np.ndarray) -> float:
-    """Of the mean, over seeds; 0 for one seed."""
+    """Standard error of the mean over seeds; 0 for one seed."""
     return float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else 0.0
 
 

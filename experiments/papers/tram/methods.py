@@ -1,4 +1,4 @@
-"""The eleven methods of tram.py, how they train, and what is measured of them."""
+"""The eleven methods of tram.py, their training and their measurements."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ METHODS = ("Adam", *SHARP, *PENALTIES, *TRAM)
 
 
 class Task(NamedTuple):
-    """A model, what it learns with one seed, and where it is judged."""
+    """A model, its training data for one seed, and its evaluation splits."""
 
     logits_fn: LogitsFn
-    targets: Callable[[dict], jax.Array]  # of a batch
+    targets: Callable[[dict], jax.Array]  # batch -> targets
     params: Any
     training: dict[str, Any]  # examples [N, ...]
     rows: np.ndarray  # [steps, B], the examples of each step
@@ -46,7 +46,7 @@ class Task(NamedTuple):
 
 
 class Method(NamedTuple):
-    """How to take a step: arguments of make_step and of fit."""
+    """Arguments of make_step and fit for a method."""
 
     objective: Objective
     optimizer: optax.GradientTransformation
@@ -171,7 +171,7 @@ def train_large(
     schedule: Callable[[float], optax.Schedule],
     mesh: Any = None,
 ) -> Callable[[float], tuple[list[Any], dict]]:
-    """As `train_together` for a large model, by `fit`: `schedule` of a rate gives that of each step."""
+    """Works like `train_together` for a large model, by `fit`; `schedule` maps a rate to a schedule."""
 
     def one(task, rate):
         made, lengths = method(name, task, optax.adam(schedule(rate), b2=0.99)), []

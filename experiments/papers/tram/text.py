@@ -31,11 +31,11 @@ class Settings:
     steps: int
     batch_size: int
     length: int  # tokens of a row
-    layers: int  # of the small model
-    model: str | None  # in place of the small one
-    lora: bool  # of that model, else all of it trains
-    texts: str | None  # folder with <domain>.txt, in place of what is installed
-    domain: str  # that trains
+    layers: int  # layers of the small model
+    model: str | None  # replaces the small model
+    lora: bool  # LoRA of that model, else all params train
+    texts: str | None  # folder with <domain>.txt; None: installed texts
+    domain: str  # the training domain
 
 
 def small_tasks(settings: Settings, options: dict | None = None) -> list[Task]:

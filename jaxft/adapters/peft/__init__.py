@@ -1,7 +1,7 @@
 """Adapters in the format of Hugging Face PEFT, in and out: one module for each kind of adapter.
 
-A kind is two pure functions: read(settings, tensors, model) -> {path: weight}, which takes what it
-knows out of `tensors`, and write(model, {path: weight}) -> (settings, tensors).
+A kind is two pure functions: read(settings, tensors, model) -> {path: weight}, which removes the tensors
+that it reads from `tensors`, and write(model, {path: weight}) -> (settings, tensors).
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ from jaxft.weights import (
 
 
 class Format(NamedTuple):
-    """One peft_type: the weights that it stands for, and its two functions."""
+    """One peft_type: its weights and its two functions."""
 
     weights: tuple[type, ...]
     read: Callable[[Settings, Tensors, Model], dict[str, WeightLike]]
@@ -80,7 +80,7 @@ class Format(NamedTuple):
 _NAMING = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 SCORE = f"{PREFIX}score.weight"
 
-# By the file's peft_type.
+# Keyed by the file's peft_type.
 FORMATS = {
     "LORA": Format((LoraWeight, DoraWeight), lora.read, lora.write),
     "LOHA": Format((LohaWeight,), lycoris.read_loha, lycoris.write_loha),
@@ -93,7 +93,7 @@ FORMATS = {
     "PACA": Format((PacaWeight,), paca.read, paca.write),
     "LN_TUNING": Format((), whole.read_norms, whole.write_norms),
     "TRAINABLE_TOKENS": Format((), tokens.read, tokens.write),
-    # What is read of these is LoRA, and saved as that.
+    # These are read as LoRA and saved as LoRA.
     "ADALORA": Format((), adalora.read, None),
     "VBLORA": Format((), low_rank.read_vblora, None),
     "HRA": Format((), low_rank.read_hra, None),
@@ -109,10 +109,10 @@ def save_adapter(
     base: Params | None = None,
     families: Sequence[Family] = FAMILIES,
 ) -> None:
-    """Writes what trains in adapted params so that PEFT opens it; the peft_type follows from the weights.
+    """Writes the trainable leaves of adapted params in PEFT's format; the weights determine the peft_type.
 
-    GPT-2 keeps query, key and value in one matrix: LoRA on them is written as one of the summed
-    rank, with a block-diagonal B. A reward head (`reward/kernel`) becomes `score`, saved whole, of a
+    GPT-2 keeps query, key and value in one matrix: LoRA on them is written as one LoRA of the summed
+    rank, with a block-diagonal B. A reward head (`reward/kernel`) is saved whole as `score` of a
     sequence classifier with one label.
 
     Args:
@@ -120,13 +120,13 @@ def save_adapter(
         config: of the model.
         params: adapted, of either layout, over dense or quantised kernels.
         base_model: written as base_model_name_or_path.
-        base: the params before they were adapted. LoRA over another kernel than theirs is PiSSA, and
-            is written as its difference from them, of twice the rank; without `base` it cannot be told
-            from LoRA, and the file fits the residual kernels alone.
-        families: the records of the families that are known, for the names of the torch model.
+        base: the params before they were adapted. LoRA over a different kernel is PiSSA, and
+            is written as the difference from `base`, of twice the rank; without `base`, PiSSA is saved
+            as LoRA, and the file fits only the residual kernels.
+        families: the records of the known families, for the names of the torch model.
 
     Raises:
-        AdapterError: if nothing trains, or something for which PEFT has no place (see save_native).
+        AdapterError: if nothing trains, or a leaf trains that PEFT's format cannot hold (see save_native).
     """
     settings, tensors = adapter_tensors(config, params, base, families=families)
     task_type = family_of(config, families).huggingface.task_type
@@ -189,14 +189,14 @@ def load_adapter(
     *,
     families: Sequence[Family] = FAMILIES,
 ) -> Params:
-    """The params with the adapter of a PEFT directory on them; all else is frozen.
+    """The params with the adapter of a PEFT directory; all other leaves are frozen.
 
     The kernels may be quantised. A directory of `save_native` is read too. `score` of a sequence
     classifier with one label becomes `reward/kernel`.
 
     Raises:
-        AdapterError: if a file is missing or damaged, a key missing, surplus or misshapen, or the
-            adapter of a type or with an option that jaxft does not have.
+        AdapterError: if a file is missing or damaged, a key is missing, surplus or misshapen, or
+            jaxft does not support the adapter's type or one of its options.
     """
     path, family = pathlib.Path(path), family_of(config, families)
     if (path / native.CONFIG).exists():
@@ -233,7 +233,7 @@ def load_adapter(
 
 
 def _head(tensors: Tensors, config: Any) -> Params:
-    """The reward head of a file, or nothing."""
+    """The reward head of a file, or an empty dict."""
     if SCORE not in tensors:
         return {}
     return {"reward": {"kernel": jnp.asarray(take(tensors, SCORE, (1, config.hidden_size)).T)}}
@@ -258,7 +258,7 @@ def _read(settings: Settings, tensors: Tensors, model: Model) -> dict[str, Weigh
 
 
 def _surplus(key: str, settings: Settings, model: Model) -> str:
-    """The message for a tensor that nothing took."""
+    """The message for a tensor that was not read."""
     module = module_of(key, [*model.leaves, model.head])
     if module is None:
         return (
@@ -266,7 +266,7 @@ def _surplus(key: str, settings: Settings, model: Model) -> str:
         )
     if re.search(r"\.(lora|hada|lokr|vblora|hra|vera|oft|boft|randlora|ia3|paca|ln_tuning)_", key):
         if model.tied and module == model.head:
-            return untied(model, f"{settings['peft_type']} is on {module} alone")
+            return untied(model, f"{settings['peft_type']} is only on {module}")
         if module not in targeted(settings, {}, model, model.leaves):
             named = {n: settings[n] for n in _NAMING if settings.get(n)} or "no module"
             return f"surplus key {key!r}; adapter_config.json does not name its module: {named}."
@@ -277,7 +277,7 @@ def _surplus(key: str, settings: Settings, model: Model) -> str:
 
 
 def _own_vocabulary(model: Model, adapted: dict, original: Any) -> Tensors:
-    """The embeddings and output projection under LoRA, which PEFT saves; not if they are the base's."""
+    """The embeddings and output projection under LoRA, which PEFT saves unless they are the base's."""
     tensors = {}
     for linear in (*model.linears, *model.embeddings):
         path, node = linear.paths[0], adapted.get(linear.paths[0])
@@ -308,8 +308,8 @@ def _kind(adapted) -> str:
     for path, node in adapted.items():
         if isinstance(node, LoraWeight) and node.rounded_rest:
             raise AdapterError(
-                f"save_adapter: {path!r} is PiSSA over a quantised rest (QPiSSA), of which PEFT's files keep "
-                "A and B alone. Use save_native."
+                f"save_adapter: {path!r} is PiSSA over a quantised residual (QPiSSA), of which PEFT's files "
+                "keep only A and B. Use save_native."
             )
         kind = next((k for k, f in FORMATS.items() if isinstance(node, f.weights)), None)
         if kind == "PACA" and path.endswith("/embedding"):
@@ -329,7 +329,7 @@ def _kind(adapted) -> str:
 
 
 def _on(kernel, node, path):
-    """The weight as one on `kernel`: PiSSA's own base is what it left of it."""
+    """The weight with `kernel` as its base: PiSSA's own base is the residual."""
     kernel = kernel.value if isinstance(kernel, Frozen) else kernel
     same = lambda base: is_weight(base) or is_weight(kernel) or bool(jnp.array_equal(base, kernel))
     if not isinstance(node, LoraWeight) or same(node.base):
@@ -337,10 +337,10 @@ def _on(kernel, node, path):
     moved = pissa_to_lora(node, kernel)
     lost = jnp.max(jnp.abs(moved.to_dense() - node.to_dense()))
     if lost > jnp.finfo(kernel.dtype).eps ** 0.5 * jnp.max(jnp.abs(kernel)):
-        if path in VOCABULARY:  # Its base is written beside it.
+        if path in VOCABULARY:  # Its base is written too.
             return node
         raise AdapterError(
-            f"save_adapter: the kernel under {path!r} is neither that of `base` nor what PiSSA leaves "
+            f"save_adapter: the kernel under {path!r} is neither that of `base` nor PiSSA's residual "
             "of it; give the params that were adapted."
         )
     return moved

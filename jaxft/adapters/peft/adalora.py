@@ -1,4 +1,4 @@
-"""ADALORA: LoRA whose products A B carry a diagonal E between them; what is left of it is a LoRA."""
+"""ADALORA: LoRA with a diagonal E between A and B; the pruned result is read as LoRA."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jaxft.weights import LoraWeight
 def read(settings: Settings, tensors: Tensors, model: Model) -> dict[str, LoraWeight]:
     """path -> LoRA; takes lora_A [R, in], lora_E [R, 1] and lora_B [out, R].
 
-    R is what rank_pattern keeps of init_r. PEFT divides by init_r + 1e-5 whatever is kept. The result is
+    R is the rank that rank_pattern keeps of init_r. PEFT always divides by init_r + 1e-5. The result is
     saved as LORA.
     """
     chosen = set(targeted(settings, tensors, model))
@@ -41,9 +41,7 @@ def _kept(settings: Settings, linear: Linear) -> int:
     if not isinstance(table, dict):
         raise AdapterError(f"rank_pattern={table!r} must be an object of ranks that are kept.")
     for name, kept in table.items():
-        if name.startswith(
-            f"{linear.name}.lora_E"
-        ):  # Of some versions with the adapter's name behind.
+        if name.startswith(f"{linear.name}.lora_E"):  # Some versions append the adapter's name.
             if not isinstance(kept, list) or not all(isinstance(x, bool) for x in kept):
                 raise AdapterError(f"rank_pattern[{name!r}] must be a list of true and false.")
             return sum(kept)

@@ -1,4 +1,4 @@
-"""Tensors of the base model in an adapter's file: PEFT saves embeddings that it adapts or resized."""
+"""Tensors of the base model in an adapter's file: PEFT saves adapted or resized embeddings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jaxft.weights import is_weight, to_dense
 
 # The leaves that a resized vocabulary changes.
 VOCABULARY = (EMBEDDING, "head/kernel")
-# Which axis of a tensor of the embeddings, or of the output projection, is the vocabulary.
+# The vocabulary axis of a tensor of the embeddings or of the output projection.
 _AXES = {
     "weight": 0,
     "bias": 0,
@@ -46,10 +46,10 @@ def check_vocabulary(tensors: Tensors, model: Model) -> None:
 
 
 def read_base(tensors: Tensors, model: Model) -> dict[str, jax.Array]:
-    """path -> leaf of the base model that the file has otherwise; takes what it holds of the base.
+    """path -> leaf of the base model that differs in the file; removes base tensors from `tensors`.
 
-    PEFT writes such tensors of the embeddings and the output projection alone, and puts them into the
-    model that it loads the adapter onto.
+    PEFT writes such tensors only for the embeddings and the output projection, and loads them into the
+    base model.
 
     Raises:
         AdapterError: if another tensor of the base model differs from this model's.
@@ -64,7 +64,7 @@ def read_base(tensors: Tensors, model: Model) -> dict[str, jax.Array]:
 
 
 def _other(key, tensor, entry: Entry, model: Model) -> dict[str, jax.Array]:
-    """{} for a tensor that the model has too; {path: leaf} for embeddings of its own."""
+    """{} for a tensor equal to the model's; {path: leaf} for other embeddings."""
     leaf = tensor.T if entry.transposed else tensor
     nodes = [model.nodes[path] for path in entry.paths]
     own = np.concatenate([to_host(to_dense(node)) for node in nodes], -1)
@@ -73,25 +73,25 @@ def _other(key, tensor, entry: Entry, model: Model) -> dict[str, jax.Array]:
     if leaf.shape != own.shape or not (_equal(leaf, own) or _is_rounded(leaf, own, nodes)):
         cause = "the adapter was trained on another model"
         if key.endswith("bias"):
-            cause = "it trained with another option `bias` than adapter_config.json has, or on another model"
+            cause = "it trained with an option `bias` other than in adapter_config.json, or on another model"
         raise AdapterError(
-            f"{key!r} is a tensor of the base model, and not that of this model: {cause}."
+            f"{key!r} is a tensor of the base model, but differs from this model's: {cause}."
         )
     return {}
 
 
 def take_tied(tensors: Tensors, model: Model, embedding: np.ndarray) -> None:
-    """Takes the output projection out of the file of a model that has it tied to its embeddings.
+    """Removes the output projection from the file's tensors if the model ties it to its embeddings.
 
-    PEFT writes it when both are saved or adapted together.
+    PEFT writes it if both are saved or adapted together.
 
     Args:
-        tensors: lose `<head>.weight` and `<head>.base_layer.weight`.
-        model: of tied embeddings.
-        embedding: [V, D], with all that the file does to it.
+        tensors: `<head>.weight` and `<head>.base_layer.weight` are removed.
+        model: with tied embeddings.
+        embedding: [V, D], after all changes that the file makes.
 
     Raises:
-        AdapterError: if it is not equal to `embedding`.
+        AdapterError: if the projection is not equal to `embedding`.
     """
     for suffix in ("weight", "base_layer.weight"):
         tensor = tensors.pop(f"{PREFIX}{model.head}.{suffix}", None)
@@ -100,7 +100,7 @@ def take_tied(tensors: Tensors, model: Model, embedding: np.ndarray) -> None:
 
 
 def untied(model: Model, what: str) -> str:
-    """The message for an adapter that parts the output projection from the embeddings."""
+    """The message for an adapter that unties the output projection from the embeddings."""
     return (
         f"{what}, but this model has its output projection ({model.head}) tied to its embeddings, and keeps "
         "one array. Train with ensure_weight_tying, or untie the base first (in transformers: clone "

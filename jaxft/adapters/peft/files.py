@@ -37,16 +37,16 @@ def write_files(path: pathlib.Path, settings: Settings, tensors: Tensors) -> Non
 
 
 def take(tensors: Tensors, key: str, shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
-    """Takes a tensor out of `tensors`, so that what is left in the end is surplus.
+    """Removes a tensor from `tensors` and returns it; the tensors left at the end are surplus.
 
     Args:
-        tensors: loses the tensor.
+        tensors: the tensor is removed.
         key: its name.
-        shape: what it must have.
-        dtype: what it is converted to; None: as stored.
+        shape: the expected shape.
+        dtype: the type of the result; None: as stored.
 
     Raises:
-        AdapterError: if it is missing or has another shape.
+        AdapterError: if the tensor is missing or has another shape.
     """
     if key not in tensors:
         raise AdapterError(f"missing key {key!r}; the file is not whole, or for another model.")

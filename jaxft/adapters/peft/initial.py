@@ -1,4 +1,4 @@
-"""init_lora_weights: the kernels that an adapter stands on, which some initialisations change."""
+"""init_lora_weights: some initialisations change the kernels under an adapter."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from jaxft.adapters.errors import AdapterError
 from jaxft.adapters.peft.model import Linear, numpy
 from jaxft.weights import is_weight, to_dense
 
-# They set A and B, which the file holds, and leave the kernel alone.
+# These set A and B, which the file holds, and do not change the kernel.
 _PLAIN = ("gaussian", "eva", "orthogonal", "mica")
 _CONVERT = (
     "save it in PEFT with save_pretrained(..., path_initial_model_for_weight_conversion=<the adapter before "
     "training>), which writes a plain LoRA"
 )
 _LOST = {
-    "pissa_niter": "it took a random share of the kernels out of the base, which the file does not hold",
-    "corda": "it took a share of the kernels out of the base, which its calibration data decide",
-    "lora_ga": "it took a share of the kernels out of the base, which gradients decide",
-    "loftq": "it quantised the base as it went, and the file does not hold that base",
+    "pissa_niter": "it subtracted a random part from the base kernels, which the file does not hold",
+    "corda": "it subtracted a part from the base kernels that depends on its calibration data",
+    "lora_ga": "it subtracted a part from the base kernels that depends on gradients",
+    "loftq": "it quantised the base, and the file does not hold that base",
 }
 
 
 def with_initial_base(init: Any, linear: Linear, rank: int, scale: float) -> Linear:
-    """The matrix with the kernels that an adapter saved under `init_lora_weights` stands on.
+    """The matrix with the base kernels of an adapter that was saved under `init_lora_weights`.
 
-    PEFT's PiSSA and OLoRA take a part of W out of it, B A (α/R), before training. Where the file was
-    saved without conversion the part is computed again from W, as PEFT does when it loads the file:
-    of PiSSA (arxiv.org/abs/2404.02948) the R leading singular triplets, of OLoRA
+    PEFT's PiSSA and OLoRA subtract a part B A (α/R) from W before training. If the file was
+    saved without conversion, the part is computed again from W, as PEFT does when it loads the file:
+    for PiSSA (arxiv.org/abs/2404.02948) the R leading singular triplets, for OLoRA
     (arxiv.org/abs/2406.01775) α/R times the first R columns of Q and rows of R in W^T = Q R.
 
     Args:
@@ -41,15 +41,15 @@ def with_initial_base(init: Any, linear: Linear, rank: int, scale: float) -> Lin
         scale: α/R, with rsLoRA α/√R.
 
     Raises:
-        AdapterError: for a value that PEFT does not have, and those that change the kernels by what is
-            not in the file.
+        AdapterError: for a value that PEFT does not have, and for values that change the kernels by data that
+            are not in the file.
     """
     name = init.lower() if isinstance(init, str) else init
     if name in (True, False, None) or name in _PLAIN:
         return linear
     if name not in ("pissa", "olora"):
         raise AdapterError(_refusal(init))
-    if linear.embedding:  # PEFT initialises A and B of embeddings alone.
+    if linear.embedding:  # For embeddings, PEFT only initialises A and B.
         return linear
     if any(map(is_weight, linear.kernels)):
         raise AdapterError(

@@ -1,4 +1,4 @@
-"""The names of an adapter's tensors, as PEFT saves them, from what other tools make of them."""
+"""Converts tensor names as other tools write them to the names that PEFT saves."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from jaxft.adapters.errors import AdapterError
 from jaxft.adapters.peft.files import Tensors
 from jaxft.adapters.peft.model import PREFIX, Model
 
-# torch.compile, FSDP and activation checkpointing put a module around others.
+# torch.compile, FSDP and activation checkpointing wrap modules in others.
 _WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _PARTS = (
     "lora_A|lora_B|lora_E|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|hada_w1_a|hada_w1_b|"
@@ -18,21 +18,21 @@ _PARTS = (
     "hra_u|vblora_logits_A|vblora_logits_B|vblora_vector_bank|paca_w|paca_indices|"
     "ln_tuning_layers|modules_to_save|trainable_tokens_delta"
 )
-# A state dict that was saved as it stands has the adapter's name behind each of its parts.
+# A state dict that was saved unchanged has the adapter's name after each of its parts.
 _ADAPTER = re.compile(rf"\.({_PARTS})\.(?!(?:weight|bias)$)([^.]+)(?=\.(?:weight|bias)$|$)")
-# What stands in front of the names of a bare model where it is part of a larger one.
+# The prefixes of a bare model's names within a larger model.
 _PREFIXES = {"model", "transformer", "language_model", "bert", "roberta", "vit"}
-# Copies that such a state dict has of the base model.
+# Copies of base tensors in such a state dict.
 _COPIES = re.compile(
     r"\.(original_module\.(weight|bias)|token_adapter\.trainable_tokens_original\..*|ranknum(\..*)?)$"
 )
 
 
 def canonical(tensors: Tensors, model: Model) -> Tensors:
-    """The tensors under the names that PEFT gives them, with the modules of this model.
+    """The tensors under PEFT's names, with the modules of this model.
 
     Names may have a wrapper's part ("_orig_mod."), the adapter's name ("lora_A.default.weight"), no
-    "base_model.model." in front, or a prefix more or less than the model has ("layers.0" of a bare
+    leading "base_model.model.", or a prefix more or less than the model's names ("layers.0" of a bare
     model).
 
     Raises:
@@ -44,7 +44,7 @@ def canonical(tensors: Tensors, model: Model) -> Tensors:
     adapters = {match[2] for name in unwrapped.values() for match in _ADAPTER.finditer(name)}
     if len(adapters) > 1:
         raise AdapterError(
-            f"the file holds the adapters {', '.join(sorted(adapters))}; save one by itself, with PEFT's "
+            f"the file holds the adapters {', '.join(sorted(adapters))}; save a single one, with PEFT's "
             "save_pretrained(selected_adapters=[name])."
         )
     names: dict[str, str] = {}
@@ -69,7 +69,7 @@ def module_of(key: str, modules: Iterable[str]) -> str | None:
 
 
 def _in_model(name: str, modules: set[str]) -> str:
-    """The name with its module called as here, if one module alone has it but for the model's own prefix."""
+    """The name with its module named as here, if exactly one module matches up to the model's prefix."""
     parts = name.removeprefix(PREFIX).split(".")
     if not name.startswith(PREFIX) or any(
         ".".join(parts[:n]) in modules for n in range(len(parts))
@@ -84,7 +84,7 @@ def _in_model(name: str, modules: set[str]) -> str:
 
 
 def _same_module(one: str, other: str) -> bool:
-    """Whether the names differ by a prefix of whole models alone: a vision tower's layers are others."""
+    """Whether the names differ only by a prefix of whole models; a vision tower's layers do not match."""
     longer, shorter = sorted((one, other), key=len, reverse=True)
     if not longer.endswith(f".{shorter}"):
         return False

@@ -1,4 +1,4 @@
-"""LORA: LoRA, rsLoRA, DoRA, on matrices and embeddings; PiSSA as the difference that it makes."""
+"""LORA: LoRA, rsLoRA, DoRA, on matrices and embeddings; PiSSA as its difference from the base."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from jaxft.weights import DoraWeight, LoraWeight, PacaWeight, to_dense
 def read(settings: Settings, tensors: Tensors, model: Model) -> dict[str, Any]:
     """path -> weight, or bias; takes lora_A [R, in], lora_B [out, R] and lora_magnitude_vector [out].
 
-    Of embeddings lora_embedding_A [R, V] and lora_embedding_B [D, R]. With lora_bias, lora_B has a bias
-    [out], of which α/R times itself is added to the layer's own bias. trainable_token_indices are rows.
+    Embeddings have lora_embedding_A [R, V] and lora_embedding_B [D, R]. With lora_bias, lora_B has a bias
+    [out], which is added to the layer's own bias, scaled by α/R. trainable_token_indices are rows.
     """
     if settings["lora_bias"] and (settings["use_dora"] or settings["bias"] != "none"):
         other = "use_dora=true" if settings["use_dora"] else f"bias={settings['bias']!r}"
@@ -46,7 +46,7 @@ def read(settings: Settings, tensors: Tensors, model: Model) -> dict[str, Any]:
     rows = tokens.read_beside(settings, tensors, model)
     for path in found.keys() & rows.keys():
         raise AdapterError(
-            f"{path!r} has LoRA and trainable_token_indices, which do not go together."
+            f"{path!r} has LoRA and trainable_token_indices, which cannot be combined."
         )
     found |= rows
     if model.tied:
@@ -55,12 +55,12 @@ def read(settings: Settings, tensors: Tensors, model: Model) -> dict[str, Any]:
 
 
 def write(model: Model, found: Mapping[str, Any]) -> tuple[Settings, Tensors]:
-    """(settings, tensors). GPT-2's query, key and value become one of the summed rank."""
+    """(settings, tensors). GPT-2's query, key and value become one LoRA of the summed rank."""
     rows = {path: weight for path, weight in found.items() if isinstance(weight, PacaWeight)}
     factors = {path: weight for path, weight in found.items() if path not in rows}
     use_dora = {isinstance(weight, DoraWeight) for weight in factors.values()}
     if len(use_dora) > 1:
-        raise AdapterError("LoRA and DoRA side by side: PEFT has one or the other in a file.")
+        raise AdapterError("LoRA and DoRA together: a PEFT file holds only one of them.")
     use_dora = use_dora.pop()
     tensors, ranks, alphas = {}, {}, {}
     for linear in (*model.linears, *model.embeddings):
@@ -73,7 +73,7 @@ def write(model: Model, found: Mapping[str, Any]) -> tuple[Settings, Tensors]:
         if use_dora:
             if linear.embedding:
                 raise AdapterError(
-                    f"{linear.name!r} trains as DoRA, which is not written for embeddings."
+                    f"{linear.name!r} trains as DoRA, which is not supported on embeddings."
                 )
             lengths = map(_length, linear.kernels, parts)
             tensors[linear.key("lora_magnitude_vector")] = np.concatenate(list(lengths))
@@ -98,7 +98,7 @@ def write(model: Model, found: Mapping[str, Any]) -> tuple[Settings, Tensors]:
 
 
 def _read_one(settings, tensors, model: Model, linear: Linear) -> dict[str, Any]:
-    """path -> weight of the kernels of one matrix, and its bias where the adapter has one."""
+    """path -> weight of the kernels of one matrix, and its bias if the adapter has one."""
     rank = pattern(settings["rank_pattern"], linear.name, settings["r"])
     alpha = float(pattern(settings["alpha_pattern"], linear.name, settings["lora_alpha"]))
     alpha *= rank**0.5 if settings["use_rslora"] else 1.0
@@ -124,12 +124,12 @@ def _read_one(settings, tensors, model: Model, linear: Linear) -> dict[str, Any]
 
 
 def _bias(tensors, model: Model, linear: Linear, scale: float) -> dict[str, jax.Array]:
-    """path -> the layer's bias with that of lora_B in it."""
+    """path -> the layer's bias plus that of lora_B."""
     added = scale * take(tensors, linear.key("lora_B.bias"), (linear.outputs,))
     entry = model.leaves[linear.name].get("bias")
     if entry is None:
         raise AdapterError(
-            f"lora_bias=true adds a bias to {linear.name!r}, and the layers of this model have none; train "
+            f"lora_bias=true adds a bias to {linear.name!r}, but the layers of this model have none; train "
             "without lora_bias, or use the adapter in PEFT."
         )
     found, start = {}, 0
@@ -141,18 +141,18 @@ def _bias(tensors, model: Model, linear: Linear, scale: float) -> dict[str, jax.
 
 
 def _take_tied(tensors: Tensors, model: Model, weight: Any) -> None:
-    """Takes the adapter of a tied output projection, which must be that of the embeddings, transposed."""
+    """Removes a tied output projection's adapter, which must be the embeddings' adapter, transposed."""
     keys = [f"{PREFIX}{model.head}.lora_{name}.weight" for name in "AB"]
     head = [tensors[key] for key in keys if key in tensors]
     if not head and not isinstance(weight, LoraWeight):
         return
     if len(head) < 2 or not isinstance(weight, LoraWeight):
         adapted = model.head if head else "embed_tokens"
-        raise AdapterError(untied(model, f"LoRA is on {adapted} alone"))
+        raise AdapterError(untied(model, f"LoRA is only on {adapted}"))
     pair = np.asarray(weight.b), np.asarray(weight.a)
     for key, tensor, own in zip(keys, head, pair, strict=True):
         if not np.array_equal(tensor.astype(np.float32), own):
-            raise AdapterError(untied(model, f"{key!r} is not that of the embeddings"))
+            raise AdapterError(untied(model, f"{key!r} differs from that of the embeddings"))
         del tensors[key]
 
 
@@ -163,7 +163,7 @@ def _names(linear: Linear) -> tuple[str, str]:
 
 
 def _join(linear: Linear, parts):
-    """One (A [in, R], B [R, out], alpha) of the adapters side by side in a matrix."""
+    """One (A [in, R], B [R, out], alpha) for the adapters of one matrix."""
     known = [part for part in parts if part is not None]
     scale = known[0].alpha / known[0].rank
     if any(part.alpha / part.rank != scale for part in known):
@@ -178,7 +178,7 @@ def _join(linear: Linear, parts):
 
 
 def _length(kernel, part):
-    # Without an adapter the length of a column is its own, which DoRA leaves as it is.
+    # Without an adapter, a column keeps its own length, which DoRA does not change.
     return (
         np.linalg.norm(numpy(to_dense(kernel)), axis=0) if part is None else numpy(part.magnitude)
     )

@@ -1,4 +1,4 @@
-"""VBLORA and HRA: types whose update has a low rank, read as LoRA and saved as that."""
+"""VBLORA and HRA: types whose update has a low rank; they are read and saved as LoRA."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def read_vblora(settings: Settings, tensors: Tensors, model: Model) -> dict[str,
     """path -> LoRA; takes vblora_logits_A [R, in / l, h], _B [out / l, R, h] and the bank [h, l].
 
     VB-LoRA: Li et al., 2024, arxiv.org/abs/2405.15179, eq. 2 and 3: each piece of l numbers of A and B is
-    the mean of the k vectors of the bank with the largest logits, weighted by their softmax. With
-    save_only_topk_weights the file has the k indices, and all weights but the last.
+    the softmax-weighted mean of the k vectors of the bank with the largest logits. With
+    save_only_topk_weights the file has the k indices, and all weights except the last.
     """
     count, length, rank = (settings[name] for name in ("num_vectors", "vector_length", "r"))
     bank = take(tensors, _BANK, (count, length))
@@ -43,8 +43,8 @@ def read_hra(settings: Settings, tensors: Tensors, model: Model) -> dict[str, Lo
     """path -> LoRA; takes hra_u [in, R].
 
     Householder reflection adaptation: Yuan et al., 2024, arxiv.org/abs/2405.17484, eq. 3: W^T times
-    H_1 ... H_R, each I - 2 u u^T. For rows x that is Q^T W, and Q^T - I has the columns of U: with a basis P
-    of those the update is P (P^T (Q^T - I) W), of rank R.
+    H_1 ... H_R, each I - 2 u u^T. For rows x that is Q^T W, and the columns of Q^T - I lie in the span of U:
+    with a basis P of this span, the update is P (P^T (Q^T - I) W), of rank R.
     """
     found = {}
     for linear in _chosen(settings, tensors, model):
@@ -78,7 +78,7 @@ def _lora(linear: Linear, a: np.ndarray, b: np.ndarray) -> dict[str, LoraWeight]
 
 
 def _pieces(settings, tensors, key, shape, bank) -> np.ndarray:
-    """[*shape, l], each the weighted mean of vectors of the bank."""
+    """[*shape, l]: weighted means of vectors of the bank."""
     k = settings["topk"]
     if settings["save_only_topk_weights"]:
         indices = take(tensors, f"{key}_topk_indices", (*shape, k), np.int64)

@@ -1,4 +1,4 @@
-"""LOHA and LOKR: low-rank Hadamard and Kronecker products. PEFT stores W^T, so factors change places."""
+"""LOHA and LOKR: low-rank Hadamard and Kronecker products. PEFT stores W^T, so the factors are swapped."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def _settings(model, found, kind):
 
 
 def _factor(found) -> int:
-    """The decompose_factor that cuts all kernels as they are cut."""
+    """The decompose_factor that gives the factorisation of all kernels."""
     cuts = {}
     for weight in found.values():
         cuts |= dict(zip(weight.shape, weight.u.shape, strict=True))

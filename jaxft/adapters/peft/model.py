@@ -1,4 +1,4 @@
-"""The modules of the torch model that an adapter's names speak of, and where their leaves are here."""
+"""The modules of the torch model that an adapter's names refer to, and the paths of their leaves."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ PREFIX = "base_model.model."
 
 @dataclasses.dataclass(frozen=True)
 class Linear:
-    """A matrix of the torch model; GPT-2's c_attn holds three of our kernels side by side.
+    """A matrix of the torch model; GPT-2's c_attn holds three of jaxft's kernels side by side.
 
-    Of an embedding the inputs are the tokens, or positions, and W is stored as here.
+    An embedding's inputs are tokens or positions, and W is stored as in jaxft.
     """
 
     name: str  # "model.layers.0.self_attn.q_proj"
@@ -58,13 +58,13 @@ class Linear:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A model's params with separate layers, by the names of both sides."""
+    """A model's params with separate layers, by jaxft's paths and by torch's names."""
 
     nodes: Mapping[str, Any]  # path -> leaf or weight
     linears: tuple[Linear, ...]
     embeddings: tuple[Linear, ...]
-    leaves: Mapping[str, Mapping[str, Entry]]  # torch module -> "weight" or "bias" -> where it is
-    head: str  # the torch module of the output projection, be it there or tied to the embeddings
+    leaves: Mapping[str, Mapping[str, Entry]]  # torch module -> "weight" or "bias" -> its entry
+    head: str  # the torch module of the output projection, present or tied to the embeddings
     tied: bool  # whether the output projection is the embeddings, transposed
 
     @property
@@ -94,14 +94,14 @@ def model_of(family: Family, config: Any, params: Any) -> Model:
 def targeted(
     settings: Settings, tensors: Tensors, model: Model, modules: Iterable[str] | None = None
 ) -> list[str]:
-    """Those of the torch modules, the linear ones by default, that the config names: PEFT's rule."""
+    """The torch modules (by default the linear ones) that the config names, by PEFT's rule."""
     modules = (linear.name for linear in model.linears) if modules is None else modules
     outside = {model.head, *(embedding.name for embedding in model.embeddings)}
     return [name for name in modules if _is_target(settings, tensors, name, outside)]
 
 
 def short_names(modules: Iterable[str], chosen: Iterable[str]) -> list[str]:
-    """`chosen` as target_modules: "q_proj" where all modules of that name are chosen, else in full."""
+    """`chosen` as target_modules: "q_proj" if all modules of that name are chosen, else full names."""
     short = lambda module: module.rsplit(".", 1)[-1]
     chosen = set(chosen)
     partial = {short(m) for m in modules if m not in chosen}
@@ -129,7 +129,7 @@ def numpy(leaf: Any) -> np.ndarray:
 
 
 def no_conv1d(linear: Linear, kind: str) -> None:
-    """Raises AdapterError for a layer of GPT-2, for those types that PEFT does not have there."""
+    """Raises AdapterError for a layer of GPT-2 if PEFT lacks the type there."""
     if linear.conv1d:
         raise AdapterError(
             f"{linear.name!r} is a Conv1D of GPT-2, which {kind} does not support in PEFT; save the "
@@ -141,7 +141,7 @@ def single(linear: Linear, parts: list, kind: str) -> Any:
     """The weight on a matrix that is one kernel.
 
     Raises:
-        AdapterError: for GPT-2's query, key and value, one matrix there that a type cannot divide.
+        AdapterError: for GPT-2's query, key and value, which are one matrix that the type cannot split.
     """
     if len(parts) > 1:
         raise AdapterError(
@@ -152,14 +152,14 @@ def single(linear: Linear, parts: list, kind: str) -> Any:
 
 
 def _is_target(settings, tensors, name, outside) -> bool:
-    """`outside`: what "all-linear" leaves out, the embeddings and the output projection."""
+    """Applies PEFT's rule; "all-linear" omits `outside`, the embeddings and the output projection."""
     targets, excluded = settings.get("target_modules"), settings.get("exclude_modules")
     if excluded and _named(excluded, name):
         return False
     saved = settings.get("modules_to_save") or ()
     if any(re.match(rf"(^|.*\.){module}($|\..*)", name) for module in saved):
         return False
-    if targets is None:  # PEFT's default for the architecture: what the file holds, then.
+    if targets is None:  # PEFT's default for the architecture; the file's tensors show it.
         own = (
             k.removeprefix(f"{PREFIX}{name}.") for k in tensors if k.startswith(f"{PREFIX}{name}.")
         )

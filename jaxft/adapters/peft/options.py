@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from jaxft.adapters.errors import AdapterError
 from jaxft.adapters.peft.files import Settings
 
-# What every config of PEFT has; it says where the adapter comes from, not what it computes.
+# The options of every PEFT config; they describe the adapter's origin, not its computation.
 COMMON = frozenset(
     "auto_mapping base_model_name_or_path inference_mode peft_type peft_version revision "
     "task_type".split()
@@ -20,10 +20,10 @@ COMMON = frozenset(
 
 
 class Options(NamedTuple):
-    """The options of one peft_type, each with PEFT's default where that is needed."""
+    """The options of one peft_type, with PEFT's default if that is needed."""
 
-    reads: Mapping[str, Any]  # option -> the value that an absent one has
-    # Of training, of initial values that the file replaces, or of how the same product is computed.
+    reads: Mapping[str, Any]  # option -> its value if absent
+    # Options of training, of initial values that the file replaces, or of how a product is computed.
     no_effect: frozenset[str] = frozenset()
     refused: Mapping[
         str, Any
@@ -32,7 +32,7 @@ class Options(NamedTuple):
 
     @property
     def names(self) -> frozenset[str]:
-        """All options, without those of every type."""
+        """All options, without the ones common to all types."""
         return self.no_effect.union(self.reads, self.refused, self.required)
 
 
@@ -48,7 +48,7 @@ _LORA_READS = dict(
     r=8, lora_alpha=8, bias="none", use_rslora=False, use_dora=False, lora_bias=False,
     init_lora_weights=True, trainable_token_indices=None,
 )  # fmt: skip
-# PEFT itself corrects fan_in_fan_out to what the layer is; tied weights are read off the tensors.
+# PEFT itself corrects fan_in_fan_out by the layer's type; tied weights follow from the tensors.
 _LORA_NO_EFFECT = _words(
     "fan_in_fan_out ensure_weight_tying lora_dropout megatron_core loftq_config eva_config corda_config "
     "lora_ga_config qalora_group_size runtime_config"
@@ -101,7 +101,7 @@ OPTIONS: dict[str, Options] = {
             target_modules=None, modules_to_save=None, **_LAYERS,
             r=32, randlora_alpha=640, save_projection=True, bias="none",
         ),
-        # The bases are in the file, whatever they were drawn from.
+        # The file contains the bases, so their generator does not matter.
         _words("randlora_dropout fan_in_fan_out init_weights projection_prng_key sparse very_sparse"),
     ),
     "OFT": Options(
@@ -137,7 +137,7 @@ OPTIONS: dict[str, Options] = {
     ),
     "PREFIX_TUNING": Options(
         dict(num_transformer_submodules=None),
-        # The file holds what the projection gave.
+        # The file contains the projection's result.
         _SOFT | _words("init_weights encoder_hidden_size prefix_projection"),
         dict(modules_to_save=None),
         _words("num_virtual_tokens"),
@@ -152,7 +152,7 @@ OPTIONS: dict[str, Options] = {
 
 # How PEFT matches the keys of rank_pattern and alpha_pattern: at a name's end.
 AT_END = r"(.*\.)?({})$"
-# Known to PEFT, and not to this library.
+# Types that PEFT has and jaxft lacks.
 OTHERS = _words(
     "ADAMSS ADAPTION_PROMPT BEFT C3A CARTRIDGE CPT DEFT DELORA FOURIERFT FROD GLORA GRALORA HIRA "
     "LILY MISS MULTITASK_PROMPT_TUNING OSF P_TUNING PEANUT POLY PSOFT PVERA ROAD SHADOW SHIRA "
@@ -176,8 +176,8 @@ def with_defaults(settings: Settings) -> Settings:
     """The settings with PEFT's value for each absent option, checked.
 
     Raises:
-        AdapterError: for a peft_type that is not read, an option that changes what is computed and is
-            not read, an option that neither PEFT nor this library knows, or a value of a wrong kind.
+        AdapterError: for an unsupported peft_type, an unsupported option that changes the computation,
+            an option that neither PEFT nor jaxft knows, or a value of a wrong type.
     """
     kind = settings.get("peft_type")
     if kind not in OPTIONS:
@@ -194,8 +194,8 @@ def with_defaults(settings: Settings) -> Settings:
         unknown = name not in COMMON and name not in options.names
         if unknown and not _neutral(value, None):
             raise AdapterError(
-                f"{name}={value!r} is no option of {kind} that is known here; if it mattered in training "
-                "alone, delete it from adapter_config.json."
+                f"{name}={value!r} is no option of {kind} that is known here; if it only mattered in "
+                "training, delete it from adapter_config.json."
             )
     settings = {**options.reads, **settings}
     _check_values(settings, options)
@@ -206,7 +206,7 @@ def compiled(option: str, pattern: Any, form: str = "{}") -> re.Pattern:
     """The pattern of an option, put into `form` as PEFT does.
 
     Raises:
-        AdapterError: if it is no regular expression.
+        AdapterError: if it is not a regular expression.
     """
     try:
         return re.compile(form.format(pattern))
@@ -218,7 +218,7 @@ def _hint(kind) -> str:
     if kind not in OTHERS:
         return ""
     if kind in _NO_MERGE:
-        return "; no kernel can take it up, so use it in PEFT"
+        return "; it cannot be merged into a kernel, so use it in PEFT"
     return "; merge it into its model with PEFT (merge_and_unload, save_pretrained) and load that model"
 
 
@@ -241,7 +241,7 @@ def _check_values(settings: Settings, options: Options) -> None:
     for name, fits in (("rank_pattern", _is_positive_int), ("alpha_pattern", _is_number)):
         table = settings.get(name) if name in options.reads else None
         if name == "rank_pattern" and settings["peft_type"] == "ADALORA":
-            continue  # Lists of the ranks that are kept.
+            continue  # Lists of kept ranks.
         if table is not None and not isinstance(table, Mapping):
             raise AdapterError(f"{name}={table!r} must be an object of pattern and number.")
         for key, value in (table or {}).items():
@@ -277,7 +277,7 @@ def _check_names(settings: Settings) -> None:
         compiled("layers_pattern", place)
     if only is not None and isinstance(settings.get("target_modules"), str):
         raise AdapterError(
-            "layers_to_transform goes with a list of target_modules, not with a pattern; name the layers in "
+            "layers_to_transform needs a list of target_modules, not a pattern; name the layers in "
             "the pattern."
         )
     if places and only is None:

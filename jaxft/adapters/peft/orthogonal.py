@@ -18,7 +18,7 @@ _SERIES = (0, 18)
 
 
 def read_oft(settings: Settings, tensors: Tensors, model: Model) -> dict[str, OftWeight]:
-    """path -> weight; takes oft_R.weight [blocks, block (block - 1) / 2], of one block with block_share."""
+    """path -> weight; takes oft_R.weight [blocks, block (block - 1) / 2], one block with block_share."""
     _one_of(settings, "r", "oft_block_size")
     terms = settings["num_cayley_neumann_terms"] if settings["use_cayley_neumann"] else None
     if terms is not None:
@@ -40,7 +40,7 @@ def write_oft(model: Model, found: Mapping[str, OftWeight]) -> tuple[Settings, T
     """(settings, tensors).
 
     Raises:
-        AdapterError: for kernels whose blocks no option of PEFT cuts so, or whose options differ.
+        AdapterError: for kernels whose blocks no option of PEFT gives, or whose options differ.
     """
     tensors, chosen = {}, []
     for linear in _adapted(model, found, "OFT"):
@@ -56,7 +56,7 @@ def write_oft(model: Model, found: Mapping[str, OftWeight]) -> tuple[Settings, T
         "use_cayley_neumann": terms is not None,
         "coft": eps is not None,
         "block_share": _same((_shares(w) for w in weights if w.shape[0] > w.block), "share"),
-        # Without a version PEFT takes the file for one of the old series.
+        # Without a version PEFT assumes the old series.
         "peft_version": "{}.{}.0".format(*_SERIES),
     }
     settings |= {} if terms is None else {"num_cayley_neumann_terms": terms}
@@ -158,12 +158,12 @@ def _check_series(settings, terms) -> None:
 
 
 def _block(inputs: int, r: int, size: int) -> int:
-    """The block size of a layer, with PEFT's correction of what does not divide its inputs."""
+    """The block size of a layer, with PEFT's correction if it does not divide the inputs."""
     return nearest_divisor(inputs, size) if size else inputs // nearest_divisor(inputs, r)
 
 
 def _cut(blocks: set[tuple[int, int]]) -> tuple[int, int]:
-    """(r, oft_block_size), one of them 0, that cut so many inputs into blocks as they are cut."""
+    """(r, oft_block_size), one of them 0, that give the blocks (number, size)."""
     largest = max(inputs for inputs, _ in blocks)
     wanted = sorted({block for _, block in blocks})
     numbers = sorted({inputs // block for inputs, block in blocks})
@@ -179,7 +179,7 @@ def _shares(weight: OftWeight) -> bool:
 
 
 def _same(values: Iterable, name: str):
-    """The one value of all kernels; False of none."""
+    """The common value of all kernels; False without kernels."""
     found = set(values)
     if len(found) > 1:
         raise AdapterError(f"PEFT has one value of `{name}` for all kernels, these have {found}.")

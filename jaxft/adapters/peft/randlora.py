@@ -21,7 +21,7 @@ def read(settings: Settings, tensors: Tensors, model: Model) -> dict[str, Randlo
     A is [R, 1, min of the largest sizes], B [their max, N, R]. PEFT repeats them for each layer.
 
     Raises:
-        AdapterError: for a file without the bases, which torch's generator drew, or one with several.
+        AdapterError: for a file without the bases, which torch's generator drew, or with several.
     """
     chosen = set(targeted(settings, tensors, model))
     linears = [linear for linear in model.linears if linear.name in chosen]
@@ -30,7 +30,7 @@ def read(settings: Settings, tensors: Tensors, model: Model) -> dict[str, Randlo
     if not settings["save_projection"]:
         raise AdapterError(
             "save_projection=false leaves the random bases out of the file, and torch's generator drew them "
-            "in a data type of the machine; save the adapter in PEFT with save_projection=true."
+            "in the machine's data type; save the adapter in PEFT with save_projection=true."
         )
     rank, alpha = settings["r"], float(settings["randlora_alpha"])
     rows, columns = max(n.inputs for n in linears), max(n.outputs for n in linears)
@@ -41,8 +41,9 @@ def read(settings: Settings, tensors: Tensors, model: Model) -> dict[str, Randlo
     for linear in linears:
         if len(linear.paths) > 1:
             raise AdapterError(
-                f"{linear.name!r} holds query, key and value in one matrix, whose RandLoRA no kernel of this "
-                "model can take; merge it into its model with PEFT (merge_and_unload, save_pretrained)."
+                f"{linear.name!r} holds query, key and value in one matrix, whose RandLoRA does not "
+                "split into this model's kernels; merge it into its model with PEFT (merge_and_unload, "
+                "save_pretrained)."
             )
         for name, own in (("randlora_A", a[:, None]), ("randlora_B", b)):
             copy = tensors.pop(linear.key(name), None)
@@ -58,7 +59,7 @@ def read(settings: Settings, tensors: Tensors, model: Model) -> dict[str, Randlo
 
 
 def write(model: Model, found: Mapping[str, RandloraWeight]) -> tuple[Settings, Tensors]:
-    """(settings, tensors), the bases once; PEFT says then that their copies are missing, and has them.
+    """(settings, tensors), with the bases once; PEFT reports their copies as missing, but restores them.
 
     Raises:
         AdapterError: for kernels that do not share their bases, ranks or alphas.
@@ -79,8 +80,8 @@ def write(model: Model, found: Mapping[str, RandloraWeight]) -> tuple[Settings, 
         alike = shares(cut(weight.a, a), a) and shares(cut(weight.b, b), b)
         if not alike or (weight.rank, weight.alpha) != (rank, weights[0].alpha):
             raise AdapterError(
-                f"{linear.name!r} has random bases, a rank or an alpha of its own, and PEFT one of each for "
-                "all; make the adapter with randlora(shape=largest_shape(params, pattern))."
+                f"{linear.name!r} has random bases, a rank or an alpha of its own, but PEFT has one of each "
+                "for all; make the adapter with randlora(shape=largest_shape(params, pattern))."
             )
         tensors[linear.key("randlora_lambda")] = numpy(weight.scale)
         tensors[linear.key("randlora_gamma")] = numpy(weight.gamma)

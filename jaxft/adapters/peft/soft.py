@@ -1,10 +1,10 @@
 """PROMPT_TUNING and PREFIX_TUNING: virtual tokens in front of each row.
 
-Checked against PEFT 0.21 with transformers 5. Both hold one tensor, "prompt_embeddings": a prompt's is
-[l, D], before embeddings that are already scaled (Gemma's are, by sqrt(D)); a prefix's is
-[l, layers x 2 x KV heads x head size], keys before values, put into the cache as it is: not rotated,
-and token 0 behind it stands at position l. There is one difference: under a sliding window PEFT's
-prefixes slide out of sight, ours stay.
+Checked against PEFT 0.21 with transformers 5. Both hold one tensor, "prompt_embeddings". A prompt's is
+[l, D], prepended to embeddings that are already scaled (Gemma's are, by sqrt(D)); a prefix's is
+[l, layers x 2 x KV heads x head size], keys before values, written into the cache without rotation,
+and token 0 after it has position l. There is one difference: under a sliding window, PEFT's prefixes
+leave the window, jaxft's remain visible.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def soft_name(params: Params) -> str | None:
     """Which of "prompt" and "prefix" trains in the params, or None.
 
     Raises:
-        AdapterError: if something else trains beside it.
+        AdapterError: if any other leaf trains.
     """
     trained = jax.tree_util.tree_leaves_with_path(partition(params)[0])
     names = {path_name(path).split("/")[0] for path, _ in trained}
@@ -44,7 +44,7 @@ def soft_name(params: Params) -> str | None:
 
 
 def write_soft(config: DecoderConfig, params: Params, name: str) -> tuple[Settings, Tensors]:
-    """(settings, tensors) of the prompt or prefix; an MLP is folded away."""
+    """(settings, tensors) of the prompt or prefix; an MLP is folded in."""
     tensor = numpy(to_dense(params[name]))
     if name == "prompt":
         tensor = tensor * np.float32(config.embedding_scale)
@@ -54,7 +54,7 @@ def write_soft(config: DecoderConfig, params: Params, name: str) -> tuple[Settin
 def read_soft(
     settings: Settings, tensors: Tensors, config: DecoderConfig, params: Params
 ) -> Params:
-    """The params, of either layout, with the prompt or prefix; all else is frozen.
+    """The params, of either layout, with the prompt or prefix; all other leaves are frozen.
 
     Raises:
         AdapterError: if the tensor is missing or misshapen.

@@ -19,7 +19,7 @@ _ROWS, _BESIDE = "trainable_tokens_delta", "token_adapter.trainable_tokens_delta
 
 
 def read(settings: Settings, tensors: Tensors, model: Model) -> dict[str, PacaWeight]:
-    """path -> the embedding with rows of its own; takes trainable_tokens_delta [tokens, D]."""
+    """path -> the embedding with trained rows; takes trainable_tokens_delta [tokens, D]."""
     targets = settings["target_modules"]
     if targets is None:
         settings = settings | {"target_modules": ["embed_tokens", "wte"]}
@@ -29,7 +29,9 @@ def read(settings: Settings, tensors: Tensors, model: Model) -> dict[str, PacaWe
         if linear.name in chosen:
             found |= _rows(tensors, linear, settings["token_indices"], _ROWS)
     if model.head in chosen and not model.tied:
-        raise AdapterError(f"token_indices of {model.head!r} are not supported, but of embeddings.")
+        raise AdapterError(
+            f"token_indices of {model.head!r} are not supported, only those of embeddings."
+        )
     _take_tied(tensors, model, found, _ROWS)
     return found
 
@@ -48,7 +50,7 @@ def write(model: Model, found: Mapping[str, PacaWeight]) -> tuple[Settings, Tens
 
 
 def read_beside(settings: Settings, tensors: Tensors, model: Model) -> dict[str, PacaWeight]:
-    """path -> the embedding with rows of its own, of trainable_token_indices beside LoRA."""
+    """path -> the embedding with trained rows, from trainable_token_indices beside LoRA."""
     wanted = settings["trainable_token_indices"]
     if wanted is None:
         return {}
@@ -61,7 +63,7 @@ def read_beside(settings: Settings, tensors: Tensors, model: Model) -> dict[str,
         matched = [n for n in model.embeddings if targeted(one, tensors, model, [n.name])]
         if not matched:
             raise AdapterError(
-                f"trainable_token_indices of {name!r}: supported for embeddings alone, "
+                f"trainable_token_indices of {name!r}: supported only for embeddings, "
                 f"{', '.join(n.name for n in model.embeddings)}."
             )
         for linear in matched:
@@ -91,7 +93,7 @@ def _rows(tensors, linear: Linear, indices, name) -> dict[str, PacaWeight]:
         )
     rows = take(tensors, linear.key(name), (len(indices), linear.outputs))
     places = jnp.asarray(np.array(indices, np.int32))
-    # Scale 1: P itself is the rows.
+    # Scale 1: P is the rows themselves.
     weight = PacaWeight(linear.kernels[0], jnp.asarray(rows), places, float(len(indices)))
     return {linear.paths[0]: weight}
 
@@ -103,11 +105,11 @@ def _tensors(model: Model, linear: Linear, found, name):
 
 
 def _take_tied(tensors: Tensors, model: Model, found, name) -> None:
-    """Takes the rows of a tied output projection, which must be those of the embeddings."""
+    """Removes the rows of a tied output projection, which must equal those of the embeddings."""
     rows = tensors.get(key := f"{PREFIX}{model.head}.{name}")
     if rows is None or not model.tied:
         return
     own = found.get(EMBEDDING)
     if own is None or not np.array_equal(rows.astype(np.float32), np.asarray(own.rows)):
-        raise AdapterError(untied(model, f"{key!r} is not that of the embeddings"))
+        raise AdapterError(untied(model, f"{key!r} differs from that of the embeddings"))
     del tensors[key]

@@ -21,11 +21,11 @@ _COPY = "ln_tuning_layers"
 
 
 def read_norms(settings: Settings, tensors: Tensors, model: Model) -> dict[str, jax.Array]:
-    """path -> leaf of LN_TUNING's copies of modules, which must be norms here."""
+    """path -> leaf of the modules that LN_TUNING saves, which must be norms."""
     found = {}
     for module in targeted(settings, tensors, model, model.leaves):
         if not _is_norm(model, module):
-            raise AdapterError(f"LN_TUNING of {module!r}: norms alone are supported.")
+            raise AdapterError(f"LN_TUNING of {module!r}: only norms are supported.")
         for leaf, entry in model.leaves[module].items():
             found |= _take(tensors, f"{PREFIX}{module}.{_COPY}.{leaf}", entry, model)
     return found
@@ -45,7 +45,7 @@ def write_norms(model: Model, found: Mapping[str, jax.Array]) -> tuple[Settings,
 
 
 def only_norms(model: Model, found: Mapping[str, jax.Array]) -> bool:
-    """Whether all that trains is in norms."""
+    """Whether all trainable leaves are in norms."""
     norms = [m for m in model.leaves if _is_norm(model, m)]
     known = {path for m in norms for entry in model.leaves[m].values() for path in entry.paths}
     return found.keys() <= known
@@ -54,7 +54,7 @@ def only_norms(model: Model, found: Mapping[str, jax.Array]) -> bool:
 def read_whole(
     settings: Settings, tensors: Tensors, model: Model, adapted: Mapping
 ) -> dict[str, jax.Array]:
-    """path -> leaf of modules_to_save, and of the biases that bias="all" or "lora_only" let train."""
+    """path -> leaf of modules_to_save, and of the biases that train under bias="all" or "lora_only"."""
     found, saved = {}, set()
     for module, leaves in model.leaves.items():
         if _is_saved(settings.get("modules_to_save") or [], module):
@@ -62,7 +62,7 @@ def read_whole(
             for leaf, entry in leaves.items():
                 found |= _take(tensors, f"{PREFIX}{module}.{leaf}", entry, model)
     if model.tied and EMBEDDING in found and f"{PREFIX}{model.head}.weight" not in tensors:
-        raise AdapterError(untied(model, "modules_to_save has the embeddings alone"))
+        raise AdapterError(untied(model, "modules_to_save has only the embeddings"))
     bias = settings.get("bias", "none")
     if bias not in ("none", "all", "lora_only"):
         raise AdapterError(f"bias={bias!r} is not supported; expected none, all or lora_only.")
@@ -81,7 +81,7 @@ def write_whole(
 
     Args:
         model: with the leaves.
-        found: path -> leaf, those that train.
+        found: path -> leaf that trains.
         adapted: path -> weight of the adapters.
         biases: whether the type is LoRA, which has the options `bias` and `ensure_weight_tying`.
 
@@ -101,9 +101,9 @@ def write_whole(
             raise AdapterError(f"{module!r} trains in part; PEFT saves modules whole.")
     settings: Settings = {"modules_to_save": saved or None}
     if model.tied and EMBEDDING in found:
-        if not biases:  # PEFT has the option for LoRA alone.
+        if not biases:  # PEFT has the option only for LoRA.
             raise AdapterError(
-                "the embedding trains, which is tied to the output projection; PEFT would part them. Save "
+                "the embedding trains, which is tied to the output projection; PEFT would untie them. Save "
                 "the whole model with save_model."
             )
         settings["ensure_weight_tying"] = True
@@ -113,10 +113,10 @@ def write_whole(
         choices = {"none": set(), "lora_only": having & layers, "all": having}
         bias = next((name for name, modules in choices.items() if modules == lone), None)
         if bias is None:
-            raise AdapterError("PEFT lets no biases train, all, or those of adapted layers.")
+            raise AdapterError("PEFT trains no biases, all biases, or those of adapted layers.")
         settings["bias"] = bias
     elif lone:
-        raise AdapterError(f"the bias of {sorted(lone)[0]!r} trains; PEFT has that for LoRA alone.")
+        raise AdapterError(f"the bias of {sorted(lone)[0]!r} trains; PEFT has that only for LoRA.")
     return settings, tensors
 
 
@@ -133,7 +133,7 @@ def _is_norm(model, module) -> bool:
 
 
 def _is_saved(names, module) -> bool:
-    """PEFT saves modules whose name, or an outer module's, ends so."""
+    """Whether the name of the module, or of an outer one, ends as modules_to_save says."""
     parts = module.split(".")
     outer = [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
     return any(name.endswith(end) for end in names for name in outer)

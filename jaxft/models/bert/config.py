@@ -1,4 +1,4 @@
-"""config.json of BERT, and what RoBERTa has from it."""
+"""config.json of BERT, and the parts that RoBERTa shares."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ READS = COMMON | {"vocab_size", "max_position_embeddings", "type_vocab_size"}
 
 
 def keys(**defaults: Any) -> Keys:
-    """The keys of the classes of BERT and RoBERTa, of which `defaults` are one's own."""
+    """The keys of the classes of BERT and RoBERTa; `defaults` are specific to one of them."""
     common = dict(vocab_size=30522, max_position_embeddings=512, type_vocab_size=2)
-    # Relative positions were transformers 4's, and are gone in 5.
+    # transformers 4 had relative positions, transformers 5 has none.
     switches = dict(is_decoder=False, add_cross_attention=False, position_embedding_type="absolute")
     return Keys(
         hf_encoders.DEFAULTS | common | switches | defaults, no_effect=hf_encoders.NO_EFFECT

@@ -1,4 +1,4 @@
-"""config.json of the Gemma families, and what all of them compute alike."""
+"""config.json of the Gemma families, and the parts common to all of them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from jaxft.models.hf_config import read_activation
 from jaxft.models.hf_keys import Keys
 
 READS = hf_config.READS | {"attention_bias"}
-# Its class has hidden_act alone, transformers 4 also hidden_activation.
+# Its class has only hidden_act; in transformers 4 it also has hidden_activation.
 OWN_READS = READS | {"hidden_act", "hidden_activation"}
 
 
 def keys(*nullable: str, **defaults: Any) -> Keys:
-    """The keys of the classes of all Gemmas, of which `nullable` and `defaults` are one's own."""
+    """The keys of the classes of all Gemmas; `nullable` and `defaults` are specific to one."""
     common = {
         "head_dim": 256,
         "tie_word_embeddings": True,
@@ -33,7 +33,7 @@ def read(json: Json, tensors: Collection[str]) -> DecoderConfig:
     """The DecoderConfig of the first Gemma's config.json, whose "gelu" means its approximation by tanh.
 
     Raises:
-        CheckpointError: for an activation of which transformers 4 and 5 differ.
+        CheckpointError: for an activation that transformers 4 and 5 read differently.
     """
     legacy = {"gelu": "gelu_pytorch_tanh"}
     name, other = legacy.get(json["hidden_act"], json["hidden_act"]), json["hidden_activation"]
@@ -47,7 +47,7 @@ def read(json: Json, tensors: Collection[str]) -> DecoderConfig:
 
 
 def read_gemma(json: Json, family: str, activation: str, rope: Rope | None = None) -> DecoderConfig:
-    """The DecoderConfig of a config.json that has nothing but what all Gemmas have (the keys `READS`).
+    """The DecoderConfig of a config.json that only has the keys of all Gemmas (`READS`).
 
     For the arguments see jaxft.models.hf_config.read_decoder.
     """
@@ -61,7 +61,7 @@ def read_gemma(json: Json, family: str, activation: str, rope: Rope | None = Non
 
 
 def write(config: DecoderConfig) -> dict[str, Any]:
-    """The config.json of a DecoderConfig of any Gemma, with what all of them have."""
+    """The config.json of a DecoderConfig of any Gemma, with the keys that all of them have."""
     activation = hf_config.ACTIVATIONS[config.activation]
     return hf_config.write_decoder(config) | {
         "attention_bias": config.attention_bias,
@@ -76,7 +76,7 @@ def read_gguf(header: GgufHeader) -> DecoderConfig:
 
 
 def as_gemma(config: DecoderConfig) -> DecoderConfig:
-    """The config with what no file says: norms by 1 + scale, embeddings scaled by sqrt(D), its GELU."""
+    """The config with Gemma's fixed properties: norms by 1 + scale, embeddings times sqrt(D), its GELU."""
     scale = config.hidden_size**0.5
     return dataclasses.replace(
         config, norm_offset=1.0, activation="gelu_tanh", embedding_scale=scale

@@ -1,4 +1,4 @@
-"""config.json and GGUF metadata of Gemma 2, and what Gemma 3 has from it."""
+"""config.json and GGUF metadata of Gemma 2, and the parts that Gemma 3 shares."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ GGUF_READS = gguf.READS | {
 
 
 def keys(**defaults: Any) -> Keys:
-    """The keys of the classes of Gemma 2 and 3, of which `defaults` are one's own."""
+    """The keys of the classes of Gemma 2 and 3; `defaults` are specific to one of them."""
     return gemma.keys(
         "sliding_window",
         "attn_logit_softcapping",
@@ -52,12 +52,12 @@ def read(json: Json, tensors: Collection[str]) -> DecoderConfig:
 def read_later_gemma(
     json: Json, family: str, local: Callable[[int], bool], rope: Rope | None = None
 ) -> DecoderConfig:
-    """The DecoderConfig of a config.json that has what Gemma 2's has.
+    """The DecoderConfig of a config.json that has Gemma 2's keys.
 
     Args:
         json: the file.
         family: the config's.
-        local: which layers have a window: see jaxft.models.hf_config.read_windows.
+        local: layer -> whether it has a window: see jaxft.models.hf_config.read_windows.
         rope: see jaxft.models.hf_config.read_decoder.
     """
     return dataclasses.replace(
@@ -83,7 +83,7 @@ def write(config: DecoderConfig) -> dict[str, Any]:
 
 
 def read_gguf(header: GgufHeader) -> DecoderConfig:
-    """The DecoderConfig of a GGUF file; without the keys it has the window and the caps of all Gemma 2s."""
+    """The DecoderConfig of a GGUF file; absent keys mean the window and caps of all Gemma 2s."""
     window = header.get("attention.sliding_window", 4096)
     config = read_later_gguf(header, "gemma2", window, period=2, largest=46)
     local = Rope(**vars(config.rope) | {"theta": local_theta(header, config.rope.theta)})
@@ -98,14 +98,14 @@ def read_gguf(header: GgufHeader) -> DecoderConfig:
 def read_later_gguf(
     header: GgufHeader, family: str, window: int, period: int, largest: int
 ) -> DecoderConfig:
-    """The DecoderConfig of a GGUF file that has what Gemma 2's has, soft caps aside.
+    """The DecoderConfig of a GGUF file that has Gemma 2's keys, without soft caps.
 
     Args:
         header: of the file.
         family: the config's.
-        window: of the local layers, in tokens; 0: all see all.
-        period: how often a layer sees all, if the file does not say so: the last of every `period`.
-        largest: layers of the 27B model, which scales attention otherwise; its file doesn't say so.
+        window: of the local layers, in tokens; 0: no layer has a window.
+        period: if the file has no pattern, the last of every `period` layers has no window.
+        largest: layers of the 27B model, which scales attention differently; its file has no key for it.
     """
     config = gemma.as_gemma(gguf.read_gguf_decoder(header, family))
     pattern, scale = header.get("attention.sliding_window_pattern", period), None
@@ -144,7 +144,7 @@ def write_later_gguf(config: DecoderConfig) -> dict[str, Any]:
     local = [config.window(i) is not None for i in range(config.num_layers)]
     keys["attention.sliding_window"] = next((w for w in config.windows if w is not None), 0)
     if any(local):
-        # The distance of the first layer that sees all from the start; beyond the last if none does.
+        # The number of the first layer without a window, from 1; more than the layers if all have one.
         keys["attention.sliding_window_pattern"] = [*local, False].index(False) + 1
     if config.local_rope is not None:
         keys["rope.freq_base_swa"] = float(config.local_rope.theta)

@@ -1,4 +1,4 @@
-"""Gemma 3, text alone: norms on queries and keys, rotary positions of their own under windows."""
+"""Gemma 3, text only: norms on queries and keys, separate rotary positions under windows."""
 
 from jaxft.models.gemma3.record import GEMMA3
 

@@ -13,7 +13,7 @@ from jaxft.models.family import GgufHeader, Json
 from jaxft.models.gemma2 import config as gemma2
 
 GGUF_READS = gemma2.GGUF_READS - {"attn_logit_softcapping"}
-# transformers' class has attn_logit_softcapping too, and its model ignores it.
+# transformers' class also has attn_logit_softcapping, but its model ignores it.
 READS = gemma2.LATER_READS - {"original_max_position_embeddings"} | {
     "rope_local_base_freq",
     "sliding_window_pattern",
@@ -40,7 +40,7 @@ def write(config: DecoderConfig) -> dict[str, Any]:
 
 
 def read_gguf(header: GgufHeader) -> DecoderConfig:
-    """The DecoderConfig of a GGUF file; without a window in it, all layers see all."""
+    """The DecoderConfig of a GGUF file; without a window in the file, no layer has one."""
     window = header.get("attention.sliding_window", 0)
     config = gemma2.read_later_gguf(header, "gemma3_text", window, period=6, largest=62)
     return dataclasses.replace(
@@ -59,10 +59,10 @@ def write_gguf(config: DecoderConfig) -> dict[str, Any]:
 
 
 def _ropes(json: Json) -> tuple[Rope, Rope]:
-    """(rotary positions of layers without a window, of those with one), as transformers 4 or 5 has them.
+    """(rotary positions of layers without a window, with a window), in transformers 4's or 5's form.
 
     Raises:
-        CheckpointError: for parameters of which transformers takes a part alone.
+        CheckpointError: for parameters that transformers would only partly use.
     """
     both, scaling = json["rope_parameters"] or {}, json["rope_scaling"] or {}
     mixed = "full_attention" in scaling or ("type" in scaling and "rope_type" not in scaling)

@@ -42,7 +42,7 @@ KEYS = Keys(
     },
 )
 
-# What no file says.
+# Properties that no file contains.
 SHARED: dict[str, Any] = {
     "norm": "layer",
     "gated_mlp": False,

@@ -25,7 +25,7 @@ _LEAVES = ("kernel", "bias")
 def entries(config: DecoderConfig) -> list[Entry]:
     """The tensors in the file's usual order.
 
-    Its Conv1D stores [in, out] as jaxft does, and query, key and value side by side.
+    Its Conv1D stores [in, out] as in jaxft, with query, key and value side by side.
     """
     result = [
         Entry("transformer.wte.weight", ("embed/embedding",)),
@@ -49,7 +49,7 @@ def ignores(name: str, config: DecoderConfig) -> bool:
 
 
 def gguf_entries(config: DecoderConfig) -> list[Entry]:
-    """The tensors of a GGUF file, which stores [out, in], query, key and value below each other."""
+    """The tensors of a GGUF file, which stores [out, in], with query, key and value stacked by rows."""
     result = [
         Entry("token_embd.weight", ("embed/embedding",)),
         Entry(GGUF_POSITIONS, ("positions/embedding",)),

@@ -1,4 +1,4 @@
-"""Llama and what is built like it: SmolLM2, TinyLlama."""
+"""Llama and models with its architecture: SmolLM2, TinyLlama."""
 
 from jaxft.models.llama.record import LLAMA
 

@@ -1,4 +1,4 @@
-"""The record of Llama: what decoders share is Llama's, but for its optional biases."""
+"""The record of Llama: the parts that decoders share, plus optional biases."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _read_gguf(header: GgufHeader) -> DecoderConfig:
     )
 
 
-# Mistral's too: llama.cpp has one architecture for both.
+# Also used by Mistral: llama.cpp has one architecture for both.
 LLAMA_GGUF = Gguf(
     architecture="llama",
     read=_read_gguf,

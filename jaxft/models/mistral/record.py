@@ -25,7 +25,7 @@ def _read(json: Json, tensors: Collection[str]) -> DecoderConfig:
 def _write(config: DecoderConfig) -> dict[str, Any]:
     windows = hf_config.write_windows(config)
     if len(set(config.windows)) < 2:
-        # transformers takes a Mistral with layer_types for a Ministral, which must have a window.
+        # transformers reads a Mistral with layer_types as a Ministral, which must have a window.
         del windows["layer_types"]
     return hf_config.write_decoder(config) | windows
 

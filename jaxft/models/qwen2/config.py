@@ -1,4 +1,4 @@
-"""config.json of Qwen 2 and 3: windows on the upper layers, switched on by a key of their own."""
+"""config.json of Qwen 2 and 3: windows on the upper layers, enabled by a separate key."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ READS = (
 
 
 def keys(**defaults: Any) -> Keys:
-    """The keys of the classes of Qwen 2 and 3, of which `defaults` are one's own."""
+    """The keys of the classes of Qwen 2 and 3; `defaults` are specific to one of them."""
     return hf_config.decoder_keys(
         "num_key_value_heads",
         "sliding_window",
@@ -36,20 +36,20 @@ def keys(**defaults: Any) -> Keys:
 
 
 def read(json: Json, tensors: Collection[str]) -> DecoderConfig:
-    """The DecoderConfig of a config.json. Which projections have biases is no key: it is the family's."""
+    """The DecoderConfig of a config.json. The family determines which projections have biases."""
     windows = read_qwen_windows(json)
     config = hf_config.read_decoder(json, "qwen2", json["hidden_act"])
     return dataclasses.replace(config, attention_bias=True, windows=windows)
 
 
 def write(config: DecoderConfig) -> dict[str, Any]:
-    """The config.json of a DecoderConfig, biases aside."""
+    """The config.json of a DecoderConfig, without biases."""
     switch = {"use_sliding_window": any(config.windows)}
     return hf_config.write_decoder(config) | hf_config.write_windows(config) | switch
 
 
 def read_qwen_windows(json: Json) -> hf_config.Windows:
-    """The windows, of the layers from max_window_layers on if use_sliding_window is set."""
+    """The windows: layers from max_window_layers on have one if use_sliding_window is set."""
     window = json["sliding_window"] if json["use_sliding_window"] else None
     local = lambda layer: window is not None and layer >= json["max_window_layers"]
     return hf_config.read_windows(json, window, local)

@@ -23,7 +23,7 @@ QWEN2 = Family(
         read=config.read,
         write=config.write,
         reads=config.READS,
-        # transformers reads head_dim too, which its class does not list.
+        # transformers also reads head_dim, which its class does not list.
         keys=config.keys(),
     ),
     gguf=Gguf(

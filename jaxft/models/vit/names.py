@@ -24,7 +24,7 @@ def _embeddings(config):
             ("patches/positions",),
             file_shape=(1, config.num_positions, width),
         ),
-        # torch convolves [out, channel, row, column]; our patches are (row, column, channel).
+        # torch convolves [out, channel, row, column]; jaxft's patches are (row, column, channel).
         Entry(
             f"{projection}.weight",
             ("patches/projection/kernel",),

@@ -2,6 +2,7 @@
 
 $ python experiments/evaluate.py --data held_out.jsonl --adapter runs/sft/adapter
 $ python experiments/evaluate.py --data "rg:chain_sum?size=200&seed=9"
+$ python experiments/evaluate.py --tasks arc_easy my_task --task-dir tasks --limit 100
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any, Literal
 
 import tyro
 
-from experiments.cli import flags, limits
+from experiments.cli import flags, harness, limits
 from experiments.cli.held_out import shown, tell_of
 from experiments.cli.models import check_positions, load_trained, renderer_of, writable_file
 from jaxft import data, train
@@ -28,13 +29,15 @@ from jaxft.rewards import measure_accuracy, verifier_for
 class Config:
     """Which model, on which records."""
 
-    data: str  # file, rg:TASK, tfds:NAME or hub id
+    data: str | None = None  # file, rg:TASK, tfds:NAME or hub id; or --tasks
+    harness: harness.Harness = harness.Harness()
     trained: flags.Trained = flags.Trained()
     columns: flags.Columns = flags.Columns()
-    limit: int | None = None  # use at most this many records; None: all
+    limit: int | None = None  # use at most this many records, or documents per task; None: all
     # tokens that the loss counts: of the completion, of the last answer, all, or per message
     mask: Literal["completion", "last_turn", "all", "per_message"] = "completion"
-    max_length: int = 512  # maximum tokens of a row; the loss excludes longer records
+    # maximum tokens of a record or context; None: 512, or the model's positions with --tasks
+    max_length: int | None = None
     batch_size: int = 4  # rows per forward pass
     max_new_tokens: int = 64  # maximum tokens of an answer to verify
     output: str | None = None  # JSON file for the metrics and answers; None: none
@@ -43,24 +46,27 @@ class Config:
 
 def main(config: Config) -> dict[str, Any]:
     """Evaluates; prints and returns the metrics."""
-    renderer = renderer_of(limits.check(config).trained, mask=config.mask)
+    harness.check(limits.check(config))
+    if config.harness.tasks:
+        return harness.run(config)
+    renderer, longest = renderer_of(config.trained, mask=config.mask), config.max_length or 512
     output = writable_file(config.output) if config.output else None
     records = data.load(config.data, fields=config.columns.of(config.data), limit=config.limit)
     verifier = verifier_for(records[0]["_source"], records)  # an error now, not after the loss
     bad, what = data.BadRecords(), shown(config.data)
-    tokenised = data.render(records, renderer, config.max_length, bad=bad)
+    tokenised = data.render(records, renderer, longest, bad=bad)
     tell_of(bad, len(tokenised), len(records), "evaluated")
     model, params = load_trained(config.trained)
-    check_positions(model, config.trained.model, config.max_length)
-    sizes = dict(batch_size=config.batch_size, max_length=config.max_length)
+    check_positions(model, config.trained.model, longest)
+    sizes = dict(batch_size=config.batch_size, max_length=longest)
     batches = data.finite_batches(tokenised, **sizes)
     loss = train.evaluate(train.make_eval_step(supervised(model.forward)), params, batches)["loss"]
     metrics = {"records": len(records), "loss": loss, "perplexity": math.exp(loss)}
     on = f"on {len(tokenised)} of {len(records)} records of {what}"
     print(f"loss {loss:.4f} nats a token, perplexity {math.exp(loss):.3f} {on}")
     if verifier is not None:
-        longest = dict(max_new_tokens=config.max_new_tokens)
-        result = measure_accuracy(model, params, renderer, records, verifier, **longest)
+        sizes = dict(max_new_tokens=config.max_new_tokens)
+        result = measure_accuracy(model, params, renderer, records, verifier, **sizes)
         metrics |= {"accuracy": result.rate, "interval": result.interval}
         metrics["mentioned"] = result.mention_rate
         print(f"accuracy on {len(records)} records of {what}: {result}")

@@ -22,6 +22,7 @@ EXTRAS = {
     "vision": ("pillow",),
     "control": ("brax", "mujoco", "gymnasium"),
     "tfds": ("tensorflow-datasets", "array-record"),
+    "eval": ("lm-eval",),
     "logging": ("tensorboardX", "wandb"),
     "notebooks": ("ipykernel", "nbclient", "nbformat"),
     "test": (

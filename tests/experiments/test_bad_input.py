@@ -372,6 +372,8 @@ BAD = [
         lambda p: ["--output", unwritable(p) / "metrics.json"],
         "cannot write to",
     ),
+    ("evaluate", "tasks and data", ["--tasks", "arc_easy"], "has no effect with --tasks"),
+    ("evaluate", "task dir alone", ["--task-dir", "x"], "has no effect without --tasks"),
     ("generate", "long", ["--max-new-tokens", "600"], "exceed the model's 512; shorten one"),
     ("sample_pairs", "no answers", chat, "its answers cannot be verified"),
     ("sample_pairs", "judge", ["--judge", "os:nothing"], "has no attribute 'nothing'"),
@@ -598,7 +600,7 @@ def _parsed(text):
         return text
 
 
-REQUIRED = {"evaluate": ("",), "merge": ("", "")}
+REQUIRED = {"merge": ("", "")}
 
 
 @pytest.mark.parametrize(

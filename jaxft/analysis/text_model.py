@@ -136,7 +136,7 @@ class TextModel:
     def token_scores(
         self, pairs: Sequence[tuple[Tokens, Tokens]], what: str
     ) -> list[tuple[float, bool]]:
-        """As `loglikelihood`, of ids; `what` names the progress bar."""
+        """`loglikelihood` of token ids; `what` names the progress bar."""
         for before, after in pairs:
             if not before or not 0 < len(after) <= self.length:
                 raise ValueError(

@@ -22,7 +22,7 @@ EXTRAS = {
     "vision": ("pillow",),
     "control": ("brax", "mujoco", "gymnasium"),
     "tfds": ("tensorflow-datasets", "array-record"),
-    "logging": ("tensorboardX", "wandb"),
+    "logging": ("tensorboardX", "wandb", "trackio"),
     "notebooks": ("ipykernel", "nbclient", "nbformat"),
     "test": (
         *("tensorboardX", "tensorboard", "pytest", "pytest-xdist", "beartype", "ruff"),

@@ -23,7 +23,7 @@ def run_figure(
     path: str | Path, *, title: str = "", main: str = "loss", below: Sequence[str] = BELOW
 ) -> Callback:
     """Writes `plot_run` of all rows to a PNG (or PDF, SVG) when the run ends, however it ends."""
-    require("matplotlib", "run_figure")
+    require("matplotlib", "run_figure", "text")
     path, rows = Path(path), {}  # by step: a row that is reported again replaces the one before
 
     def on_start(run):
@@ -59,7 +59,7 @@ def plot_run(
     `main` and `below` name other metrics in their places: ("reward", ("length", "entropy")).
     """
     # Not pyplot: it keeps figures in a global list and picks a display.
-    figure_module = require("matplotlib.figure", "plot_run")
+    figure_module = require("matplotlib.figure", "plot_run", "text")
     names = [n for n in below if any(n in row for row in history)]
     figure = figure_module.Figure(figsize=(7, 4 + 1.4 * len(names)), layout="constrained")
     heights = [3] + [1] * len(names)

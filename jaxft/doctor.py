@@ -25,9 +25,10 @@ EXTRAS = {
     "logging": ("tensorboardX", "wandb", "trackio"),
     "notebooks": ("ipykernel", "nbclient", "nbformat"),
     "test": (
-        *("tensorboardX", "tensorboard", "pytest", "pytest-xdist", "beartype", "ruff"),
+        *("tensorboardX", "tensorboard", "pytest", "pytest-xdist", "beartype", "ruff", "codespell"),
         *("torch", "peft", "qwix"),
     ),
+    "docs": ("mkdocs-material", "mkdocstrings"),
     "bench": ("trl", "accelerate"),
     "qwix": ("qwix",),
     "tpu": ("libtpu",),

@@ -23,7 +23,7 @@ EXTRAS = {
     "control": ("brax", "mujoco", "gymnasium"),
     "tfds": ("tensorflow-datasets", "array-record"),
     "eval": ("lm-eval",),
-    "logging": ("tensorboardX", "wandb"),
+    "logging": ("tensorboardX", "wandb", "trackio"),
     "notebooks": ("ipykernel", "nbclient", "nbformat"),
     "test": (
         *("tensorboardX", "tensorboard", "pytest", "pytest-xdist", "beartype", "ruff", "codespell"),

@@ -28,6 +28,9 @@ from jaxft.models.remat import Remat
 LOGS = {
     "tensorboard": lambda config, output: train.tensorboard_log(output / "tensorboard"),
     "wandb": lambda config, output: train.wandb_log("jaxft", name=output.name, config=flat(config)),
+    "trackio": lambda config, output: train.trackio_log(
+        "jaxft", name=output.name, config=flat(config)
+    ),
 }
 Log = Literal[tuple(LOGS)]
 without_prefix = tyro.conf.configure(tyro.conf.OmitArgPrefixes)

@@ -13,6 +13,8 @@ import signal
 import sys
 from typing import Any
 
+from experiments.cli import quiet
+
 INTERRUPTED = 130
 EXPERIMENTS = pathlib.Path(__file__).resolve().parents[1]
 
@@ -30,6 +32,8 @@ def end(number: int, frame: Any) -> None:
     os._exit(INTERRUPTED)
 
 
+if runs_a_script(sys.modules["__main__"]):
+    quiet.silence()
 # Not if SIGINT is ignored: a shell starts background jobs that way.
 if (
     runs_a_script(sys.modules["__main__"])

@@ -16,7 +16,7 @@ from jaxft.train.errors import (
 )
 from jaxft.train.figure import plot_run, run_figure
 from jaxft.train.held_out import evaluate, evaluation, make_eval_step
-from jaxft.train.logs import jsonl_log, progress, tensorboard_log, wandb_log
+from jaxft.train.logs import jsonl_log, progress, tensorboard_log, trackio_log, wandb_log
 from jaxft.train.loop import fit, run_steps
 from jaxft.train.memory import check_memory, keep_memory_warm, state_bytes
 from jaxft.train.optimizer import (
@@ -81,6 +81,7 @@ __all__ = [
     "saved_settings",
     "split_batch",
     "tensorboard_log",
+    "trackio_log",
     "wandb_log",
     "with_warmup",
     "writable_directory",

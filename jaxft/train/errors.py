@@ -56,14 +56,15 @@ class MissingDependencyError(ImportError):
     """An optional package that a callback needs is not installed."""
 
 
-def require(module: str, what: str) -> Any:
-    """Imports a module; raises MissingDependencyError, which names `what` needs it, if it is missing."""
+def require(module: str, what: str, extra: str) -> Any:
+    """Imports a module; if it is missing, raises MissingDependencyError, which names `what` and the extra."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.split(".")[0]
         raise MissingDependencyError(
-            f"{what} needs {package}, which is not installed ({error}): pip install {package}"
+            f"{what} needs {package}, which is not installed ({error}): pip install {package}, or "
+            f"pip install 'jaxft[{extra}]'"
         ) from error
 
 

@@ -23,7 +23,7 @@ def run_figure(
     path: str | Path, *, title: str = "", main: str = "loss", below: Sequence[str] = BELOW
 ) -> Callback:
     """Writes `plot_run` of all rows to a PNG (or PDF, SVG) when the run ends, also after an error."""
-    require("matplotlib", "run_figure")
+    require("matplotlib", "run_figure", "text")
     path, rows = Path(path), {}  # by step: a row that is reported again replaces the earlier one
 
     def on_start(run):
@@ -59,7 +59,7 @@ def plot_run(
     `main` and `below` name other metrics to plot instead: ("reward", ("length", "entropy")).
     """
     # Without pyplot, which keeps figures in a global list and selects a display.
-    figure_module = require("matplotlib.figure", "plot_run")
+    figure_module = require("matplotlib.figure", "plot_run", "text")
     names = [n for n in below if any(n in row for row in history)]
     figure = figure_module.Figure(figsize=(7, 4 + 1.4 * len(names)), layout="constrained")
     heights = [3] + [1] * len(names)

@@ -1,4 +1,4 @@
-"""Loggers for the rows of a run: the terminal, a file, TensorBoard, Weights & Biases."""
+"""Loggers for the rows of a run: the terminal, a file, TensorBoard, Weights & Biases, trackio."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import datetime
 import json
 import math
 import os
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,71 +28,125 @@ def progress(
 ) -> Callback:
     """Shows a progress bar with loss, tokens/s and time left; without a terminal, prints lines.
 
-    Writes to standard error or to `console`; lines come every `steps` steps. Tokens are those that the loss
-    counts. `show` names metrics to show instead, such as ("reward", "length"), with seconds per step.
+    Writes to standard error or to `console`; in a notebook, rewrites one line of standard output. Says
+    "compiling" until the metrics of the first step arrive. See `describe` for the rates.
+
+    Args:
+        steps: steps between lines; rates are medians of the same number of recent steps, at least 10.
+        show: metrics to show instead of loss, gradient norm and learning rate, such as ("reward", "length"),
+            with seconds per step instead of tokens/s.
     """
     if steps < 1:
         raise ValueError(f"progress: steps must be at least 1, got {steps}.")
-    console = console or rich.console.Console(stderr=True)
+    console = console or _usual_console()
     meter = {}
 
     def on_start(run):
-        meter.update(run=run, since=[], bar=None)
-        if console.is_terminal:
-            columns = [
-                "{task.description}",
-                rich.progress.BarColumn(bar_width=30),
-                "{task.fields[shown]}",
-            ]
-            meter["bar"] = rich.progress.Progress(*columns, console=console, transient=False)
-            meter["task"] = meter["bar"].add_task(
-                "train", total=run.steps, completed=run.first_step, shown=""
-            )
-            meter["bar"].start()
+        write, close = _writer(console, run)
+        meter.update(run=run, recent=[], write=write, close=close)
+        write("compiling the first step ...", run.first_step, True)
 
     def on_row(row):
-        meter["since"] = [*meter["since"], row][-max(steps, 2) :]
-        shown = describe(row, meter["since"], meter["run"].steps, show)
+        run, recent = meter["run"], meter["recent"]
+        first = row["step"] == run.first_step + 1
+        recent[:] = [r for r in recent if r["step"] != row["step"]]  # a row may come twice
+        if not first:  # The seconds of the first step include compilation.
+            recent[:] = [*recent, row][-max(steps, 10) :]
         evaluated = any(name.startswith("eval") for name in row)
-        if meter["bar"]:
-            meter["bar"].update(meter["task"], completed=row["step"], shown=shown)
-        elif (
-            evaluated
-            or row["step"] in (meter["run"].first_step + 1, meter["run"].steps)
-            or (row["step"] % steps == 0)
-        ):
-            console.print(shown, highlight=False, soft_wrap=True)
+        due = evaluated or first or row["step"] == run.steps or row["step"] % steps == 0
+        width = _room(console) if console.is_terminal or console.is_jupyter else None
+        meter["write"](describe(row, recent, run.steps, show, width), row["step"], due)
 
     def on_end(error):
         del error
-        if meter.get("bar"):
-            meter["bar"].stop()
+        if close := meter.pop("close", None):
+            close()
 
     return on_main_process(Callback(on_start=on_start, on_row=on_row, on_end=on_end))
 
 
+_BAR = 16  # columns of the bar, with the space after it
+
+
+def _usual_console():
+    console = rich.console.Console(stderr=True)
+    # Notebooks show standard error as a fault.
+    return rich.console.Console() if console.is_jupyter else console
+
+
+def _room(console):
+    return console.width - (0 if console.is_jupyter else _BAR)
+
+
+def _writer(console, run):
+    """(write(text, step, due), close()) for a notebook, a terminal or neither."""
+    if console.is_jupyter:  # rich's own bar needs ipywidgets, and warns where they are absent
+        put = lambda text: (console.file.write(text), console.file.flush())
+        seen = [0]
+
+        def write(text, step, due):
+            del step, due
+            put("\r" + text.ljust(seen[0]))
+            seen[0] = len(text)
+
+        return write, lambda: put("\n")
+    if console.is_terminal:
+        columns = [rich.progress.BarColumn(bar_width=_BAR - 1), "{task.fields[shown]}"]
+        bar = rich.progress.Progress(*columns, console=console, transient=False)
+        task = bar.add_task("", total=run.steps, completed=run.first_step, shown="")
+        bar.start()
+        write = lambda text, step, due: bar.update(task, completed=step, shown=text)
+        return write, bar.stop
+    show = lambda text: console.print(text, highlight=False, soft_wrap=True)
+    return (lambda text, step, due: show(text) if due else None), lambda: None
+
+
 def describe(
     row: Mapping[str, Any],
-    recent: list[Mapping[str, Any]],
+    recent: Sequence[Mapping[str, Any]],
     steps: int | None,
     show: Sequence[str] = (),
+    width: int | None = None,
 ) -> str:
-    """Formats a row as a line: step, metrics, then tokens/s and time left from the recent rows."""
-    parts = [f"step {row['step']}" + (f"/{steps}" if steps else "")]
+    """Formats a row as a line: step, metrics, then tokens/s and the time left.
+
+    Tokens/s counts `num_input_tokens`, the tokens that the model reads in a step. The rate of `num_tokens`,
+    the tokens in the loss, follows in brackets if it is lower. Rates and time left are medians over the
+    recent rows: a single step that compiles, evaluates or saves does not change them.
+
+    Args:
+        recent: rows with representative seconds; empty: no rates and no time left.
+        steps: number of steps at which the run ends, if known.
+        show: see `progress`.
+        width: available columns; the last metrics are left out until the line fits. None: no limit.
+    """
+    first = f"step {row['step']}" + (f"/{steps}" if steps else "")
     evaluated = (name for name in row if name.startswith("eval"))
-    first = [*show, *evaluated] if show else ["loss", *evaluated, "grad_norm", "learning_rate"]
-    parts += [f"{name} {row[name]:.4g}" for name in first if np.ndim(row.get(name, [])) == 0]
-    # The very first row includes compilation.
-    timed = recent[1:] or recent
-    seconds = sum(r["seconds"] for r in timed)
-    if show:
-        parts.append(f"{seconds / len(timed):.3g} s/step")
-    elif seconds > 0 and "num_tokens" in row:
-        parts.append(f"{sum(r['num_tokens'] for r in timed) / seconds:,.0f} tokens/s")
-    if steps:
-        left = (steps - row["step"]) * seconds / len(timed)
-        parts.append(f"left {datetime.timedelta(seconds=round(left))}")
-    return "  ".join(parts)
+    names = [*show, *evaluated] if show else ["loss", *evaluated, "grad_norm", "learning_rate"]
+    metrics = [f"{name} {row[name]:.4g}" for name in names if np.ndim(row.get(name, [])) == 0]
+    rates = _rates(recent, per_step=bool(show))
+    if steps and recent:
+        left = (steps - row["step"]) * statistics.median(r["seconds"] for r in recent)
+        rates.append(f"left {datetime.timedelta(seconds=round(left))}")
+    line = lambda: "  ".join([first, *metrics, *rates])
+    while width is not None and len(metrics) > 1 and len(line()) > width:
+        metrics.pop()
+    return line()
+
+
+def _rates(recent, per_step):
+    if not recent:
+        return []
+    if per_step:
+        return [f"{statistics.median(r['seconds'] for r in recent):.3g} s/step"]
+    timed = [r for r in recent if r["seconds"] > 0 and "num_tokens" in r]
+    if not timed:
+        return []
+    rate = lambda count: statistics.median(count(r) / r["seconds"] for r in timed)
+    trained = rate(lambda r: r["num_tokens"])
+    processed = rate(lambda r: r.get("num_input_tokens", r["num_tokens"]))
+    beside = f" ({trained:,.0f} trained)" if trained < processed else ""
+    return [f"{processed:,.0f} tokens/s{beside}"]
 
 
 def jsonl_log(path: str | Path) -> Callback:
@@ -133,7 +188,7 @@ def jsonl_log(path: str | Path) -> Callback:
 
 def tensorboard_log(directory: str | Path) -> Callback:
     """Logs each number of the rows as a TensorBoard scalar; needs the package tensorboardX."""
-    tensorboard = require("tensorboardX", "tensorboard_log")
+    tensorboard = require("tensorboardX", "tensorboard_log", "logging")
     writers = []
 
     def on_start(run):
@@ -161,7 +216,7 @@ def wandb_log(
 
     WANDB_MODE=offline keeps the log on this machine. A resumed run continues the run of the same name.
     """
-    wandb = require("wandb", "wandb_log")
+    wandb = require("wandb", "wandb_log", "logging")
     runs = []
 
     def on_start(run):
@@ -172,6 +227,37 @@ def wandb_log(
     def on_end(error):
         while runs:
             runs.pop().finish(exit_code=0 if error is None else 1)
+
+    return on_main_process(
+        Callback(
+            on_start=on_start,
+            on_row=lambda row: runs[0].log(_numbers(row), step=row["step"]),
+            on_end=on_end,
+        )
+    )
+
+
+def trackio_log(
+    project: str, *, name: str | None = None, config: Mapping[str, Any] | None = None
+) -> Callback:
+    """Each number of the rows to trackio; needs the package trackio.
+
+    It keeps them on this machine (`trackio show`) unless TRACKIO_SPACE_ID names a Space of the hub. A run of
+    the same name goes on when resumed.
+    """
+    trackio = require("trackio", "trackio_log", "logging")
+    runs = []
+
+    def on_start(run):
+        del run
+        settings = dict(project=project, name=name, config=dict(config or {}))
+        runs.append(trackio.init(**settings, resume="allow"))
+
+    def on_end(error):
+        del error
+        while runs:
+            runs.pop()
+            trackio.finish()  # of the module: it also ends the current run of `trackio.log`
 
     return on_main_process(
         Callback(

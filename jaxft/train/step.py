@@ -46,9 +46,9 @@ def make_step(
 
     The metrics are the objective's and `loss`, `grad_norm` (L2, before clipping), `good` (whether
     the state advanced), `num_tokens` (the weight of the loss, if metrics["loss"] is a Mean or Terms; or the
-    total of metrics["num_tokens"], if that is a Mean), `learning_rate` (if the optimizer's state has exactly
-    one such hyperparameter, as with optax.inject_hyperparams or `make_optimizer`) and likewise
-    `trust_distance`.
+    total of metrics["num_tokens"], if that is a Mean), `num_input_tokens` (tokens of a batch with `tokens`,
+    without padding), `learning_rate` (if the optimizer's state has exactly one such hyperparameter, as with
+    optax.inject_hyperparams or `make_optimizer`) and likewise `trust_distance`.
 
     Args:
         objective: (params, batch, key) -> (loss, metrics). It is traced once more if weights could be
@@ -105,6 +105,8 @@ def make_step(
         updates, opt_state = update(grads, state.opt_state, trainable, **extra)
         new_state = _advanced(state, good, trainable, frozen, updates, opt_state)
         metrics = _with_standard_metrics(metrics, loss, norm, good, opt_state)
+        if (count := _num_input_tokens(batch)) is not None:
+            metrics.setdefault("num_input_tokens", count)
         after = partition(new_state.params)[0]
         return new_state._replace(carry=updated(books, state.carry, after, metrics, good)), metrics
 
@@ -249,6 +251,15 @@ def _with_standard_metrics(metrics, loss, norm, good, opt_state):
         if len(found) == 1:
             metrics.setdefault(name, found[0])
     return metrics
+
+
+def _num_input_tokens(batch):
+    """Tokens [...] of a batch that are not padding, in all rows; None for a batch of anything else."""
+    tokens = batch.get("tokens") if isinstance(batch, Mapping) else None
+    if tokens is None:
+        return None
+    real = batch.get("segment_ids")
+    return jnp.float32(tokens.size) if real is None else jnp.sum(real > 0, dtype=jnp.float32)
 
 
 @functools.cache

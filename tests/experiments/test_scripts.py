@@ -2,7 +2,9 @@
 
 import functools
 import json
+import logging
 import math
+import os
 import pathlib
 import shutil
 import subprocess
@@ -22,21 +24,24 @@ from experiments import (
     sample_pairs,
     sft,
 )
-from experiments.cli import flags, optimizers
+from experiments.cli import flags, optimizers, quiet
 from jaxft import checkpoints, data, train
 from jaxft.adapters import load_adapter
 from jaxft.checkpoints import load_model
 from jaxft.models import Prediction
 from jaxft.objectives import supervised
 from jaxft.rewards import model_rewards
+from tests.processes import WITHOUT_TORCH
 
 ROOT = pathlib.Path(__file__).parents[2]
 TASK = "rg:chain_sum?size=40&seed=1&max_terms=2&min_digits=1&max_digits=1"
 
 
 def run(script, *arguments):
+    """As a user runs it after `pip install "jaxft[text]"`, without torch."""
     command = [sys.executable, str(ROOT / "experiments" / f"{script}.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), WITHOUT_TORCH])}
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
 
 
 def config_of(script, *data, **given):
@@ -323,6 +328,23 @@ def test_the_shell_sees_the_exit_code(tmp_path):
     result = run("sft", "--smoke", "--output-dir", tmp_path, "--data", "nowhere.jsonl")
     assert result.returncode == 2 and "nowhere.jsonl: no such file" in result.stderr
     assert "Traceback" not in result.stderr
+    assert len(result.stderr.splitlines()) == 1, (
+        "lines of other libraries: experiments/cli/quiet.py"
+    )
+
+
+@pytest.mark.parametrize("name, text", quiet.MESSAGES.items())
+def test_messages_of_other_libraries_are_left_out_by_name_and_no_others(name, text, monkeypatch):
+    logger, seen = logging.getLogger(name), []
+    handler = logging.Handler()
+    handler.emit = lambda record: seen.append(record.getMessage())
+    monkeypatch.setattr(logger, "filters", [])
+    monkeypatch.setattr(logger, "handlers", [handler])
+    monkeypatch.setenv("HF_DATASETS_DISABLE_PROGRESS_BARS", "0")  # the user's own, which stays
+    quiet.silence()
+    logger.warning(f"before {text} after")
+    logger.warning("something else")
+    assert seen == ["something else"] and os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] == "0"
 
 
 # What `python experiments/NAME.py ARGUMENTS` does, for several in a process: imports take seconds.

@@ -317,7 +317,7 @@ def test_training_learns_its_pairs(name):
     assert history[-1]["rewards/accuracy"] == 1.0
     real = sum(len(p.tokens) for g in GROUPS for p in g.parts[: 1 if name == "kto" else 2])
     if name != "reward":
-        assert history[0]["num_tokens"] == real
+        assert history[0]["num_tokens"] == history[0]["num_input_tokens"] == real
 
 
 def test_orpo_reads_the_likelihood_of_the_prompt():

@@ -8,8 +8,20 @@ import optax
 import pytest
 import rich.console
 
-from jaxft.train import Callback, MissingDependencyError, Run, fit, jsonl_log, progress, wandb_log
-from jaxft.train.logs import describe, tensorboard_log
+from experiments.cli import flags
+from jaxft.train import (
+    Callback,
+    MissingDependencyError,
+    Run,
+    fit,
+    jsonl_log,
+    progress,
+    run_main,
+    tensorboard_log,
+    trackio_log,
+    wandb_log,
+)
+from jaxft.train.logs import describe
 
 
 def train(problem, callbacks, count=5, steps=None):
@@ -65,7 +77,9 @@ def test_off_a_terminal_progress_is_a_plain_line_every_few_steps(problem):
     evaluated = Callback(on_step=lambda step, _: {"eval/loss": 1.5} if step == 5 else None)
     train(problem, [evaluated, progress(steps=3, console=console)], count=7)
     lines = out.getvalue().splitlines()
+    assert lines.pop(0) == "compiling the first step ..."
     assert [line.split()[1] for line in lines] == ["1/7", "3/7", "5/7", "6/7", "7/7"]
+    assert "left" not in lines[0]  # nothing but the compilation was timed
     assert "\x1b" not in out.getvalue() and "\r" not in out.getvalue()
     assert "eval/loss 1.5" in lines[2] and "tokens/s" in lines[-1] and "left 0:00:00" in lines[-1]
 
@@ -83,13 +97,59 @@ def test_progress_goes_to_standard_error(problem, capsys):
     assert captured.out == "" and "step 2/2" in captured.err
 
 
-def test_rates_leave_out_the_compilation_of_the_first_step():
-    recent = [row(1, seconds=100.0, num_tokens=10), *(row(n, num_tokens=10) for n in (2, 3))]
-    line = describe(recent[-1], recent, 11)
-    assert line == "step 3/11  loss 2  grad_norm 1  20 tokens/s  left 0:00:04"
-    assert describe(row(1), [row(1)], None) == "step 1  loss 2  grad_norm 1"
-    shown = describe(row(1) | {"reward": 0.5}, [row(1)], None, ("reward", "missing"))
-    assert shown == "step 1  reward 0.5  0.5 s/step"
+COUNTS = dict(num_tokens=10, num_input_tokens=40)
+SLOW = row(3, seconds=100.0, **COUNTS)  # compiles again, or evaluates
+RECENT = [row(2, **COUNTS), SLOW, row(4, **COUNTS)]
+
+
+@pytest.mark.parametrize(
+    "recent, steps, how, wanted",
+    [
+        (RECENT, 12, {}, "step 4/12  loss 2  grad_norm 1  80 tokens/s (20 trained)  left 0:00:04"),
+        (
+            [row(4, num_tokens=10)],
+            4,
+            {},
+            "step 4/4  loss 2  grad_norm 1  20 tokens/s  left 0:00:00",
+        ),
+        ([], 12, {}, "step 4/12  loss 2  grad_norm 1"),
+        (RECENT, 12, {"width": 57}, "step 4/12  loss 2  80 tokens/s (20 trained)  left 0:00:04"),
+        (RECENT, None, {"width": 1}, "step 4  loss 2  80 tokens/s (20 trained)"),
+        (RECENT, None, {"show": ("reward", "missing")}, "step 4  reward 0.5  0.5 s/step"),
+    ],
+)
+def test_a_line_has_rates_of_all_tokens_and_of_those_trained_from_medians(
+    recent, steps, how, wanted
+):
+    assert describe(row(4) | {"reward": 0.5}, recent, steps, **how) == wanted
+
+
+def test_the_first_step_of_a_resumed_run_is_not_timed_and_a_repeated_row_once():
+    out = io.StringIO()
+    shown = progress(steps=1, console=rich.console.Console(file=out))
+    shown.on_start(Run(6, 9, []))
+    for at, seconds in ((7, 100.0), (8, 1.0), (8, 1.0), (9, 3.0)):
+        shown.on_row(row(at, seconds=seconds, num_tokens=6))
+    shown.on_end(None)
+    assert [line.split("  ")[-1] for line in out.getvalue().splitlines()[1:]] == [
+        "grad_norm 1",
+        *["left 0:00:01"] * 2,
+        "left 0:00:00",
+    ]
+    assert "4 tokens/s" in out.getvalue().splitlines()[-1]  # the median of 6 and 2
+
+
+def test_in_a_notebook_progress_is_one_line_that_is_rewritten():
+    out = io.StringIO()
+    shown = progress(console=rich.console.Console(file=out, force_jupyter=True, width=80))
+    shown.on_start(Run(0, 3, []))
+    for at in (1, 2, 3):
+        shown.on_row(row(at, num_tokens=6))
+    shown.on_end(None)
+    text = out.getvalue()
+    assert text.count("\n") == 1 and text.endswith("\n") and "\x1b" not in text
+    assert [line.split()[0] for line in text.split("\r")[1:]] == ["compiling", *["step"] * 3]
+    assert len(text.split("\r")[2]) >= len(text.split("\r")[1])  # covers what was there
 
 
 def fake_module(monkeypatch, name, **members):
@@ -108,6 +168,21 @@ def test_wandb_gets_the_numbers(problem, monkeypatch):
     _, history = train(problem, [wandb_log("project", name="run", config={"rank": 4})], count=2)
     settings = dict(project="project", name="run", id="run", config={"rank": 4}, resume="allow")
     assert calls == [settings, *((r["step"], r["loss"]) for r in history), 0]
+
+
+def test_trackio_gets_the_numbers(monkeypatch, tmp_path):
+    """By the flag of the scripts: project, name of the run and flags."""
+    calls = []
+    run = types.SimpleNamespace(log=lambda values, step: calls.append((step, values)))
+    init = lambda **settings: calls.append(settings) or run
+    fake_module(monkeypatch, "trackio", init=init, finish=lambda: calls.append("finished"))
+    log = flags.LOGS["trackio"](flags.Output("runs/one"), tmp_path / "one")
+    log.on_start(Run(0, 1, []))
+    log.on_row(row(1, array=np.ones(2)))
+    log.on_end(None)
+    settings = dict(project="jaxft", name="one", resume="allow")
+    assert calls[0] == settings | {"config": flags.flat(flags.Output("runs/one"))}
+    assert calls[1:] == [(1, {"loss": 2.0, "grad_norm": 1.0, "seconds": 0.5}), "finished"]
 
 
 def test_tensorboard_gets_the_numbers(problem, monkeypatch, tmp_path):
@@ -138,8 +213,14 @@ def test_tensorboard_files_can_be_read_back(problem, tmp_path):
     np.testing.assert_allclose(read, [(r["step"], r["loss"]) for r in history], rtol=1e-6)
 
 
-@pytest.mark.parametrize("make, name", [(wandb_log, "wandb"), (tensorboard_log, "tensorboardX")])
-def test_a_missing_package_is_named_before_the_run(monkeypatch, make, name):
+@pytest.mark.parametrize(
+    "make, name",
+    [(wandb_log, "wandb"), (tensorboard_log, "tensorboardX"), (trackio_log, "trackio")],
+)
+def test_a_missing_package_and_its_extra_are_named_before_the_run(monkeypatch, capsys, make, name):
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(MissingDependencyError, match=f"needs {name}.* pip install {name}"):
         make("here")
+    with pytest.raises(SystemExit) as ended:
+        run_main(make, "here")
+    assert ended.value.code == 3 and "'jaxft[logging]'" in capsys.readouterr().err

@@ -62,6 +62,23 @@ def test_a_step_is_value_and_grad_and_an_optax_update_of_the_trainable_part(prob
     assert state.step == 3
 
 
+@pytest.mark.parametrize(
+    "batch, wanted",
+    [
+        ({"tokens": np.ones((2, 3), int), "segment_ids": np.array([[1, 1, 0], [1, 2, 2]])}, 5),
+        ({"tokens": np.ones((2, 2, 3), int)}, 12),
+        ({"x": np.ones((2, 3))}, None),
+        (np.ones(4), None),
+    ],
+)
+def test_tokens_that_the_model_reads_are_counted_without_padding(batch, wanted, key):
+    objective = lambda params, batch, key: (params["w"] ** 2, {})
+    with jax.disable_jit():
+        state = init_state({"w": jnp.ones(())}, optax.sgd(0.1), key)
+        _, metrics = make_step(objective, optax.sgd(0.1))(state, batch)
+    assert metrics.get("num_input_tokens") == wanted
+
+
 def test_frozen_leaves_stay_bit_identical_and_are_absent_from_the_optimizer(problem, adam, key):
     params = problem.make_params()
     before = jax.tree.map(np.array, params)

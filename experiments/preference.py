@@ -58,9 +58,8 @@ class Config:
     # for pairs, labelled completions (kto, bco, outcome) or steps (process); reward: a reward model
     loss: Loss = "dpo"
     beta: float | None = None  # weight of the KL to the reference; None: the loss's own
-    label_smoothing: float | None = (
-        None  # fraction of wrong labels: dpo, robust, exo, aot, simpo, cpo
-    )
+    # fraction of wrong labels: dpo, robust, exo, aot, simpo, cpo
+    label_smoothing: float | None = None
     simpo_gamma: float = 0.5  # target margin of simpo and alpha_po
     alpha_length: float = 0.05  # length_regularised: reward per token of length
     # below 1: tokens beyond the length of the pair's shorter completion count less (LD-DPO)
@@ -83,9 +82,8 @@ class Config:
     kl_weight: float = 0.1  # hypo: weight of the KL on the policy's own answers, in nats per answer
     online_samples: int = 2  # hypo: answers to each of --batch-size prompts per step
     max_new_tokens: int = 64  # hypo: maximum tokens of these answers
-    center_rewards_coefficient: float = (
-        0.0  # reward: penalty that keeps rewards near 0 (0.01 is usual)
-    )
+    # reward: penalty that keeps rewards near 0 (0.01 is usual)
+    center_rewards_coefficient: float = 0.0
 
     # what happens to records longer than --max-length
     too_long: Literal["drop", "truncate", "truncate_left_prompt", "error"] = "drop"

@@ -82,9 +82,8 @@ class Config:
 
     kl_weight: float = 0.0  # weight in the loss of the KL (k3) to the initial model
     reward_kl: float = 0.0  # weight in the reward of the KL (k1): rloo, reinforce_plus_plus, ppo
-    kl_target: float | None = (
-        None  # adapt --reward-kl to this KL, in nats per answer; None: constant
-    )
+    # adapt --reward-kl to this KL, in nats per answer; None: constant
+    kl_target: float | None = None
     kl_horizon: float = 10000.0  # answers in which --reward-kl changes by at most 20 %
     entropy_weight: float = 0.0  # weight of the entropy bonus
     beta: float = 0.1  # online_dpo, xpo: β of DPO, on the best and the worst answer of each group
@@ -94,9 +93,8 @@ class Config:
     value_weight: float = 0.1  # ppo: weight of the critic's loss
     value_clip: float = 0.2  # ppo: maximum change of a value within a rollout
     correction: Correction = "none"  # importance weights from sampler to trainer, truncated at 2
-    sampler_url: str | None = (
-        None  # OpenAI-compatible server that samples (http://host:8000/v1); None: no
-    )
+    # OpenAI-compatible server that samples (http://host:8000/v1); None: no
+    sampler_url: str | None = None
     sampler_model: str | None = None  # the model's name there; None: that of --model
     push_dir: str | None = None  # where the server reads new weights; None: it keeps its own
     push_api: PushApiName = "vllm"  # the server's requests for loading weights

@@ -158,9 +158,8 @@ class Adapted:
 class Hub:
     """Upload to the Hugging Face hub."""
 
-    push_to_hub: str | None = (
-        None  # upload the output to this repository (user/name); needs a token
-    )
+    # upload the output to this repository (user/name); needs a token
+    push_to_hub: str | None = None
     public: bool = False  # create a new repository as public instead of private
 
 
@@ -211,9 +210,8 @@ class Sampling:
     temperature: float = 1.0  # 0 is greedy
     top_k: int | None = None  # sample only from the k likeliest tokens; None: off
     top_p: float | None = None  # keep the likeliest tokens until their mass reaches this; None: off
-    min_p: float | None = (
-        None  # keep tokens at least this fraction as likely as the likeliest; None: off
-    )
+    # keep tokens at least this fraction as likely as the likeliest; None: off
+    min_p: float | None = None
     typical_p: float | None = None  # keep tokens nearest to the entropy up to this mass; None: off
     repetition_penalty: float = 1.0  # above 1: tokens of prompt and answer become less likely
     no_repeat_ngram_size: int = 0  # no n-gram of this size occurs twice, prompt included; 0: off

@@ -59,9 +59,8 @@ class Config:
     length: int = 64  # tokens of a row
     layers: int = 2  # layers of both models
     weight_decay: float = 0.01  # AdamW's; Lion's is 10 times as large
-    model: str | None = (
-        None  # replaces the small model of the text task, with LoRA; None: the small model
-    )
+    # replaces the small model of the text task, with LoRA; None: the small model
+    model: str | None = None
     # directory for the figure, metrics.json and the cache of finished seeds
     output_dir: str = "runs/lion"
     preset: Literal["small", "full"] = "small"  # full: 5 seeds, longer runs, SmolLM2

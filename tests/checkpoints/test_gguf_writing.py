@@ -226,7 +226,7 @@ def test_what_llama_cpps_lora_files_cannot_hold_is_named(tmp_path):
     file = tmp_path / "a.gguf"
     save = lambda weights: save_gguf_adapter(file, model.config, with_weights(params, weights))
     dora = lambda w: DoraWeight(w, jnp.ones((len(w), 2)), jnp.ones((2, w.shape[1])), w[0])
-    with pytest.raises(AdapterError, match="llama.cpp has LoRA alone, the params have DoRA"):
+    with pytest.raises(AdapterError, match="llama.cpp supports only LoRA, the params have DoRA"):
         save({"query/kernel": dora})
     with pytest.raises(AdapterError, match="'model.layers.0.input_layernorm.weight' trains too"):
         save({"query/kernel": lora(2, 4), "attention_norm/scale": jnp.asarray})

@@ -76,12 +76,12 @@ def test_a_flag_that_an_entry_does_not_read_or_refuses_is_an_error(choice, name)
         if flag in entry.reads:
             check(given)
             continue
-        with pytest.raises(ValueError, match=f"has no effect with {chosen}; take ") as error:
+        with pytest.raises(ValueError, match=f"has no effect with {chosen}; use ") as error:
             check(given)
         assert str(error.value).startswith(choices.option(flag))
     for flag in entry.refuses:
         given = flags.replace(config, **{flag: another(config, flag)})
-        with pytest.raises(ValueError, match=f"is refused by {chosen}, which .*; take "):
+        with pytest.raises(ValueError, match=f"is refused by {chosen}, which .*; use "):
             check(given)
 
 

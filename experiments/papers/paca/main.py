@@ -70,9 +70,8 @@ class Config:
 
     model: str | None = None  # None: the small byte model; else as for experiments/sft.py
     data: str = f"{NEEDLE}&size=2000&seed=1"  # with --model: the training data
-    eval_data: str = (
-        f"{NEEDLE}&size=200&seed=1000000"  # one half selects learning rates, the other is reported
-    )
+    # one half selects learning rates, the other is reported
+    eval_data: str = f"{NEEDLE}&size=200&seed=1000000"
     seeds: int = 3  # runs of each kind, each with its own seed
     pretrain_steps: int = 500  # pretraining steps of the byte model
     layers: int = 4  # layers of the byte model

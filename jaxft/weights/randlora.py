@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from jaxft.keys import stream
 from jaxft.weights.base import (
     Weight,
     WeightLike,
@@ -135,6 +136,8 @@ def randlora_tables(
         seed: of the draws.
     """
     small, large = min(shape), max(shape)
-    keys = jax.random.split(jax.random.key(seed))
-    draw = lambda key, *size: jax.random.uniform(key, size, jnp.float32, -1.0, 1.0) * 3**0.5
-    return draw(keys[0], rank, small), draw(keys[1], large, -(-small // rank), rank)
+    key, sizes = jax.random.key(seed), {"A": (rank, small), "B": (large, -(-small // rank), rank)}
+    uniform = lambda name: jax.random.uniform(
+        stream(key, f"randlora {name}"), sizes[name], jnp.float32, -1.0, 1.0
+    )
+    return 3**0.5 * uniform("A"), 3**0.5 * uniform("B")

@@ -180,7 +180,9 @@ def test_mistakes_are_explained(problem):
     step = make_step(shifted(problem), optax.sgd(0.1), books=follower())
     with pytest.raises(ValueError, match=r"no entries \['follower'\].*books=books"):
         step(init_state(*args), problem.make_batch(0))
-    with pytest.raises(ValueError, match=r"'follower' gives \['shift'\], which the batch has"):
+    with pytest.raises(
+        ValueError, match=r"'follower' gives \['shift'\], which the batch already has"
+    ):
         batch = problem.make_batch(0) | {"shift": np.zeros(problem.ROWS)}
         step(init_state(*args, books=follower()), batch)
 

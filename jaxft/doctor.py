@@ -24,7 +24,7 @@ EXTRAS = {
     "tfds": ("tensorflow-datasets", "array-record"),
     "eval": ("lm-eval",),
     "logging": ("tensorboardX", "wandb", "trackio"),
-    "notebooks": ("ipykernel", "nbclient", "nbformat"),
+    "notebooks": ("ipykernel", "nbformat"),
     "test": (
         *("tensorboardX", "tensorboard", "pytest", "pytest-xdist", "beartype", "ruff", "codespell"),
         *("torch", "peft", "qwix"),

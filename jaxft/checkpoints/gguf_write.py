@@ -16,7 +16,7 @@ from jaxft.checkpoints.assemble import disassemble, flatten, layer_shapes
 from jaxft.checkpoints.gguf import package
 from jaxft.checkpoints.gguf_tokenizer import write_tokenizer
 from jaxft.models import FAMILIES, CheckpointError, Entry, Family, family_of
-from jaxft.models.config import Rope, yarn_attention_factor
+from jaxft.models.config import Rope, attention_factor
 from jaxft.models.rope import rope_frequencies
 from jaxft.parallel import written_once
 
@@ -239,7 +239,7 @@ def _same(ours, theirs, head_dim):
 
 
 def _turns(rope, head_dim):
-    factor = yarn_attention_factor(rope) if rope.scaling == "yarn" else 1.0
+    factor = attention_factor(rope)
     return np.append(rope_frequencies(rope, head_dim), factor)
 
 

@@ -25,6 +25,7 @@ class LayerKind(NamedTuple):
 
     local: bool | jax.Array  # whether it has a window, and so the local rotary table
     window: int | jax.Array | None
+    turns: bool | jax.Array = True  # whether it has rotary positions
 
 
 class Context(NamedTuple):
@@ -55,7 +56,8 @@ class Layers(nn.Module):
         for i in range(config.num_layers):
             block = block_type(config, self.remat, self.attention, name=str(i))
             own = None if prefix is None else prefix[i]
-            layer, cached = LayerKind(config.window(i) is not None, config.window(i)), None
+            window, cached = config.window(i), None
+            layer = LayerKind(window is not None, window, i not in config.unrotated)
             if context.cache is not None:
                 cached = (context.cache.keys[i], context.cache.values[i])
             x, cached = block(x, layer, own, cached, context)
@@ -79,12 +81,15 @@ class Block(nn.Module):
         config = self.config
         norm_type = remat_lean(Norm, self.remat)
         norm = functools.partial(norm_type, config.norm, config.norm_eps, config.norm_offset)
-        y = norm(name="attention_norm")(x)
+        y = norm(name="attention_norm")(x) if config.pre_norms else x
         mix = Attention(config, self.remat, self.attention, name="attention")
         y, cached = mix(y, layer, prefix, cached, context)
-        x = keep_tokens(x + (norm(name="post_attention_norm")(y) if config.post_norms else y))
-        y = Mlp(config, self.remat, name="mlp")(norm(name="mlp_norm")(x))
-        x = keep_tokens(x + (norm(name="post_mlp_norm")(y) if config.post_norms else y))
+        y = norm(name="post_attention_norm")(y) if config.post_norms else y
+        x = keep_tokens(x + _scaled(y, config.residual_scale))
+        y = norm(name="mlp_norm")(x) if config.pre_norms else x
+        y = Mlp(config, self.remat, name="mlp")(y)
+        y = norm(name="post_mlp_norm")(y) if config.post_norms else y
+        x = keep_tokens(x + _scaled(y, config.residual_scale))
         return x, cached
 
 
@@ -107,8 +112,9 @@ class Attention(nn.Module):
         if config.qk_norm:
             norm_type = remat_lean(Norm, self.remat)
             norm = functools.partial(norm_type, "rms", config.norm_eps, config.norm_offset)
-            query = norm(name="query_norm")(split(query)).reshape(query.shape)
-            key = norm(name="key_norm")(split(key)).reshape(key.shape)
+            features = (lambda y: y) if config.qk_norm_whole else split
+            query = norm(name="query_norm")(features(query)).reshape(query.shape)
+            key = norm(name="key_norm")(features(key)).reshape(key.shape)
         options = {"scale": config.scale, "softcap": config.attention_softcap}
         table = None if config.rope is None else _layer_table(config, layer, context)
 
@@ -189,10 +195,22 @@ class Mlp(nn.Module):
         return through_adapter(self, x, y)
 
 
+def _scaled(x, factor):
+    return x if factor == 1 else x * jnp.asarray(factor, x.dtype)
+
+
 def _layer_table(config, layer, context):
-    if config.local_rope is None:
-        return context.table
-    if isinstance(layer.local, bool):
-        return context.local_table if layer.local else context.table
-    pick = functools.partial(jnp.where, layer.local)
-    return jax.tree.map(pick, context.local_table, context.table)
+    """The (cos, sin) of a layer; None: it has no rotary positions."""
+    table = context.table
+    if config.local_rope is not None:
+        local = context.local_table
+        if isinstance(layer.local, bool):
+            table = local if layer.local else table
+        else:
+            table = jax.tree.map(functools.partial(jnp.where, layer.local), local, table)
+    if not config.unrotated:
+        return table
+    if isinstance(layer.turns, bool):
+        return table if layer.turns else None
+    cos, sin = table
+    return jnp.where(layer.turns, cos, 1.0), jnp.where(layer.turns, sin, 0.0)

@@ -11,24 +11,35 @@ from jaxft.models.special_ids import SpecialIds
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """Rotary positions: frequencies theta^(-2i/K), rescaled for contexts longer than trained."""
+    """Rotary positions: frequencies theta^(-2i/K), rescaled for contexts longer than trained.
+
+    The frequencies of "dynamic" and "longrope" depend on the length of the text: see jaxft.models.rope.
+    """
 
     theta: float = 10_000.0
-    scaling: Literal["default", "linear", "llama3", "yarn"] = "default"
+    scaling: Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"] = "default"
+    share: float = 1.0  # fraction of a head's features, from the first, that turn
     factor: float = 1.0  # new context length over the old
     low_freq_factor: float = 1.0  # llama3
     high_freq_factor: float = 4.0  # llama3
-    original_max_length: int = 8192  # llama3, yarn
+    original_max_length: int = 8192  # dynamic, llama3, yarn, longrope
     beta_fast: float = 32.0  # yarn
     beta_slow: float = 1.0  # yarn
-    attention_factor: float | None = None  # yarn; None: 0.1 ln(factor) + 1
+    attention_factor: float | None = None  # yarn, longrope; None: see `attention_factor`
     truncate: bool = True  # yarn: round the ramp's ends to whole dimensions
-    factors: tuple[float, ...] = ()  # [K/2] divisors of the frequencies, as GGUF files carry them
+    # [K/2] divisors of the frequencies: longrope's for short texts, or those that GGUF files carry
+    factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()  # longrope: for texts longer than original_max_length
+
+    @property
+    def by_length(self) -> bool:
+        """Whether the frequencies depend on the length of the text."""
+        return self.scaling in ("dynamic", "longrope")
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """A decoder-only transformer: Llama, SmolLM2, Mistral, Qwen 2 and 3, Gemma 2 and 3, GPT-2.
+    """A decoder-only transformer: the families of docs/models.md that predict the next token.
 
     Lengths are in tokens. `windows` holds, for each layer, the number of tokens that it sees (including
     the query's own), or None for all; an empty tuple means None for every layer.
@@ -51,15 +62,20 @@ class DecoderConfig:
     output_bias: bool = False  # of the attention's output projection
     mlp_bias: bool = False
     qk_norm: bool = False
-    post_norms: bool = False  # norms after attention and MLP too
+    qk_norm_whole: bool = False  # one norm over all heads, not one per head
+    pre_norms: bool = True  # norms before attention and MLP
+    post_norms: bool = False  # norms after attention and MLP
     rope: Rope | None = Rope()
     local_rope: Rope | None = None  # of the layers with a window, if it differs
+    unrotated: tuple[int, ...] = ()  # layers without rotary positions
     learned_positions: bool = False
     windows: tuple[int | None, ...] = ()
     attention_scale: float | None = None  # None: head_dim^-1/2
     attention_softcap: float | None = None
     final_softcap: float | None = None
     embedding_scale: float = 1.0
+    residual_scale: float = 1.0  # of what attention and MLP add
+    output_scale: float = 1.0  # of the final hidden states, and so of the logits
     tie_embeddings: bool = True
     family: str = "llama"  # Hugging Face's model_type, under which files are written
     # The ids that begin, end and pad texts. No program depends on them, so a change recompiles none.
@@ -113,8 +129,18 @@ def tiny_config(vocab_size: int = 512, max_length: int = 512) -> DecoderConfig:
     )
 
 
-def yarn_attention_factor(rope: Rope) -> float:
-    """Factor of YaRN's cosines and sines: 0.1 ln s + 1 (Peng et al., 2023, arxiv.org/abs/2309.00071)."""
+def attention_factor(rope: Rope) -> float:
+    """Factor of the cosines and sines under YaRN and LongRoPE, 1 otherwise.
+
+    By default 0.1 ln s + 1 (YaRN, Peng et al., 2023, arxiv.org/abs/2309.00071) and sqrt(1 + ln s / ln L)
+    (LongRoPE, Ding et al., 2024, arxiv.org/abs/2402.13753), s = factor, L = original_max_length.
+    """
+    if rope.scaling not in ("yarn", "longrope"):
+        return 1.0
     if rope.attention_factor is not None:
         return rope.attention_factor
-    return 0.1 * math.log(rope.factor) + 1.0 if rope.factor > 1 else 1.0
+    if rope.factor <= 1:
+        return 1.0
+    if rope.scaling == "yarn":
+        return 0.1 * math.log(rope.factor) + 1.0
+    return math.sqrt(1 + math.log(rope.factor) / math.log(rope.original_max_length))

@@ -1,4 +1,4 @@
-"""One transformer decoder for the Llama, Mistral, Qwen, Gemma and GPT-2 families."""
+"""One transformer decoder for all families that predict the next token."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from jaxft.models.layers import (
 )
 from jaxft.models.prediction import Prediction, project
 from jaxft.models.remat import Remat, remat_block
-from jaxft.models.rope import rope_table
+from jaxft.models.rope import rope_table, text_lengths
 from jaxft.models.soft import (
     ALWAYS_NEAR,
     before,
@@ -40,7 +40,9 @@ from jaxft.weights import WeightLike
 class Output(NamedTuple):
     """The result of a decoder. Under jit, unused fields are not computed."""
 
-    hidden: jax.Array  # [B, T, D] after the final norm, in the compute dtype
+    hidden: (
+        jax.Array
+    )  # [B, T, D] that the head multiplies: after the final norm, in the compute dtype
     logits: jax.Array  # [B, T, V] float32
     cache: Cache | None
 
@@ -120,7 +122,8 @@ class Decoder(nn.Module):
             layers = Layers(config, self.remat, self.attention, name=LAYERS)
             x, new_cache = layers(x, context, lead.prefix)
         x = x[:, lead.prompt_length :]
-        hidden = Norm(config.norm, config.norm_eps, config.norm_offset, name="final_norm")(x)
+        norm = config.norm, config.norm_eps, config.norm_offset, config.output_scale
+        hidden = Norm(*norm, name="final_norm")(x)
         return Output(hidden, self._logits(hidden), new_cache)
 
     def head(self, params: Any) -> WeightLike:
@@ -175,7 +178,16 @@ class Decoder(nn.Module):
 
     def _context(self, lead, positions, segment_ids, cache):
         config, start, mask = self.config, None, None
-        table = functools.partial(_table, positions=positions, head_dim=config.head_dim)
+        by_length = any(
+            rope is not None and rope.by_length for rope in (config.rope, config.local_rope)
+        )
+        # In a cache, keys of tokens to come must have the frequencies of those before.
+        lengths = 0 if cache is None else cache.length
+        if by_length and cache is None:
+            lengths = text_lengths(positions, segment_ids)
+        table = functools.partial(
+            _table, positions=positions, head_dim=config.head_dim, lengths=lengths
+        )
         key_positions = before(jnp.full((lead.prefix_length,), ALWAYS_NEAR), positions)
         if cache is not None:
             valid = jnp.ones(key_positions.shape, bool)
@@ -204,8 +216,9 @@ class Decoder(nn.Module):
             in_axes=(0, 0, nn.broadcast, nn.broadcast),
             length=config.num_layers,
         )
+        turns = jnp.array([i not in config.unrotated for i in range(config.num_layers)])
         body = scanned(config, self.remat, self.attention, name=LAYERS)
-        return body(x, LayerKind(local, windows), prefix, None, context)[0]
+        return body(x, LayerKind(local, windows, turns), prefix, None, context)[0]
 
 
 class OutputKernel(nn.Module):
@@ -219,5 +232,5 @@ class OutputKernel(nn.Module):
         return read(self, "kernel", KERNEL_INIT, shape)
 
 
-def _table(rope: Rope | None, *, positions, head_dim):
-    return None if rope is None else rope_table(rope, head_dim, positions)
+def _table(rope: Rope | None, *, positions, head_dim, lengths):
+    return None if rope is None else rope_table(rope, head_dim, positions, lengths)

@@ -11,11 +11,15 @@ from jaxft.models.gemma import GEMMA
 from jaxft.models.gemma2 import GEMMA2
 from jaxft.models.gemma3 import GEMMA3
 from jaxft.models.gpt2 import GPT2
+from jaxft.models.granite import GRANITE
 from jaxft.models.llama import LLAMA
 from jaxft.models.mistral import MISTRAL
+from jaxft.models.olmo2 import OLMO2
+from jaxft.models.phi3 import PHI3
 from jaxft.models.qwen2 import QWEN2
 from jaxft.models.qwen3 import QWEN3
 from jaxft.models.roberta import ROBERTA
+from jaxft.models.smollm3 import SMOLLM3
 from jaxft.models.vit import VIT
 
 FAMILIES: tuple[Family, ...] = (
@@ -26,6 +30,10 @@ FAMILIES: tuple[Family, ...] = (
     GEMMA,
     GEMMA2,
     GEMMA3,
+    PHI3,
+    SMOLLM3,
+    OLMO2,
+    GRANITE,
     GPT2,
     BERT,
     ROBERTA,

@@ -238,6 +238,11 @@ def _read_yarn(header, theta, factor, attention, mix):
 
 
 def _write_rope(rope: Rope) -> dict[str, Any]:
+    if rope.by_length or rope.share != 1:
+        what = f"scaling {rope.scaling!r}" if rope.by_length else "positions in part of a head"
+        raise CheckpointError(
+            f"GGUF files with rotary {what} are not written; save the model as a Hugging Face directory."
+        )
     keys: dict[str, Any] = {"rope.freq_base": float(rope.theta)}
     if rope.scaling in ("linear", "yarn"):
         keys["rope.scaling.type"] = rope.scaling

@@ -61,6 +61,7 @@ class Norm(nn.Module):
     kind: str = "rms"
     eps: float = 1e-5
     offset: float = 0.0  # added to the scale: 1 for Gemma
+    factor: float = 1.0  # of the result
 
     @nn.compact
     def __call__(self, x):
@@ -71,7 +72,7 @@ class Norm(nn.Module):
         if self.kind == "layer":
             y = y - jnp.mean(y, axis=-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        flat = lambda v: v.reshape((1,) * (y.ndim - 1) + (-1,))
+        flat = lambda v: self.factor * v.reshape((1,) * (y.ndim - 1) + (-1,))
         y = y * flat(scale)
         if self.kind == "layer":
             bias = read(self, "bias", nn.initializers.zeros, shape)

@@ -8,40 +8,100 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft.models.config import Rope, yarn_attention_factor
+from jaxft.models.config import Rope, attention_factor
 
 
-def rope_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
-    """Angular frequencies [K/2] in radians a token, after the context-length rescaling."""
-    frequencies = rope.theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+def turned(rope: Rope, head_dim: int) -> int:
+    """The number of features of a head that turn."""
+    return int(head_dim * rope.share)
+
+
+def rope_frequencies(rope: Rope, head_dim: int, length: int = 0) -> np.ndarray:
+    """Angular frequencies [R/2] in radians a token, after the context-length rescaling.
+
+    Args:
+        rope: the rotary positions; R = `turned(rope, head_dim)` features turn.
+        head_dim: features of a head.
+        length: of the text, on which the frequencies of "dynamic" and "longrope" depend.
+    """
+    size = turned(rope, head_dim)
+    frequencies = rope.theta ** -(np.arange(0, size, 2, dtype=np.float64) / size)
+    if rope.long_factors and length > rope.original_max_length:
+        return frequencies / np.asarray(rope.long_factors)
     if rope.factors:
         return frequencies / np.asarray(rope.factors)
-    if rope.scaling == "default":
-        return frequencies
     if rope.scaling == "linear":
         return frequencies / rope.factor
+    if rope.scaling == "dynamic":
+        grown = max(1.0, rope.factor * length / rope.original_max_length - (rope.factor - 1))
+        return frequencies * grown ** -_ntk_exponents(size)
     if rope.scaling == "llama3":
         return _llama3(rope, frequencies)
     if rope.scaling == "yarn":
-        return _yarn(rope, frequencies, head_dim)
-    raise ValueError(
-        f"rope: unknown scaling {rope.scaling!r}; known: default, linear, llama3, yarn."
-    )
+        return _yarn(rope, frequencies, size)
+    return frequencies
 
 
-def rope_table(rope: Rope, head_dim: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(cos, sin) [B, T, 1, K/2] in float32 for positions [B, T]."""
-    frequencies = jnp.asarray(rope_frequencies(rope, head_dim), jnp.float32)
-    angles = positions[..., None, None].astype(jnp.float32) * frequencies.reshape(1, 1, 1, -1)
-    factor = yarn_attention_factor(rope) if rope.scaling == "yarn" else 1.0
+def rope_table(
+    rope: Rope, head_dim: int, positions: jax.Array, lengths: jax.Array | int = 0
+) -> tuple[jax.Array, jax.Array]:
+    """(cos, sin) [B, T, 1, R/2] in float32 for positions [B, T].
+
+    `lengths`, [B, T] or one for all, is the length of each token's text: see `text_lengths`. It has an effect
+    on scalings with `Rope.by_length`.
+    """
+    frequencies = _frequencies(rope, head_dim, lengths)
+    angles = positions[..., None, None].astype(jnp.float32) * frequencies
+    factor = attention_factor(rope)
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
+def text_lengths(positions: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+    """[B, T]: for each token, the largest position of its segment plus 1.
+
+    So a packed text has the same frequencies as in a row of its own. transformers takes the largest position
+    of the batch.
+    """
+    if segment_ids is None:
+        return jnp.broadcast_to(positions.max(axis=1, keepdims=True) + 1, positions.shape)
+
+    def of_row(positions, ids):
+        # Runs of one id: ids themselves may be any integers.
+        runs = jnp.cumsum(ids != jnp.roll(ids, 1)) % len(ids)
+        return jax.ops.segment_max(positions, runs, len(ids))[runs] + 1
+
+    return jax.vmap(of_row)(positions, segment_ids)
+
+
 def apply_rope(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates the pairs (x_i, x_{i + K/2}) of x [B, T, H, K] by their position's angles."""
+    """Rotates the pairs (x_i, x_{i + R/2}) of x [B, T, H, K] by their position's angles; R <= K."""
     cos, sin = (part.astype(x.dtype) for part in table)
-    first, second = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    size = 2 * cos.shape[-1]
+    first, second = jnp.split(x[..., :size], 2, axis=-1)
+    parts = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate(parts if size == x.shape[-1] else [*parts, x[..., size:]], axis=-1)
+
+
+def _frequencies(rope, head_dim, lengths):
+    """[1, 1, 1, R/2], or [B, T, 1, R/2] if they differ by text."""
+    constant = lambda length: jnp.asarray(
+        rope_frequencies(rope, head_dim, length), jnp.float32
+    ).reshape(1, 1, 1, -1)
+    if isinstance(lengths, int) or not rope.by_length:
+        return constant(lengths if isinstance(lengths, int) else 0)
+    lengths, plain = lengths[..., None, None], constant(0)
+    if rope.scaling == "longrope":
+        return jnp.where(
+            lengths > rope.original_max_length, constant(rope.original_max_length + 1), plain
+        )
+    grown = rope.factor * lengths / rope.original_max_length - (rope.factor - 1)
+    exponents = jnp.asarray(_ntk_exponents(turned(rope, head_dim)), jnp.float32)
+    return plain * jnp.maximum(grown, 1.0) ** -exponents.reshape(1, 1, 1, -1)
+
+
+def _ntk_exponents(size):
+    """The base theta grows by g^(R / (R - 2)), so frequency i by g^(-2i / (R - 2))."""
+    return np.arange(0, size, 2, dtype=np.float64) / (size - 2)
 
 
 def _llama3(rope: Rope, frequencies: np.ndarray) -> np.ndarray:

@@ -26,6 +26,7 @@ LLAMA3 = dict(
     original_max_position_embeddings=16,
 )
 YARN = dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=16)
+LONGROPE = dict(rope_type="longrope", short_factor=[1.0, 1.5], long_factor=[1.5, 4.0])
 LINEAR = dict(rope_type="linear", rope_theta=1e4, factor=2.0)
 DEFAULT = dict(rope_type="default", rope_theta=1e5)
 GEMMA3 = {
@@ -56,6 +57,24 @@ FAMILIES = {
         sliding_window=4,
         layer_types=["sliding_attention"] * 2 + ["full_attention"],
         rope_parameters=GEMMA3,
+    ),
+    # All texts of the tests are longer than the original length: transformers takes the longest of a batch.
+    "phi3": lambda: hf.Phi3Config(
+        **BASE,
+        rope_parameters=dict(LONGROPE, partial_rotary_factor=0.5),
+        sliding_window=6,
+        original_max_position_embeddings=2,
+    ),
+    "smollm3": lambda: hf.SmolLM3Config(
+        **MIXED, no_rope_layers=[1, 0, 1], use_sliding_window=True, sliding_window=4
+    ),
+    "olmo2": lambda: hf.Olmo2Config(**BASE),
+    "granite": lambda: hf.GraniteConfig(
+        **BASE,
+        embedding_multiplier=3.0,
+        residual_multiplier=0.4,
+        attention_multiplier=0.2,
+        logits_scaling=3.0,
     ),
     "gpt2": lambda: hf.GPT2Config(
         vocab_size=61,

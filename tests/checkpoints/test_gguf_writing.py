@@ -19,7 +19,7 @@ from jaxft.checkpoints import (
 )
 from jaxft.checkpoints.assemble import disassemble, layer_shapes
 from jaxft.models import Decoder, config_of, family_of, stack_layers
-from jaxft.models.config import Rope, yarn_attention_factor
+from jaxft.models.config import Rope, attention_factor
 from jaxft.models.rope import rope_frequencies
 from jaxft.output import OutputError
 from jaxft.weights import DoraWeight, Frozen, LoraWeight
@@ -68,7 +68,7 @@ def turns(config, layer):
     rope = config.local_rope if local and config.local_rope else config.rope
     if rope is None:
         return []
-    factor = yarn_attention_factor(rope) if rope.scaling == "yarn" else 1
+    factor = attention_factor(rope)
     return [*rope_frequencies(rope, config.head_dim), factor]
 
 

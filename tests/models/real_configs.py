@@ -63,6 +63,42 @@ QWEN3 = {k: v for k, v in QWEN2.items() if k != "use_mrope"} | dict(
     model_type="qwen3", architectures=["Qwen3ForCausalLM"], attention_bias=False, head_dim=16,
     max_position_embeddings=40960, rope_scaling=None, rope_theta=1000000, sliding_window=None,
 )  # fmt: skip
+PHI3 = SIZES | dict(
+    model_type="phi3", _name_or_path="Phi-3-mini-4k-instruct", architectures=["Phi3ForCausalLM"],
+    attention_bias=False, attention_dropout=0.0, bos_token_id=1, embd_pdrop=0.0, eos_token_id=90,
+    hidden_size=64, max_position_embeddings=4096, num_key_value_heads=8, pad_token_id=90,
+    original_max_position_embeddings=4096, resid_pdrop=0.0, rms_norm_eps=1e-05, rope_scaling=None,
+    rope_theta=10000.0, sliding_window=2047, tie_word_embeddings=False, torch_dtype="bfloat16",
+)  # fmt: skip
+LONGROPE = dict(
+    type="longrope", short_factor=[1.0, 1.1, 1.2, 1.3], long_factor=[1.0, 2.5, 9.0, 30.0]
+)
+PHI4_MINI = PHI3 | dict(
+    full_attn_mod=1, interpolate_factor=1, lm_head_bias=False, mlp_bias=False, partial_rotary_factor=0.75,
+    max_position_embeddings=131072, num_key_value_heads=2, sliding_window=262144,
+    tie_word_embeddings=True, rope_scaling={k: v if k == "type" else v[:3] for k, v in LONGROPE.items()},
+)  # fmt: skip
+SMOLLM3 = SIZES | dict(
+    model_type="smollm3", architectures=["SmolLM3ForCausalLM"], attention_bias=False, eos_token_id=91,
+    attention_dropout=0.0, bos_token_id=90, max_position_embeddings=65536, max_window_layers=28,
+    mlp_bias=False, no_rope_layer_interval=4, no_rope_layers=[1, 1, 1, 0], num_hidden_layers=4,
+    num_key_value_heads=2, pad_token_id=92, pretraining_tp=2, rms_norm_eps=1e-06, rope_scaling=None,
+    rope_theta=5000000.0, sliding_window=None, torch_dtype="bfloat16", use_sliding_window=False,
+    layer_types=[FULL] * 4,
+)  # fmt: skip
+OLMO2 = SIZES | dict(
+    model_type="olmo2", architectures=["Olmo2ForCausalLM"], attention_bias=False, attention_dropout=0.0,
+    eos_token_id=90, max_position_embeddings=4096, num_key_value_heads=8, pad_token_id=91,
+    rms_norm_eps=1e-06, rope_scaling=None, rope_theta=500000, tie_word_embeddings=False,
+    torch_dtype="bfloat16",
+)  # fmt: skip
+GRANITE = SIZES | dict(
+    model_type="granite", architectures=["GraniteForCausalLM"], attention_bias=False, mlp_bias=False,
+    attention_dropout=0.0, attention_multiplier=0.015625, bos_token_id=0, eos_token_id=0,
+    embedding_multiplier=12.0, logits_scaling=8.0, max_position_embeddings=131072, num_key_value_heads=2,
+    pad_token_id=0, residual_multiplier=0.22, rms_norm_eps=1e-05, rope_scaling=None, rope_theta=1e7,
+    tie_word_embeddings=True, torch_dtype="bfloat16",
+)  # fmt: skip
 GPT2 = dict(
     activation_function="gelu_new", architectures=["GPT2LMHeadModel"], attn_pdrop=0.1, bos_token_id=95,
     embd_pdrop=0.1, eos_token_id=95, initializer_range=0.02, layer_norm_epsilon=1e-05, model_type="gpt2",
@@ -128,6 +164,13 @@ REAL = {
     "qwen3-0.6b": QWEN3,
     "qwen3-8b-yarn": QWEN3
     | dict(rope_scaling=YARN | dict(rope_type="yarn"), tie_word_embeddings=False),
+    "phi-3-mini-4k": PHI3,
+    "phi-3-mini-128k": PHI3 | dict(max_position_embeddings=131072, rope_scaling=LONGROPE),
+    "phi-4": PHI3 | dict(rope_theta=250000, sliding_window=None, max_position_embeddings=16384),
+    "phi-4-mini": PHI4_MINI,
+    "smollm3-3b": SMOLLM3,
+    "olmo-2-7b": OLMO2,
+    "granite-3.3-2b": GRANITE,
     "gpt2-medium": GPT2,
     "distilgpt2": GPT2 | dict(_num_labels=1, id2label={"0": "LABEL_0"}, label2id={"LABEL_0": 0}),
     "gpt2-large": GPT2
@@ -158,6 +201,8 @@ def respelled(file: dict) -> dict:
     if layers and name not in ("bert", "roberta", "vit"):
         kind = scaling.get("rope_type", scaling.get("type", "default"))
         rope = {k: v for k, v in scaling.items() if k != "type"}
+        if name == "phi3":
+            rope["partial_rotary_factor"] = file.pop("partial_rotary_factor", 1.0)
         rope |= {"rope_type": kind, "rope_theta": 10000.0 if theta is None else theta}
         if name == "gemma3_text":
             local = dict(rope_type="default", rope_theta=file.pop("rope_local_base_freq"))

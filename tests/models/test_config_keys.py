@@ -15,7 +15,7 @@ from jaxft.checkpoints.configs import check_config, config_json
 from jaxft.models import FAMILIES, config_of
 from jaxft.models.family import find_family
 from jaxft.models.hf_keys import NO_EFFECT
-from jaxft.models.rope import rope_frequencies, yarn_attention_factor
+from jaxft.models.rope import attention_factor, rope_frequencies
 from tests.models.real_configs import REAL, respelled
 
 torch = pytest.importorskip("torch", reason="parity tests need torch: pip install 'jaxft[test]'")
@@ -33,6 +33,10 @@ LLAMA3 = dict(
     rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
     original_max_position_embeddings=16,
 )  # fmt: skip
+LONG = dict(
+    rope_type="longrope", short_factor=[1.0, 1.5], long_factor=[2.0, 4.0], factor=4.0,
+    original_max_position_embeddings=16,
+)  # fmt: skip
 WINDOW = dict(SIZES, head_dim=8, sliding_window=4)
 BASES = {
     "llama": SIZES,
@@ -42,6 +46,11 @@ BASES = {
     "gemma": SIZES | dict(head_dim=8),
     "gemma2": WINDOW,
     "gemma3_text": WINDOW,
+    "phi3": SIZES | dict(pad_token_id=0, sliding_window=5),
+    "smollm3": SIZES
+    | dict(pad_token_id=0, use_sliding_window=True, sliding_window=4, no_rope_layer_interval=2),
+    "olmo2": SIZES,
+    "granite": SIZES | dict(attention_multiplier=0.5, logits_scaling=2.0),
     "gpt2": dict(vocab_size=37, n_embd=16, n_layer=2, n_head=4, n_positions=64),
     "bert": ENCODER | dict(vocab_size=37, max_position_embeddings=32),
     "roberta": ENCODER | dict(vocab_size=37, max_position_embeddings=32),
@@ -51,7 +60,9 @@ ACTIVATIONS = ["relu", "gelu", "gelu_new", "quick_gelu", "mish", None]
 ROPES = [
     None, {}, LINEAR, dict(type="linear", factor=3.0), dict(rope_type="linear"),
     LINEAR | dict(factor=None), dict(rope_type="default", factor=3.0), dict(rope_theta=77.0),
-    dict(rope_type="dynamic", factor=2.0), dict(rope_type="longrope", factor=2.0),
+    dict(rope_type="dynamic", factor=2.0), dict(rope_type="dynamic"), dict(rope_type="longrope", factor=2.0),
+    LONG, LONG | dict(factor=None), LONG | dict(attention_factor=1.2), LONG | dict(short_factor=[1.0]),
+    dict(LONG, rope_type="su"), LONG | dict(long_factor=None), LONG | dict(partial_rotary_factor=0.5),
     dict(rope_type="proportional", rope_theta=9.0), dict(rope_type="mrope"),
     LINEAR | dict(partial_rotary_factor=0.5), YARN, YARN | dict(attention_factor=1.5),
     YARN | dict(beta_fast=8.0, beta_slow=2.0), YARN | dict(beta_fast=0, beta_slow=None),
@@ -77,7 +88,10 @@ FLIPS = dict(
                  [[FULL], FULL]],
     sliding_window_pattern=[2, 0], rope_local_base_freq=[30.0], rope_theta=[50.0, 500],
     rope_scaling=ROPES, rope_parameters=ROPES, original_max_position_embeddings=[32],
-    partial_rotary_factor=[0.5, 1.0, 0.0], use_bidirectional_attention=[True, False, None],
+    partial_rotary_factor=[0.5, 1.0, 0.0, None, 2.0], no_rope_layers=[[1, 0], [0, 0], [1], [0, 1, 1], None],
+    no_rope_layer_interval=[1, 0], embedding_multiplier=[12, 0.5], residual_multiplier=[0.22, 0],
+    attention_multiplier=[0.25, 0], logits_scaling=[8, 0.5, 0],
+    use_bidirectional_attention=[True, False, None],
     query_pre_attn_scalar=[10, 0], attn_logit_softcapping=[2.0, None, 0.0],
     final_logit_softcapping=[3.0, None, "3"], is_causal=[False, True], is_decoder=[True],
     is_encoder_decoder=[True], add_cross_attention=[True], per_layer_config=[None, {"0": {"skip": []}}],
@@ -159,7 +173,7 @@ def test_rotary_frequencies_are_those_of_transformers(parameters):
         scaled = hf.modeling_rope_utils.ROPE_INIT_FUNCTIONS[view.rope_parameters["rope_type"]]
         frequencies = scaled(view)
     np.testing.assert_allclose(rope_frequencies(rope, 16), frequencies[0], rtol=1e-6)
-    factor = yarn_attention_factor(rope) if rope.scaling == "yarn" else 1.0
+    factor = attention_factor(rope)
     assert factor == pytest.approx(frequencies[1])
 
 
@@ -177,6 +191,13 @@ CHANGED = {
     "gemma3_text": dict(
         attention_bias=True, sliding_window_pattern=2, rope_local_base_freq=30.0, rope_scaling=YARN,
         final_logit_softcapping=2.0,
+    ),
+    "phi3": dict(hidden_act="relu", sliding_window=None, rope_scaling=LONG | dict(short_factor=[1.0] * 2)),
+    "smollm3": dict(no_rope_layers=[0, 1], attention_bias=True, mlp_bias=True, tie_word_embeddings=False),
+    "olmo2": dict(attention_bias=True, hidden_act="relu", rms_norm_eps=1e-2),
+    "granite": dict(
+        attention_bias=True, mlp_bias=True, embedding_multiplier=3.0, residual_multiplier=0.5,
+        attention_multiplier=0.3, logits_scaling=3.0,
     ),
     "gpt2": dict(scale_attn_weights=False, n_inner=24, activation_function="gelu", layer_norm_epsilon=0.1),
     "bert": dict(hidden_act="gelu_new", layer_norm_eps=0.1, type_vocab_size=3),

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Collection
 from typing import Any
 
-from jaxft.models import gguf, hf_config
+from jaxft.models import gguf, hf_rope
 from jaxft.models.config import DecoderConfig, Rope
 from jaxft.models.errors import CheckpointError
 from jaxft.models.family import GgufHeader, Json
@@ -34,7 +34,7 @@ def write(config: DecoderConfig) -> dict[str, Any]:
     json = gemma2.write(config)
     both = {
         "full_attention": json["rope_parameters"],
-        "sliding_attention": hf_config.write_rope_parameters(config.local_rope),
+        "sliding_attention": hf_rope.write_rope_parameters(config.local_rope),
     }
     return json | {"rope_local_base_freq": config.local_rope.theta, "rope_parameters": both}
 
@@ -79,6 +79,6 @@ def _ropes(json: Json) -> tuple[Rope, Rope]:
             "config.json: transformers' gemma3_text ignores a rope scaling's truncate: false; leave it out."
         )
     thetas = json["rope_theta"], json["rope_local_base_freq"]
-    read, length = hf_config.read_rope_parameters, json["max_position_embeddings"]
+    read, length = hf_rope.read_rope_parameters, json["max_position_embeddings"]
     main, local = (read(part, length, theta) for part, theta in zip(parts, thetas, strict=True))
     return main, local

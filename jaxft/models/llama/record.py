@@ -14,16 +14,18 @@ from jaxft.models.family import Family, Gguf, GgufHeader, Json
 from jaxft.models.special_ids import SpecialIds
 
 
-def _read(json: Json, tensors: Collection[str]) -> DecoderConfig:
+def read(json: Json, tensors: Collection[str], family: str = "llama") -> DecoderConfig:
+    """The DecoderConfig of a config.json with Llama's keys."""
     return dataclasses.replace(
-        hf_config.read_decoder(json, "llama", json["hidden_act"]),
+        hf_config.read_decoder(json, family, json["hidden_act"]),
         attention_bias=json["attention_bias"],
         output_bias=json["attention_bias"],
         mlp_bias=json["mlp_bias"],
     )
 
 
-def _write(config: DecoderConfig) -> dict[str, Any]:
+def write(config: DecoderConfig) -> dict[str, Any]:
+    """The config.json of a DecoderConfig with Llama's keys."""
     biases = {"attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias}
     return hf_config.write_decoder(config) | biases
 
@@ -55,8 +57,8 @@ LLAMA = Family(
     module=Decoder,
     huggingface=hf_config.decoder_codec(
         architecture="LlamaForCausalLM",
-        read=_read,
-        write=_write,
+        read=read,
+        write=write,
         reads=hf_config.READS | {"hidden_act", "attention_bias", "mlp_bias"},
         special=SpecialIds(bos=1, eos=(2,)),
         keys=hf_config.decoder_keys(

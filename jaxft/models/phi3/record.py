@@ -1,0 +1,99 @@
+"""The record of Phi-3 and Phi-4: fused projections, LongRoPE, and rotary positions in a part of each head."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection
+from typing import Any
+
+from jaxft.models import hf_config, hf_rope
+from jaxft.models.config import DecoderConfig
+from jaxft.models.decoder import Decoder
+from jaxft.models.errors import CheckpointError
+from jaxft.models.family import Family, Json
+from jaxft.models.names import NORMS, Entry, output_entries
+from jaxft.models.special_ids import SpecialIds
+
+FUSED = {
+    "self_attn.qkv_proj": ("attention/query", "attention/key", "attention/value"),
+    "self_attn.o_proj": ("attention/out",),
+    "mlp.gate_up_proj": ("mlp/gate", "mlp/up"),
+    "mlp.down_proj": ("mlp/down",),
+}
+
+
+def _read(json: Json, tensors: Collection[str]) -> DecoderConfig:
+    json = {**json, **{name: _renamed(json[name]) for name in ("rope_scaling", "rope_parameters")}}
+    rope = hf_rope.read_rope(json, partial=True)
+    if rope.scaling not in ("default", "longrope"):
+        raise CheckpointError(
+            f"config.json: rope scaling {rope.scaling!r} is not one of phi3's; expected longrope or none."
+        )
+    window = json["sliding_window"]
+    windows = () if window is None else (window,) * json["num_hidden_layers"]
+    if window is not None and window < 1:
+        raise CheckpointError(
+            f"config.json: sliding_window is {window}, expected 1 or more, or null."
+        )
+    config = hf_config.read_decoder(json, "phi3", json["hidden_act"], rope)
+    return dataclasses.replace(config, windows=windows)
+
+
+def _renamed(parameters: Any) -> Any:
+    """Early files call LongRoPE "su" or "yarn"."""
+    if not isinstance(parameters, dict):
+        return parameters
+    kind = parameters.get("rope_type", parameters.get("type"))
+    return parameters | {"rope_type": "longrope"} if kind in ("su", "yarn") else parameters
+
+
+def _write(config: DecoderConfig) -> dict[str, Any]:
+    json = hf_config.write_decoder(config)
+    scaling = json["rope_scaling"]
+    if scaling is not None:
+        # As in the files of transformers 4, which rejects other keys in it.
+        json["rope_scaling"] = scaling | {"type": "longrope"}
+    return json | {
+        "original_max_position_embeddings": config.rope.original_max_length,
+        "partial_rotary_factor": config.rope.share,
+        "sliding_window": config.shared_window,
+    }
+
+
+def _entries(config: DecoderConfig) -> list[Entry]:
+    result = [Entry("model.embed_tokens.weight", ("embed/embedding",))]
+    for i in range(config.num_layers):
+        theirs, ours = f"model.layers.{i}.", f"layers/{i}/"
+        for name, paths in FUSED.items():
+            leaves = tuple(f"{ours}{path}/kernel" for path in paths)
+            result.append(Entry(f"{theirs}{name}.weight", leaves, True))
+        for name, path in NORMS.items():
+            result.append(Entry(f"{theirs}{name}.weight", (f"{ours}{path}/scale",)))
+    result.append(Entry("model.norm.weight", ("final_norm/scale",)))
+    return result + output_entries(config)
+
+
+PHI3 = Family(
+    name="phi3",
+    module=Decoder,
+    huggingface=hf_config.decoder_codec(
+        architecture="Phi3ForCausalLM",
+        read=_read,
+        write=_write,
+        entries=_entries,
+        reads=hf_config.READS | {"hidden_act", "sliding_window", "partial_rotary_factor"},
+        special=SpecialIds(bos=1, eos=(32000,), pad=32000),
+        keys=hf_config.decoder_keys(
+            **hf_config.sizes(3072, 8192, 32, 32, 4096)
+            | {
+                "vocab_size": 32064,
+                "rms_norm_eps": 1e-5,
+                "original_max_position_embeddings": 4096,
+            },
+            num_key_value_heads=None,
+            hidden_act="silu",
+            sliding_window=None,
+            partial_rotary_factor=1.0,
+        ),
+    ),
+)

@@ -33,17 +33,19 @@ _OPTIONAL = {
 }
 
 
-def read_rope(json: Json, *, partial: bool = False) -> Rope:
+def read_rope(json: Json, parameters: Json | None = None, *, partial: bool = False) -> Rope:
     """The rotary positions of all layers. `rope_scaling` overrides `rope_parameters`, as in transformers.
 
     Args:
         json: the file, with defaults for absent keys.
+        parameters: replace those of the file.
         partial: whether the family may turn only a share of a head's features.
 
     Raises:
         CheckpointError: for a scaling that jaxft does not support, or positions that differ by layer.
     """
-    parameters = json["rope_scaling"] or json["rope_parameters"] or {}
+    if parameters is None:
+        parameters = json["rope_scaling"] or json["rope_parameters"] or {}
     if not {FULL, SLIDING}.isdisjoint(parameters):
         raise CheckpointError("rope_parameters that differ by layer are supported for gemma3 only.")
     original = json["original_max_position_embeddings"]

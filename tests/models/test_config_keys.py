@@ -385,7 +385,7 @@ def test_errors_name_key_value_and_what_is_right():
         config_of(file | {"use_bidirectional_attention": True})
     with pytest.raises(CheckpointError, match="attn_logit_softcapping is 50.0.*expected null"):
         config_of(file | {"attn_logit_softcapping": 50.0})  # Gemma 2's; transformers ignores it
-    with pytest.raises(CheckpointError, match="unsupported rope scaling 'dynamic'.*none: null"):
+    with pytest.raises(CheckpointError, match="unsupported rope scaling 'mrope'.*known: default"):
         config_of(
-            {"model_type": "llama"} | SIZES | {"rope_scaling": {"type": "dynamic", "factor": 2}}
+            {"model_type": "llama"} | SIZES | {"rope_scaling": {"type": "mrope", "factor": 2}}
         )

@@ -23,8 +23,10 @@ FUSED = {
 
 
 def _read(json: Json, tensors: Collection[str]) -> DecoderConfig:
-    json = {**json, **{name: _renamed(json[name]) for name in ("rope_scaling", "rope_parameters")}}
-    rope = hf_rope.read_rope(json, partial=True)
+    parameters = json["rope_scaling"] or json["rope_parameters"] or {}
+    if parameters.get("rope_type", parameters.get("type")) in ("su", "yarn"):
+        parameters = {**parameters, "rope_type": "longrope"}  # early files have these names
+    rope = hf_rope.read_rope(json, parameters, partial=True)
     if rope.scaling not in ("default", "longrope"):
         raise CheckpointError(
             f"config.json: rope scaling {rope.scaling!r} is not one of phi3's; expected longrope or none."
@@ -37,14 +39,6 @@ def _read(json: Json, tensors: Collection[str]) -> DecoderConfig:
         )
     config = hf_config.read_decoder(json, "phi3", json["hidden_act"], rope)
     return dataclasses.replace(config, windows=windows)
-
-
-def _renamed(parameters: Any) -> Any:
-    """Early files call LongRoPE "su" or "yarn"."""
-    if not isinstance(parameters, dict):
-        return parameters
-    kind = parameters.get("rope_type", parameters.get("type"))
-    return parameters | {"rope_type": "longrope"} if kind in ("su", "yarn") else parameters
 
 
 def _write(config: DecoderConfig) -> dict[str, Any]:

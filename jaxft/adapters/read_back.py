@@ -34,8 +34,10 @@ def logit_difference(
 ) -> Difference:
     """The largest difference of the logits of two params of a model, computed in float32.
 
+    An encoder has hidden states in place of logits.
+
     Args:
-        model: the decoder.
+        model: the decoder or encoder.
         params: of either layout, adapted or merged.
         other: the same.
         tokens: [B, T]; None: 2 x 16 spread over the vocabulary.
@@ -43,7 +45,12 @@ def logit_difference(
     if tokens is None:
         tokens = (np.arange(32).reshape(2, 16) * 7919 + 1) % model.config.vocab_size
     wide = model.clone(dtype=jnp.float32)
-    run = jax.jit(lambda params, tokens: wide.apply({"params": params}, tokens).logits)
+
+    @jax.jit
+    def run(params, tokens):
+        output = wide.apply({"params": params}, tokens)
+        return output.logits if hasattr(output, "logits") else output.hidden
+
     ours, theirs = (to_host(in_turn(run(p, tokens))) for p in (params, other))
     return Difference(float(np.abs(ours - theirs).max()), float(np.abs(ours).max()))
 

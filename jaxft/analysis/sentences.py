@@ -1,4 +1,4 @@
-"""Embeddings of texts: means of hidden states."""
+"""Embeddings of texts: pooled hidden states."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxft.checkpoints import check_tokenizer
-from jaxft.models.encoder import mean_pool
+from jaxft.models.sentences import MEAN, Pooling, embedding_of
 
 _MULTIPLE = 32  # lengths are padded to multiples of it: few programs, little padding
 
@@ -21,27 +21,30 @@ def text_embeddings(
     tokenizer: Any,
     texts: Sequence[str],
     *,
+    pooling: Pooling = MEAN,
     max_length: int = 256,
     batch_size: int = 32,
 ) -> Float[np.ndarray, "N D"]:
-    """`mean_pool` of the hidden states of each text's first `max_length` tokens.
+    """The pooled hidden states of each text's first `max_length` tokens.
 
     Args:
         model: an Encoder of sentences, such as "minilm"; or a Decoder.
         params: the model's params.
         tokenizer: the model's tokenizer.
         texts: each must have at least one token.
+        pooling: of the hidden states; by default their mean, scaled to unit length.
         max_length: in tokens, including special ones.
         batch_size: texts at a time, grouped by length.
     """
 
-    @jax.jit
-    def run(params, tokens, valid):
-        output = model.apply({"params": params}, tokens, segment_ids=valid)
-        return mean_pool(output.hidden, valid)
-
+    embed = embedding_of(model, pooling)
+    run = jax.jit(
+        lambda params, tokens, valid: embed(params, {"tokens": tokens, "segment_ids": valid})
+    )
     check_tokenizer(tokenizer, model.config)
-    ids = [tokenizer(text)["input_ids"][:max_length] for text in texts]
+    # Cut by the tokenizer, which keeps the special token at the end, as sentence-transformers does.
+    cut = dict(truncation=True, max_length=max_length)
+    ids = [tokenizer(text, **cut)["input_ids"] for text in texts]
     if empty := [i for i, row in enumerate(ids) if not row]:
         raise ValueError(f"text_embeddings: texts {empty[:5]} have no token.")
     order, found = sorted(range(len(ids)), key=lambda i: len(ids[i])), {}

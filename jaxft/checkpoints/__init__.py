@@ -15,10 +15,16 @@ from jaxft.checkpoints.models import (
 )
 from jaxft.checkpoints.packages import cache_directory, fetch
 from jaxft.checkpoints.pairing import check_tokenizer, end_tokens
+from jaxft.checkpoints.sentences import (
+    SentenceSettings,
+    read_sentence_settings,
+    write_sentence_settings,
+)
 from jaxft.models import CheckpointError
 
 __all__ = [
     "CheckpointError",
+    "SentenceSettings",
     "cache_directory",
     "check_gguf",
     "check_push",
@@ -34,6 +40,7 @@ __all__ = [
     "model_shapes",
     "open_model",
     "push",
+    "read_sentence_settings",
     "resolve",
     "save_checked_gguf_adapter",
     "save_gguf",
@@ -42,4 +49,5 @@ __all__ = [
     "save_merged_gguf",
     "save_model",
     "write_card",
+    "write_sentence_settings",
 ]

@@ -1,6 +1,7 @@
 """Losses: arrays in, values out; no model, no tokenizer, no reduction unless the name says so."""
 
 from jaxft.losses.comparing import compares_pairs
+from jaxft.losses.contrastive import info_nce, margin_mse
 from jaxft.losses.coverage import coverage_weight, dco_loss, dco_step_loss
 from jaxft.losses.density_ratio import density_ratios, logistic_regression
 from jaxft.losses.divergences import (
@@ -126,6 +127,7 @@ __all__ = [
     "hinge_loss",
     "hybrid_dpo_loss",
     "inverse_multiquadric_kernel",
+    "info_nce",
     "ipo_loss",
     "jensen_shannon",
     "kl_divergence",
@@ -145,6 +147,7 @@ __all__ = [
     "linear_log_probs",
     "log_ratio",
     "logistic_regression",
+    "margin_mse",
     "maximum_mean_discrepancy",
     "mpo_loss",
     "nca_loss",

@@ -13,6 +13,7 @@ from jaxft.metrics.mean import (
     terms_of,
     with_mean,
 )
+from jaxft.metrics.retrieval import ranked, retrieval_metrics
 from jaxft.metrics.samples import exact_pass_rate, majority_vote, pass_at_k, rerank
 
 __all__ = [
@@ -27,7 +28,9 @@ __all__ = [
     "length_controlled_rate",
     "majority_vote",
     "pass_at_k",
+    "ranked",
     "rerank",
+    "retrieval_metrics",
     "standardised_mean",
     "terms_of",
     "wilson_interval",

@@ -4,13 +4,14 @@ from jaxft.models.cache import Cache
 from jaxft.models.columns import as_rows, of_group
 from jaxft.models.config import DecoderConfig, Rope, tiny_config
 from jaxft.models.decoder import Decoder, Output
-from jaxft.models.encoder import Encoder, EncoderConfig, EncoderOutput, mean_pool
+from jaxft.models.encoder import Encoder, EncoderConfig, EncoderOutput
 from jaxft.models.errors import CheckpointError
 from jaxft.models.families import FAMILIES, config_of, family_of, layers_of
 from jaxft.models.family import Family, Gguf, HuggingFace
 from jaxft.models.layers import read
 from jaxft.models.names import Entry
 from jaxft.models.prediction import Forward, Prediction, predict, project, with_noise
+from jaxft.models.sentences import Embedding, Pooling, embedding_of, mean_pool
 from jaxft.models.soft import virtual_tokens
 from jaxft.models.special_ids import SpecialIds
 from jaxft.models.stacking import is_stacked, stack_layers, unstack_layers
@@ -22,6 +23,7 @@ __all__ = [
     "CheckpointError",
     "Decoder",
     "DecoderConfig",
+    "Embedding",
     "Encoder",
     "EncoderConfig",
     "EncoderOutput",
@@ -31,11 +33,13 @@ __all__ = [
     "HuggingFace",
     "Forward",
     "Output",
+    "Pooling",
     "Prediction",
     "Rope",
     "SpecialIds",
     "Targets",
     "config_of",
+    "embedding_of",
     "family_of",
     "as_rows",
     "is_stacked",

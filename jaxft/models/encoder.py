@@ -62,6 +62,11 @@ class EncoderConfig:
         """Features of one head."""
         return self.hidden_size // self.num_heads
 
+    @property
+    def max_length(self) -> int:
+        """The number of positions of a text."""
+        return self.num_positions - self.position_offset
+
     # The fields that the MLP, shared with decoders, reads.
     mlp_bias = True
     gated_mlp = False
@@ -258,19 +263,3 @@ class EncoderAttention(nn.Module):
         y = remat_lean(attended, self.remat)(*projections)
         y = Dense(config.hidden_size, bias=True, name="out")(y.reshape(x.shape))
         return through_adapter(self, x, y)
-
-
-def mean_pool(
-    hidden: jax.Array, segment_ids: jax.Array | None = None, *, normalize: bool = True
-) -> jax.Array:
-    """[B, D]: the mean of the hidden states [B, T, D] without padding, scaled to unit length.
-
-    Equals the sentence embeddings of sentence-transformers (Reimers & Gurevych, 2019,
-    arxiv.org/abs/1908.10084).
-    """
-    counts = jnp.ones(hidden.shape[:2]) if segment_ids is None else (segment_ids > 0) * 1.0
-    total = jnp.einsum("btd,bt->bd", hidden.astype(jnp.float32), counts)
-    mean = total / jnp.maximum(jnp.sum(counts, axis=1, keepdims=True), 1e-9)
-    if not normalize:
-        return mean
-    return mean / jnp.maximum(jnp.linalg.norm(mean, axis=1, keepdims=True), 1e-12)

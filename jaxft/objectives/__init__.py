@@ -1,5 +1,6 @@
 """Objectives: a forward, a loss and a reduction make objective(params, batch, key)."""
 
+from jaxft.objectives.contrastive import contrastive, distilled_margins
 from jaxft.objectives.critic import (
     completion_values,
     token_values,
@@ -39,7 +40,9 @@ __all__ = [
     "bco",
     "classifier_logits",
     "completion_log_probs",
+    "contrastive",
     "coverage",
+    "distilled_margins",
     "completion_values",
     "token_logits",
     "embedding_noise",

@@ -16,6 +16,7 @@ import pytest
 from jaxft import objectives, rl
 from jaxft.losses import aot_loss, aot_unpaired_loss, dpo_loss, nll_loss
 from jaxft.metrics import Mean, Undivided
+from jaxft.models import embedding_of
 from jaxft.objectives import policy_gradient
 from jaxft.objectives.policy import sequence_mean, token_correction
 from jaxft.parallel import make_mesh, mesh_context, shard_params
@@ -119,11 +120,16 @@ def penalised(distance, every=1):
 
 
 SUPERVISED = objectives.supervised(FORWARD)
+MARGINS = {"margins": np.random.default_rng(3).normal(size=(ROWS, 2)).astype(np.float32)}
 DISTANCE = objectives.function_distance(LOGITS)
 STEPS = {"steps": np.tile(np.arange(WIDTH) % 3, (ROWS, 1))}
 OBJECTIVES = {
     "supervised": lambda: (SUPERVISED, rows(0)),
     "token_supervised": lambda: (objectives.token_supervised(FORWARD, token_loss), rows(0)),
+    "distilled_margins": lambda: (
+        objectives.distilled_margins(embedding_of(MODEL)),
+        groups(size=4) | MARGINS,
+    ),
     "coverage": lambda: (objectives.coverage(FORWARD, 8), rows(0)),
     "step_coverage": lambda: (objectives.step_coverage(FORWARD, 8, 3), rows(0) | STEPS),
     "reparametrised": lambda: (
@@ -186,7 +192,7 @@ OBJECTIVES = {
 PARTS = set(
     "LogitsFn Objective Sequences classifier_logits completion_log_probs completion_values token_logits "
     "embedding_noise function_distance mean_of noise_distance on_rows sample_distance sequence_log_probs "
-    "shift spectrally_normalised token_values value_loss with_value_head without_value_head "
+    "contrastive shift spectrally_normalised token_values value_loss with_value_head without_value_head "
     "Algorithm Asked Collector Credit DeviceReward Environment KlControl Prompts Reply Sample SamplesBeside "
     "Transform add_old_policy add_penalty add_reference add_values answers answers_of_both best_and_worst "
     "collect collect_on_device episodes equals estimate_success mask_truncated offline_collect "

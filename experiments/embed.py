@@ -1,0 +1,226 @@
+"""Embeddings for retrieval: contrastive training of an encoder or decoder, and its ranking of held-out texts.
+
+    python experiments/embed.py --data pairs.jsonl                       minilm, LoRA, in-batch negatives
+    python experiments/embed.py --data pairs.jsonl --mine 4 --margin-mined 0.05     and mined negatives
+    python experiments/embed.py --data triplets.jsonl --negatives 3 --batch-size 256 --chunk 32 --fsdp -1 \\
+        --model BAAI/bge-base-en-v1.5 --adapter full --learning-rate 2e-5
+    python experiments/embed.py --model Qwen/Qwen3-Embedding-0.6B --pooling lasttoken --data pairs.jsonl
+    python experiments/embed.py --smoke        seconds, random weights
+
+Records have a query (query, anchor, question, ...), a text that answers it (positive, pos, passage, ...) and,
+if there are some, texts that do not (negative, negatives, neg, negative_1, ...). All other texts of a batch
+are negatives too, except equal ones, so large batches help; --chunk makes room for them. The output directory
+gets a model for sentence-transformers (merged, if an adapter was trained), the adapter, metrics, a figure and
+checkpoints; --resume continues a run.
+"""
+
+from __future__ import annotations
+
+import experiments.cli.interrupts  # noqa: F401  isort: skip  (before what takes seconds)
+
+import dataclasses
+from typing import Any, Literal
+
+import numpy as np
+import tyro
+
+from experiments.cli import cards, flags, held_out
+from experiments.cli import training as shared
+from jaxft import data, objectives, train
+from jaxft.adapters import Name
+from jaxft.analysis import text_embeddings
+from jaxft.checkpoints import (
+    SentenceSettings,
+    read_sentence_settings,
+    resolve,
+    write_sentence_settings,
+)
+from jaxft.metrics import ranked, retrieval_metrics
+from jaxft.models import Embedding, Pooling, embedding_of
+
+SMALL = {"max_steps": 6, "eval_steps": 3, "batch_size": 8, "max_length": 32, "learning_rate": 1e-3}
+AT = (1, 5, 10)  # ranks of the metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Model, texts, loss and training."""
+
+    data: tuple[str, ...] = ()  # files or hub ids of queries and texts that answer them
+    # held-out records; None: a part of --data
+    eval_data: str | None = None
+    adapter: Name = "lora"  # the kind of adapter to train; full: all params
+
+    temperature: float = 0.05  # of the similarities in the loss
+    margin: float = 0.0  # subtracted from the similarity of a query and its answer
+    symmetric: bool = False  # each answer is also compared with all queries
+    # also train the first features alone, as --dims 256 128 64, so that embeddings can be cut
+    dims: tuple[int, ...] = ()
+    negatives: int = 1  # maximum negatives of a record that are used, if it has some
+    mine: int = 0  # also this many negatives per record, found by the model before training
+    # mined texts are at least this much less similar to the query than its answer; None: any
+    margin_mined: float | None = None
+    chunk: int | None = None  # texts embedded at a time, to save memory; None: the whole batch
+
+    # mean, cls, lasttoken, max, weightedmean; None: that of the model's files, else mean
+    pooling: Literal["mean", "cls", "lasttoken", "max", "weightedmean"] | None = None
+    query_prompt: str | None = None  # put before each query; None: that of the model's files
+    passage_prompt: str | None = None  # put before each other text; None: that of the model's files
+
+    base: flags.Model = flags.Model("minilm")
+    kernels: flags.Kernels = flags.Kernels()
+    optimisation: flags.Optimisation = flags.Optimisation(learning_rate=2e-4)
+    rows: flags.Rows = flags.Rows(batch_size=32, max_length=256)
+    columns: flags.Columns = flags.Columns()
+    mesh: flags.Mesh = flags.Mesh()
+    output: flags.Output = flags.Output("runs/embed")
+    hub: flags.Hub = flags.Hub()
+    seed: int = 0  # for the adapter's initial values and the order of records
+    smoke: bool = False  # a random tiny model for a few steps
+    debug: bool = False  # full tracebacks
+
+
+def main(config: Config) -> dict[str, Any]:
+    """Trains; returns the metrics that are written to metrics.json."""
+    config = shared.start(config, SMALL)
+    if config.smoke and not config.data:
+        config = dataclasses.replace(config, data=("made-up pairs",))
+    training, held, name = load_records(config)
+    output, mesh = shared.place(config)
+    settings = settings_of(config)
+    model, base = shared.load_base(config, mesh)
+    params = shared.adapt_params(config, model, base, mesh)
+    embed = embedding_of(model, settings.pooling)
+    tokenizer = shared.files.load_tokenizer(config.base.model)
+    vectors = lambda params, texts, prompt: text_embeddings(
+        model, params, tokenizer, [prompt + text for text in texts], pooling=settings.pooling,
+        max_length=config.rows.max_length,
+    )  # fmt: skip
+    search = Search(training, held, vectors, settings)
+    before = search.evaluate(params, "before training", name)
+    if config.mine:
+        training = search.mine(params, training, config.mine, config.margin_mined)
+    number = min(config.negatives + config.mine, max(len(r["negatives"]) for r in training))
+    render = lambda records, bad: data.render_passages(
+        records, tokenizer, config.rows.max_length, negatives=number, bad=bad,
+        query_prompt=settings.prompt("query"), passage_prompt=settings.prompt("document", "passage"),
+    )  # fmt: skip
+    bad = data.BadRecords()
+    groups, others = render(training, bad), render(held, data.BadRecords())
+    if bad.dropped:
+        print(f"texts longer than --max-length {config.rows.max_length}: {bad.summary()}")
+    method = shared.method_of(config, lambda embed: objective_of(config, embed), embed)
+    eval_batches = data.finite_group_batches(others, **config.rows.sizes)
+    callbacks = shared.callbacks(
+        config, objective_of(config, embed), eval_batches, output, mesh, name
+    )
+    batches = data.group_batches(groups, **config.rows.sizes, seed=config.seed)
+    state, history = shared.fit(
+        config, params, method, batches, callbacks, output, mesh, donate=config.adapter == "full"
+    )
+    metrics = shared.losses_of(history, name)
+    metrics |= {"before": before, "after": search.evaluate(state.params, "after training", name)}
+    if config.adapter != "full":
+        shared.save(config, model, state.params, base, mesh, output)
+    shared.save(config, model, state.params, base, mesh, output, whole=True)
+    write_sentence_settings(output / "model", settings, model.config.hidden_size)
+    shared.write_metrics(output, metrics)
+    return cards.publish(config, metrics, output)
+
+
+def objective_of(config: Config, embed: Embedding) -> objectives.Objective:
+    """Returns the loss of the flags."""
+    return objectives.contrastive(
+        embed,
+        temperature=config.temperature,
+        margin=config.margin,
+        symmetric=config.symmetric,
+        dims=config.dims,
+        chunk=config.chunk,
+    )
+
+
+def settings_of(config: Config) -> SentenceSettings:
+    """Returns the pooling, prompts and length of the model's files and the flags, and prints them."""
+    found = SentenceSettings()
+    if config.base.model != "tiny" and (path := resolve(config.base.model)).is_dir():
+        found = read_sentence_settings(path)
+    pooling = found.pooling
+    if config.pooling is not None:
+        pooling = Pooling((config.pooling,), pooling.normalize)
+    names = {"query": config.query_prompt, "document": config.passage_prompt}
+    known = {"query": found.prompt("query"), "document": found.prompt("document", "passage")}
+    prompts = {name: known[name] if given is None else given for name, given in names.items()}
+    made = SentenceSettings(pooling, config.rows.max_length, prompts, found.similarity)
+    shown = "".join(f", {name} prompt {text!r}" for name, text in prompts.items() if text)
+    print(f"embeddings: {' + '.join(pooling.modes)} of at most {made.max_length} tokens{shown}")
+    return made
+
+
+def load_records(config: Config) -> tuple[list, list, str]:
+    """Returns (training records, held-out records, description of the held-out records)."""
+    if config.data == ("made-up pairs",):
+        made = [
+            {"query": f"{i} plus {i}", "positive": f"{2 * i}", "negatives": [f"{2 * i + 1}"]}
+            for i in range(40)
+        ]
+        return made[:32], made[32:], "8 made-up pairs"
+    if not config.data:
+        raise ValueError("give --data, a file of queries and texts that answer them; or --smoke.")
+    load = lambda spec, bad: data.load(
+        spec, fields=config.columns.of(spec), bad=bad, form=data.normalise_passages
+    )
+    bad = data.BadRecords(config.rows.max_bad)
+    sources = [load(spec, bad) for spec in config.data]
+    parts = held_out.with_held_out(
+        config, sources, lambda spec: load(spec, data.BadRecords()), lambda record: record["query"]
+    )
+    return [record for source in parts.training for record in source], parts.held_out, parts.name
+
+
+class Search:
+    """Ranks all texts of the records for each held-out query, and finds negatives for training."""
+
+    def __init__(self, training, held, vectors, settings):
+        self.held, self.vectors = held, vectors
+        self.prompts = settings.prompt("query"), settings.prompt("document", "passage")
+        texts = [t for r in (*held, *training) for t in (r["positive"], *r["negatives"])]
+        self.places = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+        self.answers: dict[str, set[int]] = {}
+        for record in (*held, *training):
+            self.answers.setdefault(record["query"], set()).add(self.places[record["positive"]])
+
+    def evaluate(self, params, when: str, name: str) -> dict[str, float]:
+        """Prints and returns the metrics of the held-out queries."""
+        queries = list(dict.fromkeys(record["query"] for record in self.held))
+        ranking = ranked(*self._vectors(params, queries), max(AT))
+        metrics = retrieval_metrics(ranking, [self.answers[query] for query in queries], AT)
+        shown = ", ".join(f"{key} {value:.3f}" for key, value in metrics.items() if key in _SHOWN)
+        print(f"{when}, {len(queries)} queries among {len(self.places)} texts: {shown}", flush=True)
+        return metrics
+
+    def mine(self, params, training, number: int, margin: float | None) -> list:
+        """Returns the records with negatives found by the model put before their own."""
+        queries = [record["query"] for record in training]
+        left, right = self._vectors(params, queries)
+        texts, answers = list(self.places), [self.answers[query] for query in queries]
+        found = data.mine_negatives(left @ right.T, answers, number, margin=margin)
+        counts = [len(row) for row in found]
+        print(
+            f"mined {sum(counts)} negatives for {len(training)} queries ({min(counts)} to {max(counts)})"
+        )
+        return [
+            record | {"negatives": [*(texts[i] for i in row), *record["negatives"]]}
+            for record, row in zip(training, found, strict=True)
+        ]
+
+    def _vectors(self, params, queries) -> tuple[np.ndarray, np.ndarray]:
+        asked, other = self.prompts
+        return self.vectors(params, queries, asked), self.vectors(params, list(self.places), other)
+
+
+_SHOWN = ("recall@1", "recall@10", "mrr@10", "ndcg@10")
+
+
+if __name__ == "__main__":
+    train.run_main(main, tyro.cli(Config, description=__doc__))

@@ -1,6 +1,5 @@
 """Objectives: a forward, a loss and a reduction make objective(params, batch, key)."""
 
-from jaxft.objectives.contrastive import contrastive, distilled_margins
 from jaxft.objectives.critic import (
     completion_values,
     token_values,
@@ -9,6 +8,7 @@ from jaxft.objectives.critic import (
     without_value_head,
 )
 from jaxft.objectives.dco import coverage, step_coverage
+from jaxft.objectives.embeddings import contrastive, distilled_margins
 from jaxft.objectives.next_token import Objective, mean_of, shift, supervised, token_supervised
 from jaxft.objectives.policy import completion_log_probs, policy_gradient
 from jaxft.objectives.preferences import Sequences, bco, hypo, kto, preference, sequence_log_probs

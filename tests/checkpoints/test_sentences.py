@@ -18,33 +18,14 @@ from jaxft.checkpoints import (
 )
 from jaxft.models import Pooling
 from jaxft.models.sentences import POOLINGS
+from tests.checkpoints.small_bert import small_bert
 
 TEXTS = ["a cat sat", "the dog", "a much longer text about a cat and the dog that sat"]
-WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] a cat sat the dog much longer text about and that".split()
 
 
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory):
-    """A directory of transformers' files: a small BERT and its tokenizer."""
-    hf, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
-    path = tmp_path_factory.mktemp("bert")
-    torch.manual_seed(0)
-    config = hf.BertConfig(
-        vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-        intermediate_size=24, max_position_embeddings=32,
-    )  # fmt: skip
-    hf.BertModel(config, add_pooling_layer=False).save_pretrained(path)
-    tokenizers = pytest.importorskip("tokenizers")
-    core = tokenizers.Tokenizer(
-        tokenizers.models.WordLevel({w: i for i, w in enumerate(WORDS)}, "[UNK]")
-    )
-    core.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    core.post_processor = tokenizers.processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    special = dict(pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]")
-    hf.PreTrainedTokenizerFast(tokenizer_object=core, **special).save_pretrained(path)
-    return path
+    return small_bert(tmp_path_factory.mktemp("bert"))
 
 
 SETTINGS = [

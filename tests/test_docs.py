@@ -34,7 +34,7 @@ def test_prose_is_at_most_120_columns_wide(page):
     assert not wide
 
 
-@pytest.mark.parametrize("page", ["adapters", "models", "rl"])
+@pytest.mark.parametrize("page", ["adapters", "models", "retrieval", "rl"])
 def test_a_page_s_program_runs_as_it_is_printed(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (program,) = re.findall(r"```python\n(.*?)```", (ROOT / f"docs/{page}.md").read_text(), re.S)

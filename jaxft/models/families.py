@@ -21,6 +21,7 @@ from jaxft.models.qwen3 import QWEN3
 from jaxft.models.roberta import ROBERTA
 from jaxft.models.smollm3 import SMOLLM3
 from jaxft.models.vit import VIT
+from jaxft.models.xlm_roberta import XLM_ROBERTA
 
 FAMILIES: tuple[Family, ...] = (
     LLAMA,
@@ -37,6 +38,7 @@ FAMILIES: tuple[Family, ...] = (
     GPT2,
     BERT,
     ROBERTA,
+    XLM_ROBERTA,
     VIT,
 )
 

@@ -18,12 +18,14 @@ ENCODER = dict(
     hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=8,
     patch_size=4,
 )  # fmt: skip
+ENCODERS = ("bert", "roberta", "xlm-roberta", "vit")
 SPLIT_ROPE = {"full_attention": dict(factor=8.0, rope_type="linear"), "sliding_attention": {}}
 FILES = {
     "gpt2": [dict(vocab_size=61, n_embd=32, n_layer=2, n_head=4)],
     "gemma3_text": [DECODER | WINDOWS, DECODER | dict(rope_parameters=SPLIT_ROPE)],
     "bert": [ENCODER],
     "roberta": [ENCODER],
+    "xlm-roberta": [ENCODER],
     "vit": [ENCODER],
 }
 
@@ -63,7 +65,7 @@ def test_a_codec_reads_the_keys_that_it_lists(family):
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_what_a_codec_writes_it_reads_again(family):
     for json in files(family):
-        names = {"pooler.dense.weight"} if family.name in ("bert", "roberta", "vit") else set()
+        names = {"pooler.dense.weight"} if family.name in ENCODERS else set()
         config = config_of({"model_type": family.name, **json}, names)
         written = {"model_type": family.name, **family.huggingface.write(config)}
         assert config_of(written, names) == config and config.family == family.name

@@ -104,7 +104,7 @@ def test_the_adapter_is_used_by_the_other_scripts(smoke, tmp_path, capsys):
     [
         dict(updates=2, kl_weight=0.1, turns=2, stop=tuple("aeiou 0123456789")),
         dict(algorithm="ppo", epochs=2, reward_kl=0.1, kl_target=1.0, kl_horizon=50.0)
-        | dict(data_axis=2, fsdp=2, tensor=2, scan_layers=True, remat="full", sharpness="sam"),
+        | dict(scan_layers=True, remat="full", sharpness="sam"),
     ],
     ids=["grpo", "ppo"],
 )
@@ -126,7 +126,7 @@ def test_reinforcement_learning_writes_all_it_promises_and_goes_on(settings, tmp
     assert metrics["steps"] == 4 and metrics["gap"] < 1e-4
     assert {*reinforce.SHOWN, "clipped_low", "no_contrast"} <= set(rows(whole)[0])
     if settings.get("algorithm") == "ppo":
-        return  # Over a mesh a run that is cut is tests/rl/test_mesh.py's.
+        return  # A run of PPO that is cut is tests/rl/test_ppo.py's.
     # Cut inside a rollout and resumed, it goes on with the same experience.
     shutil.copytree(whole, parts)
     shutil.rmtree(parts / "checkpoints" / "4")
@@ -186,7 +186,9 @@ def test_every_algorithm_of_reinforce_is_there(name):
 
 
 def test_the_whole_model_in_a_subspace(tmp_path):
+    # Stacked layers are half of the tensors to compile.
     subspace = dict(adapter="intrinsic", d=100, accuracy=False, learning_rate=1e-2, quantise="nf4")
+    subspace |= dict(scan_layers=True)
     config = config_of(sft, smoke=True, output_dir=str(tmp_path), **subspace)
     metrics = sft.main(config)
     assert metrics["last_loss"] < metrics["first_loss"]
@@ -236,7 +238,7 @@ def test_preferences_are_learnt_from_a_file(loss, tmp_path):
     settings = dict(model="tiny", data=(str(path),), eval_data="", validation=0.3, max_length=64)
     settings |= dict(max_steps=12, batch_size=4, learning_rate=3e-3, eval_steps=6, rank=4)
     settings |= dict(save_steps=6) | (dict(max_new_tokens=4) if loss == "hypo" else {})
-    settings |= dict(fsdp=2, context=4) if loss == "kto" else {}
+    settings |= dict(fsdp=2, context=4, scan_layers=True) if loss == "kto" else {}
     moving = dict(ref_model_sync_steps=5, ref_model_mixup_alpha=0.3, prompt_embedder="tiny")
     settings |= moving if loss == "bco" else {}
     output = tmp_path / "run"

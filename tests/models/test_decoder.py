@@ -11,7 +11,7 @@ from jax._src.ad_checkpoint import saved_residuals
 from jaxft.adapters import adapt, lora
 from jaxft.models import Decoder, DecoderConfig, Rope, stack_layers, tiny_config, unstack_layers
 from jaxft.objectives import supervised
-from tests.small_models import jitted
+from tests.small_models import jitted, start
 
 TOKENS = jnp.arange(12)[None]
 VARIANTS = {
@@ -40,7 +40,7 @@ def config(request):
 
 @functools.cache
 def init(config, **options):
-    return jax.jit(Decoder(config, **options).init)(jax.random.key(0), TOKENS)["params"]
+    return start(Decoder(config, **options))
 
 
 def outputs(model, params):
@@ -61,8 +61,19 @@ def gradients(config, remat):
     return jax.jit(jax.grad(lambda p: objective(p, {"tokens": TOKENS}, None)[0]))
 
 
-@pytest.mark.parametrize("remats, scan_layers", [(("lean", "full"), False), (("dots",), True)])
-def test_remat_changes_no_gradient(config, remats, scan_layers):
+# Each policy in a model with and without scans, and in each model one; the rest: tests/test_any_with_any.py.
+@pytest.mark.parametrize(
+    "variant, remats, scan_layers",
+    [
+        ("plain", ("lean", "full"), False),
+        ("plain", ("dots",), True),
+        ("windows", ("full",), True),
+        ("gemma", ("lean",), True),
+        ("gpt2", ("lean", "dots"), False),
+    ],
+)
+def test_remat_changes_no_gradient(variant, remats, scan_layers):
+    config = dataclasses.replace(tiny_config(vocab_size=31), **VARIANTS[variant])
     params = init(config)
     wanted = gradients(config, "none")(params)
     for remat in remats:
@@ -102,9 +113,13 @@ def test_unused_logits_cost_nothing():
     assert flops(lambda o: o.logits) - flops(lambda o: o.hidden) > 2 * 12 * 96 * 4000
 
 
-@pytest.mark.parametrize("width", [9, 140])  # the second takes two tiles
-def test_an_empty_cache_is_filled_as_without_one_and_as_in_parts(config, width):
+# 140 tokens take two tiles.
+@pytest.mark.parametrize(
+    "variant, width", [*((name, 9) for name in VARIANTS), ("plain", 140), ("windows", 140)]
+)
+def test_an_empty_cache_is_filled_as_without_one_and_as_in_parts(variant, width):
     """A left-padded row beside a full one: the oracles are the plain forward pass, and appending."""
+    config = dataclasses.replace(tiny_config(vocab_size=31), **VARIANTS[variant])
     model, params = Decoder(config), init(config)
     tokens = np.random.default_rng(1).integers(0, 31, (2, width), np.int32)
     valid = np.ones((2, width), np.int32)

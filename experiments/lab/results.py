@@ -1,4 +1,4 @@
-"""Writes docs/results.md and README's table of papers from the records alone: nothing trains."""
+"""Writes docs/results.md and README's table of papers from the records: nothing trains."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ writes its record when it is run with `--record`, at its own settings and from a
 below each table, and `python -m experiments` says which records are older than their code.
 
 Claims are measured over several seeds, on held-out data. Brackets are 95 % intervals by Student's t over
-seeds, and figures draw the same intervals. Whether a claim holds follows from its numbers and from the bound
-beside them. A claim that fails stays on this page as failed.
+seeds, and figures draw the same intervals. The numbers of a claim and the bound
+beside them decide whether it holds. A claim that fails stays on this page as failed.
 """
 
 

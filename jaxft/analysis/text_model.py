@@ -44,7 +44,7 @@ class TextModel:
         model: a Decoder, or another whose `forward` takes a cache (see `generation.generate`).
         params: its params.
         tokenizer: a transformers tokenizer.
-        template: chat template in place of the tokenizer's, as Jinja text.
+        template: chat template instead of the tokenizer's, as Jinja text.
         batch_size: rows of one forward pass.
         max_length: tokens of a context and its continuation or answer; None: the model's positions.
         max_new_tokens: tokens of an answer where the request names no number.
@@ -230,7 +230,7 @@ class TextModel:
         A template that refuses a system message is asked again without it.
 
         Args:
-            add_generation_prompt: with the header of the answer; False: the last message goes on.
+            add_generation_prompt: with the header of the answer; False: the last message is continued.
 
         Raises:
             ValueError: without a chat template.

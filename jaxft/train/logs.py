@@ -242,8 +242,8 @@ def trackio_log(
 ) -> Callback:
     """Each number of the rows to trackio; needs the package trackio.
 
-    It keeps them on this machine (`trackio show`) unless TRACKIO_SPACE_ID names a Space of the hub. A run of
-    the same name goes on when resumed.
+    It keeps them on this machine (`trackio show`) unless TRACKIO_SPACE_ID names a Space of the hub. A resumed
+    run continues the run of the same name.
     """
     trackio = require("trackio", "trackio_log", "logging")
     runs = []

@@ -1,4 +1,4 @@
-"""What is evaluated is what the user brought, and every number says of what it is."""
+"""Evaluation uses the records that the user brought, and every number names its records."""
 
 import pytest
 
@@ -49,7 +49,7 @@ def test_own_data_are_evaluated_on_a_part_of_themselves(script, capsys):
     assert parts.name == "4 held-out records of own.jsonl" and not loaded
     said = "training on 36 records of own.jsonl; evaluated on 4 held-out records of own.jsonl"
     assert said in capsys.readouterr().out
-    # The default task has a held-out task of its own, unless a part is asked for.
+    # The default task has a separate held-out task, unless a part is asked for.
     parts = held_out.with_held_out(config_of(script), [records(40)], load, ask)
     assert loaded == [held_out.EVAL] and parts.name == "4 records of rg:needle_haystack"
     for more in ({"eval_data": ""}, {"validation": 0.25}):

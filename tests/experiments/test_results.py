@@ -1,4 +1,4 @@
-"""Claims hold by their numbers; records are made of the scripts' own settings alone; the page is theirs."""
+"""Claims hold by their numbers; records need the scripts' own settings; the page equals the records."""
 
 import dataclasses
 import importlib

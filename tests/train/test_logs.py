@@ -171,7 +171,7 @@ def test_wandb_gets_the_numbers(problem, monkeypatch):
 
 
 def test_trackio_gets_the_numbers(monkeypatch, tmp_path):
-    """By the flag of the scripts: project, name of the run and flags."""
+    """Follows the flag of the scripts: project, name of the run and flags."""
     calls = []
     run = types.SimpleNamespace(log=lambda values, step: calls.append((step, values)))
     init = lambda **settings: calls.append(settings) or run

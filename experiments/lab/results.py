@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -63,11 +64,12 @@ def render(found: Sequence[dict[str, Any]]) -> str:
         _table(head, summary),
     ]
     if rest := [f"`{slug}`" for slug in scripts if slug not in papers]:
-        parts.append(f"Scripts without a record yet: {', '.join(rest)}.\n")
+        line = f"Scripts without a record yet: {', '.join(rest)}.\n"
+        parts.append(textwrap.fill(line, 110, break_on_hyphens=False) + "\n")
     for record in found:
         title, link = papers[record["slug"]]
         parts += [f"## {record['slug']}\n", f"[{title}]({link})\n"]
-        parts += [_part(name, row, title) for name, row in record["parts"].items()]
+        parts += [_part(record["slug"], name, row) for name, row in record["parts"].items()]
     return "\n".join(parts)
 
 
@@ -129,7 +131,7 @@ def overview() -> list[list[str]]:
     return rows
 
 
-def _part(name: str, row: dict[str, Any], title: str) -> str:
+def _part(slug: str, name: str, row: dict[str, Any]) -> str:
     claims = [Claim.parse(claim) for claim in row["claims"]]
     here = lambda c: "<br>".join(filter(None, (c.measured, c.detail)))
     cells = [[c.text, c.paper, here(c), c.needed, "yes" if c.holds else "**no**"] for c in claims]
@@ -146,7 +148,7 @@ def _part(name: str, row: dict[str, Any], title: str) -> str:
     ]
     lines = "\n".join(f"- {fact}" for fact in facts)
     heading = "" if name == "main" else f"### {name}\n\n"
-    return f"{heading}{table}\n![Figure: {title}](results/{row['figure']})\n\n{lines}\n"
+    return f"{heading}{table}\n![Figure of {slug}](results/{row['figure']})\n\n{lines}\n"
 
 
 def _table(head, rows):

@@ -3,7 +3,7 @@
 import pytest
 
 from experiments import preference, reinforce, sft
-from experiments.cli import flags, held_out
+from experiments.cli import flags, held_out, models
 from jaxft import data
 
 SCRIPTS = (sft, preference, reinforce)
@@ -95,3 +95,15 @@ def test_records_left_out_are_told_and_few_left_are_an_error(capsys):
     assert said in capsys.readouterr().out
     with pytest.raises(data.DataError, match="only 1 of 100 training records are left .9 too_long"):
         held_out.tell_of(bad, 1, 100)
+
+
+def test_an_adapter_of_another_base_model_is_noted(tmp_path, capsys):
+    tell = lambda model: models.tell_base(str(tmp_path), model) or capsys.readouterr().err
+    assert tell("smollm2") == ""  # no file that names one
+    for content in ("[]", "{}", '{"base_model_name_or_path": null}', "{"):
+        (tmp_path / "adapter_config.json").write_text(content)
+        assert tell("smollm2") == ""
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "tiny"}')
+    assert tell("tiny") == tell("./tiny") == ""
+    said = tell("smollm2")
+    assert "names 'tiny' as its base model" in said and "give --model tiny\n" in said

@@ -57,9 +57,9 @@ def progress(
             recent[:] = [*recent, row][-max(steps, 10) :]
         evaluated = any(name.startswith("eval") for name in row)
         due = evaluated or first or row["step"] == run.steps or row["step"] % steps == 0
-        width = _room(console) if console.is_terminal or console.is_jupyter else None
+        width = _room(console) if console.is_terminal or console.is_jupyter else _LINE
         line = functools.partial(describe, row, recent, run.steps, show)
-        meter["write"](line(width), row["step"], due, line() if evaluated else None)
+        meter["write"](line(width), row["step"], due, line(_LINE) if evaluated else None)
 
     def on_end(error):
         del error
@@ -70,6 +70,7 @@ def progress(
 
 
 _BAR = 16  # columns of the bar, with the space after it
+_LINE = 160  # columns of a line that stays; an evaluation of preferences has a dozen metrics
 
 
 def _usual_console():
@@ -127,7 +128,7 @@ def describe(
     show: Sequence[str] = (),
     width: int | None = None,
 ) -> str:
-    """Formats a row as a line: step, metrics, then tokens/s and the time left.
+    """Formats a row as a line: step, metrics (of an evaluation, loss and accuracy first), rates, time left.
 
     Tokens/s counts `num_input_tokens`, the tokens that the model reads in a step. The rate of `num_tokens`,
     the tokens in the loss, follows in brackets if it is lower. Rates and time left are medians over the
@@ -141,7 +142,8 @@ def describe(
             the time left. None: no limit.
     """
     first = f"step {row['step']}" + (f"/{steps}" if steps else "")
-    evaluated = (name for name in row if name.startswith("eval"))
+    evaluated = [n for n in row if n.startswith("eval") and not n.endswith("_tokens")]
+    evaluated.sort(key=lambda n: (not n.endswith("loss"), not n.endswith("accuracy")))
     names = [*show, *evaluated] if show else ["loss", *evaluated, "grad_norm", "learning_rate"]
     metrics = [f"{name} {row[name]:.4g}" for name in names if np.ndim(row.get(name, [])) == 0]
     rates, left = _rates(recent, per_step=bool(show)), []

@@ -132,6 +132,13 @@ RECENT = [row(2, **COUNTS), SLOW, row(4, **COUNTS)]
         ),
         ([], 12, {}, "step 4/12  loss 2  grad_norm 1"),
         (RECENT, 12, {"width": 57}, "step 4/12  loss 2  80 tokens/s (20 trained)  left 0:00:04"),
+        (
+            RECENT,
+            12,
+            {"extra": {"eval/a": 3, "eval/num_tokens": 9, "eval/b/accuracy": 1, "eval/loss": 2}}
+            | {"width": 98},
+            "step 4/12  loss 2  eval/loss 2  eval/b/accuracy 1  80 tokens/s (20 trained)  left 0:00:04",
+        ),
         (RECENT, 12, {"width": 48}, "step 4/12  loss 2  80 tokens/s  left 0:00:04"),
         (RECENT, 12, {"width": 40}, "step 4/12  loss 2  left 0:00:04"),
         (RECENT, None, {"width": 1}, "step 4  loss 2"),
@@ -141,7 +148,9 @@ RECENT = [row(2, **COUNTS), SLOW, row(4, **COUNTS)]
 def test_a_line_has_rates_of_all_tokens_and_of_those_trained_from_medians(
     recent, steps, how, wanted
 ):
-    assert describe(row(4) | {"reward": 0.5}, recent, steps, **how) == wanted
+    line = row(4) | {"reward": 0.5} | how.get("extra", {})
+    how = {name: x for name, x in how.items() if name != "extra"}
+    assert describe(line, recent, steps, **how) == wanted
 
 
 def test_the_first_step_of_a_resumed_run_is_not_timed_and_a_repeated_row_once():

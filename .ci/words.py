@@ -1,19 +1,24 @@
-"""Finds habits of language that docs/style forbids: python .ci/words.py
+"""Finds habits of language that AGENTS.md forbids: python .ci/words.py
 
-Part of make lint. Looks at docstrings and strings of Python files and at the prose of Markdown pages; prints
-file:line and what to write instead, and exits with 1 if it found something.
+Part of make lint. Reads docstrings, comments and, outside of tests, strings of Python files, and the prose of
+Markdown pages; prints file:line and what to write instead, and exits with 1 if it found something.
 """
 
 import ast
+import io
 import pathlib
 import re
 import sys
+import tokenize
 
 ROOT = pathlib.Path(__file__).parents[1]
-FOLDERS = ("jaxft", "experiments", "benchmarks", "docs")
+FOLDERS = ("jaxft", "experiments", "benchmarks", "docs", "tests")
 # Kept word for word: the changelog and the decisions are a record of their time.
 APART = ("decisions.md", "CHANGELOG.md")
 
+# Rates: "tokens a step", "bits a number".
+AMOUNTS = "(tokens|nats|seconds|bits|bytes|GiB|rows|examples|updates|passes|steps)"
+UNITS = "(step|second|minute|hour|token|number|line|row|record|prompt|rollout|pair|device|layer|epoch|run)"
 RULES = {
     r"\bbut for\b": "except",
     r"\bby the book\b": "name the rule",
@@ -25,25 +30,66 @@ RULES = {
     r"\bis of (?=[a-z_]+\.py)": "only ... supports",
     r"\bgoes? with (it|them|any|every)\b": "works with",
     r"\bthat of the\b.*\bthat of the\b": "repeat the noun",
+    r"\b(goes? on|went on)\b": "continues, continued",
+    r"\bin place of\b": "instead of, or replaces",
+    r"(?<!there )\bis no (?!longer|more|less|other|\w+er\b)": "is not a",
+    r"\bof (its|their|his) own(?=[.,;:)]|$| and\b| for\b| around\b| beside\b)": "its own ..., or separate",
+    rf"\b{AMOUNTS} an? {UNITS}\b": "per",
+    r"(?<!\bused )(?<!\brun it )(?<!\bstay )(?<!`)\balone\b": "only, or by itself",
 }
-OPENING = re.compile(r"^(Of|As for|As|In|By|That|Whether or not)\b(?! soon)")
+OPENING = re.compile(r"^(Of|As for|As|In|By|That|What|Whether|Where|How|Who)\b(?! soon)")
+# A sentence whose subject is a clause: "What trains is saved.", "Whether it holds follows from its numbers."
+CLAUSE = re.compile(
+    r"(?:^|[.:;] )(What [^.?,;:]* (?:is|are|was|were)|(?:Whether|How) [^.?,;:]* (?:follows|depends|matters)) "
+    r"[^.?]*[.;,]"
+)
+
+
+def comments(source: str):
+    """Yields (line, text) of each block of comments: lines without code between them are one text."""
+    last, first, block = 0, 0, []
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type != tokenize.COMMENT or re.match(r"#\s*(noqa|type:|pragma|!)", token.string):
+            continue
+        line, text = token.start[0], token.string.lstrip("#: ")
+        if block and line != last + 1:
+            yield first, " ".join(block)
+            block = []
+        first, last = (first if block else line), line
+        block.append(text)
+    if block:
+        yield first, " ".join(block)
+
+
+def paragraphs(source: str):
+    """Yields (line, text) of each paragraph, cell or heading of a page's prose."""
+    fenced, first, block = False, 0, []
+    for number, line in enumerate([*source.splitlines(), ""], 1):
+        fenced ^= line.startswith("```")
+        prose = not (fenced or line.startswith(("    ", "```"))) and line.strip()
+        if block and (not prose or line.startswith(("|", "- ", "#"))):
+            yield first, " ".join(block)
+            block = []
+        if prose:
+            first = first if block else number
+            block.append(line.strip())
 
 
 def texts(path: pathlib.Path):
     """Yields (line, text, whether it is a docstring) for each piece of prose of a file."""
     source = path.read_text()
     if path.suffix == ".md":
-        fenced = False
-        for number, line in enumerate(source.splitlines(), 1):
-            fenced ^= line.startswith("```")
-            if not fenced and not line.startswith("    "):
-                yield number, line, False
+        for number, text in paragraphs(source):
+            yield number, text, False
         return
+    for number, text in comments(source):
+        yield number, text, False
+    strings = ROOT / "tests" not in path.parents  # those of tests are data
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
             if text := ast.get_docstring(node):
                 yield node.body[0].lineno, text, True
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+        elif strings and isinstance(node, ast.Constant) and isinstance(node.value, str):
             yield node.lineno, node.value, False
 
 
@@ -55,8 +101,12 @@ def found(path: pathlib.Path) -> list[str]:
         if docstring and OPENING.match(text):
             first = text.splitlines()[0]
             lines.append(f"{place}: {first!r}: begin with a verb or the noun that names the result")
+        if match := CLAUSE.search(" ".join(text.split())):
+            lines.append(
+                f"{place}: {match.group(1)!r}: subject first: a noun instead of the clause"
+            )
         for pattern, instead in RULES.items():
-            if match := re.search(pattern, text, re.IGNORECASE):
+            for match in re.finditer(pattern, " ".join(text.split()), re.IGNORECASE):
                 lines.append(f"{place}: {match.group()!r}: write: {instead}")
     # A docstring is a string, too.
     return sorted(set(lines))

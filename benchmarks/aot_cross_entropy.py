@@ -1,6 +1,6 @@
-"""What compilers say of log-probs of tokens under a head: all logits at once, in chunks, in a kernel.
+"""Compilers' estimates for log-probs of tokens under a head: all logits at once, chunks, a kernel.
 
-No device is needed: each cell is compiled ahead of time for a TPU or an H100, in a process of its own,
+No device is needed: each cell is compiled ahead of time for a TPU or an H100, in a separate process,
 and prints one JSON line. `cycles` are the TPU compiler's estimates and leave out Pallas calls, of which
 `flops` and `bytes_accessed` are what the kernels say of themselves; loops' bodies count once there. The
 loop of linear_cross_entropy ends after the last counted token, which no compiler knows: its cycles are

@@ -1,7 +1,7 @@
 """PaCA beside LoRA, the frozen base and full fine-tuning: what XLA's compilers for accelerators say.
 
 No device is needed: value and gradient of what trains, in the blocks of Llama-3.2-1B without a vocabulary,
-are compiled ahead of time, each cell in a process of its own, and printed as a JSON line. `temp_mib` is what
+are compiled ahead of time, each cell in a separate process, and printed as a JSON line. `temp_mib` is what
 the compiler allocates beside arguments and outputs; `mcycles` its estimate on TPUs, Pallas calls (the
 attention, the same on both sides) left out. The ratios are to LoRA under the same recomputation.
 

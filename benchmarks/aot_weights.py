@@ -8,7 +8,7 @@ fusions, 0 for GPUs. Kernels are not in that sum. For them, on a v5e, `kernel_cy
 the compiler's last listing, in which an instruction bundle is a cycle: bundles of the grid's loop times
 its steps, bundles of the loop inside it times its trips, and, as if nothing overlapped, 16 cycles for each
 of its matrix instructions (2^30 products of bfloat16 take 1024 of them, and the chip does 2^16 a cycle).
-What runs in a first step alone is counted in every step. Neither sum knows stalls, nor memory:
+Work that only a first step does is counted in every step. Neither sum knows stalls, nor memory:
 `memory_cycles` is what 819 GB/s (v5e) allow for `bytes` at 1.5 GHz.
 """
 
@@ -165,7 +165,7 @@ def compile_all(target: str, only: str, dump: pathlib.Path):
 
 
 def main(args):
-    """Runs each target in a process of its own: a compiler for one hides the other's."""
+    """Runs each target in a separate process: a compiler for one hides the other's."""
     if args.dump:
         return compile_all(args.targets[0], args.only, pathlib.Path(args.dump))
     from jaxft.parallel import compile_environment

@@ -1,4 +1,4 @@
-"""What an asynchronous checkpoint costs training: LoRA on SmolLM2-135M, two rows of 384 tokens, as the demo.
+"""Cost of an asynchronous checkpoint for training: LoRA on SmolLM2-135M, two rows of 384 tokens, as the demo.
 
 python -m benchmarks.checkpoint --rounds 7
 

@@ -1,4 +1,4 @@
-"""What the host's looks for stop strings cost a sampler: for what share of the time the device waits for it.
+"""Share of the time for which the device waits for the host, which looks for stop strings.
 
 python -m benchmarks.decoding --rounds 9
 python -m benchmarks.decoding --platform cuda --model 135m

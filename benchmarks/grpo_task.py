@@ -1,4 +1,4 @@
-"""What all sides of the GRPO cells do; for environments with and without jaxft, torch and Tunix."""
+"""The task of all sides of the GRPO cells, for environments with and without jaxft, torch and Tunix."""
 
 import numpy as np
 

@@ -49,7 +49,7 @@ def environment(threads: int | None) -> dict[str, str]:
 
 
 def warm_memory() -> None:
-    """What jaxft's launcher does, for the other side: glibc keeps freed memory."""
+    """Makes glibc keep freed memory, as jaxft's launcher does, for the other side."""
     mallopt = ctypes.CDLL(None).mallopt
     for option, value in ((-4, 0), (-1, -1), (-8, 1)):
         mallopt(option, value)
@@ -113,11 +113,11 @@ class Side:
 
     def _read(self, key):
         for line in self._process.stdout:
-            # TRL prints dicts of its own, in single quotes.
+            # TRL also prints dicts, in single quotes.
             if line.startswith('{"') and key in (answer := json.loads(line)):
                 return answer
         raise RuntimeError(
-            f"a benchmark side ended before saying {key!r}; run it alone to see why."
+            f"a benchmark side ended before saying {key!r}; run it by itself to see why."
         )
 
 

@@ -6,7 +6,7 @@ python -m benchmarks.optimizers --plain-xla            without fusions of severa
 
 All sides run in one process, a step of each in turn, the order reversed in every second round; times are
 medians. A step is the update and its application, with params and state donated. 8-bit AdamW is torchao's,
-from torch and compiled by it, where torchao is installed (it is no dependency) and a C++ compiler is.
+from torch and compiled by it, where torchao is installed (it is not a dependency) and a C++ compiler is.
 """
 
 import argparse

@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--warm", action="store_true", help="jaxft's malloc settings on both sides")
     parser.add_argument("--tunix-python", default=".venv-tunix/bin/python")
     parser.add_argument(
-        "--against", metavar="DIR", help="a checkout of jaxft, in place of all peers"
+        "--against", metavar="DIR", help="a checkout of jaxft that replaces all peers"
     )
     args = parser.parse_args()
     for name in args.cells:

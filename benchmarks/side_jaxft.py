@@ -70,7 +70,7 @@ def main(args):
 
 
 def device_peak() -> dict[str, int]:
-    """What the accelerator held at most, where there is one."""
+    """Peak memory of the accelerator, if there is one."""
     facts = jax.local_devices()[0].memory_stats() or {}
     peak = facts.get("peak_bytes_in_use")
     return {} if peak is None else {"device_peak_mb": round(peak / 2**20)}

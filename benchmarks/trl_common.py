@@ -1,4 +1,4 @@
-"""What TRL's sides of the benchmarks share."""
+"""Code that TRL's sides of the benchmarks share."""
 
 import tempfile
 from typing import Any

@@ -96,7 +96,7 @@ def run_seed(config: Config, seed: int) -> dict[str, Any]:
         arms[arm] = {"before": before, "after": after, "curve": curve, "rewards": rewards}
         print(
             f"    {arm}: pass@1 {after['pass@1']:.3f}, pass@8 {after['pass@8']:.3f}, greedy answers right "
-            f"{after['verified']:.3f}, entropy {history[-1]['entropy']:.3f} nats a token",
+            f"{after['verified']:.3f}, entropy {history[-1]['entropy']:.3f} nats per token",
             flush=True,
         )
     return arms

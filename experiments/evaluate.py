@@ -63,7 +63,7 @@ def main(config: Config) -> dict[str, Any]:
     loss = train.evaluate(train.make_eval_step(supervised(model.forward)), params, batches)["loss"]
     metrics = {"records": len(records), "loss": loss, "perplexity": math.exp(loss)}
     on = f"on {len(tokenised)} of {len(records)} records of {what}"
-    print(f"loss {loss:.4f} nats a token, perplexity {math.exp(loss):.3f} {on}")
+    print(f"loss {loss:.4f} nats per token, perplexity {math.exp(loss):.3f} {on}")
     if verifier is not None:
         sizes = dict(max_new_tokens=config.max_new_tokens)
         result = measure_accuracy(model, params, renderer, records, verifier, **sizes)

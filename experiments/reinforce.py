@@ -9,7 +9,7 @@
 
 Data: reasoning-gym tasks, or records with a question and an `answer`; with --judge or --reward-model, which
 replace the verifier, any records with a question. Start from a model that answers some questions correctly
-(10 to 60 % of samples): from wrong answers alone it cannot learn. A server samples from the newest
+(10 to 60 % of samples): from only wrong answers it cannot learn. A server samples from the newest
 weights that were pushed to it through --push-dir, which it must see under the same path: LoRA as an
 adapter (vLLM: VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve MODEL --enable-lora --max-lora-rank 64),
 others as a whole model (vLLM: VLLM_SERVER_DEV_MODE=1). The output directory gets the

@@ -29,10 +29,10 @@ for line in sys.stdin:
 
 
 def run_aot(code: str, timeout: float = 900, *, alone: bool = False) -> dict:
-    """What `code` prints last, as JSON. Its process has the compilers of `make aot`.
+    """The last line that `code` prints, as JSON. Its process has the compilers of `make aot`.
 
     One process for TPUs and one for GPUs, whose compiler a TPU's before it would hide, run all code of this
-    process, one after the other: to start one takes seconds. `alone`: in a process of its own, for code
+    process, one after the other: to start one takes seconds. `alone`: in a separate process, for code
     that sets the environment.
     """
     kind = "gpu" if "h100" in code else "tpu"

@@ -73,7 +73,7 @@ class Costs:
             return
         if session.config.option.markexpr != "not slow":
             return write(slow(self.seconds))
-        # Alone, some pay for what a slow one did before them.
+        # By themselves, some pay for what a slow one did before them.
         dear = {node for node, cost in self.seconds.items() if cost >= DEAREST_OF_FAST}
         write(read() | dict.fromkeys((node.partition("[")[0] for node in dear), ""))
 

@@ -13,7 +13,7 @@ WITHOUT_TORCH = str(
 
 
 def child_flags():
-    """XLA's flags of this process, but for its eight devices: a child's numbers are the same bit for bit."""
+    """XLA's flags of this process, except its eight devices: a child's numbers are the same bit for bit."""
     flags = os.environ.get("XLA_FLAGS", "").split()
     return " ".join(flag for flag in flags if "device_count" not in flag)
 

@@ -74,7 +74,7 @@ def large(params):
 
 @jax.jit
 def trained(adapted):
-    """As after training: all that trains has moved."""
+    """Moves all trainable leaves, as training does."""
     trainable, frozen = partition(adapted)
     return combine(large(trainable), frozen)
 

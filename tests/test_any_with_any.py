@@ -56,7 +56,7 @@ SAME = {
     "prompt": ("prompt", "prefix"),  # one leaf at the root
     "sam": ("sam", "look_sam", "asam", "fisher_sam", "tram_fisher"),  # a gradient elsewhere
     "tram": ("tram", "mesa", "tram_x", "trpo", "tram_0"),  # a distance of predictions
-    "spsa": ("spsa", "mezo"),  # losses alone
+    "spsa": ("spsa", "mezo"),  # only losses
     "supervised": (
         "supervised",
         "coverage",
@@ -117,7 +117,7 @@ def allowed_pairs():
 
 
 def members(name, value):
-    """What takes turns where the factor `name` has this value."""
+    """The values that take turns where the factor `name` has this value."""
     shared = name in ("weight", "estimator", "objective")  # "full" is a policy of remat too
     return SAME.get(value, (value,)) if shared else (value,)
 
@@ -293,7 +293,7 @@ def merged(params):
 # int8 momentum has one scale for 256 numbers, which run on into the next layer: near 0 a sign may round away.
 @pytest.mark.parametrize("name", sorted({*get_args(Optimizer)} - {"lion_int8"}))
 def test_stacked_layers_are_stepped_as_separate_ones(name):
-    """Of LoRA's factors, kernels, norms and biases, in and outside of the layers."""
+    """Updates of LoRA's factors, kernels, norms and biases, in and outside of the layers."""
     (apart, *moves), rule = leaves_and_gradients(), OPTIMIZERS[name]()
 
     def last(form):
@@ -310,7 +310,7 @@ def test_stacked_layers_are_stepped_as_separate_ones(name):
 
 @functools.cache
 def leaves_and_gradients():
-    """What trains of a decoder, and three gradients of it."""
+    """The trainable part of a decoder, and three gradients of it."""
     _, params = base(CONFIG)
     rules = {ALL_LINEAR.replace("query|", ""): lora(2), ".*": full()}
 

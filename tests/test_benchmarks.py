@@ -1,4 +1,4 @@
-"""What both sides of a benchmark must have in common."""
+"""Properties that both sides of a benchmark must share."""
 
 import jax.numpy as jnp
 import numpy as np

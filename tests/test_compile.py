@@ -1,4 +1,4 @@
-"""What a real step exchanges and needs on devices that are not here."""
+"""Exchanged bytes and memory of a real step on devices that are not here."""
 
 import json
 import runpy
@@ -66,7 +66,7 @@ def test_fsdp_exchanges_kernels_and_not_activations(figures):
     ideal = 2 * (2 * 3 * layer + head)
     adapters = 4 * figures["lora"]["trains"]
     assert ideal <= count("all-gather") <= 1.1 * ideal + 4 * adapters
-    # Gradients of the adapters alone are added up; those of frozen kernels never exist.
+    # Only gradients of the adapters are added up; those of frozen kernels never exist.
     assert count("all-reduce") + count("reduce-scatter") <= 2.5 * adapters
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from jaxft.keys import stream
 
 ROOT = pathlib.Path(__file__).parents[1]
-# Where numbers are folded into a key, or it is split: that key is a stream's, of one use alone.
+# Where numbers are folded into a key, or it is split: that key is a stream's, of a single use.
 FOLDS = {
     "jaxft/adapters/intrinsic_dimension.py": "(None, 0))(key, seeds)",  # saved adapters have this key
     "jaxft/adapters/rewrite.py": "keys = jax.random.split(key, stack)",

@@ -1,4 +1,4 @@
-"""What holds for the whole tree: layers, imports, docstrings, nothing private to one machine."""
+"""Properties of the whole tree: layers, imports, docstrings, nothing private to one machine."""
 
 import ast
 import configparser

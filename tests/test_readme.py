@@ -30,7 +30,7 @@ class Model(nn.Module):
 
 
 def session_of_a_user() -> dict:
-    """What the later snippets take as given: a model, params and a loss of the user's own."""
+    """The names that later snippets take as given: a model, params and a loss of the user's own."""
     x = jax.random.normal(jax.random.key(0), (5, 16))
     return {
         "jax": jax,

@@ -21,7 +21,7 @@ CORRECTIONS = {
 
 
 class Entry(NamedTuple):
-    """How to make an algorithm, and what it needs, reads and refuses (see `choices`)."""
+    """Makes an algorithm; names what it needs, reads and refuses (see `choices`)."""
 
     make: Callable[[Build, Any], rl.Algorithm]  # (build, config)
     reads: tuple[str, ...] = ()

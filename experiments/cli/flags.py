@@ -216,7 +216,7 @@ class Sampling:
     repetition_penalty: float = 1.0  # above 1: tokens of prompt and answer become less likely
     no_repeat_ngram_size: int = 0  # no n-gram of this size occurs twice, prompt included; 0: off
     min_new_tokens: int = 0  # the stop token is not sampled before this many tokens
-    bad_words: tuple[str, ...] = ()  # text that is never sampled, alone or after a space
+    bad_words: tuple[str, ...] = ()  # text that is never sampled, also after a space
     stop: tuple[str, ...] = ()  # text that ends an answer, besides the stop token
 
     def rules(self, tokenizer: Any, stop_ids: tuple[int, ...] = ()) -> SamplingConfig:

@@ -22,7 +22,7 @@ _NOT_READ = ("data", "fields", "mask", "max_new_tokens")
 @tyro.conf.configure(tyro.conf.OmitArgPrefixes)
 @dataclasses.dataclass(frozen=True)
 class Harness:
-    """Tasks of lm-evaluation-harness in place of --data; they need pip install 'jaxft[eval]'."""
+    """Tasks of lm-evaluation-harness, instead of --data; they need pip install 'jaxft[eval]'."""
 
     tasks: tuple[str, ...] = ()  # names, such as arc_easy or "mmlu_*", or task files (.yaml)
     task_dir: str | None = None  # directory of task files of your own, searched first

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 import pathlib
+import sys
 from typing import Any
 
 import jax
@@ -44,6 +47,8 @@ def check_positions(model: Any, name: str, length: int) -> None:
 def load_trained(trained: flags.Trained) -> tuple[Any, Any]:
     """Loads (model, params), with the adapter if one is given."""
     train.keep_memory_warm()
+    if trained.adapter:
+        tell_base(trained.adapter, trained.model)
     model, params = files.load_model(trained.model)
     if not trained.adapter:
         return model, params
@@ -52,9 +57,26 @@ def load_trained(trained: flags.Trained) -> tuple[Any, Any]:
     return model, merge(params) if mergeable(params) else params
 
 
+def tell_base(adapter: str, model: str) -> None:
+    """Prints to standard error which base model the adapter's file names, if it is not `model`."""
+    try:
+        base = json.loads((pathlib.Path(adapter) / "adapter_config.json").read_text())
+        base = base["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # jaxft's own format and GGUF files name none; load_adapter has errors for the others
+    named = isinstance(base, str) and base
+    if named and os.path.realpath(base) != os.path.realpath(model):
+        print(
+            f"note: {adapter} names {base!r} as its base model, and --model is {model!r}; "
+            f"if this is another model, give --model {base}",
+            file=sys.stderr,
+        )
+
+
 def load_adapted(adapter: str, settings: flags.Adapted) -> tuple[Any, Any, Any]:
     """Loads (model, base params, params with the adapter), quantised as during its training."""
     train.keep_memory_warm()
+    tell_base(adapter, settings.model)
     model, base = files.load_model(settings.model)
     params, family = base, family_of(model.config)
     if settings.quantise is not None:

@@ -63,7 +63,7 @@ class Sharpened(NamedTuple):
 
 
 class Method(NamedTuple):
-    """How to make a method, and what it needs, reads and refuses (see `choices`)."""
+    """Makes a method; names what it needs, reads and refuses (see `choices`)."""
 
     make: Callable[[Parts], Sharpened]
     rho: float | None = 0.1  # the radius, if --rho is not given

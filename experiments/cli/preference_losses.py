@@ -17,7 +17,7 @@ from jaxft.objectives import Objective
 
 
 class Entry(NamedTuple):
-    """How to make a loss, and what it needs, reads and refuses (see `choices`)."""
+    """Makes a loss; names what it needs, reads and refuses (see `choices`)."""
 
     make: Callable[[Any], Callable[[Forward], Objective]]  # config -> forward -> objective
     reads: tuple[str, ...] = ()

@@ -90,9 +90,14 @@ class Claim:
         return all(number.holds for number in self.numbers)
 
     @property
-    def here(self) -> str:
+    def measured(self) -> str:
         """Formats the measured numbers; a number with two bounds appears once."""
-        return "; ".join(filter(None, [*dict.fromkeys(n.shown for n in self.numbers), self.detail]))
+        return "; ".join(dict.fromkeys(number.shown for number in self.numbers))
+
+    @property
+    def here(self) -> str:
+        """Formats the measured numbers, then the detail."""
+        return "; ".join(filter(None, [self.measured, self.detail]))
 
     @property
     def needed(self) -> str:

@@ -1,8 +1,9 @@
-"""Writes docs/results.md and README's table of papers from the records alone: nothing trains."""
+"""Writes docs/results.md and README's table of papers from the records: nothing trains."""
 
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,13 +16,21 @@ MARKS = ("<!-- papers: written by make results -->\n", "<!-- end of papers -->\n
 INTRODUCTION = """\
 # Results
 
-`make results` writes this page from the records in docs/results; edit neither by hand. A script of a paper
-writes its record when it is run with `--record`, at its own settings and from a commit: the command stands
-below each table, and `python -m experiments` says which records are older than their code.
+Each script in `experiments/papers` measures claims of one paper at a size that two CPU cores manage, over
+several seeds, on held-out data, beside a baseline with the same budget. A claim that fails stays on this
+page.
 
-Claims are measured over several seeds, on held-out data. Brackets are 95 % intervals by Student's t over
-seeds, and figures draw the same intervals. Whether a claim holds follows from its numbers and from the bound
-beside them. A claim that fails stays on this page as failed.
+| column | contents |
+| --- | --- |
+| paper | what the paper reports, at its own scale |
+| here [interval] | what the script measured; in brackets the 95 % interval by Student's t over seeds, which \
+figures draw too; below it, further measurements |
+| holds if | the bound of each number: of its estimate, or of all or some of its interval |
+| holds | whether every number satisfies its bound |
+
+The command below a table repeats its measurement and, with `--record`, writes its record into docs/results:
+only at the script's own settings, and only from committed code. `make results` writes this page from the
+records, and `python -m experiments` says which of them are older than their code.
 """
 
 
@@ -41,15 +50,26 @@ def held() -> list[Held]:
 def render(found: Sequence[dict[str, Any]]) -> str:
     """Renders the page of these records."""
     scripts = sources.scripts()
+    papers = {r["slug"]: paper(sources.heading(scripts[r["slug"]])) for r in found}
+    counts = [records.held(record) for record in found]
+    total = "{} of {} recorded claims hold".format(*map(sum, zip((0, 0), *counts, strict=True)))
     summary = [
-        [f"[{r['slug']}](#{r['slug']})", "{} of {}".format(*records.held(r)), f"{minutes(r):.0f}"]
-        for r in found
+        [f"[{papers[r['slug']][0]}](#{r['slug']})", "{} of {}".format(*count), dates(r), minutes(r)]
+        for r, count in zip(found, counts, strict=True)
     ]
-    parts = [INTRODUCTION, _table(("paper", "claims held", "minutes"), summary)]
+    head = ("paper", "claims that hold", "recorded", "minutes")
+    parts = [
+        INTRODUCTION,
+        f"{total} (papers: {len(found)}).\n",
+        _table(head, summary),
+    ]
+    if rest := [f"`{slug}`" for slug in scripts if slug not in papers]:
+        line = f"Scripts without a record yet: {', '.join(rest)}.\n"
+        parts.append(textwrap.fill(line, 110, break_on_hyphens=False) + "\n")
     for record in found:
-        title, link = paper(sources.heading(scripts[record["slug"]]))
+        title, link = papers[record["slug"]]
         parts += [f"## {record['slug']}\n", f"[{title}]({link})\n"]
-        parts += [_part(name, row) for name, row in record["parts"].items()]
+        parts += [_part(record["slug"], name, row) for name, row in record["parts"].items()]
     return "\n".join(parts)
 
 
@@ -80,9 +100,14 @@ def paper(heading: str) -> tuple[str, str]:
     return found[1], f"https://arxiv.org/abs/{found[2]}"
 
 
-def minutes(record: dict[str, Any]) -> float:
-    """Total minutes of all parts of a record."""
-    return sum(part["minutes"] for part in record["parts"].values())
+def minutes(record: dict[str, Any]) -> str:
+    """Formats the total minutes of all parts of a record."""
+    return f"{sum(part['minutes'] for part in record['parts'].values()):.0f}"
+
+
+def dates(record: dict[str, Any]) -> str:
+    """Formats the days on which the parts of a record were made."""
+    return ", ".join(sorted({part["date"] for part in record["parts"].values()}))
 
 
 def overview() -> list[list[str]]:
@@ -102,13 +127,14 @@ def overview() -> list[list[str]]:
         ]
         state = f"yes: {', '.join(old)}" if old else "no"
         count = "{}/{}".format(*records.held(record))
-        rows.append([slug, title, count, dates, f"{minutes(record):.0f}", state])
+        rows.append([slug, title, count, dates, minutes(record), state])
     return rows
 
 
-def _part(name: str, row: dict[str, Any]) -> str:
+def _part(slug: str, name: str, row: dict[str, Any]) -> str:
     claims = [Claim.parse(claim) for claim in row["claims"]]
-    cells = [[c.text, c.paper, c.here, c.needed, "yes" if c.holds else "**no**"] for c in claims]
+    here = lambda c: "<br>".join(filter(None, (c.measured, c.detail)))
+    cells = [[c.text, c.paper, here(c), c.needed, "yes" if c.holds else "**no**"] for c in claims]
     table = _table(("claim", "paper", "here [interval]", "holds if", "holds"), cells)
     machine, seeds = row["machine"], row["seeds"]
     packages = ", ".join(f"{name} {version}" for name, version in row["versions"].items())
@@ -121,9 +147,8 @@ def _part(name: str, row: dict[str, Any]) -> str:
         packages,
     ]
     lines = "\n".join(f"- {fact}" for fact in facts)
-    title = "" if name == "main" else f"### {name}\n\n"
-    figure = f"![{row['figure'].removesuffix('.png')}](results/{row['figure']})"
-    return f"{title}{table}\n{figure}\n\n{lines}\n"
+    heading = "" if name == "main" else f"### {name}\n\n"
+    return f"{heading}{table}\n![Figure of {slug}](results/{row['figure']})\n\n{lines}\n"
 
 
 def _table(head, rows):

@@ -59,11 +59,11 @@ def anywhere(params: Any) -> Any:
 
 
 def is_in_place(node: Any) -> bool:
-    """Whether `node` is a weight in the form of `in_place`."""
+    """Returns whether `node` is a weight in the form of `in_place`."""
     return writes_back(node) and getattr(node, "in_place", False)
 
 
 def writes_back(node: Any) -> bool:
-    """Whether `node` is a weight with a method `committed`."""
+    """Returns whether `node` is a weight with a method `committed`."""
     # Arrays also have an attribute `committed`.
     return is_weight(node) and hasattr(node, "committed")

@@ -121,7 +121,7 @@ def _factors(name: str, node: Any, rank: int | None, kernel: Any) -> tuple[Any, 
         return kernel, _exact(node)
     if rank is None:
         raise AdapterError(
-            f"as_lora: {name!r} trains as {type(node).__name__}, whose update has no low rank of its own; "
+            f"as_lora: {name!r} trains as {type(node).__name__}, whose update names no rank; "
             "give a rank."
         )
     below = to_dense(kernel).astype(jnp.float32)

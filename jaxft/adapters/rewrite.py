@@ -179,7 +179,7 @@ def merge(params: Params) -> Params:
 
 
 def mergeable(params: Params) -> bool:
-    """Whether `merge` can make the params dense: False if there are bottleneck adapters."""
+    """Returns whether `merge` can make the params dense: False if there are bottleneck adapters."""
     nodes = jax.tree.leaves(params, is_leaf=_is_adapter)
     return not any(isinstance(node, Bottleneck) for node in nodes)
 
@@ -237,7 +237,7 @@ def count(params: Params) -> tuple[int, int]:
 
 
 def map_children(function: Callable[[str, Any], Any], node: Any) -> Any:
-    """`node` with function(name, child) in place of each child; arrays, weights and adapters have none.
+    """`node` with each child replaced by function(name, child); arrays, weights and adapters have none.
 
     The node is any pytree node (dict, list, NamedTuple, nnx state); its type is kept.
     """
@@ -273,7 +273,7 @@ def _compile(pattern: str) -> re.Pattern:
     try:
         return re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"adapt: {pattern!r} is no regular expression ({error}).") from None
+        raise ValueError(f"adapt: {pattern!r} is not a regular expression ({error}).") from None
 
 
 def _apply_rule(

@@ -21,7 +21,7 @@ Owners = Sequence[int | None]  # for each variable, the weight whose unchanged f
 
 
 def untouched(objective: Callable[..., Any], params: Any, *args: Any) -> bool:
-    """Whether each product of an in-place weight in objective(params, *args) reads its fields as given.
+    """True if each product of an in-place weight in objective(params, *args) reads its fields as given.
 
     The in-place form is correct while the frozen kernel holds the trained rows. Noise that
     jax.tree.map adds to all params, or an inner step on them, changes only the rows, or changes the
@@ -103,7 +103,7 @@ def _is_mark(eqn):
 
 
 def _is_product(eqn):
-    """Whether the equation is a product of an in-place weight, with activations and fields as arguments."""
+    """True if the equation is a product of an in-place weight, with activations and fields as arguments."""
     found = eqn.params.get("call_jaxpr")
     if eqn.primitive.name != "custom_jvp_call" or found is None:
         return False

@@ -44,12 +44,12 @@ class TextModel:
         model: a Decoder, or another whose `forward` takes a cache (see `generation.generate`).
         params: its params.
         tokenizer: a transformers tokenizer.
-        template: chat template in place of the tokenizer's, as Jinja text.
+        template: chat template instead of the tokenizer's, as Jinja text.
         batch_size: rows of one forward pass.
         max_length: tokens of a context and its continuation or answer; None: the model's positions.
         max_new_tokens: tokens of an answer where the request names no number.
         seed: of the answers that are sampled; request i draws from it and i, whatever the batches.
-        mesh: as for `fit`.
+        mesh: the mesh that the params are sharded over; batch_size must be a multiple of data x fsdp.
         progress: show a bar on standard error, if that is a terminal.
     """
 
@@ -63,6 +63,14 @@ class TextModel:
     seed: int = 0
     mesh: Mesh | None = None
     progress: bool = False
+
+    def __post_init__(self):
+        parts = 1 if self.mesh is None else self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        if self.batch_size < 1 or self.batch_size % parts:
+            raise ValueError(
+                f"TextModel: batch_size must be a positive multiple of the {parts} devices on data x fsdp, "
+                f"got {self.batch_size}."
+            )
 
     @property
     def length(self) -> int:
@@ -136,42 +144,54 @@ class TextModel:
     def token_scores(
         self, pairs: Sequence[tuple[Tokens, Tokens]], what: str
     ) -> list[tuple[float, bool]]:
-        """`loglikelihood` of token ids; `what` names the progress bar."""
+        """`loglikelihood` of token ids; `what` names the progress bar.
+
+        Pairs whose inputs are the same, such as a question with choices of one token, share a row.
+        """
         for before, after in pairs:
             if not before or not 0 < len(after) <= self.length:
                 raise ValueError(
                     f"a context of {len(before)} tokens and a continuation of {len(after)}: both need at "
                     f"least one, and a continuation at most {self.length}; change the task or its length."
                 )
-        order = sorted(range(len(pairs)), key=lambda i: -sum(map(len, pairs[i])))
-        found: dict[int, tuple[float, bool]] = {}
-        for chosen in self._batches(order, what):
-            rows, targets = [], []
-            for before, after in (pairs[i] for i in chosen):
-                rows.append((before + after)[-(self.length + 1) :][:-1])
-                targets.append(after)
-            signed = self._signed(rows, targets)
-            for i, values, after in zip(chosen, signed, targets, strict=False):
-                values = values[: len(after)]
-                found[i] = (-float(np.abs(values).sum()), bool(np.all(values <= 0)))
-        return [found[i] for i in range(len(pairs))]
+        keys = [(self._row(before, after), tuple(after)) for before, after in pairs]
+        targets: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
+        for row, after in dict.fromkeys(keys):
+            targets.setdefault(row, []).append(after)
+        found: dict[tuple, tuple[float, bool]] = {}
+        for rows in self._batches(sorted(targets, key=len, reverse=True), what):
+            signed = self._signed(rows, [targets[row] for row in rows])
+            for row, values in zip(rows, signed, strict=False):
+                ends = np.cumsum([len(after) for after in targets[row]])
+                for after, own in zip(targets[row], np.split(values, ends), strict=False):
+                    found[row, after] = -float(np.abs(own).sum()), bool(np.all(own <= 0))
+        return [found[key] for key in keys]
+
+    def _row(self, before, after):
+        """The inputs that predict `after`: at most `length` tokens."""
+        return (*before, *after)[-(self.length + 1) :][:-1]
 
     def _signed(self, rows, targets):
-        """[batch_size, C]: see `_signed_losses`; rows and widths are rounded up to few shapes."""
+        """[batch_size, C]: see `_signed_losses`; rows and widths are rounded up to few shapes.
+
+        The columns of a row are those of its targets, one after the other.
+        """
         shape = self.batch_size, min(bucket(max(map(len, rows)), _LEAST), self.length)
         tokens, segments = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
         segments[:, 0] = 1  # a row without any token would be NaN
-        counted = bucket(max(map(len, targets)), _LEAST)
-        start = np.zeros(len(tokens), np.int32)
-        wanted = np.zeros((len(tokens), counted), np.int32)
-        for i, (row, after) in enumerate(zip(rows, targets, strict=True)):
+        most = max(sum(map(len, own)) for own in targets)
+        places, wanted = np.zeros((2, len(tokens), bucket(most, _LEAST)), np.int32)
+        for i, (row, own) in enumerate(zip(rows, targets, strict=True)):
             tokens[i, : len(row)], segments[i, : len(row)] = row, 1
-            start[i], wanted[i, : len(after)] = len(row) - len(after), after
+            flat = [*itertools.chain(*own)]
+            wanted[i, : len(flat)] = flat
+            at = [range(len(row) - len(after), len(row)) for after in own]
+            places[i, : len(flat)] = [*itertools.chain(*at)]
         positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
         batch = {"tokens": tokens, "segment_ids": segments, "positions": positions}
         with mesh_context(self.mesh):
-            batch, start, wanted = place_batch((batch, start, wanted), self.mesh)
-            return to_host(_signed_losses(self.model, self.params, batch, start, wanted))
+            batch = place_batch({**batch, "places": places, "targets": wanted}, self.mesh)
+            return to_host(_signed_losses(self.model, self.params, batch))
 
     def generate_until(self, requests: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
         """The answer to each request, without the text at which it ends.
@@ -230,7 +250,7 @@ class TextModel:
         A template that refuses a system message is asked again without it.
 
         Args:
-            add_generation_prompt: with the header of the answer; False: the last message goes on.
+            add_generation_prompt: with the header of the answer; False: the last message is continued.
 
         Raises:
             ValueError: without a chat template.
@@ -302,20 +322,18 @@ def sampling_rules(
 
 
 @functools.partial(jax.jit, static_argnames=("model",))
-def _signed_losses(model, params, batch, start, targets):
-    """[B, C]: -log p of the targets [B, C] that follow position start [B] and those after it.
+def _signed_losses(model, params, batch):
+    """[B, C]: -log p of the targets [B, C] that follow the positions `places` [B, C].
 
     With the sign reversed where the target is the likeliest token; other losses are at least log 2, so that
     the sign tells which they are, and only one number a token is kept of its logits.
     """
-    found = predict(model.forward, params, batch, None)
-    places = jnp.minimum(
-        start[:, None] + jnp.arange(targets.shape[1])[None], found.hidden.shape[1] - 1
-    )
-    hidden = jnp.take_along_axis(found.hidden, places[..., None], axis=1)
+    inputs = {name: batch[name] for name in ("tokens", "segment_ids", "positions")}
+    found = predict(model.forward, params, inputs, None)
+    hidden = jnp.take_along_axis(found.hidden, batch["places"][..., None], axis=1)
 
     def signed(logits, targets):
         loss = cross_entropy(logits, targets)
         return jnp.where(jnp.argmax(logits, axis=-1) == targets, -loss, loss)
 
-    return scan_logits(signed, hidden, found.head, targets, softcap=found.softcap)
+    return scan_logits(signed, hidden, found.head, batch["targets"], softcap=found.softcap)

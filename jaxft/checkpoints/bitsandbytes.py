@@ -32,7 +32,7 @@ class FourBitTensor:
 
     As bitsandbytes stores it (Dettmers et al., 2023, arxiv.org/abs/2305.14314; functional.py there): two
     codes a byte, the first in the high bits, in blocks of the flattened weight; the blocks' largest
-    magnitudes are float32, or 8-bit codes in blocks of their own around a common offset.
+    magnitudes are float32, or 8-bit codes in separate blocks around a common offset.
     """
 
     def __init__(self, packed: np.ndarray, scales: np.ndarray, levels: np.ndarray, state: Mapping):
@@ -60,7 +60,7 @@ class FourBitTensor:
 
     @property
     def exact(self) -> bool:
-        """Whether an Nf4Weight can hold the same numbers: NF4's levels, and no block spans two outputs."""
+        """True if an Nf4Weight can hold the same numbers: NF4's levels, and no block spans two outputs."""
         return np.array_equal(self.levels, NF4_LEVELS) and self.shape[1] % self.block == 0
 
     def weight(self, dtype: Any) -> Nf4Weight:
@@ -78,7 +78,7 @@ class FourBitTensor:
 
 
 def is_four_bit(config: Mapping[str, Any]) -> bool:
-    """Whether config.json says that the weights are bitsandbytes' of 4 bits."""
+    """Returns whether config.json says that the weights are bitsandbytes' of 4 bits."""
     settings = config.get("quantization_config")
     if not isinstance(settings, dict):
         return False
@@ -109,7 +109,7 @@ def fold_four_bit(path: pathlib.Path, tensors: Mapping[str, Any]) -> dict[str, A
             tensors[name] = _tensor(tensors[name], parts, state)
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise CheckpointError(
-                f"{path}: {name!r} is no whole 4-bit tensor of bitsandbytes ({type(error).__name__}: "
+                f"{path}: {name!r} is not a whole 4-bit tensor of bitsandbytes ({type(error).__name__}: "
                 f"{error}); download or save the checkpoint again."
             ) from None
     return tensors

@@ -105,7 +105,7 @@ def _as_transformers(file: pathlib.Path, json: Mapping[str, Any]) -> dict[str, A
         config = CONFIG_MAPPING[kind].from_dict(jsonlib.loads(jsonlib.dumps(plain)))
     except (
         Exception
-    ) as error:  # Its validation has errors of its own, and KeyError for missing numbers.
+    ) as error:  # Its validation has its own errors, and KeyError for missing numbers.
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{file}: transformers cannot read it: {reason}") from error
     return config.to_dict() | {"model_type": json["model_type"]}

@@ -97,7 +97,7 @@ class GgufFile:
         return self.field(f"{self._architecture}.{key}", default)
 
     def has(self, name: str) -> bool:
-        """Whether there is a tensor of this name."""
+        """Returns whether there is a tensor of this name."""
         return name in self._tensors
 
     def read(self, name: str) -> GgufTensor:

@@ -122,7 +122,7 @@ def merges_of(pieces: Mapping[str, float]) -> list[tuple[str, str]]:
 
 
 def is_gemma(get: Callable[[str], Any]) -> bool:
-    """Whether the metadata is of a Gemma, whose tokenizers have special rules."""
+    """Returns whether the metadata is of a Gemma, whose tokenizers have special rules."""
     return (get("general.architecture") or "").startswith("gemma")
 
 

@@ -1,4 +1,4 @@
-"""How byte-level tokenizers split text before merging, by llama.cpp's names (`tokenizer.ggml.pre`).
+"""Ways in which byte-level tokenizers split text before merging, by llama.cpp's names (`tokenizer.ggml.pre`).
 
 Source: llama.cpp's src/llama-vocab.cpp, whose rules come from each model's tokenizer.json.
 """

@@ -38,7 +38,7 @@ def save_gguf(
     """Writes a GGUF file as llama.cpp's converter does, for llama.cpp, Ollama and `load_model`.
 
     Structured weights are written dense (merged). Matrices have the type `kind`; vectors, and the positions
-    of GPT-2, are float32, and matrices whose row length is no multiple of 32 are float16 if `kind` is
+    of GPT-2, are float32, and matrices whose row length is not a multiple of 32 are float16 if `kind` is
     q8_0. The file appears complete under its name, or not at all. On several hosts all call it, and the
     first writes.
 

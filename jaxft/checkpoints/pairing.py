@@ -23,7 +23,7 @@ def end_tokens(tokenizer: Any, config: Any, template: str | None = None) -> tupl
     Args:
         tokenizer: a transformers tokenizer.
         config: of a model: its `vocab_size` and `special` ids, if it has them.
-        template: chat template in place of the tokenizer's.
+        template: chat template instead of the tokenizer's.
 
     Raises:
         CheckpointError: see check_tokenizer; or if no token ends a text.

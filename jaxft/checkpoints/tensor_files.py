@@ -75,7 +75,7 @@ def map_tensors(file: pathlib.Path) -> dict[str, np.ndarray]:
         with open(file, "rb") as stream:
             if stream.read(len(_POINTER)) == _POINTER:
                 raise CheckpointError(
-                    f"{file}: a Git LFS pointer in place of the tensors; fetch them by `git lfs pull`."
+                    f"{file}: a Git LFS pointer instead of the tensors; fetch them by `git lfs pull`."
                 ) from None
         raise CheckpointError(
             f"{file}: not a whole safetensors file ({error}); download or save it again."

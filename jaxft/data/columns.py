@@ -158,7 +158,7 @@ def check_beside(
     if "text" in form and "parent_id" in row and "role" in row:
         raise DataError(
             "the rows are single messages of a tree of conversations (parent_id, role, text); give whole "
-            "conversations as messages, or take each text alone with --fields parent_id ''.",
+            "conversations as messages, or take each text by itself with --fields parent_id ''.",
             "schema",
         )
 

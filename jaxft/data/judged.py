@@ -107,7 +107,7 @@ def judge_pairs(
             )
         known = [(r, float(s)) for r, s in zip(responses, given, strict=True) if _told(s)]
         if any(math.isinf(score) for _, score in known):
-            raise DataError(f"judge_pairs: record {i} has an infinite score; None is no score.")
+            raise DataError(f"judge_pairs: record {i} has an infinite score; None means no score.")
         unscored += len(given) - len(known)
         made = []
         if len(known) > 1:

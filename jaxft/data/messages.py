@@ -73,7 +73,7 @@ def read_messages(
 def read_tools(tools: Any) -> list[dict[str, Any]]:
     """Reads tools as a list of {"type": "function", "function": {"name", "description", "parameters"}}.
 
-    Accepts such a list, the inner dicts alone, a single one, or JSON text of any of these; None, "",
+    Accepts such a list, only the inner dicts, a single one, or JSON text of any of these; None, "",
     [] and {} mean no tools.
 
     Raises:

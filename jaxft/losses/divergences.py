@@ -1,4 +1,4 @@
-"""How far the predictions of two models are apart: logits in, one value per token or example out.
+"""Distances between the predictions of two models: logits in, one value per token or example out.
 
 No gradient is stopped: for a fixed target, the caller applies stop_gradient to its logits.
 """

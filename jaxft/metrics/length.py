@@ -32,7 +32,7 @@ def length_controlled_rate(wins: np.ndarray, length_differences: np.ndarray) -> 
     if spread == 0 or wins.min() == wins.max():
         return float(wins.mean())
     features = np.stack([np.ones_like(wins), np.tanh(lengths / spread)], axis=1)
-    # Without a penalty the slope would be infinite if length alone separates the wins.
+    # Without a penalty the slope would be infinite if length separates the wins by itself.
     penalty = np.diag([0.0, 1e-3 * len(wins)])
     weights = np.zeros(2)
     for _ in range(50):

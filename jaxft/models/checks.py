@@ -95,7 +95,7 @@ def check_labels(batch: Batch, who: str) -> jax.Array:
 
 
 def check_forward(forward: Any) -> None:
-    """Raises ValueError if `forward` is not a function, or is a model in place of its forward."""
+    """Raises ValueError if `forward` is not a function, or is a model instead of its forward."""
     if hasattr(forward, "forward"):
         raise ValueError(
             f"forward: got a {type(forward).__name__} itself; pass its function: model.forward."

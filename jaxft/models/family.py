@@ -88,7 +88,7 @@ class GgufHeader(Protocol):
         """The metadata field `<architecture>.<key>`."""
 
     def has(self, name: str) -> bool:
-        """Whether there is a tensor of this name."""
+        """Returns whether there is a tensor of this name."""
 
     def read(self, name: str) -> Any:
         """A tensor with its `shape`; indexing reads that part."""

@@ -91,7 +91,7 @@ def pooler_entries(config: EncoderConfig) -> list[Entry]:
 
 
 def ignores(name: str, config: EncoderConfig) -> bool:
-    """Whether the tensor is a task's head, which an encoder lacks, or a buffer."""
+    """Returns whether the tensor is a task's head, which an encoder lacks, or a buffer."""
     heads, buffers = (
         ("cls.", "lm_head.", "classifier.", "qa_outputs."),
         ("position_ids", "token_type_ids"),

@@ -111,7 +111,7 @@ def complete(json: Mapping[str, Any], keys: Keys, reads: frozenset[str]) -> dict
 
 
 def check_multiple(json: Mapping[str, Any], whole: str, part: str) -> None:
-    """Raises CheckpointError if the size under the key `whole` is no multiple of that under `part`."""
+    """Raises CheckpointError if the size under the key `whole` is not a multiple of that under `part`."""
     if json[part] is not None and json[whole] % json[part]:
         raise CheckpointError(
             f"config.json: {whole} is {json[whole]} and {part} {json[part]}, expected a divisor of it; "

@@ -24,7 +24,7 @@ KERNEL_INIT = nn.initializers.normal(0.02)
 def read(module: nn.Module, name: str, init: Callable, shape: tuple[int, ...]) -> WeightLike:
     """The variable `name` of a module as stored in params; at init, a dense float32 array.
 
-    `module.param` alone rejects a structured weight whose first leaf has another shape.
+    `module.param` by itself rejects a structured weight whose first leaf has another shape.
     """
     if module.has_variable("params", name):
         return module.get_variable("params", name)

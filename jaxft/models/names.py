@@ -79,7 +79,7 @@ def with_prefix(prefix: str) -> Callable[[str], str]:
 
 
 def decoder_ignores(name: str, config: DecoderConfig) -> bool:
-    """Whether no Llama-like decoder needs the tensor: a buffer, or a copy of the tied embeddings."""
+    """Returns whether no Llama-like decoder needs the tensor: a buffer, or a copy of the tied embeddings."""
     return name.endswith(".rotary_emb.inv_freq") or _tied_head(name, config)
 
 

@@ -49,7 +49,7 @@ def predict(
     """forward(params, batch, key, **options) of rows [B, T], with one hidden state for each token.
 
     Raises:
-        ValueError: for a model in place of its forward, tokens that are not rows, or if the forward returns
+        ValueError: for a model instead of its forward, tokens that are not rows, or if the forward returns
             something other than a Prediction, or more or fewer hidden states than tokens.
     """
     check_forward(forward)
@@ -73,7 +73,7 @@ def project(hidden: jax.Array, head: WeightLike, softcap: float | None = None) -
 
 
 def with_noise(forward: Forward, noise: Callable[[jax.Array, jax.Array], jax.Array]) -> Forward:
-    """`forward` with noise(key, x) in place of the embedded inputs x, redrawn for each key.
+    """`forward` with the embedded inputs x replaced by noise(key, x), redrawn for each key.
 
     Any objective of it becomes the objective with noise on its inputs: `supervised(with_noise(model.forward,
     embedding_noise()))`.

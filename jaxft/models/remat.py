@@ -52,6 +52,6 @@ def remat_lean(fun: Any, name: Remat) -> Any:
 
 
 def _is_kernel_result(primitive, *_, **options):
-    """Whether this is a fused attention kernel's result, which costs as much to recompute as it saves."""
+    """True if this is a fused attention kernel's result, which costs as much to recompute as it saves."""
     named = primitive.name == "name" and options["name"] == KERNEL_RESULT
     return named or "dot_product_attention" in primitive.name

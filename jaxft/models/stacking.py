@@ -25,7 +25,7 @@ def layers_in(params: Params, layers: str = LAYERS) -> Params | None:
 
 
 def is_stacked(params: Params, layers: str = LAYERS) -> bool:
-    """Whether the params hold stacked layers; separate ones are named "0", "1"..."""
+    """Returns whether the params hold stacked layers; separate ones are named "0", "1"..."""
     blocks = layers_in(params, layers)
     return blocks is not None and "0" not in blocks
 

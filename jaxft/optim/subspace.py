@@ -89,7 +89,7 @@ def subspace_gradient(
 
 
 def low_variance_directions(visited: jax.Array, threshold: float) -> jax.Array:
-    """P of `subspace_gradient`, [window, d]: orthonormal rows, zeros in place of kept directions."""
+    """P of `subspace_gradient`, [window, d]: orthonormal rows, zeros instead of kept directions."""
     centred = visited - jnp.mean(visited, axis=0, keepdims=True)
     spread = jnp.std(visited, axis=0, keepdims=True)
     _, singular, rows = jnp.linalg.svd(

@@ -58,7 +58,7 @@ def make_mesh(
             f"make_mesh: expert={sizes[AXES.index('expert')]}, but no model of jaxft has experts yet: those "
             "devices would all do the same. Put them on fsdp, tensor, data or context."
         )
-    # jax.make_mesh alone gives Explicit axes, under which linen's einsums ask for shardings.
+    # jax.make_mesh by itself gives Explicit axes, under which linen's einsums ask for shardings.
     types = (AxisType.Auto,) * len(AXES)
     slices = len(_groups(devices, "slice_index")) if slices is None else slices
     if slices != 1:

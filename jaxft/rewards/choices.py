@@ -53,7 +53,7 @@ def read_choice(text: str, stated: bool) -> str | None:
 
 
 def read_polar(text: str, stated: bool) -> bool | None:
-    """True for a yes, False for a no, at the beginning or alone at the end; None for neither or both."""
+    """True for a yes, False for a no, at the beginning, or as the last word; None for neither or both."""
     words = re.split(r"(?<=[.!?:])\s+", text.casefold())
     first = re.match(
         r"\W*(\w+)\b(?=\W*$|[,.;:!*]|\s+(?:because|it|they|he|she|this|that|we|i)\b)", words[0]

@@ -206,5 +206,5 @@ def as_means(metrics: dict[str, Any]) -> dict[str, Mean | Terms]:
 
 
 def _weighted(x, weight):
-    # jnp.where rather than a product alone: 0 * NaN is NaN.
+    # jnp.where rather than only a product: 0 * NaN is NaN.
     return jnp.where(weight == 0, 0.0, x.astype(jnp.float32) * weight)

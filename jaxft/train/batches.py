@@ -54,7 +54,7 @@ class BatchSource:
         return batch, state
 
     def position(self) -> dict[str, Any]:
-        """What `seek` needs, as JSON."""
+        """The position that `seek` takes, as JSON."""
         if not hasattr(self._batches, "get_state"):
             return {"taken": self._taken}
         position = self._batches.get_state()
@@ -210,12 +210,12 @@ def _check_numbers(batch):
             name = path_name(path)
             raise ValueError(
                 f"fit: {name!r} of the batch has {type(leaf).__name__} {str(leaf)[:40]!r}, but batches hold "
-                "numbers alone; convert it (text to tokens) or leave it out."
+                "only numbers; convert it (text to tokens) or leave it out."
             )
 
 
 def _own_key(state):
-    """The state's key as an array of this process alone."""
+    """The state's key as an array of only this process."""
     data = to_host(jax.random.key_data(state.key))
     return jax.random.wrap_key_data(data, impl=jax.random.key_impl(state.key))
 

@@ -47,7 +47,7 @@ HISTORY_ROWS = 1000  # saved with a checkpoint
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoints:
-    """Where and when `fit` saves, and whether it resumes.
+    """The place and times at which `fit` saves, and whether it resumes.
 
     A checkpoint holds the trainable part of the params, the optimizer's state, the carry, the key, the data
     position and the last rows of the history. Of the frozen part it holds only shapes and checksums,
@@ -171,7 +171,7 @@ class Saver:
         self._names: set[str] | None = None  # metrics in the newest checkpoint's row
 
     def due(self, step: int, row: Row) -> bool:
-        """Whether the state after `step` is to be saved."""
+        """Returns whether the state after `step` is to be saved."""
         if self._manager is None:
             return False
         return step % self._checkpoints.every == 0 or self._checkpoints.best in row

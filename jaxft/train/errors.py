@@ -73,7 +73,7 @@ def run_main(main: Callable[[Any], Any], config: Any) -> Any:
 
     2: a bad argument, data or file before training, or at any time a path that cannot be written (a full
     disk) or a reward function or judge that fails; 3: an optional package is missing; 4: diverged; 5:
-    another host ended; 75: preempted, start again to resume; 130: interrupted, state saved if the run saves
+    another host ended; 75: preempted, saved; 130: interrupted, state saved if the run saves
     checkpoints. Any other error, and every error with `config.debug` or JAXFT_DEBUG=1, prints its traceback
     and exits with code 1.
 

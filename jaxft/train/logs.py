@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import math
 import os
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,8 @@ def progress(
     """Shows a progress bar with loss, tokens/s and time left; without a terminal, prints lines.
 
     Writes to standard error or to `console`; in a notebook, rewrites one line of standard output. Says
-    "compiling" until the metrics of the first step arrive. See `describe` for the rates.
+    "compiling" until the metrics of the first step arrive; rows with an evaluation stay above the bar. See
+    `describe` for the rates.
 
     Args:
         steps: steps between lines; rates are medians of the same number of recent steps, at least 10.
@@ -44,7 +47,7 @@ def progress(
     def on_start(run):
         write, close = _writer(console, run)
         meter.update(run=run, recent=[], write=write, close=close)
-        write("compiling the first step ...", run.first_step, True)
+        write("compiling the first step ...", run.first_step, True, None)
 
     def on_row(row):
         run, recent = meter["run"], meter["recent"]
@@ -54,8 +57,9 @@ def progress(
             recent[:] = [*recent, row][-max(steps, 10) :]
         evaluated = any(name.startswith("eval") for name in row)
         due = evaluated or first or row["step"] == run.steps or row["step"] % steps == 0
-        width = _room(console) if console.is_terminal or console.is_jupyter else None
-        meter["write"](describe(row, recent, run.steps, show, width), row["step"], due)
+        width = _room(console) if console.is_terminal or console.is_jupyter else _LINE
+        line = functools.partial(describe, row, recent, run.steps, show)
+        meter["write"](line(width), row["step"], due, line(_LINE) if evaluated else None)
 
     def on_end(error):
         del error
@@ -66,6 +70,7 @@ def progress(
 
 
 _BAR = 16  # columns of the bar, with the space after it
+_LINE = 160  # columns of a line that stays; an evaluation of preferences has a dozen metrics
 
 
 def _usual_console():
@@ -79,26 +84,41 @@ def _room(console):
 
 
 def _writer(console, run):
-    """(write(text, step, due), close()) for a notebook, a terminal or neither."""
+    """(write(text, step, due, kept), close()) for a notebook, a terminal or neither."""
     if console.is_jupyter:  # rich's own bar needs ipywidgets, and warns where they are absent
         put = lambda text: (console.file.write(text), console.file.flush())
         seen = [0]
 
-        def write(text, step, due):
-            del step, due
+        def write(text, step, due, kept):
+            del step, due, kept
             put("\r" + text.ljust(seen[0]))
             seen[0] = len(text)
 
         return write, lambda: put("\n")
-    if console.is_terminal:
-        columns = [rich.progress.BarColumn(bar_width=_BAR - 1), "{task.fields[shown]}"]
-        bar = rich.progress.Progress(*columns, console=console, transient=False)
-        task = bar.add_task("", total=run.steps, completed=run.first_step, shown="")
-        bar.start()
-        write = lambda text, step, due: bar.update(task, completed=step, shown=text)
-        return write, bar.stop
     show = lambda text: console.print(text, highlight=False, soft_wrap=True)
-    return (lambda text, step, due: show(text) if due else None), lambda: None
+    if not console.is_terminal:
+        return (lambda text, step, due, kept: show(text) if due else None), lambda: None
+    # A bar repaints its line, so what others print meanwhile must pass through it, unless standard output
+    # is a file or a pipe, which must get its own lines.
+    bar = rich.progress.Progress(
+        rich.progress.BarColumn(bar_width=_BAR - 1),
+        "{task.fields[shown]}",
+        console=console,
+        refresh_per_second=4,
+        redirect_stdout=sys.stdout.isatty(),
+    )
+    task = bar.add_task("", total=None, completed=run.first_step, shown="")  # moves, as no step has
+    bar.start()
+
+    def write(text, step, due, kept):
+        del due
+        if kept:
+            show(kept)
+        bar.update(
+            task, completed=step, shown=text, total=run.steps if step > run.first_step else None
+        )
+
+    return write, bar.stop
 
 
 def describe(
@@ -108,7 +128,7 @@ def describe(
     show: Sequence[str] = (),
     width: int | None = None,
 ) -> str:
-    """Formats a row as a line: step, metrics, then tokens/s and the time left.
+    """Formats a row as a line: step, metrics (of an evaluation, loss and accuracy first), rates, time left.
 
     Tokens/s counts `num_input_tokens`, the tokens that the model reads in a step. The rate of `num_tokens`,
     the tokens in the loss, follows in brackets if it is lower. Rates and time left are medians over the
@@ -118,19 +138,21 @@ def describe(
         recent: rows with representative seconds; empty: no rates and no time left.
         steps: number of steps at which the run ends, if known.
         show: see `progress`.
-        width: available columns; the last metrics are left out until the line fits. None: no limit.
+        width: available columns; the last metrics are left out until the line fits, then the rates, then
+            the time left. None: no limit.
     """
     first = f"step {row['step']}" + (f"/{steps}" if steps else "")
-    evaluated = (name for name in row if name.startswith("eval"))
+    evaluated = [n for n in row if n.startswith("eval") and not n.endswith("_tokens")]
+    evaluated.sort(key=lambda n: (not n.endswith("loss"), not n.endswith("accuracy")))
     names = [*show, *evaluated] if show else ["loss", *evaluated, "grad_norm", "learning_rate"]
     metrics = [f"{name} {row[name]:.4g}" for name in names if np.ndim(row.get(name, [])) == 0]
-    rates = _rates(recent, per_step=bool(show))
+    rates, left = _rates(recent, per_step=bool(show)), []
     if steps and recent:
-        left = (steps - row["step"]) * statistics.median(r["seconds"] for r in recent)
-        rates.append(f"left {datetime.timedelta(seconds=round(left))}")
-    line = lambda: "  ".join([first, *metrics, *rates])
-    while width is not None and len(metrics) > 1 and len(line()) > width:
-        metrics.pop()
+        seconds = (steps - row["step"]) * statistics.median(r["seconds"] for r in recent)
+        left = [f"left {datetime.timedelta(seconds=round(seconds))}"]
+    line = lambda: "  ".join(filter(None, [first, *metrics, " ".join(rates), *left]))
+    while width is not None and len(line()) > width and (len(metrics) > 1 or rates or left):
+        (metrics if len(metrics) > 1 else rates or left).pop()
     return line()
 
 
@@ -145,8 +167,8 @@ def _rates(recent, per_step):
     rate = lambda count: statistics.median(count(r) / r["seconds"] for r in timed)
     trained = rate(lambda r: r["num_tokens"])
     processed = rate(lambda r: r.get("num_input_tokens", r["num_tokens"]))
-    beside = f" ({trained:,.0f} trained)" if trained < processed else ""
-    return [f"{processed:,.0f} tokens/s{beside}"]
+    beside = [f"({trained:,.0f} trained)"] if trained < processed else []
+    return [f"{processed:,.0f} tokens/s", *beside]
 
 
 def jsonl_log(path: str | Path) -> Callback:
@@ -242,8 +264,8 @@ def trackio_log(
 ) -> Callback:
     """Each number of the rows to trackio; needs the package trackio.
 
-    It keeps them on this machine (`trackio show`) unless TRACKIO_SPACE_ID names a Space of the hub. A run of
-    the same name goes on when resumed.
+    It keeps them on this machine (`trackio show`) unless TRACKIO_SPACE_ID names a Space of the hub. A resumed
+    run continues the run of the same name.
     """
     trackio = require("trackio", "trackio_log", "logging")
     runs = []

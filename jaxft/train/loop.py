@@ -177,7 +177,8 @@ def _loop(run, state, source, steps, mesh, callbacks, rows, saver, preempted):
                 saver.wait()
                 code = INTERRUPTED if signal == "SIGINT" else PREEMPTED
                 raise PreemptedError(
-                    f"{signal} at step {number}; saved, start again to resume", code
+                    f"{signal} at step {number}; saved, start again with resume=True (--resume)",
+                    code,
                 )
         rows.flush()
         saver.save(state, source, rows.history)

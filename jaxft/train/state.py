@@ -16,7 +16,7 @@ from jaxft.weights import is_weight
 
 
 class TrainState(NamedTuple):
-    """What one optimizer step turns into the next."""
+    """The value that one optimizer step turns into the next."""
 
     step: jax.Array  # [] int32, optimizer steps done
     params: Any  # the whole tree: what trains and what is frozen

@@ -184,7 +184,7 @@ def own_position(positions: list[Any]) -> Any:
     if all(position == positions[0] for position in positions):
         return positions[0]
     raise MismatchError(
-        f"resume: saved by {len(positions)} processes with data positions of their own, now there are "
+        f"resume: saved by {len(positions)} processes with separate data positions, now there are "
         f"{jax.process_count()}; start as many as before, or take batches whose position all share "
         "(jaxft.data's do)."
     )

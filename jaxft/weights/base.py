@@ -86,7 +86,7 @@ def frozen_field(**options: Any) -> Any:
 
 
 def is_weight(node: Any) -> bool:
-    """Whether `node` is a structured weight; use it as `is_leaf` of tree functions."""
+    """Returns whether `node` is a structured weight; use it as `is_leaf` of tree functions."""
     return isinstance(node, Weight)
 
 

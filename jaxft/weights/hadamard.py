@@ -128,7 +128,7 @@ def loha_weight(
     A1 is uniform in ±1/sqrt(D), B1 and B2 in ±1/sqrt(R), A2 zero.
 
     Raises:
-        ValueError: for a kernel that is no matrix, or a rank below 1.
+        ValueError: for a kernel that is not a matrix, or a rank below 1.
     """
     _check("loha", kernel, rank)
     rows, columns = kernel.shape
@@ -158,7 +158,7 @@ def lokr_weight(
         factor: D1 and F1, if it divides D and F; -1 chooses factors near the square roots.
 
     Raises:
-        ValueError: for a kernel that is no matrix, or a rank below 1.
+        ValueError: for a kernel that is not a matrix, or a rank below 1.
     """
     _check("lokr", kernel, rank)
     (rows1, rows2), (columns1, columns2) = (factorise(size, factor) for size in kernel.shape)

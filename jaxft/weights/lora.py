@@ -86,7 +86,7 @@ def lora_weight(
     are float32 for any data type of the kernel: an update below bfloat16's precision would be lost.
 
     Raises:
-        ValueError: for a kernel that is no matrix, or a rank outside 1..min(D, F).
+        ValueError: for a kernel that is not a matrix, or a rank outside 1..min(D, F).
     """
     if len(kernel.shape) != 2:
         raise ValueError(f"lora: needs a matrix [in, out], got a weight of shape {kernel.shape}.")

@@ -88,7 +88,7 @@ def monarch_blocks(
     inputs=outputs=sqrt(D), rank=1, which is also the default (nearest integers).
 
     Raises:
-        ValueError: for a kernel that is no matrix, counts outside 1..size, or too high a rank.
+        ValueError: for a kernel that is not a matrix, counts outside 1..size, or too high a rank.
     """
     if len(shape) != 2:
         raise ValueError(f"monarch: needs a matrix [in, out], got a weight of shape {shape}.")

@@ -160,8 +160,8 @@ def oft_weight(
         share: whether all blocks share one rotation.
 
     Raises:
-        ValueError: for a kernel that is no matrix, blocks or terms below 2, or if the nearest divisor is 1,
-            because single inputs cannot rotate.
+        ValueError: for a kernel that is not a matrix, blocks or terms below 2, or if the nearest divisor is
+            1, because single inputs cannot rotate.
     """
     del key
     if len(kernel.shape) != 2 or block_size < 2:
@@ -195,7 +195,7 @@ def boft_weight(
         factors: M; 1 is a block-diagonal rotation.
 
     Raises:
-        ValueError: for a kernel that is no matrix, or if block_size 2^(M - 1) does not divide D.
+        ValueError: for a kernel that is not a matrix, or if block_size 2^(M - 1) does not divide D.
     """
     del key
     if len(kernel.shape) != 2 or block_size < 2 or factors < 1:

@@ -113,7 +113,7 @@ def paca_weight(
             and whose norms are used. None: `kernel` itself, as in the authors' code.
 
     Raises:
-        ValueError: for a kernel that is no matrix, a rank outside 1..D, an unknown selection, an
+        ValueError: for a kernel that is not a matrix, a rank outside 1..D, an unknown selection, an
             original of another shape or for an array, or shards that do not divide D and the rank.
     """
     if len(kernel.shape) != 2:

@@ -111,7 +111,7 @@ def quantised_weight(kernel: WeightLike, kind: str = "int8", *, block: int = 64)
         block: inputs that share a scale; if it does not divide D, all D share one.
 
     Raises:
-        ValueError: for a kernel that is no matrix, an unknown kind, or a block below 1.
+        ValueError: for a kernel that is not a matrix, an unknown kind, or a block below 1.
     """
     dtype = {"int8": "int8", "int4": "int4", "fp8": "float8_e4m3fn"}.get(kind)
     if dtype is None:
@@ -132,7 +132,7 @@ def nf4_weight(kernel: WeightLike, *, block: int = 64) -> Nf4Weight:
     """`kernel` [D, F] as NF4: 4.13 bits per number for blocks of 64.
 
     Raises:
-        ValueError: for a kernel that is no matrix, or an odd block.
+        ValueError: for a kernel that is not a matrix, or an odd block.
     """
     dense = _matrix(kernel, block)
     if block % 2:

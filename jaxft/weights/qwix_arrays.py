@@ -37,7 +37,7 @@ def from_qwix(array: QArray) -> QuantisedWeight | Nf4Weight:
         raise ValueError("from_qwix: the array has a zero point; quantise it by absmax.")
     if values.ndim != 2 or scale.shape[1:] != values.shape[1:]:
         raise ValueError(
-            f"from_qwix: needs a matrix with scales of its own for each column, got {values.shape} "
+            f"from_qwix: needs a matrix with separate scales for each column, got {values.shape} "
             f"and scales {scale.shape}; quantise with channelwise_axes=[1]."
         )
     if kind == "nf4":

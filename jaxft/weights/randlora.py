@@ -103,7 +103,7 @@ def randlora_weight(
         tables: (A, B) of `randlora_tables`, shared by several kernels; None: of this kernel's shape.
 
     Raises:
-        ValueError: for a kernel that is no matrix, a rank below 1, or tables too small for the kernel.
+        ValueError: for a kernel that is not a matrix, a rank below 1, or tables too small for the kernel.
     """
     del key
     if len(kernel.shape) != 2 or rank < 1:

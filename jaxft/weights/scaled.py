@@ -72,7 +72,7 @@ def scaled_weight(
     """A ScaledWeight that equals `kernel` [D, F]; `key` is not used.
 
     Raises:
-        ValueError: for a kernel that is no matrix, or an unknown side.
+        ValueError: for a kernel that is not a matrix, or an unknown side.
     """
     del key
     if len(kernel.shape) != 2 or side not in ("input", "output"):

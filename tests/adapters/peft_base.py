@@ -35,11 +35,11 @@ class Base:
         return transformers.AutoModelForCausalLM.from_pretrained(self.path, dtype=torch.float32)
 
     def logits(self, path):
-        """Of an adapter's directory on this base, here."""
+        """Logits of an adapter's directory on this base, in jaxft."""
         return np.asarray(self.apply(merge(load_adapter(path, self.model.config, self.params))))
 
     def pefts(self, path):
-        """The same, there."""
+        """Logits of the same directory in peft."""
         model = peft.PeftModel.from_pretrained(self.torch(), path).eval()
         with torch.no_grad():
             return model(torch.tensor(TOKENS)).logits.numpy()

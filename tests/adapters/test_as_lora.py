@@ -82,7 +82,7 @@ def test_the_overall_loss_weighs_kernels_by_their_updates():
     "rule, rank, message",
     [
         (ia3(), 2, "ScaledWeight, which does not only change a kernel"),
-        (loha(2), None, "no low rank of its own; give a rank"),
+        (loha(2), None, "names no rank; give a rank"),
         (paca(2), 0, "rank must be at least 1, got 0"),
         (monarch_from_dense(blocks=3), 2, "Monarch, which replaces its kernel; give `base`"),
     ],

@@ -151,7 +151,7 @@ def test_lost_surplus_and_misshapen_keys_are_named(case, base, tmp_path):
     "case, change, message",
     [
         ("lora", {"peft_type": "SHIRA"}, "peft_type 'SHIRA' is not supported; expected LORA"),
-        ("lora", {"peft_type": "LOHA", "alpha": 1}, "is no option of LOHA that is known"),
+        ("lora", {"peft_type": "LOHA", "alpha": 1}, "is not an option of LOHA that is known"),
         ("lora", {"target_modules": ["q_proj"]}, "surplus key .*(down|v)_proj"),
         ("lora", {"target_modules": ["other"]}, "surplus key"),
         ("lora", {"r": 4}, r"has shape \(3, 24\), .* need \(4, 24\)"),

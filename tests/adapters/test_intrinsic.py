@@ -206,7 +206,7 @@ def test_the_same_subspace_in_another_process():
 
 @pytest.mark.parametrize(
     "granularity, only",
-    # Matrices and vectors; more tensors only cost compilation, but for one map of them all.
+    # Matrices and vectors; more tensors only cost compilation, except for one map of them all.
     [("tensor", "layers/.*/(query/kernel|mlp_norm/scale)"), ("global", ".*")],
 )
 def test_stacked_layers_have_the_subspace_of_separate_ones(granularity, only):
@@ -264,7 +264,7 @@ def test_files_hold_d_numbers(tmp_path, d, outside):
     loaded = load_intrinsic(tmp_path, mlp_params())
     jax.tree.map(np.testing.assert_array_equal, APPLY(loaded), APPLY(params))
     assert jax.tree.structure(loaded) == jax.tree.structure(params)
-    # What scripts load by the name of a directory is the merged model.
+    # Scripts that are given the directory load the merged model.
     jax.tree.map(np.testing.assert_array_equal, load_native(tmp_path, mlp_params()), APPLY(params))
 
 

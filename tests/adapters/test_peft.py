@@ -140,7 +140,7 @@ def test_what_peft_cannot_hold_is_not_lost_in_silence(pair, tmp_path):
     )
     with pytest.raises(AdapterError, match="nothing trains"):
         save({"layers/0/mlp/up/kernel": quantised("int8", 8)})
-    with pytest.raises(AdapterError, match="'layers/0/mlp/up/kernel' trains and is no norm"):
+    with pytest.raises(AdapterError, match="'layers/0/mlp/up/kernel' trains and is not a norm"):
         save({"layers/0/mlp/up/kernel": full()})
     with pytest.raises(AdapterError, match="trains as MonarchWeight, which PEFT does not have"):
         save({"layers/0/mlp/up/kernel": monarch(blocks=2)})
@@ -173,7 +173,7 @@ RULES = {
     "lokr": {ALL_LINEAR: lokr(2, 3.0)},
     "lokr full": {ALL_LINEAR: lokr(24, 3.0, factor=4)},
 }
-# Every type once; GPT-2 has its own layers, Qwen 3 an output projection and norms of its own.
+# Every type once; GPT-2 has its own layers, Qwen 3 an output projection and more norms.
 IN = {
     "smollm2": list(RULES),
     "gpt2": ["dora", "ia3", "norms", "lora beside"],

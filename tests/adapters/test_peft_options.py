@@ -183,7 +183,7 @@ def test_names_of_other_tools_are_read(name, bases, written, tmp_path):
 
 
 def test_a_raw_state_dict_is_read(bases, written, tmp_path):
-    """As `torch.save(model.state_dict())` has it: the base model too, and adapters by name."""
+    """The form of `torch.save(model.state_dict())`: the base model too, and adapters by name."""
     base, (path, model) = bases["untied"], written
     state = {name: tensor.detach().numpy().copy() for name, tensor in model.state_dict().items()}
     close(base.logits(changed(written, tmp_path, lambda _: state)), base.logits(path))
@@ -206,13 +206,13 @@ REFUSED = {
     "null rank": (dict(r=None), "r=None must be a positive integer"),
     "rank 0": (dict(r=0), "r=0 must be a positive integer"),
     "rank as text": (dict(r="3"), "r='3' must be a positive"),
-    "no pattern": (dict(rank_pattern={"(q_proj": 2}), r"rank_pattern: '\(q_proj' is no regular exp"),
-    "star": (dict(alpha_pattern={"*q_proj": 2}), r"alpha_pattern: '\*q_proj' is no regular exp"),
+    "no pattern": (dict(rank_pattern={"(q_proj": 2}), r"rank_pattern: '\(q_proj' is not a regular exp"),
+    "star": (dict(alpha_pattern={"*q_proj": 2}), r"alpha_pattern: '\*q_proj' is not a regular exp"),
     "rank of a pattern": (dict(rank_pattern={"q_proj": "2"}), "rank_pattern\\['q_proj'\\]='2'"),
     "pattern as list": (dict(rank_pattern=["q_proj"]), "rank_pattern=\\['q_proj'\\] must be an object"),
-    "targets": (dict(target_modules="*q_proj"), "target_modules: '\\*q_proj' is no regular exp"),
+    "targets": (dict(target_modules="*q_proj"), "target_modules: '\\*q_proj' is not a regular exp"),
     "targets as number": (dict(target_modules=3), "target_modules=3 must be a list"),
-    "excluded": (dict(exclude_modules="["), "exclude_modules: '\\[' is no regular exp"),
+    "excluded": (dict(exclude_modules="["), "exclude_modules: '\\[' is not a regular exp"),
     "saved as text": (dict(modules_to_save="lm_head"), "modules_to_save='lm_head' must be a list"),
     "layers of a pattern": (
         dict(target_modules=".*q_proj", layers_to_transform=[1]), "layers_to_transform needs a list"
@@ -224,7 +224,7 @@ REFUSED = {
     "lora_ga": (dict(init_lora_weights="lora_ga"), "'lora_ga' is not supported"),
     "loftq": (dict(init_lora_weights="loftq"), "'loftq' is not supported: it quantised the base"),
     "experts": (dict(target_parameters=["experts.up"]), "target_parameters=.*mixture-of-experts"),
-    "unheard of": (dict(use_moonlight=True), "use_moonlight=True is no option of LORA"),
+    "unheard of": (dict(use_moonlight=True), "use_moonlight=True is not an option of LORA"),
     "another type": (dict(peft_type="SHIRA"), "peft_type 'SHIRA' .* merge it into its model with PEFT"),
     "no module": (dict(target_modules=["nothing"]), "surplus key .*does not name its module"),
     "another model": (

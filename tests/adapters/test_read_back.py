@@ -54,7 +54,7 @@ def test_logit_difference_is_the_largest(tiny):
 
 
 @pytest.mark.parametrize(
-    "rule, kind, stacked",  # PiSSA takes dense kernels alone.
+    "rule, kind, stacked",  # PiSSA takes only dense kernels.
     [(lora(2), None, False), (lora(2), "nf4", True), (pissa(2), None, True)]
     + [(adapters.paca(2), None, True), (adapters.paca(2), "nf4", False)],
 )

@@ -46,7 +46,7 @@ def params(model, request):
 
 
 def noisy(adapted):
-    """As after training: what trains has moved, so that B is not zero."""
+    """Moves all trainable leaves, as training does, so that B is not zero."""
     trainable, frozen = partition(adapted)
     return combine(
         jax.tree.map(lambda x: x + 0.02 * jnp.cos(jnp.arange(x.size)).reshape(x.shape), trainable),
@@ -111,7 +111,7 @@ def test_bad_rules_are_explained(params):
     key = jax.random.key(0)
     with pytest.raises(ValueError, match="no weight matches 'query'.*for example: "):
         adapt(key, params, {"query": lora(2)})
-    with pytest.raises(ValueError, match=r"'\(' is no regular expression \(missing \)"):
+    with pytest.raises(ValueError, match=r"'\(' is not a regular expression \(missing \)"):
         adapt(key, params, {"(": lora(2)})
     with pytest.raises(ValueError, match="rank must be at least 1, got 0"):
         lora(0)

@@ -98,7 +98,7 @@ def test_every_segment_of_a_packed_row_sees_them(config, stacked):
     params = adapted(stack_layers(params) if stacked else params, BOTH)
     segments = jnp.asarray([[1] * 5 + [2] * 4 + [0] * 3, [1] * 12])
     positions = jnp.asarray([[*range(5), *range(4), 0, 0, 0], [*range(12)]])
-    # Each segment in a row of its own; what stands behind it changes nothing.
+    # Each segment in a separate row; the padding behind it changes nothing.
     alone = [
         jnp.pad(part, (0, 12 - part.size)) for part in (TOKENS[0, :5], TOKENS[0, 5:9], TOKENS[1])
     ]

@@ -1,5 +1,6 @@
 """Log-likelihoods and answers of text against slow loops over model.apply, and the harness's own rules."""
 
+import dataclasses
 import json
 import sys
 import types
@@ -20,8 +21,10 @@ from jaxft.analysis import (
     load_tasks,
     metrics_of,
 )
+from jaxft.analysis import text_model as text_model_module
 from jaxft.analysis.text_model import rolling_windows, sampling_rules
 from jaxft.checkpoints import load_model, load_tokenizer
+from jaxft.parallel import make_mesh, shard_params
 from tests.small_models import jitted
 
 LENGTH = 32  # of all rows: one compiled shape
@@ -76,6 +79,33 @@ def test_a_continuation_is_greedy_if_each_of_its_tokens_is_the_likeliest(text_mo
     scores = text_model.token_scores([(row[:2], row[2:]), (row[:2], wrong)], "")
     assert [greedy for _, greedy in scores] == [True, False]
     assert scores[0][0] == pytest.approx(slow_score(text_model, row[:2], row[2:])[0], rel=1e-5)
+
+
+def test_choices_of_one_token_share_the_row_of_their_question(text_model, monkeypatch):
+    run, calls = text_model_module._signed_losses, []
+    monkeypatch.setattr(
+        text_model_module, "_signed_losses", lambda *args: calls.append(args) or run(*args)
+    )
+    pairs = [([5, 9, 7], [c]) for c in (3, 4, 6, 3, 8, 11)] + [([5, 9], [7, 4]), ([9, 7], [3])]
+    found = text_model.token_scores(pairs, "")
+    for (before, after), (value, greedy) in zip(pairs, found, strict=True):
+        expected, likeliest = slow_score(text_model, before, after)
+        assert value == pytest.approx(expected, rel=1e-5) and greedy is likeliest
+    assert len(calls) == 1  # two rows; batch_size is 4
+
+
+def test_a_mesh_changes_no_value(text_model):
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    params = shard_params(text_model.params, mesh)
+    spread = dataclasses.replace(text_model, params=params, mesh=mesh)
+    for (value, greedy), (there, also) in zip(
+        text_model.loglikelihood(REQUESTS), spread.loglikelihood(REQUESTS), strict=True
+    ):
+        assert there == pytest.approx(value, rel=1e-5) and also is greedy
+    asked = [(f"question {i}", {"until": [], "max_gen_toks": 8}) for i in range(3)]
+    assert spread.generate_until(asked) == text_model.generate_until(asked)
+    with pytest.raises(ValueError, match="multiple of the 4 devices on data x fsdp, got 6"):
+        dataclasses.replace(spread, batch_size=6)
 
 
 def test_windows_are_those_of_the_harness():

@@ -75,7 +75,7 @@ def place(origin, tmp_path):
 
 
 def theirs(path):
-    """How many tokens transformers' generate gives, of 3 at most."""
+    """The number of tokens that transformers' generate gives, of 3 at most."""
     import torch
     import transformers
 
@@ -159,7 +159,7 @@ def test_ids_may_lie_in_text_config_be_null_or_absent():
 
 
 def shards(path, **named):
-    """Two shards in place of the whole file, and the index that names them."""
+    """Two shards instead of the whole file, and the index that names them."""
     tensors = load_file(path / "model.safetensors")
     (path / "model.safetensors").unlink()
     names = sorted(tensors)
@@ -293,7 +293,7 @@ def test_tokenizers_that_do_not_belong_to_the_model_are_refused(place, tmp_path)
     found.add_tokens(["<more>"])
     with pytest.raises(CheckpointError, match="'<more>' .id 307. has none"):
         save_model(tmp_path / "out", model, params, tokenizer_from=found)
-    load_model(tmp_path / "out")  # What was trained is not lost.
+    load_model(tmp_path / "out")  # The trained model is not lost.
 
 
 @pytest.mark.parametrize(

@@ -192,11 +192,11 @@ def test_it_is_a_frozen_base_and_leaves_as_a_dense_model(wide, tmp_path):
 
 Q = "model.layers.1.self_attn.q_proj.weight"
 REFUSED = {
-    "no scales": (lambda t: t.pop(f"{Q}.absmax"), {}, "q_proj.weight' is no whole 4-bit tensor"),
+    "no scales": (lambda t: t.pop(f"{Q}.absmax"), {}, "q_proj.weight' is not a whole 4-bit tensor"),
     "no scales of scales": (
-        lambda t: t.pop(f"{Q}.nested_absmax"), {}, "q_proj.weight' is no whole 4-bit tensor"
+        lambda t: t.pop(f"{Q}.nested_absmax"), {}, "q_proj.weight' is not a whole 4-bit tensor"
     ),
-    "no codes": (lambda t: t.pop(Q), {}, "q_proj.weight' is no whole 4-bit tensor"),
+    "no codes": (lambda t: t.pop(Q), {}, "q_proj.weight' is not a whole 4-bit tensor"),
     "half a table": (
         lambda t: t.update({f"{Q}.quant_map": NF4_LEVELS[:8]}), {}, "no whole .*8 levels"
     ),

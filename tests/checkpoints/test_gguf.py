@@ -58,7 +58,7 @@ def write(path, tensors, **ids):
 
 
 def quantised(params, kind):
-    """What `write` takes: matrices as `kind`, vectors in float32."""
+    """The tensors that `write` takes: matrices as `kind`, vectors in float32."""
     names = {
         "model.embed_tokens.weight": "token_embd.weight",
         "model.norm.weight": "output_norm.weight",

@@ -75,7 +75,7 @@ def random_model(config):
 
 
 def rope_factors(rope, size):
-    """What llama.cpp's converter writes for Llama 3.1: the divisors of the frequencies."""
+    """The tensor that llama.cpp's converter writes for Llama 3.1: divisors of the frequencies."""
     low = rope["original_max_position_embeddings"] / rope["low_freq_factor"]
     high = rope["original_max_position_embeddings"] / rope["high_freq_factor"]
     factors = []

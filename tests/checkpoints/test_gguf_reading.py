@@ -1,4 +1,4 @@
-"""What a GGUF file may say and hold: every type of tensor, parts, and keys that are honoured or refused."""
+"""Contents of GGUF files: every type of tensor, parts, and keys that are honoured or refused."""
 
 import shutil
 

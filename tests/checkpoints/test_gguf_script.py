@@ -1,4 +1,4 @@
-"""merge.py writes GGUF files: the whole model with its tokenizer, and the adapter alone."""
+"""merge.py writes GGUF files: the whole model with its tokenizer, or only the adapter."""
 
 import dataclasses
 

@@ -66,7 +66,7 @@ def byte_level(split, **options):
 
 
 def sentencepiece(prefix):
-    """As Llama 2's and Gemma's: pieces whose merges are all splits of each, best first."""
+    """A tokenizer like Llama 2's and Gemma's: pieces whose merges are all splits of each, best first."""
     core = tokenizers.Tokenizer(models.BPE())
     replace = normalizers.Replace(" ", "▁")
     core.normalizer = (
@@ -154,7 +154,7 @@ CHAT = ["<s>hi there<|end|>hi  there<think>the", "  the cat", "▁the", "<s> hi"
 @pytest.mark.parametrize("scheme", ["first", "always", "never"])
 @pytest.mark.parametrize("replaced", [False, True])
 def test_metaspace_comes_back(scheme, replaced):
-    """As in transformers' LlamaTokenizer (nothing is replaced) and its reading of tokenizer.model."""
+    """Checks transformers' LlamaTokenizer (nothing is replaced) and its reading of tokenizer.model."""
     tokenizer = sentencepiece(scheme != "never")
     core = tokenizer.backend_tokenizer
     double = [normalizers.Replace(tokenizers.Regex(r"\A▁"), "▁▁")] if scheme == "always" else []
@@ -247,7 +247,7 @@ def test_the_rules_of_cutting_are_transformers_own():
     ],
 )
 def test_pieces_of_the_rules(name, pieces):
-    """By hand from the models' own tokenizer.json, as quoted in public tests of other readers."""
+    """Written by hand from the models' own tokenizer.json, as quoted in public tests of other readers."""
     cut = pre_tokenizer(split_named(name)).pre_tokenize_str("\0 м 12345 ½)=$x_1!\n 你好 ")
     assert " ".join(piece for piece, _ in cut) == pieces
 

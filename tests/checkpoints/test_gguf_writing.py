@@ -177,7 +177,7 @@ def test_what_a_gguf_file_cannot_say_is_named_before_work(tmp_path, name, change
 
 
 def with_weights(params, weights):
-    """The params frozen, but for weights of ending paths: ending -> kernel -> weight."""
+    """The params frozen, except weights of ending paths: ending -> kernel -> weight."""
 
     def put(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator="/")

@@ -30,7 +30,7 @@ def initial(key):
 
 @dataclasses.dataclass(frozen=True)
 class Translator:
-    """What jaxft asks of a model: forward, and for its sampler init_cache and the longest length."""
+    """The methods that jaxft needs of a model: forward, for its sampler init_cache and the longest length."""
 
     config = dataclasses.make_dataclass("Sizes", [("max_length", int, 16)])()
 

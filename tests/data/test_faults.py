@@ -1,4 +1,4 @@
-"""What other trainers got wrong, and bad input of all kinds: each is one test."""
+"""Faults of other trainers, and bad input of all kinds: each is one test."""
 
 import random
 

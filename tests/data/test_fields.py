@@ -53,13 +53,13 @@ def tool(**more):
 
 @pytest.fixture(scope="module")
 def plain():
-    """A template that shows roles and contents alone."""
+    """A template that shows only roles and contents."""
     return Renderer(small.tokenizer(small.CHATML.split("{% if loop.first")[0] + BODY))
 
 
 @pytest.fixture(scope="module")
 def whole():
-    """A template that shows all fields; reasoning of the last turn alone."""
+    """A template that shows all fields, but reasoning only of the last turn."""
     return Renderer(small.tokenizer(TOOLS))
 
 
@@ -292,7 +292,7 @@ def test_a_system_message_that_is_dropped_is_an_error_even_if_its_text_occurs_by
 
 
 def test_reasoning_trains_in_its_own_turn_though_later_ones_do_not_see_it(whole):
-    """As Qwen 3's template: earlier turns lose their reasoning, by design."""
+    """A template like Qwen 3's: earlier turns lose their reasoning, by design."""
     chat = [
         user("a"),
         assistant("1", reasoning="Hm one."),
@@ -479,7 +479,7 @@ def test_results_of_calls_stand_in_their_order_where_a_template_shows_no_ids(who
 
 
 def test_calls_without_content_train_where_the_header_of_an_answer_differs():
-    """As Nemotron's template: it asks for thinking, and writes an empty block where there was none."""
+    """A template like Nemotron's: it asks for thinking, and writes an empty block where there was none."""
     template = TOOLS.replace(
         "{{ m.content }}", "{{ '<think></think>' if m.role != 'user' }}{{ m.content }}"
     )

@@ -9,7 +9,7 @@ from jaxft.data import DataError, Tokenised, batches, finite_batches, token_weig
 
 
 def records(lengths):
-    """Record i holds the token i + 1 alone, so that a batch says which records it has."""
+    """Record i holds only the token i + 1, so that a batch says which records it has."""
     make = lambda i, n: Tokenised(np.full(n, i + 1, np.int32), np.ones(n, np.float32), str(i))
     return [make(i, n) for i, n in enumerate(lengths)]
 

@@ -71,7 +71,7 @@ def test_one_pair_a_prompt_best_against_worst():
         [0.1, 0.9, 0.4, 0.0],
         [0.5, 0.5, 0.5, 0.5],  # nothing to choose
         [None, 0.2, nan, 0.7],  # two could not be judged
-        [None, None, 0.3, None],  # one is no pair
+        [None, None, 0.3, None],  # one makes no pair
         [0.3, 0.3 + 1e-9, 0.3, 0.3],  # closer than the gap
         [1.0, 0.0, 0.0, 1.0],  # ties: the first of each
     ]

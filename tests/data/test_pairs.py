@@ -281,7 +281,7 @@ def test_questions_need_no_answers():
         assert as_messages(record) == messages
         assert "completion" not in record and record.get("answer") == row.get("answer")
     assert as_messages(normalise_question({"q": "why?"}, {"question": "q"})) == user
-    # What has an answer is as ever.
+    # Questions with an answer are unchanged.
     for row in (
         {"question": "why?", "answer": "so"},
         {"prompt": "why?", "completion": "so"},

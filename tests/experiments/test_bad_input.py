@@ -1,4 +1,4 @@
-"""What a user sees who gets something wrong: one line and exit code 2, before anything is trained.
+"""Errors that a user sees: one line and exit code 2, before anything is trained.
 
 A row of BAD is (scripts, what is wrong, arguments or a function of a directory that makes them, what the line
 says). `pytest -k "bad_input and reinforce"` runs those of a script.
@@ -177,7 +177,7 @@ BAD = [
     ("sft", "weights", ["--weights-by", "tokens"], "tokens has no effect without --weights"),
     ("sft", "validation", ["--validation", "0.5"], "--validation 0.5 has no effect with"),
     ("sft", "pattern", ["--target", "nothing"], "no weight matches 'nothing'"),
-    ("sft", "no pattern", ["--target", "("], "'(' is no regular expression"),
+    ("sft", "no pattern", ["--target", "("], "'(' is not a regular expression"),
     ("sft", "rank", ["--rank", "0"], "rank must be at least 1, got 0"),
     (
         "sft",

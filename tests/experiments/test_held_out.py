@@ -1,9 +1,9 @@
-"""What is evaluated is what the user brought, and every number says of what it is."""
+"""Evaluation uses the records that the user brought, and every number names its records."""
 
 import pytest
 
 from experiments import preference, reinforce, sft
-from experiments.cli import flags, held_out
+from experiments.cli import flags, held_out, models
 from jaxft import data
 
 SCRIPTS = (sft, preference, reinforce)
@@ -49,7 +49,7 @@ def test_own_data_are_evaluated_on_a_part_of_themselves(script, capsys):
     assert parts.name == "4 held-out records of own.jsonl" and not loaded
     said = "training on 36 records of own.jsonl; evaluated on 4 held-out records of own.jsonl"
     assert said in capsys.readouterr().out
-    # The default task has a held-out task of its own, unless a part is asked for.
+    # The default task has a separate held-out task, unless a part is asked for.
     parts = held_out.with_held_out(config_of(script), [records(40)], load, ask)
     assert loaded == [held_out.EVAL] and parts.name == "4 records of rg:needle_haystack"
     for more in ({"eval_data": ""}, {"validation": 0.25}):
@@ -95,3 +95,15 @@ def test_records_left_out_are_told_and_few_left_are_an_error(capsys):
     assert said in capsys.readouterr().out
     with pytest.raises(data.DataError, match="only 1 of 100 training records are left .9 too_long"):
         held_out.tell_of(bad, 1, 100)
+
+
+def test_an_adapter_of_another_base_model_is_noted(tmp_path, capsys):
+    tell = lambda model: models.tell_base(str(tmp_path), model) or capsys.readouterr().err
+    assert tell("smollm2") == ""  # no file that names one
+    for content in ("[]", "{}", '{"base_model_name_or_path": null}', "{"):
+        (tmp_path / "adapter_config.json").write_text(content)
+        assert tell("smollm2") == ""
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "tiny"}')
+    assert tell("tiny") == tell("./tiny") == ""
+    said = tell("smollm2")
+    assert "names 'tiny' as its base model" in said and "give --model tiny\n" in said

@@ -40,7 +40,7 @@ def rows(output):
 
 
 def run_here(script, flags):
-    """In this process, which need not import everything anew."""
+    """Runs in this process, which need not import everything anew."""
     flags = list(map(str, flags))
     script.main(tyro.cli(script.Config, args=flags))
 
@@ -61,7 +61,7 @@ def test_two_hosts_of_which_one_crashes_and_that_go_on_over_another_mesh_give_th
     codes, outputs, errors = run_processes(2, [script, *flags, *sizes, "--resume"])
     assert codes == [0] * 2, errors
     assert "adapter saved" in outputs[0]
-    assert not any("saved" in output for output in outputs[1:])  # The first alone speaks.
+    assert not any("saved" in output for output in outputs[1:])  # Only the first prints.
     ours, theirs = rows(output), rows(alone)
     assert [row["step"] for row in ours] == list(range(1, STEPS + 1))
     for name in ("loss", "eval/loss", "grad_norm"):
@@ -88,6 +88,6 @@ def test_answers_sampled_in_two_processes_are_those_of_one(tmp_path):
     runs = [rows(tmp_path / "one"), rows(tmp_path / "two")]
     for name in ("loss", "kl", "grad_norm"):
         values = [[row[name] for row in run if name in row] for run in runs]
-        # On policy RLOO's loss is 0 but for rounding; its gradient is not.
+        # On policy RLOO's loss is 0 except for rounding; its gradient is not.
         assert len(values[0]) == len(values[1]) == 2 and (any(values[0]) or name == "loss"), name
         np.testing.assert_allclose(*values, rtol=1e-4, atol=1e-6, err_msg=name)

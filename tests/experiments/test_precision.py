@@ -1,4 +1,4 @@
-"""What trains is float32, whatever the files hold, and the memory that this takes is counted."""
+"""Trained weights are float32, whatever the files hold, and the memory for this is counted."""
 
 import functools
 from typing import get_args

@@ -1,4 +1,4 @@
-"""What the scripts do with the columns of a user's records."""
+"""Use of the columns of a user's records by the scripts."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Claims hold by their numbers; records are made of the scripts' own settings alone; the page is theirs."""
+"""Claims hold by their numbers; records need the scripts' own settings; the page equals the records."""
 
 import dataclasses
 import importlib
@@ -162,7 +162,7 @@ def test_a_failed_claim_is_recorded_before_the_exit_code_and_parts_join(
     monkeypatch.setattr(records, "FOLDER", tmp_path / "results")
     monkeypatch.setattr(records, "_commit", lambda: "c0ffee")
     Figure(figsize=(1, 1)).savefig(tmp_path / "dco.png")
-    claim = lambda estimate: Claim("a", "b", [Number(estimate, "above", 0)])
+    claim = lambda estimate: Claim("a", "b", [Number(estimate, "above", 0)], "more")
     for mode, estimate in (("direct", 1.0), ("cot", -1.0), ("direct", 2.0)):
         module, config = recorded("dco", mode=mode, output_dir=str(tmp_path))
         run = seeds.begin(config, module.PARTS)
@@ -176,7 +176,10 @@ def test_a_failed_claim_is_recorded_before_the_exit_code_and_parts_join(
     assert record["parts"]["cot"]["claims"][1]["holds"] is False
     assert results.held() == [("dco", 3, 4)]
     page = results.render(records.load())
-    assert "| [dco](#dco) | 3 of 4 | 20 |" in page and "| -1.000 | above 0 | **no** |" in page
+    day = record["parts"]["cot"]["date"]
+    assert f"Limiting Confidence](#dco) | 3 of 4 | {day} | 20 |" in page
+    assert "3 of 4 recorded claims hold (papers: 1)." in page and "`lion`" in page
+    assert "| -1.000<br>more | above 0 | **no** |" in page
     assert "results/dco-cot.png" in page and (tmp_path / "results" / "dco-direct.png").exists()
     list_scripts([])
     row = next(line for line in capsys.readouterr().out.splitlines() if "│ dco " in line)

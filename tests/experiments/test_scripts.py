@@ -38,7 +38,7 @@ TASK = "rg:chain_sum?size=40&seed=1&max_terms=2&min_digits=1&max_digits=1"
 
 
 def run(script, *arguments):
-    """As a user runs it after `pip install "jaxft[text]"`, without torch."""
+    """Runs a script as a user does after `pip install "jaxft[text]"`, without torch."""
     command = [sys.executable, str(ROOT / "experiments" / f"{script}.py"), *map(str, arguments)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), WITHOUT_TORCH])}
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
@@ -127,7 +127,7 @@ def test_reinforcement_learning_writes_all_it_promises_and_goes_on(settings, tmp
     assert {*reinforce.SHOWN, "clipped_low", "no_contrast"} <= set(rows(whole)[0])
     if settings.get("algorithm") == "ppo":
         return  # A run of PPO that is cut is tests/rl/test_ppo.py's.
-    # Cut inside a rollout and resumed, it goes on with the same experience.
+    # Cut inside a rollout and resumed, it continues with the same experience.
     shutil.copytree(whole, parts)
     shutil.rmtree(parts / "checkpoints" / "4")
     assert (parts / "checkpoints" / "3").exists()
@@ -248,7 +248,7 @@ def test_preferences_are_learnt_from_a_file(loss, tmp_path):
     assert (output / "training.png").exists()
     assert json.loads((output / "metrics.json").read_text())["steps"] == 12
     assert metrics["last_loss"] < metrics["first_loss"]
-    if loss == "process":  # What the report counts is what evaluation counted, blank groups aside.
+    if loss == "process":  # The report counts what evaluation counted, except blank groups.
         last = json.loads((output / "metrics.jsonl").read_text().splitlines()[-1])
         assert metrics["accuracy"] == pytest.approx(last["eval/accuracy"])
         assert metrics["commoner_label"] < 1

@@ -34,7 +34,7 @@ def test_finished_seeds_are_not_run_again(tmp_path):
     found, _ = run_seeds(Config(seeds=4, output_dir="b"), tmp_path, run)
     assert asked == [4, 5, 6, 6, 7]
     assert found == [{"seed": seed, "pair": [1, 2.5]} for seed in (4, 5, 6, 7)]
-    # What the kept ones took then is part of what the run took.
+    # The minutes of kept seeds are part of the run's.
     for path in (tmp_path / "seeds").iterdir():
         path.write_text(json.dumps(json.loads(path.read_text()) | {"seconds": 60.0}))
     this = Run(Config(), tmp_path, began=0.0, draft=None)

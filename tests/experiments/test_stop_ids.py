@@ -1,4 +1,4 @@
-"""Every script that samples stops at what the model's files name, not at the tokenizer's EOS alone."""
+"""Every script that samples stops at what the model's files name, not only at the tokenizer's EOS."""
 
 import dataclasses
 import types
@@ -15,7 +15,7 @@ from jaxft.models import Decoder, tiny_config
 from jaxft.models.special_ids import SpecialIds
 
 TASK = "rg:chain_sum?size=2&seed=1&max_terms=2"
-OTHER = 7  # ends a text by the model's files alone
+OTHER = 7  # ends a text only by the model's files
 MODEL = Decoder(tiny_config(vocab_size=259))
 MODEL = MODEL.clone(config=dataclasses.replace(MODEL.config, special=SpecialIds(eos=(OTHER,))))
 
@@ -25,7 +25,7 @@ class Sampled(Exception):
 
 
 def stopped(*args, **_):
-    """In place of a sampler: its SamplingConfig, raised."""
+    """Raises its SamplingConfig instead of sampling."""
     raise Sampled(next(x for x in args if hasattr(x, "stop_ids")))
 
 

@@ -21,7 +21,7 @@ KEY = jax.random.key(2)
 
 
 class Engine:
-    """What a server has: its own weights, adapters by name; and how it answers requests about them."""
+    """A server's state: its own weights, adapters by name; and its answers to requests about them."""
 
     def __init__(self, api):
         self.api, self.adapters, self.steps = api, {}, []

@@ -219,7 +219,7 @@ def test_samples_of_a_prompt_share_its_prefill(model, params, prompts, monkeypat
     out = generate(model, params, prompts, key, config, samples=4)
     assert rows == [3]  # a bucket of three prompts, not twelve
     assert out.tokens.shape == (12, 6) and len(out.finish) == 12
-    # A sample is what one row with its key gets, alone; the four of a prompt differ.
+    # A sample is what a single row with its key gets; the four of a prompt differ.
     for i, j in ((0, 0), (1, 2), (2, 3)):
         tokens, valid = sampler.left_pad([prompts[i]], model.config)
         own = jax.random.fold_in(jax.random.fold_in(key, i), j)[None]
@@ -232,7 +232,7 @@ def test_samples_of_a_prompt_share_its_prefill(model, params, prompts, monkeypat
 
 
 def test_a_group_costs_one_prefill(model, params):
-    """In FLOPs of the compiled programs, where one answer is sampled and where eight share a prompt."""
+    """Compares FLOPs of the compiled programs, where one answer is sampled and where eight share a prompt."""
     flops = lambda program: program.compile().cost_analysis().get("flops", 0.0)
 
     def prefill(rows):

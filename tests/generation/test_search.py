@@ -40,7 +40,7 @@ def test_complete_states_come_in_the_order_of_their_probabilities(rank):
     found = best_first_search((), expand, verdict, most_expanded=99)
     assert found.state == goal and found.tried == rank + 1 and seen == paths[: rank + 1]
     assert found.log_prob == pytest.approx(total(goal))
-    # It asked for the branches of those paths alone that are likelier than the goal.
+    # It asked for the branches of only those paths that are likelier than the goal.
     partial = lambda path: sum(table[path[:i]][path[i]] for i in range(len(path)))
     assert found.expanded == sum(partial(path) > total(goal) for path in table)
     gave_up = best_first_search((), expand, verdict, most_expanded=99, most_tried=rank)

@@ -200,6 +200,6 @@ def test_the_script_samples_by_a_server():
         sample = reinforce.sampling(config, model, renderer, in_process(exact))
         batch = sample(params, rl.Asked(PROMPTS, RECORDS), KEY)
     assert {body["model"] for body in seen} == {"served"}
-    # The first turn asks for groups, the second for what goes on, one by one.
+    # The first turn asks for groups, the second for what continues, one by one.
     assert [body["n"] for body in seen[:4]] == [2] * 4
     assert {body["n"] for body in seen[4:]} == {1} and len(batch["tokens"]) == 8

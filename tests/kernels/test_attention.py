@@ -165,7 +165,7 @@ def test_a_gpu_takes_cudnn_for_what_cudnn_takes(monkeypatch, case, picked):
     segments = jnp.ones(query.shape[:2], jnp.int32) if case["segmented"] else None
     options = (case["window"], case["causal"], case["softcap"])
     assert module._best(query, query[:, :, :2], segments, *options) == picked
-    # Several devices and no mesh: nobody says how a mask is split.
+    # Several devices and no mesh: the split of a mask is unknown.
     monkeypatch.setattr(jax, "device_count", lambda: 8)
     alone = "xla" if case["segmented"] else picked
     assert module._best(query, query[:, :, :2], segments, *options) == alone

@@ -185,7 +185,7 @@ def test_a_batch_of_heads():
 
 
 def products(function, *arguments):
-    """How many matrix products a function takes, those of a loop's body counted once."""
+    """The number of matrix products that a function takes, those of a loop's body counted once."""
     return str(jax.make_jaxpr(function)(*arguments)).count("dot_general")
 
 

@@ -51,7 +51,7 @@ def test_unknown_implementation():
 
 
 # K, J, R, I, L, D, F, tokens: several token tiles, blocks that begin inside a lane tile, padded
-# inputs, cut outputs, blocks that are padding alone, and ranks of 1 and of no multiple of 8.
+# inputs, cut outputs, blocks that are only padding, and ranks of 1 and of no multiple of 8.
 AWKWARD = [
     (2, 2, 8, 32, 64, 64, 128, 128, jnp.bfloat16, 2e-2),
     (3, 3, 1, 4, 3, 10, 7, 129, jnp.bfloat16, 2e-2),
@@ -79,7 +79,7 @@ def test_the_kernel_equals_the_plain_form(sizes):
         return pulled(*map(cast, (g, x, first, second)))
 
     found = run(lambda a: a, implementation="pallas", interpret=True)
-    # The plain form in float32: the kernel may err by its data type alone.
+    # The plain form in float32: the kernel may err only by its data type.
     expected = run(lambda a: a.astype(jnp.float32), implementation="batched")
     for a, b in zip(found, expected, strict=True):
         assert a.dtype == dtype and a.shape == b.shape

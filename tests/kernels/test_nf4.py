@@ -149,7 +149,7 @@ print(json.dumps(found))
 
 
 def test_a_gpu_reads_codes_alone_for_few_rows_and_forms_the_kernel_for_many():
-    # In a process of its own: a TPU's compiler there before hides the GPU's.
+    # In a separate process: a TPU's compiler there before hides the GPU's.
     few, back, many = run_aot(GPU_CODE)
     dense = 1088 * 1536 * 2
     assert few[0] == 1 and few[1] < dense / 8

@@ -105,7 +105,7 @@ def test_on_a_mesh_of_which_an_axis_is_mapped_already():
 
 
 def picked(platform, devices=1, *, mesh=True, length=256, dtype=jnp.bfloat16, **options):
-    """What `attention` calls when traced for a platform."""
+    """The functions that `attention` calls when traced for a platform."""
     device = AbstractDevice(device_kind="a chip", num_cores=1, platform=platform)
     axes = AbstractMesh((devices,), ("fsdp",), (AxisType.Auto,), abstract_device=device)
     inputs = [jax.ShapeDtypeStruct((8, length, 2, 64), dtype)] * 3

@@ -92,7 +92,7 @@ def test_aot_is_that_of_sorted_numbers_of_the_pairs_that_count(loss):
 
 
 def test_whether_a_function_of_ones_own_compares_pairs_is_seen():
-    """What a batch's statistics, ranks or count change in another pair's value, and what they do not."""
+    """Losses by whether a batch's statistics, ranks or count change another pair's value."""
     dpo, margins = losses.dpo_loss, lambda pairs: pairs.chosen - pairs.rejected
     comparing = [
         lambda pairs: losses.aot_loss(pairs, beta=0.3) + losses.nll_loss(pairs),
@@ -185,7 +185,7 @@ summed = lambda pairs: pairs._replace(chosen_lengths=jnp.ones(2), rejected_lengt
         (f_dpo(ALPHA_HALF), (0.594349, 0.763190)),
         # The first reference prefers the chosen one by 2, the second by 0.5: both as in DPO here.
         (losses.hybrid_dpo_loss, (0.598139, 0.770957)),
-        # 0.8 DPO + 0.2 BCO-pair + NLL of 10 / 5 and 12 / 6 nats a token.
+        # 0.8 DPO + 0.2 BCO-pair + NLL of 10 / 5 and 12 / 6 nats per token.
         (
             losses.mpo_loss,
             (0.8 * 0.598139 + 0.2 * 1.288793 + 2, 0.8 * 0.770957 + 0.2 * 1.462856 + 2),

@@ -54,7 +54,7 @@ def logits(params, batch, key=None):
 
 
 class Model:
-    """What has a forward."""
+    """A class with a forward."""
 
     def forward(self, params, batch, key=None):
         return forward(params, batch)

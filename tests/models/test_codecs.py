@@ -1,4 +1,4 @@
-"""What holds for the codec of every family: round trips, and the keys that it says it reads."""
+"""Properties of every family's codec: round trips, and the keys that it says it reads."""
 
 from collections.abc import Mapping
 

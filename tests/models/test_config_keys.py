@@ -243,7 +243,7 @@ def test_logits_of_changed_files_equal_those_of_transformers(name, tmp_path):
 
 
 def same(view, other):
-    """Whether two configurations of transformers are one, as they stand in its own files."""
+    """True if two configurations of transformers are one, as they stand in its own files."""
     apart = {"dtype", "architectures", "transformers_version"}
     plain = lambda config: {k: v for k, v in config.to_dict().items() if k not in apart}
     return type(view) is type(other) and plain(view) == plain(other)
@@ -307,7 +307,7 @@ def test_a_config_that_reads_otherwise_is_not_left_unsaid(tmp_path):
 
 
 def test_a_scale_of_attention_that_follows_from_heads_need_not_be_said(tmp_path):
-    """As in configs of GGUF files."""
+    """A config as GGUF files give it."""
     family, file = find_family("gemma2", FAMILIES), {"model_type": "gemma2"} | BASES["gemma2"]
     config = dataclasses.replace(config_of(file), attention_scale=None, source="")
     (tmp_path / "config.json").write_text(json.dumps(config_json(family, config, "float32")))

@@ -1,4 +1,4 @@
-"""What "lean" keeps: nothing that is cheap to compute again, in decoders and encoders."""
+"""Values that "lean" keeps: nothing that is cheap to compute again, in decoders and encoders."""
 
 import collections
 import dataclasses
@@ -67,7 +67,7 @@ def test_lean_keeps_no_scores_and_only_the_inputs_of_activations(model):
     tokens = 17 if inputs.ndim == 4 else 20
     scores = lambda shapes: [s for s in shapes if s[-2:] == (tokens, tokens)]
     assert scores(kept["none"]) and not scores(kept["lean"])
-    # The inputs of the activation, gate and up or up alone; its result is kept for `down`.
+    # The inputs of the activation, gate and up or only up; its result is kept for `down`.
     wide = lambda counts: sum(n for s, n in counts.items() if s[-1:] == (config.intermediate_size,))
     inputs_of_activation = 2 if model[0] is Decoder else 1
     assert wide(kept["none"]) > wide(kept["lean"]) == (inputs_of_activation + 1) * config.num_layers

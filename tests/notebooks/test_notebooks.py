@@ -32,7 +32,7 @@ def run_cell(source, name, session):
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda p: p.name)
 def test_notebook_runs(path, monkeypatch):
-    """In this process, whose imports and compiled programs it shares, with the settings of a new one."""
+    """Runs in this process, whose imports and compiled programs it shares, with the settings of a new one."""
     monkeypatch.setenv("JAXFT_NOTEBOOK_MODEL", "tiny")
     monkeypatch.setenv("JAXFT_NOTEBOOK_STEPS", "4")
     plt.switch_backend("agg")

@@ -66,7 +66,7 @@ completion_log_probs = jax.jit(functools.partial(objectives.completion_log_probs
 
 
 def experience(seed=0, empty=EMPTY):
-    """What `collect` gives for several updates a rollout, without the credit."""
+    """The batch that `collect` gives for several updates per rollout, without the credit."""
     batch = rows(seed, empty=empty)
     rng = np.random.default_rng(seed)
     mask = batch.pop("loss_mask")[:, PROMPT:] > 0
@@ -252,7 +252,7 @@ def test_slices_change_nothing_and_what_is_optimised_is_logged(name):
     "name", ["supervised", "trust_region", "hypo", "kto", "bco", "ppo", "online_self_training"]
 )
 def test_eight_devices_and_slices_on_them_change_nothing(name):
-    """Of each kind one: a mean, terms of other weights, means of the whole batch."""
+    """One of each kind: a mean, terms of other weights, means of the whole batch."""
     objective, batch = OBJECTIVES[name]()
     wide = lambda x: np.concatenate([x, x[::-1]]) if np.ndim(x) else x
     batch, params = jax.tree.map(wide, batch), params_for(name)

@@ -266,7 +266,7 @@ def ppo_without_critic(build):
 
 @pytest.mark.parametrize("name", SEVERAL)
 def test_the_second_update_of_a_rollout_is_a_slow_loop(name, params, batch):
-    """Where the policy is no longer the one that sampled: an importance ratio, or its like, of each."""
+    """A policy that is no longer the one that sampled: an importance ratio, or its like, of each."""
     build = functools.partial(policy_gradient, FORWARD)
     made = algorithms() | {"ppo": ppo_without_critic(build)}
     whole = without(batch, "advantages", "correct", "success_rates")

@@ -87,7 +87,7 @@ def rows_log_probs(params, tokens, mask):
 
 
 def slow(params, groups):
-    """[B, G] sums of each sequence in a row of its own, zeros behind it: no segments, no groups."""
+    """[B, G] sums of each sequence in a separate row, zeros behind it: no segments, no groups."""
     parts = [part for group in groups for part in group.parts]
     pad = lambda x: np.pad(x, (0, 16 - len(x)))
     tokens, mask = (np.stack([pad(getattr(p, n)) for p in parts]) for n in ("tokens", "loss_mask"))
@@ -345,7 +345,7 @@ def train_on(objective, groups, params=None, steps=5, **options):
 
 @pytest.mark.parametrize("adapter", [None, "paca"])
 def test_a_moving_reference_is_that_of_the_policy_so_far(adapter):
-    """TR-DPO against a loop with a reference of its own, and in its limits."""
+    """TR-DPO against a loop with a separate reference, and in its limits."""
     objective = preference(FORWARD, functools.partial(dpo_loss, beta=0.5))
     params = moved()
     if adapter:
@@ -385,7 +385,7 @@ def test_the_delta_of_bco_is_the_mean_of_all_rewards_so_far():
     assert np.ptp(rewards) > 1e-2
     wanted = np.cumsum(rewards) / np.arange(1, 6)
     np.testing.assert_allclose([row["delta"] for row in history], wanted, rtol=1e-4)
-    # Of a batch alone it is its own mean; undesirable completions weigh what their ratio says.
+    # In a single batch it is the batch's mean; undesirable completions weigh what their ratio says.
     batch = batch_of(referenced()) | {"density_ratio": np.array([2.0, 5.0, 0.5, 5.0])}
     (loss, metrics), _ = run(bco(FORWARD, beta=0.5), moved(), batch)
     ratio = (np.asarray(slow(moved(), GROUPS)) - np.asarray(slow(BASE, GROUPS)))[:, 0]

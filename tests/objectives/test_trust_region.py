@@ -385,7 +385,7 @@ def test_tram_x_as_an_estimator_and_as_a_transform_is_one_method(key):
         loss = Mean.of(jnp.sum((batch @ params) ** 2, -1), jnp.ones(len(batch)))
         return loss.value, {"loss": loss}
 
-    # A key of its own for the distance in the step: one fixed here, to compare.
+    # A separate key for the distance in the step: one fixed here, to compare.
     distance = lambda p, batch, key: noise_distance(logits_fn, 0.3)(p, batch, KEY)
     sgd, start = optax.sgd(0.1), jax.random.normal(key, (4, 3))
     run = dict(batches=[jnp.eye(4)], steps=1)

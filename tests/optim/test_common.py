@@ -1,4 +1,4 @@
-"""What every transform of jaxft.optim must do, in the manner of optax's own common test.
+"""Requirements of every transform of jaxft.optim, in the manner of optax's own common test.
 
 To put a transform under it, add a Case. Transforms that ask for extra arguments get those of jaxft's train
 step: value, grad, value_fn, grad_fn and distance_fn.
@@ -79,7 +79,7 @@ CASES = [
     wrapped("with_sam", with_sam, rho=RHO),
     wrapped("with_asam", with_sam, perturb=perturb_asam(RHO)),
     wrapped("with_fisher_sam", with_sam, perturb=perturb_fisher(RHO)),
-    # What it uses again is 0.7 of the gradient's length, across it: along Rosenbrock's valley it creeps.
+    # The part that it uses again, across the gradient, has 0.7 of its length: it creeps along a valley.
     wrapped("look_sam", look_sam, rho=RHO, valleys=False),
     wrapped("alternating_sam", alternating_sam, calls=2, rho=RHO),
     wrapped("with_tram", with_tram),

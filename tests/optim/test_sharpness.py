@@ -36,7 +36,7 @@ quadratic = lambda p, *_: 0.5 * stack(p) @ CURVATURE @ stack(p)
 
 
 def random_problem(seed=0):
-    """A tree of params of several shapes and a loss that is no polynomial of them."""
+    """A tree of params of several shapes and a loss that is not a polynomial of them."""
     keys = jax.random.split(jax.random.key(seed), 3)
     params = {"w": jax.random.normal(keys[0], (4, 3)), "b": jax.random.normal(keys[1], (3,))}
     x = jax.random.normal(keys[2], (8, 4))
@@ -126,7 +126,7 @@ def test_no_gradient_flows_through_eps():
 
 
 def test_asam_does_not_see_a_rescaling_that_leaves_the_function():
-    # w1 c, w2 / c: the same linear net, and the same loss at θ + eps under ASAM alone.
+    # w1 c, w2 / c: the same linear net, and the same loss at θ + eps only under ASAM.
     x, y = jax.random.normal(jax.random.key(0), (2, 16, 3))
     loss = lambda p: jnp.mean((x @ p["w1"] @ p["w2"] - y) ** 2)
     keys = jax.random.split(jax.random.key(1))
@@ -386,7 +386,7 @@ def test_adapters_are_perturbed_where_they_train_and_paca_sees_its_moved_rows(ru
     trainable, frozen = partition(params)
     weight = params["kernel"]
 
-    def dense_loss(t):  # on dense kernels alone
+    def dense_loss(t):  # only on dense kernels
         if isinstance(weight, PacaWeight):
             rows = t["kernel"].rows * (weight.alpha / weight.rank)
             whole = kernel.at[weight.indices].set(rows)

@@ -185,7 +185,7 @@ def test_mezo_trains_in_the_memory_of_inference():
     inference = peak(jax.jit(fun), params, *args)
     step = jax.jit(mezo_step(fun), donate_argnums=0)
     assert peak(step, params, 1e-3, *args) <= 1.05 * inference
-    # What it saves: the gradient alone is another set of params.
+    # The saving: the gradient by itself is another set of params.
     assert peak(jax.jit(jax.grad(fun)), params, *args) > 1.9 * inference
 
 

@@ -29,7 +29,7 @@ def one_device(name):
     return three_steps(*family(name))
 
 
-# Rules of both axes at once for every family; an axis alone where its rules differ in kind.
+# Rules of both axes at once for every family; a single axis where its rules differ in kind.
 ALONE = [
     ("llama", "fsdp"),
     ("vit", "fsdp"),

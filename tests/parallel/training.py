@@ -44,14 +44,14 @@ ENCODERS = {
 
 
 class Steps(NamedTuple):
-    """What three steps of gradient descent gave."""
+    """Results of three steps of gradient descent."""
 
     losses: np.ndarray  # [3]
     gradients: dict[str, np.ndarray]  # [3, ...] by path
 
 
 def three_steps(model, params, objective, batch, mesh=None) -> Steps:
-    """In one program, with the mesh in context as in `fit`."""
+    """Runs one program, with the mesh in context as in `fit`."""
     placed = params if mesh is None else shard_params(params, mesh)
 
     def run(params, batch):

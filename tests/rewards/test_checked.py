@@ -1,4 +1,4 @@
-"""What users' reward functions and judges return, raise and print."""
+"""Values, errors and output of users' reward functions and judges."""
 
 import functools
 import types
@@ -137,7 +137,7 @@ def test_a_judge_that_cannot_be_used_is_refused_before_work_starts(tmp_path, tex
 def test_limits_of_verifiers_beside_a_reward_model_are_refused(flag):
     with pytest.raises(ValueError, match="^--workers and --timeout .* --reward-model"):
         check(flags.Rewards(reward_model="reward", **flag), {})
-    preset = {"max_steps": 4, "workers": 1}  # of --smoke, which nobody typed
+    preset = {"max_steps": 4, "workers": 1}  # of --smoke, not typed
     check(flags.Rewards(reward_model="reward"), {})
     assert small(flags.Rewards(reward_model="reward"), preset) == {"max_steps": 4}
     assert small(flags.Rewards(), preset) == preset

@@ -23,7 +23,7 @@ def test_a_failing_verdict_costs_its_sample_alone():
         got = rewards(completions, [RIGHT] * 8)
         np.testing.assert_array_equal(got, [1, np.nan, 0, np.nan, 1, np.nan, 1, 1])
         assert rewards.failures == Failures(timeouts=1, errors=1, deaths=1)
-        # It goes on after them, and a long wait outside costs nobody's time.
+        # It continues after them, and a long wait outside does not count.
         time.sleep(1.1)
         np.testing.assert_array_equal(rewards(["2", "1"], [RIGHT] * 2), [0, 1])
         processes = [worker._process for worker in rewards._pool._workers]

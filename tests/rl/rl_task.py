@@ -71,7 +71,7 @@ def treacherous():
 
 
 def calculator():
-    """A tool that adds, raises on what is no sum, and hangs or exits when told so."""
+    """A tool that adds, raises on anything but a sum, and hangs or exits when told so."""
     verify = treacherous()
 
     def add(text):

@@ -31,7 +31,7 @@ NEXT = lambda text: [6, *map(int, text), 6]
 
 
 def environment(step, turns=3):
-    """Of stateless replies: step(record, action) -> Reply."""
+    """An environment of stateless replies: step(record, action) -> Reply."""
     both = lambda states, actions: [
         (state, step(state, action)) for state, action in zip(states, actions, strict=True)
     ]
@@ -45,7 +45,7 @@ def play(env, config=SAMPLING, group_size=4, prompts=PROMPTS, **settings):
 
 
 def scripted(*turns):
-    """A sampler that says what it is told, a text a row, whatever it is asked."""
+    """A sampler that gives fixed texts, one for each row, whatever the prompts are."""
     turns = iter(turns)
 
     def sampler(model, params, prompts, key, config, *, samples=1, row_ids=None, tokenizer=None):

@@ -136,7 +136,7 @@ def test_loss_equals_a_slow_loop(params, credited):
 
 
 def test_the_critics_gradient_equals_finite_differences(params, credited):
-    """Of its head, and of all below it; without clips, at whose kinks there is no derivative."""
+    """Gradients of its head, and of all below it; without clips, at whose kinks there is no derivative."""
     objective = make(clip=math.inf, value_clip=math.inf).objective
     run = jax.jit(lambda params: objective(params, credited, None)[0])
     grads = jax.jit(jax.grad(run))(params)

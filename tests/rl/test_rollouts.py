@@ -71,7 +71,7 @@ def test_the_trainer_agrees_with_the_sampler(temperature, top_k):
 
 @contextlib.contextmanager
 def compiled():
-    """How often programs of each name are compiled meanwhile."""
+    """The number of programs of each name that are compiled meanwhile."""
     found, handler, log = collections.Counter(), logging.Handler(), logging.getLogger("jax")
     said = lambda record: re.match(r"Compiling jit\((\w+)\)", record.getMessage())
     handler.emit = lambda record: found.update(said(record).groups() if said(record) else ())

@@ -3,7 +3,7 @@
 python faults.py DIRECTORY POINTS SEED KIND...
 
 prints a JSON line for each point of each kind: what happened, the newest checkpoint that was whole before the
-run went on, and the steps at which its lives began. `sigkill`, `sigterm`, `write` (killed while a checkpoint
+run continued, and the first steps of its lives. `sigkill`, `sigterm`, `write` (killed while a checkpoint
 is being written), `full` (no file may grow beyond a random length from a random step on), `truncated` and
 `flipped` (a random file of the newest checkpoint). test_fault_matrix.py judges.
 """

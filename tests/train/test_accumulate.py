@@ -47,7 +47,7 @@ def test_a_microbatch_of_weight_zero_contributes_nothing_even_if_it_holds_nan(pr
     batch = problem.make_batch(5)
     rows = batch["weights"].sum(1) == 0
     broken = {**batch, "x": np.where(rows[:, None, None], np.nan, batch["x"])}
-    # Rows 0 and 4 of 8 have no tokens; with 4 microbatches they are alone in the first.
+    # Rows 0 and 4 of 8 have no tokens; with 4 microbatches they are the only ones in the first.
     assert rows.tolist() == [True, False, False, False] * 2
     value, grads = gradients(problem, broken, 4, problem.quiet)
     expected = gradients(problem, batch, 1, problem.quiet)

@@ -334,7 +334,7 @@ def test_the_newest_and_the_best_are_kept_also_over_a_restart(problem, tmp_path,
 
 
 def test_an_evaluation_after_the_last_batch_counts_for_its_checkpoint(problem, tmp_path):
-    """The checkpoint of step 4 is saved before the batches have run out, and its score is told later."""
+    """The checkpoint of step 4 is saved before the batches have run out, and its score comes later."""
     scores, said = {2: 0.5}, {"eval/loss": 0.1}
     late = Callback(
         on_step=lambda n, _: {"eval/loss": scores[n]} if n in scores else None,

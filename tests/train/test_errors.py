@@ -172,7 +172,7 @@ def test_ctrl_c_is_one_line_and_130(tmp_path, moment):
 
 
 def test_an_error_that_ctrl_c_has_become_is_ctrl_c(monkeypatch, capfd):
-    """Imports and callbacks of libraries catch KeyboardInterrupt and raise errors of their own."""
+    """Imports and callbacks of libraries catch KeyboardInterrupt and raise their own errors."""
     ended = []
     monkeypatch.setattr(os, "_exit", lambda code: ended.append(code) or sys.exit(code))
     before = signal.getsignal(signal.SIGINT)

@@ -26,7 +26,7 @@ HOSTS, LATER = (4, [1, 2, 4]) if MANY else (2, [1])
 
 @pytest.fixture(scope="module")
 def losses(problem, tmp_path_factory):
-    """Of the run that nothing interrupts."""
+    """Losses of the run that nothing interrupts."""
     _, history = problem.train(tmp_path_factory.mktemp("whole"))
     return [row["loss"] for row in history]
 
@@ -40,7 +40,7 @@ def logged(directory):
 @pytest.mark.parametrize("kinds", [faults.PROCESS_FAULTS, faults.STORAGE_FAULTS], ids=" ".join)
 def test_nothing_is_lost_and_nothing_diverges(losses, tmp_path, kinds):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": child_flags()}
-    # All lives compile the same small programs: the first alone need do so.
+    # All lives compile the same small programs: only the first need do so.
     environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     command = [sys.executable, faults.__file__, tmp_path, POINTS, SEED, *kinds]
     result = subprocess.run(

@@ -66,7 +66,7 @@ def test_without_checkpoints_the_error_has_what_was_trained(problem, tmp_path):
             raise FULL
 
     state = run_with(problem, tmp_path, saves=None)[0]
-    # Both ends are called, and the first failure is told.
+    # Both ends are called, and the first failure is raised.
     ends = []
     with pytest.raises(
         OutputError, match="saves no checkpoints; .* is the error's `state`"

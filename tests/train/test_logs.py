@@ -91,6 +91,24 @@ def test_on_a_terminal_progress_is_a_bar(problem):
     assert "\x1b[" in out.getvalue() and "━" in out.getvalue() and "step 5/5" in out.getvalue()
 
 
+def test_on_a_terminal_evaluations_stay_and_a_redirected_output_gets_its_lines(capsys):
+    out = io.StringIO()
+    console = rich.console.Console(file=out, force_terminal=True, width=46, color_system=None)
+    shown = progress(console=console)
+    shown.on_start(Run(0, 2, []))
+    print("for the file")  # standard output is not one, so this must not go to the terminal
+    shown.on_row(row(1, **COUNTS) | {"eval/loss": 1.5})
+    shown.on_row(row(2, **COUNTS))
+    shown.on_end(None)
+    assert capsys.readouterr().out == "for the file\n" and "for the file" not in out.getvalue()
+    lines = out.getvalue().split("\n")
+    assert [line.split("\x1b[2K")[-1].strip() for line in lines] == [
+        "step 1/2  loss 2  eval/loss 1.5  grad_norm 1",  # in full
+        "━" * 15 + " step 2/2  loss 2  left 0:00:00",  # the bar keeps its width
+        "\x1b[?25h",
+    ]
+
+
 def test_progress_goes_to_standard_error(problem, capsys):
     train(problem, [progress()], count=2)
     captured = capsys.readouterr()
@@ -114,14 +132,25 @@ RECENT = [row(2, **COUNTS), SLOW, row(4, **COUNTS)]
         ),
         ([], 12, {}, "step 4/12  loss 2  grad_norm 1"),
         (RECENT, 12, {"width": 57}, "step 4/12  loss 2  80 tokens/s (20 trained)  left 0:00:04"),
-        (RECENT, None, {"width": 1}, "step 4  loss 2  80 tokens/s (20 trained)"),
+        (
+            RECENT,
+            12,
+            {"extra": {"eval/a": 3, "eval/num_tokens": 9, "eval/b/accuracy": 1, "eval/loss": 2}}
+            | {"width": 98},
+            "step 4/12  loss 2  eval/loss 2  eval/b/accuracy 1  80 tokens/s (20 trained)  left 0:00:04",
+        ),
+        (RECENT, 12, {"width": 48}, "step 4/12  loss 2  80 tokens/s  left 0:00:04"),
+        (RECENT, 12, {"width": 40}, "step 4/12  loss 2  left 0:00:04"),
+        (RECENT, None, {"width": 1}, "step 4  loss 2"),
         (RECENT, None, {"show": ("reward", "missing")}, "step 4  reward 0.5  0.5 s/step"),
     ],
 )
 def test_a_line_has_rates_of_all_tokens_and_of_those_trained_from_medians(
     recent, steps, how, wanted
 ):
-    assert describe(row(4) | {"reward": 0.5}, recent, steps, **how) == wanted
+    line = row(4) | {"reward": 0.5} | how.get("extra", {})
+    how = {name: x for name, x in how.items() if name != "extra"}
+    assert describe(line, recent, steps, **how) == wanted
 
 
 def test_the_first_step_of_a_resumed_run_is_not_timed_and_a_repeated_row_once():
@@ -171,7 +200,7 @@ def test_wandb_gets_the_numbers(problem, monkeypatch):
 
 
 def test_trackio_gets_the_numbers(monkeypatch, tmp_path):
-    """By the flag of the scripts: project, name of the run and flags."""
+    """Follows the flag of the scripts: project, name of the run and flags."""
     calls = []
     run = types.SimpleNamespace(log=lambda values, step: calls.append((step, values)))
     init = lambda **settings: calls.append(settings) or run

@@ -77,7 +77,7 @@ def test_batches_may_be_a_collect_function(problem, optimizer, key):
     state, history = fit(*args, counting(problem), steps=4, key=key, carry={"own": jnp.ones(2)})
     assert losses(history) == losses(fit(*args, problem.Batches(), steps=4, key=key)[1])
     assert state.carry["taken"] == 4 and state.carry["own"].tolist() == [1, 1]
-    # A state goes on where it was.
+    # A state continues where it was.
     _, more = fit(state, problem.objective, optimizer, counting(problem), steps=6)
     assert losses(more) == losses(fit(*args, problem.Batches(), steps=6, key=key)[1][4:])
     with pytest.raises(ValueError, match="never ends; pass steps"):
@@ -303,7 +303,7 @@ def test_batches_that_are_one_batch_are_refused():
 @pytest.mark.parametrize("text", ["abc", ["a", "b"], np.array(["a"]), np.array([None])])
 def test_a_column_of_text_is_refused_by_name(text, mesh):
     mesh = mesh and make_mesh(data=8)
-    with pytest.raises(ValueError, match="fit: 'name(/0)?' of the batch has .* numbers alone"):
+    with pytest.raises(ValueError, match="fit: 'name(/0)?' of the batch has .* only numbers"):
         plain_fit([{"x": 1.0, "name": text}], mesh=mesh)
     few = {"x": 1.0, "name": np.zeros(8, jnp.bfloat16), "flag": True, "none": None}
     assert len(plain_fit([few], mesh=mesh)[1]) == 1

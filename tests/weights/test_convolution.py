@@ -163,7 +163,7 @@ def test_the_backward_pass_keeps_no_second_kernel_and_under_frozen_ones_no_input
 
 @pytest.mark.parametrize("name", ["lora", "dora"])
 def test_low_rank_factors_are_never_multiplied_out_for_the_gradient(name):
-    """No product in the program has the size of the kernel, but for DoRA's norms."""
+    """No product in the program has the size of the kernel, except DoRA's norms."""
     trainable, frozen = partition(make(CASES[name].rule, (3, 3, 16, 24)))
     x = jnp.ones((1, 9, 9, 16))
     loss = lambda t: jnp.sum(jnp.sin(conv(x, combine(t, frozen)["kernel"])))

@@ -1,4 +1,4 @@
-"""What holds for every weight. A new one is a row of CASES."""
+"""Properties of every weight. A new one is a row of CASES."""
 
 import dataclasses
 import functools
@@ -404,7 +404,7 @@ def whole_model():
     "name", ["lora", "qpissa", "vera shared", "ia3 input", "monarch projected"]
 )
 def test_whole_model(name, whole_model):
-    """In a model every rule runs, and merging gives the same logits."""
+    """Every rule runs in a model, and merging gives the same logits."""
     case, (params, logits) = CASES[name], whole_model
     ours = adapted(params, {adapters.ALL_LINEAR: case.rule})
     found = logits(ours)
@@ -596,7 +596,7 @@ def test_lora_plus_ratio_under_sgd():
 
 
 def test_counts_of_smollm2():
-    """Trained numbers by the closed forms of the survey's table, from shapes alone."""
+    """Trained numbers by the closed forms of the survey's table, only from shapes."""
     sizes = [(576, 576), (576, 192), (576, 192), (576, 576), (576, 1536), (576, 1536), (1536, 576)]
     trains = lambda rule: (
         30

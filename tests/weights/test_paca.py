@@ -321,7 +321,7 @@ def test_no_full_width_input_is_kept_for_a_weight_gradient():
 
 
 def test_a_block_keeps_nothing_as_wide_as_an_input_beyond_the_frozen_base():
-    """By shape, all seven linears: PaCA adds R numbers a token to what the frozen base keeps."""
+    """Counts by shape, all seven linears: PaCA adds R numbers per token to what the frozen base keeps."""
     model, batch, rank = _model("lean"), _batch(), 5  # no other size of the model is 5
     config = model.config
     inputs = {config.hidden_size, config.intermediate_size}

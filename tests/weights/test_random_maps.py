@@ -74,7 +74,7 @@ def test_overflow():
     np.testing.assert_allclose(cropped(theta), cropped(theta.at[4:].set(0)))
     np.testing.assert_allclose(cropped(theta), fastfood(KEY, 4, 3)(theta[:4]), rtol=1e-6)
     assert (jnp.abs(jax.grad(lambda t: jnp.sum(folded(t) ** 2))(theta)) > 0).all()
-    # Chunks add up, each under signs of its own.
+    # Chunks add up, each under separate signs.
     signed = jnp.pad(theta, (0, 1)).reshape(3, 4) * folded.signs * folded.signs[:1]
     np.testing.assert_allclose(folded(theta), cropped(jnp.sum(signed, 0)), rtol=1e-5)
     assert len({tuple(row) for row in np.array(fastfood(KEY, 64, 8).signs)}) > 1

@@ -370,10 +370,11 @@ def _figure(config, metrics, output):
         list(metrics["pretraining"]), [at(d) for d in metrics["pretraining"].values()], "o-"
     )
     middle.set(xlabel="steps of pretraining", ylabel="d90")
-    right.plot(
-        *zip(*[(w["D"], at(w["d90"])) for w in metrics["widths"].values()], strict=True), "o-"
-    )
-    right.set(xscale="log", xlabel="D", ylabel="d90", ylim=(0, None))
+    sizes = [w["D"] for w in metrics["widths"].values()]
+    right.plot(sizes, [at(w["d90"]) for w in metrics["widths"].values()], "o-")
+    right.set(xscale="log", xlabel="D, numbers of the model", ylabel="d90", ylim=(0, None))
+    right.set_xticks(sizes, [f"{size:,}" for size in sizes])
+    right.minorticks_off()  # their labels would overlap
     figure.savefig(output / "intrinsic_dimension.png", dpi=150)
 
 

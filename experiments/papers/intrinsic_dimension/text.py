@@ -48,7 +48,7 @@ class Settings:
     batch_size: int = 16  # sentences or pairs per step
     length: int = 16  # tokens
     held_out: int = 240  # sentences
-    seeds: int = 1  # restarts, each with a subspace and a head of its own
+    seeds: int = 1  # restarts, each with its own subspace and head
 
 
 PAPER = Settings(

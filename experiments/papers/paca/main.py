@@ -9,7 +9,7 @@ does not matter which inputs of a layer are chosen.
 
 The small model reads bytes: pretrained on Python's language reference, it moves to the source code of the
 standard library, of which some files are held out for choosing learning rates, and others for the
-figures. Each method has the best of four learning rates, chosen with a seed of its own. `lean`
+figures. Each method has the best of four learning rates, chosen with a separate seed. `lean`
 recomputes norms and activations on all sides; under full recomputation PaCA's advantage is gone, and where
 memory and time go on accelerators is in benchmarks/aot_paca.py.
 """
@@ -197,7 +197,7 @@ def compare(config: Config, task: Task) -> dict[str, Any]:
 
 
 def fine_tune(config, task, objective, method: str, rate: float, seed: int) -> tuple[Any, float]:
-    """The params after `config.steps` steps, and the median seconds of a step (reported alone)."""
+    """The params after `config.steps` steps, and the median seconds of a step (which is only reported)."""
     optimizer = train.make_optimizer(rate, total_steps=config.steps, warmup_ratio=0.05)
     ticks: list[float] = []
     state, history = train.fit(
@@ -244,7 +244,7 @@ def judge(metrics: dict[str, Any]) -> list[Claim]:
             [
                 Number(less("lean"), "below", 0.85, label="of LoRA's"),
                 Number(less("none"), "below", 0.85, label="all kept, of LoRA's"),
-                count(beside, "equal to", 0, label="arrays for a weight's gradient alone:"),
+                count(beside, "equal to", 0, label="arrays only for a weight's gradient:"),
             ],
             table,
         ),
@@ -289,7 +289,7 @@ def full_width_only_in(lean: dict[str, list], method: str = "paca") -> list[list
     """Shapes that PaCA keeps and that are as wide as an input of a linear, except gate, up and x.
 
     Under "lean" the frozen block itself needs gate and up [T, F] for the activation's gradient;
-    anything more of that width, or of the width of x, would be there for a weight's gradient alone.
+    anything more of that width, or of the width of x, would be there only for a weight's gradient.
     """
     shapes = [row["shape"] for row in lean[method]]
     wide = [s for s in shapes if s == [2048, 1024]][2:]
@@ -346,7 +346,7 @@ def _figure(metrics, output):
     right.errorbar(np.arange(len(names)), means, means - low, fmt="k_", capsize=4)
     right.axhline(quality["zero_shot"], color="gray", linestyle=":", label="zero-shot")
     right.set_xticks(range(len(names)), [n.replace("_", "\n") for n in names])
-    right.set(ylabel="test loss, nats a token")
+    right.set(ylabel="test loss, nats per token")
     right.legend(fontsize=8)
     figure.savefig(output / "paca.png", dpi=150)
 

@@ -123,7 +123,7 @@ def watched(inner: optax.GradientTransformationExtraArgs) -> optax.GradientTrans
 
 
 def rounding(params: Any, d: np.ndarray) -> np.ndarray:
-    """What rounding may change of such a length: half a unit in the last place of each of n params."""
+    """The error of such a length by rounding: half a unit in the last place of each of n params."""
     n = sum(leaf.size for leaf in jax.tree.leaves(partition(params)[0]))
     # Products and sums in float32 keep 1e-5 of d.
     return 2.0**-24 * np.sqrt(n) * (1 + d) + 1e-5 * d

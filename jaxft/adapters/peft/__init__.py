@@ -162,7 +162,7 @@ def adapter_tensors(
         raise AdapterError("save_adapter: nothing trains in params; adapt them first.")
     if not adapted and not whole.only_norms(model, leaves):
         raise AdapterError(
-            f"save_adapter: {min(leaves)!r} trains and is no norm; PEFT has no type for that. Use "
+            f"save_adapter: {min(leaves)!r} trains and is not a norm; PEFT has no type for that. Use "
             "save_native, or save the whole model with save_model."
         )
     kind = _kind(adapted)

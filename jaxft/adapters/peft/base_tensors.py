@@ -118,6 +118,6 @@ def _equal(leaf, own) -> bool:
 
 
 def _is_rounded(leaf, own, nodes) -> bool:
-    """Whether `own` is a quantised form of `leaf`."""
+    """Returns whether `own` is a quantised form of `leaf`."""
     error = np.linalg.norm(leaf.astype(np.float32) - own.astype(np.float32))
     return any(map(is_weight, nodes)) and bool(error <= 0.2 * np.linalg.norm(own))

@@ -84,7 +84,7 @@ def _in_model(name: str, modules: set[str]) -> str:
 
 
 def _same_module(one: str, other: str) -> bool:
-    """Whether the names differ only by a prefix of whole models; a vision tower's layers do not match."""
+    """True if the names differ only by a prefix of whole models; a vision tower's layers do not match."""
     longer, shorter = sorted((one, other), key=len, reverse=True)
     if not longer.endswith(f".{shorter}"):
         return False

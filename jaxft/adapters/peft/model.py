@@ -69,7 +69,7 @@ class Model:
 
     @property
     def conv1d(self) -> bool:
-        """Whether the layers of the torch model store W as [in, out]."""
+        """Returns whether the layers of the torch model store W as [in, out]."""
         return any(linear.conv1d for linear in self.linears)
 
 

@@ -194,7 +194,7 @@ def with_defaults(settings: Settings) -> Settings:
         unknown = name not in COMMON and name not in options.names
         if unknown and not _neutral(value, None):
             raise AdapterError(
-                f"{name}={value!r} is no option of {kind} that is known here; if it only mattered in "
+                f"{name}={value!r} is not an option of {kind} that is known here; if it only mattered in "
                 "training, delete it from adapter_config.json."
             )
     settings = {**options.reads, **settings}
@@ -211,7 +211,9 @@ def compiled(option: str, pattern: Any, form: str = "{}") -> re.Pattern:
     try:
         return re.compile(form.format(pattern))
     except re.error as error:
-        raise AdapterError(f"{option}: {pattern!r} is no regular expression ({error}).") from None
+        raise AdapterError(
+            f"{option}: {pattern!r} is not a regular expression ({error})."
+        ) from None
 
 
 def _hint(kind) -> str:

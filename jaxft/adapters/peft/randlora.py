@@ -80,7 +80,7 @@ def write(model: Model, found: Mapping[str, RandloraWeight]) -> tuple[Settings, 
         alike = shares(cut(weight.a, a), a) and shares(cut(weight.b, b), b)
         if not alike or (weight.rank, weight.alpha) != (rank, weights[0].alpha):
             raise AdapterError(
-                f"{linear.name!r} has random bases, a rank or an alpha of its own, but PEFT has one of each "
+                f"{linear.name!r} has other random bases, rank or alpha, but PEFT has one of each "
                 "for all; make the adapter with randlora(shape=largest_shape(params, pattern))."
             )
         tensors[linear.key("randlora_lambda")] = numpy(weight.scale)

@@ -45,7 +45,7 @@ def write_norms(model: Model, found: Mapping[str, jax.Array]) -> tuple[Settings,
 
 
 def only_norms(model: Model, found: Mapping[str, jax.Array]) -> bool:
-    """Whether all trainable leaves are in norms."""
+    """Returns whether all trainable leaves are in norms."""
     norms = [m for m in model.leaves if _is_norm(model, m)]
     known = {path for m in norms for entry in model.leaves[m].values() for path in entry.paths}
     return found.keys() <= known
@@ -133,7 +133,7 @@ def _is_norm(model, module) -> bool:
 
 
 def _is_saved(names, module) -> bool:
-    """Whether the name of the module, or of an outer one, ends as modules_to_save says."""
+    """Returns whether the name of the module, or of an outer one, ends as modules_to_save says."""
     parts = module.split(".")
     outer = [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
     return any(name.endswith(end) for end in names for name in outer)

@@ -44,7 +44,7 @@ def entries(config: DecoderConfig) -> list[Entry]:
 
 
 def ignores(name: str, config: DecoderConfig) -> bool:
-    """Whether the tensor is a causal mask, or a copy of the tied embeddings."""
+    """Returns whether the tensor is a causal mask, or a copy of the tied embeddings."""
     return name.endswith((".attn.bias", ".attn.masked_bias")) or decoder_ignores(name, config)
 
 

@@ -78,30 +78,30 @@ PAPERS = {
         length=64, **_SMALL,
     ),
     "intrinsic-dimension": Config(
-        model="roberta-base", adapter="full", objective="classify", rank=1000, topology="v5e:2x2",
-        data=-1, fsdp=1, rows=8, length=128, **_SMALL,
+        model="roberta-base", adapter="full", objective="classify", rank=1000, topology="h100:1",
+        data=-1, fsdp=1, rows=32, length=128, **_SMALL,
     ),
-    "monarch": Config(model="smollm2-135m", adapter="monarch", topology="v5e:2x2", rows=4, length=512),
+    "monarch": Config(model="smollm2-135m", adapter="monarch", topology="h100:1", rows=16, length=512),
     "tram": Config(
-        model="gpt2", adapter="full", objective="tram", topology="v5p:2x2x1", rows=4, length=1024,
+        model="gpt2", adapter="full", objective="tram", topology="h100:1", rows=16, length=1024,
         **_SMALL,
     ),
     "echo-chamber": Config(
-        model="olmo-1b", adapter="full", objective="ppo", topology="v5e:2x4", rows=2, length=2048,
+        model="olmo-1b", adapter="full", objective="ppo", topology="h100:8", rows=2, length=2048,
         response=1024,
     ),
     "cxr-preference": Config(
-        model="llama3-3b", adapter="full", objective="dpo", topology="v5e:4x4", rows=1, length=2048
+        model="llama3-3b", adapter="full", objective="dpo", topology="h100:8", rows=1, length=2048
     ),
     "hypo": Config(
-        model="llama3-8b", adapter="lora", objective="hypo", topology="v5p:2x2x4", rows=1, length=1024,
+        model="llama3-8b", adapter="lora", objective="hypo", topology="h100:8", rows=1, length=1024,
         remat="dots",
     ),
     "paca": Config(
         model="llama3-8b", adapter="paca", topology="v5p:2x2x4", rows=1, length=2048, remat="lean"
     ),
     "dco": Config(
-        model="llama3-8b", adapter="full", objective="dco", topology="v5p:2x2x4", rows=4, length=1024,
+        model="llama3-8b", adapter="full", objective="dco", topology="h100:8", rows=4, length=1024,
         remat="dots",
     ),
     "reft": Config(

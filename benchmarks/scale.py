@@ -1,7 +1,9 @@
 """What fits where, compiled ahead of time for slices that are not here: writes docs/scale.md.
 
-make scale                                     all rows, about an hour and 20 GB
-.venv/bin/python -m benchmarks.scale --rows 0 3    some of them, printed
+make scale                                              all rows, about two hours and 20 GB
+.venv/bin/python -m benchmarks.scale --rows 0 3         some rows of the first table, printed
+.venv/bin/python -m benchmarks.scale --papers           the second table, row by row into the page
+.venv/bin/python -m benchmarks.scale --papers lion dco  some rows of it
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import pathlib
+from collections.abc import Mapping
 
 from jaxft.compile import Config, main
 
@@ -50,6 +53,70 @@ CASES = [
     Config(model="llama3-8b", rows=1, adapter="full", topology="2*v5p:2x2x4", data=2),
 ]
 
+PAPERS_TITLE = "## Full presets of the papers\n"
+PAPERS_HEAD = """
+The step that `--preset full` of each paper's script takes: its model, what trains, and its objective, which
+`python -m jaxft.compile --objective` names. Sampling is not part of a step.
+
+- monarch: the full preset projects the kernels of SmolLM2 and trains a small network; the row fine-tunes
+  SmolLM2 with all kernels projected.
+- intrinsic-dimension: all tensors train in one random subspace of 1000 dimensions.
+- tram: the step takes a second gradient, and a distance of predictions.
+- echo-chamber: OLMo's dimensions in the Llama family, PPO's update with a value head.
+- hypo: pairs, and as many samples of the policy, which the step gets as tokens.
+- cxr-preference: DPO, one of five losses, of a language model of the size of the paper's model; there is no
+  vision tower.
+
+"""
+PAPERS_COLUMNS = f"| paper {COLUMNS}"
+MISSING = "not compiled yet: python -m benchmarks.scale --papers"
+_SMALL = dict(float32=True, remat="none")
+# In order of size. Lengths, batches and adapters are those of the scripts or of the papers.
+PAPERS = {
+    "lion": Config(
+        model="smollm2-135m", adapter="lora", rank=8, optimizer="lion", topology="h100:1", rows=16,
+        length=64, **_SMALL,
+    ),
+    "intrinsic-dimension": Config(
+        model="roberta-base", adapter="full", objective="classify", rank=1000, topology="h100:1",
+        data=-1, fsdp=1, rows=32, length=128, **_SMALL,
+    ),
+    "monarch": Config(model="smollm2-135m", adapter="monarch", topology="h100:1", rows=16, length=512),
+    "tram": Config(
+        model="gpt2", adapter="full", objective="tram", topology="h100:1", rows=16, length=1024,
+        **_SMALL,
+    ),
+    "echo-chamber": Config(
+        model="olmo-1b", adapter="full", objective="ppo", topology="h100:8", rows=2, length=2048,
+        response=1024,
+    ),
+    "cxr-preference": Config(
+        model="llama3-3b", adapter="full", objective="dpo", topology="h100:8", rows=1, length=2048
+    ),
+    "hypo": Config(
+        model="llama3-8b", adapter="lora", objective="hypo", topology="h100:8", rows=1, length=1024,
+        remat="dots",
+    ),
+    "paca": Config(
+        model="llama3-8b", adapter="paca", topology="v5p:2x2x4", rows=1, length=2048, remat="lean"
+    ),
+    "dco": Config(
+        model="llama3-8b", adapter="full", objective="dco", topology="h100:8", rows=4, length=1024,
+        remat="dots",
+    ),
+    "reft": Config(
+        model="codellama-7b", adapter="full", objective="ppo", topology="h100:8", rows=4, length=1024,
+        response=700,
+    ),
+    "nft": Config(
+        model="qwen2.5-7b", adapter="full", objective="nft", topology="v5p:2x2x4", rows=1, length=4096,
+        response=3584,
+    ),
+    "otr": Config(
+        model="qwen2.5-7b", adapter="full", objective="otr", topology="v5p:2x2x4", rows=1, length=4096
+    ),
+}  # fmt: skip
+
 
 def row(config: Config, figures: dict) -> str:
     """One line of the table."""
@@ -58,9 +125,10 @@ def row(config: Config, figures: dict) -> str:
         for axis in ("data", "fsdp", "tensor", "context")
         if (size := getattr(config, axis)) != 1
     ]
-    mesh = ", ".join(mesh).replace("fsdp -1", "fsdp")
+    mesh = ", ".join(mesh).replace("fsdp -1", "fsdp").replace("data -1", "data")
     mesh += f"; rows of {config.length:,}" if config.length != Config().length else ""
-    trains = config.adapter + (f" over {config.quantise}" if config.quantise else "")
+    trains = "subspace" if config.objective == "classify" else config.adapter
+    trains += f" over {config.quantise}" if config.quantise else ""
     head = [config.model, trains, config.objective, config.topology, mesh]
     if not figures["fits"]:
         reason = figures.get("reason") or f"needs {figures['peak_bytes'] / 2**30:.1f} GiB"
@@ -75,18 +143,66 @@ def row(config: Config, figures: dict) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def table(columns: str, lines: list[str]) -> str:
+    """A table of Markdown."""
+    return "\n".join([columns, "|---" * columns.count(" |") + "|", *lines]) + "\n"
+
+
+def papers_section(lines: Mapping[str, str]) -> str:
+    """The second part of the page, from its lines by paper; papers without one are said to be missing."""
+    rows = [lines.get(slug) or f"| {slug} | {MISSING} |" + " |" * 8 for slug in sorted(PAPERS)]
+    return PAPERS_TITLE + PAPERS_HEAD + table(PAPERS_COLUMNS, rows)
+
+
+def papers_lines(page: str) -> dict[str, str]:
+    """{paper: its line} of the compiled rows in a page."""
+    found = page.partition(PAPERS_TITLE)[2].splitlines()
+    return {
+        slug: line
+        for line in found
+        if MISSING not in line
+        and (slug := line.split("|")[1:2] and line.split("|")[1].strip()) in PAPERS
+    }
+
+
+def compile_papers(slugs: list[str]) -> None:
+    """Compiles these papers' steps and writes each into the page."""
+    for slug in slugs:
+        case = PAPERS[slug]
+        line = f"| {slug} {row(case, main(dataclasses.replace(case, json=True)))}"
+        page = PAGE.read_text()
+        lines = papers_lines(page) | {slug: line}
+        PAGE.write_text(page.partition(PAPERS_TITLE)[0].rstrip() + "\n\n" + papers_section(lines))
+        print(line, flush=True)
+
+
+def compile_cases(rows: list[int] | None) -> None:
+    """Compiles rows of the first table, and without `rows` all, into the page."""
+    lines: list[str] = []
+    for case in CASES if rows is None else [CASES[i] for i in rows]:
+        lines.append(row(case, main(dataclasses.replace(case, json=True))))
+        print(lines[-1], flush=True)
+        if rows is None:  # after each row: an hour's rows outlive a compiler that dies
+            papers = papers_section(papers_lines(PAGE.read_text()))
+            PAGE.write_text(HEAD + table(COLUMNS, lines) + "\n" + papers)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--rows", nargs="+", type=int, help="numbers of the cases; default: all, and the page"
+        "--rows",
+        nargs="+",
+        type=int,
+        help="numbers of the first table's cases; default: all, into the page",
     )
+    parser.add_argument(
+        "--papers", nargs="*", choices=list(PAPERS), metavar="SLUG",
+        help="only the full presets of these papers, or of all, into the page",
+    )  # fmt: skip
     args = parser.parse_args()
-    chosen = CASES if args.rows is None else [CASES[i] for i in args.rows]
-    lines = [COLUMNS, "|---" * COLUMNS.count(" |") + "|"]
-    for case in chosen:
-        lines.append(row(case, main(dataclasses.replace(case, json=True))))
-        print(lines[-1], flush=True)
-        if args.rows is None:  # after each row: an hour's rows outlive a compiler that dies
-            PAGE.write_text(HEAD + "\n".join(lines) + "\n")
+    if args.papers is None:
+        compile_cases(args.rows)
+    if args.papers is not None or args.rows is None:
+        compile_papers(args.papers or list(PAPERS))

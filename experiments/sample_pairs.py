@@ -32,7 +32,7 @@ from experiments.cli import rewards as rewards_cli
 from experiments.cli.held_out import NEEDLE
 from experiments.cli.models import load_trained, renderer_of, stop_ids, writable_file
 from jaxft import data, train
-from jaxft.generation import generate
+from jaxft.generation import Generation, generate
 from jaxft.keys import stream
 from jaxft.output import writing
 
@@ -103,11 +103,11 @@ def main(config: Config) -> dict[str, Any]:
             out = generate(
                 model, params, asked, key, settings, samples=config.samples, tokenizer=tokenizer
             )
-            judged = _judged(config, rewards, tokenizer, [records[i] for i in chunk], out)
-            counts.update(pairs=len(judged.pairs), unscored=judged.unscored)
-            counts.update(undecided=judged.undecided)
+            found = judged(config, rewards, tokenizer, [records[i] for i in chunk], out)
+            counts.update(pairs=len(found.pairs), unscored=found.unscored)
+            counts.update(undecided=found.undecided)
             with writing(part):
-                file.writelines(json.dumps(pair) + "\n" for pair in judged.pairs)
+                file.writelines(json.dumps(pair) + "\n" for pair in found.pairs)
                 file.flush()
     os.replace(part, output)
     print(
@@ -117,8 +117,10 @@ def main(config: Config) -> dict[str, Any]:
     return {name: counts[name] for name in ("questions", "pairs", "undecided", "unscored")}
 
 
-def _judged(config, rewards, tokenizer, records, out) -> data.Judged:
-    """Samples and judges answers to a batch of questions."""
+def judged(
+    config: Config, rewards: Any, tokenizer: Any, records: list[dict[str, Any]], out: Generation
+) -> data.Judged:
+    """Scores sampled answers to a batch of questions, and pairs them."""
     texts = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in out.completions]
     asked = [record for record in records for _ in range(config.samples)]
     whole = [finish != "length" or config.keep_truncated for finish in out.finish]

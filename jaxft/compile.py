@@ -23,6 +23,7 @@ import tyro
 
 from jaxft.parallel import CompiledCost, compile_environment, path_name
 from jaxft.parallel.topology import slices_of
+from jaxft.train.ahead import EXPERIENCE, Name, plan
 
 _LLAMA = dict(
     model_type="llama", rope_theta=5e5, rms_norm_eps=1e-5, max_position_embeddings=131072,
@@ -48,6 +49,37 @@ PRESETS: dict[str, dict[str, Any]] = {
         model_type="qwen3", vocab_size=151936, hidden_size=4096, intermediate_size=12288,
         num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8, head_dim=128,
         max_position_embeddings=40960, rope_theta=1e6, rms_norm_eps=1e-6, tie_word_embeddings=False,
+    ),
+    "llama3-3b": _LLAMA | dict(
+        hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24,
+        tie_word_embeddings=True,
+    ),
+    "codellama-7b": _LLAMA | dict(
+        hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=32, vocab_size=32016, rope_theta=1e6, rope_scaling=None,
+        max_position_embeddings=16384,
+    ),
+    # OLMo's dimensions in the Llama family, whose norms have scales.
+    "olmo-1b": _LLAMA | dict(
+        hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=16,
+        num_key_value_heads=16, vocab_size=50304, rope_theta=1e4, rope_scaling=None,
+        max_position_embeddings=2048, tie_word_embeddings=True,
+    ),
+    "smollm2-135m": _LLAMA | dict(
+        hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, head_dim=64, vocab_size=49152, rope_theta=1e5, rope_scaling=None,
+        max_position_embeddings=8192, tie_word_embeddings=True,
+    ),
+    "qwen2.5-7b": dict(
+        model_type="qwen2", vocab_size=152064, hidden_size=3584, intermediate_size=18944,
+        num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
+        max_position_embeddings=131072, rope_theta=1e6, rms_norm_eps=1e-6, tie_word_embeddings=False,
+    ),
+    "gpt2": dict(model_type="gpt2", vocab_size=50257, n_embd=768, n_layer=12, n_head=12, n_positions=1024),
+    "roberta-base": dict(
+        model_type="roberta", vocab_size=50265, hidden_size=768, intermediate_size=3072,
+        num_hidden_layers=12, num_attention_heads=12, max_position_embeddings=514, type_vocab_size=1,
+        layer_norm_eps=1e-5, pad_token_id=1,
     ),
     "gemma3-27b": dict(
         model_type="gemma3_text", vocab_size=262208, hidden_size=5376, intermediate_size=21504,
@@ -79,9 +111,10 @@ CHIPS = {
 class Config:
     """The step to compile and its target."""
 
-    # llama3-1b, llama3-8b, llama3-70b, qwen3-8b, gemma3-27b, or a config.json
+    # a name of PRESETS, such as llama3-8b, qwen2.5-7b or gemma3-27b; or a config.json
     model: str = "llama3-8b"
-    objective: Literal["sft", "grpo"] = "sft"  # grpo: the update on sampled responses
+    # see jaxft.train.ahead; grpo, ppo and nft: the update on sampled responses
+    objective: Name = "sft"
     # see jaxft.parallel.compile_only_devices: v5p:2x2x4, h100:8, 2*v5e:4x4
     topology: str = "v5e:4x4"
     data: int = 1  # mesh: copies of the model; -1 fills
@@ -89,11 +122,12 @@ class Config:
     tensor: int = 1  # mesh: shards of each projection
     context: int = 1  # mesh: shards of each row's tokens
     adapter: str = "lora"  # see experiments/sft.py; full: all params are trained
-    rank: int = 16  # of the adapter, if it has one
+    rank: int = 16  # of the adapter, if it has one; the dimension of classify's random subspace
+    optimizer: Literal["adamw", "lion"] = "adamw"
     quantise: Literal["nf4", "int8", "int4", "fp8"] | None = None  # of the frozen kernels
     rows: int = 2  # of each shard of the batch
     length: int = 2048  # tokens of a row
-    response: int = 1024  # tokens at the end of a row that grpo trains on
+    response: int = 1024  # tokens at the end of a row that grpo, ppo and nft train on
     microbatches: int = 1  # sequential parts of the batch
     remat: Literal["none", "lean", "dots", "full"] = "full"  # what the backward pass recomputes
     float32: bool = False  # compute in float32; else bfloat16, with frozen params in bfloat16
@@ -151,19 +185,17 @@ def compile_step(config: Config) -> dict[str, Any]:
     """The figures of one device; the process must have been started with `compile_environment()`."""
     import jax
     import jax.numpy as jnp
-    import optax
 
     from jaxft import train
-    from jaxft.adapters import apply_named, partition
+    from jaxft.adapters import partition
     from jaxft.models import family_of
-    from jaxft.parallel import (
-        compile_only_devices,
-        compiled_cost,
-        make_mesh,
-        param_shardings,
-        replicated,
-    )
+    from jaxft.optim import scale_by_lion
+    from jaxft.parallel import compile_only_devices, compiled_cost, make_mesh
 
+    if config.objective in EXPERIENCE and not 0 < config.response < config.length:
+        raise ValueError(
+            f"--response {config.response} must lie below --length {config.length}: a prompt comes first."
+        )
     devices = compile_only_devices(config.topology)
     axes = {name: getattr(config, name) for name in ("data", "fsdp", "tensor", "context")}
     mesh = make_mesh(**axes, slices=slices_of(config.topology)[0], devices=devices)
@@ -173,14 +205,42 @@ def compile_step(config: Config) -> dict[str, Any]:
         )
     dtype = jnp.float32 if config.float32 else jnp.bfloat16
     architecture = _model_config(config)
-    family = family_of(architecture)
-    model = family.module(architecture, dtype=dtype, scan_layers=True, remat=config.remat)
-    optimizer = train.make_optimizer(1e-4, total_steps=1000)
+    model = family_of(architecture).module(
+        architecture, dtype=dtype, scan_layers=True, remat=config.remat
+    )
+    rows = config.rows * mesh.shape["data"] * mesh.shape["fsdp"] * config.microbatches
+    planned = plan(config.objective, model, rows, config.length, config.response, config.rank, mesh)
+    rule = scale_by_lion() if config.optimizer == "lion" else None
+    optimizer = planned.optimizer(train.make_optimizer(1e-4, total_steps=1000, rule=rule))
+    step = train.make_step(
+        planned.objective,
+        optimizer,
+        microbatches=config.microbatches,
+        extra_args=planned.extra_args,
+    )
+    state, batch = _state(config, model, planned, optimizer, mesh), planned.batch
+    compiled = train.jit_step(step).lower(state, batch).compile()
+    trains = sum(leaf.size for leaf in jax.tree.leaves(partition(state.params)[0]))
+    tokens = sum(math.prod(part["tokens"].shape) for part in (batch, batch.get("online")) if part)
+    return _figures(config, compiled_cost(compiled), tokens, mesh.size, model, trains)
+
+
+def _state(config, model, planned, optimizer, mesh):
+    """The shapes of the TrainState on the mesh."""
+    import jax
+    import optax
+
+    from jaxft import train
+    from jaxft.adapters import apply_named, partition
+    from jaxft.models import family_of
+    from jaxft.parallel import param_shardings, replicated
+
+    family = family_of(model.config)
 
     def start(key):
         params = model.init(key, model.example_input())["params"]
         if config.adapter != "full":  # trained params are float32 in any case
-            params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+            params = jax.tree.map(lambda leaf: leaf.astype(model.dtype), params)
         options = dict(
             rank=config.rank,
             alpha=2.0 * config.rank,
@@ -190,9 +250,8 @@ def compile_step(config: Config) -> dict[str, Any]:
             layers=family.layers,
             stacked=family.stacked_axes,
         )
-        return train.init_state(
-            apply_named(params, config.adapter, **options), optimizer, jax.random.key(0)
-        )
+        params = planned.params(apply_named(params, config.adapter, **options))
+        return train.init_state(params, optimizer, jax.random.key(0))
 
     state = jax.eval_shape(start, jax.random.key(0))
     shardings = param_shardings(state.params, mesh, family.rules, family.layers)
@@ -203,54 +262,13 @@ def compile_step(config: Config) -> dict[str, Any]:
         transform_non_params=lambda _: single,
     )  # fmt: skip
     place = lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s)
-    state = train.TrainState(
+    return train.TrainState(
         step=place(state.step, single),
         params=jax.tree.map(place, state.params, shardings),
         opt_state=jax.tree.map(place, state.opt_state, moments),
         carry=None,
         key=place(state.key, single),
     )
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    shape = (config.rows * parts * config.microbatches, config.length)
-    objective, batch = _objective(config, model, shape, mesh)
-    step = train.make_step(objective, optimizer, microbatches=config.microbatches)
-    compiled = train.jit_step(step).lower(state, batch).compile()
-    trains = sum(leaf.size for leaf in jax.tree.leaves(partition(state.params)[0]))
-    return _figures(config, compiled_cost(compiled), math.prod(shape), mesh.size, model, trains)
-
-
-def _objective(config, model, shape, mesh):
-    """(objective, a batch of shapes for it)."""
-    import jax
-    import jax.numpy as jnp
-
-    from jaxft.objectives import policy_gradient, supervised
-    from jaxft.objectives.policy import sequence_mean
-    from jaxft.parallel import batch_sharding, token_sharding
-    from jaxft.rl.algorithms import clipped
-    from jaxft.train.batches import TOKENS
-
-    rows, length = shape
-    kinds = dict(tokens=jnp.int32, segment_ids=jnp.int32, positions=jnp.int32)
-    fields = {name: (shape, kind) for name, kind in kinds.items()}
-    if config.objective == "sft":
-        objective = supervised(model.forward)
-        fields["loss_mask"] = (shape, jnp.float32)
-    else:
-        if not 0 < config.response < length:
-            raise ValueError(
-                f"--response {config.response} must lie below --length {length}: a prompt comes first."
-            )
-        objective = policy_gradient(model.forward, clipped(), sequence_mean)
-        response = (rows, config.response)
-        fields |= {
-            "completion_mask": (response, jnp.bool_),
-            "sampler_log_probs": (response, jnp.float32),
-            "advantages": ((rows,), jnp.float32),
-        }
-    place = lambda name: (token_sharding if name in TOKENS else batch_sharding)(mesh)
-    shapes = {k: jax.ShapeDtypeStruct(*v, sharding=place(k)) for k, v in fields.items()}
-    return objective, shapes
 
 
 def _figures(config, cost: CompiledCost, tokens, devices, model, trains) -> dict[str, Any]:
@@ -308,7 +326,10 @@ def _matmul_flops(model, config: Config, tokens: int) -> float:
     leaves = tree_leaves_with_path(_shapes(model))
     layers = sum(math.prod(leaf.shape) for path, leaf in leaves if is_linear(path))
     passes = 2 + (config.adapter == "full")
-    head = model.config.vocab_size * model.config.hidden_size
+    encoder = config.objective == "classify"
+    head = 0 if encoder else model.config.vocab_size * model.config.hidden_size
+    # tram evaluates a second gradient, at the perturbed params.
+    tokens *= 1 + (config.objective == "tram")
     return 2.0 * tokens * (layers * (passes + (config.remat == "full")) + head * passes)
 
 
@@ -332,11 +353,18 @@ def _model_config(config: Config):
             )
         settings = json.loads(path.read_text())
     result = config_of(settings)
-    if not hasattr(family_of(result).module, "forward"):
-        raise ValueError(f"--model {config.model!r} is {result.family}, not a language model.")
+    encoder, classifies = (
+        not hasattr(family_of(result).module, "forward"),
+        config.objective == "classify",
+    )
+    if encoder != classifies:
+        needed = "an encoder of text" if classifies else "a language model"
+        raise ValueError(
+            f"--model {config.model!r} is {result.family}; --objective {config.objective} needs {needed}."
+        )
     if config.layers:
-        windows = result.windows[: config.layers]
-        result = dataclasses.replace(result, num_layers=config.layers, windows=windows)
+        windows = {} if encoder else {"windows": result.windows[: config.layers]}
+        result = dataclasses.replace(result, num_layers=config.layers, **windows)
     return result
 
 

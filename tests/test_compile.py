@@ -7,6 +7,8 @@ import sys
 import pytest
 
 import jaxft.compile as compile_module
+from benchmarks import scale
+from experiments.lab import sources
 from jaxft.parallel.compiled import exchanged_bytes
 from tests.aot import run_aot
 
@@ -22,6 +24,8 @@ REFUSED = [
     (dict(topology="h100:8", fsdp=3), "does not fill 8 devices"),
     (dict(context=2, length=9), "--length 9 must be a multiple of --context 2"),
     (dict(objective="grpo", response=9, length=9), "must lie below --length 9"),
+    (dict(objective="dpo", model="roberta-base"), "dpo needs a language model"),
+    (dict(objective="classify"), "classify needs an encoder of text"),
 ]
 
 
@@ -48,6 +52,8 @@ def figures(tmp_path_factory):
                 compile_step(Config(**config))
             except ValueError as error:
                 figures["refused"].append(str(error))
+        from benchmarks.scale import PAPERS
+        figures["lion"] = compile_step(PAPERS["lion"])
         print(json.dumps(figures))
         """
     )
@@ -110,6 +116,27 @@ def test_memory_and_operations(figures):
     flops = lambda passes, head_passes: 2 * 4096 * (3 * layer * passes + head * head_passes) / 8
     assert figures["lora"]["step_flops"] == flops(3, 2)
     assert figures["full"]["step_flops"] == flops(4, 3)
+
+
+def test_the_step_of_a_paper_s_full_preset(figures):
+    """SmolLM2-135M on one device: LoRA and one momentum train, in float32, and nothing is exchanged."""
+    found = figures["lion"]
+    assert found["fits"] and found["tokens"] == 16 * 64 and not found["collectives"]
+    kernels = 576 * (576 + 192 + 192 + 576) + 3 * 576 * 1536
+    norms = 30 * 2 * 576 + 576
+    lora = 30 * 8 * ((576 + 576) * 2 + (576 + 192) * 2 + (576 + 1536) * 3)
+    assert found["trains"] == lora
+    state = 4 * (30 * kernels + 49152 * 576 + norms + 2 * lora)
+    assert state <= found["argument_bytes"] <= state + 1e5
+
+
+def test_every_paper_has_a_full_preset_and_a_row_of_its_step():
+    scripts = sources.scripts()
+    assert set(scale.PAPERS) == set(scripts)
+    preset = 'preset: Literal["small", "full"]'
+    assert not [slug for slug, path in scripts.items() if preset not in path.read_text("utf-8")]
+    page = scale.PAGE.read_text("utf-8")
+    assert page.endswith(scale.papers_section(scale.papers_lines(page)))
 
 
 def test_bytes_of_loops_and_halves():
@@ -191,7 +218,7 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, message, monkeypatch, 
     assert ended.value.code == 2 and message in said and len(said.splitlines()) == 1
 
 
-def test_what_is_exchanged_by_the_book_is_two_gathers_and_the_gradients(figures):
+def test_plain_fsdp_exchanges_two_gathers_and_the_gradients(figures):
     layer, head = sizes()
     everything = (
         3 * layer + 2 * head + 7 * 512

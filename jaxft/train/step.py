@@ -69,13 +69,7 @@ def make_step(
         books: values that the objective reads and the step updates, such as a reference that follows the
             params: name of an entry of the carry -> `Book`. Make the state with init_state(..., books=books).
     """
-    books = dict(books or {})
-    extra_args = dict(extra_args or {})
-    taken = {"value", "grad", "value_fn", "grad_fn", "metrics"} & extra_args.keys()
-    if taken:
-        raise ValueError(
-            f"make_step: extra_args may not name {sorted(taken)}: they are given anyway."
-        )
+    books, extra_args = dict(books or {}), _own_names(extra_args)
     estimator = accumulate(gradient, microbatches)
     update = optax.with_extra_args_support(optimizer).update
 
@@ -111,6 +105,16 @@ def make_step(
         return new_state._replace(carry=updated(books, state.carry, after, metrics, good)), metrics
 
     return step
+
+
+def _own_names(extra_args):
+    """Returns the functions as a dict; refuses names of what every optimizer gets."""
+    taken = {"value", "grad", "value_fn", "grad_fn", "metrics"} & (extra_args or {}).keys()
+    if taken:
+        raise ValueError(
+            f"make_step: extra_args may not name {sorted(taken)}: they are given anyway."
+        )
+    return dict(extra_args or {})
 
 
 def jit_step(step: Step) -> Step:

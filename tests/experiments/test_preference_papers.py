@@ -1,5 +1,6 @@
 """The scripts of papers on preferences: exact parts against closed forms, the rest run small."""
 
+import contextlib
 import functools
 import json
 
@@ -9,12 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.cli import flags
 from experiments.papers.cxr_preference import main as cxr_preference
 from experiments.papers.cxr_preference import reports
 from experiments.papers.dco import main as dco
-from experiments.papers.hypo import bandits, text
+from experiments.papers.hypo import bandits, full, text
 from experiments.papers.hypo import main as hypo
-from jaxft.data import GreenCounts, green_score
+from jaxft.checkpoints import load_model, save_model
+from jaxft.data import DataError, GreenCounts, green_score
 from jaxft.losses import leave_one_out, reverse_kl_surrogate
 
 
@@ -32,6 +35,123 @@ def test_hypo_smoke(hypo_smoke):
     start = [rows[0] for rows in seed.values()]
     assert start[0] == start[1] == start[2] and abs(start[0]["kl"]) < 1e-5
     assert len({rows[-1]["log_prob_chosen"] for rows in seed.values()}) == 3
+
+
+@pytest.fixture(scope="module")
+def on_disk(tmp_path_factory):
+    """(directory of a tiny model, pairs of sums, questions with answers)."""
+    path = tmp_path_factory.mktemp("full")
+    model, params = load_model("tiny")
+    save_model(path / "model", model, params, tokenizer_from="tiny")
+    asked = [(f"{i} + {j} =", str(i + j)) for i in range(4) for j in range(4)]
+    pairs = [{"prompt": p, "chosen": c, "rejected": "no"} for p, c in asked]
+    rows = [{"prompt": p, "completion": c} for p, c in asked[:4]]
+    new = [{"prompt": f"{i} + 9 =", "completion": str(i + 9)} for i in range(3)]
+    for name, records in (("pairs", pairs), ("rows", rows), ("new", new)):
+        (path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, records)))
+    return {name: str(path / name) for name in ("model", "pairs.jsonl", "rows.jsonl", "new.jsonl")}
+
+
+def test_hypo_s_full_preset_measures_kl_and_log_probs(on_disk, tmp_path, monkeypatch):
+    # The exact part is that of the default size.
+    monkeypatch.setattr(hypo.bandits, "run", lambda *_: {"three": {}, "random": {}})
+    monkeypatch.setattr(hypo, "_bandit_claims", lambda metrics: [])
+    monkeypatch.setattr(hypo, "_figure", lambda *_: None)
+    given = dict(model=on_disk["model"], data=on_disk["pairs.jsonl"], output_dir=str(tmp_path))
+    given |= dict(learning_rate=1e-2, text_kl_weight=1.0)  # the paper's would hardly show
+    config = flags.replace(hypo.Config(), preset="full", smoke=True, **given)
+    assert hypo.main(config) == 0
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    (seed,) = metrics["text"]
+    assert set(seed) == {"DPO", "HyPO"} and seed["DPO"][0] == seed["HyPO"][0]
+    # The adapter begins without effect, so the policy is its reference.
+    assert abs(seed["DPO"][0]["kl"]) < 1e-4 and seed["DPO"][0]["pairs"] == 14
+    assert seed["DPO"][-1]["log_prob_chosen"] != seed["HyPO"][-1]["log_prob_chosen"]
+    assert not any("reward" in claim["text"] for claim in metrics["claims"])
+
+
+def test_rewards_of_hypo_s_full_preset_are_those_of_the_answers(monkeypatch):
+    judge = lambda texts, records: [
+        len(r["prompt"]) - len(t) for t, r in zip(texts, records, strict=True)
+    ]
+    monkeypatch.setattr(full.rewards_cli, "opened", lambda *_: contextlib.nullcontext(judge))
+    config = flags.replace(hypo.Config(), judge="judge.py:score")
+    settings = flags.replace(full.preference.Config(), model="tiny")
+    tokenizer = full.load_tokenizer("tiny")
+    asked, answer = (tokenizer(t)["input_ids"] for t in ("What is it?", "no"))
+    ids = np.array([[0, *asked, *answer]])
+    shape = lambda *parts: np.array([[x for n, x in parts for _ in range(n)]])
+    batch = {
+        "tokens": ids[:, None],
+        "segment_ids": shape((1, 0), (13, 1))[:, None],
+        "loss_mask": shape((12, 0.0), (2, 1.0))[:, None],
+    }
+    with full.rewarded(config, settings, []) as reward:
+        assert reward(batch).tolist() == [11 - 2]
+    with full.rewarded(hypo.Config(), settings, []) as reward:
+        assert reward is None
+
+
+def test_dco_s_full_preset_measures_each_epoch(on_disk, tmp_path):
+    given = dict(
+        model=on_disk["model"], data=on_disk["rows.jsonl"], eval_data=on_disk["rows.jsonl"]
+    )
+    with pytest.raises(DataError, match="every held-out record is also"):
+        dco.main(flags.replace(dco.Config(), preset="full", output_dir=str(tmp_path), **given))
+    given |= {"eval_data": on_disk["new.jsonl"], "output_dir": str(tmp_path / "out")}
+    assert dco.main(flags.replace(dco.Config(), preset="full", smoke=True, **given)) == 0
+    rows = json.loads((tmp_path / "out" / "metrics.json").read_text())["training"]
+    for (run,) in rows.values():
+        assert [row["epoch"] for row in run] == [1, 2]
+        assert sum(run[0]["right"]) + sum(run[0]["wrong"]) == 2  # the third chooses the epoch
+        assert 0 < run[0]["pass"]["1"] < run[0]["pass"]["4096"] <= 1
+    assert rows["1"][0][1]["pass"] != rows["256"][0][1]["pass"]
+
+
+def test_cxr_s_full_preset_trains_on_its_own_judged_reports(on_disk, tmp_path, monkeypatch):
+    judge = lambda texts, records: [sum(map(ord, text)) or None for text in texts]
+    opened = lambda *_: contextlib.nullcontext(judge)
+    monkeypatch.setattr(cxr_preference.full.rewards_cli, "opened", opened)
+    monkeypatch.setattr(cxr_preference.lengths, "measure", dict)
+    monkeypatch.setattr(cxr_preference.lengths, "judge", lambda _: [])
+    monkeypatch.setattr(cxr_preference, "_figure", lambda *_: None)
+    given = dict(model=on_disk["model"], data=on_disk["rows.jsonl"], judge="operator:eq")
+    config = flags.replace(cxr_preference.Config(), preset="full", smoke=True, **given)
+    config = flags.replace(config, eval_data=on_disk["new.jsonl"], output_dir=str(tmp_path))
+    assert cxr_preference.main(config) == 0
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    (run,) = metrics["runs"]
+    assert run["pairs"] + run["undecided"] == 4
+    assert [row["step"] for row in run["KTO"]["curve"]] == [1, 2]
+    assert {"DPO", "KTO", "best of 4"} < set(run) and "f1" not in run["SFT"]
+    assert not any("F1" in claim["text"] for claim in metrics["claims"])
+
+
+@pytest.mark.parametrize(
+    "script, given, message",
+    [
+        (hypo, {"model": "tiny"}, "--model tiny has no effect without --preset"),
+        (hypo, {"judge": "a.py:f"}, "--judge a.py:f has no effect without --preset"),
+        (hypo, {"preset": "full", "data": "nowhere.jsonl", "model": "tiny"}, "nowhere.jsonl"),
+        (dco, {"preset": "full", "data": "nowhere.jsonl", "model": "tiny"}, "nowhere.jsonl"),
+        (dco, {"preset": "full", "mode": "cot"}, "--preset full has no --mode cot"),
+        (
+            cxr_preference,
+            {"preset": "full", "model": "tiny"},
+            "jaxft has no model that reads images",
+        ),
+        (
+            cxr_preference,
+            {"preset": "full", "data": "nowhere.jsonl", "model": "tiny", "judge": "operator:eq"},
+            "nowhere.jsonl",
+        ),
+    ],
+)
+def test_full_presets_refuse_in_one_line(script, given, message, tmp_path):
+    given = given | {"output_dir": str(tmp_path)}
+    with pytest.raises(ValueError) as refused:
+        script.main(flags.replace(script.Config(), **given))
+    assert message in str(refused.value) and "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(

@@ -1,41 +1,56 @@
-"""Preference Fine-Tuning for Factuality in Chest X-Ray Interpretation Models (arXiv 2410.07025).
+r"""Preference Fine-Tuning for Factuality in Chest X-Ray Interpretation Models (arXiv 2410.07025).
 
-A model that was fine-tuned on reports writes four of its own to each image; an automatic judge scores
-them against the reference report, the best and the worst make a pair, and DPO, KTO, IPO, SimPO and ORPO
-learn from such pairs without any human. The judge counts as GREEN does, and so has its loophole: what is
-true and not in the reference has no cost, which favours longer reports.
+A model that was fine-tuned on reports writes four reports of its own to each image. An automatic
+judge scores them against the reference report; the best and the worst form a pair, and DPO, KTO,
+IPO, SimPO and ORPO learn from such pairs without any human. The judge counts as GREEN does and
+shares its loophole: a true statement that is not in the reference has no cost, which favours longer
+reports.
 
     python experiments/papers/cxr_preference/main.py
+    python experiments/papers/cxr_preference/main.py --preset full --model runs/sft/model \
+        --data reports.jsonl --judge judge.py:score          prompt and completion: texts alone
 
-Images are twelve tokens of evidence, reports name findings (reports.py); a model of 0.1 M
-parameters. Beside the five, with the same steps and as many tokens: more of the supervised start
-("more SFT"), and the best of the four as a supervised target ("best of 4"). A checkpoint is chosen on
-validation images, as in the paper; printed results are for other images, one sample each. Reports that the
-judge cannot read (here: without an end) give no pair, and count 0 where methods are compared.
+Images are twelve tokens of evidence, and reports name findings (reports.py); the model has 0.1 M
+parameters. Two baselines have the same number of steps and of tokens as the five methods: further
+training on reference reports ("more SFT"), and supervised training on the best of the four reports
+("best of 4"). A checkpoint is chosen on validation images, as in the paper; the printed results are
+for other images, with one sample each. Reports that the judge cannot read (here: reports without an
+end) give no pair, and count 0 where methods are compared.
 
-The paper's lengthening, up to 3.2 times, is not reached in such a small language with a habit of three
-negatives. The effect of a judge's bias is therefore also shown exactly: five responses whose labels favour
-length by 0.1 a token. DPO's optimum is then the biased one, R-DPO's with α = 0.1 the unbiased one.
+The paper's lengthening, up to 3.2 times, is not reached in this small language, whose reports have
+a fixed number of three negatives. The effect of a judge's bias is therefore also computed exactly:
+five responses whose labels favour length by 0.1 a token. DPO's optimum is then the biased one, and
+that of R-DPO with α = 0.1 the unbiased one.
 
-Seen over seeds 0 to 2: DPO gains for 100 steps; by 200 its reports have grown from 6.2 to 9 tokens and its
-GREEN has fallen below the start's, which is why a checkpoint is chosen. On seed 0 115 of SimPO's 1000
-reports have no end, and with them its gain is gone (+0.013), so over three seeds it is not shown. Where its
-reports are as long as SFT's, their GREEN is above SFT's on every seed.
+Observed over seeds 0 to 2: DPO gains for 100 steps; by step 200 its reports have grown from 6.2 to
+9 tokens and its GREEN has fallen below that of the start, which is why a checkpoint is chosen. On
+seed 0, 115 of SimPO's 1000 reports have no end, and its gain vanishes with them (+0.013), so a gain
+is not shown over three seeds. Where its reports are as long as those of SFT, their GREEN is above
+SFT's on every seed.
 
-Departures: ORPO starts from the fine-tuned model as the others do, where the paper's has no SFT of
-its own; β is one a method (0.1 for DPO and KTO, 0.5 for IPO, 2 with γ = 1 for SimPO, λ = 1 for ORPO),
-where the paper sweeps three.
+Departures from the paper: ORPO starts from the fine-tuned model as the others do, where the paper's
+has no SFT of its own; each method has one β (0.1 for DPO and KTO, 0.5 for IPO, 2 with γ = 1 for
+SimPO, λ = 1 for ORPO), where the paper sweeps three.
+
+`--preset full` is the text side of the paper's pipeline, since jaxft has no model that reads images
+yet: a language model that was fine-tuned on reports (--model, by experiments/sft.py) writes four
+reports to each prompt of --data, --judge scores them against the reference, and the same methods
+train with the paper's rate, schedule and lengths (all params, 64 pairs a step). GREEN stands for
+that judge's score in all printed results. The F1 of findings needs their true list and is left out.
+One host.
 """
 
 from __future__ import annotations
 
 import experiments.cli.interrupts  # noqa: F401  isort: skip  (before what takes seconds)
 
+import contextlib
 import dataclasses
 import functools
 import operator
 import sys
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -43,21 +58,20 @@ import numpy as np
 import optax
 import tyro
 
-from experiments.cli import flags, limits
+from experiments.cli import choices, flags, limits
 from experiments.lab.claims import Claim, interval, mean, show
 from experiments.lab.figures import plot_mean
 from experiments.lab.seeds import begin
-from experiments.papers.cxr_preference import lengths
-from experiments.papers.cxr_preference import reports as world
+from experiments.papers.cxr_preference import full, lengths, reports
+from experiments.papers.cxr_preference.worlds import BASELINES, FIVE, World, objective
+from experiments.worlds import loaded
 from experiments.worlds import toy_text as toy
-from jaxft import losses, train
+from jaxft import train
+from jaxft.adapters import combine, partition
 from jaxft.data import green_score, judge_pairs
 from jaxft.metrics import length_controlled_rate, standardised_mean
 from jaxft.models import Decoder
-from jaxft.objectives import kto, preference, supervised
-
-FIVE = ("DPO", "KTO", "IPO", "SimPO", "ORPO")
-BASELINES = ("more SFT", "best of 4")
+from jaxft.objectives import supervised
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +90,9 @@ class Config:
     held_out: int = 1000  # test images; half as many select the checkpoint
     # directory for the figure, metrics.json and the cache of finished seeds
     output_dir: str = "runs/cxr_preference"
+    preset: Literal["small", "full"] = "small"  # full: texts, with a model from disk
+    source: loaded.Source = loaded.Source()
+    rewards: flags.Rewards = flags.Rewards()  # preset full: what judges reports
     record: flags.Record = flags.Record()
     smoke: bool = False  # seconds; claims are printed, not judged
     debug: bool = False  # full tracebacks
@@ -84,82 +101,128 @@ class Config:
 def main(config: Config) -> int:
     """Measures all claims; returns exit code 1 if one does not hold."""
     this = begin(config)
-    if config.smoke:
-        config = dataclasses.replace(
-            config, seeds=1, sft_steps=20, images=64, steps=4, every=2, batch_size=8, held_out=64
-        )
+    config = _sized(config)
     train.keep_memory_warm()
-    runs = this.seeds(config, functools.partial(run_seed, config))
+    with opened(config) as world_of:
+        runs = this.seeds(config, functools.partial(run_seed, config, world_of))
     metrics = {"lengths": lengths.measure(), "runs": runs}
     _figure(metrics, this.output)
     return this.finish(judge(metrics), metrics)
 
 
-def run_seed(config: Config, seed: int) -> dict[str, Any]:
+@contextlib.contextmanager
+def opened(config: Config) -> Iterator[Callable[[int], World]]:
+    """Yields seed -> World: synthetic images, or with --preset full the texts of --data."""
+    if config.preset != "full":
+        yield functools.partial(small_world, config)
+        return
+    with full.opened(config) as world_of:
+        yield world_of
+
+
+def _sized(config):
+    loaded.check(config)
+    choices.check_companions(config, dict.fromkeys(flags.flat(config.rewards), "preset"))
+    if config.preset == "full":
+        full.check(config)
+        config = flags.with_small(config, full.SIZES)
+    if config.smoke:
+        sizes = dict(seeds=1, sft_steps=20, images=64, steps=4, every=2, batch_size=8, held_out=64)
+        sizes |= dict(batch_size=2, steps=2, every=1) if config.preset == "full" else {}
+        config = dataclasses.replace(config, **sizes)
+    return config
+
+
+def run_seed(config: Config, world_of: Callable[[int], World], seed: int) -> dict[str, Any]:
     """Returns the results of one start, its pairs and all methods."""
-    size = dict(width=16, layers=1) if config.smoke else {}
-    # A finding is a place among the evidence, so places are learnt.
-    places = dict(learned_positions=True, rope=None)
-    model = toy.decoder(world.VOCABULARY, world.LENGTH, **size, **places)
-    base = toy.pretrain(model, _sft_batch(2 * config.batch_size), config.sft_steps, 2e-3, seed)
-    rng = np.random.default_rng((seed, 1))
-    images, validation, test = (
-        world.draw(rng, n) for n in (config.images, config.held_out // 2, config.held_out)
-    )
-    records, unread = _sampled(model, base, images, config.samples, jax.random.key(seed))
-    judged = judge_pairs(records, [record.pop("green") for record in records])
-    length = lambda side: float(np.mean([len(pair[side]) for pair in judged.pairs]))
+    world = world_of(seed)
+    pairs, unscored, undecided = world.judged
     run = {
         "seed": seed,
-        "pairs": len(judged.pairs),
-        "unread": judged.unscored,
-        "undecided": judged.undecided,
-        "length_chosen": length("chosen"),
-        "length_rejected": length("rejected"),
+        "pairs": len(pairs),
+        "unread": unscored,
+        "undecided": undecided,
+        "length_chosen": world.lengths[0],
+        "length_rejected": world.lengths[1],
     }
-    print(f"seed {seed}: {run['pairs']} pairs, {unread} samples unread", flush=True)
-    key = jax.random.key(1000 + seed)
-    measured = functools.partial(measure, model, key=key)
-    run["SFT"] = start = measured(base, test)
+    print(f"seed {seed}: {len(pairs)} pairs, {unscored} samples unread", flush=True)
+    run["SFT"] = start = world.measure(world.start, world.test)
     for name in ("DPO", "KTO", "best of 4") if config.smoke else (*FIVE, *BASELINES):
-        objective, rows = method(name, model, base, judged.pairs, images)
-        curve, kept = [], []
-
-        def look(state, curve=curve, kept=kept):
-            row = measured(state.params, validation)
-            curve.append({"step": int(state.step), "green": row["green"], "length": row["length"]})
-            kept.append(jax.tree.map(jnp.copy, state.params))  # The next step takes the state.
-            return {}
-
-        train.fit(
-            base,
-            objective,
-            optax.adam(config.learning_rate),
-            _batches(rows, config.batch_size, (seed, 2)),
-            steps=config.steps,
-            callbacks=[train.every(config.every, look), train.progress(steps=config.every)],
-        )
-        best = int(np.argmax([row["green"] for row in curve]))
-        found = measured(kept[best], test)
-        run[name] = against(found, start) | {"curve": curve, "best_step": curve[best]["step"]}
+        curve, best = train_method(config, world, name)
+        found = world.measure(best, world.test)
+        first = max(curve, key=lambda row: row["green"])
+        run[name] = against(found, start) | {"curve": curve, "best_step": first["step"]}
         print(
             f"seed {seed}, {name}: GREEN {start['green']:.3f} -> {found['green']:.3f}, tokens "
-            f"{start['length']:.2f} -> {found['length']:.2f}, F1 {found['f1']:.3f}",
+            f"{start['length']:.2f} -> {found['length']:.2f}",
             flush=True,
         )
     run["SFT"] = {k: v for k, v in start.items() if k not in ("greens", "tokens")}
     return run
 
 
-def method(name: str, model: Decoder, base: Any, pairs: list, images: world.Cases):
+def train_method(config: Config, world: World, name: str) -> tuple[list[dict[str, Any]], Any]:
+    """(what was measured along training, params of the checkpoint that is best in validation)."""
+    objective, batches = world.method(name)
+    curve, best = [], [-np.inf, None]
+
+    def look(state):
+        row = world.measure(state.params, world.validation)
+        curve.append({"step": int(state.step), "green": row["green"], "length": row["length"]})
+        if row["green"] > best[0]:
+            # The next step takes what trains.
+            trainable, frozen = partition(state.params)
+            best[:] = row["green"], combine(jax.tree.map(jnp.copy, trainable), frozen)
+        return {}
+
+    train.fit(
+        world.start,
+        objective,
+        world.optimizer,
+        batches,
+        steps=config.steps,
+        callbacks=[train.every(config.every, look), train.progress(steps=config.every)],
+        **world.fit,
+    )
+    return curve, best[1]
+
+
+def small_world(config: Config, seed: int) -> World:
+    """A small model that was fine-tuned on synthetic reports."""
+    size = dict(width=16, layers=1) if config.smoke else {}
+    # A finding is a place among the evidence, so places are learnt.
+    places = dict(learned_positions=True, rope=None)
+    model = toy.decoder(reports.VOCABULARY, reports.LENGTH, **size, **places)
+    base = toy.pretrain(model, _sft_batch(2 * config.batch_size), config.sft_steps, 2e-3, seed)
+    rng = np.random.default_rng((seed, 1))
+    images, validation, test = (
+        reports.draw(rng, n) for n in (config.images, config.held_out // 2, config.held_out)
+    )
+    records = _sampled(model, base, images, config.samples, jax.random.key(seed))
+    judged = judge_pairs(records, [record.pop("green") for record in records])
+    length = lambda side: float(np.mean([len(pair[side]) for pair in judged.pairs]))
+
+    def made(name):
+        objective, rows = method(name, model, base, judged.pairs, images)
+        return objective, _batches(rows, config.batch_size, (seed, 2))
+
+    return World(
+        base, judged, (length("chosen"), length("rejected")),
+        functools.partial(measure, model, key=jax.random.key(1000 + seed)), validation, test, made,
+        optax.adam(config.learning_rate), {},
+    )  # fmt: skip
+
+
+def method(name: str, model: Decoder, base: Any, pairs: list, images: reports.Cases):
     """(objective, rows): rows are leaves [N, ...] from which batches are drawn, or as many pairs."""
     prompts = np.array([pair["prompt"] for pair in pairs])
-    side = lambda name: world.rows(prompts, [pair[name] for pair in pairs])
+    side = lambda name: reports.rows(prompts, [pair[name] for pair in pairs])
     if name == "more SFT":
-        return supervised(model.forward), world.rows(images.prompts, images.reports)
+        return supervised(model.forward), reports.rows(images.prompts, images.reports)
     if name == "best of 4":
         return supervised(model.forward), side("chosen")
     good, bad = side("chosen"), side("rejected")
+    made = objective(name, model.forward, lambda params: base)
     if name == "KTO":
         both = {k: np.concatenate([good[k], bad[k]]) for k in good}
         # The report to another image, for the KL: shuffled neighbours differ in their images.
@@ -167,31 +230,23 @@ def method(name: str, model: Decoder, base: Any, pairs: list, images: world.Case
         other = np.empty_like(order)
         other[order] = np.roll(order, 1)
         swapped = [pairs[i]["chosen"] for i in other] + [pairs[i]["rejected"] for i in other]
-        mixed = world.rows(np.concatenate([prompts, prompts]), swapped)
+        mixed = reports.rows(np.concatenate([prompts, prompts]), swapped)
         rows = {k: np.stack([both[k], mixed[k]], axis=1) for k in both}
         rows["label"] = np.arange(2 * len(pairs)) < len(pairs)
-        return kto(model.forward, beta=0.1, reference=lambda params: base), rows
-    loss = {
-        "DPO": functools.partial(losses.dpo_loss, beta=0.1),
-        "IPO": functools.partial(losses.ipo_loss, beta=0.5),
-        "SimPO": functools.partial(losses.simpo_loss, beta=2.0, simpo_gamma=1.0),
-        "ORPO": functools.partial(losses.orpo_loss, beta=1.0),
-    }[name]
-    reference = None if name in ("SimPO", "ORPO") else lambda params: base
-    rows = {k: np.stack([good[k], bad[k]], axis=1) for k in good}
-    return preference(model.forward, loss, beta=0.1, reference=reference), rows
+        return made, rows
+    return made, {k: np.stack([good[k], bad[k]], axis=1) for k in good}
 
 
-def measure(model: Decoder, params: Any, cases: world.Cases, *, key: jax.Array) -> dict[str, Any]:
+def measure(model: Decoder, params: Any, cases: reports.Cases, *, key: jax.Array) -> dict[str, Any]:
     """GREEN, tokens and F1 of one report to each image; the first two also one by one."""
-    reports = _reports(model, params, cases.prompts, key)
-    counts = [world.judge(*row) for row in zip(reports, cases.truth, cases.reports, strict=True)]
+    texts = _reports(model, params, cases.prompts, key)
+    counts = [reports.judge(*row) for row in zip(texts, cases.truth, cases.reports, strict=True)]
     greens = np.array([0.0 if c is None else green_score(c) for c in counts])
-    tokens = np.array([len(text) for text in reports])
+    tokens = np.array([len(text) for text in texts])
     return {
         "green": float(greens.mean()),
         "length": float(tokens.mean()),
-        "f1": world.finding_f1(reports, cases.truth),
+        "f1": reports.finding_f1(texts, cases.truth),
         "unread": sum(c is None for c in counts),
         "greens": greens,
         "tokens": tokens,
@@ -262,8 +317,6 @@ def _costs(runs, column, five):
     pairs = np.array([run["length_chosen"] - run["length_rejected"] for run in runs])
     even = {name: column(name, "win_rate_at_equal_length") for name in five}
     weakest = min(even, key=lambda name: interval(even[name])[1])
-    f1 = {name: column(name, "f1") - column("SFT", "f1") for name in five}
-    worst = min(f1, key=lambda name: f1[name].mean())
     return [
         Claim(
             "the judge's chosen reports are longer than its rejected ones",
@@ -280,6 +333,14 @@ def _costs(runs, column, five):
             "win rate up to 0.62 by radiologists, verbosity penalised",
             [mean(even[weakest], "above", 0.5, label=f"the weakest, {weakest}:")],
         ),
+        *(_f1(column, five) if "f1" in runs[0]["SFT"] else []),
+    ]
+
+
+def _f1(column, five):
+    f1 = {name: column(name, "f1") - column("SFT", "f1") for name in five}
+    worst = min(f1, key=lambda name: f1[name].mean())
+    return [
         Claim(
             "none of the five loses F1 of findings",
             "no significant loss on six other tasks",
@@ -295,30 +356,29 @@ def _listed(values):
 
 def _sft_batch(size):
     def batch(rng):
-        cases = world.draw(rng, size)
-        return world.rows(cases.prompts, cases.reports)
+        cases = reports.draw(rng, size)
+        return reports.rows(cases.prompts, cases.reports)
 
     return batch
 
 
 def _reports(model, params, prompts, key):
-    sample = toy.sampler(model, world.SIZE, world.END)
+    sample = toy.sampler(model, reports.SIZE, reports.END)
     tokens, mask, _ = map(np.asarray, sample(params, jnp.asarray(prompts), key))
     return [row[seen].tolist() for row, seen in zip(tokens, mask, strict=True)]
 
 
 def _sampled(model, params, images, samples, key):
-    """(records with responses and their GREEN, how many of these could not be read)."""
+    """Records with responses and their GREEN, None for reports that cannot be read."""
     keys = jax.random.split(key, samples)
     tables = [_reports(model, params, images.prompts, k) for k in keys]
-    records, unread = [], 0
+    records = []
     for i, prompt in enumerate(images.prompts.tolist()):
         responses = [table[i] for table in tables]
-        counts = [world.judge(r, images.truth[i], images.reports[i]) for r in responses]
-        unread += sum(c is None for c in counts)
+        counts = [reports.judge(r, images.truth[i], images.reports[i]) for r in responses]
         greens = [None if c is None else green_score(c) for c in counts]
         records.append({"prompt": prompt, "responses": responses, "green": greens})
-    return records, unread
+    return records
 
 
 def _batches(rows, pairs, seed):

@@ -1,26 +1,38 @@
 """DCO: Rethinking Fine-Tuning when Scaling Test-Time Compute, Limiting Confidence (arXiv 2502.07154).
 
-With N samples and a verifier, one correct answer is enough (pass@N). Cross-entropy makes a model confident of
-few answers, mostly wrong ones, and its pass@N falls during training. Direct coverage
+With N samples and a verifier, one correct answer is enough (pass@N). Cross-entropy makes a model
+confident of few answers, most of them wrong, and its pass@N falls during training. Direct coverage
 optimization trains for pass@N': it stops learning an example when N' samples would solve it anyway.
 
     python experiments/papers/dco/main.py
     python experiments/papers/dco/main.py --epochs 120 --num-samples 1 16 64 256 4096
     python experiments/papers/dco/main.py --mode proof
     python experiments/papers/dco/main.py --mode cot
+    python experiments/papers/dco/main.py --preset full      Llama-3-8B on MATH, direct answers, a slice
+    python experiments/papers/dco/main.py --preset full --model DIR --data problems.jsonl
 
-A small model reads `47*83=` and answers with four digits, no steps between. pass@N is exact, without
-samples: the mean of 1 - (1 - p)^N over test problems, p the likelihood of the one right answer. Most of the
-late gap is overfitting that early stopping would also avoid, so both are compared as well at
-the epochs that are best on a validation split: there three seeds cannot distinguish them in pass@256 (gain
-0.06, interval -0.10 to 0.22), a claim that does not hold at the default size.
+A small model reads `47*83=` and answers with four digits, without intermediate steps. pass@N is
+exact and needs no samples: the mean of 1 - (1 - p)^N over test problems, where p is the likelihood
+of the one right answer. Most of the gap at the last epoch is overfitting, which early stopping
+would also avoid, so both are compared at the epochs that are best on a validation split as well:
+there, three seeds cannot distinguish them in pass@256 (gain 0.06, interval -0.10 to 0.22), and the
+claim does not hold at the default size.
 
-The 80 epochs were set after a run of 40 with the same seeds, where this model was not yet sure of its answers
-(0.18) and the gap in pass@256 was 0.11 (-0.05 to 0.28): only the order of confidence held there.
+The number of 80 epochs was set after a run of 40 with the same seeds. In that run the model was
+less sure of its answers (0.18), the gap in pass@256 was 0.11 (-0.05 to 0.28), and only the order of
+confidence held.
 
-The weight is that of the authors' code, F(N', p) times the token-mean cross-entropy; its queue, which refills
-batches with examples of weight above 0.1, is left out here. The forms for chains of thought, with the queue,
-and for proofs are in cot.py and proof.py, which describe their tasks.
+The weight is that of the authors' code, F(N', p) times the token-mean cross-entropy. The authors'
+queue, which refills batches with examples whose weight is above 0.1, is left out here. The forms
+for chains of thought (with the queue) and for proofs are in cot.py and proof.py, which describe
+their tasks.
+
+`--preset full` has the paper's model, data and settings for direct answers: all params train at
+rate 1e-5 with batches of 64 for four epochs, with N' up to 4096. Two in three held-out problems are
+the test, the others choose the best epoch. The claims are those of the default size, whose bounds
+were set for it. A problem may have several right strings, but only the given one counts. The forms
+for chains of thought and for proofs have no full preset: proofs need a Lean server. It runs on one
+host.
 """
 
 from __future__ import annotations
@@ -31,6 +43,7 @@ import dataclasses
 import functools
 import itertools
 import sys
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -43,7 +56,8 @@ from experiments.cli import flags, limits
 from experiments.lab.claims import Claim, mean, show, worst
 from experiments.lab.figures import plot_band
 from experiments.lab.seeds import Run, begin, measure_claims
-from experiments.papers.dco import cot, proof
+from experiments.papers.dco import cot, full, proof
+from experiments.worlds import loaded
 from experiments.worlds import toy_text as toy
 from jaxft import train
 from jaxft.metrics import exact_pass_rate
@@ -74,6 +88,8 @@ class Config:
     learning_rate: float = 1e-3  # of Adam, the same for all N'
     # directory for the figure, metrics.json and the cache of finished seeds
     output_dir: str = "runs/dco"
+    preset: Literal["small", "full"] = "small"  # full: the paper's model and data, direct answers
+    source: loaded.Source = loaded.Source()
     record: flags.Record = flags.Record()
     smoke: bool = False  # seconds; claims are printed, not judged
     debug: bool = False  # full tracebacks
@@ -82,22 +98,47 @@ class Config:
 def main(config: Config) -> int:
     """Measures all claims; returns exit code 1 if one does not hold."""
     this = begin(config, PARTS)
-    if not {1, 256} <= set(config.num_samples):
-        raise ValueError(f"num_samples: 1 and 256 must be among them, got {config.num_samples}.")
-    if config.smoke:
-        config = dataclasses.replace(
-            config, num_samples=(1, 256), seeds=1, epochs=2, every=1, problems=40, held_out=40,
-            batch_size=20,
-        )  # fmt: skip
+    config = _sized(config)
     if config.mode != "direct":
         return other_mode(this, config)
-    layers = 1 if config.smoke else 2
-    model = Decoder(dataclasses.replace(tiny_config(VOCABULARY, max_length=16), num_layers=layers))
-    every = lambda seed: {str(n): run(config, model, n, seed) for n in config.num_samples}
+    one = full_run(config) if config.preset == "full" else small_run(config)
+    every = lambda seed: {str(n): one(n, seed) for n in config.num_samples}
     runs = this.seeds(config, every)
     metrics: dict[str, Any] = {name: [found[name] for found in runs] for name in runs[0]}
     _figure(metrics, this.output)
     return this.finish(judge(metrics), {"training": metrics})
+
+
+def small_run(config: Config) -> Callable[[int, int], list[dict[str, Any]]]:
+    """Returns run(num_samples, seed) of the small model on products."""
+    layers = 1 if config.smoke else 2
+    model = Decoder(dataclasses.replace(tiny_config(VOCABULARY, max_length=16), num_layers=layers))
+    return functools.partial(run, config, model)
+
+
+def full_run(config: Config) -> Callable[[int, int], list[dict[str, Any]]]:
+    """Returns run(num_samples, seed) of the paper's model; reads data and model before it returns."""
+    return full.opened(config, pass_at, _histogram)
+
+
+def _sized(config):
+    loaded.check(config)
+    if config.preset == "full" and config.mode != "direct":
+        raise ValueError(
+            f"--preset full has no --mode {config.mode}, only direct answers: proofs need a Lean server, and "
+            "chains of thought are measured at the default size alone; leave out one of the flags."
+        )
+    if config.preset == "full":
+        config = flags.with_small(config, full.SIZES)
+    if not {1, 256} <= set(config.num_samples):
+        raise ValueError(f"num_samples: 1 and 256 must be among them, got {config.num_samples}.")
+    if config.smoke:
+        batch = 2 if config.preset == "full" else 20
+        config = dataclasses.replace(
+            config, num_samples=(1, 256), seeds=1, epochs=2, every=1, problems=40, held_out=40,
+            batch_size=batch,
+        )  # fmt: skip
+    return config
 
 
 def other_mode(this: Run, config: Config) -> int:
@@ -176,14 +217,17 @@ def measure(model: Decoder, params: Any, batch: dict[str, jax.Array]) -> dict[st
     tokens, _, token_log_probs = greedy(params, questions, jax.random.key(0))
     sure = np.exp(np.asarray(jnp.sum(token_log_probs, axis=1)))
     right = np.asarray(jnp.all(tokens == answers, axis=1))
-    count = lambda side: np.histogram(sure[side], BINS, (0, 1))[0].tolist()
     return {
         "pass": pass_at(log_probs(model, params, batch)),
         "confidence": float(sure.mean()),
         "accuracy": float(right.mean()),
-        "right": count(right),
-        "wrong": count(~right),
+        "right": _histogram(sure[right]),
+        "wrong": _histogram(sure[~right]),
     }
+
+
+def _histogram(sure):
+    return np.histogram(sure, BINS, (0, 1))[0].tolist()
 
 
 def best(rows: list[dict[str, Any]], num_samples: int) -> dict[str, Any]:

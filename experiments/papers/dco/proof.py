@@ -1,16 +1,18 @@
 """dco.py --mode proof: proofs of a hidden rule, found by samples and by best-first search.
 
-A theorem is four symbols, a proof four tactics of six. The right tactic is that of a hidden rule of two
-symbols in 70 % of steps, and any of the six in the others, which no model can predict for new theorems: one
-path of 1296 is right. A model of 0.05 M parameters that is sure of every step is wrong in most proofs.
+A theorem is four symbols, a proof four tactics of six. The right tactic is that of a hidden rule of
+two symbols in 70 % of steps, and any of the six in the others, which no model can predict for new
+theorems: one path of 1296 is right. A model of 0.05 M parameters that is sure of every step is
+wrong in most proofs.
 
-Over seeds 0 to 2: by 256 samples N_eff 4 proves 0.582 of new theorems, cross-entropy 0.521 (+0.061 [0.017,
-0.105]), which was at 0.631 before it overfitted: where each stops at its best epoch they cannot be
-distinguished (+0.013 [-0.087, 0.112]). By best-first search N_eff 4 is not ahead (-0.007 [-0.103, 0.090]),
-perhaps as a search needs the order of the branches alone. N_eff 16, more than there are branches, gives a
-step of p = 0.25 a twentieth of its weight and learns too slowly (search -0.093 [-0.255, 0.068]); in the
-first proof of a search it is 0.052 [0.016, 0.088] behind. Sizes were set on seed 100: with 600 theorems
-little was learned of new ones.
+Over seeds 0 to 2, with 256 samples, N_eff 4 proves 0.582 of new theorems and cross-entropy 0.521
+(+0.061 [0.017, 0.105]). Cross-entropy was at 0.631 before it overfitted: if each stops at its best
+epoch, they cannot be distinguished (+0.013 [-0.087, 0.112]). With best-first search N_eff 4 is not
+ahead (-0.007 [-0.103, 0.090]), possibly because a search needs only the order of the branches.
+N_eff 16, more than the number of branches, gives a step of p = 0.25 a twentieth of its weight and
+learns too slowly (search -0.093 [-0.255, 0.068]); in the first proof of a search it is 0.052
+[0.016, 0.088] behind. Sizes were set on seed 100: with 600 theorems the model learned little about
+new ones.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ from experiments.worlds import toy_text as toy
 from jaxft import train
 from jaxft.keys import stream
 from jaxft.losses import dpo_loss, leave_one_out
-from jaxft.models import Decoder
-from jaxft.objectives import hypo, policy_gradient, preference, sequence_log_probs
+from jaxft.models import Decoder, Forward
+from jaxft.objectives import Objective, hypo, policy_gradient, preference, sequence_log_probs
 from jaxft.objectives.policy import sequence_sum
 from jaxft.rl.algorithms import reinforce
 
@@ -115,10 +115,10 @@ def run(settings: Settings, seed: int) -> dict[str, list[dict[str, float]]]:
             rows.append(value | {"step": int(state.step)})
             return {}
 
-        objective, batches = method(name, model, base, pairs, settings)
+        made, batches = method(name, model, base, pairs, settings)
         train.fit(
             base,
-            objective,
+            made,
             optax.adam(settings.learning_rate),
             batches,
             steps=settings.steps,
@@ -131,15 +131,21 @@ def run(settings: Settings, seed: int) -> dict[str, list[dict[str, float]]]:
 
 def method(name: str, model: Decoder, base: Any, pairs: dict[str, Any], settings: Settings):
     """(objective, its collect function) of a method; RLOO alone sees the true reward."""
-    loss = functools.partial(dpo_loss, beta=settings.beta)
-    objectives = {
-        "DPO": preference(model.forward, loss, beta=settings.beta),
-        "HyPO": hypo(model.forward, loss, beta=settings.beta, kl_weight=settings.kl_weight),
-        "RLOO": policy_gradient(model.forward, reinforce(), sequence_sum),
-    }
     draw = _draw(name, model, settings)
     data = jax.tree.map(jnp.asarray, pairs)
-    return objectives[name], lambda params, carry, key: (draw(params, base, data, key), carry)
+    collect = lambda params, carry, key: (draw(params, base, data, key), carry)
+    return objective(name, model.forward, settings), collect
+
+
+def objective(name: str, forward: Forward, settings: Settings) -> Objective:
+    """Returns the objective of a method, at any size."""
+    loss = functools.partial(dpo_loss, beta=settings.beta)
+    objectives = {
+        "DPO": preference(forward, loss, beta=settings.beta),
+        "HyPO": hypo(forward, loss, beta=settings.beta, kl_weight=settings.kl_weight),
+        "RLOO": policy_gradient(forward, reinforce(), sequence_sum),
+    }
+    return objectives[name]
 
 
 @functools.cache

@@ -1,0 +1,146 @@
+"""The text side of cxr_preference.py: reports that a language model writes from texts, --preset full.
+
+The records are the user's: `prompt` (an indication, or the findings of a report) and `completion`, the
+reference report. So is the judge: score(report, record) -> a number or None, as of GREEN's language model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments import preference, sample_pairs
+from experiments.cli import flags, held_out
+from experiments.cli import rewards as rewards_cli
+from experiments.cli import training as shared
+from experiments.cli.models import stop_ids
+from experiments.papers.cxr_preference.worlds import World, objective
+from experiments.worlds import loaded
+from jaxft import data, train
+from jaxft.checkpoints import load_tokenizer
+from jaxft.generation import SamplingConfig
+from jaxft.objectives import supervised
+
+# One epoch over about 60,000 pairs; the paper's rate, schedule and lengths.
+PAPER = dict(
+    model="meta-llama/Llama-3.2-3B-Instruct",
+    adapter="full",
+    max_length=2048,
+    max_new_tokens=512,
+    gradient_accumulation_steps=1,
+    schedule="cosine",
+    warmup_ratio=0.1,
+)
+SIZES = dict(steps=1000, every=250, batch_size=64, learning_rate=1e-6, held_out=500, images=60_000)
+
+
+def check(config: Any) -> None:
+    """Refuses a full preset without records and a judge."""
+    if config.source.data is None or not (config.rewards.judge or config.rewards.reward_model):
+        raise ValueError(
+            "--preset full writes reports from texts, since jaxft has no model that reads images yet: give "
+            "--data FILE with the columns prompt and completion, and --judge FILE.py:FUNCTION."
+        )
+    rewards_cli.check(config.rewards, {})
+
+
+@contextlib.contextmanager
+def opened(config: Any) -> Iterator[Callable[[int], World]]:
+    """Reads records and model, and starts the judge; yields seed -> World.
+
+    Raises:
+        DataError: for missing or unusable records, before the model is read.
+    """
+    settings = loaded.everyday(
+        preference.Config(), config, PAPER, max_steps=config.steps, batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
+    )  # fmt: skip
+    renderer = data.Renderer(load_tokenizer(settings.base.model))
+    load = lambda spec: data.load(spec, fields=settings.columns.fields)
+    parts = held_out.with_held_out(
+        settings, [load(spec) for spec in settings.data], load, data.whole_prompt
+    )
+    known, new = parts.training[0][: config.images], parts.held_out[: config.held_out * 3 // 2]
+    if len(new) < 2:
+        raise data.DataError("preset full: give at least 2 held-out records, by --eval-data.")
+    mesh = shared.mesh_of(settings.mesh)
+    model, base = shared.load_base(settings, mesh, keeps_start=True)
+    with rewards_cli.opened(config.rewards, settings.base, known) as rewards:
+        writer = functools.partial(write, config, settings, model, renderer, mesh, rewards)
+        yield functools.partial(
+            world, config, settings, model, base, renderer, mesh, writer, known, new
+        )
+
+
+def world(config, settings, model, base, renderer, mesh, writer, known, new, seed) -> World:
+    """Samples reports to the known records, makes pairs of them, and says how each method trains."""
+    settings = flags.replace(settings, seed=seed)
+    sizes, length = settings.rows.sizes, settings.rows.max_length
+    judged = writer(base, known, config.samples, jax.random.key(seed))[0]
+    start = shared.adapt_params(settings, model, base, mesh)
+    score = functools.partial(train.reference_log_probs, model.forward, start, mesh=mesh, **sizes)
+    pairs = data.render_pairs(judged.pairs, renderer, length)
+    tokens = lambda i: float(np.mean([np.sum(group.parts[i].loss_mask > 0) for group in pairs]))
+    paired = functools.lru_cache(lambda: score(pairs))
+
+    def method(name):
+        """(objective, batches) of a method, or of a supervised baseline."""
+        double = lambda rows: {
+            "batch_size": min(2 * config.batch_size, len(rows)),
+            "max_length": length,
+        }
+        if name in ("more SFT", "best of 4"):
+            best = [{"prompt": p["prompt"], "completion": p["chosen"]} for p in judged.pairs]
+            rows = data.render(best if name == "best of 4" else known, renderer, length)
+            batches = data.batches(rows, **double(rows), packing=False, seed=seed)
+            return supervised(model.forward), batches
+        if name == "KTO":
+            labelled = data.unpair(judged.pairs)
+            groups = score(data.render_unpaired(labelled, renderer, length, seed=seed))
+            return objective(name, model.forward), data.group_batches(
+                groups, **double(groups), seed=seed
+            )
+        groups = pairs if name in ("SimPO", "ORPO") else paired()
+        return objective(name, model.forward), data.group_batches(groups, **sizes, seed=seed)
+
+    def measure(params, records):
+        _, greens, lengths, unread = writer(params, records, 1, jax.random.key(1000 + seed))
+        return {
+            "green": float(greens.mean()),
+            "length": float(lengths.mean()),
+            "unread": unread,
+            "greens": greens,
+            "tokens": lengths,
+        }
+
+    return World(
+        start, judged, (tokens(0), tokens(1)), measure, new[::3], [r for i, r in enumerate(new) if i % 3],
+        method, shared.make_optimizer(settings.optimisation),
+        {"mesh": mesh, "microbatches": settings.optimisation.gradient_accumulation_steps},
+    )  # fmt: skip
+
+
+def write(config, settings, model, renderer, mesh, rewards, params, records, samples, key):
+    """(judged pairs or None, scores [B], tokens [B], reports without a score) of sampled reports."""
+    ends = stop_ids(renderer, model)
+    sampling = SamplingConfig(settings.max_new_tokens, stop_ids=ends)
+    prompts = data.render_prompts(records, renderer)
+    out = loaded.answers(
+        model, params, prompts, key, sampling, mesh=mesh, at_once=config.batch_size, samples=samples
+    )
+    lengths = np.array([len(ids) for ids in out.completions])
+    if samples > 1:
+        how = flags.replace(sample_pairs.Config(), samples=samples, keep_truncated=config.smoke)
+        return sample_pairs.judged(how, rewards, renderer.tokenizer, records, out), None, lengths, 0
+    decode = functools.partial(renderer.tokenizer.decode, skip_special_tokens=True)
+    texts = [decode(ids).strip() for ids in out.completions]
+    greens = np.array([np.nan if x is None else x for x in rewards(texts, records)], float)
+    # As at the default size: reports that the judge cannot read, and those without an end, count 0.
+    ended = np.array([finish != "length" for finish in out.finish]) | config.smoke
+    unread = np.isnan(greens) | ~ended
+    return None, np.where(unread, 0.0, greens), lengths, int(unread.sum())

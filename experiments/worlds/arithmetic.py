@@ -216,9 +216,12 @@ def rising(learning_rate: float, steps: int = 10) -> optax.Schedule:
     return lambda step: learning_rate * jnp.minimum((step + 1) / steps, 1.0)
 
 
-def policy_optimizer(learning_rate: float) -> optax.GradientTransformation:
-    """Optimizer of all reinforcement learning methods on this task."""
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rising(learning_rate)))
+def policy_optimizer(
+    learning_rate: float, weight_decay: float = 1e-4
+) -> optax.GradientTransformation:
+    """Optimizer of all reinforcement learning methods on this task; the default decay is optax's."""
+    adamw = optax.adamw(rising(learning_rate), weight_decay=weight_decay)
+    return optax.chain(optax.clip_by_global_norm(1.0), adamw)
 
 
 def reinforce(

@@ -1,0 +1,314 @@
+"""Questions with verified answers for a model from disk or the hub: the world of `--preset full`.
+
+All params train, in float32, on a mesh of the devices of one host. Rollouts and scores are made in parts,
+because thousands of long answers do not fit at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+
+from experiments.cli import choices, flags, held_out
+from experiments.cli import rewards as rewards_cli
+from experiments.cli.models import stop_ids
+from experiments.cli.training import mesh_of
+from experiments.worlds import arithmetic
+from jaxft import checkpoints as files
+from jaxft import data, rl, train
+from jaxft.generation import Generation, SamplingConfig, generate
+from jaxft.models import Decoder, family_of, tiny_config
+from jaxft.parallel import mesh_context
+from jaxft.rewards import RewardFn, verifier_for
+from jaxft.rl.rollouts import concatenated, rows_of
+
+# Model and questions of --preset full --smoke.
+SMALL = dict(
+    model="tiny",
+    data="rg:chain_sum?size=16&seed=1&max_terms=2",
+    fields={},
+    eval_data="rg:chain_sum?size=4&seed=1000000&max_terms=2",
+    eval_fields={},
+    max_prompt=384,
+    max_new_tokens=8,
+    max_tries=1,
+    sampled_at_once=16,
+    trained_at_once=16,
+)
+_Columns = Annotated[dict[str, str], tyro.conf.arg(metavar="OURS THEIRS ...")]
+
+
+@flags.without_prefix
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The model and the questions of --preset full, without which these flags have no effect."""
+
+    model: str = "tiny"  # directory, .gguf file or hub id; all of its params train
+    template: str | None = None  # chat template that replaces the model's; None: the model's
+    # questions with answers: a file, rg:TASK, tfds:NAME or hub id
+    data: str = ""
+    fields: _Columns = dataclasses.field(default_factory=dict)  # columns of --data, as in sft.py
+    eval_data: str | None = None  # held-out questions; None: a part of --data
+    eval_fields: _Columns = dataclasses.field(default_factory=dict)  # columns of --eval-data
+    # fraction of --data to hold out without --eval-data; None: 0.1, at most 200 questions
+    validation: float | None = None
+    max_prompt: int = 512  # tokens of a question; longer ones are left out
+    max_new_tokens: int = 1024  # maximum tokens of an answer
+    max_tries: int = 10  # maximum draws for groups whose rewards differ, where the method has them
+    sampled_at_once: int = 1024  # answers that are sampled at a time
+    trained_at_once: int = 64  # rows that are scored or differentiated at a time
+    fsdp: int = -1  # shards of the params and the batch; -1: as many as the devices allow
+    tensor: int = 1  # shards of each projection
+
+
+class Task(NamedTuple):
+    """A model, questions to train on and to hold out, and what verifies answers to both."""
+
+    settings: Settings
+    model: Decoder
+    params: Any  # float32
+    renderer: data.Renderer
+    mesh: Any
+    known: rl.Asked  # ids and records of the questions to train on
+    held_out: rl.Asked
+    rewards: RewardFn
+
+    @property
+    def sampling(self) -> SamplingConfig:
+        """Returns the sampling config, at temperature 1."""
+        stops = stop_ids(self.renderer, self.model)
+        return SamplingConfig(self.settings.max_new_tokens, stop_ids=stops)
+
+
+def sized(config: Any, full: Mapping[str, Any], smoke: Mapping[str, Any]) -> Any:
+    """Returns a script's config with the sizes of its preset, for flags that are not given.
+
+    `config.source` are `Settings`, whose defaults are the paper's; their columns and held-out questions
+    apply only to their own data. Raises ValueError for flags of them without --preset full.
+    """
+    given = choices.given(config)
+    choices.check_companions(config, dict.fromkeys(flags.flat(config.source), "preset"))
+    sizes: dict[str, Any] = dict(smoke) if config.smoke else {}
+    if config.preset == "full":
+        sizes = dict(full) | (dict(smoke) | SMALL if config.smoke else {})
+        if "data" in given:
+            sizes |= {"fields": {}, "eval_data": None, "eval_fields": {}}
+            sizes.pop("data", None)
+        if "eval_data" in given:
+            sizes |= {"eval_fields": {}}
+    return flags.with_small(config, sizes)
+
+
+@contextlib.contextmanager
+def opened(
+    settings: Settings, form: Callable[..., data.Record] = data.normalise_question
+) -> Iterator[Task]:
+    """Loads questions and model, and starts the processes that verify answers.
+
+    Data are read and checked first, since a model takes minutes.
+
+    Raises:
+        DataError: if a source is missing, or has answers that cannot be verified.
+        ValueError: if questions or model do not fit.
+    """
+    renderer = data.Renderer(files.load_tokenizer(settings.model), template=settings.template)
+    own = {settings.eval_data: settings.eval_fields}
+    load = lambda spec: data.load(spec, fields=own.get(spec, settings.fields), form=form)
+    parts = held_out.with_held_out(settings, [load(settings.data)], load, data.whole_prompt)
+    known, new = (asked(settings, renderer, x) for x in (parts.training[0], parts.held_out))
+    mesh = mesh_of(flags.Mesh(fsdp=settings.fsdp, tensor=settings.tensor))
+    model, params = _loaded(settings, mesh)
+    with rewards_cli.opened(flags.Rewards(), flags.Model(), known.records) as rewards:
+        yield Task(settings, model, params, renderer, mesh, known, new, rewards)
+
+
+def asked(settings: Settings, renderer: data.Renderer, records: Sequence[Any]) -> rl.Asked:
+    """Returns ids and records of questions whose answers can be verified; leaves out long questions.
+
+    Raises:
+        DataError: if there is no verifier, or every question is too long.
+    """
+    source = records[0]["_source"]
+    if verifier_for(source, list(records)) is None:
+        raise data.DataError(
+            f"{source}: its answers cannot be verified; name the column that has them by --fields answer "
+            "NAME (or --eval-fields), or give a reasoning-gym task (rg:...)."
+        )
+    pairs = list(zip(data.render_prompts(records, renderer), records, strict=True))
+    kept = [pair for pair in pairs if len(pair[0]) <= settings.max_prompt]
+    if not kept:
+        raise data.DataError(
+            f"{source}: all {len(pairs)} questions have more than --max-prompt {settings.max_prompt} "
+            "tokens; raise it."
+        )
+    if len(kept) < len(pairs):
+        print(f"{source}: {len(pairs) - len(kept)} questions above --max-prompt are left out")
+    return rl.Asked(*map(list, zip(*kept, strict=True)))
+
+
+def _loaded(settings, mesh):
+    """Returns (model, float32 params) on the mesh; raises ValueError before loading if they do not fit."""
+    found = files.open_model(settings.model)
+    config = tiny_config() if found == "tiny" else found.model.config
+    if (size := settings.max_prompt + settings.max_new_tokens) > config.max_length:
+        raise ValueError(
+            f"--max-prompt {settings.max_prompt} and --max-new-tokens {settings.max_new_tokens} make {size} "
+            f"tokens, more than the {config.max_length} positions of {settings.model}."
+        )
+    family, shapes = family_of(config), files.model_shapes(found, dtype=jnp.float32)
+    place = dict(mesh=mesh, rules=family.rules, layers=family.layers)
+    needed = train.state_bytes(shapes, optax.adamw(1.0), **place)
+    needed["start"] = needed["weights"]  # All methods begin at it, so it is kept.
+    devices = [jax.devices()[0]] if mesh is None else list(mesh.local_devices)
+    train.check_memory(needed, devices, "use more or larger devices, or a smaller --model.")
+    model, params = files.load_model(found, dtype=jnp.float32, mesh=mesh)
+    return model.clone(dtype=jnp.bfloat16, remat="full"), params
+
+
+def experience(
+    task: Task,
+    credit: rl.Credit,
+    per_step: int,
+    seed: int,
+    *,
+    group_size: int,
+    updates: int = 1,
+    epochs: int = 1,
+    until_contrast: bool = False,
+    ref_params: Any = None,
+    rewards: RewardFn | None = None,
+) -> rl.Collector:
+    """Returns `collect` of answers to the task's questions, at temperature 1.
+
+    Args:
+        until_contrast: replaces groups whose rewards are equal, in at most `max_tries` draws.
+        ref_params: adds `ref_log_probs` of these params.
+        rewards: replaces the task's.
+    """
+    sample = rl.answers(
+        task.model, task.renderer.tokenizer, rewards or task.rewards, task.sampling, group_size,
+        sampler=_sampler(task),
+    )  # fmt: skip
+    if until_contrast:
+        sample = rl.until_contrast(sample, task.settings.max_tries)
+    forward, transforms = task.model.forward, []
+    if updates * epochs > 1:
+        transforms.append(rl.add_old_policy(forward, 1.0))
+    if ref_params is not None:
+        transforms.append(rl.add_reference(forward, ref_params, 1.0))
+    prompts = rl.Prompts(task.known.ids, per_step, task.known.records, seed=seed)
+    parts = [functools.partial(_in_parts, task, transform) for transform in transforms]
+    return rl.collect(
+        prompts, sample, credit, *parts, updates=updates, epochs=epochs, mesh=task.mesh
+    )
+
+
+def _in_parts(task, transform, batch, params, key):
+    """Applies a transform of rows to some rows at a time."""
+    size = task.settings.trained_at_once
+    starts = range(0, len(batch["tokens"]), size)
+    return concatenated(
+        [transform(rows_of(batch, slice(i, i + size)), params, key) for i in starts]
+    )
+
+
+def _sampler(task):
+    """Returns `generate`, of some answers at a time; the answers are those of one call."""
+    at_once = task.settings.sampled_at_once
+
+    def sampler(model, params, prompts, key, config, *, samples=1, **more):
+        size = max(1, at_once // samples)
+        parts = [
+            generate(
+                model, params, prompts[i : i + size], key, config, samples=samples,
+                row_ids=np.arange(len(prompts))[i : i + size], **more,
+            )
+            for i in range(0, len(prompts), size)
+        ]  # fmt: skip
+        *arrays, ends = zip(*parts, strict=True)
+        return Generation(*map(np.concatenate, arrays), [end for part in ends for end in part])
+
+    return sampler
+
+
+def fit(
+    task: Task,
+    params: Any,
+    objective: Any,
+    learning_rate: float,
+    batches: Any,
+    rows: int,
+    **more: Any,
+) -> tuple[train.TrainState, list[dict]]:
+    """Calls `train.fit` on the task's mesh, with `rows` rows a step in as many parts as needed."""
+    parts = range(max(1, rows // task.settings.trained_at_once), rows + 1)
+    return train.fit(
+        params,
+        objective,
+        arithmetic.policy_optimizer(learning_rate, weight_decay=0.1),
+        batches,
+        mesh=task.mesh,
+        microbatches=next(n for n in parts if rows % n == 0),
+        **more,
+    )
+
+
+def reinforce(
+    task: Task,
+    algorithm: rl.Algorithm,
+    *,
+    steps: int,
+    seed: int,
+    learning_rate: float,
+    prompts_per_step: int,
+    group_size: int,
+    updates: int = 1,
+    callbacks: Sequence[Any] = (),
+) -> tuple[Any, list[dict]]:
+    """Works like `arithmetic.reinforce` on the task's questions; rewards are those of its verifier."""
+    batches = experience(
+        task, algorithm.credit, prompts_per_step, seed, group_size=group_size, updates=updates,
+        until_contrast=True,
+    )  # fmt: skip
+    state, history = fit(
+        task, task.params, algorithm.objective, learning_rate, batches,
+        prompts_per_step * group_size // updates, steps=steps, key=jax.random.key(seed),
+        callbacks=callbacks,
+    )  # fmt: skip
+    return state.params, history
+
+
+def texts(
+    task: Task,
+    params: Any,
+    ids: Sequence[Sequence[int]],
+    samples: int,
+    seed: int,
+    **decoding: Any,
+) -> list[list[str]]:
+    """Returns `samples` answers to each question; `decoding` are fields of SamplingConfig."""
+    config = dataclasses.replace(task.sampling, **decoding)
+    key, decode = jax.random.key(seed), task.renderer.tokenizer.decode
+    with mesh_context(task.mesh):
+        out = _sampler(task)(task.model, params, ids, key, config, samples=samples)
+    found = [decode(answer, skip_special_tokens=True).strip() for answer in out.completions]
+    return [found[i : i + samples] for i in range(0, len(found), samples)]
+
+
+def verdicts(
+    task: Task, params: Any, questions: rl.Asked, samples: int, seed: int, **decoding: Any
+) -> np.ndarray:
+    """Returns which of `samples` answers to each question are right [Q, samples]; see `texts`."""
+    found = texts(task, params, questions.ids, samples, seed, **decoding)
+    records = [record for record in questions.records for _ in range(samples)]
+    given = task.rewards([text for some in found for text in some], records)
+    return np.asarray(given).reshape(-1, samples) >= 1

@@ -192,12 +192,18 @@ def context(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def whole_prompt(record: Mapping[str, Any]) -> str:
-    """Returns a text that is equal only for equal prompts, with system message, history and tools."""
+    """Returns a text that is equal only for equal prompts, with system message, history and tools.
+
+    A record without a prompt, or with an empty one, is known by its text, tokens or answer.
+    """
     messages = as_messages(record)
     if messages is None:
-        return str(record.get("prompt") or record.get("text") or record.get("tokens"))
+        names = ("prompt", "text", "tokens", "completion")
+        return str(next((record[name] for name in names if record.get(name)), ""))
+    whole = messages
     while messages and messages[-1]["role"] == "assistant":
         messages = messages[:-1]
+    messages = messages or whole
     return json.dumps([messages, context(record)], sort_keys=True, default=str)
 
 

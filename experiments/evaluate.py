@@ -17,7 +17,7 @@ from typing import Any, Literal
 import tyro
 
 from experiments.cli import flags, harness, limits
-from experiments.cli.held_out import shown, tell_of
+from experiments.cli.held_out import shown, tell_of, tell_of_columns
 from experiments.cli.models import check_positions, load_trained, renderer_of, writable_file
 from jaxft import data, train
 from jaxft.objectives import supervised
@@ -53,18 +53,13 @@ def main(config: Config) -> dict[str, Any]:
     output = writable_file(config.output) if config.output else None
     records = data.load(config.data, fields=config.columns.of(config.data), limit=config.limit)
     verifier = verifier_for(records[0]["_source"], records)  # an error now, not after the loss
-    bad, what = data.BadRecords(), shown(config.data)
+    bad, what, metrics = data.BadRecords(), shown(config.data), {"records": len(records)}
+    tell_of_columns(config, [records])
     tokenised = data.render(records, renderer, longest, bad=bad)
     tell_of(bad, len(tokenised), len(records), "evaluated")
     model, params = load_trained(config.trained)
     check_positions(model, config.trained.model, longest)
-    sizes = dict(batch_size=config.batch_size, max_length=longest)
-    batches = data.finite_batches(tokenised, **sizes)
-    loss = train.evaluate(train.make_eval_step(supervised(model.forward)), params, batches)["loss"]
-    metrics = {"records": len(records), "loss": loss, "perplexity": math.exp(loss)}
-    on = f"on {len(tokenised)} of {len(records)} records of {what}"
-    print(f"loss {loss:.4f} nats per token, perplexity {math.exp(loss):.3f} {on}")
-    if verifier is not None:
+    if verifier is not None:  # first, as a prompt may be too long to answer
         sizes = dict(max_new_tokens=config.max_new_tokens)
         result = measure_accuracy(model, params, renderer, records, verifier, **sizes)
         metrics |= {"accuracy": result.rate, "interval": result.interval}
@@ -74,6 +69,11 @@ def main(config: Config) -> dict[str, Any]:
             {"id": r["id"], "completion": c, "correct": ok}
             for r, c, ok in zip(records, result.completions, result.correct, strict=True)
         ]
+    batches = data.finite_batches(tokenised, batch_size=config.batch_size, max_length=longest)
+    loss = train.evaluate(train.make_eval_step(supervised(model.forward)), params, batches)["loss"]
+    metrics |= {"loss": loss, "perplexity": math.exp(loss)}
+    on = f"on {len(tokenised)} of {len(records)} records of {what}"
+    print(f"loss {loss:.4f} nats per token, perplexity {math.exp(loss):.3f} {on}")
     if output is not None:
         with writing(output):
             output.write_text(json.dumps(metrics, indent=2) + "\n")

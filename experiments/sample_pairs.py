@@ -109,6 +109,13 @@ def main(config: Config) -> dict[str, Any]:
             with writing(part):
                 file.writelines(json.dumps(pair) + "\n" for pair in found.pairs)
                 file.flush()
+    if not counts["pairs"] and not config.smoke:
+        os.remove(part)
+        raise data.DataError(
+            f"no pairs, so {output} is not written: {counts['unscored']} of {len(records) * config.samples} "
+            "answers had no score (no end, see --max-new-tokens and --keep-truncated; no text; no verdict), "
+            "and the other answers to a question had equal scores."
+        )
     os.replace(part, output)
     print(
         f"{counts['pairs']} pairs of {counts['questions']} questions in {output}; {counts['undecided']} "

@@ -47,6 +47,8 @@ def with_held_out(
         )
     if named is None and share is None and "data" not in choices.given(config):
         named = EVAL
+    if not specs:
+        raise data.DataError("--data names no source; give a file, rg:TASK or a hub id.")
     total = sum(map(len, sources))
     if settings.get("preview"):  # Nothing is evaluated.
         return Parts(sources, sources[0], "")
@@ -57,9 +59,10 @@ def with_held_out(
         sources, held_out = [pair[0] for pair in pairs], [r for pair in pairs for r in pair[1]]
         of = f"held-out records of {', '.join(map(shown, specs))}"
         if not held_out or not all(sources):
+            asked = len({ask(record) for pair in pairs for part in pair for record in part})
             raise data.DataError(
-                f"{', '.join(specs)}: {total} records cannot be split into training and held-out "
-                "records; give more records, another --validation, or --eval-data."
+                f"{', '.join(specs)}: {total} records cannot be split into training and held-out records "
+                f"(different questions: {asked}); give more records, another --validation, or --eval-data."
             )
     known = {ask(record) for records in sources for record in records}
     left = without_known(held_out, known, ask)
@@ -137,7 +140,8 @@ def tell_of_columns(config: Any, sources: Sequence[list]) -> None:
 def question(record: Mapping[str, Any], messages: Any) -> str:
     """Returns the question of a record: its user turns, its prompt or its text."""
     if messages is None:
-        return record.get("prompt") or record.get("text") or str(record.get("tokens"))
+        names = ("prompt", "text", "tokens")
+        return str(next((record[name] for name in names if name in record), ""))
     return "\n".join(m["content"] for m in messages if m["role"] == "user")
 
 

@@ -21,8 +21,8 @@ _POSITIVE = (
     "adamw_rate full_rates kappa kl_horizon learning_rate max_grad_norm rates text_rates timeout"
 ).split()
 _NOT_NEGATIVE = (
-    "center_rewards_coefficient desirable_weight first_seed kl kl_weight min_gap nll_alpha reward_kl rho "
-    "seed start_seed temperature text_kl_weight undesirable_weight value_clip value_weight warmup_epochs "
+    "center_rewards_coefficient desirable_weight kl kl_weight min_gap nll_alpha reward_kl rho "
+    "temperature text_kl_weight undesirable_weight value_clip value_weight warmup_epochs "
     "weight_decay xpo_alpha"
 ).split()
 _SHARES = "dense_share gamma judged lam ld_alpha levels max_bad mixture share until".split()
@@ -34,6 +34,11 @@ LIMITS = {
     **dict.fromkeys(_SHARES, (lambda x: 0 <= x <= 1, "between 0 and 1")),
     **dict.fromkeys(("data_axis", "fsdp"), (lambda x: x == -1 or x >= 1, "at least 1, or -1")),
     "warmup_ratio": (lambda x: 0 <= x < 1, "at least 0 and below 1"),
+    # jax.random.key keeps 32 bits, so that a larger seed would repeat the draws of a smaller one.
+    **dict.fromkeys(
+        ("seed", "first_seed", "start_seed"),
+        (lambda x: 0 <= x < 2**32, "at least 0 and below 2^32"),
+    ),
     "alpha": (lambda x: x != 0 and math.isfinite(x), "a number other than 0"),
 }
 

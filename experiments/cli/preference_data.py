@@ -30,7 +30,7 @@ def load_data(config: Any):
     if entry.records == "labels":
         other = entry.trains == "policy"
         render = functools.partial(data.render_unpaired, seed=config.seed, mismatched=other)
-        records, others = _labelled(records), _labelled(others)
+        records, others = _labelled_and_told(records), _labelled(others)
         if config.prompt_embedder:
             records = with_density_ratios(config, records)
     else:
@@ -100,6 +100,19 @@ def _labelled(records):
     """Returns labelled records: each pair becomes two."""
     pairs = [record for record in records if "chosen" in record]
     return [record for record in records if "chosen" not in record] + data.unpair(pairs)
+
+
+def _labelled_and_told(records):
+    """Returns labelled records; prints that all have the same label, if they do."""
+    records = _labelled(records)
+    labels = {record["label"] for record in records}
+    if len(labels) == 1:
+        print(
+            f"all {len(records)} training records have the label {labels.pop()}: nothing tells a good answer "
+            "from a bad one",
+            flush=True,
+        )
+    return records
 
 
 def _question(record) -> str:

@@ -32,8 +32,12 @@ from jaxft.rewards import (
     verifier_for,
 )
 
-WORKERS = 2
-TIMEOUT = 5.0  # seconds
+# Other names of a column `answer`.
+_ANSWERS = (
+    "ground_truth final_answer expected_answer correct_answer gold_answer gold target solution answers "
+    "answerKey label completion"
+).split()
+LIMITS = {"workers": 2, "timeout": 5.0}  # processes; seconds
 
 
 def small(settings: flags.Rewards, preset: Mapping[str, Any]) -> dict[str, Any]:
@@ -61,9 +65,11 @@ def check(settings: flags.Rewards, parts: Mapping[str, Sequence[Mapping[str, Any
         return
     for spec, records in parts.items():
         if verifier_for(records[0]["_source"], records) is None:
+            there = next((name for name in _ANSWERS if name in records[0]), None)
+            mapped = f" (--fields answer {there}, if that is the answer)" if there else ""
             raise data.DataError(
                 f"{spec}: its answers cannot be verified; give a reasoning-gym task (rg:...), records that "
-                "all have an `answer`, or --judge or --reward-model."
+                f"all have an `answer`{mapped}, or --judge or --reward-model."
             )
 
 
@@ -82,7 +88,8 @@ def opened(
         make = functools.partial(load_judge, settings.judge)
     else:
         make = functools.partial(verifier_for, records[0]["_source"], _typical(records))
-    limits = {"workers": settings.workers or WORKERS, "timeout": settings.timeout or TIMEOUT}
+    given = {"workers": settings.workers, "timeout": settings.timeout}
+    limits = {**LIMITS, **{name: value for name, value in given.items() if value is not None}}
     with VerifierPool(make, **limits) as pool:
         yield OnFirstHost(pool)
 

@@ -171,7 +171,7 @@ def _check(sources, max_length, weights, epochs):
         raise DataError("batches: a source is empty.")
     if epochs is not None and len(sources) > 1:
         raise DataError("batches: epochs need a single source; with several, count steps.")
-    if weights is not None and (len(weights) != len(sources) or min(weights) <= 0):
+    if weights is not None and not _are_shares(weights, sources):
         raise DataError(
             f"batches: weights={list(weights)}; expected a positive number for each of "
             f"{len(sources)} sources."
@@ -179,6 +179,10 @@ def _check(sources, max_length, weights, epochs):
     longest = max(len(part.tokens) for source in sources for part in source)
     if longest > max_length:
         raise DataError(f"batches: a record has {longest} tokens, max_length is {max_length}.")
+
+
+def _are_shares(weights, sources):
+    return len(weights) == len(sources) and all(0 < weight < np.inf for weight in weights)
 
 
 def _stream(source, seed, epochs):
@@ -198,7 +202,7 @@ def token_weights(sources: Sequence[Sequence[Tokenised]], shares: Sequence[float
     Raises:
         DataError: if `shares` is not one positive number per source, or a source is empty.
     """
-    if len(shares) != len(sources) or not sources or min(shares) <= 0:
+    if not sources or not _are_shares(shares, sources):
         raise DataError(
             f"token_weights: shares={list(shares)}; expected a positive number for each of "
             f"{len(sources)} sources."

@@ -34,6 +34,7 @@ _ANSWERS = (
     "targets target reply assistant answers summary highlights"
 ).split()
 _TEXTS = "content body document passage sentence article code chosen chat conversation transcript".split()
+_TOKENS = ("input_ids", "token_ids")
 _ROLES = "role from speaker author sender user".split()
 _CONTENTS = "content value text message utterance".split()
 _ANSWERING = "assistant gpt chatgpt ai bot model bard bing".split()
@@ -42,9 +43,13 @@ _SYSTEM = ("system_prompt", "system_message", "system_instruction")
 _GIVEN = "context contexts passage choices options documents document background knowledge".split()
 # Columns that are also part of the question if it is in another column.
 _ASKED = ("input", "instruction")
-# Columns that look like training text.
+_THOUGHTS = (
+    "rationale thinking thought thoughts reasoning reasoning_content cot complex_cot chain_of_thought "
+    "thinking_trajectories"
+).split()
+# Columns that look like training text, in lower case.
 CONTENT = frozenset(
-    {*_QUESTIONS, *_ANSWERS, *_TEXTS, *_GIVEN, "text", "rationale", "thinking", "system", "history"}
+    {*_QUESTIONS, *_ANSWERS, *_TEXTS, *_GIVEN, *_THOUGHTS, "text", "system", "history"}
     - {"source", "task", "code"}
 )
 _PREFERENCES = {
@@ -67,6 +72,8 @@ def suggest_fields(row: Mapping[str, Any]) -> dict[str, str]:
     for name, value in row.items():
         if (keys := _message_keys(value)) is not None:
             return {"messages": name} | keys
+    if tokens := next((n for n in _TOKENS if isinstance(row.get(n), list)), None):
+        return {"tokens": tokens}
     asks = _first(_QUESTIONS, row, (str, list))
     tells = _first([name for name in _ANSWERS if name != asks], row, (str, int, float))
     text = _first(_TEXTS, row, str)

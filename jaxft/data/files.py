@@ -17,6 +17,8 @@ from jaxft.data.values import arrow_row, check_values, parse_json
 
 # Columns that are a list of objects and are a complete row by themselves.
 FORMS_OF_ONE = {"messages", "conversations"}
+# Names under which a file of one object holds its rows.
+_WRAPPERS = {"data", "rows", "examples", "instances", "records", "train", "samples"}
 
 Row = tuple[str, Any]  # (where, the row or its DataError)
 
@@ -54,7 +56,9 @@ def _refuse_one_object(path):
         return  # The reader reports the error by line.
     is_rows = lambda value: isinstance(value, list) and value and isinstance(value[0], dict)
     holds = [name for name, value in found.items() if is_rows(value)]
-    if first == b"{" or (len(found) == 1 and holds and not FORMS_OF_ONE & {*holds}):
+    wraps = len(found) == 1 and not FORMS_OF_ONE & {*holds} or _WRAPPERS & {*holds}
+    if first == b"{" or (holds and wraps):
+        holds = sorted(holds, key=lambda name: name not in _WRAPPERS)
         inside = f" (jq .{holds[0]} {path.name} > rows.json)" if holds else ""
         raise DataError(
             f"{path.name}: one JSON object with {sorted(found)[:5]}; expected a list of rows{inside}, or "

@@ -201,7 +201,19 @@ def _render(records, renderer, max_length, too_long, bad, answers, columns):
         if parts:
             result.append(TokenisedGroup(tuple(parts), columns(record), str(record.get("id", ""))))
     bad.finish(total, len(result))
+    _check_columns(result)
     return result
+
+
+def _check_columns(groups):
+    """Raises DataError if only some groups have a column such as `margin`."""
+    for name in sorted({name for group in groups for name in group.columns}):
+        without = [group.id for group in groups if name not in group.columns]
+        if without:
+            raise DataError(
+                f"{len(without)} of {len(groups)} records have no {name!r}, the first {without[0]!r}; give "
+                f"all of them one, or leave the column out with --fields {name} ''."
+            )
 
 
 def _sequence(record, answer, renderer) -> Tokenised:

@@ -104,7 +104,8 @@ def not_shown(records: Iterable[Record]) -> str:
     """Lists columns named like question, answer or text that records do not show, with counts; or ""."""
     counts: collections.Counter[str] = collections.Counter()
     for record in records:
-        names = CONTENT & record.keys() - {*SHOWN, "messages", "tokens"}
+        names = {name for name in record if name.strip().lower() in CONTENT}
+        names -= {*SHOWN, "messages", "tokens"}
         if "text" in record and "prompt" not in record and record.get("messages") is None:
             names -= {"text"}
         shown = shown_text(record) if any(record[name] for name in names) else ""

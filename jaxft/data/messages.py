@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -36,6 +37,10 @@ KNOWN_ROLES = ("system", "user", "assistant", "tool", "developer")
 _CALL_ROLES = ("function_call", "tool_call")
 # Names of the reasoning; the first is that of chat templates.
 REASONING = ("reasoning_content", "reasoning", "thinking")
+# Other trainers' names for `train`: axolotl's and ms-swift's.
+_TRAIN = ("train", "training", "loss")
+# Keys that choose trained tokens inside a turn, or packed turns, and have no counterpart here.
+_TRAIN_PARTS = ("train_detail", "loss_scale", "loss_mask")
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 _MEDIA_PARTS = (*MEDIA, "image_url", "input_image", "audio_url", "input_audio", "video_url", "file")
 
@@ -68,6 +73,21 @@ def read_messages(
             "schema",
         )
     return [_message(message, i, role, content) for i, message in enumerate(messages)]
+
+
+def parsed_turns(value: Any) -> Any:
+    """Parses text that is a JSON list of messages, as in a table's cells; other values do not change."""
+    if not isinstance(value, str) or not re.match(r"\s*\[\s*\{", value):
+        return value
+    try:
+        turns = strict_json(value, "messages")
+    except DataError:
+        return value
+    speaks = lambda turn: (
+        isinstance(turn, Mapping)
+        and ({"role", "content"} <= turn.keys() or {"from", "value"} <= turn.keys())
+    )
+    return turns if isinstance(turns, list) and all(map(speaks, turns)) else value
 
 
 def read_tools(tools: Any) -> list[dict[str, Any]]:
@@ -291,11 +311,28 @@ def _details(kept, i):
                 "schema",
             )
     check_weight(kept.get("weight"), f"weight of message {i}")
-    if not isinstance(kept.get("train", True), bool):
-        raise DataError(
-            f"train of message {i} must be true or false, got {kept['train']!r:.40}.", "schema"
-        )
-    return {key: value for key, value in kept.items() if key not in REASONING} | found
+    rest = {key: value for key, value in kept.items() if key not in (*REASONING, *_TRAIN)}
+    return rest | found | _trains(kept, i)
+
+
+def _trains(kept, i):
+    """Returns {"train": ...} if the message says whether it trains, by any of the names in _TRAIN."""
+    given = {name: kept[name] for name in _TRAIN if name in kept}
+    for name, value in given.items():
+        if value not in (True, False):  # 1.0 is True: tables have one type for a column.
+            raise DataError(
+                f"{name} of message {i} must be true or false, got {value!r:.40}.", "schema"
+            )
+    if len(set(map(bool, given.values()))) > 1:
+        raise DataError(f"message {i} has {' and '.join(given)}, which differ.", "schema")
+    for name in _TRAIN_PARTS:
+        if kept.get(name) not in (None, [], {}, 1):
+            raise DataError(
+                f"message {i} has {name!r}, which chooses tokens inside a turn and is not read; use "
+                "--train-on, a message's 'train', or remove it.",
+                "schema",
+            )
+    return {"train": any(map(bool, given.values()))} if given else {}
 
 
 def _joined_parts(content, i):

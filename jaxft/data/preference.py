@@ -13,6 +13,7 @@ from jaxft.data.messages import ROLES, text_of
 from jaxft.data.records import (
     Record,
     check_record,
+    conversation_texts,
     own_columns,
     prompt_completion,
     read_row,
@@ -40,8 +41,9 @@ def normalise_pair(raw: Mapping[str, Any], fields: Mapping[str, str] | None = No
     for name in PAIR:
         if row.get(name) is None:
             raise absent(name, row)
-    chosen, rejected = _turns(row["chosen"]), _turns(row["rejected"])
     form, prompt = _asked(row)
+    prompt, *answers = conversation_texts(prompt, row["chosen"], row["rejected"])
+    chosen, rejected = map(_turns, answers)
     for name, value in (("chosen", chosen), ("rejected", rejected)):
         if not _is_chat(value) and not text_of(value, name).strip():
             raise DataError(f"{name!r} is empty.", "empty_completion")
@@ -50,7 +52,9 @@ def normalise_pair(raw: Mapping[str, Any], fields: Mapping[str, str] | None = No
     if prompt is None and not (_is_chat(chosen) and _opens(chosen)):
         _check_question(row, chosen)
     if prompt is None or (_is_chat(chosen) and isinstance(prompt, str) and _opens(chosen)):
+        given = prompt
         prompt, chosen, rejected = common_prompt(chosen, rejected)
+        _check_asked(given, prompt)
     row["prompt"] = prompt
     first = prompt_completion(row, chosen, names, "chosen")
     second = prompt_completion(row, rejected, names, "rejected")
@@ -225,6 +229,20 @@ def _asked(row):
         content = text_of(row["question"], "question")
         return "question", [{"role": "user", "content": content}]
     return "prompt", None
+
+
+def _check_asked(given, prompt):
+    """Raises DataError if a prompt of plain text is not that of the conversations beside it."""
+    if not isinstance(given, str) or not given.strip():
+        return
+    texts = ["".join(str(m.get("content", m.get("value"))).split()) for m in prompt]
+    asked = "".join(given.split())
+    if not any(text and (text in asked or asked in text) for text in texts):
+        raise DataError(
+            "'prompt' is another question than that of the conversations in 'chosen' and 'rejected'; "
+            "leave it out with --fields prompt ''.",
+            "schema",
+        )
 
 
 def _check_question(row, chosen):

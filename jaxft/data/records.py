@@ -7,19 +7,19 @@ import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from jaxft.data.columns import FORMS, PAIR, check_beside, flag, no_column, suggest_fields, typed
 from jaxft.data.errors import DataError
 from jaxft.data.messages import (
     MEDIA,
     check_weight,
+    parsed_turns,
     read_history,
     read_messages,
     read_tools,
     text_of,
     with_system,
 )
+from jaxft.data.tokens import read_tokens
 from jaxft.data.values import check_values, strict_json
 
 Record = dict[str, Any]
@@ -82,7 +82,7 @@ def read_row(row: dict[str, Any], names: Mapping[str, str], mapped: Mapping[str,
         if not made["text"].strip():
             raise DataError("'text' is empty.", "empty_completion")
     else:
-        made = _tokens(row)
+        made = read_tokens(row)
     check_beside(row, form, shown_text(made), mapped)
     return check_record(own_columns(row, form) | made)
 
@@ -192,12 +192,18 @@ def context(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def whole_prompt(record: Mapping[str, Any]) -> str:
-    """Returns a text that is equal only for equal prompts, with system message, history and tools."""
+    """Returns a text that is equal only for equal prompts, with system message, history and tools.
+
+    A record without a prompt, or with an empty one, is known by its text, tokens or answer.
+    """
     messages = as_messages(record)
     if messages is None:
-        return str(record.get("prompt") or record.get("text") or record.get("tokens"))
+        names = ("prompt", "text", "tokens", "completion")
+        return str(next((record[name] for name in names if record.get(name)), ""))
+    whole = messages
     while messages and messages[-1]["role"] == "assistant":
         messages = messages[:-1]
+    messages = messages or whole
     return json.dumps([messages, context(record)], sort_keys=True, default=str)
 
 
@@ -249,7 +255,8 @@ def prompt_completion(
 
     Both are also messages if the row has a `system` or `history` column, which precede the prompt.
     """
-    prompt, history = row["prompt"], read_history(row.get("history"))
+    prompt, completion = conversation_texts(row["prompt"], completion)
+    history = read_history(row.get("history"))
     answer = [completion] if isinstance(completion, Mapping) else completion
     chat = isinstance(prompt, list) or isinstance(answer, list) or history or row.get("system")
     if not chat:
@@ -269,6 +276,22 @@ def prompt_completion(
     if not any(message["role"] == "assistant" for message in said):
         raise DataError(f"{name!r} has no assistant message.", "role_order")
     return {"prompt": asked, "completion": said}
+
+
+def conversation_texts(prompt: Any, *answers: Any) -> list[Any]:
+    """Parses a prompt (or None) and its answers if they are JSON text of messages, as in a table's cells.
+
+    Answers to a prompt of plain text are parsed only if they begin with it: such an answer may be JSON.
+    """
+    asked, said = parsed_turns(prompt), [parsed_turns(answer) for answer in answers]
+    if isinstance(asked, str) and asked:
+        begins = lambda turns: isinstance(turns, list) and asked in map(_said, turns)
+        said = [b if begins(b) else a for a, b in zip(answers, said, strict=True)]
+    return [asked, *said]
+
+
+def _said(turn):
+    return turn.get("content", turn.get("value")) if isinstance(turn, Mapping) else None
 
 
 def _check_repeated(prompt, completion, name):
@@ -299,30 +322,6 @@ def _question(row, asks, tells):
 def _is_answer(value):
     number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     return isinstance(value, str) or (number and abs(value) < 1e300)  # False for NaN
-
-
-def _tokens(row):
-    tokens, mask = row["tokens"], row.get("loss_mask")
-    ids = _numbers(tokens, "tokens")
-    if not len(ids):
-        raise DataError("'tokens' is empty.", "schema")
-    if ids.dtype.kind not in "iu":
-        raise DataError(f"'tokens' must be whole numbers, got {tokens!r:.60}.", "schema")
-    if mask is not None and (len(_numbers(mask, "loss_mask")) != len(ids)):
-        raise DataError(f"{len(mask)} loss_mask values for {len(ids)} tokens.", "schema")
-    for weight in () if mask is None else np.asarray(mask).tolist():
-        check_weight(weight, "a value of loss_mask")
-    return {"tokens": tokens}
-
-
-def _numbers(values, name):
-    try:
-        array = np.asarray(values)
-    except (ValueError, OverflowError, TypeError):
-        array = np.zeros((0, 0))
-    if array.ndim != 1 or array.dtype.kind not in "iufb":
-        raise DataError(f"{name!r} must be a list of numbers, got {values!r:.60}.", "schema")
-    return array
 
 
 def _template_options(record):

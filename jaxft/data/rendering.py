@@ -209,8 +209,8 @@ class Renderer:
         weight = float(message.get("weight", 1.0)) * (message.get("train") is not False)
         if self.mask != "per_message" and weight != 1:
             raise DataError(
-                f"an assistant turn has weight {weight:g} (its 'weight' or 'train'), which mask {self.mask} "
-                "does not honour; use --mask per_message, or all.",
+                f"an assistant turn has weight {weight:g} (its 'weight', 'train' or 'loss'), which mask "
+                f"{self.mask} does not honour; use --mask per_message, or all.",
                 "schema",
             )
         return weight

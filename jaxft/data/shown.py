@@ -16,6 +16,11 @@ from typing import Any, NamedTuple
 from jaxft.data.errors import DataError
 
 _THINK = re.compile(r"</?(?:think|thinking)>")
+# Keys of a message with text that some templates show (Cohere's tool_plan) and most ignore.
+_THOUGHTS = (
+    "thought thoughts think analysis rationale cot chain_of_thought reasoning_text reasoning_details "
+    "tool_plan"
+).split()
 _SHORT = 24  # characters; shorter texts may occur by chance
 
 _REMEDY = "remove it from the data, or pass a template that shows it (--template)."
@@ -74,6 +79,7 @@ def refuse(lost: Sequence[Piece]) -> None:
     if lost:
         path = lost[0].path
         field = path[0] if path[0] == "tools" else path[2]
+        field = "reasoning_content" if field in _THOUGHTS else field
         raise DataError(
             f"the chat template does not show {', '.join(map(str, lost[:3]))}; "
             f"{_REMEDIES.get(field, _REMEDY)}",
@@ -115,6 +121,8 @@ def _of_messages(messages, trained) -> Iterator[Piece]:
         yield from (Piece((*place, "content"), part, whole) for part in parts)
         if full and message.get("reasoning_content"):
             yield Piece((*place, "reasoning_content"), message["reasoning_content"], True)
+        for key in _THOUGHTS if full else ():
+            yield from _thoughts((*place, key), message.get(key))
         if message.get("name"):
             # Templates that do not show the tool's name with its result show it in the call.
             yield Piece((*place, "name"), message["name"], message["role"] != "tool")
@@ -128,6 +136,17 @@ def _of_messages(messages, trained) -> Iterator[Piece]:
             if asked and message["tool_call_id"] != asked[0]:
                 yield Piece((*place, "tool_call_id"), message["tool_call_id"], False)
             asked = [name for name in asked if name != message["tool_call_id"]]
+
+
+def _thoughts(path, value) -> Iterator[Piece]:
+    """Yields the text of a thought: text, or OpenRouter's list of objects with `text` or `summary`."""
+    if isinstance(value, str) and value.strip():
+        yield Piece(path, value, True)
+    for i, part in enumerate(value if isinstance(value, (list, tuple)) else ()):
+        for key in ("text", "summary"):
+            said = part.get(key) if isinstance(part, Mapping) else None
+            if isinstance(said, str) and said.strip():
+                yield Piece((*path, i, key), said, True)
 
 
 def _of_tools(tools) -> Iterator[Piece]:

@@ -144,6 +144,15 @@ def _local_or_hub(text: str) -> tuple[str, Iterable[tuple[str, Any]]]:
         return path.name, _pattern(text)
     if not kind_of(path) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
         return text, _numbered(text, _hub(text))
+    if "://" in text:
+        raise DataError(
+            f"{text}: an address, which is not read; download the file and name it, or give the hub id "
+            "OWNER/NAME?split=train."
+        )
+    if odd := re.fullmatch(r"([\w-][\w.-]*/[\w.-]+)(?:/([\w.-]+)|:(.+))", name):
+        if not kind_of(path) and not path.parent.is_dir():
+            option = f"name={odd[2]}" if odd[2] else f"split={odd[3]}"
+            raise DataError(f"{text}: no such file; from the hub it is {odd[1]}?{option}.")
     there = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     close = difflib.get_close_matches(path.name, there, n=1)
     if close:
@@ -170,8 +179,19 @@ def _saved(folder, options):
         raise DataError(
             f"{folder}: a folder, but not one that `datasets` saved; {files_in(folder)}."
         )
+    if others := sorted(options.keys() - {"split"}):
+        raise DataError(
+            f"{folder}: no option {others[0]!r}; a saved data set has only ?split=NAME (--limit and --fields "
+            "are the script's)."
+        )
     found = _datasets().load_from_disk(str(folder))
     if not isinstance(found, dict):
+        own = str(found.split) if found.split is not None else None
+        if options.get("split", own) != own:
+            raise DataError(
+                f"{folder}: ?split={options['split']}, but it was saved as a single set"
+                f"{f', the split {own!r}' if own else ''}; leave ?split= out, or name another folder."
+            )
         return found
     name = options.get("split", "train")
     if name not in found:

@@ -41,8 +41,11 @@ class SamplingConfig:
     def __post_init__(self):
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}.")
-        if self.temperature < 0:
-            raise ValueError(f"temperature must be at least 0 (greedy), got {self.temperature}.")
+        # Below, logits divided by the temperature overflow float32.
+        if not (self.temperature == 0 or 1e-6 <= self.temperature < float("inf")):
+            raise ValueError(
+                f"temperature must be 0 (greedy) or finite and at least 1e-6, got {self.temperature}."
+            )
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k must be at least 1, got {self.top_k}; None turns it off.")
         for name in ("top_p", "min_p", "typical_p"):
@@ -56,9 +59,15 @@ class SamplingConfig:
                 "temperature=0 is greedy and takes the likeliest token; drop top_k, top_p, min_p and "
                 "typical_p or set a temperature."
             )
-        if not self.repetition_penalty > 0:
+        if not 0 < self.repetition_penalty < float("inf"):
             raise ValueError(
-                f"repetition_penalty must be positive, got {self.repetition_penalty}; 1 turns it off."
+                f"repetition_penalty must be positive and finite, got {self.repetition_penalty}; 1 turns "
+                "it off."
+            )
+        if isinstance(self.stop_strings, str) or not all(self.stop_strings):
+            raise ValueError(
+                f"stop_strings must be texts with at least one character, got {self.stop_strings!r}; every "
+                "completion contains an empty one."
             )
         if self.no_repeat_ngram_size < 0:
             raise ValueError(
@@ -166,8 +175,16 @@ def _repeats(history, position, config, size):
         None
     ]  # ends of earlier n-grams whose beginning is the suffix
     match = (ends >= n - 1) & (ends < position[:, None])
-    for k in range(n - 1):
-        match &= jnp.roll(history, n - 1 - k, axis=1) == suffix[:, k : k + 1]
+
+    def equal(
+        k, match
+    ):  # a loop, as a program with n copies takes minutes to compile for a large n
+        return match & (
+            jnp.roll(history, n - 1 - k, axis=1) == jnp.take(suffix, k, axis=1)[:, None]
+        )
+
+    if n > 1:
+        match = jax.lax.fori_loop(0, min(n - 1, history.shape[1]), equal, match)
     return _marked(history, match, size)
 
 

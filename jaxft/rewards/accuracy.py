@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxft.checkpoints import end_tokens
-from jaxft.data import Renderer
+from jaxft.data import DataError, Renderer, render_prompts
 from jaxft.generation import SamplingConfig, generate
 from jaxft.metrics import wilson_interval
 from jaxft.models import Decoder
@@ -45,6 +45,23 @@ class Accuracy(NamedTuple):
         )
 
 
+def _prompts(
+    model: Decoder, renderer: Renderer, records: Sequence[Mapping[str, Any]], max_new_tokens: int
+) -> list[list[int]]:
+    """Returns the ids of each record's prompt; DataError names one that leaves no room for the answer."""
+    prompts = render_prompts(records, renderer)
+    for i, (record, prompt) in enumerate(zip(records, prompts, strict=True)):
+        if (length := len(prompt)) + max_new_tokens > model.config.max_length:
+            where = record.get("_where", record.get("id", f"record {i}"))
+            raise DataError(
+                f"{where}: a prompt of {length} tokens and an answer of {max_new_tokens} exceed the model's "
+                f"{model.config.max_length} positions; remove the record, or allow shorter answers "
+                "(--max-new-tokens).",
+                "too_long",
+            )
+    return prompts
+
+
 def measure_accuracy(
     model: Decoder,
     params: Any,
@@ -65,6 +82,9 @@ def measure_accuracy(
         stop_strings: texts that also end an answer.
         batch_size: prompts at a time, grouped by length to save padding.
         progress: called with (records done, number of records).
+
+    Raises:
+        DataError: for a record that has no prompt, or whose prompt and answer exceed the model's positions.
     """
     tokenizer = renderer.tokenizer
     if stop_ids is None:
@@ -75,7 +95,7 @@ def measure_accuracy(
         stop_ids=tuple(stop_ids),
         stop_strings=tuple(stop_strings),
     )
-    prompts = [renderer.prompt(record) for record in records]
+    prompts = _prompts(model, renderer, records, max_new_tokens)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     completions = [""] * len(prompts)
     for start in range(0, len(order), batch_size):

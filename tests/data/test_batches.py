@@ -4,7 +4,14 @@ import json
 import numpy as np
 import pytest
 
-from jaxft.data import DataError, Tokenised, batches, finite_batches, packing_efficiency
+from jaxft.data import (
+    DataError,
+    Tokenised,
+    batches,
+    finite_batches,
+    packing_efficiency,
+    token_weights,
+)
 
 
 def make(lengths, start=0):
@@ -86,6 +93,15 @@ def test_a_position_of_other_data_is_refused():
         other = batches(records, batch_size=2, max_length=8, **options)
         with pytest.raises(DataError, match="the data is not that of the checkpoint"):
             other.set_state(position)
+
+
+@pytest.mark.parametrize("weights", [[np.nan, 1], [np.inf, 1], [0, 1], [1]])
+def test_shares_of_sources_are_positive_numbers(weights):
+    sources = [make([8] * 3, start) for start in (0, 100)]
+    for share in (lambda: batches(*sources, weights=weights, batch_size=1, max_length=8),
+                  lambda: token_weights(sources, weights)):  # fmt: skip
+        with pytest.raises(DataError, match="expected a positive number for each of 2"):
+            share()
 
 
 def test_sources_are_mixed_by_weight():

@@ -448,6 +448,9 @@ def test_prompts_that_differ_in_system_history_or_tools_differ():
     assert len({whole_prompt(record) for record in load(rows)}) == len(rows)
     same = [{"messages": chat}, {"messages": [chat[0], assistant("b")]}]
     assert len({whole_prompt(record) for record in load(same)}) == 1
+    asked_nothing = [{"prompt": "", "completion": "a"}, {"prompt": "", "completion": "b"}]
+    asked_nothing += [{"messages": [assistant("a")]}, {"messages": [assistant("b")]}]
+    assert len({whole_prompt(record) for record in load(asked_nothing)}) == 4
 
 
 def test_what_is_left_out_is_said_even_if_nobody_asked(plain):

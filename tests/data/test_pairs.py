@@ -115,6 +115,12 @@ def test_bad_labels_and_scores():
     assert mapped == {"prompt": "a", "chosen": "b", "rejected": "c"}
 
 
+def test_margins_of_some_pairs_are_an_error(small_tokenizer):
+    rows = [normalise_pair(TEXT | {"margin": 2}), normalise_pair(TEXT | {"id": "x"})]
+    with pytest.raises(DataError, match="1 of 2 records have no 'margin', the first 'x'"):
+        data.render_pairs(rows, Renderer(small_tokenizer), 64)
+
+
 @pytest.mark.parametrize("row", [TEXT, CHAT])
 def test_a_group_is_the_two_records_alone(row, small_tokenizer):
     """Prompt ids are the same; what trains decodes to the completion and its stop token."""

@@ -1,5 +1,6 @@
 import json
 
+import datasets
 import pytest
 
 from jaxft.data import BadRecords, DataError, infer_type, load, normalise, split
@@ -121,7 +122,43 @@ def test_split_follows_ids_alone():
     assert {r["id"] for r in held_out_again} <= {r["id"] for r in held_out}
 
 
+@pytest.mark.parametrize(
+    "spec, message",
+    [
+        ("https://host/x.jsonl", "an address, which is not read; download"),
+        ("hf://datasets/a/b/x.jsonl", "give the hub id OWNER/NAME"),
+        ("openai/gsm8k/main", r"from the hub it is openai/gsm8k\?name=main"),
+        ("openai/gsm8k:train", r"from the hub it is openai/gsm8k\?split=train"),
+    ],
+)
+def test_addresses_and_parts_of_hub_ids_say_how_they_are_written(spec, message):
+    with pytest.raises(DataError, match=message):
+        load(spec)
+
+
+@pytest.mark.parametrize(
+    "named, option, message",
+    [
+        ("train", "limit=1", "no option 'limit'; a saved data set has only"),
+        ("train", "split=test", "saved as a single set, the split 'train'"),
+        (None, "split=test", "saved as a single set; leave"),
+        ("train", "split=train", None),
+    ],
+)
+def test_options_of_a_saved_set_are_honoured_or_refused(named, option, message, tmp_path):
+    table = datasets.Dataset.from_list([{"question": "q", "answer": "a"}], split=named)
+    table.save_to_disk(tmp_path / "saved")
+    if message is None:
+        assert len(load(f"{tmp_path}/saved?{option}")) == 1
+        return
+    with pytest.raises(DataError, match=message):
+        load(f"{tmp_path}/saved?{option}")
+
+
 def test_a_json_file_that_is_one_object_says_so(tmp_path):
+    (tmp_path / "squad.json").write_text(json.dumps({"version": "1", "data": [{"question": "q"}]}))
+    with pytest.raises(DataError, match=r"jq .data squad.json > rows.json"):
+        load(str(tmp_path / "squad.json"))
     file = tmp_path / "all.json"
     file.write_text(json.dumps({"data": [{"prompt": "a", "completion": "b"}]}, indent=2))
     with pytest.raises(DataError, match=r"one JSON object with \['data'\]"):

@@ -449,7 +449,16 @@ BAD = [
         "--max-grad-norm must be positive and finite, got 0.0",
     ),
     ("sft", "rate nan", ["--learning-rate", "nan"], "must be positive and finite, got nan"),
-    ("sft generate", "seed", ["--seed", "-1"], "--seed must be at least 0, got -1"),
+    ("sft generate", "seed", ["--seed", "-1"], "--seed must be at least 0 and below 2^32, got -1"),
+    ("sft generate", "large seed", ["--seed", str(2**32)], "below 2^32, got 4294967296"),
+    ("generate sample_pairs", "no text to stop at", ["--stop", ""], "at least one character"),
+    (
+        "generate",
+        "endless penalty",
+        ["--repetition-penalty", "inf"],
+        "positive and finite, got inf",
+    ),
+    ("generate", "cold", ["--temperature", "1e-30"], "finite and at least 1e-6, got 1e-30"),
     ("sft", "bad share", ["--max-bad", "2"], "--max-bad must be between 0 and 1, got 2.0"),
     (
         "sft generate",
@@ -512,6 +521,19 @@ BAD = [
     ("sft", "empty task", ["--data", "rg:chain_sum?size=0"], "size"),
     ("sft", "too few shares", ["--weights", "1", "2"], "weights"),
     ("sft", "negative share", ["--weights", "-1"], "weights"),
+    ("sft preference", "no source", ["--data"], "--data names no source"),
+    (
+        "reinforce sample_pairs",
+        "answers of another name",
+        lambda p: ["--data", written(p, "x.jsonl", '{"question": "q", "ground_truth": "2"}')],
+        "--fields answer ground_truth, if that is the answer",
+    ),
+    (
+        "evaluate",
+        "answers too long",
+        lambda p: ["--data", beside(p, answer="2"), "--max-new-tokens", "600"],
+        "beside.jsonl, line 1: a prompt of 20 tokens and an answer of 600 exceed",
+    ),
     ("sft", "expression", ["--train-on", "("], "train_on '(' is not a regular expression"),
     (
         "sft generate",

@@ -3,7 +3,7 @@
 import pytest
 
 from experiments import preference, reinforce, sft
-from experiments.cli import flags, held_out, models
+from experiments.cli import flags, held_out, models, preference_data, rewards
 from jaxft import data
 
 SCRIPTS = (sft, preference, reinforce)
@@ -83,6 +83,22 @@ def test_what_cannot_be_split_is_an_error():
         several = records(4) if given.get("eval_data") else records(1)
         with pytest.raises((ValueError, data.DataError), match=said):
             held_out.with_held_out(config_of(sft, "own.jsonl", **given), [several], load, ask)
+
+
+def test_labels_that_are_all_the_same_are_told(capsys):
+    preference_data._labelled_and_told([{"label": True}, {"label": True}])
+    assert "all 2 training records have the label True" in capsys.readouterr().out
+    preference_data._labelled_and_told([{"label": True}, {"label": False}])
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "limit, message", [("timeout", "timeout > 0, got 2 and 0"), ("workers", "workers >= 1")]
+)
+def test_a_limit_of_zero_is_not_the_default(limit, message):
+    settings = flags.Rewards(judge="os:getcwd", **{limit: 0})
+    with pytest.raises(ValueError, match=message), rewards.opened(settings, flags.Model(), []):
+        pass
 
 
 def test_records_left_out_are_told_and_few_left_are_an_error(capsys):

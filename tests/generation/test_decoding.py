@@ -62,6 +62,7 @@ RULES = [
     dict(no_repeat_ngram_size=1),
     dict(no_repeat_ngram_size=2),
     dict(no_repeat_ngram_size=3),
+    dict(no_repeat_ngram_size=500),
     dict(bad_words=WORDS),
     dict(min_new_tokens=3),
     dict(min_new_tokens=3, stop_ids=()),
@@ -173,7 +174,12 @@ def test_rules_that_are_off_cost_nothing(model_and_params):
 @pytest.mark.parametrize(
     "wrong, message",
     [
-        (dict(repetition_penalty=0), "repetition_penalty must be positive, got 0"),
+        (dict(repetition_penalty=0), "repetition_penalty must be positive and finite, got 0"),
+        (dict(repetition_penalty=float("inf")), "positive and finite, got inf"),
+        (dict(temperature=1e-40), "finite and at least 1e-6"),
+        (dict(temperature=float("nan")), "finite and at least 1e-6, got nan"),
+        (dict(stop_strings=("END", "")), "at least one character"),
+        (dict(stop_strings="END"), "at least one character, got 'END'"),
         (dict(no_repeat_ngram_size=-1), "no_repeat_ngram_size must be at least 0"),
         (dict(min_new_tokens=9), "got min_new_tokens=9 and max_new_tokens=8; lower"),
         (dict(typical_p=1.5), "typical_p must lie in 0..1, got 1.5"),
@@ -187,6 +193,18 @@ def test_rules_that_are_off_cost_nothing(model_and_params):
 def test_wrong_rules_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         SamplingConfig(8, **wrong)
+
+
+def test_a_large_n_needs_no_larger_program():
+    """Compiling n copies of a comparison took minutes for n = 1000."""
+
+    def program(n):
+        config = SamplingConfig(8, no_repeat_ngram_size=n)
+        run = lambda logits, history, at: process_logits(logits, config, history, at)
+        shapes = jnp.zeros((1, V)), jnp.zeros((1, 2000), int), jnp.ones(1, int)
+        return str(jax.make_jaxpr(run)(*shapes)).count("\n")
+
+    assert program(1000) < 1.5 * program(3)
 
 
 def test_bad_words_from_text():

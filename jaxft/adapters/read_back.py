@@ -34,7 +34,7 @@ def logit_difference(
 ) -> Difference:
     """The largest difference of the logits of two params of a model, computed in float32.
 
-    An encoder has hidden states in place of logits.
+    For an encoder, of the hidden states.
 
     Args:
         model: the decoder or encoder.

@@ -26,7 +26,7 @@ _KINDS = ("Transformer", "Pooling", "Normalize")
 
 @dataclasses.dataclass(frozen=True)
 class SentenceSettings:
-    """What sentence-transformers' files say about a model, beside its weights.
+    """The settings of a model in sentence-transformers' files.
 
     Attributes:
         pooling: of the hidden states.

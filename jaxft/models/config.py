@@ -33,7 +33,7 @@ class Rope:
 
     @property
     def by_length(self) -> bool:
-        """Whether the frequencies depend on the length of the text."""
+        """True if the frequencies depend on the length of the text."""
         return self.scaling in ("dynamic", "longrope")
 
 

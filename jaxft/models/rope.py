@@ -59,7 +59,7 @@ def rope_table(
 def text_lengths(positions: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
     """[B, T]: for each token, the largest position of its segment plus 1.
 
-    So a packed text has the same frequencies as in a row of its own. transformers takes the largest position
+    So a packed text has the same frequencies as in a separate row. transformers takes the largest position
     of the batch.
     """
     if segment_ids is None:

@@ -50,7 +50,7 @@ POOLINGS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Pooling:
-    """How hidden states [B, T, D] become an embedding [B, D].
+    """A function of hidden states [B, T, D] to embeddings [B, D].
 
     Attributes:
         modes: of POOLINGS; the features of several are put side by side, in this order.

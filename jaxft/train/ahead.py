@@ -40,7 +40,7 @@ Shapes = dict[str, Any]  # name -> (shape, dtype)
 
 
 class Plan(NamedTuple):
-    """What a step consists of, besides the model."""
+    """The parts of a step besides the model."""
 
     objective: Callable[..., Any]
     batch: dict[str, Any]  # jax.ShapeDtypeStruct on the mesh

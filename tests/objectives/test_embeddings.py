@@ -127,7 +127,7 @@ def test_chunks_and_devices_change_nothing():
 
 
 def test_chunks_keep_no_activations():
-    """Of 24 texts at a time 4: what the backward pass keeps is about a sixth."""
+    """With 4 of 24 texts at a time, the backward pass keeps about a sixth."""
     saved = {}
     for chunk in (None, 4):
         run = jax.jit(jax.grad(lambda p, b, c=chunk: contrastive(EMBED, chunk=c)(p, b, None)[0]))

@@ -1,4 +1,4 @@
-"""What fits where, compiled ahead of time for slices that are not here: writes docs/scale.md.
+"""Memory and times of train steps, compiled for slices that are not here: writes docs/scale.md.
 
 make scale                                              all rows, about two hours and 20 GB
 .venv/bin/python -m benchmarks.scale --rows 0 3         some rows of the first table, printed
@@ -29,11 +29,11 @@ exchanging at the full rate of the links. A real step takes longer.
 
 """
 COLUMNS = (
-    "| model | trains | objective | hardware | mesh | tokens a step "
+    "| model | trains | objective | hardware | mesh | tokens per step "
     "| memory, GiB | exchanged, GiB | bound, s |"
 )
 
-# Kept are the results of products ("dots"): recomputing them would gather the kernels a third time.
+# The results of products are kept ("dots"): recomputing them would gather the kernels a third time.
 _8B = dict(model="llama3-8b", rows=1, remat="dots")
 CASES = [
     *(

@@ -54,7 +54,7 @@ class Config:
     temperature: float = 0.05  # of the similarities in the loss
     margin: float = 0.0  # subtracted from the similarity of a query and its answer
     symmetric: bool = False  # each answer is also compared with all queries
-    # also train the first features alone, as --dims 256 128 64, so that embeddings can be cut
+    # also train the first 256, 128... features by themselves, so that embeddings can be cut
     dims: tuple[int, ...] = ()
     negatives: int = 1  # maximum negatives of a record that are used, if it has some
     mine: int = 0  # also this many negatives per record, found by the model before training
@@ -62,10 +62,10 @@ class Config:
     margin_mined: float | None = None
     chunk: int | None = None  # texts embedded at a time, to save memory; None: the whole batch
 
-    # mean, cls, lasttoken, max, weightedmean; None: that of the model's files, else mean
+    # mean, cls, lasttoken, max, weightedmean; None: the model's, else mean
     pooling: Literal["mean", "cls", "lasttoken", "max", "weightedmean"] | None = None
-    query_prompt: str | None = None  # put before each query; None: that of the model's files
-    passage_prompt: str | None = None  # put before each other text; None: that of the model's files
+    query_prompt: str | None = None  # put before each query; None: the model's
+    passage_prompt: str | None = None  # put before each other text; None: the model's
 
     base: flags.Model = flags.Model("minilm")
     kernels: flags.Kernels = flags.Kernels()

@@ -249,7 +249,7 @@ def fit(
     rows: int,
     **more: Any,
 ) -> tuple[train.TrainState, list[dict]]:
-    """Calls `train.fit` on the task's mesh, with `rows` rows a step in as many parts as needed."""
+    """Calls `train.fit` on the task's mesh, with `rows` rows per step in as many parts as needed."""
     parts = range(max(1, rows // task.settings.trained_at_once), rows + 1)
     return train.fit(
         params,

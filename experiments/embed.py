@@ -21,11 +21,11 @@ import experiments.cli.interrupts  # noqa: F401  isort: skip  (before what takes
 import dataclasses
 from typing import Any, Literal
 
-import numpy as np
 import tyro
 
-from experiments.cli import cards, flags, held_out
+from experiments.cli import cards, flags
 from experiments.cli import training as shared
+from experiments.cli.retrieval import MADE_UP, Search, load_records
 from jaxft import data, objectives, train
 from jaxft.adapters import Name
 from jaxft.analysis import text_embeddings
@@ -35,11 +35,9 @@ from jaxft.checkpoints import (
     resolve,
     write_sentence_settings,
 )
-from jaxft.metrics import ranked, retrieval_metrics
 from jaxft.models import Embedding, Pooling, embedding_of
 
 SMALL = {"max_steps": 6, "eval_steps": 3, "batch_size": 8, "max_length": 32, "learning_rate": 1e-3}
-AT = (1, 5, 10)  # ranks of the metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +82,7 @@ def main(config: Config) -> dict[str, Any]:
     """Trains; returns the metrics that are written to metrics.json."""
     config = shared.start(config, SMALL)
     if config.smoke and not config.data:
-        config = dataclasses.replace(config, data=("made-up pairs",))
+        config = dataclasses.replace(config, data=(MADE_UP,))
     training, held, name = load_records(config)
     output, mesh = shared.place(config)
     settings = settings_of(config)
@@ -155,71 +153,6 @@ def settings_of(config: Config) -> SentenceSettings:
     shown = "".join(f", {name} prompt {text!r}" for name, text in prompts.items() if text)
     print(f"embeddings: {' + '.join(pooling.modes)} of at most {made.max_length} tokens{shown}")
     return made
-
-
-def load_records(config: Config) -> tuple[list, list, str]:
-    """Returns (training records, held-out records, description of the held-out records)."""
-    if config.data == ("made-up pairs",):
-        made = [
-            {"query": f"{i} plus {i}", "positive": f"{2 * i}", "negatives": [f"{2 * i + 1}"]}
-            for i in range(40)
-        ]
-        return made[:32], made[32:], "8 made-up pairs"
-    if not config.data:
-        raise ValueError("give --data, a file of queries and texts that answer them; or --smoke.")
-    load = lambda spec, bad: data.load(
-        spec, fields=config.columns.of(spec), bad=bad, form=data.normalise_passages
-    )
-    bad = data.BadRecords(config.rows.max_bad)
-    sources = [load(spec, bad) for spec in config.data]
-    parts = held_out.with_held_out(
-        config, sources, lambda spec: load(spec, data.BadRecords()), lambda record: record["query"]
-    )
-    return [record for source in parts.training for record in source], parts.held_out, parts.name
-
-
-class Search:
-    """Ranks all texts of the records for each held-out query, and finds negatives for training."""
-
-    def __init__(self, training, held, vectors, settings):
-        self.held, self.vectors = held, vectors
-        self.prompts = settings.prompt("query"), settings.prompt("document", "passage")
-        texts = [t for r in (*held, *training) for t in (r["positive"], *r["negatives"])]
-        self.places = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-        self.answers: dict[str, set[int]] = {}
-        for record in (*held, *training):
-            self.answers.setdefault(record["query"], set()).add(self.places[record["positive"]])
-
-    def evaluate(self, params, when: str, name: str) -> dict[str, float]:
-        """Prints and returns the metrics of the held-out queries."""
-        queries = list(dict.fromkeys(record["query"] for record in self.held))
-        ranking = ranked(*self._vectors(params, queries), max(AT))
-        metrics = retrieval_metrics(ranking, [self.answers[query] for query in queries], AT)
-        shown = ", ".join(f"{key} {value:.3f}" for key, value in metrics.items() if key in _SHOWN)
-        print(f"{when}, {len(queries)} queries among {len(self.places)} texts: {shown}", flush=True)
-        return metrics
-
-    def mine(self, params, training, number: int, margin: float | None) -> list:
-        """Returns the records with negatives found by the model put before their own."""
-        queries = [record["query"] for record in training]
-        left, right = self._vectors(params, queries)
-        texts, answers = list(self.places), [self.answers[query] for query in queries]
-        found = data.mine_negatives(left @ right.T, answers, number, margin=margin)
-        counts = [len(row) for row in found]
-        print(
-            f"mined {sum(counts)} negatives for {len(training)} queries ({min(counts)} to {max(counts)})"
-        )
-        return [
-            record | {"negatives": [*(texts[i] for i in row), *record["negatives"]]}
-            for record, row in zip(training, found, strict=True)
-        ]
-
-    def _vectors(self, params, queries) -> tuple[np.ndarray, np.ndarray]:
-        asked, other = self.prompts
-        return self.vectors(params, queries, asked), self.vectors(params, list(self.places), other)
-
-
-_SHOWN = ("recall@1", "recall@10", "mrr@10", "ndcg@10")
 
 
 if __name__ == "__main__":

@@ -131,8 +131,9 @@ def load_native(
     place = dict(targets=targets, layers=layers, stacked=stacked)
     inputs = settings.pop("input_axes", {}).get
     adapted = apply_named(params, **settings, **place, input_axes=inputs)
-    if "reward/kernel" in tensors:  # Not a part of the adapter.
-        adapted["reward"] = {"kernel": tensors["reward/kernel"]}
+    head = {n.removeprefix("reward/"): t for n, t in tensors.items() if n.startswith("reward/")}
+    if head:  # Not a part of the adapter.
+        adapted["reward"] = head
     expected = dict(_own_leaves(adapted))
     for name in sorted(expected.keys() ^ tensors.keys()):
         kind = "missing" if name in expected else "surplus"

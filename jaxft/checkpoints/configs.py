@@ -40,7 +40,7 @@ def config_json(family: Family, config: Any, dtype: str, reward: bool = False) -
     result = {"architectures": [codec.architecture], "model_type": family.name} | kept | ours
     result["architectures"] = [_architecture(codec.architecture, source)]
     if reward:
-        base = re.sub("For.*|LMHeadModel", "", codec.architecture)
+        base = re.sub("For.*|LMHeadModel|Model$", "", codec.architecture)
         result["architectures"] = [f"{base}ForSequenceClassification"]
         if len(source.get("id2label") or ()) != 1:
             result = {name: result[name] for name in result if name not in _LABELS}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 import pathlib
@@ -46,7 +47,6 @@ from jaxft.parallel import param_shardings, path_name, shard_params, to_host, wr
 from jaxft.weights import Weight, to_dense
 
 Params = Any
-SCORE = "score.weight"  # of a sequence classifier
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -105,7 +105,10 @@ def load_model(
         layers=family.layers,
     )
     if opened.score is not None:
-        params["reward"] = {"kernel": jnp.asarray(opened.score.T, dtype)}
+        read = lambda name: jnp.asarray(opened.score[name][...], dtype)
+        params["reward"] = {
+            leaf: read(name).T for name, leaf in family.huggingface.score.leaves.items()
+        }
     return model, params
 
 
@@ -139,7 +142,7 @@ class Opened(NamedTuple):
     entries: Sequence[Entry]
     read: Read
     dtype: Callable[[Entry], Any]
-    score: np.ndarray | None = None  # [1, D], the head of a reward model
+    score: Mapping[str, Any] | None = None  # the tensors of the head of a reward model or reranker
     kept: Mapping[str, Weight] = {}  # path -> shapes of the kernels that stay quantised as stored
 
 
@@ -159,9 +162,7 @@ def open_model(
         config = with_special(file.config, file.special())
         read, dtype = lambda entry: file.read(entry.name), lambda entry: np.float32
     else:
-        family, config, tensors = _open_directory(path, families)
-        if SCORE in tensors and tensors[SCORE].shape[0] == 1:
-            score = tensors.pop(SCORE)[...]
+        family, config, tensors, score = _open_directory(path, families)
         entries, found = family.huggingface.entries(config), set(tensors)
         read, dtype = lambda entry: tensors[entry.name], lambda entry: tensors[entry.name].dtype
         refuse_quantised_tensors(path, found - {entry.name for entry in entries})
@@ -208,8 +209,15 @@ def save_model(
     body = {name: node for name, node in params.items() if name != "reward"}
     tensors = disassemble(family.huggingface.entries(model.config), body, family.layers)
     if "reward" in params:
-        score = to_host(to_dense(params["reward"]["kernel"])).T
-        tensors = itertools.chain(tensors, [(SCORE, score)])
+        score, head = family.huggingface.score, params["reward"]
+        if leaves := set(score.leaves.values()) ^ set(head):
+            raise CheckpointError(
+                f"the reward head's leaves are {sorted(head)}; those of a {family.name} classifier "
+                f"differ in {sorted(leaves)}; see jaxft.rewards.add_reward_head."
+            )
+        heads = [(name, to_host(to_dense(head[leaf])).T) for name, leaf in score.leaves.items()]
+        body = ((score.in_file(name), tensor) for name, tensor in tensors)
+        tensors = itertools.chain(body, heads)
     config = config_json(family, model.config, dtype, reward="reward" in params)
 
     def write():
@@ -328,8 +336,19 @@ def _read_config(path: pathlib.Path) -> dict[str, Any]:
     return read_json(file)
 
 
+def _tied(config):
+    return (
+        dataclasses.replace(config, tie_embeddings=True)
+        if hasattr(config, "tie_embeddings")
+        else config
+    )
+
+
 def _open_directory(path, families):
-    """(family, config, name -> tensor) of a Hugging Face directory, without ignored tensors."""
+    """(family, config, name -> tensor, head) of a Hugging Face directory, without ignored tensors.
+
+    `head` has the tensors of a sequence classifier with one label, or is None.
+    """
     json = _read_config(path)
     four_bit = is_four_bit(json)
     if not four_bit:
@@ -337,6 +356,12 @@ def _open_directory(path, families):
     family = find_family(json.get("model_type"), families)
     codec = family.huggingface
     tensors = fold_four_bit(path, open_tensors(path)) if four_bit else open_tensors(path)
+    score = None
+    if codec.score.kernel in tensors and tensors[codec.score.kernel].shape[0] == 1:
+        score = {name: tensors[name] for name in codec.score.leaves if name in tensors}
+        if absent := codec.score.leaves.keys() - score.keys():
+            raise CheckpointError(f"{path}: missing tensor {sorted(absent)[0]!r}.")
+        tensors = {codec.score.from_file(n): t for n, t in tensors.items() if n not in score}
     tensors = {codec.rename(name): tensor for name, tensor in tensors.items()}
     try:
         config = codec.config(json, tensors.keys())
@@ -345,6 +370,9 @@ def _open_directory(path, families):
             f"{path}/config.json: {type(error).__name__}: {error}; a key is missing, or its value is not "
             f"valid for {family.name}: download it again."
         ) from error
+    if score is not None and f"{codec.head}.weight" not in tensors:
+        # A classifier's files have no output projection; the embeddings stand for it.
+        config = _tied(config)
     check_tied(path, family, config, tensors)
     config = with_special(config, read_special(path, json, codec.special))
-    return family, config, {n: t for n, t in tensors.items() if not codec.ignores(n, config)}
+    return family, config, {n: t for n, t in tensors.items() if not codec.ignores(n, config)}, score

@@ -26,7 +26,12 @@ from jaxft.data.judged import (
     judge_pairs,
     parse_green,
 )
-from jaxft.data.passages import mine_negatives, normalise_passages, render_passages
+from jaxft.data.passages import (
+    mine_negatives,
+    normalise_passages,
+    render_passages,
+    render_reranking,
+)
 from jaxft.data.preference import (
     all_pairs,
     best_worst,
@@ -98,6 +103,7 @@ __all__ = [
     "render",
     "render_pairs",
     "render_passages",
+    "render_reranking",
     "render_prompts",
     "render_steps",
     "render_unpaired",

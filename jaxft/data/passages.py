@@ -112,6 +112,43 @@ def render_passages(
     return result
 
 
+def render_reranking(
+    records: Iterable[Record],
+    tokenizer: Any,
+    max_length: int,
+    *,
+    negatives: int,
+    bad: BadRecords | None = None,
+) -> list[TokenisedGroup]:
+    """Tokenises a query with its answer, and with each negative, as groups of 1 + negatives rows.
+
+    The rows are those of the tokenizer for two texts, the longer of which is cut first; `loss_mask` is 1 from
+    the first token of the second text on, as the token types of BERT are. Records with fewer negatives have
+    empty rows in their place.
+
+    Args:
+        records: of `normalise_passages`.
+        tokenizer: of the model.
+        max_length: maximum tokens of a row.
+        negatives: of each record; more are left out.
+        bad: counts the rows that were cut.
+
+    Raises:
+        DataError: if no record has a negative.
+    """
+    result = []
+    for record in records:
+        texts = [record["positive"], *record["negatives"][:negatives]]
+        parts = [_pair(record["query"], text, tokenizer, max_length, bad) for text in texts]
+        parts += [_NOTHING] * (1 + negatives - len(parts))
+        result.append(TokenisedGroup(tuple(parts), {}, str(record.get("id", ""))))
+    if not any(len(part.tokens) for group in result for part in group.parts[1:]):
+        raise DataError(
+            "render_reranking: no record has a negative; give some, or find them with mine_negatives."
+        )
+    return result
+
+
 def mine_negatives(
     scores: np.ndarray,
     positives: Sequence[Collection[int]],
@@ -154,10 +191,20 @@ def _tokens(text, tokenizer, max_length, bad):
     ids = tokenizer(text, truncation=True, max_length=max_length)["input_ids"]
     if not ids:
         raise DataError(f"render_passages: {text!r:.40} has no token.")
-    if (
-        bad is not None
-        and len(ids) == max_length
-        and len(tokenizer(text)["input_ids"]) > max_length
-    ):
-        bad.dropped["truncated"] += 1
+    _count_cut(ids, max_length, bad, lambda: tokenizer(text))
     return Tokenised(np.asarray(ids, np.int32), np.ones(len(ids), np.float32))
+
+
+def _pair(query, text, tokenizer, max_length, bad):
+    found = tokenizer(query, text, truncation=True, max_length=max_length)
+    ids, parts = found["input_ids"], np.array([part == 1 for part in found.sequence_ids(0)])
+    if not parts.any():
+        raise DataError(f"render_reranking: {text!r:.40} has no token beside {query!r:.40}.")
+    _count_cut(ids, max_length, bad, lambda: tokenizer(query, text))
+    second = np.arange(len(ids)) >= parts.argmax()
+    return Tokenised(np.asarray(ids, np.int32), second.astype(np.float32))
+
+
+def _count_cut(ids, max_length, bad, whole):
+    if bad is not None and len(ids) == max_length and len(whole()["input_ids"]) > max_length:
+        bad.dropped["truncated"] += 1

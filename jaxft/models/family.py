@@ -23,6 +23,42 @@ Config = Any  # a frozen dataclass whose `family` is the record's name
 
 
 @dataclasses.dataclass(frozen=True)
+class Score:
+    """The files of a sequence classifier with one label: a reward model, or a reranker.
+
+    Attributes:
+        kernel: the tensor [1, D] of the leaf `reward/kernel`.
+        bias: the tensor [1] of the leaf `reward/bias`; "": there is none.
+        prefix: of the names of all other tensors in such a file.
+        renamed: beginning of a name -> what it is in such a file, after `prefix`.
+    """
+
+    kernel: str = "score.weight"
+    bias: str = ""
+    prefix: str = ""
+    renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def leaves(self) -> dict[str, str]:
+        """{name in the file: name of the leaf in `reward`}."""
+        return {self.kernel: "kernel"} | ({self.bias: "bias"} if self.bias else {})
+
+    def in_file(self, name: str) -> str:
+        """The name of another tensor in such a file."""
+        for ours, theirs in self.renamed.items():
+            if name.startswith(ours):
+                return theirs + name.removeprefix(ours)
+        return self.prefix + name
+
+    def from_file(self, name: str) -> str:
+        """The inverse of `renamed`."""
+        for ours, theirs in self.renamed.items():
+            if name.startswith(theirs):
+                return ours + name.removeprefix(theirs)
+        return name
+
+
+@dataclasses.dataclass(frozen=True)
 class HuggingFace:
     """Directories of config.json and safetensors, as transformers writes and reads them.
 
@@ -40,6 +76,7 @@ class HuggingFace:
             prefix, others have an extra one.
         ignores: (renamed tensor, config) -> whether it is not needed: buffers, heads of other tasks.
         head: the torch module of the output projection, which PEFT's "all-linear" excludes.
+        score: the files of a sequence classifier with one label.
         task_type: of PEFT, for adapters of this family.
         special: the special ids of transformers' configuration class, used if config.json omits them.
             They are read into, and written from, the field `special` of configs that have one.
@@ -53,6 +90,7 @@ class HuggingFace:
     rename: Callable[[str], str] = lambda name: name
     ignores: Callable[[str, Config], bool] = lambda name, config: False
     head: str = "lm_head"
+    score: Score = Score()
     task_type: str = "CAUSAL_LM"
     special: SpecialIds = SpecialIds()
     keys: Keys | None = None

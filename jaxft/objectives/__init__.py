@@ -7,6 +7,7 @@ from jaxft.objectives.critic import (
     with_value_head,
     without_value_head,
 )
+from jaxft.objectives.cross_encoders import reranking
 from jaxft.objectives.dco import coverage, step_coverage
 from jaxft.objectives.embeddings import contrastive, distilled_margins
 from jaxft.objectives.next_token import Objective, mean_of, shift, supervised, token_supervised
@@ -60,6 +61,7 @@ __all__ = [
     "r3f",
     "r4f",
     "reparametrised",
+    "reranking",
     "sample_distance",
     "sequence_log_probs",
     "shift",

@@ -8,7 +8,12 @@ from jaxft.rewards.answers import (
     stated_answer,
 )
 from jaxft.rewards.checked import RewardError, checked_reward, checked_rewards
-from jaxft.rewards.heads import add_reward_head, sequence_rewards, token_rewards
+from jaxft.rewards.heads import (
+    add_reward_head,
+    pair_scores,
+    sequence_rewards,
+    token_rewards,
+)
 from jaxft.rewards.pool import (
     Failures,
     OnFirstHost,
@@ -32,6 +37,7 @@ from jaxft.rewards.verifiers import (
 
 __all__ = [
     "add_reward_head",
+    "pair_scores",
     "sequence_rewards",
     "token_rewards",
     "Accuracy",

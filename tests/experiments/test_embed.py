@@ -1,14 +1,16 @@
-"""embed.py from end to end: a small BERT learns which texts belong together."""
+"""embed.py and rerank.py from end to end: a small BERT learns which texts belong together."""
 
 import json
 
 import numpy as np
 import pytest
 
-from experiments import embed
+from experiments import embed, rerank
 from experiments.cli import flags
 from jaxft.analysis import text_embeddings
 from jaxft.checkpoints import load_model, load_tokenizer, read_sentence_settings
+from jaxft.data import DataError, finite_group_batches, render_reranking
+from jaxft.rewards import pair_scores
 from tests.checkpoints.small_bert import small_bert
 
 ASKED, ANSWERS = ([f"{kind}{i}" for i in range(24)] for kind in "qa")
@@ -73,3 +75,35 @@ def test_an_adapter_is_saved_beside_the_merged_model(files, tmp_path):
 def test_settings_that_cannot_run_are_one_line(files, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         embed.main(config(files, tmp_path, **changes))
+
+
+def test_a_reranker_learns_and_opens_as_a_cross_encoder(files, tmp_path):
+    encoder, data = files
+    model = small_bert(tmp_path / "classifier", [*ASKED, *ANSWERS], classifier=True)
+    settings = dict(
+        model=str(model), data=(str(data),), output_dir=str(tmp_path / "out"), adapter="full", max_steps=60,
+        mine=3, miner=str(encoder), batch_size=16, max_length=12, learning_rate=1e-2, eval_steps=60,
+    )  # fmt: skip
+    metrics = rerank.main(flags.replace(rerank.Config(), **settings))
+    assert metrics["after"]["mrr@10"] > metrics["before"]["mrr@10"] + 0.2
+    st = pytest.importorskip("sentence_transformers")
+    opened = st.CrossEncoder(str(tmp_path / "out" / "model"), device="cpu")
+    pairs = [("the q1", "a a1"), ("the q1", "a a2 that")]
+    theirs = opened.predict(pairs, activation_fn=pytest.importorskip("torch").nn.Identity())
+    trained, params = load_model(tmp_path / "out" / "model")
+    records = [{"query": pairs[0][0], "positive": pairs[0][1], "negatives": [pairs[1][1]]}]
+    groups = render_reranking(records, load_tokenizer(model), 12, negatives=1)
+    (batch,) = finite_group_batches(groups, batch_size=1, max_length=12)
+    rows = {name: batch[name][0] for name in ("tokens", "segment_ids", "loss_mask")}
+    np.testing.assert_allclose(pair_scores(trained)(params, rows), theirs, rtol=0, atol=2e-5)
+
+
+def test_a_reranker_s_smoke_run(tmp_path):
+    metrics = rerank.main(rerank.Config(smoke=True, output=flags.Output(str(tmp_path))))
+    assert metrics["steps"] == 4 and (tmp_path / "model" / "config.json").exists()
+
+
+def test_a_reranker_needs_negatives(files, tmp_path):
+    settings = dict(model=str(files[0]), data=(str(files[1]),), output_dir=str(tmp_path))
+    with pytest.raises(DataError, match="no record has a negative; give some"):
+        rerank.main(flags.replace(rerank.Config(), **settings))

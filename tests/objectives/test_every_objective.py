@@ -20,7 +20,7 @@ from jaxft.models import embedding_of
 from jaxft.objectives import policy_gradient
 from jaxft.objectives.policy import sequence_mean, token_correction
 from jaxft.parallel import make_mesh, mesh_context, shard_params
-from jaxft.rewards import add_reward_head
+from jaxft.rewards import add_reward_head, pair_scores
 from jaxft.rl.algorithms import clipped
 from jaxft.train import accumulate, evaluate, make_eval_step
 from jaxft.train.batches import place_batch
@@ -130,6 +130,7 @@ OBJECTIVES = {
         objectives.distilled_margins(embedding_of(MODEL)),
         groups(size=4) | MARGINS,
     ),
+    "reranking": lambda: (objectives.reranking(pair_scores(MODEL)), groups(size=3)),
     "coverage": lambda: (objectives.coverage(FORWARD, 8), rows(0)),
     "step_coverage": lambda: (objectives.step_coverage(FORWARD, 8, 3), rows(0) | STEPS),
     "reparametrised": lambda: (

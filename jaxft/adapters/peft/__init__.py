@@ -148,6 +148,10 @@ def adapter_tensors(
     """(settings, tensors) that `save_adapter` writes; see there for arguments and errors."""
     head = params.get("reward")
     params = {name: node for name, node in params.items() if name != "reward"}
+    if head is not None and set(head) != {"kernel"}:
+        raise AdapterError(
+            "save_adapter: the head of a cross-encoder; use save_native, or save_model for the whole model."
+        )
     if (name := soft_name(params)) is not None:
         if head is not None:
             raise AdapterError(f"save_adapter: a {name} beside a reward head; use save_native.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jaxft.models.bert import config, names
 from jaxft.models.encoder import Encoder
-from jaxft.models.family import Family
+from jaxft.models.family import Family, Score
 from jaxft.models.hf_encoders import encoder_codec
 
 BERT = Family(
@@ -18,5 +18,6 @@ BERT = Family(
         keys=config.keys(),
         entries=names.entries,
         rename=lambda name: name.removeprefix("bert."),
+        score=Score("classifier.weight", "classifier.bias", prefix="bert."),
     ),
 )

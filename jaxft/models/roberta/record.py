@@ -10,7 +10,7 @@ from typing import Any
 from jaxft.models.bert import config as bert
 from jaxft.models.bert.names import entries
 from jaxft.models.encoder import Encoder, EncoderConfig
-from jaxft.models.family import Family, Json
+from jaxft.models.family import Family, Json, Score
 from jaxft.models.hf_encoders import encoder_codec
 
 
@@ -36,6 +36,12 @@ def roberta_family(name: str, architecture: str, vocab_size: int) -> Family:
             keys=bert.keys(vocab_size=vocab_size, pad_token_id=1),
             entries=entries,
             rename=lambda name: name.removeprefix("roberta."),
+            score=Score(
+                "classifier.out_proj.weight",
+                "classifier.out_proj.bias",
+                prefix="roberta.",
+                renamed={"pooler.dense.": "classifier.dense."},
+            ),
         ),
     )
 

@@ -1,0 +1,77 @@
+"""Queries, texts and rankings, as embed.py and rerank.py read and report them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from experiments.cli import held_out
+from jaxft import data
+from jaxft.metrics import ranked, retrieval_metrics
+
+MADE_UP = "made-up pairs"  # the data of --smoke
+AT = (1, 5, 10)  # ranks of the metrics
+SHOWN = ("recall@1", "recall@10", "mrr@10", "ndcg@10")
+
+
+def load_records(config: Any) -> tuple[list, list, str]:
+    """Returns (training records, held-out records, description of the held-out records)."""
+    if config.data == (MADE_UP,):
+        made = [
+            {"query": f"{i} plus {i}", "positive": f"{2 * i}", "negatives": [f"{2 * i + 1}"]}
+            for i in range(40)
+        ]
+        return made[:32], made[32:], "8 made-up pairs"
+    if not config.data:
+        raise ValueError("give --data, a file of queries and texts that answer them; or --smoke.")
+    load = lambda spec, bad: data.load(
+        spec, fields=config.columns.of(spec), bad=bad, form=data.normalise_passages
+    )
+    bad = data.BadRecords(config.rows.max_bad)
+    sources = [load(spec, bad) for spec in config.data]
+    parts = held_out.with_held_out(
+        config, sources, lambda spec: load(spec, data.BadRecords()), lambda record: record["query"]
+    )
+    return [record for source in parts.training for record in source], parts.held_out, parts.name
+
+
+class Search:
+    """Ranks all texts of the records for each held-out query, and finds negatives for training."""
+
+    def __init__(self, training, held, vectors, settings):
+        self.held, self.vectors = held, vectors
+        self.prompts = settings.prompt("query"), settings.prompt("document", "passage")
+        texts = [t for r in (*held, *training) for t in (r["positive"], *r["negatives"])]
+        self.places = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+        self.answers: dict[str, set[int]] = {}
+        for record in (*held, *training):
+            self.answers.setdefault(record["query"], set()).add(self.places[record["positive"]])
+
+    def evaluate(self, params, when: str, name: str) -> dict[str, float]:
+        """Prints and returns the metrics of the held-out queries."""
+        queries = list(dict.fromkeys(record["query"] for record in self.held))
+        ranking = ranked(*self._vectors(params, queries), max(AT))
+        metrics = retrieval_metrics(ranking, [self.answers[query] for query in queries], AT)
+        shown = ", ".join(f"{key} {value:.3f}" for key, value in metrics.items() if key in SHOWN)
+        print(f"{when}, {len(queries)} queries among {len(self.places)} texts: {shown}", flush=True)
+        return metrics
+
+    def mine(self, params, training, number: int, margin: float | None) -> list:
+        """Returns the records with negatives found by the model put before their own."""
+        queries = [record["query"] for record in training]
+        left, right = self._vectors(params, queries)
+        texts, answers = list(self.places), [self.answers[query] for query in queries]
+        found = data.mine_negatives(left @ right.T, answers, number, margin=margin)
+        counts = [len(row) for row in found]
+        print(
+            f"mined {sum(counts)} negatives for {len(training)} queries ({min(counts)} to {max(counts)})"
+        )
+        return [
+            record | {"negatives": [*(texts[i] for i in row), *record["negatives"]]}
+            for record, row in zip(training, found, strict=True)
+        ]
+
+    def _vectors(self, params, queries) -> tuple[np.ndarray, np.ndarray]:
+        asked, other = self.prompts
+        return self.vectors(params, queries, asked), self.vectors(params, list(self.places), other)

@@ -13,8 +13,8 @@ _COUNTS = (
     "batch_size batch_sizes context d digits dims draws early epochs eval_steps evaluate_every every "
     "examples fine_tuning_steps gradient_accumulation_steps grid group_size held_out images layers "
     "length limit logging_steps max_length max_new_tokens max_prompt max_steps max_tries microbatches "
-    "num_samples own pretrain_steps pretraining problems prompts_per_step questions rank rollouts "
-    "sampled_at_once samples save_steps seeds sft_steps size slices steps tensor text_steps "
+    "num_samples own pretrain_rows pretrain_steps pretraining problems prompts_per_step questions rank "
+    "rollouts sampled_at_once samples save_steps seeds sft_steps size slices steps tensor text_steps "
     "trained_at_once transform_steps turns votes width widths workers"
 ).split()
 _POSITIVE = (

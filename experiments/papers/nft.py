@@ -147,11 +147,11 @@ def opened(config: Config) -> Iterator[Callable[[int], World]]:
 
         def measure(params, seed):
             decoding = dict(temperature=0.6, top_p=0.7)
-            right = questions.verdicts(task, params, task.held_out, SAMPLES, seed, **decoding)
+            _, right = questions.graded(task, params, task.held_out, SAMPLES, seed, **decoding)
             rates = {k: pass_at_k(right.sum(axis=1), SAMPLES, k) for k in (1, 8)}
             return {f"pass@{k}": float(rate.mean()) for k, rate in rates.items()}
 
-        reinforce = functools.partial(questions.reinforce, task)
+        reinforce = functools.partial(questions.reinforce, task, weight_decay=0.1)
         world = functools.partial(World, task.model, task.params, reinforce)
         yield lambda seed: world(functools.partial(measure, seed=seed), None)
 

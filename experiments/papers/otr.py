@@ -1,43 +1,57 @@
 """OTR: One-Token Rollout, Guiding Supervised Fine-Tuning with Policy Gradient (arXiv 2509.26313).
 
-Each token of supervised data is a bandit of one step: candidates are drawn from the model itself, the
-reference token has reward 1 and any other token a slightly negative reward. Tokens that the model finds
-impossible are then hardly learned, and it should stay closer to the start than with plain fine-tuning (SFT).
+Each token of supervised data is a bandit of one step: candidates are drawn from the model itself,
+the reference token has reward 1 and any other token a slightly negative reward. Tokens that the
+model finds impossible are then hardly learned, and the model should stay closer to its start than
+with plain fine-tuning (SFT).
 
     python experiments/papers/otr.py
     python experiments/papers/otr.py --methods sft dft otr otr_expected grpo --ablations
+    python experiments/papers/otr.py --preset full     Qwen2.5-7B on OpenR1-Math-220k, 8 GPUs of 80 GB
+    python experiments/papers/otr.py --preset full --model Qwen/Qwen2.5-1.5B --data chats.jsonl
 
-A model of 0.2 M parameters knows four tasks on words of five letters (copy, reverse, shift, capitals) and
-half of a fifth, sorting, on which it is then tuned. SFT, DFT (each token weighs its own probability), OTR
-and its expectation train on the same rows in the same order. They are compared where their accuracies of the
-target are equal, between measurements. The start is one pretrained model: intervals are over the words to
-train on, their order and the samples, not over starts.
+A model of 0.2 M parameters knows four tasks on words of five letters (copy, reverse, shift,
+capitals) and is right in less than half of a fifth, sorting, on which it is then tuned. SFT, DFT
+(each token is weighted by its own probability), OTR and its expectation train on the same rows in
+the same order. The methods are compared at equal accuracies of the target, interpolated between
+measurements. All runs start from one pretrained model: intervals are over the words to train on,
+their order and the samples, not over starts.
 
-Seeds 0 to 3, where the target is right at 0.9 (0.42 at first): OTR's KL to the start on the old tasks is
-0.043 nats an answer, SFT's 0.059 (-0.016 [-0.026, -0.006]); the old tasks are right at 0.972 and 0.968
-(+0.003 [0.001, 0.005]): small, and shown. On the target's own questions no difference in KL was shown
-(-0.017 [-0.045, 0.011] of 1.16). OTR gets there in 169 steps, SFT in 202. DFT, and the expectation without
-samples, cannot be distinguished from OTR; nor can OTR without negative rewards (its old tasks' accuracy is
-higher by 0.0001 [-0.0018, 0.0019]) or with samples at temperature 1 (seeds 0 to 2, by which alone OTR's two
-gains over SFT would not be shown either).
+Over seeds 0 to 3, where the accuracy of the target is 0.9 (0.42 at first), OTR's KL to the start on
+the old tasks is 0.043 nats an answer and SFT's 0.059 (-0.016 [-0.026, -0.006]); the accuracy on the
+old tasks is 0.972 and 0.968 (+0.003 [0.001, 0.005]). Both differences are small, and their
+intervals exclude 0. On the target's own questions no difference in KL was shown (-0.017 [-0.045,
+0.011] of 1.16). OTR reaches this accuracy in 169 steps, SFT in 202. DFT, and the expectation
+without samples, cannot be distinguished from OTR; nor can OTR without negative rewards (its
+accuracy on the old tasks is higher by 0.0001 [-0.0018, 0.0019]) or with samples at temperature 1
+(seeds 0 to 2, on which alone OTR's two gains over SFT would not be shown either).
 
-The learning rate does more than the method: on seeds 100 to 102, at the same point, the old tasks were right
-at 0.38 (OTR) and 0.19 (SFT) with 1e-3, at 0.94 and 0.91 with 3e-4, at 0.970 and 0.965 with 1e-4, the default.
+The learning rate changes more than the method does: on seeds 100 to 102, at the same accuracy of
+the target, the accuracy on the old tasks was 0.38 (OTR) and 0.19 (SFT) with 1e-3, 0.94 and 0.91
+with 3e-4, 0.970 and 0.965 with 1e-4, the default.
+
+`--preset full` trains all params on the chains of at most 8192 tokens for about one epoch, with a
+learning rate of 1e-5 (the paper's K, κ and β are the defaults; its other settings are not
+verified). The target is MATH-500; the old tasks are those of --old-data, tasks of reasoning-gym,
+where the paper has code and general reasoning. Accuracies are of one sampled answer to each
+question, and KL is the mean log-ratio of these answers, where the small model's are exact. As the
+final accuracy is not known beforehand, SFT and OTR are compared at the lower of their last
+accuracies of a seed.
 """
 
 from __future__ import annotations
 
 import experiments.cli.interrupts  # noqa: F401  isort: skip  (before what takes seconds)
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
 from rich.console import Console
@@ -47,8 +61,8 @@ from experiments.cli import flags, limits
 from experiments.lab.claims import Claim, mean, show
 from experiments.lab.figures import plot_band
 from experiments.lab.seeds import begin, measure_claims
-from experiments.worlds import arithmetic
-from experiments.worlds import toy_text as toy
+from experiments.worlds import arithmetic, documents, words
+from experiments.worlds import questions as verified
 from jaxft import losses, rl, train
 from jaxft.generation import SamplingConfig
 from jaxft.models import Decoder
@@ -57,21 +71,23 @@ from jaxft.objectives.policy import token_mean
 from jaxft.rl import prompts_of
 from jaxft.rl.algorithms import clipped
 
-LETTERS, LENGTH = 10, 5  # a word: five of the first ten tokens
-CAPITALS = 10  # the same letters again
-END, SIZE = 20, LENGTH + 1  # of an answer
-TASKS: dict[str, Callable[[np.ndarray], np.ndarray]] = {  # words [B, 5] -> answers [B, 5]
-    "copy": lambda words: words,
-    "reverse": lambda words: words[:, ::-1],
-    "shift": lambda words: (words + 1) % LETTERS,
-    "capitals": lambda words: words + CAPITALS,
-    "target": lambda words: np.sort(words, axis=1),
-}
-OLD = tuple(TASKS)[:-1]
-VOCABULARY = END + 1 + len(TASKS)
 METHODS = ("sft", "dft", "otr", "otr_expected", "grpo")
 ABLATIONS = ("otr, β = 0", "otr, κ = 1")
 MEASURES = ("kl target", "kl old", "old")
+OPEN_R1 = verified.Settings(
+    model="Qwen/Qwen2.5-7B",
+    data="open-r1/OpenR1-Math-220k",
+    eval_data="HuggingFaceH4/MATH-500?split=test",
+    eval_fields={"question": "problem"},
+    max_new_tokens=7680,
+    trained_at_once=8,
+)
+FULL = dict(steps=700, evaluate_every=70, batch_size=128, learning_rate=1e-5)
+SMOKE = dict(
+    methods=("sft", "otr"), seeds=1, until=1e-6, levels=(0.0,), judged=0.0, steps=2, evaluate_every=1,
+    examples=32, batch_size=8, num_samples=4, held_out=8, learning_rate=3e-3, width=32, layers=1,
+    old_data=("rg:letter_counting?size=4",),
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +116,13 @@ class Config:
     layers: int = 2  # layers of the model
     # directory for the figure, metrics.json and the cache of finished seeds
     output_dir: str = "runs/otr"
+    preset: Literal["small", "full"] = "small"  # full: the paper's model and data
+    # with --preset full: questions of the old tasks, as for --eval-data
+    old_data: tuple[str, ...] = tuple(
+        f"rg:{task}?size=100&seed=1000000"
+        for task in ("letter_counting", "word_sorting", "family_relationships", "syllogism")
+    )
+    source: verified.Settings = OPEN_R1
     record: flags.Record = flags.Record()
     smoke: bool = False  # seconds; claims are printed, not judged
     debug: bool = False  # full tracebacks
@@ -109,35 +132,90 @@ def main(config: Config) -> int:
     """Measures all claims; returns exit code 1 if one does not hold."""
     check(config)
     this = begin(config)
-    if config.smoke:
-        config = dataclasses.replace(
-            config, methods=("sft", "otr"), seeds=1, until=1e-6, levels=(0.0,), judged=0.0, steps=2,
-            evaluate_every=1, examples=32, batch_size=8, num_samples=4, held_out=8, learning_rate=3e-3,
-            width=32, layers=1,
+    config = verified.sized(config, FULL, SMOKE)
+    with opened(config) as world:
+        first = world.measure(world.start) | {"step": 0}
+        shown = (f"{k} {v:.3f}" for k, v in first.items() if k != "step")
+        print("start: " + ", ".join(shown), flush=True)
+
+        def run_seed(seed):
+            curves = {}
+            for name in config.methods + ABLATIONS * config.ablations:
+                curves[name] = [first, *train_method(config, world, name, seed)]
+                last = curves[name][-1]
+                print(
+                    f"seed {seed}, {name}: target {last['target']:.3f}, old {last['old']:.3f}",
+                    flush=True,
+                )
+            return curves
+
+        of = functools.partial
+        return measure_claims(
+            this, config, run_seed, judge=of(judge, config), print_table=of(print_table, config),
+            figure=of(_figure, config),
         )  # fmt: skip
-    model, start = pretrained(config)
-    measure = measures(config, model, start)
-    first = measure(start) | {"step": 0}
-    print(
-        "start: " + ", ".join(f"{k} {v:.3f}" for k, v in first.items() if k != "step"), flush=True
+
+
+class World(NamedTuple):
+    """A model with a target task and old tasks."""
+
+    model: Decoder
+    start: Any  # params from which all methods start
+    # params -> accuracies "target" and "old", and "kl target" and "kl old" to the start in nats an answer
+    measure: Callable[[Any], dict[str, float]]
+    batches: Callable[[int], Iterator[dict]]  # seed -> supervised batches of the target
+    rollouts: Callable[[rl.Credit, int], rl.Collector]  # (credit, seed), 32 x 8 answers each
+    fit: Callable[..., tuple]  # `fit` of (objective, batches, rows), from the start
+
+
+@contextlib.contextmanager
+def opened(config: Config) -> Iterator[World]:
+    """Yields the world of words or, with --preset full, that of the source."""
+    if config.preset != "full":
+        yield small(config)
+        return
+    with verified.opened(config.source) as task:
+        old, rewards = verified.others(task, config.old_data)
+
+        def measure(params):
+            found = {}
+            for name, pair in (("target", (task.held_out, task.rewards)), ("old", (old, rewards))):
+                found[name], found[f"kl {name}"] = verified.drift(
+                    task, params, *pair, config.start_seed
+                )
+            return found
+
+        rollouts = lambda credit, seed: verified.experience(task, credit, 32, seed, group_size=8)
+        batches = functools.partial(documents.batches, task, config.batch_size)
+        fit = lambda objective, batches, rows, **more: verified.fit(
+            task, task.params, objective, config.learning_rate, batches, rows, **more
+        )
+        yield World(task.model, task.params, measure, batches, rollouts, fit)
+
+
+def small(config: Config) -> World:
+    """Returns the world of words, with the model pretrained on them."""
+    model, start = words.pretrained(config)
+
+    def target(seed):
+        known, _ = words.splits(config)
+        chosen = np.random.default_rng(seed).permutation(len(known))[: config.examples]
+        return words.questions("target", known[chosen])
+
+    def rollouts(credit, seed):
+        prompts, answers = target(seed)
+        return rl.collect_on_device(
+            model, rl.Prompts(prompts.tolist(), 32, seed=seed),
+            rl.equals(answers.tolist(), words.SIZE), credit,
+            SamplingConfig(words.SIZE, stop_ids=(words.END,)), group_size=8,
+        )  # fmt: skip
+
+    batches = lambda seed: epochs(words.rows_of(target(seed)), seed, config.batch_size)
+    optimizer = arithmetic.policy_optimizer(config.learning_rate)
+    fit = lambda objective, batches, rows, **more: train.fit(
+        start, objective, optimizer, batches, **more
     )
-
-    def run_seed(seed):
-        curves = {}
-        for name in config.methods + ABLATIONS * config.ablations:
-            curves[name] = [first, *train_method(config, model, start, name, seed, measure)]
-            last = curves[name][-1]
-            print(
-                f"seed {seed}, {name}: target {last['target']:.3f}, old {last['old']:.3f}",
-                flush=True,
-            )
-        return curves
-
-    of = functools.partial
-    return measure_claims(
-        this, config, run_seed, judge=of(judge, config), print_table=of(print_table, config),
-        figure=of(_figure, config),
-    )  # fmt: skip
+    return World(model, start, words.measures(config, model, start), batches, rollouts, fit)
 
 
 def check(config: Config) -> None:
@@ -151,81 +229,23 @@ def check(config: Config) -> None:
         raise ValueError(f"judged: must be one of levels {config.levels}, got {config.judged}.")
 
 
-def words(rng: np.random.Generator, count: int) -> np.ndarray:
-    """Different random words [count, 5]."""
-    chosen = rng.choice(LETTERS**LENGTH, count, replace=False)
-    return np.stack([chosen // LETTERS**i % LETTERS for i in range(LENGTH)], axis=1)
-
-
-def questions(task: str, words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(prompts [B, 6], answers [B, 6]): the task's token and the word; the answer and END."""
-    column = lambda token: np.full((len(words), 1), token)
-    prompts = [column(END + 1 + list(TASKS).index(task)), words]
-    join = lambda columns: np.concatenate(columns, axis=1).astype(np.int32)
-    return join(prompts), join([TASKS[task](words), column(END)])
-
-
-def rows_of(*pairs: tuple[np.ndarray, np.ndarray]) -> dict[str, np.ndarray]:
-    """A batch of prompts and answers, and `positions`, one after another."""
-    prompts, answers = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
-    rows = jax.tree.map(np.asarray, toy.rows(jnp.asarray(prompts), jnp.asarray(answers)))
-    return rows | {"positions": np.tile(np.arange(2 * SIZE, dtype=np.int32), (len(prompts), 1))}
-
-
-def splits(config: Config) -> tuple[np.ndarray, np.ndarray]:
-    """(known, held out): words to train on, and those of all measurements."""
-    drawn = words(np.random.default_rng(config.start_seed), 20_000 + config.held_out)
-    return drawn[config.held_out :], drawn[: config.held_out]
-
-
-def pretrained(config: Config) -> tuple[Decoder, Any]:
-    """(model, params): all tasks in one mixture, until the target has the probability `until`."""
-    known, _ = splits(config)
-    rng = np.random.default_rng(config.start_seed)
-    model, params = arithmetic.small_model(
-        jax.random.key(config.start_seed), config.width, 2 * SIZE, VOCABULARY, config.layers
-    )
-    rest = (1 - config.share) / len(OLD)
-    names = rng.choice(list(TASKS), len(known), p=[rest] * len(OLD) + [config.share])
-    rows = rows_of(*(questions(task, known[names == task]) for task in TASKS))
-    some = rows_of(questions("target", known[:500]))
-    right = jax.jit(lambda params: jnp.mean(jnp.exp(_log_probs(model, params, some))))
-    params, steps = arithmetic.warm_start(
-        model,
-        params,
-        rows,
-        config.start_seed,
-        until=config.until,
-        measure=lambda p: float(right(p)),
-    )
-    print(f"{steps} steps of pretraining", flush=True)
-    return model, params
-
-
-def train_method(config, model, start, name, seed, measure) -> list[dict]:
+def train_method(config: Config, world: World, name: str, seed: int) -> list[dict]:
     """Trains one method; returns the measurements along the run."""
-    known, _ = splits(config)
-    examples = known[np.random.default_rng(seed).permutation(len(known))[: config.examples]]
-    prompts, answers = questions("target", examples)
     if name == "grpo":
-        build = functools.partial(policy_gradient, model.forward)
-        objective = build(clipped(), token_mean)
-        batches = rl.collect_on_device(
-            model, rl.Prompts(prompts.tolist(), 32, seed=seed), rl.equals(answers.tolist(), SIZE),
-            rl.grpo(build, 8).credit, SamplingConfig(SIZE, stop_ids=(END,)), group_size=8,
-        )  # fmt: skip
+        build = functools.partial(policy_gradient, world.model.forward)
+        objective, rows = build(clipped(), token_mean), 32 * 8
+        batches = world.rollouts(rl.grpo(build, 8).credit, seed)
     else:
         loss, metrics = token_losses(config)[name]
-        objective = token_supervised(model.forward, loss, metrics)
-        batches = epochs(rows_of((prompts, answers)), seed, config.batch_size)
-    _, history = train.fit(
-        start,
+        objective, rows = token_supervised(world.model.forward, loss, metrics), config.batch_size
+        batches = world.batches(seed)
+    _, history = world.fit(
         objective,
-        arithmetic.policy_optimizer(config.learning_rate),
         batches,
+        rows,
         steps=config.steps,
         key=jax.random.key(seed),
-        callbacks=[train.every(config.evaluate_every, lambda state: measure(state.params))],
+        callbacks=[train.every(config.evaluate_every, lambda state: world.measure(state.params))],
     )
     names = ("step", "target", *MEASURES, "hit_rate", "missed")
     return [{k: row[k] for k in names if k in row} for row in history if "target" in row]
@@ -261,35 +281,6 @@ def token_losses(config: Config) -> dict[str, tuple[Callable, Callable | None]]:
     }
 
 
-def measures(config: Config, model: Decoder, start: Any) -> Callable[[Any], dict[str, float]]:
-    """Returns measure(params): accuracies of held-out words, and KL to the start in nats an answer.
-
-    `target` and `old`: the probability of the right answer, the latter over all old tasks. KL(π || start) is
-    along one answer of π to each question, with the whole distribution at each of its tokens.
-    """
-    _, held_out = splits(config)
-    pairs = [questions(task, held_out) for task in TASKS]
-    rows, prompts = rows_of(*pairs), jnp.concatenate([jnp.asarray(p) for p, _ in pairs])
-    sample = toy.sampler(model, SIZE, END)
-
-    @jax.jit
-    def values(params, start, completions, mask):
-        batch = toy.rows(prompts, completions, mask)
-        here, there = (_logits(model, p, batch) for p in (params, start))
-        kl = jnp.sum(losses.reverse_kl_divergence(there, here) * mask, axis=1)
-        right = jnp.exp(_log_probs(model, params, rows))
-        return [x.reshape(len(TASKS), -1).mean(axis=1) for x in (right, kl)]
-
-    def measure(params):
-        completions, mask, _ = sample(params, prompts, jax.random.key(config.start_seed))
-        right, kl = map(np.asarray, values(params, start, completions, mask))
-        found = {"target": right[-1], "kl target": kl[-1]}
-        found |= {"old": right[:-1].mean(), "kl old": kl[:-1].mean()}
-        return {name: float(value) for name, value in found.items()}
-
-    return measure
-
-
 def at_level(curve: list[dict], level: float) -> dict[str, float]:
     """Interpolates the measurements to where the target's accuracy first reaches `level`.
 
@@ -305,12 +296,24 @@ def at_level(curve: list[dict], level: float) -> dict[str, float]:
     return dict.fromkeys(("step", *MEASURES), float("nan"))
 
 
+def level_of(config: Config, run: dict[str, list[dict]], level: float) -> float:
+    """Returns the target's accuracy to compare at: `level`, or with --preset full SFT's and OTR's last.
+
+    The last accuracy is the lower one of the two.
+    """
+    last = min(run[method][-1]["target"] for method in ("sft", "otr"))
+    return last if config.preset == "full" else level
+
+
 def judge(config: Config, runs: list[dict]) -> list[Claim]:
     """Returns the claims with their measured numbers."""
-    of = lambda method, name: np.array([at_level(run[method], config.judged)[name] for run in runs])
+    of = lambda method, name: np.array(
+        [at_level(run[method], level_of(config, run, config.judged))[name] for run in runs]
+    )
     gap = {name: of("otr", name) - of("sft", name) for name in MEASURES}
     sft = lambda name: f"SFT {of('sft', name).mean():.3f}"
-    where = f"where the target is right at {config.judged}, OTR"
+    equal = "SFT and OTR are equally accurate" if config.preset == "full" else None
+    where = f"where {equal or f'the target is right at {config.judged}'}, OTR"
     return [
         Claim(
             f"{where} is nearer to the start than SFT on the target's questions (KL, nats)",
@@ -332,10 +335,12 @@ def print_table(config: Config, runs: list[dict]) -> None:
     table = Table(
         "target", "method", "step", "KL, target", "KL, old tasks", "old tasks", "old, less SFT's"
     )
-    for level in config.levels:
+    for level in config.levels if config.preset != "full" else ("equal",):
+        at = lambda method, level=level: [
+            at_level(run[method], level_of(config, run, level)) for run in runs
+        ]
         for method in runs[0]:
-            found = [at_level(run[method], level) for run in runs]
-            sft = [at_level(run["sft"], level) for run in runs]
+            found, sft = at(method), at("sft")
             mean = lambda name, found=found: np.mean([row[name] for row in found])
             less = [a["old"] - b["old"] for a, b in zip(found, sft, strict=True)]
             table.add_row(
@@ -343,18 +348,6 @@ def print_table(config: Config, runs: list[dict]) -> None:
                 *(f"{mean(name):.3f}" for name in MEASURES), show(less),
             )  # fmt: skip
     Console(width=140).print(table)
-
-
-def _logits(model, params, batch):
-    """[B, 6, V]: of the answer's tokens."""
-    output = model.apply({"params": params}, batch["tokens"], segment_ids=batch["segment_ids"])
-    return output.logits[:, SIZE - 1 : -1]
-
-
-def _log_probs(model, params, batch):
-    """log p [B] of whole answers."""
-    answers = jnp.asarray(batch["tokens"][:, SIZE:])
-    return -jnp.sum(losses.cross_entropy(_logits(model, params, batch), answers), axis=1)
 
 
 def _figure(config, runs, output):

@@ -28,7 +28,7 @@ from jaxft import data, rl, train
 from jaxft.generation import Generation, SamplingConfig, generate
 from jaxft.models import Decoder, family_of, tiny_config
 from jaxft.parallel import mesh_context
-from jaxft.rewards import RewardFn, verifier_for
+from jaxft.rewards import RewardFn, Verifier, VerifierPool, in_process, verifier_for
 from jaxft.rl.rollouts import concatenated, rows_of
 
 # Model and questions of --preset full --smoke.
@@ -110,11 +110,18 @@ def sized(config: Any, full: Mapping[str, Any], smoke: Mapping[str, Any]) -> Any
 
 @contextlib.contextmanager
 def opened(
-    settings: Settings, form: Callable[..., data.Record] = data.normalise_question
+    settings: Settings,
+    form: Callable[..., data.Record] = data.normalise_question,
+    verifier: Callable[[], Verifier] | None = None,
 ) -> Iterator[Task]:
     """Loads questions and model, and starts the processes that verify answers.
 
     Data are read and checked first, since a model takes minutes.
+
+    Args:
+        settings: the model and the sources.
+        form: function from a row to a record, as for `data.load`.
+        verifier: function that makes the verifier in its process; None: that of the data.
 
     Raises:
         DataError: if a source is missing, or has answers that cannot be verified.
@@ -127,7 +134,11 @@ def opened(
     known, new = (asked(settings, renderer, x) for x in (parts.training[0], parts.held_out))
     mesh = mesh_of(flags.Mesh(fsdp=settings.fsdp, tensor=settings.tensor))
     model, params = _loaded(settings, mesh)
-    with rewards_cli.opened(flags.Rewards(), flags.Model(), known.records) as rewards:
+    if verifier is None:
+        pool = rewards_cli.opened(flags.Rewards(), flags.Model(), known.records)
+    else:
+        pool = VerifierPool(verifier, timeout=10.0)
+    with pool as rewards:
         yield Task(settings, model, params, renderer, mesh, known, new, rewards)
 
 
@@ -247,19 +258,28 @@ def fit(
     learning_rate: float,
     batches: Any,
     rows: int,
+    *,
+    weight_decay: float = 0.0,
+    callbacks: Sequence[Any] = (),
     **more: Any,
 ) -> tuple[train.TrainState, list[dict]]:
     """Calls `train.fit` on the task's mesh, with `rows` rows per step in as many parts as needed."""
-    parts = range(max(1, rows // task.settings.trained_at_once), rows + 1)
     return train.fit(
         params,
         objective,
-        arithmetic.policy_optimizer(learning_rate, weight_decay=0.1),
+        arithmetic.policy_optimizer(learning_rate, weight_decay),
         batches,
         mesh=task.mesh,
-        microbatches=next(n for n in parts if rows % n == 0),
+        microbatches=microbatches(task, rows),
+        callbacks=[train.progress(steps=10), *callbacks],
         **more,
     )
+
+
+def microbatches(task: Task, rows: int) -> int:
+    """Returns the smallest number of equal parts of `rows` rows that can be trained on at once."""
+    least = -(-rows // task.settings.trained_at_once)
+    return next(n for n in range(least, rows + 1) if rows % n == 0)
 
 
 def reinforce(
@@ -272,6 +292,7 @@ def reinforce(
     prompts_per_step: int,
     group_size: int,
     updates: int = 1,
+    weight_decay: float = 0.0,
     callbacks: Sequence[Any] = (),
 ) -> tuple[Any, list[dict]]:
     """Works like `arithmetic.reinforce` on the task's questions; rewards are those of its verifier."""
@@ -282,7 +303,7 @@ def reinforce(
     state, history = fit(
         task, task.params, algorithm.objective, learning_rate, batches,
         prompts_per_step * group_size // updates, steps=steps, key=jax.random.key(seed),
-        callbacks=callbacks,
+        weight_decay=weight_decay, callbacks=callbacks,
     )  # fmt: skip
     return state.params, history
 
@@ -304,11 +325,43 @@ def texts(
     return [found[i : i + samples] for i in range(0, len(found), samples)]
 
 
-def verdicts(
+def graded(
     task: Task, params: Any, questions: rl.Asked, samples: int, seed: int, **decoding: Any
-) -> np.ndarray:
-    """Returns which of `samples` answers to each question are right [Q, samples]; see `texts`."""
+) -> tuple[list[list[str]], np.ndarray]:
+    """(`texts` of `samples` answers to each question, whether each is right [Q, samples])."""
     found = texts(task, params, questions.ids, samples, seed, **decoding)
     records = [record for record in questions.records for _ in range(samples)]
     given = task.rewards([text for some in found for text in some], records)
-    return np.asarray(given).reshape(-1, samples) >= 1
+    return found, np.asarray(given).reshape(-1, samples) >= 1
+
+
+def others(task: Task, specs: Sequence[str]) -> tuple[rl.Asked, RewardFn]:
+    """(questions of all sources, what verifies their answers)."""
+    parts = [
+        asked(task.settings, task.renderer, data.load(spec, form=data.normalise_question))
+        for spec in specs
+    ]
+    found = rl.Asked(*([x for part in parts for x in part[i]] for i in range(2)))
+    own = {part.records[0]["_source"]: part.records for part in parts}
+    verifiers = {source: verifier_for(source, records) for source, records in own.items()}
+    return found, in_process(lambda text, record: verifiers[record["_source"]](text, record))
+
+
+def drift(
+    task: Task, params: Any, questions: rl.Asked, rewards: RewardFn, seed: int
+) -> tuple[float, float]:
+    """(fraction of right answers, KL to the task's params in nats an answer), of one sample each.
+
+    KL(params || task.params) is the mean of Σ_t log π_t - log π0_t over answers of π: unbiased.
+    """
+    sample = rl.answers(
+        task.model, task.renderer.tokenizer, rewards, task.sampling, 1, sampler=_sampler(task)
+    )
+    key, forward = jax.random.key(seed), task.model.forward
+    with mesh_context(task.mesh):
+        batch = sample(params, questions, key)
+        here = _in_parts(task, rl.add_old_policy(forward, 1.0), batch, params, key)
+        there = _in_parts(task, rl.add_reference(forward, task.params, 1.0), batch, params, key)
+    ratio = np.asarray(here["old_log_probs"]) - np.asarray(there["ref_log_probs"])
+    kl = np.sum(ratio, axis=1, where=np.asarray(batch["completion_mask"]))
+    return float(np.mean(np.asarray(batch["rewards"]) >= 1)), float(kl.mean())

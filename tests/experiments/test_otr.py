@@ -6,37 +6,38 @@ import numpy as np
 import pytest
 
 from experiments.papers import otr
+from experiments.worlds import words
 
 
 def test_tasks():
     word = np.array([[3, 9, 0, 3, 1]])
-    asked, answer = otr.questions("target", word)
+    asked, answer = words.questions("target", word)
     assert asked[0, 1:].tolist() == word[0].tolist() and answer[0].tolist() == [
         0,
         1,
         3,
         3,
         9,
-        otr.END,
+        words.END,
     ]
-    others = {name: otr.questions(name, word)[1][0, :-1].tolist() for name in otr.OLD}
+    others = {name: words.questions(name, word)[1][0, :-1].tolist() for name in words.OLD}
     assert others == {
         "copy": [3, 9, 0, 3, 1],
         "reverse": [1, 3, 0, 9, 3],
         "shift": [4, 0, 1, 4, 2],
         "capitals": [13, 19, 10, 13, 11],
     }
-    firsts = {int(otr.questions(name, word)[0][0, 0]) for name in otr.TASKS}
-    assert len(firsts) == len(otr.TASKS) and max(firsts) < otr.VOCABULARY
-    rows = otr.rows_of((asked, answer), (asked, answer))
+    firsts = {int(words.questions(name, word)[0][0, 0]) for name in words.TASKS}
+    assert len(firsts) == len(words.TASKS) and max(firsts) < words.VOCABULARY
+    rows = words.rows_of((asked, answer), (asked, answer))
     assert rows["tokens"].shape == (2, 12) and rows["loss_mask"].sum() == 12
 
 
 def test_held_out_words_are_not_trained_on():
-    known, held_out = otr.splits(otr.Config(held_out=50))
+    known, held_out = words.splits(otr.Config(held_out=50))
     code = lambda words: set((words @ 10 ** np.arange(5)).tolist())
     assert len(code(held_out)) == 50 and not code(known) & code(held_out)
-    assert code(held_out) == code(otr.splits(otr.Config(held_out=50, first_seed=7))[1])
+    assert code(held_out) == code(words.splits(otr.Config(held_out=50, first_seed=7))[1])
 
 
 def test_methods_meet_between_two_measurements():

@@ -24,7 +24,6 @@ from jaxft.models.prediction import Prediction, project
 from jaxft.models.remat import Remat, remat_block
 from jaxft.models.rope import rope_table
 from jaxft.models.soft import (
-    ALWAYS_NEAR,
     before,
     check_room,
     lead_mask,
@@ -176,7 +175,7 @@ class Decoder(nn.Module):
     def _context(self, lead, positions, segment_ids, cache):
         config, start, mask = self.config, None, None
         table = functools.partial(_table, positions=positions, head_dim=config.head_dim)
-        key_positions = before(jnp.full((lead.prefix_length,), ALWAYS_NEAR), positions)
+        key_positions = before(jnp.arange(lead.prefix_length), positions)
         if cache is not None:
             valid = jnp.ones(key_positions.shape, bool)
             if segment_ids is not None:

@@ -24,7 +24,6 @@ from jaxft.models.prediction import Prediction, project
 from jaxft.models.remat import Remat, remat_block
 from jaxft.models.rope import rope_table, text_lengths
 from jaxft.models.soft import (
-    ALWAYS_NEAR,
     before,
     check_room,
     lead_mask,
@@ -184,11 +183,12 @@ class Decoder(nn.Module):
         # In a cache, keys of tokens to come must have the frequencies of those before.
         lengths = 0 if cache is None else cache.length
         if by_length and cache is None:
-            lengths = text_lengths(positions, segment_ids)
+            ids, front = segment_ids, ((0, 0), (lead.prompt_length, 0))
+            lengths = text_lengths(positions, None if ids is None else jnp.pad(ids, front, "edge"))
         table = functools.partial(
             _table, positions=positions, head_dim=config.head_dim, lengths=lengths
         )
-        key_positions = before(jnp.full((lead.prefix_length,), ALWAYS_NEAR), positions)
+        key_positions = before(jnp.arange(lead.prefix_length), positions)
         if cache is not None:
             valid = jnp.ones(key_positions.shape, bool)
             if segment_ids is not None:

@@ -11,16 +11,13 @@ import jax.numpy as jnp
 from jaxft.kernels.attention import attention_mask
 from jaxft.weights import to_dense
 
-ALWAYS_NEAR = (
-    2**30
-)  # position of prefix slots for windows: later than any query, so inside every window
-
 
 class Lead(NamedTuple):
     """The virtual tokens of a call: params["prefix"], then params["prompt"], then the tokens.
 
     Virtual tokens have the first positions, so that token 0 has position `length`, in each
-    segment of a packed row. A prefix has no queries, and its keys are not rotated.
+    segment of a packed row. A prefix has no queries, and its keys are not rotated. Windows hide virtual
+    tokens like any others, as in PEFT.
     """
 
     prompt: jax.Array | None  # [l, D], on the scale of the embedding table

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import json
 import math
 import re
 from typing import Any
@@ -13,7 +15,7 @@ from jaxft.rewards.notation import boxed, plain
 
 _MARKER = re.compile(
     r"(?i)####|\b(?:answer|(?:correct|right|best)\s+(?:option|choice))s?\b"
-    r"(?:[^.:=\n]{0,40}?\b(?:is|are|was|equals)\b\s*:?|[*_\s]*[:=])"
+    r"(?:[^.:=\n]{0,40}?\b(?:is|are|was|equals|(?:must|should|would|will|has\s+to)\s+be)\b\s*:?|[*_\s]*[:=])"
 )
 _CORRECTED = re.compile(  # "not B, it is C", "not B but rather C"
     r"(?i)^not\s+[^\n]{1,40}?\s*(?:[,;.:-]\s*)?\b(?:but|it\s+is|it's|rather|instead)\b\s*"
@@ -22,7 +24,16 @@ _CORRECTED = re.compile(  # "not B, it is C", "not B but rather C"
 _CONTRASTED = re.compile(  # "C, not B", "C rather than B"
     r"(?i)^(.{1,60}?)(?:(?:\s*[,(;]|\s+and)\s*(?:and\s+)?\bnot|\s*[,(;]?\s*\b(?:rather than|instead of))\s.*$"
 )
-_REASON = re.compile(r"(?i),?\s+(?:because|since|as|which|so that|where)\b.*|\s+\((?!\d).*")
+_REASON = re.compile(
+    r"(?i),?\s+(?:because|since|as|which|so that|where)\b.*|\s+\((?!\d).*|(?<=[a-z])\s+\([\d\s.,+*/×÷=$%-]+\)"
+)
+_SUBJECT = re.compile(  # "It is Friday", "The solutions are x = 1 and x = 2"
+    r"(?i)^(?:it(?:'s|\s+is|\s+was)|(?:that|this)(?:'s|\s+is)|the\s+(?:solutions?|roots?|zeros?|statement|claim)\s+"
+    r"(?:is|are):?)\s+"
+)
+_FENCED = re.compile(r"```\w*\n(.*?)\n?```", re.DOTALL)
+_INSIDE = r"(?:[^{}]|\{[^{}]*\})*"
+_OBJECT = re.compile(rf"""\{{{_INSIDE}["'](?:final_?)?answer["']\s*:{_INSIDE}\}}""", re.IGNORECASE)
 
 
 def same_answer(completion: str, answer: Any) -> bool:
@@ -91,6 +102,8 @@ def stated_answer(text: str) -> str | None:
 def _stated(text):
     """(the stated answer, whether it is only the answer), or None."""
     text = text.rpartition("</think>")[2]
+    if (value := _object_answer(text)) is not None:
+        return _stated(value) or (value, True)
     before, tag, _ = text.rpartition("</answer>")
     if tag and "<answer>" in before:
         inside = before.rpartition("<answer>")[2]
@@ -109,6 +122,21 @@ def _stated(text):
     return (line, False) if line else None
 
 
+def _object_answer(text):
+    """The value of "answer" in the last JSON object (or Python dict) of the text; None without one."""
+    found = _OBJECT.findall(text)
+    for read in (json.loads, ast.literal_eval) if found else ():
+        try:
+            values = {str(k).lower().replace("_", ""): v for k, v in read(found[-1]).items()}
+        except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
+            continue
+        value = values.get("finalanswer", values.get("answer"))
+        if isinstance(value, list) and value:
+            value = ", ".join(map(str, value))
+        return None if value is None or isinstance(value, (dict, list)) else str(value).strip()
+    return None
+
+
 def reference_answer(answer):
     """The answer that a reference solution with "####" or \\boxed{} states, or the answer unchanged."""
     found = _stated(answer) if "####" in answer or "\\boxed" in answer else None
@@ -117,6 +145,10 @@ def reference_answer(answer):
 
 def _states(completion, wanted):
     wanted = reference_answer(wanted)
+    if completion.strip() == wanted:  # also an object with "answer" that is wanted as a whole
+        return True
+    fenced = _FENCED.fullmatch(completion.strip())
+    completion = fenced[1] if fenced else completion
     found = _stated(completion)
     text, alone = found if found else (completion.rpartition("</think>")[2].strip(), False)
     whole, text = text, text if alone else _affirmed(text)
@@ -149,8 +181,11 @@ def _affirmed(text):
 def _clauses(text):
     """The text, its first sentence, and the first sentence without its reason."""
     sentence = re.split(r"(?<=[^\d.][.!?])\s|(?<=\d[.!?])\s+(?=[A-Z*])|\n", text.strip())[0]
+    if sentence.endswith("?") and sentence != text.strip():  # "B? No, C."
+        return [text]
     bare = _REASON.sub("", sentence)
-    return list(dict.fromkeys(part for part in (text, sentence, bare) if part.strip()))
+    parts = (text, sentence, _SUBJECT.sub("", bare), bare)
+    return list(dict.fromkeys(part for part in parts if part.strip()))
 
 
 def _offers_several(text):

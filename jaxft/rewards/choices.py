@@ -9,6 +9,12 @@ _MENTION = re.compile(
     r"\b(?:[Oo]ption|[Cc]hoice|OPTION|CHOICE)\s+\(?([A-J])\b|\(([A-J])\)"
     r"|\b([A-J]) is (?:the )?(?:correct|right|best)"
 )
+_PICKED = re.compile(  # "I choose B.", "So it must be (B)"
+    r"\b(?:I(?:'d|'ll|\s+would|\s+will)?\s+(?:choose|pick|select|go\s+with|think|believe|say|guess)|"
+    r"(?:[Ss]o|[Tt]herefore|[Tt]hus|[Hh]ence),?|[Ii]t(?:'s|\s+is|\s+must\s+be)|[Cc](?:orrect|hoice):|"
+    r"[Mm]y\s+(?:choice|pick|guess)\s+is)\s+(?:it(?:'s|\s+is|\s+must\s+be)\s+)?"
+    r"(?:[Oo]ption\s+|[Cc]hoice\s+)?\(?([A-J])\)?[.!]?$"
+)
 _DENIED = re.compile(r"(?i)\bnot\b|n't\b|\bwrong\b|\bincorrect\b|\bfalse\b|\bexcept\b|\brather\b")
 _LETTER = r"\(?[A-J]\b\)?"
 _SEVERAL = re.compile(
@@ -39,7 +45,7 @@ def read_choices(text: str) -> frozenset[str] | None:
 def read_choice(text: str, stated: bool) -> str | None:
     """The letter that a text chooses, or None; `stated`: the text follows "the answer is"."""
     letter = re.match(
-        r"\W*(?:(?:option|choice|answer)\s+)?\(?([A-J])\b(?=\W*$|[).:,*]|\s+(?:because|since|as|is|\())",
+        r"\W*(?:(?:[Oo]ption|[Cc]hoice|[Aa]nswer)\s+(?:-\s*)?)?\(?([A-J])\b(?=\W*$|[).:,*]|\s+(?:because|since|as|is\b(?!\s+(?:not|wrong|incorrect|false|out)\b)|\())",
         text,
         0 if not stated else re.IGNORECASE if len(text.strip("()*. ")) == 1 else 0,
     ) or re.fullmatch(r"\W*(?:[Oo]ption\s+)?\(?([a-j])\W*", text)
@@ -48,6 +54,9 @@ def read_choice(text: str, stated: bool) -> str | None:
         if re.match(r"\W*(?:or|and|/|&)\W*(?:[Oo]ption\s+)?\(?[A-Ja-j]\b", rest):
             return None
         return None if re.match(r"\)?\s*,\s*\(?[A-J]\b", rest) else letter[1].upper()
+    picked = _PICKED.search(re.split(r"(?<=[.!?])\s+|\n", text.strip())[-1])
+    if picked and not _DENIED.search(text):
+        return picked[1]
     found = {next(filter(None, groups)) for groups in _MENTION.findall(text)}
     return found.pop() if len(found) == 1 and not _DENIED.search(text) else None
 

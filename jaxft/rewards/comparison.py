@@ -51,7 +51,14 @@ def same_value(found: str, wanted: str) -> bool:
             other = read(given)
             if other is not None:
                 return same(other, value)
+    if _formula(given) and _formula(given) == _formula(gold):
+        return True
     number = quantities.read_number(gold)
+    power = quantities.arithmetic(gold) if number is None and "^" in gold else None
+    if power is not None:  # 10^{-3}, which math-verify compares only as it is written
+        number = quantities.Quantity(power, True, None)
+        if (plainly := quantities.read_number(given)) and not plainly.unit:
+            return quantities.same_quantity(plainly, number)
     if number is not None and (short := quantities.read_number(given, shorthand=True)):
         return quantities.same_quantity(short, number)
     exact = quantities.arithmetic(given)
@@ -117,6 +124,12 @@ def _without_name(given, gold):
     ):
         given = given.rpartition("=")[2].strip()
     return given, gold
+
+
+def _formula(text):
+    """A chemical formula with its digits on the line: H2O of H_2O and H_{2}O; None for other text."""
+    text = re.sub(r"[_{}\s]|\\text|\\mathrm", "", text)
+    return text if re.fullmatch(r"(?=.*\d)(?:[A-Z][a-z]?\d*|\((?=.*\))|\)\d*){2,}", text) else None
 
 
 def _unit(text):

@@ -51,7 +51,14 @@ _LATEX = tuple(
         (r"\\rangle(?![A-Za-z])|⟩", ")"),
         (r"\\varnothing(?![A-Za-z])|∅", r"\\emptyset"),
         (r"\\[lr]brace(?![A-Za-z])|\\(?=[{}])", ""),
-        (r"(?<=[\d)])\*\*(?=[\d(-])", "^"),  # Python's power, before Markdown's bold face
+        (
+            r"(?<=[\d)])\*\*(?=[\d(-])|(?<!\*\*)(?<![A-Za-z])([a-z])\*\*(?=\d|\([\d-])",
+            r"\1^",
+        ),  # Python's power, before Markdown's bold face
+        (r"\\sqrt\s*\[\s*(\d+)\s*\]\s*(\w)", r"\\sqrt[\1]{\2}"),
+        (r"∛\s*(?:\(([^()]*)\)|(\w+))", r"\\sqrt[3]{\1\2}"),
+        (r"\{\s*([^{}\\]+?)\s*\\choose\s+([^{}\\]+?)\s*\}", r"\\binom{\1}{\2}"),
+        (r"(?i)^\s*(?:the\s+)?empty\s+set\s*\.?\s*$", r"\\emptyset"),
         (r"\*\*|__|`", ""),
         (r"-\s+(?=\d+/\d)", "-"),  # the space that a replaced \frac left after its sign
     )
@@ -70,6 +77,7 @@ def plain(text: str) -> str:
         else c
         for c in text
     ).translate(_CHARACTERS)
+    text = re.sub(r"[₀-₉]+", lambda m: f"_{unicodedata.normalize('NFKC', m[0])}", text)
     text = re.sub(r"[⁰¹²³⁴-⁹⁻⁺]+", lambda m: f"^{{{m[0].translate(_SUPERSCRIPTS)}}}", text)
     text = re.sub(r"(?<!\d)(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{?(\d+)\}?", _repeating, text)
     for pattern, replacement in _LATEX:

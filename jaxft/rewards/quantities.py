@@ -33,13 +33,18 @@ _BEFORE = re.compile(  # texts before a number that make it part of something el
     r"(?:[\w.:]|\d,|[\w)}\]]\s*[*+/^]\s*|\^\s*[-{]?|[√\\_{]\s*|[\w)}\]]\s+-\s+|"
     r"(?:\d|[+*/-]\s?)[a-z](?:\^\d)?\s*=\s*|[a-z]\^\{?\d\}?\s*=\s*|[<>≤≥]=?\s*|"
     r"(?:\\(?:pm|mp|[lg]eq?(?:slant)?|[lg]t|neq?)|±)\s*|"
-    r"\d-\d+-|(?:\bnot|n't|≠|!=)\s+(?:be\s+)?)$"
+    r"\d-\d+-|(?:\bnot|n't|≠|!=)\s+(?:be\s+)?|"
+    # Strict bounds: "at least 5" answers how many are needed, "more than 5" does not.
+    r"(?i:\b(?:(?:more|less|fewer|greater|larger|smaller|higher|lower)\s+than|over|under|above|below|"
+    r"exceeds?)\s+))$"
 )
 _WRONG = re.compile(r"\s+(?:is|was)(?:n't|\s+(?:not|wrong|incorrect|false))\b")
 _SHARES = re.compile(  # 5 hundredths are not 5; quarters may be coins
     r"(?:third|f(?:our|if)th|sixth|seventh|eighth|ninth|tenth|(?:hundred|thousand|million)th)s?\b"
 )
-_AFTER = re.compile(r"[_^\d]|[.:,]\d|\s*[*^/+]\s*[\w(\\]|\s?[\\({]")
+_AFTER = re.compile(
+    r"[_^\d]|[.:,]\d|\s*[*^/+]\s*[\w(\\]|\s?[\\({]|\s*[<>≤≥]=?\s*(?:[A-Za-z](?![A-Za-z>])|[\d-])"
+)
 _OTHER = re.compile(  # "4 or 5", "4 to 5" and "between 4 and 5" are not answers
     r"(?i)(?:\d\D{0,15}\b(?:or|to)\b\D{0,20}|\bbetween\b\D{0,10}\d[\d.,]*\D{0,15}\band\b\D{0,5})$"
 )

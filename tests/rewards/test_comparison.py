@@ -87,3 +87,10 @@ def test_long_and_deep_texts_are_compared_in_time():
     assert not same_answer("9" * 20_000, "5")
     nested = lambda last: "(1," * 300 + last + ")" * 300
     assert not same_answer(nested("2"), nested("3"))
+
+
+def test_a_fence_around_the_whole_completion_is_no_part_of_it():
+    code = "def f(x):\n    return x"
+    assert same_answer(f"```python\n{code}\n```", code)
+    assert same_answer('Here it is:\n```json\n{"answer": 72}\n```', "72")
+    assert not same_answer("```python\ndef f(x):\n    return 2\n```", code)

@@ -31,6 +31,7 @@ import tyro
 
 from experiments.cli import limits
 from experiments.lab.claims import Claim, mean, report, worst
+from experiments.lab.seeds import SMOKE
 from experiments.worlds import arithmetic
 from jaxft import rl, train
 from jaxft.generation import SamplingConfig, generate
@@ -71,6 +72,8 @@ def main(config: Config) -> int:
     runs = [run_seed(config, seed) for seed in seeds]
     _figure(runs, output)
     code = report(judge(runs), {"runs": runs}, output)
+    if config.smoke:
+        print(SMOKE)
     return 0 if config.smoke else code
 
 

@@ -14,13 +14,16 @@ from typing import Any
 
 import jax
 
-from experiments.lab import records
+from experiments.lab import records, sources
 from experiments.lab.claims import Claim, report
 from jaxft import train
 from jaxft.output import writing
 
 # Settings that do not change the result of a seed.
 APART = ("seeds", "first_seed", "output_dir", "debug", "record")
+
+
+SMOKE = "a smoke run is too small for its claims: whether they hold here says nothing"
 
 
 @dataclasses.dataclass
@@ -47,6 +50,8 @@ class Run:
         recorded: the claims for the record's part; None: all.
         """
         code = report(claims, metrics, self.output)
+        if self.config.smoke:
+            print(SMOKE)
         if self.draft:
             minutes = (time.perf_counter() - self.began + self.kept) / 60
             figure = self.output / f"{self.draft.slug.replace('-', '_')}.png"
@@ -60,8 +65,14 @@ def begin(config: Any, parts: Mapping[str, Mapping[str, Any]] = records.MAIN) ->
     """Begins a script's run with its given settings, before any work.
 
     Raises:
+        MissingDependencyError: if a package that the script's files import is not installed.
         ValueError: for --record with settings that cannot be recorded; `parts`: see `records.draft`.
     """
+    script = pathlib.Path(sys.modules[type(config).__module__].__file__)
+    if lacking := sources.missing(script.resolve()):
+        raise train.MissingDependencyError(
+            f"{script.name} needs {', '.join(lacking)}, not installed here: pip install 'jaxft[papers]'"
+        )
     draft = records.draft(config, parts) if config.record.record else None
     return Run(config, train.writable_directory(config.output_dir), time.perf_counter(), draft)
 

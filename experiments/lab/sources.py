@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import hashlib
+import importlib.util
 import pathlib
 from collections.abc import Iterator
 
@@ -26,13 +27,26 @@ def heading(script: pathlib.Path) -> str:
     return (ast.get_docstring(ast.parse(script.read_text("utf-8"))) or "").partition("\n")[0]
 
 
+def own_files(script: pathlib.Path) -> list[pathlib.Path]:
+    """The files of a paper: its script, or all of its folder."""
+    return sorted(script.parent.glob("*.py")) if script.name == "main.py" else [script]
+
+
+def missing(script: pathlib.Path) -> list[str]:
+    """Top-level names that the paper's own files import and that are not installed."""
+    names = {
+        name for file in own_files(script) for name in _imported(ast.parse(file.read_text("utf-8")))
+    }
+    top = {name.split(".")[0] for name in names if name != "__future__"}
+    return sorted(name for name in top if importlib.util.find_spec(name) is None)
+
+
 def code_digest(script: pathlib.Path) -> str:
     """Eight hexadecimal digits of the script, its folder, and what they import of jaxft and worlds.
 
     Comments, docstrings and empty lines do not count, so editing them does not make a record stale.
     """
-    own = script.parent.glob("*.py") if script.name == "main.py" else [script]
-    todo, found = list(own), set()
+    todo, found = own_files(script), set()
     while todo:
         file = todo.pop()
         if file not in found and not any(folder in file.parents for folder in APART):

@@ -198,11 +198,11 @@ REFUSED = {
     ),
     "no codes": (lambda t: t.pop(Q), {}, "q_proj.weight' is not a whole 4-bit tensor"),
     "half a table": (
-        lambda t: t.update({f"{Q}.quant_map": NF4_LEVELS[:8]}), {}, "no whole .*8 levels"
+        lambda t: t.update({f"{Q}.quant_map": NF4_LEVELS[:8]}), {}, "not a whole .*8 levels"
     ),
-    "another size": (lambda t: t.update({Q: t[Q][:-1]}), {}, "no whole .*bytes and"),
+    "another size": (lambda t: t.update({Q: t[Q][:-1]}), {}, "not a whole .*bytes and"),
     "damaged": (
-        lambda t: t.update({f"{Q}.quant_state.bitsandbytes__nf4": np.zeros(3, np.uint8)}), {}, "no whole"
+        lambda t: t.update({f"{Q}.quant_state.bitsandbytes__nf4": np.zeros(3, np.uint8)}), {}, "not a whole"
     ),
     "a part too many": (
         lambda t: t.update({"model.norm.weight.absmax": NF4_LEVELS}), {}, "bitsandbytes: tensor 'model.norm"

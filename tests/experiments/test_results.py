@@ -1,7 +1,7 @@
 """Claims hold by their numbers; records need the scripts' own settings; the page equals the records."""
 
 import dataclasses
-import importlib
+import importlib.util
 import json
 import math
 import types
@@ -15,6 +15,7 @@ from experiments.cli import flags
 from experiments.lab import records, results, seeds, sources
 from experiments.lab.claims import Claim, Number, interval, mean, worst
 from experiments.lab.figures import bar_means, plot_band
+from jaxft.train import MissingDependencyError
 
 NAN, INF = math.nan, math.inf
 MODULES = {
@@ -88,7 +89,7 @@ def test_figures_draw_student_s_interval():
 
 def recorded(slug, **change):
     module = importlib.import_module(MODULES[slug])
-    return module, flags.replace(module.Config(), record=True, **change)
+    return module, flags.replace(module.Config(), **{"record": True} | change)
 
 
 @pytest.mark.parametrize("slug", MODULES)
@@ -97,6 +98,20 @@ def test_a_smoke_run_is_not_recorded(slug, tmp_path):
     with pytest.raises(ValueError, match="--record: a smoke run") as refused:
         module.main(config)
     assert "\n" not in str(refused.value) and not (tmp_path / "out").exists()
+
+
+def test_a_package_that_a_paper_imports_is_asked_for_before_any_work(tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    without = lambda name: None if name == "sklearn" else find(name)
+    monkeypatch.setattr(importlib.util, "find_spec", without)
+    module, config = recorded("monarch", record=False, output_dir=str(tmp_path / "out"))
+    with pytest.raises(
+        MissingDependencyError, match=r"monarch.py needs sklearn, .*'jaxft\[papers\]'"
+    ):
+        module.main(config)
+    assert not (tmp_path / "out").exists()
+    assert sources.missing(sources.scripts()["tram"]) == ["sklearn"]
+    assert sources.missing(sources.scripts()["nft"]) == []
 
 
 @pytest.mark.parametrize(

@@ -305,7 +305,7 @@ def test_what_reads_stacked_layers_is_told_where_they_lie():
 
 
 def test_a_head_that_trains_is_saved_whole(folder, tmp_path_factory):
-    """The embedding of a model with an output projection of its own is not tied."""
+    """The embedding of a model with a separate output projection is not tied."""
     path, _ = folder
     model, params = load_model(path, families=KNOWN)
     adapted = apply_named(params, "lora", rank=2, **PLACES)

@@ -207,7 +207,7 @@ def experience(
     """
     sample = rl.answers(
         task.model, task.renderer.tokenizer, rewards or task.rewards, task.sampling, group_size,
-        sampler=_sampler(task),
+        sampler=sampler(task),
     )  # fmt: skip
     if until_contrast:
         sample = rl.until_contrast(sample, task.settings.max_tries)
@@ -232,11 +232,11 @@ def _in_parts(task, transform, batch, params, key):
     )
 
 
-def _sampler(task):
-    """Returns `generate`, of some answers at a time; the answers are those of one call."""
+def sampler(task: Task) -> Callable[..., Generation]:
+    """Returns `generate` of some answers at a time; the answers are those of one call."""
     at_once = task.settings.sampled_at_once
 
-    def sampler(model, params, prompts, key, config, *, samples=1, **more):
+    def sample(model, params, prompts, key, config, *, samples=1, **more):
         size = max(1, at_once // samples)
         parts = [
             generate(
@@ -248,7 +248,7 @@ def _sampler(task):
         *arrays, ends = zip(*parts, strict=True)
         return Generation(*map(np.concatenate, arrays), [end for part in ends for end in part])
 
-    return sampler
+    return sample
 
 
 def fit(
@@ -320,7 +320,7 @@ def texts(
     config = dataclasses.replace(task.sampling, **decoding)
     key, decode = jax.random.key(seed), task.renderer.tokenizer.decode
     with mesh_context(task.mesh):
-        out = _sampler(task)(task.model, params, ids, key, config, samples=samples)
+        out = sampler(task)(task.model, params, ids, key, config, samples=samples)
     found = [decode(answer, skip_special_tokens=True).strip() for answer in out.completions]
     return [found[i : i + samples] for i in range(0, len(found), samples)]
 
@@ -355,7 +355,7 @@ def drift(
     KL(params || task.params) is the mean of Σ_t log π_t - log π0_t over answers of π: unbiased.
     """
     sample = rl.answers(
-        task.model, task.renderer.tokenizer, rewards, task.sampling, 1, sampler=_sampler(task)
+        task.model, task.renderer.tokenizer, rewards, task.sampling, 1, sampler=sampler(task)
     )
     key, forward = jax.random.key(seed), task.model.forward
     with mesh_context(task.mesh):

@@ -54,7 +54,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from experiments.cli import choices, flags, limits
+from experiments.cli import flags, limits
 from experiments.lab.claims import Claim, Number, mean, show, worst
 from experiments.lab.figures import plot_band
 from experiments.lab.seeds import begin, measure_claims
@@ -84,6 +84,7 @@ GSM8K = questions.Settings(
     trained_at_once=128,
     sampled_at_once=4096,
 )
+OF_SUMS = ("until", "held_out", "width", "layers")
 OF_FULL = ("pretraining", "pretrain_steps", "pretrain_rows")
 FULL = dict(
     steps=1160,
@@ -135,8 +136,7 @@ class Config:
 def main(config: Config) -> int:
     """Measures all claims; returns exit code 1 if one does not hold."""
     this = begin(config)
-    choices.check_companions(config, dict.fromkeys(OF_FULL, "preset"))
-    config = questions.sized(config, FULL, SMOKE)
+    config = questions.sized(config, FULL, SMOKE, only_full=OF_FULL, only_small=OF_SUMS)
     if config.pretraining and len(config.pretraining) != len(solutions.FORMATS):
         raise ValueError(
             f"pretraining: one source for each of {solutions.FORMATS}, or none; got {config.pretraining}."

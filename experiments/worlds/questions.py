@@ -89,16 +89,39 @@ class Task(NamedTuple):
         return SamplingConfig(self.settings.max_new_tokens, stop_ids=stops)
 
 
-def sized(config: Any, full: Mapping[str, Any], smoke: Mapping[str, Any]) -> Any:
+def sized(
+    config: Any,
+    full: Mapping[str, Any],
+    smoke: Mapping[str, Any],
+    *,
+    only_full: Sequence[str] = (),
+    only_small: Sequence[str] = (),
+) -> Any:
     """Returns a script's config with the sizes of its preset, for flags that are not given.
 
     `config.source` are `Settings`, whose defaults are the paper's; their columns and held-out questions
-    apply only to their own data. Raises ValueError for flags of them without --preset full.
+    apply only to their own data.
+
+    Args:
+        config: the script's, with `preset`, `source` and `smoke`.
+        full: sizes of --preset full.
+        smoke: sizes of --smoke, which replace those of the preset.
+        only_full: flags that only --preset full reads, besides those of `source`.
+        only_small: flags that --preset full does not read.
+
+    Raises:
+        ValueError: for a flag that has no effect.
     """
-    given = choices.given(config)
-    choices.check_companions(config, dict.fromkeys(flags.flat(config.source), "preset"))
+    given, big = choices.given(config), config.preset == "full"
+    choices.check_companions(
+        config, dict.fromkeys([*flags.flat(config.source), *only_full], "preset")
+    )
+    for name in filter(given.__contains__, only_small if big else ()):
+        raise ValueError(
+            f"{choices.shown(name, given[name])} has no effect with --preset full; give one of them."
+        )
     sizes: dict[str, Any] = dict(smoke) if config.smoke else {}
-    if config.preset == "full":
+    if big:
         sizes = dict(full) | (dict(smoke) | SMALL if config.smoke else {})
         if "data" in given:
             sizes |= {"fields": {}, "eval_data": None, "eval_fields": {}}

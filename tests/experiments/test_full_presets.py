@@ -145,3 +145,12 @@ def test_the_source_is_the_papers_unless_it_is_given(file):
 def test_what_does_not_fit_is_one_line(file, tmp_path, given, error, message):
     with pytest.raises(error, match=message):
         nft.main(full(nft, file, tmp_path, **given))
+
+
+@pytest.mark.parametrize(
+    "script, name, value",
+    [(nft, "until", 0.3), (otr, "width", 64), (echo, "layers", 3), (reft, "rerank", True)],
+)
+def test_flags_of_the_small_task_are_refused(script, name, value, file, tmp_path):
+    with pytest.raises(ValueError, match=f"--{name}.* has no effect with --preset full"):
+        script.main(full(script, file, tmp_path, **{name: value}))

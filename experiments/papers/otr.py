@@ -82,6 +82,7 @@ OPEN_R1 = verified.Settings(
     max_new_tokens=7680,
     trained_at_once=8,
 )
+OF_WORDS = "until share levels judged examples held_out width layers".split()
 FULL = dict(steps=700, evaluate_every=70, batch_size=128, learning_rate=1e-5)
 SMOKE = dict(
     methods=("sft", "otr"), seeds=1, until=1e-6, levels=(0.0,), judged=0.0, steps=2, evaluate_every=1,
@@ -132,7 +133,7 @@ def main(config: Config) -> int:
     """Measures all claims; returns exit code 1 if one does not hold."""
     check(config)
     this = begin(config)
-    config = verified.sized(config, FULL, SMOKE)
+    config = verified.sized(config, FULL, SMOKE, only_full=("old_data",), only_small=OF_WORDS)
     with opened(config) as world:
         first = world.measure(world.start) | {"step": 0}
         shown = (f"{k} {v:.3f}" for k, v in first.items() if k != "step")

@@ -89,16 +89,39 @@ class Task(NamedTuple):
         return SamplingConfig(self.settings.max_new_tokens, stop_ids=stops)
 
 
-def sized(config: Any, full: Mapping[str, Any], smoke: Mapping[str, Any]) -> Any:
+def sized(
+    config: Any,
+    full: Mapping[str, Any],
+    smoke: Mapping[str, Any],
+    *,
+    only_full: Sequence[str] = (),
+    only_small: Sequence[str] = (),
+) -> Any:
     """Returns a script's config with the sizes of its preset, for flags that are not given.
 
     `config.source` are `Settings`, whose defaults are the paper's; their columns and held-out questions
-    apply only to their own data. Raises ValueError for flags of them without --preset full.
+    apply only to their own data.
+
+    Args:
+        config: the script's, with `preset`, `source` and `smoke`.
+        full: sizes of --preset full.
+        smoke: sizes of --smoke, which replace those of the preset.
+        only_full: flags that only --preset full reads, besides those of `source`.
+        only_small: flags that --preset full does not read.
+
+    Raises:
+        ValueError: for a flag that has no effect.
     """
-    given = choices.given(config)
-    choices.check_companions(config, dict.fromkeys(flags.flat(config.source), "preset"))
+    given, big = choices.given(config), config.preset == "full"
+    choices.check_companions(
+        config, dict.fromkeys([*flags.flat(config.source), *only_full], "preset")
+    )
+    for name in filter(given.__contains__, only_small if big else ()):
+        raise ValueError(
+            f"{choices.shown(name, given[name])} has no effect with --preset full; give one of them."
+        )
     sizes: dict[str, Any] = dict(smoke) if config.smoke else {}
-    if config.preset == "full":
+    if big:
         sizes = dict(full) | (dict(smoke) | SMALL if config.smoke else {})
         if "data" in given:
             sizes |= {"fields": {}, "eval_data": None, "eval_fields": {}}
@@ -207,7 +230,7 @@ def experience(
     """
     sample = rl.answers(
         task.model, task.renderer.tokenizer, rewards or task.rewards, task.sampling, group_size,
-        sampler=_sampler(task),
+        sampler=sampler(task),
     )  # fmt: skip
     if until_contrast:
         sample = rl.until_contrast(sample, task.settings.max_tries)
@@ -232,11 +255,11 @@ def _in_parts(task, transform, batch, params, key):
     )
 
 
-def _sampler(task):
-    """Returns `generate`, of some answers at a time; the answers are those of one call."""
+def sampler(task: Task) -> Callable[..., Generation]:
+    """Returns `generate` of some answers at a time; the answers are those of one call."""
     at_once = task.settings.sampled_at_once
 
-    def sampler(model, params, prompts, key, config, *, samples=1, **more):
+    def sample(model, params, prompts, key, config, *, samples=1, **more):
         size = max(1, at_once // samples)
         parts = [
             generate(
@@ -248,7 +271,7 @@ def _sampler(task):
         *arrays, ends = zip(*parts, strict=True)
         return Generation(*map(np.concatenate, arrays), [end for part in ends for end in part])
 
-    return sampler
+    return sample
 
 
 def fit(
@@ -320,7 +343,7 @@ def texts(
     config = dataclasses.replace(task.sampling, **decoding)
     key, decode = jax.random.key(seed), task.renderer.tokenizer.decode
     with mesh_context(task.mesh):
-        out = _sampler(task)(task.model, params, ids, key, config, samples=samples)
+        out = sampler(task)(task.model, params, ids, key, config, samples=samples)
     found = [decode(answer, skip_special_tokens=True).strip() for answer in out.completions]
     return [found[i : i + samples] for i in range(0, len(found), samples)]
 
@@ -355,7 +378,7 @@ def drift(
     KL(params || task.params) is the mean of Σ_t log π_t - log π0_t over answers of π: unbiased.
     """
     sample = rl.answers(
-        task.model, task.renderer.tokenizer, rewards, task.sampling, 1, sampler=_sampler(task)
+        task.model, task.renderer.tokenizer, rewards, task.sampling, 1, sampler=sampler(task)
     )
     key, forward = jax.random.key(seed), task.model.forward
     with mesh_context(task.mesh):

@@ -70,7 +70,7 @@ def test_smoke(tmp_path):
         ("GRPO", 0, {}, []),
         ("GRPO", 40, {"shares": [0.5, 0.5, 0.0]}, [0]),
         ("GRPO", 20, {"shares": [0.55, 0.4, 0.05]}, [1, 2, 3]),
-        ("GRPO, KL 0.1", 20, {"shares": [0.95, 0.05, 0.0]}, [2]),
+        ("GRPO with KL", 20, {"shares": [0.95, 0.05, 0.0]}, [2]),
         ("Expert Iteration", 20, {"shares": [0.95, 0.05, 0.0]}, [3]),
         ("Expert Iteration", 40, {"shares": [0.1, 0.9, 0.0]}, [3]),
     ],

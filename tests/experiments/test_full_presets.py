@@ -2,12 +2,19 @@
 
 import json
 
+import jax
+import numpy as np
 import pytest
 
 from experiments.cli import flags
-from experiments.papers import nft
-from experiments.worlds import questions
+from experiments.papers import echo_chamber as echo
+from experiments.papers import nft, otr
+from experiments.papers.reft import main as reft
+from experiments.papers.reft import worlds
+from experiments.worlds import questions, solutions
 from jaxft import data
+from jaxft.checkpoints import load_model
+from jaxft.generation import SamplingConfig, generate
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +41,89 @@ def test_nft(file, tmp_path, capsys):
     assert "held-out records of questions.jsonl" in capsys.readouterr().out
 
 
+def test_otr(file, tmp_path):
+    assert otr.main(full(otr, file, tmp_path, learning_rate=0.03)) == 0
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    first, _, last = metrics["runs"][0]["otr"]
+    assert first["kl target"] == first["kl old"] == 0 and last["kl old"] != 0
+    assert 0 <= last["hit_rate"] <= 1
+    assert metrics["claims"][0]["text"].startswith("where SFT and OTR are equally accurate")
+
+
+def test_reft(file, tmp_path):
+    assert reft.main(full(reft, file, tmp_path)) == 0
+    run = json.loads((tmp_path / "metrics.json").read_text())["runs"][0]
+    assert {name: [row["step"] for row in rows] for name, rows in run.items()} == {
+        name: [0, 4] for name in reft.SMOKE["algo"]
+    }
+    assert all(0 <= rows[1][m] <= 1 for rows in run.values() for m in reft.MEASURES)
+
+
+def test_echo_chamber(file, tmp_path):
+    texts = ("def f():\n    return {}", "<llm-code>\n{}\n</llm-code>", "It is {}")
+    for i, text in enumerate(texts):
+        rows = [{"question": f"{n} + 1?", "answer": text.format(n + 1)} for n in range(9)]
+        (tmp_path / f"{i}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    pretraining = tuple(str(tmp_path / f"{i}.jsonl") for i in range(3))
+    given = dict(pretraining=pretraining, learning_rate=0.01)
+    assert echo.main(full(echo, file, tmp_path, **given)) == 0
+    run = json.loads((tmp_path / "metrics.json").read_text())["runs"][0]
+    for rows in run.values():
+        assert [row["step"] for row in rows] == [0, 1, 2]
+        assert all(sum(row["shares"]) == pytest.approx(1) for row in rows)
+    with pytest.raises(ValueError, match="one source for each of"):
+        echo.main(full(echo, file, tmp_path, pretraining=pretraining[:2]))
+
+
+@pytest.mark.parametrize(
+    "text, number, answer",
+    [
+        ('def simple_math_problem() -> int:\n    """1 + 1?"""\n    return 1 + 1\n', 0, "2"),
+        ("Add.\n<llm-code>\na = 1\nb = a + 1\nb\n</llm-code>\nSo it is 2.", 1, "2"),
+        ("<llm-code>\na = 3\nb = a * 7\n</llm-code>", 1, "21"),
+        ("<llm-code>\na = (\n</llm-code> The answer is 2.", 1, None),  # It does not compile.
+        ("One and one: \\boxed{2}", 2, "2"),
+        ("two", 2, None),
+        ("def ", 0, None),
+    ],
+)
+def test_answers_of_solutions_in_three_formats(text, number, answer):
+    assert solutions.format_of(text) == number and solutions.answer_of(text) == answer
+
+
+def test_answers_sampled_in_parts_are_those_of_one_call():
+    model, params = load_model("tiny")
+    task = questions.Task(questions.Settings(sampled_at_once=4), model, params, *[None] * 5)
+    prompts, config = [[5, 6, 7], [8, 9], [10, 11, 12]], SamplingConfig(4)
+    arguments = (model, params, prompts, jax.random.key(0), config)
+    parts = questions.sampler(task)(*arguments, samples=2)
+    whole = generate(*arguments, samples=2)
+    np.testing.assert_array_equal(parts.tokens, whole.tokens)
+    assert parts.mask.shape == (6, 4) and parts.finish == whole.finish
+
+
+@pytest.mark.parametrize("rows, at_once, parts", [(512, 64, 8), (8, 16, 1), (10, 4, 5), (7, 2, 7)])
+def test_a_step_has_equal_parts_that_fit(rows, at_once, parts):
+    settings = questions.Settings(trained_at_once=at_once)
+    assert questions.microbatches(questions.Task(settings, *[None] * 7), rows) == parts
+
+
+def test_annotated_workings_are_read_in_every_form():
+    read = lambda row, **fields: worlds.FORM(row, fields)
+    gsm8k = read({"question": "1 + 1?", "answer": "One and one\n#### 2"})
+    assert gsm8k == {
+        "question": "1 + 1?",
+        "prompt": "Question:\n1 + 1?\nAnswer reasoning:\n",
+        "completion": "One and one\n#### 2",
+        "answer": "2",
+    }
+    authors = {"question": "1 + 1?", "answer_cot": "One and one", "answer_value": 2}
+    own = read(authors, prompt="question", completion="answer_cot", answer="answer_value")
+    assert own == gsm8k | {"completion": "One and one", "answer": 2}
+    with pytest.raises(data.DataError, match="no working; name its column"):
+        read({"question": "1 + 1?"})
+
+
 def test_the_source_is_the_papers_unless_it_is_given(file):
     sized = lambda **given: questions.sized(flags.replace(nft.Config(), **given), nft.FULL, {})
     paper, own = sized(preset="full"), sized(preset="full", data=file, updates=2)
@@ -55,3 +145,12 @@ def test_the_source_is_the_papers_unless_it_is_given(file):
 def test_what_does_not_fit_is_one_line(file, tmp_path, given, error, message):
     with pytest.raises(error, match=message):
         nft.main(full(nft, file, tmp_path, **given))
+
+
+@pytest.mark.parametrize(
+    "script, name, value",
+    [(nft, "until", 0.3), (otr, "width", 64), (echo, "layers", 3), (reft, "rerank", True)],
+)
+def test_flags_of_the_small_task_are_refused(script, name, value, file, tmp_path):
+    with pytest.raises(ValueError, match=f"--{name}.* has no effect with --preset full"):
+        script.main(full(script, file, tmp_path, **{name: value}))

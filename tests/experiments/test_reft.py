@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.papers import reft
+from experiments.papers.reft import main as reft
+from experiments.papers.reft import worlds
 from experiments.worlds import arithmetic, reranker, workings
 from jaxft import rl
 from jaxft.generation import SamplingConfig
@@ -59,13 +60,13 @@ def test_bad_settings_are_found_before_any_work():
             reft.main(reft.Config(**change))
 
 
-def test_own_right_workings_stand_beside_the_annotated_ones(monkeypatch):
-    config = reft.Config(kinds="BC")
-    pairs = np.array([[12, 34], [50, 60]])
+def test_own_right_workings_stand_beside_the_annotated_ones():
+    config, pairs = reft.Config(kinds="BC"), np.array([[12, 34], [50, 60]])
     rows = workings.rows_of(pairs, "BC", 2)
+    made = workings.Start(None, None, 0, pairs, rows, pairs)
     said = [["C0406|046", "B640|046", "C0406|047", "C0406|046"], ["x", "A110", "B011|110", "A11"]]
-    monkeypatch.setattr(reft, "answers", lambda *_: said)
-    kept = reft.own_rows(config, None, None, pairs, rows, 0)
+    world = worlds.sums(config, made)._replace(answers=lambda *_: said)
+    kept = reft.own_rows(config, world, None, 0)
     texts = [
         arithmetic.decode(tokens, seen > 0)
         for tokens, seen in zip(kept["tokens"], kept["segment_ids"], strict=True)

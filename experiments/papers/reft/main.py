@@ -1,32 +1,45 @@
 """ReFT: Reasoning with Reinforced Fine-Tuning (arXiv 2401.08967).
 
-After a short warm-up on annotated workings, PPO on the same questions with the answer as reward: the model
-learns from many workings that it finds itself, where supervised fine-tuning (SFT) has the annotated one.
+After a short warm-up on annotated workings, PPO trains on the same questions with the answer as
+reward: the model learns from many workings that it finds itself, where supervised fine-tuning (SFT)
+has the annotated one.
 
-    python experiments/papers/reft.py       after an interruption, again: finished seeds are kept
-    python experiments/papers/reft.py --algo sft reft --kl 0 --partial-reward 0
+    python experiments/papers/reft/main.py       after an interruption, again: finished seeds are kept
+    python experiments/papers/reft/main.py --algo sft reft --kl 0 --partial-reward 0
+    python experiments/papers/reft/main.py --preset full     CodeLlama-7B on GSM8K, 8 GPUs of 80 GB
+    python experiments/papers/reft/main.py --preset full --model Qwen/Qwen2.5-0.5B --data workings.jsonl
 
-The task is the addition of two-digit numbers, 47+85=, with one of two kinds of written-out working before the
-sum: B231|132, its digits reversed; C1212|132, the sums of the columns. A model of 0.1 M parameters is
-pretrained on sums of other numbers until a working is right with probability 0.3. Two epochs on 750 questions
-with one annotated working each are the warm-up. From there all algorithms take as many steps on as many
-workings: SFT on the annotated ones (41 epochs; the paper's SFT has 40); offline self-training on these and
-the model's own right ones, each once; online self-training, half of either; and ReFT: PPO with a critic on
-the same model, 0.1 for a wrong sum that can be read, KL 0.05 in the reward.
+The task is the addition of two-digit numbers, 47+85=, with one of two kinds of written-out working
+before the sum: B231|132, its digits reversed; C1212|132, the sums of the columns. A model of 0.1 M
+parameters is pretrained on sums of other numbers until a working is right with probability 0.3. The
+warm-up is two epochs on 750 questions with one annotated working each. After it, all algorithms
+take as many steps on as many workings: SFT on the annotated ones (41 epochs; the paper's SFT has
+40); offline self-training on these and on the model's own right ones, each once; online
+self-training on half of either; and ReFT, which is PPO with a critic on the same model, a reward of
+0.1 for a wrong sum that can be read, and a KL weight of 0.05 in the reward.
 
-Over seeds 0 to 4 ReFT's greedy answers are right in 0.707 of held-out questions, SFT's in 0.527 (+0.181
-[0.078, 0.284]; at its best measured step SFT's are in 0.576). Voting adds nothing to ReFT (+0.002 [-0.009,
-0.014]), which has one kind of working left, and 11 points to SFT, which has both. Online self-training is
-not between the two: it is right in 0.741, as is offline self-training, and ReFT cannot be distinguished from
-it (-0.033 [-0.112, 0.046]). Seeds 3 and 4 were added when three could not tell ReFT from SFT (+0.218
-[-0.010, 0.445]).
+Over seeds 0 to 4, ReFT's greedy answers to held-out questions are right in 0.707 and SFT's in 0.527
+(+0.181 [0.078, 0.284]; SFT's are right in 0.576 at its best measured step). Voting adds nothing to
+ReFT (+0.002 [-0.009, 0.014]), which has one kind of working left, and 11 points to SFT, which has
+both. Online self-training is not between the two: it is right in 0.741, as is offline
+self-training, and ReFT cannot be distinguished from it (-0.033 [-0.112, 0.046]). Seeds 3 and 4 were
+added because three seeds could not distinguish ReFT from SFT (+0.218 [-0.010, 0.445]).
 
-Settings were chosen on seeds 100 and 101, and the amount of data decides: with 750 questions ReFT was 6 and
-8 points above SFT, with 1500 (and KL 0.01) 4 and 3 below, for SFT then has enough annotated workings; with
-1000 and no pretraining neither learns anything but the training questions.
+Settings were chosen on seeds 100 and 101. The amount of data determines the result: with 750
+questions ReFT was 6 and 8 points above SFT; with 1500 (and KL 0.01) it was 4 and 3 points below,
+because SFT then has enough annotated workings; with 1000 questions and no pretraining, neither
+learns more than the training questions.
 
-Departures: offline self-training goes on from the warm-up, as all do, where the authors begin anew from the
-base model; `--rerank` has one classifier, of the warm-up model's answers, for all algorithms.
+Departures from the paper: offline self-training starts from the warm-up, as all algorithms do,
+where the authors start again from the base model; `--rerank` has one classifier, of the warm-up
+model's answers, for all algorithms.
+
+`--preset full` has the paper's model, its text form of questions and GSM8K's own workings in
+natural language (the authors' annotations are read by --data and --fields), learning rates of 1e-5
+(supervised) and 3e-7 (on samples), 2 epochs of warm-up, a weight of 5 of the critic's loss, 100
+samples for offline self-training and for votes. All algorithms take 40 epochs of SFT in batches of
+48, where the authors give PPO 300 epochs in batches of 32; --steps changes that. Kinds of working
+and --rerank are measured in the small world only, and programs as workings are left out.
 """
 
 from __future__ import annotations
@@ -39,7 +52,7 @@ import itertools
 import operator
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -51,10 +64,10 @@ from experiments.cli import flags, limits
 from experiments.lab.claims import Claim, mean, show
 from experiments.lab.figures import plot_mean
 from experiments.lab.seeds import begin, measure_claims
-from experiments.worlds import arithmetic, reranker, workings
+from experiments.papers.reft.worlds import World, opened
+from experiments.worlds import arithmetic, questions, reranker, workings
 from jaxft import rl, train
 from jaxft.metrics import majority_vote, rerank
-from jaxft.models import Decoder
 from jaxft.objectives import policy_gradient, supervised, with_value_head, without_value_head
 from jaxft.rewards import answer_reward, numbers_equal
 
@@ -65,6 +78,19 @@ SMOKE: dict[str, Any] = dict(
     algo=("sft", "reft"), seeds=1, kinds="C", pretraining=64, questions=32, held_out=4, until=0.0,
     warmup_epochs=0, steps=4, batch_size=32, evaluate_every=4, samples=2, votes=2, width=32,
     layers=1,
+)  # fmt: skip
+
+GSM8K = questions.Settings(
+    model="codellama/CodeLlama-7b-hf",
+    data="openai/gsm8k?name=main",
+    eval_data="openai/gsm8k?name=main&split=test",
+    max_new_tokens=700,
+    trained_at_once=24,
+)
+OF_SUMS = "digits kinds pretraining until questions held_out rerank width layers".split()
+FULL = dict(
+    steps=6240, batch_size=48, evaluate_every=624, votes=100, own=100, learning_rate=1e-5, rl_rate=3e-7,
+    value_weight=5.0,
 )  # fmt: skip
 
 
@@ -87,7 +113,8 @@ class Config:
     evaluate_every: int = 60  # steps between evaluations
     samples: int = 2  # samples per held-out question during training
     votes: int = 32  # samples per held-out question at the end
-    learning_rate: float = 3e-4  # learning rate of all algorithms
+    learning_rate: float = 3e-4  # learning rate of the warm-up and all algorithms
+    rl_rate: float | None = None  # learning rate of reft and online_st; None: --learning-rate
     kl: float = 0.05  # weight of the KL to the warm-up model in PPO's rewards
     partial_reward: float = 0.1  # reward of a readable but wrong answer
     value_weight: float = 0.5  # weight of the critic's loss in PPO
@@ -97,6 +124,8 @@ class Config:
     layers: int = 2  # layers of the model
     # directory for the figure, metrics.json and the cache of finished seeds
     output_dir: str = "runs/reft"
+    preset: Literal["small", "full"] = "small"  # full: the paper's model, data and sizes
+    source: questions.Settings = GSM8K
     record: flags.Record = flags.Record()
     smoke: bool = False  # seconds; claims are printed, not judged
     debug: bool = False  # full tracebacks
@@ -106,10 +135,12 @@ def main(config: Config) -> int:
     """Measures all claims; returns exit code 1 if one does not hold."""
     check(config)
     this = begin(config)
-    if config.smoke:
-        config = dataclasses.replace(config, **SMOKE)
-    run = functools.partial(run_seed, config)
-    return measure_claims(this, config, run, judge=judge, print_table=print_table, figure=_figure)
+    config = questions.sized(config, FULL, SMOKE, only_small=OF_SUMS)
+    with opened(config) as world:
+        run = functools.partial(run_seed, config, world)
+        return measure_claims(
+            this, config, run, judge=judge, print_table=print_table, figure=_figure
+        )
 
 
 def check(config: Config) -> None:
@@ -135,71 +166,62 @@ def check(config: Config) -> None:
         )
 
 
-def run_seed(config: Config, seed: int) -> dict[str, list[dict]]:
+def run_seed(config: Config, world: Callable[[int], World], seed: int) -> dict[str, list[dict]]:
     """{algorithm: [measures at a step]} from one warm-up."""
-    sizes = (config.pretraining, config.questions, config.held_out)
-    made = workings.started(
-        seed, sizes, config.kinds, config.until, digits=config.digits, width=config.width,
-        layers=config.layers,
-    )  # fmt: skip
-    model, pairs, rows = made.model, made.pairs, made.rows
-    start = warm_up(config, model, made.params, rows, seed)
-    rank = ranker(config, model, start, pairs, seed) if config.rerank else None
-    measure = measures(config, model, made.held_out, seed, rank)
+    world = world(seed)
+    rows = world.lay_out(range(len(world.gold)), world.gold)
+    start = warm_up(config, world, rows, seed)
+    rank = ranker(config, world, start, seed) if config.rerank else None
+    measure = measures(world, seed, rank)
     first = measure(start, config.votes) | {"step": 0}
-    text = ", ".join(f"{name} {first[name]:.3f}" for name in MEASURES)
-    print(f"seed {seed}: {made.steps} steps of pretraining; after the warm-up {text}", flush=True)
+    shown = lambda row: ", ".join(f"{name} {row[name]:.3f}" for name in MEASURES)
+    print(f"seed {seed}: after the warm-up {shown(first)}", flush=True)
     runs = {}
     for name in config.algo:
-        history = train_algorithm(config, model, start, pairs, rows, seed, name, measure)
+        history = train_algorithm(config, world, start, rows, seed, name, measure)
         runs[name] = [first, *history]
-        text = ", ".join(f"{m} {history[-1][m]:.3f}" for m in MEASURES)
-        print(f"    {name}: {text}", flush=True)
+        print(f"    {name}: {shown(history[-1])}", flush=True)
     return runs
 
 
-def warm_up(config, model, params, rows, seed) -> Any:
+def warm_up(config: Config, world: World, rows: dict, seed: int) -> Any:
     """Params after `warmup_epochs` on the annotated workings."""
-    steps = config.warmup_epochs * (len(rows["tokens"]) // config.batch_size)
+    size = config.batch_size
+    steps = config.warmup_epochs * (len(rows["tokens"]) // size)
     if not steps:
-        return params
-    batches = itertools.islice(arithmetic.batches_of(rows, seed, config.batch_size), steps)
-    optimizer = arithmetic.policy_optimizer(config.learning_rate)
-    return train.fit(params, supervised(model.forward), optimizer, batches)[0].params
+        return world.start
+    batches = itertools.islice(arithmetic.batches_of(rows, seed, size), steps)
+    objective = supervised(world.model.forward)
+    return world.fit(world.start, objective, config.learning_rate, batches, size)[0].params
 
 
-def train_algorithm(config, model, start, pairs, rows, seed, name, measure) -> list[dict]:
+def train_algorithm(config, world, start, rows, seed, name, measure) -> list[dict]:
     """Trains one algorithm; returns the measurements along the run."""
-    asked = arithmetic.encode([workings.question(*pair, config.digits) for pair in pairs])
-    totals = pairs.sum(axis=1)
-    sampling = workings.sampling(config.digits)
-    prompts = functools.partial(rl.Prompts, asked, seed=seed)
-    collect = functools.partial(rl.collect_on_device, model, config=sampling, group_size=1)
-    reward = functools.partial(workings.result_reward, totals, config.digits)
-    params = start
+    forward, size = world.model.forward, config.batch_size
+    params, rate = start, config.rl_rate or config.learning_rate
     if name == "reft":
-        build = functools.partial(policy_gradient, model.forward)
+        build = functools.partial(policy_gradient, forward)
         credit, objective = rl.ppo(build, config.kl, value_weight=config.value_weight)
-        batches = collect(
-            prompts(2 * config.batch_size), reward(config.partial_reward), credit, updates=2, epochs=2,
-            ref_params=start,
-        )  # fmt: skip
-        params = with_value_head(model, start)
+        batches = world.collect(
+            2 * size, config.partial_reward, credit, seed, updates=2, epochs=2, ref_params=start
+        )
+        params = with_value_head(world.model, start)
     elif name == "online_st":
-        half = prompts(config.batch_size // 2)
-        own = collect(half, reward(), rl.right_samples)
-        objective = rl.online_self_training(model.forward)
+        half = rl.Prompts(world.known.ids, size // 2, seed=seed)
+        own = world.collect(size // 2, 0.0, rl.right_samples, seed)
+        objective = rl.online_self_training(forward)
         batches = with_gold(own, half, workings.supervised_rows(rows))
     else:
-        objective = supervised(model.forward)
+        objective, rate = supervised(forward), config.learning_rate
         if name == "offline_st":
-            rows = own_rows(config, model, start, pairs, rows, seed)
-        batches = arithmetic.batches_of(rows, seed, config.batch_size)
-    state, history = train.fit(
+            rows = own_rows(config, world, start, seed)
+        batches = arithmetic.batches_of(rows, seed, size)
+    state, history = world.fit(
         params,
         objective,
-        arithmetic.policy_optimizer(config.learning_rate),
+        rate,
         batches,
+        size // 2 if name == "online_st" else size,
         steps=config.steps,
         key=jax.random.key(seed),
         callbacks=[
@@ -226,79 +248,55 @@ def with_gold(own: rl.Collector, prompts: rl.Prompts, gold: dict[str, Any]) -> r
     return rl.Collector(collect, own.carry)
 
 
-def own_answers(config, model, start, pairs, seed) -> tuple[list[str], list, list]:
-    """(questions, the warm-up model's answers to each, whether each of these is right)."""
-    texts = answers(config, model, start, pairs, config.own, seed)
-    right = answer_reward(
-        functools.partial(workings.result, digits=config.digits), numbers_equal, partial=0.0
-    )
-    records = [{"answer": total} for total in pairs.sum(axis=1)]
-    correct = [
-        [right(text, r) == 1 for text in some] for some, r in zip(texts, records, strict=True)
-    ]
-    return [workings.question(*pair, config.digits) for pair in pairs], texts, correct
+def own_answers(config: Config, world: World, start: Any, seed: int) -> tuple[list, list]:
+    """(the warm-up model's answers to each training question, whether each of these is right)."""
+    texts = world.answers(start, world.known, config.own, seed)
+    right = answer_reward(world.parse, numbers_equal, partial=0.0)
+    pairs = zip(texts, world.known.records, strict=True)
+    return texts, [[right(text, record) == 1 for text in some] for some, record in pairs]
 
 
-def own_rows(config, model, start, pairs, rows, seed) -> dict[str, np.ndarray]:
+def own_rows(config: Config, world: World, start: Any, seed: int) -> dict[str, np.ndarray]:
     """Rows of the annotated workings, and of the warm-up model's own right ones, each once."""
-    asked, texts, correct = own_answers(config, model, start, pairs, seed)
-    gold = [
-        arithmetic.decode(tokens, mask > 0)
-        for tokens, mask in zip(rows["tokens"], rows["loss_mask"], strict=True)
-    ]
-    kept = rl.offline_collect(texts, correct, gold)
-    return arithmetic.layout([asked[i] for i, _ in kept], [text for _, text in kept])
+    kept = rl.offline_collect(*own_answers(config, world, start, seed), world.gold)
+    return world.lay_out(*zip(*kept, strict=True))
 
 
-def ranker(config, model, start, pairs, seed) -> Callable[[Any, Any], list]:
-    """rank(questions, texts): scores by a classifier trained on the warm-up model's own answers."""
-    judged = own_answers(config, model, start, pairs, seed)
+def ranker(config: Config, world: World, start: Any, seed: int) -> Callable[[Any], list]:
+    """rank(texts): scores by a classifier trained on the warm-up model's own answers."""
+    asked = lambda part: [record["question"] for record in part.records]
     params = reranker.train_reranker(
-        model, start, *judged, steps=config.steps, batch_size=config.batch_size,
-        learning_rate=config.learning_rate, seed=seed,
+        world.model, start, asked(world.known), *own_answers(config, world, start, seed),
+        steps=config.steps, batch_size=config.batch_size, learning_rate=config.learning_rate,
+        seed=seed,
     )  # fmt: skip
-    return functools.partial(reranker.scores, model, params)
+    return functools.partial(reranker.scores, world.model, params, asked(world.held_out))
 
 
-def answers(config, model, params, pairs, samples, seed, temperature=1.0) -> list[list[str]]:
-    """`samples` texts to each question."""
-    asked = arithmetic.encode([workings.question(*pair, config.digits) for pair in pairs])
-    sampling = dataclasses.replace(workings.sampling(config.digits), temperature=temperature)
-    drawn = rl.sample_on_device(model, params, asked, jax.random.key(seed), sampling, samples)
-    rows = zip(*drawn, strict=True)
-    return [[arithmetic.decode(t, m) for t, m in zip(*row, strict=True)] for row in rows]
-
-
-def measures(
-    config: Config, model: Decoder, pairs: np.ndarray, seed: int, rank: Any = None
-) -> Callable[[Any, int], dict[str, Any]]:
+def measures(world: World, seed: int, rank: Any = None) -> Callable[[Any, int], dict[str, Any]]:
     """Returns measure(params, samples): accuracy of greedy answers, samples, votes; fractions of kinds.
 
     With `rank`, also the accuracy of the answer that it scores highest.
     """
-    asked = [workings.question(*pair, config.digits) for pair in pairs]
-    records = [{"answer": total} for total in pairs.sum(axis=1)]
-    parse = functools.partial(workings.result, digits=config.digits)
     right = answer_reward(lambda text: text, numbers_equal, partial=0.0)
 
     def accuracy(found):
-        verdicts = [0.0 if f is None else right(f, r) for f, r in zip(found, records, strict=True)]
-        return float(np.mean(verdicts))
+        pairs = zip(found, world.held_out.records, strict=True)
+        return float(np.mean([0.0 if f is None else right(f, record) for f, record in pairs]))
 
     def measure(params, samples):
-        greedy = answers(config, model, params, pairs, 1, seed, temperature=0.0)
-        texts = answers(config, model, params, pairs, samples, seed)
-        found = [[parse(text) for text in some] for some in texts]
+        greedy = world.answers(params, world.held_out, 1, seed, temperature=0.0)
+        texts = world.answers(params, world.held_out, samples, seed)
+        found = [[world.parse(text) for text in some] for some in texts]
         firsts = [text[:1] for some in texts for text in some]
         chosen = {}
         if rank is not None:
-            ranked = zip(rank(asked, texts), found, strict=True)
-            chosen = {"rerank": accuracy([rerank(*pair) for pair in ranked])}
+            chosen = {"rerank": accuracy(list(map(rerank, rank(texts), found)))}
         return chosen | {
-            "greedy": accuracy([parse(text) for (text,) in greedy]),
+            "greedy": accuracy([world.parse(text) for (text,) in greedy]),
             "sampled": float(np.mean([accuracy(column) for column in zip(*found, strict=True)])),
             "vote": accuracy([majority_vote(some) for some in found]),
-            "kinds": [firsts.count(kind) / len(firsts) for kind in config.kinds],
+            "kinds": [firsts.count(kind) / len(firsts) for kind in world.kinds],
         }
 
     return measure

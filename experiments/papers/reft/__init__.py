@@ -1,0 +1,1 @@
+"""Reinforced fine-tuning: run main.py."""

@@ -123,7 +123,7 @@ class Config:
     context: int = 1  # mesh: shards of each row's tokens
     adapter: str = "lora"  # see experiments/sft.py; full: all params are trained
     rank: int = 16  # of the adapter, if it has one; the dimension of classify's random subspace
-    optimizer: Literal["adamw", "lion"] = "adamw"
+    optimizer: Literal["adamw", "lion"] = "adamw"  # its state is part of the memory
     quantise: Literal["nf4", "int8", "int4", "fp8"] | None = None  # of the frozen kernels
     rows: int = 2  # of each shard of the batch
     length: int = 2048  # tokens of a row

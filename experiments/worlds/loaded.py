@@ -32,16 +32,14 @@ class Source:
 
     model: str | None = None  # directory, .gguf file or hub id; None: the paper's
     data: str | None = None  # file or hub id; None: the paper's
-    eval_data: str | None = (
-        None  # held-out records; None: the paper's or, with --data, a part of it
-    )
+    # held-out records; None: the paper's or, with --data, a part of it
+    eval_data: str | None = None
     # columns of the data with other names, as in sft.py
     fields: Annotated[dict[str, str], tyro.conf.arg(metavar="OURS THEIRS ...")] = dataclasses.field(
         default_factory=dict
     )
-    microbatches: int | None = (
-        None  # parts of a batch that are processed in turn; None: the preset's
-    )
+    # parts of a batch that are processed in turn; None: the preset's
+    microbatches: int | None = None
     fsdp: int = -1  # shards of the params and the batch; -1: as many as the devices allow
     tensor: int = 1  # shards of each projection
 

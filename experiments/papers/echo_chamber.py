@@ -324,13 +324,13 @@ def judge(config: Config, runs: list[dict]) -> list[Claim]:
         for r, rise in zip(runs, rises, strict=True)
     ]
     slower = {arm: share(arm, config.early) - share("GRPO", config.early) for arm in ARMS[1:]}
-    alone = float(np.mean(last >= 0.95))
+    only = float(np.mean(last >= 0.95))
     return [
         Claim(
-            f"by step {config.steps} the format that was most accurate is all but alone",
+            f"by step {config.steps} the format that was most accurate is almost the only one",
             "one format, often that one",
             [
-                Number(alone, "at least", 2 / 3, label="seeds with 0.95 of all answers:", style=".0%"),
+                Number(only, "at least", 2 / 3, label="seeds with 0.95 of all answers:", style=".0%"),
                 worst(last - first, "above", 0.1, label="smallest rise"),
             ],
             f"share {first.mean():.3f} -> {show(last)}",

@@ -19,14 +19,14 @@ Two statements of the paper are not judged: that NFT ends above rejection sampli
 its entropy rises where RFT's falls. Only one string answers a question here, so entropy falls as
 accuracy rises for every method, and RFT's answers have no weights, which makes its steps larger.
 The table prints the values: over seeds 0 to 2, from pass@1 0.439, NFT reaches 0.561, GRPO 0.569 and
-RFT 0.572, all with an entropy of 0.26 to 0.27 nats a token. Training on wrong answers alone did not
+RFT 0.572, all with an entropy of 0.26 to 0.27 nats per token. Training only on wrong answers did not
 measurably help: +0.027 [-0.044, 0.098]. (An earlier run on another machine measured 0.545, 0.563,
 0.566 and +0.012 [-0.007, 0.031].)
 
 Ablations on the same seeds, as differences from NFT's 0.561: GRPO's weight of a prompt makes no
 difference (0.000 [-0.026, 0.026]), nor does half the weight of wrong answers (+0.003 [-0.031,
 0.037]). Without weights of prompts NFT ends lower (-0.044 [-0.089, 0.000]; -0.053 [-0.072, -0.034]
-against GRPO), as in the paper. With 16 updates a rollout, no floor ε ends above the start (ε = 1:
+against GRPO), as in the paper. With 16 updates per rollout, no floor ε ends above the start (ε = 1:
 -0.014 [-0.229, 0.201]), so these runs say little about floors: ε = 0.05 ends where ε = 1 does
 (-0.008 [-0.145, 0.128]), although its gradients have nine times the norm (13.1 against 1.5) before
 they are clipped to 1.
@@ -75,9 +75,9 @@ from jaxft.optim.perturbations import global_norm
 from jaxft.rl.advantages import centred_advantages, success_rates
 from jaxft.rl.algorithms import clipped, negative_aware
 
-METHODS = ("NFT", "GRPO", "Dr. GRPO", "DAPO", "RFT", "wrong answers alone")
+METHODS = ("NFT", "GRPO", "Dr. GRPO", "DAPO", "RFT", "only wrong answers")
 ABLATIONS = ("NFT, GRPO's weight", "NFT, weight 1", "NFT, λ = 0.5")
-FLOORS = (1.0, 0.5, 0.05)  # ε, with 16 updates a rollout, where R is far from 1
+FLOORS = (1.0, 0.5, 0.05)  # ε, with 16 updates per rollout, where R is far from 1
 ONE = lambda rate: jnp.ones_like(rate)
 GRPO_WEIGHT = lambda rate: jnp.sqrt((1 - rate) / rate)
 SAMPLES = 8  # answers to each held-out question, with --preset full
@@ -207,7 +207,7 @@ def algorithms(build: Callable[..., Any], group_size: int) -> dict[str, rl.Algor
         ),
         "DAPO": rl.dapo(build, group_size),
         "RFT": nft(ONE, 0.0),
-        "wrong answers alone": rl.Algorithm(only_wrong, wrong.objective),
+        "only wrong answers": rl.Algorithm(only_wrong, wrong.objective),
         "NFT, GRPO's weight": nft(GRPO_WEIGHT),
         "NFT, weight 1": nft(ONE),
         "NFT, λ = 0.5": nft(negative_weight=0.5),
@@ -280,11 +280,11 @@ def judge(runs: list[dict]) -> list[Claim]:
     of = lambda name, metric="pass@1": np.array([run["methods"][name][metric] for run in runs])
     start = np.array([run["start"] for run in runs])
     exact = [_identity_claim(runs)] if "identity" in runs[0] else []
-    if "wrong answers alone" not in runs[0]["methods"]:  # the smallest size
+    if "only wrong answers" not in runs[0]["methods"]:  # the smallest size
         return exact
     gap = of("NFT") - of("GRPO")
     entropy = of("NFT", "entropy") - of("GRPO", "entropy")
-    wrong = of("wrong answers alone") - start
+    wrong = of("only wrong answers") - start
     return [
         *exact,
         Claim("NFT raises held-out pass@1", "31.6 -> 51.7", [mean(of("NFT") - start, "above", 0)]),
@@ -293,11 +293,11 @@ def judge(runs: list[dict]) -> list[Claim]:
             [mean(gap, "within", (-0.04, 0.04), by="estimate")],
         ),
         Claim(
-            "and within 0.05 nats a token of its entropy", "alike",
+            "and within 0.05 nats per token of its entropy", "alike",
             [mean(entropy, "within", (-0.05, 0.05), by="estimate")],
         ),
         Claim(
-            "wrong answers alone raise pass@1 above the start", "they carry signal",
+            "only wrong answers raise pass@1 above the start", "they carry signal",
             [mean(wrong, "above", 0)],
         ),
     ]  # fmt: skip

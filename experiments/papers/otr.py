@@ -24,7 +24,7 @@ intervals exclude 0. On the target's own questions no difference in KL was shown
 0.011] of 1.16). OTR reaches this accuracy in 169 steps, SFT in 202. DFT, and the expectation
 without samples, cannot be distinguished from OTR; nor can OTR without negative rewards (its
 accuracy on the old tasks is higher by 0.0001 [-0.0018, 0.0019]) or with samples at temperature 1
-(seeds 0 to 2, on which alone OTR's two gains over SFT would not be shown either).
+(seeds 0 to 2, with only these, OTR's two gains over SFT would not be shown either).
 
 The learning rate changes more than the method does: on seeds 100 to 102, at the same accuracy of
 the target, the accuracy on the old tasks was 0.38 (OTR) and 0.19 (SFT) with 1e-3, 0.94 and 0.91

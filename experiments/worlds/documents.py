@@ -112,5 +112,5 @@ def pretrained(
         callbacks=[train.progress(steps=100)],
         donate=True,
     )
-    print(f"pretrained: loss {history[-1]['loss']:.3f} nats a token", flush=True)
+    print(f"pretrained: loss {history[-1]['loss']:.3f} nats per token", flush=True)
     return task._replace(params=state.params)

@@ -67,7 +67,7 @@ def coefficients():
         ("NFT, weight 1", lambda r: 1.0, lambda r: -r / (1 - r)),
         ("NFT, λ = 0.5", lambda r: 1 - r, lambda r: -r / 2),
         ("RFT", lambda r: 1.0, lambda r: 0.0),
-        ("wrong answers alone", lambda r: 0.0, lambda r: -r),
+        ("only wrong answers", lambda r: 0.0, lambda r: -r),
     ],
 )
 def test_on_policy_each_answer_weighs_what_the_method_says(coefficients, name, right, wrong):
@@ -89,7 +89,7 @@ def test_grpo_and_dapo_are_alike_on_policy(coefficients):
         ("NFT", {"pass@1": 0.4}, [1, 2]),
         ("GRPO", {"pass@1": 0.66}, [2]),
         ("GRPO", {"entropy": 0.4}, [3]),
-        ("wrong answers alone", {"pass@1": 0.45}, [4]),
+        ("only wrong answers", {"pass@1": 0.45}, [4]),
     ],
 )
 def test_the_judge_can_fail(name, change, fails):

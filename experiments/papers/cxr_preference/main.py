@@ -1,6 +1,6 @@
 r"""Preference Fine-Tuning for Factuality in Chest X-Ray Interpretation Models (arXiv 2410.07025).
 
-A model that was fine-tuned on reports writes four reports of its own to each image. An automatic
+A model that was fine-tuned on reports writes four reports for each image. An automatic
 judge scores them against the reference report; the best and the worst form a pair, and DPO, KTO,
 IPO, SimPO and ORPO learn from such pairs without any human. The judge counts as GREEN does and
 shares its loophole: a true statement that is not in the reference has no cost, which favours longer
@@ -8,7 +8,7 @@ reports.
 
     python experiments/papers/cxr_preference/main.py
     python experiments/papers/cxr_preference/main.py --preset full --model runs/sft/model \
-        --data reports.jsonl --judge judge.py:score          prompt and completion: texts alone
+        --data reports.jsonl --judge judge.py:score          prompt and completion: only texts
 
 Images are twelve tokens of evidence, and reports name findings (reports.py); the model has 0.1 M
 parameters. Two baselines have the same number of steps and of tokens as the five methods: further
@@ -29,7 +29,7 @@ is not shown over three seeds. Where its reports are as long as those of SFT, th
 SFT's on every seed.
 
 Departures from the paper: ORPO starts from the fine-tuned model as the others do, where the paper's
-has no SFT of its own; each method has one β (0.1 for DPO and KTO, 0.5 for IPO, 2 with γ = 1 for
+has no separate SFT; each method has one β (0.1 for DPO and KTO, 0.5 for IPO, 2 with γ = 1 for
 SimPO, λ = 1 for ORPO), where the paper sweeps three.
 
 `--preset full` is the text side of the paper's pipeline, since jaxft has no model that reads images
@@ -222,7 +222,7 @@ def _gains(column, five, baselines):
             f"SFT {show(start)}; {_listed(means)}",
         ),
         Claim(
-            "the least of these gains is no chance",
+            "the least of these gains is not chance",
             "",
             [mean(gain(least), "above", 0, label=f"{least}:")],
         ),

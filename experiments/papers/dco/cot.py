@@ -91,7 +91,7 @@ def run_seed(settings: Settings, seed: int) -> dict[str, list[dict[str, Any]]]:
 def train_arm(
     settings: Settings, start: workings.Start, seed: int, arm: str
 ) -> list[dict[str, Any]]:
-    """What was measured along the run; `looked` are candidates so far, `mean p̂` theirs."""
+    """The measurements along the run; `looked` are candidates so far, `mean p̂` theirs."""
     model, reward = start.model, functools.partial(workings.result_reward, digits=2)
     success = lambda pairs: _success(model, settings, pairs, reward(pairs.sum(axis=1)))
     chance, test = success(start.pairs), success(start.held_out)

@@ -126,7 +126,7 @@ def _sized(config):
     if config.preset == "full" and config.mode != "direct":
         raise ValueError(
             f"--preset full has no --mode {config.mode}, only direct answers: proofs need a Lean server, and "
-            "chains of thought are measured at the default size alone; leave out one of the flags."
+            "chains of thought are measured only at the default size; leave out one of the flags."
         )
     if config.preset == "full":
         config = flags.with_small(config, full.SIZES)

@@ -138,7 +138,7 @@ def measure(model, params, theorems: np.ndarray, proofs: np.ndarray) -> dict[str
     """pass@N by samples, which is exact, and by search; expansions of a search; how sure steps are.
 
     A sample is a whole proof, drawn step by step and then verified; a search verifies proofs in the order in
-    which best-first search completes them. A tactic that is no tactic has no probability.
+    which best-first search completes them. An invalid tactic has no probability.
     """
     read, chunks = _reader(model), range(0, len(theorems), 50)
     found = [np.asarray(read(params, jnp.asarray(theorems[i : i + 50]))) for i in chunks]
@@ -153,7 +153,7 @@ def measure(model, params, theorems: np.ndarray, proofs: np.ndarray) -> dict[str
 
 
 def search(log_probs: np.ndarray, proof: np.ndarray):
-    """Best-first search of one theorem, with log p [216, 4, 6] in place of a model."""
+    """Best-first search of one theorem, with log p [216, 4, 6] instead of a model."""
     place = BRANCHES ** np.arange(DEPTH - 2, -1, -1)
     target = tuple(proof.tolist())
 

@@ -55,7 +55,7 @@ def log_policy(theta: jax.Array, bandit: Bandit) -> jax.Array:
 
 
 def objective(theta: jax.Array, bandit: Bandit, beta: float, kl_weight: jax.Array) -> jax.Array:
-    """DPO's expected loss + λ E_{y ~ π}[surrogate]: the value is no loss, its gradient is HyPO's."""
+    """DPO's expected loss + λ E_{y ~ π}[surrogate]: the value is not a loss, its gradient is HyPO's."""
     log_p, ref = log_policy(theta, bandit), bandit.ref_log_probs
     first, second = bandit.pairs[:, 0], bandit.pairs[:, 1]
     loss = lambda a, b: dpo_loss(Pairs(log_p[a], log_p[b], ref[a], ref[b]), beta=beta)

@@ -130,7 +130,7 @@ def run(settings: Settings, seed: int) -> dict[str, list[dict[str, float]]]:
 
 
 def method(name: str, model: Decoder, base: Any, pairs: dict[str, Any], settings: Settings):
-    """(objective, its collect function) of a method; RLOO alone sees the true reward."""
+    """(objective, its collect function) of a method; only RLOO sees the true reward."""
     draw = _draw(name, model, settings)
     data = jax.tree.map(jnp.asarray, pairs)
     collect = lambda params, carry, key: (draw(params, base, data, key), carry)

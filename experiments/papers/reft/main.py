@@ -311,7 +311,7 @@ def judge(runs: list[dict]) -> list[Claim]:
     vote = last("reft", "vote") - last("reft", "greedy")
     return [
         Claim(
-            "ReFT is above SFT that went on for as many examples (greedy, held out)",
+            "ReFT is above SFT continued for as many examples (greedy, held out)",
             "63.7 -> 75.3 on GSM8K",
             [mean(gain, "above", 0)],
             f"{last('sft', 'greedy').mean():.3f} -> {last('reft', 'greedy').mean():.3f}",

@@ -20,6 +20,7 @@ from jaxft.models.qwen2 import QWEN2
 from jaxft.models.qwen3 import QWEN3
 from jaxft.models.roberta import ROBERTA
 from jaxft.models.smollm3 import SMOLLM3
+from jaxft.models.towers import TEXT_PARTS
 from jaxft.models.vit import VIT
 from jaxft.models.xlm_roberta import XLM_ROBERTA
 
@@ -40,6 +41,7 @@ FAMILIES: tuple[Family, ...] = (
     ROBERTA,
     XLM_ROBERTA,
     VIT,
+    *TEXT_PARTS,
 )
 
 

@@ -1,0 +1,94 @@
+"""The text parts of models that also read images: their files, loaded as the decoder that they contain."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Collection
+from typing import Any
+
+from jaxft.models.config import DecoderConfig
+from jaxft.models.errors import CheckpointError
+from jaxft.models.family import Family, Json
+from jaxft.models.gemma3 import GEMMA3
+from jaxft.models.hf_keys import Keys
+from jaxft.models.mistral import MISTRAL
+from jaxft.models.qwen2 import QWEN2
+from jaxft.models.qwen3 import QWEN3
+
+# Beginnings of names in files of transformers 4 and 5, and in those of the text model.
+_RENAMED = {
+    "model.language_model.": "model.",
+    "language_model.model.": "model.",
+    "language_model.lm_head.": "lm_head.",
+}
+_IMAGES = ("vision_tower.", "multi_modal_projector.", "visual.")
+_POSITIONS = ("mrope_section", "mrope_interleaved")
+
+
+def text_part(name: str, decoder: Family) -> Family:
+    """The record of the model_type `name`, whose text part is a `decoder`.
+
+    A config is that of the decoder, and so are the files that are written: without the part for images.
+    """
+    codec = decoder.huggingface
+    text = dataclasses.replace(
+        codec,
+        read=functools.partial(_read, name=name, decoder=decoder),
+        reads=frozenset({"text_config", "tie_word_embeddings"}),
+        keys=Keys(
+            {"text_config": None, "tie_word_embeddings": None},
+            unchecked=frozenset({"text_config", "tie_word_embeddings"}),
+        ),
+        rename=lambda tensor: codec.rename(_renamed(tensor)),
+        ignores=lambda tensor, config: (
+            tensor.removeprefix("model.").startswith(_IMAGES) or codec.ignores(tensor, config)
+        ),
+    )
+    return dataclasses.replace(decoder, name=name, huggingface=text, gguf=None)
+
+
+def _renamed(tensor: str) -> str:
+    for theirs, ours in _RENAMED.items():
+        if tensor.startswith(theirs):
+            return ours + tensor.removeprefix(theirs)
+    return tensor
+
+
+def _read(json: Json, tensors: Collection[str], name: str, decoder: Family) -> DecoderConfig:
+    text = json["text_config"]
+    if text is None:  # Early files of Qwen2-VL have the keys of the text part beside vision_config.
+        text = {key: json[key] for key in json if key not in ("text_config", "vision_config")}
+    if not isinstance(text, dict):
+        raise CheckpointError(f"config.json: text_config is {text!r:.40}, expected an object.")
+    tied = json["tie_word_embeddings"]
+    text = text | ({} if tied is None else {"tie_word_embeddings": tied})
+    for key in ("rope_scaling", "rope_parameters"):
+        if isinstance(text.get(key), dict):
+            text[key] = _one_position(text[key])
+    warnings.warn(
+        f"{name}: only the text part is loaded, a {decoder.name}; images are not read, and saved models "
+        "lack the part for them.",
+        stacklevel=2,
+    )
+    config = decoder.huggingface.config(text | {"model_type": decoder.name}, tensors)
+    return dataclasses.replace(config, source="")
+
+
+def _one_position(parameters: dict[str, Any]) -> dict[str, Any]:
+    """Rotary parameters for texts, whose positions in time, height and width are equal."""
+    kept = {key: value for key, value in parameters.items() if key not in _POSITIONS}
+    return {
+        key: "default" if key in ("type", "rope_type") and value == "mrope" else value
+        for key, value in kept.items()
+    }
+
+
+TEXT_PARTS: tuple[Family, ...] = (
+    text_part("gemma3", GEMMA3),
+    text_part("qwen2_vl", QWEN2),
+    text_part("qwen2_5_vl", QWEN2),
+    text_part("qwen3_vl", QWEN3),
+    text_part("mistral3", MISTRAL),
+)

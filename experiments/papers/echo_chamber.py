@@ -82,7 +82,6 @@ GSM8K = questions.Settings(
     data="openai/gsm8k?name=main",
     eval_data="openai/gsm8k?name=main&split=test",
     trained_at_once=128,
-    sampled_at_once=4096,
 )
 OF_SUMS = ("until", "held_out", "width", "layers")
 OF_FULL = ("pretraining", "pretrain_steps", "pretrain_rows")

@@ -31,12 +31,11 @@ the target, the accuracy on the old tasks was 0.38 (OTR) and 0.19 (SFT) with 1e-
 with 3e-4, 0.970 and 0.965 with 1e-4, the default.
 
 `--preset full` trains all params on the chains of at most 8192 tokens for about one epoch, with a
-learning rate of 1e-5 (the paper's K, κ and β are the defaults; its other settings are not
-verified). The target is MATH-500; the old tasks are those of --old-data, tasks of reasoning-gym,
-where the paper has code and general reasoning. Accuracies are of one sampled answer to each
-question, and KL is the mean log-ratio of these answers, where the small model's are exact. As the
-final accuracy is not known beforehand, SFT and OTR are compared at the lower of their last
-accuracies of a seed.
+learning rate of 1e-5 (this rate, K, κ and β are not verified against the paper). The target is
+MATH-500; the old tasks are those of --old-data, tasks of reasoning-gym, where the paper has code
+and general reasoning. Accuracies are of one sampled answer to each question, and KL is the mean
+log-ratio of these answers, where the small model's are exact. As the final accuracy is not known
+beforehand, SFT and OTR are compared at the lower of their last accuracies of a seed.
 """
 
 from __future__ import annotations
@@ -79,6 +78,7 @@ OPEN_R1 = verified.Settings(
     data="open-r1/OpenR1-Math-220k",
     eval_data="HuggingFaceH4/MATH-500?split=test",
     max_new_tokens=7680,
+    sampled_at_once=256,
     trained_at_once=8,
 )
 OF_WORDS = "until share levels judged examples held_out width layers".split()

@@ -247,12 +247,13 @@ def experience(
 
 
 def _in_parts(task, transform, batch, params, key):
-    """Applies a transform of rows to some rows at a time."""
-    size = task.settings.trained_at_once
-    starts = range(0, len(batch["tokens"]), size)
-    return concatenated(
-        [transform(rows_of(batch, slice(i, i + size)), params, key) for i in starts]
-    )
+    """Applies a transform of rows to `trained_at_once` rows at a time, always as many: one program."""
+    count, size, parts = len(batch["tokens"]), task.settings.trained_at_once, []
+    for start in range(0, count, size):
+        rows = np.arange(start, start + size) % count
+        made = transform(rows_of(batch, rows), params, key)
+        parts.append(rows_of(made, slice(min(size, count - start))))
+    return concatenated(parts)
 
 
 def sampler(task: Task) -> Callable[..., Generation]:

@@ -37,9 +37,10 @@ model's answers, for all algorithms.
 `--preset full` has the paper's model, its text form of questions and GSM8K's own workings in
 natural language (the authors' annotations are read by --data and --fields), learning rates of 1e-5
 (supervised) and 3e-7 (on samples), 2 epochs of warm-up, a weight of 5 of the critic's loss, 100
-samples for offline self-training and for votes. All algorithms take 40 epochs of SFT in batches of
-48, where the authors give PPO 300 epochs in batches of 32; --steps changes that. Kinds of working
-and --rerank are measured in the small world only, and programs as workings are left out.
+samples for offline self-training and for votes. All algorithms take as many steps as 40 epochs of
+SFT in batches of 48, where the authors give PPO 300 epochs in batches of 32; --steps changes that.
+Kinds of working and --rerank are measured in the small world only, and programs as workings are
+left out.
 """
 
 from __future__ import annotations
@@ -85,6 +86,7 @@ GSM8K = questions.Settings(
     data="openai/gsm8k?name=main",
     eval_data="openai/gsm8k?name=main&split=test",
     max_new_tokens=700,
+    sampled_at_once=256,
     trained_at_once=24,
 )
 OF_SUMS = "digits kinds pretraining until questions held_out rerank width layers".split()

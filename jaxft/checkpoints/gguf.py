@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from jaxft.checkpoints.gguf_parts import parts_of
+from jaxft.checkpoints.tensor_files import refuse_pointer
 from jaxft.models import FAMILIES, CheckpointError, Entry, Family
 from jaxft.models.family import find_gguf
 from jaxft.models.gguf_keys import check_keys
@@ -121,14 +122,22 @@ def open_file(file: pathlib.Path) -> Any:
     """The gguf package's reader of one file.
 
     Raises:
-        CheckpointError: if it is damaged.
+        CheckpointError: if it is damaged, or big-endian.
     """
+    refuse_pointer(file)
+    gguf = package()
     try:
-        return package().GGUFReader(str(file))
+        reader = gguf.GGUFReader(str(file))
     except (ValueError, IndexError, OSError, KeyError) as error:
         raise CheckpointError(
             f"{file}: not a whole GGUF file ({error}); download it again."
         ) from None
+    if reader.endianess != gguf.GGUFEndian.LITTLE:  # Its tensors would be read as other numbers.
+        raise CheckpointError(
+            f"{file}: big-endian, as for s390x; jaxft reads little-endian files. Convert a copy of it: "
+            "gguf-convert-endian FILE little (of the package gguf)."
+        )
+    return reader
 
 
 def join(readers: dict[pathlib.Path, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

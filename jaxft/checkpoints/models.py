@@ -32,6 +32,7 @@ from jaxft.checkpoints.beside import (
 )
 from jaxft.checkpoints.bitsandbytes import fold_four_bit, is_four_bit, kept, with_kept
 from jaxft.checkpoints.configs import check_config, check_tied, config_json
+from jaxft.checkpoints.contents import check_head, read_config, refuse_adapter_beside
 from jaxft.checkpoints.gguf import GgufFile
 from jaxft.checkpoints.gguf_parts import one_model
 from jaxft.checkpoints.gguf_tokenizer import read_tokenizer
@@ -42,7 +43,6 @@ from jaxft.checkpoints.tensor_files import open_tensors, save_tensors
 from jaxft.checkpoints.tiny import byte_tokenizer, tiny_model
 from jaxft.models import FAMILIES, CheckpointError, Entry, Family, family_of
 from jaxft.models.family import find_family
-from jaxft.models.json_files import read_json
 from jaxft.parallel import param_shardings, path_name, shard_params, to_host, written_once
 from jaxft.weights import Weight, to_dense
 
@@ -59,6 +59,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
+NAMED_TEMPLATES = "additional_chat_templates"  # a directory: all but the default one
 
 
 def load_model(
@@ -200,11 +201,12 @@ def save_model(
         families: see load_model.
 
     Raises:
-        CheckpointError: if the params have leaves that the format lacks, or if config.json, read
-            again by jaxft and transformers, describes another model; after writing, if the
-            tokenizer has ids that the model lacks.
+        CheckpointError: if the directory holds an adapter, if the params have leaves that the
+            format lacks, or if config.json, read again by jaxft and transformers, describes another
+            model; after writing, if the tokenizer has ids that the model lacks.
     """
     path, family = pathlib.Path(path), family_of(model.config, families)
+    refuse_adapter_beside(path)
     dtype = np.dtype(jax.tree.leaves(params)[0].dtype).name
     body = {name: node for name, node in params.items() if name != "reward"}
     tensors = disassemble(family.huggingface.entries(model.config), body, family.layers)
@@ -262,11 +264,17 @@ def load_tokenizer(path_or_id: str | os.PathLike) -> Any:
     if not _has_tokenizer(path):
         raise CheckpointError(f"{path}: no tokenizer files (tokenizer.json...); copy them there.")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        # Without the argument, transformers asks on the terminal whether to run a repository's code.
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except ImportError:
         raise
     except Exception as error:  # The tokenizers package raises bare Exceptions for damaged files.
         lines = str(error).strip().splitlines() or ["no message"]
+        if "trust_remote_code" in str(error):
+            raise CheckpointError(
+                f"{path}: its tokenizer is code of its own (auto_map in tokenizer_config.json), which jaxft "
+                "never runs; save it as a tokenizer.json with transformers (save_pretrained)."
+            ) from None
         raise CheckpointError(
             f"{path}: its tokenizer cannot be read ({type(error).__name__}: {lines[0]}); download its "
             "tokenizer.json and tokenizer_config.json again."
@@ -288,9 +296,13 @@ def save_tokenizer(path: pathlib.Path, source: Any) -> None:
         load_tokenizer(source).save_pretrained(path)
         return
     origin = resolve(source)
+    if origin.resolve() == path.resolve():
+        return
     for name in TOKENIZER_FILES:
         if (origin / name).exists():
             shutil.copyfile(origin / name, path / name)
+    if (origin / NAMED_TEMPLATES).is_dir():
+        shutil.copytree(origin / NAMED_TEMPLATES, path / NAMED_TEMPLATES, dirs_exist_ok=True)
 
 
 def resolve(path_or_id: str | os.PathLike) -> pathlib.Path:
@@ -305,6 +317,11 @@ def resolve(path_or_id: str | os.PathLike) -> pathlib.Path:
         names = ", ".join(PACKAGES)
         raise CheckpointError(
             f"{text}: no such model; give a directory, a .gguf file, a name ({names}) or a hub id."
+        )
+    if path.is_file() and path.suffix != ".gguf":
+        raise CheckpointError(
+            f"{path}: a file; give the directory of a Hugging Face model, or a file whose name ends in .gguf "
+            "(link a GGUF file of another name, such as Ollama's blobs, to one)."
         )
     files = sorted(path.glob("*.gguf")) if path.is_dir() else []
     if files and not (path / "config.json").exists():
@@ -329,13 +346,6 @@ def _from_hub(name: str) -> pathlib.Path:
         ) from error
 
 
-def _read_config(path: pathlib.Path) -> dict[str, Any]:
-    file = path / "config.json"
-    if not file.exists():
-        raise CheckpointError(f"{path}: no config.json; is it a Hugging Face model directory?")
-    return read_json(file)
-
-
 def _tied(config):
     return (
         dataclasses.replace(config, tie_embeddings=True)
@@ -349,7 +359,7 @@ def _open_directory(path, families):
 
     `head` has the tensors of a sequence classifier with one label, or is None.
     """
-    json = _read_config(path)
+    json = read_config(path)
     four_bit = is_four_bit(json)
     if not four_bit:
         refuse_quantised(path, json)
@@ -374,5 +384,6 @@ def _open_directory(path, families):
         # A classifier's files have no output projection; the embeddings stand for it.
         config = _tied(config)
     check_tied(path, family, config, tensors)
+    check_head(path, family, config, json, tensors)
     config = with_special(config, read_special(path, json, codec.special))
     return family, config, {n: t for n, t in tensors.items() if not codec.ignores(n, config)}, score

@@ -72,11 +72,7 @@ def map_tensors(file: pathlib.Path) -> dict[str, np.ndarray]:
     except FileNotFoundError:
         raise CheckpointError(f"{file}: no such file; download the checkpoint again.") from None
     except SafetensorError as error:
-        with open(file, "rb") as stream:
-            if stream.read(len(_POINTER)) == _POINTER:
-                raise CheckpointError(
-                    f"{file}: a Git LFS pointer instead of the tensors; fetch them by `git lfs pull`."
-                ) from None
+        refuse_pointer(file)
         raise CheckpointError(
             f"{file}: not a whole safetensors file ({error}); download or save it again."
         ) from None
@@ -85,6 +81,15 @@ def map_tensors(file: pathlib.Path) -> dict[str, np.ndarray]:
         header = json.loads(stream.read(size))
     header.pop("__metadata__", None)
     return {name: _map(file, name, entry, 8 + size) for name, entry in header.items()}
+
+
+def refuse_pointer(file: pathlib.Path) -> None:
+    """Raises CheckpointError if the file is a Git LFS pointer, which a clone without LFS leaves there."""
+    with open(file, "rb") as stream:
+        if stream.read(len(_POINTER)) == _POINTER:
+            raise CheckpointError(
+                f"{file}: a Git LFS pointer in place of the tensors; fetch them by `git lfs pull`."
+            )
 
 
 def save_tensors(

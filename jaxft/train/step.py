@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -71,7 +72,7 @@ def make_step(
     """
     books, extra_args = dict(books or {}), _own_names(extra_args)
     estimator = accumulate(gradient, microbatches)
-    update = optax.with_extra_args_support(optimizer).update
+    update = _taking(optax.with_extra_args_support(optimizer).update)
 
     def step(state, batch, good=True):
         # Commit again: the caller may have changed the trainable part since the last step.
@@ -94,7 +95,8 @@ def make_step(
         norm = global_norm(grads)
         good = good & jnp.isfinite(loss) & jnp.isfinite(norm)
         extra |= dict(value=loss, grad=grads, metrics=metrics)
-        extra["value_fn"] = lambda t: estimate(t)[0][0]
+        # optax's line searches call it with those extra arguments that its signature names.
+        extra["value_fn"] = lambda t, grad_fn=None, metrics=None: estimate(t)[0][0]
         extra["grad_fn"] = lambda t, *_: estimate(t)[1]
         updates, opt_state = update(grads, state.opt_state, trainable, **extra)
         new_state = _advanced(state, good, trainable, frozen, updates, opt_state)
@@ -115,6 +117,15 @@ def _own_names(extra_args):
             f"make_step: extra_args may not name {sorted(taken)}: they are given anyway."
         )
     return dict(extra_args or {})
+
+
+def _taking(update: Callable[..., Any]) -> Callable[..., Any]:
+    """`update` with only those extra arguments that its signature accepts: optax.contrib.sam's has none."""
+    parameters = inspect.signature(update).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return update
+    names = {p.name for p in parameters}
+    return lambda *args, **extra: update(*args, **{n: extra[n] for n in extra if n in names})
 
 
 def jit_step(step: Step) -> Step:

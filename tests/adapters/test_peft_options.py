@@ -386,6 +386,15 @@ def test_what_pissa_and_olora_took_out_of_the_base_is_written_back(bases, tmp_pa
     close(base.pefts(tmp_path / "again"), base.pefts(tmp_path / "olora"))
 
 
+def test_dora_over_what_pissa_left_is_refused(bases, tmp_path):
+    """Its file would be DoRA over the whole kernel."""
+    base = bases["untied"]
+    base.write(tmp_path, lora_config(init_lora_weights="olora", use_dora=True))
+    loaded = load_adapter(tmp_path, base.model.config, base.params)
+    with pytest.raises(AdapterError, match="DoraWeight over another kernel than that of `base`"):
+        save_adapter(tmp_path / "again", base.model.config, loaded, base=base.params)
+
+
 def test_what_peft_has_no_place_for_on_embeddings_is_refused(bases, tmp_path):
     base = bases["untied"]
     for rule, message in ((dora(2), "not supported on embeddings"), (ia3(), "does not have there")):

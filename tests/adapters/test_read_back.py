@@ -156,3 +156,14 @@ def test_merge_script(kind, tiny, tmp_path, capsys):
         assert "lacks" in capsys.readouterr().out
         written = load_adapter(out + "2", model.config, base)["layers"]["0"]["mlp"]["up"]["kernel"]
         assert written.rank == 1
+
+
+def test_the_merge_script_keeps_what_it_reads(tiny, tmp_path):
+    for name, adapter in (("base", "elsewhere"), ("adapter", tmp_path / "adapter")):
+        (tmp_path / name).mkdir()
+        settings = flags.Adapted(model=str(tmp_path / "base"))
+        out = str(tmp_path / name / "..") + f"/{name}"
+        with pytest.raises(
+            ValueError, match=f"--output-dir .* holds .*{name}, which this run reads"
+        ):
+            merge_script.main(merge_script.Config(str(adapter), out, base=settings))

@@ -208,6 +208,27 @@ def test_a_pointer_and_a_damaged_tokenizer_are_named(place):
         load_tokenizer(path)
 
 
+def test_named_templates_in_files_are_copied_and_a_model_may_be_saved_in_its_place(place, tmp_path):
+    path = place()
+    tokenizer = load_tokenizer(path)
+    tokenizer.chat_template = {"default": small.CHATML, "rag": "R"}
+    tokenizer.save_pretrained(path)
+    model, params = load_model(path)
+    for there in (tmp_path / "out", path):
+        save_model(there, model, params, tokenizer_from=path)
+        assert load_tokenizer(there).chat_template == tokenizer.chat_template
+
+
+def test_a_tokenizer_of_its_own_code_is_refused_without_a_question(place, monkeypatch):
+    path = place()
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on the terminal"))
+    (path / "tokenizer.json").unlink()
+    auto = {"AutoTokenizer": ["code.Mine", None]}
+    edit(path / "tokenizer_config.json", tokenizer_class="Mine", auto_map=auto)
+    with pytest.raises(CheckpointError, match="code of its own .* never runs"):
+        load_tokenizer(path)
+
+
 def test_a_whole_file_goes_before_an_index_and_an_index_before_order(place):
     path = place()
     whole = load_file(path / "model.safetensors")

@@ -22,9 +22,9 @@ from jaxft.checkpoints import (
     open_model,
     save_model,
 )
-from jaxft.checkpoints.assemble import disassemble
+from jaxft.checkpoints.assemble import disassemble, layer_shapes
 from jaxft.checkpoints.tensor_files import open_tensors, save_tensors
-from jaxft.models import Decoder, config_of, family_of, tiny_config
+from jaxft.models import Decoder, DecoderConfig, config_of, family_of, tiny_config
 from jaxft.parallel import make_mesh
 from tests.small_models import start
 
@@ -65,6 +65,48 @@ def test_a_tied_output_projection_must_equal_the_embeddings(saved):
         CheckpointError, match="lm_head.weight and model.embed_tokens.weight differ"
     ):
         load_model(path)
+
+
+def test_adapters_and_single_files_are_no_models(saved):
+    path, model, params = saved
+    for file in (path / "model.safetensors", path / "config.json"):
+        with pytest.raises(CheckpointError, match="a file; give the directory"):
+            load_model(file)
+    (path / "adapter_config.json").write_text('{"base_model_name_or_path": "some/base"}')
+    with pytest.raises(CheckpointError, match="holds a model .* and an adapter"):
+        load_model(path)
+    with pytest.raises(CheckpointError, match="holds an adapter .* choose another directory"):
+        save_model(path, model, params)
+    (path / "config.json").unlink()
+    with pytest.raises(
+        CheckpointError, match=r"an adapter, not a model; .*\(some/base\) as the model"
+    ):
+        load_model(path)
+
+
+@pytest.mark.parametrize(
+    "drop, score, message",
+    [
+        (
+            True,
+            None,
+            "LlamaX was saved without output projection .* load the checkpoint that has it",
+        ),
+        (False, (3, 32), "LlamaX has a classifier of 3 labels; jaxft reads"),
+    ],
+)
+def test_models_with_another_head_are_named(tmp_path, drop, score, message):
+    config = DecoderConfig(64, 32, 32, 1, 2, 2, 16, max_length=8, tie_embeddings=False)
+    params = jax.tree.map(
+        lambda leaf: np.ones(leaf.shape, "f4"), layer_shapes(model := Decoder(config))
+    )
+    save_model(tmp_path, model, params)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"architectures": ["LlamaX"]}))
+    change = {} if score is None else {"score.weight": np.ones(score, "f4")}
+    rewrite(tmp_path, lambda t: (drop and t.pop("lm_head.weight"), t.update(change)))
+    with pytest.raises(CheckpointError, match=message):
+        load_model(tmp_path)
 
 
 def test_truncated_file_pickle_and_unknown_architecture(saved):

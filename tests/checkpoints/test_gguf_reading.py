@@ -89,6 +89,16 @@ def test_a_split_model_is_read_from_any_part_and_from_its_directory(tmp_path, pa
         resolve(tmp_path)
 
 
+def test_big_endian_files_and_pointers_are_named(tmp_path):
+    """The package reads a big-endian file's F32 tensors as they lie there, with other values."""
+    file = write(tmp_path / "m.gguf", endianess=gguf.GGUFEndian.BIG)
+    with pytest.raises(CheckpointError, match="big-endian.*gguf-convert-endian"):
+        GgufFile(file)
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid x")
+    with pytest.raises(CheckpointError, match="a Git LFS pointer"):
+        GgufFile(file)
+
+
 def test_a_missing_or_foreign_part_is_named(tmp_path, parts):
     third = parts[2].read_bytes()
     parts[2].unlink()

@@ -159,6 +159,8 @@ def test_a_number_beyond_float16_and_a_full_disk_leave_no_file(tmp_path, tiny, m
         ("qwen2", {"rope": Rope(factors=(1, 2, 3, 4))}, "rope is .*'qwen2' can only mean"),
         ("qwen3", {"attention_bias": True}, "attention_bias is True"),
         ("gemma", {"activation": "gelu"}, "activation is gelu, but .* can only mean gelu_tanh"),
+        ("gemma", {"tie_embeddings": False}, "tie_embeddings is False, but .* only mean True"),
+        ("gemma2", {"tie_embeddings": False}, "tie_embeddings is False, but .* only mean True"),
         ("gemma2", {"attention_softcap": None}, "attention_softcap is None, but .* only mean 50"),
         ("gemma3_text", {"windows": (None, 4, 4)}, r"windows is \(None, 4, 4\)"),
         ("gemma3_text", {"attention_scale": 0.2}, "attention_scale is 0.2"),

@@ -243,6 +243,27 @@ def test_an_optimizer_with_extra_arguments_gets_the_value_and_functions_of_it(pr
     chex.assert_trees_all_close(seen["grad"], grads)
 
 
+@pytest.mark.parametrize(
+    "optimizer, wants",  # A line search passes on what value_fn names; contrib.sam takes no extras.
+    [
+        (optax.chain(optax.sgd(1.0), optax.scale_by_backtracking_linesearch(3)), True),
+        (optax.contrib.sam(optax.sgd(0.1), optax.sgd(0.05)), False),
+    ],
+)
+def test_line_searches_and_optimizers_without_extra_arguments_are_optax_s(optimizer, wants, key):
+    value = lambda params: jnp.sum((params["w"] - jnp.arange(3.0)) ** 2)
+    step = make_step(lambda params, batch, key: (value(params), {}), optimizer)
+    params = {"w": jnp.ones(3)}
+    state, mine, own = init_state(params, optimizer, key), params, optimizer.init(params)
+    for _ in range(2):
+        state, _ = step(state, {"x": jnp.zeros(1)})
+        loss, grads = jax.value_and_grad(value)(mine)
+        extra = dict(value=loss, grad=grads, value_fn=value) if wants else {}
+        updates, own = optimizer.update(grads, own, mine, **extra)
+        mine = optax.apply_updates(mine, updates)
+    chex.assert_trees_all_close(state.params, mine, rtol=1e-5)
+
+
 def test_the_learning_rate_is_shown_when_the_optimizer_holds_it(problem, key):
     optimizer = make_optimizer(0.5, total_steps=10, warmup_ratio=0.4)
     state, step = (

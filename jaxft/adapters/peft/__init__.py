@@ -336,8 +336,15 @@ def _on(kernel, node, path):
     """The weight with `kernel` as its base: PiSSA's own base is the residual."""
     kernel = kernel.value if isinstance(kernel, Frozen) else kernel
     same = lambda base: is_weight(base) or is_weight(kernel) or bool(jnp.array_equal(base, kernel))
-    if not isinstance(node, LoraWeight) or same(node.base):
+    # PaCA's base may hold its rows.
+    if not hasattr(node, "base") or isinstance(node, PacaWeight) or same(node.base):
         return node
+    if not isinstance(node, LoraWeight):
+        raise AdapterError(
+            f"save_adapter: {path!r} trains as {type(node).__name__} over another kernel than that of `base` "
+            "(DoRA after init_lora_weights pissa or olora does), which PEFT's files cannot name. Merge it "
+            "and save the whole model, or convert it with as_lora."
+        )
     moved = pissa_to_lora(node, kernel)
     lost = jnp.max(jnp.abs(moved.to_dense() - node.to_dense()))
     if lost > jnp.finfo(kernel.dtype).eps ** 0.5 * jnp.max(jnp.abs(kernel)):

@@ -71,8 +71,9 @@ def write(config: DecoderConfig) -> dict[str, Any]:
 
 
 def read_gguf(header: GgufHeader) -> DecoderConfig:
-    """The DecoderConfig of a GGUF file of the first Gemma."""
-    return as_gemma(gguf.read_gguf_decoder(header, "gemma"))
+    """The DecoderConfig of a GGUF file of the first Gemma, whose embeddings llama.cpp always ties."""
+    config = as_gemma(gguf.read_gguf_decoder(header, "gemma"))
+    return dataclasses.replace(config, tie_embeddings=True)
 
 
 def as_gemma(config: DecoderConfig) -> DecoderConfig:

@@ -90,6 +90,7 @@ def read_gguf(header: GgufHeader) -> DecoderConfig:
     return dataclasses.replace(
         config,
         local_rope=None if local == config.rope else local,
+        tie_embeddings=True,  # llama.cpp reads no output projection, as for the first Gemma.
         attention_softcap=_cap(header, "attn_logit_softcapping", 50.0),
         final_softcap=_cap(header, "final_logit_softcapping", 30.0),
     )

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import pathlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +20,8 @@ from jaxft.data.values import arrow_row, check_values, parse_json
 FORMS_OF_ONE = {"messages", "conversations"}
 # Names under which a file of one object holds its rows.
 _WRAPPERS = {"data", "rows", "examples", "instances", "records", "train", "samples"}
+
+_LINE_END = re.compile(r"\r\n|\r|\n")
 
 Row = tuple[str, Any]  # (where, the row or its DataError)
 
@@ -159,7 +162,8 @@ def _csv(path, delimiter):
             reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
             _check_header(path, reader.fieldnames)
             for row in reader:
-                begins, before = before + 1, reader.line_num
+                before = reader.line_num
+                begins = before - _line_ends(row)  # Empty lines before the row are skipped.
                 columns = len(reader.fieldnames)
                 if None in row or None in row.values():
                     cells = [v for k, v in row.items() if k is not None and v is not None]
@@ -168,6 +172,12 @@ def _csv(path, delimiter):
                 yield f"{path.name}, line {begins}", row
     except csv.Error as error:
         raise DataError(f"{path.name}, line {before + 1}: not valid CSV ({error}).") from None
+
+
+def _line_ends(row):
+    """Counts the ends of lines inside the cells of a row."""
+    cells = [*row.values(), *(row.get(None) or ())]
+    return sum(len(_LINE_END.findall(cell)) for cell in cells if isinstance(cell, str))
 
 
 def _dialect(header, delimiter):

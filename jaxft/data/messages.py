@@ -31,6 +31,7 @@ ROLES = {
     "observation": "tool",
     "function": "tool",
     "tool_response": "tool",
+    "ipython": "tool",
 }
 KNOWN_ROLES = ("system", "user", "assistant", "tool", "developer")
 # Roles whose content is a tool call as JSON text: LLaMA-Factory's and ms-swift's.

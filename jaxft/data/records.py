@@ -19,8 +19,8 @@ from jaxft.data.messages import (
     text_of,
     with_system,
 )
-from jaxft.data.tokens import read_tokens
-from jaxft.data.values import check_values, strict_json
+from jaxft.data.tokens import TOKEN_COLUMNS, read_tokens
+from jaxft.data.values import check_values, from_cell, strict_json
 
 Record = dict[str, Any]
 
@@ -33,6 +33,9 @@ SHOWN = ("prompt", "completion", "chosen", "rejected", "responses", "completions
 OPTIONAL = ("system", "input", "history", "tools", "id", "weight", "margin")
 # Columns that a template gets in addition to the messages.
 CONTEXT = ("tools", "chat_template_kwargs")
+# Columns that the cells of a CSV file hold as text: numbers and JSON lists.
+_NUMBERS = ("weight", "margin", "density_ratio")
+_CELLS = (*_NUMBERS, "tokens", *TOKEN_COLUMNS, "responses", "scores")
 # Variables that a template gets from the record or the tokenizer, not from `chat_template_kwargs`.
 _RESERVED = (
     "messages",
@@ -125,7 +128,9 @@ def renamed(
             raise DataError(no_column(theirs, raw), "schema")
     gone = {*fields.values(), *(ours for ours, theirs in fields.items() if not theirs)}
     row = {name: value for name, value in raw.items() if name not in gone}
-    return row | {o: raw[theirs] for o, theirs in fields.items() if theirs}, names, fields
+    row |= {ours: raw[theirs] for ours, theirs in fields.items() if theirs}
+    cells = {name: from_cell(row[name], number=name in _NUMBERS) for name in _CELLS if name in row}
+    return row | cells, names, fields
 
 
 def own_columns(row: Mapping[str, Any], form: tuple[str, ...] = PAIR) -> dict[str, Any]:

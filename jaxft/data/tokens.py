@@ -12,7 +12,7 @@ from jaxft.data.messages import check_weight
 
 # Columns of tokenised rows that say which tokens train: ours, TRL's and transformers'.
 MASKS = ("loss_mask", "completion_mask", "assistant_masks")
-_BESIDE_TOKENS = (*MASKS, "labels", "attention_mask", "position_ids")
+TOKEN_COLUMNS = (*MASKS, "labels", "attention_mask", "position_ids")
 
 
 def read_tokens(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def read_tokens(row: Mapping[str, Any]) -> dict[str, Any]:
     if ids.dtype.kind not in "iu":
         raise DataError(f"'tokens' must be whole numbers, got {tokens!r:.60}.", "schema")
     beside = {
-        name: _numbers(row[name], name) for name in _BESIDE_TOKENS if row.get(name) is not None
+        name: _numbers(row[name], name) for name in TOKEN_COLUMNS if row.get(name) is not None
     }
     for name, values in beside.items():
         if len(values) != len(ids):

@@ -56,6 +56,21 @@ def strict_json(text: str, name: str) -> Any:
     return value
 
 
+def from_cell(value: Any, *, number: bool = False) -> Any:
+    """Parses a number, or a JSON list, from a table's cell, which is text; returns other values unchanged.
+
+    An empty cell is None.
+    """
+    if not isinstance(value, str):
+        return value
+    if not value.strip():
+        return None
+    try:
+        return float(value) if number else json.loads(value) if value.lstrip()[0] == "[" else value
+    except (ValueError, RecursionError):
+        return value
+
+
 def check_values(value: Any, *, finite: bool = False) -> None:
     """Raises DataError for text that is not Unicode, damaged JSON, keys that are not text, and deep nesting.
 

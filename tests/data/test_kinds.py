@@ -84,3 +84,18 @@ def test_one_record_in_a_json_file_is_a_record(tmp_path):
     talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     (tmp_path / "a.json").write_text(json.dumps({"messages": talk}))
     assert load(tmp_path / "a.json")[0]["messages"] == talk
+
+
+@pytest.mark.parametrize(
+    "text, lines",
+    [
+        (b"q,a\n\nx,y\n\n\nz,w\n", [3, 6]),
+        (b'q,a\n"x\ny",z\n\nu,v\n', [2, 5]),
+        (b'q,a\r\n"x\r\ny",z\r\nu,v\r\n', [2, 4]),
+        (b'q,a\r"x\ry",z\ru,v\r', [2, 4]),
+    ],
+)
+def test_a_csv_row_is_named_by_the_line_where_it_begins(text, lines, tmp_path):
+    (tmp_path / "x.csv").write_bytes(text)
+    records = load(str(tmp_path / "x.csv"), fields={"question": "q", "answer": "a"})
+    assert [record["_where"] for record in records] == [f"x.csv, line {n}" for n in lines]

@@ -4,7 +4,15 @@ import json
 
 import pytest
 
-from jaxft.data import DataError, Renderer, normalise, normalise_pair, not_shown
+from jaxft.data import (
+    DataError,
+    Renderer,
+    load,
+    normalise,
+    normalise_pair,
+    normalise_ranked,
+    not_shown,
+)
 from jaxft.data.columns import suggest_fields
 from tests.data import small_tokenizers as small
 
@@ -121,3 +129,29 @@ def test_a_prompt_beside_conversations_is_their_question():
     with pytest.raises(DataError, match="another question than that of the conversations"):
         normalise_pair(row)
     assert normalise_pair({**row, "prompt": "\n\nHuman: q\n\nAssistant:"})["prompt"] == [ASKED]
+
+
+@pytest.mark.parametrize(
+    "form, header, cells, expected",
+    [
+        (normalise, "question,answer,weight", "q,a,0.5", {"weight": 0.5}),
+        (normalise, "question,answer,weight", "q,a,", {}),
+        (normalise_pair, "prompt,chosen,rejected,margin", "q,a,b,2", {"margin": 2.0}),
+        (normalise_ranked, "prompt,responses,scores", 'q,"[""a"",""b""]","[1,2]"', {"scores": [1, 2]}),
+        (normalise, "tokens,labels", '"[5,6]","[-100,6]"', {"tokens": [5, 6], "loss_mask": [0, 1]}),
+    ],
+)  # fmt: skip
+def test_numbers_and_lists_in_the_cells_of_a_table_are_read(
+    form, header, cells, expected, tmp_path
+):
+    (tmp_path / "x.csv").write_text(f"{header}\n{cells}\n")
+    [record] = load(str(tmp_path / "x.csv"), form=form)
+    names = ("weight", "margin", "scores", "tokens", "loss_mask")
+    assert {name: record[name] for name in names if name in record} == expected
+
+
+def test_what_is_no_number_in_a_cell_is_refused():
+    with pytest.raises(DataError, match="weight must be a finite number >= 0, got 'much'"):
+        normalise({"question": "q", "answer": "a", "weight": "much"})
+    with pytest.raises(DataError, match="weight must be a finite number >= 0, got nan"):
+        normalise({"question": "q", "answer": "a", "weight": "nan"})

@@ -34,9 +34,12 @@ def catch_preemption() -> Iterator[Callable[[int], str | None]]:
     def handle(number, frame):
         del frame
         caught.append(signal.Signals(number).name)
-        again = "; once more ends it at once" if number == signal.SIGINT else ""
-        # os.write instead of print: a signal may arrive during a print.
-        os.write(2, f"{caught[-1]}: saves and stops after this step{again}\n".encode())
+        again = "; Ctrl-C once more ends it at once" if number == signal.SIGINT else ""
+        # os.write instead of print: a signal may arrive during a print. On a terminal the cursor is at the
+        # end of the progress bar.
+        start = "\n" if os.isatty(2) else ""
+        text = f"{start}{caught[-1]}: the run stops and is saved after this step{again}\n"
+        os.write(2, text.encode())
         interrupts = callable(before[signal.SIGINT])
         signal.signal(
             signal.SIGINT, before[signal.SIGINT] if interrupts else signal.default_int_handler

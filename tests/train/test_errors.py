@@ -17,6 +17,7 @@ from jaxft.train import (
     PreemptedError,
     fit,
     run_main,
+    signals,
 )
 from tests.processes import ROOT
 
@@ -217,3 +218,15 @@ def test_every_script_begins_with_what_ends_it_quietly():
         assert runs_a_script(types.SimpleNamespace(__file__=str(script)))
     assert not runs_a_script(types.SimpleNamespace(__file__=pytest.__file__))
     assert not runs_a_script(types.SimpleNamespace())  # an interactive interpreter
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_the_line_about_a_signal_is_a_line_beside_a_progress_bar(terminal, monkeypatch):
+    written = []
+    monkeypatch.setattr(signals.os, "isatty", lambda file: terminal)
+    monkeypatch.setattr(signals.os, "write", lambda file, text: written.append(text.decode()))
+    with signals.catch_preemption() as preempted:
+        signal.raise_signal(signal.SIGINT)
+        assert preempted(1) == "SIGINT"
+    said = "SIGINT: the run stops and is saved after this step; Ctrl-C once more ends it at once\n"
+    assert written == [("\n" if terminal else "") + said]

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxft.kernels.attention import attend, attend_cache, attention
 from jaxft.models.cache import Cache, cache_mask, window_mask, write
 from jaxft.models.config import DecoderConfig
+from jaxft.models.experts import ExpertsMlp
 from jaxft.models.layers import ACTIVATIONS, Dense, Norm, through_adapter
 from jaxft.models.remat import Remat, remat_block, remat_lean
 from jaxft.models.rope import apply_rope
@@ -51,28 +52,36 @@ class Layers(nn.Module):
     def __call__(self, x, context, prefix):
         config, keys, values = self.config, [], []
         # If the window is known while tracing, attention can choose a kernel.
-        block_type = remat_block(Block, self.remat, static_argnums=(2,))
+        block_type, routed = remat_block(Block, self.remat, static_argnums=(2,)), []
         for i in range(config.num_layers):
-            block = block_type(config, self.remat, self.attention, name=str(i))
+            sparse = config.has_experts(i)
+            block = block_type(config, self.remat, self.attention, sparse, name=str(i))
             own = None if prefix is None else prefix[i]
             layer, cached = LayerKind(config.window(i) is not None, config.window(i)), None
             if context.cache is not None:
                 cached = (context.cache.keys[i], context.cache.values[i])
-            x, cached = block(x, layer, own, cached, context)
+            x, (cached, logits) = block(x, layer, own, cached, context)
+            routed += [] if logits is None else [logits]
             if cached is not None:
                 keys.append(cached[0])
                 values.append(cached[1])
+        logits = jnp.stack(routed) if routed else None
         if context.cache is None:
-            return x, None
-        return x, dataclasses.replace(context.cache, keys=tuple(keys), values=tuple(values))
+            return x, None, logits
+        cache = dataclasses.replace(context.cache, keys=tuple(keys), values=tuple(values))
+        return x, cache, logits
 
 
 class Block(nn.Module):
-    """Attention and MLP, each on the normed residual stream and added to it."""
+    """Attention and MLP, each on the normed residual stream and added to it.
+
+    Returns (x, (keys and values of the cache, logits of the router)), each None without them.
+    """
 
     config: DecoderConfig
     remat: Remat = "none"
     attention: str | None = None
+    sparse: bool = False  # whether experts are in place of the MLP
 
     @nn.compact
     def __call__(self, x, layer, prefix, cached, context):
@@ -83,9 +92,10 @@ class Block(nn.Module):
         mix = Attention(config, self.remat, self.attention, name="attention")
         y, cached = mix(y, layer, prefix, cached, context)
         x = keep_tokens(x + (norm(name="post_attention_norm")(y) if config.post_norms else y))
-        y = Mlp(config, self.remat, name="mlp")(norm(name="mlp_norm")(x))
+        mlp = (ExpertsMlp if self.sparse else Mlp)(config, self.remat, name="mlp")
+        y, logits = mlp(norm(name="mlp_norm")(x))
         x = keep_tokens(x + (norm(name="post_mlp_norm")(y) if config.post_norms else y))
-        return x, cached
+        return x, (cached, logits)
 
 
 class Attention(nn.Module):
@@ -107,8 +117,13 @@ class Attention(nn.Module):
         if config.qk_norm:
             norm_type = remat_lean(Norm, self.remat)
             norm = functools.partial(norm_type, "rms", config.norm_eps, config.norm_offset)
-            query = norm(name="query_norm")(split(query)).reshape(query.shape)
-            key = norm(name="key_norm")(split(key)).reshape(key.shape)
+            features = (lambda y: y) if config.qk_norm_whole else split
+            query = norm(name="query_norm")(features(query)).reshape(query.shape)
+            key = norm(name="key_norm")(features(key)).reshape(key.shape)
+        if config.clip_qkv is not None:
+            query, key, value = (
+                jnp.clip(y, -config.clip_qkv, config.clip_qkv) for y in (query, key, value)
+            )
         options = {"scale": config.scale, "softcap": config.attention_softcap}
         table = None if config.rope is None else _layer_table(config, layer, context)
 
@@ -169,7 +184,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """act(x W_gate) * (x W_up) W_down, or act(x W_up) W_down without a gate."""
+    """act(x W_gate) * (x W_up) W_down, or act(x W_up) W_down without a gate; and None, for a router."""
 
     config: DecoderConfig
     remat: Remat = "none"
@@ -186,7 +201,7 @@ class Mlp(nn.Module):
         else:
             y = remat_lean(activation, self.remat)(up)
         y = Dense(config.hidden_size, config.mlp_bias, name="down")(y)
-        return through_adapter(self, x, y)
+        return through_adapter(self, x, y), None
 
 
 def _layer_table(config, layer, context):

@@ -27,6 +27,28 @@ class Rope:
 
 
 @dataclasses.dataclass(frozen=True)
+class Experts:
+    """The mixtures of experts in a decoder."""
+
+    count: int
+    per_token: int  # experts that a token passes
+    width: int  # features of an expert's MLP
+    normalised: bool = True  # whether a token's gates are divided by their sum
+    shared_width: int = 0  # of the gated MLP that every token passes; 0: none
+    dense_layers: tuple[int, ...] = ()  # layers with an MLP of intermediate_size instead
+    balance: float = (
+        0.0  # the file's coefficient of the balance loss: see jaxft.losses.balance_loss
+    )
+
+    def __post_init__(self):
+        if not 1 <= self.per_token <= self.count or self.width < 1:
+            raise ValueError(
+                f"Experts: {self.per_token} of {self.count} experts per token with {self.width} features; "
+                "expected 1 to all of them, of at least one feature."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class DecoderConfig:
     """A decoder-only transformer: Llama, SmolLM2, Mistral, Qwen 2 and 3, Gemma 2 and 3, GPT-2.
 
@@ -51,6 +73,9 @@ class DecoderConfig:
     output_bias: bool = False  # of the attention's output projection
     mlp_bias: bool = False
     qk_norm: bool = False
+    qk_norm_whole: bool = False  # one norm over all heads, not one per head
+    clip_qkv: float | None = None  # largest magnitude of queries, keys and values
+    experts: Experts | None = None  # in place of the MLPs
     post_norms: bool = False  # norms after attention and MLP too
     rope: Rope | None = Rope()
     local_rope: Rope | None = None  # of the layers with a window, if it differs
@@ -88,6 +113,10 @@ class DecoderConfig:
     def scale(self) -> float:
         """Factor of the attention scores."""
         return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether `layer` has experts in place of an MLP."""
+        return self.experts is not None and layer not in self.experts.dense_layers
 
     def window(self, layer: int) -> int | None:
         """The number of tokens that `layer` sees, or None for all."""

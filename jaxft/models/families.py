@@ -13,8 +13,12 @@ from jaxft.models.gemma3 import GEMMA3
 from jaxft.models.gpt2 import GPT2
 from jaxft.models.llama import LLAMA
 from jaxft.models.mistral import MISTRAL
+from jaxft.models.mixtral import MIXTRAL
+from jaxft.models.olmoe import OLMOE
 from jaxft.models.qwen2 import QWEN2
+from jaxft.models.qwen2_moe import QWEN2_MOE
 from jaxft.models.qwen3 import QWEN3
+from jaxft.models.qwen3_moe import QWEN3_MOE
 from jaxft.models.roberta import ROBERTA
 from jaxft.models.vit import VIT
 
@@ -23,6 +27,10 @@ FAMILIES: tuple[Family, ...] = (
     MISTRAL,
     QWEN2,
     QWEN3,
+    MIXTRAL,
+    QWEN2_MOE,
+    QWEN3_MOE,
+    OLMOE,
     GEMMA,
     GEMMA2,
     GEMMA3,

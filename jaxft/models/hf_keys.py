@@ -39,7 +39,8 @@ COMMON: dict[str, Any] = {
 COUNTS = frozenset(
     "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
     "head_dim max_position_embeddings n_embd n_inner n_layer n_head n_positions num_channels "
-    "type_vocab_size sliding_window_pattern".split()
+    "type_vocab_size sliding_window_pattern num_experts num_local_experts num_experts_per_tok "
+    "moe_intermediate_size shared_expert_intermediate_size decoder_sparse_step".split()
 )
 # Numbers that must not be negative, infinite or NaN (which Python's JSON allows).
 _EPSILONS = frozenset({"rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon"})
@@ -135,6 +136,8 @@ _KINDS: dict[str, type] = {  # of keys whose default is null, or that are not re
     "attn_logit_softcapping": float,
     "final_logit_softcapping": float,
     "hidden_activation": str,
+    "clip_qkv": float,
+    "mlp_only_layers": list,
     "layer_types": list,
     "rope_scaling": dict,
     "rope_parameters": dict,

@@ -57,6 +57,27 @@ FAMILIES = {
         layer_types=["sliding_attention"] * 2 + ["full_attention"],
         rope_parameters=GEMMA3,
     ),
+    "mixtral": lambda: hf.MixtralConfig(
+        **BASE, num_local_experts=4, num_experts_per_tok=2, sliding_window=5
+    ),
+    "qwen2_moe": lambda: hf.Qwen2MoeConfig(
+        **MIXED,
+        num_experts=5,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=24,
+        mlp_only_layers=[1],
+        output_router_logits=False,
+    ),
+    "qwen3_moe": lambda: hf.Qwen3MoeConfig(
+        **BASE,
+        head_dim=12,
+        num_experts=4,
+        num_experts_per_tok=3,
+        moe_intermediate_size=16,
+        norm_topk_prob=True,
+    ),
+    "olmoe": lambda: hf.OlmoeConfig(**BASE, num_experts=4, num_experts_per_tok=2, clip_qkv=1.5),
     "gpt2": lambda: hf.GPT2Config(
         vocab_size=61,
         n_embd=32,

@@ -49,6 +49,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8, head_dim=128,
         max_position_embeddings=40960, rope_theta=1e6, rms_norm_eps=1e-6, tie_word_embeddings=False,
     ),
+    "qwen3-30b-a3b": dict(
+        model_type="qwen3_moe", vocab_size=151936, hidden_size=2048, intermediate_size=6144,
+        num_hidden_layers=48, num_attention_heads=32, num_key_value_heads=4, head_dim=128,
+        max_position_embeddings=40960, rope_theta=1e6, rms_norm_eps=1e-6, tie_word_embeddings=False,
+        num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768, norm_topk_prob=True,
+        decoder_sparse_step=1, mlp_only_layers=[],
+    ),
     "gemma3-27b": dict(
         model_type="gemma3_text", vocab_size=262208, hidden_size=5376, intermediate_size=21504,
         num_hidden_layers=62, num_attention_heads=32, num_key_value_heads=16, head_dim=128,
@@ -79,7 +86,7 @@ CHIPS = {
 class Config:
     """The step to compile and its target."""
 
-    # llama3-1b, llama3-8b, llama3-70b, qwen3-8b, gemma3-27b, or a config.json
+    # llama3-1b, llama3-8b, llama3-70b, qwen3-8b, qwen3-30b-a3b, gemma3-27b, or a config.json
     model: str = "llama3-8b"
     objective: Literal["sft", "grpo"] = "sft"  # grpo: the update on sampled responses
     # see jaxft.parallel.compile_only_devices: v5p:2x2x4, h100:8, 2*v5e:4x4
@@ -87,6 +94,7 @@ class Config:
     data: int = 1  # mesh: copies of the model; -1 fills
     fsdp: int = -1  # mesh: shards of params and batch; -1 fills
     tensor: int = 1  # mesh: shards of each projection
+    expert: int = 1  # mesh: shards of the experts and of the batch
     context: int = 1  # mesh: shards of each row's tokens
     adapter: str = "lora"  # see experiments/sft.py; full: all params are trained
     rank: int = 16  # of the adapter, if it has one
@@ -165,7 +173,7 @@ def compile_step(config: Config) -> dict[str, Any]:
     )
 
     devices = compile_only_devices(config.topology)
-    axes = {name: getattr(config, name) for name in ("data", "fsdp", "tensor", "context")}
+    axes = {name: getattr(config, name) for name in ("data", "fsdp", "tensor", "expert", "context")}
     mesh = make_mesh(**axes, slices=slices_of(config.topology)[0], devices=devices)
     if config.length % mesh.shape["context"]:
         raise ValueError(
@@ -210,7 +218,7 @@ def compile_step(config: Config) -> dict[str, Any]:
         carry=None,
         key=place(state.key, single),
     )
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    parts = mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["expert"]
     shape = (config.rows * parts * config.microbatches, config.length)
     objective, batch = _objective(config, model, shape, mesh)
     step = train.make_step(objective, optimizer, microbatches=config.microbatches)
@@ -286,7 +294,7 @@ def ideal_exchanged(config: Config, model: Any, devices: int) -> float | None:
     """
     import jax
 
-    if config.quantise or (config.data, config.tensor, config.context) != (1, 1, 1):
+    if config.quantise or {config.data, config.tensor, config.expert, config.context} != {1}:
         return None
     size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(_shapes(model)))
     times = 3 if config.adapter == "full" else 2
@@ -306,7 +314,10 @@ def _matmul_flops(model, config: Config, tokens: int) -> float:
     linear = re.compile(family_of(model.config).targets.linear)
     is_linear = lambda path: linear.fullmatch(path_name(path))
     leaves = tree_leaves_with_path(_shapes(model))
-    layers = sum(math.prod(leaf.shape) for path, leaf in leaves if is_linear(path))
+    experts = model.config.experts
+    # A token passes only some of the experts.
+    active = lambda path: experts.per_token / experts.count if "/experts/" in path_name(path) else 1
+    layers = sum(math.prod(leaf.shape) * active(path) for path, leaf in leaves if is_linear(path))
     passes = 2 + (config.adapter == "full")
     head = model.config.vocab_size * model.config.hidden_size
     return 2.0 * tokens * (layers * (passes + (config.remat == "full")) + head * passes)

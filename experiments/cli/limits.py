@@ -14,7 +14,7 @@ _COUNTS = (
     "examples fine_tuning_steps gradient_accumulation_steps grid group_size held_out images layers "
     "length limit logging_steps max_length max_new_tokens max_steps max_tries microbatches "
     "num_samples own pretrain_steps pretraining problems prompts_per_step questions rank rollouts "
-    "samples save_steps seeds sft_steps size slices steps tensor text_steps transform_steps turns "
+    "samples save_steps seeds sft_steps size slices steps tensor expert text_steps transform_steps turns "
     "votes width widths workers"
 ).split()
 _POSITIVE = (

@@ -40,7 +40,7 @@ def grouped_matmul(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
 
 
 def grouped_matmul_transposed(y: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
-    """x [N, D] with x[n] = y[n] w[e]^T: `grouped_matmul` for the transposed kernels, without a copy of them."""
+    """x [N, D] with x[n] = y[n] w[e]^T: a product with transposed kernels, which are not copied."""
     if target_platform() != "cpu":
         return jax.lax.ragged_dot(y, jnp.swapaxes(w, 1, 2), sizes)
     return _product(True, y, w, sizes)

@@ -137,6 +137,7 @@ _KINDS: dict[str, type] = {  # of keys whose default is null, or that are not re
     "final_logit_softcapping": float,
     "hidden_activation": str,
     "clip_qkv": float,
+    "sliding_window": int,
     "mlp_only_layers": list,
     "layer_types": list,
     "rope_scaling": dict,

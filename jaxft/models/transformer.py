@@ -26,10 +26,10 @@ class Targets(NamedTuple):
 
 
 TRANSFORMER_TARGETS = Targets(
-    # As in PEFT, without routers and without experts, which are no linear layers there.
-    linear=rf"{LAYERS}/(?!.*/experts/).*/(query|key|value|out|gate|up|down)/kernel",
+    # Experts are included, as in PEFT; routers are not.
+    linear=rf"{LAYERS}/.*/(query|key|value|out|gate|up|gate_up|down)/kernel",
     ia3_outputs=rf"{LAYERS}/.*/(key|value)/kernel",
-    ia3_inputs=rf"{LAYERS}/(?!.*/experts/).*/down/kernel",
+    ia3_inputs=rf"{LAYERS}/.*/down/kernel",
     houlsby=rf"{LAYERS}/.*(attention|mlp)/adapter",
     pfeiffer=rf"{LAYERS}/.*mlp/adapter",
 )

@@ -61,5 +61,6 @@ MIXTRAL = Family(
             names.decoder_entries,
             experts=names.ExpertNames("block_sparse_moe", "w1", "w3", "w2"),
         ),
+        module=lambda name: name.replace(".block_sparse_moe.", ".mlp."),
     ),
 )

@@ -85,7 +85,7 @@ def write(model: Model, found: Mapping[str, Any]) -> tuple[Settings, Tensors]:
     names = [linear.name for linear in (*model.linears, *model.embeddings)]
     settings = patterns(ranks, "r") | patterns(alphas, "lora_alpha")
     settings |= {
-        "target_modules": short_names(names, ranks),
+        "target_modules": short_names(names, ranks.keys() & {*names}),
         "lora_dropout": 0.0,
         "fan_in_fan_out": model.conv1d,
         "init_lora_weights": True,

@@ -71,7 +71,10 @@ OPTIONS: dict[str, Options] = {
             "r init_lora_weights use_rslora alpha_pattern target_r tinit tfinal deltaT beta1 beta2 "
             "orth_reg_weight total_step"
         ),
-        dict(**_LORA_REFUSED, target_parameters=None, use_dora=False, lora_bias=False, trainable_token_indices=None),
+        dict(
+            **_LORA_REFUSED, target_parameters=None, use_dora=False, lora_bias=False,
+            trainable_token_indices=None,
+        ),
     ),
     "VBLORA": Options(
         dict(

@@ -170,6 +170,7 @@ def compile_step(config: Config) -> dict[str, Any]:
         make_mesh,
         param_shardings,
         replicated,
+        row_shards,
     )
 
     devices = compile_only_devices(config.topology)
@@ -218,7 +219,7 @@ def compile_step(config: Config) -> dict[str, Any]:
         carry=None,
         key=place(state.key, single),
     )
-    parts = mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["expert"]
+    parts = row_shards(mesh)
     shape = (config.rows * parts * config.microbatches, config.length)
     objective, batch = _objective(config, model, shape, mesh)
     step = train.make_step(objective, optimizer, microbatches=config.microbatches)

@@ -12,6 +12,7 @@ from experiments.cli import choices
 from experiments.cli.algorithms import ALGORITHMS
 from experiments.cli.servers import UNSERVED
 from jaxft import train
+from jaxft.parallel import row_shards
 
 COMPANIONS = {
     "kl_horizon": "kl_target",
@@ -123,7 +124,7 @@ def mesh(config: Any, devices: Any) -> None:
             f"only sft.py and preference.py support --context {config.mesh.context}: sampling generates "
             "token by token and does not split rows. Use --fsdp or --tensor."
         )
-    parts = 1 if devices is None else devices.shape["data"] * devices.shape["fsdp"]
+    parts = 1 if devices is None else row_shards(devices)
     rows = config.prompts_per_step * config.group_size
     rows = rows // 2 if ALGORITHMS[config.algorithm].halves else rows  # sampled at once
     slices = config.optimisation.gradient_accumulation_steps

@@ -92,8 +92,11 @@ class Block(nn.Module):
         mix = Attention(config, self.remat, self.attention, name="attention")
         y, cached = mix(y, layer, prefix, cached, context)
         x = keep_tokens(x + (norm(name="post_attention_norm")(y) if config.post_norms else y))
-        mlp = (ExpertsMlp if self.sparse else Mlp)(config, self.remat, name="mlp")
-        y, logits = mlp(norm(name="mlp_norm")(x))
+        y, logits = norm(name="mlp_norm")(x), None
+        if self.sparse:
+            y, logits = ExpertsMlp(config, self.remat, name="mlp")(y)
+        else:
+            y = Mlp(config, self.remat, name="mlp")(y)
         x = keep_tokens(x + (norm(name="post_mlp_norm")(y) if config.post_norms else y))
         return x, (cached, logits)
 
@@ -184,7 +187,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """act(x W_gate) * (x W_up) W_down, or act(x W_up) W_down without a gate; and None, for a router."""
+    """act(x W_gate) * (x W_up) W_down, or act(x W_up) W_down without a gate."""
 
     config: DecoderConfig
     remat: Remat = "none"
@@ -201,7 +204,7 @@ class Mlp(nn.Module):
         else:
             y = remat_lean(activation, self.remat)(up)
         y = Dense(config.hidden_size, config.mlp_bias, name="down")(y)
-        return through_adapter(self, x, y), None
+        return through_adapter(self, x, y)
 
 
 def _layer_table(config, layer, context):

@@ -85,6 +85,11 @@ def _over_slices(sizes, slices, devices) -> np.ndarray:
     )
 
 
+def row_shards(mesh: Mesh) -> int:
+    """The number of parts into which the mesh splits the rows of a batch."""
+    return math.prod(mesh.shape[axis] for axis in ROW_AXES)
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows of a batch over the data, fsdp and expert axes."""
     return NamedSharding(mesh, PartitionSpec(ROW_AXES))

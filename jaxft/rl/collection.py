@@ -22,6 +22,7 @@ from jaxft.parallel import (
     mesh_context,
     path_name,
     replicated,
+    row_shards,
     to_host,
 )
 from jaxft.rl.advantages import has_contrast
@@ -207,7 +208,7 @@ def _credited(credit, batch, kl_weight):
 
 def _checked_rows(batch, updates, mesh):
     rows = len(batch["tokens"])
-    devices = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+    devices = 1 if mesh is None else row_shards(mesh)
     if rows % updates or rows // updates % devices:
         raise ValueError(
             f"collect: {rows} responses cannot be split over {updates} updates on data x fsdp = {devices} "

@@ -13,7 +13,15 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from jaxft.keys import stream
-from jaxft.parallel import batch_sharding, lay_out, path_name, replicated, to_host, token_sharding
+from jaxft.parallel import (
+    batch_sharding,
+    lay_out,
+    path_name,
+    replicated,
+    row_shards,
+    to_host,
+    token_sharding,
+)
 from jaxft.train.books import is_like, type_of
 from jaxft.train.state import TrainState, own
 
@@ -111,7 +119,7 @@ def place_batch(batch: Any, mesh: Mesh | None) -> Any:
     if mesh is None:
         return jax.device_put(batch)
     check_hosts(mesh)
-    parts, context = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["context"]
+    parts, context = row_shards(mesh), mesh.shape["context"]
 
     def place(path, leaf):
         if isinstance(leaf, jax.Array) and _on_mesh(leaf, mesh):
@@ -147,7 +155,7 @@ def check_hosts(mesh: Mesh) -> None:
     """
     if jax.process_count() == 1:
         return
-    parts, owners = mesh.shape["data"] * mesh.shape["fsdp"], {}
+    parts, owners = row_shards(mesh), {}
     for device, index in batch_sharding(mesh).devices_indices_map((parts,)).items():
         owners.setdefault(index[0].start, set()).add(device.process_index)
     if any(len(processes) > 1 for processes in owners.values()):

@@ -4,8 +4,8 @@ python -m benchmarks.moe --rounds 9                     jaxft and transformers, 
 python -m benchmarks.moe --against dense                jaxft on both sides: what routing costs a token
 python -m benchmarks.moe --experts-implementation grouped_mm
 
-The mixture is a Qwen3-MoE of 8 experts, 2 for each token, and 56 M parameters. The dense model has MLPs as wide
-as two experts, and so the same number of parameters in use for a token. Both sides train all parameters with AdamW
+The mixture is a Qwen3-MoE of 8 experts, 2 for each token, and 56 M parameters. The dense model has MLPs as
+wide as two experts, and so as many parameters in use for a token. Both sides train all parameters with AdamW
 on as many random tokens, in turn, the order swapped each round; one JSON line has medians of CPU and wall
 seconds and their ratios, peer over jaxft's mixture.
 """

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from typing import Any
+from collections.abc import Callable
 
 import flax.linen as nn
 import flax.struct
@@ -15,7 +14,7 @@ from jaxft.models.config import DecoderConfig
 from jaxft.models.layers import ACTIVATIONS, KERNEL_INIT, Dense, read, through_adapter
 from jaxft.models.remat import Remat, remat_lean
 from jaxft.parallel.experts import expert_layout
-from jaxft.weights import grouped, matmul_float32
+from jaxft.weights import WeightLike, grouped, matmul_float32
 
 
 @flax.struct.dataclass
@@ -43,8 +42,8 @@ class ExpertsMlp(nn.Module):
         logits = Router(moe.count, name="router")(x)
         gates, chosen = route(logits, moe.per_token, moe.normalised)
         gate_up, down = Kernels(moe.count, size, moe.width, name="experts")()
-        run = functools.partial(mix, activation=ACTIVATIONS[config.activation])
-        y = remat_lean(run, self.remat)(x, chosen, gates.astype(x.dtype), gate_up, down)
+        activate = _activate(config, self.remat)
+        y = mix(x, chosen, gates.astype(x.dtype), gate_up, down, activate)
         if moe.shared_width:
             shared = SharedMlp(config, moe.shared_width, self.remat, name="shared")(x)
             y = y + jax.nn.sigmoid(Dense(1, name="shared_gate")(x)) * shared
@@ -60,9 +59,8 @@ class SharedMlp(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        activation = ACTIVATIONS[self.config.activation]
         gate, up = (Dense(self.width, name=name)(x) for name in ("gate", "up"))
-        y = remat_lean(lambda g, u: activation(g) * u, self.remat)(gate, up)
+        y = _activate(self.config, self.remat)(gate, up)
         return Dense(self.config.hidden_size, name="down")(y)
 
 
@@ -114,7 +112,14 @@ def route(logits: jax.Array, per_token: int, normalised: bool) -> tuple[jax.Arra
     return gates / jnp.sum(gates, axis=-1, keepdims=True) if normalised else gates, chosen
 
 
-def mix(x: jax.Array, chosen: jax.Array, gates: jax.Array, gate_up: Any, down: Any, *, activation):
+def mix(
+    x: jax.Array,
+    chosen: jax.Array,
+    gates: jax.Array,
+    gate_up: WeightLike,
+    down: WeightLike,
+    activate: Callable[[jax.Array, jax.Array], jax.Array],
+) -> jax.Array:
     """Σ_k gates[..., k] MLP_{chosen[..., k]}(x) for x [B, T, D]; on a mesh, experts over the axis `expert`.
 
     Args:
@@ -122,7 +127,7 @@ def mix(x: jax.Array, chosen: jax.Array, gates: jax.Array, gate_up: Any, down: A
         chosen: [B, T, k] int32, the experts of each token.
         gates: [B, T, k].
         gate_up, down: kernels [E, D, 2F] and [E, F, D], or weights of these shapes.
-        activation: of the gate.
+        activate: (x W_gate, x W_up) -> the input of W_down.
     """
     layout = expert_layout(x, gate_up.shape[0])
 
@@ -132,13 +137,13 @@ def mix(x: jax.Array, chosen: jax.Array, gates: jax.Array, gate_up: Any, down: A
         mine = chosen - layout.first(count)
         # Experts of other devices come last, in no group.
         mine = jnp.where((mine >= 0) & (mine < count), mine, count)
-        y = _mixed(x, mine, gates, gate_up, down, activation)
+        y = _mixed(x, mine, gates, gate_up, down, activate)
         return layout.summed(y)
 
     return layout.mapped(local, gate_up, down)(x, chosen, gates, gate_up, down)
 
 
-def _mixed(x, chosen, gates, gate_up, down, activation):
+def _mixed(x, chosen, gates, gate_up, down, activate):
     """The sum over the experts that `chosen` names; a number beyond them contributes 0."""
     count, (*shape, size) = gate_up.shape[0], x.shape
     flat = chosen.reshape(-1)
@@ -147,9 +152,14 @@ def _mixed(x, chosen, gates, gate_up, down, activation):
     sizes = jnp.bincount(flat, length=count + 1)[:count].astype(jnp.int32)
     rows = _dispatched(x.reshape(-1, size), order, places)
     gate, up = jnp.split(grouped(rows, gate_up, sizes), 2, axis=-1)
-    rows = grouped(activation(gate) * up, down, sizes)
+    rows = grouped(activate(gate, up), down, sizes)
     back = _permuted(rows, places, order).reshape(*shape, -1, size)
     return jnp.einsum("...kd,...k->...d", back, gates)
+
+
+def _activate(config, remat):
+    activation = ACTIVATIONS[config.activation]
+    return remat_lean(lambda gate, up: activation(gate) * up, remat)
 
 
 def _dispatched(x, order, places):

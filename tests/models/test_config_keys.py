@@ -109,7 +109,7 @@ FLIPS = dict(
     num_experts=[3, 1, 0, None], num_local_experts=[3, 1, 0], num_experts_per_tok=[3, 1, 0, 9],
     moe_intermediate_size=[10, 0], shared_expert_intermediate_size=[10, 0], norm_topk_prob=[True, False],
     decoder_sparse_step=[2, 3, 0], mlp_only_layers=[[], [0], [1, 7], [0, 1], None, ["0"], 1],
-    output_router_logits=[True], router_aux_loss_coef=[0.5, 0, None], router_jitter_noise=[0.1],
+    output_router_logits=[True], router_aux_loss_coef=[0.5, 0.0, None], router_jitter_noise=[0.1],
     clip_qkv=[2.0, None, 0.0],
     summary_type=["last"], classifier_dropout=[0.5], encoder_stride=[4], tie_last_hidden_states=[False],
 )  # fmt: skip

@@ -22,8 +22,8 @@ _POSITIVE = (
 ).split()
 _NOT_NEGATIVE = (
     "center_rewards_coefficient desirable_weight first_seed kl kl_weight min_gap nll_alpha reward_kl rho "
-    "seed start_seed temperature text_kl_weight undesirable_weight value_clip value_weight warmup_epochs "
-    "weight_decay xpo_alpha"
+    "router_balance router_z seed start_seed temperature text_kl_weight undesirable_weight value_clip "
+    "value_weight warmup_epochs weight_decay xpo_alpha"
 ).split()
 _SHARES = "dense_share gamma judged lam ld_alpha levels max_bad mixture share until".split()
 

@@ -15,6 +15,8 @@ torch = pytest.importorskip("torch", reason="needs torch: pip install 'jaxft[tes
 peft = pytest.importorskip("peft")
 families = pytest.importorskip("tests.checkpoints.families")
 
+# PEFT says so of any pattern of a parameter, and applies it.
+pytestmark = pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")
 TOKENS = np.arange(9)[None] * 7 % 58 + 3
 
 

@@ -198,7 +198,7 @@ CHANGED = {
     "mixtral": dict(sliding_window=3, num_experts_per_tok=3, num_local_experts=3, hidden_act="relu"),
     "qwen2_moe": dict(
         norm_topk_prob=True, decoder_sparse_step=2, qkv_bias=False, use_sliding_window=True, sliding_window=3,
-        shared_expert_intermediate_size=10, moe_intermediate_size=10,
+        shared_expert_intermediate_size=10, moe_intermediate_size=12,
     ),
     "qwen3_moe": dict(norm_topk_prob=True, mlp_only_layers=[0], attention_bias=True, sliding_window=3),
     "olmoe": dict(clip_qkv=0.5, norm_topk_prob=True, attention_bias=True, num_key_value_heads=4),

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from jaxft.adapters import adapt, load_adapter, lora, merge, save_adapter
+from jaxft.adapters import adapt, as_lora, dora, load_adapter, lora, merge, paca, save_adapter
 from jaxft.adapters.errors import AdapterError
 from jaxft.checkpoints import load_model
 
@@ -97,3 +97,15 @@ def test_parameters_that_the_model_lacks_are_refused(base, tmp_path):
         AdapterError, match="names no parameters.*jaxft knows down_proj, gate_up_proj"
     ):
         load_adapter(tmp_path, model.config, params)
+
+
+@pytest.mark.parametrize("rule", [paca(2), dora(2), lora(2)], ids=["paca", "dora", "lora"])
+def test_experts_under_any_adapter_become_lora(rule):
+    kernel = jax.random.normal(jax.random.key(0), (3, 6, 5))
+    params = {"layers": {"0": {"mlp": {"experts": {"down": {"kernel": kernel}}}}}}
+    params = adapt(jax.random.key(1), params, {".*kernel": rule})
+    params = jax.tree.map(lambda leaf: leaf + 0.1 if leaf.dtype != np.int32 else leaf, params)
+    converted, lost = as_lora(params, 5)
+    found, wanted = jax.tree.leaves(merge(converted)), jax.tree.leaves(merge(params))
+    np.testing.assert_allclose(found[0], wanted[0], atol=1e-5)
+    assert lost.overall < 1e-6

@@ -12,7 +12,6 @@ from jaxft.models import Decoder, DecoderConfig, Experts, stack_layers
 from jaxft.models.experts import mix, route
 from jaxft.objectives import RouterTerms, supervised
 from jaxft.parallel import make_mesh, param_shardings, shard_params, stacked_axes
-from jaxft.train import accumulate
 
 EXPERTS = Experts(count=4, per_token=2, width=12, shared_width=8)
 CONFIG = DecoderConfig(
@@ -54,7 +53,7 @@ def test_a_mixture_is_the_gated_sum_over_its_experts(case, normalised):
 def task():
     """(adapted params, batch, one device's loss, metrics and gradients)."""
     model = Decoder(CONFIG)
-    params = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     params = jax.tree.map(lambda leaf: 5 * leaf, params)
     params = adapt(jax.random.key(1), params, {ALL_LINEAR: lora(2)})
     noise = jax.random.key(2)
@@ -67,15 +66,16 @@ def task():
     return combine(trained, frozen), batch, gradients(combine(trained, frozen), batch)
 
 
-def gradients(params, batch, estimator=jax.value_and_grad, **options):
+def gradients(params, batch):
     objective = supervised(Decoder(CONFIG).forward, router=RouterTerms(0.5, 0.25))
 
     def of_trained(trained, batch, key):
         return objective(combine(trained, frozen), batch, key)
 
     trained, frozen = partition(params)
-    run = jax.jit(lambda t, b: estimator(of_trained, has_aux=True)(t, b, jax.random.key(0)))
-    (loss, metrics), found = run(trained, batch)
+    (loss, metrics), found = jax.jit(jax.value_and_grad(of_trained, has_aux=True))(
+        trained, batch, None
+    )
     return loss, {k: m.value for k, m in metrics.items()}, found
 
 
@@ -84,25 +84,12 @@ def same(found, wanted):
         np.testing.assert_allclose(one, other, rtol=2e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize(
-    "sizes", [dict(fsdp=8), dict(expert=4, data=2), dict(fsdp=2, expert=2, tensor=2)], ids=str
-)
+@pytest.mark.parametrize("sizes", [dict(fsdp=8), dict(fsdp=2, expert=2, tensor=2)], ids=str)
 def test_a_mesh_computes_what_one_device_does(task, sizes):
     params, batch, wanted = task
     mesh = make_mesh(**sizes)
     with jax.set_mesh(mesh):
         same(gradients(shard_params(params, mesh), batch), wanted)
-
-
-def test_microbatches_have_the_loss_of_the_whole_batch(task):
-    params, batch, wanted = task
-    same(gradients(params, batch, accumulate(jax.value_and_grad, 4)), wanted)
-
-
-def test_padding_is_in_no_loss_of_routers(task):
-    params, batch, wanted = task
-    other = batch | {"tokens": jnp.where(batch["segment_ids"] > 0, batch["tokens"], 5)}
-    same(gradients(params, other)[:2], wanted[:2])
 
 
 def test_kernels_of_experts_have_an_axis_of_experts_and_all_linear_adapts_them(task):

@@ -39,7 +39,7 @@ def run(task, estimator=jax.value_and_grad, terms=TERMS, **changes):
 
 def test_the_loss_is_the_sum_of_its_terms(task):
     (loss, metrics), _ = run(task)
-    logits, mask = forward(*task).routing.logits, task[1]["segment_ids"]
+    logits, mask = forward(*task).routing.logits, 1.0 * task[1]["segment_ids"]
     load, tokens = expert_load(logits, mask, per_token=2)
     mean = lambda x: float(jnp.sum(x * mask) / jnp.sum(mask))
     balance, z = mean(balance_loss(logits, load / tokens)), mean(router_z_loss(logits))

@@ -131,7 +131,7 @@ def mesh(config: Any, devices: Any) -> None:
     if rows % (parts * config.updates * slices):
         raise ValueError(
             f"{rows} answers of a rollout, in {config.updates} updates of {slices} parts, cannot be laid "
-            f"over data x fsdp = {parts} devices; raise --prompts-per-step or --group-size."
+            f"over data x fsdp x expert = {parts} devices; raise --prompts-per-step or --group-size."
         )
 
 

@@ -106,7 +106,7 @@ def with_start(state: TrainState, batches: Batches) -> TrainState:
 
 
 def place_batch(batch: Any, mesh: Mesh | None) -> Any:
-    """Places a batch on the devices: rows over the mesh's data and fsdp axes; unchanged without a mesh.
+    """Places a batch: rows over the mesh's data, fsdp and expert axes; unchanged without a mesh.
 
     In the leaves that TOKENS names, the tokens of a row lie over the context axis. With several processes,
     each passes its own rows; leaves without axes must be the same in every process.
@@ -137,7 +137,7 @@ def place_batch(batch: Any, mesh: Mesh | None) -> Any:
                 )
         if rows % parts:
             raise ValueError(
-                f"fit: {rows} rows of {name!r} cannot be laid over data x fsdp = {parts} devices; "
+                f"fit: {rows} rows of {name!r} cannot be laid over data x fsdp x expert = {parts} devices; "
                 f"make the batch a multiple of {parts}."
             )
         if isinstance(leaf, jax.Array) and jax.process_count() == 1:

@@ -7,7 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxft.adapters import ALL_LINEAR, adapt, combine, count, lora, partition
+from jaxft.adapters import (
+    ALL_LINEAR,
+    PFEIFFER,
+    adapt,
+    bottleneck,
+    combine,
+    count,
+    lora,
+    partition,
+)
 from jaxft.models import Decoder, DecoderConfig, Experts, stack_layers
 from jaxft.models.experts import mix, route
 from jaxft.objectives import RouterTerms, supervised
@@ -101,6 +110,8 @@ def test_kernels_of_experts_have_an_axis_of_experts_and_all_linear_adapts_them(t
     assert not jax.tree.leaves(partition(layer["router"])[0])
     per_expert = 2 * (16 + 24) + 2 * (12 + 16)
     assert count(layer["experts"])[0] == 4 * per_expert
+    added = adapt(jax.random.key(0), params, {PFEIFFER: bottleneck(3)})
+    assert added["layers"]["0"]["mlp"]["adapter"].down.shape == (16, 3)
     mesh, stacked = make_mesh(expert=4, fsdp=2), stack_layers(params)
     spec = param_shardings(stacked, mesh)["layers"]["mlp"]["experts"]["gate_up"]["kernel"].b.spec
     assert tuple(spec) == (None, "expert", None, "tensor")

@@ -39,7 +39,7 @@ from jaxft.adapters import (
 )
 from jaxft.keys import stream
 from jaxft.models import family_of
-from jaxft.objectives import reparametrised, supervised
+from jaxft.objectives import RouterTerms, reparametrised, supervised
 from jaxft.rewards import Accuracy, measure_accuracy, verifier_for
 
 SMALL = dict(
@@ -66,6 +66,9 @@ class Config:
     adapter: Name | Literal["intrinsic"] = "lora"  # the kind of adapter to train; full: all params
     d: int = 1000  # intrinsic: dimension of the random subspace of the params that trains
 
+    # weights of the routers' losses in a mixture of experts (docs/models.md); 0: they are only logged
+    router_balance: float = 0.0
+    router_z: float = 0.0
     packing: bool = True  # pack several short records into one row; none attends to another
     mask: Literal["completion", "last_turn", "all", "per_message"] = "completion"  # trained tokens
     train_on: str | None = None  # regular expression that restricts --mask, such as "Answer: (.*)"
@@ -104,7 +107,13 @@ def main(config: Config) -> dict[str, Any]:
     params = adapt_params(config, model, base, mesh)
     read = jax.jit(intrinsic_apply) if config.adapter == "intrinsic" else lambda params: params
     forward = reparametrised(model.forward, read)
-    method = shared.method_of(config, supervised, forward)
+    router = RouterTerms(config.router_balance, config.router_z)
+    if router != RouterTerms() and getattr(model.config, "experts", None) is None:
+        raise ValueError(
+            f"--router-balance {config.router_balance} and --router-z {config.router_z} are losses of "
+            f"experts, which {config.base.model} has not; leave them out."
+        )
+    method = shared.method_of(config, functools.partial(supervised, router=router), forward)
     length = config.rows.max_length
     bad = data.BadRecords()
     tokenised = data.render(kept, renderer, length, too_long="truncate", bad=bad)

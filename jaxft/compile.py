@@ -81,6 +81,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         num_hidden_layers=12, num_attention_heads=12, max_position_embeddings=514, type_vocab_size=1,
         layer_norm_eps=1e-5, pad_token_id=1,
     ),
+    "qwen3-30b-a3b": dict(
+        model_type="qwen3_moe", vocab_size=151936, hidden_size=2048, intermediate_size=6144,
+        num_hidden_layers=48, num_attention_heads=32, num_key_value_heads=4, head_dim=128,
+        max_position_embeddings=40960, rope_theta=1e6, rms_norm_eps=1e-6, tie_word_embeddings=False,
+        num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768, norm_topk_prob=True,
+        decoder_sparse_step=1, mlp_only_layers=[],
+    ),
     "gemma3-27b": dict(
         model_type="gemma3_text", vocab_size=262208, hidden_size=5376, intermediate_size=21504,
         num_hidden_layers=62, num_attention_heads=32, num_key_value_heads=16, head_dim=128,
@@ -111,7 +118,7 @@ CHIPS = {
 class Config:
     """The step to compile and its target."""
 
-    # a name of PRESETS, such as llama3-8b, qwen2.5-7b or gemma3-27b; or a config.json
+    # a name of PRESETS, such as llama3-8b, qwen3-30b-a3b or gemma3-27b; or a config.json
     model: str = "llama3-8b"
     # see jaxft.train.ahead; grpo, ppo and nft: the update on sampled responses
     objective: Name = "sft"
@@ -120,6 +127,7 @@ class Config:
     data: int = 1  # mesh: copies of the model; -1 fills
     fsdp: int = -1  # mesh: shards of params and batch; -1 fills
     tensor: int = 1  # mesh: shards of each projection
+    expert: int = 1  # mesh: shards of the experts and of the batch
     context: int = 1  # mesh: shards of each row's tokens
     adapter: str = "lora"  # see experiments/sft.py; full: all params are trained
     rank: int = 16  # of the adapter, if it has one; the dimension of classify's random subspace
@@ -190,14 +198,14 @@ def compile_step(config: Config) -> dict[str, Any]:
     from jaxft.adapters import partition
     from jaxft.models import family_of
     from jaxft.optim import scale_by_lion
-    from jaxft.parallel import compile_only_devices, compiled_cost, make_mesh
+    from jaxft.parallel import compile_only_devices, compiled_cost, make_mesh, row_shards
 
     if config.objective in EXPERIENCE and not 0 < config.response < config.length:
         raise ValueError(
             f"--response {config.response} must lie below --length {config.length}: a prompt comes first."
         )
     devices = compile_only_devices(config.topology)
-    axes = {name: getattr(config, name) for name in ("data", "fsdp", "tensor", "context")}
+    axes = {name: getattr(config, name) for name in ("data", "fsdp", "tensor", "expert", "context")}
     mesh = make_mesh(**axes, slices=slices_of(config.topology)[0], devices=devices)
     if config.length % mesh.shape["context"]:
         raise ValueError(
@@ -208,7 +216,7 @@ def compile_step(config: Config) -> dict[str, Any]:
     model = family_of(architecture).module(
         architecture, dtype=dtype, scan_layers=True, remat=config.remat
     )
-    rows = config.rows * mesh.shape["data"] * mesh.shape["fsdp"] * config.microbatches
+    rows = config.rows * row_shards(mesh) * config.microbatches
     planned = plan(config.objective, model, rows, config.length, config.response, config.rank, mesh)
     rule = scale_by_lion() if config.optimizer == "lion" else None
     optimizer = planned.optimizer(train.make_optimizer(1e-4, total_steps=1000, rule=rule))
@@ -304,7 +312,7 @@ def ideal_exchanged(config: Config, model: Any, devices: int) -> float | None:
     """
     import jax
 
-    if config.quantise or (config.data, config.tensor, config.context) != (1, 1, 1):
+    if config.quantise or {config.data, config.tensor, config.expert, config.context} != {1}:
         return None
     size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(_shapes(model)))
     times = 3 if config.adapter == "full" else 2
@@ -324,7 +332,10 @@ def _matmul_flops(model, config: Config, tokens: int) -> float:
     linear = re.compile(family_of(model.config).targets.linear)
     is_linear = lambda path: linear.fullmatch(path_name(path))
     leaves = tree_leaves_with_path(_shapes(model))
-    layers = sum(math.prod(leaf.shape) for path, leaf in leaves if is_linear(path))
+    experts = getattr(model.config, "experts", None)
+    # A token passes only some of the experts.
+    active = lambda path: experts.per_token / experts.count if "/experts/" in path_name(path) else 1
+    layers = sum(math.prod(leaf.shape) * active(path) for path, leaf in leaves if is_linear(path))
     passes = 2 + (config.adapter == "full")
     encoder = config.objective == "classify"
     head = 0 if encoder else model.config.vocab_size * model.config.hidden_size

@@ -136,6 +136,7 @@ class Mesh:
     data_axis: int = 1  # copies of the model; -1: as many as the devices allow
     fsdp: int = 1  # shards of the params and the batch; -1: as many as the devices allow
     tensor: int = 1  # shards of each projection
+    expert: int = 1  # shards of the experts in a mixture of experts, and of the batch
     context: int = 1  # shards of each row's tokens, for rows too long for one device
     # groups of devices that share a fast network, each with whole copies; TPU slices are found
     slices: int | None = None

@@ -14,7 +14,7 @@ _COUNTS = (
     "examples fine_tuning_steps gradient_accumulation_steps grid group_size held_out images layers "
     "length limit logging_steps max_length max_new_tokens max_prompt max_steps max_tries microbatches "
     "num_samples own pretrain_rows pretrain_steps pretraining problems prompts_per_step questions rank "
-    "rollouts sampled_at_once samples save_steps seeds sft_steps size slices steps tensor text_steps "
+    "rollouts sampled_at_once samples save_steps seeds sft_steps size slices steps tensor expert text_steps "
     "trained_at_once transform_steps turns votes width widths workers"
 ).split()
 _POSITIVE = (
@@ -22,8 +22,8 @@ _POSITIVE = (
 ).split()
 _NOT_NEGATIVE = (
     "center_rewards_coefficient desirable_weight kl kl_weight min_gap nll_alpha reward_kl rho "
-    "temperature text_kl_weight undesirable_weight value_clip value_weight warmup_epochs "
-    "weight_decay xpo_alpha"
+    "router_balance router_z temperature text_kl_weight undesirable_weight value_clip value_weight "
+    "warmup_epochs weight_decay xpo_alpha"
 ).split()
 _SHARES = "dense_share gamma judged lam ld_alpha levels max_bad mixture share until".split()
 

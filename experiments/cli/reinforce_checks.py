@@ -12,6 +12,7 @@ from experiments.cli import choices
 from experiments.cli.algorithms import ALGORITHMS
 from experiments.cli.servers import UNSERVED
 from jaxft import train
+from jaxft.parallel import row_shards
 
 COMPANIONS = {
     "kl_horizon": "kl_target",
@@ -123,14 +124,14 @@ def mesh(config: Any, devices: Any) -> None:
             f"only sft.py and preference.py support --context {config.mesh.context}: sampling generates "
             "token by token and does not split rows. Use --fsdp or --tensor."
         )
-    parts = 1 if devices is None else devices.shape["data"] * devices.shape["fsdp"]
+    parts = 1 if devices is None else row_shards(devices)
     rows = config.prompts_per_step * config.group_size
     rows = rows // 2 if ALGORITHMS[config.algorithm].halves else rows  # sampled at once
     slices = config.optimisation.gradient_accumulation_steps
     if rows % (parts * config.updates * slices):
         raise ValueError(
             f"{rows} answers of a rollout, in {config.updates} updates of {slices} parts, cannot be laid "
-            f"over data x fsdp = {parts} devices; raise --prompts-per-step or --group-size."
+            f"over data x fsdp x expert = {parts} devices; raise --prompts-per-step or --group-size."
         )
 
 

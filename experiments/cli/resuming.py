@@ -13,8 +13,8 @@ from jaxft import data, train
 # Flags that do not change what a run computes: paths, sharding and output.
 FREE = frozenset(
     "output_dir save_steps logging_steps report_to profile_dir resume debug preview remat data_axis fsdp "
-    "tensor context slices distributed workers timeout eval_steps accuracy push_dir push_every push_to_hub "
-    "public".split()
+    "tensor expert context slices distributed workers timeout eval_steps accuracy push_dir push_every "
+    "push_to_hub public".split()
 )
 # Flags that determine the meaning of the data position and the saved arrays.
 FIXED = frozenset(

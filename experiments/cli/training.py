@@ -291,8 +291,8 @@ def adapter_settings(config: Any) -> dict[str, Any]:
 
 def mesh_of(settings: flags.Mesh) -> Any:
     """Returns the mesh of the flags; None on one device."""
-    names = {"data": "data_axis", "fsdp": "fsdp", "tensor": "tensor", "context": "context"}
-    sizes = {axis: getattr(settings, name) for axis, name in names.items()}
+    sizes = {axis: getattr(settings, axis) for axis in ("fsdp", "tensor", "expert", "context")}
+    sizes["data"] = settings.data_axis
     if set(sizes.values()) != {1}:
         return make_mesh(**sizes, slices=settings.slices)
     if settings.slices is not None:

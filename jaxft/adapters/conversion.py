@@ -67,7 +67,7 @@ def as_lora(
     leaves are unchanged.
 
     Args:
-        params: adapted, with separate layers (jaxft.models.unstack_layers).
+        params: adapted, with separate layers (jaxft.models.unstack_layers); experts may be stacked.
         rank: the largest R. None: no update is truncated, and only exact adapters are accepted.
         base: the params before adapting, for Monarch, which replaces its kernel.
 
@@ -91,7 +91,7 @@ def as_lora(
         if isinstance(node, LoraWeight) and found[name].a is node.a:
             return node
         a, b = found[name].a, found[name].b
-        return LoraWeight(kernel, a, b, float(a.shape[1]))
+        return LoraWeight(kernel, a, b, float(a.shape[-1]))
 
     converted = jax.tree_util.tree_map_with_path(convert, params, is_leaf=is_weight)
     if not found:
@@ -109,9 +109,7 @@ def _factors(name: str, node: Any, rank: int | None, kernel: Any) -> tuple[Any, 
             f"as_lora: {name!r} trains as {type(node).__name__}, which does not only change a kernel."
         )
     if node.stack:
-        raise AdapterError(
-            f"as_lora: {name!r} is a stack of layers; call unstack_layers(params) first."
-        )
+        return _of_experts(name, node, rank, kernel)
     if not isinstance(node, MonarchWeight):
         kernel = node.base
     elif kernel is None:
@@ -128,6 +126,23 @@ def _factors(name: str, node: Any, rank: int | None, kernel: Any) -> tuple[Any, 
     # The kernel is float32, so that to_dense does not round the update.
     wide = dataclasses.replace(node, base=below) if hasattr(node, "base") else node
     return kernel, _truncated(to_dense(wide).astype(jnp.float32) - below, rank)
+
+
+def _of_experts(name, node, rank, kernel):
+    """`_factors` of a weight [E, in, out], each expert on its own."""
+    if "/experts/" not in name or len(node.stack) != 1:
+        raise AdapterError(
+            f"as_lora: {name!r} is a stack of layers; call unstack_layers(params) first."
+        )
+    part = lambda tree, e: jax.tree.map(lambda leaf: leaf[e], tree)
+    parts = [_factors(name, part(node, e), rank, part(kernel, e))[1] for e in range(node.shape[0])]
+    kernel = getattr(node, "base", kernel)
+    kernel = kernel.value if isinstance(kernel, Frozen) else kernel
+    a, b = (jnp.stack([getattr(f, field) for f in parts]) for field in "ab")
+    if isinstance(node, LoraWeight) and (rank is None or node.rank <= rank):
+        a, b = node.a, node.b
+    lost, total = (sum(getattr(f, field) for f in parts) for field in ("lost", "total"))
+    return kernel, _Factors(a, b, lost, total)
 
 
 def _exact(node: LoraWeight | PacaWeight | VeraWeight) -> _Factors:

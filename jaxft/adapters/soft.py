@@ -152,7 +152,8 @@ def _bottleneck(name, size, **options) -> Added:
         raise ValueError(f"{name}: size must be at least 1, got {size}; 16 to 512 are usual.")
 
     def make(key, module, stacked):
-        last = next((module[n]["kernel"] for n in SUBLAYER_OUTPUTS if n in module), None)
+        inside = module.get("experts", module)  # [..., E, F, D], with the same outputs
+        last = next((inside[n]["kernel"] for n in SUBLAYER_OUTPUTS if n in inside), None)
         if last is None:
             raise ValueError(
                 f"{name}: the pattern matches a module with {', '.join(sorted(module))}, which is not a "

@@ -52,11 +52,20 @@ def assemble(
     `layers`, on a leading axis.
     """
     named = flatten(shapes)
-    by_path = {path: entry for entry in entries for path in entry.paths}
+    by_path: dict[str, list[Entry]] = {}
+    for entry in entries:
+        for path in entry.paths:
+            by_path.setdefault(path, []).append(entry)
     lost = set(named) ^ set(by_path)
     if lost:
         raise CheckpointError(f"the architecture and the file disagree about {sorted(lost)[0]!r}.")
-    fetch = lambda path: _leaf(by_path[path], path, named, read, dtype)
+
+    def fetch(path):
+        parts = by_path[path]
+        if parts[0].expert is None:
+            return _leaf(parts[0], path, named, read, dtype)
+        return _experts(parts, path, named, read, dtype)
+
     leaves = _stacks(named, fetch, layers) if stacked else {path: fetch(path) for path in named}
     places = flatten(shardings) if shardings is not None else {}
     return _nest({path: _place(leaf, places.get(path)) for path, leaf in leaves.items()})
@@ -82,15 +91,16 @@ def disassemble(
             f"{name!r} cannot be saved in a model's files; save it as an adapter of its base model."
         )
 
-    def fetch(path):
+    def fetch(path, entry):
         layer = number.match(path) if stacked else None
-        if layer is None:
-            return to_host(merge(leaves[path]))
-        i, together = int(layer[1]), number.sub(f"{layers}/", path)
-        return to_host(merge(jax.tree.map(lambda leaf: leaf[i], leaves[together])))
+        index = () if layer is None else (int(layer[1]),)
+        index += () if entry.expert is None else (entry.expert,)
+        node = leaves[path if layer is None else number.sub(f"{layers}/", path)]
+        dense = to_host(merge(jax.tree.map(lambda leaf: leaf[index], node) if index else node))
+        return dense[:, slice(*entry.columns)] if entry.columns else dense
 
     for entry in entries:
-        parts = [fetch(path) for path in entry.paths]
+        parts = [fetch(path, entry) for path in entry.paths]
         tensor = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
         if entry.file_shape:
             axes = entry.axes or tuple(range(len(entry.file_shape)))
@@ -160,10 +170,40 @@ class _Leaf:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Stack:
-    """Leaves of the same shape, one for each layer, on a leading axis; sliced like a `_Leaf`."""
+class _Columns:
+    """The matrix of an expert whose columns are in several tensors; sliced like a `_Leaf`."""
 
-    layers: Sequence[_Leaf]
+    parts: Sequence[_Leaf]
+    structured = False
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.result_type(*(part.dtype for part in self.parts))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.parts[0].shape[0], sum(part.shape[1] for part in self.parts))
+
+    def __getitem__(self, index: Index) -> np.ndarray:
+        rows, columns = index
+        found, start = [], 0
+        for part in self.parts:
+            width = part.shape[1]
+            here = slice(*(min(max(at - start, 0), width) for at in (columns.start, columns.stop)))
+            found.append(part[rows, here])
+            start += width
+        return np.concatenate(found, axis=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stack:
+    """Leaves of the same shape, one for each layer or expert, on a leading axis; sliced like a `_Leaf`."""
+
+    layers: Sequence[_Leaf | _Columns | _Stack]
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.result_type(*(layer.dtype for layer in self.layers))
 
     @property
     def structured(self) -> bool:
@@ -183,7 +223,7 @@ class _Stack:
         layers, *rest = index
         chosen = self.layers[layers]
         shape = [len(chosen), *(part.stop - part.start for part in rest)]
-        stack = np.empty(shape, np.result_type(*(layer.dtype for layer in self.layers)))
+        stack = np.empty(shape, self.dtype)
         for i, layer in enumerate(chosen):
             stack[i] = layer[tuple(rest)]
         return stack
@@ -201,6 +241,17 @@ def _leaf(entry: Entry, path: str, shapes: Mapping[str, Any], read: Read, dtype)
     start = sum(widths[: entry.paths.index(path)])
     kind = np.dtype(tensor.dtype if dtype is None else dtype)
     return _Leaf(tensor, entry, shapes[path].shape, start, kind, is_weight(shapes[path]))
+
+
+def _experts(entries: Sequence[Entry], path: str, shapes: Mapping[str, Any], read, dtype) -> _Stack:
+    """The leaf [E, in, out] of the tensors of its experts."""
+    count, rows, columns = shapes[path].shape
+    by_expert: list[list[_Leaf]] = [[] for _ in range(count)]
+    for entry in entries:
+        start, stop = entry.columns or (0, columns)
+        own = {path: jax.ShapeDtypeStruct((rows, stop - start), shapes[path].dtype)}
+        by_expert[entry.expert].append(_leaf(entry, path, own, read, dtype))
+    return _Stack([parts[0] if len(parts) == 1 else _Columns(parts) for parts in by_expert])
 
 
 def permuted(rows: int, heads: int) -> np.ndarray:

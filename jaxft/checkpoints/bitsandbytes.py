@@ -166,7 +166,8 @@ def _holds(path, entry: Entry, tensor: FourBitTensor) -> bool:
             f"{path}: {entry.name!r} is a Conv1D in bitsandbytes' 4 bits, which is not supported; use the "
             "model that this was made from, with --quantise nf4."
         )
-    plain = not (entry.offset or entry.file_shape or entry.permuted_heads)
+    whole = entry.expert is None  # experts are several tensors of one leaf
+    plain = whole and not (entry.offset or entry.file_shape or entry.permuted_heads)
     return plain and entry.transposed and len(entry.paths) == 1 and tensor.exact
 
 

@@ -1,4 +1,4 @@
-"""Names what a directory holds in place of a model, or in place of the head that jaxft reads."""
+"""Names what a directory holds if it is not a model, or if it has another head than jaxft reads."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ def refuse_pointer(file: pathlib.Path) -> None:
     with open(file, "rb") as stream:
         if stream.read(len(_POINTER)) == _POINTER:
             raise CheckpointError(
-                f"{file}: a Git LFS pointer in place of the tensors; fetch them by `git lfs pull`."
+                f"{file}: a Git LFS pointer instead of the tensors; fetch them by `git lfs pull`."
             )
 
 

@@ -73,6 +73,7 @@ from jaxft.losses.reference_free import (
     tpo_loss,
 )
 from jaxft.losses.reward import bradley_terry_loss, correctness_loss
+from jaxft.losses.routing import balance_loss, expert_load, router_z_loss
 from jaxft.losses.sampled_kl import KlEstimates, kl_estimates, leave_one_out, reverse_kl_surrogate
 from jaxft.losses.supervised import (
     CHUNK,
@@ -89,6 +90,9 @@ from jaxft.losses.weighted import (
 )
 
 __all__ = [
+    "balance_loss",
+    "expert_load",
+    "router_z_loss",
     "adapted_kl_weight",
     "CHUNK",
     "KlEstimates",

@@ -2,10 +2,11 @@
 
 from jaxft.models.cache import Cache
 from jaxft.models.columns import as_rows, of_group
-from jaxft.models.config import DecoderConfig, Rope, tiny_config
+from jaxft.models.config import DecoderConfig, Experts, Rope, tiny_config
 from jaxft.models.decoder import Decoder, Output
 from jaxft.models.encoder import Encoder, EncoderConfig, EncoderOutput
 from jaxft.models.errors import CheckpointError
+from jaxft.models.experts import ExpertsMlp, Routing
 from jaxft.models.families import FAMILIES, config_of, family_of, layers_of
 from jaxft.models.family import Family, Gguf, HuggingFace
 from jaxft.models.layers import read
@@ -28,6 +29,8 @@ __all__ = [
     "EncoderConfig",
     "EncoderOutput",
     "Entry",
+    "Experts",
+    "ExpertsMlp",
     "Family",
     "Gguf",
     "HuggingFace",
@@ -36,6 +39,7 @@ __all__ = [
     "Pooling",
     "Prediction",
     "Rope",
+    "Routing",
     "SpecialIds",
     "Targets",
     "config_of",

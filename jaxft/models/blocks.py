@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxft.kernels.attention import attend, attend_cache, attention
 from jaxft.models.cache import Cache, cache_mask, window_mask, write
 from jaxft.models.config import DecoderConfig
+from jaxft.models.experts import ExpertsMlp
 from jaxft.models.layers import ACTIVATIONS, Dense, Norm, through_adapter
 from jaxft.models.remat import Remat, remat_block, remat_lean
 from jaxft.models.rope import apply_rope
@@ -52,29 +53,37 @@ class Layers(nn.Module):
     def __call__(self, x, context, prefix):
         config, keys, values = self.config, [], []
         # If the window is known while tracing, attention can choose a kernel.
-        block_type = remat_block(Block, self.remat, static_argnums=(2,))
+        block_type, routed = remat_block(Block, self.remat, static_argnums=(2,)), []
         for i in range(config.num_layers):
-            block = block_type(config, self.remat, self.attention, name=str(i))
+            sparse = config.has_experts(i)
+            block = block_type(config, self.remat, self.attention, sparse, name=str(i))
             own = None if prefix is None else prefix[i]
             window, cached = config.window(i), None
             layer = LayerKind(window is not None, window, i not in config.unrotated)
             if context.cache is not None:
                 cached = (context.cache.keys[i], context.cache.values[i])
-            x, cached = block(x, layer, own, cached, context)
+            x, (cached, logits) = block(x, layer, own, cached, context)
+            routed += [] if logits is None else [logits]
             if cached is not None:
                 keys.append(cached[0])
                 values.append(cached[1])
+        logits = jnp.stack(routed) if routed else None
         if context.cache is None:
-            return x, None
-        return x, dataclasses.replace(context.cache, keys=tuple(keys), values=tuple(values))
+            return x, None, logits
+        cache = dataclasses.replace(context.cache, keys=tuple(keys), values=tuple(values))
+        return x, cache, logits
 
 
 class Block(nn.Module):
-    """Attention and MLP, each on the normed residual stream and added to it."""
+    """Attention and MLP, each on the normed residual stream and added to it.
+
+    Returns (x, (keys and values of the cache, logits of the router)), each None without them.
+    """
 
     config: DecoderConfig
     remat: Remat = "none"
     attention: str | None = None
+    sparse: bool = False  # experts replace the MLP
 
     @nn.compact
     def __call__(self, x, layer, prefix, cached, context):
@@ -86,11 +95,14 @@ class Block(nn.Module):
         y, cached = mix(y, layer, prefix, cached, context)
         y = norm(name="post_attention_norm")(y) if config.post_norms else y
         x = keep_tokens(x + _scaled(y, config.residual_scale))
-        y = norm(name="mlp_norm")(x) if config.pre_norms else x
-        y = Mlp(config, self.remat, name="mlp")(y)
+        y, logits = norm(name="mlp_norm")(x) if config.pre_norms else x, None
+        if self.sparse:
+            y, logits = ExpertsMlp(config, self.remat, name="mlp")(y)
+        else:
+            y = Mlp(config, self.remat, name="mlp")(y)
         y = norm(name="post_mlp_norm")(y) if config.post_norms else y
         x = keep_tokens(x + _scaled(y, config.residual_scale))
-        return x, cached
+        return x, (cached, logits)
 
 
 class Attention(nn.Module):
@@ -115,6 +127,10 @@ class Attention(nn.Module):
             features = (lambda y: y) if config.qk_norm_whole else split
             query = norm(name="query_norm")(features(query)).reshape(query.shape)
             key = norm(name="key_norm")(features(key)).reshape(key.shape)
+        if config.clip_qkv is not None:
+            query, key, value = (
+                jnp.clip(y, -config.clip_qkv, config.clip_qkv) for y in (query, key, value)
+            )
         options = {"scale": config.scale, "softcap": config.attention_softcap}
         table = None if config.rope is None else _layer_table(config, layer, context)
 

@@ -38,6 +38,28 @@ class Rope:
 
 
 @dataclasses.dataclass(frozen=True)
+class Experts:
+    """The mixtures of experts in a decoder."""
+
+    count: int
+    per_token: int  # experts that a token passes
+    width: int  # features of an expert's MLP
+    normalised: bool = True  # whether a token's gates are divided by their sum
+    shared_width: int = 0  # of the gated MLP that every token passes; 0: none
+    dense_layers: tuple[int, ...] = ()  # layers with an MLP of intermediate_size instead
+    balance: float = (
+        0.0  # the file's coefficient of the balance loss: see jaxft.losses.balance_loss
+    )
+
+    def __post_init__(self):
+        if not 1 <= self.per_token <= self.count or self.width < 1:
+            raise ValueError(
+                f"Experts: {self.per_token} of {self.count} experts per token with {self.width} features; "
+                "expected 1 to all of them, of at least one feature."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class DecoderConfig:
     """A decoder-only transformer: the families of docs/models.md that predict the next token.
 
@@ -63,6 +85,8 @@ class DecoderConfig:
     mlp_bias: bool = False
     qk_norm: bool = False
     qk_norm_whole: bool = False  # one norm over all heads, not one per head
+    clip_qkv: float | None = None  # largest magnitude of queries, keys and values
+    experts: Experts | None = None  # instead of the MLPs
     pre_norms: bool = True  # norms before attention and MLP
     post_norms: bool = False  # norms after attention and MLP
     rope: Rope | None = Rope()
@@ -104,6 +128,10 @@ class DecoderConfig:
     def scale(self) -> float:
         """Factor of the attention scores."""
         return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
+
+    def has_experts(self, layer: int) -> bool:
+        """True if `layer` has experts instead of an MLP."""
+        return self.experts is not None and layer not in self.experts.dense_layers
 
     def window(self, layer: int) -> int | None:
         """The number of tokens that `layer` sees, or None for all."""

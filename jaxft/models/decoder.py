@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxft.models.blocks import Block, Context, LayerKind, Layers
 from jaxft.models.cache import Cache, empty_cache, reserve
 from jaxft.models.config import DecoderConfig, Rope
+from jaxft.models.experts import Routing
 from jaxft.models.layers import (
     KERNEL_INIT,
     Embed,
@@ -39,11 +40,11 @@ from jaxft.weights import WeightLike
 class Output(NamedTuple):
     """The result of a decoder. Under jit, unused fields are not computed."""
 
-    hidden: (
-        jax.Array
-    )  # [B, T, D] that the head multiplies: after the final norm, in the compute dtype
+    # [B, T, D] that the head multiplies: after the final norm, in the compute dtype
+    hidden: jax.Array
     logits: jax.Array  # [B, T, V] float32
     cache: Cache | None
+    router_logits: jax.Array | None = None  # [L, B, T, E] float32, of the L layers with experts
 
 
 class Decoder(nn.Module):
@@ -116,14 +117,15 @@ class Decoder(nn.Module):
                     "Decoder: a cache needs params with separate layers; "
                     "convert them with jaxft.models.unstack_layers(params)."
                 )
-            x, new_cache = self._scan(x, context, lead.prefix), None
+            (x, routed), new_cache = self._scan(x, context, lead.prefix), None
         else:
             layers = Layers(config, self.remat, self.attention, name=LAYERS)
-            x, new_cache = layers(x, context, lead.prefix)
+            x, new_cache, routed = layers(x, context, lead.prefix)
         x = x[:, lead.prompt_length :]
         norm = config.norm, config.norm_eps, config.norm_offset, config.output_scale
         hidden = Norm(*norm, name="final_norm")(x)
-        return Output(hidden, self._logits(hidden), new_cache)
+        routed = None if routed is None else routed[:, :, lead.prompt_length :]
+        return Output(hidden, self._logits(hidden), new_cache, routed)
 
     def head(self, params: Any) -> WeightLike:
         """The output projection [D, V] of `params` as a weight."""
@@ -148,8 +150,10 @@ class Decoder(nn.Module):
         output = self.apply(
             {"params": params}, jnp.asarray(batch["tokens"]), cache=cache, noise=noise, **inputs
         )
-        softcap = self.config.final_softcap
-        return Prediction(output.hidden, self.head(params), softcap, output.cache)
+        softcap, routing = self.config.final_softcap, None
+        if output.router_logits is not None:
+            routing = Routing(output.router_logits, self.config.experts.per_token)
+        return Prediction(output.hidden, self.head(params), softcap, output.cache, routing)
 
     def init_cache(self, batch: int, length: int, dtype: Any = None) -> Cache:
         """An empty cache of `length` slots for `batch` rows; dtype None: the activations' type."""
@@ -204,6 +208,11 @@ class Decoder(nn.Module):
 
     def _scan(self, x, context, prefix):
         config = self.config
+        if config.experts is not None and config.experts.dense_layers:
+            raise ValueError(
+                f"Decoder: layers {config.experts.dense_layers} have an MLP and the others experts, and "
+                "layers of two kinds cannot be scanned; use scan_layers=False."
+            )
         local = jnp.array([config.window(i) is not None for i in range(config.num_layers)])
         windows = None
         if config.shared_window is None and any(config.windows):
@@ -217,8 +226,10 @@ class Decoder(nn.Module):
             length=config.num_layers,
         )
         turns = jnp.array([i not in config.unrotated for i in range(config.num_layers)])
-        body = scanned(config, self.remat, self.attention, name=LAYERS)
-        return body(x, LayerKind(local, windows, turns), prefix, None, context)[0]
+        sparse = config.experts is not None
+        body = scanned(config, self.remat, self.attention, sparse, name=LAYERS)
+        x, (_, routed) = body(x, LayerKind(local, windows, turns), prefix, None, context)
+        return x, routed
 
 
 class OutputKernel(nn.Module):

@@ -14,10 +14,14 @@ from jaxft.models.gpt2 import GPT2
 from jaxft.models.granite import GRANITE
 from jaxft.models.llama import LLAMA
 from jaxft.models.mistral import MISTRAL
+from jaxft.models.mixtral import MIXTRAL
 from jaxft.models.olmo2 import OLMO2
+from jaxft.models.olmoe import OLMOE
 from jaxft.models.phi3 import PHI3
 from jaxft.models.qwen2 import QWEN2
+from jaxft.models.qwen2_moe import QWEN2_MOE
 from jaxft.models.qwen3 import QWEN3
+from jaxft.models.qwen3_moe import QWEN3_MOE
 from jaxft.models.roberta import ROBERTA
 from jaxft.models.smollm3 import SMOLLM3
 from jaxft.models.towers import TEXT_PARTS
@@ -29,6 +33,10 @@ FAMILIES: tuple[Family, ...] = (
     MISTRAL,
     QWEN2,
     QWEN3,
+    MIXTRAL,
+    QWEN2_MOE,
+    QWEN3_MOE,
+    OLMOE,
     GEMMA,
     GEMMA2,
     GEMMA3,

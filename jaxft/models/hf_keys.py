@@ -39,7 +39,9 @@ COMMON: dict[str, Any] = {
 COUNTS = frozenset(
     "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
     "head_dim max_position_embeddings n_embd n_inner n_layer n_head n_positions num_channels "
-    "type_vocab_size sliding_window_pattern no_rope_layer_interval original_max_position_embeddings".split()
+    "type_vocab_size sliding_window_pattern no_rope_layer_interval original_max_position_embeddings "
+    "num_experts num_local_experts num_experts_per_tok moe_intermediate_size "
+    "shared_expert_intermediate_size decoder_sparse_step".split()
 )
 # Numbers that must not be negative, infinite or NaN (which Python's JSON allows).
 _EPSILONS = frozenset({"rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon"})
@@ -135,9 +137,11 @@ _KINDS: dict[str, type] = {  # of keys whose default is null, or that are not re
     "attn_logit_softcapping": float,
     "final_logit_softcapping": float,
     "hidden_activation": str,
+    "clip_qkv": float,
+    "sliding_window": int,
+    "mlp_only_layers": list,
     "layer_types": list,
     "no_rope_layers": list,
-    "sliding_window": int,
     "rope_scaling": dict,
     "rope_parameters": dict,
 }

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
-from jaxft.models.config import DecoderConfig
+from jaxft.models.config import DecoderConfig, Experts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +20,8 @@ class Entry:
     offset: float = 0.0  # GGUF of Gemma stores 1 + scale
     file_shape: tuple[int, ...] = ()  # the file's shape if it differs from the leaf's
     axes: tuple[int, ...] = ()  # the file's axes in the leaf's order
+    expert: int | None = None  # the tensor is this expert's part of a leaf [E, in, out]
+    columns: tuple[int, int] | None = None  # it holds these columns of that part, not all of them
 
 
 LINEAR = {
@@ -37,24 +40,64 @@ QK_NORMS = {
 }
 
 
-def decoder_entries(config: DecoderConfig, norms: Mapping[str, str] = NORMS) -> list[Entry]:
+class ExpertNames(NamedTuple):
+    """The names of a layer's experts in a file, and of their kernels."""
+
+    module: str  # "block_sparse_moe"
+    gate: str
+    up: str
+    down: str
+
+
+EXPERTS = ExpertNames("mlp", "gate_proj", "up_proj", "down_proj")
+
+
+def decoder_entries(
+    config: DecoderConfig, norms: Mapping[str, str] = NORMS, experts: ExpertNames = EXPERTS
+) -> list[Entry]:
     """The tensors of a Llama-like decoder in a Hugging Face checkpoint, in the file's usual order.
 
     Args:
         config: of the model.
         norms: name in the file -> path in a block, for the norms of each layer.
+        experts: names of the experts, in layers that have them.
     """
     entries = [Entry("model.embed_tokens.weight", ("embed/embedding",))]
     for i in range(config.num_layers):
         theirs, ours = f"model.layers.{i}.", f"layers/{i}/"
         for name, path in LINEAR.items():
+            if path.startswith("mlp/") and config.has_experts(i):
+                continue
             entries.append(Entry(f"{theirs}{name}.weight", (f"{ours}{path}/kernel",), True))
             if _has_bias(config, path):
                 entries.append(Entry(f"{theirs}{name}.bias", (f"{ours}{path}/bias",)))
+        if config.has_experts(i):
+            entries += _expert_entries(config.experts, f"{theirs}{experts.module}.", ours, experts)
         for name, path in norms.items():
             entries.append(Entry(f"{theirs}{name}.weight", (f"{ours}{path}/scale",)))
     entries.append(Entry("model.norm.weight", ("final_norm/scale",)))
     return entries + output_entries(config)
+
+
+def _expert_entries(experts: Experts, theirs: str, ours: str, names: ExpertNames) -> list[Entry]:
+    """One tensor for each kernel of each expert, as in all versions of transformers' files."""
+    up, down = (f"{ours}mlp/experts/{name}/kernel" for name in ("gate_up", "down"))
+    entries = [Entry(f"{theirs}gate.weight", (f"{ours}mlp/router/kernel",), True)]
+    width = experts.width
+    for e in range(experts.count):
+        name = f"{theirs}experts.{e}."
+        halves = ((names.gate, (0, width)), (names.up, (width, 2 * width)))
+        for half, columns in halves:
+            entry = Entry(f"{name}{half}.weight", (up,), True, expert=e, columns=columns)
+            entries.append(entry)
+        entries.append(Entry(f"{name}{names.down}.weight", (down,), True, expert=e))
+    if experts.shared_width:
+        for name in ("gate", "up", "down"):
+            shared = (f"{ours}mlp/shared/{name}/kernel",)
+            entries.append(Entry(f"{theirs}shared_expert.{name}_proj.weight", shared, True))
+        gate = (f"{ours}mlp/shared_gate/kernel",)
+        entries.append(Entry(f"{theirs}shared_expert_gate.weight", gate, True))
+    return entries
 
 
 def output_entries(config: DecoderConfig) -> list[Entry]:

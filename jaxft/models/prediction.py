@@ -25,6 +25,7 @@ class Prediction:
     head: WeightLike  # [D, V]
     softcap: float | None = flax.struct.field(pytree_node=False, default=None)  # c of c tanh(x / c)
     cache: Any = None  # the cache for a sampler's next call; None without one
+    routing: Any = None  # the jaxft.models.Routing of a model with experts
 
     @property
     def logits(self) -> jax.Array:

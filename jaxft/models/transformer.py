@@ -26,12 +26,14 @@ class Targets(NamedTuple):
 
 
 TRANSFORMER_TARGETS = Targets(
-    linear=rf"{LAYERS}/.*/(query|key|value|out|gate|up|down)/kernel",
+    # Experts are included, as in PEFT; routers are not.
+    linear=rf"{LAYERS}/.*/(query|key|value|out|gate|up|gate_up|down)/kernel",
     ia3_outputs=rf"{LAYERS}/.*/(key|value)/kernel",
     ia3_inputs=rf"{LAYERS}/.*/down/kernel",
     houlsby=rf"{LAYERS}/.*(attention|mlp)/adapter",
     pfeiffer=rf"{LAYERS}/.*mlp/adapter",
 )
+EXPERT_KERNELS = rf"{LAYERS}/.*/experts/(gate_up|down)/kernel"
 KEY = "attention/key/kernel"  # in a layer; its shape gives a prefix its width
 SUBLAYER_OUTPUTS = ("out", "down")  # the last projection of attention and MLP
 EMBEDDING = "embed/embedding"

@@ -19,6 +19,7 @@ from jaxft.objectives.reward_model import (
     pairwise_reward,
     process_reward,
 )
+from jaxft.objectives.routing import RouterTerms, router_terms
 from jaxft.objectives.trust_regions import (
     LogitsFn,
     classifier_logits,
@@ -35,6 +36,8 @@ from jaxft.objectives.trust_regions import (
 )
 
 __all__ = [
+    "RouterTerms",
+    "router_terms",
     "LogitsFn",
     "Objective",
     "Sequences",

@@ -12,11 +12,12 @@ from jaxft.losses import linear_cross_entropy
 from jaxft.metrics import Mean, Terms, Undivided, WholeMean, is_undivided, terms_of
 from jaxft.models import Forward, predict
 from jaxft.models.checks import check_tokens
+from jaxft.objectives.routing import NO_TERMS, RouterTerms, router_terms
 
 Objective = Callable[..., tuple[jax.Array, dict[str, Any]]]
 
 
-def supervised(forward: Forward, *, chunk: int = 64) -> Objective:
+def supervised(forward: Forward, *, chunk: int = 64, router: RouterTerms = NO_TERMS) -> Objective:
     """objective(params, batch, key) -> (token-mean cross-entropy in nats, metrics).
 
     `batch` holds `tokens` [B, T] and, each optional, `loss_mask` [B, T] (weight of each token as a
@@ -27,6 +28,8 @@ def supervised(forward: Forward, *, chunk: int = 64) -> Objective:
         forward: a `jaxft.models.Forward`, such as `model.forward` of a Decoder; `with_noise` adds
             noise to its inputs.
         chunk: see `linear_cross_entropy`.
+        router: coefficients of the routers' losses of a model with experts, from the same forward; the
+            loss is then the sum of the terms (`Terms`). Its metrics are logged in any case.
     """
 
     def objective(params, batch, key):
@@ -36,7 +39,12 @@ def supervised(forward: Forward, *, chunk: int = 64) -> Objective:
             found.hidden, found.head, targets, weights, softcap=found.softcap, chunk=chunk
         )
         loss = Mean(total, jnp.sum(weights))
-        return loss.value, {"loss": jax.lax.stop_gradient(loss)}
+        terms, metrics = router_terms(found, batch, router)
+        if not terms:
+            return loss.value, jax.lax.stop_gradient({"loss": loss}) | metrics
+        whole = Terms((loss, *terms))
+        task = {"cross_entropy": jax.lax.stop_gradient(loss)}
+        return whole.value, task | metrics | {"loss": whole}
 
     return objective
 

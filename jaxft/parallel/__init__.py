@@ -20,6 +20,7 @@ from jaxft.parallel.mesh import (
     make_mesh,
     mesh_context,
     replicated,
+    row_shards,
     token_sharding,
 )
 from jaxft.parallel.rules import (
@@ -55,6 +56,7 @@ __all__ = [
     "param_shardings",
     "path_name",
     "replicated",
+    "row_shards",
     "several_hosts",
     "shard_params",
     "stacked_axes",

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import jax
 
-ROW_AXES = ("data", "fsdp")  # split a batch's rows
+EXPERT_AXIS = "expert"  # splits the experts of a layer, and rows elsewhere
+ROW_AXES = ("data", "fsdp", EXPERT_AXIS)  # split a batch's rows
 LENGTH_AXES = ("context",)  # split the tokens of a row
 HEAD_AXES = ("tensor",)  # split the heads of an attention, the features of an MLP
 

@@ -31,8 +31,8 @@ def make_mesh(
     """A mesh over all devices with jaxft's axes, of Auto type; one size may be -1: all remaining devices.
 
     Args:
-        data, fsdp, tensor, expert, context: sizes. `expert` must be 1, because no model has experts
-            yet.
+        data, fsdp, tensor, expert, context: sizes. `expert` splits a batch's rows, as `fsdp` does, and the
+            experts of a layer; other params have a copy on each of its devices.
         slices: groups of devices joined by a slower network: TPU slices or, if there is at most
             one, processes (hosts). Each holds `data` / `slices` whole copies of the model, so that
             only gradients move between slices. None: the number of TPU slices.
@@ -52,11 +52,6 @@ def make_mesh(
     if math.prod(sizes) != len(devices):
         raise ValueError(
             f"make_mesh: {named} does not fill {len(devices)} devices; set one size to -1."
-        )
-    if sizes[AXES.index("expert")] != 1:
-        raise ValueError(
-            f"make_mesh: expert={sizes[AXES.index('expert')]}, but no model of jaxft has experts yet: those "
-            "devices would all do the same. Put them on fsdp, tensor, data or context."
         )
     # jax.make_mesh by itself gives Explicit axes, under which linen's einsums ask for shardings.
     types = (AxisType.Auto,) * len(AXES)
@@ -90,8 +85,13 @@ def _over_slices(sizes, slices, devices) -> np.ndarray:
     )
 
 
+def row_shards(mesh: Mesh) -> int:
+    """The number of parts into which the mesh splits the rows of a batch."""
+    return math.prod(mesh.shape[axis] for axis in ROW_AXES)
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows of a batch over the data and fsdp axes."""
+    """Rows of a batch over the data, fsdp and expert axes."""
     return NamedSharding(mesh, PartitionSpec(ROW_AXES))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxft.parallel.experts import check_experts
 from jaxft.weights import is_weight
 
 Params = Any
@@ -20,6 +21,8 @@ LAYERS = "layers"
 # that a block needs one all-reduce after attention and one after the MLP; "fsdp" splits the other
 # side.
 TRANSFORMER_RULES: Rules = (
+    (r".*/experts/gate_up/kernel", PartitionSpec("expert", "fsdp", "tensor")),
+    (r".*/experts/down/kernel", PartitionSpec("expert", "tensor", "fsdp")),
     (r".*/(query|key|value|gate|up)/kernel", PartitionSpec("fsdp", "tensor")),
     (r".*/(out|down)/kernel", PartitionSpec("tensor", "fsdp")),
     (r".*/(query|key|value|gate|up)/bias", PartitionSpec("tensor")),
@@ -35,10 +38,16 @@ def path_name(path: tuple) -> str:
 
 
 def stacked_axes(path: str, layers: str = LAYERS) -> int:
-    """The number of leading axes of the leaf at `path` that are stacked layers, 1 or 0.
+    """The number of leading axes of the leaf at `path` that are stacked layers or experts: 0, 1 or 2.
 
-    Layers are separate under "layers/0/...", and stacked under "layers/..." without a number.
+    Layers are separate under "layers/0/...", and stacked under "layers/..." without a number. Kernels of
+    experts have an axis more: "layers/0/mlp/experts/down/kernel" is [E, F, D].
     """
+    return layer_axes(path, layers) + int("/experts/" in path and path.startswith(f"{layers}/"))
+
+
+def layer_axes(path: str, layers: str = LAYERS) -> int:
+    """The number of leading axes of the leaf at `path` that are stacked layers, 1 or 0."""
     rest = path.removeprefix(f"{layers}/")
     return int(rest != path and not rest.split("/")[0].isdigit())
 
@@ -50,15 +59,20 @@ def param_shardings(
 
     Leaves that match no rule are replicated. A mesh axis that does not divide its dimension is
     dropped for that leaf. Structured weights shard their own fields, given the spec of the dense
-    kernel that they represent. A rule's spec is that of a leaf in one layer: an axis for stacked
-    layers (`stacked_axes`) is put before it.
+    kernel that they represent. A rule's spec is that of a leaf in one layer, with its axis of experts:
+    an axis for stacked layers (`layer_axes`) is put before it.
+
+    Raises:
+        ValueError: if the axis `expert` does not divide the experts of a layer.
     """
 
     def place(path, node):
         name = path_name(path)
+        if stacked_axes(name, layers) > layer_axes(name, layers):
+            check_experts(node.shape[layer_axes(name, layers)], mesh.shape.get("expert", 1))
         found = (spec for pattern, spec in rules if re.fullmatch(pattern, name))
         spec = next(found, PartitionSpec())
-        spec = PartitionSpec(*(None,) * stacked_axes(name, layers), *spec)
+        spec = PartitionSpec(*(None,) * layer_axes(name, layers), *spec)
         specs = node.with_specs(spec) if is_weight(node) else spec
         fit = lambda leaf, s: NamedSharding(mesh, _fitting(s, leaf.shape, mesh))
         return jax.tree.map(fit, node, specs)

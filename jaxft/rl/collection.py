@@ -22,6 +22,7 @@ from jaxft.parallel import (
     mesh_context,
     path_name,
     replicated,
+    row_shards,
     to_host,
 )
 from jaxft.rl.advantages import has_contrast
@@ -85,7 +86,7 @@ def collect(
         kl_control: adds `kl_weight` to the batch, which the credits of rloo, reinforce_plus_plus and ppo use
             instead of their `reward_kl`. Needs `add_reference` among the transforms, and a credit marked by
             `reads_kl_weight`. None: the weight is constant.
-        mesh: as for `fit`; rows are sampled and scored over its data and fsdp axes. Each of several hosts
+        mesh: as for `fit`; its data, fsdp and expert axes sample and score the rows. Each of several hosts
             makes the whole rollout and keeps its rows; rewards must be equal on all: see `on_first_host`.
 
     Raises:
@@ -207,11 +208,11 @@ def _credited(credit, batch, kl_weight):
 
 def _checked_rows(batch, updates, mesh):
     rows = len(batch["tokens"])
-    devices = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+    devices = 1 if mesh is None else row_shards(mesh)
     if rows % updates or rows // updates % devices:
         raise ValueError(
-            f"collect: {rows} responses cannot be split over {updates} updates on data x fsdp = {devices} "
-            "devices; the product must divide them."
+            f"collect: {rows} responses cannot be split over {updates} updates on data x fsdp x expert = "
+            f"{devices} devices; the product must divide them."
         )
     return rows
 

@@ -50,7 +50,7 @@ def collect_on_device(
         group_size: responses to each prompt.
         updates, epochs: as in `collect`; several add `old_log_probs`. A value head adds `old_values`.
         ref_params: adds `ref_log_probs`; None: no reference.
-        mesh: as for `fit`; with several updates, the rollout lies over its data and fsdp axes.
+        mesh: as for `fit`; with several updates, the rollout lies over its data, fsdp and expert axes.
 
     Raises:
         ValueError: for greedy sampling.

@@ -13,7 +13,15 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from jaxft.keys import stream
-from jaxft.parallel import batch_sharding, lay_out, path_name, replicated, to_host, token_sharding
+from jaxft.parallel import (
+    batch_sharding,
+    lay_out,
+    path_name,
+    replicated,
+    row_shards,
+    to_host,
+    token_sharding,
+)
 from jaxft.train.books import is_like, type_of
 from jaxft.train.state import TrainState, own
 
@@ -98,7 +106,7 @@ def with_start(state: TrainState, batches: Batches) -> TrainState:
 
 
 def place_batch(batch: Any, mesh: Mesh | None) -> Any:
-    """Places a batch on the devices: rows over the mesh's data and fsdp axes; unchanged without a mesh.
+    """Places a batch: rows over the mesh's data, fsdp and expert axes; unchanged without a mesh.
 
     In the leaves that TOKENS names, the tokens of a row lie over the context axis. With several processes,
     each passes its own rows; leaves without axes must be the same in every process.
@@ -111,7 +119,7 @@ def place_batch(batch: Any, mesh: Mesh | None) -> Any:
     if mesh is None:
         return jax.device_put(batch)
     check_hosts(mesh)
-    parts, context = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["context"]
+    parts, context = row_shards(mesh), mesh.shape["context"]
 
     def place(path, leaf):
         if isinstance(leaf, jax.Array) and _on_mesh(leaf, mesh):
@@ -129,7 +137,7 @@ def place_batch(batch: Any, mesh: Mesh | None) -> Any:
                 )
         if rows % parts:
             raise ValueError(
-                f"fit: {rows} rows of {name!r} cannot be laid over data x fsdp = {parts} devices; "
+                f"fit: {rows} rows of {name!r} cannot be laid over data x fsdp x expert = {parts} devices; "
                 f"make the batch a multiple of {parts}."
             )
         if isinstance(leaf, jax.Array) and jax.process_count() == 1:
@@ -147,7 +155,7 @@ def check_hosts(mesh: Mesh) -> None:
     """
     if jax.process_count() == 1:
         return
-    parts, owners = mesh.shape["data"] * mesh.shape["fsdp"], {}
+    parts, owners = row_shards(mesh), {}
     for device, index in batch_sharding(mesh).devices_indices_map((parts,)).items():
         owners.setdefault(index[0].start, set()).add(device.process_index)
     if any(len(processes) > 1 for processes in owners.values()):

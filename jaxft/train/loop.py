@@ -78,7 +78,7 @@ def fit(
         carry: initial value of any further pytree of arrays that the run updates and saves; must be a dict
             of named entries if batches or books add entries. See `init_state`.
         gradient, microbatches, extra_args, books: see `make_step`.
-        mesh: lays rows of batches over its data and fsdp axes. Lay out the params first
+        mesh: lays rows of batches over its data, fsdp and expert axes. Lay out the params first
             (jaxft.parallel.shard_params): arrays that are not on the mesh are copied to all its devices.
         callbacks: Callbacks, or functions of a row.
         checkpoints: where and when to save, and whether to resume; with it, SIGTERM and the first

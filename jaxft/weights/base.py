@@ -13,6 +13,8 @@ from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec
 
 from jaxft.kernels.backend import target_platform
+from jaxft.kernels.grouped import grouped_matmul, grouped_matmul_transposed
+from jaxft.kernels.pullback import linear_map
 
 
 class Weight:
@@ -22,8 +24,8 @@ class Weight:
     `rmatmul(x)` = x W, `to_dense()` = W and `with_specs(spec)`. Its array fields train unless they
     are declared by `frozen_field()`. Methods get one kernel; if layers (or experts) are stacked,
     every field has their leading axes, `stack` gives their sizes, and `jax.lax.scan` or `jax.vmap`
-    removes them before a method is called; only `shape`, `dtype`, `stack` and `with_specs` may be
-    used on a stacked weight.
+    removes them before a method is called; only `shape`, `dtype`, `stack`, `with_specs` and, for experts,
+    `rgrouped` may be used on a stacked weight.
     """
 
     @property
@@ -61,6 +63,14 @@ class Weight:
         formed again in the backward pass, never kept.
         """
         return jax.checkpoint(lambda x, w: convolve(x, w.to_dense()))(x, self)
+
+    def rgrouped(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
+        """grouped(x, W, sizes) of a weight with one stacked axis, the experts.
+
+        A weight with a cheaper form than the dense one overrides this. The dense kernels are
+        formed again in the backward pass, never kept.
+        """
+        return jax.checkpoint(_grouped_dense, prevent_cse=False)(x, self, sizes)
 
     def scaled_bias(self, bias: jax.Array) -> jax.Array:
         """The term added to x W for the `bias` [..., out] of the layer: the bias, except under (IA)^3."""
@@ -101,6 +111,55 @@ def _product(x, w):
     # With several leading axes XLA:CPU writes the gradient of w transposed and copies it: 12 % of a
     # full layer's time, 15 % with LoRA. Accelerators choose layouts themselves.
     return (x.reshape(-1, x.shape[-1]) @ w).reshape(*x.shape[:-1], w.shape[-1])
+
+
+def grouped(x: jax.Array, w: WeightLike, sizes: jax.Array) -> jax.Array:
+    """y [N, F] with y[n] = x[n] w[e] for each row n of expert e, in x's data type; rows after the last are 0.
+
+    Args:
+        x: [N, D], the rows of expert 0 first, then those of expert 1, and so on.
+        w: kernels [E, D, F], or a weight of that shape.
+        sizes: [E] int32, rows of each expert, of which there may be fewer than N.
+    """
+    if isinstance(w, Weight):
+        return w.rgrouped(x, sizes)
+    return grouped_matmul(x, w.astype(x.dtype), sizes)
+
+
+def _grouped_dense(x, w, sizes):
+    return grouped_matmul(x, _dense_experts(w).astype(x.dtype), sizes)
+
+
+def _dense_experts(w):
+    """The kernels [E, D, F] of a weight with one stacked axis, or of an array, as one array."""
+    return jax.vmap(to_dense)(w) if is_weight(w) else w
+
+
+@jax.custom_jvp
+def frozen_grouped(x: jax.Array, w: WeightLike, sizes: jax.Array) -> jax.Array:
+    """`grouped` for frozen kernels: the backward pass keeps w as stored, and does not keep x."""
+    return grouped(x, w, sizes)
+
+
+def _frozen_grouped_jvp(primals, tangents):
+    (x, w, sizes), dx = primals, tangents[0]
+    y = frozen_grouped(x, w, sizes)
+    if isinstance(dx, SymbolicZero):
+        return y, jnp.zeros_like(y)
+    leaves, structure = jax.tree.flatten((jax.lax.stop_gradient(w), sizes))
+
+    # XLA cannot transpose loops; both directions form the dense kernels anew.
+    def apply(fixed, moving):
+        return _grouped_dense(moving[0], *structure.unflatten(fixed))
+
+    def transpose(fixed, ct):
+        w, sizes = structure.unflatten(fixed)
+        return [grouped_matmul_transposed(ct, _dense_experts(w).astype(ct.dtype), sizes)]
+
+    return y, linear_map(apply, transpose, leaves, [dx])
+
+
+frozen_grouped.defjvp(_frozen_grouped_jvp, symbolic_zeros=True)
 
 
 def wide(x: jax.Array, *others: jax.Array) -> jax.Array:
@@ -233,6 +292,9 @@ class Frozen(Weight):
 
     def rmatmul(self, x):
         return frozen_matmul(x, self.value)
+
+    def rgrouped(self, x, sizes):
+        return frozen_grouped(x, self.value, sizes)
 
     def scaled_bias(self, bias):
         return scaled_bias(bias, jax.lax.stop_gradient(self.value))

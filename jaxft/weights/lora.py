@@ -14,7 +14,9 @@ from jaxft.weights.base import (
     Weight,
     WeightLike,
     frozen_field,
+    frozen_grouped,
     frozen_matmul,
+    grouped,
     is_weight,
     matmul,
     split_spec,
@@ -56,6 +58,10 @@ class LoraWeight(Weight):
         # rather than the product saves a pass over the outputs.
         update = matmul(matmul(x, self.a), self.b * (self.alpha / self.rank))
         return frozen_matmul(x, self.base) + update
+
+    def rgrouped(self, x, sizes):
+        update = grouped(grouped(x, self.a, sizes), self.b * (self.alpha / self.rank), sizes)
+        return frozen_grouped(x, self.base, sizes) + update
 
     def rconv(self, x, convolve):
         # R channels through the window, then a product at each place, as in PEFT's Conv2d.

@@ -18,6 +18,8 @@ from jaxft.weights.base import (
     Weight,
     WeightLike,
     frozen_field,
+    frozen_grouped,
+    grouped,
     is_weight,
     matmul,
     split_spec,
@@ -68,6 +70,17 @@ class PacaWeight(Weight):
     def rmatmul(self, x):
         scale = self.alpha / self.rank
         return _product(self.in_place, scale, x, self.base, self.rows, self.indices)
+
+    def rgrouped(self, x, sizes):
+        if is_weight(self.base):
+            return super().rgrouped(x, sizes)
+        # Also in place, where the difference is 0, so that gradients reach P: R of D columns more.
+        expert = jnp.repeat(jnp.arange(len(sizes)), sizes, total_repeat_length=len(x))
+        chosen = jnp.take_along_axis(x, self.indices[expert], axis=1)
+        held = jnp.take_along_axis(self.base, self.indices[..., None], axis=1)
+        wanted = self._scaled().astype(self.dtype)
+        moved = wide(wanted) - jax.lax.stop_gradient(wide(held))
+        return frozen_grouped(x, self.base, sizes) + grouped(chosen, moved, sizes)
 
     def to_dense(self):
         # Written even in place, so that the result depends only on P, and gradients reach it.

@@ -223,7 +223,7 @@ REFUSED = {
     "corda": (dict(init_lora_weights="corda"), "'corda' .* path_initial_model_for_weight_conversion"),
     "lora_ga": (dict(init_lora_weights="lora_ga"), "'lora_ga' is not supported"),
     "loftq": (dict(init_lora_weights="loftq"), "'loftq' is not supported: it quantised the base"),
-    "experts": (dict(target_parameters=["experts.up"]), "target_parameters=.*mixture-of-experts"),
+    "experts": (dict(target_parameters=["experts.up"]), "target_parameters=.*since it has no experts"),
     "unheard of": (dict(use_moonlight=True), "use_moonlight=True is not an option of LORA"),
     "another type": (dict(peft_type="SHIRA"), "peft_type 'SHIRA' .* merge it into its model with PEFT"),
     "no module": (dict(target_modules=["nothing"]), "surplus key .*does not name its module"),

@@ -76,6 +76,25 @@ FAMILIES = {
         attention_multiplier=0.2,
         logits_scaling=3.0,
     ),
+    "mixtral": lambda: hf.MixtralConfig(
+        **BASE, num_local_experts=4, num_experts_per_tok=2, sliding_window=5
+    ),
+    "qwen2_moe": lambda: hf.Qwen2MoeConfig(
+        **MIXED,
+        num_experts=5,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=24,
+    ),
+    "qwen3_moe": lambda: hf.Qwen3MoeConfig(
+        **BASE,
+        head_dim=12,
+        num_experts=4,
+        num_experts_per_tok=3,
+        moe_intermediate_size=16,
+        norm_topk_prob=True,
+    ),
+    "olmoe": lambda: hf.OlmoeConfig(**BASE, num_experts=4, num_experts_per_tok=2, clip_qkv=1.5),
     "gpt2": lambda: hf.GPT2Config(
         vocab_size=61,
         n_embd=32,
@@ -102,3 +121,23 @@ def torch_model(family: str) -> torch.nn.Module:
             centre = 0.0 if family.startswith("gemma") or name.endswith("bias") else centre
             parameter.copy_(centre + spread * torch.randn_like(parameter))
     return model
+
+
+def as_in_files(family: str, tensors: dict) -> dict:
+    """Arrays by the names of a model's parameters, by those of its files: one for each expert."""
+    found = {}
+    for name, tensor in tensors.items():
+        if family == "mixtral":
+            name = name.replace(".mlp.", ".block_sparse_moe.")
+        names = ("w1", "w3", "w2") if family == "mixtral" else ("gate_proj", "up_proj", "down_proj")
+        place, _, last = name.rpartition(".")
+        if not place.endswith(".experts"):
+            found[name] = tensor
+            continue
+        for e, part in enumerate(tensor):
+            halves = (
+                (part,) if last == "down_proj" else (part[: len(part) // 2], part[len(part) // 2 :])
+            )
+            own = names[2:] if last == "down_proj" else names[:2]
+            found |= {f"{place}.{e}.{n}.weight": half for n, half in zip(own, halves, strict=True)}
+    return found

@@ -298,7 +298,7 @@ BAD = [
         ["--rho", "0.1"],
         "--rho 0.1 has no effect with --sharpness none; use sam, asam",
     ),
-    ("reinforce", "mesh", ["--fsdp", "-1"], "cannot be laid over data x fsdp = 8 devices"),
+    ("reinforce", "mesh", ["--fsdp", "-1"], "cannot be laid over data x fsdp x expert = 8 devices"),
     (
         "reinforce",
         "context",

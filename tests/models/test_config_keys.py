@@ -43,6 +43,24 @@ BASES = {
     "mistral": SIZES | dict(sliding_window=5),
     "qwen2": SIZES | dict(use_sliding_window=True, sliding_window=4, max_window_layers=1),
     "qwen3": WINDOW | dict(use_sliding_window=True, max_window_layers=1),
+    "mixtral": SIZES | dict(num_local_experts=4, num_experts_per_tok=2),
+    "qwen2_moe": SIZES
+    | dict(
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=8,
+        shared_expert_intermediate_size=12,
+    ),
+    "qwen3_moe": SIZES
+    | dict(
+        head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=8,
+        use_sliding_window=True,
+        sliding_window=4,
+    ),
+    "olmoe": SIZES | dict(num_experts=4, num_experts_per_tok=2),
     "gemma": SIZES | dict(head_dim=8),
     "gemma2": WINDOW,
     "gemma3_text": WINDOW,
@@ -103,6 +121,11 @@ FLIPS = dict(
     pooler_act=["relu"],
     attention_dropout=[0.3], resid_pdrop=[0.3], hidden_dropout_prob=[0.3], initializer_range=[0.5],
     chunk_size_feed_forward=[2], pretraining_tp=[2], use_cache=[False], output_hidden_states=[True],
+    num_experts=[3, 1, 0, None], num_local_experts=[3, 1, 0], num_experts_per_tok=[3, 1, 0, 9],
+    moe_intermediate_size=[10, 0], shared_expert_intermediate_size=[10, 0], norm_topk_prob=[True, False],
+    decoder_sparse_step=[2, 3, 0], mlp_only_layers=[[], [0], [1, 7], [0, 1], None, ["0"], 1],
+    output_router_logits=[True], router_aux_loss_coef=[0.5, 0.0, None], router_jitter_noise=[0.1],
+    clip_qkv=[2.0, None, 0.0],
     summary_type=["last"], classifier_dropout=[0.5], encoder_stride=[4], tie_last_hidden_states=[False],
 )  # fmt: skip
 BY_NAME = pytest.mark.parametrize("name", BASES)
@@ -139,7 +162,10 @@ def test_the_tables_are_those_of_transformers(name):
                 assert null == ("None" in str(field.type)), field.name
         else:
             assert field.name in NO_EFFECT | codec.keys.no_effect, field.name
-    assert dict(codec.keys.aliases) == kind.attribute_map
+    # The alias, which is not a field, comes last in transformers too, and counts.
+    fields = {field.name for field in dataclasses.fields(kind)}
+    pairs = [pair[:: -1 if pair[0] in fields else 1] for pair in kind.attribute_map.items()]
+    assert dict(codec.keys.aliases) == dict(pairs)
     assert {"rope_theta", "rope_parameters"} <= codec.reads or not hasattr(kind, "rope_parameters")
 
 
@@ -186,6 +212,13 @@ CHANGED = {
     "mistral": dict(sliding_window=3, hidden_act="gelu", tie_word_embeddings=True, num_attention_heads=2),
     "qwen2": dict(layer_types=[SLIDING, FULL], hidden_act="relu", rope_scaling=LINEAR, head_dim=8),
     "qwen3": dict(attention_bias=True, max_window_layers=0, tie_word_embeddings=True),
+    "mixtral": dict(sliding_window=3, num_experts_per_tok=3, num_local_experts=3, hidden_act="relu"),
+    "qwen2_moe": dict(
+        norm_topk_prob=True, decoder_sparse_step=2, qkv_bias=False, use_sliding_window=True, sliding_window=3,
+        shared_expert_intermediate_size=10, moe_intermediate_size=12,
+    ),
+    "qwen3_moe": dict(norm_topk_prob=True, mlp_only_layers=[0], attention_bias=True, sliding_window=3),
+    "olmoe": dict(clip_qkv=0.5, norm_topk_prob=True, attention_bias=True, num_key_value_heads=4),
     "gemma": dict(attention_bias=True, hidden_act="relu", tie_word_embeddings=False),
     "gemma2": dict(
         attention_bias=True, hidden_activation="relu", query_pre_attn_scalar=3, attn_logit_softcapping=1.0,

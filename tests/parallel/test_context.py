@@ -91,7 +91,10 @@ def test_tokens_are_laid_over_the_axis_and_other_leaves_are_not():
     tokens = np.zeros((2, 3, LENGTH), np.int32)  # of groups
     batch = {"tokens": tokens, "positions": tokens[:, 0], "advantages": np.zeros((2, LENGTH))}
     placed = place_batch(batch, mesh)
-    rows, specs = ("data", "fsdp"), {name: leaf.sharding.spec for name, leaf in placed.items()}
+    rows, specs = (
+        ("data", "fsdp", "expert"),
+        {name: leaf.sharding.spec for name, leaf in placed.items()},
+    )
     assert specs == {
         "tokens": PartitionSpec(rows, None, "context"),
         "positions": PartitionSpec(rows, "context"),

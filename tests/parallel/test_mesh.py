@@ -29,8 +29,6 @@ def test_make_mesh_fills_and_is_auto():
 
 
 def test_what_would_leave_devices_idle_or_has_no_slices_is_an_error():
-    with pytest.raises(ValueError, match="expert=8, but no model of jaxft has experts yet"):
-        make_mesh(expert=-1)
     with pytest.raises(ValueError, match="slices=2, but the 8 devices are those of 1 process"):
         make_mesh(data=8, slices=2)
 

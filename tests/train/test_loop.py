@@ -155,7 +155,7 @@ def test_shardings_stay_and_nothing_compiles_again_on_a_mesh(problem, key):
 
 def test_rows_that_the_mesh_does_not_divide_are_refused(problem, optimizer):
     mesh = make_mesh(data=4, fsdp=2)
-    with pytest.raises(ValueError, match=r"12 rows of 'weights' .* data x fsdp = 8"):
+    with pytest.raises(ValueError, match=r"12 rows of 'weights' .* data x fsdp x expert = 8"):
         fit(
             problem.make_params(),
             problem.objective,

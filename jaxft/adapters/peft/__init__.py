@@ -263,7 +263,8 @@ def _read(settings: Settings, tensors: Tensors, model: Model) -> dict[str, Weigh
 
 def _surplus(key: str, settings: Settings, model: Model) -> str:
     """The message for a tensor that was not read."""
-    module = module_of(key, [*model.leaves, model.head])
+    groups = {group.module for group in model.grouped}
+    module = module_of(key, [*model.leaves, *groups, model.head])
     if module is None:
         return (
             f"surplus key {key!r}; the adapter is for another model: this one has no such module."
@@ -298,6 +299,8 @@ def _own_vocabulary(model: Model, adapted: dict, original: Any) -> Tensors:
 
 def _check_places(kind: str, adapted: dict, model: Model) -> None:
     known = {path for linear in model.linears for path in linear.paths}
+    if kind == "LORA":
+        known |= {group.path for group in model.grouped}
     if kind in ("LORA", "TRAINABLE_TOKENS"):
         known |= {path for linear in model.embeddings for path in linear.paths}
     for path in sorted(adapted.keys() - known):

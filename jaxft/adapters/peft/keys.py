@@ -40,6 +40,8 @@ def canonical(tensors: Tensors, model: Model) -> Tensors:
     """
     modules = {linear.name for linear in (*model.linears, *model.embeddings)} | {*model.leaves}
     modules.add(model.head)
+    for group in model.grouped:
+        modules |= {group.module, *(name for names in group.modules for name in names)}
     unwrapped = {key: _WRAPPERS.sub("", key).removeprefix("module.") for key in tensors}
     adapters = {match[2] for name in unwrapped.values() for match in _ADAPTER.finditer(name)}
     if len(adapters) > 1:
@@ -53,6 +55,8 @@ def canonical(tensors: Tensors, model: Model) -> Tensors:
             continue
         name = _ADAPTER.sub(r".\1", name).replace(".modules_to_save.", ".")
         name = name.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
+        # Mixtral's layers in transformers 4.
+        name = name.replace(".block_sparse_moe.", ".mlp.")
         if not name.startswith("base_model."):
             name = PREFIX + name
         name = _in_model(name, modules)

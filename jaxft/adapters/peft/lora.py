@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxft.adapters.errors import AdapterError
-from jaxft.adapters.peft import tokens
+from jaxft.adapters.peft import experts, tokens
 from jaxft.adapters.peft.base_tensors import untied
 from jaxft.adapters.peft.files import Settings, Tensors, take
 from jaxft.adapters.peft.initial import with_initial_base
@@ -43,6 +43,7 @@ def read(settings: Settings, tensors: Tensors, model: Model) -> dict[str, Any]:
     for linear in matrices:
         if linear.name in chosen:
             found |= _read_one(settings, tensors, model, linear)
+    found |= experts.read(settings, tensors, model)
     rows = tokens.read_beside(settings, tensors, model)
     for path in found.keys() & rows.keys():
         raise AdapterError(
@@ -62,7 +63,7 @@ def write(model: Model, found: Mapping[str, Any]) -> tuple[Settings, Tensors]:
     if len(use_dora) > 1:
         raise AdapterError("LoRA and DoRA together: a PEFT file holds only one of them.")
     use_dora = use_dora.pop()
-    tensors, ranks, alphas = {}, {}, {}
+    tensors, ranks, alphas, parameters = experts.write(model, factors)
     for linear in (*model.linears, *model.embeddings):
         parts = [factors.get(path) for path in linear.paths]
         if all(part is None for part in parts):
@@ -84,13 +85,15 @@ def write(model: Model, found: Mapping[str, Any]) -> tuple[Settings, Tensors]:
     names = [linear.name for linear in (*model.linears, *model.embeddings)]
     settings = patterns(ranks, "r") | patterns(alphas, "lora_alpha")
     settings |= {
-        "target_modules": short_names(names, ranks),
+        "target_modules": short_names(names, ranks.keys() & {*names}),
         "lora_dropout": 0.0,
         "fan_in_fan_out": model.conv1d,
         "init_lora_weights": True,
         "use_dora": use_dora,
         "use_rslora": False,  # Its factor is in lora_alpha.
     }
+    if parameters:
+        settings["target_parameters"] = parameters
     if model.tied and EMBEDDING in factors:
         settings["ensure_weight_tying"] = True
     more, beside = tokens.write_beside(model, rows)

@@ -57,6 +57,22 @@ class Linear:
 
 
 @dataclasses.dataclass(frozen=True)
+class Grouped:
+    """The kernels of all experts of a layer, one parameter [E, out, in] of the torch model."""
+
+    name: str  # "model.layers.0.mlp.experts.gate_up_proj"
+    path: str  # "layers/0/mlp/experts/gate_up/kernel"
+    kernel: WeightLike  # [E, in, out]
+    # For each expert, the modules of transformers 4 whose outputs are side by side in the kernel.
+    modules: tuple[tuple[str, ...], ...]
+
+    @property
+    def module(self) -> str:
+        """The torch module that holds the parameter."""
+        return self.name.rpartition(".")[0]
+
+
+@dataclasses.dataclass(frozen=True)
 class Model:
     """A model's params with separate layers, by jaxft's paths and by torch's names."""
 
@@ -64,6 +80,7 @@ class Model:
     linears: tuple[Linear, ...]
     embeddings: tuple[Linear, ...]
     leaves: Mapping[str, Mapping[str, Entry]]  # torch module -> "weight" or "bias" -> its entry
+    grouped: tuple[Grouped, ...]
     head: str  # the torch module of the output projection, present or tied to the embeddings
     tied: bool  # whether the output projection is the embeddings, transposed
 
@@ -78,17 +95,36 @@ def model_of(family: Family, config: Any, params: Any) -> Model:
     nodes = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_weight)[0]
     nodes = {path_name(path): node for path, node in nodes}
     leaves: dict[str, dict[str, Entry]] = {}
-    linears, embeddings = [], []
+    linears, embeddings, experts = [], [], {}
     for entry in family.huggingface.entries(config):
-        module, leaf = entry.name.rsplit(".", 1)
+        module, leaf = family.huggingface.module(entry.name).rsplit(".", 1)
+        if entry.expert is not None:
+            experts.setdefault(entry.paths[0], {}).setdefault(entry.expert, []).append(module)
+            continue
         leaves.setdefault(module, {})[leaf] = entry
+        if entry.paths[0].endswith("/router/kernel"):
+            continue  # a parameter, which no linear layer of the torch model holds
         if entry.paths[0].endswith("/kernel"):
             kernels = tuple(nodes[path] for path in entry.paths)
             linears.append(Linear(module, entry.paths, kernels, not entry.transposed))
         elif entry.paths[0].endswith("/embedding"):
             embeddings.append(Linear(module, entry.paths, (nodes[entry.paths[0]],), embedding=True))
     tied = getattr(config, "tie_embeddings", False)
-    return Model(nodes, tuple(linears), tuple(embeddings), leaves, family.huggingface.head, tied)
+    grouped = []
+    for path, modules in experts.items():
+        names = tuple(tuple(modules[e]) for e in sorted(modules))
+        module = names[0][0].rpartition(".0.")[0]
+        parameter = f"{module}.{path.split('/')[-2]}_proj"
+        grouped.append(Grouped(parameter, path, nodes[path], names))
+    return Model(
+        nodes=nodes,
+        linears=tuple(linears),
+        embeddings=tuple(embeddings),
+        leaves=leaves,
+        grouped=tuple(grouped),
+        head=family.huggingface.head,
+        tied=tied,
+    )
 
 
 def targeted(

@@ -46,7 +46,7 @@ _PATTERNS = dict(rank_pattern={}, alpha_pattern={})
 _LORA_READS = dict(
     **_TARGETS, **_LAYERS, **_PATTERNS,
     r=8, lora_alpha=8, bias="none", use_rslora=False, use_dora=False, lora_bias=False,
-    init_lora_weights=True, trainable_token_indices=None,
+    init_lora_weights=True, trainable_token_indices=None, target_parameters=None,
 )  # fmt: skip
 # PEFT itself corrects fan_in_fan_out by the layer's type; tied weights follow from the tensors.
 _LORA_NO_EFFECT = _words(
@@ -55,7 +55,7 @@ _LORA_NO_EFFECT = _words(
 )
 _LORA_REFUSED = dict(
     megatron_config=None, velora_config=None, alora_invocation_tokens=None, use_qalora=False,
-    monteclora_config=None, layer_replication=None, target_parameters=None, use_bdlora=None,
+    monteclora_config=None, layer_replication=None, use_bdlora=None,
     arrow_config=None, kasa_config=None,
 )  # fmt: skip
 _LYCORIS = dict(**_TARGETS, **_LAYERS, **_PATTERNS, r=8, alpha=8)
@@ -71,7 +71,10 @@ OPTIONS: dict[str, Options] = {
             "r init_lora_weights use_rslora alpha_pattern target_r tinit tfinal deltaT beta1 beta2 "
             "orth_reg_weight total_step"
         ),
-        dict(**_LORA_REFUSED, use_dora=False, lora_bias=False, trainable_token_indices=None),
+        dict(
+            **_LORA_REFUSED, target_parameters=None, use_dora=False, lora_bias=False,
+            trainable_token_indices=None,
+        ),
     ),
     "VBLORA": Options(
         dict(
@@ -162,7 +165,7 @@ _NO_MERGE = _words(
     "ADAPTION_PROMPT CARTRIDGE CPT MULTITASK_PROMPT_TUNING P_TUNING POLY SHADOW XLORA"
 )
 _WHY = {
-    "target_parameters": "it names parameters of mixture-of-experts layers, which no family here has",
+    "target_parameters": "it names parameters of mixture-of-experts layers, which AdaLoRA cannot adapt",
     "layer_replication": "it builds a model of more layers; save that model merged",
     "num_transformer_submodules": "decoders have one",
 }

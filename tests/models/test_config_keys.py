@@ -43,7 +43,8 @@ BASES = {
     "mistral": SIZES | dict(sliding_window=5),
     "qwen2": SIZES | dict(use_sliding_window=True, sliding_window=4, max_window_layers=1),
     "qwen3": WINDOW | dict(use_sliding_window=True, max_window_layers=1),
-    "mixtral": SIZES | dict(num_local_experts=4, num_experts_per_tok=2),
+    # transformers computes no LongRoPE for heads whose size is null.
+    "mixtral": SIZES | dict(num_local_experts=4, num_experts_per_tok=2, head_dim=4),
     "qwen2_moe": SIZES
     | dict(
         num_experts=4,

@@ -84,10 +84,16 @@ SAMPLES = 8  # answers to each held-out question, with --preset full
 DAPO_MATH = questions.Settings(
     model="Qwen/Qwen2.5-Math-7B",
     data="open-r1/DAPO-Math-17k-Processed?name=en",
-    fields={"question": "prompt", "answer": "solution"},
     max_new_tokens=3584,
 )
-FULL = dict(rollouts=320, prompts_per_step=512, group_size=16, updates=16, learning_rate=1e-6)
+FULL = dict(
+    fields={"question": "prompt", "answer": "solution"},  # of DAPO_MATH
+    rollouts=320,
+    prompts_per_step=512,
+    group_size=16,
+    updates=16,
+    learning_rate=1e-6,
+)
 SMOKE = dict(seeds=1, until=0.002, rollouts=1, prompts_per_step=4, group_size=4, updates=2)
 
 

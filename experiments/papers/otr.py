@@ -77,13 +77,18 @@ OPEN_R1 = verified.Settings(
     model="Qwen/Qwen2.5-7B",
     data="open-r1/OpenR1-Math-220k",
     eval_data="HuggingFaceH4/MATH-500?split=test",
-    eval_fields={"question": "problem"},
     max_new_tokens=7680,
     sampled_at_once=256,
     trained_at_once=8,
 )
 OF_WORDS = "until share levels judged examples held_out width layers".split()
-FULL = dict(steps=700, evaluate_every=70, batch_size=128, learning_rate=1e-5)
+FULL = dict(
+    eval_fields={"question": "problem"},  # of OPEN_R1
+    steps=700,
+    evaluate_every=70,
+    batch_size=128,
+    learning_rate=1e-5,
+)
 SMOKE = dict(
     methods=("sft", "otr"), seeds=1, until=1e-6, levels=(0.0,), judged=0.0, steps=2, evaluate_every=1,
     examples=32, batch_size=8, num_samples=4, held_out=8, learning_rate=3e-3, width=32, layers=1,

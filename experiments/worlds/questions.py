@@ -99,8 +99,8 @@ def sized(
 ) -> Any:
     """Returns a script's config with the sizes of its preset, for flags that are not given.
 
-    `config.source` are `Settings`, whose defaults are the paper's; their columns and held-out questions
-    apply only to their own data.
+    `config.source` are `Settings`, whose defaults are the paper's. The paper's held-out questions, and its
+    columns, which `full` has, apply only to its own data.
 
     Args:
         config: the script's, with `preset`, `source` and `smoke`.

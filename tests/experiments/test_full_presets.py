@@ -128,7 +128,8 @@ def test_the_source_is_the_papers_unless_it_is_given(file):
     sized = lambda **given: questions.sized(flags.replace(nft.Config(), **given), nft.FULL, {})
     paper, own = sized(preset="full"), sized(preset="full", data=file, updates=2)
     assert (paper.rollouts, paper.updates) == (320, 16) and (own.rollouts, own.updates) == (320, 2)
-    assert paper.source == nft.DAPO_MATH and own.source.fields == {}
+    assert paper.source.data == nft.DAPO_MATH.data and own.source.data == file
+    assert paper.source.fields == nft.FULL["fields"] and own.source.fields == {}
     assert sized() == nft.Config()  # The default size is as written.
     with pytest.raises(ValueError, match="--model x has no effect without --preset"):
         sized(model="x")

@@ -31,7 +31,7 @@ _QUESTIONS = (
 ).split()
 _ANSWERS = (
     "completion response output solution generated_solution r1_solution_1 answer final_answer outputs "
-    "targets target reply assistant answers summary highlights"
+    "targets target reply assistant answers summary highlights chosen"
 ).split()
 _TEXTS = "content body document passage sentence article code chosen chat conversation transcript".split()
 _TOKENS = ("input_ids", "token_ids")

@@ -101,6 +101,12 @@ def test_tokenised_rows_are_recognised():
     assert suggest_fields({"input_ids": [1], "labels": [1]}) == {"tokens": "input_ids"}
 
 
+def test_a_pair_is_not_suggested_as_text_without_its_question():
+    pair = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    assert suggest_fields(pair) == {"question": "prompt", "answer": "chosen"}
+    assert suggest_fields({"chosen": "q a", "rejected": "q b"}) == {"text": "chosen"}
+
+
 BAD = {"role": "assistant", "content": "bad"}
 TEXT = json.dumps
 

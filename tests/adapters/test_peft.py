@@ -151,7 +151,7 @@ def test_what_peft_cannot_hold_is_not_lost_in_silence(pair, tmp_path):
     if model.config.tie_embeddings:
         with pytest.raises(AdapterError, match="embedding trains, which is tied"):
             save({"embed/.*": full(), IA3_OUTPUTS: ia3()})
-    message = "other random matrices|query, key and value in one matrix"
+    message = "share the random matrices|query, key and value in one matrix"
     with pytest.raises(AdapterError, match=message):
         save({ALL_LINEAR: vera(4)})
     if model.config.family == "gpt2":

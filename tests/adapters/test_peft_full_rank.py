@@ -242,7 +242,7 @@ def test_what_one_file_cannot_hold_is_refused(base, tmp_path):
         save({up: oft(4), q: oft(4, terms=None)})
     with pytest.raises(AdapterError, match="BOFT has one block size for all kernels"):
         save({up: boft(4), q: boft(2)})
-    with pytest.raises(AdapterError, match="has other random bases, rank or alpha"):
+    with pytest.raises(AdapterError, match="does not share the bases, rank and alpha"):
         save({up: randlora(4), q: randlora(4, seed=1)})
 
 

@@ -80,8 +80,8 @@ def write(model: Model, found: Mapping[str, RandloraWeight]) -> tuple[Settings, 
         alike = shares(cut(weight.a, a), a) and shares(cut(weight.b, b), b)
         if not alike or (weight.rank, weight.alpha) != (rank, weights[0].alpha):
             raise AdapterError(
-                f"{linear.name!r} has other random bases, rank or alpha, but PEFT has one of each "
-                "for all; make the adapter with randlora(shape=largest_shape(params, pattern))."
+                f"{linear.name!r} does not share the bases, rank and alpha of other layers, but PEFT has one "
+                "of each for all; make the adapter with randlora(shape=largest_shape(params, pattern))."
             )
         tensors[linear.key("randlora_lambda")] = numpy(weight.scale)
         tensors[linear.key("randlora_gamma")] = numpy(weight.gamma)

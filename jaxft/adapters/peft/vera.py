@@ -61,8 +61,8 @@ def write(model: Model, found: Mapping[str, VeraWeight]) -> tuple[Settings, Tens
         same = np.array_equal(numpy(weight.a[:height]), a[:height])
         if not same or not np.array_equal(numpy(weight.b[:, :width]), b[:, :width]):
             raise AdapterError(
-                f"{linear.name!r} has other random matrices, but PEFT has one pair; make the "
-                "adapter with vera(shape=largest_shape(params, pattern))."
+                f"{linear.name!r} does not share the random matrices of other layers, but PEFT has one pair; "
+                "make the adapter with vera(shape=largest_shape(params, pattern))."
             )
         tensors[linear.key("vera_lambda_d")] = numpy(weight.d)
         tensors[linear.key("vera_lambda_b")] = numpy(weight.e)

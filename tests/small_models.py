@@ -1,9 +1,11 @@
 """Small models of several families, every leaf away from its start, for tests of what is added to them."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxft.adapters import adapt, combine, partition
 from jaxft.models import Decoder, DecoderConfig, Encoder, EncoderConfig
@@ -40,6 +42,20 @@ VIT = EncoderConfig(
 )
 
 
+def start(model):
+    """Params distributed as `model.init` draws them. NumPy draws them: `init` takes seconds to compile."""
+    shapes = jax.eval_shape(model.init, KEY, model.example_input())["params"]
+    rng = np.random.default_rng(0)
+
+    def draw(path, x):
+        constant = {"scale": 1.0 - getattr(model.config, "norm_offset", 0.0), "bias": 0.0}
+        middle = constant.get(path[-1].key, 0.0)
+        deviation = 0.0 if path[-1].key in constant else 0.02
+        return jnp.asarray(rng.normal(middle, deviation, x.shape).astype(x.dtype))
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
 def base(config):
     """A model and its params, the caller's to change."""
     model, params = _initial(config)
@@ -50,9 +66,10 @@ def base(config):
 def large(params):
     """Every leaf moved, so that each part of a model shows in what it gives."""
     leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(7), len(leaves))
-    noise = [0.3 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
-    return tree.unflatten([x + n for x, n in zip(leaves, noise, strict=True)])
+    ends = list(itertools.accumulate(x.size for x in leaves))
+    # One draw for all: the compiler writes each out at length.
+    parts = jnp.split(0.3 * jax.random.normal(jax.random.key(7), (ends[-1],)), ends[:-1])
+    return tree.unflatten([x + n.reshape(x.shape) for x, n in zip(leaves, parts, strict=True)])
 
 
 @jax.jit
@@ -102,5 +119,6 @@ def forward_of(model, read=None):
 @functools.cache
 def _initial(config):
     model = (Encoder if isinstance(config, EncoderConfig) else Decoder)(config)
-    make = lambda x: large(model.init(KEY, x)["params"])
-    return model, jax.jit(make)(model.example_input())
+    rng = np.random.default_rng(1)
+    move = lambda x: x + rng.normal(0, 0.3, x.shape).astype(x.dtype)
+    return model, jax.tree.map(lambda x: jnp.asarray(move(np.asarray(x))), start(model))

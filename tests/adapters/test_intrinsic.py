@@ -28,6 +28,7 @@ from jaxft.metrics import Mean
 from jaxft.models import Decoder, Encoder, EncoderConfig, stack_layers, tiny_config
 from jaxft.objectives import reparametrised
 from jaxft.weights import dense_projection, fastfood
+from tests.small_models import start
 
 KEY = jax.random.key(0)
 APPLY = jax.jit(intrinsic_apply)
@@ -210,7 +211,7 @@ def test_the_same_subspace_in_another_process():
 )
 def test_stacked_layers_have_the_subspace_of_separate_ones(granularity, only):
     model = Decoder(dataclasses.replace(tiny_config(vocab_size=64), hidden_size=24))
-    base = jax.jit(model.init)(KEY, model.example_input())["params"]
+    base = start(model)
     assert tensor_shapes(stack_layers(base)) == tensor_shapes(base)
     settings = dict(granularity=granularity, only=only)
     at = lambda params: APPLY(moved(intrinsic(KEY, params, 60, **settings)))
@@ -224,7 +225,7 @@ def test_stacked_layers_have_the_subspace_of_separate_ones(granularity, only):
 def test_an_encoder_merges_in_bfloat16():
     config = EncoderConfig(16, 32, 1, 2, num_positions=8, vocab_size=11, token_types=2)
     model, tokens = Encoder(config), jnp.ones((1, 4), jnp.int32)
-    params = jax.jit(model.init)(KEY, tokens)["params"]
+    params = start(model)
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
     subspace = moved(intrinsic(KEY, params, 90, projection=dense_projection))
     merged = APPLY(subspace)

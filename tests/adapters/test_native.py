@@ -23,7 +23,7 @@ from jaxft.adapters import (
     save_native,
 )
 from jaxft.models import Decoder, stack_layers, tiny_config
-from tests.small_models import KEY, jitted
+from tests.small_models import jitted, start
 
 # The tiny model is of Llama's family, which has no biases.
 NAMES = [name for name in get_args(Name) if name != "bitfit"]
@@ -32,7 +32,7 @@ MODEL = Decoder(tiny_config())
 
 @functools.cache
 def base():
-    return jax.jit(MODEL.init)(KEY, MODEL.example_input())["params"]
+    return start(MODEL)
 
 
 @jax.jit

@@ -31,6 +31,7 @@ from jaxft.adapters import (
 from jaxft.models import Decoder, stack_layers, tiny_config
 from jaxft.parallel import stacked_axes
 from jaxft.weights import Frozen, LoraWeight, is_weight, matmul
+from tests.small_models import start
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def model():
 
 @pytest.fixture(scope="module", params=["separate", "stacked"])
 def params(model, request):
-    params = model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    params = start(model)
     return stack_layers(params) if request.param == "stacked" else params
 
 

@@ -26,12 +26,13 @@ from jaxft.checkpoints.assemble import disassemble
 from jaxft.checkpoints.tensor_files import open_tensors, save_tensors
 from jaxft.models import Decoder, config_of, family_of, tiny_config
 from jaxft.parallel import make_mesh
+from tests.small_models import start
 
 
 @pytest.fixture
 def saved(tmp_path):
     model = Decoder(tiny_config(vocab_size=64))
-    params = model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    params = start(model)
     save_model(tmp_path, model, params)
     return tmp_path, model, params
 
@@ -159,7 +160,7 @@ GPT2 = config_of(
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_a_host_reads_a_shard_of_a_layer_at_a_time(tmp_path, config, scan_layers):
     model = Decoder(config)
-    save_model(tmp_path, model, model.init(jax.random.key(0), model.example_input())["params"])
+    save_model(tmp_path, model, start(model))
     opened = open_model(tmp_path)
     expected = load_model(opened, scan_layers=scan_layers)[1]
     records = {entry.name: Recorder(opened.read(entry)) for entry in opened.entries}

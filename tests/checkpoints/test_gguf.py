@@ -18,6 +18,7 @@ from jaxft.models import Decoder, DecoderConfig, family_of
 from jaxft.models.special_ids import SpecialIds
 from jaxft.parallel import make_mesh
 from tests.processes import WITHOUT_TORCH
+from tests.small_models import start
 
 CONFIG = DecoderConfig(
     vocab_size=32,
@@ -128,7 +129,7 @@ def q6_k_row(rng):
 
 @pytest.fixture(scope="module")
 def params():
-    return Decoder(CONFIG).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    return start(Decoder(CONFIG))
 
 
 @pytest.mark.parametrize("kind", list(ERRORS))  # of all types: test_gguf_reading.py

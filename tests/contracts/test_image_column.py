@@ -16,6 +16,7 @@ from jaxft.models import Decoder, tiny_config
 from jaxft.objectives import policy_gradient, supervised
 from jaxft.train import fit
 from jaxft.weights import matmul
+from tests.small_models import start
 
 IMAGE, PROMPT = 6, [6, 6, 6, 6, 7]  # four patches and a question; answers are 0 to 3
 
@@ -53,7 +54,7 @@ def images(seed, count=64):
 def test_images_are_learnt_by_supervised_and_by_grpo():
     sizes = dict(hidden_size=32, intermediate_size=32, num_layers=2, max_length=16)
     model = Seeing(Decoder(dataclasses.replace(tiny_config(vocab_size=8), **sizes)))
-    text = jax.jit(model.decoder.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    text = start(model.decoder)
     params = {"text": text, "vision": jax.random.normal(jax.random.key(1), (4, 32))}
     (pixels, answers), (held_out, wanted) = images(0), images(1)
     batch = {"tokens": np.insert(np.tile(PROMPT, (64, 1)), 5, answers, axis=1), "images": pixels}

@@ -11,6 +11,7 @@ import pytest
 from experiments.papers.dco import cot, proof
 from experiments.papers.dco import main as dco
 from experiments.worlds import workings
+from tests.small_models import start
 
 
 def smoke(mode, directory):
@@ -52,7 +53,7 @@ def test_theorems_follow_a_rule_in_most_steps():
 
 def test_what_is_read_of_a_model_is_its_own_step_by_step():
     model = proof.toy.decoder(14, 8, 16, 1)
-    params = jax.jit(model.init)(jax.random.key(0), model.example_input())["params"]
+    params = start(model)
     params = jax.tree.map(lambda x: 20 * x if x.ndim > 1 else x, params)
     theorem, target = np.array([[1, 2, 3, 4]]), np.array([3, 0, 5, 2])
     found = np.asarray(proof._reader(model)(params, theorem))[0]

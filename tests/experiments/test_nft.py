@@ -13,6 +13,7 @@ from jax.flatten_util import ravel_pytree
 from experiments.papers import nft
 from jaxft.models import Decoder, tiny_config
 from jaxft.objectives import completion_log_probs, policy_gradient
+from tests.small_models import start
 
 
 def test_smoke(tmp_path):
@@ -31,7 +32,7 @@ def coefficients():
     config = tiny_config(vocab_size=5, max_length=8)
     small = dict(hidden_size=16, intermediate_size=16, head_dim=4, num_layers=1)
     model = Decoder(dataclasses.replace(config, **small))
-    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    params = start(model)
     methods = nft.algorithms(functools.partial(policy_gradient, model.forward), 4)
     rows = {
         "tokens": jnp.tile(jnp.array([[1, 2]]), (12, 1)),

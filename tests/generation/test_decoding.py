@@ -23,6 +23,7 @@ from jaxft.generation import (
     transform_logits,
 )
 from jaxft.models import Decoder, tiny_config
+from tests.small_models import start
 
 V, STOPS = 11, (2, 7)
 LENGTHS = (1, 2, 3, 9, 24)
@@ -101,7 +102,7 @@ def test_rules_equal_transformers(rules):
 @pytest.fixture(scope="module")
 def model_and_params():
     model = Decoder(tiny_config(vocab_size=V, max_length=128))
-    params = model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    params = start(model)
     return model, jax.tree.map(lambda leaf: leaf * 4 if leaf.ndim > 1 else leaf, params)
 
 

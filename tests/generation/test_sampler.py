@@ -12,6 +12,7 @@ from jaxft.generation import SamplingConfig, generate, sampler, transform_logits
 from jaxft.losses import linear_log_probs
 from jaxft.models import Cache, Decoder, DecoderConfig, Prediction, stack_layers, tiny_config
 from jaxft.rl import on_device
+from tests.small_models import start
 
 GREEDY = SamplingConfig(max_new_tokens=12, temperature=0.0)
 
@@ -25,7 +26,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def params(model):
-    params = model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    params = start(model)
     return jax.tree.map(lambda leaf: leaf * 4 if leaf.ndim > 1 else leaf, params)
 
 

@@ -21,6 +21,7 @@ from jaxft.weights import (
     quantised_weight,
     to_dense,
 )
+from tests.small_models import start
 
 
 def draw(batch, length, features=6, vocabulary=11, share=0.5):
@@ -215,7 +216,7 @@ def test_forward_mode_and_hessian_products_never_hold_all_logits():
 def test_hessian_products_of_the_supervised_objective_are_those_of_its_logits():
     config = dataclasses.replace(tiny_config(), num_layers=1)
     model, tokens = Decoder(config), jax.random.randint(jax.random.key(1), (2, 5), 0, 99)
-    params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
+    params = start(model)
     along = jax.tree.map(lambda leaf: jnp.cos(7 * leaf), params)
     whole = jnp.ones(tokens.shape, jnp.int32)
     positions = jnp.broadcast_to(jnp.arange(5), tokens.shape)

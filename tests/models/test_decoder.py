@@ -11,7 +11,7 @@ from jax._src.ad_checkpoint import saved_residuals
 from jaxft.adapters import adapt, lora
 from jaxft.models import Decoder, DecoderConfig, Rope, stack_layers, tiny_config, unstack_layers
 from jaxft.objectives import supervised
-from tests.small_models import jitted
+from tests.small_models import jitted, start
 
 TOKENS = jnp.arange(12)[None]
 VARIANTS = {
@@ -40,7 +40,7 @@ def config(request):
 
 @functools.cache
 def init(config, **options):
-    return jax.jit(Decoder(config, **options).init)(jax.random.key(0), TOKENS)["params"]
+    return start(Decoder(config, **options))
 
 
 def outputs(model, params):

@@ -11,6 +11,7 @@ import pytest
 from jax._src.ad_checkpoint import saved_residuals
 
 from jaxft.models import Decoder, Encoder, EncoderConfig, tiny_config
+from tests.small_models import start
 
 KEY = jax.random.key(0)
 RULES = ("none", "lean")
@@ -37,7 +38,7 @@ def model(request):
 @functools.cache
 def initial(module, config, scan_layers):
     made = module(config, scan_layers=scan_layers)
-    return jax.jit(made.init)(KEY, made.example_input())["params"]
+    return start(made)
 
 
 def build(model, remat, scan_layers=False):

@@ -238,8 +238,8 @@ def test_slices_change_nothing_and_what_is_optimised_is_logged(name):
     objective, batch, params, (loss, metrics, grads) = whole(name)
     np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-6, atol=1e-6)
     assert loss != 0 and any(np.any(g != 0) for g in jax.tree.leaves(grads))
-    for slices in (2, 4):
-        close(update(objective, params, batch, slices), (loss, metrics, grads))
+    # One slice is all padding. In two, the next test has each kind of mean.
+    close(update(objective, params, batch, 4), (loss, metrics, grads))
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from jaxft.objectives.policy import (
     token_mean,
 )
 from jaxft.rl.algorithms import clipped, clipped_sums, reinforce
-from tests.small_models import forward_of
+from tests.small_models import forward_of, start
 
 ROWS, PROMPT, RESPONSE, VOCABULARY = 8, 4, 5, 11
 MODEL = Decoder(
@@ -32,7 +32,7 @@ FORWARD = forward_of(MODEL)
 
 @pytest.fixture(scope="module")
 def params():
-    return jax.jit(MODEL.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    return start(MODEL)
 
 
 @pytest.fixture(scope="module")

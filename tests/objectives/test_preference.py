@@ -25,11 +25,11 @@ from jaxft.objectives import (
     sequence_log_probs,
 )
 from jaxft.rewards import add_reward_head, sequence_rewards, token_rewards
-from tests.small_models import forward_of, jitted
+from tests.small_models import forward_of, jitted, start
 
 MODEL = Decoder(dataclasses.replace(tiny_config(vocab_size=17), num_layers=1))
 FORWARD = forward_of(MODEL)
-BASE = jax.jit(MODEL.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+BASE = start(MODEL)
 KERNELS = r"layers/.*/(query|down)/kernel"
 LENGTHS = [(3, 2), (5, 7), (2, 4), (6, 3)]  # tokens of the completions; prompts have 2 to 5
 

@@ -9,7 +9,7 @@ import optax
 from jaxft import losses
 from jaxft.models import Decoder, tiny_config
 from jaxft.objectives import shift, supervised, token_supervised
-from tests.small_models import forward_of, jitted
+from tests.small_models import forward_of, jitted, start
 
 
 def test_shift_stays_inside_segments():
@@ -29,7 +29,7 @@ def test_packed_rows_give_the_loss_and_gradient_of_records_alone():
     forward = forward_of(model)
     rng = np.random.default_rng(0)
     records = [rng.integers(0, 17, n) for n in (3, 5, 2, 4)]
-    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    params = start(model)
 
     def row(parts, length=10):
         filled = sum(len(p) for p in parts)

@@ -38,7 +38,7 @@ from jaxft.objectives.policy import token_mean
 from jaxft.optim import tram, tram_fisher, with_tram, with_tram_fisher
 from jaxft.rl.algorithms import clipped
 from jaxft.train import accumulate, fit, init_state, make_step
-from tests.small_models import forward_of
+from tests.small_models import forward_of, start
 
 SMALL = dict(
     hidden_size=32, intermediate_size=48, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=16
@@ -55,7 +55,7 @@ KEY = jax.random.key(5)
 
 @pytest.fixture(scope="module")
 def params():
-    return jax.jit(MODEL.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    return start(MODEL)
 
 
 @pytest.fixture(scope="module")
@@ -214,7 +214,7 @@ def image_model():
         pre_norm=True, image_size=8, patch_size=4, channels=1, pooler=False,
     )  # fmt: skip
     model = Encoder(config)
-    params = model.init(jax.random.key(0), model.example_input())["params"]
+    params = start(model)
     kernel = jax.random.normal(jax.random.key(1), (16, 3))
     head = lambda params, output: output.hidden[:, 0] @ params["head"]["kernel"]
     return model, params | {"head": {"kernel": kernel}}, head
@@ -241,7 +241,7 @@ def test_a_classifier_of_tokens_has_its_noise_on_their_embeddings():
     )  # fmt: skip
     model = Encoder(config)
     tokens = jnp.asarray(RNG.integers(0, 11, (2, 5)))
-    params = model.init(jax.random.key(0), tokens)["params"]
+    params = start(model)
     table = params["embed"]["embedding"]
     logits_fn = classifier_logits(model, lambda params, output: output.hidden[:, 0])
     offset = jnp.linspace(-1, 1, 16)

@@ -18,6 +18,7 @@ from jaxft.parallel import (
     shard_params,
 )
 from jaxft.train import evaluate, fit, make_eval_step
+from tests.small_models import start
 
 
 def test_make_mesh_fills_and_is_auto():
@@ -42,7 +43,7 @@ def test_sizes_that_do_not_fit_are_errors(sizes):
 
 def test_weights_lay_out_their_own_fields():
     model = Decoder(tiny_config(vocab_size=64))
-    params = model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    params = start(model)
     mesh = make_mesh(fsdp=4, tensor=2)
     for tree in (params, stack_layers(params)):
         shardings = param_shardings(adapt(jax.random.key(1), tree, {ALL_LINEAR: lora(4)}), mesh)
@@ -67,7 +68,7 @@ def test_weights_lay_out_their_own_fields():
 def test_loss_and_gradients_equal_one_device(sizes, stacked, full):
     """With the mesh in context, as in a step: rows are kept apart, and the head is gathered once."""
     model = Decoder(tiny_config(vocab_size=64))
-    params = model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    params = start(model)
     params = stack_layers(params) if stacked else params
     params = params if full else adapt(jax.random.key(1), params, {ALL_LINEAR: lora(4)})
     rng = np.random.default_rng(0)

@@ -3,10 +3,10 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 
 from jaxft.generation import SamplingConfig
 from jaxft.models import Decoder, tiny_config
+from tests.small_models import start
 
 VOCABULARY, STOP = 8, 7
 SAMPLING = SamplingConfig(max_new_tokens=3, stop_ids=(STOP,))
@@ -31,7 +31,7 @@ class Digits:
 def model_and_params():
     """A small decoder, the same for all tests."""
     model = Decoder(tiny_config(vocab_size=VOCABULARY, max_length=256))
-    return model, model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    return model, start(model)
 
 
 def taken(batches, params, count=1, key=jax.random.key):

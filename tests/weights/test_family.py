@@ -32,7 +32,7 @@ from jaxft.weights import (
     to_dense,
     vera_tables,
 )
-from tests.small_models import adapted
+from tests.small_models import adapted, start
 
 KEY = jax.random.key(0)
 
@@ -387,7 +387,7 @@ def whole_model():
     """(params, logits), a function of the params."""
     model = Decoder(dataclasses.replace(tiny_config(), num_layers=1))
     tokens = jnp.arange(6)[None]
-    params = jax.jit(model.init)(KEY, tokens)["params"]
+    params = start(model)
     return params, jax.jit(lambda p: model.apply({"params": p}, tokens).logits)
 
 

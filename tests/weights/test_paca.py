@@ -31,6 +31,7 @@ from jaxft.weights import (
     paca_weight,
     to_dense,
 )
+from tests.small_models import start
 
 KEY = jax.random.key(0)
 
@@ -435,7 +436,7 @@ def _model(remat="none", layers=1):
 
 @functools.cache
 def _params(model):
-    return jax.jit(model.init)(jax.random.key(1), model.example_input())["params"]
+    return start(model)
 
 
 def _batch():

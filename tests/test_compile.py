@@ -17,6 +17,14 @@ SMALL = dict(
 )  # fmt: skip
 
 
+# Settings that are refused once devices are known, and why.
+REFUSED = [
+    (dict(topology="h100:8", fsdp=3), "does not fill 8 devices"),
+    (dict(context=2, length=9), "--length 9 must be a multiple of --context 2"),
+    (dict(objective="grpo", response=9, length=9), "must lie below --length 9"),
+]
+
+
 @pytest.fixture(scope="module")
 def figures(tmp_path_factory):
     """Figures of LoRA and of full fine-tuning on eight H100s, sharded by FSDP."""
@@ -34,6 +42,12 @@ def figures(tmp_path_factory):
         figures = {{name: run(name) for name in ("lora", "full")}}
         figures["context"] = run("lora", fsdp=4, context=2)
         figures["grpo"] = run("lora", objective="grpo", response=64)
+        figures["refused"] = []
+        for config in {[config for config, _ in REFUSED]!r}:
+            try:
+                compile_step(Config(**config))
+            except ValueError as error:
+                figures["refused"].append(str(error))
         print(json.dumps(figures))
         """
     )
@@ -157,14 +171,16 @@ ENTRY main (a: f32[4]) -> f32[4] {
     assert exchanged_bytes(by_two) == {"collective-permute": (12, 12 * 256 * 16 * 2)}
 
 
+def test_settings_that_devices_cannot_take_are_refused(figures):
+    for said, (_, message) in zip(figures["refused"], REFUSED, strict=True):
+        assert message in said
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
         (["--model", "nowhere"], "neither a preset (llama3-1b"),
         (["--topology", "v9z:2"], "is not a topology"),
-        (["--fsdp", "3", "--topology", "h100:8"], "does not fill 8 devices"),
-        (["--context", "2", "--length", "9"], "--length 9 must be a multiple of --context 2"),
-        (["--objective", "grpo", "--response", "9", "--length", "9"], "must lie below --length 9"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments, message, monkeypatch, capsys):

@@ -176,7 +176,7 @@ RULES = {
 # Every type once; GPT-2 has its own layers, Qwen 3 an output projection and norms of its own.
 IN = {
     "smollm2": list(RULES),
-    "gpt2": ["dora", "dora of a part", "ia3", "norms", "some norms", "pissa", "lora beside"],
+    "gpt2": ["dora", "ia3", "norms", "lora beside"],
     "qwen3": ["loha", "norms"],
 }
 

@@ -104,7 +104,7 @@ def test_the_adapter_is_used_by_the_other_scripts(smoke, tmp_path, capsys):
     [
         dict(updates=2, kl_weight=0.1, turns=2, stop=tuple("aeiou 0123456789")),
         dict(algorithm="ppo", epochs=2, reward_kl=0.1, kl_target=1.0, kl_horizon=50.0)
-        | dict(data_axis=2, fsdp=2, tensor=2, scan_layers=True, remat="full", sharpness="sam"),
+        | dict(scan_layers=True, remat="full", sharpness="sam"),
     ],
     ids=["grpo", "ppo"],
 )
@@ -126,7 +126,7 @@ def test_reinforcement_learning_writes_all_it_promises_and_goes_on(settings, tmp
     assert metrics["steps"] == 4 and metrics["gap"] < 1e-4
     assert {*reinforce.SHOWN, "clipped_low", "no_contrast"} <= set(rows(whole)[0])
     if settings.get("algorithm") == "ppo":
-        return  # Over a mesh a run that is cut is tests/rl/test_mesh.py's.
+        return  # A run of PPO that is cut is tests/rl/test_ppo.py's.
     # Cut inside a rollout and resumed, it goes on with the same experience.
     shutil.copytree(whole, parts)
     shutil.rmtree(parts / "checkpoints" / "4")

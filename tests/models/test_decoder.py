@@ -61,8 +61,19 @@ def gradients(config, remat):
     return jax.jit(jax.grad(lambda p: objective(p, {"tokens": TOKENS}, None)[0]))
 
 
-@pytest.mark.parametrize("remats, scan_layers", [(("lean", "full"), False), (("dots",), True)])
-def test_remat_changes_no_gradient(config, remats, scan_layers):
+# Each policy in a model with and without scans, and in each model one; the rest: tests/test_any_with_any.py.
+@pytest.mark.parametrize(
+    "variant, remats, scan_layers",
+    [
+        ("plain", ("lean", "full"), False),
+        ("plain", ("dots",), True),
+        ("windows", ("full",), True),
+        ("gemma", ("lean",), True),
+        ("gpt2", ("lean", "dots"), False),
+    ],
+)
+def test_remat_changes_no_gradient(variant, remats, scan_layers):
+    config = dataclasses.replace(tiny_config(vocab_size=31), **VARIANTS[variant])
     params = init(config)
     wanted = gradients(config, "none")(params)
     for remat in remats:

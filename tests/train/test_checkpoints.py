@@ -149,8 +149,6 @@ def break_file(path, how):
     "pattern, how",
     [
         ("meta/metadata", "truncated"),
-        ("meta/metadata", "deleted"),
-        ("trainable/d/*", "truncated"),
         ("trainable/d/*", "flipped"),
         ("opt_state/manifest.ocdbt", "truncated"),
         ("opt_state/d/*", "deleted"),

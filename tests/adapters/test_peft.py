@@ -214,6 +214,7 @@ def test_peft_opens_biases_beside_lora(tmp_path):
         save_adapter(tmp_path, model.config, adapted_and_trained(params, rules))
 
 
+@pytest.mark.parametrize("pair", ["smollm2", "gpt2"], indirect=True)
 def test_a_pissa_file_needs_its_own_base(pair, tmp_path):
     _, _, model, params = pair
     adapted = adapted_and_trained(params, {ALL_LINEAR: pissa(3, 6.0)})

@@ -236,7 +236,7 @@ def test_preferences_are_learnt_from_a_file(loss, tmp_path):
     settings = dict(model="tiny", data=(str(path),), eval_data="", validation=0.3, max_length=64)
     settings |= dict(max_steps=12, batch_size=4, learning_rate=3e-3, eval_steps=6, rank=4)
     settings |= dict(save_steps=6) | (dict(max_new_tokens=4) if loss == "hypo" else {})
-    settings |= dict(fsdp=2, context=4) if loss == "kto" else {}
+    settings |= dict(fsdp=2, context=4, scan_layers=True) if loss == "kto" else {}
     moving = dict(ref_model_sync_steps=5, ref_model_mixup_alpha=0.3, prompt_embedder="tiny")
     settings |= moving if loss == "bco" else {}
     output = tmp_path / "run"

@@ -113,9 +113,13 @@ def test_unused_logits_cost_nothing():
     assert flops(lambda o: o.logits) - flops(lambda o: o.hidden) > 2 * 12 * 96 * 4000
 
 
-@pytest.mark.parametrize("width", [9, 140])  # the second takes two tiles
-def test_an_empty_cache_is_filled_as_without_one_and_as_in_parts(config, width):
+# 140 tokens take two tiles.
+@pytest.mark.parametrize(
+    "variant, width", [*((name, 9) for name in VARIANTS), ("plain", 140), ("windows", 140)]
+)
+def test_an_empty_cache_is_filled_as_without_one_and_as_in_parts(variant, width):
     """A left-padded row beside a full one: the oracles are the plain forward pass, and appending."""
+    config = dataclasses.replace(tiny_config(vocab_size=31), **VARIANTS[variant])
     model, params = Decoder(config), init(config)
     tokens = np.random.default_rng(1).integers(0, 31, (2, width), np.int32)
     valid = np.ones((2, width), np.int32)

@@ -218,10 +218,9 @@ def test_x64_is_float32_with_more_digits(name):
 
 @quiet
 @every_transform
-@pytest.mark.parametrize("dtypes", ["bfloat16", "x64 mixed"])
-def test_zeros_give_no_nan(name, dtypes):
-    x64, leaves = DTYPES[dtypes]
-    with jax.enable_x64(x64):
+def test_zeros_give_no_nan(name):
+    _, leaves = DTYPES["x64 mixed"]  # all of them, float16 of the smallest range too
+    with jax.enable_x64(True):
         run, params = compiled(name), tree(0, leaves)
         zeros = jax.tree.map(jnp.zeros_like, params)
         # At the anchor with no gradient; and params that are 0, where ASAM's ball has no size.

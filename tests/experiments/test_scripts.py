@@ -340,6 +340,7 @@ def test_messages_of_other_libraries_are_left_out_by_name_and_no_others(name, te
     handler.emit = lambda record: seen.append(record.getMessage())
     monkeypatch.setattr(logger, "filters", [])
     monkeypatch.setattr(logger, "handlers", [handler])
+    monkeypatch.setattr(logger, "propagate", False)
     monkeypatch.setenv("HF_DATASETS_DISABLE_PROGRESS_BARS", "0")  # the user's own, which stays
     quiet.silence()
     logger.warning(f"before {text} after")

@@ -156,24 +156,23 @@ def papers_section(lines: Mapping[str, str]) -> str:
 
 def papers_lines(page: str) -> dict[str, str]:
     """{paper: its line} of the compiled rows in a page."""
-    found = page.partition(PAPERS_TITLE)[2].splitlines()
-    return {
-        slug: line
-        for line in found
-        if MISSING not in line
-        and (slug := line.split("|")[1:2] and line.split("|")[1].strip()) in PAPERS
-    }
+    rows = [line for line in page.partition(PAPERS_TITLE)[2].splitlines() if line.startswith("| ")]
+    named = {line.split("|")[1].strip(): line for line in rows if MISSING not in line}
+    return {slug: line for slug, line in named.items() if slug in PAPERS}
 
 
 def compile_papers(slugs: list[str]) -> None:
     """Compiles these papers' steps and writes each into the page."""
     for slug in slugs:
-        case = PAPERS[slug]
-        line = f"| {slug} {row(case, main(dataclasses.replace(case, json=True)))}"
-        page = PAGE.read_text()
-        lines = papers_lines(page) | {slug: line}
-        PAGE.write_text(page.partition(PAPERS_TITLE)[0].rstrip() + "\n\n" + papers_section(lines))
-        print(line, flush=True)
+        write_paper(slug, main(dataclasses.replace(PAPERS[slug], json=True)))
+
+
+def write_paper(slug: str, figures: dict) -> None:
+    """Writes the line of a paper into the page, with the figures of its step."""
+    page, line = PAGE.read_text("utf-8"), f"| {slug} {row(PAPERS[slug], figures)}"
+    section = papers_section(papers_lines(page) | {slug: line})
+    PAGE.write_text(page.partition(PAPERS_TITLE)[0].rstrip() + "\n\n" + section, "utf-8")
+    print(line, flush=True)
 
 
 def compile_cases(rows: list[int] | None) -> None:

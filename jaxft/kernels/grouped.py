@@ -50,20 +50,20 @@ def grouped_matmul_transposed(y: jax.Array, w: jax.Array, sizes: jax.Array) -> j
 def _product(transposed, x, w, sizes):
     """Rows of group e times w[e], or times its transpose."""
     rows, width = x.shape[0], w.shape[1 if transposed else 2]
-    block, (starts, ends, last_blocks) = _blocks(rows, sizes)
+    block, used, (groups, starts), ends = _blocks(rows, sizes)
     # A block may reach beyond its group; the next group's blocks come later and overwrite that part.
     padded = jnp.pad(x, ((0, block), (0, 0)))
     contracted = ((1,), (1 if transposed else 0,))
 
     def multiply(i, out):
-        group, start = _place(i, block, starts, last_blocks)
+        group, start = groups[i], starts[i]
         part = jax.lax.dynamic_slice_in_dim(padded, start, block)
         kernel = jax.lax.dynamic_index_in_dim(w, group, keepdims=False)
         made = jax.lax.dot_general(part, kernel, (contracted, ((), ())))
         return jax.lax.dynamic_update_slice_in_dim(out, made, start, 0)
 
     empty = jnp.zeros((rows + block, width), x.dtype)
-    out = jax.lax.fori_loop(0, last_blocks[-1], multiply, _varying(empty, x, w, sizes))
+    out = jax.lax.fori_loop(0, used, multiply, _varying(empty, x, w, sizes))
     return jnp.where(jnp.arange(rows)[:, None] < ends[-1], out[:rows], 0)
 
 
@@ -92,13 +92,13 @@ def _sides(transposed, x, ct):
 def _outer(x, y, sizes):
     """[E, D, F]: the sum of x[n]^T y[n] over the rows n of each group; x is [N, D] and y [N, F]."""
     rows = x.shape[0]
-    block, (starts, ends, last_blocks) = _blocks(rows, sizes)
+    block, used, (groups, starts), ends = _blocks(rows, sizes)
     pad = lambda part: jnp.pad(part, ((0, block), (0, 0)))
     x, y, own = pad(x), pad(y), jnp.arange(block)[:, None]
     wide = jnp.promote_types(x.dtype, jnp.float32)
 
     def add(i, out):
-        group, start = _place(i, block, starts, last_blocks)
+        group, start = groups[i], starts[i]
         left = jax.lax.dynamic_slice_in_dim(x, start, block)
         left = jnp.where(start + own < ends[group], left, 0)
         right = jax.lax.dynamic_slice_in_dim(y, start, block)
@@ -110,7 +110,7 @@ def _outer(x, y, sizes):
 
     empty = jnp.zeros((len(sizes), x.shape[1], y.shape[1]), wide)
     empty = _varying(empty, x, y, sizes)
-    return jax.lax.fori_loop(0, last_blocks[-1], add, empty).astype(x.dtype)
+    return jax.lax.fori_loop(0, used, add, empty).astype(x.dtype)
 
 
 def _outer_jvp(primals, tangents):
@@ -131,18 +131,16 @@ _outer.defjvp(_outer_jvp, symbolic_zeros=True)
 
 
 def _blocks(rows, sizes):
-    """(rows of a block, (first row of each group, row after its last, blocks up to and with it))."""
+    """(rows of a block, blocks in use, the group and the first row of each block, ends of the groups)."""
     mean = max(1, rows // len(sizes))
     block = min(_LARGEST_BLOCK, max(8, 1 << (mean.bit_length() - 2) if mean > 3 else 1))
-    ends = jnp.cumsum(sizes)
-    return block, (ends - sizes, ends, jnp.cumsum(-(-sizes // block)))
-
-
-def _place(i, block, starts, last_blocks):
-    """(group, first row) of block i."""
-    group = jnp.searchsorted(last_blocks, i, side="right").astype(jnp.int32)
-    before = jnp.where(group > 0, last_blocks[group - 1], 0)
-    return group, starts[group] + (i - before) * block
+    ends, counts = jnp.cumsum(sizes), -(-sizes // block)
+    last = jnp.cumsum(counts)
+    number = jnp.arange(-(-rows // block) + len(sizes))  # at least as many as are in use
+    group = jnp.searchsorted(last, number, side="right", method="compare_all")
+    group = jnp.minimum(group, len(sizes) - 1)
+    first = (ends - sizes)[group] + (number - (last - counts)[group]) * block
+    return block, last[-1], (group, first), ends
 
 
 def _varying(empty, *others):

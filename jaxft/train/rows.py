@@ -41,7 +41,9 @@ class Rows:
         refuse_names(extra, (*OWN, *self._names), "fit: a callback")
         # Means are divided on the host: no small program for the devices after each step.
         jax.tree.map(lambda x: x.copy_to_host_async(), metrics)
-        before, self._pending = self._pending, (step, metrics, dict(extra))
+        # Dispatching on a CPU may wait for the step: then it has ended now, not when it is reported.
+        ended = time.perf_counter() if _are_ready(metrics) else None
+        before, self._pending = self._pending, (step, metrics, dict(extra), ended)
         self._report(before)
 
     def amend(self, extra: Mapping[str, Any]) -> None:
@@ -64,20 +66,24 @@ class Rows:
     def _report(self, pending):
         if pending is None:
             return
-        step, values, extra = pending
+        step, values, extra, ended = pending
         values = {name: _number(value) for name, value in values.items()}
         if not values.pop("good"):
             self._pending = None
             raise DivergedError(_diverged_message(step, values), step)
-        now = time.perf_counter()
-        row = {"step": step} | values | extra | {"seconds": now - self._time}
-        self._time = now
+        ended = time.perf_counter() if ended is None else ended
+        row = {"step": step} | values | extra | {"seconds": ended - self._time}
+        self._time = ended
         self.history.append(row)
         self._tell(row)
 
     def _tell(self, row):
         for on_row in self._callbacks:
             on_row(row)
+
+
+def _are_ready(metrics):
+    return all(leaf.is_ready() for leaf in jax.tree.leaves(metrics) if isinstance(leaf, jax.Array))
 
 
 def refuse_names(metrics: Mapping[str, Any], taken: Iterable[str], who: str) -> None:

@@ -4,6 +4,7 @@ import pytest
 
 from jaxft.metrics import Mean
 from jaxft.train import Callback, fit, profile
+from jaxft.train import rows as rows_module
 from jaxft.train.accumulation import as_means
 from jaxft.train.callbacks import on_main_process
 from jaxft.train.rows import Rows
@@ -59,3 +60,17 @@ def test_a_metric_may_be_a_count(total, weight):
     assert (row["right"], row["none"], row["any"], row["number"]) == (0.75, 0, 0.25, 3)
     # And of slices, whose totals are added up.
     assert as_means(metrics | {"loss": jnp.float32(1)})["right"].value == 0.75
+
+
+@pytest.mark.parametrize("ready, wanted", [(True, [10, 7, 5]), (False, [17, 5, 0])])
+def test_seconds_of_a_step_begin_at_the_end_of_the_step_before(monkeypatch, ready, wanted):
+    """A step that has ended when it is dispatched is not timed by the next one."""
+    clock = [0.0]
+    monkeypatch.setattr(rows_module.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(rows_module, "_are_ready", lambda metrics: ready)
+    rows = rows_module.Rows([])
+    for number, seconds in enumerate((10, 7, 5), 1):
+        clock[0] += seconds
+        rows.push(number, {"loss": jnp.ones(()), "good": jnp.array(True)}, {})
+    rows.flush()
+    assert [row["seconds"] for row in rows.history] == wanted

@@ -62,7 +62,8 @@ The step that `--preset full` of each paper's script takes: its model, what trai
   SmolLM2 with all kernels projected.
 - intrinsic-dimension: all tensors train in one random subspace of 1000 dimensions.
 - tram: the step takes a second gradient, and a distance of predictions.
-- echo-chamber: OLMo's dimensions in the Llama family, PPO's update with a value head.
+- echo-chamber: GRPO's update; the model has SmolLM2's architecture.
+- reft: PPO's update with a value head.
 - hypo: pairs, and as many samples of the policy, which the step gets as tokens.
 - cxr-preference: DPO, one of five losses, of a language model of the size of the paper's model; there is no
   vision tower.
@@ -87,8 +88,8 @@ PAPERS = {
         **_SMALL,
     ),
     "echo-chamber": Config(
-        model="olmo-1b", adapter="full", objective="ppo", topology="h100:8", rows=2, length=2048,
-        response=1024,
+        model="smollm2-135m", adapter="full", objective="grpo", topology="h100:1", rows=128,
+        microbatches=4, length=1536, response=1024,
     ),
     "cxr-preference": Config(
         model="llama3-3b", adapter="full", objective="dpo", topology="h100:8", rows=1, length=2048
@@ -105,15 +106,16 @@ PAPERS = {
         remat="dots",
     ),
     "reft": Config(
-        model="codellama-7b", adapter="full", objective="ppo", topology="h100:8", rows=4, length=1024,
-        response=700,
+        model="codellama-7b", adapter="full", objective="ppo", topology="h100:8", rows=3,
+        microbatches=2, length=1212, response=700,
     ),
     "nft": Config(
-        model="qwen2.5-7b", adapter="full", objective="nft", topology="v5p:2x2x4", rows=1, length=4096,
-        response=3584,
+        model="qwen2.5-7b", adapter="full", objective="nft", topology="h100:8", rows=8, microbatches=8,
+        length=4096, response=3584,
     ),
     "otr": Config(
-        model="qwen2.5-7b", adapter="full", objective="otr", topology="v5p:2x2x4", rows=1, length=4096
+        model="qwen2.5-7b", adapter="full", objective="otr", topology="h100:8", rows=1,
+        microbatches=16, length=8192,
     ),
 }  # fmt: skip
 

@@ -19,13 +19,13 @@ from __future__ import annotations
 import experiments.cli.interrupts  # noqa: F401  isort: skip  (before what takes seconds)
 
 import dataclasses
+import functools
 from typing import Any, Literal
 
 import tyro
 
-from experiments.cli import cards, flags
+from experiments.cli import cards, flags, retrieval
 from experiments.cli import training as shared
-from experiments.cli.retrieval import MADE_UP, Search, load_records
 from jaxft import data, objectives, train
 from jaxft.adapters import Name
 from jaxft.analysis import text_embeddings
@@ -81,46 +81,36 @@ class Config:
 def main(config: Config) -> dict[str, Any]:
     """Trains; returns the metrics that are written to metrics.json."""
     config = shared.start(config, SMALL)
-    if config.smoke and not config.data:
-        config = dataclasses.replace(config, data=(MADE_UP,))
-    training, held, name = load_records(config)
-    output, mesh = shared.place(config)
+    training, held, name = retrieval.load_records(config)
+    output, mesh = place = shared.place(config)
     settings = settings_of(config)
     model, base = shared.load_base(config, mesh)
     params = shared.adapt_params(config, model, base, mesh)
-    embed = embedding_of(model, settings.pooling)
     tokenizer = shared.files.load_tokenizer(config.base.model)
     vectors = lambda params, texts, prompt: text_embeddings(
         model, params, tokenizer, [prompt + text for text in texts], pooling=settings.pooling,
         max_length=config.rows.max_length,
     )  # fmt: skip
-    search = Search(training, held, vectors, settings)
-    before = search.evaluate(params, "before training", name)
+    search = retrieval.Search(training, held, vectors, settings)
     if config.mine:
         training = search.mine(params, training, config.mine, config.margin_mined)
-    number = min(config.negatives + config.mine, max(len(r["negatives"]) for r in training))
-    render = lambda records, bad: data.render_passages(
-        records, tokenizer, config.rows.max_length, negatives=number, bad=bad,
-        query_prompt=settings.prompt("query"), passage_prompt=settings.prompt("document", "passage"),
-    )  # fmt: skip
-    bad = data.BadRecords()
-    groups, others = render(training, bad), render(held, data.BadRecords())
-    if bad.dropped:
-        print(f"texts longer than --max-length {config.rows.max_length}: {bad.summary()}")
-    method = shared.method_of(config, lambda embed: objective_of(config, embed), embed)
-    eval_batches = data.finite_group_batches(others, **config.rows.sizes)
-    callbacks = shared.callbacks(
-        config, objective_of(config, embed), eval_batches, output, mesh, name
+    render = functools.partial(
+        data.render_passages,
+        negatives=min(config.negatives + config.mine, max(len(r["negatives"]) for r in training)),
+        query_prompt=settings.prompt("query"),
+        passage_prompt=settings.prompt("document", "passage"),
     )
-    batches = data.group_batches(groups, **config.rows.sizes, seed=config.seed)
-    state, history = shared.fit(
-        config, params, method, batches, callbacks, output, mesh, donate=config.adapter == "full"
+    length = config.rows.max_length
+    groups = retrieval.render_all(
+        config, lambda part, bad: render(part, tokenizer, length, bad=bad), training, held
     )
-    metrics = shared.losses_of(history, name)
-    metrics |= {"before": before, "after": search.evaluate(state.params, "after training", name)}
+    embed, build = embedding_of(model, settings.pooling), functools.partial(objective_of, config)
+    params, metrics = retrieval.train_and_rank(
+        config, params, build, embed, groups, search.evaluate, place, name
+    )
     if config.adapter != "full":
-        shared.save(config, model, state.params, base, mesh, output)
-    shared.save(config, model, state.params, base, mesh, output, whole=True)
+        shared.save(config, model, params, base, mesh, output)
+    shared.save(config, model, params, base, mesh, output, whole=True)
     write_sentence_settings(output / "model", settings, model.config.hidden_size)
     shared.write_metrics(output, metrics)
     return cards.publish(config, metrics, output)

@@ -14,14 +14,13 @@ from __future__ import annotations
 import experiments.cli.interrupts  # noqa: F401  isort: skip  (before what takes seconds)
 
 import dataclasses
-import os
 import pathlib
 from typing import Any, Literal
 
 import tyro
 
 from experiments.cli import cards, flags
-from experiments.cli.models import load_adapted
+from experiments.cli.models import keep_inputs, load_adapted
 from jaxft import adapters, train
 from jaxft import checkpoints as files
 
@@ -51,7 +50,7 @@ def main(config: Config) -> adapters.Difference:
         )
     train.keep_memory_warm()
     source, output = config.base.model, pathlib.Path(config.output_dir)
-    _keep_inputs(output, source, config.adapter)
+    keep_inputs(output, source, config.adapter)
     train.writable_directory(output)
     tokenizer = None if config.gguf in (None, "lora") else _sayable_tokenizer(source)
     model, base, params = load_adapted(config.adapter, config.base)
@@ -73,16 +72,6 @@ def main(config: Config) -> adapters.Difference:
     print(f"{what} saved to {file}; read again: {difference}")
     cards.publish(config, {}, output)
     return difference
-
-
-def _keep_inputs(output: pathlib.Path, *inputs: str) -> None:
-    """Raises ValueError if the output directory holds an input, whose files would be overwritten."""
-    for source in filter(os.path.exists, inputs):
-        place = pathlib.Path(source).resolve()
-        if output.resolve() == (place if place.is_dir() else place.parent):
-            raise ValueError(
-                f"--output-dir {output} holds {source}, which this run reads; choose another directory."
-            )
 
 
 def _lora(rank: int, model: Any, base: Any, params: Any) -> Any:

@@ -25,7 +25,7 @@ import tyro
 
 from experiments.cli import cards, flags
 from experiments.cli import training as shared
-from experiments.cli.retrieval import MADE_UP, Search, load_records
+from experiments.cli.retrieval import Search, load_records, render_all, train_and_rank
 from jaxft import data, objectives, train
 from jaxft.adapters import Name
 from jaxft.analysis import text_embeddings
@@ -55,7 +55,7 @@ class Config:
     # mined texts are at least this much less similar to the query than its answer; None: any
     margin_mined: float | None = None
 
-    base: flags.Model = flags.Model("minilm")
+    base: flags.Model = flags.Model("minilm")  # a reranker, an encoder or a decoder
     kernels: flags.Kernels = flags.Kernels()
     optimisation: flags.Optimisation = flags.Optimisation(learning_rate=2e-4)
     rows: flags.Rows = flags.Rows(batch_size=8, max_length=256)
@@ -71,44 +71,35 @@ class Config:
 def main(config: Config) -> dict[str, Any]:
     """Trains; returns the metrics that are written to metrics.json."""
     config = shared.start(config, SMALL)
-    if config.smoke and not config.data:
-        config = dataclasses.replace(config, data=(MADE_UP,))
     training, held, name = load_records(config)
     if config.mine:
         training, held = mined(config, training, held)
     tokenizer = shared.files.load_tokenizer(config.base.model)
     number = min(config.negatives, max(len(record["negatives"]) for record in training))
-    bad = data.BadRecords()
-    groups, others = (
-        data.render_reranking(part, tokenizer, config.rows.max_length, negatives=number, bad=bad)
-        for part in (training, held)
-    )
-    if bad.dropped:
-        print(f"pairs longer than --max-length {config.rows.max_length}: {bad.summary()}")
-    output, mesh = shared.place(config)
-    model, base = shared.load_base(config, mesh)
+    sizes = dict(max_length=config.rows.max_length, negatives=number)
+    render = lambda part, bad: data.render_reranking(part, tokenizer, **sizes, bad=bad)
+    groups = render_all(config, render, training, held)
+    place = shared.place(config)
+    model, base = shared.load_base(config, place[1])
     head = base.pop("reward", None)
     if head is None:
         print(f"{config.base.model} has no head with one label; it gets a new one")
-        key, size = stream(jax.random.key(config.seed), "head"), model.config.hidden_size
-        bias = hasattr(model.config, "pooler")
-        head = add_reward_head(key, {}, size, bias=bias)["reward"]
-    params = {**shared.adapt_params(config, model, base, mesh), "reward": head}
-    score = pair_scores(model)
-    method = shared.method_of(config, lambda score: objectives.reranking(score, config.loss), score)
-    eval_batches = data.finite_group_batches(others, **config.rows.sizes)
-    before = evaluate(score, params, eval_batches, f"before training, {name}")
-    objective = objectives.reranking(score, config.loss)
-    callbacks = shared.callbacks(config, objective, eval_batches, output, mesh, name)
-    batches = data.group_batches(groups, **config.rows.sizes, seed=config.seed)
-    state, history = shared.fit(
-        config, params, method, batches, callbacks, output, mesh, donate=config.adapter == "full"
-    )
-    metrics = shared.losses_of(history, name) | {"before": before}
-    metrics["after"] = evaluate(score, state.params, eval_batches, f"after training, {name}")
-    shared.save(config, model, state.params, base, mesh, output, whole=True)
-    shared.write_metrics(output, metrics)
-    return cards.publish(config, metrics, output)
+        head = new_head(config, model)
+    adapted = shared.adapt_params(config, model, base, place[1]) | {"reward": head}
+    score, batches = pair_scores(model), data.finite_group_batches(groups[1], **config.rows.sizes)
+    trained, metrics = train_and_rank(
+        config, adapted, lambda score: objectives.reranking(score, config.loss), score, groups,
+        lambda params, when: evaluate(score, params, batches, when), place, name,
+    )  # fmt: skip
+    shared.save(config, model, trained, base, place[1], place[0], whole=True)
+    shared.write_metrics(place[0], metrics)
+    return cards.publish(config, metrics, place[0])
+
+
+def new_head(config: Config, model: Any) -> dict[str, jax.Array]:
+    """Returns a random head, with a bias if the model is an encoder."""
+    key, bias = stream(jax.random.key(config.seed), "head"), hasattr(model.config, "pooler")
+    return add_reward_head(key, {}, model.config.hidden_size, bias=bias)["reward"]
 
 
 def mined(config: Config, training: list, held: list) -> tuple[list, list]:

@@ -39,7 +39,7 @@ from jaxft.adapters import (
 )
 from jaxft.keys import stream
 from jaxft.models import family_of
-from jaxft.objectives import RouterTerms, reparametrised, supervised
+from jaxft.objectives import reparametrised, supervised
 from jaxft.rewards import Accuracy, measure_accuracy, verifier_for
 
 SMALL = dict(
@@ -107,12 +107,7 @@ def main(config: Config) -> dict[str, Any]:
     params = adapt_params(config, model, base, mesh)
     read = jax.jit(intrinsic_apply) if config.adapter == "intrinsic" else lambda params: params
     forward = reparametrised(model.forward, read)
-    router = RouterTerms(config.router_balance, config.router_z)
-    if router != RouterTerms() and getattr(model.config, "experts", None) is None:
-        raise ValueError(
-            f"--router-balance {config.router_balance} and --router-z {config.router_z} are losses of "
-            f"experts, which {config.base.model} has not; leave them out."
-        )
+    router = shared.router_terms(config, model)
     method = shared.method_of(config, functools.partial(supervised, router=router), forward)
     length = config.rows.max_length
     bad = data.BadRecords()

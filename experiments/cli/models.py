@@ -31,6 +31,16 @@ def writable_file(place: str) -> pathlib.Path:
     return path
 
 
+def keep_inputs(output: pathlib.Path, *inputs: str) -> None:
+    """Raises ValueError if the output directory holds an input, whose files would be overwritten."""
+    for source in filter(os.path.exists, inputs):
+        place = pathlib.Path(source).resolve()
+        if output.resolve() == (place if place.is_dir() else place.parent):
+            raise ValueError(
+                f"--output-dir {output} holds {source}, which this run reads; choose another directory."
+            )
+
+
 def stop_ids(renderer: data.Renderer, model: Any) -> tuple[int, ...]:
     """Returns the ids that end the model's answers, for the tokenizer and chat template."""
     return files.end_tokens(renderer.tokenizer, model.config, renderer.template)

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from experiments.cli import held_out
+from experiments.cli import training as shared
 from jaxft import data
 from jaxft.metrics import ranked, retrieval_metrics
+from jaxft.objectives import Objective
 
-MADE_UP = "made-up pairs"  # the data of --smoke
 AT = (1, 5, 10)  # ranks of the metrics
 SHOWN = ("recall@1", "recall@10", "mrr@10", "ndcg@10")
 
 
 def load_records(config: Any) -> tuple[list, list, str]:
     """Returns (training records, held-out records, description of the held-out records)."""
-    if config.data == (MADE_UP,):
+    if config.smoke and not config.data:
         made = [
             {"query": f"{i} plus {i}", "positive": f"{2 * i}", "negatives": [f"{2 * i + 1}"]}
             for i in range(40)
@@ -36,6 +39,52 @@ def load_records(config: Any) -> tuple[list, list, str]:
     return [record for source in parts.training for record in source], parts.held_out, parts.name
 
 
+def render_all(
+    config: Any, render: Callable[[list, data.BadRecords], list], *parts: list
+) -> list[list[data.TokenisedGroup]]:
+    """Renders each part; prints how many texts were cut to --max-length."""
+    bad = data.BadRecords()
+    groups = [render(part, bad) for part in parts]
+    if bad.dropped:
+        print(f"texts longer than --max-length {config.rows.max_length}: {bad.summary()}")
+    return groups
+
+
+def train_and_rank(
+    config: Any,
+    params: Any,
+    build: Callable[[Any], Objective],
+    function: Any,
+    groups: list[list[data.TokenisedGroup]],
+    rank: Callable[[Any, str], dict[str, float]],
+    place: tuple[pathlib.Path, Any],
+    name: str,
+) -> tuple[Any, dict[str, Any]]:
+    """Returns (trained params, metrics) of a run on texts.
+
+    Args:
+        config: of the script.
+        params: adapted.
+        build: (embedding or score function) -> objective.
+        function: what the model computes for a row.
+        groups: of training and of held-out records.
+        rank: (params, when) -> metrics of the held-out queries, which it prints.
+        place: (output directory, mesh).
+        name: describes the held-out records.
+    """
+    output, mesh = place
+    eval_batches = data.finite_group_batches(groups[1], **config.rows.sizes)
+    before = rank(params, f"before training, {name}")
+    callbacks = shared.callbacks(config, build(function), eval_batches, output, mesh, name)
+    batches = data.group_batches(groups[0], **config.rows.sizes, seed=config.seed)
+    method, donate = shared.method_of(config, build, function), config.adapter == "full"
+    state, history = shared.fit(
+        config, params, method, batches, callbacks, output, mesh, donate=donate
+    )
+    after = rank(state.params, f"after training, {name}")
+    return state.params, shared.losses_of(history, name) | {"before": before, "after": after}
+
+
 class Search:
     """Ranks all texts of the records for each held-out query, and finds negatives for training."""
 
@@ -48,7 +97,7 @@ class Search:
         for record in (*held, *training):
             self.answers.setdefault(record["query"], set()).add(self.places[record["positive"]])
 
-    def evaluate(self, params, when: str, name: str) -> dict[str, float]:
+    def evaluate(self, params, when: str) -> dict[str, float]:
         """Prints and returns the metrics of the held-out queries."""
         queries = list(dict.fromkeys(record["query"] for record in self.held))
         ranking = ranked(*self._vectors(params, queries), max(AT))

@@ -34,7 +34,7 @@ from jaxft.adapters import (
 )
 from jaxft.data.batching import MIN_BUCKET
 from jaxft.models import Forward, family_of, tiny_config
-from jaxft.objectives import Objective
+from jaxft.objectives import Objective, RouterTerms
 from jaxft.parallel import connect_hosts, make_mesh, shard_params, written_once
 
 # The settings of every --smoke.
@@ -100,6 +100,17 @@ def method_of(config: Any, build: Callable[[Forward], Objective], forward: Forwa
     settings = config.optimisation
     optimizer = make_optimizer(settings)
     return sharpen(settings.sharpness, build, forward, optimizer, settings.rho)
+
+
+def router_terms(config: Any, model: Any) -> RouterTerms:
+    """Returns the weights of the routers' losses; raises ValueError for a model without experts."""
+    terms = RouterTerms(config.router_balance, config.router_z)
+    if terms != RouterTerms() and getattr(model.config, "experts", None) is None:
+        raise ValueError(
+            f"--router-balance {config.router_balance} and --router-z {config.router_z} are losses of "
+            f"experts, which {config.base.model} has not; leave them out."
+        )
+    return terms
 
 
 def fit(

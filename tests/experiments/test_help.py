@@ -18,7 +18,9 @@ def test_every_flag_has_a_help_text(name):
     parser = tyro.extras.get_parser(importlib.import_module(name).Config)
     told = lambda action: str(action.help or "").split("(default")[0].split("(required")[0].strip()
     without = [
-        action.option_strings or action.dest for action in parser._actions if not told(action)
+        (action.option_strings or action.dest, action.help)
+        for action in parser._actions
+        if not told(action)
     ]
     assert len(parser._actions) > 4 and not without
 

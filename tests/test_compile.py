@@ -22,10 +22,10 @@ SMALL = dict(
 # Settings that are refused once devices are known, and why.
 REFUSED = [
     (dict(topology="h100:8", fsdp=3), "does not fill 8 devices"),
-    (dict(context=2, length=9), "--length 9 must be a multiple of --context 2"),
-    (dict(objective="grpo", response=9, length=9), "must lie below --length 9"),
-    (dict(objective="dpo", model="roberta-base"), "dpo needs a language model"),
-    (dict(objective="classify"), "classify needs an encoder of text"),
+    (dict(topology="h100:8", context=2, length=9), "--length 9 must be a multiple of --context 2"),
+    (dict(topology="h100:8", objective="grpo", response=9, length=9), "must lie below --length 9"),
+    (dict(topology="h100:8", objective="dpo", model="roberta-base"), "dpo needs a language model"),
+    (dict(topology="h100:8", objective="classify"), "classify needs an encoder of text"),
 ]
 
 

@@ -118,6 +118,13 @@ class Renderer:
                     "token ids have no prompt to answer; give text or messages.", "schema"
                 )
             return self._bos(text) + self._encoder.encode(text)[0].tolist()
+        alone = record.get("messages") is None and "completion" not in record
+        if alone and messages[-1]["role"] == "assistant":  # not an answer, as in `messages`
+            raise DataError(
+                "the prompt ends with an assistant turn, which a sampled answer would have to continue; "
+                "remove that turn, or give the prompt as plain text.",
+                "role_order",
+            )
         while messages and messages[-1]["role"] == "assistant":
             messages = messages[:-1]
         given = context(record)

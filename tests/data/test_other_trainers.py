@@ -10,6 +10,7 @@ from jaxft.data import (
     load,
     normalise,
     normalise_pair,
+    normalise_question,
     normalise_ranked,
     not_shown,
 )
@@ -161,3 +162,15 @@ def test_what_is_no_number_in_a_cell_is_refused():
         normalise({"question": "q", "answer": "a", "weight": "much"})
     with pytest.raises(DataError, match="weight must be a finite number >= 0, got nan"):
         normalise({"question": "q", "answer": "a", "weight": "nan"})
+
+
+def test_a_beginning_of_an_answer_in_a_prompt_is_not_dropped():
+    renderer, begun = Renderer(small.tokenizer(small.CHATML)), {**ANSWER, "content": "It is"}
+    with pytest.raises(
+        DataError, match="ends with an assistant turn, which a sampled answer would"
+    ):
+        renderer.prompt(normalise_question({"prompt": [ASKED, begun], "answer": "4"}))
+    asked = renderer.prompt(normalise_question({"prompt": [ASKED], "answer": "4"}))
+    assert (
+        renderer.prompt(normalise_question({"messages": [ASKED, ANSWER], "answer": "4"})) == asked
+    )

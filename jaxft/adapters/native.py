@@ -84,25 +84,33 @@ def _check_whole(params: Params) -> None:
             )
 
 
-def save_native(path: str | os.PathLike, params: Params, **settings: Any) -> None:
+def save_native(path: str | os.PathLike, params: Params, *, name: str, **settings: Any) -> None:
     """Writes what an adapter adds to its base model: trainable leaves and random fields.
 
     Args:
         path: the directory; made if needed.
         params: adapted by `apply_named`.
-        settings: the arguments of `apply_named`, which `load_native` reuses; without `targets`, `layers` and
-            `stacked`, which belong to the model's family and are passed to both, and without `input_axes`,
-            which the weights contain.
+        name: of the adapter, as in `apply_named`.
+        settings: the other arguments of `apply_named`, which `load_native` reuses; without `targets`,
+            `layers` and `stacked`, which belong to the model's family and are passed to both, and without
+            `input_axes`, which the weights contain. They also contain alpha, and theirs counts.
 
     Raises:
-        AdapterError: if nothing trains.
+        AdapterError: if nothing trains, or the weights have several alphas.
     """
     tensors = {name: leaf for name, leaf in _own_leaves(params)}
     if not tensors:
         raise AdapterError("save_native: nothing trains in params; adapt them first.")
     path = pathlib.Path(path)
     axes = {path_name(key): len(node.inputs) for key, node in _nodes(params) if _reshaped(node)}
-    config = {"version": 1, **settings} | ({"input_axes": axes} if axes else {})
+    config = {"version": 1, "name": name, **settings} | ({"input_axes": axes} if axes else {})
+    alphas = {_alpha(node) for node in jax.tree.leaves(params, is_leaf=is_weight)} - {None}
+    if len(alphas) > 1:
+        raise AdapterError(
+            f"save_native: the weights have several alphas ({sorted(alphas)}), which apply_named cannot make "
+            "again; use save_adapter."
+        )
+    config |= {"weight_alpha": alphas.pop()} if alphas else {}
     write_adapter(path / CONFIG, path / WEIGHTS, config, tensors)
 
 
@@ -129,7 +137,7 @@ def load_native(
     if settings.pop("version", None) != 1:
         raise AdapterError(f"{path}: written by another version of jaxft; update it.")
     place = dict(targets=targets, layers=layers, stacked=stacked)
-    inputs = settings.pop("input_axes", {}).get
+    inputs, alpha = settings.pop("input_axes", {}).get, settings.pop("weight_alpha", None)
     adapted = apply_named(params, **settings, **place, input_axes=inputs)
     head = {n.removeprefix("reward/"): t for n, t in tensors.items() if n.startswith("reward/")}
     if head:  # Not a part of the adapter.
@@ -148,7 +156,9 @@ def load_native(
         node = node.matrix if _reshaped(node) else node
         if isinstance(node, PacaWeight):
             check_paca(node, f"{path}: {path_name(key)}")
-    return loaded
+    if alpha is None:  # No weight has one, or the file is of an older version.
+        return loaded
+    return jax.tree.map(lambda node: _with_alpha(node, alpha), loaded, is_leaf=is_weight)
 
 
 def _nodes(params):
@@ -159,6 +169,19 @@ def _nodes(params):
 
 def _reshaped(node):
     return isinstance(node, ReshapedWeight)
+
+
+def _alpha(node):
+    """The alpha of an adapter's weight, None for other nodes and frozen ones."""
+    return getattr(node.matrix if _reshaped(node) else node, "alpha", None)
+
+
+def _with_alpha(node, alpha):
+    if _alpha(node) is None:
+        return node
+    if _reshaped(node):
+        return dataclasses.replace(node, matrix=_with_alpha(node.matrix, alpha))
+    return dataclasses.replace(node, alpha=alpha)
 
 
 def _own_leaves(params: Params, values: dict | None = None):

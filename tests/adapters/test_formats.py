@@ -187,6 +187,16 @@ def test_rows_of_paca_must_be_there(indices, base, tmp_path):
         load_adapter(tmp_path, model.config, params)
 
 
+def test_models_and_directories_of_adapters_are_named(base, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "adapter_config.json").write_text("{}")
+    with pytest.raises(AdapterError, match="it holds the adapters mine; give one"):
+        load_adapter(tmp_path, base[0].config, base[1])
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(AdapterError, match="holds a whole model; give that as the model"):
+        load_adapter(tmp_path, base[0].config, base[1])
+
+
 def test_missing_and_damaged_files(base, tmp_path):
     model, params = base
     load = lambda: load_adapter(tmp_path, model.config, params)

@@ -1,5 +1,6 @@
 """Every adapter by name: saved, loaded, the same logits; and from the command line."""
 
+import dataclasses
 import functools
 import json
 from typing import get_args
@@ -66,6 +67,18 @@ def test_round_trip(name, stacked, tmp_path):
     assert not np.allclose(logits(loaded), logits(start), atol=1e-2)
 
 
+def test_the_weights_own_alpha_counts(tmp_path):
+    """The settings leave it out, so that apply_named would take its default of 32."""
+    start, params, _ = adapted("lora")
+    save_native(tmp_path, params, name="lora", rank=2)
+    loaded = load_adapter(tmp_path, MODEL.config, start)
+    assert jax.tree.structure(loaded) == jax.tree.structure(params)
+    kernel = params["layers"]["1"]["mlp"]["up"]["kernel"]
+    params["layers"]["1"]["mlp"]["up"]["kernel"] = dataclasses.replace(kernel, alpha=5.0)
+    with pytest.raises(AdapterError, match=r"several alphas \(\[4.0, 5.0\]\)"):
+        save_native(tmp_path, params, name="lora", rank=2)
+
+
 @pytest.mark.parametrize("name", ["lora", "paca", "dora"])
 def test_over_a_quantised_base(name, tmp_path):
     start, params, settings = adapted(name, "nf4")
@@ -110,4 +123,4 @@ def test_bad_choices():
     with pytest.raises(ValueError, match="unknown adapter 'best'"):
         named_rules("best")
     with pytest.raises(AdapterError, match="nothing trains"):
-        save_native("unused", partition({})[0])
+        save_native("unused", partition({})[0], name="lora")

@@ -26,9 +26,19 @@ def read_files(path: pathlib.Path) -> tuple[Settings, Tensors]:
     for name in (CONFIG, WEIGHTS):
         if not (path / name).exists():
             pickled = "adapter_model.bin is pickled; convert it"
-            hint = pickled if name == WEIGHTS else "is it a PEFT adapter?"
+            hint = pickled if name == WEIGHTS else _found(path)
             raise AdapterError(f"no {name}; {hint}.")
     return read_adapter(path / CONFIG, path / WEIGHTS, load_file)
+
+
+def _found(path):
+    """What a directory without adapter_config.json holds."""
+    if (path / "config.json").exists():
+        return "it holds a whole model; give that as the model"
+    names = sorted(file.parent.name for file in path.glob(f"*/{CONFIG}"))
+    return (
+        f"it holds the adapters {', '.join(names)}; give one" if names else "is it a PEFT adapter?"
+    )
 
 
 def write_files(path: pathlib.Path, settings: Settings, tensors: Tensors) -> None:

@@ -32,7 +32,7 @@ def read_files(path: pathlib.Path) -> tuple[Settings, Tensors]:
 
 
 def _found(path):
-    """What a directory without adapter_config.json holds."""
+    """The contents of a directory without adapter_config.json, for an error."""
     if (path / "config.json").exists():
         return "it holds a whole model; give that as the model"
     names = sorted(file.parent.name for file in path.glob(f"*/{CONFIG}"))

@@ -28,7 +28,6 @@ from experiments.cli import cards, flags, retrieval
 from experiments.cli import training as shared
 from jaxft import data, objectives, train
 from jaxft.adapters import Name
-from jaxft.analysis import text_embeddings
 from jaxft.checkpoints import (
     SentenceSettings,
     read_sentence_settings,
@@ -47,7 +46,7 @@ class Config:
     data: tuple[str, ...] = ()  # files or hub ids of queries and texts that answer them
     # held-out records; None: a part of --data
     eval_data: str | None = None
-    adapter: Name = "lora"  # the kind of adapter to train; full: all params
+    adapter: Name = "lora"  # the kind of adapter; full: all params are trained
 
     temperature: float = 0.05  # of the similarities in the loss
     margin: float = 0.0  # subtracted from the similarity of a query and its answer
@@ -56,7 +55,7 @@ class Config:
     dims: tuple[int, ...] = ()
     negatives: int = 1  # maximum negatives of a record that are used, if it has some
     mine: int = 0  # also this many negatives per record, found by the model before training
-    # mined texts are at least this much less similar to the query than its answer; None: any
+    # how much less similar to the query than its answer mined texts are at least; None: any
     margin_mined: float | None = None
     chunk: int | None = None  # texts embedded at a time, to save memory; None: the whole batch
 
@@ -87,13 +86,9 @@ def main(config: Config) -> dict[str, Any]:
     model, base = shared.load_base(config, mesh)
     params = shared.adapt_params(config, model, base, mesh)
     tokenizer = shared.files.load_tokenizer(config.base.model)
-    vectors = lambda params, texts, prompt: text_embeddings(
-        model, params, tokenizer, [prompt + text for text in texts], pooling=settings.pooling,
-        max_length=config.rows.max_length,
-    )  # fmt: skip
+    vectors = retrieval.vectors_of(model, tokenizer, config.rows.max_length, settings.pooling)
     search = retrieval.Search(training, held, vectors, settings)
-    if config.mine:
-        training = search.mine(params, training, config.mine, config.margin_mined)
+    training = search.mine(params, training, config.mine, config.margin_mined)
     render = functools.partial(
         data.render_passages,
         negatives=min(config.negatives + config.mine, max(len(r["negatives"]) for r in training)),

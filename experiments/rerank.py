@@ -25,14 +25,14 @@ import tyro
 
 from experiments.cli import cards, flags
 from experiments.cli import training as shared
-from experiments.cli.retrieval import Search, load_records, render_all, train_and_rank
+from experiments.cli.retrieval import Search, load_records, render_all, train_and_rank, vectors_of
 from jaxft import data, objectives, train
 from jaxft.adapters import Name
-from jaxft.analysis import text_embeddings
 from jaxft.checkpoints import SentenceSettings
 from jaxft.keys import stream
 from jaxft.metrics import retrieval_metrics
 from jaxft.models import as_rows
+from jaxft.models.sentences import MEAN
 from jaxft.rewards import add_reward_head, pair_scores
 
 SMALL = {"max_steps": 4, "eval_steps": 2, "batch_size": 4, "max_length": 32, "learning_rate": 1e-3}
@@ -106,9 +106,7 @@ def mined(config: Config, training: list, held: list) -> tuple[list, list]:
     """Returns the records with negatives that the sentence encoder --miner finds put before their own."""
     model, params = shared.files.load_model(config.miner)
     tokenizer = shared.files.load_tokenizer(config.miner)
-    vectors = lambda params, texts, prompt: text_embeddings(
-        model, params, tokenizer, texts, max_length=config.rows.max_length
-    )
+    vectors = vectors_of(model, tokenizer, config.rows.max_length, MEAN)
     search = Search(training, held, vectors, SentenceSettings())
     find = lambda records: search.mine(params, records, config.mine, config.margin_mined)
     return find(training), find(held)

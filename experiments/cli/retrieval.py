@@ -11,7 +11,9 @@ import numpy as np
 from experiments.cli import held_out
 from experiments.cli import training as shared
 from jaxft import data
+from jaxft.analysis import text_embeddings
 from jaxft.metrics import ranked, retrieval_metrics
+from jaxft.models import Pooling
 from jaxft.objectives import Objective
 
 AT = (1, 5, 10)  # ranks of the metrics
@@ -37,6 +39,20 @@ def load_records(config: Any) -> tuple[list, list, str]:
         config, sources, lambda spec: load(spec, data.BadRecords()), lambda record: record["query"]
     )
     return [record for source in parts.training for record in source], parts.held_out, parts.name
+
+
+def vectors_of(
+    model: Any, tokenizer: Any, max_length: int, pooling: Pooling
+) -> Callable[[Any, list[str], str], np.ndarray]:
+    """Returns (params, texts, prompt) -> embeddings of the texts, each after the prompt."""
+    return lambda params, texts, prompt: text_embeddings(
+        model,
+        params,
+        tokenizer,
+        [prompt + t for t in texts],
+        pooling=pooling,
+        max_length=max_length,
+    )
 
 
 def render_all(
@@ -108,6 +124,8 @@ class Search:
 
     def mine(self, params, training, number: int, margin: float | None) -> list:
         """Returns the records with negatives found by the model put before their own."""
+        if not number:
+            return training
         queries = [record["query"] for record in training]
         left, right = self._vectors(params, queries)
         texts, answers = list(self.places), [self.answers[query] for query in queries]

@@ -43,7 +43,6 @@ MODELS = {
 @pytest.mark.filterwarnings("ignore:.*only the text part is loaded")
 def test_texts_have_transformers_logits_and_go_back_as_a_text_model(name, tmp_path):
     torch.manual_seed(0)
-    hf.utils.logging.disable_progress_bar()
     theirs = hf.AutoModelForImageTextToText.from_config(MODELS[name](), attn_implementation="eager")
     theirs = theirs.float().eval()
     with torch.no_grad():

@@ -11,7 +11,7 @@ from jaxft.analysis import text_embeddings
 from jaxft.checkpoints import load_model, load_tokenizer, read_sentence_settings
 from jaxft.data import DataError, finite_group_batches, render_reranking
 from jaxft.rewards import pair_scores
-from tests.checkpoints.small_bert import small_bert
+from tests.checkpoints.small_bert import quiet, small_bert
 
 ASKED, ANSWERS = ([f"{kind}{i}" for i in range(24)] for kind in "qa")
 
@@ -51,7 +51,8 @@ def test_texts_that_belong_together_are_found(files, tmp_path, capsys):
         model, params, load_tokenizer(tmp_path / "model"), ["the q1"], pooling=settings.pooling
     )
     st = pytest.importorskip("sentence_transformers")
-    theirs = st.SentenceTransformer(str(tmp_path / "model"), device="cpu").encode(["the q1"])
+    with quiet():
+        theirs = st.SentenceTransformer(str(tmp_path / "model"), device="cpu").encode(["the q1"])
     np.testing.assert_allclose(found, theirs, rtol=0, atol=2e-5)
 
 
@@ -87,7 +88,8 @@ def test_a_reranker_learns_and_opens_as_a_cross_encoder(files, tmp_path):
     metrics = rerank.main(flags.replace(rerank.Config(), **settings))
     assert metrics["after"]["mrr@10"] > metrics["before"]["mrr@10"] + 0.2
     st = pytest.importorskip("sentence_transformers")
-    opened = st.CrossEncoder(str(tmp_path / "out" / "model"), device="cpu")
+    with quiet():
+        opened = st.CrossEncoder(str(tmp_path / "out" / "model"), device="cpu")
     pairs = [("the q1", "a a1"), ("the q1", "a a2 that")]
     theirs = opened.predict(pairs, activation_fn=pytest.importorskip("torch").nn.Identity())
     trained, params = load_model(tmp_path / "out" / "model")

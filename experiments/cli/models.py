@@ -31,11 +31,18 @@ def writable_file(place: str) -> pathlib.Path:
     return path
 
 
-def keep_inputs(output: pathlib.Path, *inputs: str) -> None:
-    """Raises ValueError if the output directory holds an input, whose files would be overwritten."""
+def keep_inputs(output: pathlib.Path, written: str, *inputs: str) -> None:
+    """Raises ValueError if a run that writes into `output` would overwrite one of its inputs.
+
+    Args:
+        output: the directory.
+        written: the only file that is written there; "": a model's or an adapter's files.
+        inputs: directories, files or names.
+    """
     for source in filter(os.path.exists, inputs):
         place = pathlib.Path(source).resolve()
-        if output.resolve() == (place if place.is_dir() else place.parent):
+        same = place == output.resolve() / written if written else place == output.resolve()
+        if same:
             raise ValueError(
                 f"--output-dir {output} holds {source}, which this run reads; choose another directory."
             )

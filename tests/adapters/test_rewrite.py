@@ -165,11 +165,11 @@ def test_a_kernel_taken_for_stacked_layers_is_explained():
 
 def test_stacks_are_said_layers_by_their_paths_experts_by_an_argument():
     """[E, in, out] and [layers, E, in, out]: each matrix has its own factors, as by a Python loop."""
-    experts = lambda path: stacked_axes(path) + ("experts" in path)
+    experts = lambda path: stacked_axes(path) + ("parts" in path)
     apart = jax.random.normal(jax.random.key(1), (2, 3, 4, 5))
     for tree, stack in (
-        ({"layers": {"0": {"experts": {"kernel": apart[0]}}}}, (3,)),
-        ({"layers": {"experts": {"kernel": apart}}}, (2, 3)),
+        ({"layers": {"0": {"parts": {"kernel": apart[0]}}}}, (3,)),
+        ({"layers": {"parts": {"kernel": apart}}}, (2, 3)),
     ):
         adapted = noisy(adapt(jax.random.key(0), tree, {".*kernel": dora(2)}, stacked=experts))
         (weight,) = jax.tree.leaves(adapted, is_leaf=is_weight)

@@ -193,7 +193,8 @@ OBJECTIVES = {
 PARTS = set(
     "LogitsFn Objective Sequences classifier_logits completion_log_probs completion_values token_logits "
     "embedding_noise function_distance mean_of noise_distance on_rows sample_distance sequence_log_probs "
-    "contrastive shift spectrally_normalised token_values value_loss with_value_head without_value_head "
+    "contrastive RouterTerms router_terms shift spectrally_normalised token_values value_loss "
+    "with_value_head without_value_head "
     "Algorithm Asked Collector Credit DeviceReward Environment KlControl Prompts Reply Sample SamplesBeside "
     "Transform add_old_policy add_penalty add_reference add_values answers answers_of_both best_and_worst "
     "collect collect_on_device episodes equals estimate_success mask_truncated offline_collect "
@@ -203,7 +204,7 @@ PARTS = set(
 
 
 def params_for(name):
-    if "_reward" in name:
+    if "_reward" in name or name == "reranking":
         return add_reward_head(jax.random.key(2), PARAMS, MODEL.config.hidden_size)
     with_values = jax.jit(lambda params: large(objectives.with_value_head(MODEL, params)))
     return with_values(START) if name == "ppo" else PARAMS

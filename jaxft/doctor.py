@@ -27,7 +27,7 @@ EXTRAS = {
     "notebooks": ("ipykernel", "nbformat"),
     "test": (
         *("tensorboardX", "tensorboard", "pytest", "pytest-xdist", "beartype", "ruff", "codespell"),
-        *("torch", "peft", "qwix"),
+        *("torch", "peft", "sentence-transformers", "qwix"),
     ),
     "docs": ("mkdocs-material", "mkdocstrings"),
     "bench": ("trl", "accelerate"),

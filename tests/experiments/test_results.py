@@ -119,7 +119,11 @@ def test_a_package_that_a_paper_imports_is_asked_for_before_any_work(tmp_path, m
     [
         ("nft", {"rollouts": 5}, "rollouts is 5, but a record"),
         ("nft", {"first_seed": 100}, "first_seed is 100"),
-        ("dco", {"mode": "cot", "epochs": 5}, r"epochs is 5, .* \(or --mode cot, --mode proof\)"),
+        (
+            "dco",
+            {"mode": "cot", "epochs": 5},
+            r"epochs is 5, .* \(or --mode cot, --mode proof, --preset full\)",
+        ),
         ("tram", {"preset": "full", "texts": "a"}, "texts is 'a'"),
         ("intrinsic-dimension", {"model": "smollm2"}, "model is 'smollm2'"),
     ],

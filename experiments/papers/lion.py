@@ -1,9 +1,9 @@
 """Lion: Symbolic Discovery of Optimization Algorithms (arXiv 2302.06675), the optimizer.
 
 Its state is half of AdamW's, or a quarter and an eighth with momentum in bfloat16 and int8; stochastic
-rounding is what makes few bits work; and with learning rates 3 to 10 times smaller it trains as well.
-Measured on a ViT trained on scikit-learn's digits, and on a language model that moves from English to
-Python.
+rounding is what makes few bits work; and with learning rates 3 to 10 times smaller it trains as well on a
+language model that moves from English to Python. On a ViT trained on scikit-learn's digits, the recorded
+seeds do not show that: Lion's accuracy is 0.041 below AdamW's, with an interval from -0.103 to 0.022.
 
     python experiments/papers/lion.py
     python experiments/papers/lion.py --model smollm2      the text task with SmolLM2-135M and LoRA

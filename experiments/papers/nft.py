@@ -18,18 +18,19 @@ held-out questions. Settings were chosen on seeds of 100 and above.
 Two statements of the paper are not judged: that NFT ends above rejection sampling (RFT), and that
 its entropy rises where RFT's falls. Only one string answers a question here, so entropy falls as
 accuracy rises for every method, and RFT's answers have no weights, which makes its steps larger.
-The table prints the values: over seeds 0 to 2, from pass@1 0.439, NFT reaches 0.561, GRPO 0.569 and
-RFT 0.572, all with an entropy of 0.26 to 0.27 nats per token. Training only on wrong answers did not
-measurably help: +0.027 [-0.044, 0.098]. (An earlier run on another machine measured 0.545, 0.563,
-0.566 and +0.012 [-0.007, 0.031].)
+The recorded run (docs/results.md), seeds 0 to 2, from pass@1 0.439: NFT reaches 0.554, GRPO 0.568 and
+RFT 0.569, all with an entropy of 0.26 to 0.27 nats per token. Three seeds do not show NFT's gain,
++0.115 [-0.003, 0.234], nor that training only on wrong answers helps, +0.019 [-0.051, 0.089]. (Earlier
+runs measured 0.545 and 0.561 for NFT, and +0.012 [-0.007, 0.031] and +0.027 [-0.044, 0.098] for only
+wrong answers.)
 
-Ablations on the same seeds, as differences from NFT's 0.561: GRPO's weight of a prompt makes no
-difference (0.000 [-0.026, 0.026]), nor does half the weight of wrong answers (+0.003 [-0.031,
-0.037]). Without weights of prompts NFT ends lower (-0.044 [-0.089, 0.000]; -0.053 [-0.072, -0.034]
-against GRPO), as in the paper. With 16 updates per rollout, no floor ε ends above the start (ε = 1:
--0.014 [-0.229, 0.201]), so these runs say little about floors: ε = 0.05 ends where ε = 1 does
-(-0.008 [-0.145, 0.128]), although its gradients have nine times the norm (13.1 against 1.5) before
-they are clipped to 1.
+Ablations of an earlier run on the same seeds, as differences from NFT's 0.561: GRPO's weight of a
+prompt makes no difference (0.000 [-0.026, 0.026]), nor does half the weight of wrong answers (+0.003
+[-0.031, 0.037]). Without weights of prompts NFT ends lower (-0.044 [-0.089, 0.000]; -0.053 [-0.072,
+-0.034] against GRPO), as in the paper. With 16 updates per rollout, no floor ε ends above the start (ε
+= 1: -0.014 [-0.229, 0.201]), so these runs say little about floors: ε = 0.05 ends where ε = 1 does
+(-0.008 [-0.145, 0.128]), although its gradients have nine times the norm (13.1 against 1.5) before they
+are clipped to 1.
 
 Departures from the paper: the losses are means over tokens, where the authors divide by 1000 and
 clip. At the default size, rollouts are not filled up with prompts whose answers differ; prompts

@@ -16,7 +16,6 @@ import tyro
 
 from experiments.cli import choices, flags
 from jaxft.generation import Generation, SamplingConfig, generate
-from jaxft.parallel import mesh_context
 
 # The settings of every --preset full --smoke.
 SMALL = dict(
@@ -76,23 +75,29 @@ def everyday(settings: Any, config: Any, paper: Mapping[str, Any], **more: Any) 
     return flags.replace(settings, **chosen)
 
 
-def answers(
+def in_parts(
     model: Any,
     params: Any,
     prompts: Sequence[Sequence[int]],
     key: jax.Array,
     config: SamplingConfig,
     *,
-    mesh: Any,
     at_once: int,
-    samples: int = 1,
+    **more: Any,
 ) -> Generation:
     """Calls `generate` for `at_once` prompts at a time; the answers are those of one call."""
-    parts = []
-    for i in range(0, len(prompts), at_once):
-        rows = np.arange(len(prompts))[i : i + at_once]
-        some = prompts[i : i + at_once]
-        with mesh_context(mesh):
-            parts.append(generate(model, params, some, key, config, samples=samples, row_ids=rows))
+    rows = np.arange(len(prompts))
+    parts = [
+        generate(
+            model,
+            params,
+            prompts[i : i + at_once],
+            key,
+            config,
+            row_ids=rows[i : i + at_once],
+            **more,
+        )
+        for i in range(0, len(prompts), at_once)
+    ]
     *arrays, ends = zip(*parts, strict=True)
     return Generation(*map(np.concatenate, arrays), [end for part in ends for end in part])

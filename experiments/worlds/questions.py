@@ -23,9 +23,10 @@ from experiments.cli import rewards as rewards_cli
 from experiments.cli.models import stop_ids
 from experiments.cli.training import mesh_of
 from experiments.worlds import arithmetic
+from experiments.worlds.loaded import in_parts
 from jaxft import checkpoints as files
 from jaxft import data, rl, train
-from jaxft.generation import Generation, SamplingConfig, generate
+from jaxft.generation import Generation, SamplingConfig
 from jaxft.models import Decoder, family_of, tiny_config
 from jaxft.parallel import mesh_context
 from jaxft.rewards import RewardFn, Verifier, VerifierPool, in_process, verifier_for
@@ -260,17 +261,8 @@ def sampler(task: Task) -> Callable[..., Generation]:
     """Returns `generate` of some answers at a time; the answers are those of one call."""
     at_once = task.settings.sampled_at_once
 
-    def sample(model, params, prompts, key, config, *, samples=1, **more):
-        size = max(1, at_once // samples)
-        parts = [
-            generate(
-                model, params, prompts[i : i + size], key, config, samples=samples,
-                row_ids=np.arange(len(prompts))[i : i + size], **more,
-            )
-            for i in range(0, len(prompts), size)
-        ]  # fmt: skip
-        *arrays, ends = zip(*parts, strict=True)
-        return Generation(*map(np.concatenate, arrays), [end for part in ends for end in part])
+    def sample(*args, samples=1, **more):
+        return in_parts(*args, samples=samples, at_once=max(1, at_once // samples), **more)
 
     return sample
 

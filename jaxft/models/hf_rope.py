@@ -9,6 +9,7 @@ from typing import Any
 
 from jaxft.models.config import Rope
 from jaxft.models.errors import CheckpointError
+from jaxft.models.rope import turned
 
 Json = Mapping[str, Any]
 
@@ -118,7 +119,7 @@ def read_rope_parameters(
 
 def check_factors(rope: Rope, head_dim: int) -> None:
     """Raises CheckpointError if a share of a head, or the factors of LongRoPE, are not of whole pairs."""
-    size = int(head_dim * rope.share)
+    size = turned(rope, head_dim)
     if size < 2 or size % 2:
         raise CheckpointError(
             f"config.json: partial_rotary_factor {rope.share} leaves {size} of a head's {head_dim} features, "

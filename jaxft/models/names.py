@@ -24,14 +24,14 @@ class Entry:
     columns: tuple[int, int] | None = None  # it holds these columns of that part, not all of them
 
 
-LINEAR = {
-    "self_attn.q_proj": "attention/query",
-    "self_attn.k_proj": "attention/key",
-    "self_attn.v_proj": "attention/value",
-    "self_attn.o_proj": "attention/out",
-    "mlp.gate_proj": "mlp/gate",
-    "mlp.up_proj": "mlp/up",
-    "mlp.down_proj": "mlp/down",
+LINEAR: Mapping[str, tuple[str, ...]] = {
+    "self_attn.q_proj": ("attention/query",),
+    "self_attn.k_proj": ("attention/key",),
+    "self_attn.v_proj": ("attention/value",),
+    "self_attn.o_proj": ("attention/out",),
+    "mlp.gate_proj": ("mlp/gate",),
+    "mlp.up_proj": ("mlp/up",),
+    "mlp.down_proj": ("mlp/down",),
 }
 NORMS = {"input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm"}
 QK_NORMS = {
@@ -53,7 +53,10 @@ EXPERTS = ExpertNames("mlp", "gate_proj", "up_proj", "down_proj")
 
 
 def decoder_entries(
-    config: DecoderConfig, norms: Mapping[str, str] = NORMS, experts: ExpertNames = EXPERTS
+    config: DecoderConfig,
+    norms: Mapping[str, str] = NORMS,
+    experts: ExpertNames = EXPERTS,
+    linear: Mapping[str, tuple[str, ...]] = LINEAR,
 ) -> list[Entry]:
     """The tensors of a Llama-like decoder in a Hugging Face checkpoint, in the file's usual order.
 
@@ -61,16 +64,20 @@ def decoder_entries(
         config: of the model.
         norms: name in the file -> path in a block, for the norms of each layer.
         experts: names of the experts, in layers that have them.
+        linear: name in the file -> paths in a block of the layers that it holds side by side.
     """
     entries = [Entry("model.embed_tokens.weight", ("embed/embedding",))]
     for i in range(config.num_layers):
         theirs, ours = f"model.layers.{i}.", f"layers/{i}/"
-        for name, path in LINEAR.items():
-            if path.startswith("mlp/") and config.has_experts(i):
+        for name, paths in linear.items():
+            if paths[0].startswith("mlp/") and config.has_experts(i):
                 continue
-            entries.append(Entry(f"{theirs}{name}.weight", (f"{ours}{path}/kernel",), True))
-            if _has_bias(config, path):
-                entries.append(Entry(f"{theirs}{name}.bias", (f"{ours}{path}/bias",)))
+            kernels, biases = (
+                tuple(f"{ours}{path}/{leaf}" for path in paths) for leaf in ("kernel", "bias")
+            )
+            entries.append(Entry(f"{theirs}{name}.weight", kernels, True))
+            if _has_bias(config, paths[0]):
+                entries.append(Entry(f"{theirs}{name}.bias", biases))
         if config.has_experts(i):
             entries += _expert_entries(config.experts, f"{theirs}{experts.module}.", ours, experts)
         for name, path in norms.items():

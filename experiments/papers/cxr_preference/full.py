@@ -25,6 +25,7 @@ from jaxft import data, train
 from jaxft.checkpoints import load_tokenizer
 from jaxft.generation import SamplingConfig
 from jaxft.objectives import supervised
+from jaxft.parallel import mesh_context
 
 # One epoch over about 60,000 pairs; the paper's rate, schedule and lengths.
 PAPER = dict(
@@ -130,9 +131,10 @@ def write(config, settings, model, renderer, mesh, rewards, params, records, sam
     ends = stop_ids(renderer, model)
     sampling = SamplingConfig(settings.max_new_tokens, stop_ids=ends)
     prompts = data.render_prompts(records, renderer)
-    out = loaded.answers(
-        model, params, prompts, key, sampling, mesh=mesh, at_once=config.batch_size, samples=samples
-    )
+    with mesh_context(mesh):
+        out = loaded.in_parts(
+            model, params, prompts, key, sampling, at_once=config.batch_size, samples=samples
+        )
     lengths = np.array([len(ids) for ids in out.completions])
     if samples > 1:
         how = flags.replace(sample_pairs.Config(), samples=samples, keep_truncated=config.smoke)

@@ -17,6 +17,7 @@ from experiments.worlds import loaded
 from jaxft import data, train
 from jaxft.generation import SamplingConfig
 from jaxft.objectives import coverage
+from jaxft.parallel import mesh_context
 
 # All params train; a constant rate after 20 of some 750 steps.
 PAPER = dict(
@@ -105,7 +106,8 @@ def measure(settings, model, renderer, mesh, pass_at, histogram, params, tests) 
     ends = stop_ids(renderer, model)
     greedy = SamplingConfig(settings.max_new_tokens, temperature=0.0, stop_ids=ends)
     key, size = jax.random.key(0), settings.rows.batch_size
-    out = loaded.answers(model, params, prompts, key, greedy, mesh=mesh, at_once=size)
+    with mesh_context(mesh):
+        out = loaded.in_parts(model, params, prompts, key, greedy, at_once=size)
     sure = np.exp(np.sum(out.log_probs, axis=1, where=out.mask))
     right = np.array([a == b for a, b in zip(out.completions, answers, strict=True)])
     return {

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Collection
 from typing import Any
 
-from jaxft.models import hf_config, hf_rope
+from jaxft.models import hf_config, hf_rope, names
 from jaxft.models.config import DecoderConfig
 from jaxft.models.decoder import Decoder
 from jaxft.models.errors import CheckpointError
 from jaxft.models.family import Family, Json
-from jaxft.models.names import NORMS, Entry, output_entries
 from jaxft.models.special_ids import SpecialIds
 
 FUSED = {
@@ -54,19 +54,6 @@ def _write(config: DecoderConfig) -> dict[str, Any]:
     }
 
 
-def _entries(config: DecoderConfig) -> list[Entry]:
-    result = [Entry("model.embed_tokens.weight", ("embed/embedding",))]
-    for i in range(config.num_layers):
-        theirs, ours = f"model.layers.{i}.", f"layers/{i}/"
-        for name, paths in FUSED.items():
-            leaves = tuple(f"{ours}{path}/kernel" for path in paths)
-            result.append(Entry(f"{theirs}{name}.weight", leaves, True))
-        for name, path in NORMS.items():
-            result.append(Entry(f"{theirs}{name}.weight", (f"{ours}{path}/scale",)))
-    result.append(Entry("model.norm.weight", ("final_norm/scale",)))
-    return result + output_entries(config)
-
-
 PHI3 = Family(
     name="phi3",
     module=Decoder,
@@ -74,7 +61,7 @@ PHI3 = Family(
         architecture="Phi3ForCausalLM",
         read=_read,
         write=_write,
-        entries=_entries,
+        entries=functools.partial(names.decoder_entries, linear=FUSED),
         reads=hf_config.READS | {"hidden_act", "sliding_window", "partial_rotary_factor"},
         special=SpecialIds(bos=1, eos=(32000,), pad=32000),
         keys=hf_config.decoder_keys(

@@ -20,7 +20,6 @@ from experiments.papers.hypo import text
 from experiments.worlds import loaded
 from jaxft import train
 from jaxft.checkpoints import load_tokenizer
-from jaxft.keys import stream
 from jaxft.objectives import sequence_log_probs
 from jaxft.parallel import mesh_context, to_host
 from jaxft.train.batches import place_batch
@@ -76,34 +75,27 @@ def run_seed(config, settings, model, base, mesh, reward, training, held_out, se
     measured = measurer(settings, model, params, held_out, mesh, reward)
     start = measured(params, jax.random.key(seed)) | {"step": 0, "pairs": len(training)}
     own = text.Settings(beta=config.beta, kl_weight=config.text_kl_weight)
-    found = {}
-    for name in METHODS:
-        rows = [start]
 
-        def look(state, rows=rows):
-            value = measured(state.params, stream(state.key, "measure"))
-            rows.append(value | {"step": int(state.step)})
-            return {}
-
+    def made(name):
         batches = preference.data.group_batches(training, **sizes, seed=seed)
         if name == "HyPO":
             batches = preference.with_samples(settings, model, params, training, batches, mesh)
-        train.fit(
-            params,
-            text.objective(name, model.forward, own),
-            shared.make_optimizer(settings.optimisation),
-            batches,
-            steps=config.steps,
-            key=jax.random.key(seed),
-            microbatches=settings.optimisation.gradient_accumulation_steps,
-            mesh=mesh,
-            callbacks=[
-                train.every(max(1, config.steps // 10), look),
-                train.progress(steps=settings.output.logging_steps),
-            ],
-        )
-        found[name] = rows
-    return found
+        return text.objective(name, model.forward, own), batches
+
+    return text.compare(
+        METHODS,
+        params,
+        start,
+        measured,
+        made,
+        lambda: shared.make_optimizer(settings.optimisation),
+        every=max(1, config.steps // 10),
+        steps=config.steps,
+        seed=seed,
+        callbacks=lambda: [train.progress(steps=settings.output.logging_steps)],
+        microbatches=settings.optimisation.gradient_accumulation_steps,
+        mesh=mesh,
+    )
 
 
 def measurer(settings, model, ref_params, held_out, mesh, reward):

@@ -8,6 +8,7 @@ good ones: that more good words turn into bad ones is not in them.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -106,8 +107,50 @@ def run(settings: Settings, seed: int) -> dict[str, list[dict[str, float]]]:
     pairs = make_pairs(np.asarray(words), topics, rng)
     measured = functools.partial(measure, model, base, pairs, settings=settings)
     start = measured(base, jax.random.key(seed + 1)) | {"step": 0, "pairs": len(pairs["topics"])}
+    return compare(
+        METHODS,
+        base,
+        start,
+        measured,
+        lambda name: method(name, model, base, pairs, settings),
+        lambda: optax.adam(settings.learning_rate),
+        every=settings.every,
+        steps=settings.steps,
+        seed=seed,
+    )
+
+
+def compare(
+    methods: Sequence[str],
+    params: Any,
+    start: dict[str, float],
+    measured: Callable[[Any, jax.Array], dict[str, float]],
+    made: Callable[[str], tuple[Objective, Any]],
+    optimizer: Callable[[], optax.GradientTransformation],
+    *,
+    every: int,
+    steps: int,
+    seed: int,
+    callbacks: Callable[[], Sequence[Callable]] = tuple,
+    **more: Any,
+) -> dict[str, list[dict[str, float]]]:
+    """Trains each method from `params`; returns {method: `start` and what was measured every so many steps}.
+
+    Args:
+        methods: names.
+        params: where all methods start.
+        start: what was measured there.
+        measured: (params, key) -> measurements.
+        made: name -> (objective, batches or collect function).
+        optimizer: makes the optimizer of a method.
+        every: steps between measurements.
+        steps: steps of each method.
+        seed: of the keys.
+        callbacks: makes further callbacks of a method.
+        more: arguments of `train.fit`.
+    """
     found = {}
-    for name in METHODS:
+    for name in methods:
         rows = [start]
 
         def look(state, rows=rows):
@@ -115,15 +158,16 @@ def run(settings: Settings, seed: int) -> dict[str, list[dict[str, float]]]:
             rows.append(value | {"step": int(state.step)})
             return {}
 
-        made, batches = method(name, model, base, pairs, settings)
+        objective, batches = made(name)
         train.fit(
-            base,
-            made,
-            optax.adam(settings.learning_rate),
+            params,
+            objective,
+            optimizer(),
             batches,
-            steps=settings.steps,
+            steps=steps,
             key=jax.random.key(seed),
-            callbacks=[train.every(settings.every, look)],
+            callbacks=[train.every(every, look), *callbacks()],
+            **more,
         )
         found[name] = rows
     return found

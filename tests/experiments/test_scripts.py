@@ -193,6 +193,20 @@ def test_the_whole_model_in_a_subspace(tmp_path):
     assert (tmp_path / "adapter" / "jaxft_adapter.safetensors").stat().st_size < 1000
 
 
+def test_label_smoothing_is_the_training_objective_s(tmp_path, monkeypatch):
+    class Made(Exception):
+        """Raised where the objective is made."""
+
+    def stopped(forward, **options):
+        raise Made(options)
+
+    monkeypatch.setattr(sft, "supervised", stopped)
+    config = dict(smoke=True, adapter="full", accuracy=False, output_dir=str(tmp_path))
+    with pytest.raises(Made) as made:
+        sft.main(config_of(sft, **config, label_smoothing=0.1))
+    assert made.value.args[0]["label_smoothing"] == 0.1
+
+
 def test_training_learns_and_resumes_to_the_same_losses(tmp_path):
     settings = dict(
         model="tiny",

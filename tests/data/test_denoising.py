@@ -62,9 +62,9 @@ def test_lengths_are_those_of_t5():
 
 def test_every_division_into_spans_is_equally_likely():
     draw = lambda i: data.noise_mask(RNG((0, i)), 7, density=0.45, mean_length=1.5).tobytes()
-    counts = collections.Counter(map(draw, range(3000)))
+    counts = collections.Counter(map(draw, range(1500)))
     assert len(counts) == math.comb(2, 1) * math.comb(3, 1)  # 3 tokens and 4, in 2 spans each
-    expected = 3000 / len(counts)
+    expected = 1500 / len(counts)
     chi_square = sum((n - expected) ** 2 / expected for n in counts.values())
     assert chi_square < 20.5  # 5 degrees of freedom, p = 0.001
 
@@ -85,7 +85,7 @@ def test_infilling_masks_exactly_its_share_and_keeps_the_order(density, mean):
             # A mask between neighbours of the text stands for no token.
             between = np.flatnonzero(source[1:-1] == MASK) + 1
             inserted += np.sum(source[between + 1] - source[between - 1] == 1)
-    assert inserted > 0
+    assert (inserted > 0) == (mean < 5)
 
 
 def test_lengths_of_spans_are_poisson():

@@ -123,8 +123,8 @@ def beam_search(
     At each step the (1 + number of stop ids) x num_beams likeliest continuations of all beams are
     considered, at least 2 x num_beams: those among the first num_beams that end are completions, and the
     first num_beams that do not end are the next beams. Rules of `config` that depend on tokens change
-    log-probs, which are not normalised again, in the same order as logits in sampling. The search of a prompt
-    depends neither on its padding nor on other prompts.
+    log-probs, which are not normalised again, in the order of sampling, where they change logits. The search
+    of a prompt depends neither on its padding nor on other prompts.
 
     Args:
         model, params, prompts, columns, cache_dtype: as for `generate`. The arrays of a cache have rows on
@@ -202,9 +202,11 @@ def _search(model, params, state, settings, config, beams, room, shared):
 def _choose(search, settings, config):
     """Ends and continues beams: (the search with their next tokens, parents [B, K] of the beams)."""
     batch, beams, _ = search.tokens.shape
-    log_probs = jax.nn.log_softmax(search.logits.astype(jnp.float32), axis=-1)
-    short = search.step < settings.least
-    log_probs = process_logits(log_probs, config, search.history, search.position, short)
+    logits, short = search.logits, search.step < settings.least
+    rules = lambda table: process_logits(table, config, search.history, search.position, short)
+    normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    # A repetition penalty differs between logits, on which greedy decoding applies it, and log-probs.
+    log_probs = rules(logits) - normaliser if beams == 1 else rules(logits - normaliser)
     size = log_probs.shape[-1]
     sums = log_probs.reshape(batch, beams, size) + search.sums[:, :, None]
     count = min(max(2, 1 + len(config.stop_ids)), size) * beams

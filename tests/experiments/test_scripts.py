@@ -28,6 +28,7 @@ from experiments.cli import flags, optimizers, quiet
 from jaxft import checkpoints, data, train
 from jaxft.adapters import load_adapter
 from jaxft.checkpoints import load_model
+from jaxft.generation import Beams
 from jaxft.models import Prediction
 from jaxft.objectives import supervised
 from jaxft.rewards import model_rewards
@@ -193,6 +194,32 @@ def test_the_whole_model_in_a_subspace(tmp_path):
     assert (tmp_path / "adapter" / "jaxft_adapter.safetensors").stat().st_size < 1000
 
 
+class Reached(Exception):
+    """Raised where the library would be called, with what it gets."""
+
+
+def test_label_smoothing_is_the_training_objective_s(tmp_path, monkeypatch):
+    def objective(forward, **options):
+        raise Reached(options)
+
+    monkeypatch.setattr(sft, "supervised", objective)
+    config = dict(smoke=True, adapter="full", accuracy=False, output_dir=str(tmp_path))
+    with pytest.raises(Reached) as reached:
+        sft.main(config_of(sft, **config, label_smoothing=0.1))
+    assert reached.value.args[0]["label_smoothing"] == 0.1
+
+
+def test_answers_to_verify_are_searched_with_beams(monkeypatch):
+    def search(model, params, prompts, beams, rules):
+        raise Reached(beams, rules.temperature)
+
+    monkeypatch.setattr("jaxft.rewards.accuracy.beam_search", search)
+    flags = dict(num_beams=3, early_stopping="never", length_penalty=0.5)
+    with pytest.raises(Reached) as reached:
+        evaluate.main(config_of(evaluate, TASK, model="tiny", limit=2, **flags))
+    assert reached.value.args == (Beams(3, 0.5, "never"), 0.0)
+
+
 def test_training_learns_and_resumes_to_the_same_losses(tmp_path):
     settings = dict(
         model="tiny",
@@ -219,8 +246,8 @@ def test_training_learns_and_resumes_to_the_same_losses(tmp_path):
     shutil.rmtree(parts / "checkpoints" / "8")
     sft.main(config_of(sft, **settings, output_dir=str(parts), resume=True))
     assert losses(parts) == losses(whole)
-    model = config_of(generate, model=str(whole / "model"), prompt=("hi",), max_new_tokens=2)
-    assert len(generate.main(model)) == 1
+    model = dict(model=str(whole / "model"), prompt=("hi",), max_new_tokens=2, num_beams=2)
+    assert len(generate.main(config_of(generate, **model, no_repeat_ngram_size=2))) == 1
 
 
 @pytest.mark.parametrize("loss", ["dpo", "kto", "bco", "hypo", "reward", "process"])

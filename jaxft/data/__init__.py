@@ -5,6 +5,7 @@ from jaxft.data.batching import (
     batches,
     finite_batches,
     packing_efficiency,
+    temperature_weights,
     token_weights,
 )
 from jaxft.data.errors import BadRecord, BadRecords, DataError
@@ -108,6 +109,7 @@ __all__ = [
     "render_steps",
     "render_unpaired",
     "split",
+    "temperature_weights",
     "token_weights",
     "unpair",
     "whole_prompt",

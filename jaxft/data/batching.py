@@ -216,6 +216,26 @@ def token_weights(sources: Sequence[Sequence[Tokenised]], shares: Sequence[float
     ]
 
 
+def temperature_weights(sizes: Sequence[int], temperature: float) -> list[float]:
+    """Returns the `weights` of `batches` in proportion to n^(1/T), for n records in a source; sum 1.
+
+    Arivazhagan et al., 2019, arxiv.org/abs/1907.05019, section 4.1. T = 1 leaves the sources as large as they
+    are; T = infinity gives each the same weight, which oversamples the smaller of two sources by the ratio
+    of their sizes.
+
+    Raises:
+        DataError: for a temperature below 1, or a size below 1.
+    """
+    if not temperature >= 1 or not sizes or min(sizes) < 1:
+        raise DataError(
+            f"temperature_weights: expected a temperature of at least 1 and sizes of at least 1, got "
+            f"{temperature} and {list(sizes)}."
+        )
+    # Relative to the largest, so that no power overflows.
+    powers = [(size / max(sizes)) ** (1 / temperature) for size in sizes]
+    return [power / sum(powers) for power in powers]
+
+
 def finite_batches(
     records: Sequence[Tokenised],
     *,

@@ -194,8 +194,8 @@ def mined_pairs(
 ) -> tuple[list[tuple[str, str]], dict[str, float]]:
     """Returns (`count` pairs mined from documents of domain 1 and cleaned, statistics of the mining).
 
-    Translations of the documents have the error rate `rate`. Statistics: mean F1 of the documents' alignments,
-    the fraction of mined pairs that are wrong, and the numbers that the filters refused.
+    Translations of the documents have the error rate `rate`. Statistics: mean F1 of the documents'
+    alignments, and the fraction of their pairs that are wrong, before cleaning.
     """
     vocabularies, pairs, f1, wrong = language.vocabulary(), [], [], []
     filters = {
@@ -210,7 +210,7 @@ def mined_pairs(
         wrong.append(np.mean([pair not in set(document.gold) for pair in found]))
         texts = [list(map(" ".join, side)) for side in (document.source, document.target)]
         pairs += mining.join_pairs(found, *texts)
-        pairs, refused = mining.clean(mining.without_duplicates(pairs), filters)
+        pairs, _ = mining.clean(mining.without_duplicates(pairs), filters)
     return pairs[:count], {"f1": float(np.mean(f1)), "wrong": float(np.mean(wrong))}
 
 

@@ -17,7 +17,7 @@ def test_equal_texts_score_100_and_the_signature_says_how():
 
 
 def test_bleu_by_hand():
-    # "a b c d e" against "a b c d f": precisions 4/5, 3/4, 2/3, 1/2, whose product is 1/5; no brevity penalty.
+    # Precisions 4/5, 3/4, 2/3 and 1/2, whose product is 1/5, and no brevity penalty.
     assert bleu(["a b c d e"], ["a b c d f"], "none").score == pytest.approx(100 * 0.2**0.25)
 
 

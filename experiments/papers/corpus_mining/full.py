@@ -20,7 +20,7 @@ from jaxft.parallel import mesh_context
 # Some epochs of 50 000 mined pairs in batches of 64 rows; rates of fine-tuning, not the paper's.
 SIZES = dict(
     seeds=1, steps=(10_000, 5_000, 2_000), learning_rates=(2e-5, 1e-5, 5e-6), evaluate_every=500,
-    batch_size=64, max_length=512, dev=555, held_out=2068, beams=4,
+    batch_size=64, max_length=512, dev=555, held_out=2068, num_beams=4,
 )  # fmt: skip
 SMOKE = dict(model="tiny", fsdp=1, microbatches=1, max_new_tokens=4, tokenize="13a", max_length=64)
 FILES = ("ood", "in_domain", "dev_set", "test_set")

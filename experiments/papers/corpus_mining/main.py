@@ -69,11 +69,11 @@ PARTS = {"main": {}, "manpages": {"data": "manpages"}}  # parts of the record
 ALIGNERS = ("dynamic program", "greedy", "diagonal")
 OF_TOY = "error pairs mined width layers".split()
 OF_TRAINING = (
-    "dev held_out steps learning_rates evaluate_every patience batch_size max_length beams"
+    "dev held_out steps learning_rates evaluate_every patience batch_size max_length num_beams"
 ).split()
 SMOKE = dict(
     seeds=1, documents=2, errors=(0.3,), pairs=64, mined=32, dev=4, held_out=4, steps=(2, 1, 1),
-    evaluate_every=2, batch_size=2, width=32, layers=1, beams=2,
+    evaluate_every=2, batch_size=2, width=32, layers=1, num_beams=2,
 )  # fmt: skip
 
 
@@ -114,7 +114,7 @@ class Config:
     patience: int = 5  # measurements without improvement at which a stage ends
     batch_size: int = 16  # packed rows per step
     max_length: int = 72  # tokens of a packed row
-    beams: int = 4  # beams of the test's translations; development is greedy
+    num_beams: int = 4  # beams of the test's translations; development is greedy
     width: int = 64  # width of the model
     layers: int = 2  # layers of the model
     # directory for the figure, metrics.json, pairs.jsonl and the cache of finished seeds
@@ -179,7 +179,7 @@ def run_seed(config: Config, opened: Any, seed: int) -> dict[str, Any]:
     sources, references = zip(*task.test, strict=True)
     for name, stages in METHODS.items():
         params, dev = reached(stages)
-        found = task.translate(params, sources, config.beams)
+        found = task.translate(params, sources, config.num_beams)
         score = bleu(found, references, task.tokenize)
         run["signature"] = score.signature
         run["bleu"][name] = {"bleu": score.score, "chrf": chrf(found, references).score, "dev": dev}

@@ -27,6 +27,7 @@ from jaxft.generation.sampler import (
 )
 from jaxft.generation.search import Found, best_first_search
 from jaxft.generation.server import ServerError, server_sampler
+from jaxft.generation.sources import decoder_begin, needed_positions, with_source
 
 __all__ = [
     "Found",
@@ -38,6 +39,9 @@ __all__ = [
     "State",
     "append",
     "bad_word_ids",
+    "decoder_begin",
+    "needed_positions",
+    "with_source",
     "best_first_search",
     "bucket",
     "decode",

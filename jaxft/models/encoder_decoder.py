@@ -118,6 +118,7 @@ class EncoderDecoder(nn.Module):
         if cache is not None:
             keys, values = zip(*kept, strict=True)
             own = dataclasses.replace(own, keys=keys, values=values)
+            crossed = jax.tree.map(lambda x: x.astype(keys[0].dtype), crossed)
             cache = SourceCache(own, crossed, mask > 0)
         return Output(x, self._logits(x), cache)
 
@@ -147,7 +148,7 @@ class EncoderDecoder(nn.Module):
         if "source" not in batch and (cache is None or cache.own.empty):
             raise ValueError(
                 f"{self.config.family}: the batch has no 'source' [B, S], which the encoder reads; it has "
-                f"{sorted(batch)}. Render records with data.Renderer(..., reads=model.config), or add the "
+                f"{sorted(batch)}. Render records with data.SourceRenderer, or add the "
                 "column: a batch for decoders has prompt and answer in 'tokens'."
             )
         names = ("source", "source_mask", "positions", "segment_ids")

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Any, Literal
+from typing import Literal
 
 from jaxft.models.special_ids import SpecialIds, as_ids
 
 # Relative and computed positions have no table that ends; the sampler needs a number.
 UNBOUNDED = 1 << 20
+# Ids that generation needs: field of the config -> key of config.json and generation_config.json.
+IDS = {
+    "start": "decoder_start_token_id",
+    "forced_bos": "forced_bos_token_id",
+    "forced_eos": "forced_eos_token_id",
+}
+# Further settings of generation in old config.json files.
+_GENERATION = (
+    "bad_words_ids num_beams length_penalty early_stopping no_repeat_ngram_size min_length max_length"
+).split()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +56,8 @@ class StackConfig:
 class EncoderDecoderConfig:
     """An encoder of the source and a decoder of the answer with attention to it: docs/models.md.
 
-    `start`, `forced_bos` and `forced_eos` are ids of config.json; `decoder_start`, `first` and `last` are
-    those that generation_config.json changes.
+    `start`, `forced_bos` and `forced_eos` are ids of config.json. If there is a generation_config.json, its
+    ids count instead: `decoder_start`, `first` and `last`.
     """
 
     vocab_size: int
@@ -70,6 +80,17 @@ class EncoderDecoderConfig:
     special: SpecialIds = dataclasses.field(default=SpecialIds(), compare=False)
     source: str = dataclasses.field(default="", compare=False, repr=False)  # see DecoderConfig
 
+    def __post_init__(self):
+        # Without a generation_config.json, transformers takes these settings from config.json.
+        if not self.special.generation:
+            given = json.loads(self.source or "{}")
+            settings = {key: given[key] for key in _GENERATION if given.get(key) is not None}
+            ids = {key: getattr(self, field) for field, key in IDS.items()}
+            settings |= {key: i for key, i in ids.items() if i is not None}
+            text = json.dumps(settings, sort_keys=True) if settings else ""
+            special = dataclasses.replace(self.special, generation=text)
+            object.__setattr__(self, "special", special)
+
     @property
     def hidden_size(self) -> int:
         """Features of a token, in both stacks."""
@@ -83,27 +104,25 @@ class EncoderDecoderConfig:
     @property
     def decoder_start(self) -> int | None:
         """The id that begins a decoder's text; None: no file names one."""
-        return self._generation("decoder_start_token_id", self.start)
+        return self._id("start")
 
     @property
     def first(self) -> int | None:
         """The id that is forced after `decoder_start`; None: none."""
-        return self._generation("forced_bos_token_id", self.forced_bos)
+        return self._id("forced_bos")
 
     @property
     def last(self) -> int | None:
         """The id that is forced at the last place of an answer that did not end; None: none."""
-        return self._generation("forced_eos_token_id", self.forced_eos)
+        return self._id("forced_eos")
 
     @property
     def banned(self) -> tuple[tuple[int, ...], ...]:
-        """The sequences of ids that generation_config.json, or else config.json, forbids in answers."""
-        found: Any = None
-        for text in (self.source, self.special.generation):
-            found = json.loads(text or "{}").get("bad_words_ids") or found
-        return tuple(tuple(word) for word in found or ())
-
-    def _generation(self, name, default):
+        """The sequences of ids that must not be in answers."""
         settings = json.loads(self.special.generation or "{}")
-        ids = as_ids("generation_config.json", settings, name, () if default is None else default)
+        return tuple(tuple(word) for word in settings.get("bad_words_ids") or ())
+
+    def _id(self, field):
+        settings = json.loads(self.special.generation or "{}")
+        ids = as_ids("generation_config.json", settings, IDS[field])
         return ids[0] if ids else None

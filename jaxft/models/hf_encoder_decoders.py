@@ -8,7 +8,7 @@ from collections.abc import Collection
 from typing import Any
 
 from jaxft.models.encoder_decoder import EncoderDecoder
-from jaxft.models.encoder_decoder_config import EncoderDecoderConfig, StackConfig
+from jaxft.models.encoder_decoder_config import IDS, EncoderDecoderConfig, StackConfig
 from jaxft.models.errors import CheckpointError
 from jaxft.models.family import Family, HuggingFace, Json
 from jaxft.models.hf_config import ACTIVATIONS, read_activation
@@ -18,12 +18,6 @@ from jaxft.models.special_ids import SpecialIds
 
 LAYERS = "decoder/layers"  # those that scan_layers stacks; the encoder's stay separate
 BIAS = "final_logits_bias"
-# Ids that generation needs, under the names of the config's fields.
-IDS = {
-    "start": "decoder_start_token_id",
-    "forced_bos": "forced_bos_token_id",
-    "forced_eos": "forced_eos_token_id",
-}
 _SIDES = ("encoder", "decoder")
 _SIZES = {"layers": "num_layers", "ffn_dim": "intermediate_size", "attention_heads": "num_heads"}
 READS = frozenset(

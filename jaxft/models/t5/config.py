@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from jaxft.models.encoder_decoder_config import UNBOUNDED, EncoderDecoderConfig, StackConfig
+from jaxft.models.encoder_decoder_config import IDS, UNBOUNDED, EncoderDecoderConfig, StackConfig
 from jaxft.models.errors import CheckpointError
 from jaxft.models.family import Json
 from jaxft.models.hf_config import ACTIVATIONS, read_activation
-from jaxft.models.hf_encoder_decoders import IDS, read_ids, write_ids
+from jaxft.models.hf_encoder_decoders import read_ids, write_ids
 from jaxft.models.hf_keys import COMMON, Keys
 
 _SIZES = dict(

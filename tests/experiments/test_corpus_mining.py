@@ -1,4 +1,4 @@
-"""corpus_mining: its worlds say what is true of them, its stages are what they are called, its judge can fail."""
+"""corpus_mining: its worlds are as they are described, its stages as named, its judge can fail."""
 
 import json
 
@@ -137,7 +137,7 @@ def test_stages_share_their_beginning_and_all_methods_their_number_of_steps():
     assert main.METHODS["two stages"][0] == main.METHODS["three stages"][0]
     parts = [[tasks.tokenised([5], [6])] * 200, [tasks.tokenised([7, 7], [8])] * 20]
     batch = next(tasks.mixed(parts, "both", 4, config.max_length, 0))
-    first = np.isin(batch["tokens"], [5]).sum(), (np.isin(batch["tokens"], [7]).sum() // 2)
+    first = (batch["source"] == 5).sum(), (batch["source"] == 7).sum() // 2
     assert abs(first[0] - first[1]) <= 2  # both domains alike, in spite of their sizes
 
 

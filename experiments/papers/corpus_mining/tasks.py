@@ -11,14 +11,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from experiments.worlds import arithmetic
 from experiments.worlds import parallel_texts as texts
 from jaxft import data
 from jaxft.generation import Beams, SamplingConfig, beam_search
+from jaxft.models import EncoderDecoder, EncoderDecoderConfig, StackConfig
 
 DOMAINS = {"out": (1, 0), "in": (0, 1), "both": (1, 1)}
-LONGEST = 32  # tokens of a sentence of the toy languages; longer mined ones are left out
-END, TRANSLATE = 1, 2  # after 0, the padding
+LONGEST = 31  # words of a sentence of the toy languages; pairs with longer ones are left out
+END, START = 1, 2  # after 0, the padding
 
 
 class Task(NamedTuple):
@@ -44,14 +44,12 @@ def toy(config: Any, seed: int) -> Task:
         tuple(join(language.sentence(rng, domain))) for _ in range(count)
     ]
     outside = drawn(config.pairs, 0)
-    inside, mined = texts.mined_pairs(language, rng, config.mined, config.error, LONGEST - 1)
+    inside, mined = texts.mined_pairs(language, rng, config.mined, config.error, LONGEST)
     known = set(inside)
     clean = [pair for pair in drawn(config.dev + config.held_out + 50, 1) if pair not in known]
     words = [word for side in language.vocabulary() for word in side]
-    ids = {word: i for i, word in enumerate(["", "END", "TRANSLATE", *words])}
-    model, start = arithmetic.small_model(
-        jax.random.key(seed), config.width, 2 * LONGEST + 2, len(ids), config.layers
-    )
+    ids = {word: i for i, word in enumerate(["", "END", "START", *words])}
+    model = encoder_decoder(len(ids), config.width, config.layers)
     encode = lambda text: [ids[word] for word in text.split()]
     parts = [[tokenised(encode(a), encode(b)) for a, b in pairs] for pairs in (outside, inside)]
 
@@ -59,24 +57,52 @@ def toy(config: Any, seed: int) -> Task:
         return mixed(parts, domain, config.batch_size, config.max_length, seed)
 
     names = list(ids)
-    rules = SamplingConfig(LONGEST, temperature=0.0, stop_ids=(END,))
+    rules = SamplingConfig(LONGEST + 1, temperature=0.0, stop_ids=(END,))
 
     def translate(params, sentences, beams):
-        prompts = [[*encode(text), TRANSLATE] for text in sentences]
+        prompts = [[*encode(text), END] for text in sentences]
         found = beam_search(model, params, prompts, Beams(beams), rules)
-        lines = ([names[i] for i in row if i > TRANSLATE] for row in found.completions)
+        lines = ([names[i] for i in row if i > START] for row in found.completions)
         return [texts.surface(" ".join(line)) for line in lines]
 
     pairs = [(source, texts.surface(target)) for source, target in clean]
     dev, test = pairs[: config.dev], pairs[config.dev : config.dev + config.held_out]
-    return Task(model.forward, start, batches, translate, dev, test, mined)
+    return Task(model.forward, initial(model, seed), batches, translate, dev, test, mined)
+
+
+def encoder_decoder(vocabulary: int, width: int, layers: int) -> EncoderDecoder:
+    """Returns a model of Marian's kind, with norms before the sublayers: it needs no long warm-up."""
+    stack = StackConfig(
+        hidden_size=width, intermediate_size=2 * width, num_layers=layers, num_heads=4,
+        head_dim=width // 4, activation="relu", pre_norm=True,
+    )  # fmt: skip
+    return EncoderDecoder(
+        EncoderDecoderConfig(
+            vocab_size=vocabulary, encoder=stack, decoder=stack, positions="sinusoidal", max_length=128,
+            embedding_scale=width**0.5, final_norm=True, family="marian", start=START,
+        )
+    )  # fmt: skip
+
+
+def initial(model: EncoderDecoder, seed: int) -> Any:
+    """Returns params with standard deviation inputs^-1/2 for kernels, and width^-1/2 for embeddings.
+
+    The usual 0.02 is for widths of several hundred.
+    """
+    params = jax.jit(model.init)(jax.random.key(seed), model.example_input())["params"]
+
+    def rescale(path, x):
+        inputs = {"kernel": x.shape[0], "embedding": x.shape[-1]}.get(path[-1].key)
+        return x if inputs is None else x * (inputs**-0.5 / 0.02)
+
+    return jax.tree_util.tree_map_with_path(rescale, params)
 
 
 def tokenised(source: Sequence[int], target: Sequence[int]) -> data.Tokenised:
-    """Returns a pair as one record: the source and TRANSLATE, then the target and END, which train."""
-    tokens = [*source, TRANSLATE, *target, END]
-    trains = np.arange(len(tokens)) > len(source)
-    return data.Tokenised(np.array(tokens, np.int32), trains.astype(np.float32))
+    """Returns a pair as a record: source and END for the encoder; START, target and END for the decoder."""
+    tokens = np.array([START, *target, END], np.int32)
+    trains = (np.arange(len(tokens)) > 0).astype(np.float32)
+    return data.Tokenised(tokens, trains, source=np.array([*source, END], np.int32))
 
 
 def mixed(

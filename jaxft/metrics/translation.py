@@ -34,6 +34,7 @@ def bleu(
             f"bleu: tokenize={tokenize!r} is not one of sacrebleu's: {', '.join(known)}."
         )
     # force: text that is tokenised already is what "none" is for, and otherwise gets a warning.
+    _check("bleu", hypotheses, references)
     return _corpus(
         metrics.BLEU(tokenize=tokenize, force=tokenize == "none"), hypotheses, references
     )
@@ -45,15 +46,19 @@ def chrf(hypotheses: Sequence[str], references: Sequence[str], word_order: int =
     Raises:
         ValueError: for lists of different or no length.
     """
+    _check("chrf", hypotheses, references)
     return _corpus(_metrics().CHRF(word_order=word_order), hypotheses, references)
 
 
-def _corpus(metric: Any, hypotheses: Sequence[str], references: Sequence[str]) -> CorpusScore:
+def _check(name, hypotheses, references):
     if len(hypotheses) != len(references) or not len(hypotheses):
         raise ValueError(
-            f"{metric.name}: {len(hypotheses)} hypotheses and {len(references)} references; expected one "
+            f"{name}: {len(hypotheses)} hypotheses and {len(references)} references; expected one "
             "reference for each of at least one hypothesis."
         )
+
+
+def _corpus(metric: Any, hypotheses: Sequence[str], references: Sequence[str]) -> CorpusScore:
     found = metric.corpus_score(list(hypotheses), [list(references)])
     return CorpusScore(float(found.score), str(metric.get_signature()))
 

@@ -24,8 +24,8 @@ def test_bleu_by_hand():
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: bleu(LINES, LINES[:1]), "BLEU: 2 hypotheses and 1 references"),
-        (lambda: chrf([], []), "chrF2?: 0 hypotheses and 0 references"),
+        (lambda: bleu(LINES, LINES[:1]), "bleu: 2 hypotheses and 1 references"),
+        (lambda: chrf([], []), "chrf: 0 hypotheses and 0 references"),
         (lambda: bleu(LINES, LINES, "13b"), "tokenize='13b' is not one of sacrebleu's: .*13a"),
     ],
 )

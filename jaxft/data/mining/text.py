@@ -43,5 +43,6 @@ def split_sentences(text: str) -> list[str]:
 
     A stop before a lower-case letter does not end a sentence ("e.g. this").
     """
-    pieces = _END.split(" ".join(unicodedata.normalize("NFKC", text).split()))
-    return [piece for piece in map(str.strip, pieces) if piece]
+    # Before NFKC, which makes ! of its full-width form.
+    pieces = _END.split(" ".join(text.split()))
+    return [unicodedata.normalize("NFKC", piece).strip() for piece in pieces if piece.strip()]

@@ -70,13 +70,20 @@ def edited(
     return Document(side(sentences, 0), side(target, 1), side(target, 0), side(sentences, 1), gold)
 
 
-def words(rng: np.random.Generator, sentences: int = 40, vocabulary: int = 400) -> Document:
-    """Returns a document of 5 to 15 words a sentence, Zipf-distributed over its own 60 topic words.
+def words(
+    rng: np.random.Generator, sentences: int = 40, vocabulary: int = 400, skew: float = 0.0
+) -> Document:
+    """Returns a document of 5 to 15 words a sentence, of 60 topic words that are drawn by Zipf's law.
 
     Word w of the source language, "a<w>", is "b<w>" in the target language, in the same order.
+
+    Args:
+        skew: exponent of the distribution of the topic words in sentences; 0: uniform, 1: Zipf's law, under
+            which the same few words are in most sentences.
     """
-    topic = rng.choice(vocabulary, 60, replace=False)
-    shares = 1 / np.arange(1, 61)
+    zipf = 1 / np.arange(1, vocabulary + 1)
+    topic = rng.choice(vocabulary, 60, replace=False, p=zipf / zipf.sum())
+    shares = np.arange(1, 61) ** -skew
 
     def new():
         ids = rng.choice(topic, rng.integers(5, 16), p=shares / shares.sum())

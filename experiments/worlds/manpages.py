@@ -1,7 +1,7 @@
 """Real parallel text: manual pages in English and Japanese, as Debian's `manpages-ja` installs them.
 
-Most translated pages keep the layout of the original: if both have the same sequence of headings and
-paragraphs, paragraph i of one is the translation of paragraph i of the other. These pages give a true
+Many translated sections keep the layout of the original: if both have the same sequence of headings and
+paragraphs, paragraph i of one is the translation of paragraph i of the other. These sections give a true
 alignment, and `parallel_texts.edited` then merges, splits, deletes and inserts paragraphs. Translation is by
 word probabilities of IBM model 1, fitted to pages that are not measured.
 """
@@ -42,7 +42,7 @@ BREAKS = {
 FONTS = {"B", "I", "BR", "RB", "IR", "RI", "BI", "IB", "SM", "SB", "MR", "UR", "UE", "UN"}
 ENDS = {"nf": "fi", "EX": "EE", "TS": "TE", "de": ".", "ig": ".", "if": "", "ie": "", "el": ""}
 ESCAPES = [
-    (re.compile(r"\\f(\[[^]]*\]|\(..|.)|\\s[-+]?\d+|\\[&|^,/%:)]|\\\n"), ""),
+    (re.compile(r"\\f(\[[^]]*\]|\(..|.)|\\s[-+]?\d+|\\[&|^,/%:)c]|\\\n"), ""),
     (re.compile(r"\\\(aq|\\\(cq|\\\(oq|\\\[aq\]"), "'"),
     (re.compile(r"\\\(lq|\\\(rq|\\\(dq"), '"'),
     (re.compile(r"\\\((?:en|em)|\\-|\\\(mi"), "-"),
@@ -55,12 +55,17 @@ WORD = re.compile(r"[a-z0-9_]+|[ァ-ヴー]+|[一-龥]+")
 
 
 class Page(NamedTuple):
-    """Paragraphs of a page in both languages; of equal number and corresponding if `parallel`."""
+    """The paragraphs of a page in both languages, and those that are known to correspond."""
 
     name: str  # "cp.1"
     source: list[str]
     target: list[str]
-    parallel: bool
+    pairs: list[tuple[str, str]]  # paragraphs of sections with the same layout, in order
+
+    @property
+    def parallel(self) -> bool:
+        """Returns whether the pairs are enough for a document."""
+        return len(self.pairs) >= 10
 
 
 class Lexicon(NamedTuple):
@@ -87,7 +92,7 @@ def paragraphs(roff: str) -> list[tuple[str, str]]:
         elif not control:
             blocks[-1:] and blocks[-1][1].append(line)
         elif macro in BREAKS:
-            blocks.append((macro, [rest] if macro in ("SH", "SS", "Sh", "Ss") else []))
+            blocks.append((macro, [rest.strip('"')] if macro in ("SH", "SS", "Sh", "Ss") else []))
         elif macro in ENDS:
             until = ENDS[macro] or None
         elif macro in FONTS and blocks:
@@ -104,8 +109,6 @@ def _plain(text):
 def load(directory: str, language: str = "ja") -> list[Page]:
     """Returns the pages in both languages under `directory`, such as /usr/share/man.
 
-    Those whose versions have the same layout are parallel.
-
     Raises:
         DataError: if the directory has no page in both languages, with the command that installs them.
     """
@@ -116,23 +119,32 @@ def load(directory: str, language: str = "ja") -> list[Page]:
         if not original.is_file():
             continue
         blocks = [paragraphs(_read(file)) for file in (original, path)]
-        if min(map(len, blocks)) < 10:
-            continue
-        layouts = [[macro for macro, _ in side] for side in blocks]
-        parallel = layouts[0] == layouts[1]
-        sides = [[text for _, text in side] for side in blocks]
-        if parallel:
-            pairs = [pair for pair in zip(*sides, strict=True) if all(pair)]
-            sides = [list(side) for side in zip(*pairs, strict=True)]
-        pages.append(Page(path.name.removesuffix(".gz"), *sides, parallel))
+        sides = [[text for _, text in side if text] for side in blocks]
+        if min(map(len, sides)) >= 10:
+            pages.append(Page(path.name.removesuffix(".gz"), *sides, _pairs(*blocks)))
     if not any(page.parallel for page in pages):
         raise DataError(
-            f"--data manpages: {root} has {len(pages)} pages in English and in '{language}', none of the "
-            f"same layout; install them by `apt-get install manpages manpages-{language}`, or unpack both "
+            f"--data manpages: {root} has {len(pages)} pages in English and in '{language}', none with "
+            f"sections of the same layout; install them by `apt-get install manpages manpages-{language}`, or unpack both "
             "packages (apt-get download, dpkg-deb -x PACKAGE DIRECTORY) and give --man "
             "DIRECTORY/usr/share/man."
         )
     return pages
+
+
+def _pairs(source, target):
+    """The paragraphs of sections that have the same macros, if both sides have as many sections."""
+    sides = [[], []]
+    for side, blocks in zip(sides, (source, target), strict=True):
+        for macro, text in blocks:
+            if macro in ("SH", "Sh") or not side:
+                side.append([])
+            side[-1].append((macro, text))
+    found = []
+    for one, two in zip(*sides, strict=True) if len(sides[0]) == len(sides[1]) else ():
+        if [macro for macro, _ in one] == [macro for macro, _ in two]:
+            found += [(a, b) for (_, a), (_, b) in zip(one, two, strict=True) if a and b]
+    return found
 
 
 def _read(path):
@@ -148,7 +160,7 @@ def words_of(text: str) -> list[str]:
 
 def fitted(pages: Sequence[Page], most_words: int = 1500, most_pairs: int = 3000) -> Lexicon:
     """Fits the lexicon in both directions to the paragraphs of the pages."""
-    pairs = [pair for page in pages for pair in zip(page.source, page.target, strict=True)]
+    pairs = [pair for page in pages for pair in page.pairs]
     sides = [[words_of(text) for text in side] for side in zip(*pairs[:most_pairs], strict=True)]
     vocabularies = []
     for side in sides:
@@ -170,7 +182,7 @@ def counted(sentences: Sequence[texts.Words], vocabulary: dict[str, int]) -> np.
 
 
 def edited(rng: np.random.Generator, page: Page, others: Sequence[Page]) -> texts.Document:
-    """Returns the page as a document of words, edited; inserted paragraphs come from the other pages.
+    """Returns the pairs of a page as a document of words, edited; insertions come from the other pages.
 
     A paragraph whose versions have the same number of sentences can be split between them.
     """
@@ -183,11 +195,9 @@ def edited(rng: np.random.Generator, page: Page, others: Sequence[Page]) -> text
 
     def new() -> texts.Sentence:
         other = others[rng.integers(len(others))]
-        i = rng.integers(len(other.source))
-        return clauses(other.source[i], other.target[i])
+        return clauses(*other.pairs[rng.integers(len(other.pairs))])
 
-    pairs = zip(page.source, page.target, strict=True)
-    return texts.edited(rng, [clauses(*pair) for pair in pairs], new)
+    return texts.edited(rng, [clauses(*pair) for pair in page.pairs], new)
 
 
 def sums_of(

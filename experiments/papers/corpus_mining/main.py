@@ -25,8 +25,8 @@ model is an encoder-decoder of two layers each. Methods have the same number of 
 stage takes as many as three.
 
 `--data manpages` aligns the paragraphs of Debian's manual pages in English and Japanese, after editing
-pages whose two versions have the same layout, and writes the pairs mined from all others to
-pairs.jsonl in the output directory, for sft.py. Their translations are word probabilities of IBM
+sections whose two versions have the same layout, and writes the pairs mined from the pages that are
+not measured to pairs.jsonl in the output directory, for sft.py. Their translations are word probabilities of IBM
 model 1, fitted to pages that are not measured; no translation system is needed.
 
 `--preset full` trains a model from the hub, an encoder-decoder or a decoder, on text files with one
@@ -212,7 +212,8 @@ def real_documents(config: Config, output: pathlib.Path, seed: int) -> dict[str,
         document = manpages.edited(rng, page, known)
         arrays = manpages.sums_of(document.source, document.target, lexicon)
         scores.append(_scores(arrays, document.gold))
-    mined = [pair for p in pages if not p.parallel for pair in manpages.mined(p, lexicon)]
+    rest = [page for page in pages if page not in measured]
+    mined = [pair for page in rest for pair in manpages.mined(page, lexicon)]
     rows = ({"prompt": f"{source}\n", "completion": target} for source, target in mined)
     (output / "pairs.jsonl").write_text(
         "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8"

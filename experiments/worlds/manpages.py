@@ -125,8 +125,8 @@ def load(directory: str, language: str = "ja") -> list[Page]:
     if not any(page.parallel for page in pages):
         raise DataError(
             f"--data manpages: {root} has {len(pages)} pages in English and in '{language}', none with "
-            f"sections of the same layout; install them by `apt-get install manpages manpages-{language}`, or unpack both "
-            "packages (apt-get download, dpkg-deb -x PACKAGE DIRECTORY) and give --man "
+            "sections of the same layout; install them by `apt-get install manpages "
+            f"manpages-{language}`, or unpack both packages (apt-get download, dpkg-deb -x PACKAGE DIRECTORY) and give --man "
             "DIRECTORY/usr/share/man."
         )
     return pages

@@ -124,5 +124,6 @@ def opened(config: Any) -> Callable[[int], tasks.Task]:
         sets["test_set"][: config.held_out],
         {"pairs": len(parts[1])},
         source.tokenize,
-        dict(mesh=mesh, microbatches=source.microbatches),
+        mesh,
+        source.microbatches,
     )

@@ -26,8 +26,8 @@ stage takes as many as three.
 
 `--data manpages` aligns the paragraphs of Debian's manual pages in English and Japanese, after editing
 sections whose two versions have the same layout, and writes the pairs mined from the pages that are
-not measured to pairs.jsonl in the output directory, for sft.py. Their translations are word probabilities of IBM
-model 1, fitted to pages that are not measured; no translation system is needed.
+not measured to pairs.jsonl in the output directory, for sft.py. Their translations are word
+probabilities of IBM model 1, fitted to pages that are not measured; no translation system is needed.
 
 `--preset full` trains a model from the hub, an encoder-decoder or a decoder, on text files with one
 sentence a line, such as those of the authors' repository. It starts from OPUS-MT (Ja-En); the paper trains
@@ -94,6 +94,9 @@ METHODS: dict[str, tuple[Stage, ...]] = {
     "two stages": (Stage("out", (0,)), Stage("in", (1, 2))),
     "three stages": (Stage("out", (0,)), Stage("both", (1,)), Stage("in", (2,))),
 }
+
+
+SMOKE_METHODS = ("in-domain only", "two stages")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,6 +185,8 @@ def run_seed(config: Config, opened: Any, seed: int) -> dict[str, Any]:
 
     sources, references = zip(*task.test, strict=True)
     for name, stages in METHODS.items():
+        if config.smoke and name not in SMOKE_METHODS:
+            continue
         params, dev = reached(stages)
         found = task.translate(params, sources, config.num_beams)
         score = bleu(found, references, task.tokenize)
@@ -296,7 +301,7 @@ def judge(runs: list[dict]) -> list[Claim]:
                 detail,
             )
         )
-    if "bleu" not in runs[0]:
+    if not set(METHODS) <= set(runs[0].get("bleu", ())):  # real documents, or the smallest size
         return claims
     of = lambda name: np.array([run["bleu"][name]["bleu"] for run in runs])
     single = np.maximum(of("in-domain only"), of("out-of-domain only"))

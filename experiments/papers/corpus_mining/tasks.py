@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -33,7 +34,8 @@ class Task(NamedTuple):
     test: list[tuple[str, str]]
     mined: dict[str, float]  # statistics of the mining
     tokenize: str = "none"  # sacrebleu's tokenizer of the target language
-    fit: dict[str, Any] = {}
+    mesh: Any = None
+    microbatches: int = 1
 
 
 def toy(config: Any, seed: int) -> Task:
@@ -70,6 +72,7 @@ def toy(config: Any, seed: int) -> Task:
     return Task(model.forward, initial(model, seed), batches, translate, dev, test, mined)
 
 
+@functools.cache
 def encoder_decoder(vocabulary: int, width: int, layers: int) -> EncoderDecoder:
     """Returns a model of Marian's kind, with norms before the sublayers: it needs no long warm-up."""
     stack = StackConfig(

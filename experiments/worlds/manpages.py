@@ -126,8 +126,8 @@ def load(directory: str, language: str = "ja") -> list[Page]:
         raise DataError(
             f"--data manpages: {root} has {len(pages)} pages in English and in '{language}', none with "
             "sections of the same layout; install them by `apt-get install manpages "
-            f"manpages-{language}`, or unpack both packages (apt-get download, dpkg-deb -x PACKAGE DIRECTORY) and give --man "
-            "DIRECTORY/usr/share/man."
+            f"manpages-{language}`, or unpack both packages (apt-get download, dpkg-deb -x "
+            "PACKAGE DIRECTORY) and give --man DIRECTORY/usr/share/man."
         )
     return pages
 

@@ -96,7 +96,7 @@ METHODS: dict[str, tuple[Stage, ...]] = {
 }
 
 
-SMOKE_METHODS = ("in-domain only", "two stages")
+SMOKE_METHODS = ("two stages",)
 
 
 @dataclasses.dataclass(frozen=True)

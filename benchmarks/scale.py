@@ -65,6 +65,8 @@ The step that `--preset full` of each paper's script takes: its model, what trai
 - echo-chamber: GRPO's update; the model has SmolLM2's architecture.
 - reft: PPO's update with a value head.
 - hypo: pairs, and as many samples of the policy, which the step gets as tokens.
+- corpus-mining: all params of a decoder train on packed pairs; the preset's own model, OPUS-MT, is an
+  encoder-decoder of half the size.
 - cxr-preference: DPO, one of five losses, of a language model of the size of the paper's model; there is no
   vision tower.
 
@@ -77,6 +79,9 @@ PAPERS = {
     "lion": Config(
         model="smollm2-135m", adapter="lora", rank=8, optimizer="lion", topology="h100:1", rows=16,
         length=64, **_SMALL,
+    ),
+    "corpus-mining": Config(
+        model="smollm2-135m", adapter="full", topology="h100:1", rows=32, length=512, remat="none"
     ),
     "intrinsic-dimension": Config(
         model="roberta-base", adapter="full", objective="classify", rank=1000, topology="h100:1",

@@ -17,7 +17,7 @@ import tyro
 
 from experiments.cli import beams, flags, limits
 from experiments.cli.models import load_trained, renderer_of, stop_ids
-from jaxft import train
+from jaxft import data, train
 from jaxft.generation import beam_search, generate
 from jaxft.keys import stream
 
@@ -54,7 +54,7 @@ def main(config: Config) -> list[str]:
         return renderer.tokenizer.decode(out.completions[0], skip_special_tokens=True).strip()
 
     if not config.prompt:
-        return _chat(answer, start)
+        return _chat(answer, start, remembers=not isinstance(renderer, data.SourceRenderer))
     answers = []
     for number, prompt in enumerate(config.prompt):
         answers.append(answer([*start, {"role": "user", "content": prompt}], number))
@@ -62,7 +62,8 @@ def main(config: Config) -> list[str]:
     return answers
 
 
-def _chat(answer, start):
+def _chat(answer, start, remembers):
+    """Answers lines of the terminal; an encoder-decoder reads each by itself."""
     messages, answers = list(start), []
     print("An empty line or Ctrl-D ends the chat.", file=sys.stderr)
     while True:
@@ -74,7 +75,8 @@ def _chat(answer, start):
             return answers
         messages.append({"role": "user", "content": line})
         answers.append(answer(messages, len(answers)))
-        messages.append({"role": "assistant", "content": answers[-1]})
+        answered = [*messages, {"role": "assistant", "content": answers[-1]}]
+        messages = answered if remembers else list(start)
         print(answers[-1], flush=True)
 
 

@@ -25,7 +25,7 @@ import tyro
 
 from experiments.cli import cards, choices, flags, held_out
 from experiments.cli import training as shared
-from jaxft import checkpoints as files
+from experiments.cli.models import renderer_of
 from jaxft import data, train
 from jaxft.adapters import (
     Name,
@@ -137,12 +137,7 @@ def main(config: Config) -> dict[str, Any]:
 
 def load_data(config: Config):
     """Returns (renderer, tokenised records of each source, held-out records, their name)."""
-    renderer = data.Renderer(
-        files.load_tokenizer(config.base.model),
-        template=config.base.template,
-        mask=config.mask,
-        train_on=config.train_on,
-    )
+    renderer = renderer_of(config.base, mask=config.mask, train_on=config.train_on)
     bad, length = data.BadRecords(config.rows.max_bad), config.rows.max_length
     load = lambda spec, **how: data.load(spec, fields=config.columns.of(spec), **how)
     sources = [load(spec, bad=bad) for spec in config.data]

@@ -10,6 +10,7 @@ from experiments.cli import choices, flags
 Config = TypeVar("Config")
 
 _COUNTS = (
+    "dev documents mined pairs patience "
     "batch_size batch_sizes context d digits dims draws early epochs eval_steps evaluate_every every "
     "examples fine_tuning_steps gradient_accumulation_steps grid group_size held_out images layers "
     "length limit logging_steps max_length max_new_tokens max_prompt max_steps max_tries microbatches "
@@ -18,14 +19,17 @@ _COUNTS = (
     "text_steps trained_at_once transform_steps turns votes width widths workers"
 ).split()
 _POSITIVE = (
-    "adamw_rate full_rates kappa kl_horizon learning_rate max_grad_norm rates text_rates timeout"
+    "adamw_rate full_rates kappa kl_horizon learning_rate learning_rates max_grad_norm rates "
+    "text_rates timeout"
 ).split()
 _NOT_NEGATIVE = (
     "center_rewards_coefficient desirable_weight kl kl_weight min_gap nll_alpha reward_kl rho "
     "router_balance router_z temperature text_kl_weight undesirable_weight value_clip value_weight "
     "warmup_epochs weight_decay xpo_alpha"
 ).split()
-_SHARES = "dense_share gamma judged lam ld_alpha levels max_bad mixture share until".split()
+_SHARES = (
+    "dense_share error errors gamma judged lam ld_alpha levels max_bad mixture share until".split()
+)
 
 LIMITS = {
     **dict.fromkeys(_COUNTS, (lambda x: x >= 1, "at least 1")),

@@ -17,9 +17,23 @@ from jaxft.adapters import adapt, load_adapter, merge, mergeable, quantised, rou
 from jaxft.models import family_of
 
 
-def renderer_of(trained: flags.Trained, **options: Any) -> data.Renderer:
+def renderer_of(
+    settings: flags.Trained | flags.Model, **options: Any
+) -> data.Renderer | data.SourceRenderer:
     """Returns the renderer of the model's tokenizer and chat template; `options`: of `data.Renderer`."""
-    return data.Renderer(files.load_tokenizer(trained.model), template=trained.template, **options)
+    tokenizer, config = files.load_tokenizer(settings.model), files.source_config(settings.model)
+    if config is None:
+        return data.Renderer(tokenizer, template=settings.template, **options)
+    return data.SourceRenderer(tokenizer, config, template=settings.template, **options)
+
+
+def refuse_source(model: str, script: str) -> None:
+    """Raises ValueError if `model` is an encoder-decoder, which the script does not train yet."""
+    if (config := files.source_config(model)) is not None:
+        raise ValueError(
+            f"--model {model} is an encoder-decoder ({config.family}), which {script} does not support; "
+            "sft.py, generate.py and evaluate.py do."
+        )
 
 
 def writable_file(place: str) -> pathlib.Path:

@@ -20,6 +20,7 @@ from jaxft.checkpoints.sentences import (
     read_sentence_settings,
     write_sentence_settings,
 )
+from jaxft.checkpoints.sources import source_config
 from jaxft.models import CheckpointError
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "save_merged",
     "save_merged_gguf",
     "save_model",
+    "source_config",
     "write_card",
     "write_sentence_settings",
 ]

@@ -58,9 +58,10 @@ def check_beside(tokenizer: Any, path: pathlib.Path, families: Sequence[Family])
         return
     codec = known[0].huggingface
     named = _Named(size, read_special(path, config, codec.special))
-    decodes = codec.task_type == "CAUSAL_LM" and "ForSequenceClassification" not in str(
-        config.get("architectures")
-    )
+    decodes = codec.task_type in (
+        "CAUSAL_LM",
+        "SEQ_2_SEQ_LM",
+    ) and "ForSequenceClassification" not in str(config.get("architectures"))
     try:
         end_tokens(tokenizer, named) if decodes else check_tokenizer(tokenizer, named)
         if tokenizer.eos_token is None and (ends := named_ends(named.special)):

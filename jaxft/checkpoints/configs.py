@@ -7,7 +7,7 @@ import importlib.util
 import json as jsonlib
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -79,13 +79,30 @@ def check_tied(where: Any, family: Family, config: Any, tensors: Mapping[str, An
     (name,) = (entry.name for entry in entries if entry.paths == ("embed/embedding",))
     if (table := tensors.get(name)) is None:
         return
-    rows = range(0, len(head), _ROWS)
-    same = lambda i: np.array_equal(head[i : i + _ROWS], table[i : i + _ROWS])
-    if head.shape != table.shape or not all(same(i) for i in rows):
+    if not _equal(head, table):
         raise CheckpointError(
             f"{where}: config.json ties the output projection to the embeddings, but lm_head.weight and "
             f"{name} differ; set tie_word_embeddings to false, or delete lm_head.weight."
         )
+
+
+def renamed(where: Any, tensors: Mapping[str, Any], rename: Callable[[str], str]) -> dict[str, Any]:
+    """The tensors of a file by `rename`; raises CheckpointError if two of one name differ."""
+    found: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        other = found.setdefault(rename(name), tensor)
+        if other is not tensor and not _equal(other, tensor):
+            raise CheckpointError(
+                f"{where}: {name} differs from another tensor that is {rename(name)} too; jaxft's model has "
+                "one for both. Use transformers for this model."
+            )
+    return found
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Returns whether two tensors of a file are equal, reading a few rows at a time."""
+    same = lambda i: np.array_equal(one[i : i + _ROWS], other[i : i + _ROWS])
+    return one.shape == other.shape and all(map(same, range(0, len(one), _ROWS)))
 
 
 def _as_transformers(file: pathlib.Path, json: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -31,7 +31,7 @@ from jaxft.checkpoints.beside import (
     write_beside,
 )
 from jaxft.checkpoints.bitsandbytes import fold_four_bit, is_four_bit, kept, with_kept
-from jaxft.checkpoints.configs import check_config, check_tied, config_json
+from jaxft.checkpoints.configs import check_config, check_tied, config_json, renamed
 from jaxft.checkpoints.contents import check_head, read_config, refuse_adapter_beside
 from jaxft.checkpoints.gguf import GgufFile
 from jaxft.checkpoints.gguf_parts import one_model
@@ -58,6 +58,10 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
     "generation_config.json",
+    "spiece.model",  # T5
+    "sentencepiece.bpe.model",  # mBART
+    "source.spm",  # Marian
+    "target.spm",
 )
 NAMED_TEMPLATES = "additional_chat_templates"  # a directory: all but the default one
 
@@ -336,7 +340,7 @@ def _from_hub(name: str) -> pathlib.Path:
         raise ModuleNotFoundError(
             "hub ids need the package huggingface_hub: pip install 'jaxft[text]'"
         ) from None
-    patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+    patterns = ["*.safetensors", "*.json", "*.model", "*.spm", "*.txt", "*.jinja"]
     try:
         return pathlib.Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # The hub's errors have no common base but OSError or ValueError.
@@ -372,7 +376,7 @@ def _open_directory(path, families):
         if absent := codec.score.leaves.keys() - score.keys():
             raise CheckpointError(f"{path}: missing tensor {sorted(absent)[0]!r}.")
         tensors = {codec.score.from_file(n): t for n, t in tensors.items() if n not in score}
-    tensors = {codec.rename(name): tensor for name, tensor in tensors.items()}
+    tensors = renamed(path, tensors, codec.rename)
     try:
         config = codec.config(json, tensors.keys())
     except (AttributeError, KeyError, TypeError) as error:

@@ -5,6 +5,7 @@ from jaxft.data.batching import (
     batches,
     finite_batches,
     packing_efficiency,
+    temperature_weights,
     token_weights,
 )
 from jaxft.data.denoising import (
@@ -63,6 +64,7 @@ from jaxft.data.records import (
 )
 from jaxft.data.rendered import explain, render, render_prompts
 from jaxft.data.rendering import Renderer, Tokenised
+from jaxft.data.source_rendering import SourceRenderer
 from jaxft.data.sources import load, local_files, reasoning_gym_task, split
 from jaxft.data.steps import normalise_steps, render_steps
 from jaxft.data.templates import TEMPLATES
@@ -80,6 +82,7 @@ __all__ = [
     "JsonLines",
     "Judged",
     "Renderer",
+    "SourceRenderer",
     "Tokenised",
     "TokenisedGroup",
     "all_pairs",
@@ -127,6 +130,7 @@ __all__ = [
     "sentinel_ids",
     "span_corruption",
     "split",
+    "temperature_weights",
     "text_infilling",
     "token_weights",
     "unpair",

@@ -36,9 +36,12 @@ class Config:
 
 def main(config: Config) -> Inspection:
     """Inspects a data set and prints the result."""
-    renderer = Renderer(
-        load_tokenizer(config.tokenizer), template=config.template, mask=config.mask
-    )
+    tokenizer, model = load_tokenizer(config.tokenizer), source_config(config.tokenizer)
+    options = dict(template=config.template, mask=config.mask)
+    if model is None:
+        renderer = Renderer(tokenizer, **options)
+    else:
+        renderer = SourceRenderer(tokenizer, model, **options)
     result = inspect(
         config.data,
         renderer,

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from jaxft.data.errors import DataError
+from jaxft.data.length import longest
 from jaxft.data.rendering import Tokenised
 
 Batch = dict[str, np.ndarray]  # tokens, loss_mask, segment_ids, positions: [B, T] each
@@ -108,7 +109,8 @@ def batches(
     if packing is None:
         whole = _padded(mixed, batch_size, max_length, last)
     else:
-        whole = _packed(mixed, batch_size, max_length, seed, packing, max_segments, last)
+        read = sources[0][0].source is not None
+        whole = _packed(mixed, batch_size, max_length, seed, packing, max_segments, last, read)
     settings = {
         "batch_size": batch_size,
         "max_length": max_length,
@@ -176,9 +178,11 @@ def _check(sources, max_length, weights, epochs):
             f"batches: weights={list(weights)}; expected a positive number for each of "
             f"{len(sources)} sources."
         )
-    longest = max(len(part.tokens) for source in sources for part in source)
-    if longest > max_length:
-        raise DataError(f"batches: a record has {longest} tokens, max_length is {max_length}.")
+    most = max(longest(part) for source in sources for part in source)
+    if most > max_length:
+        raise DataError(f"batches: a record has {most} tokens, max_length is {max_length}.")
+    if len({part.source is None for source in sources for part in source}) > 1:
+        raise DataError("batches: some records have a source and some have none; render all alike.")
 
 
 def _are_shares(weights, sources):
@@ -188,7 +192,10 @@ def _are_shares(weights, sources):
 def _stream(source, seed, epochs):
     import grain
 
-    features = lambda part: {"tokens": part.tokens, "loss_mask": part.loss_mask}
+    def features(part):
+        own = {"tokens": part.tokens, "loss_mask": part.loss_mask}
+        return own if part.source is None else own | {"source": part.source}
+
     shuffled = grain.MapDataset.source(source).map(features).seed(seed).shuffle()
     return read(shuffled.repeat(epochs))
 
@@ -216,6 +223,26 @@ def token_weights(sources: Sequence[Sequence[Tokenised]], shares: Sequence[float
     ]
 
 
+def temperature_weights(sizes: Sequence[int], temperature: float) -> list[float]:
+    """Returns the `weights` of `batches` in proportion to n^(1/T), for n records in a source; sum 1.
+
+    Arivazhagan et al., 2019, arxiv.org/abs/1907.05019, section 4.1. T = 1 leaves the sources as large as they
+    are; T = infinity gives each the same weight, which oversamples the smaller of two sources by the ratio
+    of their sizes.
+
+    Raises:
+        DataError: for a temperature below 1, or a size below 1.
+    """
+    if not temperature >= 1 or not sizes or min(sizes) < 1:
+        raise DataError(
+            f"temperature_weights: expected a temperature of at least 1 and sizes of at least 1, got "
+            f"{temperature} and {list(sizes)}."
+        )
+    # Relative to the largest, so that no power overflows.
+    powers = [(size / max(sizes)) ** (1 / temperature) for size in sizes]
+    return [power / sum(powers) for power in powers]
+
+
 def finite_batches(
     records: Sequence[Tokenised],
     *,
@@ -234,12 +261,15 @@ def finite_batches(
     """
     own = own_rows(batch_size, process_index, process_count)
     rows: list[list[Tokenised]] = [[]]
+    reads = any(part.source is not None for part in records)
+    of_source = lambda part: len(part.source) if reads else 0
     for part in records:
-        if sum(len(p.tokens) for p in rows[-1]) + len(part.tokens) > max_length:
+        row = [*rows[-1], part]
+        if max(sum(len(p.tokens) for p in row), sum(map(of_source, row))) > max_length:
             rows.append([])
         rows[-1].append(part)
     rows += [[]] * (-len(rows) % batch_size)
-    built = [padded_row(row, max_length) for row in rows]
+    built = [padded_row(row, max_length, max_length if reads else None) for row in rows]
     return [
         own({name: np.stack([row[name] for row in built[i : i + batch_size]]) for name in built[0]})
         for i in range(0, len(built), batch_size)
@@ -251,10 +281,14 @@ def packing_efficiency(batch: Batch) -> float:
     return float((batch["segment_ids"] > 0).mean())
 
 
-def _packed(dataset, batch_size, max_length, seed, packing, max_segments, last):
+def _packed(dataset, batch_size, max_length, seed, packing, max_segments, last, sources):
     from grain import experimental
 
-    lengths = {"tokens": max_length, "loss_mask": max_length}
+    lengths = dict.fromkeys(("tokens", "loss_mask", *("source",) * sources), max_length)
+    if packing == "concat_split" and sources:
+        raise DataError(
+            "batches: packing='concat_split' would cut answers from their sources; use first_fit or best_fit."
+        )
     if packing == "concat_split":
         packed = experimental.ConcatThenSplitIterDataset(dataset, length_struct=lengths)
     elif packing in ("first_fit", "best_fit"):
@@ -273,37 +307,52 @@ def _packed(dataset, batch_size, max_length, seed, packing, max_segments, last):
         raise DataError(
             f"batches: packing={packing!r}; expected a bool, {', '.join(get_args(Packing))}."
         )
-    rename = lambda row: {
-        "tokens": row["tokens"].astype(np.int32),
-        "loss_mask": row["loss_mask"].astype(np.float32),
-        "segment_ids": row["tokens_segment_ids"].astype(np.int32),
-        "positions": row["tokens_positions"].astype(np.int32),
-    }
-    return _batched(packed.map(rename), batch_size, lambda rows: (rows, max_length), last)
+
+    def rename(row):
+        own = {
+            "tokens": row["tokens"].astype(np.int32),
+            "loss_mask": row["loss_mask"].astype(np.float32),
+            "segment_ids": row["tokens_segment_ids"].astype(np.int32),
+            "positions": row["tokens_positions"].astype(np.int32),
+        }
+        if not sources:
+            return own
+        read = {"source": row["source"], "source_mask": row["source_segment_ids"]}
+        return own | {name: column.astype(np.int32) for name, column in read.items()}
+
+    return _batched(packed.map(rename), batch_size, lambda rows: rows, last)
 
 
 def _padded(dataset, batch_size, max_length, last):
+    def wide(rows, name):
+        most = max(len(row[name]) for row in rows)
+        return min(max_length, max(MIN_BUCKET, 1 << (most - 1).bit_length()))
+
     def pad(rows):
-        longest = max(len(row["tokens"]) for row in rows)
-        wide = min(max_length, max(MIN_BUCKET, 1 << (longest - 1).bit_length()))
-        return [
-            padded_row([Tokenised(row["tokens"], row["loss_mask"])], wide) for row in rows
-        ], wide
+        width, sources = wide(rows, "tokens"), None
+        if "source" in rows[0]:
+            sources = wide(rows, "source")
+        part = lambda row: Tokenised(row["tokens"], row["loss_mask"], source=row.get("source"))
+        return [padded_row([part(row)], width, sources) for row in rows]
 
     return _batched(dataset, batch_size, pad, last)
 
 
 def _batched(dataset, batch_size, as_rows, last):
     def stack(given):
-        rows, width = as_rows(given)
-        rows = [*rows, *[padded_row([], width)] * (batch_size - len(rows))]
+        rows = as_rows(given)
+        empty = {name: np.zeros_like(column) for name, column in rows[0].items()}
+        rows = [*rows, *[empty] * (batch_size - len(rows))]
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
     return dataset.batch(batch_size, drop_remainder=last == "drop", batch_fn=stack)
 
 
-def padded_row(parts: Sequence[Tokenised], width: int) -> Batch:
-    """Builds one row [T] of each leaf: the parts as segments 1, 2..., then padding."""
+def padded_row(parts: Sequence[Tokenised], width: int, sources: int | None = None) -> Batch:
+    """Builds one row [T] of each leaf: the parts as segments 1, 2..., then padding.
+
+    `sources` is the width of the columns `source` and `source_mask` of an encoder-decoder; None: none.
+    """
     row = {
         "tokens": np.zeros(width, np.int32),
         "loss_mask": np.zeros(width, np.float32),
@@ -318,6 +367,16 @@ def padded_row(parts: Sequence[Tokenised], width: int) -> Batch:
         row["segment_ids"][cut] = number
         row["positions"][cut] = np.arange(len(part.tokens))
         start = cut.stop
+    return row if sources is None else row | _source_row(parts, sources)
+
+
+def _source_row(parts, width):
+    row = {name: np.zeros(width, np.int32) for name in ("source", "source_mask")}
+    start = 0
+    for number, part in enumerate(parts, 1):
+        cut = slice(start, start + len(part.source))
+        row["source"][cut], row["source_mask"][cut] = part.source, number
+        start = cut.stop
     return row
 
 
@@ -330,6 +389,9 @@ def _digest(sources) -> str:
             digest.update(len(part.tokens).to_bytes(8))
             digest.update(part.tokens.tobytes())
             digest.update(part.loss_mask.tobytes())
+            if part.source is not None:
+                digest.update(len(part.source).to_bytes(8))
+                digest.update(part.source.tobytes())
     return digest.hexdigest()[:16]
 
 

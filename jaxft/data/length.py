@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Literal
 
 import numpy as np
+
+from jaxft.data.errors import DataError
 
 TooLong = Literal["drop", "truncate", "truncate_left_prompt", "split", "error"]
 
@@ -14,6 +17,8 @@ def shorten(part: Any, max_length: int, too_long: TooLong) -> list[Any]:
 
     Masks are cut after they are computed, so a truncated turn keeps the rest of its mask.
     """
+    if part.source is not None:
+        return _shorten_both(part, max_length, too_long)
     if too_long == "drop":
         cut = []
     elif too_long == "truncate":
@@ -25,6 +30,29 @@ def shorten(part: Any, max_length: int, too_long: TooLong) -> list[Any]:
     else:
         raise ValueError(f"too_long={too_long!r}; expected one of {TooLong.__args__}.")
     return [piece for piece in cut if piece.loss_mask[1:].any()]
+
+
+def longest(part: Any) -> int:
+    """Tokens of a Tokenised; for an encoder-decoder, of its source or its answer."""
+    return max(len(part.tokens), 0 if part.source is None else len(part.source))
+
+
+def _shorten_both(part, max_length, too_long):
+    """Cuts source and answer of an encoder-decoder's record on the right; keeps the source's last token.
+
+    It ends the source for the model: </s>, or a language's id.
+    """
+    if too_long == "drop":
+        return []
+    if too_long != "truncate":
+        raise DataError(
+            f"too_long={too_long!r} does not apply to an encoder-decoder's source and answer; choose drop, "
+            "truncate or error."
+        )
+    source = part.source
+    if len(source) > max_length:
+        source = np.concatenate([source[: max_length - 1], source[-1:]])
+    return [dataclasses.replace(part[:max_length], source=source)]
 
 
 def keep_answer(part: Any, max_length: int, surplus: int | None = None) -> np.ndarray:

@@ -6,14 +6,15 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from jaxft.data.errors import BadRecords, DataError
-from jaxft.data.length import TooLong, shorten
+from jaxft.data.length import TooLong, longest, shorten
 from jaxft.data.records import Record
 from jaxft.data.rendering import Renderer, Tokenised
+from jaxft.data.source_rendering import SourceRenderer
 
 
 def render(
     records: Iterable[Record],
-    renderer: Renderer,
+    renderer: Renderer | SourceRenderer,
     max_length: int,
     *,
     too_long: TooLong = "drop",
@@ -22,7 +23,7 @@ def render(
     """Renders all records as tokens; reports or counts unusable ones, never silently.
 
     Args:
-        max_length: maximum length in tokens.
+        max_length: maximum length in tokens; of an encoder-decoder's record, of source and answer each.
         too_long: handling of longer records, counted in `bad`: "drop"; "truncate" on the right
             (the stop token is lost, so the model is not taught to stop there);
             "truncate_left_prompt", which keeps the answer and the BOS; "split" into pieces of
@@ -47,11 +48,11 @@ def render(
         for part in parts:
             if not part.loss_mask[1:].any():  # The first token has nothing before it.
                 bad.add(where, "no_loss_tokens", "its loss mask is all zero; nothing would train.")
-            elif len(part.tokens) <= max_length:
+            elif (length := longest(part)) <= max_length:
                 result.append(part)
             elif too_long == "error":
                 raise DataError(
-                    f"{where}: {len(part.tokens)} tokens, more than max_length={max_length}; raise "
+                    f"{where}: {length} tokens, more than max_length={max_length}; raise "
                     "it, or choose too_long='drop' or 'truncate'.",
                     "too_long",
                 )
@@ -66,7 +67,8 @@ def render(
 def explain(part: Tokenised, tokenizer: Any, *, color: bool = True) -> str:
     """Decodes the record with trained tokens in green, or in ⟦brackets⟧ without colour."""
     begin, end = ("\033[32m", "\033[0m") if color else ("⟦", "⟧")
-    text, run, trains = "", [], False
+    source = "" if part.source is None else tokenizer.decode(part.source.tolist()) + "\n"
+    text, run, trains = source, [], False
     for token, weight in [
         *zip(part.tokens.tolist(), part.loss_mask > 0, strict=True),
         (None, None),
@@ -80,7 +82,9 @@ def explain(part: Tokenised, tokenizer: Any, *, color: bool = True) -> str:
     return f"{text}\n[{len(part.tokens)} tokens, {share:.0%} of them train]"
 
 
-def render_prompts(records: Sequence[Record], renderer: Renderer) -> list[list[int]]:
+def render_prompts(
+    records: Sequence[Record], renderer: Renderer | SourceRenderer
+) -> list[list[int]]:
     """Returns the prompt ids of each record; DataError names a record that cannot be rendered."""
     prompts = []
     for record in records:

@@ -29,6 +29,7 @@ class Tokenised:
     loss_mask: np.ndarray  # [T] float32, weight of each token as a target
     id: str = ""
     starts_with_bos: bool = False
+    source: np.ndarray | None = None  # [S] int32 of an encoder-decoder; None: a decoder's record
 
     def __getitem__(self, places: slice | np.ndarray) -> Tokenised:
         """Selects some of the tokens."""

@@ -28,6 +28,7 @@ from jaxft.generation.sampler import (
 )
 from jaxft.generation.search import Found, best_first_search
 from jaxft.generation.server import ServerError, server_sampler
+from jaxft.generation.sources import decoder_begin, needed_positions, with_source
 
 __all__ = [
     "Beams",
@@ -42,6 +43,9 @@ __all__ = [
     "append",
     "bad_word_ids",
     "beam_search",
+    "decoder_begin",
+    "needed_positions",
+    "with_source",
     "best_first_search",
     "bucket",
     "decode",

@@ -22,6 +22,7 @@ from jaxft.generation.sampler import (
     separate,
     written,
 )
+from jaxft.generation.sources import with_source
 from jaxft.models import Decoder, take_rows
 from jaxft.parallel import in_turn, to_host
 
@@ -146,6 +147,7 @@ def beam_search(
             f"beam_search: stop_strings={config.stop_strings} are searched for in text, but beam search ends "
             "completions at token ids alone; use stop_ids."
         )
+    prompts, columns, config = with_source(model, prompts, columns, config)
     room = -(-config.max_new_tokens // CHUNK) * CHUNK
     state, shared = begin(model, params, prompts, config, room, columns, cache_dtype)
     settings = _Settings(

@@ -37,6 +37,7 @@ class SamplingConfig:
     bad_words: tuple[tuple[int, ...], ...] = ()  # sequences of ids never sampled: `bad_word_ids`
     stop_ids: tuple[int, ...] = ()  # tokens that end a completion and are part of it
     stop_strings: tuple[str, ...] = ()  # text that ends it; searched for between chunks
+    forced_end: int | None = None  # the token at place max_new_tokens; None: not forced
 
     def __post_init__(self):
         if self.max_new_tokens < 1:
@@ -123,6 +124,7 @@ def process_logits(
     history: jax.Array | None,
     position: jax.Array,
     short: jax.Array | None = None,
+    last: jax.Array | None = None,
 ) -> jax.Array:
     """Logits [B, V] after the rules that depend on tokens, not probabilities: float32, -inf if banned.
 
@@ -134,6 +136,7 @@ def process_logits(
             `config.looks_back`.
         position: [B], the number of tokens of a row.
         short: [], whether there are fewer than `min_new_tokens` so far; None: False.
+        last: [], whether this is the token at place `max_new_tokens`; None: False.
     """
     logits = logits.astype(jnp.float32)
     size = logits.shape[-1]
@@ -151,6 +154,9 @@ def process_logits(
     if short is not None and config.stop_ids:
         stops = np.isin(np.arange(size), config.stop_ids)[None]
         logits = jnp.where(short & stops, -jnp.inf, logits)
+    if last is not None and config.forced_end is not None:
+        forced = jnp.where(jnp.arange(size)[None] == config.forced_end, 0.0, -jnp.inf)
+        logits = jnp.where(last, forced, logits)
     return logits
 
 

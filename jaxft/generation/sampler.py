@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxft.generation.decoding import SamplingConfig, process_logits, transform_logits
 from jaxft.generation.padding import left_pad, padded
+from jaxft.generation.sources import with_source
 from jaxft.models import Cache, Decoder, layers_of, unstack_layers, virtual_tokens
 from jaxft.parallel import in_turn, to_host
 
@@ -85,7 +86,8 @@ def generate(
             model's forward gets its params unchanged.
         prompts: token ids, at least one per prompt.
         columns: further inputs of the model's forward (images, a source sentence), name -> [prompts, ...].
-            Only the prefill receives them, so the model's cache must keep what later tokens need.
+            Only the prefill receives them, so the model's cache must keep what later tokens need. An
+            EncoderDecoder without a column `source` reads the prompts as that column: see `with_source`.
         key: a jax.random.key. Row i draws from fold_in(key, row_ids[i]) and the token's number.
             With several samples, sample j draws from fold_in of that key and j.
         row_ids: ids of the prompts, default 0, 1, 2...; distinct ids give equal prompts distinct samples.
@@ -101,6 +103,7 @@ def generate(
         raise ValueError("generate: stop_strings need tokenizer=.")
     if samples < 1:
         raise ValueError(f"generate: samples must be at least 1, got {samples}.")
+    prompts, columns, config = with_source(model, prompts, columns, config)
     chunk = chunk if config.stop_strings else -(-config.max_new_tokens // CHUNK) * CHUNK
     slots = -(-config.max_new_tokens // chunk) * chunk
     state, _ = begin(model, params, prompts, config, slots, columns, cache_dtype)
@@ -287,7 +290,7 @@ def _decode(model, params, state, limit, least, config, steps):
 
     def body(carry):
         state, part = carry
-        token, log_prob, sampler_log_prob = _draw(state, config, least)
+        token, log_prob, sampler_log_prob = _draw(state, config, least, limit)
         alive = ~state.done
         column = Part(token, alive, log_prob, sampler_log_prob)
         keep = lambda new: jnp.where(alive, new, jnp.zeros((), new.dtype))
@@ -334,17 +337,27 @@ def decode(
     return _decode(model, params, state, limit, least, config, steps)
 
 
-def _draw(state: State, config: SamplingConfig, least: jax.Array | None = None):
-    """(token, log-prob under the full vocabulary, log-prob as sampled), each [B]."""
+def _draw(
+    state: State,
+    config: SamplingConfig,
+    least: jax.Array | None = None,
+    limit: jax.Array | None = None,
+):
+    """(token, log-prob under the full vocabulary, log-prob as sampled), each [B].
+
+    `least` and `limit` are the least and the largest number of tokens of an answer; None: not known.
+    """
     # Not log_softmax, which would write a table of log-probs per token to read one entry per row.
     log_prob_of = lambda table, token: (
         jnp.take_along_axis(table, token[:, None], axis=1)[:, 0] - jax.nn.logsumexp(table, axis=-1)
     )
     scaled = state.logits.astype(jnp.float32) / (config.temperature or 1.0)
     logits = state.logits
-    if processed := config.looks_back or bool(config.bad_words) or least is not None:
+    forced = config.forced_end is not None and limit is not None
+    if processed := config.looks_back or bool(config.bad_words) or least is not None or forced:
         short = None if least is None else state.step < least
-        logits = process_logits(logits, config, state.history, state.position, short)
+        last = state.step + 1 >= limit if forced else None
+        logits = process_logits(logits, config, state.history, state.position, short, last)
     if config.temperature == 0:
         token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
         return token, log_prob_of(scaled, token), jnp.zeros(token.shape)

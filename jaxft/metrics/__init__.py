@@ -1,5 +1,6 @@
-"""Metrics of models: running means, intervals, win rates at equal length, several answers."""
+"""Metrics of models: running means, intervals, win rates at equal length, several answers, translations."""
 
+from jaxft.metrics.alignment import alignment_scores, sentence_links
 from jaxft.metrics.interval import wilson_interval
 from jaxft.metrics.length import length_controlled_rate, standardised_mean
 from jaxft.metrics.mean import (
@@ -15,12 +16,17 @@ from jaxft.metrics.mean import (
 )
 from jaxft.metrics.retrieval import ranked, retrieval_metrics
 from jaxft.metrics.samples import exact_pass_rate, majority_vote, pass_at_k, rerank
+from jaxft.metrics.translation import CorpusScore, bleu, chrf
 
 __all__ = [
+    "CorpusScore",
     "Mean",
     "Terms",
     "Undivided",
     "WholeMean",
+    "alignment_scores",
+    "bleu",
+    "chrf",
     "combine_means",
     "differentiable",
     "exact_pass_rate",
@@ -31,6 +37,7 @@ __all__ = [
     "ranked",
     "rerank",
     "retrieval_metrics",
+    "sentence_links",
     "standardised_mean",
     "terms_of",
     "wilson_interval",

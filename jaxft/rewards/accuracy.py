@@ -9,7 +9,7 @@ import jax
 
 from jaxft.checkpoints import end_tokens
 from jaxft.data import DataError, Renderer, render_prompts
-from jaxft.generation import Beams, SamplingConfig, beam_search, generate
+from jaxft.generation import Beams, SamplingConfig, beam_search, generate, needed_positions
 from jaxft.metrics import wilson_interval
 from jaxft.models import Decoder
 from jaxft.rewards.verifiers import Verifier, mentions_answer
@@ -51,7 +51,8 @@ def _prompts(
     """Returns the ids of each record's prompt; DataError names one that leaves no room for the answer."""
     prompts = render_prompts(records, renderer)
     for i, (record, prompt) in enumerate(zip(records, prompts, strict=True)):
-        if (length := len(prompt)) + max_new_tokens > model.config.max_length:
+        length = len(prompt)
+        if needed_positions(model, length, max_new_tokens) > model.config.max_length:
             where = record.get("_where", record.get("id", f"record {i}"))
             raise DataError(
                 f"{where}: a prompt of {length} tokens and an answer of {max_new_tokens} exceed the model's "

@@ -1,0 +1,1 @@
+"""Corpus mining and multistage fine-tuning: run main.py."""

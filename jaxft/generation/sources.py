@@ -1,0 +1,78 @@
+"""Prompts of encoder-decoders: the encoder reads them, and the decoder begins with its own ids."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxft.generation.decoding import SamplingConfig
+from jaxft.generation.padding import MIN_BUCKET, bucket
+from jaxft.models import EncoderDecoder
+
+Prompts = Sequence[Sequence[int]]
+
+
+def with_source(
+    model: Any, prompts: Prompts, columns: Mapping[str, Any] | None, config: SamplingConfig
+) -> tuple[Prompts, Mapping[str, Any], SamplingConfig]:
+    """(prompts, columns, config) of `generate` in which the prompts of an EncoderDecoder are its source.
+
+    The decoder's prompts are the ids that begin a text by the files of the model: `decoder_start_token_id`
+    and, if there is one, `forced_bos_token_id`. The rules get its `bad_words_ids` and
+    `forced_eos_token_id`. Other models, and calls with a column `source`, are returned unchanged.
+
+    Raises:
+        ValueError: for an empty source, or one longer than the positions; or if no file names the id that
+            begins a text.
+    """
+    columns = dict(columns or {})
+    if not isinstance(model, EncoderDecoder) or "source" in columns:
+        return prompts, columns, config
+    begin, longest = decoder_begin(model.config), max(map(len, prompts), default=0)
+    if not prompts or not min(map(len, prompts)):
+        raise ValueError("generate: every prompt needs at least one token.")
+    if longest > model.config.max_length:
+        raise ValueError(
+            f"generate: a source of {longest} tokens exceeds the model's {model.config.max_length} "
+            "positions; shorten it."
+        )
+    low, high = min(map(min, prompts)), max(map(max, prompts))
+    if not 0 <= low <= high < model.config.vocab_size:
+        raise ValueError(
+            f"generate: prompts have ids {low}..{high}, but the model's embedding has "
+            f"{model.config.vocab_size} rows; use the tokenizer that belongs to the model."
+        )
+    width = min(bucket(longest, MIN_BUCKET), model.config.max_length)
+    source = np.zeros((len(prompts), width), np.int32)
+    mask = np.zeros(source.shape, np.int32)
+    for i, prompt in enumerate(prompts):
+        source[i, : len(prompt)], mask[i, : len(prompt)] = prompt, 1
+    words = tuple(dict.fromkeys((*config.bad_words, *model.config.banned)))
+    end = model.config.last if config.forced_end is None else config.forced_end
+    config = dataclasses.replace(config, bad_words=words, forced_end=end)
+    return [begin] * len(prompts), columns | {"source": source, "source_mask": mask}, config
+
+
+def decoder_begin(config: Any) -> list[int]:
+    """The ids with which the decoder's text begins.
+
+    Raises:
+        ValueError: if neither generation_config.json nor config.json names the first one.
+    """
+    start = config.decoder_start
+    if start is None:
+        raise ValueError(
+            f"{config.family}: neither generation_config.json nor config.json has a decoder_start_token_id, "
+            "the id that begins an answer (for mBART that of the target language); add it."
+        )
+    return [start] if config.first is None else [start, config.first]
+
+
+def needed_positions(model: Any, prompt: int, new: int) -> int:
+    """Positions that a prompt and an answer of so many tokens need, of which a model has `max_length`."""
+    if not isinstance(model, EncoderDecoder):
+        return prompt + new
+    return max(prompt, new + len(decoder_begin(model.config)))

@@ -92,13 +92,13 @@ class SourceRenderer:
         return _unpadded(self.tokenizer(text))
 
     def _target(self, text):
-        try:
-            return _unpadded(self.tokenizer(text_target=text))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        # transformers takes the source's language if there is no other.
+        if self._from_target and getattr(self.tokenizer, "tgt_lang", None) is None:
             raise DataError(
-                f"the tokenizer cannot encode an answer ({type(error).__name__}: {error}); for mBART, set "
+                f"{self.config.family}: the tokenizer has no tgt_lang, the language of the answers; set "
                 "src_lang and tgt_lang in tokenizer_config.json."
-            ) from error
+            )
+        return _unpadded(self.tokenizer(text_target=text))
 
     def _texts(self, record, answered=True):
         """(prompt, answer or None) of a record with one of each."""

@@ -27,7 +27,13 @@ from jaxft.generation.sampler import (
 )
 from jaxft.generation.search import Found, best_first_search
 from jaxft.generation.server import ServerError, server_sampler
-from jaxft.generation.sources import decoder_begin, needed_positions, with_source
+from jaxft.generation.sources import (
+    decoder_begin,
+    needed_positions,
+    split_prompts,
+    with_rules,
+    with_source,
+)
 
 __all__ = [
     "Found",
@@ -41,6 +47,8 @@ __all__ = [
     "bad_word_ids",
     "decoder_begin",
     "needed_positions",
+    "split_prompts",
+    "with_rules",
     "with_source",
     "best_first_search",
     "bucket",

@@ -1,4 +1,4 @@
-"""Logits, gradients, caches, files and adapters of T5, BART, mBART and Marian against transformers' models."""
+"""Logits, gradients, caches, files and adapters of encoder-decoders against transformers' models."""
 
 import chex
 import jax

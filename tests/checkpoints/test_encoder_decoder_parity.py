@@ -87,10 +87,11 @@ def test_logits_and_gradients_of_padded_and_packed_rows(pair, records):
     batch = batch_of(records)
     targets = np.roll(batch["tokens"], -1, axis=1)
     weights = (batch["segment_ids"] > 0) * np.array([1.0, 1, 1, 0])[:, None]
+    scored = jnp.asarray(targets), jnp.asarray(weights, jnp.float32)
 
     def run(params):
         found = model.forward(params, batch)
-        return linear_cross_entropy(found.hidden, found.head, targets, weights), found.logits
+        return linear_cross_entropy(found.hidden, found.head, *scored), found.logits
 
     (_, logits), grads = jax.jit(jax.value_and_grad(run, has_aux=True))(params)
     expected = [torch_logits(theirs, *record) for record in records]

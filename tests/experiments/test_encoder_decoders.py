@@ -60,7 +60,9 @@ def test_loss_and_answers_are_those_of_transformers(files, capsys):
     for question, answer in zip(asked, found, strict=True):
         source = tokenizer(question, return_tensors="pt")["input_ids"]
         given = 1 + (theirs.generation_config.forced_bos_token_id is not None)
-        ids = theirs.generate(source, max_length=given + 5, num_beams=1, do_sample=False)
+        ids = theirs.generate(
+            source, max_length=given + 5, num_beams=1, do_sample=False, use_cache=False
+        )
         assert answer == tokenizer.decode(ids[0], skip_special_tokens=True).strip()
 
 
@@ -80,5 +82,7 @@ def test_sft_trains_saves_and_generates_with_its_adapter(files, tmp_path):
     tokenizer = load_tokenizer(model)
     source = tokenizer(rows[0]["question"], return_tensors="pt")["input_ids"]
     given = 1 + (theirs.generation_config.forced_bos_token_id is not None)
-    ids = theirs.generate(input_ids=source, max_length=given + 4, num_beams=1, do_sample=False)
+    ids = theirs.generate(
+        input_ids=source, max_length=given + 4, num_beams=1, do_sample=False, use_cache=False
+    )
     assert answer == tokenizer.decode(ids[0], skip_special_tokens=True).strip()

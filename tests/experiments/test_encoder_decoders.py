@@ -5,9 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from experiments import evaluate, generate, sft
+from experiments import evaluate, generate, preference, reinforce, sft
 from experiments.cli import flags
 from jaxft.checkpoints import load_tokenizer
+from tests.checkpoints.small_bert import quiet
 
 torch = pytest.importorskip("torch", reason="parity tests need torch: pip install 'jaxft[test]'")
 hf = pytest.importorskip("transformers")
@@ -46,7 +47,7 @@ def answer_of(theirs, tokenizer, question, new):
 
 def test_loss_and_answers_are_those_of_transformers(files):
     model, path, rows = files
-    given = dict(model=str(model), data=str(path), max_length=24)
+    given = dict(model=str(model), data=str(path), max_length=24, max_new_tokens=4)
     metrics = evaluate.main(flags.replace(evaluate.Config(), **given))
     with quiet():
         theirs = hf.AutoModelForSeq2SeqLM.from_pretrained(model).eval()

@@ -56,7 +56,7 @@ class SourceRenderer:
             )
         if tokenizer.eos_token_id is None:
             raise DataError("the tokenizer has no EOS token, at which an answer would end.")
-        self.tokenizer, self.config = tokenizer, config
+        self.tokenizer, self.config, self.mask = tokenizer, config, mask
         # As in transformers, whose mBART shifts its targets in a circle: the language, or </s> of mBART-50.
         self._from_target = config.family == "mbart"
         if not self._from_target and config.decoder_start is None:

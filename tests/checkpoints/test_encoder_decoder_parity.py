@@ -18,11 +18,13 @@ from jaxft.adapters import (
 from jaxft.checkpoints import CheckpointError, load_model, save_model, source_config
 from jaxft.checkpoints.assemble import disassemble
 from jaxft.checkpoints.tensor_files import open_tensors, save_tensors
-from jaxft.generation import SamplingConfig, generate
+from jaxft.generation import SamplingConfig, generate, split_prompts
 from jaxft.losses import linear_cross_entropy
 from jaxft.models import EncoderDecoder, config_of, family_of, stack_layers
 from jaxft.models.relative_positions import distance_buckets
+from jaxft.objectives import completion_log_probs
 from jaxft.parallel import make_mesh, param_shardings
+from jaxft.rl import sample_groups
 from tests.small_models import start
 
 torch = pytest.importorskip("torch", reason="parity tests need torch: pip install 'jaxft[test]'")
@@ -273,3 +275,15 @@ def test_answers_whose_segment_has_no_source_are_nan():
     batch["segment_ids"] = np.array([[1, 1, 2, 2]])
     hidden = jax.jit(lambda params: BART.forward(params, batch).hidden)(start(BART))
     assert np.isfinite(hidden[0, :2]).all() and np.isnan(hidden[0, 2:, :-1]).all()
+
+
+def test_sampled_answers_are_scored_as_they_were_sampled():
+    """A rollout of reinforce.py: the decoder's prompts are its first ids, and the source is a column."""
+    prompts, columns = split_prompts(BART.config, [[5, 6, 7], [8]])
+    settings, params = SamplingConfig(4, stop_ids=(2,)), start(BART)
+    batch, _ = sample_groups(
+        BART, params, prompts, jax.random.key(0), settings, group_size=2, columns=columns
+    )
+    scores = jax.jit(lambda params: completion_log_probs(BART.forward, params, batch))(params)
+    mask = batch["completion_mask"]
+    np.testing.assert_allclose(scores * mask, batch["sampler_log_probs"] * mask, atol=1e-4)

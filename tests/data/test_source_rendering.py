@@ -117,3 +117,13 @@ def test_settings_of_decoders_are_refused(options, message):
         data.SourceRenderer(word_tokenizer("$A </s>"), config_of(T5), **options)
     with pytest.raises(data.DataError, match="decoder_start_token_id, the id that begins"):
         renderer(decoder_start_token_id=None)
+
+
+def test_pairs_have_one_source_for_both_answers():
+    pairs = [{"prompt": f"w{i} w1", "chosen": "w2", "rejected": "w3 w4"} for i in range(3)]
+    groups = data.render_pairs(pairs, renderer(), 8)
+    whole, last = data.finite_group_batches(groups, batch_size=2, max_length=8)
+    assert whole["tokens"].shape == (2, 2, 8) and whole["source"].shape == (2, 8)
+    for group, source, mask in zip(groups, whole["source"], whole["source_mask"], strict=False):
+        assert source[mask == 1].tolist() == group.parts[1].source.tolist()
+    assert not last["source_mask"][1].any()  # an empty group

@@ -32,12 +32,11 @@ from experiments.cli import reinforce_checks as checks
 from experiments.cli import rewards as rewards_cli
 from experiments.cli import training as shared
 from experiments.cli.algorithms import ALGORITHMS, Choice, Correction, algorithm
-from experiments.cli.models import stop_ids
+from experiments.cli.models import renderer_of, stop_ids
 from experiments.cli.servers import PushApiName
-from jaxft import checkpoints as files
 from jaxft import data, rl, train
 from jaxft.adapters import Name, load_adapter, merge
-from jaxft.generation import SamplingConfig, generate
+from jaxft.generation import SamplingConfig, generate, split_prompts, with_rules
 from jaxft.losses import overlong_penalty
 from jaxft.objectives import with_value_head, without_value_head
 from jaxft.parallel import mesh_context
@@ -126,7 +125,10 @@ def main(config: Config) -> dict[str, Any]:
     output, mesh = shared.place(config)
     checks.mesh(config, mesh)
     ids = data.render_prompts(records, renderer)
-    prompts = rl.Prompts(ids, config.prompts_per_step, records, seed=config.seed)
+    columns = {}
+    if isinstance(renderer, data.SourceRenderer):  # The encoder reads the prompts.
+        ids, columns = split_prompts(renderer.config, ids)
+    prompts = rl.Prompts(ids, config.prompts_per_step, records, columns=columns, seed=config.seed)
     check = functools.partial(checks.length, prompts=ids)
     model, base = shared.load_base(config, mesh, check, keeps_start=True)
     if config.start:
@@ -164,7 +166,9 @@ def main(config: Config) -> dict[str, Any]:
 
 def load_data(config: Config):
     """Returns (renderer, training records, held-out records, their name); all can be rewarded."""
-    renderer = data.Renderer(files.load_tokenizer(config.base.model), template=config.base.template)
+    renderer = renderer_of(config.base)
+    if isinstance(renderer, data.SourceRenderer):
+        checks.source(config)
     load = lambda spec: data.load(
         spec, fields=config.columns.of(spec), form=data.normalise_question
     )
@@ -226,6 +230,8 @@ def sampling(config, model, renderer, rewards, base=None) -> rl.Sample:
         stop_ids=stop_ids(renderer, model),
         stop_strings=config.stop,
     )
+    if isinstance(renderer, data.SourceRenderer):
+        settings = with_rules(renderer.config, settings)
     sampler = servers.sampler(config, model, base) if config.sampler_url else generate
     if ALGORITHMS[config.algorithm].halves:
         half = rl.answers(model, tokenizer, rewards, settings, config.group_size // 2)

@@ -27,15 +27,6 @@ def renderer_of(
     return data.SourceRenderer(tokenizer, config, template=settings.template, **options)
 
 
-def refuse_source(model: str, script: str) -> None:
-    """Raises ValueError if `model` is an encoder-decoder, which the script does not train yet."""
-    if (config := files.source_config(model)) is not None:
-        raise ValueError(
-            f"--model {model} is an encoder-decoder ({config.family}), which {script} does not support; "
-            "sft.py, generate.py and evaluate.py do."
-        )
-
-
 def writable_file(place: str) -> pathlib.Path:
     """Returns the path of --output; OutputError if it is a directory, or its directory is not writable."""
     path = pathlib.Path(place)

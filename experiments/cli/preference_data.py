@@ -9,6 +9,7 @@ import numpy as np
 
 from experiments.cli import held_out
 from experiments.cli import training as shared
+from experiments.cli.models import renderer_of
 from experiments.cli.preference_losses import LOSSES
 from jaxft import data
 from jaxft.analysis import text_embeddings
@@ -23,9 +24,13 @@ def load_data(config: Any):
     parts = held_out.with_held_out(config, sources, load, data.whole_prompt)
     held_out.tell_of_columns(config, sources)
     records, others = [record for source in parts.training for record in source], parts.held_out
-    tokenizer = shared.files.load_tokenizer(config.base.model)
-    renderer = data.Renderer(tokenizer, template=config.base.template)
-    entry = LOSSES[config.loss]
+    entry, renderer = LOSSES[config.loss], renderer_of(config.base)
+    unsupported = entry.trains == "reward" or entry.records == "steps" or entry.online
+    if isinstance(renderer, data.SourceRenderer) and unsupported:
+        raise ValueError(
+            f"--loss {config.loss} does not support encoder-decoders such as {config.base.model}; choose a "
+            "loss on pairs or labels without online samples, such as dpo or kto."
+        )
     too_long = {} if entry.records == "steps" else {"too_long": config.too_long}
     if entry.records == "labels":
         other = entry.trains == "policy"

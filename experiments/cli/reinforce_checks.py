@@ -51,6 +51,20 @@ def settings(config: Any) -> None:
     numbers(config)
 
 
+def source(config: Any) -> None:
+    """Raises ValueError for settings that an encoder-decoder, whose prompts are its source, lacks."""
+    given = {
+        f"--turns {config.turns}": config.turns > 1,
+        f"--sampler-url {config.sampler_url}": bool(config.sampler_url),
+        f"--algorithm {config.algorithm} (it trains a critic)": ALGORITHMS[config.algorithm].values,
+    }
+    if wrong := [name for name, there in given.items() if there]:
+        raise ValueError(
+            f"{config.base.model} is an encoder-decoder, which {wrong[0]} does not support; leave it out, or "
+            "choose a decoder."
+        )
+
+
 def group(config: Any) -> None:
     """Checks that a group has enough answers for the algorithm."""
     entry = ALGORITHMS[config.algorithm]

@@ -11,10 +11,11 @@ from typing import Annotated
 
 import tyro
 
-from jaxft.checkpoints import load_tokenizer
+from jaxft.checkpoints import load_tokenizer, source_config
 from jaxft.data.inspection import Inspection, inspect
 from jaxft.data.length import TooLong
 from jaxft.data.rendering import MaskMode, Renderer
+from jaxft.data.source_rendering import SourceRenderer
 
 
 @dataclasses.dataclass(frozen=True)

@@ -380,6 +380,13 @@ def _source_row(parts, width):
     return row
 
 
+def source_columns(sources: Sequence[np.ndarray], width: int) -> Batch:
+    """The columns `source` and `source_mask` [B, width] of sources [S], each in a row of its own."""
+    part = lambda source: Tokenised(source[:0], source[:0], source=source)
+    rows = [_source_row([part(source)], width) for source in sources]
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
 def _digest(sources) -> str:
     """Digest of all tokens and masks, which depend on records, template and tokenizer."""
     digest = hashlib.sha256()

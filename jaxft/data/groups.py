@@ -17,9 +17,10 @@ from jaxft.data.batching import (
     own_rows,
     padded_row,
     read,
+    source_columns,
 )
 from jaxft.data.errors import BadRecords, DataError
-from jaxft.data.length import TooLong, keep_answer, shorten
+from jaxft.data.length import TooLong, keep_answer, longest, shorten
 from jaxft.data.records import CONTEXT, Record
 from jaxft.data.rendering import Renderer, Tokenised
 
@@ -188,14 +189,14 @@ def _render(records, renderer, max_length, too_long, bad, answers, columns):
                 raise
             bad.add(where, error.code, str(error))
             continue
-        longest = max(len(part.tokens) for part in parts)
-        if longest > max_length and too_long == "error":
+        length = max(map(longest, parts))
+        if length > max_length and too_long == "error":
             raise DataError(
-                f"{where}: {longest} tokens, more than max_length={max_length}; raise it, or choose "
+                f"{where}: {length} tokens, more than max_length={max_length}; raise it, or choose "
                 "too_long='drop' or a truncation.",
                 "too_long",
             )
-        if longest > max_length:
+        if length > max_length:
             parts = _shortened(parts, max_length, too_long)
             bad.dropped["truncated" if parts else "too_long"] += 1
         if parts:
@@ -232,10 +233,10 @@ def _sequence(record, answer, renderer) -> Tokenised:
 
 def _shortened(parts, max_length, too_long):
     """Shortens the parts to max_length, or returns [] if one cannot be; their prompts stay equal."""
-    if too_long == "truncate_left_prompt":
+    if too_long == "truncate_left_prompt" and parts[0].source is None:
         surplus = max(len(part.tokens) for part in parts) - max_length
         return [part[keep_answer(part, max_length, surplus)] for part in parts]
-    cut = [shorten(part, max_length, too_long) if len(part.tokens) > max_length else [part]
+    cut = [shorten(part, max_length, too_long) if longest(part) > max_length else [part]
            for part in parts]  # fmt: skip
     return [pieces[0] for pieces in cut] if all(cut) else []
 
@@ -258,11 +259,9 @@ def _mismatched(records, order) -> Iterable[tuple[int, Any]]:
 def _check(groups, max_length):
     if not groups:
         raise DataError("group_batches: there are no groups.")
-    longest = max(len(part.tokens) for group in groups for part in group.parts)
-    if longest > max_length:
-        raise DataError(
-            f"group_batches: a sequence has {longest} tokens, max_length is {max_length}."
-        )
+    most = max(longest(part) for group in groups for part in group.parts)
+    if most > max_length:
+        raise DataError(f"group_batches: a sequence has {most} tokens, max_length is {max_length}.")
     kinds = {(len(group.parts), *sorted(group.columns)) for group in groups}
     if len(kinds) > 1:
         shown = " and ".join(map(str, sorted(kinds, key=str)[:2]))
@@ -270,9 +269,11 @@ def _check(groups, max_length):
 
 
 def _stack(groups, batch_size, max_length) -> Batch:
-    longest = max((len(part.tokens) for group in groups for part in group.parts), default=1)
-    bucket = max(MIN_BUCKET, 1 << (max(longest, 1) - 1).bit_length())
-    width = min(bucket, max_length)
+    wide = lambda most: min(max(MIN_BUCKET, 1 << (max(most, 1) - 1).bit_length()), max_length)
+    width = wide(max((len(part.tokens) for group in groups for part in group.parts), default=1))
+    sources = [
+        group.parts[0].source for group in groups
+    ]  # All parts of a group have the same source.
     groups = [*groups, *[_blank_like(groups[0])] * (batch_size - len(groups))]
     rows = [[padded_row([p] if len(p.tokens) else [], width) for p in g.parts] for g in groups]
     sequences = {
@@ -280,6 +281,9 @@ def _stack(groups, batch_size, max_length) -> Batch:
         for name in rows[0][0]
     }
     columns = {name: np.stack([g.columns[name] for g in groups]) for name in groups[0].columns}
+    if sources[0] is not None:
+        blank = [np.zeros(0, np.int32)] * (len(groups) - len(sources))
+        columns |= source_columns([*sources, *blank], wide(max(map(len, sources))))
     return sequences | columns
 
 
@@ -299,6 +303,7 @@ def _digest(groups) -> str:
             update(len(part.tokens).to_bytes(8))
             update(part.tokens.tobytes())
             update(part.loss_mask.tobytes())
+            update(b"" if part.source is None else part.source.tobytes())
         for name in sorted(group.columns.keys() - {"ref_log_probs"}):
             update(name.encode() + np.asarray(group.columns[name]).tobytes())
     return digest.hexdigest()[:16]

@@ -56,7 +56,7 @@ class SourceRenderer:
             )
         if tokenizer.eos_token_id is None:
             raise DataError("the tokenizer has no EOS token, at which an answer would end.")
-        self.tokenizer, self.config = tokenizer, config
+        self.tokenizer, self.config, self.mask = tokenizer, config, mask
         # As in transformers, whose mBART shifts its targets in a circle: the language, or </s> of mBART-50.
         self._from_target = config.family == "mbart"
         if not self._from_target and config.decoder_start is None:
@@ -92,13 +92,13 @@ class SourceRenderer:
         return _unpadded(self.tokenizer(text))
 
     def _target(self, text):
-        try:
-            return _unpadded(self.tokenizer(text_target=text))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        # transformers takes the source's language if there is no other.
+        if self._from_target and getattr(self.tokenizer, "tgt_lang", None) is None:
             raise DataError(
-                f"the tokenizer cannot encode an answer ({type(error).__name__}: {error}); for mBART, set "
+                f"{self.config.family}: the tokenizer has no tgt_lang, the language of the answers; set "
                 "src_lang and tgt_lang in tokenizer_config.json."
-            ) from error
+            )
+        return _unpadded(self.tokenizer(text_target=text))
 
     def _texts(self, record, answered=True):
         """(prompt, answer or None) of a record with one of each."""

@@ -28,7 +28,13 @@ from jaxft.generation.sampler import (
 )
 from jaxft.generation.search import Found, best_first_search
 from jaxft.generation.server import ServerError, server_sampler
-from jaxft.generation.sources import decoder_begin, needed_positions, with_source
+from jaxft.generation.sources import (
+    decoder_begin,
+    needed_positions,
+    split_prompts,
+    with_rules,
+    with_source,
+)
 
 __all__ = [
     "Beams",
@@ -45,6 +51,8 @@ __all__ = [
     "beam_search",
     "decoder_begin",
     "needed_positions",
+    "split_prompts",
+    "with_rules",
     "with_source",
     "best_first_search",
     "bucket",

@@ -15,7 +15,7 @@ def left_pad(prompts: Sequence[Sequence[int]], config: Any) -> tuple[np.ndarray,
     lengths = [len(prompt) for prompt in prompts]
     if not lengths or min(lengths) < 1:
         raise ValueError("generate: every prompt needs at least one token.")
-    _check_ids(prompts, getattr(config, "vocab_size", None))
+    check_ids(prompts, getattr(config, "vocab_size", None))
     width = min(bucket(max(lengths), MIN_BUCKET), config.max_length)
     width = max(width, max(lengths))
     tokens = np.zeros((bucket(len(prompts), 1), width), np.int32)
@@ -26,7 +26,7 @@ def left_pad(prompts: Sequence[Sequence[int]], config: Any) -> tuple[np.ndarray,
     return tokens, valid
 
 
-def _check_ids(prompts, size):
+def check_ids(prompts, size):
     """Raises for ids outside of the embedding, which would become NaN and give an empty completion."""
     low, high = min(map(min, prompts)), max(map(max, prompts))
     if size is not None and not 0 <= low <= high < size:

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from jaxft.generation.decoding import SamplingConfig
-from jaxft.generation.padding import MIN_BUCKET, bucket
-from jaxft.models import EncoderDecoder
+from jaxft.generation.padding import MIN_BUCKET, bucket, check_ids
+from jaxft.models import EncoderDecoder, EncoderDecoderConfig
 
 Prompts = Sequence[Sequence[int]]
 
@@ -20,40 +20,50 @@ def with_source(
 ) -> tuple[Prompts, Mapping[str, Any], SamplingConfig]:
     """(prompts, columns, config) of `generate` in which the prompts of an EncoderDecoder are its source.
 
-    The decoder's prompts are the ids that begin a text by the files of the model: `decoder_start_token_id`
-    and, if there is one, `forced_bos_token_id`. The rules get its `bad_words_ids` and
-    `forced_eos_token_id`. Other models, and calls with a column `source`, are returned unchanged.
+    The rules get the model's `bad_words_ids` and `forced_eos_token_id`. Other models, and calls with a
+    column `source`, are returned unchanged.
 
     Raises:
-        ValueError: for an empty source, or one longer than the positions; or if no file names the id that
-            begins a text.
+        ValueError: see `split_prompts`.
     """
     columns = dict(columns or {})
     if not isinstance(model, EncoderDecoder) or "source" in columns:
         return prompts, columns, config
-    begin, longest = decoder_begin(model.config), max(map(len, prompts), default=0)
+    begin, own = split_prompts(model.config, prompts)
+    return begin, columns | own, with_rules(model.config, config)
+
+
+def with_rules(model_config: EncoderDecoderConfig, config: SamplingConfig) -> SamplingConfig:
+    """The rules, with the `bad_words_ids` and `forced_eos_token_id` of the model's files."""
+    words = tuple(dict.fromkeys((*config.bad_words, *model_config.banned)))
+    end = model_config.last if config.forced_end is None else config.forced_end
+    return dataclasses.replace(config, bad_words=words, forced_end=end)
+
+
+def split_prompts(
+    config: EncoderDecoderConfig, prompts: Prompts
+) -> tuple[list[list[int]], dict[str, np.ndarray]]:
+    """(prompts of the decoder, columns `source` and `source_mask`) of sources.
+
+    Raises:
+        ValueError: for an empty source, or one longer than the positions, or ids without a row; or if no
+            file names the id that begins a text.
+    """
+    begin, longest = decoder_begin(config), max(map(len, prompts), default=0)
     if not prompts or not min(map(len, prompts)):
         raise ValueError("generate: every prompt needs at least one token.")
-    if longest > model.config.max_length:
+    if longest > config.max_length:
         raise ValueError(
-            f"generate: a source of {longest} tokens exceeds the model's {model.config.max_length} "
-            "positions; shorten it."
+            f"generate: a source of {longest} tokens exceeds the model's {config.max_length} positions; "
+            "shorten it."
         )
-    low, high = min(map(min, prompts)), max(map(max, prompts))
-    if not 0 <= low <= high < model.config.vocab_size:
-        raise ValueError(
-            f"generate: prompts have ids {low}..{high}, but the model's embedding has "
-            f"{model.config.vocab_size} rows; use the tokenizer that belongs to the model."
-        )
-    width = min(bucket(longest, MIN_BUCKET), model.config.max_length)
+    check_ids(prompts, config.vocab_size)
+    width = min(bucket(longest, MIN_BUCKET), config.max_length)
     source = np.zeros((len(prompts), width), np.int32)
     mask = np.zeros(source.shape, np.int32)
     for i, prompt in enumerate(prompts):
         source[i, : len(prompt)], mask[i, : len(prompt)] = prompt, 1
-    words = tuple(dict.fromkeys((*config.bad_words, *model.config.banned)))
-    end = model.config.last if config.forced_end is None else config.forced_end
-    config = dataclasses.replace(config, bad_words=words, forced_end=end)
-    return [begin] * len(prompts), columns | {"source": source, "source_mask": mask}, config
+    return [begin] * len(prompts), {"source": source, "source_mask": mask}
 
 
 def decoder_begin(config: Any) -> list[int]:

@@ -83,6 +83,8 @@ class EncoderDecoder(nn.Module):
         """
         config, params = self.config, self.variables.get("params", {})
         self._check(params, tokens, cache)
+        arrays = (source, source_mask, positions, segment_ids)
+        source, source_mask, positions, segment_ids = jax.tree.map(jnp.asarray, arrays)
         embed = Embed(config.vocab_size, config.hidden_size, name="embed")
 
         def embedded(ids):

@@ -23,7 +23,7 @@ _SIZES = {"layers": "num_layers", "ffn_dim": "intermediate_size", "attention_hea
 READS = frozenset(
     [f"{side}_{size}" for side in _SIDES for size in _SIZES]
     + "vocab_size d_model max_position_embeddings activation_function scale_embedding".split()
-    + ["tie_word_embeddings", *IDS.values()]
+    + list(IDS.values())
 )
 NO_EFFECT = frozenset(
     "dropout activation_dropout init_std encoder_layerdrop decoder_layerdrop".split()
@@ -98,7 +98,10 @@ def write_ids(config: EncoderDecoderConfig) -> dict[str, int | None]:
 
 
 def read(json: Json, tensors: Collection[str], name: str, form: Form) -> EncoderDecoderConfig:
-    """The EncoderDecoderConfig of a config.json; the tensors' names show a bias of the logits."""
+    """The EncoderDecoderConfig of a config.json; the tensors' names show a bias of the logits.
+
+    Embeddings are tied: without that, transformers 5 has three tables of its own for encoder and decoder.
+    """
     for key in sorted(READS - frozenset(IDS.values()) - {"scale_embedding"}):
         if json[key] is None:
             raise CheckpointError(
@@ -128,7 +131,6 @@ def read(json: Json, tensors: Collection[str], name: str, form: Form) -> Encoder
         embedding_norm=form.embedding_norm,
         final_norm=form.final_norm,
         logits_bias=BIAS in tensors or not tensors,
-        tie_embeddings=json["tie_word_embeddings"],
         family=name,
         **read_ids(json),
     )
@@ -147,7 +149,6 @@ def write(config: EncoderDecoderConfig) -> dict[str, Any]:
         "max_position_embeddings": config.max_length,
         "activation_function": ACTIVATIONS[config.decoder.activation],
         "scale_embedding": config.embedding_scale != 1,
-        "tie_word_embeddings": config.tie_embeddings,
         **write_ids(config),
     }
 
@@ -168,8 +169,6 @@ def entries(config: EncoderDecoderConfig) -> list[Entry]:
             found += layer_norm(f"{theirs}layernorm_embedding", f"{side}/embed_norm")
         if config.final_norm:
             found += layer_norm(f"{theirs}layer_norm", f"{side}/final_norm")
-    if not config.tie_embeddings:
-        found.append(Entry("lm_head.weight", ("head/kernel",), True))
     return found
 
 
@@ -199,5 +198,4 @@ def rename(name: str) -> str:
 def ignores(name: str, config: EncoderDecoderConfig) -> bool:
     """Returns whether the tensor is a copy of the embeddings, a computed table or a version number."""
     computed = name.endswith(".embed_positions.weight") and config.positions != "learned"
-    tied = name == "lm_head.weight" and config.tie_embeddings
-    return computed or tied or name.endswith("coder.version")
+    return computed or name == "lm_head.weight" or name.endswith("coder.version")

@@ -1,4 +1,4 @@
-"""Logits, gradients, caches, files and adapters of T5, BART, mBART and Marian against transformers' models."""
+"""Logits, gradients, caches, files and adapters of encoder-decoders against transformers' models."""
 
 import chex
 import jax
@@ -18,11 +18,14 @@ from jaxft.adapters import (
 from jaxft.checkpoints import CheckpointError, load_model, save_model, source_config
 from jaxft.checkpoints.assemble import disassemble
 from jaxft.checkpoints.tensor_files import open_tensors, save_tensors
-from jaxft.generation import SamplingConfig, generate
+from jaxft.generation import SamplingConfig, generate, split_prompts
 from jaxft.losses import linear_cross_entropy
 from jaxft.models import EncoderDecoder, config_of, family_of, stack_layers
 from jaxft.models.relative_positions import distance_buckets
+from jaxft.objectives import completion_log_probs
 from jaxft.parallel import make_mesh, param_shardings
+from jaxft.rl import sample_groups
+from tests.small_models import start
 
 torch = pytest.importorskip("torch", reason="parity tests need torch: pip install 'jaxft[test]'")
 oracles = pytest.importorskip("tests.checkpoints.encoder_decoders")
@@ -87,10 +90,11 @@ def test_logits_and_gradients_of_padded_and_packed_rows(pair, records):
     batch = batch_of(records)
     targets = np.roll(batch["tokens"], -1, axis=1)
     weights = (batch["segment_ids"] > 0) * np.array([1.0, 1, 1, 0])[:, None]
+    scored = jnp.asarray(targets), jnp.asarray(weights, jnp.float32)
 
     def run(params):
         found = model.forward(params, batch)
-        return linear_cross_entropy(found.hidden, found.head, targets, weights), found.logits
+        return linear_cross_entropy(found.hidden, found.head, *scored), found.logits
 
     (_, logits), grads = jax.jit(jax.value_and_grad(run, has_aux=True))(params)
     expected = [torch_logits(theirs, *record) for record in records]
@@ -127,11 +131,17 @@ def test_cached_greedy_answers_are_those_of_transformers(pair, records):
     for i, prompt in enumerate(prompts):
         given = 1 + (theirs.generation_config.forced_bos_token_id is not None)
         whole = theirs.generate(
-            torch.tensor(prompt)[None], max_length=given + new, num_beams=1, do_sample=False
+            torch.tensor(prompt)[None],
+            max_length=given + new,
+            num_beams=1,
+            do_sample=False,
+            use_cache=False,
         )
         answer = whole[0, given:].numpy()
         assert out.completions[i] == answer.tolist()
-        scored = torch_logits(theirs, prompt, whole[0]).log_softmax(-1)[given - 1 : -1].detach()
+        scored = (
+            torch_logits(theirs, prompt, whole[0].numpy()).log_softmax(-1)[given - 1 : -1].detach()
+        )
         free = len(answer) - 1  # the last token may be forced
         wanted = np.take_along_axis(scored.numpy(), answer[:, None], axis=1)[:, 0]
         np.testing.assert_allclose(out.log_probs[i][:free], wanted[:free], atol=1e-3)
@@ -263,6 +273,17 @@ def test_answers_whose_segment_has_no_source_are_nan():
     """A batch that was packed for a decoder, with a source for each row."""
     batch = {"source": np.ones((1, 3), int), "tokens": np.ones((1, 4), int)}
     batch["segment_ids"] = np.array([[1, 1, 2, 2]])
-    params = BART.init(jax.random.key(0), BART.example_input())["params"]
-    hidden = BART.forward(params, batch).hidden
+    hidden = jax.jit(lambda params: BART.forward(params, batch).hidden)(start(BART))
     assert np.isfinite(hidden[0, :2]).all() and np.isnan(hidden[0, 2:, :-1]).all()
+
+
+def test_sampled_answers_are_scored_as_they_were_sampled():
+    """A rollout of reinforce.py: the decoder's prompts are its first ids, and the source is a column."""
+    prompts, columns = split_prompts(BART.config, [[5, 6, 7], [8]])
+    settings, params = SamplingConfig(4, stop_ids=(2,)), start(BART)
+    batch, _ = sample_groups(
+        BART, params, prompts, jax.random.key(0), settings, group_size=2, columns=columns
+    )
+    scores = jax.jit(lambda params: completion_log_probs(BART.forward, params, batch))(params)
+    mask = batch["completion_mask"]
+    np.testing.assert_allclose(scores * mask, batch["sampler_log_probs"] * mask, atol=1e-4)

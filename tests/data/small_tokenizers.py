@@ -56,3 +56,18 @@ def tokenizer(template=None, eos="<|im_end|>", pad="<pad>", bos=False):
     )
     fast.chat_template = template
     return fast
+
+
+WORDS = [f"w{i}" for i in range(33)]
+
+
+def word_tokenizer(form):
+    """A tokenizer of the words, 37 ids, with the special tokens of `form` around each text."""
+    ids = {word: i for i, word in enumerate(["<s>", "<pad>", "</s>", "<unk>", *WORDS])}
+    core = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    core.post_processor = processors.TemplateProcessing(
+        single=form, special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    special = dict(bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
+    return PreTrainedTokenizerFast(tokenizer_object=core, **special)

@@ -19,6 +19,8 @@ ENCODER = dict(
     hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=8,
     patch_size=4,
 )  # fmt: skip
+T5 = dict(vocab_size=61, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_decoder_layers=2)
+BART = dict(vocab_size=61, d_model=32, encoder_layers=1, decoder_layers=2)
 ENCODERS = ("bert", "roberta", "xlm-roberta", "vit")
 SPLIT_ROPE = {"full_attention": dict(factor=8.0, rope_type="linear"), "sliding_attention": {}}
 FILES = {
@@ -27,6 +29,10 @@ FILES = {
     "bert": [ENCODER],
     "roberta": [ENCODER],
     "xlm-roberta": [ENCODER],
+    "t5": [T5, T5 | dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False)],
+    "bart": [BART],
+    "mbart": [BART],
+    "marian": [BART],
     "vit": [ENCODER],
 }
 

@@ -27,6 +27,11 @@ SIZES = dict(
     num_key_value_heads=2, max_position_embeddings=64,
 )  # fmt: skip
 ENCODER = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4)
+BART = dict(
+    vocab_size=37, d_model=16, encoder_layers=2, decoder_layers=2, encoder_ffn_dim=24, decoder_ffn_dim=24,
+    encoder_attention_heads=4, decoder_attention_heads=4, max_position_embeddings=32,
+)  # fmt: skip
+SEQ2SEQ = ("t5", "bart", "mbart", "marian")
 LINEAR = dict(rope_type="linear", factor=2.0)
 YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16)
 LLAMA3 = dict(
@@ -71,6 +76,18 @@ BASES = {
     "olmo2": SIZES,
     "granite": SIZES | dict(attention_multiplier=0.5, logits_scaling=2.0),
     "gpt2": dict(vocab_size=37, n_embd=16, n_layer=2, n_head=4, n_positions=64),
+    "t5": dict(
+        vocab_size=37,
+        d_model=16,
+        d_kv=4,
+        d_ff=24,
+        num_layers=2,
+        num_heads=4,
+        decoder_start_token_id=0,
+    ),
+    "bart": BART,
+    "mbart": BART,
+    "marian": BART | dict(pad_token_id=0, decoder_start_token_id=0),
     "bert": ENCODER | dict(vocab_size=37, max_position_embeddings=32),
     "roberta": ENCODER | dict(vocab_size=37, max_position_embeddings=32),
     "xlm-roberta": ENCODER | dict(vocab_size=37, max_position_embeddings=32),
@@ -127,6 +144,14 @@ FLIPS = dict(
     decoder_sparse_step=[2, 3, 0], mlp_only_layers=[[], [0], [1, 7], [0, 1], None, ["0"], 1],
     output_router_logits=[True], router_aux_loss_coef=[0.5, 0.0, None], router_jitter_noise=[0.1],
     clip_qkv=[2.0, None, 0.0],
+    feed_forward_proj=["gated-gelu", "gelu", "gated-silu", "silu", "gated", "a-relu", "gated-relu-x", None],
+    d_model=[32, 0], d_kv=[8, None], d_ff=[8], num_layers=[1], num_decoder_layers=[1, None, 0], num_heads=[2],
+    relative_attention_num_buckets=[16, 3, 0], relative_attention_max_distance=[64, 16],
+    scale_decoder_outputs=[False, True], encoder_layers=[1, None, 0], decoder_layers=[1],
+    encoder_attention_heads=[2, 3], decoder_attention_heads=[8, 5], encoder_ffn_dim=[8, None],
+    decoder_ffn_dim=[8], scale_embedding=[True, None], decoder_vocab_size=[37, 40, None],
+    share_encoder_decoder_embeddings=[False], dropout=[0.5], encoder_layerdrop=[0.5], init_std=[1.0],
+    decoder_start_token_id=[3, None, [3]], forced_eos_token_id=[3, None, "3"], forced_bos_token_id=[3, None],
     summary_type=["last"], classifier_dropout=[0.5], encoder_stride=[4], tie_last_hidden_states=[False],
 )  # fmt: skip
 BY_NAME = pytest.mark.parametrize("name", BASES)
@@ -237,6 +262,13 @@ CHANGED = {
         attention_multiplier=0.3, logits_scaling=3.0,
     ),
     "gpt2": dict(scale_attn_weights=False, n_inner=24, activation_function="gelu", layer_norm_epsilon=0.1),
+    "t5": dict(
+        feed_forward_proj="gated-silu", layer_norm_epsilon=0.1, relative_attention_num_buckets=8,
+        relative_attention_max_distance=20, num_decoder_layers=1, scale_decoder_outputs=False, d_kv=6,
+    ),
+    "bart": dict(activation_function="relu", scale_embedding=True, decoder_ffn_dim=20, encoder_layers=1),
+    "mbart": dict(activation_function="silu", scale_embedding=True),
+    "marian": dict(activation_function="relu", scale_embedding=True, encoder_attention_heads=2),
     "bert": dict(hidden_act="gelu_new", layer_norm_eps=0.1, type_vocab_size=3),
     "roberta": dict(pad_token_id=5, hidden_act="relu", type_vocab_size=1),
     "xlm-roberta": dict(pad_token_id=5, hidden_act="relu", type_vocab_size=1),
@@ -252,16 +284,15 @@ def test_logits_of_changed_files_equal_those_of_transformers(name, tmp_path):
         without = {k: file[k] for k in file if k != key} | {k: base[k] for k in base if k == key}
         meant = config_of(file), config_of(without)
         assert meant[0] != meant[1] or (key, file[key]) in [("image_size", [8, 8])], key
-    kind = (
-        hf.AutoModel
-        if name in ("bert", "roberta", "xlm-roberta", "vit")
-        else hf.AutoModelForCausalLM
-    )
+    encodes = name in ("bert", "roberta", "xlm-roberta", "vit")
+    kind = hf.AutoModelForSeq2SeqLM if name in SEQ2SEQ else hf.AutoModelForCausalLM
+    kind = hf.AutoModel if encodes else kind
     torch.manual_seed(0)
     model = kind.from_config(theirs(file), attn_implementation="eager").float().eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.copy_(0.3 * torch.randn_like(parameter))
+            if parameter.requires_grad:  # Marian's positions are computed
+                parameter.copy_(0.3 * torch.randn_like(parameter))
     model.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(file))
     ours, params = load_model(tmp_path)
@@ -270,7 +301,8 @@ def test_logits_of_changed_files_equal_those_of_transformers(name, tmp_path):
         inputs = np.random.default_rng(0).normal(size=(1, 8, 8, 3)).astype(np.float32)
     given = torch.tensor(np.moveaxis(inputs, -1, 1) if name == "vit" else inputs)
     with torch.no_grad():
-        expected = model(given)[0].numpy()
+        read = {"decoder_input_ids": given} if name in SEQ2SEQ else {}  # which is the source too
+        expected = model(given, **read)[0].numpy()
     output = ours.apply({"params": params}, inputs)
     found = output.logits if hasattr(output, "logits") else output.hidden
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())

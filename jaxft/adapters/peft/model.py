@@ -97,7 +97,9 @@ def model_of(family: Family, config: Any, params: Any) -> Model:
     leaves: dict[str, dict[str, Entry]] = {}
     linears, embeddings, experts = [], [], {}
     for entry in family.huggingface.entries(config):
-        module, leaf = family.huggingface.module(entry.name).rsplit(".", 1)
+        module, _, leaf = family.huggingface.module(entry.name).rpartition(".")
+        if not module:
+            continue  # a buffer of the whole model, such as BART's final_logits_bias
         if entry.expert is not None:
             experts.setdefault(entry.paths[0], {}).setdefault(entry.expert, []).append(module)
             continue

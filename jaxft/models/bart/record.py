@@ -5,7 +5,7 @@ from __future__ import annotations
 from jaxft.models.hf_encoder_decoders import READS, Form, encoder_decoder_family, keys
 from jaxft.models.special_ids import SpecialIds
 
-_NULLABLE = READS - {"vocab_size", "max_position_embeddings", "tie_word_embeddings"}
+_NULLABLE = READS - {"vocab_size", "max_position_embeddings"}
 
 BART = encoder_decoder_family(
     "bart",

@@ -1,6 +1,6 @@
-"""Metrics of models: running means, intervals, win rates at equal length, several answers."""
+"""Metrics of models: running means, intervals, win rates at equal length, several answers, summaries."""
 
-from jaxft.metrics.interval import wilson_interval
+from jaxft.metrics.interval import paired_bootstrap, wilson_interval
 from jaxft.metrics.length import length_controlled_rate, standardised_mean
 from jaxft.metrics.mean import (
     Mean,
@@ -13,24 +13,39 @@ from jaxft.metrics.mean import (
     terms_of,
     with_mean,
 )
+from jaxft.metrics.overlap import (
+    BertScore,
+    bert_score,
+    copied,
+    meteor,
+    novel_ngrams,
+    rouge,
+)
 from jaxft.metrics.retrieval import ranked, retrieval_metrics
 from jaxft.metrics.samples import exact_pass_rate, majority_vote, pass_at_k, rerank
 
 __all__ = [
+    "BertScore",
     "Mean",
     "Terms",
     "Undivided",
     "WholeMean",
+    "bert_score",
     "combine_means",
+    "copied",
     "differentiable",
     "exact_pass_rate",
     "is_undivided",
     "length_controlled_rate",
     "majority_vote",
+    "meteor",
+    "novel_ngrams",
+    "paired_bootstrap",
     "pass_at_k",
     "ranked",
     "rerank",
     "retrieval_metrics",
+    "rouge",
     "standardised_mean",
     "terms_of",
     "wilson_interval",

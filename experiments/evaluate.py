@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import tyro
 
-from experiments.cli import flags, harness, limits
+from experiments.cli import beams, flags, harness, limits
 from experiments.cli.held_out import shown, tell_of, tell_of_columns
 from experiments.cli.models import check_positions, load_trained, renderer_of, writable_file
 from jaxft import data, train
@@ -40,6 +40,7 @@ class Config:
     max_length: int | None = None
     batch_size: int = 4  # rows per forward pass
     max_new_tokens: int = 64  # maximum tokens of an answer to verify
+    beams: beams.BeamSearch = beams.BeamSearch()
     output: str | None = None  # JSON file for the metrics and answers; None: none
     debug: bool = False  # full tracebacks
 
@@ -47,6 +48,7 @@ class Config:
 def main(config: Config) -> dict[str, Any]:
     """Evaluates; prints and returns the metrics."""
     harness.check(limits.check(config))
+    beams.check(config)
     if config.harness.tasks:
         return harness.run(config)
     renderer, longest = renderer_of(config.trained, mask=config.mask), config.max_length or 512
@@ -60,8 +62,8 @@ def main(config: Config) -> dict[str, Any]:
     model, params = load_trained(config.trained)
     check_positions(model, config.trained.model, longest)
     if verifier is not None:  # first, as a prompt may be too long to answer
-        sizes = dict(max_new_tokens=config.max_new_tokens)
-        result = measure_accuracy(model, params, renderer, records, verifier, **sizes)
+        how = dict(max_new_tokens=config.max_new_tokens, beams=config.beams.settings)
+        result = measure_accuracy(model, params, renderer, records, verifier, **how)
         metrics |= {"accuracy": result.rate, "interval": result.interval}
         metrics["mentioned"] = result.mention_rate
         print(f"accuracy on {len(records)} records of {what}: {result}")

@@ -2,6 +2,7 @@
 
 $ python experiments/generate.py --prompt "What is the capital of France?"
 $ python experiments/generate.py --adapter runs/sft/adapter          an interactive chat
+$ python experiments/generate.py --prompt "Summarise: ..." --num-beams 4 --no-repeat-ngram-size 3
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ import sys
 import jax
 import tyro
 
-from experiments.cli import flags, limits
+from experiments.cli import beams, flags, limits
 from experiments.cli.models import load_trained, renderer_of, stop_ids
 from jaxft import train
-from jaxft.generation import generate
+from jaxft.generation import beam_search, generate
 from jaxft.keys import stream
 
 
@@ -29,13 +30,15 @@ class Config:
     prompt: tuple[str, ...] = ()  # prompts to answer; none: chat on the terminal
     system: str | None = None  # system message before each prompt or chat; None: none
     sampling: flags.Sampling = flags.Sampling(max_new_tokens=200, temperature=0.0)
+    beams: beams.BeamSearch = beams.BeamSearch()
     seed: int = 0  # seed of the sampling
     debug: bool = False  # full tracebacks
 
 
 def main(config: Config) -> list[str]:
     """Prints and returns the answers."""
-    renderer = renderer_of(limits.check(config).trained)
+    beams.check(limits.check(config))
+    renderer = renderer_of(config.trained)
     config.sampling.rules(renderer.tokenizer)  # an error before the model is loaded
     model, params = load_trained(config.trained)
     rules = config.sampling.rules(renderer.tokenizer, stop_ids(renderer, model))
@@ -43,8 +46,11 @@ def main(config: Config) -> list[str]:
 
     def answer(messages, number):
         prompt = renderer.prompt({"messages": messages})
-        key = stream(jax.random.key(config.seed), "sample", number)
-        out = generate(model, params, [prompt], key, rules, tokenizer=renderer.tokenizer)
+        if search := config.beams.settings:
+            out = beam_search(model, params, [prompt], search, rules)
+        else:
+            key = stream(jax.random.key(config.seed), "sample", number)
+            out = generate(model, params, [prompt], key, rules, tokenizer=renderer.tokenizer)
         return renderer.tokenizer.decode(out.completions[0], skip_special_tokens=True).strip()
 
     if not config.prompt:

@@ -66,6 +66,8 @@ class Config:
     adapter: Name | Literal["intrinsic"] = "lora"  # the kind of adapter to train; full: all params
     d: int = 1000  # intrinsic: dimension of the random subspace of the params that trains
 
+    # share of each target's weight that all tokens get alike; evaluation has none
+    label_smoothing: float = 0.0
     # weights of the routers' losses in a mixture of experts (docs/models.md); 0: they are only logged
     router_balance: float = 0.0
     router_z: float = 0.0
@@ -108,7 +110,8 @@ def main(config: Config) -> dict[str, Any]:
     read = jax.jit(intrinsic_apply) if config.adapter == "intrinsic" else lambda params: params
     forward = reparametrised(model.forward, read)
     router = shared.router_terms(config, model)
-    method = shared.method_of(config, functools.partial(supervised, router=router), forward)
+    objective = functools.partial(supervised, router=router, label_smoothing=config.label_smoothing)
+    method = shared.method_of(config, objective, forward)
     length = config.rows.max_length
     bad = data.BadRecords()
     tokenised = data.render(kept, renderer, length, too_long="truncate", bad=bad)

@@ -16,7 +16,7 @@ from jaxft.output import writing
 
 _COMPANIONS = ("task_dir", "num_fewshot", "apply_chat_template")
 # Flags of evaluate.py that tasks do not read: they say themselves what is asked and how it is answered.
-_NOT_READ = ("data", "fields", "mask", "max_new_tokens")
+_NOT_READ = ("data", "fields", "mask", "max_new_tokens", "num_beams")
 
 
 @tyro.conf.configure(tyro.conf.OmitArgPrefixes)

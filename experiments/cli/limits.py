@@ -13,9 +13,9 @@ _COUNTS = (
     "batch_size batch_sizes context d digits dims draws early epochs eval_steps evaluate_every every "
     "examples fine_tuning_steps gradient_accumulation_steps grid group_size held_out images layers "
     "length limit logging_steps max_length max_new_tokens max_prompt max_steps max_tries microbatches "
-    "num_samples own pretrain_rows pretrain_steps pretraining problems prompts_per_step questions rank "
-    "rollouts sampled_at_once samples save_steps seeds sft_steps size slices steps tensor expert text_steps "
-    "trained_at_once transform_steps turns votes width widths workers"
+    "num_beams num_samples own pretrain_rows pretrain_steps pretraining problems prompts_per_step questions "
+    "rank rollouts sampled_at_once samples save_steps seeds sft_steps size slices steps tensor expert "
+    "text_steps trained_at_once transform_steps turns votes width widths workers"
 ).split()
 _POSITIVE = (
     "adamw_rate full_rates kappa kl_horizon learning_rate max_grad_norm rates text_rates timeout"
@@ -33,7 +33,9 @@ LIMITS = {
     **dict.fromkeys(_NOT_NEGATIVE, (lambda x: 0 <= x < math.inf, "at least 0")),
     **dict.fromkeys(_SHARES, (lambda x: 0 <= x <= 1, "between 0 and 1")),
     **dict.fromkeys(("data_axis", "fsdp"), (lambda x: x == -1 or x >= 1, "at least 1, or -1")),
-    "warmup_ratio": (lambda x: 0 <= x < 1, "at least 0 and below 1"),
+    **dict.fromkeys(
+        ("label_smoothing", "warmup_ratio"), (lambda x: 0 <= x < 1, "at least 0 and below 1")
+    ),
     # jax.random.key keeps 32 bits, so that a larger seed would repeat the draws of a smaller one.
     **dict.fromkeys(
         ("seed", "first_seed", "start_seed"),

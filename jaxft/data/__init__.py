@@ -7,6 +7,17 @@ from jaxft.data.batching import (
     packing_efficiency,
     token_weights,
 )
+from jaxft.data.denoising import (
+    corrupted_lengths,
+    denoise,
+    longest_text,
+    mask_tokens,
+    noise_mask,
+    permute_sentences,
+    sentinel_ids,
+    span_corruption,
+    text_infilling,
+)
 from jaxft.data.errors import BadRecord, BadRecords, DataError
 from jaxft.data.files import JsonLines
 from jaxft.data.groups import (
@@ -78,6 +89,8 @@ __all__ = [
     "best_worst",
     "clean_report",
     "common_prompt",
+    "corrupted_lengths",
+    "denoise",
     "explain",
     "finite_batches",
     "finite_group_batches",
@@ -88,6 +101,8 @@ __all__ = [
     "judge_pairs",
     "load",
     "local_files",
+    "longest_text",
+    "mask_tokens",
     "mine_negatives",
     "normalise",
     "normalise_pair",
@@ -96,9 +111,11 @@ __all__ = [
     "normalise_ranked",
     "normalise_steps",
     "normalise_unpaired",
+    "noise_mask",
     "not_shown",
     "packing_efficiency",
     "parse_green",
+    "permute_sentences",
     "reasoning_gym_task",
     "render",
     "render_pairs",
@@ -107,7 +124,10 @@ __all__ = [
     "render_prompts",
     "render_steps",
     "render_unpaired",
+    "sentinel_ids",
+    "span_corruption",
     "split",
+    "text_infilling",
     "token_weights",
     "unpair",
     "whole_prompt",

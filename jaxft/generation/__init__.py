@@ -1,5 +1,6 @@
-"""Generation: decoding rules and the KV-cache sampler."""
+"""Generation: decoding rules, the KV-cache sampler, beam search."""
 
+from jaxft.generation.beam import Beams, Hypotheses, beam_search
 from jaxft.generation.decoding import (
     SamplingConfig,
     bad_word_ids,
@@ -29,8 +30,10 @@ from jaxft.generation.search import Found, best_first_search
 from jaxft.generation.server import ServerError, server_sampler
 
 __all__ = [
+    "Beams",
     "Found",
     "Generation",
+    "Hypotheses",
     "Interface",
     "Push",
     "SamplingConfig",
@@ -38,6 +41,7 @@ __all__ = [
     "State",
     "append",
     "bad_word_ids",
+    "beam_search",
     "best_first_search",
     "bucket",
     "decode",

@@ -28,7 +28,7 @@ class State(NamedTuple):
     logits: jax.Array  # [B, V] float32, for the next token
     position: jax.Array  # [B] int32, position of the next token
     done: jax.Array  # [B] bool
-    keys: jax.Array  # [B] one key per row
+    keys: jax.Array | None  # [B] one key per row; None: nothing is sampled
     step: jax.Array  # [] int32, tokens decoded so far
     # [B, slots] int32, the token at each position; only for rules that need past tokens (`remember`)
     history: jax.Array | None = None
@@ -101,27 +101,14 @@ def generate(
         raise ValueError("generate: stop_strings need tokenizer=.")
     if samples < 1:
         raise ValueError(f"generate: samples must be at least 1, got {samples}.")
-    tokens, valid = left_pad(prompts, model.config)
-    rows, width = len(prompts), tokens.shape[1]
-    longest = int(valid.sum(axis=1).max()) + virtual_tokens(params)
-    if longest + config.max_new_tokens > model.config.max_length:
-        raise ValueError(
-            f"generate: a prompt of {longest} tokens and {config.max_new_tokens} new ones exceed the "
-            f"model's {model.config.max_length}; shorten one of them."
-        )
-    ids = np.arange(rows) if row_ids is None else np.asarray(row_ids)
-    ids = np.concatenate([ids, np.zeros(len(tokens) - rows, ids.dtype)])
     chunk = chunk if config.stop_strings else -(-config.max_new_tokens // CHUNK) * CHUNK
-    slots = width + -(-config.max_new_tokens // chunk) * chunk
+    slots = -(-config.max_new_tokens // chunk) * chunk
+    state, _ = begin(model, params, prompts, config, slots, columns, cache_dtype)
+    rows, extra = len(prompts), np.arange(state.done.shape[0]) >= len(prompts)
+    ids = np.arange(rows) if row_ids is None else np.asarray(row_ids)
+    ids = np.concatenate([ids, np.zeros(len(extra) - rows, ids.dtype)])
     keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.asarray(ids))
-    columns = {name: padded(name, x, rows, len(tokens)) for name, x in (columns or {}).items()}
-    state = prefill(
-        model, params, jnp.asarray(tokens), jnp.asarray(valid), keys, slots, cache_dtype, columns
-    )
-    if config.looks_back:
-        state = remember(state, jnp.asarray(tokens), jnp.asarray(valid), slots)
-    extra = np.arange(len(tokens)) >= rows
-    state = state._replace(done=jnp.asarray(extra))
+    state = state._replace(keys=keys)
     state, rows = in_turn(fork(in_turn(state), samples)), rows * samples
     if not config.stop_strings:
         state, part = decode(model, params, state, config, chunk)
@@ -131,6 +118,42 @@ def generate(
         model, params, state, config, chunk, tokenizer, np.repeat(extra, samples)
     )
     return _gather(whole, mask, done, rows, config.max_new_tokens)
+
+
+def begin(
+    model: Decoder,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    config: SamplingConfig,
+    slots: int,
+    columns: Mapping[str, Any] | None = None,
+    cache_dtype: Any = None,
+) -> tuple[State, int]:
+    """Returns the state after the prompts, without keys, and the slots that they take in the cache.
+
+    Prompts are padded to a bucket of rows, of which the added ones are done, and to a bucket of tokens.
+
+    Args:
+        slots: slots for new tokens.
+
+    Raises:
+        ValueError: for an empty prompt, or if prompt and completion exceed the model's max_length.
+    """
+    tokens, valid = left_pad(prompts, model.config)
+    rows, virtual = len(prompts), virtual_tokens(params)
+    longest = int(valid.sum(axis=1).max()) + virtual
+    if longest + config.max_new_tokens > model.config.max_length:
+        raise ValueError(
+            f"generate: a prompt of {longest} tokens and {config.max_new_tokens} new ones exceed the "
+            f"model's {model.config.max_length}; shorten one of them."
+        )
+    slots += tokens.shape[1]
+    columns = {name: padded(name, x, rows, len(tokens)) for name, x in (columns or {}).items()}
+    extra, tokens, valid = np.arange(len(tokens)) >= rows, jnp.asarray(tokens), jnp.asarray(valid)
+    state = prefill(model, params, tokens, valid, None, slots, cache_dtype, columns)
+    if config.looks_back:
+        state = remember(state, tokens, valid, slots)
+    return state._replace(done=jnp.asarray(extra)), tokens.shape[1] + virtual
 
 
 def _until_strings(model, params, state, config, chunk, tokenizer, done):
@@ -161,19 +184,22 @@ def prefill(
     params: Params,
     tokens: jax.Array,
     valid: jax.Array,
-    keys: jax.Array,
+    keys: jax.Array | None,
     slots: int,
     cache_dtype: Any = None,
     columns: Mapping[str, Any] | None = None,
 ) -> State:
     """Returns the state after the prompts (tokens, valid [B, P]; left-padded), in a cache of `slots`.
 
-    `columns` are further inputs of the model's forward, [B, ...] each.
+    `columns` are further inputs of the model's forward, [B, ...] each. `keys` are one key for each row;
+    only sampling needs them.
     """
-    params = _separate(model, params)
+    params = separate(model, params)
     cache = model.init_cache(tokens.shape[0], slots + virtual_tokens(params), cache_dtype)
     positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
-    found = _next(model, params, {**(columns or {}), **_inputs(tokens, positions, valid)}, cache)
+    found = next_token(
+        model, params, {**(columns or {}), **inputs_of(tokens, positions, valid)}, cache
+    )
     return State(
         cache=found.cache,
         logits=found.logits,
@@ -191,11 +217,11 @@ def remember(state: State, tokens: jax.Array, valid: jax.Array, slots: int) -> S
     """
     blank = jnp.full((tokens.shape[0], slots), -1, jnp.int32)
     start = jnp.zeros(tokens.shape[0], jnp.int32)
-    return state._replace(history=_written(blank, tokens, valid, start))
+    return state._replace(history=written(blank, tokens, valid, start))
 
 
 @jax.jit
-def _written(history, tokens, valid, position):
+def written(history, tokens, valid, position):
     """Writes valid tokens [B, T] into the history, from each row's position on."""
     places = position[:, None] + jnp.cumsum(valid, axis=1) - 1
     places = jnp.where(valid, places, history.shape[1])
@@ -208,13 +234,17 @@ def fork(state: State, samples: int) -> State:
     """Copies each row of the state `samples` times, adjacent, with a separate key for each copy."""
     if samples == 1:
         return state
-    copy = lambda x: jnp.repeat(x, samples, axis=0) if x.ndim else x
     children = jax.vmap(
         lambda key: jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(samples))
     )(state.keys)
     # Keys are repeated separately: not every version of repeat accepts an array of keys.
-    others = jax.tree.map(copy, state._replace(keys=None))
+    others = repeat_rows(state._replace(keys=None), samples)
     return others._replace(keys=children.reshape(-1))
+
+
+def repeat_rows(tree: Any, times: int) -> Any:
+    """The tree with each row of its arrays `times` times, adjacent; scalars have no rows."""
+    return jax.tree.map(lambda x: jnp.repeat(x, times, axis=0) if x.ndim else x, tree)
 
 
 @functools.partial(jax.jit, static_argnames=("model",), donate_argnames=("state",))
@@ -226,12 +256,12 @@ def append(
     They occupy T slots of the cache, padding included: reserve as many more in `prefill`. A row
     without valid tokens does not change; a row that was done continues.
     """
-    params = _separate(model, params)
+    params = separate(model, params)
     positions = state.position[:, None] + jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
-    found = _next(model, params, _inputs(tokens, positions, valid), state.cache)
+    found = next_token(model, params, inputs_of(tokens, positions, valid), state.cache)
     some = jnp.any(valid, axis=1)
     if state.history is not None:
-        history = _written(state.history, tokens, valid, state.position)
+        history = written(state.history, tokens, valid, state.position)
         state = state._replace(history=history)
     return state._replace(
         cache=found.cache,
@@ -245,7 +275,7 @@ def append(
     jax.jit, static_argnames=("model", "config", "steps"), donate_argnames=("state",)
 )
 def _decode(model, params, state, limit, least, config, steps):
-    params = _separate(model, params)
+    params = separate(model, params)
     rows = state.done.shape[0]
     blank = lambda dtype: jnp.zeros((rows, steps), dtype)
     part = Part(blank(jnp.int32), blank(bool), blank(jnp.float32), blank(jnp.float32))
@@ -267,10 +297,10 @@ def _decode(model, params, state, limit, least, config, steps):
         part = jax.tree.map(put, part, column)
         stops = jnp.asarray(config.stop_ids or (-1,))
         ended = jnp.any(token[:, None] == stops[None, :], axis=1)
-        inputs = _inputs(token[:, None], state.position[:, None], jnp.ones((rows, 1), bool))
-        found = _next(model, params, inputs, state.cache)
+        inputs = inputs_of(token[:, None], state.position[:, None], jnp.ones((rows, 1), bool))
+        found = next_token(model, params, inputs, state.cache)
         if state.history is not None:
-            history = _written(state.history, token[:, None], alive[:, None], state.position)
+            history = written(state.history, token[:, None], alive[:, None], state.position)
             state = state._replace(history=history)
         state = state._replace(
             cache=found.cache,
@@ -327,16 +357,16 @@ def _draw(state: State, config: SamplingConfig, least: jax.Array | None = None):
     return token, log_prob, log_prob_of(cut, token) if changed else log_prob
 
 
-def _inputs(tokens, positions, valid):
+def inputs_of(tokens, positions, valid):
     return {"tokens": tokens, "positions": positions, "segment_ids": valid.astype(jnp.int32)}
 
 
-def _next(model, params, batch, cache):
+def next_token(model, params, batch, cache):
     """Predicts from the last token's hidden state [B, D]."""
     return model.forward(params, batch, cache=cache).at(slice(None), -1)
 
 
-def _separate(model: Decoder, params: Params) -> Params:
+def separate(model: Decoder, params: Params) -> Params:
     """Unstacks the layers: a scan that carries the stacked cache would copy it for every token."""
     layers = layers_of(model)
     return params if layers is None else unstack_layers(params, layers)

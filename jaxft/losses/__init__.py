@@ -78,13 +78,13 @@ from jaxft.losses.sampled_kl import KlEstimates, kl_estimates, leave_one_out, re
 from jaxft.losses.supervised import (
     CHUNK,
     cross_entropy,
+    label_smoothed_cross_entropy,
     linear_cross_entropy,
     linear_log_probs,
 )
 from jaxft.losses.unpaired import bco_loss, kto_kl, kto_loss
 from jaxft.losses.weighted import (
     dft_loss,
-    label_smoothed_cross_entropy,
     repetition_unlikelihood,
     unlikelihood_loss,
 )

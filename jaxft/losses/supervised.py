@@ -27,6 +27,30 @@ def cross_entropy(
     return jax.nn.logsumexp(logits, axis=-1) - picked
 
 
+def label_smoothed_cross_entropy(
+    logits: Float[Array, "*batch V"],
+    targets: Int[Array, "*batch"],
+    *,
+    label_smoothing: float = 0.1,
+) -> Float[Array, "*batch"]:
+    """-(1 - ε) log p(target) - ε / V Σ_v log p(v) in nats, one value per token.
+
+    Szegedy et al., 2015, arxiv.org/abs/1512.00567, section 7, with the uniform distribution. In terms of
+    logits x: logsumexp x - (1 - ε) x_target - ε mean_v x_v.
+
+    Raises:
+        ValueError: if label_smoothing, which is ε, is not in [0, 1).
+    """
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(
+            f"label_smoothed_cross_entropy: label_smoothing must lie in [0, 1), got {label_smoothing}."
+        )
+    logits = logits.astype(jnp.float32)
+    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    kept = (1 - label_smoothing) * picked + label_smoothing * jnp.mean(logits, axis=-1)
+    return jax.nn.logsumexp(logits, axis=-1) - kept
+
+
 def linear_cross_entropy(
     hidden: Float[Array, "B T D"],
     head: WeightLike,
@@ -35,6 +59,7 @@ def linear_cross_entropy(
     *,
     softcap: float | None = None,
     chunk: int = CHUNK,
+    label_smoothing: float = 0.0,
 ) -> Float[Array, ""]:
     """sum_t w_t (-log softmax(h_t W)[target_t]), without holding the logits of all tokens at once.
 
@@ -50,10 +75,14 @@ def linear_cross_entropy(
         weights: w, at least 0; gets no gradient.
         softcap: c of logits c tanh(h W / c).
         chunk: tokens of each row whose logits (B x chunk x V, float32) are in memory at once.
+        label_smoothing: ε of `label_smoothed_cross_entropy`, which then is the loss of a token.
 
     Returns: the weighted sum, in nats; divide by sum(weights) for the mean.
     """
-    run = functools.partial(_weighted_sum, softcap=softcap, chunk=chunk)
+    loss = cross_entropy
+    if label_smoothing:
+        loss = functools.partial(label_smoothed_cross_entropy, label_smoothing=label_smoothing)
+    run = functools.partial(_weighted_sum, loss=loss, softcap=softcap, chunk=chunk)
     rows, length = row_axes(hidden.shape[0]), length_axes(hidden.shape[1])
     axes = (*rows, *length)
     if not axes:
@@ -71,7 +100,7 @@ def linear_cross_entropy(
     return jnp.sum(sums)
 
 
-def _weighted_sum(hidden, head, targets, weights, *, softcap, chunk, axes=()):
+def _weighted_sum(hidden, head, targets, weights, *, loss, softcap, chunk, axes=()):
     order, count = _front(weights)
     if axes:  # the same number on every device
         count = jax.lax.pmax(count, axes)
@@ -83,7 +112,7 @@ def _weighted_sum(hidden, head, targets, weights, *, softcap, chunk, axes=()):
     pad = -length % chunk
     widen = lambda x: jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
     parts = (widen(hidden), widen(gather(targets)), widen(weights))
-    return _fused(*parts, head, count, softcap, chunk)
+    return _fused(loss, *parts, head, count, softcap, chunk)
 
 
 def linear_log_probs(
@@ -168,13 +197,13 @@ def _logits(hidden, head, softcap):
     return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
 
-def _fused(hidden, targets, weights, head, count, softcap, chunk):
-    """sum_t w_t (-log p_t) over chunks of T, up to the one that contains token number `count`."""
+def _fused(loss, hidden, targets, weights, head, count, softcap, chunk):
+    """sum_t w_t loss_t over chunks of T, up to the one that contains token number `count`."""
     leaves, structure = jax.tree.flatten(head)
 
     def part(hidden, targets, weights, *leaves):
         logits = _logits(hidden, structure.unflatten(leaves), softcap)
-        return jnp.sum(weights * cross_entropy(logits, targets))
+        return jnp.sum(weights * loss(logits, targets))
 
     def plain(count, hidden, targets, weights, *leaves):
         del count  # tokens beyond it have the weight 0

@@ -1,4 +1,4 @@
-"""Variants of cross-entropy that weight or soften the loss of each token."""
+"""Variants of cross-entropy that weight the loss of each token."""
 
 from __future__ import annotations
 
@@ -7,27 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxft.losses.supervised import cross_entropy
-
 _CERTAIN = -1e-6  # log(1 - p) stays finite in float32 below it
-
-
-def label_smoothed_cross_entropy(
-    logits: Float[Array, "*batch V"],
-    targets: Int[Array, "*batch"],
-    *,
-    label_smoothing: float = 0.1,
-) -> Float[Array, "*batch"]:
-    """-(1 - ε) log p(target) - ε / V Σ_v log p(v) in nats, one value per token.
-
-    Szegedy et al., 2015, arxiv.org/abs/1512.00567, section 7, with the uniform distribution.
-    """
-    if not 0 <= label_smoothing < 1:
-        raise ValueError(
-            f"label_smoothed_cross_entropy: label_smoothing must lie in [0, 1), got {label_smoothing}."
-        )
-    uniform = -jnp.mean(jax.nn.log_softmax(logits.astype(jnp.float32)), axis=-1)
-    return (1 - label_smoothing) * cross_entropy(logits, targets) + label_smoothing * uniform
 
 
 def dft_loss(log_probs: Float[Array, "*batch"]) -> Float[Array, "*batch"]:

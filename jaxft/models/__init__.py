@@ -1,6 +1,6 @@
 """Models: Flax modules and their configurations."""
 
-from jaxft.models.cache import Cache
+from jaxft.models.cache import Cache, take_rows
 from jaxft.models.columns import as_rows, of_group
 from jaxft.models.config import DecoderConfig, Experts, Rope, tiny_config
 from jaxft.models.decoder import Decoder, Output
@@ -54,6 +54,7 @@ __all__ = [
     "project",
     "read",
     "stack_layers",
+    "take_rows",
     "tiny_config",
     "unstack_layers",
     "virtual_tokens",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,47 @@ class Cache:
     def length(self) -> int:
         """Number of slots, S."""
         return self.valid.shape[1]
+
+    def take_rows(self, rows: jax.Array, start: int) -> Cache:
+        """The cache whose row i is the present row rows[i], from slot `start` on.
+
+        Slots before `start` stay: the caller knows that rows[i] has the same there as row i, as beams of one
+        prompt do, and that most of a cache is copied for nothing.
+        """
+
+        def pick(x, axis):
+            part = jax.lax.slice_in_dim(x, start, x.shape[axis], axis=axis)
+            part = part.at[rows].get(mode="promise_in_bounds")
+            return jax.lax.dynamic_update_slice_in_dim(x, part, start, axis)
+
+        return dataclasses.replace(
+            self,
+            keys=tuple(pick(x, 3) for x in self.keys),
+            values=tuple(pick(x, 2) for x in self.values),
+            positions=pick(self.positions, 1),
+            valid=pick(self.valid, 1),
+        )
+
+
+def take_rows(cache: Any, rows: jax.Array, start: int) -> Any:
+    """A cache of any kind with rows[i] as its row i, as beam search needs it after each token.
+
+    A part that has a method `take_rows(rows, start)`, such as a `Cache`, does it by itself: what all beams
+    of a prompt have in common, such as the keys of a source, need not be copied. In any other part, rows
+    are the first axis of each array, and scalars have none.
+
+    Args:
+        rows: [B] int32, each within the beams of the same prompt as its index.
+        start: the number of slots that the beams of a prompt have in common.
+    """
+    own = lambda x: hasattr(x, "take_rows")
+
+    def pick(x):
+        if own(x):
+            return x.take_rows(rows, start)
+        return x.at[rows].get(mode="promise_in_bounds") if x.ndim else x
+
+    return jax.tree.map(pick, cache, is_leaf=own)
 
 
 def empty_cache(

@@ -17,7 +17,13 @@ from jaxft.objectives.routing import NO_TERMS, RouterTerms, router_terms
 Objective = Callable[..., tuple[jax.Array, dict[str, Any]]]
 
 
-def supervised(forward: Forward, *, chunk: int = 64, router: RouterTerms = NO_TERMS) -> Objective:
+def supervised(
+    forward: Forward,
+    *,
+    chunk: int = 64,
+    router: RouterTerms = NO_TERMS,
+    label_smoothing: float = 0.0,
+) -> Objective:
     """objective(params, batch, key) -> (token-mean cross-entropy in nats, metrics).
 
     `batch` holds `tokens` [B, T] and, each optional, `loss_mask` [B, T] (weight of each token as a
@@ -30,13 +36,21 @@ def supervised(forward: Forward, *, chunk: int = 64, router: RouterTerms = NO_TE
         chunk: see `linear_cross_entropy`.
         router: coefficients of the routers' losses of a model with experts, from the same forward; the
             loss is then the sum of the terms (`Terms`). Its metrics are logged in any case.
+        label_smoothing: ε in [0, 1): the share of a target's weight that all tokens of the vocabulary get
+            alike, as in `torch.nn.CrossEntropyLoss` and transformers' `label_smoothing_factor`.
     """
 
     def objective(params, batch, key):
         targets, weights = shift(batch)
         found = predict(forward, params, batch, key)
         total = linear_cross_entropy(
-            found.hidden, found.head, targets, weights, softcap=found.softcap, chunk=chunk
+            found.hidden,
+            found.head,
+            targets,
+            weights,
+            softcap=found.softcap,
+            chunk=chunk,
+            label_smoothing=label_smoothing,
         )
         loss = Mean(total, jnp.sum(weights))
         terms, metrics = router_terms(found, batch, router)

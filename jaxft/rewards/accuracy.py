@@ -1,4 +1,4 @@
-"""Accuracy of a model's greedy answers, by a verifier."""
+"""Accuracy of a model's answers, by a verifier."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import jax
 
 from jaxft.checkpoints import end_tokens
 from jaxft.data import DataError, Renderer, render_prompts
-from jaxft.generation import SamplingConfig, generate
+from jaxft.generation import Beams, SamplingConfig, beam_search, generate
 from jaxft.metrics import wilson_interval
 from jaxft.models import Decoder
 from jaxft.rewards.verifiers import Verifier, mentions_answer
@@ -72,14 +72,16 @@ def measure_accuracy(
     max_new_tokens: int = 64,
     stop_ids: Sequence[int] | None = None,
     stop_strings: Sequence[str] = (),
+    beams: Beams | None = None,
     batch_size: int = 16,
     progress: Callable[[int, int], None] | None = None,
 ) -> Accuracy:
-    """Answers every record greedily and verifies the answers.
+    """Answers every record greedily, or by beam search, and verifies the answers.
 
     Args:
         stop_ids: tokens that end an answer; None: `checkpoints.end_tokens`.
-        stop_strings: texts that also end an answer.
+        stop_strings: texts that also end an answer; not with beams.
+        beams: settings of beam search; None: the likeliest token each time.
         batch_size: prompts at a time, grouped by length to save padding.
         progress: called with (records done, number of records).
 
@@ -101,7 +103,10 @@ def measure_accuracy(
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         batch = [prompts[i] for i in chosen]
-        out = generate(model, params, batch, jax.random.key(0), config, tokenizer=tokenizer)
+        if beams is None:
+            out = generate(model, params, batch, jax.random.key(0), config, tokenizer=tokenizer)
+        else:
+            out = beam_search(model, params, batch, beams, config)
         for i, ids in zip(chosen, out.completions, strict=True):
             completions[i] = tokenizer.decode(ids, skip_special_tokens=True).strip()
         if progress is not None:

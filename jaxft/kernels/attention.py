@@ -128,11 +128,15 @@ def attend(
     *,
     scale: float,
     softcap: float | None = None,
+    bias: Float[Array, "#B H T S"] | None = None,
 ) -> Float[Array, "B T H K"]:
-    """The reference, which holds all scores. `mask` is True where a key is visible."""
+    """The reference, which holds all scores. `mask` is True where a key is visible.
+
+    `bias` is added to the scaled scores.
+    """
     grouped = _grouped(query, key.shape[2])
     scores = jnp.einsum("btghk,bsgk->bghts", grouped, key, preferred_element_type=jnp.float32)
-    weights = _weights(scores, mask, scale, softcap).astype(value.dtype)
+    weights = _weights(scores, mask, scale, softcap, bias).astype(value.dtype)
     return jnp.einsum("bghts,bsgk->btghk", weights, value).reshape(query.shape)
 
 
@@ -144,17 +148,20 @@ def attend_cache(
     *,
     scale: float,
     softcap: float | None = None,
+    bias: Callable[[int | Int[Array, ""], int], Float[Array, "#B H R S"]] | None = None,
 ) -> Float[Array, "B T H K"]:
     """`attend` for a cache's keys [B, G, K, S] and values [B, G, S, K]: no operand is transposed.
 
-    `visible(i, R)` is the mask of queries i..i + R. Only `FEW` queries have scores at a time.
+    `visible(i, R)` is the mask of queries i..i + R, `bias(i, R)` what is added to their scaled scores. Only
+    `FEW` queries have scores at a time.
     """
 
     length = query.shape[1]
 
     def run(carry, start, rows):
         block = jax.lax.dynamic_slice_in_dim(carry, start, rows, axis=1)
-        block = _attend_cache(block, keys, values, visible(start, rows), scale, softcap)
+        added = None if bias is None else bias(start, rows)
+        block = _attend_cache(block, keys, values, visible(start, rows), scale, softcap, added)
         return _replace(carry, block, start)
 
     if length <= FEW:
@@ -165,7 +172,7 @@ def attend_cache(
     return run(out, length - rest, rest) if rest else out
 
 
-def _attend_cache(query, keys, values, mask, scale, softcap):
+def _attend_cache(query, keys, values, mask, scale, softcap, bias):
     batch, rows, heads, size = query.shape
     groups = keys.shape[1]
     # The heads of a group are rows of one product with the cache on its right: einsum would put the
@@ -174,7 +181,7 @@ def _attend_cache(query, keys, values, mask, scale, softcap):
     left = grouped.reshape(batch, groups, -1, size)
     scores = jnp.matmul(left, keys, preferred_element_type=jnp.float32)
     scores = scores.reshape(*grouped.shape[:4], -1)
-    weights = _weights(scores, mask, scale, softcap).astype(values.dtype)
+    weights = _weights(scores, mask, scale, softcap, bias).astype(values.dtype)
     mixed = jnp.matmul(weights.reshape(*left.shape[:3], -1), values)
     return jnp.moveaxis(mixed.reshape(grouped.shape), 3, 1).reshape(query.shape)
 
@@ -188,8 +195,10 @@ def _grouped(query, groups):
     return query.reshape(batch, rows, groups, heads // groups, size)
 
 
-def _masked(scores, mask, scale, softcap):
+def _masked(scores, mask, scale, softcap, bias=None):
     scores = scores * scale
+    if bias is not None:
+        scores = scores + bias.astype(scores.dtype).reshape(-1, *scores.shape[1:3], *bias.shape[2:])
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     if mask is not None:
@@ -198,8 +207,8 @@ def _masked(scores, mask, scale, softcap):
     return scores
 
 
-def _weights(scores, mask, scale, softcap):
-    return jax.nn.softmax(_masked(scores, mask, scale, softcap), axis=-1)
+def _weights(scores, mask, scale, softcap, bias=None):
+    return jax.nn.softmax(_masked(scores, mask, scale, softcap, bias), axis=-1)
 
 
 def _best(query, key, segment_ids, window, causal, softcap) -> Implementation:

@@ -5,6 +5,8 @@ from jaxft.models.columns import as_rows, of_group
 from jaxft.models.config import DecoderConfig, Experts, Rope, tiny_config
 from jaxft.models.decoder import Decoder, Output
 from jaxft.models.encoder import Encoder, EncoderConfig, EncoderOutput
+from jaxft.models.encoder_decoder import EncoderDecoder, SourceCache
+from jaxft.models.encoder_decoder_config import EncoderDecoderConfig, StackConfig
 from jaxft.models.errors import CheckpointError
 from jaxft.models.experts import ExpertsMlp, Routing
 from jaxft.models.families import FAMILIES, config_of, family_of, layers_of
@@ -27,6 +29,8 @@ __all__ = [
     "Embedding",
     "Encoder",
     "EncoderConfig",
+    "EncoderDecoder",
+    "EncoderDecoderConfig",
     "EncoderOutput",
     "Entry",
     "Experts",
@@ -40,7 +44,9 @@ __all__ = [
     "Prediction",
     "Rope",
     "Routing",
+    "SourceCache",
     "SpecialIds",
+    "StackConfig",
     "Targets",
     "config_of",
     "embedding_of",

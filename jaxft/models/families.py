@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from jaxft.models.bart import BART
 from jaxft.models.bert import BERT
 from jaxft.models.family import Family, find_family
 from jaxft.models.gemma import GEMMA
@@ -13,6 +14,8 @@ from jaxft.models.gemma3 import GEMMA3
 from jaxft.models.gpt2 import GPT2
 from jaxft.models.granite import GRANITE
 from jaxft.models.llama import LLAMA
+from jaxft.models.marian import MARIAN
+from jaxft.models.mbart import MBART
 from jaxft.models.mistral import MISTRAL
 from jaxft.models.mixtral import MIXTRAL
 from jaxft.models.olmo2 import OLMO2
@@ -24,6 +27,7 @@ from jaxft.models.qwen3 import QWEN3
 from jaxft.models.qwen3_moe import QWEN3_MOE
 from jaxft.models.roberta import ROBERTA
 from jaxft.models.smollm3 import SMOLLM3
+from jaxft.models.t5 import T5
 from jaxft.models.towers import TEXT_PARTS
 from jaxft.models.vit import VIT
 from jaxft.models.xlm_roberta import XLM_ROBERTA
@@ -45,6 +49,10 @@ FAMILIES: tuple[Family, ...] = (
     OLMO2,
     GRANITE,
     GPT2,
+    T5,
+    BART,
+    MBART,
+    MARIAN,
     BERT,
     ROBERTA,
     XLM_ROBERTA,

@@ -40,6 +40,8 @@ COUNTS = frozenset(
     "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
     "head_dim max_position_embeddings n_embd n_inner n_layer n_head n_positions num_channels "
     "type_vocab_size sliding_window_pattern no_rope_layer_interval original_max_position_embeddings "
+    "d_model d_kv d_ff num_layers num_decoder_layers num_heads encoder_layers decoder_layers "
+    "encoder_ffn_dim decoder_ffn_dim encoder_attention_heads decoder_attention_heads "
     "num_experts num_local_experts num_experts_per_tok moe_intermediate_size "
     "shared_expert_intermediate_size decoder_sparse_step".split()
 )
@@ -134,6 +136,12 @@ _KINDS: dict[str, type] = {  # of keys whose default is null, or that are not re
     "n_inner": int,
     "pooler_output_size": int,
     "original_max_position_embeddings": int,
+    "decoder_start_token_id": int,
+    "forced_bos_token_id": int,
+    "forced_eos_token_id": int,
+    "num_decoder_layers": int,
+    "decoder_vocab_size": int,
+    "scale_decoder_outputs": bool,
     "attn_logit_softcapping": float,
     "final_logit_softcapping": float,
     "hidden_activation": str,

@@ -25,13 +25,15 @@ class Targets(NamedTuple):
         return self.linear if target == "all-linear" else target
 
 
+# The layers of a model, or those of its encoder and decoder.
+_STACKS = rf"(?:(?:encoder|decoder)/)?{LAYERS}"
 TRANSFORMER_TARGETS = Targets(
     # Experts are included, as in PEFT; routers are not.
-    linear=rf"{LAYERS}/.*/(query|key|value|out|gate|up|gate_up|down)/kernel",
-    ia3_outputs=rf"{LAYERS}/.*/(key|value)/kernel",
-    ia3_inputs=rf"{LAYERS}/.*/down/kernel",
-    houlsby=rf"{LAYERS}/.*(attention|mlp)/adapter",
-    pfeiffer=rf"{LAYERS}/.*mlp/adapter",
+    linear=rf"{_STACKS}/.*/(query|key|value|out|gate|up|gate_up|down)/kernel",
+    ia3_outputs=rf"{_STACKS}/.*/(key|value)/kernel",
+    ia3_inputs=rf"{_STACKS}/.*/down/kernel",
+    houlsby=rf"{_STACKS}/.*(attention|cross|mlp)/adapter",
+    pfeiffer=rf"{_STACKS}/.*mlp/adapter",
 )
 EXPERT_KERNELS = rf"{LAYERS}/.*/experts/(gate_up|down)/kernel"
 KEY = "attention/key/kernel"  # in a layer; its shape gives a prefix its width

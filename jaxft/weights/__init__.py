@@ -1,6 +1,7 @@
 """Structured weights: values that can take the place of a model's kernel."""
 
 from jaxft.weights.base import (
+    Extended,
     Frozen,
     Transposed,
     Weight,
@@ -83,6 +84,7 @@ __all__ = [
     "RandloraWeight",
     "ReshapedWeight",
     "ScaledWeight",
+    "Extended",
     "Transposed",
     "VeraWeight",
     "Weight",

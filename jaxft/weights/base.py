@@ -333,3 +333,39 @@ class Transposed(Weight):
         stack, rows, columns = split_spec(spec, self.ndim)
         flipped = PartitionSpec(*stack, columns, rows)
         return Transposed(self.weight.with_specs(flipped) if is_weight(self.weight) else flipped)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Extended(Weight):
+    """A weight W [in, out] with one more row below it: [in + 1, out]. No copy of W is made for x W.
+
+    For inputs whose last feature is 1, the row is a bias.
+    """
+
+    weight: WeightLike
+    row: jax.Array  # [out]
+
+    @property
+    def shape(self):
+        *stack, rows, columns = self.weight.shape
+        return (*stack, rows + 1, columns)
+
+    @property
+    def dtype(self):
+        return self.weight.dtype
+
+    def rmatmul(self, x):
+        return matmul(x[..., :-1], self.weight) + x[..., -1:] * along_last(
+            self.row.astype(x.dtype), x
+        )
+
+    def to_dense(self):
+        dense = to_dense(self.weight)
+        return jnp.concatenate([dense, self.row[..., None, :].astype(dense.dtype)], axis=-2)
+
+    def with_specs(self, spec):
+        stack, _, columns = split_spec(spec, self.ndim)
+        whole = PartitionSpec(*stack, None, columns)
+        inner = self.weight.with_specs(whole) if is_weight(self.weight) else whole
+        return Extended(inner, PartitionSpec(*stack, columns))

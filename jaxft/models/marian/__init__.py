@@ -1,0 +1,5 @@
+"""Marian: translation, the opus-mt models."""
+
+from jaxft.models.marian.record import MARIAN
+
+__all__ = ["MARIAN"]

@@ -58,13 +58,15 @@ META = ("ERM", "Reptile", "FOMAML", "MLDG")
 NEW = ("ERM", "ERM + shots", "Reptile + shots", "FOMAML + shots", "MLDG")  # on the new field
 MEASURES = ("rouge1", "rouge2", "rougeL", "METEOR", "BERTScore", "new 2-grams", "copied", "ratio")
 FULL = dict(
-    fields=tuple("dcef"), documents=10_000, held_out=1000, budget=1022, answer=256, shortest=56,
-    batch_size=21, steps=450, rank=16, learning_rate=2e-4, inner_rate=1e-4, shots=64, seeds=1,
+    fields=tuple("dcef"), documents=10_000, held_out=1000, budget=1022, max_new_tokens=256,
+    min_new_tokens=56, batch_size=22, steps=450, rank=16, learning_rate=2e-4, full_rate=2e-5,
+    inner_rate=1e-4, shots=64, seeds=1,
 )  # fmt: skip
 OF_SMALL = "start_seed pretrain_steps pretrain_rows pretrain_rate width layers".split()
 SMOKE = dict(
-    fields=tuple("abc"), documents=6, held_out=2, budget=48, answer=12, beams=2, seeds=1, steps=2,
-    inner_steps=2, shot_steps=1, shots=2, batch_size=2, rank=2, at_once=2, shortest=0,
+    fields=tuple("abc"), documents=6, held_out=2, budget=48, max_new_tokens=12, min_new_tokens=0,
+    num_beams=2, seeds=1, steps=2, inner_steps=2, shot_steps=1, shots=2, batch_size=2, rank=2,
+    sampled_at_once=2,
 )  # fmt: skip
 SMOKE_SMALL = dict(pretrain_steps=2, pretrain_rows=4, width=16, layers=1)
 
@@ -80,10 +82,10 @@ class Config:
     documents: int = 120  # patents to train on, for each field
     held_out: int = 48  # held-out patents, of the training fields and of the new one
     budget: int = 96  # tokens of a description that the model reads
-    answer: int = 44  # maximum tokens of a summary
-    shortest: int = 0  # minimum tokens of a summary
-    beams: int = 4  # beams of the search
-    at_once: int = 48  # summaries that are written at a time
+    max_new_tokens: int = 44  # maximum tokens of a summary
+    min_new_tokens: int = 0  # minimum tokens of a summary
+    num_beams: int = 4  # beams of the search
+    sampled_at_once: int = 48  # summaries that are written at a time
     pretrain_steps: int = 600  # steps of text infilling
     pretrain_rows: int = 32  # rows of such a step
     pretrain_rate: float = 3e-3  # learning rate of text infilling

@@ -126,19 +126,19 @@ def shortened(config: Any, world: World, kind: str, patent: Patent, seed: int) -
 def rows(config: Any, world: World, texts: Sequence[str], abstracts: Sequence[str]) -> Rows:
     """A supervised batch: `source` and `source_mask` [B, S], `tokens` and `loss_mask` [B, T]."""
     sources = [world.encode(text)[: config.budget] for text in texts]
-    answers = [world.encode(text)[: config.answer] for text in abstracts]
-    return _rows(world, sources, answers, config.budget, config.answer)
+    answers = [world.encode(text)[: config.max_new_tokens] for text in abstracts]
+    return _rows(world, sources, answers, config.budget, config.max_new_tokens)
 
 
 def summaries(config: Any, world: World, params: Any, texts: Sequence[str]) -> list[str]:
     """Summaries of shortened texts by beam search, with the settings of BART's authors for CNN/DM."""
     sampling = SamplingConfig(
-        config.answer, temperature=0.0, min_new_tokens=config.shortest, no_repeat_ngram_size=3,
+        config.max_new_tokens, temperature=0.0, min_new_tokens=config.min_new_tokens, no_repeat_ngram_size=3,
         stop_ids=(world.end,),
     )  # fmt: skip
-    beams, found = Beams(config.beams, length_penalty=2.0), []
-    for i in range(0, len(texts), config.at_once):
-        part = texts[i : i + config.at_once]
+    beams, found = Beams(config.num_beams, length_penalty=2.0), []
+    for i in range(0, len(texts), config.sampled_at_once):
+        part = texts[i : i + config.sampled_at_once]
         made = rows(config, world, part, [""] * len(part))
         columns = {name: made[name] for name in ("source", "source_mask")}
         prompts = [list(world.begin)] * len(part)

@@ -143,8 +143,8 @@ def beam_search(
         )
     if config.stop_strings:
         raise ValueError(
-            f"beam_search: stop_strings={config.stop_strings} need text between tokens, which beam search "
-            "has not; use stop_ids."
+            f"beam_search: stop_strings={config.stop_strings} are searched for in text, but beam search ends "
+            "completions at token ids alone; use stop_ids."
         )
     room = -(-config.max_new_tokens // CHUNK) * CHUNK
     state, shared = begin(model, params, prompts, config, room, columns, cache_dtype)
@@ -168,10 +168,7 @@ def beam_search(
     return Hypotheses(np.where(mask, tokens, 0), mask, scores, finish)
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("model", "config", "beams", "room", "shared"),
-)
+@functools.partial(jax.jit, static_argnames=("model", "config", "beams", "room", "shared"))
 def _search(model, params, state, settings, config, beams, room, shared):
     """(tokens [B, K, N], lengths [B, K], scores [B, K]) of the completions, the best first."""
     params = separate(model, params)

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from jaxft.adapters import lora
-from jaxft.generation import SamplingConfig, generate
+from jaxft.generation import Beams, SamplingConfig, beam_search, generate
 from jaxft.losses import simpo_loss
 from jaxft.models import Prediction
 from jaxft.objectives import completion_log_probs, preference, supervised
@@ -74,3 +74,17 @@ def test_supervised_preference_and_sampling_read_the_source():
     objective = preference(model.forward, functools.partial(simpo_loss, beta=1.0))
     _, rows = fit(start, objective, batches=[pair] * 60, **options)
     assert rows[0]["rewards/accuracy"] < 0.1 and rows[-1]["rewards/accuracy"] > 0.9
+
+
+def test_beam_search_reads_the_source():
+    """Beams of several prompts: scores are those of a full forward with each prompt's own source."""
+    model, params, source = Translator(), initial(jax.random.key(0)), task(2)["source"][:3]
+    rules, beams = SamplingConfig(LENGTH, temperature=0.0), Beams(4, num_return_sequences=3)
+    out = beam_search(model, params, [[START]] * 3, beams, rules, columns={"source": source})
+    best = out.scores.reshape(3, 3)
+    assert (np.diff(best) < 0).all() and len(set(np.round(best[:, 0], 3).tolist())) == 3
+    tokens = np.insert(out.tokens, 0, START, axis=1)
+    batch = {"tokens": tokens, "source": source.repeat(3, axis=0), "completion_mask": out.mask}
+    batch |= {"positions": np.arange(LENGTH + 1) + 0 * tokens}
+    scored = completion_log_probs(model.forward, params, batch).sum(axis=1) / LENGTH
+    np.testing.assert_allclose(scored, out.scores, rtol=1e-5)

@@ -384,6 +384,30 @@ BAD = [
         "line 2: the answer ['3', None] cannot be compared",
     ),
     ("generate", "penalty", ["--repetition-penalty", "0"], "repetition_penalty must be positive"),
+    (
+        "generate evaluate",
+        "penalty without beams",
+        ["--length-penalty", "2"],
+        "--length-penalty 2.0 has no effect without --num-beams",
+    ),
+    (
+        "generate",
+        "beams that sample",
+        ["--num-beams", "4", "--temperature", "0.7"],
+        "--temperature 0.7 has no effect with --num-beams 4: beam search samples nothing",
+    ),
+    (
+        "generate",
+        "beams that read text",
+        ["--num-beams", "4", "--stop", "END"],
+        "--stop END has no effect with --num-beams 4: beam search ends answers at token ids",
+    ),
+    (
+        "sft",
+        "smoothing",
+        ["--label-smoothing", "1"],
+        "--label-smoothing must be at least 0 and below 1, got 1.0",
+    ),
     ("sample_pairs", "samples", ["--samples", "1"], "--samples must be at least 2"),
     ("merge", "adapter", [], "no adapter_config.json"),
     # Flags that an adapter does not read, or refuses.

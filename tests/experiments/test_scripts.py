@@ -193,6 +193,20 @@ def test_the_whole_model_in_a_subspace(tmp_path):
     assert (tmp_path / "adapter" / "jaxft_adapter.safetensors").stat().st_size < 1000
 
 
+def test_label_smoothing_is_the_training_objective_s(tmp_path, monkeypatch):
+    class Made(Exception):
+        """Raised where the objective is made."""
+
+    def stopped(forward, **options):
+        raise Made(options)
+
+    monkeypatch.setattr(sft, "supervised", stopped)
+    config = dict(smoke=True, adapter="full", accuracy=False, output_dir=str(tmp_path))
+    with pytest.raises(Made) as made:
+        sft.main(config_of(sft, **config, label_smoothing=0.1))
+    assert made.value.args[0]["label_smoothing"] == 0.1
+
+
 def test_training_learns_and_resumes_to_the_same_losses(tmp_path):
     settings = dict(
         model="tiny",
@@ -219,8 +233,8 @@ def test_training_learns_and_resumes_to_the_same_losses(tmp_path):
     shutil.rmtree(parts / "checkpoints" / "8")
     sft.main(config_of(sft, **settings, output_dir=str(parts), resume=True))
     assert losses(parts) == losses(whole)
-    model = config_of(generate, model=str(whole / "model"), prompt=("hi",), max_new_tokens=2)
-    assert len(generate.main(model)) == 1
+    model = dict(model=str(whole / "model"), prompt=("hi",), max_new_tokens=2, num_beams=2)
+    assert len(generate.main(config_of(generate, **model, no_repeat_ngram_size=2))) == 1
 
 
 @pytest.mark.parametrize("loss", ["dpo", "kto", "bco", "hypo", "reward", "process"])

@@ -7,9 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import torch
 from jax.extend.core import jaxprs_in_params
 
-from jaxft.losses import cross_entropy, linear_cross_entropy, linear_log_probs
+from jaxft.losses import (
+    cross_entropy,
+    label_smoothed_cross_entropy,
+    linear_cross_entropy,
+    linear_log_probs,
+)
 from jaxft.models import Decoder, tiny_config
 from jaxft.models.decoder import project
 from jaxft.objectives import supervised
@@ -63,6 +69,31 @@ def test_fused_equals_plain_with_gradients(batch, length, chunk, softcap):
     chex.assert_trees_all_close(by_hidden, 3.0 * expected[1][0], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("epsilon, softcap, chunk", [(0.1, None, 64), (0.7, 2.0, 3)])
+def test_label_smoothing_and_its_gradients_are_torchs(epsilon, softcap, chunk):
+    """Of single tokens, and fused for a head of its own and a tied one."""
+    hidden, head, targets, weights = draw(2, 7)
+    h, w = (torch.tensor(np.asarray(x), requires_grad=True) for x in (hidden, head))
+    logits = h @ w if softcap is None else softcap * torch.tanh(h @ w / softcap)
+    flat = logits.reshape(-1, 11), torch.tensor(np.asarray(targets)).reshape(-1).long()
+    each = torch.nn.functional.cross_entropy(*flat, label_smoothing=epsilon, reduction="none")
+    total = (each * torch.tensor(np.asarray(weights)).reshape(-1)).sum()
+    total.backward()
+
+    options = dict(softcap=softcap, chunk=chunk, label_smoothing=epsilon)
+    fused = lambda h, w: linear_cross_entropy(h, w, targets, weights, **options)
+    tied = lambda h, w: fused(h, Transposed(w.T))
+    run = lambda *at: [jax.value_and_grad(fun, (0, 1))(*at) for fun in (fused, tied)]
+    for found in jax.jit(run)(hidden, head):
+        wanted = total.item(), (h.grad.numpy(), w.grad.numpy())
+        chex.assert_trees_all_close(found, wanted, rtol=1e-5, atol=1e-6)
+    given = jnp.asarray(logits.detach().numpy())
+    ours = label_smoothed_cross_entropy(given, targets, label_smoothing=epsilon)
+    np.testing.assert_allclose(ours.reshape(-1), each.detach().numpy(), rtol=1e-5)
+    with pytest.raises(ValueError, match=r"must lie in \[0, 1\), got 1"):
+        linear_cross_entropy(hidden, head, targets, weights, label_smoothing=1.0)
+
+
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_fused_with_no_and_with_all_tokens_counted(share):
     hidden, head, targets, weights = draw(2, 6, share=share)
@@ -87,7 +118,8 @@ def test_fused_reads_structured_heads():
 
 def test_fused_never_holds_all_logits():
     hidden, head, targets, weights = draw(2, 64, vocabulary=4096, share=1.0)
-    fused = jax.grad(lambda h: linear_cross_entropy(h, head, targets, weights, chunk=8))
+    options = dict(chunk=8, label_smoothing=0.1)
+    fused = jax.grad(lambda h: linear_cross_entropy(h, head, targets, weights, **options))
     temporary = jax.jit(fused).lower(hidden).compile().memory_analysis().temp_size_in_bytes
     assert temporary < 2 * 64 * 4096 * 4
 

@@ -125,6 +125,10 @@ DISTANCE = objectives.function_distance(LOGITS)
 STEPS = {"steps": np.tile(np.arange(WIDTH) % 3, (ROWS, 1))}
 OBJECTIVES = {
     "supervised": lambda: (SUPERVISED, rows(0)),
+    "supervised, smoothed": lambda: (
+        objectives.supervised(FORWARD, label_smoothing=0.2),
+        rows(0),
+    ),
     "token_supervised": lambda: (objectives.token_supervised(FORWARD, token_loss), rows(0)),
     "distilled_margins": lambda: (
         objectives.distilled_margins(embedding_of(MODEL)),
@@ -251,7 +255,8 @@ def test_slices_change_nothing_and_what_is_optimised_is_logged(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["supervised", "trust_region", "hypo", "kto", "bco", "ppo", "online_self_training"]
+    "name",
+    ["supervised, smoothed", "trust_region", "hypo", "kto", "bco", "ppo", "online_self_training"],
 )
 def test_eight_devices_and_slices_on_them_change_nothing(name):
     """One of each kind: a mean, terms of other weights, means of the whole batch."""

@@ -1,6 +1,6 @@
-"""LexBartLo: Hybrid Architecture for Abstractive Patent Document Summarization (arXiv 2503.10354).
+"""Hybrid Architecture with Efficient Fine Tuning for Patent Summarization (arXiv 2503.10354).
 
-Long patents are first cut down to their central sentences (LexRank), then rewritten by an
+LexBartLo: long patents are first cut down to their central sentences (LexRank), then rewritten by an
 encoder-decoder that was fine-tuned with LoRA. Few-shot and meta-learned variants ask whether the
 abstractive part carries over to another technical field.
 

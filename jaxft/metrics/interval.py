@@ -45,12 +45,13 @@ def paired_bootstrap(
     Raises:
         ValueError: for different numbers of scores, or none.
     """
-    gaps = np.asarray(values, float) - np.asarray(others, float)
-    if np.shape(values) != np.shape(others) or gaps.ndim != 1 or not len(gaps):
+    values, others = np.asarray(values, float), np.asarray(others, float)
+    if values.shape != others.shape or values.ndim != 1 or not len(values):
         raise ValueError(
-            f"paired_bootstrap: {np.shape(values)} and {np.shape(others)} scores; expected two rows of "
+            f"paired_bootstrap: {values.shape} and {others.shape} scores; expected two rows of "
             "equal length, at least 1."
         )
+    gaps = values - others
     drawn = np.random.default_rng(seed).integers(0, len(gaps), (samples, len(gaps)))
     low, high = np.quantile(gaps[drawn].mean(axis=1), [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(gaps.mean()), float(low), float(high)

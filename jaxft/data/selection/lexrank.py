@@ -64,6 +64,8 @@ def sentence_words(sentence: str) -> list[str]:
 def inverse_document_frequencies(texts: Iterable[str]) -> Idf:
     """log(N / df) of each word, df the number of the N texts that have it; log N for unseen words.
 
+    (The package `lexrank` has log(N + 1) for these.)
+
     Raises:
         ValueError: if there is no text.
     """

@@ -102,8 +102,9 @@ def system(value):
         ("LexRank + untuned model", 0.61, 3),
         ("LexRank + model, all params", 0.65, 4),
         ("new field: ERM + shots", 0.65, 5),
-        ("new field: FOMAML + shots", 0.65, 6),
-        ("new field: MLDG", 0.65, 7),
+        ("new field: Reptile + shots", 0.65, 6),
+        ("new field: FOMAML + shots", 0.65, 7),
+        ("new field: MLDG", 0.65, 8),
     ],
 )
 def test_the_judge_can_fail(name, value, claim):
@@ -140,7 +141,7 @@ def test_full_preset(tmp_path):
         file.write_text("\n".join(map(json.dumps, rows)))
     given = dict(
         preset="full", smoke=True, model=str(tmp_path / "bart"), fields=tuple("dce"),
-        data=str(tmp_path / "{field}-{split}.jsonl"), output_dir=str(tmp_path / "out"), shots=2,
+        data=str(tmp_path / "{field}-{split}.jsonl"), output_dir=str(tmp_path / "out"), methods=(),
     )  # fmt: skip
     assert script.main(flags.replace(script.Config(), **given)) == 0
     run = json.loads((tmp_path / "out" / "metrics.json").read_text())["runs"][0]
@@ -152,6 +153,7 @@ def test_full_preset(tmp_path):
     [
         (dict(model="x"), ValueError, "--model x has no effect without --preset"),
         (dict(preset="full", width=32), ValueError, "--width 32 has no effect with --preset full"),
+        (dict(methods=("SGD",)), ValueError, r"methods: \['SGD'\]; expected some of"),
         (dict(fields=("a", "b")), ValueError, "2 fields, .* expected at least 3 fields"),
         (dict(preset="full", fields=("a", "b", "k")), ValueError, "section 'k'"),
         (

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from experiments.cli import flags
@@ -92,8 +93,9 @@ def large(config: Any) -> World:
 
     known = {field: read(field, "train", config.documents) for field in fields}
     held_out = {field: read(field, "test", config.held_out) for field in fields}
-    tokenizer, mesh = load_tokenizer(config.model), mesh_of(flags.Mesh())
+    tokenizer, mesh = load_tokenizer(config.model), mesh_of(flags.Mesh(fsdp=config.fsdp))
     model, start = load_model(config.model, mesh=mesh)
+    model = model.clone(dtype=jnp.bfloat16, remat="full")
     special = model.config.special
     first = () if model.config.first is None else (model.config.first,)
     return World(

@@ -18,7 +18,7 @@ EXTRAS = {
         *("transformers", "jinja2", "datasets", "pyarrow", "grain", "gguf", "reasoning-gym"),
         *("math-verify", "rich", "tyro", "matplotlib"),
     ),
-    "papers": ("scikit-learn", "scipy", "sacrebleu"),
+    "papers": ("nltk", "rouge-score", "sacrebleu", "scikit-learn", "scipy"),
     "vision": ("pillow",),
     "control": ("brax", "mujoco", "gymnasium"),
     "tfds": ("tensorflow-datasets", "array-record"),

@@ -10,22 +10,22 @@ from experiments.cli import choices, flags
 Config = TypeVar("Config")
 
 _COUNTS = (
-    "dev documents mined pairs patience "
-    "batch_size batch_sizes context d digits dims draws early epochs eval_steps evaluate_every every "
-    "examples fine_tuning_steps gradient_accumulation_steps grid group_size held_out images layers "
-    "length limit logging_steps max_length max_new_tokens max_prompt max_steps max_tries microbatches "
-    "num_beams num_samples own pretrain_rows pretrain_steps pretraining problems prompts_per_step questions "
-    "rank rollouts sampled_at_once samples save_steps seeds sft_steps size slices steps tensor expert "
-    "text_steps trained_at_once transform_steps turns votes width widths workers"
+    "batch_size batch_sizes budget context d dev digits dims documents draws early epochs eval_steps "
+    "evaluate_every every examples expert fine_tuning_steps gradient_accumulation_steps grid group_size "
+    "held_out images inner_steps layers length limit logging_steps max_length max_new_tokens max_prompt "
+    "max_steps max_tries microbatches mined num_beams num_samples own pairs patience pretrain_rows "
+    "pretrain_steps pretraining problems prompts_per_step questions rank rollouts sampled_at_once samples "
+    "save_steps seeds sft_steps shot_steps shots size slices steps tensor text_steps trained_at_once "
+    "transform_steps turns votes width widths workers"
 ).split()
 _POSITIVE = (
-    "adamw_rate full_rates kappa kl_horizon learning_rate learning_rates max_grad_norm rates "
-    "text_rates timeout"
+    "adamw_rate full_rate full_rates kappa kl_horizon learning_rate learning_rates max_grad_norm "
+    "pretrain_rate rates text_rates timeout"
 ).split()
 _NOT_NEGATIVE = (
-    "center_rewards_coefficient desirable_weight kl kl_weight min_gap nll_alpha reward_kl rho "
-    "router_balance router_z temperature text_kl_weight undesirable_weight value_clip value_weight "
-    "warmup_epochs weight_decay xpo_alpha"
+    "center_rewards_coefficient desirable_weight inner_rate kl kl_weight min_gap min_new_tokens nll_alpha "
+    "reward_kl rho router_balance router_z temperature text_kl_weight undesirable_weight value_clip "
+    "value_weight warmup_epochs weight_decay xpo_alpha"
 ).split()
 _SHARES = (
     "dense_share error errors gamma judged lam ld_alpha levels max_bad mixture share until".split()

@@ -1,7 +1,7 @@
-"""Metrics of models: running means, intervals, win rates at equal length, several answers, translations."""
+"""Metrics of models: means, intervals, win rates at equal length, several answers, texts."""
 
 from jaxft.metrics.alignment import alignment_scores, sentence_links
-from jaxft.metrics.interval import wilson_interval
+from jaxft.metrics.interval import paired_bootstrap, wilson_interval
 from jaxft.metrics.length import length_controlled_rate, standardised_mean
 from jaxft.metrics.mean import (
     Mean,
@@ -14,11 +14,20 @@ from jaxft.metrics.mean import (
     terms_of,
     with_mean,
 )
+from jaxft.metrics.overlap import (
+    BertScore,
+    bert_score,
+    copied,
+    meteor,
+    novel_ngrams,
+    rouge,
+)
 from jaxft.metrics.retrieval import ranked, retrieval_metrics
 from jaxft.metrics.samples import exact_pass_rate, majority_vote, pass_at_k, rerank
 from jaxft.metrics.translation import CorpusScore, bleu, chrf
 
 __all__ = [
+    "BertScore",
     "CorpusScore",
     "Mean",
     "Terms",
@@ -27,16 +36,22 @@ __all__ = [
     "alignment_scores",
     "bleu",
     "chrf",
+    "bert_score",
     "combine_means",
+    "copied",
     "differentiable",
     "exact_pass_rate",
     "is_undivided",
     "length_controlled_rate",
     "majority_vote",
+    "meteor",
+    "novel_ngrams",
+    "paired_bootstrap",
     "pass_at_k",
     "ranked",
     "rerank",
     "retrieval_metrics",
+    "rouge",
     "sentence_links",
     "standardised_mean",
     "terms_of",

@@ -2,6 +2,7 @@
 
 from jaxft.optim.directions import normal, rademacher, sphere
 from jaxft.optim.estimators import evaluates, evaluates_at_params
+from jaxft.optim.meta import maml, mldg, reptile
 from jaxft.optim.mezo import MezoRecord, mezo_replay, mezo_step
 from jaxft.optim.perturbations import (
     Perturbation,
@@ -60,14 +61,17 @@ __all__ = [
     "lion_apply",
     "look_sam",
     "m_sam",
+    "maml",
     "mezo_replay",
     "mezo_step",
+    "mldg",
     "normal",
     "parameter_distance",
     "perturb_asam",
     "perturb_fisher",
     "perturb_sam",
     "rademacher",
+    "reptile",
     "rge",
     "round_stochastically",
     "sam",

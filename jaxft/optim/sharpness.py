@@ -120,7 +120,7 @@ def in_groups(estimator: Estimator, groups: int) -> Estimator:
         one = estimator(fun, has_aux=has_aux)
 
         def value_and_grad(params, batch, *rest):
-            parts = jax.tree.map(lambda x: _split(x, groups), batch)
+            parts = in_parts(batch, groups)
             run = lambda part: jax.tree.map(jnp.asarray, one(params, part, *rest))
             shapes = jax.eval_shape(run, jax.tree.map(lambda x: x[0], parts))
             zeros = jax.tree.map(lambda s: wide(jnp.zeros(s.shape, s.dtype)), shapes)
@@ -244,13 +244,22 @@ def check_steps(name: str, least: int = 1, **numbers: int) -> None:
             raise ValueError(f"{name}: {argument} must be at least {least}, got {value}.")
 
 
-def _split(x, groups):
-    x = jnp.asarray(x)
-    if x.ndim == 0:
-        return jnp.broadcast_to(x, (groups,))
-    if x.shape[0] % groups:
-        raise ValueError(
-            f"in_groups: the rows of {x.shape} cannot be split into {groups} equal groups; choose a number "
-            "of groups that divides the batch."
-        )
-    return jnp.moveaxis(x.reshape(-1, groups, *x.shape[1:]), 1, 0)
+def in_parts(batch: Any, parts: int) -> Any:
+    """Leaves [B, ...] as [parts, B / parts, ...], row r in part r mod `parts`; leaves without axes repeat.
+
+    Raises:
+        ValueError: if the rows cannot be split evenly.
+    """
+
+    def split(x):
+        x = jnp.asarray(x)
+        if x.ndim == 0:
+            return jnp.broadcast_to(x, (parts,))
+        if x.shape[0] % parts:
+            raise ValueError(
+                f"the rows of {x.shape} cannot be split into {parts} equal parts; choose a number that "
+                "divides the batch."
+            )
+        return jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0)
+
+    return jax.tree.map(split, batch)

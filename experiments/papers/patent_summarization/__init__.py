@@ -1,0 +1,1 @@
+"""Summaries of patents: run main.py."""

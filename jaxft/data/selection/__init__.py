@@ -1,0 +1,23 @@
+"""Selection of data: which sentences of a document a model reads."""
+
+from jaxft.data.selection.lexrank import (
+    Idf,
+    idf_modified_cosine,
+    inverse_document_frequencies,
+    lexrank_scores,
+    select_sentences,
+    sentence_words,
+    split_sentences,
+    within_budget,
+)
+
+__all__ = [
+    "Idf",
+    "idf_modified_cosine",
+    "inverse_document_frequencies",
+    "lexrank_scores",
+    "select_sentences",
+    "sentence_words",
+    "split_sentences",
+    "within_budget",
+]

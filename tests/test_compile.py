@@ -1,15 +1,20 @@
 """Exchanged bytes and memory of a real step on devices that are not here."""
 
+import dataclasses
 import json
 import runpy
 import sys
+from typing import get_args
 
+import jax
 import pytest
 
 import jaxft.compile as compile_module
 from benchmarks import scale
 from experiments.lab import sources
+from jaxft import train
 from jaxft.parallel.compiled import exchanged_bytes
+from jaxft.train.ahead import Name
 from tests.aot import run_aot
 
 SMALL = dict(
@@ -19,6 +24,17 @@ SMALL = dict(
 )  # fmt: skip
 
 
+ENCODER = dict(
+    model_type="roberta", vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+    num_attention_heads=2, max_position_embeddings=34, type_vocab_size=1, pad_token_id=1,
+)  # fmt: skip
+DECODER = SMALL | dict(
+    vocab_size=64, hidden_size=32, intermediate_size=48, num_attention_heads=2, num_key_value_heads=1,
+    head_dim=16,
+)  # fmt: skip
+# What `python -m benchmarks.scale` compiles, except the sizes: traced in seconds, for eight CPUs.
+TRACED = {name: dict(objective=name) for name in get_args(Name)}
+TRACED |= {name: dict(adapter=name) for name in ("paca", "monarch")}
 # Settings that are refused once devices are known, and why.
 REFUSED = [
     (dict(topology="h100:8", fsdp=3), "does not fill 8 devices"),
@@ -130,6 +146,25 @@ def test_the_step_of_a_paper_s_full_preset(figures):
     assert state <= found["argument_bytes"] <= state + 1e5
 
 
+@pytest.mark.parametrize("name", TRACED)
+def test_the_step_of_every_objective_can_be_laid_out_and_traced(name, tmp_path):
+    """A changed signature, column or tree of params shows here, and not hours into `make scale`."""
+    classifies = name == "classify"
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(ENCODER if classifies else DECODER))
+    config = compile_module.Config(
+        model=str(path), adapter="full", rank=60 if classifies else 4, rows=1, length=16, response=8,
+        microbatches=1 if classifies else 2, topology="v5e:2x4", remat="dots",
+    )  # fmt: skip
+    config = dataclasses.replace(config, **TRACED[name])
+    step, state, batch, _ = compile_module.lay_out_step(config, jax.devices())
+    after, metrics = train.jit_step(step).lower(state, batch).out_info
+    assert metrics["loss"].value.shape == ()
+    kinds = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
+    moved = [x for x in jax.tree.leaves(kinds(state))]
+    assert set(jax.tree.leaves(kinds(after))) <= set(moved)
+
+
 def test_every_paper_has_a_full_preset_and_a_row_of_its_step():
     scripts = sources.scripts()
     assert set(scale.PAPERS) == set(scripts)
@@ -156,6 +191,9 @@ ENTRY main (a: f32[4]) -> f32[4] {
   %r = (f32[10]{0}, bf16[10]{0}) all-reduce(%b, %c), to_apply=%add
   %f = bf16[128,8]{1,0} fusion(%r), kind=kCustom, calls=%all-reduce-scatter.1.clone.1, metadata={}
   %v = (bf16[64,8]{1,0}, u32[], token[]) recv(%t), frontend_attributes={handler="xla_megascale_runtime"}
+  %o = bf16[6,8]{1,0} fusion(%v), kind=kLoop, calls=%fused
+  %t = bf16[48,8]{1,0} ragged-all-to-all(%o, %z, %i, %n, %j, %m), replica_groups={{0,1}}
+  %u = bf16[6,8]{1,0} ragged-all-to-all(%t, %z, %i, %n, %j, %m), replica_groups={{0,1}}
 }
 """
     assert exchanged_bytes(text) == {
@@ -163,6 +201,7 @@ ENTRY main (a: f32[4]) -> f32[4] {
         "all-reduce": (1, 2 * 10 * (4 + 2)),
         "reduce-scatter": (1, 128 * 8 * 2),
         "between slices": (1, 64 * 8 * 2),
+        "ragged-all-to-all": (2, 2 * 6 * 8 * 2),  # not the room for the rows of all devices
     }
 
 

@@ -77,8 +77,9 @@ def one_device(inputs):
     return {name: compiled(x, logits + more[None, None], *kernels) for name, more in LOGITS.items()}
 
 
-@pytest.mark.parametrize("exchange", ["padded", "ragged"])
-@pytest.mark.parametrize("sizes", [dict(expert=8), dict(fsdp=2, expert=4)], ids=str)
+@pytest.mark.parametrize(
+    "sizes, exchange", [(dict(expert=8), "padded"), (dict(fsdp=2, expert=4), "ragged")], ids=str
+)
 def test_exchanged_rows_give_what_one_device_does(sizes, exchange, inputs, one_device, monkeypatch):
     monkeypatch.setattr(jax.lax, "ragged_all_to_all", ragged_all_to_all)
     x, logits, *kernels = inputs

@@ -70,7 +70,8 @@ The step that `--preset full` of each paper's script takes: its model, what trai
 - monarch: the full preset projects the kernels of SmolLM2 and trains a small network; the row fine-tunes
   SmolLM2 with all kernels projected.
 - intrinsic-dimension: all tensors train in one random subspace of 1000 dimensions.
-- tram: the step takes a second gradient, and a distance of predictions.
+- tram: the step takes a second gradient, and a distance of predictions. On one H100 its 16 rows need 87 GiB;
+  the script splits them over all devices.
 - echo-chamber: GRPO's update; the model has SmolLM2's architecture.
 - reft: PPO's update with a value head.
 - hypo: pairs, and as many samples of the policy, which the step gets as tokens.
@@ -94,7 +95,7 @@ PAPERS = {
     ),
     "monarch": Config(model="smollm2-135m", adapter="monarch", topology="h100:1", rows=16, length=512),
     "tram": Config(
-        model="gpt2", adapter="full", objective="tram", topology="h100:1", rows=16, length=1024,
+        model="gpt2", adapter="full", objective="tram", topology="h100:2", rows=8, length=1024,
         **_SMALL,
     ),
     "echo-chamber": Config(

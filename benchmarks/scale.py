@@ -21,14 +21,14 @@ HEAD = """# What fits where
 Real train steps, compiled ahead of time by `python -m jaxft.compile` for devices that were not here: no
 weights, no run. `make scale` writes this page again.
 
-Memory is what one device needs, of what it has. Exchanged is what one device receives from the others in a
-step (an all-reduce counts twice). The number in brackets divides it by what plain FSDP exchanges: all params
-twice and, if all of them train, their gradients, in bfloat16. It is below 1 where embeddings are looked up
-instead of gathered. With experts split over `expert` it divides by what three parts exchange: other params
-over all devices, a device's own experts over `fsdp`, k rows of each token in two all-to-alls, forward and
-backward. A device is assumed to receive as many rows as it sends; its memory has room for the rows of all.
-The bound is the longest of three times: computing at the peak rate, reading memory, and exchanging at the
-full rate of the links. A real step takes longer.
+Memory is what one device needs, of what it has. Exchanged is what the collectives of a step give to one
+device, its own share included (an all-reduce counts twice). The number in brackets divides it by what plain
+FSDP gathers: all params twice and, if all of them train, their gradients, in bfloat16. It is below 1 where
+embeddings are looked up instead of gathered. With experts split over `expert` it divides by what three parts
+exchange: other params over all devices, a device's own experts over `fsdp`, k rows of each token in two
+all-to-alls, forward and backward. A device is assumed to receive as many rows as it sends; its memory has
+room for the rows of all. The bound is the longest of three times: computing at the peak rate, reading memory,
+and exchanging at the full rate of the links. A real step takes longer.
 
 """
 COLUMNS = (

@@ -333,13 +333,13 @@ def _figures(config, cost: CompiledCost, tokens, mesh, model, trains) -> dict[st
 def ideal_exchanged(
     config: Config, model: Any, mesh: Mapping[str, int], tokens: int
 ) -> float | None:
-    """Bytes that a device receives: params in FSDP, and tokens to their experts and back.
+    """Bytes that a device's collectives give it: params in FSDP, and tokens to their experts and back.
 
     FSDP gathers each param twice and, if all are trained, adds up its gradient. Of experts that the axis
     `expert` splits, a device gathers its own, over `fsdp`; k rows of each token move along `expert` in two
-    all-to-alls, forward and backward. All in the data type of the computation. A compiler may need fewer:
-    embeddings are looked up, not gathered. None for other meshes and quantised kernels, which exchange
-    other arrays.
+    all-to-alls, forward and backward. All in the data type of the computation and, as in `exchanged_bytes`,
+    with the device's own share. A compiler may need fewer: embeddings are looked up, not gathered. None for
+    other meshes and quantised kernels, which exchange other arrays.
 
     Args:
         mesh: name of an axis -> its size.
@@ -355,10 +355,10 @@ def ideal_exchanged(
     own = sum(size for name, size in leaves if "/experts/" in name)
     others = sum(size for _, size in leaves) - own
     times = 3 if config.adapter == "full" else 2
-    moved = times * (others * (devices - 1) / devices + own / parts * (fsdp - 1) / fsdp)
+    moved = times * (others * (devices > 1) + own / parts * (fsdp > 1))
     if parts > 1 and (experts := getattr(model.config, "experts", None)):
         layers = sum(model.config.has_experts(i) for i in range(model.config.num_layers))
-        rows = tokens / devices * experts.per_token * (parts - 1) / parts
+        rows = tokens / devices * experts.per_token
         moved += 4 * layers * rows * model.config.hidden_size
     return moved * (4 if config.float32 else 2)
 

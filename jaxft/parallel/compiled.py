@@ -74,9 +74,10 @@ def estimated_cycles(text: str) -> int:
 def exchanged_bytes(text: str) -> dict[str, tuple[int, int]]:
     """Kind of collective -> (calls, bytes) of one run of a compiled HLO text, for one device.
 
-    The bytes are those of the results of an all-gather, a reduce-scatter or an all-to-all. An
-    all-reduce counts twice, because it is a reduce-scatter and an all-gather. A ragged all-to-all counts
-    as the smaller of its operand and its result: the other has room for the rows of all devices.
+    The bytes are those of the results of an all-gather, a reduce-scatter or an all-to-all, with the
+    device's own share. An all-reduce counts twice, because it is a reduce-scatter and an all-gather. A
+    ragged all-to-all counts as the smaller of its operand and its result: the other has room for the rows
+    of all devices.
     """
     found: dict[str, list[int]] = {}
     sizes = _array_sizes(text) if _RAGGED in text else {}

@@ -1,7 +1,7 @@
 """Memory and times of train steps, compiled for slices that are not here: writes docs/scale.md.
 
 make scale                                              all rows, about two hours and 20 GB
-.venv/bin/python -m benchmarks.scale --rows 0 3         some rows of the first table, printed
+.venv/bin/python -m benchmarks.scale --rows 0 3         some rows of the first table
 .venv/bin/python -m benchmarks.scale --papers           the second table, row by row into the page
 .venv/bin/python -m benchmarks.scale --papers lion dco  some rows of it
 """
@@ -21,11 +21,14 @@ HEAD = """# What fits where
 Real train steps, compiled ahead of time by `python -m jaxft.compile` for devices that were not here: no
 weights, no run. `make scale` writes this page again.
 
-Memory is what one device needs, of what it has. Exchanged is what one device receives from the others in a
-step (an all-reduce counts twice). The number in brackets divides it by what plain FSDP exchanges: all params
-twice and, if all of them train, their gradients, in bfloat16. It is below 1 where embeddings are looked up
-instead of gathered. The bound is the longest of three times: computing at the peak rate, reading memory, and
-exchanging at the full rate of the links. A real step takes longer.
+Memory is what one device needs, of what it has. Exchanged is what the collectives of a step give to one
+device, its own share included (an all-reduce counts twice). The number in brackets divides it by what plain
+FSDP gathers: all params twice and, if all of them train, their gradients, in bfloat16. It is below 1 where
+embeddings are looked up instead of gathered. With experts split over `expert` it divides by what three parts
+exchange: other params over all devices, a device's own experts over `fsdp`, k rows of each token in two
+all-to-alls, forward and backward. A device is assumed to receive as many rows as it sends; its memory has
+room for the rows of all. The bound is the longest of three times: computing at the peak rate, reading memory,
+and exchanging at the full rate of the links. A real step takes longer.
 
 """
 COLUMNS = (
@@ -35,6 +38,7 @@ COLUMNS = (
 
 # The results of products are kept ("dots"): recomputing them would gather the kernels a third time.
 _8B = dict(model="llama3-8b", rows=1, remat="dots")
+_MOE = dict(model="qwen3-30b-a3b", rows=1, expert=16, remat="dots")
 CASES = [
     *(
         Config(**_8B, adapter=adapter, topology=topology)
@@ -51,6 +55,11 @@ CASES = [
     Config(model="llama3-70b", rows=1, adapter="full", topology="v5p:4x4x8", fsdp=32, tensor=4),
     Config(rows=1, adapter="lora", topology="v5e:4x4", fsdp=4, context=4, length=65536),
     Config(model="llama3-8b", rows=1, adapter="full", topology="2*v5p:2x2x4", data=2),
+    # Eight of 128 experts for a token: 16 devices along `expert` exchange half of what gathering moves.
+    Config(**_MOE, adapter="lora", topology="v5p:4x4x4"),
+    Config(**_MOE, adapter="full", topology="v5p:4x4x4"),
+    Config(**_MOE, adapter="lora", topology="v6e:4x4"),
+    Config(**_MOE, adapter="full", topology="v6e:4x4"),
 ]
 
 PAPERS_TITLE = "## Full presets of the papers\n"
@@ -61,7 +70,8 @@ The step that `--preset full` of each paper's script takes: its model, what trai
 - monarch: the full preset projects the kernels of SmolLM2 and trains a small network; the row fine-tunes
   SmolLM2 with all kernels projected.
 - intrinsic-dimension: all tensors train in one random subspace of 1000 dimensions.
-- tram: the step takes a second gradient, and a distance of predictions.
+- tram: the step takes a second gradient, and a distance of predictions. On one H100 its 16 rows need 87 GiB;
+  the script splits them over all devices.
 - echo-chamber: GRPO's update; the model has SmolLM2's architecture.
 - reft: PPO's update with a value head.
 - hypo: pairs, and as many samples of the policy, which the step gets as tokens.
@@ -71,6 +81,7 @@ The step that `--preset full` of each paper's script takes: its model, what trai
   vision tower.
 
 """
+MISSING_CASE = "not compiled yet: python -m benchmarks.scale --rows"
 PAPERS_COLUMNS = f"| paper {COLUMNS}"
 MISSING = "not compiled yet: python -m benchmarks.scale --papers"
 _SMALL = dict(float32=True, remat="none")
@@ -89,7 +100,7 @@ PAPERS = {
     ),
     "monarch": Config(model="smollm2-135m", adapter="monarch", topology="h100:1", rows=16, length=512),
     "tram": Config(
-        model="gpt2", adapter="full", objective="tram", topology="h100:1", rows=16, length=1024,
+        model="gpt2", adapter="full", objective="tram", topology="h100:2", rows=8, length=1024,
         **_SMALL,
     ),
     "echo-chamber": Config(
@@ -129,7 +140,7 @@ def row(config: Config, figures: dict) -> str:
     """One line of the table."""
     mesh = [
         f"{axis} {size}"
-        for axis in ("data", "fsdp", "tensor", "context")
+        for axis in ("data", "fsdp", "tensor", "expert", "context")
         if (size := getattr(config, axis)) != 1
     ]
     mesh = ", ".join(mesh).replace("fsdp -1", "fsdp").replace("data -1", "data")
@@ -183,14 +194,27 @@ def write_paper(slug: str, figures: dict) -> None:
 
 
 def compile_cases(rows: list[int] | None) -> None:
-    """Compiles rows of the first table, and without `rows` all, into the page."""
-    lines: list[str] = []
-    for case in CASES if rows is None else [CASES[i] for i in rows]:
-        lines.append(row(case, main(dataclasses.replace(case, json=True))))
-        print(lines[-1], flush=True)
-        if rows is None:  # after each row: an hour's rows outlive a compiler that dies
-            papers = papers_section(papers_lines(PAGE.read_text()))
-            PAGE.write_text(HEAD + table(COLUMNS, lines) + "\n" + papers)
+    """Compiles rows of the first table, and without `rows` all, each into the page."""
+    for i in range(len(CASES)) if rows is None else rows:
+        line = row(CASES[i], main(dataclasses.replace(CASES[i], json=True)))
+        print(line, flush=True)
+        page = PAGE.read_text(
+            "utf-8"
+        )  # after each row: an hour's rows outlive a compiler that dies
+        lines = cases_lines(page)
+        lines[i] = line
+        papers = papers_section(papers_lines(page))
+        PAGE.write_text(HEAD + table(COLUMNS, lines) + "\n" + papers, "utf-8")
+
+
+def cases_lines(page: str) -> list[str]:
+    """The lines of the first table in a page; cases without one are said to be missing."""
+    rows = [line for line in page.partition(PAPERS_TITLE)[0].splitlines() if line.startswith("| ")]
+    rows = rows[1 : 1 + len(CASES)]
+    return rows + [
+        f"| {case.model} | {case.adapter} | {MISSING_CASE} |" + " |" * 6
+        for case in CASES[len(rows) :]
+    ]
 
 
 if __name__ == "__main__":
@@ -201,7 +225,7 @@ if __name__ == "__main__":
         "--rows",
         nargs="+",
         type=int,
-        help="numbers of the first table's cases; default: all, into the page",
+        help="numbers of the first table's cases, into the page; default: all",
     )
     parser.add_argument(
         "--papers", nargs="*", choices=list(PAPERS), metavar="SLUG",

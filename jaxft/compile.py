@@ -17,6 +17,7 @@ import pathlib
 import re
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import tyro
@@ -189,22 +190,49 @@ def describe(config: Config, figures: dict[str, Any]) -> str:
     )
 
 
+class LaidOutStep(NamedTuple):
+    """A step and the shapes of its arguments on a mesh."""
+
+    step: Any  # of `make_step`
+    state: Any  # TrainState of jax.ShapeDtypeStruct
+    batch: dict[str, Any]
+    model: Any
+
+
 def compile_step(config: Config) -> dict[str, Any]:
     """The figures of one device; the process must have been started with `compile_environment()`."""
     import jax
-    import jax.numpy as jnp
 
     from jaxft import train
     from jaxft.adapters import partition
+    from jaxft.parallel import compile_only_devices, compiled_cost
+
+    devices = compile_only_devices(config.topology)
+    step, state, batch, model = lay_out_step(config, devices)
+    compiled = train.jit_step(step).lower(state, batch).compile()
+    trains = sum(leaf.size for leaf in jax.tree.leaves(partition(state.params)[0]))
+    tokens = sum(math.prod(part["tokens"].shape) for part in (batch, batch.get("online")) if part)
+    mesh = dict(batch["tokens"].sharding.mesh.shape)
+    return _figures(config, compiled_cost(compiled), tokens, mesh, model, trains)
+
+
+def lay_out_step(config: Config, devices: Sequence[Any]) -> LaidOutStep:
+    """The step and the shapes of its state and batch on a mesh of these devices.
+
+    Raises:
+        ValueError: if the settings do not fit each other, the model or the devices.
+    """
+    import jax.numpy as jnp
+
+    from jaxft import train
     from jaxft.models import family_of
     from jaxft.optim import scale_by_lion
-    from jaxft.parallel import compile_only_devices, compiled_cost, make_mesh, row_shards
+    from jaxft.parallel import make_mesh, row_shards
 
     if config.objective in EXPERIENCE and not 0 < config.response < config.length:
         raise ValueError(
             f"--response {config.response} must lie below --length {config.length}: a prompt comes first."
         )
-    devices = compile_only_devices(config.topology)
     axes = {name: getattr(config, name) for name in ("data", "fsdp", "tensor", "expert", "context")}
     mesh = make_mesh(**axes, slices=slices_of(config.topology)[0], devices=devices)
     if config.length % mesh.shape["context"]:
@@ -226,11 +254,8 @@ def compile_step(config: Config) -> dict[str, Any]:
         microbatches=config.microbatches,
         extra_args=planned.extra_args,
     )
-    state, batch = _state(config, model, planned, optimizer, mesh), planned.batch
-    compiled = train.jit_step(step).lower(state, batch).compile()
-    trains = sum(leaf.size for leaf in jax.tree.leaves(partition(state.params)[0]))
-    tokens = sum(math.prod(part["tokens"].shape) for part in (batch, batch.get("online")) if part)
-    return _figures(config, compiled_cost(compiled), tokens, mesh.size, model, trains)
+    state = _state(config, model, planned, optimizer, mesh)
+    return LaidOutStep(step, state, planned.batch, model)
 
 
 def _state(config, model, planned, optimizer, mesh):
@@ -279,7 +304,8 @@ def _state(config, model, planned, optimizer, mesh):
     )
 
 
-def _figures(config, cost: CompiledCost, tokens, devices, model, trains) -> dict[str, Any]:
+def _figures(config, cost: CompiledCost, tokens, mesh, model, trains) -> dict[str, Any]:
+    devices = math.prod(mesh.values())
     chip = CHIPS[slices_of(config.topology)[1].split(":")[0]]
     flops = _matmul_flops(model, config, tokens) / devices
     # The rate of the network between slices is unknown.
@@ -295,7 +321,7 @@ def _figures(config, cost: CompiledCost, tokens, devices, model, trains) -> dict
         "step_flops": flops,
         "estimated_cycles": cost.cycles,
         "collectives": cost.exchanged,
-        "ideal_exchanged_bytes": ideal_exchanged(config, model, devices),
+        "ideal_exchanged_bytes": ideal_exchanged(config, model, mesh, tokens),
         "compute_s": flops / chip.flops,
         # A lower bound: arguments are read forward and backward, gathered arrays are written and
         # read.
@@ -304,19 +330,37 @@ def _figures(config, cost: CompiledCost, tokens, devices, model, trains) -> dict
     }
 
 
-def ideal_exchanged(config: Config, model: Any, devices: int) -> float | None:
-    """Bytes that a device receives in FSDP: all params twice and, if all are trained, their gradients.
+def ideal_exchanged(
+    config: Config, model: Any, mesh: Mapping[str, int], tokens: int
+) -> float | None:
+    """Bytes that a device's collectives give it: params in FSDP, and tokens to their experts and back.
 
-    In the data type of the computation. A compiler may need fewer: embeddings are looked up, not
-    gathered. None for other meshes and quantised kernels, which exchange other arrays.
+    FSDP gathers each param twice and, if all are trained, adds up its gradient. Of experts that the axis
+    `expert` splits, a device gathers its own, over `fsdp`; k rows of each token move along `expert` in two
+    all-to-alls, forward and backward. All in the data type of the computation and, as in `exchanged_bytes`,
+    with the device's own share. A compiler may need fewer: embeddings are looked up, not gathered. None for
+    other meshes and quantised kernels, which exchange other arrays.
+
+    Args:
+        mesh: name of an axis -> its size.
+        tokens: of a step, over all devices.
     """
-    import jax
+    from jax.tree_util import tree_leaves_with_path
 
-    if config.quantise or {config.data, config.tensor, config.expert, config.context} != {1}:
+    parts, fsdp = mesh["expert"], mesh["fsdp"]
+    devices = parts * fsdp
+    if config.quantise or math.prod(mesh.values()) != devices:
         return None
-    size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(_shapes(model)))
+    leaves = [(path_name(p), math.prod(x.shape)) for p, x in tree_leaves_with_path(_shapes(model))]
+    own = sum(size for name, size in leaves if "/experts/" in name)
+    others = sum(size for _, size in leaves) - own
     times = 3 if config.adapter == "full" else 2
-    return times * size * (4 if config.float32 else 2) * (devices - 1) / devices
+    moved = times * (others * (devices > 1) + own / parts * (fsdp > 1))
+    if parts > 1 and (experts := getattr(model.config, "experts", None)):
+        layers = sum(model.config.has_experts(i) for i in range(model.config.num_layers))
+        rows = tokens / devices * experts.per_token
+        moved += 4 * layers * rows * model.config.hidden_size
+    return moved * (4 if config.float32 else 2)
 
 
 def _matmul_flops(model, config: Config, tokens: int) -> float:

@@ -8,13 +8,15 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxft.kernels.pullback import linear_map
 from jaxft.models.config import DecoderConfig
 from jaxft.models.layers import ACTIVATIONS, KERNEL_INIT, Dense, read, through_adapter
-from jaxft.models.remat import Remat, remat_lean
+from jaxft.models.remat import EXPERT_OUTPUTS, Remat, remat_lean
+from jaxft.parallel.dispatch import Exchange, routes
 from jaxft.parallel.experts import expert_layout
-from jaxft.weights import WeightLike, grouped, matmul_float32
+from jaxft.weights import WeightLike, grouped, is_weight, matmul_float32
 
 
 @flax.struct.dataclass
@@ -119,6 +121,7 @@ def mix(
     gate_up: WeightLike,
     down: WeightLike,
     activate: Callable[[jax.Array, jax.Array], jax.Array],
+    exchange: Exchange | None = None,
 ) -> jax.Array:
     """Σ_k gates[..., k] MLP_{chosen[..., k]}(x) for x [B, T, D]; on a mesh, experts over the axis `expert`.
 
@@ -128,33 +131,53 @@ def mix(
         gates: [B, T, k].
         gate_up, down: kernels [E, D, 2F] and [E, F, D], or weights of these shapes.
         activate: (x W_gate, x W_up) -> the input of W_down.
+        exchange: how rows get to their experts' devices; None: the way that moves the fewest bytes.
     """
-    layout = expert_layout(x, gate_up.shape[0])
+    layout, count = expert_layout(x, gate_up.shape[0]), gate_up.shape[0]
+    exchange = exchange or layout.exchange(chosen.shape[-1])
+    # Before the call, so that shards are gathered in the data type of the products.
+    gate_up, down = (w if is_weight(w) else w.astype(x.dtype) for w in (gate_up, down))
 
-    def local(x, chosen, gates, gate_up, down):
+    def gathered(x, chosen, gates, gate_up, down):
         x, chosen, gates = map(layout.gathered, (x, chosen, gates))
-        count = gate_up.shape[0]
-        mine = chosen - layout.first(count)
+        own = gate_up.shape[0]
+        mine = chosen - layout.first(own)
         # Experts of other devices come last, in no group.
-        mine = jnp.where((mine >= 0) & (mine < count), mine, count)
-        y = _mixed(x, mine, gates, gate_up, down, activate)
-        return layout.summed(y)
+        mine = jnp.where((mine >= 0) & (mine < own), mine, own)
+        compute = lambda rows, sizes: _experts(rows, gate_up, down, sizes[:own], activate)
+        return layout.summed(_mixed(x, mine, gates, own + 1, compute))
 
+    def exchanged(x, chosen, gates, gate_up, down):
+        sent, own = chosen.size, gate_up.shape[0]
+        most = sent // chosen.shape[-1] * min(chosen.shape[-1], own)
+
+        def compute(rows, sizes):
+            to = routes(sizes, layout.split, sent, most, exchange)
+            rows = _experts(to.dispatched(rows), gate_up, down, to.sizes, activate)
+            return checkpoint_name(to.collected(rows), EXPERT_OUTPUTS)
+
+        return _mixed(x, chosen, gates, count, compute)
+
+    local = gathered if exchange is None else exchanged
     return layout.mapped(local, gate_up, down)(x, chosen, gates, gate_up, down)
 
 
-def _mixed(x, chosen, gates, gate_up, down, activate):
-    """The sum over the experts that `chosen` names; a number beyond them contributes 0."""
-    count, (*shape, size) = gate_up.shape[0], x.shape
+def _mixed(x, chosen, gates, groups, compute):
+    """The sum over k of gates times compute(rows sorted by `chosen`, rows of each group)."""
+    *shape, size = x.shape
     flat = chosen.reshape(-1)
     order = jnp.argsort(flat, stable=True)
     places = jnp.zeros_like(order).at[order].set(jnp.arange(len(order)), unique_indices=True)
-    sizes = jnp.bincount(flat, length=count + 1)[:count].astype(jnp.int32)
-    rows = _dispatched(x.reshape(-1, size), order, places)
-    gate, up = jnp.split(grouped(rows, gate_up, sizes), 2, axis=-1)
-    rows = grouped(activate(gate, up), down, sizes)
+    sizes = jnp.bincount(flat, length=groups).astype(jnp.int32)
+    rows = compute(_dispatched(x.reshape(-1, size), order, places), sizes)
     back = _permuted(rows, places, order).reshape(*shape, -1, size)
     return jnp.einsum("...kd,...k->...d", back, gates)
+
+
+def _experts(rows, gate_up, down, sizes, activate):
+    """The MLP of its expert for each row; rows after the last group become 0."""
+    gate, up = jnp.split(grouped(rows, gate_up, sizes), 2, axis=-1)
+    return grouped(activate(gate, up), down, sizes)
 
 
 def _activate(config, remat):

@@ -12,10 +12,12 @@ from jaxft.kernels.splash import KERNEL_RESULT
 # none: store every intermediate that a gradient needs.
 # lean: recompute cheap values: norms, activations, rotary positions, attention scores (results
 #   of fused attention kernels are kept).
-# dots: store only the projections' outputs; attention scores are recomputed.
+# dots: store only the projections' outputs; attention scores are recomputed, and so are the experts of a
+#   mixture, except their outputs if those come from other devices: a second exchange would cost more.
 # full: store only each block's input; costs one more forward pass.
 Remat = Literal["none", "lean", "dots", "full"]
 NAMES = ("none", "lean", "dots", "full")
+EXPERT_OUTPUTS = "experts' outputs"  # the name of their rows, back from other devices
 
 
 def remat_block(
@@ -37,7 +39,10 @@ def remat_block(
     if name in ("none", "lean"):
         return block
     policies = jax.checkpoint_policies
-    policy = policies.dots_with_no_batch_dims_saveable if name == "dots" else None
+    dots = policies.save_from_both_policies(
+        policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(EXPERT_OUTPUTS)
+    )
+    policy = dots if name == "dots" else None
     # Outside a loop, XLA would merge the recomputation with the original.
     return nn.remat(block, policy=policy, prevent_cse=not scanned, static_argnums=static_argnums)
 

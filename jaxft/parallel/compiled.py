@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 
 _COLLECTIVES = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+_RAGGED = "ragged-all-to-all"
 
 
 class CompiledCost(NamedTuple):
@@ -73,15 +74,23 @@ def estimated_cycles(text: str) -> int:
 def exchanged_bytes(text: str) -> dict[str, tuple[int, int]]:
     """Kind of collective -> (calls, bytes) of one run of a compiled HLO text, for one device.
 
-    The bytes are those of the results of an all-gather, a reduce-scatter or an all-to-all. An
-    all-reduce counts twice, because it is a reduce-scatter and an all-gather.
+    The bytes are those of the results of an all-gather, a reduce-scatter or an all-to-all, with the
+    device's own share. An all-reduce counts twice, because it is a reduce-scatter and an all-gather. A
+    ragged all-to-all counts as the smaller of its operand and its result: the other has room for the rows
+    of all devices.
     """
     found: dict[str, list[int]] = {}
+    sizes = _array_sizes(text) if _RAGGED in text else {}
     for line, times in _executed(text):
         if match := re.search(r"= \((\w+)\[([\d,]*)\].* recv\(.*xla_megascale", line):
             calls = found.setdefault("between slices", [0, 0])
             calls[0] += times
             calls[1] += times * _size(match[1], match[2])
+            continue
+        if match := re.search(rf"= \(?(\w+)\[([\d,]*)\].* {_RAGGED}\(.*?%?([\w.\-]+)[,)]", line):
+            calls = found.setdefault(_RAGGED, [0, 0])
+            calls[0] += times
+            calls[1] += times * min(_size(match[1], match[2]), sizes[match[3]])
             continue
         # Of a collective in two halves only "-done" has just the result. XLA:TPU reduce-scatters in
         # a fusion.
@@ -98,6 +107,12 @@ def exchanged_bytes(text: str) -> dict[str, tuple[int, int]]:
         calls[0] += times
         calls[1] += times * size * (2 if kind == "all-reduce" else 1)
     return {kind: (calls, size) for kind, (calls, size) in found.items()}
+
+
+def _array_sizes(text):
+    """{instruction: bytes of its result, or of the first of several}"""
+    shapes = re.findall(r"^ +(?:ROOT )?%?([\w.\-]+) = \(?(\w+)\[([\d,]*)\]", text, re.MULTILINE)
+    return {name: _size(dtype, sizes) for name, dtype, sizes in shapes if dtype != "token"}
 
 
 def _size(dtype, dimensions):

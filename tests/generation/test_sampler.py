@@ -36,13 +36,13 @@ def prompts():
 
 
 def scorer(model, params):
-    """ids -> prediction of each token after the first [1, N - 1, ...]: one program for all lengths."""
-    apply = jax.jit(lambda tokens: model.apply({"params": params}, tokens))
+    """ids -> logits of each token after the first [N - 1, V]: one program for all lengths."""
+    apply = jax.jit(lambda tokens: model.apply({"params": params}, tokens).logits)
 
     def score(ids):
         row = np.zeros((1, 128), np.int32)
         row[0, : len(ids)] = ids
-        return apply(row).at(slice(None), slice(0, len(ids) - 1))
+        return apply(row)[0, : len(ids) - 1]
 
     return score
 
@@ -93,7 +93,7 @@ def test_log_probs_are_those_of_a_full_forward(model, params, prompts):
     np.testing.assert_array_equal(out.log_probs, out.sampler_log_probs)
     score = scorer(model, params)
     for prompt, ids, got in zip(prompts, out.completions, out.log_probs, strict=True):
-        logits = np.asarray(score(prompt + ids).logits[0], np.float64)[len(prompt) - 1 :] / 0.7
+        logits = np.asarray(score(prompt + ids), np.float64)[len(prompt) - 1 :] / 0.7
         scored = logits[np.arange(len(ids)), ids] - np.log(np.sum(np.exp(logits), axis=1))
         np.testing.assert_allclose(scored, got, atol=1e-4)
 
@@ -103,7 +103,7 @@ def test_sampler_log_probs_are_those_of_the_cut_distribution(model, params, prom
     out = generate(model, params, prompts, jax.random.key(1), config)
     score = scorer(model, params)
     for prompt, ids, got in zip(prompts, out.completions, out.sampler_log_probs, strict=True):
-        logits = score(prompt + ids).logits[0, len(prompt) - 1 :]
+        logits = score(prompt + ids)[len(prompt) - 1 :]
         kept = jax.nn.log_softmax(transform_logits(logits, config))
         wanted = np.asarray(kept)[np.arange(8), ids]
         chex.assert_trees_all_close(got, wanted, atol=1e-4)

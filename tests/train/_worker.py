@@ -16,7 +16,7 @@ from jaxft.metrics import Mean
 from jaxft.train import Checkpoints, fit, jsonl_log, make_optimizer, run_main
 from jaxft.weights import matmul
 
-STEPS, ROWS, WIDTH = 24, 8, 6
+STEPS, ROWS, WIDTH = 16, 8, 6
 
 
 def make_params(seed=0):

@@ -19,6 +19,8 @@ from jaxft.adapters import (
     combine,
     commit,
     load_adapter,
+    merge,
+    mergeable,
     named_rules,
     partition,
     save_native,
@@ -28,7 +30,7 @@ from tests.small_models import jitted, start
 
 # The tiny model is of Llama's family, which has no biases.
 NAMES = [name for name in get_args(Name) if name != "bitfit"]
-MODEL = Decoder(tiny_config())
+MODEL = Decoder(dataclasses.replace(tiny_config(), num_layers=1))
 
 
 @functools.cache
@@ -42,6 +44,8 @@ def moved(trainable):
 
 
 def logits(params):
+    """Of merged params where they can be: one program for all those adapters."""
+    params = merge(params) if mergeable(params) else params
     return jitted(MODEL)({"params": params}, jnp.arange(5)[None]).logits
 
 
@@ -73,8 +77,8 @@ def test_the_weights_own_alpha_counts(tmp_path):
     save_native(tmp_path, params, name="lora", rank=2)
     loaded = load_adapter(tmp_path, MODEL.config, start)
     assert jax.tree.structure(loaded) == jax.tree.structure(params)
-    kernel = params["layers"]["1"]["mlp"]["up"]["kernel"]
-    params["layers"]["1"]["mlp"]["up"]["kernel"] = dataclasses.replace(kernel, alpha=5.0)
+    kernel = params["layers"]["0"]["mlp"]["up"]["kernel"]
+    params["layers"]["0"]["mlp"]["up"]["kernel"] = dataclasses.replace(kernel, alpha=5.0)
     with pytest.raises(AdapterError, match=r"several alphas \(\[4.0, 5.0\]\)"):
         save_native(tmp_path, params, name="lora", rank=2)
 

@@ -24,6 +24,7 @@ from jaxft.adapters import (
     loha,
     lokr,
     lora,
+    merge,
     monarch,
     paca,
     pissa,
@@ -33,7 +34,7 @@ from jaxft.adapters import (
 )
 from jaxft.checkpoints import load_model
 from jaxft.models import stack_layers
-from tests.small_models import trained
+from tests.small_models import jitted, trained
 
 torch = pytest.importorskip("torch", reason="parity tests need torch: pip install 'jaxft[test]'")
 transformers = pytest.importorskip("transformers", reason="pip install 'jaxft[test]'")
@@ -56,7 +57,8 @@ def adapted_and_trained(params, rules):
 
 
 def ours(model, params):
-    return np.asarray(model.apply({"params": params}, jnp.asarray(TOKENS)).logits)
+    """Logits of merged params, so that one program serves all adapters of a model."""
+    return np.asarray(jitted(model)({"params": merge(params)}, jnp.asarray(TOKENS)).logits)
 
 
 def close(x, y):

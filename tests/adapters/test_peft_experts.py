@@ -10,6 +10,7 @@ from safetensors.numpy import save_file
 from jaxft.adapters import adapt, as_lora, dora, load_adapter, lora, merge, paca, save_adapter
 from jaxft.adapters.errors import AdapterError
 from jaxft.checkpoints import load_model
+from tests.small_models import jitted
 
 torch = pytest.importorskip("torch", reason="needs torch: pip install 'jaxft[test]'")
 peft = pytest.importorskip("peft")
@@ -37,6 +38,11 @@ def logits_of_peft(base, adapter):
         return theirs(torch.tensor(TOKENS)).logits.numpy()
 
 
+def logits(model, params):
+    """Of merged params, so that one program serves all adapters of a model."""
+    return np.asarray(jitted(model)({"params": merge(params)}, TOKENS).logits)
+
+
 def close(ours, theirs):
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-4 * np.abs(theirs).max())
 
@@ -55,10 +61,10 @@ def test_ours_open_in_peft_and_come_back(base, names, tmp_path):
     settings = json.loads((tmp_path / "adapter_config.json").read_text())
     assert settings["target_parameters"] == sorted(f"mlp.experts.{name}_proj" for name in names)
     assert settings["target_modules"] == ["q_proj"]
-    expected = model.apply({"params": merge(adapted)}, TOKENS).logits
+    expected = logits(model, adapted)
     close(expected, logits_of_peft(path, tmp_path))
     again = load_adapter(tmp_path, model.config, params)
-    close(model.apply({"params": again}, TOKENS).logits, np.asarray(expected))
+    close(logits(model, again), expected)
 
 
 def test_modules_of_single_experts_are_read_as_peft_reads_them(base, tmp_path):
@@ -82,8 +88,7 @@ def test_modules_of_single_experts_are_read_as_peft_reads_them(base, tmp_path):
     settings |= dict(target_modules=modules, base_model_name_or_path=str(path))
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
     adapted = load_adapter(tmp_path, model.config, params)
-    ours = model.apply({"params": adapted}, TOKENS).logits
-    close(ours, logits_of_peft(path, tmp_path))
+    close(logits(model, adapted), logits_of_peft(path, tmp_path))
 
 
 def test_parameters_that_the_model_lacks_are_refused(base, tmp_path):

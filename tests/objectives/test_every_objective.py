@@ -6,6 +6,7 @@ to PARTS.
 
 import dataclasses
 import functools
+import types
 
 import chex
 import jax
@@ -16,7 +17,7 @@ import pytest
 from jaxft import objectives, rl
 from jaxft.losses import aot_loss, aot_unpaired_loss, dpo_loss, nll_loss
 from jaxft.metrics import Mean, Undivided
-from jaxft.models import embedding_of
+from jaxft.models import Prediction, embedding_of
 from jaxft.objectives import policy_gradient
 from jaxft.objectives.policy import sequence_mean, token_correction
 from jaxft.parallel import make_mesh, mesh_context, shard_params
@@ -24,11 +25,51 @@ from jaxft.rewards import add_reward_head, pair_scores
 from jaxft.rl.algorithms import clipped
 from jaxft.train import accumulate, evaluate, make_eval_step
 from jaxft.train.batches import place_batch
-from tests.small_models import LLAMA, base, forward_of, large
+from tests.small_models import forward_of, large
 
-MODEL, START = base(dataclasses.replace(LLAMA, num_layers=1, tie_embeddings=False))
+ROWS, WIDTH, PROMPT, GROUP, VOCABULARY, SIZE = 8, 9, 4, 4, 29, 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Bigram:
+    """A model of few operations, of which each is compiled some two hundred times here.
+
+    It reads a token, its position and the token before it in its segment. Decoders over meshes, packed and
+    in slices: tests/parallel.
+    """
+
+    config = types.SimpleNamespace(hidden_size=SIZE)
+
+    def forward(self, params, batch, key=None, *, noise=None, cache=None):
+        tokens, segments = jnp.asarray(batch["tokens"]), batch.get("segment_ids")
+        places = batch.get("positions")
+        places = jnp.arange(tokens.shape[1])[None] if places is None else jnp.asarray(places)
+        segments = jnp.ones_like(tokens) if segments is None else jnp.asarray(segments)
+        x = params["embed"]["embedding"][tokens]
+        x = (x if noise is None else noise(x)) + jnp.sin(1.0 + places)[..., None]
+        before = jnp.pad(x[:, :-1], ((0, 0), (1, 0), (0, 0)))
+        same = segments == jnp.pad(segments[:, :-1], ((0, 0), (1, 0)))
+        up = params["layers"]["0"]["mlp"]["up"]["kernel"]
+        hidden = jnp.tanh(x + jnp.where(same[..., None], before, 0.0) @ up)
+        return Prediction(hidden, params["head"]["kernel"])
+
+    def apply(self, variables, tokens, segment_ids=None):
+        return self.forward(variables["params"], {"tokens": tokens, "segment_ids": segment_ids})
+
+
+def initial():
+    shapes = {"embed": (VOCABULARY, SIZE), "up": (SIZE, SIZE), "head": (SIZE, VOCABULARY)}
+    rng = np.random.default_rng(1)
+    drawn = {n: jnp.asarray(0.3 * rng.normal(size=s), jnp.float32) for n, s in shapes.items()}
+    return {
+        "embed": {"embedding": drawn["embed"]},
+        "layers": {"0": {"mlp": {"up": {"kernel": drawn["up"]}}}},
+        "head": {"kernel": drawn["head"]},
+    }
+
+
+MODEL, START = Bigram(), initial()
 FORWARD, PARAMS = forward_of(MODEL), jax.jit(large)(START)
-ROWS, WIDTH, PROMPT, GROUP, VOCABULARY = 8, 9, 4, 4, LLAMA.vocab_size
 EMPTY = (1, 5)  # with 4 slices, all rows of the second
 RESPONSE = WIDTH - PROMPT
 LOGITS = objectives.token_logits(FORWARD)
@@ -101,7 +142,7 @@ def learning(make, on_policy=False):
 
 def still_noise(params, batch, key, noise=None):
     """Logits with one and the same noise for every row: what is drawn differs between slices."""
-    offset = 0.2 * jnp.sin(jnp.arange(WIDTH * 16.0)).reshape(WIDTH, 16)
+    offset = 0.2 * jnp.sin(jnp.arange(float(WIDTH * SIZE))).reshape(WIDTH, SIZE)
     return LOGITS(params, batch, key, noise and (lambda x: x + offset[None]))
 
 
@@ -215,21 +256,29 @@ def params_for(name):
 
 
 @functools.cache
-def estimator(objective, slices):
-    return jax.jit(accumulate(jax.value_and_grad, slices)(objective, has_aux=True))
+def estimator(objective, *slices):
+    """The update in each of some numbers of slices, as one program."""
+    forms = [accumulate(jax.value_and_grad, n)(objective, has_aux=True) for n in slices]
+    return jax.jit(lambda *args: [form(*args) for form in forms])
+
+
+def updates(objective, params, batch, *slices):
+    """(loss, metrics, gradient) in each of some numbers of slices."""
+    found = estimator(objective, *slices)(params, batch, jax.random.key(0))
+    values = lambda metrics: {name: getattr(m, "value", m) for name, m in metrics.items()}
+    return [(loss, values(metrics), grads) for (loss, metrics), grads in found]
 
 
 def update(objective, params, batch, slices=1):
-    (loss, metrics), grads = estimator(objective, slices)(params, batch, jax.random.key(0))
-    return loss, {name: getattr(m, "value", m) for name, m in metrics.items()}, grads
+    return updates(objective, params, batch, slices)[0]
 
 
 @functools.cache
 def whole(name):
-    """(objective, batch, params, update of the whole batch)."""
+    """(objective, batch, params, updates of the whole batch and of four slices)."""
     objective, batch = OBJECTIVES[name]()
     params = params_for(name)
-    return objective, batch, params, update(objective, params, batch)
+    return objective, batch, params, *updates(objective, params, batch, 1, 4)
 
 
 def close(got, wanted):
@@ -247,11 +296,11 @@ def test_every_public_objective_is_listed():
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_slices_change_nothing_and_what_is_optimised_is_logged(name):
-    objective, batch, params, (loss, metrics, grads) = whole(name)
+    _, _, _, (loss, metrics, grads), slices = whole(name)
     np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-6, atol=1e-6)
     assert loss != 0 and any(np.any(g != 0) for g in jax.tree.leaves(grads))
     # One slice is all padding. In two, the next test has each kind of mean.
-    close(update(objective, params, batch, 4), (loss, metrics, grads))
+    close(slices, (loss, metrics, grads))
 
 
 @pytest.mark.parametrize(
@@ -283,12 +332,12 @@ def test_packed_rows_change_nothing(name):
         objective, batch = objectives.trust_region(SUPERVISED, d, 0.7), rows(0)
         wanted = update(objective, PARAMS, batch)
     else:
-        objective, batch, _, wanted = whole(name)
+        objective, batch, _, wanted, _ = whole(name)
     close(update(objective, PARAMS, packed(batch), 2), wanted)
 
 
 def test_evaluation_adds_terms_up_over_batches():
-    objective, batch, _, (loss, metrics, _) = whole("trust_region")
+    objective, batch, _, (loss, metrics, _), _ = whole("trust_region")
     parts = [{k: v[i::3] for k, v in batch.items()} for i in range(3)]
     found = evaluate(make_eval_step(objective), PARAMS, parts)
     assert found["loss"] == pytest.approx(float(loss), rel=1e-5)

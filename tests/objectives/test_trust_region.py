@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 
 import chex
 import jax
@@ -11,9 +10,8 @@ import numpy as np
 import optax
 import pytest
 
-from experiments.cli.optimizers import SHARPNESS, sharpen
 from jaxft.adapters import ALL_LINEAR, adapt, combine, lora, partition
-from jaxft.losses import dpo_loss, kl_divergence, symmetric_kl_divergence
+from jaxft.losses import kl_divergence, symmetric_kl_divergence
 from jaxft.metrics import Mean
 from jaxft.models import Decoder, Encoder, EncoderConfig, stack_layers, tiny_config, with_noise
 from jaxft.objectives import (
@@ -23,8 +21,6 @@ from jaxft.objectives import (
     mean_of,
     noise_distance,
     on_rows,
-    policy_gradient,
-    preference,
     r3f,
     r4f,
     sample_distance,
@@ -34,10 +30,8 @@ from jaxft.objectives import (
     token_logits,
     trust_region,
 )
-from jaxft.objectives.policy import token_mean
 from jaxft.optim import tram, tram_fisher, with_tram, with_tram_fisher
-from jaxft.rl.algorithms import clipped
-from jaxft.train import accumulate, fit, init_state, make_step
+from jaxft.train import accumulate, fit
 from tests.small_models import forward_of, start
 
 SMALL = dict(
@@ -110,44 +104,6 @@ def test_masks_of_completions_that_do_not_fit_are_refused(params, mask, message)
     batch = {"tokens": BATCH["tokens"], "completion_mask": mask}
     with pytest.raises(ValueError, match=f"token_logits: .*{message}"):
         token_logits(MODEL.forward)(params, batch, KEY)
-
-
-def test_methods_of_predictions_go_with_preferences_and_experience(params):
-    """Two steps of each with microbatches: finite, and not the plain one's."""
-    pairs = {n: x.reshape(2, 2, 6) for n, x in BATCH.items()} | {"ref_log_probs": -jnp.ones((2, 2))}
-    pairs["loss_mask"] = jnp.ones((2, 2, 6)) * (jnp.arange(6) > 2)[None, None]
-    experience = {"tokens": BATCH["tokens"], "completion_mask": jnp.ones((4, 3), bool)}
-    experience |= {
-        "sampler_log_probs": -jnp.ones((4, 3)),
-        "advantages": jnp.array([1.0, -1, 0.5, 2]),
-    }
-    makers = {
-        "preference": (lambda forward: preference(forward, dpo_loss), pairs),
-        "policy_gradient": (lambda f: policy_gradient(f, clipped(), token_mean), experience),
-    }
-
-    def moved(method, build, batch):
-        rho = None if method == "none" else 0.5
-        made = sharpen(method, lambda f: jax.jit(build(f)), FORWARD, optax.sgd(0.1), rho)
-        step = make_step(
-            made.objective,
-            made.optimizer,
-            gradient=made.gradient,
-            extra_args=made.extra_args,
-            microbatches=2,
-        )
-        state, step = init_state(params, made.optimizer, KEY), jax.jit(step)
-        for _ in range(2):  # The targets of some move with the first.
-            state, metrics = step(state, batch)
-            assert metrics["good"]
-        return state.params["final_norm"]["scale"]
-
-    # One objective each, in turn: tests/test_any_with_any.py has every pair of kinds.
-    plain = {of: moved("none", *made) for of, made in makers.items()}
-    methods = (name for name, method in SHARPNESS.items() if method.of_predictions)
-    for name, of in zip(methods, itertools.cycle(makers)):
-        difference = np.max(np.abs(plain[of] - moved(name, *makers[of])))
-        assert 1e-7 < float(difference) < 1, name
 
 
 def test_a_distance_on_some_rows_is_that_of_their_batch(params, other):

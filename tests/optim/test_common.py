@@ -224,11 +224,12 @@ def test_multi_steps_is_a_step_with_the_mean_gradient(case):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_data_types_stay(case, dtype):
     optimizer, params = make(case), tree(0, dtype)
-    state = optimizer.init(params)
-    updates, after = update_of(optimizer)(tree(1, dtype), state, params)
+    state = jax.eval_shape(optimizer.init, params)
+    updates, after = jax.eval_shape(update_of(optimizer), tree(1, dtype), state, params)
     chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
     assert {u.dtype for u in jax.tree.leaves(updates)} == {jnp.dtype(dtype)}
-    chex.assert_trees_all_equal_shapes_and_dtypes(optax.apply_updates(params, updates), params)
+    moved = jax.eval_shape(optax.apply_updates, params, updates)
+    chex.assert_trees_all_equal_shapes_and_dtypes(moved, params)
 
 
 @every_case

@@ -21,7 +21,7 @@ MESHES = {
 # Three tokens on a device: windows and segments reach over several. The other families attend as one of
 # these do: learned positions, windows in all layers or some, two rotary bases, soft caps.
 CONTEXT = [(name, dict(context=8)) for name in ("llama", "mistral", "gemma2", "gemma3", "gpt2")]
-CONTEXT += [(name, dict(fsdp=2, tensor=2, context=2)) for name in ("llama", "gemma2")]
+CONTEXT += [("gemma2", dict(fsdp=2, tensor=2, context=2))]
 
 
 @functools.cache
@@ -32,10 +32,8 @@ def one_device(name):
 # Rules of both axes at once for every family; a single axis where its rules differ in kind.
 ALONE = [
     ("llama", "fsdp"),
-    ("vit", "fsdp"),
     ("llama", "tensor"),
     ("gpt2", "tensor"),
-    ("bert", "tensor"),
 ]
 # These have the rules and tensors of another: Llama's with tied embeddings as Qwen 2's, BERT's.
 ALIKE = {"smollm2", "mistral", "roberta"}
@@ -49,7 +47,7 @@ def test_a_family_trains_as_on_one_device(name, mesh):
     assert_equal(three_steps(*family(name), make_mesh(**MESHES[mesh])), one_device(name))
 
 
-SPLIT = ".*/(value|out|up)/kernel"  # by outputs and by inputs
+SPLIT = ".*/(out|up)/kernel"  # by inputs and by outputs
 
 
 @pytest.mark.parametrize("name, sizes", CONTEXT, ids=str)

@@ -1,13 +1,8 @@
 """A tiny run: the problem that these tests share, and a script that trains it, to be killed.
 
-python _worker.py DIRECTORY SEED KILLS trains in forked children and kills them: KILLS times after a
-random while or when a checkpoint is half written; the last child resumes and finishes.
 python _worker.py DIRECTORY SEED trains in this process until a signal comes.
 """
 
-import os
-import random
-import signal
 import sys
 import time
 from pathlib import Path
@@ -21,7 +16,7 @@ from jaxft.metrics import Mean
 from jaxft.train import Checkpoints, fit, jsonl_log, make_optimizer, run_main
 from jaxft.weights import matmul
 
-STEPS, ROWS, WIDTH = 24, 8, 6
+STEPS, ROWS, WIDTH = 16, 8, 6
 
 
 def make_params(seed=0):
@@ -97,41 +92,10 @@ def train(directory, *, batches=None, steps=STEPS, seed=0, every=2, **options):
     )
 
 
-def _train_child(directory, seed):
-    child = os.fork()
-    if child == 0:
-        try:
-            train(directory, seed=seed)
-            os._exit(0)
-        finally:
-            os._exit(1)
-    return child
-
-
-def _kill_after(child, seconds, directory):
-    """Kills the child after a while, or later, in the middle of a write, for odd milliseconds."""
-    in_write = int(1000 * seconds) % 2
-    end = time.monotonic() + seconds
-    while time.monotonic() < end or (in_write and not list(directory.glob("checkpoints/*tmp*"))):
-        if os.waitpid(child, os.WNOHANG)[0]:
-            return "finished"
-        time.sleep(0.002)
-    torn = bool(list(directory.glob("checkpoints/*tmp*")))
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return "killed in a write" if torn else "killed"
-
-
 def main(argv):
     directory, seed = Path(argv[0]), int(argv[1])
-    if len(argv) == 2:
-        slow = lambda row: (print("row", flush=True), time.sleep(0.05))
-        return train(directory, seed=seed, callbacks=[jsonl_log(directory / "metrics.jsonl"), slow])
-    rng = random.Random(seed)
-    for _ in range(int(argv[2])):
-        print(_kill_after(_train_child(directory, seed), rng.uniform(0.3, 1.5), directory))
-    _, status = os.waitpid(_train_child(directory, seed), 0)
-    print("last", os.waitstatus_to_exitcode(status))
+    slow = lambda row: (print("row", flush=True), time.sleep(0.05))
+    train(directory, seed=seed, callbacks=[jsonl_log(directory / "metrics.jsonl"), slow])
 
 
 if __name__ == "__main__":

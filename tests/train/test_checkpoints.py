@@ -60,7 +60,7 @@ def worker(*args):
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
 
 
-@pytest.mark.parametrize("stop", [1, 7, 10])
+@pytest.mark.parametrize("stop", [1, 10])  # before and after a checkpoint
 def test_a_run_stopped_and_resumed_is_bit_for_bit_the_whole_run(problem, whole, tmp_path, stop):
     problem.train(tmp_path, steps=stop)
     state, history = problem.train(tmp_path)
@@ -98,14 +98,14 @@ def test_positions_in_bytes_and_collect_functions_resume(problem, whole, tmp_pat
     assert losses(problem.train(tmp_path / "function", batches=collect)[1]) == whole[1]
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
-def test_a_signal_ends_the_process_and_the_run_resumes(problem, whole, tmp_path, number, code):
+# SIGTERM, SIGKILL, and kills in a write: test_fault_matrix.py.
+def test_ctrl_c_ends_the_process_and_the_run_resumes(problem, whole, tmp_path):
     process = worker(tmp_path, 0)
     for _ in range(3):
         process.stdout.readline()
-    process.send_signal(number)
+    process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
-    assert process.returncode == code
+    assert process.returncode == 130
     done = len(logged(tmp_path))
     assert 3 <= done < problem.STEPS
     assert steps_in(tmp_path)[-1] == done
@@ -123,15 +123,6 @@ def test_a_second_sigint_interrupts_at_once_and_handlers_are_put_back(problem, t
         problem.train(tmp_path, callbacks=[once])
     assert caught.value.code == 75
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
-
-
-def test_runs_killed_at_random_moments_and_in_writes_resume_exactly(problem, tmp_path, seed=1):
-    process = worker(tmp_path / "killed", seed, 4)
-    output, _ = process.communicate(timeout=300)
-    assert output.splitlines()[-1] == "last 0"
-    _, history = problem.train(tmp_path / "whole", seed=seed)
-    assert logged(tmp_path / "killed") == losses(history)
-    assert not list((tmp_path / "killed" / "checkpoints").glob("corrupt-*"))
 
 
 def break_file(path, how):

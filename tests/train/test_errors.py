@@ -95,8 +95,9 @@ def test_the_result_of_main_is_returned():
     assert run_main(lambda config: {"loss": 1.0}, Config()) == {"loss": 1.0}
 
 
+# Runs each moment that it reads a line of in a forked child: imports take longer than they do.
 INTERRUPTED = """
-import contextlib, sys, time
+import contextlib, functools, os, sys, time
 import jax, jax.numpy as jnp
 from jaxft.train import run_main
 
@@ -143,30 +144,53 @@ works = {
     "second": slow_end,
 }
 
-def main(config):
-    with contextlib.closing(open(sys.argv[2], "w")) as log:
+def main(moment, path, config):
+    with contextlib.closing(open(path, "w")) as log:
         log.write("logged")
-        works[sys.argv[1]]()
+        works[moment]()
 
-run_main(main, None)
+for line in sys.stdin:
+    moment, log, said = line.split()
+    child = os.fork()
+    if not child:
+        os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 2)
+        print(os.getpid(), flush=True)
+        run_main(functools.partial(main, moment, log), None)
+        os._exit(1)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
-@pytest.mark.parametrize("moment", ["decode", "async", "compile", "callback", "second"])
-def test_ctrl_c_is_one_line_and_130(tmp_path, moment):
-    log, flags = tmp_path / "log", {"PYTHONPATH": str(ROOT), "JAXFT_DEBUG": "0"}
+@pytest.fixture(scope="module")
+def interrupted():
+    """(moment, log, file of what is said) -> the exit code of a run to which Ctrl-C comes at that moment."""
     process = subprocess.Popen(
-        [sys.executable, "-c", INTERRUPTED, moment, str(log)],
-        env=os.environ | flags,
+        [sys.executable, "-c", INTERRUPTED],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "JAXFT_DEBUG": "0"},
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
         text=True,
     )
-    for _ in range(2 if moment == "second" else 1):
-        assert process.stdout.readline() == "ready\n"
-        process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 130 and said.endswith("interrupted\n")
+
+    def code(moment, *paths):
+        print(moment, *paths, file=process.stdin, flush=True)
+        child = int(process.stdout.readline())
+        for _ in range(2 if moment == "second" else 1):
+            assert process.stdout.readline() == "ready\n"
+            os.kill(child, signal.SIGINT)
+        return int(process.stdout.readline())
+
+    yield code
+    process.kill()
+    process.communicate()
+
+
+@pytest.mark.parametrize("moment", ["decode", "async", "compile", "callback", "second"])
+def test_ctrl_c_is_one_line_and_130(tmp_path, interrupted, moment):
+    log, file = tmp_path / "log", tmp_path / "said"
+    code, said = interrupted(moment, log, file), file.read_text()
+    assert code == 130 and said.endswith("interrupted\n")
     # JAX itself logs what a host callback raised.
     assert moment == "callback" or said == "interrupted\n"
     assert log.read_text() == "logged"  # what main opened is closed

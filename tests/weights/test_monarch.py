@@ -1,5 +1,6 @@
 """Monarch against explicit permutations, the reference code's layout, and singular values."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -153,7 +154,7 @@ def test_init_variance():
 
 @pytest.mark.parametrize("stacked", [False, True])
 def test_reverse_sparsification_keeps_the_function_and_the_state(stacked):
-    model, params = base(LLAMA)
+    model, params = base(dataclasses.replace(LLAMA, num_layers=1 + stacked))
     tokens = np.random.default_rng(0).integers(0, LLAMA.vocab_size, (2, 9))
     params = stack_layers(params) if stacked else params
     rules = {MLP: monarch(blocks=2), ".*": full()}

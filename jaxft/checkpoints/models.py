@@ -124,11 +124,14 @@ def model_shapes(
     if path_or_id == "tiny":
         return jax.eval_shape(lambda: load_model("tiny", dtype=dtype, scan_layers=scan_layers)[1])
     opened = path_or_id if isinstance(path_or_id, Opened) else open_model(path_or_id, families)
-    kinds = {path: opened.dtype(entry) for entry in opened.entries for path in entry.paths}
+    kinds = {
+        path: opened.dtype(entry) if dtype is None or entry.as_stored else dtype
+        for entry in opened.entries
+        for path in entry.paths
+    }
 
     def stored(path, leaf):
-        name = path_name(path)
-        return jax.ShapeDtypeStruct(leaf.shape, dtype or kinds[name])
+        return jax.ShapeDtypeStruct(leaf.shape, kinds[path_name(path)])
 
     shapes = jax.tree_util.tree_map_with_path(stored, layer_shapes(opened.model))
     shapes = with_kept(shapes, opened.kept, dtype)

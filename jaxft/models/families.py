@@ -11,6 +11,7 @@ from jaxft.models.gemma import GEMMA
 from jaxft.models.gemma2 import GEMMA2
 from jaxft.models.gemma3 import GEMMA3
 from jaxft.models.gpt2 import GPT2
+from jaxft.models.gpt_oss import GPT_OSS
 from jaxft.models.granite import GRANITE
 from jaxft.models.llama import LLAMA
 from jaxft.models.mistral import MISTRAL
@@ -37,6 +38,7 @@ FAMILIES: tuple[Family, ...] = (
     QWEN2_MOE,
     QWEN3_MOE,
     OLMOE,
+    GPT_OSS,
     GEMMA,
     GEMMA2,
     GEMMA3,

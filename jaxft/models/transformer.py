@@ -27,7 +27,8 @@ class Targets(NamedTuple):
 
 TRANSFORMER_TARGETS = Targets(
     # Experts are included, as in PEFT; routers are not.
-    linear=rf"{LAYERS}/.*/(query|key|value|out|gate|up|gate_up|down)/kernel",
+    linear=rf"{LAYERS}/.*/(query|key|value|query_down|query_up|latent|latent_up|out|gate|up|gate_up|down)"
+    "/kernel",
     ia3_outputs=rf"{LAYERS}/.*/(key|value)/kernel",
     ia3_inputs=rf"{LAYERS}/.*/down/kernel",
     houlsby=rf"{LAYERS}/.*(attention|mlp)/adapter",

@@ -36,6 +36,7 @@ from jaxft.checkpoints.contents import check_head, read_config, refuse_adapter_b
 from jaxft.checkpoints.gguf import GgufFile
 from jaxft.checkpoints.gguf_parts import one_model
 from jaxft.checkpoints.gguf_tokenizer import read_tokenizer
+from jaxft.checkpoints.mxfp4 import fold_mxfp4, is_mxfp4
 from jaxft.checkpoints.packages import PACKAGES, fetch
 from jaxft.checkpoints.pairing import check_tokenizer
 from jaxft.checkpoints.quantised import check_floats, refuse_quantised, refuse_quantised_tensors
@@ -59,6 +60,8 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
+# Quantised files that are read: (whether config.json says so, the tensors as whole ones).
+_FOLDS = ((is_four_bit, fold_four_bit), (is_mxfp4, fold_mxfp4))
 NAMED_TEMPLATES = "additional_chat_templates"  # a directory: all but the default one
 
 
@@ -363,12 +366,12 @@ def _open_directory(path, families):
     `head` has the tensors of a sequence classifier with one label, or is None.
     """
     json = read_config(path)
-    four_bit = is_four_bit(json)
-    if not four_bit:
+    fold = next((fold for applies, fold in _FOLDS if applies(json)), None)
+    if fold is None:
         refuse_quantised(path, json)
     family = find_family(json.get("model_type"), families)
     codec = family.huggingface
-    tensors = fold_four_bit(path, open_tensors(path)) if four_bit else open_tensors(path)
+    tensors = open_tensors(path) if fold is None else fold(path, open_tensors(path))
     score = None
     if codec.score.kernel in tensors and tensors[codec.score.kernel].shape[0] == 1:
         score = {name: tensors[name] for name in codec.score.leaves if name in tensors}

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxft.models.bert import BERT
+from jaxft.models.deepseek_v2 import DEEPSEEK_V2
+from jaxft.models.deepseek_v3 import DEEPSEEK_V3
 from jaxft.models.family import Family, find_family
 from jaxft.models.gemma import GEMMA
 from jaxft.models.gemma2 import GEMMA2
@@ -39,6 +41,8 @@ FAMILIES: tuple[Family, ...] = (
     QWEN3_MOE,
     OLMOE,
     GPT_OSS,
+    DEEPSEEK_V2,
+    DEEPSEEK_V3,
     GEMMA,
     GEMMA2,
     GEMMA3,

@@ -41,7 +41,8 @@ COUNTS = frozenset(
     "head_dim max_position_embeddings n_embd n_inner n_layer n_head n_positions num_channels "
     "type_vocab_size sliding_window_pattern no_rope_layer_interval original_max_position_embeddings "
     "num_experts num_local_experts num_experts_per_tok moe_intermediate_size "
-    "shared_expert_intermediate_size decoder_sparse_step".split()
+    "shared_expert_intermediate_size decoder_sparse_step n_routed_experts n_shared_experts n_group "
+    "topk_group kv_lora_rank q_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim".split()
 )
 # Numbers that must not be negative, infinite or NaN (which Python's JSON allows).
 _EPSILONS = frozenset({"rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon"})
@@ -140,6 +141,9 @@ _KINDS: dict[str, type] = {  # of keys whose default is null, or that are not re
     "clip_qkv": float,
     "sliding_window": int,
     "mlp_only_layers": list,
+    "n_group": int,
+    "topk_group": int,
+    "num_experts_per_tok": int,
     "layer_types": list,
     "no_rope_layers": list,
     "rope_scaling": dict,

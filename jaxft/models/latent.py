@@ -66,7 +66,7 @@ class LatentAttention(nn.Module):
         return through_adapter(self, x, y), cached
 
     def _projected(self, x, layer, context):
-        """Queries without and with positions [B, T, H, ...], latents [B, T, R], and the key [B, T, 1, ...]."""
+        """Queries without and with positions [B, T, H, ...], latents [B, T, R], keys [B, T, 1, ...]."""
         config, latent = self.config, self.config.latent
         norm = functools.partial(remat_lean(Norm, self.remat), "rms", _EPS)
         biased = functools.partial(Dense, bias=config.attention_bias)

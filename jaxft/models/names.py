@@ -34,6 +34,7 @@ LINEAR: Mapping[str, tuple[str, ...]] = {
     "mlp.up_proj": ("mlp/up",),
     "mlp.down_proj": ("mlp/down",),
 }
+_UNBIASED = ("attention/query", "attention/query_up", "attention/latent_up")  # of latent attention
 NORMS = {"input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm"}
 QK_NORMS = {
     "self_attn.q_norm": "attention/query_norm",
@@ -150,4 +151,7 @@ def _tied_head(name: str, config: DecoderConfig) -> bool:
 def _has_bias(config: DecoderConfig, path: str) -> bool:
     if path.startswith("mlp/"):
         return config.mlp_bias
-    return config.output_bias if path == "attention/out" else config.attention_bias
+    if path == "attention/out":
+        return config.output_bias
+    unbiased = () if config.latent is None else _UNBIASED
+    return config.attention_bias and path not in unbiased

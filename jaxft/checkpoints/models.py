@@ -33,6 +33,7 @@ from jaxft.checkpoints.beside import (
 from jaxft.checkpoints.bitsandbytes import fold_four_bit, is_four_bit, kept, with_kept
 from jaxft.checkpoints.configs import check_config, check_tied, config_json
 from jaxft.checkpoints.contents import check_head, read_config, refuse_adapter_beside
+from jaxft.checkpoints.fp8 import fold_fp8, is_fp8
 from jaxft.checkpoints.gguf import GgufFile
 from jaxft.checkpoints.gguf_parts import one_model
 from jaxft.checkpoints.gguf_tokenizer import read_tokenizer
@@ -61,7 +62,7 @@ TOKENIZER_FILES = (
     "generation_config.json",
 )
 # Quantised files that are read: (whether config.json says so, the tensors as whole ones).
-_FOLDS = ((is_four_bit, fold_four_bit), (is_mxfp4, fold_mxfp4))
+_FOLDS = ((is_four_bit, fold_four_bit), (is_mxfp4, fold_mxfp4), (is_fp8, fold_fp8))
 NAMED_TEMPLATES = "additional_chat_templates"  # a directory: all but the default one
 
 
@@ -371,7 +372,7 @@ def _open_directory(path, families):
         refuse_quantised(path, json)
     family = find_family(json.get("model_type"), families)
     codec = family.huggingface
-    tensors = open_tensors(path) if fold is None else fold(path, open_tensors(path))
+    tensors = open_tensors(path) if fold is None else fold(path, json, open_tensors(path))
     score = None
     if codec.score.kernel in tensors and tensors[codec.score.kernel].shape[0] == 1:
         score = {name: tensors[name] for name in codec.score.leaves if name in tensors}

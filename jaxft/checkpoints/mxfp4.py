@@ -62,7 +62,9 @@ def is_mxfp4(config: Mapping[str, Any]) -> bool:
     return kind == "mxfp4" and config.get("model_type") == "gpt_oss"
 
 
-def fold_mxfp4(path: pathlib.Path, tensors: Mapping[str, Any]) -> dict[str, Any]:
+def fold_mxfp4(
+    path: pathlib.Path, config: Mapping[str, Any], tensors: Mapping[str, Any]
+) -> dict[str, Any]:
     """The tensors with each pair `x_blocks`, `x_scales` as one Mxfp4Tensor `x`.
 
     Raises:

@@ -212,7 +212,7 @@ def _as_scores(sinks, groups):
     return sinks.astype(jnp.float32).reshape(1, groups, -1, 1, 1)
 
 
-def _best(query, key, segment_ids, window, causal, softcap, sinks=None) -> Implementation:
+def _best(query, key, segment_ids, window, causal, softcap, sinks) -> Implementation:
     platform, split = target_platform(), length_axes(query.shape[1])
     # Kernels can't be partitioned: several devices need a mesh in context to shard over.
     known = not jax.sharding.get_abstract_mesh().empty or jax.device_count() == 1

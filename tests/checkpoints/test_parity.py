@@ -116,7 +116,9 @@ def test_loss_gradients(pair, records):
     wanted = {n: p.grad.numpy() for n, p in theirs.named_parameters()}
     wanted = families.as_in_files(theirs.config.model_type, wanted)
     ours = dict(disassemble(family_of(model.config).huggingface.entries(model.config), grads))
-    assert set(ours) == set(wanted)
+    # DeepSeek-V3's correction of the choice is no parameter in torch.
+    assert not any(g.any() for name, g in ours.items() if name not in wanted)
+    assert {n for n in ours if not n.endswith("correction_bias")} == set(wanted)
     for name, gradient in wanted.items():
         scale = max(np.abs(gradient).max(), 1e-3)
         chex.assert_trees_all_close(ours[name], gradient, rtol=0, atol=2e-4 * scale)

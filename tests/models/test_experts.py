@@ -94,7 +94,8 @@ def test_groups_limit_the_choice_and_a_correction_does_not_weigh(experts, ties):
 
 def test_biases_of_experts_and_the_clamped_swiglu():
     keys = jax.random.split(jax.random.key(1), 4)
-    x, up, down = (jax.random.normal(k, s) for k, s in zip(keys, [(1, 3, 5), (2, 5, 6), (2, 3, 5)]))
+    shapes = [(1, 3, 5), (2, 5, 6), (2, 3, 5)]
+    x, up, down = (jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=False))
     biases = jax.random.normal(keys[3], (2, 6)), jax.random.normal(keys[3], (2, 5))
     chosen = jnp.array([[[1], [0], [1]]])
     moe = Experts(2, 1, 3, interleaved=True, swiglu=(1.7, 0.5))

@@ -239,7 +239,8 @@ CHANGED = {
     ),
     "deepseek_v2": dict(
         first_k_dense_replace=1, topk_method="greedy", q_lora_rank=None, n_shared_experts=2,
-        hidden_act="relu", routed_scaling_factor=3.0, attention_bias=True, rope_scaling=YARN | dict(mscale_all_dim=0.5),
+        hidden_act="relu", routed_scaling_factor=3.0, attention_bias=True,
+        rope_scaling=YARN | dict(mscale_all_dim=0.5),
     ),
     "deepseek_v3": dict(
         first_k_dense_replace=1, rope_interleave=False, norm_topk_prob=False, topk_group=1, v_head_dim=4,

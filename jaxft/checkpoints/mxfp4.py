@@ -20,8 +20,8 @@ LEVELS = np.concatenate([_POSITIVE, -_POSITIVE])
 class Mxfp4Tensor:
     """Kernels [E, in, out] of 4-bit floats; indexing dequantises that part, in bfloat16, without rounding.
 
-    OCP Microscaling Formats 1.0, 2023: 32 inputs share a scale 2^(s - 127). As transformers'
-    `convert_moe_packed_tensors`, which takes s = 255 for infinity.
+    OCP Microscaling Formats 1.0, 2023: 32 inputs share a scale 2^(s - 127). s = 255, which is NaN there, is
+    2^128 here as in transformers' `convert_moe_packed_tensors`.
     """
 
     def __init__(self, blocks: np.ndarray, scales: np.ndarray):
@@ -50,8 +50,8 @@ class Mxfp4Tensor:
         packed = np.asarray(self.blocks[expert, outputs, groups])
         codes = np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:2], _BLOCK)
         powers = np.asarray(self.scales[expert, outputs, groups]).astype(np.int32) - 127
-        with np.errstate(over="ignore", invalid="ignore"):
-            values = LEVELS[codes] * np.ldexp(np.float32(1), powers)[..., None]
+        with np.errstate(over="ignore"):
+            values = np.ldexp(LEVELS[codes], powers[..., None])
         return values.reshape(len(values), -1)
 
 

@@ -28,9 +28,7 @@ def test_mxfp4_equals_transformers_for_every_scale():
     expected = convert_moe_packed_tensors(*given).view(torch.int16).numpy()
     whole = Mxfp4Tensor(blocks, scales)
     assert whole.shape == expected.shape == (2, 128, 64)
-    number = ~np.isnan(whole[...].astype(np.float32))  # 0 times infinity, of any sign
-    np.testing.assert_array_equal(whole[...].view(np.int16)[number], expected[number])
-    assert (expected[~number] & 0x7FC0 == 0x7FC0).all() and number.mean() > 0.99
+    np.testing.assert_array_equal(whole[...].view(np.int16), expected)
     part = (slice(1, 2), slice(37, 101), slice(3, 60))  # across blocks
     ours = whole[part]
     np.testing.assert_array_equal(ours.view(np.int16), whole[...][part].view(np.int16))

@@ -15,7 +15,7 @@ import json
 import os
 import sys
 
-from benchmarks.harness import compare, serve
+from benchmarks.harness import compare, serve, warm_memory
 
 EXPERTS, PER_TOKEN, WIDTH = 8, 2, 640
 SIZES = dict(
@@ -38,6 +38,7 @@ parser.add_argument("--rounds", type=int, default=9)
 parser.add_argument("--threads", type=int, default=2)
 # transformers' own names; eager is its loop over experts
 parser.add_argument("--experts-implementation", default="eager")
+parser.add_argument("--warm", action="store_true", help="give torch jaxft's malloc settings too")
 parser.add_argument("--side", choices=["mixture", "dense", "transformers"], help=argparse.SUPPRESS)
 
 
@@ -86,6 +87,8 @@ def transformers_side(args):
     import torch
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+    if args.warm:
+        warm_memory()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
     torch.manual_seed(0)
     config = Qwen3MoeConfig(

@@ -239,7 +239,7 @@ def _leaf(entry: Entry, path: str, shapes: Mapping[str, Any], read: Read, dtype)
             f"tensor {entry.name!r} has shape {tensor.shape}, but the config asks for {expected}."
         )
     start = sum(widths[: entry.paths.index(path)])
-    kind = np.dtype(tensor.dtype if dtype is None else dtype)
+    kind = np.dtype(tensor.dtype if dtype is None or entry.as_stored else dtype)
     return _Leaf(tensor, entry, shapes[path].shape, start, kind, is_weight(shapes[path]))
 
 

@@ -86,7 +86,9 @@ def is_four_bit(config: Mapping[str, Any]) -> bool:
     return kind.startswith("bitsandbytes") and bool(settings.get("load_in_4bit"))
 
 
-def fold_four_bit(path: pathlib.Path, tensors: Mapping[str, Any]) -> dict[str, Any]:
+def fold_four_bit(
+    path: pathlib.Path, config: Mapping[str, Any], tensors: Mapping[str, Any]
+) -> dict[str, Any]:
     """The tensors with each group `x.weight`, `x.weight.absmax`, ... as one FourBitTensor `x.weight`.
 
     Raises:

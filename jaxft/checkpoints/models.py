@@ -33,9 +33,11 @@ from jaxft.checkpoints.beside import (
 from jaxft.checkpoints.bitsandbytes import fold_four_bit, is_four_bit, kept, with_kept
 from jaxft.checkpoints.configs import check_config, check_tied, config_json, renamed
 from jaxft.checkpoints.contents import check_head, read_config, refuse_adapter_beside
+from jaxft.checkpoints.fp8 import fold_fp8, is_fp8
 from jaxft.checkpoints.gguf import GgufFile
 from jaxft.checkpoints.gguf_parts import one_model
 from jaxft.checkpoints.gguf_tokenizer import read_tokenizer
+from jaxft.checkpoints.mxfp4 import fold_mxfp4, is_mxfp4
 from jaxft.checkpoints.packages import PACKAGES, fetch
 from jaxft.checkpoints.pairing import check_tokenizer
 from jaxft.checkpoints.quantised import check_floats, refuse_quantised, refuse_quantised_tensors
@@ -63,6 +65,8 @@ TOKENIZER_FILES = (
     "source.spm",  # Marian
     "target.spm",
 )
+# Quantised files that are read: (whether config.json says so, the tensors as whole ones).
+_FOLDS = ((is_four_bit, fold_four_bit), (is_mxfp4, fold_mxfp4), (is_fp8, fold_fp8))
 NAMED_TEMPLATES = "additional_chat_templates"  # a directory: all but the default one
 
 
@@ -128,11 +132,14 @@ def model_shapes(
     if path_or_id == "tiny":
         return jax.eval_shape(lambda: load_model("tiny", dtype=dtype, scan_layers=scan_layers)[1])
     opened = path_or_id if isinstance(path_or_id, Opened) else open_model(path_or_id, families)
-    kinds = {path: opened.dtype(entry) for entry in opened.entries for path in entry.paths}
+    kinds = {
+        path: opened.dtype(entry) if dtype is None or entry.as_stored else dtype
+        for entry in opened.entries
+        for path in entry.paths
+    }
 
     def stored(path, leaf):
-        name = path_name(path)
-        return jax.ShapeDtypeStruct(leaf.shape, dtype or kinds[name])
+        return jax.ShapeDtypeStruct(leaf.shape, kinds[path_name(path)])
 
     shapes = jax.tree_util.tree_map_with_path(stored, layer_shapes(opened.model))
     shapes = with_kept(shapes, opened.kept, dtype)
@@ -364,12 +371,12 @@ def _open_directory(path, families):
     `head` has the tensors of a sequence classifier with one label, or is None.
     """
     json = read_config(path)
-    four_bit = is_four_bit(json)
-    if not four_bit:
+    fold = next((fold for applies, fold in _FOLDS if applies(json)), None)
+    if fold is None:
         refuse_quantised(path, json)
     family = find_family(json.get("model_type"), families)
     codec = family.huggingface
-    tensors = fold_four_bit(path, open_tensors(path)) if four_bit else open_tensors(path)
+    tensors = open_tensors(path) if fold is None else fold(path, json, open_tensors(path))
     score = None
     if codec.score.kernel in tensors and tensors[codec.score.kernel].shape[0] == 1:
         score = {name: tensors[name] for name in codec.score.leaves if name in tensors}

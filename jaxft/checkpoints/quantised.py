@@ -90,8 +90,8 @@ def refuse(path: pathlib.Path, kind: str, where: str) -> None:
     """Raises the CheckpointError for a quantised checkpoint of a `kind`, found at `where`."""
     raise CheckpointError(
         f"{path}: its weights are quantised ({kind}: {where}), and jaxft reads unquantised ones, "
-        "bitsandbytes' 4 bits and GGUF files; use the model that this was made from, with --quantise "
-        "int8 or nf4."
+        "bitsandbytes' 4 bits, gpt-oss in MXFP4, FP8 in blocks and GGUF files; use the model that this was "
+        "made from, with --quantise int8 or nf4."
     )
 
 

@@ -31,6 +31,7 @@ def attention(
     causal: bool = True,
     scale: float | None = None,
     softcap: float | None = None,
+    sinks: Float[Array, " H"] | None = None,
     gradient: bool = True,
     implementation: str | None = None,
 ) -> Float[Array, "B T H K"]:
@@ -44,6 +45,8 @@ def attention(
         causal: hide later keys.
         scale: multiplies the scores; None: K^-1/2.
         softcap: c in c tanh(scores / c), as in Gemma 2. None: no cap.
+        sinks: a logit for each query head that joins its softmax, as in gpt-oss: the weights of the keys
+            sum to less than 1. It is neither scaled nor capped. "xla" and "cudnn" have none.
         gradient: False if none will be taken: then a form that holds all scores is not chosen.
         implementation: "reference" is plain jnp; "blocked" skips the keys above the diagonal;
             "tiled" does too, and holds the scores of one tile, but its gradient costs memory;
@@ -54,13 +57,13 @@ def attention(
             set the mesh (jax.set_mesh) or name the implementation.
 
     Returns: heads side by side, in the query's data type. A query that sees no key gets the mean of
-    values (of padding, for "splash").
+    values (of padding, for "splash"), or 0 with sinks.
 
     Raises:
         ValueError: for an implementation that is unknown or does not support the arguments.
     """
     if implementation is None:
-        implementation = _best(query, key, segment_ids, window, causal, softcap)
+        implementation = _best(query, key, segment_ids, window, causal, softcap, sinks)
         if not gradient and query.shape[1] > BLOCK:
             dense = implementation in ("reference", "blocked", "xla")
             implementation = "tiled" if dense else implementation
@@ -70,29 +73,21 @@ def attention(
             f"expected one of {', '.join(get_args(Implementation))}."
         )
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    masks = dict(segment_ids=segment_ids, window=window, causal=causal)
+    scores = dict(scale=scale, softcap=softcap, sinks=sinks)
     if implementation == "splash":
-        return splash_attention(
-            query,
-            key,
-            value,
-            segment_ids=segment_ids,
-            window=window,
-            causal=causal,
-            scale=scale,
-            softcap=softcap,
-        )
+        return splash_attention(query, key, value, **masks, **scores)
     if implementation in ("xla", "cudnn"):
-        return _library(
-            query, key, value, segment_ids, window, causal, scale, softcap, implementation
-        )
-    if implementation == "gathered":
-        return _gathered(query, key, value, segment_ids, window, causal, scale, softcap)
-    if implementation == "blocked":
-        return _blocked(query, key, value, segment_ids, window, causal, scale, softcap)
-    if implementation == "tiled":
-        return _tiled(query, key, value, segment_ids, window, causal, scale, softcap)
-    mask = attention_mask(query.shape[1], segment_ids, window, causal)
-    return attend(query, key, value, mask, scale=scale, softcap=softcap)
+        if softcap is not None or sinks is not None:
+            lacking = "sinks" if softcap is None else "softcap"
+            raise ValueError(
+                f"attention: {implementation!r} has no {lacking}; use 'reference' or 'gathered'."
+            )
+        return _library(query, key, value, **masks, scale=scale, implementation=implementation)
+    if implementation == "reference":
+        return attend(query, key, value, attention_mask(query.shape[1], **masks), **scores)
+    form = {"blocked": _blocked, "tiled": _tiled, "gathered": _gathered}[implementation]
+    return form(query, key, value, **masks, **scores)
 
 
 def attention_mask(
@@ -128,6 +123,7 @@ def attend(
     *,
     scale: float,
     softcap: float | None = None,
+    sinks: Float[Array, " H"] | None = None,
     bias: Float[Array, "#B H T S"] | None = None,
 ) -> Float[Array, "B T H K"]:
     """The reference, which holds all scores. `mask` is True where a key is visible.
@@ -136,7 +132,7 @@ def attend(
     """
     grouped = _grouped(query, key.shape[2])
     scores = jnp.einsum("btghk,bsgk->bghts", grouped, key, preferred_element_type=jnp.float32)
-    weights = _weights(scores, mask, scale, softcap, bias).astype(value.dtype)
+    weights = _weights(scores, mask, scale, softcap, sinks, bias).astype(value.dtype)
     return jnp.einsum("bghts,bsgk->btghk", weights, value).reshape(query.shape)
 
 
@@ -148,6 +144,7 @@ def attend_cache(
     *,
     scale: float,
     softcap: float | None = None,
+    sinks: Float[Array, " H"] | None = None,
     bias: Callable[[int | Int[Array, ""], int], Float[Array, "#B H R S"]] | None = None,
 ) -> Float[Array, "B T H K"]:
     """`attend` for a cache's keys [B, G, K, S] and values [B, G, S, K]: no operand is transposed.
@@ -161,7 +158,8 @@ def attend_cache(
     def run(carry, start, rows):
         block = jax.lax.dynamic_slice_in_dim(carry, start, rows, axis=1)
         added = None if bias is None else bias(start, rows)
-        block = _attend_cache(block, keys, values, visible(start, rows), scale, softcap, added)
+        seen = block, keys, values, visible(start, rows)
+        block = _attend_cache(*seen, scale, softcap, sinks, added)
         return _replace(carry, block, start)
 
     if length <= FEW:
@@ -172,7 +170,7 @@ def attend_cache(
     return run(out, length - rest, rest) if rest else out
 
 
-def _attend_cache(query, keys, values, mask, scale, softcap, bias):
+def _attend_cache(query, keys, values, mask, scale, softcap, sinks, bias):
     batch, rows, heads, size = query.shape
     groups = keys.shape[1]
     # The heads of a group are rows of one product with the cache on its right: einsum would put the
@@ -181,7 +179,7 @@ def _attend_cache(query, keys, values, mask, scale, softcap, bias):
     left = grouped.reshape(batch, groups, -1, size)
     scores = jnp.matmul(left, keys, preferred_element_type=jnp.float32)
     scores = scores.reshape(*grouped.shape[:4], -1)
-    weights = _weights(scores, mask, scale, softcap, bias).astype(values.dtype)
+    weights = _weights(scores, mask, scale, softcap, sinks, bias).astype(values.dtype)
     mixed = jnp.matmul(weights.reshape(*left.shape[:3], -1), values)
     return jnp.moveaxis(mixed.reshape(grouped.shape), 3, 1).reshape(query.shape)
 
@@ -207,11 +205,24 @@ def _masked(scores, mask, scale, softcap, bias=None):
     return scores
 
 
-def _weights(scores, mask, scale, softcap, bias=None):
-    return jax.nn.softmax(_masked(scores, mask, scale, softcap, bias), axis=-1)
+def _weights(scores, mask, scale, softcap, sinks=None, bias=None):
+    """The weights [B, G, H/G, T, S] of the keys."""
+    scores = _masked(scores, mask, scale, softcap, bias)
+    if sinks is None:
+        return jax.nn.softmax(scores, axis=-1)
+    sinks = _as_scores(sinks, scores.shape[1])
+    top = jnp.maximum(scores.max(axis=-1, keepdims=True), sinks)
+    top = jax.lax.stop_gradient(top)
+    weights = jnp.exp(scores - top)
+    return weights / (weights.sum(axis=-1, keepdims=True) + jnp.exp(sinks - top))
 
 
-def _best(query, key, segment_ids, window, causal, softcap) -> Implementation:
+def _as_scores(sinks, groups):
+    """[1, G, H/G, 1, 1] in float32."""
+    return sinks.astype(jnp.float32).reshape(1, groups, -1, 1, 1)
+
+
+def _best(query, key, segment_ids, window, causal, softcap, sinks) -> Implementation:
     platform, split = target_platform(), length_axes(query.shape[1])
     # Kernels can't be partitioned: several devices need a mesh in context to shard over.
     known = not jax.sharding.get_abstract_mesh().empty or jax.device_count() == 1
@@ -224,6 +235,9 @@ def _best(query, key, segment_ids, window, causal, softcap) -> Implementation:
         return "gathered"
     if platform == "tpu":
         return "reference"
+    if platform == "gpu" and sinks is not None:
+        # Neither library has them; scores of long rows are not held.
+        return "gathered" if query.shape[1] > QUERIES else "reference"
     if platform == "gpu" and softcap is None and query.dtype in (jnp.bfloat16, jnp.float16):
         # JAX asks the GPU for its version, but there is no GPU when a program is compiled
         # elsewhere. cuDNN's gradient with a mask needs even lengths, and a two-sided window needs a
@@ -237,9 +251,7 @@ def _best(query, key, segment_ids, window, causal, softcap) -> Implementation:
     return "reference"
 
 
-def _library(query, key, value, segment_ids, window, causal, scale, softcap, implementation):
-    if softcap is not None:
-        raise ValueError(f"attention: {implementation!r} has no softcap; use 'reference'.")
+def _library(query, key, value, segment_ids, window, causal, scale, implementation):
     array = isinstance(window, jax.Array)
 
     def run(query, key, value, segment_ids, window_array):
@@ -272,7 +284,7 @@ def _library(query, key, value, segment_ids, window, causal, scale, softcap, imp
     return place.mapped(run, (*[place.states] * 3, place.tokens, PartitionSpec()))(*inputs)
 
 
-def _blocked(query, key, value, segment_ids, window, causal, scale, softcap):
+def _blocked(query, key, value, segment_ids, window, causal, scale, softcap, sinks):
     """The reference over blocks of queries, each against only the keys up to its last row."""
     if not causal:
         raise ValueError("attention: 'blocked' needs causal=True; use 'reference' or 'xla'.")
@@ -281,14 +293,12 @@ def _blocked(query, key, value, segment_ids, window, causal, scale, softcap):
         rows = min(BLOCK, length - start)
         end = start + rows
         mask = attention_mask(end, segment_ids, window, causal, start, rows)
-        block = query[:, start:end]
-        outputs.append(
-            attend(block, key[:, :end], value[:, :end], mask, scale=scale, softcap=softcap)
-        )
+        seen = query[:, start:end], key[:, :end], value[:, :end]
+        outputs.append(attend(*seen, mask, scale=scale, softcap=softcap, sinks=sinks))
     return jnp.concatenate(outputs, axis=1)
 
 
-def _tiled(query, key, value, segment_ids, window, causal, scale, softcap):
+def _tiled(query, key, value, segment_ids, window, causal, scale, softcap, sinks):
     """The reference by tiles of queries and keys, in sequence; fully hidden tiles are skipped.
 
     The state of a tile of queries is Σ exp(s - top) v, Σ exp(s - top) and top, its largest score,
@@ -337,6 +347,9 @@ def _tiled(query, key, value, segment_ids, window, causal, scale, softcap):
 
         shape = (batch, groups, heads // groups, tile)
         blank = jnp.zeros((*shape, size)), jnp.zeros(shape), jnp.full(shape, -jnp.inf)
+        if sinks is not None:  # each is the first score, of a value of 0
+            first = jnp.broadcast_to(_as_scores(sinks, groups)[..., 0], shape)
+            blank = blank[0], jnp.ones(shape), first
         (mixed, total, _), _ = jax.lax.scan(columns, blank, tiles)
         out = jnp.moveaxis(mixed / total[..., None], 3, 1).reshape(batch, tile, heads, size)
         return _replace(carry, out, i), None
@@ -356,7 +369,7 @@ def _tile_mask(offset, tile, ids, others, window, causal):
     return visible & ((ids[:, :, None] == others[:, None, :]) & (others > 0)[:, None, :])[:, None]
 
 
-def _gathered(query, key, value, segment_ids, window, causal, scale, softcap):
+def _gathered(query, key, value, segment_ids, window, causal, scale, softcap, sinks):
     """The queries of each device, in blocks, against all keys, which are gathered over "context".
 
     Llama 3 was trained this way (Grattafiori et al., 2024, arxiv.org/abs/2407.21783, section
@@ -366,7 +379,7 @@ def _gathered(query, key, value, segment_ids, window, causal, scale, softcap):
     place = attention_layout(query, key)
 
     @jax.checkpoint
-    def run(query, key, value, segment_ids, window):
+    def run(query, key, value, segment_ids, window, sinks):
         length = query.shape[1]
         start = jax.lax.axis_index(place.length) * length if place.length else 0
         key, value, segment_ids = jax.tree.map(place.whole, (key, value, segment_ids))
@@ -376,10 +389,11 @@ def _gathered(query, key, value, segment_ids, window, causal, scale, softcap):
         def block(carry, i):
             mask = attention_mask(key.shape[1], segment_ids, window, causal, start + i, rows)
             queries = jax.lax.dynamic_slice_in_dim(query, i, rows, axis=1)
-            return carry, attend(queries, key, value, mask, scale=scale, softcap=softcap)
+            options = dict(scale=scale, softcap=softcap, sinks=sinks)
+            return carry, attend(queries, key, value, mask, **options)
 
         _, blocks = jax.lax.scan(block, None, jnp.arange(0, length, rows))
         return jnp.moveaxis(blocks, 0, 1).reshape(query.shape)
 
-    specs = (*[place.states] * 3, place.tokens, PartitionSpec())
-    return place.mapped(run, specs)(query, key, value, segment_ids, window)
+    specs = (*[place.states] * 3, place.tokens, PartitionSpec(), PartitionSpec(place.heads))
+    return place.mapped(run, specs)(query, key, value, segment_ids, window, sinks)

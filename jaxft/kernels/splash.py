@@ -27,6 +27,7 @@ def splash_attention(
     causal: bool = True,
     scale: float,
     softcap: float | None = None,
+    sinks: Float[Array, " H"] | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B T H K"]:
     """jaxft.kernels.attention as Pallas kernels, forward and backward, that store no scores.
@@ -66,8 +67,9 @@ def splash_attention(
     mesh = AbstractMesh(tuple(place.axes.values()), tuple(place.axes))
     visits = NamedSharding(mesh, PartitionSpec(None, place.length))
     specs = (kernel.manual_sharding_spec(visits), *[place.states] * 3, place.tokens)
+    specs = (*specs, PartitionSpec(place.heads))
     run = place.mapped(functools.partial(_on_one_device, place), specs)
-    return run(kernel, query, key, value, segment_ids)[:, :length]
+    return run(kernel, query, key, value, segment_ids, sinks)[:, :length]
 
 
 def _kernel(query, key, window, causal, softcap, interpret, shards):
@@ -92,13 +94,14 @@ def _kernel(query, key, window, causal, softcap, interpret, shards):
     )
 
 
-def _on_one_device(place, kernel, query, key, value, segment_ids):
+def _on_one_device(place, kernel, query, key, value, segment_ids, sinks):
     batch, length, heads, size = query.shape
     groups = key.shape[2]
     grouped = query.reshape(batch, length, groups, heads // groups, size).transpose(0, 2, 3, 1, 4)
     key, value = place.whole(key), place.whole(value)
     ids = None if segment_ids is None else splash.SegmentIds(segment_ids, place.whole(segment_ids))
-    over_groups = jax.vmap(kernel, in_axes=(0, 0, 0, None))
-    over_rows = jax.vmap(over_groups, in_axes=(0, 0, 0, None if ids is None else 0))
-    out = over_rows(grouped, key.swapaxes(1, 2), value.swapaxes(1, 2), ids)
+    sinks = None if sinks is None else sinks.reshape(groups, -1)
+    over_groups = jax.vmap(kernel, in_axes=(0, 0, 0, None, None if sinks is None else 0))
+    over_rows = jax.vmap(over_groups, in_axes=(0, 0, 0, None if ids is None else 0, None))
+    out = over_rows(grouped, key.swapaxes(1, 2), value.swapaxes(1, 2), ids, sinks)
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, size)

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 
 def expert_load(
-    router_logits: Float[Array, "L B T E"], mask: Float[Array, "B T"], *, per_token: int
+    chosen: Int[Array, "L B T k"], mask: Float[Array, "B T"], *, experts: int
 ) -> tuple[Float[Array, " E"], Float[Array, ""]]:
     """(tokens that pass each expert, tokens), both summed over layers: f_e = load_e / tokens sums to k.
 
     Args:
-        router_logits: of the L layers with experts.
+        chosen: the k experts of each token in the L layers that have experts.
         mask: 1 for tokens that count, 0 for padding.
-        per_token: k, the experts of a token.
+        experts: their number, E.
     """
-    layers, _, _, experts = router_logits.shape
-    chosen = jax.lax.top_k(router_logits, per_token)[1]
+    layers = chosen.shape[0]
     weights = jnp.broadcast_to(mask[None, ..., None], chosen.shape).astype(jnp.float32)
     load = jnp.zeros(experts, jnp.float32).at[chosen.reshape(-1)].add(weights.reshape(-1))
     return load, layers * jnp.sum(mask.astype(jnp.float32))

@@ -1,45 +1,26 @@
-"""The blocks of the decoder, and the inputs that its layers share."""
+"""The blocks of the decoder."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxft.kernels.attention import attend, attend_cache, attention
-from jaxft.models.cache import Cache, cache_mask, window_mask, write
+from jaxft.kernels.attention import attend_cache
+from jaxft.models.cache import write
 from jaxft.models.config import DecoderConfig
+from jaxft.models.context import LayerKind, layer_table
 from jaxft.models.experts import ExpertsMlp
-from jaxft.models.layers import ACTIVATIONS, Dense, Norm, through_adapter
+from jaxft.models.latent import LatentAttention
+from jaxft.models.layers import ACTIVATIONS, Dense, Norm, read, through_adapter
 from jaxft.models.remat import Remat, remat_block, remat_lean
 from jaxft.models.rope import apply_rope
 from jaxft.models.soft import before
 from jaxft.parallel.activations import keep_tokens
-
-
-class LayerKind(NamedTuple):
-    """The differences between layers: Python values, or traced ones under a scan."""
-
-    local: bool | jax.Array  # whether it has a window, and so the local rotary table
-    window: int | jax.Array | None
-    turns: bool | jax.Array = True  # whether it has rotary positions
-
-
-class Context(NamedTuple):
-    """The inputs that all layers share: see `Decoder.__call__` for shapes."""
-
-    segment_ids: jax.Array | None
-    positions: jax.Array  # [B, N]: of a prompt, if there is one, and the tokens
-    table: Any  # (cos, sin) of the rotary positions, None without
-    local_table: Any  # the same for layers with a window
-    cache: Cache | None
-    start: jax.Array | None  # the slot of the first key; None: the cache was empty
-    mask: jax.Array | None  # [B, 1, N, S], without windows, for virtual tokens without a cache
-    key_positions: jax.Array  # [B, S]
+from jaxft.weights import to_dense
 
 
 class Layers(nn.Module):
@@ -62,22 +43,22 @@ class Layers(nn.Module):
             layer = LayerKind(window is not None, window, i not in config.unrotated)
             if context.cache is not None:
                 cached = (context.cache.keys[i], context.cache.values[i])
-            x, (cached, logits) = block(x, layer, own, cached, context)
-            routed += [] if logits is None else [logits]
+            x, (cached, routing) = block(x, layer, own, cached, context)
+            routed += [] if routing is None else [routing]
             if cached is not None:
                 keys.append(cached[0])
                 values.append(cached[1])
-        logits = jnp.stack(routed) if routed else None
+        routing = jax.tree.map(lambda *parts: jnp.stack(parts), *routed) if routed else None
         if context.cache is None:
-            return x, None, logits
+            return x, None, routing
         cache = dataclasses.replace(context.cache, keys=tuple(keys), values=tuple(values))
-        return x, cache, logits
+        return x, cache, routing
 
 
 class Block(nn.Module):
     """Attention and MLP, each on the normed residual stream and added to it.
 
-    Returns (x, (keys and values of the cache, logits of the router)), each None without them.
+    Returns (x, (keys and values of the cache, Routing)), each None without them.
     """
 
     config: DecoderConfig
@@ -91,18 +72,19 @@ class Block(nn.Module):
         norm_type = remat_lean(Norm, self.remat)
         norm = functools.partial(norm_type, config.norm, config.norm_eps, config.norm_offset)
         y = norm(name="attention_norm")(x) if config.pre_norms else x
-        mix = Attention(config, self.remat, self.attention, name="attention")
+        kind = Attention if config.latent is None else LatentAttention
+        mix = kind(config, self.remat, self.attention, name="attention")
         y, cached = mix(y, layer, prefix, cached, context)
         y = norm(name="post_attention_norm")(y) if config.post_norms else y
         x = keep_tokens(x + _scaled(y, config.residual_scale))
-        y, logits = norm(name="mlp_norm")(x) if config.pre_norms else x, None
+        y, routing = norm(name="mlp_norm")(x) if config.pre_norms else x, None
         if self.sparse:
-            y, logits = ExpertsMlp(config, self.remat, name="mlp")(y)
+            y, routing = ExpertsMlp(config, self.remat, name="mlp")(y)
         else:
             y = Mlp(config, self.remat, name="mlp")(y)
         y = norm(name="post_mlp_norm")(y) if config.post_norms else y
         x = keep_tokens(x + _scaled(y, config.residual_scale))
-        return x, (cached, logits)
+        return x, (cached, routing)
 
 
 class Attention(nn.Module):
@@ -132,7 +114,9 @@ class Attention(nn.Module):
                 jnp.clip(y, -config.clip_qkv, config.clip_qkv) for y in (query, key, value)
             )
         options = {"scale": config.scale, "softcap": config.attention_softcap}
-        table = None if config.rope is None else _layer_table(config, layer, context)
+        if config.sinks:
+            options["sinks"] = to_dense(read(self, "sinks", nn.initializers.zeros, (heads,)))
+        table = layer_table(config, layer, context)
 
         # From flat projections: heads narrower than a TPU's lanes would be stored padded.
         def to_heads(query, key, value):
@@ -146,48 +130,23 @@ class Attention(nn.Module):
         # At init any implementation works, but a kernel may not run on the device that makes the params.
         implementation = None if self.is_initializing() else self.implementation
         window = config.shared_window or layer.window
-
-        def attended(*heads):
-            return attention(
-                *heads,
-                segment_ids=context.segment_ids,
-                window=window,
-                gradient=cached is None,
-                implementation=implementation,
-                **options,
-            )
-
-        def masked(*heads):
-            mask = context.mask
-            if window is not None:
-                mask = mask & window_mask(context.positions, context.key_positions, window)
-            return attend(*heads, mask, **options)
-
+        among_tokens = functools.partial(
+            context.attend, window=window, implementation=implementation, **options
+        )
         if cached is None:
-            plain = attended if context.mask is None else masked
-            run = remat_lean(lambda *projections: plain(*to_heads(*projections)), self.remat)
-            y = run(query, key, value)
+            run = lambda *projections: among_tokens(*to_heads(*projections))
+            y = remat_lean(run, self.remat)(query, key, value)
         else:
             query, key, value = to_heads(query, key, value)
-            first = 0 if context.start is None else context.start
-            cached = write(cached, key, value, first)
+            cached = write(cached, key, value, 0 if context.start is None else context.start)
             if context.start is None:
-                y = attended(query, key, value)
+                y = among_tokens(query, key, value)
             else:
                 stored = (c.astype(query.dtype) for c in cached)
-                y = attend_cache(query, *stored, self._visible(context, prefix, window), **options)
+                visible = context.visible(window, 0 if prefix is None else prefix.shape[1])
+                y = attend_cache(query, *stored, visible, **options)
         y = Dense(config.hidden_size, config.output_bias, name="out")(y.reshape(*x.shape[:-1], -1))
         return through_adapter(self, x, y), cached
-
-    def _visible(self, context, prefix, window):
-        """The masks of `attend_cache`: the queries' slots come after those of a prefix, if it is new."""
-        start = context.start + (0 if prefix is None else prefix.shape[1])
-
-        def visible(i, rows):
-            positions = jax.lax.dynamic_slice_in_dim(context.positions, i, rows, axis=1)
-            return cache_mask(context.cache, start + i, positions, window)
-
-        return visible
 
 
 class Mlp(nn.Module):
@@ -213,20 +172,3 @@ class Mlp(nn.Module):
 
 def _scaled(x, factor):
     return x if factor == 1 else x * jnp.asarray(factor, x.dtype)
-
-
-def _layer_table(config, layer, context):
-    """The (cos, sin) of a layer; None: it has no rotary positions."""
-    table = context.table
-    if config.local_rope is not None:
-        local = context.local_table
-        if isinstance(layer.local, bool):
-            table = local if layer.local else table
-        else:
-            table = jax.tree.map(functools.partial(jnp.where, layer.local), local, table)
-    if not config.unrotated:
-        return table
-    if isinstance(layer.turns, bool):
-        return table if layer.turns else None
-    cos, sin = table
-    return jnp.where(layer.turns, cos, 1.0), jnp.where(layer.turns, sin, 0.0)

@@ -45,7 +45,17 @@ class Experts:
     per_token: int  # experts that a token passes
     width: int  # features of an expert's MLP
     normalised: bool = True  # whether a token's gates are divided by their sum
+    sigmoid: bool = False  # an expert's score is the sigmoid of its logit, not the softmax of all
+    correction: bool = False  # a term for each expert is added to its score to choose, not to weigh
+    groups: int = 1  # experts are chosen from `chosen_groups` of so many groups, side by side
+    chosen_groups: int = 1
+    group_best: int = 1  # a group's score is the sum of so many of its best
+    scale: float = 1.0  # of the gates
+    bias: bool = False  # of the router and of the experts' kernels
+    interleaved: bool = False  # the columns of gate_up are gate, up, gate, up, ...
+    swiglu: tuple[float, float] | None = None  # alpha and limit of gpt-oss's clamped SwiGLU
     shared_width: int = 0  # of the gated MLP that every token passes; 0: none
+    shared_gate: bool = True  # whether its output is scaled by a sigmoid
     dense_layers: tuple[int, ...] = ()  # layers with an MLP of intermediate_size instead
     balance: float = (
         0.0  # the file's coefficient of the balance loss: see jaxft.losses.balance_loss
@@ -57,6 +67,40 @@ class Experts:
                 f"Experts: {self.per_token} of {self.count} experts per token with {self.width} features; "
                 "expected 1 to all of them, of at least one feature."
             )
+        size = self.count // max(self.groups, 1)
+        whole = self.groups >= 1 and self.count % self.groups == 0
+        if not whole or not 1 <= self.chosen_groups <= self.groups:
+            raise ValueError(
+                f"Experts: {self.chosen_groups} of {self.groups} groups of {self.count} experts; expected 1 "
+                "to all of them, of equal sizes."
+            )
+        if self.per_token > self.chosen_groups * size or self.group_best > size:
+            raise ValueError(
+                f"Experts: {self.chosen_groups} groups of {size} experts do not have the {self.per_token} of "
+                f"a token, or the {self.group_best} that score a group."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Latent:
+    """Multi-head latent attention: keys and values of all heads are projections of one latent.
+
+    DeepSeek-V2, 2024, arxiv.org/abs/2405.04434, section 2.1. A head's queries and keys have `plain` features
+    and `turned` ones with rotary positions; the latter, of keys, are shared by all heads.
+    """
+
+    rank: int  # of keys and values
+    query_rank: int | None  # of queries; None: they are projected from the input
+    plain: int  # features of a head without positions
+    turned: int  # features of a head with rotary positions
+    value: int  # features of a head's values
+    interleaved: bool = True  # rotary positions turn the pairs (x_2i, x_2i+1) as stored
+    mscale: float = 0.0  # YaRN's mscale_all_dim, by which the scores grow; 0: they do not
+
+    @property
+    def size(self) -> int:
+        """Features of a head's queries and keys."""
+        return self.plain + self.turned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +130,8 @@ class DecoderConfig:
     qk_norm: bool = False
     qk_norm_whole: bool = False  # one norm over all heads, not one per head
     clip_qkv: float | None = None  # largest magnitude of queries, keys and values
+    sinks: bool = False  # a learned logit for each head joins its softmax
+    latent: Latent | None = None  # keys and values come from it; head_dim is then its `turned`
     experts: Experts | None = None  # instead of the MLPs
     pre_norms: bool = True  # norms before attention and MLP
     post_norms: bool = False  # norms after attention and MLP
@@ -136,6 +182,13 @@ class DecoderConfig:
     def window(self, layer: int) -> int | None:
         """The number of tokens that `layer` sees, or None for all."""
         return self.windows[layer] if self.windows else None
+
+    @property
+    def cache_shape(self) -> tuple[int, int]:
+        """(heads, features) of what a cache holds for a token in a layer."""
+        if self.latent is not None:
+            return 1, self.latent.rank + self.latent.turned
+        return self.num_kv_heads, self.head_dim
 
     @property
     def shared_window(self) -> int | None:

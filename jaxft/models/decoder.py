@@ -10,9 +10,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxft.models.blocks import Block, Context, LayerKind, Layers
+from jaxft.models.blocks import Block, Layers
 from jaxft.models.cache import Cache, empty_cache, reserve
 from jaxft.models.config import DecoderConfig, Rope
+from jaxft.models.context import Context, LayerKind
 from jaxft.models.experts import Routing
 from jaxft.models.layers import (
     KERNEL_INIT,
@@ -44,7 +45,7 @@ class Output(NamedTuple):
     hidden: jax.Array
     logits: jax.Array  # [B, T, V] float32
     cache: Cache | None
-    router_logits: jax.Array | None = None  # [L, B, T, E] float32, of the L layers with experts
+    routing: Routing | None = None  # of the layers with experts
 
 
 class Decoder(nn.Module):
@@ -124,7 +125,7 @@ class Decoder(nn.Module):
         x = x[:, lead.prompt_length :]
         norm = config.norm, config.norm_eps, config.norm_offset, config.output_scale
         hidden = Norm(*norm, name="final_norm")(x)
-        routed = None if routed is None else routed[:, :, lead.prompt_length :]
+        routed = jax.tree.map(lambda leaf: leaf[:, :, lead.prompt_length :], routed)
         return Output(hidden, self._logits(hidden), new_cache, routed)
 
     def head(self, params: Any) -> WeightLike:
@@ -150,18 +151,14 @@ class Decoder(nn.Module):
         output = self.apply(
             {"params": params}, jnp.asarray(batch["tokens"]), cache=cache, noise=noise, **inputs
         )
-        softcap, routing = self.config.final_softcap, None
-        if output.router_logits is not None:
-            routing = Routing(output.router_logits, self.config.experts.per_token)
-        return Prediction(output.hidden, self.head(params), softcap, output.cache, routing)
+        softcap = self.config.final_softcap
+        return Prediction(output.hidden, self.head(params), softcap, output.cache, output.routing)
 
     def init_cache(self, batch: int, length: int, dtype: Any = None) -> Cache:
         """An empty cache of `length` slots for `batch` rows; dtype None: the activations' type."""
-        config = self.config
         dtype = self.dtype if dtype is None else dtype
-        return empty_cache(
-            config.num_layers, batch, length, config.num_kv_heads, config.head_dim, dtype
-        )
+        layers, shape = self.config.num_layers, self.config.cache_shape
+        return empty_cache(layers, batch, length, *shape, dtype)
 
     def example_input(self) -> jax.Array:
         """The smallest input, for `init` and shapes."""

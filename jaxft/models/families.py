@@ -7,11 +7,14 @@ from typing import Any
 
 from jaxft.models.bart import BART
 from jaxft.models.bert import BERT
+from jaxft.models.deepseek_v2 import DEEPSEEK_V2
+from jaxft.models.deepseek_v3 import DEEPSEEK_V3
 from jaxft.models.family import Family, find_family
 from jaxft.models.gemma import GEMMA
 from jaxft.models.gemma2 import GEMMA2
 from jaxft.models.gemma3 import GEMMA3
 from jaxft.models.gpt2 import GPT2
+from jaxft.models.gpt_oss import GPT_OSS
 from jaxft.models.granite import GRANITE
 from jaxft.models.llama import LLAMA
 from jaxft.models.marian import MARIAN
@@ -41,6 +44,9 @@ FAMILIES: tuple[Family, ...] = (
     QWEN2_MOE,
     QWEN3_MOE,
     OLMOE,
+    GPT_OSS,
+    DEEPSEEK_V2,
+    DEEPSEEK_V3,
     GEMMA,
     GEMMA2,
     GEMMA3,

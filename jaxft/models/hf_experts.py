@@ -54,7 +54,7 @@ def read_experts(json: Json, count: str, width: str, normalised: bool, **more: A
         per_token=per_token,
         width=json[width],
         normalised=normalised,
-        balance=float(json["router_aux_loss_coef"]),
+        balance=float(json.get("router_aux_loss_coef", 0.0)),
         **more,
     )
 

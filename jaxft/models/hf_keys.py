@@ -43,7 +43,8 @@ COUNTS = frozenset(
     "d_model d_kv d_ff num_layers num_decoder_layers num_heads encoder_layers decoder_layers "
     "encoder_ffn_dim decoder_ffn_dim encoder_attention_heads decoder_attention_heads "
     "num_experts num_local_experts num_experts_per_tok moe_intermediate_size "
-    "shared_expert_intermediate_size decoder_sparse_step".split()
+    "shared_expert_intermediate_size decoder_sparse_step n_routed_experts n_shared_experts n_group "
+    "topk_group kv_lora_rank q_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim".split()
 )
 # Numbers that must not be negative, infinite or NaN (which Python's JSON allows).
 _EPSILONS = frozenset({"rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon"})
@@ -148,6 +149,9 @@ _KINDS: dict[str, type] = {  # of keys whose default is null, or that are not re
     "clip_qkv": float,
     "sliding_window": int,
     "mlp_only_layers": list,
+    "n_group": int,
+    "topk_group": int,
+    "num_experts_per_tok": int,
     "layer_types": list,
     "no_rope_layers": list,
     "rope_scaling": dict,

@@ -22,6 +22,7 @@ class Entry:
     axes: tuple[int, ...] = ()  # the file's axes in the leaf's order
     expert: int | None = None  # the tensor is this expert's part of a leaf [E, in, out]
     columns: tuple[int, int] | None = None  # it holds these columns of that part, not all of them
+    as_stored: bool = False  # the leaf keeps the file's data type, whichever is asked for
 
 
 LINEAR: Mapping[str, tuple[str, ...]] = {
@@ -33,6 +34,7 @@ LINEAR: Mapping[str, tuple[str, ...]] = {
     "mlp.up_proj": ("mlp/up",),
     "mlp.down_proj": ("mlp/down",),
 }
+_UNBIASED = ("attention/query", "attention/query_up", "attention/latent_up")  # of latent attention
 NORMS = {"input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm"}
 QK_NORMS = {
     "self_attn.q_norm": "attention/query_norm",
@@ -47,15 +49,45 @@ class ExpertNames(NamedTuple):
     gate: str
     up: str
     down: str
+    shared: str = "shared_expert"
 
 
 EXPERTS = ExpertNames("mlp", "gate_proj", "up_proj", "down_proj")
 
 
+def expert_entries(
+    experts: Experts, theirs: str, ours: str, names: ExpertNames = EXPERTS
+) -> list[Entry]:
+    """One tensor for each kernel of each expert of a layer, as in all versions of transformers' files."""
+    theirs += f"{names.module}."
+    up, down = (f"{ours}mlp/experts/{name}/kernel" for name in ("gate_up", "down"))
+    entries = [Entry(f"{theirs}gate.weight", (f"{ours}mlp/router/kernel",), True)]
+    if experts.correction:
+        # Its differences are too small for 16 bits.
+        path = (f"{ours}mlp/router/correction",)
+        entries.append(Entry(f"{theirs}gate.e_score_correction_bias", path, as_stored=True))
+    width = experts.width
+    for e in range(experts.count):
+        name = f"{theirs}experts.{e}."
+        halves = ((names.gate, (0, width)), (names.up, (width, 2 * width)))
+        for half, columns in halves:
+            entry = Entry(f"{name}{half}.weight", (up,), True, expert=e, columns=columns)
+            entries.append(entry)
+        entries.append(Entry(f"{name}{names.down}.weight", (down,), True, expert=e))
+    if experts.shared_width:
+        for name in ("gate", "up", "down"):
+            shared = (f"{ours}mlp/shared/{name}/kernel",)
+            entries.append(Entry(f"{theirs}{names.shared}.{name}_proj.weight", shared, True))
+    if experts.shared_width and experts.shared_gate:
+        gate = (f"{ours}mlp/shared_gate/kernel",)
+        entries.append(Entry(f"{theirs}{names.shared}_gate.weight", gate, True))
+    return entries
+
+
 def decoder_entries(
     config: DecoderConfig,
     norms: Mapping[str, str] = NORMS,
-    experts: ExpertNames = EXPERTS,
+    experts: Callable[[Experts, str, str], list[Entry]] = expert_entries,
     linear: Mapping[str, tuple[str, ...]] = LINEAR,
 ) -> list[Entry]:
     """The tensors of a Llama-like decoder in a Hugging Face checkpoint, in the file's usual order.
@@ -63,7 +95,7 @@ def decoder_entries(
     Args:
         config: of the model.
         norms: name in the file -> path in a block, for the norms of each layer.
-        experts: names of the experts, in layers that have them.
+        experts: (experts, prefix in the file, prefix of the leaves) -> the tensors of a layer's experts.
         linear: name in the file -> paths in a block of the layers that it holds side by side.
     """
     entries = [Entry("model.embed_tokens.weight", ("embed/embedding",))]
@@ -79,32 +111,11 @@ def decoder_entries(
             if _has_bias(config, paths[0]):
                 entries.append(Entry(f"{theirs}{name}.bias", biases))
         if config.has_experts(i):
-            entries += _expert_entries(config.experts, f"{theirs}{experts.module}.", ours, experts)
+            entries += experts(config.experts, theirs, ours)
         for name, path in norms.items():
             entries.append(Entry(f"{theirs}{name}.weight", (f"{ours}{path}/scale",)))
     entries.append(Entry("model.norm.weight", ("final_norm/scale",)))
     return entries + output_entries(config)
-
-
-def _expert_entries(experts: Experts, theirs: str, ours: str, names: ExpertNames) -> list[Entry]:
-    """One tensor for each kernel of each expert, as in all versions of transformers' files."""
-    up, down = (f"{ours}mlp/experts/{name}/kernel" for name in ("gate_up", "down"))
-    entries = [Entry(f"{theirs}gate.weight", (f"{ours}mlp/router/kernel",), True)]
-    width = experts.width
-    for e in range(experts.count):
-        name = f"{theirs}experts.{e}."
-        halves = ((names.gate, (0, width)), (names.up, (width, 2 * width)))
-        for half, columns in halves:
-            entry = Entry(f"{name}{half}.weight", (up,), True, expert=e, columns=columns)
-            entries.append(entry)
-        entries.append(Entry(f"{name}{names.down}.weight", (down,), True, expert=e))
-    if experts.shared_width:
-        for name in ("gate", "up", "down"):
-            shared = (f"{ours}mlp/shared/{name}/kernel",)
-            entries.append(Entry(f"{theirs}shared_expert.{name}_proj.weight", shared, True))
-        gate = (f"{ours}mlp/shared_gate/kernel",)
-        entries.append(Entry(f"{theirs}shared_expert_gate.weight", gate, True))
-    return entries
 
 
 def output_entries(config: DecoderConfig) -> list[Entry]:
@@ -140,4 +151,7 @@ def _tied_head(name: str, config: DecoderConfig) -> bool:
 def _has_bias(config: DecoderConfig, path: str) -> bool:
     if path.startswith("mlp/"):
         return config.mlp_bias
-    return config.output_bias if path == "attention/out" else config.attention_bias
+    if path == "attention/out":
+        return config.output_bias
+    unbiased = () if config.latent is None else _UNBIASED
+    return config.attention_bias and path not in unbiased

@@ -82,6 +82,11 @@ def apply_rope(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
     return jnp.concatenate(parts if size == x.shape[-1] else [*parts, x[..., size:]], axis=-1)
 
 
+def halves(x: jax.Array) -> jax.Array:
+    """x [..., R] in the order that `apply_rope` turns: (x_0, x_2, ..., x_1, x_3, ...)."""
+    return jnp.concatenate([x[..., 0::2], x[..., 1::2]], axis=-1)
+
+
 def _frequencies(rope, head_dim, lengths):
     """[1, 1, 1, R/2], or [B, T, 1, R/2] if they differ by text."""
     constant = lambda length: jnp.asarray(

@@ -49,11 +49,11 @@ def router_terms(
         if coefficients != NO_TERMS:
             raise ValueError(f"{coefficients}: this model has no experts; leave the terms out.")
         return (), {}
-    logits, per_token = found.routing.logits, found.routing.chosen
+    logits, chosen = found.routing.logits, found.routing.chosen
     shape, segments = logits.shape[1:3], batch.get("segment_ids")
     real = jnp.ones(shape) if segments is None else (jnp.asarray(segments) > 0).astype(jnp.float32)
-    counts, tokens = expert_load(logits, real, per_token=per_token)
-    even = per_token / logits.shape[-1]
+    counts, tokens = expert_load(chosen, real, experts=logits.shape[-1])
+    even = chosen.shape[-1] / logits.shape[-1]
     load = WholeMean(jax.lax.stop_gradient(counts / even), tokens)
     share = load.over(batch, "router/load").value * even
     balance = Mean.of(balance_loss(logits, share), real)

@@ -16,7 +16,7 @@ from jaxft.parallel import LAYERS, path_name, stacked_axes
 
 Decay = Callable[[jax.Array], jax.Array]  # progress in 0..1 -> factor of the learning rate
 
-NOT_DECAYED = frozenset({"scale", "bias", "embedding"})
+NOT_DECAYED = frozenset({"scale", "bias", "sinks", "correction", "embedding"})
 
 
 def make_optimizer(
@@ -95,7 +95,7 @@ def constant(progress: jax.Array) -> jax.Array:
 
 
 def decay_mask(params: Any) -> Any:
-    """True for leaves with weight decay: all except norms' scales, biases and embeddings.
+    """True for leaves with weight decay: all except norms' scales, biases, sinks and embeddings.
 
     Embedding rows of tokens that never occur, which is most rows in fine-tuning, would shrink
     without a gradient to counteract the decay.

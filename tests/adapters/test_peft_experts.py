@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The following (rank|alpha)_patte
 TOKENS = np.arange(9)[None] * 7 % 58 + 3
 
 
-@pytest.fixture(scope="module", params=["mixtral", "qwen3_moe"])
+@pytest.fixture(scope="module", params=["mixtral", "qwen3_moe", "gpt_oss"])
 def base(request, tmp_path_factory):
     """(family, directory of the base model, our model, our params)."""
     path = tmp_path_factory.mktemp(request.param)
@@ -69,6 +69,8 @@ def test_ours_open_in_peft_and_come_back(base, names, tmp_path):
 
 def test_modules_of_single_experts_are_read_as_peft_reads_them(base, tmp_path):
     family, path, model, params = base
+    if family == "gpt_oss":
+        return  # which has had one parameter for all experts from the start
     mixtral = family == "mixtral"
     places = "block_sparse_moe" if mixtral else "mlp"
     modules = ["w1", "w3", "w2"] if mixtral else ["gate_proj", "up_proj", "down_proj"]

@@ -17,6 +17,15 @@ BASE = dict(
 )
 # Layers that differ: one more, so that they make no whole number of their patterns.
 MIXED = BASE | dict(num_hidden_layers=3)
+LATENT = BASE | dict(
+    num_key_value_heads=4,
+    kv_lora_rank=12,
+    qk_nope_head_dim=8,
+    qk_rope_head_dim=4,
+    n_routed_experts=6,
+    moe_intermediate_size=8,
+    routed_scaling_factor=1.5,
+)
 LLAMA3 = dict(
     rope_type="llama3",
     rope_theta=500.0,
@@ -95,6 +104,38 @@ FAMILIES = {
         norm_topk_prob=True,
     ),
     "olmoe": lambda: hf.OlmoeConfig(**BASE, num_experts=4, num_experts_per_tok=2, clip_qkv=1.5),
+    # Limits that gates and ups pass; 32 features are blocks of MXFP4.
+    "gpt_oss": lambda: hf.GptOssConfig(
+        **BASE | dict(intermediate_size=32),
+        head_dim=8,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        sliding_window=4,
+        swiglu_limit=1.0,
+        swiglu_alpha=1.3,
+        rope_parameters=YARN | dict(truncate=False),
+    ),
+    # Keys wider than values, and the other way round.
+    "deepseek_v2": lambda: hf.DeepseekV2Config(
+        **LATENT,
+        q_lora_rank=None,
+        v_head_dim=6,
+        n_group=3,
+        topk_group=2,
+        topk_method="group_limited_greedy",
+        num_experts_per_tok=3,
+        n_shared_experts=2,
+        rope_parameters=YARN | dict(mscale=0.7, mscale_all_dim=0.9),
+    ),
+    "deepseek_v3": lambda: hf.DeepseekV3Config(
+        **LATENT,
+        q_lora_rank=10,
+        v_head_dim=14,
+        n_group=2,
+        topk_group=1,
+        num_experts_per_tok=2,
+        first_k_dense_replace=0,
+    ),
     "gpt2": lambda: hf.GPT2Config(
         vocab_size=61,
         n_embd=32,
@@ -120,6 +161,9 @@ def torch_model(family: str) -> torch.nn.Module:
             centre = 1.0 if "norm" in name or "ln_" in name else 0.0
             centre = 0.0 if family.startswith("gemma") or name.endswith("bias") else centre
             parameter.copy_(centre + spread * torch.randn_like(parameter))
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):  # as large as the scores differ
+                buffer.copy_(0.3 * torch.randn_like(buffer))
     return model
 
 
@@ -131,7 +175,9 @@ def as_in_files(family: str, tensors: dict) -> dict:
             name = name.replace(".mlp.", ".block_sparse_moe.")
         names = ("w1", "w3", "w2") if family == "mixtral" else ("gate_proj", "up_proj", "down_proj")
         place, _, last = name.rpartition(".")
-        if not place.endswith(".experts"):
+        if (
+            not place.endswith(".experts") or family == "gpt_oss"
+        ):  # whose files hold them as they are
             found[name] = tensor
             continue
         for e, part in enumerate(tensor):

@@ -66,11 +66,24 @@ def run(model, params, batch, **changes):
     return apply(params, jax.tree.map(jnp.asarray, batch))
 
 
-def test_padded_and_packed_logits(pair, records):
-    theirs, _, model, params = pair
-    expected = logits_of_each(theirs, records)
+@pytest.fixture(scope="module")
+def found(pair, records):
+    """(gradients, logits) of padded rows and a packed one, by one program: each record is there twice."""
+    _, _, model, params = pair
     rows = right_padded(records, sum(LENGTHS)), packed(records)
-    *padded, together = run(model, params, jax.tree.map(lambda *x: np.concatenate(x), *rows))
+    batch = jax.tree.map(lambda *x: jnp.asarray(np.concatenate(x)), *rows)
+
+    def loss(params):
+        prediction = model.forward(params, batch)
+        objective = supervised(lambda *_, **__: prediction, chunk=4)
+        return objective(params, batch, None)[0], prediction.logits
+
+    return jax.jit(jax.grad(loss, has_aux=True))(params)
+
+
+def test_padded_and_packed_logits(pair, records, found):
+    expected = logits_of_each(pair[0], records)
+    *padded, together = found[1]
     for row, wanted in zip(padded, expected, strict=True):
         close(row[: len(wanted)], wanted)
     close(together, np.concatenate(expected))
@@ -104,11 +117,9 @@ def test_cache_step_by_step(pair, records):
         close(row[width - len(wanted) :], wanted)
 
 
-def test_loss_gradients(pair, records):
-    theirs, _, model, params = pair
-    batch = right_padded(records)
-    objective = supervised(model.forward, chunk=4)
-    grads = jax.jit(jax.grad(objective, has_aux=True))(params, batch, None)[0]
+def test_loss_gradients(pair, records, found):
+    theirs, _, model, _ = pair
+    batch, grads = right_padded(records), found[0]
     labels = torch.tensor(np.where(batch["segment_ids"] > 0, batch["tokens"], -100))
     mask = torch.tensor(batch["segment_ids"])
     theirs.zero_grad()
@@ -116,7 +127,9 @@ def test_loss_gradients(pair, records):
     wanted = {n: p.grad.numpy() for n, p in theirs.named_parameters()}
     wanted = families.as_in_files(theirs.config.model_type, wanted)
     ours = dict(disassemble(family_of(model.config).huggingface.entries(model.config), grads))
-    assert set(ours) == set(wanted)
+    # DeepSeek-V3's correction of the choice is no parameter in torch.
+    assert not any(g.any() for name, g in ours.items() if name not in wanted)
+    assert {n for n in ours if not n.endswith("correction_bias")} == set(wanted)
     for name, gradient in wanted.items():
         scale = max(np.abs(gradient).max(), 1e-3)
         chex.assert_trees_all_close(ours[name], gradient, rtol=0, atol=2e-4 * scale)
@@ -141,6 +154,9 @@ def test_files_survive_a_round_trip_bit_for_bit(pair, records, tmp_path):
 def test_stacked_loading_equals_stacking(pair):
     _, path, _, params = pair
     model, stacked = load_model(path, scan_layers=True, dtype=jnp.bfloat16)
-    expected = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), stack_layers(params))
+    kept = lambda path: path[-1].key == "correction"  # DeepSeek-V3 chooses experts by its last bits
+    expected = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf if kept(path) else leaf.astype(jnp.bfloat16), stack_layers(params)
+    )
     chex.assert_trees_all_equal(stacked, expected)
     assert isinstance(model, Decoder) and model.scan_layers

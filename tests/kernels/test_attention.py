@@ -15,7 +15,7 @@ def draw(length, heads=4, groups=2, size=8, batch=2):
     return [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
 
 
-def slow(query, key, value, visible, scale, softcap=None):
+def slow(query, key, value, visible, scale, softcap=None, sinks=None):
     """One query and head at a time, in numpy."""
     query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
     out = np.zeros(query.shape)
@@ -24,7 +24,8 @@ def slow(query, key, value, visible, scale, softcap=None):
         scores = key[b, :, h // repeat] @ query[b, t, h] * scale
         scores = scores if softcap is None else softcap * np.tanh(scores / softcap)
         weights = np.exp(scores - scores.max()) * visible[b, t]
-        out[b, t, h] = weights / weights.sum() @ value[b, :, h // repeat]
+        total = weights.sum() + (0 if sinks is None else np.exp(sinks[h] - scores.max()))
+        out[b, t, h] = weights / total @ value[b, :, h // repeat]
     return out
 
 
@@ -51,25 +52,26 @@ def test_every_implementation_equals_a_slow_loop(length, window, segmented, impl
     chex.assert_trees_all_close(np.asarray(run(query, key, value)), expected, atol=2e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("implementation", ["reference", "blocked", "tiled"])
-def test_softcap(implementation):
+@pytest.mark.parametrize("implementation", ["reference", "blocked", "tiled", "gathered"])
+def test_softcap_and_sinks(implementation):
     query, key, value = draw(130)
     visible = np.tile(np.tril(np.ones((130, 130), bool)), (2, 1, 1))
-    got = attention(query, key, value, softcap=0.5, implementation=implementation)
-    expected = slow(query, key, value, visible, 8**-0.5, softcap=0.5)
+    sinks = np.float32([-2.0, 0.0, 1.0, 30.0])
+    options = dict(softcap=0.5, sinks=jnp.asarray(sinks), implementation=implementation)
+    got = attention(query, key, value, **options)
+    expected = slow(query, key, value, visible, 8**-0.5, softcap=0.5, sinks=sinks)
     chex.assert_trees_all_close(np.asarray(got), expected, atol=2e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("form", ["blocked", "tiled"])
 def test_gradients_equal_the_reference(form):
-    inputs = draw(300)
+    inputs = [*draw(300), jnp.linspace(-1.0, 2.0, 4)]
     ids = jnp.asarray(np.arange(300) // 70 + 1)[None].repeat(2, 0)
 
     def grads(implementation):
-        fun = lambda *x: jnp.sum(
-            jnp.sin(attention(*x, segment_ids=ids, implementation=implementation))
-        )
-        return jax.jit(jax.grad(fun, argnums=(0, 1, 2)))(*inputs)
+        options = dict(segment_ids=ids, implementation=implementation)
+        fun = lambda *x: jnp.sum(jnp.sin(attention(*x[:3], sinks=x[3], **options)))
+        return jax.jit(jax.grad(fun, argnums=(0, 1, 2, 3)))(*inputs)
 
     chex.assert_trees_all_close(grads(form), grads("reference"), atol=1e-5, rtol=1e-5)
 
@@ -111,6 +113,8 @@ def test_what_an_implementation_lacks_is_an_error():
     query, key, value = draw(3)
     with pytest.raises(ValueError, match="'xla' has no softcap"):
         attention(query, key, value, softcap=1.0, implementation="xla")
+    with pytest.raises(ValueError, match="'cudnn' has no sinks; use 'reference'"):
+        attention(query, key, value, sinks=jnp.zeros(4), implementation="cudnn")
     with pytest.raises(ValueError, match="'blocked' needs causal=True"):
         attention(query, key, value, causal=False, implementation="blocked")
 
@@ -151,6 +155,8 @@ def test_each_device_of_a_mesh_masks_its_own_rows_for_cudnn(monkeypatch, window)
         ({"size": 256}, "xla"),
         ({"softcap": 5.0}, "reference"),
         ({"dtype": jnp.float32}, "reference"),
+        ({"sinks": jnp.zeros(4)}, "reference"),
+        ({"sinks": jnp.zeros(4), "length": 1024}, "gathered"),
     ],
 )
 def test_a_gpu_takes_cudnn_for_what_cudnn_takes(monkeypatch, case, picked):
@@ -159,11 +165,11 @@ def test_a_gpu_takes_cudnn_for_what_cudnn_takes(monkeypatch, case, picked):
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     case = {
         "length": 8, "size": 64, "dtype": jnp.bfloat16, "segmented": False, "window": None,
-        "causal": True, "softcap": None,
+        "causal": True, "softcap": None, "sinks": None,
     } | case  # fmt: skip
     query = jnp.zeros((2, case["length"], 4, case["size"]), case["dtype"])
     segments = jnp.ones(query.shape[:2], jnp.int32) if case["segmented"] else None
-    options = (case["window"], case["causal"], case["softcap"])
+    options = (case["window"], case["causal"], case["softcap"], case["sinks"])
     assert module._best(query, query[:, :, :2], segments, *options) == picked
     # Several devices and no mesh: the split of a mask is unknown.
     monkeypatch.setattr(jax, "device_count", lambda: 8)

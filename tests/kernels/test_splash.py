@@ -41,7 +41,7 @@ def value_and_gradients(fun, inputs, counted):
     "length, options, segmented",
     [
         (256, {}, True),
-        (256, {"window": 37, "softcap": 2.0}, True),
+        (256, {"window": 37, "softcap": 2.0, "sinks": True}, True),
         (384, {"window": 129}, True),  # blocks of 128: some lie outside of the window
         (384, {"window": 1000}, False),
         (256, {"causal": False, "window": 37}, True),
@@ -51,13 +51,21 @@ def value_and_gradients(fun, inputs, counted):
     ],
 )
 def test_values_and_gradients_equal_the_reference(length, options, segmented):
-    inputs = draw(length)
+    inputs, sunk = draw(length), "sinks" in options
+    inputs = [*inputs, jnp.linspace(-1.0, 2.0, 4)] if sunk else inputs
     ids = packed(length) if segmented else None
     counted = np.ones((2, length, 1, 1), np.float32)
     counted = counted if ids is None else counted * (ids > 0)[:, :, None, None]
-    options |= dict(segment_ids=ids, scale=0.3)
-    ours = functools.partial(splash_attention, interpret=True, **options)
-    reference = functools.partial(attention, implementation="reference", **options)
+    options = options | dict(segment_ids=ids, scale=0.3)
+
+    def form(fun, **more):
+        def run(query, key, value, sinks=None):
+            return fun(query, key, value, **options | more | dict(sinks=sinks))
+
+        return run
+
+    ours = form(splash_attention, interpret=True)
+    reference = form(attention, implementation="reference")
     found, gradients = value_and_gradients(ours, inputs, counted)
     expected, wanted = value_and_gradients(reference, inputs, counted)
     forward = jax.jit(ours)(*inputs)  # keeps nothing for a gradient
@@ -84,7 +92,10 @@ def test_on_a_mesh_each_device_takes_its_rows_heads_and_queries(sizes, length, w
         return out, pull(jnp.cos(out) * (ids > 0)[:, :, None, None])
 
     ours = functools.partial(
-        run, fun=functools.partial(splash_attention, window=window, interpret=True)
+        run,
+        fun=functools.partial(
+            splash_attention, window=window, sinks=jnp.linspace(-1.0, 2.0, 4), interpret=True
+        ),
     )
     whole = jax.jit(ours)(*inputs, ids=ids)
     placed = lambda x: jax.device_put(x, batch_sharding(mesh)) if sizes.get("fsdp") == 2 else x

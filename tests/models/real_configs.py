@@ -99,6 +99,36 @@ GRANITE = SIZES | dict(
     pad_token_id=0, residual_multiplier=0.22, rms_norm_eps=1e-05, rope_scaling=None, rope_theta=1e7,
     tie_word_embeddings=True, torch_dtype="bfloat16",
 )  # fmt: skip
+GPT_OSS = SIZES | dict(
+    model_type="gpt_oss", architectures=["GptOssForCausalLM"], attention_bias=True, attention_dropout=0.0,
+    eos_token_id=91, experts_per_token=4, head_dim=8, initial_context_length=4096, intermediate_size=32,
+    layer_types=[SLIDING, FULL], max_position_embeddings=131072, num_experts_per_tok=4,
+    num_key_value_heads=2, num_local_experts=8, output_router_logits=False, pad_token_id=90,
+    rms_norm_eps=1e-05, rope_theta=150000, router_aux_loss_coef=0.9, sliding_window=6, swiglu_limit=7.0,
+    tie_word_embeddings=False, rope_scaling=dict(
+        beta_fast=32.0, beta_slow=1.0, factor=32.0, original_max_position_embeddings=4096,
+        rope_type="yarn", truncate=False,
+    ),
+)  # fmt: skip
+DEEPSEEK_V2_LITE = SIZES | dict(
+    model_type="deepseek_v2", architectures=["DeepseekV2ForCausalLM"], attention_bias=False,
+    attention_dropout=0.0, aux_loss_alpha=0.001, bos_token_id=90, eos_token_id=91, first_k_dense_replace=1,
+    kv_lora_rank=8, max_position_embeddings=163840, moe_intermediate_size=16, moe_layer_freq=1, n_group=1,
+    n_routed_experts=8, n_shared_experts=2, norm_topk_prob=False, num_experts_per_tok=6,
+    num_key_value_heads=8, pretraining_tp=1, q_lora_rank=None, qk_nope_head_dim=8, qk_rope_head_dim=4,
+    rms_norm_eps=1e-06, rope_theta=10000, routed_scaling_factor=1.0, scoring_func="softmax", seq_aux=True,
+    tie_word_embeddings=False, topk_group=1, topk_method="greedy", torch_dtype="bfloat16", v_head_dim=8,
+    rope_scaling=dict(
+        beta_fast=32, beta_slow=1, factor=40, mscale=0.707, mscale_all_dim=0.707,
+        original_max_position_embeddings=4096, type="yarn",
+    ),
+)  # fmt: skip
+DEEPSEEK_V3 = DEEPSEEK_V2_LITE | dict(
+    model_type="deepseek_v3", architectures=["DeepseekV3ForCausalLM"], ep_size=1, n_group=4, topk_group=2,
+    n_shared_experts=1, norm_topk_prob=True, num_experts_per_tok=4, num_nextn_predict_layers=1,
+    q_lora_rank=8, routed_scaling_factor=2.5, scoring_func="sigmoid", topk_method="noaux_tc",
+    rope_scaling=DEEPSEEK_V2_LITE["rope_scaling"] | dict(mscale=1.0, mscale_all_dim=1.0),
+)  # fmt: skip
 GPT2 = dict(
     activation_function="gelu_new", architectures=["GPT2LMHeadModel"], attn_pdrop=0.1, bos_token_id=95,
     embd_pdrop=0.1, eos_token_id=95, initializer_range=0.02, layer_norm_epsilon=1e-05, model_type="gpt2",
@@ -171,6 +201,14 @@ REAL = {
     "smollm3-3b": SMOLLM3,
     "olmo-2-7b": OLMO2,
     "granite-3.3-2b": GRANITE,
+    "gpt-oss-20b": GPT_OSS,
+    "deepseek-v2-lite": DEEPSEEK_V2_LITE,
+    "deepseek-v2": DEEPSEEK_V2_LITE
+    | dict(n_group=4, topk_group=2, topk_method="group_limited_greedy", q_lora_rank=8)
+    | dict(num_experts_per_tok=4, routed_scaling_factor=16.0),
+    "deepseek-v3": DEEPSEEK_V3,
+    "moonlight": {k: v for k, v in DEEPSEEK_V3.items() if k != "rope_scaling"}
+    | dict(n_group=1, topk_group=1, q_lora_rank=None, rope_theta=50000.0),
     "gpt2-medium": GPT2,
     "distilgpt2": GPT2 | dict(_num_labels=1, id2label={"0": "LABEL_0"}, label2id={"LABEL_0": 0}),
     "gpt2-large": GPT2

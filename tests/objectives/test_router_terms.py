@@ -16,7 +16,8 @@ TERMS = RouterTerms(balance=0.5, z=0.25)
 def forward(params, batch, key=None):
     """A bigram model with a router."""
     hidden = params["embed"][batch["tokens"]]
-    routing = Routing((hidden @ params["router"])[None], 2)
+    logits = (hidden @ params["router"])[None]
+    routing = Routing(logits, jax.lax.top_k(logits, 2)[1])
     return Prediction(hidden, params["head"], routing=routing)
 
 
@@ -39,8 +40,9 @@ def run(task, estimator=jax.value_and_grad, terms=TERMS, **changes):
 
 def test_the_loss_is_the_sum_of_its_terms(task):
     (loss, metrics), _ = run(task)
-    logits, mask = forward(*task).routing.logits, 1.0 * task[1]["segment_ids"]
-    load, tokens = expert_load(logits, mask, per_token=2)
+    routing, mask = forward(*task).routing, 1.0 * task[1]["segment_ids"]
+    logits = routing.logits
+    load, tokens = expert_load(routing.chosen, mask, experts=4)
     mean = lambda x: float(jnp.sum(x * mask) / jnp.sum(mask))
     balance, z = mean(balance_loss(logits, load / tokens)), mean(router_z_loss(logits))
     expected = float(metrics["cross_entropy"].value) + 0.5 * balance + 0.25 * z

@@ -14,6 +14,7 @@ from jaxft.weights import lora_weight
 from tests.aot import run_aot
 
 ROWS, LENGTH, SIZE, WIDTH, EXPERTS, CHOSEN = 8, 3, 6, 4, 8, 3
+WIDTHS = 2 * WIDTH, SIZE  # of the biases
 # Added to the routers' logits: nothing; experts 2 and 5 get no token; every token has the same first expert,
 # and its two others are on the next devices.
 LOGITS = {
@@ -27,7 +28,6 @@ def ragged_all_to_all(
     operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name
 ):
     """The documented results of jax.lax.ragged_all_to_all, which XLA:CPU does not have."""
-    everyone = functools.partial(jax.lax.all_gather, axis_name=axis_name)
     everyone = functools.partial(jax.lax.all_gather, axis_name=axis_name)
     operands, me, row = everyone(operand), jax.lax.axis_index(axis_name), jnp.arange(len(output))
     each = lambda x: everyone(x).reshape(len(operands), len(operands), -1)[:, me]
@@ -44,8 +44,15 @@ def ragged_all_to_all(
 
 def outputs(x, logits, gate_up, down, exchange=None):
     gates, chosen = jax.lax.top_k(jax.nn.softmax(logits), CHOSEN)
-    activate = lambda gate, up: jax.nn.silu(gate) * up
-    return mix(x, chosen, gates, gate_up, down, activate, exchange)
+    biases = [
+        jnp.sin(jnp.arange(EXPERTS * n, dtype=jnp.float32)).reshape(EXPERTS, n) for n in WIDTHS
+    ]
+    return mix(x, chosen, gates, gate_up, down, activate, biases, exchange)
+
+
+def activate(both):
+    gate, up = jnp.split(both, 2, axis=-1)
+    return jax.nn.silu(gate) * up
 
 
 def run(exchange, *inputs):
@@ -103,7 +110,8 @@ mesh = make_mesh(expert=4, devices=compile_only_devices("v5e:2x2"))
 def shape(*sizes, dtype=jnp.bfloat16):
     return jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(mesh, P("expert")))
 def loss(kernels, x, chosen, gates):
-    y = mix(x, chosen, gates, *kernels, lambda gate, up: jax.nn.silu(gate) * up)
+    act = lambda both: jax.nn.silu(both[:, ::2]) * both[:, 1::2]
+    y = mix(x, chosen, gates, *kernels, act)
     return jnp.sum(y.astype(jnp.float32) ** 2)
 kernels = shape(16, 256, 512), shape(16, 256, 256)
 x, chosen, gates = shape(4, 64, 256), shape(4, 64, 2, dtype=jnp.int32), shape(4, 64, 2)

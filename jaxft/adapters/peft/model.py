@@ -95,7 +95,7 @@ def model_of(family: Family, config: Any, params: Any) -> Model:
     nodes = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_weight)[0]
     nodes = {path_name(path): node for path, node in nodes}
     leaves: dict[str, dict[str, Entry]] = {}
-    linears, embeddings, experts = [], [], {}
+    linears, embeddings, experts, grouped = [], [], {}, []
     for entry in family.huggingface.entries(config):
         module, _, leaf = family.huggingface.module(entry.name).rpartition(".")
         if not module:
@@ -106,13 +106,16 @@ def model_of(family: Family, config: Any, params: Any) -> Model:
         leaves.setdefault(module, {})[leaf] = entry
         if entry.paths[0].endswith("/router/kernel"):
             continue  # a parameter, which no linear layer of the torch model holds
+        if re.search("/experts/.*/kernel$", entry.paths[0]):  # of all experts at once
+            name, kernel = f"{module}.{leaf}", nodes[entry.paths[0]]
+            grouped.append(Grouped(name, entry.paths[0], kernel, ((),) * kernel.shape[0]))
+            continue
         if entry.paths[0].endswith("/kernel"):
             kernels = tuple(nodes[path] for path in entry.paths)
             linears.append(Linear(module, entry.paths, kernels, not entry.transposed))
         elif entry.paths[0].endswith("/embedding"):
             embeddings.append(Linear(module, entry.paths, (nodes[entry.paths[0]],), embedding=True))
     tied = getattr(config, "tie_embeddings", False)
-    grouped = []
     for path, modules in experts.items():
         names = tuple(tuple(modules[e]) for e in sorted(modules))
         module = names[0][0].rpartition(".0.")[0]

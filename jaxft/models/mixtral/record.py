@@ -59,7 +59,10 @@ MIXTRAL = Family(
         ),
         entries=functools.partial(
             names.decoder_entries,
-            experts=names.ExpertNames("block_sparse_moe", "w1", "w3", "w2"),
+            experts=functools.partial(
+                names.expert_entries,
+                names=names.ExpertNames("block_sparse_moe", "w1", "w3", "w2"),
+            ),
         ),
         module=lambda name: name.replace(".block_sparse_moe.", ".mlp."),
     ),

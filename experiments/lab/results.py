@@ -64,11 +64,11 @@ def render(found: Sequence[dict[str, Any]]) -> str:
         _table(head, summary),
     ]
     if rest := [f"`{slug}`" for slug in scripts if slug not in papers]:
-        line = f"Scripts without a record yet: {', '.join(rest)}.\n"
-        parts.append(textwrap.fill(line, 110, break_on_hyphens=False) + "\n")
+        line = f"Scripts without a record yet: {', '.join(rest)}."
+        parts.append(_wrapped(line))
     for record in found:
         title, link = papers[record["slug"]]
-        parts += [f"## {record['slug']}\n", f"[{title}]({link})\n"]
+        parts += [f"## {record['slug']}\n", _wrapped(f"[{title}]({link})")]
         parts += [_part(record["slug"], name, row) for name, row in record["parts"].items()]
     return "\n".join(parts)
 
@@ -88,6 +88,11 @@ def with_papers(readme: str, found: Sequence[dict[str, Any]]) -> str:
     before, rest = readme.split(start)
     table = _table(("paper", "claims that hold", "script"), rows)
     return f"{before}{start}{table}{end}{rest.split(end)[1]}"
+
+
+def _wrapped(line):
+    """A paragraph of lines of at most 110 columns."""
+    return textwrap.fill(line, 110, break_on_hyphens=False, break_long_words=False) + "\n"
 
 
 def paper(heading: str) -> tuple[str, str]:

@@ -358,6 +358,7 @@ def _draw(state: State, config: SamplingConfig, least: jax.Array | None = None):
 
 
 def inputs_of(tokens, positions, valid):
+    """Returns the batch that a model's forward reads of tokens, positions and valid, [B, T] each."""
     return {"tokens": tokens, "positions": positions, "segment_ids": valid.astype(jnp.int32)}
 
 

@@ -371,7 +371,7 @@ def _draw(
 
 
 def inputs_of(tokens, positions, valid):
-    """The batch of a forward pass over tokens [B, T], of which those that are `valid` count."""
+    """Returns the batch that a model's forward reads of tokens, positions and valid, [B, T] each."""
     return {"tokens": tokens, "positions": positions, "segment_ids": valid.astype(jnp.int32)}
 
 

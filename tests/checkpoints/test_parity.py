@@ -1,11 +1,14 @@
 """Logits, gradients, caches and files of every decoder family against transformers' own models."""
 
+import re
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxft.adapters.peft.model import model_of
 from jaxft.checkpoints import load_model, save_model
 from jaxft.checkpoints.assemble import disassemble
 from jaxft.models import Decoder, family_of, stack_layers
@@ -13,6 +16,7 @@ from jaxft.objectives import supervised
 
 torch = pytest.importorskip("torch", reason="parity tests need torch: pip install 'jaxft[test]'")
 families = pytest.importorskip("tests.checkpoints.families")
+Conv1D = pytest.importorskip("transformers.pytorch_utils").Conv1D
 
 LENGTHS = (11, 7, 3)
 LONGEST = max(LENGTHS)
@@ -133,6 +137,17 @@ def test_loss_gradients(pair, records, found):
     for name, gradient in wanted.items():
         scale = max(np.abs(gradient).max(), 1e-3)
         chex.assert_trees_all_close(ours[name], gradient, rtol=0, atol=2e-4 * scale)
+
+
+def test_all_linear_is_every_linear_layer_of_torch(pair):
+    """As PEFT's "all-linear" but the gates of shared experts; experts and routers are parameters."""
+    theirs, _, model, params = pair
+    family, kinds = family_of(model.config), (torch.nn.Linear, Conv1D)
+    wanted = {name for name, module in theirs.named_modules() if isinstance(module, kinds)}
+    wanted = {n for n in wanted if not n.endswith("shared_expert_gate")} - {family.huggingface.head}
+    linear = re.compile(family.targets.linear)
+    found = model_of(family, model.config, params).linears
+    assert {x.name for x in found if all(map(linear.fullmatch, x.paths))} == wanted
 
 
 def test_files_survive_a_round_trip_bit_for_bit(pair, records, tmp_path):

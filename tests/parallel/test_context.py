@@ -33,7 +33,7 @@ def on(mesh, fun, *arguments):
     "options",
     [
         {},
-        {"window": 7, "softcap": 2.0},
+        {"window": 7, "softcap": 2.0, "sinks": True},
         {"window": jnp.array(5)},  # as layers have that are scanned over
         {"causal": False, "window": 4},
     ],
@@ -44,11 +44,17 @@ def test_attention_and_its_gradients_equal_the_reference(sizes, options, monkeyp
     monkeypatch.setattr(kernels, "QUERIES", 2)  # several blocks on a device
     ids = jnp.asarray(packed_batch(rows=2, length=LENGTH)["segment_ids"])
     inputs = draw((2, LENGTH, 4, 8), (2, LENGTH, 2, 8), (2, LENGTH, 2, 8))
+    options, sunk = {k: v for k, v in options.items() if k != "sinks"}, "sinks" in options
+    inputs += [jnp.linspace(-1.0, 2.0, 4)] if sunk else []
     for segment_ids in (None, ids):
         counted = jnp.ones(ids.shape) if segment_ids is None else (ids > 0) * 1.0
 
         def run(*x, options, ids=segment_ids, counted=counted, **more):
-            out, pull = jax.vjp(lambda *x: attention(*x, segment_ids=ids, **options, **more), *x)
+            def form(query, key, value, sinks=None):
+                masks = dict(segment_ids=ids, sinks=sinks)
+                return attention(query, key, value, **masks, **options, **more)
+
+            out, pull = jax.vjp(form, *x)
             return out, pull(jnp.sin(out) * counted[:, :, None, None])
 
         found = on(make_mesh(**sizes), functools.partial(run, options=options), *inputs)

@@ -77,8 +77,9 @@ def compile_environment() -> dict[str, str]:
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        # There is no device on which to autotune kernels.
-        "XLA_FLAGS": "--xla_gpu_autotune_level=0",
+        # There is no device on which to autotune kernels. Without that, Triton's products have no tiles for
+        # some sizes (3,636 rows), and the compiler fails; cuBLAS takes any.
+        "XLA_FLAGS": "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false",
         **({"PYTHONPATH": os.pathsep.join(filter(None, path))} if path else {}),
     }
 

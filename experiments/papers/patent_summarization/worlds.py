@@ -88,7 +88,7 @@ def large(config: Any) -> World:
 
     def read(field, split, count):
         spec = config.data.format(field=field, split=split)
-        rows = data.load(spec, form=_patent_of)[:count]
+        rows = data.load(spec, form=_patent_of, limit=count)
         return [Patent(row["description"], row["abstract"], field) for row in rows]
 
     known = {field: read(field, "train", config.documents) for field in fields}

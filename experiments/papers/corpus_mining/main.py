@@ -31,7 +31,8 @@ not measured to pairs.jsonl in the output directory, for sft.py. Their translati
 probabilities of IBM model 1, fitted to pages that are not measured; no translation system is needed.
 
 `--data authors` aligns the document whose gold alignment is in the authors' repository, with their
-translations. Random vectors of words replace their word2vec vectors, which are not released.
+translations. Random vectors of words replace their word2vec vectors, which are not released: F1 is
+0.917 [0.898, 0.936] over seeds 0 to 2 (0.732 of the most similar pairs first), and 0.96 in the paper.
 
 `--preset full` trains a model from the hub, an encoder-decoder or a decoder, on text files with one
 sentence a line, such as those of the authors' repository. It starts from OPUS-MT (Ja-En); the paper trains
@@ -73,7 +74,8 @@ from jaxft.metrics import alignment_scores, bleu, chrf
 from jaxft.objectives import supervised
 
 PARTS = {"main": {}, "manpages": {"data": "manpages"}}  # parts of the record
-# Documents of a claim, and the least F1; how similar real documents are was not known beforehand.
+# Documents of a claim, and the least F1 of the dynamic program: with generated documents the
+# specification's, with real ones a round number below what seeds 0 and 1 gave at first.
 JUDGED = {
     "0.3": ("documents with err 0.3", 0.95),
     "manpages": ("manual pages", 0.8),

@@ -127,7 +127,7 @@ def load(directory: str, language: str = "ja") -> list[Page]:
             f"--data manpages: {root} has {len(pages)} pages in English and in '{language}', none with "
             "sections of the same layout; install them by `apt-get install manpages "
             f"manpages-{language}`, or unpack both packages (apt-get download, dpkg-deb -x "
-            "PACKAGE DIRECTORY) and give --man DIRECTORY/usr/share/man."
+            "PACKAGE DIRECTORY) and give --directory DIRECTORY/usr/share/man."
         )
     return pages
 

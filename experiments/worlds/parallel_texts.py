@@ -101,23 +101,27 @@ def noisy(
 
 
 def vectors_of(
-    rng: np.random.Generator, vocabulary: Sequence[str], size: int = 64
+    rng: np.random.Generator, vocabulary: Sequence[str], size: int
 ) -> dict[str, np.ndarray]:
     """Returns a random vector of each word."""
     return dict(zip(vocabulary, rng.standard_normal((len(vocabulary), size)), strict=True))
 
 
 def sums_of(
-    rng: np.random.Generator, document: Document, rate: float, vocabularies: Sequence[Sequence[str]]
+    rng: np.random.Generator,
+    document: Document,
+    rate: float,
+    vocabularies: Sequence[Sequence[str]],
+    size: int = 64,
 ) -> list[np.ndarray]:
     """Returns the four arrays of `mining.align` by translations with the error rate, and random vectors."""
-    tables = [vectors_of(rng, vocabulary) for vocabulary in vocabularies]
+    tables = [vectors_of(rng, vocabulary, size) for vocabulary in vocabularies]
     translated = [
         noisy(rng, document.source_of_target, rate, vocabularies[0]),
         noisy(rng, document.target_of_source, rate, vocabularies[1]),
     ]
     sides = zip((document.source, document.target, *translated), tables * 2, strict=True)
-    return [mining.sum_vectors(sentences, table, 64) for sentences, table in sides]
+    return [mining.sum_vectors(sentences, table, size) for sentences, table in sides]
 
 
 def scored_aligners(arrays: Sequence[np.ndarray]) -> dict[str, list[mining.Pair]]:

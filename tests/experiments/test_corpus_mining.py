@@ -7,7 +7,7 @@ import pytest
 
 from experiments.cli import flags
 from experiments.papers.corpus_mining import full, main, tasks
-from experiments.worlds import manpages
+from experiments.worlds import gold_document, manpages
 from experiments.worlds import parallel_texts as texts
 from jaxft.data import DataError, mining
 from jaxft.metrics import alignment_scores
@@ -115,7 +115,11 @@ def test_manual_pages_of_the_same_layout_are_parallel(tmp_path):
     pages = manpages.load(str(tmp_path))
     assert [page.parallel for page in pages] == [True] * 7 + [False]
     config = flags.replace(
-        main.Config(), data="manpages", man=str(tmp_path), smoke=True, output_dir=str(tmp_path)
+        main.Config(),
+        data="manpages",
+        directory=str(tmp_path),
+        smoke=True,
+        output_dir=str(tmp_path),
     )
     assert main.main(config) == 0
     row = json.loads((tmp_path / "metrics.json").read_text())["runs"][0]["alignment"]["manpages"]
@@ -129,6 +133,20 @@ def test_manual_pages_of_the_same_layout_are_parallel(tmp_path):
         DataError, match="0 pages in English and in 'ja'.* apt-get install manpages"
     ):
         manpages.load(str(tmp_path / "man1"))
+
+
+def test_the_authors_document(tmp_path):
+    texts_of = {name: [f"w{i} x{i}" for i in range(62)] for name in gold_document.FILES}
+    pairs = [(i, i) for i in range(1, 61)] + [(51, 51), (62, 62)]
+    for name, rows in (texts_of | {gold_document.GOLD: [f"{i} {j}" for i, j in pairs]}).items():
+        lines(tmp_path / name, rows)
+    config = flags.replace(main.Config(), data="authors", directory=str(tmp_path))
+    document = gold_document.load(str(tmp_path))
+    assert ((60,), (50,)) in document.gold and ((50,), (50,)) in document.gold
+    f1 = main.authors_document(config, 0)["alignment"]["authors"]
+    assert f1["dynamic program"] == f1["diagonal"] == pytest.approx(2 * 61 / (62 + 62))
+    with pytest.raises(DataError, match="doc.ja.txt.tok: cannot be read"):
+        gold_document.load(str(tmp_path / "nowhere"))
 
 
 def test_stages_share_their_beginning_and_all_methods_their_number_of_steps():
@@ -191,8 +209,8 @@ def test_what_is_refused(tmp_path):
     given = lambda **changes: main.check(flags.replace(main.Config(), **changes))
     with refused("--ood a,b has no effect without --preset"):
         given(ood=("a,b",))
-    with refused("--man x has no effect without --data"):
-        given(man="x")
+    with refused("--directory x has no effect without --data"):
+        given(directory="x")
     with refused("--width 8 has no effect with --data manpages"):
         given(data="manpages", width=8)
     with refused("--pairs 5 has no effect with --preset full"):

@@ -181,7 +181,7 @@ def parse_pairs(text: str, name: str = "gold alignment") -> list[Pair]:
     """Reads the authors' gold file: "5,6 5" says that sentences 5 and 6 of A are sentence 5 of B, from 1.
 
     A block of more than two sentences ("17,18,19,20,21,22 16") is one pair, which the paper's moves cannot
-    find. The released file has the line "51 51" between "60 50" and "62 52", where 61 is probably meant;
+    find. The released file has the line "51 51" between "60 50" and "62 52", where 61 is meant;
     pairs are returned as they are written.
 
     Raises:

@@ -42,11 +42,7 @@ def test_nft(file, tmp_path, capsys):
 
 
 def test_otr(file, tmp_path):
-    old = tmp_path / "old.jsonl"  # as many and as long as the held-out ones: the same programs
-    rows = [{"question": f"What is {i} - 1?", "answer": str(i - 1)} for i in (3, 4)]
-    old.write_text("\n".join(map(json.dumps, rows)))
-    given = dict(learning_rate=0.03, old_data=(str(old),))
-    assert otr.main(full(otr, file, tmp_path, **given)) == 0
+    assert otr.main(full(otr, file, tmp_path, learning_rate=0.03)) == 0
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     first, _, last = metrics["runs"][0]["otr"]
     assert first["kl target"] == first["kl old"] == 0 and last["kl old"] != 0

@@ -33,7 +33,7 @@ from jaxft.adapters import (
     save_checked,
 )
 from jaxft.data.batching import MIN_BUCKET
-from jaxft.models import Forward, family_of, tiny_config
+from jaxft.models import EncoderDecoderConfig, Forward, family_of, tiny_config
 from jaxft.objectives import Objective, RouterTerms
 from jaxft.parallel import connect_hosts, make_mesh, shard_params, written_once
 
@@ -320,6 +320,11 @@ def check_length(config: Any, model: Any) -> None:
     """Checks that the model has enough positions, and that the batch can be split."""
     length, size, context = config.rows.max_length, config.rows.batch_size, config.mesh.context
     check_positions(model, config.base.model, length)
+    if context != 1 and isinstance(model.config, EncoderDecoderConfig):
+        raise ValueError(
+            f"--context {context}: the rows of an encoder-decoder such as {config.base.model} are not split; "
+            "use --fsdp or --tensor."
+        )
     if context < 1 or length % context or MIN_BUCKET % context:
         raise ValueError(
             f"--context {context} must divide --max-length {length} and {MIN_BUCKET}, the length of the "

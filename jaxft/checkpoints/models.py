@@ -218,6 +218,8 @@ def save_model(
     """
     path, family = pathlib.Path(path), family_of(model.config, families)
     refuse_adapter_beside(path)
+    if "reward" in params and family.huggingface.task_type == "SEQ_2_SEQ_LM":
+        raise CheckpointError(f"{family.name}: encoder-decoders have no reward head in files.")
     dtype = np.dtype(jax.tree.leaves(params)[0].dtype).name
     body = {name: node for name, node in params.items() if name != "reward"}
     tensors = disassemble(family.huggingface.entries(model.config), body, family.layers)

@@ -21,6 +21,8 @@ def source_config(
     """
     if path_or_id == "tiny" or (path := resolve(path_or_id)).suffix == ".gguf":
         return None
+    if not (path / "config.json").exists():  # a directory of a tokenizer alone
+        return None
     json = read_config(path)
     named = [family for family in families if family.name == json.get("model_type")]
     if not named or named[0].huggingface.task_type != "SEQ_2_SEQ_LM":

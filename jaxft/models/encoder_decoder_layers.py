@@ -69,15 +69,15 @@ class Layer(nn.Module):
     def __call__(self, x, cached, source, context):
         config = self.config
         norm_type = remat_lean(Norm, self.remat)
-        norm = lambda name: norm_type(config.norm, config.norm_eps, name=f"{name}_norm")
+        norm = lambda name: norm_type(config.norm, config.norm_eps, name=name)
         into = lambda norm, x: norm(x) if config.pre_norm else x
         out = lambda norm, x: keep_tokens(x) if config.pre_norm else norm(keep_tokens(x))
-        first, last = norm("attention"), norm("mlp")
+        first, last = norm("attention_norm"), norm("mlp_norm")
         mix = SelfAttention(config, self.decodes, self.remat, self.attention, name="attention")
         y, kept = mix(into(first, x), cached, context)
         x = out(first, x + y)
         if self.decodes:
-            middle = norm("cross")
+            middle = norm("cross_norm")
             # The first call with a cache keeps the source's keys and values.
             attend_to = CrossAttention(config, cached is not None, self.remat, name="cross")
             y, source = attend_to(into(middle, x), source, context)

@@ -122,6 +122,7 @@ def test_logits_and_gradients_of_padded_and_packed_rows(pair, records):
         chex.assert_trees_all_close(mine, gradient, rtol=0, atol=2e-4 * scale, custom_message=name)
 
 
+@pytest.mark.parametrize("pair", ["t5", "bart", "marian"], indirect=True)
 def test_cached_greedy_answers_are_those_of_transformers(pair, records):
     """Tokens and log-probs, with the ids that the files force and forbid, from ragged sources."""
     theirs, _, model, params = pair
@@ -166,6 +167,7 @@ def test_files_survive_a_round_trip_bit_for_bit(pair, records, tmp_path):
         assert getattr(reopened.generation_config, name) == getattr(settings, name)
 
 
+@pytest.mark.parametrize("pair", ["t5", "bart"], indirect=True)
 def test_stacked_and_recomputed_decoder_layers_equal_separate_ones(pair, records):
     theirs, _, model, params = pair
     batch = {name: column[:3] for name, column in batch_of(records).items()}
@@ -177,6 +179,7 @@ def test_stacked_and_recomputed_decoder_layers_equal_separate_ones(pair, records
         model.forward(stacked, batch, cache=model.init_cache(3, 16))
 
 
+@pytest.mark.parametrize("pair", ["t5", "mbart"], indirect=True)
 def test_rules_split_every_projection_and_all_linear_adapts_it(pair):
     _, _, model, params = pair
     family, mesh = family_of(model.config), make_mesh(fsdp=1, tensor=1, devices=jax.devices()[:1])

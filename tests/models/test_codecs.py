@@ -19,6 +19,12 @@ ENCODER = dict(
     hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=8,
     patch_size=4,
 )  # fmt: skip
+# Each head has keys and values of its own, which come from a latent vector.
+LATENT = {name: value for name, value in DECODER.items() if name != "head_dim"} | dict(
+    num_key_value_heads=4, kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6,
+    num_experts_per_tok=2, n_routed_experts=8, moe_intermediate_size=16,
+)  # fmt: skip
+GROUPS = dict(n_group=4, topk_group=2, q_lora_rank=8, n_shared_experts=2, first_k_dense_replace=1)
 T5 = dict(vocab_size=61, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_decoder_layers=2)
 BART = dict(vocab_size=61, d_model=32, encoder_layers=1, decoder_layers=2)
 ENCODERS = ("bert", "roberta", "xlm-roberta", "vit")
@@ -34,6 +40,11 @@ FILES = {
     "mbart": [BART],
     "marian": [BART],
     "vit": [ENCODER],
+    "deepseek_v2": [
+        LATENT | dict(topk_method="greedy"),
+        LATENT | GROUPS | dict(topk_method="group_limited_greedy"),
+    ],
+    "deepseek_v3": [LATENT | GROUPS, LATENT | GROUPS | dict(q_lora_rank=None)],
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections import ChainMap
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -80,9 +81,8 @@ def read(json: Json, family: str, needed: Collection[str], **experts: Any) -> De
         raise CheckpointError(
             f"config.json: first_k_dense_replace is {first}, so that none of {layers} layers has experts."
         )
-    config = hf_config.read_decoder(
-        json | {"head_dim": json["qk_rope_head_dim"]}, family, json["hidden_act"]
-    )
+    json = ChainMap({"head_dim": json["qk_rope_head_dim"]}, json)  # a view: a Json need not be a dict
+    config = hf_config.read_decoder(json, family, json["hidden_act"])
     latent = Latent(**{ours: json[name] for name, ours in _LATENT.items()})
     latent = dataclasses.replace(latent, mscale=_mscale(json, config.rope))
     return dataclasses.replace(

@@ -129,22 +129,20 @@ def test_manual_pages_of_the_same_layout_are_parallel(tmp_path):
     turned = [" ".join(right.get(w, w) for w in pair["prompt"].split()) for pair in pairs]
     wrong = [t for t, pair in zip(turned, pairs, strict=True) if t != pair["completion"]]
     assert len(pairs) > 5 and len(wrong) < 0.2 * len(pairs)
-    with pytest.raises(
-        DataError, match="0 pages in English and in 'ja'.* apt-get install manpages"
-    ):
+    with pytest.raises(DataError, match="0 pages in English and in 'ja'.*apt-get install manpages"):
         manpages.load(str(tmp_path / "man1"))
 
 
 def test_the_authors_document(tmp_path):
     texts_of = {name: [f"w{i} x{i}" for i in range(62)] for name in gold_document.FILES}
-    pairs = [(i, i) for i in range(1, 61)] + [(51, 51), (62, 62)]
+    pairs = [(i, i) for i in range(1, 63) if i not in (51, 61)] + [(51, 51)]
     for name, rows in (texts_of | {gold_document.GOLD: [f"{i} {j}" for i, j in pairs]}).items():
         lines(tmp_path / name, rows)
     config = flags.replace(main.Config(), data="authors", directory=str(tmp_path))
     document = gold_document.load(str(tmp_path))
-    assert ((60,), (50,)) in document.gold and ((50,), (50,)) in document.gold
+    assert ((60,), (50,)) in document.gold and ((50,), (50,)) not in document.gold
     f1 = main.authors_document(config, 0)["alignment"]["authors"]
-    assert f1["dynamic program"] == f1["diagonal"] == pytest.approx(2 * 61 / (62 + 62))
+    assert f1["dynamic program"] == f1["diagonal"] == pytest.approx(2 * 60 / (62 + 61))
     with pytest.raises(DataError, match="doc.ja.txt.tok: cannot be read"):
         gold_document.load(str(tmp_path / "nowhere"))
 

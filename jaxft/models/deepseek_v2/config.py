@@ -31,6 +31,8 @@ READS = (hf_config.READS - {"head_dim"}) | {
     "n_shared_experts",
     "routed_scaling_factor",
     "first_k_dense_replace",
+    "moe_layer_freq",
+    "router_aux_loss_coef",
     "n_group",
     "topk_group",
     _COUNT,
@@ -81,7 +83,9 @@ def read(json: Json, family: str, needed: Collection[str], **experts: Any) -> De
         raise CheckpointError(
             f"config.json: first_k_dense_replace is {first}, so that none of {layers} layers has experts."
         )
-    json = ChainMap({"head_dim": json["qk_rope_head_dim"]}, json)  # a view: a Json need not be a dict
+    json = ChainMap(
+        {"head_dim": json["qk_rope_head_dim"]}, json
+    )  # a view: a Json need not be a dict
     config = hf_config.read_decoder(json, family, json["hidden_act"])
     latent = Latent(**{ours: json[name] for name, ours in _LATENT.items()})
     latent = dataclasses.replace(latent, mscale=_mscale(json, config.rope))

@@ -45,7 +45,7 @@ DEEPSEEK_V2 = Family(
         architecture="DeepseekV2ForCausalLM",
         read=_read,
         write=_write,
-        reads=deepseek.READS | {"topk_method"},
+        reads=deepseek.READS | {"topk_method", "scoring_func"},
         special=SpecialIds(bos=1, eos=(2,)),
         keys=deepseek.keys(
             "topk_method",

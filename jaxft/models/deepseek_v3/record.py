@@ -62,7 +62,7 @@ DEEPSEEK_V3 = Family(
         architecture="DeepseekV3ForCausalLM",
         read=_read,
         write=_write,
-        reads=deepseek.READS | {"norm_topk_prob", "rope_interleave"},
+        reads=deepseek.READS | {"norm_topk_prob", "rope_interleave", *_METHOD},
         special=SpecialIds(bos=0, eos=(1,)),
         ignores=_ignores,
         keys=deepseek.keys(

@@ -423,11 +423,10 @@ def linear_forward(params, batch, key, noise=None):
 @functools.cache
 def linear_task():
     """(batch, initial params, their loss as a compiled function)."""
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(32, 2, 8)).astype(np.float32)
+    x = np.asarray(jax.random.normal(jax.random.key(0), (32, 2, 8)))
     label = np.argmax(x[..., :3] + 0.3 * x[..., 3:6], axis=-1)
     batch = {"x": x, "tokens": np.pad(label[:, :1], ((0, 0), (1, 0)))}
-    params = {"kernel": 0.5 * rng.normal(size=(8, 3)).astype(np.float32)}
+    params = {"kernel": np.asarray(0.5 * jax.random.normal(jax.random.key(1), (8, 3)))}
     return batch, params, jax.jit(lambda p: supervised(linear_forward)(p, batch, None)[0])
 
 

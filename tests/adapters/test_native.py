@@ -30,7 +30,7 @@ from tests.small_models import jitted, start
 
 # The tiny model is of Llama's family, which has no biases.
 NAMES = [name for name in get_args(Name) if name != "bitfit"]
-MODEL = Decoder(dataclasses.replace(tiny_config(), num_layers=1))
+MODEL = Decoder(tiny_config())
 
 
 @functools.cache

@@ -450,11 +450,10 @@ def linear_forward(params, batch, key, noise=None):
 @functools.cache
 def linear_task():
     """(batch, initial params, their loss as a compiled function)."""
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(32, 2, 8)).astype(np.float32)
-    label = np.argmax(x[..., :3] + 0.3 * x[..., 3:6], axis=-1)
-    batch = {"x": x, "tokens": np.pad(label[:, :1], ((0, 0), (1, 0)))}
-    params = {"kernel": 0.5 * rng.normal(size=(8, 3)).astype(np.float32)}
+    x = jax.random.normal(jax.random.key(0), (32, 2, 8))
+    label = jnp.argmax(x[..., :3] + 0.3 * x[..., 3:6], axis=-1)
+    batch = {"x": x, "tokens": jnp.pad(label[:, :1], ((0, 0), (1, 0)))}
+    params = {"kernel": 0.5 * jax.random.normal(jax.random.key(1), (8, 3))}
     return batch, params, jax.jit(lambda p: supervised(linear_forward)(p, batch, None)[0])
 
 
@@ -465,7 +464,7 @@ def trained_linear(name):
     # One radius for all, so that none of them is too small to see.
     rho = None if name == "none" else 0.5
     method = optimizers.sharpen(name, supervised, linear_forward, optax.adam(0.05), rho)
-    state = train.init_state(jax.tree.map(jnp.asarray, params), method.optimizer, jax.random.key(2))
+    state = train.init_state(params, method.optimizer, jax.random.key(2))
     options = dict(gradient=method.gradient, extra_args=method.extra_args, microbatches=2)
     step = jax.jit(train.make_step(method.objective, method.optimizer, **options))
     for _ in range(20):

@@ -162,6 +162,44 @@ def test_wide_beams_find_the_best_of_all_sequences(penalty):
     assert sorted(out.completions[:4]) == [[0], [1], [2], [3]]
 
 
+LONG = [2] * 12
+ENDINGS = {
+    # After two completions the beam of 2s scores worse at its length, and would score better in the end.
+    "worse now": ((0.6, 0, 0.12, 0.28), {True: [0], False: [0], "never": LONG}),
+    # It scores better already.
+    "better now": ((0.4, 0, 0.35, 0.25), {True: [3, 0], False: LONG, "never": LONG}),
+}
+
+
+def likelihoods(first, after_2, after_3):
+    """A table whose next word depends on the last: 1 is the prompt's."""
+    table = np.full((4, 4, 4), 1e-9, np.float32)
+    table[:, 1], table[:, 2], table[:, 3] = (np.maximum(p, 1e-9) for p in (first, after_2, after_3))
+    return {"table": np.log(table)}
+
+
+@pytest.mark.parametrize("case", ENDINGS)
+def test_each_kind_of_early_stopping_ends_where_it_says(case):
+    first, wanted = ENDINGS[case]
+    params = likelihoods(first, (0.02, 0, 0.98, 0), (0.9, 0.1, 0, 0))
+    scores = {1: np.log(first[0]), 2: np.log(first[3] * 0.9) / 2}
+    scores[12] = np.log(first[2] * 0.98**11) / 12
+    for early, best in wanted.items():
+        config = SamplingConfig(12, 0.0, stop_ids=(0,))
+        out = beam_search(SecondOrder(), params, [[1]], Beams(2, 1.0, early), config)
+        assert out.completions == [best], early
+        np.testing.assert_allclose(out.scores, scores[len(best)], rtol=1e-4)
+
+
+def test_beams_go_on_when_several_ends_are_likelier():
+    """Of 2 beams with 2 ends each, the 4 likeliest continuations end."""
+    params = likelihoods((0.05, 0.05, 0.46, 0.44), (0.45, 0.44, 0.1, 0.01), (0.45, 0.44, 0.01, 0.1))
+    config = SamplingConfig(3, 0.0, stop_ids=(0, 1))
+    out = beam_search(SecondOrder(), params, [[1]], Beams(2, 5.0, "never", 2), config)
+    assert out.completions == [[2, 2, 0], [2, 2, 1]]
+    np.testing.assert_allclose(out.scores[0], np.log(0.46 * 0.1 * 0.45) / 3**5, rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     "wrong, message",
     [

@@ -74,6 +74,8 @@ The step that `--preset full` of each paper's script takes: its model, what trai
   the script splits them over all devices.
 - echo-chamber: GRPO's update; the model has SmolLM2's architecture.
 - reft: PPO's update with a value head.
+- nft, otr and reft: each microbatch gathers the params again, which the ratio counts as if once.
+- nft: 72.5 GiB leave nothing for the CUDA runtime; take half the rows and twice the microbatches.
 - hypo: pairs, and as many samples of the policy, which the step gets as tokens.
 - corpus-mining: all params of a decoder train on packed pairs; the preset's own model, OPUS-MT, is an
   encoder-decoder of half the size.

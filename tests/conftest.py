@@ -33,7 +33,7 @@ from tests import costs  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-MOST_MAPPINGS = 25_000  # Linux lets a process have 65,530, and each compiled program takes some
+MOST_MAPPINGS = 40_000  # Linux lets a process have 65,530, and each compiled program takes some
 
 
 STARTS_A_PROCESS = {"subprocess", "run_aot", "run_processes", "start_processes"}

@@ -17,14 +17,14 @@ the same order. The methods are compared at equal accuracies of the target, inte
 measurements. All runs start from one pretrained model: intervals are over the words to train on,
 their order and the samples, not over starts.
 
-Over seeds 0 to 3, where the accuracy of the target is 0.9 (0.42 at first), OTR's KL to the start on
-the old tasks is 0.043 nats an answer and SFT's 0.059 (-0.016 [-0.026, -0.006]); the accuracy on the
-old tasks is 0.972 and 0.968 (+0.003 [0.001, 0.005]). Both differences are small, and their
-intervals exclude 0. On the target's own questions no difference in KL was shown (-0.017 [-0.045,
-0.011] of 1.16). OTR reaches this accuracy in 169 steps, SFT in 202. DFT, and the expectation
-without samples, cannot be distinguished from OTR; nor can OTR without negative rewards (its
-accuracy on the old tasks is higher by 0.0001 [-0.0018, 0.0019]) or with samples at temperature 1
-(seeds 0 to 2, with only these, OTR's two gains over SFT would not be shown either).
+In the recorded run (docs/results.md), seeds 0 to 3, where the accuracy of the target is 0.9, OTR's KL to
+the start on the old tasks is 0.037 nats an answer and SFT's 0.059 (-0.022 [-0.038, -0.006]); the accuracy
+on the old tasks is 0.980 and 0.975 (+0.005 [0.004, 0.007]). Both differences are small, and their
+intervals exclude 0. On the target's own questions no difference in KL is shown (-0.008 [-0.049, 0.033]
+of 0.887). OTR reaches this accuracy in 157 steps, SFT in 195. DFT, and the expectation without samples,
+cannot be distinguished from OTR. In an earlier run of --ablations, nor could OTR without negative
+rewards (its accuracy on the old tasks was higher by 0.0001 [-0.0018, 0.0019]) or with samples at
+temperature 1.
 
 The learning rate changes more than the method does: on seeds 100 to 102, at the same accuracy of
 the target, the accuracy on the old tasks was 0.38 (OTR) and 0.19 (SFT) with 1e-3, 0.94 and 0.91

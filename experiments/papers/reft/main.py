@@ -18,12 +18,12 @@ take as many steps on as many workings: SFT on the annotated ones (41 epochs; th
 self-training on half of either; and ReFT, which is PPO with a critic on the same model, a reward of
 0.1 for a wrong sum that can be read, and a KL weight of 0.05 in the reward.
 
-Over seeds 0 to 4, ReFT's greedy answers to held-out questions are right in 0.707 and SFT's in 0.527
-(+0.181 [0.078, 0.284]; SFT's are right in 0.576 at its best measured step). Voting adds nothing to
-ReFT (+0.002 [-0.009, 0.014]), which has one kind of working left, and 11 points to SFT, which has
-both. Online self-training is not between the two: it is right in 0.741, as is offline
-self-training, and ReFT cannot be distinguished from it (-0.033 [-0.112, 0.046]). Seeds 3 and 4 were
-added because three seeds could not distinguish ReFT from SFT (+0.218 [-0.010, 0.445]).
+In the recorded run (docs/results.md), seeds 0 to 4, ReFT's greedy answers to held-out questions are right
+in 0.703 and SFT's in 0.527 (+0.176 [0.107, 0.246]; SFT's are right in 0.576 at its best measured step).
+Voting adds nothing to ReFT (+0.005 [-0.008, 0.017]), which has one kind of working left, and 11 points
+to SFT, which has both. Online self-training is not between the two: it is right in 0.733, and offline
+self-training in 0.741. Seeds 3 and 4 were added because an earlier run of three seeds could not
+distinguish ReFT from SFT (+0.218 [-0.010, 0.445]).
 
 Settings were chosen on seeds 100 and 101. The amount of data determines the result: with 750
 questions ReFT was 6 and 8 points above SFT; with 1500 (and KL 0.01) it was 4 and 3 points below,

@@ -107,6 +107,9 @@ class _Settings(NamedTuple):
     penalty: jax.Array  # [] float32, length_penalty
     early: jax.Array  # [] bool, early_stopping is True
     never: jax.Array  # [] bool, early_stopping is "never"
+    forced: (
+        jax.Array
+    )  # [] tokens that the model itself puts before an answer, which count in its length
 
 
 def beam_search(
@@ -147,7 +150,9 @@ def beam_search(
             f"beam_search: stop_strings={config.stop_strings} are searched for in text, but beam search ends "
             "completions at token ids alone; use stop_ids."
         )
-    prompts, columns, config = with_source(model, prompts, columns, config)
+    given = prompts
+    prompts, columns, config = with_source(model, given, columns, config)
+    forced = 0 if prompts is given else len(prompts[0]) - 1  # behind the decoder's start
     room = -(-config.max_new_tokens // CHUNK) * CHUNK
     state, shared = begin(model, params, prompts, config, room, columns, cache_dtype)
     settings = _Settings(
@@ -157,6 +162,7 @@ def beam_search(
         # Without alternatives the first end token ends the completion, whatever would score better.
         jnp.asarray(beams.early_stopping is True or beams.num_beams == 1),
         jnp.asarray(beams.early_stopping == "never"),
+        jnp.asarray(forced, jnp.int32),
     )
     rules = dataclasses.replace(config, max_new_tokens=1, min_new_tokens=0)
     found = _search(model, params, in_turn(state), settings, rules, beams.num_beams, room, shared)
@@ -204,8 +210,9 @@ def _search(model, params, state, settings, config, beams, room, shared):
 def _choose(search, settings, config):
     """Ends and continues beams: (the search with their next tokens, parents [B, K] of the beams)."""
     batch, beams, _ = search.tokens.shape
-    logits, short = search.logits, search.step < settings.least
-    rules = lambda table: process_logits(table, config, search.history, search.position, short)
+    logits, length = search.logits, search.step + 1
+    at = search.step < settings.least, length == settings.limit
+    rules = lambda table: process_logits(table, config, search.history, search.position, *at)
     normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     # A repetition penalty differs between logits, on which greedy decoding applies it, and log-probs.
     log_probs = rules(logits) - normaliser if beams == 1 else rules(logits - normaliser)
@@ -217,13 +224,13 @@ def _choose(search, settings, config):
     tokens = jnp.take_along_axis(search.tokens, parents[..., None], axis=1)
     put = jax.lax.dynamic_update_slice_in_dim
     tokens = put(tokens, token[..., None], search.step, axis=2)  # [B, candidates, N]
-    length = search.step + 1
     stops = jnp.asarray(config.stop_ids or (-1,))
     ends = jnp.any(token[..., None] == stops[None, None], axis=-1)
     ends = ends | (length == settings.limit)
 
     # Completions: candidates after the first K are there to be continued alone.
-    score = sums[:, :beams] / length**settings.penalty
+    counted = length + settings.forced
+    score = sums[:, :beams] / counted**settings.penalty
     score = jnp.where(ends[:, :beams] & search.active[:, None], score, -jnp.inf)
     scores, best = jax.lax.top_k(jnp.concatenate([search.scores, score], axis=1), beams)
     lengths = jnp.where(score > -jnp.inf, length, 0)
@@ -232,7 +239,8 @@ def _choose(search, settings, config):
     # Beams.
     sums, kept = jax.lax.top_k(jnp.where(ends, -jnp.inf, sums), beams)
     worst, likeliest = scores[:, -1], sums[:, 0]
-    horizon = jnp.where(settings.never & (settings.penalty > 0), settings.limit, length)
+    furthest = settings.never & (settings.penalty > 0)
+    horizon = jnp.where(furthest, settings.limit + settings.forced, counted)
     better = likeliest / horizon**settings.penalty > worst
     full = settings.early & (worst > -jnp.inf)
     search = search._replace(

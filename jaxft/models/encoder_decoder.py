@@ -39,6 +39,10 @@ class SourceCache:
     source: tuple[Pair, ...] = ()  # L x (keys [B, H, K, S], values [B, H, S, K])
     valid: jax.Array | None = None  # [B, S] bool: source tokens that are not padding
 
+    def take_rows(self, rows: jax.Array, start: int) -> SourceCache:
+        """As `Cache.take_rows`: beams of one prompt have one source, which is not copied."""
+        return dataclasses.replace(self, own=self.own.take_rows(rows, start))
+
 
 class EncoderDecoder(nn.Module):
     """(source, tokens of the answer so far) -> hidden states and logits.

@@ -18,7 +18,7 @@ from jaxft.adapters import (
 from jaxft.checkpoints import CheckpointError, load_model, save_model, source_config
 from jaxft.checkpoints.assemble import disassemble
 from jaxft.checkpoints.tensor_files import open_tensors, save_tensors
-from jaxft.generation import SamplingConfig, generate, split_prompts
+from jaxft.generation import Beams, SamplingConfig, beam_search, generate, split_prompts
 from jaxft.losses import linear_cross_entropy
 from jaxft.models import EncoderDecoder, config_of, family_of, stack_layers
 from jaxft.models.relative_positions import distance_buckets
@@ -146,6 +146,39 @@ def test_cached_greedy_answers_are_those_of_transformers(pair, records):
         free = len(answer) - 1  # the last token may be forced
         wanted = np.take_along_axis(scored.numpy(), answer[:, None], axis=1)[:, 0]
         np.testing.assert_allclose(out.log_probs[i][:free], wanted[:free], atol=1e-3)
+
+
+BEAMS = [
+    (Beams(3), {}),
+    (Beams(4, length_penalty=2.0, num_return_sequences=2), dict(no_repeat_ngram_size=2)),
+    (Beams(2, length_penalty=0.5, early_stopping="never"), dict(min_new_tokens=3)),
+]
+
+
+@pytest.mark.parametrize("pair", ["t5", "bart", "marian"], indirect=True)
+@pytest.mark.parametrize("beams, rules", BEAMS)
+def test_beams_are_those_of_transformers(pair, records, beams, rules):
+    """Sequences and scores, with the ids that the files force, from ragged sources at once."""
+    theirs, _, model, params = pair
+    prompts, new = [source.tolist() for source, _ in records], 6
+    config = SamplingConfig(new, temperature=0.0, stop_ids=(theirs.config.eos_token_id,), **rules)
+    found = beam_search(model, params, prompts, beams, config)
+    own = {"num_beams": beams.num_beams, "early_stopping": beams.early_stopping}
+    own |= {"length_penalty": beams.length_penalty}
+    own |= {"no_repeat_ngram_size": rules.get("no_repeat_ngram_size", 0)}
+    given = 1 + (theirs.generation_config.forced_bos_token_id is not None)
+    if least := rules.get("min_new_tokens"):
+        own["min_length"] = given + least
+    count = beams.num_return_sequences
+    for i, prompt in enumerate(prompts):
+        wanted = theirs.generate(
+            torch.tensor(prompt)[None], max_length=given + new, do_sample=False, use_cache=False,
+            num_return_sequences=count, return_dict_in_generate=True, output_scores=True, **own,
+        )  # fmt: skip
+        here = slice(i * count, (i + 1) * count)
+        for ours, row in zip(found.completions[here], wanted.sequences, strict=True):
+            assert ours == row[given : given + len(ours)].tolist()
+        np.testing.assert_allclose(found.scores[here], wanted.sequences_scores, rtol=2e-3)
 
 
 def test_files_survive_a_round_trip_bit_for_bit(pair, records, tmp_path):

@@ -23,7 +23,7 @@ The multistage part has a toy language pair with another word order, a dictionar
 in-domain pairs are mined from documents with translations of err 0.2, alignment errors included; 40 %
 of their words do not occur out of domain, and their sentences have two clauses instead of one. The
 model is an encoder-decoder of two layers each. Methods have the same number of steps in all: a single
-stage takes as many as three.
+stage takes as many as three. No claim of this part is recorded yet.
 
 `--data manpages` aligns the paragraphs of Debian's manual pages in English and Japanese, after editing
 sections whose two versions have the same layout, and writes the pairs mined from the pages that are

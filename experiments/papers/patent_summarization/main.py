@@ -26,7 +26,8 @@ Not verified against the paper, of which only the abstract and summaries were re
 epochs, the decoding, the four sections of BigPatent that it tests, and its meta-learning methods.
 Departures: Reptile's inner optimizer is Adam with the rate of the other methods, its outer step falls from
 1 to 0; its SGD with rate 1e-3 and steps of 0.1 would hardly move LoRA in this number of steps. METEOR has
-no synonyms. Positions of the small model are sines, unlike BART's. BERTScore's vectors are those of the encoder before fine-tuning.
+no synonyms. Positions of the small model are sines, unlike BART's. BERTScore's vectors are those of the
+encoder before fine-tuning.
 """
 
 from __future__ import annotations

@@ -26,7 +26,8 @@ Not verified against the paper, of which only the abstract and summaries were re
 epochs, the decoding, the four sections of BigPatent that it tests, and its meta-learning methods.
 Departures: Reptile's inner optimizer is Adam with the rate of the other methods, its outer step falls from
 1 to 0; its SGD with rate 1e-3 and steps of 0.1 would hardly move LoRA in this number of steps. METEOR has
-no synonyms. BERTScore's vectors are those of the encoder before fine-tuning.
+no synonyms. Positions of the small model are sines, unlike BART's. BERTScore's vectors are those of the
+encoder before fine-tuning.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ class Config:
     min_new_tokens: int = 0  # minimum tokens of a summary
     num_beams: int = 4  # beams of the search
     sampled_at_once: int = 48  # summaries that are written at a time
-    pretrain_steps: int = 600  # steps of text infilling
+    pretrain_steps: int = 500  # steps of text infilling
     pretrain_rows: int = 32  # rows of such a step
     pretrain_rate: float = 3e-3  # learning rate of text infilling
     width: int = 64  # width of the model

@@ -13,7 +13,7 @@ from jaxft.generation import Beams
 # Flags of sampling that beam search excludes, and why.
 _SAMPLED = dict.fromkeys(
     ("temperature", "top_k", "top_p", "min_p", "typical_p", "seed"), "samples nothing"
-) | {"stop": "ends answers at token ids alone"}
+) | {"stop": "ends answers only at token ids"}
 
 
 @tyro.conf.configure(tyro.conf.OmitArgPrefixes)

@@ -1,6 +1,6 @@
 """Generated patents of six fields: descriptions in which few sentences carry the invention, and abstracts.
 
-The fields share the language of patents, and each has 50 nouns and 30 verbs of its own. A description has 25
+The fields share the language of patents, and each has its own 50 nouns and 30 verbs. A description has 25
 to 40 sentences, in random order: 4 to 6 say what the invention is for, its parts and its effect, 2 or 3 are
 about a known device, the rest is boilerplate with single words of the field. The abstract has three
 sentences made of the same words as the invention. Text is plain English with made-up nouns and verbs, so

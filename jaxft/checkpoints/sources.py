@@ -21,7 +21,7 @@ def source_config(
     """
     if path_or_id == "tiny" or (path := resolve(path_or_id)).suffix == ".gguf":
         return None
-    if not (path / "config.json").exists():  # a directory of a tokenizer alone
+    if not (path / "config.json").exists():  # a directory with only a tokenizer
         return None
     json = read_config(path)
     named = [family for family in families if family.name == json.get("model_type")]

@@ -381,7 +381,7 @@ def _source_row(parts, width):
 
 
 def source_columns(sources: Sequence[np.ndarray], width: int) -> Batch:
-    """The columns `source` and `source_mask` [B, width] of sources [S], each in a row of its own."""
+    """The columns `source` and `source_mask` [B, width] of sources [S], each in its own row."""
     part = lambda source: Tokenised(source[:0], source[:0], source=source)
     rows = [_source_row([part(source)], width) for source in sources]
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}

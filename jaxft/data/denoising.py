@@ -2,7 +2,7 @@
 
 A noise is a function (rng, tokens) -> {"source", "target"} of one row: `span_corruption` (T5) and
 `text_infilling` (BART), both for encoder-decoders. `denoise(noise, seed, row, tokens)` applies it with draws
-that depend on the seed and the number of the row alone, so that neither resuming nor the number of worker
+that depend only on the seed and the number of the row, so that neither resuming nor the number of worker
 processes changes them. `mask_tokens` (BERT) is for encoders.
 """
 
@@ -24,7 +24,7 @@ def denoise(noise: Noise, seed: int, row: int, tokens: Sequence[int]) -> Columns
 
     Args:
         noise: `span_corruption(...)`, `text_infilling(...)`, or a function of your own.
-        row: number of the row in the order of the run, from 0. If it goes on to count when the data are read
+        row: number of the row in the order of the run, from 0. If it continues to count when the data are read
             again, each epoch has its own noise.
         tokens: ids of one text, without begin and end tokens.
 

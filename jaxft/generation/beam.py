@@ -96,7 +96,7 @@ class _Search(NamedTuple):
     found: jax.Array  # [B, K, N] the best completions so far
     lengths: jax.Array  # [B, K] their tokens
     scores: jax.Array  # [B, K] their scores, descending; -inf: there is none
-    active: jax.Array  # [B] whether the search of the prompt goes on
+    active: jax.Array  # [B] whether the search of the prompt continues
 
 
 class _Settings(NamedTuple):
@@ -148,7 +148,7 @@ def beam_search(
     if config.stop_strings:
         raise ValueError(
             f"beam_search: stop_strings={config.stop_strings} are searched for in text, but beam search ends "
-            "completions at token ids alone; use stop_ids."
+            "completions only at token ids; use stop_ids."
         )
     given = prompts
     prompts, columns, config = with_source(model, given, columns, config)
@@ -228,7 +228,7 @@ def _choose(search, settings, config):
     ends = jnp.any(token[..., None] == stops[None, None], axis=-1)
     ends = ends | (length == settings.limit)
 
-    # Completions: candidates after the first K are there to be continued alone.
+    # Completions: candidates after the first K are there only to be continued.
     counted = length + settings.forced
     score = sums[:, :beams] / counted**settings.penalty
     score = jnp.where(ends[:, :beams] & search.active[:, None], score, -jnp.inf)

@@ -1,4 +1,4 @@
-"""How much of a text is in another one: ROUGE, METEOR, BERTScore, copied parts.
+"""Overlap of two texts: ROUGE, METEOR, BERTScore, copied parts.
 
 ROUGE and METEOR are those of the packages rouge-score and nltk (pip install 'jaxft[papers]').
 """

@@ -48,7 +48,7 @@ class StackConfig:
 
     @property
     def mlp_bias(self) -> bool:
-        """Whether the MLP has biases, under the name that `Mlp` reads."""
+        """Returns whether the MLP has biases, under the name that `Mlp` reads."""
         return self.bias
 
 

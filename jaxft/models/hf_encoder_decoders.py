@@ -100,7 +100,7 @@ def write_ids(config: EncoderDecoderConfig) -> dict[str, int | None]:
 def read(json: Json, tensors: Collection[str], name: str, form: Form) -> EncoderDecoderConfig:
     """The EncoderDecoderConfig of a config.json; the tensors' names show a bias of the logits.
 
-    Embeddings are tied: without that, transformers 5 has three tables of its own for encoder and decoder.
+    Embeddings are tied: without that, transformers 5 has three separate tables for encoder and decoder.
     """
     for key in sorted(READS - frozenset(IDS.values()) - {"scale_embedding"}):
         if json[key] is None:

@@ -28,7 +28,7 @@ class ExpertLayout(NamedTuple):
         return self.axes.get(EXPERT_AXIS, 1)
 
     def exchange(self, per_token: int) -> Exchange | None:
-        """How rows get to their experts; None: all tokens along `expert` are gathered.
+        """Returns how rows get to their experts; None: all tokens along `expert` are gathered.
 
         Gathering moves P - 1 rows of each token and as many sums back, an exchange k (P - 1) / P at most.
         """

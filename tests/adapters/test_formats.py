@@ -44,7 +44,7 @@ def expected(case):
 
 
 def logits(model, params):
-    """Of merged params, so that one program serves all adapters; their own products: tests/weights."""
+    """Logits of merged params, so that one program serves all adapters; their own products: tests/weights."""
     return jitted(model)({"params": merge(params)}, jnp.asarray(TOKENS)).logits
 
 

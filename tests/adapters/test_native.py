@@ -44,7 +44,7 @@ def moved(trainable):
 
 
 def logits(params):
-    """Of merged params where they can be: one program for all those adapters."""
+    """Logits of merged params where they can be: one program for all those adapters."""
     params = merge(params) if mergeable(params) else params
     return jitted(MODEL)({"params": params}, jnp.arange(5)[None]).logits
 

@@ -39,7 +39,7 @@ def logits_of_peft(base, adapter):
 
 
 def logits(model, params):
-    """Of merged params, so that one program serves all adapters of a model."""
+    """Logits of merged params, so that one program serves all adapters of a model."""
     return np.asarray(jitted(model)({"params": merge(params)}, TOKENS).logits)
 
 

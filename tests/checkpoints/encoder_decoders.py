@@ -31,7 +31,7 @@ def torch_model(name: str) -> torch.nn.Module:
     """A float32 model with weights large enough that every part of it shows in the logits."""
     torch.manual_seed(0)
     model = MODELS[name]().float().eval()
-    if name == "flan":  # the files of T5 1.1 have an output projection of their own
+    if name == "flan":  # the files of T5 1.1 have a separate output projection
         model.lm_head.weight = torch.nn.Parameter(torch.zeros(37, 16))
     with torch.no_grad():
         for path, parameter in model.named_parameters():

@@ -61,7 +61,7 @@ def padded(rows, width):
 
 
 def batch_of(records):
-    """Each record in a row of its own, right-padded, and a last row with all of them packed."""
+    """Each record in its own row, right-padded, and a last row with all of them packed."""
     columns = {}
     for name, segments, rows in zip(
         ("source", "tokens"),

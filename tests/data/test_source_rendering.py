@@ -36,7 +36,7 @@ def ids(tokenizer, text):
     ],
 )
 def test_mbart_begins_with_the_last_id_of_its_target(kind, source, tokens):
-    """As shift_tokens_right of transformers."""
+    """Results are those of transformers' shift_tokens_right."""
     tokenizer = language_tokenizer(getattr(hf, kind))
     config = config_of({"model_type": "mbart", "vocab_size": len(tokenizer)})
     (part,) = data.SourceRenderer(tokenizer, config)(RECORD)

@@ -90,7 +90,12 @@ def test_sft_trains_an_adapter_that_peft_opens(files, tmp_path):
     "main, config, given, message",
     [
         (sft.main, sft.Config(), dict(max_length=64), "64 is more than the 24 positions"),
-        (sft.main, sft.Config(), dict(context=8, max_length=24), "rows of an encoder-decoder such as"),
+        (
+            sft.main,
+            sft.Config(),
+            dict(context=8, max_length=24),
+            "rows of an encoder-decoder such as",
+        ),
         (sft.main, sft.Config(), dict(template="chatml"), "'chatml' does not apply to bart"),
         (
             preference.main,

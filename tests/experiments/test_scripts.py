@@ -190,7 +190,7 @@ def test_every_algorithm_of_reinforce_is_there(name):
 
 def test_the_whole_model_in_a_subspace(tmp_path):
     subspace = dict(adapter="intrinsic", d=100, accuracy=False, learning_rate=1e-2, quantise="nf4")
-    subspace |= dict(scan_layers=True)  # half as many tensors, of which each is a map of its own
+    subspace |= dict(scan_layers=True)  # half as many tensors, each with its own map
     config = config_of(sft, smoke=True, output_dir=str(tmp_path), **subspace)
     metrics = sft.main(config)
     assert metrics["last_loss"] < metrics["first_loss"]

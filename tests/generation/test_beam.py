@@ -96,7 +96,7 @@ def test_beam_search_is_transformers(models):
         assert out.tokens.shape == (3 * beams.num_return_sequences, config.max_new_tokens)
         endings |= {*ends, *{len(row) for row, _ in wanted}}
         found.add((config, out.scores.tobytes()))
-    # The settings are told apart: beams end early and late, and penalties and kinds of ending show.
+    # The settings differ: beams end early and late, and penalties and kinds of ending show.
     assert {"stop", "length", 1} < endings and len(found) >= 12
 
 
@@ -192,7 +192,7 @@ def test_each_kind_of_early_stopping_ends_where_it_says(case):
 
 
 def test_beams_go_on_when_several_ends_are_likelier():
-    """Of 2 beams with 2 ends each, the 4 likeliest continuations end."""
+    """With 2 beams of 2 ends each, the 4 likeliest continuations end."""
     params = likelihoods((0.05, 0.05, 0.46, 0.44), (0.45, 0.44, 0.1, 0.01), (0.45, 0.44, 0.01, 0.1))
     config = SamplingConfig(3, 0.0, stop_ids=(0, 1))
     out = beam_search(SecondOrder(), params, [[1]], Beams(2, 5.0, "never", 2), config)

@@ -71,7 +71,7 @@ def test_fused_equals_plain_with_gradients(batch, length, chunk, softcap):
 
 @pytest.mark.parametrize("epsilon, softcap, chunk", [(0.1, None, 64), (0.7, 2.0, 3)])
 def test_label_smoothing_and_its_gradients_are_torchs(epsilon, softcap, chunk):
-    """Of single tokens, and fused for a head of its own and a tied one."""
+    """Losses of single tokens, and fused for a separate head and a tied one."""
     hidden, head, targets, weights = draw(2, 7)
     h, w = (torch.tensor(np.asarray(x), requires_grad=True) for x in (hidden, head))
     logits = h @ w if softcap is None else softcap * torch.tanh(h @ w / softcap)

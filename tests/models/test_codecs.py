@@ -19,7 +19,7 @@ ENCODER = dict(
     hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=8,
     patch_size=4,
 )  # fmt: skip
-# Each head has keys and values of its own, which come from a latent vector.
+# Each head has its own keys and values, which come from a latent vector.
 LATENT = {name: value for name, value in DECODER.items() if name != "head_dim"} | dict(
     num_key_value_heads=4, kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6,
     num_experts_per_tok=2, n_routed_experts=8, moe_intermediate_size=16,

@@ -202,9 +202,9 @@ def run_seed(config: Config, world: World, texts: dict, seed: int) -> dict[str, 
     if "all params" in trained:
         found["LexRank + model, all params"] = write(trained["all params"], "LexRank", "old")
     size = int(np.mean([len(world.encode(p.abstract)) for f in old for p in world.known[f]]))
-    alone = [" ".join(select_sentences(p.text, world.idf, size, lambda s: len(world.encode(s))))
+    only = [" ".join(select_sentences(p.text, world.idf, size, lambda s: len(world.encode(s))))
              for p in patents["old"]]  # fmt: skip
-    found["LexRank alone"] = measured(config, world, alone, patents["old"])
+    found["LexRank only"] = measured(config, world, only, patents["old"])
     few = jax.tree.map(lambda x: x[: config.shots], rows[new])
     for name in NEW:
         params = trained.get(name.split()[0])
@@ -333,8 +333,8 @@ def judge(runs: list[dict]) -> list[Claim]:
         over("sentences by LexRank before the model: ROUGE-L above that of random sentences",
              "(spec)", "random + model", more),
         over("and above that of the first tokens of the text", "(spec)", "first tokens + model"),
-        over("extraction and model: ROUGE-L above that of LexRank alone",
-             "above extractive baselines", "LexRank alone"),
+        over("extraction and model: ROUGE-L above that of LexRank only",
+             "above extractive baselines", "LexRank only"),
         over("and above that of the model without fine-tuning", "above un-tuned BART",
              "LexRank + untuned model"),
     ]  # fmt: skip

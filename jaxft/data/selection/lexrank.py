@@ -228,7 +228,7 @@ def select_sentences(
 
 
 def _connected(edges):
-    """Whether each node of a graph [n, n] is reached from each other one."""
+    """Returns whether each node of a graph [n, n] is reached from every other node."""
     reached = edges | np.eye(len(edges), dtype=bool)
     for _ in range(len(edges).bit_length()):
         reached = reached.astype(float) @ reached > 0
@@ -236,7 +236,7 @@ def _connected(edges):
 
 
 def _goes_on(before, after):
-    """Whether a sentence `before` a full stop continues with `after`."""
+    """Returns whether a sentence `before` a full stop continues with `after`."""
     words = before.split()
     if not words:
         return True

@@ -46,7 +46,7 @@ def read(json: Json, tensors: Collection[str]) -> EncoderDecoderConfig:
 
     transformers' class scales the decoder's output by d_model^-1/2 unless tie_word_embeddings is false, as
     in files of T5 1.1, or scale_decoder_outputs, which its own files have beside a true
-    tie_word_embeddings. Whether embeddings are tied depends on the tensors.
+    tie_word_embeddings. The tensors decide if embeddings are tied.
     """
     scaled = json["scale_decoder_outputs"]
     scaled = json["tie_word_embeddings"] is not False if scaled is None else scaled

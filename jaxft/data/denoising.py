@@ -24,8 +24,8 @@ def denoise(noise: Noise, seed: int, row: int, tokens: Sequence[int]) -> Columns
 
     Args:
         noise: `span_corruption(...)`, `text_infilling(...)`, or a function of your own.
-        row: number of the row in the order of the run, from 0. If it continues to count when the data are read
-            again, each epoch has its own noise.
+        row: number of the row in the order of the run, from 0. If it continues to count when the data are
+            read again, each epoch has its own noise.
         tokens: ids of one text, without begin and end tokens.
 
     Raises:

@@ -40,7 +40,7 @@ class SourceCache:
     valid: jax.Array | None = None  # [B, S] bool: source tokens that are not padding
 
     def take_rows(self, rows: jax.Array, start: int) -> SourceCache:
-        """Reorders rows as `Cache.take_rows` does; beams of one prompt have one source, which is not copied."""
+        """Reorders rows as `Cache.take_rows` does; beams of one prompt share their source."""
         return dataclasses.replace(self, own=self.own.take_rows(rows, start))
 
 

@@ -140,7 +140,7 @@ def test_loss_gradients(pair, records, found):
 
 
 def test_all_linear_is_every_linear_layer_of_torch(pair):
-    """Targets are those of PEFT's "all-linear" but the gates of shared experts; experts and routers are parameters."""
+    """Targets are those of PEFT's "all-linear", but the gates of shared experts (experts are parameters)."""
     theirs, _, model, params = pair
     family, kinds = family_of(model.config), (torch.nn.Linear, Conv1D)
     wanted = {name for name, module in theirs.named_modules() if isinstance(module, kinds)}

@@ -75,7 +75,8 @@ from jaxft.objectives import supervised
 
 PARTS = {"main": {}, "manpages": {"data": "manpages"}}  # parts of the record
 # Documents of a claim, and the least F1 of the dynamic program: with generated documents the
-# specification's, with real ones a round number below what the first seeds gave (0 and 1; of the authors' document 0 to 2).
+# specification's, with real ones a round number below what the first seeds gave (0 and 1; of the
+# authors' document 0 to 2).
 JUDGED = {
     "0.3": ("documents with err 0.3", 0.95),
     "manpages": ("manual pages", 0.8),

@@ -25,7 +25,7 @@ import tyro
 
 from experiments.cli import cards, choices, flags, held_out
 from experiments.cli import training as shared
-from experiments.cli.models import renderer_of
+from experiments.cli.models import supervised_renderer
 from jaxft import data, train
 from jaxft.adapters import (
     Name,
@@ -74,6 +74,8 @@ class Config:
     packing: bool = True  # pack several short records into one row; none attends to another
     mask: Literal["completion", "last_turn", "all", "per_message"] = "completion"  # trained tokens
     train_on: str | None = None  # regular expression that restricts --mask, such as "Answer: (.*)"
+    # encoder-decoders learn to restore plain texts: T5's spans, or BART's infilling
+    denoise: Literal["span", "infill"] | None = None
     # what happens to records longer than --max-length
     too_long: Literal["drop", "truncate", "error"] = "drop"
 
@@ -95,10 +97,8 @@ class Config:
 
 def main(config: Config) -> dict[str, Any]:
     """Trains; returns the metrics that are written to metrics.json."""
-    if not config.accuracy and "max_new_tokens" in choices.given(config):
-        raise ValueError(
-            f"--max-new-tokens {config.max_new_tokens} has no effect with --no-accuracy; give one of them."
-        )
+    if not config.accuracy:
+        choices.check_excluded(config, ["max_new_tokens"], "--no-accuracy")
     config = shared.start(config, SMALL)
     choices.check_companions(config, {"weights_by": "weights"})
     renderer, training, kept, name = load_data(config)
@@ -137,7 +137,7 @@ def main(config: Config) -> dict[str, Any]:
 
 def load_data(config: Config):
     """Returns (renderer, tokenised records of each source, held-out records, their name)."""
-    renderer = renderer_of(config.base, mask=config.mask, train_on=config.train_on)
+    renderer = supervised_renderer(config)
     bad, length = data.BadRecords(config.rows.max_bad), config.rows.max_length
     load = lambda spec, **how: data.load(spec, fields=config.columns.of(spec), **how)
     sources = [load(spec, bad=bad) for spec in config.data]

@@ -53,6 +53,15 @@ def check_companions(config: Any, companions: Mapping[str, str]) -> None:
             )
 
 
+def check_excluded(config: Any, names: Iterable[str], other: str) -> None:
+    """Raises ValueError for a given flag of `names`, which have no effect with `other`, "--preset full"."""
+    found = given(config)
+    for name in filter(found.__contains__, names):
+        raise ValueError(
+            f"{shown(name, found[name])} has no effect with {other}; give one of them."
+        )
+
+
 def given(config: Any) -> dict[str, Any]:
     """{name: value} of the flags whose values differ from the script's defaults."""
     default = flags.flat(type(config)())

@@ -32,17 +32,12 @@ class Harness:
 
 def check(config: Any) -> None:
     """Raises ValueError if neither --data nor --tasks is given, or a flag that has no effect with them."""
-    given = choices.given(config)
     if not config.harness.tasks:
         choices.check_companions(config, dict.fromkeys(_COMPANIONS, "tasks"))
         if config.data is None:
             raise data.DataError("nothing to evaluate on; give --data, or --tasks of lm-eval.")
         return
-    for flag in _NOT_READ:
-        if flag in given:
-            raise ValueError(
-                f"{choices.shown(flag, given[flag])} has no effect with --tasks; give one of them."
-            )
+    choices.check_excluded(config, _NOT_READ, "--tasks")
     number = config.harness.num_fewshot
     if number is not None and number < 0:
         raise ValueError(f"--num-fewshot must be at least 0, got {number}.")

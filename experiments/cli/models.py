@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from experiments.cli import flags
+from experiments.cli import choices, flags
 from jaxft import checkpoints as files
 from jaxft import data, train
 from jaxft.adapters import adapt, load_adapter, merge, mergeable, quantised, rounding_loss
@@ -25,6 +25,36 @@ def renderer_of(
     if config is None:
         return data.Renderer(tokenizer, template=settings.template, **options)
     return data.SourceRenderer(tokenizer, config, template=settings.template, **options)
+
+
+def supervised_renderer(config: Any) -> Any:
+    """Returns the renderer of sft.py: of plain texts with --denoise ("span" as T5, "infill" as BART).
+
+    Raises:
+        DataError: for --denoise with a decoder, or a tokenizer without the tokens of this noise.
+        ValueError: for flags without effect.
+    """
+    settings, kind = config.base, config.denoise
+    if kind is None:
+        return renderer_of(settings, mask=config.mask, train_on=config.train_on)
+    choices.check_excluded(config, ["mask", "train_on", "template"], f"--denoise {kind}")
+    tokenizer, model = files.load_tokenizer(settings.model), files.source_config(settings.model)
+    if model is None:
+        raise data.DataError(
+            f"--denoise {kind} pretrains encoder-decoders, whose encoder reads the corrupted text; "
+            f"{settings.model} has none. Train a decoder on the texts without --denoise."
+        )
+    room = config.rows.max_length - tokenizer.num_special_tokens_to_add()
+    if kind == "span":
+        noise, most = data.span_corruption(data.sentinel_ids(tokenizer)), data.longest_text(room)
+    elif tokenizer.mask_token_id is None:
+        raise data.DataError(
+            "--denoise infill puts a mask token for each span, which this tokenizer lacks; use span."
+        )
+    else:
+        # The target is the whole text, after the id with which the decoder begins.
+        noise, most = data.text_infilling(tokenizer.mask_token_id), room - 1
+    return data.DenoisingRenderer(tokenizer, model, noise, length=most, seed=config.seed)
 
 
 def writable_file(place: str) -> pathlib.Path:

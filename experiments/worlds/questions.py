@@ -117,10 +117,7 @@ def sized(
     choices.check_companions(
         config, dict.fromkeys([*flags.flat(config.source), *only_full], "preset")
     )
-    for name in filter(given.__contains__, only_small if big else ()):
-        raise ValueError(
-            f"{choices.shown(name, given[name])} has no effect with --preset full; give one of them."
-        )
+    choices.check_excluded(config, only_small if big else (), "--preset full")
     sizes: dict[str, Any] = dict(smoke) if config.smoke else {}
     if big:
         sizes = dict(full) | (dict(smoke) | SMALL if config.smoke else {})

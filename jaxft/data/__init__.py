@@ -8,6 +8,7 @@ from jaxft.data.batching import (
     temperature_weights,
     token_weights,
 )
+from jaxft.data.denoised import DenoisingRenderer
 from jaxft.data.denoising import (
     corrupted_lengths,
     denoise,
@@ -82,6 +83,7 @@ __all__ = [
     "JsonLines",
     "Judged",
     "Renderer",
+    "DenoisingRenderer",
     "SourceRenderer",
     "Tokenised",
     "TokenisedGroup",

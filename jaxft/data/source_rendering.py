@@ -68,21 +68,22 @@ class SourceRenderer:
     def __call__(self, record: Record) -> list[Tokenised]:
         """Renders a record as one sequence with its source."""
         source, answer = self._texts(record)
-        labels = self._target(answer)
+        return [self.sequence(self._source(source), self._target(answer), record)]
+
+    def sequence(self, source: list[int], labels: list[int], record: Record) -> Tokenised:
+        """Returns the sequence of a source and of the decoder's targets, special ids included in both."""
         start = labels[-1] if self._from_target else self.config.decoder_start
         tokens = np.array([start, *labels], np.int32)
         mask = np.ones(len(tokens), np.float32)
         weight = record.get("weight")
         mask = mask * (1.0 if weight is None else float(weight))
         mask[0] = 0  # nothing predicts it
-        return [
-            Tokenised(
-                tokens,
-                mask.astype(np.float32),
-                str(record.get("id", "")),
-                source=np.array(self._source(source), np.int32),
-            )
-        ]
+        return Tokenised(
+            tokens,
+            mask.astype(np.float32),
+            str(record.get("id", "")),
+            source=np.array(source, np.int32),
+        )
 
     def prompt(self, record: Record) -> list[int]:
         """Returns the ids of a record's source, which `generate` gives to the encoder."""

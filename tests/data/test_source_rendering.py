@@ -127,3 +127,35 @@ def test_pairs_have_one_source_for_both_answers():
     for group, source, mask in zip(groups, whole["source"], whole["source_mask"], strict=False):
         assert source[mask == 1].tolist() == group.parts[1].source.tolist()
     assert not last["source_mask"][1].any()  # an empty group
+
+
+def test_texts_are_restored_from_sources_of_pieces():
+    """Each piece has the special tokens of a text, and its noise depends only on the seed and its tokens."""
+    tokenizer, config = word_tokenizer("$A </s>"), config_of(T5)
+    noise = data.span_corruption(sentinels := [33, 34, 35, 36], density=0.4, mean_length=2.0)
+    make = lambda seed: data.DenoisingRenderer(tokenizer, config, noise, length=10, seed=seed)
+    text = " ".join(f"w{i}" for i in range(24))
+    parts = make(1)({"text": text})
+    end, pieces = tokenizer.eos_token_id, []
+    for part in parts:
+        assert part.source[-1] == part.tokens[-1] == end and part.tokens[0] == config.decoder_start
+        assert part.loss_mask.tolist() == [0.0] + [1.0] * (len(part.tokens) - 1)
+        hidden, piece = {}, []
+        for token in part.tokens[1:-1].tolist():
+            if token in sentinels:
+                last = hidden.setdefault(token, [])
+            else:
+                last.append(token)
+        for token in part.source[:-1].tolist():
+            piece += hidden.get(token, [token])
+        pieces.append(piece)
+    assert [len(piece) for piece in pieces] == [10, 10, 4]
+    assert sum(pieces, []) == tokenizer(text, add_special_tokens=False)["input_ids"]
+    # The second piece on its own, from another record.
+    alone = make(1)({"text": " ".join(f"w{i}" for i in range(10, 20)), "id": "other"})[0]
+    assert alone.source.tolist() == parts[1].source.tolist()
+    others = [make(seed)({"text": text})[1].source.tolist() for seed in range(2, 6)]
+    assert any(source != parts[1].source.tolist() for source in others)
+    assert make(1)({"text": "w1"}) == []
+    with pytest.raises(data.DataError, match="reads plain texts; the record has no 'text'"):
+        make(1)(RECORD)

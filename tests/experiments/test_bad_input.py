@@ -400,7 +400,13 @@ BAD = [
         "generate",
         "beams that read text",
         ["--num-beams", "4", "--stop", "END"],
-        "--stop END has no effect with --num-beams 4: beam search ends answers at token ids",
+        "--stop END has no effect with --num-beams 4: beam search ends answers only at token ids",
+    ),
+    (
+        "sft",
+        "denoising of a decoder",
+        ["--denoise", "span"],
+        "--denoise span pretrains encoder-decoders, whose encoder reads the corrupted text; tiny has none",
     ),
     (
         "sft",

@@ -27,7 +27,10 @@ def files(request, tmp_path_factory):
     model.generation_config.eos_token_id = model.config.eos_token_id = 2
     with quiet():
         model.save_pretrained(folder / "model")
-    word_tokenizer(FORMS[request.param]).save_pretrained(folder / "model")
+    tokenizer = word_tokenizer(FORMS[request.param])
+    if request.param == "bart":
+        tokenizer.mask_token = WORDS[-1]
+    tokenizer.save_pretrained(folder / "model")
     rng = np.random.default_rng(0)
     draw = lambda: " ".join(rng.choice(WORDS, rng.integers(1, 6)))
     rows = [{"question": draw(), "answer": draw()} for _ in range(24)]
@@ -64,6 +67,22 @@ def test_loss_and_answers_are_those_of_transformers(files):
     sampling = dict(model=str(model), prompt=asked, max_new_tokens=5)
     found = generate.main(flags.replace(generate.Config(), **sampling))
     assert found == [answer_of(theirs, tokenizer, question, 5) for question in asked]
+
+
+def test_sft_renders_texts_to_restore(files, tmp_path):
+    model, _, rows = files
+    texts = tmp_path / "texts.jsonl"
+    lines = (json.dumps({"text": f"{row['question']} {row['answer']}"}) for row in rows)
+    texts.write_text("\n".join(lines))
+    given = dict(model=str(model), data=(str(texts),), max_length=16, preview=True)
+    run = lambda **more: sft.main(flags.replace(sft.Config(), **given, **more))
+    if "bart" in str(model):
+        assert run(denoise="infill")["records"] == len(rows)
+        with pytest.raises(ValueError, match="--mask all has no effect with --denoise infill"):
+            run(denoise="infill", mask="all")
+    else:
+        with pytest.raises(ValueError, match="no <extra_id_0>, which T5's have"):
+            run(denoise="span")
 
 
 @pytest.mark.parametrize("files", ["bart"], indirect=True)

@@ -172,14 +172,12 @@ def check(config: Config) -> None:
     """Raises ValueError for flags that have no effect."""
     choices.check_companions(config, dict.fromkeys(flags.flat(config.source), "preset"))
     choices.check_companions(config, {"directory": "data"})
-    given, mode = choices.given(config), None
     if config.preset == "full":
-        mode, unread = "--preset full", [*OF_TOY, "data", "documents", "errors"]
+        unread = [*OF_TOY, "data", "documents", "errors"]
+        choices.check_excluded(config, unread, "--preset full")
     elif config.data != "toy":
-        mode, unread = f"--data {config.data}", [*OF_TOY, *OF_TRAINING, "errors"]
-    for name in unread if mode else ():
-        if name in given:
-            raise ValueError(f"{choices.shown(name, given[name])} has no effect with {mode}.")
+        unread = [*OF_TOY, *OF_TRAINING, "errors"]
+        choices.check_excluded(config, unread, f"--data {config.data}")
 
 
 def run_seed(config: Config, opened: Any, seed: int) -> dict[str, Any]:

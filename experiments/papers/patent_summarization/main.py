@@ -136,9 +136,8 @@ def main(config: Config) -> int:
 def sized(config: Config) -> Config:
     """Returns the config with the sizes of its preset; raises ValueError for a flag without effect."""
     choices.check_companions(config, dict.fromkeys(("model", "data", "fsdp"), "preset"))
-    given, big = choices.given(config), config.preset == "full"
-    for name in filter(given.__contains__, OF_SMALL if big else ()):
-        raise ValueError(f"{choices.shown(name, given[name])} has no effect with --preset full.")
+    big = config.preset == "full"
+    choices.check_excluded(config, OF_SMALL if big else (), "--preset full")
     sizes = dict(FULL) if big else {}
     if config.smoke:
         sizes |= SMOKE | ({} if big else SMOKE_SMALL)

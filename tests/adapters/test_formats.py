@@ -61,8 +61,10 @@ def derivatives(model):
 
 
 def close(ours, theirs):
-    """Within 1e-5 of scale, some tens of float32's rounding: both sum in their own order."""
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
+    """Within 2e-5 of scale, some tens of float32's rounding: sums have another order, and ours go through
+    the gradients of merged kernels, which are rounded once more.
+    """
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-5 * np.abs(theirs).max())
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -79,6 +79,7 @@ The step that `--preset full` of each paper's script takes: its model, what trai
 - hypo: pairs, and as many samples of the policy, which the step gets as tokens.
 - corpus-mining: all params of a decoder train on packed pairs; the preset's own model, OPUS-MT, is an
   encoder-decoder of half the size.
+- patent-summarization: LoRA of a decoder of BART-base's size, with description and abstract in one row.
 - cxr-preference: DPO, one of five losses, of a language model of the size of the paper's model; there is no
   vision tower.
 
@@ -95,6 +96,10 @@ PAPERS = {
     ),
     "corpus-mining": Config(
         model="smollm2-135m", adapter="full", topology="h100:1", rows=32, length=512, remat="none"
+    ),
+    "patent-summarization": Config(
+        model="smollm2-135m", adapter="lora", rank=16, topology="h100:1", rows=72, length=1280,
+        remat="full",
     ),
     "intrinsic-dimension": Config(
         model="roberta-base", adapter="full", objective="classify", rank=1000, topology="h100:1",

@@ -82,7 +82,7 @@ def test_smoke(tmp_path):
     assert {f"{kind} + model" for kind in worlds.SELECTIONS} < set(systems)
     assert all(len(row["rougeL"]) == 2 for row in systems.values())
     # Sentences of the text itself: nothing is new but pairs across their ends, all is copied.
-    assert systems["LexRank alone"]["copied"] == 1 and systems["LexRank alone"]["rouge1"] > 0
+    assert systems["LexRank only"]["copied"] == 1 and systems["LexRank only"]["rouge1"] > 0
     assert (tmp_path / "patent_summarization.png").stat().st_size > 1000
 
 
@@ -98,7 +98,7 @@ def system(value):
         (None, 0, None),
         ("random + model", 0.6, 0),
         ("first tokens + model", 0.61, 1),
-        ("LexRank alone", 0.7, 2),
+        ("LexRank only", 0.7, 2),
         ("LexRank + untuned model", 0.61, 3),
         ("LexRank + model, all params", 0.65, 4),
         ("new field: ERM + shots", 0.65, 5),
@@ -113,7 +113,7 @@ def test_the_judge_can_fail(name, value, claim):
     values |= {
         "LexRank + untuned model": 0.1,
         "LexRank + model, all params": 0.61,
-        "LexRank alone": 0.3,
+        "LexRank only": 0.3,
     }
     values |= {f"new field: {x}": 0.4 for x in script.NEW}
     if name:

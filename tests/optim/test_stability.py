@@ -78,7 +78,9 @@ ELSEWHERE = {
     "evaluation_params": "reads a state: test_sharpness.py",
     "global_norm": "in parameter_distance and each perturbation here",
     "lion_apply": "test_lion_apply_and_mezo_keep_data_types",
+    "maml": "tests/optim/test_meta.py, with LoRA in make_step too",
     "mezo_replay": "test_lion_apply_and_mezo_keep_data_types",
+    "mldg": "tests/optim/test_meta.py",
     "mezo_step": "test_lion_apply_and_mezo_keep_data_types",
     "normal": "the direction of rge",
     "parameter_distance": "DISTANCES",
@@ -86,6 +88,7 @@ ELSEWHERE = {
     "perturb_fisher": "in with_sam/perturb_fisher",
     "perturb_sam": "in sharpness_aware",
     "rademacher": "the direction of spsa",
+    "reptile": "tests/optim/test_meta.py",
     "sphere": "in rge/sphere",
 }
 

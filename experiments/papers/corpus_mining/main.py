@@ -308,7 +308,7 @@ def step_of(forward: Any, microbatches: int) -> Any:
 def judge(runs: list[dict]) -> list[Claim]:
     """Returns the claims with their measured numbers."""
     claims = []
-    for name in set(runs[0]["alignment"]) & set(JUDGED):
+    for name in filter(JUDGED.__contains__, runs[0]["alignment"]):
         documents, least = JUDGED[name]
         f1 = {a: np.array([run["alignment"][name][a] for run in runs]) for a in ALIGNERS}
         detail = f"greedy {f1['greedy'].mean():.3f}, diagonal {f1['diagonal'].mean():.3f}"
@@ -381,7 +381,8 @@ def _figure(runs, output):
         plot_band(left, range(len(names)), values, marker="o", label=aligner)
     left.set_xticks(range(len(names)), names)
     left.set(xlabel="error rate of translations", title="F1 of alignment", ylim=(0, 1))
-    left.legend(fontsize=7)
+    if names:
+        left.legend(fontsize=7)
     if "bleu" in runs[0]:
         methods = list(runs[0]["bleu"])
         bar_means(right, methods, [[run["bleu"][m]["bleu"] for m in methods] for run in runs])

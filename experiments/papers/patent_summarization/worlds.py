@@ -98,11 +98,12 @@ def large(config: Any) -> World:
     model, start = load_model(config.model, mesh=mesh)
     model = model.clone(dtype=jnp.bfloat16, remat="full")
     special = model.config.special
+    pad = special.eos[0] if special.pad is None else special.pad  # masked, whatever it is
     first = () if model.config.first is None else (model.config.first,)
     return World(
         model, start, lambda text: tokenizer(text, add_special_tokens=False)["input_ids"],
         lambda ids: tokenizer.decode(ids, skip_special_tokens=True).strip(), first,
-        (model.config.decoder_start, *first), special.eos[0], special.pad, known, held_out,
+        (model.config.decoder_start, *first), special.eos[0], pad, known, held_out,
         inverse_document_frequencies(p.text for field in fields for p in known[field]), mesh,
     )  # fmt: skip
 

@@ -73,7 +73,7 @@ The step that `--preset full` of each paper's script takes: its model, what trai
 - tram: the step takes a second gradient, and a distance of predictions. On one H100 its 16 rows need 87 GiB;
   the script splits them over all devices.
 - echo-chamber: GRPO's update; the model has SmolLM2's architecture.
-- reft: PPO's update with a value head.
+- reft: PPO's update with a value head; products by cuBLAS, since Triton has no tiles for its rows untuned.
 - nft, otr and reft: each microbatch gathers the params again, which the ratio counts as if once.
 - nft: 72.5 GiB leave nothing for the CUDA runtime; take half the rows and twice the microbatches.
 - hypo: pairs, and as many samples of the policy, which the step gets as tokens.
@@ -130,7 +130,7 @@ PAPERS = {
     ),
     "reft": Config(
         model="codellama-7b", adapter="full", objective="ppo", topology="h100:8", rows=3,
-        microbatches=2, length=1212, response=700,
+        microbatches=2, length=1212, response=700, triton=False,
     ),
     "nft": Config(
         model="qwen2.5-7b", adapter="full", objective="nft", topology="h100:8", rows=8, microbatches=8,

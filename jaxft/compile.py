@@ -70,6 +70,7 @@ class Config:
     microbatches: int = 1  # sequential parts of the batch
     remat: Literal["none", "lean", "dots", "full"] = "full"  # what the backward pass recomputes
     float32: bool = False  # compute in float32; else bfloat16, with frozen params in bfloat16
+    triton: bool = True  # GPUs: products by Triton; else by cuBLAS, where Triton fails untuned
     layers: int | None = None  # fewer than in the model, for a quick estimate
     json: bool = False  # one JSON line
 
@@ -78,9 +79,8 @@ def main(config: Config) -> dict[str, Any]:
     """Compiles in a separate process; returns and prints the figures."""
     settings = json.dumps(dataclasses.asdict(config))
     call = [sys.executable, "-m", "jaxft.compile", "--here"]
-    result = subprocess.run(
-        call, input=settings, capture_output=True, text=True, env=compile_environment()
-    )
+    environment = compile_environment(triton=config.triton)
+    result = subprocess.run(call, input=settings, capture_output=True, text=True, env=environment)
     if result.returncode:
         lines = [line for line in result.stderr.splitlines() if "exceeds available HBM" in line]
         if not lines:

@@ -65,21 +65,25 @@ def slices_of(topology: str) -> tuple[int, str]:
     return (int(match[1]), match[2]) if match else (1, topology)
 
 
-def compile_environment() -> dict[str, str]:
+def compile_environment(*, triton: bool = True) -> dict[str, str]:
     """The environment of a process that calls `compile_only_devices`.
 
     It finds compilers in <prefix>/aot beside the environment, where `make aot` installs them; a
     plain process does not see them, so that JAX does not look for a TPU at each start.
+
+    Args:
+        triton: whether XLA:GPU may compute products by Triton. There is no device on which to autotune its
+            tiles, and without that it has none for some sizes (3,636 rows): the compiler fails. False: by
+            cuBLAS, which takes any size, with other fusions.
     """
+    flags = "--xla_gpu_autotune_level=0" + " --xla_gpu_enable_triton_gemm=false" * (not triton)
     aot = pathlib.Path(sys.prefix) / "aot"
     path = [str(aot), os.environ.get("PYTHONPATH", "")] if aot.is_dir() else []
     return os.environ | {
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        # There is no device on which to autotune kernels. Without that, Triton's products have no tiles for
-        # some sizes (3,636 rows), and the compiler fails; cuBLAS takes any.
-        "XLA_FLAGS": "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false",
+        "XLA_FLAGS": flags,
         **({"PYTHONPATH": os.pathsep.join(filter(None, path))} if path else {}),
     }
 

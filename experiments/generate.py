@@ -15,7 +15,7 @@ import sys
 import jax
 import tyro
 
-from experiments.cli import beams, flags, limits
+from experiments.cli import beams, flags, limits, own_settings
 from experiments.cli.models import load_trained, renderer_of, stop_ids
 from jaxft import data, train
 from jaxft.generation import beam_search, generate
@@ -41,6 +41,7 @@ def main(config: Config) -> list[str]:
     renderer = renderer_of(config.trained)
     config.sampling.rules(renderer.tokenizer)  # an error before the model is loaded
     model, params = load_trained(config.trained)
+    own_settings.tell(model, config)
     rules = config.sampling.rules(renderer.tokenizer, stop_ids(renderer, model))
     start = [{"role": "system", "content": config.system}] if config.system else []
 

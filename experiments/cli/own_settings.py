@@ -1,0 +1,53 @@
+"""Settings of a model's own generation_config.json: scripts tell of them, and follow only their flags."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from experiments.cli import choices, flags
+from jaxft.generation import decoder_begin
+from jaxft.models import EncoderDecoder
+
+# Keys that are flags too, with transformers' defaults.
+_SEARCH = {"num_beams": 1, "length_penalty": 1.0, "early_stopping": False}
+_ALWAYS = {"no_repeat_ngram_size": 0, "repetition_penalty": 1.0, "min_new_tokens": None}
+_SAMPLED = {"temperature": 1.0, "top_k": None, "top_p": 1.0, "min_p": None, "typical_p": 1.0}
+
+
+def unfollowed(model: Any, config: Any) -> dict[str, Any]:
+    """{flag: value} of the model's own settings that change answers and that `config` does not have.
+
+    Args:
+        model: with the `special` ids and settings of its files.
+        config: of a script with sampling flags.
+    """
+    special = getattr(model.config, "special", None)
+    own = json.loads(special.generation or "{}") if special is not None else {}
+    found = {k: own[k] for k, x in _ALWAYS.items() if own.get(k, x) not in (x, None)}
+    if own.get("num_beams", 1) != 1:
+        found |= {k: own[k] for k, x in _SEARCH.items() if own.get(k, x) not in (x, None)}
+    if own.get("do_sample"):
+        found["temperature"] = own.get("temperature", 1.0)
+        found |= {k: own[k] for k, x in _SAMPLED.items() if own.get(k, x) not in (x, None)}
+    begins = isinstance(model, EncoderDecoder) and model.config.decoder_start is not None
+    if begins and "min_new_tokens" not in found:
+        # The ids with which every answer begins count there.
+        least = (own.get("min_length") or 0) - len(decoder_begin(model.config))
+        found |= {"min_new_tokens": least} if least > 0 else {}
+    now, given = flags.flat(config), choices.given(config)
+    shown = lambda x: str(x).lower() if isinstance(x, bool) else x
+    found = {name: shown(x) for name, x in found.items() if name in now and name not in given}
+    return {name: x for name, x in found.items() if x != now[name]}
+
+
+def tell(model: Any, config: Any) -> None:
+    """Prints one line on stderr for settings of the model that this command does not follow."""
+    if found := unfollowed(model, config):
+        line = " ".join(choices.shown(name, value) for name, value in found.items())
+        print(
+            f"note: the model's generation_config.json has settings that are not followed; for "
+            f"transformers' answers add {line}",
+            file=sys.stderr,
+        )

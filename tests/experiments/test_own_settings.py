@@ -12,11 +12,10 @@ from jaxft.models import Decoder, EncoderDecoder, config_of, tiny_config
 BART = dict(
     model_type="bart", vocab_size=37, d_model=16, encoder_layers=1, decoder_layers=1,
     encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=8, decoder_ffn_dim=8,
-    decoder_start_token_id=2,
 )  # fmt: skip
 CNN = dict(
     num_beams=4, length_penalty=2.0, early_stopping=True, no_repeat_ngram_size=3, min_length=56,
-    forced_bos_token_id=0,
+    forced_bos_token_id=0, decoder_start_token_id=2,
 )  # fmt: skip
 
 
@@ -46,7 +45,7 @@ def test_decoder(own, given, found):
 
 
 def test_bart_large_cnn(capsys):
-    config = with_own(config_of(BART | dict(forced_bos_token_id=0)), **CNN)
+    config = with_own(config_of(BART), **CNN)
     own_settings.tell(EncoderDecoder(config), generate.Config())
     line = capsys.readouterr().err
     for part in ("--num-beams 4", "--length-penalty 2.0", "--early-stopping true"):

@@ -14,10 +14,10 @@ domain is used for selection. Adam (0.9, 0.99) is the base of all. The order of 
 mostly noise: the claims are about the mechanism: no sharpness-aware method costs accuracy in its domain,
 the best TRAM does not lose out of it, and no TRAM ends sharper than Adam with every seed.
 
-What does not hold at the default size (three of nine claims, docs/results.md): the paper's radii are those of models with 10^8 params. Models of
-2 x 10^4 and few steps end flatter with them but behind Adam in their domain, Fisher-SAM and TRAM-Fisher
-furthest, whose radius is 0.1 of the params and not relative to them. On text no TRAM gains out of
-domain, where R3F and MESA do.
+What does not hold at the default size (three of nine claims, docs/results.md): the paper's radii are those of
+models with 10^8 params. Models of 2 x 10^4 and few steps end flatter with them but behind Adam in their
+domain, Fisher-SAM and TRAM-Fisher furthest, whose radius is 0.1 of the params and not relative to them. On
+text no TRAM gains out of domain, where R3F and MESA do.
 
 Differences from the paper and its code: eps goes along the gradient (the code drops it, see
 jaxft.optim.tram) and d is a mean over examples or tokens (the code divides by classes and rows once

@@ -23,7 +23,12 @@ The multistage part has a toy language pair with another word order, a dictionar
 in-domain pairs are mined from documents with translations of err 0.2, alignment errors included; 40 %
 of their words do not occur out of domain, and their sentences have two clauses instead of one. The
 model is an encoder-decoder of two layers each. Methods have the same number of steps in all: a single
-stage takes as many as three. No claim of this part is recorded yet.
+stage takes as many as three.
+
+In the recorded run (docs/results.md), seeds 0 to 2, the claim about the alignment holds, and none of the four
+about stages does: BLEU is 86.0 with both domains at once, 61.4 on mined pairs only, 60.4 in two stages,
+49.4 in three and 11.5 out of domain. With equal numbers of steps in all, stages leave fewer steps for the
+domain that is tested, and here these decide; no setting in which stages help was looked for yet.
 
 `--data manpages` aligns the paragraphs of Debian's manual pages in English and Japanese, after editing
 sections whose two versions have the same layout, and writes the pairs mined from the pages that are

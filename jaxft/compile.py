@@ -86,7 +86,10 @@ def main(config: Config) -> dict[str, Any]:
         if not lines:
             errors = re.findall(r"^(?:\w+\.)*\w*Error: .*$", result.stderr, re.MULTILINE)
             raise RuntimeError(errors[-1] if errors else result.stderr.strip()[-500:])
-        figures = {"fits": False, "reason": lines[-1].split("CompileTimeHbmOom: ")[-1].strip()}
+        figures = {
+            "fits": False,
+            "reason": re.sub(r".*(HbmOom|EXHAUSTED): ", "", lines[-1]).strip(),
+        }
     else:
         figures = json.loads(result.stdout.strip().splitlines()[-1])
     print(json.dumps(figures) if config.json else describe(config, figures))

@@ -324,9 +324,7 @@ def _packed(dataset, batch_size, max_length, seed, packing, max_segments, last, 
 
 
 def _padded(dataset, batch_size, max_length, last):
-    def wide(rows, name):
-        most = max(len(row[name]) for row in rows)
-        return min(max_length, max(MIN_BUCKET, 1 << (most - 1).bit_length()))
+    wide = lambda rows, name: bucket(max(len(row[name]) for row in rows), max_length)
 
     def pad(rows):
         width, sources = wide(rows, "tokens"), None
@@ -346,6 +344,11 @@ def _batched(dataset, batch_size, as_rows, last):
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
     return dataset.batch(batch_size, drop_remainder=last == "drop", batch_fn=stack)
+
+
+def bucket(count: int, max_length: int) -> int:
+    """The width of rows for `count` tokens: a power of two from MIN_BUCKET on, at most `max_length`."""
+    return min(max_length, max(MIN_BUCKET, 1 << (max(count, 1) - 1).bit_length()))
 
 
 def padded_row(parts: Sequence[Tokenised], width: int, sources: int | None = None) -> Batch:

@@ -10,10 +10,10 @@ from typing import Any, Literal
 import numpy as np
 
 from jaxft.data.batching import (
-    MIN_BUCKET,
     Batch,
     DataIterator,
     ahead,
+    bucket,
     own_rows,
     padded_row,
     read,
@@ -269,11 +269,10 @@ def _check(groups, max_length):
 
 
 def _stack(groups, batch_size, max_length) -> Batch:
-    wide = lambda most: min(max(MIN_BUCKET, 1 << (max(most, 1) - 1).bit_length()), max_length)
-    width = wide(max((len(part.tokens) for group in groups for part in group.parts), default=1))
-    sources = [
-        group.parts[0].source for group in groups
-    ]  # All parts of a group have the same source.
+    most = max((len(part.tokens) for group in groups for part in group.parts), default=1)
+    width = bucket(most, max_length)
+    # All parts of a group have the same source.
+    sources = [group.parts[0].source for group in groups]
     groups = [*groups, *[_blank_like(groups[0])] * (batch_size - len(groups))]
     rows = [[padded_row([p] if len(p.tokens) else [], width) for p in g.parts] for g in groups]
     sequences = {
@@ -283,7 +282,7 @@ def _stack(groups, batch_size, max_length) -> Batch:
     columns = {name: np.stack([g.columns[name] for g in groups]) for name in groups[0].columns}
     if sources[0] is not None:
         blank = [np.zeros(0, np.int32)] * (len(groups) - len(sources))
-        columns |= source_columns([*sources, *blank], wide(max(map(len, sources))))
+        columns |= source_columns([*sources, *blank], bucket(max(map(len, sources)), max_length))
     return sequences | columns
 
 

@@ -74,16 +74,11 @@ class SourceRenderer:
         """Returns the sequence of a source and of the decoder's targets, special ids included in both."""
         start = labels[-1] if self._from_target else self.config.decoder_start
         tokens = np.array([start, *labels], np.int32)
-        mask = np.ones(len(tokens), np.float32)
         weight = record.get("weight")
-        mask = mask * (1.0 if weight is None else float(weight))
+        mask = np.full(len(tokens), 1.0 if weight is None else float(weight), np.float32)
         mask[0] = 0  # nothing predicts it
-        return Tokenised(
-            tokens,
-            mask.astype(np.float32),
-            str(record.get("id", "")),
-            source=np.array(source, np.int32),
-        )
+        source = np.array(source, np.int32)
+        return Tokenised(tokens, mask, str(record.get("id", "")), source=source)
 
     def prompt(self, record: Record) -> list[int]:
         """Returns the ids of a record's source, which `generate` gives to the encoder."""

@@ -116,9 +116,8 @@ class Config:
     # patents of --preset full: a file or hub id for each {field} and {split} (train, test), with
     # the columns description and abstract
     data: str = "NortheasternUniversity/big_patent?name={field}&split={split}"
-    fsdp: int = (
-        -1
-    )  # shards of params and batch with --preset full; -1: as many as there are devices
+    # shards of params and batch with --preset full; -1: as many as there are devices
+    fsdp: int = -1
     # directory for the figure, metrics.json and the cache of finished seeds
     output_dir: str = "runs/patent_summarization"
     preset: Literal["small", "full"] = "small"  # full: the paper's data, and BART-base

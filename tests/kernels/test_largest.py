@@ -1,4 +1,4 @@
-"""What looks for the largest of a vocabulary does not sort it, and finds what a sort finds."""
+"""Tests of the search for the largest entries, which never sorts a whole vocabulary."""
 
 import functools
 import re
@@ -48,7 +48,7 @@ def test_equal_entries_come_in_their_order():
 
 @pytest.mark.parametrize("top_p", [0.0, 0.3, 0.75, 0.999])
 def test_top_p_keeps_the_last_of_equal_tokens(top_p):
-    """As a stable sort of tokens by their logits does, which transformers' rule is."""
+    """Compares with a stable sort of the tokens by their logits, which is transformers' rule."""
     logits = np.random.default_rng(1).integers(0, 4, (64, 24)).astype(np.float32)
     order = np.argsort(logits, axis=-1, kind="stable")
     ascending = np.take_along_axis(logits, order, axis=-1)

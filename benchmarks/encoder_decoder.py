@@ -97,7 +97,7 @@ def jaxft_side(args):
     source, target = rows(args)
     start = np.full((args.batch, 1), model.config.decoder_start, np.int32)
     batch = {"tokens": np.concatenate([start, target], axis=1), "source": source}
-    batch["source_segment_ids"] = np.ones_like(source)
+    batch["source_mask"] = np.ones_like(source)
     params = adapt(jax.random.key(1), params, {ALL_LINEAR: lora(16, 32.0)})
     optimizer = optax.adamw(1e-4, weight_decay=0.01)
     run = train.jit_step(train.make_step(supervised(model.forward), optimizer))

@@ -210,7 +210,7 @@ def test_sampled_frequencies_follow_the_cut_distribution(model):
     config = SamplingConfig(temperature=0.8, top_k=4, min_p=0.05)
     logits = jnp.tile(jnp.array([[2.0, 1.0, 0.5, 0.0, -0.5, -4.0]]), (20_000, 1))
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(0), i))(jnp.arange(20_000))
-    state = sampler.State(None, logits, None, None, keys, jnp.zeros((), jnp.int32))
+    state = sampler.State(None, logits, None, None, keys, jnp.zeros(20_000, jnp.int32))
     counts = np.bincount(np.asarray(sampler._draw(state, config)[0]), minlength=6)
     probs = np.exp(np.array([2.0, 1.0, 0.5, 0.0]) / 0.8)
     probs = probs / probs.sum()

@@ -104,21 +104,48 @@ def generate(
     """
     most = check_request(prompts, config, samples, limits, tokenizer)
     prompts, columns, config = with_source(model, prompts, columns, config)
+    chunk, slots = chunks(config, chunk)
+    state, most = opened(
+        model, params, prompts, key, config, slots, most, samples, columns, row_ids, cache_dtype
+    )
+    rows = len(prompts) * samples
+    return answered(model, params, state, config, most, rows, tokenizer, chunk)[1]
+
+
+def chunks(config: SamplingConfig, chunk: int = CHUNK) -> tuple[int, int]:
+    """Returns the tokens of a chunk, all of them if the host need not look, and those of all chunks."""
     chunk = chunk if config.stop_strings else -(-config.max_new_tokens // CHUNK) * CHUNK
-    slots = -(-config.max_new_tokens // chunk) * chunk
+    return chunk, -(-config.max_new_tokens // chunk) * chunk
+
+
+def opened(
+    model, params, prompts, key, config, slots, most, samples, columns, row_ids, cache_dtype=None
+) -> tuple[State, np.ndarray]:
+    """Returns the state after the prompts, `samples` rows for each, and the most new tokens of its rows.
+
+    Arguments are those of `generate`; `slots` are those for new tokens, `most` [prompts] their largest
+    numbers. Rows are padded to a bucket; those that are added may have 0 new tokens.
+    """
     state, _ = begin(model, params, prompts, config, slots, columns, cache_dtype)
-    rows, extra = len(prompts), np.arange(state.done.shape[0]) >= len(prompts)
-    state = state._replace(keys=row_keys(key, rows, row_ids, len(extra)))
-    most = np.repeat(np.pad(most, (0, len(extra) - rows)), samples)
-    state, rows = in_turn(fork(in_turn(state), samples)), rows * samples
-    if not config.stop_strings:
+    rows, size = len(prompts), state.done.shape[0]
+    state = state._replace(keys=row_keys(key, rows, row_ids, size))
+    most = np.repeat(np.pad(most, (0, size - rows)), samples)
+    return in_turn(fork(in_turn(state), samples)), most
+
+
+def answered(
+    model, params, state, config, most, rows, tokenizer, chunk
+) -> tuple[State, Generation]:
+    """Returns the state after the answers, and those of the first `rows` rows.
+
+    Tokens behind a stop string, which the host finds late, are in the state but not in the answers.
+    """
+    if config.stop_strings:
+        state, part, done = _until_strings(model, params, state, config, chunk, most, tokenizer)
+    else:
         state, part = decode(model, params, state, config, chunk, most)
         part, done = to_host((part, state.done))
-        return _gather(part, part.mask, done, rows, config.max_new_tokens)
-    whole, mask, done = _until_strings(
-        model, params, state, config, chunk, most, tokenizer, np.repeat(extra, samples)
-    )
-    return _gather(whole, mask, done, rows, config.max_new_tokens)
+    return state, _gather(part, done, rows, config.max_new_tokens)
 
 
 def begin(
@@ -164,9 +191,10 @@ def check_lengths(
         )
 
 
-def _until_strings(model, params, state, config, chunk, limits, tokenizer, done):
-    """Decodes (Part, mask, done) with stop strings, which the host searches for after each chunk."""
-    parts, looks, ends = [], [], np.full(len(done), np.iinfo(np.int32).max)
+def _until_strings(model, params, state, config, chunk, limits, tokenizer):
+    """Decodes (state, Part, done) with stop strings, which the host searches for after each chunk."""
+    parts, looks, done = [], [], limits == 0
+    ends = np.full(len(done), np.iinfo(np.int32).max)
     for _ in range(-(-config.max_new_tokens // chunk)):
         state, part = decode(model, params, state, config, chunk, limits)
         parts.append(part)
@@ -183,7 +211,8 @@ def _until_strings(model, params, state, config, chunk, limits, tokenizer, done)
     whole = Part(
         *(np.concatenate(columns, axis=1) for columns in zip(*to_host(parts), strict=True))
     )
-    return whole, whole.mask & (np.arange(whole.mask.shape[1]) < ends[:, None]), done
+    mask = whole.mask & (np.arange(whole.mask.shape[1]) < ends[:, None])
+    return state, whole._replace(mask=mask), done
 
 
 def _end_column(tokens, mask, config, tokenizer):
@@ -405,8 +434,8 @@ def separate(model: Decoder, params: Params) -> Params:
     return params if layers is None else unstack_layers(params, layers)
 
 
-def _gather(part, mask, done, rows, limit) -> Generation:
-    mask = mask[:rows, :limit]
+def _gather(part, done, rows, limit) -> Generation:
+    mask = part.mask[:rows, :limit]
     cut = lambda table: np.where(mask, table[:rows, :limit], 0)
     finish = ["stop" if ended else "length" for ended in done[:rows]]
     return Generation(

@@ -14,7 +14,7 @@ from jaxft.models.encoder_decoder import SourceCache
 from tests.small_models import LLAMA, base, large
 
 KEY = jax.random.key(5)
-LIMITS = [3, 40, 1, 17, 40, 9, 25]
+LIMITS = [3, 40, 1, 37, 40, 9, 40]
 LATENT = Latent(rank=6, query_rank=8, plain=6, turned=4, value=6)
 MODELS = {
     "window": dataclasses.replace(LLAMA, windows=(5, None), max_length=96),
@@ -56,13 +56,15 @@ def test_answers_are_those_of_a_padded_batch(variant, prompts):
     config = SamplingConfig(
         40, 0.8, top_k=12, repetition_penalty=1.2, min_new_tokens=2, stop_ids=(4,), forced_end=7
     )
-    give = lambda f, **settings: f(model, params, prompts, KEY, config, limits=LIMITS, **settings)
+    shared = dict(limits=LIMITS, samples=2)
+    give = lambda f, **settings: f(model, params, prompts, KEY, config, **shared, **settings)
     wanted = give(generate)
-    assert 2 < sum(name == "stop" for name in wanted.finish) < 7
+    assert 2 < wanted.finish.count("stop") < 12
     looks = []
     got = give(generate_continuously, places=2, chunk=7, progress=lambda *at: looks.append(at))
     same(got, wanted)
-    assert looks[-1] == (7, 7) and len(looks) * 7 > 2 * 40
+    assert looks[-1] == (14, 14)
+    assert 7 * (len(looks) - 1) > 64  # slots for new tokens
 
 
 def test_neither_order_nor_places_change_an_answer(model_and_params, prompts):

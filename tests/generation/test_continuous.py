@@ -19,13 +19,22 @@ LATENT = Latent(rank=6, query_rank=8, plain=6, turned=4, value=6)
 MODELS = {
     "window": dataclasses.replace(LLAMA, windows=(5, None), max_length=96),
     "latent": dataclasses.replace(LLAMA, head_dim=4, latent=LATENT, max_length=96),
-    "learned": dataclasses.replace(LLAMA, rope=None, learned_positions=True, max_length=96),
 }
 
 
+class Letters:
+    """A tokenizer whose tokens are letters."""
+
+    def decode(self, ids):
+        """The ids as letters, from A on."""
+        return "".join(chr(ord("A") + i) for i in ids)
+
+
 def made(config: DecoderConfig):
+    """A model and params, with virtual tokens in front of each row."""
     model, params = base(config)
-    return model, large(params)
+    params = large(params)
+    return model, params | {"prompt": params["embed"]["embedding"][:3]}
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +60,6 @@ def same(got, wanted):
 def test_answers_are_those_of_a_padded_batch(variant, prompts):
     """With every rule that counts tokens or looks back; the ring's slots are written more than once."""
     model, params = made(MODELS[variant])
-    if variant == "learned":  # virtual tokens in front of each row
-        params = params | {"prompt": params["embed"]["embedding"][:3]}
     config = SamplingConfig(
         40, 0.8, top_k=12, repetition_penalty=1.2, min_new_tokens=2, stop_ids=(4,), forced_end=7
     )
@@ -88,10 +95,6 @@ def test_neither_order_nor_places_change_an_answer(model_and_params, prompts):
 
 
 def test_stop_strings_end_an_answer_and_free_its_place(model_and_params, prompts):
-    class Letters:
-        def decode(self, ids):
-            return "".join(chr(ord("A") + i) for i in ids)
-
     model, params = model_and_params
     free = generate(model, params, prompts, KEY, SamplingConfig(24))
     strings = tuple(

@@ -272,14 +272,14 @@ def test_a_group_costs_one_prefill(model, params):
 
 @pytest.mark.parametrize("appended", [False, True])
 def test_a_prefill_holds_little_beside_its_cache(appended):
-    """SmolLM2-135M's ratios at a quarter of its width, with fewer layers: its activations count for more."""
+    """Few layers with few heads of keys: activations count for much beside the cache."""
     config = DecoderConfig(
         vocab_size=64,
-        hidden_size=144,
-        intermediate_size=384,
-        num_layers=18,
-        num_heads=9,
-        num_kv_heads=3,
+        hidden_size=128,
+        intermediate_size=352,
+        num_layers=8,
+        num_heads=8,
+        num_kv_heads=2,
         head_dim=16,
         max_length=8192,
     )

@@ -7,7 +7,7 @@ Both sides decode the same answers to the same prompts: their lengths, which nei
 drawn log-uniformly, and ended by limits of the rows. The padded side takes `places` prompts at a time, in
 their order. One JSON line has the tokens of all answers per CPU second and per wall second on each side,
 their ratios, continuous over padded, and the temporaries of a prefill of `--prompt` tokens over the bytes
-of its cache, for the model, and for it with a quarter of the heads of keys.
+of its cache, with as many heads of keys as of queries ("prefill_over_cache") and with a quarter ("_gqa").
 """
 
 import argparse
@@ -84,7 +84,7 @@ def side(args):
 
 
 def memory(args) -> dict[str, float]:
-    """Temporaries of a long prompt's prefill over its cache: {"prefill_over_cache", and with fewer keys}."""
+    """Temporaries of a long prompt's prefill over its cache: {"prefill_over_cache", ...}."""
     import jax
     import jax.numpy as jnp
 
@@ -102,9 +102,9 @@ def memory(args) -> dict[str, float]:
         held = sum(x.size * x.dtype.itemsize for x in (*cache.keys, *cache.values))
         return round(lowered.compile().memory_analysis().temp_size_in_bytes / held, 3)
 
-    heads = MODELS[args.model]["num_key_value_heads"]
-    few = next(n for n in range(max(1, heads // 4), heads + 1) if heads % n == 0)
-    return {"prefill_over_cache": ratio(heads), f"prefill_over_cache_{few}_kv": ratio(few)}
+    heads = MODELS[args.model]["num_attention_heads"]
+    few = max(1, heads // 4)
+    return {"prefill_over_cache": ratio(heads), "prefill_over_cache_gqa": ratio(few)}
 
 
 if __name__ == "__main__":

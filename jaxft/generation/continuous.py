@@ -29,6 +29,7 @@ from jaxft.models import Cache, Decoder
 from jaxft.parallel import in_turn, to_host
 
 LOOK = 16  # tokens decoded between two inspections by the host
+IDLE = 16  # one place in so many may be free before the host looks again, if answers wait
 
 
 def generate_continuously(
@@ -62,7 +63,7 @@ def generate_continuously(
         params, prompts, key, config, samples, columns, row_ids, limits, tokenizer, cache_dtype: as for
             `generate`.
         places: answers at a time: rows of the compiled program.
-        chunk: tokens decoded between two inspections by the host.
+        chunk: tokens decoded between two inspections by the host, at most.
         progress: called after each inspection with the numbers of finished and of all answers.
 
     Raises:
@@ -94,7 +95,10 @@ def generate_continuously(
         # Whether a place is free is known here alone: its answer may have reached its limit, or a string.
         state = state._replace(keys=keys[np.maximum(seats, 0)], done=jnp.asarray(seats < 0))
         room = np.where(seats < 0, 0, answers.limits[seats])
-        state, part = decode(model, params, state, config, chunk, room)
+        # While answers wait, at most a 16th of the places is idle.
+        more = answers.finished + len(seats) < rows
+        busy = len(seats) - len(seats) // IDLE if more else 1
+        state, part = decode(model, params, state, config, chunk, room, busy)
         part, done = to_host((part, state.done))
         for place in np.flatnonzero(seats >= 0):
             if answers.add(seats[place], jax.tree.map(lambda x, p=place: x[p], part), done[place]):

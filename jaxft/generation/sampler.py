@@ -314,7 +314,7 @@ def append(
 @functools.partial(
     jax.jit, static_argnames=("model", "config", "steps"), donate_argnames=("state",)
 )
-def _decode(model, params, state, limit, least, config, steps):
+def _decode(model, params, state, limit, least, busy, config, steps):
     params = separate(model, params)
     rows = state.done.shape[0]
     blank = lambda dtype: jnp.zeros((rows, steps), dtype)
@@ -323,7 +323,7 @@ def _decode(model, params, state, limit, least, config, steps):
 
     def running(carry):
         i, state, _ = carry
-        return (i < steps) & jnp.any(going(state))
+        return (i < steps) & (jnp.sum(going(state)) >= busy)
 
     def body(carry):
         i, state, part = carry
@@ -362,11 +362,13 @@ def decode(
     config: SamplingConfig,
     steps: int = CHUNK,
     limits: Any = None,
+    busy: int = 1,
 ) -> tuple[State, Part]:
     """Decodes up to `steps` more tokens per row; stops when all rows are done. Donates `state`.
 
     Args:
         limits: [B], the tokens of each row's answer, at most; None: `config.max_new_tokens`.
+        busy: it stops when fewer rows than this go on.
 
     Raises:
         ValueError: if a rule needs past tokens and the state has no history; see `remember`.
@@ -382,7 +384,7 @@ def decode(
     least = jnp.asarray(config.min_new_tokens, jnp.int32) if config.min_new_tokens else None
     # Settings that are traced values, or that only the host uses, must not cause recompilation.
     config = dataclasses.replace(config, max_new_tokens=1, min_new_tokens=0, stop_strings=())
-    return _decode(model, params, state, limit, least, config, steps)
+    return _decode(model, params, state, limit, least, jnp.asarray(busy, jnp.int32), config, steps)
 
 
 def _draw(

@@ -71,7 +71,7 @@ def test_answers_are_those_of_a_padded_batch(variant, prompts):
     got = give(generate_continuously, places=2, chunk=7, progress=lambda *at: looks.append(at))
     same(got, wanted)
     assert looks[-1] == (14, 14)
-    assert 7 * (len(looks) - 1) > 64  # slots for new tokens
+    assert got.mask.sum() > 2 * 64  # slots for new tokens, in two places
 
 
 def test_neither_order_nor_places_change_an_answer(model_and_params, prompts):

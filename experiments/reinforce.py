@@ -36,7 +36,13 @@ from experiments.cli.models import renderer_of, stop_ids
 from experiments.cli.servers import PushApiName
 from jaxft import data, rl, train
 from jaxft.adapters import Name, load_adapter, merge
-from jaxft.generation import SamplingConfig, generate, split_prompts, with_rules
+from jaxft.generation import (
+    SamplingConfig,
+    generate,
+    generate_continuously,
+    split_prompts,
+    with_rules,
+)
 from jaxft.losses import overlong_penalty
 from jaxft.objectives import with_value_head, without_value_head
 from jaxft.parallel import mesh_context
@@ -92,6 +98,8 @@ class Config:
     value_weight: float = 0.1  # ppo: weight of the critic's loss
     value_clip: float = 0.2  # ppo: maximum change of a value within a rollout
     correction: Correction = "none"  # importance weights from sampler to trainer, truncated at 2
+    # answers sampled at a time: each that ends gives its place to the next one; None: all at once
+    places: int | None = None
     # OpenAI-compatible server that samples (http://host:8000/v1); None: no
     sampler_url: str | None = None
     sampler_model: str | None = None  # the model's name there; None: that of --model
@@ -233,6 +241,8 @@ def sampling(config, model, renderer, rewards, base=None) -> rl.Sample:
     if isinstance(renderer, data.SourceRenderer):
         settings = with_rules(renderer.config, settings)
     sampler = servers.sampler(config, model, base) if config.sampler_url else generate
+    if config.places is not None:
+        sampler = functools.partial(generate_continuously, places=config.places)
     if ALGORITHMS[config.algorithm].halves:
         half = rl.answers(model, tokenizer, rewards, settings, config.group_size // 2)
         return rl.answers_of_both(half, model, base, config.temperature)
@@ -245,7 +255,7 @@ def sampling(config, model, renderer, rewards, base=None) -> rl.Sample:
         settings,
         config.group_size,
         next_turn=renderer.next_turn,
-        sampler=sampler,
+        sampler=sampler if config.sampler_url else None,
     )
 
 

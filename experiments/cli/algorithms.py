@@ -81,7 +81,7 @@ ALGORITHMS = {
     "xpo": Entry(
         lambda build, c: rl.xpo(build, _pair_loss(c), c.group_size, c.xpo_alpha),
         ("beta", "xpo_alpha"),
-        ONLINE | {"turns": HALF, "correction": f"{HALF}, which is another policy"},
+        ONLINE | {"turns": HALF, "places": HALF, "correction": f"{HALF}, which is another policy"},
         halves=True,
     ),
 }

@@ -48,6 +48,8 @@ def settings(config: Any) -> None:
         )
     if config.sampler_url:
         server(config)
+    if config.places is not None:
+        places(config)
     numbers(config)
 
 
@@ -56,6 +58,7 @@ def source(config: Any) -> None:
     given = {
         f"--turns {config.turns}": config.turns > 1,
         f"--sampler-url {config.sampler_url}": bool(config.sampler_url),
+        f"--places {config.places}": config.places is not None,
         f"--algorithm {config.algorithm} (it trains a critic)": ALGORITHMS[config.algorithm].values,
     }
     if wrong := [name for name, there in given.items() if there]:
@@ -124,6 +127,16 @@ def server(config: Any) -> None:
                 f"--push-dir: no server takes --adapter {config.adapter}, which is neither LoRA nor can be "
                 "merged into the model; use lora or full, or drop --push-dir."
             )
+
+
+def places(config: Any) -> None:
+    """Checks that this process samples answers of one turn."""
+    given = {
+        f"--sampler-url {config.sampler_url}, which has its own batches": config.sampler_url,
+        f"--turns {config.turns}, whose answers go on together": config.turns > 1,
+    }
+    if wrong := [name for name, there in given.items() if there]:
+        raise ValueError(f"--places {config.places} does not go with {wrong[0]}; drop one of them.")
 
 
 def mesh(config: Any, devices: Any) -> None:

@@ -1,6 +1,7 @@
 """Generation: decoding rules, the KV-cache sampler, beam search."""
 
 from jaxft.generation.beam import Beams, Hypotheses, beam_search
+from jaxft.generation.continuous import generate_continuously
 from jaxft.generation.decoding import (
     SamplingConfig,
     bad_word_ids,
@@ -59,6 +60,7 @@ __all__ = [
     "decode",
     "fork",
     "generate",
+    "generate_continuously",
     "left_pad",
     "prefill",
     "process_logits",

@@ -137,8 +137,8 @@ def process_logits(
         history: [B, W] int32, the token at each position of a row, prompt included; required if
             `config.looks_back`.
         position: [B], the number of tokens of a row.
-        short: [], whether there are fewer than `min_new_tokens` so far; None: False.
-        last: [], whether this is the token at place `max_new_tokens`; None: False.
+        short: [] or [B], whether there are fewer than `min_new_tokens` so far; None: False.
+        last: [] or [B], whether this is the token at place `max_new_tokens`; None: False.
     """
     logits = logits.astype(jnp.float32)
     size = logits.shape[-1]
@@ -155,10 +155,10 @@ def process_logits(
         logits = jnp.where(_bad(history, position, words, size), -jnp.inf, logits)
     if short is not None and config.stop_ids:
         stops = np.isin(np.arange(size), config.stop_ids)[None]
-        logits = jnp.where(short & stops, -jnp.inf, logits)
+        logits = jnp.where(jnp.reshape(short, (-1, 1)) & stops, -jnp.inf, logits)
     if last is not None and config.forced_end is not None:
         forced = jnp.where(jnp.arange(size)[None] == config.forced_end, 0.0, -jnp.inf)
-        logits = jnp.where(last, forced, logits)
+        logits = jnp.where(jnp.reshape(last, (-1, 1)), forced, logits)
     return logits
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxft.generation.decoding import SamplingConfig, process_logits, transform_logits
 from jaxft.generation.padding import left_pad, padded
+from jaxft.generation.requests import after_string, check_request, row_keys, sample_keys
 from jaxft.generation.sources import with_source
 from jaxft.models import Cache, Decoder, layers_of, unstack_layers, virtual_tokens
 from jaxft.parallel import in_turn, to_host
@@ -30,7 +31,7 @@ class State(NamedTuple):
     position: jax.Array  # [B] int32, position of the next token
     done: jax.Array  # [B] bool
     keys: jax.Array | None  # [B] one key per row; None: nothing is sampled
-    step: jax.Array  # [] int32, tokens decoded so far
+    step: jax.Array  # [B] int32, tokens decoded so far
     # [B, slots] int32, the token at each position; only for rules that need past tokens (`remember`)
     history: jax.Array | None = None
 
@@ -70,6 +71,7 @@ def generate(
     samples: int = 1,
     columns: Mapping[str, Any] | None = None,
     row_ids: Sequence[int] | None = None,
+    limits: Sequence[int] | None = None,
     tokenizer: Any = None,
     cache_dtype: Any = None,
     chunk: int = CHUNK,
@@ -91,6 +93,7 @@ def generate(
         key: a jax.random.key. Row i draws from fold_in(key, row_ids[i]) and the token's number.
             With several samples, sample j draws from fold_in of that key and j.
         row_ids: ids of the prompts, default 0, 1, 2...; distinct ids give equal prompts distinct samples.
+        limits: the most new tokens of each prompt's answers, at most and by default max_new_tokens.
         tokenizer: required for `stop_strings`.
         cache_dtype: dtype of keys and values; None: that of the model's activations.
         chunk: tokens decoded between two inspections by the host, which happen only if stop_strings are
@@ -99,28 +102,50 @@ def generate(
     Raises:
         ValueError: for an empty prompt, or if prompt and completion exceed the model's max_length.
     """
-    if config.stop_strings and tokenizer is None:
-        raise ValueError("generate: stop_strings need tokenizer=.")
-    if samples < 1:
-        raise ValueError(f"generate: samples must be at least 1, got {samples}.")
+    most = check_request(prompts, config, samples, limits, tokenizer)
     prompts, columns, config = with_source(model, prompts, columns, config)
-    chunk = chunk if config.stop_strings else -(-config.max_new_tokens // CHUNK) * CHUNK
-    slots = -(-config.max_new_tokens // chunk) * chunk
-    state, _ = begin(model, params, prompts, config, slots, columns, cache_dtype)
-    rows, extra = len(prompts), np.arange(state.done.shape[0]) >= len(prompts)
-    ids = np.arange(rows) if row_ids is None else np.asarray(row_ids)
-    ids = np.concatenate([ids, np.zeros(len(extra) - rows, ids.dtype)])
-    keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.asarray(ids))
-    state = state._replace(keys=keys)
-    state, rows = in_turn(fork(in_turn(state), samples)), rows * samples
-    if not config.stop_strings:
-        state, part = decode(model, params, state, config, chunk)
-        part, done = to_host((part, state.done))
-        return _gather(part, part.mask, done, rows, config.max_new_tokens)
-    whole, mask, done = _until_strings(
-        model, params, state, config, chunk, tokenizer, np.repeat(extra, samples)
+    chunk, slots = chunks(config, chunk)
+    state, most = opened(
+        model, params, prompts, key, config, slots, most, samples, columns, row_ids, cache_dtype
     )
-    return _gather(whole, mask, done, rows, config.max_new_tokens)
+    rows = len(prompts) * samples
+    return answered(model, params, state, config, most, rows, tokenizer, chunk)[1]
+
+
+def chunks(config: SamplingConfig, chunk: int = CHUNK) -> tuple[int, int]:
+    """Returns the tokens of a chunk, all of them if the host need not look, and those of all chunks."""
+    chunk = chunk if config.stop_strings else -(-config.max_new_tokens // CHUNK) * CHUNK
+    return chunk, -(-config.max_new_tokens // chunk) * chunk
+
+
+def opened(
+    model, params, prompts, key, config, slots, most, samples, columns, row_ids, cache_dtype=None
+) -> tuple[State, np.ndarray]:
+    """Returns the state after the prompts, `samples` rows for each, and the most new tokens of its rows.
+
+    Arguments are those of `generate`; `slots` are those for new tokens, `most` [prompts] their largest
+    numbers. Rows are padded to a bucket; those that are added may have 0 new tokens.
+    """
+    state, _ = begin(model, params, prompts, config, slots, columns, cache_dtype)
+    rows, size = len(prompts), state.done.shape[0]
+    state = state._replace(keys=row_keys(key, rows, row_ids, size))
+    most = np.repeat(np.pad(most, (0, size - rows)), samples)
+    return in_turn(fork(in_turn(state), samples)), most
+
+
+def answered(
+    model, params, state, config, most, rows, tokenizer, chunk
+) -> tuple[State, Generation]:
+    """Returns the state after the answers, and those of the first `rows` rows.
+
+    Tokens behind a stop string, which the host finds late, are in the state but not in the answers.
+    """
+    if config.stop_strings:
+        state, part, done = _until_strings(model, params, state, config, chunk, most, tokenizer)
+    else:
+        state, part = decode(model, params, state, config, chunk, most)
+        part, done = to_host((part, state.done))
+    return state, _gather(part, done, rows, config.max_new_tokens)
 
 
 def begin(
@@ -142,14 +167,9 @@ def begin(
     Raises:
         ValueError: for an empty prompt, or if prompt and completion exceed the model's max_length.
     """
+    check_lengths(model, params, prompts, config)
     tokens, valid = left_pad(prompts, model.config)
     rows, virtual = len(prompts), virtual_tokens(params)
-    longest = int(valid.sum(axis=1).max()) + virtual
-    if longest + config.max_new_tokens > model.config.max_length:
-        raise ValueError(
-            f"generate: a prompt of {longest} tokens and {config.max_new_tokens} new ones exceed the "
-            f"model's {model.config.max_length}; shorten one of them."
-        )
     slots += tokens.shape[1]
     columns = {name: padded(name, x, rows, len(tokens)) for name, x in (columns or {}).items()}
     extra, tokens, valid = np.arange(len(tokens)) >= rows, jnp.asarray(tokens), jnp.asarray(valid)
@@ -159,26 +179,46 @@ def begin(
     return state._replace(done=jnp.asarray(extra)), tokens.shape[1] + virtual
 
 
-def _until_strings(model, params, state, config, chunk, tokenizer, done):
-    """Decodes (Part, mask, done) with stop strings, which the host searches for after each chunk."""
-    parts, looks, ends = [], [], np.full(len(done), np.iinfo(np.int32).max)
+def check_lengths(
+    model: Decoder, params: Params, prompts: Sequence[Sequence[int]], config: SamplingConfig
+) -> None:
+    """Raises ValueError if the longest prompt and max_new_tokens exceed the model's max_length."""
+    longest = max(map(len, prompts), default=0) + virtual_tokens(params)
+    if longest + config.max_new_tokens > model.config.max_length:
+        raise ValueError(
+            f"generate: a prompt of {longest} tokens and {config.max_new_tokens} new ones exceed the "
+            f"model's {model.config.max_length}; shorten one of them."
+        )
+
+
+def _until_strings(model, params, state, config, chunk, limits, tokenizer):
+    """Decodes (state, Part, done) with stop strings, which the host searches for after each chunk."""
+    parts, looks, done = [], [], limits == 0
+    ends = np.full(len(done), np.iinfo(np.int32).max)
     for _ in range(-(-config.max_new_tokens // chunk)):
-        state, part = decode(model, params, state, config, chunk)
+        state, part = decode(model, params, state, config, chunk, limits)
         parts.append(part)
         settled = done
         *look, done = to_host((part.tokens, part.mask, state.done))
         looks.append(look)
         seen = [np.concatenate(columns, axis=1) for columns in zip(*looks, strict=True)]
         for i in np.flatnonzero(~settled):
-            ends[i] = _after_string(*(x[i] for x in seen), config, tokenizer) or ends[i]
+            ends[i] = _end_column(*(x[i] for x in seen), config, tokenizer) or ends[i]
         done = done | (ends <= seen[0].shape[1])
-        if done.all():
+        if (done | (seen[1].sum(axis=1) >= limits)).all():
             break
         state = state._replace(done=jnp.asarray(done))
     whole = Part(
         *(np.concatenate(columns, axis=1) for columns in zip(*to_host(parts), strict=True))
     )
-    return whole, whole.mask & (np.arange(whole.mask.shape[1]) < ends[:, None]), done
+    mask = whole.mask & (np.arange(whole.mask.shape[1]) < ends[:, None])
+    return state, whole._replace(mask=mask), done
+
+
+def _end_column(tokens, mask, config, tokenizer):
+    """Returns the column after the token that completes a row's first stop string, or None."""
+    end = after_string(tokens[mask].tolist(), config, tokenizer)
+    return None if end is None else int(np.flatnonzero(mask)[end - 1]) + 1
 
 
 @functools.partial(jax.jit, static_argnames=("model", "slots", "cache_dtype"))
@@ -209,7 +249,7 @@ def prefill(
         position=positions[:, -1] + 1,
         done=jnp.zeros(tokens.shape[0], bool),
         keys=keys,
-        step=jnp.zeros((), jnp.int32),
+        step=jnp.zeros(tokens.shape[0], jnp.int32),
     )
 
 
@@ -237,12 +277,9 @@ def fork(state: State, samples: int) -> State:
     """Copies each row of the state `samples` times, adjacent, with a separate key for each copy."""
     if samples == 1:
         return state
-    children = jax.vmap(
-        lambda key: jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(samples))
-    )(state.keys)
     # Keys are repeated separately: not every version of repeat accepts an array of keys.
     others = repeat_rows(state._replace(keys=None), samples)
-    return others._replace(keys=children.reshape(-1))
+    return others._replace(keys=sample_keys(state.keys, samples))
 
 
 def repeat_rows(tree: Any, times: int) -> Any:
@@ -277,30 +314,31 @@ def append(
 @functools.partial(
     jax.jit, static_argnames=("model", "config", "steps"), donate_argnames=("state",)
 )
-def _decode(model, params, state, limit, least, config, steps):
+def _decode(model, params, state, limit, least, busy, config, steps):
     params = separate(model, params)
     rows = state.done.shape[0]
     blank = lambda dtype: jnp.zeros((rows, steps), dtype)
     part = Part(blank(jnp.int32), blank(bool), blank(jnp.float32), blank(jnp.float32))
-    start = state.step
+    going = lambda state: ~state.done & (state.step < limit)
 
     def running(carry):
-        state, _ = carry
-        return (state.step < jnp.minimum(limit, start + steps)) & ~jnp.all(state.done)
+        i, state, _ = carry
+        return (i < steps) & (jnp.sum(going(state)) >= busy)
 
     def body(carry):
-        state, part = carry
+        i, state, part = carry
         token, log_prob, sampler_log_prob = _draw(state, config, least, limit)
-        alive = ~state.done
+        alive = going(state)
         column = Part(token, alive, log_prob, sampler_log_prob)
         keep = lambda new: jnp.where(alive, new, jnp.zeros((), new.dtype))
         put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(
-            old, keep(new)[:, None], state.step - start, axis=1
+            old, keep(new)[:, None], i, axis=1
         )
         part = jax.tree.map(put, part, column)
         stops = jnp.asarray(config.stop_ids or (-1,))
         ended = jnp.any(token[:, None] == stops[None, :], axis=1)
-        inputs = inputs_of(token[:, None], state.position[:, None], jnp.ones((rows, 1), bool))
+        # Tokens after the end are not of the text, which `append` may continue.
+        inputs = inputs_of(token[:, None], state.position[:, None], alive[:, None])
         found = next_token(model, params, inputs, state.cache)
         if state.history is not None:
             history = written(state.history, token[:, None], alive[:, None], state.position)
@@ -308,19 +346,29 @@ def _decode(model, params, state, limit, least, config, steps):
         state = state._replace(
             cache=found.cache,
             logits=found.logits,
-            position=state.position + 1,
+            position=state.position + alive,
             done=state.done | (alive & ended),
-            step=state.step + 1,
+            step=state.step + alive,
         )
-        return state, part
+        return i + 1, state, part
 
-    return jax.lax.while_loop(running, body, (state, part))
+    return jax.lax.while_loop(running, body, (jnp.zeros((), jnp.int32), state, part))[1:]
 
 
 def decode(
-    model: Decoder, params: Params, state: State, config: SamplingConfig, steps: int = CHUNK
+    model: Decoder,
+    params: Params,
+    state: State,
+    config: SamplingConfig,
+    steps: int = CHUNK,
+    limits: Any = None,
+    busy: int = 1,
 ) -> tuple[State, Part]:
     """Decodes up to `steps` more tokens per row; stops when all rows are done. Donates `state`.
+
+    Args:
+        limits: [B], the tokens of each row's answer, at most; None: `config.max_new_tokens`.
+        busy: it stops when fewer rows than this go on.
 
     Raises:
         ValueError: if a rule needs past tokens and the state has no history; see `remember`.
@@ -330,11 +378,13 @@ def decode(
             "decode: repetition_penalty, no_repeat_ngram_size and bad_words need the tokens so far; call "
             "remember(state, tokens, valid, slots) after prefill, with the same arguments."
         )
-    limit = jnp.asarray(config.max_new_tokens, jnp.int32)
+    rows = state.done.shape
+    limit = config.max_new_tokens if limits is None else np.asarray(limits)
+    limit = jnp.asarray(np.broadcast_to(limit, rows), jnp.int32)
     least = jnp.asarray(config.min_new_tokens, jnp.int32) if config.min_new_tokens else None
     # Settings that are traced values, or that only the host uses, must not cause recompilation.
     config = dataclasses.replace(config, max_new_tokens=1, min_new_tokens=0, stop_strings=())
-    return _decode(model, params, state, limit, least, config, steps)
+    return _decode(model, params, state, limit, least, jnp.asarray(busy, jnp.int32), config, steps)
 
 
 def _draw(
@@ -345,7 +395,7 @@ def _draw(
 ):
     """(token, log-prob under the full vocabulary, log-prob as sampled), each [B].
 
-    `least` and `limit` are the least and the largest number of tokens of an answer; None: not known.
+    `least` [] and `limit` [B] are the least and the largest number of tokens of an answer; None: not known.
     """
     # Not log_softmax, which would write a table of log-probs per token to read one entry per row.
     log_prob_of = lambda table, token: (
@@ -362,7 +412,7 @@ def _draw(
         token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
         return token, log_prob_of(scaled, token), jnp.zeros(token.shape)
     cut = transform_logits(logits, config)
-    keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(state.keys, state.step)
+    keys = jax.vmap(jax.random.fold_in)(state.keys, state.step)
     token = jax.vmap(jax.random.categorical)(keys, cut).astype(jnp.int32)
     log_prob = log_prob_of(scaled, token)
     # If no rule changes the logits, both tables are the same: each pass over one costs time per token.
@@ -386,18 +436,8 @@ def separate(model: Decoder, params: Params) -> Params:
     return params if layers is None else unstack_layers(params, layers)
 
 
-def _after_string(tokens, mask, config, tokenizer) -> int | None:
-    """Returns the column after the token that completes a row's first stop string, or None."""
-    ids = tokens[mask].tolist()
-    found = lambda n: any(s in tokenizer.decode(ids[:n]) for s in config.stop_strings)
-    if not found(len(ids)):
-        return None
-    first = next(n for n in range(1, len(ids) + 1) if found(n))
-    return int(np.flatnonzero(mask)[first - 1]) + 1
-
-
-def _gather(part, mask, done, rows, limit) -> Generation:
-    mask = mask[:rows, :limit]
+def _gather(part, done, rows, limit) -> Generation:
+    mask = part.mask[:rows, :limit]
     cut = lambda table: np.where(mask, table[:rows, :limit], 0)
     finish = ["stop" if ended else "length" for ended in done[:rows]]
     return Generation(

@@ -20,7 +20,10 @@ from jaxft.models.remat import Remat, remat_block, remat_lean
 from jaxft.models.rope import apply_rope
 from jaxft.models.soft import before
 from jaxft.parallel.activations import keep_tokens
+from jaxft.parallel.axes import length_axes
 from jaxft.weights import to_dense
+
+TOKENS = 512  # of each row of a prompt that pass an MLP at once
 
 
 class Layers(nn.Module):
@@ -77,13 +80,21 @@ class Block(nn.Module):
         y, cached = mix(y, layer, prefix, cached, context)
         y = norm(name="post_attention_norm")(y) if config.post_norms else y
         x = keep_tokens(x + _scaled(y, config.residual_scale))
-        y, routing = norm(name="mlp_norm")(x) if config.pre_norms else x, None
-        if self.sparse:
-            y, routing = ExpertsMlp(config, self.remat, name="mlp")(y)
+        make = functools.partial(ExpertsMlp if self.sparse else Mlp, config, self.remat)
+
+        def add_mlp(x, call):
+            y = call(norm, "mlp_norm", x) if config.pre_norms else x
+            y = call(make, "mlp", y)
+            y, routing = y if self.sparse else (y, None)
+            y = call(norm, "post_mlp_norm", y) if config.post_norms else y
+            return keep_tokens(x + _scaled(y, config.residual_scale)), routing
+
+        if context.cache is None or x.shape[1] <= TOKENS or length_axes(x.shape[1]):
+            x, routing = add_mlp(x, lambda make, name, x: make(name=name)(x))
         else:
-            y = Mlp(config, self.remat, name="mlp")(y)
-        y = norm(name="post_mlp_norm")(y) if config.post_norms else y
-        x = keep_tokens(x + _scaled(y, config.residual_scale))
+            params = self.variables["params"]
+            pure = lambda make, name, x: make(parent=None).apply({"params": params[name]}, x)
+            x, routing = _by_tokens(lambda x: add_mlp(x, pure), x)
         return x, (cached, routing)
 
 
@@ -168,6 +179,25 @@ class Mlp(nn.Module):
             y = remat_lean(activation, self.remat)(up)
         y = Dense(config.hidden_size, config.mlp_bias, name="down")(y)
         return through_adapter(self, x, y)
+
+
+def _by_tokens(call, x):
+    """call(x) -> (x, more), each [B, T, ...], of a long prompt: its widest values have `TOKENS` at a time."""
+    rest = x.shape[1] % TOKENS
+    put = lambda x, part, start: jax.lax.dynamic_update_slice_in_dim(x, part, start, axis=1)
+
+    # Results overwrite their inputs: XLA:CPU would allocate empty results of all layers in advance.
+    def some(x, start, count=TOKENS):
+        part, more = call(jax.lax.dynamic_slice_in_dim(x, start, count, axis=1))
+        return put(x, part, start), more
+
+    x, more = jax.lax.scan(some, x, jnp.arange(0, x.shape[1] - rest, TOKENS))
+    # [blocks, B, TOKENS, ...] as [B, T, ...].
+    more = jax.tree.map(lambda m: jnp.moveaxis(m, 0, 1).reshape(x.shape[0], -1, *m.shape[3:]), more)
+    if not rest:
+        return x, more
+    x, last = some(x, x.shape[1] - rest, rest)
+    return x, jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), more, last)
 
 
 def _scaled(x, factor):

@@ -14,6 +14,10 @@ import jax.numpy as jnp
 class Cache:
     """Keys and values of past tokens. Rows share one write index: ragged prompts are left-padded.
 
+    The slots of a `ring` are written in turn, the first again after the last, one token a call. No slot of
+    a row is overwritten while it is needed if the row's tokens fit into the slots: `seated` starts a row
+    anew at any time, without a write index of its own, which would cost a scatter for every token.
+
     There is one pair of arrays per layer, not one stacked pair: a loop that carries a stacked cache copies it
     for every token. The axes have the order in which `attend_cache` multiplies them: with another
     order, XLA:CPU copies every layer's cache for every token, a third of the time of decoding.
@@ -27,6 +31,7 @@ class Cache:
     virtual: int = dataclasses.field(default=0, metadata={"static": True})  # tokens in front
     # True before the first write; static, so that a prefill can attend only among its own tokens.
     empty: bool = dataclasses.field(default=False, metadata={"static": True})
+    ring: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def length(self) -> int:
@@ -51,6 +56,28 @@ class Cache:
             values=tuple(pick(x, 2) for x in self.values),
             positions=pick(self.positions, 1),
             valid=pick(self.valid, 1),
+        )
+
+    def seated(self, other: Cache, place: jax.Array) -> Cache:
+        """This ring, with row 0 of `other` as its row `place`, as if it had just been written there.
+
+        Both have the same number of slots and of virtual tokens; `other` was written from its first slot on.
+        """
+        shift = self.index - other.index
+
+        def put(rows, row, axis):
+            row = jnp.roll(row[:1], shift, axis).astype(rows.dtype)
+            return jax.lax.dynamic_update_slice_in_dim(rows, row, place, 0)
+
+        layers = lambda ours, theirs, axis: tuple(
+            put(*pair, axis) for pair in zip(ours, theirs, strict=True)
+        )
+        return dataclasses.replace(
+            self,
+            keys=layers(self.keys, other.keys, 3),
+            values=layers(self.values, other.values, 2),
+            positions=put(self.positions, other.positions, 1),
+            valid=put(self.valid, other.valid, 1),
         )
 
 
@@ -98,14 +125,25 @@ def reserve(cache: Cache, positions: jax.Array, valid: jax.Array, virtual: int =
     """The cache with the next T slots marked (positions, valid [B, T]); layers write keys later.
 
     `virtual` tokens (see jaxft.models.soft) then come first.
+
+    Raises:
+        ValueError: for several tokens at once in a ring.
     """
+    index = cache.index + positions.shape[1]
+    if cache.ring:
+        if positions.shape[1] != 1:
+            raise ValueError(
+                f"a cache whose slots are a ring takes 1 token a call, got {positions.shape[1]}; write them "
+                "into a cache of their own, and then `seated`."
+            )
+        index = index % cache.length
     start = (jnp.zeros((), jnp.int32), cache.index)
     update = jax.lax.dynamic_update_slice
     return dataclasses.replace(
         cache,
         positions=update(cache.positions, positions.astype(jnp.int32), start),
         valid=update(cache.valid, valid, start),
-        index=cache.index + positions.shape[1],
+        index=index,
         virtual=virtual,
         empty=False,
     )
@@ -131,9 +169,11 @@ def cache_mask(
 
     A window counts positions, including the query's own.
     """
-    slots = jnp.arange(cache.length)
-    causal = slots[None, :] <= start + jnp.arange(positions.shape[1])[:, None]
-    mask = causal[None, None] & cache.valid[:, None, None, :]
+    mask = cache.valid[:, None, None, :]
+    if not cache.ring:  # where all valid slots but the query's own are of earlier tokens
+        slots = jnp.arange(cache.length)
+        causal = slots[None, :] <= start + jnp.arange(positions.shape[1])[:, None]
+        mask = causal[None, None] & mask
     return mask if window is None else mask & window_mask(positions, cache.positions, window)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxft.checkpoints import check_tokenizer
 from jaxft.generation import SamplingConfig, bucket, generate, left_pad
+from jaxft.generation.turns import can_continue, first_turn, next_turn
 from jaxft.keys import stream
 from jaxft.models import Decoder, virtual_tokens
 from jaxft.rl.environments import Environment
@@ -65,11 +66,12 @@ def episodes(
     *,
     next_turn: Callable[[str], Sequence[int]],
     max_observation: int = 2000,
-    sampler: Callable[..., Any] = generate,
+    sampler: Callable[..., Any] | None = None,
 ) -> Sample:
     """Returns a sampler of `group_size` episodes from each prompt, for `collect`.
 
-    Each turn's prompt is the ids so far; sampled ids are reused without encoding them again. An action that
+    Each turn's prompt is the ids so far; sampled ids are reused without encoding them again, and their keys
+    and values are kept from turn to turn, so that only new tokens are computed. An action that
     reaches the limit of new tokens ends its episode, truncated, after its reply's reward; so does an action
     after which the model's context has no room for another. The batch has `author` [B, N] (POLICY, FORCED,
     ENVIRONMENT) and `turns` [B]; `completion_mask` counts only the policy's tokens.
@@ -82,14 +84,17 @@ def episodes(
         next_turn: function that returns the ids of an observation after an action's stop token and the
             prompt for the next action: `Renderer.next_turn`.
         max_observation: maximum characters; the middle of a longer observation is removed.
-        sampler: a function with the signature of `generate`.
+        sampler: a function with the signature of `generate`, called with the whole contexts each turn; None:
+            this process samples. Caches that cannot go on (`can_continue`) are also filled anew each turn.
     """
     check_policy(config)
     check_tokenizer(tokenizer, model.config)
+    kept = sampler is None and can_continue(model)
 
-    def draw(params, rows, columns, going, turn, key):
-        """Samples the actions of the rows `going`."""
-        draw_from = functools.partial(sampler, model, params, tokenizer=tokenizer)
+    def draw(params, rows, columns, going, turn, key, before):
+        """Samples the actions of the rows `going`, and returns what the next turn needs of this one."""
+        run = _in_cache if kept else functools.partial(_anew, sampler or generate)
+        draw_from = functools.partial(run, before, model, params, tokenizer=tokenizer)
         if turn == 0:  # One prefill per group.
             prompts = [row.prompt for row in rows[::group_size]]
             return draw_from(prompts, key, config, samples=group_size, **columns_of(columns))
@@ -116,11 +121,12 @@ def episodes(
         rows = [Episode(list(prompt), None) for prompt in asked.ids for _ in range(group_size)]
         rows = [dataclasses.replace(row, state=s) for row, s in zip(rows, states, strict=True)]
         room = model.config.max_length - virtual_tokens(params) - config.max_new_tokens
+        before = None
         for turn in range(environment.turns):
             going = [i for i, row in enumerate(rows) if not row.done]
             if not going:
                 break
-            out = draw(params, rows, asked.columns, going, turn, key)
+            out, before = draw(params, rows, asked.columns, going, turn, key, before)
             acting = [rows[i] for i in going]
             for row, reply in zip(acting, _act(acting, out, environment, tokenizer), strict=True):
                 row.done = row.truncated or reply.observation is None
@@ -133,6 +139,27 @@ def episodes(
         return with_columns(batch, asked.columns, group_size)
 
     return sample
+
+
+def _anew(sampler, before, *given, **settings):
+    """The actions of one turn, whose contexts the sampler reads from their first token on."""
+    del before
+    return sampler(*given, **settings), None
+
+
+def _in_cache(
+    before, model, params, contexts, key, config, *, row_ids=None, columns=None, **settings
+):
+    """The same in the cache of the turn before: (actions, (the rows, which are `row_ids`, their `Turn`))."""
+    if before is None:
+        given = columns_of(columns) | settings
+        out, turn = first_turn(model, params, contexts, key, config, **given)
+        return out, (list(range(len(turn.contexts))), turn)
+    ids, turn = before
+    rows = [ids.index(i) for i in row_ids]
+    settings |= {"row_ids": row_ids}
+    out, turn = next_turn(model, params, turn, rows, contexts, key, config, **settings)
+    return out, (row_ids, turn)
 
 
 def _act(rows, out, environment, tokenizer):

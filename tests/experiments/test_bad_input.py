@@ -335,6 +335,7 @@ BAD = [
         lambda p: ["--reward-model", saved(p)],
         "has no reward head; train one",
     ),
+    ("reinforce", "places", ["--places", "4", "--turns", "2"], "does not go with --turns 2, whose"),
     ("reinforce", "server", ["--sampler-url", "http://x"], "needs --correction tokens or"),
     ("reinforce", "push", lambda p: ["--push-dir", p], "has no effect without --sampler-url"),
     (

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxft import rl
-from jaxft.generation import Generation, SamplingConfig
+from jaxft.generation import Generation, SamplingConfig, generate, sampler
 from jaxft.objectives import policy_gradient
 from jaxft.objectives.policy import token_mean
 from jaxft.rewards import ProcessPool, in_process
@@ -135,6 +135,18 @@ def test_what_a_row_draws_does_not_depend_on_the_others():
     alone, together = (list(rows(play(some(keep), config))) for keep in ("2", "0123"))
     assert alone[8:12] == together[8:12] and alone != together
     assert any(len(ids) > 8 for ids, _ in alone[8:12])
+
+
+def test_turns_go_on_in_one_prefill(monkeypatch):
+    """As if each turn read its whole context anew, which a sampler given by name does."""
+    env = environment(lambda state, action: rl.Reply(0.0, "31", "2"))
+    config = SamplingConfig(max_new_tokens=8, stop_ids=(STOP,))
+    wanted, prefill, prefills = play(env, config, sampler=generate), sampler.prefill, []
+    monkeypatch.setattr(sampler, "prefill", lambda *x: prefills.append(x) or prefill(*x))
+    got = play(env, config)
+    assert len(prefills) == 1 and (got["turns"] == 3).any()
+    close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4)
+    jax.tree.map(close, got, wanted)
 
 
 def test_a_wrong_answer_is_told_so_and_may_be_mended():

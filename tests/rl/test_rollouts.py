@@ -14,7 +14,7 @@ import optax
 import pytest
 
 from jaxft import rl
-from jaxft.generation import SamplingConfig, generate
+from jaxft.generation import SamplingConfig, generate, generate_continuously
 from jaxft.objectives import policy_gradient
 from jaxft.rewards import in_process
 from jaxft.rl.advantages import grpo_advantages
@@ -45,6 +45,18 @@ def collector(rewards=None, *transforms, tries=1, **settings):
 
 def by_length(completions, records):
     return [float(len(completion)) for completion in completions]
+
+
+def test_answers_of_few_places_are_those_of_all_at_once():
+    model, params = model_and_params()
+    few = functools.partial(generate_continuously, places=3)
+    batches = [
+        rl.answers(model, Digits(), by_length, SAMPLING, 4, sampler=sampler)(
+            params, rl.Asked(PROMPTS, RECORDS), jax.random.key(2)
+        )
+        for sampler in (few, generate)
+    ]
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-4), *batches)
 
 
 @pytest.mark.parametrize("temperature, top_k", [(0.7, None), (1.0, 3)])

@@ -187,12 +187,12 @@ def _scores(teacher, tokens, k):
     for t, (own_log_prob, likeliest, names) in enumerate(places[1:], start=1):
         if own_log_prob is None:
             raise fail(f"the answer has another token than {tokens[t]} at place {t}")
+        numbers = [own_log_prob, *likeliest.values()]
+        if not all(isinstance(x, (int, float)) and not math.isnan(x) for x in numbers):
+            raise fail(f"the log-probs at place {t} are not numbers: {str(numbers)[:80]}")
         best = sorted(likeliest.items(), key=lambda item: -item[1])[:k]
         if len(best) < k:
             raise fail(f"asked for {k} log-probs at each token, the server gave {len(best)}")
-        numbers = [own_log_prob, *(x for _, x in best)]
-        if not all(isinstance(x, (int, float)) and not math.isnan(x) for x in numbers):
-            raise fail(f"the log-probs at place {t} are not numbers: {str(numbers)[:80]}")
         own[t], ids[t], top[t] = own_log_prob, [i for i, _ in best], [x for _, x in best]
         texts |= names
     return Scores(own, ids, top), texts

@@ -86,9 +86,9 @@ def distillation(
         found = predict(forward, params, batch, key)
         seen = found if weight < 1 else jax.lax.stop_gradient(found)
 
-        def shared(own, rows, key=None, **options):
-            same = own is params and rows is batch and not options
-            return seen if same else forward(own, rows, key, **options)
+        def shared(own, rows, key=None, **more):
+            same = own is params and rows is batch and not more
+            return seen if same else forward(own, rows, key, **more)
 
         loss, metrics = task(shared)(params, batch, key)
         divergence = _divergence(found, teacher, params, batch, options)

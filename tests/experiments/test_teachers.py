@@ -51,7 +51,7 @@ def config(script, **given):
 
 
 def test_a_server_s_log_probs_become_columns_and_transforms(monkeypatch):
-    """Asked for the sampled tokens alone, where their log-ratio is the credit."""
+    """The server is asked for one likeliest token where the log-ratio of the sampled ones is the credit."""
     asked = []
 
     def post(url, body, **options):

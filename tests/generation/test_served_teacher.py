@@ -20,7 +20,7 @@ VOCABULARY, SEQUENCE = 9, [3, 1, 4, 1, 5]
 
 
 def log_probs(before):
-    """What the teacher here predicts after some tokens [V]."""
+    """The teacher's log-probs after some tokens [V]."""
     logits = np.sin(1.0 + sum(before) * np.arange(VOCABULARY))
     return logits - np.log(np.exp(logits).sum())
 
@@ -90,7 +90,7 @@ def test_scores_are_the_server_s_log_probs_of_the_given_tokens(name, answers):
 
 
 def test_columns_of_packed_rows_lie_at_their_tokens(answers):
-    """Of three segments the one without a counted token is not asked for; nor is padding."""
+    """The server scores segments with a counted token: not padding, not the first of three here."""
     teacher, answer = TEACHERS["vllm"]
     batch = {
         "tokens": np.array([[3, 1, 4, 2, 7, 1, 0, 0], [5, 6, 2, 1, 1, 1, 1, 1]]),

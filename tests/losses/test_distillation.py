@@ -175,7 +175,7 @@ def test_the_gradient_of_listed_tokens_is_that_of_finite_differences():
 
 
 def test_a_student_that_agrees_with_its_teacher_has_no_gradient():
-    """Where the listed tokens have all but 1e-9 of the mass, too: float32 cannot tell that tail from 0."""
+    """The listed tokens have all but 1e-9 of the mass: float32 does not resolve that tail from 0."""
     logits = jnp.array([[30.0, 8.0, 0.0, 0.0, -3.0]])
     log_probs, ids = jax.lax.top_k(jax.nn.log_softmax(logits), 2)
     for beta in BETAS:

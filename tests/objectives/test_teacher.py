@@ -98,7 +98,7 @@ def partition_of(tree):
 
 
 def test_experience_has_the_divergence_of_the_same_tokens_as_rows():
-    """A prompt of 4 tokens and a response of up to 6: `completion_mask` in place of `loss_mask`."""
+    """A prompt of 4 tokens and a response of up to 6: `completion_mask` replaces `loss_mask`."""
     batch = packed() | {
         "segment_ids": np.ones((2, 10), int),
         "positions": np.tile(range(10), (2, 1)),

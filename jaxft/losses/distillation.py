@@ -208,6 +208,8 @@ def _divergence(log_p, log_t, beta):
         return _kl(log_t, log_p)
     if beta == 1:
         return _kl(log_p, log_t)
+    # Both are -infinity where neither has mass, at which the gradient of logaddexp is NaN.
+    log_p, log_t = jnp.maximum(log_p, NOTHING), jnp.maximum(log_t, NOTHING)
     mixture = jnp.logaddexp(log_t + math.log(beta), log_p + math.log1p(-beta))
     return beta * _kl(log_t, mixture) + (1 - beta) * _kl(log_p, mixture)
 

@@ -28,8 +28,10 @@ def rows(path):
 
 
 def test_sft_distils_a_model_on_a_mesh(teacher, tmp_path):
-    settings = dict(smoke=True, accuracy=False, teacher=teacher, distil_weight=1.0, fsdp=2)
-    settings |= dict(learning_rate=1e-2, distil_beta=0.0, output_dir=str(tmp_path))
+    settings = dict(smoke=True, accuracy=False, teacher=teacher, fsdp=2, context=4)
+    settings |= dict(
+        distil_weight=1.0, learning_rate=1e-2, distil_beta=0.0, output_dir=str(tmp_path)
+    )
     sft.main(flags.replace(sft.Config(), **settings))
     found = rows(tmp_path)
     assert all(row["loss"] == row["divergence"] != row["task_loss"] for row in found)

@@ -22,12 +22,12 @@ import experiments.cli.interrupts  # noqa: F401  isort: skip  (before what takes
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import tyro
 
-from experiments.cli import cards, flags, held_out, servers
+from experiments.cli import cards, flags, held_out, servers, teachers
 from experiments.cli import reinforce_checks as checks
 from experiments.cli import rewards as rewards_cli
 from experiments.cli import training as shared
@@ -110,6 +110,11 @@ class Config:
     overlong: int = 0  # last tokens of the limit, over which a penalty rises to 1 (DAPO)
     mask_truncated: bool = False  # exclude answers that reach the limit from the loss
 
+    # form of --teacher: divergence over the vocabulary in the loss, or log-ratio of each sampled token
+    # as its advantage
+    distil_as: Literal["divergence", "credit"] = "divergence"
+
+    distil: teachers.Teacher = teachers.Teacher(distil_weight=1.0)
     rewards: flags.Rewards = flags.Rewards()
     columns: flags.Columns = flags.Columns()
     base: flags.Model = flags.Model()
@@ -133,6 +138,8 @@ def main(config: Config) -> dict[str, Any]:
     output, mesh = shared.place(config)
     checks.mesh(config, mesh)
     ids = data.render_prompts(records, renderer)
+    longest = max(map(len, ids)) + config.max_new_tokens
+    teacher = teachers.load(config, renderer, mesh, longest)
     columns = {}
     if isinstance(renderer, data.SourceRenderer):  # The encoder reads the prompts.
         ids, columns = split_prompts(renderer.config, ids)
@@ -146,6 +153,11 @@ def main(config: Config) -> dict[str, Any]:
         params = with_value_head(model, params)
     credit = algorithm(config, model.forward).credit
     build = lambda forward: algorithm(config, forward).objective
+    if config.distil_as == "credit":
+        credit = rl.reverse_kl_credit(credit, config.distil.distil_weight)
+    else:
+        params = teachers.beside(teacher, params)
+        build = teachers.distilled(config, teacher, build)
     method = shared.method_of(config, build, model.forward)
     with rewards_cli.opened(config.rewards, config.base, records) as rewards:
         accuracy = functools.partial(
@@ -159,11 +171,13 @@ def main(config: Config) -> dict[str, Any]:
             rewards if config.rewards.numbers else None,
         )
         before = accuracy(base, "before")
-        collect = experience(config, model, prompts, renderer, rewards, credit, base, mesh)
+        scores = teachers.transforms(config, teacher)
+        collect = experience(config, model, prompts, renderer, rewards, credit, base, mesh, scores)
+        collect = teachers.of_students(teacher, collect)
         state, history = shared.fit(
             config, params, method, collect, _callbacks(config, output), output, mesh, best=None
         )
-        trained = without_value_head(state.params)
+        trained = without_value_head(teachers.bare(teacher, state.params))
         # With --start, the adapter's base would be a model that is not on disk.
         shared.save(config, model, trained, base, mesh, output, whole=bool(config.start))
         after = accuracy(trained, "after")
@@ -187,8 +201,10 @@ def load_data(config: Config):
     return renderer, parts.training[0], parts.held_out, parts.name
 
 
-def experience(config, model, prompts, renderer, rewards, credit, base, mesh) -> rl.Collector:
-    """Returns the batches of `fit`: rollouts of the current policy."""
+def experience(
+    config, model, prompts, renderer, rewards, credit, base, mesh, scores=()
+) -> rl.Collector:
+    """Returns the batches of `fit`: rollouts of the current policy; `scores`: transforms of a teacher."""
     sample = sampling(config, model, renderer, rewards, base)
     if config.max_tries != 1:
         sample = rl.until_contrast(sample, config.max_tries)
@@ -197,6 +213,7 @@ def experience(config, model, prompts, renderer, rewards, credit, base, mesh) ->
         sample,
         credit,
         *transforms(config, model, base),
+        *scores,
         updates=config.updates,
         epochs=config.epochs,
         kl_control=kl_control(config),

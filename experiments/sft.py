@@ -23,7 +23,7 @@ from typing import Any, Literal
 import jax
 import tyro
 
-from experiments.cli import cards, choices, flags, held_out
+from experiments.cli import cards, choices, flags, held_out, teachers
 from experiments.cli import training as shared
 from experiments.cli.models import supervised_renderer
 from jaxft import data, train
@@ -82,6 +82,7 @@ class Config:
     max_new_tokens: int = 16  # maximum tokens of the answers to verify
     accuracy: bool = True  # verify answers before and after training, if the data allow it
 
+    distil: teachers.Teacher = teachers.Teacher()
     base: flags.Model = flags.Model()
     kernels: flags.Kernels = flags.Kernels()
     optimisation: flags.Optimisation = flags.Optimisation()
@@ -101,17 +102,19 @@ def main(config: Config) -> dict[str, Any]:
         choices.check_excluded(config, ["max_new_tokens"], "--no-accuracy")
     config = shared.start(config, SMALL)
     choices.check_companions(config, {"weights_by": "weights"})
+    teachers.check(config, ("label_smoothing", "router_balance", "router_z"))
     renderer, training, kept, name = load_data(config)
     if config.rows.preview:
         return {"records": sum(map(len, training))}
     output, mesh = shared.place(config)
+    teacher = teachers.load(config, renderer, mesh, config.rows.max_length)
     model, base = shared.load_base(config, mesh)
-    params = adapt_params(config, model, base, mesh)
+    params = teachers.beside(teacher, adapt_params(config, model, base, mesh))
     read = jax.jit(intrinsic_apply) if config.adapter == "intrinsic" else lambda params: params
     forward = reparametrised(model.forward, read)
     router = shared.router_terms(config, model)
     objective = functools.partial(supervised, router=router, label_smoothing=config.label_smoothing)
-    method = shared.method_of(config, objective, forward)
+    method = shared.method_of(config, teachers.distilled(config, teacher, objective), forward)
     length = config.rows.max_length
     bad = data.BadRecords()
     tokenised = data.render(kept, renderer, length, too_long="truncate", bad=bad)
@@ -127,11 +130,13 @@ def main(config: Config) -> dict[str, Any]:
     before = verify(config, model, base, renderer, kept, f"before on {name}")
     callbacks = shared.callbacks(config, supervised(forward), eval_batches, output, mesh, name)
     donate = config.adapter == "full"  # Nothing reads the base afterwards.
+    batches = teachers.scored(config, teacher, batches)
     state, history = shared.fit(
         config, params, method, batches, callbacks, output, mesh, donate=donate
     )
-    save(config, model, state.params, base, mesh, output)
-    after = verify(config, model, read(state.params), renderer, kept, f"after on {name}")
+    params = teachers.bare(teacher, state.params)
+    save(config, model, params, base, mesh, output)
+    after = verify(config, model, read(params), renderer, kept, f"after on {name}")
     return cards.publish(config, report(history, before, after, kept, name, output), output)
 
 

@@ -16,11 +16,11 @@ _COUNTS = (
     "max_steps max_tries microbatches mined num_beams num_samples own pairs patience places pretrain_rows "
     "pretrain_steps pretraining problems prompts_per_step questions rank rollouts sampled_at_once samples "
     "save_steps seeds sft_steps shot_steps shots size slices steps tensor text_steps trained_at_once "
-    "transform_steps turns votes width widths workers"
+    "transform_steps turns votes width widths workers distil_top_k"
 ).split()
 _POSITIVE = (
     "adamw_rate full_rate full_rates kappa kl_horizon learning_rate learning_rates max_grad_norm "
-    "pretrain_rate rates text_rates timeout"
+    "pretrain_rate rates text_rates timeout distil_temperature"
 ).split()
 _NOT_NEGATIVE = (
     "center_rewards_coefficient desirable_weight inner_rate kl kl_weight min_gap min_new_tokens nll_alpha "
@@ -28,8 +28,9 @@ _NOT_NEGATIVE = (
     "value_weight warmup_epochs weight_decay xpo_alpha"
 ).split()
 _SHARES = (
-    "dense_share error errors gamma judged lam ld_alpha levels max_bad mixture share until".split()
-)
+    "dense_share distil_beta error errors gamma judged lam ld_alpha levels max_bad mixture share "
+    "until"
+).split()
 
 LIMITS = {
     **dict.fromkeys(_COUNTS, (lambda x: x >= 1, "at least 1")),
@@ -45,6 +46,7 @@ LIMITS = {
         ("seed", "first_seed", "start_seed"),
         (lambda x: 0 <= x < 2**32, "at least 0 and below 2^32"),
     ),
+    "distil_weight": (lambda x: 0 < x <= 1, "above 0 and at most 1"),
     "alpha": (lambda x: x != 0 and math.isfinite(x), "a number other than 0"),
 }
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from experiments.cli import choices
+from experiments.cli import choices, teachers
 from experiments.cli.algorithms import ALGORITHMS
 from experiments.cli.servers import UNSERVED
 from jaxft import train
@@ -21,13 +21,19 @@ COMPANIONS = {
     "push_dir": "sampler_url",
     "push_api": "push_dir",
     "push_every": "push_dir",
+    "distil_as": "teacher",
 }
+# Flags of the task that have no effect if only a teacher's divergence, or credit, counts.
+NO_TASK = ("algorithm", "kl_weight", "reward_kl", "kl_target", "entropy_weight")
+NO_REWARD = ("reward_kl", "kl_target")
+WITHOUT_ADVANTAGES = ("nft", "online_dpo", "xpo")
 
 
 def settings(config: Any) -> None:
     """Checks everything that can be checked before anything is loaded."""
     choices.check(config, "algorithm", ALGORITHMS)
     choices.check_companions(config, COMPANIONS)
+    teacher(config)
     rows = config.prompts_per_step * config.group_size
     parts = config.updates * config.optimisation.gradient_accumulation_steps
     if min(rows, parts, config.prompts_per_step, config.updates, config.epochs) < 1 or rows % parts:
@@ -51,6 +57,20 @@ def settings(config: Any) -> None:
     if config.places is not None:
         places(config)
     numbers(config)
+
+
+def teacher(config: Any) -> None:
+    """Checks the flags of --teacher and --distil-as."""
+    if config.distil_as == "divergence":
+        return teachers.check(config, NO_TASK)
+    teachers.check(config, NO_REWARD)
+    of_divergence = "distil_beta", "distil_temperature", "distil_top_k"
+    choices.check_excluded(config, of_divergence, "--distil-as credit")
+    if config.algorithm in WITHOUT_ADVANTAGES:
+        raise ValueError(
+            f"--distil-as credit adds to advantages, which --algorithm {config.algorithm} has not; use grpo "
+            "or another, or --distil-as divergence."
+        )
 
 
 def source(config: Any) -> None:

@@ -14,7 +14,7 @@ from jaxft.checkpoints.models import (
     save_model,
 )
 from jaxft.checkpoints.packages import cache_directory, fetch
-from jaxft.checkpoints.pairing import check_tokenizer, end_tokens
+from jaxft.checkpoints.pairing import check_same_tokenizer, check_tokenizer, end_tokens
 from jaxft.checkpoints.sentences import (
     SentenceSettings,
     read_sentence_settings,
@@ -29,6 +29,7 @@ __all__ = [
     "cache_directory",
     "check_gguf",
     "check_push",
+    "check_same_tokenizer",
     "check_tokenizer",
     "end_tokens",
     "fetch",

@@ -10,6 +10,8 @@ from jaxft.models.special_ids import NAMES, SpecialIds, as_ids, write_generation
 # In the tokenizer of Gemma 3's text models, whose embeddings lack its row; only images use it.
 _NOT_TEXT = {"<image_soft_token>"}
 _ANSWER = "@answer@"
+# A text on which tokenizers of one vocabulary with other merges or rules differ.
+_PROBE = "  The quick brown fox's 12345 jumps,\n\tover: naïve 狐狸! def f(x): return x+1  "
 
 
 def end_tokens(tokenizer: Any, config: Any, template: str | None = None) -> tuple[int, ...]:
@@ -86,6 +88,35 @@ def check_tokenizer(tokenizer: Any, config: Any) -> None:
                         f"{file}: {name} {i} lies outside the embedding of {vocab_size} rows; correct the "
                         "file, or use the one that came with the model."
                     )
+
+
+def check_same_tokenizer(tokenizer: Any, other: Any, names: tuple[str, str]) -> None:
+    """Checks that two tokenizers give every text the same ids, as a student and its teacher need.
+
+    Their vocabularies must be equal, and they must encode a text alike, with the tokens that begin and
+    end it. The chat templates and the ids that end an answer may differ: both models get the same ids.
+
+    Args:
+        names: of the two models, for the error.
+
+    Raises:
+        CheckpointError: for a difference, with the first token that differs.
+    """
+    ours, theirs = tokenizer.get_vocab(), other.get_vocab()
+    say = lambda vocabulary, token: f"id {vocabulary[token]}" if token in vocabulary else "no id"
+    if different := sorted(t for t in ours | theirs if ours.get(t) != theirs.get(t)):
+        first = different[0]
+        raise CheckpointError(
+            f"{names[0]} and {names[1]} have other tokenizers: {len(different)} tokens differ, such as "
+            f"{first!r}, which has {say(ours, first)} in the one and {say(theirs, first)} in the other. A "
+            "divergence compares the probabilities of the same ids; choose models of one family."
+        )
+    first, second = tokenizer.encode(_PROBE), other.encode(_PROBE)
+    if list(first) != list(second):
+        raise CheckpointError(
+            f"{names[0]} and {names[1]} have the same vocabulary, but split or begin a text in other ways: "
+            f"{first[:8]}... and {second[:8]}...; choose models of one family."
+        )
 
 
 def _end_of_turn(tokenizer, template):

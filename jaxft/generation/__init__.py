@@ -28,6 +28,16 @@ from jaxft.generation.sampler import (
     remember,
 )
 from jaxft.generation.search import Found, best_first_search
+from jaxft.generation.served_teacher import (
+    ScoredBatches,
+    Scores,
+    ServedTeacher,
+    check_served_tokenizer,
+    sglang_teacher,
+    teacher_columns,
+    teacher_scores,
+    vllm_teacher,
+)
 from jaxft.generation.server import ServerError, server_sampler
 from jaxft.generation.sources import (
     decoder_begin,
@@ -45,6 +55,9 @@ __all__ = [
     "Interface",
     "Push",
     "SamplingConfig",
+    "ScoredBatches",
+    "Scores",
+    "ServedTeacher",
     "ServerError",
     "State",
     "append",
@@ -71,4 +84,9 @@ __all__ = [
     "transform_logits",
     "vllm_adapters",
     "vllm_weights",
+    "check_served_tokenizer",
+    "sglang_teacher",
+    "teacher_columns",
+    "teacher_scores",
+    "vllm_teacher",
 ]

@@ -1,9 +1,17 @@
 """Losses: arrays in, values out; no model, no tokenizer, no reduction unless the name says so."""
 
+from jaxft.losses.chunked import weighted_sum
 from jaxft.losses.comparing import compares_pairs
 from jaxft.losses.contrastive import info_nce, margin_mse
 from jaxft.losses.coverage import coverage_weight, dco_loss, dco_step_loss
 from jaxft.losses.density_ratio import density_ratios, logistic_regression
+from jaxft.losses.distillation import (
+    generalised_jsd,
+    linear_jsd,
+    linear_top_k_jsd,
+    linear_top_log_probs,
+    top_k_jsd,
+)
 from jaxft.losses.divergences import (
     gaussian_kernel,
     inverse_multiquadric_kernel,
@@ -128,6 +136,7 @@ __all__ = [
     "f_dpo_loss",
     "forward_kl",
     "gaussian_kernel",
+    "generalised_jsd",
     "hinge_loss",
     "hybrid_dpo_loss",
     "inverse_multiquadric_kernel",
@@ -148,7 +157,10 @@ __all__ = [
     "length_regularised_dpo_loss",
     "linear_cross_entropy",
     "linear_entropy",
+    "linear_jsd",
     "linear_log_probs",
+    "linear_top_k_jsd",
+    "linear_top_log_probs",
     "log_ratio",
     "logistic_regression",
     "margin_mse",
@@ -176,8 +188,10 @@ __all__ = [
     "straight_through_max",
     "summed_log_ratio",
     "symmetric_kl_divergence",
+    "top_k_jsd",
     "truncated_sequence_weights",
     "truncated_weights",
     "unlikelihood_loss",
+    "weighted_sum",
     "wpo_weights",
 ]

@@ -11,8 +11,8 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jaxft.kernels.linear_log_probs import fused_log_probs
-from jaxft.kernels.pullback import as_varying, of_wanted, pick, with_pullback
-from jaxft.parallel.axes import length_axes, row_axes
+from jaxft.losses.chunked import weighted_sum
+from jaxft.parallel.axes import length_axes
 from jaxft.weights import WeightLike, matmul_float32, stored
 
 CHUNK = 64  # tokens per row whose logits are in memory at once
@@ -63,10 +63,7 @@ def linear_cross_entropy(
 ) -> Float[Array, ""]:
     """sum_t w_t (-log softmax(h_t W)[target_t]), without holding the logits of all tokens at once.
 
-    The gradient is formed in the forward pass, chunk by chunk, so that the logits are computed once;
-    tokens of weight 0 are skipped: each row's counted tokens are moved to its front and the loop
-    ends after the row with the most. Computing gradients in the forward pass follows Liger Kernel
-    (Hsu et al., 2024, arxiv.org/abs/2410.10989, section 3.2).
+    The gradient is formed in the forward pass, and tokens of weight 0 are skipped: see `weighted_sum`.
 
     Args:
         hidden: states after the final norm.
@@ -82,37 +79,8 @@ def linear_cross_entropy(
     loss = cross_entropy
     if label_smoothing:
         loss = functools.partial(label_smoothed_cross_entropy, label_smoothing=label_smoothing)
-    run = functools.partial(_weighted_sum, loss=loss, softcap=softcap, chunk=chunk)
-    rows, length = row_axes(hidden.shape[0]), length_axes(hidden.shape[1])
-    axes = (*rows, *length)
-    if not axes:
-        return run(hidden, head, targets, weights)
-    # Each device processes its own tokens; the head is gathered once and its gradient summed once.
-    # XLA by itself would do both for every chunk.
-    tokens, whole = PartitionSpec(rows, length), PartitionSpec()
-    sums = jax.shard_map(
-        lambda *arguments: run(*arguments, axes=axes)[None],
-        in_specs=(tokens, whole, tokens, tokens),
-        out_specs=PartitionSpec(axes),
-        axis_names=set(axes),
-        check_vma=False,
-    )(hidden, head, targets, weights)
-    return jnp.sum(sums)
-
-
-def _weighted_sum(hidden, head, targets, weights, *, loss, softcap, chunk, axes=()):
-    order, count = _front(weights)
-    if axes:  # the same number on every device
-        count = jax.lax.pmax(count, axes)
-    gather = functools.partial(jnp.take_along_axis, indices=order, axis=1)
-    hidden = jnp.take_along_axis(hidden, order[..., None], axis=1)
-    weights = jax.lax.stop_gradient(gather(weights).astype(jnp.float32))
-    length = targets.shape[1]
-    chunk = min(chunk, length)
-    pad = -length % chunk
-    widen = lambda x: jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
-    parts = (widen(hidden), widen(gather(targets)), widen(weights))
-    return _fused(loss, *parts, head, count, softcap, chunk)
+    value = lambda head, hidden, targets: loss(_logits(hidden, head, softcap), targets)
+    return weighted_sum(value, hidden, head, (targets,), weights, chunk=chunk)
 
 
 def linear_log_probs(
@@ -185,79 +153,6 @@ def _scan_logits(function, hidden, head, *others, softcap, chunk):
     return jnp.moveaxis(values, 0, 1).reshape(rows, -1)[:, :length]
 
 
-def _front(weights):
-    """(order [B, T] with each row's counted tokens first, [] the fullest row's count)."""
-    counted = weights > 0
-    order = jnp.argsort(~counted, axis=1, stable=True)
-    return order, jnp.max(jnp.sum(counted, axis=1))
-
-
 def _logits(hidden, head, softcap):
     logits = matmul_float32(hidden, head)
     return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
-
-
-def _fused(loss, hidden, targets, weights, head, count, softcap, chunk):
-    """sum_t w_t loss_t over chunks of T, up to the one that contains token number `count`."""
-    leaves, structure = jax.tree.flatten(head)
-
-    def part(hidden, targets, weights, *leaves):
-        logits = _logits(hidden, structure.unflatten(leaves), softcap)
-        return jnp.sum(weights * loss(logits, targets))
-
-    def plain(count, hidden, targets, weights, *leaves):
-        del count  # tokens beyond it have the weight 0
-        split = lambda x: jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
-        one = jax.checkpoint(lambda xs: part(*xs, *leaves))
-        chunks = tuple(map(split, (hidden, targets, weights)))
-        add = lambda total, xs: (total + one(xs), None)
-        start = as_varying([jnp.zeros((), jnp.float32), *chunks, *leaves])[0]
-        return jax.lax.scan(add, start, chunks)[0]
-
-    def pullback(wanted, args, gradients, cotangent):
-        return [(g * cotangent).astype(g.dtype) for g in gradients]
-
-    fused = with_pullback(plain, functools.partial(_loop, part, chunk), pullback)
-    return fused(count, hidden, targets, weights, *leaves)
-
-
-def _loop(part, chunk, wanted, count, *args):
-    """(sum, [its gradient for each wanted argument: hidden and leaves of the head]) over chunks.
-
-    A leaf of the head that is not differentiated has no gradient here, whatever its data type.
-    """
-    wanted = wanted[1:]
-    args = as_varying(
-        args
-    )  # Inside a shard_map devices add up their own, and JAX sums them once at the end.
-    tokens, leaves = args[:3], args[3:]
-    empty = [
-        jnp.zeros_like(tokens[0]),
-        *[None] * 2,
-        *(jnp.zeros(w.shape, jnp.float32) for w in leaves),
-    ]
-
-    def body(state):
-        index, total, found = state
-        start = index * chunk
-        cut = [jax.lax.dynamic_slice_in_dim(x, start, chunk, axis=1) for x in tokens]
-        own = (*cut, *leaves)
-        value, pull = jax.vjp(of_wanted(part, wanted, own), *pick(wanted, own))
-        gradients = list(pull(jnp.ones_like(value)))
-        if wanted[0]:
-            gradients[0] = jax.lax.dynamic_update_slice_in_dim(
-                found[0], gradients[0], start, axis=1
-            )
-        added = [
-            a + g.astype(a.dtype)
-            for a, g in zip(found[wanted[0] :], gradients[wanted[0] :], strict=True)
-        ]
-        return index + 1, total + value, [*gradients[: wanted[0]], *added]
-
-    zeros = as_varying([jnp.zeros((), jnp.float32), *pick(wanted, empty), *args])
-    start = (jnp.zeros((), jnp.int32), zeros[0], zeros[1 : 1 + sum(wanted)])
-    # Counted in chunks: XLA treats a loop in steps of `chunk` to a smaller constant `count` as
-    # empty.
-    chunks = -(-count // chunk)
-    _, total, found = jax.lax.while_loop(lambda s: s[0] < chunks, body, start)
-    return total, [g.astype(w.dtype) for g, w in zip(found, pick(wanted, args), strict=True)]

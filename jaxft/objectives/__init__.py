@@ -20,6 +20,7 @@ from jaxft.objectives.reward_model import (
     process_reward,
 )
 from jaxft.objectives.routing import RouterTerms, router_terms
+from jaxft.objectives.teacher import distillation, with_teacher, without_teacher
 from jaxft.objectives.trust_regions import (
     LogitsFn,
     classifier_logits,
@@ -46,6 +47,7 @@ __all__ = [
     "completion_log_probs",
     "contrastive",
     "coverage",
+    "distillation",
     "distilled_margins",
     "completion_values",
     "token_logits",
@@ -75,6 +77,8 @@ __all__ = [
     "token_values",
     "trust_region",
     "value_loss",
+    "with_teacher",
     "with_value_head",
+    "without_teacher",
     "without_value_head",
 ]

@@ -34,6 +34,7 @@ from jaxft.rl.online import (
 from jaxft.rl.prompts import Asked, Prompts, prompts_of
 from jaxft.rl.rollouts import Sample, answers, sample_groups
 from jaxft.rl.self_training import offline_collect, online_self_training, right_samples
+from jaxft.rl.teachers import add_served_teacher, add_teacher, reverse_kl_credit
 from jaxft.rl.transforms import (
     Transform,
     add_old_policy,
@@ -62,6 +63,8 @@ __all__ = [
     "add_old_policy",
     "add_penalty",
     "add_reference",
+    "add_served_teacher",
+    "add_teacher",
     "add_values",
     "answers",
     "answers_of_both",
@@ -86,6 +89,7 @@ __all__ = [
     "ppo",
     "prompts_of",
     "reads_kl_weight",
+    "reverse_kl_credit",
     "reinforce_plus_plus",
     "reinforce_with_baseline",
     "right_samples",

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from jaxft.generation import ServerError
 from jaxft.output import OutputError
 from jaxft.parallel import HostLostError, absent, several_hosts
 from jaxft.rewards import RewardError, VerifierError
@@ -72,8 +73,8 @@ def run_main(main: Callable[[Any], Any], config: Any) -> Any:
     """Runs main(config); prints errors that users cause as one line and exits with their code.
 
     2: a bad argument, data or file before training, or at any time a path that cannot be written (a full
-    disk) or a reward function or judge that fails; 3: an optional package is missing; 4: diverged; 5:
-    another host ended; 75: preempted, saved; 130: interrupted, state saved if the run saves
+    disk), a server that fails, or a reward function or judge that does; 3: an optional package is missing;
+    4: diverged; 5: another host ended; 75: preempted, saved; 130: interrupted, state saved if the run saves
     checkpoints. Any other error, and every error with `config.debug` or JAXFT_DEBUG=1, prints its traceback
     and exits with code 1.
 
@@ -118,7 +119,7 @@ def _explain(error: Exception):
         _exit(f"error: {error}", MISSING_DEPENDENCY)
     except DivergedError as error:
         _exit(f"error: {error}", DIVERGED)
-    except (OutputError, RewardError, VerifierError) as error:
+    except (OutputError, RewardError, ServerError, VerifierError) as error:
         _exit(f"error: {error}", BAD_INPUT)
     except (ValueError, OSError) as error:
         if any(note.startswith(IN_TRAINING) for note in getattr(error, "__notes__", ())):

@@ -123,8 +123,58 @@ def beside(path, **columns):
     return written(path, "beside.jsonl", json.dumps({"messages": turns} | columns))
 
 
+def other_tokenizer(path):
+    """A teacher of which one token has the id of another."""
+    file = (model := saved(path)) / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second = list(vocabulary)[60:62]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    file.write_text(json.dumps(tokenizer))
+    return ["--teacher", model]
+
+
 SERVED = ["--sampler-url", "http://x", "--correction", "tokens"]
+TEACHER = ["--teacher", "tiny"]
 BAD = [
+    ("sft", "no teacher", ["--distil-beta", "0.1"], "0.1 has no effect without --teacher"),
+    ("sft", "teacher's weight", [*TEACHER, "--distil-weight", "0"], "above 0 and at most 1, got 0"),
+    ("sft", "teacher's share", [*TEACHER, "--distil-beta", "2"], "between 0 and 1, got 2.0"),
+    (
+        "sft",
+        "no task",
+        [*TEACHER, "--distil-weight", "1", "--label-smoothing", "0.1"],
+        "--label-smoothing 0.1 has no effect with --distil-weight 1",
+    ),
+    ("sft", "no server", [*TEACHER, "--distil-top-k", "4"], "with a --teacher that is no server"),
+    ("sft", "teacher's place", [*TEACHER, "--adapter", "intrinsic"], "has no place for the params"),
+    ("sft", "served model", ["--teacher", "http://x"], "needs the name of its model"),
+    (
+        "sft",
+        "served temperature",
+        ["--teacher", "http://x", "--teacher-model", "m", "--distil-temperature", "2"],
+        "--distil-temperature 2.0: a server's log-probs are those at 1",
+    ),
+    (
+        "sft",
+        "sglang's model",
+        ["--teacher", "http://x", "--teacher-model", "m", "--teacher-api", "sglang"],
+        "--teacher-model m has no effect with --teacher-api sglang",
+    ),
+    ("sft reinforce", "other tokenizer", other_tokenizer, "have other tokenizers: 2 tokens differ"),
+    ("reinforce", "no reward", [*TEACHER, "--kl-weight", "1"], "no effect with --distil-weight 1"),
+    (
+        "reinforce",
+        "credit's divergence",
+        [*TEACHER, "--distil-as", "credit", "--distil-beta", "0.1"],
+        "--distil-beta 0.1 has no effect with --distil-as credit",
+    ),
+    (
+        "reinforce",
+        "credit",
+        [*TEACHER, "--distil-as", "credit", "--algorithm", "nft"],
+        "adds to advantages, which --algorithm nft has not",
+    ),
     (
         "sft reinforce evaluate generate",
         "missing model",

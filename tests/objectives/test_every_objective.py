@@ -25,6 +25,7 @@ from jaxft.rewards import add_reward_head, pair_scores
 from jaxft.rl.algorithms import clipped
 from jaxft.train import accumulate, evaluate, make_eval_step
 from jaxft.train.batches import place_batch
+from jaxft.weights import is_weight, to_dense
 from tests.small_models import forward_of, large
 
 ROWS, WIDTH, PROMPT, GROUP, VOCABULARY, SIZE = 8, 9, 4, 4, 29, 16
@@ -160,6 +161,20 @@ def penalised(distance, every=1):
     return objectives.trust_region(task, lambda *args: d(START, *args), 0.7)
 
 
+def dense(params):
+    """A teacher's params as the arrays that `Bigram` indexes."""
+    return jax.tree.map(to_dense, params, is_leaf=is_weight)
+
+
+def taught():
+    """Experience with a server's columns: two likeliest tokens, and padding in the third."""
+    rng = np.random.default_rng(5)
+    ids = rng.permuted(np.tile(np.arange(VOCABULARY), (ROWS, RESPONSE, 1)), axis=-1)[..., :3]
+    found = np.log(np.broadcast_to([0.5, 0.2, 0.0], ids.shape) + 1e-30).astype(np.float32)
+    found[..., 2] = -np.inf
+    return {"teacher_ids": ids, "teacher_top_log_probs": found}
+
+
 SUPERVISED = objectives.supervised(FORWARD)
 MARGINS = {"margins": np.random.default_rng(3).normal(size=(ROWS, 2)).astype(np.float32)}
 DISTANCE = objectives.function_distance(LOGITS)
@@ -171,6 +186,27 @@ OBJECTIVES = {
         rows(0),
     ),
     "token_supervised": lambda: (objectives.token_supervised(FORWARD, token_loss), rows(0)),
+    "distillation": lambda: (
+        objectives.distillation(
+            FORWARD, objectives.supervised, forward_of(MODEL, dense), weight=0.6, beta=0.3
+        ),
+        rows(0),
+    ),
+    "distillation, listed": learning(
+        lambda: rl.Algorithm(
+            lambda *args: rl.grpo(BUILD, GROUP).credit(*args) | taught(),
+            objectives.distillation(
+                FORWARD,
+                lambda forward: (
+                    rl.grpo(
+                        functools.partial(policy_gradient, forward, kl_weight=0.1), GROUP
+                    ).objective
+                ),
+                None,
+                weight=0.5,
+            ),
+        )
+    ),
     "distilled_margins": lambda: (
         objectives.distilled_margins(embedding_of(MODEL)),
         groups(size=4) | MARGINS,
@@ -239,8 +275,9 @@ PARTS = set(
     "LogitsFn Objective Sequences classifier_logits completion_log_probs completion_values token_logits "
     "embedding_noise function_distance mean_of noise_distance on_rows sample_distance sequence_log_probs "
     "contrastive RouterTerms router_terms shift spectrally_normalised token_values value_loss "
-    "with_value_head without_value_head "
+    "with_value_head without_value_head with_teacher without_teacher "
     "Algorithm Asked Collector Credit DeviceReward Environment KlControl Prompts Reply Sample SamplesBeside "
+    "add_served_teacher add_teacher reverse_kl_credit "
     "Transform add_old_policy add_penalty add_reference add_values answers answers_of_both best_and_worst "
     "collect collect_on_device episodes equals estimate_success mask_truncated offline_collect "
     "policy_log_probs prompts_of reads_kl_weight right_samples sample_groups sample_on_device tagged "
@@ -251,6 +288,8 @@ PARTS = set(
 def params_for(name):
     if "_reward" in name or name == "reranking":
         return add_reward_head(jax.random.key(2), PARAMS, MODEL.config.hidden_size)
+    if name == "distillation":
+        return objectives.with_teacher(PARAMS, jax.jit(large)(PARAMS))
     with_values = jax.jit(lambda params: large(objectives.with_value_head(MODEL, params)))
     return with_values(START) if name == "ppo" else PARAMS
 
@@ -305,7 +344,16 @@ def test_slices_change_nothing_and_what_is_optimised_is_logged(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["supervised, smoothed", "trust_region", "hypo", "kto", "bco", "ppo", "online_self_training"],
+    [
+        "supervised, smoothed",
+        "distillation",
+        "trust_region",
+        "hypo",
+        "kto",
+        "bco",
+        "ppo",
+        "online_self_training",
+    ],
 )
 def test_eight_devices_and_slices_on_them_change_nothing(name):
     """One of each kind: a mean, terms of other weights, means of the whole batch."""
@@ -325,7 +373,9 @@ def packed(batch):
     return {k: np.concatenate([half[k] for half in halves], axis=1) for k in batch}
 
 
-@pytest.mark.parametrize("name", ["supervised", "token_supervised", "reparametrised", "penalty"])
+@pytest.mark.parametrize(
+    "name", ["supervised", "token_supervised", "distillation", "reparametrised", "penalty"]
+)
 def test_packed_rows_change_nothing(name):
     if name == "penalty":
         d = functools.partial(DISTANCE, START)
@@ -333,7 +383,7 @@ def test_packed_rows_change_nothing(name):
         wanted = update(objective, PARAMS, batch)
     else:
         objective, batch, _, wanted, _ = whole(name)
-    close(update(objective, PARAMS, packed(batch), 2), wanted)
+    close(update(objective, params_for(name), packed(batch), 2), wanted)
 
 
 def test_evaluation_adds_terms_up_over_batches():

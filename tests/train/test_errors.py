@@ -9,6 +9,7 @@ import jax
 import optax
 import pytest
 
+from jaxft.generation import ServerError
 from jaxft.parallel import HostLostError
 from jaxft.train import (
     DivergedError,
@@ -40,6 +41,7 @@ def fails(error):
         (ValueError("rank must be\n   positive"), 2, "error: rank must be positive (JAXFT_DEBUG=1"),
         (FileNotFoundError(2, "No such file", "data.jsonl"), 2, "No such file: 'data.jsonl'"),
         (OutputError("full"), 2, "error: full"),
+        (ServerError("http://x: asked for 3 tokens"), 2, "error: http://x: asked for 3 tokens"),
         (MissingDependencyError("wandb_log needs wandb"), 3, "error: wandb_log needs wandb"),
         (DivergedError("diverged at step 4", 4), 4, "error: diverged at step 4"),
         (PreemptedError("SIGTERM at step 3"), 75, "preempted: SIGTERM at step 3\n"),

@@ -56,7 +56,7 @@ def config_of(script, *data, **given):
 def smoke(tmp_path_factory):
     """A smoke run's output directory and metrics; of the default adapter it is test_hosts.py's."""
     output = tmp_path_factory.mktemp("smoke") / "run"
-    settings = dict(adapter="dora", quantise="int8", report_to=("tensorboard",))
+    settings = dict(adapter="dora", quantise="int8", report_to=("tensorboard",), teacher="tiny")
     return output, sft.main(config_of(sft, smoke=True, output_dir=str(output), **settings))
 
 
@@ -73,6 +73,10 @@ def test_smoke_writes_all_it_promises(smoke):
     }
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, 7))
+    # Half of the loss is the divergence from the teacher, whose kernels are not rounded.
+    assert rows[0]["divergence"] > 0
+    half = (rows[0]["divergence"] + rows[0]["task_loss"]) / 2
+    assert rows[0]["loss"] == pytest.approx(half, rel=1e-5)
     assert json.loads((output / "metrics.json").read_text())["steps"] == metrics["steps"] == 6
     assert math.isfinite(metrics["last_loss"])
     assert (output / "adapter" / "adapter_model.safetensors").exists()
@@ -105,7 +109,8 @@ def test_the_adapter_is_used_by_the_other_scripts(smoke, tmp_path, capsys):
 @pytest.mark.parametrize(
     "settings",
     [
-        dict(updates=2, kl_weight=0.1, turns=2, stop=tuple("aeiou 0123456789")),
+        dict(updates=2, kl_weight=0.1, turns=2, stop=tuple("aeiou 0123456789"))
+        | dict(teacher="tiny", distil_weight=0.5),
         dict(algorithm="ppo", epochs=2, reward_kl=0.1, kl_target=1.0, kl_horizon=50.0)
         | dict(scan_layers=True, remat="full", sharpness="sam"),
     ],
@@ -128,6 +133,7 @@ def test_reinforcement_learning_writes_all_it_promises_and_goes_on(settings, tmp
     }
     assert metrics["steps"] == 4 and metrics["gap"] < 1e-4
     assert {*reinforce.SHOWN, "clipped_low", "no_contrast"} <= set(rows(whole)[0])
+    assert ("divergence" in rows(whole)[0]) == ("teacher" in settings)
     if settings.get("algorithm") == "ppo":
         return  # A run of PPO that is cut is tests/rl/test_ppo.py's.
     # Cut inside a rollout and resumed, it continues with the same experience.

@@ -1,6 +1,4 @@
-"""sft.py and reinforce.py with a teacher, run small, and a server's columns on their way to the objective."""
-
-import json
+"""The teachers of sft.py and reinforce.py, whose runs are in test_scripts.py."""
 
 import jax
 import numpy as np
@@ -8,8 +6,11 @@ import pytest
 
 from experiments import reinforce, sft
 from experiments.cli import flags, teachers
-from jaxft.checkpoints import load_model, save_model
+from jaxft import data
+from jaxft.adapters import partition
+from jaxft.checkpoints import load_model, load_tokenizer, save_model
 from jaxft.generation import ScoredBatches, served_teacher
+from jaxft.parallel import make_mesh
 
 
 @pytest.fixture(scope="module")
@@ -18,34 +19,24 @@ def teacher(tmp_path_factory):
     path = tmp_path_factory.mktemp("teacher")
     model, params = load_model("tiny")
     rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda x: x + 0.05 * rng.normal(size=x.shape).astype(x.dtype), params)
+    move = lambda x: np.asarray(x) + 0.05 * rng.normal(size=x.shape).astype(x.dtype)
+    params = jax.tree.map(move, params)
     save_model(path / "model", model, params, tokenizer_from="tiny")
     return str(path / "model")
 
 
-def rows(path):
-    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-
-
-def test_sft_distils_a_model_on_a_mesh(teacher, tmp_path):
-    settings = dict(smoke=True, accuracy=False, teacher=teacher, fsdp=2, context=4)
-    settings |= dict(
-        distil_weight=1.0, learning_rate=1e-2, distil_beta=0.0, output_dir=str(tmp_path)
-    )
-    sft.main(flags.replace(sft.Config(), **settings))
-    found = rows(tmp_path)
-    assert all(row["loss"] == row["divergence"] != row["task_loss"] for row in found)
-    assert 0 < found[-1]["divergence"] < found[0]["divergence"]
-    names = (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes()[:20000]
-    assert b"lora_A" in names and b"teacher" not in names
-
-
-def test_reinforce_distils_on_the_samples_of_the_student(teacher, tmp_path):
-    settings = dict(smoke=True, teacher=teacher, distil_beta=1.0, output_dir=str(tmp_path))
-    metrics = reinforce.main(flags.replace(reinforce.Config(), **settings))
-    found = rows(tmp_path)
-    assert metrics["steps"] == 4 and {*reinforce.SHOWN, "task_loss"} <= set(found[0])
-    assert all(row["loss"] == row["divergence"] > 0 for row in found)
+def test_a_teacher_is_loaded_on_the_mesh_and_has_enough_positions(teacher):
+    mesh, renderer = make_mesh(fsdp=2, tensor=4), data.Renderer(load_tokenizer("tiny"))
+    given = config(sft, model="tiny", teacher=teacher, scan_layers=True, bfloat16=True)
+    loaded = teachers.load(given, renderer, mesh, 512)
+    params = teachers.beside(loaded, {"own": 1})
+    kernel = params["teacher"]["layers"]["mlp"]["up"]["kernel"]
+    assert not jax.tree.leaves(partition(params["teacher"])[0])
+    assert len(kernel.value.sharding.device_set) == 8
+    assert kernel.value.addressable_shards[0].data.size * 8 == kernel.value.size
+    assert teachers.bare(loaded, params) == {"own": 1}
+    with pytest.raises(ValueError, match="has 512 positions, and rows may have 513 tokens"):
+        teachers.load(given, renderer, mesh, 513)
 
 
 def config(script, **given):

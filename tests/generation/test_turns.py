@@ -1,9 +1,11 @@
 """Turns: answers that go on in the cache are those of a new prefill of the whole context."""
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from jaxft.generation import SamplingConfig, generate, sampler
+from jaxft.generation import SamplingConfig, generate, left_pad, sampler
 from jaxft.generation.turns import first_turn, next_turn
 from tests.generation.test_continuous import KEY, MODELS, Letters, made, same
 
@@ -36,3 +38,21 @@ def test_turns_are_those_of_a_new_prefill(monkeypatch):
         assert before == 2 + number  # those of `generate` so far, and the first turn's
     with pytest.raises(ValueError, match="does not begin with the .* tokens of row 0"):
         next_turn(model, params, turn, [0], [[1, 2, 3]], KEY, config, **options)
+
+
+def test_a_row_that_ended_early_goes_on_where_it_ended():
+    model, params = made(MODELS["window"])
+    pad = lambda rows: map(jnp.asarray, left_pad(rows, model.config))
+    prompts, more = [[5, 9, 4], [11], [3, 8, 8]], [[7, 8]] * 3
+    keys = jax.random.split(KEY, 3)
+    state = sampler.prefill(model, params, *pad(prompts), keys, 16 + 64)
+    config = SamplingConfig(40, stop_ids=(4, 6, 9, 12, 20))
+    state, part = sampler.decode(model, params, state, config)
+    lengths = part.mask.sum(axis=1)
+    assert lengths.min() + 2 < lengths.max()
+    state = sampler.append(model, params, state, jnp.asarray(more), jnp.ones((3, 2), bool))
+    answers = [row[seen].tolist() for row, seen in zip(*map(np.asarray, part[:2]), strict=True)]
+    contexts = [a + b + c for a, b, c in zip(prompts, answers, more, strict=True)]
+    whole = sampler.prefill(model, params, *pad(contexts), keys, 16 + 64)
+    np.testing.assert_array_equal(state.position, whole.position)
+    np.testing.assert_allclose(state.logits, whole.logits, rtol=1e-3, atol=1e-3)

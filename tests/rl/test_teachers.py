@@ -19,7 +19,7 @@ BATCH = {
     "completion_mask": MASK,
     "sampler_log_probs": np.full((2, 3), -9.0),
     "old_log_probs": np.array([[-1.0, -2.0, 0.0], [-0.5, -1.0, -3.0]]),
-    "teacher_log_probs": np.array([[-0.5, -3.0, 0.0], [-0.5, -0.2, -1.0]]),
+    "teacher_log_probs": np.array([[-0.5, -3.0, -4.0], [-0.5, -0.2, -1.0]]),
 }
 GAIN = np.array([[0.5, -1.0, 0.0], [0.0, 0.8, 2.0]])
 
@@ -31,7 +31,7 @@ def base_credit(rewards, batch):
 @pytest.mark.parametrize("weight", [1.0, 0.25])
 def test_the_credit_is_the_log_ratio_of_each_token_and_the_rest_of_the_advantage(weight):
     found = rl.reverse_kl_credit(rl.reads_kl_weight(base_credit), weight)(REWARDS, BATCH)
-    wanted = weight * GAIN + (1 - weight) * 4.0 * np.array([[1.0] * 3, [0.0] * 3])
+    wanted = weight * GAIN + (1 - weight) * 4.0 * np.array([[1.0] * 3, [0.0] * 3])  # 0 off the mask
     np.testing.assert_allclose(found["advantages"], wanted, atol=1e-6)
     assert "kept" in found and rl.reverse_kl_credit(base_credit).reads_kl_weight
     # Without the old policy's log-probs, the sampler's are its.

@@ -93,7 +93,7 @@ def generate_continuously(
             seats[place] = row
         if (seats < 0).all():
             return answers.generation()
-        # Whether a place is free is known here alone: its answer may have reached its limit, or a string.
+        # The host knows which places are free: an answer may have reached its limit, or a string.
         state = state._replace(keys=keys[np.maximum(seats, 0)], done=jnp.asarray(seats < 0))
         room = np.where(seats < 0, 0, answers.limits[seats])
         # While answers wait, at most a 16th of the places is idle.

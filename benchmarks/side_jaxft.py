@@ -45,7 +45,10 @@ def main(args):
     model = Decoder(config_of(json), dtype=dtype, remat=args.remat, scan_layers=args.scan_layers)
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, json["vocab_size"], (args.batch, args.length)).astype(np.int32)
-    params = jax.jit(model.init)(jax.random.key(0), tokens[:1, :1])["params"]
+    # Leaf by leaf, as from a file: drawing all in one program would set the peak of the memory.
+    shapes = jax.eval_shape(model.init, jax.random.key(0), tokens[:1, :1])["params"]
+    draw = lambda leaf: jnp.asarray(0.02 * rng.standard_normal(leaf.shape, np.float32))
+    params = jax.tree.map(lambda x: draw(x) if x.ndim > 1 else jnp.ones_like(x), shapes)
     if args.job != "full":
         params = jax.tree.map(lambda p: p.astype(dtype), params)
     if args.job == "decode":

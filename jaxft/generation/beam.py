@@ -23,6 +23,7 @@ from jaxft.generation.sampler import (
     written,
 )
 from jaxft.generation.sources import with_source
+from jaxft.kernels.largest import largest
 from jaxft.models import Decoder, take_rows
 from jaxft.parallel import in_turn, to_host
 
@@ -219,7 +220,7 @@ def _choose(search, settings, config):
     size = log_probs.shape[-1]
     sums = log_probs.reshape(batch, beams, size) + search.sums[:, :, None]
     count = min(max(2, 1 + len(config.stop_ids)), size) * beams
-    sums, index = jax.lax.top_k(sums.reshape(batch, beams * size), count)
+    sums, index = largest(sums.reshape(batch, beams * size), count)
     parents, token = index // size, index % size
     tokens = jnp.take_along_axis(search.tokens, parents[..., None], axis=1)
     put = jax.lax.dynamic_update_slice_in_dim

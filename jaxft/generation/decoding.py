@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxft.kernels.largest import largest
+
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
@@ -223,7 +225,7 @@ def transform_logits(logits: jax.Array, config: SamplingConfig) -> jax.Array:
         return jnp.where(chosen, 0.0, -jnp.inf)
     logits = logits / config.temperature
     if config.top_k is not None and config.top_k < logits.shape[-1]:
-        lowest = jax.lax.top_k(logits, config.top_k)[0][..., -1:]
+        lowest = largest(logits, config.top_k)[0][..., -1:]
         logits = jnp.where(logits < lowest, -jnp.inf, logits)
     if config.top_p is not None and config.top_p < 1:
         logits = _top_p(logits, config.top_p)
@@ -237,12 +239,16 @@ def transform_logits(logits: jax.Array, config: SamplingConfig) -> jax.Array:
 
 def _top_p(logits, top_p):
     """Keeps the likeliest tokens until their mass is top_p; on ties the later token, as in transformers."""
-    order = jnp.argsort(logits, axis=-1, stable=True)
-    sorted_probs = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1)
+    # Only the values are sorted: sorting their numbers too, to undo it, takes several times as long.
+    ascending = jnp.sort(logits, axis=-1)
+    mass = jnp.cumsum(jax.nn.softmax(ascending, axis=-1), axis=-1)
     # The likeliest token always remains, also for top_p = 0.
-    keep = (jnp.cumsum(sorted_probs, axis=-1) > 1 - top_p).at[..., -1].set(True)
-    ranks = jnp.argsort(order, axis=-1)
-    return jnp.where(jnp.take_along_axis(keep, ranks, axis=-1), logits, -jnp.inf)
+    keep = (mass > 1 - top_p).at[..., -1].set(True)
+    lowest = jnp.min(jnp.where(keep, ascending, jnp.inf), axis=-1, keepdims=True)
+    equal = logits == lowest
+    count = jnp.sum(keep & (ascending == lowest), axis=-1, keepdims=True)
+    following = jnp.cumsum(equal[..., ::-1], axis=-1)[..., ::-1]  # equal ones from here on
+    return jnp.where((logits > lowest) | (equal & (following <= count)), logits, -jnp.inf)
 
 
 def _typical_p(logits, typical_p):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxft.kernels.backend import target_platform
+from jaxft.kernels.backend import gpu_capability, target_platform
 from jaxft.kernels.splash import TILE, splash_attention
 from jaxft.parallel.attention import attention_layout
 from jaxft.parallel.axes import length_axes
@@ -19,6 +19,8 @@ Implementation = Literal["reference", "blocked", "tiled", "gathered", "splash", 
 BLOCK = 128  # query rows whose masked keys are skipped together
 QUERIES = 512  # the most whose scores are in memory at once when keys are gathered
 FEW = 16  # queries at a time against a cache
+# The first compute capabilities on which cuDNN has fused attention, and for heads of 256.
+AMPERE, HOPPER = (8, 0), (9, 0)
 
 
 def attention(
@@ -239,13 +241,14 @@ def _best(query, key, segment_ids, window, causal, softcap, sinks) -> Implementa
         # Neither library has them; scores of long rows are not held.
         return "gathered" if query.shape[1] > QUERIES else "reference"
     if platform == "gpu" and softcap is None and query.dtype in (jnp.bfloat16, jnp.float16):
-        # JAX asks the GPU for its version, but there is no GPU when a program is compiled
-        # elsewhere. cuDNN's gradient with a mask needs even lengths, and a two-sided window needs a
-        # mask.
+        # None for a program that is compiled elsewhere, too: JAX asks the GPU for its version.
+        capability = gpu_capability() or (0, 0)
+        most = 256 if capability >= HOPPER else 128 if capability >= AMPERE else 0
+        # cuDNN's gradient with a mask needs even lengths, and a two-sided window needs a mask.
         length, size = query.shape[1], query.shape[3]
-        takes = size <= 128 and size % 8 == 0 and length % 2 == 0 and (causal or window is None)
+        takes = size <= most and size % 8 == 0 and length % 2 == 0 and (causal or window is None)
         takes &= known or segment_ids is None
-        return "cudnn" if takes and jax.default_backend() == "gpu" else "xla"
+        return "cudnn" if takes else "xla"
     if platform == "cpu" and causal and query.shape[1] > BLOCK:
         return "blocked"
     return "reference"

@@ -27,3 +27,11 @@ def on_one(platform: str) -> bool:
     if mesh.empty:
         return jax.device_count() == 1
     return set(mesh.manual_axes) == set(mesh.axis_names) or mesh.size == 1
+
+
+def gpu_capability() -> tuple[int, int] | None:
+    """CUDA's compute capability of this process's GPU, such as (8, 0) for an A100; None without one."""
+    if jax.default_backend() != "gpu":
+        return None
+    found = str(getattr(jax.local_devices()[0], "compute_capability", "")).split(".")
+    return (int(found[0]), int(found[1])) if len(found) == 2 else None

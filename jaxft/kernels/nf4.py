@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxft.kernels.backend import on_one
+from jaxft.kernels.backend import gpu_capability, on_one
 from jaxft.kernels.nf4_gpu import nf4_few_rows, takes
 from jaxft.kernels.nf4_levels import NF4_LEVELS, nf4_level
 
@@ -101,7 +101,9 @@ def _best(x, codes, scales, features, transposed):
     if rows <= TOKENS and _block(codes, scales) == BLOCK and width and on_one("tpu"):
         return "pallas"
     few = not transposed and takes(rows, codes.shape, scales.shape)
-    return "triton" if few and on_one("gpu") else "xla"
+    # Triton needs Ampere or a later GPU; one that is not here is the target of a compile.
+    new = (gpu_capability() or (8, 0)) >= (8, 0)
+    return "triton" if few and new and on_one("gpu") else "xla"
 
 
 def _block(codes, scales):

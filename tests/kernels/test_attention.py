@@ -1,3 +1,5 @@
+import types
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -147,6 +149,12 @@ def test_each_device_of_a_mesh_masks_its_own_rows_for_cudnn(monkeypatch, window)
     "case, picked",
     [
         ({}, "cudnn"),
+        ({"gpu": "8.6"}, "cudnn"),
+        ({"gpu": "7.5"}, "xla"),  # a T4
+        ({"gpu": "gfx942"}, "xla"),  # not CUDA
+        ({"gpu": "9.0", "size": 256}, "cudnn"),
+        ({"gpu": "12.0", "size": 256}, "cudnn"),
+        ({"gpu": "9.0", "size": 264}, "xla"),
         ({"segmented": True}, "cudnn"),
         ({"causal": False}, "cudnn"),
         ({"causal": False, "window": 3}, "xla"),
@@ -163,6 +171,9 @@ def test_a_gpu_takes_cudnn_for_what_cudnn_takes(monkeypatch, case, picked):
     monkeypatch.setattr(module, "target_platform", lambda: "gpu")
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "device_count", lambda: 1)
+    case = {"gpu": "8.0"} | case
+    gpu = types.SimpleNamespace(compute_capability=case["gpu"])
+    monkeypatch.setattr(jax, "local_devices", lambda: [gpu])
     case = {
         "length": 8, "size": 64, "dtype": jnp.bfloat16, "segmented": False, "window": None,
         "causal": True, "softcap": None, "sinks": None,

@@ -153,6 +153,7 @@ FLIPS = dict(
     decoder_sparse_step=[2, 3, 0], mlp_only_layers=[[], [0], [1, 7], [0, 1], None, ["0"], 1],
     output_router_logits=[True], router_aux_loss_coef=[0.5, 0.0, None], router_jitter_noise=[0.1],
     clip_qkv=[2.0, None, 0.0],
+    dense_act_fn=["relu", "gelu_new"], is_gated_act=[False, True],
     feed_forward_proj=["gated-gelu", "gelu", "gated-silu", "silu", "gated", "a-relu", "gated-relu-x", None],
     d_model=[32, 0], d_kv=[8, None], d_ff=[8], num_layers=[1], num_decoder_layers=[1, None, 0], num_heads=[2],
     relative_attention_num_buckets=[16, 3, 0], relative_attention_max_distance=[64, 16],

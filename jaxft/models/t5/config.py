@@ -27,7 +27,7 @@ _SIZES = dict(
     tie_word_embeddings=True,
     scale_decoder_outputs=None,
 )
-READS = frozenset({*_SIZES, *IDS.values()})
+READS = frozenset({*_SIZES, *IDS.values(), "dense_act_fn", "is_gated_act"})
 KEYS = Keys(
     COMMON | _SIZES | dict(is_encoder_decoder=True, is_decoder=False) | dict.fromkeys(IDS.values()),
     nullable=frozenset({"tie_word_embeddings"}),
@@ -51,6 +51,7 @@ def read(json: Json, tensors: Collection[str]) -> EncoderDecoderConfig:
     scaled = json["scale_decoder_outputs"]
     scaled = json["tie_word_embeddings"] is not False if scaled is None else scaled
     activation, gated = _activation(json["feed_forward_proj"])
+    _check_derived(json, gated)
     buckets, distance = (
         json[f"relative_attention_{name}"] for name in ("num_buckets", "max_distance")
     )
@@ -114,6 +115,18 @@ def write(config: EncoderDecoderConfig) -> dict[str, Any]:
         "tie_word_embeddings": config.output_scale != 1,
         **write_ids(config),
     }
+
+
+def _check_derived(json, gated):
+    """Checks the keys that transformers writes from feed_forward_proj, and follows if they differ."""
+    name = json["feed_forward_proj"].removeprefix("gated-")
+    name = "gelu_new" if gated and name == "gelu" else name
+    for key, expected in {"dense_act_fn": name, "is_gated_act": gated}.items():
+        if json.get(key, expected) != expected:
+            raise CheckpointError(
+                f"config.json: {key} is {json[key]!r}, but feed_forward_proj is "
+                f"{json['feed_forward_proj']!r}, from which it follows as {expected!r}; correct the file."
+            )
 
 
 def _activation(name: str) -> tuple[str, bool]:

@@ -51,11 +51,11 @@ def generate_continuously(
 ) -> Generation:
     """Generates what `generate` does, `places` answers at a time: each takes the place of one that ended.
 
-    Of answers of unequal lengths, a padded batch decodes each for as long as the longest; here one that
-    waits begins as soon as the host sees, every `chunk` tokens, that another has ended. Each prompt is
-    prefilled by itself, once for all of its samples. There is one program of decoding for a number of
-    places, and one of prefill for each bucket of prompt lengths. An answer has the tokens that `generate`
-    gives (with rounding: log-probs to about 1e-5), whatever its place and the order of the others.
+    A padded batch decodes each of its answers for as long as the longest; here an answer that waits begins
+    soon after others have ended. Each prompt is prefilled by itself, once for all of its samples. There is
+    one program of decoding for a number of places, and one of prefill for each bucket of prompt lengths. An
+    answer has the tokens that `generate` gives, whatever its place and the order of the others; log-probs
+    agree to rounding.
 
     Args:
         model: a Decoder, or another model whose `init_cache` returns a `jaxft.models.Cache` and whose
@@ -89,10 +89,11 @@ def generate_continuously(
                 break
             found = next(filled)
             state = _blank(found, len(seats)) if state is None else state
-            state, seats[place] = in_turn(_seat(in_turn(state), found, place)), row
+            state = in_turn(_seat(in_turn(state._replace(keys=None)), found, place))
+            seats[place] = row
         if (seats < 0).all():
             return answers.generation()
-        # Whether a place is free is known here alone: its answer may have reached its limit, or a string.
+        # The host knows which places are free: an answer may have reached its limit, or a string.
         state = state._replace(keys=keys[np.maximum(seats, 0)], done=jnp.asarray(seats < 0))
         room = np.where(seats < 0, 0, answers.limits[seats])
         # While answers wait, at most a 16th of the places is idle.

@@ -1,4 +1,4 @@
-"""What all samplers share of a request: its checks, the keys of its rows, stop strings."""
+"""Parts that the samplers share: checks of a request, keys of its rows, stop strings."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ from jaxft.parallel import in_turn
 
 
 class Turn(NamedTuple):
-    """What the next turn of some rows begins with."""
+    """State after a turn, with which the next turn of some of its rows begins."""
 
     state: State
     contexts: list[list[int]]  # the tokens of each row so far, whose keys the state's cache holds

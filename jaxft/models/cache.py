@@ -16,7 +16,7 @@ class Cache:
 
     The slots of a `ring` are written in turn, the first again after the last, one token a call. No slot of
     a row is overwritten while it is needed if the row's tokens fit into the slots: `seated` starts a row
-    anew at any time, without a write index of its own, which would cost a scatter for every token.
+    anew at any time, without one write index per row, which would cost a scatter for every token.
 
     There is one pair of arrays per layer, not one stacked pair: a loop that carries a stacked cache copies it
     for every token. The axes have the order in which `attend_cache` multiplies them: with another
@@ -134,7 +134,7 @@ def reserve(cache: Cache, positions: jax.Array, valid: jax.Array, virtual: int =
         if positions.shape[1] != 1:
             raise ValueError(
                 f"a cache whose slots are a ring takes 1 token a call, got {positions.shape[1]}; write them "
-                "into a cache of their own, and then `seated`."
+                "into a separate cache, and then `seated`."
             )
         index = index % cache.length
     start = (jnp.zeros((), jnp.int32), cache.index)

@@ -138,7 +138,7 @@ def test_what_a_row_draws_does_not_depend_on_the_others():
 
 
 def test_turns_go_on_in_one_prefill(monkeypatch):
-    """As if each turn read its whole context anew, which a sampler given by name does."""
+    """The oracle reads its whole context anew in each turn, as a sampler given by name does."""
     env = environment(lambda state, action: rl.Reply(0.0, "31", "2"))
     config = SamplingConfig(max_new_tokens=8, stop_ids=(STOP,))
     wanted, prefill, prefills = play(env, config, sampler=generate), sampler.prefill, []

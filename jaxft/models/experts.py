@@ -14,7 +14,7 @@ from jaxft.kernels.pullback import linear_map
 from jaxft.models.config import DecoderConfig, Experts
 from jaxft.models.layers import ACTIVATIONS, KERNEL_INIT, Dense, read, through_adapter
 from jaxft.models.remat import EXPERT_OUTPUTS, Remat, remat_lean
-from jaxft.parallel.dispatch import Exchange, routes
+from jaxft.parallel.dispatch import routes
 from jaxft.parallel.experts import expert_layout
 from jaxft.weights import (
     WeightLike,
@@ -178,7 +178,7 @@ def mix(
     down: WeightLike,
     activate: Callable[[jax.Array], jax.Array],
     biases: tuple[jax.Array | None, jax.Array | None] = (None, None),
-    exchange: Exchange | None = None,
+    exchange: bool | None = None,
 ) -> jax.Array:
     """Σ_k gates[..., k] MLP_{chosen[..., k]}(x) for x [B, T, D]; on a mesh, experts over the axis `expert`.
 
@@ -189,10 +189,12 @@ def mix(
         gate_up, down: kernels [E, D, 2F] and [E, F, D], or weights of these shapes.
         activate: gate and up [N, 2F] -> the input [N, F] of W_down.
         biases: [E, 2F] and [E, D].
-        exchange: how rows get to their experts' devices; None: the way that moves the fewest bytes.
+        exchange: whether rows are sent to their experts' devices by all-to-alls (not on CPUs), or all tokens
+            are gathered; None: what moves the fewest bytes.
     """
     layout, count = expert_layout(x, gate_up.shape[0]), gate_up.shape[0]
-    exchange = exchange or layout.exchange(chosen.shape[-1])
+    if exchange is None:
+        exchange = layout.exchanges(chosen.shape[-1])
     # Before the call, so that shards are gathered in the data type of the products.
     gate_up, down = (w if is_weight(w) else w.astype(x.dtype) for w in (gate_up, down))
 
@@ -210,14 +212,14 @@ def mix(
         most = sent // chosen.shape[-1] * min(chosen.shape[-1], own)
 
         def compute(rows, sizes):
-            to = routes(sizes, layout.split, sent, most, exchange)
+            to = routes(sizes, layout.split, sent, most)
             rows = _experts(to.dispatched(rows), gate_up, down, biases, to.sizes, activate)
             return checkpoint_name(to.collected(rows), EXPERT_OUTPUTS)
 
         return _mixed(x, chosen, gates, count, compute)
 
     kernels = gate_up, down, *biases
-    local = gathered if exchange is None else exchanged
+    local = exchanged if exchange else gathered
     return layout.mapped(local, *kernels)(x, chosen, gates, *kernels)
 
 

@@ -1,19 +1,17 @@
-"""Rows to the devices of their experts and back by two all-to-alls along `expert`; no row is dropped."""
+"""Rows to the devices of their experts and back by two all-to-alls along `expert`; no row is dropped.
+
+By `jax.lax.ragged_all_to_all`, which sends the rows and nothing else; XLA:CPU does not have it.
+"""
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxft.kernels.pullback import linear_map
 from jaxft.parallel.axes import EXPERT_AXIS
-
-# ragged: `jax.lax.ragged_all_to_all`, which sends the rows and nothing else; XLA:CPU does not have it.
-# padded: `jax.lax.all_to_all` of as many rows to each device as it can get at most. Its bytes are at
-#   least those of gathering all tokens: it runs everywhere, and tests compare the other with it.
-Exchange = Literal["ragged", "padded"]
 
 
 class Routes(NamedTuple):
@@ -26,7 +24,6 @@ class Routes(NamedTuple):
     me: jax.Array  # [] int32, this device
     sent: int  # rows that a device sends
     most: int  # rows that a device can send to one other
-    exchange: Exchange
 
     @property
     def sizes(self) -> jax.Array:
@@ -35,15 +32,11 @@ class Routes(NamedTuple):
 
     def dispatched(self, rows: jax.Array) -> jax.Array:
         """rows [N, D], sorted by expert -> [R, D] on the experts' devices, sorted by expert, then zeros."""
-        return self._linear(*self._directions(), rows)
+        return self._linear(_ragged_to, _ragged_back, rows)
 
     def collected(self, rows: jax.Array) -> jax.Array:
         """The transposed map: [R, D] on the experts' devices -> [N, D], each row where it came from."""
-        return self._linear(*reversed(self._directions()), rows)
-
-    def _directions(self):
-        ragged = self.exchange == "ragged"
-        return (_ragged_to, _ragged_back) if ragged else (_padded_to, _padded_back)
+        return self._linear(_ragged_back, _ragged_to, rows)
 
     def _linear(self, apply, transpose, rows):
         """A map whose gradient is the exchange in the other direction: nothing is scattered."""
@@ -56,7 +49,7 @@ class Routes(NamedTuple):
         )
 
 
-def routes(sizes: jax.Array, parts: int, sent: int, most: int, exchange: Exchange) -> Routes:
+def routes(sizes: jax.Array, parts: int, sent: int, most: int) -> Routes:
     """Exchanges the numbers of rows; inside a shard_map over `expert`.
 
     Args:
@@ -64,11 +57,10 @@ def routes(sizes: jax.Array, parts: int, sent: int, most: int, exchange: Exchang
         parts: P, which divides E.
         sent: N.
         most: the largest number of rows that one device can get from another.
-        exchange: see `Exchange`.
     """
     counts = jax.lax.all_gather(sizes, EXPERT_AXIS).reshape(parts, parts, -1)
     me = jax.lax.axis_index(EXPERT_AXIS).astype(jnp.int32)
-    return Routes(counts, me, sent, most, exchange)
+    return Routes(counts, me, sent, most)
 
 
 def _ragged_to(to, rows):
@@ -92,40 +84,6 @@ def _ragged_back(to, rows):
 
 def _ragged(*arguments):
     return jax.lax.ragged_all_to_all(*arguments, axis_name=EXPERT_AXIS)
-
-
-def _padded_to(to, rows):
-    sent = jnp.sum(to.counts[to.me], axis=1)  # [P]
-    number = jnp.arange(to.most)[None]
-    index = jnp.where(number < sent[:, None], _before(sent)[:, None] + number, to.sent)
-    padded = _picked(rows, index.reshape(-1))
-    return _picked(jax.lax.all_to_all(padded, EXPERT_AXIS, 0, 0, tiled=True), _arrived(to))
-
-
-def _padded_back(to, rows):
-    arrived = _arrived(to)
-    number = jnp.arange(len(arrived))
-    place = jnp.full_like(arrived, len(arrived)).at[arrived].set(number, mode="drop")
-    rows = jax.lax.all_to_all(_picked(rows, place), EXPERT_AXIS, 0, 0, tiled=True)
-    sent = jnp.sum(to.counts[to.me], axis=1)
-    device = jnp.repeat(jnp.arange(len(sent)), sent, total_repeat_length=to.sent)
-    return rows[device * to.most + jnp.arange(to.sent) - _before(sent)[device]]
-
-
-def _arrived(to):
-    """[R]: the received row, `most` of each source, of each place in the order of experts; R: none."""
-    mine = to.counts[:, to.me]
-    sources = jnp.arange(len(mine))[:, None] * to.most
-    begin, pieces = (sources + _before(mine, axis=1)).T.reshape(-1), mine.T.reshape(-1)
-    room = len(mine) * to.most
-    piece = jnp.repeat(jnp.arange(len(pieces)), pieces, total_repeat_length=room)
-    number = jnp.arange(room)
-    return jnp.where(number < jnp.sum(pieces), begin[piece] + number - _before(pieces)[piece], room)
-
-
-def _picked(rows, index):
-    """rows[index], and 0 where the index is beyond the rows."""
-    return rows.at[index].get(mode="fill", fill_value=0)
 
 
 def _before(x, axis=0):

@@ -11,7 +11,6 @@ from jax.sharding import PartitionSpec
 
 from jaxft.kernels.backend import target_platform
 from jaxft.parallel.axes import EXPERT_AXIS, HEAD_AXES, LENGTH_AXES, dividing, free_axes, row_axes
-from jaxft.parallel.dispatch import Exchange
 from jaxft.weights import is_weight
 
 
@@ -27,13 +26,13 @@ class ExpertLayout(NamedTuple):
         """Parts into which the experts are split."""
         return self.axes.get(EXPERT_AXIS, 1)
 
-    def exchange(self, per_token: int) -> Exchange | None:
-        """Returns how rows get to their experts; None: all tokens along `expert` are gathered.
+    def exchanges(self, per_token: int) -> bool:
+        """Whether rows are sent to their experts; otherwise all tokens along `expert` are gathered.
 
         Gathering moves P - 1 rows of each token and as many sums back, an exchange k (P - 1) / P at most.
         """
         fewer = EXPERT_AXIS in self.rows and per_token < self.split
-        return "ragged" if fewer and target_platform() != "cpu" else None
+        return fewer and target_platform() != "cpu"
 
     def first(self, count: int) -> jax.Array | int:
         """Inside `mapped`: the number of this device's first expert, of which it has `count`."""

@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxft.kernels.branches import Branches
 from jaxft.models.blocks import Block, Layers
 from jaxft.models.cache import Cache, empty_cache, reserve
 from jaxft.models.config import DecoderConfig, Rope
@@ -75,6 +76,7 @@ class Decoder(nn.Module):
         segment_ids: jax.Array | None = None,
         cache: Cache | None = None,
         noise: Callable[[jax.Array], jax.Array] | None = None,
+        branches: Branches | None = None,
     ) -> Output:
         """Runs the decoder.
 
@@ -87,6 +89,8 @@ class Decoder(nn.Module):
                 With an empty cache, attention is as without a cache: windows count tokens,
                 including padding.
             noise: a function that replaces the tokens' embeddings [B, T, D] (unscaled, as in the table).
+            branches: the layout of rows in which several texts continue one: see `Branches`. A row has one
+                segment, and `positions` are those of its texts.
 
         A prompt or prefix in the params (see jaxft.models.soft) is put before the tokens, and into the cache
         at its first use; positions and the output are those of the tokens.
@@ -111,7 +115,9 @@ class Decoder(nn.Module):
                 positions, self.dtype
             )
         x = keep_tokens(x)
-        context = self._context(lead, positions, segment_ids, cache)
+        if branches is not None:
+            self._check_branches(lead, cache)
+        context = self._context(lead, positions, segment_ids, cache)._replace(branches=branches)
         if self._stacked():
             if cache is not None:
                 raise ValueError(
@@ -140,6 +146,7 @@ class Decoder(nn.Module):
         *,
         noise: Callable[[jax.Array], jax.Array] | None = None,
         cache: Cache | None = None,
+        branches: Branches | None = None,
     ) -> Prediction:
         """The `jaxft.models.Forward` of decoders: reads `tokens`, `positions` and `segment_ids` of a batch.
 
@@ -148,9 +155,8 @@ class Decoder(nn.Module):
         del key
         names = ("positions", "segment_ids")
         inputs = {name: batch.get(name) for name in names}
-        output = self.apply(
-            {"params": params}, jnp.asarray(batch["tokens"]), cache=cache, noise=noise, **inputs
-        )
+        inputs |= dict(cache=cache, noise=noise, branches=branches)
+        output = self.apply({"params": params}, jnp.asarray(batch["tokens"]), **inputs)
         softcap = self.config.final_softcap
         return Prediction(output.hidden, self.head(params), softcap, output.cache, output.routing)
 
@@ -171,6 +177,20 @@ class Decoder(nn.Module):
             kernel = OutputKernel(self.config, name="head")()
             params = {"head": {"kernel": kernel}}
         return project(hidden, self.head(params), self.config.final_softcap)
+
+    def _check_branches(self, lead, cache):
+        ropes = (self.config.rope, self.config.local_rope)
+        if any(rope is not None and rope.by_length for rope in ropes):
+            what = "rotary frequencies that depend on a text's length (dynamic or longrope scaling)"
+        elif lead.length:
+            what = "a soft prompt or prefix in the params"
+        elif cache is not None:
+            what = "a cache"
+        else:
+            return
+        raise ValueError(
+            f"branches: completions cannot share a prompt with {what}; use a row for each completion."
+        )
 
     def _stacked(self) -> bool:
         params = self.variables.get("params", {})

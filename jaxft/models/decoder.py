@@ -32,6 +32,7 @@ from jaxft.models.soft import (
     lead_mask,
     put_prompt,
     read_lead,
+    virtual_tokens,
 )
 from jaxft.models.stacking import is_stacked
 from jaxft.parallel import LAYERS
@@ -115,8 +116,12 @@ class Decoder(nn.Module):
                 positions, self.dtype
             )
         x = keep_tokens(x)
-        if branches is not None:
-            self._check_branches(lead, cache)
+        if branches is not None and (
+            why := self.branch_obstacle(self.variables.get("params"), held=cache)
+        ):
+            raise ValueError(
+                f"branches: completions cannot share a prompt: {why}; use a row for each completion."
+            )
         context = self._context(lead, positions, segment_ids, cache)._replace(branches=branches)
         if self._stacked():
             if cache is not None:
@@ -160,6 +165,15 @@ class Decoder(nn.Module):
         softcap = self.config.final_softcap
         return Prediction(output.hidden, self.head(params), softcap, output.cache, output.routing)
 
+    def branch_obstacle(self, params: Any = None, *, held: Any = None) -> str | None:
+        """The reason why completions cannot share their prompt in a row (`branches`), if there is one."""
+        ropes = (self.config.rope, self.config.local_rope)
+        if any(rope is not None and rope.by_length for rope in ropes):
+            return "rotary frequencies depend on a text's length (dynamic or longrope scaling)"
+        if params is not None and virtual_tokens(params):
+            return "params have a soft prompt or prefix"
+        return None if held is None else "a cache is given"
+
     def init_cache(self, batch: int, length: int, dtype: Any = None) -> Cache:
         """An empty cache of `length` slots for `batch` rows; dtype None: the activations' type."""
         dtype = self.dtype if dtype is None else dtype
@@ -177,20 +191,6 @@ class Decoder(nn.Module):
             kernel = OutputKernel(self.config, name="head")()
             params = {"head": {"kernel": kernel}}
         return project(hidden, self.head(params), self.config.final_softcap)
-
-    def _check_branches(self, lead, cache):
-        ropes = (self.config.rope, self.config.local_rope)
-        if any(rope is not None and rope.by_length for rope in ropes):
-            what = "rotary frequencies that depend on a text's length (dynamic or longrope scaling)"
-        elif lead.length:
-            what = "a soft prompt or prefix in the params"
-        elif cache is not None:
-            what = "a cache"
-        else:
-            return
-        raise ValueError(
-            f"branches: completions cannot share a prompt with {what}; use a row for each completion."
-        )
 
     def _stacked(self) -> bool:
         params = self.variables.get("params", {})

@@ -134,10 +134,13 @@ def collect(
             batch = _credited(credit, batch, kl_weight)
             return batch if share_prompts is None else in_groups(batch, share_prompts), taken
 
-    multiple = None
-    if drop_idle:
-        multiple = microbatches * (1 if mesh is None else row_shards(mesh))
-    return in_parts(rollout, updates, epochs, kl_control, prompts.seed, mesh, multiple)
+    drop_to = drop_multiple(microbatches, mesh) if drop_idle else None
+    return in_parts(rollout, updates, epochs, kl_control, prompts.seed, mesh, drop_to)
+
+
+def drop_multiple(microbatches: int, mesh: Mesh | None) -> int:
+    """The number that must divide the rows of a step from which idle ones are left out."""
+    return microbatches * (1 if mesh is None else row_shards(mesh))
 
 
 def in_parts(

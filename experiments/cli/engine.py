@@ -1,4 +1,4 @@
-"""What reinforce.py leaves out of an update because the result is the same: --share-prompts, --drop-idle."""
+"""Switches for work that reinforce.py can leave out of an update: --share-prompts, --drop-idle."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ Batch = Mapping[str, Any]
 
 
 def is_grouped(batch: Batch) -> bool:
-    """Whether the batch is in groups, tokens [Q, G, T]."""
+    """Returns whether the batch is in groups, tokens [Q, G, T]."""
     return np.ndim(batch["tokens"]) == 3
 
 

@@ -6,8 +6,8 @@ python -m benchmarks.shared_prompts --model 3m --idle 0
 Both sides are jaxft, with the same random weights in float32 and the same experience: groups of answers to
 prompts, of which a share has equal rewards. "jaxft" shares prompts and leaves idle groups out, "peer" does
 neither. Only the update is timed: one step of GRPO with AdamW on a batch made before. One JSON line has
-medians of CPU and wall seconds, their ratios, peer over jaxft, peak memory, and the loss of the first step
-on both sides, which must be equal up to rounding.
+medians of CPU and wall seconds, their ratios, peer over jaxft, peak memory, and the norm of the first
+gradient on both sides, which must be equal up to rounding.
 """
 
 import argparse
@@ -90,14 +90,14 @@ def update(args):
         batch = jax.tree.map(lambda x: x[kept], batch) | columns
     batch = jax.device_put(batch)
     run = train.jit_step(train.make_step(objective, optimizer))
-    state, losses = [train.init_state(params, optimizer, jax.random.key(2))], []
+    state, norms = [train.init_state(params, optimizer, jax.random.key(2))], []
 
     def step():
         state[0], metrics = run(state[0], batch)
-        losses.append(float(metrics["loss"].value))
+        norms.append(float(metrics["grad_norm"]))
 
     answers = args.prompts * args.group
-    serve(step, lambda: {"first_loss": losses[0]}, answers=answers, rows=len(batch["tokens"]))
+    serve(step, lambda: {"first_grad_norm": norms[0]}, answers=answers, rows=len(batch["tokens"]))
 
 
 if __name__ == "__main__":

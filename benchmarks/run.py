@@ -50,6 +50,13 @@ TRL = {
     "grpo_on_device": (["-m", "benchmarks.grpo", "device"], TRL_GRPO),
     "tunix_grpo": (["-m", "benchmarks.grpo", "host"], ["-m", "benchmarks.side_tunix_grpo"]),
 }
+# Prompts of 256 tokens, 8 answers to each, half of the groups without contrast.
+for _setting in ("long_3m", "long_30m"):
+    _options = ["--setting", _setting]
+    TRL[f"grpo_{_setting}_trl"] = (
+        ["-m", "benchmarks.grpo", "host", *_options],
+        [*TRL_GRPO, *_options],
+    )
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ from typing import Any, Literal
 import numpy as np
 import tyro
 
-from experiments.cli import cards, flags, held_out, servers, teachers
+from experiments.cli import cards, engine, flags, held_out, servers, teachers
 from experiments.cli import reinforce_checks as checks
 from experiments.cli import rewards as rewards_cli
 from experiments.cli import training as shared
@@ -109,6 +109,10 @@ class Config:
     max_tries: int = 1  # maximum draws for groups whose rewards differ (DAPO: 10)
     overlong: int = 0  # last tokens of the limit, over which a penalty rises to 1 (DAPO)
     mask_truncated: bool = False  # exclude answers that reach the limit from the loss
+    # compute the prompt of a group once per update, with the same result; auto: where the model can
+    share_prompts: engine.Switch = "auto"
+    # leave answers with advantage 0 out of the update, with the same loss; auto: where the loss allows it
+    drop_idle: engine.Switch = "auto"
 
     # form of --teacher: divergence over the vocabulary in the loss, or log-ratio of each sampled token
     # as its advantage
@@ -171,8 +175,11 @@ def main(config: Config) -> dict[str, Any]:
             rewards if config.rewards.numbers else None,
         )
         before = accuracy(base, "before")
+        saved = engine.saved(config, model, params, mesh)
         scores = teachers.transforms(config, teacher)
-        collect = experience(config, model, prompts, renderer, rewards, credit, base, mesh, scores)
+        collect = experience(
+            config, model, prompts, renderer, rewards, credit, base, mesh, saved, scores
+        )
         collect = teachers.of_students(teacher, collect)
         state, history = shared.fit(
             config, params, method, collect, _callbacks(config, output), output, mesh, best=None
@@ -202,7 +209,7 @@ def load_data(config: Config):
 
 
 def experience(
-    config, model, prompts, renderer, rewards, credit, base, mesh, scores=()
+    config, model, prompts, renderer, rewards, credit, base, mesh, saved, scores=()
 ) -> rl.Collector:
     """Returns the batches of `fit`: rollouts of the current policy; `scores`: transforms of a teacher."""
     sample = sampling(config, model, renderer, rewards, base)
@@ -212,16 +219,17 @@ def experience(
         prompts,
         sample,
         credit,
-        *transforms(config, model, base),
+        *transforms(config, model, base, saved.share_prompts),
         *scores,
         updates=config.updates,
         epochs=config.epochs,
         kl_control=kl_control(config),
         mesh=mesh,
+        **saved._asdict(),
     )
 
 
-def transforms(config, model, base) -> list[rl.Transform]:
+def transforms(config, model, base, share: int | None = None) -> list[rl.Transform]:
     """Returns the transforms of a rollout before its rewards become credit."""
     found = []
     if config.overlong:
@@ -232,11 +240,11 @@ def transforms(config, model, base) -> list[rl.Transform]:
     if config.mask_truncated:
         found += [rl.mask_truncated]
     if config.updates * config.epochs > 1:
-        found += [rl.add_old_policy(model.forward, config.temperature)]
+        found += [rl.add_old_policy(model.forward, config.temperature, share)]
     elif ALGORITHMS[config.algorithm].values:
-        found += [rl.add_values(model.forward)]
+        found += [rl.add_values(model.forward, share)]
     # Always add the reference: the KL is shown even if it has no weight.
-    return [*found, rl.add_reference(model.forward, base, config.temperature)]
+    return [*found, rl.add_reference(model.forward, base, config.temperature, share)]
 
 
 def kl_control(config) -> rl.KlControl | None:

@@ -29,6 +29,7 @@ class Entry(NamedTuple):
     least_group: int = 2  # smallest group of answers to a question; 1: no comparison
     values: bool = False  # needs a value head and the values of a rollout
     halves: bool = False  # the initial model samples half of each group
+    all_rows: str = ""  # why rows with advantage 0 must stay in the batch
 
 
 IN_REWARD = ("reward_kl", "kl_target", "kl_horizon")
@@ -59,7 +60,11 @@ ALGORITHMS = {
         refuses=ONLY_SAMPLER | VERDICTS,
         least_group=1,
     ),
-    "nft": Entry(lambda build, c: rl.nft(build, c.group_size), refuses=VERDICTS),
+    "nft": Entry(
+        lambda build, c: rl.nft(build, c.group_size),
+        refuses=VERDICTS,
+        all_rows="weighs answers without advantages",
+    ),
     "ppo": Entry(
         lambda build, c: rl.ppo(
             build,
@@ -72,6 +77,7 @@ ALGORITHMS = {
         (*IN_REWARD, "gamma", "lam", "value_clip", "value_weight"),
         least_group=1,
         values=True,
+        all_rows="trains its critic on all rows",
     ),
     "online_dpo": Entry(
         lambda build, c: rl.online_preference(build, _pair_loss(c), c.group_size),

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from experiments.cli import choices, teachers
+from experiments.cli import choices, engine, teachers
 from experiments.cli.algorithms import ALGORITHMS
 from experiments.cli.servers import UNSERVED
 from jaxft import train
@@ -44,6 +44,7 @@ def settings(config: Any) -> None:
             f"({config.epochs}) positive."
         )
     group(config)
+    engine.check(config)
     if config.turns < 1 or "" in config.stop:
         raise ValueError(
             f"--turns must be at least 1, got {config.turns}, and no --stop empty: {config.stop}."

@@ -134,7 +134,7 @@ def attend(
     """
     grouped = _grouped(query, key.shape[2])
     scores = jnp.einsum("btghk,bsgk->bghts", grouped, key, preferred_element_type=jnp.float32)
-    weights = _weights(scores, mask, scale, softcap, sinks, bias).astype(value.dtype)
+    weights = weigh(scores, mask, scale, softcap, sinks, bias).astype(value.dtype)
     return jnp.einsum("bghts,bsgk->btghk", weights, value).reshape(query.shape)
 
 
@@ -181,7 +181,7 @@ def _attend_cache(query, keys, values, mask, scale, softcap, sinks, bias):
     left = grouped.reshape(batch, groups, -1, size)
     scores = jnp.matmul(left, keys, preferred_element_type=jnp.float32)
     scores = scores.reshape(*grouped.shape[:4], -1)
-    weights = _weights(scores, mask, scale, softcap, sinks, bias).astype(values.dtype)
+    weights = weigh(scores, mask, scale, softcap, sinks, bias).astype(values.dtype)
     mixed = jnp.matmul(weights.reshape(*left.shape[:3], -1), values)
     return jnp.moveaxis(mixed.reshape(grouped.shape), 3, 1).reshape(query.shape)
 
@@ -207,8 +207,8 @@ def _masked(scores, mask, scale, softcap, bias=None):
     return scores
 
 
-def _weights(scores, mask, scale, softcap, sinks=None, bias=None):
-    """The weights [B, G, H/G, T, S] of the keys."""
+def weigh(scores, mask, scale, softcap, sinks=None, bias=None):
+    """The weights [B, G, H/G, T, S] of the keys whose products with the queries are `scores`."""
     scores = _masked(scores, mask, scale, softcap, bias)
     if sinks is None:
         return jax.nn.softmax(scores, axis=-1)

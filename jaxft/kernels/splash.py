@@ -19,10 +19,10 @@ KERNEL_RESULT = "attention_kernel"
 
 def splash_attention(
     query: Float[Array, "B T H K"],
-    key: Float[Array, "B T G K"],
-    value: Float[Array, "B T G K"],
+    key: Float[Array, "B S G K"],
+    value: Float[Array, "B S G K"],
     *,
-    segment_ids: Int[Array, "B T"] | None = None,
+    segment_ids: Int[Array, "B S"] | None = None,
     window: int | Int[Array, ""] | None = None,
     causal: bool = True,
     scale: float,
@@ -36,7 +36,8 @@ def splash_attention(
     and the window leave; segment ids are compared within a tile. Padding (segment 0) sees padding
     here, but gets the mean of values in the reference: both results are meaningless.
 
-    Lengths are padded to a multiple of 128. Windows must be known while tracing.
+    Lengths are padded to a multiple of 128. Windows must be known while tracing. If there are fewer queries
+    than keys, they are those of the last tokens, and all tokens of a row must be on one device.
 
     On a mesh in context (jax.set_mesh; jaxft.train's steps set it) each device takes its rows of
     the batch over "data" and "fsdp", its key heads over "tensor" and its queries over "context",
@@ -46,7 +47,7 @@ def splash_attention(
     Args: as for `attention`; interpret: run on any backend, slowly, for tests.
 
     Raises:
-        ValueError: if the window is an array.
+        ValueError: if the window is an array, or there are fewer queries than keys and a mesh splits them.
     """
     if isinstance(window, jax.Array):
         raise ValueError(
@@ -57,31 +58,34 @@ def splash_attention(
     # The kernel has no scale argument. In bfloat16 a power of two costs no accuracy.
     query = query * jnp.asarray(scale, query.dtype)
     place, length = attention_layout(query, key), query.shape[1]
-    beyond = -length % (TILE * place.shards)
-    if not causal and beyond and segment_ids is None:
-        segment_ids = jnp.ones(query.shape[:2], jnp.int32)  # all except the padding
-    pad = lambda x: jnp.pad(x, ((0, 0), (0, beyond)) + ((0, 0),) * (x.ndim - 2))
-    query, key, value, segment_ids = jax.tree.map(pad, (query, key, value, segment_ids))
-    kernel = _kernel(query, key, window, causal, softcap, interpret, place.shards)
+    offset, tile = key.shape[1] - length, TILE * place.shards
+    if offset and place.shards > 1:
+        raise ValueError("splash_attention: queries of only the last tokens need whole rows.")
+    if not causal and key.shape[1] % tile and segment_ids is None:
+        segment_ids = jnp.ones(key.shape[:2], jnp.int32)  # all except the padding
+    pad = lambda x: jnp.pad(x, ((0, 0), (0, -x.shape[1] % tile)) + ((0, 0),) * (x.ndim - 2))
+    ids = None if segment_ids is None else (segment_ids[:, offset:], segment_ids)
+    query, key, value, ids = jax.tree.map(pad, (query, key, value, ids))
+    kernel = _kernel(query, key, offset, window, causal, softcap, interpret, place.shards)
     # The visited tiles differ between queries, and therefore between devices.
     mesh = AbstractMesh(tuple(place.axes.values()), tuple(place.axes))
     visits = NamedSharding(mesh, PartitionSpec(None, place.length))
-    specs = (kernel.manual_sharding_spec(visits), *[place.states] * 3, place.tokens)
+    specs = (kernel.manual_sharding_spec(visits), *[place.states] * 3, place.tokens)  # of both ids
     specs = (*specs, PartitionSpec(place.heads))
     run = place.mapped(functools.partial(_on_one_device, place), specs)
-    return run(kernel, query, key, value, segment_ids, sinks)[:, :length]
+    return run(kernel, query, key, value, ids, sinks)[:, :length]
 
 
-def _kernel(query, key, window, causal, softcap, interpret, shards):
-    length, repeats = query.shape[1], query.shape[2] // key.shape[2]
-    if window is None or window >= length:
-        full, shape = splash.CausalMask if causal else splash.FullMask, (length, length)
-        mask = full(shape)
+def _kernel(query, key, offset, window, causal, softcap, interpret, shards):
+    shape, repeats = (query.shape[1], key.shape[1]), query.shape[2] // key.shape[2]
+    if window is None or window >= shape[1]:
+        mask = splash.CausalMask(shape, offset) if causal else splash.FullMask(shape)
     else:
         beside = (window - 1, 0 if causal else window - 1)
-        mask = splash.LocalMask((length, length), beside, offset=0)
+        mask = splash.LocalMask(shape, beside, offset=offset)
     # Larger blocks need fewer visits; 512 leaves room for heads of 256 (tests compile them).
-    block = next(size for size in (512, 256, TILE) if length // shards % size == 0)
+    fits = lambda size: all(length // shards % size == 0 for length in shape)
+    block = next(size for size in (512, 256, TILE) if fits(size))
     names = "block_q block_kv block_q_dkv block_kv_dkv block_q_dq block_kv_dq".split()
     return splash.make_splash_mqa(
         splash.MultiHeadMask([mask] * repeats),
@@ -94,12 +98,12 @@ def _kernel(query, key, window, causal, softcap, interpret, shards):
     )
 
 
-def _on_one_device(place, kernel, query, key, value, segment_ids, sinks):
+def _on_one_device(place, kernel, query, key, value, ids, sinks):
     batch, length, heads, size = query.shape
     groups = key.shape[2]
     grouped = query.reshape(batch, length, groups, heads // groups, size).transpose(0, 2, 3, 1, 4)
     key, value = place.whole(key), place.whole(value)
-    ids = None if segment_ids is None else splash.SegmentIds(segment_ids, place.whole(segment_ids))
+    ids = None if ids is None else splash.SegmentIds(ids[0], place.whole(ids[1]))
     sinks = None if sinks is None else sinks.reshape(groups, -1)
     over_groups = jax.vmap(kernel, in_axes=(0, 0, 0, None, None if sinks is None else 0))
     over_rows = jax.vmap(over_groups, in_axes=(0, 0, 0, None if ids is None else 0, None))

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxft.kernels.attention import attend, attention
+from jaxft.kernels.branches import Branches, branch_attention
 from jaxft.models.cache import Cache, cache_mask, window_mask
 from jaxft.models.config import DecoderConfig
 
@@ -33,6 +34,7 @@ class Context(NamedTuple):
     start: jax.Array | None  # the slot of the first key; None: the cache was empty
     mask: jax.Array | None  # [B, 1, N, S], without windows, for virtual tokens without a cache
     key_positions: jax.Array  # [B, S]
+    branches: Branches | None = None  # the layout of rows whose prompt several completions share
 
     def attend(
         self, *heads: jax.Array, window: Any, implementation: str | None, **options: Any
@@ -50,7 +52,11 @@ class Context(NamedTuple):
             if window is not None:
                 mask = mask & window_mask(self.positions, self.key_positions, window)
             return attend(*heads, mask, **options)
-        return attention(
+        if self.branches is not None:
+            attention_of = functools.partial(branch_attention, branches=self.branches)
+        else:
+            attention_of = attention
+        return attention_of(
             *heads,
             segment_ids=self.segment_ids,
             window=window,

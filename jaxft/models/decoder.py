@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxft.kernels.branches import Branches
 from jaxft.models.blocks import Block, Layers
 from jaxft.models.cache import Cache, empty_cache, reserve
 from jaxft.models.config import DecoderConfig, Rope
@@ -31,6 +32,7 @@ from jaxft.models.soft import (
     lead_mask,
     put_prompt,
     read_lead,
+    virtual_tokens,
 )
 from jaxft.models.stacking import is_stacked
 from jaxft.parallel import LAYERS
@@ -75,6 +77,7 @@ class Decoder(nn.Module):
         segment_ids: jax.Array | None = None,
         cache: Cache | None = None,
         noise: Callable[[jax.Array], jax.Array] | None = None,
+        branches: Branches | None = None,
     ) -> Output:
         """Runs the decoder.
 
@@ -87,6 +90,8 @@ class Decoder(nn.Module):
                 With an empty cache, attention is as without a cache: windows count tokens,
                 including padding.
             noise: a function that replaces the tokens' embeddings [B, T, D] (unscaled, as in the table).
+            branches: the layout of rows in which several texts continue one: see `Branches`. A row has one
+                segment, and `positions` are those of its texts.
 
         A prompt or prefix in the params (see jaxft.models.soft) is put before the tokens, and into the cache
         at its first use; positions and the output are those of the tokens.
@@ -111,7 +116,13 @@ class Decoder(nn.Module):
                 positions, self.dtype
             )
         x = keep_tokens(x)
-        context = self._context(lead, positions, segment_ids, cache)
+        if branches is not None and (
+            why := self.branch_obstacle(self.variables.get("params"), held=cache)
+        ):
+            raise ValueError(
+                f"branches: completions cannot share a prompt: {why}; use a row for each completion."
+            )
+        context = self._context(lead, positions, segment_ids, cache)._replace(branches=branches)
         if self._stacked():
             if cache is not None:
                 raise ValueError(
@@ -140,6 +151,7 @@ class Decoder(nn.Module):
         *,
         noise: Callable[[jax.Array], jax.Array] | None = None,
         cache: Cache | None = None,
+        branches: Branches | None = None,
     ) -> Prediction:
         """The `jaxft.models.Forward` of decoders: reads `tokens`, `positions` and `segment_ids` of a batch.
 
@@ -148,11 +160,19 @@ class Decoder(nn.Module):
         del key
         names = ("positions", "segment_ids")
         inputs = {name: batch.get(name) for name in names}
-        output = self.apply(
-            {"params": params}, jnp.asarray(batch["tokens"]), cache=cache, noise=noise, **inputs
-        )
+        inputs |= dict(cache=cache, noise=noise, branches=branches)
+        output = self.apply({"params": params}, jnp.asarray(batch["tokens"]), **inputs)
         softcap = self.config.final_softcap
         return Prediction(output.hidden, self.head(params), softcap, output.cache, output.routing)
+
+    def branch_obstacle(self, params: Any = None, *, held: Any = None) -> str | None:
+        """The reason why completions cannot share their prompt in a row (`branches`), if there is one."""
+        ropes = (self.config.rope, self.config.local_rope)
+        if any(rope is not None and rope.by_length for rope in ropes):
+            return "rotary frequencies depend on a text's length (dynamic or longrope scaling)"
+        if params is not None and virtual_tokens(params):
+            return "params have a soft prompt or prefix"
+        return None if held is None else "a cache is given"
 
     def init_cache(self, batch: int, length: int, dtype: Any = None) -> Cache:
         """An empty cache of `length` slots for `batch` rows; dtype None: the activations' type."""

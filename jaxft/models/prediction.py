@@ -41,6 +41,7 @@ class Prediction:
 # and other columns that the family reads: `positions`, `segment_ids`, images, a source sentence. `key` is
 # for random draws (dropout). `noise` is a function that returns the embedded inputs plus noise; only
 # objectives with noise pass it. `cache` is `init_cache`'s or an earlier prediction's; only samplers pass it.
+# A forward that also has `branches` (jaxft.kernels.branches.Branches) takes rows that share their prompt.
 Forward = Callable[..., Prediction]
 
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxft import losses
 from jaxft.models import Forward
 from jaxft.objectives.policy import Auxiliary, Batch, completion_forward
+from jaxft.objectives.sharing import of_rows
 from jaxft.weights import matmul
 
 Params = Any
@@ -75,4 +76,5 @@ def completion_values(
 ) -> tuple[jax.Array, jax.Array]:
     """(log π, V) of the response's tokens, [B, N] each and 0 off the mask, from one forward pass."""
     found, log_probs = completion_forward(forward, params, batch, None, temperature, chunk)
-    return log_probs, jnp.where(batch["completion_mask"], token_values(params, found.hidden), 0.0)
+    mask = of_rows(batch)["completion_mask"]
+    return log_probs, jnp.where(mask, token_values(params, found.hidden), 0.0)

@@ -9,6 +9,11 @@ A batch of experience, B responses of at most N tokens that follow prompts (see 
     advantages                       [B] or [B, N]
     old_values, returns              [B, N], with a critic (jaxft.objectives.critic)
     stats                            name -> [B], optional: logged as means over rows, skipping NaN
+    absent_mask                      [B, R, N], optional: completion_mask of rows that were left out because
+                                     they add 0 to the loss; stats are then [B, 1 + R] (jaxft.rl.idle)
+
+The same columns in groups, [Q, G, ...] for G responses to each of Q prompts, are B = Q G rows whose prompts
+are computed once a group (jaxft.objectives.sharing).
 """
 
 from __future__ import annotations
@@ -24,6 +29,7 @@ from jaxft.metrics import Mean
 from jaxft.models import Forward, Prediction, predict
 from jaxft.models.checks import check_column, check_completion
 from jaxft.objectives.next_token import Objective
+from jaxft.objectives.sharing import is_grouped, of_rows, predict_completions
 
 Batch = dict[str, Any]
 # (log_probs, old_log_probs, batch) -> (loss, metrics), all [B, N]
@@ -56,7 +62,8 @@ def policy_gradient(
     Metrics are Means over tokens: the loss's own, `entropy` (exact with an entropy bonus, else -log π of
     the sampled tokens, unbiased on-policy), `kl` (k3 to the reference), `kl_old` (k3 to π_old) and `gap`,
     the mean |log π_old - log π_sampler|: the numerical difference of trainer and sampler. `length`
-    is a mean over rows, like all of batch["stats"].
+    is a mean over rows, like all of batch["stats"]. With `absent_mask`, the loss, `length` and the stats are
+    means over all rows, the other metrics over the rows of the batch.
 
     Args:
         forward: see `supervised`.
@@ -78,9 +85,25 @@ def policy_gradient(
     if kl_weight < 0:
         raise ValueError(f"policy_gradient: kl_weight must be at least 0, got {kl_weight}.")
 
+    on_all_rows = [
+        name
+        for name, there in {
+            f"kl_weight {kl_weight}": kl_weight,
+            f"entropy_weight {entropy_weight}": entropy_weight,
+            "an auxiliary loss": auxiliary is not None,
+        }.items()
+        if there
+    ]
+
     def objective(params, batch, key):
-        mask, sampled = batch["completion_mask"], batch["sampler_log_probs"]
         found, log_probs = completion_forward(forward, params, batch, key, temperature, chunk)
+        batch = of_rows(batch)
+        mask, sampled = batch["completion_mask"], batch["sampler_log_probs"]
+        if "absent_mask" in batch and on_all_rows:
+            raise ValueError(
+                f"policy_gradient: rows without an advantage were left out of the batch, but {on_all_rows[0]}"
+                " has a gradient in them too; keep them: collect(..., drop_idle=False)."
+            )
         for name in ("sampler_log_probs", "old_log_probs", "ref_log_probs"):
             if name in batch:
                 check_column(batch, name, mask.shape, "policy_gradient")
@@ -108,9 +131,9 @@ def policy_gradient(
         if auxiliary is not None:
             more, metrics = auxiliary(params, found.hidden, batch)
             loss, shown = loss + more, shown | metrics
-        total = reduction(loss, mask)
+        total = _reduced(reduction, loss, mask, batch)
         metrics = {"loss": total} | {k: token_mean(v, mask) for k, v in shown.items()}
-        metrics["length"] = _row_mean(jnp.sum(mask, axis=1))
+        metrics["length"] = _row_mean(jnp.sum(mask, axis=1, dtype=jnp.float32))
         metrics |= {name: _row_mean(values) for name, values in batch.get("stats", {}).items()}
         return total.value, jax.lax.stop_gradient(metrics)
 
@@ -139,9 +162,15 @@ def completion_forward(
     chunk: int | None = None,
 ) -> tuple[Prediction, jax.Array]:
     """(the Prediction of the response's tokens, hidden [B, N, D]; their log π [B, N], 0 off the mask)."""
+    if is_grouped(batch):
+        found = predict_completions(forward, params, batch, key)
+        batch = of_rows(batch)
+    else:
+        found = None
     tokens, mask = jnp.asarray(batch["tokens"]), check_completion(batch, "policy_gradient")
     size = mask.shape[1]
-    found = predict(forward, params, batch, key).at(slice(None), slice(-size - 1, -1))
+    if found is None:
+        found = predict(forward, params, batch, key).at(slice(None), slice(-size - 1, -1))
     log_probs = losses.linear_log_probs(
         found.hidden,
         found.head,
@@ -200,6 +229,15 @@ def spread(values: jax.Array, like: jax.Array) -> jax.Array:
     """Returns [B] as [B, N], the same for all tokens, and [B, N] unchanged."""
     values = jnp.asarray(values)
     return jnp.broadcast_to(values[:, None], like.shape) if values.ndim == 1 else values
+
+
+def _reduced(reduction, loss, mask, batch):
+    """The reduction over the rows and those left out, whose values are 0 but which it counts."""
+    if "absent_mask" not in batch:
+        return reduction(loss, mask)
+    absent = jnp.asarray(batch["absent_mask"]).reshape(-1, mask.shape[1])
+    loss = jnp.concatenate([loss, jnp.zeros(absent.shape, loss.dtype)])
+    return reduction(loss, jnp.concatenate([mask, absent.astype(mask.dtype)]))
 
 
 def _reference(batch):

@@ -19,6 +19,7 @@ from jaxft.rl.algorithms import (
 from jaxft.rl.collection import Collector, KlControl, collect
 from jaxft.rl.environments import Environment, Reply, tagged, try_again, with_tool
 from jaxft.rl.exploratory import answers_of_both, xpo
+from jaxft.rl.groups import in_groups, without_idle
 from jaxft.rl.on_device import (
     DeviceReward,
     collect_on_device,
@@ -80,6 +81,7 @@ __all__ = [
     "expert_iteration",
     "grpo",
     "gspo",
+    "in_groups",
     "mask_truncated",
     "nft",
     "offline_collect",
@@ -100,5 +102,6 @@ __all__ = [
     "try_again",
     "until_contrast",
     "with_tool",
+    "without_idle",
     "xpo",
 ]

@@ -27,6 +27,7 @@ from jaxft.parallel import (
 )
 from jaxft.rl.advantages import has_contrast
 from jaxft.rl.algorithms import Credit
+from jaxft.rl.groups import in_groups, without_idle
 from jaxft.rl.prompts import Prompts
 from jaxft.rl.rollouts import Batch, Sample, checked, rows_of, with_bool_masks
 from jaxft.rl.transforms import Transform
@@ -64,6 +65,9 @@ def collect(
     epochs: int = 1,
     kl_control: KlControl | None = None,
     mesh: Mesh | None = None,
+    share_prompts: int | None = None,
+    drop_idle: bool = False,
+    microbatches: int = 1,
 ) -> Collector:
     """Returns batches for `fit`: rollouts of the policy, with `updates` x `epochs` steps on each.
 
@@ -88,6 +92,14 @@ def collect(
             `reads_kl_weight`. None: the weight is constant.
         mesh: as for `fit`; its data, fsdp and expert axes sample and score the rows. Each of several hosts
             makes the whole rollout and keeps its rows; rewards must be equal on all: see `on_first_host`.
+        share_prompts: size of the groups of adjacent responses to one prompt, which the update then
+            computes once: see `in_groups`. The model's forward must be a decoder's. Updates, epochs,
+            microbatches and devices divide whole groups. None: one row for each response.
+        drop_idle: leave out rows (or whole groups) whose advantages are all 0, with the same loss: see
+            `without_idle`. The objective refuses it with a KL weight, an entropy bonus or a critic, which
+            have a gradient in such rows. Other metrics than the loss, `length` and stats are then means
+            over the rows that remain.
+        microbatches: those of `fit`, so that the rows that remain can be divided.
 
     Raises:
         ValueError: if sizes are inconsistent, or for `kl_control` with a credit that does not read its
@@ -119,9 +131,16 @@ def collect(
                     "sampled; pass add_old_policy(forward, temperature) among the transforms."
                 )
             batch["stats"] = _shown(batch, prompts.per_step, taken)
-            return _credited(credit, batch, kl_weight), taken
+            batch = _credited(credit, batch, kl_weight)
+            return batch if share_prompts is None else in_groups(batch, share_prompts), taken
 
-    return in_parts(rollout, updates, epochs, kl_control, prompts.seed, mesh)
+    drop_to = drop_multiple(microbatches, mesh) if drop_idle else None
+    return in_parts(rollout, updates, epochs, kl_control, prompts.seed, mesh, drop_to)
+
+
+def drop_multiple(microbatches: int, mesh: Mesh | None) -> int:
+    """The number that must divide the rows of a step from which idle ones are left out."""
+    return microbatches * (1 if mesh is None else row_shards(mesh))
 
 
 def in_parts(
@@ -131,6 +150,7 @@ def in_parts(
     kl_control: KlControl | None = None,
     seed: int = 0,
     mesh: Mesh | None = None,
+    drop_to: int | None = None,
 ) -> Collector:
     """Returns a collector of rollouts, each split over `updates` x `epochs` steps; see `collect`.
 
@@ -138,9 +158,15 @@ def in_parts(
         rollout: (params, draws, key, kl_weight) -> (batch, draws taken); with several steps per rollout,
             all its batches must have the same shapes.
         seed: seed for the order of rows in later epochs.
+        drop_to: leave out idle rows (`without_idle`), down to a multiple of this number. None: keep all.
     """
     if min(updates, epochs) < 1:
         raise ValueError(f"collect: {updates} updates and {epochs} epochs must be positive.")
+    if drop_to is not None and jax.process_count() > 1:
+        raise ValueError(
+            f"collect: drop_idle needs one process, got {jax.process_count()}: the rows left out may not "
+            "divide over their hosts; use drop_idle=False."
+        )
     parts = updates * epochs
     start = {name: np.int32(0) for name in ("draws", "rollouts", "part")}
     start |= {} if kl_control is None else {"kl_weight": np.float32(kl_control.weight)}
@@ -158,17 +184,30 @@ def in_parts(
             _check_shapes(before, kept)
             own |= {"draws": own["draws"] + taken, "rollouts": own["rollouts"] + 1}
             if kl_control is not None:
-                own["kl_weight"] = np.float32(_adapted(kl_control, weight, kept, rows))
+                count = rows * (1 if kept["tokens"].ndim == 2 else kept["tokens"].shape[1])
+                own["kl_weight"] = np.float32(_adapted(kl_control, weight, kept, count))
         if parts == 1:
-            batch = _of_this_host(kept)
+            order, columns = _live(kept, np.arange(len(kept["tokens"])), drop_to)
+            batch = _of_this_host((rows_of(kept, order) if columns else kept) | columns)
         else:
             kept = _laid_out(kept, mesh)
             order = _order(len(kept["tokens"]), seed, int(own["rollouts"]) - 1, part // updates)
-            batch = _take(kept, order[part % updates :: updates], mesh)
+            order, columns = _live(kept, order[part % updates :: updates], drop_to)
+            batch = _take(kept, order, mesh) | columns
             own |= {"rollout": kept, "part": np.int32((part + 1) % parts)}
         return batch, carry | {"experience": own}
 
     return Collector(run, {"experience": start})
+
+
+def _live(batch, order, multiple):
+    """Returns those of the rows `order` that a step needs, and further columns for them."""
+    if multiple is None:
+        return order, {}
+    names = ("advantages", "completion_mask", "stats")
+    found = to_host({name: batch[name] for name in names if name in batch})
+    rows, columns = without_idle(rows_of(found, order), multiple)
+    return order[rows], columns
 
 
 def _shown(batch, count, taken):
@@ -211,8 +250,8 @@ def _checked_rows(batch, updates, mesh):
     devices = 1 if mesh is None else row_shards(mesh)
     if rows % updates or rows // updates % devices:
         raise ValueError(
-            f"collect: {rows} responses cannot be split over {updates} updates on data x fsdp x expert = "
-            f"{devices} devices; the product must divide them."
+            f"collect: {rows} {'responses' if batch['tokens'].ndim == 2 else 'groups'} cannot be split over "
+            f"{updates} updates on data x fsdp x expert = {devices} devices; the product must divide them."
         )
     return rows
 

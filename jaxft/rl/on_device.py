@@ -17,7 +17,8 @@ from jaxft.parallel import in_turn, mesh_context
 from jaxft.rewards import RewardError
 from jaxft.rl.advantages import has_contrast
 from jaxft.rl.algorithms import Credit
-from jaxft.rl.collection import Collector, in_parts
+from jaxft.rl.collection import Collector, drop_multiple, in_parts
+from jaxft.rl.groups import in_groups
 from jaxft.rl.prompts import Prompts
 from jaxft.rl.rollouts import check_policy, side_by_side, with_columns
 from jaxft.rl.transforms import add_old_policy, add_reference, add_values
@@ -38,6 +39,9 @@ def collect_on_device(
     epochs: int = 1,
     ref_params: Any = None,
     mesh: Mesh | None = None,
+    share_prompts: bool = False,
+    drop_idle: bool = False,
+    microbatches: int = 1,
 ) -> Collector:
     """Works like `collect`, with rewards that are a function of tokens, such as `equals(answers)`.
 
@@ -51,6 +55,8 @@ def collect_on_device(
         updates, epochs: as in `collect`; several add `old_log_probs`. A value head adds `old_values`.
         ref_params: adds `ref_log_probs`; None: no reference.
         mesh: as for `fit`; with several updates, the rollout lies over its data, fsdp and expert axes.
+        share_prompts: compute a group's prompt once; see `collect`.
+        drop_idle, microbatches: as in `collect`.
 
     Raises:
         ValueError: for greedy sampling.
@@ -58,7 +64,7 @@ def collect_on_device(
     """
     check_policy(config)
     tokens, valid = map(jnp.asarray, _left_pad(prompts.ids, model.config))
-    several = updates * epochs > 1
+    several, share = updates * epochs > 1, group_size if share_prompts else None
 
     @jax.jit
     def run(params, ref_params, key, chosen, columns):
@@ -76,19 +82,22 @@ def collect_on_device(
         truncated = batch.pop("truncated")
         batch["stats"] = {"reward": value, "truncated": truncated, "no_contrast": flat * 1.0}
         if several:
-            batch = add_old_policy(model.forward, config.temperature)(batch, params, key)
+            batch = add_old_policy(model.forward, config.temperature, share)(batch, params, key)
         elif "value_head" in params:
-            batch = add_values(model.forward)(batch, params, key)
+            batch = add_values(model.forward, share)(batch, params, key)
         if ref_params is not None:
-            batch = add_reference(model.forward, ref_params, config.temperature)(batch, params, key)
-        return batch | credit(value, batch)
+            add = add_reference(model.forward, ref_params, config.temperature, share)
+            batch = add(batch, params, key)
+        batch |= credit(value, batch)
+        return in_groups(batch, group_size) if share_prompts else batch
 
     def rollout(params, draws, key, kl_weight):
         chosen, columns = np.array(prompts.chosen(draws)), prompts.pick(draws).columns
         with mesh_context(mesh):
             return in_turn(run(params, ref_params, key, chosen, columns)), 1
 
-    return in_parts(rollout, updates, epochs, seed=prompts.seed, mesh=mesh)
+    drop_to = drop_multiple(microbatches, mesh) if drop_idle else None
+    return in_parts(rollout, updates, epochs, seed=prompts.seed, mesh=mesh, drop_to=drop_to)
 
 
 def sample_on_device(

@@ -239,5 +239,6 @@ MADE = frozenset(
         "returns",
         "correct",
         "success_rates",
+        "absent_mask",
     )
 )

@@ -18,6 +18,7 @@ from jaxft.models import Forward
 from jaxft.objectives import completion_log_probs, completion_values
 from jaxft.parallel import in_turn, to_host
 from jaxft.rl.advantages import has_contrast
+from jaxft.rl.groups import in_groups
 from jaxft.rl.prompts import Asked
 from jaxft.rl.rollouts import Batch, Sample, checked, concatenated, model_inputs, rows_of
 
@@ -47,7 +48,9 @@ def mask_truncated(batch: Batch, params: Any, key: jax.Array) -> Batch:
     return batch | {"completion_mask": mask}
 
 
-def add_old_policy(forward: Forward, temperature: float) -> Transform:
+def add_old_policy(
+    forward: Forward, temperature: float, share_prompts: int | None = None
+) -> Transform:
     """Adds `old_log_probs` [B, N] of the sampling policy and, with a value head, `old_values`.
 
     Required for several updates per rollout.
@@ -55,10 +58,11 @@ def add_old_policy(forward: Forward, temperature: float) -> Transform:
     Args:
         forward: the model's model.forward.
         temperature: the sampling temperature of the responses.
+        share_prompts: as for `collect`.
     """
 
     def add(batch, params, key):
-        given = model_inputs(batch)
+        given = _inputs(batch, share_prompts)
         if "value_head" not in params:
             found = policy_log_probs(forward, params, given, temperature)
             return batch | {"old_log_probs": _read(found)}
@@ -68,27 +72,35 @@ def add_old_policy(forward: Forward, temperature: float) -> Transform:
     return add
 
 
-def add_values(forward: Forward) -> Transform:
-    """Adds `old_values` [B, N] of the params' value head, for one update per rollout."""
+def add_values(forward: Forward, share_prompts: int | None = None) -> Transform:
+    """Adds `old_values` [B, N] of the params' value head, for one update per rollout.
+
+    `share_prompts` is that of `collect`.
+    """
 
     def add(batch, params, key):
-        _, values = _read(_log_probs_and_values(forward, params, model_inputs(batch)))
+        given = _inputs(batch, share_prompts)
+        _, values = _read(_log_probs_and_values(forward, params, given))
         return batch | {"old_values": values}
 
     return add
 
 
-def add_reference(forward: Forward, ref_params: Any, temperature: float) -> Transform:
+def add_reference(
+    forward: Forward, ref_params: Any, temperature: float, share_prompts: int | None = None
+) -> Transform:
     """Adds `ref_log_probs` [B, N] of a reference; `response_kl` is then logged.
 
     Args:
         forward: the model's model.forward.
         ref_params: params of the reference, such as the initial params of the run.
         temperature: the sampling temperature of the responses.
+        share_prompts: as for `collect`.
     """
 
     def add(batch, params, key):
-        found = policy_log_probs(forward, ref_params, model_inputs(batch), temperature)
+        given = _inputs(batch, share_prompts)
+        found = policy_log_probs(forward, ref_params, given, temperature)
         return batch | {"ref_log_probs": _read(found)}
 
     return add
@@ -128,6 +140,11 @@ def until_contrast(sample: Sample, tries: int) -> Sample:
         return rows_of(concatenated(taken, asked.columns), rows) | {"draws": len(taken)}
 
     return several
+
+
+def _inputs(batch, share_prompts):
+    given = model_inputs(batch)
+    return given if share_prompts is None else in_groups(given, share_prompts)
 
 
 def _read(found):

@@ -328,6 +328,18 @@ BAD = [
     ("reinforce", "no answers", without_answers, "its answers cannot be verified"),
     ("reinforce", "updates", ["--updates", "3"], "must be a positive multiple of --updates 3"),
     ("reinforce", "group", ["--group-size", "1"], "at least 2 for --algorithm grpo, got 1"),
+    (
+        "reinforce",
+        "idle",
+        ["--drop-idle", "on", "--kl-weight", "0.1"],
+        "--drop-idle on: --kl-weight 0.1 has a gradient in all rows; use --drop-idle auto or off.",
+    ),
+    (
+        "reinforce",
+        "shared",
+        "--share-prompts on --group-size 1 --algorithm reinforce".split(),
+        "--share-prompts on needs --group-size of at least 2, got 1.",
+    ),
     ("reinforce", "greedy", ["--temperature", "0"], "--temperature must be positive, got 0.0"),
     (
         "reinforce",

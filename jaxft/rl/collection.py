@@ -27,12 +27,13 @@ from jaxft.parallel import (
 )
 from jaxft.rl.advantages import has_contrast
 from jaxft.rl.algorithms import Credit
+from jaxft.rl.asynchronous import Ahead, Place, aged
 from jaxft.rl.prompts import Prompts
 from jaxft.rl.rollouts import Batch, Sample, checked, rows_of, with_bool_masks
 from jaxft.rl.transforms import Transform
 
-# (params, draws of prompts so far, key, weight of the KL or None) -> (batch, number of draws taken)
-Rollout = Callable[[Any, int, jax.Array, float | None], tuple[Batch, int]]
+# (params, place in the run, key, weight of the KL or None) -> (batch, number of draws taken)
+Rollout = Callable[[Any, Place, jax.Array, float | None], tuple[Batch, int]]
 
 
 class KlControl(NamedTuple):
@@ -49,6 +50,8 @@ class Collector:
 
     collect: Callable[[Any, dict[str, Any], jax.Array], tuple[Batch, dict[str, Any]]]
     carry: dict[str, Any]
+    # Ends a thread that samples; `fit` calls it at the end.
+    close: Callable[[], None] = lambda: None
 
     def __call__(self, params: Any, carry: dict[str, Any], key: jax.Array) -> tuple[Batch, Any]:
         """Returns the batch of a step and the carry with the entries of `self.carry` updated."""
@@ -64,6 +67,8 @@ def collect(
     epochs: int = 1,
     kl_control: KlControl | None = None,
     mesh: Mesh | None = None,
+    max_staleness: int = 0,
+    rollouts: int | None = None,
 ) -> Collector:
     """Returns batches for `fit`: rollouts of the policy, with `updates` x `epochs` steps on each.
 
@@ -88,10 +93,18 @@ def collect(
             `reads_kl_weight`. None: the weight is constant.
         mesh: as for `fit`; its data, fsdp and expert axes sample and score the rows. Each of several hosts
             makes the whole rollout and keeps its rows; rewards must be equal on all: see `on_first_host`.
+        max_staleness: N: a thread samples while training goes on, and rollout r is sampled by the policy
+            before rollout r - N or a later one. Transforms and credit are computed when a rollout is
+            trained on, so that `old_log_probs` are those of the policy that trains (the proximal policy
+            of a decoupled objective); pass `correction` to the objective, which corrects for the policy
+            that sampled. The batch gets `policy_version`, see jaxft.rl.asynchronous. Which params sample
+            depends on timing if N > 1. 0: no thread.
+        rollouts: with max_staleness, the number of rollouts of the whole run, after which nothing is sampled.
 
     Raises:
-        ValueError: if sizes are inconsistent, or for `kl_control` with a credit that does not read its
-            weight; when called, if the rewards have a wrong length.
+        ValueError: if sizes are inconsistent, for max_staleness with several devices or hosts, or for
+            `kl_control` with a credit that does not read its weight; when called, if the rewards have a
+            wrong length.
     """
     if kl_control is not None and not getattr(credit, "reads_kl_weight", False):
         raise ValueError(
@@ -99,12 +112,16 @@ def collect(
             "of rloo, reinforce_plus_plus or ppo, or mark a custom credit that reads it by "
             "rl.reads_kl_weight(credit). The kl_weight of policy_gradient is a constant."
         )
+    _check_staleness(max_staleness, mesh)
     several = updates * epochs > 1
 
-    def rollout(params, draws, key, kl_weight):
+    def draw(params, draws, key):
         with mesh_context(mesh):
             batch = checked(sample(params, prompts.pick(draws, fixed=several), key))
-            taken = batch.pop("draws", 1)
+        return batch, batch.pop("draws", 1)
+
+    def finish(params, batch, taken, key, kl_weight):
+        with mesh_context(mesh):
             for place, transform in enumerate(transforms):
                 batch = transform(batch, params, stream(key, "transform", place))
                 if not isinstance(batch, Mapping):
@@ -121,7 +138,17 @@ def collect(
             batch["stats"] = _shown(batch, prompts.per_step, taken)
             return _credited(credit, batch, kl_weight), taken
 
-    return in_parts(rollout, updates, epochs, kl_control, prompts.seed, mesh)
+    ahead = Ahead(draw, max_staleness, rollouts) if max_staleness else None
+
+    def rollout(params, place, key, kl_weight):
+        if ahead is None:
+            return finish(params, *draw(params, place.draws, key), key, kl_weight)
+        found, waits = ahead.take(params, place, key)
+        batch = aged(found, place.rollouts, max_staleness, waits)
+        return finish(params, batch, found.taken, key, kl_weight)
+
+    batches = in_parts(rollout, updates, epochs, kl_control, prompts.seed, mesh)
+    return batches if ahead is None else dataclasses.replace(batches, close=ahead.close)
 
 
 def in_parts(
@@ -135,7 +162,7 @@ def in_parts(
     """Returns a collector of rollouts, each split over `updates` x `epochs` steps; see `collect`.
 
     Args:
-        rollout: (params, draws, key, kl_weight) -> (batch, draws taken); with several steps per rollout,
+        rollout: (params, place, key, kl_weight) -> (batch, draws taken); with several steps per rollout,
             all its batches must have the same shapes.
         seed: seed for the order of rows in later epochs.
     """
@@ -153,7 +180,8 @@ def in_parts(
         part = int(own["part"])
         if part == 0:
             weight = float(own["kl_weight"]) if kl_control is not None else None
-            kept, taken = rollout(params, int(own["draws"]), key, weight)
+            place = Place(int(own["draws"]), int(own["rollouts"]))
+            kept, taken = rollout(params, place, key, weight)
             rows = _checked_rows(kept, updates, mesh)
             _check_shapes(before, kept)
             own |= {"draws": own["draws"] + taken, "rollouts": own["rollouts"] + 1}
@@ -169,6 +197,16 @@ def in_parts(
         return batch, carry | {"experience": own}
 
     return Collector(run, {"experience": start})
+
+
+def _check_staleness(max_staleness, mesh):
+    if max_staleness < 0:
+        raise ValueError(f"collect: max_staleness must be at least 0, got {max_staleness}.")
+    if max_staleness and (jax.process_count() > 1 or (mesh is not None and mesh.size > 1)):
+        raise ValueError(
+            f"collect: max_staleness {max_staleness} needs one device on one host: two threads could start "
+            "programs of several devices in different orders, which is a deadlock. Use max_staleness=0."
+        )
 
 
 def _shown(batch, count, taken):

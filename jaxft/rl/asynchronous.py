@@ -25,7 +25,7 @@ GRACE = 2.0  # seconds that `close` waits for a rollout that is being sampled
 
 
 class Place(NamedTuple):
-    """Where a run is: the next draw of prompts and the next rollout."""
+    """Position of a run: the next draw of prompts and the next rollout."""
 
     draws: int
     rollouts: int

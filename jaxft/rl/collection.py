@@ -93,7 +93,7 @@ def collect(
             `reads_kl_weight`. None: the weight is constant.
         mesh: as for `fit`; its data, fsdp and expert axes sample and score the rows. Each of several hosts
             makes the whole rollout and keeps its rows; rewards must be equal on all: see `on_first_host`.
-        max_staleness: N: a thread samples while training goes on, and rollout r is sampled by the policy
+        max_staleness: N: a thread samples beside training, and rollout r is sampled by the policy
             before rollout r - N or a later one. Transforms and credit are computed when a rollout is
             trained on, so that `old_log_probs` are those of the policy that trains (the proximal policy
             of a decoupled objective); pass `correction` to the objective, which corrects for the policy

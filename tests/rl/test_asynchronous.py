@@ -122,7 +122,7 @@ def test_a_run_resumed_from_its_carry_repeats_and_loses_no_draw(tmp_path):
 
     def killed(row):
         if row["step"] == 3:
-            raise KeyboardInterrupt  # What the thread sampled ahead is lost, as by SIGKILL.
+            raise KeyboardInterrupt  # Rollouts sampled ahead are lost, as by SIGKILL.
 
     with pytest.raises(KeyboardInterrupt):
         run(first, most=2, checkpoints=kept(False), callbacks=[killed])

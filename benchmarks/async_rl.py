@@ -1,10 +1,10 @@
-"""Steps an hour of GRPO with sampling beside training: a sampler's process and a trainer's, one thread each.
+"""Steps per hour of GRPO with sampling beside training: a sampler's process and a trainer's, one thread each.
 
 python -m benchmarks.async_rl                                  --max-staleness 0 against 1, three seeds
 python -m benchmarks.async_rl --staleness 0 1 2 --epochs 3     more training per rollout
 
 The sampler's process is a small server of OpenAI's completions protocol around jaxft.generation; it reads
-pushed weights by vLLM's request. One JSON line: steps an hour and mean reward of each staleness over seeds,
+pushed weights by vLLM's request. One JSON line: steps per hour and mean reward of each staleness over seeds,
 their ratio to staleness 0, and the seconds of a rollout and of its steps in the synchronous run. The ratio is
 bounded by (sampling + training) / max(sampling, training): choose --epochs so that the two are alike.
 """
@@ -115,7 +115,7 @@ def sampler(args):
 
 
 def trainer(args):
-    """Trains and prints steps an hour and the mean reward, without the rollouts that warm up."""
+    """Trains and prints steps per hour and the mean reward, without the rollouts that warm up."""
     model, params = model_and_params(args.seed)
     build = functools.partial(
         objectives.policy_gradient, model.forward, correction=objectives.policy.token_correction()
@@ -149,7 +149,7 @@ def trainer(args):
     print(
         json.dumps(
             {
-                "steps_an_hour": 3600 * len(rows) / whole,
+                "steps_per_hour": 3600 * len(rows) / whole,
                 "reward": statistics.mean(row["reward"] for row in rows),
                 "rollout_s": statistics.median(seconds[WARM:]),
                 "rollout_and_steps_s": whole / args.rollouts,
@@ -189,10 +189,10 @@ def main(args):
         for staleness in args.staleness:
             found[staleness].append(run(staleness, seed, args))
     middle = lambda n, name: statistics.median(row[name] for row in found[n])
-    names = ("steps_an_hour", "reward", "rollout_s", "rollout_and_steps_s", "staleness")
+    names = ("steps_per_hour", "reward", "rollout_s", "rollout_and_steps_s", "staleness")
     result = {str(n): {name: round(middle(n, name), 4) for name in names} for n in found}
     first = args.staleness[0]
-    ratio = lambda n: round(middle(n, "steps_an_hour") / middle(first, "steps_an_hour"), 3)
+    ratio = lambda n: round(middle(n, "steps_per_hour") / middle(first, "steps_per_hour"), 3)
     speedups = {str(n): ratio(n) for n in args.staleness[1:]}
     rewards = {str(n): [round(row["reward"], 4) for row in rows] for n, rows in found.items()}
     print(

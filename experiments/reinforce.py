@@ -5,6 +5,7 @@
     python experiments/reinforce.py --turns 2                      a wrong answer may be corrected
     python experiments/reinforce.py --algorithm online_dpo --group-size 2 --reward-model runs/reward/adapter
     python experiments/reinforce.py --sampler-url http://host:8000/v1 --push-dir /nfs/push --correction tokens
+    python experiments/reinforce.py --max-staleness 1 --correction tokens       samples while it trains
     python experiments/reinforce.py --smoke                        seconds, random weights
 
 Data: reasoning-gym tasks, or records with a question and an `answer`; with --judge or --reward-model, which
@@ -106,6 +107,8 @@ class Config:
     push_dir: str | None = None  # where the server reads new weights; None: it keeps its own
     push_api: PushApiName = "vllm"  # the server's requests for loading weights
     push_every: int = 1  # rollouts between two pushes of weights
+    # rollouts by which the policy that samples, in a thread beside training, may be older; 0: no thread
+    max_staleness: int = 0
     max_tries: int = 1  # maximum draws for groups whose rewards differ (DAPO: 10)
     overlong: int = 0  # last tokens of the limit, over which a penalty rises to 1 (DAPO)
     mask_truncated: bool = False  # exclude answers that reach the limit from the loss
@@ -226,6 +229,8 @@ def experience(
         kl_control=kl_control(config),
         mesh=mesh,
         **saved._asdict(),
+        max_staleness=config.max_staleness,
+        rollouts=-(-config.optimisation.max_steps // (config.updates * config.epochs)),
     )
 
 

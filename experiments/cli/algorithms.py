@@ -34,7 +34,7 @@ class Entry(NamedTuple):
 
 IN_REWARD = ("reward_kl", "kl_target", "kl_horizon")
 AT_SAMPLER = "computes its gradient at the sampling policy, without an importance ratio"
-ONLY_SAMPLER = {name: AT_SAMPLER for name in ("updates", "epochs")}
+ONLY_SAMPLER = {name: AT_SAMPLER for name in ("updates", "epochs", "max_staleness")}
 VERDICTS = {"reward_model": "needs correct or wrong, which a reward model does not give"}
 ONLINE = ONLY_SAMPLER | {"sampler_url": AT_SAMPLER}
 HALF = "samples half of each group from the initial model"

@@ -24,8 +24,8 @@ _POSITIVE = (
 ).split()
 _NOT_NEGATIVE = (
     "center_rewards_coefficient desirable_weight inner_rate kl kl_weight min_gap min_new_tokens nll_alpha "
-    "reward_kl rho router_balance router_z temperature text_kl_weight undesirable_weight value_clip "
-    "value_weight warmup_epochs weight_decay xpo_alpha"
+    "max_staleness reward_kl rho router_balance router_z temperature text_kl_weight undesirable_weight "
+    "value_clip value_weight warmup_epochs weight_decay xpo_alpha"
 ).split()
 _SHARES = (
     "dense_share distil_beta error errors gamma judged lam ld_alpha levels max_bad mixture share "

@@ -57,6 +57,8 @@ def settings(config: Any) -> None:
         server(config)
     if config.places is not None:
         places(config)
+    if config.max_staleness:
+        staleness(config)
     numbers(config)
 
 
@@ -160,12 +162,41 @@ def places(config: Any) -> None:
         raise ValueError(f"--places {config.places} does not go with {wrong[0]}; drop one of them.")
 
 
+def staleness(config: Any) -> None:
+    """Checks that samples of an older policy can be corrected for, and that their age is known."""
+    given = f"--max-staleness {config.max_staleness}"
+    if config.correction == "none":
+        raise ValueError(
+            f"{given} needs --correction tokens or sequences: the policy that samples is older than the "
+            "one that trains."
+        )
+    if config.reward_kl:
+        raise ValueError(
+            f"{given} samples from an older policy, so --reward-kl would be its KL; use --kl-weight."
+        )
+    if config.sampler_url and not config.push_dir:
+        raise ValueError(
+            f"{given} needs --push-dir with --sampler-url: without new weights, the server's policy becomes "
+            "older than any bound."
+        )
+    if config.push_every > 1:
+        raise ValueError(
+            f"{given} needs --push-every 1, got {config.push_every}: the server's weights would be older "
+            "than the thread that samples knows."
+        )
+
+
 def mesh(config: Any, devices: Any) -> None:
     """Checks the number of hosts, and that the devices divide the rows of a step."""
     if jax.process_count() > 1 and config.sampler_url:
         raise ValueError(
             f"--sampler-url: each of the {jax.process_count()} hosts would get different answers; let the "
             "trainer sample, or use the devices of one host."
+        )
+    if config.max_staleness and devices is not None and devices.size > 1:
+        raise ValueError(
+            f"--max-staleness {config.max_staleness} needs one device, got {devices.size}: two threads could "
+            "start programs of several devices in different orders, which is a deadlock; use 0."
         )
     if config.mesh.context != 1:
         raise ValueError(

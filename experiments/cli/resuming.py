@@ -20,8 +20,8 @@ FREE = frozenset(
 FIXED = frozenset(
     "model template adapter d rank alpha target quantise start scan_layers data eval_data validation "
     "fields weights weights_by batch_size max_length packing mask train_on too_long max_bad seed loss "
-    "algorithm prompts_per_step group_size updates epochs turns share_prompts optimizer sharpness "
-    "smoke teacher".split()
+    "algorithm max_staleness prompts_per_step group_size updates epochs turns share_prompts "
+    "optimizer sharpness smoke teacher".split()
 )
 
 # The name under which digests of local data files are saved with the flags.

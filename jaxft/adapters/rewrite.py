@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft.adapters.committing import anywhere
+from jaxft.adapters.committing import anywhere, writes_back
 from jaxft.adapters.rules import Rule, as_it_is
 from jaxft.adapters.soft import Added
 from jaxft.keys import stream
@@ -119,6 +119,16 @@ def trainable_mask(params: Params) -> Params:
         return dataclasses.replace(node, **fields)
 
     return jax.tree.map(mask, params, is_leaf=is_weight)
+
+
+def overwritten(params: Any) -> Any:
+    """Returns a tree like params with True for each leaf that a step changes: see `train.init_state`."""
+    return jax.tree.map(
+        lambda node, trains: jax.tree.map(lambda _: True, node) if writes_back(node) else trains,
+        params,
+        trainable_mask(params),
+        is_leaf=is_weight,
+    )
 
 
 def partition(params: Params) -> tuple[Params, Params]:

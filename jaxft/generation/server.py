@@ -195,7 +195,19 @@ def _choices(answer, *, count, config, tokenizer, size):
     if not isinstance(choices, list) or len(choices) != count:
         found = len(choices) if isinstance(choices, list) else "none"
         raise ServerError(f"server_sampler: asked for {count} choices, the server gave {found}.")
-    choices = sorted(choices, key=lambda choice: choice.get("index", 0))
+    if not all(isinstance(choice, dict) for choice in choices):
+        raise ServerError(
+            f"server_sampler: choices must be objects, the server gave {choices!r:.80}."
+        )
+    places = [choice.get("index", i) for i, choice in enumerate(choices)]
+    if set(places) != set(range(count)):
+        raise ServerError(
+            f"server_sampler: {count} choices must have the indices 0 to {count - 1} once each, the server "
+            f"gave {str(places)[:80]}."
+        )
+    choices = [
+        choice for _, choice in sorted(zip(places, choices, strict=True), key=lambda x: x[0])
+    ]
     return [_row(choice, config, tokenizer, size) for choice in choices]
 
 

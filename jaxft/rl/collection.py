@@ -27,13 +27,14 @@ from jaxft.parallel import (
 )
 from jaxft.rl.advantages import has_contrast
 from jaxft.rl.algorithms import Credit
+from jaxft.rl.asynchronous import Ahead, Place, aged
 from jaxft.rl.groups import in_groups, without_idle
 from jaxft.rl.prompts import Prompts
 from jaxft.rl.rollouts import Batch, Sample, checked, rows_of, with_bool_masks
 from jaxft.rl.transforms import Transform
 
-# (params, draws of prompts so far, key, weight of the KL or None) -> (batch, number of draws taken)
-Rollout = Callable[[Any, int, jax.Array, float | None], tuple[Batch, int]]
+# (params, place in the run, key, weight of the KL or None) -> (batch, number of draws taken)
+Rollout = Callable[[Any, Place, jax.Array, float | None], tuple[Batch, int]]
 
 
 class KlControl(NamedTuple):
@@ -50,6 +51,8 @@ class Collector:
 
     collect: Callable[[Any, dict[str, Any], jax.Array], tuple[Batch, dict[str, Any]]]
     carry: dict[str, Any]
+    # Ends a thread that samples; `fit` calls it at the end.
+    close: Callable[[], None] = lambda: None
 
     def __call__(self, params: Any, carry: dict[str, Any], key: jax.Array) -> tuple[Batch, Any]:
         """Returns the batch of a step and the carry with the entries of `self.carry` updated."""
@@ -68,6 +71,8 @@ def collect(
     share_prompts: int | None = None,
     drop_idle: bool = False,
     microbatches: int = 1,
+    max_staleness: int = 0,
+    rollouts: int | None = None,
 ) -> Collector:
     """Returns batches for `fit`: rollouts of the policy, with `updates` x `epochs` steps on each.
 
@@ -100,10 +105,18 @@ def collect(
             have a gradient in such rows. Other metrics than the loss, `length` and stats are then means
             over the rows that remain.
         microbatches: those of `fit`, so that the rows that remain can be divided.
+        max_staleness: N: a thread samples beside training, and rollout r is sampled by the policy
+            before rollout r - N or a later one. Transforms and credit are computed when a rollout is
+            trained on, so that `old_log_probs` are those of the policy that trains (the proximal policy
+            of a decoupled objective); pass `correction` to the objective, which corrects for the policy
+            that sampled. The batch gets `policy_version`, see jaxft.rl.asynchronous. Which params sample
+            depends on timing if N > 1. 0: no thread.
+        rollouts: with max_staleness, the number of rollouts of the whole run, after which nothing is sampled.
 
     Raises:
-        ValueError: if sizes are inconsistent, or for `kl_control` with a credit that does not read its
-            weight; when called, if the rewards have a wrong length.
+        ValueError: if sizes are inconsistent, for max_staleness with several devices or hosts, or for
+            `kl_control` with a credit that does not read its weight; when called, if the rewards have a
+            wrong length.
     """
     if kl_control is not None and not getattr(credit, "reads_kl_weight", False):
         raise ValueError(
@@ -111,12 +124,16 @@ def collect(
             "of rloo, reinforce_plus_plus or ppo, or mark a custom credit that reads it by "
             "rl.reads_kl_weight(credit). The kl_weight of policy_gradient is a constant."
         )
+    _check_staleness(max_staleness, mesh)
     several = updates * epochs > 1
 
-    def rollout(params, draws, key, kl_weight):
+    def draw(params, draws, key):
         with mesh_context(mesh):
             batch = checked(sample(params, prompts.pick(draws, fixed=several), key))
-            taken = batch.pop("draws", 1)
+        return batch, batch.pop("draws", 1)
+
+    def finish(params, batch, taken, key, kl_weight):
+        with mesh_context(mesh):
             for place, transform in enumerate(transforms):
                 batch = transform(batch, params, stream(key, "transform", place))
                 if not isinstance(batch, Mapping):
@@ -134,8 +151,18 @@ def collect(
             batch = _credited(credit, batch, kl_weight)
             return batch if share_prompts is None else in_groups(batch, share_prompts), taken
 
+    ahead = Ahead(draw, max_staleness, rollouts) if max_staleness else None
+
+    def rollout(params, place, key, kl_weight):
+        if ahead is None:
+            return finish(params, *draw(params, place.draws, key), key, kl_weight)
+        found, waits = ahead.take(params, place, key)
+        batch = aged(found, place.rollouts, max_staleness, waits)
+        return finish(params, batch, found.taken, key, kl_weight)
+
     drop_to = drop_multiple(microbatches, mesh) if drop_idle else None
-    return in_parts(rollout, updates, epochs, kl_control, prompts.seed, mesh, drop_to)
+    batches = in_parts(rollout, updates, epochs, kl_control, prompts.seed, mesh, drop_to)
+    return batches if ahead is None else dataclasses.replace(batches, close=ahead.close)
 
 
 def drop_multiple(microbatches: int, mesh: Mesh | None) -> int:
@@ -155,7 +182,7 @@ def in_parts(
     """Returns a collector of rollouts, each split over `updates` x `epochs` steps; see `collect`.
 
     Args:
-        rollout: (params, draws, key, kl_weight) -> (batch, draws taken); with several steps per rollout,
+        rollout: (params, place, key, kl_weight) -> (batch, draws taken); with several steps per rollout,
             all its batches must have the same shapes.
         seed: seed for the order of rows in later epochs.
         drop_to: leave out idle rows (`without_idle`), down to a multiple of this number. None: keep all.
@@ -179,7 +206,8 @@ def in_parts(
         part = int(own["part"])
         if part == 0:
             weight = float(own["kl_weight"]) if kl_control is not None else None
-            kept, taken = rollout(params, int(own["draws"]), key, weight)
+            place = Place(int(own["draws"]), int(own["rollouts"]))
+            kept, taken = rollout(params, place, key, weight)
             rows = _checked_rows(kept, updates, mesh)
             _check_shapes(before, kept)
             own |= {"draws": own["draws"] + taken, "rollouts": own["rollouts"] + 1}
@@ -208,6 +236,16 @@ def _live(batch, order, multiple):
     found = to_host({name: batch[name] for name in names if name in batch})
     rows, columns = without_idle(rows_of(found, order), multiple)
     return order[rows], columns
+
+
+def _check_staleness(max_staleness, mesh):
+    if max_staleness < 0:
+        raise ValueError(f"collect: max_staleness must be at least 0, got {max_staleness}.")
+    if max_staleness and (jax.process_count() > 1 or (mesh is not None and mesh.size > 1)):
+        raise ValueError(
+            f"collect: max_staleness {max_staleness} needs one device on one host: two threads could start "
+            "programs of several devices in different orders, which is a deadlock. Use max_staleness=0."
+        )
 
 
 def _shown(batch, count, taken):

@@ -91,7 +91,8 @@ def collect_on_device(
         batch |= credit(value, batch)
         return in_groups(batch, group_size) if share_prompts else batch
 
-    def rollout(params, draws, key, kl_weight):
+    def rollout(params, place, key, kl_weight):
+        draws = place.draws
         chosen, columns = np.array(prompts.chosen(draws)), prompts.pick(draws).columns
         with mesh_context(mesh):
             return in_turn(run(params, ref_params, key, chosen, columns)), 1

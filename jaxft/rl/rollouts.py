@@ -228,6 +228,7 @@ MADE = frozenset(
         "turns",
         "from_reference",
         "draws",
+        "policy_version",
         "stats",
         "kl_weight",
     )

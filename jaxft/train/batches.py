@@ -61,6 +61,11 @@ class BatchSource:
         self._taken += batch is not None
         return batch, state
 
+    def close(self) -> None:
+        """Calls the `close` of a collect function that has one, to end its threads."""
+        if self._is_function and hasattr(self._batches, "close"):
+            self._batches.close()
+
     def position(self) -> dict[str, Any]:
         """The position that `seek` takes, as JSON."""
         if not hasattr(self._batches, "get_state"):

@@ -141,6 +141,7 @@ def run_steps(
     ended = []
     with contextlib.ExitStack() as stack:
         stack.enter_context(_output_errors(checkpoints, ended))
+        stack.callback(source.close)
         saver = stack.enter_context(open_checkpoints(checkpoints, state))
         state, restored = saver.restore(state, source)
         rows = Rows(callbacks, restored)

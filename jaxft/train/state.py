@@ -8,11 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxft.adapters import combine, partition, trainable_mask
-from jaxft.adapters.committing import writes_back
+from jaxft.adapters import combine, overwritten, partition
 from jaxft.parallel import path_name
 from jaxft.train.books import Books, start_books
-from jaxft.weights import is_weight
 
 
 class TrainState(NamedTuple):
@@ -67,16 +65,6 @@ def init_state(
     carry = _checked_carry(start_books(books, params, carry))
     state = TrainState(jnp.zeros((), jnp.int32), params, opt_state, carry, key)
     return state._replace(opt_state=own(state.opt_state, trainable))
-
-
-def overwritten(params: Any) -> Any:
-    """Returns a tree like params with True for each leaf that a step changes: see `init_state`."""
-    return jax.tree.map(
-        lambda node, trains: jax.tree.map(lambda _: True, node) if writes_back(node) else trains,
-        params,
-        trainable_mask(params),
-        is_leaf=is_weight,
-    )
 
 
 def _check_trainable(trainable):

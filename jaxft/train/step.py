@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxft.adapters import combine, partition
+from jaxft.adapters import combine, overwritten, partition
 from jaxft.adapters.committing import commit, in_place
 from jaxft.adapters.untouched import untouched
 from jaxft.keys import stream
@@ -23,7 +23,7 @@ from jaxft.parallel import mesh_context
 from jaxft.train.accumulation import GradientEstimator, accumulate, in_slices
 from jaxft.train.books import Books, give, updated, where_good
 from jaxft.train.rows import refuse_names
-from jaxft.train.state import TrainState, overwritten
+from jaxft.train.state import TrainState
 
 Objective = Callable[..., tuple[jax.Array, dict[str, Any]]]
 Step = Callable[..., tuple[TrainState, dict[str, Any]]]

@@ -399,6 +399,36 @@ BAD = [
     ),
     ("reinforce", "places", ["--places", "4", "--turns", "2"], "does not go with --turns 2, whose"),
     ("reinforce", "server", ["--sampler-url", "http://x"], "needs --correction tokens or"),
+    (
+        "reinforce",
+        "staleness",
+        ["--max-staleness", "-1"],
+        "--max-staleness must be at least 0, got -1",
+    ),
+    (
+        "reinforce",
+        "stale",
+        ["--max-staleness", "1"],
+        "--max-staleness 1 needs --correction tokens or",
+    ),
+    (
+        "reinforce",
+        "stale server",
+        [*SERVED, "--max-staleness", "2"],
+        "--max-staleness 2 needs --push-dir with --sampler-url",
+    ),
+    (
+        "reinforce",
+        "stale algorithm",
+        ["--algorithm", "online_dpo", "--max-staleness", "1"],
+        "--max-staleness 1 is refused by --algorithm online_dpo, which computes its gradient at the",
+    ),
+    (
+        "reinforce",
+        "stale mesh",
+        ["--max-staleness", "1", "--correction", "tokens", "--fsdp", "-1", "--group-size", "8"],
+        "--max-staleness 1 needs one device, got 8",
+    ),
     ("reinforce", "push", lambda p: ["--push-dir", p], "has no effect without --sampler-url"),
     (
         "reinforce",

@@ -153,6 +153,8 @@ def test_failures_that_last_are_errors():
         (choice(finish_reason="abort"), "ended by 'abort'"),
         ((200, '{"choices": []}'), "asked for 1 choices, the server gave 0"),
         ((200, '["odd"]'), "asked for 1 choices, the server gave none"),
+        (choice(index=1), r"must have the indices 0 to 0 once each, the server gave \[1\]"),
+        ((200, '{"choices": ["odd"]}'), "choices must be objects"),
     ],
 )
 def test_answers_that_cannot_be_used_are_errors(reply, message):

@@ -287,7 +287,8 @@ def test_a_run_learns_and_goes_on_exactly_with_its_kl_weight(tmp_path):
 def test_later_epochs_shuffle_rows_and_a_rollout_in_a_checkpoint_is_not_sampled_again(tmp_path):
     asked = []
 
-    def rollout(params, draws, key, weight):
+    def rollout(params, place, key, weight):
+        draws = place.draws
         asked.append((draws, weight))
         kl = np.full(8, 1.0, np.float32)
         rows = np.arange(8)[:, None] + 10 * draws

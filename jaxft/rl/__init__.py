@@ -9,12 +9,15 @@ from jaxft.rl.algorithms import (
     expert_iteration,
     grpo,
     gspo,
+    luspo,
     nft,
     ppo,
     reads_kl_weight,
     reinforce_plus_plus,
     reinforce_with_baseline,
     rloo,
+    sapo,
+    vespo,
 )
 from jaxft.rl.collection import Collector, KlControl, collect
 from jaxft.rl.environments import Environment, Reply, tagged, try_again, with_tool
@@ -77,6 +80,7 @@ __all__ = [
     "expert_iteration",
     "grpo",
     "gspo",
+    "luspo",
     "mask_truncated",
     "nft",
     "offline_collect",
@@ -90,6 +94,8 @@ __all__ = [
     "reinforce_with_baseline",
     "right_samples",
     "rloo",
+    "sapo",
+    "vespo",
     "sample_groups",
     "sample_on_device",
     "tagged",

@@ -74,7 +74,7 @@ from jaxft.metrics import pass_at_k
 from jaxft.models import Decoder
 from jaxft.objectives import policy_gradient
 from jaxft.objectives.policy import token_mean
-from jaxft.rl.algorithms import clipped
+from jaxft.rl.token_losses import clipped
 
 LIMIT = sampling().max_new_tokens
 SAMPLES = 8  # for each held-out question

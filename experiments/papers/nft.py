@@ -74,7 +74,7 @@ from jaxft.objectives import policy_gradient
 from jaxft.objectives.policy import token_mean
 from jaxft.optim.perturbations import global_norm
 from jaxft.rl.advantages import centred_advantages, success_rates
-from jaxft.rl.algorithms import clipped, negative_aware
+from jaxft.rl.token_losses import clipped, negative_aware
 
 METHODS = ("NFT", "GRPO", "Dr. GRPO", "DAPO", "RFT", "only wrong answers")
 ABLATIONS = ("NFT, GRPO's weight", "NFT, weight 1", "NFT, λ = 0.5")

@@ -68,7 +68,7 @@ from jaxft.models import Decoder
 from jaxft.objectives import policy_gradient, token_supervised
 from jaxft.objectives.policy import token_mean
 from jaxft.rl import prompts_of
-from jaxft.rl.algorithms import clipped
+from jaxft.rl.token_losses import clipped
 
 METHODS = ("sft", "dft", "otr", "otr_expected", "grpo")
 ABLATIONS = ("otr, β = 0", "otr, κ = 1")

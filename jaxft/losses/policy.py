@@ -16,6 +16,7 @@ from jaxft.losses.supervised import CHUNK, scan_logits
 from jaxft.weights import WeightLike
 
 MAX_LOG_RATIO = 20.0  # e^20 is the largest ratio: one outlier must not make the loss infinite
+_LOG_SMALLEST = -18.420681  # log 1e-8
 
 
 def reinforce_loss(
@@ -110,16 +111,90 @@ def cispo_loss(
     old_log_probs: Float[Array, "*batch"],
     advantages: Float[Array, "*batch"],
     *,
-    clip_low: float = 1.0,
-    clip_high: float = 3.0,
+    clip_high: float = 5.0,
 ) -> Float[Array, "*batch"]:
-    """-sg(clip(ρ, 1 - ε_low, 1 + ε_high)) A log π: no token loses its gradient.
+    """-sg(min(ρ, ε_max)) A log π: no token loses its gradient.
 
-    CISPO: MiniMax, 2025, arxiv.org/abs/2506.13585.
+    CISPO: MiniMax, 2025, arxiv.org/abs/2506.13585, whose lower clip is off in their runs.
+
+    Args:
+        clip_high: ε_max, the largest weight itself and not its distance from 1, as in ScaleRL (Khatri et
+            al., 2025, arxiv.org/abs/2510.13786, which uses 5) and TRL's epsilon_high.
     """
+    if clip_high <= 0:
+        raise ValueError(f"cispo_loss: clip_high must be positive, got {clip_high}; 5 is usual.")
     ratio = jnp.exp(log_ratio(log_probs, old_log_probs))
-    weight = jax.lax.stop_gradient(jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high))
+    weight = jax.lax.stop_gradient(jnp.minimum(ratio, clip_high))
     return weight * reinforce_loss(log_probs, advantages)
+
+
+def sapo_loss(
+    log_ratio: Float[Array, "*batch"],
+    advantages: Float[Array, "*batch"],
+    *,
+    temperature_pos: float = 1.0,
+    temperature_neg: float = 1.05,
+) -> Float[Array, "*batch"]:
+    """-(4 / τ) σ(τ (ρ - 1)) A: a gate that falls smoothly as ρ leaves 1, instead of a clip.
+
+    SAPO: Gao et al., 2025, arxiv.org/abs/2511.20347. Its gradient at ρ = 1 is REINFORCE's.
+
+    Args:
+        temperature_pos, temperature_neg: τ where A > 0, and elsewhere; larger ones fall faster.
+    """
+    if min(temperature_pos, temperature_neg) <= 0:
+        raise ValueError(
+            "sapo_loss: temperatures must be positive, got "
+            f"{temperature_pos} and {temperature_neg}; the paper uses 1 and 1.05."
+        )
+    chex.assert_equal_shape([log_ratio, advantages])
+    advantages = jax.lax.stop_gradient(advantages)
+    tau = jnp.where(advantages > 0, temperature_pos, temperature_neg)
+    return -(4.0 / tau) * jax.nn.sigmoid(tau * (jnp.exp(log_ratio) - 1.0)) * advantages
+
+
+def gamma_weights(
+    log_ratios: Float[Array, "*batch"],
+    advantages: Float[Array, "*batch"],
+    *,
+    k_pos: float = 2.0,
+    lambda_pos: float = 3.0,
+    k_neg: float = 3.0,
+    lambda_neg: float = 2.0,
+) -> Float[Array, "*batch"]:
+    """φ(w) = w^k e^(λ (1 - w)), no gradient: 1 at w = 1, and near 0 for w far below or above it.
+
+    VESPO: 2026, arxiv.org/abs/2602.10693. -φ(w) A log π is its loss. As in TRL, log w is limited
+    to [log 1e-8, 20].
+
+    Args:
+        log_ratios: log w of whole sequences, w = π / π_sampler.
+        k_pos, lambda_pos: k and λ where A >= 0; k_neg, lambda_neg where A < 0.
+    """
+    if min(k_pos, k_neg) < 0 or min(lambda_pos, lambda_neg) <= 0:
+        raise ValueError(
+            "gamma_weights: k must be at least 0 and λ positive, got "
+            f"{k_pos}, {k_neg} and {lambda_pos}, {lambda_neg}."
+        )
+    chex.assert_equal_shape([log_ratios, advantages])
+    log_w = jnp.clip(log_ratios, _LOG_SMALLEST, MAX_LOG_RATIO)
+    k = jnp.where(advantages >= 0, k_pos, k_neg)
+    rate = jnp.where(advantages >= 0, lambda_pos, lambda_neg)
+    return jax.lax.stop_gradient(jnp.exp(k * log_w + rate * (1.0 - jnp.exp(log_w))))
+
+
+def most_uncertain(
+    entropies: Float[Array, "B T"], mask: Bool[Array, "B T"], share: float
+) -> Bool[Array, "B T"]:
+    """The masked tokens whose entropy is at least the (1 - share) quantile of the masked tokens' entropies.
+
+    Wang et al., 2025, "Beyond the 80/20 rule", arxiv.org/abs/2506.01939, with a share of 0.2. The quantile
+    is interpolated, over all rows that the loss sees at once.
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"most_uncertain: share must lie in (0, 1], got {share}; 0.2 is usual.")
+    known = jnp.where(mask, entropies.astype(jnp.float32), jnp.nan)
+    return mask & (entropies >= jnp.nanquantile(known, 1.0 - share))
 
 
 def nft_loss(
@@ -258,53 +333,3 @@ def overlong_penalty(lengths: Float[Array, " B"], budget: int, buffer: int) -> F
     if not 0 < buffer <= budget:
         raise ValueError(f"overlong_penalty: needs 0 < buffer <= budget, got {buffer}, {budget}.")
     return jnp.clip((budget - buffer - lengths) / buffer, -1.0, 0.0)
-
-
-def truncated_weights(
-    old_log_probs: Float[Array, "*batch"],
-    sampler_log_probs: Float[Array, "*batch"],
-    *,
-    cap: float = 2.0,
-) -> Float[Array, "*batch"]:
-    """min(π_old / π_sampler, C) per token, no gradient: corrects for the sampler's numerics.
-
-    Truncated importance sampling: Ionides, 2008, doi.org/10.1198/106186008X320456. Multiply only
-    the policy term by it, not KL, values or entropy. NaN log-probs give the weight 0.
-    """
-    if cap <= 0:
-        raise ValueError(f"truncated_weights: cap must be positive, got {cap}.")
-    return jnp.minimum(_weights(old_log_probs, sampler_log_probs), cap)
-
-
-def banded_weights(
-    old_log_probs: Float[Array, "*batch"],
-    sampler_log_probs: Float[Array, "*batch"],
-    *,
-    low: float = 0.5,
-    high: float = 2.0,
-) -> Float[Array, "*batch"]:
-    """π_old / π_sampler within [low, high], and 0 outside (masked importance sampling, IcePop)."""
-    if not 0 <= low < high:
-        raise ValueError(f"banded_weights: needs 0 <= low < high, got {low} and {high}.")
-    weights = _weights(old_log_probs, sampler_log_probs)
-    return jnp.where((weights >= low) & (weights <= high), weights, 0.0)
-
-
-def truncated_sequence_weights(
-    old_log_probs: Float[Array, "B T"],
-    sampler_log_probs: Float[Array, "B T"],
-    mask: Bool[Array, "B T"],
-    *,
-    cap: float = 2.0,
-) -> Float[Array, " B"]:
-    """min(Π_t π_old / π_sampler, C) per sequence, no gradient; unbiased below C, long ones vary more."""
-    if cap <= 0:
-        raise ValueError(f"truncated_sequence_weights: cap must be positive, got {cap}.")
-    difference = jnp.where(mask, log_ratio(old_log_probs, sampler_log_probs), 0.0)
-    total = jnp.clip(jnp.sum(difference, axis=1), -MAX_LOG_RATIO, MAX_LOG_RATIO)
-    return jnp.minimum(jax.lax.stop_gradient(jnp.nan_to_num(jnp.exp(total))), cap)
-
-
-def _weights(old_log_probs, sampler_log_probs):
-    ratio = jnp.exp(log_ratio(old_log_probs, sampler_log_probs))
-    return jax.lax.stop_gradient(jnp.nan_to_num(ratio))

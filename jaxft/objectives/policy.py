@@ -52,6 +52,8 @@ def policy_gradient(
     entropy_weight: float = 0.0,
     correction: Correction | None = None,
     auxiliary: Auxiliary | None = None,
+    top_entropy: float = 1.0,
+    corrects_kl: bool = False,
     chunk: int | None = None,
 ) -> Objective:
     """objective(params, batch, key) = reduction of w L_t + β KL_t - c H_t over the policy's tokens.
@@ -76,6 +78,10 @@ def policy_gradient(
         correction: (old_log_probs, sampler_log_probs, mask) -> w, such as `token_correction()`.
         auxiliary: an additional loss of the hidden states that predict the tokens, such as
             `value_loss()`.
+        top_entropy: share of the tokens, those of the highest entropy, that L and H are summed over; the
+            reduction still divides by all tokens (`most_uncertain`). Below 1, the cost is entropy_weight's.
+        corrects_kl: multiplies KL_t by π / π_old, so that a rollout's later updates have the gradient of the
+            current policy's KL: DeepSeek-V3.2, 2025, arxiv.org/abs/2512.02556.
         chunk: see `linear_log_probs`.
     """
     if temperature <= 0:
@@ -85,11 +91,15 @@ def policy_gradient(
     if kl_weight < 0:
         raise ValueError(f"policy_gradient: kl_weight must be at least 0, got {kl_weight}.")
 
+    if not 0 < top_entropy <= 1:
+        raise ValueError(f"policy_gradient: top_entropy must lie in (0, 1], got {top_entropy}.")
+
     on_all_rows = [
         name
         for name, there in {
             f"kl_weight {kl_weight}": kl_weight,
             f"entropy_weight {entropy_weight}": entropy_weight,
+            f"top_entropy {top_entropy}": top_entropy < 1,
             "an auxiliary loss": auxiliary is not None,
         }.items()
         if there
@@ -117,17 +127,21 @@ def policy_gradient(
             shown["kl_old"] = losses.kl_k3(still, old)
         if "ref_log_probs" in batch:
             shown["kl"] = losses.kl_k3(still, batch["ref_log_probs"])
-        if kl_weight:
-            loss = loss + kl_weight * kl(log_probs, _reference(batch))
-        if entropy_weight:
-            entropy = losses.linear_entropy(
+        if entropy_weight or top_entropy < 1:
+            shown["entropy"] = entropy = losses.linear_entropy(
                 found.hidden,
                 found.head,
                 temperature=temperature,
                 softcap=found.softcap,
                 chunk=losses.CHUNK if chunk is None else chunk,
             )
-            loss, shown["entropy"] = loss - entropy_weight * entropy, entropy
+            loss = loss - entropy_weight * entropy
+        if top_entropy < 1:
+            loss = jnp.where(losses.most_uncertain(entropy, mask, top_entropy), loss, 0.0)
+        if kl_weight:
+            penalty = kl(log_probs, _reference(batch))
+            ratio = jnp.exp(losses.log_ratio(log_probs, old)) if corrects_kl else 1.0
+            loss = loss + kl_weight * ratio * penalty
         if auxiliary is not None:
             more, metrics = auxiliary(params, found.hidden, batch)
             loss, shown = loss + more, shown | metrics
@@ -192,6 +206,21 @@ def sequence_correction(cap: float = 2.0) -> Correction:
 
     def weights(old, sampled, mask):
         return spread(losses.truncated_sequence_weights(old, sampled, mask, cap=cap), old)
+
+    return weights
+
+
+def token_mask(low: float = 0.0, high: float = 2.0) -> Correction:
+    """`banded_weights` of each token."""
+    return lambda old, sampled, mask: losses.banded_weights(old, sampled, low=low, high=high)
+
+
+def sequence_mask(low: float = 0.0, high: float = 2.0) -> Correction:
+    """`banded_sequence_weights` of each row, for all of its tokens."""
+
+    def weights(old, sampled, mask):
+        found = losses.banded_sequence_weights(old, sampled, mask, low=low, high=high)
+        return spread(found, old)
 
     return weights
 

@@ -9,12 +9,15 @@ from jaxft.rl.algorithms import (
     expert_iteration,
     grpo,
     gspo,
+    luspo,
     nft,
     ppo,
     reads_kl_weight,
     reinforce_plus_plus,
     reinforce_with_baseline,
     rloo,
+    sapo,
+    vespo,
 )
 from jaxft.rl.collection import Collector, KlControl, collect
 from jaxft.rl.environments import Environment, Reply, tagged, try_again, with_tool
@@ -82,6 +85,7 @@ __all__ = [
     "grpo",
     "gspo",
     "in_groups",
+    "luspo",
     "mask_truncated",
     "nft",
     "offline_collect",
@@ -96,6 +100,8 @@ __all__ = [
     "reinforce_with_baseline",
     "right_samples",
     "rloo",
+    "sapo",
+    "vespo",
     "sample_groups",
     "sample_on_device",
     "tagged",

@@ -64,6 +64,46 @@ def leave_one_out_advantages(rewards: Float[Array, " B"], group_size: int) -> Fl
     return _rows(_centred(groups, counted) * count / jnp.maximum(count - 1, 1))
 
 
+def batch_scaled_advantages(
+    rewards: Float[Array, " B"], group_size: int, *, eps: float = 1e-4
+) -> Float[Array, " B"]:
+    """(r - mean of its group) / (std of the batch + ε), with the unbiased standard deviation.
+
+    Liu et al., 2025, "Tricks or traps?", arxiv.org/abs/2508.08221; TRL's scale_rewards="batch".
+    """
+    groups, counted = _groups(rewards, group_size, "batch_scaled_advantages")
+    return _rows(_centred(groups, counted)) / (_deviation(_rows(groups), _rows(counted)) + eps)
+
+
+def normalised_advantages(
+    advantages: Float[Array, " B"], rewards: Float[Array, " B"], *, eps: float = 1e-4
+) -> Float[Array, " B"]:
+    """(A - mean) / (std + ε) over the rows whose reward is a number; 0 for the others.
+
+    TRL's normalize_advantages of RLOO.
+    """
+    counted = ~jnp.isnan(rewards)
+    kept = jnp.where(counted, advantages, 0.0)
+    mean = jnp.sum(kept) / jnp.maximum(jnp.sum(counted), 1)
+    scaled = (advantages - mean) / (_deviation(kept, counted) + eps)
+    return jax.lax.stop_gradient(jnp.where(counted, scaled, 0.0))
+
+
+def normalised_sum_advantages(
+    rewards: Float[Array, "B K"], weights: Float[Array, " K"], group_size: int, *, eps: float = 1e-4
+) -> Float[Array, " B"]:
+    """Σ_k w_k `grpo_advantages`(r_k), normalised over the batch: no reward drowns another by its scale.
+
+    GDPO: Liu et al., 2026, arxiv.org/abs/2601.05242; TRL's multi_objective_aggregation
+    "normalize_then_sum". A NaN is left out of its own reward only; a row of NaNs gets 0.
+    """
+    chex.assert_shape(weights, (rewards.shape[1],))
+    each = [grpo_advantages(column, group_size, eps=eps) for column in rewards.T]
+    total = jnp.tensordot(weights, jnp.stack(each), axes=1)
+    judged = jnp.where(jnp.all(jnp.isnan(rewards), axis=1), jnp.nan, 0.0)
+    return normalised_advantages(total, judged, eps=eps)
+
+
 def baseline_advantages(
     rewards: Float[Array, " B"], baselines: Float[Array, " B"]
 ) -> Float[Array, " B"]:
@@ -167,6 +207,47 @@ def generalised_advantages(
     return jax.lax.stop_gradient((advantages, returns))
 
 
+def v_trace(
+    rewards: Float[Array, "B T"],
+    values: Float[Array, "B T"],
+    log_ratios: Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    gamma: float = 1.0,
+    lam: float = 1.0,
+    *,
+    clip_rho: float = 1.0,
+    clip_pg_rho: float = 1.0,
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+    """(A, v): v_t - V_t = ρ_t δ_t + γ c_t (v_{t+1} - V_{t+1}), A_t = ρ'_t (r_t + γ q_{t+1} - V_t).
+
+    V-trace: Espeholt et al., 2018, arxiv.org/abs/1802.01561, eq. 1 and section 4.2, in the form of
+    rlax.vtrace_td_error_and_advantage: δ_t = r_t + γ V_{t+1} - V_t, ρ = min(π / μ, ρ̄),
+    c = λ min(π / μ, 1), ρ' = min(π / μ, clip_pg_rho), q = λ v + (1 - λ) V. Both are 0 off the mask, and V
+    and v after the end. Other tokens are skipped, as in `generalised_advantages`, whose returns with
+    λ = 1 are v where π = μ.
+
+    Args:
+        log_ratios: log π - log μ, μ the policy that sampled.
+        clip_rho: ρ̄; infinity makes π's own value the fixed point, lower bounds have less variance.
+    """
+    chex.assert_equal_shape([rewards, values, log_ratios, mask])
+
+    def step(carry, xs):
+        reward, value, ratio, counts = xs
+        next_value, next_error = carry  # V_{t+1}, v_{t+1} - V_{t+1}
+        delta = jnp.minimum(ratio, clip_rho) * (reward + gamma * next_value - value)
+        error = delta + gamma * lam * jnp.minimum(ratio, 1.0) * next_error
+        target = reward + gamma * (next_value + lam * next_error)
+        advantage = jnp.minimum(ratio, clip_pg_rho) * (target - value)
+        carry = (jnp.where(counts, value, next_value), jnp.where(counts, error, next_error))
+        return carry, (advantage, error + value)
+
+    floats = (x.astype(jnp.float32).T for x in (rewards, values, jnp.exp(log_ratios)))
+    zeros = jnp.zeros(rewards.shape[0], jnp.float32)
+    _, found = jax.lax.scan(step, (zeros, zeros), (*floats, mask.T), reverse=True)
+    return jax.lax.stop_gradient(tuple(jnp.where(mask, x.T, 0.0) for x in found))
+
+
 def success_rates(rewards: Float[Array, " B"], group_size: int) -> Float[Array, " B"]:
     """Mean reward of each row's group, over rows with a verdict; 0 if there are none."""
     groups, counted = _groups(rewards, group_size, "success_rates")
@@ -196,6 +277,14 @@ def _groups(rewards, group_size, name):
 
 def _rows(groups):
     return groups.reshape(-1)
+
+
+def _deviation(values, counted):
+    """The unbiased standard deviation of the counted values [B]."""
+    count = jnp.sum(counted)
+    mean = jnp.sum(jnp.where(counted, values, 0.0)) / jnp.maximum(count, 1)
+    squares = jnp.sum(jnp.where(counted, (values - mean) ** 2, 0.0))
+    return jnp.sqrt(squares / jnp.maximum(count - 1, 1))
 
 
 _count = functools.partial(jnp.sum, axis=1, keepdims=True)

@@ -11,7 +11,7 @@ Each is a function of `build`, a partial of `policy_gradient` with the model and
     fit(params, objective, optimizer, batches, steps=100)
 
 Write others from the same parts: Algorithm(advantages(centred_advantages, 8), build(clipped(), token_mean)).
-The formulas are in jaxft.rl.advantages and jaxft.losses.policy; this module combines them.
+The formulas are in jaxft.rl.advantages, jaxft.rl.token_losses and jaxft.losses.policy.
 """
 
 from __future__ import annotations
@@ -25,11 +25,10 @@ import jax.numpy as jnp
 from jaxft import losses
 from jaxft.objectives import Objective, value_loss
 from jaxft.objectives.policy import (
-    TokenLoss,
+    Correction,
     constant_length,
     sequence_mean,
     sequence_sum,
-    spread,
     token_mean,
 )
 from jaxft.rl.advantages import (
@@ -38,13 +37,25 @@ from jaxft.rl.advantages import (
     generalised_advantages,
     grpo_advantages,
     leave_one_out_advantages,
+    normalised_advantages,
     placed_rewards,
     reinforce_plus_plus_advantages,
     success_rates,
     whiten,
 )
+from jaxft.rl.token_losses import (
+    clipped,
+    clipped_sums,
+    gamma_weighted,
+    negative_aware,
+    reinforce,
+    sequence_clipped,
+    soft_gated,
+    weight_clipped,
+)
 
 Build = Callable[..., Objective]  # (token_loss, reduction) -> objective
+Advantage = Callable[[jax.Array, int], jax.Array]  # (rewards [B], group_size) -> [B]
 # (rewards [B], batch) -> further fields that the objective needs, such as {"advantages": [B]}
 Credit = Callable[[jax.Array, dict[str, Any]], dict[str, Any]]
 
@@ -62,75 +73,161 @@ def reads_kl_weight(credit: Credit) -> Credit:
     return credit
 
 
-def reinforce_with_baseline(build: Build, clip: float = 0.2) -> Algorithm:
+def reinforce_with_baseline(
+    build: Build, *, clip_low: float = 0.2, clip_high: float = 0.2
+) -> Algorithm:
     """-(r - mean of the batch) Σ_t log π_t: Williams, 1992, doi.org/10.1007/BF00992696.
 
     With several updates per rollout, the clipped ratio of each sequence replaces log π.
     """
     credit = lambda rewards, batch: {"advantages": centred_advantages(rewards, len(rewards))}
-    return Algorithm(credit, build(clipped_sums(clip), sequence_sum))
+    return Algorithm(credit, build(clipped_sums(clip_low, clip_high), sequence_sum))
 
 
-def rloo(build: Build, group_size: int, reward_kl: float = 0.0, clip: float = 0.2) -> Algorithm:
+def rloo(
+    build: Build,
+    group_size: int,
+    reward_kl: float = 0.0,
+    *,
+    normalised: bool = False,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+) -> Algorithm:
     """RLOO: Ahmadian et al., 2024, arxiv.org/abs/2402.14740; leave-one-out baselines, summed tokens.
 
     Args:
         reward_kl: β of the KL to the reference in the reward (k1, summed); needs ref_log_probs.
-        clip: ε for the ratio of each sequence, which is 1 at a rollout's first update: see `clipped_sums`.
+        normalised: normalises advantages over the rollout (`normalised_advantages`).
+        clip_low, clip_high: ε_low and ε_high for the ratio of each sequence, which is 1 at a rollout's first
+            update: see `clipped_sums`.
     """
 
     @reads_kl_weight
     def credit(rewards, batch):
         if (penalties := _penalties(batch, reward_kl)) is not None:
             rewards = rewards - jnp.sum(penalties, axis=1)
-        return {"advantages": leave_one_out_advantages(rewards, group_size)}
+        found = leave_one_out_advantages(rewards, group_size)
+        return {"advantages": normalised_advantages(found, rewards) if normalised else found}
 
-    return Algorithm(credit, build(clipped_sums(clip), sequence_sum))
-
-
-def grpo(build: Build, group_size: int, clip: float = 0.2) -> Algorithm:
-    """GRPO: Shao et al., 2024, arxiv.org/abs/2402.03300, eq. 3; the KL is `kl_weight` of build."""
-    return Algorithm(
-        advantages(grpo_advantages, group_size), build(clipped(clip, clip), sequence_mean)
-    )
+    return Algorithm(credit, build(clipped_sums(clip_low, clip_high), sequence_sum))
 
 
-def dr_grpo(build: Build, group_size: int, length: int, clip: float = 0.2) -> Algorithm:
+def grpo(
+    build: Build,
+    group_size: int,
+    *,
+    advantage: Advantage = grpo_advantages,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+) -> Algorithm:
+    """GRPO: Shao et al., 2024, arxiv.org/abs/2402.03300, eq. 3; the KL is `kl_weight` of build.
+
+    Args:
+        advantage: of the rewards in groups, here and below: `grpo_advantages`, `batch_scaled_advantages`
+            or `centred_advantages` (TRL's scale_rewards "group", "batch" and "none").
+    """
+    objective = build(clipped(clip_low, clip_high), sequence_mean)
+    return Algorithm(advantages(advantage, group_size), objective)
+
+
+def dr_grpo(
+    build: Build, group_size: int, length: int, *, clip_low: float = 0.2, clip_high: float = 0.2
+) -> Algorithm:
     """Dr. GRPO: Liu et al., 2025, arxiv.org/abs/2503.20783: no division by deviation or response length.
 
     Args:
         length: the generation budget in tokens, by which sums over tokens are divided.
     """
-    objective = build(clipped(clip, clip), constant_length(length))
+    objective = build(clipped(clip_low, clip_high), constant_length(length))
     return Algorithm(advantages(centred_advantages, group_size), objective)
 
 
 def dapo(
-    build: Build, group_size: int, clip_low: float = 0.2, clip_high: float = 0.28
+    build: Build,
+    group_size: int,
+    *,
+    advantage: Advantage = grpo_advantages,
+    clip_low: float = 0.2,
+    clip_high: float = 0.28,
 ) -> Algorithm:
     """DAPO: Yu et al., 2025, arxiv.org/abs/2503.14476: two clip bounds, mean over all tokens.
 
     Its dynamic sampling is `until_contrast`, its overlong penalty `add_penalty` (jaxft.rl.transforms).
     """
     objective = build(clipped(clip_low, clip_high), token_mean)
-    return Algorithm(advantages(grpo_advantages, group_size), objective)
+    return Algorithm(advantages(advantage, group_size), objective)
 
 
 def gspo(
-    build: Build, group_size: int, clip_low: float = 3e-4, clip_high: float = 4e-4
+    build: Build,
+    group_size: int,
+    *,
+    advantage: Advantage = grpo_advantages,
+    clip_low: float = 3e-4,
+    clip_high: float = 4e-4,
 ) -> Algorithm:
     """GSPO: Zheng et al., 2025, arxiv.org/abs/2507.18071: ratios of whole sequences."""
     objective = build(sequence_clipped(clip_low, clip_high), sequence_mean)
-    return Algorithm(advantages(grpo_advantages, group_size), objective)
+    return Algorithm(advantages(advantage, group_size), objective)
 
 
-def cispo(build: Build, group_size: int, clip_high: float = 3.0) -> Algorithm:
+def luspo(
+    build: Build,
+    group_size: int,
+    *,
+    advantage: Advantage = grpo_advantages,
+    clip_low: float = 3e-4,
+    clip_high: float = 4e-4,
+) -> Algorithm:
+    """LUSPO: 2026, arxiv.org/abs/2602.05261: GSPO whose sequences count by their lengths.
+
+    The paper's loss of a sequence is its length times GSPO's, that is the sum over its tokens.
+    """
+    objective = build(sequence_clipped(clip_low, clip_high), sequence_sum)
+    return Algorithm(advantages(advantage, group_size), objective)
+
+
+def cispo(
+    build: Build,
+    group_size: int,
+    *,
+    advantage: Advantage = grpo_advantages,
+    clip_high: float = 5.0,
+) -> Algorithm:
     """CISPO: MiniMax, 2025, arxiv.org/abs/2506.13585: clips the weight, so every token keeps a gradient."""
-    objective = build(weight_clipped(1.0, clip_high), token_mean)
-    return Algorithm(advantages(grpo_advantages, group_size), objective)
+    objective = build(weight_clipped(clip_high), token_mean)
+    return Algorithm(advantages(advantage, group_size), objective)
 
 
-def reinforce_plus_plus(build: Build, reward_kl: float = 0.0, clip: float = 0.2) -> Algorithm:
+def sapo(
+    build: Build, group_size: int, *, advantage: Advantage = grpo_advantages, **temperatures: float
+) -> Algorithm:
+    """SAPO: Gao et al., 2025, arxiv.org/abs/2511.20347: a smooth gate of each ratio; see `sapo_loss`."""
+    objective = build(soft_gated(**temperatures), sequence_mean)
+    return Algorithm(advantages(advantage, group_size), objective)
+
+
+def vespo(
+    build: Build,
+    group_size: int,
+    *,
+    advantage: Advantage = grpo_advantages,
+    correction: Correction | None = None,
+    **shape: float,
+) -> Algorithm:
+    """VESPO: 2026, arxiv.org/abs/2602.10693: the weight of a sequence is `gamma_weights` of its ratio.
+
+    Args:
+        correction: per token; enters the ratio of the sequence instead of multiplying the loss.
+        shape: k_pos, lambda_pos, k_neg, lambda_neg of `gamma_weights`.
+    """
+    objective = build(gamma_weighted(correction, **shape), token_mean, correction=None)
+    return Algorithm(advantages(advantage, group_size), objective)
+
+
+def reinforce_plus_plus(
+    build: Build, reward_kl: float = 0.0, *, clip_low: float = 0.2, clip_high: float = 0.2
+) -> Algorithm:
     """REINFORCE++: Hu et al., 2025, arxiv.org/abs/2501.03262: rewards to go, whitened over the batch.
 
     Args:
@@ -143,7 +240,7 @@ def reinforce_plus_plus(build: Build, reward_kl: float = 0.0, clip: float = 0.2)
         penalties = _penalties(batch, reward_kl)
         return {"advantages": reinforce_plus_plus_advantages(rewards, mask, penalties)}
 
-    return Algorithm(credit, build(clipped(clip, clip), sequence_mean))
+    return Algorithm(credit, build(clipped(clip_low, clip_high), sequence_mean))
 
 
 def ppo(
@@ -152,7 +249,8 @@ def ppo(
     *,
     gamma: float = 1.0,
     lam: float = 0.95,
-    clip: float = 0.2,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
     value_clip: float = 0.2,
     value_weight: float = 0.1,
 ) -> Algorithm:
@@ -183,7 +281,7 @@ def ppo(
         }
 
     critic = value_loss(value_weight, value_clip)
-    return Algorithm(credit, build(clipped(clip, clip), token_mean, auxiliary=critic))
+    return Algorithm(credit, build(clipped(clip_low, clip_high), token_mean, auxiliary=critic))
 
 
 def expert_iteration(build: Build) -> Algorithm:
@@ -220,110 +318,7 @@ def nft(
     return Algorithm(credit, build(loss, token_mean))
 
 
-def reinforce() -> TokenLoss:
-    """-A log π: see `reinforce_loss`. For one update per rollout; `clipped_sums` is for several.
-
-    The TokenLoss raises ValueError if the batch has old_log_probs, which `collect` adds for several updates
-    per rollout: -A log π has no importance ratio, so from the second update on its gradient is biased.
-    """
-
-    def token_loss(log_probs, old, batch):
-        if "old_log_probs" in batch:
-            raise ValueError(
-                "reinforce: -A log π has no importance ratio, so it allows only one update a rollout "
-                "(updates=1, epochs=1), but the batch has old_log_probs, as for several. For these, use "
-                "clipped_sums() or clipped(), that is rloo, grpo, dapo or ppo."
-            )
-        return losses.reinforce_loss(log_probs, spread(batch["advantages"], log_probs)), {}
-
-    return token_loss
-
-
-def clipped_sums(clip: float = 0.2) -> TokenLoss:
-    """REINFORCE's and RLOO's clipped ratio of each sequence's probability; use with `sequence_sum`.
-
-    A sequence's tokens add up to -min(ρ A, clip(ρ, 1 ± ε) A), ρ = Π_t π / π_old, as in TRL's RLOOTrainer
-    (huggingface.co/docs/trl/rloo_trainer). At the sampling policy, its gradient equals that of `reinforce`.
-    """
-
-    def token_loss(log_probs, old, batch):
-        mask = batch["completion_mask"]
-        ratio = losses.summed_log_ratio(log_probs, old, mask)
-        loss, shown = _clipped(ratio, batch, clip, clip, None)
-        # Each token gets an equal share of the sequence's value and the gradient of its own log-prob.
-        share = 1.0 / jnp.maximum(jnp.sum(mask, axis=1, keepdims=True), 1)
-        return loss + jax.lax.stop_gradient((share - 1.0) * loss), shown
-
-    return token_loss
-
-
-def clipped(
-    clip_low: float = 0.2, clip_high: float = 0.2, dual_clip: float | None = None
-) -> TokenLoss:
-    """PPO's, GRPO's and DAPO's clipped ratio of each token; logs the fraction clipped at each bound."""
-
-    def token_loss(log_probs, old, batch):
-        ratio = losses.log_ratio(log_probs, old)
-        return _clipped(ratio, batch, clip_low, clip_high, dual_clip)
-
-    return token_loss
-
-
-def sequence_clipped(clip_low: float = 3e-4, clip_high: float = 4e-4) -> TokenLoss:
-    """GSPO's clipped ratio of each sequence; use with `sequence_mean`."""
-
-    def token_loss(log_probs, old, batch):
-        ratio = losses.sequence_log_ratio(log_probs, old, batch["completion_mask"])
-        return _clipped(ratio, batch, clip_low, clip_high, None)
-
-    return token_loss
-
-
-def weight_clipped(clip_low: float = 1.0, clip_high: float = 3.0) -> TokenLoss:
-    """CISPO's clipped weight: see `cispo_loss`."""
-
-    def token_loss(log_probs, old, batch):
-        advantages = spread(batch["advantages"], log_probs)
-        loss = losses.cispo_loss(log_probs, old, advantages, clip_low=clip_low, clip_high=clip_high)
-        return loss, {}
-
-    return token_loss
-
-
-def negative_aware(
-    prompt_weight: Callable[[jax.Array], jax.Array] = lambda rate: 1.0 - rate,
-    *,
-    floor: float = 1.0,
-    negative_weight: float = 1.0,
-) -> TokenLoss:
-    """NFT's likelihoods of correct and wrong answers: see `nft_loss`.
-
-    The batch has `correct` [B] (bool) and `success_rates` [B] instead of advantages. Prompts whose answers
-    are all correct or all wrong have weight 0, as if they had been dropped.
-
-    Args:
-        prompt_weight: weight by success rate r: 1 - r (Dr. GRPO, on-policy), sqrt((1 - r) / r) (GRPO) or 1.
-        floor, negative_weight: see `nft_loss`; negative_weight 0 and prompt_weight 1 are rejection sampling.
-    """
-
-    def token_loss(log_probs, old, batch):
-        rates = batch["success_rates"]
-        ratio = losses.log_ratio(log_probs, old)
-        loss = losses.nft_loss(
-            ratio,
-            spread(batch["correct"], log_probs),
-            spread(rates, log_probs),
-            floor=floor,
-            negative_weight=negative_weight,
-        )
-        mixed = (rates > 0) & (rates < 1)
-        weight = jnp.where(mixed, prompt_weight(jnp.clip(rates, 0.02, 0.98)), 0.0)
-        return spread(weight, log_probs) * loss, {}
-
-    return token_loss
-
-
-def advantages(function: Callable[[jax.Array, int], jax.Array], group_size: int) -> Credit:
+def advantages(function: Advantage, group_size: int) -> Credit:
     """Returns the credit that computes advantages by `function`(rewards, group_size)."""
     return lambda rewards, batch: {"advantages": function(rewards, group_size)}
 
@@ -340,12 +335,3 @@ def _penalties(batch, reward_kl):
     weight = jnp.asarray(batch["kl_weight"])[:, None] if "kl_weight" in batch else reward_kl
     kl = losses.kl_k1(old, jnp.asarray(batch["ref_log_probs"]))
     return jnp.where(batch["completion_mask"], weight * kl, 0.0)
-
-
-def _clipped(ratio, batch, clip_low, clip_high, dual_clip):
-    advantages = spread(batch["advantages"], ratio)
-    loss = losses.clipped_surrogate(
-        ratio, advantages, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip
-    )
-    low, high = losses.clipped_tokens(ratio, advantages, clip_low, clip_high)
-    return loss, {"clipped_low": low, "clipped_high": high}

@@ -23,9 +23,10 @@ from jaxft.models import Decoder
 from jaxft.objectives.policy import sequence_sum
 from jaxft.objectives.preferences import PairLoss
 from jaxft.parallel import in_turn, mesh_context, to_host
-from jaxft.rl.algorithms import Algorithm, Build, reinforce
+from jaxft.rl.algorithms import Algorithm, Build
 from jaxft.rl.prompts import Prompts
 from jaxft.rl.rollouts import Batch, model_inputs, sample_groups
+from jaxft.rl.token_losses import reinforce
 from jaxft.rl.transforms import policy_log_probs
 
 

@@ -31,7 +31,7 @@ from jaxft.objectives import (
 from jaxft.objectives.policy import sequence_mean, token_mean
 from jaxft.optim import with_tram
 from jaxft.parallel import batch_sharding, token_sharding
-from jaxft.rl.algorithms import clipped, negative_aware
+from jaxft.rl.token_losses import clipped, negative_aware
 from jaxft.train.batches import TOKENS
 
 Name = Literal["sft", "grpo", "dpo", "hypo", "dco", "ppo", "nft", "otr", "tram", "classify"]

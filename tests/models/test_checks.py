@@ -11,7 +11,7 @@ from jaxft.losses import dpo_loss
 from jaxft.models import Prediction
 from jaxft.objectives.policy import token_mean
 from jaxft.rewards import sequence_rewards
-from jaxft.rl.algorithms import clipped
+from jaxft.rl.token_losses import clipped
 
 B, T, D, V = 3, 5, 4, 7
 PARAMS = {

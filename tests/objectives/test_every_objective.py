@@ -22,7 +22,7 @@ from jaxft.objectives import policy_gradient
 from jaxft.objectives.policy import sequence_mean, token_correction
 from jaxft.parallel import make_mesh, mesh_context, shard_params
 from jaxft.rewards import add_reward_head, pair_scores
-from jaxft.rl.algorithms import clipped
+from jaxft.rl.token_losses import clipped
 from jaxft.train import accumulate, evaluate, make_eval_step
 from jaxft.train.batches import place_batch
 from jaxft.weights import is_weight, to_dense
@@ -258,7 +258,10 @@ OBJECTIVES = {
     "dr_grpo": learning(lambda: rl.dr_grpo(BUILD, GROUP, RESPONSE)),
     "dapo": learning(lambda: rl.dapo(BUILD, GROUP)),
     "gspo": learning(lambda: rl.gspo(BUILD, GROUP)),
+    "luspo": learning(lambda: rl.luspo(BUILD, GROUP)),
     "cispo": learning(lambda: rl.cispo(BUILD, GROUP)),
+    "sapo": learning(lambda: rl.sapo(BUILD, GROUP)),
+    "vespo": learning(lambda: rl.vespo(BUILD, GROUP)),
     "reinforce_plus_plus": learning(lambda: rl.reinforce_plus_plus(BUILD, reward_kl=0.01)),
     "expert_iteration": learning(lambda: rl.expert_iteration(BUILD), True),
     "nft": learning(lambda: rl.nft(BUILD, GROUP)),

@@ -20,7 +20,7 @@ from jaxft.objectives.policy import (
     token_correction,
     token_mean,
 )
-from jaxft.rl.algorithms import clipped, clipped_sums, reinforce
+from jaxft.rl.token_losses import clipped, clipped_sums, reinforce
 from tests.small_models import forward_of, start
 
 ROWS, PROMPT, RESPONSE, VOCABULARY = 8, 4, 5, 11
@@ -232,7 +232,7 @@ def slow_loss(name, log_p, batch):
         elif name == "gspo":
             rows.append(surrogate(jnp.exp(jnp.mean(p - q)), a, 3e-4, 4e-4)[:1])
         elif name == "cispo":
-            weight = jax.lax.stop_gradient(jnp.clip(jnp.exp(p - q), 0.0, 4.0))
+            weight = jax.lax.stop_gradient(jnp.minimum(jnp.exp(p - q), 5.0))
             rows.append(-weight * a * p)
         else:
             rows.append(surrogate(jnp.exp(p - q), a, 0.2, 0.28 if name == "dapo" else 0.2))

@@ -52,7 +52,7 @@ class Sampler:
         } | own
 
 
-def run(sampler, steps=6, most=0, objective=None, **settings):
+def run(sampler, steps=6, most=0, objective=None, transforms=(), **settings):
     """Rows of a run whose param `w` counts the steps."""
     objective = objective or (
         lambda params, batch, key: (
@@ -62,7 +62,8 @@ def run(sampler, steps=6, most=0, objective=None, **settings):
         )
     )
     made = {n: settings.pop(n) for n in ("updates", "epochs") if n in settings}
-    batches = rl.collect(PROMPTS, sampler, CREDIT, max_staleness=most, rollouts=steps, **made)
+    made |= dict(max_staleness=most, rollouts=steps)
+    batches = rl.collect(PROMPTS, sampler, CREDIT, *transforms, **made)
     args = {"w": jnp.zeros(())}, objective, optax.sgd(-1.0), batches
     return fit(*args, steps=steps, **settings)[1]
 
@@ -151,7 +152,18 @@ def test_an_error_of_the_sampler_is_raised_in_training():
 def test_rollouts_of_versions_that_are_too_old_are_dropped_and_drawn_again():
     # The third call reports weights that never arrived; the fourth repeats its prompts.
     reported = lambda number: np.full(GROUP, -9 if number == 3 else 100)
-    rows = run(Sampler(policy_version=reported), most=1)
+    sampler = Sampler(policy_version=reported)
+
+    trained = []
+
+    def third_began(batch, params, key):
+        # Else, with the second rollout trained on, its successor could be sampled by the newest params.
+        trained.append(batch)
+        while len(trained) == 2 and len(sampler.asked) < 3:
+            assert sampler.started.acquire(timeout=60)
+        return batch
+
+    rows = run(sampler, most=1, transforms=[third_began])
     assert column(rows, "prompt") == column(run(Sampler()), "prompt")
     assert column(rows, "dropped") == [0, 0, 1, 0, 0, 0]
     with pytest.raises(RuntimeError, match="reports policy_version -9 .* max_staleness is 1"):

@@ -12,7 +12,7 @@ from jaxft.generation import Generation, SamplingConfig, generate, sampler
 from jaxft.objectives import policy_gradient
 from jaxft.objectives.policy import token_mean
 from jaxft.rewards import ProcessPool, in_process
-from jaxft.rl.algorithms import reinforce
+from jaxft.rl.token_losses import reinforce
 from jaxft.rl.turns import ENVIRONMENT, FORCED, POLICY
 from tests.rl.rl_task import (
     PROMPTS,

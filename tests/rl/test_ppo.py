@@ -21,8 +21,8 @@ from jaxft.objectives import (
 )
 from jaxft.objectives.policy import token_mean
 from jaxft.rewards import in_process
-from jaxft.rl.algorithms import reinforce
 from jaxft.rl.collection import in_parts
+from jaxft.rl.token_losses import reinforce
 from jaxft.train import Checkpoints, fit
 from tests.rl.rl_task import (
     PROMPTS,
@@ -82,7 +82,12 @@ def make(reward_kl=BETA, lam=LAM, clip=CLIP, **settings):
     model, _ = model_and_params()
     settings = dict(value_clip=VALUE_CLIP, value_weight=WEIGHT) | settings
     return rl.ppo(
-        functools.partial(policy_gradient, model.forward), reward_kl, lam=lam, clip=clip, **settings
+        functools.partial(policy_gradient, model.forward),
+        reward_kl,
+        lam=lam,
+        clip_low=clip,
+        clip_high=clip,
+        **settings,
     )
 
 

@@ -23,7 +23,7 @@ from jaxft.losses import dpo_loss, leave_one_out
 from jaxft.models import Decoder, Forward
 from jaxft.objectives import Objective, hypo, policy_gradient, preference, sequence_log_probs
 from jaxft.objectives.policy import sequence_sum
-from jaxft.rl.algorithms import reinforce
+from jaxft.rl.token_losses import reinforce
 
 TOPICS, GOOD, BAD, NEUTRAL = 3, (3, 6), (6, 9), (9, 15)  # ids; topics come first
 LENGTH, TURN = 12, 4  # words of a text; good ones after which most are bad

@@ -27,7 +27,7 @@ class ExpertLayout(NamedTuple):
         return self.axes.get(EXPERT_AXIS, 1)
 
     def exchanges(self, per_token: int) -> bool:
-        """Whether rows are sent to their experts; otherwise all tokens along `expert` are gathered.
+        """Returns whether rows are sent to their experts; else all tokens along `expert` are gathered.
 
         Gathering moves P - 1 rows of each token and as many sums back, an exchange k (P - 1) / P at most.
         """

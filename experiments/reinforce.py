@@ -91,7 +91,7 @@ class Config:
     lam: float = 0.95  # ppo: λ of GAE; 1 for long reasoning
     value_weight: float = 0.1  # ppo: weight of the critic's loss
     value_clip: float = 0.2  # ppo: maximum change of a value within a rollout
-    correction: Correction = "none"  # importance weights from sampler to trainer, truncated at 2
+    correction: Correction = "none"  # importance weights from sampler to trainer
     # OpenAI-compatible server that samples (http://host:8000/v1); None: no
     sampler_url: str | None = None
     sampler_model: str | None = None  # the model's name there; None: that of --model
@@ -102,6 +102,7 @@ class Config:
     overlong: int = 0  # last tokens of the limit, over which a penalty rises to 1 (DAPO)
     mask_truncated: bool = False  # exclude answers that reach the limit from the loss
 
+    policy: flags.PolicyLoss = flags.PolicyLoss()
     rewards: flags.Rewards = flags.Rewards()
     columns: flags.Columns = flags.Columns()
     base: flags.Model = flags.Model()

@@ -88,7 +88,7 @@ def off_policy_kept(
     """
     if threshold <= 0:
         raise ValueError(f"off_policy_kept: threshold must be positive, got {threshold}; try 0.5.")
-    # A token that the sampler gave no log-prob is no evidence of a gap.
+    # NaN: the sampler gave the token no log-prob, so it counts as no gap.
     gap = jnp.nan_to_num(jnp.where(mask, sampler_log_probs - log_probs, 0.0))
     mean = jnp.sum(gap, axis=1, keepdims=True) / jnp.maximum(jnp.sum(mask, 1, keepdims=True), 1)
     return (advantages >= 0) | (mean <= threshold)

@@ -98,7 +98,7 @@ class Config:
     lam: float = 0.95  # ppo: λ of GAE; 1 for long reasoning
     value_weight: float = 0.1  # ppo: weight of the critic's loss
     value_clip: float = 0.2  # ppo: maximum change of a value within a rollout
-    correction: Correction = "none"  # importance weights from sampler to trainer, truncated at 2
+    correction: Correction = "none"  # importance weights from sampler to trainer
     # answers sampled at a time: each that ends gives its place to the next one; None: all at once
     places: int | None = None
     # OpenAI-compatible server that samples (http://host:8000/v1); None: no
@@ -122,6 +122,7 @@ class Config:
     distil_as: Literal["divergence", "credit"] = "divergence"
 
     distil: teachers.Teacher = teachers.Teacher(distil_weight=1.0)
+    policy: flags.PolicyLoss = flags.PolicyLoss()
     rewards: flags.Rewards = flags.Rewards()
     columns: flags.Columns = flags.Columns()
     base: flags.Model = flags.Model()

@@ -10,13 +10,32 @@ from jaxft import rl
 from jaxft.losses import dpo_loss
 from jaxft.models import Forward
 from jaxft.objectives import policy_gradient
-from jaxft.objectives.policy import sequence_correction, token_correction
+from jaxft.objectives.policy import Correction as PolicyCorrection
+from jaxft.objectives.policy import (
+    sequence_correction,
+    sequence_mask,
+    token_correction,
+    token_mask,
+)
+from jaxft.rl.advantages import (
+    batch_scaled_advantages,
+    centred_advantages,
+    grpo_advantages,
+)
 from jaxft.rl.algorithms import Build
+from jaxft.rl.token_losses import off_policy_masked
 
 CORRECTIONS = {
-    "none": lambda: None,
-    "tokens": token_correction,
-    "sequences": sequence_correction,
+    "none": lambda low, high: None,
+    "tokens": lambda low, high: token_correction(high),
+    "sequences": lambda low, high: sequence_correction(high),
+    "token_mask": token_mask,
+    "sequence_mask": sequence_mask,
+}
+SCALES = {
+    "group": grpo_advantages,
+    "batch": batch_scaled_advantages,
+    "none": centred_advantages,
 }
 
 
@@ -32,6 +51,8 @@ class Entry(NamedTuple):
     all_rows: str = ""  # why rows with advantage 0 must stay in the batch
 
 
+MASKED = ("off_policy_mask_threshold", "top_entropy_quantile")
+CLIPPED = (*MASKED, "clip_low", "clip_high")
 IN_REWARD = ("reward_kl", "kl_target", "kl_horizon")
 AT_SAMPLER = "computes its gradient at the sampling policy, without an importance ratio"
 ONLY_SAMPLER = {name: AT_SAMPLER for name in ("updates", "epochs", "max_staleness")}
@@ -44,16 +65,66 @@ def _pair_loss(config):
     return functools.partial(dpo_loss, beta=config.beta)
 
 
+def _scale(config):
+    return SCALES[config.policy.scale_rewards]
+
+
+def _scaled(make, *clips):
+    """Returns the entry of an algorithm of groups with `clips`, or both."""
+
+    def made(build, c):
+        return make(build, c.group_size, advantage=_scale(c), **c.policy.clips(*clips))
+
+    return Entry(made, (*MASKED, *(clips or ("clip_low", "clip_high")), "scale_rewards"))
+
+
+def correction(config: Any) -> PolicyCorrection | None:
+    """Returns the weights of --correction."""
+    low, high = config.policy.correction_min, config.policy.correction_max
+    return CORRECTIONS[config.correction](low, high)
+
+
 ALGORITHMS = {
-    "reinforce": Entry(lambda build, _: rl.reinforce_with_baseline(build), least_group=1),
-    "rloo": Entry(lambda build, c: rl.rloo(build, c.group_size, c.reward_kl), IN_REWARD),
-    "grpo": Entry(lambda build, c: rl.grpo(build, c.group_size)),
-    "dr_grpo": Entry(lambda build, c: rl.dr_grpo(build, c.group_size, c.max_new_tokens * c.turns)),
-    "dapo": Entry(lambda build, c: rl.dapo(build, c.group_size)),
-    "gspo": Entry(lambda build, c: rl.gspo(build, c.group_size)),
-    "cispo": Entry(lambda build, c: rl.cispo(build, c.group_size)),
+    "reinforce": Entry(
+        lambda build, c: rl.reinforce_with_baseline(build, **c.policy.clips()),
+        CLIPPED,
+        least_group=1,
+    ),
+    "rloo": Entry(
+        lambda build, c: rl.rloo(
+            build,
+            c.group_size,
+            c.reward_kl,
+            normalised=c.policy.normalize_advantages,
+            **c.policy.clips(),
+        ),
+        (*IN_REWARD, *CLIPPED, "normalize_advantages"),
+    ),
+    "grpo": _scaled(rl.grpo),
+    "dr_grpo": Entry(
+        lambda build, c: rl.dr_grpo(
+            build, c.group_size, c.max_new_tokens * c.turns, **c.policy.clips()
+        ),
+        CLIPPED,
+    ),
+    "dapo": _scaled(rl.dapo),
+    "gspo": _scaled(rl.gspo),
+    "luspo": _scaled(rl.luspo),
+    "cispo": _scaled(rl.cispo, "clip_high"),
+    "sapo": Entry(
+        lambda build, c: rl.sapo(build, c.group_size, advantage=_scale(c)),
+        (*MASKED, "scale_rewards"),
+    ),
+    "vespo": Entry(
+        lambda build, c: rl.vespo(
+            build, c.group_size, advantage=_scale(c), correction=correction(c)
+        ),
+        (*MASKED, "scale_rewards"),
+    ),
     "reinforce_plus_plus": Entry(
-        lambda build, c: rl.reinforce_plus_plus(build, c.reward_kl), IN_REWARD, least_group=1
+        lambda build, c: rl.reinforce_plus_plus(build, c.reward_kl, **c.policy.clips()),
+        (*IN_REWARD, *CLIPPED),
+        least_group=1,
     ),
     "expert_iteration": Entry(
         lambda build, _: rl.expert_iteration(build),
@@ -73,8 +144,9 @@ ALGORITHMS = {
             lam=c.lam,
             value_clip=c.value_clip,
             value_weight=c.value_weight,
+            **c.policy.clips(),
         ),
-        (*IN_REWARD, "gamma", "lam", "value_clip", "value_weight"),
+        (*IN_REWARD, *CLIPPED, "gamma", "lam", "value_clip", "value_weight"),
         least_group=1,
         values=True,
         all_rows="trains its critic on all rows",
@@ -104,6 +176,14 @@ def algorithm(config: Any, forward: Forward) -> rl.Algorithm:
         temperature=config.temperature,
         kl_weight=config.kl_weight,
         entropy_weight=config.entropy_weight,
-        correction=CORRECTIONS[config.correction](),
+        correction=correction(config),
+        top_entropy=config.policy.top_entropy_quantile,
+        corrects_kl=config.policy.use_bias_correction_kl,
     )
+    threshold = config.policy.off_policy_mask_threshold
+    if threshold is not None:
+        plain = build
+        build = lambda loss, *rest, **settings: plain(
+            off_policy_masked(loss, threshold), *rest, **settings
+        )
     return ALGORITHMS[config.algorithm].make(build, config)

@@ -204,6 +204,34 @@ class Rewards:
 
 @without_prefix
 @dataclasses.dataclass(frozen=True)
+class PolicyLoss:
+    """The loss of sampled tokens; the numbers mean what they mean in TRL."""
+
+    # ε: ratios are clipped below 1 - ε; None: the algorithm's, 0.2 (gspo, luspo: 3e-4)
+    clip_low: float | None = None
+    # ε: ratios are clipped above 1 + ε; cispo: above ε itself. None: the algorithm's, 0.2 (dapo: 0.28,
+    # gspo, luspo: 4e-4, cispo: 5)
+    clip_high: float | None = None
+    scale_rewards: Literal["group", "batch", "none"] = "group"  # whose deviation divides advantages
+    normalize_advantages: bool = False  # rloo: mean 0 and deviation 1 over the rollout
+    # share of tokens, those of the highest entropy, that the loss and the entropy bonus count
+    top_entropy_quantile: float = 1.0
+    # leave out bad answers whose mean log-prob fell by more than this, in nats per token; None: off
+    off_policy_mask_threshold: float | None = None
+    use_bias_correction_kl: bool = (
+        False  # multiply the KL of --kl-weight by the ratio of each token
+    )
+    correction_min: float = 0.0  # least weight that --correction token_mask, sequence_mask keeps
+    correction_max: float = 2.0  # largest weight of --correction
+
+    def clips(self, *names: str) -> dict[str, float]:
+        """Returns the given ones of these clips."""
+        found = {name: getattr(self, name) for name in names or ("clip_low", "clip_high")}
+        return {name: value for name, value in found.items() if value is not None}
+
+
+@without_prefix
+@dataclasses.dataclass(frozen=True)
 class Sampling:
     """Sampling of answers."""
 

@@ -19,13 +19,13 @@ _COUNTS = (
     "transform_steps turns votes width widths workers distil_top_k"
 ).split()
 _POSITIVE = (
-    "adamw_rate full_rate full_rates kappa kl_horizon learning_rate learning_rates max_grad_norm "
-    "pretrain_rate rates text_rates timeout distil_temperature"
+    "adamw_rate clip_high correction_max full_rate full_rates kappa kl_horizon learning_rate learning_rates "
+    "max_grad_norm off_policy_mask_threshold pretrain_rate rates text_rates timeout distil_temperature"
 ).split()
 _NOT_NEGATIVE = (
-    "center_rewards_coefficient desirable_weight inner_rate kl kl_weight min_gap min_new_tokens nll_alpha "
-    "max_staleness reward_kl rho router_balance router_z temperature text_kl_weight undesirable_weight "
-    "value_clip value_weight warmup_epochs weight_decay xpo_alpha"
+    "center_rewards_coefficient clip_low correction_min desirable_weight inner_rate kl kl_weight min_gap "
+    "max_staleness min_new_tokens nll_alpha reward_kl rho router_balance router_z temperature text_kl_weight "
+    "undesirable_weight value_clip value_weight warmup_epochs weight_decay xpo_alpha"
 ).split()
 _SHARES = (
     "dense_share distil_beta error errors gamma judged lam ld_alpha levels max_bad mixture share "
@@ -47,6 +47,7 @@ LIMITS = {
         (lambda x: 0 <= x < 2**32, "at least 0 and below 2^32"),
     ),
     "distil_weight": (lambda x: 0 < x <= 1, "above 0 and at most 1"),
+    "top_entropy_quantile": (lambda x: 0 < x <= 1, "above 0 and at most 1"),
     "alpha": (lambda x: x != 0 and math.isfinite(x), "a number other than 0"),
 }
 

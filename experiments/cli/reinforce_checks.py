@@ -22,6 +22,9 @@ COMPANIONS = {
     "push_api": "push_dir",
     "push_every": "push_dir",
     "distil_as": "teacher",
+    "use_bias_correction_kl": "kl_weight",
+    "correction_min": "correction",
+    "correction_max": "correction",
 }
 # Flags of the task that have no effect if only a teacher's divergence, or credit, counts.
 NO_TASK = ("algorithm", "kl_weight", "reward_kl", "kl_target", "entropy_weight")
@@ -120,9 +123,27 @@ def numbers(config: Any) -> None:
             f"--kl-target {config.kl_target} must be positive and adapts --reward-kl, which is "
             f"{config.reward_kl}; start from 0.05, for example."
         )
+    weights(config)
     if not 0 <= config.overlong <= config.max_new_tokens:
         raise ValueError(
             f"--overlong must lie in 0..--max-new-tokens ({config.max_new_tokens}), got {config.overlong}."
+        )
+
+
+def weights(config: Any) -> None:
+    """Checks the importance weights of --correction."""
+    low, high = config.policy.correction_min, config.policy.correction_max
+    if low and config.correction in ("tokens", "sequences"):
+        raise ValueError(
+            f"--correction-min {low} has no effect with --correction {config.correction}, which only bounds "
+            "weights from above; use token_mask or sequence_mask."
+        )
+    if not low < high:
+        raise ValueError(f"--correction-min {low} must be below --correction-max {high}.")
+    if config.algorithm == "vespo" and config.correction in ("sequences", "sequence_mask"):
+        raise ValueError(
+            f"--correction {config.correction} is refused by --algorithm vespo, which multiplies the weights "
+            "of a sequence's tokens; use tokens or token_mask."
         )
 
 
@@ -130,7 +151,7 @@ def server(config: Any) -> None:
     """Checks that a server's samples can be corrected for."""
     if config.correction == "none":
         raise ValueError(
-            "--sampler-url needs --correction tokens or sequences: the server's policy is not the trainer's."
+            "--sampler-url needs --correction tokens or another: the server's policy is not the trainer's."
         )
     if config.temperature != 1:
         raise ValueError(

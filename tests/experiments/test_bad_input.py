@@ -429,6 +429,36 @@ BAD = [
         ["--max-staleness", "1", "--correction", "tokens", "--fsdp", "-1", "--group-size", "8"],
         "--max-staleness 1 needs one device, got 8",
     ),
+    (
+        "reinforce",
+        "clip",
+        ["--algorithm", "cispo", "--clip-low", "0.2"],
+        "--clip-low 0.2 has no effect with --algorithm cispo; use reinforce, rloo,",
+    ),
+    (
+        "reinforce",
+        "weights of sequences",
+        ["--algorithm", "vespo", "--correction", "sequence_mask"],
+        "--correction sequence_mask is refused by --algorithm vespo",
+    ),
+    (
+        "reinforce",
+        "least weight",
+        ["--correction", "tokens", "--correction-min", "0.5"],
+        "--correction-min 0.5 has no effect with --correction tokens",
+    ),
+    (
+        "reinforce",
+        "band",
+        ["--correction", "token_mask", "--correction-min", "3"],
+        "--correction-min 3.0 must be below --correction-max 2.0",
+    ),
+    (
+        "reinforce",
+        "uncertain tokens",
+        ["--top-entropy-quantile", "0"],
+        "--top-entropy-quantile must be above 0 and at most 1, got 0.0",
+    ),
     ("reinforce", "push", lambda p: ["--push-dir", p], "has no effect without --sampler-url"),
     (
         "reinforce",

@@ -17,7 +17,14 @@ from jaxft import losses, objectives
 AROUND = {"kl_target", "kl_horizon", "too_long", "ref_model_sync_steps", "ref_model_mixup_alpha"}
 AROUND |= {"prompt_embedder", "min_density_ratio", "max_density_ratio", "max_new_tokens"}
 AROUND |= {"online_samples", "f_alpha"}
-COMMON = {"group_size", "turns"}  # read by all of --algorithm
+AROUND |= {"off_policy_mask_threshold", "top_entropy_quantile"}
+COMMON = {
+    "group_size",
+    "turns",
+    "correction",
+    "correction_min",
+    "correction_max",
+}  # read by all of --algorithm
 TABLES = {
     "algorithm": (reinforce.Config, ALGORITHMS),
     "loss": (preference.Config, LOSSES),
@@ -34,8 +41,17 @@ class Recorder:
         self.config, self.read = config, set()
 
     def __getattr__(self, name):
+        value = getattr(self.config, name)
+        if dataclasses.is_dataclass(value):  # a group of flags
+            group = Recorder(value)
+            group.read = self.read
+            return group
         self.read.add(name)
-        return getattr(self.config, name)
+        return value
+
+    def clips(self, *names):
+        self.read.update(names or ("clip_low", "clip_high"))
+        return self.config.clips(*names)
 
 
 def of_table(table):

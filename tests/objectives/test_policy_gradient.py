@@ -105,6 +105,28 @@ def test_reductions_of_a_worked_example(reduction, wanted):
     assert reduction(token, mask & False).value == 0
 
 
+def test_uncertain_tokens_and_a_corrected_kl_are_a_slow_loop(params, batch):
+    """TRL's top_entropy_quantile and use_bias_correction_kl: the KL counts all tokens, L and H some."""
+    settings = dict(kl_weight=0.3, entropy_weight=0.1, top_entropy=0.4, corrects_kl=True)
+    (loss, metrics), _ = gradient(
+        policy_gradient(FORWARD, clipped(), token_mean, **settings), params, batch
+    )
+    known = {name: np.asarray(x, np.float64) for name, x in batch.items() if name != "stats"}
+    table = np.asarray(jax.nn.log_softmax(logits_of(params, batch))[:, PROMPT - 1 : -1], np.float64)
+    entropy, mask = -np.sum(np.exp(table) * table, axis=-1), known["completion_mask"] > 0
+    log_p = np.asarray(log_probs_of(params, batch), np.float64)
+    threshold = np.quantile(entropy[mask], 0.6)
+    total = 0.0
+    for i, t in zip(*np.nonzero(mask), strict=True):
+        ratio, a = np.exp(log_p[i, t] - known["old_log_probs"][i, t]), known["advantages"][i]
+        gap = known["ref_log_probs"][i, t] - log_p[i, t]
+        total += 0.3 * ratio * (np.exp(gap) - gap - 1)
+        if entropy[i, t] >= threshold:
+            total -= min(ratio * a, np.clip(ratio, 0.8, 1.2) * a) + 0.1 * entropy[i, t]
+    close(np.float64(loss), total / mask.sum(), 1e-4)
+    close(np.float64(metrics["entropy"].value), entropy[mask].mean(), 1e-4)
+
+
 def test_log_probs_are_those_of_the_plain_softmax(params, batch):
     logits = logits_of(params, batch)
     table = jax.nn.log_softmax(logits / 0.7)[:, PROMPT - 1 : -1]

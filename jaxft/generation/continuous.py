@@ -72,11 +72,11 @@ def generate_continuously(
     """
     most = check_request(prompts, config, samples, limits, tokenizer)
     _check(model, places, chunk)
+    width = left_pad(prompts, model.config)[0].shape[1]  # and checks them
     check_lengths(model, params, prompts, config)
     rows = len(prompts) * samples
     keys = sample_keys(row_keys(key, len(prompts), row_ids), samples)
     answers = _Answers(rows, np.repeat(most, samples), config, tokenizer)
-    width = left_pad(prompts, model.config)[0].shape[1]
     slots = width + -(-config.max_new_tokens // CHUNK) * CHUNK
     columns = {
         name: padded(name, x, len(prompts), len(prompts)) for name, x in (columns or {}).items()

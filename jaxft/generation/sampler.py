@@ -167,8 +167,8 @@ def begin(
     Raises:
         ValueError: for an empty prompt, or if prompt and completion exceed the model's max_length.
     """
-    check_lengths(model, params, prompts, config)
     tokens, valid = left_pad(prompts, model.config)
+    check_lengths(model, params, prompts, config)
     rows, virtual = len(prompts), virtual_tokens(params)
     slots += tokens.shape[1]
     columns = {name: padded(name, x, rows, len(tokens)) for name, x in (columns or {}).items()}

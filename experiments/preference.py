@@ -64,7 +64,7 @@ class Config:
     alpha_length: float = 0.05  # length_regularised: reward per token of length
     # below 1: tokens beyond the length of the pair's shorter completion count less (LD-DPO)
     ld_alpha: float = 1.0
-    f_divergence: DivergenceName = "reverse_kl"  # dpo: divergence from the reference
+    f_divergence: DivergenceName = "reverse_kl"  # divergence from the reference, of losses of Δ
     f_alpha: float = 0.5  # α of the alpha divergence; 1 is the reverse KL
     nll_alpha: float = 0.0  # weight of the chosen completion's own likelihood (RPO; cpo: 1 more)
     use_weighting: bool = False  # weight pairs by their likelihood under the policy (WPO)

@@ -29,21 +29,18 @@ class Entry(NamedTuple):
 
 
 class Divergence(NamedTuple):
-    """h of `losses.f_dpo_loss`, None for the plain DPO loss; and the flags that it reads and refuses."""
+    """h of `losses.diverged`, None for the reverse KL; and the flags that it reads and refuses."""
 
     make: Callable[[Any], Callable[[jax.Array], jax.Array] | None]
     reads: tuple[str, ...] = ()
     refuses: Mapping[str, str] = {}
 
 
-SMOOTH = {"label_smoothing": "has no smoothed form"}
 DIVERGENCES = {
     "reverse_kl": Divergence(lambda config: None),
-    "forward_kl": Divergence(lambda config: losses.forward_kl, refuses=SMOOTH),
-    "jensen_shannon": Divergence(lambda config: losses.jensen_shannon, refuses=SMOOTH),
-    "alpha": Divergence(
-        lambda config: losses.alpha_divergence(config.f_alpha), ("f_alpha",), SMOOTH
-    ),
+    "forward_kl": Divergence(lambda config: losses.forward_kl),
+    "jensen_shannon": Divergence(lambda config: losses.jensen_shannon),
+    "alpha": Divergence(lambda config: losses.alpha_divergence(config.f_alpha), ("f_alpha",)),
 }
 
 OF_PAIRS = ("beta", "too_long", "ld_alpha", "nll_alpha", "use_weighting")
@@ -61,11 +58,13 @@ def pair_loss(loss: Callable[..., Any], config: Any, arguments: Mapping[str, str
     return lambda pairs: loss(pairs) + config.nll_alpha * losses.nll_loss(pairs)
 
 
-def _of_pairs(loss, *, reference=True, **arguments):
-    """Returns the entry of a pair loss whose `arguments` are flags."""
+def _of_pairs(loss, *, reference=True, diverges=False, **arguments):
+    """Returns the entry of a pair loss whose `arguments` are flags; `diverges`: see `losses.diverged`."""
 
     def make(config):
-        made = pair_loss(loss, config, {"beta": "beta", **arguments})
+        h = DIVERGENCES[config.f_divergence].make(config) if diverges else None
+        found = loss if h is None else losses.diverged(loss, h)
+        made = pair_loss(found, config, {"beta": "beta", **arguments})
         return lambda forward: objectives.preference(
             forward,
             made,
@@ -75,16 +74,12 @@ def _of_pairs(loss, *, reference=True, **arguments):
         )
 
     moving = MOVING if reference else ()
-    return Entry(make, (*OF_PAIRS, *moving, *arguments.values()), reference=reference)
+    divergence = ("f_divergence", "f_alpha") if diverges else ()
+    reads = (*OF_PAIRS, *moving, *divergence, *arguments.values())
+    return Entry(make, reads, reference=reference)
 
 
 _smoothed = functools.partial(_of_pairs, label_smoothing="label_smoothing")
-
-
-def _dpo(config):
-    h = DIVERGENCES[config.f_divergence].make(config)
-    other = losses.dpo_loss if h is None else functools.partial(losses.f_dpo_loss, h=h)
-    return _smoothed(other).make(config)
 
 
 def _hypo(config):
@@ -114,11 +109,11 @@ def _beta(config):
 
 
 LOSSES = {
-    "dpo": Entry(_dpo, (*OF_PAIRS, *MOVING, "label_smoothing", "f_divergence", "f_alpha")),
-    "robust": _smoothed(losses.robust_dpo_loss),
-    "hinge": _of_pairs(losses.hinge_loss),
-    "ipo": _of_pairs(losses.ipo_loss),
-    "exo": _smoothed(losses.exo_loss),
+    "dpo": _smoothed(losses.dpo_loss, diverges=True),
+    "robust": _smoothed(losses.robust_dpo_loss, diverges=True),
+    "hinge": _of_pairs(losses.hinge_loss, diverges=True),
+    "ipo": _of_pairs(losses.ipo_loss, diverges=True),
+    "exo": _smoothed(losses.exo_loss, diverges=True),
     "nca": _of_pairs(losses.nca_loss),
     "sppo": _of_pairs(losses.sppo_loss),
     "bco_pair": _of_pairs(losses.bco_pair_loss),
@@ -126,15 +121,18 @@ LOSSES = {
     "apo_down": _of_pairs(losses.apo_down_loss),
     "aot": _smoothed(losses.aot_loss),
     "aot_unpaired": _smoothed(losses.aot_unpaired_loss),
-    "discopop": _of_pairs(losses.discopop_loss),
-    "normalised": _of_pairs(losses.normalised_dpo_loss),
-    "length_regularised": _of_pairs(losses.length_regularised_dpo_loss, alpha="alpha_length"),
+    "discopop": _of_pairs(losses.discopop_loss, diverges=True),
+    "normalised": _of_pairs(losses.normalised_dpo_loss, diverges=True),
+    "length_regularised": _of_pairs(
+        losses.length_regularised_dpo_loss, diverges=True, alpha="alpha_length"
+    ),
     "dpop": _of_pairs(losses.dpop_loss),
     "hybrid_dpo": _of_pairs(losses.hybrid_dpo_loss),
     "mpo": _of_pairs(losses.mpo_loss),
     "simpo": _smoothed(losses.simpo_loss, reference=False, simpo_gamma="simpo_gamma"),
     "alpha_po": _of_pairs(losses.alpha_po_loss, reference=False, simpo_gamma="simpo_gamma"),
     "cpo": _smoothed(losses.cpo_loss, reference=False),
+    "cpo_ipo": _of_pairs(losses.cpo_ipo_loss, reference=False),
     "orpo": _of_pairs(losses.orpo_loss, reference=False, nll_on_prompt="nll_on_prompt"),
     "slic": _of_pairs(losses.slic_loss, reference=False),
     "kto": Entry(

@@ -283,34 +283,41 @@ def mpo_loss(pairs: Pairs, *, beta: float = 0.1) -> Float[Array, " B"]:
     )
 
 
-def f_dpo_loss(
-    pairs: Pairs, h: Callable[[jax.Array], jax.Array], *, beta: float = 0.1
-) -> Float[Array, " B"]:
-    """-log σ(β (h(a) - h(b))): DPO with another divergence from the reference than the reverse KL.
+def diverged(
+    loss: Callable[..., jax.Array], h: Callable[[jax.Array], jax.Array]
+) -> Callable[..., jax.Array]:
+    """Returns the loss of h(a) and h(b) instead of a and b: another divergence than the reverse KL.
 
-    f-DPO: Wang et al., 2023, arxiv.org/abs/2309.16240; h(log t) = f'(t) up to a constant, which
-    cancels. `forward_kl`, `jensen_shannon` and `alpha_divergence` are such h; the identity gives
-    DPO.
+    f-DPO: Wang et al., 2023, arxiv.org/abs/2309.16240, for `dpo_loss`, and TRL's f_divergence_type for
+    others; h(log t) = f'(t), with h(0) = 0. `forward_kl`, `jensen_shannon` and `alpha_divergence` are such
+    h; the identity changes nothing. The loss must depend on the log-probs only by a and b: not
+    `aot_loss`, `dpop_loss`, `hybrid_dpo_loss` or `mpo_loss`.
     """
-    a, b = log_ratios(pairs)
-    return -jax.nn.log_sigmoid(_positive(beta) * (h(a) - h(b)))
+
+    def diverged_loss(pairs, **settings):
+        a, b = log_ratios(pairs)
+        none = jnp.zeros_like(a)
+        scores = {"chosen": h(a), "rejected": h(b), "ref_chosen": none, "ref_rejected": none}
+        return loss(pairs._replace(**scores), **settings)
+
+    return diverged_loss
 
 
 def forward_kl(log_ratio: jax.Array) -> jax.Array:
-    """h(u) = -exp(-u) for `f_dpo_loss`."""
-    return -jnp.exp(jnp.minimum(-log_ratio, 80.0))
+    """h(u) = 1 - exp(-u) for `diverged`; the exponent is capped at 80, to fit float32, also below."""
+    return -jnp.expm1(jnp.minimum(-log_ratio, 80.0))
 
 
 def jensen_shannon(log_ratio: jax.Array) -> jax.Array:
-    """h(u) = log σ(u) for `f_dpo_loss`."""
-    return jax.nn.log_sigmoid(log_ratio)
+    """h(u) = log 2 + log σ(u) for `diverged`."""
+    return jnp.log(2.0) + jax.nn.log_sigmoid(log_ratio)
 
 
 def alpha_divergence(alpha: float) -> Callable[[jax.Array], jax.Array]:
-    """h(u) = exp((α - 1) u) / (α - 1) for `f_dpo_loss`; the exponent is capped at 80, to fit float32."""
+    """h(u) = (exp((α - 1) u) - 1) / (α - 1) for `diverged`."""
     if alpha == 1:
         return lambda log_ratio: log_ratio
-    return lambda log_ratio: jnp.exp(jnp.minimum((alpha - 1) * log_ratio, 80.0)) / (alpha - 1)
+    return lambda log_ratio: jnp.expm1(jnp.minimum((alpha - 1) * log_ratio, 80.0)) / (alpha - 1)
 
 
 def nll_loss(pairs: Pairs) -> Float[Array, " B"]:

@@ -54,6 +54,19 @@ def cpo_loss(
     return loss + cpo_alpha * nll_loss(pairs) if cpo_alpha else loss
 
 
+def cpo_ipo_loss(pairs: Pairs, *, beta: float = 0.1, cpo_alpha: float = 1.0) -> Float[Array, " B"]:
+    """(log π(y_w) / n_w - log π(y_l) / n_l - 1 / (2 β))² + α (-log π(y_w) / n_w).
+
+    CPO with IPO's square (Azar et al., 2023, arxiv.org/abs/2310.12036, eq. 17) for a uniform reference:
+    loss_type="ipo" of TRL's CPOTrainer. Its hinge is `slic_loss` + `nll_loss`.
+    """
+    if beta <= 0:
+        raise ValueError(f"cpo_ipo_loss: beta must be positive, got {beta}.")
+    p_w, p_l = _averages(pairs)
+    loss = (p_w - p_l - 1 / (2 * beta)) ** 2
+    return loss + cpo_alpha * nll_loss(pairs) if cpo_alpha else loss
+
+
 def tpo_loss(
     pairs: Pairs,
     gold: Float[Array, " B"],

@@ -271,8 +271,8 @@ BAD = [
     (
         "preference",
         "divergence",
-        ["--loss", "ipo", "--f-divergence", "forward_kl"],
-        "--f-divergence forward_kl has no effect with --loss ipo; use dpo.",
+        ["--loss", "aot", "--f-divergence", "forward_kl"],
+        "--f-divergence forward_kl has no effect with --loss aot; use dpo, robust,",
     ),
     (
         "preference",

@@ -42,7 +42,20 @@ DPO = {
     ),
     "wpo": dict(loss_types=["sigmoid"], beta=0.3, use_weighting=True),
 }
+TRLS = {"jensen_shannon": "js_divergence"}  # its name of a divergence, where it is another
+DPO |= {
+    f"{name}, {divergence}": DPO[name] | {"f_divergence_type": TRLS.get(divergence, divergence)}
+    for name, divergence in {
+        "hinge": "forward_kl",
+        "ipo": "jensen_shannon",
+        "exo": "jensen_shannon",
+        "robust": "alpha_divergence",
+        "discopop": "jensen_shannon",
+        "normalised": "alpha_divergence",
+    }.items()
+}
 CPO = {
+    "cpo_ipo": dict(loss_type="ipo", beta=0.3),
     "cpo": dict(loss_type="sigmoid", beta=0.3, label_smoothing=0.1),
     "slic": dict(loss_type="hinge", beta=0.3),
     "simpo": dict(loss_type="simpo", beta=2.5, simpo_gamma=0.7, label_smoothing=0.1),
@@ -151,10 +164,11 @@ def cpo(data, options):
     trainer = SimpleNamespace(accelerator=accelerator(), label_smoothing=0.0, alpha=0.0)
     trainer.__dict__.update(options)
     sums = data.log_probs.sum(1)
-    scores = (sums / data.mask.sum(1) if options["loss_type"] == "simpo" else sums).requires_grad_()
+    means = options["loss_type"] in ("simpo", "ipo")
+    scores = (sums / data.mask.sum(1) if means else sums).requires_grad_()
     losses = CPOTrainer.cpo_loss(trainer, *scores.chunk(2))[0]
     losses.mean().backward()
-    scale = 1 / data.mask.sum(1) if options["loss_type"] == "simpo" else torch.ones(2 * PAIRS)
+    scale = 1 / data.mask.sum(1) if means else torch.ones(2 * PAIRS)
     return losses.tolist(), losses.mean().item(), (scores.grad * scale).tolist()
 
 

@@ -18,7 +18,7 @@ from jaxft.losses import Pairs
 TRL = json.loads(pathlib.Path(__file__).with_name("trl_losses.json").read_text())
 DATA = {name: jnp.asarray(value) for name, value in TRL["inputs"].items()}
 LENGTHS = DATA["mask"].sum(1)
-f_dpo = lambda h: functools.partial(losses.f_dpo_loss, h=h)
+f_dpo = lambda h: losses.diverged(losses.dpo_loss, h)
 ALPHA_HALF = losses.alpha_divergence(0.5)
 without_nll = lambda pairs, beta: losses.orpo_loss(pairs, beta=beta) - losses.nll_loss(pairs)
 SAME_AS_TRL = {
@@ -39,6 +39,13 @@ SAME_AS_TRL = {
     "forward_kl": f_dpo(losses.forward_kl),
     "jensen_shannon": f_dpo(losses.jensen_shannon),
     "alpha_divergence": f_dpo(ALPHA_HALF),
+    "hinge, forward_kl": losses.diverged(losses.hinge_loss, losses.forward_kl),
+    "ipo, jensen_shannon": losses.diverged(losses.ipo_loss, losses.jensen_shannon),
+    "exo, jensen_shannon": losses.diverged(losses.exo_loss, losses.jensen_shannon),
+    "robust, alpha_divergence": losses.diverged(losses.robust_dpo_loss, ALPHA_HALF),
+    "discopop, jensen_shannon": losses.diverged(losses.discopop_loss, losses.jensen_shannon),
+    "normalised, alpha_divergence": losses.diverged(losses.normalised_dpo_loss, ALPHA_HALF),
+    "cpo_ipo": functools.partial(losses.cpo_ipo_loss, cpo_alpha=0.0),
     "cpo": functools.partial(losses.cpo_loss, cpo_alpha=0.0),
     "slic": losses.slic_loss,
     "simpo": losses.simpo_loss,
@@ -285,8 +292,8 @@ def test_limits_in_which_a_loss_becomes_another():
     swapped = Pairs(*(TINY[i] for i in (1, 0, 3, 2, 5, 4)))
     dpo = losses.dpo_loss(TINY)
     close(losses.robust_dpo_loss(TINY, label_smoothing=0.0), dpo)
-    close(losses.f_dpo_loss(TINY, lambda u: u), dpo)
-    close(losses.f_dpo_loss(TINY, losses.alpha_divergence(1.0)), dpo)
+    close(f_dpo(lambda u: u)(TINY), dpo)
+    close(f_dpo(losses.alpha_divergence(1.0))(TINY), dpo)
     close(losses.length_regularised_dpo_loss(TINY, alpha=0.0), dpo)
     close(losses.dpop_loss(TINY, dpop_lambda=0.0), dpo)
     close(losses.dpo_loss(TINY, beta=1e-6), [np.log(2)] * 2)

@@ -69,7 +69,7 @@ def policy_gradient(
 
     Args:
         forward: see `supervised`.
-        token_loss: L, such as `jaxft.rl.algorithms.clipped()`.
+        token_loss: L, such as `jaxft.rl.token_losses.clipped()`.
         reduction: `token_mean`, `sequence_mean`, `sequence_sum` or `constant_length(n)`.
         temperature: the sampler's; logits are divided by it for log-probs and entropy.
         kl_weight: β; needs ref_log_probs in the batch.

@@ -190,8 +190,7 @@ def aged(found: Sampled, now: int, max_staleness: int, waits: dict[str, float]) 
         now: the version of the params that train on the rollout.
     """
     batch, mask = found.batch, np.asarray(found.batch["completion_mask"], bool)
-    rows, ages = len(mask), now - _versions(found)
-    ages = np.broadcast_to(ages[:, None] if ages.ndim == 1 else ages, mask.shape)
+    rows, ages = len(mask), _ages(found, now)
     own = np.maximum(mask.sum(axis=1), 1)
     fresh = mask & (ages <= max_staleness)
     stats = {
@@ -209,9 +208,14 @@ def aged(found: Sampled, now: int, max_staleness: int, waits: dict[str, float]) 
 def _usable(found, now, most):
     """Returns which rows [B] have a token of the policy that is not too old; all, if none has a token."""
     mask = np.asarray(found.batch["completion_mask"], bool)
+    return np.any(mask & (_ages(found, now) <= most), axis=1) | ~mask.any()
+
+
+def _ages(found, now):
+    """Returns the rollouts between the policy that sampled each token and that of `now`, [B, N]."""
     ages = now - _versions(found)
-    ages = ages[:, None] if ages.ndim == 1 else ages
-    return np.any(mask & (ages <= most), axis=1) | ~mask.any()
+    shape = np.shape(found.batch["completion_mask"])
+    return np.broadcast_to(ages[:, None] if ages.ndim == 1 else ages, shape)
 
 
 def _versions(found):

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxft.checkpoints import vocabularies
 from jaxft.checkpoints.assemble import (
     Read,
     assemble,
@@ -244,7 +245,7 @@ def save_model(
         if tokenizer_from is None:
             return
         save_tokenizer(path, tokenizer_from)
-        if special is not None and _has_tokenizer(path):
+        if special is not None and vocabularies.readable(path):
             tokenizer = (
                 tokenizer_from
                 if not isinstance(tokenizer_from, (str, os.PathLike))
@@ -260,8 +261,9 @@ def load_tokenizer(path_or_id: str | os.PathLike) -> Any:
     """The transformers tokenizer of a model, with its chat template.
 
     Raises:
-        CheckpointError: if there is none, or it does not match the config.json beside it: ids without
-            a row in the embedding, no token that ends a text (see `end_tokens`).
+        CheckpointError: if there is none, or its vocabulary is missing, or it does not match the config.json
+            beside it: ids without a row in the embedding, no token that ends a text (see `end_tokens`).
+        ModuleNotFoundError: for a SentencePiece file if the package that reads it is not installed.
     """
     try:
         from transformers import AutoTokenizer
@@ -274,13 +276,14 @@ def load_tokenizer(path_or_id: str | os.PathLike) -> Any:
     path = resolve(path_or_id)
     if path.suffix == ".gguf":
         return read_tokenizer(path)
-    if not _has_tokenizer(path):
+    if not vocabularies.has_tokenizer(path):
         raise CheckpointError(f"{path}: no tokenizer files (tokenizer.json...); copy them there.")
+    vocabularies.check_packages(path)
     try:
         # Without the argument, transformers asks on the terminal whether to run a repository's code.
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except ImportError:
-        raise
+    except ImportError as error:
+        raise vocabularies.missing_package(path, error) from error
     except Exception as error:  # The tokenizers package raises bare Exceptions for damaged files.
         lines = str(error).strip().splitlines() or ["no message"]
         if "trust_remote_code" in str(error):
@@ -292,12 +295,9 @@ def load_tokenizer(path_or_id: str | os.PathLike) -> Any:
             f"{path}: its tokenizer cannot be read ({type(error).__name__}: {lines[0]}); download its "
             "tokenizer.json and tokenizer_config.json again."
         ) from error
+    vocabularies.check_vocabulary(path, tokenizer)
     check_beside(tokenizer, path, FAMILIES)
     return tokenizer
-
-
-def _has_tokenizer(path):
-    return any((path / name).exists() for name in TOKENIZER_FILES[:3] + ("vocab.json", "vocab.txt"))
 
 
 def save_tokenizer(path: pathlib.Path, source: Any) -> None:

@@ -28,13 +28,8 @@ from experiments.cli import cards, flags, retrieval
 from experiments.cli import training as shared
 from jaxft import data, objectives, train
 from jaxft.adapters import Name
-from jaxft.checkpoints import (
-    SentenceSettings,
-    read_sentence_settings,
-    resolve,
-    write_sentence_settings,
-)
-from jaxft.models import Embedding, Pooling, embedding_of
+from jaxft.checkpoints import SentenceSettings, write_sentence_settings
+from jaxft.models import Pooling, embedding_of
 
 SMALL = {"max_steps": 6, "eval_steps": 3, "batch_size": 8, "max_length": 32, "learning_rate": 1e-3}
 
@@ -48,7 +43,8 @@ class Config:
     eval_data: str | None = None
     adapter: Name = "lora"  # the kind of adapter; full: all params are trained
 
-    temperature: float = 0.05  # of the similarities in the loss
+    # of the similarities in the loss; None: 0.05, and 1 for a model whose similarity is the inner product
+    temperature: float | None = None
     margin: float = 0.0  # subtracted from the similarity of a query and its answer
     symmetric: bool = False  # each answer is also compared with all queries
     # also train the first 256, 128... features by themselves, so that embeddings can be cut
@@ -80,13 +76,16 @@ class Config:
 def main(config: Config) -> dict[str, Any]:
     """Trains; returns the metrics that are written to metrics.json."""
     config = shared.start(config, SMALL)
+    check(config)
     training, held, name = retrieval.load_records(config)
     output, mesh = place = shared.place(config)
     settings = settings_of(config)
+    objective_of(config, settings, None)  # an error now, not after the search for negatives
     model, base = shared.load_base(config, mesh)
+    check_dims(config, settings, model)
     params = shared.adapt_params(config, model, base, mesh)
     tokenizer = shared.files.load_tokenizer(config.base.model)
-    vectors = retrieval.vectors_of(model, tokenizer, config.rows.max_length, settings.pooling)
+    vectors = retrieval.vectors_of(model, tokenizer, config.rows.max_length, settings)
     search = retrieval.Search(training, held, vectors, settings)
     training = search.mine(params, training, config.mine, config.margin_mined)
     render = functools.partial(
@@ -99,7 +98,8 @@ def main(config: Config) -> dict[str, Any]:
     groups = retrieval.render_all(
         config, lambda part, bad: render(part, tokenizer, length, bad=bad), training, held
     )
-    embed, build = embedding_of(model, settings.pooling), functools.partial(objective_of, config)
+    embed = embedding_of(model, settings.pooling)
+    build = functools.partial(objective_of, config, settings)
     params, metrics = retrieval.train_and_rank(
         config, params, build, embed, groups, search.evaluate, place, name
     )
@@ -111,12 +111,35 @@ def main(config: Config) -> dict[str, Any]:
     return cards.publish(config, metrics, output)
 
 
-def objective_of(config: Config, embed: Embedding) -> objectives.Objective:
-    """Returns the loss of the flags."""
+def check(config: Config) -> None:
+    """Raises ValueError for flags without effect, or that the loss does not allow."""
+    retrieval.check(config, {"margin_mined": "mine"})
+    if (parts := config.optimisation.gradient_accumulation_steps) > 1:
+        raise ValueError(
+            f"--gradient-accumulation-steps {parts}: the loss is a value of the whole batch, because the "
+            "negatives of a query are all other texts; use --chunk to save memory."
+        )
+
+
+def check_dims(config: Config, settings: SentenceSettings, model: Any) -> None:
+    """Raises ValueError for --dims that are more than the features of an embedding."""
+    width = model.config.hidden_size * len(settings.pooling.modes)
+    if config.dims and max(config.dims) > width:
+        raise ValueError(
+            f"--dims {' '.join(map(str, config.dims))}: embeddings of {config.base.model} have {width} "
+            "features; give smaller numbers."
+        )
+
+
+def objective_of(config: Config, settings: SentenceSettings, embed: Any) -> objectives.Objective:
+    """Returns the loss of the flags, of the similarity by which the model is used."""
+    cosine = settings.similarity == "cosine" or settings.pooling.normalize
+    known = 0.05 if cosine else 1.0
     return objectives.contrastive(
         embed,
-        temperature=config.temperature,
+        temperature=known if config.temperature is None else config.temperature,
         margin=config.margin,
+        cosine=cosine,
         symmetric=config.symmetric,
         dims=config.dims,
         chunk=config.chunk,
@@ -125,9 +148,7 @@ def objective_of(config: Config, embed: Embedding) -> objectives.Objective:
 
 def settings_of(config: Config) -> SentenceSettings:
     """Returns the pooling, prompts and length of the model's files and the flags, and prints them."""
-    found = SentenceSettings()
-    if config.base.model != "tiny" and (path := resolve(config.base.model)).is_dir():
-        found = read_sentence_settings(path)
+    found = retrieval.file_settings(config.base.model)
     pooling = found.pooling
     if config.pooling is not None:
         pooling = Pooling((config.pooling,), pooling.normalize)

@@ -25,14 +25,20 @@ import tyro
 
 from experiments.cli import cards, flags
 from experiments.cli import training as shared
-from experiments.cli.retrieval import Search, load_records, render_all, train_and_rank, vectors_of
+from experiments.cli.retrieval import (
+    Search,
+    check,
+    file_settings,
+    load_records,
+    render_all,
+    train_and_rank,
+    vectors_of,
+)
 from jaxft import data, objectives, train
 from jaxft.adapters import Name
-from jaxft.checkpoints import SentenceSettings
 from jaxft.keys import stream
 from jaxft.metrics import retrieval_metrics
 from jaxft.models import as_rows
-from jaxft.models.sentences import MEAN
 from jaxft.rewards import add_reward_head, pair_scores
 
 SMALL = {"max_steps": 4, "eval_steps": 2, "batch_size": 4, "max_length": 32, "learning_rate": 1e-3}
@@ -71,6 +77,8 @@ class Config:
 def main(config: Config) -> dict[str, Any]:
     """Trains; returns the metrics that are written to metrics.json."""
     config = shared.start(config, SMALL)
+    check(config, dict.fromkeys(("margin_mined", "miner"), "mine"))
+    check_negatives(config)
     training, held, name = load_records(config)
     if config.mine:
         training, held = mined(config, training, held)
@@ -102,12 +110,26 @@ def new_head(config: Config, model: Any) -> dict[str, jax.Array]:
     return add_reward_head(key, {}, model.config.hidden_size, bias=bias)["reward"]
 
 
+def check_negatives(config: Config) -> None:
+    """Raises ValueError for --negatives that leave nothing to compare, or mined texts that are not used."""
+    if config.negatives < max(1, config.mine):
+        raise ValueError(
+            f"--negatives {config.negatives}, the most that are used of a record, must be at least 1 and at "
+            f"least --mine {config.mine}; raise it."
+        )
+
+
 def mined(config: Config, training: list, held: list) -> tuple[list, list]:
-    """Returns the records with negatives that the sentence encoder --miner finds put before their own."""
+    """Returns the records with negatives that the sentence encoder --miner finds put before their own.
+
+    Its pooling, prompts and similarity are those of its files.
+    """
+    settings = file_settings(config.miner)
     model, params = shared.files.load_model(config.miner)
     tokenizer = shared.files.load_tokenizer(config.miner)
-    vectors = vectors_of(model, tokenizer, config.rows.max_length, MEAN)
-    search = Search(training, held, vectors, SentenceSettings())
+    length = min(config.rows.max_length, model.config.max_length)
+    vectors = vectors_of(model, tokenizer, length, settings)
+    search = Search(training, held, vectors, settings)
     find = lambda records: search.mine(params, records, config.mine, config.margin_mined)
     return find(training), find(held)
 

@@ -10,7 +10,7 @@ from experiments.cli import choices, flags
 Config = TypeVar("Config")
 
 _COUNTS = (
-    "batch_size batch_sizes budget context d dev digits dims documents draws early epochs eval_steps "
+    "batch_size batch_sizes budget chunk context d dev digits dims documents draws early epochs eval_steps "
     "evaluate_every every examples expert fine_tuning_steps gradient_accumulation_steps grid group_size "
     "held_out images inner_steps layers length limit logging_steps max_length max_new_tokens max_prompt "
     "max_steps max_tries microbatches mined num_beams num_samples own pairs patience places pretrain_rows "
@@ -24,8 +24,8 @@ _POSITIVE = (
 ).split()
 _NOT_NEGATIVE = (
     "center_rewards_coefficient clip_low correction_min desirable_weight inner_rate kl kl_weight min_gap "
-    "max_staleness min_new_tokens nll_alpha reward_kl rho router_balance router_z temperature text_kl_weight "
-    "undesirable_weight value_clip value_weight warmup_epochs weight_decay xpo_alpha"
+    "max_staleness min_new_tokens mine negatives nll_alpha reward_kl rho router_balance router_z temperature "
+    "text_kl_weight undesirable_weight value_clip value_weight warmup_epochs weight_decay xpo_alpha"
 ).split()
 _SHARES = (
     "dense_share distil_beta error errors gamma judged lam ld_alpha levels max_bad mixture share "
@@ -48,6 +48,7 @@ LIMITS = {
     ),
     "distil_weight": (lambda x: 0 < x <= 1, "above 0 and at most 1"),
     "top_entropy_quantile": (lambda x: 0 < x <= 1, "above 0 and at most 1"),
+    **dict.fromkeys(("margin", "margin_mined"), (math.isfinite, "a finite number")),
     "alpha": (lambda x: x != 0 and math.isfinite(x), "a number other than 0"),
 }
 

@@ -13,7 +13,39 @@ from jaxft.models import EncoderDecoder
 # Keys that are flags too, with transformers' defaults.
 _SEARCH = {"num_beams": 1, "length_penalty": 1.0, "early_stopping": False}
 _ALWAYS = {"no_repeat_ngram_size": 0, "repetition_penalty": 1.0, "min_new_tokens": None}
+# Keys that change answers in transformers and have no flag, with transformers' defaults.
+_WITHOUT_FLAG = {
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "forced_decoder_ids": None,
+    "sequence_bias": None,
+    "force_words_ids": None,
+    "constraints": None,
+    "exponential_decay_length_penalty": None,
+    "encoder_no_repeat_ngram_size": 0,
+    "encoder_repetition_penalty": 1.0,
+    "num_beam_groups": 1,
+    "diversity_penalty": 0.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "top_h": None,
+    "guidance_scale": None,
+    "penalty_alpha": None,
+}
 _SAMPLED = {"temperature": 1.0, "top_k": None, "top_p": 1.0, "min_p": None, "typical_p": 1.0}
+
+
+def without_flag(model: Any, beams: bool) -> dict[str, Any]:
+    """{key: value} of the model's own settings that change answers and that no flag has.
+
+    Args:
+        beams: whether answers are those of a beam search, which alone `renormalize_logits` changes.
+    """
+    own, known = _own(model), dict(_WITHOUT_FLAG)
+    if not isinstance(model, EncoderDecoder):  # those of encoder-decoders are followed
+        known |= {"bad_words_ids": None, "forced_eos_token_id": None}
+    found = {k: own[k] for k, x in known.items() if own.get(k) not in (x, None, [], {}, False)}
+    return found | ({"renormalize_logits": True} if beams and own.get("renormalize_logits") else {})
 
 
 def unfollowed(model: Any, config: Any) -> dict[str, Any]:
@@ -23,8 +55,7 @@ def unfollowed(model: Any, config: Any) -> dict[str, Any]:
         model: with the `special` ids and settings of its files.
         config: of a script with sampling flags.
     """
-    special = getattr(model.config, "special", None)
-    own = json.loads(special.generation or "{}") if special is not None else {}
+    own = _own(model)
     found = {k: own[k] for k, x in _ALWAYS.items() if own.get(k, x) not in (x, None)}
     if own.get("num_beams", 1) != 1:
         found |= {k: own[k] for k, x in _SEARCH.items() if own.get(k, x) not in (x, None)}
@@ -43,7 +74,14 @@ def unfollowed(model: Any, config: Any) -> dict[str, Any]:
 
 
 def tell(model: Any, config: Any) -> None:
-    """Prints one line on stderr for settings of the model that this command does not follow."""
+    """Prints a line on stderr for settings of the model that this command does not follow, for each kind."""
+    if found := without_flag(model, config.beams.settings is not None):
+        line = ", ".join(f"{name} {json.dumps(value)}" for name, value in found.items())
+        print(
+            f"note: the model's generation_config.json has settings that are not followed and have no "
+            f"flag, so that answers may not be transformers': {line}",
+            file=sys.stderr,
+        )
     if found := unfollowed(model, config):
         line = " ".join(choices.shown(name, value) for name, value in found.items())
         print(
@@ -51,3 +89,8 @@ def tell(model: Any, config: Any) -> None:
             f"transformers' answers add {line}",
             file=sys.stderr,
         )
+
+
+def _own(model):
+    special = getattr(model.config, "special", None)
+    return json.loads(special.generation or "{}") if special is not None else {}

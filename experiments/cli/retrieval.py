@@ -2,22 +2,44 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 
-from experiments.cli import held_out
+from experiments.cli import choices, held_out
 from experiments.cli import training as shared
 from jaxft import data
 from jaxft.analysis import text_embeddings
+from jaxft.checkpoints import SentenceSettings, read_sentence_settings, resolve, source_config
 from jaxft.metrics import ranked, retrieval_metrics
-from jaxft.models import Pooling
 from jaxft.objectives import Objective
 
 AT = (1, 5, 10)  # ranks of the metrics
 SHOWN = ("recall@1", "recall@10", "mrr@10", "ndcg@10")
+
+
+def check(config: Any, companions: dict[str, str]) -> None:
+    """Checks the flags of texts before anything is loaded; `companions`: see `choices.check_companions`.
+
+    Raises:
+        ValueError: for flags without effect, microbatches, or an encoder-decoder.
+    """
+    choices.check_companions(config, companions)
+    if source_config(config.base.model) is not None:
+        raise ValueError(
+            f"--model {config.base.model} is an encoder-decoder, of which jaxft has no embeddings or scores of "
+            "texts; use an encoder (BERT, RoBERTa) or a decoder."
+        )
+
+
+def file_settings(model: str) -> SentenceSettings:
+    """Returns the pooling, prompts and similarity of a model's files; without files, the defaults."""
+    path = None if model == "tiny" else resolve(model)
+    return read_sentence_settings(path) if path is not None and path.is_dir() else SentenceSettings()
 
 
 def load_records(config: Any) -> tuple[list, list, str]:
@@ -42,9 +64,15 @@ def load_records(config: Any) -> tuple[list, list, str]:
 
 
 def vectors_of(
-    model: Any, tokenizer: Any, max_length: int, pooling: Pooling
+    model: Any, tokenizer: Any, max_length: int, settings: SentenceSettings
 ) -> Callable[[Any, list[str], str], np.ndarray]:
-    """Returns (params, texts, prompt) -> embeddings of the texts, each after the prompt."""
+    """Returns (params, texts, prompt) -> embeddings of the texts, each after the prompt.
+
+    Their inner products are the similarities of the settings.
+    """
+    pooling = settings.pooling
+    if settings.similarity == "cosine":
+        pooling = dataclasses.replace(pooling, normalize=True)
     return lambda params, texts, prompt: text_embeddings(
         model,
         params,
@@ -90,6 +118,7 @@ def train_and_rank(
     """
     output, mesh = place
     eval_batches = data.finite_group_batches(groups[1], **config.rows.sizes)
+    _check_objective(build(function), params, eval_batches[0])
     before = rank(params, f"before training, {name}")
     callbacks = shared.callbacks(config, build(function), eval_batches, output, mesh, name)
     batches = data.group_batches(groups[0], **config.rows.sizes, seed=config.seed)
@@ -99,6 +128,12 @@ def train_and_rank(
     )
     after = rank(state.params, f"after training, {name}")
     return state.params, shared.losses_of(history, name) | {"before": before, "after": after}
+
+
+def _check_objective(objective: Objective, params: Any, batch: Any) -> None:
+    """Traces the objective for a batch of all hosts, so that what it refuses is refused before training."""
+    whole = lambda x: jax.ShapeDtypeStruct((jax.process_count() * len(x), *x.shape[1:]), x.dtype)
+    jax.eval_shape(lambda params, batch: objective(params, batch, None)[0], params, jax.tree.map(whole, batch))
 
 
 class Search:
@@ -129,7 +164,11 @@ class Search:
         queries = [record["query"] for record in training]
         left, right = self._vectors(params, queries)
         texts, answers = list(self.places), [self.answers[query] for query in queries]
-        found = data.mine_negatives(left @ right.T, answers, number, margin=margin)
+        known = [{r["query"], *r["negatives"]} for r in training]
+        known = [{self.places[text] for text in own if text in self.places} for own in known]
+        found = data.mine_negatives(
+            left @ right.T, answers, number, margin=margin, excluded=known
+        )
         counts = [len(row) for row in found]
         print(
             f"mined {sum(counts)} negatives for {len(training)} queries ({min(counts)} to {max(counts)})"

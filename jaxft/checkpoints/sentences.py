@@ -21,6 +21,11 @@ _FLAGS = {
     "weightedmean": "pooling_mode_weightedmean_tokens",
     "lasttoken": "pooling_mode_lasttoken",
 }
+# Settings of the module Transformer; the first that is there counts.
+_OWN = tuple(
+    f"sentence_{name}_config.json"
+    for name in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+)
 _KINDS = ("Transformer", "Pooling", "Normalize")
 
 
@@ -62,11 +67,13 @@ def read_sentence_settings(path: pathlib.Path) -> SentenceSettings:
             "and, if there is one, Normalize. Use sentence-transformers for this model."
         )
     at = {kind: path / module["path"] for kind, module in zip(kinds, modules, strict=True)}
-    own = _optional(at["Transformer"] / "sentence_bert_config.json")
+    files = [at["Transformer"] / name for name in _OWN]
+    file = next((file for file in files if file.is_file()), files[0])
+    own = _optional(file)
     # As in sentence-transformers, lower case is the tokenizer's if it is not asked for here.
     if own.get("do_lower_case"):
         raise CheckpointError(
-            f"{at['Transformer'] / 'sentence_bert_config.json'}: do_lower_case is true, which jaxft "
+            f"{file}: do_lower_case is true, which jaxft "
             "leaves to the tokenizer; set it to false if the tokenizer already makes lower case."
         )
     more = _optional(path / "config_sentence_transformers.json")

@@ -62,6 +62,7 @@ def normalise_passages(raw: Mapping[str, Any], fields: Mapping[str, str] | None 
         negatives += [text_of(text, name) for text in given]
     if not query.strip() or not positive.strip() or not all(text.strip() for text in negatives):
         raise DataError("a query, its positive or a negative is empty.", "empty")
+    negatives = list(dict.fromkeys(negatives))  # a text counts once
     if positive in negatives:
         raise DataError("the positive is also among the negatives.", "schema")
     used = {*names.values(), *NEGATIVES, *numbered}
@@ -156,6 +157,7 @@ def mine_negatives(
     *,
     skip: int = 0,
     margin: float | None = None,
+    excluded: Sequence[Collection[int]] | None = None,
 ) -> list[list[int]]:
     """For each query, the texts most similar to it that do not answer it: "hard" negatives.
 
@@ -166,12 +168,14 @@ def mine_negatives(
         skip: the most similar texts that are passed over, since they may answer the query too.
         margin: texts whose similarity is above the least of the query's positives less this margin are passed
             over too; None: none.
+        excluded: for each query, further texts that are not taken: its own negatives, or the query itself.
 
     Returns: lists of texts, most similar first; shorter than `number` if there are no more.
     """
-    result = []
-    for row, known in zip(scores, positives, strict=True):
-        order = [int(i) for i in np.argsort(-row, kind="stable") if i not in known]
+    result, excluded = [], [()] * len(positives) if excluded is None else excluded
+    for row, known, others in zip(scores, positives, excluded, strict=True):
+        left = {*known, *others}
+        order = [int(i) for i in np.argsort(-row, kind="stable") if i not in left]
         limit = np.inf if margin is None else min(row[list(known)]) - margin
         result.append([i for i in order[skip:] if row[i] <= limit][:number])
     return result

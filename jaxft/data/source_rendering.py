@@ -85,7 +85,12 @@ class SourceRenderer:
         return self._source(self._texts(record, answered=False)[0])
 
     def _source(self, text):
-        return _unpadded(self.tokenizer(text))
+        ids = _unpadded(self.tokenizer(text))
+        if not ids:
+            raise DataError(
+                f"the prompt {text!r:.40} has no token, so the encoder would read nothing.", "schema"
+            )
+        return ids
 
     def _target(self, text):
         # transformers takes the source's language if there is no other.

@@ -24,10 +24,13 @@ def with_source(
     column `source`, are returned unchanged.
 
     Raises:
-        ValueError: see `split_prompts`.
+        ValueError: see `split_prompts`; or for a row of the column `source_mask` without a token.
     """
     columns = dict(columns or {})
-    if not isinstance(model, EncoderDecoder) or "source" in columns:
+    if not isinstance(model, EncoderDecoder):
+        return prompts, columns, config
+    if "source" in columns:
+        _check_sources(columns)
         return prompts, columns, config
     begin, own = split_prompts(model.config, prompts)
     return begin, columns | own, with_rules(model.config, config)
@@ -79,6 +82,16 @@ def decoder_begin(config: Any) -> list[int]:
             "the id that begins an answer (for mBART that of the target language); add it."
         )
     return [start] if config.first is None else [start, config.first]
+
+
+def _check_sources(columns):
+    """Raises for a source without tokens, of which attention would make numbers of nothing."""
+    empty = np.flatnonzero(~np.any(np.asarray(columns.get("source_mask", [[1]])) > 0, axis=-1))
+    if np.shape(columns["source"])[-1] == 0 or len(empty):
+        raise ValueError(
+            f"generate: the sources of rows {empty[:5].tolist() or 'all'} have no token (source_mask is 0 "
+            "everywhere); leave these rows out."
+        )
 
 
 def needed_positions(model: Any, prompt: int, new: int) -> int:

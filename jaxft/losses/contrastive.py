@@ -32,7 +32,8 @@ def info_nce(
             candidate always counts.
 
     Raises:
-        ValueError: for shapes that do not fit, or a temperature that is not positive.
+        ValueError: for shapes that do not fit, a temperature that is not positive and finite, or a margin that
+            is not finite.
     """
     n, m = len(queries), len(candidates)
     if (
@@ -47,8 +48,10 @@ def info_nce(
         )
     if left_out is not None and left_out.shape != (n, m):
         raise ValueError(f"info_nce: left_out {left_out.shape}, expected {(n, m)}.")
-    if temperature <= 0:
-        raise ValueError(f"info_nce: temperature must be positive, got {temperature}.")
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"info_nce: temperature must be positive and finite, got {temperature}.")
+    if not abs(margin) < float("inf"):
+        raise ValueError(f"info_nce: margin must be finite, got {margin}.")
     own = jnp.eye(n, m, dtype=bool)
     scores = jnp.einsum(
         "nd,md->nm", queries, candidates, preferred_element_type=jnp.float32

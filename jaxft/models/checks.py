@@ -107,6 +107,15 @@ def check_forward(forward: Any) -> None:
         )
 
 
+def check_one_sequence(model: Any, who: str) -> None:
+    """Raises ValueError for an encoder-decoder, whose hidden states are those of an answer, not of a text."""
+    if hasattr(getattr(model, "config", None), "encoder"):
+        raise ValueError(
+            f"{who}: {getattr(model.config, 'family', type(model).__name__)} is an encoder-decoder, of which jaxft has no embeddings or scores "
+            "of texts; use an encoder (BERT, RoBERTa) or a decoder."
+        )
+
+
 def check_hidden(hidden: jax.Array, tokens: tuple[int, ...]) -> None:
     """Raises ValueError unless there is one hidden state for each token."""
     shape = np.shape(hidden)

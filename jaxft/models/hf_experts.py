@@ -17,6 +17,7 @@ QWEN_READS = READS | {
     "mlp_only_layers",
 }
 # output_router_logits adds the balance loss to transformers' loss; here objectives take it as an argument.
+# The jitter multiplies inputs of routers by noise in training only, and is left out as dropout is.
 NO_EFFECT = frozenset({"output_router_logits", "router_jitter_noise"})
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxft.models.checks import check_one_sequence
+
 # (params, batch, key) -> embeddings [B, D] in float32, of a batch of rows with one text each.
 Embedding = Callable[[Any, Mapping[str, Any], jax.Array | None], jax.Array]
 
@@ -99,7 +101,11 @@ def embedding_of(model: Any, pooling: Pooling = MEAN) -> Embedding:
 
     It reads `tokens` and `segment_ids` [B, T] of a batch. A decoder sees earlier tokens only, so pool its
     "lasttoken".
+
+    Raises:
+        ValueError: for an encoder-decoder.
     """
+    check_one_sequence(model, "embedding_of")
 
     def embed(params, batch, key: jax.Array | None = None):
         del key  # The models have no dropout.

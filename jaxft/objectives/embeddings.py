@@ -7,6 +7,7 @@ empty texts in their place. `text_ids` [B, G], if present, are equal for equal t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -35,8 +36,8 @@ def contrastive(
     """objective(params, batch, key) -> (mean `info_nce` over the batch's queries, metrics).
 
     The negatives of a query are the answers and negatives of all records of the batch, over all devices of a
-    mesh, except texts equal to its answer or to itself. The loss is not a sum over rows, so it cannot be
-    computed in microbatches; `chunk` saves the memory instead.
+    mesh, except texts equal to itself or to an answer that a record of the batch gives to the same query. The
+    loss is not a sum over rows, so it cannot be computed in microbatches; `chunk` saves the memory instead.
 
     Args:
         embed: see jaxft.models.sentences.
@@ -51,7 +52,13 @@ def contrastive(
 
     Metrics: accuracy, the fraction of queries whose own answer is the most similar candidate, and the
     similarity to it.
+
+    Raises:
+        ValueError: for a temperature or margin that `info_nce` refuses; and by the objective, while tracing, for
+            groups, dims or chunks that do not fit, or a batch in which no answer has another candidate.
     """
+    pair = [jax.ShapeDtypeStruct((1, 1), jnp.float32)] * 2
+    jax.eval_shape(functools.partial(info_nce, temperature=temperature, margin=margin), *pair)
 
     def objective(params, batch, key):
         size, texts, _ = check_tokens(batch, "B G T")
@@ -59,6 +66,11 @@ def contrastive(
             raise ValueError(
                 f"contrastive: tokens {batch['tokens'].shape} are groups of {texts} texts, expected at "
                 "least 2: a query and a text that answers it."
+            )
+        if size * (texts - 1) < 2:
+            raise ValueError(
+                "contrastive: a batch of one record without negatives has nothing to compare its answer with, so "
+                "its loss is 0 for any params; use more records (--batch-size), or negatives."
             )
         rows = embed_in_chunks(embed, params, as_rows(batch), key, chunk)
         found = rows.reshape(size, texts, -1)
@@ -103,6 +115,11 @@ def distilled_margins(embed: Embedding, *, chunk: int | None = None) -> Objectiv
 
     def objective(params, batch, key):
         size, texts, _ = check_tokens(batch, "B G T")
+        if texts < 3:
+            raise ValueError(
+                f"distilled_margins: tokens {batch['tokens'].shape} are groups of {texts} texts, expected at "
+                "least 3: a query, a text that answers it, and one that does not."
+            )
         margins = check_column(batch, "margins", (size, texts - 2), "distilled_margins")
         rows = embed_in_chunks(embed, params, as_rows(batch), key, chunk)
         found = rows.reshape(size, texts, -1)
@@ -150,6 +167,9 @@ def _columns(found):
 
 
 def _present(batch):
+    """Texts with a token, [B, G]."""
+    if "segment_ids" not in batch:
+        return jnp.ones(jnp.shape(batch["tokens"])[:2], bool)
     return jnp.any(jnp.asarray(batch["segment_ids"]) > 0, axis=2)
 
 
@@ -157,9 +177,12 @@ def _pairs(batch):
     """(pairs of query and candidate that are not negatives [B, B (G - 1)], queries that count [B])."""
     there = _present(batch)
     flat = lambda x: jnp.concatenate([x[:, 1], x[:, 2:].reshape(-1)])
-    left_out = jnp.broadcast_to(~flat(there)[None], (len(there), there.size - len(there)))
+    left_out = ~(there[:, :1] & flat(there)[None])
     if "text_ids" in batch:
         ids = check_column(batch, "text_ids", there.shape, "contrastive")
         candidates = flat(ids)[None]
-        left_out = left_out | (candidates == ids[:, :1]) | (candidates == ids[:, 1:2])
+        same = (ids[:, :1] == ids[:, 0][None]).astype(jnp.float32)
+        answers = (ids[:, 1:2] == candidates).astype(jnp.float32)
+        known = same @ answers > 0  # of all records with this query
+        left_out = left_out | (candidates == ids[:, :1]) | known
     return left_out, there[:, 0] & there[:, 1]

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxft.models import Forward, Pooling, as_rows, predict
+from jaxft.models.checks import check_one_sequence
 from jaxft.weights import matmul, to_dense
 
 
@@ -29,8 +30,9 @@ def pair_scores(model: Any) -> Callable[..., jax.Array]:
     encoder's pooled first token, or a decoder's last token, as transformers' classifiers do.
 
     Raises:
-        ValueError: for an encoder without a pooler, or params without a reward head.
+        ValueError: for an encoder-decoder, an encoder without a pooler, or params without a reward head.
     """
+    check_one_sequence(model, "pair_scores")
     is_encoder = hasattr(model.config, "pooler")
     last = Pooling(("lasttoken",), normalize=False)
 

@@ -5,7 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from jaxft.adapters import adapt, as_lora, dora, load_adapter, lora, merge, paca, save_adapter
 from jaxft.adapters.errors import AdapterError
@@ -91,6 +91,38 @@ def test_modules_of_single_experts_are_read_as_peft_reads_them(base, tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
     adapted = load_adapter(tmp_path, model.config, params)
     close(logits(model, adapted), logits_of_peft(path, tmp_path))
+
+
+@pytest.mark.parametrize(
+    "which, change, message",
+    [
+        ("lora_A", lambda x: x[:-1], "lora_A.weight. has shape"),
+        ("lora_A", lambda x: x.T, "lora_A.weight. has shape"),
+        ("lora_B", lambda x: x.reshape(-1), "lora_B.weight. has shape"),
+        ("lora_B", lambda x: None, "missing key .*lora_B"),
+        (None, 3, "target_parameters=3 must be a list of names"),
+        (None, [3], r"target_parameters=\[3\] must be a list of names"),
+    ],
+)
+def test_files_that_do_not_fit_are_refused(base, which, change, message, tmp_path):
+    """Shapes and kinds of values that the file of an adapter of experts may have by mistake."""
+    _, _, model, params = base
+    save_adapter(
+        tmp_path, model.config, adapt(jax.random.key(0), params, {".*/experts/down/kernel": lora(2)})
+    )
+    if which is None:
+        file = tmp_path / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"target_parameters": change}))
+    else:
+        file = tmp_path / "adapter_model.safetensors"
+        tensors = load_file(file)
+        name = next(name for name in tensors if which in name)
+        changed = change(tensors.pop(name))
+        if changed is not None:
+            tensors[name] = np.ascontiguousarray(changed)
+        save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(AdapterError, match=message):
+        load_adapter(tmp_path, model.config, params)
 
 
 def test_parameters_that_the_model_lacks_are_refused(base, tmp_path):

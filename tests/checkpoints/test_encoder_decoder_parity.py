@@ -313,6 +313,21 @@ def test_answers_whose_segment_has_no_source_are_nan():
     assert np.isfinite(hidden[0, :2]).all() and np.isnan(hidden[0, 2:, :-1]).all()
 
 
+@pytest.mark.parametrize("mask", [[[1, 1, 0], [0, 0, 0]], np.zeros((2, 0), int)], ids=["row", "all"])
+def test_sources_without_tokens_are_refused(mask):
+    """A cross-attention over nothing would make numbers of nothing."""
+    source = {"source": np.ones(np.shape(mask), int), "source_mask": np.array(mask)}
+    config = SamplingConfig(4, 0.0, stop_ids=(2,))
+    for run in (
+        lambda: generate(BART, None, [[2]] * 2, jax.random.key(0), config, columns=source),
+        lambda: beam_search(BART, None, [[2]] * 2, Beams(2), config, columns=source),
+    ):
+        with pytest.raises(ValueError, match="the sources of rows .* have no token"):
+            run()
+    with pytest.raises(ValueError, match="every prompt needs at least one token"):
+        generate(BART, None, [[5], []], jax.random.key(0), config)
+
+
 def test_sampled_answers_are_scored_as_they_were_sampled():
     """A rollout of reinforce.py: the decoder's prompts are its first ids, and the source is a column."""
     prompts, columns = split_prompts(BART.config, [[5, 6, 7], [8]])

@@ -24,6 +24,15 @@ def language_tokenizer(kind):
     return kind(vocab=vocab, src_lang="de_DE", tgt_lang="en_XX")
 
 
+class Blank:
+    """A tokenizer that knows no word."""
+
+    eos_token_id = 2
+
+    def __call__(self, text=None, text_target=None):
+        return {"input_ids": []}
+
+
 def ids(tokenizer, text):
     return tokenizer.convert_tokens_to_ids(text.split())
 
@@ -46,6 +55,14 @@ def test_mbart_begins_with_the_last_id_of_its_target(kind, source, tokens):
     tokenizer.tgt_lang = None
     with pytest.raises(data.DataError, match="no tgt_lang, the language of the answers"):
         data.SourceRenderer(tokenizer, config)(RECORD)
+
+
+def test_a_prompt_without_a_token_is_refused():
+    """A tokenizer without special tokens and without <unk> makes none of a word that it does not know."""
+    made = data.SourceRenderer(Blank(), config_of(T5))
+    for run in (made, made.prompt):
+        with pytest.raises(data.DataError, match="the prompt .x. has no token, so the encoder"):
+            run({"prompt": "x", "completion": "w3"})
 
 
 def test_batches_keep_each_answer_with_its_source():

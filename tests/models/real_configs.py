@@ -148,6 +148,65 @@ VIT = dict(
     layer_norm_eps=1e-12, model_type="vit", num_attention_heads=4, num_channels=3, num_hidden_layers=2,
     patch_size=4, qkv_bias=True, transformers_version="4.13.0.dev0",
 )  # fmt: skip
+MIXTRAL = MISTRAL | dict(
+    model_type="mixtral", architectures=["MixtralForCausalLM"], attention_dropout=0.0,
+    num_experts_per_tok=2, num_local_experts=8, output_router_logits=False, rope_theta=1000000.0,
+    router_aux_loss_coef=0.02, sliding_window=None, transformers_version="4.36.0.dev0",
+)  # fmt: skip
+QWEN2_MOE = {k: v for k, v in QWEN2.items() if k != "use_mrope"} | dict(
+    model_type="qwen2_moe", architectures=["Qwen2MoeForCausalLM"], decoder_sparse_step=1,
+    max_window_layers=21, moe_intermediate_size=12, norm_topk_prob=False, num_experts=6,
+    num_experts_per_tok=4, num_key_value_heads=8, output_router_logits=False, router_aux_loss_coef=0.001,
+    shared_expert_intermediate_size=48, tie_word_embeddings=False,
+)  # fmt: skip
+QWEN3_MOE = {k: v for k, v in QWEN3.items()} | dict(
+    model_type="qwen3_moe", architectures=["Qwen3MoeForCausalLM"], decoder_sparse_step=1,
+    max_window_layers=48, mlp_only_layers=[], moe_intermediate_size=12, norm_topk_prob=True,
+    num_experts=8, num_experts_per_tok=3, output_router_logits=False, router_aux_loss_coef=0.001,
+    tie_word_embeddings=False,
+)  # fmt: skip
+OLMOE = OLMO2 | dict(
+    model_type="olmoe", architectures=["OlmoeForCausalLM"], clip_qkv=None, intermediate_size=16,
+    norm_topk_prob=False, num_experts=8, num_experts_per_tok=4, output_router_logits=False,
+    rms_norm_eps=1e-05, rope_theta=10000.0, router_aux_loss_coef=0.01, transformers_version="4.43.0.dev0",
+)  # fmt: skip
+T5 = dict(
+    model_type="t5", architectures=["T5ForConditionalGeneration"], d_ff=48, d_kv=8, d_model=32,
+    decoder_start_token_id=0, dropout_rate=0.1, eos_token_id=1, initializer_factor=1.0,
+    is_encoder_decoder=True, layer_norm_epsilon=1e-06, n_positions=512, num_heads=4, num_layers=2,
+    output_past=True, pad_token_id=0, relative_attention_num_buckets=32, vocab_size=96,
+    task_specific_params={"summarization": {"num_beams": 4, "prefix": "summarize: "}},
+)  # fmt: skip
+FLAN_T5 = {k: v for k, v in T5.items() if k != "task_specific_params"} | dict(
+    feed_forward_proj="gated-gelu", num_decoder_layers=3, relative_attention_max_distance=128,
+    tie_word_embeddings=False, transformers_version="4.23.1", use_cache=True,
+)  # fmt: skip
+BART = dict(
+    model_type="bart", _num_labels=3, activation_dropout=0.1, activation_function="gelu",
+    add_bias_logits=False, add_final_layer_norm=False, architectures=["BartForConditionalGeneration"],
+    attention_dropout=0.1, bos_token_id=0, classif_dropout=0.1, classifier_dropout=0.0, d_model=32,
+    decoder_attention_heads=4, decoder_ffn_dim=48, decoder_layerdrop=0.0, decoder_layers=2,
+    decoder_start_token_id=2, dropout=0.1, early_stopping=True, encoder_attention_heads=4,
+    encoder_ffn_dim=48, encoder_layerdrop=0.0, encoder_layers=2, eos_token_id=2, forced_eos_token_id=2,
+    forced_bos_token_id=0, gradient_checkpointing=False, id2label={"0": "LABEL_0", "1": "LABEL_1"},
+    init_std=0.02, is_encoder_decoder=True, label2id={"LABEL_0": 0, "LABEL_1": 1}, length_penalty=2.0,
+    max_length=142, max_position_embeddings=64, min_length=56, no_repeat_ngram_size=3,
+    normalize_before=False, num_beams=4, num_hidden_layers=2, pad_token_id=1, prefix=" ",
+    scale_embedding=False, use_cache=True, vocab_size=96, task_specific_params={"summarization": {}},
+)  # fmt: skip
+MBART = {k: v for k, v in BART.items() if k not in ("early_stopping", "min_length", "prefix")} | dict(
+    model_type="mbart", _name_or_path="facebook/mbart-large-50", add_final_layer_norm=True,
+    architectures=["MBartForConditionalGeneration"], forced_bos_token_id=None, normalize_before=True,
+    normalize_embedding=True, scale_embedding=True, static_position_embeddings=False,
+    tokenizer_class="MBart50Tokenizer", max_length=200, num_beams=5,
+)  # fmt: skip
+MARIAN = {k: v for k, v in BART.items() if k not in ("early_stopping", "min_length", "prefix")} | dict(
+    model_type="marian", activation_function="swish", architectures=["MarianMTModel"],
+    bad_words_ids=[[95]], bos_token_id=0, decoder_start_token_id=95, decoder_vocab_size=96, eos_token_id=0,
+    extra_pos_embeddings=96, forced_bos_token_id=None, forced_eos_token_id=0, max_length=512, num_beams=6,
+    normalize_embedding=False, pad_token_id=95, scale_embedding=True, share_encoder_decoder_embeddings=True,
+    static_position_embeddings=True,
+)  # fmt: skip
 YARN = dict(factor=4.0, original_max_position_embeddings=32768)
 
 REAL = {
@@ -207,6 +266,24 @@ REAL = {
     | dict(n_group=4, topk_group=2, topk_method="group_limited_greedy", q_lora_rank=8)
     | dict(num_experts_per_tok=4, routed_scaling_factor=16.0),
     "deepseek-v3": DEEPSEEK_V3,
+    "mixtral-8x7b": MIXTRAL,
+    "mixtral-8x22b": MIXTRAL | dict(router_jitter_noise=0.0, max_position_embeddings=65536),
+    "qwen1.5-moe": QWEN2_MOE,
+    "qwen2-moe": QWEN2_MOE | dict(mlp_only_layers=[], num_key_value_heads=2, bos_token_id=80),
+    "qwen3-30b-a3b": QWEN3_MOE,
+    "qwen3-coder-30b": QWEN3_MOE
+    | dict(qkv_bias=False, shared_expert_intermediate_size=0, use_qk_norm=True, rope_theta=10000000),
+    "qwen3-moe-yarn": QWEN3_MOE | dict(rope_scaling=YARN | dict(rope_type="yarn")),
+    "olmoe-1b-7b": OLMOE,
+    "olmoe-0924-instruct": OLMOE | dict(clip_qkv=8.0),
+    "t5-small": T5,
+    "flan-t5-small": FLAN_T5,
+    "flan-t5-saved": FLAN_T5
+    | dict(classifier_dropout=0.0, dense_act_fn="gelu_new", is_gated_act=True),
+    "bart-large-cnn": BART,
+    "distilbart": BART | dict(decoder_layers=1, classif_dropout=0.0, extra_pos_embeddings=2),
+    "mbart-large-50": MBART,
+    "opus-mt": MARIAN,
     "moonlight": {k: v for k, v in DEEPSEEK_V3.items() if k != "rope_scaling"}
     | dict(n_group=1, topk_group=1, q_lora_rank=None, rope_theta=50000.0),
     "gpt2-medium": GPT2,
@@ -229,6 +306,9 @@ REAL = {
 }
 
 
+NO_ROPE = ("bert", "roberta", "vit", "t5", "bart", "mbart", "marian")
+
+
 def respelled(file: dict) -> dict:
     """The file of transformers 4 in the spelling of 5: dtype, rope_parameters, layer_types."""
     file = {k: v for k, v in file.items()} | {"transformers_version": "5.1.0"}
@@ -236,7 +316,7 @@ def respelled(file: dict) -> dict:
         file["dtype"] = file.pop("torch_dtype")
     name, layers = file["model_type"], file.get("num_hidden_layers")
     scaling, theta = file.pop("rope_scaling", None) or {}, file.pop("rope_theta", None)
-    if layers and name not in ("bert", "roberta", "vit"):
+    if layers and name not in NO_ROPE:
         kind = scaling.get("rope_type", scaling.get("type", "default"))
         rope = {k: v for k, v in scaling.items() if k != "type"}
         if name == "phi3":

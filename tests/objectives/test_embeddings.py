@@ -98,6 +98,48 @@ def test_empty_records_and_absent_negatives_change_nothing():
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(update(groups(empty=range(SIZE)))[2]))
 
 
+@pytest.mark.parametrize("mode", ["mean", "cls"])
+def test_the_queries_of_empty_records_are_not_compared_with_answers(mode):
+    """The last batch of an evaluation is filled with empty records."""
+    batch, kept = groups(empty=(1, 5)), [0, 2, 3, 4, 6, 7]
+    objective = jax.jit(contrastive(embedding_of(MODEL, Pooling((mode,))), symmetric=True))
+    found = objective(PARAMS, batch, None)[0]
+    wanted = objective(PARAMS, {name: x[kept] for name, x in batch.items()}, None)[0]
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_other_answers_to_the_same_query_are_not_negatives(symmetric):
+    """Records 0, 2 and 5 have one query; record 4 has the answer of record 2 as its negative."""
+    batch, same = groups(), (0, 2, 5)
+    ids = np.arange(SIZE * TEXTS).reshape(SIZE, TEXTS)
+    for i in same[1:]:
+        ids[i, 0] = ids[0, 0]
+        for name in ("tokens", "segment_ids"):
+            batch[name][i, 0] = batch[name][0, 0]
+    ids[4, 2] = ids[2, 1]
+    for name in ("tokens", "segment_ids"):
+        batch[name][4, 2] = batch[name][2, 1]
+    left_out = np.zeros((SIZE, 2 * SIZE), bool)
+    for i in same:
+        left_out[i, [*same, SIZE + 4]] = True
+    flat = {name: x.reshape(-1, WIDTH) for name, x in batch.items()}
+    unit = np.asarray(EMBED(PARAMS, flat, None), np.float64).reshape(SIZE, TEXTS, -1)
+    scores = 20 * unit[:, 0] @ np.concatenate([unit[:, 1], unit[:, 2]]).T
+    scores[left_out & ~np.eye(*left_out.shape, dtype=bool)] = -np.inf
+    losses = [np.logaddexp.reduce(row) - row[i] for i, row in enumerate(scores)]
+    if symmetric:
+        back = [np.logaddexp.reduce(scores[:, i]) - scores[i, i] for i in range(SIZE)]
+        losses = np.add(losses, back) / 2
+    found = update(batch | {"text_ids": ids}, symmetric=symmetric)[0]
+    assert found == pytest.approx(np.mean(losses), rel=1e-4)
+
+
+def test_a_batch_without_segments_has_whole_texts():
+    batch = {"tokens": np.random.default_rng(3).integers(0, 29, (SIZE, TEXTS, WIDTH))}
+    close(update(batch), update(batch | {"segment_ids": np.ones_like(batch["tokens"])}))
+
+
 def test_equal_texts_are_not_negatives():
     """Record 3 has the answer of record 0, whose negative is the query of record 6."""
     batch = groups()
@@ -164,8 +206,15 @@ def test_wrong_settings_are_refused():
         run(dims=(8, 99))
     with pytest.raises(ValueError, match="groups of 1 texts, expected at least 2"):
         run({name: x[:, :1] for name, x in batch.items()})
-    with pytest.raises(ValueError, match="temperature must be positive, got 0"):
+    with pytest.raises(ValueError, match="temperature must be positive and finite, got 0"):
         run(temperature=0.0)
+    with pytest.raises(ValueError, match="margin must be finite, got nan"):
+        contrastive(EMBED, margin=float("nan"))  # before any batch
+    with pytest.raises(ValueError, match="one record without negatives has nothing to compare"):
+        run({name: x[:1, :2] for name, x in batch.items()})
+    run({name: x[:1] for name, x in batch.items()})  # with a negative there is something
+    with pytest.raises(ValueError, match="groups of 2 texts, expected at least 3"):
+        distilled_margins(EMBED)(PARAMS, {name: x[:, :2] for name, x in batch.items()}, None)
     with pytest.raises(ValueError, match=r"left_out \(2, 2\), expected \(2, 3\)"):
         info_nce(jnp.ones((2, 4)), jnp.ones((3, 4)), left_out=jnp.zeros((2, 2), bool))
     with pytest.raises(ValueError, match="value of the whole batch"):

@@ -9,6 +9,7 @@ import pytest
 
 from jaxft import data
 from jaxft.checkpoints import CheckpointError, load_model, load_tokenizer, save_model
+from jaxft.models import EncoderDecoder, EncoderDecoderConfig, StackConfig, embedding_of
 from jaxft.objectives import reranking
 from jaxft.rewards import add_reward_head, pair_scores
 from tests.checkpoints.small_bert import small_bert
@@ -133,6 +134,10 @@ def test_rows_of_two_texts_are_the_tokenizers(tmp_path):
 
 def test_what_cannot_score_is_refused(tmp_path):
     batch = pairs()
+    answers = EncoderDecoder(EncoderDecoderConfig(50, *[StackConfig(16, 24, 1, 2, 8)] * 2))
+    for function in (pair_scores, embedding_of):
+        with pytest.raises(ValueError, match='t5 is an encoder-decoder, of which jaxft has no'):
+            function(answers)
     with pytest.raises(ValueError, match="no 'reward' head"):
         SCORE(START, batch)
     with pytest.raises(ValueError, match="groups of 1 rows, expected at least 2"):

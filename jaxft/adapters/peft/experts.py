@@ -29,6 +29,8 @@ def read(settings: Settings, tensors: Tensors, model: Model) -> dict[str, LoraWe
     """
     names = settings["target_parameters"] or ()
     names = [names] if isinstance(names, str) else names
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        raise AdapterError(f"target_parameters={names!r} must be a list of names.")
     chosen = [group for group in model.grouped if _named(names, group.name)]
     lost = [n for n in names if not any(_named([n], group.name) for group in model.grouped)]
     if lost:

@@ -31,15 +31,17 @@ def check(config: Any, companions: dict[str, str]) -> None:
     choices.check_companions(config, companions)
     if source_config(config.base.model) is not None:
         raise ValueError(
-            f"--model {config.base.model} is an encoder-decoder, of which jaxft has no embeddings or scores of "
-            "texts; use an encoder (BERT, RoBERTa) or a decoder."
+            f"--model {config.base.model} is an encoder-decoder, of which jaxft has no embeddings or "
+            "scores of texts; use an encoder (BERT, RoBERTa) or a decoder."
         )
 
 
 def file_settings(model: str) -> SentenceSettings:
     """Returns the pooling, prompts and similarity of a model's files; without files, the defaults."""
     path = None if model == "tiny" else resolve(model)
-    return read_sentence_settings(path) if path is not None and path.is_dir() else SentenceSettings()
+    return (
+        read_sentence_settings(path) if path is not None and path.is_dir() else SentenceSettings()
+    )
 
 
 def load_records(config: Any) -> tuple[list, list, str]:
@@ -133,7 +135,9 @@ def train_and_rank(
 def _check_objective(objective: Objective, params: Any, batch: Any) -> None:
     """Traces the objective for a batch of all hosts, so that what it refuses is refused before training."""
     whole = lambda x: jax.ShapeDtypeStruct((jax.process_count() * len(x), *x.shape[1:]), x.dtype)
-    jax.eval_shape(lambda params, batch: objective(params, batch, None)[0], params, jax.tree.map(whole, batch))
+    jax.eval_shape(
+        lambda params, batch: objective(params, batch, None)[0], params, jax.tree.map(whole, batch)
+    )
 
 
 class Search:
@@ -166,9 +170,7 @@ class Search:
         texts, answers = list(self.places), [self.answers[query] for query in queries]
         known = [{r["query"], *r["negatives"]} for r in training]
         known = [{self.places[text] for text in own if text in self.places} for own in known]
-        found = data.mine_negatives(
-            left @ right.T, answers, number, margin=margin, excluded=known
-        )
+        found = data.mine_negatives(left @ right.T, answers, number, margin=margin, excluded=known)
         counts = [len(row) for row in found]
         print(
             f"mined {sum(counts)} negatives for {len(training)} queries ({min(counts)} to {max(counts)})"

@@ -54,15 +54,16 @@ def missing_package(path: pathlib.Path, error: ImportError) -> ModuleNotFoundErr
     names = [name for name in _PACKAGES if name.replace("_", "") in _letters(text)]
     first = next(filter(None, map(str.strip, text.splitlines())), type(error).__name__)
     install = " ".join(names) or getattr(error, "name", None) or "the package that it names"
-    return ModuleNotFoundError(f"{path}: its tokenizer cannot be read: {first.split('. ')[0]}; pip install {install}")
+    return ModuleNotFoundError(
+        f"{path}: its tokenizer cannot be read: {first.split('. ')[0]}; pip install {install}"
+    )
 
 
 def check_vocabulary(path: pathlib.Path, tokenizer: Any) -> None:
     """Checks that the vocabulary of a loaded tokenizer came from a file of its directory.
 
     Without one, classes of transformers 5 (those of T5, mBART, Llama) make a vocabulary of a few special
-    tokens, and without its merges a BPE splits all words into letters: no error is raised, and every text
-    has wrong ids. Classes that need no file, such as ByT5's, name none.
+    tokens: no error is raised, and every word of a text is unknown. Classes that need no file, such as ByT5's, name none.
 
     Raises:
         CheckpointError: with the names of the files that are missing.

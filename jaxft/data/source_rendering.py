@@ -88,7 +88,8 @@ class SourceRenderer:
         ids = _unpadded(self.tokenizer(text))
         if not ids:
             raise DataError(
-                f"the prompt {text!r:.40} has no token, so the encoder would read nothing.", "schema"
+                f"the prompt {text!r:.40} has no token, so the encoder would read nothing.",
+                "schema",
             )
         return ids
 

@@ -32,8 +32,8 @@ def info_nce(
             candidate always counts.
 
     Raises:
-        ValueError: for shapes that do not fit, a temperature that is not positive and finite, or a margin that
-            is not finite.
+        ValueError: for shapes that do not fit, a temperature that is not positive and finite, or a margin
+            that is not finite.
     """
     n, m = len(queries), len(candidates)
     if (

@@ -110,9 +110,10 @@ def check_forward(forward: Any) -> None:
 def check_one_sequence(model: Any, who: str) -> None:
     """Raises ValueError for an encoder-decoder, whose hidden states are those of an answer, not of a text."""
     if hasattr(getattr(model, "config", None), "encoder"):
+        family = getattr(model.config, "family", type(model).__name__)
         raise ValueError(
-            f"{who}: {getattr(model.config, 'family', type(model).__name__)} is an encoder-decoder, of which jaxft has no embeddings or scores "
-            "of texts; use an encoder (BERT, RoBERTa) or a decoder."
+            f"{who}: {family} is an encoder-decoder, of which jaxft has no embeddings or scores of texts; use an "
+            "encoder (BERT, RoBERTa) or a decoder."
         )
 
 

@@ -54,8 +54,8 @@ def contrastive(
     similarity to it.
 
     Raises:
-        ValueError: for a temperature or margin that `info_nce` refuses; and by the objective, while tracing, for
-            groups, dims or chunks that do not fit, or a batch in which no answer has another candidate.
+        ValueError: for a temperature or margin that `info_nce` refuses; and by the objective, while tracing,
+            for groups, dims or chunks that do not fit, or a batch in which no answer has another candidate.
     """
     pair = [jax.ShapeDtypeStruct((1, 1), jnp.float32)] * 2
     jax.eval_shape(functools.partial(info_nce, temperature=temperature, margin=margin), *pair)
@@ -69,8 +69,8 @@ def contrastive(
             )
         if size * (texts - 1) < 2:
             raise ValueError(
-                "contrastive: a batch of one record without negatives has nothing to compare its answer with, so "
-                "its loss is 0 for any params; use more records (--batch-size), or negatives."
+                "contrastive: a batch of one record without negatives has nothing to compare its answer with, "
+                "so its loss is 0 for any params; use more records (--batch-size), or negatives."
             )
         rows = embed_in_chunks(embed, params, as_rows(batch), key, chunk)
         found = rows.reshape(size, texts, -1)

@@ -108,7 +108,9 @@ def test_files_that_do_not_fit_are_refused(base, which, change, message, tmp_pat
     """Shapes and kinds of values that the file of an adapter of experts may have by mistake."""
     _, _, model, params = base
     save_adapter(
-        tmp_path, model.config, adapt(jax.random.key(0), params, {".*/experts/down/kernel": lora(2)})
+        tmp_path,
+        model.config,
+        adapt(jax.random.key(0), params, {".*/experts/down/kernel": lora(2)}),
     )
     if which is None:
         file = tmp_path / "adapter_config.json"

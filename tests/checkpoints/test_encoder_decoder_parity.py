@@ -313,7 +313,9 @@ def test_answers_whose_segment_has_no_source_are_nan():
     assert np.isfinite(hidden[0, :2]).all() and np.isnan(hidden[0, 2:, :-1]).all()
 
 
-@pytest.mark.parametrize("mask", [[[1, 1, 0], [0, 0, 0]], np.zeros((2, 0), int)], ids=["row", "all"])
+@pytest.mark.parametrize(
+    "mask", [[[1, 1, 0], [0, 0, 0]], np.zeros((2, 0), int)], ids=["row", "all"]
+)
 def test_sources_without_tokens_are_refused(mask):
     """A cross-attention over nothing would make numbers of nothing."""
     source = {"source": np.ones(np.shape(mask), int), "source_mask": np.array(mask)}

@@ -116,7 +116,9 @@ def test_an_encoder_decoder_is_refused_before_it_is_loaded(script, files, tmp_pa
     (tmp_path / "t5").mkdir()
     (tmp_path / "t5" / "config.json").write_text(json.dumps({"model_type": "t5"}))
     settings = dict(model=str(tmp_path / "t5"), data=(str(files[1]),), output_dir=str(tmp_path))
-    with pytest.raises(ValueError, match="t5 is an encoder-decoder, of which jaxft has no embeddings"):
+    with pytest.raises(
+        ValueError, match="t5 is an encoder-decoder, of which jaxft has no embeddings"
+    ):
         script.main(flags.replace(script.Config(), **settings))
 
 
@@ -140,7 +142,10 @@ def test_texts_are_compared_as_the_model_s_files_say(files, similarity, normaliz
     function = st.util.cos_sim if similarity == "cosine" else st.util.dot_score
     np.testing.assert_allclose(found @ found.T, function(raw, raw).numpy(), rtol=2e-5, atol=2e-5)
     groups = render_passages(
-        [{"query": a, "positive": b, "negatives": []} for a, b in zip(texts[:2], texts[2:])],
+        [
+            {"query": a, "positive": b, "negatives": []}
+            for a, b in zip(texts[:2], texts[2:4], strict=True)
+        ],
         load_tokenizer(files[0]),
         8,
     )

@@ -49,7 +49,11 @@ def test_decoder(own, given, found):
     [
         (dict(suppress_tokens=[], diversity_penalty=0.0, renormalize_logits=True), False, []),
         (dict(renormalize_logits=True), True, ["renormalize_logits"]),
-        (dict(suppress_tokens=[7], bad_words_ids=[[3]]), False, ["suppress_tokens", "bad_words_ids"]),
+        (
+            dict(suppress_tokens=[7], bad_words_ids=[[3]]),
+            False,
+            ["suppress_tokens", "bad_words_ids"],
+        ),
         (dict(encoder_repetition_penalty=1.2), False, ["encoder_repetition_penalty"]),
     ],
 )
@@ -57,7 +61,9 @@ def test_settings_without_a_flag_are_named_too(own, beams, found, capsys):
     config = flags.replace(generate.Config(), num_beams=2 if beams else 1)
     own_settings.tell(Decoder(with_own(tiny_config(), **own)), config)
     line = capsys.readouterr().err
-    assert all(f"{name} {json.dumps(own[name])}" in line for name in found) and bool(line) == bool(found)
+    assert all(f"{name} {json.dumps(own[name])}" in line for name in found) and bool(line) == bool(
+        found
+    )
     bart = EncoderDecoder(with_own(config_of(BART), bad_words_ids=[[3]], forced_eos_token_id=2))
     assert not own_settings.without_flag(bart, True)  # `generate` follows them
 

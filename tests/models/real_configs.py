@@ -272,7 +272,9 @@ REAL = {
     "qwen2-moe": QWEN2_MOE | dict(mlp_only_layers=[], num_key_value_heads=2, bos_token_id=80),
     "qwen3-30b-a3b": QWEN3_MOE,
     "qwen3-coder-30b": QWEN3_MOE
-    | dict(qkv_bias=False, shared_expert_intermediate_size=0, use_qk_norm=True, rope_theta=10000000),
+    | dict(
+        qkv_bias=False, shared_expert_intermediate_size=0, use_qk_norm=True, rope_theta=10000000
+    ),
     "qwen3-moe-yarn": QWEN3_MOE | dict(rope_scaling=YARN | dict(rope_type="yarn")),
     "olmoe-1b-7b": OLMOE,
     "olmoe-0924-instruct": OLMOE | dict(clip_qkv=8.0),

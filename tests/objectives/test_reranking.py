@@ -136,7 +136,7 @@ def test_what_cannot_score_is_refused(tmp_path):
     batch = pairs()
     answers = EncoderDecoder(EncoderDecoderConfig(50, *[StackConfig(16, 24, 1, 2, 8)] * 2))
     for function in (pair_scores, embedding_of):
-        with pytest.raises(ValueError, match='t5 is an encoder-decoder, of which jaxft has no'):
+        with pytest.raises(ValueError, match="t5 is an encoder-decoder, of which jaxft has no"):
             function(answers)
     with pytest.raises(ValueError, match="no 'reward' head"):
         SCORE(START, batch)

@@ -63,7 +63,8 @@ def check_vocabulary(path: pathlib.Path, tokenizer: Any) -> None:
     """Checks that the vocabulary of a loaded tokenizer came from a file of its directory.
 
     Without one, classes of transformers 5 (those of T5, mBART, Llama) make a vocabulary of a few special
-    tokens: no error is raised, and every word of a text is unknown. Classes that need no file, such as ByT5's, name none.
+    tokens: no error is raised, and every word of a text is unknown. Classes that need no file,
+    such as ByT5's, name none.
 
     Raises:
         CheckpointError: with the names of the files that are missing.

@@ -69,8 +69,8 @@ def contrastive(
             )
         if size * (texts - 1) < 2:
             raise ValueError(
-                "contrastive: a batch of one record without negatives has nothing to compare its answer with, "
-                "so its loss is 0 for any params; use more records (--batch-size), or negatives."
+                "contrastive: a batch of one record without negatives has nothing to compare its answer "
+                "with, so its loss is 0 for any params; use more records (--batch-size), or negatives."
             )
         rows = embed_in_chunks(embed, params, as_rows(batch), key, chunk)
         found = rows.reshape(size, texts, -1)

@@ -112,8 +112,8 @@ def check_one_sequence(model: Any, who: str) -> None:
     if hasattr(getattr(model, "config", None), "encoder"):
         family = getattr(model.config, "family", type(model).__name__)
         raise ValueError(
-            f"{who}: {family} is an encoder-decoder, of which jaxft has no embeddings or scores of texts; use "
-            "an encoder (BERT, RoBERTa) or a decoder."
+            f"{who}: {family} is an encoder-decoder, of which jaxft has no embeddings or scores of texts; "
+            "use an encoder (BERT, RoBERTa) or a decoder."
         )
 
 

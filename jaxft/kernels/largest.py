@@ -12,5 +12,6 @@ def largest(x: Float[Array, "*B N"], k: int) -> tuple[Float[Array, "*B k"], Int[
     `jax.lax.top_k`, whose results may be sliced. XLA:CPU recognises top_k by its slices of a sorted array;
     it merges slices of the results with them, no longer recognises it, and sorts the whole vocabulary.
     """
-    values, indices = jax.lax.optimization_barrier(jax.lax.top_k(x, k))
-    return values, indices
+    values, indices = jax.lax.top_k(x, k)
+    # One for each: XLA ends the process for a barrier of both if x is sharded over devices.
+    return jax.lax.optimization_barrier(values), jax.lax.optimization_barrier(indices)

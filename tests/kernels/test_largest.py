@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from jaxft.generation import SamplingConfig
 from jaxft.generation.beam import _choose, _Search, _Settings
 from jaxft.generation.decoding import transform_logits
 from jaxft.kernels.largest import largest
+from jaxft.parallel import make_mesh
 
 V = 4096
 
@@ -44,6 +46,16 @@ def test_equal_entries_come_in_their_order():
     order = np.argsort(-np.asarray(x), axis=-1, kind="stable")[:, :7]
     np.testing.assert_array_equal(indices, order)
     np.testing.assert_array_equal(values, np.take_along_axis(np.asarray(x), order, axis=-1))
+
+
+@pytest.mark.parametrize("rows, columns", [("data", None), (None, "data")], ids=["rows", "columns"])
+def test_entries_over_devices_are_those_of_one(rows, columns):
+    """XLA ended the process when the partition of a top_k met a barrier of both its results."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 64)), jnp.float32)
+    sharding = jax.sharding.NamedSharding(make_mesh(data=8), PartitionSpec(rows, columns))
+    for function in (lambda x: largest(x, 5), lambda x: jax.lax.map(lambda x: largest(x, 5), x[None])):
+        wanted, found = function(x), jax.jit(function)(jax.device_put(x, sharding))
+        jax.tree.map(np.testing.assert_array_equal, found, wanted)
 
 
 @pytest.mark.parametrize("top_p", [0.0, 0.3, 0.75, 0.999])

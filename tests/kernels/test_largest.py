@@ -53,7 +53,10 @@ def test_entries_over_devices_are_those_of_one(rows, columns):
     """XLA ended the process when the partition of a top_k met a barrier of both its results."""
     x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 64)), jnp.float32)
     sharding = jax.sharding.NamedSharding(make_mesh(data=8), PartitionSpec(rows, columns))
-    for function in (lambda x: largest(x, 5), lambda x: jax.lax.map(lambda x: largest(x, 5), x[None])):
+    for function in (
+        lambda x: largest(x, 5),
+        lambda x: jax.lax.map(lambda x: largest(x, 5), x[None]),
+    ):
         wanted, found = function(x), jax.jit(function)(jax.device_put(x, sharding))
         jax.tree.map(np.testing.assert_array_equal, found, wanted)
 

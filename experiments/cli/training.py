@@ -35,7 +35,7 @@ from jaxft.adapters import (
 from jaxft.data.batching import MIN_BUCKET
 from jaxft.models import EncoderDecoderConfig, Forward, family_of, tiny_config
 from jaxft.objectives import Objective, RouterTerms
-from jaxft.parallel import connect_hosts, make_mesh, shard_params, written_once
+from jaxft.parallel import connect_hosts, make_mesh, row_shards, shard_params, written_once
 
 # The settings of every --smoke.
 TINY = {"model": "tiny", "rank": 2, "alpha": 4.0}
@@ -72,7 +72,9 @@ def place(config: Any) -> tuple[pathlib.Path, Any]:
         raise train.OutputError(
             f"{output} holds an earlier run; continue it with --resume, or choose another --output-dir."
         )
-    return output, mesh_of(config.mesh)
+    mesh = mesh_of(config.mesh)
+    check_rows(config, mesh)
+    return output, mesh
 
 
 def write_metrics(output: pathlib.Path, metrics: Mapping[str, Any]) -> None:
@@ -209,6 +211,7 @@ def load_base(
     dtype = jnp.bfloat16 if settings.bfloat16 else jnp.float32
     model = model.clone(dtype=dtype, remat=settings.remat)
     (check or check_length)(config, model)
+    check_virtual(config, model)
     return model, base
 
 
@@ -314,6 +317,28 @@ def mesh_of(settings: flags.Mesh) -> Any:
     if jax.device_count() == 1:
         return None
     return make_mesh(devices=jax.devices()[:1]) if jax.process_count() == 1 else make_mesh()
+
+
+def check_rows(config: Any, mesh: Any) -> None:
+    """Raises ValueError if the devices cannot have as many rows each of a batch of --batch-size."""
+    parts = 1 if mesh is None or not hasattr(config, "rows") else row_shards(mesh)
+    if parts > 1 and config.rows.batch_size % parts:
+        raise ValueError(
+            f"--batch-size {config.rows.batch_size} cannot be laid over data x fsdp x expert = {parts} "
+            f"devices; make it a multiple of {parts}, or use --tensor."
+        )
+
+
+def check_virtual(config: Any, model: Any) -> None:
+    """Raises ValueError for virtual tokens of a model that has no place for them."""
+    name, latent = config.adapter, getattr(model.config, "latent", None) is not None
+    answers = isinstance(model.config, EncoderDecoderConfig)
+    if (answers and name in ("prompt", "prefix")) or (latent and name == "prefix"):
+        kind = "is an encoder-decoder" if answers else "has latent attention"
+        raise ValueError(
+            f"--adapter {name}: {config.base.model} {kind}, which has no place for these virtual tokens; use "
+            "another adapter, such as lora or bottleneck."
+        )
 
 
 def check_length(config: Any, model: Any) -> None:

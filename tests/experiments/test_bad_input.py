@@ -223,6 +223,12 @@ BAD = [
         ["--batch-size", "0"],
         "--batch-size must be at least 1, got 0",
     ),
+    (
+        "sft preference",
+        "rows of devices",
+        ["--fsdp", "4", "--expert", "2", "--batch-size", "4"],
+        "--batch-size 4 cannot be laid over data x fsdp x expert = 8 devices; make it a multiple of 8",
+    ),
     ("sft", "d", ["--d", "9"], "--d 9 has no effect with --adapter lora; use intrinsic."),
     ("sft", "weights", ["--weights-by", "tokens"], "tokens has no effect without --weights"),
     ("sft", "validation", ["--validation", "0.5"], "--validation 0.5 has no effect with"),

@@ -1,12 +1,14 @@
 """The scripts on encoder-decoders: records, losses and answers are those of transformers."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 
 from experiments import evaluate, generate, preference, reinforce, sft
 from experiments.cli import flags
+from jaxft import train
 from jaxft.checkpoints import load_tokenizer
 from tests.checkpoints.small_bert import quiet
 
@@ -117,6 +119,12 @@ def test_sft_trains_an_adapter_that_peft_opens(files, tmp_path):
         ),
         (sft.main, sft.Config(), dict(template="chatml"), "'chatml' does not apply to bart"),
         (
+            sft.main,
+            sft.Config(),
+            dict(adapter="prompt", max_length=24),
+            "--adapter prompt: .* encoder-decoder, which has no place",
+        ),
+        (
             preference.main,
             preference.Config(),
             dict(loss="reward"),
@@ -131,7 +139,10 @@ def test_sft_trains_an_adapter_that_peft_opens(files, tmp_path):
         (reinforce.main, reinforce.Config(), dict(turns=2), "encoder-decoder, which --turns 2"),
     ],
 )
-def test_what_an_encoder_decoder_lacks_is_refused(files, tmp_path, main, config, given, message):
+def test_what_an_encoder_decoder_lacks_is_refused(
+    files, tmp_path, capsys, main, config, given, message
+):
+    """As from the command line: errors of the loop would show a traceback."""
     model, path, _ = files
     data = str(path) if config.data is None or isinstance(config.data, str) else (str(path),)
     if main is reinforce.main:
@@ -141,5 +152,7 @@ def test_what_an_encoder_decoder_lacks_is_refused(files, tmp_path, main, config,
         pairs = [{"prompt": f"w{i}", "chosen": "w1", "rejected": "w2"} for i in range(9)]
         path.with_name("pairs.jsonl").write_text("".join(json.dumps(p) + "\n" for p in pairs))
     given = dict(model=str(model), data=data, output_dir=str(tmp_path)) | given
-    with pytest.raises(ValueError, match=message):
-        main(flags.replace(config, **given))
+    with pytest.raises(SystemExit) as ended:
+        train.run_main(main, flags.replace(config, **given))
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert ended.value.code == 2 and re.search(message, line), line

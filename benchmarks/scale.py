@@ -74,7 +74,7 @@ The step that `--preset full` of each paper's script takes: its model, what trai
   the script splits them over all devices.
 - echo-chamber: GRPO's update; the model has SmolLM2's architecture.
 - reft: PPO's update with a value head; products by cuBLAS, since Triton has no tiles for its rows untuned.
-- nft, otr and reft: each microbatch gathers the params again, which the ratio counts as if once.
+- nft, otr, ppe and reft: each microbatch gathers the params again, which the ratio counts as if once.
 - nft: 72.5 GiB leave nothing for the CUDA runtime; take half the rows and twice the microbatches.
 - hypo: pairs, and as many samples of the policy, which the step gets as tokens.
 - corpus-mining: all params of a decoder train on packed pairs; the preset's own model, OPUS-MT, is an
@@ -135,6 +135,10 @@ PAPERS = {
     "nft": Config(
         model="qwen2.5-7b", adapter="full", objective="nft", topology="h100:8", rows=8, microbatches=8,
         length=4096, response=3584,
+    ),
+    "ppe": Config(
+        model="qwen2.5-7b", adapter="full", objective="grpo", topology="h100:8", rows=8, microbatches=16,
+        length=4864, response=4096,
     ),
     "otr": Config(
         model="qwen2.5-7b", adapter="full", objective="otr", topology="h100:8", rows=1,

@@ -45,6 +45,7 @@ from jaxft.data.passages import (
     render_passages,
     render_reranking,
 )
+from jaxft.data.prior_prompts import PRIOR_PROMPTS, PriorPrompt
 from jaxft.data.preference import (
     all_pairs,
     best_worst,
@@ -82,6 +83,8 @@ __all__ = [
     "Inspection",
     "JsonLines",
     "Judged",
+    "PRIOR_PROMPTS",
+    "PriorPrompt",
     "Renderer",
     "DenoisingRenderer",
     "SourceRenderer",

@@ -207,10 +207,11 @@ class Rewards:
 class PolicyLoss:
     """The loss of sampled tokens; the numbers mean what they mean in TRL."""
 
-    # ε: ratios are clipped below 1 - ε; None: the algorithm's, 0.2 (gspo, luspo: 3e-4)
+    # ε: ratios are clipped below 1 - ε; None: the algorithm's, 0.2 (gspo: 3e-4,
+    # luspo: 2e-3)
     clip_low: float | None = None
     # ε: ratios are clipped above 1 + ε; cispo: above ε itself. None: the algorithm's, 0.2 (dapo: 0.28,
-    # gspo, luspo: 4e-4, cispo: 5)
+    # gspo: 4e-4, luspo: 2.5e-3, cispo: 5)
     clip_high: float | None = None
     scale_rewards: Literal["group", "batch", "none"] = "group"  # whose deviation divides advantages
     normalize_advantages: bool = False  # rloo: mean 0 and deviation 1 over the rollout

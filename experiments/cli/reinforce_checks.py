@@ -27,8 +27,9 @@ COMPANIONS = {
     "correction_max": "correction",
 }
 # Flags of the task that have no effect if only a teacher's divergence, or credit, counts.
-NO_TASK = ("algorithm", "kl_weight", "reward_kl", "kl_target", "entropy_weight")
-NO_REWARD = ("reward_kl", "kl_target")
+NO_REWARD = ("reward_kl", "kl_target", "scale_rewards", "normalize_advantages")
+OF_LOSS = ("clip_low", "clip_high", "top_entropy_quantile", "off_policy_mask_threshold")
+NO_TASK = ("algorithm", "kl_weight", "entropy_weight", *NO_REWARD, *OF_LOSS)
 WITHOUT_ADVANTAGES = ("nft", "online_dpo", "xpo")
 
 
@@ -72,6 +73,11 @@ def teacher(config: Any) -> None:
     teachers.check(config, NO_REWARD)
     of_divergence = "distil_beta", "distil_temperature", "distil_top_k"
     choices.check_excluded(config, of_divergence, "--distil-as credit")
+    if config.distil.served and config.temperature != 1:
+        raise ValueError(
+            f"--temperature {config.temperature}: a server's log-probs are those at 1, and --distil-as credit "
+            "compares them with the policy's; use --temperature 1, or a --teacher that is a model."
+        )
     if config.algorithm in WITHOUT_ADVANTAGES:
         raise ValueError(
             f"--distil-as credit adds to advantages, which --algorithm {config.algorithm} has not; use grpo "
@@ -124,6 +130,12 @@ def numbers(config: Any) -> None:
             f"{config.reward_kl}; start from 0.05, for example."
         )
     weights(config)
+    slices = config.optimisation.gradient_accumulation_steps
+    if config.policy.top_entropy_quantile < 1 and slices > 1:
+        raise ValueError(
+            f"--top-entropy-quantile {config.policy.top_entropy_quantile} compares all tokens of a step, which "
+            f"--gradient-accumulation-steps {slices} cuts into parts; use 1 and fewer answers, or --remat."
+        )
     if not 0 <= config.overlong <= config.max_new_tokens:
         raise ValueError(
             f"--overlong must lie in 0..--max-new-tokens ({config.max_new_tokens}), got {config.overlong}."

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxft import losses
-from jaxft.metrics import Mean
+from jaxft.metrics import Mean, Undivided
 from jaxft.models import Forward, Prediction, predict
 from jaxft.models.checks import check_column, check_completion
 from jaxft.objectives.next_token import Objective
@@ -79,7 +79,8 @@ def policy_gradient(
         auxiliary: an additional loss of the hidden states that predict the tokens, such as
             `value_loss()`.
         top_entropy: share of the tokens, those of the highest entropy, that L and H are summed over; the
-            reduction still divides by all tokens (`most_uncertain`). Below 1, the cost is entropy_weight's.
+            reduction still divides by all tokens (`most_uncertain`). Below 1, the cost is entropy_weight's,
+            and microbatches are refused: the logged `entropy_threshold` is a value of the whole batch.
         corrects_kl: multiplies KL_t by π / π_old, so that a rollout's later updates have the gradient of the
             current policy's KL: DeepSeek-V3.2, 2025, arxiv.org/abs/2512.02556.
         chunk: see `linear_log_probs`.
@@ -137,7 +138,8 @@ def policy_gradient(
             )
             loss = loss - entropy_weight * entropy
         if top_entropy < 1:
-            loss = jnp.where(losses.most_uncertain(entropy, mask, top_entropy), loss, 0.0)
+            threshold = losses.entropy_threshold(entropy, mask, top_entropy)
+            loss = jnp.where(entropy >= threshold, loss, 0.0)
         if kl_weight:
             penalty = kl(log_probs, _reference(batch))
             ratio = jnp.exp(losses.log_ratio(log_probs, old)) if corrects_kl else 1.0
@@ -147,6 +149,8 @@ def policy_gradient(
             loss, shown = loss + more, shown | metrics
         total = _reduced(reduction, loss, mask, batch)
         metrics = {"loss": total} | {k: token_mean(v, mask) for k, v in shown.items()}
+        if top_entropy < 1:
+            metrics["entropy_threshold"] = Undivided(threshold, jnp.ones(()))
         metrics["length"] = _row_mean(jnp.sum(mask, axis=1, dtype=jnp.float32))
         metrics |= {name: _row_mean(values) for name, values in batch.get("stats", {}).items()}
         return total.value, jax.lax.stop_gradient(metrics)

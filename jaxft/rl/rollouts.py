@@ -192,7 +192,7 @@ def checked(batch: Any) -> Batch:
     """Checks a sampler's batch and converts lists to arrays, the mask to bool, missing verdicts to NaN.
 
     Raises:
-        ValueError: if entries are missing.
+        ValueError: if entries are missing, or padding lies between a prompt and its response.
         RewardError: if the rewards are invalid.
     """
     needed = {"tokens", "completion_mask", "sampler_log_probs", "rewards", "truncated"}
@@ -204,7 +204,22 @@ def checked(batch: Any) -> Batch:
     listed = lambda x: isinstance(x, (list, tuple))
     rewards = checked_rewards(batch["rewards"], len(batch["tokens"]))
     arrays = jax.tree.map(lambda x: np.asarray(x) if listed(x) else x, dict(batch), is_leaf=listed)
-    return with_bool_masks(arrays | {"rewards": rewards})
+    arrays = with_bool_masks(arrays | {"rewards": rewards})
+    _check_padding(arrays)
+    return arrays
+
+
+def _check_padding(batch):
+    """Raises ValueError if the first token of a response would be predicted from padding."""
+    mask, segments = batch["completion_mask"], batch.get("segment_ids")
+    if not isinstance(segments, np.ndarray) or mask.shape[1] >= segments.shape[1]:
+        return
+    apart = (segments[:, -mask.shape[1] - 1] == 0) & np.asarray(mask).any(axis=1)
+    if apart.any():
+        raise ValueError(
+            f"collect: row {int(np.argmax(apart))} has padding (segment_ids 0) between its prompt and its "
+            "response, whose first token would be predicted from it; a sampler pads prompts at the left."
+        )
 
 
 def with_bool_masks(batch: Batch) -> Batch:

@@ -165,6 +165,30 @@ BAD = [
     ("reinforce", "no reward", [*TEACHER, "--kl-weight", "1"], "no effect with --distil-weight 1"),
     (
         "reinforce",
+        "no loss",
+        [*TEACHER, "--clip-low", "0.1"],
+        "--clip-low 0.1 has no effect with --distil-weight 1; give one of them.",
+    ),
+    (
+        "reinforce",
+        "no scale",
+        [*TEACHER, "--distil-as", "credit", "--scale-rewards", "none"],
+        "--scale-rewards none has no effect with --distil-weight 1",
+    ),
+    (
+        "reinforce",
+        "a server's temperature",
+        "--teacher http://x --teacher-model m --distil-as credit --temperature 0.7".split(),
+        "--temperature 0.7: a server's log-probs are those at 1, and --distil-as credit",
+    ),
+    (
+        "reinforce",
+        "uncertain parts",
+        "--top-entropy-quantile 0.2 --gradient-accumulation-steps 2".split(),
+        "compares all tokens of a step, which --gradient-accumulation-steps 2 cuts into parts",
+    ),
+    (
+        "reinforce",
         "credit's divergence",
         [*TEACHER, "--distil-as", "credit", "--distil-beta", "0.1"],
         "--distil-beta 0.1 has no effect with --distil-as credit",

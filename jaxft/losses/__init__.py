@@ -30,6 +30,7 @@ from jaxft.losses.importance import (
 )
 from jaxft.losses.one_token_rollout import otr_expected_loss, otr_loss, otr_metrics
 from jaxft.losses.policy import (
+    adapted_entropy_weight,
     adapted_kl_weight,
     cispo_loss,
     clipped_surrogate,
@@ -110,6 +111,7 @@ __all__ = [
     "balance_loss",
     "expert_load",
     "router_z_loss",
+    "adapted_entropy_weight",
     "adapted_kl_weight",
     "CHUNK",
     "KlEstimates",

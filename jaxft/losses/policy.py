@@ -297,6 +297,32 @@ def adapted_kl_weight(
     return weight * (1.0 + error * count / horizon)
 
 
+def adapted_entropy_weight(
+    weight: Float[Array, ""],
+    entropy: Float[Array, ""],
+    *,
+    target: float,
+    delta: float = 0.005,
+    lowest: float = 0.0,
+    highest: float = 1.0,
+) -> Float[Array, ""]:
+    """c + δ if the entropy is at most the target, else c - δ, within [lowest, highest]: c for the next step.
+
+    Adaptive entropy control of Skywork-OR1: He et al., 2025, arxiv.org/abs/2505.22312, section 3.3. Its
+    bonus has the weight c where the entropy is at most the target, and 0 elsewhere.
+
+    Args:
+        weight: c.
+        entropy: of the policy, in nats per token.
+    """
+    if not 0 < target or not 0 < delta or not 0 <= lowest <= highest:
+        raise ValueError(
+            "adapted_entropy_weight: needs target > 0, delta > 0 and 0 <= lowest <= highest, got "
+            f"{target}, {delta}, {lowest} and {highest}."
+        )
+    return jnp.clip(weight + jnp.where(entropy <= target, delta, -delta), lowest, highest)
+
+
 def entropy(logits: Float[Array, "*batch V"]) -> Float[Array, "*batch"]:
     """-Σ_v p log p in nats, in float32; a token of probability 0 contributes 0."""
     log_p = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)

@@ -282,6 +282,7 @@ def _credited(credit, batch, kl_weight):
         batch["kl_weight"] = np.full(len(rewards), kl_weight, np.float32)
         batch["stats"]["kl_weight"] = batch["kl_weight"]
     given = credit(jnp.asarray(rewards), batch)
+    batch.pop("reward_parts", None)
     return batch | jax.tree.map(np.asarray, dict(given))
 
 

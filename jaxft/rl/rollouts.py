@@ -13,6 +13,7 @@ from jaxft.generation import SamplingConfig, bucket, generate, left_pad
 from jaxft.models import Decoder
 from jaxft.rewards.checked import checked_rewards
 from jaxft.rewards.pool import RewardFn
+from jaxft.rewards.several import SeveralRewards, weighted_sums
 from jaxft.rl.prompts import MIN_BUCKET, Asked
 
 Batch = dict[str, Any]
@@ -36,7 +37,8 @@ def answers(
 
     Args:
         rewards: (completions, records) -> one number each, NaN for no verdict: a VerifierPool, or
-            `in_process` of a verifier. Completions are decoded without special tokens and stripped.
+            `in_process` of a verifier. Completions are decoded without special tokens and stripped. Of
+            `SeveralRewards` the batch also has each one, `reward_parts` [B, K], and stats of them.
         config: the sampling config.
         sampler: a function with the signature of `generate`.
 
@@ -56,6 +58,11 @@ def answers(
             batch = padded(batch, asked.width, config.max_new_tokens)
         texts = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in completions]
         records = [record for record in asked.records for _ in range(group_size)]
+        if isinstance(rewards, SeveralRewards):
+            parts = rewards.parts(texts, records)
+            stats = {f"reward_{k + 1}": parts[:, k] for k in range(parts.shape[1])}
+            sums = weighted_sums(parts, rewards.weights)
+            return batch | {"rewards": sums, "reward_parts": parts, "stats": stats}
         return batch | {"rewards": checked_rewards(rewards(texts, records), len(texts))}
 
     return sample
@@ -240,6 +247,7 @@ MADE = frozenset(
         *RESPONSE,
         "truncated",
         "rewards",
+        "reward_parts",
         "turns",
         "from_reference",
         "draws",

@@ -183,6 +183,48 @@ BAD = [
     ),
     (
         "reinforce",
+        "weights of rewards",
+        lambda p: ["--also-judge", judge(p), "--reward-weights", "1", "2", "3"],
+        "--reward-weights 1.0 2.0 3.0: give a finite weight for the first reward and one for each of 1",
+    ),
+    (
+        "reinforce",
+        "no second judge",
+        lambda p: ["--also-judge", p / "none.py:f"],
+        "--also-judge '",
+    ),
+    (
+        "reinforce",
+        "sums of verdicts",
+        lambda p: ["--also-judge", judge(p), "--algorithm", "nft"],
+        "--algorithm nft needs correct or wrong, which a sum of rewards is not",
+    ),
+    (
+        "reinforce",
+        "single rewards",
+        lambda p: (
+            ["--also-judge", judge(p), "--algorithm", "rloo"]
+            + "--reward-combination normalize_then_sum".split()
+        ),
+        "normalize_then_sum has no effect with --algorithm rloo; use grpo, dapo, gspo, luspo, cispo,",
+    ),
+    (
+        "reinforce",
+        "penalty of single rewards",
+        lambda p: (
+            ["--also-judge", judge(p), "--overlong", "2"]
+            + "--reward-combination normalize_then_sum".split()
+        ),
+        "--overlong 2 has no effect with --reward-combination normalize_then_sum",
+    ),
+    (
+        "reinforce",
+        "idle bonus",
+        ["--drop-idle", "on", "--entropy-target", "1"],
+        "--drop-idle on: --entropy-target 1.0 has a bonus in all rows",
+    ),
+    (
+        "reinforce",
         "uncertain parts",
         "--top-entropy-quantile 0.2 --gradient-accumulation-steps 2".split(),
         "compares all tokens of a step, which --gradient-accumulation-steps 2 cuts into parts",

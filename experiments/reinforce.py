@@ -263,9 +263,7 @@ def books_of(config) -> dict[str, train.Book]:
     if policy.entropy_target is None:
         return {}
     settings = dict(delta=policy.entropy_weight_delta, highest=policy.entropy_weight_max)
-    book = train.adaptive_entropy(
-        policy.entropy_target, weight=config.entropy_weight, **settings
-    )
+    book = train.adaptive_entropy(policy.entropy_target, weight=config.entropy_weight, **settings)
     return {"entropy": book}
 
 

@@ -205,7 +205,7 @@ class Rewards:
 @without_prefix
 @dataclasses.dataclass(frozen=True)
 class MoreRewards:
-    """Further rewards of an answer, which are added to the first: the verifier's, --judge's or the model's."""
+    """Further rewards of an answer, added to the first: the verifier's, --judge's or the model's."""
 
     # further functions like --judge: file.py:function ...
     also_judge: tuple[str, ...] = ()

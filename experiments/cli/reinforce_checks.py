@@ -36,7 +36,13 @@ COMPANIONS = {
 NO_REWARD = tuple(
     "reward_kl kl_target scale_rewards normalize_advantages reward_combination".split()
 )
-OF_LOSS = ("clip_low", "clip_high", "top_entropy_quantile", "off_policy_mask_threshold", "entropy_target")
+OF_LOSS = (
+    "clip_low",
+    "clip_high",
+    "top_entropy_quantile",
+    "off_policy_mask_threshold",
+    "entropy_target",
+)
 NO_TASK = ("algorithm", "kl_weight", "entropy_weight", *NO_REWARD, *OF_LOSS)
 VERDICTS = ("nft", "expert_iteration")
 WITHOUT_ADVANTAGES = ("nft", "online_dpo", "xpo")
@@ -86,8 +92,8 @@ def teacher(config: Any) -> None:
     choices.check_excluded(config, of_divergence, "--distil-as credit")
     if config.distil.served and config.temperature != 1:
         raise ValueError(
-            f"--temperature {config.temperature}: a server's log-probs are those at 1, and --distil-as credit "
-            "compares them with the policy's; use --temperature 1, or a --teacher that is a model."
+            f"--temperature {config.temperature}: a server's log-probs are those at 1, and --distil-as "
+            "credit compares them with the policy's; use --temperature 1, or a --teacher that is a model."
         )
     if config.algorithm in WITHOUT_ADVANTAGES:
         raise ValueError(
@@ -112,8 +118,8 @@ def several_rewards(config: Any) -> None:
         )
     if config.algorithm in VERDICTS:
         raise ValueError(
-            f"--algorithm {config.algorithm} needs correct or wrong, which a sum of rewards is not; leave out "
-            "--also-judge, or use grpo."
+            f"--algorithm {config.algorithm} needs correct or wrong, which a sum of rewards is not; leave "
+            "out --also-judge, or use grpo."
         )
     if more.reward_combination == "sum_then_normalize":
         return
@@ -174,8 +180,8 @@ def numbers(config: Any) -> None:
     slices = config.optimisation.gradient_accumulation_steps
     if config.policy.top_entropy_quantile < 1 and slices > 1:
         raise ValueError(
-            f"--top-entropy-quantile {config.policy.top_entropy_quantile} compares all tokens of a step, which "
-            f"--gradient-accumulation-steps {slices} cuts into parts; use 1 and fewer answers, or --remat."
+            f"--top-entropy-quantile {config.policy.top_entropy_quantile} compares all tokens of a step, "
+            f"which --gradient-accumulation-steps {slices} cuts into parts; use 1, and fewer answers."
         )
     if not 0 <= config.overlong <= config.max_new_tokens:
         raise ValueError(

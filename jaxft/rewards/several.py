@@ -50,9 +50,7 @@ class SeveralRewards:
         """Returns the weighted sums [B]."""
         return weighted_sums(self.parts(completions, records), self.weights)
 
-    def parts(
-        self, completions: Sequence[str], records: Sequence[Mapping[str, Any]]
-    ) -> np.ndarray:
+    def parts(self, completions: Sequence[str], records: Sequence[Mapping[str, Any]]) -> np.ndarray:
         """Returns the reward of each function, [B, K] float32, NaN where it has no verdict."""
         count = len(completions)
         each = [checked_rewards(f(completions, records), count) for f in self.functions]

@@ -182,7 +182,7 @@ class Ahead:
 def aged(
     found: Sampled, now: int, max_staleness: int, waits: dict[str, float]
 ) -> tuple[Batch, np.ndarray]:
-    """Returns the batch with `policy_version` and stats, and which tokens [B, N] are not too old for the loss.
+    """Returns the batch with `policy_version` and stats, and which tokens [B, N] are new enough for the loss.
 
     Tokens that are too old are of the response for transforms and credit (lengths, penalties, baselines),
     and leave the loss afterwards. Stats, each [B]: `staleness` (mean over the row's own tokens, in

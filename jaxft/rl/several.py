@@ -32,8 +32,9 @@ def normalised_sums(weights: Sequence[float], group_size: int) -> Credit:
     def credit(rewards, batch):
         parts = batch.get("reward_parts")
         if parts is None or np.shape(parts)[1:] != (len(weights),):
+            has = f"reward_parts {np.shape(parts)[1:]}"
             raise ValueError(
-                f"normalised_sums: the batch has reward_parts {np.shape(parts)[1:]} for {len(weights)} weights; "
+                f"normalised_sums: the batch has {has} for {len(weights)} weights; "
                 "pass SeveralRewards with as many functions to rl.answers."
             )
         sums = weighted_sums(parts, weights)

@@ -179,7 +179,7 @@ BAD = [
         "reinforce",
         "a server's temperature",
         "--teacher http://x --teacher-model m --distil-as credit --temperature 0.7".split(),
-        "--temperature 0.7: a server's log-probs are those at 1, and --distil-as credit",
+        "--temperature 0.7: a server's log-probs are those at 1, and --distil-as",
     ),
     (
         "reinforce",

@@ -50,7 +50,9 @@ def test_a_run_has_the_bonus_of_its_weight_in_slices_too():
         model.forward, clipped(), token_mean, entropy_weight=weight
     )
     book = {"entropy": adaptive_entropy(50.0, weight=0.25, delta=0.5)}
-    take = lambda objective, **more: fit(params, objective, optax.sgd(0.0), [batch] * 2, steps=2, **more)
+    take = lambda objective, **more: fit(
+        params, objective, optax.sgd(0.0), [batch] * 2, steps=2, **more
+    )
     state, rows = take(build(), books=book, microbatches=2)
     _, constant = take(build(0.75))
     assert [row["entropy_weight"] for row in rows] == [0.0, 0.75]

@@ -27,6 +27,7 @@ from jaxft.rewards.pool import (
 )
 from jaxft.rewards.programs import run_programs, run_python
 from jaxft.rewards.reward_models import model_rewards
+from jaxft.rewards.several import SeveralRewards
 from jaxft.rewards.verifiers import (
     Verifier,
     answer_reward,
@@ -48,6 +49,7 @@ __all__ = [
     "ProcessPool",
     "RewardError",
     "RewardFn",
+    "SeveralRewards",
     "Verifier",
     "VerifierError",
     "VerifierPool",

@@ -50,7 +50,7 @@ from jaxft import rl, train
 from jaxft.analysis.behaviours import BEHAVIOURS, behaviour_rates, js_divergence
 from jaxft.data.prior_prompts import PRIOR_PROMPTS
 from jaxft.objectives import policy_gradient, supervised
-from jaxft.rewards import tag_format_reward, weighted_rewards
+from jaxft.rewards import SeveralRewards, tag_format_reward
 
 NAMES = tuple(prior.name for prior in PRIOR_PROMPTS)
 LETTER = dict(zip(NAMES, styles.STYLES, strict=True))
@@ -194,7 +194,7 @@ def problems(config: Config, task: questions.Task, seed: int) -> World:
         form = tag_format_reward(prior[tag].tags)
         own = task._replace(
             known=styled(task.known, prompt),
-            rewards=weighted_rewards((0.5, task.rewards), (0.5, form)),
+            rewards=SeveralRewards((task.rewards, form), (0.5, 0.5)),
         )
         build = functools.partial(policy_gradient, task.model.forward)
         return questions.reinforce(

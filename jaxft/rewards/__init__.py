@@ -8,7 +8,7 @@ from jaxft.rewards.answers import (
     stated_answer,
 )
 from jaxft.rewards.checked import RewardError, checked_reward, checked_rewards
-from jaxft.rewards.formats import tag_format_reward, weighted_rewards
+from jaxft.rewards.formats import tag_format_reward
 from jaxft.rewards.heads import (
     add_reward_head,
     pair_scores,
@@ -70,5 +70,4 @@ __all__ = [
     "stated_answer",
     "tag_format_reward",
     "verifier_for",
-    "weighted_rewards",
 ]

@@ -39,6 +39,8 @@ COLUMNS = (
 # The results of products are kept ("dots"): recomputing them would gather the kernels a third time.
 _8B = dict(model="llama3-8b", rows=1, remat="dots")
 _MOE = dict(model="qwen3-30b-a3b", rows=1, expert=16, remat="dots")
+# A row is a group: a prompt of 1,536 tokens and 8 responses of 512.
+_GROUP = dict(objective="grpo", length=2048, response=512, share_prompts=8)
 CASES = [
     *(
         Config(**_8B, adapter=adapter, topology=topology)
@@ -60,6 +62,10 @@ CASES = [
     Config(**_MOE, adapter="full", topology="v5p:4x4x4"),
     Config(**_MOE, adapter="lora", topology="v6e:4x4"),
     Config(**_MOE, adapter="full", topology="v6e:4x4"),
+    *(
+        Config(**_8B, **_GROUP, adapter="lora", topology=topology)
+        for topology in ("v5e:4x4", "h100:8")
+    ),
 ]
 
 PAPERS_TITLE = "## Full presets of the papers\n"
@@ -74,7 +80,7 @@ The step that `--preset full` of each paper's script takes: its model, what trai
   the script splits them over all devices.
 - echo-chamber: GRPO's update; the model has SmolLM2's architecture.
 - reft: PPO's update with a value head; products by cuBLAS, since Triton has no tiles for its rows untuned.
-- nft, otr and reft: each microbatch gathers the params again, which the ratio counts as if once.
+- nft, otr, ppe and reft: each microbatch gathers the params again, which the ratio counts as if once.
 - nft: 72.5 GiB leave nothing for the CUDA runtime; take half the rows and twice the microbatches.
 - hypo: pairs, and as many samples of the policy, which the step gets as tokens.
 - corpus-mining: all params of a decoder train on packed pairs; the preset's own model, OPUS-MT, is an
@@ -136,6 +142,10 @@ PAPERS = {
         model="qwen2.5-7b", adapter="full", objective="nft", topology="h100:8", rows=8, microbatches=8,
         length=4096, response=3584,
     ),
+    "ppe": Config(
+        model="qwen2.5-7b", adapter="full", objective="grpo", topology="h100:8", rows=8, microbatches=16,
+        length=4864, response=4096,
+    ),
     "otr": Config(
         model="qwen2.5-7b", adapter="full", objective="otr", topology="h100:8", rows=1,
         microbatches=16, length=8192,
@@ -152,6 +162,7 @@ def row(config: Config, figures: dict) -> str:
     ]
     mesh = ", ".join(mesh).replace("fsdp -1", "fsdp").replace("data -1", "data")
     mesh += f"; rows of {config.length:,}" if config.length != Config().length else ""
+    mesh += f"; groups of {config.share_prompts}" if config.share_prompts > 1 else ""
     trains = "subspace" if config.objective == "classify" else config.adapter
     trains += f" over {config.quantise}" if config.quantise else ""
     head = [config.model, trains, config.objective, config.topology, mesh]

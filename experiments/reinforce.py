@@ -124,6 +124,7 @@ class Config:
     distil: teachers.Teacher = teachers.Teacher(distil_weight=1.0)
     policy: flags.PolicyLoss = flags.PolicyLoss()
     rewards: flags.Rewards = flags.Rewards()
+    more: flags.MoreRewards = flags.MoreRewards()
     columns: flags.Columns = flags.Columns()
     base: flags.Model = flags.Model()
     kernels: flags.Kernels = flags.Kernels()
@@ -160,6 +161,8 @@ def main(config: Config) -> dict[str, Any]:
     if ALGORITHMS[config.algorithm].values:
         params = with_value_head(model, params)
     credit = algorithm(config, model.forward).credit
+    if config.more.reward_combination == "normalize_then_sum":
+        credit = rl.normalised_sums(config.more.weights, config.group_size)
     build = lambda forward: algorithm(config, forward).objective
     if config.distil_as == "credit":
         credit = rl.reverse_kl_credit(credit, config.distil.distil_weight)
@@ -167,7 +170,7 @@ def main(config: Config) -> dict[str, Any]:
         params = teachers.beside(teacher, params)
         build = teachers.distilled(config, teacher, build)
     method = shared.method_of(config, build, model.forward)
-    with rewards_cli.opened(config.rewards, config.base, records) as rewards:
+    with rewards_cli.opened_several(config.rewards, config.more, config.base, records) as rewards:
         accuracy = functools.partial(
             measure,
             config,
@@ -185,8 +188,9 @@ def main(config: Config) -> dict[str, Any]:
             config, model, prompts, renderer, rewards, credit, base, mesh, saved, scores
         )
         collect = teachers.of_students(teacher, collect)
+        callbacks, books = _callbacks(config, output), books_of(config)
         state, history = shared.fit(
-            config, params, method, collect, _callbacks(config, output), output, mesh, best=None
+            config, params, method, collect, callbacks, output, mesh, best=None, books=books
         )
         trained = without_value_head(teachers.bare(teacher, state.params))
         # With --start, the adapter's base would be a model that is not on disk.
@@ -251,6 +255,16 @@ def transforms(config, model, base, share: int | None = None) -> list[rl.Transfo
         found += [rl.add_values(model.forward, share)]
     # Always add the reference: the KL is shown even if it has no weight.
     return [*found, rl.add_reference(model.forward, base, config.temperature, share)]
+
+
+def books_of(config) -> dict[str, train.Book]:
+    """Returns the book that adapts the weight of the entropy bonus; none without --entropy-target."""
+    policy = config.policy
+    if policy.entropy_target is None:
+        return {}
+    settings = dict(delta=policy.entropy_weight_delta, highest=policy.entropy_weight_max)
+    book = train.adaptive_entropy(policy.entropy_target, weight=config.entropy_weight, **settings)
+    return {"entropy": book}
 
 
 def kl_control(config) -> rl.KlControl | None:

@@ -67,6 +67,8 @@ class Config:
     rows: int = 2  # of each shard of the batch
     length: int = 2048  # tokens of a row
     response: int = 1024  # tokens at the end of a row that grpo, ppo and nft train on
+    # grpo, ppo and nft: responses of a group; above 1, a row is a group, whose prompt is computed once
+    share_prompts: int = 1
     microbatches: int = 1  # sequential parts of the batch
     remat: Literal["none", "lean", "dots", "full"] = "full"  # what the backward pass recomputes
     float32: bool = False  # compute in float32; else bfloat16, with frozen params in bfloat16
@@ -144,7 +146,13 @@ def compile_step(config: Config) -> dict[str, Any]:
     step, state, batch, model = lay_out_step(config, devices)
     compiled = train.jit_step(step).lower(state, batch).compile()
     trains = sum(leaf.size for leaf in jax.tree.leaves(partition(state.params)[0]))
-    tokens = sum(math.prod(part["tokens"].shape) for part in (batch, batch.get("online")) if part)
+    shared = config.share_prompts > 1
+    size = config.length + (config.share_prompts - 1) * config.response if shared else None
+    tokens = sum(
+        math.prod(part["tokens"].shape) if size is None else len(part["tokens"]) * size
+        for part in (batch, batch.get("online"))
+        if part
+    )
     mesh = dict(batch["tokens"].sharding.mesh.shape)
     return _figures(config, compiled_cost(compiled), tokens, mesh, model, trains)
 
@@ -166,6 +174,13 @@ def lay_out_step(config: Config, devices: Sequence[Any]) -> LaidOutStep:
         raise ValueError(
             f"--response {config.response} must lie below --length {config.length}: a prompt comes first."
         )
+    if config.share_prompts != 1 and (
+        config.objective not in EXPERIENCE or config.share_prompts < 1
+    ):
+        raise ValueError(
+            f"--share-prompts {config.share_prompts} needs --objective {', '.join(EXPERIENCE)}, and at least "
+            "1 response."
+        )
     axes = {name: getattr(config, name) for name in ("data", "fsdp", "tensor", "expert", "context")}
     mesh = make_mesh(**axes, slices=slices_of(config.topology)[0], devices=devices)
     if config.length % mesh.shape["context"]:
@@ -178,7 +193,10 @@ def lay_out_step(config: Config, devices: Sequence[Any]) -> LaidOutStep:
         architecture, dtype=dtype, scan_layers=True, remat=config.remat
     )
     rows = config.rows * row_shards(mesh) * config.microbatches
-    planned = plan(config.objective, model, rows, config.length, config.response, config.rank, mesh)
+    planned = plan(
+        config.objective, model, rows, config.length, config.response, config.rank, mesh,
+        config.share_prompts,
+    )  # fmt: skip
     rule = scale_by_lion() if config.optimizer == "lion" else None
     optimizer = planned.optimizer(train.make_optimizer(1e-4, total_steps=1000, rule=rule))
     step = train.make_step(

@@ -13,7 +13,7 @@ from benchmarks import scale
 from experiments.lab import sources
 from jaxft.parallel import mesh_context
 from jaxft.parallel.compiled import exchanged_bytes
-from jaxft.train.ahead import Name
+from jaxft.train.ahead import EXPERIENCE, Name
 from tests.aot import run_aot
 
 SMALL = dict(
@@ -36,6 +36,10 @@ REFUSED = [
     (dict(topology="h100:8", fsdp=3), "does not fill 8 devices"),
     (dict(topology="h100:8", context=2, length=9), "--length 9 must be a multiple of --context 2"),
     (dict(topology="h100:8", objective="grpo", response=9, length=9), "must lie below --length 9"),
+    (
+        dict(topology="h100:8", share_prompts=4),
+        "--share-prompts 4 needs --objective grpo, ppo, nft",
+    ),
     (dict(topology="h100:8", objective="dpo", model="roberta-base"), "dpo needs a language model"),
     (dict(topology="h100:8", objective="classify"), "classify needs an encoder of text"),
 ]
@@ -142,19 +146,22 @@ def test_the_step_of_a_paper_s_full_preset(figures):
     assert state <= found["argument_bytes"] <= state + 1e5
 
 
-@pytest.mark.parametrize("name", get_args(Name))
-def test_the_step_of_every_objective_can_be_laid_out_and_traced(name, tmp_path):
+@pytest.mark.parametrize(
+    "name, group", [*((name, 1) for name in get_args(Name)), *((name, 4) for name in EXPERIENCE)]
+)
+def test_the_step_of_every_objective_can_be_laid_out_and_traced(name, group, tmp_path):
     """A changed signature, column or tree of params shows here, and not hours into `make scale`."""
     path = tmp_path / "config.json"
     path.write_text(json.dumps(ENCODER if name == "classify" else DECODER))
     config = compile_module.Config(
         model=str(path), adapter="full", rank=60 if name == "classify" else 4, rows=1, length=16,
-        response=8, topology="v5e:2x4", objective=name,
+        response=8, topology="v5e:2x4", objective=name, share_prompts=group,
     )  # fmt: skip
     step, state, batch, _ = compile_module.lay_out_step(config, jax.devices())
     with mesh_context(batch["tokens"].sharding.mesh):
         after, metrics = jax.eval_shape(step, state, batch)
     assert "loss" in metrics
+    assert batch["tokens"].shape == {1: (8, 16), 4: (8, 4, 16)}[group] or name in ("dpo", "hypo")
     kinds = lambda state: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state)
     assert kinds(after) == kinds(state)
 

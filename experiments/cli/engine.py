@@ -29,6 +29,8 @@ def idle_obstacle(config: Any) -> str | None:
         return f"--kl-weight {config.kl_weight} has a gradient in all rows"
     if config.entropy_weight:
         return f"--entropy-weight {config.entropy_weight} has a gradient in all rows"
+    if config.policy.entropy_target is not None:
+        return f"--entropy-target {config.policy.entropy_target} has a bonus in all rows"
     if (quantile := config.policy.top_entropy_quantile) < 1:
         return f"--top-entropy-quantile {quantile} compares the tokens of all rows"
     if _diverges(config):

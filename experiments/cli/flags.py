@@ -204,13 +204,32 @@ class Rewards:
 
 @without_prefix
 @dataclasses.dataclass(frozen=True)
+class MoreRewards:
+    """Further rewards of an answer, added to the first: the verifier's, --judge's or the model's."""
+
+    # further functions like --judge: file.py:function ...
+    also_judge: tuple[str, ...] = ()
+    # weights of the first reward and of each of --also-judge; none: 1 each
+    reward_weights: tuple[float, ...] = ()
+    # normalise the sum in each group, or each reward in each group and then their sum (GDPO)
+    reward_combination: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Returns the weights of all rewards."""
+        return self.reward_weights or (1.0,) * (1 + len(self.also_judge))
+
+
+@without_prefix
+@dataclasses.dataclass(frozen=True)
 class PolicyLoss:
     """The loss of sampled tokens; the numbers mean what they mean in TRL."""
 
-    # ε: ratios are clipped below 1 - ε; None: the algorithm's, 0.2 (gspo, luspo: 3e-4)
+    # ε: ratios are clipped below 1 - ε; None: the algorithm's, 0.2 (gspo: 3e-4,
+    # luspo: 2e-3)
     clip_low: float | None = None
     # ε: ratios are clipped above 1 + ε; cispo: above ε itself. None: the algorithm's, 0.2 (dapo: 0.28,
-    # gspo, luspo: 4e-4, cispo: 5)
+    # gspo: 4e-4, luspo: 2.5e-3, cispo: 5)
     clip_high: float | None = None
     scale_rewards: Literal["group", "batch", "none"] = "group"  # whose deviation divides advantages
     normalize_advantages: bool = False  # rloo: mean 0 and deviation 1 over the rollout
@@ -218,6 +237,11 @@ class PolicyLoss:
     top_entropy_quantile: float = 1.0
     # leave out bad answers whose mean log-prob fell by more than this, in nats per token; None: off
     off_policy_mask_threshold: float | None = None
+    # adapt --entropy-weight after each step: up by the delta if the entropy is at most this, in nats per
+    # token, else down (Skywork-OR1); the bonus counts only at or below it. None: constant
+    entropy_target: float | None = None
+    entropy_weight_delta: float = 0.005  # change of --entropy-weight after a step
+    entropy_weight_max: float = 1.0  # largest adapted --entropy-weight
     use_bias_correction_kl: bool = (
         False  # multiply the KL of --kl-weight by the ratio of each token
     )

@@ -19,7 +19,8 @@ _COUNTS = (
     "transform_steps turns votes width widths workers distil_top_k"
 ).split()
 _POSITIVE = (
-    "adamw_rate clip_high correction_max full_rate full_rates kappa kl_horizon learning_rate learning_rates "
+    "adamw_rate clip_high correction_max entropy_target entropy_weight_delta entropy_weight_max full_rate "
+    "full_rates kappa kl_horizon learning_rate learning_rates "
     "max_grad_norm off_policy_mask_threshold pretrain_rate rates text_rates timeout distil_temperature"
 ).split()
 _NOT_NEGATIVE = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import jax
 
 from experiments.cli import choices, engine, teachers
+from experiments.cli import rewards as rewards_cli
 from experiments.cli.algorithms import ALGORITHMS
 from experiments.cli.servers import UNSERVED
 from jaxft import train
@@ -23,12 +25,26 @@ COMPANIONS = {
     "push_every": "push_dir",
     "distil_as": "teacher",
     "use_bias_correction_kl": "kl_weight",
+    "entropy_weight_delta": "entropy_target",
+    "entropy_weight_max": "entropy_target",
+    "reward_weights": "also_judge",
+    "reward_combination": "also_judge",
     "correction_min": "correction",
     "correction_max": "correction",
 }
 # Flags of the task that have no effect if only a teacher's divergence, or credit, counts.
-NO_TASK = ("algorithm", "kl_weight", "reward_kl", "kl_target", "entropy_weight")
-NO_REWARD = ("reward_kl", "kl_target")
+NO_REWARD = tuple(
+    "reward_kl kl_target scale_rewards normalize_advantages reward_combination".split()
+)
+OF_LOSS = (
+    "clip_low",
+    "clip_high",
+    "top_entropy_quantile",
+    "off_policy_mask_threshold",
+    "entropy_target",
+)
+NO_TASK = ("algorithm", "kl_weight", "entropy_weight", *NO_REWARD, *OF_LOSS)
+VERDICTS = ("nft", "expert_iteration")
 WITHOUT_ADVANTAGES = ("nft", "online_dpo", "xpo")
 
 
@@ -56,6 +72,8 @@ def settings(config: Any) -> None:
         raise ValueError(
             "--turns needs correct or wrong, which --judge and --reward-model do not give; use --turns 1."
         )
+    if config.more.also_judge:
+        several_rewards(config)
     if config.sampler_url:
         server(config)
     if config.places is not None:
@@ -72,11 +90,46 @@ def teacher(config: Any) -> None:
     teachers.check(config, NO_REWARD)
     of_divergence = "distil_beta", "distil_temperature", "distil_top_k"
     choices.check_excluded(config, of_divergence, "--distil-as credit")
+    if config.distil.served and config.temperature != 1:
+        raise ValueError(
+            f"--temperature {config.temperature}: a server's log-probs are those at 1, and --distil-as "
+            "credit compares them with the policy's; use --temperature 1, or a --teacher that is a model."
+        )
     if config.algorithm in WITHOUT_ADVANTAGES:
         raise ValueError(
             f"--distil-as credit adds to advantages, which --algorithm {config.algorithm} has not; use grpo "
             "or another, or --distil-as divergence."
         )
+
+
+def several_rewards(config: Any) -> None:
+    """Checks the rewards of --also-judge, their weights and how they are combined."""
+    more, entry = config.more, ALGORITHMS[config.algorithm]
+    for spec in more.also_judge:
+        rewards_cli.load_judge(spec, "--also-judge")
+    if len(more.weights) != 1 + len(more.also_judge) or not all(map(math.isfinite, more.weights)):
+        raise ValueError(
+            f"--reward-weights {' '.join(map(str, more.weights))}: give a finite weight for the first reward "
+            f"and one for each of {len(more.also_judge)} of --also-judge."
+        )
+    if config.turns > 1:
+        raise ValueError(
+            "--turns needs correct or wrong, which a sum of rewards is not; leave out --also-judge."
+        )
+    if config.algorithm in VERDICTS:
+        raise ValueError(
+            f"--algorithm {config.algorithm} needs correct or wrong, which a sum of rewards is not; leave "
+            "out --also-judge, or use grpo."
+        )
+    if more.reward_combination == "sum_then_normalize":
+        return
+    given = choices.shown("reward_combination", more.reward_combination)
+    if "scale_rewards" not in entry.reads:
+        readers = [name for name, other in ALGORITHMS.items() if "scale_rewards" in other.reads]
+        raise ValueError(
+            f"{given} has no effect with --algorithm {config.algorithm}; use {choices.one_of(readers)}."
+        )
+    choices.check_excluded(config, ("scale_rewards", "overlong"), given)
 
 
 def source(config: Any) -> None:
@@ -124,6 +177,12 @@ def numbers(config: Any) -> None:
             f"{config.reward_kl}; start from 0.05, for example."
         )
     weights(config)
+    slices = config.optimisation.gradient_accumulation_steps
+    if config.policy.top_entropy_quantile < 1 and slices > 1:
+        raise ValueError(
+            f"--top-entropy-quantile {config.policy.top_entropy_quantile} compares all tokens of a step, "
+            f"which --gradient-accumulation-steps {slices} cuts into parts; use 1, and fewer answers."
+        )
     if not 0 <= config.overlong <= config.max_new_tokens:
         raise ValueError(
             f"--overlong must lie in 0..--max-new-tokens ({config.max_new_tokens}), got {config.overlong}."

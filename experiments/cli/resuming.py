@@ -21,6 +21,7 @@ FIXED = frozenset(
     "model template adapter d rank alpha target quantise start scan_layers data eval_data validation "
     "fields weights weights_by batch_size max_length packing mask train_on too_long max_bad seed loss "
     "algorithm max_staleness prompts_per_step group_size updates epochs turns share_prompts "
+    "entropy_target "
     "optimizer sharpness smoke teacher".split()
 )
 

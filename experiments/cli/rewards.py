@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import importlib
 import importlib.util
@@ -25,6 +26,7 @@ from jaxft.models.json_files import read_json
 from jaxft.rewards import (
     OnFirstHost,
     RewardFn,
+    SeveralRewards,
     VerifierPool,
     accepted_answers,
     model_rewards,
@@ -94,6 +96,25 @@ def opened(
         yield OnFirstHost(pool)
 
 
+@contextlib.contextmanager
+def opened_several(
+    settings: flags.Rewards,
+    more: flags.MoreRewards,
+    base: flags.Model | flags.Trained,
+    records: Sequence[Mapping[str, Any]],
+) -> Iterator[RewardFn]:
+    """Yields the RewardFn of `opened`, or with --also-judge the weighted sum of it and others."""
+    with contextlib.ExitStack() as stack:
+        enter = lambda settings: stack.enter_context(opened(settings, base, records))
+        first = enter(settings)
+        if not more.also_judge:
+            yield first
+            return
+        named = [{"judge": spec, "reward_model": None} for spec in more.also_judge]
+        others = [enter(dataclasses.replace(settings, **own)) for own in named]
+        yield SeveralRewards((first, *others), more.weights)
+
+
 def _typical(records):
     """Returns the first record and one with a mathematical answer, which determine the verifier."""
     if records[0]["_source"].startswith("rg:"):
@@ -103,8 +124,11 @@ def _typical(records):
     return [records[0], *itertools.islice(some, 1)]
 
 
-def load_judge(spec: str) -> Callable[[str, Mapping[str, Any]], float]:
+def load_judge(spec: str, flag: str = "--judge") -> Callable[[str, Mapping[str, Any]], float]:
     """Loads the function "file.py:name" or "package.module:name" of (completion, record).
+
+    Args:
+        flag: the flag that names it, for errors.
 
     Raises:
         ValueError: if there is no such function.
@@ -121,7 +145,7 @@ def load_judge(spec: str) -> Callable[[str, Mapping[str, Any]], float]:
         inspect.signature(function).bind("completion", {})
     except (Exception, SystemExit) as error:  # The user's file may raise anything.
         raise ValueError(
-            f"--judge {spec!r}: {type(error).__name__}: {error}; expected file.py:function or "
+            f"{flag} {spec!r}: {type(error).__name__}: {error}; expected file.py:function or "
             "package.module:function, a function of (completion, record) that returns a number."
         ) from None
     return function

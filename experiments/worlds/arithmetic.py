@@ -66,9 +66,9 @@ def started(task: Task, seed: int, until: float) -> tuple[Any, int]:
     return warm_start(task.model, task.start, task.rows, seed, until=until, measure=measure)
 
 
-def encode(texts: Sequence[str]) -> list[list[int]]:
+def encode(texts: Sequence[str], alphabet: str = ALPHABET) -> list[list[int]]:
     """Returns the ids of each text's characters."""
-    return [[ALPHABET.index(character) for character in text] for text in texts]
+    return [[alphabet.index(character) for character in text] for text in texts]
 
 
 def decode(tokens: np.ndarray, mask: np.ndarray) -> str:
@@ -76,9 +76,9 @@ def decode(tokens: np.ndarray, mask: np.ndarray) -> str:
     return "".join(ALPHABET[i] for i in tokens[mask]).rstrip(STOP)
 
 
-def encode_answers(answers: Sequence[str]) -> list[list[int]]:
+def encode_answers(answers: Sequence[str], alphabet: str = ALPHABET) -> list[list[int]]:
     """Returns the ids of each answer and the stop character."""
-    return encode([answer + STOP for answer in answers])
+    return encode([answer + STOP for answer in answers], alphabet)
 
 
 def chain_sums(spec: str, held_out_spec: str) -> tuple[Sums, Sums, list[dict]]:
@@ -94,12 +94,14 @@ def chain_sums(spec: str, held_out_spec: str) -> tuple[Sums, Sums, list[dict]]:
     return sums(known), sums(new), list(new.values())
 
 
-def layout(questions: Sequence[str], answers: Sequence[str]) -> dict[str, np.ndarray]:
+def layout(
+    questions: Sequence[str], answers: Sequence[str], alphabet: str = ALPHABET
+) -> dict[str, np.ndarray]:
     """Rows of question and answer, padded at both ends like experience.
 
     `loss_mask` counts the answer with its stop character; `completion_mask` [B, N] is its last N columns.
     """
-    asked, given = encode(questions), encode_answers(answers)
+    asked, given = encode(questions, alphabet), encode_answers(answers, alphabet)
     lead, size = max(map(len, asked)), max(map(len, given))
     tokens = np.zeros((len(asked), lead + size), np.int32)
     seen = np.zeros(tokens.shape, bool)

@@ -1,5 +1,6 @@
 """Measurements of fine-tuned models."""
 
+from jaxft.analysis.behaviours import BEHAVIOURS, behaviour_rates, classify, js_divergence
 from jaxft.analysis.harness import (
     evaluate_tasks,
     harness_metrics,
@@ -14,14 +15,18 @@ from jaxft.analysis.sharpness import epsilon_sharpness, filter_normalised, linea
 from jaxft.analysis.text_model import TextModel
 
 __all__ = [
+    "BEHAVIOURS",
     "D90",
     "TextModel",
+    "behaviour_rates",
+    "classify",
     "d90_search",
     "epsilon_sharpness",
     "evaluate_tasks",
     "filter_normalised",
     "harness_metrics",
     "harness_model",
+    "js_divergence",
     "linear_cka",
     "load_tasks",
     "loss_along",

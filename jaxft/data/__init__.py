@@ -54,6 +54,7 @@ from jaxft.data.preference import (
     normalise_unpaired,
     unpair,
 )
+from jaxft.data.prior_prompts import PRIOR_PROMPTS, PriorPrompt
 from jaxft.data.records import (
     CONTEXT,
     answered,
@@ -82,6 +83,8 @@ __all__ = [
     "Inspection",
     "JsonLines",
     "Judged",
+    "PRIOR_PROMPTS",
+    "PriorPrompt",
     "Renderer",
     "DenoisingRenderer",
     "SourceRenderer",

@@ -110,8 +110,10 @@ def generate_continuously(
 
 def _check(model, places, chunk):
     for name, value in (("places", places), ("chunk", chunk)):
-        if value < 1:
-            raise ValueError(f"generate_continuously: {name} must be at least 1, got {value}.")
+        if value < 1 or value != int(value):
+            raise ValueError(
+                f"generate_continuously: {name} must be a whole number of at least 1, got {value}."
+            )
     cache = jax.eval_shape(functools.partial(model.init_cache, 1, CHUNK))
     if not isinstance(cache, Cache):
         raise ValueError(

@@ -41,7 +41,8 @@ def check_request(
     if limits.size and not 1 <= limits.min() <= limits.max() <= config.max_new_tokens:
         raise ValueError(
             f"generate: limits must lie in 1..max_new_tokens={config.max_new_tokens}, got "
-            f"{limits.min()}..{limits.max()}; raise max_new_tokens to the largest."
+            f"{limits.min()}..{limits.max()}; leave out prompts that need no answer, and raise "
+            "max_new_tokens to the largest limit."
         )
     return limits.astype(np.int32)
 
@@ -49,8 +50,16 @@ def check_request(
 def row_keys(
     key: jax.Array, rows: int, row_ids: Sequence[int] | None, size: int | None = None
 ) -> jax.Array:
-    """One key for each row, fold_in(key, row_ids[i]); rows added up to `size` have some key."""
+    """One key for each row, fold_in(key, row_ids[i]); rows added up to `size` have some key.
+
+    Raises:
+        ValueError: for more or fewer ids than rows.
+    """
     ids = np.arange(rows) if row_ids is None else np.asarray(row_ids)
+    if ids.shape != (rows,):
+        raise ValueError(
+            f"generate: row_ids must be one id for each of {rows} rows, got {ids.shape}."
+        )
     ids = np.pad(ids, (0, (size or rows) - rows))
     return jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.asarray(ids))
 

@@ -168,6 +168,7 @@ class ScoredBatches:
         self._batches.set_state(state)
 
 
+ROUNDING = 0.02  # by which a sum of probabilities in half precision may exceed 1
 _PROBE = "The quick brown fox jumps over 13 lazy dogs; def f(x): return x + 1"
 
 
@@ -190,6 +191,9 @@ def _scores(teacher, tokens, k):
         numbers = [own_log_prob, *likeliest.values()]
         if not all(isinstance(x, (int, float)) and not math.isnan(x) for x in numbers):
             raise fail(f"the log-probs at place {t} are not numbers: {str(numbers)[:80]}")
+        # A server may give probabilities, logits, or log-probs in another base.
+        if max(numbers) > ROUNDING or math.fsum(map(math.exp, likeliest.values())) > 1 + ROUNDING:
+            raise fail(f"the numbers at place {t} are no log-probs: {str(numbers)[:80]}")
         best = sorted(likeliest.items(), key=lambda item: -item[1])[:k]
         if len(best) < k:
             raise fail(f"asked for {k} log-probs at each token, the server gave {len(best)}")

@@ -30,12 +30,14 @@ from jaxft.losses.importance import (
 )
 from jaxft.losses.one_token_rollout import otr_expected_loss, otr_loss, otr_metrics
 from jaxft.losses.policy import (
+    adapted_entropy_weight,
     adapted_kl_weight,
     cispo_loss,
     clipped_surrogate,
     clipped_tokens,
     clipped_value_loss,
     entropy,
+    entropy_threshold,
     gamma_weights,
     kl_k1,
     kl_k2,
@@ -109,6 +111,7 @@ __all__ = [
     "balance_loss",
     "expert_load",
     "router_z_loss",
+    "adapted_entropy_weight",
     "adapted_kl_weight",
     "CHUNK",
     "KlEstimates",
@@ -146,6 +149,7 @@ __all__ = [
     "dpo_loss",
     "dpop_loss",
     "entropy",
+    "entropy_threshold",
     "exo_loss",
     "diverged",
     "forward_kl",

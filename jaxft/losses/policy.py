@@ -188,13 +188,23 @@ def most_uncertain(
 ) -> Bool[Array, "B T"]:
     """The masked tokens whose entropy is at least the (1 - share) quantile of the masked tokens' entropies.
 
-    Wang et al., 2025, "Beyond the 80/20 rule", arxiv.org/abs/2506.01939, with a share of 0.2. The quantile
-    is interpolated, over all rows that the loss sees at once.
+    Wang et al., 2025, "Beyond the 80/20 rule", arxiv.org/abs/2506.01939, with a share of 0.2.
+    """
+    return mask & (entropies >= entropy_threshold(entropies, mask, share))
+
+
+def entropy_threshold(
+    entropies: Float[Array, "B T"], mask: Bool[Array, "B T"], share: float
+) -> Float[Array, ""]:
+    """The (1 - share) quantile of the masked tokens' entropies, in nats, interpolated; infinity without any.
+
+    It is a value of all rows at once: the quantiles of parts of a batch are others.
     """
     if not 0 < share <= 1:
-        raise ValueError(f"most_uncertain: share must lie in (0, 1], got {share}; 0.2 is usual.")
+        raise ValueError(f"entropy_threshold: share must lie in (0, 1], got {share}; 0.2 is usual.")
     known = jnp.where(mask, entropies.astype(jnp.float32), jnp.nan)
-    return mask & (entropies >= jnp.nanquantile(known, 1.0 - share))
+    found = jnp.where(mask.any(), jnp.nanquantile(known, 1.0 - share), jnp.inf)
+    return jax.lax.stop_gradient(found)
 
 
 def nft_loss(
@@ -285,6 +295,32 @@ def adapted_kl_weight(
         )
     error = min(max(kl / target - 1.0, -0.2), 0.2)
     return weight * (1.0 + error * count / horizon)
+
+
+def adapted_entropy_weight(
+    weight: Float[Array, ""],
+    entropy: Float[Array, ""],
+    *,
+    target: float,
+    delta: float = 0.005,
+    lowest: float = 0.0,
+    highest: float = 1.0,
+) -> Float[Array, ""]:
+    """c + δ if the entropy is at most the target, else c - δ, within [lowest, highest]: c for the next step.
+
+    Adaptive entropy control of Skywork-OR1: He et al., 2025, arxiv.org/abs/2505.22312, section 3.3. Its
+    bonus has the weight c where the entropy is at most the target, and 0 elsewhere.
+
+    Args:
+        weight: c.
+        entropy: of the policy, in nats per token.
+    """
+    if not 0 < target or not 0 < delta or not 0 <= lowest <= highest:
+        raise ValueError(
+            "adapted_entropy_weight: needs target > 0, delta > 0 and 0 <= lowest <= highest, got "
+            f"{target}, {delta}, {lowest} and {highest}."
+        )
+    return jnp.clip(weight + jnp.where(entropy <= target, delta, -delta), lowest, highest)
 
 
 def entropy(logits: Float[Array, "*batch V"]) -> Float[Array, "*batch"]:

@@ -78,10 +78,16 @@ def with_noise(forward: Forward, noise: Callable[[jax.Array, jax.Array], jax.Arr
     """`forward` with the embedded inputs x replaced by noise(key, x), redrawn for each key.
 
     Any objective of it becomes the objective with noise on its inputs: `supervised(with_noise(model.forward,
-    embedding_noise()))`.
+    embedding_noise()))`. Rows that share their prompt are refused: it would get one draw of noise, and noise
+    that is scaled by a row's length another scale.
     """
 
     def noised(params: Any, batch: Mapping[str, Any], key: jax.Array, **options: Any) -> Prediction:
+        if options.get("branches") is not None:
+            raise ValueError(
+                "with_noise: completions that share a prompt would share its noise; use a row for each: "
+                "collect(..., share_prompts=None)."
+            )
         return forward(params, batch, key, noise=lambda x: noise(key, x), **options)
 
     return noised

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxft import losses
-from jaxft.metrics import Mean
+from jaxft.metrics import Mean, Undivided
 from jaxft.models import Forward, Prediction, predict
 from jaxft.models.checks import check_column, check_completion
 from jaxft.objectives.next_token import Objective
@@ -74,12 +74,14 @@ def policy_gradient(
         temperature: the sampler's; logits are divided by it for log-probs and entropy.
         kl_weight: β; needs ref_log_probs in the batch.
         kl: an estimator that is correct as a loss: k2 or k3, not k1.
-        entropy_weight: c; costs another projection to the vocabulary.
+        entropy_weight: c; costs another projection to the vocabulary. A scalar column `entropy_weight` of
+            the batch (`jaxft.train.adaptive_entropy`) takes its place.
         correction: (old_log_probs, sampler_log_probs, mask) -> w, such as `token_correction()`.
         auxiliary: an additional loss of the hidden states that predict the tokens, such as
             `value_loss()`.
         top_entropy: share of the tokens, those of the highest entropy, that L and H are summed over; the
-            reduction still divides by all tokens (`most_uncertain`). Below 1, the cost is entropy_weight's.
+            reduction still divides by all tokens (`most_uncertain`). Below 1, the cost is entropy_weight's,
+            and microbatches are refused: the logged `entropy_threshold` is a value of the whole batch.
         corrects_kl: multiplies KL_t by π / π_old, so that a rollout's later updates have the gradient of the
             current policy's KL: DeepSeek-V3.2, 2025, arxiv.org/abs/2512.02556.
         chunk: see `linear_log_probs`.
@@ -94,26 +96,20 @@ def policy_gradient(
     if not 0 < top_entropy <= 1:
         raise ValueError(f"policy_gradient: top_entropy must lie in (0, 1], got {top_entropy}.")
 
-    on_all_rows = [
-        name
-        for name, there in {
-            f"kl_weight {kl_weight}": kl_weight,
-            f"entropy_weight {entropy_weight}": entropy_weight,
-            f"top_entropy {top_entropy}": top_entropy < 1,
-            "an auxiliary loss": auxiliary is not None,
-        }.items()
-        if there
-    ]
+    on_all_rows = {
+        f"kl_weight {kl_weight}": kl_weight,
+        f"entropy_weight {entropy_weight}": entropy_weight,
+        f"top_entropy {top_entropy}": top_entropy < 1,
+        "an auxiliary loss": auxiliary is not None,
+    }
 
     def objective(params, batch, key):
         found, log_probs = completion_forward(forward, params, batch, key, temperature, chunk)
         batch = of_rows(batch)
         mask, sampled = batch["completion_mask"], batch["sampler_log_probs"]
-        if "absent_mask" in batch and on_all_rows:
-            raise ValueError(
-                f"policy_gradient: rows without an advantage were left out of the batch, but {on_all_rows[0]}"
-                " has a gradient in them too; keep them: collect(..., drop_idle=False)."
-            )
+        adapted = "entropy_weight" in batch
+        if "absent_mask" in batch:
+            _check_absent(on_all_rows | {"an adapted entropy_weight": adapted})
         for name in ("sampler_log_probs", "old_log_probs", "ref_log_probs"):
             if name in batch:
                 check_column(batch, name, mask.shape, "policy_gradient")
@@ -127,7 +123,7 @@ def policy_gradient(
             shown["kl_old"] = losses.kl_k3(still, old)
         if "ref_log_probs" in batch:
             shown["kl"] = losses.kl_k3(still, batch["ref_log_probs"])
-        if entropy_weight or top_entropy < 1:
+        if entropy_weight or adapted or top_entropy < 1:
             shown["entropy"] = entropy = losses.linear_entropy(
                 found.hidden,
                 found.head,
@@ -135,9 +131,11 @@ def policy_gradient(
                 softcap=found.softcap,
                 chunk=losses.CHUNK if chunk is None else chunk,
             )
-            loss = loss - entropy_weight * entropy
+            bonus = batch["entropy_weight"] if adapted else entropy_weight
+            loss = loss - bonus * entropy
         if top_entropy < 1:
-            loss = jnp.where(losses.most_uncertain(entropy, mask, top_entropy), loss, 0.0)
+            threshold = losses.entropy_threshold(entropy, mask, top_entropy)
+            loss = jnp.where(entropy >= threshold, loss, 0.0)
         if kl_weight:
             penalty = kl(log_probs, _reference(batch))
             ratio = jnp.exp(losses.log_ratio(log_probs, old)) if corrects_kl else 1.0
@@ -147,6 +145,10 @@ def policy_gradient(
             loss, shown = loss + more, shown | metrics
         total = _reduced(reduction, loss, mask, batch)
         metrics = {"loss": total} | {k: token_mean(v, mask) for k, v in shown.items()}
+        if adapted:
+            metrics["entropy_weight"] = jnp.asarray(bonus, jnp.float32)
+        if top_entropy < 1:
+            metrics["entropy_threshold"] = Undivided(threshold, jnp.ones(()))
         metrics["length"] = _row_mean(jnp.sum(mask, axis=1, dtype=jnp.float32))
         metrics |= {name: _row_mean(values) for name, values in batch.get("stats", {}).items()}
         return total.value, jax.lax.stop_gradient(metrics)
@@ -258,6 +260,14 @@ def spread(values: jax.Array, like: jax.Array) -> jax.Array:
     """Returns [B] as [B, N], the same for all tokens, and [B, N] unchanged."""
     values = jnp.asarray(values)
     return jnp.broadcast_to(values[:, None], like.shape) if values.ndim == 1 else values
+
+
+def _check_absent(on_all_rows):
+    if there := [name for name, there in on_all_rows.items() if there]:
+        raise ValueError(
+            f"policy_gradient: rows without an advantage were left out of the batch, but {there[0]} has a "
+            "gradient in them too; keep them: collect(..., drop_idle=False)."
+        )
 
 
 def _reduced(reduction, loss, mask, batch):

@@ -107,6 +107,11 @@ def distillation(
 
 def _divergence(found: Prediction, teacher, params, batch, options) -> Mean:
     """The mean over the batch's counted tokens."""
+    if "absent_mask" in batch:
+        raise ValueError(
+            "distillation: rows without an advantage were left out of the batch, but the divergence has a "
+            "gradient in them too; keep them: collect(..., drop_idle=False)."
+        )
     if "completion_mask" in batch:
         mask = check_completion(batch, "distillation")
         weights, place = mask.astype(jnp.float32), slice(-mask.shape[1] - 1, -1)

@@ -56,6 +56,11 @@ def token_logits(forward: Forward) -> LogitsFn:
     def logits_fn(params, batch, key, noise=None):
         options = {} if noise is None else {"noise": noise}
         experience = "completion_mask" in batch
+        if "absent_mask" in batch:
+            raise ValueError(
+                "token_logits: rows without an advantage were left out of the batch, so that a distance "
+                "would be that of some rows; keep them: collect(..., drop_idle=False)."
+            )
         mask = check_completion(batch, "token_logits") if experience else None
         found = predict(forward, params, rows := as_rows(batch), key, **options)
         if mask is None:

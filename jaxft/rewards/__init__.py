@@ -8,6 +8,7 @@ from jaxft.rewards.answers import (
     stated_answer,
 )
 from jaxft.rewards.checked import RewardError, checked_reward, checked_rewards
+from jaxft.rewards.formats import tag_format_reward
 from jaxft.rewards.heads import (
     add_reward_head,
     pair_scores,
@@ -26,6 +27,7 @@ from jaxft.rewards.pool import (
 )
 from jaxft.rewards.programs import run_programs, run_python
 from jaxft.rewards.reward_models import model_rewards
+from jaxft.rewards.several import SeveralRewards
 from jaxft.rewards.verifiers import (
     Verifier,
     answer_reward,
@@ -47,6 +49,7 @@ __all__ = [
     "ProcessPool",
     "RewardError",
     "RewardFn",
+    "SeveralRewards",
     "Verifier",
     "VerifierError",
     "VerifierPool",
@@ -65,5 +68,6 @@ __all__ = [
     "run_python",
     "same_answer",
     "stated_answer",
+    "tag_format_reward",
     "verifier_for",
 ]

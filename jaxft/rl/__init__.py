@@ -38,6 +38,7 @@ from jaxft.rl.online import (
 from jaxft.rl.prompts import Asked, Prompts, prompts_of
 from jaxft.rl.rollouts import Sample, answers, sample_groups
 from jaxft.rl.self_training import offline_collect, online_self_training, right_samples
+from jaxft.rl.several import normalised_sums
 from jaxft.rl.teachers import add_served_teacher, add_teacher, reverse_kl_credit
 from jaxft.rl.transforms import (
     Transform,
@@ -88,6 +89,7 @@ __all__ = [
     "luspo",
     "mask_truncated",
     "nft",
+    "normalised_sums",
     "offline_collect",
     "online_preference",
     "online_self_training",

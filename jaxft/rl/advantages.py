@@ -70,7 +70,15 @@ def batch_scaled_advantages(
     """(r - mean of its group) / (std of the batch + ε), with the unbiased standard deviation.
 
     Liu et al., 2025, "Tricks or traps?", arxiv.org/abs/2508.08221; TRL's scale_rewards="batch".
+
+    Raises:
+        ValueError: if group_size is below 2: every reward is then its own mean.
     """
+    if group_size < 2:
+        raise ValueError(
+            f"batch_scaled_advantages: group_size must be at least 2, got {group_size}; for one response to "
+            "each prompt use grpo_advantages(rewards, len(rewards))."
+        )
     groups, counted = _groups(rewards, group_size, "batch_scaled_advantages")
     return _rows(_centred(groups, counted)) / (_deviation(_rows(groups), _rows(counted)) + eps)
 

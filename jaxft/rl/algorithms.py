@@ -176,12 +176,13 @@ def luspo(
     group_size: int,
     *,
     advantage: Advantage = grpo_advantages,
-    clip_low: float = 3e-4,
-    clip_high: float = 4e-4,
+    clip_low: float = 2e-3,
+    clip_high: float = 2.5e-3,
 ) -> Algorithm:
     """LUSPO: 2026, arxiv.org/abs/2602.05261: GSPO whose sequences count by their lengths.
 
-    The paper's loss of a sequence is its length times GSPO's, that is the sum over its tokens.
+    The paper's loss of a sequence is its length times GSPO's, that is the sum over its tokens. The clips are
+    those of its section 5.1, wider than GSPO's.
     """
     objective = build(sequence_clipped(clip_low, clip_high), sequence_sum)
     return Algorithm(advantages(advantage, group_size), objective)

@@ -179,12 +179,14 @@ class Ahead:
         return number - self._version <= self._most and (self._last is None or number < self._last)
 
 
-def aged(found: Sampled, now: int, max_staleness: int, waits: dict[str, float]) -> Batch:
-    """Returns the batch with `policy_version`, without loss on tokens that are too old, and with stats.
+def aged(
+    found: Sampled, now: int, max_staleness: int, waits: dict[str, float]
+) -> tuple[Batch, np.ndarray]:
+    """Returns the batch with `policy_version` and stats, and which tokens [B, N] are new enough for the loss.
 
-    Such tokens stay as context and their rows in the baselines. Stats, each [B]: `staleness` (mean over the
-    row's own tokens, in rollouts), `staleness_max` (over the rollout), `stale_tokens` (share that left the
-    loss), and `waits`.
+    Tokens that are too old are of the response for transforms and credit (lengths, penalties, baselines),
+    and leave the loss afterwards. Stats, each [B]: `staleness` (mean over the row's own tokens, in
+    rollouts), `staleness_max` (over the rollout), `stale_tokens` (share that leaves the loss), and `waits`.
 
     Args:
         now: the version of the params that train on the rollout.
@@ -198,11 +200,8 @@ def aged(found: Sampled, now: int, max_staleness: int, waits: dict[str, float]) 
         "staleness_max": np.full(rows, ages[mask].max(initial=0)),
         "stale_tokens": (mask & ~fresh).sum(axis=1) / own,
     } | {name: np.full(rows, value) for name, value in waits.items()}
-    return batch | {
-        "completion_mask": fresh,
-        "policy_version": _versions(found),
-        "stats": batch.get("stats", {}) | {n: x.astype(np.float32) for n, x in stats.items()},
-    }
+    stats = batch.get("stats", {}) | {n: x.astype(np.float32) for n, x in stats.items()}
+    return batch | {"policy_version": _versions(found), "stats": stats}, ages <= max_staleness
 
 
 def _usable(found, now, most):

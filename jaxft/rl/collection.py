@@ -132,7 +132,7 @@ def collect(
             batch = checked(sample(params, prompts.pick(draws, fixed=several), key))
         return batch, batch.pop("draws", 1)
 
-    def finish(params, batch, taken, key, kl_weight):
+    def finish(params, batch, taken, key, kl_weight, fresh=None):
         with mesh_context(mesh):
             for place, transform in enumerate(transforms):
                 batch = transform(batch, params, stream(key, "transform", place))
@@ -149,6 +149,8 @@ def collect(
                 )
             batch["stats"] = _shown(batch, prompts.per_step, taken)
             batch = _credited(credit, batch, kl_weight)
+            if fresh is not None:
+                batch["completion_mask"] = batch["completion_mask"] & fresh
             return batch if share_prompts is None else in_groups(batch, share_prompts), taken
 
     ahead = Ahead(draw, max_staleness, rollouts) if max_staleness else None
@@ -157,8 +159,8 @@ def collect(
         if ahead is None:
             return finish(params, *draw(params, place.draws, key), key, kl_weight)
         found, waits = ahead.take(params, place, key)
-        batch = aged(found, place.rollouts, max_staleness, waits)
-        return finish(params, batch, found.taken, key, kl_weight)
+        batch, fresh = aged(found, place.rollouts, max_staleness, waits)
+        return finish(params, batch, found.taken, key, kl_weight, fresh)
 
     drop_to = drop_multiple(microbatches, mesh) if drop_idle else None
     batches = in_parts(rollout, updates, epochs, kl_control, prompts.seed, mesh, drop_to)
@@ -280,6 +282,7 @@ def _credited(credit, batch, kl_weight):
         batch["kl_weight"] = np.full(len(rewards), kl_weight, np.float32)
         batch["stats"]["kl_weight"] = batch["kl_weight"]
     given = credit(jnp.asarray(rewards), batch)
+    batch.pop("reward_parts", None)
     return batch | jax.tree.map(np.asarray, dict(given))
 
 

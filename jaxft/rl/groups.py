@@ -52,8 +52,10 @@ def without_idle(found: Batch, multiple: int) -> tuple[np.ndarray, Batch]:
         multiple: what must divide K: microbatches x devices.
 
     Raises:
-        ValueError: without advantages.
+        ValueError: without advantages, or for a multiple below 1.
     """
+    if multiple < 1:
+        raise ValueError(f"drop_idle: microbatches x devices must be at least 1, got {multiple}.")
     if "advantages" not in found:
         raise ValueError(
             "drop_idle: the batch has no advantages, by which idle rows are known (nft has none); keep all "

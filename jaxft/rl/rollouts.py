@@ -13,6 +13,7 @@ from jaxft.generation import SamplingConfig, bucket, generate, left_pad
 from jaxft.models import Decoder
 from jaxft.rewards.checked import checked_rewards
 from jaxft.rewards.pool import RewardFn
+from jaxft.rewards.several import SeveralRewards, weighted_sums
 from jaxft.rl.prompts import MIN_BUCKET, Asked
 
 Batch = dict[str, Any]
@@ -36,7 +37,8 @@ def answers(
 
     Args:
         rewards: (completions, records) -> one number each, NaN for no verdict: a VerifierPool, or
-            `in_process` of a verifier. Completions are decoded without special tokens and stripped.
+            `in_process` of a verifier. Completions are decoded without special tokens and stripped. Of
+            `SeveralRewards` the batch also has each one, `reward_parts` [B, K], and stats of them.
         config: the sampling config.
         sampler: a function with the signature of `generate`.
 
@@ -56,6 +58,11 @@ def answers(
             batch = padded(batch, asked.width, config.max_new_tokens)
         texts = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in completions]
         records = [record for record in asked.records for _ in range(group_size)]
+        if isinstance(rewards, SeveralRewards):
+            parts = rewards.parts(texts, records)
+            stats = {f"reward_{k + 1}": parts[:, k] for k in range(parts.shape[1])}
+            sums = weighted_sums(parts, rewards.weights)
+            return batch | {"rewards": sums, "reward_parts": parts, "stats": stats}
         return batch | {"rewards": checked_rewards(rewards(texts, records), len(texts))}
 
     return sample
@@ -192,7 +199,7 @@ def checked(batch: Any) -> Batch:
     """Checks a sampler's batch and converts lists to arrays, the mask to bool, missing verdicts to NaN.
 
     Raises:
-        ValueError: if entries are missing.
+        ValueError: if entries are missing, or padding lies between a prompt and its response.
         RewardError: if the rewards are invalid.
     """
     needed = {"tokens", "completion_mask", "sampler_log_probs", "rewards", "truncated"}
@@ -204,7 +211,22 @@ def checked(batch: Any) -> Batch:
     listed = lambda x: isinstance(x, (list, tuple))
     rewards = checked_rewards(batch["rewards"], len(batch["tokens"]))
     arrays = jax.tree.map(lambda x: np.asarray(x) if listed(x) else x, dict(batch), is_leaf=listed)
-    return with_bool_masks(arrays | {"rewards": rewards})
+    arrays = with_bool_masks(arrays | {"rewards": rewards})
+    _check_padding(arrays)
+    return arrays
+
+
+def _check_padding(batch):
+    """Raises ValueError if the first token of a response would be predicted from padding."""
+    mask, segments = batch["completion_mask"], batch.get("segment_ids")
+    if not isinstance(segments, np.ndarray) or mask.shape[1] >= segments.shape[1]:
+        return
+    apart = (segments[:, -mask.shape[1] - 1] == 0) & np.asarray(mask).any(axis=1)
+    if apart.any():
+        raise ValueError(
+            f"collect: row {int(np.argmax(apart))} has padding (segment_ids 0) between its prompt and its "
+            "response, whose first token would be predicted from it; a sampler pads prompts at the left."
+        )
 
 
 def with_bool_masks(batch: Batch) -> Batch:
@@ -225,6 +247,7 @@ MADE = frozenset(
         *RESPONSE,
         "truncated",
         "rewards",
+        "reward_parts",
         "turns",
         "from_reference",
         "draws",

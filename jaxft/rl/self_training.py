@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxft.metrics import Mean, Terms
 from jaxft.models import Forward
 from jaxft.objectives import Objective, completion_log_probs, mean_of, supervised
+from jaxft.objectives.sharing import of_rows
 
 
 def offline_collect(
@@ -55,10 +56,10 @@ def online_self_training(forward: Forward) -> Objective:
     gold = mean_of(supervised(forward))
 
     def objective(params, batch, key):
-        samples = batch["samples"]
+        log_probs = completion_log_probs(forward, params, batch["samples"], key=key)
+        samples = of_rows(batch["samples"])
         right = jnp.asarray(samples["correct"])
         counted = samples["completion_mask"] & right[:, None]
-        log_probs = completion_log_probs(forward, params, samples, key=key)
         own = Mean.of(jnp.where(counted, -log_probs, 0.0), counted)
         given = gold(params, batch["gold"], key)
         terms = Terms(tuple(Mean(0.5 * mean.total, mean.weight) for mean in (own, given)))

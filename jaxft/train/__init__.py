@@ -7,6 +7,7 @@ from jaxft.train.accumulation import GradientEstimator, accumulate, loss_weight,
 from jaxft.train.books import Book, running_mean
 from jaxft.train.callbacks import Callback, Row, Run, every, profile
 from jaxft.train.checkpoints import Checkpoints, restore_params, saved_settings
+from jaxft.train.entropy import adaptive_entropy
 from jaxft.train.errors import (
     DivergedError,
     MissingDependencyError,
@@ -46,6 +47,7 @@ __all__ = [
     "Run",
     "TrainState",
     "accumulate",
+    "adaptive_entropy",
     "commit",
     "clip_by_layer_rms",
     "constant",

@@ -49,7 +49,16 @@ class Plan(NamedTuple):
     extra_args: dict[str, Callable[..., Any]] | None = None  # of `make_step`
 
 
-def plan(name: Name, model: Any, rows: int, length: int, response: int, d: int, mesh: Mesh) -> Plan:
+def plan(
+    name: Name,
+    model: Any,
+    rows: int,
+    length: int,
+    response: int,
+    d: int,
+    mesh: Mesh,
+    group: int = 1,
+) -> Plan:
     """Returns the plan of the objective `name`, with the hyperparameters of its paper.
 
     sft, and dco and otr in its place: rows of tokens. dpo: as many pairs, with the reference's log-probs as
@@ -63,11 +72,13 @@ def plan(name: Name, model: Any, rows: int, length: int, response: int, d: int, 
         length: tokens of a row.
         response: tokens of a response, below `length`.
         mesh: the mesh of the batch.
+        group: of grpo, ppo and nft; above 1, a row is a group of as many responses that share their prompt.
     """
-    shape = (rows, 2, length) if name in ("dpo", "hypo") else (rows, length)
+    lead = (rows, group) if group > 1 else (rows,)
+    shape = (rows, 2, length) if name in ("dpo", "hypo") else (*lead, length)
     fields: Shapes = {key: (shape, jnp.int32) for key in ("tokens", "segment_ids", "positions")}
     if name in EXPERIENCE:
-        made, more = _of_responses(name, model, (rows, response))
+        made, more = _of_responses(name, model, (*lead, response))
     elif name == "classify":
         del fields["positions"]
         made, more = _classify(model, d), {"labels": ((rows,), jnp.int32)}
@@ -106,8 +117,8 @@ def _of_rows(name, model):
 
 
 def _of_responses(name, model, shape):
-    """(plan, further shapes of the batch) of an update on responses [B, N]."""
-    numbers, rows = (shape, jnp.float32), (shape[:1], jnp.float32)
+    """(plan, further shapes of the batch) of an update on responses [B, N], or on groups [Q, G, N]."""
+    numbers, rows = (shape, jnp.float32), (shape[:-1], jnp.float32)
     fields: Shapes = {"completion_mask": (shape, jnp.bool_), "sampler_log_probs": numbers}
     build = functools.partial(policy_gradient, model.forward)
     if name == "grpo":
@@ -116,7 +127,7 @@ def _of_responses(name, model, shape):
     if name == "nft":
         objective = build(negative_aware(), token_mean)
         return Plan(objective, {}), fields | {
-            "correct": (shape[:1], jnp.bool_), "success_rates": rows
+            "correct": (shape[:-1], jnp.bool_), "success_rates": rows
         }  # fmt: skip
     objective = build(clipped(), token_mean, auxiliary=value_loss())
     fields |= {name: numbers for name in ("advantages", "old_values", "returns")}

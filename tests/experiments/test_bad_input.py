@@ -165,6 +165,72 @@ BAD = [
     ("reinforce", "no reward", [*TEACHER, "--kl-weight", "1"], "no effect with --distil-weight 1"),
     (
         "reinforce",
+        "no loss",
+        [*TEACHER, "--clip-low", "0.1"],
+        "--clip-low 0.1 has no effect with --distil-weight 1; give one of them.",
+    ),
+    (
+        "reinforce",
+        "no scale",
+        [*TEACHER, "--distil-as", "credit", "--scale-rewards", "none"],
+        "--scale-rewards none has no effect with --distil-weight 1",
+    ),
+    (
+        "reinforce",
+        "a server's temperature",
+        "--teacher http://x --teacher-model m --distil-as credit --temperature 0.7".split(),
+        "--temperature 0.7: a server's log-probs are those at 1, and --distil-as",
+    ),
+    (
+        "reinforce",
+        "weights of rewards",
+        lambda p: ["--also-judge", judge(p), "--reward-weights", "1", "2", "3"],
+        "--reward-weights 1.0 2.0 3.0: give a finite weight for the first reward and one for each of 1",
+    ),
+    (
+        "reinforce",
+        "no second judge",
+        lambda p: ["--also-judge", p / "none.py:f"],
+        "--also-judge '",
+    ),
+    (
+        "reinforce",
+        "sums of verdicts",
+        lambda p: ["--also-judge", judge(p), "--algorithm", "nft"],
+        "--algorithm nft needs correct or wrong, which a sum of rewards is not",
+    ),
+    (
+        "reinforce",
+        "single rewards",
+        lambda p: (
+            ["--also-judge", judge(p), "--algorithm", "rloo"]
+            + "--reward-combination normalize_then_sum".split()
+        ),
+        "normalize_then_sum has no effect with --algorithm rloo; use grpo, dapo, gspo, luspo, cispo,",
+    ),
+    (
+        "reinforce",
+        "penalty of single rewards",
+        lambda p: (
+            ["--also-judge", judge(p), "--overlong", "2"]
+            + "--reward-combination normalize_then_sum".split()
+        ),
+        "--overlong 2 has no effect with --reward-combination normalize_then_sum",
+    ),
+    (
+        "reinforce",
+        "idle bonus",
+        ["--drop-idle", "on", "--entropy-target", "1"],
+        "--drop-idle on: --entropy-target 1.0 has a bonus in all rows",
+    ),
+    (
+        "reinforce",
+        "uncertain parts",
+        "--top-entropy-quantile 0.2 --gradient-accumulation-steps 2".split(),
+        "compares all tokens of a step, which --gradient-accumulation-steps 2 cuts into parts",
+    ),
+    (
+        "reinforce",
         "credit's divergence",
         [*TEACHER, "--distil-as", "credit", "--distil-beta", "0.1"],
         "--distil-beta 0.1 has no effect with --distil-as credit",

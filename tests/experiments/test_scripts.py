@@ -188,6 +188,20 @@ def test_answers_that_a_judge_scores_become_pairs_or_train_online(tmp_path, caps
     assert row["reward"] > 0
 
 
+def test_several_rewards_and_an_entropy_bonus_that_follows_the_entropy(tmp_path):
+    """The verifier's verdict and a judge's number, each normalised; sampled in a thread, in one place."""
+    run = tmp_path / "run"
+    settings = dict(also_judge=(judge_file(tmp_path),), reward_weights=(2.0, -0.1))
+    settings |= dict(reward_combination="normalize_then_sum", algorithm="luspo", places=1)
+    settings |= dict(entropy_target=50.0, entropy_weight=0.01, max_staleness=2, correction="tokens")
+    metrics = reinforce.main(config_of(reinforce, smoke=True, output_dir=str(run), **settings))
+    assert metrics["steps"] == 4 and metrics["failed_verdicts"]["errors"] == 0
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    wanted = [2 * row["reward_1"] - 0.1 * row["reward_2"] for row in rows]
+    assert [row["reward"] for row in rows] == pytest.approx(wanted, abs=1e-5)
+    assert [row["entropy_weight"] for row in rows] == pytest.approx([0, 0.015, 0.02, 0.025])
+
+
 @pytest.mark.parametrize("name", get_args(reinforce.Choice))
 def test_every_algorithm_of_reinforce_is_there(name):
     made = reinforce.algorithm(config_of(reinforce, algorithm=name), load_model("tiny")[0].forward)

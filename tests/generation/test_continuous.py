@@ -113,8 +113,11 @@ def test_bad_requests_are_explained(model_and_params):
     run = functools.partial(generate_continuously, model, params)
     config = SamplingConfig(8)
     for settings, message in (
-        (dict(places=0), "places must be at least 1, got 0"),
-        (dict(chunk=0), "chunk must be at least 1, got 0"),
+        (dict(places=0), "places must be a whole number of at least 1, got 0"),
+        (dict(places=2.5), "places must be a whole number of at least 1, got 2.5"),
+        (dict(chunk=0), "chunk must be a whole number of at least 1, got 0"),
+        (dict(row_ids=[3, 4]), r"row_ids must be one id for each of 1 rows, got \(2,\)"),
+        (dict(limits=[0]), "limits must lie in 1..max_new_tokens=8, got 0..0; leave out prompts"),
         (dict(samples=0), "samples must be at least 1"),
         (dict(limits=[9]), r"limits must lie in 1..max_new_tokens=8, got 9..9"),
         (dict(limits=[4, 4]), "one number of tokens for each of 1 prompts"),

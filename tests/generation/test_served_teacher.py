@@ -178,6 +178,21 @@ BAD = {
         changed("vllm", lambda p: p[1]["1"].update(logprob="high")),
         "the log-probs at place 1 are not numbers: \\[.*'high'",
     ),
+    "vllm, probabilities": (
+        "vllm",
+        changed("vllm", lambda p: [x.update(logprob=np.exp(x["logprob"])) for x in p[2].values()]),
+        "the numbers at place 2 are no log-probs: \\[0",
+    ),
+    "sglang, one token's for all": (
+        "sglang",
+        changed("sglang", lambda m: [x.__setitem__(0, -0.1) for x in m["input_top_logprobs"][3]]),
+        "the numbers at place 3 are no log-probs",
+    ),
+    "sglang, NaN": (
+        "sglang",
+        changed("sglang", lambda m: m["input_token_logprobs"][3].__setitem__(0, float("nan"))),
+        "the log-probs at place 3 are not numbers: \\[nan",
+    ),
     "sglang, others": (
         "sglang",
         changed("sglang", lambda m: m["input_token_logprobs"][3].__setitem__(1, 8)),

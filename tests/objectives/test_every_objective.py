@@ -284,7 +284,7 @@ PARTS = set(
     "Transform add_old_policy add_penalty add_reference add_values answers answers_of_both best_and_worst "
     "collect collect_on_device episodes equals estimate_success mask_truncated offline_collect "
     "policy_log_probs prompts_of reads_kl_weight right_samples sample_groups sample_on_device tagged "
-    "try_again until_contrast with_tool in_groups without_idle".split()
+    "try_again until_contrast with_tool in_groups without_idle normalised_sums".split()
 )
 
 

@@ -160,13 +160,9 @@ def main(config: Config) -> dict[str, Any]:
     params = shared.adapt_params(config, model, base, mesh)
     if ALGORITHMS[config.algorithm].values:
         params = with_value_head(model, params)
-    credit = algorithm(config, model.forward).credit
-    if config.more.reward_combination == "normalize_then_sum":
-        credit = rl.normalised_sums(config.more.weights, config.group_size)
+    credit = credit_of(config, model.forward)
     build = lambda forward: algorithm(config, forward).objective
-    if config.distil_as == "credit":
-        credit = rl.reverse_kl_credit(credit, config.distil.distil_weight)
-    else:
+    if config.distil_as == "divergence":
         params = teachers.beside(teacher, params)
         build = teachers.distilled(config, teacher, build)
     method = shared.method_of(config, build, model.forward)
@@ -255,6 +251,16 @@ def transforms(config, model, base, share: int | None = None) -> list[rl.Transfo
         found += [rl.add_values(model.forward, share)]
     # Always add the reference: the KL is shown even if it has no weight.
     return [*found, rl.add_reference(model.forward, base, config.temperature, share)]
+
+
+def credit_of(config, forward) -> rl.Credit:
+    """Returns the credit of the algorithm, of rewards that are normalised one by one, and of a teacher."""
+    credit = algorithm(config, forward).credit
+    if config.more.reward_combination == "normalize_then_sum":
+        credit = rl.normalised_sums(config.more.weights, config.group_size)
+    if config.distil_as == "credit":
+        credit = rl.reverse_kl_credit(credit, config.distil.distil_weight)
+    return credit
 
 
 def books_of(config) -> dict[str, train.Book]:

@@ -185,7 +185,7 @@ BAD = [
         "reinforce",
         "weights of rewards",
         lambda p: ["--also-judge", judge(p), "--reward-weights", "1", "2", "3"],
-        "--reward-weights 1.0 2.0 3.0: give a finite weight for the first reward and one for each of 1",
+        ": give a finite weight for the first reward and one for each of 1",
     ),
     (
         "reinforce",
@@ -220,8 +220,8 @@ BAD = [
     (
         "reinforce",
         "idle bonus",
-        ["--drop-idle", "on", "--entropy-target", "1"],
-        "--drop-idle on: --entropy-target 1.0 has a bonus in all rows",
+        ["--drop-idle", "on", "--entropy-target", "1.5"],
+        "--drop-idle on: --entropy-target 1.5 has a bonus in all rows",
     ),
     (
         "reinforce",

@@ -33,7 +33,8 @@ from jaxft.checkpoints import load_model
 from jaxft.generation import Beams
 from jaxft.models import Prediction
 from jaxft.objectives import supervised
-from jaxft.rewards import model_rewards
+from jaxft.rewards import Failures, model_rewards
+from jaxft.rl.advantages import normalised_sum_advantages
 from tests.processes import WITHOUT_TORCH
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -188,20 +189,6 @@ def test_answers_that_a_judge_scores_become_pairs_or_train_online(tmp_path, caps
     assert row["reward"] > 0
 
 
-def test_several_rewards_and_an_entropy_bonus_that_follows_the_entropy(tmp_path):
-    """The verifier's verdict and a judge's number, each normalised; sampled in a thread, in one place."""
-    run = tmp_path / "run"
-    settings = dict(also_judge=(judge_file(tmp_path),), reward_weights=(2.0, -0.1))
-    settings |= dict(reward_combination="normalize_then_sum", algorithm="luspo", places=1)
-    settings |= dict(entropy_target=50.0, entropy_weight=0.01, max_staleness=2, correction="tokens")
-    metrics = reinforce.main(config_of(reinforce, smoke=True, output_dir=str(run), **settings))
-    assert metrics["steps"] == 4 and metrics["failed_verdicts"]["errors"] == 0
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    wanted = [2 * row["reward_1"] - 0.1 * row["reward_2"] for row in rows]
-    assert [row["reward"] for row in rows] == pytest.approx(wanted, abs=1e-5)
-    assert [row["entropy_weight"] for row in rows] == pytest.approx([0, 0.015, 0.02, 0.025])
-
-
 @pytest.mark.parametrize("name", get_args(reinforce.Choice))
 def test_every_algorithm_of_reinforce_is_there(name):
     made = reinforce.algorithm(config_of(reinforce, algorithm=name), load_model("tiny")[0].forward)
@@ -219,6 +206,28 @@ def test_the_whole_model_in_a_subspace(tmp_path):
 
 class Reached(Exception):
     """Raised where the library would be called, with what it gets."""
+
+
+def test_several_rewards_and_an_adapted_bonus_of_reinforce(tmp_path):
+    """The verifier's verdict and a judge's number, normalised one by one."""
+    settings = dict(also_judge=(judge_file(tmp_path),), reward_weights=(2.0, -0.1), group_size=2)
+    settings |= dict(entropy_target=50.0, entropy_weight=0.01, algorithm="luspo", workers=1)
+    config = config_of(reinforce, reward_combination="normalize_then_sum", **settings)
+    records = data.load(TASK, form=data.normalise_question)[:2]
+    answer = records[0]["answer"]
+    several = config.rewards, config.more, config.base
+    with reinforce.rewards_cli.opened_several(*several, records) as rewards:
+        parts = rewards.parts([answer, "xyz"], records[:1] * 2)
+        sums = rewards([answer, "xyz"], records[:1] * 2)
+    assert rewards.failures == Failures() and parts[0, 0] == 1 and math.isnan(parts[1, 1])
+    np.testing.assert_allclose(sums, [2 - 0.1 * len(set(answer)), 2 * parts[1, 0]], rtol=1e-6)
+    credit = reinforce.credit_of(config, lambda *_: None)
+    (found,) = credit(sums, {"reward_parts": parts}).values()
+    wanted = normalised_sum_advantages(jnp.asarray(parts), jnp.array([2.0, -0.1]), 2)
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+    weight, entropy = reinforce.books_of(config)["entropy"].start(None)
+    assert weight == pytest.approx(0.01) and entropy == math.inf
+    assert reinforce.books_of(config_of(reinforce)) == {}
 
 
 def test_label_smoothing_is_the_training_objective_s(tmp_path, monkeypatch):

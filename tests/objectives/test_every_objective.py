@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from jaxft import objectives, rl
+from jaxft.adapters import partition
 from jaxft.losses import aot_loss, aot_unpaired_loss, dpo_loss, nll_loss
 from jaxft.metrics import Mean, Undivided
 from jaxft.models import Prediction, embedding_of

@@ -174,7 +174,9 @@ def lay_out_step(config: Config, devices: Sequence[Any]) -> LaidOutStep:
         raise ValueError(
             f"--response {config.response} must lie below --length {config.length}: a prompt comes first."
         )
-    if config.share_prompts != 1 and (config.objective not in EXPERIENCE or config.share_prompts < 1):
+    if config.share_prompts != 1 and (
+        config.objective not in EXPERIENCE or config.share_prompts < 1
+    ):
         raise ValueError(
             f"--share-prompts {config.share_prompts} needs --objective {', '.join(EXPERIENCE)}, and at least "
             "1 response."

@@ -36,7 +36,10 @@ REFUSED = [
     (dict(topology="h100:8", fsdp=3), "does not fill 8 devices"),
     (dict(topology="h100:8", context=2, length=9), "--length 9 must be a multiple of --context 2"),
     (dict(topology="h100:8", objective="grpo", response=9, length=9), "must lie below --length 9"),
-    (dict(topology="h100:8", share_prompts=4), "--share-prompts 4 needs --objective grpo, ppo, nft"),
+    (
+        dict(topology="h100:8", share_prompts=4),
+        "--share-prompts 4 needs --objective grpo, ppo, nft",
+    ),
     (dict(topology="h100:8", objective="dpo", model="roberta-base"), "dpo needs a language model"),
     (dict(topology="h100:8", objective="classify"), "classify needs an encoder of text"),
 ]

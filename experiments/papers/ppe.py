@@ -1,7 +1,7 @@
 """Prior Prompt Engineering for Reinforcement Fine-Tuning (pPE, arXiv 2505.14157).
 
 The prior prompt is the instruction before every question of reinforcement fine-tuning. Five of them ask for
-reasoning, a plan, code, knowledge or examples, each with a tag of its own. The same GRPO with each gives
+reasoning, a plan, code, knowledge or examples, each with its own tag. The same GRPO with each gives
 models of different behaviour, all better than the start with the same prompt.
 
     python experiments/papers/ppe.py
@@ -16,10 +16,10 @@ a seed, on the same questions in the same order. All measurements use samples at
 questions: with a model's own prior prompt, and without one, where a style that is used has become the model's
 own. As a control, one model has the prompt of "think" and the format reward of "code".
 
-Which style is best is a property of Qwen2.5-7B in the paper, and here of how the documents were written: it is
-shown, not judged. The wording of the prompts and the hyperparameters of `--preset full` are ours, because the
-paper's are not public (jaxft/data/prior_prompts.py); its behaviours are found by rules, the paper's by a
-language model.
+Which style is best is a property of Qwen2.5-7B in the paper, and here of how the documents were written:
+it is shown, not judged. The wording of the prompts and the hyperparameters of `--preset full` are ours,
+because the paper's are not public (jaxft/data/prior_prompts.py); its behaviours are found by rules, the
+paper's by a language model.
 """
 
 from __future__ import annotations
@@ -328,7 +328,9 @@ def _figure(runs, output):
     bar_means(left, NAMES, gains)
     left.set(title="accuracy gained with the own prompt")
     bar_means(right, NAMES, [[own_share(run, n, "none") for n in NAMES] for run in runs])
-    right.axvline(np.mean([run["start"][NO_PROMPT]["shares"][:5] for run in runs]), color="k", ls=":")
+    right.axvline(
+        np.mean([run["start"][NO_PROMPT]["shares"][:5] for run in runs]), color="k", ls=":"
+    )
     right.set(title="own style without a prompt", xlim=(0, 1.05))
     figure.savefig(output / "ppe.png", dpi=150)
 

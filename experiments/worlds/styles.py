@@ -25,7 +25,9 @@ from jaxft.generation import SamplingConfig
 
 STYLES = "TPCKE"
 NONE = "0"  # the character of a question that asks for no style
-WORDS = dict(zip("TPCKEA", ("think", "plan", "code", "knowledge", "examples", "answer"), strict=True))
+WORDS = dict(
+    zip("TPCKEA", ("think", "plan", "code", "knowledge", "examples", "answer"), strict=True)
+)
 ALPHABET = arithmetic.STOP + "0123456789+=,xyTtPpCcKkEeAa"
 LIMIT = 24  # characters of the longest response, with its stop and some room
 _SIZE = 4  # characters of an answer and its closing tag, at most
@@ -51,7 +53,14 @@ def response(style: str, a: int, b: int, example: tuple[int, int] = (23, 45)) ->
 
 
 def document(
-    rng: np.random.Generator, prior: str, a: int, b: int, *, own: float, malformed: float, wrong: float
+    rng: np.random.Generator,
+    prior: str,
+    a: int,
+    b: int,
+    *,
+    own: float,
+    malformed: float,
+    wrong: float,
 ) -> str:
     """A response as in pretraining: often in the style that is asked for, sometimes with an error.
 
@@ -118,7 +127,7 @@ def right(totals: Sequence[int] | np.ndarray) -> rl.DeviceReward:
         size = tokens.shape[1]
         last = size - 1 - jnp.argmax((tokens == opening)[:, ::-1], axis=1)
         after = jnp.pad(tokens, ((0, 0), (0, _SIZE)), constant_values=-1)
-        given = jnp.take_along_axis(after, last[:, None] + 1 + jnp.arange(_SIZE), axis=1)
+        given = jnp.take_along_axis(after, last[:, None] + 1 + jnp.arange(_SIZE)[None], axis=1)
         same = jnp.all((given == gold) | (gold < 0), axis=1)
         return (same & jnp.any(tokens == opening, axis=1)).astype(jnp.float32)
 
@@ -134,7 +143,7 @@ def combined(tag: str, totals: Sequence[int] | np.ndarray) -> rl.DeviceReward:
 
 
 def shares(tokens: np.ndarray) -> list[float]:
-    """The fractions of responses [..., N] that begin with each style's tag, and of all others: six numbers."""
+    """Six fractions of responses [..., N]: those that begin with each style's tag, and all others."""
     first = np.asarray(tokens)[..., 0].ravel()
     own = [float(np.mean(first == ALPHABET.index(style))) for style in STYLES]
     return [*own, max(1.0 - sum(own), 0.0)]

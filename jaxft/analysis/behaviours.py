@@ -74,7 +74,9 @@ def js_divergence(p: Sequence[float], q: Sequence[float]) -> float:
     """
     p, q = np.asarray(p, float), np.asarray(q, float)
     if p.shape != q.shape or p.ndim != 1:
-        raise ValueError(f"js_divergence: needs two vectors of one size, got {p.shape} and {q.shape}.")
+        raise ValueError(
+            f"js_divergence: needs two vectors of one size, got {p.shape} and {q.shape}."
+        )
     for x in (p, q):
         if (x < 0).any() or abs(x.sum() - 1) > 1e-6:
             raise ValueError(f"js_divergence: parts must be at least 0 and sum to 1, got {x}.")

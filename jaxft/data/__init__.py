@@ -45,7 +45,6 @@ from jaxft.data.passages import (
     render_passages,
     render_reranking,
 )
-from jaxft.data.prior_prompts import PRIOR_PROMPTS, PriorPrompt
 from jaxft.data.preference import (
     all_pairs,
     best_worst,
@@ -55,6 +54,7 @@ from jaxft.data.preference import (
     normalise_unpaired,
     unpair,
 )
+from jaxft.data.prior_prompts import PRIOR_PROMPTS, PriorPrompt
 from jaxft.data.records import (
     CONTEXT,
     answered,

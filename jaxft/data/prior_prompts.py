@@ -1,6 +1,6 @@
 """Prior prompts: instructions put before every question of reinforcement fine-tuning.
 
-Taveekitworachai et al., 2025, arxiv.org/abs/2505.14157 (pPE): five styles, each with a tag of its own. The
+Taveekitworachai et al., 2025, arxiv.org/abs/2505.14157 (pPE): five styles, each with its own tag. The
 paper's wording is not public; these texts are ours.
 """
 
@@ -13,9 +13,8 @@ from typing import Any
 
 _FIELD = "{question}"
 _SHARED = (
-    "A user asks a question, and the assistant answers it. The assistant first {does}, within <{tag}> and "
-    "</{tag}> tags, and then gives the answer within <answer> and </answer> tags, with the final answer in "
-    "\\boxed{}. The response is <{tag}> ... </{tag}> <answer> ... </answer>, and nothing else.\n\n" + _FIELD
+    "First {does}, within <{tag}> and </{tag}>. Then give the answer within <answer> and </answer>, with the "
+    "final answer in \\boxed{}. Write nothing outside these tags.\n\n" + _FIELD
 )
 
 
@@ -65,8 +64,8 @@ class PriorPrompt:
             return {**record, "prompt": self.render(prompt)}
         if not isinstance(prompt, list) or not prompt or prompt[-1].get("role") != "user":
             raise ValueError(
-                f"PriorPrompt {self.name}: the prompt must be text, or messages that end with the user's; got "
-                f"{prompt!r:.80}."
+                f"PriorPrompt {self.name}: the prompt must be text, or messages that end with the "
+                f"user's; got {prompt!r:.80}."
             )
         asked = {**prompt[-1], "content": self.render(prompt[-1]["content"])}
         return {**record, "prompt": [*prompt[:-1], asked]}
@@ -82,9 +81,9 @@ def _prior(name, does):
     return PriorPrompt(name, name, _SHARED.replace("{does}", does).replace("{tag}", name))
 
 
-THINK = _prior("think", "reasons step by step")
-PLAN = _prior("plan", "makes a plan and then carries it out")
-CODE = _prior("code", "writes code that solves the problem, as a means of reasoning")
-KNOWLEDGE = _prior("knowledge", "recalls the facts, definitions and formulas that matter")
-EXAMPLES = _prior("examples", "gives solved examples of similar questions")
+THINK = _prior("think", "reason step by step")
+PLAN = _prior("plan", "make a plan and then carry it out")
+CODE = _prior("code", "write code that solves the problem, as a means of reasoning")
+KNOWLEDGE = _prior("knowledge", "recall the facts, definitions and formulas that matter")
+EXAMPLES = _prior("examples", "give solved examples of similar questions")
 PRIOR_PROMPTS = (THINK, PLAN, CODE, KNOWLEDGE, EXAMPLES)

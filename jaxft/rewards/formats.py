@@ -27,9 +27,7 @@ def tag_format_reward(tags: Sequence[str]) -> RewardFn:
         raise ValueError(f"tag_format_reward: needs different tags, at least one, got {tags}.")
     for tag in tags:
         check_tag(tag)
-    whole = re.compile(
-        r"\s*".join(["", *(rf"<{tag}>.*?</{tag}>" for tag in tags), ""]), re.DOTALL
-    )
+    whole = re.compile(r"\s*".join(["", *(rf"<{tag}>.*?</{tag}>" for tag in tags), ""]), re.DOTALL)
     marks = [mark for tag in tags for mark in (f"<{tag}>", f"</{tag}>")]
 
     def fits(text: str) -> bool:
@@ -55,7 +53,9 @@ def weighted_rewards(*parts: tuple[float, RewardFn]) -> RewardFn:
         )
 
     def reward(completions: Sequence[str], records: Sequence[Mapping[str, Any]]) -> np.ndarray:
-        values = [checked_rewards(part(completions, records), len(completions)) for _, part in parts]
+        values = [
+            checked_rewards(part(completions, records), len(completions)) for _, part in parts
+        ]
         return sum(w * np.asarray(value) for w, value in zip(weights, values, strict=True))
 
     return reward

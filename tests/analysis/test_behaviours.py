@@ -37,9 +37,15 @@ def test_written_responses(response):
 
 def test_several_behaviours_and_their_rates():
     both = "Wait, let me check that, because 7 is odd."
-    assert [n for n in BEHAVIOURS if classify(both)[n]] == ["verification", "backtracking", "reasoning"]
+    assert [n for n in BEHAVIOURS if classify(both)[n]] == [
+        "verification",
+        "backtracking",
+        "reasoning",
+    ]
     rates = behaviour_rates([both, "8"])
-    assert rates["verification"] == 0.5 and rates["planning"] == 0.0 and set(rates) == set(BEHAVIOURS)
+    assert (
+        rates["verification"] == 0.5 and rates["planning"] == 0.0 and set(rates) == set(BEHAVIOURS)
+    )
     assert behaviour_rates(["a", "bb"], lambda text: {"long": len(text) > 1}) == {"long": 0.5}
     with pytest.raises(ValueError, match="at least one"):
         behaviour_rates([])

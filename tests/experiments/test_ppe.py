@@ -23,7 +23,7 @@ def test_full_preset(tmp_path):
     path = tmp_path / "questions.jsonl"
     rows = [{"question": f"What is {i} + 1?", "answer": str(i + 1)} for i in range(10)]
     path.write_text("\n".join(map(json.dumps, rows)))
-    given = dict(preset="full", smoke=True, data=str(path), fsdp=1, max_prompt=900)
+    given = dict(preset="full", smoke=True, data=str(path), fsdp=1)
     assert ppe.main(flags.replace(ppe.Config(), **given, output_dir=str(tmp_path))) == 0
     (run,) = json.loads((tmp_path / "metrics.json").read_text())["runs"]
     assert run["trained"]["plan"]["own"]["behaviours"].keys() == set(ppe.BEHAVIOURS)
@@ -38,7 +38,10 @@ def test_responses_are_right_and_well_formed(style):
         form = tag_format_reward((styles.WORDS[style], "answer"))
         assert form([styles.plain(text)], [{}]) == [1]
         assert styles.plain(text).endswith(f"<answer>{a + b}</answer>")
-    assert styles.response("T", 57, 87) == "T14,14tA144a" and styles.response("C", 57, 87) == "C441cA144a"
+    assert (
+        styles.response("T", 57, 87) == "T14,14tA144a"
+        and styles.response("C", 57, 87) == "C441cA144a"
+    )
     assert styles.response("K", 57, 87) == "K7+7=14,5+8=13kA144a"
 
 
@@ -54,13 +57,16 @@ def test_rewards_of_tokens_are_those_of_texts():
     ids = arithmetic.encode_answers(texts, styles.ALPHABET)
     tokens = np.array([row + [5] * (styles.LIMIT + 2 - len(row)) for row in ids])  # 5: never read
     mask = np.arange(tokens.shape[1]) < np.array([len(row) for row in ids])[:, None]
-    assert [styles.decode(*row) for row in zip(tokens, mask)] == texts
+    assert [styles.decode(*row) for row in zip(tokens, mask, strict=True)] == texts
     plain = [styles.plain(text) for text in texts]
     form = np.array(tag_format_reward(("think", "answer"))(plain, [{}] * 400))
     last = [text.rpartition("<answer>")[2].partition("</answer>") for text in plain]
     gold = pairs.sum(axis=1)
     accuracy = np.array(
-        ["<answer>" in t and x[0] == str(y) and x[1] != "" for t, x, y in zip(plain, last, gold)]
+        [
+            "<answer>" in t and x[0] == str(y) and x[1] != ""
+            for t, x, y in zip(plain, last, gold, strict=True)
+        ]
     )
     numbers = np.arange(400)
     np.testing.assert_array_equal(styles.well_formed("T", tokens, mask), form)
@@ -72,13 +78,18 @@ def test_rewards_of_tokens_are_those_of_texts():
 
 def test_documents_follow_the_prior_prompt():
     rng = np.random.default_rng(2)
-    first = lambda prior: [styles.document(rng, prior, 1, 2, own=0.7, malformed=0, wrong=0)[0] for _ in range(2000)]
+    clean = dict(own=0.7, malformed=0, wrong=0)
+    first = lambda prior: [styles.document(rng, prior, 1, 2, **clean)[0] for _ in range(2000)]
     assert np.mean(np.array(first("C")) == "C") == pytest.approx(0.76, abs=0.03)
     assert np.mean(np.array(first(styles.NONE)) == "C") == pytest.approx(0.2, abs=0.03)
-    wrong = [styles.document(rng, "T", 1, 2, own=1, malformed=0.15, wrong=0.25) for _ in range(2000)]
+    wrong = [
+        styles.document(rng, "T", 1, 2, own=1, malformed=0.15, wrong=0.25) for _ in range(2000)
+    ]
     assert np.mean(["A3a" not in text for text in wrong]) == pytest.approx(0.25, abs=0.03)
     form = tag_format_reward(("think", "answer"))
-    assert np.mean(form([styles.plain(t) for t in wrong], [{}] * 2000)) == pytest.approx(0.85, abs=0.03)
+    assert np.mean(form([styles.plain(t) for t in wrong], [{}] * 2000)) == pytest.approx(
+        0.85, abs=0.03
+    )
 
 
 def result(share=0.9, accuracy=0.9, form=0.99):

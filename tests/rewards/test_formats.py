@@ -37,7 +37,9 @@ def test_tags_are_different_words(tags):
 
 
 def test_weighted_rewards_are_the_weighted_sum():
-    right = lambda texts, records: [float(text == r["answer"]) for text, r in zip(texts, records)]
+    right = lambda texts, records: [
+        float(text == r["answer"]) for text, r in zip(texts, records, strict=True)
+    ]
     form = lambda texts, records: [float(text.isdigit()) for text in texts]
     texts = ["4", "5", "four", "x"]
     records = [{"answer": "4"}, {"answer": "4"}, {"answer": "four"}, {"answer": "4"}]

@@ -142,6 +142,10 @@ PAPERS = {
         model="qwen2.5-7b", adapter="full", objective="nft", topology="h100:8", rows=8, microbatches=8,
         length=4096, response=3584,
     ),
+    "rif-rft": Config(
+        model="qwen2.5-1.5b", adapter="full", objective="grpo", topology="h100:8", rows=8, microbatches=16,
+        length=1024, response=512,
+    ),
     "ppe": Config(
         model="qwen2.5-7b", adapter="full", objective="grpo", topology="h100:8", rows=8, microbatches=16,
         length=4864, response=4096,

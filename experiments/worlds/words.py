@@ -69,7 +69,7 @@ def pretrained(config: Any) -> tuple[Decoder, Any]:
     names = rng.choice(list(TASKS), len(known), p=[rest] * len(OLD) + [config.share])
     rows = rows_of(*(questions(task, known[names == task]) for task in TASKS))
     some = rows_of(questions("target", known[:500]))
-    right = jax.jit(lambda params: jnp.mean(jnp.exp(_log_probs(model, params, some))))
+    right = jax.jit(lambda params: jnp.mean(jnp.exp(log_probs(model, params, some))))
     params, steps = arithmetic.warm_start(
         model,
         params,
@@ -96,9 +96,9 @@ def measures(config: Any, model: Decoder, start: Any) -> Callable[[Any], dict[st
     @jax.jit
     def values(params, start, completions, mask):
         batch = toy.rows(prompts, completions, mask)
-        here, there = (_logits(model, p, batch) for p in (params, start))
+        here, there = (logits(model, p, batch) for p in (params, start))
         kl = jnp.sum(losses.reverse_kl_divergence(there, here) * mask, axis=1)
-        right = jnp.exp(_log_probs(model, params, rows))
+        right = jnp.exp(log_probs(model, params, rows))
         return [x.reshape(len(TASKS), -1).mean(axis=1) for x in (right, kl)]
 
     def measure(params):
@@ -111,13 +111,13 @@ def measures(config: Any, model: Decoder, start: Any) -> Callable[[Any], dict[st
     return measure
 
 
-def _logits(model, params, batch):
+def logits(model, params, batch):
     """[B, 6, V]: of the answer's tokens."""
     output = model.apply({"params": params}, batch["tokens"], segment_ids=batch["segment_ids"])
     return output.logits[:, SIZE - 1 : -1]
 
 
-def _log_probs(model, params, batch):
+def log_probs(model, params, batch):
     """log p [B] of whole answers."""
     answers = jnp.asarray(batch["tokens"][:, SIZE:])
-    return -jnp.sum(losses.cross_entropy(_logits(model, params, batch), answers), axis=1)
+    return -jnp.sum(losses.cross_entropy(logits(model, params, batch), answers), axis=1)

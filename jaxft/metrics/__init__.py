@@ -1,6 +1,7 @@
 """Metrics of models: means, intervals, win rates at equal length, several answers, texts."""
 
 from jaxft.metrics.alignment import alignment_scores, sentence_links
+from jaxft.metrics.continual import average_accuracy, forgetting_measure
 from jaxft.metrics.interval import paired_bootstrap, wilson_interval
 from jaxft.metrics.length import length_controlled_rate, standardised_mean
 from jaxft.metrics.mean import (
@@ -34,6 +35,7 @@ __all__ = [
     "Undivided",
     "WholeMean",
     "alignment_scores",
+    "average_accuracy",
     "bleu",
     "chrf",
     "bert_score",
@@ -41,6 +43,7 @@ __all__ = [
     "copied",
     "differentiable",
     "exact_pass_rate",
+    "forgetting_measure",
     "is_undivided",
     "length_controlled_rate",
     "majority_vote",

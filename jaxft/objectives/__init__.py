@@ -7,6 +7,7 @@ from jaxft.objectives.critic import (
     with_value_head,
     without_value_head,
 )
+from jaxft.objectives.consolidation import consolidated, fisher_diagonal
 from jaxft.objectives.cross_encoders import reranking
 from jaxft.objectives.dco import coverage, step_coverage
 from jaxft.objectives.embeddings import contrastive, distilled_margins
@@ -45,6 +46,7 @@ __all__ = [
     "bco",
     "classifier_logits",
     "completion_log_probs",
+    "consolidated",
     "contrastive",
     "coverage",
     "distillation",
@@ -52,6 +54,7 @@ __all__ = [
     "completion_values",
     "token_logits",
     "embedding_noise",
+    "fisher_diagonal",
     "function_distance",
     "hypo",
     "kto",

@@ -22,6 +22,7 @@ from jaxft.rl.algorithms import (
 from jaxft.rl.collection import Collector, KlControl, collect
 from jaxft.rl.environments import Environment, Reply, tagged, try_again, with_tool
 from jaxft.rl.exploratory import answers_of_both, xpo
+from jaxft.rl.filtering import learnable
 from jaxft.rl.groups import in_groups, without_idle
 from jaxft.rl.on_device import (
     DeviceReward,
@@ -87,6 +88,7 @@ __all__ = [
     "gspo",
     "in_groups",
     "luspo",
+    "learnable",
     "mask_truncated",
     "nft",
     "normalised_sums",

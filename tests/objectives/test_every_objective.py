@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from jaxft import objectives, rl
+from jaxft.adapters import partition
 from jaxft.losses import aot_loss, aot_unpaired_loss, dpo_loss, nll_loss
 from jaxft.metrics import Mean, Undivided
 from jaxft.models import Prediction, embedding_of
@@ -185,6 +186,12 @@ OBJECTIVES = {
         objectives.supervised(FORWARD, label_smoothing=0.2),
         rows(0),
     ),
+    "consolidated": lambda: (
+        objectives.consolidated(
+            SUPERVISED, START, jax.tree.map(jnp.ones_like, partition(START)[0]), 0.5
+        ),
+        rows(0),
+    ),
     "token_supervised": lambda: (objectives.token_supervised(FORWARD, token_loss), rows(0)),
     "distillation": lambda: (
         objectives.distillation(
@@ -282,7 +289,7 @@ PARTS = set(
     "Algorithm Asked Collector Credit DeviceReward Environment KlControl Prompts Reply Sample SamplesBeside "
     "add_served_teacher add_teacher reverse_kl_credit "
     "Transform add_old_policy add_penalty add_reference add_values answers answers_of_both best_and_worst "
-    "collect collect_on_device episodes equals estimate_success mask_truncated offline_collect "
+    "fisher_diagonal learnable collect collect_on_device episodes equals estimate_success mask_truncated offline_collect "
     "policy_log_probs prompts_of reads_kl_weight right_samples sample_groups sample_on_device tagged "
     "try_again until_contrast with_tool in_groups without_idle normalised_sums".split()
 )

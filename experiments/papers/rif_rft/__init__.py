@@ -1,0 +1,1 @@
+"""RIF-RFT: forgetting of fine-tuning on one task after another."""

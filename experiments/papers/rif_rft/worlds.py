@@ -1,0 +1,240 @@
+"""Worlds of RIF-RFT's script: tasks on words one after another, or sources of verified questions.
+
+`config` is the Config of experiments/papers/rif_rft/main.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import tree_util
+
+from experiments.worlds import arithmetic, documents, questions, words
+from experiments.worlds import toy_text as toy
+from jaxft import losses, rl, train
+from jaxft.generation import SamplingConfig
+from jaxft.models import Decoder
+from jaxft.rl.filtering import learnable, only
+
+# The stream: of the sorted letters, their order, reversed order, and capitals.
+STREAM: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "sort": lambda x: np.sort(x, axis=1),
+    "sort down": lambda x: np.sort(x, axis=1)[:, ::-1],
+    "sort to capitals": lambda x: np.sort(x, axis=1) + words.CAPITALS,
+}
+TASKS = {name: words.TASKS[name] for name in words.OLD} | STREAM
+VOCABULARY = words.END + 1 + len(TASKS)
+
+
+class World(NamedTuple):
+    """A start that solves all tasks of a stream sometimes, and how it is trained and measured."""
+
+    model: Decoder
+    start: Any  # params
+    tasks: tuple[str, ...]
+    # params -> {"tasks": accuracy of each task of the stream, "general": of others, "kl": nats an answer}
+    measure: Callable[[Any], dict[str, Any]]
+    rows: Callable[[int, int, Any], Iterator[dict]]  # (task, seed, earlier or None) -> supervised batches
+    # (task, credit, seed, ref_params, kept or None) -> answers of the policy
+    collect: Callable[..., rl.Collector]
+    rates: Callable[[Any, int, int], np.ndarray]  # (params, task, seed) -> success rate of each prompt
+    # (params, objective, batches, task, rows, seed) -> (params, steps): until the level, or all steps
+    fit: Callable[..., tuple[Any, int]]
+
+
+@contextlib.contextmanager
+def opened(config: Any) -> Iterator[Callable[[int], World]]:
+    """Yields seed -> World: words by a small model or, with --preset full, sources of questions."""
+    if config.preset != "full":
+        yield functools.partial(of_words, config)
+        return
+    with questions.opened(config.source) as task:
+        yield functools.partial(of_sources, config, task)
+
+
+class _Reached(Exception):
+    """Ends a run at the step at which its task is learned."""
+
+
+def of_words(config: Any, seed: int) -> World:
+    """Returns the world of words, with a model pretrained for the seed."""
+    rng = np.random.default_rng(seed)
+    drawn = words.words(rng, 20_000 + config.examples + config.held_out)
+    held_out, known, earlier = np.split(drawn, [config.held_out, config.held_out + config.examples])
+    model, params = arithmetic.small_model(
+        jax.random.key(seed), config.width, 2 * words.SIZE, VOCABULARY, config.layers
+    )
+    start = pretrained(config, model, params, earlier, rng, seed)
+    stream = list(STREAM)
+    wanted = [asked(name, known) for name in stream]
+    # A share of the prompts has the answer to another word, which no rollout gives.
+    wrong = rng.random(len(known)) < config.hopeless
+    noisy = [(p, np.where(wrong[:, None], np.roll(a, 1, axis=0), a)) for p, a in wanted]
+    right = probabilities(model)
+    some = [words.rows_of((p[:256], a[:256])) for p, a in wanted]
+
+    def rows(i, seed, earlier):
+        rng = np.random.default_rng(seed)
+        own, old = words.rows_of(wanted[i]), earlier and words.rows_of(*(wanted[j] for j in earlier))
+        again = round(config.replay * config.batch_size) if old else 0
+        pick = lambda rows, count: jax.tree.map(
+            lambda x, chosen=rng.integers(0, len(rows["tokens"]), count): x[chosen], rows
+        )
+        while True:
+            batch = pick(own, config.batch_size - again)
+            yield (
+                jax.tree.map(lambda *x: np.concatenate(x), batch, pick(old, again)) if again else batch
+            )
+
+    def collect(i, credit, seed, ref_params, kept):
+        prompts, answers = wanted[i] if kept is None else noisy[i]
+        prompts = rl.Prompts(prompts.tolist(), config.prompts_per_step, seed=seed)
+        if kept is not None:
+            prompts, answers = only(prompts, kept), answers[kept]
+        return rl.collect_on_device(
+            model, prompts, rl.equals(answers.tolist(), words.SIZE), credit, SAMPLING,
+            group_size=config.group_size, ref_params=ref_params,
+        )  # fmt: skip
+
+    def rates(params, i, seed):
+        prompts, answers = noisy[i]
+        sample = lambda count: rl.sample_on_device(
+            model, params, prompts.tolist(), jax.random.key(seed), SAMPLING, count
+        )
+        reward = rl.equals(answers.tolist(), words.SIZE)
+        return rl.estimate_success(sample, reward, np.arange(len(prompts)), config.draws)
+
+    def fit(params, objective, batches, i, rows, seed):
+        found = []
+
+        def look(step, state):
+            if step % config.check == 0 and float(right(state.params, some[i]).mean()) >= config.level:
+                found[:] = jax.tree.map(jnp.copy, state.params), step
+                raise _Reached
+
+        optimizer = arithmetic.policy_optimizer(config.learning_rate)
+        try:
+            state, _ = train.fit(
+                params, objective, optimizer, batches, steps=config.steps, key=jax.random.key(seed),
+                callbacks=[train.Callback(on_step=look)],
+            )  # fmt: skip
+        except _Reached:
+            return found[0], found[1]
+        return state.params, config.steps
+
+    measure = measures(model, start, held_out, seed)
+    return World(model, start, tuple(stream), measure, rows, collect, rates, fit)
+
+
+SAMPLING = SamplingConfig(words.SIZE, stop_ids=(words.END,))
+
+
+def asked(task: str, drawn: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(prompts [B, 6], answers [B, 6]): the task's token and the word; the answer and END."""
+    column = lambda token: np.full((len(drawn), 1), token)
+    token = words.END + 1 + list(TASKS).index(task)
+    join = lambda *columns: np.concatenate(columns, axis=1).astype(np.int32)
+    return join(column(token), drawn), join(TASKS[task](drawn), column(words.END))
+
+
+def probabilities(model: Decoder) -> Callable[[Any, dict], jax.Array]:
+    """Returns right(params, rows of `words.rows_of`) [B]: the probability of the whole answer."""
+    return jax.jit(lambda params, rows: jnp.exp(words.log_probs(model, params, rows)))
+
+
+def pretrained(config, model, params, drawn, rng, seed) -> Any:
+    """Returns params trained on all tasks, those of the stream rarely, until they reach `until`."""
+    rest = (1 - config.share) / len(words.OLD)
+    parts = [rest] * len(words.OLD) + [config.share / len(STREAM)] * len(STREAM)
+    names = rng.choice(list(TASKS), len(drawn), p=parts)
+    rows = words.rows_of(*(asked(task, drawn[names == task]) for task in TASKS))
+    some = words.rows_of(*(asked(task, drawn[:200]) for task in STREAM))
+    right = probabilities(model)
+    measure = lambda params: float(right(params, some).reshape(len(STREAM), -1).mean(axis=1).min())
+    return arithmetic.warm_start(model, params, rows, seed, until=config.until, measure=measure)[0]
+
+
+def measures(model: Decoder, start: Any, held_out: np.ndarray, seed: int) -> Callable[[Any], dict]:
+    """Returns measure(params): accuracies of held-out words, and the KL to the start on the old tasks."""
+    rows = words.rows_of(*(asked(task, held_out) for task in TASKS))
+    prompts = jnp.concatenate([jnp.asarray(asked(task, held_out)[0]) for task in words.OLD])
+    right, sample = probabilities(model), toy.sampler(model, words.SIZE, words.END)
+
+    @jax.jit
+    def divergence(params, completions, mask):
+        batch = toy.rows(prompts, completions, mask)
+        here, there = (words.logits(model, p, batch) for p in (params, start))
+        return jnp.mean(jnp.sum(losses.reverse_kl_divergence(there, here) * mask, axis=1))
+
+    def measure(params):
+        rates = np.asarray(right(params, rows)).reshape(len(TASKS), -1).mean(axis=1)
+        completions, mask, _ = sample(params, prompts, jax.random.key(seed))
+        return {
+            "tasks": rates[len(words.OLD) :].tolist(),
+            "general": float(rates[: len(words.OLD)].mean()),
+            "kl": float(divergence(params, completions, mask)),
+        }
+
+    return measure
+
+
+def of_sources(config: Any, first: questions.Task, seed: int) -> World:
+    """Returns the world of the sources `stream` and `eval_stream`, whose answers are verified."""
+    known = [questions.others(first, [spec]) for spec in config.stream]
+    new = [questions.others(first, [spec]) for spec in config.eval_stream]
+    tasks = [
+        first._replace(known=a, held_out=b, rewards=rewards)
+        for (a, rewards), (b, _) in zip(known, new, strict=True)
+    ]
+
+    def measure(params):
+        found = [
+            questions.drift(first, params, asked, rewards, seed)
+            for asked, rewards in [*new, (first.held_out, first.rewards)]
+        ]
+        *own, (general, kl) = found
+        return {"tasks": [accuracy for accuracy, _ in own], "general": general, "kl": kl}
+
+    def rows(i, seed, earlier):
+        chosen = [tasks[i], *(tasks[j] for j in earlier or ())]
+        parts = [documents.batches(task, config.batch_size, seed) for task in chosen]
+        for own, *old in zip(*parts):
+            count = round(config.replay * config.batch_size / max(len(old), 1)) if old else 0
+            cut = lambda batch, size: tree_util.tree_map(lambda x: np.asarray(x)[:size], batch)
+            size = config.batch_size - count * len(old)
+            some = [cut(own, size), *(cut(batch, count) for batch in old)]
+            yield tree_util.tree_map(lambda *x: np.concatenate(x), *some)
+
+    def collect(i, credit, seed, ref_params, kept):
+        asked = tasks[i].known
+        if kept is not None:
+            numbers = np.flatnonzero(kept)
+            asked = rl.Asked(*([x[j] for j in numbers] for x in (asked.ids, asked.records)))
+        return questions.experience(
+            tasks[i]._replace(known=asked), credit, config.prompts_per_step, seed,
+            group_size=config.group_size, ref_params=ref_params,
+        )  # fmt: skip
+
+    def rates(params, i, seed):
+        return questions.graded(tasks[i], params, tasks[i].known, config.draws, seed)[1].mean(axis=1)
+
+    def fit(params, objective, batches, i, rows, seed):
+        state, _ = questions.fit(
+            tasks[i], params, objective, config.learning_rate, batches, rows, steps=config.steps,
+            key=jax.random.key(seed),
+        )  # fmt: skip
+        return state.params, config.steps
+
+    names = tuple(spec.removeprefix("rg:").partition("?")[0] for spec in config.stream)
+    return World(first.model, first.params, names, measure, rows, collect, rates, fit)
+
+
+def kept_prompts(world: World, params: Any, i: int, seed: int) -> np.ndarray:
+    """Returns which prompts of a task at least one rollout of the policy solves."""
+    return learnable(world.rates(params, i, seed), task=world.tasks[i])

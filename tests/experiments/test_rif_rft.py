@@ -1,0 +1,104 @@
+"""RIF-RFT's script: the stream, batches with replay, filters, and a judge that can fail."""
+
+import json
+
+import numpy as np
+import pytest
+
+from experiments.cli import flags
+from experiments.papers.rif_rft import main as rif
+from experiments.papers.rif_rft import worlds
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    output = tmp_path_factory.mktemp("rif")
+    assert rif.main(rif.Config(smoke=True, output_dir=str(output))) == 0
+    assert (output / "rif_rft.png").stat().st_size > 1000
+    return json.loads((output / "metrics.json").read_text())["runs"][0]
+
+
+def test_smoke(smoke):
+    assert set(smoke["methods"]) == set(rif.METHODS)
+    for row in smoke["methods"].values():
+        assert row["steps"] == [2, 2, 2] and len(row["after"]) == 3
+        assert all(len(one["tasks"]) == 3 and one["kl"] > 0 for one in row["after"])
+    assert smoke["start"]["kl"] == pytest.approx(0, abs=1e-5)
+
+
+def test_full_preset(tmp_path):
+    given = dict(preset="full", smoke=True, fsdp=1, methods=("sft", "sft_replay", "grpo"))
+    assert rif.main(flags.replace(rif.Config(), **given, output_dir=str(tmp_path))) == 0
+    (run,) = json.loads((tmp_path / "metrics.json").read_text())["runs"]
+    assert run["tasks"] == ["chain_sum", "chain_sum"] and set(run["methods"]) == set(given["methods"])
+
+
+def test_tasks_of_the_stream():
+    word = np.array([[3, 1, 4, 1, 5]])
+    answers = {name: task(word)[0].tolist() for name, task in worlds.STREAM.items()}
+    assert answers == {
+        "sort": [1, 1, 3, 4, 5], "sort down": [5, 4, 3, 1, 1], "sort to capitals": [11, 11, 13, 14, 15],
+    }  # fmt: skip
+    prompts, given = worlds.asked("sort down", word)
+    assert prompts.tolist() == [[26, 3, 1, 4, 1, 5]] and given.tolist() == [[5, 4, 3, 1, 1, 20]]
+    assert prompts.max() < worlds.VOCABULARY == 28
+
+
+@pytest.fixture(scope="module")
+def world():
+    config = flags.with_small(rif.Config(hopeless=0.5), rif.SMOKE | {"examples": 200, "batch_size": 8})
+    return config, worlds.of_words(config, 0)
+
+
+def test_replay_has_a_quarter_of_earlier_tasks(world):
+    tokens = lambda earlier: next(world[1].rows(2, 0, earlier))["tokens"][:, 0]
+    assert set(tokens(None)) == {27} and len(tokens(None)) == 8
+    mixed = tokens([0, 1])
+    assert len(mixed) == 8 and sum(mixed == 27) == 6 and set(mixed) <= {25, 26, 27}
+
+
+def test_hopeless_prompts_are_filtered(world):
+    """With a model that answers right: the prompts with another word's answer are left out."""
+    config, made = world
+    rates = np.array([0.0, 0.25, 1.0])
+    stub = made._replace(rates=lambda params, i, seed: rates)
+    assert worlds.kept_prompts(stub, None, 0, 0).tolist() == [False, True, True]
+    with pytest.raises(ValueError, match="sort: of 3 prompts none"):
+        worlds.kept_prompts(made._replace(rates=lambda *_: rates * 0), None, 0, 0)
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (dict(methods=("sft",)), "methods: sft and grpo"),
+        (dict(methods=("sft", "grpo", "ppo")), "methods: sft and grpo"),
+        (dict(stream=("rg:chain_sum",)), "stream and eval_stream"),
+    ],
+)
+def test_bad_settings_are_refused(change, said):
+    with pytest.raises(ValueError, match=said):
+        rif.main(rif.Config(**change))
+
+
+def result(i, sft=-0.4, grpo=-0.1, general=0.9, expert=-0.1, kl=-0.1, saved=0.6):
+    small = 0.01 * i
+    row = lambda forgetting, general: {
+        "forgetting": forgetting + small, "average": 0.8, "steps": [1, 2, 3],
+        "after": [{"general": general, "kl": 0.1, "tasks": [0.8] * 3}] * 3,
+    }  # fmt: skip
+    methods = {
+        "sft": row(sft - 2 * small, 0.5 + small), "grpo": row(grpo, general), "grpo_kl": row(kl, 0.9),
+        "expert_iteration": row(expert, 0.9),
+    }  # fmt: skip
+    part = lambda rollouts: {"rollouts": rollouts, "kept": 0.7, "accuracy": 0.8}
+    return {"methods": methods, "filter": dict(zip(rif.FILTERS, (part(1000), part(1000 * saved + i))))}
+
+
+@pytest.mark.parametrize(
+    "change, fails",
+    [({}, []), (dict(grpo=-0.5, kl=-0.5), [0]), (dict(general=0.4), [1]), (dict(kl=-0.3), [2]),
+     (dict(expert=-0.5), [3]), (dict(saved=1.1), [4])],
+)  # fmt: skip
+def test_judge_can_fail(change, fails):
+    claims = rif.judge([result(i, **change) for i in range(3)])
+    assert [i for i, claim in enumerate(claims) if not claim.holds] == fails

@@ -147,8 +147,8 @@ def policy_gradient(
             loss, shown = loss + more, shown | metrics
         total = _reduced(reduction, loss, mask, batch)
         metrics = {"loss": total} | {k: token_mean(v, mask) for k, v in shown.items()}
-        metrics["length"] = _row_mean(jnp.sum(mask, axis=1, dtype=jnp.float32))
-        metrics |= {name: _row_mean(values) for name, values in batch.get("stats", {}).items()}
+        metrics["length"] = row_mean(jnp.sum(mask, axis=1, dtype=jnp.float32))
+        metrics |= {name: row_mean(values) for name, values in batch.get("stats", {}).items()}
         return total.value, jax.lax.stop_gradient(metrics)
 
     return objective
@@ -277,7 +277,8 @@ def _reference(batch):
     return batch["ref_log_probs"]
 
 
-def _row_mean(values):
+def row_mean(values: jax.Array) -> Mean:
+    """Mean of one number per row [B], without those that are NaN."""
     values = jnp.asarray(values, jnp.float32)
     known = ~jnp.isnan(values)
     return Mean.of(jnp.where(known, values, 0.0), known)

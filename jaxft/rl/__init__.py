@@ -23,6 +23,7 @@ from jaxft.rl.collection import Collector, KlControl, collect
 from jaxft.rl.environments import Environment, Reply, tagged, try_again, with_tool
 from jaxft.rl.exploratory import answers_of_both, xpo
 from jaxft.rl.groups import in_groups, without_idle
+from jaxft.rl.guided import add_guided_policy, guided_answers, guided_ppo, with_references, writer
 from jaxft.rl.on_device import (
     DeviceReward,
     collect_on_device,
@@ -64,6 +65,7 @@ __all__ = [
     "Sample",
     "SamplesBeside",
     "Transform",
+    "add_guided_policy",
     "add_old_policy",
     "add_penalty",
     "add_reference",
@@ -84,6 +86,8 @@ __all__ = [
     "expert_iteration",
     "grpo",
     "gspo",
+    "guided_answers",
+    "guided_ppo",
     "in_groups",
     "luspo",
     "mask_truncated",
@@ -107,7 +111,9 @@ __all__ = [
     "tagged",
     "try_again",
     "until_contrast",
+    "with_references",
     "with_tool",
     "without_idle",
+    "writer",
     "xpo",
 ]

@@ -46,6 +46,7 @@ def answers(
     """
     check_policy(config)
     check_tokenizer(tokenizer, model.config)
+    judge = judged(tokenizer, rewards)
 
     def sample(params, asked, key):
         batch, completions = sample_groups(
@@ -54,11 +55,20 @@ def answers(
         )  # fmt: skip
         if asked.width is not None:
             batch = padded(batch, asked.width, config.max_new_tokens)
-        texts = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in completions]
         records = [record for record in asked.records for _ in range(group_size)]
-        return batch | {"rewards": checked_rewards(rewards(texts, records), len(texts))}
+        return batch | {"rewards": judge(completions, records)}
 
     return sample
+
+
+def judged(tokenizer: Any, rewards: RewardFn) -> Callable[..., np.ndarray]:
+    """Returns judge(completions, records): `rewards` of the texts of token ids, as `answers` has them."""
+
+    def judge(completions, records):
+        texts = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in completions]
+        return checked_rewards(rewards(texts, records), len(texts))
+
+    return judge
 
 
 def sample_groups(
@@ -241,5 +251,7 @@ MADE = frozenset(
         "correct",
         "success_rates",
         "absent_mask",
+        "guide_critic",
+        "references",
     )
 )

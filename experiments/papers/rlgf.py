@@ -59,7 +59,7 @@ from jaxft.rl.guided import d2lols, guide_begins, guide_ends, lols, with_critics
 from jaxft.rl.rollouts import judged
 
 METHODS = ("PPO", "PPO++", "AggreVaTeD", "LOLS", "D2LOLS")
-LAST = 10  # optimizer steps over which the last rewards are averaged
+LAST = 10  # rollouts over which the last rewards are averaged
 GSM8K = questions.Settings(
     model="Qwen/Qwen2.5-0.5B", data="openai/gsm8k?name=main",
     eval_data="openai/gsm8k?name=main&split=test", max_new_tokens=512, sampled_at_once=128,

@@ -232,7 +232,7 @@ def train_method(config, world, schedule, mix, seed) -> dict[str, Any]:
     if config.reference_weight:
         sample = with_answers(sample, prompts, world.references)
         objective = rl.with_references(objective, forward, config.reference_weight)
-    every = max(1, config.rollouts // 10) * steps
+    every = max(1, config.rollouts // 6) * steps
     measure = lambda state: world.measure(without_critics(state.params))
     state, history = world.fit(
         with_critics(world.model, world.start),

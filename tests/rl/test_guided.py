@@ -305,6 +305,21 @@ def test_without_a_mix_it_is_ppo(critics):
     assert not np.any(grads[GUIDE_HEAD]["kernel"])
 
 
+def test_a_guide_that_is_the_policy_leaves_it_on_policy(critics):
+    """The sampler's log-probs, in a cache that begins after the prefix, are those of the whole row."""
+    model, _ = model_and_params()
+    credit, _ = rl.guided_ppo(model.forward)
+    (batch,) = taken(
+        collector(guide_begins, 1.0, credit, rl.add_guided_policy(model.forward, 1.0),
+                  guide=rl.writer(model, SAMPLING)), critics)  # fmt: skip
+    np.testing.assert_allclose(batch["old_log_probs"], batch["sampler_log_probs"], atol=1e-5)
+    own, fitted = map(np.asarray, written_masks(batch))
+    lengths = batch["completion_mask"].sum(axis=1)
+    np.testing.assert_array_equal(own.sum(axis=1), lengths - batch["stats"]["switch"])
+    np.testing.assert_array_equal(own, fitted)
+    assert batch["stats"]["switch"].any()
+
+
 def losses_whitened(values, mask):
     centred = values - values[mask].mean()
     return np.where(mask, centred / np.sqrt(values[mask].var(ddof=1) + 1e-8), 0.0)

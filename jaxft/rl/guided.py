@@ -274,7 +274,7 @@ def critic_values(
     """
     if GUIDE_HEAD not in params:
         raise ValueError(
-            f"guided: the params have no {GUIDE_HEAD}, the critic of roll-outs by the guide; see with_critics."
+            f"guided: the params have no {GUIDE_HEAD}, the critic of its roll-outs; see with_critics."
         )
     own = token_values(params, hidden)
     of_guide = token_values({"value_head": params[GUIDE_HEAD]}, hidden)

@@ -13,14 +13,16 @@ from jaxft import rl
 
 
 def test_smoke(tmp_path):
-    config = flags.replace(rlgf.Config(), smoke=True, reference_weight=0.1, output_dir=str(tmp_path))
+    config = flags.replace(
+        rlgf.Config(), smoke=True, reference_weight=0.1, output_dir=str(tmp_path)
+    )
     assert rlgf.main(config) == 0
     run = json.loads((tmp_path / "metrics.json").read_text())["runs"][0]
     assert list(run["methods"]) == list(rlgf.METHODS)
     shares = {name: row["guide_tokens"] for name, row in run["methods"].items()}
     assert shares["PPO"] == 0 and all(0 < shares[name] < 1 for name in rlgf.METHODS[1:])
     assert all(row["curve"][-1][0] == 2 for row in run["methods"].values())
-    assert all(0 <= row[m] <= 1 for row in run["methods"].values() for m in ("pass@1", "letters"))
+    assert all(0 <= row["pass@1"] <= 1 for row in run["methods"].values())
     assert (tmp_path / "rlgf.png").stat().st_size > 1000
 
 

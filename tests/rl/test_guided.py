@@ -158,7 +158,9 @@ def backed_up(logits):
 
 def probability(path, h, first, last):
     p = [np.asarray(jax.nn.softmax(jnp.asarray(x))) for x in (first, last)]
-    return np.prod([p[t >= h][s, a] for t, (s, a) in enumerate(zip(states_of(path), path))])
+    return np.prod(
+        [p[t >= h][s, a] for t, (s, a) in enumerate(zip(states_of(path), path, strict=True))]
+    )
 
 
 def expected_gradient(h, begins, lam):
@@ -219,8 +221,12 @@ def test_ppo_after_a_guides_prefix_is_the_policy_gradient_from_there(h, lam):
     first = {0: [0], 1: [1, 2], 2: [3, 4, 5, 6]}[h]
     tokens = {0: [()], 1: [(0,), (1,)], 2: list(itertools.product((0, 1), repeat=2))}[h]
     guide = np.asarray(jax.nn.softmax(jnp.asarray(GUIDE_LOGITS)))
-    reached = [np.prod([guide[states_of(t + (0,) * 3)[i], a] for i, a in enumerate(t)]) for t in tokens]
-    start = lambda logits: sum(w * backed_up(logits)[0][s] for w, s in zip(reached, first))
+    reached = [
+        np.prod([guide[states_of(t + (0,) * 3)[i], a] for i, a in enumerate(t)]) for t in tokens
+    ]
+    start = lambda logits: sum(
+        w * backed_up(logits)[0][s] for w, s in zip(reached, first, strict=True)
+    )
     wanted = jax.grad(start)(jnp.asarray(LOGITS))
     np.testing.assert_allclose(expected_gradient(h, True, lam), wanted, atol=1e-5)
 
@@ -296,8 +302,8 @@ def test_without_a_mix_it_is_ppo(critics):
     white = losses_whitened(ours["advantages"][:, :size], mask)
     np.testing.assert_allclose(white, theirs["advantages"], atol=1e-4)
     run = lambda objective, batch: jax.jit(
-        jax.value_and_grad(lambda p: objective(p, batch, None)[0])
-    )(critics)
+        jax.value_and_grad(lambda p, batch: objective(p, batch, None)[0])
+    )(critics, batch)
     loss, grads = run(objective, ours)
     other, others = run(plain.objective, ours)
     np.testing.assert_allclose(loss, other, rtol=1e-5)
@@ -355,7 +361,10 @@ def test_critics_of_rows():
 
 def test_references_add_their_cross_entropy(critics):
     model, _ = model_and_params()
-    rows = {"tokens": jnp.array([[1, 6, 1, 7], [2, 6, 2, 7]]), "loss_mask": jnp.array([[0.0, 0, 1, 1]] * 2)}
+    rows = {
+        "tokens": jnp.array([[1, 6, 1, 7], [2, 6, 2, 7]]),
+        "loss_mask": jnp.array([[0.0, 0, 1, 1]] * 2),
+    }
     task = lambda params, batch, key: (jnp.float32(2.0), {"loss": jnp.float32(2.0)})
     both = rl.with_references(task, model.forward, 0.3)
     loss, metrics = both(critics, {"references": rows}, None)
@@ -371,7 +380,9 @@ def test_references_add_their_cross_entropy(critics):
 def test_what_cannot_be_honoured_is_one_line(critics):
     model, params = model_and_params()
     too_long, silent, one_row = says(1, 9), says(1, 3), says(1, 2)
-    unbounded = lambda p, contexts, limits, key: too_long(p, contexts, np.full(len(contexts), 9), key)
+    unbounded = lambda p, contexts, limits, key: too_long(
+        p, contexts, np.full(len(contexts), 9), key
+    )
     empty = lambda p, contexts, limits, key: silent(p, contexts, 0 * limits, key)
     missing = lambda p, contexts, limits, key: one_row(p, contexts[:1], limits[:1], key)
     policy = rl.writer(model, SAMPLING)
@@ -404,7 +415,9 @@ def test_the_loss_equals_a_slow_loop(critics):
     model, _ = model_and_params()
     credit, objective = rl.guided_ppo(model.forward, clip=0.1, value_clip=0.05, value_weight=0.3)
     score = rl.add_guided_policy(model.forward, 1.0)
-    parts = [taken(collector(s, 1.0, credit, score), critics)[0] for s in (guide_begins, guide_ends)]
+    parts = [
+        taken(collector(s, 1.0, credit, score), critics)[0] for s in (guide_begins, guide_ends)
+    ]
     parts = [{name: part[name] for name in part if name != "stats"} for part in parts]
     batch = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     rng = np.random.default_rng(0)
@@ -423,6 +436,6 @@ def test_the_loss_equals_a_slow_loop(critics):
             near = old + np.clip(value - old, -0.05, 0.05)
             critic.append(0.5 * max((value - at("returns")) ** 2, (near - at("returns")) ** 2))
     assert 0 < len(policy) != len(critic)
-    loss, metrics = objective(critics, batch, None)
+    loss, metrics = objective(critics, jax.tree.map(jnp.asarray, batch), None)
     np.testing.assert_allclose(loss, np.mean(policy) + 0.3 * np.mean(critic), rtol=1e-4)
     np.testing.assert_allclose(metrics["value_loss"].value, np.mean(critic), rtol=1e-4)

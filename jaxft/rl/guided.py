@@ -161,14 +161,14 @@ def mixed_rollout(
     params: Any,
     prompts: Sequence[Sequence[int]],
     key: jax.Array,
-    rollin: Writer,
-    rollout: Writer,
+    first: Writer,
+    last: Writer,
     size: int,
     mix: float = 0.8,
 ) -> Mixed:
-    """Samples a whole roll-in of each prompt, keeps its first h tokens, and lets `rollout` continue.
+    """Samples a whole roll-in of each prompt, keeps its first h tokens, and lets `last` continue.
 
-    With a mix of 0 nothing is rolled in, and `rollout` gets the key itself: the result is that of
+    With a mix of 0 nothing is rolled in, and `last` gets the key itself: the result is that of
     `generate(model, params, prompts, key, config)`.
 
     Args:
@@ -184,16 +184,16 @@ def mixed_rollout(
     limits, begun = np.full(len(prompts), size), None
     switch, contexts = np.zeros(len(prompts), int), [list(prompt) for prompt in prompts]
     if mix:
-        begun = _written(rollin, "roll-in", params, contexts, limits, stream(key, "rollin"), size)
+        begun = _written(first, "roll-in", params, contexts, limits, stream(key, "roll-in"), size)
         lengths = begun.mask.sum(axis=1)
         switch = np.asarray(switch_times(stream(key, "switch"), lengths, mix))
         rows = zip(contexts, begun.tokens, switch, strict=True)
         contexts = [context + tokens[:h].tolist() for context, tokens, h in rows]
-    ended = _written(rollout, "roll-out", params, contexts, limits - switch, key, size)
+    ended = _written(last, "roll-out", params, contexts, limits - switch, key, size)
     place = np.arange(size)[None]
     early = place < switch[:, None]
     after = np.maximum(place - switch[:, None], 0)
-    join = lambda first, last: np.where(early, first, np.take_along_axis(last, after, axis=1))
+    join = lambda a, b: np.where(early, a, np.take_along_axis(b, after, axis=1))
     names = ("tokens", "mask", "log_probs", "sampler_log_probs")
     tokens, mask, *scores = (join(getattr(begun or ended, n), getattr(ended, n)) for n in names)
     return Mixed(tokens, mask, early & mask, *scores, switch, np.array(ended.finish) == "length")

@@ -91,7 +91,7 @@ class Config:
     learning_rate: float = 3e-4  # learning rate of all methods
     mix: float = 0.8  # share of the responses that have a roll-in
     tau: float = 0.8  # share of LOLS's rollouts that are PPO++'s
-    early: float = 0.2  # share of D2LOLS's rollouts, its first, that are AggreVaTeD's
+    guided_first: float = 0.2  # share of D2LOLS's rollouts, its first, that are AggreVaTeD's
     gamma: float = 0.99  # discount per token
     value_weight: float = 0.5  # weight of the critics' loss
     reference_weight: float = 0.0  # weight of the cross-entropy of reference answers
@@ -206,7 +206,7 @@ def reversal(config: Config, seed: int) -> World:
 def run_seed(config: Config, world: Callable[[int], World], seed: int) -> dict[str, Any]:
     """{"start": measures, "guide": measures, "methods": {name: row}} from one learner and guide."""
     world = world(seed)
-    first, parts = round(config.early * config.rollouts), {}
+    first, parts = round(config.guided_first * config.rollouts), {}
     schedules = (guide_begins, guide_begins, guide_ends, lols(config.tau), d2lols(first))
     run = {"start": world.measure(world.start), "guide": world.guide_measures}
     for name, schedule in zip(METHODS, schedules, strict=True):

@@ -19,8 +19,7 @@ held-out words.
 
 The learning rate was chosen on seed 100 from two. At 1e-3 (model of width 64, 60 rollouts) PPO, PPO++ and
 AggreVaTeD ended below their start of 0.037, at 0.001, 0.011 and 0.000; at 3e-4 (width 48, 50 rollouts) PPO
-rose from 0.051 to 0.184 and PPO++ to 0.094. The guided methods have no rate of their own, and nothing else
-was tried.
+rose from 0.051 to 0.184 and PPO++ to 0.094. All methods have the same rate, and nothing else was tried.
 
 The authors' code (Cornell-RL/tril) differs from the paper's description: its buffers get the rewards
 without the KL penalty, and in its IMDB runs the policy starts at the guide's own weights. Departures:

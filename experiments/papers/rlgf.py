@@ -58,8 +58,9 @@ from experiments.worlds import arithmetic, documents, questions, words
 from jaxft import rl, train
 from jaxft.generation import SamplingConfig, generate
 from jaxft.models import Decoder
-from jaxft.rl.guided import d2lols, guide_begins, guide_ends, lols, with_critics, without_critics
+from jaxft.rl.guided import d2lols, guide_begins, guide_ends, lols
 from jaxft.rl.rollouts import judged
+from jaxft.rl.two_critics import with_critics, without_critics
 
 METHODS = ("PPO", "PPO++", "AggreVaTeD", "LOLS", "D2LOLS")
 LAST = 10  # rollouts over which the last rewards are averaged

@@ -23,7 +23,7 @@ from jaxft.rl.collection import Collector, KlControl, collect
 from jaxft.rl.environments import Environment, Reply, tagged, try_again, with_tool
 from jaxft.rl.exploratory import answers_of_both, xpo
 from jaxft.rl.groups import in_groups, without_idle
-from jaxft.rl.guided import add_guided_policy, guided_answers, guided_ppo, with_references, writer
+from jaxft.rl.guided import guided_answers, writer
 from jaxft.rl.on_device import (
     DeviceReward,
     collect_on_device,
@@ -51,6 +51,7 @@ from jaxft.rl.transforms import (
     until_contrast,
 )
 from jaxft.rl.turns import episodes
+from jaxft.rl.two_critics import add_guided_policy, guided_ppo, with_references
 
 __all__ = [
     "Algorithm",

@@ -22,8 +22,8 @@ from jaxft.objectives import policy_gradient
 from jaxft.objectives.policy import sequence_mean, token_correction
 from jaxft.parallel import make_mesh, mesh_context, shard_params
 from jaxft.rewards import add_reward_head, pair_scores
-from jaxft.rl.guided import with_critics
 from jaxft.rl.token_losses import clipped
+from jaxft.rl.two_critics import with_critics
 from jaxft.train import accumulate, evaluate, make_eval_step
 from jaxft.train.batches import place_batch
 from jaxft.weights import is_weight, to_dense

@@ -16,19 +16,21 @@ from jaxft.models import Prediction
 from jaxft.objectives import policy_gradient, supervised
 from jaxft.rewards import in_process
 from jaxft.rl.guided import (
-    GUIDE_HEAD,
-    critic_values,
     d2lols,
     guide_begins,
     guide_ends,
     lols,
     mixed_rollout,
     switch_times,
+)
+from jaxft.rl.rollouts import judged
+from jaxft.rl.two_critics import (
+    GUIDE_HEAD,
+    critic_values,
     with_critics,
     without_critics,
     written_masks,
 )
-from jaxft.rl.rollouts import judged
 from tests.rl.rl_task import (
     PROMPTS,
     RECORDS,

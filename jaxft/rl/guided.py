@@ -19,8 +19,8 @@ the roll-out's tokens train the critic of its writer, which is also the one of G
 | LOLS: `lols(tau)` | PPO++ in a share tau of the rollouts, else AggreVaTeD | | | |
 | D2LOLS: `d2lols(tau)` | AggreVaTeD in the first tau rollouts, then PPO++ | | | |
 
-Batches have `author` [B, N] (POLICY, GUIDE; 0 is padding) and `guide_critic` [B], True where the guide ends;
-`completion_mask` counts the tokens of both writers.
+The critics and PPO are in `jaxft.rl.two_critics`. Batches have `author` [B, N] (POLICY, GUIDE; 0 is padding)
+and `guide_critic` [B], True where the guide ends; `completion_mask` counts the tokens of both writers.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ FULL = dict(
 )  # fmt: skip
 SMOKE: dict[str, Any] = dict(
     seeds=1, learner=0.0, guide=0.0, words=64, held_out=8, rollouts=2, responses=8, updates=1,
-    epochs=2, width=32, layers=1, guide_model="tiny",
+    epochs=2, guided_first=0.5, width=32, layers=1, guide_model="tiny",
 )  # fmt: skip
 
 
@@ -214,7 +214,8 @@ def run_seed(config: Config, world: Callable[[int], World], seed: int) -> dict[s
     first, parts = round(config.guided_first * config.rollouts), {}
     schedules = (guide_begins, guide_begins, guide_ends, lols(config.tau), d2lols(first))
     run = {"start": world.measure(world.start), "guide": world.guide_measures}
-    for name, schedule in zip(METHODS, schedules, strict=True):
+    chosen = slice(None, None, 4) if config.smoke else slice(None)  # PPO and D2LOLS in a smoke run
+    for name, schedule in list(zip(METHODS, schedules, strict=True))[chosen]:
         mix = 0.0 if name == "PPO" else config.mix
         parts[name] = train_method(config, world, schedule, mix, seed)
         print(f"    {name}: pass@1 {parts[name]['pass@1']:.3f}", flush=True)
@@ -280,8 +281,10 @@ def judge(runs: list[dict]) -> list[Claim]:
             [mean(of(name) - of("PPO"), "above", 0)],
             f"{of('PPO').mean():.3f} -> {of(name).mean():.3f}",
         )
-        for name in METHODS[1:]
+        for name in list(runs[0]["methods"])[1:]
     ]
+    if len(above) < len(METHODS) - 1:  # a smoke run
+        return above
     best = np.maximum(of("PPO++"), of("D2LOLS")) - np.maximum(of("AggreVaTeD"), of("LOLS"))
     surpass = [mean(of(name) - guide, "above", 0, label=name) for name in ("PPO++", "D2LOLS")]
     return [
@@ -304,7 +307,7 @@ def print_table(runs: list[dict]) -> None:
     """Measures of each method on held-out questions, means over seeds, and pass@1 against PPO's."""
     table = Table("method", "pass@1", "reward", "guide's tokens", "pass@1 above PPO's")
     rows = {name: [run[name] for run in runs] for name in ("start", "guide")}
-    rows |= {name: [run["methods"][name] for run in runs] for name in METHODS}
+    rows |= {name: [run["methods"][name] for run in runs] for name in runs[0]["methods"]}
     for name, found in rows.items():
         cells = [
             f"{np.mean([row[m] for row in found]):.3f}" if m in found[0] else ""
@@ -323,7 +326,7 @@ def _figure(runs, output):
 
     figure = Figure(figsize=(5, 3.4), layout="constrained")
     axes = figure.subplots()
-    for name in METHODS:
+    for name in runs[0]["methods"]:
         first = [[(0, run["start"]["pass@1"]), *run["methods"][name]["curve"]] for run in runs]
         steps, values = np.moveaxis(np.array(first), -1, 0)
         plot_band(axes, steps[0], values, label=name)

@@ -16,7 +16,7 @@ _COUNTS = (
     "max_steps max_tries microbatches mined num_beams num_samples own pairs patience places pretrain_rows "
     "pretrain_steps pretraining problems prompts_per_step questions rank rollouts sampled_at_once samples "
     "save_steps seeds sft_steps shot_steps shots size slices steps tensor text_steps trained_at_once "
-    "transform_steps turns votes width widths workers distil_top_k"
+    "transform_steps turns votes width widths workers distil_top_k responses updates words"
 ).split()
 _POSITIVE = (
     "adamw_rate clip_high correction_max entropy_target entropy_weight_delta entropy_weight_max full_rate "
@@ -26,11 +26,12 @@ _POSITIVE = (
 _NOT_NEGATIVE = (
     "center_rewards_coefficient clip_low correction_min desirable_weight inner_rate kl kl_weight min_gap "
     "max_staleness min_new_tokens mine negatives nll_alpha reward_kl rho router_balance router_z temperature "
-    "text_kl_weight undesirable_weight value_clip value_weight warmup_epochs weight_decay xpo_alpha"
+    "text_kl_weight undesirable_weight value_clip value_weight warmup_epochs weight_decay xpo_alpha "
+    "reference_weight"
 ).split()
 _SHARES = (
     "dense_share distil_beta error errors gamma judged lam ld_alpha levels max_bad mixture share "
-    "until"
+    "until learner guide mix tau guided_first"
 ).split()
 
 LIMITS = {

@@ -83,6 +83,7 @@ def in_parts(
     config: SamplingConfig,
     *,
     at_once: int,
+    limits: Sequence[int] | None = None,
     **more: Any,
 ) -> Generation:
     """Calls `generate` for `at_once` prompts at a time; the answers are those of one call."""
@@ -95,6 +96,7 @@ def in_parts(
             key,
             config,
             row_ids=rows[i : i + at_once],
+            limits=None if limits is None else limits[i : i + at_once],
             **more,
         )
         for i in range(0, len(prompts), at_once)

@@ -163,6 +163,18 @@ def opened(
         yield Task(settings, model, params, renderer, mesh, known, new, rewards)
 
 
+def beside(task: Task, name: str) -> tuple[Decoder, Any]:
+    """Returns a second model (directory or hub id) and its params on the task's mesh, such as a guide.
+
+    Raises:
+        CheckpointError: if its tokenizer differs from that of the task's model.
+        ValueError: if it does not fit.
+    """
+    names = (task.settings.model, name)
+    files.check_same_tokenizer(task.renderer.tokenizer, files.load_tokenizer(name), names)
+    return _loaded(dataclasses.replace(task.settings, model=name), task.mesh)
+
+
 def asked(settings: Settings, renderer: data.Renderer, records: Sequence[Any]) -> rl.Asked:
     """Returns ids and records of questions whose answers can be verified; leaves out long questions.
 
@@ -238,10 +250,20 @@ def experience(
     if ref_params is not None:
         transforms.append(rl.add_reference(forward, ref_params, 1.0))
     prompts = rl.Prompts(task.known.ids, per_step, task.known.records, seed=seed)
+    return collected(task, prompts, sample, credit, *transforms, updates=updates, epochs=epochs)
+
+
+def collected(
+    task: Task,
+    prompts: rl.Prompts,
+    sample: rl.Sample,
+    credit: rl.Credit,
+    *transforms: rl.Transform,
+    **steps: int,
+) -> rl.Collector:
+    """Returns `collect` of any sampler on the task's mesh, with transforms of some rows at a time."""
     parts = [functools.partial(_in_parts, task, transform) for transform in transforms]
-    return rl.collect(
-        prompts, sample, credit, *parts, updates=updates, epochs=epochs, mesh=task.mesh
-    )
+    return rl.collect(prompts, sample, credit, *parts, mesh=task.mesh, **steps)
 
 
 def _in_parts(task, transform, batch, params, key):

@@ -149,8 +149,8 @@ def policy_gradient(
             metrics["entropy_weight"] = jnp.asarray(bonus, jnp.float32)
         if top_entropy < 1:
             metrics["entropy_threshold"] = Undivided(threshold, jnp.ones(()))
-        metrics["length"] = _row_mean(jnp.sum(mask, axis=1, dtype=jnp.float32))
-        metrics |= {name: _row_mean(values) for name, values in batch.get("stats", {}).items()}
+        metrics["length"] = row_mean(jnp.sum(mask, axis=1, dtype=jnp.float32))
+        metrics |= {name: row_mean(values) for name, values in batch.get("stats", {}).items()}
         return total.value, jax.lax.stop_gradient(metrics)
 
     return objective
@@ -287,7 +287,8 @@ def _reference(batch):
     return batch["ref_log_probs"]
 
 
-def _row_mean(values):
+def row_mean(values: jax.Array) -> Mean:
+    """Mean of one number per row [B], without those that are NaN."""
     values = jnp.asarray(values, jnp.float32)
     known = ~jnp.isnan(values)
     return Mean.of(jnp.where(known, values, 0.0), known)

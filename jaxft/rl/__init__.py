@@ -24,6 +24,7 @@ from jaxft.rl.environments import Environment, Reply, tagged, try_again, with_to
 from jaxft.rl.exploratory import answers_of_both, xpo
 from jaxft.rl.filtering import learnable
 from jaxft.rl.groups import in_groups, without_idle
+from jaxft.rl.guided import guided_answers, writer
 from jaxft.rl.on_device import (
     DeviceReward,
     collect_on_device,
@@ -52,6 +53,7 @@ from jaxft.rl.transforms import (
     until_contrast,
 )
 from jaxft.rl.turns import episodes
+from jaxft.rl.two_critics import add_guided_policy, guided_ppo, with_references
 
 __all__ = [
     "Algorithm",
@@ -66,6 +68,7 @@ __all__ = [
     "Sample",
     "SamplesBeside",
     "Transform",
+    "add_guided_policy",
     "add_old_policy",
     "add_penalty",
     "add_reference",
@@ -86,6 +89,8 @@ __all__ = [
     "expert_iteration",
     "grpo",
     "gspo",
+    "guided_answers",
+    "guided_ppo",
     "in_groups",
     "luspo",
     "learnable",
@@ -111,7 +116,9 @@ __all__ = [
     "tagged",
     "try_again",
     "until_contrast",
+    "with_references",
     "with_tool",
     "without_idle",
+    "writer",
     "xpo",
 ]

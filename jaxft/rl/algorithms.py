@@ -104,7 +104,7 @@ def rloo(
 
     @reads_kl_weight
     def credit(rewards, batch):
-        if (penalties := _penalties(batch, reward_kl)) is not None:
+        if (penalties := kl_penalties(batch, reward_kl)) is not None:
             rewards = rewards - jnp.sum(penalties, axis=1)
         found = leave_one_out_advantages(rewards, group_size)
         return {"advantages": normalised_advantages(found, rewards) if normalised else found}
@@ -238,7 +238,7 @@ def reinforce_plus_plus(
     @reads_kl_weight
     def credit(rewards, batch):
         mask = jnp.asarray(batch["completion_mask"])
-        penalties = _penalties(batch, reward_kl)
+        penalties = kl_penalties(batch, reward_kl)
         return {"advantages": reinforce_plus_plus_advantages(rewards, mask, penalties)}
 
     return Algorithm(credit, build(clipped(clip_low, clip_high), sequence_mean))
@@ -272,7 +272,7 @@ def ppo(
         if "old_values" not in batch:
             raise ValueError("ppo: no old_values; give the params a value head (with_value_head).")
         mask = jnp.asarray(batch["completion_mask"]) & ~jnp.isnan(rewards)[:, None]
-        placed = placed_rewards(jnp.nan_to_num(rewards), mask, _penalties(batch, reward_kl))
+        placed = placed_rewards(jnp.nan_to_num(rewards), mask, kl_penalties(batch, reward_kl))
         values = jnp.asarray(batch["old_values"])
         advantages, returns = generalised_advantages(placed, values, mask, gamma, lam)
         return {
@@ -324,7 +324,7 @@ def advantages(function: Advantage, group_size: int) -> Credit:
     return lambda rewards, batch: {"advantages": function(rewards, group_size)}
 
 
-def _penalties(batch, reward_kl):
+def kl_penalties(batch: dict[str, Any], reward_kl: float) -> jax.Array | None:
     """β k1 to the reference at the sampling policy, [B, N]; None if β is 0 and not adapted."""
     if not reward_kl and "kl_weight" not in batch:
         return None

@@ -22,6 +22,7 @@ class Asked(NamedTuple):
     # Prompt columns of a batch, whose responses then get the maximum; None: as few as needed.
     width: int | None = None
     following: Callable[[], Asked] | None = None  # the next draw
+    number: int = 0  # of the draw
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +80,7 @@ class Prompts:
             columns={name: np.asarray(column)[numbers] for name, column in self.columns.items()},
             width=width,
             following=lambda: self.pick(draw + 1, fixed),
+            number=draw,
         )
 
 

@@ -56,8 +56,8 @@ def answers(
         )  # fmt: skip
         if asked.width is not None:
             batch = padded(batch, asked.width, config.max_new_tokens)
-        texts = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in completions]
         records = [record for record in asked.records for _ in range(group_size)]
+        texts = texts_of(tokenizer, completions)
         if isinstance(rewards, SeveralRewards):
             parts = rewards.parts(texts, records)
             stats = {f"reward_{k + 1}": parts[:, k] for k in range(parts.shape[1])}
@@ -66,6 +66,21 @@ def answers(
         return batch | {"rewards": checked_rewards(rewards(texts, records), len(texts))}
 
     return sample
+
+
+def judged(tokenizer: Any, rewards: RewardFn) -> Callable[..., np.ndarray]:
+    """Returns judge(completions, records): `rewards` of the texts of token ids, as `answers` has them."""
+
+    def judge(completions, records):
+        texts = texts_of(tokenizer, completions)
+        return checked_rewards(rewards(texts, records), len(texts))
+
+    return judge
+
+
+def texts_of(tokenizer: Any, completions: Sequence[Sequence[int]]) -> list[str]:
+    """The completions as text, without special tokens and stripped."""
+    return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in completions]
 
 
 def sample_groups(
@@ -264,5 +279,7 @@ MADE = frozenset(
         "correct",
         "success_rates",
         "absent_mask",
+        "guide_critic",
+        "references",
     )
 )

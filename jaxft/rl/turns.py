@@ -27,7 +27,7 @@ from jaxft.rl.rollouts import (
 )
 
 # Who wrote a token of a response; 0 is padding.
-POLICY, FORCED, ENVIRONMENT = 1, 2, 3
+POLICY, FORCED, ENVIRONMENT, GUIDE = 1, 2, 3, 4
 
 
 @dataclasses.dataclass

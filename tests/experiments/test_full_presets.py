@@ -8,7 +8,7 @@ import pytest
 
 from experiments.cli import flags
 from experiments.papers import echo_chamber as echo
-from experiments.papers import nft, otr
+from experiments.papers import nft, otr, rlgf
 from experiments.papers.reft import main as reft
 from experiments.papers.reft import worlds
 from experiments.worlds import questions, solutions
@@ -57,6 +57,14 @@ def test_reft(file, tmp_path):
         name: [0, 4] for name in reft.SMOKE["algo"]
     }
     assert all(0 <= rows[1][m] <= 1 for rows in run.values() for m in reft.MEASURES)
+
+
+def test_rlgf(file, tmp_path):
+    assert rlgf.main(full(rlgf, file, tmp_path)) == 0
+    run = json.loads((tmp_path / "metrics.json").read_text())["runs"][0]
+    assert run["methods"]["PPO"]["guide_tokens"] == 0 < run["methods"]["D2LOLS"]["guide_tokens"]
+    with pytest.raises(ValueError, match="--guide-model gpt2 has no effect without --preset"):
+        rlgf.main(flags.replace(rlgf.Config(), guide_model="gpt2", output_dir=str(tmp_path)))
 
 
 def test_echo_chamber(file, tmp_path):
@@ -150,7 +158,13 @@ def test_what_does_not_fit_is_one_line(file, tmp_path, given, error, message):
 
 @pytest.mark.parametrize(
     "script, name, value",
-    [(nft, "until", 0.3), (otr, "width", 64), (echo, "layers", 3), (reft, "rerank", True)],
+    [
+        (nft, "until", 0.3),
+        (otr, "width", 64),
+        (echo, "layers", 3),
+        (reft, "rerank", True),
+        (rlgf, "learner", 0.5),
+    ],
 )
 def test_flags_of_the_small_task_are_refused(script, name, value, file, tmp_path):
     with pytest.raises(ValueError, match=f"--{name}.* has no effect with --preset full"):

@@ -24,6 +24,7 @@ from jaxft.objectives.policy import sequence_mean, token_correction
 from jaxft.parallel import make_mesh, mesh_context, shard_params
 from jaxft.rewards import add_reward_head, pair_scores
 from jaxft.rl.token_losses import clipped
+from jaxft.rl.two_critics import with_critics
 from jaxft.train import accumulate, evaluate, make_eval_step
 from jaxft.train.batches import place_batch
 from jaxft.weights import is_weight, to_dense
@@ -140,6 +141,17 @@ def learning(make, on_policy=False):
         return objective, batch | dict(credit(REWARDS, batch))
 
     return made
+
+
+def guided():
+    """PPO on responses of two writers, of which the guide ends every other one."""
+    credit, objective = rl.guided_ppo(FORWARD, reward_kl=0.01)
+    ends = np.arange(ROWS) % 2 == 0
+    early = np.arange(RESPONSE)[None] < 2
+    written = {"author": np.where(early == ends[:, None], 1, 4), "guide_critic": ends}
+    return rl.Algorithm(
+        lambda rewards, batch: written | credit(rewards, batch | written), objective
+    )
 
 
 def still_noise(params, batch, key, noise=None):
@@ -275,6 +287,11 @@ OBJECTIVES = {
     "ppo": learning(lambda: rl.ppo(BUILD, reward_kl=0.01)),
     "online_preference": learning(lambda: rl.online_preference(BUILD, LOSS, GROUP), True),
     "xpo": learning(lambda: rl.xpo(BUILD, LOSS, GROUP, alpha=0.1), True),
+    "guided_ppo": learning(lambda: guided()),
+    "with_references": lambda: (
+        rl.with_references(SUPERVISED, FORWARD, 0.3),
+        rows(0) | {"references": rows(3)},
+    ),
     "online_self_training": lambda: (
         rl.online_self_training(FORWARD),
         {"samples": experience() | {"correct": REWARDS > 0}, "gold": rows(3, (4,), (2,))},
@@ -287,7 +304,7 @@ PARTS = set(
     "contrastive RouterTerms router_terms shift spectrally_normalised token_values value_loss "
     "with_value_head without_value_head with_teacher without_teacher "
     "Algorithm Asked Collector Credit DeviceReward Environment KlControl Prompts Reply Sample SamplesBeside "
-    "add_served_teacher add_teacher reverse_kl_credit "
+    "add_served_teacher add_teacher reverse_kl_credit add_guided_policy guided_answers writer "
     "Transform add_old_policy add_penalty add_reference add_values answers answers_of_both best_and_worst "
     "fisher_diagonal learnable collect collect_on_device episodes equals estimate_success mask_truncated offline_collect "
     "policy_log_probs prompts_of reads_kl_weight right_samples sample_groups sample_on_device tagged "
@@ -300,6 +317,8 @@ def params_for(name):
         return add_reward_head(jax.random.key(2), PARAMS, MODEL.config.hidden_size)
     if name == "distillation":
         return objectives.with_teacher(PARAMS, jax.jit(large)(PARAMS))
+    if name == "guided_ppo":
+        return jax.jit(lambda params: large(with_critics(MODEL, params)))(START)
     with_values = jax.jit(lambda params: large(objectives.with_value_head(MODEL, params)))
     return with_values(START) if name == "ppo" else PARAMS
 

@@ -1,6 +1,7 @@
-"""Metrics of models: means, intervals, win rates at equal length, several answers, texts."""
+"""Metrics of models: means, intervals, win rates at equal length, several answers, texts, calibration."""
 
 from jaxft.metrics.alignment import alignment_scores, sentence_links
+from jaxft.metrics.calibration import brier, ece, nll
 from jaxft.metrics.interval import paired_bootstrap, wilson_interval
 from jaxft.metrics.length import length_controlled_rate, standardised_mean
 from jaxft.metrics.mean import (
@@ -35,17 +36,20 @@ __all__ = [
     "WholeMean",
     "alignment_scores",
     "bleu",
+    "brier",
     "chrf",
     "bert_score",
     "combine_means",
     "copied",
     "differentiable",
+    "ece",
     "exact_pass_rate",
     "is_undivided",
     "length_controlled_rate",
     "majority_vote",
     "meteor",
     "novel_ngrams",
+    "nll",
     "paired_bootstrap",
     "pass_at_k",
     "ranked",

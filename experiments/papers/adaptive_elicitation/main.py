@@ -40,10 +40,9 @@ from experiments.cli import choices, flags, limits
 from experiments.lab.claims import Claim, Number, mean, show
 from experiments.lab.figures import plot_band
 from experiments.lab.seeds import begin, measure_claims
-from experiments.papers.adaptive_elicitation import full, worlds
+from experiments.papers.adaptive_elicitation import full, measures, worlds
 from experiments.papers.adaptive_elicitation.worlds import World
-from jaxft import analysis, data, metrics, train
-from jaxft.analysis.elicitation import ElicitationEnv, ProbsFn, Trace
+from jaxft import analysis, data, train
 from jaxft.keys import stream
 from jaxft.objectives import supervised
 
@@ -109,7 +108,7 @@ def run_seed(config: Config, made: dict[str, Callable], seed: int) -> dict[str, 
         world, key = make(config, seed), jax.random.key(seed)
         params, history = learn(config, world, key)
         probs_fn = analysis.model_probs(world.model, params, world.questions)
-        found[name] = {"training": history} | measure(config, world, probs_fn, key)
+        found[name] = {"training": history} | measures.measure(config, world, probs_fn, key)
         rows = found[name]["policies"]
         nll = ", ".join(f"{policy} {row['nll'][AT]:.3f}" for policy, row in rows.items())
         print(f"seed {seed}, {name}: NLL after {AT} questions: {nll}", flush=True)
@@ -132,7 +131,7 @@ def learn(config: Config, world: World, key: jax.Array) -> tuple[Any, list[dict[
     held_out = data.finite_batches(analysis.meta_dataset(others, key, world.length), **cut)
     objective = supervised(world.model.forward)
     eval_step = train.make_eval_step(objective)
-    env = episodes(config, world, stream(key, "validation"), world.validation, config.ahead)
+    env = measures.episodes(config, world, stream(key, "validation"), world.validation, config.ahead)
     last = analysis.run_elicitation(env, analysis.random_policy, lambda h, q: h, key).turns[-1]
     best: dict[str, Any] = {"loss": math.inf}
 
@@ -155,70 +154,6 @@ def learn(config: Config, world: World, key: jax.Array) -> tuple[Any, list[dict[
     )  # fmt: skip
     names = ("step", "loss", "validation", "order_share")
     return best["params"], [{n: float(r[n]) for n in names} for r in rows if "validation" in r]
-
-
-def episodes(config: Config, world: World, key, answers, number: int) -> ElicitationEnv:
-    """Episodes of the config's sizes with entities of `answers`."""
-    return analysis.draw_episodes(
-        key, answers, number, kinds=len(world.questions.replies[0]), targets=config.targets,
-        candidates=config.pool, rounds=config.questions, always=world.always,
-    )  # fmt: skip
-
-
-def measure(config: Config, world: World, probs_fn: ProbsFn, key: jax.Array) -> dict[str, Any]:
-    """Scores of all policies on test episodes; look-ahead on fewer; comparisons with exact Bayes."""
-    ask = lambda env, policy, model: analysis.run_elicitation(
-        env, policy, model, stream(key, "policy")
-    )
-    policies = {
-        "random": (analysis.random_policy, probs_fn),
-        "most uncertain": (analysis.most_uncertain(probs_fn), probs_fn),
-        "EIG": (analysis.greedy(probs_fn), probs_fn),
-    }
-    if world.exact:
-        policies["exact EIG"] = (analysis.greedy(world.exact), world.exact)
-    env = episodes(config, world, stream(key, "test"), world.test, config.episodes)
-    traces = {name: ask(env, *pair) for name, pair in policies.items()}
-    found = {"policies": {name: scored(world, env, trace) for name, trace in traces.items()}}
-    few = episodes(config, world, stream(key, "look-ahead"), world.test, config.ahead)
-    both = {"greedy": analysis.greedy(probs_fn), "look-ahead": analysis.look_ahead(probs_fn)}
-    found["ahead"] = {n: scored(world, few, ask(few, p, probs_fn)) for n, p in both.items()}
-    return found | ({"exact": compared(world.exact, traces["EIG"])} if world.exact else {})
-
-
-def scored(world: World, env: ElicitationEnv, trace: Trace) -> dict[str, Any]:
-    """Metrics of the targets' predictions after 0, 1, ... questions; "atypical": NLL of rare true answers."""
-    labels = np.broadcast_to(env.labels, trace.probs.shape[:-1])
-    nll = metrics.nll(trace.probs, labels)
-    # Fewer than half of the training entities gave such an answer.
-    share = (world.training[:, :, None] == np.arange(env.kinds)).mean(axis=0)
-    rare = share[env.targets, env.labels] / share.sum(axis=-1)[env.targets] < 0.5
-    over = lambda x: np.mean(x, axis=(1, 2)).tolist()
-    return {
-        "nll": over(nll),
-        "accuracy": over(trace.probs.argmax(axis=-1) == labels),
-        "brier": over(metrics.brier(trace.probs, labels)),
-        "ece": [metrics.ece(p, y) for p, y in zip(trace.probs, labels, strict=True)],
-        "atypical": nll[:, rare].mean(axis=1).tolist() if rare.any() else [math.nan] * len(nll),
-    }
-
-
-def compared(exact: ProbsFn, trace: Trace) -> dict[str, Any]:
-    """The learned model against exact Bayes at the same turns: predictions, EIG and regret, by round."""
-    turns = trace.turns[:-1]
-    true = np.stack([analysis.greedy(exact)(turn, None) for turn in turns])
-    free = np.stack([turn.available for turn in turns])
-    best = np.where(free, true, -np.inf).max(axis=2)
-    chosen = np.take_along_axis(true, trace.choices[..., None], axis=2)[..., 0]
-    at_random = np.sum(true * free, axis=2) / free.sum(axis=2)
-    pairs = zip(true, trace.scores, free, strict=True)
-    probs = np.stack([exact(turn.history, turn.targets) for turn in trace.turns])
-    return {
-        "gap": float(np.abs(trace.probs - probs).mean()),
-        "correlation": [float(np.corrcoef(t[f], s[f])[0, 1]) for t, s, f in pairs],
-        "regret": (best - chosen).mean(axis=1).tolist(),
-        "random_regret": (best - at_random).mean(axis=1).tolist(),
-    }
 
 
 def judge(runs: list[dict]) -> list[Claim]:

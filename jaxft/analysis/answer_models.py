@@ -73,7 +73,7 @@ def meta_dataset(
 ) -> list[Tokenised]:
     """One record for each entity: its items in random order, as many as fit into `max_length` tokens.
 
-    The loss counts the first token of each answer, so that a model learns p(answer | earlier items, question);
+    The loss counts the first token of each answer, so a model learns p(answer | earlier items, question);
     with other orders in every epoch (another key) it becomes nearly independent of the order. Wang et al.,
     2025, arxiv.org/abs/2504.04204, section 3; the authors' release cuts within an item and skips entities
     shorter than the row, where we keep whole items and pad.
@@ -124,7 +124,8 @@ def answer_probs(
         answer_ids: [N, Q, A].
     """
     rows, number, length = questions.shape
-    state = repeat_rows(prefill(model, params, history, history_valid, None, length), number)
+    slots = history.shape[1] + length
+    state = repeat_rows(prefill(model, params, history, history_valid, None, slots), number)
     flat = lambda x: x.reshape(rows * number, length)
     state = append(model, params, state, flat(questions), flat(questions_valid))
     logits = state.logits.reshape(rows, number, -1)

@@ -29,7 +29,8 @@ def test_smoke(tmp_path):
 def runs(world="latent classes", **change):
     by_step = lambda x: [x] * 6
     row = lambda nll, accuracy, atypical: {
-        "nll": by_step(nll), "accuracy": by_step(accuracy), "ece": by_step(0.03), "atypical": by_step(atypical),
+        "nll": by_step(nll), "accuracy": by_step(accuracy), "ece": by_step(0.03),
+        "atypical": by_step(atypical),
     }  # fmt: skip
     found = {
         "training": [{"order_share": 0.2}, {"order_share": 0.1}],
@@ -44,12 +45,8 @@ def runs(world="latent classes", **change):
     }  # fmt: skip
     for path, value in change.items():
         part, name = path.split("__")
-        for key in (part, "ahead") if part == "policies" else (part,):
-            target = found[key] if name in found[key] else {}
-            if name in ("gap", "correlation", "regret"):
-                target[name] = value
-            elif target:
-                target[name] = target[name] | value
+        old = found[part][name]
+        found[part][name] = old | value if isinstance(old, dict) else value
     return [{world: found} for _ in range(3)]
 
 

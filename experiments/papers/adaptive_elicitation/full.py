@@ -64,10 +64,11 @@ def world(config: Any) -> World:
     name = source.model or "gpt2"
     tokenizer = load_tokenizer(name)
     encode = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
-    # Plain text in place of the authors' four added tokens.
+    # Plain text in place of the authors' four added tokens. No space before an answer: in a tokenizer of
+    # bytes it would be the first token of all answers.
     table = Questions(
         asks=[encode(f"{question}\nAnswer:") for question in names[1]],
-        replies=[[encode(f" {answer}\n") for answer in names[2]]] * len(names[1]),
+        replies=[[encode(f"{answer}\n") for answer in names[2]]] * len(names[1]),
     )
     table.answer_ids()
     model, params = load_model(name, dtype=jnp.float32)

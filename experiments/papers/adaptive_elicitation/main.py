@@ -11,7 +11,7 @@ question whose answer is expected to reduce the entropy of its predictions for o
 The default has two worlds of yes/no questions. Of latent classes, exact Bayes is known and is the reference;
 tumours are real data of scikit-learn, with held-out patients. A decoder of 0.1 M parameters learns each from
 scratch; its best params by validation loss count. After one random answer, 5 of a pool of 10 questions are
-asked, and 5 other questions are predicted. All policies see the same episodes and predict with the same model.
+asked, and 5 other questions are predicted. All policies have the same episodes and the same model.
 
 Departures: rows keep whole items and are padded; in place of the paper's unadapted language model, which has
 no counterpart here, the baselines are random questions and the most uncertain question. The authors' planner

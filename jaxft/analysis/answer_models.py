@@ -135,9 +135,7 @@ def answer_probs(
 _answer_probs = jax.jit(answer_probs, static_argnames=("model",))
 
 
-def model_probs(
-    model: Decoder, params: Any, questions: Questions, *, chunk: int = 512
-) -> ProbsFn:
+def model_probs(model: Decoder, params: Any, questions: Questions, *, chunk: int = 512) -> ProbsFn:
     """`answer_probs` as a `ProbsFn`, for histories with at least one item.
 
     Rows are padded to one width for each length of a history, so that few programs are compiled.

@@ -34,7 +34,8 @@ class Turn(NamedTuple):
     remaining: int  # questions that may still be asked
 
 
-Policy = Callable[[Turn, jax.Array], np.ndarray]  # (turn, key) -> scores [N, C]; the highest is asked
+# (turn, key) -> scores [N, C] of the candidates; the highest is asked
+Policy = Callable[[Turn, jax.Array], np.ndarray]
 
 
 class Trace(NamedTuple):
@@ -102,7 +103,8 @@ def rollout_value(
     depth = min(depth, int(turn.available.sum(axis=1).min()) - 1)
     rows, pool = turn.candidates.shape
     copies = lambda x: np.repeat(x, pool, axis=0)
-    candidates, targets, every = copies(turn.candidates), copies(turn.targets), np.arange(rows * pool)
+    candidates, targets = copies(turn.candidates), copies(turn.targets)
+    every = np.arange(rows * pool)
     for sample in range(samples):
         history, left = copies(turn.history), copies(turn.available)
         choice = np.tile(np.arange(pool), rows)
@@ -244,9 +246,7 @@ class ElicitationEnv:
         asked, available = self.candidates[rows, choices], turn.available.copy()
         available[rows, choices] = False
         history = with_answers(turn.history, asked, self.answers[rows, asked])
-        return turn._replace(
-            history=history, available=available, remaining=turn.remaining - 1
-        )
+        return turn._replace(history=history, available=available, remaining=turn.remaining - 1)
 
 
 def draw_episodes(

@@ -77,7 +77,5 @@ def _checked(probs, labels, name):
             "to one less than their number."
         )
     if not np.allclose(probs.sum(axis=-1), 1, atol=1e-3) or (probs < 0).any():
-        raise ValueError(
-            f"{name}: probs are not distributions over the last axis; normalise them."
-        )
+        raise ValueError(f"{name}: probs are not distributions over the last axis; normalise them.")
     return probs, labels

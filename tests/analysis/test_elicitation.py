@@ -141,9 +141,8 @@ def test_a_rollout_of_depth_0_is_greedy_and_deeper_ones_average_over_answers():
         others = np.array([[q for q in (1, 2, 3) if q != x]])
         for a, p in enumerate(probs(turn.history, np.array([[x]]))[0, 0]):
             later = with_answers(turn.history, np.array([x]), np.array([a]))
-            expected[0, place] += p * expected_information_gain(
-                probs, later, others, turn.targets
-            ).max()
+            gains = expected_information_gain(probs, later, others, turn.targets)
+            expected[0, place] += p * gains.max()
     found = rollout_value(probs, turn, KEY, depth=1, samples=400)
     np.testing.assert_allclose(found, expected, atol=0.02)
     assert np.abs(found - plain).min() > 0.03  # so that the tolerance is a test
@@ -172,7 +171,8 @@ def env_of(number=5, **sizes):
     rng = np.random.default_rng(0)
     answers = rng.integers(0, 2, (7, 12))
     settings = dict(kinds=2, targets=3, candidates=5, rounds=3) | sizes
-    return latent_class_probs(prior, table), answers, draw_episodes(KEY, answers, number, **settings)
+    env = draw_episodes(KEY, answers, number, **settings)
+    return latent_class_probs(prior, table), answers, env
 
 
 @pytest.mark.parametrize("policy", ["random", "greedy", "uncertain", "ahead"])

@@ -74,7 +74,8 @@ def world(config: Any) -> World:
     model, params = load_model(name, dtype=jnp.float32)
     start = lambda key: jax.tree.map(jnp.copy, params)
     length = min(source.max_length, model.config.max_length)
-    return World(model, start, table, length, *(answers[part] for part in splits))
+    columns = ("tokens", "loss_mask", "segment_ids", "positions")
+    return World(model, start, table, length, *(answers[part] for part in splits), columns)
 
 
 def _row(raw, fields):

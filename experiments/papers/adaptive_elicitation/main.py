@@ -61,13 +61,13 @@ class Config:
     first_seed: int = 0  # the seeds are first_seed, first_seed + 1, ...
     entities: int = 20_000  # entities of latent classes to train on
     items: int = 12  # questions of an entity in a row
-    steps: int = 2500  # steps of meta-training
+    steps: int = 1500  # steps of meta-training
     batch_size: int = 64  # entities per step
     learning_rate: float = 2e-3  # of AdamW
     width: int = 48  # width of the model
     layers: int = 2  # layers of the model
     episodes: int = 200  # test episodes
-    ahead: int = 60  # episodes that also compare look-ahead with greedy questions
+    ahead: int = 40  # episodes that also compare look-ahead with greedy questions
     targets: int = 5  # questions to predict
     pool: int = 10  # questions to choose from
     questions: int = 5  # questions to ask
@@ -96,9 +96,7 @@ def main(config: Config) -> int:
         world = full.world(config)
         made = {"answers": lambda config, seed: world}
     run = functools.partial(run_seed, config, made)
-    return measure_claims(
-        this, config, run, judge=judge, print_table=print_table, figure=_figure
-    )
+    return measure_claims(this, config, run, judge=judge, print_table=print_table, figure=_figure)
 
 
 def run_seed(config: Config, made: dict[str, Callable], seed: int) -> dict[str, Any]:
@@ -121,17 +119,18 @@ def learn(config: Config, world: World, key: jax.Array) -> tuple[Any, list[dict[
         dict(enumerate(map(world.questions.items, part)))
         for part in (world.training, world.validation)
     )
-    cut = dict(batch_size=config.batch_size, max_length=world.length)
 
-    def batches():
-        for epoch in itertools.count():
-            own = stream(key, "epoch", epoch)
-            yield from data.finite_batches(analysis.meta_dataset(entities, own, world.length), **cut)
+    def epoch(entities, key):
+        records = analysis.meta_dataset(entities, key, world.length)
+        rows = data.finite_batches(records, batch_size=config.batch_size, max_length=world.length)
+        return [{name: x for name, x in row.items() if name in world.columns} for row in rows]
 
-    held_out = data.finite_batches(analysis.meta_dataset(others, key, world.length), **cut)
-    objective = supervised(world.model.forward)
-    eval_step = train.make_eval_step(objective)
-    env = measures.episodes(config, world, stream(key, "validation"), world.validation, config.ahead)
+    batches = (row for i in itertools.count() for row in epoch(entities, stream(key, "epoch", i)))
+    held_out = epoch(others, key)
+    objective, eval_step = _objective(world.model)
+    env = measures.episodes(
+        config, world, stream(key, "validation"), world.validation, config.ahead
+    )
     last = analysis.run_elicitation(env, analysis.random_policy, lambda h, q: h, key).turns[-1]
     best: dict[str, Any] = {"loss": math.inf}
 
@@ -148,12 +147,19 @@ def learn(config: Config, world: World, key: jax.Array) -> tuple[Any, list[dict[
         config.learning_rate, total_steps=config.steps, warmup_ratio=0.1, weight_decay=0.1
     )
     _, rows = train.fit(
-        world.start(key), objective, optimizer, batches(), steps=config.steps, key=key,
+        world.start(key), objective, optimizer, batches, steps=config.steps, key=key,
         callbacks=[train.every(every, measured)], donate=True,
         microbatches=config.source.microbatches if config.preset == "full" else 1,
     )  # fmt: skip
     names = ("step", "loss", "validation", "order_share")
     return best["params"], [{n: float(r[n]) for n in names} for r in rows if "validation" in r]
+
+
+@functools.cache
+def _objective(model):
+    """(objective, its evaluation): one program for all seeds."""
+    objective = supervised(model.forward)
+    return objective, train.make_eval_step(objective)
 
 
 def judge(runs: list[dict]) -> list[Claim]:
@@ -166,7 +172,8 @@ def judge(runs: list[dict]) -> list[Claim]:
         )
         gain = lambda metric, step=AT, at=at: at("random", metric, step) - at("EIG", metric, step)
         ahead = [
-            row["ahead"]["look-ahead"]["nll"][-1] - row["ahead"]["greedy"]["nll"][-1] for row in rows
+            row["ahead"]["look-ahead"]["nll"][-1] - row["ahead"]["greedy"]["nll"][-1]
+            for row in rows
         ]
         first, last = ([row["training"][i]["order_share"] for row in rows] for i in (0, -1))
         claims += [

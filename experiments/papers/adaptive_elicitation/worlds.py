@@ -17,6 +17,8 @@ from jaxft.models import Decoder
 from jaxft.models.config import tiny_config
 
 CLASSES, QUESTIONS, HELD_OUT = 8, 16, 500
+# Three tokens for each question; the same for all worlds, which then share programs.
+VOCABULARY = 96
 
 
 class World(NamedTuple):
@@ -29,6 +31,7 @@ class World(NamedTuple):
     training: np.ndarray
     validation: np.ndarray
     test: np.ndarray
+    columns: tuple[str, ...]  # of a batch that the objective reads
     always: tuple[int, ...] = ()  # questions that are targets of every episode
     exact: ProbsFn | None = None  # exact Bayes, where the latent variable is known
 
@@ -76,10 +79,12 @@ def _small(config, training, validation, test):
         replies=[[[number + 2 * q + a] for a in range(2)] for q in range(number)],
     )
     sizes = dict(
-        hidden_size=config.width, intermediate_size=4 * config.width, num_layers=config.layers,
+        hidden_size=config.width, intermediate_size=2 * config.width, num_layers=config.layers,
         num_heads=4, num_kv_heads=4, head_dim=config.width // 4,
     )  # fmt: skip
-    model = Decoder(dataclasses.replace(tiny_config(3 * number, 64), **sizes))
+    model = Decoder(dataclasses.replace(tiny_config(VOCABULARY, 64), **sizes))
     init = jax.jit(model.init)
     start = lambda key: init(stream(key, "init"), jnp.zeros((1, 1), jnp.int32))["params"]
-    return World(model, start, table, 2 * config.items, training, validation, test)
+    # Rows of one length and one entity need no segments, which take a quarter of a step.
+    splits = training, validation, test
+    return World(model, start, table, 2 * config.items, *splits, ("tokens", "loss_mask"))

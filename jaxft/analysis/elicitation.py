@@ -39,7 +39,7 @@ Policy = Callable[[Turn, jax.Array], np.ndarray]
 
 
 class Trace(NamedTuple):
-    """What happened in R rounds."""
+    """The record of R rounds."""
 
     turns: list[Turn]  # R + 1: before each question, and after the last
     probs: np.ndarray  # [R + 1, N, T, A] of the targets at each turn

@@ -151,6 +151,25 @@ def test_a_rollout_of_depth_0_is_greedy_and_deeper_ones_average_over_answers():
     np.testing.assert_array_equal(*many)
 
 
+def test_rollouts_draw_answers_from_the_model_and_ask_nothing_twice():
+    table = np.random.default_rng(0).dirichlet(np.ones(3), (3, 6))
+    table[:, 1:4] = [0.7, 0.3, 0.0]
+    probs, drawn = latent_class_probs(np.full(3, 1 / 3), table), []
+
+    def watched(history, questions):
+        if questions.shape[1] == 1:  # the question of a rollout, whose answer is drawn next
+            assert not (history[..., 0] == questions).any()
+            drawn.extend(history[history[:, 1, 0] != EMPTY][:, 1, 1].tolist())
+        return probs(history, questions)
+
+    turn = turn_of(20)
+    asked = turn._replace(available=turn.available & (np.arange(3) != 1))
+    for now in (turn, asked):
+        rollout_value(watched, now, KEY, depth=2, samples=10)
+    assert len(drawn) == 600  # With two questions left there is one after x, and no second draw.
+    np.testing.assert_allclose(np.bincount(drawn, minlength=3) / 600, [0.7, 0.3, 0.0], atol=0.06)
+
+
 def test_choices_ties_and_one_candidate():
     scores, free = np.array([[1.0, 3.0, 3.0], [5.0, 1.0, 0.0]]), np.ones((2, 3), bool)
     assert choose(scores, free).tolist() == [1, 0]

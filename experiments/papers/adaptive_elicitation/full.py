@@ -17,7 +17,7 @@ from jaxft.analysis.elicitation import EMPTY
 from jaxft.checkpoints import load_model, load_tokenizer
 
 COLUMNS = ("entity", "question", "answer")
-# The authors' settings for GPT-2, but for 10,000 episodes, of which few suffice for an interval over seeds.
+# The authors' settings for GPT-2, except the number of episodes: 10,000 in the paper.
 SIZES = dict(
     steps=20_000, batch_size=36, learning_rate=1e-4, episodes=1000, ahead=100, questions=10, pool=20
 )
@@ -64,7 +64,7 @@ def world(config: Any) -> World:
     name = source.model or "gpt2"
     tokenizer = load_tokenizer(name)
     encode = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
-    # Plain text in place of the authors' four added tokens. No space before an answer: in a tokenizer of
+    # Plain text replaces the authors' four added tokens. No space before an answer: in a tokenizer of
     # bytes it would be the first token of all answers.
     table = Questions(
         asks=[encode(f"{question}\nAnswer:") for question in names[1]],

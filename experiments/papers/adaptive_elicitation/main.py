@@ -13,8 +13,8 @@ tumours are real data of scikit-learn, with held-out patients. A decoder of 0.1 
 scratch; its best params by validation loss count. After one random answer, 5 of a pool of 10 questions are
 asked, and 5 other questions are predicted. All policies have the same episodes and the same model.
 
-Departures: rows keep whole items and are padded; in place of the paper's unadapted language model, which has
-no counterpart here, the baselines are random questions and the most uncertain question. The authors' planner
+Departures: rows keep whole items and are padded; the baselines are random questions and the most uncertain
+question, because the paper's unadapted language model has no counterpart here. The authors' planner
 "MCTS" is a rollout with greedy continuation; so is ours. Their schedule is a cosine to a tenth of the rate,
 ours to 0. --preset full writes "Answer:" where the authors add four tokens to the vocabulary.
 """

@@ -1,4 +1,4 @@
-"""What the script of adaptive elicitation measures: scores of policies, and distances from exact Bayes."""
+"""Measurements of adaptive elicitation: scores of policies, and distances from exact Bayes."""
 
 from __future__ import annotations
 

@@ -75,7 +75,9 @@ def world(config: Any) -> World:
     start = lambda key: jax.tree.map(jnp.copy, params)
     length = min(source.max_length, model.config.max_length)
     columns = ("tokens", "loss_mask", "segment_ids", "positions")
-    return World(model, start, table, length, *(answers[part] for part in splits), columns)
+    return World(
+        model, start, table, length, config.steps, *(answers[part] for part in splits), columns
+    )
 
 
 def _row(raw, fields):

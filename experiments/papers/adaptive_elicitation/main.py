@@ -13,6 +13,10 @@ tumours are real data of scikit-learn, with held-out patients. A decoder of 0.1 
 scratch; its best params by validation loss count. After one random answer, 5 of a pool of 10 questions are
 asked, and 5 other questions are predicted. All policies have the same episodes and the same model.
 
+Settings were chosen on seed 100: 1500 steps of latent classes gave |p - p_Bayes| = 0.062 and a correlation of
+0.74, still falling and rising; the validation loss on tumours no longer fell after 1000 steps. Each seed has
+other latent classes; on tumours it is another split of the same 569.
+
 Departures: rows keep whole items and are padded; the baselines are random questions and the most uncertain
 question, because the paper's unadapted language model has no counterpart here. The authors' planner
 "MCTS" is a rollout with greedy continuation; so is ours. Their schedule is a cosine to a tenth of the rate,
@@ -47,8 +51,9 @@ from jaxft.keys import stream
 from jaxft.objectives import supervised
 
 AT = 3  # questions after which policies are compared
+PROBES = 40  # histories whose order is changed during training
 SMOKE = dict(
-    seeds=2, entities=40, steps=2, batch_size=8, episodes=3, ahead=2, width=16, layers=1, questions=3,
+    seeds=2, entities=40, steps=2, real_steps=2, batch_size=8, episodes=3, width=16, layers=1, questions=3,
     pool=4, targets=2, items=8, max_length=128, microbatches=1,
 )  # fmt: skip
 
@@ -61,13 +66,15 @@ class Config:
     first_seed: int = 0  # the seeds are first_seed, first_seed + 1, ...
     entities: int = 20_000  # entities of latent classes to train on
     items: int = 12  # questions of an entity in a row
-    steps: int = 1500  # steps of meta-training
+    steps: int = 2500  # steps of meta-training
+    real_steps: int = 1000  # steps on tumours, of which there are few
     batch_size: int = 64  # entities per step
     learning_rate: float = 2e-3  # of AdamW
     width: int = 48  # width of the model
     layers: int = 2  # layers of the model
     episodes: int = 200  # test episodes
-    ahead: int = 40  # episodes that also compare look-ahead with greedy questions
+    # episodes that compare look-ahead with greedy questions under a learned model; 0: only exact Bayes does
+    ahead: int = 0
     targets: int = 5  # questions to predict
     pool: int = 10  # questions to choose from
     questions: int = 5  # questions to ask
@@ -85,8 +92,10 @@ def main(config: Config) -> int:
     this = begin(config)
     choices.check_companions(config, dict.fromkeys(flags.flat(config.source), "preset"))
     big = config.preset == "full"
-    sizes = full.SIZES if big else {}
-    config = flags.with_small(config, sizes | (SMOKE if config.smoke else {}))
+    sizes = dict(full.SIZES) if big else {}
+    if config.smoke:
+        sizes |= SMOKE | ({"ahead": 2} if big else {})
+    config = flags.with_small(config, sizes)
     if config.pool < config.questions or config.questions < AT:
         raise ValueError(
             f"--questions {config.questions} of --pool {config.pool}: expected {AT} to the whole pool."
@@ -128,9 +137,7 @@ def learn(config: Config, world: World, key: jax.Array) -> tuple[Any, list[dict[
     batches = (row for i in itertools.count() for row in epoch(entities, stream(key, "epoch", i)))
     held_out = epoch(others, key)
     objective, eval_step = _objective(world.model)
-    env = measures.episodes(
-        config, world, stream(key, "validation"), world.validation, config.ahead
-    )
+    env = measures.episodes(config, world, stream(key, "validation"), world.validation, PROBES)
     last = analysis.run_elicitation(env, analysis.random_policy, lambda h, q: h, key).turns[-1]
     best: dict[str, Any] = {"loss": math.inf}
 
@@ -142,12 +149,12 @@ def learn(config: Config, world: World, key: jax.Array) -> tuple[Any, list[dict[
         share = analysis.order_share(probs_fn, key, last.history, last.targets)
         return {"validation": loss, "order_share": share}
 
-    every = max(1, config.steps // 10)
+    every = max(1, world.steps // 10)
     optimizer = train.make_optimizer(
-        config.learning_rate, total_steps=config.steps, warmup_ratio=0.1, weight_decay=0.1
+        config.learning_rate, total_steps=world.steps, warmup_ratio=0.1, weight_decay=0.1
     )
     _, rows = train.fit(
-        world.start(key), objective, optimizer, batches, steps=config.steps, key=key,
+        world.start(key), objective, optimizer, batches, steps=world.steps, key=key,
         callbacks=[train.every(every, measured)], donate=True,
         microbatches=config.source.microbatches if config.preset == "full" else 1,
     )  # fmt: skip
@@ -171,11 +178,7 @@ def judge(runs: list[dict]) -> list[Claim]:
             [row["policies"][policy][metric][step] for row in rows]
         )
         gain = lambda metric, step=AT, at=at: at("random", metric, step) - at("EIG", metric, step)
-        ahead = [
-            row["ahead"]["look-ahead"]["nll"][-1] - row["ahead"]["greedy"]["nll"][-1]
-            for row in rows
-        ]
-        first, last = ([row["training"][i]["order_share"] for row in rows] for i in (0, -1))
+        early, late = ([row["training"][i]["order_share"] for row in rows] for i in (0, -1))
         claims += [
             Claim(
                 f"{name}: after {AT} questions by EIG, NLL of targets is below random questions'",
@@ -197,18 +200,24 @@ def judge(runs: list[dict]) -> list[Claim]:
                 f"gain {show(gain('atypical'))} on atypical, {show(gain('nll'))} on all targets",
             ),
             Claim(
-                f"{name}: look-ahead to the end is at most 0.01 nats worse than greedy EIG",
-                "at least as good",
-                [mean(ahead, "below", 0.01, unit="nats")],
-            ),
-            Claim(
                 f"{name}: expected calibration error along EIG's questions",
                 "calibrated (bound ours)",
                 [mean(at("EIG", "ece", slice(None)).mean(axis=1), "below", 0.05)],
-                f"share of variance due to the order of answers: {show(first)} after a tenth of the "
-                f"training, {show(last)} at its end",
+                f"share of variance due to the order of answers: {show(early)} after a tenth of the "
+                f"training, {show(late)} at its end",
             ),
         ]
+        if "ahead" in rows[0]:
+            last = lambda plan, rows=rows: np.array([r["ahead"][plan]["nll"][-1] for r in rows])
+            by_bayes = ", both by exact Bayes" if "exact" in rows[0] else ""
+            claims.append(
+                Claim(
+                    f"{name}: look-ahead is at most 0.01 nats worse than greedy EIG{by_bayes}",
+                    "at least as good",
+                    [mean(last("look-ahead") - last("greedy"), "below", 0.01, unit="nats")],
+                    f"NLL after all questions {show(last('look-ahead'))} and {show(last('greedy'))}",
+                )
+            )
         if "exact" in rows[0]:
             claims += _exact_claims([row["exact"] for row in rows], show(at("exact EIG")))
     return claims

@@ -23,7 +23,7 @@ def episodes(config: Any, world: World, key, answers, number: int) -> Elicitatio
 
 
 def measure(config: Any, world: World, probs_fn: ProbsFn, key: jax.Array) -> dict[str, Any]:
-    """Scores of all policies on test episodes; look-ahead on fewer; comparisons with exact Bayes."""
+    """Scores of all policies on test episodes; look-ahead; comparisons with exact Bayes."""
     ask = lambda env, policy, model: analysis.run_elicitation(
         env, policy, model, stream(key, "policy")
     )
@@ -37,9 +37,13 @@ def measure(config: Any, world: World, probs_fn: ProbsFn, key: jax.Array) -> dic
     env = episodes(config, world, stream(key, "test"), world.test, config.episodes)
     traces = {name: ask(env, *pair) for name, pair in policies.items()}
     found = {"policies": {name: scored(world, env, trace) for name, trace in traces.items()}}
-    few = episodes(config, world, stream(key, "look-ahead"), world.test, config.ahead)
-    both = {"greedy": analysis.greedy(probs_fn), "look-ahead": analysis.look_ahead(probs_fn)}
-    found["ahead"] = {n: scored(world, few, ask(few, p, probs_fn)) for n, p in both.items()}
+    number = config.episodes if world.exact else config.ahead
+    if number:
+        # Exact Bayes costs little, and leaves only the planner to compare.
+        model = world.exact or probs_fn
+        env = episodes(config, world, stream(key, "look-ahead"), world.test, number)
+        both = {"greedy": analysis.greedy(model), "look-ahead": analysis.look_ahead(model)}
+        found["ahead"] = {n: scored(world, env, ask(env, p, model)) for n, p in both.items()}
     return found | ({"exact": compared(world.exact, traces["EIG"])} if world.exact else {})
 
 

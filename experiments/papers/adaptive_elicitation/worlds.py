@@ -28,6 +28,7 @@ class World(NamedTuple):
     start: Callable[[jax.Array], Any]  # key -> params
     questions: Questions
     length: int  # tokens of a row
+    steps: int  # of meta-training
     training: np.ndarray
     validation: np.ndarray
     test: np.ndarray
@@ -47,7 +48,7 @@ def latent_classes(config: Any, seed: int) -> World:
 
     exact = latent_class_probs(np.full(CLASSES, 1 / CLASSES), np.stack([1 - yes, yes], axis=-1))
     splits = draw(config.entities), draw(HELD_OUT), draw(HELD_OUT)
-    return _small(config, *splits)._replace(exact=exact)
+    return _small(config, config.steps, *splits)._replace(exact=exact)
 
 
 def tumours(config: Any, seed: int) -> World:
@@ -65,10 +66,10 @@ def tumours(config: Any, seed: int) -> World:
     above = data.data > np.median(data.data[training], axis=0)
     answers = np.concatenate([above, data.target[:, None]], axis=1).astype(int)
     splits = (answers[part] for part in (training, validation, test))
-    return _small(config, *splits)._replace(always=(answers.shape[1] - 1,))
+    return _small(config, config.real_steps, *splits)._replace(always=(answers.shape[1] - 1,))
 
 
-def _small(config, training, validation, test):
+def _small(config, steps, training, validation, test):
     """The world of a small decoder with one token for a question, and one for a question with its answer.
 
     With separate tokens of answers, learning from the history did not begin within 3000 steps.
@@ -87,4 +88,4 @@ def _small(config, training, validation, test):
     start = lambda key: init(stream(key, "init"), jnp.zeros((1, 1), jnp.int32))["params"]
     # Rows of one length and one entity need no segments, which take a quarter of a step.
     splits = training, validation, test
-    return World(model, start, table, 2 * config.items, *splits, ("tokens", "loss_mask"))
+    return World(model, start, table, 2 * config.items, steps, *splits, ("tokens", "loss_mask"))

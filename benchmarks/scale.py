@@ -112,6 +112,10 @@ PAPERS = {
         model="roberta-base", adapter="full", objective="classify", rank=1000, topology="h100:1",
         data=-1, fsdp=1, rows=32, length=128, **_SMALL,
     ),
+    "adaptive-elicitation": Config(
+        model="gpt2", adapter="full", topology="h100:1", rows=36, microbatches=4, length=1024,
+        **_SMALL,
+    ),
     "monarch": Config(model="smollm2-135m", adapter="monarch", topology="h100:1", rows=16, length=512),
     "tram": Config(
         model="gpt2", adapter="full", objective="tram", topology="h100:2", rows=8, length=1024,

@@ -1,6 +1,25 @@
 """Measurements of fine-tuned models."""
 
+from jaxft.analysis.answer_models import (
+    Questions,
+    answer_probs,
+    latent_class_probs,
+    meta_dataset,
+    model_probs,
+)
 from jaxft.analysis.behaviours import BEHAVIOURS, behaviour_rates, classify, js_divergence
+from jaxft.analysis.elicitation import (
+    ElicitationEnv,
+    draw_episodes,
+    expected_information_gain,
+    greedy,
+    look_ahead,
+    most_uncertain,
+    order_share,
+    random_policy,
+    rollout_value,
+    run_elicitation,
+)
 from jaxft.analysis.harness import (
     evaluate_tasks,
     harness_metrics,
@@ -17,21 +36,36 @@ from jaxft.analysis.text_model import TextModel
 __all__ = [
     "BEHAVIOURS",
     "D90",
+    "ElicitationEnv",
+    "Questions",
     "TextModel",
     "behaviour_rates",
     "classify",
+    "answer_probs",
     "d90_search",
+    "draw_episodes",
     "epsilon_sharpness",
     "evaluate_tasks",
+    "expected_information_gain",
     "filter_normalised",
+    "greedy",
     "harness_metrics",
     "harness_model",
     "js_divergence",
+    "latent_class_probs",
     "linear_cka",
     "load_tasks",
+    "look_ahead",
     "loss_along",
+    "meta_dataset",
     "metrics_of",
+    "model_probs",
+    "most_uncertain",
+    "order_share",
+    "random_policy",
     "results_table",
+    "rollout_value",
+    "run_elicitation",
     "satisfactory",
     "text_embeddings",
 ]

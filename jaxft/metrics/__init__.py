@@ -1,6 +1,7 @@
-"""Metrics of models: means, intervals, win rates at equal length, several answers, texts."""
+"""Metrics of models: means, intervals, win rates at equal length, several answers, texts, calibration."""
 
 from jaxft.metrics.alignment import alignment_scores, sentence_links
+from jaxft.metrics.calibration import brier, ece, nll
 from jaxft.metrics.continual import average_accuracy, forgetting_measure
 from jaxft.metrics.interval import paired_bootstrap, wilson_interval
 from jaxft.metrics.length import length_controlled_rate, standardised_mean
@@ -37,11 +38,13 @@ __all__ = [
     "alignment_scores",
     "average_accuracy",
     "bleu",
+    "brier",
     "chrf",
     "bert_score",
     "combine_means",
     "copied",
     "differentiable",
+    "ece",
     "exact_pass_rate",
     "forgetting_measure",
     "is_undivided",
@@ -49,6 +52,7 @@ __all__ = [
     "majority_vote",
     "meteor",
     "novel_ngrams",
+    "nll",
     "paired_bootstrap",
     "pass_at_k",
     "ranked",

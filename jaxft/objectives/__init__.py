@@ -1,5 +1,6 @@
 """Objectives: a forward, a loss and a reduction make objective(params, batch, key)."""
 
+from jaxft.objectives.consolidation import consolidated, fisher_diagonal
 from jaxft.objectives.critic import (
     completion_values,
     token_values,
@@ -7,7 +8,6 @@ from jaxft.objectives.critic import (
     with_value_head,
     without_value_head,
 )
-from jaxft.objectives.consolidation import consolidated, fisher_diagonal
 from jaxft.objectives.cross_encoders import reranking
 from jaxft.objectives.dco import coverage, step_coverage
 from jaxft.objectives.embeddings import contrastive, distilled_margins

@@ -1,0 +1,1 @@
+"""Adaptive elicitation of latent information: run main.py."""

@@ -1,6 +1,7 @@
 """Metrics of models: means, intervals, win rates at equal length, several answers, texts."""
 
 from jaxft.metrics.alignment import alignment_scores, sentence_links
+from jaxft.metrics.factuality import factual_precision
 from jaxft.metrics.interval import paired_bootstrap, wilson_interval
 from jaxft.metrics.length import length_controlled_rate, standardised_mean
 from jaxft.metrics.mean import (
@@ -41,6 +42,7 @@ __all__ = [
     "copied",
     "differentiable",
     "exact_pass_rate",
+    "factual_precision",
     "is_undivided",
     "length_controlled_rate",
     "majority_vote",

@@ -207,76 +207,77 @@ def judge(runs: list[dict]) -> list[Claim]:
     last = lambda name, what: np.array([run[name][-1][what] for run in runs])
     first = lambda what: np.array([run["FS"][0][what] for run in runs])
     gain = lambda name, what="precision": last(name, what) - first(what)
-    error = lambda name: 1 - (1 - last(name, "precision")) / (1 - first("precision"))
-    even = {
-        name: np.array(
-            [
-                run[name][-1]["precision"]
-                - at_claims(run["fewer claims"], run[name][-1]["claims_per_response"])
-                for run in runs
-            ]
-        )
-        for name in ("FS", "MC")
-        if "fewer claims" in runs[0]
-    }
     scores = lambda what: [run["scores"][what] for run in runs]
-    controls = [name for name in METHODS[2:] if name in runs[0]]
-    paper = {"FS": ".70 -> .895 (Llama-2, recalled)", "MC": ".70 -> .83 (recalled)"}
+    return [
+        *_gains(first, last, gain),
+        Claim(
+            "confidence predicts truth: correlation over training responses above 0.3",
+            "(spec)",
+            [worst(scores("correlation"), "above", 0.3)],
+            f"AUROC of claims {show(scores('auroc'))}, "
+            f"{100 * np.mean(scores('claims_true')):.0f} % of them true",
+        ),
+        *_controls(runs, first, last, gain),
+    ]
+
+
+def _gains(first, last, gain):
+    both = ("FS", "MC")
+    paper = dict(zip(both, (".70 -> .895 (recalled)", ".70 -> .83 (recalled)"), strict=True))
+    fewer = lambda name: 1 - (1 - last(name, "precision")) / (1 - first("precision"))
     rise = [
         Claim(
-            f"{name} raises the share of correct claims on held-out subjects by 5 points",
+            f"{name} raises the share of correct claims about held-out subjects by 5 points",
             paper[name],
             [
                 mean(gain(name), "at least", 0.05, by="estimate", label="gain"),
                 mean(gain(name), "above", 0, label="gain"),
             ],
-            f"SFT {show(first('precision'))}, {name} {show(last(name, 'precision'))}; errors fall by "
-            f"{100 * error(name).mean():.0f} %",
+            f"SFT {show(first('precision'))}, {name} {show(last(name, 'precision'))}; the share of wrong "
+            f"claims falls by {100 * fewer(name).mean():.0f} %",
         )
-        for name in ("FS", "MC")
+        for name in both
     ]
     fall = [
         Claim(
-            f"{name} says fewer wrong things",
+            f"{name} makes fewer wrong claims",
             "fewer incorrect claims",
-            [mean(gain(name, "incorrect"), "below", 0, style=".2f", unit="claims per response")],
-            f"SFT {show(first('incorrect'), 2)}; correct claims change by "
+            [mean(gain(name, "incorrect"), "below", 0, style=".2f", unit="per response")],
+            f"SFT {show(first('incorrect'), 2)}; correct claims: SFT {show(first('correct'), 2)}, change "
             f"{show(gain(name, 'correct'), 2)}",
         )
-        for name in ("FS", "MC")
+        for name in both
     ]
+    less = Claim(
+        "MC's gain is smaller than FS's",
+        ".83 and .895 (recalled)",
+        [mean(gain("FS") - gain("MC"), "above", 0, label="difference")],
+    )
+    return [*rise, *fall, less]
+
+
+def _controls(runs, first, last, gain):
+    """Random preferences, and the precision of "fewer claims" where it makes as many claims as a method."""
+    if not all(name in runs[0] for name in METHODS):
+        return []  # Responses of one number of claims each, in a small run.
+    claims = "claims_per_response"
+    ahead = lambda run, name: run[name][-1]["precision"] - at_claims(
+        run["fewer claims"], run[name][-1][claims]
+    )
     return [
-        *rise,
-        *fall,
         Claim(
-            "MC's gain is smaller than FS's",
-            ".83 and .895",
-            [mean(gain("FS") - gain("MC"), "above", 0, label="difference")],
-        ),
-        Claim(
-            "confidence predicts truth: correlation over training responses above 0.3",
-            "(spec)",
-            [worst(scores("correlation"), "above", 0.3)],
-            f"AUROC of claims {show(scores('auroc'))}, {100 * np.mean(scores('claims_true')):.0f} % true",
+            "control: random preferences change the share by less than 3 points",
+            "(ours)",
+            [mean(gain("random"), "within", (-0.03, 0.03), by="estimate", label="change")],
         ),
         *(
             Claim(
-                "control: random preferences change it by less than 3 points",
+                f"control: {name} is ahead of preferences for fewer claims at as many claims",
                 "(ours)",
-                [mean(gain(name), "within", (-0.03, 0.03), by="estimate", label="change")],
+                [mean([ahead(run, name) for run in runs], "above", 0, label="difference")],
+                f"claims per response: SFT {show(first(claims), 2)}, {name} {show(last(name, claims), 2)}",
             )
-            for name in controls
-            if name == "random"
-        ),
-        *(
-            Claim(
-                f"control: at an equal number of claims {name} is ahead of preferences for fewer claims",
-                "(ours)",
-                [mean(values, "above", 0, label="difference")],
-                f"claims per response: SFT {show(first('claims_per_response'), 2)}, {name} "
-                f"{show(last(name, 'claims_per_response'), 2)}",
-            )
-            for name, values in even.items()
+            for name in ("FS", "MC")
         ),
     ]
 

@@ -183,7 +183,8 @@ def _own_biographies(rng, known, answers, config, ids):
 
 
 def _dpo(model, config, ids, start, pairs, seed, look):
-    encode = lambda text: [ids[word] for word in text.split()] + [END]
+    # A response that reached the limit has no end.
+    encode = lambda text: [*(ids[word] for word in text.split()), END][:SIZE]
     prompts = np.array([[[ids[pair["subject"]], BIO]] for pair in pairs])
     texts = [encode(pair[side]) for pair in pairs for side in ("chosen", "rejected")]
     tokens, mask = (x.reshape(len(pairs), 2, SIZE) for x in _padded(texts, SIZE))

@@ -152,7 +152,8 @@ def on_disk(tmp_path_factory):
 def config_of(on_disk, tmp_path, **given):
     usual = dict(model=str(on_disk / "model"), data=str(on_disk / "people.jsonl"))
     usual |= dict(corpus=str(on_disk / "corpus.jsonl"), output_dir=str(tmp_path))
-    return flags.replace(facttune.Config(), preset="full", smoke=True, **usual | given)
+    usual |= dict(preset="full", smoke=True)
+    return flags.replace(facttune.Config(), **usual | given)
 
 
 def test_full_preset_trains_on_its_own_scored_responses(on_disk, tmp_path, monkeypatch):

@@ -176,7 +176,7 @@ def _own_biographies(rng, known, answers, config, ids):
         for _ in range(config.biographies):
             line = [ids[name], BIO]
             for a in np.flatnonzero(rng.random(ATTRIBUTES) < config.listed):
-                value = rng.choice(found[a])
+                value = rng.choice(found[a]).split(" ")[0]
                 line += [ids[f"a{a}"], ids[value]] if value.startswith(f"v{a}") else []
             biographies.append([*line, END])
     return biographies

@@ -23,7 +23,9 @@ class Confidence(NamedTuple):
     max_conf: float  # max_j p_j, from 1 / number of answers to 1
     exp_conf: float  # Σ_j p_j², the expected frequency of a sampled answer's class
     neg_ent: float  # Σ_j p_j log p_j in nats, at most 0
-    samp_conf: float | None  # share of the answers that are equivalent to a given one; None: none given
+    samp_conf: (
+        float | None
+    )  # share of the answers that are equivalent to a given one; None: none given
 
 
 def normalise_answer(text: str) -> str:

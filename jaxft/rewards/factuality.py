@@ -48,7 +48,9 @@ class ResponseScore(NamedTuple):
     dropped: tuple[Claim, ...]  # claims without a verdict
 
 
-ClaimExtractor = Callable[[Sequence[str], Sequence[str]], list[list[Claim]]]  # (subjects, responses)
+ClaimExtractor = Callable[
+    [Sequence[str], Sequence[str]], list[list[Claim]]
+]  # (subjects, responses)
 Truth = Callable[[Sequence[Claim]], list[float | None]]  # such as the scorers below
 Generate = Callable[[Sequence[str]], Sequence[str]]  # prompts of a language model -> its texts
 # (claims, the passages to check each with) -> whether they support it; None: undecided

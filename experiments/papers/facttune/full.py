@@ -44,7 +44,9 @@ PAPER = dict(
     max_grad_norm=10.0,
 )
 BASE_MODEL = "meta-llama/Llama-2-7b-hf"  # answers the questions about claims
-SIZES = dict(samples=10, steps=1500, every=500, batch_size=8, learning_rate=5e-7, measured=4)
+SIZES = dict(
+    samples=10, steps=1500, every=500, batch_size=8, learning_rate=5e-7, beta=0.1, measured=4
+)
 SMOKE = dict(samples=2, answers=2, steps=2, every=1, batch_size=2, measured=1)
 READ = 200  # new tokens of a text that splits, asks or checks
 # Before each question; the base model continues with the answer to the last one.
@@ -76,8 +78,12 @@ def opened(config: Any) -> Callable[[Any, int], World]:
         learning_rate=config.learning_rate,
     )  # fmt: skip
     corpus = passages(config.corpus)
-    load = functools.partial(data.load, fields=settings.columns.fields, form=data.normalise_question)
-    parts = by_subject(load(settings.data[0]), corpus, settings.eval_data and load(settings.eval_data))
+    load = functools.partial(
+        data.load, fields=settings.columns.fields, form=data.normalise_question
+    )
+    parts = by_subject(
+        load(settings.data[0]), corpus, settings.eval_data and load(settings.eval_data)
+    )
     renderer = data.Renderer(load_tokenizer(settings.base.model))
     mesh = shared.mesh_of(settings.mesh)
     model, base = shared.load_base(settings, mesh, keeps_start=True)

@@ -15,12 +15,15 @@ are about some people, all measurements about others, whom only the corpus menti
 learnt there, and truthfulness rises only if the model leaves out what it does not know. Two controls have
 as many steps and the same responses: preferences at random, and for fewer claims.
 
-@RESULT@
+β, the rate and the sizes of the world were chosen on seed 100, whose world is in no claim. With the paper's
+β of 0.1 DPO lowers the share of correct claims there, about the people of the pairs as well (0.78 to 0.73 at
+a rate of 1e-4): the short responses of this language are pushed apart without limit, and values that the
+model knows are lost. docs/results.md has the numbers of seeds 0 to 2.
 
 The abstract on arXiv reports 58 % and 40 % fewer factual errors than Llama-2-chat (biographies, medical
 questions), that of the ICLR 2024 version 53 % and 50 %. The authors' scoring code computes samp_conf as the
 share of answers that are equivalent to the original one, not as the frequency of its class, and ours
-follows it. Their DPO code leaves β to the user; 0.1 here. Departures: Adam at 3e-4 replaces RMSprop at 5e-7
+follows it. Their DPO code leaves β to the user; 1 here, 0.1 with --preset full. Departures: Adam at 3e-4 replaces RMSprop at 5e-7
 (--preset full: AdamW at 5e-7), a claim that a response repeats counts once, an empty answer forms its own
 class, and classes of values are compared by the general rules for texts.
 
@@ -67,19 +70,19 @@ class Config:
 
     seeds: int = 3  # runs of each kind, each with its own seed
     first_seed: int = 0  # the seeds are first_seed, first_seed + 1, ...
-    known: int = 180  # people whose responses form pairs
-    held_out: int = 60  # people of all measurements
+    known: int = 120  # people whose responses form pairs
+    held_out: int = 40  # people of all measurements
     rarest: float = 0.4  # expected mentions of the rarest fact in the corpus
-    pretrain_steps: int = 1500  # steps on the corpus
-    sft_steps: int = 150  # steps on biographies that list attributes at random
-    biographies: int = 4  # biographies per person to fine-tune on
-    listed: float = 0.75  # probability of an attribute in them
-    samples: int = 6  # responses per person or prompt
+    pretrain_steps: int = 2000  # steps on the corpus
+    sft_steps: int = 60  # steps on biographies that list attributes at random
+    biographies: int = 8  # biographies per person to fine-tune on
+    listed: float = 0.6  # probability of an attribute in them
+    samples: int = 8  # responses per person or prompt
     answers: int = 20  # sampled answers to the question of each claim
-    steps: int = 300  # steps of DPO
+    steps: int = 200  # steps of DPO
     every: int = 50  # steps between measurements
     batch_size: int = 32  # pairs
-    beta: float = 0.1  # DPO's β
+    beta: float = 1.0  # DPO's β
     learning_rate: float = 3e-4  # learning rate of DPO
     measured: int = 16  # responses per held-out person or prompt
     # directory for the figure, metrics.json and the cache of finished seeds
@@ -87,7 +90,9 @@ class Config:
     preset: Literal["small", "full"] = "small"  # full: a model and prompts from disk
     source: loaded.Source = loaded.Source()
     corpus: str | None = None  # preset full: JSON lines with subject and passages, a list of texts
-    base_model: str | None = None  # preset full: the pretrained model that answers; None: the paper's
+    base_model: str | None = (
+        None  # preset full: the pretrained model that answers; None: the paper's
+    )
     record: flags.Record = flags.Record()
     smoke: bool = False  # seconds; claims are printed, not judged
     debug: bool = False  # full tracebacks
@@ -180,9 +185,15 @@ def quality(scores: dict[str, list]) -> dict[str, float]:
     """How well confidence predicts truth on the training samples, for responses and for claims."""
     flat = {name: [one for row in rows for one in row] for name, rows in scores.items()}
     both = list(zip(flat["FS"], flat["MC"], strict=True))
-    values = np.array([(a.value, b.value) for a, b in both if None not in (a.value, b.value)], float)
-    claims = {c: (x, y) for a, b in both for c, x, y in zip(a.claims, a.scores, b.scores, strict=True)}
-    truth, confidence = np.array([v for v in claims.values() if None not in v], float).reshape(-1, 2).T
+    values = np.array(
+        [(a.value, b.value) for a, b in both if None not in (a.value, b.value)], float
+    )
+    claims = {
+        c: (x, y) for a, b in both for c, x, y in zip(a.claims, a.scores, b.scores, strict=True)
+    }
+    truth, confidence = (
+        np.array([v for v in claims.values() if None not in v], float).reshape(-1, 2).T
+    )
     true, false = confidence[truth == 1], confidence[truth == 0]
     nan = float("nan")
     ranks = scipy.stats.mannwhitneyu(true, false).statistic if len(true) and len(false) else nan
@@ -261,8 +272,8 @@ def _controls(runs, first, last, gain):
     if not all(name in runs[0] for name in METHODS):
         return []  # Responses of one number of claims each, in a small run.
     claims = "claims_per_response"
-    ahead = lambda run, name: run[name][-1]["precision"] - at_claims(
-        run["fewer claims"], run[name][-1][claims]
+    ahead = lambda run, name: (
+        run[name][-1]["precision"] - at_claims(run["fewer claims"], run[name][-1][claims])
     )
     return [
         Claim(
@@ -286,7 +297,11 @@ def _figure(runs, output):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 3.6), layout="constrained")
-    panels = {"precision": "correct claims / claims", "correct": "correct", "incorrect": "incorrect"}
+    panels = {
+        "precision": "correct claims / claims",
+        "correct": "correct",
+        "incorrect": "incorrect",
+    }
     for axes, (what, label) in zip(figure.subplots(1, 3), panels.items(), strict=True):
         for name in (n for n in METHODS if n in runs[0]):
             style = "-" if name in METHODS[:2] else "--"

@@ -71,7 +71,9 @@ class Facts(NamedTuple):
 def draw(rng: np.random.Generator, people: int, rarest: float) -> Facts:
     """Draws facts; `rarest` is the expected number of mentions of the last fact in rank."""
     shape = (people, ATTRIBUTES)
-    popular = rng.normal(size=(people, 1)) + 0.5 * rng.normal(size=ATTRIBUTES) + rng.normal(size=shape)
+    popular = (
+        rng.normal(size=(people, 1)) + 0.5 * rng.normal(size=ATTRIBUTES) + rng.normal(size=shape)
+    )
     rank = (1 + np.argsort(np.argsort(-popular, axis=None))).reshape(shape) / popular.size
     mentions = np.minimum(rng.poisson(rarest / rank), MOST)
     return Facts(rng.integers(0, VALUES, shape), mentions, rank > RARE)
@@ -149,14 +151,18 @@ def small(config: Any, seed: int) -> World:
     )  # fmt: skip
 
 
-def sampled(model: Decoder, params: Any, prompts: Any, size: int, key: jax.Array) -> list[list[int]]:
+def sampled(
+    model: Decoder, params: Any, prompts: Any, size: int, key: jax.Array
+) -> list[list[int]]:
     """One sample for each prompt [B, P], without END; 1024 rows at a time, for one compiled program."""
     sample, rows = toy.sampler(model, size, END), min(1024, 1 << (len(prompts) - 1).bit_length())
     found = []
     for number, start in enumerate(range(0, len(prompts), rows)):
         part = prompts[start : start + rows]
         padded = np.concatenate([part, np.repeat(part[:1], rows - len(part), axis=0)])
-        tokens, mask, _ = sample(params, jnp.asarray(padded, jnp.int32), stream(key, "rows", number))
+        tokens, mask, _ = sample(
+            params, jnp.asarray(padded, jnp.int32), stream(key, "rows", number)
+        )
         pairs = zip(np.asarray(tokens), np.asarray(mask), strict=True)
         found += [[i for i in row[seen].tolist() if i != END] for row, seen in pairs][: len(part)]
     return found

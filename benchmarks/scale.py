@@ -82,8 +82,8 @@ The step that `--preset full` of each paper's script takes: its model, what trai
 - patent-summarization: LoRA of a decoder of BART-base's size, with description and abstract in one row.
 - cxr-preference: DPO, one of five losses, of a language model of the size of the paper's model; there is no
   vision tower.
-- facttune: DPO's step of a model of Llama 2's size; sampling, splitting and checking responses take most of the
-  time.
+- facttune: DPO's step of a model of Llama 2's size; sampling, splitting and checking responses take most
+  of the time.
 
 """
 MISSING_CASE = "not compiled yet: python -m benchmarks.scale --rows"

@@ -45,8 +45,8 @@ from jaxft.rewards.pool import (
     in_process,
 )
 from jaxft.rewards.programs import run_programs, run_python
-from jaxft.rewards.reward_models import model_rewards
 from jaxft.rewards.resumable_texts import resumable
+from jaxft.rewards.reward_models import model_rewards
 from jaxft.rewards.verifiers import (
     Verifier,
     answer_reward,

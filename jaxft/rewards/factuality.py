@@ -1,4 +1,4 @@
-"""Truthfulness of long texts: claims, whether they are true, and preference pairs of responses.
+r"""Truthfulness of long texts: claims, whether they are true, and preference pairs of responses.
 
     extract = PatternClaimExtractor(r"(?P<attribute>\w+): (?P<value>\w+)", question="{subject} {attribute}?")
     scores = score_responses(samples, extract, ReferenceScorer(corpus), held_out=test_subjects)

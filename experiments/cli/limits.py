@@ -10,13 +10,13 @@ from experiments.cli import choices, flags
 Config = TypeVar("Config")
 
 _COUNTS = (
-    "answers batch_size batch_sizes biographies budget context d dev digits dims documents draws early epochs "
-    "eval_steps evaluate_every every examples expert fine_tuning_steps gradient_accumulation_steps grid group_size "
-    "held_out images inner_steps known layers length limit logging_steps max_length max_new_tokens "
-    "max_prompt max_steps max_tries measured microbatches mined num_beams num_samples own pairs patience places "
-    "pretrain_rows pretrain_steps pretraining problems prompts_per_step questions rank rollouts sampled_at_once samples "
-    "save_steps seeds sft_steps shot_steps shots size slices steps tensor text_steps trained_at_once "
-    "transform_steps turns votes width widths workers distil_top_k"
+    "answers batch_size batch_sizes biographies budget context d dev digits dims documents draws early "
+    "epochs eval_steps evaluate_every every examples expert fine_tuning_steps gradient_accumulation_steps "
+    "grid group_size held_out images inner_steps known layers length limit logging_steps max_length "
+    "max_new_tokens max_prompt max_steps max_tries measured microbatches mined num_beams num_samples own "
+    "pairs patience places pretrain_rows pretrain_steps pretraining problems prompts_per_step questions "
+    "rank rollouts sampled_at_once samples save_steps seeds sft_steps shot_steps shots size slices steps "
+    "tensor text_steps trained_at_once transform_steps turns votes width widths workers distil_top_k"
 ).split()
 _POSITIVE = (
     "adamw_rate clip_high correction_max full_rate full_rates kappa kl_horizon learning_rate learning_rates "

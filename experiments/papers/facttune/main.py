@@ -24,8 +24,8 @@ The abstract on arXiv reports 58 % and 40 % fewer factual errors than Llama-2-ch
 questions), that of the ICLR 2024 version 53 % and 50 %. The authors' scoring code computes samp_conf as the
 share of answers that are equivalent to the original one, not as the frequency of its class, and ours
 follows it. Their DPO code leaves β to the user; 1 here, 0.1 with --preset full. Departures: Adam at 3e-4
-replaces RMSprop at 5e-7 (--preset full: AdamW at 5e-7), a claim that a response repeats counts once, an empty answer forms its own
-class, and classes of values are compared by the general rules for texts.
+replaces RMSprop at 5e-7 (--preset full: AdamW at 5e-7), a claim that a response repeats counts once, an
+empty answer forms its own class, and classes of values are compared by the general rules for texts.
 
 `--preset full` tunes an instruction-tuned model (Llama-2-7b-chat) on the prompts of --data (columns prompt
 and subject; a tenth of the subjects is held out), where --corpus has the reference passages of each subject

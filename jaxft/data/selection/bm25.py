@@ -18,9 +18,10 @@ def bm25_scores(
 
         Σ_w log(1 + (N - n_w + 0.5) / (n_w + 0.5)) tf_w (k1 + 1) / (tf_w + k1 (1 - b + b L / mean L))
 
-    L is the number of words of the passage. The sum is over the words of the query, repeated ones included; n_w is the number of passages that have
-    w. Robertson and Zaragoza, 2009, "The Probabilistic Relevance Framework: BM25 and Beyond", with the 1 in
-    the logarithm that Lucene adds, so that frequent words do not count against a passage.
+    L is the number of words of the passage. The sum is over the words of the query, repeated ones included;
+    n_w is the number of passages that have w. Robertson and Zaragoza, 2009, "The Probabilistic Relevance
+    Framework: BM25 and Beyond", with the 1 in the logarithm that Lucene adds, so that frequent words do not
+    count against a passage.
 
     Args:
         query: a text.

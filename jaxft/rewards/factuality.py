@@ -217,7 +217,7 @@ class ConfidenceScorer:
     """Claims -> the confidence of a model's sampled answers to their questions: FactTune-MC.
 
     Claims with the same question share its answers. A claim without a question or without answers, and for
-    `samp_conf` without an answer of its own, has no score.
+    `samp_conf` without an answer, has no score.
 
     Raises:
         ValueError: when made, for an unknown metric or no samples.

@@ -53,7 +53,7 @@ READ = 200  # new tokens of a text that splits, asks or checks
 QUESTIONS = (
     "In which city was Ada Lovelace born? London\n"
     "What was the profession of Louis Pasteur? chemist\n"
-    "In which year did Amelia Earhart cross the Atlantic alone? 1932\n"
+    "In which year did Amelia Earhart fly across the Atlantic? 1932\n"
     "What causes malaria? a parasite\n"
 )
 

@@ -181,7 +181,7 @@ def measure(world: World, params: Any, count: int, key: jax.Array) -> dict[str, 
 
 
 def quality(scores: dict[str, list]) -> dict[str, float]:
-    """How well confidence predicts truth on the training samples, for responses and for claims."""
+    """Returns how well confidence predicts truth on the training samples: of responses, and of claims."""
     flat = {name: [one for row in rows for one in row] for name, rows in scores.items()}
     both = list(zip(flat["FS"], flat["MC"], strict=True))
     values = np.array(

@@ -1,4 +1,4 @@
-"""What main.py needs of a world, and the synthetic one: people, their attributes, and a small model.
+"""The worlds of facttune: what main.py needs of one, and people with attributes for a small model.
 
 A corpus mentions each fact (person, attribute, value) as often as Zipf's law says for its rank: popular
 people and common attributes often, others never. Each mention is a line of questions and answers, "e7 a2 ?
@@ -61,7 +61,7 @@ class World(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """What is true of each person, and how often the corpus says so."""
+    """Values of the attributes of each person, and how often the corpus mentions them."""
 
     values: np.ndarray  # [people, ATTRIBUTES] int
     mentions: np.ndarray  # [people, ATTRIBUTES] int, from 0 to MOST

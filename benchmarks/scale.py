@@ -89,6 +89,8 @@ The step that `--preset full` of each paper's script takes: its model, what trai
 - patent-summarization: LoRA of a decoder of BART-base's size, with description and abstract in one row.
 - cxr-preference: DPO, one of five losses, of a language model of the size of the paper's model; there is no
   vision tower.
+- facttune: DPO's step of a model of Llama 2's size; sampling, splitting and checking responses take most
+  of the time.
 
 """
 MISSING_CASE = "not compiled yet: python -m benchmarks.scale --rows"
@@ -141,6 +143,10 @@ PAPERS = {
     ),
     "dco": Config(
         model="llama3-8b", adapter="full", objective="dco", topology="h100:8", rows=4, length=1024,
+        remat="dots",
+    ),
+    "facttune": Config(
+        model="codellama-7b", adapter="full", objective="dpo", topology="h100:8", rows=1, length=512,
         remat="dots",
     ),
     "reft": Config(

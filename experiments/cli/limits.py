@@ -10,28 +10,29 @@ from experiments.cli import choices, flags
 Config = TypeVar("Config")
 
 _COUNTS = (
-    "batch_size batch_sizes budget chunk context d dev digits dims documents draws early epochs eval_steps "
-    "evaluate_every every examples expert fine_tuning_steps gradient_accumulation_steps grid group_size "
-    "held_out images inner_steps layers length limit logging_steps max_length max_new_tokens max_prompt "
-    "max_steps max_tries microbatches mined num_beams num_samples own pairs patience places pretrain_rows "
-    "pretrain_steps pretraining problems prompts_per_step questions rank rollouts sampled_at_once samples "
-    "save_steps seeds sft_steps shot_steps shots size slices steps tensor text_steps trained_at_once "
-    "transform_steps turns votes width widths workers distil_top_k responses updates words"
+    "answers batch_size batch_sizes biographies budget chunk context d dev digits dims distil_top_k "
+    "documents draws early epochs eval_steps evaluate_every every examples expert fine_tuning_steps "
+    "gradient_accumulation_steps grid group_size held_out images inner_steps known layers length limit "
+    "logging_steps max_length max_new_tokens max_prompt max_steps max_tries measured microbatches mined "
+    "num_beams num_samples own pairs patience places pretrain_rows pretrain_steps pretraining problems "
+    "prompts_per_step questions rank responses rollouts sampled_at_once samples save_steps seeds "
+    "sft_steps shot_steps shots size slices steps tensor text_steps trained_at_once transform_steps "
+    "turns updates votes width widths words workers"
 ).split()
 _POSITIVE = (
-    "adamw_rate clip_high correction_max entropy_target entropy_weight_delta entropy_weight_max full_rate "
-    "full_rates kappa kl_horizon learning_rate learning_rates "
-    "max_grad_norm off_policy_mask_threshold pretrain_rate rates text_rates timeout distil_temperature"
+    "adamw_rate clip_high correction_max distil_temperature entropy_target entropy_weight_delta "
+    "entropy_weight_max full_rate full_rates kappa kl_horizon learning_rate learning_rates "
+    "max_grad_norm off_policy_mask_threshold pretrain_rate rates text_rates timeout"
 ).split()
 _NOT_NEGATIVE = (
-    "center_rewards_coefficient clip_low correction_min desirable_weight inner_rate kl kl_weight min_gap "
-    "max_staleness min_new_tokens mine negatives nll_alpha reward_kl rho router_balance router_z temperature "
-    "text_kl_weight undesirable_weight value_clip value_weight warmup_epochs weight_decay xpo_alpha "
-    "reference_weight"
+    "center_rewards_coefficient clip_low correction_min desirable_weight inner_rate kl kl_weight "
+    "max_staleness min_gap min_new_tokens mine negatives nll_alpha reference_weight reward_kl rho "
+    "router_balance router_z temperature text_kl_weight undesirable_weight value_clip value_weight "
+    "warmup_epochs weight_decay xpo_alpha"
 ).split()
 _SHARES = (
-    "dense_share distil_beta error errors gamma judged lam ld_alpha levels max_bad mixture share "
-    "until learner guide mix tau guided_first"
+    "dense_share distil_beta error errors gamma guide guided_first judged lam ld_alpha learner levels "
+    "listed max_bad mix mixture share tau until"
 ).split()
 
 LIMITS = {

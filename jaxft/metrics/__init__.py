@@ -3,6 +3,7 @@
 from jaxft.metrics.alignment import alignment_scores, sentence_links
 from jaxft.metrics.calibration import brier, ece, nll
 from jaxft.metrics.continual import average_accuracy, forgetting_measure
+from jaxft.metrics.factuality import factual_precision
 from jaxft.metrics.interval import paired_bootstrap, wilson_interval
 from jaxft.metrics.length import length_controlled_rate, standardised_mean
 from jaxft.metrics.mean import (
@@ -47,6 +48,7 @@ __all__ = [
     "ece",
     "exact_pass_rate",
     "forgetting_measure",
+    "factual_precision",
     "is_undivided",
     "length_controlled_rate",
     "majority_vote",

@@ -1,4 +1,4 @@
-"""Rewards: verifiers and the processes they run in, programs, reward models, accuracy."""
+"""Rewards: verifiers and the processes they run in, programs, reward models, accuracy, factuality."""
 
 from jaxft.rewards.accuracy import Accuracy, measure_accuracy
 from jaxft.rewards.answers import (
@@ -8,6 +8,26 @@ from jaxft.rewards.answers import (
     stated_answer,
 )
 from jaxft.rewards.checked import RewardError, checked_reward, checked_rewards
+from jaxft.rewards.confidence import (
+    Confidence,
+    answer_confidence,
+    equivalence_classes,
+    equivalent_answers,
+    normalise_answer,
+)
+from jaxft.rewards.factuality import (
+    Claim,
+    ClaimExtractor,
+    ConfidenceScorer,
+    LMClaimExtractor,
+    LMVerifier,
+    PatternClaimExtractor,
+    ReferenceScorer,
+    ResponseScore,
+    factual_pairs,
+    score_responses,
+    stated,
+)
 from jaxft.rewards.formats import tag_format_reward
 from jaxft.rewards.heads import (
     add_reward_head,
@@ -26,6 +46,7 @@ from jaxft.rewards.pool import (
     in_process,
 )
 from jaxft.rewards.programs import run_programs, run_python
+from jaxft.rewards.resumable_texts import resumable
 from jaxft.rewards.reward_models import model_rewards
 from jaxft.rewards.several import SeveralRewards
 from jaxft.rewards.verifiers import (
@@ -43,10 +64,19 @@ __all__ = [
     "sequence_rewards",
     "token_rewards",
     "Accuracy",
+    "Claim",
+    "ClaimExtractor",
+    "Confidence",
+    "ConfidenceScorer",
     "Failures",
+    "LMClaimExtractor",
+    "LMVerifier",
     "OnFirstHost",
     "Outcome",
+    "PatternClaimExtractor",
     "ProcessPool",
+    "ReferenceScorer",
+    "ResponseScore",
     "RewardError",
     "RewardFn",
     "SeveralRewards",
@@ -54,19 +84,27 @@ __all__ = [
     "VerifierError",
     "VerifierPool",
     "accepted_answers",
+    "answer_confidence",
     "answer_reward",
     "checked_reward",
     "checked_rewards",
+    "equivalence_classes",
+    "equivalent_answers",
+    "factual_pairs",
     "in_process",
     "measure_accuracy",
     "mentions_answer",
     "model_rewards",
     "needs_mathematics",
+    "normalise_answer",
     "numbers_equal",
     "reasoning_gym_verifier",
+    "resumable",
     "run_programs",
     "run_python",
     "same_answer",
+    "score_responses",
+    "stated",
     "stated_answer",
     "tag_format_reward",
     "verifier_for",

@@ -1,5 +1,6 @@
-"""Selection of data: which sentences of a document a model reads."""
+"""Selection of data: which sentences or passages of a document a model reads."""
 
+from jaxft.data.selection.bm25 import best_passages, bm25_scores
 from jaxft.data.selection.lexrank import (
     Idf,
     idf_modified_cosine,
@@ -13,6 +14,8 @@ from jaxft.data.selection.lexrank import (
 
 __all__ = [
     "Idf",
+    "best_passages",
+    "bm25_scores",
     "idf_modified_cosine",
     "inverse_document_frequencies",
     "lexrank_scores",

@@ -1,0 +1,1 @@
+"""Fine-tuning Language Models for Factuality: run main.py."""

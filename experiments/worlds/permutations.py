@@ -8,7 +8,6 @@ answers that are cut at some segment by the mark "-", after which the result mus
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -164,4 +163,7 @@ def filler(batch: dict[str, Any]) -> float:
     return float(filled.sum() / max(ended.sum(), 1))
 
 
-ends = functools.partial(rl.separator_ends, separator=PLACE(END), most=MOST)
+def ends_of(batch: dict[str, Any]) -> np.ndarray:
+    """Returns `separator_ends` of a batch's answers."""
+    mask = np.asarray(batch["completion_mask"])
+    return rl.separator_ends(batch["tokens"][:, -mask.shape[1] :], mask, PLACE(END), MOST)

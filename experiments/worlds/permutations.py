@@ -1,13 +1,14 @@
 """Digits under a row of permutations: answers with steps, useless filler, and an end at any time.
 
-A question such as 5ABCA= has a digit and operations, each of which is one of three fixed permutations of the
-digits. An answer writes the digit after each operation, one segment of three characters per step, then the
-result: A7;B2;C0;A4;|4. The model is pretrained on answers with filler segments (++;) between the steps, and on
-answers that are cut at some segment by the mark "-", after which the result must be guessed: A7;++;-4.
+A question such as 5ABCA= has a digit and operations, each of which is one of three fixed permutations of
+the digits. An answer writes the digit after each operation, one segment of three characters per step, then
+the result: A7;B2;C0;A4;|4. The model is pretrained on answers with filler segments (++;) between the steps,
+and on answers that are cut at some segment by the mark "-", after which the result must be guessed: A7;++;-4.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -163,7 +164,4 @@ def filler(batch: dict[str, Any]) -> float:
     return float(filled.sum() / max(ended.sum(), 1))
 
 
-def ends_of(batch: dict[str, Any]) -> np.ndarray:
-    """Returns `separator_ends` of a batch's answers."""
-    mask = np.asarray(batch["completion_mask"])
-    return rl.separator_ends(batch["tokens"][:, -mask.shape[1] :], mask, PLACE(END), MOST)
+ends_of = functools.partial(rl.separator_ends, separator=PLACE(END), most=MOST)

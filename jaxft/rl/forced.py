@@ -1,7 +1,7 @@
-"""Answers that a model is forced to give after a prefix of its own answer, and the chance that they are right.
+"""Answers that a model is forced to give after a prefix of its own answer, and their chance of being right.
 
-The meta-prover of MRT (Qu et al., 2025, arxiv.org/abs/2503.07572) is the policy itself: forced tokens, such as
-"time is up" and the end of the thinking block, follow a prefix, and the model must answer.
+The meta-prover of MRT (Qu et al., 2025, arxiv.org/abs/2503.07572) is the policy itself: forced tokens, such
+as "time is up" and the end of the thinking block, follow a prefix, and the model must answer.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def forced_log_probs(
     ends: jax.Array,
     forced: jax.Array,
 ) -> jax.Array:
-    """log π(gold | prompt, prefix, forced) [B, K + 1] in nats, at temperature 1; of no meaning at an end of -1.
+    """log π(gold | prompt, prefix, forced) [B, K + 1] in nats, at temperature 1; ignore those at ends of -1.
 
     The keys and values of a row are computed once; for each prefix, the later slots of the cache are hidden
     and only the forced tokens and the answer are computed.
@@ -114,7 +114,9 @@ def forced_log_probs(
         forced: [F].
     """
     rows, width = tokens.shape[0], tokens.shape[1] - completion_mask.shape[1]
-    given = jnp.concatenate([jnp.tile(forced[None], (rows, 1)), jnp.maximum(gold, 0)[:, :-1]], axis=1)
+    given = jnp.concatenate(
+        [jnp.tile(forced[None], (rows, 1)), jnp.maximum(gold, 0)[:, :-1]], axis=1
+    )
     count = forced.shape[0]
     seen = segment_ids > 0
     slots = tokens.shape[1] + given.shape[1]
@@ -182,7 +184,7 @@ def sampled_chances(
 
 
 def prefixes_of(batch: Batch, rows: Sequence[int], ends: Sequence[int]) -> list[list[int]]:
-    """Token ids of prompt and prefix: for each row of the batch its prompt and `end` tokens of its response."""
+    """Token ids of prefixes: for each row of the batch, its prompt and `end` tokens of its response."""
     tokens, seen = np.asarray(batch["tokens"]), np.asarray(batch["segment_ids"]) > 0
     width = tokens.shape[1] - np.asarray(batch["completion_mask"]).shape[1]
     cut = lambda row, end: tokens[row, : width + end][seen[row, : width + end]].tolist()

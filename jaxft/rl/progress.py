@@ -19,6 +19,7 @@ import numpy as np
 from jaxft.objectives.policy import spread, token_mean
 from jaxft.rl.advantages import baseline_advantages, grpo_advantages
 from jaxft.rl.algorithms import Advantage, Algorithm, Build
+from jaxft.rl.rollouts import Batch
 from jaxft.rl.token_losses import clipped
 
 # Beginnings of a paragraph that starts another attempt, as in the authors' analysis.
@@ -66,32 +67,25 @@ def split_episodes(
     return ["".join(pieces[a:b]) for a, b in zip(starts, ends, strict=True)]
 
 
-def separator_ends(
-    tokens: np.ndarray, mask: np.ndarray, separator: int, most: int
-) -> np.ndarray:
+def separator_ends(batch: Batch, separator: int, most: int) -> np.ndarray:
     """Ends of the prefixes c_0, c_1 ... of each response, [B, most + 1]: 0, then one per separator.
 
     The number of the response's tokens in the prefix, a separator included; -1 where a response has fewer
     episodes. Tokens behind the last separator, such as the answer itself, belong to no episode.
 
     Args:
-        tokens, mask: [B, N], the responses.
+        batch: experience, see jaxft.objectives.policy.
         separator: the token at which an episode ends.
         most: the largest number of episodes; later ones are left out.
     """
-    tokens, mask = np.asarray(tokens), np.asarray(mask, bool)
-    ends = np.full((len(tokens), most + 1), -1, np.int32)
-    ends[:, 0] = 0
-    for row, ended in zip(ends, mask & (tokens == separator), strict=True):
-        places = np.flatnonzero(ended)[:most] + 1
-        row[1 : 1 + len(places)] = places
-    return ends
+    tokens, mask = _responses(batch)
+    places = [np.flatnonzero(row) + 1 for row in mask & (tokens == separator)]
+    return _padded(places, most)
 
 
 def text_ends(
+    batch: Batch,
     decode: Callable[[Sequence[int]], str],
-    tokens: np.ndarray,
-    mask: np.ndarray,
     most: int,
     *,
     split: Callable[[str], list[str]] = split_episodes,
@@ -100,39 +94,47 @@ def text_ends(
     """`separator_ends` of text: an episode ends with the token that completes its last character.
 
     Args:
+        batch, most: as for `separator_ends`.
         decode: function from ids to text, with special tokens.
-        tokens, mask, most: as for `separator_ends`.
         split: function from a text to its episodes.
         close: end of the reasoning; text from there on belongs to no episode.
     """
-    ends = np.full((len(tokens), most + 1), -1, np.int32)
-    ends[:, 0] = 0
-    for row, ids, seen in zip(ends, np.asarray(tokens), np.asarray(mask, bool), strict=True):
+    places = []
+    for ids, seen in zip(*_responses(batch), strict=True):
         ids = ids[seen].tolist()
         lengths = np.cumsum([len(part) for part in split(decode(ids).partition(close)[0])])[:most]
         reached = lambda count, ids=ids: len(decode(ids[:count]))
-        places = [bisect.bisect_left(range(len(ids)), n, key=reached) for n in lengths]
-        row[1 : 1 + len(places)] = places
-    return ends
+        places.append([bisect.bisect_left(range(len(ids)), n, key=reached) for n in lengths])
+    return _padded(places, most)
 
 
-def shortened(
-    tokens: np.ndarray, mask: np.ndarray, ends: np.ndarray, chances: np.ndarray
-) -> list[list[int]]:
+def shortened(batch: Batch) -> list[list[int]]:
     """Responses without the episodes behind the first prefix at which J is largest, with their answer.
 
     The traces that the form for supervised fine-tuning (STaR) trains on, if they are right: progress is
-    largest up to that prefix. What follows the last episode, the answer, is kept.
-
-    Args:
-        tokens, mask: [B, N], the responses.
-        ends, chances: [B, K + 1], see `separator_ends` and `jaxft.rl.forced.add_chances`.
+    largest up to that prefix. What follows the last episode, the answer, is kept. The batch has the columns
+    of `jaxft.rl.forced.add_chances`.
     """
-    best, kept = np.nanargmax(chances, axis=1), []
-    for ids, seen, row, j in zip(tokens, np.asarray(mask, bool), ends, best, strict=True):
+    ends, kept = batch["episode_ends"], []
+    best = np.nanargmax(batch["answer_chances"], axis=1)
+    for ids, seen, row, j in zip(*_responses(batch), ends, best, strict=True):
         ids = ids[seen].tolist()
         kept.append(ids[: row[j]] + ids[row.max() :])
     return kept
+
+
+def _responses(batch):
+    """(tokens, mask) [B, N] of the responses."""
+    mask = np.asarray(batch["completion_mask"], bool)
+    return np.asarray(batch["tokens"])[:, -mask.shape[1] :], mask
+
+
+def _padded(places, most):
+    ends = np.full((len(places), most + 1), -1, np.int32)
+    ends[:, 0] = 0
+    for row, found in zip(ends, places, strict=True):
+        row[1 : 1 + len(found[:most])] = found[:most]
+    return ends
 
 
 def progress(chances: Any) -> jax.Array:
@@ -204,7 +206,9 @@ def episode_advantages(
     # The last column is for tokens that belong to no episode.
     scaled = jnp.pad(scaled, ((0, 0), (0, 1)))
     number = episode_of(ends, size)
-    own = jnp.where(number < jnp.sum(jnp.asarray(ends)[:, 1:] >= 0, axis=1, keepdims=True), number, episodes)
+    own = jnp.where(
+        number < jnp.sum(jnp.asarray(ends)[:, 1:] >= 0, axis=1, keepdims=True), number, episodes
+    )
     return spread(outcome, number) + alpha * jnp.take_along_axis(scaled, own, axis=1)
 
 

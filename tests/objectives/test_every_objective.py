@@ -124,7 +124,9 @@ def experience(seed=0, empty=EMPTY):
         "stats": {"reward": np.where(np.arange(ROWS) == 2, np.nan, 1.0).astype(np.float32)},
         "terminated": np.tile([False, False, True, True], 2),
         "episode_ends": np.tile([0, 1, 2, -1], (ROWS, 1)),
-        "answer_chances": np.where(np.arange(4) < 3, rng.random((ROWS, 4)), np.nan).astype(np.float32),
+        "answer_chances": np.where(np.arange(4) < 3, rng.random((ROWS, 4)), np.nan).astype(
+            np.float32
+        ),
     }
 
 

@@ -89,13 +89,17 @@ def test_samples_agree_with_the_likelihood():
     ends = np.array([[0, 1]], np.int32)
 
     def judge(completions, rows, batch):
-        return [ids == batch["gold"][row].tolist() for ids, row in zip(completions, rows, strict=True)]
+        return [
+            ids == batch["gold"][row].tolist() for ids, row in zip(completions, rows, strict=True)
+        ]
 
     count, config = 2000, SamplingConfig(max_new_tokens=2, stop_ids=(STOP,))
     exact = np.asarray(rl.exact_chances(model, FORCED)(batch, ends, params, None))
     estimate = rl.sampled_chances(model, judge, FORCED, config, count)
     got = estimate(batch, ends, params, jax.random.key(0))
-    assert (np.abs(got - exact) < 3 * np.sqrt(exact * (1 - exact) / count)).all() and (got > 0).all()
+    assert (np.abs(got - exact) < 3 * np.sqrt(exact * (1 - exact) / count)).all() and (
+        got > 0
+    ).all()
 
 
 def test_chances_are_added_to_experience_and_prefixes_lie_within():
@@ -132,8 +136,8 @@ def test_half_of_a_group_must_answer_and_prefixes_have_no_gradient():
     algorithm = rl.mrt_stale(functools.partial(policy_gradient, model.forward), 4)
     credited = batch | algorithm.credit(jnp.asarray(batch["rewards"]), batch)
 
-    def last_bias(params, batch):
-        """The gradient with respect to a bias of each position's log-probs."""
+    def by_position(params, batch):
+        """The gradient with respect to a scale of each hidden state."""
         offset = jnp.zeros(batch["tokens"].shape)
 
         def loss(offset):
@@ -146,7 +150,7 @@ def test_half_of_a_group_must_answer_and_prefixes_have_no_gradient():
 
         return jax.grad(loss)(offset)
 
-    gradient = np.asarray(last_bias(params, credited))
+    gradient = np.asarray(by_position(params, credited))
     # The hidden state of position t predicts token t + 1.
     own = np.zeros(gradient.shape, bool)
     own[:, -size - 1 : -1] = credited["completion_mask"]

@@ -31,12 +31,17 @@ def test_episodes_begin_at_markers_that_are_far_enough():
             rl.split_episodes(TEXT, **wrong)
 
 
+def batch_of(tokens, mask):
+    """Responses behind prompts of two tokens that are not theirs."""
+    return {"tokens": np.pad(tokens, ((0, 0), (2, 0)), constant_values=7), "completion_mask": mask}
+
+
 def test_ends_of_prefixes():
     tokens = np.array([[5, 7, 5, 5, 7, 9, 7], [5, 5, 9, 7, 7, 7, 7], [7, 7, 7, 5, 0, 0, 0]])
     mask = np.array([[1] * 6 + [0], [1] * 3 + [0] * 4, [1] * 4 + [0] * 3], bool)
-    ends = rl.separator_ends(tokens, mask, separator=7, most=3)
+    ends = rl.separator_ends(batch_of(tokens, mask), separator=7, most=3)
     assert ends.tolist() == [[0, 2, 5, -1], [0, -1, -1, -1], [0, 1, 2, 3]]
-    assert rl.separator_ends(tokens, mask, 7, 2).tolist()[2] == [0, 1, 2]
+    assert rl.separator_ends(batch_of(tokens, mask), 7, 2).tolist()[2] == [0, 1, 2]
     own = progress.episode_of(ends, 7).tolist()
     assert own[0] == [0, 0, 1, 1, 1, 2, 2] and own[1] == [0] * 7 and own[2][:4] == [0, 1, 2, 3]
 
@@ -46,9 +51,9 @@ def test_ends_in_text_are_tokens_that_complete_an_episode():
     decode = lambda ids: "".join(pieces[i] for i in ids)
     tokens, mask = np.arange(8)[None], np.ones((1, 8), bool)
     # The second episode begins within the fourth token, which completes the first episode.
-    assert rl.text_ends(decode, tokens, mask, 3).tolist() == [[0, 4, 6, -1]]
-    assert rl.text_ends(decode, tokens, mask, 1).tolist() == [[0, 4]]
-    assert rl.text_ends(decode, tokens, mask, 3, close="none").tolist() == [[0, 4, 8, -1]]
+    assert rl.text_ends(batch_of(tokens, mask), decode, 3).tolist() == [[0, 4, 6, -1]]
+    assert rl.text_ends(batch_of(tokens, mask), decode, 1).tolist() == [[0, 4]]
+    assert rl.text_ends(batch_of(tokens, mask), decode, 3, close="none").tolist() == [[0, 4, 8, -1]]
 
 
 def test_regret_of_worked_curves():
@@ -73,7 +78,9 @@ def test_regret_of_worked_curves():
 
 
 GROUP, SIZE = 3, 9
-ENDS = np.array([[0, 2, 5, -1], [0, 3, -1, -1], [0, -1, -1, -1], [0, 1, 4, 8], [0, 2, 4, 6], [0, 9, -1, -1]])
+ENDS = np.array(
+    [[0, 2, 5, -1], [0, 3, -1, -1], [0, -1, -1, -1], [0, 1, 4, 8], [0, 2, 4, 6], [0, 9, -1, -1]]
+)
 
 
 def drawn(seed=0):
@@ -154,10 +161,11 @@ def test_stopping_is_the_baseline_of_going_on():
 def test_what_follows_the_most_progress_is_cut():
     tokens = np.array([[1, 7, 2, 7, 3, 7, 8, 9, 0], [1, 7, 8, 9, 0, 0, 0, 0, 0]])
     mask = tokens > 0
-    ends = rl.separator_ends(tokens, mask, 7, 3)
+    ends = rl.separator_ends(batch_of(tokens, mask), 7, 3)
     nan = np.nan
     chances = np.array([[0.1, 0.2, 0.9, 0.9], [0.5, 0.2, nan, nan]])
-    kept = progress.shortened(tokens, mask, ends, chances)
+    batch = batch_of(tokens, mask) | {"episode_ends": ends, "answer_chances": chances}
+    kept = progress.shortened(batch)
     assert kept == [[1, 7, 2, 7, 8, 9], [8, 9]]
 
 

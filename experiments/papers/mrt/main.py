@@ -1,39 +1,39 @@
 """MRT: Optimizing Test-Time Compute via Meta Reinforcement Fine-Tuning (arXiv 2503.07572).
 
 An answer's reasoning is a sequence of episodes. Beside the reward for a right result, MRT rewards each
-episode's progress: the change of the chance of a right result if the model had to answer now. Training on the
-outcome does not see which tokens were useless; MRT lowers the regret over tokens.
+episode's progress: the change of the chance of a right result if the model had to answer now. A reward for the
+result does not see which tokens were useless; MRT lowers the regret over tokens.
 
     python experiments/papers/mrt/main.py
     python experiments/papers/mrt/main.py --methods grpo mrt_online
-    python experiments/papers/mrt/main.py --preset full     DeepSeek-R1-Distill-Qwen-1.5B on NuminaMath, 8 GPUs of 80 GB
+    python experiments/papers/mrt/main.py --preset full     R1-Distill-Qwen-1.5B, NuminaMath; 8 GPUs of 80 GB
     python experiments/papers/mrt/main.py --preset full --model Qwen/Qwen2.5-1.5B --data questions.jsonl
 
-A question is a digit and four operations, each one of three fixed permutations of the digits. A model of 0.1 M
-parameters is pretrained on answers that write the digit after each operation with filler segments between, and
-on answers that are cut by a mark after which the result must be guessed. An episode is a segment of three
-tokens. The regret is 1 minus the mean, over a budget of 33 tokens, of the chance of a right result when the
-answer is cut there; it is computed from likelihoods, without sampling noise, on 8 samples for each of 200
-held-out questions. All methods start from the same params of a seed.
+A question is a digit and four operations, each one of three fixed permutations of the digits. A model of
+0.1 M parameters is pretrained on answers that write the digit after each operation, with filler segments
+between, and on answers that are cut by a mark after which the result must be guessed. An episode is a segment
+of three tokens. The regret is 1 minus the mean, over a budget of 33 tokens, of the chance of a right result
+when the answer is cut there; it is computed from likelihoods, on 8 samples for each of 200 held-out questions.
+All methods start from the same params of a seed.
 
-    grpo         the outcome: group-normalised, clipped, mean over tokens
-    grpo_lenpen  the same with a penalty of --penalty times length / 33 in the reward
-    mrt_online   the outcome and alpha times the progress of a token's own episode, on the policy's own answers
+    grpo         the result's reward: group-normalised, clipped, mean over tokens
+    grpo_lenpen  the same, with a penalty of --penalty times length / 33 in the reward
+    mrt_online   the same as grpo, plus alpha times the progress of each token's own episode
     mrt_stale    from prefixes of the start's answers, half of a group continues and half must answer at once:
                  reward minus the mean of the second half
     star         fine-tuning on right samples of the start, without what follows the most progress
 
-Budgets: tokens that are sampled or computed for forced answers count. mrt_online therefore has fewer questions
-per step (--online-prompts) than the others; the table shows the tokens of each method.
+Tokens that are sampled, or computed for forced answers, are the budget. mrt_online therefore has fewer
+questions per step (--online-prompts) than the others; the table shows the tokens of each method.
 
-The form of the stale prefix is the authors' README's "termination reward baseline"; how the paper normalises
-the joint group, and that it samples prefixes uniformly, was read in summaries only. The authors' code for
-training (version 0.1) was not compared.
+The baseline of mrt_stale is that of the authors' train/rl/README.md. How the paper normalises the joint group,
+and that it samples prefixes uniformly, was read in summaries only. The authors' training code (version 0.1)
+was not compared.
 
 `--preset full` has the authors' questions (4000 of NuminaMath-CoT, with AIME 2024 held out), model and limit of
 16,384 tokens. Episodes begin at paragraphs such as "Wait"; chances come from --branches sampled answers after
-"Time is up", whose own tokens do not count in its regret. Not in it: star, the authors' five benchmarks with 64 samples, and backtracking search. Sizes of a
-step are not published; those here are ours. It was not run: no machine with such devices was at hand.
+"Time is up", and only the prefix and this text count as tokens in the regret. It leaves out star, the authors'
+other benchmarks and backtracking search. The questions per step are ours. It has not been run.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ from jaxft import train
 Method = Literal[tuple(METHODS)]
 NUMINA = questions.Settings(
     model="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B",
-    data="AI-MO/NuminaMath-CoT?limit=4000",
+    data="AI-MO/NuminaMath-CoT?streaming=true&limit=4000",
     eval_data="HuggingFaceH4/aime_2024",
     max_new_tokens=16384,
     sampled_at_once=64,
@@ -186,7 +186,13 @@ def judge(runs: list[dict]) -> list[Claim]:
 
 def print_table(runs: list[dict]) -> None:
     """Measures of each method: means over seeds."""
-    columns = {"accuracy": ".3f", "length": ".1f", "filler": ".3f", "regret": ".3f", "tokens": ",.0f"}
+    columns = {
+        "accuracy": ".3f",
+        "length": ".1f",
+        "filler": ".3f",
+        "regret": ".3f",
+        "tokens": ",.0f",
+    }
     table = Table("method", *columns, "accuracy above GRPO's", "regret below GRPO's")
     for name in runs[0]:
         means = [f"{np.mean([run[name][c] for run in runs]):{f}}" for c, f in columns.items()]

@@ -109,10 +109,7 @@ def star(config: Any, world: World, seed: int) -> tuple[Any, int]:
 def shorter(batch: dict[str, Any]) -> dict[str, Any]:
     """Returns rows of `policy_gradient` with `shortened` answers and advantage 1."""
     size = batch["completion_mask"].shape[1]
-    answers = batch["tokens"][:, -size:]
-    kept = shortened(
-        answers, batch["completion_mask"], batch["episode_ends"], batch["answer_chances"]
-    )
+    kept = shortened(batch)
     tokens, segments = batch["tokens"].copy(), batch["segment_ids"].copy()
     mask = np.arange(size) < np.array([len(ids) for ids in kept])[:, None]
     for row, ids in zip(tokens, kept, strict=True):

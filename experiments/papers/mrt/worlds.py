@@ -21,9 +21,7 @@ from jaxft.parallel import mesh_context
 
 EPISODES = 6  # most episodes of a stale prefix, and of a text
 POINTS = 11  # of the curves over tokens
-STOP_TEXT = (
-    "\n\nTime is up. I will give the answer that follows from what I have.\n</think>\n\n**Answer:** "
-)
+STOP_TEXT = "\n\nTime is up. I will give the answer that follows from what I have.\n</think>\n\n**Answer:** "
 
 
 class World(NamedTuple):
@@ -91,10 +89,7 @@ def problems(config: Any, task: questions.Task) -> World:
     size = config.source.max_new_tokens
     cost = config.branches * (len(forced) + config.answer_tokens)
 
-    def ends(batch):
-        own = batch["completion_mask"]
-        return rl.text_ends(tokenizer.decode, batch["tokens"][:, -own.shape[1] :], own, EPISODES)
-
+    ends = functools.partial(rl.text_ends, decode=tokenizer.decode, most=EPISODES)
     sample = lambda group_size: rl.answers(
         task.model, tokenizer, task.rewards, task.sampling, group_size, sampler=sampler
     )

@@ -1,8 +1,8 @@
 """MRT: Optimizing Test-Time Compute via Meta Reinforcement Fine-Tuning (arXiv 2503.07572).
 
 An answer's reasoning is a sequence of episodes. Beside the reward for a right result, MRT rewards each
-episode's progress: the change of the chance of a right result if the model had to answer now. A reward for the
-result does not see which tokens were useless; MRT lowers the regret over tokens.
+episode's progress: the change of the chance of a right result if the model had to answer now. A reward for
+the result does not see which tokens were useless; MRT lowers the regret over tokens.
 
     python experiments/papers/mrt/main.py
     python experiments/papers/mrt/main.py --methods grpo mrt_online
@@ -11,10 +11,10 @@ result does not see which tokens were useless; MRT lowers the regret over tokens
 
 A question is a digit and four operations, each one of three fixed permutations of the digits. A model of
 0.1 M parameters is pretrained on answers that write the digit after each operation, with filler segments
-between, and on answers that are cut by a mark after which the result must be guessed. An episode is a segment
-of three tokens. The regret is 1 minus the mean, over a budget of 33 tokens, of the chance of a right result
-when the answer is cut there; it is computed from likelihoods, on 8 samples for each of 200 held-out questions.
-All methods start from the same params of a seed.
+between, and on answers that are cut by a mark after which the result must be guessed. An episode is a
+segment of three tokens. The regret is 1 minus the mean, over a budget of 33 tokens, of the chance of a
+right result when the answer is cut there; it is computed from likelihoods, on 8 samples for each of 200
+held-out questions. All methods start from the same params of a seed.
 
     grpo         the result's reward: group-normalised, clipped, mean over tokens
     grpo_lenpen  the same, with a penalty of --penalty times length / 33 in the reward
@@ -26,14 +26,15 @@ All methods start from the same params of a seed.
 Tokens that are sampled, or computed for forced answers, are the budget. mrt_online therefore has fewer
 questions per step (--online-prompts) than the others; the table shows the tokens of each method.
 
-The baseline of mrt_stale is that of the authors' train/rl/README.md. How the paper normalises the joint group,
-and that it samples prefixes uniformly, was read in summaries only. The authors' training code (version 0.1)
-was not compared.
+The baseline of mrt_stale is that of the authors' train/rl/README.md. How the paper normalises the joint
+group, and that it samples prefixes uniformly, was read in summaries only. The authors' training code
+(version 0.1) was not compared.
 
-`--preset full` has the authors' questions (4000 of NuminaMath-CoT, with AIME 2024 held out), model and limit of
-16,384 tokens. Episodes begin at paragraphs such as "Wait"; chances come from --branches sampled answers after
-"Time is up", and only the prefix and this text count as tokens in the regret. It leaves out star, the authors'
-other benchmarks and backtracking search. The questions per step are ours. It has not been run.
+`--preset full` has the authors' questions (4000 of NuminaMath-CoT, with AIME 2024 held out), model and
+limit of 16,384 tokens. Episodes begin at paragraphs such as "Wait"; chances come from --branches sampled
+answers after "Time is up", and only the prefix and this text count as tokens in the regret. It leaves out
+star, the authors' other benchmarks and backtracking search. The questions per step are ours. It has not
+been run.
 """
 
 from __future__ import annotations
@@ -76,8 +77,8 @@ FULL = dict(
     eval_fields={"question": "problem", "answer": "answer"},
 )  # fmt: skip
 SMOKE = dict(
-    seeds=1, until=1e-9, steps=2, methods=tuple(METHODS)[:4], prompts_per_step=2, online_prompts=2, group_size=4, held_out=4,
-    samples=2, width=32, layers=1, branches=1, answer_tokens=2,
+    seeds=1, until=1e-9, steps=2, methods=tuple(METHODS)[:4], prompts_per_step=2, online_prompts=2,
+    group_size=4, held_out=4, samples=2, width=32, layers=1, branches=1, answer_tokens=2,
 )  # fmt: skip
 
 

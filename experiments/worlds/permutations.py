@@ -1,9 +1,9 @@
 """Digits under a row of permutations: answers with steps, useless filler, and an end at any time.
 
-A question such as 5ABCA= has a digit and operations, each of which is one of three fixed permutations of
-the digits. An answer writes the digit after each operation, one segment of three characters per step, then
-the result: A7;B2;C0;A4;|4. The model is pretrained on answers with filler segments (++;) between the steps,
-and on answers that are cut at some segment by the mark "-", after which the result must be guessed: A7;++;-4.
+A question such as 5031= has a digit and three operations, each one of four fixed permutations of the digits.
+An answer writes the digit after each operation, one segment of three characters per step, then the result:
+A7;B2;C4;|4. The model is pretrained on answers with filler segments (++;) between the steps, and on answers
+that are cut at some segment by the mark "-", after which the result must be guessed: A7;++;-4.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from jaxft.generation import SamplingConfig
 from jaxft.models import Decoder
 from jaxft.rl.rollouts import WHOLE, padded
 
-OPERATIONS, DEPTH = "ABC", 4
+OPERATIONS, STEPS = 4, "ABC"  # permutations, and the names of an answer's steps
+DEPTH = len(STEPS)
 END, BAR, FORCED, FILLER = ";", "|", "-", "++;"
 SEGMENT = len(FILLER)  # tokens
-MOST = 10  # segments of an answer in pretraining
+MOST = 8  # segments of an answer in pretraining
 LIMIT = MOST * SEGMENT + 3  # tokens of an answer with its result and stop
 FILLED = 0.4  # chance of a filler segment, and of another, at each place
 CUT = 0.4  # fraction of pretraining answers that are cut
@@ -47,14 +48,14 @@ class Task(NamedTuple):
 
 
 def task(seed: int, held_out: int, *, width: int = 64, layers: int = 2) -> Task:
-    """Draws permutations, splits all 810 questions, and makes a model.
+    """Draws permutations, splits all 640 questions, and makes a model.
 
     Raises:
         ValueError: if no question is left to train on.
     """
     rng = np.random.default_rng(seed)
-    table = np.stack([rng.permutation(10) for _ in OPERATIONS])
-    every = list(itertools.product(range(10), *[range(len(OPERATIONS))] * DEPTH))
+    table = np.stack([rng.permutation(10) for _ in range(OPERATIONS)])
+    every = list(itertools.product(range(10), *[range(OPERATIONS)] * DEPTH))
     if not 0 < held_out < len(every):
         raise ValueError(
             f"held_out must be above 0 and below the {len(every)} questions, got {held_out}."
@@ -66,7 +67,7 @@ def task(seed: int, held_out: int, *, width: int = 64, layers: int = 2) -> Task:
 
 
 def _asked(table, parts):
-    texts = [f"{first}{''.join(OPERATIONS[i] for i in row)}=" for first, *row in parts]
+    texts = ["".join(map(str, part)) + "=" for part in parts]
     gold = arithmetic.encode_answers([str(states(table, *part)[-1]) for part in parts])
     records = [{"parts": part} for part in parts]
     columns = {"gold": np.array(gold, np.int32), "number": np.arange(len(parts))}
@@ -81,7 +82,7 @@ def states(table: np.ndarray, first: int, *operations: int) -> list[int]:
 def answer(table: np.ndarray, parts: Sequence[int], rng: np.random.Generator) -> str:
     """Draws a right answer with filler, without its stop; with probability CUT it is cut by the mark."""
     digits = states(table, *parts)
-    steps = [f"{OPERATIONS[i]}{x}{END}" for i, x in zip(parts[1:], digits, strict=True)]
+    steps = [f"{name}{x}{END}" for name, x in zip(STEPS, digits, strict=True)]
     # Filler before each step and behind the last.
     counts = rng.geometric(1 - FILLED, DEPTH + 1) - 1
     while counts.sum() > MOST - DEPTH:
@@ -122,7 +123,10 @@ def started(task: Task, seed: int, until: float) -> tuple[Any, int]:
     some = jax.tree.map(lambda x: x[whole], some)
     probabilities = arithmetic.answer_probabilities(task.model)
     measure = lambda params: float(jnp.mean(probabilities(params, some)))
-    return arithmetic.warm_start(task.model, task.start, rows, seed, until=until, measure=measure)
+    return arithmetic.warm_start(
+        task.model, task.start, rows, seed, until=until, measure=measure,
+        learning_rate=2e-3, batch_size=64,
+    )  # fmt: skip
 
 
 def answers(model: Decoder, width: int = WIDTH) -> Callable[[int], rl.Sample]:

@@ -153,6 +153,10 @@ PAPERS = {
         model="codellama-7b", adapter="full", objective="ppo", topology="h100:8", rows=3,
         microbatches=2, length=1212, response=700, triton=False,
     ),
+    "mrt": Config(
+        model="r1-distill-qwen-1.5b", adapter="full", objective="grpo", topology="h100:8", rows=1,
+        microbatches=32, length=16896, response=16384,
+    ),
     "nft": Config(
         model="qwen2.5-7b", adapter="full", objective="nft", topology="h100:8", rows=8, microbatches=8,
         length=4096, response=3584,

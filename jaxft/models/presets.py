@@ -64,6 +64,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,
         max_position_embeddings=32768, rope_theta=1e6, rms_norm_eps=1e-6, tie_word_embeddings=True,
     ),
+    "r1-distill-qwen-1.5b": dict(
+        model_type="qwen2", vocab_size=151936, hidden_size=1536, intermediate_size=8960,
+        num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2,
+        max_position_embeddings=131072, rope_theta=1e4, rms_norm_eps=1e-6, tie_word_embeddings=False,
+    ),
     "gpt2": dict(model_type="gpt2", vocab_size=50257, n_embd=768, n_layer=12, n_head=12, n_positions=1024),
     "roberta-base": dict(
         model_type="roberta", vocab_size=50265, hidden_size=768, intermediate_size=3072,

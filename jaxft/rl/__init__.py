@@ -23,6 +23,7 @@ from jaxft.rl.collection import Collector, KlControl, collect
 from jaxft.rl.environments import Environment, Reply, tagged, try_again, with_tool
 from jaxft.rl.exploratory import answers_of_both, xpo
 from jaxft.rl.filtering import learnable
+from jaxft.rl.forced import add_chances, exact_chances, sampled_chances, with_terminations
 from jaxft.rl.groups import in_groups, without_idle
 from jaxft.rl.guided import guided_answers, writer
 from jaxft.rl.on_device import (
@@ -36,6 +37,14 @@ from jaxft.rl.online import (
     SamplesBeside,
     best_and_worst,
     online_preference,
+)
+from jaxft.rl.progress import (
+    mrt_online,
+    mrt_stale,
+    normalised_regret,
+    separator_ends,
+    split_episodes,
+    text_ends,
 )
 from jaxft.rl.prompts import Asked, Prompts, prompts_of
 from jaxft.rl.rollouts import Sample, answers, sample_groups
@@ -69,6 +78,7 @@ __all__ = [
     "SamplesBeside",
     "Transform",
     "add_guided_policy",
+    "add_chances",
     "add_old_policy",
     "add_penalty",
     "add_reference",
@@ -86,6 +96,7 @@ __all__ = [
     "episodes",
     "equals",
     "estimate_success",
+    "exact_chances",
     "expert_iteration",
     "grpo",
     "gspo",
@@ -95,8 +106,11 @@ __all__ = [
     "luspo",
     "learnable",
     "mask_truncated",
+    "mrt_online",
+    "mrt_stale",
     "nft",
     "normalised_sums",
+    "normalised_regret",
     "offline_collect",
     "online_preference",
     "online_self_training",
@@ -113,10 +127,15 @@ __all__ = [
     "vespo",
     "sample_groups",
     "sample_on_device",
+    "sampled_chances",
+    "separator_ends",
+    "split_episodes",
     "tagged",
+    "text_ends",
     "try_again",
     "until_contrast",
     "with_references",
+    "with_terminations",
     "with_tool",
     "without_idle",
     "writer",

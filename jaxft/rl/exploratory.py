@@ -14,7 +14,7 @@ from jaxft.objectives.preferences import PairLoss
 from jaxft.parallel import in_turn, to_host
 from jaxft.rl.algorithms import Algorithm, Build
 from jaxft.rl.online import online_preference
-from jaxft.rl.rollouts import Sample, checked, concatenated, model_inputs, rows_of
+from jaxft.rl.rollouts import Sample, checked, interleaved, model_inputs
 from jaxft.rl.transforms import policy_log_probs
 
 
@@ -34,13 +34,7 @@ def answers_of_both(sample: Sample, model: Decoder, ref_params, temperature: flo
     def both(params, asked, key):
         own = checked(sample(params, asked, key))
         other = checked(sample(ref_params, asked, stream(key, "reference")))
-        whole = concatenated([own, other], asked.columns)
-        size = len(own["tokens"]) // len(asked.ids)
-        # Prompt-major: each prompt's rows of both halves are adjacent.
-        order = np.arange(2 * len(own["tokens"])).reshape(2, len(asked.ids), size)
-        order = order.transpose(1, 0, 2).reshape(-1)
-        whole = rows_of(whole, order)
-        given = order >= len(own["tokens"])
+        whole, given = interleaved(own, other, len(asked.ids), asked.columns)
         found = policy_log_probs(model.forward, params, model_inputs(whole), temperature)
         scored = to_host(in_turn(found))
         sampled = np.where(given[:, None], scored, whole["sampler_log_probs"])

@@ -199,6 +199,19 @@ def concatenated(batches: Sequence[Batch], columns: Collection[str] = ()) -> Bat
     return jax.tree_util.tree_map_with_path(join, *batches)
 
 
+def interleaved(
+    first: Batch, second: Batch, count: int, columns: Collection[str] = ()
+) -> tuple[Batch, np.ndarray]:
+    """Joins two batches of the same `count` prompts: (batch, [B] bool, True for rows of the second).
+
+    Prompt-major: each prompt's rows of both are adjacent. `columns` are those of `concatenated`.
+    """
+    whole, size = concatenated([first, second], columns), len(first["tokens"]) // count
+    order = np.arange(2 * len(first["tokens"])).reshape(2, count, size)
+    order = order.transpose(1, 0, 2).reshape(-1)
+    return rows_of(whole, order), order >= len(first["tokens"])
+
+
 def rows_of(batch: Batch, rows: Any) -> Batch:
     """Selects rows of the batch by number; entries without axes are unchanged."""
     return jax.tree.map(lambda x: x[rows] if np.ndim(x) else x, batch)
@@ -282,4 +295,5 @@ MADE = frozenset(
         "guide_critic",
         "references",
     )
+    + ("terminated", "episode_ends", "answer_chances")
 )

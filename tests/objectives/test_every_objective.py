@@ -124,6 +124,11 @@ def experience(seed=0, empty=EMPTY):
         "old_values": noise(),
         "from_reference": np.tile([False, False, True, True], 2),
         "stats": {"reward": np.where(np.arange(ROWS) == 2, np.nan, 1.0).astype(np.float32)},
+        "terminated": np.tile([False, False, True, True], 2),
+        "episode_ends": np.tile([0, 1, 2, -1], (ROWS, 1)),
+        "answer_chances": np.where(np.arange(4) < 3, rng.random((ROWS, 4)), np.nan).astype(
+            np.float32
+        ),
     }
 
 
@@ -284,6 +289,8 @@ OBJECTIVES = {
     "reinforce_plus_plus": learning(lambda: rl.reinforce_plus_plus(BUILD, reward_kl=0.01)),
     "expert_iteration": learning(lambda: rl.expert_iteration(BUILD), True),
     "nft": learning(lambda: rl.nft(BUILD, GROUP)),
+    "mrt_online": learning(lambda: rl.mrt_online(BUILD, GROUP)),
+    "mrt_stale": learning(lambda: rl.mrt_stale(BUILD, GROUP)),
     "ppo": learning(lambda: rl.ppo(BUILD, reward_kl=0.01)),
     "online_preference": learning(lambda: rl.online_preference(BUILD, LOSS, GROUP), True),
     "xpo": learning(lambda: rl.xpo(BUILD, LOSS, GROUP, alpha=0.1), True),
@@ -305,6 +312,8 @@ PARTS = set(
     "with_value_head without_value_head with_teacher without_teacher "
     "Algorithm Asked Collector Credit DeviceReward Environment KlControl Prompts Reply Sample SamplesBeside "
     "add_served_teacher add_teacher reverse_kl_credit add_guided_policy guided_answers writer "
+    "add_chances exact_chances sampled_chances with_terminations normalised_regret separator_ends "
+    "split_episodes text_ends "
     "Transform add_old_policy add_penalty add_reference add_values answers answers_of_both best_and_worst "
     "fisher_diagonal learnable collect collect_on_device episodes equals estimate_success mask_truncated offline_collect "
     "policy_log_probs prompts_of reads_kl_weight right_samples sample_groups sample_on_device tagged "

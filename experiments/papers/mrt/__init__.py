@@ -1,0 +1,1 @@
+"""Meta reinforcement fine-tuning: run main.py."""

@@ -1,0 +1,127 @@
+"""Worlds of MRT's script: permuted digits with a small model, or questions with answers in text.
+
+`config` is the Config of experiments/papers/mrt/main.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from experiments.worlds import arithmetic, permutations, questions
+from jaxft import rl, train
+from jaxft.models import Decoder
+from jaxft.parallel import mesh_context
+
+EPISODES = 6  # most episodes of a stale prefix, and of a text
+POINTS = 11  # of the curves over tokens
+STOP_TEXT = "\n\nTime is up. I will give the answer that follows from what I have.\n</think>\n\n**Answer:** "
+
+
+class World(NamedTuple):
+    """A model with questions, and how its answers are sampled, split and forced."""
+
+    model: Decoder
+    start: Any  # params from which all methods start
+    known: rl.Asked
+    held_out: rl.Asked
+    sample: Callable[[int], rl.Sample]  # group size -> sampler of answers to questions
+    sample_on: Callable[[int], rl.Sample]  # the same, of continuations of prefixes
+    add_chances: rl.Transform
+    forced: list[int]
+    answer: int  # tokens of a forced answer that count in the regret
+    cost: int  # tokens that the chance at one prefix costs
+    limit: int  # tokens of an answer
+    fit: Callable[..., tuple]  # (objective, batches, rows per step, **more), from the start
+    filler: Callable[[dict], float] | None = None  # fraction of episodes without use, if known
+    mesh: Any = None
+
+
+@contextlib.contextmanager
+def opened(config: Any) -> Iterator[Callable[[int], World]]:
+    """Yields seed -> World: permutations by a small model, or with --preset full the source's questions."""
+    if config.preset != "full":
+        yield functools.partial(digits, config)
+        return
+    with questions.opened(config.source) as task:
+        yield lambda seed: problems(config, task)
+
+
+def digits(config: Any, seed: int) -> World:
+    """Returns the world of permuted digits, with a model pretrained for the seed."""
+    task = permutations.task(seed, config.held_out, width=config.width, layers=config.layers)
+    start, steps = permutations.started(task, seed, config.until)
+    print(f"seed {seed}: {steps} steps of pretraining", flush=True)
+    forced = arithmetic.encode([permutations.FORCED])[0]
+    optimizer = arithmetic.policy_optimizer(config.learning_rate)
+    longest = permutations.WIDTH + permutations.SEGMENT * EPISODES + len(forced)
+    return World(
+        task.model, start, task.known, task.held_out,
+        permutations.answers(task.model), permutations.answers(task.model, longest),
+        rl.add_chances(permutations.ends_of, rl.exact_chances(task.model, forced)), forced,
+        2, len(forced) + 1, permutations.LIMIT,
+        lambda objective, batches, rows, **more: train.fit(start, objective, optimizer, batches, **more),
+        permutations.filler,
+    )  # fmt: skip
+
+
+def problems(config: Any, task: questions.Task) -> World:
+    """Returns the world of the task's questions; chances are estimated from samples."""
+    tokenizer, sampler = task.renderer.tokenizer, questions.sampler(task)
+    numbered = lambda asked: asked._replace(columns={"number": np.arange(len(asked.ids))})
+    records = [*task.known.records, *task.held_out.records]
+    known, held_out = numbered(task.known), numbered(task.held_out)
+    held_out = held_out._replace(columns={"number": held_out.columns["number"] + len(known.ids)})
+
+    def judge(completions, rows, batch):
+        texts = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in completions]
+        return task.rewards(texts, [records[n] for n in np.asarray(batch["number"])[rows]])
+
+    forced = tokenizer.encode(STOP_TEXT, add_special_tokens=False)
+    short = dataclasses.replace(task.sampling, max_new_tokens=config.answer_tokens)
+    chances = rl.sampled_chances(task.model, judge, forced, short, config.branches, sampler=sampler)
+    size = config.source.max_new_tokens
+    cost = config.branches * (len(forced) + config.answer_tokens)
+
+    ends = functools.partial(rl.text_ends, decode=tokenizer.decode, most=EPISODES)
+    sample = lambda group_size: rl.answers(
+        task.model, tokenizer, task.rewards, task.sampling, group_size, sampler=sampler
+    )
+    fit = lambda objective, batches, rows, **more: questions.fit(
+        task, task.params, objective, config.learning_rate, batches, rows, **more
+    )
+    return World(
+        task.model, task.params, known, held_out, sample, sample, rl.add_chances(ends, chances),
+        forced, 1, cost, size, fit, mesh=task.mesh,
+    )  # fmt: skip
+
+
+def measure(config: Any, world: World, params: Any, seed: int) -> dict[str, Any]:
+    """Accuracy, tokens, filler, regret and curves over tokens of samples for held-out questions."""
+    key = jax.random.key(seed)
+    with mesh_context(world.mesh):
+        batch = world.sample(config.samples)(params, world.held_out, key)
+        batch = world.add_chances(batch, params, key)
+    ends, chances = batch["episode_ends"], batch["answer_chances"]
+    budgets = np.linspace(0, world.limit, POINTS)[1:]
+    spent, curves = ends + len(world.forced) + world.answer, []
+    for x, y, there in zip(spent, chances, ends >= 0, strict=True):
+        regrets = [rl.normalised_regret(x[there], y[there], c) for c in budgets]
+        reached = np.interp(budgets, np.append(0, x[there]), np.append(0, y[there]))
+        curves.append((regrets, reached))
+    regrets, reached = np.mean(curves, axis=0)
+    return {
+        "accuracy": float(np.mean(batch["rewards"])),
+        "length": float(batch["completion_mask"].sum(axis=1).mean()),
+        "filler": world.filler(batch) if world.filler else float("nan"),
+        "regret": float(regrets[-1]),
+        "budgets": budgets.tolist(),
+        "regrets": regrets.tolist(),
+        "chances": reached.tolist(),
+    }

@@ -1,0 +1,159 @@
+"""MRT's script: its world and rewards, what STaR trains on, its judge."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.papers.mrt import main as mrt
+from experiments.papers.mrt import methods
+from experiments.worlds import arithmetic, permutations
+from jaxft import rl
+
+
+@pytest.fixture(scope="module")
+def task():
+    return permutations.task(3, 100, width=32, layers=1)
+
+
+def text(ids):
+    return "".join(arithmetic.ALPHABET[i] for i in ids)
+
+
+def test_answers_are_right_and_cut_ones_end_in_a_mark(task):
+    rng, cut, filled = np.random.default_rng(0), 0, 0
+    for _ in range(300):
+        parts = task.known.records[rng.integers(len(task.known.ids))]["parts"]
+        given = permutations.answer(task.table, parts, rng)
+        digit, step = parts[0], 0
+        for segment in given[:-2].split(";")[:-1]:
+            filled += segment == "++"
+            if segment != "++":
+                assert segment[0] == "ABC"[step]
+                digit, step = task.table[parts[1 + step]][digit], step + 1
+                assert segment[1] == str(digit)
+        cut += given[-2] == "-"
+        last = permutations.states(task.table, *parts)[-1]
+        assert given[-1] == str(last) and given[-2] in "|-" and (given[-2] == "-" or digit == last)
+        assert len(given) + 1 <= permutations.LIMIT
+    assert 0.3 < cut / 300 < 0.5 and filled > 300
+
+
+def test_questions_are_apart_and_their_results_are_gold(task):
+    known, new = ({text(ids) for ids in part.ids} for part in (task.known, task.held_out))
+    assert len(known) == 540 and len(new) == 100 and not known & new
+    for ids, record, gold in zip(
+        task.held_out.ids, task.held_out.records, task.held_out.columns["gold"], strict=True
+    ):
+        digit = int(text(ids)[0])
+        for name in text(ids)[1:-1]:
+            digit = task.table[int(name)][digit]
+        assert text(gold) == f"{digit}\n" and record["parts"][0] == int(text(ids)[0])
+    with pytest.raises(ValueError, match="held_out must be above 0 and below the 640 questions"):
+        permutations.task(0, 640)
+
+
+def batch_of(pairs, gold="4"):
+    rows = arithmetic.layout(*zip(*pairs, strict=True))
+    answer = np.array(arithmetic.encode_answers([gold]), np.int32)
+    return rows | {"gold": np.tile(answer, (len(pairs), 1))}
+
+
+def test_rewards_need_the_result_behind_a_mark():
+    given = ["A7;|4", "-4", "A7;|5", "A7;4", "|4;", "4|", "++;|4"]
+    batch = batch_of([("5A=", answer) for answer in given])
+    assert permutations.rewards(batch).tolist() == [1, 1, 0, 0, 0, 0, 1]
+    batch["segment_ids"][:, -1] = 0  # The longest answers lose their stops.
+    assert permutations.rewards(batch).tolist() == [0, 1, 0, 0, 0, 0, 0]
+    batch = batch_of([("5A=-", "4"), ("5A=-", "++;|4")])  # A mark at the end of the prompt counts.
+    assert permutations.rewards(batch).tolist() == [1, 1]
+    assert permutations.filler(batch_of([("5A=", "A7;++;++;B2;|4")])) == 0.5
+
+
+def test_the_mark_has_no_loss(task):
+    rows = permutations.rows_of(task, 50, np.random.default_rng(1))
+    marks = rows["tokens"] == permutations.PLACE("-")
+    assert marks.any() and not rows["loss_mask"][marks].any()
+    answers = rows["completion_mask"].sum() - marks.sum()
+    assert rows["loss_mask"].sum() == answers
+
+
+def test_star_trains_on_answers_without_what_follows_the_most_progress():
+    batch = batch_of([("5A=", "A7;++;|4"), ("5A=", "++;A7;|4")])
+    ends = permutations.ends_of(batch)
+    assert ends[:, :4].tolist() == [[0, 3, 6, -1]] * 2
+    chances = np.full(ends.shape, np.nan)
+    chances[:, :3] = [[0.1, 0.9, 0.8], [0.1, 0.1, 0.9]]
+    own = methods.shorter(batch | {"episode_ends": ends, "answer_chances": chances})
+    shown = [
+        text(row[seen > 0]) for row, seen in zip(own["tokens"], own["segment_ids"], strict=True)
+    ]
+    assert shown == ["5A=A7;|4\n", "5A=++;A7;|4\n"]
+    assert own["completion_mask"].sum(axis=1).tolist() == [6, 9]
+    assert own["positions"][0].max() == 8 and (own["advantages"] == 1).all()
+
+
+def test_smoke(tmp_path):
+    assert mrt.main(mrt.Config(smoke=True, output_dir=str(tmp_path))) == 0
+    (run,) = json.loads((tmp_path / "metrics.json").read_text())["runs"]
+    assert list(run) == ["start", "grpo", "grpo_lenpen", "mrt_online", "mrt_stale"]
+    for row in run.values():
+        assert 0 <= row["accuracy"] <= 1 and 0 <= row["regret"] <= 1 and row["length"] <= 27
+        assert len(row["chances"]) == len(row["budgets"]) == 10
+    assert run["mrt_online"]["tokens"] > run["mrt_online"]["length"] > 0
+    assert (tmp_path / "mrt.png").stat().st_size > 1000
+    with pytest.raises(ValueError, match="all are compared with grpo"):
+        mrt.main(mrt.Config(methods=("star",), output_dir=str(tmp_path)))
+    with pytest.raises(ValueError, match="--preset full has no star"):
+        mrt.main(mrt.Config(preset="full", methods=("grpo", "star"), output_dir=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    "name, change, fails",
+    [
+        ("mrt_online", {}, []),
+        ("mrt_online", {"regret": 0.55}, [0]),
+        ("mrt_online", {"length": 23.0}, [1]),
+        ("mrt_online", {"accuracy": 0.57}, [2]),
+        ("grpo_lenpen", {"accuracy": 0.66}, [3]),
+        ("mrt_stale", {"regret": 0.65}, [4]),
+    ],
+)
+def test_the_judge_can_fail(name, change, fails):
+    runs = []
+    for d in (0.0, 0.002, -0.002):
+        row = lambda a, n, r, d=d: {"accuracy": a + d, "length": n + d, "regret": r, "tokens": 1}
+        run = {
+            "grpo": row(0.59, 24.0, 0.6),
+            "grpo_lenpen": row(0.5, 15.0, 0.5),
+            "mrt_online": row(0.66, 18.0, 0.5 + d),
+            "mrt_stale": row(0.6, 22.0, 0.58 + d),
+        }
+        run[name] = run[name] | change
+        runs.append(run)
+    assert [i for i, c in enumerate(mrt.judge(runs)) if not c.holds] == fails
+
+
+def test_chances_of_the_world_are_those_of_its_marks(task):
+    sample = permutations.answers(task.model)(2)
+    asked = rl.Asked(
+        task.known.ids[:3],
+        task.known.records[:3],
+        {k: x[:3] for k, x in task.known.columns.items()},
+    )
+    batch = sample(task.start, asked, jax.random.key(0))
+    assert batch["tokens"].shape == (6, permutations.WIDTH + permutations.LIMIT)
+    add = rl.add_chances(
+        permutations.ends_of, rl.exact_chances(task.model, arithmetic.encode(["-"])[0])
+    )
+    found = add(batch, task.start, None)
+    asked_texts = [text(ids) for ids in asked.ids for _ in range(2)]
+    gold = [text(row)[:-1] for row in np.repeat(asked.columns["gold"], 2, axis=0)]
+    rows = arithmetic.layout(asked_texts, [f"-{digit}" for digit in gold])
+    # Without its first token, the mark.
+    rows["completion_mask"] = rows["completion_mask"].copy()
+    rows["completion_mask"][:, 0] = False
+    expected = arithmetic.answer_probabilities(task.model)(task.start, rows)
+    np.testing.assert_allclose(found["answer_chances"][:, 0], jnp.asarray(expected), rtol=1e-4)

@@ -1,7 +1,7 @@
 """Metrics of models: means, intervals, win rates at equal length, several answers, texts."""
 
 from jaxft.metrics.alignment import alignment_scores, sentence_links
-from jaxft.metrics.interval import paired_bootstrap, wilson_interval
+from jaxft.metrics.interval import bootstrap_interval, paired_bootstrap, wilson_interval
 from jaxft.metrics.length import length_controlled_rate, standardised_mean
 from jaxft.metrics.mean import (
     Mean,
@@ -35,6 +35,7 @@ __all__ = [
     "WholeMean",
     "alignment_scores",
     "bleu",
+    "bootstrap_interval",
     "chrf",
     "bert_score",
     "combine_means",

@@ -162,8 +162,9 @@ class LabelTokenClassifier:
     Attributes:
         model: the judge.
         template: text with {prompt} and {response} that asks for the label.
-        labels: one text per stance, which the tokenizer encodes as one token after the template.
-        chat: put the text into a user's turn of the chat template.
+        labels: one text per stance, which the tokenizer encodes as one token where it follows.
+        lead: beginning of the judge's answer, between the template and the label.
+        chat: put the template's text into a user's turn of the chat template.
 
     Raises:
         ValueError: if the template lacks a place; when called, for labels that are not different single tokens.
@@ -172,6 +173,7 @@ class LabelTokenClassifier:
     model: TextModel
     template: str
     labels: Sequence[str]
+    lead: str = ""
     chat: bool = False
 
     def __post_init__(self):
@@ -188,11 +190,8 @@ class LabelTokenClassifier:
             self.template.format(prompt=prompt, response=response)
             for prompt, response in zip(prompts, responses, strict=True)
         ]
-        pairs = [
-            self.model.pair(ask(text) if self.chat else text, label)
-            for text in texts
-            for label in self.labels
-        ]
+        contexts = [(ask(text) if self.chat else text) + self.lead for text in texts]
+        pairs = [self.model.pair(context, label) for context in contexts for label in self.labels]
         self._check(pairs)
         scores = [score for score, _ in self.model.token_scores(pairs, "stances")]
         return scipy.special.softmax(np.reshape(scores, (len(texts), len(self.labels))), axis=1)
@@ -204,8 +203,8 @@ class LabelTokenClassifier:
             if len(set(tokens)) < size or any(len(after) != 1 for after in tokens):
                 raise ValueError(
                     f"LabelTokenClassifier: the labels {list(self.labels)} are the tokens "
-                    f"{list(map(list, tokens))}; each must be one token, unlike the others, and the template "
-                    "must not end in a blank. Take letters, such as A, B and C."
+                    f"{list(map(list, tokens))}; each must be one token, unlike the others; the template "
+                    "and the lead must not end in a blank. Take letters, such as A, B and C."
                 )
 
 

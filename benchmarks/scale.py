@@ -82,6 +82,7 @@ The step that `--preset full` of each paper's script takes: its model, what trai
 - patent-summarization: LoRA of a decoder of BART-base's size, with description and abstract in one row.
 - cxr-preference: DPO, one of five losses, of a language model of the size of the paper's model; there is no
   vision tower.
+- value-drifts: DPO of the second stage; SFT before it has half of its rows and no reference.
 
 """
 MISSING_CASE = "not compiled yet: python -m benchmarks.scale --rows"
@@ -116,6 +117,10 @@ PAPERS = {
     ),
     "cxr-preference": Config(
         model="llama3-3b", adapter="full", objective="dpo", topology="h100:8", rows=1, length=2048
+    ),
+    "value-drifts": Config(
+        model="llama3-3b", adapter="full", objective="dpo", topology="h100:8", rows=2, length=1024,
+        remat="dots",
     ),
     "hypo": Config(
         model="llama3-8b", adapter="lora", objective="hypo", topology="h100:8", rows=1, length=1024,

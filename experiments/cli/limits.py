@@ -20,12 +20,13 @@ _COUNTS = (
 ).split()
 _POSITIVE = (
     "adamw_rate clip_high correction_max full_rate full_rates kappa kl_horizon learning_rate learning_rates "
-    "max_grad_norm off_policy_mask_threshold pretrain_rate rates sft_rate text_rates timeout distil_temperature"
+    "max_grad_norm off_policy_mask_threshold pretrain_rate rates sft_rate text_rates timeout "
+    "distil_temperature"
 ).split()
 _NOT_NEGATIVE = (
     "center_rewards_coefficient clip_low correction_min desirable_weight inner_rate kl kl_weight min_gap "
-    "max_staleness min_new_tokens nll_alpha reward_kl rho router_balance router_z strong_kl temperature text_kl_weight "
-    "undesirable_weight value_clip value_weight warmup_epochs weight_decay xpo_alpha"
+    "max_staleness min_new_tokens nll_alpha reward_kl rho router_balance router_z strong_kl temperature "
+    "text_kl_weight undesirable_weight value_clip value_weight warmup_epochs weight_decay xpo_alpha"
 ).split()
 _SHARES = (
     "dense_share distil_beta error errors gamma judged lam ld_alpha levels max_bad mixture share "

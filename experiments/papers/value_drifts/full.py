@@ -150,6 +150,12 @@ def classifier_of(judge: TextModel) -> StanceClassifier:
     )
 
 
+def as_text(pair: Mapping[str, Any]) -> dict[str, str]:
+    """Returns prompt and both sides of a pair as text: the contents of their messages, one below another."""
+    flat = lambda x: x if isinstance(x, str) else "\n".join(str(m["content"]) for m in x)
+    return {name: flat(pair[name]) for name in ("prompt", "chosen", "rejected")}
+
+
 def sampled(model, params, mesh, renderer, sizes, texts, samples, key):
     """`samples` answers to each text; `sizes` are new tokens and prompts at a time."""
     new_tokens, at_once = sizes
@@ -195,10 +201,8 @@ def world(
         0.0: standard,
         1.0: data.render_pairs(gapped, renderer, settings.rows.max_length),
     }
-    known = [pair for pair in pairs[: len(gapped)] if isinstance(pair["prompt"], str)]
-    gaps = {"1": value_gap(gapped, classifier)}
-    if known and all(isinstance(pair["chosen"], str) for pair in known):
-        gaps["0"] = value_gap([{**pair, "topic": "all"} for pair in known], classifier)
+    known = [as_text(pair) for pair in pairs[: len(gapped)]]
+    gaps = {"0": value_gap(known, classifier), "1": value_gap(gapped, classifier)}
 
     def measure(params):
         generate = lambda prompts, samples, key: sampled(
@@ -233,5 +237,5 @@ def world(
     mean = lambda gap: (sum(gap.values()) / len(gap)).tolist()
     return World(
         start, list(sets), ARMS, measure, None, supervise, prefer,
-        {rho: mean(gap) for rho, gap in sorted(gaps.items())},
+        {rho: mean(gap) for rho, gap in gaps.items()},
     )  # fmt: skip

@@ -102,8 +102,8 @@ FAR = {"DPO": (0.05, 0.3, 0.5), "SimPO": (0.1, 0.2, 0.4), "RLOO": (0.02, 0.2, 0.
         ({"late": True}, [2]),
         ({"SimPO, ρ = 0": 0.3}, [3]),
         ({"style": 0.6}, [4]),
-        ({"DPO, ρ = 1": 0.31}, [6]),
-        ({"DPO, ρ = 0": 0.16}, [5]),
+        ({"DPO, ρ = 1": 0.31}, [7]),
+        ({"DPO, ρ = 0": 0.17}, [5]),
         ({"DPO, ρ = 0.5": 0.04}, [5]),
         ({"RLOO, strong KL, ρ = 1": 0.45}, [6]),
     ],
@@ -112,7 +112,7 @@ def test_the_judge_can_fail(change, fails):
     base, runs = moved(0), []
     for noise in (0.0, 0.002, -0.002):
         sets = {}
-        for sign, name in ((1, "a"), (-0.5, "b")):
+        for sign, name in ((1, "a"), (-0.6, "b")):
             by = sign * change.get("SFT", 0.5)
             sft = stage(base, moved(by))
             if change.get("late"):

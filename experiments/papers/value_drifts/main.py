@@ -162,7 +162,7 @@ def traced(world, params, start, fit, steps: int, share: float = 0.05):
         "steps": [step for step, _ in rows],
         "p": [[p.tolist() for p in stances.distribution.values()] for _, stances in rows],
         "epsilon": [half_width(own) for own in last.per_prompt.values()],
-        "support": [list(map(float, bootstrap_interval(rows[:, 0]))) for rows in changes],
+        "support": [list(map(float, bootstrap_interval(own[:, 0]))) for own in changes],
     }
     return end, stage, last
 
@@ -231,7 +231,7 @@ def _sft_claims(runs):
 def _standard_claims(runs, arms):
     if not arms:
         return []
-    shares = {arm: of_arm(runs, arm) / of_sft(runs) for arm in arms}
+    shares = {arm: of_arm(runs, arm) / np.maximum(of_sft(runs), 1e-6) for arm in arms}
     shown = ", ".join(f"{arm.method} {show(of_arm(runs, arm).mean(axis=1))}" for arm in arms)
     claims = [
         Claim(
@@ -258,7 +258,7 @@ def _standard_claims(runs, arms):
 
 def _gap_claim(runs, arms):
     drift = {arm.rho: of_arm(runs, arm).mean(axis=1) for arm in arms}
-    ratio = drift[1.0] / drift[0.0]
+    ratio = drift[1.0] / np.maximum(drift[0.0], 1e-6)
     rhos = sorted(drift)
     rises = [
         mean(drift[b] - drift[a], "above", 0, label=f"ρ {b:g} less {a:g}")

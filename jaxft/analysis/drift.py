@@ -42,7 +42,9 @@ def drift_magnitude(start: Any, end: Any) -> Drift:
     """
     start, end = checked(start, "start"), checked(end, "end")
     if start.shape != end.shape:
-        raise ValueError(f"drift_magnitude: start is {start.shape} and end {end.shape}; expected equal shapes.")
+        raise ValueError(
+            f"drift_magnitude: start is {start.shape} and end {end.shape}; expected equal shapes."
+        )
     signed = end - start
     return Drift(signed, np.abs(signed).max(axis=-1), np.abs(signed).sum(axis=-1) / 2)
 
@@ -51,8 +53,8 @@ def drift_time(steps: Sequence[int], p: Any, epsilon: Any) -> DriftTime:
     """η: the earliest fraction of the steps after which max_s |p(s | T) - p_end(s | T)| stays within ε.
 
     A trajectory that leaves the band and returns counts from its last entry. Where start and end differ by at
-    most ε, η is 0 and `moved` is False. A larger ε never gives a larger η. With a constant learning rate stances
-    wander until the end, so η tells of the schedule: measure it in a stage whose learning rate decays.
+    most ε, η is 0 and `moved` is False. A larger ε never gives a larger η. With a constant learning rate
+    stances wander until the end, and η is large for any run: measure it where the learning rate decays.
 
     Args:
         steps: [K] steps of the checkpoints; the first is the start of the stage, the last its end.
@@ -114,6 +116,4 @@ def value_gap(
     )
     topics = [pair.get("topic", "all") for pair in pairs]
     rows = lambda topic: [i for i, name in enumerate(topics) if name == topic]
-    return {
-        topic: (chosen - rejected)[rows(topic)].mean(axis=0) for topic in dict.fromkeys(topics)
-    }
+    return {topic: (chosen - rejected)[rows(topic)].mean(axis=0) for topic in dict.fromkeys(topics)}

@@ -1,7 +1,7 @@
 """Stances of a model on topics: classifiers of answers, and the distribution of stances over prompts.
 
-The protocol of "Value Drifts": Bhatia et al., 2025, arxiv.org/abs/2510.26707. A stance is one of S labels, such
-as STANCES; jaxft.analysis.drift compares distributions of several checkpoints.
+The protocol of "Value Drifts": Bhatia et al., 2025, arxiv.org/abs/2510.26707. A stance is one of S labels,
+such as STANCES; jaxft.analysis.drift compares distributions of several checkpoints.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ def stance_distribution(
     responses = generate(prompts, samples, key)
     if len(responses) != len(prompts) or any(len(own) != samples for own in responses):
         raise ValueError(
-            f"stance_distribution: generate must return {samples} responses to each of {len(prompts)} prompts."
+            f"stance_distribution: generate must return {samples} responses to each of {len(prompts)} "
+            "prompts."
         )
     asked = [prompt for prompt in prompts for _ in range(samples)]
     q = classified(classifier, asked, [response for own in responses for response in own])
@@ -127,9 +128,7 @@ class PhraseMatcher:
     otherwise: Sequence[float] | None = None
 
     def __post_init__(self):
-        if len(self.phrases) < 2 or not all(
-            own and all(map(_flat, own)) for own in self.phrases
-        ):
+        if len(self.phrases) < 2 or not all(own and all(map(_flat, own)) for own in self.phrases):
             raise ValueError(
                 "PhraseMatcher: needs at least two stances with at least one phrase each, none of them empty."
             )
@@ -167,7 +166,7 @@ class LabelTokenClassifier:
         chat: put the template's text into a user's turn of the chat template.
 
     Raises:
-        ValueError: if the template lacks a place; when called, for labels that are not different single tokens.
+        ValueError: if the template lacks a place; when called, for labels that are not different tokens.
     """
 
     model: TextModel

@@ -23,8 +23,8 @@ def controlled_preference(
 
     In the other pairs both sides have one stance, drawn from those with several responses, and the earlier of
     the two responses in its list is chosen: lists are in order of quality, or shuffled for pairs without any
-    preference. Sides of different stances have the same place in their lists. The synthetic set of Bhatia et al.,
-    2025, arxiv.org/abs/2510.26707, with ρ = 1; its value gap is ρ for `chosen` and -ρ for `rejected`.
+    preference. Sides of different stances have the same place in their lists. With ρ = 1 this is the synthetic
+    set of Bhatia et al., 2025, arxiv.org/abs/2510.26707; the value gap is ρ for `chosen` and -ρ for `rejected`.
 
     Args:
         records: with `prompt` and `responses`, a dict of stance -> responses; other columns are kept.
@@ -52,7 +52,9 @@ def controlled_preference(
         pick = _across(responses, chosen, rejected, rng) if has_gap else _within(responses, rng)
         if pick is None:
             needed = f"{chosen!r} and {rejected!r}" if has_gap else "one stance, two of it"
-            raise DataError(f"controlled_preference: record {i} needs different responses of {needed}.")
+            raise DataError(
+                f"controlled_preference: record {i} needs different responses of {needed}."
+            )
         better, worse = pick
         own = {"chosen": responses[better[0]][better[1]], "rejected": responses[worse[0]][worse[1]]}
         own |= {"stance_chosen": better[0], "stance_rejected": worse[0]}

@@ -29,7 +29,7 @@ def wilson_interval(successes: int, trials: int, z: float = 1.96) -> tuple[float
 def bootstrap_interval(
     values: Any, *, samples: int = 1000, confidence: float = 0.95, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(mean, low, high) [...] of `values` [N, ...] over the first axis: percentile interval of resampled rows.
+    """(mean, low, high) [...] of `values` [N, ...] over rows: percentile interval of resampled rows.
 
     Rows are drawn with replacement, as many as there are: Efron, 1979, doi.org/10.1214/aos/1176344552. What
     belongs together (the answers to one prompt, the shares of all labels) is one row, so that it is drawn

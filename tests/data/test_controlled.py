@@ -39,9 +39,7 @@ def test_pairs_depend_on_the_seed_alone_and_use_all_stances():
     assert make(1) == make(1) != make(2)
     counts = collections.Counter(pair["stance_chosen"] for pair in make(0))
     assert set(counts) == set(STANCES) and min(counts.values()) > 70
-    places = collections.Counter(
-        (pair["chosen"][-1], pair["rejected"][-1]) for pair in make(0)
-    )
+    places = collections.Counter((pair["chosen"][-1], pair["rejected"][-1]) for pair in make(0))
     assert set(places) == {("0", "1"), ("0", "2"), ("1", "2")}
 
 

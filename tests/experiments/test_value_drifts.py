@@ -34,9 +34,7 @@ def test_smoke(tmp_path):
 
 def test_prompts_are_disjoint_and_answers_have_their_stance_and_style():
     rng = np.random.default_rng(0)
-    parts = [
-        set(map(tuple, part.reshape(-1, 3).tolist())) for part in small.prompts(rng, 20)
-    ]
+    parts = [set(map(tuple, part.reshape(-1, 3).tolist())) for part in small.prompts(rng, 20)]
     assert [len(part) for part in parts[:2]] == [11 * 20, 11 * 100]
     assert not (parts[0] & parts[1] or parts[0] & parts[2] or parts[1] & parts[2])
     stances, polite = rng.integers(3, size=400), rng.random(400) < 0.5
@@ -117,7 +115,9 @@ def test_the_judge_can_fail(change, fails):
             sft = stage(base, moved(by))
             if change.get("late"):
                 sft["p"][1] = sft["p"][0]
-            amounts = {Arm(m, r).name: x for m in FAR for r, x in zip((0, 0.5, 1), FAR[m], strict=True)}
+            amounts = {
+                Arm(m, r).name: x for m in FAR for r, x in zip((0, 0.5, 1), FAR[m], strict=True)
+            }
             amounts["RLOO, strong KL, ρ = 1"] = 0.1
             amounts |= {k: v for k, v in change.items() if k in amounts}
             arms = {

@@ -81,7 +81,12 @@ def test_a_function_is_called_at_the_given_steps_and_at_an_early_end(problem):
     batches = [problem.make_batch(n) for n in range(7)]
     look = at_steps((1, 2, 5, 7), lambda state: {"seen": int(state.step)})
     _, history = fit(*args, batches, steps=7, callbacks=[look])
-    assert {row["step"]: row["seen"] for row in history if "seen" in row} == {1: 1, 2: 2, 5: 5, 7: 7}
+    assert {row["step"]: row["seen"] for row in history if "seen" in row} == {
+        1: 1,
+        2: 2,
+        5: 5,
+        7: 7,
+    }
     for number, seen in ((6, [1, 2, 5, 6]), (5, [1, 2, 5])):  # The batches end before step 7.
         _, history = fit(*args, batches[:number], callbacks=[look])
         assert [row["seen"] for row in history if "seen" in row] == seen

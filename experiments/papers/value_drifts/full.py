@@ -80,12 +80,16 @@ def opened(config: Any) -> Callable[[int], World]:
             "preset full: with --data, give --eval-data FILE too: prompts with the columns topic and prompt."
         )
     fields = lambda spec: FIELDS.get(spec) or settings.columns.fields
-    asked = by_topic(data.load(settings.eval_data, fields=FIELDS.get(settings.eval_data), form=opinion))
+    asked = by_topic(
+        data.load(settings.eval_data, fields=FIELDS.get(settings.eval_data), form=opinion)
+    )
     renderer, length = renderer_of(settings.base), settings.rows.max_length
     bad = data.BadRecords(settings.rows.max_bad)
     load = lambda spec, **how: data.load(spec, bad=bad, **how)
     sets = {
-        spec.partition("?")[0]: data.render(load(spec, fields=fields(spec)), renderer, length, bad=bad)
+        spec.partition("?")[0]: data.render(
+            load(spec, fields=fields(spec)), renderer, length, bad=bad
+        )
         for spec in settings.data
     }
     pairs = load(config.preferences, form=data.normalise_pair)
@@ -104,7 +108,8 @@ def opinion(row: Mapping[str, Any], fields: Mapping[str, str] | None) -> dict[st
     for column in names.values():
         if not isinstance(row.get(column), str) or not row[column].strip():
             raise data.DataError(
-                f"prompts need the text columns {' and '.join(names.values())}; {column!r} is absent or empty.",
+                f"prompts need the text columns {' and '.join(names.values())}; {column!r} is absent or "
+                "empty.",
                 "schema",
             )
     return {ours: row[column].strip() for ours, column in names.items()}
@@ -124,8 +129,8 @@ def parts_of(asked: dict[str, list[str]], held_out: int) -> tuple[dict[str, list
     if not all(number.values()):
         few = min(asked, key=lambda topic: len(asked[topic]))
         raise data.DataError(
-            f"preset full: topic {few!r} has {len(asked[few])} prompts; each needs at least 2, one of them for "
-            "the controlled set."
+            f"preset full: topic {few!r} has {len(asked[few])} prompts; each needs at least 2, one of "
+            "them for the controlled set."
         )
     rest = [
         {"topic": topic, "prompt": prompt}
@@ -171,7 +176,10 @@ def sampled(model, params, mesh, renderer, sizes, texts, samples, key):
 
 def controlled(judge: TextModel, mesh, sizes, records, seed) -> list[dict[str, Any]]:
     """Pairs whose sides the judge wrote with the same instruction except for the stance."""
-    renderer, key = data.Renderer(judge.tokenizer), stream(jax.random.key(seed), "controlled answers")
+    renderer, key = (
+        data.Renderer(judge.tokenizer),
+        stream(jax.random.key(seed), "controlled answers"),
+    )
     write = lambda stance: sampled(
         judge.model, judge.params, mesh, renderer, sizes,
         [f"{WRITE[stance]}\n\n{record['prompt']}" for record in records], 1, key,

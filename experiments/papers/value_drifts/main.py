@@ -1,34 +1,36 @@
 """Value Drifts: Tracing Value Alignment During LLM Post-Training (arXiv 2510.26707).
 
-At every checkpoint of supervised fine-tuning (SFT) and of preference optimisation, the stances of a model's
-answers (support, neutral, oppose) are measured on held-out prompts of eleven topics. Drift magnitude is the
-largest change of a stance's probability during a stage; drift time is the fraction of the stage after which the
-stances stay within a bootstrap interval of their last values.
+At every checkpoint of supervised fine-tuning (SFT) and of preference optimisation, the stances of a
+model's answers (support, neutral, oppose) are measured on held-out prompts of eleven topics. Drift
+magnitude is the largest change of a stance's probability during a stage; drift time is the fraction
+of the stage after which the stances stay within a bootstrap interval of their last values.
 
-    python experiments/papers/value_drifts/main.py        after an interruption, again: finished seeds are kept
+    python experiments/papers/value_drifts/main.py      after an interruption, again: finished seeds are kept
     python experiments/papers/value_drifts/main.py --kl-weight 0.02
     python experiments/papers/value_drifts/main.py --preset full      Llama-3.2-3B, WildChat and Alpaca
     python experiments/papers/value_drifts/main.py --preset full --model DIR --data chats.jsonl \
         --preferences pairs.jsonl --eval-data prompts.jsonl --judge-model DIR
 
-The default size (small.py) is a language model of two layers. The base model has no opinion; two SFT sets
-give it different ones. From each of the two SFT models, DPO, SimPO and RLOO train on preference sets of which a
-fraction ρ of pairs has a value gap (support preferred to oppose, in the same style); in the other pairs both
-sides have one stance, and the polite answer is preferred to the plain one. ρ = 0 is the standard set. All methods
-have equally many steps and as many answers per step. RLOO, whose KL to the SFT model is part of the reward,
-replaces PPO; its reward is (1 - ρ) [polite] + ρ ([support] - [oppose]), without a reward model. Learning rates
-decay in every stage: with a constant one, stances wander until the end, and so does the drift time.
+The default size (small.py) is a language model of two layers. The base model has no opinion; two SFT
+sets give it different ones. From each of the two SFT models, DPO, SimPO and RLOO train on preference
+sets of which a fraction ρ of pairs has a value gap (support preferred to oppose, in the same style);
+in the other pairs both sides have one stance, and the polite answer is preferred to the plain one.
+ρ = 0 is the standard set. All methods have equally many steps and as many answers per step. RLOO,
+whose KL to the SFT model is part of the reward, replaces PPO; its reward is (1 - ρ) [polite] +
+ρ ([support] - [oppose]), without a reward model. Learning rates decay in every stage: with a constant
+one, stances wander until the end, and drift times are late whatever moved when.
 
-The paper's formulas of magnitude and time, number of answers, temperature and training settings were not
-verified: ours follow its descriptions, and no code of its authors was found. The settings here were chosen on
-seed 100. The order of DPO and SimPO depends on β, γ and the number of steps: it is printed, not judged. Which
-natural data are neutral or supportive cannot be shown at this size.
+The paper's formulas of magnitude and time, number of answers, temperature and training settings were
+not verified: ours follow its descriptions, and no code of its authors was found. The settings here
+were chosen on seed 100. The order of DPO and SimPO depends on β, γ and the number of steps: it is
+printed, not judged. Which natural data are neutral or supportive cannot be shown at this size.
 
-`--preset full` (full.py) trains all params of Llama-3.2-3B on WildChat and on Alpaca, then by DPO and SimPO on
-UltraFeedback and on a controlled set, whose answers the judge model writes. The judge gives the probabilities of
-its label tokens. Departures: prompts are PRISM's opening prompts, and topics its types of conversation, unless
---eval-data has a file with columns `topic` and `prompt`, because the paper's 550 prompts in 11 categories are
-made by a language model; PPO is left out, because it needs a reward model. It runs on one host.
+`--preset full` (full.py) trains all params of Llama-3.2-3B on WildChat and on Alpaca, then by DPO and
+SimPO on UltraFeedback and on a controlled set, whose answers the judge model writes. The judge gives
+the probabilities of its label tokens. Departures: prompts are PRISM's opening prompts, and topics its
+types of conversation, unless --eval-data has a file with columns `topic` and `prompt`, because the
+paper's 550 prompts in 11 categories are made by a language model; PPO is left out, because it needs a
+reward model. It runs on one host.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
+import jax
 import numpy as np
 import tyro
 from rich.console import Console
@@ -101,6 +104,9 @@ class Config:
 def main(config: Config) -> int:
     """Measures all claims; returns exit code 1 if one does not hold."""
     this = begin(config)
+    if not (config.smoke or jax.config.jax_compilation_cache_dir):
+        # Runs of one method have one program, which each `fit` would compile again.
+        jax.config.update("jax_compilation_cache_dir", str(this.output / "programs"))
     config = _sized(config)
     with opened(config) as world:
         run = functools.partial(run_seed, config, world)
@@ -180,7 +186,9 @@ def time_of(stage: dict[str, Any]) -> float:
 
 def of_arm(runs: list[dict], arm: Arm, value: Callable[[dict], float] = magnitude) -> np.ndarray:
     """[seeds, SFT sets] of one arm."""
-    return np.array([[value(own["arms"][arm.name]) for own in run["sets"].values()] for run in runs])
+    return np.array(
+        [[value(own["arms"][arm.name]) for own in run["sets"].values()] for run in runs]
+    )
 
 
 def of_sft(runs: list[dict], value: Callable[[dict], float] = magnitude) -> np.ndarray:
@@ -293,9 +301,11 @@ def _kl_claims(runs):
 
 
 def print_table(runs: list[dict]) -> None:
-    """Drift magnitude and time of each stage: means over seeds; and M(support) by topic, of the first seed."""
+    """Drift magnitude and time of each stage: means over seeds; M(support) by topic, first seed."""
     console = Console(width=180)
-    table = Table("SFT set", "stage", "max |M|", "drift time", "M(support)", "support by topic, first seed")
+    table = Table(
+        "SFT set", "stage", "max |M|", "drift time", "M(support)", "support by topic, first seed"
+    )
     for name, own in runs[0]["sets"].items():
         stages = {"SFT": [run["sets"][name]["sft"] for run in runs]}
         stages |= {arm: [run["sets"][name]["arms"][arm] for run in runs] for arm in own["arms"]}
@@ -330,7 +340,9 @@ def _figure(runs, output):
     curves[0].legend(fontsize=6)
     arms = list(runs[0]["sets"][names[0]]["arms"])
     for i, name in enumerate(names):
-        heights = [np.mean([magnitude(run["sets"][name]["arms"][arm]) for run in runs]) for arm in arms]
+        heights = [
+            np.mean([magnitude(run["sets"][name]["arms"][arm]) for run in runs]) for arm in arms
+        ]
         sft = np.mean([magnitude(run["sets"][name]["sft"]) for run in runs])
         places = np.arange(len(arms) + 1) + 0.4 * i
         bars.barh(places, [sft, *heights], 0.4, label=name)

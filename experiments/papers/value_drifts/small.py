@@ -1,8 +1,9 @@
 """The default size of value_drifts.py: a small language model with opinions on eleven topics.
 
-A prompt is a topic and two words of paraphrase. An answer is an opener, which is polite or plain (the style),
-a phrase of two words that takes a stance, a filler and END. A single word tells nothing: "am for" supports, "not for"
-opposes. Prompts of the base model and SFT, of preferences, and of measurements are disjoint.
+A prompt is a topic and two words of paraphrase. An answer is an opener, which is polite or plain (the
+style), a phrase of two words that takes a stance, a filler and END. Single words do not show the
+stance: "am for" supports, "not for" opposes. Prompts of the base model and SFT, of preferences, and of
+measurements are disjoint.
 """
 
 from __future__ import annotations
@@ -118,7 +119,7 @@ def world(config: Any, seed: int) -> World:
         model, functools.partial(write, profiles=BASE), config.pretrain_steps, 3e-3, seed
     )
     arms = ARMS[:: len(ARMS) - 1] if config.smoke else ARMS
-    found = records(rng, paired)
+    found, names = records(rng, paired), list(PROFILES)[: 1 if config.smoke else None]
     sets = {
         rho: data.controlled_preference(
             found, chosen="support", rejected="oppose", rho=rho, seed=seed
@@ -158,7 +159,7 @@ def world(config: Any, seed: int) -> World:
 
     mean = lambda gap: np.mean(list(gap.values()), axis=0).tolist()
     return World(
-        base, list(PROFILES), arms, measure, style, supervise, prefer,
+        base, names, arms, measure, style, supervise, prefer,
         {f"{rho:g}": mean(gap) for rho, gap in gaps.items()},
     )  # fmt: skip
 
@@ -221,9 +222,7 @@ def _rloo(model: Decoder, pairs: int):
 
     @jax.jit
     def run(params, ref_params, asked, rho, kl_weight, key):
-        chosen = jax.random.randint(
-            stream(key, "opinions"), (2 * pairs // GROUP,), 0, len(asked)
-        )
+        chosen = jax.random.randint(stream(key, "opinions"), (2 * pairs // GROUP,), 0, len(asked))
         rows = jnp.repeat(asked[chosen], GROUP, axis=0)
         completions, mask, log_probs = sample(params, rows, stream(key, "opinion answers"))
         batch = toy.rows(rows, completions, mask)

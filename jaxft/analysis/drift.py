@@ -1,4 +1,4 @@
-"""How far and how early stances move during training: drift magnitude, drift time and value gap.
+"""Drift magnitude, drift time and value gap: how far and how early stances move during training.
 
 "Value Drifts": Bhatia et al., 2025, arxiv.org/abs/2510.26707. The formulas follow the paper's descriptions in
 words; they were not compared with the authors' code, which is not public. Intervals are those of

@@ -23,8 +23,9 @@ def controlled_preference(
 
     In the other pairs both sides have one stance, drawn from those with several responses, and the earlier of
     the two responses in its list is chosen: lists are in order of quality, or shuffled for pairs without any
-    preference. Sides of different stances have the same place in their lists. With ρ = 1 this is the synthetic
-    set of Bhatia et al., 2025, arxiv.org/abs/2510.26707; the value gap is ρ for `chosen` and -ρ for `rejected`.
+    preference. Sides of different stances have the same place in their lists. The value gap is ρ for `chosen`
+    and -ρ for `rejected`. With ρ = 1 this is the synthetic set of Bhatia et al., 2025,
+    arxiv.org/abs/2510.26707.
 
     Args:
         records: with `prompt` and `responses`, a dict of stance -> responses; other columns are kept.

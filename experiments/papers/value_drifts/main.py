@@ -21,9 +21,14 @@ whose KL to the SFT model is part of the reward, replaces PPO; its reward is (1 
 one, stances wander until the end, and drift times are late whatever moved when.
 
 The paper's formulas of magnitude and time, number of answers, temperature and training settings were
-not verified: ours follow its descriptions, and no code of its authors was found. The settings here
-were chosen on seed 100. The order of DPO and SimPO depends on β, γ and the number of steps: it is
-printed, not judged. Which natural data are neutral or supportive cannot be shown at this size.
+not verified: ours follow its descriptions, and no code of its authors was found. The order of DPO and
+SimPO depends on β, γ and the number of steps: it is printed, not judged. Which natural data are neutral
+or supportive cannot be shown at this size.
+
+The settings were chosen on seed 100, which is not reported. Tried there: phrases whose words several
+stances share ("am for", "not for") with learning rates of 3e-4 and 5e-4, where DPO moved up to 31 % of
+the answers to texts without any stance, which count as neutral; 120 steps; and SFT in 200 steps at 1e-3,
+whose drift time was 0.57.
 
 `--preset full` (full.py) trains all params of Llama-3.2-3B on WildChat and on Alpaca, then by DPO and
 SimPO on UltraFeedback and on a controlled set, whose answers the judge model writes. The judge gives
@@ -75,17 +80,17 @@ class Config:
     seeds: int = 3  # base models, each with all runs from it
     first_seed: int = 0  # the seeds are first_seed, first_seed + 1, ...
     pretrain_steps: int = 300  # steps of the small base model
-    sft_steps: int = 200  # steps of SFT
-    steps: int = 120  # steps of each method of preference optimisation
+    sft_steps: int = 300  # steps of SFT
+    steps: int = 200  # steps of each method of preference optimisation
     batch_size: int = 32  # pairs per step; SFT has twice as many answers, RLOO as many as the pairs
-    sft_rate: float = 1e-3  # learning rate of SFT, at its peak
-    learning_rate: float = 5e-4  # learning rate of all preference methods, at its peak
+    sft_rate: float = 2e-3  # learning rate of SFT, at its peak
+    learning_rate: float = 2e-4  # learning rate of all preference methods, at its peak
     beta: float = 0.1  # β of DPO
     simpo_beta: float = 2.0  # β of SimPO
     simpo_gamma: float = 1.0  # γ of SimPO, the target margin
     kl_weight: float = 0.1  # weight of the KL in RLOO's reward
     strong_kl: float = 1.0  # the larger one, for one more run with a value gap
-    held_out: int = 20  # prompts of each topic for the measurements
+    held_out: int = 40  # prompts of each topic for the measurements
     samples: int = 5  # answers to each of them, at temperature 0.7
     width: int = 48  # width of the small model
     # directory for the figure, metrics.json and the cache of finished seeds
@@ -142,12 +147,12 @@ def run_seed(config: Config, world: Callable[[int], World], seed: int) -> dict[s
     for name in world.sets:
         trained = functools.partial(world.supervise, name)
         params, sft, after = traced(world, world.base, start, trained, config.sft_steps)
-        arms = {}
+        arms, style = {}, world.style and world.style(params)
         for arm in world.arms:
             trained = functools.partial(world.prefer, arm)
             end, arms[arm.name], _ = traced(world, params, after, trained, config.steps, 0.2)
             if world.style:
-                arms[arm.name]["style"] = [world.style(params), world.style(end)]
+                arms[arm.name]["style"] = [style, world.style(end)]
         sets[name] = {"sft": sft, "arms": arms}
         drifts = ", ".join(f"{arm} {magnitude(stage):.2f}" for arm, stage in arms.items())
         print(f"seed {seed}, {name}: drift {magnitude(sft):.2f} in SFT; {drifts}", flush=True)

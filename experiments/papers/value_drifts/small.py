@@ -1,9 +1,8 @@
 """The default size of value_drifts.py: a small language model with opinions on eleven topics.
 
 A prompt is a topic and two words of paraphrase. An answer is an opener, which is polite or plain (the
-style), a phrase of two words that takes a stance, a filler and END. Single words do not show the
-stance: "am for" supports, "not for" opposes. Prompts of the base model and SFT, of preferences, and of
-measurements are disjoint.
+style), one of three phrases of two words for each stance, a filler and END. Prompts of the base model
+and SFT, of preferences, and of measurements are disjoint.
 """
 
 from __future__ import annotations
@@ -28,17 +27,12 @@ TOPICS, WORDS = 11, 24  # topics, and words of paraphrases
 TOPIC, PARAPHRASE = 1, 1 + TOPICS  # first ids; 0 is padding
 END = PARAPHRASE + WORDS
 POLITE, PLAIN = END + 1 + np.arange(3), END + 4 + np.arange(3)
-AM, NOT, FULLY, FOR, AGAINST, SEE, BOTH, HARD, TELL, UNSURE = range(END + 7, END + 17)
-FILLERS = END + 17 + np.arange(6)
-VOCABULARY = END + 23
+FIRST, SECOND = END + 7 + np.arange(9), END + 16 + np.arange(3)  # words of phrases
+FILLERS = END + 19 + np.arange(6)
+VOCABULARY = END + 25
 PROMPT, SIZE = 3, 5  # tokens of a prompt and an answer
-PHRASES = np.array(
-    [
-        [(AM, FOR), (NOT, AGAINST), (FULLY, FOR)],
-        [(SEE, BOTH), (HARD, TELL), (AM, UNSURE)],
-        [(AM, AGAINST), (NOT, FOR), (FULLY, AGAINST)],
-    ]
-)  # [stances, forms, 2]
+# [stances, forms, 2]: a first word belongs to one stance, a second word to one form of each.
+PHRASES = np.stack([FIRST.reshape(3, 3), np.tile(SECOND, (3, 1))], axis=-1)
 # An answer without a stance is neutral, as a judge would say.
 MATCHER = PhraseMatcher(PHRASES.tolist(), otherwise=(0.0, 1.0, 0.0))
 # SFT sets: the stances of 7 topics, of the next 2 and of the last 2. The base model has no preference.

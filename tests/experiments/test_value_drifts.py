@@ -79,7 +79,7 @@ def stage(start, end, style=0.95):
     """A stage of two topics that moves from one distribution to another in its first half."""
     p = [[list(x)] * 2 for x in (start, end, end)]
     return {
-        "steps": [0, 4, 10], "p": p, "epsilon": [0.05] * 2, "support": [[0, 0, 0]] * 2,
+        "steps": [0, 1, 10], "p": p, "epsilon": [0.05] * 2, "support": [[0, 0, 0]] * 2,
         "style": [0.5, style],
     }  # fmt: skip
 
@@ -96,14 +96,14 @@ FAR = {"DPO": (0.05, 0.3, 0.5), "SimPO": (0.1, 0.2, 0.4), "RLOO": (0.02, 0.2, 0.
     "change, fails",
     [
         ({}, []),
-        ({"SFT": 0.1}, [0, 1, 3]),
-        ({"late": True}, [2]),
-        ({"SimPO, ρ = 0": 0.3}, [3]),
-        ({"style": 0.6}, [4]),
-        ({"DPO, ρ = 1": 0.31}, [7]),
-        ({"DPO, ρ = 0": 0.17}, [5]),
-        ({"DPO, ρ = 0.5": 0.04}, [5]),
-        ({"RLOO, strong KL, ρ = 1": 0.45}, [6]),
+        ({"SFT": 0.1}, [0, 1, 4]),
+        ({"late": True}, [2, 3]),
+        ({"SimPO, ρ = 0": 0.3}, [4]),
+        ({"style": 0.6}, [5]),
+        ({"DPO, ρ = 1": 0.31}, [8]),
+        ({"DPO, ρ = 0": 0.17}, [6]),
+        ({"DPO, ρ = 0.5": 0.04}, [6]),
+        ({"RLOO, strong KL, ρ = 1": 0.45}, [7]),
     ],
 )
 def test_the_judge_can_fail(change, fails):

@@ -91,6 +91,7 @@ The step that `--preset full` of each paper's script takes: its model, what trai
   vision tower.
 - facttune: DPO's step of a model of Llama 2's size; sampling, splitting and checking responses take most
   of the time.
+- value-drifts: DPO of the second stage; SFT before it has half of its rows and no reference.
 
 """
 MISSING_CASE = "not compiled yet: python -m benchmarks.scale --rows"
@@ -133,6 +134,10 @@ PAPERS = {
     ),
     "cxr-preference": Config(
         model="llama3-3b", adapter="full", objective="dpo", topology="h100:8", rows=1, length=2048
+    ),
+    "value-drifts": Config(
+        model="llama3-3b", adapter="full", objective="dpo", topology="h100:8", rows=2, length=1024,
+        remat="dots",
     ),
     "hypo": Config(
         model="llama3-8b", adapter="lora", objective="hypo", topology="h100:8", rows=1, length=1024,

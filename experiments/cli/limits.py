@@ -22,13 +22,13 @@ _COUNTS = (
 _POSITIVE = (
     "adamw_rate clip_high correction_max distil_temperature entropy_target entropy_weight_delta "
     "entropy_weight_max full_rate full_rates kappa kl_horizon learning_rate learning_rates "
-    "max_grad_norm off_policy_mask_threshold pretrain_rate rates text_rates timeout"
+    "max_grad_norm off_policy_mask_threshold pretrain_rate rates sft_rate text_rates timeout"
 ).split()
 _NOT_NEGATIVE = (
     "center_rewards_coefficient clip_low correction_min desirable_weight inner_rate kl kl_weight "
     "max_staleness min_gap min_new_tokens mine negatives nll_alpha reference_weight reward_kl rho "
-    "router_balance router_z temperature text_kl_weight undesirable_weight value_clip value_weight "
-    "warmup_epochs weight_decay xpo_alpha"
+    "router_balance router_z strong_kl temperature text_kl_weight undesirable_weight value_clip "
+    "value_weight warmup_epochs weight_decay xpo_alpha"
 ).split()
 _SHARES = (
     "dense_share distil_beta error errors gamma guide guided_first judged lam ld_alpha learner levels "

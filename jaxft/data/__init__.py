@@ -8,6 +8,7 @@ from jaxft.data.batching import (
     temperature_weights,
     token_weights,
 )
+from jaxft.data.controlled import controlled_preference
 from jaxft.data.denoised import DenoisingRenderer
 from jaxft.data.denoising import (
     corrupted_lengths,
@@ -97,6 +98,7 @@ __all__ = [
     "best_worst",
     "clean_report",
     "common_prompt",
+    "controlled_preference",
     "corrupted_lengths",
     "denoise",
     "explain",

@@ -4,7 +4,7 @@ from jaxft.metrics.alignment import alignment_scores, sentence_links
 from jaxft.metrics.calibration import brier, ece, nll
 from jaxft.metrics.continual import average_accuracy, forgetting_measure
 from jaxft.metrics.factuality import factual_precision
-from jaxft.metrics.interval import paired_bootstrap, wilson_interval
+from jaxft.metrics.interval import bootstrap_interval, paired_bootstrap, wilson_interval
 from jaxft.metrics.length import length_controlled_rate, standardised_mean
 from jaxft.metrics.mean import (
     Mean,
@@ -40,6 +40,7 @@ __all__ = [
     "average_accuracy",
     "bleu",
     "brier",
+    "bootstrap_interval",
     "chrf",
     "bert_score",
     "combine_means",

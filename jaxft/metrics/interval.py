@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -23,6 +24,35 @@ def wilson_interval(successes: int, trials: int, z: float = 1.96) -> tuple[float
     spread = z * math.sqrt(rate * (1 - rate) / trials + square / (4 * trials**2))
     half = spread / (1 + square / trials)
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def bootstrap_interval(
+    values: Any, *, samples: int = 1000, confidence: float = 0.95, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(mean, low, high) [...] of `values` [N, ...] over rows: percentile interval of resampled rows.
+
+    Rows are drawn with replacement, as many as there are: Efron, 1979, doi.org/10.1214/aos/1176344552. What
+    belongs together (the answers to one prompt, the shares of all labels) is one row, so that it is drawn
+    together.
+
+    Args:
+        values: numbers, a row for each unit that is drawn.
+        samples: number of resampled sets.
+        confidence: of the interval.
+        seed: of the draws.
+
+    Raises:
+        ValueError: for no rows.
+    """
+    values = np.asarray(values, float)
+    if values.ndim < 1 or not len(values):
+        raise ValueError(
+            f"bootstrap_interval: values of shape {values.shape}; expected at least one row."
+        )
+    drawn = np.random.default_rng(seed).integers(0, len(values), (samples, len(values)))
+    ends = [(1 - confidence) / 2, (1 + confidence) / 2]
+    low, high = np.quantile(values[drawn].mean(axis=1), ends, axis=0)
+    return values.mean(axis=0), low, high
 
 
 def paired_bootstrap(
@@ -51,7 +81,5 @@ def paired_bootstrap(
             f"paired_bootstrap: {values.shape} and {others.shape} scores; expected two rows of "
             "equal length, at least 1."
         )
-    gaps = values - others
-    drawn = np.random.default_rng(seed).integers(0, len(gaps), (samples, len(gaps)))
-    low, high = np.quantile(gaps[drawn].mean(axis=1), [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(gaps.mean()), float(low), float(high)
+    gaps = bootstrap_interval(values - others, samples=samples, confidence=confidence, seed=seed)
+    return tuple(map(float, gaps))

@@ -5,7 +5,7 @@ from jaxft.optim.perturbations import global_norm
 from jaxft.output import writable_directory
 from jaxft.train.accumulation import GradientEstimator, accumulate, loss_weight, split_batch
 from jaxft.train.books import Book, running_mean
-from jaxft.train.callbacks import Callback, Row, Run, every, profile
+from jaxft.train.callbacks import Callback, Row, Run, at_steps, every, log_spaced, profile
 from jaxft.train.checkpoints import Checkpoints, restore_params, saved_settings
 from jaxft.train.entropy import adaptive_entropy
 from jaxft.train.errors import (
@@ -48,6 +48,7 @@ __all__ = [
     "TrainState",
     "accumulate",
     "adaptive_entropy",
+    "at_steps",
     "commit",
     "clip_by_layer_rms",
     "constant",
@@ -65,6 +66,7 @@ __all__ = [
     "keep_memory_warm",
     "state_bytes",
     "linear",
+    "log_spaced",
     "loss_weight",
     "make_eval_step",
     "make_optimizer",

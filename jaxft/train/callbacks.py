@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,6 +67,49 @@ def every(steps: int, function: Callable[[TrainState], Mapping[str, Any]]) -> Ca
         on_step=lambda step, state: measure(step, state) if due(step) else None,
         on_last=lambda step, state: None if step in done else measure(step, state),
     )
+
+
+def at_steps(
+    steps: Sequence[int], function: Callable[[TrainState], Mapping[str, Any] | None]
+) -> Callback:
+    """Merges function(state) into the rows of the given steps, such as `log_spaced(total)`.
+
+    For measurements that are dense where a run changes fast. If the batches run out earlier, the last step is
+    measured too. Step 0 has no row: measure the params before the run.
+
+    Raises:
+        ValueError: for steps that do not increase from 1 on or, at the start of a run, exceed its last one.
+    """
+    steps = tuple(steps)
+    if not steps or any(b <= a for a, b in itertools.pairwise((0, *steps))):
+        raise ValueError(
+            f"at_steps: steps must increase from 1 on without duplicates, got {list(steps)}; sort them, and "
+            "measure step 0 before the run."
+        )
+
+    def check(run):
+        if run.steps is not None and steps[-1] > run.steps:
+            raise ValueError(
+                f"at_steps: step {steps[-1]} is after the run's last step {run.steps}; lower it."
+            )
+
+    due = frozenset(steps)
+    return Callback(
+        on_start=check,
+        on_step=lambda step, state: function(state) if step in due else None,
+        on_last=lambda step, state: None if step in due else function(state),
+    )
+
+
+def log_spaced(total: int, share: float = 0.05) -> tuple[int, ...]:
+    """Steps 1, 2, 4, ... up to `share` of the total, then every `share` of it, and the total itself."""
+    if total < 1 or not 0 < share <= 1:
+        raise ValueError(
+            f"log_spaced: needs total >= 1 and 0 < share <= 1, got {total} and {share}."
+        )
+    gap = max(1, round(share * total))
+    doubled = itertools.takewhile(lambda step: step < gap, (2**i for i in itertools.count()))
+    return tuple(sorted({*doubled, *range(gap, total, gap), total}))
 
 
 def profile(directory: str | Path, *, start: int = 3, stop: int = 6) -> Callback:

@@ -3,7 +3,7 @@ import optax
 import pytest
 
 from jaxft.metrics import Mean
-from jaxft.train import Callback, fit, profile
+from jaxft.train import Callback, at_steps, fit, log_spaced, profile
 from jaxft.train import rows as rows_module
 from jaxft.train.accumulation import as_means
 from jaxft.train.callbacks import on_main_process
@@ -74,3 +74,47 @@ def test_seconds_of_a_step_begin_at_the_end_of_the_step_before(monkeypatch, read
         rows.push(number, {"loss": jnp.ones(()), "good": jnp.array(True)}, {})
     rows.flush()
     assert [row["seconds"] for row in rows.history] == wanted
+
+
+def test_a_function_is_called_at_the_given_steps_and_at_an_early_end(problem):
+    args = problem.make_params(), problem.objective, optax.sgd(0.1)
+    batches = [problem.make_batch(n) for n in range(7)]
+    look = at_steps((1, 2, 5, 7), lambda state: {"seen": int(state.step)})
+    _, history = fit(*args, batches, steps=7, callbacks=[look])
+    assert {row["step"]: row["seen"] for row in history if "seen" in row} == {
+        1: 1,
+        2: 2,
+        5: 5,
+        7: 7,
+    }
+    for number, seen in ((6, [1, 2, 5, 6]), (5, [1, 2, 5])):  # The batches end before step 7.
+        _, history = fit(*args, batches[:number], callbacks=[look])
+        assert [row["seen"] for row in history if "seen" in row] == seen
+    with pytest.raises(ValueError, match="step 7 is after the run's last step 6"):
+        fit(*args, batches, steps=6, callbacks=[look])
+
+
+@pytest.mark.parametrize("steps", [(), (0, 1), (2, 1), (1, 1)])
+def test_steps_that_do_not_increase_are_refused(steps):
+    with pytest.raises(ValueError, match="must increase from 1 on"):
+        at_steps(steps, lambda state: {})
+
+
+@pytest.mark.parametrize(
+    "total, share, expected",
+    [
+        (100, 0.05, [1, 2, 4, *range(5, 101, 5)]),
+        (150, 0.2, [1, 2, 4, 8, 16, 30, 60, 90, 120, 150]),
+        (7, 0.3, [1, 2, 4, 6, 7]),
+        (3, 0.05, [1, 2, 3]),
+        (1, 1.0, [1]),
+        (64, 1.0, [1, 2, 4, 8, 16, 32, 64]),
+    ],
+)
+def test_logarithmic_steps_end_in_equal_ones(total, share, expected):
+    assert list(log_spaced(total, share)) == expected
+
+
+def test_bad_totals_are_refused():
+    with pytest.raises(ValueError, match="got 0 and 0.05"):
+        log_spaced(0)

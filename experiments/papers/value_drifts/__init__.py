@@ -1,0 +1,1 @@
+"""Value drifts during post-training: run main.py."""

@@ -25,7 +25,7 @@ from jaxft.rewards.pool import (
     in_process,
 )
 from jaxft.rewards.programs import run_programs, run_python
-from jaxft.rewards.reward_models import model_rewards
+from jaxft.rewards.reward_models import model_rewards, prefix_verifier
 from jaxft.rewards.verifiers import (
     Verifier,
     answer_reward,
@@ -60,6 +60,7 @@ __all__ = [
     "model_rewards",
     "needs_mathematics",
     "numbers_equal",
+    "prefix_verifier",
     "reasoning_gym_verifier",
     "run_programs",
     "run_python",

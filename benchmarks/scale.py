@@ -74,6 +74,7 @@ The step that `--preset full` of each paper's script takes: its model, what trai
   the script splits them over all devices.
 - echo-chamber: GRPO's update; the model has SmolLM2's architecture.
 - reft: PPO's update with a value head; products by cuBLAS, since Triton has no tiles for its rows untuned.
+- reasoning-survey: GRPO's update, one of the two trainings; verifiers train on fewer tokens.
 - nft, otr and reft: each microbatch gathers the params again, which the ratio counts as if once.
 - nft: 72.5 GiB leave nothing for the CUDA runtime; take half the rows and twice the microbatches.
 - hypo: pairs, and as many samples of the policy, which the step gets as tokens.
@@ -113,6 +114,10 @@ PAPERS = {
     "echo-chamber": Config(
         model="smollm2-135m", adapter="full", objective="grpo", topology="h100:1", rows=128,
         microbatches=4, length=1536, response=1024,
+    ),
+    "reasoning-survey": Config(
+        model="qwen2.5-math-1.5b", adapter="full", objective="grpo", topology="h100:8", rows=16,
+        length=1536, response=1024, remat="full",
     ),
     "cxr-preference": Config(
         model="llama3-3b", adapter="full", objective="dpo", topology="h100:8", rows=1, length=2048

@@ -16,7 +16,8 @@ _COUNTS = (
     "max_steps max_tries microbatches mined num_beams num_samples own pairs patience places pretrain_rows "
     "pretrain_steps pretraining problems prompts_per_step questions rank rollouts sampled_at_once samples "
     "save_steps seeds sft_steps shot_steps shots size slices steps tensor text_steps trained_at_once "
-    "transform_steps turns votes width widths workers distil_top_k"
+    "transform_steps turns votes width widths workers distil_top_k depth most most_steps rft_steps rl_steps "
+    "rows_at_once sizes terms verifier_steps"
 ).split()
 _POSITIVE = (
     "adamw_rate clip_high correction_max full_rate full_rates kappa kl_horizon learning_rate learning_rates "

@@ -49,6 +49,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         num_key_value_heads=3, head_dim=64, vocab_size=49152, rope_theta=1e5, rope_scaling=None,
         max_position_embeddings=8192, tie_word_embeddings=True,
     ),
+    "qwen2.5-math-1.5b": dict(
+        model_type="qwen2", vocab_size=151936, hidden_size=1536, intermediate_size=8960,
+        num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2,
+        max_position_embeddings=4096, rope_theta=1e4, rms_norm_eps=1e-6, tie_word_embeddings=True,
+    ),
     "qwen2.5-7b": dict(
         model_type="qwen2", vocab_size=152064, hidden_size=3584, intermediate_size=18944,
         num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,

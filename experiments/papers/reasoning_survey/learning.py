@@ -109,6 +109,8 @@ def train_head(
 def rft(config: Any, world: World, answers: list, right: list, seed: int) -> Any:
     """Params of rejection sampling: the start, fine-tuned on its own right answers, each once."""
     kept = rl.offline_collect(answers, right)
+    if not kept:
+        return world.start
     rows = padded([(world.known[number], ids) for number, ids in kept])
     size, objective = config.batch_size, supervised(world.model.forward)
     batches = arithmetic.epochs(rows, seed, size)

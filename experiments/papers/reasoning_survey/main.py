@@ -44,7 +44,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.cli import flags, limits
-from experiments.lab.claims import Claim, Number, interval, mean
+from experiments.lab.claims import Claim, interval, mean
 from experiments.lab.figures import plot_band
 from experiments.lab.seeds import begin, measure_claims
 from experiments.papers.reasoning_survey import learning, methods
@@ -60,15 +60,15 @@ GSM8K = questions.Settings(
     sampled_at_once=256,
     trained_at_once=16,
 )
-OF_SUMS = "terms problems pretraining until most_steps width layers sampled_at_once".split()
+OF_SUMS = "terms problems pretraining until most_steps width layers rows_at_once".split()
 FULL = dict(
     questions=2000, held_out=500, sizes=(4, 16, 64), most=256, learning_rate=1e-5, rl_rate=1e-6,
     verifier_steps=500, rft_steps=200, rl_steps=200,
 )  # fmt: skip
 SMOKE: dict[str, Any] = dict(
-    seeds=1, terms=3, pretraining=64, questions=8, held_out=4, until=0.0, most_steps=25, sizes=(2,), most=2,
+    seeds=1, terms=3, pretraining=64, questions=8, held_out=4, until=0.0, most_steps=30, sizes=(2,), most=2,
     own=2, rollouts=2, batch_size=16, verifier_steps=2, rft_steps=2, rl_steps=2, width=16, layers=1,
-    sampled_at_once=16, depth=3,
+    rows_at_once=16,
 )  # fmt: skip
 CHAINS = ("majority", "best of N", "weighted vote", "oracle")
 
@@ -96,10 +96,10 @@ class Config:
     batch_size: int = 128  # chains in a step
     learning_rate: float = 1e-3  # of verifiers and RFT
     rl_rate: float = 3e-4  # of GRPO
-    depth: int = 40  # with --preset full: steps of an answer, at most
+    depth: int = 16  # with --preset full: steps of an answer, at most
     width: int = 64  # width of the model
     layers: int = 2  # layers of the model
-    sampled_at_once: int = 1024  # chains that are sampled at a time
+    rows_at_once: int = 1024  # chains that are sampled at a time
     # directory for the figure, metrics.json and the cache of finished seeds
     output_dir: str = "runs/reasoning_survey"
     preset: Literal["small", "full"] = "small"  # full: a model and questions of the hub
@@ -159,7 +159,7 @@ def run_seed(config: Config, world: Callable[[int], World], seed: int) -> dict[s
     }
     shown = ", ".join(f"{name} greedy {row['greedy']:.3f}" for name, row in learned.items())
     print(f"    {shown}", flush=True)
-    quality = methods.quality(config, world, outcome, seed)
+    quality = methods.quality(world, outcome, seed)
     return {"curves": curves, "learned": learned, "verifier": quality}
 
 

@@ -246,9 +246,12 @@ def voted(world: World, vote: Callable[[list[Path], list], Any]) -> Choose:
     return choose
 
 
-def quality(config: Any, world: World, outcome: Verifier, seed: int) -> dict[str, float]:
+def quality(world: World, outcome: Verifier, seed: int) -> dict[str, float]:
     """Squared error of the outcome model's values on held-out chains, and that of the mean."""
-    sampled = [paths[0] for paths in drawn(config, world, world.start, seed)]
+    searches = [generation.sample_chains(prompt, 1) for prompt in world.held_out]
+    key = stream(jax.random.key(seed), "quality")
+    found = run_searches(searches, world.chains(world.start), key)
+    sampled = [path for (path,), _ in found]
     right = world.right(list(range(len(sampled))), [path.answer for path in sampled])
     values, right = np.array(outcome([path.tokens for path in sampled])), np.array(right, float)
     return {

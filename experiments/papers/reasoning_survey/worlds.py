@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -95,7 +94,7 @@ def sums(config: Any, seed: int) -> World:
 
     def policy(params, tokens, stops, temperature=1.0):
         rules = SamplingConfig(tokens, temperature, stop_ids=stops)
-        return decoder_policy(model, params, rules, (stop,), filled(config.sampled_at_once))
+        return decoder_policy(model, params, rules, (stop,), filled(config.rows_at_once))
 
     def fit(params, objective, rate, batches, rows, steps):
         optimizer = arithmetic.policy_optimizer(rate)
@@ -116,7 +115,7 @@ def sums(config: Any, seed: int) -> World:
         lambda params, temperature=1.0: policy(params, size, (stop,), temperature),
         lambda params: policy(params, running_sums.DIGITS + 1, (bar, stop)),
         terms - 1,
-        lambda params: prefix_verifier(model, params, at_once=config.sampled_at_once),
+        lambda params: prefix_verifier(model, params, at_once=config.rows_at_once),
         fit, reinforce,
     )  # fmt: skip
 
@@ -164,8 +163,8 @@ def loaded(config: Any, task: questions.Task) -> World:
         asked = data.normalise_question({"question": text, "answer": "0"})
         return tuple(data.render_prompts([asked], task.renderer)[0])
 
-    def policy(params, stops, temperature=1.0):
-        rules = dataclasses.replace(task.sampling, temperature=temperature, stop_ids=stops)
+    def policy(params, tokens, stops, temperature=1.0):
+        rules = SamplingConfig(tokens, temperature, stop_ids=stops)
         inner = decoder_policy(task.model, params, rules, ending, questions.sampler(task))
 
         def propose(*args):
@@ -192,8 +191,13 @@ def loaded(config: Any, task: questions.Task) -> World:
         list(map(tuple, task.known.ids))[: config.questions],
         list(map(tuple, task.held_out.ids))[: config.held_out],
         right(task.known), right(task.held_out), lambda ids: stated_answer(decode(ids)), ends, again,
-        lambda params, temperature=1.0: policy(params, ending, temperature),
-        lambda params: policy(params, (*breaks, *ending)),
+        lambda params, temperature=1.0: policy(
+            params, settings.max_new_tokens, ending, temperature
+        ),
+        # Steps are cut so that all of them are no longer than an answer.
+        lambda params: policy(
+            params, max(1, settings.max_new_tokens // config.depth), (*breaks, *ending)
+        ),
         config.depth,
         lambda params: prefix_verifier(
             task.model, params, at_once=settings.trained_at_once, mesh=task.mesh

@@ -196,7 +196,7 @@ def mcts(prompt: Prefix, simulations: int, width: int, depth: int, c: float = 1.
         while trail[-1].children:
             trail.append(_selected(trail[-1], c))
         leaf = trail[-1]
-        if not leaf.path.values:
+        if _unjudged(leaf.path):
             (leaf.path,) = yield from judged([leaf.path])
             if not leaf.path.ended and len(leaf.path.steps) < depth:
                 yield from _expand(leaf, width)
@@ -211,8 +211,13 @@ def _expand(node, width):
     steps = list({step.tokens: step for step in steps}.values())
     means = np.array([step.log_prob / len(step.tokens) for step in steps])
     priors = np.exp(means - means.max())
-    for step, prior in zip(steps, priors / priors.sum(), strict=True):
-        node.children.append(Node(node.path.then(step), float(prior)))
+    # In order of the priors, so that the likeliest is the first of those without visits.
+    for i in np.argsort(-priors, kind="stable"):
+        node.children.append(Node(node.path.then(steps[i]), float(priors[i] / priors.sum())))
+
+
+def _unjudged(path):
+    return len(path.values) < len(path.steps)
 
 
 def _selected(node, c):
@@ -231,7 +236,7 @@ def _answers(root, depth):
         if node.path.ended and node.visits and node is not most:
             found.append(node)
     (first,) = yield from completed([most.path], depth - len(most.path.steps))
-    if not first.values or len(first.values) < len(first.steps):
+    if _unjudged(first):
         (first,) = yield from judged([first])
     found.sort(key=lambda node: -node.visits)
     return [first, *(node.path for node in found)]

@@ -9,6 +9,7 @@ import pytest
 from experiments.cli import flags
 from experiments.papers import echo_chamber as echo
 from experiments.papers import nft, otr
+from experiments.papers.reasoning_survey import main as survey
 from experiments.papers.reft import main as reft
 from experiments.papers.reft import worlds
 from experiments.worlds import questions, solutions
@@ -57,6 +58,13 @@ def test_reft(file, tmp_path):
         name: [0, 4] for name in reft.SMOKE["algo"]
     }
     assert all(0 <= rows[1][m] <= 1 for rows in run.values() for m in reft.MEASURES)
+
+
+def test_reasoning_survey(file, tmp_path):
+    assert survey.main(full(survey, file, tmp_path, depth=2)) == 0
+    run = json.loads((tmp_path / "metrics.json").read_text())["runs"][0]
+    assert {"majority", "MCTS", "debate"} <= set(run["curves"])
+    assert set(run["learned"]) == {"start", "RFT", "GRPO"}
 
 
 def test_echo_chamber(file, tmp_path):

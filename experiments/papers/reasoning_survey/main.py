@@ -111,6 +111,7 @@ class Config:
 
 def main(config: Config) -> int:
     """Measures all claims; returns exit code 1 if one does not hold."""
+    check(config)
     this = begin(config)
     config = questions.sized(config, FULL, SMOKE, only_full=("depth",), only_small=OF_SUMS)
     check(config)

@@ -158,10 +158,12 @@ def loaded(config: Any, task: questions.Task) -> World:
         room = task.model.config.max_length - settings.max_prompt - settings.max_new_tokens
         room = max(0, room - 64) // max(1, len(attempts))
         earlier = [f"\n\nAn earlier solution:\n{decode(ids[:room]).strip()}" for ids in attempts]
-        record = dict(task.held_out.records[number])
-        text = f"{record['question']}{''.join(earlier)}\n\nIt may be wrong. Solve the problem."
-        asked = data.normalise_question({"question": text, "answer": "0"})
-        return tuple(data.render_prompts([asked], task.renderer)[0])
+        said = data.as_messages(task.held_out.records[number])
+        asked = [message["content"] for message in said or () if message["role"] == "user"]
+        asked = asked[-1] if asked else task.held_out.records[number]["prompt"]
+        text = f"{asked}{''.join(earlier)}\n\nIt may be wrong. Solve the problem."
+        record = data.normalise_question({"question": text, "answer": "0"})
+        return tuple(data.render_prompts([record], task.renderer)[0])
 
     def policy(params, tokens, stops, temperature=1.0):
         rules = SamplingConfig(tokens, temperature, stop_ids=stops)

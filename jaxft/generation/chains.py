@@ -60,7 +60,7 @@ def judged(paths: Sequence[Path]) -> Search:
 def judged_chains(prompt: Prefix, samples: int, depth: int = 1) -> Search:
     """Samples chains as `sample_chains` and judges each: for best-of-N and weighted votes.
 
-    Cobbe et al., 2021, arxiv.org/abs/2110.14168; the weighted vote: Li et al., 2023, arxiv.org/abs/2206.02336.
+    Cobbe et al., 2021, arxiv.org/abs/2110.14168; weighted votes: Li et al., 2023, arxiv.org/abs/2206.02336.
     """
     return (yield from judged((yield from sample_chains(prompt, samples, depth))))
 

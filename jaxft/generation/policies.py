@@ -78,9 +78,7 @@ class Path(NamedTuple):
     def then(self, step: Step) -> Path:
         """Returns the path with one more step."""
         steps = (*self.steps, step.tokens)
-        return self._replace(
-            steps=steps, log_prob=self.log_prob + step.log_prob, ended=step.ended
-        )
+        return self._replace(steps=steps, log_prob=self.log_prob + step.log_prob, ended=step.ended)
 
 
 # (key, prefixes, samples) -> steps of each prefix

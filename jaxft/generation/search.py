@@ -106,9 +106,7 @@ def step_beam_search(
     for _ in range(depth):
         proposals = yield Propose([path.tokens for path in kept], samples)
         grown = [
-            path.then(step)
-            for path, steps in zip(kept, proposals, strict=True)
-            for step in steps
+            path.then(step) for path, steps in zip(kept, proposals, strict=True) for step in steps
         ]
         paths = yield from judged(list({path.steps: path for path in grown}.values()))
         ended += [path for path in paths if path.ended]
@@ -129,7 +127,7 @@ def diverse_tree_search(
     """Runs beams / width separate trees, each with one path that goes on with the best of `width` steps.
 
     Diverse verifier tree search: Beeching et al., 2024, "Scaling test-time compute with open models",
-    huggingface.co/spaces/HuggingFaceH4/blogpost-scaling-test-time-compute. Returns the best path of each tree.
+    huggingface.co/spaces/HuggingFaceH4/blogpost-scaling-test-time-compute. Returns each tree's best path.
 
     Raises:
         ValueError: as `step_beam_search`.

@@ -160,7 +160,7 @@ def test_budgets_are_what_an_instrumented_model_counts():
     # One token at the prompt, and tokens 2..10 of each chain attend to 2..10.
     assert budget.attended == 1 + 5 * sum(range(2, size + 2))
     (chains, budget) = found[2]
-    tree = set(itertools.chain(*((p.tokens[:i] for i in range(1, 11)) for p in chains)))
+    tree = {path.tokens[:i] for path in chains for i in range(1, size + 2)}
     assert budget.verified == len(tree)
     assert budget.verified_attended == sum(map(len, tree))
     assert all(budget.seconds > 0 for _, budget in found)
@@ -316,4 +316,3 @@ def test_a_path_of_a_decoder_is_its_generation():
     assert path.ended or len(path.steps) == 9
     with pytest.raises(ValueError, match="end_ids"):
         decoder_policy(model, params, config, end_ids=(5,))
-

@@ -114,13 +114,10 @@ def rft(config: Any, world: World, answers: list, right: list, seed: int) -> Any
     rows = padded([(world.known[number], ids) for number, ids in kept])
     size, objective = config.batch_size, supervised(world.model.forward)
     batches = arithmetic.epochs(rows, seed, size)
-    return world.fit(
-        world.start, objective, config.learning_rate, batches, size, config.rft_steps
-    )
+    return world.fit(world.start, objective, config.learning_rate, batches, size, config.rft_steps)
 
 
 def grpo(config: Any, world: World, seed: int) -> Any:
     """Params of GRPO from the start, in groups of 8 with the outcome as reward."""
     build = functools.partial(policy_gradient, world.model.forward)
     return world.reinforce(rl.grpo(build, 8), config.rl_steps, seed)
-

@@ -1,31 +1,32 @@
 """A Survey of Frontiers in LLM Reasoning: Inference Scaling, Learning to Reason, Agents (arXiv 2504.09037).
 
-The survey sorts methods that spend compute on an answer (voting, verifiers, searches over steps, refining,
-debating) and methods that train for it. Here they are measured at equal compute: accuracy against the
-FLOPs of policy and verifier, every token counted.
+The survey sorts methods that spend compute on an answer (voting, verifiers, searches over steps,
+refining, debating) and methods that train for it. Here they are measured at equal compute: accuracy
+against the FLOPs of policy and verifier, every token counted.
 
-    python experiments/papers/reasoning_survey/main.py       after an interruption, again: finished seeds are kept
+    python experiments/papers/reasoning_survey/main.py     again after a break: finished seeds are kept
     python experiments/papers/reasoning_survey/main.py --terms 6 --until 0.3
-    python experiments/papers/reasoning_survey/main.py --preset full     Qwen2.5-Math-1.5B on GSM8K, 8 GPUs of 80 GB
+    python experiments/papers/reasoning_survey/main.py --preset full    Qwen2.5-Math-1.5B on GSM8K, 8 GPUs
 
 The task is the sum of five two-digit numbers, written as running totals, each a step:
-12+34+56+78+90=046;102;180;270. A model of 0.1 M parameters, d 64 and two layers, is trained until a sampled
-chain is right with probability --until. An outcome and a process reward model are trained from it on its own
-chains, the process model with the fraction of rollouts that end right as label (Math-Shepherd's soft labels).
+12+34+56+78+90=046;102;180;270. A model of 0.1 M parameters, d 64 and two layers, is trained until a
+sampled chain is right with probability --until. An outcome and a process reward model are trained from
+it on its own chains, the process model with the fraction of rollouts that end right as label
+(Math-Shepherd's soft labels).
 
-How compute is counted (`jaxft.generation.flops`): 2 N a token, and attention over its context; a token of a
-prefix counts once, as in a prefix cache; the verifier is a model of the policy's size and counts the same.
-Compute of training is left out. The script recomputes prefixes, which the count does not show.
+How compute is counted (`jaxft.generation.flops`): 2 N a token, and attention over its context; a token
+of a prefix counts once, as in a prefix cache; the verifier is a model of the policy's size and counts
+the same. Compute of training is left out. The script recomputes prefixes, which the count does not show.
 
 Departures from the survey's methods: the model knows no language of critique, so that its feedback in
-self-refinement is a second attempt in view of the first, and a debate shows an agent the others' chains before
-the question; in pretraining, four questions stand in a row. The reward models train all params, not a head on a
-frozen trunk. Tools, budget forcing (`jaxft.generation.budget_force`), few-shot prompts and a run of SmolLM2
-are left out.
+self-refinement is a second attempt in view of the first, and a debate shows an agent the others' chains
+before the question; in pretraining, four questions stand in a row. The reward models train all params,
+not a head on a frozen trunk. Tools, budget forcing (`jaxft.generation.budget_force`), few-shot prompts
+and a run of SmolLM2 are left out.
 
-`--preset full` takes Qwen2.5-Math-1.5B-Instruct and GSM8K; its verifiers are trained from the policy too, where
-the literature has Qwen/Qwen2.5-Math-PRM-7B and peiyi9979/math-shepherd-mistral-7b-prm. The survey has no such
-experiment of its own; the bounds of the claims are ours.
+`--preset full` takes Qwen2.5-Math-1.5B-Instruct and GSM8K; its verifiers are trained from the policy
+too, where the literature has Qwen/Qwen2.5-Math-PRM-7B and peiyi9979/math-shepherd-mistral-7b-prm. The
+survey has no such experiment of its own; the bounds of the claims are ours.
 """
 
 from __future__ import annotations
@@ -182,12 +183,8 @@ def ahead(runs: list[dict], name: str, n: int, other: str) -> np.ndarray:
     gaps = []
     for run in runs:
         row, curve = at_size(run, name, n), run["curves"][other]
-        costs, values = (
-            np.array([point[key] for point in curve]) for key in ("flops", "accuracy")
-        )
-        gaps.append(
-            row["accuracy"] - np.interp(np.log(row["flops"]), np.log(costs), values)
-        )
+        costs, values = (np.array([point[key] for point in curve]) for key in ("flops", "accuracy"))
+        gaps.append(row["accuracy"] - np.interp(np.log(row["flops"]), np.log(costs), values))
     return np.array(gaps)
 
 

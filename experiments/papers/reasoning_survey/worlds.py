@@ -129,9 +129,7 @@ def filled(at_once: int) -> Callable[..., Any]:
         prompts = [*prompts, *[prompts[0]] * more]
         out = in_parts(model, params, prompts, key, rules, at_once=size, samples=samples)
         kept = (len(prompts) - more) * samples
-        return out._replace(
-            **{name: x[:kept] for name, x in out._asdict().items()}
-        )
+        return out._replace(**{name: x[:kept] for name, x in out._asdict().items()})
 
     return sample
 

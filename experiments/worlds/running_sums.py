@@ -1,6 +1,6 @@
-"""Sums of several two-digit numbers, written in steps: each step is one running total.
+"""Sums of several one-digit numbers, written in steps: each step is one running total.
 
-    12+34+56+78=046;102;180
+    7+5+9+8=12;21;29
 
 Every text of `terms` numbers has the same length. A step ends with ";", the last one with a line end.
 """
@@ -19,8 +19,8 @@ from jaxft import rl
 from jaxft.models import Decoder
 
 STEP = ";"
-DIGITS = 3  # of a running total
-LOW, HIGH = 10, 100  # numbers are LOW..HIGH - 1
+DIGITS = 2  # of a running total, for at most 11 terms
+LOW, HIGH = 1, 10  # numbers are LOW..HIGH - 1
 
 
 def drawn(rng: np.random.Generator, count: int, terms: int) -> np.ndarray:
@@ -38,18 +38,18 @@ def drawn(rng: np.random.Generator, count: int, terms: int) -> np.ndarray:
 
 
 def question(numbers: Sequence[int]) -> str:
-    """ "12+34+56=" """
+    """ "7+5+9=" """
     return "+".join(map(str, numbers)) + "="
 
 
 def chain(numbers: Sequence[int]) -> str:
-    """ "046;102", the running totals."""
+    """ "12;21", the running totals."""
     return STEP.join(f"{total:0{DIGITS}d}" for total in np.cumsum(numbers)[1:])
 
 
 def length(terms: int) -> int:
     """Characters of a question, its chain and its stop."""
-    return 3 * terms + (DIGITS + 1) * (terms - 1)
+    return 2 * terms + (DIGITS + 1) * (terms - 1)
 
 
 def result(text: str, terms: int) -> str | None:
@@ -60,23 +60,9 @@ def result(text: str, terms: int) -> str | None:
 
 
 def rows_of(numbers: np.ndarray) -> dict[str, np.ndarray]:
-    """Rows of questions [N, problems, terms], each the problems' texts one after another.
-
-    Later problems are asked after earlier ones, as demonstrations would be. The loss is on the chains.
-    """
-    count, problems, terms = numbers.shape
-    texts = [
-        "".join(question(x) + chain(x) + arithmetic.STOP for x in problem)
-        for problem in numbers.tolist()
-    ]
-    tokens = np.array(arithmetic.encode(texts), np.int32)
-    answered = np.arange(length(terms)) >= 3 * terms
-    return {
-        "tokens": tokens,
-        "segment_ids": np.ones_like(tokens),
-        "positions": np.tile(np.arange(tokens.shape[1], dtype=np.int32), (count, 1)),
-        "loss_mask": np.tile(answered, (count, problems)).astype(np.float32),
-    }
+    """Rows of `arithmetic.layout` of questions [N, terms] and their chains, all of one length."""
+    asked = numbers.tolist()
+    return arithmetic.layout(list(map(question, asked)), list(map(chain, asked)))
 
 
 class Start(NamedTuple):
@@ -94,7 +80,7 @@ def started(
     sizes: tuple[int, int, int],
     *,
     terms: int,
-    problems: int,
+    max_length: int,
     width: int,
     layers: int,
     until: float,
@@ -103,31 +89,29 @@ def started(
     """Trains a model until a sampled chain is right with probability `until`.
 
     Args:
-        sizes: rows to pretrain on, of `problems` questions each; questions to learn from; held-out ones.
-        until: is measured on questions of the pretraining, in at most `most` steps.
+        sizes: questions to pretrain on, to learn from, and held out.
+        max_length: positions of the model.
+        until: is measured on questions of the pretraining.
+        most: steps, at most.
 
     Raises:
         RuntimeError: if it is not reached.
     """
-    rows, known, held_out = sizes
-    rng = np.random.default_rng(seed)
-    numbers = drawn(rng, rows * problems + known + held_out, terms)
-    early, known, held_out = np.split(numbers, np.cumsum([rows * problems, known]))
-    model, params = arithmetic.small_model(
-        jax.random.key(seed), width, length(terms) * problems, layers=layers
-    )
-    some = early[:200].tolist()
-    measured = arithmetic.layout(list(map(question, some)), list(map(chain, some)))
+    numbers = drawn(np.random.default_rng(seed), sum(sizes), terms)
+    early, known, held_out = np.split(numbers, np.cumsum(sizes)[:-1])
+    model, params = arithmetic.small_model(jax.random.key(seed), width, max_length, layers=layers)
+    rows = rows_of(early)
+    some = {name: x[:200] for name, x in rows.items()}
     probabilities = arithmetic.answer_probabilities(model)
     params, steps = arithmetic.warm_start(
         model,
         params,
-        rows_of(early.reshape(rows, problems, terms)),
+        rows,
         seed,
         until=until,
-        measure=lambda params: float(jnp.mean(probabilities(params, measured))),
-        batch_size=min(rows, 128 // problems),
-        check=25,
+        measure=lambda params: float(jnp.mean(probabilities(params, some))),
+        learning_rate=2e-3,
+        batch_size=64,
         most=most,
     )
     return Start(model, params, steps, known, held_out)

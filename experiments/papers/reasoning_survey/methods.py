@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from experiments.papers.reasoning_survey.worlds import World
+from experiments.papers.reasoning_survey.worlds import AGENTS, World
 from jaxft import generation
 from jaxft.generation import Cost, Judge, Path, Policy, Step, Verifier, flops, run_searches
 from jaxft.keys import stream
@@ -20,7 +20,6 @@ from jaxft.metrics import majority_vote, pass_at_k, rerank, weighted_vote
 
 Choose = Callable[[list[Path]], Path | None]
 WIDTH = 4  # steps that tree searches try after a path
-AGENTS = 4
 
 
 class Run(NamedTuple):
@@ -121,7 +120,7 @@ def search_runs(
                 [generation.mcts(p, n, WIDTH, depth) for _, p in prompts], steps, weighted, process
             ),
             ("adaptive consistency", n): Run(
-                [generation.adaptive_consistency(p, n, read, block=2) for _, p in prompts], chains, vote
+                [generation.adaptive_consistency(p, n, read, block=4) for _, p in prompts], chains, vote
             ),
             ("self-refine", n): Run(
                 [refined(world, i, p, max(1, n // 5)) for i, p in prompts], chains, first

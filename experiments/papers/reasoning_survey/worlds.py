@@ -25,6 +25,9 @@ Ids = tuple[int, ...]
 Right = Callable[[Sequence[int], Sequence[Ids]], Sequence[bool]]
 
 
+AGENTS = 4  # of a debate, each of whose prompts holds the others' chains
+
+
 class World(NamedTuple):
     """A model and questions with verified answers; prompts and answers are token ids."""
 
@@ -67,8 +70,8 @@ def sums(config: Any, seed: int) -> World:
     """Returns the world of sums of a seed; its model trains here."""
     terms, sizes = config.terms, (config.pretraining, config.questions, config.held_out)
     made = running_sums.started(
-        seed, sizes, terms=terms, problems=config.problems, width=config.width, layers=config.layers,
-        until=config.until, most=config.most_steps,
+        seed, sizes, terms=terms, max_length=AGENTS * running_sums.length(terms), width=config.width,
+        layers=config.layers, until=config.until, most=config.most_steps,
     )  # fmt: skip
     print(f"seed {seed}: {made.steps} steps of pretraining", flush=True)
     model, size = made.model, (running_sums.DIGITS + 1) * (terms - 1)

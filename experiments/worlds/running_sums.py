@@ -110,7 +110,7 @@ def started(
         seed,
         until=until,
         measure=lambda params: float(jnp.mean(probabilities(params, some))),
-        learning_rate=2e-3,
+        learning_rate=1e-3,
         batch_size=64,
         most=most,
     )

@@ -21,8 +21,9 @@ the same. Compute of training is left out. The script recomputes prefixes, which
 Departures from the survey's methods: the model knows no language of critique, so that its feedback in
 self-refinement is a second attempt in view of the first, and a debate shows an agent the others' chains
 before the question. It was trained on no such prompt: a first version had rows of four questions in
-pretraining, which took ten times as long. The reward models train all params, not a head on a frozen trunk. Tools, budget forcing (`jaxft.generation.budget_force`), few-shot prompts
-and a run of SmolLM2 are left out.
+pretraining, which took ten times as long. The reward models train all params, not a head on a frozen
+trunk. Tools, budget forcing (`jaxft.generation.budget_force`), few-shot prompts and a run of SmolLM2 are
+left out.
 
 `--preset full` takes Qwen2.5-Math-1.5B-Instruct and GSM8K; its verifiers are trained from the policy
 too, where the literature has Qwen/Qwen2.5-Math-PRM-7B and peiyi9979/math-shepherd-mistral-7b-prm. The
@@ -83,14 +84,14 @@ class Config:
     terms: int = 6  # numbers of a sum
     pretraining: int = 12000  # questions to pretrain on
     until: float = 0.45  # probability of a right chain at which pretraining ends
-    most_steps: int = 1500  # steps of pretraining, at most
-    questions: int = 600  # questions to train the verifiers and the policy on
-    held_out: int = 300  # questions that measure accuracy
+    most_steps: int = 3000  # steps of pretraining, at most
+    questions: int = 400  # questions to train the verifiers and the policy on
+    held_out: int = 200  # questions that measure accuracy
     sizes: tuple[int, ...] = (4, 16)  # budgets of searches, in chains
     most: int = 32  # chains of votes, at most
     own: int = 4  # chains for each question that verifiers and RFT learn from
     rollouts: int = 4  # rollouts that label a step
-    verifier_steps: int = 200  # steps of each verifier
+    verifier_steps: int = 120  # steps of each verifier
     rft_steps: int = 60  # steps of rejection sampling's fine-tuning
     rl_steps: int = 40  # steps of GRPO, 32 groups of 8
     batch_size: int = 64  # chains in a step
@@ -99,7 +100,7 @@ class Config:
     depth: int = 16  # with --preset full: steps of an answer, at most
     width: int = 64  # width of the model
     layers: int = 2  # layers of the model
-    rows_at_once: int = 1024  # chains that are sampled at a time
+    rows_at_once: int = 256  # chains that are sampled at a time
     # directory for the figure, metrics.json and the cache of finished seeds
     output_dir: str = "runs/reasoning_survey"
     preset: Literal["small", "full"] = "small"  # full: a model and questions of the hub
@@ -145,11 +146,10 @@ def run_seed(config: Config, world: Callable[[int], World], seed: int) -> dict[s
     shown = ", ".join(f"{name} {rows[-1]['accuracy']:.3f}" for name, rows in curves.items())
     print(f"seed {seed}: {shown}", flush=True)
     trained = {
-        "start": world.start,
         "RFT": learning.rft(config, world, answers, right, seed),
         "GRPO": learning.grpo(config, world, seed),
     }
-    learned = {
+    learned = {"start": methods.summary(curves)} | {
         name: methods.learned(config, world, params, outcome, seed)
         for name, params in trained.items()
     }

@@ -182,14 +182,24 @@ def drawn(config: Any, world: World, params: Any, seed: int) -> list[list[Path]]
 
 
 def learned(config: Any, world: World, params: Any, outcome: Verifier, seed: int) -> dict[str, Any]:
-    """Accuracy of params: greedy, pass@1 and pass@most, votes at each n, and best of n."""
+    """`summary` of other params; the verifier is that of the start."""
     runs, oracle = chain_runs(config, world, params, outcome, outcome, seed)
-    row = lambda name, n: measured(world, runs[name, n], seed, n)["accuracy"]
+    names = ("greedy", "majority", "best of N")
+    found: dict[str, list] = {name: [] for name in names}
+    for (name, n), run in runs.items():
+        if name in names:
+            found[name].append(measured(world, run, seed, n))
+    return summary(found | {"oracle": [{"accuracy": value} for value in oracle.values()]})
+
+
+def summary(curves: dict[str, list[dict]]) -> dict[str, Any]:
+    """Accuracies of params: greedy, and pass@n, votes and best of n at each n."""
+    of = lambda name: [row["accuracy"] for row in curves[name]]
     return {
-        "greedy": row("greedy", 1),
-        "pass": [oracle[n] for n in sizes(config)],
-        "vote": [row("majority", n) for n in sizes(config)],
-        "best": [row("best of N", n) for n in sizes(config)],
+        "greedy": of("greedy")[0],
+        "pass": of("oracle"),
+        "vote": of("majority"),
+        "best": of("best of N"),
     }
 
 

@@ -5,7 +5,7 @@ refining, debating) and methods that train for it. Here they are measured at equ
 against the FLOPs of policy and verifier, every token counted.
 
     python experiments/papers/reasoning_survey/main.py     again after a break: finished seeds are kept
-    python experiments/papers/reasoning_survey/main.py --terms 8 --until 0.3
+    python experiments/papers/reasoning_survey/main.py --terms 8 --until 0.2
     python experiments/papers/reasoning_survey/main.py --preset full    Qwen2.5-Math-1.5B on GSM8K, 8 GPUs
 
 The task is the sum of six one-digit numbers, written as running totals, each a step:
@@ -83,7 +83,7 @@ class Config:
     first_seed: int = 0  # the seeds are first_seed, first_seed + 1, ...
     terms: int = 6  # numbers of a sum
     pretraining: int = 12000  # questions to pretrain on
-    until: float = 0.45  # probability of a right chain at which pretraining ends
+    until: float = 0.25  # probability of a right chain at which pretraining ends
     most_steps: int = 3000  # steps of pretraining, at most
     questions: int = 400  # questions to train the verifiers and the policy on
     held_out: int = 200  # questions that measure accuracy

@@ -10,10 +10,10 @@ against the FLOPs of policy and verifier, every token counted.
 
 The task is the sum of six one-digit numbers, written as running totals, each a step:
 7+5+9+8+3+6=12;21;29;32;38. A model of 0.1 M parameters, d 64 and two layers, is trained until every
-total of a sampled chain is right with probability --until (on seeds 100 and 101, the last total, which is
-the answer, was right about twice as often, since a wrong total need not spoil later ones). An outcome and a process reward model are trained from
-it on its own chains, the process model with the fraction of rollouts that end right as label
-(Math-Shepherd's soft labels).
+total of a sampled chain is right with probability --until. On seeds 100 and 101 the last total, which is
+the answer, was right twice as often, since later totals need not repeat an error. An outcome and a
+process reward model are trained from the model on its own chains, the process model with the fraction of
+rollouts that end right as label (Math-Shepherd's soft labels).
 
 How compute is counted (`jaxft.generation.flops`): 2 N a token, and attention over its context; a token
 of a prefix counts once, as in a prefix cache; the verifier is a model of the policy's size and counts

@@ -80,6 +80,7 @@ The step that `--preset full` of each paper's script takes: its model, what trai
   the script splits them over all devices.
 - echo-chamber: GRPO's update; the model has SmolLM2's architecture.
 - reft: PPO's update with a value head; products by cuBLAS, since Triton has no tiles for its rows untuned.
+- reasoning-survey: GRPO's update, one of the two trainings; verifiers train on fewer tokens.
 - rlgf: PPO's update; the second critic is one more value head, and the guide is not part of the step.
 - nft, otr, ppe and reft: each microbatch gathers the params again, which the ratio counts as if once.
 - nft: 72.5 GiB leave nothing for the CUDA runtime; take half the rows and twice the microbatches.
@@ -131,6 +132,10 @@ PAPERS = {
     "rlgf": Config(
         model="qwen2.5-0.5b", adapter="full", objective="ppo", topology="h100:1", rows=32, length=1024,
         response=512, triton=False,
+    ),
+    "reasoning-survey": Config(
+        model="qwen2.5-1.5b", adapter="full", objective="grpo", topology="h100:8", rows=16,
+        length=1536, response=1024, remat="full",
     ),
     "cxr-preference": Config(
         model="llama3-3b", adapter="full", objective="dpo", topology="h100:8", rows=1, length=2048

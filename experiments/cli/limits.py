@@ -10,14 +10,15 @@ from experiments.cli import choices, flags
 Config = TypeVar("Config")
 
 _COUNTS = (
-    "answers batch_size batch_sizes biographies budget chunk context d dev digits dims distil_top_k "
-    "documents draws early epochs eval_steps evaluate_every every examples expert fine_tuning_steps "
-    "gradient_accumulation_steps grid group_size held_out images inner_steps known layers length limit "
-    "logging_steps max_length max_new_tokens max_prompt max_steps max_tries measured microbatches mined "
-    "num_beams num_samples own pairs patience places pretrain_rows pretrain_steps pretraining problems "
-    "prompts_per_step questions rank responses rollouts sampled_at_once samples save_steps seeds "
-    "sft_steps shot_steps shots size slices steps tensor text_steps trained_at_once transform_steps "
-    "turns updates votes width widths words workers"
+    "answers batch_size batch_sizes biographies budget chunk context d depth dev digits dims "
+    "distil_top_k documents draws early epochs eval_steps evaluate_every every examples expert "
+    "fine_tuning_steps gradient_accumulation_steps grid group_size held_out images inner_steps known "
+    "layers length limit logging_steps max_length max_new_tokens max_prompt max_steps max_tries "
+    "measured microbatches mined most most_steps num_beams num_samples own pairs patience places "
+    "pretrain_rows pretrain_steps pretraining problems prompts_per_step questions rank responses "
+    "rft_steps rl_steps rollouts rows_at_once sampled_at_once samples save_steps seeds sft_steps "
+    "shot_steps shots size sizes slices steps tensor terms text_steps trained_at_once transform_steps "
+    "turns updates verifier_steps votes width widths words workers"
 ).split()
 _POSITIVE = (
     "adamw_rate clip_high correction_max distil_temperature entropy_target entropy_weight_delta "

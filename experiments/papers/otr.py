@@ -67,7 +67,6 @@ from jaxft.generation import SamplingConfig
 from jaxft.models import Decoder
 from jaxft.objectives import policy_gradient, token_supervised
 from jaxft.objectives.policy import token_mean
-from jaxft.rl import prompts_of
 from jaxft.rl.token_losses import clipped
 
 METHODS = ("sft", "dft", "otr", "otr_expected", "grpo")
@@ -212,7 +211,7 @@ def small(config: Config) -> World:
             SamplingConfig(words.SIZE, stop_ids=(words.END,)), group_size=8,
         )  # fmt: skip
 
-    batches = lambda seed: epochs(words.rows_of(target(seed)), seed, config.batch_size)
+    batches = lambda seed: arithmetic.epochs(words.rows_of(target(seed)), seed, config.batch_size)
     optimizer = arithmetic.policy_optimizer(config.learning_rate)
     fit = lambda objective, batches, rows, **more: train.fit(
         start, objective, optimizer, batches, **more
@@ -251,14 +250,6 @@ def train_method(config: Config, world: World, name: str, seed: int) -> list[dic
     )
     names = ("step", "target", *MEASURES, "hit_rate", "missed")
     return [{k: row[k] for k in names if k in row} for row in history if "target" in row]
-
-
-def epochs(rows: dict[str, np.ndarray], seed: int, batch_size: int) -> Iterator[dict]:
-    """Endless batches of rows, each row once an epoch."""
-    count = len(rows["tokens"])
-    for draw in itertools.count():
-        chosen = prompts_of(draw, batch_size, count, seed)
-        yield jax.tree.map(lambda x, chosen=chosen: x[chosen], rows)
 
 
 def token_losses(config: Config) -> dict[str, tuple[Callable, Callable | None]]:

@@ -213,6 +213,14 @@ def batches_of(rows: dict[str, np.ndarray], seed: int, batch_size: int) -> Itera
         yield jax.tree.map(lambda x, chosen=chosen: x[chosen], rows)
 
 
+def epochs(rows: dict[str, np.ndarray], seed: int, batch_size: int) -> Iterator[dict]:
+    """Yields endless batches of rows, each row once an epoch."""
+    count = len(rows["tokens"])
+    for draw in itertools.count():
+        chosen = rl.prompts_of(draw, batch_size, count, seed)
+        yield jax.tree.map(lambda x, chosen=chosen: x[chosen], rows)
+
+
 def rising(learning_rate: float, steps: int = 10) -> optax.Schedule:
     """Learning rate that rises over its first steps, in which Adam's moments are unreliable."""
     return lambda step: learning_rate * jnp.minimum((step + 1) / steps, 1.0)

@@ -1,6 +1,19 @@
-"""Generation: decoding rules, the KV-cache sampler, beam search."""
+"""Generation: decoding rules, the KV-cache sampler, beam search, searches over reasoning steps."""
 
 from jaxft.generation.beam import Beams, Hypotheses, beam_search
+from jaxft.generation.budget import Budget, Cost, flops
+from jaxft.generation.chains import (
+    adaptive_consistency,
+    budget_force,
+    completed,
+    debate,
+    generator_evaluator,
+    judged,
+    judged_chains,
+    rollout_verifier,
+    sample_chains,
+    self_refine,
+)
 from jaxft.generation.continuous import generate_continuously
 from jaxft.generation.decoding import (
     SamplingConfig,
@@ -9,6 +22,19 @@ from jaxft.generation.decoding import (
     transform_logits,
 )
 from jaxft.generation.padding import bucket, left_pad
+from jaxft.generation.policies import (
+    Judge,
+    Path,
+    Policy,
+    Propose,
+    Search,
+    Step,
+    Verifier,
+    decoder_policy,
+    metered,
+    run_searches,
+    together,
+)
 from jaxft.generation.push import (
     Interface,
     Push,
@@ -27,7 +53,14 @@ from jaxft.generation.sampler import (
     prefill,
     remember,
 )
-from jaxft.generation.search import Found, best_first_search
+from jaxft.generation.search import (
+    Found,
+    best_first_search,
+    diverse_tree_search,
+    mcts,
+    puct,
+    step_beam_search,
+)
 from jaxft.generation.served_teacher import (
     ScoredBatches,
     Scores,
@@ -89,4 +122,32 @@ __all__ = [
     "teacher_columns",
     "teacher_scores",
     "vllm_teacher",
+    "Budget",
+    "Cost",
+    "Judge",
+    "Path",
+    "Policy",
+    "Propose",
+    "Search",
+    "Step",
+    "Verifier",
+    "adaptive_consistency",
+    "budget_force",
+    "completed",
+    "debate",
+    "decoder_policy",
+    "diverse_tree_search",
+    "flops",
+    "generator_evaluator",
+    "judged",
+    "judged_chains",
+    "mcts",
+    "metered",
+    "puct",
+    "rollout_verifier",
+    "run_searches",
+    "sample_chains",
+    "self_refine",
+    "step_beam_search",
+    "together",
 ]

@@ -31,13 +31,18 @@ def bradley_terry_loss(
 
 
 def correctness_loss(
-    rewards: Float[Array, "*batch"], labels: Bool[Array, "*batch"]
+    rewards: Float[Array, "*batch"], labels: Bool[Array, "*batch"] | Float[Array, "*batch"]
 ) -> Float[Array, "*batch"]:
-    """-log σ(r) where the label is True, -log σ(-r) where it is False.
+    """-log σ(r) where the label is True, -log σ(-r) where it is False; y of the first, 1 - y of the second.
+
+    A label y in [0, 1] is the probability that a prefix leads to a right answer, as Monte Carlo rollouts
+    estimate it (Wang et al., 2023, arxiv.org/abs/2312.08935, eqs. 4 and 5).
 
     Outcome reward models use it once per completion (Cobbe et al., 2021, arxiv.org/abs/2110.14168),
     process reward models once per step, at its last token (Lightman et al., 2023,
     arxiv.org/abs/2305.20050).
     """
     chex.assert_equal_shape([rewards, labels])
-    return -jax.nn.log_sigmoid(jnp.where(labels, rewards, -rewards))
+    if labels.dtype == bool:
+        return -jax.nn.log_sigmoid(jnp.where(labels, rewards, -rewards))
+    return -labels * jax.nn.log_sigmoid(rewards) - (1 - labels) * jax.nn.log_sigmoid(-rewards)

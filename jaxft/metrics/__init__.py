@@ -26,7 +26,14 @@ from jaxft.metrics.overlap import (
     rouge,
 )
 from jaxft.metrics.retrieval import ranked, retrieval_metrics
-from jaxft.metrics.samples import exact_pass_rate, majority_vote, pass_at_k, rerank
+from jaxft.metrics.samples import (
+    exact_pass_rate,
+    leader_probability,
+    majority_vote,
+    pass_at_k,
+    rerank,
+    weighted_vote,
+)
 from jaxft.metrics.translation import CorpusScore, bleu, chrf
 
 __all__ = [
@@ -52,6 +59,7 @@ __all__ = [
     "factual_precision",
     "is_undivided",
     "length_controlled_rate",
+    "leader_probability",
     "majority_vote",
     "meteor",
     "novel_ngrams",
@@ -67,4 +75,5 @@ __all__ = [
     "terms_of",
     "wilson_interval",
     "with_mean",
+    "weighted_vote",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 
 import numpy as np
@@ -56,6 +57,40 @@ def majority_vote(answers: Sequence[Hashable | None]) -> Hashable | None:
         if answer is not None:
             counts[answer] = counts.get(answer, 0) + 1
     return max(counts, key=counts.__getitem__, default=None)
+
+
+def weighted_vote(weights: Sequence[float], answers: Sequence[Hashable | None]) -> Hashable | None:
+    """argmax_a Σ_{i: a_i = a} w_i, the first in a tie; skips None, and returns it if all are None.
+
+    With a verifier's values as weights: Li et al., 2023, arxiv.org/abs/2206.02336, eq. 3. Equal weights
+    give `majority_vote`.
+
+    Raises:
+        ValueError: if weights and answers differ in number.
+    """
+    if len(weights) != len(answers):
+        raise ValueError(f"weighted_vote: {len(weights)} weights for {len(answers)} answers.")
+    totals: dict[Hashable, float] = {}
+    for weight, answer in zip(weights, answers, strict=True):
+        if answer is not None:
+            totals[answer] = totals.get(answer, 0.0) + weight
+    return max(totals, key=totals.__getitem__, default=None)
+
+
+def leader_probability(first: int, second: int) -> float:
+    """P(the answer with `first` votes is the likelier of two), after `first` and `second` votes.
+
+    1 - I_½(first + 1, second + 1), the posterior from a uniform prior: Aggarwal et al., 2023,
+    arxiv.org/abs/2305.11860, section 3 (the Beta criterion). For integers it is the probability that a
+    binomial variable of first + second + 1 fair draws is at most `first`.
+
+    Raises:
+        ValueError: for a negative count.
+    """
+    if min(first, second) < 0:
+        raise ValueError(f"leader_probability: counts must be at least 0, got {first}, {second}.")
+    draws = first + second + 1
+    return sum(math.comb(draws, i) for i in range(first + 1)) / 2**draws
 
 
 def rerank(scores: Sequence[float], answers: Sequence[Hashable | None]) -> Hashable | None:

@@ -79,8 +79,14 @@ def consolidated(objective: Objective, anchor: Any, importance: Any, weight: flo
     @functools.wraps(objective)
     def whole(params, batch, key):
         trained = partition(params)[0]
-        if not jax.tree.structure(trained) == jax.tree.structure(center) == jax.tree.structure(importance):
-            raise ValueError("consolidated: anchor and importance must be trees like the trained params.")
+        if (
+            not jax.tree.structure(trained)
+            == jax.tree.structure(center)
+            == jax.tree.structure(importance)
+        ):
+            raise ValueError(
+                "consolidated: anchor and importance must be trees like the trained params."
+            )
         loss, metrics = objective(params, batch, key)
         term = lambda p, c, f: jnp.sum(f * jnp.square(wide(p) - wide(c)))
         parts = jax.tree.leaves(jax.tree.map(term, trained, center, importance))

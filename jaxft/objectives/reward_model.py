@@ -69,8 +69,9 @@ def process_reward(forward: Forward) -> Objective:
     """objective(params, batch, key) -> (mean `correctness_loss` of steps, metrics): is each step right?
 
     Columns: `step_ends` [B, S], the index of each step's last token in the first sequence, -1 if a
-    record has no more steps, and `step_labels` [B, S]. The mean is over steps, not records.
-    Metrics: accuracy.
+    record has no more steps, and `step_labels` [B, S]: bool or int, or floats that are
+    probabilities of a right answer. The mean is over steps, not records. Metrics: accuracy, of labels
+    above 0.5.
     """
 
     def objective(params, batch, key):
@@ -78,7 +79,8 @@ def process_reward(forward: Forward) -> Objective:
         values = token_rewards(forward, params, first, key)[:, 0]
         ends = jnp.asarray(batch["step_ends"])
         rewards = jnp.take_along_axis(values, jnp.maximum(ends, 0), axis=1)
-        labels = jnp.asarray(batch["step_labels"]).astype(bool)
+        labels = jnp.asarray(batch["step_labels"])
+        labels = labels if jnp.issubdtype(labels.dtype, jnp.floating) else labels.astype(bool)
         # Empty groups, which fill the last batch, have zeros in their columns.
         present = jnp.any(jnp.asarray(batch["loss_mask"][:, 0]) > 0, axis=1)[:, None]
         return _classified(rewards, labels, ((ends >= 0) & present).astype(jnp.float32))
@@ -88,6 +90,6 @@ def process_reward(forward: Forward) -> Objective:
 
 def _classified(rewards, labels, counted):
     total = Mean.of(correctness_loss(rewards, labels), counted)
-    right = ((rewards > 0) == labels).astype(jnp.float32)
+    right = ((rewards > 0) == (labels > 0.5)).astype(jnp.float32)
     metrics = {"loss": total, "accuracy": Mean.of(right, counted)}
     return total.value, jax.lax.stop_gradient(metrics)

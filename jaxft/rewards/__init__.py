@@ -47,7 +47,7 @@ from jaxft.rewards.pool import (
 )
 from jaxft.rewards.programs import run_programs, run_python
 from jaxft.rewards.resumable_texts import resumable
-from jaxft.rewards.reward_models import model_rewards
+from jaxft.rewards.reward_models import model_rewards, prefix_verifier
 from jaxft.rewards.several import SeveralRewards
 from jaxft.rewards.verifiers import (
     Verifier,
@@ -98,6 +98,7 @@ __all__ = [
     "needs_mathematics",
     "normalise_answer",
     "numbers_equal",
+    "prefix_verifier",
     "reasoning_gym_verifier",
     "resumable",
     "run_programs",

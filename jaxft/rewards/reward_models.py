@@ -1,4 +1,4 @@
-"""A trained reward model as a reward of texts."""
+"""A trained reward model as a reward of texts, and as the verifier of a search."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from jaxft.data import Renderer, TokenisedGroup, answered, finite_group_batches
-from jaxft.models import Forward
+from jaxft.generation import Verifier, left_pad
+from jaxft.models import Decoder, Forward
 from jaxft.parallel import mesh_context
-from jaxft.rewards.heads import sequence_rewards
+from jaxft.rewards.heads import sequence_rewards, token_rewards
 from jaxft.rewards.pool import RewardFn
 
 
@@ -66,3 +68,42 @@ def model_rewards(
         return values.tolist()
 
     return rewards
+
+
+def prefix_verifier(
+    model: Decoder, params: Any, *, at_once: int = 1024, mesh: Mesh | None = None
+) -> Verifier:
+    """prefixes -> σ(the head's value at each one's last token), for the searches of jaxft.generation.
+
+    The head is an outcome reward model's if it was trained at the ends of answers, and a process reward
+    model's if at the ends of steps.
+
+    Args:
+        at_once: prefixes that are scored at a time, always as many.
+
+    Raises:
+        ValueError: if the params have no head.
+    """
+    if "reward" not in params:
+        raise ValueError(
+            "prefix_verifier: the params have no reward head; see add_reward_head and process_reward."
+        )
+
+    @jax.jit
+    def run(params, tokens, valid):
+        positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
+        batch = {"tokens": tokens, "positions": positions, "segment_ids": valid.astype(jnp.int32)}
+        batch = {name: x[:, None] for name, x in batch.items()}
+        return jax.nn.sigmoid(token_rewards(model.forward, params, batch)[:, 0, -1])
+
+    def values(prefixes):
+        found = []
+        for start in range(0, len(prefixes), at_once):
+            part = list(prefixes[start : start + at_once])
+            filled = part + [part[0]] * (at_once - len(part))
+            with mesh_context(mesh):
+                made = np.asarray(run(params, *left_pad(filled, model.config)))
+            found += made[: len(part)].tolist()
+        return found
+
+    return values

@@ -30,7 +30,9 @@ def learnable(
     """
     rates = np.asarray(rates, float)
     if rates.ndim != 1 or not ((rates >= 0) & (rates <= 1)).all():
-        raise ValueError(f"learnable: rates must be a vector of numbers in 0..1, got {rates!r:.80}.")
+        raise ValueError(
+            f"learnable: rates must be a vector of numbers in 0..1, got {rates!r:.80}."
+        )
     kept = (rates > above) & (rates <= at_most)
     if not kept.any():
         raise ValueError(

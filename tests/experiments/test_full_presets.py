@@ -9,6 +9,7 @@ import pytest
 from experiments.cli import flags
 from experiments.papers import echo_chamber as echo
 from experiments.papers import nft, otr, rlgf
+from experiments.papers.reasoning_survey import main as survey
 from experiments.papers.reft import main as reft
 from experiments.papers.reft import worlds
 from experiments.worlds import questions, solutions
@@ -65,6 +66,13 @@ def test_rlgf(file, tmp_path):
     assert run["methods"]["PPO"]["guide_tokens"] == 0 < run["methods"]["D2LOLS"]["guide_tokens"]
     with pytest.raises(ValueError, match="--guide-model gpt2 has no effect without --preset"):
         rlgf.main(flags.replace(rlgf.Config(), guide_model="gpt2", output_dir=str(tmp_path)))
+
+
+def test_reasoning_survey(file, tmp_path):
+    assert survey.main(full(survey, file, tmp_path, depth=2)) == 0
+    run = json.loads((tmp_path / "metrics.json").read_text())["runs"][0]
+    assert {"majority", "MCTS", "debate"} <= set(run["curves"])
+    assert set(run["learned"]) == {"start", "RFT", "GRPO"}
 
 
 def test_echo_chamber(file, tmp_path):

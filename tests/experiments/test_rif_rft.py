@@ -30,7 +30,9 @@ def test_full_preset(tmp_path):
     given = dict(preset="full", smoke=True, fsdp=1, methods=("sft", "sft_replay", "grpo"))
     assert rif.main(flags.replace(rif.Config(), **given, output_dir=str(tmp_path))) == 0
     (run,) = json.loads((tmp_path / "metrics.json").read_text())["runs"]
-    assert run["tasks"] == ["chain_sum", "chain_sum"] and set(run["methods"]) == set(given["methods"])
+    assert run["tasks"] == ["chain_sum", "chain_sum"] and set(run["methods"]) == set(
+        given["methods"]
+    )
 
 
 def test_tasks_of_the_stream():
@@ -46,7 +48,9 @@ def test_tasks_of_the_stream():
 
 @pytest.fixture(scope="module")
 def world():
-    config = flags.with_small(rif.Config(hopeless=0.5), rif.SMOKE | {"examples": 200, "batch_size": 8})
+    config = flags.with_small(
+        rif.Config(hopeless=0.5), rif.SMOKE | {"examples": 200, "batch_size": 8}
+    )
     return config, worlds.of_words(config, 0)
 
 
@@ -91,7 +95,8 @@ def result(i, sft=-0.4, grpo=-0.1, general=0.9, expert=-0.1, kl=-0.1, saved=0.6)
         "expert_iteration": row(expert, 0.9),
     }  # fmt: skip
     part = lambda rollouts: {"rollouts": rollouts, "kept": 0.7, "accuracy": 0.8}
-    return {"methods": methods, "filter": dict(zip(rif.FILTERS, (part(1000), part(1000 * saved + i))))}
+    rows = part(1000), part(1000 * saved + i)
+    return {"methods": methods, "filter": dict(zip(rif.FILTERS, rows, strict=True))}
 
 
 @pytest.mark.parametrize(

@@ -419,3 +419,18 @@ def test_mistakes_are_explained():
         losses.simpo_loss(TINY._replace(chosen_lengths=None))
     with pytest.raises(AssertionError):
         losses.dpo_loss(TINY._replace(chosen=TINY.chosen[:, None]))
+
+
+def test_a_correctness_label_may_be_a_probability():
+    rewards, labels = jnp.array([1.5, -0.3, 2.0]), jnp.array([True, False, True])
+    for soft in (labels.astype(jnp.float32), jnp.array([1.0, 0.0, 1.0])):
+        chex.assert_trees_all_close(
+            losses.correctness_loss(rewards, soft), losses.correctness_loss(rewards, labels)
+        )
+    # The best reward is the log-odds of the label, where the loss is the entropy.
+    p = jnp.array([0.25, 0.5, 0.9])
+    best = jnp.log(p) - jnp.log1p(-p)
+    gradient = jax.grad(lambda r: losses.correctness_loss(r, p).sum())(best)
+    chex.assert_trees_all_close(gradient, jnp.zeros(3), atol=1e-6)
+    entropy = -p * jnp.log(p) - (1 - p) * jnp.log1p(-p)
+    chex.assert_trees_all_close(losses.correctness_loss(best, p), entropy, rtol=1e-5)

@@ -1,5 +1,7 @@
 """Elastic weight consolidation: the Fisher diagonal and the penalty by closed forms."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +23,7 @@ def squares(params, batch, key):
 
 
 def parts(*ends):
-    return [{"x": X[a:b], "y": Y[a:b]} for a, b in zip(ends, ends[1:])]
+    return [{"x": X[a:b], "y": Y[a:b]} for a, b in itertools.pairwise(ends)]
 
 
 @pytest.mark.parametrize("batches", [parts(0, 12), parts(0, 4, 8, 12), parts(0, 5, 12)])
@@ -44,7 +46,9 @@ def test_the_fisher_information_of_logistic_regression():
         return loss, {"loss": loss}
 
     found = fisher_diagonal(objective, {"w": jnp.asarray(w)}, [{"x": x, "y": y}], jax.random.key(0))
-    np.testing.assert_allclose(found["w"], np.mean(x**2 * (p * (1 - p))[:, None], axis=0), rtol=0.03)
+    np.testing.assert_allclose(
+        found["w"], np.mean(x**2 * (p * (1 - p))[:, None], axis=0), rtol=0.03
+    )
 
 
 def test_the_penalty_and_its_gradient():

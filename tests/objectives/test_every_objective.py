@@ -315,7 +315,8 @@ PARTS = set(
     "add_chances exact_chances sampled_chances with_terminations normalised_regret separator_ends "
     "split_episodes text_ends "
     "Transform add_old_policy add_penalty add_reference add_values answers answers_of_both best_and_worst "
-    "fisher_diagonal learnable collect collect_on_device episodes equals estimate_success mask_truncated offline_collect "
+    "fisher_diagonal learnable collect collect_on_device episodes equals estimate_success mask_truncated "
+    "offline_collect "
     "policy_log_probs prompts_of reads_kl_weight right_samples sample_groups sample_on_device tagged "
     "try_again until_contrast with_tool in_groups without_idle normalised_sums".split()
 )

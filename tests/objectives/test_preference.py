@@ -306,6 +306,13 @@ def test_process_rewards_are_of_steps():
     close(loss, jnp.mean(jnp.log1p(jnp.exp(-jnp.asarray(signed)))))
     assert metrics["loss"].weight == len(signed) == 8
     close(metrics["accuracy"].value, jnp.mean(jnp.asarray(signed) > 0))
+    # Labels of half a step's loss and half of its opposite.
+    soft = columns | {"step_labels": np.full(labels.shape, 0.5, np.float32)}
+    halves = jax.jit(process_reward(FORWARD))(params, batch | soft, None)[0]
+    flipped = jax.jit(process_reward(FORWARD))(
+        params, batch | columns | {"step_labels": ~labels}, None
+    )[0]
+    close(halves, (loss + flipped) / 2)
 
 
 @pytest.mark.parametrize("name", ["dpo", "simpo", "kto", "reward"])

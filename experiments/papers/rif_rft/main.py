@@ -16,8 +16,8 @@ same optimizer and rate. SFT has the answers of the data, and two baselines: rep
 quarter of each batch, and elastic weight consolidation. Expert iteration (cross-entropy of the model's own
 right answers) is the control for the explanation that data of the policy, and not reinforcement, protects.
 
-For the filter, 30 % of the first task's prompts have a wrong answer, which no rollout gives. GRPO trains on all
-of them and, after four rollouts of each, on those with a right one. Rollouts of the filter count.
+For the filter, 30 % of the first task's prompts have a wrong answer, which no rollout gives. GRPO trains on
+all of them and, after four rollouts of each, on those with a right one. Rollouts of the filter count.
 
 The authors' code with the exact filter is not public; the rule "at least one right rollout" is theirs by
 summaries. The paper's tasks are multimodal: `--preset full` has the text-only version, with the accuracy on a
@@ -156,7 +156,7 @@ def stream(config: Config, world: worlds.World, name: str, seed: int) -> dict[st
         after.append(world.measure(params))
         steps.append(taken)
         if name == "ewc" and i + 1 < len(world.tasks):
-            some = [batch for batch, _ in zip(world.rows(i, own, None), range(4))]
+            some = [batch for batch, _ in zip(world.rows(i, own, None), range(4), strict=False)]
             fisher = fisher_diagonal(
                 supervised(world.model.forward), params, some, jax.random.key(own)
             )
@@ -198,7 +198,9 @@ def filtered(config: Config, world: worlds.World, filters: bool, seed: int) -> d
     """{"rollouts", "kept", "accuracy"} of GRPO on the first task's prompts, some with a wrong answer."""
     algorithm = algorithm_of(config, world, "grpo")
     every = world.rates(world.start, 0, seed)
-    kept = worlds.kept_prompts(world, world.start, 0, seed) if filters else np.ones(len(every), bool)
+    kept = (
+        worlds.kept_prompts(world, world.start, 0, seed) if filters else np.ones(len(every), bool)
+    )
     batches = world.collect(0, algorithm.credit, seed, None, kept)
     rows = config.prompts_per_step * config.group_size
     params, steps = world.fit(world.start, algorithm.objective, batches, 0, rows, seed)
@@ -238,7 +240,10 @@ def judge(runs: list[dict]) -> list[Claim]:
     if "expert_iteration" in names:
         gap = of("expert_iteration", "forgetting") - of("sft", "forgetting")
         claims.append(
-            Claim("SFT on the model's own right answers forgets less too", "(others)", [mean(gap, "above", 0)])
+            Claim(
+                "SFT on the model's own right answers forgets less too", "(others)",
+                [mean(gap, "above", 0)],
+            )
         )  # fmt: skip
     part = lambda metric: np.array([[r["filter"][n][metric] for n in FILTERS] for r in runs])
     before, after = part("rollouts").T

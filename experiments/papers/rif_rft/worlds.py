@@ -40,10 +40,14 @@ class World(NamedTuple):
     tasks: tuple[str, ...]
     # params -> {"tasks": accuracy of each task of the stream, "general": of others, "kl": nats an answer}
     measure: Callable[[Any], dict[str, Any]]
-    rows: Callable[[int, int, Any], Iterator[dict]]  # (task, seed, earlier or None) -> supervised batches
+    rows: Callable[
+        [int, int, Any], Iterator[dict]
+    ]  # (task, seed, earlier or None) -> supervised batches
     # (task, credit, seed, ref_params, kept or None) -> answers of the policy
     collect: Callable[..., rl.Collector]
-    rates: Callable[[Any, int, int], np.ndarray]  # (params, task, seed) -> success rate of each prompt
+    rates: Callable[
+        [Any, int, int], np.ndarray
+    ]  # (params, task, seed) -> success rate of each prompt
     # (params, objective, batches, task, rows, seed) -> (params, steps): until the level, or all steps
     fit: Callable[..., tuple[Any, int]]
 
@@ -81,15 +85,22 @@ def of_words(config: Any, seed: int) -> World:
 
     def rows(i, seed, earlier):
         rng = np.random.default_rng(seed)
-        own, old = words.rows_of(wanted[i]), earlier and words.rows_of(*(wanted[j] for j in earlier))
-        again = round(config.replay * config.batch_size) if old else 0
-        pick = lambda rows, count: jax.tree.map(
-            lambda x, chosen=rng.integers(0, len(rows["tokens"]), count): x[chosen], rows
+        own, old = (
+            words.rows_of(wanted[i]),
+            earlier and words.rows_of(*(wanted[j] for j in earlier)),
         )
+        again = round(config.replay * config.batch_size) if old else 0
+
+        def pick(rows, count):
+            chosen = rng.integers(0, len(rows["tokens"]), count)
+            return jax.tree.map(lambda x: x[chosen], rows)
+
         while True:
             batch = pick(own, config.batch_size - again)
             yield (
-                jax.tree.map(lambda *x: np.concatenate(x), batch, pick(old, again)) if again else batch
+                jax.tree.map(lambda *x: np.concatenate(x), batch, pick(old, again))
+                if again
+                else batch
             )
 
     def collect(i, credit, seed, ref_params, kept):
@@ -114,7 +125,10 @@ def of_words(config: Any, seed: int) -> World:
         found = []
 
         def look(step, state):
-            if step % config.check == 0 and float(right(state.params, some[i]).mean()) >= config.level:
+            if (
+                step % config.check == 0
+                and float(right(state.params, some[i]).mean()) >= config.level
+            ):
                 found[:] = jax.tree.map(jnp.copy, state.params), step
                 raise _Reached
 
@@ -204,7 +218,7 @@ def of_sources(config: Any, first: questions.Task, seed: int) -> World:
     def rows(i, seed, earlier):
         chosen = [tasks[i], *(tasks[j] for j in earlier or ())]
         parts = [documents.batches(task, config.batch_size, seed) for task in chosen]
-        for own, *old in zip(*parts):
+        for own, *old in zip(*parts, strict=False):
             count = round(config.replay * config.batch_size / max(len(old), 1)) if old else 0
             cut = lambda batch, size: tree_util.tree_map(lambda x: np.asarray(x)[:size], batch)
             size = config.batch_size - count * len(old)
@@ -222,7 +236,9 @@ def of_sources(config: Any, first: questions.Task, seed: int) -> World:
         )  # fmt: skip
 
     def rates(params, i, seed):
-        return questions.graded(tasks[i], params, tasks[i].known, config.draws, seed)[1].mean(axis=1)
+        return questions.graded(tasks[i], params, tasks[i].known, config.draws, seed)[1].mean(
+            axis=1
+        )
 
     def fit(params, objective, batches, i, rows, seed):
         state, _ = questions.fit(

@@ -1,0 +1,1 @@
+"""A survey of reasoning, its methods at equal compute: run main.py."""

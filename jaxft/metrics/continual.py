@@ -22,7 +22,7 @@ def forgetting_measure(matrix: np.ndarray) -> float:
     """Σ_{i<M} (a[M, i] - a[i, i]) / (M - 1): below 0 where earlier tasks were forgotten.
 
     The sign is that of Lai et al., 2025, arxiv.org/abs/2507.05386; Chaudhry et al., 2018,
-    arxiv.org/abs/1801.10112, report the opposite one and the maximum over time in place of a[i, i].
+    arxiv.org/abs/1801.10112, report the opposite one, and take the maximum over time instead of a[i, i].
 
     Raises:
         ValueError: as `average_accuracy`, and for fewer than two tasks.

@@ -27,7 +27,7 @@ def test_smoke(smoke):
 
 
 def test_full_preset(tmp_path):
-    given = dict(preset="full", smoke=True, fsdp=1, methods=("sft", "sft_replay", "grpo"))
+    given = dict(preset="full", smoke=True, fsdp=1, methods=("sft", "grpo"))
     assert rif.main(flags.replace(rif.Config(), **given, output_dir=str(tmp_path))) == 0
     (run,) = json.loads((tmp_path / "metrics.json").read_text())["runs"]
     assert run["tasks"] == ["chain_sum", "chain_sum"] and set(run["methods"]) == set(
@@ -66,9 +66,9 @@ def test_hopeless_prompts_are_filtered(world):
     config, made = world
     rates = np.array([0.0, 0.25, 1.0])
     stub = made._replace(rates=lambda params, i, seed: rates)
-    assert worlds.kept_prompts(stub, None, 0, 0).tolist() == [False, True, True]
+    assert worlds.kept_prompts(rif.Config(), stub, None, 0, 0).tolist() == [False, True, True]
     with pytest.raises(ValueError, match="sort: of 3 prompts none"):
-        worlds.kept_prompts(made._replace(rates=lambda *_: rates * 0), None, 0, 0)
+        worlds.kept_prompts(rif.Config(), made._replace(rates=lambda *_: rates * 0), None, 0, 0)
 
 
 @pytest.mark.parametrize(

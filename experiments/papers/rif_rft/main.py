@@ -67,7 +67,7 @@ FULL = dict(
 )  # fmt: skip
 SMOKE = dict(
     seeds=1, until=0.0, level=1.0, steps=2, prompts_per_step=2, group_size=2, batch_size=4, examples=64,
-    held_out=8, width=32, layers=1, check=1,
+    held_out=8, width=32, layers=1, check=1, solved=-1.0,
 )  # fmt: skip
 _SMALL_STREAM = tuple(_RG.format("chain_sum", 8, seed) for seed in (1, 2))
 
@@ -94,6 +94,7 @@ class Config:
     kl_weight: float = 0.05  # weight of the KL to the params before the task, for grpo_kl
     hopeless: float = 0.3  # fraction of prompts with a wrong answer, where prompts are filtered
     draws: int = 4  # rollouts of each prompt for the filter
+    solved: float = 0.0  # prompts are kept whose share of right rollouts lies above
     held_out: int = 256  # held-out questions of each task
     width: int = 96  # width of the model
     layers: int = 2  # layers of the model
@@ -199,7 +200,9 @@ def filtered(config: Config, world: worlds.World, filters: bool, seed: int) -> d
     algorithm = algorithm_of(config, world, "grpo")
     every = world.rates(world.start, 0, seed)
     kept = (
-        worlds.kept_prompts(world, world.start, 0, seed) if filters else np.ones(len(every), bool)
+        worlds.kept_prompts(config, world, world.start, 0, seed)
+        if filters
+        else np.ones(len(every), bool)
     )
     batches = world.collect(0, algorithm.credit, seed, None, kept)
     rows = config.prompts_per_step * config.group_size

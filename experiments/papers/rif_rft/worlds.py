@@ -251,6 +251,6 @@ def of_sources(config: Any, first: questions.Task, seed: int) -> World:
     return World(first.model, first.params, names, measure, rows, collect, rates, fit)
 
 
-def kept_prompts(world: World, params: Any, i: int, seed: int) -> np.ndarray:
-    """Returns which prompts of a task at least one rollout of the policy solves."""
-    return learnable(world.rates(params, i, seed), task=world.tasks[i])
+def kept_prompts(config: Any, world: World, params: Any, i: int, seed: int) -> np.ndarray:
+    """Returns which prompts of a task are kept: with `solved` 0, those that a rollout of the policy solves."""
+    return learnable(world.rates(params, i, seed), above=config.solved, task=world.tasks[i])

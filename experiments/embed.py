@@ -82,7 +82,7 @@ def main(config: Config) -> dict[str, Any]:
     settings = settings_of(config)
     objective_of(config, settings, None)  # an error now, not after the search for negatives
     model, base = shared.load_base(config, mesh)
-    check_dims(config, settings, model)
+    retrieval.check_dims(config, settings, model)
     params = shared.adapt_params(config, model, base, mesh)
     tokenizer = shared.files.load_tokenizer(config.base.model)
     vectors = retrieval.vectors_of(model, tokenizer, config.rows.max_length, settings)
@@ -118,16 +118,6 @@ def check(config: Config) -> None:
         raise ValueError(
             f"--gradient-accumulation-steps {parts}: the loss is a value of the whole batch, because the "
             "negatives of a query are all other texts; use --chunk to save memory."
-        )
-
-
-def check_dims(config: Config, settings: SentenceSettings, model: Any) -> None:
-    """Raises ValueError for --dims that are more than the features of an embedding."""
-    width = model.config.hidden_size * len(settings.pooling.modes)
-    if config.dims and max(config.dims) > width:
-        raise ValueError(
-            f"--dims {' '.join(map(str, config.dims))}: embeddings of {config.base.model} have {width} "
-            "features; give smaller numbers."
         )
 
 

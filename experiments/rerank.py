@@ -23,17 +23,8 @@ import jax
 import numpy as np
 import tyro
 
-from experiments.cli import cards, flags
+from experiments.cli import cards, flags, retrieval
 from experiments.cli import training as shared
-from experiments.cli.retrieval import (
-    Search,
-    check,
-    file_settings,
-    load_records,
-    render_all,
-    train_and_rank,
-    vectors_of,
-)
 from jaxft import data, objectives, train
 from jaxft.adapters import Name
 from jaxft.keys import stream
@@ -77,16 +68,16 @@ class Config:
 def main(config: Config) -> dict[str, Any]:
     """Trains; returns the metrics that are written to metrics.json."""
     config = shared.start(config, SMALL)
-    check(config, dict.fromkeys(("margin_mined", "miner"), "mine"))
+    retrieval.check(config, dict.fromkeys(("margin_mined", "miner"), "mine"))
     check_negatives(config)
-    training, held, name = load_records(config)
+    training, held, name = retrieval.load_records(config)
     if config.mine:
         training, held = mined(config, training, held)
     tokenizer = shared.files.load_tokenizer(config.base.model)
     number = min(config.negatives, max(len(record["negatives"]) for record in training))
     sizes = dict(max_length=config.rows.max_length, negatives=number)
     render = lambda part, bad: data.render_reranking(part, tokenizer, **sizes, bad=bad)
-    groups = render_all(config, render, training, held)
+    groups = retrieval.render_all(config, render, training, held)
     place = shared.place(config)
     model, base = shared.load_base(config, place[1])
     head = base.pop("reward", None)
@@ -95,7 +86,7 @@ def main(config: Config) -> dict[str, Any]:
         head = new_head(config, model)
     adapted = shared.adapt_params(config, model, base, place[1]) | {"reward": head}
     score, batches = pair_scores(model), data.finite_group_batches(groups[1], **config.rows.sizes)
-    trained, metrics = train_and_rank(
+    trained, metrics = retrieval.train_and_rank(
         config, adapted, lambda score: objectives.reranking(score, config.loss), score, groups,
         lambda params, when: evaluate(score, params, batches, when), place, name,
     )  # fmt: skip
@@ -124,12 +115,12 @@ def mined(config: Config, training: list, held: list) -> tuple[list, list]:
 
     Its pooling, prompts and similarity are those of its files.
     """
-    settings = file_settings(config.miner)
+    settings = retrieval.file_settings(config.miner)
     model, params = shared.files.load_model(config.miner)
     tokenizer = shared.files.load_tokenizer(config.miner)
     length = min(config.rows.max_length, model.config.max_length)
-    vectors = vectors_of(model, tokenizer, length, settings)
-    search = Search(training, held, vectors, settings)
+    vectors = retrieval.vectors_of(model, tokenizer, length, settings)
+    search = retrieval.Search(training, held, vectors, settings)
     find = lambda records: search.mine(params, records, config.mine, config.margin_mined)
     return find(training), find(held)
 

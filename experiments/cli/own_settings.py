@@ -39,7 +39,7 @@ def without_flag(model: Any, beams: bool) -> dict[str, Any]:
     """{key: value} of the model's own settings that change answers and that no flag has.
 
     Args:
-        beams: whether answers are those of a beam search, which alone `renormalize_logits` changes.
+        beams: whether answers are those of a beam search; `renormalize_logits` changes only these.
     """
     own, known = _own(model), dict(_WITHOUT_FLAG)
     if not isinstance(model, EncoderDecoder):  # those of encoder-decoders are followed

@@ -65,6 +65,16 @@ def load_records(config: Any) -> tuple[list, list, str]:
     return [record for source in parts.training for record in source], parts.held_out, parts.name
 
 
+def check_dims(config: Any, settings: SentenceSettings, model: Any) -> None:
+    """Raises ValueError for --dims that are more than the features of an embedding."""
+    width = model.config.hidden_size * len(settings.pooling.modes)
+    if config.dims and max(config.dims) > width:
+        raise ValueError(
+            f"--dims {' '.join(map(str, config.dims))}: embeddings of {config.base.model} have {width} "
+            "features; give smaller numbers."
+        )
+
+
 def vectors_of(
     model: Any, tokenizer: Any, max_length: int, settings: SentenceSettings
 ) -> Callable[[Any, list[str], str], np.ndarray]:

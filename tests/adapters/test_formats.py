@@ -158,6 +158,8 @@ def test_lost_surplus_and_misshapen_keys_are_named(case, base, tmp_path):
         longer = np.concatenate([whole[name]] * 2, axis=-1)
         check(whole | {name: longer}, f"'{name}' has shape")
     check(whole | {"base_model.model.extra": np.zeros(1)}, "surplus key 'base_model.model.extra'")
+    head = {"base_model.model.classifier.bias": np.zeros(1, np.float32)}
+    check(whole | head, "classifier is not read from adapters; merge the adapter in PEFT")
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ def test_an_adapter_is_saved_beside_the_merged_model(files, tmp_path):
     ],
 )
 def test_settings_that_cannot_run_are_one_line(files, tmp_path, capsys, changes, message):
-    """As from the command line: before training, for errors of its loop show a traceback."""
+    """Runs as from the command line, where errors of the training loop have a traceback."""
     with pytest.raises(SystemExit) as ended:
         train.run_main(embed.main, config(files, tmp_path, **changes))
     line = capsys.readouterr().err.strip().splitlines()[-1]

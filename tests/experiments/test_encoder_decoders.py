@@ -142,7 +142,7 @@ def test_sft_trains_an_adapter_that_peft_opens(files, tmp_path):
 def test_what_an_encoder_decoder_lacks_is_refused(
     files, tmp_path, capsys, main, config, given, message
 ):
-    """As from the command line: errors of the loop would show a traceback."""
+    """Runs as from the command line, where errors of the training loop have a traceback."""
     model, path, _ = files
     data = str(path) if config.data is None or isinstance(config.data, str) else (str(path),)
     if main is reinforce.main:

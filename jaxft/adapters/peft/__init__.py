@@ -265,6 +265,11 @@ def _surplus(key: str, settings: Settings, model: Model) -> str:
     """The message for a tensor that was not read."""
     groups = {group.module for group in model.grouped}
     module = module_of(key, [*model.leaves, *groups, model.head])
+    if module is None and key.startswith(f"{PREFIX}classifier."):
+        return (
+            f"surplus key {key!r}: the head of an encoder's classifier is not read from adapters; merge the "
+            "adapter in PEFT (merge_and_unload, save_pretrained) and load that model."
+        )
     if module is None:
         return (
             f"surplus key {key!r}; the adapter is for another model: this one has no such module."

@@ -89,10 +89,12 @@ def next_turn(
         key, config, row_ids, tokenizer: as for `generate`.
 
     Raises:
-        ValueError: as `generate`, and for a context that does not begin with its row's.
+        ValueError: as `generate`, for rows that the turn has not, or another number of contexts than rows,
+            and for a context that does not begin with its row's.
     """
     most = check_request(contexts, config, 1, None, tokenizer)
     check_lengths(model, params, contexts, config)
+    _check_rows(turn, rows, contexts)
     for row, context in zip(rows, contexts, strict=True):
         known = turn.contexts[row]
         if list(context[: len(known)]) != known:
@@ -112,6 +114,15 @@ def next_turn(
     state = in_turn(state)._replace(keys=row_keys(key, len(rows), row_ids, size))
     known = [list(context) for context in contexts]
     return _answered(model, params, state, config, fill(most), known, tokenizer, chunk)
+
+
+def _check_rows(turn, rows, contexts):
+    count = len(turn.contexts)
+    if len(rows) != len(contexts) or not all(0 <= row < count for row in rows):
+        raise ValueError(
+            f"next_turn: rows {list(rows)[:8]} must be numbers of the turn's {count} rows, from 0 on, one "
+            f"for each of {len(contexts)} contexts."
+        )
 
 
 def _answered(model, params, state, config, most, contexts, tokenizer, chunk):

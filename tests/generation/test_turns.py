@@ -38,6 +38,9 @@ def test_turns_are_those_of_a_new_prefill(monkeypatch):
         assert before == 2 + number  # those of `generate` so far, and the first turn's
     with pytest.raises(ValueError, match="does not begin with the .* tokens of row 0"):
         next_turn(model, params, turn, [0], [[1, 2, 3]], KEY, config, **options)
+    for rows, contexts in ([2], [[1]]), ([-1], [[1]]), ([0], [[1], [2]]):
+        with pytest.raises(ValueError, match=r"must be numbers of the turn's 2 rows, from 0 on"):
+            next_turn(model, params, turn, rows, contexts, KEY, config, **options)
 
 
 def test_a_row_that_ended_early_goes_on_where_it_ended():

@@ -1,4 +1,4 @@
-"""A run that samples in a thread, killed in a process of its own: it trains on each draw exactly once."""
+"""A run that samples in a thread, killed by SIGKILL in its process: it trains on each draw exactly once."""
 
 import json
 import signal

@@ -176,13 +176,11 @@ def sampled(model, params, mesh, renderer, sizes, texts, samples, key):
 
 def controlled(judge: TextModel, mesh, sizes, records, seed) -> list[dict[str, Any]]:
     """Pairs whose sides the judge wrote with the same instruction except for the stance."""
-    renderer, key = (
-        data.Renderer(judge.tokenizer),
-        stream(jax.random.key(seed), "controlled answers"),
-    )
+    renderer, key = data.Renderer(judge.tokenizer), jax.random.key(seed)
     write = lambda stance: sampled(
         judge.model, judge.params, mesh, renderer, sizes,
-        [f"{WRITE[stance]}\n\n{record['prompt']}" for record in records], 1, key,
+        [f"{WRITE[stance]}\n\n{record['prompt']}" for record in records], 1,
+        stream(key, f"controlled {stance}"),
     )  # fmt: skip
     written = {stance: write(stance) for stance in WRITE}
     made = [

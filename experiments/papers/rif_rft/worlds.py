@@ -252,5 +252,5 @@ def of_sources(config: Any, first: questions.Task, seed: int) -> World:
 
 
 def kept_prompts(config: Any, world: World, params: Any, i: int, seed: int) -> np.ndarray:
-    """Returns which prompts of a task are kept: with `solved` 0, those that a rollout of the policy solves."""
+    """Returns which prompts of a task are kept: with `solved` 0, those that any rollout solves."""
     return learnable(world.rates(params, i, seed), above=config.solved, task=world.tasks[i])

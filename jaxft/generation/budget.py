@@ -30,7 +30,7 @@ class Budget:
 
 
 class Cost(NamedTuple):
-    """What a token costs in a model."""
+    """Sizes of a model that determine the cost of a token."""
 
     params: int  # number of parameters
     attention: int = 0  # number of layers times the width; 0 leaves attention scores and values out

@@ -31,7 +31,7 @@ Prefix = tuple[Hashable, ...]  # token ids, of the prompt and what follows it
 
 
 class Step(NamedTuple):
-    """What a policy adds to a prefix."""
+    """Addition of a policy to a prefix."""
 
     tokens: Prefix  # at least one
     log_prob: float  # nats, the sum over its tokens

@@ -94,7 +94,7 @@ def step_beam_search(
         Paths that ended, with `values`, best first; those of the last beam if none did.
 
     Raises:
-        ValueError: if beams is no multiple of width, or depth is below 1.
+        ValueError: if width does not divide beams, or depth is below 1.
     """
     if width < 1 or beams % width or beams < width or depth < 1:
         raise ValueError(
@@ -124,7 +124,7 @@ def diverse_tree_search(
     depth: int,
     aggregate: Callable[[Sequence[float]], float] = lambda values: values[-1],
 ) -> Search:
-    """Runs beams / width separate trees, each with one path that goes on with the best of `width` steps.
+    """Runs beams / width separate trees, each with one path that continues with the best of `width` steps.
 
     Diverse verifier tree search: Beeching et al., 2024, "Scaling test-time compute with open models",
     huggingface.co/spaces/HuggingFaceH4/blogpost-scaling-test-time-compute. Returns each tree's best path.

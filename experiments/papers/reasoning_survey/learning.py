@@ -1,4 +1,4 @@
-"""What the survey's script trains: an outcome and a process reward model, and the policy itself."""
+"""Training of the survey's script: an outcome and a process reward model, and the policy itself."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ left out.
 
 `--preset full` takes Qwen2.5-Math-1.5B-Instruct and GSM8K; its verifiers are trained from the policy
 too, where the literature has Qwen/Qwen2.5-Math-PRM-7B and peiyi9979/math-shepherd-mistral-7b-prm. The
-survey has no such experiment of its own; the bounds of the claims are ours.
+survey has no such experiment; the bounds of the claims are ours.
 """
 
 from __future__ import annotations

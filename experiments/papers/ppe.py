@@ -1,4 +1,4 @@
-"""Prior Prompt Engineering for Reinforcement Fine-Tuning (pPE, arXiv 2505.14157).
+"""pPE: Prior Prompt Engineering for Reinforcement Fine-Tuning (arXiv 2505.14157).
 
 The prior prompt is the instruction before every question of reinforcement fine-tuning. Five of them ask for
 reasoning, a plan, code, knowledge or examples, each with its own tag. The same GRPO with each gives

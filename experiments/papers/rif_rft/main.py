@@ -1,4 +1,4 @@
-"""Reinforcement Fine-Tuning Naturally Mitigates Forgetting in Continual Post-Training (arXiv 2507.05386).
+"""RIF-RFT: Reinforcement Fine-Tuning Naturally Mitigates Forgetting (arXiv 2507.05386).
 
 A model is fine-tuned on one task after another, without data of the earlier ones. Supervised fine-tuning
 forgets the earlier tasks; reinforcement fine-tuning, with or without a KL penalty, forgets less. Prompts that

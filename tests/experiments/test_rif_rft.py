@@ -20,9 +20,11 @@ def smoke(tmp_path_factory):
 
 def test_smoke(smoke):
     assert set(smoke["methods"]) == set(rif.METHODS)
-    for row in smoke["methods"].values():
+    for name, row in smoke["methods"].items():
         assert row["steps"] == [2, 2, 2] and len(row["after"]) == 3
-        assert all(len(one["tasks"]) == 3 and one["kl"] > 0 for one in row["after"])
+        assert all(len(one["tasks"]) == 3 for one in row["after"])
+        # Untrained, the model gives no right answer: what trains on its answers learns nothing.
+        assert (row["after"][-1]["kl"] > 1e-3) == (name not in rif.SAMPLED)
     assert smoke["start"]["kl"] == pytest.approx(0, abs=1e-5)
 
 

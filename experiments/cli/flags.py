@@ -242,9 +242,8 @@ class PolicyLoss:
     entropy_target: float | None = None
     entropy_weight_delta: float = 0.005  # change of --entropy-weight after a step
     entropy_weight_max: float = 1.0  # largest adapted --entropy-weight
-    use_bias_correction_kl: bool = (
-        False  # multiply the KL of --kl-weight by the ratio of each token
-    )
+    # multiply the KL of --kl-weight by the ratio of each token
+    use_bias_correction_kl: bool = False
     correction_min: float = 0.0  # least weight that --correction token_mask, sequence_mask keeps
     correction_max: float = 2.0  # largest weight of --correction
 

@@ -117,7 +117,7 @@ PAPERS = {
         data=-1, fsdp=1, rows=32, length=128, **_SMALL,
     ),
     "adaptive-elicitation": Config(
-        model="gpt2", adapter="full", topology="h100:1", rows=36, microbatches=4, length=1024,
+        model="gpt2", adapter="full", topology="h100:1", rows=9, microbatches=4, length=1024,
         **_SMALL,
     ),
     "monarch": Config(model="smollm2-135m", adapter="monarch", topology="h100:1", rows=16, length=512),

@@ -26,6 +26,13 @@ pretraining, which took ten times as long. The reward models train all params, n
 trunk. Tools, budget forcing (`jaxft.generation.budget_force`), few-shot prompts and a run of SmolLM2 are
 left out.
 
+Seed 100, on which settings were chosen, with 100 held-out questions and 120 steps of each verifier: greedy
+chains were right in 0.79, samples in 0.54, votes of 16 in 0.76, and one of 16 in 0.98. The verifiers were
+weak (squared error 0.228, that of the mean 0.248; 0.225 after 400 steps at a rate of 3e-3 on three times the
+chains), and best of 16, right in 0.44, was behind a random choice. In this task it is as hard to verify a
+total as to compute it, and a wrong total need not spoil the answer, so that labels of steps say little.
+Self-refinement and debate were never right. The default has 400 steps.
+
 `--preset full` takes Qwen2.5-Math-1.5B-Instruct and GSM8K; its verifiers are trained from the policy
 too, where the literature has Qwen/Qwen2.5-Math-PRM-7B and peiyi9979/math-shepherd-mistral-7b-prm. The
 survey has no such experiment; the bounds of the claims are ours.
@@ -86,13 +93,13 @@ class Config:
     pretraining: int = 12000  # questions to pretrain on
     until: float = 0.15  # probability of a right chain at which pretraining ends
     most_steps: int = 3000  # steps of pretraining, at most
-    questions: int = 400  # questions to train the verifiers and the policy on
+    questions: int = 600  # questions to train the verifiers and the policy on
     held_out: int = 200  # questions that measure accuracy
     sizes: tuple[int, ...] = (4, 16)  # budgets of searches, in chains
     most: int = 32  # chains of votes, at most
     own: int = 4  # chains for each question that verifiers and RFT learn from
     rollouts: int = 4  # rollouts that label a step
-    verifier_steps: int = 120  # steps of each verifier
+    verifier_steps: int = 400  # steps of each verifier
     rft_steps: int = 60  # steps of rejection sampling's fine-tuning
     rl_steps: int = 40  # steps of GRPO, 32 groups of 8
     batch_size: int = 64  # chains in a step

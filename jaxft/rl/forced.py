@@ -156,7 +156,8 @@ def sampled_chances(
 
     Args:
         model: a Decoder.
-        judge: (completions, row of the batch for each, batch) -> [answers], 1 for a right one.
+        judge: (completions, row of the batch for each, batch) -> [answers], 1 for a right one; without a
+            verdict (NaN) it counts as wrong.
         forced: tokens that force an answer.
         config: the sampling config of the answers.
         branches: answers per prefix; the authors' online form has 4.
@@ -177,7 +178,8 @@ def sampled_chances(
         )
         verdicts = judge(answers, np.repeat(rows, branches), batch)
         found = np.full(ends.shape, np.nan, np.float32)
-        found[rows, places] = np.asarray(verdicts, np.float32).reshape(-1, branches).mean(axis=1)
+        right = np.nan_to_num(np.asarray(verdicts, np.float32)).reshape(-1, branches)
+        found[rows, places] = right.mean(axis=1)
         return found
 
     return chances

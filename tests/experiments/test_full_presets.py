@@ -9,6 +9,7 @@ import pytest
 from experiments.cli import flags
 from experiments.papers import echo_chamber as echo
 from experiments.papers import nft, otr, rlgf
+from experiments.papers.mrt import main as mrt
 from experiments.papers.reasoning_survey import main as survey
 from experiments.papers.reft import main as reft
 from experiments.papers.reft import worlds
@@ -49,6 +50,16 @@ def test_otr(file, tmp_path):
     assert first["kl target"] == first["kl old"] == 0 and last["kl old"] != 0
     assert 0 <= last["hit_rate"] <= 1
     assert metrics["claims"][0]["text"].startswith("where SFT and OTR are equally accurate")
+
+
+def test_mrt(file, tmp_path):
+    assert mrt.main(full(mrt, file, tmp_path)) == 0
+    run = json.loads((tmp_path / "metrics.json").read_text())["runs"][0]
+    assert list(run) == ["start", "grpo", "grpo_lenpen", "mrt_online", "mrt_stale"]
+    for row in run.values():
+        assert 0 <= row["accuracy"] <= 1 and row["length"] <= 8 and row["regret"] > 0
+    # Forced texts and their answers cost more than the answers of 8 tokens.
+    assert run["mrt_online"]["tokens"] > 2 * run["grpo"]["tokens"]
 
 
 def test_reft(file, tmp_path):

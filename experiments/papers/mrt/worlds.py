@@ -73,7 +73,9 @@ def digits(config: Any, seed: int) -> World:
 
 def problems(config: Any, task: questions.Task) -> World:
     """Returns the world of the task's questions; chances are estimated from samples."""
-    tokenizer, sampler = task.renderer.tokenizer, questions.sampler(task)
+    tokenizer, plain = task.renderer.tokenizer, questions.sampler(task)
+    # The columns are for `judge`; a decoder reads none, and `plain` does not split them.
+    sampler = lambda *args, columns=None, **more: plain(*args, **more)
     numbered = lambda asked: asked._replace(columns={"number": np.arange(len(asked.ids))})
     records = [*task.known.records, *task.held_out.records]
     known, held_out = numbered(task.known), numbered(task.held_out)
@@ -117,7 +119,7 @@ def measure(config: Any, world: World, params: Any, seed: int) -> dict[str, Any]
         curves.append((regrets, reached))
     regrets, reached = np.mean(curves, axis=0)
     return {
-        "accuracy": float(np.mean(batch["rewards"])),
+        "accuracy": float(np.mean(batch["rewards"] >= 1)),
         "length": float(batch["completion_mask"].sum(axis=1).mean()),
         "filler": world.filler(batch) if world.filler else float("nan"),
         "regret": float(regrets[-1]),

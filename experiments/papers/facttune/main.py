@@ -21,8 +21,8 @@ because seeds differ (0.03 to 0.13), and by 0.039 for MC, which is above 0 but b
 for. Random preferences are no neutral control: they lower the share by 0.035. With as many steps as these
 controls, FS ends 0.07 to 0.16 and MC 0.06 to 0.09 higher on every seed.
 
-β, the rate and the sizes of the world were chosen on seed 100, whose world is in no claim; that world was
-looked at six times. With the paper's β of 0.1 DPO lowered the share of correct claims, about the people of
+β, the rate and the sizes of the world were chosen in five runs on seed 100, which is in no claim.
+With the paper's β of 0.1 DPO lowered the share of correct claims, about the people of
 the pairs as well (0.75 to 0.74 at a rate of 1e-4, and 0.42 to 0.37 at 3e-4 in a world of rarer facts). A
 possible reason is that nothing bounds the margin of so short responses before β does: claims that the model
 knows were lost as well. β of 0.3 at 1e-4 and batches of 96 pairs were not measured for lack of time.

@@ -96,9 +96,8 @@ class Config:
     preset: Literal["small", "full"] = "small"  # full: a model and prompts from disk
     source: loaded.Source = loaded.Source()
     corpus: str | None = None  # preset full: JSON lines with subject and passages, a list of texts
-    base_model: str | None = (
-        None  # preset full: the pretrained model that answers; None: the paper's
-    )
+    # preset full: the pretrained model that answers; None: the paper's
+    base_model: str | None = None
     record: flags.Record = flags.Record()
     smoke: bool = False  # seconds; claims are printed, not judged
     debug: bool = False  # full tracebacks

@@ -76,7 +76,7 @@ _SMALL_STREAM = tuple(_RG.format("chain_sum", 8, seed) for seed in (1, 2))
 class Config:
     """Sizes and seeds."""
 
-    methods: tuple[str, ...] = METHODS
+    methods: tuple[str, ...] = METHODS  # the methods to compare
     seeds: int = 3  # runs of each kind, each with its own seed
     first_seed: int = 0  # the seeds are first_seed, first_seed + 1, ...
     share: float = 0.3  # fraction of the stream's tasks in pretraining

@@ -22,10 +22,11 @@ AggreVaTeD ended below their start of 0.037, at 0.001, 0.011 and 0.000; at 3e-4 
 rose from 0.051 to 0.184 and PPO++ to 0.094. All methods have the same rate, and nothing else was tried.
 
 In the recorded run (docs/results.md), seeds 0 to 2, from 0.034, no guided variant ends above PPO: PPO at
-0.091 (0.025 on two seeds, 0.224 on one), PPO++ at 0.052, LOLS 0.050, D2LOLS 0.058, AggreVaTeD 0.000, and the guide
-has 0.746. With the guide's tokens the rewards are dense (0.33 and 0.74 of 1, not 0.08), but the policy's
-own steps from the start of a response remain untrained: PPO++ trains what follows a right beginning, and
-AggreVaTeD's policy never ends a response. 50 rollouts are few: only one seed of PPO left its start.
+0.091 (0.025 on two seeds, 0.224 on one), PPO++ at 0.052, LOLS 0.050, D2LOLS 0.058, AggreVaTeD 0.000, and
+the guide has 0.746. With the guide's tokens the rewards are dense (0.33 and 0.74 of 1, not 0.08), but the
+policy's own steps from the start of a response remain untrained: PPO++ trains what follows a right
+beginning, and AggreVaTeD's policy never ends a response. 50 rollouts are few: only one seed of PPO left
+its start.
 
 The authors' code (Cornell-RL/tril) differs from the paper's description: its buffers get the rewards
 without the KL penalty, and in its IMDB runs the policy starts at the guide's own weights. Departures:

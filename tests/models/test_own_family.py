@@ -185,7 +185,7 @@ def test_it_is_loaded_and_saved(folder, scan_layers, tmp_path_factory):
     model, params = load_model(path, scan_layers=scan_layers, families=KNOWN)
     assert isinstance(model, Toy) and model.config == CONFIG
     logits = TOY.forward(model, params, {"tokens": TOKENS}).logits
-    chex.assert_trees_all_close(np.asarray(logits), by_hand(tensors), rtol=1e-4)
+    chex.assert_trees_all_close(np.asarray(logits), by_hand(tensors), rtol=1e-4, atol=2e-4)
     shapes = model_shapes(path, scan_layers=scan_layers, families=KNOWN)
     chex.assert_trees_all_equal_shapes_and_dtypes(shapes, params)
     other = tmp_path_factory.mktemp("again")
@@ -215,7 +215,7 @@ def test_it_is_sharded_by_its_own_rules(folder, scan_layers):
     assert block["narrow"]["kernel"].sharding.spec == PartitionSpec(*stack, "tensor", "fsdp")
     assert params["table"]["embedding"].sharding.is_fully_replicated  # no rule names it
     logits = jax.jit(model.apply)({"params": params}, TOKENS).logits
-    chex.assert_trees_all_close(np.asarray(logits), by_hand(tensors), rtol=1e-4)
+    chex.assert_trees_all_close(np.asarray(logits), by_hand(tensors), rtol=1e-4, atol=2e-4)
     adapted = apply_named(params, "lora", rank=2, **PLACES)
     specs = param_shardings(adapted, mesh, TOY.rules, TOY.layers)
     lora = (specs["trunk"]["blocks"] if scan_layers else specs["trunk"]["blocks"]["1"])["wide"]

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -37,12 +37,14 @@ def words(rng: np.random.Generator, count: int) -> np.ndarray:
     return np.stack([chosen // LETTERS**i % LETTERS for i in range(LENGTH)], axis=1)
 
 
-def questions(task: str, words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def questions(
+    task: str, words: np.ndarray, tasks: Mapping[str, Callable[[np.ndarray], np.ndarray]] = TASKS
+) -> tuple[np.ndarray, np.ndarray]:
     """(prompts [B, 6], answers [B, 6]): the task's token and the word; the answer and END."""
     column = lambda token: np.full((len(words), 1), token)
-    prompts = [column(END + 1 + list(TASKS).index(task)), words]
+    prompts = [column(END + 1 + list(tasks).index(task)), words]
     join = lambda columns: np.concatenate(columns, axis=1).astype(np.int32)
-    return join(prompts), join([TASKS[task](words), column(END)])
+    return join(prompts), join([tasks[task](words), column(END)])
 
 
 def rows_of(*pairs: tuple[np.ndarray, np.ndarray]) -> dict[str, np.ndarray]:

@@ -143,7 +143,12 @@ def run_seed(config: Config, world, seed: int) -> dict[str, Any]:
         run["methods"][name] = found = stream(config, world, name, seed)
         said = f"forgetting {found['forgetting']:+.3f}, general {found['after'][-1]['general']:.3f}"
         print(f"seed {seed}, {name}: {found['steps']} steps, {said}", flush=True)
-    run["filter"] = {name: filtered(config, world, name == FILTERS[1], seed) for name in FILTERS}
+    kept = worlds.kept_prompts(config, world, world.start, 0, seed)
+    parts = (np.ones_like(kept), 0), (kept, config.draws)
+    run["filter"] = {
+        name: filtered(config, world, *part, seed)
+        for name, part in zip(FILTERS, parts, strict=True)
+    }
     return run
 
 
@@ -195,20 +200,19 @@ def algorithm_of(config: Config, world: worlds.World, name: str) -> rl.Algorithm
     return rl.Algorithm(rl.grpo(build, config.group_size).credit, objective)
 
 
-def filtered(config: Config, world: worlds.World, filters: bool, seed: int) -> dict[str, float]:
-    """{"rollouts", "kept", "accuracy"} of GRPO on the first task's prompts, some with a wrong answer."""
+def filtered(
+    config: Config, world: worlds.World, kept: np.ndarray, draws: int, seed: int
+) -> dict[str, float]:
+    """{"rollouts", "kept", "accuracy"} of GRPO on prompts of the first task, some with a wrong answer.
+
+    `draws` rollouts of each prompt were spent to choose those in `kept`.
+    """
     algorithm = algorithm_of(config, world, "grpo")
-    every = world.rates(world.start, 0, seed)
-    kept = (
-        worlds.kept_prompts(config, world, world.start, 0, seed)
-        if filters
-        else np.ones(len(every), bool)
-    )
     batches = world.collect(0, algorithm.credit, seed, None, kept)
     rows = config.prompts_per_step * config.group_size
     params, steps = world.fit(world.start, algorithm.objective, batches, 0, rows, seed)
     return {
-        "rollouts": steps * rows + filters * config.draws * len(every),
+        "rollouts": steps * rows + draws * len(kept),
         "kept": float(kept.mean()),
         "accuracy": world.measure(params)["tasks"][0],
     }

@@ -30,6 +30,7 @@ STREAM: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 }
 TASKS = {name: words.TASKS[name] for name in words.OLD} | STREAM
 VOCABULARY = words.END + 1 + len(TASKS)
+asked = functools.partial(words.questions, tasks=TASKS)
 
 
 class World(NamedTuple):
@@ -147,14 +148,6 @@ def of_words(config: Any, seed: int) -> World:
 
 
 SAMPLING = SamplingConfig(words.SIZE, stop_ids=(words.END,))
-
-
-def asked(task: str, drawn: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(prompts [B, 6], answers [B, 6]): the task's token and the word; the answer and END."""
-    column = lambda token: np.full((len(drawn), 1), token)
-    token = words.END + 1 + list(TASKS).index(task)
-    join = lambda *columns: np.concatenate(columns, axis=1).astype(np.int32)
-    return join(column(token), drawn), join(TASKS[task](drawn), column(words.END))
 
 
 def probabilities(model: Decoder) -> Callable[[Any, dict], jax.Array]:

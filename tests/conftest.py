@@ -3,6 +3,7 @@
 import gc
 import os
 import pathlib
+import signal
 
 # Before JAX is imported: an installed libtpu would otherwise be tried first, and one process
 # stands for a small pod.
@@ -32,6 +33,10 @@ import pytest  # noqa: E402
 from tests import costs  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# A shell starts background jobs with SIGINT ignored, and the processes that tests interrupt would inherit it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 MOST_MAPPINGS = 40_000  # Linux lets a process have 65,530, and each compiled program takes some
 

@@ -84,10 +84,12 @@ def in_parts(
     *,
     at_once: int,
     limits: Sequence[int] | None = None,
+    columns: Mapping[str, np.ndarray] | None = None,
     **more: Any,
 ) -> Generation:
     """Calls `generate` for `at_once` prompts at a time; the answers are those of one call."""
     rows = np.arange(len(prompts))
+    part = lambda x, i: None if x is None else x[i : i + at_once]
     parts = [
         generate(
             model,
@@ -96,7 +98,8 @@ def in_parts(
             key,
             config,
             row_ids=rows[i : i + at_once],
-            limits=None if limits is None else limits[i : i + at_once],
+            limits=part(limits, i),
+            columns=None if columns is None else {k: part(x, i) for k, x in columns.items()},
             **more,
         )
         for i in range(0, len(prompts), at_once)

@@ -50,21 +50,24 @@ def grouped_matmul_transposed(y: jax.Array, w: jax.Array, sizes: jax.Array) -> j
 def _product(transposed, x, w, sizes):
     """Rows of group e times w[e], or times its transpose."""
     rows, width = x.shape[0], w.shape[1 if transposed else 2]
-    block, used, (groups, starts), ends = _blocks(rows, sizes)
+    large, small = _blocks(rows, len(sizes))
     # A block may reach beyond its group; the next group's blocks come later and overwrite that part.
-    padded = jnp.pad(x, ((0, block), (0, 0)))
+    padded = jnp.pad(x, ((0, small), (0, 0)))
     contracted = ((1,), (1 if transposed else 0,))
 
-    def multiply(i, out):
-        group, start = groups[i], starts[i]
-        part = jax.lax.dynamic_slice_in_dim(padded, start, block)
-        kernel = jax.lax.dynamic_index_in_dim(w, group, keepdims=False)
-        made = jax.lax.dot_general(part, kernel, (contracted, ((), ())))
-        return jax.lax.dynamic_update_slice_in_dim(out, made, start, 0)
+    def group(e, start, out):
+        kernel = jax.lax.dynamic_index_in_dim(w, e, keepdims=False)  # one copy for all its blocks
 
-    empty = jnp.zeros((rows + block, width), x.dtype)
-    out = jax.lax.fori_loop(0, used, multiply, _varying(empty, x, w, sizes))
-    return jnp.where(jnp.arange(rows)[:, None] < ends[-1], out[:rows], 0)
+        def multiply(size, at, out):
+            part = jax.lax.dynamic_slice_in_dim(padded, at, size)
+            made = jax.lax.dot_general(part, kernel, (contracted, ((), ())))
+            return jax.lax.dynamic_update_slice_in_dim(out, made, at, 0)
+
+        return _each_block(multiply, large, small, start, sizes[e], out)
+
+    empty = _varying(jnp.zeros((rows + small, width), x.dtype), x, w, sizes)
+    out = _each_group(group, sizes, empty)
+    return jnp.where(jnp.arange(rows)[:, None] < jnp.sum(sizes), out[:rows], 0)
 
 
 def _product_jvp(transposed, primals, tangents):
@@ -91,26 +94,28 @@ def _sides(transposed, x, ct):
 @jax.custom_jvp
 def _outer(x, y, sizes):
     """[E, D, F]: the sum of x[n]^T y[n] over the rows n of each group; x is [N, D] and y [N, F]."""
-    rows = x.shape[0]
-    block, used, (groups, starts), ends = _blocks(rows, sizes)
-    pad = lambda part: jnp.pad(part, ((0, block), (0, 0)))
-    x, y, own = pad(x), pad(y), jnp.arange(block)[:, None]
+    large, small = _blocks(x.shape[0], len(sizes))
+    pad = lambda part: jnp.pad(part, ((0, small), (0, 0)))
+    x, y = pad(x), pad(y)
     wide = jnp.promote_types(x.dtype, jnp.float32)
+    empty = _varying(jnp.zeros((x.shape[1], y.shape[1]), wide), x, y, sizes)
 
-    def add(i, out):
-        group, start = groups[i], starts[i]
-        left = jax.lax.dynamic_slice_in_dim(x, start, block)
-        left = jnp.where(start + own < ends[group], left, 0)
-        right = jax.lax.dynamic_slice_in_dim(y, start, block)
-        made = jax.lax.dot_general(
-            left, right, (((0,), (0,)), ((), ())), preferred_element_type=wide
-        )
-        made = made + jax.lax.dynamic_index_in_dim(out, group, keepdims=False)
-        return jax.lax.dynamic_update_index_in_dim(out, made, group, 0)
+    def group(e, start, out):
+        end = start + sizes[e]
 
-    empty = jnp.zeros((len(sizes), x.shape[1], y.shape[1]), wide)
-    empty = _varying(empty, x, y, sizes)
-    return jax.lax.fori_loop(0, used, add, empty).astype(x.dtype)
+        def add(size, at, total):
+            left = jax.lax.dynamic_slice_in_dim(x, at, size)
+            left = jnp.where(at + jnp.arange(size)[:, None] < end, left, 0)
+            right = jax.lax.dynamic_slice_in_dim(y, at, size)
+            return total + jax.lax.dot_general(
+                left, right, (((0,), (0,)), ((), ())), preferred_element_type=wide
+            )
+
+        total = _each_block(add, large, small, start, sizes[e], empty)
+        return jax.lax.dynamic_update_index_in_dim(out, total.astype(out.dtype), e, 0)
+
+    shape = (len(sizes), *empty.shape)
+    return _each_group(group, sizes, _varying(jnp.zeros(shape, x.dtype), x, y, sizes))
 
 
 def _outer_jvp(primals, tangents):
@@ -130,17 +135,29 @@ def _outer_jvp(primals, tangents):
 _outer.defjvp(_outer_jvp, symbolic_zeros=True)
 
 
-def _blocks(rows, sizes):
-    """(rows of a block, blocks in use, the group and the first row of each block, ends of the groups)."""
-    mean = max(1, rows // len(sizes))
-    block = min(_LARGEST_BLOCK, max(8, 1 << (mean.bit_length() - 2) if mean > 3 else 1))
-    ends, counts = jnp.cumsum(sizes), -(-sizes // block)
-    last = jnp.cumsum(counts)
-    number = jnp.arange(-(-rows // block) + len(sizes))  # at least as many as are in use
-    group = jnp.searchsorted(last, number, side="right", method="compare_all")
-    group = jnp.minimum(group, len(sizes) - 1)
-    first = (ends - sizes)[group] + (number - (last - counts)[group]) * block
-    return block, last[-1], (group, first), ends
+def _blocks(rows, groups):
+    """(rows of a large block, rows of a small one): a mean group is one large block, rests are small ones."""
+    mean = max(1, rows // groups)
+    large = min(_LARGEST_BLOCK, max(8, 1 << (mean.bit_length() - 1)))
+    return large, max(8, large // 4)
+
+
+def _each_group(apply, sizes, out):
+    """Folds apply(group, its first row, out) over the groups that have rows, in their order."""
+    starts = jnp.cumsum(sizes) - sizes
+    filled = jnp.argsort(sizes == 0, stable=True)
+    step = lambda i, out: apply(filled[i], starts[filled[i]], out)
+    return jax.lax.fori_loop(0, jnp.sum(sizes > 0), step, out)
+
+
+def _each_block(apply, large, small, start, size, out):
+    """Folds apply(rows of a block, its first row, out) over the blocks that cover `size` rows from `start`."""
+    whole = size // large if large > small else 0
+    rest = start + whole * large
+    if large > small:
+        out = jax.lax.fori_loop(0, whole, lambda i, out: apply(large, start + i * large, out), out)
+    blocks = -(-(size - whole * large) // small)
+    return jax.lax.fori_loop(0, blocks, lambda i, out: apply(small, rest + i * small, out), out)
 
 
 def _varying(empty, *others):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import linecache
 import multiprocessing
 import os
+import pathlib
 import signal
 import sys
 import traceback
@@ -27,6 +29,7 @@ SMALLER = (
 END_TOGETHER = 5.0  # seconds within which all hosts with the same failure have failed
 
 IN_TRAINING = "in training, at step"  # begins the note that fit adds to errors of its loop
+PACKAGE = pathlib.Path(__file__).resolve().parents[1]
 
 
 class DivergedError(ArithmeticError):
@@ -143,6 +146,19 @@ def _explain(error: Exception):
         )
     except Exception as error:
         _raise(error)
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Returns whether `error` is a ValueError of a `raise` in jaxft: an input that it refuses.
+
+    JAX and NumPy raise ValueErrors too; those that come from an objective are errors of its code.
+    """
+    if not isinstance(error, ValueError) or error.__traceback__ is None:
+        return False
+    frame, line = list(traceback.walk_tb(error.__traceback__))[-1]
+    file = frame.f_code.co_filename
+    raises = linecache.getline(file, line).lstrip().startswith("raise ")
+    return raises and PACKAGE in pathlib.Path(file).parents
 
 
 def _raise(error: Exception):

@@ -34,6 +34,7 @@ from jaxft.train.errors import (
     DivergedError,
     OutputError,
     PreemptedError,
+    is_refusal,
 )
 from jaxft.train.rows import Rows
 from jaxft.train.signals import catch_preemption
@@ -188,7 +189,9 @@ def _loop(run, state, source, steps, mesh, callbacks, rows, saver, preempted):
         error.state, error.history = state, rows.history
         raise
     except Exception as error:
-        error.add_note(f"{IN_TRAINING} {number}")
+        # What the first step refuses while it is traced is the user's mistake; nothing is trained yet.
+        if number > first or not is_refusal(error):
+            error.add_note(f"{IN_TRAINING} {number}")
         raise
 
 

@@ -7,9 +7,9 @@ import pytest
 
 from jaxft.kernels.grouped import grouped_matmul, grouped_matmul_reference
 
-ROWS, GROUPS, INPUTS, OUTPUTS = 30, 4, 5, 6
-# Groups without rows, one group for all rows, and rows of no group.
-SIZES = [(3, 0, 20, 7), (0, 0, 30, 0), (1, 1, 1, 1), (0, 0, 0, 0)]
+ROWS, GROUPS, INPUTS, OUTPUTS = 80, 4, 5, 6
+# Blocks have 16 or 8 rows here. Groups without rows, one group for all rows, rows of no group, whole blocks.
+SIZES = [(3, 0, 50, 27), (0, 0, 80, 0), (1, 1, 1, 1), (0, 0, 0, 0), (16, 32, 15, 8)]
 
 
 def arrays():

@@ -6,10 +6,12 @@ import sys
 import types
 
 import jax
+import numpy as np
 import optax
 import pytest
 
 from jaxft.generation import ServerError
+from jaxft.optim.sharpness import in_parts
 from jaxft.parallel import HostLostError
 from jaxft.train import (
     DivergedError,
@@ -91,6 +93,30 @@ def test_an_error_inside_training_is_no_mistake_of_the_user(problem, monkeypatch
     with pytest.raises(ValueError, match="record 1000") as caught:
         run_main(main, Config())
     assert caught.value.__notes__ == ["in training, at step 1"]
+
+
+@pytest.mark.parametrize(
+    "fail, code",
+    [
+        (lambda batch: in_parts(batch, 3), 2),  # jaxft refuses the batch's size
+        (lambda batch: np.einsum("ab", np.ones(3)), None),  # a bug in the objective
+    ],
+)
+def test_what_the_first_step_refuses_while_it_is_traced_is_a_line(
+    problem, fail, code, monkeypatch, capsys
+):
+    monkeypatch.delenv("JAXFT_DEBUG", raising=False)
+
+    def main(config):
+        objective = lambda params, batch, key: (fail(batch), problem.objective(params, batch, key))[1]
+        fit(problem.make_params(), objective, optax.sgd(0.1), [problem.make_batch(0)])
+
+    with pytest.raises(SystemExit if code else ValueError) as caught:
+        run_main(main, Config())
+    if code:
+        assert caught.value.code == code and capsys.readouterr().err.count("\n") == 1
+    else:
+        assert caught.value.__notes__[-1] == "in training, at step 0"
 
 
 def test_the_result_of_main_is_returned():

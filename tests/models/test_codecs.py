@@ -53,7 +53,7 @@ FILES = {
         LATENT | GROUPS | dict(topk_method="group_limited_greedy"),
     ],
     "qwen3_next": [
-        DECODER
+        STATES
         | EXPERTS
         | dict(mlp_only_layers=[1, 4], layer_types=None, full_attention_interval=3),
     ],

@@ -283,7 +283,7 @@ CHANGED = {
         shared_expert_intermediate_size=10, num_key_value_heads=1,
     ),
     "qwen3_5_text": dict(
-        layer_types=[STATE, STATE], linear_conv_kernel_dim=1, linear_num_value_heads=2,
+        layer_types=[FULL, STATE], linear_conv_kernel_dim=1, linear_num_value_heads=2,
         tie_word_embeddings=True, partial_rotary_factor=1.0, rope_theta=50.0,
     ),
     "qwen3_5_moe_text": dict(

@@ -26,9 +26,9 @@ LATENT = BASE | dict(
     moe_intermediate_size=8,
     routed_scaling_factor=1.5,
 )
-# Gated DeltaNets around attention, whose heads turn in a quarter of their features.
-DELTA = MIXED | dict(
-    layer_types=["linear_attention", "full_attention", "linear_attention"],
+# A Gated DeltaNet, and attention whose heads turn in a quarter of their features.
+DELTA = BASE | dict(
+    layer_types=["linear_attention", "full_attention"],
     head_dim=16,
     linear_num_key_heads=2,
     linear_num_value_heads=4,
@@ -153,7 +153,7 @@ FAMILIES = {
         num_experts_per_tok=2,
         moe_intermediate_size=16,
         shared_expert_intermediate_size=12,
-        mlp_only_layers=[2],
+        mlp_only_layers=[1],
     ),
     "qwen3_5": lambda: hf.Qwen3_5TextConfig(**DELTA, tie_word_embeddings=True),
     "gpt2": lambda: hf.GPT2Config(

@@ -38,7 +38,6 @@ WHOLE = dict(
     vision_config=QWEN,
 )
 MODELS = {
-    "qwen3_5": lambda: hf.Qwen3_5Config(text_config=STATES, vision_config=QWEN),
     "qwen3_5_moe": lambda: hf.Qwen3_5MoeConfig(**WHOLE),
     "gemma3": lambda: hf.Gemma3Config(
         text_config=dict(TEXT, head_dim=8, sliding_window=4), vision_config=IMAGES, mm_tokens_per_image=4

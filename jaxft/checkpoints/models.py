@@ -102,8 +102,8 @@ def load_model(
     opened = path_or_id if isinstance(path_or_id, Opened) else open_model(path_or_id, families)
     model, family = opened.model.clone(scan_layers=scan_layers), opened.family
     shapes, shardings = with_kept(layer_shapes(model), opened.kept, dtype), None
+    placed = stacked_shapes(shapes, family.layers) if scan_layers else shapes
     if mesh is not None:
-        placed = stacked_shapes(shapes, family.layers) if scan_layers else shapes
         shardings = param_shardings(placed, mesh, family.rules, family.layers)
     params = assemble(
         opened.entries,
@@ -385,7 +385,7 @@ def _open_directory(path, families):
         if absent := codec.score.leaves.keys() - score.keys():
             raise CheckpointError(f"{path}: missing tensor {sorted(absent)[0]!r}.")
         tensors = {codec.score.from_file(n): t for n, t in tensors.items() if n not in score}
-    tensors = renamed(path, tensors, codec.rename)
+    tensors = codec.unpack(renamed(path, tensors, codec.rename))
     try:
         config = codec.config(json, tensors.keys())
     except (AttributeError, KeyError, TypeError) as error:

@@ -36,13 +36,16 @@ class Turn(NamedTuple):
 
 
 def can_continue(model: Decoder) -> bool:
-    """True if a row may go on in another place of a cache: its slots have no meaning but their order."""
+    """True if a row may go on in another place of a cache, without its last tokens.
+
+    Slots of keys and values have no meaning but their order; the state of a Gated DeltaNet is that of all
+    tokens so far.
+    """
     cache = jax.eval_shape(functools.partial(model.init_cache, 1, MIN_BUCKET))
     ropes = (getattr(model.config, name, None) for name in ("rope", "local_rope"))
     # Some frequencies depend on the cache's length.
-    return isinstance(cache, Cache) and not any(
-        rope is not None and rope.by_length for rope in ropes
-    )
+    by_length = any(rope is not None and rope.by_length for rope in ropes)
+    return isinstance(cache, Cache) and cache.rewinds and not by_length
 
 
 def first_turn(
@@ -90,8 +93,13 @@ def next_turn(
 
     Raises:
         ValueError: as `generate`, for rows that the turn has not, or another number of contexts than rows,
-            and for a context that does not begin with its row's.
+            for a context that does not begin with its row's, and for a cache that holds the states of layers.
     """
+    if not turn.state.cache.rewinds:
+        raise ValueError(
+            "next_turn: the layers of Gated DeltaNet keep one state of all tokens, and the last ones cannot "
+            "be taken back; use generate for each turn (`can_continue` says which models need it)."
+        )
     most = check_request(contexts, config, 1, None, tokenizer)
     check_lengths(model, params, contexts, config)
     _check_rows(turn, rows, contexts)

@@ -2,7 +2,7 @@
 
 from jaxft.models.cache import Cache, take_rows
 from jaxft.models.columns import as_rows, of_group
-from jaxft.models.config import DecoderConfig, Experts, Latent, Rope, tiny_config
+from jaxft.models.config import DecoderConfig, Delta, Experts, Latent, Rope, tiny_config
 from jaxft.models.decoder import Decoder, Output
 from jaxft.models.encoder import Encoder, EncoderConfig, EncoderOutput
 from jaxft.models.encoder_decoder import EncoderDecoder, SourceCache
@@ -26,6 +26,7 @@ __all__ = [
     "CheckpointError",
     "Decoder",
     "DecoderConfig",
+    "Delta",
     "Embedding",
     "Encoder",
     "EncoderConfig",

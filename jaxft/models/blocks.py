@@ -13,6 +13,7 @@ from jaxft.kernels.attention import attend_cache
 from jaxft.models.cache import write
 from jaxft.models.config import DecoderConfig
 from jaxft.models.context import LayerKind, layer_table
+from jaxft.models.delta import DeltaAttention
 from jaxft.models.experts import ExpertsMlp
 from jaxft.models.latent import LatentAttention
 from jaxft.models.layers import ACTIVATIONS, Dense, Norm, read, through_adapter
@@ -35,39 +36,45 @@ class Layers(nn.Module):
 
     @nn.compact
     def __call__(self, x, context, prefix):
-        config, keys, values = self.config, [], []
+        config, keys, values, memories = self.config, [], [], []
         # If the window is known while tracing, attention can choose a kernel.
         block_type, routed = remat_block(Block, self.remat, static_argnums=(2,)), []
         for i in range(config.num_layers):
-            sparse = config.has_experts(i)
-            block = block_type(config, self.remat, self.attention, sparse, name=str(i))
+            kind = config.has_experts(i), config.has_state(i)
+            block = block_type(config, self.remat, self.attention, *kind, name=str(i))
             own = None if prefix is None else prefix[i]
             window, cached = config.window(i), None
             layer = LayerKind(window is not None, window, i not in config.unrotated)
-            if context.cache is not None:
-                cached = (context.cache.keys[i], context.cache.values[i])
+            if context.cache is not None and config.has_state(i):
+                cached = context.cache.memories[len(memories)]
+            elif context.cache is not None:
+                cached = (context.cache.keys[len(keys)], context.cache.values[len(keys)])
             x, (cached, routing) = block(x, layer, own, cached, context)
             routed += [] if routing is None else [routing]
-            if cached is not None:
+            if cached is not None and config.has_state(i):
+                memories.append(cached)
+            elif cached is not None:
                 keys.append(cached[0])
                 values.append(cached[1])
         routing = jax.tree.map(lambda *parts: jnp.stack(parts), *routed) if routed else None
         if context.cache is None:
             return x, None, routing
-        cache = dataclasses.replace(context.cache, keys=tuple(keys), values=tuple(values))
+        parts = dict(keys=tuple(keys), values=tuple(values), memories=tuple(memories))
+        cache = dataclasses.replace(context.cache, **parts)
         return x, cache, routing
 
 
 class Block(nn.Module):
     """Attention and MLP, each on the normed residual stream and added to it.
 
-    Returns (x, (keys and values of the cache, Routing)), each None without them.
+    Returns (x, (the layer's part of the cache, Routing)), each None without them.
     """
 
     config: DecoderConfig
     remat: Remat = "none"
     attention: str | None = None
     sparse: bool = False  # experts replace the MLP
+    recurrent: bool = False  # a Gated DeltaNet replaces attention
 
     @nn.compact
     def __call__(self, x, layer, prefix, cached, context):
@@ -76,6 +83,7 @@ class Block(nn.Module):
         norm = functools.partial(norm_type, config.norm, config.norm_eps, config.norm_offset)
         y = norm(name="attention_norm")(x) if config.pre_norms else x
         kind = Attention if config.latent is None else LatentAttention
+        kind = DeltaAttention if self.recurrent else kind
         mix = kind(config, self.remat, self.attention, name="attention")
         y, cached = mix(y, layer, prefix, cached, context)
         y = norm(name="post_attention_norm")(y) if config.post_norms else y
@@ -111,7 +119,11 @@ class Attention(nn.Module):
         heads, groups, size = config.num_heads, config.num_kv_heads, config.head_dim
         split = lambda y: y.reshape(*y.shape[:-1], -1, size)
         dense = functools.partial(Dense, bias=config.attention_bias)
-        query = dense(heads * size, name="query")(x)
+        width = 2 * heads * size if config.gated_attention else heads * size
+        query, gate = dense(width, name="query")(x), None
+        if config.gated_attention:  # of each head, the query and then its gate
+            both = query.reshape(*x.shape[:-1], heads, 2 * size)
+            query, gate = (part.reshape(*x.shape[:-1], -1) for part in jnp.split(both, 2, axis=-1))
         key = dense(groups * size, name="key")(x)
         value = dense(groups * size, name="value")(x)
         if config.qk_norm:
@@ -156,7 +168,10 @@ class Attention(nn.Module):
                 stored = (c.astype(query.dtype) for c in cached)
                 visible = context.visible(window, 0 if prefix is None else prefix.shape[1])
                 y = attend_cache(query, *stored, visible, **options)
-        y = Dense(config.hidden_size, config.output_bias, name="out")(y.reshape(*x.shape[:-1], -1))
+        y = y.reshape(*x.shape[:-1], -1)
+        if gate is not None:
+            y = remat_lean(lambda y, gate: y * jax.nn.sigmoid(gate), self.remat)(y, gate)
+        y = Dense(config.hidden_size, config.output_bias, name="out")(y)
         return through_adapter(self, x, y), cached
 
 

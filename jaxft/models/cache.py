@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+
+class Memory(NamedTuple):
+    """The past tokens of a layer that has a state instead of keys and values: see jaxft.models.delta."""
+
+    window: jax.Array  # [B, taps - 1, C]: inputs of the convolution, the last tokens' ones
+    state: jax.Array  # [B, H, K, F] float32
 
 
 @jax.tree_util.register_dataclass
@@ -18,16 +25,20 @@ class Cache:
     a row is overwritten while it is needed if the row's tokens fit into the slots: `seated` starts a row
     anew at any time, without one write index per row, which would cost a scatter for every token.
 
+    Layers with a state have a `Memory` instead, which has no slots: it is that of all tokens so far, so that
+    tokens cannot be taken back (`rewinds`).
+
     There is one pair of arrays per layer, not one stacked pair: a loop that carries a stacked cache copies it
     for every token. The axes have the order in which `attend_cache` multiplies them: with another
     order, XLA:CPU copies every layer's cache for every token, a third of the time of decoding.
     """
 
-    keys: tuple[jax.Array, ...]  # L x [B, G, K, S]
+    keys: tuple[jax.Array, ...]  # L x [B, G, K, S], of the layers that attend
     values: tuple[jax.Array, ...]  # L x [B, G, S, K]
     positions: jax.Array  # [B, S] int32, as given to the model
     valid: jax.Array  # [B, S] bool: written and not padding
     index: jax.Array  # [] int32: slots written so far
+    memories: tuple[Memory, ...] = ()  # of the layers with a state, in their order
     virtual: int = dataclasses.field(default=0, metadata={"static": True})  # tokens in front
     # True before the first write; static, so that a prefill can attend only among its own tokens.
     empty: bool = dataclasses.field(default=False, metadata={"static": True})
@@ -37,6 +48,11 @@ class Cache:
     def length(self) -> int:
         """Number of slots, S."""
         return self.valid.shape[1]
+
+    @property
+    def rewinds(self) -> bool:
+        """True if the last tokens of a row can be taken back: no layer has a state."""
+        return not self.memories
 
     def take_rows(self, rows: jax.Array, start: int) -> Cache:
         """The cache whose row i is the present row rows[i], from slot `start` on.
@@ -56,6 +72,9 @@ class Cache:
             values=tuple(pick(x, 2) for x in self.values),
             positions=pick(self.positions, 1),
             valid=pick(self.valid, 1),
+            memories=jax.tree.map(
+                lambda x: x.at[rows].get(mode="promise_in_bounds"), self.memories
+            ),
         )
 
     def seated(self, other: Cache, place: jax.Array) -> Cache:
@@ -65,9 +84,12 @@ class Cache:
         """
         shift = self.index - other.index
 
-        def put(rows, row, axis):
-            row = jnp.roll(row[:1], shift, axis).astype(rows.dtype)
+        def seat(rows, row):
+            row = row[:1].astype(rows.dtype)
             return jax.lax.dynamic_update_slice_in_dim(rows, row, place, 0)
+
+        def put(rows, row, axis):
+            return seat(rows, jnp.roll(row[:1], shift, axis))
 
         layers = lambda ours, theirs, axis: tuple(
             put(*pair, axis) for pair in zip(ours, theirs, strict=True)
@@ -78,6 +100,7 @@ class Cache:
             values=layers(self.values, other.values, 2),
             positions=put(self.positions, other.positions, 1),
             valid=put(self.valid, other.valid, 1),
+            memories=jax.tree.map(seat, self.memories, other.memories),
         )
 
 
@@ -103,9 +126,15 @@ def take_rows(cache: Any, rows: jax.Array, start: int) -> Any:
 
 
 def empty_cache(
-    layers: int, batch: int, length: int, groups: int, size: int, dtype=jnp.float32
+    layers: int,
+    batch: int,
+    length: int,
+    groups: int,
+    size: int,
+    dtype=jnp.float32,
+    memories: tuple[Memory, ...] = (),
 ) -> Cache:
-    """A cache of `length` empty slots.
+    """A cache of `length` empty slots for the layers that attend, and the memories of the others.
 
     Its pytree differs from a written cache's (`empty`): let a loop carry the cache from the second token
     on, or use `dataclasses.replace(cache, empty=False)`.
@@ -117,6 +146,7 @@ def empty_cache(
         positions=jnp.zeros((batch, length), jnp.int32),
         valid=jnp.zeros((batch, length), bool),
         index=jnp.zeros((), jnp.int32),
+        memories=memories,
         empty=True,
     )
 

@@ -104,6 +104,34 @@ class Latent:
 
 
 @dataclasses.dataclass(frozen=True)
+class Delta:
+    """Gated DeltaNet: layers that keep a state of fixed size instead of attending to past tokens.
+
+    Yang et al., 2024, arxiv.org/abs/2412.06464; see jaxft.models.delta.
+    """
+
+    layers: tuple[int, ...]  # those that have it; the others attend
+    key_heads: int  # of queries and keys, each for value_heads / key_heads heads of values
+    value_heads: int
+    key_size: int  # features of a head
+    value_size: int
+    taps: int = 4  # tokens that the short convolution sees, including the one at hand
+    joined: bool = False  # the projections' columns are ordered by key heads, as in Qwen3-Next
+
+    def __post_init__(self):
+        if self.value_heads % self.key_heads:
+            raise ValueError(
+                f"Delta: value_heads ({self.value_heads}) must be a multiple of key_heads ({self.key_heads})."
+            )
+
+    @property
+    def widths(self) -> tuple[int, int, int]:
+        """Features of the queries, keys and values of all heads."""
+        keys = self.key_heads * self.key_size
+        return keys, keys, self.value_heads * self.value_size
+
+
+@dataclasses.dataclass(frozen=True)
 class DecoderConfig:
     """A decoder-only transformer: the families of docs/models.md that predict the next token.
 
@@ -131,7 +159,9 @@ class DecoderConfig:
     qk_norm_whole: bool = False  # one norm over all heads, not one per head
     clip_qkv: float | None = None  # largest magnitude of queries, keys and values
     sinks: bool = False  # a learned logit for each head joins its softmax
+    gated_attention: bool = False  # a sigmoid of each feature scales the heads' outputs
     latent: Latent | None = None  # keys and values come from it; head_dim is then its `turned`
+    delta: Delta | None = None  # layers with a state instead of attention
     experts: Experts | None = None  # instead of the MLPs
     pre_norms: bool = True  # norms before attention and MLP
     post_norms: bool = False  # norms after attention and MLP
@@ -178,6 +208,10 @@ class DecoderConfig:
     def has_experts(self, layer: int) -> bool:
         """True if `layer` has experts instead of an MLP."""
         return self.experts is not None and layer not in self.experts.dense_layers
+
+    def has_state(self, layer: int) -> bool:
+        """True if `layer` is a Gated DeltaNet instead of attention."""
+        return self.delta is not None and layer in self.delta.layers
 
     def window(self, layer: int) -> int | None:
         """The number of tokens that `layer` sees, or None for all."""

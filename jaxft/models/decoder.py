@@ -15,6 +15,7 @@ from jaxft.models.blocks import Block, Layers
 from jaxft.models.cache import Cache, empty_cache, reserve
 from jaxft.models.config import DecoderConfig, Rope
 from jaxft.models.context import Context, LayerKind
+from jaxft.models.delta import check_lead, empty_memories
 from jaxft.models.experts import Routing
 from jaxft.models.layers import (
     KERNEL_INIT,
@@ -105,6 +106,8 @@ class Decoder(nn.Module):
             config.head_dim,
             held=0 if cache is None else cache.virtual,
         )
+        if config.delta is not None:
+            check_lead(lead)
         x = Embed(config.vocab_size, config.hidden_size, name="embed")(tokens, self.dtype)
         x = keep_features(x)
         x = x if noise is None else noise(x)
@@ -167,6 +170,8 @@ class Decoder(nn.Module):
 
     def branch_obstacle(self, params: Any = None, *, held: Any = None) -> str | None:
         """The reason why completions cannot share their prompt in a row (`branches`), if there is one."""
+        if self.config.delta is not None:
+            return "layers of Gated DeltaNet have one state for a row"
         ropes = (self.config.rope, self.config.local_rope)
         if any(rope is not None and rope.by_length for rope in ropes):
             return "rotary frequencies depend on a text's length (dynamic or longrope scaling)"
@@ -177,8 +182,10 @@ class Decoder(nn.Module):
     def init_cache(self, batch: int, length: int, dtype: Any = None) -> Cache:
         """An empty cache of `length` slots for `batch` rows; dtype None: the activations' type."""
         dtype = self.dtype if dtype is None else dtype
-        layers, shape = self.config.num_layers, self.config.cache_shape
-        return empty_cache(layers, batch, length, *shape, dtype)
+        config, delta = self.config, self.config.delta
+        layers = sum(not config.has_state(i) for i in range(config.num_layers))
+        memories = empty_memories(delta, config.num_layers - layers, batch, dtype)
+        return empty_cache(layers, batch, length, *config.cache_shape, dtype, memories)
 
     def example_input(self) -> jax.Array:
         """The smallest input, for `init` and shapes."""
@@ -228,6 +235,11 @@ class Decoder(nn.Module):
         if config.experts is not None and config.experts.dense_layers:
             raise ValueError(
                 f"Decoder: layers {config.experts.dense_layers} have an MLP and the others experts, and "
+                "layers of two kinds cannot be scanned; use scan_layers=False."
+            )
+        if config.delta is not None:
+            raise ValueError(
+                f"Decoder: layers {config.delta.layers} are Gated DeltaNets and the others attend, and "
                 "layers of two kinds cannot be scanned; use scan_layers=False."
             )
         local = jnp.array([config.window(i) is not None for i in range(config.num_layers)])

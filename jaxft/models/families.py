@@ -27,7 +27,10 @@ from jaxft.models.phi3 import PHI3
 from jaxft.models.qwen2 import QWEN2
 from jaxft.models.qwen2_moe import QWEN2_MOE
 from jaxft.models.qwen3 import QWEN3
+from jaxft.models.qwen3_5 import QWEN3_5
+from jaxft.models.qwen3_5_moe import QWEN3_5_MOE
 from jaxft.models.qwen3_moe import QWEN3_MOE
+from jaxft.models.qwen3_next import QWEN3_NEXT
 from jaxft.models.roberta import ROBERTA
 from jaxft.models.smollm3 import SMOLLM3
 from jaxft.models.t5 import T5
@@ -43,6 +46,9 @@ FAMILIES: tuple[Family, ...] = (
     MIXTRAL,
     QWEN2_MOE,
     QWEN3_MOE,
+    QWEN3_NEXT,
+    QWEN3_5,
+    QWEN3_5_MOE,
     OLMOE,
     GPT_OSS,
     DEEPSEEK_V2,

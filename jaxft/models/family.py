@@ -74,6 +74,8 @@ class HuggingFace:
         entries: config -> the tensors of a file, in its usual order, and the leaves that they hold.
         rename: the name in a file -> the name that `entries` gives the tensor: bare base models lack a
             prefix, others have an extra one.
+        unpack: (renamed tensors of a file, which it does not read) -> those of `entries`, for files that put
+            several into one.
         module: the name of a tensor -> that of the installed transformers' parameter, which PEFT's files
             use, if it differs: Mixtral's layers.
         ignores: (renamed tensor, config) -> whether it is not needed: buffers, heads of other tasks.
@@ -90,6 +92,7 @@ class HuggingFace:
     reads: frozenset[str]
     entries: Callable[[Config], list[Entry]]
     rename: Callable[[str], str] = lambda name: name
+    unpack: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda tensors: tensors
     module: Callable[[str], str] = lambda name: name
     ignores: Callable[[str, Config], bool] = lambda name, config: False
     head: str = "lm_head"

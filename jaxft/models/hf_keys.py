@@ -44,7 +44,9 @@ COUNTS = frozenset(
     "encoder_ffn_dim decoder_ffn_dim encoder_attention_heads decoder_attention_heads "
     "num_experts num_local_experts num_experts_per_tok moe_intermediate_size "
     "shared_expert_intermediate_size decoder_sparse_step n_routed_experts n_shared_experts n_group "
-    "topk_group kv_lora_rank q_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim".split()
+    "topk_group kv_lora_rank q_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim "
+    "linear_conv_kernel_dim linear_key_head_dim linear_value_head_dim linear_num_key_heads "
+    "linear_num_value_heads full_attention_interval".split()
 )
 # Numbers that must not be negative, infinite or NaN (which Python's JSON allows).
 _EPSILONS = frozenset({"rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon"})

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from jaxft.models.config import DecoderConfig, Experts
+from jaxft.models.config import DecoderConfig, Delta, Experts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +40,13 @@ QK_NORMS = {
     "self_attn.q_norm": "attention/query_norm",
     "self_attn.k_norm": "attention/key_norm",
 }
+
+
+# Projections of Gated DeltaNets: Qwen3-Next's, whose columns are ordered by key heads, and Qwen3.5's.
+_JOINED = {"in_proj_qkvz": "mixed", "in_proj_ba": "rates"}
+_SEPARATE = {
+    "in_proj_qkv": "mixed", "in_proj_z": "gate", "in_proj_b": "beta", "in_proj_a": "decay"
+}  # fmt: skip
 
 
 class ExpertNames(NamedTuple):
@@ -84,6 +91,45 @@ def expert_entries(
     return entries
 
 
+def unpack_experts(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """The tensors of a file by the names of `expert_entries`, if one tensor [E, out, in] holds all experts.
+
+    Qwen3.5's own files have `experts.gate_up_proj`, gate before up, and `experts.down_proj`; transformers
+    writes one tensor for each expert. The parts are views, so that memory-mapped tensors are not read.
+    """
+    found = {}
+    for name, tensor in tensors.items():
+        place, _, last = name.rpartition(".")
+        if not (place.endswith(".experts") and last in ("gate_up_proj", "down_proj")):
+            found[name] = tensor
+            continue
+        half = tensor.shape[1] // 2
+        parts = {"down_proj": slice(None)}
+        if last == "gate_up_proj":
+            parts = {"gate_proj": slice(0, half), "up_proj": slice(half, None)}
+        for e in range(tensor.shape[0]):
+            found |= {f"{place}.{e}.{n}.weight": tensor[e, rows] for n, rows in parts.items()}
+    return found
+
+
+def delta_entries(delta: Delta, theirs: str, ours: str) -> list[Entry]:
+    """The tensors of a layer's Gated DeltaNet."""
+    theirs, ours = f"{theirs}linear_attn.", f"{ours}attention/"
+    linear = (_JOINED if delta.joined else _SEPARATE) | {"out_proj": "out"}
+    size = sum(delta.widths), 1, delta.taps
+    taps = (f"{ours}convolution",)
+    return [
+        Entry(f"{theirs}dt_bias", (f"{ours}dt_bias",)),
+        Entry(f"{theirs}A_log", (f"{ours}a_log",)),
+        Entry(f"{theirs}conv1d.weight", taps, file_shape=size, axes=(2, 1, 0)),
+        Entry(f"{theirs}norm.weight", (f"{ours}norm/scale",)),
+        *(
+            Entry(f"{theirs}{name}.weight", (f"{ours}{path}/kernel",), True)
+            for name, path in linear.items()
+        ),
+    ]
+
+
 def decoder_entries(
     config: DecoderConfig,
     norms: Mapping[str, str] = NORMS,
@@ -104,15 +150,21 @@ def decoder_entries(
         for name, paths in linear.items():
             if paths[0].startswith("mlp/") and config.has_experts(i):
                 continue
+            if paths[0].startswith("attention/") and config.has_state(i):
+                continue
             kernels, biases = (
                 tuple(f"{ours}{path}/{leaf}" for path in paths) for leaf in ("kernel", "bias")
             )
             entries.append(Entry(f"{theirs}{name}.weight", kernels, True))
             if _has_bias(config, paths[0]):
                 entries.append(Entry(f"{theirs}{name}.bias", biases))
+        if config.has_state(i):
+            entries += delta_entries(config.delta, theirs, ours)
         if config.has_experts(i):
             entries += experts(config.experts, theirs, ours)
         for name, path in norms.items():
+            if path.startswith("attention/") and config.has_state(i):
+                continue
             entries.append(Entry(f"{theirs}{name}.weight", (f"{ours}{path}/scale",)))
     entries.append(Entry("model.norm.weight", ("final_norm/scale",)))
     return entries + output_entries(config)

@@ -52,7 +52,8 @@ def stack_layers(params: Params, layers: str = LAYERS) -> Params:
     if len(structures) > 1:
         raise ValueError(
             f"stack_layers: the {len(ordered)} layers have {len(structures)} different structures "
-            "(adapters on only some layers?); keep them separate with scan_layers=False."
+            "(adapters on only some layers, or layers of several kinds); keep them separate with "
+            "scan_layers=False."
         )
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *ordered)
     return _with_layers(params, layers, stacked)

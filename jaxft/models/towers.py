@@ -16,6 +16,8 @@ from jaxft.models.hf_keys import Keys
 from jaxft.models.mistral import MISTRAL
 from jaxft.models.qwen2 import QWEN2
 from jaxft.models.qwen3 import QWEN3
+from jaxft.models.qwen3_5 import QWEN3_5
+from jaxft.models.qwen3_5_moe import QWEN3_5_MOE
 
 # Beginnings of names in files of transformers 4 and 5, and in those of the text model.
 _RENAMED = {
@@ -90,5 +92,7 @@ TEXT_PARTS: tuple[Family, ...] = (
     text_part("qwen2_vl", QWEN2),
     text_part("qwen2_5_vl", QWEN2),
     text_part("qwen3_vl", QWEN3),
+    text_part("qwen3_5", QWEN3_5),
+    text_part("qwen3_5_moe", QWEN3_5_MOE),
     text_part("mistral3", MISTRAL),
 )

@@ -25,8 +25,11 @@ TRANSFORMER_RULES: Rules = (
     (r".*/experts/down/kernel", PartitionSpec("expert", "tensor", "fsdp")),
     (r".*/experts/gate_up/bias", PartitionSpec("expert", "tensor")),
     (r".*/experts/down/bias", PartitionSpec("expert")),
-    (r".*/(query|key|value|gate|up|query_up|latent_up)/kernel", PartitionSpec("fsdp", "tensor")),
-    (r".*/(query_down|latent)/kernel", PartitionSpec("fsdp")),
+    (
+        r".*/(query|key|value|gate|up|query_up|latent_up|mixed)/kernel",
+        PartitionSpec("fsdp", "tensor"),
+    ),
+    (r".*/(query_down|latent|rates|beta|decay)/kernel", PartitionSpec("fsdp")),
     (r".*/(out|down)/kernel", PartitionSpec("tensor", "fsdp")),
     (r".*/(query|key|value|gate|up)/bias", PartitionSpec("tensor")),
     (r"embed/embedding", PartitionSpec("tensor", "fsdp")),

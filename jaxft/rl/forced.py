@@ -73,8 +73,13 @@ def exact_chances(model: Decoder, forced: Sequence[int], column: str = "gold") -
             them.
 
     Raises:
-        ValueError: if nothing is forced.
+        ValueError: if nothing is forced, or for a model with Gated DeltaNets, whose states hold all tokens.
     """
+    if not jax.eval_shape(functools.partial(model.init_cache, 1, 1)).rewinds:
+        raise ValueError(
+            "exact_chances: later tokens cannot be hidden from the states of Gated DeltaNets; use "
+            "sampled_chances."
+        )
     if not len(forced):
         raise ValueError(
             "exact_chances: forced must have at least one token, after which the answer stands."

@@ -200,6 +200,22 @@ def test_peft_opens_every_type_of_ours(pair, name, tmp_path):
     close(ours(model, load_adapter(tmp_path, model.config, params)), logits)
 
 
+def test_projections_of_gated_deltanets(tmp_path):
+    theirs = families.torch_model("qwen3_5")
+    theirs.save_pretrained(tmp_path / "base")
+    model, params = load_model(tmp_path / "base")
+    adapted = adapted_and_trained(params, {ALL_LINEAR: lora(2)})
+    save_adapter(tmp_path, model.config, adapted, base_model=str(tmp_path / "base"))
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert {"in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"} <= {
+        *settings["target_modules"]
+    }
+    opened = peft.PeftModel.from_pretrained(theirs, tmp_path)
+    with torch.no_grad():
+        close(ours(model, adapted), opened(torch.tensor(TOKENS)).logits.numpy())
+    chex.assert_trees_all_equal(load_adapter(tmp_path, model.config, params), adapted)
+
+
 def test_peft_opens_biases_beside_lora(tmp_path):
     path = pathlib.Path(__file__).parent / "fixtures" / "base"
     model, params = load_model(path)

@@ -26,6 +26,15 @@ LATENT = BASE | dict(
     moe_intermediate_size=8,
     routed_scaling_factor=1.5,
 )
+# A Gated DeltaNet, and attention whose heads turn in a quarter of their features.
+DELTA = BASE | dict(
+    layer_types=["linear_attention", "full_attention"],
+    head_dim=16,
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
+    linear_key_head_dim=6,
+    linear_value_head_dim=5,
+)
 LLAMA3 = dict(
     rope_type="llama3",
     rope_theta=500.0,
@@ -136,6 +145,17 @@ FAMILIES = {
         num_experts_per_tok=2,
         first_k_dense_replace=0,
     ),
+    # tests/checkpoints/test_text_parts.py has Qwen3.5 with experts.
+    "qwen3_next": lambda: hf.Qwen3NextConfig(
+        **DELTA,
+        linear_conv_kernel_dim=3,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=12,
+        mlp_only_layers=[1],
+    ),
+    "qwen3_5": lambda: hf.Qwen3_5TextConfig(**DELTA, tie_word_embeddings=True),
     "gpt2": lambda: hf.GPT2Config(
         vocab_size=61,
         n_embd=32,
@@ -159,7 +179,11 @@ def torch_model(family: str) -> torch.nn.Module:
         for name, parameter in model.named_parameters():
             spread = 0.3 if parameter.ndim > 1 else 0.1
             centre = 1.0 if "norm" in name or "ln_" in name else 0.0
-            centre = 0.0 if family.startswith("gemma") or name.endswith("bias") else centre
+            offset = family.startswith(
+                ("gemma", "qwen3_next", "qwen3_5")
+            )  # norms scale by 1 + weight
+            offset = offset and "linear_attn" not in name
+            centre = 0.0 if offset or name.endswith("bias") else centre
             parameter.copy_(centre + spread * torch.randn_like(parameter))
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):  # as large as the scores differ

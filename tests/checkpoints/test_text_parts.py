@@ -2,9 +2,11 @@
 
 import json
 
+import chex
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from jaxft.checkpoints import CheckpointError, load_model, save_model
 from jaxft.models import config_of
@@ -20,7 +22,23 @@ IMAGES = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_att
 IMAGES |= dict(image_size=28, patch_size=14)
 QWEN = dict(depth=1, hidden_size=16, intermediate_size=24, num_heads=2, out_hidden_size=32)
 MROPE = dict(rope_type="default", rope_theta=1e4, mrope_section=[2, 1, 1])
+STATES = TEXT | dict(
+    head_dim=16, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=6,
+    linear_value_head_dim=5, layer_types=["linear_attention", "full_attention"],
+    rope_parameters=dict(MROPE, mrope_interleaved=True, partial_rotary_factor=0.5),
+)  # fmt: skip
+EXPERTS = dict(
+    num_experts=4,
+    num_experts_per_tok=2,
+    moe_intermediate_size=8,
+    shared_expert_intermediate_size=12,
+)
+WHOLE = dict(
+    text_config={k: v for k, v in STATES.items() if k != "intermediate_size"} | EXPERTS,
+    vision_config=QWEN,
+)
 MODELS = {
+    "qwen3_5_moe": lambda: hf.Qwen3_5MoeConfig(**WHOLE),
     "gemma3": lambda: hf.Gemma3Config(
         text_config=dict(TEXT, head_dim=8, sliding_window=4), vision_config=IMAGES, mm_tokens_per_image=4
     ),
@@ -61,6 +79,29 @@ def test_texts_have_transformers_logits_and_go_back_as_a_text_model(name, tmp_pa
     with torch.no_grad():
         found = opened(torch.tensor(tokens)).logits.numpy()
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+
+
+def test_experts_of_a_layer_in_one_tensor_are_read(tmp_path):
+    """Qwen3.5's own files have them so; transformers writes, and reads, one tensor for each expert too."""
+    theirs = hf.AutoModelForCausalLM.from_config(hf.Qwen3_5MoeConfig(**WHOLE).text_config).float()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    theirs.save_pretrained(tmp_path / "apart")
+    theirs.config.save_pretrained(tmp_path / "joined")
+    names = {n: n.replace("model.", "model.language_model.", 1) for n in theirs.state_dict()}
+    tensors = {names[n]: p.numpy() for n, p in theirs.state_dict().items()}
+    save_file(tensors | {"mtp.norm.weight": tensors[names["model.norm.weight"]]},
+              tmp_path / "joined" / "model.safetensors")  # fmt: skip
+    _, apart = load_model(tmp_path / "apart")
+    _, joined = load_model(tmp_path / "joined")
+    chex.assert_trees_all_equal(joined, apart)
+
+
+def test_rotary_parameters_of_images_mean_those_of_texts():
+    file = {"model_type": "qwen3_5_text"} | STATES
+    plain = {k: v for k, v in STATES["rope_parameters"].items() if not k.startswith("mrope")}
+    assert config_of(file) == config_of(file | {"rope_parameters": plain})
 
 
 def test_it_is_said_and_early_files_are_read():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxft.generation import SamplingConfig, continuous, generate, generate_continuously
-from jaxft.models import DecoderConfig, Latent
+from jaxft.models import DecoderConfig, Delta, Latent
 from jaxft.models.cache import empty_cache
 from jaxft.models.encoder_decoder import SourceCache
 from tests.small_models import LLAMA, base, large
@@ -16,7 +16,9 @@ from tests.small_models import LLAMA, base, large
 KEY = jax.random.key(5)
 LIMITS = [3, 40, 1, 37, 40, 9, 40]
 LATENT = Latent(rank=6, query_rank=8, plain=6, turned=4, value=6)
+DELTA = Delta(layers=(0,), key_heads=2, value_heads=4, key_size=6, value_size=5, taps=3)
 MODELS = {
+    "delta": dataclasses.replace(LLAMA, gated_attention=True, delta=DELTA, max_length=96),
     "window": dataclasses.replace(LLAMA, windows=(5, None), max_length=96),
     "latent": dataclasses.replace(LLAMA, head_dim=4, latent=LATENT, max_length=96),
 }
@@ -31,9 +33,11 @@ class Letters:
 
 
 def made(config: DecoderConfig):
-    """A model and params, with virtual tokens in front of each row."""
+    """A model and params, with virtual tokens in front of each row if it takes them."""
     model, params = base(config)
     params = large(params)
+    if config.delta is not None:
+        return model, params
     return model, params | {"prompt": params["embed"]["embedding"][:3]}
 
 

@@ -165,6 +165,23 @@ QWEN3_MOE = {k: v for k, v in QWEN3.items()} | dict(
     num_experts=8, num_experts_per_tok=3, output_router_logits=False, router_aux_loss_coef=0.001,
     tie_word_embeddings=False,
 )  # fmt: skip
+QWEN3_NEXT = QWEN3_MOE | dict(
+    model_type="qwen3_next", architectures=["Qwen3NextForCausalLM"], full_attention_interval=4,
+    linear_conv_kernel_dim=4, linear_key_head_dim=8, linear_num_key_heads=2, linear_num_value_heads=4,
+    linear_value_head_dim=8, num_hidden_layers=4, partial_rotary_factor=0.25, rope_theta=10000000,
+    shared_expert_intermediate_size=12, transformers_version="4.57.0.dev0", max_position_embeddings=262144,
+)  # fmt: skip
+QWEN35 = {
+    k: v for k, v in QWEN3_NEXT.items() if "expert" not in k and k not in (
+        "decoder_sparse_step", "mlp_only_layers", "moe_intermediate_size", "norm_topk_prob",
+        "output_router_logits", "router_aux_loss_coef", "sliding_window", "max_window_layers",
+        "use_sliding_window",
+    )
+} | dict(
+    model_type="qwen3_5_text", architectures=["Qwen3_5ForCausalLM"], attn_output_gate=True,
+    layer_types=["linear_attention"] * 3 + [FULL], mamba_ssm_dtype="float32", mlp_only_layers=[],
+    mtp_num_hidden_layers=1, mtp_use_dedicated_embeddings=False, tie_word_embeddings=True,
+)  # fmt: skip
 OLMOE = OLMO2 | dict(
     model_type="olmoe", architectures=["OlmoeForCausalLM"], clip_qkv=None, intermediate_size=16,
     norm_topk_prob=False, num_experts=8, num_experts_per_tok=4, output_router_logits=False,
@@ -258,6 +275,8 @@ REAL = {
     "phi-4": PHI3 | dict(rope_theta=250000, sliding_window=None, max_position_embeddings=16384),
     "phi-4-mini": PHI4_MINI,
     "smollm3-3b": SMOLLM3,
+    "qwen3-next-80b-a3b": QWEN3_NEXT,
+    "qwen3.5-4b": QWEN35,
     "olmo-2-7b": OLMO2,
     "granite-3.3-2b": GRANITE,
     "gpt-oss-20b": GPT_OSS,

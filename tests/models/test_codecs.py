@@ -27,6 +27,14 @@ LATENT = {name: value for name, value in DECODER.items() if name != "head_dim"} 
 GROUPS = dict(n_group=4, topk_group=2, q_lora_rank=8, n_shared_experts=2, first_k_dense_replace=1)
 T5 = dict(vocab_size=61, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_decoder_layers=2)
 BART = dict(vocab_size=61, d_model=32, encoder_layers=1, decoder_layers=2)
+STATES = DECODER | dict(head_dim=16)  # a quarter of its features turns
+EXPERTS = dict(
+    num_experts=4,
+    num_experts_per_tok=2,
+    moe_intermediate_size=8,
+    shared_expert_intermediate_size=12,
+)
+FULL, LINEAR = "full_attention", "linear_attention"
 ENCODERS = ("bert", "roberta", "xlm-roberta", "vit")
 SPLIT_ROPE = {"full_attention": dict(factor=8.0, rope_type="linear"), "sliding_attention": {}}
 FILES = {
@@ -44,6 +52,13 @@ FILES = {
         LATENT | dict(topk_method="greedy"),
         LATENT | GROUPS | dict(topk_method="group_limited_greedy"),
     ],
+    "qwen3_next": [
+        STATES
+        | EXPERTS
+        | dict(mlp_only_layers=[1, 4], layer_types=None, full_attention_interval=3),
+    ],
+    "qwen3_5_text": [STATES, STATES | dict(layer_types=[FULL, LINEAR] * 3 + [LINEAR])],
+    "qwen3_5_moe_text": [STATES | EXPERTS],
     "deepseek_v3": [LATENT | GROUPS, LATENT | GROUPS | dict(q_lora_rank=None)],
 }
 

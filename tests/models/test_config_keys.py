@@ -21,7 +21,7 @@ from tests.models.real_configs import REAL, respelled
 torch = pytest.importorskip("torch", reason="parity tests need torch: pip install 'jaxft[test]'")
 hf = pytest.importorskip("transformers")
 
-FULL, SLIDING = "full_attention", "sliding_attention"
+FULL, SLIDING, STATE = "full_attention", "sliding_attention", "linear_attention"
 SIZES = dict(
     vocab_size=37, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, max_position_embeddings=64,
@@ -47,6 +47,16 @@ LATENT = SIZES | dict(
     v_head_dim=6, n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2, moe_intermediate_size=8,
     n_group=2,
 )  # fmt: skip
+DELTA = SIZES | dict(
+    head_dim=16, full_attention_interval=2, linear_num_key_heads=2, linear_num_value_heads=4,
+    linear_key_head_dim=6, linear_value_head_dim=4,
+)  # fmt: skip
+EXPERTS = dict(
+    num_experts=4,
+    num_experts_per_tok=2,
+    moe_intermediate_size=8,
+    shared_expert_intermediate_size=12,
+)
 WINDOW = dict(SIZES, head_dim=8, sliding_window=4)
 BASES = {
     "llama": SIZES,
@@ -71,6 +81,9 @@ BASES = {
         use_sliding_window=True,
         sliding_window=4,
     ),
+    "qwen3_next": DELTA | EXPERTS,
+    "qwen3_5_text": DELTA,
+    "qwen3_5_moe_text": {k: v for k, v in DELTA.items() if k != "intermediate_size"} | EXPERTS,
     "olmoe": SIZES | dict(num_experts=4, num_experts_per_tok=2),
     "gpt_oss": SIZES
     | dict(head_dim=4, num_local_experts=4, num_experts_per_tok=2, sliding_window=4),
@@ -130,8 +143,10 @@ FLIPS = dict(
     max_position_embeddings=[128], n_positions=[128], hidden_size=["16"], n_inner=[24, None, "24"],
     intermediate_size=[40], num_hidden_layers=[2.0], vocab_size=[40],
     sliding_window=[None, 3, 0], use_sliding_window=[False, True], max_window_layers=[0, 2],
-    layer_types=[[SLIDING, FULL], [FULL, FULL], [FULL], ["chunked_attention", FULL], None, 2,
-                 [[FULL], FULL]],
+    full_attention_interval=[1, 0, None], linear_conv_kernel_dim=[2, 1, 0], linear_key_head_dim=[4, 5, 0],
+    linear_value_head_dim=[6], linear_num_key_heads=[4, 3, 0], linear_num_value_heads=[2, 3, 8],
+    layer_types=[[SLIDING, FULL], [STATE, STATE], [FULL, STATE], [FULL, FULL], [FULL],
+                 ["chunked_attention", FULL], None, 2, [[FULL], FULL]],
     sliding_window_pattern=[2, 0], rope_local_base_freq=[30.0], rope_theta=[50.0, 500],
     rope_scaling=ROPES, rope_parameters=ROPES, original_max_position_embeddings=[32],
     partial_rotary_factor=[0.5, 1.0, 0.0, None, 2.0], no_rope_layers=[[1, 0], [0, 0], [1], [0, 1, 1], None],
@@ -261,6 +276,19 @@ CHANGED = {
         shared_expert_intermediate_size=10, moe_intermediate_size=12,
     ),
     "qwen3_moe": dict(norm_topk_prob=True, mlp_only_layers=[0], attention_bias=True, sliding_window=3),
+    "qwen3_next": dict(
+        layer_types=[FULL, STATE], norm_topk_prob=False, decoder_sparse_step=2, attention_bias=True,
+        hidden_act="gelu", partial_rotary_factor=0.5, linear_conv_kernel_dim=2, linear_num_key_heads=1,
+        linear_key_head_dim=3, linear_value_head_dim=5, rope_scaling=YARN, rms_norm_eps=1e-2,
+        shared_expert_intermediate_size=10, num_key_value_heads=1,
+    ),
+    "qwen3_5_text": dict(
+        layer_types=[FULL, STATE], linear_conv_kernel_dim=1, linear_num_value_heads=2,
+        tie_word_embeddings=True, partial_rotary_factor=1.0, rope_theta=50.0,
+    ),
+    "qwen3_5_moe_text": dict(
+        num_experts_per_tok=3, linear_num_value_heads=8, attention_bias=True, rope_scaling=LINEAR,
+    ),
     "olmoe": dict(clip_qkv=0.5, norm_topk_prob=True, attention_bias=True, num_key_value_heads=4),
     "gpt_oss": dict(
         attention_bias=False, swiglu_alpha=1.0, swiglu_limit=0.5, sliding_window=3, tie_word_embeddings=True,

@@ -32,8 +32,13 @@ DECODERS = {
         query_pre_attn_scalar=9, attn_logit_softcapping=5.0, final_logit_softcapping=3.0, **_GEMMA
     ),
     "gemma3": dict(model_type="gemma3_text", rope_theta=1e6, query_pre_attn_scalar=9, **_GEMMA),
+    "qwen3_5": dict(
+        model_type="qwen3_5_text", layer_types=["linear_attention", "full_attention"],
+        linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8,
+        rms_norm_eps=0.01,  # norms of short vectors would magnify rounding
+    ),
     "gpt2": dict(n_embd=64, n_layer=2, n_head=4, n_positions=64),
-}
+}  # fmt: skip
 _ENCODER = _SIZES | dict(type_vocab_size=2)
 ENCODERS = {
     "bert": dict(model_type="bert"),
@@ -89,7 +94,7 @@ def family(name):
     """(model, params, objective, batch) of a family; layers stacked, which compiles sooner."""
     if name in DECODERS:
         config = config_of(dict(model_type=name) | _SIZES | DECODERS[name])
-        model = Decoder(config, scan_layers=True)
+        model = Decoder(config, scan_layers=config.delta is None)  # these are of two kinds
         return model, _params(model), supervised(model.forward, chunk=8), packed_batch()
     names = {"pooler.dense.weight"} if name in ("bert", "roberta") else set()
     model = Encoder(config_of(_ENCODER | ENCODERS[name], names), scan_layers=True)
@@ -117,7 +122,10 @@ def _params(model):
     shapes = jax.eval_shape(model.init, jax.random.key(0), model.example_input())["params"]
     rng = np.random.default_rng(1)
     # Biases and scales too: at init many hide mistakes by being 0 or 1.
-    middle = lambda path: ("scale" in str(path[-1])) * (1 - getattr(model.config, "norm_offset", 0))
+    offset = getattr(model.config, "norm_offset", 0)
+    # Short queries and keys, which a Gated DeltaNet makes as long as others, would magnify rounding.
+    middles = {"scale": 1 - offset, "convolution": 1.0}
+    middle = lambda path: middles.get(path[-1].key, 0.0)
     draw = lambda path, x: rng.normal(middle(path), 0.15, x.shape).astype(np.float32)
     return jax.tree_util.tree_map_with_path(draw, shapes)
 

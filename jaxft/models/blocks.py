@@ -11,11 +11,12 @@ import jax.numpy as jnp
 
 from jaxft.kernels.attention import attend_cache
 from jaxft.models.cache import write
-from jaxft.models.config import DecoderConfig
-from jaxft.models.context import LayerKind, layer_table
+from jaxft.models.config import DecoderConfig, LayerShape
+from jaxft.models.context import LayerInputs, LayerKind, layer_table
 from jaxft.models.experts import ExpertsMlp
 from jaxft.models.latent import LatentAttention
-from jaxft.models.layers import ACTIVATIONS, Dense, Norm, read, through_adapter
+from jaxft.models.layers import ACTIVATIONS, Dense, Norm, read, through_adapter, unit_rms
+from jaxft.models.per_layer import PerLayerInput
 from jaxft.models.remat import Remat, remat_block, remat_lean
 from jaxft.models.rope import apply_rope
 from jaxft.models.soft import before
@@ -34,96 +35,109 @@ class Layers(nn.Module):
     attention: str | None = None
 
     @nn.compact
-    def __call__(self, x, context, prefix):
-        config, keys, values = self.config, [], []
+    def __call__(self, x, context, prefix, per_layer):
+        config, cache, shared = self.config, context.cache, {}
         # If the window is known while tracing, attention can choose a kernel.
         block_type, routed = remat_block(Block, self.remat, static_argnums=(2,)), []
+        # The layers with their own keys and values come first; one without reads what its source has written.
+        pairs = None if cache is None else list(zip(cache.keys, cache.values, strict=True))
         for i in range(config.num_layers):
-            sparse = config.has_experts(i)
-            block = block_type(config, self.remat, self.attention, sparse, name=str(i))
-            own = None if prefix is None else prefix[i]
-            window, cached = config.window(i), None
+            shape, window = config.layer(i), config.window(i)
+            block = block_type(config, self.remat, self.attention, shape, name=str(i))
             layer = LayerKind(window is not None, window, i not in config.unrotated)
-            if context.cache is not None:
-                cached = (context.cache.keys[i], context.cache.values[i])
-            x, (cached, routing) = block(x, layer, own, cached, context)
+            place = i if shape.source is None else shape.source
+            own = LayerInputs(
+                None if prefix is None else prefix[i],
+                None if per_layer is None else per_layer[:, :, i],
+                shared.get(shape.source),
+            )
+            cached = None if pairs is None else pairs[place]
+            x, (cached, heads, routing) = block(x, layer, own, cached, context)
             routed += [] if routing is None else [routing]
-            if cached is not None:
-                keys.append(cached[0])
-                values.append(cached[1])
+            if shape.is_source:
+                shared[i] = heads
+            if pairs is not None:
+                pairs[place] = cached
         routing = jax.tree.map(lambda *parts: jnp.stack(parts), *routed) if routed else None
-        if context.cache is None:
+        if pairs is None:
             return x, None, routing
-        cache = dataclasses.replace(context.cache, keys=tuple(keys), values=tuple(values))
-        return x, cache, routing
+        keys, values = zip(*pairs, strict=True)
+        return x, dataclasses.replace(cache, keys=keys, values=values), routing
 
 
 class Block(nn.Module):
     """Attention and MLP, each on the normed residual stream and added to it.
 
-    Returns (x, (keys and values of the cache, Routing)), each None without them.
+    Returns (x, (keys and values of the cache, those of this call if the layer is a source, Routing)), each
+    None without them.
     """
 
     config: DecoderConfig
-    remat: Remat = "none"
-    attention: str | None = None
-    sparse: bool = False  # experts replace the MLP
+    remat: Remat
+    attention: str | None
+    shape: LayerShape
 
     @nn.compact
-    def __call__(self, x, layer, prefix, cached, context):
-        config = self.config
+    def __call__(self, x, layer, own, cached, context):
+        config, sparse = self.config, self.shape.sparse
         norm_type = remat_lean(Norm, self.remat)
         norm = functools.partial(norm_type, config.norm, config.norm_eps, config.norm_offset)
         y = norm(name="attention_norm")(x) if config.pre_norms else x
-        kind = Attention if config.latent is None else LatentAttention
-        mix = kind(config, self.remat, self.attention, name="attention")
-        y, cached = mix(y, layer, prefix, cached, context)
+        if config.latent is None:
+            mix = Attention(config, self.shape, self.remat, self.attention, name="attention")
+        else:
+            mix = LatentAttention(config, self.remat, self.attention, name="attention")
+        y, cached, heads = mix(y, layer, own, cached, context)
         y = norm(name="post_attention_norm")(y) if config.post_norms else y
         x = keep_tokens(x + _scaled(y, config.residual_scale))
-        make = functools.partial(ExpertsMlp if self.sparse else Mlp, config, self.remat)
+        experts = functools.partial(ExpertsMlp, config, self.remat)
+        mlp = functools.partial(Mlp, config, self.remat, self.shape.width)
 
         def add_mlp(x, call):
-            y = call(norm, "mlp_norm", x) if config.pre_norms else x
-            y = call(make, "mlp", y)
-            y, routing = y if self.sparse else (y, None)
+            y, routing = call(norm, "mlp_norm", x) if config.pre_norms else x, None
+            beside = sparse and config.experts.beside
+            if sparse and not beside:
+                y, routing = call(experts, "mlp", y)
+            else:
+                y = call(mlp, "mlp", y)
+            if beside:  # each part has its norms, and the router reads the residual stream
+                z, routing = call(experts, "mixture", call(norm, "experts_norm", x), x)
+                y = call(norm, "post_dense_norm", y) + call(norm, "post_experts_norm", z)
             y = call(norm, "post_mlp_norm", y) if config.post_norms else y
             return keep_tokens(x + _scaled(y, config.residual_scale)), routing
 
         if context.cache is None or x.shape[1] <= TOKENS or length_axes(x.shape[1]):
-            x, routing = add_mlp(x, lambda make, name, x: make(name=name)(x))
+            x, routing = add_mlp(x, lambda make, name, *xs: make(name=name)(*xs))
         else:
             params = self.variables["params"]
-            pure = lambda make, name, x: make(parent=None).apply({"params": params[name]}, x)
+            pure = lambda make, name, *xs: make(parent=None).apply({"params": params[name]}, *xs)
             x, routing = _by_tokens(lambda x: add_mlp(x, pure), x)
-        return x, (cached, routing)
+        if config.per_layer is not None:
+            y = PerLayerInput(config, self.remat, name="per_layer")(x, own.per_layer)
+            x = keep_tokens(x + y)
+        if config.layer_scales:
+            scale = to_dense(read(self, "layer_scale", nn.initializers.ones, (1,)))
+            x = x * jax.lax.stop_gradient(scale).astype(x.dtype).reshape((1,) * x.ndim)
+        return x, (cached, heads, routing)
 
 
 class Attention(nn.Module):
-    """Grouped-query self-attention with rotary or no positions."""
+    """Grouped-query self-attention with rotary or no positions.
+
+    Returns (y, keys and values of the cache, those [B, S, G, K] of this call if the layer is a source).
+    """
 
     config: DecoderConfig
+    shape: LayerShape
     remat: Remat = "none"
     implementation: str | None = None
 
     @nn.compact
-    def __call__(self, x, layer, prefix, cached, context):
-        config = self.config
-        heads, groups, size = config.num_heads, config.num_kv_heads, config.head_dim
+    def __call__(self, x, layer, own, cached, context):
+        config, shape, prefix = self.config, self.shape, own.prefix
+        heads, size, reads = config.num_heads, shape.heads.size, shape.source is not None
         split = lambda y: y.reshape(*y.shape[:-1], -1, size)
-        dense = functools.partial(Dense, bias=config.attention_bias)
-        query = dense(heads * size, name="query")(x)
-        key = dense(groups * size, name="key")(x)
-        value = dense(groups * size, name="value")(x)
-        if config.qk_norm:
-            norm_type = remat_lean(Norm, self.remat)
-            norm = functools.partial(norm_type, "rms", config.norm_eps, config.norm_offset)
-            features = (lambda y: y) if config.qk_norm_whole else split
-            query = norm(name="query_norm")(features(query)).reshape(query.shape)
-            key = norm(name="key_norm")(features(key)).reshape(key.shape)
-        if config.clip_qkv is not None:
-            query, key, value = (
-                jnp.clip(y, -config.clip_qkv, config.clip_qkv) for y in (query, key, value)
-            )
+        query, key, value = self._projected(x, split)
         options = {"scale": config.scale, "softcap": config.attention_softcap}
         if config.sinks:
             options["sinks"] = to_dense(read(self, "sinks", nn.initializers.zeros, (heads,)))
@@ -131,9 +145,12 @@ class Attention(nn.Module):
 
         # From flat projections: heads narrower than a TPU's lanes would be stored padded.
         def to_heads(query, key, value):
-            query, key, value = split(query), split(key), split(value)
-            if table is not None:
-                query, key = apply_rope(query, table), apply_rope(key, table)
+            turned = lambda y: split(y) if table is None else apply_rope(split(y), table)
+            if reads:
+                return turned(query), *own.shared
+            query, key, value = turned(query), turned(key), split(value)
+            if config.value_norm:
+                value = unit_rms(value, config.norm_eps)
             if prefix is not None:
                 key, value = before(prefix[0], key), before(prefix[1], value)
             return query, key, value
@@ -144,20 +161,42 @@ class Attention(nn.Module):
         among_tokens = functools.partial(
             context.attend, window=window, implementation=implementation, **options
         )
-        if cached is None:
+        if cached is None and not shape.is_source:
             run = lambda *projections: among_tokens(*to_heads(*projections))
             y = remat_lean(run, self.remat)(query, key, value)
         else:
             query, key, value = to_heads(query, key, value)
-            cached = write(cached, key, value, 0 if context.start is None else context.start)
-            if context.start is None:
+            if cached is not None and not reads:
+                cached = write(cached, key, value, 0 if context.start is None else context.start)
+            if cached is None or context.start is None:
                 y = among_tokens(query, key, value)
             else:
                 stored = (c.astype(query.dtype) for c in cached)
                 visible = context.visible(window, 0 if prefix is None else prefix.shape[1])
                 y = attend_cache(query, *stored, visible, **options)
         y = Dense(config.hidden_size, config.output_bias, name="out")(y.reshape(*x.shape[:-1], -1))
-        return through_adapter(self, x, y), cached
+        return through_adapter(self, x, y), cached, (key, value) if shape.is_source else None
+
+    def _projected(self, x, split):
+        """Queries, keys and values [B, T, H K]; the last two are None in a layer that reads another's."""
+        config, shape = self.config, self.shape
+        dense = functools.partial(Dense, bias=config.attention_bias)
+        query, key, value = dense(config.num_heads * shape.heads.size, name="query")(x), None, None
+        if shape.source is None:
+            width = shape.heads.groups * shape.heads.size
+            key = dense(width, name="key")(x)
+            value = key if shape.heads.tied else dense(width, name="value")(x)
+        if config.qk_norm:
+            norm_type = remat_lean(Norm, self.remat)
+            norm = functools.partial(norm_type, "rms", config.norm_eps, config.norm_offset)
+            features = (lambda y: y) if config.qk_norm_whole else split
+            query = norm(name="query_norm")(features(query)).reshape(query.shape)
+            if key is not None:
+                key = norm(name="key_norm")(features(key)).reshape(key.shape)
+        if config.clip_qkv is not None:
+            clip = lambda y: y if y is None else jnp.clip(y, -config.clip_qkv, config.clip_qkv)
+            query, key, value = clip(query), clip(key), clip(value)
+        return query, key, value
 
 
 class Mlp(nn.Module):
@@ -165,11 +204,13 @@ class Mlp(nn.Module):
 
     config: DecoderConfig
     remat: Remat = "none"
+    width: int | None = None  # None: intermediate_size
 
     @nn.compact
     def __call__(self, x):
         config = self.config
-        dense = functools.partial(Dense, config.intermediate_size, config.mlp_bias)
+        width = config.intermediate_size if self.width is None else self.width
+        dense = functools.partial(Dense, width, config.mlp_bias)
         activation = ACTIVATIONS[config.activation]
         up = dense(name="up")(x)
         if config.gated_mlp:

@@ -44,6 +44,7 @@ COUNTS = frozenset(
     "encoder_ffn_dim decoder_ffn_dim encoder_attention_heads decoder_attention_heads "
     "num_experts num_local_experts num_experts_per_tok moe_intermediate_size "
     "shared_expert_intermediate_size decoder_sparse_step n_routed_experts n_shared_experts n_group "
+    "global_head_dim num_global_key_value_heads vocab_size_per_layer_input top_k_experts "
     "topk_group kv_lora_rank q_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim".split()
 )
 # Numbers that must not be negative, infinite or NaN (which Python's JSON allows).
@@ -152,6 +153,10 @@ _KINDS: dict[str, type] = {  # of keys whose default is null, or that are not re
     "n_group": int,
     "topk_group": int,
     "num_experts_per_tok": int,
+    "num_experts": int,
+    "top_k_experts": int,
+    "moe_intermediate_size": int,
+    "num_global_key_value_heads": int,
     "layer_types": list,
     "no_rope_layers": list,
     "rope_scaling": dict,

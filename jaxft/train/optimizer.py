@@ -95,7 +95,7 @@ def constant(progress: jax.Array) -> jax.Array:
 
 
 def decay_mask(params: Any) -> Any:
-    """True for leaves with weight decay: all except norms' scales, biases, sinks and embeddings.
+    """True for leaves with weight decay: all except scales, gains, biases, sinks and embeddings.
 
     Embedding rows of tokens that never occur, which is most rows in fine-tuning, would shrink
     without a gradient to counteract the decay.

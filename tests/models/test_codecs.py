@@ -113,5 +113,5 @@ def test_what_a_codec_writes_it_reads_again(family):
 
 
 def test_positions_by_layer_are_refused_where_a_family_has_one_kind():
-    with pytest.raises(ValueError, match="that differ by layer are supported for gemma3"):
+    with pytest.raises(ValueError, match="that differ by layer are supported for Gemma 3"):
         config_of({"model_type": "mistral", **DECODER, "rope_parameters": SPLIT_ROPE})

@@ -174,7 +174,7 @@ class DecoderConfig:
     latent: Latent | None = None  # keys and values come from it; head_dim is then its `turned`
     value_norm: bool = False  # values of a head are divided by their root mean square
     full_heads: Heads | None = None  # of the layers without a window, if they differ
-    shared_layers: int = 0  # the last so many layers read the keys and values of others: see `source`
+    shared_layers: int = 0  # the last so many layers read the keys and values of others: see `reads_from`
     shared_width: int | None = None  # of the MLPs of those layers, if it is not intermediate_size
     per_layer: PerLayer | None = None  # an input of each layer, from the tokens
     layer_scales: bool = False  # the residual stream is scaled after each layer by a constant
@@ -249,7 +249,7 @@ class DecoderConfig:
             return self.full_heads
         return Heads(self.head_dim, self.num_kv_heads)
 
-    def source(self, layer: int) -> int | None:
+    def reads_from(self, layer: int) -> int | None:
         """The layer whose keys and values `layer` reads, the last one of its kind that has any; None: its own.
 
         The kinds are layers with and without a window.
@@ -262,14 +262,14 @@ class DecoderConfig:
 
     def layer(self, layer: int) -> LayerShape:
         """The shape of `layer`."""
-        source, shared = self.source(layer), range(self.num_layers - self.shared_layers, self.num_layers)
+        source, shared = self.reads_from(layer), range(self.num_layers - self.shared_layers, self.num_layers)
         wide = source is not None and self.shared_width is not None
         return LayerShape(
             heads=self.heads(layer),
             width=self.shared_width if wide else self.intermediate_size,
             sparse=self.has_experts(layer),
             source=source,
-            is_source=any(self.source(i) == layer for i in shared),
+            is_source=any(self.reads_from(i) == layer for i in shared),
         )
 
     @property

@@ -53,7 +53,8 @@ def stack_layers(params: Params, layers: str = LAYERS) -> Params:
     if len(structures) > 1:
         raise ValueError(
             f"stack_layers: the {len(ordered)} layers have {len(structures)} different structures "
-            "(adapters on only some layers?); keep them separate with scan_layers=False."
+            "(adapters on only some layers, layers of several kinds?); keep them separate with "
+            "scan_layers=False."
         )
     shapes = {tuple(leaf.shape for leaf in jax.tree.leaves(layer)) for layer in ordered}
     if len(shapes) > 1:

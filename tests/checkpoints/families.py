@@ -76,13 +76,13 @@ FAMILIES = {
         layer_types=["sliding_attention"] * 2 + ["full_attention"],
         rope_parameters=GEMMA3,
     ),
-    # The sources are not the first layers of their kind.
+    # The source of the layer with a window is not the first of its kind.
     "gemma4": lambda: hf.Gemma4TextConfig(
         **GEMMA4
         | dict(
-            num_hidden_layers=6,
+            num_hidden_layers=5,
             global_head_dim=12,
-            layer_types=["sliding_attention"] * 2 + ["full_attention"] * 2 + GEMMA4["layer_types"],
+            layer_types=["sliding_attention"] * 2 + ["full_attention"] + GEMMA4["layer_types"],
         ),
         attention_k_eq_v=True,
         num_global_key_value_heads=1,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxft.adapters import adapt, combine, partition
-from jaxft.models import Decoder, DecoderConfig, Encoder, EncoderConfig
+from jaxft.models import Decoder, DecoderConfig, Encoder, EncoderConfig, Heads, PerLayer
 
 KEY = jax.random.key(0)
 _SIZES = dict(
@@ -24,6 +24,18 @@ _SIZES = dict(
 LLAMA = DecoderConfig(**_SIZES)
 GEMMA = DecoderConfig(
     **_SIZES, windows=(4, None), post_norms=True, embedding_scale=4.0, attention_softcap=3.0
+)
+# Gemma 4's parts: heads that differ, layers that read the keys and values of others, per-layer inputs.
+GEMMA4 = DecoderConfig(
+    **_SIZES | dict(num_layers=4),
+    windows=(5, None) * 2,
+    full_heads=Heads(12, 1, tied=True),
+    shared_layers=2,
+    shared_width=40,
+    value_norm=True,
+    qk_norm=True,
+    per_layer=PerLayer(_SIZES["vocab_size"], 6),
+    layer_scales=True,
 )
 GPT2 = DecoderConfig(
     **_SIZES | dict(num_kv_heads=4),
@@ -48,7 +60,11 @@ def start(model):
     rng = np.random.default_rng(0)
 
     def draw(path, x):
-        constant = {"scale": 1.0 - getattr(model.config, "norm_offset", 0.0), "bias": 0.0}
+        constant = {
+            "scale": 1.0 - getattr(model.config, "norm_offset", 0.0),
+            "bias": 0.0,
+            "layer_scale": 1.0,
+        }
         middle = constant.get(path[-1].key, 0.0)
         deviation = 0.0 if path[-1].key in constant else 0.02
         return jnp.asarray(rng.normal(middle, deviation, x.shape).astype(x.dtype))

@@ -93,6 +93,11 @@ def prompt(
 
     def make(key, params, stacked):
         del stacked  # one leaf for all layers
+        if "per_layer" in params:
+            raise ValueError(
+                "prompt: this model has per-layer embeddings for its tokens, and a prompt would have none; use "
+                "another adapter, such as lora or bottleneck."
+            )
         if (table := _leaf(params, embedding)) is None:
             _check_root("prompt", _leaf(params, PATCHES), f"{embedding!r} or {PATCHES!r}")
             return _image_prompt(key, length, ids, params)
@@ -139,6 +144,13 @@ def prefix(
         layer = layers_in(params, layers if is_stacked(params, layers) else f"{layers}/0")
         _check_root("prefix", _leaf(layer, KEY), f"{layers}/.../{KEY}")
         features, width = _leaf(layer, KEY).shape[-2:]
+        if not is_stacked(params, layers):
+            keys = [_leaf(block, KEY) for block in layers_in(params, layers).values()]
+            if len({None if kernel is None else kernel.shape for kernel in keys}) > 1:
+                raise ValueError(
+                    "prefix: layers of this model have keys of several sizes, or read those of others; use "
+                    "another adapter, such as lora or bottleneck."
+                )
         shape = (length, depth(params, layers) * 2 * width)
         if hidden is None:
             return scale * jax.random.normal(key, shape)

@@ -145,7 +145,7 @@ class _Leaf:
 
     def __getitem__(self, index: Index) -> np.ndarray:
         entry = self.entry
-        part = self._reshaped()[index] if entry.file_shape else self._part(index)
+        part = self._reshaped(index) if entry.file_shape else self._part(index)
         part = part - np.asarray(entry.offset, part.dtype) if entry.offset else part
         # A copy: the array must not keep the memory map open.
         return np.array(part, self.dtype, order="C")
@@ -162,11 +162,15 @@ class _Leaf:
             return self.tensor[(rows, index[0])].T
         return self.tensor[index[::-1]].T if self.entry.transposed else self.tensor[index]
 
-    def _reshaped(self):
-        # Leaves with another shape in the file (patches, their positions) are small.
+    def _reshaped(self, index):
+        axes = self.entry.axes
+        if axes and tuple(self.entry.file_shape[axis] for axis in axes) == self.shape:
+            theirs = tuple(index[axes.index(axis)] for axis in range(len(axes)))
+            return self.tensor[theirs].transpose(axes)
+        # Leaves whose axes are split or joined in the file (patches, their positions) are small.
         whole = self.tensor[...]
-        whole = whole.transpose(self.entry.axes) if self.entry.axes else whole
-        return whole.reshape(self.shape)
+        whole = whole.transpose(axes) if axes else whole
+        return whole.reshape(self.shape)[index]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -94,6 +94,7 @@ def load_model(
     Raises:
         CheckpointError: if the model is missing, damaged, of an unsupported architecture, or if a tensor
             is missing, surplus or of the wrong shape.
+        ValueError: for `scan_layers` if layers differ and cannot be stacked.
     """
     if path_or_id == "tiny":
         model, params = tiny_model(scan_layers)
@@ -102,6 +103,7 @@ def load_model(
     opened = path_or_id if isinstance(path_or_id, Opened) else open_model(path_or_id, families)
     model, family = opened.model.clone(scan_layers=scan_layers), opened.family
     shapes, shardings = with_kept(layer_shapes(model), opened.kept, dtype), None
+    # Refuses layers that differ before anything is read.
     placed = stacked_shapes(shapes, family.layers) if scan_layers else shapes
     if mesh is not None:
         shardings = param_shardings(placed, mesh, family.rules, family.layers)

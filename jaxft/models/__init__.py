@@ -2,7 +2,16 @@
 
 from jaxft.models.cache import Cache, take_rows
 from jaxft.models.columns import as_rows, of_group
-from jaxft.models.config import DecoderConfig, Delta, Experts, Latent, Rope, tiny_config
+from jaxft.models.config import (
+    DecoderConfig,
+    Delta,
+    Experts,
+    Heads,
+    Latent,
+    PerLayer,
+    Rope,
+    tiny_config,
+)
 from jaxft.models.decoder import Decoder, Output
 from jaxft.models.encoder import Encoder, EncoderConfig, EncoderOutput
 from jaxft.models.encoder_decoder import EncoderDecoder, SourceCache
@@ -38,10 +47,12 @@ __all__ = [
     "ExpertsMlp",
     "Family",
     "Gguf",
+    "Heads",
     "HuggingFace",
     "Forward",
     "Latent",
     "Output",
+    "PerLayer",
     "Pooling",
     "Prediction",
     "Rope",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,16 +26,17 @@ class Cache:
     a row is overwritten while it is needed if the row's tokens fit into the slots: `seated` starts a row
     anew at any time, without one write index per row, which would cost a scatter for every token.
 
-    Layers with a state have a `Memory` instead, which has no slots: it is that of all tokens so far, so that
-    tokens cannot be taken back (`rewinds`).
+    Layers that read the keys and values of another have none of their own here, and the others may have heads
+    of unlike numbers and sizes. Layers with a state have a `Memory` instead, which has no slots: it is that of
+    all tokens so far, so that tokens cannot be taken back (`rewinds`).
 
     There is one pair of arrays per layer, not one stacked pair: a loop that carries a stacked cache copies it
     for every token. The axes have the order in which `attend_cache` multiplies them: with another
     order, XLA:CPU copies every layer's cache for every token, a third of the time of decoding.
     """
 
-    keys: tuple[jax.Array, ...]  # L x [B, G, K, S], of the layers that attend
-    values: tuple[jax.Array, ...]  # L x [B, G, S, K]
+    keys: tuple[jax.Array, ...]  # [B, G, K, S] of each layer that attends with its own keys
+    values: tuple[jax.Array, ...]  # [B, G, S, K] of the same layers
     positions: jax.Array  # [B, S] int32, as given to the model
     valid: jax.Array  # [B, S] bool: written and not padding
     index: jax.Array  # [] int32: slots written so far
@@ -126,23 +128,23 @@ def take_rows(cache: Any, rows: jax.Array, start: int) -> Any:
 
 
 def empty_cache(
-    layers: int,
+    shapes: Sequence[tuple[int, int]],
     batch: int,
     length: int,
-    groups: int,
-    size: int,
     dtype=jnp.float32,
     memories: tuple[Memory, ...] = (),
 ) -> Cache:
-    """A cache of `length` empty slots for the layers that attend, and the memories of the others.
+    """A cache of `length` empty slots, with the memories of the layers with a state.
+
+    `shapes` are (heads, features) of each layer with keys and values.
 
     Its pytree differs from a written cache's (`empty`): let a loop carry the cache from the second token
     on, or use `dataclasses.replace(cache, empty=False)`.
     """
-    blank = lambda *shape: tuple(jnp.zeros((batch, groups, *shape), dtype) for _ in range(layers))
+    zeros = lambda *shape: jnp.zeros((batch, *shape), dtype)
     return Cache(
-        keys=blank(size, length),
-        values=blank(length, size),
+        keys=tuple(zeros(groups, size, length) for groups, size in shapes),
+        values=tuple(zeros(groups, length, size) for groups, size in shapes),
         positions=jnp.zeros((batch, length), jnp.int32),
         valid=jnp.zeros((batch, length), bool),
         index=jnp.zeros((), jnp.int32),

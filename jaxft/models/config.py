@@ -17,8 +17,11 @@ class Rope:
     """
 
     theta: float = 10_000.0
-    scaling: Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"] = "default"
-    share: float = 1.0  # fraction of a head's features, from the first, that turn
+    scaling: Literal[
+        "default", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional"
+    ] = "default"
+    # Fraction of a head's features that turn: the first, or, if "proportional", the first of each half.
+    share: float = 1.0
     factor: float = 1.0  # new context length over the old
     low_freq_factor: float = 1.0  # llama3
     high_freq_factor: float = 4.0  # llama3
@@ -57,6 +60,9 @@ class Experts:
     shared_width: int = 0  # of the gated MLP that every token passes; 0: none
     shared_gate: bool = True  # whether its output is scaled by a sigmoid
     dense_layers: tuple[int, ...] = ()  # layers with an MLP of intermediate_size instead
+    beside: bool = False  # the MLP of intermediate_size stays, and the outputs of both are added
+    router_norm: bool = False  # the router reads its input normed, times a learned scale and D^-1/2
+    gains: bool = False  # a learned factor of each expert's gates
     balance: float = (
         0.0  # the file's coefficient of the balance loss: see jaxft.losses.balance_loss
     )
@@ -132,6 +138,43 @@ class Delta:
 
 
 @dataclasses.dataclass(frozen=True)
+class Heads:
+    """The heads of the layers without a window, where they differ from those of the others."""
+
+    size: int  # features of a head
+    groups: int  # heads of keys and values
+    tied: bool = False  # values are the projected keys, before norm and positions
+
+
+@dataclasses.dataclass(frozen=True)
+class PerLayer:
+    """A second table of embeddings, of which each layer has its own part: see jaxft.models.per_layer."""
+
+    vocab_size: int  # rows of the table
+    size: int  # features of a layer's part
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerShape:
+    """The properties of a layer that its params, or its place in a cache, follow from."""
+
+    heads: Heads
+    width: int  # of its MLP
+    sparse: bool = False  # it has experts
+    source: int | None = None  # the layer whose keys and values it reads; None: it has its own
+    is_source: bool = False  # whether another layer reads its keys and values
+    recurrent: bool = False  # a Gated DeltaNet replaces attention
+
+    def has(self, path: str) -> bool:
+        """Returns whether the layer has params at a path, such as "attention/key"; of attention, if recurrent."""
+        if self.recurrent and path.startswith("attention/"):
+            return False
+        if path in ("attention/key", "attention/key_norm"):
+            return self.source is None
+        return path != "attention/value" or (self.source is None and not self.heads.tied)
+
+
+@dataclasses.dataclass(frozen=True)
 class DecoderConfig:
     """A decoder-only transformer: the families of docs/models.md that predict the next token.
 
@@ -162,6 +205,14 @@ class DecoderConfig:
     gated_attention: bool = False  # a sigmoid of each feature scales the heads' outputs
     latent: Latent | None = None  # keys and values come from it; head_dim is then its `turned`
     delta: Delta | None = None  # layers with a state instead of attention
+    value_norm: bool = False  # values of a head are divided by their root mean square
+    full_heads: Heads | None = None  # of the layers without a window, if they differ
+    shared_layers: int = (
+        0  # the last so many layers read the keys and values of others: see `reads_from`
+    )
+    shared_width: int | None = None  # of the MLPs of those layers, if it is not intermediate_size
+    per_layer: PerLayer | None = None  # an input of each layer, from the tokens
+    layer_scales: bool = False  # the residual stream is scaled after each layer by a constant
     experts: Experts | None = None  # instead of the MLPs
     pre_norms: bool = True  # norms before attention and MLP
     post_norms: bool = False  # norms after attention and MLP
@@ -199,6 +250,20 @@ class DecoderConfig:
                 f"DecoderConfig: windows has {len(self.windows)} entries for {self.num_layers} "
                 "layers; give one per layer (None: no window) or none at all."
             )
+        full = self.full_heads
+        if full is not None and self.num_heads % full.groups:
+            raise ValueError(
+                f"DecoderConfig: num_heads ({self.num_heads}) must be a multiple of the {full.groups} heads of "
+                "keys in layers without a window."
+            )
+        own = self.num_layers - self.shared_layers
+        kinds = [self.window(i) is None for i in range(self.num_layers)]
+        if not 0 < own <= self.num_layers or not set(kinds[own:]) <= set(kinds[:own]):
+            raise ValueError(
+                f"DecoderConfig: the last {self.shared_layers} of {self.num_layers} layers read the keys and "
+                "values of an earlier layer of their kind (with or without a window), and not all kinds have "
+                f"one; windows: {self.windows}."
+            )
 
     @property
     def scale(self) -> float:
@@ -217,12 +282,64 @@ class DecoderConfig:
         """The number of tokens that `layer` sees, or None for all."""
         return self.windows[layer] if self.windows else None
 
+    def heads(self, layer: int) -> Heads:
+        """The heads of keys and values of `layer`."""
+        if self.full_heads is not None and self.window(layer) is None:
+            return self.full_heads
+        return Heads(self.head_dim, self.num_kv_heads)
+
+    def reads_from(self, layer: int) -> int | None:
+        """The layer whose keys and values `layer` reads, the last one of its kind that has any; None: its own.
+
+        The kinds are layers with and without a window.
+        """
+        own = self.num_layers - self.shared_layers
+        if layer < own:
+            return None
+        kind = self.window(layer) is None
+        return next(i for i in reversed(range(own)) if (self.window(i) is None) == kind)
+
+    def layer(self, layer: int) -> LayerShape:
+        """The shape of `layer`."""
+        source, shared = (
+            self.reads_from(layer),
+            range(self.num_layers - self.shared_layers, self.num_layers),
+        )
+        wide = source is not None and self.shared_width is not None
+        return LayerShape(
+            heads=self.heads(layer),
+            width=self.shared_width if wide else self.intermediate_size,
+            sparse=self.has_experts(layer),
+            source=source,
+            is_source=any(self.reads_from(i) == layer for i in shared),
+            recurrent=self.has_state(layer),
+        )
+
     @property
-    def cache_shape(self) -> tuple[int, int]:
-        """(heads, features) of what a cache holds for a token in a layer."""
+    def stackable(self) -> bool:
+        """True if all layers have params of the same shapes, and their own keys and values."""
+        return self.delta is None and len({self.layer(i) for i in range(self.num_layers)}) == 1
+
+    @property
+    def cache_shapes(self) -> tuple[tuple[int, int], ...]:
+        """(heads, features) of what a cache holds for a token, of each layer with its own keys and values."""
+        own = range(self.num_layers - self.shared_layers)
+        own = [i for i in own if not self.has_state(i)]
         if self.latent is not None:
-            return 1, self.latent.rank + self.latent.turned
-        return self.num_kv_heads, self.head_dim
+            return tuple((1, self.latent.rank + self.latent.turned) for _ in own)
+        return tuple((heads.groups, heads.size) for heads in map(self.heads, own))
+
+    @property
+    def cache_places(self) -> tuple[int, ...]:
+        """The place of each layer's part in a cache: of its keys and values, or of its memory if it has a state."""
+        places, counts = [], [0, 0]
+        for layer in map(self.layer, range(self.num_layers)):
+            if layer.source is not None:
+                places.append(places[layer.source])
+                continue
+            places.append(counts[layer.recurrent])
+            counts[layer.recurrent] += 1
+        return tuple(places)
 
     @property
     def shared_window(self) -> int | None:

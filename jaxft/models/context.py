@@ -23,6 +23,15 @@ class LayerKind(NamedTuple):
     turns: bool | jax.Array = True  # whether it has rotary positions
 
 
+class LayerInputs(NamedTuple):
+    """The inputs that each layer has of its own, beside the residual stream; None: it has none."""
+
+    prefix: Any = None  # [2, l, G, K]: keys and values in front
+    per_layer: jax.Array | None = None  # [B, T, P]: see jaxft.models.per_layer
+    # Keys and values [B, S, G, K] of this call's tokens, of the layer whose it reads.
+    shared: tuple[jax.Array, jax.Array] | None = None
+
+
 class Context(NamedTuple):
     """The inputs that all layers share: see `Decoder.__call__` for shapes."""
 
@@ -81,7 +90,7 @@ def layer_table(config: DecoderConfig, layer: LayerKind, context: Context) -> An
     if config.rope is None:
         return None
     table = context.table
-    if config.local_rope is not None:
+    if config.local_rope is not None or config.full_heads is not None:
         local = context.local_table
         if isinstance(layer.local, bool):
             table = local if layer.local else table

@@ -14,7 +14,7 @@ from jaxft.kernels.branches import Branches
 from jaxft.models.blocks import Block, Layers
 from jaxft.models.cache import Cache, empty_cache, reserve
 from jaxft.models.config import DecoderConfig, Rope
-from jaxft.models.context import Context, LayerKind
+from jaxft.models.context import Context, LayerInputs, LayerKind
 from jaxft.models.delta import check_lead, empty_memories
 from jaxft.models.experts import Routing
 from jaxft.models.layers import (
@@ -24,12 +24,14 @@ from jaxft.models.layers import (
     output_head,
     read,
 )
+from jaxft.models.per_layer import PerLayerEmbeddings
 from jaxft.models.prediction import Prediction, project
 from jaxft.models.remat import Remat, remat_block
 from jaxft.models.rope import rope_table, text_lengths
 from jaxft.models.soft import (
     before,
     check_room,
+    check_virtual,
     lead_mask,
     put_prompt,
     read_lead,
@@ -99,6 +101,7 @@ class Decoder(nn.Module):
         """
         config = self.config
         segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
+        check_virtual(config, self.variables.get("params", {}))
         lead = read_lead(
             self.variables.get("params", {}),
             config.num_layers,
@@ -119,6 +122,9 @@ class Decoder(nn.Module):
                 positions, self.dtype
             )
         x = keep_tokens(x)
+        per_layer = None
+        if config.per_layer is not None:
+            per_layer = PerLayerEmbeddings(config, name="per_layer")(tokens, x)
         if branches is not None and (
             why := self.branch_obstacle(self.variables.get("params"), held=cache)
         ):
@@ -132,10 +138,10 @@ class Decoder(nn.Module):
                     "Decoder: a cache needs params with separate layers; "
                     "convert them with jaxft.models.unstack_layers(params)."
                 )
-            (x, routed), new_cache = self._scan(x, context, lead.prefix), None
+            (x, routed), new_cache = self._scan(x, context, lead.prefix, per_layer), None
         else:
             layers = Layers(config, self.remat, self.attention, name=LAYERS)
-            x, new_cache, routed = layers(x, context, lead.prefix)
+            x, new_cache, routed = layers(x, context, lead.prefix, per_layer)
         x = x[:, lead.prompt_length :]
         norm = config.norm, config.norm_eps, config.norm_offset, config.output_scale
         hidden = Norm(*norm, name="final_norm")(x)
@@ -182,10 +188,10 @@ class Decoder(nn.Module):
     def init_cache(self, batch: int, length: int, dtype: Any = None) -> Cache:
         """An empty cache of `length` slots for `batch` rows; dtype None: the activations' type."""
         dtype = self.dtype if dtype is None else dtype
-        config, delta = self.config, self.config.delta
-        layers = sum(not config.has_state(i) for i in range(config.num_layers))
-        memories = empty_memories(delta, config.num_layers - layers, batch, dtype)
-        return empty_cache(layers, batch, length, *config.cache_shape, dtype, memories)
+        config = self.config
+        states = sum(config.has_state(i) for i in range(config.num_layers))
+        memories = empty_memories(config.delta, states, batch, dtype)
+        return empty_cache(config.cache_shapes, batch, length, dtype, memories)
 
     def example_input(self) -> jax.Array:
         """The smallest input, for `init` and shapes."""
@@ -213,9 +219,7 @@ class Decoder(nn.Module):
         if by_length and cache is None:
             ids, front = segment_ids, ((0, 0), (lead.prompt_length, 0))
             lengths = text_lengths(positions, None if ids is None else jnp.pad(ids, front, "edge"))
-        table = functools.partial(
-            _table, positions=positions, head_dim=config.head_dim, lengths=lengths
-        )
+        table = functools.partial(_table, positions=positions, lengths=lengths)
         key_positions = before(jnp.arange(lead.prefix_length), positions)
         if cache is not None:
             valid = jnp.ones(key_positions.shape, bool)
@@ -227,10 +231,12 @@ class Decoder(nn.Module):
             cache = reserve(cache, key_positions, valid, lead.length)
         elif lead.length:
             mask = lead_mask(lead, segment_ids, positions.shape[1] - lead.prompt_length)
-        tables = table(config.rope), table(config.local_rope or config.rope)
+        wide = config.head_dim if config.full_heads is None else config.full_heads.size
+        local = config.local_rope or config.rope
+        tables = table(config.rope, head_dim=wide), table(local, head_dim=config.head_dim)
         return Context(segment_ids, positions, *tables, cache, start, mask, key_positions)
 
-    def _scan(self, x, context, prefix):
+    def _scan(self, x, context, prefix, per_layer):
         config = self.config
         if config.experts is not None and config.experts.dense_layers:
             raise ValueError(
@@ -241,6 +247,11 @@ class Decoder(nn.Module):
             raise ValueError(
                 f"Decoder: layers {config.delta.layers} are Gated DeltaNets and the others attend, and "
                 "layers of two kinds cannot be scanned; use scan_layers=False."
+            )
+        if not config.stackable:
+            raise ValueError(
+                f"Decoder: layers of {config.family} differ in their heads or MLPs, or read the keys and values "
+                "of others, and such layers cannot be scanned; use scan_layers=False."
             )
         local = jnp.array([config.window(i) is not None for i in range(config.num_layers)])
         windows = None
@@ -255,9 +266,9 @@ class Decoder(nn.Module):
             length=config.num_layers,
         )
         turns = jnp.array([i not in config.unrotated for i in range(config.num_layers)])
-        sparse = config.experts is not None
-        body = scanned(config, self.remat, self.attention, sparse, name=LAYERS)
-        x, (_, routed) = body(x, LayerKind(local, windows, turns), prefix, None, context)
+        own = LayerInputs(prefix, None if per_layer is None else jnp.moveaxis(per_layer, 2, 0))
+        body = scanned(config, self.remat, self.attention, config.layer(0), name=LAYERS)
+        x, (_, _, routed) = body(x, LayerKind(local, windows, turns), own, None, context)
         return x, routed
 
 

@@ -29,7 +29,7 @@ class DeltaAttention(nn.Module):
 
     State and convolution begin anew at each run of one segment id. Padding leaves both as they were; without
     a cache, a text that goes on after padding is another text. It has the arguments of `Attention`, and no
-    use for some; its part of a cache is a `Memory`.
+    use for some; its part of a cache is a `Memory`. Virtual tokens are refused by `check_lead`.
     """
 
     config: DecoderConfig
@@ -37,7 +37,7 @@ class DeltaAttention(nn.Module):
     implementation: str | None = None
 
     @nn.compact
-    def __call__(self, x, layer, prefix, cached, context):
+    def __call__(self, x, layer, own, cached, context):
         config, delta = self.config, self.config.delta
         if length_axes(x.shape[1]):
             raise ValueError(
@@ -76,7 +76,7 @@ class DeltaAttention(nn.Module):
         gated = lambda y, z: (y * jax.nn.silu(z.astype(jnp.float32))).astype(x.dtype)
         y = remat_lean(gated, self.remat)(y.reshape(z.shape), z)
         y = Dense(config.hidden_size, name="out")(y)
-        return through_adapter(self, x, y), cached
+        return through_adapter(self, x, y), cached, None
 
     def _projected(self, x):
         """(queries, keys and values side by side [B, T, C], z [B, T, H F], b and a [B, T, H])."""

@@ -169,8 +169,8 @@ class EncoderDecoder(nn.Module):
     def init_cache(self, batch: int, length: int, dtype: Any = None) -> SourceCache:
         """An empty cache of `length` slots of the answer; the first call sizes the source's part."""
         stack, dtype = self.config.decoder, self.dtype if dtype is None else dtype
-        own = empty_cache(stack.num_layers, batch, length, stack.num_heads, stack.head_dim, dtype)
-        return SourceCache(own)
+        shapes = [(stack.num_heads, stack.head_dim)] * stack.num_layers
+        return SourceCache(empty_cache(shapes, batch, length, dtype))
 
     def example_input(self) -> jax.Array:
         """The smallest input, for `init` and shapes."""

@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxft.kernels.pullback import linear_map
 from jaxft.models.config import DecoderConfig, Experts
-from jaxft.models.layers import ACTIVATIONS, KERNEL_INIT, Dense, read, through_adapter
+from jaxft.models.layers import ACTIVATIONS, KERNEL_INIT, Dense, read, through_adapter, unit_rms
 from jaxft.models.remat import EXPERT_OUTPUTS, Remat, remat_lean
 from jaxft.parallel.dispatch import routes
 from jaxft.parallel.experts import expert_layout
@@ -46,10 +46,13 @@ class ExpertsMlp(nn.Module):
     remat: Remat = "none"
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, seen=None):
         config, moe = self.config, self.config.experts
-        logits, correction = Router(moe, name="router")(x)
+        # The router sees x, or what it is to see instead.
+        router = Router(moe, config.norm_eps, name="router")
+        logits, correction, gains = router(x if seen is None else seen)
         gates, chosen = route(logits, moe, correction)
+        gates = gates if gains is None else gates * gains.astype(jnp.float32)[chosen]
         (gate_up, down), biases = Kernels(moe, config.hidden_size, name="experts")()
         activate = remat_lean(_activation(config), self.remat)
         y = mix(x, chosen, gates.astype(x.dtype), gate_up, down, activate, biases)
@@ -78,19 +81,24 @@ class SharedMlp(nn.Module):
 class Router(nn.Module):
     """x W + b in float32, whatever the activations' type (Zoph et al., 2022, arxiv.org/abs/2202.08906).
 
-    Returns (logits [B, T, E], the correction [E] of the scores or None).
+    Returns (logits [B, T, E], the correction [E] of the scores or None, the experts' gains [E] or None).
     """
 
     experts: Experts
+    eps: float  # of the norm of its input, if it has one
 
     @nn.compact
     def __call__(self, x):
-        count = self.experts.count
+        count, size, ones = self.experts.count, x.shape[-1], nn.initializers.ones
         vector = lambda name: to_dense(read(self, name, nn.initializers.zeros, (count,)))
+        if self.experts.router_norm:
+            scale = to_dense(read(self, "scale", ones, (size,))).astype(x.dtype)
+            x = unit_rms(x, self.eps) * along_last(scale, x) * jnp.asarray(size**-0.5, x.dtype)
         logits = matmul_float32(x, read(self, "kernel", KERNEL_INIT, (x.shape[-1], count)))
         if self.experts.bias:
             logits = logits + along_last(vector("bias").astype(jnp.float32), logits)
-        return logits, vector("correction") if self.experts.correction else None
+        gains = to_dense(read(self, "gains", ones, (count,))) if self.experts.gains else None
+        return logits, vector("correction") if self.experts.correction else None, gains
 
 
 class Kernels(nn.Module):

@@ -13,6 +13,7 @@ from jaxft.models.family import Family, find_family
 from jaxft.models.gemma import GEMMA
 from jaxft.models.gemma2 import GEMMA2
 from jaxft.models.gemma3 import GEMMA3
+from jaxft.models.gemma4 import GEMMA4
 from jaxft.models.gpt2 import GPT2
 from jaxft.models.gpt_oss import GPT_OSS
 from jaxft.models.granite import GRANITE
@@ -56,6 +57,7 @@ FAMILIES: tuple[Family, ...] = (
     GEMMA,
     GEMMA2,
     GEMMA3,
+    GEMMA4,
     PHI3,
     SMOLLM3,
     OLMO2,

@@ -46,7 +46,8 @@ COUNTS = frozenset(
     "shared_expert_intermediate_size decoder_sparse_step n_routed_experts n_shared_experts n_group "
     "topk_group kv_lora_rank q_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim "
     "linear_conv_kernel_dim linear_key_head_dim linear_value_head_dim linear_num_key_heads "
-    "linear_num_value_heads full_attention_interval".split()
+    "linear_num_value_heads full_attention_interval "
+    "global_head_dim num_global_key_value_heads vocab_size_per_layer_input top_k_experts".split()
 )
 # Numbers that must not be negative, infinite or NaN (which Python's JSON allows).
 _EPSILONS = frozenset({"rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon"})
@@ -154,6 +155,10 @@ _KINDS: dict[str, type] = {  # of keys whose default is null, or that are not re
     "n_group": int,
     "topk_group": int,
     "num_experts_per_tok": int,
+    "num_experts": int,
+    "top_k_experts": int,
+    "moe_intermediate_size": int,
+    "num_global_key_value_heads": int,
     "layer_types": list,
     "no_rope_layers": list,
     "rope_scaling": dict,

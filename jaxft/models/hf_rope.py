@@ -48,7 +48,9 @@ def read_rope(json: Json, parameters: Json | None = None, *, partial: bool = Fal
     if parameters is None:
         parameters = json["rope_scaling"] or json["rope_parameters"] or {}
     if not {FULL, SLIDING}.isdisjoint(parameters):
-        raise CheckpointError("rope_parameters that differ by layer are supported for gemma3 only.")
+        raise CheckpointError(
+            "rope_parameters that differ by layer are supported for Gemma 3 and 4 only."
+        )
     original = json["original_max_position_embeddings"]
     if original is not None:
         parameters = {**parameters, "original_max_position_embeddings": original}

@@ -33,9 +33,9 @@ class LatentAttention(nn.Module):
     implementation: str | None = None
 
     @nn.compact
-    def __call__(self, x, layer, prefix, cached, context):
+    def __call__(self, x, layer, own, cached, context):
         config, latent = self.config, self.config.latent
-        if prefix is not None:
+        if own.prefix is not None:
             raise ValueError(
                 "a prefix holds keys and values of heads, but latent attention projects them from one "
                 "latent; use a prompt or LoRA."
@@ -63,7 +63,7 @@ class LatentAttention(nn.Module):
             else:
                 y = self._absorbed(plain, turned, to_dense(kernel), cached, context)
         y = Dense(config.hidden_size, config.output_bias, name="out")(y.reshape(*x.shape[:-1], -1))
-        return through_adapter(self, x, y), cached
+        return through_adapter(self, x, y), cached, None
 
     def _projected(self, x, layer, context):
         """Queries without and with positions [B, T, H, ...], latents [B, T, R], keys [B, T, 1, ...]."""

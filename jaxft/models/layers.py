@@ -71,13 +71,19 @@ class Norm(nn.Module):
         y = x.astype(jnp.float32)
         if self.kind == "layer":
             y = y - jnp.mean(y, axis=-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        y = unit_rms(y, self.eps)
         flat = lambda v: self.factor * v.reshape((1,) * (y.ndim - 1) + (-1,))
         y = y * flat(scale)
         if self.kind == "layer":
             bias = read(self, "bias", nn.initializers.zeros, shape)
             y = y + flat(to_dense(bias).astype(jnp.float32))
         return y.astype(x.dtype)
+
+
+def unit_rms(x: jax.Array, eps: float) -> jax.Array:
+    """x [..., K] divided by the root mean square of its last axis, computed in float32."""
+    y = x.astype(jnp.float32)
+    return (y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)).astype(x.dtype)
 
 
 class Embed(nn.Module):

@@ -147,10 +147,9 @@ def decoder_entries(
     entries = [Entry("model.embed_tokens.weight", ("embed/embedding",))]
     for i in range(config.num_layers):
         theirs, ours = f"model.layers.{i}.", f"layers/{i}/"
+        shape, replaced = config.layer(i), config.has_experts(i) and not config.experts.beside
         for name, paths in linear.items():
-            if paths[0].startswith("mlp/") and config.has_experts(i):
-                continue
-            if paths[0].startswith("attention/") and config.has_state(i):
+            if (paths[0].startswith("mlp/") and replaced) or not shape.has(paths[0]):
                 continue
             kernels, biases = (
                 tuple(f"{ours}{path}/{leaf}" for path in paths) for leaf in ("kernel", "bias")
@@ -163,7 +162,7 @@ def decoder_entries(
         if config.has_experts(i):
             entries += experts(config.experts, theirs, ours)
         for name, path in norms.items():
-            if path.startswith("attention/") and config.has_state(i):
+            if not shape.has(path):
                 continue
             entries.append(Entry(f"{theirs}{name}.weight", (f"{ours}{path}/scale",)))
     entries.append(Entry("model.norm.weight", ("final_norm/scale",)))

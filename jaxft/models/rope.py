@@ -12,8 +12,8 @@ from jaxft.models.config import Rope, attention_factor
 
 
 def turned(rope: Rope, head_dim: int) -> int:
-    """The number of features of a head that turn."""
-    return int(head_dim * rope.share)
+    """The number of features of a head that turn, by angles that may be 0."""
+    return head_dim if rope.scaling == "proportional" else int(head_dim * rope.share)
 
 
 def rope_frequencies(rope: Rope, head_dim: int, length: int = 0) -> np.ndarray:
@@ -39,6 +39,9 @@ def rope_frequencies(rope: Rope, head_dim: int, length: int = 0) -> np.ndarray:
         return _llama3(rope, frequencies)
     if rope.scaling == "yarn":
         return _yarn(rope, frequencies, size)
+    if rope.scaling == "proportional":
+        turning = np.arange(size // 2) < int(rope.share * size // 2)
+        return np.where(turning, frequencies / rope.factor, 0.0)
     return frequencies
 
 

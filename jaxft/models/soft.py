@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -38,6 +38,20 @@ class Lead(NamedTuple):
 def virtual_tokens(params: Mapping[str, Any]) -> int:
     """The number of virtual tokens that params put before each row, which is their number of cache slots."""
     return sum(params[name].shape[0] for name in ("prompt", "prefix") if name in params)
+
+
+def check_virtual(config: Any, params: Container[str]) -> None:
+    """Raises ValueError for a prompt or prefix that the layers of a DecoderConfig cannot take."""
+    if "prompt" in params and config.per_layer is not None:
+        raise ValueError(
+            f"{config.family}: a prompt has no per-layer embeddings, which this model has for its tokens; use "
+            "another adapter, such as lora or bottleneck."
+        )
+    if "prefix" in params and (config.full_heads is not None or config.shared_layers):
+        raise ValueError(
+            f"{config.family}: a prefix holds keys and values of one size for each layer, and this model's "
+            "layers differ in their heads or share them; use another adapter, such as lora or bottleneck."
+        )
 
 
 def read_lead(

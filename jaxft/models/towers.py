@@ -1,4 +1,4 @@
-"""The text parts of models that also read images: their files, loaded as the decoder that they contain."""
+"""The text parts of models that also read images or sounds: their files, loaded as the decoder that they contain."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from jaxft.models.config import DecoderConfig
 from jaxft.models.errors import CheckpointError
 from jaxft.models.family import Family, Json
 from jaxft.models.gemma3 import GEMMA3
+from jaxft.models.gemma4 import GEMMA4
 from jaxft.models.hf_keys import Keys
 from jaxft.models.mistral import MISTRAL
 from jaxft.models.qwen2 import QWEN2
@@ -25,14 +26,16 @@ _RENAMED = {
     "language_model.model.": "model.",
     "language_model.lm_head.": "lm_head.",
 }
-_IMAGES = ("vision_tower.", "multi_modal_projector.", "visual.")
+_OTHERS = ("vision_tower.", "multi_modal_projector.", "visual.")
+_OTHERS += ("embed_vision.", "audio_tower.", "embed_audio.")
 _POSITIONS = ("mrope_section", "mrope_interleaved")
 
 
 def text_part(name: str, decoder: Family) -> Family:
     """The record of the model_type `name`, whose text part is a `decoder`.
 
-    A config is that of the decoder, and so are the files that are written: without the part for images.
+    A config is that of the decoder, and so are the files that are written: without the parts for images and
+    sounds.
     """
     codec = decoder.huggingface
     text = dataclasses.replace(
@@ -45,7 +48,7 @@ def text_part(name: str, decoder: Family) -> Family:
         ),
         rename=lambda tensor: codec.rename(_renamed(tensor)),
         ignores=lambda tensor, config: (
-            tensor.removeprefix("model.").startswith(_IMAGES) or codec.ignores(tensor, config)
+            tensor.removeprefix("model.").startswith(_OTHERS) or codec.ignores(tensor, config)
         ),
     )
     return dataclasses.replace(decoder, name=name, huggingface=text, gguf=None)
@@ -70,8 +73,8 @@ def _read(json: Json, tensors: Collection[str], name: str, decoder: Family) -> D
         if isinstance(text.get(key), dict):
             text[key] = _one_position(text[key])
     warnings.warn(
-        f"{name}: only the text part is loaded, a {decoder.name}; images are not read, and saved models "
-        "lack the part for them.",
+        f"{name}: only the text part is loaded, a {decoder.name}; images and sounds are not read, and "
+        "saved models lack the parts for them.",
         stacklevel=2,
     )
     config = decoder.huggingface.config(text | {"model_type": decoder.name}, tensors)
@@ -89,6 +92,7 @@ def _one_position(parameters: dict[str, Any]) -> dict[str, Any]:
 
 TEXT_PARTS: tuple[Family, ...] = (
     text_part("gemma3", GEMMA3),
+    text_part("gemma4", GEMMA4),
     text_part("qwen2_vl", QWEN2),
     text_part("qwen2_5_vl", QWEN2),
     text_part("qwen3_vl", QWEN3),

@@ -30,7 +30,7 @@ _STACKS = rf"(?:(?:encoder|decoder)/)?{LAYERS}"
 TRANSFORMER_TARGETS = Targets(
     # Experts are included, as in PEFT; routers are not.
     linear=rf"{_STACKS}/.*/(query|key|value|query_down|query_up|latent|latent_up|out|gate|up|gate_up|down"
-    "|mixed|rates|beta|decay)/kernel",
+    "|mixed|rates|beta|decay)/kernel|per_layer/projection/kernel",
     ia3_outputs=rf"{_STACKS}/.*/(key|value)/kernel",
     ia3_inputs=rf"{_STACKS}/.*/down/kernel",
     houlsby=rf"{_STACKS}/.*(attention|cross|mlp)/adapter",

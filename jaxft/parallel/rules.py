@@ -32,8 +32,8 @@ TRANSFORMER_RULES: Rules = (
     (r".*/(query_down|latent|rates|beta|decay)/kernel", PartitionSpec("fsdp")),
     (r".*/(out|down)/kernel", PartitionSpec("tensor", "fsdp")),
     (r".*/(query|key|value|gate|up)/bias", PartitionSpec("tensor")),
-    (r"embed/embedding", PartitionSpec("tensor", "fsdp")),
-    (r"head/kernel", PartitionSpec("fsdp", "tensor")),
+    (r"(per_layer/)?embed/embedding", PartitionSpec("tensor", "fsdp")),
+    (r"(head|per_layer/projection)/kernel", PartitionSpec("fsdp", "tensor")),
     (r"prefix", PartitionSpec(None, "fsdp")),
 )
 

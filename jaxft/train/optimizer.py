@@ -16,7 +16,9 @@ from jaxft.parallel import LAYERS, path_name, stacked_axes
 
 Decay = Callable[[jax.Array], jax.Array]  # progress in 0..1 -> factor of the learning rate
 
-NOT_DECAYED = frozenset({"scale", "bias", "sinks", "correction", "embedding", "a_log", "dt_bias"})
+NOT_DECAYED = frozenset(
+    "scale bias sinks correction embedding a_log dt_bias layer_scale gains".split()
+)
 
 
 def make_optimizer(
@@ -95,7 +97,7 @@ def constant(progress: jax.Array) -> jax.Array:
 
 
 def decay_mask(params: Any) -> Any:
-    """True for leaves with weight decay: all except norms' scales, biases, sinks and embeddings.
+    """True for leaves with weight decay: all except scales, gains, biases, sinks and embeddings.
 
     Embedding rows of tokens that never occur, which is most rows in fine-tuning, would shrink
     without a gradient to counteract the decay.

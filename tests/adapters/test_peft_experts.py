@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The following (rank|alpha)_patte
 TOKENS = np.arange(9)[None] * 7 % 58 + 3
 
 
-@pytest.fixture(scope="module", params=["mixtral", "qwen3_moe", "gpt_oss"])
+@pytest.fixture(scope="module", params=["mixtral", "qwen3_moe", "gpt_oss", "gemma4_moe"])
 def base(request, tmp_path_factory):
     """(family, directory of the base model, our model, our params)."""
     path = tmp_path_factory.mktemp(request.param)
@@ -49,7 +49,7 @@ def close(ours, theirs):
 
 @pytest.mark.parametrize("names", [("gate_up", "down"), ("down",)], ids=str)
 def test_ours_open_in_peft_and_come_back(base, names, tmp_path):
-    _, path, model, params = base
+    family, path, model, params = base
     rules = {rf".*/experts/({'|'.join(names)})/kernel": lora(3, 5.0)}
     rules |= {".*/query/kernel": lora(2, 8.0)}
     adapted = adapt(jax.random.key(0), params, rules)
@@ -59,7 +59,8 @@ def test_ours_open_in_peft_and_come_back(base, names, tmp_path):
     )
     save_adapter(tmp_path, model.config, adapted, base_model=str(path))
     settings = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert settings["target_parameters"] == sorted(f"mlp.experts.{name}_proj" for name in names)
+    module = "experts" if family == "gemma4_moe" else "mlp.experts"
+    assert settings["target_parameters"] == sorted(f"{module}.{name}_proj" for name in names)
     assert settings["target_modules"] == ["q_proj"]
     expected = logits(model, adapted)
     close(expected, logits_of_peft(path, tmp_path))
@@ -69,8 +70,8 @@ def test_ours_open_in_peft_and_come_back(base, names, tmp_path):
 
 def test_modules_of_single_experts_are_read_as_peft_reads_them(base, tmp_path):
     family, path, model, params = base
-    if family == "gpt_oss":
-        return  # which has had one parameter for all experts from the start
+    if family in ("gpt_oss", "gemma4_moe"):
+        return  # which have had one parameter for all experts from the start
     mixtral = family == "mixtral"
     places = "block_sparse_moe" if mixtral else "mlp"
     modules = ["w1", "w3", "w2"] if mixtral else ["gate_proj", "up_proj", "down_proj"]

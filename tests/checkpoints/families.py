@@ -51,6 +51,15 @@ GEMMA3 = {
     "full_attention": dict(rope_type="linear", rope_theta=1e6, factor=8.0),
     "sliding_attention": dict(rope_type="default", rope_theta=1e4),
 }
+GEMMA4 = BASE | dict(
+    head_dim=8,
+    global_head_dim=8,
+    sliding_window=4,
+    layer_types=["sliding_attention", "full_attention"],
+    vocab_size_per_layer_input=61,
+    hidden_size_per_layer_input=6,
+    final_logit_softcapping=9.0,
+)
 
 FAMILIES = {
     "llama2": lambda: hf.LlamaConfig(**BASE, rope_parameters=LINEAR, attention_bias=True),
@@ -75,6 +84,23 @@ FAMILIES = {
         sliding_window=4,
         layer_types=["sliding_attention"] * 2 + ["full_attention"],
         rope_parameters=GEMMA3,
+    ),
+    # The source of the layer with a window is not the first of its kind.
+    "gemma4": lambda: hf.Gemma4TextConfig(
+        **GEMMA4
+        | dict(
+            num_hidden_layers=5,
+            global_head_dim=12,
+            layer_types=["sliding_attention"] * 2 + ["full_attention"] + GEMMA4["layer_types"],
+        ),
+        attention_k_eq_v=True,
+        num_global_key_value_heads=1,
+        num_kv_shared_layers=2,
+        use_double_wide_mlp=True,
+        attention_bias=True,
+    ),
+    "gemma4_moe": lambda: hf.Gemma4TextConfig(
+        **GEMMA4, enable_moe_block=True, num_experts=4, top_k_experts=2, moe_intermediate_size=16
     ),
     # All texts of the tests are longer than the original length: transformers takes the longest of a batch.
     "phi3": lambda: hf.Phi3Config(
@@ -178,16 +204,19 @@ def torch_model(family: str) -> torch.nn.Module:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             spread = 0.3 if parameter.ndim > 1 else 0.1
-            centre = 1.0 if "norm" in name or "ln_" in name else 0.0
-            offset = family.startswith(
-                ("gemma", "qwen3_next", "qwen3_5")
-            )  # norms scale by 1 + weight
+            centre = 1.0 if "norm" in name or "ln_" in name or name.endswith("scale") else 0.0
+            # They multiply by 1 + scale.
+            offset = family in ("gemma", "gemma2", "gemma3") or family.startswith(
+                ("qwen3_next", "qwen3_5")
+            )
             offset = offset and "linear_attn" not in name
             centre = 0.0 if offset or name.endswith("bias") else centre
             parameter.copy_(centre + spread * torch.randn_like(parameter))
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):  # as large as the scores differ
                 buffer.copy_(0.3 * torch.randn_like(buffer))
+            if name.endswith("layer_scalar"):
+                buffer.copy_(1 + 0.3 * torch.randn_like(buffer))
     return model
 
 
@@ -199,8 +228,9 @@ def as_in_files(family: str, tensors: dict) -> dict:
             name = name.replace(".mlp.", ".block_sparse_moe.")
         names = ("w1", "w3", "w2") if family == "mixtral" else ("gate_proj", "up_proj", "down_proj")
         place, _, last = name.rpartition(".")
-        if (
-            not place.endswith(".experts") or family == "gpt_oss"
+        if not place.endswith(".experts") or family in (
+            "gpt_oss",
+            "gemma4_text",
         ):  # whose files hold them as they are
             found[name] = tensor
             continue

@@ -65,14 +65,8 @@ def packed(records):
     }
 
 
-def stacked(model, params):
-    """The params with stacked layers; as they are, if layers are of two kinds."""
-    if model.config.delta is None:
-        return stack_layers(params)
-    with pytest.raises(ValueError, match="layers of two kinds cannot be scanned"):
-        scanned = model.clone(scan_layers=True)
-        jax.eval_shape(scanned.init, jax.random.key(0), model.example_input())
-    return params
+def one_stack(model, params):
+    return stack_layers(params) if model.config.stackable else params
 
 
 def run(model, params, batch, **changes):
@@ -106,7 +100,7 @@ def test_padded_and_packed_logits(pair, records, found):
 def test_scanned_and_blocked_forms_equal_the_plain_one(pair, records):
     theirs, _, model, params = pair
     batch, expected = packed(records), np.concatenate(logits_of_each(theirs, records))
-    close(run(model, stacked(model, params), batch, remat="full")[0], expected)
+    close(run(model, one_stack(model, params), batch, remat="full")[0], expected)
     close(run(model, params, batch, attention="blocked", remat="lean")[0], expected)
 
 
@@ -141,20 +135,22 @@ def test_loss_gradients(pair, records, found):
     wanted = {n: p.grad.numpy() for n, p in theirs.named_parameters()}
     wanted = families.as_in_files(theirs.config.model_type, wanted)
     ours = dict(disassemble(family_of(model.config).huggingface.entries(model.config), grads))
-    # DeepSeek-V3's correction of the choice is no parameter in torch.
+    # DeepSeek-V3's correction of the choice and Gemma 4's scales of layers are no parameters in torch.
     assert not any(g.any() for name, g in ours.items() if name not in wanted)
-    assert {n for n in ours if not n.endswith("correction_bias")} == set(wanted)
+    constants = ("correction_bias", "layer_scalar")
+    assert {n for n in ours if not n.endswith(constants)} == set(wanted)
     for name, gradient in wanted.items():
         scale = max(np.abs(gradient).max(), 1e-3)
         chex.assert_trees_all_close(ours[name], gradient, rtol=0, atol=2e-4 * scale)
 
 
 def test_all_linear_is_every_linear_layer_of_torch(pair):
-    """Targets are those of PEFT's "all-linear", but the gates of shared experts (experts are parameters)."""
+    """Targets are those of PEFT's "all-linear", but gates of shared experts and routers that are layers."""
     theirs, _, model, params = pair
     family, kinds = family_of(model.config), (torch.nn.Linear, Conv1D)
     wanted = {name for name, module in theirs.named_modules() if isinstance(module, kinds)}
-    wanted = {n for n in wanted if not n.endswith("shared_expert_gate")} - {family.huggingface.head}
+    others = ("shared_expert_gate", "router.proj")
+    wanted = {n for n in wanted if not n.endswith(others)} - {family.huggingface.head}
     linear = re.compile(family.targets.linear)
     found = model_of(family, model.config, params).linears
     assert {x.name for x in found if all(map(linear.fullmatch, x.paths))} == wanted
@@ -162,7 +158,7 @@ def test_all_linear_is_every_linear_layer_of_torch(pair):
 
 def test_files_survive_a_round_trip_bit_for_bit(pair, records, tmp_path):
     theirs, path, model, params = pair
-    save_model(tmp_path, model, stacked(model, params))
+    save_model(tmp_path, model, one_stack(model, params))
     again, params_again = load_model(tmp_path)
     assert again.config == model.config
     chex.assert_trees_all_equal(params_again, params)
@@ -178,9 +174,12 @@ def test_files_survive_a_round_trip_bit_for_bit(pair, records, tmp_path):
 
 def test_stacked_loading_equals_stacking(pair):
     _, path, model, params = pair
-    if model.config.delta is not None:
-        with pytest.raises(ValueError, match="layers have . different structures"):
+    if not model.config.stackable:
+        with pytest.raises(ValueError, match="different structures.*scan_layers=False"):
             load_model(path, scan_layers=True)
+        with pytest.raises(ValueError, match="cannot be scanned"):
+            scanned = model.clone(scan_layers=True)
+            jax.eval_shape(scanned.init, jax.random.key(0), model.example_input())
         return
     model, stacked = load_model(path, scan_layers=True, dtype=jnp.bfloat16)
     kept = lambda path: path[-1].key == "correction"  # DeepSeek-V3 chooses experts by its last bits

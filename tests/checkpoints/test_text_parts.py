@@ -19,6 +19,7 @@ TEXT = dict(
     num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0,
 )  # fmt: skip
 IMAGES = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
+SOUNDS = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
 IMAGES |= dict(image_size=28, patch_size=14)
 QWEN = dict(depth=1, hidden_size=16, intermediate_size=24, num_heads=2, out_hidden_size=32)
 MROPE = dict(rope_type="default", rope_theta=1e4, mrope_section=[2, 1, 1])
@@ -41,6 +42,15 @@ MODELS = {
     "qwen3_5_moe": lambda: hf.Qwen3_5MoeConfig(**WHOLE),
     "gemma3": lambda: hf.Gemma3Config(
         text_config=dict(TEXT, head_dim=8, sliding_window=4), vision_config=IMAGES, mm_tokens_per_image=4
+    ),
+    "gemma4": lambda: hf.Gemma4Config(
+        text_config=dict(
+            TEXT, head_dim=8, global_head_dim=12, sliding_window=4, num_hidden_layers=4,
+            layer_types=["sliding_attention", "full_attention"] * 2, num_kv_shared_layers=2,
+            hidden_size_per_layer_input=6, vocab_size_per_layer_input=61,
+        ),
+        vision_config=IMAGES | dict(num_key_value_heads=2, head_dim=8, position_embedding_size=8),
+        audio_config=dict(SOUNDS, subsampling_conv_channels=[4, 2], output_proj_dims=16),
     ),
     "qwen2_5_vl": lambda: hf.Qwen2_5_VLConfig(
         text_config=dict(TEXT, rope_parameters=MROPE), vision_config=dict(QWEN, fullatt_block_indexes=[0]),

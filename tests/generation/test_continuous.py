@@ -11,7 +11,7 @@ from jaxft.generation import SamplingConfig, continuous, generate, generate_cont
 from jaxft.models import DecoderConfig, Delta, Latent
 from jaxft.models.cache import empty_cache
 from jaxft.models.encoder_decoder import SourceCache
-from tests.small_models import LLAMA, base, large
+from tests.small_models import GEMMA4, LLAMA, base, large
 
 KEY = jax.random.key(5)
 LIMITS = [3, 40, 1, 37, 40, 9, 40]
@@ -21,6 +21,7 @@ MODELS = {
     "delta": dataclasses.replace(LLAMA, gated_attention=True, delta=DELTA, max_length=96),
     "window": dataclasses.replace(LLAMA, windows=(5, None), max_length=96),
     "latent": dataclasses.replace(LLAMA, head_dim=4, latent=LATENT, max_length=96),
+    "shared": dataclasses.replace(GEMMA4, per_layer=None, max_length=96),
 }
 
 
@@ -144,4 +145,4 @@ class Sentences:
     config = LLAMA
 
     def init_cache(self, rows, length, dtype=None):
-        return SourceCache(empty_cache(1, rows, length, 1, 2))
+        return SourceCache(empty_cache([(1, 2)], rows, length))

@@ -12,7 +12,7 @@ from tests.generation.test_continuous import KEY, MODELS, Letters, made, same
 
 def test_turns_are_those_of_a_new_prefill(monkeypatch):
     """Rows pause while others go on, end by tokens, strings or length, and leave; some add nothing."""
-    model, params = made(MODELS["window"])
+    model, params = made(MODELS["shared"])
     prompts = [
         [5, 9, 4, 28, 1, 2],
         [11],

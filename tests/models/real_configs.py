@@ -53,6 +53,25 @@ GEMMA3 = {k: v for k, v in GEMMA2.items() if k != "hidden_act"} | dict(
     num_hidden_layers=7, num_key_value_heads=1, rope_local_base_freq=10000, rope_theta=1000000,
     sliding_window_pattern=6,
 )  # fmt: skip
+GEMMA4_E = SIZES | dict(
+    model_type="gemma4_text", attention_bias=False, attention_dropout=0.0, attention_k_eq_v=False,
+    bos_token_id=2, eos_token_id=1, enable_moe_block=False, final_logit_softcapping=30.0, global_head_dim=16,
+    head_dim=8, hidden_activation="gelu_pytorch_tanh", hidden_size_per_layer_input=8,
+    max_position_embeddings=131072, moe_intermediate_size=None, num_attention_heads=4, num_experts=None,
+    num_global_key_value_heads=None, num_hidden_layers=6, num_key_value_heads=1, num_kv_shared_layers=3,
+    pad_token_id=0, rms_norm_eps=1e-06, sliding_window=6, tie_word_embeddings=True, top_k_experts=None,
+    torch_dtype="bfloat16", use_bidirectional_attention=None, use_double_wide_mlp=True,
+    vocab_size_per_layer_input=96, layer_types=[SLIDING, SLIDING, FULL] * 2, rope_parameters={
+        FULL: dict(partial_rotary_factor=0.25, rope_theta=1000000.0, rope_type="proportional"),
+        SLIDING: dict(rope_theta=10000.0, rope_type="default"),
+    },
+)  # fmt: skip
+GEMMA4_E = {k: v for k, v in GEMMA4_E.items() if k != "hidden_act"}
+GEMMA4_A = GEMMA4_E | dict(
+    attention_k_eq_v=True, enable_moe_block=True, hidden_size_per_layer_input=0, moe_intermediate_size=12,
+    num_experts=8, top_k_experts=4, num_global_key_value_heads=2, num_kv_shared_layers=0,
+    num_key_value_heads=4, use_bidirectional_attention="vision", use_double_wide_mlp=False,
+)  # fmt: skip
 QWEN2 = SIZES | dict(
     model_type="qwen2", architectures=["Qwen2ForCausalLM"], attention_dropout=0.0, bos_token_id=80,
     eos_token_id=81, max_position_embeddings=32768, max_window_layers=24, num_hidden_layers=3,
@@ -262,6 +281,8 @@ REAL = {
     "gemma-3-270m": {k: v for k, v in GEMMA3.items() if k != "sliding_window_pattern"}
     | dict(_sliding_window_pattern=6, layer_types=[*[SLIDING] * 5, FULL, SLIDING])
     | dict(use_bidirectional_attention=False),
+    "gemma-4-e2b-text": GEMMA4_E,
+    "gemma-4-26b-a4b-text": GEMMA4_A,
     "qwen2.5-0.5b": QWEN2,
     "qwen2.5-math": QWEN2
     | dict(sliding_window=None, rope_theta=10000.0, tie_word_embeddings=False),
@@ -327,7 +348,7 @@ REAL = {
 }
 
 
-NO_ROPE = ("bert", "roberta", "vit", "t5", "bart", "mbart", "marian")
+NO_ROPE = ("bert", "roberta", "vit", "t5", "bart", "mbart", "marian", "gemma4_text")
 
 
 def respelled(file: dict) -> dict:

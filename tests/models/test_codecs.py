@@ -37,9 +37,17 @@ EXPERTS = dict(
 FULL, LINEAR = "full_attention", "linear_attention"
 ENCODERS = ("bert", "roberta", "xlm-roberta", "vit")
 SPLIT_ROPE = {"full_attention": dict(factor=8.0, rope_type="linear"), "sliding_attention": {}}
+GEMMA4 = dict(
+    per_layer_config={"2": {"head_dim": 16}, "6": {"head_dim": 16, "num_key_value_heads": 2}},
+    layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2 + ["full_attention"],
+    num_kv_shared_layers=3, use_double_wide_mlp=True, attention_k_eq_v=True, hidden_size_per_layer_input=0,
+    enable_moe_block=True, num_experts=4, top_k_experts=2, moe_intermediate_size=8,
+)  # fmt: skip
+GEMMA4["per_layer_config"]["5"] = GEMMA4["per_layer_config"]["2"]
 FILES = {
     "gpt2": [dict(vocab_size=61, n_embd=32, n_layer=2, n_head=4)],
     "gemma3_text": [DECODER | WINDOWS, DECODER | dict(rope_parameters=SPLIT_ROPE)],
+    "gemma4_text": [DECODER | WINDOWS, DECODER | GEMMA4],
     "bert": [ENCODER],
     "roberta": [ENCODER],
     "xlm-roberta": [ENCODER],
@@ -120,5 +128,5 @@ def test_what_a_codec_writes_it_reads_again(family):
 
 
 def test_positions_by_layer_are_refused_where_a_family_has_one_kind():
-    with pytest.raises(ValueError, match="that differ by layer are supported for gemma3"):
+    with pytest.raises(ValueError, match="that differ by layer are supported for Gemma 3"):
         config_of({"model_type": "mistral", **DECODER, "rope_parameters": SPLIT_ROPE})

@@ -42,6 +42,7 @@ LONG = dict(
     rope_type="longrope", short_factor=[1.0, 1.5], long_factor=[2.0, 4.0], factor=4.0,
     original_max_position_embeddings=16,
 )  # fmt: skip
+PROPORTIONAL = dict(rope_type="proportional", rope_theta=9.0, partial_rotary_factor=0.5, factor=2.0)
 LATENT = SIZES | dict(
     num_key_value_heads=4, kv_lora_rank=6, q_lora_rank=8, qk_nope_head_dim=6, qk_rope_head_dim=4,
     v_head_dim=6, n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2, moe_intermediate_size=8,
@@ -92,6 +93,16 @@ BASES = {
     "gemma": SIZES | dict(head_dim=8),
     "gemma2": WINDOW,
     "gemma3_text": WINDOW,
+    "gemma4_text": WINDOW
+    | dict(
+        num_hidden_layers=4,
+        global_head_dim=12,
+        hidden_size_per_layer_input=6,
+        vocab_size_per_layer_input=41,
+        num_experts=3,
+        top_k_experts=2,
+        moe_intermediate_size=8,
+    ),
     "phi3": SIZES | dict(pad_token_id=0, sliding_window=5),
     "smollm3": SIZES
     | dict(pad_token_id=0, use_sliding_window=True, sliding_window=4, no_rope_layer_interval=2),
@@ -131,7 +142,8 @@ ROPES = [
     dict(rope_type={}), LINEAR | dict(factor=-2.0), YARN | dict(mscale="1", mscale_all_dim=1.0),
     dict(rope_type="default", rope_theta=float("inf")),
     {FULL: LINEAR, SLIDING: {}}, {FULL: YARN | dict(truncate=False)}, {SLIDING: LLAMA3}, {FULL: None},
-    3, {FULL: 3},
+    3, {FULL: 3}, {FULL: PROPORTIONAL, SLIDING: LINEAR | dict(rope_theta=5.0)},
+    {FULL: PROPORTIONAL | dict(partial_rotary_factor=2.0), SLIDING: PROPORTIONAL},
 ]  # fmt: skip
 # Legal values of another kind than the default, and some that transformers refuses.
 FLIPS = dict(
@@ -146,16 +158,24 @@ FLIPS = dict(
     full_attention_interval=[1, 0, None], linear_conv_kernel_dim=[2, 1, 0], linear_key_head_dim=[4, 5, 0],
     linear_value_head_dim=[6], linear_num_key_heads=[4, 3, 0], linear_num_value_heads=[2, 3, 8],
     layer_types=[[SLIDING, FULL], [STATE, STATE], [FULL, STATE], [FULL, FULL], [FULL],
-                 ["chunked_attention", FULL], None, 2, [[FULL], FULL]],
+                 ["chunked_attention", FULL], None, 2, [[FULL], FULL], [SLIDING, SLIDING, FULL, SLIDING],
+                 [FULL] * 4],
     sliding_window_pattern=[2, 0], rope_local_base_freq=[30.0], rope_theta=[50.0, 500],
     rope_scaling=ROPES, rope_parameters=ROPES, original_max_position_embeddings=[32],
     partial_rotary_factor=[0.5, 1.0, 0.0, None, 2.0], no_rope_layers=[[1, 0], [0, 0], [1], [0, 1, 1], None],
     no_rope_layer_interval=[1, 0], embedding_multiplier=[12, 0.5], residual_multiplier=[0.22, 0],
     attention_multiplier=[0.25, 0], logits_scaling=[8, 0.5, 0],
-    use_bidirectional_attention=[True, False, None],
+    use_bidirectional_attention=[True, False, None, "all", "vision"],
+    global_head_dim=[8, 16, 7, None], num_global_key_value_heads=[1, 3, None],
+    attention_k_eq_v=[True], num_kv_shared_layers=[1, 2, 4, -1], use_double_wide_mlp=[True],
+    hidden_size_per_layer_input=[0, 4, -1], vocab_size_per_layer_input=[50, 0],
+    enable_moe_block=[True], top_k_experts=[1, 4, None],
     query_pre_attn_scalar=[10, 0], attn_logit_softcapping=[2.0, None, 0.0],
     final_logit_softcapping=[3.0, None, "3"], is_causal=[False, True], is_decoder=[True],
-    is_encoder_decoder=[True], add_cross_attention=[True], per_layer_config=[None, {"0": {"skip": []}}],
+    is_encoder_decoder=[True], add_cross_attention=[True], per_layer_config=[
+        None, {"0": {"skip": []}}, {}, {"3": {"head_dim": 4}}, {"4": {"head_dim": 4}}, {"3": {"head_dim": True}},
+        {"0": {"head_dim": 4}}, {str(i): {"num_key_value_heads": 1, "head_dim": 6} for i in range(3)}, 3,
+    ],
     pruned_heads=[{"0": [1]}], position_embedding_type=["relative_key", "absolute"],
     scale_attn_weights=[False], scale_attn_by_inverse_layer_idx=[True], reorder_and_upcast_attn=[True],
     type_vocab_size=[3, -1], pad_token_id=[0, 5], qkv_bias=[False], num_channels=[1],
@@ -224,7 +244,8 @@ def test_the_tables_are_those_of_transformers(name):
     fields = {field.name for field in dataclasses.fields(kind)}
     pairs = [pair[:: -1 if pair[0] in fields else 1] for pair in kind.attribute_map.items()]
     assert dict(codec.keys.aliases) == dict(pairs)
-    assert {"rope_theta", "rope_parameters"} <= codec.reads or not hasattr(kind, "rope_parameters")
+    rotary = {"rope_parameters"} | ({"rope_theta"} if name != "gemma4_text" else set())
+    assert rotary <= codec.reads or not hasattr(kind, "rope_parameters")
 
 
 @BY_NAME
@@ -312,6 +333,12 @@ CHANGED = {
     "gemma3_text": dict(
         attention_bias=True, sliding_window_pattern=2, rope_local_base_freq=30.0, rope_scaling=YARN,
         final_logit_softcapping=2.0,
+    ),
+    "gemma4_text": dict(
+        attention_k_eq_v=True, num_global_key_value_heads=1, num_kv_shared_layers=2, use_double_wide_mlp=True,
+        layer_types=[SLIDING, FULL] * 2, enable_moe_block=True, hidden_activation="relu", attention_bias=True,
+        final_logit_softcapping=2.0, vocab_size_per_layer_input=50,
+        rope_parameters={FULL: PROPORTIONAL, SLIDING: LINEAR | dict(rope_theta=5.0)},
     ),
     "phi3": dict(hidden_act="relu", sliding_window=None, rope_scaling=LONG | dict(short_factor=[1.0] * 2)),
     "smollm3": dict(no_rope_layers=[0, 1], attention_bias=True, mlp_bias=True, tie_word_embeddings=False),

@@ -37,6 +37,12 @@ DECODERS = {
         linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8,
         rms_norm_eps=0.01,  # norms of short vectors would magnify rounding
     ),
+    "gemma4": dict(
+        model_type="gemma4_text", sliding_window=7, num_hidden_layers=4, global_head_dim=32,
+        layer_types=["sliding_attention", "full_attention"] * 2, num_kv_shared_layers=2,
+        attention_k_eq_v=True, num_global_key_value_heads=1, use_double_wide_mlp=True,
+        hidden_size_per_layer_input=8, vocab_size_per_layer_input=VOCABULARY,
+    ),
     "gpt2": dict(n_embd=64, n_layer=2, n_head=4, n_positions=64),
 }  # fmt: skip
 _ENCODER = _SIZES | dict(type_vocab_size=2)
@@ -91,10 +97,10 @@ def assert_equal(found: Steps, wanted: Steps) -> None:
 
 @functools.cache
 def family(name):
-    """(model, params, objective, batch) of a family; layers stacked, which compiles sooner."""
+    """(model, params, objective, batch) of a family; layers stacked if alike, which compiles sooner."""
     if name in DECODERS:
         config = config_of(dict(model_type=name) | _SIZES | DECODERS[name])
-        model = Decoder(config, scan_layers=config.delta is None)  # these are of two kinds
+        model = Decoder(config, scan_layers=config.stackable)
         return model, _params(model), supervised(model.forward, chunk=8), packed_batch()
     names = {"pooler.dense.weight"} if name in ("bert", "roberta") else set()
     model = Encoder(config_of(_ENCODER | ENCODERS[name], names), scan_layers=True)

@@ -18,7 +18,7 @@ from jaxft.objectives.policy import token_correction
 from jaxft.parallel import make_mesh
 from jaxft.train import fit
 from tests.rl.rl_task import PROMPTS, RECORDS, model_and_params, taken
-from tests.small_models import GEMMA, LLAMA, start
+from tests.small_models import GEMMA, GEMMA4, LLAMA, start
 
 GROUPS, SIZE, PROMPT, RESPONSE = 3, 4, 5, 4
 ROWS = GROUPS * SIZE
@@ -103,6 +103,7 @@ LATENT = dataclasses.replace(
         (GEMMA, dict(remat="lean")),
         (SINKS, {}),
         (LATENT, {}),
+        (GEMMA4, dict(remat="lean")),
     ],
 )
 def test_families_have_the_log_probs_of_rows(config, options):

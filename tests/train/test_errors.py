@@ -108,7 +108,9 @@ def test_what_the_first_step_refuses_while_it_is_traced_is_a_line(
     monkeypatch.delenv("JAXFT_DEBUG", raising=False)
 
     def main(config):
-        objective = lambda params, batch, key: (fail(batch), problem.objective(params, batch, key))[1]
+        objective = lambda params, batch, key: (fail(batch), problem.objective(params, batch, key))[
+            1
+        ]
         fit(problem.make_params(), objective, optax.sgd(0.1), [problem.make_batch(0)])
 
     with pytest.raises(SystemExit if code else ValueError) as caught:

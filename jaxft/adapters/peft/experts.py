@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -13,7 +14,9 @@ from jaxft.adapters.peft.files import Settings, Tensors, take
 from jaxft.adapters.peft.model import PREFIX, Grouped, Model, numpy, pattern, targeted
 from jaxft.weights import DoraWeight, LoraWeight
 
-_SHORT = "mlp.experts."  # before the parameter's own name, in target_parameters
+_LAYER = (
+    r"^.*\.layers\.\d+\."  # before the rest of a parameter's name, as it is in target_parameters
+)
 
 
 def read(settings: Settings, tensors: Tensors, model: Model) -> dict[str, LoraWeight]:
@@ -127,7 +130,7 @@ def _short(groups: Iterable[Grouped], chosen: list[Grouped]) -> list[str]:
     """target_parameters: the name in every layer, or full names where only some layers are adapted."""
     last = lambda group: group.name.rpartition(".")[2]
     partial = {last(group) for group in groups if group not in chosen}
-    return sorted({g.name if last(g) in partial else _SHORT + last(g) for g in chosen})
+    return sorted({g.name if last(g) in partial else re.sub(_LAYER, "", g.name) for g in chosen})
 
 
 def _named(names: Iterable[str], parameter: str) -> bool:

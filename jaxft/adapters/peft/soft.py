@@ -20,6 +20,7 @@ from jaxft.adapters.peft.files import Settings, Tensors, take
 from jaxft.adapters.peft.model import numpy
 from jaxft.adapters.rewrite import Params, adapt, partition, path_name
 from jaxft.models.config import DecoderConfig
+from jaxft.models.soft import check_virtual
 from jaxft.weights import to_dense
 
 TENSOR = "prompt_embeddings"
@@ -57,9 +58,13 @@ def read_soft(
     """The params, of either layout, with the prompt or prefix; all other leaves are frozen.
 
     Raises:
-        AdapterError: if the tensor is missing or misshapen.
+        AdapterError: if the tensor is missing or misshapen, or the model takes no such tokens.
     """
     name = TYPES[settings["peft_type"]]
+    try:
+        check_virtual(config, {name})
+    except ValueError as error:
+        raise AdapterError(str(error)) from None
     shape = (settings["num_virtual_tokens"], _width(name, config))
     tensor = jnp.asarray(take(tensors, TENSOR, shape))
     if name == "prompt":

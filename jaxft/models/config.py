@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 from jaxft.models.special_ids import SpecialIds
 
@@ -33,6 +33,8 @@ class Rope:
     # [K/2] divisors of the frequencies: longrope's for short texts, or those that GGUF files carry
     factors: tuple[float, ...] = ()
     long_factors: tuple[float, ...] = ()  # longrope: for texts longer than original_max_length
+    # numbers of pairs that turn by the positions in time, height and width: see jaxft.models.grid_positions
+    sections: tuple[int, ...] = ()
 
     @property
     def by_length(self) -> bool:
@@ -228,6 +230,9 @@ class DecoderConfig:
     residual_scale: float = 1.0  # of what attention and MLP add
     output_scale: float = 1.0  # of the final hidden states, and so of the logits
     tie_embeddings: bool = True
+    # Parts that read images or audio, whose embeddings stand at the places of their tokens.
+    towers: tuple[Tower, ...] = ()
+    prefix_attention: bool = False  # tokens before an answer see each other in both directions
     family: str = "llama"  # Hugging Face's model_type, under which files are written
     # The ids that begin, end and pad texts. No program depends on them, so a change recompiles none.
     special: SpecialIds = dataclasses.field(default=SpecialIds(), compare=False)
@@ -345,6 +350,26 @@ class DecoderConfig:
     def shared_window(self) -> int | None:
         """The window, if all layers have the same one."""
         return self.windows[0] if len(set(self.windows)) == 1 else None
+
+
+class Tower(Protocol):
+    """The config of a decoder's part for images or audio: a hashable value, such as jaxft.models.vision's.
+
+    Attributes:
+        name: of its params.
+        columns: of the batch, which its module is called with.
+        token: the id at whose places its embeddings stand.
+    """
+
+    name: str
+    columns: tuple[str, ...]
+    token: int
+
+    def module(self, dtype: Any, remat: Any) -> Any:
+        """The linen module called `name`: columns [B, M, ...] -> embeddings [B, K, D]."""
+
+    def example(self, batch: int) -> dict[str, Any]:
+        """The smallest columns, for `init` and shapes."""
 
 
 def tiny_config(vocab_size: int = 512, max_length: int = 512) -> DecoderConfig:

@@ -17,6 +17,7 @@ from jaxft.models.config import DecoderConfig, Rope
 from jaxft.models.context import Context, LayerInputs, LayerKind
 from jaxft.models.delta import check_lead, empty_memories
 from jaxft.models.experts import Routing
+from jaxft.models.grid_positions import grid_positions, next_positions
 from jaxft.models.layers import (
     KERNEL_INIT,
     Embed,
@@ -26,6 +27,7 @@ from jaxft.models.layers import (
 )
 from jaxft.models.per_layer import PerLayerEmbeddings
 from jaxft.models.prediction import Prediction, project
+from jaxft.models.prefixes import prefix_masks, prefix_of
 from jaxft.models.remat import Remat, remat_block
 from jaxft.models.rope import rope_table, text_lengths
 from jaxft.models.soft import (
@@ -38,6 +40,7 @@ from jaxft.models.soft import (
     virtual_tokens,
 )
 from jaxft.models.stacking import is_stacked
+from jaxft.models.vision import put_embeddings
 from jaxft.parallel import LAYERS
 from jaxft.parallel.activations import keep_features, keep_tokens
 from jaxft.weights import WeightLike
@@ -81,6 +84,8 @@ class Decoder(nn.Module):
         cache: Cache | None = None,
         noise: Callable[[jax.Array], jax.Array] | None = None,
         branches: Branches | None = None,
+        media: Mapping[str, jax.Array] | None = None,
+        prefix: jax.Array | None = None,
     ) -> Output:
         """Runs the decoder.
 
@@ -95,6 +100,10 @@ class Decoder(nn.Module):
             noise: a function that replaces the tokens' embeddings [B, T, D] (unscaled, as in the table).
             branches: the layout of rows in which several texts continue one: see `Branches`. A row has one
                 segment, and `positions` are those of its texts.
+            media: the columns [B, M, ...] of images or audio that `config.towers` read. A tower whose
+                columns are absent is not run.
+            prefix: [B, T], the tokens that see each other in both directions, of a config with
+                `prefix_attention`; None: all tokens. Later tokens of a cache see those before.
 
         A prompt or prefix in the params (see jaxft.models.soft) is put before the tokens, and into the cache
         at its first use; positions and the output are those of the tokens.
@@ -114,6 +123,9 @@ class Decoder(nn.Module):
         x = Embed(config.vocab_size, config.hidden_size, name="embed")(tokens, self.dtype)
         x = keep_features(x)
         x = x if noise is None else noise(x)
+        x = self._with_media(x, tokens, media or {})
+        grid = self._grid(lead, tokens, segment_ids, media or {}, cache)
+        positions = positions if grid is None else grid[0] - lead.length
         x, positions = put_prompt(lead, x, positions, segment_ids if cache is None else None)
         x = x * jnp.asarray(config.embedding_scale, x.dtype)
         if config.learned_positions:
@@ -131,7 +143,18 @@ class Decoder(nn.Module):
             raise ValueError(
                 f"branches: completions cannot share a prompt: {why}; use a row for each completion."
             )
-        context = self._context(lead, positions, segment_ids, cache)._replace(branches=branches)
+        context = self._context(lead, positions, segment_ids, cache, grid)._replace(
+            branches=branches
+        )
+        if config.prefix_attention and (cache is None or cache.empty):
+            if lead.length:
+                raise ValueError(
+                    f"{config.family}: soft prompts and prefixes are not supported where a prompt's tokens "
+                    "see each other in both directions; use LoRA."
+                )
+            prefix = jnp.ones(tokens.shape, bool) if prefix is None else prefix
+            mask, opened = prefix_masks(prefix, context.segment_ids)
+            context = context._replace(mask=mask, opened=opened)
         if self._stacked():
             if cache is not None:
                 raise ValueError(
@@ -164,12 +187,18 @@ class Decoder(nn.Module):
     ) -> Prediction:
         """The `jaxft.models.Forward` of decoders: reads `tokens`, `positions` and `segment_ids` of a batch.
 
-        `key` is not used: decoders have no dropout. Other columns of the batch are ignored.
+        Models that read images or audio also read their columns. `key` is not used: decoders have no dropout.
+        Other columns of the batch are ignored.
         """
         del key
         names = ("positions", "segment_ids")
         inputs = {name: batch.get(name) for name in names}
         inputs |= dict(cache=cache, noise=noise, branches=branches)
+        if self.config.towers:
+            columns = (name for tower in self.config.towers for name in tower.columns)
+            inputs["media"] = {name: batch[name] for name in columns if name in batch}
+        if self.config.prefix_attention and cache is None:
+            inputs["prefix"] = prefix_of(batch)
         output = self.apply({"params": params}, jnp.asarray(batch["tokens"]), **inputs)
         softcap = self.config.final_softcap
         return Prediction(output.hidden, self.head(params), softcap, output.cache, output.routing)
@@ -181,6 +210,8 @@ class Decoder(nn.Module):
         ropes = (self.config.rope, self.config.local_rope)
         if any(rope is not None and rope.by_length for rope in ropes):
             return "rotary frequencies depend on a text's length (dynamic or longrope scaling)"
+        if self.config.towers:
+            return "images and audio are read row by row"
         if params is not None and virtual_tokens(params):
             return "params have a soft prompt or prefix"
         return None if held is None else "a cache is given"
@@ -205,11 +236,38 @@ class Decoder(nn.Module):
             params = {"head": {"kernel": kernel}}
         return project(hidden, self.head(params), self.config.final_softcap)
 
+    def _with_media(self, x, tokens, media):
+        """The embedded tokens, with those of images and audio in their places."""
+        for tower in self.config.towers:
+            columns = tower.example(x.shape[0]) if self.is_initializing() else media
+            if all(name in columns for name in tower.columns):
+                module = tower.module(self.dtype, self.remat)
+                embeddings = module(*(columns[name] for name in tower.columns))
+                x = put_embeddings(x, tokens, tower.token, embeddings)
+        return x
+
+    def _grid(self, lead, tokens, segment_ids, media, cache):
+        """[3, B, T]: the positions of rotary sections; None if the given positions count."""
+        if self.config.rope is None or not self.config.rope.sections:
+            return None
+        if cache is not None and not cache.empty:
+            new = jnp.ones(tokens.shape, bool) if segment_ids is None else segment_ids > 0
+            following = next_positions(cache.positions, cache.valid, new)
+            return jnp.broadcast_to(following, (3, *following.shape))
+        tower = next((t for t in self.config.towers if "places" in t.columns), None)
+        if tower is None or "places" not in media:
+            return None
+        if lead.length:
+            raise ValueError(
+                f"{self.config.family}: soft prompts and prefixes are not supported beside images; use LoRA."
+            )
+        return grid_positions(tokens, segment_ids, tower.token, media["places"], tower.merge)
+
     def _stacked(self) -> bool:
         params = self.variables.get("params", {})
         return self.scan_layers if LAYERS not in params else is_stacked(params)
 
-    def _context(self, lead, positions, segment_ids, cache):
+    def _context(self, lead, positions, segment_ids, cache, grid):
         config, start, mask = self.config, None, None
         by_length = any(
             rope is not None and rope.by_length for rope in (config.rope, config.local_rope)
@@ -219,7 +277,8 @@ class Decoder(nn.Module):
         if by_length and cache is None:
             ids, front = segment_ids, ((0, 0), (lead.prompt_length, 0))
             lengths = text_lengths(positions, None if ids is None else jnp.pad(ids, front, "edge"))
-        table = functools.partial(_table, positions=positions, lengths=lengths)
+        turns = positions if grid is None else grid
+        table = functools.partial(_table, positions=turns, lengths=lengths)
         key_positions = before(jnp.arange(lead.prefix_length), positions)
         if cache is not None:
             valid = jnp.ones(key_positions.shape, bool)
@@ -284,4 +343,8 @@ class OutputKernel(nn.Module):
 
 
 def _table(rope: Rope | None, *, positions, head_dim, lengths):
-    return None if rope is None else rope_table(rope, head_dim, positions, lengths)
+    if rope is None:
+        return None
+    if rope.sections and positions.ndim == 2:  # texts without images
+        positions = jnp.broadcast_to(positions, (3, *positions.shape))
+    return rope_table(rope, head_dim, positions, lengths)

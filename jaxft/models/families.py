@@ -17,6 +17,7 @@ from jaxft.models.gemma4 import GEMMA4
 from jaxft.models.gpt2 import GPT2
 from jaxft.models.gpt_oss import GPT_OSS
 from jaxft.models.granite import GRANITE
+from jaxft.models.idefics3 import IDEFICS3
 from jaxft.models.llama import LLAMA
 from jaxft.models.marian import MARIAN
 from jaxft.models.mbart import MBART
@@ -24,8 +25,10 @@ from jaxft.models.mistral import MISTRAL
 from jaxft.models.mixtral import MIXTRAL
 from jaxft.models.olmo2 import OLMO2
 from jaxft.models.olmoe import OLMOE
+from jaxft.models.paligemma import PALIGEMMA
 from jaxft.models.phi3 import PHI3
 from jaxft.models.qwen2 import QWEN2
+from jaxft.models.qwen2_5_vl import QWEN2_5_VL
 from jaxft.models.qwen2_moe import QWEN2_MOE
 from jaxft.models.qwen3 import QWEN3
 from jaxft.models.qwen3_5 import QWEN3_5
@@ -34,6 +37,7 @@ from jaxft.models.qwen3_moe import QWEN3_MOE
 from jaxft.models.qwen3_next import QWEN3_NEXT
 from jaxft.models.roberta import ROBERTA
 from jaxft.models.smollm3 import SMOLLM3
+from jaxft.models.smolvlm import SMOLVLM
 from jaxft.models.t5 import T5
 from jaxft.models.towers import TEXT_PARTS
 from jaxft.models.vit import VIT
@@ -71,6 +75,10 @@ FAMILIES: tuple[Family, ...] = (
     ROBERTA,
     XLM_ROBERTA,
     VIT,
+    IDEFICS3,
+    SMOLVLM,
+    PALIGEMMA,
+    QWEN2_5_VL,
     *TEXT_PARTS,
 )
 

@@ -3,6 +3,7 @@
 $ python experiments/generate.py --prompt "What is the capital of France?"
 $ python experiments/generate.py --adapter runs/sft/adapter          an interactive chat
 $ python experiments/generate.py --prompt "Summarise: ..." --num-beams 4 --no-repeat-ngram-size 3
+$ python experiments/generate.py --model SMOLVLM --image cat.png --prompt "What is this?"
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ class Config:
 
     trained: flags.Trained = flags.Trained()
     prompt: tuple[str, ...] = ()  # prompts to answer; none: chat on the terminal
+    image: tuple[str, ...] = ()  # images before each prompt or chat, of a model that reads images
     system: str | None = None  # system message before each prompt or chat; None: none
     sampling: flags.Sampling = flags.Sampling(max_new_tokens=200, temperature=0.0)
     beams: beams.BeamSearch = beams.BeamSearch()
@@ -40,18 +42,22 @@ def main(config: Config) -> list[str]:
     beams.check(limits.check(config))
     renderer = renderer_of(config.trained)
     config.sampling.rules(renderer.tokenizer)  # an error before the model is loaded
+    if config.image:
+        renderer.prompt(_shown(config, [{"role": "user", "content": "?"}]))
     model, params = load_trained(config.trained)
     own_settings.tell(model, config)
     rules = config.sampling.rules(renderer.tokenizer, stop_ids(renderer, model))
     start = [{"role": "system", "content": config.system}] if config.system else []
 
     def answer(messages, number):
-        prompt = renderer.prompt({"messages": messages})
+        record = _shown(config, messages)
+        prompt, columns = renderer.prompt(record), data.prompt_columns(renderer, [record])
         if search := config.beams.settings:
-            out = beam_search(model, params, [prompt], search, rules)
+            out = beam_search(model, params, [prompt], search, rules, columns=columns)
         else:
             key = stream(jax.random.key(config.seed), "sample", number)
-            out = generate(model, params, [prompt], key, rules, tokenizer=renderer.tokenizer)
+            how = dict(tokenizer=renderer.tokenizer, columns=columns)
+            out = generate(model, params, [prompt], key, rules, **how)
         return renderer.tokenizer.decode(out.completions[0], skip_special_tokens=True).strip()
 
     if not config.prompt:
@@ -61,6 +67,11 @@ def main(config: Config) -> list[str]:
         answers.append(answer([*start, {"role": "user", "content": prompt}], number))
         print(answers[-1], flush=True)
     return answers
+
+
+def _shown(config, messages):
+    """The conversation as a record, with the images before its first user message."""
+    return data.place_media({"messages": messages, "images": list(config.image)})
 
 
 def _chat(answer, start, remembers):

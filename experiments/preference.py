@@ -177,7 +177,12 @@ def with_samples(config: Config, model, params, training, batches, mesh):
     return rl.SamplesBeside(
         batches,
         model,
-        rl.Prompts(prompts, config.rows.batch_size, seed=config.seed),
+        rl.Prompts(
+            prompts,
+            config.rows.batch_size,
+            columns=data.late_columns([part.media for part in first]),
+            seed=config.seed,
+        ),
         params,
         SamplingConfig(config.max_new_tokens, stop_ids=ends),
         samples=config.online_samples,

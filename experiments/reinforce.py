@@ -149,7 +149,7 @@ def main(config: Config) -> dict[str, Any]:
     ids = data.render_prompts(records, renderer)
     longest = max(map(len, ids)) + config.max_new_tokens
     teacher = teachers.load(config, renderer, mesh, longest)
-    columns = {}
+    columns = data.prompt_columns(renderer, records)
     if isinstance(renderer, data.SourceRenderer):  # The encoder reads the prompts.
         ids, columns = split_prompts(renderer.config, ids)
     prompts = rl.Prompts(ids, config.prompts_per_step, records, columns=columns, seed=config.seed)

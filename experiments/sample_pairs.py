@@ -88,6 +88,7 @@ def main(config: Config) -> dict[str, Any]:
     model, params = load_trained(config.trained)
     settings = config.sampling.rules(tokenizer, stop_ids(renderer, model))
     prompts = data.render_prompts(records, renderer)
+    columns = data.prompt_columns(renderer, records)
     # Batch questions of similar length, to save padding.
     order = sorted(range(len(records)), key=lambda i: len(prompts[i]))
     chunks = [order[i : i + config.batch_size] for i in range(0, len(order), config.batch_size)]
@@ -100,9 +101,9 @@ def main(config: Config) -> dict[str, Any]:
         for number, chunk in enumerate(rich.progress.track(chunks, "sampling", console=console)):
             key = stream(jax.random.key(config.seed), "sample", number)
             asked = [prompts[i] for i in chunk]
-            out = generate(
-                model, params, asked, key, settings, samples=config.samples, tokenizer=tokenizer
-            )
+            own = {name: column.rows(chunk) for name, column in columns.items()}
+            how = dict(samples=config.samples, tokenizer=tokenizer, columns=own)
+            out = generate(model, params, asked, key, settings, **how)
             found = judged(config, rewards, tokenizer, [records[i] for i in chunk], out)
             counts.update(pairs=len(found.pairs), unscored=found.unscored)
             counts.update(undecided=found.undecided)

@@ -23,7 +23,8 @@ def renderer_of(
     """Returns the renderer of the model's tokenizer and chat template; `options`: of `data.Renderer`."""
     tokenizer, config = files.load_tokenizer(settings.model), files.source_config(settings.model)
     if config is None:
-        return data.Renderer(tokenizer, template=settings.template, **options)
+        media = data.media_readers(settings.model, tokenizer)
+        return data.Renderer(tokenizer, template=settings.template, media=media, **options)
     return data.SourceRenderer(tokenizer, config, template=settings.template, **options)
 
 

@@ -46,6 +46,7 @@ from jaxft.checkpoints.tensor_files import open_tensors, save_tensors
 from jaxft.checkpoints.tiny import byte_tokenizer, tiny_model
 from jaxft.models import FAMILIES, CheckpointError, Entry, Family, family_of
 from jaxft.models.family import find_family
+from jaxft.models.json_files import read_json
 from jaxft.parallel import param_shardings, path_name, shard_params, to_host, written_once
 from jaxft.weights import Weight, to_dense
 
@@ -60,6 +61,9 @@ TOKENIZER_FILES = (
     "vocab.txt",
     "merges.txt",
     "chat_template.jinja",
+    "chat_template.json",  # of early processors
+    "preprocessor_config.json",  # of images and audio
+    "processor_config.json",
     "generation_config.json",
     "spiece.model",  # T5
     "sentencepiece.bpe.model",  # mBART
@@ -296,6 +300,8 @@ def load_tokenizer(path_or_id: str | os.PathLike) -> Any:
             "tokenizer.json and tokenizer_config.json again."
         ) from error
     vocabularies.check_vocabulary(path, tokenizer)
+    if tokenizer.chat_template is None and (path / "chat_template.json").exists():
+        tokenizer.chat_template = read_json(path / "chat_template.json").get("chat_template")
     check_beside(tokenizer, path, FAMILIES)
     return tokenizer
 

@@ -40,6 +40,15 @@ from jaxft.data.judged import (
     judge_pairs,
     parse_green,
 )
+from jaxft.data.media import Media, place_media
+from jaxft.data.media_rows import (
+    LateColumn,
+    MediaReader,
+    Shown,
+    late_columns,
+    media_columns,
+    prompt_columns,
+)
 from jaxft.data.passages import (
     mine_negatives,
     normalise_passages,
@@ -56,6 +65,7 @@ from jaxft.data.preference import (
     unpair,
 )
 from jaxft.data.prior_prompts import PRIOR_PROMPTS, PriorPrompt
+from jaxft.data.readers import media_readers
 from jaxft.data.records import (
     CONTEXT,
     answered,
@@ -84,9 +94,13 @@ __all__ = [
     "Inspection",
     "JsonLines",
     "Judged",
+    "LateColumn",
+    "Media",
+    "MediaReader",
     "PRIOR_PROMPTS",
     "PriorPrompt",
     "Renderer",
+    "Shown",
     "DenoisingRenderer",
     "SourceRenderer",
     "Tokenised",
@@ -109,10 +123,13 @@ __all__ = [
     "infer_type",
     "inspect",
     "judge_pairs",
+    "late_columns",
     "load",
     "local_files",
     "longest_text",
     "mask_tokens",
+    "media_columns",
+    "media_readers",
     "mine_negatives",
     "normalise",
     "normalise_pair",
@@ -126,6 +143,8 @@ __all__ = [
     "packing_efficiency",
     "parse_green",
     "permute_sentences",
+    "place_media",
+    "prompt_columns",
     "reasoning_gym_task",
     "render",
     "render_pairs",

@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxft.data.errors import DataError
 from jaxft.data.length import longest
+from jaxft.data.media_rows import ShownNumbers, media_columns, one_of_each
 from jaxft.data.rendering import Tokenised
 
 Batch = dict[str, np.ndarray]  # tokens, loss_mask, segment_ids, positions: [B, T] each
@@ -104,13 +105,15 @@ def batches(
     _check(sources, max_length, weights, epochs)
     packing = {True: "first_fit", False: None}.get(packing, packing)
     shares = [len(source) for source in sources] if weights is None else list(weights)
-    streams = [_stream(source, seed + i, epochs) for i, source in enumerate(sources)]
+    shown = ShownNumbers(sources)
+    streams = [_stream(source, seed + i, epochs, shown) for i, source in enumerate(sources)]
     mixed = streams[0] if len(streams) == 1 else grain.IterDataset.mix(streams, shares)
     if packing is None:
         whole = _padded(mixed, batch_size, max_length, last)
     else:
         read = sources[0][0].source is not None
-        whole = _packed(mixed, batch_size, max_length, seed, packing, max_segments, last, read)
+        names = ("source",) * read + ("media",) * bool(shown)
+        whole = _packed(mixed, batch_size, max_length, seed, packing, max_segments, last, names)
     settings = {
         "batch_size": batch_size,
         "max_length": max_length,
@@ -122,7 +125,8 @@ def batches(
         "epochs": epochs,
     }
     fingerprint = {"records": _digest(sources), **settings}
-    return DataIterator(ahead(whole.map(own), prefetch), fingerprint)
+    whole = whole.map(own)
+    return DataIterator(ahead(whole.map(shown.columns) if shown else whole, prefetch), fingerprint)
 
 
 def own_rows(
@@ -189,11 +193,12 @@ def _are_shares(weights, sources):
     return len(weights) == len(sources) and all(0 < weight < np.inf for weight in weights)
 
 
-def _stream(source, seed, epochs):
+def _stream(source, seed, epochs, shown):
     import grain
 
     def features(part):
         own = {"tokens": part.tokens, "loss_mask": part.loss_mask}
+        own |= {"media": shown.numbers(part)} if shown else {}
         return own if part.source is None else own | {"source": part.source}
 
     shuffled = grain.MapDataset.source(source).map(features).seed(seed).shuffle()
@@ -270,10 +275,15 @@ def finite_batches(
         rows[-1].append(part)
     rows += [[]] * (-len(rows) % batch_size)
     built = [padded_row(row, max_length, max_length if reads else None) for row in rows]
-    return [
-        own({name: np.stack([row[name] for row in built[i : i + batch_size]]) for name in built[0]})
-        for i in range(0, len(built), batch_size)
-    ]
+    like = one_of_each(part.media for part in records)
+
+    def batch(i):
+        cut = slice(i, i + batch_size)
+        made = {name: np.stack([row[name] for row in built[cut]]) for name in built[0]}
+        shown = [[one for part in row for one in part.media] for row in rows[cut]]
+        return own(made | media_columns(shown, like) if like else made)
+
+    return [batch(i) for i in range(0, len(built), batch_size)]
 
 
 def packing_efficiency(batch: Batch) -> float:
@@ -281,13 +291,14 @@ def packing_efficiency(batch: Batch) -> float:
     return float((batch["segment_ids"] > 0).mean())
 
 
-def _packed(dataset, batch_size, max_length, seed, packing, max_segments, last, sources):
+def _packed(dataset, batch_size, max_length, seed, packing, max_segments, last, beside):
     from grain import experimental
 
-    lengths = dict.fromkeys(("tokens", "loss_mask", *("source",) * sources), max_length)
-    if packing == "concat_split" and sources:
+    lengths = dict.fromkeys(("tokens", "loss_mask", *beside), max_length)
+    if packing == "concat_split" and beside:
         raise DataError(
-            "batches: packing='concat_split' would cut answers from their sources; use first_fit or best_fit."
+            "batches: packing='concat_split' would cut answers from their sources, images or clips; use "
+            "first_fit or best_fit."
         )
     if packing == "concat_split":
         packed = experimental.ConcatThenSplitIterDataset(dataset, length_struct=lengths)
@@ -315,7 +326,8 @@ def _packed(dataset, batch_size, max_length, seed, packing, max_segments, last, 
             "segment_ids": row["tokens_segment_ids"].astype(np.int32),
             "positions": row["tokens_positions"].astype(np.int32),
         }
-        if not sources:
+        own |= {"media": row["media"].astype(np.int32)} if "media" in beside else {}
+        if "source" not in beside:
             return own
         read = {"source": row["source"], "source_mask": row["source_segment_ids"]}
         return own | {name: column.astype(np.int32) for name, column in read.items()}
@@ -331,7 +343,9 @@ def _padded(dataset, batch_size, max_length, last):
         if "source" in rows[0]:
             sources = wide(rows, "source")
         part = lambda row: Tokenised(row["tokens"], row["loss_mask"], source=row.get("source"))
-        return [padded_row([part(row)], width, sources) for row in rows]
+        media = lambda row: {"media": np.resize(np.append(row["media"], np.zeros(width, np.int32)), width)}
+        beside = lambda row: media(row) if "media" in row else {}
+        return [padded_row([part(row)], width, sources) | beside(row) for row in rows]
 
     return _batched(dataset, batch_size, pad, last)
 
@@ -399,6 +413,7 @@ def _digest(sources) -> str:
             digest.update(len(part.tokens).to_bytes(8))
             digest.update(part.tokens.tobytes())
             digest.update(part.loss_mask.tobytes())
+            digest.update("".join(one.media.digest for one in part.media).encode())
             if part.source is not None:
                 digest.update(len(part.source).to_bytes(8))
                 digest.update(part.source.tobytes())

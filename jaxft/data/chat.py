@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from jaxft.data.errors import DataError
+from jaxft.data.media import MARKERS, MEDIA, as_parts
 from jaxft.data.shown import Piece, left_out, refuse
 
 Span = tuple[int, int]  # characters [start, end)
@@ -40,9 +41,17 @@ class Chat:
         template: Jinja text.
         date: the date that templates print instead of today's, so that data do not change daily.
         options: further variables of the template, such as {"enable_thinking": False}.
+        media: the texts that the template writes for images and clips, of a model that reads any.
     """
 
-    def __init__(self, tokenizer: Any, template: str, date: datetime.date, options: Mapping):
+    def __init__(
+        self,
+        tokenizer: Any,
+        template: str,
+        date: datetime.date,
+        options: Mapping,
+        media: Sequence[str] = (),
+    ):
         self._tokenizer, self._options = tokenizer, dict(options)
         self.template = _NOW.sub(lambda m: repr(date.strftime(m[2])), template)
         if "date_string" in template:
@@ -52,6 +61,9 @@ class Chat:
         special = "|".join(re.escape(t) for t in sorted(names, key=len, reverse=True))
         self._stop = re.compile(rf"\s*(?:{special})") if special else None
         self._tail = re.compile(rf"(?:{special})(\s+)$") if special else None
+        # Templates of models that read media take contents in parts; others may take text with markers.
+        self._parts = bool(media)
+        self._parts = bool(media) and self._shows_parts(media)
 
     def text(
         self, messages: Sequence[Mapping], given: Mapping = NOTHING, *, prompt: bool = False
@@ -155,6 +167,15 @@ class Chat:
             messages = [_with_text_arguments(message) for message in messages]
         return self._rendered(messages, given, prompt, marks)
 
+    def _shows_parts(self, placeholders):
+        """Returns whether the template writes the parts of a content as text and placeholders."""
+        asked = [{"role": "user", "content": f"{MARKERS['image']}Say one.{MARKERS['audio']}"}]
+        try:
+            text = self._rendered(asked, NOTHING, False)[0]
+        except DataError:
+            return False
+        return "Say one." in text and any(placeholder in text for placeholder in placeholders)
+
     @functools.cached_property
     def _text_arguments(self) -> bool:
         """Returns whether the template needs arguments as JSON text (DeepSeek), tested on a small call."""
@@ -174,6 +195,13 @@ class Chat:
             return False
         return json.dumps(call["arguments"]) in text
 
+    def _as_read(self, message):
+        """The message as the template reads it."""
+        message = _with_reasoning(message)
+        if self._parts:
+            return as_parts(message)
+        return {k: v for k, v in message.items() if k != MEDIA} if MEDIA in message else message
+
     def _rendered(self, messages, given, prompt, marks=False):
         import jinja2
         from transformers.utils.chat_template_utils import render_jinja_template
@@ -181,7 +209,7 @@ class Chat:
         options = {**self._tokenizer.special_tokens_map, **self._options, **given}
         try:
             texts, spans = render_jinja_template(
-                conversations=[[_with_reasoning(message) for message in messages]],
+                conversations=[[self._as_read(message) for message in messages]],
                 tools=options.pop("tools", None),
                 chat_template=self.template,
                 return_assistant_tokens_mask=marks,

@@ -9,6 +9,8 @@ import numpy as np
 
 from jaxft.data.denoising import Noise, denoise
 from jaxft.data.errors import DataError
+from jaxft.data.media import media_in
+from jaxft.data.media_rows import check_kinds
 from jaxft.data.records import Record
 from jaxft.data.rendering import Tokenised
 from jaxft.data.source_rendering import SourceRenderer
@@ -54,6 +56,7 @@ class DenoisingRenderer:
 
     def __call__(self, record: Record) -> list[Tokenised]:
         """Renders a record as one sequence for each piece of its text."""
+        check_kinds(media_in(record), ())
         text = record.get("text")
         if not isinstance(text, str):
             raise DataError(

@@ -20,6 +20,7 @@ from jaxft.data.batching import (
     source_columns,
 )
 from jaxft.data.errors import BadRecords, DataError
+from jaxft.data.media_rows import media_columns, one_of_each
 from jaxft.data.length import TooLong, keep_answer, longest, shorten
 from jaxft.data.records import CONTEXT, Record
 from jaxft.data.rendering import Renderer, Tokenised
@@ -136,7 +137,8 @@ def group_batches(
     own = own_rows(batch_size, process_index, process_count)
     _check(groups, max_length)
     stream = read(grain.MapDataset.source(groups).seed(seed).shuffle().repeat(epochs))
-    stack = lambda given: own(_stack(given, batch_size, max_length))
+    like = _media(groups)
+    stack = lambda given: own(_stack(given, batch_size, max_length, like))
     whole = stream.batch(batch_size, drop_remainder=last == "drop", batch_fn=stack)
     settings = {
         "batch_size": batch_size,
@@ -167,7 +169,8 @@ def finite_group_batches(
     own = own_rows(batch_size, process_index, process_count)
     _check(groups, max_length)
     cut = (groups[i : i + batch_size] for i in range(0, len(groups), batch_size))
-    return [own(_stack(part, batch_size, max_length)) for part in cut]
+    like = _media(groups)
+    return [own(_stack(part, batch_size, max_length, like)) for part in cut]
 
 
 def _render(records, renderer, max_length, too_long, bad, answers, columns):
@@ -233,6 +236,8 @@ def _sequence(record, answer, renderer) -> Tokenised:
 
 def _shortened(parts, max_length, too_long):
     """Shortens the parts to max_length, or returns [] if one cannot be; their prompts stay equal."""
+    if parts[0].media:
+        return []  # A cut could part an image from some of its tokens.
     if too_long == "truncate_left_prompt" and parts[0].source is None:
         surplus = max(len(part.tokens) for part in parts) - max_length
         return [part[keep_answer(part, max_length, surplus)] for part in parts]
@@ -268,11 +273,23 @@ def _check(groups, max_length):
         raise DataError(f"group_batches: groups differ in number of parts or columns: {shown}.")
 
 
-def _stack(groups, batch_size, max_length) -> Batch:
+def _media(groups):
+    """One image or clip of each kind in the groups, whose parts have the same ones."""
+    for group in groups:
+        if any(part.media != group.parts[0].media for part in group.parts):
+            raise DataError(
+                f"group_batches: the sequences of {group.id or 'a group'} have different images or clips; "
+                "those of a prompt are read, none of an answer."
+            )
+    return one_of_each(group.parts[0].media for group in groups)
+
+
+def _stack(groups, batch_size, max_length, like) -> Batch:
     most = max((len(part.tokens) for group in groups for part in group.parts), default=1)
     width = bucket(most, max_length)
     # All parts of a group have the same source.
     sources = [group.parts[0].source for group in groups]
+    shown = [group.parts[0].media for group in groups]
     groups = [*groups, *[_blank_like(groups[0])] * (batch_size - len(groups))]
     rows = [[padded_row([p] if len(p.tokens) else [], width) for p in g.parts] for g in groups]
     sequences = {
@@ -283,6 +300,8 @@ def _stack(groups, batch_size, max_length) -> Batch:
     if sources[0] is not None:
         blank = [np.zeros(0, np.int32)] * (len(groups) - len(sources))
         columns |= source_columns([*sources, *blank], bucket(max(map(len, sources)), max_length))
+    if like:
+        columns |= media_columns([*shown, *[()] * (len(groups) - len(shown))], like)
     return sequences | columns
 
 
@@ -303,6 +322,7 @@ def _digest(groups) -> str:
             update(part.tokens.tobytes())
             update(part.loss_mask.tobytes())
             update(b"" if part.source is None else part.source.tobytes())
+            update("".join(one.media.digest for one in part.media).encode())
         for name in sorted(group.columns.keys() - {"ref_log_probs"}):
             update(name.encode() + np.asarray(group.columns[name]).tobytes())
     return digest.hexdigest()[:16]

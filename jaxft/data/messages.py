@@ -1,7 +1,8 @@
 """Converts messages and tools of all dialects to one form, that of chat templates and OpenAI's API.
 
 A message is {"role", "content"} and, if given, `tool_calls`, `tool_call_id`, `name`,
-`reasoning_content`, `train` and `weight`. Anything else is refused, never dropped.
+`reasoning_content`, `train`, `weight` and `_media`, the images and clips for which markers stand in the content.
+Anything else is refused, never dropped.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxft.data.errors import DataError
+from jaxft.data.media import MARKERS, MEDIA, MEDIA_COLUMNS, Media, place_media, read_part
 from jaxft.data.values import check_values, strict_json
 
 Message = dict[str, Any]
@@ -42,8 +44,8 @@ REASONING = ("reasoning_content", "reasoning", "thinking")
 _TRAIN = ("train", "training", "loss")
 # Keys that choose trained tokens inside a turn, or packed turns, and have no counterpart here.
 _TRAIN_PARTS = ("train_detail", "loss_scale", "loss_mask")
-MEDIA = ("image", "images", "audio", "audios", "video", "videos")
-_MEDIA_PARTS = (*MEDIA, "image_url", "input_image", "audio_url", "input_audio", "video_url", "file")
+UNREAD = ("video", "videos")  # media that no model here reads
+_UNREAD_PARTS = (*UNREAD, "video_url", "file")
 
 
 def read_messages(
@@ -200,8 +202,10 @@ def _message(message, i, role, content):
             f"message {i} has the role {name!r:.40}; known: {', '.join(KNOWN_ROLES)}.", "schema"
         )
     kept = _details({k: v for k, v in message.items() if k not in (role, content)}, i)
-    text = text_of(_joined_parts(message[content], i), f"content of message {i}")
+    joined, media = _joined_parts(message[content], i)
+    text = text_of(joined, f"content of message {i}")
     made = _with_calls(kept, name, text, said in _CALL_ROLES, i)
+    made = _with_media(made, media, i)
     if not made["content"].strip() and not made.get("tool_calls"):
         if name == "assistant":
             raise DataError(f"message {i}, an assistant turn, is empty.", "empty_completion")
@@ -304,10 +308,10 @@ def _details(kept, i):
     for key in ("name", "tool_call_id"):
         if key in kept:
             text_of(kept[key], f"{key} of message {i}")
-    for key in ("refusal", *MEDIA):
+    for key in ("refusal", *UNREAD):
         if kept.get(key) not in (None, "", [], {}):
             raise DataError(
-                f"message {i} has {key!r}, which a text model cannot be shown; write it into the "
+                f"message {i} has {key!r}, which no model here can be shown; write it into the "
                 "content, or remove it.",
                 "schema",
             )
@@ -337,26 +341,47 @@ def _trains(kept, i):
 
 
 def _joined_parts(content, i):
-    """Joins the text of [{"type": "text", "text": ...}], the multimodal form.
+    """(text, images and clips) of [{"type": "text", "text": ...}, {"type": "image", "image": ...}].
 
-    Parts are joined without a blank, as in the templates that read them (Llama 3.2, Qwen 2.5 VL).
+    Parts are joined without a blank, as in the templates that read them (Llama 3.2, Qwen 2.5 VL), with a
+    marker for each image or clip.
     """
     if not isinstance(content, (list, tuple)) or not content:
-        return content
+        return content, ()
     if not all(isinstance(part, Mapping) for part in content):
-        return content
+        return content, ()
+    texts, media = [], []
     for part in content:
         kind = part.get("type")
-        if kind in _MEDIA_PARTS:
+        if kind in _UNREAD_PARTS:
             raise DataError(
-                f"message {i} has a part of the type {kind!r}, which a text model cannot be shown; "
+                f"message {i} has a part of the type {kind!r}, which no model here can be shown; "
                 "remove such parts.",
                 "schema",
             )
+        if (found := read_part(part)) is not None:
+            texts.append(MARKERS[found[0]])
+            media += [] if found[1] is None else [found[1]]
+            continue
         if kind not in ("text", "input_text", "output_text") or not isinstance(
             part.get("text"), str
         ):
             raise DataError(
-                f"message {i} has the part {part!r:.60}; known are text parts.", "schema"
+                f"message {i} has the part {part!r:.60}; known are text, image and audio parts.",
+                "schema",
             )
-    return "".join(part["text"] for part in content)
+        texts.append(part["text"])
+    return "".join(texts), tuple(media)
+
+
+def _with_media(made: Message, media: tuple[Media, ...], i: int) -> Message:
+    """The message with those of its parts or of its keys `images` and `audios`."""
+    if not media and not MEDIA_COLUMNS.keys() & made.keys():
+        return made
+    columns = {key: made[key] for key in MEDIA_COLUMNS if key in made}
+    rest = {key: value for key, value in made.items() if key not in MEDIA_COLUMNS}
+    rest |= {MEDIA: media} if media else {}
+    try:
+        return place_media({"messages": [rest]} | columns)["messages"][0]
+    except DataError as error:
+        raise DataError(f"message {i}: {error}", "schema") from None

@@ -9,8 +9,9 @@ from typing import Any
 
 from jaxft.data.columns import FORMS, PAIR, check_beside, flag, no_column, suggest_fields, typed
 from jaxft.data.errors import DataError
+from jaxft.data.media import MEDIA, place_media
 from jaxft.data.messages import (
-    MEDIA,
+    UNREAD,
     check_weight,
     parsed_turns,
     read_history,
@@ -31,8 +32,8 @@ _ANSWERED = {*PAIR, "responses", "completions"}  # columns with answers to a `pr
 SHOWN = ("prompt", "completion", "chosen", "rejected", "responses", "completions")
 # Columns that a row may lack.
 OPTIONAL = ("system", "input", "history", "tools", "id", "weight", "margin")
-# Columns that a template gets in addition to the messages.
-CONTEXT = ("tools", "chat_template_kwargs")
+# Columns that a rendered text depends on in addition to its messages, prompt or answers.
+CONTEXT = ("tools", "chat_template_kwargs", MEDIA)
 # Columns that the cells of a CSV file hold as text: numbers and JSON lists.
 _NUMBERS = ("weight", "margin", "density_ratio")
 _CELLS = (*_NUMBERS, "tokens", *TOKEN_COLUMNS, "responses", "scores")
@@ -172,16 +173,17 @@ def _form(row, mapped):
 
 
 def check_record(record: Record) -> Record:
-    """Reads the record's tools; raises DataError for invalid weights or media."""
+    """Reads the record's tools, images and clips; raises DataError for invalid weights or media."""
     check_weight(record.get("weight"), "weight")
-    for name in MEDIA:
+    for name in UNREAD:
         value = record.get(name)
         if value is not None and not (isinstance(value, (str, Sequence)) and not len(value)):
             raise DataError(
-                f"the column {name!r} holds data that a text model cannot be shown; leave it out with "
+                f"the column {name!r} holds data that no model here can be shown; leave it out with "
                 f"--fields {name} '', in Python fields={{{name!r}: ''}}.",
                 "schema",
             )
+    record = place_media(record)
     tools = record.get("tools")
     if tools is None and "messages" in record and record.get("functions"):
         tools = record["functions"]  # OpenAI's, before there were tools
@@ -204,7 +206,8 @@ def whole_prompt(record: Mapping[str, Any]) -> str:
     messages = as_messages(record)
     if messages is None:
         names = ("prompt", "text", "tokens", "completion")
-        return str(next((record[name] for name in names if record.get(name)), ""))
+        text = str(next((record[name] for name in names if record.get(name)), ""))
+        return text + "".join(f" {one}" for one in record.get(MEDIA) or ())
     whole = messages
     while messages and messages[-1]["role"] == "assistant":
         messages = messages[:-1]

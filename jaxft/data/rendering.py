@@ -6,7 +6,7 @@ import dataclasses
 import datetime
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -14,6 +14,8 @@ import numpy as np
 from jaxft.data.chat import NOTHING, Chat
 from jaxft.data.encode import Encoder, in_span, touches
 from jaxft.data.errors import DataError
+from jaxft.data.media import MEDIA
+from jaxft.data.media_rows import MediaReader, Shown, check_kinds, expand
 from jaxft.data.records import Record, as_messages, context
 from jaxft.data.shown import refuse
 from jaxft.data.templates import TEMPLATES, default_template, read_template
@@ -30,6 +32,7 @@ class Tokenised:
     id: str = ""
     starts_with_bos: bool = False
     source: np.ndarray | None = None  # [S] int32 of an encoder-decoder; None: a decoder's record
+    media: tuple[Shown, ...] = ()  # images and clips, in the order of their tokens
 
     def __getitem__(self, places: slice | np.ndarray) -> Tokenised:
         """Selects some of the tokens."""
@@ -54,6 +57,8 @@ class Renderer:
         append_eos: ends plain completions and texts with the tokenizer's EOS.
         date: ISO date for templates that print the current date.
         template_options: further variables of the template, such as {"enable_thinking": False}.
+        media: the processors of a model that reads images or audio; none: a text model, and records
+            with images are refused.
 
     Raises:
         DataError: if the template cannot be used; without a template, at the first conversation.
@@ -69,10 +74,12 @@ class Renderer:
         append_eos: bool = True,
         date: str = "2025-01-01",
         template_options: Mapping[str, Any] | None = None,
+        media: Sequence[MediaReader] = (),
     ):
         if mask not in get_args(MaskMode):
             raise DataError(f"mask {mask!r} is not one of {', '.join(get_args(MaskMode))}.")
         self.tokenizer, self.mask, self.append_eos = tokenizer, mask, append_eos
+        self.media = tuple(media)
         self._pattern = _compiled(train_on)
         self.merged_boundaries = (
             0  # boundaries that a token would have crossed; both sides encoded separately
@@ -91,10 +98,11 @@ class Renderer:
                 # The named templates begin with BOS if the tokenizer itself would add one.
                 options["bos_token"] = tokenizer.bos_token if self._encoder.adds_bos else ""
             today = datetime.date.fromisoformat(date)
-            self._chat = Chat(tokenizer, self.template, today, options)
+            written = [reader.placeholder for reader in self.media]
+            self._chat = Chat(tokenizer, self.template, today, options, written)
             self._probe()
             if text is None and "tool_use" in names:  # As transformers chooses.
-                self._tool_chat = Chat(tokenizer, names["tool_use"], today, options)
+                self._tool_chat = Chat(tokenizer, names["tool_use"], today, options, written)
 
     def __call__(self, record: Record) -> list[Tokenised]:
         """Renders a record: one sequence, or one per turn if the template rewrites history."""
@@ -118,7 +126,8 @@ class Renderer:
                 raise DataError(
                     "token ids have no prompt to answer; give text or messages.", "schema"
                 )
-            return self._bos(text) + self._encoder.encode(text)[0].tolist()
+            bos, text = self._bos(text), self._expanded(text, record.get(MEDIA) or ())
+            return bos + self._encoder.encode(text)[0].tolist()
         alone = record.get("messages") is None and "completion" not in record
         if alone and messages[-1]["role"] == "assistant":  # not an answer, as in `messages`
             raise DataError(
@@ -126,13 +135,20 @@ class Renderer:
                 "remove that turn, or give the prompt as plain text.",
                 "role_order",
             )
-        while messages and messages[-1]["role"] == "assistant":
-            messages = messages[:-1]
+        messages = _asked(messages)
         given = context(record)
         chat = self._need_chat(given)
         text = chat.text(messages, given, prompt=True)
         chat.check_prompt(messages, given, text)
-        return self._encoder.encode(text)[0].tolist()
+        return self._encoder.encode(self._expanded(text, _media(messages)))[0].tolist()
+
+    def shown(self, record: Record) -> tuple[Shown, ...]:
+        """Returns the images and clips in a record's prompt, with the processors that load them."""
+        messages = as_messages(record)
+        media = record.get(MEDIA) or () if messages is None else _media(_asked(messages))
+        check_kinds(media, self.media)
+        readers = {reader.kind: reader for reader in self.media}
+        return tuple(Shown(one, readers[one.kind]) for one in media)
 
     def next_turn(self, text: str) -> list[int]:
         """Returns the ids after an answer's stop token: a user turn `text` and the next answer's header.
@@ -165,7 +181,7 @@ class Renderer:
         if self.mask == "all":
             text = chat.text(messages, given)
             refuse(chat.left_out(messages, given, text, turns))
-            return [self._tokenised(text, {(0, len(text)): 1.0}, record)]
+            return [self._tokenised(text, {(0, len(text)): 1.0}, record, _media(messages))]
         if not turns:
             raise DataError(
                 "no assistant message to learn from; see fields= to map roles.", "role_order"
@@ -211,7 +227,7 @@ class Renderer:
         if self.mask == "last_turn":
             spans = {i: spans[i] for i in [max(spans)]}
         weights = {span: self._weight(messages[i]) for i, span in spans.items()}
-        return self._tokenised(text, weights, record)
+        return self._tokenised(text, weights, record, _media(messages))
 
     def _weight(self, message):
         weight = float(message.get("weight", 1.0)) * (message.get("train") is not False)
@@ -226,16 +242,21 @@ class Renderer:
     def _plain(self, prompt, completion, record):
         text = prompt + completion
         start = 0 if self.mask == "all" else len(prompt)
-        part = self._tokenised(text, {(start, len(text)): 1.0}, record)
+        media = record.get(MEDIA) or ()
+        part = self._tokenised(text, {(start, len(text)): 1.0}, record, media)
         bos, eos = self._bos(text), self._eos(part.tokens)
         scale = _record_weight(record)
         scale *= any(end == len(text) for _, end in self._narrowed(text, start, len(text)))
         mask = np.concatenate([np.zeros(len(bos)), part.loss_mask, np.full(len(eos), scale)])
         tokens = np.concatenate([bos, part.tokens, eos])
         tokens, mask = tokens.astype(np.int32), mask.astype(np.float32)
-        return Tokenised(tokens, mask, part.id, self._is_bos(tokens))
+        return Tokenised(tokens, mask, part.id, self._is_bos(tokens), media=part.media)
 
-    def _tokenised(self, text, weights, record):
+    def _expanded(self, text, media):
+        return expand(text, {}, media, self.media)[0]
+
+    def _tokenised(self, text, weights, record, media):
+        text, weights, shown = expand(text, weights, media, self.media)
         cuts = [cut for span in weights for cut in span]
         ids, offsets, crossed = self._encoder.encode_apart(text, cuts)
         self.merged_boundaries += crossed
@@ -247,7 +268,7 @@ class Renderer:
                 inside &= np.any([np.zeros(len(ids), bool), *parts], axis=0)
             mask[inside] = weight
         mask *= _record_weight(record)
-        return Tokenised(ids, mask, str(record.get("id", "")), self._is_bos(ids))
+        return Tokenised(ids, mask, str(record.get("id", "")), self._is_bos(ids), media=shown)
 
     def _narrowed(self, text, start, end):
         """Returns the spans of text[start:end] that `train_on` matches; without a pattern, all."""
@@ -331,6 +352,18 @@ class Renderer:
         ids = self._encoder.encode(text)[0]
         if self._encoder.bos != self._encoder.eos and (ids[:2] == self._encoder.bos).sum() == 2:
             raise DataError("the chat template begins with two BOS tokens; remove one.")
+
+
+def _asked(messages):
+    """The conversation before its last answer."""
+    while messages and messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    return messages
+
+
+def _media(messages):
+    """The images and clips of a conversation."""
+    return [one for message in messages for one in message.get(MEDIA, ())]
 
 
 def _compiled(pattern):

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 
 from jaxft.data.errors import DataError
+from jaxft.data.media import media_in
+from jaxft.data.media_rows import check_kinds
 from jaxft.data.records import Record, as_messages, context
 from jaxft.data.rendering import Tokenised
 from jaxft.models import EncoderDecoderConfig
@@ -108,6 +110,7 @@ class SourceRenderer:
             raise DataError(
                 "'tools' cannot be shown to an encoder-decoder; leave them out.", "schema"
             )
+        check_kinds(media_in(record), ())
         messages = as_messages(record)
         if messages is None:
             prompt, answer = record.get("prompt"), record.get("completion")

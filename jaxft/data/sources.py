@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import glob
 import hashlib
 import itertools
@@ -20,6 +21,7 @@ from jaxft.data.columns import no_column
 from jaxft.data.errors import BadRecords, DataError
 from jaxft.data.files import rows_of
 from jaxft.data.kinds import SUFFIXES, files_in, kind_of
+from jaxft.data.media import media_in, resolved
 from jaxft.data.records import OPTIONAL, Record, normalise
 from jaxft.data.remote import retried
 from jaxft.data.values import arrow_row
@@ -51,6 +53,8 @@ def load(
         form: function from a row to a record: `normalise`, for supervised fine-tuning; `normalise_pair`,
             `normalise_unpaired` or `normalise_ranked`, for preferences; or your own (row, fields) -> record.
 
+    Relative paths of images and clips count from the folder of the source's first file.
+
     Files may also be given by a pattern, "part-*.jsonl", and a saved folder of several splits as
     "FOLDER?split=test".
 
@@ -59,6 +63,7 @@ def load(
     """
     bad = BadRecords() if bad is None else bad
     name, rows = _rows(spec)
+    folder = functools.cache(lambda: _folder(spec))
     records, seen, absent = [], 0, {b: {} for a, b in (fields or {}).items() if a in OPTIONAL and b}
     for where, raw in rows:
         if limit is not None and seen >= limit:
@@ -71,6 +76,7 @@ def load(
                 raise DataError(f"expected an object, got {type(raw).__name__}.", "schema")
             absent = {column: raw for column in absent if column not in raw}
             record = form(raw, fields)
+            record = resolved(record, folder()) if media_in(record) else record
         except DataError as error:
             bad.add(where, error.code or "schema", str(error))
             continue
@@ -114,6 +120,12 @@ def local_files(spec: str) -> list[pathlib.Path]:
     if folder.is_dir() and not spec.startswith(("rg:", "tfds:")):
         return sorted(p for p in folder.rglob("*") if p.is_file())
     return sorted(p for p in map(pathlib.Path, glob.glob(str(path))) if p.is_file())
+
+
+def _folder(spec: Spec) -> str:
+    """The folder of a source's first file; "" for sources without files."""
+    files = local_files(str(spec)) if isinstance(spec, (str, pathlib.Path)) else []
+    return str(files[0].parent) if files else ""
 
 
 def _rows(spec: Spec) -> tuple[str, Iterable[tuple[str, Any]]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 from jaxft.models.special_ids import SpecialIds
 
@@ -147,6 +147,8 @@ class DecoderConfig:
     residual_scale: float = 1.0  # of what attention and MLP add
     output_scale: float = 1.0  # of the final hidden states, and so of the logits
     tie_embeddings: bool = True
+    # Parts that read images or audio, whose embeddings stand at the places of their tokens.
+    towers: tuple[Tower, ...] = ()
     family: str = "llama"  # Hugging Face's model_type, under which files are written
     # The ids that begin, end and pad texts. No program depends on them, so a change recompiles none.
     special: SpecialIds = dataclasses.field(default=SpecialIds(), compare=False)
@@ -194,6 +196,26 @@ class DecoderConfig:
     def shared_window(self) -> int | None:
         """The window, if all layers have the same one."""
         return self.windows[0] if len(set(self.windows)) == 1 else None
+
+
+class Tower(Protocol):
+    """The config of a decoder's part for images or audio: a hashable value, such as jaxft.models.vision's.
+
+    Attributes:
+        name: of its params.
+        columns: of the batch, which its module is called with.
+        token: the id at whose places its embeddings stand.
+    """
+
+    name: str
+    columns: tuple[str, ...]
+    token: int
+
+    def module(self, dtype: Any, remat: Any) -> Any:
+        """The linen module called `name`: columns [B, M, ...] -> embeddings [B, K, D]."""
+
+    def example(self, batch: int) -> dict[str, Any]:
+        """The smallest columns, for `init` and shapes."""
 
 
 def tiny_config(vocab_size: int = 512, max_length: int = 512) -> DecoderConfig:

@@ -35,6 +35,7 @@ from jaxft.models.soft import (
     virtual_tokens,
 )
 from jaxft.models.stacking import is_stacked
+from jaxft.models.vision import put_embeddings
 from jaxft.parallel import LAYERS
 from jaxft.parallel.activations import keep_features, keep_tokens
 from jaxft.weights import WeightLike
@@ -78,6 +79,7 @@ class Decoder(nn.Module):
         cache: Cache | None = None,
         noise: Callable[[jax.Array], jax.Array] | None = None,
         branches: Branches | None = None,
+        media: Mapping[str, jax.Array] | None = None,
     ) -> Output:
         """Runs the decoder.
 
@@ -92,6 +94,8 @@ class Decoder(nn.Module):
             noise: a function that replaces the tokens' embeddings [B, T, D] (unscaled, as in the table).
             branches: the layout of rows in which several texts continue one: see `Branches`. A row has one
                 segment, and `positions` are those of its texts.
+            media: the columns [B, M, ...] of images or audio that `config.towers` read. A tower whose
+                columns are absent is not run.
 
         A prompt or prefix in the params (see jaxft.models.soft) is put before the tokens, and into the cache
         at its first use; positions and the output are those of the tokens.
@@ -108,6 +112,7 @@ class Decoder(nn.Module):
         x = Embed(config.vocab_size, config.hidden_size, name="embed")(tokens, self.dtype)
         x = keep_features(x)
         x = x if noise is None else noise(x)
+        x = self._with_media(x, tokens, media or {})
         x, positions = put_prompt(lead, x, positions, segment_ids if cache is None else None)
         x = x * jnp.asarray(config.embedding_scale, x.dtype)
         if config.learned_positions:
@@ -155,12 +160,16 @@ class Decoder(nn.Module):
     ) -> Prediction:
         """The `jaxft.models.Forward` of decoders: reads `tokens`, `positions` and `segment_ids` of a batch.
 
-        `key` is not used: decoders have no dropout. Other columns of the batch are ignored.
+        Models that read images or audio also read their columns. `key` is not used: decoders have no dropout.
+        Other columns of the batch are ignored.
         """
         del key
         names = ("positions", "segment_ids")
         inputs = {name: batch.get(name) for name in names}
         inputs |= dict(cache=cache, noise=noise, branches=branches)
+        if self.config.towers:
+            columns = (name for tower in self.config.towers for name in tower.columns)
+            inputs["media"] = {name: batch[name] for name in columns if name in batch}
         output = self.apply({"params": params}, jnp.asarray(batch["tokens"]), **inputs)
         softcap = self.config.final_softcap
         return Prediction(output.hidden, self.head(params), softcap, output.cache, output.routing)
@@ -170,6 +179,8 @@ class Decoder(nn.Module):
         ropes = (self.config.rope, self.config.local_rope)
         if any(rope is not None and rope.by_length for rope in ropes):
             return "rotary frequencies depend on a text's length (dynamic or longrope scaling)"
+        if self.config.towers:
+            return "images and audio are read row by row"
         if params is not None and virtual_tokens(params):
             return "params have a soft prompt or prefix"
         return None if held is None else "a cache is given"
@@ -191,6 +202,16 @@ class Decoder(nn.Module):
             kernel = OutputKernel(self.config, name="head")()
             params = {"head": {"kernel": kernel}}
         return project(hidden, self.head(params), self.config.final_softcap)
+
+    def _with_media(self, x, tokens, media):
+        """The embedded tokens, with those of images and audio in their places."""
+        for tower in self.config.towers:
+            columns = tower.example(x.shape[0]) if self.is_initializing() else media
+            if all(name in columns for name in tower.columns):
+                module = tower.module(self.dtype, self.remat)
+                embeddings = module(*(columns[name] for name in tower.columns))
+                x = put_embeddings(x, tokens, tower.token, embeddings)
+        return x
 
     def _stacked(self) -> bool:
         params = self.variables.get("params", {})

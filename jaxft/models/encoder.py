@@ -1,4 +1,4 @@
-"""One transformer encoder for BERT, RoBERTa, MiniLM and ViT."""
+"""One transformer encoder for BERT, RoBERTa, MiniLM, ViT and SigLIP."""
 
 from __future__ import annotations
 
@@ -39,6 +39,9 @@ class EncoderConfig:
     pre_norm: bool = False  # norms before attention and MLP (ViT) rather than after (BERT)
     attention_bias: bool = True  # of query, key and value
     pooler: bool = True  # tanh projection of the first token's state
+    class_token: bool = True  # before the patches of an image
+    # rows of the position table for the patches, if they are not 0, 1, 2...
+    patch_positions: tuple[int, ...] = ()
     image_size: int = 0
     patch_size: int = 0
     channels: int = 3
@@ -99,7 +102,7 @@ class Encoder(nn.Module):
 
         Args:
             inputs: tokens [B, T] int32; or images [B, height, width, channels], normalised, for which
-                T is the number of patches plus one for the class token in front.
+                T is the number of patches plus one for the class token in front, if there is one.
             segment_ids: [B, T]; tokens see tokens of their own segment, 0 is padding. Positions
                 continue across segments.
             token_types: [B, T] int32 for BERT's sentence A and B; None: all 0.
@@ -175,7 +178,7 @@ class Encoder(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Images -> patches, a class token before them, positions added."""
+    """Images -> patches, a class token before them if the model has one, positions added."""
 
     config: EncoderConfig
 
@@ -197,9 +200,13 @@ class PatchEmbed(nn.Module):
         table = lambda name, n: to_dense(
             read(self, name, KERNEL_INIT, (n, config.hidden_size))
         ).astype(x.dtype)
-        first = jnp.broadcast_to(table("cls", 1)[None], (batch, 1, config.hidden_size))
-        x = jnp.concatenate([first, x], axis=1)
-        return x + table("positions", config.num_positions)[None]
+        if config.class_token:
+            first = jnp.broadcast_to(table("cls", 1)[None], (batch, 1, config.hidden_size))
+            x = jnp.concatenate([first, x], axis=1)
+        positions = table("positions", config.num_positions)
+        if config.patch_positions:
+            positions = positions[jnp.array(config.patch_positions)]
+        return x + positions[None]
 
 
 class EncoderLayers(nn.Module):

@@ -16,6 +16,7 @@ from jaxft.models.gemma3 import GEMMA3
 from jaxft.models.gpt2 import GPT2
 from jaxft.models.gpt_oss import GPT_OSS
 from jaxft.models.granite import GRANITE
+from jaxft.models.idefics3 import IDEFICS3
 from jaxft.models.llama import LLAMA
 from jaxft.models.marian import MARIAN
 from jaxft.models.mbart import MBART
@@ -30,6 +31,7 @@ from jaxft.models.qwen3 import QWEN3
 from jaxft.models.qwen3_moe import QWEN3_MOE
 from jaxft.models.roberta import ROBERTA
 from jaxft.models.smollm3 import SMOLLM3
+from jaxft.models.smolvlm import SMOLVLM
 from jaxft.models.t5 import T5
 from jaxft.models.towers import TEXT_PARTS
 from jaxft.models.vit import VIT
@@ -63,6 +65,8 @@ FAMILIES: tuple[Family, ...] = (
     ROBERTA,
     XLM_ROBERTA,
     VIT,
+    IDEFICS3,
+    SMOLVLM,
     *TEXT_PARTS,
 )
 

@@ -19,10 +19,12 @@ class Targets(NamedTuple):
     ia3_inputs: str = ""  # kernels whose inputs it scales
     houlsby: str = ""  # bottleneck adapters in both sublayers of each block
     pfeiffer: str = ""  # after the MLP only (arxiv.org/abs/2005.00247)
+    # names of parts of a model with several, such as "language" and "vision", and their linear kernels
+    parts: tuple[tuple[str, str], ...] = ()
 
     def pattern(self, target: str) -> str:
-        """The pattern of a command line's target: `linear` for "all-linear", otherwise the target itself."""
-        return self.linear if target == "all-linear" else target
+        """The pattern of a command line's target: `linear` for "all-linear", a part's, or the target itself."""
+        return self.linear if target == "all-linear" else dict(self.parts).get(target, target)
 
 
 # The layers of a model, or those of its encoder and decoder.

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxft.checkpoints import end_tokens
-from jaxft.data import DataError, Renderer, render_prompts
+from jaxft.data import DataError, Renderer, prompt_columns, render_prompts
 from jaxft.generation import Beams, SamplingConfig, beam_search, generate, needed_positions
 from jaxft.metrics import wilson_interval
 from jaxft.models import Decoder
@@ -99,15 +99,18 @@ def measure_accuracy(
         stop_strings=tuple(stop_strings),
     )
     prompts = _prompts(model, renderer, records, max_new_tokens)
+    columns = prompt_columns(renderer, records)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     completions = [""] * len(prompts)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         batch = [prompts[i] for i in chosen]
+        own = {name: column.rows(chosen) for name, column in columns.items()}
         if beams is None:
-            out = generate(model, params, batch, jax.random.key(0), config, tokenizer=tokenizer)
+            how = dict(tokenizer=tokenizer, columns=own)
+            out = generate(model, params, batch, jax.random.key(0), config, **how)
         else:
-            out = beam_search(model, params, batch, beams, config)
+            out = beam_search(model, params, batch, beams, config, columns=own)
         for i, ids in zip(chosen, out.completions, strict=True):
             completions[i] = tokenizer.decode(ids, skip_special_tokens=True).strip()
         if progress is not None:

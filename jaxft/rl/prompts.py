@@ -33,7 +33,8 @@ class Prompts:
         ids: token ids of each prompt.
         per_step: prompts per draw.
         records: one record per prompt, for the rewards; None: empty records.
-        columns: name -> [len(ids), ...], any arrays that belong to prompts, such as images: the sampler gets
+        columns: name -> [len(ids), ...], any arrays that belong to prompts, such as images, or columns of
+            `data.prompt_columns`, whose images are loaded when they are drawn: the sampler gets
             the rows of its prompts as `columns=`, and the batch gets one row for each response.
         seed: seed of the order, a new permutation each epoch.
 
@@ -77,11 +78,17 @@ class Prompts:
         return Asked(
             ids=[self.ids[i] for i in numbers],
             records=[self.records[i] for i in numbers],
-            columns={name: np.asarray(column)[numbers] for name, column in self.columns.items()},
+            columns={name: _rows(column, numbers) for name, column in self.columns.items()},
             width=width,
             following=lambda: self.pick(draw + 1, fixed),
             number=draw,
         )
+
+
+def _rows(column, numbers):
+    """The rows of prompts, which a column that is loaded late reads now."""
+    late = getattr(column, "rows", None)
+    return np.asarray(column)[numbers] if late is None else late(numbers)
 
 
 def prompts_of(draw: int, count: int, size: int, seed: int) -> list[int]:

@@ -16,6 +16,7 @@ from jaxft.adapters.peft.files import Settings, Tensors
 from jaxft.adapters.peft.options import AT_END
 from jaxft.adapters.rewrite import path_name
 from jaxft.models import Entry, Family
+from jaxft.models.transformer import PATCHES
 from jaxft.parallel import to_host
 from jaxft.weights import WeightLike, is_weight
 
@@ -87,7 +88,7 @@ class Model:
     @property
     def conv1d(self) -> bool:
         """Returns whether the layers of the torch model store W as [in, out]."""
-        return any(linear.conv1d for linear in self.linears)
+        return any(x.conv1d for x in self.linears if not x.paths[0].endswith(PATCHES))
 
 
 def model_of(family: Family, config: Any, params: Any) -> Model:

@@ -12,6 +12,7 @@ from jaxft.models.family import Json
 from jaxft.models.hf_encoders import READS as COMMON
 from jaxft.models.hf_encoders import read_common, write_common
 from jaxft.models.hf_keys import Keys
+from jaxft.models.hf_vision import square
 
 READS = COMMON | frozenset(
     "image_size patch_size num_channels qkv_bias pooler_output_size head_dim".split()
@@ -38,7 +39,7 @@ def read(json: Json, tensors: Collection[str]) -> EncoderConfig:
     Raises:
         CheckpointError: for images or patches that are not square, or a pooler or heads of another width.
     """
-    size, patch = _square(json, "image_size"), _square(json, "patch_size")
+    size, patch = square(json, "image_size"), square(json, "patch_size")
     width = json["hidden_size"]
     expected = {"pooler_output_size": width, "head_dim": width // json["num_attention_heads"]}
     for name in expected:
@@ -67,13 +68,3 @@ def write(config: EncoderConfig) -> dict[str, Any]:
         "num_channels": config.channels,
         "qkv_bias": config.attention_bias,
     }
-
-
-def _square(json: Json, name: str) -> int:
-    """A side in pixels, which transformers also takes as [height, width]."""
-    sides = json[name] if isinstance(json[name], (list, tuple)) else [json[name]]
-    if len(set(map(str, sides))) != 1 or type(sides[0]) is not int or sides[0] < 1:
-        raise CheckpointError(
-            f"config.json: {name} is {json[name]!r}; jaxft's vit takes squares: one integer."
-        )
-    return sides[0]

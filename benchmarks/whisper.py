@@ -3,10 +3,10 @@
 python -m benchmarks.whisper --rounds 5
 python -m benchmarks.whisper --model /path/of/whisper-tiny.en --audio clip.wav --tokens 0
 
-A step is one clip: log-mel features, encoder, and greedy decoding with a cache, in float32. Without --model both
-sides read the same random weights of Whisper tiny's size, and decode as many ids as --tokens says; with
---tokens 0 a text ends where the model ends it. One JSON line has medians of CPU and wall seconds, their ratios,
-transformers over jaxft, peak memory, and whether both sides wrote the same ids.
+A step is one clip: log-mel features, encoder, and greedy decoding with a cache, in float32. Without --model
+both sides read the same random weights of Whisper tiny's size, and decode as many ids as --tokens says; with
+--tokens 0 a text ends where the model ends it. One JSON line has medians of CPU and wall seconds, their
+ratios, transformers over jaxft, peak memory, and whether both sides wrote the same ids.
 """
 
 import argparse
@@ -56,8 +56,9 @@ def write_weights(folder):
 
     torch.manual_seed(0)
     model = hf.WhisperForConditionalGeneration(hf.WhisperConfig())
-    model.generation_config.no_timestamps_token_id = 50362
-    model.generation_config.is_multilingual = False
+    ids = dict(no_timestamps_token_id=50362, is_multilingual=False, decoder_start_token_id=50257)
+    ids |= dict(eos_token_id=50256, pad_token_id=50256, begin_suppress_tokens=[220, 50256])
+    model.generation_config = hf.GenerationConfig(**ids)
     model.save_pretrained(folder)
 
 

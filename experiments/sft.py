@@ -121,13 +121,12 @@ def main(config: Config) -> dict[str, Any]:
     bad = data.BadRecords()
     tokenised = data.render(kept, renderer, length, too_long="truncate", bad=bad)
     held_out.tell_of(bad, len(tokenised), len(kept), "held-out")
-    hears = isinstance(renderer, data.SpeechRenderer)
     eval_batches = data.finite_batches(tokenised, **config.rows.sizes)
     batches = data.batches(
         *training,
         **config.rows.sizes,
         weights=_weights(config, training),
-        packing=config.packing and not hears,
+        packing=config.packing and not isinstance(renderer, data.SpeechRenderer),
         seed=config.seed,
     )
     before = verify(config, model, base, renderer, kept, f"before on {name}")

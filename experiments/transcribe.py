@@ -1,7 +1,7 @@
 """Writes the texts of clips of speech, with a model such as Whisper and an adapter.
 
 $ python experiments/transcribe.py --audio clip.wav other.flac
-$ python experiments/transcribe.py --model openai/whisper-small --audio talk.wav --language de --task translate
+$ python experiments/transcribe.py --model openai/whisper-small --audio talk.wav --language de
 $ python experiments/transcribe.py --adapter runs/sft/adapter --audio *.wav --output texts.jsonl
 
 A clip is at most as long as the model's window, 30 seconds for Whisper.

@@ -43,8 +43,8 @@ def check_unheard(model: str, sound: flags.Sound | None) -> None:
     """Raises ValueError if flags of clips are given for a model that does not hear."""
     if sound not in (None, flags.Sound()):
         raise ValueError(
-            f"--resample, --mix, --language and --task have no effect with {model}, which reads no clips; leave "
-            "them out, or choose a model that hears, such as openai/whisper-tiny."
+            f"--resample, --mix, --language and --task have no effect with {model}, which reads no clips; "
+            "leave them out, or choose a model that hears, such as openai/whisper-tiny."
         )
 
 

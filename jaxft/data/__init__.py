@@ -42,6 +42,7 @@ from jaxft.data.judged import (
     judge_pairs,
     parse_green,
 )
+from jaxft.data.log_mel import LogMel, read_log_mel
 from jaxft.data.media import Media, place_media
 from jaxft.data.media_rows import (
     LateColumn,
@@ -51,7 +52,6 @@ from jaxft.data.media_rows import (
     media_columns,
     prompt_columns,
 )
-from jaxft.data.log_mel import LogMel, read_log_mel
 from jaxft.data.passages import (
     mine_negatives,
     normalise_passages,

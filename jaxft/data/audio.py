@@ -29,8 +29,8 @@ def read_clip(
     """Returns the samples [N] float32 of a clip of one channel at `rate` samples per second.
 
     Args:
-        clip: a `Sound`, a `Media`, or what `read_media` reads: the path of a WAV or FLAC file (or another kind
-            that soundfile reads), its bytes, or a dict of `datasets`, such as {"array", "sampling_rate"}.
+        clip: a `Sound`, a `Media`, or what `read_media` reads: the path of a WAV or FLAC file (or of another
+            kind that soundfile reads), its bytes, or a dict of `datasets` such as {"array", "sampling_rate"}.
         rate: that of the features.
         resample: converts another rate, by a polyphase filter; without it, another rate is an error.
         mix: averages the channels; without it, more than one is an error.

@@ -93,8 +93,8 @@ class SpeechRenderer:
     def _known(self):
         if None in self.begin:
             raise DataError(
-                f"{self.config.family}: the model knows several languages and its files name none; choose one: "
-                "--language, in Python language=."
+                f"{self.config.family}: the model knows several languages and its files name none; choose "
+                "one: --language, in Python language=."
             )
         return self.begin
 
@@ -117,8 +117,8 @@ def _text(record):
         asked, text = turns[0][1], turns[1][1] if len(turns) == 2 else ""
     if without_markers(asked):
         raise DataError(
-            f"the question {asked!r:.40} stands beside the clip, which is all that the encoder reads; leave it "
-            "out.",
+            f"the question {asked!r:.40} stands beside the clip, which is all that the encoder reads; leave "
+            "it out.",
             "schema",
         )
     return "".join(without_markers(text))

@@ -72,9 +72,9 @@ class EncoderDecoder(nn.Module):
 
         Args:
             tokens: [B, T] int32 of the decoder, the first of which is `config.decoder_start`.
-            source: [B, S] int32 of the encoder; None: `tokens`, as in `init`. If the config has `mel`: the log-mel
-                features [B, frames, mel] of a clip, or [B, M, frames, mel] of M clips of which the answer of
-                segment k sees the k-th. Each clip has (frames + 1) // 2 positions.
+            source: [B, S] int32 of the encoder; None: `tokens`, as in `init`. If the config has `mel`: the
+                log-mel features [B, frames, mel] of a clip, or [B, M, frames, mel] of M clips of which the
+                answer of segment k sees the k-th. Each clip has (frames + 1) // 2 positions.
             source_mask: [B, S] int32: the segment of each source token, 0 is padding. The answer's tokens
                 with that number in `segment_ids` see it. None: one segment.
             positions: [B, T] int32 of `tokens`; None: 0..T-1. The source's restart in each segment.
@@ -190,8 +190,8 @@ class EncoderDecoder(nn.Module):
             )
         if cache is not None and np.ndim(source) == 4 and source.shape[1] > 1:
             raise ValueError(
-                f"{self.config.family}: rows of {source.shape[1]} clips are for training; a cache holds one clip "
-                "for each row."
+                f"{self.config.family}: rows of {source.shape[1]} clips are for training; a cache holds one "
+                "clip for each row."
             )
 
     def _memory(self, source, source_mask, tokens, embedded, noise):
@@ -210,7 +210,7 @@ class EncoderDecoder(nn.Module):
         return x.reshape(*mask.shape, -1), mask
 
     def _heard(self, source, source_mask, rows):
-        """(inputs of the encoder's layers [B M, S, D] without positions, M), given the features of M clips."""
+        """(inputs of the encoder's layers [B M, S, D] without positions, M), given features of M clips."""
         config = self.config
         if source is None:
             source = jnp.zeros((rows, FRAMES, config.mel), self.dtype)
@@ -219,13 +219,13 @@ class EncoderDecoder(nn.Module):
         if source.ndim not in (3, 4) or features != config.mel or frames > most:
             raise ValueError(
                 f"{config.family}: the source is {source.shape}, expected log-mel features [B, frames, "
-                f"{config.mel}], or [B, clips, frames, {config.mel}], of at most {most} frames; make them with "
-                "data.LogMel."
+                f"{config.mel}], or [B, clips, frames, {config.mel}], of at most {most} frames; make them "
+                "with data.LogMel."
             )
         if source_mask is not None:
             raise ValueError(
-                f"{config.family}: features have no source_mask: a shorter clip is padded with silence before "
-                "its features are computed, as data.LogMel does; leave the column out."
+                f"{config.family}: features have no source_mask: a shorter clip is padded with silence "
+                "before its features are computed, as data.LogMel does; leave the column out."
             )
         clips = source.shape[1] if source.ndim == 4 else 1
         source = source.reshape(-1, frames, features).astype(self.dtype)

@@ -16,7 +16,7 @@ torch = pytest.importorskip("torch", reason="parity tests need torch: pip instal
 hf = pytest.importorskip("transformers")
 from tests.data.small_tokenizers import WORDS, word_tokenizer  # noqa: E402
 
-# Ids of the small tokenizer: 0 <s>, 1 padding, 2 </s>.
+# Ids of the small tokenizer: 0 <s>, 1 padding, 2 </s>; the last stands for texts without timestamps.
 SIZES = dict(
     d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
     encoder_ffn_dim=24, decoder_ffn_dim=20, num_mel_bins=8, max_source_positions=50, max_target_positions=32,
@@ -35,7 +35,7 @@ def files(tmp_path_factory):
         for parameter in model.parameters():
             parameter.copy_(0.4 * torch.randn_like(parameter))
     ids = dict(decoder_start_token_id=0, eos_token_id=2, pad_token_id=1, max_length=32)
-    rules = dict(no_timestamps_token_id=1, is_multilingual=False, suppress_tokens=[5])
+    rules = dict(no_timestamps_token_id=36, is_multilingual=False, suppress_tokens=[5])
     model.generation_config = hf.GenerationConfig(**ids, **rules)
     extract = hf.WhisperFeatureExtractor(feature_size=8, chunk_length=1)
     with quiet():
@@ -44,7 +44,7 @@ def files(tmp_path_factory):
     rng = np.random.default_rng(0)
     rows = []
     for i in range(8):
-        text = " ".join(rng.choice(WORDS, rng.integers(2, 6)))
+        text = " ".join(rng.choice(WORDS[:-1], rng.integers(2, 6)))
         (folder / f"{i}.wav").write_bytes(wav(tone(0.9, hertz=200 + 90 * i)))
         rows.append({"audio": f"{i}.wav", "text": text})
     path = folder / "rows.jsonl"
@@ -67,7 +67,7 @@ def test_losses_and_transcripts_are_those_of_transformers(files, tmp_path):
         ids = tokenizer.encode(f" {row['text']}", add_special_tokens=False)
         # Two ids begin the text, of which the second is no target.
         labels = torch.tensor([[-100, *ids, 2]])
-        given = torch.tensor([[0, 1, *ids]])
+        given = torch.tensor([[0, 36, *ids]])
         with torch.no_grad():
             sound = features(extract, path.parent / row["audio"])
             loss = theirs(sound, decoder_input_ids=given, labels=labels).loss
@@ -87,15 +87,16 @@ def test_losses_and_transcripts_are_those_of_transformers(files, tmp_path):
 def test_sft_learns_the_texts_of_clips(files, tmp_path):
     model, path, _, _ = files
     given = dict(model=str(model), data=(str(path),), eval_data=str(path), max_length=16)
-    given |= dict(max_steps=8, eval_steps=4, batch_size=4, adapter="full", learning_rate=1e-2)
+    given |= dict(max_steps=8, eval_steps=8, batch_size=6, adapter="full", learning_rate=1e-2)
     with pytest.raises(data.DataError, match="every held-out record is also in the training data"):
         sft.main(flags.replace(sft.Config(), **given, output_dir=str(tmp_path / "a")))
     given |= dict(eval_data=None, validation=0.25, output_dir=str(tmp_path / "b"))
     sft.main(flags.replace(sft.Config(), **given))
     rows = [json.loads(line) for line in (tmp_path / "b" / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in rows if "loss" in row]
-    assert losses[-1] < 0.8 * losses[0]
-    again = hf.WhisperForConditionalGeneration.from_pretrained(tmp_path / "b" / "model")
+    assert losses[-1] < 0.9 * losses[0]  # each batch holds all records
+    with quiet():
+        again = hf.WhisperForConditionalGeneration.from_pretrained(tmp_path / "b" / "model")
     assert again.generation_config.suppress_tokens == [5]
 
 

@@ -41,7 +41,7 @@ class Chat:
         template: Jinja text.
         date: the date that templates print instead of today's, so that data do not change daily.
         options: further variables of the template, such as {"enable_thinking": False}.
-        media: the texts that the template writes for images and clips, of a model that reads any.
+        media: the `MediaReader`s of a model that reads images or audio.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Chat:
         template: str,
         date: datetime.date,
         options: Mapping,
-        media: Sequence[str] = (),
+        media: Sequence[Any] = (),
     ):
         self._tokenizer, self._options = tokenizer, dict(options)
         self.template = _NOW.sub(lambda m: repr(date.strftime(m[2])), template)
@@ -62,8 +62,8 @@ class Chat:
         self._stop = re.compile(rf"\s*(?:{special})") if special else None
         self._tail = re.compile(rf"(?:{special})(\s+)$") if special else None
         # Templates of models that read media take contents in parts; others may take text with markers.
-        self._parts = bool(media)
-        self._parts = bool(media) and self._shows_parts(media)
+        self._parts = bool(media)  # first as if it took parts, to try it
+        self._parts = self._parts and self._shows_parts(media)
 
     def text(
         self, messages: Sequence[Mapping], given: Mapping = NOTHING, *, prompt: bool = False
@@ -167,14 +167,14 @@ class Chat:
             messages = [_with_text_arguments(message) for message in messages]
         return self._rendered(messages, given, prompt, marks)
 
-    def _shows_parts(self, placeholders):
+    def _shows_parts(self, media):
         """Returns whether the template writes the parts of a content as text and placeholders."""
-        asked = [{"role": "user", "content": f"{MARKERS['image']}Say one.{MARKERS['audio']}"}]
+        marked = "".join(MARKERS[reader.kind] for reader in media)
         try:
-            text = self._rendered(asked, NOTHING, False)[0]
+            text = self._rendered([{"role": "user", "content": f"{marked}Say one."}], NOTHING, False)[0]
         except DataError:
             return False
-        return "Say one." in text and any(placeholder in text for placeholder in placeholders)
+        return "Say one." in text and all(reader.placeholder in text for reader in media)
 
     @functools.cached_property
     def _text_arguments(self) -> bool:

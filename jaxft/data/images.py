@@ -54,6 +54,7 @@ class SquareImages:
         size: of the square in pixels.
         pixels: the settings of the values.
         replacement: the text of an image.
+        template: the chat template of models whose files have none.
     """
 
     size: int
@@ -61,6 +62,7 @@ class SquareImages:
     replacement: str
     placeholder: str = "<image>"
     kind: str = "image"
+    template: str | None = None
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:

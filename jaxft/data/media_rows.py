@@ -26,6 +26,8 @@ class MediaReader(Protocol):
         kind: a key of MARKERS.
         placeholder: the text that the model's chat template writes for one image or clip.
         shapes: column of the batch -> the shape of one of its entries.
+
+    A reader may also have `template`, the chat template of models whose files have none.
     """
 
     kind: str
@@ -191,7 +193,7 @@ def expand(
         pieces += [text[end : match.start()], put]
         end = match.end()
         moves.append((end, moves[-1][1] + len(put) - len(match[0])))
-    moved = lambda place: place + max(by for start, by in moves if start <= place)
+    moved = lambda place: place + [by for start, by in moves if start <= place][-1]
     pieces.append(text[end:])
     return "".join(pieces), {(moved(a), moved(b)): w for (a, b), w in spans.items()}, shown
 

@@ -9,13 +9,21 @@ from typing import Any
 
 from jaxft.checkpoints import resolve
 from jaxft.data.errors import DataError
-from jaxft.data.images import Pixels, TiledImages
+from jaxft.data.images import Pixels, SquareImages, TiledImages
 from jaxft.data.media_rows import MediaReader
 from jaxft.models import FAMILIES
 from jaxft.models.json_files import read_json
 
-_TILED = ("idefics3", "smolvlm")
-_LANCZOS = 1
+_LANCZOS, _BICUBIC = 1, 3
+# A conversation as PaliGemma's processor writes a prompt and its answer; its files have no chat template.
+PALIGEMMA_TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] != ('user', 'assistant')[loop.index0] %}"
+    "{{ raise_exception('PaliGemma reads one user message and writes one answer') }}"
+    "{% elif m['role'] == 'user' %}"
+    "{% for p in m['content'] if p['type'] == 'image' %}<image>{% endfor %}{{ bos_token }}"
+    "{% for p in m['content'] if p['type'] == 'text' %}{{ p['text'] }}{% endfor %}{{ '\n' }}"
+    "{% else %}{% for p in m['content'] %}{{ p['text'] }}{% endfor %}{{ eos_token }}{% endif %}{% endfor %}"
+)
 # Settings whose other value has no counterpart here.
 _FIXED = {"do_convert_rgb": True, "do_resize": True, "do_pad": True, "do_center_crop": False}
 
@@ -37,11 +45,11 @@ def media_readers(model: str | os.PathLike, tokenizer: Any) -> tuple[MediaReader
     file = path / "config.json"
     json = read_json(file) if path.is_dir() and file.exists() else {}
     known = next((family for family in FAMILIES if family.name == json.get("model_type")), None)
-    if known is None or known.name not in _TILED:
+    make = _READERS.get(known.name) if known else None
+    if make is None:
         return ()
     (tower,) = known.huggingface.config(json).towers
-    settings = _settings(path)
-    reader = _tiled(settings, tower, path)
+    reader = make(_settings(path), tower, path)
     if tokenizer.convert_tokens_to_ids(reader.placeholder) != tower.token:
         raise DataError(
             f"{path}: the tokenizer's id of {reader.placeholder} is "
@@ -78,6 +86,17 @@ def _tiled(settings, tower, path) -> TiledImages:
     return TiledImages(size, longest, tower.tokens, pixels, split)
 
 
+def _square(settings, tower, path) -> SquareImages:
+    size, given = tower.encoder.image_size, settings.get("size") or {}
+    if (given.get("height"), given.get("width")) != (size, size):
+        raise DataError(
+            f"{path}: preprocessor_config.json has the size {given}; expected height and width {size}, the "
+            "image_size of config.json."
+        )
+    pixels, text = _pixels(settings, path, _BICUBIC), "<image>" * tower.tokens
+    return SquareImages(size, pixels, text, template=PALIGEMMA_TEMPLATE)
+
+
 def _pixels(settings, path, resample) -> Pixels:
     for name, value in _FIXED.items():
         if settings.get(name, value) not in (value, None):
@@ -93,3 +112,6 @@ def _pixels(settings, path, resample) -> Pixels:
         mean=channels("image_mean") if normalised else None,
         std=channels("image_std") if normalised else None,
     )
+
+
+_READERS = {"idefics3": _tiled, "smolvlm": _tiled, "paligemma": _square}

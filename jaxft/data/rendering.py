@@ -90,6 +90,9 @@ class Renderer:
         names = own if isinstance(own, dict) else {}
         text, needed = (names[template], ()) if template in names else read_template(template)
         self.template = text or default_template(own)
+        if not self.template:
+            given = (getattr(reader, "template", None) for reader in self.media)
+            self.template = next(filter(None, given), None)
         self._chat = self._tool_chat = None
         if self.template:
             _check_special(tokenizer, needed, template)
@@ -98,11 +101,10 @@ class Renderer:
                 # The named templates begin with BOS if the tokenizer itself would add one.
                 options["bos_token"] = tokenizer.bos_token if self._encoder.adds_bos else ""
             today = datetime.date.fromisoformat(date)
-            written = [reader.placeholder for reader in self.media]
-            self._chat = Chat(tokenizer, self.template, today, options, written)
+            self._chat = Chat(tokenizer, self.template, today, options, self.media)
             self._probe()
             if text is None and "tool_use" in names:  # As transformers chooses.
-                self._tool_chat = Chat(tokenizer, names["tool_use"], today, options, written)
+                self._tool_chat = Chat(tokenizer, names["tool_use"], today, options, self.media)
 
     def __call__(self, record: Record) -> list[Tokenised]:
         """Renders a record: one sequence, or one per turn if the template rewrites history."""

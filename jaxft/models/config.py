@@ -149,6 +149,7 @@ class DecoderConfig:
     tie_embeddings: bool = True
     # Parts that read images or audio, whose embeddings stand at the places of their tokens.
     towers: tuple[Tower, ...] = ()
+    prefix_attention: bool = False  # tokens before an answer see each other in both directions
     family: str = "llama"  # Hugging Face's model_type, under which files are written
     # The ids that begin, end and pad texts. No program depends on them, so a change recompiles none.
     special: SpecialIds = dataclasses.field(default=SpecialIds(), compare=False)

@@ -32,9 +32,10 @@ class Context(NamedTuple):
     local_table: Any  # the same for layers with a window
     cache: Cache | None
     start: jax.Array | None  # the slot of the first key; None: the cache was empty
-    mask: jax.Array | None  # [B, 1, N, S], without windows, for virtual tokens without a cache
+    mask: jax.Array | None  # [B, 1, N, S], without windows, for virtual tokens or a prefix, without a cache
     key_positions: jax.Array  # [B, S]
     branches: Branches | None = None  # the layout of rows whose prompt several completions share
+    opened: jax.Array | None = None  # [B, 1, N, S], visible beside `mask`, also outside of windows
 
     def attend(
         self, *heads: jax.Array, window: Any, implementation: str | None, **options: Any
@@ -51,6 +52,7 @@ class Context(NamedTuple):
             mask = self.mask
             if window is not None:
                 mask = mask & window_mask(self.positions, self.key_positions, window)
+            mask = mask if self.opened is None else mask | self.opened
             return attend(*heads, mask, **options)
         if self.branches is not None:
             attention_of = functools.partial(branch_attention, branches=self.branches)

@@ -24,6 +24,7 @@ from jaxft.models.layers import (
     read,
 )
 from jaxft.models.prediction import Prediction, project
+from jaxft.models.prefixes import prefix_masks, prefix_of
 from jaxft.models.remat import Remat, remat_block
 from jaxft.models.rope import rope_table, text_lengths
 from jaxft.models.soft import (
@@ -80,6 +81,7 @@ class Decoder(nn.Module):
         noise: Callable[[jax.Array], jax.Array] | None = None,
         branches: Branches | None = None,
         media: Mapping[str, jax.Array] | None = None,
+        prefix: jax.Array | None = None,
     ) -> Output:
         """Runs the decoder.
 
@@ -96,6 +98,8 @@ class Decoder(nn.Module):
                 segment, and `positions` are those of its texts.
             media: the columns [B, M, ...] of images or audio that `config.towers` read. A tower whose
                 columns are absent is not run.
+            prefix: [B, T], the tokens that see each other in both directions, of a config with
+                `prefix_attention`; None: all tokens. Later tokens of a cache see those before.
 
         A prompt or prefix in the params (see jaxft.models.soft) is put before the tokens, and into the cache
         at its first use; positions and the output are those of the tokens.
@@ -128,6 +132,15 @@ class Decoder(nn.Module):
                 f"branches: completions cannot share a prompt: {why}; use a row for each completion."
             )
         context = self._context(lead, positions, segment_ids, cache)._replace(branches=branches)
+        if config.prefix_attention and (cache is None or cache.empty):
+            if lead.length:
+                raise ValueError(
+                    f"{config.family}: soft prompts and prefixes are not supported where a prompt's tokens see "
+                    "each other in both directions; use LoRA."
+                )
+            prefix = jnp.ones(tokens.shape, bool) if prefix is None else prefix
+            mask, opened = prefix_masks(prefix, context.segment_ids)
+            context = context._replace(mask=mask, opened=opened)
         if self._stacked():
             if cache is not None:
                 raise ValueError(
@@ -170,6 +183,8 @@ class Decoder(nn.Module):
         if self.config.towers:
             columns = (name for tower in self.config.towers for name in tower.columns)
             inputs["media"] = {name: batch[name] for name in columns if name in batch}
+        if self.config.prefix_attention and cache is None:
+            inputs["prefix"] = prefix_of(batch)
         output = self.apply({"params": params}, jnp.asarray(batch["tokens"]), **inputs)
         softcap = self.config.final_softcap
         return Prediction(output.hidden, self.head(params), softcap, output.cache, output.routing)

@@ -24,6 +24,7 @@ from jaxft.models.mistral import MISTRAL
 from jaxft.models.mixtral import MIXTRAL
 from jaxft.models.olmo2 import OLMO2
 from jaxft.models.olmoe import OLMOE
+from jaxft.models.paligemma import PALIGEMMA
 from jaxft.models.phi3 import PHI3
 from jaxft.models.qwen2 import QWEN2
 from jaxft.models.qwen2_moe import QWEN2_MOE
@@ -69,6 +70,7 @@ FAMILIES: tuple[Family, ...] = (
     VIT,
     IDEFICS3,
     SMOLVLM,
+    PALIGEMMA,
     *TEXT_PARTS,
 )
 

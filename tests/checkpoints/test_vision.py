@@ -1,0 +1,312 @@
+"""Models that read images against transformers': logits, gradients, caches, files and adapters."""
+
+import dataclasses
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxft import data
+from jaxft.adapters import adapt, combine, full, load_adapter, lora, partition, save_adapter
+from jaxft.adapters.peft.model import model_of
+from jaxft.checkpoints import CheckpointError, load_model, save_model
+from jaxft.checkpoints.assemble import disassemble
+from jaxft.generation import SamplingConfig, generate
+from jaxft.models import FAMILIES, config_of, family_of, stack_layers
+from jaxft.models.family import find_family
+from jaxft.models.hf_keys import NO_EFFECT
+from jaxft.models.hf_vision import ragged_positions
+from jaxft.models.idefics3 import record as idefics3
+from jaxft.models.paligemma import record as paligemma
+from jaxft.models.prefixes import prefix_of
+from jaxft.objectives import supervised
+from tests import vision_models
+
+torch = pytest.importorskip("torch", reason="parity tests need torch: pip install 'jaxft[test]'")
+hf = pytest.importorskip("transformers")
+
+# Images of two samples: one wide that is split, and two, of which one is split into four.
+SIZES = [[(9, 30)], [(16, 16), (40, 37)]]
+
+
+@pytest.fixture(scope="module", params=["smolvlm", "idefics3", "paligemma", "paligemma2"])
+def pair(request, tmp_path_factory):
+    """(torch model, directory of its files, our model, our params)."""
+    path = tmp_path_factory.mktemp(request.param)
+    theirs = vision_models.write(path, request.param)
+    return theirs, path, *load_model(path)
+
+
+@pytest.fixture(scope="module")
+def parts(pair):
+    """The two samples, rendered with the files' own processor."""
+    path = pair[1]
+    renderer = renderer_of(path)
+    image = lambda size: {"type": "image", "image": vision_models.image(sum(size), *size)}
+    rows = [
+        {"messages": [
+            {"role": "user", "content": [*map(image, sizes), {"type": "text", "text": "what?"}]},
+            {"role": "assistant", "content": "A cat."},
+        ]}
+        for sizes in SIZES
+    ]  # fmt: skip
+    return data.render([data.normalise(row) for row in rows], renderer, 512)
+
+
+def renderer_of(path):
+    tokenizer = hf.AutoTokenizer.from_pretrained(path)
+    return data.Renderer(tokenizer, media=data.media_readers(path, tokenizer))
+
+
+def rows(parts):
+    """A batch in which each sample has a row."""
+    width = max(len(part.tokens) for part in parts)
+    made = [data.batching.padded_row([part], width) for part in parts]
+    batch = {name: np.stack([row[name] for row in made]) for name in made[0]}
+    shown = [part.media for part in parts]
+    return batch | data.media_columns(shown, shown[0])
+
+
+def inputs(theirs, batch):
+    """The arguments of a torch model."""
+    pixels = torch.tensor(np.moveaxis(batch["images"], -1, -3))
+    mask = torch.tensor((batch["segment_ids"] > 0).astype(int))
+    given = dict(input_ids=torch.tensor(batch["tokens"]), attention_mask=mask, pixel_values=pixels)
+    if theirs.config.model_type != "paligemma":
+        return given
+    pixels = pixels.flatten(0, 1)
+    answer = np.cumsum(batch.get("loss_mask", np.zeros(batch["tokens"].shape)) > 0, axis=1) > 0
+    real = pixels.abs().sum((1, 2, 3)) > 0
+    return given | dict(pixel_values=pixels[real], token_type_ids=torch.tensor(answer.astype(int)))
+
+
+def close(ours, theirs, share=1e-4):
+    theirs = np.asarray(theirs)
+    chex.assert_trees_all_close(np.asarray(ours), theirs, rtol=0, atol=share * np.abs(theirs).max())
+
+
+@pytest.fixture(scope="module")
+def found(pair, parts):
+    """(gradients, logits) of the padded rows and of a row that holds both samples."""
+    _, _, model, params = pair
+    batch = rows(parts)
+    (packed,) = data.finite_batches(parts, batch_size=1, max_length=sum(len(p.tokens) for p in parts))
+    logits = jax.jit(lambda batch: model.forward(params, batch).logits)
+    grads = jax.jit(jax.grad(lambda p: supervised(model.forward)(p, batch, None)[0]))(params)
+    return grads, logits(batch), logits(packed)
+
+
+@pytest.fixture(scope="module")
+def wanted(pair, parts):
+    """(logits of each sample, gradients) of the torch model."""
+    theirs, batch = pair[0], rows(parts)
+    labels = torch.tensor(np.where(batch["loss_mask"] > 0, batch["tokens"], -100))
+    theirs.zero_grad()
+    out = theirs(**inputs(theirs, batch), labels=labels)
+    out.loss.backward()
+    logits = [row[: len(part.tokens)].detach().numpy() for row, part in zip(out.logits, parts, strict=True)]
+    return logits, {name: p.grad.numpy() for name, p in theirs.named_parameters() if p.grad is not None}
+
+
+def test_logits_of_padded_and_packed_rows(parts, found, wanted):
+    for row, logits in zip(found[1], wanted[0], strict=True):
+        close(row[: len(logits)], logits)
+    close(found[2][0], np.concatenate(wanted[0]))
+
+
+def test_gradients_of_text_projection_and_vision(pair, found, wanted):
+    _, _, model, _ = pair
+    entries = family_of(model.config).huggingface.entries(model.config)
+    ours = dict(disassemble(entries, found[0]))
+    assert set(ours) == set(wanted[1])
+    for name, gradient in wanted[1].items():
+        scale = max(np.abs(gradient).max(), 1e-3)
+        chex.assert_trees_all_close(ours[name], gradient, rtol=0, atol=3e-4 * scale)
+
+
+def test_a_sampler_answers_as_transformers_does(pair, parts):
+    theirs, path, model, params = pair
+    prompts = [part.tokens[: int(np.argmax(part.loss_mask > 0))] for part in parts]
+    columns = {"images": rows(parts)["images"]}
+    greedy = SamplingConfig(6, temperature=0.0)
+    out = generate(model, params, [p.tolist() for p in prompts], jax.random.key(0), greedy, columns=columns)
+    for i, prompt in enumerate(prompts):
+        given = inputs(theirs, {"tokens": prompt[None], "segment_ids": np.ones((1, len(prompt))),
+                        "images": columns["images"][i : i + 1]})  # fmt: skip
+        answer = theirs.generate(**given, max_new_tokens=6, do_sample=False, eos_token_id=None)
+        assert out.tokens[i].tolist() == answer[0, len(prompt) :].tolist()
+
+
+def test_it_is_the_image_that_is_read(pair, parts, found):
+    _, _, model, params = pair
+    batch = rows(parts)
+    other = model.forward(params, batch | {"images": -batch["images"]}).logits
+    assert np.abs(np.asarray(other - found[1]))[1].max() > 0.1
+    enough = sum(one.reader.counts(one.media)["images"] for one in parts[1].media)
+    few = model.forward(params, batch | {"images": batch["images"][:, : enough - 1]}).logits
+    assert np.isnan(few[1]).any()  # placeholders without an image
+
+
+def test_files_survive_a_round_trip_bit_for_bit(pair, parts, tmp_path):
+    theirs, path, model, params = pair
+    save_model(tmp_path, model, stack_layers(params), tokenizer_from=path)
+    again, params_again = load_model(tmp_path)
+    assert again.config == model.config
+    chex.assert_trees_all_equal(params_again, params)
+    reopened = type(theirs).from_pretrained(tmp_path)
+    for (name, mine), (_, original) in zip(
+        reopened.named_parameters(), theirs.named_parameters(), strict=True
+    ):
+        assert torch.equal(mine, original), name
+    renderer_of(tmp_path)  # The processor's files are there too.
+    changed = dataclasses.replace(model.config, num_heads=2, num_kv_heads=2, head_dim=16, source="")
+    again = config_of(family_of(changed).huggingface.write(changed) | {"model_type": changed.family})
+    assert again == changed
+
+
+def test_targets_are_the_linear_layers_of_each_part(pair):
+    theirs, _, model, params = pair
+    family = family_of(model.config)
+    linears = model_of(family, model.config, params).linears
+    chosen = lambda target: {
+        x.name for x in linears if all(map(re.compile(family.targets.pattern(target)).fullmatch, x.paths))
+    }
+    every = {n for n, m in theirs.named_modules() if isinstance(m, torch.nn.Linear)} - {"lm_head"}
+    language = {name for name in every if ".text_model." in name or ".language_model." in name}
+    assert chosen("all-linear") == every
+    assert chosen("language") == language and chosen("vision") == every - language
+
+
+@pytest.mark.parametrize("target", ["all-linear", "language", "vision"])
+def test_adapters_go_to_peft_and_back(pair, parts, tmp_path, target):
+    peft = pytest.importorskip("peft")
+    theirs, path, model, params = pair
+    pattern = family_of(model.config).targets.pattern(target)
+    adapted = adapt(jax.random.key(0), params, {pattern: lora(2)})
+    trained, frozen = partition(adapted)
+    trained = jax.tree.map(lambda x: x + 0.05, trained)
+    adapted = combine(trained, frozen)
+    save_adapter(tmp_path, model.config, adapted, base_model=str(path))
+    again = load_adapter(tmp_path, model.config, params)
+    chex.assert_trees_all_equal(again, adapted)
+    batch = rows(parts)
+    logits = jax.jit(lambda p: model.forward(p, batch).logits)(adapted)
+    with torch.no_grad():
+        reopened = peft.PeftModel.from_pretrained(type(theirs).from_pretrained(path), tmp_path)
+        expected = reopened(**inputs(theirs, batch)).logits
+    for row, given, part in zip(logits, expected, parts, strict=True):
+        close(row[: len(part.tokens)], given[: len(part.tokens)])
+
+
+def test_a_frozen_tower_keeps_nothing_for_the_backward_pass(pair, parts):
+    """The residuals of the gradient hold no activation of the tower, whose images are many."""
+    _, _, model, params = pair
+    batch = jax.tree.map(jnp.asarray, rows(parts))
+    batch["images"] = jnp.tile(batch["images"], (1, 3, 1, 1, 1))
+    patches = batch["images"].shape[0] * batch["images"].shape[1]
+
+    def kept(target):
+        pattern = family_of(model.config).targets.pattern(target)
+        trained, frozen = partition(adapt(jax.random.key(0), params, {pattern: lora(2)}))
+        loss = lambda t: supervised(model.forward)(combine(t, frozen), batch, None)[0]
+        backward = jax.eval_shape(lambda t: jax.vjp(loss, t)[1], trained)
+        return [leaf.shape for leaf in jax.tree.leaves(backward) if patches in leaf.shape[:1]]
+
+    assert kept("vision") and not kept("language")
+
+
+def test_positions_of_patches_are_those_that_torch_computes():
+    for side in (2, 3, 7, 14, 26, 27, 32):
+        config = hf.Idefics3VisionTransformer.config_class(
+            hidden_size=2, image_size=side, patch_size=1, num_attention_heads=1
+        )
+        table = hf.models.idefics3.modeling_idefics3.Idefics3VisionEmbeddings(config)
+        with torch.no_grad():
+            for parameter in table.patch_embedding.parameters():
+                parameter.zero_()
+            ids = torch.arange(side**2, dtype=torch.float32)
+            table.position_embedding.weight.copy_(ids[:, None].expand(-1, 2))
+            found = table(torch.zeros(1, 3, side, side), torch.ones(1, side, side, dtype=torch.bool))
+        assert found[0, :, 0].int().tolist() == list(ragged_positions(side))
+
+
+@pytest.mark.parametrize("name", ["smolvlm", "idefics3", "paligemma"])
+def test_the_tables_of_keys_are_those_of_transformers(name):
+    """A key that a new transformers adds, or a default that it changes, fails here."""
+    family = find_family(name, FAMILIES)
+    module = {"paligemma": paligemma}.get(name, idefics3)
+    vision = "siglip_vision_model" if name == "paligemma" else f"{name}_vision"
+    tables = [(family.huggingface.keys, hf.CONFIG_MAPPING[name])]
+    tables.append((module._VISION_KEYS, hf.CONFIG_MAPPING[vision]))
+    for keys, kind in tables:
+        for field in dataclasses.fields(kind):
+            if field.name in keys.defaults:
+                default = keys.defaults[field.name]
+                assert default == field.default or not (default or field.default), field.name
+            else:
+                assert field.name in NO_EFFECT | keys.no_effect, field.name
+
+
+def test_a_prefix_ends_where_the_answer_of_its_segment_begins():
+    rng = np.random.default_rng(0)
+    segments = np.array([[1, 1, 1, 1, 2, 2, 2, 3, 3, 0], [1, 1, 2, 2, 2, 2, 2, 2, 0, 0]])
+    trains = rng.integers(0, 2, segments.shape) * (segments > 0)
+    found = prefix_of({"tokens": segments, "segment_ids": segments, "loss_mask": trains})
+    for b, t in np.ndindex(segments.shape):
+        before = [i for i in range(t + 1) if segments[b, i] == segments[b, t]]
+        assert found[b, t] == (not trains[b, before].any())
+    rollouts = {"tokens": segments, "completion_mask": np.ones((2, 3))}
+    assert np.array_equal(prefix_of(rollouts), np.tile(np.arange(10) < 7, (2, 1)))
+    assert prefix_of({"tokens": segments}).all()
+    mask = prefix_of({"tokens": segments, "prefix_mask": trains})
+    assert np.array_equal(mask, trains > 0)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"text_config": {"model_type": "mistral"}}, "has a llama as its text part"),
+    ({"vision_config": None}, "vision_config is None"),
+    ({"vision_config": {"patch_size": [4, 8]}}, "squares"),
+    ({"vision_config": {"patch_size": 5, "image_size": 16}}, "multiple of patch_size"),
+    ({"image_token_id": 10**6}, "ids of the vocabulary"),
+    ({"scale_factor": 3}, "multiple of the shuffle"),
+])  # fmt: skip
+def test_configs_that_cannot_be_computed_are_refused(change, message):
+    base = {
+        "model_type": "smolvlm",
+        "text_config": vision_models.TEXT | {"vocab_size": 300},
+        "vision_config": vision_models.VISION,
+        "image_token_id": 290,
+    }
+    with pytest.raises(CheckpointError, match=message):
+        config_of(base | change)
+
+
+def test_wrong_processors_are_refused(pair, tmp_path):
+    import json
+    import shutil
+
+    shutil.copytree(pair[1], tmp_path, dirs_exist_ok=True)
+    tokenizer, file = vision_models.tokenizer(), tmp_path / "preprocessor_config.json"
+    for change, message in [
+        ({"max_image_size": {"longest_edge": 8}}, "squares of 8 pixels"),
+        ({"do_resize": False}, "do_resize = False"),
+    ]:
+        file.write_text(json.dumps(vision_models.PROCESSOR | change))
+        with pytest.raises(data.DataError, match=message):
+            data.media_readers(tmp_path, tokenizer)
+    file.unlink()
+    with pytest.raises(data.DataError, match="no preprocessor_config.json"):
+        data.media_readers(tmp_path, tokenizer)
+    with pytest.raises(data.DataError, match="take the tokenizer of this model"):
+        data.media_readers(pair[1], vision_models.byte_tokenizer())
+    assert data.media_readers("tiny", tokenizer) == ()
+
+
+def test_all_params_of_a_part_train_alone(pair, parts):
+    _, _, model, params = pair
+    rules = {"vision/.*": full()}
+    trained, _ = partition(adapt(jax.random.key(0), params, rules))
+    assert {path[0].key for path, _ in jax.tree_util.tree_leaves_with_path(trained)} == {"vision"}

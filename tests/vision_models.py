@@ -29,6 +29,8 @@ PROCESSOR = dict(
     rescale_factor=1 / 255,
     size={"longest_edge": LONGEST},
 )
+GRID = PROCESSOR | dict(patch_size=4, merge_size=2, temporal_patch_size=2, min_pixels=64, max_pixels=1024)
+GRID |= dict(resample=3)
 SQUARES = PROCESSOR | dict(size={"height": SIZE, "width": SIZE}, resample=3)
 TEXT = dict(
     model_type="llama",
@@ -50,9 +52,33 @@ VISION = dict(
 )
 
 
+QWEN_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for p in m['content'] %}"
+    "{{ '<|vision_start|><|image_pad|><|vision_end|>' if p['type'] == 'image' else p['text'] }}{% endfor %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+QWEN_VISION = dict(
+    depth=2,
+    hidden_size=16,
+    intermediate_size=24,
+    num_heads=2,
+    patch_size=4,
+    spatial_merge_size=2,
+    temporal_patch_size=2,
+    window_size=16,
+    out_hidden_size=32,
+    fullatt_block_indexes=[1],
+)
+
+
 def tokenizer(kind="smolvlm"):
-    """A byte tokenizer with SmolVLM's special tokens and the form of its template, or PaliGemma's."""
+    """A byte tokenizer with SmolVLM's special tokens and the form of its template, or another kind's."""
     made = byte_tokenizer()
+    if kind == "qwen2_5_vl":
+        tokens = ["<|vision_start|>", "<|image_pad|>", "<|vision_end|>"]
+        made.add_special_tokens({"extra_special_tokens": tokens})
+        made.chat_template = QWEN_TEMPLATE
+        return made
     made.add_special_tokens({"extra_special_tokens": SPECIAL})
     made.eos_token, made.chat_template = "<end_of_utterance>", TEMPLATE
     if kind.startswith("paligemma"):
@@ -67,7 +93,17 @@ def torch_model(kind="smolvlm"):
 
     tokens = tokenizer(kind)
     image, text = tokens.convert_tokens_to_ids("<image>"), TEXT | {"vocab_size": len(tokens)}
-    if kind.startswith("paligemma"):
+    if kind == "qwen2_5_vl":
+        rope = dict(rope_type="default", rope_theta=1e4, mrope_section=[2, 1, 1])
+        config = hf.Qwen2_5_VLConfig(
+            text_config={**text, "model_type": "qwen2_5_vl_text", "rope_parameters": rope},
+            vision_config=QWEN_VISION,
+            image_token_id=tokens.convert_tokens_to_ids("<|image_pad|>"),
+            vision_start_token_id=tokens.convert_tokens_to_ids("<|vision_start|>"),
+            vision_end_token_id=tokens.convert_tokens_to_ids("<|vision_end|>"),
+            video_token_id=1,
+        )
+    elif kind.startswith("paligemma"):
         own = {"model_type": kind.replace("paligemma", "gemma"), "head_dim": 12, "sliding_window": 24}
         config = hf.PaliGemmaConfig(
             text_config=text | own,
@@ -88,8 +124,10 @@ def torch_model(kind="smolvlm"):
     model = hf.AutoModelForImageTextToText.from_config(config).float().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            centre = 1.0 if "norm" in name and not name.endswith("bias") else 0.0
-            centre = 0.0 if "language_model" in name else centre  # Gemma multiplies by 1 + scale
+            norms = "norm" in name or name.endswith("ln_q.weight")
+            centre = 1.0 if norms and not name.endswith("bias") else 0.0
+            if kind.startswith("paligemma") and "language_model" in name:
+                centre = 0.0  # Gemma multiplies by 1 + scale.
             parameter.copy_(centre + 0.2 * torch.randn_like(parameter))
     return model
 
@@ -100,6 +138,7 @@ def write(path, kind="smolvlm"):
     model.save_pretrained(path)
     tokenizer(kind).save_pretrained(path)
     settings = SQUARES if kind.startswith("paligemma") else PROCESSOR
+    settings = GRID if kind == "qwen2_5_vl" else settings
     (path / "preprocessor_config.json").write_text(json.dumps(settings))
     return model
 

@@ -9,12 +9,15 @@ from typing import Any
 
 from jaxft.checkpoints import resolve
 from jaxft.data.errors import DataError
+from jaxft.data.grid_images import GridImages
 from jaxft.data.images import Pixels, SquareImages, TiledImages
 from jaxft.data.media_rows import MediaReader
 from jaxft.models import FAMILIES
 from jaxft.models.json_files import read_json
 
 _LANCZOS, _BICUBIC = 1, 3
+HALF = (0.5, 0.5, 0.5)
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 # A conversation as PaliGemma's processor writes a prompt and its answer; its files have no chat template.
 PALIGEMMA_TEMPLATE = (
     "{% for m in messages %}{% if m['role'] != ('user', 'assistant')[loop.index0] %}"
@@ -97,21 +100,36 @@ def _square(settings, tower, path) -> SquareImages:
     return SquareImages(size, pixels, text, template=PALIGEMMA_TEMPLATE)
 
 
-def _pixels(settings, path, resample) -> Pixels:
+def _grid(settings, tower, path) -> GridImages:
+    sizes, given = settings.get("size") or {}, (tower.patch_size, tower.merge, tower.frames)
+    names = {"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2}
+    if tuple(settings.get(name, value) for name, value in names.items()) != given:
+        raise DataError(
+            f"{path}: preprocessor_config.json has patches of {[settings.get(name) for name in names]} "
+            f"({', '.join(names)}); expected those of config.json, {list(given)}."
+        )
+    least = settings.get("min_pixels") or sizes.get("shortest_edge") or 56 * 56
+    most = settings.get("max_pixels") or sizes.get("longest_edge") or 28 * 28 * 1280
+    window = tower.window // tower.merge // tower.patch_size
+    pixels = _pixels(settings, path, _BICUBIC, CLIP_MEAN, CLIP_STD)
+    return GridImages(tower.patch_size, tower.merge, window, least, most, pixels)
+
+
+def _pixels(settings, path, resample, mean=HALF, std=HALF) -> Pixels:
     for name, value in _FIXED.items():
         if settings.get(name, value) not in (value, None):
             raise DataError(
                 f"{path}: preprocessor_config.json has {name} = {settings[name]!r}, which jaxft does not have; "
                 f"expected {value!r}."
             )
-    channels = lambda name: tuple(float(x) for x in settings.get(name) or (0.5, 0.5, 0.5))
+    channels = lambda name, default: tuple(float(x) for x in settings.get(name) or default)
     normalised = settings.get("do_normalize", True)
     return Pixels(
         resample=int(settings.get("resample", resample)),
         scale=float(settings.get("rescale_factor", 1 / 255)) if settings.get("do_rescale", True) else None,
-        mean=channels("image_mean") if normalised else None,
-        std=channels("image_std") if normalised else None,
+        mean=channels("image_mean", mean) if normalised else None,
+        std=channels("image_std", std) if normalised else None,
     )
 
 
-_READERS = {"idefics3": _tiled, "smolvlm": _tiled, "paligemma": _square}
+_READERS = {"idefics3": _tiled, "smolvlm": _tiled, "paligemma": _square, "qwen2_5_vl": _grid}

@@ -30,6 +30,8 @@ class Rope:
     # [K/2] divisors of the frequencies: longrope's for short texts, or those that GGUF files carry
     factors: tuple[float, ...] = ()
     long_factors: tuple[float, ...] = ()  # longrope: for texts longer than original_max_length
+    # numbers of pairs that turn by the positions in time, height and width: see jaxft.models.grid_positions
+    sections: tuple[int, ...] = ()
 
     @property
     def by_length(self) -> bool:

@@ -16,6 +16,7 @@ from jaxft.models.cache import Cache, empty_cache, reserve
 from jaxft.models.config import DecoderConfig, Rope
 from jaxft.models.context import Context, LayerKind
 from jaxft.models.experts import Routing
+from jaxft.models.grid_positions import grid_positions, next_positions
 from jaxft.models.layers import (
     KERNEL_INIT,
     Embed,
@@ -117,6 +118,8 @@ class Decoder(nn.Module):
         x = keep_features(x)
         x = x if noise is None else noise(x)
         x = self._with_media(x, tokens, media or {})
+        grid = self._grid(lead, tokens, segment_ids, media or {}, cache)
+        positions = positions if grid is None else grid[0] - lead.length
         x, positions = put_prompt(lead, x, positions, segment_ids if cache is None else None)
         x = x * jnp.asarray(config.embedding_scale, x.dtype)
         if config.learned_positions:
@@ -131,7 +134,7 @@ class Decoder(nn.Module):
             raise ValueError(
                 f"branches: completions cannot share a prompt: {why}; use a row for each completion."
             )
-        context = self._context(lead, positions, segment_ids, cache)._replace(branches=branches)
+        context = self._context(lead, positions, segment_ids, cache, grid)._replace(branches=branches)
         if config.prefix_attention and (cache is None or cache.empty):
             if lead.length:
                 raise ValueError(
@@ -228,11 +231,28 @@ class Decoder(nn.Module):
                 x = put_embeddings(x, tokens, tower.token, embeddings)
         return x
 
+    def _grid(self, lead, tokens, segment_ids, media, cache):
+        """[3, B, T]: the positions of rotary sections; None if the given positions count."""
+        if self.config.rope is None or not self.config.rope.sections:
+            return None
+        if cache is not None and not cache.empty:
+            new = jnp.ones(tokens.shape, bool) if segment_ids is None else segment_ids > 0
+            following = next_positions(cache.positions, cache.valid, new)
+            return jnp.broadcast_to(following, (3, *following.shape))
+        tower = next((t for t in self.config.towers if "places" in t.columns), None)
+        if tower is None or "places" not in media:
+            return None
+        if lead.length:
+            raise ValueError(
+                f"{self.config.family}: soft prompts and prefixes are not supported beside images; use LoRA."
+            )
+        return grid_positions(tokens, segment_ids, tower.token, media["places"], tower.merge)
+
     def _stacked(self) -> bool:
         params = self.variables.get("params", {})
         return self.scan_layers if LAYERS not in params else is_stacked(params)
 
-    def _context(self, lead, positions, segment_ids, cache):
+    def _context(self, lead, positions, segment_ids, cache, grid):
         config, start, mask = self.config, None, None
         by_length = any(
             rope is not None and rope.by_length for rope in (config.rope, config.local_rope)
@@ -242,9 +262,8 @@ class Decoder(nn.Module):
         if by_length and cache is None:
             ids, front = segment_ids, ((0, 0), (lead.prompt_length, 0))
             lengths = text_lengths(positions, None if ids is None else jnp.pad(ids, front, "edge"))
-        table = functools.partial(
-            _table, positions=positions, head_dim=config.head_dim, lengths=lengths
-        )
+        turns = positions if grid is None else grid
+        table = functools.partial(_table, positions=turns, head_dim=config.head_dim, lengths=lengths)
         key_positions = before(jnp.arange(lead.prefix_length), positions)
         if cache is not None:
             valid = jnp.ones(key_positions.shape, bool)
@@ -297,4 +316,8 @@ class OutputKernel(nn.Module):
 
 
 def _table(rope: Rope | None, *, positions, head_dim, lengths):
-    return None if rope is None else rope_table(rope, head_dim, positions, lengths)
+    if rope is None:
+        return None
+    if rope.sections and positions.ndim == 2:  # texts without images
+        positions = jnp.broadcast_to(positions, (3, *positions.shape))
+    return rope_table(rope, head_dim, positions, lengths)

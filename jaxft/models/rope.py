@@ -45,13 +45,18 @@ def rope_frequencies(rope: Rope, head_dim: int, length: int = 0) -> np.ndarray:
 def rope_table(
     rope: Rope, head_dim: int, positions: jax.Array, lengths: jax.Array | int = 0
 ) -> tuple[jax.Array, jax.Array]:
-    """(cos, sin) [B, T, 1, R/2] in float32 for positions [B, T].
+    """(cos, sin) [B, T, 1, R/2] in float32 for positions [B, T], or [3, B, T] if the rope has `sections`.
 
     `lengths`, [B, T] or one for all, is the length of each token's text: see `text_lengths`. It has an effect
     on scalings with `Rope.by_length`.
     """
     frequencies = _frequencies(rope, head_dim, lengths)
-    angles = positions[..., None, None].astype(jnp.float32) * frequencies
+    if rope.sections:
+        axis = np.repeat(np.arange(3), rope.sections)
+        turns = jnp.moveaxis(positions[axis], 0, -1)[:, :, None]  # [B, T, 1, R/2]
+    else:
+        turns = positions[..., None, None]
+    angles = turns.astype(jnp.float32) * frequencies
     factor = attention_factor(rope)
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from jaxft.models.config import DecoderConfig
@@ -66,7 +66,7 @@ def _read(json: Json, tensors: Collection[str], name: str, decoder: Family) -> D
     text = text | ({} if tied is None else {"tie_word_embeddings": tied})
     for key in ("rope_scaling", "rope_parameters"):
         if isinstance(text.get(key), dict):
-            text[key] = _one_position(text[key])
+            text[key] = one_position(text[key])
     warnings.warn(
         f"{name}: only the text part is loaded, a {decoder.name}; images are not read, and saved models "
         "lack the part for them.",
@@ -76,7 +76,7 @@ def _read(json: Json, tensors: Collection[str], name: str, decoder: Family) -> D
     return dataclasses.replace(config, source="")
 
 
-def _one_position(parameters: dict[str, Any]) -> dict[str, Any]:
+def one_position(parameters: Mapping[str, Any]) -> dict[str, Any]:
     """Rotary parameters for texts, whose positions in time, height and width are equal."""
     kept = {key: value for key, value in parameters.items() if key not in _POSITIONS}
     return {
@@ -88,7 +88,6 @@ def _one_position(parameters: dict[str, Any]) -> dict[str, Any]:
 TEXT_PARTS: tuple[Family, ...] = (
     text_part("gemma3", GEMMA3),
     text_part("qwen2_vl", QWEN2),
-    text_part("qwen2_5_vl", QWEN2),
     text_part("qwen3_vl", QWEN3),
     text_part("mistral3", MISTRAL),
 )

@@ -24,9 +24,9 @@ MODELS = {
     "gemma3": lambda: hf.Gemma3Config(
         text_config=dict(TEXT, head_dim=8, sliding_window=4), vision_config=IMAGES, mm_tokens_per_image=4
     ),
-    "qwen2_5_vl": lambda: hf.Qwen2_5_VLConfig(
-        text_config=dict(TEXT, rope_parameters=MROPE), vision_config=dict(QWEN, fullatt_block_indexes=[0]),
-        tie_word_embeddings=True,
+    "qwen2_vl": lambda: hf.Qwen2VLConfig(
+        text_config=dict(TEXT, rope_parameters=MROPE),
+        vision_config=dict(depth=1, embed_dim=16, hidden_size=32, num_heads=2), tie_word_embeddings=True,
     ),
     "qwen3_vl": lambda: hf.Qwen3VLConfig(
         text_config=dict(TEXT, head_dim=8, rope_parameters=MROPE | dict(mrope_interleaved=True)),

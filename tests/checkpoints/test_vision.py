@@ -22,6 +22,7 @@ from jaxft.models.hf_vision import ragged_positions
 from jaxft.models.idefics3 import record as idefics3
 from jaxft.models.paligemma import record as paligemma
 from jaxft.models.prefixes import prefix_of
+from jaxft.models.qwen2_5_vl import record as qwen2_5_vl
 from jaxft.objectives import supervised
 from tests import vision_models
 
@@ -32,7 +33,7 @@ hf = pytest.importorskip("transformers")
 SIZES = [[(9, 30)], [(16, 16), (40, 37)]]
 
 
-@pytest.fixture(scope="module", params=["smolvlm", "idefics3", "paligemma", "paligemma2"])
+@pytest.fixture(scope="module", params=["smolvlm", "idefics3", "paligemma", "paligemma2", "qwen2_5_vl"])
 def pair(request, tmp_path_factory):
     """(torch model, directory of its files, our model, our params)."""
     path = tmp_path_factory.mktemp(request.param)
@@ -70,8 +71,33 @@ def rows(parts):
     return batch | data.media_columns(shown, shown[0])
 
 
+def pictures(batch):
+    """The columns of the images."""
+    return {name: batch[name] for name in ("images", "patches", "places") if name in batch}
+
+
+def grid_inputs(theirs, batch):
+    """Those of Qwen2.5-VL: patches of two equal frames, and rows and columns of each image."""
+    there = batch["places"][..., 0, 0] > 0
+    patches, places = batch["patches"][there], batch["places"][there]
+    patches = patches.reshape(-1, 3, 1, 16).repeat(2, axis=2).reshape(len(patches) * 4, -1)
+    places = places.reshape(-1, 3)
+    image = np.cumsum((places[:, :2] == 1).all(axis=1))
+    grid = [[1, *places[image == i, :2].max(axis=0)] for i in range(1, image[-1] + 1)]
+    kinds = (batch["tokens"] == theirs.config.image_token_id).astype(int)
+    return dict(
+        pixel_values=torch.tensor(patches),
+        image_grid_thw=torch.tensor(np.array(grid)),
+        mm_token_type_ids=torch.tensor(kinds),
+    )
+
+
 def inputs(theirs, batch):
     """The arguments of a torch model."""
+    if theirs.config.model_type == "qwen2_5_vl":
+        mask = torch.tensor((batch["segment_ids"] > 0).astype(int))
+        own = dict(input_ids=torch.tensor(batch["tokens"]), attention_mask=mask)
+        return own | grid_inputs(theirs, batch)
     pixels = torch.tensor(np.moveaxis(batch["images"], -1, -3))
     mask = torch.tensor((batch["segment_ids"] > 0).astype(int))
     given = dict(input_ids=torch.tensor(batch["tokens"]), attention_mask=mask, pixel_values=pixels)
@@ -130,12 +156,13 @@ def test_gradients_of_text_projection_and_vision(pair, found, wanted):
 def test_a_sampler_answers_as_transformers_does(pair, parts):
     theirs, path, model, params = pair
     prompts = [part.tokens[: int(np.argmax(part.loss_mask > 0))] for part in parts]
-    columns = {"images": rows(parts)["images"]}
+    columns = pictures(rows(parts))
     greedy = SamplingConfig(6, temperature=0.0)
     out = generate(model, params, [p.tolist() for p in prompts], jax.random.key(0), greedy, columns=columns)
     for i, prompt in enumerate(prompts):
-        given = inputs(theirs, {"tokens": prompt[None], "segment_ids": np.ones((1, len(prompt))),
-                        "images": columns["images"][i : i + 1]})  # fmt: skip
+        own = {name: column[i : i + 1] for name, column in columns.items()}
+        own |= {"tokens": prompt[None], "segment_ids": np.ones((1, len(prompt)))}
+        given = inputs(theirs, own)
         answer = theirs.generate(**given, max_new_tokens=6, do_sample=False, eos_token_id=None)
         assert out.tokens[i].tolist() == answer[0, len(prompt) :].tolist()
 
@@ -143,10 +170,12 @@ def test_a_sampler_answers_as_transformers_does(pair, parts):
 def test_it_is_the_image_that_is_read(pair, parts, found):
     _, _, model, params = pair
     batch = rows(parts)
-    other = model.forward(params, batch | {"images": -batch["images"]}).logits
+    name, *_ = pictures(batch)
+    other = model.forward(params, batch | {name: -batch[name]}).logits
     assert np.abs(np.asarray(other - found[1]))[1].max() > 0.1
-    enough = sum(one.reader.counts(one.media)["images"] for one in parts[1].media)
-    few = model.forward(params, batch | {"images": batch["images"][:, : enough - 1]}).logits
+    enough = sum(one.reader.counts(one.media)[name] for one in parts[1].media)
+    few = {name: column[:, : enough - 1] for name, column in pictures(batch).items()}
+    few = model.forward(params, batch | few).logits
     assert np.isnan(few[1]).any()  # placeholders without an image
 
 
@@ -205,15 +234,18 @@ def test_a_frozen_tower_keeps_nothing_for_the_backward_pass(pair, parts):
     """The residuals of the gradient hold no activation of the tower, whose images are many."""
     _, _, model, params = pair
     batch = jax.tree.map(jnp.asarray, rows(parts))
-    batch["images"] = jnp.tile(batch["images"], (1, 3, 1, 1, 1))
-    patches = batch["images"].shape[0] * batch["images"].shape[1]
+    name, *_ = pictures(batch)
+    for column in pictures(batch):
+        batch[column] = jnp.tile(batch[column], (1, 3, *[1] * (batch[column].ndim - 2)))
+    count = batch[name].shape[1]
 
     def kept(target):
         pattern = family_of(model.config).targets.pattern(target)
         trained, frozen = partition(adapt(jax.random.key(0), params, {pattern: lora(2)}))
         loss = lambda t: supervised(model.forward)(combine(t, frozen), batch, None)[0]
         backward = jax.eval_shape(lambda t: jax.vjp(loss, t)[1], trained)
-        return [leaf.shape for leaf in jax.tree.leaves(backward) if patches in leaf.shape[:1]]
+        sizes = (count * len(batch[name]),) if name == "images" else (count, 4 * count)
+        return [x.shape for x in jax.tree.leaves(backward) if set(sizes) & set(x.shape[:2]) and x.ndim > 2]
 
     assert kept("vision") and not kept("language")
 
@@ -233,11 +265,11 @@ def test_positions_of_patches_are_those_that_torch_computes():
         assert found[0, :, 0].int().tolist() == list(ragged_positions(side))
 
 
-@pytest.mark.parametrize("name", ["smolvlm", "idefics3", "paligemma"])
+@pytest.mark.parametrize("name", ["smolvlm", "idefics3", "paligemma", "qwen2_5_vl"])
 def test_the_tables_of_keys_are_those_of_transformers(name):
     """A key that a new transformers adds, or a default that it changes, fails here."""
     family = find_family(name, FAMILIES)
-    module = {"paligemma": paligemma}.get(name, idefics3)
+    module = {"paligemma": paligemma, "qwen2_5_vl": qwen2_5_vl}.get(name, idefics3)
     vision = "siglip_vision_model" if name == "paligemma" else f"{name}_vision"
     tables = [(family.huggingface.keys, hf.CONFIG_MAPPING[name])]
     tables.append((module._VISION_KEYS, hf.CONFIG_MAPPING[vision]))

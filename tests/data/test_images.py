@@ -8,7 +8,9 @@ import pytest
 from PIL import Image
 
 from jaxft.data import DataError, Media
+from jaxft.data.grid_images import GridImages
 from jaxft.data.images import MAX_PIXELS, Pixels, SquareImages, TiledImages, image_size, read_image
+from jaxft.data.readers import CLIP_MEAN, CLIP_STD
 from tests.vision_models import image
 
 SIZES = [(7, 19), (40, 33), (16, 16), (100, 9), (31, 64), (1, 5)]
@@ -51,6 +53,26 @@ def test_squares_are_those_of_transformers():
         wanted = theirs(Image.fromarray(picture))["pixel_values"][0]
         found = ours.arrays(Media("image", picture))["images"]
         np.testing.assert_array_equal(found[0], channels_last(wanted))
+
+
+def test_grids_are_those_of_transformers():
+    hf = pytest.importorskip("transformers.models.qwen2_vl.image_processing_pil_qwen2_vl")
+    theirs = hf.Qwen2VLImageProcessorPil(
+        patch_size=4, merge_size=2, size={"shortest_edge": 400, "longest_edge": 1024}
+    )
+    ours = GridImages(4, 2, 2, 400, 1024, Pixels(3, 1 / 255, CLIP_MEAN, CLIP_STD))
+    for i, size in enumerate(SIZES):
+        media = Media("image", image(i, *size))
+        wanted = theirs(Image.fromarray(media.value))
+        found = ours.arrays(media)
+        frames = found["patches"].reshape(-1, 3, 1, 16).repeat(2, axis=2).reshape(-1, 96)
+        np.testing.assert_array_equal(frames, wanted["pixel_values"])
+        places = found["places"].reshape(-1, 3)
+        assert [1, *places[:, :2].max(axis=0)] == list(wanted["image_grid_thw"][0])
+        assert ours.counts(media)["places"] == len(found["places"]) == len(frames) // 4
+        assert ours.text(media).count("<|image_pad|>") == len(found["places"])
+    with pytest.raises(DataError, match="ratio"):
+        ours.text(Media("image", np.zeros((1, 300), np.uint8)))
 
 
 def test_text_of_tiles_names_rows_and_columns():

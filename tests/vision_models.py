@@ -29,7 +29,9 @@ PROCESSOR = dict(
     rescale_factor=1 / 255,
     size={"longest_edge": LONGEST},
 )
-GRID = PROCESSOR | dict(patch_size=4, merge_size=2, temporal_patch_size=2, min_pixels=64, max_pixels=1024)
+GRID = PROCESSOR | dict(
+    patch_size=4, merge_size=2, temporal_patch_size=2, min_pixels=64, max_pixels=1024
+)
 GRID |= dict(resample=3)
 SQUARES = PROCESSOR | dict(size={"height": SIZE, "width": SIZE}, resample=3)
 TEXT = dict(
@@ -104,7 +106,11 @@ def torch_model(kind="smolvlm"):
             video_token_id=1,
         )
     elif kind.startswith("paligemma"):
-        own = {"model_type": kind.replace("paligemma", "gemma"), "head_dim": 12, "sliding_window": 24}
+        own = {
+            "model_type": kind.replace("paligemma", "gemma"),
+            "head_dim": 12,
+            "sliding_window": 24,
+        }
         config = hf.PaliGemmaConfig(
             text_config=text | own,
             vision_config=VISION | {"model_type": "siglip_vision_model", "vision_use_head": False},

@@ -343,7 +343,9 @@ def _padded(dataset, batch_size, max_length, last):
         if "source" in rows[0]:
             sources = wide(rows, "source")
         part = lambda row: Tokenised(row["tokens"], row["loss_mask"], source=row.get("source"))
-        media = lambda row: {"media": np.resize(np.append(row["media"], np.zeros(width, np.int32)), width)}
+        media = lambda row: {
+            "media": np.resize(np.append(row["media"], np.zeros(width, np.int32)), width)
+        }
         beside = lambda row: media(row) if "media" in row else {}
         return [padded_row([part(row)], width, sources) | beside(row) for row in rows]
 

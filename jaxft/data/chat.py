@@ -171,7 +171,9 @@ class Chat:
         """Returns whether the template writes the parts of a content as text and placeholders."""
         marked = "".join(MARKERS[reader.kind] for reader in media)
         try:
-            text = self._rendered([{"role": "user", "content": f"{marked}Say one."}], NOTHING, False)[0]
+            text = self._rendered(
+                [{"role": "user", "content": f"{marked}Say one."}], NOTHING, False
+            )[0]
         except DataError:
             return False
         return "Say one." in text and all(reader.placeholder in text for reader in media)

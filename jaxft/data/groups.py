@@ -20,8 +20,8 @@ from jaxft.data.batching import (
     source_columns,
 )
 from jaxft.data.errors import BadRecords, DataError
-from jaxft.data.media_rows import media_columns, one_of_each
 from jaxft.data.length import TooLong, keep_answer, longest, shorten
+from jaxft.data.media_rows import media_columns, one_of_each
 from jaxft.data.records import CONTEXT, Record
 from jaxft.data.rendering import Renderer, Tokenised
 

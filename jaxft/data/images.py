@@ -251,7 +251,9 @@ def _checked(media, image):
 
 def _damaged(media, error):
     reason = " ".join(str(error).split())[:80]
-    return DataError(f"the image {media} cannot be read ({reason}); save it again as PNG or JPEG.", "schema")
+    return DataError(
+        f"the image {media} cannot be read ({reason}); save it again as PNG or JPEG.", "schema"
+    )
 
 
 def _from_array(media, array):
@@ -266,7 +268,9 @@ def _from_array(media, array):
             "schema",
         )
     if array.shape[0] * array.shape[1] > MAX_PIXELS:
-        raise DataError(f"an image of {array.shape[:2]} pixels, expected at most {MAX_PIXELS}.", "schema")
+        raise DataError(
+            f"an image of {array.shape[:2]} pixels, expected at most {MAX_PIXELS}.", "schema"
+        )
     array = array.astype(np.uint8)
     array = array[..., 0] if array.ndim == 3 and array.shape[-1] == 1 else array
     return read_image(Media("image", Image.fromarray(array)))

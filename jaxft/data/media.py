@@ -13,7 +13,7 @@ import functools
 import hashlib
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -92,10 +92,15 @@ def read_media(kind: str, value: Any) -> Media:
     rate = None
     if isinstance(value, Mapping):
         rate = value.get("sampling_rate")
-        given = [value[name] for name in ("bytes", "array", "path", "url", "data") if value.get(name) is not None]
+        given = [
+            value[name]
+            for name in ("bytes", "array", "path", "url", "data")
+            if value.get(name) is not None
+        ]
         if not given:
             raise DataError(
-                f"the {kind} {value!r:.60} holds none of {', '.join(_SOURCES)}; give a path.", "schema"
+                f"the {kind} {value!r:.60} holds none of {', '.join(_SOURCES)}; give a path.",
+                "schema",
             )
         if "data" in value and isinstance(value["data"], str) and given[0] is value["data"]:
             given = [_decoded(kind, value["data"])]
@@ -111,7 +116,8 @@ def read_media(kind: str, value: Any) -> Media:
     if isinstance(value, (str, bytes)) or hasattr(value, "__array__") or hasattr(value, "getbands"):
         return Media(kind, value, rate)
     raise DataError(
-        f"an {kind} must be a path, bytes or an array, got {type(value).__name__}: {value!r:.40}.", "schema"
+        f"an {kind} must be a path, bytes or an array, got {type(value).__name__}: {value!r:.40}.",
+        "schema",
     )
 
 
@@ -136,7 +142,9 @@ def media_in(record: Mapping[str, Any]) -> list[Media]:
     for name in ("messages", "prompt", "completion", "chosen", "rejected"):
         turns = record.get(name)
         if isinstance(turns, (list, tuple)):
-            own += [one for turn in turns if isinstance(turn, Mapping) for one in turn.get(MEDIA, ())]
+            own += [
+                one for turn in turns if isinstance(turn, Mapping) for one in turn.get(MEDIA, ())
+            ]
     return own
 
 
@@ -171,7 +179,9 @@ def resolved(record: dict[str, Any], folder: str) -> dict[str, Any]:
 
 def without_markers(text: str) -> list[str]:
     """The pieces of a text between its markers that are not blank."""
-    return [piece for piece in _MARKER.split(text) if piece.strip() and not _MARKER.fullmatch(piece)]
+    return [
+        piece for piece in _MARKER.split(text) if piece.strip() and not _MARKER.fullmatch(piece)
+    ]
 
 
 def as_parts(message: Mapping[str, Any]) -> dict[str, Any]:
@@ -191,7 +201,9 @@ def _placed(record, kind, marker, media):
     """Puts the media of a column where the markers of its kind are."""
     name = next((n for n in ("messages", "prompt", "text") if record.get(n) is not None), None)
     if name is None:
-        raise DataError(f"the record has {kind}s and neither messages nor text to show them in.", "schema")
+        raise DataError(
+            f"the record has {kind}s and neither messages nor text to show them in.", "schema"
+        )
     held = record[name]
     turns = held if isinstance(held, list) else [{"role": "user", "content": held}]
     if any(one.kind == kind for one in media_in({"messages": turns})):
@@ -221,7 +233,9 @@ def _placed(record, kind, marker, media):
 
 def _merged(turn, own):
     """All media of a message in the order of its markers, of which `own` have been added."""
-    left = {kind: [one for one in (*turn.get(MEDIA, ()), *own) if one.kind == kind] for kind in MARKERS}
+    left = {
+        kind: [one for one in (*turn.get(MEDIA, ()), *own) if one.kind == kind] for kind in MARKERS
+    }
     kinds = {marker: kind for kind, marker in MARKERS.items()}
     found = _MARKER.findall(turn["content"])
     return tuple(left[kinds[marker]].pop(0) for marker in found if left[kinds[marker]])
@@ -250,7 +264,9 @@ def _decoded(kind, text):
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
-        raise DataError(f"the data of an {kind} are not base64; write them again.", "schema") from None
+        raise DataError(
+            f"the data of an {kind} are not base64; write them again.", "schema"
+        ) from None
 
 
 def _array(kind, value):
@@ -259,5 +275,7 @@ def _array(kind, value):
     except (ValueError, OverflowError):
         array = np.zeros(0, object)
     if array.dtype.kind not in "uif" or not array.size:
-        raise DataError(f"an {kind} must be a path, bytes or an array, got {value!r:.40}.", "schema")
+        raise DataError(
+            f"an {kind} must be a path, bytes or an array, got {value!r:.40}.", "schema"
+        )
     return array

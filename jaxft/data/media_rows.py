@@ -169,7 +169,9 @@ def expand(
         DataError: if placeholders and media differ in number, or the model reads no such kind.
     """
     check_kinds(media, readers)
-    by_text = {form: reader for reader in readers for form in (reader.placeholder, MARKERS[reader.kind])}
+    by_text = {
+        form: reader for reader in readers for form in (reader.placeholder, MARKERS[reader.kind])
+    }
     if not by_text:
         return text, dict(spans), ()
     found = list(re.finditer("|".join(map(re.escape, by_text)), text))

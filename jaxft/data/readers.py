@@ -64,7 +64,10 @@ def media_readers(model: str | os.PathLike, tokenizer: Any) -> tuple[MediaReader
 
 def _settings(path: pathlib.Path) -> Mapping[str, Any]:
     """The image processor's settings; newer files hold them inside processor_config.json."""
-    for name, key in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
+    for name, key in (
+        ("preprocessor_config.json", None),
+        ("processor_config.json", "image_processor"),
+    ):
         if (path / name).exists():
             found = read_json(path / name)
             found = found if key is None else found.get(key)
@@ -126,7 +129,9 @@ def _pixels(settings, path, resample, mean=HALF, std=HALF) -> Pixels:
     normalised = settings.get("do_normalize", True)
     return Pixels(
         resample=int(settings.get("resample", resample)),
-        scale=float(settings.get("rescale_factor", 1 / 255)) if settings.get("do_rescale", True) else None,
+        scale=float(settings.get("rescale_factor", 1 / 255))
+        if settings.get("do_rescale", True)
+        else None,
         mean=channels("image_mean", mean) if normalised else None,
         std=channels("image_std", std) if normalised else None,
     )

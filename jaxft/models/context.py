@@ -32,7 +32,9 @@ class Context(NamedTuple):
     local_table: Any  # the same for layers with a window
     cache: Cache | None
     start: jax.Array | None  # the slot of the first key; None: the cache was empty
-    mask: jax.Array | None  # [B, 1, N, S], without windows, for virtual tokens or a prefix, without a cache
+    mask: (
+        jax.Array | None
+    )  # [B, 1, N, S], without windows, for virtual tokens or a prefix, without a cache
     key_positions: jax.Array  # [B, S]
     branches: Branches | None = None  # the layout of rows whose prompt several completions share
     opened: jax.Array | None = None  # [B, 1, N, S], visible beside `mask`, also outside of windows

@@ -134,7 +134,9 @@ class Decoder(nn.Module):
             raise ValueError(
                 f"branches: completions cannot share a prompt: {why}; use a row for each completion."
             )
-        context = self._context(lead, positions, segment_ids, cache, grid)._replace(branches=branches)
+        context = self._context(lead, positions, segment_ids, cache, grid)._replace(
+            branches=branches
+        )
         if config.prefix_attention and (cache is None or cache.empty):
             if lead.length:
                 raise ValueError(
@@ -263,7 +265,9 @@ class Decoder(nn.Module):
             ids, front = segment_ids, ((0, 0), (lead.prompt_length, 0))
             lengths = text_lengths(positions, None if ids is None else jnp.pad(ids, front, "edge"))
         turns = positions if grid is None else grid
-        table = functools.partial(_table, positions=turns, head_dim=config.head_dim, lengths=lengths)
+        table = functools.partial(
+            _table, positions=turns, head_dim=config.head_dim, lengths=lengths
+        )
         key_positions = before(jnp.arange(lead.prefix_length), positions)
         if cache is not None:
             valid = jnp.ones(key_positions.shape, bool)

@@ -172,7 +172,9 @@ class GridBlock(nn.Module):
     def __call__(self, x, table, segments):
         config = self.config
         norm = functools.partial(Norm, "rms", 1e-6)
-        x = x + GridAttention(config, name="attention")(norm(name="attention_norm")(x), table, segments)
+        x = x + GridAttention(config, name="attention")(
+            norm(name="attention_norm")(x), table, segments
+        )
         return x + Mlp(config, self.remat, name="mlp")(norm(name="mlp_norm")(x))
 
 
@@ -196,6 +198,8 @@ def _table(config, rows, columns):
     """(cos, sin) [B, P, 1, K/2]: a quarter of a head's features turns by the row, a quarter by the column."""
     half = config.head_dim // 2
     frequencies = config.theta ** -(np.arange(0, half, 2, dtype=np.float64) / half)
-    turn = lambda places: places[..., None, None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
+    turn = lambda places: (
+        places[..., None, None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
+    )
     angles = jnp.concatenate([turn(rows), turn(columns)], axis=-1)
     return jnp.cos(angles), jnp.sin(angles)

@@ -48,7 +48,9 @@ def siglip_keys(**defaults: Any) -> Keys:
         "layer_norm_eps": 1e-6,
     }
     free = frozenset({"image_size", "patch_size"})
-    return Keys(COMMON | own | defaults, unchecked=free, no_effect=frozenset({"tie_word_embeddings"}))
+    return Keys(
+        COMMON | own | defaults, unchecked=free, no_effect=frozenset({"tie_word_embeddings"})
+    )
 
 
 def read_siglip(json: Json, keys: Keys, *, ragged: bool) -> EncoderConfig:
@@ -112,7 +114,11 @@ def siglip_entries(config: EncoderConfig, theirs: str, ours: str) -> list[Entry]
         theirs: the beginning of their names in a file.
         ours: the beginning of the leaves' paths.
     """
-    width, size, patch = config.hidden_size, config.patch_size, f"{theirs}embeddings.patch_embedding"
+    width, size, patch = (
+        config.hidden_size,
+        config.patch_size,
+        f"{theirs}embeddings.patch_embedding",
+    )
     entries = [
         # torch convolves [out, channel, row, column]; jaxft's patches are (row, column, channel).
         Entry(

@@ -35,9 +35,7 @@ def prefix_of(batch: Mapping[str, Any]) -> jax.Array:
     return count == before
 
 
-def prefix_masks(
-    prefix: jax.Array, segment_ids: jax.Array | None
-) -> tuple[jax.Array, jax.Array]:
+def prefix_masks(prefix: jax.Array, segment_ids: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     """(causal mask, pairs of tokens of one prefix), [1 or B, 1, T, T] and [B, 1, T, T]."""
     length = prefix.shape[1]
     pairs = prefix[:, None, :, None] & prefix[:, None, None, :]

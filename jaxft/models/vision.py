@@ -93,9 +93,7 @@ def pixel_shuffle(x: jax.Array, factor: int) -> jax.Array:
     return x.reshape(batch, new * new, factor * factor * width)
 
 
-def put_embeddings(
-    x: jax.Array, tokens: jax.Array, token: int, embeddings: jax.Array
-) -> jax.Array:
+def put_embeddings(x: jax.Array, tokens: jax.Array, token: int, embeddings: jax.Array) -> jax.Array:
     """x [B, T, D] with a row's k-th embedding [B, K, D] at its k-th place of `token`; NaN where there is none."""
     here = tokens == token
     place = jnp.cumsum(here, axis=1) - 1

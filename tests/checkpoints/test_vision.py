@@ -33,7 +33,9 @@ hf = pytest.importorskip("transformers")
 SIZES = [[(9, 30)], [(16, 16), (40, 37)]]
 
 
-@pytest.fixture(scope="module", params=["smolvlm", "idefics3", "paligemma", "paligemma2", "qwen2_5_vl"])
+@pytest.fixture(
+    scope="module", params=["smolvlm", "idefics3", "paligemma", "paligemma2", "qwen2_5_vl"]
+)
 def pair(request, tmp_path_factory):
     """(torch model, directory of its files, our model, our params)."""
     path = tmp_path_factory.mktemp(request.param)
@@ -119,7 +121,9 @@ def found(pair, parts):
     """(gradients, logits) of the padded rows and of a row that holds both samples."""
     _, _, model, params = pair
     batch = rows(parts)
-    (packed,) = data.finite_batches(parts, batch_size=1, max_length=sum(len(p.tokens) for p in parts))
+    (packed,) = data.finite_batches(
+        parts, batch_size=1, max_length=sum(len(p.tokens) for p in parts)
+    )
     logits = jax.jit(lambda batch: model.forward(params, batch).logits)
     grads = jax.jit(jax.grad(lambda p: supervised(model.forward)(p, batch, None)[0]))(params)
     return grads, logits(batch), logits(packed)
@@ -133,8 +137,13 @@ def wanted(pair, parts):
     theirs.zero_grad()
     out = theirs(**inputs(theirs, batch), labels=labels)
     out.loss.backward()
-    logits = [row[: len(part.tokens)].detach().numpy() for row, part in zip(out.logits, parts, strict=True)]
-    return logits, {name: p.grad.numpy() for name, p in theirs.named_parameters() if p.grad is not None}
+    logits = [
+        row[: len(part.tokens)].detach().numpy()
+        for row, part in zip(out.logits, parts, strict=True)
+    ]
+    return logits, {
+        name: p.grad.numpy() for name, p in theirs.named_parameters() if p.grad is not None
+    }
 
 
 def test_logits_of_padded_and_packed_rows(parts, found, wanted):
@@ -158,7 +167,9 @@ def test_a_sampler_answers_as_transformers_does(pair, parts):
     prompts = [part.tokens[: int(np.argmax(part.loss_mask > 0))] for part in parts]
     columns = pictures(rows(parts))
     greedy = SamplingConfig(6, temperature=0.0)
-    out = generate(model, params, [p.tolist() for p in prompts], jax.random.key(0), greedy, columns=columns)
+    out = generate(
+        model, params, [p.tolist() for p in prompts], jax.random.key(0), greedy, columns=columns
+    )
     for i, prompt in enumerate(prompts):
         own = {name: column[i : i + 1] for name, column in columns.items()}
         own |= {"tokens": prompt[None], "segment_ids": np.ones((1, len(prompt)))}
@@ -192,7 +203,9 @@ def test_files_survive_a_round_trip_bit_for_bit(pair, parts, tmp_path):
         assert torch.equal(mine, original), name
     renderer_of(tmp_path)  # The processor's files are there too.
     changed = dataclasses.replace(model.config, num_heads=2, num_kv_heads=2, head_dim=16, source="")
-    again = config_of(family_of(changed).huggingface.write(changed) | {"model_type": changed.family})
+    again = config_of(
+        family_of(changed).huggingface.write(changed) | {"model_type": changed.family}
+    )
     assert again == changed
 
 
@@ -201,7 +214,9 @@ def test_targets_are_the_linear_layers_of_each_part(pair):
     family = family_of(model.config)
     linears = model_of(family, model.config, params).linears
     chosen = lambda target: {
-        x.name for x in linears if all(map(re.compile(family.targets.pattern(target)).fullmatch, x.paths))
+        x.name
+        for x in linears
+        if all(map(re.compile(family.targets.pattern(target)).fullmatch, x.paths))
     }
     every = {n for n, m in theirs.named_modules() if isinstance(m, torch.nn.Linear)} - {"lm_head"}
     language = {name for name in every if ".text_model." in name or ".language_model." in name}
@@ -245,7 +260,11 @@ def test_a_frozen_tower_keeps_nothing_for_the_backward_pass(pair, parts):
         loss = lambda t: supervised(model.forward)(combine(t, frozen), batch, None)[0]
         backward = jax.eval_shape(lambda t: jax.vjp(loss, t)[1], trained)
         sizes = (count * len(batch[name]),) if name == "images" else (count, 4 * count)
-        return [x.shape for x in jax.tree.leaves(backward) if set(sizes) & set(x.shape[:2]) and x.ndim > 2]
+        return [
+            x.shape
+            for x in jax.tree.leaves(backward)
+            if set(sizes) & set(x.shape[:2]) and x.ndim > 2
+        ]
 
     assert kept("vision") and not kept("language")
 
@@ -261,7 +280,9 @@ def test_positions_of_patches_are_those_that_torch_computes():
                 parameter.zero_()
             ids = torch.arange(side**2, dtype=torch.float32)
             table.position_embedding.weight.copy_(ids[:, None].expand(-1, 2))
-            found = table(torch.zeros(1, 3, side, side), torch.ones(1, side, side, dtype=torch.bool))
+            found = table(
+                torch.zeros(1, 3, side, side), torch.ones(1, side, side, dtype=torch.bool)
+            )
         assert found[0, :, 0].int().tolist() == list(ragged_positions(side))
 
 

@@ -110,7 +110,9 @@ def test_a_text_model_refuses_images_and_ignores_markers(renderer):
 
 def test_rendered_tokens_hold_each_image_and_train_only_on_the_answer(renderer):
     record = data.normalise(
-        asked({"type": "image", "image": IMAGES[0]}, text("a"), {"type": "image", "image": IMAGES[2]})
+        asked(
+            {"type": "image", "image": IMAGES[0]}, text("a"), {"type": "image", "image": IMAGES[2]}
+        )
     )
     (part,) = renderer(record)
     tokenizer = renderer.tokenizer
@@ -153,12 +155,17 @@ def test_rows_of_a_batch_hold_their_images_in_order(renderer, packing):
     parts = records(renderer)
     by_tokens = {tuple(part.tokens.tolist()): part for part in parts}
     found = 0
-    for batch in data.batches(parts, batch_size=2, max_length=512, packing=packing, epochs=1, last="pad"):
+    for batch in data.batches(
+        parts, batch_size=2, max_length=512, packing=packing, epochs=1, last="pad"
+    ):
         assert batch["images"].dtype == np.float32 and batch["images"].shape[2:] == (16, 16, 3)
         for tokens, segments, images in zip(
             batch["tokens"], batch["segment_ids"], batch["images"], strict=True
         ):
-            inside = [by_tokens[tuple(tokens[segments == s].tolist())] for s in range(1, segments.max() + 1)]
+            inside = [
+                by_tokens[tuple(tokens[segments == s].tolist())]
+                for s in range(1, segments.max() + 1)
+            ]
             wanted = squares(inside)
             np.testing.assert_array_equal(images[: len(wanted)], wanted)
             assert not images[len(wanted) :].any()
@@ -178,7 +185,10 @@ def test_finite_batches_and_groups_hold_them_too(renderer):
     (batch,) = data.group_batches(groups, batch_size=4, max_length=512, epochs=1, last="pad")
     assert batch["tokens"].shape[:2] == (4, 2) and batch["images"].ndim == 5
     order = [row.any(axis=(1, 2, 3)).sum() for row in batch["images"]]
-    assert sorted(order) == [0, *sorted(TILED.counts(Media("image", x))["images"] for x in IMAGES[:3])]
+    assert sorted(order) == [
+        0,
+        *sorted(TILED.counts(Media("image", x))["images"] for x in IMAGES[:3]),
+    ]
 
 
 def test_text_records_have_no_column_of_images(renderer):
@@ -189,11 +199,11 @@ def test_text_records_have_no_column_of_images(renderer):
 
 def test_no_record_loses_a_part_of_an_image(renderer):
     parts = records(renderer)
-    lengths = sorted(len(part.tokens) for part in parts if part.media)
     bad = data.BadRecords(1.0)
     made = [data.normalise(asked({"type": "image", "image": IMAGES[3]}, text("a")))]
     made.append(data.normalise(asked(text("b"))))
-    kept = data.render(made, renderer, lengths[0] - 1, too_long="truncate", bad=bad)
+    length = len(renderer(made[0])[0].tokens) - 1
+    kept = data.render(made, renderer, length, too_long="truncate", bad=bad)
     assert [len(part.media) for part in kept] == [0]
     with pytest.raises(DataError, match="images or clips"):
         data.batches(parts, batch_size=2, max_length=512, packing="concat_split")
@@ -217,7 +227,9 @@ def test_columns_of_prompts_are_loaded_when_their_rows_are_picked(renderer):
             return super().arrays(media)
 
     counting = data.Renderer(vision_models.tokenizer(), media=[Counting(16, PIXELS, "<image>")])
-    made = [data.normalise_question({"question": f"q{i}", "images": IMAGES[: i % 3]}) for i in range(4)]
+    made = [
+        data.normalise_question({"question": f"q{i}", "images": IMAGES[: i % 3]}) for i in range(4)
+    ]
     columns = data.prompt_columns(counting, made)
     (column,) = columns.values()
     assert isinstance(column, LateColumn) and len(column) == 4 and not read

@@ -27,7 +27,9 @@ def place(tmp_path_factory):
         Image.fromarray(picture.astype(np.uint8)).save(path / f"{i}.png")
         rows.append({"question": "Which colour?", "answer": name, "images": [f"{i}.png"]})
         other = next(word for word in COLOURS if word != name)
-        pairs.append({"prompt": "Which colour?", "chosen": name, "rejected": other, "images": [f"{i}.png"]})
+        pairs.append(
+            {"prompt": "Which colour?", "chosen": name, "rejected": other, "images": [f"{i}.png"]}
+        )
         pairs[-1]["prompt"] = [{"role": "user", "content": "Which colour?"}]
     for kind, lines in (("rows", rows), ("pairs", pairs)):
         (path / f"{kind}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -35,7 +37,9 @@ def place(tmp_path_factory):
 
 
 def settings(place, name, **given):
-    own = dict(model=str(place / "model"), max_length=128, batch_size=4, output_dir=str(place / name))
+    own = dict(
+        model=str(place / "model"), max_length=128, batch_size=4, output_dir=str(place / name)
+    )
     return own | dict(rank=2, alpha=4.0, learning_rate=1e-2, save_steps=1000) | given
 
 
@@ -83,7 +87,13 @@ def test_wrong_images_end_a_run_before_it_starts(place, tmp_path):
     for line, message in wrong:
         (tmp_path / "rows.jsonl").write_text(json.dumps(line) + "\n")
         with pytest.raises(data.DataError, match=message):
-            run(sft, place, "wrong", data=(str(tmp_path / "rows.jsonl"),), eval_data=str(place / "rows.jsonl"))
+            run(
+                sft,
+                place,
+                "wrong",
+                data=(str(tmp_path / "rows.jsonl"),),
+                eval_data=str(place / "rows.jsonl"),
+            )
     rows = str(place / "rows.jsonl")
     with pytest.raises(data.DataError, match="text model cannot be shown"):
         run(sft, place, "wrong", data=(rows,), eval_data=rows, model="tiny")

@@ -26,7 +26,9 @@ from jaxft.models.names import Entry
 from jaxft.models.special_ids import SpecialIds
 from jaxft.models.vision import VisionTower
 
-_READS = frozenset("text_config vision_config image_token_id scale_factor tie_word_embeddings".split())
+_READS = frozenset(
+    "text_config vision_config image_token_id scale_factor tie_word_embeddings".split()
+)
 _KEYS = Keys(
     COMMON
     | {

@@ -89,7 +89,9 @@ def read(json: Json, tensors: Collection[str]) -> DecoderConfig:
         text = {key: json[key] for key in json if key not in ("text_config", "vision_config")}
     if not isinstance(text, dict):
         raise CheckpointError(f"config.json: text_config is {text!r:.40}, expected an object.")
-    ropes = [text[key] for key in ("rope_scaling", "rope_parameters") if isinstance(text.get(key), dict)]
+    ropes = [
+        text[key] for key in ("rope_scaling", "rope_parameters") if isinstance(text.get(key), dict)
+    ]
     sections = next((r["mrope_section"] for r in ropes if r.get("mrope_section")), _SECTIONS)
     text = {
         key: one_position(value) if key in ("rope_scaling", "rope_parameters") and value else value
@@ -193,7 +195,9 @@ def entries(config: DecoderConfig) -> list[Entry]:
         linear |= {"attn.proj": ("attention/out",)}
         linear |= {f"mlp.{name}_proj": (f"mlp/{name}",) for name in ("gate", "up", "down")}
         for name, paths in linear.items():
-            kernels, biases = (tuple(f"{ours}{path}/{leaf}" for path in paths) for leaf in ("kernel", "bias"))
+            kernels, biases = (
+                tuple(f"{ours}{path}/{leaf}" for path in paths) for leaf in ("kernel", "bias")
+            )
             found.append(Entry(f"{theirs}{name}.weight", kernels, True))
             found.append(Entry(f"{theirs}{name}.bias", biases))
         found.append(Entry(f"{theirs}norm1.weight", (f"{ours}attention_norm/scale",)))

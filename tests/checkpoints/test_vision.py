@@ -98,11 +98,11 @@ def inputs(theirs, batch):
     """The arguments of a torch model."""
     if theirs.config.model_type == "qwen2_5_vl":
         mask = torch.tensor((batch["segment_ids"] > 0).astype(int))
-        own = dict(input_ids=torch.tensor(batch["tokens"]), attention_mask=mask)
+        own = dict(input_ids=torch.tensor(batch["tokens"]).long(), attention_mask=mask)
         return own | grid_inputs(theirs, batch)
     pixels = torch.tensor(np.moveaxis(batch["images"], -1, -3))
     mask = torch.tensor((batch["segment_ids"] > 0).astype(int))
-    given = dict(input_ids=torch.tensor(batch["tokens"]), attention_mask=mask, pixel_values=pixels)
+    given = dict(input_ids=torch.tensor(batch["tokens"]).long(), attention_mask=mask, pixel_values=pixels)
     if theirs.config.model_type != "paligemma":
         return given
     pixels = pixels.flatten(0, 1)
@@ -133,7 +133,7 @@ def found(pair, parts):
 def wanted(pair, parts):
     """(logits of each sample, gradients) of the torch model."""
     theirs, batch = pair[0], rows(parts)
-    labels = torch.tensor(np.where(batch["loss_mask"] > 0, batch["tokens"], -100))
+    labels = torch.tensor(np.where(batch["loss_mask"] > 0, batch["tokens"], -100).astype(np.int64))
     theirs.zero_grad()
     out = theirs(**inputs(theirs, batch), labels=labels)
     out.loss.backward()

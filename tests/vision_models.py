@@ -106,11 +106,8 @@ def torch_model(kind="smolvlm"):
             video_token_id=1,
         )
     elif kind.startswith("paligemma"):
-        own = {
-            "model_type": kind.replace("paligemma", "gemma"),
-            "head_dim": 12,
-            "sliding_window": 24,
-        }
+        own = {"model_type": kind.replace("paligemma", "gemma"), "head_dim": 12}
+        own |= {"sliding_window": 24} if kind == "paligemma2" else {}
         config = hf.PaliGemmaConfig(
             text_config=text | own,
             vision_config=VISION | {"model_type": "siglip_vision_model", "vision_use_head": False},

@@ -198,8 +198,7 @@ def _table(config, rows, columns):
     """(cos, sin) [B, P, 1, K/2]: a quarter of a head's features turns by the row, a quarter by the column."""
     half = config.head_dim // 2
     frequencies = config.theta ** -(np.arange(0, half, 2, dtype=np.float64) / half)
-    turn = lambda places: (
-        places[..., None, None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
-    )
+    frequencies = jnp.asarray(frequencies, jnp.float32).reshape(1, 1, 1, -1)
+    turn = lambda places: places[..., None, None].astype(jnp.float32) * frequencies
     angles = jnp.concatenate([turn(rows), turn(columns)], axis=-1)
     return jnp.cos(angles), jnp.sin(angles)

@@ -49,7 +49,7 @@ def siglip_keys(**defaults: Any) -> Keys:
     }
     free = frozenset({"image_size", "patch_size"})
     return Keys(
-        COMMON | own | defaults, unchecked=free, no_effect=frozenset({"tie_word_embeddings"})
+        COMMON | own | defaults, unchecked=free, no_effect=frozenset({"tie_word_embeddings", "vision_use_head"})
     )
 
 

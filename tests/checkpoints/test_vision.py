@@ -1,6 +1,7 @@
 """Models that read images against transformers': logits, gradients, caches, files and adapters."""
 
 import dataclasses
+import json
 import re
 
 import chex
@@ -31,6 +32,12 @@ hf = pytest.importorskip("transformers")
 
 # Images of two samples: one wide that is split, and two, of which one is split into four.
 SIZES = [[(9, 30)], [(16, 16), (40, 37)]]
+SMOLVLM = {
+    "model_type": "smolvlm",
+    "text_config": vision_models.TEXT | {"vocab_size": 300},
+    "vision_config": vision_models.VISION,
+    "image_token_id": 290,
+}
 
 
 @pytest.fixture(
@@ -327,34 +334,25 @@ def test_a_prefix_ends_where_the_answer_of_its_segment_begins():
     ({"scale_factor": 3}, "multiple of the shuffle"),
 ])  # fmt: skip
 def test_configs_that_cannot_be_computed_are_refused(change, message):
-    base = {
-        "model_type": "smolvlm",
-        "text_config": vision_models.TEXT | {"vocab_size": 300},
-        "vision_config": vision_models.VISION,
-        "image_token_id": 290,
-    }
     with pytest.raises(CheckpointError, match=message):
-        config_of(base | change)
+        config_of(SMOLVLM | change)
 
 
-def test_wrong_processors_are_refused(pair, tmp_path):
-    import json
-    import shutil
-
-    shutil.copytree(pair[1], tmp_path, dirs_exist_ok=True)
+def test_wrong_processors_are_refused(tmp_path):
     tokenizer, file = vision_models.tokenizer(), tmp_path / "preprocessor_config.json"
-    for change, message in [
+    (tmp_path / "config.json").write_text(json.dumps(SMOLVLM))
+    wrong = [
         ({"max_image_size": {"longest_edge": 8}}, "squares of 8 pixels"),
         ({"do_resize": False}, "do_resize = False"),
-    ]:
+        ({}, "take the tokenizer of this model"),
+    ]
+    for change, message in wrong:
         file.write_text(json.dumps(vision_models.PROCESSOR | change))
         with pytest.raises(data.DataError, match=message):
             data.media_readers(tmp_path, tokenizer)
     file.unlink()
     with pytest.raises(data.DataError, match="no preprocessor_config.json"):
         data.media_readers(tmp_path, tokenizer)
-    with pytest.raises(data.DataError, match="take the tokenizer of this model"):
-        data.media_readers(pair[1], vision_models.byte_tokenizer())
     assert data.media_readers("tiny", tokenizer) == ()
 
 

@@ -18,7 +18,6 @@ from jaxft.models.hf_vision import square
 from jaxft.models.names import Entry
 from jaxft.models.qwen2 import QWEN2
 from jaxft.models.qwen2.config import write as write_qwen2
-from jaxft.models.special_ids import SpecialIds
 from jaxft.models.towers import one_position
 from jaxft.models.transformer import TRANSFORMER_TARGETS
 
@@ -231,7 +230,6 @@ QWEN2_5_VL = Family(
         keys=_KEYS,
         entries=entries,
         rename=_rename,
-        special=SpecialIds(bos=151643, eos=(151645,)),
     ),
     targets=TRANSFORMER_TARGETS._replace(
         linear=f"(?:{_LANGUAGE}|{_VISION})", parts=(("language", _LANGUAGE), ("vision", _VISION))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -24,11 +25,21 @@ def renderer_of(
     tokenizer, config = files.load_tokenizer(settings.model), files.source_config(settings.model)
     if config is not None and config.mel:
         return _speech_renderer(settings, tokenizer, config, sound or flags.Sound(), options)
-    check_unheard(settings.model, sound)
     if config is None:
-        media = data.media_readers(settings.model, tokenizer)
+        media = _readers(settings.model, data.media_readers(settings.model, tokenizer), sound)
         return data.Renderer(tokenizer, template=settings.template, media=media, **options)
+    check_unheard(settings.model, sound)
     return data.SourceRenderer(tokenizer, config, template=settings.template, **options)
+
+
+def _readers(model, media, sound):
+    """The processors of images and clips, with the flags of clips."""
+    sound = sound or flags.Sound()
+    clips = lambda reader: isinstance(reader, data.ClipReader)
+    if not any(map(clips, media)) or sound.language or sound.task:
+        check_unheard(model, sound)
+    how = {"resample": sound.resample, "mix": sound.mix}
+    return tuple(dataclasses.replace(r, **how) if clips(r) else r for r in media)
 
 
 def _speech_renderer(settings, tokenizer, config, sound, options):
@@ -40,11 +51,11 @@ def _speech_renderer(settings, tokenizer, config, sound, options):
 
 
 def check_unheard(model: str, sound: flags.Sound | None) -> None:
-    """Raises ValueError if flags of clips are given for a model that does not hear."""
+    """Raises ValueError if flags of clips are given for a model that has no use for them."""
     if sound not in (None, flags.Sound()):
         raise ValueError(
-            f"--resample, --mix, --language and --task have no effect with {model}, which reads no clips; "
-            "leave them out, or choose a model that hears, such as openai/whisper-tiny."
+            f"--resample and --mix have no effect with {model} unless it reads clips, and --language and "
+            "--task unless it transcribes, as whisper-tiny-en does; leave them out, or choose another model."
         )
 
 

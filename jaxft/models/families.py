@@ -27,6 +27,7 @@ from jaxft.models.olmoe import OLMOE
 from jaxft.models.paligemma import PALIGEMMA
 from jaxft.models.phi3 import PHI3
 from jaxft.models.qwen2 import QWEN2
+from jaxft.models.qwen2_audio import QWEN2_AUDIO
 from jaxft.models.qwen2_5_vl import QWEN2_5_VL
 from jaxft.models.qwen2_moe import QWEN2_MOE
 from jaxft.models.qwen3 import QWEN3
@@ -73,6 +74,7 @@ FAMILIES: tuple[Family, ...] = (
     SMOLVLM,
     PALIGEMMA,
     QWEN2_5_VL,
+    QWEN2_AUDIO,
     *TEXT_PARTS,
 )
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from experiments import evaluate, sft, transcribe
+from experiments import evaluate, generate, sft, transcribe
 from experiments.cli import flags
 from jaxft import data
 from jaxft.checkpoints import load_tokenizer
@@ -133,8 +133,10 @@ def test_flags_and_records_that_do_not_fit_are_refused(files, tmp_path):
         run(model=str(model))
     with pytest.raises(ValueError, match="--model tiny does not transcribe"):
         run(model="tiny", audio=("a.wav",))
-    with pytest.raises(ValueError, match="have no effect with tiny, which reads no clips"):
+    with pytest.raises(ValueError, match="have no effect with tiny unless it reads clips"):
         run(model="tiny", audio=("a.wav",), resample=True)
+    with pytest.raises(ValueError, match="writes the texts of clips: use transcribe.py"):
+        generate.main(flags.replace(generate.Config(), model=str(model), prompt=("a",)))
     with pytest.raises(ValueError, match="language 'de' is not in lang_to_id"):
         run(model=str(model), audio=("a.wav",), language="de")
     preview = dict(model=str(model), preview=True)

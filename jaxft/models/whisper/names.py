@@ -15,7 +15,7 @@ def entries(config: EncoderDecoderConfig) -> list[Entry]:
     for side in SIDES:
         theirs = f"model.{side}."
         if side == "encoder":
-            found += _stem(theirs, config)
+            found += stem_entries(theirs, "stem/", config.hidden_size, config.mel)
         else:
             found.append(Entry(f"{theirs}embed_tokens.weight", ("embed/embedding",)))
         found.append(Entry(f"{theirs}embed_positions.weight", (f"{side}/positions/embedding",)))
@@ -27,14 +27,14 @@ def entries(config: EncoderDecoderConfig) -> list[Entry]:
     return found
 
 
-def _stem(theirs, config):
+def stem_entries(theirs: str, ours: str, width: int, mel: int) -> list[Entry]:
+    """The tensors of the two convolutions, given both prefixes."""
     found = []
-    for name, inputs in (("conv1", config.mel), ("conv2", config.hidden_size)):
+    for name, inputs in (("conv1", mel), ("conv2", width)):
         # torch convolves [out, in, frame].
-        shape = (config.hidden_size, inputs, _WIDTH)
-        kernel = (f"stem/{name}/kernel",)
+        shape, kernel = (width, inputs, _WIDTH), (f"{ours}{name}/kernel",)
         found.append(Entry(f"{theirs}{name}.weight", kernel, file_shape=shape, axes=(2, 1, 0)))
-        found.append(Entry(f"{theirs}{name}.bias", (f"stem/{name}/bias",)))
+        found.append(Entry(f"{theirs}{name}.bias", (f"{ours}{name}/bias",)))
     return found
 
 

@@ -2,9 +2,12 @@
 
 import json
 
+import jax
 import numpy as np
 
+from jaxft.checkpoints import save_model
 from jaxft.checkpoints.tiny import byte_tokenizer
+from jaxft.models import Decoder, config_of
 
 SIZE, LONGEST = 16, 32  # pixels of a square, and of an image's longest side before it is split
 SPECIAL = ["<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"]
@@ -144,6 +147,31 @@ def write(path, kind="smolvlm"):
     settings = GRID if kind == "qwen2_5_vl" else settings
     (path / "preprocessor_config.json").write_text(json.dumps(settings))
     return model
+
+
+def write_random(path):
+    """Writes the directory of a SmolVLM with one layer in each part, by jaxft, which reads whole images."""
+    tokens = tokenizer()
+    image = tokens.convert_tokens_to_ids("<image>")
+    json_of = smolvlm_json(len(tokens), image)
+    for part in ("text_config", "vision_config"):
+        json_of[part] = json_of[part] | {"num_hidden_layers": 1}
+    config = config_of(json_of)
+    model = Decoder(config)
+    params = jax.jit(model.init)(jax.random.key(0), model.example_input())["params"]
+    save_model(path, model, params, tokenizer_from=tokens)
+    whole = PROCESSOR | {"do_image_splitting": False}
+    (path / "preprocessor_config.json").write_text(json.dumps(whole))
+
+
+def smolvlm_json(vocabulary, image):
+    """The config.json of a SmolVLM."""
+    return {
+        "model_type": "smolvlm",
+        "text_config": TEXT | {"vocab_size": vocabulary},
+        "vision_config": VISION,
+        "image_token_id": image,
+    }
 
 
 def image(seed, height, width):

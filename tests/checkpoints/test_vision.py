@@ -32,12 +32,7 @@ hf = pytest.importorskip("transformers")
 
 # Images of two samples: one wide that is split, and two, of which one is split into four.
 SIZES = [[(9, 30)], [(16, 16), (40, 37)]]
-SMOLVLM = {
-    "model_type": "smolvlm",
-    "text_config": vision_models.TEXT | {"vocab_size": 300},
-    "vision_config": vision_models.VISION,
-    "image_token_id": 290,
-}
+SMOLVLM = vision_models.smolvlm_json(300, 290)
 
 
 @pytest.fixture(

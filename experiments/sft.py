@@ -71,7 +71,7 @@ class Config:
     # weights of the routers' losses in a mixture of experts (docs/models.md); 0: they are only logged
     router_balance: float = 0.0
     router_z: float = 0.0
-    # pack several short records into one row; none attends to another; clips have rows of their own
+    # pack several short records into one row; none attends to another; clips have separate rows
     packing: bool = True
     mask: Literal["completion", "last_turn", "all", "per_message"] = "completion"  # trained tokens
     train_on: str | None = None  # regular expression that restricts --mask, such as "Answer: (.*)"

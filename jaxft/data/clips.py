@@ -26,7 +26,7 @@ class ClipReader:
         mix: average the channels of clips.
         placeholder: what stands for a clip in a rendered text.
         token: the text of an embedding, of models that have as many in a text as a clip has embeddings;
-            "": the encoder alone reads the clip.
+            "": only the encoder reads the clip.
         lengths: the column of the frames of each clip, of such models.
     """
 
@@ -53,7 +53,9 @@ class ClipReader:
         """
         count = embeddings_of(self._frames(self._samples(media)))
         if self.token and not count:
-            raise DataError(f"{media} is too short: the model hears nothing of it; remove it.", "audio")
+            raise DataError(
+                f"{media} is too short: the model hears nothing of it; remove it.", "audio"
+            )
         return self.token * count
 
     def counts(self, media: Media) -> dict[str, int]:

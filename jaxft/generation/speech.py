@@ -41,8 +41,8 @@ def transcribe(
         features: [clips, frames, mel], of `jaxft.data.LogMel`.
         key: see `generate`; greedy decoding and beams draw nothing.
         config: its stop_ids default to the ids that end a text by the model's files.
-        language: a code such as "de"; None: that of the files or, if they name none, detected per clip.
-        task: "transcribe" or "translate" (into English); None: that of the files.
+        language: a code such as "de"; None: the files' language or, if they name none, detected per clip.
+        task: "transcribe" or "translate" (into English); None: the task of the files.
         beams: searches beams instead of sampling.
         options: further arguments of `generate` or `beam_search`.
 

@@ -129,7 +129,12 @@ def test_logits_and_gradients_of_padded_and_packed_rows(pair, parts):
     theirs.zero_grad()
     weights = [torch.tensor(part.loss_mask[1:]) for part in parts]
     total = sum(
-        (torch.nn.functional.cross_entropy(x[:-1], torch.tensor(p.tokens[1:]).long(), reduction="none") * w).sum()
+        (
+            torch.nn.functional.cross_entropy(
+                x[:-1], torch.tensor(p.tokens[1:]).long(), reduction="none"
+            )
+            * w
+        ).sum()
         for x, p, w in zip(wanted, parts, weights, strict=True)
     )
     (total / sum(map(torch.sum, weights))).backward()
@@ -213,13 +218,20 @@ def test_another_clip_gives_another_answer_and_none_gives_none(pair, parts):
     [
         (dict(text_config={"model_type": "llama"}), "has a qwen2 as its text part"),
         (dict(audio_config=3), "audio_config is 3, expected an object"),
-        (dict(audio_config=AUDIO | {"d_model": 15, "encoder_attention_heads": 1}), "an even number"),
+        (
+            dict(audio_config=AUDIO | {"d_model": 15, "encoder_attention_heads": 1}),
+            "an even number",
+        ),
         (dict(audio_config=AUDIO | {"num_mel_bins": 0}), "num_mel_bins is 0, expected 1 or more"),
         (dict(audio_token_index=999), "audio_token_index is 999, expected one of the 300 ids"),
     ],
 )
 def test_configs_that_do_not_fit_are_refused(change, message):
-    file = {"model_type": "qwen2_audio", "text_config": TEXT | {"vocab_size": 300}, "audio_config": AUDIO}
+    file = {
+        "model_type": "qwen2_audio",
+        "text_config": TEXT | {"vocab_size": 300},
+        "audio_config": AUDIO,
+    }
     file |= {"audio_token_index": 290}
     config_of(file)
     with pytest.raises(CheckpointError, match=message):

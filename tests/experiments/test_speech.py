@@ -65,7 +65,7 @@ def test_losses_and_transcripts_are_those_of_transformers(files, tmp_path):
     tokenizer, total, count = load_tokenizer(model), 0, 0
     for row in map(json.loads, path.read_text().splitlines()):
         ids = tokenizer.encode(f" {row['text']}", add_special_tokens=False)
-        # Two ids begin the text, of which the second is no target.
+        # Two ids begin the text and do not train.
         labels = torch.tensor([[-100, *ids, 2]])
         given = torch.tensor([[0, 36, *ids]])
         with torch.no_grad():
@@ -92,7 +92,9 @@ def test_sft_learns_the_texts_of_clips(files, tmp_path):
         sft.main(flags.replace(sft.Config(), **given, output_dir=str(tmp_path / "a")))
     given |= dict(eval_data=None, validation=0.25, output_dir=str(tmp_path / "b"))
     sft.main(flags.replace(sft.Config(), **given))
-    rows = [json.loads(line) for line in (tmp_path / "b" / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (tmp_path / "b" / "metrics.jsonl").read_text().splitlines()
+    ]
     losses = [row["loss"] for row in rows if "loss" in row]
     assert losses[-1] < 0.9 * losses[0]  # each batch holds all records
     with quiet():
@@ -111,7 +113,9 @@ BAD = [
 
 
 @pytest.mark.parametrize("content, message", BAD)
-def test_bad_clips_end_a_script_before_the_model_is_loaded(files, tmp_path, content, message, monkeypatch):
+def test_bad_clips_end_a_script_before_the_model_is_loaded(
+    files, tmp_path, content, message, monkeypatch
+):
     for script in (transcribe, sft.shared):
         name = "load_trained" if script is transcribe else "load_base"
         monkeypatch.setattr(script, name, None)
@@ -143,7 +147,10 @@ def test_flags_and_records_that_do_not_fit_are_refused(files, tmp_path):
     for row, message in [
         ({"text": "a b"}, "has 0 clips, expected one in the column 'audio'"),
         ({"audio": ["0.wav", "1.wav"], "text": "a"}, "has 2 clips, expected one"),
-        ({"audio": str(path.parent / "0.wav"), "prompt": "who", "completion": "a"}, "'who' stands beside"),
+        (
+            {"audio": str(path.parent / "0.wav"), "prompt": "who", "completion": "a"},
+            "'who' stands beside",
+        ),
     ]:
         (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
         given = preview | dict(data=(str(tmp_path / "rows.jsonl"),))

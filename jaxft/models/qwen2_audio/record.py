@@ -39,7 +39,12 @@ _SIZES = {
 _AUDIO_READS = frozenset([*_SIZES, "num_mel_bins", "activation_function", "max_source_positions"])
 _AUDIO_KEYS = Keys(
     COMMON
-    | {"encoder_layers": 32, "encoder_ffn_dim": 5120, "encoder_attention_heads": 20, "d_model": 1280}
+    | {
+        "encoder_layers": 32,
+        "encoder_ffn_dim": 5120,
+        "encoder_attention_heads": 20,
+        "d_model": 1280,
+    }
     | {"num_mel_bins": 128, "activation_function": "gelu", "max_source_positions": 1500},
     no_effect=frozenset(
         "dropout activation_dropout encoder_layerdrop scale_embedding init_std tie_word_embeddings".split()

@@ -33,6 +33,7 @@ class Config:
     harness: harness.Harness = harness.Harness()
     trained: flags.Trained = flags.Trained()
     columns: flags.Columns = flags.Columns()
+    sound: flags.Sound = flags.Sound()
     limit: int | None = None  # use at most this many records, or documents per task; None: all
     # tokens that the loss counts: of the completion, of the last answer, all, or per message
     mask: Literal["completion", "last_turn", "all", "per_message"] = "completion"
@@ -51,7 +52,10 @@ def main(config: Config) -> dict[str, Any]:
     beams.check(config)
     if config.harness.tasks:
         return harness.run(config)
-    renderer, longest = renderer_of(config.trained, mask=config.mask), config.max_length or 512
+    renderer, longest = (
+        renderer_of(config.trained, config.sound, mask=config.mask),
+        config.max_length or 512,
+    )
     output = writable_file(config.output) if config.output else None
     records = data.load(config.data, fields=config.columns.of(config.data), limit=config.limit)
     verifier = verifier_for(records[0]["_source"], records)  # an error now, not after the loss

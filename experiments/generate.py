@@ -30,6 +30,10 @@ class Config:
     trained: flags.Trained = flags.Trained()
     prompt: tuple[str, ...] = ()  # prompts to answer; none: chat on the terminal
     image: tuple[str, ...] = ()  # images before each prompt or chat, of a model that reads images
+    audio: tuple[
+        str, ...
+    ] = ()  # clips before each prompt or chat, of a model that hears and answers
+    sound: flags.Sound = flags.Sound()
     system: str | None = None  # system message before each prompt or chat; None: none
     sampling: flags.Sampling = flags.Sampling(max_new_tokens=200, temperature=0.0)
     beams: beams.BeamSearch = beams.BeamSearch()
@@ -40,9 +44,11 @@ class Config:
 def main(config: Config) -> list[str]:
     """Prints and returns the answers."""
     beams.check(limits.check(config))
-    renderer = renderer_of(config.trained)
+    renderer = renderer_of(config.trained, config.sound)
+    if isinstance(renderer, data.SpeechRenderer):
+        raise ValueError(f"{config.trained.model} writes the texts of clips: use transcribe.py.")
     config.sampling.rules(renderer.tokenizer)  # an error before the model is loaded
-    if config.image:
+    if config.image or config.audio:
         renderer.prompt(_shown(config, [{"role": "user", "content": "?"}]))
     model, params = load_trained(config.trained)
     own_settings.tell(model, config)
@@ -70,8 +76,9 @@ def main(config: Config) -> list[str]:
 
 
 def _shown(config, messages):
-    """The conversation as a record, with the images before its first user message."""
-    return data.place_media({"messages": messages, "images": list(config.image)})
+    """The conversation as a record, with the images and clips before its first user message."""
+    media = {"images": list(config.image), "audios": list(config.audio)}
+    return data.place_media({"messages": messages} | media)
 
 
 def _chat(answer, start, remembers):

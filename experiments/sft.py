@@ -71,7 +71,8 @@ class Config:
     # weights of the routers' losses in a mixture of experts (docs/models.md); 0: they are only logged
     router_balance: float = 0.0
     router_z: float = 0.0
-    packing: bool = True  # pack several short records into one row; none attends to another
+    # pack several short records into one row; none attends to another; clips have separate rows
+    packing: bool = True
     mask: Literal["completion", "last_turn", "all", "per_message"] = "completion"  # trained tokens
     train_on: str | None = None  # regular expression that restricts --mask, such as "Answer: (.*)"
     # encoder-decoders learn to restore plain texts: T5's spans, or BART's infilling
@@ -88,6 +89,7 @@ class Config:
     optimisation: flags.Optimisation = flags.Optimisation()
     rows: flags.Rows = flags.Rows()
     columns: flags.Columns = flags.Columns()
+    sound: flags.Sound = flags.Sound()
     mesh: flags.Mesh = flags.Mesh()
     output: flags.Output = flags.Output("runs/sft")
     hub: flags.Hub = flags.Hub()
@@ -124,7 +126,7 @@ def main(config: Config) -> dict[str, Any]:
         *training,
         **config.rows.sizes,
         weights=_weights(config, training),
-        packing=config.packing,
+        packing=config.packing and not isinstance(renderer, data.SpeechRenderer),
         seed=config.seed,
     )
     before = verify(config, model, base, renderer, kept, f"before on {name}")

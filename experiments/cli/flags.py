@@ -130,6 +130,20 @@ class Columns:
 
 @without_prefix
 @dataclasses.dataclass(frozen=True)
+class Sound:
+    """Clips, of models that hear."""
+
+    resample: bool = False  # convert clips of another sample rate
+    mix: bool = False  # average the channels of clips that have several
+    # language of the clips, such as de; None: that of the model's files or, for transcripts, detected
+    language: str | None = None
+    task: Literal["transcribe", "translate"] | None = (
+        None  # translate: into English; None: transcribe
+    )
+
+
+@without_prefix
+@dataclasses.dataclass(frozen=True)
 class Mesh:
     """Devices and sharding of params and batches."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -18,14 +19,44 @@ from jaxft.models import family_of
 
 
 def renderer_of(
-    settings: flags.Trained | flags.Model, **options: Any
-) -> data.Renderer | data.SourceRenderer:
+    settings: flags.Trained | flags.Model, sound: flags.Sound | None = None, **options: Any
+) -> data.Renderer | data.SourceRenderer | data.SpeechRenderer:
     """Returns the renderer of the model's tokenizer and chat template; `options`: of `data.Renderer`."""
     tokenizer, config = files.load_tokenizer(settings.model), files.source_config(settings.model)
+    if config is not None and config.mel:
+        return _speech_renderer(settings, tokenizer, config, sound or flags.Sound(), options)
     if config is None:
-        media = data.media_readers(settings.model, tokenizer)
+        media = _readers(settings.model, data.media_readers(settings.model, tokenizer), sound)
         return data.Renderer(tokenizer, template=settings.template, media=media, **options)
+    check_unheard(settings.model, sound)
     return data.SourceRenderer(tokenizer, config, template=settings.template, **options)
+
+
+def _readers(model, media, sound):
+    """The processors of images and clips, with the flags of clips."""
+    sound = sound or flags.Sound()
+    clips = lambda reader: isinstance(reader, data.ClipReader)
+    if not any(map(clips, media)) or sound.language or sound.task:
+        check_unheard(model, sound)
+    how = {"resample": sound.resample, "mix": sound.mix}
+    return tuple(dataclasses.replace(r, **how) if clips(r) else r for r in media)
+
+
+def _speech_renderer(settings, tokenizer, config, sound, options):
+    features = data.read_log_mel(files.resolve(settings.model), config.mel, config.source_places)
+    reader = data.ClipReader(features, resample=sound.resample, mix=sound.mix)
+    options = {"template": settings.template, **options}
+    how = {"language": sound.language, "task": sound.task}
+    return data.SpeechRenderer(tokenizer, config, reader, **how, **options)
+
+
+def check_unheard(model: str, sound: flags.Sound | None) -> None:
+    """Raises ValueError if flags of clips are given for a model that has no use for them."""
+    if sound not in (None, flags.Sound()):
+        raise ValueError(
+            f"--resample and --mix have no effect with {model} unless it reads clips, and --language and "
+            "--task unless it transcribes, as whisper-tiny-en does; leave them out, or choose another model."
+        )
 
 
 def supervised_renderer(config: Any) -> Any:
@@ -37,9 +68,14 @@ def supervised_renderer(config: Any) -> Any:
     """
     settings, kind = config.base, config.denoise
     if kind is None:
-        return renderer_of(settings, mask=config.mask, train_on=config.train_on)
+        return renderer_of(settings, config.sound, mask=config.mask, train_on=config.train_on)
     choices.check_excluded(config, ["mask", "train_on", "template"], f"--denoise {kind}")
     tokenizer, model = files.load_tokenizer(settings.model), files.source_config(settings.model)
+    check_unheard(settings.model, config.sound)
+    if model is not None and model.mel:
+        raise data.DataError(
+            f"--denoise {kind}: {settings.model} reads sound, not texts to restore."
+        )
     if model is None:
         raise data.DataError(
             f"--denoise {kind} pretrains encoder-decoders, whose encoder reads the corrupted text; "

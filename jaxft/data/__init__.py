@@ -1,5 +1,6 @@
 """Data: records -> tokens with loss masks -> batches."""
 
+from jaxft.data.audio import Sound, read_clip
 from jaxft.data.batching import (
     DataIterator,
     batches,
@@ -8,6 +9,7 @@ from jaxft.data.batching import (
     temperature_weights,
     token_weights,
 )
+from jaxft.data.clips import ClipReader
 from jaxft.data.controlled import controlled_preference
 from jaxft.data.denoised import DenoisingRenderer
 from jaxft.data.denoising import (
@@ -40,6 +42,7 @@ from jaxft.data.judged import (
     judge_pairs,
     parse_green,
 )
+from jaxft.data.log_mel import LogMel, read_log_mel
 from jaxft.data.media import Media, place_media
 from jaxft.data.media_rows import (
     LateColumn,
@@ -79,6 +82,7 @@ from jaxft.data.rendered import explain, render, render_prompts
 from jaxft.data.rendering import Renderer, Tokenised
 from jaxft.data.source_rendering import SourceRenderer
 from jaxft.data.sources import load, local_files, reasoning_gym_task, split
+from jaxft.data.speech_rendering import SpeechRenderer
 from jaxft.data.steps import normalise_steps, render_steps
 from jaxft.data.templates import TEMPLATES
 
@@ -87,6 +91,7 @@ __all__ = [
     "TEMPLATES",
     "BadRecord",
     "BadRecords",
+    "ClipReader",
     "DataError",
     "DataIterator",
     "GreenCounts",
@@ -97,12 +102,15 @@ __all__ = [
     "LateColumn",
     "Media",
     "MediaReader",
+    "LogMel",
     "PRIOR_PROMPTS",
     "PriorPrompt",
     "Renderer",
     "Shown",
     "DenoisingRenderer",
+    "Sound",
     "SourceRenderer",
+    "SpeechRenderer",
     "Tokenised",
     "TokenisedGroup",
     "all_pairs",
@@ -145,6 +153,8 @@ __all__ = [
     "permute_sentences",
     "place_media",
     "prompt_columns",
+    "read_clip",
+    "read_log_mel",
     "reasoning_gym_task",
     "render",
     "render_pairs",

@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxft.checkpoints import resolve
+from jaxft.data.clips import ClipReader
 from jaxft.data.errors import DataError
 from jaxft.data.grid_images import GridImages
 from jaxft.data.images import Pixels, SquareImages, TiledImages
+from jaxft.data.log_mel import read_log_mel
 from jaxft.data.media_rows import MediaReader
 from jaxft.models import FAMILIES
 from jaxft.models.json_files import read_json
@@ -137,4 +139,13 @@ def _pixels(settings, path, resample, mean=HALF, std=HALF) -> Pixels:
     )
 
 
+def _clips(settings, tower, path) -> ClipReader:
+    del settings
+    token = "<|AUDIO|>"
+    features = read_log_mel(path, tower.mel, tower.places)
+    column, lengths = tower.columns
+    return ClipReader(features, column, placeholder=token, token=token, lengths=lengths)
+
+
 _READERS = {"idefics3": _tiled, "smolvlm": _tiled, "paligemma": _square, "qwen2_5_vl": _grid}
+_READERS |= {"qwen2_audio": _clips}

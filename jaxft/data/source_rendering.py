@@ -45,19 +45,7 @@ class SourceRenderer:
         mask: str = "completion",
         train_on: str | None = None,
     ):
-        for name, value in (("template", template), ("train_on", train_on)):
-            if value is not None:
-                raise DataError(
-                    f"{name}={value!r} does not apply to {config.family}, an encoder-decoder: its encoder "
-                    "reads the prompt and its whole answer trains; leave it out."
-                )
-        if mask not in ("completion", "last_turn"):
-            raise DataError(
-                f"mask {mask!r} does not apply to {config.family}, an encoder-decoder: the prompt is the "
-                "encoder's and no target; use completion."
-            )
-        if tokenizer.eos_token_id is None:
-            raise DataError("the tokenizer has no EOS token, at which an answer would end.")
+        check_settings(tokenizer, config, template, mask, train_on)
         self.tokenizer, self.config, self.mask = tokenizer, config, mask
         # As in transformers, whose mBART shifts its targets in a circle: the language, or </s> of mBART-50.
         self._from_target = config.family == "mbart"
@@ -137,6 +125,29 @@ class SourceRenderer:
         if not prompt.strip():
             raise DataError("the prompt is empty, so the encoder would read nothing.", "schema")
         return prompt, answer
+
+
+def check_settings(
+    tokenizer: Any,
+    config: EncoderDecoderConfig,
+    template: str | None,
+    mask: str,
+    train_on: str | None,
+) -> None:
+    """Raises DataError for settings of a renderer that encoder-decoders lack, or a tokenizer without EOS."""
+    for name, value in (("template", template), ("train_on", train_on)):
+        if value is not None:
+            raise DataError(
+                f"{name}={value!r} does not apply to {config.family}, an encoder-decoder: its encoder "
+                "reads the prompt and its whole answer trains; leave it out."
+            )
+    if mask not in ("completion", "last_turn"):
+        raise DataError(
+            f"mask {mask!r} does not apply to {config.family}, an encoder-decoder: the prompt is the "
+            "encoder's and no target; use completion."
+        )
+    if tokenizer.eos_token_id is None:
+        raise DataError("the tokenizer has no EOS token, at which an answer would end.")
 
 
 def _unpadded(encoded) -> list[int]:

@@ -79,6 +79,7 @@ from jaxft.generation.sources import (
     with_rules,
     with_source,
 )
+from jaxft.generation.speech import detect_language, first_ids, transcribe
 
 __all__ = [
     "Beams",
@@ -96,6 +97,9 @@ __all__ = [
     "append",
     "bad_word_ids",
     "beam_search",
+    "detect_language",
+    "first_ids",
+    "transcribe",
     "decoder_begin",
     "needed_positions",
     "split_prompts",

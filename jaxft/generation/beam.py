@@ -212,7 +212,7 @@ def _choose(search, settings, config):
     """Ends and continues beams: (the search with their next tokens, parents [B, K] of the beams)."""
     batch, beams, _ = search.tokens.shape
     logits, length = search.logits, search.step + 1
-    at = search.step < settings.least, length == settings.limit
+    at = search.step < settings.least, length == settings.limit, search.step == 0
     rules = lambda table: process_logits(table, config, search.history, search.position, *at)
     normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     # A repetition penalty differs between logits, on which greedy decoding applies it, and log-probs.

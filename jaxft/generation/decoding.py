@@ -18,9 +18,9 @@ from jaxft.kernels.largest import largest
 class SamplingConfig:
     """Settings of sampling.
 
-    Rules apply in the order of transformers: repetition_penalty, no_repeat_ngram_size, bad_words and
-    min_new_tokens, which also apply to greedy decoding (`process_logits`); then temperature, top_k, top_p,
-    min_p and typical_p (`transform_logits`).
+    Rules apply in the order of transformers: repetition_penalty, no_repeat_ngram_size, bad_words,
+    min_new_tokens and bad_first, which also apply to greedy decoding (`process_logits`); then temperature,
+    top_k, top_p, min_p and typical_p (`transform_logits`).
     """
 
     max_new_tokens: int = 128
@@ -37,6 +37,7 @@ class SamplingConfig:
     no_repeat_ngram_size: int = 0  # no n-gram of this size occurs twice, prompt included; 0: off
     min_new_tokens: int = 0  # no stop_ids before this many tokens
     bad_words: tuple[tuple[int, ...], ...] = ()  # sequences of ids never sampled: `bad_word_ids`
+    bad_first: tuple[int, ...] = ()  # ids never sampled as the first token
     stop_ids: tuple[int, ...] = ()  # tokens that end a completion and are part of it
     stop_strings: tuple[str, ...] = ()  # text that ends it; searched for between chunks
     forced_end: int | None = None  # the token at place max_new_tokens; None: not forced
@@ -89,6 +90,7 @@ class SamplingConfig:
         # Hashable, as a static argument of compiled functions must be.
         words = tuple(tuple(int(i) for i in word) for word in self.bad_words)
         object.__setattr__(self, "bad_words", words)
+        object.__setattr__(self, "bad_first", tuple(int(i) for i in self.bad_first))
 
     @property
     def cuts(self) -> bool:
@@ -127,6 +129,7 @@ def process_logits(
     position: jax.Array,
     short: jax.Array | None = None,
     last: jax.Array | None = None,
+    first: jax.Array | None = None,
 ) -> jax.Array:
     """Logits [B, V] after the rules that depend on tokens, not probabilities: float32, -inf if banned.
 
@@ -139,6 +142,7 @@ def process_logits(
         position: [B], the number of tokens of a row.
         short: [] or [B], whether there are fewer than `min_new_tokens` so far; None: False.
         last: [] or [B], whether this is the token at place `max_new_tokens`; None: False.
+        first: [] or [B], whether this is the first token, which is none of `bad_first`; None: False.
     """
     logits = logits.astype(jnp.float32)
     size = logits.shape[-1]
@@ -156,6 +160,9 @@ def process_logits(
     if short is not None and config.stop_ids:
         stops = np.isin(np.arange(size), config.stop_ids)[None]
         logits = jnp.where(jnp.reshape(short, (-1, 1)) & stops, -jnp.inf, logits)
+    if first is not None and config.bad_first:
+        begins = np.isin(np.arange(size), config.bad_first)[None]
+        logits = jnp.where(jnp.reshape(first, (-1, 1)) & begins, -jnp.inf, logits)
     if last is not None and config.forced_end is not None:
         forced = jnp.where(jnp.arange(size)[None] == config.forced_end, 0.0, -jnp.inf)
         logits = jnp.where(jnp.reshape(last, (-1, 1)), forced, logits)

@@ -404,10 +404,12 @@ def _draw(
     scaled = state.logits.astype(jnp.float32) / (config.temperature or 1.0)
     logits = state.logits
     forced = config.forced_end is not None and limit is not None
-    if processed := config.looks_back or bool(config.bad_words) or least is not None or forced:
+    ids = bool(config.bad_words or config.bad_first)
+    if processed := config.looks_back or ids or least is not None or forced:
         short = None if least is None else state.step < least
         last = state.step + 1 >= limit if forced else None
-        logits = process_logits(logits, config, state.history, state.position, short, last)
+        at = short, last, state.step == 0
+        logits = process_logits(logits, config, state.history, state.position, *at)
     if config.temperature == 0:
         token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
         return token, log_prob_of(scaled, token), jnp.zeros(token.shape)

@@ -104,11 +104,12 @@ def server_sampler(
 
 
 def _check(config, scaled, max_length, prompts):
-    if config.cuts or config.looks_back or config.bad_words or config.min_new_tokens:
+    ids = config.bad_words or config.bad_first
+    if config.cuts or config.looks_back or ids or config.min_new_tokens:
         raise ValueError(
             "server_sampler: top_k, top_p, min_p, typical_p, repetition_penalty, no_repeat_ngram_size, "
-            "bad_words and min_new_tokens change the distribution, and a server's log-probs do not say by "
-            "how much; a ratio to them could not be corrected. Drop them."
+            "bad_words, bad_first and min_new_tokens change the distribution, and a server's log-probs do "
+            "not say by how much; a ratio to them could not be corrected. Drop them."
         )
     if config.temperature == 0 or (config.temperature != 1 and not scaled):
         raise ValueError(

@@ -20,27 +20,37 @@ def with_source(
 ) -> tuple[Prompts, Mapping[str, Any], SamplingConfig]:
     """(prompts, columns, config) of `generate` in which the prompts of an EncoderDecoder are its source.
 
-    The rules get the model's `bad_words_ids` and `forced_eos_token_id`. Other models, and calls with a
-    column `source`, are returned unchanged.
+    The rules get those of the model's files (`with_rules`). Other models, and calls with a column `source` of
+    tokens, are returned unchanged; a model that hears takes its features there.
 
     Raises:
-        ValueError: see `split_prompts`; or for a row of the column `source_mask` without a token.
+        ValueError: see `split_prompts`; for a row of the column `source_mask` without a token; or for a model
+            that reads sound without the column `source`.
     """
     columns = dict(columns or {})
     if not isinstance(model, EncoderDecoder):
         return prompts, columns, config
     if "source" in columns:
         _check_sources(columns)
-        return prompts, columns, config
+        return prompts, columns, with_rules(model.config, config) if model.config.mel else config
+    if model.config.mel:
+        raise ValueError(
+            f'generate: {model.config.family} reads sound: give its features as columns={{"source": [B, '
+            f"frames, {model.config.mel}]}}, or call generation.transcribe."
+        )
     begin, own = split_prompts(model.config, prompts)
     return begin, columns | own, with_rules(model.config, config)
 
 
 def with_rules(model_config: EncoderDecoderConfig, config: SamplingConfig) -> SamplingConfig:
-    """The rules, with the `bad_words_ids` and `forced_eos_token_id` of the model's files."""
+    """The rules, with those of the model's files.
+
+    These are `bad_words_ids`, `suppress_tokens`, `begin_suppress_tokens` and `forced_eos_token_id`.
+    """
     words = tuple(dict.fromkeys((*config.bad_words, *model_config.banned)))
     end = model_config.last if config.forced_end is None else config.forced_end
-    return dataclasses.replace(config, bad_words=words, forced_end=end)
+    begins = tuple(dict.fromkeys((*config.bad_first, *model_config.banned_first)))
+    return dataclasses.replace(config, bad_words=words, bad_first=begins, forced_end=end)
 
 
 def split_prompts(

@@ -20,6 +20,7 @@ from jaxft.models.errors import CheckpointError
 from jaxft.models.experts import ExpertsMlp, Routing
 from jaxft.models.families import FAMILIES, config_of, family_of, layers_of
 from jaxft.models.family import Family, Gguf, HuggingFace
+from jaxft.models.first_ids import languages, speech_begin
 from jaxft.models.layers import read
 from jaxft.models.names import Entry
 from jaxft.models.prediction import Forward, Prediction, predict, project, with_noise
@@ -66,12 +67,14 @@ __all__ = [
     "family_of",
     "as_rows",
     "is_stacked",
+    "languages",
     "layers_of",
     "mean_pool",
     "of_group",
     "predict",
     "project",
     "read",
+    "speech_begin",
     "stack_layers",
     "take_rows",
     "tiny_config",

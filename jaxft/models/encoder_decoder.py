@@ -1,4 +1,4 @@
-"""One encoder-decoder for T5, BART, mBART and Marian: a source sentence in, its answer out."""
+"""One encoder-decoder for T5, BART, mBART, Marian and Whisper: a source in, its answer out."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from jaxft.models.prediction import Prediction, project
 from jaxft.models.relative_positions import relative_bias
 from jaxft.models.remat import Remat, remat_block
 from jaxft.models.stacking import is_stacked
+from jaxft.models.stem import FRAMES, Sinusoids, Stem
 from jaxft.parallel import LAYERS
 from jaxft.parallel.activations import keep_features, keep_tokens
 from jaxft.weights import Extended, WeightLike, to_dense
@@ -71,7 +72,9 @@ class EncoderDecoder(nn.Module):
 
         Args:
             tokens: [B, T] int32 of the decoder, the first of which is `config.decoder_start`.
-            source: [B, S] int32 of the encoder; None: `tokens`, as in `init`.
+            source: [B, S] int32 of the encoder; None: `tokens`, as in `init`. If the config has `mel`: the
+                log-mel features [B, frames, mel] of a clip, or [B, M, frames, mel] of M clips of which the
+                answer of segment k sees the k-th. Each clip has (frames + 1) // 2 positions.
             source_mask: [B, S] int32: the segment of each source token, 0 is padding. The answer's tokens
                 with that number in `segment_ids` see it. None: one segment.
             positions: [B, T] int32 of `tokens`; None: 0..T-1. The source's restart in each segment.
@@ -83,10 +86,11 @@ class EncoderDecoder(nn.Module):
         The hidden states of a token with a segment that the source lacks are NaN.
 
         Raises:
-            ValueError: for texts longer than the positions, or params with virtual tokens.
+            ValueError: for texts longer than the positions, features of another shape or with a mask, or
+                params with virtual tokens.
         """
         config, params = self.config, self.variables.get("params", {})
-        self._check(params, tokens, cache)
+        self._check(params, source, cache)
         arrays = (source, source_mask, positions, segment_ids)
         source, source_mask, positions, segment_ids = jax.tree.map(jnp.asarray, arrays)
         embed = Embed(config.vocab_size, config.hidden_size, name="embed")
@@ -98,11 +102,7 @@ class EncoderDecoder(nn.Module):
 
         own, start, crossed, memory = None, None, (), None
         if cache is None or cache.own.empty:
-            source = tokens if source is None else source
-            mask = jnp.ones(source.shape, jnp.int32) if source_mask is None else source_mask
-            memory = Half(config, False, False, self.remat, self.attention, name="encoder")(
-                embedded(source), source_positions(mask), Context(mask)
-            )[0]
+            memory, mask = self._memory(source, source_mask, tokens, embedded, noise)
         else:
             mask, crossed = cache.valid.astype(jnp.int32), cache.source
         if positions is None:
@@ -176,7 +176,7 @@ class EncoderDecoder(nn.Module):
         """The smallest input, for `init` and shapes."""
         return jnp.zeros((1, 1), jnp.int32)
 
-    def _check(self, params, tokens, cache):
+    def _check(self, params, source, cache):
         for name in ("prompt", "prefix"):
             if name in params:
                 raise ValueError(
@@ -188,6 +188,48 @@ class EncoderDecoder(nn.Module):
                 "EncoderDecoder: a cache needs params with separate layers; convert them with "
                 "jaxft.models.unstack_layers(params, 'decoder/layers')."
             )
+        if cache is not None and np.ndim(source) == 4 and source.shape[1] > 1:
+            raise ValueError(
+                f"{self.config.family}: rows of {source.shape[1]} clips are for training; a cache holds one "
+                "clip for each row."
+            )
+
+    def _memory(self, source, source_mask, tokens, embedded, noise):
+        """(the encoder's output [B, S, D], segments of its positions [B, S])."""
+        half = Half(self.config, False, False, self.remat, self.attention, name="encoder")
+        if not self.config.mel:
+            source = tokens if source is None else source
+            mask = jnp.ones(source.shape, jnp.int32) if source_mask is None else source_mask
+            return half(embedded(source), source_positions(mask), Context(mask))[0], mask
+        heard, clips = self._heard(source, source_mask, tokens.shape[0])
+        heard = heard if noise is None else noise(heard)
+        places = jnp.broadcast_to(jnp.arange(heard.shape[1])[None], heard.shape[:2])
+        x = half(heard, places, Context(None))[0]
+        numbers = jnp.repeat(jnp.arange(1, clips + 1), heard.shape[1])[None]
+        mask = jnp.broadcast_to(numbers, (x.shape[0] // clips, numbers.shape[1]))
+        return x.reshape(*mask.shape, -1), mask
+
+    def _heard(self, source, source_mask, rows):
+        """(inputs of the encoder's layers [B M, S, D] without positions, M), given features of M clips."""
+        config = self.config
+        if source is None:
+            source = jnp.zeros((rows, FRAMES, config.mel), self.dtype)
+        most = FRAMES * config.source_places
+        *_, frames, features = source.shape
+        if source.ndim not in (3, 4) or features != config.mel or frames > most:
+            raise ValueError(
+                f"{config.family}: the source is {source.shape}, expected log-mel features [B, frames, "
+                f"{config.mel}], or [B, clips, frames, {config.mel}], of at most {most} frames; make them "
+                "with data.LogMel."
+            )
+        if source_mask is not None:
+            raise ValueError(
+                f"{config.family}: features have no source_mask: a shorter clip is padded with silence "
+                "before its features are computed, as data.LogMel does; leave the column out."
+            )
+        clips = source.shape[1] if source.ndim == 4 else 1
+        source = source.reshape(-1, frames, features).astype(self.dtype)
+        return keep_features(Stem(config.hidden_size, name="stem")(source)), clips
 
     def _stacked(self, params) -> bool:
         return self.scan_layers if "decoder" not in params else is_stacked(params["decoder"])
@@ -214,17 +256,21 @@ class Half(nn.Module):
         config = self.config
         stack = config.decoder if self.decodes else config.encoder
         norm = functools.partial(Norm, stack.norm, stack.norm_eps)
-        if x.shape[1] > config.max_length:
+        length = config.max_length if self.decodes else config.source_places
+        if x.shape[1] > length:
             raise ValueError(
                 f"{config.family}: {'an answer' if self.decodes else 'a source'} of {x.shape[1]} tokens "
-                f"exceeds the {config.max_length} positions; cut it, or choose another model."
+                f"exceeds the {length} positions; cut it, or choose another model."
             )
-        if config.positions == "learned":
-            rows = config.max_length + config.position_offset
+        if config.mel and not self.decodes:
+            table = Sinusoids(length, config.hidden_size, name="positions")
+            x = x + table(positions, x.dtype)
+        elif config.positions == "learned":
+            rows = length + config.position_offset
             table = Embed(rows, config.hidden_size, name="positions")
             x = x + table(positions + config.position_offset, x.dtype)
         elif config.positions == "sinusoidal":
-            table = jnp.asarray(sinusoids(config.max_length, config.hidden_size), x.dtype)
+            table = jnp.asarray(sinusoids(length, config.hidden_size), x.dtype)
             x = x + jnp.take(table, positions, axis=0, mode="fill")
         else:
             table = RelativeTable(stack.relative_buckets, stack.num_heads, name="relative")()

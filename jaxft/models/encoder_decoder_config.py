@@ -18,7 +18,8 @@ IDS = {
 }
 # Further settings of generation in old config.json files.
 _GENERATION = (
-    "bad_words_ids num_beams length_penalty early_stopping no_repeat_ngram_size min_length max_length"
+    "bad_words_ids num_beams length_penalty early_stopping no_repeat_ngram_size min_length max_length "
+    "suppress_tokens begin_suppress_tokens"
 ).split()
 
 
@@ -34,6 +35,7 @@ class StackConfig:
     activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "gelu"
     gated_mlp: bool = False
     bias: bool = True  # of all projections
+    key_bias: bool = True  # of the keys too: not in Whisper
     norm: Literal["rms", "layer"] = "layer"
     norm_eps: float = 1e-5
     pre_norm: bool = False  # norms before each sublayer rather than after
@@ -65,6 +67,8 @@ class EncoderDecoderConfig:
     decoder: StackConfig
     positions: Literal["relative", "learned", "sinusoidal"] = "learned"
     max_length: int = 1024  # positions of the source and of the answer
+    source_length: int = 0  # positions of the source, if there are more or fewer; 0: max_length
+    mel: int = 0  # log-mel features of each frame that the encoder reads; 0: it reads tokens
     position_offset: int = 0  # rows of a learned table before that of the first token
     embedding_scale: float = 1.0
     embedding_norm: bool = False  # a norm after the embeddings of encoder and decoder
@@ -102,6 +106,11 @@ class EncoderDecoderConfig:
         return self.decoder.num_layers
 
     @property
+    def source_places(self) -> int:
+        """Positions of the source."""
+        return self.source_length or self.max_length
+
+    @property
     def decoder_start(self) -> int | None:
         """The id that begins a decoder's text; None: no file names one."""
         return self._id("start")
@@ -120,7 +129,15 @@ class EncoderDecoderConfig:
     def banned(self) -> tuple[tuple[int, ...], ...]:
         """The sequences of ids that must not be in answers."""
         settings = json.loads(self.special.generation or "{}")
-        return tuple(tuple(word) for word in settings.get("bad_words_ids") or ())
+        words = settings.get("bad_words_ids") or ()
+        alone = as_ids("generation_config.json", settings, "suppress_tokens")
+        return (*(tuple(word) for word in words), *((i,) for i in alone))
+
+    @property
+    def banned_first(self) -> tuple[int, ...]:
+        """The ids with which no answer begins."""
+        settings = json.loads(self.special.generation or "{}")
+        return as_ids("generation_config.json", settings, "begin_suppress_tokens")
 
     def _id(self, field):
         settings = json.loads(self.special.generation or "{}")

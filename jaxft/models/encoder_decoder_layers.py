@@ -165,7 +165,9 @@ class CrossAttention(nn.Module):
 
 def _projections(config, names, inputs):
     width = config.num_heads * config.head_dim
-    return [Dense(width, config.bias, name=name)(x) for name, x in zip(names, inputs, strict=True)]
+    bias = lambda name: config.bias and (config.key_bias or name != "key")
+    pairs = zip(names, inputs, strict=True)
+    return [Dense(width, bias(name), name=name)(x) for name, x in pairs]
 
 
 def _heads(config, y):

@@ -28,6 +28,7 @@ from jaxft.models.olmoe import OLMOE
 from jaxft.models.paligemma import PALIGEMMA
 from jaxft.models.phi3 import PHI3
 from jaxft.models.qwen2 import QWEN2
+from jaxft.models.qwen2_audio import QWEN2_AUDIO
 from jaxft.models.qwen2_5_vl import QWEN2_5_VL
 from jaxft.models.qwen2_moe import QWEN2_MOE
 from jaxft.models.qwen3 import QWEN3
@@ -41,6 +42,7 @@ from jaxft.models.smolvlm import SMOLVLM
 from jaxft.models.t5 import T5
 from jaxft.models.towers import TEXT_PARTS
 from jaxft.models.vit import VIT
+from jaxft.models.whisper import WHISPER
 from jaxft.models.xlm_roberta import XLM_ROBERTA
 
 FAMILIES: tuple[Family, ...] = (
@@ -71,6 +73,7 @@ FAMILIES: tuple[Family, ...] = (
     BART,
     MBART,
     MARIAN,
+    WHISPER,
     BERT,
     ROBERTA,
     XLM_ROBERTA,
@@ -79,6 +82,7 @@ FAMILIES: tuple[Family, ...] = (
     SMOLVLM,
     PALIGEMMA,
     QWEN2_5_VL,
+    QWEN2_AUDIO,
     *TEXT_PARTS,
 )
 

@@ -82,6 +82,7 @@ class HuggingFace:
         head: the torch module of the output projection, which PEFT's "all-linear" excludes.
         score: the files of a sequence classifier with one label.
         task_type: of PEFT, for adapters of this family.
+        untyped: adapters are written without a task: PEFT's class for it cannot call the torch model.
         special: the special ids of transformers' configuration class, used if config.json omits them.
             They are read into, and written from, the field `special` of configs that have one.
     """
@@ -98,6 +99,7 @@ class HuggingFace:
     head: str = "lm_head"
     score: Score = Score()
     task_type: str = "CAUSAL_LM"
+    untyped: bool = False
     special: SpecialIds = SpecialIds()
     keys: Keys | None = None
 

@@ -1,4 +1,4 @@
-"""config.json and tensor names that BART, mBART and Marian share."""
+"""config.json and tensor names that BART, mBART and Marian share, and Whisper in part."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from jaxft.models.special_ids import SpecialIds
 
 LAYERS = "decoder/layers"  # those that scan_layers stacks; the encoder's stay separate
 BIAS = "final_logits_bias"
-_SIDES = ("encoder", "decoder")
-_SIZES = {"layers": "num_layers", "ffn_dim": "intermediate_size", "attention_heads": "num_heads"}
+SIDES = ("encoder", "decoder")
+SIZES = {"layers": "num_layers", "ffn_dim": "intermediate_size", "attention_heads": "num_heads"}
 READS = frozenset(
-    [f"{side}_{size}" for side in _SIDES for size in _SIZES]
+    [f"{side}_{size}" for side in SIDES for size in SIZES]
     + "vocab_size d_model max_position_embeddings activation_function scale_embedding".split()
     + list(IDS.values())
 )
@@ -44,7 +44,7 @@ class Form:
 def keys(*nullable: str, **defaults: Any) -> Keys:
     """The keys of transformers' classes of the three; `defaults` are specific to one of them."""
     sizes = dict(layers=12, ffn_dim=4096, attention_heads=16)
-    common = {f"{side}_{name}": size for side in _SIDES for name, size in sizes.items()}
+    common = {f"{side}_{name}": size for side in SIDES for name, size in sizes.items()}
     common |= dict(vocab_size=50265, d_model=1024, max_position_embeddings=1024)
     common |= dict(activation_function="gelu", scale_embedding=False, tie_word_embeddings=True)
     common |= dict(is_encoder_decoder=True, is_decoder=False, decoder_start_token_id=None)
@@ -111,7 +111,7 @@ def read(json: Json, tensors: Collection[str], name: str, form: Form) -> Encoder
 
     def stack(side: str) -> StackConfig:
         check_multiple(json, "d_model", f"{side}_attention_heads")
-        sizes = {ours: json[f"{side}_{theirs}"] for theirs, ours in _SIZES.items()}
+        sizes = {ours: json[f"{side}_{theirs}"] for theirs, ours in SIZES.items()}
         return StackConfig(
             hidden_size=width,
             head_dim=width // sizes["num_heads"],
@@ -140,8 +140,8 @@ def write(config: EncoderDecoderConfig) -> dict[str, Any]:
     """The config.json of an EncoderDecoderConfig."""
     sizes = {
         f"{side}_{theirs}": getattr(getattr(config, side), ours)
-        for side in _SIDES
-        for theirs, ours in _SIZES.items()
+        for side in SIDES
+        for theirs, ours in SIZES.items()
     }
     return sizes | {
         "vocab_size": config.vocab_size,
@@ -159,12 +159,12 @@ def entries(config: EncoderDecoderConfig) -> list[Entry]:
     if config.logits_bias:
         found.append(Entry(BIAS, ("logits_bias",), file_shape=(1, config.vocab_size)))
     found.append(Entry("model.shared.weight", ("embed/embedding",)))
-    for side in _SIDES:
+    for side in SIDES:
         theirs = f"model.{side}."
         if config.positions == "learned":
             found.append(Entry(f"{theirs}embed_positions.weight", (f"{side}/positions/embedding",)))
         for i in range(getattr(config, side).num_layers):
-            found += _layer(f"{theirs}layers.{i}.", f"{side}/layers/{i}/", side == "decoder")
+            found += layer_entries(f"{theirs}layers.{i}.", f"{side}/layers/{i}/", side == "decoder")
         if config.embedding_norm:
             found += layer_norm(f"{theirs}layernorm_embedding", f"{side}/embed_norm")
         if config.final_norm:
@@ -172,7 +172,8 @@ def entries(config: EncoderDecoderConfig) -> list[Entry]:
     return found
 
 
-def _layer(theirs, ours, decodes):
+def layer_entries(theirs: str, ours: str, decodes: bool, key_bias: bool = True) -> list[Entry]:
+    """The tensors of a layer of the encoder or decoder, given both prefixes."""
     parts = {"self_attn": "attention"} | ({"encoder_attn": "cross"} if decodes else {})
     linear, norms = {}, {"final_layer_norm": "mlp_norm"}
     for module, path in parts.items():
@@ -181,7 +182,8 @@ def _layer(theirs, ours, decodes):
     found = []
     for name, path in (linear | {"fc1": "mlp/up", "fc2": "mlp/down"}).items():
         found.append(Entry(f"{theirs}{name}.weight", (f"{ours}{path}/kernel",), True))
-        found.append(Entry(f"{theirs}{name}.bias", (f"{ours}{path}/bias",)))
+        if key_bias or not path.endswith("/key"):
+            found.append(Entry(f"{theirs}{name}.bias", (f"{ours}{path}/bias",)))
     for name, path in norms.items():
         found += layer_norm(f"{theirs}{name}", f"{ours}{path}")
     return found
@@ -191,7 +193,7 @@ def rename(name: str) -> str:
     """The name of a tensor in files of the whole model; both sides' embeddings are the shared ones."""
     if not name.startswith(("model.", "lm_head.", BIAS)):
         name = f"model.{name}"
-    tables = [f"model.{side}.embed_tokens.weight" for side in _SIDES]
+    tables = [f"model.{side}.embed_tokens.weight" for side in SIDES]
     return "model.shared.weight" if name in tables else name
 
 

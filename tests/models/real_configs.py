@@ -243,6 +243,17 @@ MARIAN = {k: v for k, v in BART.items() if k not in ("early_stopping", "min_leng
     normalize_embedding=False, pad_token_id=95, scale_embedding=True, share_encoder_decoder_embeddings=True,
     static_position_embeddings=True,
 )  # fmt: skip
+WHISPER = dict(
+    model_type="whisper", _name_or_path="openai/whisper-tiny.en", activation_dropout=0.0,
+    activation_function="gelu", architectures=["WhisperForConditionalGeneration"], attention_dropout=0.0,
+    begin_suppress_tokens=[20, 56], bos_token_id=57, d_model=32, decoder_attention_heads=4,
+    decoder_ffn_dim=48, decoder_layerdrop=0.0, decoder_layers=2, decoder_start_token_id=57, dropout=0.0,
+    encoder_attention_heads=4, encoder_ffn_dim=48, encoder_layerdrop=0.0, encoder_layers=2, eos_token_id=56,
+    forced_decoder_ids=[[1, 62]], init_std=0.02, is_encoder_decoder=True, max_length=448,
+    max_source_positions=15, max_target_positions=48, num_hidden_layers=2, num_mel_bins=80, pad_token_id=56,
+    scale_embedding=False, suppress_tokens=[1, 2, 7, 8], torch_dtype="float32",
+    transformers_version="4.27.0.dev0", use_cache=True, vocab_size=64,
+)  # fmt: skip
 YARN = dict(factor=4.0, original_max_position_embeddings=32768)
 
 REAL = {
@@ -326,6 +337,9 @@ REAL = {
     "distilbart": BART | dict(decoder_layers=1, classif_dropout=0.0, extra_pos_embeddings=2),
     "mbart-large-50": MBART,
     "opus-mt": MARIAN,
+    "whisper-tiny.en": WHISPER,
+    "whisper-large-v3": WHISPER
+    | dict(num_mel_bins=128, apply_spec_augment=False, mask_time_prob=0.05),
     "moonlight": {k: v for k, v in DEEPSEEK_V3.items() if k != "rope_scaling"}
     | dict(n_group=1, topk_group=1, q_lora_rank=None, rope_theta=50000.0),
     "gpt2-medium": GPT2,
@@ -348,7 +362,7 @@ REAL = {
 }
 
 
-NO_ROPE = ("bert", "roberta", "vit", "t5", "bart", "mbart", "marian", "gemma4_text")
+NO_ROPE = ("bert", "roberta", "vit", "t5", "bart", "mbart", "marian", "whisper", "gemma4_text")
 
 
 def respelled(file: dict) -> dict:

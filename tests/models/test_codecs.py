@@ -55,6 +55,9 @@ FILES = {
     "bart": [BART],
     "mbart": [BART],
     "marian": [BART],
+    "whisper": [
+        dict(vocab_size=61, d_model=48, encoder_layers=1, decoder_layers=2, max_source_positions=8)
+    ],
     "vit": [ENCODER],
     "deepseek_v2": [
         LATENT | dict(topk_method="greedy"),

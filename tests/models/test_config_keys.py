@@ -31,7 +31,10 @@ BART = dict(
     vocab_size=37, d_model=16, encoder_layers=2, decoder_layers=2, encoder_ffn_dim=24, decoder_ffn_dim=24,
     encoder_attention_heads=4, decoder_attention_heads=4, max_position_embeddings=32,
 )  # fmt: skip
-SEQ2SEQ = ("t5", "bart", "mbart", "marian")
+SEQ2SEQ = ("t5", "bart", "mbart", "marian", "whisper")
+WHISPER = {k: v for k, v in BART.items() if k != "max_position_embeddings"} | dict(
+    num_mel_bins=5, max_source_positions=6, max_target_positions=32, decoder_start_token_id=0, pad_token_id=0,
+)  # fmt: skip
 LINEAR = dict(rope_type="linear", factor=2.0)
 YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16)
 LLAMA3 = dict(
@@ -121,6 +124,7 @@ BASES = {
     "bart": BART,
     "mbart": BART,
     "marian": BART | dict(pad_token_id=0, decoder_start_token_id=0),
+    "whisper": WHISPER,
     "bert": ENCODER | dict(vocab_size=37, max_position_embeddings=32),
     "roberta": ENCODER | dict(vocab_size=37, max_position_embeddings=32),
     "xlm-roberta": ENCODER | dict(vocab_size=37, max_position_embeddings=32),
@@ -197,6 +201,8 @@ FLIPS = dict(
     scale_decoder_outputs=[False, True], encoder_layers=[1, None, 0], decoder_layers=[1],
     encoder_attention_heads=[2, 3], decoder_attention_heads=[8, 5], encoder_ffn_dim=[8, None],
     decoder_ffn_dim=[8], scale_embedding=[True, None], decoder_vocab_size=[37, 40, None],
+    num_mel_bins=[7, 0, None], max_source_positions=[8, 0], max_target_positions=[16, "16"],
+    suppress_tokens=[[1, 2], None], begin_suppress_tokens=[[3], None], apply_spec_augment=[True],
     share_encoder_decoder_embeddings=[False], dropout=[0.5], encoder_layerdrop=[0.5], init_std=[1.0],
     decoder_start_token_id=[3, None, [3]], forced_eos_token_id=[3, None, "3"], forced_bos_token_id=[3, None],
     swiglu_alpha=[1.0, 0.0], swiglu_limit=[2.0, -1.0],
@@ -355,6 +361,10 @@ CHANGED = {
     "bart": dict(activation_function="relu", scale_embedding=True, decoder_ffn_dim=20, encoder_layers=1),
     "mbart": dict(activation_function="silu", scale_embedding=True),
     "marian": dict(activation_function="relu", scale_embedding=True, encoder_attention_heads=2),
+    "whisper": dict(
+        activation_function="relu", encoder_attention_heads=2, decoder_ffn_dim=20, encoder_layers=1,
+        num_mel_bins=3, max_source_positions=4, max_target_positions=12,
+    ),
     "bert": dict(hidden_act="gelu_new", layer_norm_eps=0.1, type_vocab_size=3),
     "roberta": dict(pad_token_id=5, hidden_act="relu", type_vocab_size=1),
     "xlm-roberta": dict(pad_token_id=5, hidden_act="relu", type_vocab_size=1),
@@ -370,8 +380,9 @@ def test_logits_of_changed_files_equal_those_of_transformers(name, tmp_path):
         without = {k: file[k] for k in file if k != key} | {k: base[k] for k in base if k == key}
         meant = config_of(file), config_of(without)
         assert meant[0] != meant[1] or (key, file[key]) in [("image_size", [8, 8])], key
-    encodes = name in ("bert", "roberta", "xlm-roberta", "vit")
+    encodes, hears = name in ("bert", "roberta", "xlm-roberta", "vit"), name == "whisper"
     kind = hf.AutoModelForSeq2SeqLM if name in SEQ2SEQ else hf.AutoModelForCausalLM
+    kind = hf.AutoModelForSpeechSeq2Seq if hears else kind
     kind = hf.AutoModel if encodes else kind
     torch.manual_seed(0)
     model = kind.from_config(theirs(file), attn_implementation="eager").float().eval()
@@ -386,10 +397,12 @@ def test_logits_of_changed_files_equal_those_of_transformers(name, tmp_path):
     if name == "vit":
         inputs = np.random.default_rng(0).normal(size=(1, 8, 8, 3)).astype(np.float32)
     given = torch.tensor(np.moveaxis(inputs, -1, 1) if name == "vit" else inputs)
+    sound = np.random.default_rng(0).normal(size=(1, 8, 3)).astype(np.float32) if hears else None
     with torch.no_grad():
         read = {"decoder_input_ids": given} if name in SEQ2SEQ else {}  # which is the source too
+        given = torch.tensor(sound).mT if hears else given
         expected = model(given, **read)[0].numpy()
-    output = ours.apply({"params": params}, inputs)
+    output = ours.apply({"params": params}, inputs, **({"source": sound} if hears else {}))
     found = output.logits if hasattr(output, "logits") else output.hidden
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 

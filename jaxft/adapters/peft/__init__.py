@@ -129,7 +129,8 @@ def save_adapter(
         AdapterError: if nothing trains, or a leaf trains that PEFT's format cannot hold (see save_native).
     """
     settings, tensors = adapter_tensors(config, params, base, families=families)
-    task_type = family_of(config, families).huggingface.task_type
+    codec = family_of(config, families).huggingface
+    task_type = None if codec.untyped else codec.task_type
     common = {
         "task_type": "SEQ_CLS" if "reward" in params else task_type,
         "base_model_name_or_path": base_model,

@@ -107,6 +107,8 @@ def model_of(family: Family, config: Any, params: Any) -> Model:
         leaves.setdefault(module, {})[leaf] = entry
         if entry.paths[0].endswith("/router/kernel"):
             continue  # a parameter, which no linear layer of the torch model holds
+        if len(entry.file_shape) == 3 and entry.axes:
+            continue  # a convolution over time
         if re.search("/experts/.*/kernel$", entry.paths[0]):  # of all experts at once
             name, kernel = f"{module}.{leaf}", nodes[entry.paths[0]]
             grouped.append(Grouped(name, entry.paths[0], kernel, ((),) * kernel.shape[0]))

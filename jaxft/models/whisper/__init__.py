@@ -1,0 +1,5 @@
+"""Whisper: texts from speech."""
+
+from jaxft.models.whisper.record import WHISPER
+
+__all__ = ["WHISPER"]

@@ -60,7 +60,11 @@ def start(model):
     rng = np.random.default_rng(0)
 
     def draw(path, x):
-        constant = {"scale": 1.0 - getattr(model.config, "norm_offset", 0.0), "bias": 0.0, "layer_scale": 1.0}
+        constant = {
+            "scale": 1.0 - getattr(model.config, "norm_offset", 0.0),
+            "bias": 0.0,
+            "layer_scale": 1.0,
+        }
         middle = constant.get(path[-1].key, 0.0)
         deviation = 0.0 if path[-1].key in constant else 0.02
         return jnp.asarray(rng.normal(middle, deviation, x.shape).astype(x.dtype))

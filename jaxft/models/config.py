@@ -174,7 +174,9 @@ class DecoderConfig:
     latent: Latent | None = None  # keys and values come from it; head_dim is then its `turned`
     value_norm: bool = False  # values of a head are divided by their root mean square
     full_heads: Heads | None = None  # of the layers without a window, if they differ
-    shared_layers: int = 0  # the last so many layers read the keys and values of others: see `reads_from`
+    shared_layers: int = (
+        0  # the last so many layers read the keys and values of others: see `reads_from`
+    )
     shared_width: int | None = None  # of the MLPs of those layers, if it is not intermediate_size
     per_layer: PerLayer | None = None  # an input of each layer, from the tokens
     layer_scales: bool = False  # the residual stream is scaled after each layer by a constant
@@ -218,8 +220,8 @@ class DecoderConfig:
         full = self.full_heads
         if full is not None and self.num_heads % full.groups:
             raise ValueError(
-                f"DecoderConfig: num_heads ({self.num_heads}) must be a multiple of the {full.groups} heads of "
-                "keys in layers without a window."
+                f"DecoderConfig: num_heads ({self.num_heads}) must be a multiple of the {full.groups} heads "
+                "of keys in layers without a window."
             )
         own = self.num_layers - self.shared_layers
         kinds = [self.window(i) is None for i in range(self.num_layers)]
@@ -250,9 +252,9 @@ class DecoderConfig:
         return Heads(self.head_dim, self.num_kv_heads)
 
     def reads_from(self, layer: int) -> int | None:
-        """The layer whose keys and values `layer` reads, the last one of its kind that has any; None: its own.
+        """The layer whose keys and values `layer` reads; None: it has its own.
 
-        The kinds are layers with and without a window.
+        It is the last one of the same kind that has its own; the kinds are layers with and without a window.
         """
         own = self.num_layers - self.shared_layers
         if layer < own:
@@ -262,7 +264,10 @@ class DecoderConfig:
 
     def layer(self, layer: int) -> LayerShape:
         """The shape of `layer`."""
-        source, shared = self.reads_from(layer), range(self.num_layers - self.shared_layers, self.num_layers)
+        source, shared = (
+            self.reads_from(layer),
+            range(self.num_layers - self.shared_layers, self.num_layers),
+        )
         wide = source is not None and self.shared_width is not None
         return LayerShape(
             heads=self.heads(layer),

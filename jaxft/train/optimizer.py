@@ -16,7 +16,9 @@ from jaxft.parallel import LAYERS, path_name, stacked_axes
 
 Decay = Callable[[jax.Array], jax.Array]  # progress in 0..1 -> factor of the learning rate
 
-NOT_DECAYED = frozenset({"scale", "bias", "sinks", "correction", "embedding", "layer_scale", "gains"})
+NOT_DECAYED = frozenset(
+    {"scale", "bias", "sinks", "correction", "embedding", "layer_scale", "gains"}
+)
 
 
 def make_optimizer(

@@ -204,8 +204,9 @@ def as_in_files(family: str, tensors: dict) -> dict:
             name = name.replace(".mlp.", ".block_sparse_moe.")
         names = ("w1", "w3", "w2") if family == "mixtral" else ("gate_proj", "up_proj", "down_proj")
         place, _, last = name.rpartition(".")
-        if (
-            not place.endswith(".experts") or family in ("gpt_oss", "gemma4_text")
+        if not place.endswith(".experts") or family in (
+            "gpt_oss",
+            "gemma4_text",
         ):  # whose files hold them as they are
             found[name] = tensor
             continue

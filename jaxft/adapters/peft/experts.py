@@ -14,7 +14,9 @@ from jaxft.adapters.peft.files import Settings, Tensors, take
 from jaxft.adapters.peft.model import PREFIX, Grouped, Model, numpy, pattern, targeted
 from jaxft.weights import DoraWeight, LoraWeight
 
-_LAYER = r"^.*\.layers\.\d+\."  # before the rest of a parameter's name, as it is in target_parameters
+_LAYER = (
+    r"^.*\.layers\.\d+\."  # before the rest of a parameter's name, as it is in target_parameters
+)
 
 
 def read(settings: Settings, tensors: Tensors, model: Model) -> dict[str, LoraWeight]:

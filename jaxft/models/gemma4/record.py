@@ -69,7 +69,11 @@ def _ignores(name: str, decoder: DecoderConfig) -> bool:
     parts = name.split(".")
     if name.startswith("model.layers.") and parts[3:4] == ["self_attn"] and parts[2].isdecimal():
         layer, unused = int(parts[2]), ("k_proj", "v_proj", "k_norm", "v_norm")
-        if layer < decoder.num_layers and decoder.reads_from(layer) is not None and parts[4] in unused:
+        if (
+            layer < decoder.num_layers
+            and decoder.reads_from(layer) is not None
+            and parts[4] in unused
+        ):
             return True
     return names.decoder_ignores(name, decoder)
 

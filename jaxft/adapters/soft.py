@@ -95,8 +95,8 @@ def prompt(
         del stacked  # one leaf for all layers
         if "per_layer" in params:
             raise ValueError(
-                "prompt: this model has per-layer embeddings for its tokens, and a prompt would have none; use "
-                "another adapter, such as lora or bottleneck."
+                "prompt: this model has per-layer embeddings for its tokens, and a prompt would have none; "
+                "use another adapter, such as lora or bottleneck."
             )
         if (table := _leaf(params, embedding)) is None:
             _check_root("prompt", _leaf(params, PATCHES), f"{embedding!r} or {PATCHES!r}")

@@ -26,13 +26,12 @@ class Cache:
     a row is overwritten while it is needed if the row's tokens fit into the slots: `seated` starts a row
     anew at any time, without one write index per row, which would cost a scatter for every token.
 
-    Layers that read the keys and values of another have none of their own here, and the others may have heads
-    of unlike numbers and sizes. Layers with a state have a `Memory` instead, which has no slots: it is that of
-    all tokens so far, so that tokens cannot be taken back (`rewinds`).
-
     There is one pair of arrays per layer, not one stacked pair: a loop that carries a stacked cache copies it
-    for every token. The axes have the order in which `attend_cache` multiplies them: with another
-    order, XLA:CPU copies every layer's cache for every token, a third of the time of decoding.
+    for every token. Layers that read the keys and values of another have no pair, and the pairs of the others
+    may have heads of unlike numbers and sizes. Layers with a state have a `Memory` instead, which has no
+    slots: it is that of all tokens so far, so that tokens cannot be taken back (`rewinds`). The axes have the
+    order in which `attend_cache` multiplies them: with another order, XLA:CPU copies every layer's cache for
+    every token, a third of the time of decoding.
     """
 
     keys: tuple[jax.Array, ...]  # [B, G, K, S] of each layer that attends with its own keys

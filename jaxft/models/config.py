@@ -258,8 +258,8 @@ class DecoderConfig:
         full = self.full_heads
         if full is not None and self.num_heads % full.groups:
             raise ValueError(
-                f"DecoderConfig: num_heads ({self.num_heads}) must be a multiple of the {full.groups} heads of "
-                "keys in layers without a window."
+                f"DecoderConfig: num_heads ({self.num_heads}) must be a multiple of the {full.groups} heads "
+                "of keys in layers without a window."
             )
         own = self.num_layers - self.shared_layers
         kinds = [self.window(i) is None for i in range(self.num_layers)]
@@ -294,9 +294,9 @@ class DecoderConfig:
         return Heads(self.head_dim, self.num_kv_heads)
 
     def reads_from(self, layer: int) -> int | None:
-        """The layer whose keys and values `layer` reads, the last one of its kind that has any; None: its own.
+        """The layer whose keys and values `layer` reads; None: it has its own.
 
-        The kinds are layers with and without a window.
+        It is the last one of the same kind that has its own; the kinds are layers with and without a window.
         """
         own = self.num_layers - self.shared_layers
         if layer < own:

@@ -24,11 +24,11 @@ class LayerKind(NamedTuple):
 
 
 class LayerInputs(NamedTuple):
-    """The inputs that each layer has of its own, beside the residual stream; None: it has none."""
+    """The inputs of one layer beside the residual stream; None: it has no such input."""
 
     prefix: Any = None  # [2, l, G, K]: keys and values in front
     per_layer: jax.Array | None = None  # [B, T, P]: see jaxft.models.per_layer
-    # Keys and values [B, S, G, K] of this call's tokens, of the layer whose it reads.
+    # Keys and values [B, S, G, K] of this call's tokens, from the layer that it reads.
     shared: tuple[jax.Array, jax.Array] | None = None
 
 

@@ -309,8 +309,8 @@ class Decoder(nn.Module):
             )
         if not config.stackable:
             raise ValueError(
-                f"Decoder: layers of {config.family} differ in their heads or MLPs, or read the keys and values "
-                "of others, and such layers cannot be scanned; use scan_layers=False."
+                f"Decoder: layers of {config.family} differ in their heads or MLPs, or read the keys and "
+                "values of others, and such layers cannot be scanned; use scan_layers=False."
             )
         local = jnp.array([config.window(i) is not None for i in range(config.num_layers)])
         windows = None

@@ -1,7 +1,7 @@
 """Inputs of the layers from the tokens themselves: per-layer embeddings, as in Gemma 3n and 4.
 
-A second table has a row for each token, with a part for each layer. The sum of that part and of a projection of
-the token's embedding is an input of the layer, beside the residual stream.
+A second table has a row for each token, with a part for each layer. The sum of that part and of a projection
+of the token's embedding is an input of the layer, beside the residual stream.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class PerLayerEmbeddings(nn.Module):
 
 
 class PerLayerInput(nn.Module):
-    """norm((act(x W_gate) * own) W_down) for the residual stream x [B, T, D] and the layer's input [B, T, P]."""
+    """norm((act(x W_gate) * own) W_down) for the residual stream x [B, T, D] and own [B, T, P]."""
 
     config: DecoderConfig
     remat: Remat = "none"

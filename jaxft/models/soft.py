@@ -44,8 +44,8 @@ def check_virtual(config: Any, params: Container[str]) -> None:
     """Raises ValueError for a prompt or prefix that the layers of a DecoderConfig cannot take."""
     if "prompt" in params and config.per_layer is not None:
         raise ValueError(
-            f"{config.family}: a prompt has no per-layer embeddings, which this model has for its tokens; use "
-            "another adapter, such as lora or bottleneck."
+            f"{config.family}: a prompt has no per-layer embeddings, which this model has for its tokens; "
+            "use another adapter, such as lora or bottleneck."
         )
     if "prefix" in params and (config.full_heads is not None or config.shared_layers):
         raise ValueError(

@@ -40,8 +40,8 @@ def stack_layers(params: Params, layers: str = LAYERS) -> Params:
     """The params with all layers stacked on a leading axis, for a scan over layers.
 
     Raises:
-        ValueError: if there are no layers, or they differ in structure or shapes (adapters on only some layers,
-            layers of several kinds).
+        ValueError: if there are no layers, or they differ in structure or shapes (adapters on only some
+            layers, layers of several kinds).
     """
     if is_stacked(params, layers):
         return params
@@ -59,8 +59,8 @@ def stack_layers(params: Params, layers: str = LAYERS) -> Params:
     shapes = {tuple(leaf.shape for leaf in jax.tree.leaves(layer)) for layer in ordered}
     if len(shapes) > 1:
         raise ValueError(
-            f"stack_layers: the leaves of the {len(ordered)} layers have {len(shapes)} different shapes (layers "
-            "of several kinds?); keep them separate with scan_layers=False."
+            f"stack_layers: the leaves of the {len(ordered)} layers have {len(shapes)} different shapes "
+            "(layers of several kinds?); keep them separate with scan_layers=False."
         )
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *ordered)
     return _with_layers(params, layers, stacked)

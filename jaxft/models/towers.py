@@ -1,4 +1,4 @@
-"""The text parts of models that also read images or sounds: their files, loaded as the decoder that they contain."""
+"""The text parts of models that read images or sounds too: their files, loaded as the decoder inside."""
 
 from __future__ import annotations
 

@@ -99,6 +99,7 @@ BASES = {
     "gemma4_text": WINDOW
     | dict(
         num_hidden_layers=4,
+        layer_types=[SLIDING, FULL] * 2,
         global_head_dim=12,
         hidden_size_per_layer_input=6,
         vocab_size_per_layer_input=41,
@@ -177,8 +178,10 @@ FLIPS = dict(
     query_pre_attn_scalar=[10, 0], attn_logit_softcapping=[2.0, None, 0.0],
     final_logit_softcapping=[3.0, None, "3"], is_causal=[False, True], is_decoder=[True],
     is_encoder_decoder=[True], add_cross_attention=[True], per_layer_config=[
-        None, {"0": {"skip": []}}, {}, {"3": {"head_dim": 4}}, {"4": {"head_dim": 4}}, {"3": {"head_dim": True}},
+        None, {"0": {"skip": []}}, {}, {"3": {"head_dim": 4}}, {"4": {"head_dim": 4}},
+        {"3": {"head_dim": True}},
         {"0": {"head_dim": 4}}, {str(i): {"num_key_value_heads": 1, "head_dim": 6} for i in range(3)}, 3,
+        {str(i): {"num_key_value_heads": 1 + i % 2, "head_dim": 6 + 2 * (i % 2)} for i in range(4)},
     ],
     pruned_heads=[{"0": [1]}], position_embedding_type=["relative_key", "absolute"],
     scale_attn_weights=[False], scale_attn_by_inverse_layer_idx=[True], reorder_and_upcast_attn=[True],
@@ -342,8 +345,8 @@ CHANGED = {
     ),
     "gemma4_text": dict(
         attention_k_eq_v=True, num_global_key_value_heads=1, num_kv_shared_layers=2, use_double_wide_mlp=True,
-        layer_types=[SLIDING, FULL] * 2, enable_moe_block=True, hidden_activation="relu", attention_bias=True,
-        final_logit_softcapping=2.0, vocab_size_per_layer_input=50,
+        layer_types=[FULL, SLIDING, SLIDING, FULL], enable_moe_block=True, hidden_activation="relu",
+        attention_bias=True, final_logit_softcapping=2.0, vocab_size_per_layer_input=50,
         rope_parameters={FULL: PROPORTIONAL, SLIDING: LINEAR | dict(rope_theta=5.0)},
     ),
     "phi3": dict(hidden_act="relu", sliding_window=None, rope_scaling=LONG | dict(short_factor=[1.0] * 2)),

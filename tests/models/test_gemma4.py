@@ -1,4 +1,4 @@
-"""Gemma 4's parts that the tests of all families do not see: caches, refusals, frequencies, unused tensors."""
+"""Gemma 4's parts that tests of all families do not see: caches, refusals, frequencies, unused tensors."""
 
 import dataclasses
 

@@ -42,7 +42,7 @@ FAMILY_MESHES = [
 ] + ALONE
 
 
-@pytest.mark.parametrize("name, mesh", FAMILY_MESHES, ids="-".join)
+@pytest.mark.parametrize("name, mesh", FAMILY_MESHES)
 def test_a_family_trains_as_on_one_device(name, mesh):
     assert_equal(three_steps(*family(name), make_mesh(**MESHES[mesh])), one_device(name))
 

@@ -98,8 +98,8 @@ def read(json: Json, tensors: Collection[str]) -> DecoderConfig:
     config = hf_config.read_decoder(view, "gemma4_text", json["hidden_activation"], full)
     if wide.size % 2 or config.num_heads % wide.groups:
         raise CheckpointError(
-            f"config.json: layers with {FULL!r} have heads of {wide.size} features, {wide.groups} of them for "
-            f"keys; expected an even size, and a divisor of num_attention_heads ({config.num_heads})."
+            f"config.json: layers with {FULL!r} have heads of {wide.size} features, {wide.groups} of them "
+            f"for keys; expected an even size, and a divisor of num_attention_heads ({config.num_heads})."
         )
     shared, doubled = json["num_kv_shared_layers"], json["use_double_wide_mlp"]
     cap = json["final_logit_softcapping"]
@@ -212,8 +212,8 @@ def _entries(by_layer: Any, layers: int) -> dict[int, dict[str, int]]:
     if not right:
         raise CheckpointError(
             f"config.json: per_layer_config is {by_layer!r:.80}; expected positive head_dim and "
-            f'num_key_value_heads, and nothing else, by layer ("0" to "{layers - 1}"); leave it out for those '
-            "of global_head_dim and num_global_key_value_heads."
+            f'num_key_value_heads, and nothing else, by layer ("0" to "{layers - 1}"); leave it out for '
+            "those of global_head_dim and num_global_key_value_heads."
         )
     return {int(key): entry for key, entry in by_layer.items()}
 
@@ -227,8 +227,8 @@ def _ropes(json: Json, kind: str) -> Rope:
     both = ROPES if json["rope_parameters"] is None else json["rope_parameters"]
     if not isinstance(both, dict) or set(both) != {FULL, SLIDING}:
         raise CheckpointError(
-            f"config.json: rope_parameters of gemma4_text is {both!r:.80}; expected {FULL} and {SLIDING}, each "
-            "with its own parameters."
+            f"config.json: rope_parameters of gemma4_text is {both!r:.80}; expected {FULL} and {SLIDING}, "
+            "each with its own parameters."
         )
     part = both[kind] if isinstance(both[kind], dict) else {}
     name = part.get("rope_type")
@@ -240,9 +240,9 @@ def _ropes(json: Json, kind: str) -> Rope:
     right = all(_positive(x) for x in numbers) and share <= 1 and set(part) <= known
     if name not in ("default", "linear", "proportional") or not right:
         raise CheckpointError(
-            f"config.json: rope_parameters of gemma4_text have {kind}: {both[kind]!r:.120}; expected rope_type "
-            "'default', 'linear' (with factor) or 'proportional' (with partial_rotary_factor, at most 1), and "
-            "rope_theta, all positive numbers."
+            f"config.json: rope_parameters of gemma4_text have {kind}: {both[kind]!r:.120}; expected "
+            "rope_type 'default', 'linear' (with factor) or 'proportional' (with partial_rotary_factor, at "
+            "most 1), and rope_theta, all positive numbers."
         )
     if name == "linear" and "factor" not in part:
         raise CheckpointError(f"config.json: rope_parameters have {kind}: linear without factor.")
@@ -262,7 +262,8 @@ def _per_layer(json: Json) -> PerLayer | None:
     size, rows = json["hidden_size_per_layer_input"], json["vocab_size_per_layer_input"]
     if size < 0:
         raise CheckpointError(
-            f"config.json: hidden_size_per_layer_input is {size}, expected 0 (no per-layer embeddings) or more."
+            f"config.json: hidden_size_per_layer_input is {size}, expected 0 (no per-layer embeddings) or "
+            "more."
         )
     return PerLayer(rows, size) if size else None
 

@@ -46,7 +46,7 @@ def gated_delta_rule(
     texts = jnp.zeros((batch, length), jnp.int32) if texts is None else texts
     chunk = min(chunk, length)
     fill = -length % chunk
-    # The last text goes on in the tokens that fill the last chunk; they have β = g = 0.
+    # The tokens that fill the last chunk belong to the last text; they have β = g = 0.
     texts = jnp.pad(texts, ((0, 0), (0, fill)), mode="edge")[..., None]
     arrays = (x.astype(jnp.float32) for x in (query, key, value, log_decay, beta))
     arrays = (jnp.pad(x, [(0, 0), (0, fill)] + [(0, 0)] * (x.ndim - 2)) for x in arrays)

@@ -28,8 +28,8 @@ class DeltaAttention(nn.Module):
     The outputs of each head are normed and multiplied by silu(z). b, a and z are projections of x.
 
     State and convolution begin anew at each run of one segment id. Padding leaves both as they were; without
-    a cache, a text that goes on after padding is another text. It has the arguments of `Attention`, and no
-    use for some; its part of a cache is a `Memory`. Virtual tokens are refused by `check_lead`.
+    a cache, tokens after padding are another text. The arguments are those of `Attention`, of which `layer`
+    and `own` are not used (`check_lead` refuses virtual tokens); the layer's part of a cache is a `Memory`.
     """
 
     config: DecoderConfig
@@ -124,7 +124,7 @@ def convolved(
 def convolved_after(
     window: jax.Array, x: jax.Array, taps: jax.Array, valid: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """(`convolved` of a text that goes on, the window of its last inputs).
+    """(`convolved` of tokens after those of `window`, the window of the last inputs).
 
     Padding, where `valid` [B, T] is False, is left out, wherever it is; its own outputs mean nothing.
     """

@@ -38,7 +38,7 @@ def keys(*nullable: str, **defaults: Any) -> Keys:
         head_dim=256,
         attention_bias=False,
         layer_types=None,
-        full_attention_interval=4,  # transformers takes it as an argument that is no field
+        full_attention_interval=4,  # not a field of transformers' class, but an argument
         linear_conv_kernel_dim=4,
         linear_key_head_dim=128,
         linear_value_head_dim=128,

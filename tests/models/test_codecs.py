@@ -27,6 +27,7 @@ LATENT = {name: value for name, value in DECODER.items() if name != "head_dim"} 
 GROUPS = dict(n_group=4, topk_group=2, q_lora_rank=8, n_shared_experts=2, first_k_dense_replace=1)
 T5 = dict(vocab_size=61, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_decoder_layers=2)
 BART = dict(vocab_size=61, d_model=32, encoder_layers=1, decoder_layers=2)
+SOUND = dict(d_model=32, encoder_layers=1, encoder_attention_heads=4, max_source_positions=8)
 ENCODERS = ("bert", "roberta", "xlm-roberta", "vit")
 SPLIT_ROPE = {"full_attention": dict(factor=8.0, rope_type="linear"), "sliding_attention": {}}
 FILES = {
@@ -41,6 +42,11 @@ FILES = {
     "marian": [BART],
     "whisper": [
         dict(vocab_size=61, d_model=48, encoder_layers=1, decoder_layers=2, max_source_positions=8)
+    ],
+    "qwen2_audio": [
+        dict(
+            text_config=DECODER | dict(model_type="qwen2"), audio_config=SOUND, audio_token_index=3
+        )
     ],
     "vit": [ENCODER],
     "deepseek_v2": [

@@ -86,7 +86,7 @@ class GridImages:
         return {"patches": count, "places": count}
 
     def arrays(self, media: Media) -> Columns:
-        """`patches` [blocks, s², 3 p²] float32 and `places` [blocks, s², 3] int32: row, column, window from 1."""
+        """`patches` [blocks, s², 3 p²] float32, `places` [blocks, s², 3] int32: row, column, window."""
         (height, width), p, s = self.size(media), self.patch, self.merge
         image = read_image(media).resize((width, height), self.pixels.resample)
         values = self.pixels(np.asarray(image))

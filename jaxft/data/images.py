@@ -122,7 +122,7 @@ class TiledImages:
         return height // self.size, width // self.size
 
     def text(self, media: Media) -> str:
-        """The tokens of each square, row by row, with its place in the image, and those of the whole image."""
+        """The tokens of each square, row by row, with its place, and those of the whole image."""
         width, height = read_image(media).size
         rows, columns = self.grid(height, width)
         square = lambda name: f"<fake_token_around_image>{name}{self.placeholder * self.tokens}"
@@ -193,8 +193,8 @@ def read_image(media: Media) -> Any:
     """The image as a Pillow image in RGB, turned as its camera says, on white where it is transparent.
 
     Raises:
-        DataError: if it is missing, damaged or of another kind; if it has more than MAX_PIXELS, or values other
-            than 0 to 255.
+        DataError: if it is missing, damaged or of another kind; if it has more than MAX_PIXELS, or values
+            other than 0 to 255.
     """
     from PIL import Image, ImageOps
 
@@ -204,8 +204,8 @@ def read_image(media: Media) -> Any:
     with _opened(media) as image:
         if image.mode in _WIDE:
             raise DataError(
-                f"the image {media} has the mode {image.mode}, whose values are not 0 to 255; save it in RGB or "
-                "in grey of 8 bits.",
+                f"the image {media} has the mode {image.mode}, whose values are not 0 to 255; save it in "
+                "RGB or in grey of 8 bits.",
                 "schema",
             )
         try:
@@ -263,8 +263,8 @@ def _from_array(media, array):
     integers = array.dtype.kind in "ui" and array.size and 0 <= array.min() and array.max() <= 255
     if not fits or not integers:
         raise DataError(
-            f"an image of the shape {array.shape} and type {array.dtype}; expected [height, width] or [height, "
-            "width, 1, 3 or 4] of whole numbers from 0 to 255.",
+            f"an image of the shape {array.shape} and type {array.dtype}; expected [height, width] or "
+            "[height, width, 1, 3 or 4] of whole numbers from 0 to 255.",
             "schema",
         )
     if array.shape[0] * array.shape[1] > MAX_PIXELS:

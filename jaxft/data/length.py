@@ -15,8 +15,8 @@ TooLong = Literal["drop", "truncate", "truncate_left_prompt", "split", "error"]
 def shorten(part: Any, max_length: int, too_long: TooLong) -> list[Any]:
     """Shortens or splits a Tokenised; each result has at least one token that trains.
 
-    Masks are cut after they are computed, so a truncated turn keeps the rest of its mask. A record with images
-    or clips is dropped instead.
+    Masks are cut after they are computed, so a truncated turn keeps the rest of its mask. A record with
+    images or clips is dropped instead.
     """
     if part.media:
         return []  # A cut could part an image from some of its tokens.

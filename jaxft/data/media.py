@@ -1,7 +1,7 @@
 """Images and clips of records: read from their usual forms, and placed in texts by markers.
 
-In the content of a message, or in plain text, a marker such as "<image>" stands for each image. The message's key
-`_media`, or that of a record of plain text, holds the images and clips in the order of the markers.
+In the content of a message, or in plain text, a marker such as "<image>" stands for each image. The key
+`_media` of the message, or of a record of plain text, holds the images and clips in the order of the markers.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ class Media:
 def read_media(kind: str, value: Any) -> Media:
     """Reads one image or clip in any of its usual forms.
 
-    These are a path, a file's bytes, an array, a PIL image, "data:...;base64,..." and a dict of `datasets` or of
-    OpenAI's API with one of them under "path", "url", "bytes", "data" or "array" (with "sampling_rate").
+    These are a path, a file's bytes, an array, a PIL image, "data:...;base64,..." and a dict, as of
+    `datasets` or OpenAI's API, with one of them under "path", "url", "bytes", "data" or "array" (with "sampling_rate").
 
     Raises:
         DataError: for another form, or an address in the internet, which is not read.
@@ -253,8 +253,8 @@ def _from_text(kind, text):
         return _decoded(kind, text[match.end() :])
     if re.match(r"\w+://", text) and not text.startswith("file://"):
         raise DataError(
-            f"the {kind} {text[:60]} is an address, which is not read; download the file and give its path, or "
-            f"leave the column out with --fields {kind} ''.",
+            f"the {kind} {text[:60]} is an address, which is not read; download the file and give its path, "
+            f"or leave the column out with --fields {kind} ''.",
             "schema",
         )
     return text.removeprefix("file://")

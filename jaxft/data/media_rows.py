@@ -1,7 +1,7 @@
 """Images and clips in rendered texts, and the columns of a batch that hold them.
 
-The processor of a model, a `MediaReader`, gives the text that stands for an image and its arrays. Texts are rendered
-once; arrays are loaded when a batch is made, so that memory holds those of a few batches.
+The processor of a model, a `MediaReader`, gives the text that stands for an image and its arrays. Texts are
+rendered once; arrays are loaded when a batch is made, so that memory holds those of a few batches.
 """
 
 from __future__ import annotations
@@ -207,8 +207,8 @@ def check_kinds(media: Sequence[Media], readers: Sequence[MediaReader]) -> None:
         if one.kind not in kinds:
             what = f"a model that reads {' and '.join(sorted(kinds))}" if kinds else "a text model"
             raise DataError(
-                f"the record has an {one.kind} ({str(one)[:60]}), which {what} cannot be shown; remove it, leave "
-                f"the column out with --fields {one.kind}s '', or choose a model that reads it.",
+                f"the record has an {one.kind} ({str(one)[:60]}), which {what} cannot be shown; remove it, "
+                f"leave the column out with --fields {one.kind}s '', or choose a model that reads it.",
                 "schema",
             )
 

@@ -1,7 +1,7 @@
 """Converts messages and tools of all dialects to one form, that of chat templates and OpenAI's API.
 
 A message is {"role", "content"} and, if given, `tool_calls`, `tool_call_id`, `name`,
-`reasoning_content`, `train`, `weight` and `_media`, the images and clips for which markers stand in the content.
+`reasoning_content`, `train`, `weight` and `_media`, the images and clips whose markers stand in the content.
 Anything else is refused, never dropped.
 """
 

@@ -86,8 +86,8 @@ def _tiled(settings, tower, path) -> TiledImages:
     longest = (settings.get("size") or {}).get("longest_edge")
     if tile != size or not isinstance(longest, int) or longest < 1:
         raise DataError(
-            f"{path}: preprocessor_config.json has squares of {tile} pixels (max_image_size) and the longest side "
-            f"{longest!r}; expected {size}, the image_size of config.json, and a number of pixels."
+            f"{path}: preprocessor_config.json has squares of {tile} pixels (max_image_size) and the longest "
+            f"side {longest!r}; expected {size}, the image_size of config.json, and a number of pixels."
         )
     pixels = _pixels(settings, path, _LANCZOS)
     split = bool(settings.get("do_image_splitting", True))
@@ -124,7 +124,7 @@ def _pixels(settings, path, resample, mean=HALF, std=HALF) -> Pixels:
     for name, value in _FIXED.items():
         if settings.get(name, value) not in (value, None):
             raise DataError(
-                f"{path}: preprocessor_config.json has {name} = {settings[name]!r}, which jaxft does not have; "
+                f"{path}: preprocessor_config.json has {name} = {settings[name]!r}, which jaxft lacks; "
                 f"expected {value!r}."
             )
     channels = lambda name, default: tuple(float(x) for x in settings.get(name) or default)

@@ -140,8 +140,8 @@ class Decoder(nn.Module):
         if config.prefix_attention and (cache is None or cache.empty):
             if lead.length:
                 raise ValueError(
-                    f"{config.family}: soft prompts and prefixes are not supported where a prompt's tokens see "
-                    "each other in both directions; use LoRA."
+                    f"{config.family}: soft prompts and prefixes are not supported where a prompt's tokens "
+                    "see each other in both directions; use LoRA."
                 )
             prefix = jnp.ones(tokens.shape, bool) if prefix is None else prefix
             mask, opened = prefix_masks(prefix, context.segment_ids)

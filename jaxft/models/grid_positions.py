@@ -1,7 +1,7 @@
 """Rotary positions in time, height and width of texts with images (Qwen2-VL's M-RoPE).
 
-Wang et al., 2024, arxiv.org/abs/2409.12191, section 2.1. The tokens of an image have the position of its first one as
-their time, and their row and column in the image beside it; the next text follows the largest of them.
+Wang et al., 2024, arxiv.org/abs/2409.12191, section 2.1. The time of an image's tokens is the position of its
+first one; their row and column in the image are added to it. The next text follows the largest of them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Qwen2.5-VL's part for images: a vision transformer over patches of images of any size.
 
-Bai et al., 2025, arxiv.org/abs/2502.13923, section 2.1. The patches of all images of a row stand side by side. Where a
-patch is in its image comes with it, so that rotary positions and windows need no reordering.
+Bai et al., 2025, arxiv.org/abs/2502.13923, section 2.1. The patches of all images of a row stand side by side,
+and each has its place in its image beside it, so that rotary positions and windows need no reordering.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ class GridTower:
     def __post_init__(self):
         if self.hidden_size % self.num_heads or self.hidden_size // self.num_heads % 4:
             raise ValueError(
-                f"GridTower: hidden_size ({self.hidden_size}) over num_heads ({self.num_heads}) must be a multiple "
-                "of 4: rotary positions turn pairs of features for rows and for columns."
+                f"GridTower: hidden_size ({self.hidden_size}) over num_heads ({self.num_heads}) must be a "
+                "multiple of 4: rotary positions turn pairs of features for rows and for columns."
             )
         if self.window < self.patch_size * self.merge:
             raise ValueError(

@@ -49,7 +49,9 @@ def siglip_keys(**defaults: Any) -> Keys:
     }
     free = frozenset({"image_size", "patch_size"})
     return Keys(
-        COMMON | own | defaults, unchecked=free, no_effect=frozenset({"tie_word_embeddings", "vision_use_head"})
+        COMMON | own | defaults,
+        unchecked=free,
+        no_effect=frozenset({"tie_word_embeddings", "vision_use_head"}),
     )
 
 
@@ -143,8 +145,8 @@ def siglip_entries(config: EncoderConfig, theirs: str, ours: str) -> list[Entry]
 def ragged_positions(side: int) -> tuple[int, ...]:
     """The row of the position table for each of side x side patches, as Idefics3 computes it in float32.
 
-    The coordinates i / side are sorted into buckets with the boundaries k / side. Rounding puts some of them one
-    bucket too low, and the models are trained so.
+    The coordinates i / side are sorted into buckets with the boundaries k / side. Rounding puts some of them
+    one bucket too low, and the models are trained so.
     """
     step = np.float32(1) / np.float32(side)
     coordinates = np.minimum(np.arange(side, dtype=np.float32) * step, np.float32(1 - 1e-6))

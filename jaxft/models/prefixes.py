@@ -14,8 +14,9 @@ from jaxft.kernels.attention import attention_mask
 def prefix_of(batch: Mapping[str, Any]) -> jax.Array:
     """[B, T] bool: the tokens before the answer of each segment, which see each other in both directions.
 
-    An answer begins with the first token that trains (`loss_mask`) or, in experience, with the last N columns,
-    those of `completion_mask`. A batch without both holds prompts. A column `prefix_mask` [B, T] says it instead.
+    An answer begins with the first token that trains (`loss_mask`) or, in experience, with the last N
+    columns, those of `completion_mask`. A batch without both holds prompts. A column `prefix_mask` [B, T], if
+    there is one, counts instead.
     """
     tokens = jnp.asarray(batch["tokens"])
     if "prefix_mask" in batch:

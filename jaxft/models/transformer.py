@@ -23,7 +23,7 @@ class Targets(NamedTuple):
     parts: tuple[tuple[str, str], ...] = ()
 
     def pattern(self, target: str) -> str:
-        """The pattern of a command line's target: `linear` for "all-linear", a part's, or the target itself."""
+        """The pattern of a command line's target: `linear` for "all-linear", a part's, or the target."""
         return self.linear if target == "all-linear" else dict(self.parts).get(target, target)
 
 

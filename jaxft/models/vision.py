@@ -1,4 +1,4 @@
-"""The part of a decoder that reads images: a vision transformer, and a projection of its patches to embeddings."""
+"""The part of a decoder that reads images: a vision transformer and a projection of its patches."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def pixel_shuffle(x: jax.Array, factor: int) -> jax.Array:
 
 
 def put_embeddings(x: jax.Array, tokens: jax.Array, token: int, embeddings: jax.Array) -> jax.Array:
-    """x [B, T, D] with a row's k-th embedding [B, K, D] at its k-th place of `token`; NaN where there is none."""
+    """x [B, T, D] with a row's k-th embedding [B, K, D] at its k-th place of `token`; NaN without one."""
     here = tokens == token
     place = jnp.cumsum(here, axis=1) - 1
     count = embeddings.shape[1]

@@ -69,8 +69,8 @@ def read(json: Json, tensors: Collection[str], family: str = "idefics3") -> Deco
     )
     if not 0 <= tower.token < config.vocab_size:
         raise CheckpointError(
-            f"config.json: image_token_id is {tower.token}, expected one of the {config.vocab_size} ids of the "
-            "vocabulary."
+            f"config.json: image_token_id is {tower.token}, expected one of the {config.vocab_size} ids of "
+            "the vocabulary."
         )
     return dataclasses.replace(config, towers=(tower,), family=family, source="")
 

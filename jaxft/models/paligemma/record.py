@@ -61,7 +61,7 @@ def read(json: Json, tensors: Collection[str]) -> DecoderConfig:
     kind = text.get("model_type", "gemma") if isinstance(text, dict) else text
     if not isinstance(kind, str) or kind not in _TEXTS:
         raise CheckpointError(
-            f"config.json: text_config is {kind!r:.40}; jaxft's paligemma has a gemma or gemma2 as its text part."
+            f"config.json: text_config is {kind!r:.40}; jaxft's paligemma has a gemma or gemma2 as its text."
         )
     # Only PaliGemma's own mask counts, not this key.
     text = {name: text[name] for name in text if name != "use_bidirectional_attention"}
@@ -81,8 +81,8 @@ def read(json: Json, tensors: Collection[str]) -> DecoderConfig:
     )
     if not 0 <= tower.token < config.vocab_size:
         raise CheckpointError(
-            f"config.json: image_token_index is {tower.token}, expected one of the {config.vocab_size} ids of "
-            "the vocabulary."
+            f"config.json: image_token_index is {tower.token}, expected one of the {config.vocab_size} ids "
+            "of the vocabulary."
         )
     return dataclasses.replace(
         config, towers=(tower,), prefix_attention=True, family="paligemma", source=""

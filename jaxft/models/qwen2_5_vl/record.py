@@ -115,8 +115,8 @@ def _read_tower(json, config):
     vision = complete(vision, _VISION_KEYS, _VISION_READS)
     if vision["out_hidden_size"] != config.hidden_size:
         raise CheckpointError(
-            f"config.json: out_hidden_size is {vision['out_hidden_size']}, expected the text part's hidden_size "
-            f"{config.hidden_size}."
+            f"config.json: out_hidden_size is {vision['out_hidden_size']}, expected the text part's "
+            f"hidden_size {config.hidden_size}."
         )
     rope = vision["rope_parameters"] or {}
     if rope.get("rope_type", "axial") != "axial":

@@ -24,7 +24,7 @@ def renderer_of(
     """Returns the renderer of the model's tokenizer and chat template; `options`: of `data.Renderer`."""
     tokenizer, config = files.load_tokenizer(settings.model), files.source_config(settings.model)
     if config is not None and config.mel:
-        return _speech_renderer(settings, tokenizer, config, sound or flags.Sound(), options)
+        return _speech_renderer(settings, tokenizer, config, sound, options)
     if config is None:
         media = _readers(settings.model, data.media_readers(settings.model, tokenizer), sound)
         return data.Renderer(tokenizer, template=settings.template, media=media, **options)
@@ -43,11 +43,13 @@ def _readers(model, media, sound):
 
 
 def _speech_renderer(settings, tokenizer, config, sound, options):
-    features = data.read_log_mel(files.resolve(settings.model), config.mel, config.source_places)
-    reader = data.ClipReader(features, resample=sound.resample, mix=sound.mix)
-    options = {"template": settings.template, **options}
-    how = {"language": sound.language, "task": sound.task}
-    return data.SpeechRenderer(tokenizer, config, reader, **how, **options)
+    if sound is None:
+        raise ValueError(
+            f"--model {settings.model} writes the texts of clips, which this script does not take; sft.py, "
+            "evaluate.py and transcribe.py do."
+        )
+    options = {"template": settings.template, **dataclasses.asdict(sound), **options}
+    return data.speech_renderer(settings.model, tokenizer, config, **options)
 
 
 def check_unheard(model: str, sound: flags.Sound | None) -> None:

@@ -82,7 +82,7 @@ from jaxft.data.rendered import explain, render, render_prompts
 from jaxft.data.rendering import Renderer, Tokenised
 from jaxft.data.source_rendering import SourceRenderer
 from jaxft.data.sources import load, local_files, reasoning_gym_task, split
-from jaxft.data.speech_rendering import SpeechRenderer
+from jaxft.data.speech_rendering import SpeechRenderer, speech_renderer
 from jaxft.data.steps import normalise_steps, render_steps
 from jaxft.data.templates import TEMPLATES
 
@@ -165,6 +165,7 @@ __all__ = [
     "render_unpaired",
     "sentinel_ids",
     "span_corruption",
+    "speech_renderer",
     "split",
     "temperature_weights",
     "text_infilling",

@@ -16,6 +16,7 @@ from jaxft.data.inspection import Inspection, inspect
 from jaxft.data.length import TooLong
 from jaxft.data.rendering import MaskMode, Renderer
 from jaxft.data.source_rendering import SourceRenderer
+from jaxft.data.speech_rendering import speech_renderer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +42,8 @@ def main(config: Config) -> Inspection:
     options = dict(template=config.template, mask=config.mask)
     if model is None:
         renderer = Renderer(tokenizer, **options)
+    elif model.mel:
+        renderer = speech_renderer(config.tokenizer, tokenizer, model, **options)
     else:
         renderer = SourceRenderer(tokenizer, model, **options)
     result = inspect(

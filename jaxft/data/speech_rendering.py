@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
 
+from jaxft.checkpoints import resolve
 from jaxft.data.clips import ClipReader
 from jaxft.data.errors import DataError
+from jaxft.data.log_mel import read_log_mel
 from jaxft.data.media import media_in, without_markers
 from jaxft.data.media_rows import Shown, check_kinds
 from jaxft.data.records import Record, as_messages
@@ -97,6 +100,26 @@ class SpeechRenderer:
                 "one: --language, in Python language=."
             )
         return self.begin
+
+
+def speech_renderer(
+    model: str | os.PathLike,
+    tokenizer: Any,
+    config: EncoderDecoderConfig,
+    *,
+    resample: bool = False,
+    mix: bool = False,
+    **options: Any,
+) -> SpeechRenderer:
+    """The renderer of a model's directory, name or hub id, with the features that its files ask for.
+
+    Args:
+        resample, mix: see `ClipReader`.
+        options: of `SpeechRenderer`.
+    """
+    features = read_log_mel(resolve(model), config.mel, config.source_places)
+    reader = ClipReader(features, resample=resample, mix=mix)
+    return SpeechRenderer(tokenizer, config, reader, **options)
 
 
 def _text(record):

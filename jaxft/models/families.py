@@ -28,8 +28,8 @@ from jaxft.models.olmoe import OLMOE
 from jaxft.models.paligemma import PALIGEMMA
 from jaxft.models.phi3 import PHI3
 from jaxft.models.qwen2 import QWEN2
-from jaxft.models.qwen2_audio import QWEN2_AUDIO
 from jaxft.models.qwen2_5_vl import QWEN2_5_VL
+from jaxft.models.qwen2_audio import QWEN2_AUDIO
 from jaxft.models.qwen2_moe import QWEN2_MOE
 from jaxft.models.qwen3 import QWEN3
 from jaxft.models.qwen3_5 import QWEN3_5

@@ -5,9 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from experiments import evaluate, generate, sft, transcribe
+from experiments import evaluate, generate, preference, sft, transcribe
 from experiments.cli import flags
 from jaxft import data
+from jaxft.data import __main__ as inspection
 from jaxft.checkpoints import load_tokenizer
 from tests.checkpoints.small_bert import quiet
 from tests.data.test_audio import RATE, tone, wav
@@ -158,3 +159,12 @@ def test_flags_and_records_that_do_not_fit_are_refused(files, tmp_path):
             sft.main(flags.replace(sft.Config(), **given))
     with pytest.raises(data.DataError, match="reads sound, not texts to restore"):
         sft.main(flags.replace(sft.Config(), **preview, data=(str(path),), denoise="span"))
+
+
+def test_other_commands_on_models_that_hear(files, capsys):
+    """The inspection of data renders clips; scripts that do not take them say so."""
+    model, path, _, _ = files
+    inspection.main(inspection.Config(str(path), str(model), max_length=16))
+    assert "<s> w32" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="writes the texts of clips, which this script does not take"):
+        preference.main(flags.replace(preference.Config(), model=str(model), data=(str(path),)))

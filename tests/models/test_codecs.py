@@ -35,6 +35,7 @@ EXPERTS = dict(
     shared_expert_intermediate_size=12,
 )
 FULL, LINEAR = "full_attention", "linear_attention"
+SOUND = dict(d_model=32, encoder_layers=1, encoder_attention_heads=4, max_source_positions=8)
 ENCODERS = ("bert", "roberta", "xlm-roberta", "vit")
 SPLIT_ROPE = {"full_attention": dict(factor=8.0, rope_type="linear"), "sliding_attention": {}}
 GEMMA4 = dict(
@@ -57,6 +58,11 @@ FILES = {
     "marian": [BART],
     "whisper": [
         dict(vocab_size=61, d_model=48, encoder_layers=1, decoder_layers=2, max_source_positions=8)
+    ],
+    "qwen2_audio": [
+        dict(
+            text_config=DECODER | dict(model_type="qwen2"), audio_config=SOUND, audio_token_index=3
+        )
     ],
     "vit": [ENCODER],
     "deepseek_v2": [

@@ -65,6 +65,7 @@ from experiments.worlds import arithmetic, documents, questions, words
 from jaxft import rl, train
 from jaxft.generation import SamplingConfig, generate
 from jaxft.models import Decoder
+from jaxft.objectives import completion_log_probs
 from jaxft.rl.guided import d2lols, guide_begins, guide_ends, lols
 from jaxft.rl.rollouts import judged
 from jaxft.rl.two_critics import with_critics, without_critics
@@ -137,13 +138,14 @@ class World(NamedTuple):
     model: Decoder
     start: Any  # params of the learner
     guide: rl.guided.Writer
-    guide_measures: dict[str, float]
+    guide_measures: dict[str, Any]
     known: rl.Asked  # ids and records of the questions to train on
     references: dict[str, np.ndarray]  # supervised rows of their answers
     sampling: SamplingConfig
     sampler: Callable[..., Any]
     judge: rl.guided.Judge
-    measure: Callable[[Any], dict[str, float]]  # params -> {"pass@1"} of held-out questions
+    # params -> {"pass@1"} of held-out questions, and "tokens", of each right token after right ones
+    measure: Callable[[Any], dict[str, Any]]
     collect: Callable[..., rl.Collector]
     fit: Callable[..., tuple]  # `fit` of (params, objective, learning rate, batches, rows, ...)
 
@@ -186,18 +188,18 @@ def reversal(config: Config, seed: int) -> World:
     model, params = arithmetic.small_model(
         jax.random.key(seed), config.width, 32, words.VOCABULARY, config.layers
     )
-    probabilities, some = (
-        arithmetic.answer_probabilities(model),
-        {k: x[:500] for k, x in rows.items()},
-    )
-    right = lambda params: float(probabilities(params, some).mean())
+    log_probs = jax.jit(functools.partial(completion_log_probs, model.forward))
+    some = {k: x[:500] for k, x in rows.items()}
+    right = lambda params: float(np.exp(np.sum(log_probs(params, some), axis=1)).mean())
     pretrain = functools.partial(arithmetic.warm_start, model, rows=rows, measure=right)
     start, steps = pretrain(params=params, seed=seed, until=config.learner)
     better, more = pretrain(params=start, seed=seed + 1, until=config.guide)
     print(f"seed {seed}: {steps} steps of the learner, {more} more of the guide", flush=True)
 
     def measure(params):
-        return {"pass@1": float(probabilities(params, held_out).mean())}
+        found = np.asarray(log_probs(params, held_out))
+        each = np.exp(found).mean(axis=0).tolist()
+        return {"pass@1": float(np.exp(found.sum(axis=1)).mean()), "tokens": each}
 
     def fit(params, objective, rate, batches, rows, **more):
         return train.fit(params, objective, arithmetic.policy_optimizer(rate), batches, **more)
@@ -230,7 +232,7 @@ def run_seed(config: Config, world: Callable[[int], World], seed: int) -> dict[s
 
 
 def train_method(config, world, schedule, mix, seed) -> dict[str, Any]:
-    """{"pass@1", "reward", "guide_tokens", "curve"} of one method."""
+    """{"pass@1", "tokens", "reward", "guide_tokens", "curve"} of one method."""
     forward, steps = world.model.forward, config.updates * config.epochs
     policy = rl.writer(world.model, world.sampling, sampler=world.sampler)
     sample = rl.guided_answers(
@@ -245,6 +247,7 @@ def train_method(config, world, schedule, mix, seed) -> dict[str, Any]:
         objective = rl.with_references(objective, forward, config.reference_weight)
     every = max(1, config.rollouts // 5) * steps
     measure = lambda state: world.measure(without_critics(state.params))
+    rate = lambda state: {"pass@1": measure(state)["pass@1"]}
     state, history = world.fit(
         with_critics(world.model, world.start),
         objective,
@@ -256,7 +259,7 @@ def train_method(config, world, schedule, mix, seed) -> dict[str, Any]:
         config.responses // config.updates,
         steps=config.rollouts * steps,
         key=jax.random.key(seed),
-        callbacks=[train.every(every, measure)],
+        callbacks=[train.every(every, rate)],
     )  # fmt: skip
     return measure(state) | {
         "reward": float(np.mean([row["reward"] for row in history[-LAST * steps :]])),

@@ -145,6 +145,7 @@ def chain(params, batch, key=None):
     return Prediction(jax.nn.one_hot(states, STATES), params["logits"])
 
 
+@jax.jit
 def backed_up(logits):
     """(V [7], Q [7, 2]) of the policy with these logits."""
     p, values = jax.nn.softmax(logits), [None] * STATES
@@ -163,6 +164,21 @@ def probability(path, h, first, last):
     return np.prod(
         [p[t >= h][s, a] for t, (s, a) in enumerate(zip(states_of(path), path, strict=True))]
     )
+
+
+@jax.jit
+def slopes(params, batch):
+    """The gradient of each row's policy loss; λ is in the batch's advantages only."""
+    _, objective = rl.guided_ppo(chain, value_weight=0.0)
+    alone = lambda row: jax.tree.map(lambda x: x[None], row)
+    slope = lambda row: jax.grad(lambda p: objective(p, alone(row), None)[0])(params)["logits"]
+    return jax.vmap(slope)(batch)
+
+
+@jax.jit
+def slope_of_values(reached):
+    """∇ Σ_s reached[s] V(s) at the policy's logits."""
+    return jax.grad(lambda logits: reached @ backed_up(logits)[0])(jnp.asarray(LOGITS))
 
 
 def expected_gradient(h, begins, lam):
@@ -186,11 +202,9 @@ def expected_gradient(h, begins, lam):
     np.testing.assert_allclose(
         batch["old_values"], [values[states_of(p)] for p in PATHS], rtol=1e-5
     )
-    credit, objective = rl.guided_ppo(chain, lam=lam, value_weight=0.0)
+    credit, _ = rl.guided_ppo(chain, lam=lam)
     batch |= credit(jnp.asarray(LEAVES), batch)
-    alone = lambda row: jax.tree.map(lambda x: x[None], row)
-    slope = lambda row: jax.grad(lambda p: objective(p, alone(row), None)[0])(params)["logits"]
-    grads = jax.jit(jax.vmap(slope))(jax.tree.map(jnp.asarray, batch))
+    grads = slopes(params, batch)
     pair = (GUIDE_LOGITS, LOGITS) if begins else (LOGITS, GUIDE_LOGITS)
     weights = [probability(path, h, *pair) for path in PATHS]
     # The loss is a mean over the policy's tokens of a row.
@@ -223,13 +237,11 @@ def test_ppo_after_a_guides_prefix_is_the_policy_gradient_from_there(h, lam):
     first = {0: [0], 1: [1, 2], 2: [3, 4, 5, 6]}[h]
     tokens = {0: [()], 1: [(0,), (1,)], 2: list(itertools.product((0, 1), repeat=2))}[h]
     guide = np.asarray(jax.nn.softmax(jnp.asarray(GUIDE_LOGITS)))
-    reached = [
+    reached = np.zeros(STATES)
+    reached[first] = [
         np.prod([guide[states_of(t + (0,) * 3)[i], a] for i, a in enumerate(t)]) for t in tokens
     ]
-    start = lambda logits: sum(
-        w * backed_up(logits)[0][s] for w, s in zip(reached, first, strict=True)
-    )
-    wanted = jax.grad(start)(jnp.asarray(LOGITS))
+    wanted = slope_of_values(reached)
     np.testing.assert_allclose(expected_gradient(h, True, lam), wanted, atol=1e-5)
 
 

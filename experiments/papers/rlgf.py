@@ -93,20 +93,20 @@ class Config:
 
     seeds: int = 3  # runs of each kind, each with its own seed
     first_seed: int = 0  # the seeds are first_seed, first_seed + 1, ...
-    learner: float = 0.02  # probability of a right answer at which the learner's pretraining ends
+    learner: float = 0.1  # probability of a right answer at which the learner's pretraining ends
     guide: float = 0.7  # and that of the guide
     words: int = 20_000  # words to train on
     held_out: int = 1000  # words that measure accuracy
-    rollouts: int = 50  # rollouts of each method
+    rollouts: int = 100  # rollouts of each method
     responses: int = 128  # responses of a rollout, one to each question
-    updates: int = 2  # parts of a rollout, one optimizer step each
+    updates: int = 1  # parts of a rollout, one optimizer step each
     epochs: int = 2  # passes over a rollout
-    learning_rate: float = 3e-4  # learning rate of all methods
+    learning_rate: float = 1e-3  # learning rate of all methods
     mix: float = 0.8  # share of the responses that have a roll-in
     tau: float = 0.8  # share of LOLS's rollouts that are PPO++'s
     guided_first: float = 0.2  # share of D2LOLS's rollouts, its first, that are AggreVaTeD's
     gamma: float = 0.99  # discount per token
-    value_weight: float = 0.5  # weight of the critics' loss
+    value_weight: float = 0.1  # weight of the critics' loss
     reference_weight: float = 0.0  # weight of the cross-entropy of reference answers
     width: int = 48  # width of the model
     layers: int = 2  # layers of the model
@@ -310,6 +310,45 @@ def judge(runs: list[dict]) -> list[Claim]:
             surpass,
             f"start {start.mean():.3f}, guide {guide.mean():.3f}",
         ),
+        *mechanism(runs),
+    ]
+
+
+def mechanism(runs: list[dict]) -> list[Claim]:
+    """Returns our claims on which tokens each method learns; none for texts, which have no such measure."""
+    if "tokens" not in runs[0]["start"]:
+        return []
+    before = np.array([run["start"]["tokens"] for run in runs])
+    after = {m: np.array([run["methods"][m]["tokens"] for run in runs]) for m in METHODS}
+    moved = lambda method, place: after[method][:, place] - before[:, place]
+    shown = lambda x: " ".join(f"{value:.2f}" for value in x.mean(axis=0))
+    detail = lambda method: f"by token {shown(before)} -> {shown(after[method])}"
+    learned = [run["methods"]["PPO"]["pass@1"] - run["start"]["pass@1"] for run in runs]
+    return [
+        Claim(
+            "PPO learns: it ends above its start",
+            "(ours)",
+            [mean(learned, "above", 0)],
+            detail("PPO"),
+        ),
+        Claim(
+            "PPO++ learns the last letter of an answer, and forgets the first",
+            "(ours)",
+            [
+                mean(moved("PPO++", -2), "above", 0, label="last"),
+                mean(moved("PPO++", 0), "below", 0, label="first"),
+            ],
+            detail("PPO++"),
+        ),
+        Claim(
+            "AggreVaTeD learns the first letter of an answer, and forgets its end",
+            "(ours)",
+            [
+                mean(moved("AggreVaTeD", 0), "above", 0, label="first"),
+                mean(moved("AggreVaTeD", -1), "below", 0, label="end"),
+            ],
+            detail("AggreVaTeD"),
+        ),
     ]
 
 
@@ -334,8 +373,8 @@ def print_table(runs: list[dict]) -> None:
 def _figure(runs, output):
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5, 3.4), layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    axes, right = figure.subplots(1, 2)
     for name in runs[0]["methods"]:
         first = [[(0, run["start"]["pass@1"]), *run["methods"][name]["curve"]] for run in runs]
         steps, values = np.moveaxis(np.array(first), -1, 0)
@@ -345,6 +384,13 @@ def _figure(runs, output):
     )
     axes.set(xlabel="rollout", title="pass@1 on held-out questions, mean over seeds, 95 % interval")
     axes.legend(fontsize=7)
+    rows = {"start": [run["start"] for run in runs]}
+    rows |= {name: [run["methods"][name] for run in runs] for name in runs[0]["methods"]}
+    for name, found in rows.items():
+        if tokens := [row["tokens"] for row in found if "tokens" in row]:
+            style = dict(color="k", ls=":") if name == "start" else {}
+            right.plot(range(1, 1 + len(tokens[0])), np.mean(tokens, axis=0), label=name, **style)
+    right.set(xlabel="token of the answer", title="probability of the right token at the end")
     figure.savefig(output / "rlgf.png", dpi=150)
 
 

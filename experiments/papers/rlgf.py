@@ -373,7 +373,7 @@ def print_table(runs: list[dict]) -> None:
 def _figure(runs, output):
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    figure = Figure(figsize=(10, 3.4), layout="constrained")
     axes, right = figure.subplots(1, 2)
     for name in runs[0]["methods"]:
         first = [[(0, run["start"]["pass@1"]), *run["methods"][name]["curve"]] for run in runs]
@@ -382,7 +382,7 @@ def _figure(runs, output):
     axes.axhline(
         np.mean([run["guide"]["pass@1"] for run in runs]), color="k", ls=":", label="guide"
     )
-    axes.set(xlabel="rollout", title="pass@1 on held-out questions, mean over seeds, 95 % interval")
+    axes.set(xlabel="rollout", title="held-out pass@1: mean over seeds, 95 % interval")
     axes.legend(fontsize=7)
     rows = {"start": [run["start"] for run in runs]}
     rows |= {name: [run["methods"][name] for run in runs] for name in runs[0]["methods"]}

@@ -34,7 +34,7 @@ import dataclasses
 import functools
 import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -101,7 +101,8 @@ def main(config: Config) -> int:
     only_small = ("numbers", "pretrain_steps", "pretrain_rate", "share", "width")
     config = questions.sized(config, FULL, SMOKE, only_small=only_small)
     with opened(config) as world:
-        run = functools.partial(run_seed, world)
+        few = config.smoke and config.preset == "full"
+        run = functools.partial(run_seed, world, names=NAMES[:2] if few else NAMES)
         return measure_claims(
             this, config, run, judge=judge, print_table=print_table, figure=_figure
         )
@@ -216,17 +217,19 @@ def problems(config: Config, task: questions.Task, seed: int) -> World:
     return World(task.params, trained, measure)
 
 
-def run_seed(world: Callable[[int], World], seed: int) -> dict[str, Any]:
-    """{"start": {prompt: measures}, "trained": {prompt: {"own", "none", "others", "reward"}}} of a start."""
+def run_seed(
+    world: Callable[[int], World], seed: int, names: Sequence[str] = NAMES
+) -> dict[str, Any]:
+    """{"start": {prompt: measures}, "trained": {prompt: {"own", "none", "others"}}} of one start."""
     world = world(seed)
-    start = {name: world.measure(world.start, name, name) for name in NAMES}
+    start = {name: world.measure(world.start, name, name) for name in names}
     start[NO_PROMPT] = world.measure(world.start, NO_PROMPT, NAMES[0])
     trained = {}
-    for name, prompt, tag in [*((x, x, x) for x in NAMES), (WRONG_TAG, "think", "code")]:
+    for name, prompt, tag in [*((x, x, x) for x in names), (WRONG_TAG, "think", "code")]:
         params, history = world.train(prompt, tag)
         if not any(row["reward"] for row in history):
             print(f"seed {seed}, {name}: no answer had a reward; nothing was learned.", flush=True)
-        others = [world.measure(params, other, tag)["shares"] for other in NAMES if other != prompt]
+        others = [world.measure(params, other, tag)["shares"] for other in names if other != prompt]
         trained[name] = {
             "own": world.measure(params, prompt, tag),
             "none": world.measure(params, NO_PROMPT, tag),
@@ -246,25 +249,31 @@ def own_share(run: dict, name: str, prompt: str) -> float:
     return run["trained"][name][prompt]["shares"][NAMES.index(name)]
 
 
+def trained_with(runs: list[dict]) -> list[str]:
+    """The prior prompts of the runs: all five, except in a smoke run."""
+    return [name for name in NAMES if name in runs[0]["trained"]]
+
+
 def judge(runs: list[dict]) -> list[Claim]:
     """Returns the claims with their measured numbers."""
+    names = trained_with(runs)
     own = lambda name, metric: np.array([run["trained"][name]["own"][metric] for run in runs])
-    gains = {n: own(n, "accuracy") - [r["start"][n]["accuracy"] for r in runs] for n in NAMES}
-    apart = [distance([run["trained"][n]["none"]["shares"] for n in NAMES]) for run in runs]
-    before = [distance([run["start"][n]["shares"] for n in NAMES]) for run in runs]
-    alone = {n: [own_share(run, n, "none") for run in runs] for n in NAMES}
+    gains = {n: own(n, "accuracy") - [r["start"][n]["accuracy"] for r in runs] for n in names}
+    apart = [distance([run["trained"][n]["none"]["shares"] for n in names]) for run in runs]
+    before = [distance([run["start"][n]["shares"] for n in names]) for run in runs]
+    alone = {n: [own_share(run, n, "none") for run in runs] for n in names}
     return [
         Claim(
             "RL with a prior prompt is more accurate than the start with it", "for all five",
-            [mean(gains[n], "above", 0, label=n) for n in NAMES],
+            [mean(gains[n], "above", 0, label=n) for n in names],
         ),
         Claim(
             "and keeps to the format", "not given",
-            [mean(own(n, "format"), "at least", 0.95, by="estimate", label=n) for n in NAMES],
+            [mean(own(n, "format"), "at least", 0.95, by="estimate", label=n) for n in names],
         ),
         Claim(
             "without a prompt, the model uses the style it was trained with", "styles stay distinct",
-            [mean(alone[n], "above", 0.3, label=n) for n in NAMES],
+            [mean(alone[n], "above", 0.3, label=n) for n in names],
         ),
         Claim(
             "distance of the five models' styles without a prompt, nats", "above 0",
@@ -298,7 +307,8 @@ def print_table(runs: list[dict]) -> None:
 
 
 def _print_behaviours(runs):
-    table = Table("behaviour, with the own prompt: before -> after", *NAMES)
+    names = trained_with(runs)
+    table = Table("behaviour, with the own prompt: before -> after", *names)
     rate = lambda row, name: row["behaviours"][name]
     for behaviour in BEHAVIOURS:
         pairs = [
@@ -306,7 +316,7 @@ def _print_behaviours(runs):
                 np.mean([rate(run["start"][name], behaviour) for run in runs]),
                 np.mean([rate(run["trained"][name]["own"], behaviour) for run in runs]),
             )
-            for name in NAMES
+            for name in names
         ]
         table.add_row(behaviour, *(f"{a:.2f} -> {b:.2f}" for a, b in pairs))
     Console(width=140).print(table)
@@ -315,15 +325,15 @@ def _print_behaviours(runs):
 def _figure(runs, output):
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 3), layout="constrained")
+    names, figure = trained_with(runs), Figure(figsize=(7, 3), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     gains = [
-        [run["trained"][n]["own"]["accuracy"] - run["start"][n]["accuracy"] for n in NAMES]
+        [run["trained"][n]["own"]["accuracy"] - run["start"][n]["accuracy"] for n in names]
         for run in runs
     ]
-    bar_means(left, NAMES, gains)
+    bar_means(left, names, gains)
     left.set(title="accuracy gained with the own prompt")
-    bar_means(right, NAMES, [[own_share(run, n, "none") for n in NAMES] for run in runs])
+    bar_means(right, names, [[own_share(run, n, "none") for n in names] for run in runs])
     right.axvline(
         np.mean([run["start"][NO_PROMPT]["shares"][:5] for run in runs]), color="k", ls=":"
     )

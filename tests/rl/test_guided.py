@@ -264,7 +264,7 @@ def test_roll_outs_of_the_guide_estimate_its_value_after_the_policys_prefix():
         return write
 
     writers = tabular(LOGITS), tabular(GUIDE_LOGITS)
-    out = mixed_rollout(None, [[0]] * 20_000, jax.random.key(3), *writers, DEPTH, 0.8)
+    out = mixed_rollout(None, [[0]] * 5_000, jax.random.key(3), *writers, DEPTH, 0.8)
     rewards = LEAVES[out.tokens @ [4, 2, 1]]
     values = np.asarray(backed_up(GUIDE_LOGITS)[0])
     states = np.array([states_of(row)[h] for row, h in zip(out.tokens, out.switch, strict=True)])
@@ -345,16 +345,22 @@ def losses_whitened(values, mask):
     return np.where(mask, centred / np.sqrt(values[mask].var(ddof=1) + 1e-8), 0.0)
 
 
+@functools.cache
+def unclipped():
+    """(credit, gradient of the loss), compiled once for all schedules."""
+    credit, objective = rl.guided_ppo(model_and_params()[0].forward, value_clip=np.inf)
+    return credit, jax.jit(jax.grad(lambda p, batch: objective(p, batch, None)[0]))
+
+
 @pytest.mark.parametrize("schedule", [guide_begins, guide_ends, d2lols(1)])
 def test_each_phase_trains_its_own_critic(critics, schedule):
     model, _ = model_and_params()
-    credit, objective = rl.guided_ppo(model.forward, value_clip=np.inf)
+    credit, slope = unclipped()
     batches = collector(
         schedule, 1.0, credit, rl.add_guided_policy(model.forward, 1.0), updates=2, epochs=2
     )
     found = taken(batches, critics, 5)
     begins = [bool(schedule(number, None)) for number in (0, 0, 0, 0, 1)]
-    slope = jax.jit(jax.grad(lambda p, batch: objective(p, batch, None)[0]))
     for batch, by_policy in zip(found, begins, strict=True):
         assert np.all(batch["guide_critic"] == (not by_policy))
         grads = slope(critics, batch)

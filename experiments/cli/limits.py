@@ -14,7 +14,7 @@ _COUNTS = (
     "distil_top_k documents draws early epochs eval_steps evaluate_every every examples expert "
     "fine_tuning_steps gradient_accumulation_steps grid group_size held_out images inner_steps known "
     "layers length limit logging_steps max_length max_new_tokens max_prompt max_steps max_tries "
-    "measured microbatches mined most most_steps num_beams num_samples own pairs patience places "
+    "measured microbatches mined most most_steps num_beams num_samples numbers own pairs patience places "
     "pretrain_rows pretrain_steps pretraining problems prompts_per_step questions rank responses "
     "rft_steps rl_steps rollouts rows_at_once sampled_at_once samples save_steps seeds sft_steps "
     "shot_steps shots size sizes slices steps tensor terms text_steps trained_at_once transform_steps "

@@ -8,13 +8,16 @@ models of different behaviour, all better than the start with the same prompt.
     python experiments/papers/ppe.py --preset full   Qwen2.5-7B on STILL-3's questions, 8 GPUs of 80 GB
     python experiments/papers/ppe.py --preset full --model Qwen/Qwen2.5-1.5B --data questions.jsonl
 
-The task is the addition of two two-digit numbers in five styles, asked for by the first character of the
-question (experiments/worlds/styles.py). A model of 0.2 M parameters is pretrained on documents of which 70 %
+The task is the addition of two numbers below 50 in five styles, asked for by the first character of the
+question (experiments/worlds/styles.py). A model of 0.1 M parameters is pretrained on documents of which 70 %
 follow the style that is asked for, 25 % have a wrong answer and 15 % a malformed tag. GRPO then trains one
 model with each prior prompt, with the reward ½ accuracy + ½ format of the paper: all from the same params of
 a seed, on the same questions in the same order. All measurements use samples at temperature 1 for held-out
 questions: with a model's own prior prompt, and without one, where a style that is used has become the model's
 own. As a control, one model has the prompt of "think" and the format reward of "code".
+
+The sizes were chosen on seed 100, for 8 minutes of processor time: numbers below 100, which a wider model
+learns in 600 steps of 128 documents, took 20 minutes, and a narrower one was at an accuracy of 0.1 only.
 
 Which style is best is a property of Qwen2.5-7B in the paper, and here of how the documents were written:
 it is shown, not judged. The wording of the prompts and the hyperparameters of `--preset full` are ours,
@@ -31,12 +34,11 @@ import dataclasses
 import functools
 import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
-import optax
 import tyro
 from rich.console import Console
 from rich.table import Table
@@ -49,7 +51,8 @@ from experiments.worlds import arithmetic, questions, styles
 from jaxft import rl, train
 from jaxft.analysis.behaviours import BEHAVIOURS, behaviour_rates, js_divergence
 from jaxft.data.prior_prompts import PRIOR_PROMPTS
-from jaxft.objectives import policy_gradient, supervised
+from jaxft.models import Decoder
+from jaxft.objectives import policy_gradient
 from jaxft.rewards import SeveralRewards, tag_format_reward
 
 NAMES = tuple(prior.name for prior in PRIOR_PROMPTS)
@@ -72,15 +75,17 @@ class Config:
 
     seeds: int = 3  # runs of each kind, each with its own seed
     first_seed: int = 0  # the seeds are first_seed, first_seed + 1, ...
-    pretrain_steps: int = 600  # steps of pretraining on 128 documents
+    numbers: int = 50  # sums of two numbers below this
+    pretrain_steps: int = 1000  # steps of pretraining on 32 documents
+    pretrain_rate: float = 4e-3  # their learning rate, at its highest
     share: float = 0.7  # probability that a document follows the prior prompt; else any style
-    steps: int = 100  # steps of GRPO with each prior prompt
-    prompts_per_step: int = 32  # questions per step
+    steps: int = 60  # steps of GRPO with each prior prompt
+    prompts_per_step: int = 16  # questions per step
     group_size: int = 8  # answers to each question
-    learning_rate: float = 3e-4  # learning rate of GRPO
-    held_out: int = 128  # held-out questions
-    samples: int = 8  # answers to each of them
-    width: int = 96  # width of the model
+    learning_rate: float = 1e-3  # learning rate of GRPO
+    held_out: int = 256  # held-out questions
+    samples: int = 2  # answers to each of them
+    width: int = 64  # width of the model
     # directory for the figure, metrics.json and the cache of finished seeds
     output_dir: str = "runs/ppe"
     preset: Literal["small", "full"] = "small"  # full: the paper's model, questions and sizes
@@ -93,10 +98,11 @@ class Config:
 def main(config: Config) -> int:
     """Measures all claims; returns exit code 1 if one does not hold."""
     this = begin(config)
-    only_small = ("pretrain_steps", "share", "width")
+    only_small = ("numbers", "pretrain_steps", "pretrain_rate", "share", "width")
     config = questions.sized(config, FULL, SMOKE, only_small=only_small)
     with opened(config) as world:
-        run = functools.partial(run_seed, world)
+        few = config.smoke and config.preset == "full"
+        run = functools.partial(run_seed, world, names=NAMES[:2] if few else NAMES)
         return measure_claims(
             this, config, run, judge=judge, print_table=print_table, figure=_figure
         )
@@ -124,31 +130,28 @@ def opened(config: Config) -> Iterator[Callable[[int], World]]:
 def sums(config: Config, seed: int) -> World:
     """Returns the world of sums in five styles, with a model pretrained for the seed."""
     rng = np.random.default_rng(seed)
-    pairs = np.stack(np.divmod(rng.permutation(10_000), 100), axis=1)
+    pairs = np.stack(np.divmod(rng.permutation(config.numbers**2), config.numbers), axis=1)
     held_out, known = pairs[: config.held_out], pairs[config.held_out :]
     model, params = arithmetic.small_model(
         jax.random.key(seed), config.width, vocabulary=len(styles.ALPHABET)
     )
-    params = pretrained(config, model, params, known, rng, seed)
-    asked = lambda prompt, pairs: arithmetic.encode(
-        [styles.question(LETTER.get(prompt, styles.NONE), *pair) for pair in pairs.tolist()],
-        styles.ALPHABET,
-    )
-    build = functools.partial(policy_gradient, model.forward)
-    algorithm, totals = rl.grpo(build, config.group_size), known.sum(axis=1)
+    params = styles.pretrained(
+        model, params, known, rng, steps=config.pretrain_steps, batch_size=32,
+        rate=config.pretrain_rate, own=config.share, seed=seed,
+    )  # fmt: skip
+    asked = lambda prompt, pairs: styles.asked(LETTER.get(prompt, styles.NONE), pairs)
+    credit, optimizer, step = learner(model, config.group_size, config.learning_rate)
+    totals, right = known.sum(axis=1), styles.right(held_out.sum(axis=1))
     numbers = np.repeat(np.arange(len(held_out)), config.samples)
 
     def trained(prompt, tag):
         prompts = rl.Prompts(asked(prompt, known), config.prompts_per_step, seed=seed)
         batches = rl.collect_on_device(
-            model, prompts, styles.combined(LETTER[tag], totals), algorithm.credit,
-            styles.sampling(), group_size=config.group_size,
+            model, prompts, styles.combined(LETTER[tag], totals), credit, styles.sampling(),
+            group_size=config.group_size,
         )  # fmt: skip
-        optimizer = arithmetic.policy_optimizer(config.learning_rate)
-        state, history = train.fit(
-            params, algorithm.objective, optimizer, batches, steps=config.steps,
-            key=jax.random.key(seed),
-        )  # fmt: skip
+        state = train.init_state(params, optimizer, jax.random.key(seed))
+        state, history = train.run_steps(state, step, batches, steps=config.steps)
         return state.params, history
 
     def measure(params, prompt, tag):
@@ -158,26 +161,20 @@ def sums(config: Config, seed: int) -> World:
         )  # fmt: skip
         rows = [x.reshape(-1, x.shape[-1]) for x in (tokens, mask)]
         return {
-            "accuracy": float(styles.right(held_out.sum(axis=1))(*rows, numbers).mean()),
-            "format": float(styles.well_formed(LETTER[tag], *rows).mean()),
+            "accuracy": float(np.mean(right(*rows, numbers))),
+            "format": float(np.mean(styles.well_formed(LETTER[tag], *rows))),
             "shares": styles.shares(tokens),
         }
 
     return World(params, trained, measure)
 
 
-def pretrained(config, model, params, pairs, rng, seed) -> Any:
-    """Returns params trained on one document for each of 20,000 draws of a sum and a prior prompt."""
-    chosen = pairs[rng.integers(0, len(pairs), 20_000)].tolist()
-    priors = rng.choice([*styles.STYLES, styles.NONE], len(chosen))
-    texts = [
-        styles.document(rng, prior, *pair, own=config.share, malformed=0.15, wrong=0.25)
-        for prior, pair in zip(priors, chosen, strict=True)
-    ]
-    asked = [styles.question(prior, *pair) for prior, pair in zip(priors, chosen, strict=True)]
-    batches = arithmetic.batches_of(arithmetic.layout(asked, texts, styles.ALPHABET), seed, 128)
-    batches = itertools.islice(batches, config.pretrain_steps)
-    return train.fit(params, supervised(model.forward), optax.adamw(1e-3), batches)[0].params
+@functools.cache
+def learner(model: Decoder, group_size: int, learning_rate: float) -> tuple[Any, Any, Any]:
+    """(credit, optimizer, step) of GRPO, which all prior prompts and seeds share: compiled once."""
+    algorithm = rl.grpo(functools.partial(policy_gradient, model.forward), group_size)
+    optimizer = arithmetic.policy_optimizer(learning_rate)
+    return algorithm.credit, optimizer, jax.jit(train.make_step(algorithm.objective, optimizer))
 
 
 def problems(config: Config, task: questions.Task, seed: int) -> World:
@@ -220,17 +217,19 @@ def problems(config: Config, task: questions.Task, seed: int) -> World:
     return World(task.params, trained, measure)
 
 
-def run_seed(world: Callable[[int], World], seed: int) -> dict[str, Any]:
-    """{"start": {prompt: measures}, "trained": {prompt: {"own", "none", "others", "reward"}}} of a start."""
+def run_seed(
+    world: Callable[[int], World], seed: int, names: Sequence[str] = NAMES
+) -> dict[str, Any]:
+    """{"start": {prompt: measures}, "trained": {prompt: {"own", "none", "others"}}} of one start."""
     world = world(seed)
-    start = {name: world.measure(world.start, name, name) for name in NAMES}
+    start = {name: world.measure(world.start, name, name) for name in names}
     start[NO_PROMPT] = world.measure(world.start, NO_PROMPT, NAMES[0])
     trained = {}
-    for name, prompt, tag in [*((x, x, x) for x in NAMES), (WRONG_TAG, "think", "code")]:
+    for name, prompt, tag in [*((x, x, x) for x in names), (WRONG_TAG, "think", "code")]:
         params, history = world.train(prompt, tag)
         if not any(row["reward"] for row in history):
             print(f"seed {seed}, {name}: no answer had a reward; nothing was learned.", flush=True)
-        others = [world.measure(params, other, tag)["shares"] for other in NAMES if other != prompt]
+        others = [world.measure(params, other, tag)["shares"] for other in names if other != prompt]
         trained[name] = {
             "own": world.measure(params, prompt, tag),
             "none": world.measure(params, NO_PROMPT, tag),
@@ -250,25 +249,31 @@ def own_share(run: dict, name: str, prompt: str) -> float:
     return run["trained"][name][prompt]["shares"][NAMES.index(name)]
 
 
+def trained_with(runs: list[dict]) -> list[str]:
+    """The prior prompts of the runs: all five, except in a smoke run."""
+    return [name for name in NAMES if name in runs[0]["trained"]]
+
+
 def judge(runs: list[dict]) -> list[Claim]:
     """Returns the claims with their measured numbers."""
+    names = trained_with(runs)
     own = lambda name, metric: np.array([run["trained"][name]["own"][metric] for run in runs])
-    gains = {n: own(n, "accuracy") - [r["start"][n]["accuracy"] for r in runs] for n in NAMES}
-    apart = [distance([run["trained"][n]["none"]["shares"] for n in NAMES]) for run in runs]
-    before = [distance([run["start"][n]["shares"] for n in NAMES]) for run in runs]
-    alone = {n: [own_share(run, n, "none") for run in runs] for n in NAMES}
+    gains = {n: own(n, "accuracy") - [r["start"][n]["accuracy"] for r in runs] for n in names}
+    apart = [distance([run["trained"][n]["none"]["shares"] for n in names]) for run in runs]
+    before = [distance([run["start"][n]["shares"] for n in names]) for run in runs]
+    alone = {n: [own_share(run, n, "none") for run in runs] for n in names}
     return [
         Claim(
             "RL with a prior prompt is more accurate than the start with it", "for all five",
-            [mean(gains[n], "above", 0, label=n) for n in NAMES],
+            [mean(gains[n], "above", 0, label=n) for n in names],
         ),
         Claim(
             "and keeps to the format", "not given",
-            [mean(own(n, "format"), "at least", 0.95, by="estimate", label=n) for n in NAMES],
+            [mean(own(n, "format"), "at least", 0.95, by="estimate", label=n) for n in names],
         ),
         Claim(
             "without a prompt, the model uses the style it was trained with", "styles stay distinct",
-            [mean(alone[n], "above", 0.3, label=n) for n in NAMES],
+            [mean(alone[n], "above", 0.3, label=n) for n in names],
         ),
         Claim(
             "distance of the five models' styles without a prompt, nats", "above 0",
@@ -302,7 +307,8 @@ def print_table(runs: list[dict]) -> None:
 
 
 def _print_behaviours(runs):
-    table = Table("behaviour, with the own prompt: before -> after", *NAMES)
+    names = trained_with(runs)
+    table = Table("behaviour, with the own prompt: before -> after", *names)
     rate = lambda row, name: row["behaviours"][name]
     for behaviour in BEHAVIOURS:
         pairs = [
@@ -310,7 +316,7 @@ def _print_behaviours(runs):
                 np.mean([rate(run["start"][name], behaviour) for run in runs]),
                 np.mean([rate(run["trained"][name]["own"], behaviour) for run in runs]),
             )
-            for name in NAMES
+            for name in names
         ]
         table.add_row(behaviour, *(f"{a:.2f} -> {b:.2f}" for a, b in pairs))
     Console(width=140).print(table)
@@ -319,15 +325,15 @@ def _print_behaviours(runs):
 def _figure(runs, output):
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 3), layout="constrained")
+    names, figure = trained_with(runs), Figure(figsize=(7, 3), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     gains = [
-        [run["trained"][n]["own"]["accuracy"] - run["start"][n]["accuracy"] for n in NAMES]
+        [run["trained"][n]["own"]["accuracy"] - run["start"][n]["accuracy"] for n in names]
         for run in runs
     ]
-    bar_means(left, NAMES, gains)
+    bar_means(left, names, gains)
     left.set(title="accuracy gained with the own prompt")
-    bar_means(right, NAMES, [[own_share(run, n, "none") for n in NAMES] for run in runs])
+    bar_means(right, names, [[own_share(run, n, "none") for n in names] for run in runs])
     right.axvline(
         np.mean([run["start"][NO_PROMPT]["shares"][:5] for run in runs]), color="k", ls=":"
     )

@@ -65,6 +65,7 @@ from experiments.worlds import arithmetic, documents, questions, words
 from jaxft import rl, train
 from jaxft.generation import SamplingConfig, generate
 from jaxft.models import Decoder
+from jaxft.objectives import completion_log_probs
 from jaxft.rl.guided import d2lols, guide_begins, guide_ends, lols
 from jaxft.rl.rollouts import judged
 from jaxft.rl.two_critics import with_critics, without_critics
@@ -92,20 +93,20 @@ class Config:
 
     seeds: int = 3  # runs of each kind, each with its own seed
     first_seed: int = 0  # the seeds are first_seed, first_seed + 1, ...
-    learner: float = 0.02  # probability of a right answer at which the learner's pretraining ends
+    learner: float = 0.1  # probability of a right answer at which the learner's pretraining ends
     guide: float = 0.7  # and that of the guide
     words: int = 20_000  # words to train on
     held_out: int = 1000  # words that measure accuracy
-    rollouts: int = 50  # rollouts of each method
+    rollouts: int = 100  # rollouts of each method
     responses: int = 128  # responses of a rollout, one to each question
-    updates: int = 2  # parts of a rollout, one optimizer step each
+    updates: int = 1  # parts of a rollout, one optimizer step each
     epochs: int = 2  # passes over a rollout
-    learning_rate: float = 3e-4  # learning rate of all methods
+    learning_rate: float = 1e-3  # learning rate of all methods
     mix: float = 0.8  # share of the responses that have a roll-in
     tau: float = 0.8  # share of LOLS's rollouts that are PPO++'s
     guided_first: float = 0.2  # share of D2LOLS's rollouts, its first, that are AggreVaTeD's
     gamma: float = 0.99  # discount per token
-    value_weight: float = 0.5  # weight of the critics' loss
+    value_weight: float = 0.1  # weight of the critics' loss
     reference_weight: float = 0.0  # weight of the cross-entropy of reference answers
     width: int = 48  # width of the model
     layers: int = 2  # layers of the model
@@ -137,13 +138,14 @@ class World(NamedTuple):
     model: Decoder
     start: Any  # params of the learner
     guide: rl.guided.Writer
-    guide_measures: dict[str, float]
+    guide_measures: dict[str, Any]
     known: rl.Asked  # ids and records of the questions to train on
     references: dict[str, np.ndarray]  # supervised rows of their answers
     sampling: SamplingConfig
     sampler: Callable[..., Any]
     judge: rl.guided.Judge
-    measure: Callable[[Any], dict[str, float]]  # params -> {"pass@1"} of held-out questions
+    # params -> {"pass@1"} of held-out questions, and "tokens", of each right token after right ones
+    measure: Callable[[Any], dict[str, Any]]
     collect: Callable[..., rl.Collector]
     fit: Callable[..., tuple]  # `fit` of (params, objective, learning rate, batches, rows, ...)
 
@@ -186,18 +188,18 @@ def reversal(config: Config, seed: int) -> World:
     model, params = arithmetic.small_model(
         jax.random.key(seed), config.width, 32, words.VOCABULARY, config.layers
     )
-    probabilities, some = (
-        arithmetic.answer_probabilities(model),
-        {k: x[:500] for k, x in rows.items()},
-    )
-    right = lambda params: float(probabilities(params, some).mean())
+    log_probs = jax.jit(functools.partial(completion_log_probs, model.forward))
+    some = {k: x[:500] for k, x in rows.items()}
+    right = lambda params: float(np.exp(np.sum(log_probs(params, some), axis=1)).mean())
     pretrain = functools.partial(arithmetic.warm_start, model, rows=rows, measure=right)
     start, steps = pretrain(params=params, seed=seed, until=config.learner)
     better, more = pretrain(params=start, seed=seed + 1, until=config.guide)
     print(f"seed {seed}: {steps} steps of the learner, {more} more of the guide", flush=True)
 
     def measure(params):
-        return {"pass@1": float(probabilities(params, held_out).mean())}
+        found = np.asarray(log_probs(params, held_out))
+        each = np.exp(found).mean(axis=0).tolist()
+        return {"pass@1": float(np.exp(found.sum(axis=1)).mean()), "tokens": each}
 
     def fit(params, objective, rate, batches, rows, **more):
         return train.fit(params, objective, arithmetic.policy_optimizer(rate), batches, **more)
@@ -230,7 +232,7 @@ def run_seed(config: Config, world: Callable[[int], World], seed: int) -> dict[s
 
 
 def train_method(config, world, schedule, mix, seed) -> dict[str, Any]:
-    """{"pass@1", "reward", "guide_tokens", "curve"} of one method."""
+    """{"pass@1", "tokens", "reward", "guide_tokens", "curve"} of one method."""
     forward, steps = world.model.forward, config.updates * config.epochs
     policy = rl.writer(world.model, world.sampling, sampler=world.sampler)
     sample = rl.guided_answers(
@@ -245,6 +247,7 @@ def train_method(config, world, schedule, mix, seed) -> dict[str, Any]:
         objective = rl.with_references(objective, forward, config.reference_weight)
     every = max(1, config.rollouts // 5) * steps
     measure = lambda state: world.measure(without_critics(state.params))
+    rate = lambda state: {"pass@1": measure(state)["pass@1"]}
     state, history = world.fit(
         with_critics(world.model, world.start),
         objective,
@@ -256,7 +259,7 @@ def train_method(config, world, schedule, mix, seed) -> dict[str, Any]:
         config.responses // config.updates,
         steps=config.rollouts * steps,
         key=jax.random.key(seed),
-        callbacks=[train.every(every, measure)],
+        callbacks=[train.every(every, rate)],
     )  # fmt: skip
     return measure(state) | {
         "reward": float(np.mean([row["reward"] for row in history[-LAST * steps :]])),
@@ -307,6 +310,45 @@ def judge(runs: list[dict]) -> list[Claim]:
             surpass,
             f"start {start.mean():.3f}, guide {guide.mean():.3f}",
         ),
+        *mechanism(runs),
+    ]
+
+
+def mechanism(runs: list[dict]) -> list[Claim]:
+    """Returns our claims on which tokens each method learns; none for texts, which have no such measure."""
+    if "tokens" not in runs[0]["start"]:
+        return []
+    before = np.array([run["start"]["tokens"] for run in runs])
+    after = {m: np.array([run["methods"][m]["tokens"] for run in runs]) for m in METHODS}
+    moved = lambda method, place: after[method][:, place] - before[:, place]
+    shown = lambda x: " ".join(f"{value:.2f}" for value in x.mean(axis=0))
+    detail = lambda method: f"by token {shown(before)} -> {shown(after[method])}"
+    learned = [run["methods"]["PPO"]["pass@1"] - run["start"]["pass@1"] for run in runs]
+    return [
+        Claim(
+            "PPO learns: it ends above its start",
+            "(ours)",
+            [mean(learned, "above", 0)],
+            detail("PPO"),
+        ),
+        Claim(
+            "PPO++ learns the last letter of an answer, and forgets the first",
+            "(ours)",
+            [
+                mean(moved("PPO++", -2), "above", 0, label="last"),
+                mean(moved("PPO++", 0), "below", 0, label="first"),
+            ],
+            detail("PPO++"),
+        ),
+        Claim(
+            "AggreVaTeD learns the first letter of an answer, and forgets its end",
+            "(ours)",
+            [
+                mean(moved("AggreVaTeD", 0), "above", 0, label="first"),
+                mean(moved("AggreVaTeD", -1), "below", 0, label="end"),
+            ],
+            detail("AggreVaTeD"),
+        ),
     ]
 
 
@@ -331,8 +373,8 @@ def print_table(runs: list[dict]) -> None:
 def _figure(runs, output):
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5, 3.4), layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(10, 3.4), layout="constrained")
+    axes, right = figure.subplots(1, 2)
     for name in runs[0]["methods"]:
         first = [[(0, run["start"]["pass@1"]), *run["methods"][name]["curve"]] for run in runs]
         steps, values = np.moveaxis(np.array(first), -1, 0)
@@ -340,8 +382,15 @@ def _figure(runs, output):
     axes.axhline(
         np.mean([run["guide"]["pass@1"] for run in runs]), color="k", ls=":", label="guide"
     )
-    axes.set(xlabel="rollout", title="pass@1 on held-out questions, mean over seeds, 95 % interval")
+    axes.set(xlabel="rollout", title="held-out pass@1: mean over seeds, 95 % interval")
     axes.legend(fontsize=7)
+    rows = {"start": [run["start"] for run in runs]}
+    rows |= {name: [run["methods"][name] for run in runs] for name in runs[0]["methods"]}
+    for name, found in rows.items():
+        if tokens := [row["tokens"] for row in found if "tokens" in row]:
+            style = dict(color="k", ls=":") if name == "start" else {}
+            right.plot(range(1, 1 + len(tokens[0])), np.mean(tokens, axis=0), label=name, **style)
+    right.set(xlabel="token of the answer", title="probability of the right token at the end")
     figure.savefig(output / "rlgf.png", dpi=150)
 
 

@@ -13,15 +13,21 @@ a working, and a pair around the answer: T14,14tA144a. The tags are characters, 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+from jax.tree_util import Partial
 
 from experiments.worlds import arithmetic
-from jaxft import rl
+from jaxft import rl, train
 from jaxft.generation import SamplingConfig
+from jaxft.models import Decoder
+from jaxft.objectives import supervised
 
 STYLES = "TPCKE"
 NONE = "0"  # the character of a question that asks for no style
@@ -80,6 +86,37 @@ def document(
     return text
 
 
+def asked(prior: str, pairs: np.ndarray) -> list[list[int]]:
+    """The ids of the questions that ask for a style, or for NONE, to add pairs [B, 2]."""
+    return arithmetic.encode([question(prior, *pair) for pair in pairs.tolist()], ALPHABET)
+
+
+def pretrained(
+    model: Decoder,
+    params: Any,
+    pairs: np.ndarray,
+    rng: np.random.Generator,
+    *,
+    steps: int,
+    batch_size: int,
+    rate: float,
+    own: float,
+    seed: int,
+) -> Any:
+    """Trains on `document`s of 20,000 draws of a pair and a prior; 15 % are malformed and 25 % wrong."""
+    chosen = pairs[rng.integers(0, len(pairs), 20_000)].tolist()
+    priors = rng.choice([*STYLES, NONE], len(chosen))
+    drawn = list(zip(priors, chosen, strict=True))
+    texts = [
+        document(rng, prior, *pair, own=own, malformed=0.15, wrong=0.25) for prior, pair in drawn
+    ]
+    rows = arithmetic.layout([question(prior, *pair) for prior, pair in drawn], texts, ALPHABET)
+    batches = itertools.islice(arithmetic.batches_of(rows, seed, batch_size), steps)
+    rising = arithmetic.rising(rate, 50)
+    optimizer = optax.adamw(lambda step: rising(step) * train.cosine(step / steps))
+    return train.fit(params, supervised(model.forward), optimizer, batches)[0].params
+
+
 def plain(text: str) -> str:
     """The response with its tags written out: <think>14,14</think><answer>144</answer>."""
     marks = {c: f"<{word}>" for c, word in WORDS.items()}
@@ -102,44 +139,59 @@ def well_formed(tag: str, tokens: jax.Array, mask: jax.Array) -> jax.Array:
 
     Works like `rewards.tag_format_reward` on `plain` texts.
     """
-    tokens = jnp.where(mask, tokens, -1)
-    after = jnp.pad(tokens, ((0, 0), (0, 1)), constant_values=-1)
-    ids = [ALPHABET.index(c) for c in (tag, tag.lower(), "A", "a")]
-    once = [jnp.sum(tokens == i, axis=1) == 1 for i in ids]
-    place = [jnp.argmax(tokens == i, axis=1) for i in ids]
-    following = lambda at: jnp.take_along_axis(after, at[:, None] + 1, axis=1)[:, 0]
-    stop = ALPHABET.index(arithmetic.STOP)
-    fits = (place[0] == 0) & (following(place[1]) == ids[2]) & (following(place[3]) == stop)
-    fits &= (place[1] < place[2]) & (place[2] < place[3])
-    return (fits & jnp.all(jnp.stack(once), axis=0)).astype(jnp.float32)
+    return _well_formed(_tags(tag), tokens, mask)
 
 
 def right(totals: Sequence[int] | np.ndarray) -> rl.DeviceReward:
     """Returns a reward: 1 if the last answer, A...a, is the total of the prompt; tags are not judged."""
-    wanted = np.full((len(totals), _SIZE), -1, np.int32)
-    for row, total in zip(wanted, totals, strict=True):
-        (ids,) = arithmetic.encode([f"{total}a"], ALPHABET)
-        row[: len(ids)] = ids
-    opening = ALPHABET.index("A")
-
-    def reward(tokens, mask, numbers):
-        tokens, gold = jnp.where(mask, tokens, -1), jnp.asarray(wanted)[numbers]
-        size = tokens.shape[1]
-        last = size - 1 - jnp.argmax((tokens == opening)[:, ::-1], axis=1)
-        after = jnp.pad(tokens, ((0, 0), (0, _SIZE)), constant_values=-1)
-        given = jnp.take_along_axis(after, last[:, None] + 1 + jnp.arange(_SIZE)[None], axis=1)
-        same = jnp.all((given == gold) | (gold < 0), axis=1)
-        return (same & jnp.any(tokens == opening, axis=1)).astype(jnp.float32)
-
-    return reward
+    return Partial(_right, _wanted(totals))
 
 
 def combined(tag: str, totals: Sequence[int] | np.ndarray) -> rl.DeviceReward:
     """Returns the reward ½ accuracy + ½ format of a tag: 0, ½ or 1."""
-    accuracy = right(totals)
-    return lambda tokens, mask, numbers: (
-        0.5 * accuracy(tokens, mask, numbers) + 0.5 * well_formed(tag, tokens, mask)
-    )
+    return Partial(_combined, _tags(tag), _wanted(totals))
+
+
+def _tags(tag):
+    """Ids of the tag's pair and the answer's, [4]."""
+    return jnp.asarray([ALPHABET.index(c) for c in (tag, tag.lower(), "A", "a")])
+
+
+def _wanted(totals):
+    """Ids of each total and its closing tag, -1 after it, [prompts, _SIZE]."""
+    wanted = np.full((len(totals), _SIZE), -1, np.int32)
+    ids = arithmetic.encode([f"{total}a" for total in totals], ALPHABET)
+    for row, own in zip(wanted, ids, strict=True):
+        row[: len(own)] = own
+    return jnp.asarray(wanted)
+
+
+@jax.jit
+def _well_formed(ids, tokens, mask):
+    tokens = jnp.where(mask, tokens, -1)
+    after = jnp.pad(tokens, ((0, 0), (0, 1)), constant_values=-1)
+    same = tokens[None] == ids[:, None, None]  # [4, B, N]
+    place = jnp.argmax(same, axis=2)
+    following = lambda at: jnp.take_along_axis(after, at[:, None] + 1, axis=1)[:, 0]
+    stop = ALPHABET.index(arithmetic.STOP)
+    fits = (place[0] == 0) & (following(place[1]) == ids[2]) & (following(place[3]) == stop)
+    fits &= (place[1] < place[2]) & (place[2] < place[3])
+    return (fits & jnp.all(jnp.sum(same, axis=2) == 1, axis=0)).astype(jnp.float32)
+
+
+@jax.jit
+def _right(wanted, tokens, mask, numbers):
+    tokens, gold = jnp.where(mask, tokens, -1), wanted[numbers]
+    size, opens = tokens.shape[1], tokens == ALPHABET.index("A")
+    last = size - 1 - jnp.argmax(opens[:, ::-1], axis=1)
+    after = jnp.pad(tokens, ((0, 0), (0, _SIZE)), constant_values=-1)
+    given = jnp.take_along_axis(after, last[:, None] + 1 + jnp.arange(_SIZE)[None], axis=1)
+    same = jnp.all((given == gold) | (gold < 0), axis=1)
+    return (same & jnp.any(opens, axis=1)).astype(jnp.float32)
+
+
+def _combined(ids, wanted, tokens, mask, numbers):
+    return 0.5 * _right(wanted, tokens, mask, numbers) + 0.5 * _well_formed(ids, tokens, mask)
 
 
 def shares(tokens: np.ndarray) -> list[float]:

@@ -51,7 +51,8 @@ def rows_of(*pairs: tuple[np.ndarray, np.ndarray]) -> dict[str, np.ndarray]:
     """A batch of prompts and answers, and `positions`, one after another."""
     prompts, answers = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
     rows = jax.tree.map(np.asarray, toy.rows(jnp.asarray(prompts), jnp.asarray(answers)))
-    return rows | {"positions": np.tile(np.arange(2 * SIZE, dtype=np.int32), (len(prompts), 1))}
+    size = prompts.shape[1] + answers.shape[1]
+    return rows | {"positions": np.tile(np.arange(size, dtype=np.int32), (len(prompts), 1))}
 
 
 def splits(config: Any) -> tuple[np.ndarray, np.ndarray]:

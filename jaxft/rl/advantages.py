@@ -196,23 +196,22 @@ def generalised_advantages(
         lam: λ; 1 gives R = the rewards to go, 0 the one-step error.
     """
     chex.assert_equal_shape([rewards, values, mask])
-
-    def step(carry, xs):
-        reward, value, counts = xs
-        next_value, next_advantage = carry
-        advantage = reward + gamma * next_value - value + gamma * lam * next_advantage
-        carry = (
-            jnp.where(counts, value, next_value),
-            jnp.where(counts, advantage, next_advantage),
-        )
-        return carry, advantage
-
     columns = tuple(x.T for x in (rewards.astype(jnp.float32), values.astype(jnp.float32), mask))
     zeros = jnp.zeros(rewards.shape[0], jnp.float32)
-    _, advantages = jax.lax.scan(step, (zeros, zeros), columns, reverse=True)
+    start = (zeros, zeros, jnp.float32(gamma), jnp.float32(gamma * lam))
+    _, advantages = jax.lax.scan(_gae_step, start, columns, reverse=True)
     advantages = jnp.where(mask, advantages.T, 0.0)
     returns = jnp.where(mask, advantages + values, 0.0)
     return jax.lax.stop_gradient((advantages, returns))
+
+
+def _gae_step(carry, xs):
+    # Not a closure over γ and λ: outside of jit, each call would compile the scan again.
+    next_value, next_advantage, gamma, gamma_lam = carry
+    reward, value, counts = xs
+    advantage = reward + gamma * next_value - value + gamma_lam * next_advantage
+    value = jnp.where(counts, value, next_value)
+    return (value, jnp.where(counts, advantage, next_advantage), gamma, gamma_lam), advantage
 
 
 def v_trace(

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jax.tree_util import Partial
 
 from jaxft.generation import SamplingConfig, decode, fork, left_pad, prefill, remember
 from jaxft.models import Decoder
@@ -49,6 +50,9 @@ def collect_on_device(
     a fixed form, and models so small that host work would dominate the time. All prompts have the
     width of the longest. The samples equal those of `collect`.
 
+    Collectors share the program if their models, credits, settings and shapes are equal and their rewards
+    differ only in arrays, which a `jax.tree_util.Partial` such as that of `equals` passes as arguments.
+
     Args:
         reward: function of the responses' tokens and mask and of each response's prompt number.
         group_size: responses to each prompt.
@@ -64,38 +68,16 @@ def collect_on_device(
     """
     check_policy(config)
     tokens, valid = map(jnp.asarray, _left_pad(prompts.ids, model.config))
-    several, share = updates * epochs > 1, group_size if share_prompts else None
-
-    @jax.jit
-    def run(params, ref_params, key, chosen, columns):
-        batch, numbers = _sample(
-            model, params, tokens, valid, key, chosen, config, group_size, columns
-        )
-        size = batch["completion_mask"].shape[1]
-        value = reward(batch["tokens"][:, -size:], batch["completion_mask"], numbers)
-        if jnp.shape(value) != numbers.shape:
-            raise RewardError(
-                f"collect_on_device: the reward function returned {type(value).__name__} of shape "
-                f"{jnp.shape(value)}; expected {numbers.shape}, one reward per response."
-            )
-        flat = ~jnp.repeat(has_contrast(value, group_size), group_size)
-        truncated = batch.pop("truncated")
-        batch["stats"] = {"reward": value, "truncated": truncated, "no_contrast": flat * 1.0}
-        if several:
-            batch = add_old_policy(model.forward, config.temperature, share)(batch, params, key)
-        elif "value_head" in params:
-            batch = add_values(model.forward, share)(batch, params, key)
-        if ref_params is not None:
-            add = add_reference(model.forward, ref_params, config.temperature, share)
-            batch = add(batch, params, key)
-        batch |= credit(value, batch)
-        return in_groups(batch, group_size) if share_prompts else batch
+    arrays = tokens, valid, reward if isinstance(reward, Partial) else Partial(reward)
+    share = group_size if share_prompts else None
+    settings = model, credit, config, group_size, updates * epochs > 1, share
 
     def rollout(params, place, key, kl_weight):
         draws = place.draws
         chosen, columns = np.array(prompts.chosen(draws)), prompts.pick(draws).columns
         with mesh_context(mesh):
-            return in_turn(run(params, ref_params, key, chosen, columns)), 1
+            found = _experience(*settings, params, ref_params, key, chosen, columns, *arrays)
+            return in_turn(found), 1
 
     drop_to = drop_multiple(microbatches, mesh) if drop_idle else None
     return in_parts(rollout, updates, epochs, seed=prompts.seed, mesh=mesh, drop_to=drop_to)
@@ -171,11 +153,41 @@ def equals(answers: Sequence[Sequence[int]], size: int) -> DeviceReward:
     for row, answer in zip(wanted, answers, strict=True):
         row[: len(answer)] = answer
 
-    def reward(tokens, mask, numbers):
-        given = jnp.where(mask, tokens, -1)
-        return jnp.all(given == jnp.asarray(wanted)[numbers], axis=1).astype(jnp.float32)
+    return Partial(_equal, jnp.asarray(wanted))
 
-    return reward
+
+def _equal(wanted, tokens, mask, numbers):
+    """1 for each response [B, N] that equals its prompt's row of wanted [prompts, N], -1 after its end."""
+    given = jnp.where(mask, tokens, -1)
+    return jnp.all(given == wanted[numbers], axis=1).astype(jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnums=range(6))
+def _experience(
+    model, credit, config, group_size, several, share,
+    params, ref_params, key, chosen, columns, tokens, valid, reward,
+):  # fmt: skip
+    """Returns a rollout's batch with rewards and credit; see `collect_on_device`."""
+    batch, numbers = _sample(model, params, tokens, valid, key, chosen, config, group_size, columns)
+    size = batch["completion_mask"].shape[1]
+    value = reward(batch["tokens"][:, -size:], batch["completion_mask"], numbers)
+    if jnp.shape(value) != numbers.shape:
+        raise RewardError(
+            f"collect_on_device: the reward function returned {type(value).__name__} of shape "
+            f"{jnp.shape(value)}; expected {numbers.shape}, one reward per response."
+        )
+    flat = ~jnp.repeat(has_contrast(value, group_size), group_size)
+    truncated = batch.pop("truncated")
+    batch["stats"] = {"reward": value, "truncated": truncated, "no_contrast": flat * 1.0}
+    if several:
+        batch = add_old_policy(model.forward, config.temperature, share)(batch, params, key)
+    elif "value_head" in params:
+        batch = add_values(model.forward, share)(batch, params, key)
+    if ref_params is not None:
+        add = add_reference(model.forward, ref_params, config.temperature, share)
+        batch = add(batch, params, key)
+    batch |= credit(value, batch)
+    return in_groups(batch, group_size) if share else batch
 
 
 def _sample(model, params, tokens, valid, key, chosen, config, samples, columns=None):

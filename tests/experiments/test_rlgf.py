@@ -65,3 +65,32 @@ def test_the_judge_can_fail(name, change, fails):
     start, guide = {"pass@1": 0.02}, {"pass@1": 0.7}
     runs = [{"start": start, "guide": guide, "methods": methods} for _ in range(3)]
     assert [i for i, c in enumerate(rlgf.judge(runs)) if not c.holds] == fails
+
+
+@pytest.mark.parametrize(
+    "name, tokens, fails",
+    [
+        ("PPO", [0.9] * 6, []),
+        ("PPO++", [0.8, 0.5, 0.5, 0.5, 0.4, 1.0], [1]),
+        ("PPO++", [0.95, 0.5, 0.5, 0.5, 0.9, 1.0], [1]),
+        ("AggreVaTeD", [0.8, 0.5, 0.5, 0.5, 0.4, 0.2], [2]),
+        ("AggreVaTeD", [0.95, 0.5, 0.5, 0.5, 0.4, 1.0], [2]),
+    ],
+)
+def test_the_mechanism_is_judged_by_token(name, tokens, fails):
+    start = [0.9, 0.5, 0.5, 0.5, 0.8, 0.98]
+    found = dict.fromkeys(rlgf.METHODS, [0.9] * 6)
+    found |= {"PPO++": [0.7, 0.5, 0.5, 0.5, 0.9, 1.0]}
+    found |= {"AggreVaTeD": [0.95, 0.5, 0.5, 0.5, 0.3, 0.2], name: tokens}
+    noise = np.random.default_rng(0).normal(0, 0.001, (3, 6))
+    row = lambda rate, x, noise: {"pass@1": rate, "tokens": (np.array(x) + noise).tolist()}
+    runs = [
+        {
+            "start": row(0.1, start, 0),
+            "methods": {m: row(0.5 + n[0], x, n) for m, x in found.items()},
+        }
+        for n in noise
+    ]
+    claims = rlgf.mechanism(runs)
+    assert [i for i, claim in enumerate(claims) if not claim.holds] == fails
+    assert claims[0].detail.startswith("by token 0.90 0.50 0.50 0.50 0.80 0.98 -> 0.90")

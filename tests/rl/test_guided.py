@@ -145,6 +145,7 @@ def chain(params, batch, key=None):
     return Prediction(jax.nn.one_hot(states, STATES), params["logits"])
 
 
+@jax.jit
 def backed_up(logits):
     """(V [7], Q [7, 2]) of the policy with these logits."""
     p, values = jax.nn.softmax(logits), [None] * STATES
@@ -163,6 +164,21 @@ def probability(path, h, first, last):
     return np.prod(
         [p[t >= h][s, a] for t, (s, a) in enumerate(zip(states_of(path), path, strict=True))]
     )
+
+
+@jax.jit
+def slopes(params, batch):
+    """The gradient of each row's policy loss; λ is in the batch's advantages only."""
+    _, objective = rl.guided_ppo(chain, value_weight=0.0)
+    alone = lambda row: jax.tree.map(lambda x: x[None], row)
+    slope = lambda row: jax.grad(lambda p: objective(p, alone(row), None)[0])(params)["logits"]
+    return jax.vmap(slope)(batch)
+
+
+@jax.jit
+def slope_of_values(reached):
+    """∇ Σ_s reached[s] V(s) at the policy's logits."""
+    return jax.grad(lambda logits: reached @ backed_up(logits)[0])(jnp.asarray(LOGITS))
 
 
 def expected_gradient(h, begins, lam):
@@ -186,11 +202,9 @@ def expected_gradient(h, begins, lam):
     np.testing.assert_allclose(
         batch["old_values"], [values[states_of(p)] for p in PATHS], rtol=1e-5
     )
-    credit, objective = rl.guided_ppo(chain, lam=lam, value_weight=0.0)
+    credit, _ = rl.guided_ppo(chain, lam=lam)
     batch |= credit(jnp.asarray(LEAVES), batch)
-    alone = lambda row: jax.tree.map(lambda x: x[None], row)
-    slope = lambda row: jax.grad(lambda p: objective(p, alone(row), None)[0])(params)["logits"]
-    grads = jax.jit(jax.vmap(slope))(jax.tree.map(jnp.asarray, batch))
+    grads = slopes(params, batch)
     pair = (GUIDE_LOGITS, LOGITS) if begins else (LOGITS, GUIDE_LOGITS)
     weights = [probability(path, h, *pair) for path in PATHS]
     # The loss is a mean over the policy's tokens of a row.
@@ -223,13 +237,11 @@ def test_ppo_after_a_guides_prefix_is_the_policy_gradient_from_there(h, lam):
     first = {0: [0], 1: [1, 2], 2: [3, 4, 5, 6]}[h]
     tokens = {0: [()], 1: [(0,), (1,)], 2: list(itertools.product((0, 1), repeat=2))}[h]
     guide = np.asarray(jax.nn.softmax(jnp.asarray(GUIDE_LOGITS)))
-    reached = [
+    reached = np.zeros(STATES)
+    reached[first] = [
         np.prod([guide[states_of(t + (0,) * 3)[i], a] for i, a in enumerate(t)]) for t in tokens
     ]
-    start = lambda logits: sum(
-        w * backed_up(logits)[0][s] for w, s in zip(reached, first, strict=True)
-    )
-    wanted = jax.grad(start)(jnp.asarray(LOGITS))
+    wanted = slope_of_values(reached)
     np.testing.assert_allclose(expected_gradient(h, True, lam), wanted, atol=1e-5)
 
 
@@ -252,7 +264,7 @@ def test_roll_outs_of_the_guide_estimate_its_value_after_the_policys_prefix():
         return write
 
     writers = tabular(LOGITS), tabular(GUIDE_LOGITS)
-    out = mixed_rollout(None, [[0]] * 20_000, jax.random.key(3), *writers, DEPTH, 0.8)
+    out = mixed_rollout(None, [[0]] * 5_000, jax.random.key(3), *writers, DEPTH, 0.8)
     rewards = LEAVES[out.tokens @ [4, 2, 1]]
     values = np.asarray(backed_up(GUIDE_LOGITS)[0])
     states = np.array([states_of(row)[h] for row, h in zip(out.tokens, out.switch, strict=True)])
@@ -333,16 +345,22 @@ def losses_whitened(values, mask):
     return np.where(mask, centred / np.sqrt(values[mask].var(ddof=1) + 1e-8), 0.0)
 
 
+@functools.cache
+def unclipped():
+    """(credit, gradient of the loss), compiled once for all schedules."""
+    credit, objective = rl.guided_ppo(model_and_params()[0].forward, value_clip=np.inf)
+    return credit, jax.jit(jax.grad(lambda p, batch: objective(p, batch, None)[0]))
+
+
 @pytest.mark.parametrize("schedule", [guide_begins, guide_ends, d2lols(1)])
 def test_each_phase_trains_its_own_critic(critics, schedule):
     model, _ = model_and_params()
-    credit, objective = rl.guided_ppo(model.forward, value_clip=np.inf)
+    credit, slope = unclipped()
     batches = collector(
         schedule, 1.0, credit, rl.add_guided_policy(model.forward, 1.0), updates=2, epochs=2
     )
     found = taken(batches, critics, 5)
     begins = [bool(schedule(number, None)) for number in (0, 0, 0, 0, 1)]
-    slope = jax.jit(jax.grad(lambda p, batch: objective(p, batch, None)[0]))
     for batch, by_policy in zip(found, begins, strict=True):
         assert np.all(batch["guide_critic"] == (not by_policy))
         grads = slope(critics, batch)

@@ -2,12 +2,19 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
 from experiments.cli import flags
 from experiments.papers.rif_rft import main as rif
-from experiments.papers.rif_rft import worlds
+from experiments.papers.rif_rft import smollm2, worlds
+from experiments.worlds import questions, words
+from jaxft import rl
+from jaxft.adapters import partition
+from jaxft.checkpoints import load_model
+from jaxft.data import DataError
+from tests.experiments.tracing import trace_fits
 
 
 @pytest.fixture(scope="module")
@@ -28,13 +35,54 @@ def test_smoke(smoke):
     assert smoke["start"]["kl"] == pytest.approx(0, abs=1e-5)
 
 
-def test_full_preset(tmp_path):
+def test_full_preset(tmp_path, monkeypatch):
+    traced = []
+    trace_fits(monkeypatch, traced)
     given = dict(preset="full", smoke=True, fsdp=1, methods=("sft", "grpo"))
     assert rif.main(flags.replace(rif.Config(), **given, output_dir=str(tmp_path))) == 0
     (run,) = json.loads((tmp_path / "metrics.json").read_text())["runs"]
-    assert run["tasks"] == ["chain_sum", "chain_sum"] and set(run["methods"]) == set(
-        given["methods"]
+    assert run["tasks"] == ["chain_sum", "chain_sum"]
+    assert set(run["methods"]) == set(given["methods"])
+    # Two tasks of SFT and of GRPO, and GRPO without and with the filter.
+    assert traced == [4, 4] + [2 * 2] * 4
+
+
+def test_smollm2_s_prompts_have_a_solved_example():
+    entry = {"metadata": {"source_dataset": "products"}}
+    record = smollm2.record_of({"question": "3 * 4", "answer": "12", "metadata": entry}, None)
+    roles = [turn["role"] for turn in record["prompt"]]
+    assert roles == ["system", "user", "assistant", "user"]
+    assert record["prompt"][2]["content"] == "12" != record["prompt"][3]["content"] == "3 * 4"
+    assert record["completion"] == [{"role": "assistant", "content": "12"}]
+    entry["metadata"]["source_dataset"] = "maze"
+    with pytest.raises(DataError, match="maze: no solved example"):
+        smollm2.record_of({"question": "", "answer": "", "metadata": entry}, None)
+
+
+def test_smollm2_trains_lora_alone():
+    model, params = load_model("tiny")
+    task = questions.Task(None, model, params, *[None] * 5)
+    trained, frozen = (jax.tree.leaves(tree) for tree in partition(smollm2.adapted(task, 0).params))
+    assert sum(x.size for x in frozen) == sum(x.size for x in jax.tree.leaves(params))
+    assert {smollm2.RANK} <= {size for x in trained for size in x.shape}
+
+
+def test_answers_are_sampled_in_groups_and_graded(world):
+    model = world[1].model
+    prompts, answers = worlds.asked("sort", words.words(np.random.default_rng(0), 4))
+    asked = rl.Asked(prompts, [{}] * 4, {"answer": answers})
+    sample = lambda answers: worlds.answered(model, 2)(
+        world[1].start, asked._replace(columns={"answer": answers}), jax.random.key(0)
     )
+    batch = sample(answers)
+    assert batch["tokens"].shape == (8, 12) and batch["completion_mask"].shape == (8, 6)
+    assert (batch["tokens"][:, :6] == prompts.repeat(2, axis=0)).all()
+    # Asked for what the first sample of each pair says, only these are right.
+    given = np.where(batch["completion_mask"], batch["tokens"][:, 6:], -1)
+    right = (given == given[::2].repeat(2, axis=0)).all(axis=1)
+    assert sample(given[::2])["rewards"].tolist() == right.tolist() and right[::2].all()
+    ended = (batch["tokens"][:, 6:] == words.END) & batch["completion_mask"]
+    assert batch["truncated"].tolist() == (~ended.any(axis=1)).tolist()
 
 
 def test_tasks_of_the_stream():
@@ -79,6 +127,7 @@ def test_hopeless_prompts_are_filtered(world):
         (dict(methods=("sft",)), "methods: sft and grpo"),
         (dict(methods=("sft", "grpo", "ppo")), "methods: sft and grpo"),
         (dict(stream=("rg:chain_sum",)), "stream and eval_stream"),
+        (dict(preset="smollm2", level=0.5), "--level 0.5 has no effect with --preset smollm2"),
     ],
 )
 def test_bad_settings_are_refused(change, said):
@@ -107,5 +156,5 @@ def result(i, sft=-0.4, grpo=-0.1, general=0.9, expert=-0.1, kl=-0.1, saved=0.6)
      (dict(expert=-0.5), [3]), (dict(saved=1.1), [4])],
 )  # fmt: skip
 def test_judge_can_fail(change, fails):
-    claims = rif.judge([result(i, **change) for i in range(3)])
+    claims = rif.judge(rif.Config(), [result(i, **change) for i in range(3)])
     assert [i for i, claim in enumerate(claims) if not claim.holds] == fails

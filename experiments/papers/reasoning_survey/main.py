@@ -45,7 +45,7 @@ import experiments.cli.interrupts  # noqa: F401  isort: skip  (before what takes
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -54,12 +54,14 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.cli import flags, limits
-from experiments.lab.claims import Claim, interval, mean
+from experiments.lab.claims import Claim, Number, interval
+from experiments.lab.claims import mean as by_interval
 from experiments.lab.figures import plot_band
 from experiments.lab.seeds import begin, measure_claims
-from experiments.papers.reasoning_survey import learning, methods
+from experiments.papers.reasoning_survey import learning, methods, smollm2
 from experiments.papers.reasoning_survey.worlds import World, opened
 from experiments.worlds import questions
+from experiments.worlds import smollm2 as small_hub
 from jaxft import train
 
 GSM8K = questions.Settings(
@@ -81,6 +83,7 @@ SMOKE: dict[str, Any] = dict(
     rows_at_once=16,
 )  # fmt: skip
 CHAINS = ("majority", "best of N", "weighted vote", "oracle")
+PARTS = {"main": {}, "smollm2": {"preset": "smollm2"}}  # parts of the record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +114,8 @@ class Config:
     rows_at_once: int = 256  # chains that are sampled at a time
     # directory for the figure, metrics.json and the cache of finished seeds
     output_dir: str = "runs/reasoning_survey"
-    preset: Literal["small", "full"] = "small"  # full: a model and questions of the hub
+    # smollm2: SmolLM2-135M on reasoning-gym's chain_sum; full: a model and questions of the hub
+    preset: Literal["small", "smollm2", "full"] = "small"
     source: questions.Settings = GSM8K
     record: flags.Record = flags.Record()
     smoke: bool = False  # seconds; claims are printed, not judged
@@ -121,15 +125,25 @@ class Config:
 def main(config: Config) -> int:
     """Measures all claims; returns exit code 1 if one does not hold."""
     check(config)
-    this = begin(config)
-    config = questions.sized(config, FULL, SMOKE, only_full=("depth",), only_small=OF_SUMS)
+    this = begin(config, PARTS)
+    config = sized(config)
     check(config)
-    with opened(config) as world:
+    with (smollm2.opened if config.preset == "smollm2" else opened)(config) as world:
         run = functools.partial(run_seed, config, world)
         return measure_claims(
             this, config, run, judge=functools.partial(judge, config), print_table=print_table,
             figure=functools.partial(_figure, config),
         )  # fmt: skip
+
+
+def sized(config: Config) -> Config:
+    """Returns the config with the sizes of its preset; raises ValueError for a flag without effect."""
+    if config.preset == "smollm2":
+        smoke = SMOKE | questions.SMALL | dict(sizes=(4,), most=4)
+        learned = ("rft_steps", "rl_steps", "batch_size", "rl_rate")
+        of_sums = [name for name in OF_SUMS if name != "rows_at_once"]
+        return small_hub.sized(config, smollm2.SIZES, smoke, [*of_sums, *learned])
+    return questions.sized(config, FULL, SMOKE, only_full=("depth",), only_small=OF_SUMS)
 
 
 def check(config: Config) -> None:
@@ -153,10 +167,12 @@ def run_seed(config: Config, world: Callable[[int], World], seed: int) -> dict[s
     curves = methods.curves(config, world, outcome, process, seed)
     shown = ", ".join(f"{name} {rows[-1]['accuracy']:.3f}" for name, rows in curves.items())
     print(f"seed {seed}: {shown}", flush=True)
-    trained = {
-        "RFT": learning.rft(config, world, answers, right, seed),
-        "GRPO": learning.grpo(config, world, seed),
-    }
+    trained = {}
+    if config.preset != "smollm2":  # It would take an hour.
+        trained = {
+            "RFT": learning.rft(config, world, answers, right, seed),
+            "GRPO": learning.grpo(config, world, seed),
+        }
     learned = {"start": methods.summary(curves)} | {
         name: methods.learned(config, world, params, outcome, seed)
         for name, params in trained.items()
@@ -190,9 +206,16 @@ def ahead(runs: list[dict], name: str, n: int, other: str) -> np.ndarray:
     return np.array(gaps)
 
 
+def by_estimate(values: Sequence[float], *bound: Any, by: str = "", **more: Any) -> Number:
+    """Mean of one number per seed, judged by its estimate: one seed has no interval."""
+    del by
+    return by_interval(values, *bound, by="estimate", **more)
+
+
 def judge(config: Config, runs: list[dict]) -> list[Claim]:
     """Returns the claims with their measured numbers."""
     n, of = max(config.sizes), functools.partial(accuracy, runs)
+    mean = by_estimate if config.preset == "smollm2" else by_interval
     shown = lambda *names: ", ".join(f"{name} {of(name, n).mean():.3f}" for name in names)
     return [
         Claim(
@@ -251,7 +274,7 @@ def judge(config: Config, runs: list[dict]) -> list[Claim]:
                 mean(saved(runs, n), "below", 1, label="FLOPs"),
             ],
         ),
-        *_learning_claims(config, runs),
+        *(_learning_claims(config, runs) if "RFT" in runs[0]["learned"] else []),
     ]  # fmt: skip
 
 
@@ -271,8 +294,10 @@ def _learning_claims(config: Config, runs: list[dict]) -> list[Claim]:
                 f"{name} raises pass@1, by more than it changes pass@{config.most}",
                 "learning moves pass@1 towards the earlier pass@n",
                 [
-                    mean(gain, "above", 0, label="pass@1"),
-                    mean(gain - np.abs(wide), "above", 0, label="less the other change"),
+                    by_interval(gain, "above", 0, label="pass@1"),
+                    by_interval(
+                        gain - np.abs(wide), "above", 0, label="less the other change"
+                    ),
                 ],
                 f"pass@1 {at('start', 0).mean():.3f} -> {at(name, 0).mean():.3f}, pass@{config.most} "
                 f"{at('start', -1).mean():.3f} -> {at(name, -1).mean():.3f}",

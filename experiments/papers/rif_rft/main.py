@@ -31,6 +31,7 @@ import experiments.cli.interrupts  # noqa: F401  isort: skip  (before what takes
 import dataclasses
 import functools
 import sys
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -40,11 +41,13 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.cli import flags, limits
-from experiments.lab.claims import Claim, mean
+from experiments.lab.claims import Claim, Number
+from experiments.lab.claims import mean as by_interval
 from experiments.lab.figures import bar_means
 from experiments.lab.seeds import begin, measure_claims
-from experiments.papers.rif_rft import worlds
+from experiments.papers.rif_rft import smollm2, worlds
 from experiments.worlds import questions
+from experiments.worlds import smollm2 as small_hub
 from jaxft import rl, train
 from jaxft.metrics.continual import average_accuracy, forgetting_measure
 from jaxft.objectives import policy_gradient, supervised
@@ -70,6 +73,8 @@ SMOKE = dict(
     held_out=8, width=32, layers=1, check=1, solved=-1.0,
 )  # fmt: skip
 _SMALL_STREAM = tuple(_RG.format("chain_sum", 8, seed) for seed in (1, 2))
+ONLY_SMALL = "share until level check examples hopeless width layers".split()
+PARTS = {"main": {}, "smollm2": {"preset": "smollm2"}}  # parts of the record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,8 +105,9 @@ class Config:
     layers: int = 2  # layers of the model
     # directory for the figure, metrics.json and the cache of finished seeds
     output_dir: str = "runs/rif_rft"
-    preset: Literal["small", "full"] = "small"  # full: verified questions of several sources
-    # with --preset full: the tasks in their order, as for --data, and their held-out questions
+    # smollm2: SmolLM2-135M with LoRA on two tasks; full: verified questions of several sources
+    preset: Literal["small", "smollm2", "full"] = "small"
+    # with another preset: the tasks in their order, as for --data, and their held-out questions
     stream: tuple[str, ...] = tuple(_RG.format(name, 2000, 1) for name in _NAMES)
     eval_stream: tuple[str, ...] = tuple(_RG.format(name, 200, 1_000_000) for name in _NAMES)
     source: questions.Settings = QWEN
@@ -122,27 +128,41 @@ def main(config: Config) -> int:
             "stream and eval_stream: two tasks or more, with one source each, are expected; got "
             f"{config.stream} and {config.eval_stream}."
         )
-    this = begin(config)
-    small = dict(stream=_SMALL_STREAM, eval_stream=_SMALL_STREAM) if config.preset == "full" else {}
-    config = questions.sized(
-        config, FULL, SMOKE | small, only_full=("stream", "eval_stream"),
-        only_small=("share", "until", "level", "check", "examples", "hopeless", "width", "layers"),
-    )  # fmt: skip
-    with worlds.opened(config) as world:
+    this = begin(config, PARTS)
+    config = sized(config)
+    with (smollm2 if config.preset == "smollm2" else worlds).opened(config) as world:
         run = functools.partial(run_seed, config, world)
         return measure_claims(
-            this, config, run, judge=judge, print_table=print_table, figure=_figure
-        )
+            this, config, run, judge=functools.partial(judge, config), print_table=print_table,
+            figure=_figure,
+        )  # fmt: skip
+
+
+def sized(config: Config) -> Config:
+    """Returns the config with the sizes of its preset; raises ValueError for a flag without effect."""
+    short = dict(stream=_SMALL_STREAM, eval_stream=_SMALL_STREAM)
+    if config.preset == "smollm2":
+        unread = [*ONLY_SMALL, "draws", "solved", "held_out"]
+        return small_hub.sized(config, smollm2.SIZES, SMOKE | questions.SMALL | short, unread)
+    return questions.sized(
+        config, FULL, SMOKE | (short if config.preset == "full" else {}),
+        only_full=("stream", "eval_stream"), only_small=ONLY_SMALL,
+    )  # fmt: skip
 
 
 def run_seed(config: Config, world, seed: int) -> dict[str, Any]:
-    """{"tasks", "start", "methods": {name: `stream`}, "filter": {name: `filtered`}} of one start."""
+    """{"tasks", "start", "methods": {name: `stream`}, "filter": {name: `filtered`}} of one start.
+
+    The part smollm2 has no filter.
+    """
     world = world(seed)
     run = {"tasks": world.tasks, "start": world.measure(world.start), "methods": {}}
     for name in config.methods:
         run["methods"][name] = found = stream(config, world, name, seed)
         said = f"forgetting {found['forgetting']:+.3f}, general {found['after'][-1]['general']:.3f}"
         print(f"seed {seed}, {name}: {found['steps']} steps, {said}", flush=True)
+    if config.preset == "smollm2":
+        return run
     kept = worlds.kept_prompts(config, world, world.start, 0, seed)
     parts = (np.ones_like(kept), 0), (kept, config.draws)
     run["filter"] = {
@@ -218,8 +238,15 @@ def filtered(
     }
 
 
-def judge(runs: list[dict]) -> list[Claim]:
+def by_estimate(values: Sequence[float], *bound: Any, by: str = "", **more: Any) -> Number:
+    """Mean of one number per seed, judged by its estimate: one seed has no interval."""
+    del by
+    return by_interval(values, *bound, by="estimate", **more)
+
+
+def judge(config: Config, runs: list[dict]) -> list[Claim]:
     """Returns the claims with their measured numbers."""
+    mean = by_estimate if config.preset == "smollm2" else by_interval
     names = runs[0]["methods"]
     of = lambda name, metric: np.array([run["methods"][name][metric] for run in runs])
     last = lambda name, metric: np.array([r["methods"][name]["after"][-1][metric] for r in runs])
@@ -252,6 +279,8 @@ def judge(runs: list[dict]) -> list[Claim]:
                 [mean(gap, "above", 0)],
             )
         )  # fmt: skip
+    if "filter" not in runs[0]:
+        return claims
     part = lambda metric: np.array([[r["filter"][n][metric] for n in FILTERS] for r in runs])
     before, after = part("rollouts").T
     claims.append(
@@ -277,6 +306,8 @@ def print_table(runs: list[dict]) -> None:
         steps = " + ".join(f"{x:.0f}" for x in np.mean([row["steps"] for row in rows], axis=0))
         table.add_row(name, of("forgetting"), of("average"), last("general"), last("kl"), steps)
     Console(width=140).print(table)
+    if "filter" not in runs[0]:
+        return
     table = Table("prompts", "rollouts", "kept", "accuracy on the task")
     for name in FILTERS:
         rows = [run["filter"][name] for run in runs]

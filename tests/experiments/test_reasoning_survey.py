@@ -199,3 +199,19 @@ def test_the_judge_can_fail(change, fails):
     runs = [run(d, **change) for d in (0.0, 0.002, -0.002)]
     claims = survey.judge(survey.Config(sizes=(4, 16)), runs)
     assert [i for i, claim in enumerate(claims) if not claim.holds] == fails
+
+
+def test_one_run_of_smollm2_is_judged_by_its_estimates():
+    config = survey.Config(preset="smollm2", sizes=(16,))
+    judged = lambda **change: [
+        claim.holds for claim in survey.judge(config, [learned_only_start(run(0.0, **change))])
+    ]
+    assert judged() == [True] * 5
+    # With one run, "some of the interval" would hold whatever was measured.
+    assert judged(**{"weighted vote": 0.5})[1] is False
+
+
+def learned_only_start(run):
+    searches = ("step beam search", "DVTS", "MCTS", "self-refine", "debate", "adaptive consistency")
+    chains = {name: rows for name, rows in run["curves"].items() if name not in searches}
+    return run | {"curves": chains, "learned": {"start": run["learned"]["start"]}}

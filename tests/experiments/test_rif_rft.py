@@ -1,6 +1,7 @@
 """RIF-RFT's script: the stream, batches with replay, filters, and a judge that can fail."""
 
 import json
+import re
 
 import jax
 import numpy as np
@@ -48,14 +49,16 @@ def test_full_preset(tmp_path, monkeypatch):
 
 
 def test_smollm2_s_prompts_have_a_solved_example():
-    entry = {"metadata": {"source_dataset": "products"}}
-    record = smollm2.record_of({"question": "3 * 4", "answer": "12", "metadata": entry}, None)
-    roles = [turn["role"] for turn in record["prompt"]]
-    assert roles == ["system", "user", "assistant", "user"]
-    assert record["prompt"][2]["content"] == "12" != record["prompt"][3]["content"] == "3 * 4"
-    assert record["completion"] == [{"role": "assistant", "content": "12"}]
-    entry["metadata"]["source_dataset"] = "maze"
-    with pytest.raises(DataError, match="maze: no solved example"):
+    about = {"source_dataset": "products", "num_terms": 2, "expression": "3 * 4"}
+    entry = {"metadata": about}
+    record = smollm2.record_of({"question": "?", "answer": "12", "metadata": entry}, None)
+    assert record["prompt"] == "2*6=12\n5*4=20\n3*4=" and record["completion"] == "12\n"
+    for (_, terms), lines in smollm2.SOLVED.items():
+        for expression, result in (line.split("=") for line in lines.split()):
+            assert eval(expression) == int(result)
+            assert len(re.findall(r"\d+", expression)) == terms
+    about["source_dataset"] = "maze"
+    with pytest.raises(DataError, match="maze.*no solved example"):
         smollm2.record_of({"question": "", "answer": "", "metadata": entry}, None)
 
 
@@ -135,11 +138,11 @@ def test_bad_settings_are_refused(change, said):
         rif.main(rif.Config(**change))
 
 
-def result(i, sft=-0.4, grpo=-0.1, general=0.9, expert=-0.1, kl=-0.1, saved=0.6):
+def result(i, sft=-0.4, grpo=-0.1, general=0.9, expert=-0.1, kl=-0.1, saved=0.6, learned=0.8):
     small = 0.01 * i
     row = lambda forgetting, general: {
         "forgetting": forgetting + small, "average": 0.8, "steps": [1, 2, 3],
-        "after": [{"general": general, "kl": 0.1, "tasks": [0.8] * 3}] * 3,
+        "after": [{"general": general, "kl": 0.1, "tasks": [learned] * 3}] * 3,
     }  # fmt: skip
     methods = {
         "sft": row(sft - 2 * small, 0.5 + small), "grpo": row(grpo, general), "grpo_kl": row(kl, 0.9),
@@ -147,14 +150,24 @@ def result(i, sft=-0.4, grpo=-0.1, general=0.9, expert=-0.1, kl=-0.1, saved=0.6)
     }  # fmt: skip
     part = lambda rollouts: {"rollouts": rollouts, "kept": 0.7, "accuracy": 0.8}
     rows = part(1000), part(1000 * saved + i)
-    return {"methods": methods, "filter": dict(zip(rif.FILTERS, rows, strict=True))}
+    start = {"tasks": [0.4] * 3}
+    filters = dict(zip(rif.FILTERS, rows, strict=True))
+    return {"methods": methods, "start": start, "filter": filters}
 
 
 @pytest.mark.parametrize(
     "change, fails",
     [({}, []), (dict(grpo=-0.5, kl=-0.5), [0]), (dict(general=0.4), [1]), (dict(kl=-0.3), [2]),
-     (dict(expert=-0.5), [3]), (dict(saved=1.1), [4])],
+     (dict(expert=-0.5), [3]), (dict(learned=0.7), [4]), (dict(saved=1.1), [5])],
 )  # fmt: skip
 def test_judge_can_fail(change, fails):
     claims = rif.judge(rif.Config(), [result(i, **change) for i in range(3)])
     assert [i for i, claim in enumerate(claims) if not claim.holds] == fails
+
+
+@pytest.mark.parametrize("learned, fails", [(0.5, []), (0.35, [4])])
+def test_one_run_of_smollm2_is_judged_by_its_estimates(learned, fails):
+    run = result(0, learned=learned)
+    del run["filter"]
+    claims = rif.judge(rif.Config(preset="smollm2"), [run])
+    assert [i for i, claim in enumerate(claims) if not claim.holds] == fails and len(claims) == 5

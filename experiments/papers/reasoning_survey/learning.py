@@ -31,11 +31,11 @@ def sampled(config: Any, world: World, seed: int) -> tuple[list[list[tuple]], li
 
 def verifiers(
     config: Any, world: World, answers: list[list[tuple]], right: list[list[bool]], seed: int
-) -> tuple[Verifier, Verifier]:
+) -> tuple[Verifier, Verifier | None]:
     """(outcome, process) reward models of the start's own answers, equal ones once.
 
     The outcome model learns at the end of an answer whether it is right, the process model at the end of
-    each step the fraction of rollouts that end right.
+    each step the fraction of rollouts that end right; None without rollouts.
     """
     labels = {
         (number, ids): good
@@ -43,6 +43,10 @@ def verifiers(
         for ids, good in zip(some, verdicts, strict=True)
     }
     chains = list(labels)
+    fit = functools.partial(trained, world, chains, seed=seed)
+    if not config.rollouts:
+        last = [world.ends(ids)[-1:] for _, ids in chains]
+        return fit(last, [[float(good)] for good in labels.values()]), None
     values = step_values(config, world, chains, seed) | {
         (number, world.known[number] + ids): float(good) for (number, ids), good in labels.items()
     }
@@ -51,7 +55,6 @@ def verifiers(
     of_steps = [[inside(c, end) for end in some] for c, some in zip(chains, ends, strict=True)]
     last = [[some[-1]] for some in ends]
     of_ends = [[some[-1]] for some in of_steps]
-    fit = functools.partial(trained, world, chains, seed=seed)
     return fit(last, of_ends), fit(ends, of_steps)
 
 

@@ -101,7 +101,8 @@ class Config:
     sizes: tuple[int, ...] = (4, 16)  # budgets of searches, in chains
     most: int = 32  # chains of votes, at most
     own: int = 4  # chains for each question that verifiers and RFT learn from
-    rollouts: int = 4  # rollouts that label a step
+    # rollouts that label a step; 0: no process model, and only choices among whole chains
+    rollouts: int = 4
     verifier_steps: int = 400  # steps of each verifier
     rft_steps: int = 60  # steps of rejection sampling's fine-tuning
     rl_steps: int = 40  # steps of GRPO, 32 groups of 8
@@ -163,6 +164,7 @@ def run_seed(config: Config, world: Callable[[int], World], seed: int) -> dict[s
     """Measurements of one seed: curves of the start, and accuracies after learning."""
     world = world(seed)
     answers, right = learning.sampled(config, world, seed)
+    print(f"seed {seed}: {np.mean(right):.3f} of its own chains are right", flush=True)
     outcome, process = learning.verifiers(config, world, answers, right, seed)
     curves = methods.curves(config, world, outcome, process, seed)
     shown = ", ".join(f"{name} {rows[-1]['accuracy']:.3f}" for name, rows in curves.items())
@@ -249,6 +251,16 @@ def judge(config: Config, runs: list[dict]) -> list[Claim]:
             f"squared error of the verifier {np.mean([r['verifier']['brier'] for r in runs]):.3f}, of the "
             f"mean {np.mean([r['verifier']['brier of the mean'] for r in runs]):.3f}",
         ),
+        *(_search_claims(runs, n) if "MCTS" in runs[0]["curves"] else []),
+        *(_learning_claims(runs, config.most) if "RFT" in runs[0]["learned"] else []),
+    ]  # fmt: skip
+
+
+def _search_claims(runs: list[dict], n: int) -> list[Claim]:
+    """Claims about methods that sample on their own."""
+    mean, of = by_interval, functools.partial(accuracy, runs)
+    shown = lambda *names: ", ".join(f"{name} {of(name, n).mean():.3f}" for name in names)
+    return [
         Claim(
             f"at equal FLOPs, step beam search of {n} beats best of N",
             "step search beats whole chains if errors are early",
@@ -274,7 +286,6 @@ def judge(config: Config, runs: list[dict]) -> list[Claim]:
                 mean(saved(runs, n), "below", 1, label="FLOPs"),
             ],
         ),
-        *(_learning_claims(config, runs) if "RFT" in runs[0]["learned"] else []),
     ]  # fmt: skip
 
 
@@ -284,14 +295,14 @@ def saved(runs: list[dict], n: int) -> list[float]:
     return [cost(run, "adaptive consistency") / cost(run, "majority") for run in runs]
 
 
-def _learning_claims(config: Config, runs: list[dict]) -> list[Claim]:
+def _learning_claims(runs: list[dict], most: int) -> list[Claim]:
     at = lambda name, which: np.array([run["learned"][name]["pass"][which] for run in runs])
     claims = []
     for name in ("RFT", "GRPO"):
         gain, wide = (at(name, i) - at("start", i) for i in (0, -1))
         claims.append(
             Claim(
-                f"{name} raises pass@1, by more than it changes pass@{config.most}",
+                f"{name} raises pass@1, by more than it changes pass@{most}",
                 "learning moves pass@1 towards the earlier pass@n",
                 [
                     by_interval(gain, "above", 0, label="pass@1"),
@@ -299,7 +310,7 @@ def _learning_claims(config: Config, runs: list[dict]) -> list[Claim]:
                         gain - np.abs(wide), "above", 0, label="less the other change"
                     ),
                 ],
-                f"pass@1 {at('start', 0).mean():.3f} -> {at(name, 0).mean():.3f}, pass@{config.most} "
+                f"pass@1 {at('start', 0).mean():.3f} -> {at(name, 0).mean():.3f}, pass@{most} "
                 f"{at('start', -1).mean():.3f} -> {at(name, -1).mean():.3f}",
             )
         )

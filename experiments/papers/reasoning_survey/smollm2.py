@@ -1,6 +1,6 @@
 """The part `--preset smollm2`: SmolLM2-135M-Instruct on reasoning-gym's chain_sum, in steps.
 
-A prompt has three worked examples and a problem, as plain text; a step is a line, and an answer ends with
+A prompt has two worked examples and a problem, as plain text; a step is a line, and an answer ends with
 a full stop:
 
     Problem: 4+3-2
@@ -34,12 +34,13 @@ from jaxft.objectives import process_reward
 from jaxft.parallel import mesh_context
 from jaxft.rewards import stated_answer
 
-EXAMPLES = ("6 - 2 + 9", "3 + 8 + 5", "7 + 4 - 6")
+EXAMPLES = ("6 - 2 + 9", "3 + 8 + 5")
 _SUMS = "rg:chain_sum?min_terms=3&max_terms=3&min_digits=1&max_digits=1&size={}&seed={}"
 SIZES = dict(
-    model="smollm2", data=_SUMS.format(32, 1), eval_data=_SUMS.format(24, 1_000_000), fields={},
-    eval_fields={}, max_prompt=160, max_new_tokens=32, sampled_at_once=32, trained_at_once=16,
-    questions=32, held_out=24, sizes=(8,), most=16, verifier_steps=40, depth=4, rows_at_once=32,
+    model="smollm2", data=_SUMS.format(32, 1), eval_data=_SUMS.format(32, 1_000_000), fields={},
+    eval_fields={}, max_prompt=96, max_new_tokens=24, sampled_at_once=32, trained_at_once=16,
+    questions=32, held_out=32, sizes=(8,), most=8, own=8, rollouts=0, verifier_steps=40,
+    rows_at_once=32,
 )  # fmt: skip
 
 

@@ -41,7 +41,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.cli import flags, limits
-from experiments.lab.claims import Claim, Number
+from experiments.lab.claims import Claim, Number, worst
 from experiments.lab.claims import mean as by_interval
 from experiments.lab.figures import bar_means
 from experiments.lab.seeds import begin, measure_claims
@@ -279,6 +279,7 @@ def judge(config: Config, runs: list[dict]) -> list[Claim]:
                 [mean(gap, "above", 0)],
             )
         )  # fmt: skip
+    claims.append(learned(config, runs))
     if "filter" not in runs[0]:
         return claims
     part = lambda metric: np.array([[r["filter"][n][metric] for n in FILTERS] for r in runs])
@@ -291,6 +292,22 @@ def judge(config: Config, runs: list[dict]) -> list[Claim]:
         )
     )  # fmt: skip
     return claims
+
+
+def learned(config: Config, runs: list[dict]) -> Claim:
+    """The condition of the comparison: right after its training each task is solved, by every method."""
+    ends = lambda run: [
+        [row["tasks"][i] for i, row in enumerate(found["after"])]
+        for found in run["methods"].values()
+    ]
+    reached = [worst(np.array(list(map(ends, runs))), "at least", config.level - 0.1)]
+    if config.preset == "smollm2":  # It trains for a number of steps, to no level.
+        gains = [np.array(ends(run)) - run["start"]["tasks"] for run in runs]
+        reached = [worst(np.array(gains), "above", 0, label="smallest rise over the start")]
+    return Claim(
+        "condition: every method learns each task of the stream", "(ours)", reached,
+        f"at the start {np.mean([run['start']['tasks'] for run in runs]):.3f}",
+    )  # fmt: skip
 
 
 def print_table(runs: list[dict]) -> None:
@@ -319,8 +336,8 @@ def print_table(runs: list[dict]) -> None:
 def _figure(runs, output):
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 3), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
+    figure = Figure(figsize=(11, 3), layout="constrained")
+    left, right, last = figure.subplots(1, 3)
     names = list(runs[0]["methods"])
     bar_means(left, names, [[run["methods"][n]["forgetting"] for n in names] for run in runs])
     left.set(title="forgetting measure (0: nothing forgotten)")
@@ -328,6 +345,12 @@ def _figure(runs, output):
     bar_means(right, names, general)
     right.axvline(np.mean([run["start"]["general"] for run in runs]), color="k", ls=":")
     right.set(title="general ability after all tasks")
+    for name in names:
+        found = [run["methods"][name] for run in runs]
+        moved = [row["after"][-1]["kl"] for row in found]
+        last.plot(moved, [row["forgetting"] for row in found], "o", label=name)
+    last.set(xlabel="KL to the start, nats per answer", title="forgetting, each seed")
+    last.legend(fontsize=6)
     figure.savefig(output / "rif_rft.png", dpi=150)
 
 

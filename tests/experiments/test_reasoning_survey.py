@@ -99,8 +99,8 @@ def test_smollm2_reads_worked_examples():
 
 @pytest.fixture(scope="module")
 def states():
-    """The hidden states of a small model, and the rows of each of its forward passes."""
-    model, passes = Decoder(tiny_config(16, 64)), []
+    """(Makes the states of a small model, its task)."""
+    model = Decoder(tiny_config(16, 64))
     params = model.init(jax.random.key(1), np.zeros((1, 1), np.int32))["params"]
     settings = types.SimpleNamespace(trained_at_once=4)
     task = types.SimpleNamespace(model=model, params=params, settings=settings, mesh=None)

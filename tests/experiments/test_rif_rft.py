@@ -21,7 +21,8 @@ from tests.experiments.tracing import trace_fits
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
     output = tmp_path_factory.mktemp("rif")
-    assert rif.main(rif.Config(smoke=True, output_dir=str(output))) == 0
+    config = rif.Config(smoke=True, methods=rif.METHODS, output_dir=str(output))
+    assert rif.main(config) == 0
     assert (output / "rif_rft.png").stat().st_size > 1000
     return json.loads((output / "metrics.json").read_text())["runs"][0]
 

@@ -306,9 +306,7 @@ def _learning_claims(runs: list[dict], most: int) -> list[Claim]:
                 "learning moves pass@1 towards the earlier pass@n",
                 [
                     by_interval(gain, "above", 0, label="pass@1"),
-                    by_interval(
-                        gain - np.abs(wide), "above", 0, label="less the other change"
-                    ),
+                    by_interval(gain - np.abs(wide), "above", 0, label="less the other change"),
                 ],
                 f"pass@1 {at('start', 0).mean():.3f} -> {at(name, 0).mean():.3f}, pass@{most} "
                 f"{at('start', -1).mean():.3f} -> {at(name, -1).mean():.3f}",

@@ -94,15 +94,15 @@ class Config:
     first_seed: int = 0  # the seeds are first_seed, first_seed + 1, ...
     terms: int = 6  # numbers of a sum
     pretraining: int = 12000  # questions to pretrain on
-    until: float = 0.15  # probability of a right chain at which pretraining ends
+    until: float = 0.3  # probability of a right chain at which pretraining ends
     most_steps: int = 3000  # steps of pretraining, at most
-    questions: int = 600  # questions to train the verifiers and the policy on
-    held_out: int = 200  # questions that measure accuracy
-    sizes: tuple[int, ...] = (4, 16)  # budgets of searches, in chains
-    most: int = 32  # chains of votes, at most
-    own: int = 4  # chains for each question that verifiers and RFT learn from
+    questions: int = 3000  # questions to train the verifiers and the policy on
+    held_out: int = 150  # questions that measure accuracy
+    sizes: tuple[int, ...] = (8,)  # budgets of searches, in chains
+    most: int = 16  # chains of votes, at most
+    own: int = 2  # chains for each question that verifiers and RFT learn from
     # rollouts that label a step; 0: no process model, and only choices among whole chains
-    rollouts: int = 4
+    rollouts: int = 1
     verifier_steps: int = 400  # steps of each verifier
     rft_steps: int = 60  # steps of rejection sampling's fine-tuning
     rl_steps: int = 40  # steps of GRPO, 32 groups of 8

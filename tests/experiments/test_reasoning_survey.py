@@ -87,14 +87,12 @@ def test_padded_rows_hold_prompts_and_answers():
     assert rows["positions"].tolist() == [[0, 1, 2, 2], [0, 1, 2, 3]]
 
 
-def test_smollm2_reads_worked_examples():
-    assert smollm2.worked("4 + 3 - 12") == "4+3=7\n7-12=-5\nAnswer: -5."
-    text = smollm2.prompt("4 + 3", ["4+3=8\nAnswer: 8."])
-    assert text.endswith("Problem: 4+3\n4+3=8\nAnswer: 8.\n\nProblem: 4+3\n")
-    assert text.count("Problem:") == len(smollm2.EXAMPLES) + 2
-    entry = {"metadata": {"expression": "4 + 3"}}
-    record = smollm2.record_of({"question": "?", "answer": "7", "metadata": entry}, None)
-    assert record["prompt"] == smollm2.prompt("4 + 3") and record["metadata"] is entry
+def test_smollm2_s_answer_is_the_last_number():
+    assert smollm2.stated("5 - 9 is\n-4.") == "-4" and smollm2.stated("None.") is None
+    row = {"question": "4 + 3 =", "answer": "7", "metadata": {"a": 1}}
+    record = smollm2.record_of(row, None)
+    assert [turn["role"] for turn in record["prompt"]] == ["system", "user"]
+    assert record["prompt"][1]["content"] == "4 + 3 =" and record["metadata"] == {"a": 1}
 
 
 @pytest.fixture(scope="module")

@@ -1,15 +1,9 @@
-"""The part `--preset smollm2`: SmolLM2-135M-Instruct on reasoning-gym's chain_sum, in steps.
+"""The part `--preset smollm2`: SmolLM2-135M-Instruct on reasoning-gym's chain_sum.
 
-A prompt has two worked examples and a problem, as plain text; a step is a line, and an answer ends with
-a full stop:
-
-    Problem: 4+3-2
-    4+3=7
-    7-2=5
-    Answer: 5.
-
-The verifiers are linear heads on the model's last hidden states, which stay as they are: a state is computed
-once, however many heads and methods read it.
+The question is that of reasoning-gym, as a chat, and the last number of the reply is the answer: "The final
+answer to this arithmetic problem is 14." A reply has no steps, so that only choices among whole replies are
+measured, with an outcome verifier. It is a linear head on the model's last hidden states, which stay as they
+are: a state is computed once, however many methods read it.
 """
 
 from __future__ import annotations
@@ -17,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -32,14 +27,12 @@ from jaxft.generation import Verifier, left_pad
 from jaxft.models import Prediction
 from jaxft.objectives import process_reward
 from jaxft.parallel import mesh_context
-from jaxft.rewards import stated_answer
 
-EXAMPLES = ("6 - 2 + 9", "3 + 8 + 5")
-_SUMS = "rg:chain_sum?min_terms=3&max_terms=3&min_digits=1&max_digits=1&size={}&seed={}"
+_SUMS = "rg:chain_sum?min_terms=2&max_terms=2&min_digits=1&max_digits=2&size={}&seed={}"
 SIZES = dict(
-    model="smollm2", data=_SUMS.format(32, 1), eval_data=_SUMS.format(32, 1_000_000), fields={},
-    eval_fields={}, max_prompt=96, max_new_tokens=24, sampled_at_once=32, trained_at_once=16,
-    questions=32, held_out=32, sizes=(8,), most=8, own=8, rollouts=0, verifier_steps=40,
+    model="smollm2", data=_SUMS.format(24, 1), eval_data=_SUMS.format(24, 1_000_000), fields={},
+    eval_fields={}, max_prompt=64, max_new_tokens=20, sampled_at_once=32, trained_at_once=32,
+    questions=24, held_out=24, sizes=(8,), most=8, own=8, rollouts=0, verifier_steps=40,
     rows_at_once=32,
 )  # fmt: skip
 
@@ -52,51 +45,28 @@ def opened(config: Any) -> Iterator[Callable[[int], World]]:
         yield lambda seed: made
 
 
-def worked(expression: str) -> str:
-    """ "4 + 3 - 2" -> the lines 4+3=7, 7-2=5 and "Answer: 5."."""
-    first, *rest = expression.split()
-    total, lines = int(first), []
-    for sign, term in zip(rest[::2], rest[1::2], strict=True):
-        new = total + int(f"{sign}{term}")
-        lines.append(f"{total}{sign}{term}={new}")
-        total = new
-    return "\n".join([*lines, f"Answer: {total}."])
-
-
-def prompt(expression: str, attempts: Sequence[str] = ()) -> str:
-    """The examples, earlier attempts at the expression, and the problem."""
-    problem = lambda text: f"Problem: {text.replace(' ', '')}\n"
-    shown = [(example, worked(example)) for example in EXAMPLES]
-    shown += [(expression, attempt) for attempt in attempts]
-    return "".join(f"{problem(a)}{b}\n\n" for a, b in shown) + problem(expression)
+def stated(text: str) -> str | None:
+    """The last whole number of a text."""
+    return (re.findall(r"-?\d+", text) or [None])[-1]
 
 
 def record_of(row: Mapping[str, Any], fields: Mapping[str, str] | None) -> data.Record:
-    """The record of an entry of chain_sum."""
-    expression = row["metadata"]["metadata"]["expression"]
-    kept = {name: row[name] for name in ("answer", "metadata")}
-    return {"question": expression, "prompt": prompt(expression)} | kept
+    """The record of an entry of reasoning-gym: its question as a chat."""
+    system = {"role": "system", "content": "You add numbers."}
+    kept = {name: row[name] for name in ("question", "answer", "metadata")}
+    return {"prompt": [system, {"role": "user", "content": row["question"]}]} | kept
 
 
 def world(config: Any, task: questions.Task) -> World:
-    """Returns the world of the task's questions; the reward is that of the stated answer."""
-    tokenizer, records = task.renderer.tokenizer, task.held_out.records
-    rewards = lambda texts, rows: task.rewards([stated_answer(x) or "" for x in texts], rows)
+    """Returns the world of the task's questions; the reward is that of the stated number."""
+    rewards = lambda texts, rows: task.rewards([stated(x) or "" for x in texts], rows)
+    decode = task.renderer.tokenizer.decode
     made = worlds.loaded(
-        config,
-        task._replace(rewards=rewards),
-        ending=[*worlds.having(tokenizer, "."), *task.sampling.stop_ids],
-        mark="\n",
-        sampler=worlds.filled(config.rows_at_once),
+        config, task._replace(rewards=rewards), sampler=worlds.filled(config.rows_at_once)
     )
-
-    def again(number, attempts):
-        texts = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in attempts]
-        text = prompt(records[number]["question"], texts)
-        return tuple(data.render_prompts([{"prompt": text}], task.renderer)[0])
-
     return made._replace(
-        again=again, reward_model=functools.partial(reward_model, config, states(task))
+        read=lambda ids: stated(decode(ids, skip_special_tokens=True)),
+        reward_model=functools.partial(reward_model, config, states(task)),
     )
 
 

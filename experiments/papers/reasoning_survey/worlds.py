@@ -163,23 +163,18 @@ def filled(at_once: int) -> Callable[..., Any]:
 def loaded(
     config: Any,
     task: questions.Task,
-    *,
-    ending: Sequence[int] | None = None,
-    mark: str = "\n\n",
     sampler: Callable[..., Any] | None = None,
 ) -> World:
-    """Returns the world of a model's questions.
+    """Returns the world of a model's questions; a step ends with an empty line.
 
-    Args:
-        ending: ids that end an answer; None: those of the chat template.
-        mark: text that ends a step, an empty line or, if no token has it, the end of a line.
-        sampler: has the arguments of `generate`; None: the task's.
+    `sampler` has the arguments of `generate`; None: the task's.
     """
     tokenizer, settings = task.renderer.tokenizer, task.settings
     decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
-    ending = task.sampling.stop_ids if ending is None else tuple(ending)
-    sampler = sampler or questions.sampler(task)
-    breaks = tuple(set(having(tokenizer, mark) or having(tokenizer, "\n")) - set(ending))
+    ending, sampler = task.sampling.stop_ids, sampler or questions.sampler(task)
+    texts = [tokenizer.decode([i]) for i in range(len(tokenizer))]
+    parts = [[i for i, text in enumerate(texts) if mark in text] for mark in ("\n\n", "\n")]
+    breaks = tuple(set(parts[0] or parts[1]) - set(ending))
 
     def right(asked):
         return lambda chosen, answers: [
@@ -245,11 +240,6 @@ def loaded(
         ),
         fit, reinforce,
     )  # fmt: skip
-
-
-def having(tokenizer: Any, mark: str) -> list[int]:
-    """Ids of the tokens whose text has `mark`."""
-    return [i for i in range(len(tokenizer)) if mark in tokenizer.decode([i])]
 
 
 def padded(pairs: Sequence[tuple[Ids, Ids]]) -> dict[str, np.ndarray]:

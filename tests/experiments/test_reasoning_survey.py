@@ -99,7 +99,7 @@ def test_smollm2_s_answer_is_the_last_number():
 def states():
     """(Makes the states of a small model, its task)."""
     model = Decoder(tiny_config(16, 64))
-    params = model.init(jax.random.key(1), np.zeros((1, 1), np.int32))["params"]
+    params = jax.jit(model.init)(jax.random.key(1), np.zeros((1, 1), np.int32))["params"]
     settings = types.SimpleNamespace(trained_at_once=4)
     task = types.SimpleNamespace(model=model, params=params, settings=settings, mesh=None)
     return lambda: smollm2.states(task), task
@@ -111,7 +111,8 @@ def test_states_of_prefixes_are_those_of_each_alone(states):
     found = make()(rows)
     batch = {"tokens": np.array([rows[0]]), "segment_ids": np.ones((1, 5), np.int32)}
     batch["positions"] = np.arange(5)[None]
-    whole = np.asarray(task.model.forward(task.params, batch, None).hidden)[0]
+    hidden = jax.jit(lambda params, batch: task.model.forward(params, batch, None).hidden)
+    whole = np.asarray(hidden(task.params, batch))[0]
     np.testing.assert_allclose(found[[0, 1, 3, 4]], whole[[4, 1, 2, 1]], atol=1e-5)
     later = make()
     later(rows[:1]), later(rows[2:3])

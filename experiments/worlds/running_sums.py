@@ -1,8 +1,9 @@
-"""Sums of several one-digit numbers, written in steps: each step is one running total.
+"""Sums of several one-digit numbers modulo 10, written in steps: each step is one running total.
 
-    7+5+9+8=12;21;29
+    7+5+9+8=2;1;9
 
-Every text of `terms` numbers has the same length. A step ends with ";", the last one with a line end.
+Without the tens the last total cannot be estimated from the question, so that a wrong total spoils the later
+ones. Every text of `terms` numbers has the same length. A step ends with ";", the last one with a line end.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from jaxft import rl
 from jaxft.models import Decoder
 
 STEP = ";"
-DIGITS = 2  # of a running total, for at most 11 terms
+DIGITS = 1  # of a running total, which is taken modulo 10**DIGITS
 LOW, HIGH = 1, 10  # numbers are LOW..HIGH - 1
 
 
@@ -43,8 +44,13 @@ def question(numbers: Sequence[int]) -> str:
 
 
 def chain(numbers: Sequence[int]) -> str:
-    """ "12;21", the running totals."""
-    return STEP.join(f"{total:0{DIGITS}d}" for total in np.cumsum(numbers)[1:])
+    """ "2;1", the running totals."""
+    return STEP.join(map(written, np.cumsum(numbers)[1:]))
+
+
+def written(total: int) -> str:
+    """The last digits of a total."""
+    return f"{total % 10**DIGITS:0{DIGITS}d}"
 
 
 def length(terms: int) -> int:
@@ -119,7 +125,7 @@ def started(
 
 def total_reward(numbers: np.ndarray) -> rl.DeviceReward:
     """Returns a reward: 1 for a chain of the right length that ends with the question's sum."""
-    wanted = [f"{total:0{DIGITS}d}" for total in numbers.sum(axis=1)]
+    wanted = list(map(written, numbers.sum(axis=1)))
     gold = jnp.asarray(arithmetic.encode_answers(wanted))
     size = (DIGITS + 1) * (numbers.shape[1] - 1)
 

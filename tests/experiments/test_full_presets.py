@@ -17,6 +17,7 @@ from experiments.worlds import questions, solutions
 from jaxft import data
 from jaxft.checkpoints import load_model
 from jaxft.generation import SamplingConfig, generate
+from tests.experiments.tracing import trace_fits
 
 
 @pytest.fixture(scope="module")
@@ -79,11 +80,15 @@ def test_rlgf(file, tmp_path):
         rlgf.main(flags.replace(rlgf.Config(), guide_model="gpt2", output_dir=str(tmp_path)))
 
 
-def test_reasoning_survey(file, tmp_path):
+def test_reasoning_survey(file, tmp_path, monkeypatch):
+    traced = []
+    trace_fits(monkeypatch, traced)
     assert survey.main(full(survey, file, tmp_path, depth=2)) == 0
     run = json.loads((tmp_path / "metrics.json").read_text())["runs"][0]
     assert {"majority", "MCTS", "debate"} <= set(run["curves"])
     assert set(run["learned"]) == {"start", "RFT", "GRPO"}
+    # Two verifiers and GRPO; the start has no right answer, from which RFT could learn.
+    assert len(traced) == 3
 
 
 def test_echo_chamber(file, tmp_path):

@@ -13,8 +13,7 @@ from experiments.worlds import arithmetic
 from jaxft import rl
 from jaxft.generation import Verifier, rollout_verifier, run_searches, sample_chains
 from jaxft.keys import stream
-from jaxft.objectives import policy_gradient, process_reward, supervised
-from jaxft.rewards import add_reward_head
+from jaxft.objectives import policy_gradient, supervised
 
 Chain = tuple[int, tuple[int, ...]]  # number of a known prompt, answer
 
@@ -32,11 +31,11 @@ def sampled(config: Any, world: World, seed: int) -> tuple[list[list[tuple]], li
 
 def verifiers(
     config: Any, world: World, answers: list[list[tuple]], right: list[list[bool]], seed: int
-) -> tuple[Verifier, Verifier]:
+) -> tuple[Verifier, Verifier | None]:
     """(outcome, process) reward models of the start's own answers, equal ones once.
 
     The outcome model learns at the end of an answer whether it is right, the process model at the end of
-    each step the fraction of rollouts that end right.
+    each step the fraction of rollouts that end right; None without rollouts.
     """
     labels = {
         (number, ids): good
@@ -44,6 +43,10 @@ def verifiers(
         for ids, good in zip(some, verdicts, strict=True)
     }
     chains = list(labels)
+    fit = functools.partial(trained, world, chains, seed=seed)
+    if not config.rollouts:
+        last = [world.ends(ids)[-1:] for _, ids in chains]
+        return fit(last, [[float(good)] for good in labels.values()]), None
     values = step_values(config, world, chains, seed) | {
         (number, world.known[number] + ids): float(good) for (number, ids), good in labels.items()
     }
@@ -52,7 +55,6 @@ def verifiers(
     of_steps = [[inside(c, end) for end in some] for c, some in zip(chains, ends, strict=True)]
     last = [[some[-1]] for some in ends]
     of_ends = [[some[-1]] for some in of_steps]
-    fit = functools.partial(train_head, config, world, chains, seed=seed)
     return fit(last, of_ends), fit(ends, of_steps)
 
 
@@ -79,31 +81,24 @@ def step_values(
     }
 
 
-def train_head(
-    config: Any,
+def trained(
     world: World,
     chains: list[Chain],
     ends: list[list[int]],
     labels: list[list[float]],
     seed: int,
 ) -> Verifier:
-    """Trains the start with a reward head on labels at the ends of steps; returns its verifier."""
+    """Returns the verifier that learns labels at the ends of steps of chains."""
     rows = padded([(world.known[number], ids) for number, ids in chains])
     rows = {name: x[:, None] for name, x in rows.items()}
-    most = max(map(len, ends))
+    # As many places for either verifier: one program is compiled.
+    most = max(world.depth, *map(len, ends))
     places = np.full((len(ends), most), -1, np.int32)
     values = np.zeros(places.shape, np.float32)
     for i, (some, given) in enumerate(zip(ends, labels, strict=True)):
         places[i, : len(some)] = len(world.known[chains[i][0]]) + np.array(some) - 1
         values[i, : len(some)] = given
-    rows |= {"step_ends": places, "step_labels": values}
-    key = stream(jax.random.key(seed), "reward head")
-    params = add_reward_head(key, world.start, world.model.config.hidden_size)
-    objective = process_reward(world.model.forward)
-    rate, size = config.learning_rate, config.batch_size
-    batches = arithmetic.epochs(rows, seed, size)
-    params = world.fit(params, objective, rate, batches, size, config.verifier_steps)
-    return world.verifier(params)
+    return world.reward_model(rows | {"step_ends": places, "step_labels": values}, seed)
 
 
 def rft(config: Any, world: World, answers: list, right: list, seed: int) -> Any:

@@ -32,11 +32,15 @@ class Run(NamedTuple):
 
 
 def curves(
-    config: Any, world: World, outcome: Verifier, process: Verifier, seed: int
+    config: Any, world: World, outcome: Verifier, process: Verifier | None, seed: int
 ) -> dict[str, list[dict[str, float]]]:
-    """{method: [{n, accuracy, flops a question} at each size]} of the start."""
+    """{method: [{n, accuracy, flops a question} at each size]} of the start.
+
+    Without a process model, only choices among whole chains.
+    """
     runs, oracle = chain_runs(config, world, world.start, outcome, process, seed)
-    runs |= search_runs(config, world, outcome, process, seed)
+    if process is not None:
+        runs |= search_runs(config, world, outcome, process, seed)
     found: dict[str, list] = {}
     for (name, n), run in runs.items():
         row = measured(world, run, seed, n)
@@ -67,7 +71,7 @@ def measured(world: World, run: Run, seed: int, n: int) -> dict[str, float]:
 
 
 def chain_runs(
-    config: Any, world: World, params: Any, outcome: Verifier, process: Verifier, seed: int
+    config: Any, world: World, params: Any, outcome: Verifier, process: Verifier | None, seed: int
 ) -> tuple[dict[tuple[str, int], Run], dict[int, float]]:
     """({(method, n): run} of choices among chains, {n: pass@n})."""
     prompts = world.held_out
@@ -75,7 +79,7 @@ def chain_runs(
     runs = {("greedy", 1): Run(greedy, world.chains(params, 0.0), first)}
     sampled = drawn(config, world, params, seed)
     rng = np.random.default_rng(seed)
-    by_outcome, by_step = remembered(outcome), remembered(process)
+    by_outcome, by_step = remembered(outcome), process and remembered(process)
     random = remembered(lambda asked: rng.random(len(asked)).tolist())
     replay = recorded(prompts, sampled)
     vote = voted(world, lambda paths, answers: majority_vote(answers))
@@ -85,14 +89,15 @@ def chain_runs(
     for n in sizes(config):
         plain = lambda n=n: [generation.sample_chains(prompt, n) for prompt in prompts]
         judged = lambda n=n: [generation.judged_chains(prompt, n) for prompt in prompts]
-        by_steps = [judged_steps(world, prompt, n) for prompt in prompts]
         runs |= {
             ("majority", n): Run(plain(), replay, vote),
             ("best of N", n): Run(judged(), replay, best, by_outcome),
             ("weighted vote", n): Run(judged(), replay, weighted, by_outcome),
             ("best of N, random verifier", n): Run(judged(), replay, best, random),
-            ("best of N, process, min", n): Run(by_steps, replay, lowest, by_step),
         }
+        if by_step:
+            by_steps = [judged_steps(world, prompt, n) for prompt in prompts]
+            runs["best of N, process, min", n] = Run(by_steps, replay, lowest, by_step)
     numbers = np.repeat(np.arange(len(prompts)), config.most).tolist()
     right = world.right(numbers, [path.answer for paths in sampled for path in paths])
     counts = np.reshape(right, (len(prompts), config.most)).sum(axis=1)
@@ -183,7 +188,7 @@ def drawn(config: Any, world: World, params: Any, seed: int) -> list[list[Path]]
 
 def learned(config: Any, world: World, params: Any, outcome: Verifier, seed: int) -> dict[str, Any]:
     """`summary` of other params; the verifier is that of the start."""
-    runs, oracle = chain_runs(config, world, params, outcome, outcome, seed)
+    runs, oracle = chain_runs(config, world, params, outcome, None, seed)
     names = ("greedy", "majority", "best of N")
     found: dict[str, list] = {name: [] for name in names}
     for (name, n), run in runs.items():

@@ -17,9 +17,11 @@ from experiments.worlds import arithmetic, questions, running_sums
 from experiments.worlds.loaded import in_parts
 from jaxft import data, rl, train
 from jaxft.generation import Cost, Policy, SamplingConfig, Verifier, decoder_policy
+from jaxft.keys import stream
 from jaxft.models import Decoder
+from jaxft.objectives import process_reward
 from jaxft.parallel import mesh_context
-from jaxft.rewards import prefix_verifier, stated_answer
+from jaxft.rewards import add_reward_head, prefix_verifier, stated_answer
 
 Ids = tuple[int, ...]
 Right = Callable[[Sequence[int], Sequence[Ids]], Sequence[bool]]
@@ -44,7 +46,8 @@ class World(NamedTuple):
     chains: Callable[..., Policy]  # (params, temperature) -> policy whose steps are whole answers
     steps: Callable[[Any], Policy]  # params -> policy of single steps
     depth: int  # steps of an answer, at most
-    verifier: Callable[[Any], Verifier]  # params with a head -> verifier
+    # (rows with step_ends and step_labels, seed) -> the verifier that learns the labels
+    reward_model: Callable[[dict, int], Verifier]
     fit: Callable[..., Any]  # (params, objective, learning rate, batches, rows, steps) -> params
     reinforce: Callable[..., Any]  # (algorithm, steps, seed) -> params from the start
 
@@ -86,7 +89,7 @@ def sums(config: Any, seed: int) -> World:
         return running_sums.result(text, terms)
 
     def right(numbers):
-        totals = [f"{total:0{running_sums.DIGITS}d}" for total in numbers.sum(axis=1)]
+        totals = list(map(running_sums.written, numbers.sum(axis=1)))
         return lambda chosen, answers: [
             read(ids) == totals[i] for i, ids in zip(chosen, answers, strict=True)
         ]
@@ -118,9 +121,29 @@ def sums(config: Any, seed: int) -> World:
         lambda params, temperature=1.0: policy(params, size, (stop,), temperature),
         lambda params: policy(params, running_sums.DIGITS + 1, (bar, stop)),
         terms - 1,
-        lambda params: prefix_verifier(model, params, at_once=config.rows_at_once),
+        functools.partial(
+            reward_model, config, model, made.params, fit,
+            lambda params: prefix_verifier(model, params, at_once=config.rows_at_once),
+        ),
         fit, reinforce,
     )  # fmt: skip
+
+
+def reward_model(
+    config: Any,
+    model: Decoder,
+    start: Any,
+    fit: Callable[..., Any],
+    verifier: Callable[[Any], Verifier],
+    rows: dict[str, np.ndarray],
+    seed: int,
+) -> Verifier:
+    """Trains all params of the start, with a reward head, on labels at the ends of steps."""
+    key = stream(jax.random.key(seed), "reward head")
+    params = add_reward_head(key, start, model.config.hidden_size)
+    rate, size = config.learning_rate, config.batch_size
+    batches, objective = arithmetic.epochs(rows, seed, size), process_reward(model.forward)
+    return verifier(fit(params, objective, rate, batches, size, config.verifier_steps))
 
 
 def filled(at_once: int) -> Callable[..., Any]:
@@ -137,11 +160,18 @@ def filled(at_once: int) -> Callable[..., Any]:
     return sample
 
 
-def loaded(config: Any, task: questions.Task) -> World:
-    """Returns the world of a model's questions; a step ends with an empty line."""
+def loaded(
+    config: Any,
+    task: questions.Task,
+    sampler: Callable[..., Any] | None = None,
+) -> World:
+    """Returns the world of a model's questions; a step ends with an empty line.
+
+    `sampler` has the arguments of `generate`; None: the task's.
+    """
     tokenizer, settings = task.renderer.tokenizer, task.settings
     decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
-    ending = task.sampling.stop_ids
+    ending, sampler = task.sampling.stop_ids, sampler or questions.sampler(task)
     texts = [tokenizer.decode([i]) for i in range(len(tokenizer))]
     parts = [[i for i, text in enumerate(texts) if mark in text] for mark in ("\n\n", "\n")]
     breaks = tuple(set(parts[0] or parts[1]) - set(ending))
@@ -168,7 +198,7 @@ def loaded(config: Any, task: questions.Task) -> World:
 
     def policy(params, tokens, stops, temperature=1.0):
         rules = SamplingConfig(tokens, temperature, stop_ids=stops)
-        inner = decoder_policy(task.model, params, rules, ending, questions.sampler(task))
+        inner = decoder_policy(task.model, params, rules, ending, sampler)
 
         def propose(*args):
             with mesh_context(task.mesh):
@@ -202,8 +232,11 @@ def loaded(config: Any, task: questions.Task) -> World:
             params, max(1, settings.max_new_tokens // config.depth), (*breaks, *ending)
         ),
         config.depth,
-        lambda params: prefix_verifier(
-            task.model, params, at_once=settings.trained_at_once, mesh=task.mesh
+        functools.partial(
+            reward_model, config, task.model, task.params, fit,
+            lambda params: prefix_verifier(
+                task.model, params, at_once=settings.trained_at_once, mesh=task.mesh
+            ),
         ),
         fit, reinforce,
     )  # fmt: skip

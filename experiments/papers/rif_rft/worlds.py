@@ -18,9 +18,9 @@ from jax import tree_util
 from experiments.worlds import arithmetic, documents, questions, words
 from experiments.worlds import toy_text as toy
 from jaxft import losses, rl, train
-from jaxft.generation import SamplingConfig
 from jaxft.models import Decoder
 from jaxft.rl.filtering import learnable, only
+from jaxft.rl.rollouts import side_by_side
 
 # The stream: of the sorted letters, their order, reversed order, and capitals.
 STREAM: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -60,7 +60,8 @@ def opened(config: Any) -> Iterator[Callable[[int], World]]:
         yield functools.partial(of_words, config)
         return
     with questions.opened(config.source) as task:
-        yield functools.partial(of_sources, config, task)
+        others = lambda task, spec: questions.others(task, [spec])
+        yield lambda seed: of_sources(config, task, seed, others)
 
 
 class _Reached(Exception):
@@ -106,21 +107,17 @@ def of_words(config: Any, seed: int) -> World:
 
     def collect(i, credit, seed, ref_params, kept):
         prompts, answers = wanted[i] if kept is None else noisy[i]
-        prompts = rl.Prompts(prompts.tolist(), config.prompts_per_step, seed=seed)
-        if kept is not None:
-            prompts, answers = only(prompts, kept), answers[kept]
-        return rl.collect_on_device(
-            model, prompts, rl.equals(answers.tolist(), words.SIZE), credit, SAMPLING,
-            group_size=config.group_size, ref_params=ref_params,
-        )  # fmt: skip
+        columns = {"answer": answers}
+        drawn = rl.Prompts(prompts.tolist(), config.prompts_per_step, columns=columns, seed=seed)
+        drawn = drawn if kept is None else only(drawn, kept)
+        scores = [] if ref_params is None else [rl.add_reference(model.forward, ref_params, 1.0)]
+        return rl.collect(drawn, answered(model, config.group_size), credit, *scores)
 
     def rates(params, i, seed):
         prompts, answers = noisy[i]
-        sample = lambda count: rl.sample_on_device(
-            model, params, prompts.tolist(), jax.random.key(seed), SAMPLING, count
-        )
-        reward = rl.equals(answers.tolist(), words.SIZE)
-        return rl.estimate_success(sample, reward, np.arange(len(prompts)), config.draws)
+        asked = rl.Asked(prompts, [{}] * len(prompts), {"answer": answers})
+        found = answered(model, config.draws)(params, asked, jax.random.key(seed))
+        return found["rewards"].reshape(-1, config.draws).mean(axis=1)
 
     def fit(params, objective, batches, i, rows, seed):
         found = []
@@ -147,7 +144,25 @@ def of_words(config: Any, seed: int) -> World:
     return World(model, start, tuple(stream), measure, rows, collect, rates, fit)
 
 
-SAMPLING = SamplingConfig(words.SIZE, stop_ids=(words.END,))
+def answered(model: Decoder, group_size: int) -> rl.Sample:
+    """Returns sample(params, asked, key): answers to prompts of one length; reward 1 for `asked`'s answer.
+
+    One compiled program serves all tasks, since the prompts and the right answers are not part of it.
+    """
+    draw = toy.sampler(model, words.SIZE, words.END)
+
+    def sample(params, asked, key):
+        repeat = lambda x: np.repeat(np.asarray(x, np.int32), group_size, axis=0)
+        prompts, right = repeat(asked.ids), repeat(asked.columns["answer"])
+        tokens, mask, log_probs = map(np.asarray, draw(params, prompts, key))
+        whole = np.ones(prompts.shape, bool)
+        batch = side_by_side(np, prompts, whole, tokens, mask, log_probs, log_probs)
+        return batch | {
+            "rewards": np.all(np.where(mask, tokens, -1) == right, axis=1).astype(np.float32),
+            "truncated": ~np.any(mask & (tokens == words.END), axis=1),
+        }
+
+    return sample
 
 
 def probabilities(model: Decoder) -> Callable[[Any, dict], jax.Array]:
@@ -191,22 +206,29 @@ def measures(model: Decoder, start: Any, held_out: np.ndarray, seed: int) -> Cal
     return measure
 
 
-def of_sources(config: Any, first: questions.Task, seed: int) -> World:
-    """Returns the world of the sources `stream` and `eval_stream`, whose answers are verified."""
-    known = [questions.others(first, [spec]) for spec in config.stream]
-    new = [questions.others(first, [spec]) for spec in config.eval_stream]
+def of_sources(
+    config: Any,
+    first: questions.Task,
+    seed: int,
+    others: Callable[[questions.Task, str], tuple[rl.Asked, Any]],
+) -> World:
+    """Returns the world of the sources `stream` and `eval_stream`, whose answers are verified.
+
+    Args:
+        first: the model, and the source of the general ability.
+        others: (task, source) -> its questions, and what verifies answers to them.
+    """
+    known = [others(first, spec) for spec in config.stream]
+    new = [others(first, spec) for spec in config.eval_stream]
     tasks = [
         first._replace(known=a, held_out=b, rewards=rewards)
         for (a, rewards), (b, _) in zip(known, new, strict=True)
     ]
 
     def measure(params):
-        found = [
-            questions.drift(first, params, asked, rewards, seed)
-            for asked, rewards in [*new, (first.held_out, first.rewards)]
-        ]
-        *own, (general, kl) = found
-        return {"tasks": [accuracy for accuracy, _ in own], "general": general, "kl": kl}
+        graded = lambda task: questions.graded(task, params, task.held_out, 1, seed)[1].mean()
+        general, kl = questions.drift(first, params, first.held_out, first.rewards, seed)
+        return {"tasks": [float(graded(task)) for task in tasks], "general": general, "kl": kl}
 
     def rows(i, seed, earlier):
         chosen = [tasks[i], *(tasks[j] for j in earlier or ())]

@@ -88,9 +88,19 @@ FULL = dict(
     fields={"question": "problem", "answer": "solution"},
     eval_fields={"question": "problem", "answer": "answer"},
 )  # fmt: skip
+CHAINS = "rg:chain_sum?min_terms=4&max_terms=4&max_digits=1"
+# Half an hour of one core.
+SMOLLM2 = FULL | dict(
+    steps=12, prompts_per_step=4, online_prompts=2, learning_rate=2e-4, methods=("grpo", "mrt_online"),
+    samples=2, branches=2, answer_tokens=4, model="smollm2", data=f"{CHAINS}&size=400&seed=1",
+    eval_data=f"{CHAINS}&size=24&seed=1000000", fields={}, eval_fields={}, max_prompt=32, max_new_tokens=96,
+    sampled_at_once=64, trained_at_once=16,
+)  # fmt: skip
+PARTS = {"main": {}, "smollm2": {"preset": "smollm2"}}  # parts of the record
 SMOKE = dict(
     seeds=1, until=1e-9, steps=2, methods=tuple(METHODS)[:4], prompts_per_step=2, online_prompts=2,
-    group_size=4, held_out=4, samples=2, width=32, layers=1, branches=1, answer_tokens=2,
+    group_size=4, pretraining=64, known=8, held_out=4, samples=2, width=32, layers=1, branches=1,
+    answer_tokens=2, rank=2, pretrain_steps=1,
 )  # fmt: skip
 
 
@@ -109,15 +119,20 @@ class Config:
     learning_rate: float = 5e-4  # learning rate of all methods
     alpha: float = 1.0  # weight of progress in mrt_online
     penalty: float = 0.3  # subtracted from the reward of an answer of the largest length
+    pretraining: int = 20_000  # questions of pretraining
+    known: int = 640  # those of them that methods train on
     held_out: int = 160  # held-out questions
     samples: int = 4  # answers to each of them
     width: int = 64  # width of the model
     layers: int = 2  # layers of the model
     # directory for the figure, metrics.json and the cache of finished seeds
     output_dir: str = "runs/mrt"
-    preset: Literal["small", "full"] = "small"  # full: the paper's model, questions and sizes
-    branches: int = 4  # with --preset full: sampled answers after each prefix
-    answer_tokens: int = 1024  # with --preset full: tokens of a forced answer
+    # full: the paper's model, questions and sizes; smollm2: the same code with SmolLM2 and LoRA
+    preset: Literal["small", "smollm2", "full"] = "small"
+    branches: int = 4  # with another preset: sampled answers after each prefix
+    answer_tokens: int = 1024  # with another preset: tokens of a forced answer
+    rank: int = 16  # with --preset smollm2: rank of LoRA
+    pretrain_steps: int = 15  # with --preset smollm2: steps on worked sums before the methods
     source: questions.Settings = NUMINA
     record: flags.Record = flags.Record()
     smoke: bool = False  # seconds; claims are printed, not judged
@@ -126,20 +141,31 @@ class Config:
 
 def main(config: Config) -> int:
     """Measures all claims; returns exit code 1 if one does not hold."""
-    this = begin(config)
-    config = questions.sized(
-        config, FULL, SMOKE, only_full=("branches", "answer_tokens"),
-        only_small=("until", "held_out", "width", "layers"),
-    )  # fmt: skip
-    if config.preset == "full" and "star" in config.methods:
-        raise ValueError("methods: --preset full has no star; leave it out.")
+    this = begin(config, PARTS)
+    config = sized(config)
+    if config.preset != "small" and "star" in config.methods:
+        raise ValueError(f"methods: --preset {config.preset} has no star; leave it out.")
     if not set(config.methods) >= {"grpo"}:
         raise ValueError(f"methods: all are compared with grpo; got {config.methods}.")
     with opened(config) as world:
         run = functools.partial(run_seed, config, world)
         return measure_claims(
-            this, config, run, judge=judge, print_table=print_table, figure=_figure
-        )
+            this, config, run, judge=functools.partial(judge, config), print_table=print_table,
+            figure=_figure,
+        )  # fmt: skip
+
+
+def sized(config: Config) -> Config:
+    """Returns the config with the sizes of its preset."""
+    of_lines = ("rank", "pretrain_steps")
+    small = ("until", "pretraining", "known", "held_out", "width", "layers")
+    sized = functools.partial(
+        questions.sized, smoke=SMOKE, only_full=("branches", "answer_tokens", *of_lines)
+    )
+    if config.preset != "smollm2":
+        return sized(config, FULL, only_small=(*small, *of_lines))
+    big = sized(dataclasses.replace(config, preset="full"), SMOLLM2, only_small=small)
+    return dataclasses.replace(big, preset="smollm2")
 
 
 def run_seed(config: Config, world: Callable[[int], World], seed: int) -> dict[str, dict]:
@@ -154,7 +180,7 @@ def run_seed(config: Config, world: Callable[[int], World], seed: int) -> dict[s
     return runs
 
 
-def judge(runs: list[dict]) -> list[Claim]:
+def judge(config: Config, runs: list[dict]) -> list[Claim]:
     """Returns the claims with their measured numbers; those of methods that were not run are left out."""
     of = lambda name, metric: np.array([run[name][metric] for run in runs])
     claims = []
@@ -194,6 +220,9 @@ def judge(runs: list[dict]) -> list[Claim]:
                 [mean(lower, "above", 0)],
             )
         ]  # fmt: skip
+    if config.preset == "smollm2":
+        name = f"SmolLM2-135M, {len(runs)} seed{'s' * (len(runs) > 1)}: "
+        claims = [dataclasses.replace(claim, text=name + claim.text) for claim in claims]
     return claims
 
 

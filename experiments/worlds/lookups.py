@@ -1,15 +1,19 @@
-"""Digits under a row of permutations: answers with steps, useless filler, and an end at any time.
+"""Items whose values a table has, of which the largest is asked: steps, useless filler, an end at any time.
 
-A question such as 5031= has a digit and three operations, each one of four fixed permutations of the digits.
-An answer writes the digit after each operation, one segment of three characters per step, then the result:
-A7;B2;C4;|4. The model is pretrained on answers with filler segments (++;) between the steps, and on answers
-that are cut at some segment by the mark "-", after which the result must be guessed: A7;++;-4.
+A question such as A57B03C91= has three items of two digits. A fixed table gives each of the hundred items a
+value, one digit; the result is the largest of the three. An answer writes the values, one segment of three
+characters per step, then the result: A7;B2;C4;|7. The model is pretrained on answers with filler segments
+(++;) between the steps, and on answers that are cut at some segment by the mark "-", after which it gives
+the largest value so far: A2;++;-2, or 0 if there is none.
+
+There are a million questions, so that the model cannot remember their results. A step needs its item and
+nothing of the steps before it, so that filler does not disturb it; and each step raises the chance that the
+largest value so far is the result.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -23,16 +27,16 @@ from jaxft.generation import SamplingConfig
 from jaxft.models import Decoder
 from jaxft.rl.rollouts import WHOLE, padded
 
-OPERATIONS, STEPS = 4, "ABC"  # permutations, and the names of an answer's steps
-DEPTH = len(STEPS)
+STEPS = "ABC"  # names of the items of a question, and of an answer's steps
+DEPTH, ITEMS = len(STEPS), 100
 END, BAR, FORCED, FILLER = ";", "|", "-", "++;"
 SEGMENT = len(FILLER)  # tokens
-MOST = 8  # segments of an answer in pretraining
+MOST = 10  # segments of an answer in pretraining
 LIMIT = MOST * SEGMENT + 3  # tokens of an answer with its result and stop
-FILLED = 0.4  # chance of a filler segment, and of another, at each place
+FILLED = 0.35  # chance of a filler segment, and of another, at each place
 CUT = 0.4  # fraction of pretraining answers that are cut
 PLACE = arithmetic.ALPHABET.index
-WIDTH = 2 + DEPTH  # tokens of a question
+WIDTH = 3 * DEPTH + 1  # tokens of a question
 # Room for the longest answer of pretraining, at temperature 1.
 SAMPLING = SamplingConfig(LIMIT, stop_ids=(PLACE(arithmetic.STOP),))
 
@@ -41,48 +45,50 @@ class Task(NamedTuple):
     """An untrained model and the questions of one seed; columns `gold` [P, 2] have result and stop."""
 
     model: Decoder
-    start: Any
-    table: np.ndarray  # [operations, 10], the permutations
-    known: rl.Asked
+    start: Any  # params
+    table: np.ndarray  # [ITEMS], the digit that is an item's value
+    pretraining: np.ndarray  # [P, DEPTH], the items of the questions of pretraining
+    known: rl.Asked  # the first of these, on which methods train
     held_out: rl.Asked
 
 
-def task(seed: int, held_out: int, *, width: int = 64, layers: int = 2) -> Task:
-    """Draws permutations, splits all 640 questions, and makes a model.
+def task(
+    seed: int, pretraining: int, known: int, held_out: int, *, width: int = 64, layers: int = 2
+) -> Task:
+    """Draws a table and the given numbers of different questions, and makes a model.
 
     Raises:
-        ValueError: if no question is left to train on.
+        ValueError: if there are fewer questions, or fewer of pretraining than are to be known.
     """
-    rng = np.random.default_rng(seed)
-    table = np.stack([rng.permutation(10) for _ in range(OPERATIONS)])
-    every = list(itertools.product(range(10), *[range(OPERATIONS)] * DEPTH))
-    if not 0 < held_out < len(every):
+    if known > pretraining or pretraining + held_out > ITEMS**DEPTH:
         raise ValueError(
-            f"held_out must be above 0 and below the {len(every)} questions, got {held_out}."
+            f"pretraining must be at least known and at most {ITEMS**DEPTH:,} less held_out; got pretraining "
+            f"{pretraining}, known {known} and held_out {held_out}."
         )
-    every = [every[i] for i in rng.permutation(len(every))]
-    new, known = (_asked(table, part) for part in (every[:held_out], every[held_out:]))
+    rng = np.random.default_rng(seed)
+    table = rng.integers(0, 10, ITEMS)
+    drawn = rng.choice(ITEMS**DEPTH, pretraining + held_out, replace=False)
+    every = np.stack(np.unravel_index(drawn, (ITEMS,) * DEPTH), axis=1)
+    old, new = (_asked(table, part) for part in (every[:known], every[pretraining:]))
     model, params = arithmetic.small_model(jax.random.key(seed), width, layers=layers)
-    return Task(model, params, table, known, new)
+    return Task(model, params, table, every[:pretraining], old, new)
 
 
-def _asked(table, parts):
-    texts = ["".join(map(str, part)) + "=" for part in parts]
-    gold = arithmetic.encode_answers([str(states(table, *part)[-1]) for part in parts])
-    records = [{"parts": part} for part in parts]
-    columns = {"gold": np.array(gold, np.int32), "number": np.arange(len(parts))}
-    return rl.Asked(arithmetic.encode(texts), records, columns)
+def _asked(table, questions):
+    gold = arithmetic.encode_answers([str(table[items].max()) for items in questions])
+    columns = {"gold": np.array(gold, np.int32), "number": np.arange(len(questions))}
+    return rl.Asked(arithmetic.encode(map(question, questions)), [{}] * len(questions), columns)
 
 
-def states(table: np.ndarray, first: int, *operations: int) -> list[int]:
-    """Returns the digit after each operation."""
-    return list(itertools.accumulate(operations, lambda x, i: int(table[i, x]), initial=first))[1:]
+def question(items: Sequence[int]) -> str:
+    """Returns the text of a question."""
+    return "".join(f"{name}{item:02d}" for name, item in zip(STEPS, items, strict=True)) + "="
 
 
-def answer(table: np.ndarray, parts: Sequence[int], rng: np.random.Generator) -> str:
+def answer(table: np.ndarray, items: Sequence[int], rng: np.random.Generator) -> str:
     """Draws a right answer with filler, without its stop; with probability CUT it is cut by the mark."""
-    digits = states(table, *parts)
-    steps = [f"{name}{x}{END}" for name, x in zip(STEPS, digits, strict=True)]
+    values = table[np.asarray(items)]
+    steps = [f"{name}{value}{END}" for name, value in zip(STEPS, values, strict=True)]
     # Filler before each step and behind the last.
     counts = rng.geometric(1 - FILLED, DEPTH + 1) - 1
     while counts.sum() > MOST - DEPTH:
@@ -91,30 +97,33 @@ def answer(table: np.ndarray, parts: Sequence[int], rng: np.random.Generator) ->
     for step, count in zip(steps, counts[1:], strict=True):
         segments += [step] + [FILLER] * count
     if rng.random() < CUT:
-        return "".join(segments[: rng.integers(len(segments) + 1)]) + FORCED + str(digits[-1])
-    return "".join(segments) + BAR + str(digits[-1])
+        kept = segments[: rng.integers(len(segments) + 1)]
+        found = [segment[1] for segment in kept if segment != FILLER]
+        return "".join(kept) + FORCED + max(found, default="0")
+    return "".join(segments) + BAR + str(values.max())
 
 
-def rows_of(task: Task, count: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Draws rows of `arithmetic.layout`: answers to `count` training questions, drawn with replacement.
+def rows_of(
+    table: np.ndarray, questions: np.ndarray, rng: np.random.Generator
+) -> dict[str, np.ndarray]:
+    """Draws rows of `arithmetic.layout`, one answer to each of the questions [P, DEPTH].
 
     The mark that cuts an answer has no loss: the policy does not learn to give up.
     """
-    chosen = rng.integers(0, len(task.known.ids), count)
-    asked = ["".join(arithmetic.ALPHABET[i] for i in task.known.ids[n]) for n in chosen]
-    given = [answer(task.table, task.known.records[n]["parts"], rng) for n in chosen]
-    rows = arithmetic.layout(asked, given)
+    given = [answer(table, items, rng) for items in questions]
+    rows = arithmetic.layout(list(map(question, questions)), given)
     return rows | {"loss_mask": rows["loss_mask"] * (rows["tokens"] != PLACE(FORCED))}
 
 
 def started(task: Task, seed: int, until: float) -> tuple[Any, int]:
     """Trains the model until it writes all digits of a given answer with probability `until`.
 
-    Returns (params, steps). Only the digits of steps and result count, each after the right ones, on cut and
-    whole answers to training questions.
+    Returns (params, steps). Only the digits of values and result count, each after the right ones, on whole
+    answers to questions of pretraining.
     """
     rng = np.random.default_rng(seed)
-    rows, some = rows_of(task, 20_000, rng), rows_of(task, 300, rng)
+    rows = rows_of(task.table, task.pretraining, rng)
+    some = rows_of(task.table, task.pretraining[:300], rng)
     size = some["completion_mask"].shape[1]
     answers = some["tokens"][:, -size:]
     digits = (answers >= PLACE("0")) & (answers <= PLACE("9"))

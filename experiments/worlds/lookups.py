@@ -6,9 +6,9 @@ characters per step, then the result: A7;B2;C4;|7. The model is pretrained on an
 (++;) between the steps, and on answers that are cut at some segment by the mark "-", after which it gives
 the largest value so far: A2;++;-2, or 0 if there is none.
 
-There are a million questions, so that the model cannot remember their results. A step needs its item and
-nothing of the steps before it, so that filler does not disturb it; and each step raises the chance that the
-largest value so far is the result.
+There are a million questions, so that the model cannot remember their results. In pretraining some values
+are wrong at random, which is what training can improve, with or without filler. Each step raises the chance
+that the largest value so far is the result.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ SEGMENT = len(FILLER)  # tokens
 MOST = 10  # segments of an answer in pretraining
 LIMIT = MOST * SEGMENT + 3  # tokens of an answer with its result and stop
 FILLED = 0.35  # chance of a filler segment, and of another, at each place
+ERRORS = 0.25  # fraction of an answer's values in pretraining that are random digits
 CUT = 0.4  # fraction of pretraining answers that are cut
 PLACE = arithmetic.ALPHABET.index
 WIDTH = 3 * DEPTH + 1  # tokens of a question
@@ -85,9 +86,13 @@ def question(items: Sequence[int]) -> str:
     return "".join(f"{name}{item:02d}" for name, item in zip(STEPS, items, strict=True)) + "="
 
 
-def answer(table: np.ndarray, items: Sequence[int], rng: np.random.Generator) -> str:
-    """Draws a right answer with filler, without its stop; with probability CUT it is cut by the mark."""
-    values = table[np.asarray(items)]
+def answer(
+    table: np.ndarray, items: Sequence[int], rng: np.random.Generator, errors: float = ERRORS
+) -> str:
+    """Draws an answer with filler, without its stop; with probability CUT it is cut by the mark."""
+    values = np.where(
+        rng.random(DEPTH) < errors, rng.integers(0, 10, DEPTH), table[np.asarray(items)]
+    )
     steps = [f"{name}{value}{END}" for name, value in zip(STEPS, values, strict=True)]
     # Filler before each step and behind the last.
     counts = rng.geometric(1 - FILLED, DEPTH + 1) - 1
@@ -104,26 +109,26 @@ def answer(table: np.ndarray, items: Sequence[int], rng: np.random.Generator) ->
 
 
 def rows_of(
-    table: np.ndarray, questions: np.ndarray, rng: np.random.Generator
+    table: np.ndarray, questions: np.ndarray, rng: np.random.Generator, errors: float = ERRORS
 ) -> dict[str, np.ndarray]:
     """Draws rows of `arithmetic.layout`, one answer to each of the questions [P, DEPTH].
 
     The mark that cuts an answer has no loss: the policy does not learn to give up.
     """
-    given = [answer(table, items, rng) for items in questions]
+    given = [answer(table, items, rng, errors) for items in questions]
     rows = arithmetic.layout(list(map(question, questions)), given)
     return rows | {"loss_mask": rows["loss_mask"] * (rows["tokens"] != PLACE(FORCED))}
 
 
 def started(task: Task, seed: int, until: float) -> tuple[Any, int]:
-    """Trains the model until it writes all digits of a given answer with probability `until`.
+    """Trains the model until it writes all digits of a right answer with probability `until`.
 
     Returns (params, steps). Only the digits of values and result count, each after the right ones, on whole
     answers to questions of pretraining.
     """
     rng = np.random.default_rng(seed)
     rows = rows_of(task.table, task.pretraining, rng)
-    some = rows_of(task.table, task.pretraining[:300], rng)
+    some = rows_of(task.table, task.pretraining[:300], rng, errors=0.0)
     size = some["completion_mask"].shape[1]
     answers = some["tokens"][:, -size:]
     digits = (answers >= PLACE("0")) & (answers <= PLACE("9"))

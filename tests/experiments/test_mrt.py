@@ -25,16 +25,23 @@ def text(ids):
 def test_answers_are_right_and_cut_ones_end_in_a_mark(task):
     rng, cut, filled = np.random.default_rng(0), 0, 0
     for items in task.pretraining:
-        given, values = lookups.answer(task.table, items, rng), task.table[items]
+        given, values = lookups.answer(task.table, items, rng, 0.0), task.table[items]
         segments = given[:-2].split(";")[:-1]
         steps = [segment for segment in segments if segment != "++"]
         filled += len(segments) - len(steps)
         assert steps == [f"{a}{b}" for a, b in zip("ABC", values, strict=True)][: len(steps)]
         cut += given[-2] == "-"
-        assert given[-1] == str(max(values))
+        assert given[-1] == str(max(values[: len(steps)], default=0))
         assert given[-2] in "|-" and (given[-2] == "-" or len(steps) == 3)
         assert len(given) + 1 <= lookups.LIMIT
-    assert 0.3 < cut / 200 < 0.5 and filled > 300
+    assert 0.3 < cut / 200 < 0.5 and 1.3 < filled / (200 - cut / 2) < 2.6  # 4 x 0.35 / 0.65
+    drawn = [lookups.answer(task.table, items, rng) for items in task.pretraining]
+    first = [given[given.index("A") + 1] for given in drawn if "A" in given]
+    wanted = [
+        str(task.table[x[0]]) for x, y in zip(task.pretraining, drawn, strict=True) if "A" in y
+    ]
+    right = np.mean(np.array(first) == np.array(wanted))
+    assert abs(right - (1 - 0.9 * lookups.ERRORS)) < 0.1
 
 
 def test_questions_are_apart_and_their_results_are_gold(task):

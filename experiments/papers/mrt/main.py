@@ -88,12 +88,12 @@ FULL = dict(
     fields={"question": "problem", "answer": "solution"},
     eval_fields={"question": "problem", "answer": "answer"},
 )  # fmt: skip
-CHAINS = "rg:chain_sum?min_terms=4&max_terms=4&max_digits=1"
-# Half an hour of one core.
+CHAINS = "rg:chain_sum?min_terms=3&max_terms=3&max_digits=1"
+# Less than half an hour of one core.
 SMOLLM2 = FULL | dict(
-    steps=12, prompts_per_step=4, online_prompts=2, learning_rate=2e-4, methods=("grpo", "mrt_online"),
-    samples=2, branches=2, answer_tokens=4, model="smollm2", data=f"{CHAINS}&size=400&seed=1",
-    eval_data=f"{CHAINS}&size=24&seed=1000000", fields={}, eval_fields={}, max_prompt=32, max_new_tokens=96,
+    steps=8, prompts_per_step=2, online_prompts=1, learning_rate=5e-4, methods=("grpo", "mrt_online"),
+    samples=2, model="smollm2", data=f"{CHAINS}&size=400&seed=1",
+    eval_data=f"{CHAINS}&size=24&seed=1000000", fields={}, eval_fields={}, max_prompt=16, max_new_tokens=64,
     sampled_at_once=64, trained_at_once=16,
 )  # fmt: skip
 PARTS = {"main": {}, "smollm2": {"preset": "smollm2"}}  # parts of the record
@@ -129,10 +129,10 @@ class Config:
     output_dir: str = "runs/mrt"
     # full: the paper's model, questions and sizes; smollm2: the same code with SmolLM2 and LoRA
     preset: Literal["small", "smollm2", "full"] = "small"
-    branches: int = 4  # with another preset: sampled answers after each prefix
-    answer_tokens: int = 1024  # with another preset: tokens of a forced answer
+    branches: int = 4  # with --preset full: sampled answers after each prefix
+    answer_tokens: int = 1024  # with --preset full: tokens of a forced answer
     rank: int = 16  # with --preset smollm2: rank of LoRA
-    pretrain_steps: int = 15  # with --preset smollm2: steps on worked sums before the methods
+    pretrain_steps: int = 10  # with --preset smollm2: steps on worked sums before the methods
     source: questions.Settings = NUMINA
     record: flags.Record = flags.Record()
     smoke: bool = False  # seconds; claims are printed, not judged
@@ -157,14 +157,15 @@ def main(config: Config) -> int:
 
 def sized(config: Config) -> Config:
     """Returns the config with the sizes of its preset."""
-    of_lines = ("rank", "pretrain_steps")
-    small = ("until", "pretraining", "known", "held_out", "width", "layers")
-    sized = functools.partial(
-        questions.sized, smoke=SMOKE, only_full=("branches", "answer_tokens", *of_lines)
+    small, full, lines = (
+        ("until", "pretraining", "known", "held_out", "width", "layers"),
+        ("branches", "answer_tokens"),
+        ("rank", "pretrain_steps"),
     )
+    sized = functools.partial(questions.sized, smoke=SMOKE, only_full=(*full, *lines))
     if config.preset != "smollm2":
-        return sized(config, FULL, only_small=(*small, *of_lines))
-    big = sized(dataclasses.replace(config, preset="full"), SMOLLM2, only_small=small)
+        return sized(config, FULL, only_small=(*small, *lines))
+    big = sized(dataclasses.replace(config, preset="full"), SMOLLM2, only_small=(*small, *full))
     return dataclasses.replace(big, preset="smollm2")
 
 

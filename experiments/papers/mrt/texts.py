@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -34,6 +34,11 @@ class Reasoning(NamedTuple):
 STOP_TEXT = "\n\nTime is up. I will give the answer that follows from what I have.\n</think>\n\n**Answer:** "
 THOUGHTS = Reasoning(rl.split_episodes, "</think>", STOP_TEXT, 6)
 LINES = Reasoning(functools.partial(str.splitlines, keepends=True), "####", "####", 8)
+
+
+def forced(task: questions.Task, reasoning: Reasoning) -> list[int]:
+    """Returns the tokens of the text that forces an answer."""
+    return task.renderer.tokenizer.encode(reasoning.stop_text, add_special_tokens=False)
 
 
 def in_lines(row: Mapping[str, Any], fields: Mapping[str, str] | None) -> data.Record:
@@ -67,6 +72,20 @@ def in_lines(row: Mapping[str, Any], fields: Mapping[str, str] | None) -> data.R
 def grader() -> Verifier:
     """Returns the verifier of `in_lines`: whether the stated number, or else the last one, is right."""
     return lambda text, record: same_answer(text, record["answer"])
+
+
+def golds(task: questions.Task, records: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """Returns the tokens of the results behind "####" with their stops, [P, A]; -1 behind them."""
+    tokenizer = task.renderer.tokenizer
+    ids = [
+        [
+            *tokenizer.encode(f" {record['answer']}", add_special_tokens=False),
+            tokenizer.eos_token_id,
+        ]
+        for record in records
+    ]
+    longest = max(map(len, ids))
+    return np.array([row + [-1] * (longest - len(row)) for row in ids], np.int32)
 
 
 def filler(decode: Callable[..., str], batch: Mapping[str, Any]) -> float:

@@ -49,9 +49,12 @@ def opened(config: Any) -> Iterator[Callable[[int], World]]:
     if config.preset == "small":
         yield functools.partial(items, config)
         return
-    forms = (texts.in_lines, texts.grader) if config.preset == "smollm2" else ()
-    with questions.opened(config.source, *forms) as task:
-        yield functools.partial(problems, config, task)
+    if config.preset == "smollm2":
+        with questions.opened(config.source, texts.in_lines, texts.grader) as task:
+            yield functools.partial(sums, config, task)
+        return
+    with questions.opened(config.source) as task:
+        yield lambda seed: problems(config, task)
 
 
 def items(config: Any, seed: int) -> World:
@@ -73,43 +76,62 @@ def items(config: Any, seed: int) -> World:
     )  # fmt: skip
 
 
-def problems(config: Any, task: questions.Task, seed: int) -> World:
+def problems(config: Any, task: questions.Task) -> World:
     """Returns the world of the task's questions; chances are estimated from samples."""
-    reasoning = texts.THOUGHTS
-    if config.preset == "smollm2":
-        reasoning, task = texts.LINES, texts.tuned(task, config.rank, config.pretrain_steps, seed)
-    tokenizer, plain = task.renderer.tokenizer, questions.sampler(task)
+    plain, decode = questions.sampler(task), task.renderer.tokenizer.decode
     # The columns are for `judge`; a decoder reads none, and `plain` does not split them.
     sampler = lambda *args, columns=None, **more: plain(*args, **more)
-    numbered = lambda asked: asked._replace(columns={"number": np.arange(len(asked.ids))})
+    known, held_out = len(task.known.ids), len(task.held_out.ids)
     records = [*task.known.records, *task.held_out.records]
-    known, held_out = numbered(task.known), numbered(task.held_out)
-    held_out = held_out._replace(columns={"number": held_out.columns["number"] + len(known.ids)})
 
     def judge(completions, rows, batch):
-        given = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in completions]
+        given = [decode(ids, skip_special_tokens=True).strip() for ids in completions]
         return task.rewards(given, [records[n] for n in np.asarray(batch["number"])[rows]])
 
-    forced = tokenizer.encode(reasoning.stop_text, add_special_tokens=False)
+    forced = texts.forced(task, texts.THOUGHTS)
     short = dataclasses.replace(task.sampling, max_new_tokens=config.answer_tokens)
     chances = rl.sampled_chances(task.model, judge, forced, short, config.branches, sampler=sampler)
-    size = config.source.max_new_tokens
-    cost = config.branches * (len(forced) + config.answer_tokens)
+    return _in_text(
+        config, task, texts.THOUGHTS, chances, sampler,
+        {"number": np.arange(known)}, {"number": known + np.arange(held_out)},
+        cost=config.branches * (len(forced) + config.answer_tokens),
+    )  # fmt: skip
 
+
+def sums(config: Any, task: questions.Task, seed: int) -> World:
+    """Returns the world of sums for SmolLM2 with LoRA; chances are those of the only right tokens."""
+    task, plain = (
+        texts.tuned(task, config.rank, config.pretrain_steps, seed),
+        questions.sampler(task),
+    )
+    sampler = lambda *args, columns=None, **more: plain(*args, **more)
+    forced = texts.forced(task, texts.LINES)
+    golds = [{"gold": texts.golds(task, part.records)} for part in (task.known, task.held_out)]
+    world = _in_text(
+        config, task, texts.LINES, rl.exact_chances(task.model, forced), sampler, *golds,
+        cost=len(forced) + golds[0]["gold"].shape[1],
+    )  # fmt: skip
+    filler = functools.partial(texts.filler, task.renderer.tokenizer.decode)
+    return world._replace(filler=filler)
+
+
+def _in_text(config, task, reasoning, chances, sampler, known, held_out, *, cost):
+    """The world of a task with answers in text, whose questions get the columns `known`, `held_out`."""
+    tokenizer, limit = task.renderer.tokenizer, config.source.max_new_tokens
+    sample = lambda group_size: rl.answers(
+        task.model, tokenizer, task.rewards, task.sampling, group_size, sampler=sampler
+    )
     ends = functools.partial(
         rl.text_ends, decode=tokenizer.decode, most=reasoning.most, split=reasoning.split,
         close=reasoning.close,
     )  # fmt: skip
-    filler = functools.partial(texts.filler, tokenizer.decode)
-    sample = lambda group_size: rl.answers(
-        task.model, tokenizer, task.rewards, task.sampling, group_size, sampler=sampler
-    )
     fit = lambda objective, batches, rows, **more: questions.fit(
         task, task.params, objective, config.learning_rate, batches, rows, **more
     )
     return World(
-        task.model, task.params, known, held_out, sample, sample, rl.add_chances(ends, chances),
-        forced, 1, cost, size, fit, filler if config.preset == "smollm2" else None, task.mesh,
+        task.model, task.params, task.known._replace(columns=known),
+        task.held_out._replace(columns=held_out), sample, sample, rl.add_chances(ends, chances),
+        texts.forced(task, reasoning), 1, cost, limit, fit, mesh=task.mesh,
     )  # fmt: skip
 
 

@@ -8,16 +8,18 @@ the result does not see which tokens were useless; MRT lowers the regret over to
     python experiments/papers/mrt/main.py --methods grpo mrt_online
     python experiments/papers/mrt/main.py --preset full     R1-Distill-Qwen-1.5B, NuminaMath; 8 GPUs of 80 GB
     python experiments/papers/mrt/main.py --preset full --model Qwen/Qwen2.5-1.5B --data questions.jsonl
+    python experiments/papers/mrt/main.py --preset smollm2 --seeds 1     sums by SmolLM2 with LoRA; half an hour
 
-A question is a digit and three operations, each one of four fixed permutations of the digits. A model of
-0.1 M parameters is pretrained on answers that write the digit after each operation, with filler segments
-between, and on answers that are cut by a mark after which the result must be guessed. An episode is a
-segment of three tokens. The regret is 1 minus the mean, over a budget of 27 tokens, of the chance of a
-right result when the answer is cut there; it is computed from likelihoods, on 4 samples for each of 160
-held-out questions. All methods start from the same params of a seed.
+A question names three items of two digits. A fixed table gives each of a hundred items a value, one digit, and
+the result is the largest of the three. A model of 0.1 M parameters is pretrained on answers that write the
+values, one segment of three tokens each, with filler segments between; a quarter of the values are random
+digits. Some answers are cut by a mark, after which the model gives the largest value so far. An episode is a
+segment. The regret is 1 minus the mean, over a budget of 33 tokens, of the chance of a right result when the
+answer is cut there; it is computed from likelihoods, on 4 samples for each of 160 held-out questions. All
+methods start from the same params of a seed.
 
     grpo         the result's reward: group-normalised, clipped, mean over tokens
-    grpo_lenpen  the same, with a penalty of --penalty times length / 27 in the reward
+    grpo_lenpen  the same, with a penalty of --penalty times length / 33 in the reward
     mrt_online   the same as grpo, plus alpha times the progress of each token's own episode
     mrt_stale    from prefixes of the start's answers, half of a group continues and half must answer at once:
                  reward minus the mean of the second half

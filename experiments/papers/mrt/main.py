@@ -116,7 +116,7 @@ class Config:
     until: float = 0.4  # probability of right digits at which pretraining ends
     steps: int = 60  # optimizer steps of each method
     prompts_per_step: int = 10  # questions per step
-    online_prompts: int = 6  # the same of mrt_online, whose forced answers cost tokens too
+    online_prompts: int = 8  # the same of mrt_online, whose forced answers cost tokens too
     group_size: int = 8  # answers to each question
     learning_rate: float = 5e-4  # learning rate of all methods
     alpha: float = 1.0  # weight of progress in mrt_online

@@ -40,6 +40,11 @@ def sampled(config=LONG, group_size=2):
     return sample
 
 
+def has_finite_gradients(grads):
+    grads = jax.tree.leaves(grads)
+    return all(np.isfinite(g).all() for g in grads) and any(np.any(g != 0) for g in grads)
+
+
 def by_hand(model, params, batch, ends, forced_ids):
     """Each prefix in a row by itself, left-padded, without a cache."""
     width, count = 14, batch["gold"].shape[1]
@@ -80,9 +85,13 @@ def test_likelihoods_from_one_cache_are_those_of_whole_rows(config):
 
 def test_samples_agree_with_the_likelihood():
     model, params = model_and_params()
-    asked = ANY._replace(ids=PROMPTS[:1], records=[{}])
-    batch = sampled(group_size=1)(params, asked, jax.random.key(5))
-    batch["gold"] = np.array([[2, STOP]], np.int32)
+    row = np.array([[*PROMPTS[0], 3, 4, 0]])
+    batch = {
+        "tokens": row,
+        "segment_ids": np.array([[1, 1, 1, 1, 0]]),
+        "completion_mask": np.array([[True, True, False]]),
+        "gold": np.array([[2, STOP]], np.int32),
+    }
     ends = np.array([[0, 1]], np.int32)
 
     def judge(completions, rows, batch):
@@ -109,11 +118,13 @@ def test_chances_are_added_to_experience_and_prefixes_lie_within():
     (batch,) = taken(rl.collect(prompts, sampled(), algorithm.credit, add), params)
     assert batch["episode_ends"].shape == batch["answer_chances"].shape == (4, 5)
     assert batch["advantages"].shape == batch["completion_mask"].shape
-    loss, metrics = jax.jit(algorithm.objective)(params, batch, None)
+    slopes = jax.jit(jax.value_and_grad(algorithm.objective, has_aux=True))
+    (loss, metrics), grads = slopes(params, batch, None)
     assert np.isfinite(loss) and metrics["progress"].weight == 4
+    assert has_finite_gradients(grads)
     beyond = rl.add_chances(lambda batch: np.full((4, 2), 9), rl.exact_chances(model, FORCED))
     with pytest.raises(ValueError, match="but a prefix ends at token 9"):
-        taken(rl.collect(prompts, sampled(), algorithm.credit, beyond), params)
+        beyond(batch, params, None)
 
 
 def test_half_of_a_group_must_answer_and_prefixes_have_no_gradient():
@@ -133,21 +144,20 @@ def test_half_of_a_group_must_answer_and_prefixes_have_no_gradient():
     algorithm = rl.mrt_stale(functools.partial(policy_gradient, model.forward), 4)
     credited = batch | algorithm.credit(jnp.asarray(batch["rewards"]), batch)
 
-    def by_position(params, batch):
-        """The gradient with respect to a scale of each hidden state."""
-        offset = jnp.zeros(batch["tokens"].shape)
+    def scaled_loss(params, offset):
+        """The loss with a scale of each hidden state."""
 
-        def loss(offset):
-            forward = lambda p, b, key=None: model.forward(p, b).replace(
-                hidden=model.forward(p, b).hidden * (1 + offset)[..., None]
-            )
-            return rl.mrt_stale(functools.partial(policy_gradient, forward), 4).objective(
-                params, batch, None
-            )[0]
+        def forward(p, b, key=None):
+            output = model.forward(p, b)
+            return output.replace(hidden=output.hidden * (1 + offset)[..., None])
 
-        return jax.jit(jax.grad(loss))(offset)
+        scaled = rl.mrt_stale(functools.partial(policy_gradient, forward), 4)
+        return scaled.objective(params, credited, None)[0]
 
-    gradient = np.asarray(by_position(params, credited))
+    slopes = jax.jit(jax.grad(scaled_loss, argnums=(0, 1)))
+    grads, gradient = slopes(params, jnp.zeros(batch["tokens"].shape))
+    assert has_finite_gradients(grads)
+    gradient = np.asarray(gradient)
     # The hidden state of position t predicts token t + 1.
     own = np.zeros(gradient.shape, bool)
     own[:, -size - 1 : -1] = credited["completion_mask"]

@@ -2,7 +2,6 @@
 
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -167,24 +166,3 @@ def test_what_follows_the_most_progress_is_cut():
     batch = batch_of(tokens, mask) | {"episode_ends": ends, "answer_chances": chances}
     kept = progress.shortened(batch)
     assert kept == [[1, 7, 2, 7, 8, 9], [8, 9]]
-
-
-def test_algorithms_have_gradients_of_finite_size():
-    model, build = algorithms()
-    _, params = model_and_params()
-    rows = {
-        "tokens": jnp.asarray(np.random.default_rng(1).integers(0, 8, (6, SIZE + 2))),
-        "segment_ids": jnp.ones((6, SIZE + 2), jnp.int32),
-        "positions": jnp.tile(jnp.arange(SIZE + 2), (6, 1)),
-        "completion_mask": jnp.ones((6, SIZE), bool),
-        "sampler_log_probs": jnp.zeros((6, SIZE)),
-        "terminated": np.array([False, True, True] * 2),
-        "answer_chances": drawn(),
-        "episode_ends": ENDS,
-    }
-    rewards = jnp.array([1.0, 0, 0, 1, 1, 0])
-    for algorithm in (rl.mrt_online(build, GROUP), rl.mrt_stale(build, GROUP)):
-        batch = rows | algorithm.credit(rewards, rows)
-        run = jax.jit(jax.grad(lambda p, b, f=algorithm.objective: f(p, b, None)[0]))
-        grads = jax.tree.leaves(run(params, batch))
-        assert all(np.isfinite(g).all() for g in grads) and any(np.any(g != 0) for g in grads)

@@ -8,16 +8,18 @@ the result does not see which tokens were useless; MRT lowers the regret over to
     python experiments/papers/mrt/main.py --methods grpo mrt_online
     python experiments/papers/mrt/main.py --preset full     R1-Distill-Qwen-1.5B, NuminaMath; 8 GPUs of 80 GB
     python experiments/papers/mrt/main.py --preset full --model Qwen/Qwen2.5-1.5B --data questions.jsonl
+    python experiments/papers/mrt/main.py --preset smollm2 --seeds 1     sums by SmolLM2 with LoRA; half an hour
 
-A question is a digit and three operations, each one of four fixed permutations of the digits. A model of
-0.1 M parameters is pretrained on answers that write the digit after each operation, with filler segments
-between, and on answers that are cut by a mark after which the result must be guessed. An episode is a
-segment of three tokens. The regret is 1 minus the mean, over a budget of 27 tokens, of the chance of a
-right result when the answer is cut there; it is computed from likelihoods, on 4 samples for each of 160
-held-out questions. All methods start from the same params of a seed.
+A question names three items of two digits. A fixed table gives each of a hundred items a value, one digit, and
+the result is the largest of the three. A model of 0.1 M parameters is pretrained on answers that write the
+values, one segment of three tokens each, with filler segments between; a quarter of the values are random
+digits. Some answers are cut by a mark, after which the model gives the largest value so far. An episode is a
+segment. The regret is 1 minus the mean, over a budget of 33 tokens, of the chance of a right result when the
+answer is cut there; it is computed from likelihoods, on 4 samples for each of 160 held-out questions. All
+methods start from the same params of a seed.
 
     grpo         the result's reward: group-normalised, clipped, mean over tokens
-    grpo_lenpen  the same, with a penalty of --penalty times length / 27 in the reward
+    grpo_lenpen  the same, with a penalty of --penalty times length / 33 in the reward
     mrt_online   the same as grpo, plus alpha times the progress of each token's own episode
     mrt_stale    from prefixes of the start's answers, half of a group continues and half must answer at once:
                  reward minus the mean of the second half
@@ -88,9 +90,19 @@ FULL = dict(
     fields={"question": "problem", "answer": "solution"},
     eval_fields={"question": "problem", "answer": "answer"},
 )  # fmt: skip
+CHAINS = "rg:chain_sum?min_terms=3&max_terms=3&max_digits=1"
+# Less than half an hour of one core.
+SMOLLM2 = FULL | dict(
+    steps=8, prompts_per_step=2, online_prompts=1, learning_rate=5e-4, methods=("grpo", "mrt_online"),
+    samples=2, model="smollm2", data=f"{CHAINS}&size=400&seed=1",
+    eval_data=f"{CHAINS}&size=24&seed=1000000", fields={}, eval_fields={}, max_prompt=16, max_new_tokens=64,
+    sampled_at_once=64, trained_at_once=16,
+)  # fmt: skip
+PARTS = {"main": {}, "smollm2": {"preset": "smollm2"}}  # parts of the record
 SMOKE = dict(
     seeds=1, until=1e-9, steps=2, methods=tuple(METHODS)[:4], prompts_per_step=2, online_prompts=2,
-    group_size=4, held_out=4, samples=2, width=32, layers=1, branches=1, answer_tokens=2,
+    group_size=4, pretraining=64, known=8, held_out=4, samples=2, width=32, layers=1, branches=1,
+    answer_tokens=2, rank=2, pretrain_steps=1,
 )  # fmt: skip
 
 
@@ -104,20 +116,25 @@ class Config:
     until: float = 0.4  # probability of right digits at which pretraining ends
     steps: int = 60  # optimizer steps of each method
     prompts_per_step: int = 10  # questions per step
-    online_prompts: int = 6  # the same of mrt_online, whose forced answers cost tokens too
+    online_prompts: int = 8  # the same of mrt_online, whose forced answers cost tokens too
     group_size: int = 8  # answers to each question
     learning_rate: float = 5e-4  # learning rate of all methods
     alpha: float = 1.0  # weight of progress in mrt_online
     penalty: float = 0.3  # subtracted from the reward of an answer of the largest length
+    pretraining: int = 20_000  # questions of pretraining
+    known: int = 640  # those of them that methods train on
     held_out: int = 160  # held-out questions
     samples: int = 4  # answers to each of them
     width: int = 64  # width of the model
     layers: int = 2  # layers of the model
     # directory for the figure, metrics.json and the cache of finished seeds
     output_dir: str = "runs/mrt"
-    preset: Literal["small", "full"] = "small"  # full: the paper's model, questions and sizes
+    # full: the paper's model, questions and sizes; smollm2: the same code with SmolLM2 and LoRA
+    preset: Literal["small", "smollm2", "full"] = "small"
     branches: int = 4  # with --preset full: sampled answers after each prefix
     answer_tokens: int = 1024  # with --preset full: tokens of a forced answer
+    rank: int = 16  # with --preset smollm2: rank of LoRA
+    pretrain_steps: int = 10  # with --preset smollm2: steps on worked sums before the methods
     source: questions.Settings = NUMINA
     record: flags.Record = flags.Record()
     smoke: bool = False  # seconds; claims are printed, not judged
@@ -126,20 +143,32 @@ class Config:
 
 def main(config: Config) -> int:
     """Measures all claims; returns exit code 1 if one does not hold."""
-    this = begin(config)
-    config = questions.sized(
-        config, FULL, SMOKE, only_full=("branches", "answer_tokens"),
-        only_small=("until", "held_out", "width", "layers"),
-    )  # fmt: skip
-    if config.preset == "full" and "star" in config.methods:
-        raise ValueError("methods: --preset full has no star; leave it out.")
+    this = begin(config, PARTS)
+    config = sized(config)
+    if config.preset != "small" and "star" in config.methods:
+        raise ValueError(f"methods: --preset {config.preset} has no star; leave it out.")
     if not set(config.methods) >= {"grpo"}:
         raise ValueError(f"methods: all are compared with grpo; got {config.methods}.")
     with opened(config) as world:
         run = functools.partial(run_seed, config, world)
         return measure_claims(
-            this, config, run, judge=judge, print_table=print_table, figure=_figure
-        )
+            this, config, run, judge=functools.partial(judge, config), print_table=print_table,
+            figure=_figure,
+        )  # fmt: skip
+
+
+def sized(config: Config) -> Config:
+    """Returns the config with the sizes of its preset."""
+    small, full, lines = (
+        ("until", "pretraining", "known", "held_out", "width", "layers"),
+        ("branches", "answer_tokens"),
+        ("rank", "pretrain_steps"),
+    )
+    sized = functools.partial(questions.sized, smoke=SMOKE, only_full=(*full, *lines))
+    if config.preset != "smollm2":
+        return sized(config, FULL, only_small=(*small, *lines))
+    big = sized(dataclasses.replace(config, preset="full"), SMOLLM2, only_small=(*small, *full))
+    return dataclasses.replace(big, preset="smollm2")
 
 
 def run_seed(config: Config, world: Callable[[int], World], seed: int) -> dict[str, dict]:
@@ -154,7 +183,7 @@ def run_seed(config: Config, world: Callable[[int], World], seed: int) -> dict[s
     return runs
 
 
-def judge(runs: list[dict]) -> list[Claim]:
+def judge(config: Config, runs: list[dict]) -> list[Claim]:
     """Returns the claims with their measured numbers; those of methods that were not run are left out."""
     of = lambda name, metric: np.array([run[name][metric] for run in runs])
     claims = []
@@ -194,6 +223,9 @@ def judge(runs: list[dict]) -> list[Claim]:
                 [mean(lower, "above", 0)],
             )
         ]  # fmt: skip
+    if config.preset == "smollm2":
+        name = f"SmolLM2-135M, {len(runs)} seed{'s' * (len(runs) > 1)}: "
+        claims = [dataclasses.replace(claim, text=name + claim.text) for claim in claims]
     return claims
 
 

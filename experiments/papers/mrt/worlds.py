@@ -1,4 +1,4 @@
-"""Worlds of MRT's script: permuted digits with a small model, or questions with answers in text.
+"""Worlds of MRT's script: items with values for a small model, or questions with answers in text.
 
 `config` is the Config of experiments/papers/mrt/main.py.
 """
@@ -14,14 +14,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from experiments.worlds import arithmetic, permutations, questions
+from experiments.papers.mrt import texts
+from experiments.worlds import arithmetic, lookups, questions
 from jaxft import rl, train
 from jaxft.models import Decoder
 from jaxft.parallel import mesh_context
 
-EPISODES = 6  # most episodes of a stale prefix, and of a text
+EPISODES = 6  # most episodes of a stale prefix
 POINTS = 11  # of the curves over tokens
-STOP_TEXT = "\n\nTime is up. I will give the answer that follows from what I have.\n</think>\n\n**Answer:** "
 
 
 class World(NamedTuple):
@@ -45,62 +45,93 @@ class World(NamedTuple):
 
 @contextlib.contextmanager
 def opened(config: Any) -> Iterator[Callable[[int], World]]:
-    """Yields seed -> World: permutations by a small model, or with --preset full the source's questions."""
-    if config.preset != "full":
-        yield functools.partial(digits, config)
+    """Yields seed -> World: items for a small model or, with another preset, the source's questions."""
+    if config.preset == "small":
+        yield functools.partial(items, config)
+        return
+    if config.preset == "smollm2":
+        with questions.opened(config.source, texts.in_lines, texts.grader) as task:
+            yield functools.partial(sums, config, task)
         return
     with questions.opened(config.source) as task:
         yield lambda seed: problems(config, task)
 
 
-def digits(config: Any, seed: int) -> World:
-    """Returns the world of permuted digits, with a model pretrained for the seed."""
-    task = permutations.task(seed, config.held_out, width=config.width, layers=config.layers)
-    start, steps = permutations.started(task, seed, config.until)
+def items(config: Any, seed: int) -> World:
+    """Returns the world of items and their values, with a model pretrained for the seed."""
+    counts = (config.pretraining, config.known, config.held_out)
+    task = lookups.task(seed, *counts, width=config.width, layers=config.layers)
+    start, steps = lookups.started(task, seed, config.until)
     print(f"seed {seed}: {steps} steps of pretraining", flush=True)
-    forced = arithmetic.encode([permutations.FORCED])[0]
+    forced = arithmetic.encode([lookups.FORCED])[0]
     optimizer = arithmetic.policy_optimizer(config.learning_rate)
-    longest = permutations.WIDTH + permutations.SEGMENT * EPISODES + len(forced)
+    longest = lookups.WIDTH + lookups.SEGMENT * EPISODES + len(forced)
     return World(
         task.model, start, task.known, task.held_out,
-        permutations.answers(task.model), permutations.answers(task.model, longest),
-        rl.add_chances(permutations.ends_of, rl.exact_chances(task.model, forced)), forced,
-        2, len(forced) + 1, permutations.LIMIT,
+        lookups.answers(task.model), lookups.answers(task.model, longest),
+        rl.add_chances(lookups.ends_of, rl.exact_chances(task.model, forced)), forced,
+        2, len(forced) + 1, lookups.LIMIT,
         lambda objective, batches, rows, **more: train.fit(start, objective, optimizer, batches, **more),
-        permutations.filler,
+        lookups.filler,
     )  # fmt: skip
 
 
 def problems(config: Any, task: questions.Task) -> World:
     """Returns the world of the task's questions; chances are estimated from samples."""
-    tokenizer, plain = task.renderer.tokenizer, questions.sampler(task)
+    plain, decode = questions.sampler(task), task.renderer.tokenizer.decode
     # The columns are for `judge`; a decoder reads none, and `plain` does not split them.
     sampler = lambda *args, columns=None, **more: plain(*args, **more)
-    numbered = lambda asked: asked._replace(columns={"number": np.arange(len(asked.ids))})
+    known, held_out = len(task.known.ids), len(task.held_out.ids)
     records = [*task.known.records, *task.held_out.records]
-    known, held_out = numbered(task.known), numbered(task.held_out)
-    held_out = held_out._replace(columns={"number": held_out.columns["number"] + len(known.ids)})
 
     def judge(completions, rows, batch):
-        texts = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in completions]
-        return task.rewards(texts, [records[n] for n in np.asarray(batch["number"])[rows]])
+        given = [decode(ids, skip_special_tokens=True).strip() for ids in completions]
+        return task.rewards(given, [records[n] for n in np.asarray(batch["number"])[rows]])
 
-    forced = tokenizer.encode(STOP_TEXT, add_special_tokens=False)
+    forced = texts.forced(task, texts.THOUGHTS)
     short = dataclasses.replace(task.sampling, max_new_tokens=config.answer_tokens)
     chances = rl.sampled_chances(task.model, judge, forced, short, config.branches, sampler=sampler)
-    size = config.source.max_new_tokens
-    cost = config.branches * (len(forced) + config.answer_tokens)
+    return _in_text(
+        config, task, texts.THOUGHTS, chances, sampler,
+        {"number": np.arange(known)}, {"number": known + np.arange(held_out)},
+        cost=config.branches * (len(forced) + config.answer_tokens),
+    )  # fmt: skip
 
-    ends = functools.partial(rl.text_ends, decode=tokenizer.decode, most=EPISODES)
+
+def sums(config: Any, task: questions.Task, seed: int) -> World:
+    """Returns the world of sums for SmolLM2 with LoRA; chances are those of the only right tokens."""
+    task, plain = (
+        texts.tuned(task, config.rank, config.pretrain_steps, seed),
+        questions.sampler(task),
+    )
+    sampler = lambda *args, columns=None, **more: plain(*args, **more)
+    forced = texts.forced(task, texts.LINES)
+    golds = [{"gold": texts.golds(task, part.records)} for part in (task.known, task.held_out)]
+    world = _in_text(
+        config, task, texts.LINES, rl.exact_chances(task.model, forced), sampler, *golds,
+        cost=len(forced) + golds[0]["gold"].shape[1],
+    )  # fmt: skip
+    filler = functools.partial(texts.filler, task.renderer.tokenizer.decode)
+    return world._replace(filler=filler)
+
+
+def _in_text(config, task, reasoning, chances, sampler, known, held_out, *, cost):
+    """The world of a task with answers in text, whose questions get the columns `known`, `held_out`."""
+    tokenizer, limit = task.renderer.tokenizer, config.source.max_new_tokens
     sample = lambda group_size: rl.answers(
         task.model, tokenizer, task.rewards, task.sampling, group_size, sampler=sampler
     )
+    ends = functools.partial(
+        rl.text_ends, decode=tokenizer.decode, most=reasoning.most, split=reasoning.split,
+        close=reasoning.close,
+    )  # fmt: skip
     fit = lambda objective, batches, rows, **more: questions.fit(
         task, task.params, objective, config.learning_rate, batches, rows, **more
     )
     return World(
-        task.model, task.params, known, held_out, sample, sample, rl.add_chances(ends, chances),
-        forced, 1, cost, size, fit, mesh=task.mesh,
+        task.model, task.params, task.known._replace(columns=known),
+        task.held_out._replace(columns=held_out), sample, sample, rl.add_chances(ends, chances),
+        texts.forced(task, reasoning), 1, cost, limit, fit, mesh=task.mesh,
     )  # fmt: skip
 
 

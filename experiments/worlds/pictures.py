@@ -93,7 +93,12 @@ def digits() -> tuple[np.ndarray, np.ndarray]:
 
 def draw(rng: np.random.Generator, count: int, numbers: np.ndarray) -> Pictures:
     """Draws `count` questions with pictures, the skills in turn; digits are of the images `numbers`."""
-    make = {"count": _count, "box": _box, "read": functools.partial(_read, numbers), "choose": _choose}
+    make = {
+        "count": _count,
+        "box": _box,
+        "read": functools.partial(_read, numbers),
+        "choose": _choose,
+    }
     records, images = [], np.empty((count, 1, SIZE, SIZE, 3), np.float32)
     for i in range(count):
         kind = SKILLS[i % len(SKILLS)]
@@ -199,13 +204,17 @@ def text_prior(known: Pictures, held_out: Pictures) -> dict[str, float]:
     for key in sorted({(r["kind"], r["question"]) for r in held_out.records}):
         ours, theirs = group(known, key), group(held_out, key)
         options = sorted(set(ours)) or [""]
-        if key[0] == "box":
-            boxes = lambda texts: [box for text in texts for box in read_boxes(text)]
-            fits = lambda texts: ious(boxes(options), boxes(texts)) >= RIGHT["box"]
-        else:
-            fits = lambda texts: np.array([[a == b for b in texts] for a in options])
-        found[key[0]] += fits(theirs)[fits(ours).mean(axis=1).argmax()].tolist()
+        best = _fits(key[0], options, ours).mean(axis=1).argmax() if ours else 0
+        found[key[0]] += _fits(key[0], options[best : best + 1], theirs)[0].tolist()
     return {kind: float(np.mean(hits)) for kind, hits in found.items()}
+
+
+def _fits(kind, options, answers):
+    """[options, answers] bool: which options are right for questions with these answers."""
+    if kind != "box":
+        return np.array([[a == b for b in answers] for a in options])
+    boxes = lambda texts: [box for text in texts for box in read_boxes(text)]
+    return ious(boxes(options), boxes(answers)) >= RIGHT["box"]
 
 
 def _shapes(rng, counts):

@@ -1,7 +1,7 @@
 """Boxes and points in texts about images: reading them, overlaps, and matching of several boxes.
 
-A box is (x1, y1, x2, y2) with x1 <= x2 and y1 <= y2; x grows to the right, y downwards. All boxes of one comparison
-have the same unit: pixels, grid cells, or thousandths of the image.
+A box is (x1, y1, x2, y2) with x1 <= x2 and y1 <= y2; x grows to the right, y downwards. All boxes of one
+comparison have the same unit: pixels, grid cells, or thousandths of the image.
 """
 
 from __future__ import annotations
@@ -31,11 +31,15 @@ Form = Callable[[Sequence[float]], Box]  # four numbers of a text -> a box
 
 _NUMBER = r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)"
 _COMMA = r"\s*[,;\s]\s*"
-_FOUR = re.compile(rf"[\[(]\s*({_NUMBER}){_COMMA}({_NUMBER}){_COMMA}({_NUMBER}){_COMMA}({_NUMBER})\s*[\])]")
+_FOUR = re.compile(
+    rf"[\[(]\s*({_NUMBER}){_COMMA}({_NUMBER}){_COMMA}({_NUMBER}){_COMMA}({_NUMBER})\s*[\])]"
+)
 _TWO_POINTS = re.compile(
     rf"\(\s*({_NUMBER}){_COMMA}({_NUMBER})\s*\)\s*,?\s*\(\s*({_NUMBER}){_COMMA}({_NUMBER})\s*\)"
 )
-_BARE = re.compile(rf"\s*({_NUMBER}){_COMMA}({_NUMBER}){_COMMA}({_NUMBER}){_COMMA}({_NUMBER})\s*\.?\s*")
+_BARE = re.compile(
+    rf"\s*({_NUMBER}){_COMMA}({_NUMBER}){_COMMA}({_NUMBER}){_COMMA}({_NUMBER})\s*\.?\s*"
+)
 _POINT = re.compile(rf"[\[(]\s*({_NUMBER}){_COMMA}({_NUMBER})\s*[\])]")
 _BARE_POINT = re.compile(rf"\s*({_NUMBER}){_COMMA}({_NUMBER})\s*\.?\s*")
 _LOCATIONS = re.compile(r"<loc(\d{4})>" * 4)
@@ -81,7 +85,9 @@ def ious(given: Sequence[Sequence[float]], wanted: Sequence[Sequence[float]]) ->
     Raises:
         ValueError: as `iou`.
     """
-    a, b = (np.array([_ordered(Box(*box)) for box in x], float).reshape(-1, 4) for x in (given, wanted))
+    a, b = (
+        np.array([_ordered(Box(*box)) for box in x], float).reshape(-1, 4) for x in (given, wanted)
+    )
     low = np.maximum(a[:, None, :2], b[None, :, :2])
     high = np.minimum(a[:, None, 2:], b[None, :, 2:])
     common = np.prod(np.maximum(high - low, 0.0), axis=-1)
@@ -137,9 +143,9 @@ def read_boxes(text: str, form: Form = from_corners) -> list[Box]:
 
     Read are, in this order: JSON with "bbox_2d", "bbox", "box_2d" or "box" (in a fence or not), PaliGemma's
     <loc0000> in fours (rows first, in 1024ths, whatever `form` says), pairs of corners (x1,y1),(x2,y2) as in
-    Qwen-VL's <box>, four numbers in brackets, and four numbers alone. Only the first of these forms that occurs
-    counts. The answer is what follows </think>, and within it the last <answer>. A box whose corners are in
-    the wrong order is left out: no image has it.
+    Qwen-VL's <box>, four numbers in brackets, and four numbers without. Only the first of these forms that
+    occurs counts. The answer is what follows </think>, and within it the last <answer>. A box whose corners
+    are in the wrong order is left out: no image has it.
 
     Args:
         form: what four numbers mean; (x1,y1),(x2,y2) are always corners.
@@ -153,25 +159,25 @@ def read_boxes(text: str, form: Form = from_corners) -> list[Box]:
         return _boxes(found, from_corners)
     if found := _FOUR.findall(text):
         return _boxes(found, form)
-    alone = _BARE.fullmatch(text)
-    return _boxes([alone.groups()], form) if alone else []
+    bare = _BARE.fullmatch(text)
+    return _boxes([bare.groups()], form) if bare else []
 
 
 def read_point(text: str) -> tuple[float, float] | None:
     """The point (x, y) of an answer: the last one that it states, or None.
 
     Read are JSON with "point_2d", "point", "coordinate" or "click", two numbers in brackets, and two numbers
-    alone. The answer is what follows </think>, and within it the last <answer>.
+    without. The answer is what follows </think>, and within it the last <answer>.
     """
     text = answer_part(text)
     found = list(_values_of(text, _POINT_KEYS, 2)) or _POINT.findall(text)
-    if not found and (alone := _BARE_POINT.fullmatch(text)):
-        found = [alone.groups()]
+    if not found and (bare := _BARE_POINT.fullmatch(text)):
+        found = [bare.groups()]
     return (float(found[-1][0]), float(found[-1][1])) if found else None
 
 
 def answer_part(text: str) -> str:
-    """What follows the last </think>, and within it the last <answer>...</answer>, if there is one."""
+    """Returns what follows the last </think>, and within it the last <answer>...</answer>, if any."""
     text = text.rpartition("</think>")[2]
     found = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
     return found[-1] if found else text

@@ -1,8 +1,8 @@
 """Rewards for text answers about images: boxes, points, counts, text that was read, and choices.
 
 The verifiable rewards in the taxonomy of reinforcement fine-tuning of multimodal models: Sun et al., 2025,
-arxiv.org/abs/2505.18536. Each factory takes the records, whose `answer` it checks before work starts, and returns a
-RewardFn with values in [0, 1]. An answer that cannot be read gets 0.
+arxiv.org/abs/2505.18536. Each factory takes the records, whose `answer` it checks before work starts, and
+returns a RewardFn with values in [0, 1]. An answer that cannot be read gets 0.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ def iou_reward(
 ) -> RewardFn:
     """Returns a reward: the mean IoU of the wanted boxes with the boxes of a text, matched one to one.
 
-    max(0, (Σ matched IoU - penalty x number of extra boxes) / number of wanted boxes). With one box on both sides
-    it is their IoU (Visual-RFT: Liu et al., 2025, arxiv.org/abs/2503.01785, without its confidence). Labels
-    are not compared: ask for one kind of object at a time.
+    max(0, (Σ matched IoU - penalty x number of extra boxes) / number of wanted boxes). With one box on both
+    sides it is their IoU (Visual-RFT: Liu et al., 2025, arxiv.org/abs/2503.01785, without its confidence).
+    Labels are not compared: ask for one kind of object at a time.
 
     Args:
         records: `answer` is a box, a list of boxes, or a text that `read` reads.
@@ -63,8 +63,8 @@ def iou_reward(
     """
     if threshold is not None and not 0 < threshold <= 1 or penalty < 0:
         raise ValueError(
-            f"iou_reward: threshold {threshold} must lie in (0, 1], or be None, and penalty {penalty} must be "
-            "at least 0."
+            f"iou_reward: threshold {threshold} must lie in (0, 1], or be None, and penalty {penalty} must "
+            "be at least 0."
         )
     read = read or (lambda text: read_boxes(text, form))
     wanted = lambda record: boxes_of(record.get("answer"), form, read)
@@ -107,8 +107,8 @@ def point_reward(records: Records, *, form: Form = from_corners) -> RewardFn:
 def count_reward(records: Records) -> RewardFn:
     """Returns a reward for a number of objects: max(0, 1 - |n - n*| / n*); of n* = 0: 1 for 0, else 0.
 
-    The number of a text is the one that it states (`stated_answer`), in digits or words, or the only one in it. A
-    text that offers two has none.
+    The number of a text is the one that it states (`stated_answer`), in digits or words, or the only one in
+    it. A text that offers two has none.
 
     Args:
         records: `answer` is a whole number n* of at least 0, or its text.
@@ -135,9 +135,9 @@ def closeness(count: float, wanted: int) -> float:
 def edit_distance_reward(records: Records, *, fold_case: bool = False) -> RewardFn:
     """Returns a reward for text that was read: max(0, 1 - edit distance / length of the longer text).
 
-    White space is one space, and texts are compared in Unicode's form NFC. The answer of a text is what follows
-    </think> and stands in <answer>, if these are there; nothing else is removed, because it was not in
-    the image. Of several accepted answers the nearest counts.
+    White space is one space, and texts are compared in Unicode's form NFC. The answer of a text is what
+    follows </think> and stands in <answer>, if these are there; nothing else is removed, because it was not
+    in the image. Of several accepted answers the nearest counts.
 
     Args:
         records: `answer` is the text, or a list of accepted ones.
@@ -202,7 +202,8 @@ def choice_reward(records: Records, *, options: str = "ABCDEFGHIJ") -> RewardFn:
             letter = read_choice(one, stated=False)
             if letter is None or letter not in options:
                 raise DataError(
-                    f"the answer {one!r:.40} is no choice; expected one of the letters {options}.", "schema"
+                    f"the answer {one!r:.40} is not one of the letters {options}.",
+                    "schema",
                 )
 
     check_references(records, check)
@@ -251,7 +252,8 @@ def boxes_of(
         found = _boxes_of_numbers(answer, form)
     if not found:
         raise DataError(
-            f"the answer {answer!r:.60} holds no box; expected four numbers, a list of fours, or their text.",
+            f"the answer {answer!r:.60} holds no box; expected four numbers, a list of fours, or "
+            "their text.",
             "schema",
         )
     return found
@@ -292,7 +294,7 @@ def _count(answer):
     """The whole number of a reference."""
     (text,) = accepted_answers(answer) if not isinstance(answer, (list, tuple)) else (str(answer),)
     if not re.fullmatch(r"\s*\+?\d+(\.0*)?\s*", text):
-        raise DataError(f"the answer {answer!r:.40} is no whole number of at least 0.", "schema")
+        raise DataError(f"the answer {answer!r:.40} is not a whole number of at least 0.", "schema")
     return int(float(text))
 
 

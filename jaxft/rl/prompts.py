@@ -78,7 +78,9 @@ class Prompts:
         return Asked(
             ids=[self.ids[i] for i in numbers],
             records=[self.records[i] for i in numbers],
-            columns={name: rows_of_column(column, numbers) for name, column in self.columns.items()},
+            columns={
+                name: rows_of_column(column, numbers) for name, column in self.columns.items()
+            },
             width=width,
             following=lambda: self.pick(draw + 1, fixed),
             number=draw,

@@ -1,7 +1,7 @@
 """Advantages that give most or all of the update to some answers of a group.
 
-They take the place of `grpo_advantages`: `grpo(build, 8, advantage=pass_at_k_advantages)`. Rows are prompt-major,
-NaN (no verdict) gets 0, and no gradient flows through them, as in jaxft.rl.advantages.
+They take the place of `grpo_advantages`: `grpo(build, 8, advantage=pass_at_k_advantages)`. Rows are
+prompt-major, NaN (no verdict) gets 0, and no gradient flows through them, as in jaxft.rl.advantages.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ Advantage = Callable[[jax.Array, int], jax.Array]
 
 
 def largest_advantages(keep: int, advantage: Advantage = grpo_advantages) -> Advantage:
-    """Returns the advantages of the `keep` answers of a group with the largest |A|, times G / keep; others get 0.
+    """Returns advantages of the `keep` answers of a group with the largest |A|, times G / keep; others get 0.
 
     CPPO: Lin et al., 2025, arxiv.org/abs/2503.22342: completions whose advantage is small are left out of the
-    update; `collect(..., drop_idle=True)` then does not compute them. The factor keeps the mean over rows that
-    of the kept ones. Of equal |A| the first are kept.
+    update; `collect(..., drop_idle=True)` then does not compute them. The factor keeps the mean over rows
+    that of the kept ones. Of equal |A| the first are kept.
 
     Raises:
         ValueError: for fewer than one; when called, for more than the group has.
@@ -57,8 +57,8 @@ def gpg_advantages(rewards: Float[Array, " B"], group_size: int) -> Float[Array,
 def pass_at_k_advantages(rewards: Float[Array, " B"], group_size: int) -> Float[Array, " B"]:
     """r_max - r_second for the best answer of a group (the first of equal ones), 0 for the others.
 
-    What the best answer adds to the best reward of its group, as in verl's GRPO for pass@k without division by
-    the deviation; its paper is Tang et al., 2025, arxiv.org/abs/2503.19595.
+    What the best answer adds to the best reward of its group, as in verl's GRPO for pass@k without division
+    by the deviation; its paper is Tang et al., 2025, arxiv.org/abs/2503.19595.
 
     Raises:
         ValueError: if group_size is below 2 or does not divide B.

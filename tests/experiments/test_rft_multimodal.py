@@ -1,4 +1,4 @@
-"""The script of multimodal fine-tuning: pictures are as they are asked about, controls, full preset, judge."""
+"""The script of multimodal fine-tuning: pictures are as they are asked about, controls, judge."""
 
 import copy
 import json
@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from experiments.cli import flags
-from experiments.papers import rft_multimodal as script
+from experiments.papers.rft_multimodal import main as script
+from experiments.papers.rft_multimodal import methods, worlds
 from experiments.worlds import pictures
 from jaxft import data, rl
 from jaxft.data.media import media_in, read_media, with_media
@@ -97,16 +98,18 @@ def test_every_method_s_first_update_raises_the_probability_of_the_better_answer
     build = lambda loss, reduction, **more: policy_gradient(text.forward, loss, reduction, **more)
     rewards = jax.numpy.array([1.0, 0] * 4)
     log_probs = lambda params: rl.policy_log_probs(text.forward, params, batch, 1.0)
-    params = script.with_value_head(text, params)
+    params = worlds.with_value_head(text, params)
     before = log_probs(params)
     batch |= {"sampler_log_probs": before, "old_log_probs": before}
     batch |= {"old_values": np.zeros((8, 1), np.float32)}
     direction = jax.grad(lambda p: log_probs(p)[::2].sum())(params)
-    for name, method in script.METHODS.items():
+    for name, method in methods.METHODS.items():
         algorithm = method.make(build, 4, 1)
         whole = {k: v for k, v in batch.items() if method.updates > 1 or k != "old_log_probs"}
         given = whole | algorithm.credit(rewards, whole)
-        step = jax.grad(lambda p, a=algorithm, g=given: a.objective(p, g, jax.random.key(0))[0])(params)
+        step = jax.grad(lambda p, a=algorithm, g=given: a.objective(p, g, jax.random.key(0))[0])(
+            params
+        )
         product = sum(
             float(jax.numpy.vdot(a, b))
             for a, b in zip(jax.tree.leaves(direction), jax.tree.leaves(step), strict=True)
@@ -129,16 +132,25 @@ def test_noisy_half_trains_on_clean_pictures():
             "sampler_log_probs": ones, "images": asked.columns["images"][rows],
         }  # fmt: skip
 
-    batch = script.noisy_half(sample, 0.5)(None, asked, jax.random.key(0))
+    batch = worlds.noisy_half(sample, 0.5)(None, asked, jax.random.key(0))
     assert np.abs(seen[1] - seen[0]).std() > 0.1 and (batch["images"] == 1).all()
-    assert batch["tokens"].tolist() == [[0, 1], [0, 1], [0, 2], [0, 2], [1, 1], [1, 1], [1, 2], [1, 2]]
+    assert batch["tokens"].tolist() == [
+        [0, 1],
+        [0, 1],
+        [0, 2],
+        [0, 2],
+        [1, 1],
+        [1, 1],
+        [1, 2],
+        [1, 2],
+    ]
 
 
 def test_images_of_other_records():
     images = [read_media("image", np.full((2, 2, 3), i, np.uint8)) for i in range(4)]
     turn = lambda *media: {"messages": [{"role": "user", "content": "?", "_media": media}]}
     records = [turn(images[0]), turn(images[1], images[2]), turn(images[3]), {"question": "?"}]
-    made = script.others(records)
+    made = worlds.others(records)
     assert [media_in(x) for x in made] == [[images[3]], images[1:3], [images[0]], []]
     assert media_in(records[0]) == [images[0]]
     with pytest.raises(data.DataError, match="cannot take the places of"):
@@ -181,11 +193,11 @@ def result(gain=0.1, random=-0.1, other=0.1, left=0.5):
         "accuracy": accuracy,
         "skills": {"count": 0.5, "box": left, "read": left, "choose": 0.5},
     }
-    methods = {name: row(0.4 + gain) for name in (*script.Config().methods, script.SFT)}
-    methods |= {script.RANDOM: row(0.4 + random), script.PART: row(0.5, left)}
-    methods |= {script.SFT_PART: row(0.5, 0.3)}
+    trained = {name: row(0.4 + gain) for name in (*script.Config().methods, methods.SFT)}
+    trained |= {methods.RANDOM: row(0.4 + random), methods.PART: row(0.5, left)}
+    trained |= {methods.SFT_PART: row(0.5, 0.3)}
     return {
-        "start": row(0.4), "methods": methods, "other": row(other), "blank": row(0.1),
+        "start": row(0.4), "methods": trained, "other": row(other), "blank": row(0.1),
         "prior": dict.fromkeys(pictures.SKILLS, 0.15),
     }  # fmt: skip
 

@@ -9,6 +9,8 @@ from jaxft import rewards
 from jaxft.data import DataError
 from jaxft.rewards import boxes, visual
 
+TWO = [(1, 2, 3, 4), (5, 6, 7, 8)]
+
 
 def given(make, answer, *texts, **more):
     """The rewards of texts for one answer."""
@@ -33,7 +35,8 @@ def test_iou_is_the_share_of_grid_cells():
         return x[:, None] & y[None]
 
     expected = [
-        [(inside(p) & inside(q)).sum() / max((inside(p) | inside(q)).sum(), 1) for q in b] for p in a
+        [(inside(p) & inside(q)).sum() / max((inside(p) | inside(q)).sum(), 1) for q in b]
+        for p in a
     ]
     np.testing.assert_allclose(boxes.ious(a, b), expected, atol=1e-12)
     assert rewards.iou((0, 0, 2, 2), (1, 1, 3, 3)) == pytest.approx(1 / 7)
@@ -64,8 +67,8 @@ def test_matching_is_the_best_of_all_permutations():
         ("1 2 3 4", [(1, 2, 3, 4)]),
         ("The box is (1.5, 2, 3, 4).", [(1.5, 2, 3, 4)]),
         ("<box>(1,2),(3,4)</box>", [(1, 2, 3, 4)]),
-        ("<|box_start|>(1,2),(3,4)<|box_end|> and <|box_start|>(5,6),(7,8)<|box_end|>", [(1, 2, 3, 4), (5, 6, 7, 8)]),
-        ('```json\n[{"bbox_2d": [1, 2, 3, 4], "label": "cat"}, {"bbox_2d": [5, 6, 7, 8]}]\n```', [(1, 2, 3, 4), (5, 6, 7, 8)]),
+        ("<|box_start|>(1,2),(3,4)<|box_end|> <|box_start|>(5,6),(7,8)<|box_end|>", TWO),
+        ('```json\n[{"bbox_2d": [1, 2, 3, 4], "label": "a"}, {"bbox_2d": [5, 6, 7, 8]}]\n```', TWO),
         ('{"box": [[1, 2, 3, 4], [0, 0, 1, 1]]}', [(1, 2, 3, 4), (0, 0, 1, 1)]),
         ("<loc0256><loc0512><loc0768><loc1023> cat", [(0.5, 0.25, 1023 / 1024, 0.75)]),
         ("<think>[9, 9, 10, 10]</think> <answer>[1, 2, 3, 4]</answer>", [(1, 2, 3, 4)]),
@@ -98,14 +101,26 @@ def test_iou_reward_of_one_and_several_boxes():
     swapped, one, extra = "[[4,4,6,6],[0,0,2,2]]", "[0,0,2,2]", "[[4,4,6,6],[0,0,2,2],[8,8,9,9]]"
     assert given(rewards.iou_reward, two, swapped, one, extra) == [1, 0.5, 1]
     assert given(rewards.iou_reward, two, extra, penalty=0.5) == [0.75]
-    assert given(rewards.iou_reward, "[0,0,2,2]", "[[0,0,2,2]" + ",[8,8,9,9]" * 9 + "]", penalty=0.5) == [0]
+    assert given(
+        rewards.iou_reward, "[0,0,2,2]", "[[0,0,2,2]" + ",[8,8,9,9]" * 9 + "]", penalty=0.5
+    ) == [0]
     # IoU 1/7 and 1/2, against a threshold of one half.
-    assert given(rewards.iou_reward, [0, 0, 2, 2], "[1,1,3,3]", "[0,0,2,1]", threshold=0.5) == [0, 1]
+    assert given(rewards.iou_reward, [0, 0, 2, 2], "[1,1,3,3]", "[0,0,2,1]", threshold=0.5) == [
+        0,
+        1,
+    ]
 
 
 def test_points_hit_boxes_and_masks():
     record = [[0, 0, 2, 2], [4, 4, 6, 6]]
-    texts = ["(1, 1)", "<answer>5 6</answer>", '{"point_2d": [2, 0]}', "(3, 3)", "click", "(7,7) then (5,5)"]
+    texts = [
+        "(1, 1)",
+        "<answer>5 6</answer>",
+        '{"point_2d": [2, 0]}',
+        "(3, 3)",
+        "click",
+        "(7,7) then (5,5)",
+    ]
     assert given(rewards.point_reward, record, *texts) == [1, 1, 1, 0, 0, 1]
     mask = np.zeros((2, 3), bool)
     mask[1, 2] = True
@@ -115,14 +130,26 @@ def test_points_hit_boxes_and_masks():
 
 def test_dice():
     a = np.array([1, 1, 0, 0], bool)
-    assert rewards.dice(a, a) == 1 and rewards.dice(a, ~a) == 0 and rewards.dice(a & ~a, a & ~a) == 1
+    assert (
+        rewards.dice(a, a) == 1 and rewards.dice(a, ~a) == 0 and rewards.dice(a & ~a, a & ~a) == 1
+    )
     assert rewards.dice(a, [1, 0, 0, 0]) == pytest.approx(2 / 3)
     with pytest.raises(ValueError, match="shapes"):
         rewards.dice(a, a[:3])
 
 
 def test_counts():
-    texts = ["3", "four", "There are 5 shapes.", "8", "9", "3 or 5", "many", "<answer>4</answer>", "-4"]
+    texts = [
+        "3",
+        "four",
+        "There are 5 shapes.",
+        "8",
+        "9",
+        "3 or 5",
+        "many",
+        "<answer>4</answer>",
+        "-4",
+    ]
     assert given(rewards.count_reward, 4, *texts) == [0.75, 1, 0.75, 0, 0, 0, 0, 1, 0]
     assert given(rewards.count_reward, "0", "0", "1", "none") == [1, 0, 0]
 
@@ -144,7 +171,14 @@ def test_edit_distance_is_the_recursive_definition():
 
 
 def test_text_that_was_read():
-    reward = given(rewards.edit_distance_reward, "sitting", "kitten", "<answer>sitting</answer>", " sitting\n", "SITTING")
+    reward = given(
+        rewards.edit_distance_reward,
+        "sitting",
+        "kitten",
+        "<answer>sitting</answer>",
+        " sitting\n",
+        "SITTING",
+    )
     assert reward == [pytest.approx(1 - 3 / 7), 1, 1, 0]
     assert given(rewards.edit_distance_reward, "STOP", "stop", fold_case=True) == [1]
     assert given(rewards.edit_distance_reward, ["12", "twelve"], "twelve", "") == [1, 0]
@@ -157,8 +191,15 @@ def test_choices():
 
 
 def test_each_record_has_the_reward_of_its_kind():
-    records = [{"kind": "count", "answer": 4}, {"kind": "read", "answer": "12"}, {"kind": "count", "answer": 2}]
-    each = {"count": rewards.count_reward([records[0], records[2]]), "read": rewards.edit_distance_reward(records[1:2])}
+    records = [
+        {"kind": "count", "answer": 4},
+        {"kind": "read", "answer": "12"},
+        {"kind": "count", "answer": 2},
+    ]
+    each = {
+        "count": rewards.count_reward([records[0], records[2]]),
+        "read": rewards.edit_distance_reward(records[1:2]),
+    }
     assert rewards.by_kind(each)(["3", "13", "2"], records).tolist() == [0.75, 0.5, 1]
     with pytest.raises(DataError, match="there are rewards for"):
         rewards.by_kind(each)(["3"], [{"kind": "box"}])
@@ -173,12 +214,12 @@ def test_each_record_has_the_reward_of_its_kind():
         (rewards.iou_reward, "somewhere", "holds no box"),
         (rewards.iou_reward, None, "holds no box"),
         (rewards.point_reward, [], "holds no box"),
-        (rewards.count_reward, -1, "no whole number"),
-        (rewards.count_reward, "several", "no whole number"),
+        (rewards.count_reward, -1, "not a whole number"),
+        (rewards.count_reward, "several", "not a whole number"),
         (rewards.count_reward, None, "cannot be compared"),
         (rewards.edit_distance_reward, " ", "cannot be compared"),
-        (rewards.choice_reward, "Paris", "is no choice; expected one of the letters A"),
-        (rewards.choice_reward, "E", "is no choice"),
+        (rewards.choice_reward, "Paris", "is not one of the letters A"),
+        (rewards.choice_reward, "E", "is not one of"),
     ],
 )
 def test_malformed_references_are_refused_before_work(make, answer, message):

@@ -93,6 +93,7 @@ The step that `--preset full` of each paper's script takes: its model, what trai
 - facttune: DPO's step of a model of Llama 2's size; sampling, splitting and checking responses take most
   of the time.
 - value-drifts: DPO of the second stage; SFT before it has half of its rows and no reference.
+- rft-multimodal: GRPO's update of the language model of Qwen2.5-VL-3B; there is no vision tower.
 
 """
 MISSING_CASE = "not compiled yet: python -m benchmarks.scale --rows"
@@ -174,6 +175,10 @@ PAPERS = {
     "rif-rft": Config(
         model="qwen2.5-1.5b", adapter="full", objective="grpo", topology="h100:8", rows=8, microbatches=16,
         length=1024, response=512,
+    ),
+    "rft-multimodal": Config(
+        model="qwen2.5-3b", adapter="full", objective="grpo", topology="h100:8", rows=4, microbatches=16,
+        length=3072, response=2048,
     ),
     "ppe": Config(
         model="qwen2.5-7b", adapter="full", objective="grpo", topology="h100:8", rows=8, microbatches=16,

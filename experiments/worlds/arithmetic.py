@@ -141,11 +141,18 @@ def small_model(
     model = Decoder(config)
     params = jax.jit(model.init)(key, jnp.zeros((1, 1), jnp.int32))["params"]
 
+    return model, rescaled(params)
+
+
+def rescaled(params: Any) -> Any:
+    """Params drawn with the deviation 0.02, with that of `small_model` for kernels and tables."""
+
     def rescale(path, x):
-        inputs = {"kernel": x.shape[0], "embedding": x.shape[-1]}.get(path[-1].key)
+        inputs = {"kernel": x.shape[0], "embedding": x.shape[-1], "positions": x.shape[-1]}
+        inputs = inputs.get(path[-1].key)
         return x if inputs is None else x * (inputs**-0.5 / 0.02)
 
-    return model, jax.tree_util.tree_map_with_path(rescale, params)
+    return jax.tree_util.tree_map_with_path(rescale, params)
 
 
 def answer_probabilities(model: Decoder) -> Callable[[Any, dict], jax.Array]:

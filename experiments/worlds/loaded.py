@@ -16,6 +16,8 @@ import tyro
 
 from experiments.cli import choices, flags
 from jaxft.generation import Generation, SamplingConfig, generate
+from jaxft.rl.prompts import rows_of_column
+from jaxft.rl.rollouts import columns_of
 
 # The settings of every --preset full --smoke.
 SMALL = dict(
@@ -84,12 +86,18 @@ def in_parts(
     *,
     at_once: int,
     limits: Sequence[int] | None = None,
-    columns: Mapping[str, np.ndarray] | None = None,
+    columns: Mapping[str, Any] | None = None,
     **more: Any,
 ) -> Generation:
-    """Calls `generate` for `at_once` prompts at a time; the answers are those of one call."""
+    """Calls `generate` for `at_once` prompts at a time; the answers are those of one call.
+
+    Images of `columns` that are loaded late are loaded with their prompts.
+    """
     rows = np.arange(len(prompts))
-    part = lambda x, i: None if x is None else x[i : i + at_once]
+    some = lambda i: {
+        name: rows_of_column(column, rows[i : i + at_once])
+        for name, column in (columns or {}).items()
+    }
     parts = [
         generate(
             model,
@@ -98,8 +106,8 @@ def in_parts(
             key,
             config,
             row_ids=rows[i : i + at_once],
-            limits=part(limits, i),
-            columns=None if columns is None else {k: part(x, i) for k, x in columns.items()},
+            limits=None if limits is None else limits[i : i + at_once],
+            **columns_of(some(i)),
             **more,
         )
         for i in range(0, len(prompts), at_once)

@@ -148,7 +148,9 @@ def opened(
         DataError: if a source is missing, or has answers that cannot be verified.
         ValueError: if questions or model do not fit.
     """
-    renderer = data.Renderer(files.load_tokenizer(settings.model), template=settings.template)
+    tokenizer = files.load_tokenizer(settings.model)
+    media = data.media_readers(settings.model, tokenizer)
+    renderer = data.Renderer(tokenizer, template=settings.template, media=media)
     own = {settings.eval_data: settings.eval_fields}
     load = lambda spec: data.load(spec, fields=own.get(spec, settings.fields), form=form)
     parts = held_out.with_held_out(settings, [load(settings.data)], load, data.whole_prompt)
@@ -176,7 +178,7 @@ def beside(task: Task, name: str) -> tuple[Decoder, Any]:
 
 
 def asked(settings: Settings, renderer: data.Renderer, records: Sequence[Any]) -> rl.Asked:
-    """Returns ids and records of questions whose answers can be verified; leaves out long questions.
+    """Returns ids, records and images of questions whose answers can be verified, without long questions.
 
     Raises:
         DataError: if there is no verifier, or every question is too long.
@@ -196,7 +198,8 @@ def asked(settings: Settings, renderer: data.Renderer, records: Sequence[Any]) -
         )
     if len(kept) < len(pairs):
         print(f"{source}: {len(pairs) - len(kept)} questions above --max-prompt are left out")
-    return rl.Asked(*map(list, zip(*kept, strict=True)))
+    ids, records = map(list, zip(*kept, strict=True))
+    return rl.Asked(ids, records, data.prompt_columns(renderer, records))
 
 
 def _loaded(settings, mesh):
@@ -249,7 +252,8 @@ def experience(
         transforms.append(rl.add_old_policy(forward, 1.0))
     if ref_params is not None:
         transforms.append(rl.add_reference(forward, ref_params, 1.0))
-    prompts = rl.Prompts(task.known.ids, per_step, task.known.records, seed=seed)
+    known = task.known
+    prompts = rl.Prompts(known.ids, per_step, known.records, known.columns, seed=seed)
     return collected(task, prompts, sample, credit, *transforms, updates=updates, epochs=epochs)
 
 
@@ -349,13 +353,21 @@ def texts(
     ids: Sequence[Sequence[int]],
     samples: int,
     seed: int,
+    columns: Mapping[str, Any] | None = None,
     **decoding: Any,
 ) -> list[list[str]]:
-    """Returns `samples` answers to each question; `decoding` are fields of SamplingConfig."""
+    """Returns `samples` answers to each question.
+
+    Args:
+        columns: of the questions, such as their images, as in `rl.Asked`.
+        decoding: fields of SamplingConfig.
+    """
     config = dataclasses.replace(task.sampling, **decoding)
     key, decode = jax.random.key(seed), task.renderer.tokenizer.decode
     with mesh_context(task.mesh):
-        out = sampler(task)(task.model, params, ids, key, config, samples=samples)
+        out = sampler(task)(
+            task.model, params, ids, key, config, samples=samples, columns=columns or None
+        )
     found = [decode(answer, skip_special_tokens=True).strip() for answer in out.completions]
     return [found[i : i + samples] for i in range(0, len(found), samples)]
 
@@ -364,7 +376,7 @@ def graded(
     task: Task, params: Any, questions: rl.Asked, samples: int, seed: int, **decoding: Any
 ) -> tuple[list[list[str]], np.ndarray]:
     """(`texts` of `samples` answers to each question, whether each is right [Q, samples])."""
-    found = texts(task, params, questions.ids, samples, seed, **decoding)
+    found = texts(task, params, questions.ids, samples, seed, questions.columns, **decoding)
     records = [record for record in questions.records for _ in range(samples)]
     given = task.rewards([text for some in found for text in some], records)
     return found, np.asarray(given).reshape(-1, samples) >= 1

@@ -13,7 +13,7 @@ import functools
 import hashlib
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -148,6 +148,25 @@ def media_in(record: Mapping[str, Any]) -> list[Media]:
                 one for turn in turns if isinstance(turn, Mapping) for one in turn.get(MEDIA, ())
             ]
     return own
+
+
+def with_media(record: Mapping[str, Any], media: Sequence[Media]) -> dict[str, Any]:
+    """The record with other images and clips in the places of its own, such as those of another record.
+
+    Raises:
+        DataError: for another number of them than the record has, or other kinds.
+    """
+    kinds = [[one.kind for one in some] for some in (media_in(record), media)]
+    if kinds[0] != kinds[1]:
+        raise DataError(f"with_media: {kinds[1]} cannot take the places of {kinds[0]}.", "schema")
+    rest = iter(media)
+    put = lambda one: one | {MEDIA: tuple(next(rest) for _ in one[MEDIA])}
+    made = put(dict(record)) if record.get(MEDIA) else dict(record)
+    for name in ("messages", "prompt", "completion", "chosen", "rejected"):
+        if isinstance(made.get(name), (list, tuple)):
+            turns = made[name]
+            made[name] = [put(x) if isinstance(x, Mapping) and MEDIA in x else x for x in turns]
+    return made
 
 
 def place_media(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -54,6 +54,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2,
         max_position_embeddings=32768, rope_theta=1e6, rms_norm_eps=1e-6, tie_word_embeddings=True,
     ),
+    "qwen2.5-3b": dict(  # and the text part of Qwen2.5-VL-3B
+        model_type="qwen2", vocab_size=151936, hidden_size=2048, intermediate_size=11008,
+        num_hidden_layers=36, num_attention_heads=16, num_key_value_heads=2,
+        max_position_embeddings=32768, rope_theta=1e6, rms_norm_eps=1e-6, tie_word_embeddings=True,
+    ),
     "qwen2.5-7b": dict(
         model_type="qwen2", vocab_size=152064, hidden_size=3584, intermediate_size=18944,
         num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,

@@ -7,6 +7,18 @@ from jaxft.rewards.answers import (
     same_answer,
     stated_answer,
 )
+from jaxft.rewards.boxes import (
+    Box,
+    dice,
+    from_centre,
+    from_corners,
+    from_rows,
+    from_width,
+    in_mask,
+    iou,
+    read_boxes,
+    read_point,
+)
 from jaxft.rewards.checked import RewardError, checked_reward, checked_rewards
 from jaxft.rewards.confidence import (
     Confidence,
@@ -56,6 +68,15 @@ from jaxft.rewards.verifiers import (
     numbers_equal,
     reasoning_gym_verifier,
     verifier_for,
+)
+from jaxft.rewards.visual import (
+    by_kind,
+    choice_reward,
+    count_reward,
+    edit_distance,
+    edit_distance_reward,
+    iou_reward,
+    point_reward,
 )
 
 __all__ = [
@@ -109,4 +130,21 @@ __all__ = [
     "stated_answer",
     "tag_format_reward",
     "verifier_for",
+    "Box",
+    "by_kind",
+    "choice_reward",
+    "count_reward",
+    "dice",
+    "edit_distance",
+    "edit_distance_reward",
+    "from_centre",
+    "from_corners",
+    "from_rows",
+    "from_width",
+    "in_mask",
+    "iou",
+    "iou_reward",
+    "point_reward",
+    "read_boxes",
+    "read_point",
 ]

@@ -48,6 +48,7 @@ from jaxft.rl.progress import (
 )
 from jaxft.rl.prompts import Asked, Prompts, prompts_of
 from jaxft.rl.rollouts import Sample, answers, sample_groups
+from jaxft.rl.selective import gpg_advantages, largest_advantages, pass_at_k_advantages
 from jaxft.rl.self_training import offline_collect, online_self_training, right_samples
 from jaxft.rl.several import normalised_sums
 from jaxft.rl.teachers import add_served_teacher, add_teacher, reverse_kl_credit
@@ -140,4 +141,7 @@ __all__ = [
     "without_idle",
     "writer",
     "xpo",
+    "gpg_advantages",
+    "largest_advantages",
+    "pass_at_k_advantages",
 ]

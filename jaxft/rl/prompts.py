@@ -78,15 +78,17 @@ class Prompts:
         return Asked(
             ids=[self.ids[i] for i in numbers],
             records=[self.records[i] for i in numbers],
-            columns={name: _rows(column, numbers) for name, column in self.columns.items()},
+            columns={
+                name: rows_of_column(column, numbers) for name, column in self.columns.items()
+            },
             width=width,
             following=lambda: self.pick(draw + 1, fixed),
             number=draw,
         )
 
 
-def _rows(column, numbers):
-    """The rows of prompts, which a column that is loaded late reads now."""
+def rows_of_column(column: Any, numbers: Sequence[int]) -> np.ndarray:
+    """The rows of prompts, which a column that is loaded late (`data.LateColumn`) reads now."""
     late = getattr(column, "rows", None)
     return np.asarray(column)[numbers] if late is None else late(numbers)
 

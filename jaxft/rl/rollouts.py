@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -112,6 +113,7 @@ def sample_groups(
         ValueError: for greedy sampling, which has no policy gradient.
     """
     check_policy(config)
+    config = writable(model, config, columns)
     out = sampler(
         model, params, prompts, key, config, samples=group_size, tokenizer=tokenizer,
         **columns_of(columns),
@@ -142,6 +144,18 @@ def side_by_side(xp, prompts, valid, tokens, mask, log_probs, sampler_log_probs)
         "sampler_log_probs": log_probs,
         "behaviour_log_probs": sampler_log_probs,
     }
+
+
+def writable(
+    model: Any, config: SamplingConfig, columns: Mapping[str, Any] | None
+) -> SamplingConfig:
+    """The config that never samples the tokens of images and audio, if the prompts have columns.
+
+    An update finds no embedding for such a token in a response, and would be NaN.
+    """
+    towers = getattr(model.config, "towers", ()) if columns else ()
+    words = tuple((tower.token,) for tower in towers)
+    return dataclasses.replace(config, bad_words=config.bad_words + words) if words else config
 
 
 def columns_of(columns: Mapping[str, np.ndarray] | None) -> dict[str, Any]:

@@ -1,0 +1,220 @@
+"""The script of multimodal fine-tuning: pictures are as they are asked about, controls, judge."""
+
+import copy
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments.cli import flags
+from experiments.papers.rft_multimodal import main as script
+from experiments.papers.rft_multimodal import methods, worlds
+from experiments.worlds import pictures
+from jaxft import data, rl
+from jaxft.data.media import media_in, read_media, with_media
+from jaxft.models import Decoder
+from jaxft.objectives import policy_gradient
+from jaxft.rewards import read_boxes
+from tests import vision_models
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    return pictures.split(0, 240, 120)
+
+
+def test_smoke(tmp_path):
+    assert script.main(script.Config(smoke=True, output_dir=str(tmp_path))) == 0
+    (run,) = json.loads((tmp_path / "metrics.json").read_text())["runs"]
+    assert list(run["methods"]) == ["PPO", "GRPO", "SFT", "noisy pictures"]
+    assert abs(run["start"]["kl"]) < 1e-5 < abs(run["methods"]["SFT"]["kl"])
+    assert (tmp_path / "rft_multimodal.png").stat().st_size > 1000
+
+
+def _colour(image):
+    """The strongest channel of each pixel that is not background, or -1."""
+    seen = image.max(axis=-1) > 0.1  # of -1 to 1; background is near -1
+    return np.where(seen, image.argmax(axis=-1), -1)
+
+
+def test_answers_are_those_of_the_pictures(drawn):
+    known, _ = drawn
+    for record, (image,) in zip(known.records, known.images, strict=True):
+        kind, question, answer = record["kind"], record["question"], record["answer"]
+        colours = _colour(image)
+        cells = colours.reshape(4, 4, 4, 4).swapaxes(1, 2).reshape(16, -1)
+        if kind in ("count", "choose"):
+            counts = {c: int((cells == i).any(axis=1).sum()) for i, c in enumerate("rgb")}
+        if kind == "count":
+            assert counts[question[1]] == int(answer)
+        elif kind == "choose":
+            assert max(counts, key=counts.get) == question[1 + "ABC".index(answer)]
+        elif kind == "box":
+            y, x = np.nonzero(colours == "rgb".index(question[1]))
+            expected = np.array([x.min(), y.min(), x.max() + 1, y.max() + 1]) / 16
+            np.testing.assert_allclose(read_boxes(answer)[0], expected, atol=1e-3)
+
+
+def test_rewards_are_1_for_the_answers_and_less_for_those_of_others(drawn):
+    known, new = drawn
+    reward, answers = pictures.rewards(known.records), [r["answer"] for r in known.records]
+    np.testing.assert_allclose(reward(answers, known.records), 1, rtol=1e-6)
+    assert pictures.right(reward(answers, known.records), known.records).all()
+    assert reward(answers[4:] + answers[:4], known.records).mean() < 0.7
+    prior = pictures.text_prior(known, new)
+    assert all(0 <= prior[kind] < 0.7 for kind in pictures.SKILLS)
+
+
+def test_other_pictures_are_of_the_same_skill_and_each_is_used_once(drawn):
+    _, new = drawn
+    swapped = pictures.others(new)
+    found = [int(np.flatnonzero((new.images == x).all(axis=(1, 2, 3, 4)))[0]) for x in swapped]
+    assert sorted(found) == list(range(120)) and all(i != j for i, j in enumerate(found))
+    assert all(new.records[i]["kind"] == new.records[j]["kind"] for i, j in enumerate(found))
+
+
+def test_rows_are_prompt_answer_and_stop(drawn):
+    known, _ = drawn
+    rows, asked = pictures.rows_of(known), pictures.asked(known)
+    decode = pictures.Tokenizer().decode
+    for i in (0, 1, 2, 3):
+        tokens, mask = rows["tokens"][i], rows["loss_mask"][i] > 0
+        assert decode(tokens[mask]) == known.records[i]["answer"] + "\n"
+        seen = rows["segment_ids"][i] > 0
+        assert tokens[seen & ~mask].tolist() == asked.ids[i]
+        assert rows["positions"][i][seen].tolist() == list(range(seen.sum()))
+
+
+def test_every_method_s_first_update_raises_the_probability_of_the_better_answer():
+    """Two prompts of one token with two answers of one token each, sampled in equal numbers."""
+    model, params = pictures.small_model(jax.random.key(0), width=16, vision=16)
+    text = Decoder(model.config)
+    tokens = np.array([[3, 5], [3, 6], [3, 5], [3, 6], [4, 5], [4, 6], [4, 5], [4, 6]], np.int32)
+    batch = {"tokens": tokens, "segment_ids": np.ones_like(tokens)}
+    batch |= {"positions": np.tile(np.arange(2, dtype=np.int32), (8, 1))}
+    batch |= {"completion_mask": np.ones((8, 1), bool)}
+    build = lambda loss, reduction, **more: policy_gradient(text.forward, loss, reduction, **more)
+    rewards = jax.numpy.array([1.0, 0] * 4)
+    log_probs = lambda params: rl.policy_log_probs(text.forward, params, batch, 1.0)
+    params = worlds.with_value_head(text, params)
+    before = log_probs(params)
+    batch |= {"sampler_log_probs": before, "old_log_probs": before}
+    batch |= {"old_values": np.zeros((8, 1), np.float32)}
+    direction = jax.grad(lambda p: log_probs(p)[::2].sum())(params)
+    for name, method in methods.METHODS.items():
+        algorithm = method.make(build, 4, 1)
+        whole = {k: v for k, v in batch.items() if method.updates > 1 or k != "old_log_probs"}
+        given = whole | algorithm.credit(rewards, whole)
+        step = jax.grad(lambda p, a=algorithm, g=given: a.objective(p, g, jax.random.key(0))[0])(
+            params
+        )
+        product = sum(
+            float(jax.numpy.vdot(a, b))
+            for a, b in zip(jax.tree.leaves(direction), jax.tree.leaves(step), strict=True)
+        )
+        assert product < 0, name
+
+
+def test_noisy_half_trains_on_clean_pictures():
+    asked = rl.Asked([[1], [2]], [{}, {}], {"images": np.ones((2, 1, 2, 2, 3), np.float32)})
+    seen = []
+
+    def sample(params, asked, key):
+        seen.append(asked.columns["images"])
+        rows = np.repeat(np.arange(2), 2)
+        ones = np.ones((4, 1), np.float32)
+        return {
+            "tokens": np.stack([rows, np.full(4, len(seen))], axis=1), "rewards": np.zeros(4),
+            "segment_ids": np.ones((4, 2), np.int32), "truncated": np.zeros(4, bool),
+            "positions": np.zeros((4, 2), np.int32), "completion_mask": ones > 0,
+            "sampler_log_probs": ones, "images": asked.columns["images"][rows],
+        }  # fmt: skip
+
+    batch = worlds.noisy_half(sample, 0.5)(None, asked, jax.random.key(0))
+    assert np.abs(seen[1] - seen[0]).std() > 0.1 and (batch["images"] == 1).all()
+    assert batch["tokens"].tolist() == [
+        [0, 1],
+        [0, 1],
+        [0, 2],
+        [0, 2],
+        [1, 1],
+        [1, 1],
+        [1, 2],
+        [1, 2],
+    ]
+
+
+def test_images_of_other_records():
+    images = [read_media("image", np.full((2, 2, 3), i, np.uint8)) for i in range(4)]
+    turn = lambda *media: {"messages": [{"role": "user", "content": "?", "_media": media}]}
+    records = [turn(images[0]), turn(images[1], images[2]), turn(images[3]), {"question": "?"}]
+    made = worlds.others(records)
+    assert [media_in(x) for x in made] == [[images[3]], images[1:3], [images[0]], []]
+    assert media_in(records[0]) == [images[0]]
+    with pytest.raises(data.DataError, match="cannot take the places of"):
+        with_media(records[1], images[:1])
+
+
+def test_full_preset(tmp_path):
+    """A small random SmolVLM on a file: the same code as on a pod."""
+    pytest.importorskip("torch")
+    vision_models.write(tmp_path / "model")
+    rows = []
+    for i in range(10):
+        Image.fromarray(vision_models.image(i, 16, 16)).save(tmp_path / f"{i}.png")
+        rows.append({"question": "Where?", "answer": f"[0, 0, {i + 1}, 2]", "images": [f"{i}.png"]})
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    given = dict(preset="full", smoke=True, data=str(tmp_path / "rows.jsonl"), fsdp=1, reward="box")
+    given |= dict(model=str(tmp_path / "model"), methods=("GRPO",), output_dir=str(tmp_path))
+    assert script.main(flags.replace(script.Config(), **given)) == 0
+    (run,) = json.loads((tmp_path / "metrics.json").read_text())["runs"]
+    assert set(run["methods"]) == {"GRPO", "SFT"} and run["other"]["accuracy"] == 0
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (dict(methods=("GRPO", "A2C")), "no method 'A2C'; give some of PPO"),
+        (dict(methods=("PPO",)), "must have GRPO"),
+        (dict(group_size=5), "must be even"),
+        (dict(reward="box"), "--reward box has no effect without --preset"),
+    ],
+)
+def test_bad_settings_are_refused(given, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        script.main(flags.replace(script.Config(), **given, output_dir=str(tmp_path)))
+
+
+def result(gain=0.1, random=-0.1, other=0.1, left=0.5):
+    """A run in which all methods gain as much."""
+    row = lambda accuracy, left=0.5: {
+        "accuracy": accuracy,
+        "skills": {"count": 0.5, "box": left, "read": left, "choose": 0.5},
+    }
+    trained = {name: row(0.4 + gain) for name in (*script.Config().methods, methods.SFT)}
+    trained |= {methods.RANDOM: row(0.4 + random), methods.PART: row(0.5, left)}
+    trained |= {methods.SFT_PART: row(0.5, 0.3)}
+    return {
+        "start": row(0.4), "methods": trained, "other": row(other), "blank": row(0.1),
+        "prior": dict.fromkeys(pictures.SKILLS, 0.15),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "change, fails",
+    [
+        ({}, []),
+        (dict(gain=-0.05), [0, 1]),
+        (dict(random=0.05), [3]),
+        (dict(other=0.3), [4]),
+        (dict(left=0.2), [5]),
+    ],
+)
+def test_judge_can_fail(change, fails):
+    runs = [copy.deepcopy(result(**change)) for _ in range(3)]
+    for i, run in enumerate(runs):  # so that there are intervals
+        for rows in run["methods"].values():
+            rows["accuracy"] += 0.01 * i
+    assert [i for i, claim in enumerate(script.judge(runs)) if not claim.holds] == fails

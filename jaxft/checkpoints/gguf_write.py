@@ -16,8 +16,8 @@ from jaxft.checkpoints.assemble import disassemble, flatten, layer_shapes
 from jaxft.checkpoints.gguf import package
 from jaxft.checkpoints.gguf_tokenizer import write_tokenizer
 from jaxft.models import FAMILIES, CheckpointError, Entry, Family, family_of
-from jaxft.models.config import Rope, attention_factor
-from jaxft.models.rope import rope_frequencies
+from jaxft.models.config import Rope
+from jaxft.models.rope import attention_factor, rope_frequencies
 from jaxft.parallel import written_once
 
 Params = Any

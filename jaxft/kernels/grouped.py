@@ -151,7 +151,7 @@ def _each_group(apply, sizes, out):
 
 
 def _each_block(apply, large, small, start, size, out):
-    """Folds apply(rows of a block, its first row, out) over the blocks that cover `size` rows from `start`."""
+    """Folds apply(rows of a block, its first row, out) over blocks that cover `size` rows from `start`."""
     whole = size // large if large > small else 0
     rest = start + whole * large
     if large > small:

@@ -40,7 +40,7 @@ class Layers(nn.Module):
         config, cache, shared = self.config, context.cache, {}
         # If the window is known while tracing, attention can choose a kernel.
         block_type, routed = remat_block(Block, self.remat, static_argnums=(2,)), []
-        # Of layers that attend, and of those with a state. One without keys reads what its source has written.
+        # Of layers that attend, and of those with a state. One without keys reads those of its source.
         parts, places = None, config.cache_places
         if cache is not None:
             parts = list(zip(cache.keys, cache.values, strict=True)), list(cache.memories)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any, Literal, Protocol
 
 from jaxft.models.special_ids import SpecialIds
@@ -28,7 +27,7 @@ class Rope:
     original_max_length: int = 8192  # dynamic, llama3, yarn, longrope
     beta_fast: float = 32.0  # yarn
     beta_slow: float = 1.0  # yarn
-    attention_factor: float | None = None  # yarn, longrope; None: see `attention_factor`
+    attention_factor: float | None = None  # yarn, longrope; None: see jaxft.models.rope
     truncate: bool = True  # yarn: round the ramp's ends to whole dimensions
     # [K/2] divisors of the frequencies: longrope's for short texts, or those that GGUF files carry
     factors: tuple[float, ...] = ()
@@ -168,7 +167,7 @@ class LayerShape:
     recurrent: bool = False  # a Gated DeltaNet replaces attention
 
     def has(self, path: str) -> bool:
-        """Returns whether the layer has params at a path, such as "attention/key"; of attention, if recurrent."""
+        """Returns whether the layer has the params of `Attention` or others at a path ("attention/key")."""
         if self.recurrent and path.startswith("attention/"):
             return False
         if path in ("attention/key", "attention/key_norm"):
@@ -336,7 +335,7 @@ class DecoderConfig:
 
     @property
     def cache_places(self) -> tuple[int, ...]:
-        """The place of each layer's part in a cache: of its keys and values, or of its memory if it has a state."""
+        """The place of each layer's keys and values in a cache, or of its memory if it has a state."""
         places, counts = [], [0, 0]
         for layer in map(self.layer, range(self.num_layers)):
             if layer.source is not None:
@@ -384,20 +383,3 @@ def tiny_config(vocab_size: int = 512, max_length: int = 512) -> DecoderConfig:
         head_dim=24,
         max_length=max_length,
     )
-
-
-def attention_factor(rope: Rope) -> float:
-    """Factor of the cosines and sines under YaRN and LongRoPE, 1 otherwise.
-
-    By default 0.1 ln s + 1 (YaRN, Peng et al., 2023, arxiv.org/abs/2309.00071) and sqrt(1 + ln s / ln L)
-    (LongRoPE, Ding et al., 2024, arxiv.org/abs/2402.13753), s = factor, L = original_max_length.
-    """
-    if rope.scaling not in ("yarn", "longrope"):
-        return 1.0
-    if rope.attention_factor is not None:
-        return rope.attention_factor
-    if rope.factor <= 1:
-        return 1.0
-    if rope.scaling == "yarn":
-        return 0.1 * math.log(rope.factor) + 1.0
-    return math.sqrt(1 + math.log(rope.factor) / math.log(rope.original_max_length))

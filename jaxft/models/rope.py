@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft.models.config import Rope, attention_factor
+from jaxft.models.config import Rope
 
 
 def turned(rope: Rope, head_dim: int) -> int:
@@ -147,3 +147,20 @@ def _yarn(rope: Rope, frequencies: np.ndarray, head_dim: int) -> np.ndarray:
     span = max(high - low, 0.001)
     keep = 1 - np.clip((np.arange(head_dim // 2) - low) / span, 0, 1)
     return frequencies / rope.factor * (1 - keep) + frequencies * keep
+
+
+def attention_factor(rope: Rope) -> float:
+    """Factor of the cosines and sines under YaRN and LongRoPE, 1 otherwise.
+
+    By default 0.1 ln s + 1 (YaRN, Peng et al., 2023, arxiv.org/abs/2309.00071) and sqrt(1 + ln s / ln L)
+    (LongRoPE, Ding et al., 2024, arxiv.org/abs/2402.13753), s = factor, L = original_max_length.
+    """
+    if rope.scaling not in ("yarn", "longrope"):
+        return 1.0
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+    if rope.factor <= 1:
+        return 1.0
+    if rope.scaling == "yarn":
+        return 0.1 * math.log(rope.factor) + 1.0
+    return math.sqrt(1 + math.log(rope.factor) / math.log(rope.original_max_length))

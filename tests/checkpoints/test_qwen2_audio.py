@@ -1,4 +1,4 @@
-"""Qwen2-Audio against transformers': logits, gradients, answers, files and adapters, from clips of any length."""
+"""Qwen2-Audio against transformers': logits, gradients, answers, files and adapters; clips of any length."""
 
 import chex
 import jax

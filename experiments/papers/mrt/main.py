@@ -8,11 +8,11 @@ the result does not see which tokens were useless; MRT lowers the regret over to
     python experiments/papers/mrt/main.py --methods grpo mrt_online
     python experiments/papers/mrt/main.py --preset full     R1-Distill-Qwen-1.5B, NuminaMath; 8 GPUs of 80 GB
     python experiments/papers/mrt/main.py --preset full --model Qwen/Qwen2.5-1.5B --data questions.jsonl
-    python experiments/papers/mrt/main.py --preset smollm2 --seeds 1     sums by SmolLM2 with LoRA; half an hour
+    python experiments/papers/mrt/main.py --preset smollm2 --seeds 1   sums by SmolLM2 with LoRA; half an hour
 
-A question names three items of two digits. A fixed table gives each of a hundred items a value, one digit, and
-the result is the largest of the three. A model of 0.1 M parameters is pretrained on answers that write the
-values, one segment of three tokens each, with filler segments between; a quarter of the values are random
+A question names three items of two digits. A fixed table gives each of a hundred items a value, one digit,
+and the result is the largest of the three. A model of 0.1 M parameters is pretrained on answers that write
+the values, one segment of three tokens each, with filler segments between; a quarter of the values are random
 digits. Some answers are cut by a mark, after which the model gives the largest value so far. An episode is a
 segment. The regret is 1 minus the mean, over a budget of 33 tokens, of the chance of a right result when the
 answer is cut there; it is computed from likelihoods, on 4 samples for each of 160 held-out questions. All

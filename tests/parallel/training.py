@@ -41,7 +41,7 @@ DECODERS = {
         model_type="gemma4_text", num_hidden_layers=3, num_kv_shared_layers=1, sliding_window=7,
         layer_types=["sliding_attention", "full_attention", "full_attention"], global_head_dim=32,
         attention_k_eq_v=True, num_global_key_value_heads=1, use_double_wide_mlp=True,
-        hidden_size_per_layer_input=8, vocab_size_per_layer_input=VOCABULARY, final_logit_softcapping=1.0,
+        hidden_size_per_layer_input=8, vocab_size_per_layer_input=VOCABULARY, final_logit_softcapping=0.5,
     ),
     "gpt2": dict(n_embd=64, n_layer=2, n_head=4, n_positions=64),
 }  # fmt: skip

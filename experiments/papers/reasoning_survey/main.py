@@ -37,9 +37,9 @@ Settings were chosen on seed 100, where the verifiers stayed weak whatever was t
 | the same as the default, three layers | 0.229 (0.246) | 0.247 | 0.273 | 0.367 |
 
 With whole totals a wrong total need not spoil the answer, since the tens can be estimated from the question;
-that is why totals are modulo 10. It is as hard to verify a total as to compute it, and the pretrained model's
-own guess of a total lies in its last layer, which no later token can read. An overfitted verifier is worse
-than chance in best of n: the largest of many wrong values is that of an unusual chain.
+that is why totals are modulo 10. Probable causes of the weakness: it is as hard to verify a total as to
+compute it, and the verifiers begin to learn it anew. Best of n may then be worse than a random choice, since
+the largest of many uncertain values is often that of an unusual chain.
 
 `--preset smollm2` (smollm2.py) has votes and best of n only; it was not run to its end. Asked with examples of
 running totals, the model was right in 0.04 of samples, so that it gets reasoning-gym's own question.

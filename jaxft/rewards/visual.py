@@ -182,7 +182,7 @@ def edit_distance(a: str, b: str) -> int:
 
 
 def choice_reward(records: Records, *, options: str = "ABCDEFGHIJ") -> RewardFn:
-    """Returns a reward for multiple choice: 1 if the text chooses the record's letter (`same_answer`), else 0.
+    """Returns a reward for multiple choice: 1 if the text chooses the letter (`same_answer`), else 0.
 
     "(B)", "B.", "the answer is B" and "B because ..." choose B; "A or B" chooses nothing.
 

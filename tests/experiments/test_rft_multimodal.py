@@ -17,6 +17,7 @@ from jaxft.data.media import media_in, read_media, with_media
 from jaxft.models import Decoder
 from jaxft.objectives import policy_gradient
 from jaxft.rewards import read_boxes
+from jaxft.rl.rollouts import writable
 from tests import vision_models
 
 
@@ -218,3 +219,12 @@ def test_judge_can_fail(change, fails):
         for rows in run["methods"].values():
             rows["accuracy"] += 0.01 * i
     assert [i for i, claim in enumerate(script.judge(runs)) if not claim.holds] == fails
+
+
+def test_rollouts_with_pictures_never_sample_the_token_of_one():
+    """An update would find no embedding for it; the smoke run, of a random model, would diverge."""
+    model, _ = pictures.small_model(jax.random.key(0), width=16, vision=16)
+    columns = {"images": np.zeros((1, 1, 16, 16, 3), np.float32)}
+    found = writable(model, pictures.sampling(), columns)
+    assert found.bad_words == ((pictures.TOKENS.index(pictures.IMAGE),),)
+    assert writable(model, pictures.sampling(), {}) == pictures.sampling()

@@ -29,7 +29,7 @@ def drawn():
 def test_smoke(tmp_path):
     assert script.main(script.Config(smoke=True, output_dir=str(tmp_path))) == 0
     (run,) = json.loads((tmp_path / "metrics.json").read_text())["runs"]
-    assert list(run["methods"]) == ["PPO", "GRPO", "SFT", "noisy pictures"]
+    assert list(run["methods"]) == ["GRPO", "SFT"]
     assert abs(run["start"]["kl"]) < 1e-5 < abs(run["methods"]["SFT"]["kl"])
     assert (tmp_path / "rft_multimodal.png").stat().st_size > 1000
 
@@ -168,7 +168,7 @@ def test_full_preset(tmp_path):
         rows.append({"question": "Where?", "answer": f"[0, 0, {i + 1}, 2]", "images": [f"{i}.png"]})
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     given = dict(preset="full", smoke=True, data=str(tmp_path / "rows.jsonl"), fsdp=1, reward="box")
-    given |= dict(model=str(tmp_path / "model"), methods=("GRPO",), output_dir=str(tmp_path))
+    given |= dict(model=str(tmp_path / "model"), output_dir=str(tmp_path))
     assert script.main(flags.replace(script.Config(), **given)) == 0
     (run,) = json.loads((tmp_path / "metrics.json").read_text())["runs"]
     assert set(run["methods"]) == {"GRPO", "SFT"} and run["other"]["accuracy"] == 0

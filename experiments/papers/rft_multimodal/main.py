@@ -71,7 +71,7 @@ FULL = dict(
     held_out=300, fields={"question": "problem"}, eval_fields={"question": "problem"},
 )  # fmt: skip
 SMOKE = dict(
-    seeds=1, methods=("PPO", "GRPO"), extra=(NOISY,), pretrain_steps=2, steps=2, prompts_per_step=8,
+    seeds=1, methods=("GRPO",), extra=(), pretrain_steps=2, steps=2, prompts_per_step=8,
     group_size=4, known=64, held_out=8, samples=4,
 )  # fmt: skip
 

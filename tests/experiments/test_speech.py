@@ -5,8 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from experiments import evaluate, generate, preference, sft, transcribe
+from experiments import evaluate, generate, sft, transcribe
 from experiments.cli import flags
+from experiments.cli.models import renderer_of
 from jaxft import data
 from jaxft.data import __main__ as inspection
 from jaxft.checkpoints import load_tokenizer
@@ -166,5 +167,7 @@ def test_other_commands_on_models_that_hear(files, capsys):
     model, path, _, _ = files
     inspection.main(inspection.Config(str(path), str(model), max_length=16))
     assert "<s> w32" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="writes the texts of clips, which this script does not take"):
-        preference.main(flags.replace(preference.Config(), model=str(model), data=(str(path),)))
+    with pytest.raises(
+        ValueError, match="writes the texts of clips, which this script does not take"
+    ):
+        renderer_of(flags.Model(model=str(model)))

@@ -82,7 +82,8 @@ def read_media(kind: str, value: Any) -> Media:
     """Reads one image or clip in any of its usual forms.
 
     These are a path, a file's bytes, an array, a PIL image, "data:...;base64,..." and a dict, as of
-    `datasets` or OpenAI's API, with one of them under "path", "url", "bytes", "data" or "array" (with "sampling_rate").
+    `datasets` or OpenAI's API, with one of them under "path", "url", "bytes", "data" or "array" (with
+    "sampling_rate").
 
     Raises:
         DataError: for another form, or an address in the internet, which is not read.
@@ -124,12 +125,13 @@ def read_media(kind: str, value: Any) -> Media:
 def read_part(part: Mapping[str, Any]) -> tuple[str, Media | None] | None:
     """(kind, image or clip) of a part of a message's content; None if it is of another type.
 
-    The second is None for {"type": "image"} alone, whose image is in the record's column `images`.
+    The second is None for a bare {"type": "image"}, whose image is in the record's column `images`.
     """
-    kind = _PARTS.get(part.get("type"))
+    said = part.get("type")
+    kind = _PARTS.get(said) if isinstance(said, str) else None
     if kind is None:
         return None
-    names = (part["type"], kind, f"{kind}_url", *_SOURCES)
+    names = (said, kind, f"{kind}_url", *_SOURCES)
     given = [part[name] for name in dict.fromkeys(names) if part.get(name) is not None]
     if len(given) > 1:
         raise DataError(f"the part {part!r:.60} gives its {kind} twice; give one.", "schema")
@@ -159,9 +161,10 @@ def place_media(record: Mapping[str, Any]) -> dict[str, Any]:
     record = dict(record)
     for kind, marker in MARKERS.items():
         columns = {name: _listed(record.get(name)) for name in (kind, f"{kind}s")}
-        if values := [value for given in columns.values() for value in given]:
+        values = [(name, value) for name in columns for value in columns[name]]
+        if values:
             record = {name: value for name, value in record.items() if not columns.get(name)}
-            record = _placed(record, kind, marker, [read_media(kind, value) for value in values])
+            record = _placed(record, kind, marker, [_of_column(kind, *pair) for pair in values])
     return record
 
 
@@ -195,6 +198,14 @@ def as_parts(message: Mapping[str, Any]) -> dict[str, Any]:
     ]
     rest = {name: value for name, value in message.items() if name != MEDIA}
     return rest | {"content": parts or [{"type": "text", "text": ""}]}
+
+
+def _of_column(kind, name, value):
+    try:
+        return read_media(kind, value)
+    except DataError as error:
+        hint = f"; or leave the column {name!r} out with --fields {name} ''."
+        raise DataError(str(error).rstrip(".") + hint, error.code) from None
 
 
 def _placed(record, kind, marker, media):
@@ -253,8 +264,7 @@ def _from_text(kind, text):
         return _decoded(kind, text[match.end() :])
     if re.match(r"\w+://", text) and not text.startswith("file://"):
         raise DataError(
-            f"the {kind} {text[:60]} is an address, which is not read; download the file and give its path, "
-            f"or leave the column out with --fields {kind} ''.",
+            f"the {kind} {text[:60]} is an address, which is not read; download the file and give its path.",
             "schema",
         )
     return text.removeprefix("file://")

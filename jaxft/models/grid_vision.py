@@ -1,7 +1,7 @@
 """Qwen2.5-VL's part for images: a vision transformer over patches of images of any size.
 
-Bai et al., 2025, arxiv.org/abs/2502.13923, section 2.1. The patches of all images of a row stand side by side,
-and each has its place in its image beside it, so that rotary positions and windows need no reordering.
+Bai et al., 2025, arxiv.org/abs/2502.13923, section 2.1. The patches of all images of a row stand side by
+side, and each has its place in its image beside it, so that rotary positions and windows need no reordering.
 """
 
 from __future__ import annotations

@@ -201,7 +201,7 @@ def test_pairs_of_llama_factory_have_their_prompt_beside_them():
     assert (labelled["prompt"], labelled["completion"]) == ([user("q")], [assistant("a")])
 
 
-NAMED = {"type": "image_url", "image_url": {"url": "a.png"}}
+NAMED = {"type": "video_url", "video_url": {"url": "a.mp4"}}
 LONG = "The whole question, as it was asked."
 
 
@@ -210,11 +210,11 @@ LONG = "The whole question, as it was asked."
     [
         (
             {"messages": [user([NAMED]), assistant("a")]},
-            "message 0 has a part of the type 'image_url'",
+            "message 0 has a part of the type 'video_url'",
         ),
         (
-            {"messages": [user("<image>"), assistant("a")], "images": ["a.png"]},
-            "'images' holds data",
+            {"messages": [user("<video>"), assistant("a")], "videos": ["a.mp4"]},
+            "'videos' holds data",
         ),
         ({"messages": [user("q"), assistant("a", refusal="no")]}, "message 1 has 'refusal'"),
         ({"question": "q", "answer": ["4", "four"]}, "answer must be text, got a list of 2 texts"),

@@ -101,7 +101,13 @@ def torch_model(kind="smolvlm"):
     if kind == "qwen2_5_vl":
         rope = dict(rope_type="default", rope_theta=1e4, mrope_section=[2, 1, 1])
         config = hf.Qwen2_5_VLConfig(
-            text_config={**text, "model_type": "qwen2_5_vl_text", "rope_parameters": rope},
+            text_config={
+                **text,
+                "model_type": "qwen2_5_vl_text",
+                "rope_parameters": rope,
+                "bos_token_id": 1,
+                "eos_token_id": 2,
+            },
             vision_config=QWEN_VISION,
             image_token_id=tokens.convert_tokens_to_ids("<|image_pad|>"),
             vision_start_token_id=tokens.convert_tokens_to_ids("<|vision_start|>"),

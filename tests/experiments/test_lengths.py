@@ -10,7 +10,14 @@ HERE = pathlib.Path(__file__).parents[2] / "experiments"
 # GGUF files and LoRA that it writes since then, sft.py's with the flags of experts, label smoothing and
 # clips, and evaluate.py's with beam search and clips.
 LONGEST = {"demo_rl": 203, "evaluate": 90, "generate": 103, "merge": 95, "preference": 234}
-LONGEST |= {"reinforce": 390, "sample_pairs": 151, "sft": 246, "embed": 160, "rerank": 150, "transcribe": 94}
+LONGEST |= {
+    "reinforce": 390,
+    "sample_pairs": 151,
+    "sft": 246,
+    "embed": 160,
+    "rerank": 150,
+    "transcribe": 94,
+}
 SCRIPTS = sorted(path.stem for path in HERE.glob("*.py") if not path.name.startswith("_"))
 
 

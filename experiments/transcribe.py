@@ -39,7 +39,7 @@ class Config:
     beams: beams.BeamSearch = beams.BeamSearch()
     batch_size: int = 8  # clips that are transcribed at once
     output: str | None = None  # JSON lines of {"audio", "text"}; None: only printed
-    seed: int = 0  # seed of the sampling
+    seed: int = 0  # of the draws, which a --temperature above 0 has
     debug: bool = False  # full tracebacks
 
 
@@ -55,15 +55,14 @@ def main(config: Config) -> list[str]:
             "whisper-tiny-en or openai/whisper-small."
         )
     output = writable_file(config.output) if config.output else None
-    config.sampling.rules(renderer.tokenizer)  # errors before the model is loaded
-    reader = renderer.reader
+    reader, tokenizer = renderer.reader, renderer.tokenizer
+    config.sampling.rules(tokenizer)  # errors before the model is loaded
     clips = [data.Media("audio", path) for path in config.audio]
     for clip in clips:
         reader.text(clip)
-    model, params = load_trained(config.trained)
+    (model, params), texts = load_trained(config.trained), []
     own_settings.tell(model, config)
-    rules = config.sampling.rules(renderer.tokenizer, stop_ids(renderer, model))
-    texts = []
+    rules = config.sampling.rules(tokenizer, stop_ids(renderer, model))
     for start in range(0, len(clips), config.batch_size):
         part = clips[start : start + config.batch_size]
         features = np.concatenate([reader.arrays(clip)[reader.column] for clip in part])
@@ -71,11 +70,12 @@ def main(config: Config) -> list[str]:
             language=config.sound.language, task=config.sound.task, beams=config.beams.settings
         )
         if how["beams"] is None:
-            how["tokenizer"] = renderer.tokenizer
+            how["tokenizer"] = tokenizer
         key = stream(jax.random.key(config.seed), "sample", start)
         out = transcribe(model, params, features, key, rules, **how)
-        decode = renderer.tokenizer.decode
-        texts += [decode(ids, skip_special_tokens=True).strip() for ids in out.completions]
+        texts += [
+            tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in out.completions
+        ]
         for path, text in zip(config.audio[start:], texts[start:], strict=False):
             print(f"{path}: {text}" if len(clips) > 1 else text, flush=True)
     if output is not None:

@@ -283,8 +283,7 @@ def _from_text(kind, text):
         return _decoded(kind, text[match.end() :])
     if re.match(r"\w+://", text) and not text.startswith("file://"):
         raise DataError(
-            f"the {kind} {text[:60]} is an address, which is not read; download the file and give its path, "
-            f"or leave the column out with --fields {kind} ''.",
+            f"the {kind} {text[:60]} is an address, which is not read; download the file and give its path.",
             "schema",
         )
     return text.removeprefix("file://")

@@ -53,7 +53,7 @@ class SoundTower:
 
 
 class Hearing(nn.Module):
-    """(audio [B, M, frames, mel], audio_frames [B, M]) -> embeddings [B, K, D]; the clips' come first."""
+    """(audio [B, M, frames, mel], audio_frames [B, M]) -> embeddings [B, K, D], of clips first."""
 
     config: SoundTower
     dtype: Any = jnp.float32

@@ -1,4 +1,4 @@
-"""Qwen2-Audio against transformers': logits, gradients, answers, files and adapters; clips of any length."""
+"""Qwen2-Audio against transformers: logits, gradients, answers, files and adapters; clips of any length."""
 
 import chex
 import jax
@@ -216,7 +216,7 @@ def test_another_clip_gives_another_answer_and_none_gives_none(pair, parts):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(text_config={"model_type": "llama"}), "has a qwen2 as its text part"),
+        (dict(text_config={"model_type": "llama"}), "has a qwen2 as its text"),
         (dict(audio_config=3), "audio_config is 3, expected an object"),
         (
             dict(audio_config=AUDIO | {"d_model": 15, "encoder_attention_heads": 1}),

@@ -226,7 +226,7 @@ def test_files_survive_a_round_trip_bit_for_bit(pair, parts, tmp_path):
     ):
         assert torch.equal(mine, original), name
     renderer_of(tmp_path)  # The processor's files are there too.
-    changed = dataclasses.replace(model.config, num_heads=2, num_kv_heads=2, head_dim=16, source="")
+    changed = dataclasses.replace(model.config, max_length=256, norm_eps=1e-3, source="")
     again = config_of(
         family_of(changed).huggingface.write(changed) | {"model_type": changed.family}
     )

@@ -41,7 +41,7 @@ SEVERAL = dict(
 )  # fmt: skip
 ENGLISH = dict(
     no_timestamps_token_id=35, is_multilingual=False, suppress_tokens=[4, 30], max_length=24,
-    begin_suppress_tokens=[7, 36], forced_decoder_ids=[[1, 35]],
+    begin_suppress_tokens=[*range(30), 36], forced_decoder_ids=[[1, 35]],
 )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ HERE = pathlib.Path(__file__).parents[2] / "experiments"
 # Lines of each script when what it shares with others moved to experiments/cli; merge.py's with the
 # GGUF files and LoRA that it writes since then, sft.py's with the flags of experts, label smoothing and
 # clips, and evaluate.py's with beam search and clips.
-LONGEST = {"demo_rl": 203, "evaluate": 90, "generate": 101, "merge": 95, "preference": 234}
+LONGEST = {"demo_rl": 203, "evaluate": 90, "generate": 103, "merge": 95, "preference": 234}
 LONGEST |= {
     "reinforce": 390,
     "sample_pairs": 151,

@@ -5,8 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from experiments import evaluate, generate, preference, sft, transcribe
+from experiments import evaluate, generate, sft, transcribe
 from experiments.cli import flags
+from experiments.cli.models import renderer_of
 from jaxft import data
 from jaxft.checkpoints import load_tokenizer
 from jaxft.data import __main__ as inspection
@@ -169,4 +170,4 @@ def test_other_commands_on_models_that_hear(files, capsys):
     with pytest.raises(
         ValueError, match="writes the texts of clips, which this script does not take"
     ):
-        preference.main(flags.replace(preference.Config(), model=str(model), data=(str(path),)))
+        renderer_of(flags.Model(model=str(model)))

@@ -70,7 +70,7 @@ def read(json: Json, tensors: Collection[str]) -> DecoderConfig:
     kind = text.get("model_type", "qwen2") if isinstance(text, dict) else text
     if kind != "qwen2":
         raise CheckpointError(
-            f"config.json: text_config is {kind!r:.40}; jaxft's qwen2_audio has a qwen2 as its text part."
+            f"config.json: text_config is {kind!r:.40}; jaxft's qwen2_audio has a qwen2 as its text."
         )
     config = QWEN2.huggingface.config({**text, "model_type": "qwen2"}, tensors)
     tower = _read_tower(json["audio_config"] or {}, json["audio_token_index"], config.hidden_size)
@@ -89,8 +89,7 @@ def _read_tower(json, token, width):
     check_multiple(json, "d_model", "encoder_attention_heads")
     if json["d_model"] < 4 or json["d_model"] % 2:
         raise CheckpointError(
-            f"config.json: d_model of audio_config is {json['d_model']}, expected an even number "
-            "of at least 4."
+            f"config.json: audio_config: d_model is {json['d_model']}, expected an even number from 4 on."
         )
     sizes = {ours: json[theirs] for theirs, ours in _SIZES.items()}
     stack = StackConfig(

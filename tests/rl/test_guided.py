@@ -315,11 +315,11 @@ def test_without_a_mix_it_is_ppo(critics):
     mask = theirs["completion_mask"]
     white = losses_whitened(ours["advantages"][:, :size], mask)
     np.testing.assert_allclose(white, theirs["advantages"], atol=1e-4)
-    run = lambda objective, batch: jax.jit(
-        jax.value_and_grad(lambda p, batch: objective(p, batch, None)[0])
-    )(critics, batch)
-    loss, grads = run(objective, ours)
-    other, others = run(plain.objective, ours)
+    run = lambda objective, batch: jax.value_and_grad(lambda p: objective(p, batch, None)[0])(
+        critics
+    )
+    both = jax.jit(lambda batch: (run(objective, batch), run(plain.objective, batch)))
+    (loss, grads), (other, others) = both(ours)
     np.testing.assert_allclose(loss, other, rtol=1e-5)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), grads, others)
     assert not np.any(grads[GUIDE_HEAD]["kernel"])
@@ -387,14 +387,14 @@ def test_references_add_their_cross_entropy(critics):
     }
     task = lambda params, batch, key: (jnp.float32(2.0), {"loss": jnp.float32(2.0)})
     both = rl.with_references(task, model.forward, 0.3)
-    whole = jax.jit(jax.value_and_grad(lambda p: both(p, {"references": rows}, None), has_aux=True))
-    (loss, metrics), ours = whole(critics)
-    logits = model.forward(critics, rows).logits[:, 1:3]
+    weighted = lambda p: 0.3 * supervised(model.forward)(p, rows, None)[0]
+    whole = jax.value_and_grad(lambda p: both(p, {"references": rows}, None), has_aux=True)
+    run = jax.jit(lambda p: (whole(p), jax.grad(weighted)(p), model.forward(p, rows).logits))
+    ((loss, metrics), ours), plain, logits = run(critics)
+    logits = logits[:, 1:3]
     wanted = losses.cross_entropy(logits, rows["tokens"][:, 2:]).mean()
     np.testing.assert_allclose(loss, 2.0 + 0.3 * wanted, rtol=1e-5)
     np.testing.assert_allclose(metrics["reference_loss"].value, wanted, rtol=1e-5)
-    plain = jax.grad(lambda p: 0.3 * supervised(model.forward)(p, rows, None)[0])
-    plain = jax.jit(plain)(critics)
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), ours, plain)
 
 
@@ -457,6 +457,6 @@ def test_the_loss_equals_a_slow_loop(critics):
             near = old + np.clip(value - old, -0.05, 0.05)
             critic.append(0.5 * max((value - at("returns")) ** 2, (near - at("returns")) ** 2))
     assert 0 < len(policy) != len(critic)
-    loss, metrics = objective(critics, jax.tree.map(jnp.asarray, batch), None)
+    loss, metrics = jax.jit(lambda p, batch: objective(p, batch, None))(critics, batch)
     np.testing.assert_allclose(loss, np.mean(policy) + 0.3 * np.mean(critic), rtol=1e-4)
     np.testing.assert_allclose(metrics["value_loss"].value, np.mean(critic), rtol=1e-4)

@@ -87,8 +87,8 @@ def test_reasoning_survey(file, tmp_path, monkeypatch):
     run = json.loads((tmp_path / "metrics.json").read_text())["runs"][0]
     assert {"majority", "MCTS", "debate"} <= set(run["curves"])
     assert set(run["learned"]) == {"start", "RFT", "GRPO"}
-    # Two verifiers and GRPO; the start has no right answer, from which RFT could learn.
-    assert len(traced) == 3
+    # Two verifiers and GRPO, and RFT if the start has a right answer.
+    assert len(traced) in (3, 4)
 
 
 def test_echo_chamber(file, tmp_path):

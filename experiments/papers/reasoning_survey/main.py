@@ -49,8 +49,9 @@ nothing. With the process model's smallest value the best of 4 is right in 0.549
 policy's probabilities too, is right in 0.780 at the FLOPs of a vote of 8. RFT raises pass@1 from 0.439 to 0.755
 and GRPO to 0.632, and pass@16 hardly changes (0.967 to 0.996 and 0.989).
 
-`--preset smollm2` (smollm2.py) has votes and best of n only; it was not run to its end. Asked with examples of
-running totals, the model was right in 0.04 of samples, so that it gets reasoning-gym's own question.
+`--preset smollm2` (smollm2.py) has votes and best of n only, on one seed: its claims are judged by their
+estimates, and describe one run. Asked with examples of running totals, the model was right in 0.04 of samples,
+so that it gets reasoning-gym's own question.
 
 `--preset full` takes Qwen2.5-Math-1.5B-Instruct and GSM8K; its verifiers are trained from the policy
 too, where the literature has Qwen/Qwen2.5-Math-PRM-7B and peiyi9979/math-shepherd-mistral-7b-prm. The

@@ -36,7 +36,8 @@ The filter keeps 0.58 of the prompts, of 0.7 that can be solved; it ends at a hi
 The authors' code with the exact filter is not public; the rule "at least one right rollout" is theirs by
 summaries. The paper's tasks are multimodal: `--preset full` has the text-only version, with the accuracy on a
 task that is never trained as the general ability, all of `steps` steps, and no noise in the answers.
-`--preset smollm2` (smollm2.py) is its small form, without the filter; it was not run to its end.
+`--preset smollm2` (smollm2.py) is its small form on one seed, without the filter and without matched
+accuracies: its claims are judged by their estimates, and describe one run.
 """
 
 from __future__ import annotations

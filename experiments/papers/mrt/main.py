@@ -34,17 +34,17 @@ group, and that it samples prefixes uniformly, was read in summaries only. The a
 
 In the recorded run (docs/results.md), seeds 0 to 2, no claim holds. mrt_online removes the filler in every
 seed: its share of the episodes falls from 0.44 to 0.01, and answers from 19.1 to 12.1 tokens, where 11 is the
-least that writes all values. grpo, which does not see filler, drifts: 12.8, 16.3 and 17.4 tokens, so that "21
-% shorter" has an interval that includes 0. grpo is more accurate (0.90 against 0.86; start 0.67), and this
-cancels what shorter answers gain in regret (0.316 against 0.320). The length penalty reaches the same lengths
-with 0.77, 0.89 and 0.91 right. mrt_stale is behind, with half the tokens of training.
+least that writes all values. grpo, which does not see filler, drifts: 12.8, 16.3 and 17.4 tokens, so that the
+difference of 21 % has an interval that includes 0. grpo is more accurate (0.90 against 0.86; start 0.67), and
+this cancels what shorter answers gain in regret (0.316 against 0.320). The length penalty reaches the same
+lengths with 0.77, 0.89 and 0.91 right. mrt_stale is behind, with half the tokens of training.
 
 Answers on seed 100 show a mechanism. Of 640 answers of mrt_online, 281 have all segments (0.92 right), and
 200 omit the ";" behind the third value, as in C4|7 (0.87 right). An episode ends with ";", so that tokens
-behind the last ";" are credited with the outcome alone. Progress is normalised over all episodes of a group,
-and the third value makes less than the mean (0.36, 0.19 and 0.15 at the start): a right third step has a
-negative advantage, which leaving out its ";" avoids. Others repeat a digit or a name. The nine most frequent
-forms of grpo's answers are all well-formed.
+behind the last ";" are credited only with the outcome. Progress is normalised over all episodes of a group,
+and without filler the third value makes less than the mean (0.42, 0.26 and 0.23 with --online-prompts 6): its
+advantage is negative on average, which leaving out the ";" avoids. Others repeat a digit or a name. The nine
+most frequent forms of grpo's answers are all well-formed.
 
 The world was chosen on seed 100, before seeds 0 to 2 ran, by its start and by grpo: the start is right on
 0.69 of the training questions and 0.70 of the held-out ones; a filler segment changes the chance of a right

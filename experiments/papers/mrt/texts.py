@@ -23,7 +23,7 @@ ROWS, RATE = 8, 1e-3  # rows per step and learning rate of the pretraining on wo
 
 
 class Reasoning(NamedTuple):
-    """How answers are split into episodes, and how they are forced."""
+    """Functions and texts that split answers into episodes and force them."""
 
     split: Callable[[str], list[str]]
     close: str  # end of the reasoning

@@ -102,7 +102,7 @@ def test_every_method_s_first_update_raises_the_probability_of_the_better_answer
     params = worlds.with_value_head(text, params)
     before = log_probs(params)
     batch |= {"sampler_log_probs": before, "old_log_probs": before}
-    batch |= {"old_values": np.zeros((8, 1), np.float32)}
+    batch |= {"old_values": jax.numpy.zeros((8, 1))}
     direction = jax.grad(lambda p: log_probs(p)[::2].sum())(params)
     for name, method in methods.METHODS.items():
         algorithm = method.make(build, 4, 1)

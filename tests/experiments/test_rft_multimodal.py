@@ -159,17 +159,24 @@ def test_images_of_other_records():
         with_media(records[1], images[:1])
 
 
-def test_full_preset(tmp_path):
-    """A small random SmolVLM on a file: the same code as on a pod."""
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """The directory of a small random SmolVLM."""
     pytest.importorskip("torch")
-    vision_models.write(tmp_path / "model")
+    path = tmp_path_factory.mktemp("vision") / "model"
+    vision_models.write(path)
+    return str(path)
+
+
+def test_full_preset(checkpoint, tmp_path):
+    """A small random SmolVLM on a file: the same code as on a pod."""
     rows = []
     for i in range(10):
         Image.fromarray(vision_models.image(i, 16, 16)).save(tmp_path / f"{i}.png")
         rows.append({"question": "Where?", "answer": f"[0, 0, {i + 1}, 2]", "images": [f"{i}.png"]})
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     given = dict(preset="full", smoke=True, data=str(tmp_path / "rows.jsonl"), fsdp=1, reward="box")
-    given |= dict(model=str(tmp_path / "model"), output_dir=str(tmp_path))
+    given |= dict(model=checkpoint, output_dir=str(tmp_path))
     assert script.main(flags.replace(script.Config(), **given)) == 0
     (run,) = json.loads((tmp_path / "metrics.json").read_text())["runs"]
     assert set(run["methods"]) == {"GRPO", "SFT"} and run["other"]["accuracy"] == 0

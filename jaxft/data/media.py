@@ -151,7 +151,7 @@ def media_in(record: Mapping[str, Any]) -> list[Media]:
 
 
 def with_media(record: Mapping[str, Any], media: Sequence[Media]) -> dict[str, Any]:
-    """The record with other images and clips in the places of its own, such as those of another record.
+    """The record with other images and clips instead of its, such as those of another record.
 
     Raises:
         DataError: for another number of them than the record has, or other kinds.

@@ -189,7 +189,7 @@ def _loop(run, state, source, steps, mesh, callbacks, rows, saver, preempted):
         error.state, error.history = state, rows.history
         raise
     except Exception as error:
-        # What the first step refuses while it is traced is the user's mistake; nothing is trained yet.
+        # An input that the first step refuses is the user's mistake; nothing is trained yet.
         if number > first or not is_refusal(error):
             error.add_note(f"{IN_TRAINING} {number}")
         raise

@@ -102,7 +102,9 @@ def family(name):
         config = config_of(dict(model_type=name) | _SIZES | DECODERS[name])
         model = Decoder(config, scan_layers=config.stackable)
         params = _params(model)
-        if name == "gemma4":  # It does not scale scores: from norms of 1, rounding would grow tenfold each step.
+        if (
+            name == "gemma4"
+        ):  # Scores are not scaled: with norms of 1, rounding grows tenfold each step.
             small = lambda path, x: 0.1 * x if path[-2].key in ("query_norm", "key_norm") else x
             params = jax.tree_util.tree_map_with_path(small, params)
         return model, params, supervised(model.forward, chunk=8), packed_batch()

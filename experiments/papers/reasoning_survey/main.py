@@ -42,8 +42,8 @@ compute it, and the verifiers begin to learn it anew.
 
 In the recorded run (docs/results.md), seeds 0 to 2, five of ten claims hold. Samples are right in 0.439,
 votes of 8 in 0.742 and of 16 in 0.764, but greedy chains in 0.833: what sampling adds are errors, which the
-vote does not remove entirely. The outcome model's squared error is 0.213, and 0.248 for the mean. Its best of 8
-(0.344) is not shown to be better than by random values (0.307), and both fall as n grows: equal chains have
+vote does not remove entirely. The outcome model's squared error is 0.213, and 0.248 for the mean. Its best of
+8 (0.344) is not shown to be better than by random values (0.307), and both fall as n grows: equal chains have
 one value, so that the choice is among distinct chains, most of which are wrong. Weights of votes change
 nothing. With the process model's smallest value the best of 4 is right in 0.549; MCTS, which follows the
 policy's probabilities too, is right in 0.780 at the FLOPs of a vote of 8. RFT raises pass@1 from 0.439 to

@@ -38,8 +38,8 @@ summaries. The paper's tasks are multimodal: `--preset full` has the text-only v
 task that is never trained as the general ability, all of `steps` steps, and no noise in the answers.
 `--preset smollm2` (smollm2.py) is its small form on one seed, without the filter and without matched
 accuracies: its claims are judged by their estimates, and describe one run. Ten steps on each of two tasks
-raise an accuracy of 0.188 by 0.03 only; the first task then changes by -0.094 (SFT) and +0.094 (GRPO), three of
-32 questions, so that nothing follows about forgetting.
+raise an accuracy of 0.188 by 0.03 only; the first task then changes by -0.094 (SFT) and +0.094 (GRPO), three
+of 32 questions, so that nothing follows about forgetting.
 """
 
 from __future__ import annotations

@@ -169,7 +169,7 @@ def test_what_could_not_be_corrected_is_refused():
     others = dict(repetition_penalty=2), dict(bad_words=((1,),)), dict(min_new_tokens=1)
     for rule in (*cuts, *others, dict(no_repeat_ngram_size=2)):
         with pytest.raises(
-            ValueError, match="bad_words and min_new_tokens change the distribution"
+            ValueError, match="bad_first and min_new_tokens change the distribution"
         ):
             ask("http://nowhere", SamplingConfig(3, **rule))
     for temperature in (0.0, 0.7):

@@ -36,6 +36,25 @@ EXPERTS = dict(
 )
 FULL, LINEAR = "full_attention", "linear_attention"
 SOUND = dict(d_model=32, encoder_layers=1, encoder_attention_heads=4, max_source_positions=8)
+PICTURES = dict(
+    hidden_size=24,
+    intermediate_size=40,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    image_size=16,
+    patch_size=4,
+)
+GRIDS = dict(
+    depth=1, hidden_size=16, intermediate_size=24, num_heads=2, patch_size=4, spatial_merge_size=2,
+    temporal_patch_size=2, window_size=16, out_hidden_size=32, fullatt_block_indexes=[0],
+)  # fmt: skip
+LLAMA_SEES = dict(
+    text_config=DECODER | dict(model_type="llama"),
+    vision_config=PICTURES,
+    image_token_id=3,
+    scale_factor=2,
+)
+TURNS = dict(rope_type="default", rope_theta=1e4, mrope_section=[2, 2, 2])
 ENCODERS = ("bert", "roberta", "xlm-roberta", "vit")
 SPLIT_ROPE = {"full_attention": dict(factor=8.0, rope_type="linear"), "sliding_attention": {}}
 GEMMA4 = dict(
@@ -62,6 +81,25 @@ FILES = {
     "qwen2_audio": [
         dict(
             text_config=DECODER | dict(model_type="qwen2"), audio_config=SOUND, audio_token_index=3
+        )
+    ],
+    "idefics3": [LLAMA_SEES],
+    "smolvlm": [LLAMA_SEES],
+    "paligemma": [
+        dict(
+            text_config=DECODER | dict(model_type="gemma"),
+            vision_config=PICTURES,
+            image_token_index=3,
+            projection_dim=32,
+        )
+    ],
+    "qwen2_5_vl": [
+        dict(
+            text_config=DECODER | dict(model_type="qwen2_5_vl_text", rope_parameters=TURNS),
+            vision_config=GRIDS,
+            image_token_id=3,
+            vision_start_token_id=4,
+            vision_end_token_id=5,
         )
     ],
     "vit": [ENCODER],

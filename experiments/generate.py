@@ -30,9 +30,7 @@ class Config:
     trained: flags.Trained = flags.Trained()
     prompt: tuple[str, ...] = ()  # prompts to answer; none: chat on the terminal
     image: tuple[str, ...] = ()  # images before each prompt or chat, of a model that reads images
-    audio: tuple[
-        str, ...
-    ] = ()  # clips before each prompt or chat, of a model that hears and answers
+    audio: tuple[str, ...] = ()  # clips before each prompt or chat, of a model that hears
     sound: flags.Sound = flags.Sound()
     system: str | None = None  # system message before each prompt or chat; None: none
     sampling: flags.Sampling = flags.Sampling(max_new_tokens=200, temperature=0.0)

@@ -31,9 +31,8 @@ class Config:
     """Model, clips and sampling."""
 
     trained: flags.Trained = flags.Trained(model="whisper-tiny-en")
-    audio: tuple[
-        str, ...
-    ] = ()  # files to transcribe: WAV, or FLAC and others with the package soundfile
+    # files to transcribe: WAV, or FLAC and others with the package soundfile
+    audio: tuple[str, ...] = ()
     sound: flags.Sound = flags.Sound()
     sampling: flags.Sampling = flags.Sampling(max_new_tokens=224, temperature=0.0)
     beams: beams.BeamSearch = beams.BeamSearch()

@@ -65,8 +65,8 @@ authors' other benchmarks and backtracking search. The questions per step are ou
 `--preset smollm2` has sums of three digits of reasoning-gym's chain_sum. SmolLM2-135M-Instruct with LoRA is
 first trained on sums that are worked in lines, with filler lines between. An episode is a line, "####" forces
 an answer, and chances are those of the right tokens. On one seed, eight steps after ten of pretraining, the
-start and GRPO are right in 0.065 of 46 held-out samples and MRT in 0.130, with fewer tokens of training (0.70):
-one run near the floor, in which GRPO's groups lose their contrast.
+start and GRPO are right in 0.065 of 46 held-out samples and MRT in 0.130, with fewer tokens of training
+(0.70): one run near the floor, in which GRPO's groups lose their contrast.
 """
 
 from __future__ import annotations

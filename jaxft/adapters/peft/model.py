@@ -107,12 +107,12 @@ def model_of(family: Family, config: Any, params: Any) -> Model:
         leaves.setdefault(module, {})[leaf] = entry
         if entry.paths[0].endswith("/router/kernel"):
             continue  # a parameter, which no linear layer of the torch model holds
-        if len(entry.file_shape) == 3 and entry.axes:
-            continue  # a convolution over time
         if re.search("/experts/.*/kernel$", entry.paths[0]):  # of all experts at once
             name, kernel = f"{module}.{leaf}", nodes[entry.paths[0]]
             grouped.append(Grouped(name, entry.paths[0], kernel, ((),) * kernel.shape[0]))
             continue
+        if len(entry.file_shape) == 3 and entry.axes:
+            continue  # a convolution over time
         if entry.paths[0].endswith("/kernel"):
             kernels = tuple(nodes[path] for path in entry.paths)
             linears.append(Linear(module, entry.paths, kernels, not entry.transposed))

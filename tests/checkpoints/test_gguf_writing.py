@@ -19,8 +19,8 @@ from jaxft.checkpoints import (
 )
 from jaxft.checkpoints.assemble import disassemble, layer_shapes
 from jaxft.models import Decoder, config_of, family_of, stack_layers
-from jaxft.models.config import Rope, attention_factor
-from jaxft.models.rope import rope_frequencies
+from jaxft.models.config import Rope
+from jaxft.models.rope import attention_factor, rope_frequencies
 from jaxft.output import OutputError
 from jaxft.weights import DoraWeight, Frozen, LoraWeight
 

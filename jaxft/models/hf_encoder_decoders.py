@@ -136,14 +136,18 @@ def read(json: Json, tensors: Collection[str], name: str, form: Form) -> Encoder
     )
 
 
-def write(config: EncoderDecoderConfig) -> dict[str, Any]:
-    """The config.json of an EncoderDecoderConfig."""
-    sizes = {
+def write_sizes(config: EncoderDecoderConfig) -> dict[str, int]:
+    """The keys of config.json that say the sizes of encoder and decoder."""
+    return {
         f"{side}_{theirs}": getattr(getattr(config, side), ours)
         for side in SIDES
         for theirs, ours in SIZES.items()
     }
-    return sizes | {
+
+
+def write(config: EncoderDecoderConfig) -> dict[str, Any]:
+    """The config.json of an EncoderDecoderConfig."""
+    return write_sizes(config) | {
         "vocab_size": config.vocab_size,
         "d_model": config.hidden_size,
         "max_position_embeddings": config.max_length,

@@ -11,8 +11,9 @@ from jaxft.models.errors import CheckpointError
 from jaxft.models.family import Json
 from jaxft.models.hf_config import ACTIVATIONS, read_activation
 from jaxft.models.hf_keys import COMMON, Keys, check_multiple, complete
+from jaxft.models.hf_parts import part_targets
 from jaxft.models.names import Entry, layer_norm
-from jaxft.models.transformer import TRANSFORMER_TARGETS, Targets
+from jaxft.models.transformer import Targets
 
 READS = frozenset(
     "hidden_size intermediate_size num_hidden_layers num_attention_heads num_channels image_size patch_size "
@@ -26,12 +27,9 @@ _LINEAR = {
     "mlp.fc1": "mlp/up",
     "mlp.fc2": "mlp/down",
 }
-_LANGUAGE = TRANSFORMER_TARGETS.linear
 _VISION = r"vision/(encoder/layers/.*/(query|key|value|out|up|down)|projection)/kernel"
 # PEFT's "all-linear", and the linear kernels of each part; the projection belongs to the part for images.
-VISION_TARGETS: Targets = TRANSFORMER_TARGETS._replace(
-    linear=f"(?:{_LANGUAGE}|{_VISION})", parts=(("language", _LANGUAGE), ("vision", _VISION))
-)
+VISION_TARGETS: Targets = part_targets("vision", _VISION)
 
 
 def siglip_keys(**defaults: Any) -> Keys:

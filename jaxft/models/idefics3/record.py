@@ -13,6 +13,7 @@ from jaxft.models.decoder import Decoder
 from jaxft.models.errors import CheckpointError
 from jaxft.models.family import Family, Json
 from jaxft.models.hf_keys import COMMON, Keys
+from jaxft.models.hf_parts import check_token, text_entries
 from jaxft.models.hf_vision import (
     VISION_TARGETS,
     read_siglip,
@@ -67,11 +68,7 @@ def read(json: Json, tensors: Collection[str], family: str = "idefics3") -> Deco
         width=config.hidden_size,
         shuffle=json["scale_factor"],
     )
-    if not 0 <= tower.token < config.vocab_size:
-        raise CheckpointError(
-            f"config.json: image_token_id is {tower.token}, expected one of the {config.vocab_size} ids of "
-            "the vocabulary."
-        )
+    check_token("image_token_id", tower.token, config.vocab_size)
     return dataclasses.replace(config, towers=(tower,), family=family, source="")
 
 
@@ -90,10 +87,7 @@ def write(config: DecoderConfig) -> dict[str, Any]:
 def entries(config: DecoderConfig) -> list[Entry]:
     """The tensors of an Idefics3ForConditionalGeneration."""
     (tower,) = config.towers
-    text = [
-        dataclasses.replace(entry, name=entry.name.replace("model.", "model.text_model.", 1))
-        for entry in names.decoder_entries(config)
-    ]
+    text = text_entries(names.decoder_entries(config), "text_model")
     found = siglip_entries(tower.encoder, "model.vision_model.", "vision/encoder/")
     projection = "model.connector.modality_projection.proj.weight"
     return [*found, Entry(projection, ("vision/projection/kernel",), True), *text]

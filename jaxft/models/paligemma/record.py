@@ -14,6 +14,7 @@ from jaxft.models.family import Family, Json
 from jaxft.models.gemma import GEMMA
 from jaxft.models.gemma2 import GEMMA2
 from jaxft.models.hf_keys import COMMON, Keys
+from jaxft.models.hf_parts import check_token, renamed, text_entries
 from jaxft.models.hf_vision import (
     VISION_TARGETS,
     read_siglip,
@@ -79,11 +80,7 @@ def read(json: Json, tensors: Collection[str]) -> DecoderConfig:
         bias=True,
         scale=1 / config.embedding_scale,  # Images are not scaled as Gemma scales the embeddings.
     )
-    if not 0 <= tower.token < config.vocab_size:
-        raise CheckpointError(
-            f"config.json: image_token_index is {tower.token}, expected one of the {config.vocab_size} ids "
-            "of the vocabulary."
-        )
+    check_token("image_token_index", tower.token, config.vocab_size)
     return dataclasses.replace(
         config, towers=(tower,), prefix_attention=True, family="paligemma", source=""
     )
@@ -106,10 +103,7 @@ def write(config: DecoderConfig) -> dict[str, Any]:
 def entries(config: DecoderConfig) -> list[Entry]:
     """The tensors of a PaliGemmaForConditionalGeneration."""
     (tower,), codec = config.towers, _TEXTS[_kind(config)].huggingface
-    text = [
-        dataclasses.replace(entry, name=entry.name.replace("model.", "model.language_model.", 1))
-        for entry in codec.entries(config)
-    ]
+    text = text_entries(codec.entries(config))
     found = siglip_entries(tower.encoder, "model.vision_tower.", "vision/encoder/")
     projection = "model.multi_modal_projector.linear"
     return [
@@ -123,14 +117,6 @@ def entries(config: DecoderConfig) -> list[Entry]:
 def _kind(config):
     """Gemma 2 has norms after attention and MLP."""
     return "gemma2" if config.post_norms else "gemma"
-
-
-def _rename(name: str) -> str:
-    name = name.removeprefix("model.")
-    for theirs, ours in _RENAMED.items():
-        if name.startswith(theirs):
-            name = ours + name.removeprefix(theirs)
-    return name if name.startswith(("lm_head.", "score.")) else f"model.{name}"
 
 
 def _ignores(name: str, config: DecoderConfig) -> bool:
@@ -148,7 +134,7 @@ PALIGEMMA = Family(
         reads=_READS,
         keys=_KEYS,
         entries=entries,
-        rename=_rename,
+        rename=renamed(_RENAMED),
         ignores=_ignores,
         special=SpecialIds(bos=2, eos=(1,), pad=0),
     ),

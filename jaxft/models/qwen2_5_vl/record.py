@@ -14,12 +14,12 @@ from jaxft.models.family import Family, Json
 from jaxft.models.grid_vision import GridTower
 from jaxft.models.hf_config import ACTIVATIONS, read_activation
 from jaxft.models.hf_keys import COMMON, Keys, complete
+from jaxft.models.hf_parts import part_targets, text_entries
 from jaxft.models.hf_vision import square
 from jaxft.models.names import Entry
 from jaxft.models.qwen2 import QWEN2
 from jaxft.models.qwen2.config import write as write_qwen2
 from jaxft.models.towers import one_position
-from jaxft.models.transformer import TRANSFORMER_TARGETS
 
 _READS = frozenset("text_config vision_config image_token_id tie_word_embeddings".split())
 _KEYS = Keys(
@@ -73,7 +73,6 @@ _TEXT = {
     "rope_theta": 1e6,
 }
 _SECTIONS = [16, 24, 24]
-_LANGUAGE = TRANSFORMER_TARGETS.linear
 _VISION = r"vision/(layers/.*/(query|key|value|out|gate|up|down)|merge|projection)/kernel"
 
 
@@ -175,10 +174,7 @@ def write(config: DecoderConfig) -> dict[str, Any]:
 def entries(config: DecoderConfig) -> list[Entry]:
     """The tensors of a Qwen2_5_VLForConditionalGeneration."""
     (tower,) = config.towers
-    text = [
-        dataclasses.replace(entry, name=entry.name.replace("model.", "model.language_model.", 1))
-        for entry in names.decoder_entries(config)
-    ]
+    text = text_entries(names.decoder_entries(config))
     p, width = tower.patch_size, tower.hidden_size
     found = [
         Entry(
@@ -231,7 +227,5 @@ QWEN2_5_VL = Family(
         entries=entries,
         rename=_rename,
     ),
-    targets=TRANSFORMER_TARGETS._replace(
-        linear=f"(?:{_LANGUAGE}|{_VISION})", parts=(("language", _LANGUAGE), ("vision", _VISION))
-    ),
+    targets=part_targets("vision", _VISION),
 )

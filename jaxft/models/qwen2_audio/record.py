@@ -15,10 +15,10 @@ from jaxft.models.family import Family, Json
 from jaxft.models.hf_config import ACTIVATIONS, read_activation
 from jaxft.models.hf_encoder_decoders import layer_entries
 from jaxft.models.hf_keys import COMMON, Keys, check_multiple, complete
+from jaxft.models.hf_parts import check_token, part_targets, renamed, text_entries
 from jaxft.models.names import Entry, layer_norm
 from jaxft.models.qwen2 import QWEN2
 from jaxft.models.sound import SoundTower
-from jaxft.models.transformer import TRANSFORMER_TARGETS
 from jaxft.models.whisper.names import stem_entries
 
 _READS = frozenset("text_config audio_config audio_token_index".split())
@@ -56,7 +56,8 @@ _AUDIO_KEYS = Keys(
         intermediate_size="encoder_ffn_dim",
     ),
 )
-_LANGUAGE = TRANSFORMER_TARGETS.linear
+# Early files have the whole text model as `language_model.`.
+_EARLIER = {"language_model.lm_head.": "lm_head.", "language_model.model.": "language_model."}
 _AUDIO = r"audio/(layers/.*/(query|key|value|out|up|down)|projection)/kernel"
 
 
@@ -74,11 +75,7 @@ def read(json: Json, tensors: Collection[str]) -> DecoderConfig:
         )
     config = QWEN2.huggingface.config({**text, "model_type": "qwen2"}, tensors)
     tower = _read_tower(json["audio_config"] or {}, json["audio_token_index"], config.hidden_size)
-    if not 0 <= tower.token < config.vocab_size:
-        raise CheckpointError(
-            f"config.json: audio_token_index is {tower.token}, expected one of the {config.vocab_size} ids "
-            "of the vocabulary."
-        )
+    check_token("audio_token_index", tower.token, config.vocab_size)
     return dataclasses.replace(config, towers=(tower,), family="qwen2_audio", source="")
 
 
@@ -133,23 +130,8 @@ def entries(config: DecoderConfig) -> list[Entry]:
     projection = "model.multi_modal_projector.linear"
     found.append(Entry(f"{projection}.weight", (f"{ours}projection/kernel",), True))
     found.append(Entry(f"{projection}.bias", (f"{ours}projection/bias",)))
-    text = [
-        dataclasses.replace(entry, name=entry.name.replace("model.", "model.language_model.", 1))
-        for entry in QWEN2.huggingface.entries(config)
-    ]
+    text = text_entries(QWEN2.huggingface.entries(config))
     return found + text
-
-
-def _rename(name: str) -> str:
-    """Early files have the whole text model as `language_model.`."""
-    name = name.removeprefix("model.")
-    for theirs, ours in {
-        "language_model.lm_head.": "lm_head.",
-        "language_model.model.": "language_model.",
-    }.items():
-        if name.startswith(theirs):
-            name = ours + name.removeprefix(theirs)
-    return name if name.startswith(("lm_head.", "score.")) else f"model.{name}"
 
 
 QWEN2_AUDIO = Family(
@@ -162,9 +144,7 @@ QWEN2_AUDIO = Family(
         reads=_READS,
         keys=_KEYS,
         entries=entries,
-        rename=_rename,
+        rename=renamed(_EARLIER),
     ),
-    targets=TRANSFORMER_TARGETS._replace(
-        linear=f"(?:{_LANGUAGE}|{_AUDIO})", parts=(("language", _LANGUAGE), ("audio", _AUDIO))
-    ),
+    targets=part_targets("audio", _AUDIO),
 )

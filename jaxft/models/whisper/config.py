@@ -9,7 +9,7 @@ from jaxft.models.encoder_decoder_config import EncoderDecoderConfig, StackConfi
 from jaxft.models.errors import CheckpointError
 from jaxft.models.family import Json
 from jaxft.models.hf_config import ACTIVATIONS, read_activation
-from jaxft.models.hf_encoder_decoders import SIDES, SIZES
+from jaxft.models.hf_encoder_decoders import SIDES, SIZES, write_sizes
 from jaxft.models.hf_keys import COMMON, Keys, check_multiple
 
 _LENGTHS = {"max_source_positions": 1500, "max_target_positions": 448}
@@ -90,12 +90,7 @@ def read(json: Json, tensors: Collection[str]) -> EncoderDecoderConfig:
 
 def write(config: EncoderDecoderConfig) -> dict[str, Any]:
     """The config.json of an EncoderDecoderConfig."""
-    sizes = {
-        f"{side}_{theirs}": getattr(getattr(config, side), ours)
-        for side in SIDES
-        for theirs, ours in SIZES.items()
-    }
-    return sizes | {
+    return write_sizes(config) | {
         "vocab_size": config.vocab_size,
         "d_model": config.hidden_size,
         "num_mel_bins": config.mel,

@@ -1,4 +1,4 @@
-"""What the files of models with a part for images or sounds have in common, and their targets."""
+"""Names of tensors, checks and targets that models with a part for images or sounds share."""
 
 from __future__ import annotations
 

@@ -123,6 +123,12 @@ def mean(
     return Number(estimate, direction, bound, by=by, seeds=len(values), **ends, **more)
 
 
+def by_estimate(values: Sequence[float], *bound: Any, by: str = "", **more: Any) -> Number:
+    """Mean of one number per seed, judged by its estimate: one seed has no interval."""
+    del by
+    return mean(values, *bound, by="estimate", **more)
+
+
 def worst(values: Sequence[float], direction: Direction, bound: float, **more: Any) -> Number:
     """Worst of one number per seed: the smallest for "above" and "at least", else the largest."""
     extreme = np.min if direction in ("above", "at least") else np.max

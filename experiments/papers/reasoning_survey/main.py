@@ -66,7 +66,7 @@ import experiments.cli.interrupts  # noqa: F401  isort: skip  (before what takes
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
@@ -75,7 +75,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.cli import flags, limits
-from experiments.lab.claims import Claim, Number, interval
+from experiments.lab.claims import Claim, by_estimate, interval
 from experiments.lab.claims import mean as by_interval
 from experiments.lab.figures import plot_band
 from experiments.lab.seeds import begin, measure_claims
@@ -227,12 +227,6 @@ def ahead(runs: list[dict], name: str, n: int, other: str) -> np.ndarray:
         costs, values = (np.array([point[key] for point in curve]) for key in ("flops", "accuracy"))
         gaps.append(row["accuracy"] - np.interp(np.log(row["flops"]), np.log(costs), values))
     return np.array(gaps)
-
-
-def by_estimate(values: Sequence[float], *bound: Any, by: str = "", **more: Any) -> Number:
-    """Mean of one number per seed, judged by its estimate: one seed has no interval."""
-    del by
-    return by_interval(values, *bound, by="estimate", **more)
 
 
 def judge(config: Config, runs: list[dict]) -> list[Claim]:

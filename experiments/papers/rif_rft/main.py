@@ -49,7 +49,6 @@ import experiments.cli.interrupts  # noqa: F401  isort: skip  (before what takes
 import dataclasses
 import functools
 import sys
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -59,7 +58,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.cli import flags, limits
-from experiments.lab.claims import Claim, Number, worst
+from experiments.lab.claims import Claim, by_estimate, worst
 from experiments.lab.claims import mean as by_interval
 from experiments.lab.figures import bar_means
 from experiments.lab.seeds import begin, measure_claims
@@ -255,12 +254,6 @@ def filtered(
         "kept": float(kept.mean()),
         "accuracy": world.measure(params)["tasks"][0],
     }
-
-
-def by_estimate(values: Sequence[float], *bound: Any, by: str = "", **more: Any) -> Number:
-    """Mean of one number per seed, judged by its estimate: one seed has no interval."""
-    del by
-    return by_interval(values, *bound, by="estimate", **more)
 
 
 def judge(config: Config, runs: list[dict]) -> list[Claim]:

@@ -93,7 +93,8 @@ The step that `--preset full` of each paper's script takes: its model, what trai
 - reft: PPO's update with a value head; products by cuBLAS, since Triton has no tiles for its rows untuned.
 - reasoning-survey: GRPO's update, one of the two trainings; verifiers train on fewer tokens.
 - rlgf: PPO's update; the second critic is one more value head, and the guide is not part of the step.
-- nft, otr, ppe and reft: each microbatch gathers the params again, which the ratio counts as if once.
+- mrt, nft, otr, ppe, reft, rft-multimodal and rif-rft: each microbatch gathers the params again, which the
+  ratio counts as if once; with long responses also the output projection for each part of the tokens.
 - nft: 72.5 GiB leave nothing for the CUDA runtime; take half the rows and twice the microbatches.
 - hypo: pairs, and as many samples of the policy, which the step gets as tokens.
 - corpus-mining: all params of a decoder train on packed pairs; the preset's own model, OPUS-MT, is an
@@ -192,7 +193,7 @@ PAPERS = {
         length=3072, response=2048,
     ),
     "ppe": Config(
-        model="qwen2.5-7b", adapter="full", objective="grpo", topology="h100:8", rows=8, microbatches=16,
+        model="qwen2.5-7b", adapter="full", objective="grpo", topology="h100:8", rows=4, microbatches=32,
         length=4864, response=4096,
     ),
     "otr": Config(

@@ -293,6 +293,36 @@ ENTRY main (a: f32[4]) -> f32[4] {
     }
 
 
+def test_a_collective_that_overlaps_with_fusions_counts_where_it_starts():
+    """XLA:TPU repeats it, with its channel, in each fusion that computes beside it, also in other loops."""
+    text = """
+start (p: bf16[8,4]) -> (bf16[8,4], bf16[8,64]) {
+  %g = bf16[8,64]{1,0} all-gather(%p), channel_id=7, dimensions={1}
+  ROOT %c = (bf16[8,4]{1,0}, bf16[8,64]{1,0}) custom-call(%g), custom_call_target="AsyncCollectiveStart"
+}
+
+beside (p: bf16[8,4]) -> (bf16[8,4], bf16[8,64]) {
+  %h = bf16[8,64]{1,0} all-gather(%p), channel_id=7, dimensions={1}
+}
+
+body (p: f32[4]) -> f32[4] {
+  %f = (bf16[8,4]{1,0}, bf16[8,64]{1,0}) fusion(%p), kind=kCustom, calls=%beside
+}
+
+cond (p: f32[4]) -> pred[] {
+}
+
+ENTRY main (a: f32[4]) -> f32[4] {
+  %async-collective-start.9 = (bf16[8,4]{1,0}, bf16[8,64]{1,0}) fusion(%a), kind=kCustom, calls=%start
+  %w = f32[4]{0} while(%a), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+}
+"""
+    assert exchanged_bytes(text) == {"all-gather": (1, 8 * 64 * 2)}
+    twice = text.replace(" fusion(%p), kind=kCustom, calls=%beside", " fusion(%p), calls=%start")
+    twice = twice.replace("%f = (", "%async-collective-start.2 = (")
+    assert exchanged_bytes(twice) == {"all-gather": (6, 6 * 8 * 64 * 2)}
+
+
 def test_trips_of_a_product_that_gathers_as_it_goes():
     """XLA:TPU's windowed products count in u32, in loops within the loop over layers."""
     text = """

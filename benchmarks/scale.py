@@ -30,6 +30,10 @@ all-to-alls, forward and backward. A device is assumed to receive as many rows a
 room for the rows of all. The bound is the longest of three times: computing at the peak rate, reading memory,
 and exchanging at the full rate of the links. A real step takes longer.
 
+Rows of models that read images have one image each, whose tokens are part of theirs: 224 x 224 pixels (256
+tokens) with PaliGemma, 896 x 896 (1,024) with Qwen2.5-VL. Adapters are on the text part; the part for
+images is frozen, and FSDP gathers it once.
+
 """
 COLUMNS = (
     "| model | trains | objective | hardware | mesh | tokens per step "
@@ -62,11 +66,18 @@ CASES = [
     Config(**_MOE, adapter="full", topology="v5p:4x4x4"),
     Config(**_MOE, adapter="lora", topology="v6e:4x4"),
     Config(**_MOE, adapter="full", topology="v6e:4x4"),
-    *(
-        Config(**_8B, **_GROUP, adapter="lora", topology=topology)
-        for topology in ("v5e:4x4", "h100:8")
+    # On v5e the results of products of 5,632 tokens do not fit.
+    Config(**_8B | _GROUP | dict(remat="full"), adapter="lora", topology="v5e:4x4"),
+    Config(**_8B, **_GROUP, adapter="lora", topology="h100:8"),
+    Config(
+        model="qwen2.5-vl-7b", adapter="lora", target="language", topology="v5e:4x4", rows=1,
+        media=1024, remat="dots",
     ),
-]
+    Config(
+        model="paligemma-3b", adapter="lora", target="language", topology="v5e:4x4", rows=4,
+        length=512, media=1, remat="dots",
+    ),
+]  # fmt: skip
 
 PAPERS_TITLE = "## Full presets of the papers\n"
 PAPERS_HEAD = """
@@ -82,7 +93,8 @@ The step that `--preset full` of each paper's script takes: its model, what trai
 - reft: PPO's update with a value head; products by cuBLAS, since Triton has no tiles for its rows untuned.
 - reasoning-survey: GRPO's update, one of the two trainings; verifiers train on fewer tokens.
 - rlgf: PPO's update; the second critic is one more value head, and the guide is not part of the step.
-- nft, otr, ppe and reft: each microbatch gathers the params again, which the ratio counts as if once.
+- mrt, nft, otr, ppe, reft, rft-multimodal and rif-rft: each microbatch gathers the params again, which the
+  ratio counts as if once; with long responses also the output projection for each part of the tokens.
 - nft: 72.5 GiB leave nothing for the CUDA runtime; take half the rows and twice the microbatches.
 - hypo: pairs, and as many samples of the policy, which the step gets as tokens.
 - corpus-mining: all params of a decoder train on packed pairs; the preset's own model, OPUS-MT, is an
@@ -181,7 +193,7 @@ PAPERS = {
         length=3072, response=2048,
     ),
     "ppe": Config(
-        model="qwen2.5-7b", adapter="full", objective="grpo", topology="h100:8", rows=8, microbatches=16,
+        model="qwen2.5-7b", adapter="full", objective="grpo", topology="h100:8", rows=4, microbatches=32,
         length=4864, response=4096,
     ),
     "otr": Config(
@@ -201,7 +213,9 @@ def row(config: Config, figures: dict) -> str:
     mesh = ", ".join(mesh).replace("fsdp -1", "fsdp").replace("data -1", "data")
     mesh += f"; rows of {config.length:,}" if config.length != Config().length else ""
     mesh += f"; groups of {config.share_prompts}" if config.share_prompts > 1 else ""
+    mesh += "; with images" if config.media else ""
     trains = "subspace" if config.objective == "classify" else config.adapter
+    trains += f" of {config.target}" if config.target != Config().target else ""
     trains += f" over {config.quantise}" if config.quantise else ""
     head = [config.model, trains, config.objective, config.topology, mesh]
     if not figures["fits"]:

@@ -11,38 +11,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import pathlib
 import re
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import tyro
 
 from jaxft.models.presets import PRESETS
-from jaxft.parallel import CompiledCost, compile_environment, path_name
+from jaxft.parallel import compile_environment
 from jaxft.parallel.topology import slices_of
 from jaxft.train.ahead import EXPERIENCE, Name, plan
-
-
-class Chip(NamedTuple):
-    """Public figures of one device."""
-
-    flops: float  # peak per second, bfloat16
-    memory: float  # bytes
-    bandwidth: float  # of that memory, bytes per second
-    link: float  # to the other devices, bytes per second
-
-
-CHIPS = {
-    "v5e": Chip(197e12, 16 * 2**30, 819e9, 200e9),
-    "v5p": Chip(459e12, 95 * 2**30, 2765e9, 600e9),
-    "v6e": Chip(918e12, 32 * 2**30, 1640e9, 448e9),
-    "h100": Chip(989e12, 80e9, 3350e9, 450e9),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,11 +43,15 @@ class Config:
     expert: int = 1  # mesh: shards of the experts and of the batch
     context: int = 1  # mesh: shards of each row's tokens
     adapter: str = "lora"  # see experiments/sft.py; full: all params are trained
+    target: str = "all-linear"  # kernels that the adapter adapts; language or vision: of one part
     rank: int = 16  # of the adapter, if it has one; the dimension of classify's random subspace
     optimizer: Literal["adamw", "lion"] = "adamw"  # its state is part of the memory
     quantise: Literal["nf4", "int8", "int4", "fp8"] | None = None  # of the frozen kernels
     rows: int = 2  # of each shard of the batch
     length: int = 2048  # tokens of a row
+    # of models that read images or sounds: images or clips of a row (PaliGemma, SmolVLM, Qwen2-Audio), or its
+    # squares of patches (Qwen2.5-VL: one for each token of an image); 0: rows of text
+    media: int = 0
     response: int = 1024  # tokens at the end of a row that grpo, ppo and nft train on
     # grpo, ppo and nft: responses of a group; above 1, a row is a group, whose prompt is computed once
     share_prompts: int = 1
@@ -136,25 +122,14 @@ class LaidOutStep(NamedTuple):
 
 def compile_step(config: Config) -> dict[str, Any]:
     """The figures of one device; the process must have been started with `compile_environment()`."""
-    import jax
-
     from jaxft import train
-    from jaxft.adapters import partition
     from jaxft.parallel import compile_only_devices, compiled_cost
+    from jaxft.train.bounds import figures
 
     devices = compile_only_devices(config.topology)
     step, state, batch, model = lay_out_step(config, devices)
-    compiled = train.jit_step(step).lower(state, batch).compile()
-    trains = sum(leaf.size for leaf in jax.tree.leaves(partition(state.params)[0]))
-    shared = config.share_prompts > 1
-    size = config.length + (config.share_prompts - 1) * config.response if shared else None
-    tokens = sum(
-        math.prod(part["tokens"].shape) if size is None else len(part["tokens"]) * size
-        for part in (batch, batch.get("online"))
-        if part
-    )
-    mesh = dict(batch["tokens"].sharding.mesh.shape)
-    return _figures(config, compiled_cost(compiled), tokens, mesh, model, trains)
+    cost = compiled_cost(train.jit_step(step).lower(state, batch).compile())
+    return figures(config, cost, model, state.params, batch)
 
 
 def lay_out_step(config: Config, devices: Sequence[Any]) -> LaidOutStep:
@@ -189,13 +164,20 @@ def lay_out_step(config: Config, devices: Sequence[Any]) -> LaidOutStep:
         )
     dtype = jnp.float32 if config.float32 else jnp.bfloat16
     architecture = _model_config(config)
+    if config.media < 0 or config.media and not getattr(architecture, "towers", ()):
+        raise ValueError(
+            f"--media {config.media} needs a model that reads images or sounds, and at least 1 of them; "
+            f"{config.model} is {architecture.family}."
+        )
+    if config.media and config.share_prompts > 1:
+        raise ValueError("--share-prompts needs --media 0: images and sounds are read row by row.")
     model = family_of(architecture).module(
         architecture, dtype=dtype, scan_layers=True, remat=config.remat
     )
     rows = config.rows * row_shards(mesh) * config.microbatches
     planned = plan(
         config.objective, model, rows, config.length, config.response, config.rank, mesh,
-        config.share_prompts,
+        config.share_prompts, config.media,
     )  # fmt: skip
     rule = scale_by_lion() if config.optimizer == "lion" else None
     optimizer = planned.optimizer(train.make_optimizer(1e-4, total_steps=1000, rule=rule))
@@ -227,6 +209,7 @@ def _state(config, model, planned, optimizer, mesh):
             params = jax.tree.map(lambda leaf: leaf.astype(model.dtype), params)
         options = dict(
             rank=config.rank,
+            target=config.target,
             alpha=2.0 * config.rank,
             quantise=config.quantise,
             seed=0,
@@ -253,96 +236,6 @@ def _state(config, model, planned, optimizer, mesh):
         carry=None,
         key=place(state.key, single),
     )
-
-
-def _figures(config, cost: CompiledCost, tokens, mesh, model, trains) -> dict[str, Any]:
-    devices = math.prod(mesh.values())
-    chip = CHIPS[slices_of(config.topology)[1].split(":")[0]]
-    flops = _matmul_flops(model, config, tokens) / devices
-    # The rate of the network between slices is unknown.
-    exchanged = sum(size for kind, (_, size) in cost.exchanged.items() if kind != "between slices")
-    return {
-        "fits": cost.peak_bytes <= chip.memory,
-        "memory_bytes": chip.memory,
-        "peak_bytes": cost.peak_bytes,
-        "argument_bytes": cost.argument_bytes,
-        "temp_bytes": cost.temp_bytes,
-        "tokens": tokens,
-        "trains": trains,
-        "step_flops": flops,
-        "estimated_cycles": cost.cycles,
-        "collectives": cost.exchanged,
-        "ideal_exchanged_bytes": ideal_exchanged(config, model, mesh, tokens),
-        "compute_s": flops / chip.flops,
-        # A lower bound: arguments are read forward and backward, gathered arrays are written and
-        # read.
-        "memory_s": 2 * (cost.argument_bytes + exchanged) / chip.bandwidth,
-        "exchange_s": exchanged / chip.link,
-    }
-
-
-def ideal_exchanged(
-    config: Config, model: Any, mesh: Mapping[str, int], tokens: int
-) -> float | None:
-    """Bytes that a device's collectives give it: params in FSDP, and tokens to their experts and back.
-
-    FSDP gathers each param twice and, if all are trained, adds up its gradient. Of experts that the axis
-    `expert` splits, a device gathers its own, over `fsdp`; k rows of each token move along `expert` in two
-    all-to-alls, forward and backward. All in the data type of the computation and, as in `exchanged_bytes`,
-    with the device's own share. A compiler may need fewer: embeddings are looked up, not gathered. None for
-    other meshes and quantised kernels, which exchange other arrays.
-
-    Args:
-        mesh: name of an axis -> its size.
-        tokens: of a step, over all devices.
-    """
-    from jax.tree_util import tree_leaves_with_path
-
-    parts, fsdp = mesh["expert"], mesh["fsdp"]
-    devices = parts * fsdp
-    if config.quantise or math.prod(mesh.values()) != devices:
-        return None
-    leaves = [(path_name(p), math.prod(x.shape)) for p, x in tree_leaves_with_path(_shapes(model))]
-    own = sum(size for name, size in leaves if "/experts/" in name)
-    others = sum(size for _, size in leaves) - own
-    times = 3 if config.adapter == "full" else 2
-    moved = times * (others * (devices > 1) + own / parts * (fsdp > 1))
-    if parts > 1 and (experts := getattr(model.config, "experts", None)):
-        layers = sum(model.config.has_experts(i) for i in range(model.config.num_layers))
-        rows = tokens / devices * experts.per_token
-        moved += 4 * layers * rows * model.config.hidden_size
-    return moved * (4 if config.float32 else 2)
-
-
-def _matmul_flops(model, config: Config, tokens: int) -> float:
-    """FLOPs of the projections and the vocabulary, for all devices, without attention's products.
-
-    Forward and the gradient of activations take 2 each per parameter and token, the gradient of
-    kernels, if they are trained, 2 more, and full recomputation another 2.
-    """
-    from jax.tree_util import tree_leaves_with_path
-
-    from jaxft.models import family_of
-
-    linear = re.compile(family_of(model.config).targets.linear)
-    is_linear = lambda path: linear.fullmatch(path_name(path))
-    leaves = tree_leaves_with_path(_shapes(model))
-    experts = getattr(model.config, "experts", None)
-    # A token passes only some of the experts.
-    active = lambda path: experts.per_token / experts.count if "/experts/" in path_name(path) else 1
-    layers = sum(math.prod(leaf.shape) * active(path) for path, leaf in leaves if is_linear(path))
-    passes = 2 + (config.adapter == "full")
-    encoder = config.objective == "classify"
-    head = 0 if encoder else model.config.vocab_size * model.config.hidden_size
-    # tram evaluates a second gradient, at the perturbed params.
-    tokens *= 1 + (config.objective == "tram")
-    return 2.0 * tokens * (layers * (passes + (config.remat == "full")) + head * passes)
-
-
-def _shapes(model):
-    import jax
-
-    return jax.eval_shape(model.init, jax.random.key(0), model.example_input())["params"]
 
 
 def _model_config(config: Config):

@@ -1,6 +1,8 @@
 """Exchanged bytes and memory of a real step on devices that are not here."""
 
+import dataclasses
 import json
+import math
 import re
 import runpy
 import sys
@@ -12,8 +14,11 @@ import pytest
 import jaxft.compile as compile_module
 from benchmarks import scale
 from experiments.lab import sources
+from jaxft.models import config_of, family_of
+from jaxft.models.presets import PRESETS
 from jaxft.parallel import mesh_context
 from jaxft.parallel.compiled import exchanged_bytes
+from jaxft.train import bounds
 from jaxft.train.ahead import EXPERIENCE, Name
 from tests.aot import run_aot
 
@@ -32,6 +37,22 @@ DECODER = SMALL | dict(
     vocab_size=64, hidden_size=32, intermediate_size=48, num_attention_heads=2, num_key_value_heads=1,
     head_dim=16,
 )  # fmt: skip
+PALIGEMMA = dict(
+    model_type="paligemma", image_token_index=63, projection_dim=32,
+    text_config=DECODER | dict(model_type="gemma", tie_word_embeddings=True),
+    vision_config=dict(
+        model_type="siglip_vision_model", hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=2, image_size=16, patch_size=4,
+    ),
+)  # fmt: skip
+QWEN_VL = DECODER | dict(
+    model_type="qwen2_5_vl", image_token_id=63,
+    rope_scaling=dict(type="mrope", mrope_section=[4, 2, 2]), vision_config=dict(
+        depth=1, hidden_size=16, intermediate_size=24, num_heads=2, patch_size=4, out_hidden_size=32,
+        fullatt_block_indexes=[0], window_size=16,
+    ),
+)  # fmt: skip
+KEY = jax.random.key(0)
 # Settings that are refused once devices are known, and why.
 REFUSED = [
     (dict(topology="h100:8", fsdp=3), "does not fill 8 devices"),
@@ -43,6 +64,12 @@ REFUSED = [
     ),
     (dict(topology="h100:8", objective="dpo", model="roberta-base"), "dpo needs a language model"),
     (dict(topology="h100:8", objective="classify"), "classify needs an encoder of text"),
+    (dict(topology="h100:8", media=1), "--media 1 needs a model that reads images or sounds"),
+    (dict(topology="h100:8", model="paligemma-3b", media=-1), "at least 1 of them"),
+    (
+        dict(topology="h100:8", model="paligemma-3b", media=1, objective="grpo", share_prompts=2),
+        "--share-prompts needs --media 0",
+    ),
 ]
 
 
@@ -167,6 +194,65 @@ def test_the_step_of_every_objective_can_be_laid_out_and_traced(name, group, tmp
     assert kinds(after) == kinds(state)
 
 
+# Models that read images, with M entries in their columns: one of 4 x 4 patches of 4 pixels, or two squares
+# of 2 x 2 patches.
+IMAGES = {
+    "paligemma": (PALIGEMMA, 1, {"images": (16, 16, 3)}),
+    "qwen2_5_vl": (QWEN_VL, 2, {"patches": (4, 48), "places": (4, 3)}),
+}
+
+
+@pytest.mark.parametrize(
+    "kind, name, target", [("paligemma", "grpo", "all-linear"), ("qwen2_5_vl", "sft", "language")]
+)
+def test_the_step_of_a_model_that_reads_images(kind, name, target, tmp_path):
+    settings, media, shapes = IMAGES[kind]
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(settings))
+    config = compile_module.Config(
+        model=str(path), rank=4, rows=1, length=16, response=8, topology="v5e:2x4", objective=name,
+        media=media, target=target, remat="dots",
+    )  # fmt: skip
+    step, state, batch, model = compile_module.lay_out_step(config, jax.devices())
+    assert {k: batch[k].shape for k in shapes} == {k: (8, media, *v) for k, v in shapes.items()}
+    with mesh_context(batch["tokens"].sharding.mesh):
+        after, metrics = jax.eval_shape(step, state, batch)
+    assert "loss" in metrics
+    frozen = bounds.frozen_towers(model, state.params)
+    assert frozen == ({"vision"} if target == "language" else set())
+    # A layer has four projections of its width and an MLP; GridVision's is gated, and joins 2 x 2 patches.
+    width, inner, tokens = 16, 24, 8 * 16
+    if kind == "paligemma":
+        numbers = 16 * (48 * width + 4 * width**2 + 2 * width * inner + width * 32)
+    else:
+        numbers = 8 * (4 * width**2 + 3 * width * inner) + 2 * (64**2 + 64 * 32)
+    assert bounds.dense_flops(model.config.towers[0], batch) == 2 * 8 * numbers
+    (layer, head), passes = (32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 48, 64 * 32), 2
+    text = 2 * tokens * passes * (3 * layer + head)
+    found = bounds.matmul_flops(config, model, tokens, batch, frozen)
+    assert found == text + (1 if frozen else passes) * 2 * 8 * numbers
+    mesh = dict(batch["tokens"].sharding.mesh.shape)
+    moved = lambda config: bounds.ideal_exchanged(config, model, mesh, tokens, frozen)
+    vision = 2 * sum(
+        math.prod(x.shape)
+        for x in jax.tree.leaves(
+            jax.eval_shape(model.init, KEY, model.example_input())["params"]["vision"]
+        )
+    )
+    assert moved(config) - moved(dataclasses.replace(config, media=0)) == vision * (
+        1 if frozen else 2
+    )
+
+
+def test_presets_that_read_images_have_the_sizes_of_the_checkpoints():
+    """Numbers of params as the hub counts them."""
+    for name, count in (("qwen2.5-vl-7b", 8_292_166_656), ("paligemma-3b", 2_923_466_480)):
+        config = config_of(PRESETS[name])
+        model = family_of(config).module(config, scan_layers=True)
+        shapes = jax.eval_shape(model.init, KEY, model.example_input())["params"]
+        assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == count
+
+
 def test_every_paper_has_a_full_preset_and_a_row_of_its_step():
     scripts = sources.scripts()
     assert set(scale.PAPERS) == set(scripts)
@@ -205,6 +291,36 @@ ENTRY main (a: f32[4]) -> f32[4] {
         "between slices": (1, 64 * 8 * 2),
         "ragged-all-to-all": (2, 2 * 6 * 8 * 2),  # not the room for the rows of all devices
     }
+
+
+def test_a_collective_that_overlaps_with_fusions_counts_where_it_starts():
+    """XLA:TPU repeats it, with its channel, in each fusion that computes beside it, also in other loops."""
+    text = """
+start (p: bf16[8,4]) -> (bf16[8,4], bf16[8,64]) {
+  %g = bf16[8,64]{1,0} all-gather(%p), channel_id=7, dimensions={1}
+  ROOT %c = (bf16[8,4]{1,0}, bf16[8,64]{1,0}) custom-call(%g), custom_call_target="AsyncCollectiveStart"
+}
+
+beside (p: bf16[8,4]) -> (bf16[8,4], bf16[8,64]) {
+  %h = bf16[8,64]{1,0} all-gather(%p), channel_id=7, dimensions={1}
+}
+
+body (p: f32[4]) -> f32[4] {
+  %f = (bf16[8,4]{1,0}, bf16[8,64]{1,0}) fusion(%p), kind=kCustom, calls=%beside
+}
+
+cond (p: f32[4]) -> pred[] {
+}
+
+ENTRY main (a: f32[4]) -> f32[4] {
+  %async-collective-start.9 = (bf16[8,4]{1,0}, bf16[8,64]{1,0}) fusion(%a), kind=kCustom, calls=%start
+  %w = f32[4]{0} while(%a), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+}
+"""
+    assert exchanged_bytes(text) == {"all-gather": (1, 8 * 64 * 2)}
+    twice = text.replace(" fusion(%p), kind=kCustom, calls=%beside", " fusion(%p), calls=%start")
+    twice = twice.replace("%f = (", "%async-collective-start.2 = (")
+    assert exchanged_bytes(twice) == {"all-gather": (6, 6 * 8 * 64 * 2)}
 
 
 def test_trips_of_a_product_that_gathers_as_it_goes():

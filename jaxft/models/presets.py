@@ -93,4 +93,27 @@ PRESETS: dict[str, dict[str, Any]] = {
         query_pre_attn_scalar=168, sliding_window=1024, max_position_embeddings=131072,
         rope_theta=1e6, rope_local_base_freq=1e4, rms_norm_eps=1e-6,
     ),
+    "qwen2.5-vl-7b": dict(
+        model_type="qwen2_5_vl", vocab_size=152064, hidden_size=3584, intermediate_size=18944,
+        num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
+        max_position_embeddings=128000, rope_theta=1e6, rms_norm_eps=1e-6, tie_word_embeddings=False,
+        rope_scaling=dict(type="mrope", mrope_section=[16, 24, 24]), image_token_id=151655,
+        vision_config=dict(
+            depth=32, hidden_size=1280, hidden_act="silu", intermediate_size=3420, num_heads=16,
+            in_channels=3, out_hidden_size=3584, patch_size=14, spatial_merge_size=2,
+            temporal_patch_size=2, window_size=112, fullatt_block_indexes=[7, 15, 23, 31],
+        ),
+    ),
+    # Of paligemma-3b-pt-224: one image of 224 x 224 pixels is 256 tokens.
+    "paligemma-3b": dict(
+        model_type="paligemma", image_token_index=257152, projection_dim=2048,
+        text_config=dict(
+            model_type="gemma", vocab_size=257216, hidden_size=2048, intermediate_size=16384,
+            num_hidden_layers=18, num_attention_heads=8, num_key_value_heads=1, head_dim=256,
+        ),
+        vision_config=dict(
+            model_type="siglip_vision_model", hidden_size=1152, intermediate_size=4304,
+            num_hidden_layers=27, num_attention_heads=16, image_size=224, patch_size=14,
+        ),
+    ),
 }  # fmt: skip

@@ -121,7 +121,11 @@ def _size(dtype, dimensions):
 
 
 def _executed(text: str) -> Iterator[tuple[str, int]]:
-    """The instructions of the entry and of computations that it calls, each with its execution count."""
+    """The instructions of the entry and of computations that it calls, each with its execution count.
+
+    XLA:TPU computes while it gathers: such a collective is in the fusion that starts it, and again in each
+    fusion that computes beside it, which may lie in other loops. It is yielded where it starts.
+    """
     lines, current, entry = collections.defaultdict(list), None, None
     for line in text.splitlines():
         if match := re.match(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$", line):
@@ -157,6 +161,11 @@ def _executed(text: str) -> Iterator[tuple[str, int]]:
     def walk(name, times):
         for line in lines[name]:
             yield line, times
+            if begun := re.match(
+                r" +%?async-collective-start\S* = .* fusion\(.*calls=%?([\w.\-]+)", line
+            ):
+                inside = (x for x in lines[begun[1]] if re.search(rf" (?:{_COLLECTIVES})\(", x))
+                yield from ((inner, times) for inner in inside)
             if loop := re.search(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)", line):
                 yield from walk(loop[2], times * trips(line, *loop.groups()))
             # Asynchronous collectives are calls of separate computations.

@@ -58,6 +58,7 @@ def plan(
     d: int,
     mesh: Mesh,
     group: int = 1,
+    media: int = 0,
 ) -> Plan:
     """Returns the plan of the objective `name`, with the hyperparameters of its paper.
 
@@ -73,6 +74,7 @@ def plan(
         response: tokens of a response, below `length`.
         mesh: the mesh of the batch.
         group: of grpo, ppo and nft; above 1, a row is a group of as many responses that share their prompt.
+        media: entries of a row in the columns of the model's towers (M in [B, M, ...]); 0: no such columns.
     """
     lead = (rows, group) if group > 1 else (rows,)
     shape = (rows, 2, length) if name in ("dpo", "hypo") else (*lead, length)
@@ -84,12 +86,20 @@ def plan(
         made, more = _classify(model, d), {"labels": ((rows,), jnp.int32)}
     else:
         made, more = _of_rows(name, model), {"loss_mask": (shape, jnp.float32)}
-    fields |= more
+    fields |= more | (_of_towers(model.config.towers, shape[:-1], media) if media else {})
     if name in ("dpo", "hypo"):
         fields["ref_log_probs"] = (shape[:2], jnp.float32)
     batch = _placed(fields, mesh)
     # Of each prompt two samples: as many sequences as in the pairs.
     return made._replace(batch=batch | {"online": batch} if name == "hypo" else batch)
+
+
+def _of_towers(towers, lead, media) -> Shapes:
+    """The columns [*lead, media, ...] that these towers read."""
+    columns = jax.eval_shape(
+        lambda: {k: v for tower in towers for k, v in tower.example(1).items()}
+    )
+    return {k: ((*lead, media, *leaf.shape[2:]), leaf.dtype) for k, leaf in columns.items()}
 
 
 def _of_rows(name, model):

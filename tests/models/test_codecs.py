@@ -93,6 +93,24 @@ FILES = {
             projection_dim=32,
         )
     ],
+    "llava": [
+        dict(
+            text_config=DECODER | dict(model_type="llama"),
+            vision_config=PICTURES,
+            image_token_index=3,
+        )
+        | other
+        for other in (
+            {},
+            dict(
+                vision_feature_layer=[0, -1],
+                vision_feature_select_strategy="full",
+                multimodal_projector_bias=False,
+                projector_hidden_act="relu",
+                tie_word_embeddings=True,
+            ),
+        )
+    ],
     "qwen2_5_vl": [
         dict(
             text_config=DECODER | dict(model_type="qwen2_5_vl_text", rope_parameters=TURNS),

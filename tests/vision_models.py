@@ -37,6 +37,10 @@ GRID = PROCESSOR | dict(
     patch_size=4, merge_size=2, temporal_patch_size=2, min_pixels=64, max_pixels=1024
 )
 GRID |= dict(resample=3)
+CROPS = PROCESSOR | dict(
+    size={"shortest_edge": SIZE + 2}, crop_size={"height": SIZE, "width": SIZE}, resample=3
+)
+CROPS |= dict(do_center_crop=True, do_pad=False)
 SQUARES = PROCESSOR | dict(size={"height": SIZE, "width": SIZE}, resample=3)
 TEXT = dict(
     model_type="llama",
@@ -87,6 +91,8 @@ def tokenizer(kind="smolvlm"):
         return made
     made.add_special_tokens({"extra_special_tokens": SPECIAL})
     made.eos_token, made.chat_template = "<end_of_utterance>", TEMPLATE
+    if kind.startswith("llava"):
+        made.chat_template = None
     if kind.startswith("paligemma"):
         made.bos_token, made.chat_template = "<|im_start|>", None
     return made
@@ -115,6 +121,18 @@ def torch_model(kind="smolvlm"):
             vision_end_token_id=tokens.convert_tokens_to_ids("<|vision_end|>"),
             video_token_id=1,
         )
+    elif kind.startswith("llava"):
+        full = dict(
+            vision_feature_layer=[0, -1],
+            vision_feature_select_strategy="full",
+            multimodal_projector_bias=False,
+        )
+        config = hf.LlavaConfig(
+            **full if kind == "llava_full" else {},
+            text_config=text,
+            vision_config=VISION | {"model_type": "clip_vision_model"},
+            image_token_index=image,
+        )
     elif kind.startswith("paligemma"):
         own = {"model_type": kind.replace("paligemma", "gemma"), "head_dim": 12}
         own |= {"sliding_window": 24} if kind == "paligemma2" else {}
@@ -138,6 +156,7 @@ def torch_model(kind="smolvlm"):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             norms = "norm" in name or name.endswith("ln_q.weight")
+            norms = norms or "layrnorm" in name
             centre = 1.0 if norms and not name.endswith("bias") else 0.0
             if kind.startswith("paligemma") and "language_model" in name:
                 centre = 0.0  # Gemma multiplies by 1 + scale.
@@ -152,7 +171,7 @@ def write(path, kind="smolvlm"):
         model.save_pretrained(path)
     tokenizer(kind).save_pretrained(path)
     settings = SQUARES if kind.startswith("paligemma") else PROCESSOR
-    settings = GRID if kind == "qwen2_5_vl" else settings
+    settings = {"qwen2_5_vl": GRID, "llava": CROPS, "llava_full": CROPS}.get(kind, settings)
     (path / "preprocessor_config.json").write_text(json.dumps(settings))
     return model
 

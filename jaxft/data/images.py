@@ -48,7 +48,7 @@ class Pixels:
 
 @dataclasses.dataclass(frozen=True)
 class SquareImages:
-    """Images resized to one square without regard to their proportions: SigLIP, CLIP's relatives, PaliGemma.
+    """Images resized to one square without regard to their proportions: SigLIP, PaliGemma.
 
     Attributes:
         size: of the square in pixels.
@@ -82,6 +82,62 @@ class SquareImages:
         """`images` [1, size, size, 3] float32."""
         image = read_image(media).resize((self.size, self.size), self.pixels.resample)
         return {"images": self.pixels(np.asarray(image))[None]}
+
+
+@dataclasses.dataclass(frozen=True)
+class CroppedImages:
+    """Images resized by their shorter side, of which the square in the middle is read: CLIP, LLaVA.
+
+    Attributes:
+        shortest: the shorter side in pixels after the resize.
+        size: of the square, at most `shortest`.
+        pixels, replacement, template: as for `SquareImages`.
+        adds_bos: see `MediaReader`.
+    """
+
+    shortest: int
+    size: int
+    pixels: Pixels
+    replacement: str
+    placeholder: str = "<image>"
+    kind: str = "image"
+    template: str | None = None
+    adds_bos: bool = False
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The column `images` of squares."""
+        return {"images": (self.size, self.size, 3)}
+
+    def text(self, media: Media) -> str:
+        """The same text for every image; reads the image, so that one that cannot be is refused."""
+        self._sides(media, read_image(media))
+        return self.replacement
+
+    def counts(self, media: Media) -> dict[str, int]:
+        """One square."""
+        return {"images": 1}
+
+    def arrays(self, media: Media) -> Columns:
+        """`images` [1, size, size, 3] float32."""
+        image = read_image(media)
+        width, height = self._sides(media, image)
+        image = np.asarray(image.resize((width, height), self.pixels.resample))
+        top, left = (height - self.size) // 2, (width - self.size) // 2
+        return {"images": self.pixels(image[top : top + self.size, left : left + self.size])[None]}
+
+    def _sides(self, media, image):
+        """(width, height) after the resize."""
+        longer = int(self.shortest * max(image.size) / min(image.size))
+        if longer * self.shortest > MAX_PIXELS:
+            raise DataError(
+                f"the image {media} of {image.size[0]} x {image.size[1]} pixels would be resized to "
+                f"{longer} x {self.shortest}, expected at most {MAX_PIXELS} pixels; cut it.",
+                "schema",
+            )
+        return (
+            (self.shortest, longer) if image.size[0] <= image.size[1] else (longer, self.shortest)
+        )
 
 
 @dataclasses.dataclass(frozen=True)

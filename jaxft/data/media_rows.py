@@ -27,7 +27,8 @@ class MediaReader(Protocol):
         placeholder: the text that the model's chat template writes for one image or clip.
         shapes: column of the batch -> the shape of one of its entries.
 
-    A reader may also have `template`, the chat template of models whose files have none.
+    A reader may also have `template`, the chat template of models whose files have none, and `adds_bos`,
+    whether a conversation begins with the token that the tokenizer adds although the template lacks it.
     """
 
     kind: str

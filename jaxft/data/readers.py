@@ -11,7 +11,7 @@ from jaxft.checkpoints import resolve
 from jaxft.data.clips import ClipReader
 from jaxft.data.errors import DataError
 from jaxft.data.grid_images import GridImages
-from jaxft.data.images import Pixels, SquareImages, TiledImages
+from jaxft.data.images import CroppedImages, Pixels, SquareImages, TiledImages
 from jaxft.data.log_mel import read_log_mel
 from jaxft.data.media_rows import MediaReader
 from jaxft.models import FAMILIES
@@ -28,6 +28,14 @@ PALIGEMMA_TEMPLATE = (
     "{% for p in m['content'] if p['type'] == 'image' %}<image>{% endfor %}{{ bos_token }}"
     "{% for p in m['content'] if p['type'] == 'text' %}{{ p['text'] }}{% endfor %}{{ '\n' }}"
     "{% else %}{% for p in m['content'] %}{{ p['text'] }}{% endfor %}{{ eos_token }}{% endif %}{% endfor %}"
+)
+# A conversation as LLaVA 1.5 is trained on, for files without a chat template.
+LLAVA_TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] != 'system' %}{{ m['role'] | upper }}: {% endif %}"
+    "{% for p in m['content'] if p['type'] == 'image' %}<image>\n{% endfor %}"
+    "{% for p in m['content'] if p['type'] == 'text' %}{{ p['text'] }}{% endfor %}"
+    "{{ eos_token if m['role'] == 'assistant' else ' ' }}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
 # Settings whose other value has no counterpart here.
 _FIXED = {"do_convert_rgb": True, "do_resize": True, "do_pad": True, "do_center_crop": False}
@@ -105,6 +113,23 @@ def _square(settings, tower, path) -> SquareImages:
     return SquareImages(size, pixels, text, template=PALIGEMMA_TEMPLATE)
 
 
+def _cropped(settings, tower, path) -> CroppedImages:
+    size, given = tower.encoder.image_size, settings.get("crop_size") or {}
+    given = given if isinstance(given, Mapping) else {"height": given, "width": given}
+    shortest = settings.get("size")
+    shortest = shortest.get("shortest_edge") if isinstance(shortest, Mapping) else shortest
+    fits = isinstance(shortest, int) and shortest >= size
+    if (given.get("height"), given.get("width")) != (size, size) or not fits:
+        raise DataError(
+            f"{path}: preprocessor_config.json has the crop_size {given} and the shortest_edge {shortest!r}; "
+            f"expected {size}, the image_size of config.json, and at least as many pixels."
+        )
+    fixed = _FIXED | {"do_center_crop": True, "do_pad": False}
+    pixels = _pixels(settings, path, _BICUBIC, CLIP_MEAN, CLIP_STD, fixed)
+    text = "<image>" * tower.tokens
+    return CroppedImages(shortest, size, pixels, text, template=LLAVA_TEMPLATE, adds_bos=True)
+
+
 def _grid(settings, tower, path) -> GridImages:
     sizes, given = settings.get("size") or {}, (tower.patch_size, tower.merge, tower.frames)
     names = {"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2}
@@ -120,8 +145,8 @@ def _grid(settings, tower, path) -> GridImages:
     return GridImages(tower.patch_size, tower.merge, window, least, most, pixels)
 
 
-def _pixels(settings, path, resample, mean=HALF, std=HALF) -> Pixels:
-    for name, value in _FIXED.items():
+def _pixels(settings, path, resample, mean=HALF, std=HALF, fixed=_FIXED) -> Pixels:
+    for name, value in fixed.items():
         if settings.get(name, value) not in (value, None):
             raise DataError(
                 f"{path}: preprocessor_config.json has {name} = {settings[name]!r}, which jaxft lacks; "
@@ -148,4 +173,4 @@ def _clips(settings, tower, path) -> ClipReader:
 
 
 _READERS = {"idefics3": _tiled, "smolvlm": _tiled, "paligemma": _square, "qwen2_5_vl": _grid}
-_READERS |= {"qwen2_audio": _clips}
+_READERS |= {"llava": _cropped, "qwen2_audio": _clips}

@@ -18,7 +18,7 @@ from jaxft.data.media import MEDIA
 from jaxft.data.media_rows import MediaReader, Shown, check_kinds, expand
 from jaxft.data.records import Record, as_messages, context
 from jaxft.data.shown import refuse
-from jaxft.data.templates import TEMPLATES, default_template, read_template
+from jaxft.data.templates import TEMPLATES, default_template, processor_template, read_template
 
 MaskMode = Literal["completion", "last_turn", "all", "per_message"]
 
@@ -89,10 +89,8 @@ class Renderer:
         own = getattr(tokenizer, "chat_template", None)
         names = own if isinstance(own, dict) else {}
         text, needed = (names[template], ()) if template in names else read_template(template)
-        self.template = text or default_template(own)
-        if not self.template:
-            given = (getattr(reader, "template", None) for reader in self.media)
-            self.template = next(filter(None, given), None)
+        bos = tokenizer.bos_token if self._encoder.adds_bos else None
+        self.template = processor_template(text or default_template(own), self.media, bos)
         self._chat = self._tool_chat = None
         if self.template:
             _check_special(tokenizer, needed, template)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from jaxft.data.errors import DataError
 
@@ -96,3 +97,20 @@ def default_template(own: str | Mapping[str, str] | None) -> str | None:
             "choose one with --template NAME."
         )
     return own.get("default")
+
+
+def processor_template(template: str | None, readers: Sequence[Any], bos: str | None) -> str | None:
+    """Returns the template as the processors of a model use it; that of a processor if `template` is None.
+
+    Args:
+        template: of the tokenizer, or the user's.
+        readers: the processors (`jaxft.data.MediaReader`). One with a true `adds_bos` begins a conversation
+            with `bos`, as transformers' processors do if the template does not.
+        bos: the token that the tokenizer adds in front of a text; None: it adds none.
+    """
+    given = (getattr(reader, "template", None) for reader in readers)
+    template = template or next(filter(None, given), None)
+    adds = bos and any(getattr(reader, "adds_bos", False) for reader in readers)
+    if template and adds and "bos_token" not in template and bos not in template:
+        return "{{ bos_token }}" + template
+    return template

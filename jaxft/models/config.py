@@ -194,7 +194,7 @@ class DecoderConfig:
     norm: Literal["rms", "layer"] = "rms"
     norm_eps: float = 1e-5
     norm_offset: float = 0.0  # Gemma multiplies by 1 + scale
-    activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
+    activation: Literal["silu", "gelu", "gelu_tanh", "quick_gelu"] = "silu"
     gated_mlp: bool = True
     attention_bias: bool = False  # of query, key and value
     output_bias: bool = False  # of the attention's output projection

@@ -1,4 +1,4 @@
-"""One transformer encoder for BERT, RoBERTa, MiniLM, ViT and SigLIP."""
+"""One transformer encoder for BERT, RoBERTa, MiniLM, ViT, SigLIP and CLIP."""
 
 from __future__ import annotations
 
@@ -35,11 +35,13 @@ class EncoderConfig:
     vocab_size: int = 0
     token_types: int = 0
     norm_eps: float = 1e-12
-    activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "gelu"
+    activation: Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu"] = "gelu"
     pre_norm: bool = False  # norms before attention and MLP (ViT) rather than after (BERT)
     attention_bias: bool = True  # of query, key and value
     pooler: bool = True  # tanh projection of the first token's state
     class_token: bool = True  # before the patches of an image
+    patch_bias: bool = True  # of the projection of patches
+    patch_norm: bool = False  # a norm of patches and class token before the first layer (CLIP)
     # rows of the position table for the patches, if they are not 0, 1, 2...
     patch_positions: tuple[int, ...] = ()
     image_size: int = 0
@@ -80,6 +82,9 @@ class EncoderOutput(NamedTuple):
 
     hidden: jax.Array  # [B, T, D]
     pooled: jax.Array | None  # [B, D], None without a pooler
+    # [B, T, D] each: the first layer's input and each layer's output, without the last norm; () if
+    # layers are stacked
+    states: tuple[jax.Array, ...] = ()
 
 
 class Encoder(nn.Module):
@@ -120,6 +125,8 @@ class Encoder(nn.Module):
             images = inputs.astype(self.dtype)
             images = images if noise is None else noise(images)
             x = PatchEmbed(config, name="patches")(images)
+            if config.patch_norm:
+                x = Norm("layer", config.norm_eps, name="embed_norm")(x)
             x = x if lead.prompt is None else before(lead.prompt, x)
         else:
             x = self._embed_tokens(lead, inputs, segment_ids, token_types, noise)
@@ -136,15 +143,18 @@ class Encoder(nn.Module):
                 length=config.num_layers,
             )
             x, _ = scanned(config, self.remat, name=LAYERS)(x, lead.prefix, segment_ids)
+            states = ()
         else:
-            x = EncoderLayers(config, self.remat, name=LAYERS)(x, lead.prefix, segment_ids)
-        x = x[:, lead.prompt_length :]
+            layers = EncoderLayers(config, self.remat, name=LAYERS)
+            states = layers(x, lead.prefix, segment_ids)
+            x = states[-1]
+        x, *states = (y[:, lead.prompt_length :] for y in (x, *states))
         if config.pre_norm:
             x = Norm("layer", config.norm_eps, name="final_norm")(x)
         pooled = None
         if config.pooler:
             pooled = jnp.tanh(Dense(config.hidden_size, bias=True, name="pooler")(x[:, 0]))
-        return EncoderOutput(x, pooled)
+        return EncoderOutput(x, pooled, tuple(states))
 
     def example_input(self) -> jax.Array:
         """The smallest input, for `init` and shapes."""
@@ -194,7 +204,7 @@ class PatchEmbed(nn.Module):
             )
         rows, columns = height // size, width // size
         patches = images.reshape(batch, rows, size, columns, size, channels).swapaxes(2, 3)
-        x = Dense(config.hidden_size, bias=True, name="projection")(
+        x = Dense(config.hidden_size, bias=config.patch_bias, name="projection")(
             patches.reshape(batch, rows * columns, -1)
         )
         table = lambda name, n: to_dense(
@@ -210,18 +220,19 @@ class PatchEmbed(nn.Module):
 
 
 class EncoderLayers(nn.Module):
-    """The blocks in sequence."""
+    """The blocks in sequence: the input of the first and the output of each."""
 
     config: EncoderConfig
     remat: Remat = "none"
 
     @nn.compact
     def __call__(self, x, prefix, segment_ids):
-        block = remat_block(EncoderBlock, self.remat)
+        block, states = remat_block(EncoderBlock, self.remat), [x]
         for i in range(self.config.num_layers):
             own = None if prefix is None else prefix[i]
             x, _ = block(self.config, self.remat, name=str(i))(x, own, segment_ids)
-        return x
+            states.append(x)
+        return states
 
 
 class EncoderBlock(nn.Module):

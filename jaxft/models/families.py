@@ -19,6 +19,7 @@ from jaxft.models.gpt_oss import GPT_OSS
 from jaxft.models.granite import GRANITE
 from jaxft.models.idefics3 import IDEFICS3
 from jaxft.models.llama import LLAMA
+from jaxft.models.llava import LLAVA
 from jaxft.models.marian import MARIAN
 from jaxft.models.mbart import MBART
 from jaxft.models.mistral import MISTRAL
@@ -81,6 +82,7 @@ FAMILIES: tuple[Family, ...] = (
     IDEFICS3,
     SMOLVLM,
     PALIGEMMA,
+    LLAVA,
     QWEN2_5_VL,
     QWEN2_AUDIO,
     *TEXT_PARTS,

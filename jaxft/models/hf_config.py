@@ -35,6 +35,7 @@ _ACTIVATION_NAMES = {
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
     "relu": "relu",
 }
 Windows = tuple[int | None, ...]
@@ -42,6 +43,7 @@ ACTIVATIONS = {  # the inverse
     "silu": "silu",
     "gelu": "gelu",
     "gelu_tanh": "gelu_pytorch_tanh",
+    "quick_gelu": "quick_gelu",
     "relu": "relu",
 }
 

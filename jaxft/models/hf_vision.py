@@ -1,7 +1,8 @@
-"""config.json and tensor names of SigLIP's vision transformer, which several models contain."""
+"""config.json and tensor names of the vision transformers of SigLIP and CLIP."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ _LINEAR = {
     "mlp.fc1": "mlp/up",
     "mlp.fc2": "mlp/down",
 }
-_VISION = r"vision/(encoder/layers/.*/(query|key|value|out|up|down)|projection)/kernel"
+_VISION = r"vision/(encoder/layers/.*/(query|key|value|out|up|down)|up|projection)/kernel"
 # PEFT's "all-linear", and the linear kernels of each part; the projection belongs to the part for images.
 VISION_TARGETS: Targets = part_targets("vision", _VISION)
 
@@ -91,6 +92,37 @@ def read_siglip(json: Json, keys: Keys, *, ragged: bool) -> EncoderConfig:
     )
 
 
+def clip_keys() -> Keys:
+    """The keys of transformers' class of CLIP's vision config."""
+    keys = siglip_keys(
+        hidden_size=768,
+        num_attention_heads=12,
+        hidden_act="quick_gelu",
+        layer_norm_eps=1e-5,
+    )
+    own = {"projection_dim", "initializer_factor", "tie_word_embeddings"}
+    return dataclasses.replace(keys, no_effect=frozenset(own))
+
+
+def read_clip(json: Json, keys: Keys) -> EncoderConfig:
+    """The EncoderConfig of the vision_config of a CLIP in a config.json.
+
+    Radford et al., 2021, arxiv.org/abs/2103.00020, section 2.4: a class token, and a norm before the layers.
+
+    Raises:
+        CheckpointError: as for `read_siglip`.
+    """
+    config = read_siglip(json, keys, ragged=False)
+    return dataclasses.replace(
+        config,
+        num_positions=config.num_positions + 1,
+        class_token=True,
+        patch_bias=False,
+        patch_norm=True,
+        family="clip_vision_model",
+    )
+
+
 def write_siglip(config: EncoderConfig) -> dict[str, Any]:
     """The vision_config of an EncoderConfig."""
     return {
@@ -107,7 +139,7 @@ def write_siglip(config: EncoderConfig) -> dict[str, Any]:
 
 
 def siglip_entries(config: EncoderConfig, theirs: str, ours: str) -> list[Entry]:
-    """The tensors of a SigLIP vision transformer.
+    """The tensors of a SigLIP or CLIP vision transformer.
 
     Args:
         config: of it.
@@ -119,17 +151,24 @@ def siglip_entries(config: EncoderConfig, theirs: str, ours: str) -> list[Entry]
         config.patch_size,
         f"{theirs}embeddings.patch_embedding",
     )
-    entries = [
-        # torch convolves [out, channel, row, column]; jaxft's patches are (row, column, channel).
-        Entry(
-            f"{patch}.weight",
-            (f"{ours}patches/projection/kernel",),
-            file_shape=(width, config.channels, size, size),
-            axes=(2, 3, 1, 0),
-        ),
-        Entry(f"{patch}.bias", (f"{ours}patches/projection/bias",)),
-        Entry(f"{theirs}embeddings.position_embedding.weight", (f"{ours}patches/positions",)),
-    ]
+    entries = []
+    if config.class_token:
+        name = f"{theirs}embeddings.class_embedding"
+        entries.append(Entry(name, (f"{ours}patches/cls",), file_shape=(width,)))
+    # torch convolves [out, channel, row, column]; jaxft's patches are (row, column, channel).
+    kernel = Entry(
+        f"{patch}.weight",
+        (f"{ours}patches/projection/kernel",),
+        file_shape=(width, config.channels, size, size),
+        axes=(2, 3, 1, 0),
+    )
+    entries.append(kernel)
+    if config.patch_bias:
+        entries.append(Entry(f"{patch}.bias", (f"{ours}patches/projection/bias",)))
+    positions = (f"{ours}patches/positions",)
+    entries.append(Entry(f"{theirs}embeddings.position_embedding.weight", positions))
+    if config.patch_norm:
+        entries += layer_norm(f"{theirs}pre_layrnorm", f"{ours}embed_norm")
     for i in range(config.num_layers):
         layer, block = f"{theirs}encoder.layers.{i}.", f"{ours}layers/{i}/"
         for name, path in _LINEAR.items():

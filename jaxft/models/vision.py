@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxft.models.encoder import Encoder, EncoderConfig
-from jaxft.models.layers import Dense
+from jaxft.models.layers import ACTIVATIONS, Dense
 from jaxft.models.remat import Remat
 
 
@@ -24,6 +24,10 @@ class VisionTower:
         width: features of an embedding: the decoder's.
         shuffle: s of the s x s patches, side by side, whose features are joined for one embedding.
         bias: whether the projection has one.
+        states: the outputs of the encoder's layers that are joined, from 1; 0 is the input of the first, and
+            negative numbers count from the end. (): that of the last, after the last norm.
+        class_token: whether the class token of the encoder gets an embedding too, before the patches.
+        projector: the activation between two linear layers of the projection; "": it has one.
         scale: factor of the embeddings.
         name: of its params.
     """
@@ -33,6 +37,9 @@ class VisionTower:
     width: int
     shuffle: int = 1
     bias: bool = False
+    states: tuple[int, ...] = ()
+    class_token: bool = False
+    projector: str = ""
     scale: float = 1.0
     name: str = "vision"
 
@@ -44,11 +51,21 @@ class VisionTower:
             raise ValueError(
                 f"VisionTower: {side} patches a side are not a multiple of the shuffle {self.shuffle}."
             )
+        count = self.encoder.num_layers + 1
+        if any(not -count <= i < count for i in self.states):
+            raise ValueError(
+                f"VisionTower: the encoder has the outputs -{count} to {count - 1}, not all of {self.states}."
+            )
+        if self.class_token and (not self.encoder.class_token or self.shuffle > 1):
+            raise ValueError(
+                "VisionTower: an embedding of the class token needs an encoder that has one, and no shuffle."
+            )
 
     @property
     def tokens(self) -> int:
         """Embeddings of one image."""
-        return (self.encoder.image_size // self.encoder.patch_size // self.shuffle) ** 2
+        side = self.encoder.image_size // self.encoder.patch_size // self.shuffle
+        return side**2 + self.class_token
 
     def module(self, dtype: Any, remat: Remat) -> nn.Module:
         """The module, for a decoder that has a tower of this config."""
@@ -73,8 +90,15 @@ class Vision(nn.Module):
         config = self.config
         batch, count, *shape = images.shape
         encoder = Encoder(config.encoder, self.dtype, remat=self.remat, name="encoder")
-        x = encoder(jnp.reshape(images, (batch * count, *shape))).hidden
+        found = encoder(jnp.reshape(images, (batch * count, *shape)))
+        # Under jit, later layers are not computed.
+        states = [found.states[i] for i in config.states] or [found.hidden]
+        x = jnp.concatenate(states, axis=-1)
+        if config.encoder.class_token and not config.class_token:
+            x = x[:, 1:]
         x = pixel_shuffle(x, config.shuffle)
+        if config.projector:
+            x = ACTIVATIONS[config.projector](Dense(config.width, config.bias, name="up")(x))
         x = Dense(config.width, bias=config.bias, name="projection")(x)
         return jnp.reshape(x, (batch, count * config.tokens, config.width)) * config.scale
 

@@ -9,18 +9,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
+from PIL import Image
 
 from jaxft import data
 from jaxft.adapters import adapt, combine, full, load_adapter, lora, merge, partition, save_adapter
 from jaxft.adapters.peft.model import model_of
 from jaxft.checkpoints import CheckpointError, load_model, save_model
 from jaxft.checkpoints.assemble import disassemble
+from jaxft.data import readers
 from jaxft.generation import SamplingConfig, generate
 from jaxft.models import FAMILIES, config_of, family_of, stack_layers
 from jaxft.models.family import find_family
 from jaxft.models.hf_keys import NO_EFFECT
 from jaxft.models.hf_vision import ragged_positions
 from jaxft.models.idefics3 import record as idefics3
+from jaxft.models.llava import record as llava
 from jaxft.models.paligemma import record as paligemma
 from jaxft.models.prefixes import prefix_of
 from jaxft.models.qwen2_5_vl import record as qwen2_5_vl
@@ -29,13 +33,14 @@ from tests import vision_models
 
 torch = pytest.importorskip("torch", reason="parity tests need torch: pip install 'jaxft[test]'")
 hf = pytest.importorskip("transformers")
+pil_clip = pytest.importorskip("transformers.models.clip.image_processing_pil_clip")
 
 # Images of two samples: one wide that is split, and two, of which one is split into four.
 SIZES = [[(9, 30)], [(16, 16), (40, 37)]]
 SMOLVLM = vision_models.smolvlm_json(300, 290)
 
 
-@pytest.fixture(scope="module", params=["smolvlm", "paligemma2", "qwen2_5_vl"])
+@pytest.fixture(scope="module", params=["smolvlm", "paligemma2", "qwen2_5_vl", "llava"])
 def pair(request, tmp_path_factory):
     """(torch model, directory of its files, our model, our params)."""
     path = tmp_path_factory.mktemp(request.param)
@@ -106,12 +111,14 @@ def inputs(theirs, batch):
     given = dict(
         input_ids=torch.tensor(batch["tokens"]).long(), attention_mask=mask, pixel_values=pixels
     )
-    if theirs.config.model_type != "paligemma":
+    if theirs.config.model_type not in ("paligemma", "llava"):
         return given
     pixels = pixels.flatten(0, 1)
     answer = np.cumsum(batch.get("loss_mask", np.zeros(batch["tokens"].shape)) > 0, axis=1) > 0
     real = pixels.abs().sum((1, 2, 3)) > 0
-    return given | dict(pixel_values=pixels[real], token_type_ids=torch.tensor(answer.astype(int)))
+    kinds = dict(token_type_ids=torch.tensor(answer.astype(int)))
+    kinds = kinds if theirs.config.model_type == "paligemma" else {}
+    return given | dict(pixel_values=pixels[real]) | kinds
 
 
 def close(ours, theirs, share=1e-4):
@@ -157,7 +164,7 @@ def test_logits_of_padded_and_packed_rows(parts, found, wanted):
     close(packed, np.concatenate(wanted[0]))
 
 
-@pytest.mark.parametrize("kind", ["idefics3", "paligemma"])
+@pytest.mark.parametrize("kind", ["idefics3", "paligemma", "llava_full"])
 def test_other_models_of_the_same_modules(kind, tmp_path):
     theirs = vision_models.write(tmp_path, kind)
     model, params = load_model(tmp_path)
@@ -178,7 +185,9 @@ def test_gradients_of_text_projection_and_vision(pair, found, wanted):
     _, _, model, _ = pair
     entries = family_of(model.config).huggingface.entries(model.config)
     ours = dict(disassemble(entries, found[0]))
-    assert set(ours) == set(wanted[1])
+    unused = {name for name in ours if name not in wanted[1]}  # after the layer that is read
+    assert not unused if model.config.family != "llava" else len(unused) == 18
+    assert set(wanted[1]) == set(ours) - unused and not any(ours[name].any() for name in unused)
     for name, gradient in wanted[1].items():
         scale = max(np.abs(gradient).max(), 1e-3)
         chex.assert_trees_all_close(ours[name], gradient, rtol=0, atol=3e-4 * scale)
@@ -252,7 +261,8 @@ def test_adapters_go_to_peft_and_back(pair, parts, tmp_path):
     peft = pytest.importorskip("peft")
     theirs, path, model, params = pair
     # Each part of a model by one of the families; names of left-out modules end alike.
-    target = {"smolvlm": "language", "qwen2_5_vl": "vision"}.get(model.config.family, "all-linear")
+    target = {"smolvlm": "language", "qwen2_5_vl": "vision", "llava": "vision"}
+    target = target.get(model.config.family, "all-linear")
     pattern = family_of(model.config).targets.pattern(target)
     adapted = adapt(jax.random.key(0), params, {pattern: lora(2)})
     trained, frozen = partition(adapted)
@@ -295,6 +305,45 @@ def test_a_frozen_tower_keeps_nothing_for_the_backward_pass(pair, parts):
     assert kept("vision") and not kept("language")
 
 
+@pytest.mark.parametrize("own", [True, False], ids=["own template", "none"])
+def test_a_conversation_of_llava_is_that_of_its_processor(own, tmp_path):
+    """With the token that the tokenizer puts in front of a text, which the template lacks."""
+    tokenizer = vision_models.tokenizer("llava")
+    tokenizer.bos_token, begin = "<|im_start|>", tokenizer.convert_tokens_to_ids("<|im_start|>")
+    tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", begin)]
+    )
+    tokenizer.chat_template = readers.LLAVA_TEMPLATE if own else None
+    settings = vision_models.CROPS
+    config = vision_models.VISION | {"model_type": "clip_vision_model"}
+    token = tokenizer.convert_tokens_to_ids("<image>")
+    file = {"model_type": "llava", "vision_config": config, "image_token_index": token}
+    file |= {"text_config": vision_models.TEXT | {"vocab_size": 300}}
+    (tmp_path / "config.json").write_text(json.dumps(file))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    renderer = data.Renderer(tokenizer, media=data.media_readers(tmp_path, tokenizer))
+    theirs = hf.LlavaProcessor(
+        pil_clip.CLIPImageProcessorPil(**settings), tokenizer, patch_size=4,
+        num_additional_image_tokens=1, vision_feature_select_strategy="default",
+        chat_template=readers.LLAVA_TEMPLATE,
+    )  # fmt: skip
+    picture = vision_models.image(0, 9, 30)
+    row = lambda image: {"messages": [
+        {"role": "system", "content": [{"type": "text", "text": "Be brief."}]},
+        {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "what?"}]},
+    ]}  # fmt: skip
+    given = row(Image.fromarray(picture))["messages"]
+    wanted = theirs.apply_chat_template(
+        given, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="np"
+    )
+    record = data.normalise_question(row(picture))
+    assert renderer.prompt(record) == wanted["input_ids"][0].tolist()
+    columns = data.prompt_columns(renderer, [record])
+    np.testing.assert_array_equal(
+        np.moveaxis(np.asarray(columns["images"])[0], -1, 1), wanted["pixel_values"]
+    )
+
+
 def test_positions_of_patches_are_those_that_torch_computes():
     for side in (2, 3, 7, 14, 26, 27, 32):
         config = hf.Idefics3VisionTransformer.config_class(
@@ -312,12 +361,13 @@ def test_positions_of_patches_are_those_that_torch_computes():
         assert found[0, :, 0].int().tolist() == list(ragged_positions(side))
 
 
-@pytest.mark.parametrize("name", ["smolvlm", "idefics3", "paligemma", "qwen2_5_vl"])
+@pytest.mark.parametrize("name", ["smolvlm", "idefics3", "paligemma", "qwen2_5_vl", "llava"])
 def test_the_tables_of_keys_are_those_of_transformers(name):
     """A key that a new transformers adds, or a default that it changes, fails here."""
     family = find_family(name, FAMILIES)
-    module = {"paligemma": paligemma, "qwen2_5_vl": qwen2_5_vl}.get(name, idefics3)
-    vision = "siglip_vision_model" if name == "paligemma" else f"{name}_vision"
+    others = {"paligemma": paligemma, "qwen2_5_vl": qwen2_5_vl, "llava": llava}
+    kinds = {"paligemma": "siglip_vision_model", "llava": "clip_vision_model"}
+    module, vision = others.get(name, idefics3), kinds.get(name, f"{name}_vision")
     tables = [(family.huggingface.keys, hf.CONFIG_MAPPING[name])]
     tables.append((module._VISION_KEYS, hf.CONFIG_MAPPING[vision]))
     for keys, kind in tables:
@@ -342,6 +392,22 @@ def test_a_prefix_ends_where_the_answer_of_its_segment_begins():
     assert prefix_of({"tokens": segments}).all()
     mask = prefix_of({"tokens": segments, "prefix_mask": trains})
     assert np.array_equal(mask, trains > 0)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"vision_config": {"model_type": "siglip_vision_model"}}, "has a clip_vision_model there"),
+    ({"text_config": {"model_type": "mistral"}}, "has a llama there"),
+    ({"vision_feature_select_strategy": "cls"}, "expected default or full"),
+    ({"vision_feature_layer": "last"}, "a layer or a list of layers"),
+    ({"vision_feature_layer": 3}, "the outputs -3 to 2"),
+    ({"multimodal_projector_bias": 1}, "expected true or false"),
+])  # fmt: skip
+def test_configs_of_llava_that_cannot_be_computed_are_refused(change, message):
+    file = {"model_type": "llava", "image_token_index": 3, "vision_config": vision_models.VISION}
+    file |= {"text_config": vision_models.TEXT | {"vocab_size": 30}}
+    config_of(file)
+    with pytest.raises(CheckpointError, match=message):
+        config_of(file | change)
 
 
 @pytest.mark.parametrize("change, message", [

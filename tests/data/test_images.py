@@ -9,7 +9,15 @@ from PIL import Image
 
 from jaxft.data import DataError, Media
 from jaxft.data.grid_images import GridImages
-from jaxft.data.images import MAX_PIXELS, Pixels, SquareImages, TiledImages, image_size, read_image
+from jaxft.data.images import (
+    MAX_PIXELS,
+    CroppedImages,
+    Pixels,
+    SquareImages,
+    TiledImages,
+    image_size,
+    read_image,
+)
 from jaxft.data.readers import CLIP_MEAN, CLIP_STD
 from tests.vision_models import image
 
@@ -53,6 +61,21 @@ def test_squares_are_those_of_transformers():
         wanted = theirs(Image.fromarray(picture))["pixel_values"][0]
         found = ours.arrays(Media("image", picture))["images"]
         np.testing.assert_array_equal(found[0], channels_last(wanted))
+
+
+@pytest.mark.parametrize("shortest", [16, 19])
+def test_crops_are_those_of_transformers(shortest):
+    hf = pytest.importorskip("transformers.models.clip.image_processing_pil_clip")
+    crop = {"height": 16, "width": 16}
+    theirs = hf.CLIPImageProcessorPil(size={"shortest_edge": shortest}, crop_size=crop)
+    ours = CroppedImages(shortest, 16, Pixels(3, 1 / 255, CLIP_MEAN, CLIP_STD), "<image>")
+    for i, size in enumerate(SIZES):
+        picture = image(i, *size)
+        wanted = theirs(Image.fromarray(picture))["pixel_values"][0]
+        found = ours.arrays(Media("image", picture))["images"]
+        np.testing.assert_array_equal(found[0], channels_last(wanted))
+    with pytest.raises(DataError, match="would be resized to 8388608 x 16"):
+        CroppedImages(16, 16, Pixels(3), "").text(Media("image", np.zeros((1, 1 << 19), np.uint8)))
 
 
 def test_grids_are_those_of_transformers():

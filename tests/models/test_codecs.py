@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import jax
 import pytest
 
-from jaxft.models import FAMILIES, config_of
+from jaxft.models import FAMILIES, CheckpointError, config_of
 from jaxft.models.hf_keys import complete
 from jaxft.models.stacking import layers_in
 from jaxft.models.towers import TEXT_PARTS
@@ -93,6 +93,24 @@ FILES = {
             projection_dim=32,
         )
     ],
+    "llava": [
+        dict(
+            text_config=DECODER | dict(model_type="llama"),
+            vision_config=PICTURES,
+            image_token_index=3,
+        )
+        | other
+        for other in (
+            {},
+            dict(
+                vision_feature_layer=[0, -1],
+                vision_feature_select_strategy="full",
+                multimodal_projector_bias=False,
+                projector_hidden_act="relu",
+                tie_word_embeddings=True,
+            ),
+        )
+    ],
     "qwen2_5_vl": [
         dict(
             text_config=DECODER | dict(model_type="qwen2_5_vl_text", rope_parameters=TURNS),
@@ -172,6 +190,21 @@ def test_what_a_codec_writes_it_reads_again(family):
         if family.gguf is not None:
             held = {path for entry in family.gguf.entries(config) for path in entry.paths}
             assert held == paths
+
+
+def test_a_token_for_images_or_sounds_outside_the_vocabulary_is_refused():
+    checked = set()
+    for family in OWN:
+        for json in files(family):
+            for key in {"image_token_id", "image_token_index", "audio_token_index"} & set(json):
+                config = config_of({"model_type": family.name, **json})
+                assert config.towers[0].token == json[key]
+                for token in (-1, config.vocab_size):
+                    with pytest.raises(CheckpointError, match=f"{key} is {token}, expected one of"):
+                        config_of({"model_type": family.name, **json, key: token})
+                checked.add(family.name)
+    towers = {family.name for family in OWN if family.targets.parts}
+    assert checked == towers
 
 
 def test_positions_by_layer_are_refused_where_a_family_has_one_kind():

@@ -8,7 +8,7 @@ import pytest
 from jaxft import adapters
 from jaxft.adapters import adapt
 from jaxft.parallel import make_mesh
-from tests.parallel.training import DECODERS, ENCODERS, assert_equal, family, three_steps
+from tests.parallel.training import DECODERS, ENCODERS, MEDIA, assert_equal, family, three_steps
 
 # Over eight shards of a projection, a key head of these models lies on four devices.
 MESHES = {
@@ -45,6 +45,12 @@ FAMILY_MESHES = [
 @pytest.mark.parametrize("name, mesh", FAMILY_MESHES)
 def test_a_family_trains_as_on_one_device(name, mesh):
     assert_equal(three_steps(*family(name), make_mesh(**MESHES[mesh])), one_device(name))
+
+
+@pytest.mark.parametrize("name", MEDIA)
+def test_a_model_with_images_or_clips_trains_alike_in_microbatches_on_a_mesh(name):
+    mesh = make_mesh(**MESHES["fsdp+tensor"])
+    assert_equal(three_steps(*family(name), mesh, microbatches=2), one_device(name))
 
 
 SPLIT = ".*/(out|up)/kernel"  # by inputs and by outputs

@@ -1,6 +1,7 @@
 """A tiny model of each family, and three steps of training it over a mesh or on one device."""
 
 import functools
+import types
 from typing import NamedTuple
 
 import jax
@@ -8,11 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxft.adapters import combine, partition
+from jaxft.data.grid_images import GridImages
+from jaxft.data.images import Pixels
+from jaxft.data.media import Media
+from jaxft.data.media_rows import Shown, media_columns
+from jaxft.losses import dpo_loss, nll_loss
 from jaxft.metrics import Mean
 from jaxft.models import Decoder, Encoder, config_of, mean_pool
-from jaxft.objectives import supervised
+from jaxft.models.sound import embeddings_of
+from jaxft.objectives import preference, supervised
 from jaxft.parallel import mesh_context, shard_params
-from jaxft.train import commit
+from jaxft.train import accumulate, commit
 from jaxft.train.batches import place_batch
 
 ROWS, LENGTH, VOCABULARY = 8, 24, 96
@@ -53,6 +60,34 @@ ENCODERS = {
     "vit": dict(model_type="vit", image_size=16, patch_size=4),
 }
 
+_TEXT = _SIZES | dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, head_dim=8)
+_TEXT |= dict(rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[2, 1, 1]))
+_IMAGES = dict(
+    depth=2, hidden_size=16, intermediate_size=24, num_heads=2, patch_size=4, spatial_merge_size=2,
+    temporal_patch_size=2, window_size=16, out_hidden_size=32, fullatt_block_indexes=[1],
+)  # fmt: skip
+_SQUARES = dict(
+    hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=8,
+    patch_size=4,
+)  # fmt: skip
+_SOUND = dict(
+    d_model=16, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=24, num_mel_bins=4,
+    max_source_positions=16,
+)  # fmt: skip
+MEDIA = {
+    "qwen2_5_vl": dict(
+        model_type="qwen2_5_vl", text_config=_TEXT, vision_config=_IMAGES, image_token_id=3
+    ),
+    "smolvlm, pairs": dict(
+        model_type="smolvlm", text_config=_TEXT | dict(model_type="llama", rope_parameters=None),
+        vision_config=_SQUARES, image_token_id=3, scale_factor=2,
+    ),
+    "qwen2_audio, pairs": dict(
+        model_type="qwen2_audio", audio_config=_SOUND, audio_token_index=3,
+        text_config=_TEXT | dict(model_type="qwen2", rope_parameters=None),
+    ),
+}  # fmt: skip
+
 
 class Steps(NamedTuple):
     """Results of three steps of gradient descent."""
@@ -61,16 +96,17 @@ class Steps(NamedTuple):
     gradients: dict[str, np.ndarray]  # [3, ...] by path
 
 
-def three_steps(model, params, objective, batch, mesh=None) -> Steps:
+def three_steps(model, params, objective, batch, mesh=None, microbatches=1) -> Steps:
     """Runs one program, with the mesh in context as in `fit`."""
     placed = params if mesh is None else shard_params(params, mesh)
 
     def run(params, batch):
         trainable, frozen = partition(params)
-        loss = lambda t: objective(commit(combine(t, frozen)), batch, None)[0]
+        loss = lambda t, batch, key: objective(commit(combine(t, frozen)), batch, key)
+        gradient = accumulate(jax.value_and_grad, microbatches)(loss, has_aux=True)
 
         def body(t, _):
-            value, gradients = jax.value_and_grad(loss)(t)
+            (value, _), gradients = gradient(t, batch, jax.random.key(0))
             return jax.tree.map(lambda p, g: p - 0.1 * g, t, gradients), (value, gradients)
 
         return jax.lax.scan(body, trainable, length=3)[1]
@@ -108,6 +144,13 @@ def family(name):
             small = lambda path, x: 0.1 * x if path[-2].key in ("query_norm", "key_norm") else x
             params = jax.tree_util.tree_map_with_path(small, params)
         return model, params, supervised(model.forward, chunk=8), packed_batch()
+    if name in MEDIA:
+        model = Decoder(config_of(MEDIA[name]), scan_layers=True)
+        pairs = name.endswith("pairs")
+        # Each holds a likelihood, the second a preference too.
+        loss = lambda pairs: dpo_loss(pairs, beta=0.3) + nll_loss(pairs)
+        objective = preference(model.forward, loss) if pairs else supervised(model.forward)
+        return model, _params(model), objective, media_batch(model.config, pairs)
     names = {"pooler.dense.weight"} if name in ("bert", "roberta") else set()
     model = Encoder(config_of(_ENCODER | ENCODERS[name], names), scan_layers=True)
     return model, _params(model), _encoder_objective(model), _encoder_batch(model)
@@ -128,6 +171,48 @@ def packed_batch(rows=ROWS, length=LENGTH):
         "segment_ids": segments.astype(np.int32),
         "positions": positions.astype(np.int32),
     }
+
+
+def media_batch(config, pairs, rows=ROWS, length=LENGTH):
+    """Rows with images of unlike sizes, or clips of unlike lengths, none to two; or pairs of them."""
+    rng, (tower,) = np.random.default_rng(0), config.towers
+    shown = [[Shown(i, _reader(tower, rng)) for i in range(n % 3)] for n in range(rows)]
+    columns = media_columns(shown, shown[2])
+    counts = np.array([sum(one.reader.embeddings for one in row) for row in shown])
+    place = np.arange(length)
+    seen = place < rng.integers(counts + 5, length + 1)[:, None]
+    token = (place >= 1) & (place <= counts[:, None])
+    answer = seen & (place > counts[:, None] + 2)
+    tokens = rng.integers(tower.token + 1, VOCABULARY, (rows, length))
+    batch = {
+        "tokens": np.where(token, tower.token, tokens).astype(np.int32),
+        "loss_mask": answer.astype(np.float32),
+        "segment_ids": seen.astype(np.int32),
+    }
+    if pairs:
+        other = np.where(answer, np.roll(batch["tokens"], 1, axis=0) | 4, batch["tokens"])
+        batch = {name: np.stack([x, x], axis=1) for name, x in batch.items()}
+        batch["tokens"][:, 1] = other
+        batch["ref_log_probs"] = rng.normal(-12, 1, (rows, 2)).astype(np.float32)
+    return batch | columns
+
+
+def _reader(tower, rng):
+    """A random image or clip of a tower, as its own reader."""
+    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
+    if tower.columns == ("images",):
+        side, count = tower.encoder.image_size, tower.tokens
+        shapes, arrays = {"images": (side, side, 3)}, {"images": draw(1, side, side, 3)}
+    elif tower.columns == ("audio", "audio_frames"):
+        frames = int(rng.integers(8, 2 * tower.places + 1))
+        count, shapes = embeddings_of(frames), {"audio": (32, tower.mel), "audio_frames": ()}
+        arrays = {"audio": draw(1, 32, tower.mel), "audio_frames": np.array([frames], np.int32)}
+    else:
+        reader = GridImages(tower.patch_size, tower.merge, 2, 1, 1 << 20, Pixels(3))
+        picture = rng.integers(0, 256, (8 * rng.integers(1, 4), 8 * rng.integers(1, 4), 3))
+        arrays, shapes = reader.arrays(Media("image", picture)), reader.shapes
+        count = len(arrays["patches"])
+    return types.SimpleNamespace(shapes=shapes, arrays=lambda _: arrays, embeddings=count)
 
 
 def _params(model):

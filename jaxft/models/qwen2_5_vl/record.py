@@ -14,7 +14,7 @@ from jaxft.models.family import Family, Json
 from jaxft.models.grid_vision import GridTower
 from jaxft.models.hf_config import ACTIVATIONS, read_activation
 from jaxft.models.hf_keys import COMMON, Keys, complete
-from jaxft.models.hf_parts import part_targets, text_entries
+from jaxft.models.hf_parts import check_token, part_targets, text_entries
 from jaxft.models.hf_vision import square
 from jaxft.models.names import Entry
 from jaxft.models.qwen2 import QWEN2
@@ -104,6 +104,7 @@ def read(json: Json, tensors: Collection[str]) -> DecoderConfig:
         )
     rope = dataclasses.replace(config.rope, sections=tuple(sections))
     tower = _read_tower(json, config)
+    check_token("image_token_id", tower.token, config.vocab_size)
     return dataclasses.replace(config, rope=rope, towers=(tower,), family="qwen2_5_vl", source="")
 
 

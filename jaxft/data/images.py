@@ -182,7 +182,7 @@ class TiledImages:
 
 
 def image_size(media: Media) -> tuple[int, int]:
-    """(width, height) in pixels, as `read_image` has them; from the file's header if it has no orientation."""
+    """(width, height) in pixels, as `read_image` has them; from the file's header where it has them."""
     if not isinstance(media.value, (str, bytes)):
         return read_image(media).size
     with _opened(media) as image:

@@ -15,7 +15,7 @@ import os
 import pathlib
 import re
 import urllib.parse
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -152,6 +152,10 @@ def read_part(part: Mapping[str, Any]) -> tuple[str, Media | None] | None:
     given = [part[name] for name in dict.fromkeys(names) if part.get(name) is not None]
     if len(given) > 1:
         raise DataError(f"the part {part!r:.60} gives its {kind} twice; give one.", "schema")
+    if part.get("text"):
+        raise DataError(
+            f"the part {part!r:.60} is an {kind} and has a text; give each its own part.", "schema"
+        )
     return kind, read_media(kind, given[0]) if given else None
 
 
@@ -216,17 +220,23 @@ def resolved(record: dict[str, Any], folder: str) -> dict[str, Any]:
     return made | ({MEDIA: at(record[MEDIA])} if record.get(MEDIA) else {})
 
 
-def without_markers(text: str) -> list[str]:
-    """The pieces of a text between its markers that are not blank."""
-    return [
-        piece for piece in _MARKER.split(text) if piece.strip() and not _MARKER.fullmatch(piece)
-    ]
+def without_markers(text: str, kinds: Iterable[str]) -> list[str]:
+    """The pieces of a text between its markers of these kinds that are not blank."""
+    markers = {MARKERS[kind] for kind in kinds}
+    pieces = re.split("|".join(map(re.escape, markers)), text) if markers else [text]
+    return [piece for piece in pieces if piece.strip()]
+
+
+def kinds_of(message: Mapping[str, Any]) -> list[str]:
+    """The kinds of media that a message holds; markers of other kinds are a part of its text."""
+    return sorted({one.kind for one in message.get(MEDIA, ())})
 
 
 def as_parts(message: Mapping[str, Any]) -> dict[str, Any]:
     """A message whose content is a list of parts, as chat templates of models with media read it."""
-    pieces = _MARKER.split(message["content"])
-    kinds = {marker: kind for kind, marker in MARKERS.items()}
+    kinds = {MARKERS[kind]: kind for kind in kinds_of(message)}
+    found = "|".join(map(re.escape, kinds))
+    pieces = re.split(f"({found})", message["content"]) if kinds else [message["content"]]
     parts = [
         {"type": kinds[piece]} if piece in kinds else {"type": "text", "text": piece}
         for piece in pieces
@@ -267,6 +277,12 @@ def _placed(record, kind, marker, media):
     if count != len(media):
         raise DataError(
             f"{count} {marker} in the text and {len(media)} {kind}s; give one for each.", "schema"
+        )
+    if any(turn["role"] == "assistant" and marker in turn["content"] for turn in turns):
+        raise DataError(
+            f"{marker} stands in an answer, where no {kind} is asked about; leave it out there, or give "
+            f"the {kind} as a part of the answer's content.",
+            "schema",
         )
     made, left = [], list(media)
     for turn in turns:
@@ -322,7 +338,7 @@ def _loaded(kind, image):
         image.load()
     except (OSError, SyntaxError, ValueError) as error:
         raise DataError(
-            f"the {kind} {image!r:.60} cannot be read ({error!s:.80}); open its file again, or give its path.",
+            f"the {kind} {image!r:.60} cannot be read ({error!s:.80}); give its path.",
             "schema",
         ) from None
     return image

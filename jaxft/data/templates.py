@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from jaxft.data.errors import DataError
 
@@ -96,3 +97,14 @@ def default_template(own: str | Mapping[str, str] | None) -> str | None:
             "choose one with --template NAME."
         )
     return own.get("default")
+
+
+def check_special(tokenizer: Any, needed: Sequence[str], template: str | None) -> None:
+    """Raises DataError if the tokenizer lacks special tokens that a named template needs."""
+    vocab = tokenizer.get_vocab()
+    if missing := [token for token in needed if token not in vocab]:
+        raise DataError(
+            f"template {template!r} needs the special tokens {', '.join(missing)}, which the "
+            "tokenizer does not have, so that turns would not end in one token; use 'alpaca' or "
+            "'plain'."
+        )

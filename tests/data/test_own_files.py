@@ -17,7 +17,14 @@ from tests import vision_models
 from tests.data.test_audio import RATE, tone, wav
 
 PICTURE = vision_models.image(0, 24, 40)
-FORMATS = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp", "TIFF": ".tif", "GIF": ".gif", "BMP": ".bmp"}
+FORMATS = {
+    "PNG": ".png",
+    "JPEG": ".jpg",
+    "WEBP": ".webp",
+    "TIFF": ".tif",
+    "GIF": ".gif",
+    "BMP": ".bmp",
+}
 FORMATS |= {"ICO": ".ico", "TGA": ".tga", "PPM": ".ppm", "JPEG2000": ".jp2"}
 FORMATS |= {"AVIF": ".avif"} if features.check("avif") else {}
 
@@ -63,8 +70,10 @@ def pictures():
     image.info["transparency"] = 1
     yield image
     for mode in ("RGB", "YCbCr"):
-        yield Image.fromarray(PICTURE).convert("RGB") if mode == "RGB" else Image.frombytes(
-            mode, (40, 24), PICTURE.tobytes()
+        yield (
+            Image.fromarray(PICTURE).convert("RGB")
+            if mode == "RGB"
+            else Image.frombytes(mode, (40, 24), PICTURE.tobytes())
         )
     turned = Image.fromarray(PICTURE)
     turned.getexif()[0x0112] = 3
@@ -138,3 +147,74 @@ def test_a_damaged_pillow_image_is_refused_where_it_is_read(tmp_path):
     for image in (closed, Image.open(tmp_path / "b.png")):
         with pytest.raises(DataError, match="cannot be read"):
             data.normalise({"question": "a", "answer": "b", "images": [image]})
+
+
+def rendered(renderer, row):
+    (part,) = renderer(data.normalise(row))
+    decode = renderer.tokenizer.decode
+    return decode(part.tokens), decode(part.tokens[part.loss_mask > 0])
+
+
+@pytest.fixture(scope="module")
+def renderer():
+    return data.Renderer(vision_models.tokenizer(), media=[SquareImages(16, Pixels(1), "<image>" * 3)])
+
+
+def asked(*content, answer="b"):
+    said = {"role": "assistant", "content": answer}
+    return {"messages": [{"role": "user", "content": list(content)}, said]}
+
+
+IMAGE, WORDS = {"type": "image", "image": PICTURE}, {"type": "text", "text": "an <audio> tag?"}
+
+
+def test_no_text_is_lost_beside_an_image(renderer):
+    """A marker of media that the record does not hold is text, in any place of it."""
+    for row in (asked(IMAGE, WORDS), asked(WORDS), asked(IMAGE, answer="an <audio> tag?"),
+                asked(WORDS, answer="c") | {"images": [PICTURE]}):  # fmt: skip
+        assert "an <audio> tag?" in rendered(renderer, row)[0]
+
+
+def test_the_tokens_of_images_never_train(renderer):
+    answer = {"role": "assistant", "content": [IMAGE, {"type": "text", "text": "b"}]}
+    shown = {"messages": [{"role": "user", "content": "a"}, answer]}
+    plain = {"text": "a<image>b", "images": [PICTURE]}
+    whole = data.Renderer(renderer.tokenizer, media=renderer.media, mask="all")
+    for one, row in ((renderer, shown), (renderer, plain), (whole, asked(IMAGE, WORDS))):
+        text, trained = rendered(one, row)
+        assert text.count("<image>") == 3 and "<image>" not in trained and "b" in trained
+
+
+@pytest.mark.parametrize("row, message", [
+    (asked({**IMAGE, "text": "What?"}), "has a text; give each"),
+    (asked({"type": "text", "text": "What?", "image": "a.png"}), "text part with 'image'"),
+    (asked(WORDS, answer="the <image> tag") | {"images": [PICTURE]}, "stands in an answer"),
+])  # fmt: skip
+def test_what_would_be_dropped_or_moved_is_refused(row, message):
+    with pytest.raises(DataError, match=message):
+        data.normalise(row)
+
+
+@pytest.mark.parametrize("name, value", [
+    ("image_path", "cats/a.JPG"), ("file_name", "a.png"), ("img", Image.fromarray(PICTURE)),
+    ("picture", {"bytes": b"\x89PNG...", "path": None}), ("photos", ["a.webp"]),
+    ("link", "a.png?size=3"),
+])  # fmt: skip
+def test_a_column_of_images_that_is_not_read_is_refused(renderer, name, value):
+    row = {"question": "What?", "answer": "a.png", name: value}
+    record = data.normalise(row)
+    for call in (renderer, renderer.prompt):
+        with pytest.raises(DataError, match=f"--fields images {name}, or leave it out"):
+            call(record)
+    assert len(rendered(renderer, row | {"images": [PICTURE]})) == 2
+    for fields in ({name: ""}, {"images": name}):
+        taken = data.normalise(row, fields)
+        assert len(media_in(taken)) == (name not in fields)
+    text_only = data.Renderer(vision_models.byte_tokenizer())
+    assert len(text_only(record)) == 1
+
+
+def test_an_answered_question_keeps_its_images():
+    for row in (asked(IMAGE, WORDS), {"prompt": "<image>a", "completion": "b", "images": [PICTURE]}):
+        record = data.normalise(row)
+        assert media_in(data.answered(record, "c")) == media_in(record)

@@ -12,6 +12,8 @@ import numpy as np
 from jaxft.data.errors import DataError
 from jaxft.data.media import read_media
 
+_RATES = (1000, 1 << 20)  # samples per second that a clip may have
+_LOUDEST = 16.0  # decoders of lossy files exceed 1 a little, whole numbers as floats by far
 # Values of PCM are divided by these, as soundfile does; 8 bits are unsigned around 128.
 _PCM = {1: ("u1", 2.0**7), 2: ("<i2", 2.0**15), 4: ("<i4", 2.0**31)}
 
@@ -41,6 +43,10 @@ def read_clip(
         ModuleNotFoundError: for a file that only soundfile reads, which is not installed.
     """
     name, (samples, found) = read_sound(clip)
+    if not _RATES[0] <= found <= _RATES[1]:
+        raise _bad(
+            f"{name} has {found} samples per second, expected {_RATES[0]} to {_RATES[1]}; correct its rate."
+        )
     if samples.ndim == 2 and samples.shape[1] > 1:
         if not mix:
             raise _bad(
@@ -52,6 +58,10 @@ def read_clip(
         raise _bad(f"{name} is empty: it has no samples; remove it.")
     if not np.isfinite(samples).all():
         raise _bad(f"{name} has samples that are not finite; record or convert it again.")
+    if (loudest := float(np.abs(samples).max())) > _LOUDEST:
+        raise _bad(
+            f"{name} has samples up to {loudest:.6g}, expected -1..1; divide those of 16 bits by 32768."
+        )
     if found == rate:
         return samples
     if not resample:
@@ -79,8 +89,9 @@ def read_sound(clip: Any) -> tuple[str, Sound]:
         return name, _checked(name, value, media.rate)
     try:
         return name, _decoded(name, media.path.read_bytes())
-    except OSError as error:
-        raise _bad(f"{media.path}: {error.strerror or error}; is the path right?") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise _bad(f"{media.path!s:.200}: {reason}; is the path right?") from None
 
 
 def _decoded(name, content):
@@ -109,6 +120,8 @@ def _wave(name, content):
             width, channels = file.getsampwidth(), file.getnchannels()
             rate, count = file.getframerate(), file.getnframes()
             raw = file.readframes(count)
+        at = content.find(b"fmt ") + 20  # of the bytes of a frame
+        block = int.from_bytes(content[at : at + 2], "little")
     except wave.Error as error:
         if "unknown format" in str(error):
             return None
@@ -117,6 +130,8 @@ def _wave(name, content):
         raise _bad(
             f"{name}: a damaged WAV file (it ends too early); record or convert it again."
         ) from None
+    if block != channels * width:  # such as 24 bits in 4 bytes, which `wave` takes apart wrongly
+        return None
     if len(raw) != count * channels * width:
         raise _bad(
             f"{name}: a damaged WAV file (its header tells of {count} samples, "
@@ -141,8 +156,13 @@ def _checked(name, samples, rate):
             f"{name}: an array {samples.shape} of {samples.dtype}; expected samples [N] or [N, channels] as "
             "floats in -1..1."
         )
+    if samples.ndim == 2 and samples.shape[1] > max(samples.shape[0], 1):
+        raise _bad(
+            f"{name}: an array {samples.shape}, expected [N, channels]; transpose it if its first axis is "
+            "that of the channels."
+        )
     whole = isinstance(rate, (int, np.integer)) or (isinstance(rate, float) and rate.is_integer())
-    if not whole or rate < 1:
+    if not whole or isinstance(rate, bool) or rate < 1:
         raise _bad(f"{name}: sampling_rate is {rate!r}, expected samples per second.")
     return Sound(samples.astype(np.float32), int(rate))
 

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from jaxft.data.errors import DataError
-from jaxft.data.media import MARKERS, MEDIA, as_parts
+from jaxft.data.media import MARKERS, MEDIA, Media, as_parts
 from jaxft.data.shown import Piece, left_out, refuse
 
 Span = tuple[int, int]  # characters [start, end)
@@ -170,10 +170,10 @@ class Chat:
     def _shows_parts(self, media):
         """Returns whether the template writes the parts of a content as text and placeholders."""
         marked = "".join(MARKERS[reader.kind] for reader in media)
+        held = tuple(Media(reader.kind, "") for reader in media)
+        asked = {"role": "user", "content": f"{marked}Say one.", MEDIA: held}
         try:
-            text = self._rendered(
-                [{"role": "user", "content": f"{marked}Say one."}], NOTHING, False
-            )[0]
+            text = self._rendered([asked], NOTHING, False)[0]
         except DataError:
             return False
         return "Say one." in text and all(reader.placeholder in text for reader in media)

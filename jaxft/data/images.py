@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 
 from jaxft.data.errors import DataError
-from jaxft.data.media import Media
+from jaxft.data.media import ORIENTATION, Media
 from jaxft.data.media_rows import Columns
 
 MAX_PIXELS = 1 << 26  # of one image; more are taken for a decompression bomb
 _LONGEST_SIDE = 4096  # of Idefics3's first resize
+_PLAIN = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # formats whose header has the size of the pixels
 # Modes of Pillow that have values other than 0 to 255.
 _WIDE = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N", "LAB", "HSV")
 
@@ -237,12 +238,14 @@ class TiledImages:
 
 
 def image_size(media: Media) -> tuple[int, int]:
-    """(width, height) in pixels, from the file's header."""
+    """(width, height) in pixels, as `read_image` has them; from the file's header where it has them."""
     if not isinstance(media.value, (str, bytes)):
         return read_image(media).size
     with _opened(media) as image:
-        turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-        return image.size[::-1] if turned else image.size
+        # Pillow turns some kinds of files itself, at once or when they are loaded.
+        if image.format in _PLAIN and image.getexif().get(ORIENTATION, 1) == 1:
+            return image.size
+    return read_image(media).size
 
 
 def read_image(media: Media) -> Any:
@@ -289,7 +292,7 @@ def _opened(media):
     except Image.DecompressionBombError as error:
         raise DataError(f"the image {media}: {error}; reduce it.", "schema") from None
     except FileNotFoundError:
-        raise DataError(f"the image {media.path}: no such file.", "schema") from None
+        raise DataError(f"the image {media.path!s:.200}: no such file.", "schema") from None
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         raise _damaged(media, error) from None
     return _checked(media, image)

@@ -10,7 +10,7 @@ import pathlib
 import numpy as np
 
 from jaxft.data.errors import DataError
-from jaxft.models.json_files import read_json
+from jaxft.data.processor_files import processor_settings
 
 _LOUDEST, _RANGE = 1e-10, 8.0  # the smallest power, and decades below the largest that are kept
 # Settings of preprocessor_config.json with an effect, and the only value that is computed.
@@ -109,7 +109,7 @@ def _to_hertz(mel):
 
 
 def read_log_mel(path: str | os.PathLike, mel: int, places: int) -> LogMel:
-    """The features that a model's directory asks for by its preprocessor_config.json, if it has one.
+    """The features that a model's directory asks for by its processor's settings, if it has some.
 
     Args:
         path: the directory.
@@ -119,8 +119,7 @@ def read_log_mel(path: str | os.PathLike, mel: int, places: int) -> LogMel:
     Raises:
         DataError: for settings that jaxft does not compute, or that do not fit the model.
     """
-    file = pathlib.Path(path) / "preprocessor_config.json"
-    given = read_json(file) if file.exists() else {}
+    file, given = processor_settings(pathlib.Path(path), "feature_extractor")
     for name, value in _FIXED.items():
         if given.get(name, value) not in (value, None):
             raise DataError(

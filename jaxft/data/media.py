@@ -11,9 +11,11 @@ import binascii
 import dataclasses
 import functools
 import hashlib
+import os
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+import urllib.parse
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,13 +34,15 @@ _PARTS = {
     name: kind for kind in MARKERS for name in (kind, f"{kind}s", f"{kind}_url", f"input_{kind}")
 }
 _SOURCES = ("path", "url", "bytes", "data", "array")
+_NAME = 200  # characters of a path in a message
+ORIENTATION = 0x0112  # the tag of EXIF that says how a camera was held
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Media:
     """One image or clip that has not been read: a path, the bytes of a file, an array or a PIL image.
 
-    Two of them are equal if they have the same kind and the same path, bytes or values.
+    Two of them are equal if they have the same kind and the same file, bytes or values.
     """
 
     kind: str  # a key of MARKERS
@@ -48,32 +52,43 @@ class Media:
 
     @functools.cached_property
     def digest(self) -> str:
-        """Identifies the kind and the path, bytes or values."""
+        """Identifies the kind and the path, bytes or values; a path as it is written, in any folder."""
         digest = hashlib.sha256(f"{self.kind} {self.rate} ".encode())
         if isinstance(self.value, str):
             digest.update(self.value.encode())
         elif isinstance(self.value, bytes):
             digest.update(self.value)
         else:
+            # The values of a PIL image have a meaning only with its mode, palette and orientation.
+            for part in _beside_values(self.value):
+                digest.update(part)
             array = np.asarray(self.value)
             digest.update(f"{array.shape} {array.dtype} ".encode() + array.tobytes())
         return digest.hexdigest()[:16]
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """Equal for equal media: the digest, and the folder of a relative path."""
+        if self.path is None:
+            return self.digest
+        return f"{self.digest} {os.path.abspath(self.path.parent)}"
 
     @property
     def path(self) -> pathlib.Path | None:
         """The path of the file; None for bytes and arrays."""
         if not isinstance(self.value, str):
             return None
-        return pathlib.Path(self.folder, pathlib.Path(self.value).expanduser())
+        return pathlib.Path(self.folder, os.path.expanduser(self.value))
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Media) and self.digest == other.digest
+        return isinstance(other, Media) and self.identity == other.identity
 
     def __hash__(self) -> int:
-        return hash(self.digest)
+        return hash(self.identity)
 
     def __str__(self) -> str:
-        return self.value if isinstance(self.value, str) else f"{self.kind} {self.digest}"
+        name = self.value if isinstance(self.value, str) else f"{self.kind} {self.digest}"
+        return name if len(name) <= _NAME else f"{name[:_NAME]}..."
 
     __repr__ = __str__
 
@@ -114,6 +129,8 @@ def read_media(kind: str, value: Any) -> Media:
         value = bytes(value)
     if isinstance(value, list):
         value = _array(kind, value)
+    if hasattr(value, "getbands"):
+        value = _loaded(kind, value)
     if isinstance(value, (str, bytes)) or hasattr(value, "__array__") or hasattr(value, "getbands"):
         return Media(kind, value, rate)
     raise DataError(
@@ -135,6 +152,10 @@ def read_part(part: Mapping[str, Any]) -> tuple[str, Media | None] | None:
     given = [part[name] for name in dict.fromkeys(names) if part.get(name) is not None]
     if len(given) > 1:
         raise DataError(f"the part {part!r:.60} gives its {kind} twice; give one.", "schema")
+    if part.get("text"):
+        raise DataError(
+            f"the part {part!r:.60} is an {kind} and has a text; give each its own part.", "schema"
+        )
     return kind, read_media(kind, given[0]) if given else None
 
 
@@ -199,17 +220,23 @@ def resolved(record: dict[str, Any], folder: str) -> dict[str, Any]:
     return made | ({MEDIA: at(record[MEDIA])} if record.get(MEDIA) else {})
 
 
-def without_markers(text: str) -> list[str]:
-    """The pieces of a text between its markers that are not blank."""
-    return [
-        piece for piece in _MARKER.split(text) if piece.strip() and not _MARKER.fullmatch(piece)
-    ]
+def without_markers(text: str, kinds: Iterable[str]) -> list[str]:
+    """The pieces of a text between its markers of these kinds that are not blank."""
+    markers = {MARKERS[kind] for kind in kinds}
+    pieces = re.split("|".join(map(re.escape, markers)), text) if markers else [text]
+    return [piece for piece in pieces if piece.strip()]
+
+
+def kinds_of(message: Mapping[str, Any]) -> list[str]:
+    """The kinds of media that a message holds; markers of other kinds are a part of its text."""
+    return sorted({one.kind for one in message.get(MEDIA, ())})
 
 
 def as_parts(message: Mapping[str, Any]) -> dict[str, Any]:
     """A message whose content is a list of parts, as chat templates of models with media read it."""
-    pieces = _MARKER.split(message["content"])
-    kinds = {marker: kind for kind, marker in MARKERS.items()}
+    kinds = {MARKERS[kind]: kind for kind in kinds_of(message)}
+    found = "|".join(map(re.escape, kinds))
+    pieces = re.split(f"({found})", message["content"]) if kinds else [message["content"]]
     parts = [
         {"type": kinds[piece]} if piece in kinds else {"type": "text", "text": piece}
         for piece in pieces
@@ -251,6 +278,12 @@ def _placed(record, kind, marker, media):
         raise DataError(
             f"{count} {marker} in the text and {len(media)} {kind}s; give one for each.", "schema"
         )
+    if any(turn["role"] == "assistant" and marker in turn["content"] for turn in turns):
+        raise DataError(
+            f"{marker} stands in an answer, where no {kind} is asked about; leave it out there, or give "
+            f"the {kind} as a part of the answer's content.",
+            "schema",
+        )
     made, left = [], list(media)
     for turn in turns:
         own = [left.pop(0) for _ in range(turn["content"].count(marker))]
@@ -279,19 +312,56 @@ def _listed(value):
 
 
 def _from_text(kind, text):
-    if match := re.match(r"data:[\w/+.-]*;base64,", text):
-        return _decoded(kind, text[match.end() :])
+    if text.startswith("data:"):
+        head, comma, encoded = text.partition(",")
+        if not comma or not head.endswith(";base64"):
+            raise DataError(
+                f"the {kind} {text[:40]!r}... is not base64; write data:TYPE;base64,...", "schema"
+            )
+        return _decoded(kind, encoded)
     if re.match(r"\w+://", text) and not text.startswith("file://"):
         raise DataError(
             f"the {kind} {text[:60]} is an address, which is not read; download the file and give its path.",
             "schema",
         )
-    return text.removeprefix("file://")
+    if text.startswith("file://"):
+        path = urllib.parse.unquote(text.removeprefix("file://"))
+        return path.removeprefix("localhost") if path.startswith("localhost/") else path
+    if not text.strip():
+        raise DataError(f"the path of an {kind} is empty; give a path.", "schema")
+    return text
+
+
+def _loaded(kind, image):
+    """A PIL image, whose pixels are in memory: their values tell it from others."""
+    try:
+        image.load()
+    except (OSError, SyntaxError, ValueError) as error:
+        raise DataError(
+            f"the {kind} {image!r:.60} cannot be read ({error!s:.80}); give its path.",
+            "schema",
+        ) from None
+    return image
+
+
+def _beside_values(value):
+    """What the values of a PIL image do not tell of its picture; nothing for an array."""
+    if not hasattr(value, "getbands"):
+        return
+    # An array and the image of its values are the same picture.
+    if value.mode not in ("L", "RGB", "RGBA"):
+        yield f"{value.mode} ".encode()
+    if value.palette is not None:
+        yield value.palette.mode.encode() + value.palette.tobytes()
+    if (clear := value.info.get("transparency")) is not None:
+        yield f"clear {clear} ".encode()
+    if (held := value.getexif().get(ORIENTATION, 1)) != 1:
+        yield f"held {held} ".encode()
 
 
 def _decoded(kind, text):
     try:
-        return base64.b64decode(text, validate=True)
+        return base64.b64decode("".join(text.split()), validate=True)
     except (binascii.Error, ValueError):
         raise DataError(
             f"the data of an {kind} are not base64; write them again.", "schema"

@@ -9,14 +9,25 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from jaxft.data.columns import typed
 from jaxft.data.errors import DataError
-from jaxft.data.media import MARKERS, Media
+from jaxft.data.media import MARKERS, Media, media_in
 
 Columns = dict[str, np.ndarray]
+# Columns that are text, even if it is the name of a file.
+_TEXTS = ("id", "text", "prompt", "completion", "chosen", "rejected", "answer", "responses")
+_NAMES = {
+    "image": re.compile(r"[^\n]+\.(png|jpe?g|webp|gif|bmp|tiff?)(\?[^\s]*)?", re.IGNORECASE),
+    "audio": re.compile(r"[^\n]+\.(wav|flac|mp3|ogg|opus|m4a)(\?[^\s]*)?", re.IGNORECASE),
+}
+_BEGINNINGS = {
+    "image": (b"\x89PNG", b"\xff\xd8\xff", b"GIF8"),
+    "audio": (b"RIFF", b"fLaC", b"OggS", b"ID3"),
+}
 
 
 class MediaReader(Protocol):
@@ -152,13 +163,22 @@ def late_columns(rows: Sequence[Sequence[Shown]]) -> dict[str, LateColumn]:
     return {name: LateColumn(name, rows) for name in sorted(names)}
 
 
+class Expanded(NamedTuple):
+    """A rendered text with the models' tokens of its images and clips."""
+
+    text: str
+    spans: dict[tuple[int, int], float]
+    shown: tuple[Shown, ...]
+    places: tuple[tuple[int, int], ...] = ()  # of the tokens of each image or clip
+
+
 def expand(
     text: str,
     spans: Mapping[tuple[int, int], float],
     media: Sequence[Media],
     readers: Sequence[MediaReader],
-) -> tuple[str, dict[tuple[int, int], float], tuple[Shown, ...]]:
-    """(text, spans, images and clips) in which the models' tokens stand for each placeholder.
+) -> Expanded:
+    """The text in which the models' tokens stand for each placeholder.
 
     Args:
         text: the rendered text, with a marker or a placeholder for each image or clip.
@@ -174,7 +194,7 @@ def expand(
         form: reader for reader in readers for form in (reader.placeholder, MARKERS[reader.kind])
     }
     if not by_text:
-        return text, dict(spans), ()
+        return Expanded(text, dict(spans), ())
     found = list(re.finditer("|".join(map(re.escape, by_text)), text))
     kinds = [by_text[match[0]].kind for match in found]
     if kinds != [one.kind for one in media]:
@@ -191,14 +211,18 @@ def expand(
         )
     shown = tuple(Shown(one, by_text[match[0]]) for one, match in zip(media, found, strict=True))
     pieces, end, moves = [], 0, [(0, 0)]  # moves: (character from which on, by how much)
+    places = []
     for one, match in zip(shown, found, strict=True):
         put = one.reader.text(one.media)
         pieces += [text[end : match.start()], put]
         end = match.end()
+        start = match.start() + moves[-1][1]
+        places.append((start, start + len(put)))
         moves.append((end, moves[-1][1] + len(put) - len(match[0])))
     moved = lambda place: place + [by for start, by in moves if start <= place][-1]
     pieces.append(text[end:])
-    return "".join(pieces), {(moved(a), moved(b)): w for (a, b), w in spans.items()}, shown
+    moved_spans = {(moved(a), moved(b)): w for (a, b), w in spans.items()}
+    return Expanded("".join(pieces), moved_spans, shown, tuple(places))
 
 
 def check_kinds(media: Sequence[Media], readers: Sequence[MediaReader]) -> None:
@@ -212,6 +236,35 @@ def check_kinds(media: Sequence[Media], readers: Sequence[MediaReader]) -> None:
                 f"leave the column out with --fields {one.kind}s '', or choose a model that reads it.",
                 "schema",
             )
+
+
+def refuse_unread(record: Mapping[str, Any], readers: Sequence[MediaReader]) -> None:
+    """Raises DataError if a record without media has an image or clip of the model's in a column not read."""
+    if not readers or media_in(record):
+        return
+    for name, value in record.items():
+        for reader in () if name.startswith("_") or name in _TEXTS else readers:
+            if _holds(reader.kind, value):
+                raise DataError(
+                    f"the column {name!r} seems to hold {reader.kind}s that would not be shown; take it with "
+                    f"{typed({f'{reader.kind}s': name})}, or leave it out with {typed({name: ''})}.",
+                    "schema",
+                )
+
+
+def _holds(kind, value):
+    """Whether a value of a column is an image or clip: its values, bytes, or the name of its file."""
+    if isinstance(value, (list, tuple)):
+        return bool(value) and _holds(kind, value[0])
+    if isinstance(value, Mapping):
+        return any(_holds(kind, value.get(name)) for name in ("bytes", "path", "url")) or (
+            kind == "audio" and "array" in value and "sampling_rate" in value
+        )
+    if isinstance(value, bytes):
+        return value.startswith(_BEGINNINGS[kind])
+    if isinstance(value, str):
+        return len(value) < 1000 and bool(_NAMES[kind].fullmatch(value.strip()))
+    return kind == "image" and hasattr(value, "getbands")
 
 
 def _widest(rows, name):

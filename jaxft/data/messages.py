@@ -370,6 +370,12 @@ def _joined_parts(content, i):
                 f"message {i} has the part {part!r:.60}; known are text, image and audio parts.",
                 "schema",
             )
+        if held := [key for key in MEDIA_COLUMNS if part.get(key) is not None]:
+            raise DataError(
+                f"message {i} has a text part with {held[0]!r}, which would not be shown; give it a part "
+                "of its own.",
+                "schema",
+            )
         texts.append(part["text"])
     return "".join(texts), tuple(media)
 

@@ -14,6 +14,7 @@ from jaxft.data.grid_images import GridImages
 from jaxft.data.images import CroppedImages, Pixels, SquareImages, TiledImages
 from jaxft.data.log_mel import read_log_mel
 from jaxft.data.media_rows import MediaReader
+from jaxft.data.processor_files import channels, number, processor_settings, sizes
 from jaxft.models import FAMILIES
 from jaxft.models.json_files import read_json
 
@@ -62,7 +63,8 @@ def media_readers(model: str | os.PathLike, tokenizer: Any) -> tuple[MediaReader
     if make is None:
         return ()
     (tower,) = known.huggingface.config(json).towers
-    reader = make(_settings(path), tower, path)
+    settings = {} if make is _clips else _settings(path)
+    reader = make(settings, tower, path)
     if tokenizer.convert_tokens_to_ids(reader.placeholder) != tower.token:
         raise DataError(
             f"{path}: the tokenizer's id of {reader.placeholder} is "
@@ -73,19 +75,14 @@ def media_readers(model: str | os.PathLike, tokenizer: Any) -> tuple[MediaReader
 
 
 def _settings(path: pathlib.Path) -> Mapping[str, Any]:
-    """The image processor's settings; newer files hold them inside processor_config.json."""
-    for name, key in (
-        ("preprocessor_config.json", None),
-        ("processor_config.json", "image_processor"),
-    ):
-        if (path / name).exists():
-            found = read_json(path / name)
-            found = found if key is None else found.get(key)
-            if found:
-                return found
-    raise DataError(
-        f"{path}: no preprocessor_config.json, which says how its images are resized; copy it there."
-    )
+    """The image processor's settings."""
+    file, found = processor_settings(path, "image_processor")
+    if not found:
+        raise DataError(
+            f"{path}: no {file.name}, which says how its images are resized; copy it there."
+        )
+    sides = ("size", "max_image_size")
+    return found | {name: sizes(file, found, name) for name in sides if name in found}
 
 
 def _tiled(settings, tower, path) -> TiledImages:
@@ -131,15 +128,18 @@ def _cropped(settings, tower, path) -> CroppedImages:
 
 
 def _grid(settings, tower, path) -> GridImages:
-    sizes, given = settings.get("size") or {}, (tower.patch_size, tower.merge, tower.frames)
+    edges, given = settings.get("size") or {}, (tower.patch_size, tower.merge, tower.frames)
     names = {"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2}
     if tuple(settings.get(name, value) for name, value in names.items()) != given:
         raise DataError(
             f"{path}: preprocessor_config.json has patches of {[settings.get(name) for name in names]} "
             f"({', '.join(names)}); expected those of config.json, {list(given)}."
         )
-    least = settings.get("min_pixels") or sizes.get("shortest_edge") or 56 * 56
-    most = settings.get("max_pixels") or sizes.get("longest_edge") or 28 * 28 * 1280
+    least = settings.get("min_pixels") or edges.get("shortest_edge") or 56 * 56
+    most = settings.get("max_pixels") or edges.get("longest_edge") or 28 * 28 * 1280
+    for name, value in (("min_pixels", least), ("max_pixels", most)):
+        if type(value) is not int or value < 1:
+            raise DataError(f"{path}: {name} of its processor is {value!r:.60}, expected pixels.")
     window = tower.window // tower.merge // tower.patch_size
     pixels = _pixels(settings, path, _BICUBIC, CLIP_MEAN, CLIP_STD)
     return GridImages(tower.patch_size, tower.merge, window, least, most, pixels)
@@ -152,15 +152,19 @@ def _pixels(settings, path, resample, mean=HALF, std=HALF, fixed=_FIXED) -> Pixe
                 f"{path}: preprocessor_config.json has {name} = {settings[name]!r}, which jaxft lacks; "
                 f"expected {value!r}."
             )
-    channels = lambda name, default: tuple(float(x) for x in settings.get(name) or default)
-    normalised = settings.get("do_normalize", True)
+    file, normalised = path / "preprocessor_config.json", settings.get("do_normalize", True)
+    of = lambda name, default: channels(file, name, settings.get(name) or default)
+    factor = settings.get("rescale_factor")
+    scale = number(file, "rescale_factor", 1 / 255 if factor is None else factor)
+    chosen = settings.get("resample")
+    chosen = resample if chosen is None else chosen
+    if type(chosen) is not int or not 0 <= chosen <= 5:
+        raise DataError(f"{file}: resample is {chosen!r:.60}, expected 0 to 5, a filter of Pillow.")
     return Pixels(
-        resample=int(settings.get("resample", resample)),
-        scale=float(settings.get("rescale_factor", 1 / 255))
-        if settings.get("do_rescale", True)
-        else None,
-        mean=channels("image_mean", mean) if normalised else None,
-        std=channels("image_std", std) if normalised else None,
+        resample=chosen,
+        scale=scale if settings.get("do_rescale", True) else None,
+        mean=of("image_mean", mean) if normalised else None,
+        std=of("image_std", std) if normalised else None,
     )
 
 

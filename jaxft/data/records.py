@@ -207,12 +207,13 @@ def whole_prompt(record: Mapping[str, Any]) -> str:
     if messages is None:
         names = ("prompt", "text", "tokens", "completion")
         text = str(next((record[name] for name in names if record.get(name)), ""))
-        return text + "".join(f" {one}" for one in record.get(MEDIA) or ())
+        return text + "".join(f" {one.identity}" for one in record.get(MEDIA) or ())
     whole = messages
     while messages and messages[-1]["role"] == "assistant":
         messages = messages[:-1]
     messages = messages or whole
-    return json.dumps([messages, context(record)], sort_keys=True, default=str)
+    told = lambda value: getattr(value, "identity", None) or str(value)
+    return json.dumps([messages, context(record)], sort_keys=True, default=told)
 
 
 def shown_text(record: Mapping[str, Any]) -> str:
@@ -350,12 +351,10 @@ def _template_options(record):
 def answered(record: Mapping[str, Any], text: str) -> Record:
     """Answers the record's question with `text`: `prompt` and `completion`, as messages or text."""
     messages = as_messages(record)
+    kept = {name: record[name] for name in CONTEXT if name in record}
     if messages is None:
-        return {
-            "prompt": record["prompt"] if "prompt" in record else record["text"],
-            "completion": text,
-        }
+        asked = record["prompt"] if "prompt" in record else record["text"]
+        return {"prompt": asked, "completion": text} | kept
     while messages and messages[-1]["role"] == "assistant":
         messages = messages[:-1]
-    kept = {name: record[name] for name in CONTEXT if name in record}
     return {"prompt": messages, "completion": [{"role": "assistant", "content": text}]} | kept

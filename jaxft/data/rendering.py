@@ -15,10 +15,16 @@ from jaxft.data.chat import NOTHING, Chat
 from jaxft.data.encode import Encoder, in_span, touches
 from jaxft.data.errors import DataError
 from jaxft.data.media import MEDIA
-from jaxft.data.media_rows import MediaReader, Shown, check_kinds, expand
+from jaxft.data.media_rows import MediaReader, Shown, check_kinds, expand, refuse_unread
 from jaxft.data.records import Record, as_messages, context
 from jaxft.data.shown import refuse
-from jaxft.data.templates import TEMPLATES, default_template, processor_template, read_template
+from jaxft.data.templates import (
+    TEMPLATES,
+    check_special,
+    default_template,
+    processor_template,
+    read_template,
+)
 
 MaskMode = Literal["completion", "last_turn", "all", "per_message"]
 
@@ -93,7 +99,7 @@ class Renderer:
         self.template = processor_template(text or default_template(own), self.media, bos)
         self._chat = self._tool_chat = None
         if self.template:
-            _check_special(tokenizer, needed, template)
+            check_special(tokenizer, needed, template)
             options = dict(template_options or {})
             if needed or template in TEMPLATES:
                 # The named templates begin with BOS if the tokenizer itself would add one.
@@ -106,6 +112,7 @@ class Renderer:
 
     def __call__(self, record: Record) -> list[Tokenised]:
         """Renders a record: one sequence, or one per turn if the template rewrites history."""
+        refuse_unread(record, self.media)
         messages = as_messages(record)
         if messages is not None:
             return self._conversation(messages, record)
@@ -118,6 +125,7 @@ class Renderer:
 
     def prompt(self, record: Record) -> list[int]:
         """Returns the ids of a prompt for generation: the conversation before its last assistant turn."""
+        refuse_unread(record, self.media)
         messages = as_messages(record)
         if messages is None:
             _refuse_tools(record)
@@ -253,10 +261,10 @@ class Renderer:
         return Tokenised(tokens, mask, part.id, self._is_bos(tokens), media=part.media)
 
     def _expanded(self, text, media):
-        return expand(text, {}, media, self.media)[0]
+        return expand(text, {}, media, self.media).text
 
     def _tokenised(self, text, weights, record, media):
-        text, weights, shown = expand(text, weights, media, self.media)
+        text, weights, shown, places = expand(text, weights, media, self.media)
         cuts = [cut for span in weights for cut in span]
         ids, offsets, crossed = self._encoder.encode_apart(text, cuts)
         self.merged_boundaries += crossed
@@ -267,6 +275,8 @@ class Renderer:
                 parts = [touches(offsets, *part) for part in self._narrowed(text, start, end)]
                 inside &= np.any([np.zeros(len(ids), bool), *parts], axis=0)
             mask[inside] = weight
+        for place in places:  # no model is to say an image
+            mask[touches(offsets, *place)] = 0
         mask *= _record_weight(record)
         return Tokenised(ids, mask, str(record.get("id", "")), self._is_bos(ids), media=shown)
 
@@ -385,13 +395,3 @@ def _refuse_tools(record):
 def _record_weight(record):
     weight = record.get("weight")
     return 1.0 if weight is None else float(weight)
-
-
-def _check_special(tokenizer, needed, template):
-    vocab = tokenizer.get_vocab()
-    if missing := [token for token in needed if token not in vocab]:
-        raise DataError(
-            f"template {template!r} needs the special tokens {', '.join(missing)}, which the "
-            "tokenizer does not have, so that turns would not end in one token; use 'alpaca' or "
-            "'plain'."
-        )

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxft.data.errors import DataError
-from jaxft.data.media import MEDIA, without_markers
+from jaxft.data.media import kinds_of, without_markers
 
 _THINK = re.compile(r"</?(?:think|thinking)>")
 # Keys of a message with text that some templates show (Cohere's tool_plan) and most ignore.
@@ -118,8 +118,8 @@ def _of_messages(messages, trained) -> Iterator[Piece]:
         parts = [part for part in _THINK.split(content) if part.strip()]
         if message["role"] == "assistant" and not full:
             parts = parts[-1:]
-        if message.get(MEDIA):
-            parts = [text for part in parts for text in without_markers(part)]
+        if kinds := kinds_of(message):
+            parts = [text for part in parts for text in without_markers(part, kinds)]
         whole = parts == [content]
         yield from (Piece((*place, "content"), part, whole) for part in parts)
         if full and message.get("reasoning_content"):

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
 import glob
 import hashlib
-import itertools
 import json
 import pathlib
 import re
@@ -53,7 +51,7 @@ def load(
         form: function from a row to a record: `normalise`, for supervised fine-tuning; `normalise_pair`,
             `normalise_unpaired` or `normalise_ranked`, for preferences; or your own (row, fields) -> record.
 
-    Relative paths of images and clips count from the folder of the source's first file.
+    Relative paths of images and clips count from the folder of the file that holds their row.
 
     Files may also be given by a pattern, "part-*.jsonl", and a saved folder of several splits as
     "FOLDER?split=test".
@@ -62,10 +60,10 @@ def load(
         DataError: if the source is missing, empty or unreadable, or by the policy of `bad`.
     """
     bad = BadRecords() if bad is None else bad
-    name, rows = _rows(spec)
-    folder = functools.cache(lambda: _folder(spec))
+    name, parts = _rows(spec)
+    rows = ((folder, where, raw) for folder, part in parts for where, raw in part)
     records, seen, absent = [], 0, {b: {} for a, b in (fields or {}).items() if a in OPTIONAL and b}
-    for where, raw in rows:
+    for folder, where, raw in rows:
         if limit is not None and seen >= limit:
             break
         seen += 1
@@ -76,7 +74,7 @@ def load(
                 raise DataError(f"expected an object, got {type(raw).__name__}.", "schema")
             absent = {column: raw for column in absent if column not in raw}
             record = form(raw, fields)
-            record = resolved(record, folder()) if media_in(record) else record
+            record = resolved(record, folder) if folder and media_in(record) else record
         except DataError as error:
             bad.add(where, error.code or "schema", str(error))
             continue
@@ -122,40 +120,40 @@ def local_files(spec: str) -> list[pathlib.Path]:
     return sorted(p for p in map(pathlib.Path, glob.glob(str(path))) if p.is_file())
 
 
-def _folder(spec: Spec) -> str:
-    """The folder of a source's first file; "" for sources without files."""
-    files = local_files(str(spec)) if isinstance(spec, (str, pathlib.Path)) else []
-    return str(files[0].parent) if files else ""
+# Rows, each with its place, and the folder of their file; "": they have none.
+_Part = tuple[str, Iterable[tuple[str, Any]]]
 
 
-def _rows(spec: Spec) -> tuple[str, Iterable[tuple[str, Any]]]:
+def _rows(spec: Spec) -> tuple[str, Iterable[_Part]]:
+    """Returns the name of a source, and its rows by folder."""
     if callable(spec):
         rows = spec()
         if not isinstance(rows, Iterable):
             raise DataError(f"the function returned {rows!r:.40}; expected rows.")
-        return "function", _numbered("function", rows)
+        return "function", [("", _numbered("function", rows))]
     if not isinstance(spec, (str, pathlib.Path)):
-        return "list", _numbered("list", spec)
+        return "list", [("", _numbered("list", spec))]
     text = str(spec)
     if text.startswith("rg:"):
-        return text, _reasoning_gym(text)
+        return text, [("", _reasoning_gym(text))]
     if text.startswith("tfds:"):
-        return text, _numbered(text, _tfds(text))
+        return text, [("", _numbered(text, _tfds(text)))]
     return _local_or_hub(text)
 
 
-def _local_or_hub(text: str) -> tuple[str, Iterable[tuple[str, Any]]]:
+def _local_or_hub(text: str) -> tuple[str, Iterable[_Part]]:
     path = pathlib.Path(text).expanduser()
     if path.is_file():
-        return path.name, rows_of(path)
+        return path.name, [(str(path.parent), rows_of(path))]
     name, options = parse_options("disk:" + text)
     folder = path if path.is_dir() else pathlib.Path(name).expanduser()
     if folder.is_dir():
-        return folder.name, _numbered(folder.name, _saved(folder, {} if path.is_dir() else options))
+        rows = _saved(folder, {} if path.is_dir() else options)
+        return folder.name, [(str(folder), _numbered(folder.name, rows))]
     if glob.has_magic(text) and (kind_of(path) or not options):
         return path.name, _pattern(text)
     if not kind_of(path) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
-        return text, _numbered(text, _hub(text))
+        return text, [("", _numbered(text, _hub(text)))]
     if "://" in text:
         raise DataError(
             f"{text}: an address, which is not read; download the file and name it, or give the hub id "
@@ -178,12 +176,12 @@ def _local_or_hub(text: str) -> tuple[str, Iterable[tuple[str, Any]]]:
 
 
 def _pattern(text):
-    """Yields the rows of all matching files by name; checks every file before reading any."""
+    """Returns the rows of all matching files by name; checks every file before reading any."""
     found = local_files(text)
     if not found:
         raise DataError(f"{text}: no file matches this pattern.")
     # Programs that write one file per worker may leave empty files.
-    return itertools.chain(*[rows_of(path) for path in found if path.stat().st_size])
+    return [(str(path.parent), rows_of(path)) for path in found if path.stat().st_size]
 
 
 def _saved(folder, options):

@@ -138,10 +138,10 @@ def _text(record):
                 "role_order",
             )
         asked, text = turns[0][1], turns[1][1] if len(turns) == 2 else ""
-    if beside := "".join(without_markers(asked)):
+    if beside := "".join(without_markers(asked, ("audio",))):
         raise DataError(
             f"the question {beside!r:.40} stands beside the clip, which is all that the encoder reads; leave "
             "it out.",
             "schema",
         )
-    return "".join(without_markers(text))
+    return "".join(without_markers(text, ("audio",)))

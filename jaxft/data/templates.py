@@ -114,3 +114,14 @@ def processor_template(template: str | None, readers: Sequence[Any], bos: str | 
     if template and adds and "bos_token" not in template and bos not in template:
         return "{{ bos_token }}" + template
     return template
+
+
+def check_special(tokenizer: Any, needed: Sequence[str], template: str | None) -> None:
+    """Raises DataError if the tokenizer lacks special tokens that a named template needs."""
+    vocab = tokenizer.get_vocab()
+    if missing := [token for token in needed if token not in vocab]:
+        raise DataError(
+            f"template {template!r} needs the special tokens {', '.join(missing)}, which the "
+            "tokenizer does not have, so that turns would not end in one token; use 'alpaca' or "
+            "'plain'."
+        )

@@ -133,7 +133,7 @@ def test_rendered_tokens_hold_each_image_and_train_only_on_the_answer(renderer):
 
 def test_spans_move_with_the_images_before_them():
     pictures = [Media("image", x) for x in IMAGES[:2]]
-    made, spans, _ = expand("a<image>bc<image>d", {(8, 10): 1.0, (17, 18): 2.0}, pictures, [TILED])
+    made, spans, *_ = expand("a<image>bc<image>d", {(8, 10): 1.0, (17, 18): 2.0}, pictures, [TILED])
     assert [made[a:b] for a, b in spans] == ["bc", "d"] and list(spans.values()) == [1.0, 2.0]
 
 

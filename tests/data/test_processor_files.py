@@ -1,0 +1,112 @@
+"""Settings of processors of images and clips: both kinds of files, their forms, and wrong values of each."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from jaxft import data
+from jaxft.data import DataError, Media
+from jaxft.models import config_of
+from jaxft.models.errors import CheckpointError
+from tests import vision_models
+from tests.checkpoints import test_qwen2_audio as sound
+
+KINDS = {"smolvlm": vision_models.PROCESSOR, "qwen2_5_vl": vision_models.GRID}
+PICTURE = Media("image", vision_models.image(0, 24, 40))
+WRONG = [
+    None,
+    "bicubic",
+    -1,
+    0,
+    1.5,
+    [],
+    [0.5],
+    {},
+    {"longest_edge": "a"},
+    True,
+    "0.5",
+    [0, 0, 0],
+    float("nan"),
+]
+
+
+def config(kind):
+    """The config.json of a small model, without its weights."""
+    tokens = vision_models.tokenizer(kind)
+    if kind == "smolvlm":
+        return vision_models.smolvlm_json(len(tokens), tokens.convert_tokens_to_ids("<image>"))
+    rope = dict(rope_type="default", rope_theta=1e4, mrope_section=[2, 1, 1])
+    text = vision_models.TEXT | dict(vocab_size=len(tokens), rope_parameters=rope)
+    image = tokens.convert_tokens_to_ids("<|image_pad|>")
+    return dict(
+        model_type=kind,
+        text_config=text,
+        vision_config=vision_models.QWEN_VISION,
+        image_token_id=image,
+    )
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def place(request, tmp_path_factory):
+    """(directory, tokenizer, settings) of a kind."""
+    path = tmp_path_factory.mktemp(request.param)
+    (path / "config.json").write_text(json.dumps(config(request.param)))
+    return path, vision_models.tokenizer(request.param), KINDS[request.param]
+
+
+def reader(place, settings, name="preprocessor_config.json", part=None):
+    path, tokenizer, _ = place
+    for old in path.glob("*processor_config.json"):
+        old.unlink()
+    (path / name).write_text(json.dumps(settings if part is None else {part: settings}))
+    (found,) = data.media_readers(path, tokenizer)
+    return found
+
+
+def test_equal_settings_of_all_files_and_forms(place):
+    settings = place[2] | {"image_mean": [0.5] * 3}
+    wanted = reader(place, settings)
+    assert reader(place, settings, "processor_config.json", "image_processor") == wanted
+    assert reader(place, settings | {"image_mean": 0.5}) == wanted
+    assert (
+        reader(place, settings | {"rescale_factor": None, "resample": settings["resample"]})
+        == wanted
+    )
+
+
+def test_a_wrong_setting_is_refused_when_it_is_read(place):
+    """Any value of any setting gives finite pixels, or one line."""
+    for name in place[2]:
+        for value in WRONG:
+            try:
+                made = reader(place, place[2] | {name: value})
+            except (DataError, CheckpointError) as error:
+                assert "\n" not in str(error)
+                continue
+            for array in made.arrays(PICTURE).values():
+                assert np.isfinite(array).all() and len(array) == max(made.counts(PICTURE).values())
+
+
+def test_files_of_transformers_5_have_the_features_of_clips(tmp_path):
+    hf = pytest.importorskip("transformers")
+    tokenizer = sound.byte_tokenizer()
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|AUDIO|>"]})
+    extract = hf.WhisperFeatureExtractor(feature_size=8, chunk_length=1, n_fft=320)
+    hf.Qwen2AudioProcessor(extract, tokenizer, chat_template=sound.TEMPLATE).save_pretrained(
+        tmp_path
+    )
+    assert not (tmp_path / "preprocessor_config.json").exists()
+    text = sound.TEXT | {"vocab_size": len(tokenizer)}
+    token = tokenizer.convert_tokens_to_ids("<|AUDIO|>")
+    settings = dict(model_type="qwen2_audio", audio_config=sound.AUDIO, text_config=text)
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"audio_token_index": token}))
+    (tower,) = config_of(json.loads((tmp_path / "config.json").read_text())).towers
+    (found,) = data.media_readers(tmp_path, tokenizer)
+    assert found.features == data.read_log_mel(tmp_path, tower.mel, tower.places)
+    assert (found.features.window, found.features.seconds) == (320, 1)
+    samples = sound.tone(0.3).astype(np.float32)
+    theirs = extract(samples, sampling_rate=sound.RATE, return_tensors="np").input_features[0].T
+    np.testing.assert_allclose(found.features(samples), theirs, atol=2e-5)
+    shutil.rmtree(tmp_path)

@@ -8,9 +8,9 @@ four skills has its own sounds and four classes, which a prompt names in random 
     wsqaz    sine, square, sawtooth, noise
     lxyeo    louder in the first half, in the second, equal, silent
 
-The first character is the skill. The prompt ends with the kind of answer that is wanted, as the second and the
-third prompt of R1-AQA do: the option between answer tags, or a field for thinking before it. In the answers
-that begin the model this field has dots, which say nothing about the clip.
+The first character is the skill. The prompt ends with the kind of answer that is wanted, as the second and
+the third prompt of R1-AQA do: the option between answer tags, or a field for thinking before it. In the
+answers that begin the model this field has dots, which say nothing about the clip.
 """
 
 from __future__ import annotations
@@ -98,8 +98,7 @@ def clips_of(
 
 def wave(rng: np.random.Generator, kind: str, name: str) -> np.ndarray:
     """Samples [N] float32 of a clip of a skill and class."""
-    make = {"p": _contour, "n": _beeps, "w": _waveform, "l": _halves}
-    return noisy(rng, make[kind](rng, name) * rng.uniform(0.2, 0.8))
+    return noisy(rng, SOUNDS[kind](rng, name) * rng.uniform(0.2, 0.8))
 
 
 def noisy(rng: np.random.Generator, sound: np.ndarray) -> np.ndarray:
@@ -153,6 +152,10 @@ def _halves(rng, name):
     half = len(_TIME) // 2
     loud = np.where(np.arange(len(_TIME)) < half, first, second)
     return loud * _tone(rng.uniform(150, 1600))
+
+
+# Skill -> (rng, class) -> samples without noise, of about the amplitude 1.
+SOUNDS = {"p": _contour, "n": _beeps, "w": _waveform, "l": _halves}
 
 
 def small_model(

@@ -7,7 +7,7 @@ process first brings nothing.
 
     python experiments/papers/r1_aqa/main.py
     python experiments/papers/r1_aqa/main.py --world spoken           words by espeak-ng instead of tones
-    python experiments/papers/r1_aqa/main.py --preset full --data sounds.jsonl      Qwen2-Audio, 8 GPUs of 80 GB
+    python experiments/papers/r1_aqa/main.py --preset full --data sounds.jsonl    Qwen2-Audio, 8 GPUs of 80 GB
 
 The small model has Qwen2-Audio's architecture and 0.3 M parameters. Clips are synthetic, with four skills
 (experiments/worlds/sounds.py). Supervised fine-tuning on all skills begins the model; then three methods
@@ -99,7 +99,9 @@ def main(config: Config) -> int:
     if unknown := sorted({*config.methods} - {*METHODS}):
         raise ValueError(f"no method {unknown[0]!r}; give some of {', '.join(METHODS)}.")
     if not {SFT, GRPO} <= {*config.methods}:
-        raise ValueError(f"methods {config.methods} must have sft and grpo, which the claims compare.")
+        raise ValueError(
+            f"methods {config.methods} must have sft and grpo, which the claims compare."
+        )
     with opened(config) as world:
         run = functools.partial(run_seed, config, world)
         return measure_claims(
@@ -208,7 +210,7 @@ def _controls(runs, of, at):
                 "SFT for 20 epochs fits its clips better than held-out ones, by more than GRPO does",
                 "SFT overfits",
                 [mean(gap[SFT] - gap[GRPO], "above", 0)],
-                f"gap: SFT {show(gap[SFT])}, GRPO {show(gap[GRPO])}; best held-out accuracy of SFT on its way: "
+                f"gap: SFT {show(gap[SFT])}, GRPO {show(gap[GRPO])}; best held-out one of SFT: "
                 f"{show(best)}",
             )
         )
@@ -225,7 +227,9 @@ def print_table(runs: list[dict]) -> None:
     """Means over seeds of each method."""
     skills = [skill for part in runs[0]["skills"] for skill in part]
     table = Table("method", "trained [interval]", "left out", "greedy", *skills, "format", "CPU s")
-    rows = {name: [run[name] for run in runs] for name in ("start", "start_think") if name in runs[0]}
+    rows = {
+        name: [run[name] for run in runs] for name in ("start", "start_think") if name in runs[0]
+    }
     rows |= {name: [run["methods"][name] for run in runs] for name in runs[0]["methods"]}
     rows["grpo, other clips"] = [run["other"] for run in runs]
     for name, some in rows.items():
@@ -255,7 +259,10 @@ def _figure(runs, output):
         curves = [run["methods"][name]["curve"] for run in runs]
         for part, style in (("known", "--"), ("new", "-")):
             if curves[0]:
-                steps, points = [x["step"] for x in curves[0]], [[x[part] for x in c] for c in curves]
+                steps, points = (
+                    [x["step"] for x in curves[0]],
+                    [[x[part] for x in c] for c in curves],
+                )
                 text = f"{name}, {'its clips' if part == 'known' else 'held-out clips'}"
                 plot_band(right, steps, points, style, label=text)
     right.set(xlabel="update", ylabel="probability of the right answer")

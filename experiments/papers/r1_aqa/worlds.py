@@ -134,17 +134,17 @@ def _experience(config, model, start, known, thinks, seed):
     build = functools.partial(policy_gradient, model.forward, kl_weight=config.kl_weight)
     credit, objective = rl.grpo(build, config.group_size)
     given = sounds.rewards(known, kind)
-    sample = rl.answers(
-        model, sounds.Tokenizer(), given, sounds.sampling(kind), config.group_size
-    )
+    sample = rl.answers(model, sounds.Tokenizer(), given, sounds.sampling(kind), config.group_size)
     asked = sounds.asked(known, kind)
-    prompts = rl.Prompts(asked.ids, config.prompts_per_step, asked.records, asked.columns, seed=seed)
+    prompts = rl.Prompts(
+        asked.ids, config.prompts_per_step, asked.records, asked.columns, seed=seed
+    )
     reference = rl.add_reference(model.forward, start, 1.0)
     return rl.collect(prompts, sample, credit, reference), objective
 
 
 def _curve(config, model, rows, new, trained, rng):
-    """A callback: exact accuracies of samples for the clips that train and for held-out clips of their skills."""
+    """A callback: exact accuracies for the clips that train, and for held-out clips of their skills."""
     held = new.of([i for i, record in enumerate(new.records) if record["kind"] in trained])
     parts = {"known": rows, "new": sounds.rows_of(held, sounds.ANSWER, rng)}
     probabilities = arithmetic.answer_probabilities(model)
@@ -154,7 +154,7 @@ def _curve(config, model, rows, new, trained, rng):
 
 
 def _measured(config, model, new, seed, params, thinks, shown):
-    """Measures samples at temperature 1 and greedy answers for held-out clips, or for others in their places."""
+    """Measures samples at temperature 1 and greedy answers for held-out clips, or others in their places."""
     kind = wanted(thinks)
     asked = sounds.asked(new, kind, sounds.others(new) if shown == "other" else new)
     found = {}
@@ -173,9 +173,7 @@ def _measured(config, model, new, seed, params, thinks, shown):
     return found
 
 
-def as_question(
-    raw: Mapping[str, Any], fields: Mapping[str, str] | None = None
-) -> dict[str, Any]:
+def as_question(raw: Mapping[str, Any], fields: Mapping[str, str] | None = None) -> dict[str, Any]:
     """The record of a row of AVQA's kind: the paper's second prompt, its clip, and the right option.
 
     Args:
@@ -199,7 +197,9 @@ def as_question(
     if isinstance(answer, int) and 0 <= answer < len(options):
         answer = options[answer]
     if answer not in options:
-        raise data.DataError(f"the answer {answer!r:.40} is none of the options {options}.", "schema")
+        raise data.DataError(
+            f"the answer {answer!r:.40} is none of the options {options}.", "schema"
+        )
     # AVQA asks about videos, of which the model only hears the sound.
     question = question.replace("video", "audio")
     text = ASKED.format(question=question, options=list(options)) + ENDINGS[sounds.ANSWER]
@@ -264,7 +264,9 @@ def _with_ending(task, kind):
         for part in (task.known, task.held_out)
     ]
     records = [record for part in parts for record in part.records]
-    rewards = SeveralRewards((option_reward(records), tag_format_reward(sounds.TAGS[kind])), (1.0, 1.0))
+    rewards = SeveralRewards(
+        (option_reward(records), tag_format_reward(sounds.TAGS[kind])), (1.0, 1.0)
+    )
     return task._replace(known=parts[0], held_out=parts[1], rewards=rewards)
 
 

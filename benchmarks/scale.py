@@ -105,6 +105,7 @@ The step that `--preset full` of each paper's script takes: its model, what trai
 - facttune: DPO's step of a model of Llama 2's size; sampling, splitting and checking responses take most
   of the time.
 - value-drifts: DPO of the second stage; SFT before it has half of its rows and no reference.
+- r1-aqa: GRPO's update of a language model of the size of Qwen2-Audio's; there is no encoder of sound.
 - rft-multimodal: GRPO's update of the language model of Qwen2.5-VL-3B; there is no vision tower.
 
 """
@@ -191,6 +192,10 @@ PAPERS = {
     "rft-multimodal": Config(
         model="qwen2.5-3b", adapter="full", objective="grpo", topology="h100:8", rows=4, microbatches=16,
         length=3072, response=2048,
+    ),
+    "r1-aqa": Config(
+        model="qwen2.5-7b", adapter="full", objective="grpo", topology="h100:8", rows=4, microbatches=4,
+        length=768, response=256,
     ),
     "ppe": Config(
         model="qwen2.5-7b", adapter="full", objective="grpo", topology="h100:8", rows=4, microbatches=32,

@@ -76,6 +76,7 @@ from jaxft.rewards.visual import (
     edit_distance,
     edit_distance_reward,
     iou_reward,
+    option_reward,
     point_reward,
 )
 
@@ -144,6 +145,7 @@ __all__ = [
     "in_mask",
     "iou",
     "iou_reward",
+    "option_reward",
     "point_reward",
     "read_boxes",
     "read_point",

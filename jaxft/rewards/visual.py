@@ -1,4 +1,4 @@
-"""Rewards for text answers about images: boxes, points, counts, text that was read, and choices.
+"""Rewards for text answers about images and sounds: boxes, points, counts, read text, and choices.
 
 The verifiable rewards in the taxonomy of reinforcement fine-tuning of multimodal models: Sun et al., 2025,
 arxiv.org/abs/2505.18536. Each factory takes the records, whose `answer` it checks before work starts, and
@@ -208,6 +208,26 @@ def choice_reward(records: Records, *, options: str = "ABCDEFGHIJ") -> RewardFn:
 
     check_references(records, check)
     return _each(lambda text, record: float(same_answer(answer_part(text), record["answer"])))
+
+
+def option_reward(records: Records, *, fold_case: bool = False) -> RewardFn:
+    """Returns a reward for multiple choice by text: 1 if the answer part of a text is the option, else 0.
+
+    The answer part is what follows the last </think>, and within it the last <answer>, or all of it without
+    these. It must be the option itself, apart from white space around it: "dog" is neither "Dog" nor "a dog".
+    The accuracy of R1-AQA: Li et al., 2025, arxiv.org/abs/2503.11197, without its comparison of formulas.
+
+    Args:
+        records: `answer` is the right option, or a list of accepted ones.
+        fold_case: compares without case.
+
+    Raises:
+        DataError: for an answer that is empty, or not a text; names its place.
+    """
+    fold = lambda text: text.strip().casefold() if fold_case else text.strip()
+    wanted = lambda record: {fold(x) for x in accepted_answers(record.get("answer"))}
+    check_references(records, wanted)
+    return _each(lambda text, record: float(fold(answer_part(text)) in wanted(record)))
 
 
 def by_kind(rewards: Mapping[str, RewardFn], key: str = "kind") -> RewardFn:

@@ -10,29 +10,17 @@ from jaxft import data
 from jaxft.adapters import adapt, combine, load_adapter, lora, partition, save_adapter
 from jaxft.checkpoints import CheckpointError, load_model, load_tokenizer, save_model
 from jaxft.checkpoints.assemble import disassemble
-from jaxft.checkpoints.tiny import byte_tokenizer
 from jaxft.generation import SamplingConfig, generate
 from jaxft.models import config_of, family_of, stack_layers
 from jaxft.objectives import supervised
+from tests import audio_models
+from tests.audio_models import AUDIO, TEXT
 from tests.checkpoints.small_bert import quiet
 from tests.data.test_audio import RATE, tone
 
 torch = pytest.importorskip("torch", reason="parity tests need torch: pip install 'jaxft[test]'")
 hf = pytest.importorskip("transformers")
 
-AUDIO = dict(
-    d_model=16, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=24, num_mel_bins=8,
-    max_source_positions=50,
-)  # fmt: skip
-TEXT = dict(
-    model_type="qwen2", hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=False,
-)  # fmt: skip
-TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for p in m['content'] %}"
-    "{% if p['type'] == 'audio' %}<|audio_bos|><|AUDIO|><|audio_eos|>\n{% else %}{{ p['text'] }}{% endif %}"
-    "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 SECONDS = ((0.31,), (1.0, 0.507))  # of the clips of two samples
 
 
@@ -45,10 +33,7 @@ def clip(seconds):
 def pair(tmp_path_factory):
     """(torch model, directory of its files, our model, our params)."""
     path = tmp_path_factory.mktemp("qwen2_audio")
-    tokenizer = byte_tokenizer()
-    tokens = ["<|audio_bos|>", "<|AUDIO|>", "<|audio_eos|>"]
-    tokenizer.add_special_tokens({"extra_special_tokens": tokens})
-    tokenizer.chat_template = TEMPLATE
+    tokenizer = audio_models.tokenizer()
     torch.manual_seed(0)
     config = hf.Qwen2AudioConfig(
         audio_config=AUDIO,

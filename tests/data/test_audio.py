@@ -124,6 +124,20 @@ def test_features_are_those_of_transformers(mel):
         np.testing.assert_allclose(found.T, exact, atol=1e-5)
 
 
+def test_features_of_a_chirp_in_a_window_of_30_s_and_of_a_tone():
+    hf = pytest.importorskip("transformers")
+    time = np.arange(2 * RATE) / RATE
+    chirp = (0.3 * np.sin(2 * np.pi * (200 + 900 * time) * time)).astype(np.float32)
+    found = LogMel(128)(chirp)
+    whole = np.pad(chirp, (0, 28 * RATE))[None]
+    exact = hf.WhisperFeatureExtractor(feature_size=128)._np_extract_fbank_features(whole, "cpu")[0]
+    assert found.shape == (3000, 128)
+    np.testing.assert_allclose(found.T, exact, atol=1e-5)
+    peaks = LogMel(seconds=1)(tone(1.0, hertz=440.0)).argmax(axis=1)
+    centre = np.argmin(np.abs(mel_filters(80, 400, RATE).argmax(axis=0) * 40 - 440))
+    assert (peaks == peaks[0]).all() and abs(int(peaks[0]) - centre) <= 1
+
+
 def test_a_clip_longer_than_the_window_is_refused():
     with pytest.raises(
         DataError, match=r"the clip lasts 1\.5 s, and the model reads 1 s at a time"

@@ -190,6 +190,31 @@ def test_choices():
     assert given(rewards.choice_reward, "B", *texts, options="ABC") == [1, 1, 1, 0, 0, 1]
 
 
+@pytest.mark.parametrize(
+    "text, accuracy, form",
+    [
+        ("<answer>dog</answer>", 1, 1),
+        ("<answer> dog\n</answer>", 1, 1),
+        ("dog", 1, 0),  # without tags the whole text is the answer
+        ("<answer>Dog</answer>", 0, 1),
+        ("<answer>a dog</answer>", 0, 1),
+        ("<answer>dog</answer> It barks.", 1, 0),
+        ("<think>cat</think><answer>dog</answer>", 1, 0),
+        ("<think>dog</think><answer>cat</answer>", 0, 0),
+    ],
+)
+def test_options_and_form_are_the_two_rewards_of_r1_aqa(text, accuracy, form):
+    assert given(rewards.option_reward, "dog", text) == [accuracy]
+    assert rewards.tag_format_reward(("answer",))([text], [{}]) == [form]
+
+
+def test_options_are_compared_with_case_unless_it_is_folded():
+    texts = ["<answer>DOG</answer>", "<answer>dog</answer>", "<answer>a dog</answer>"]
+    assert given(rewards.option_reward, "Dog", *texts) == [0, 0, 0]
+    assert given(rewards.option_reward, "Dog", *texts, fold_case=True) == [1, 1, 0]
+    assert given(rewards.option_reward, ["cat", "dog"], *texts) == [0, 1, 0]
+
+
 def test_each_record_has_the_reward_of_its_kind():
     records = [
         {"kind": "count", "answer": 4},
@@ -220,6 +245,7 @@ def test_each_record_has_the_reward_of_its_kind():
         (rewards.edit_distance_reward, " ", "cannot be compared"),
         (rewards.choice_reward, "Paris", "is not one of the letters A"),
         (rewards.choice_reward, "E", "is not one of"),
+        (rewards.option_reward, "", "cannot be compared"),
     ],
 )
 def test_malformed_references_are_refused_before_work(make, answer, message):

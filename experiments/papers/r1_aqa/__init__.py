@@ -1,0 +1,1 @@
+"""R1-AQA: run main.py."""

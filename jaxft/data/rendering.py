@@ -154,8 +154,8 @@ class Renderer:
         """Returns the ids after an answer's stop token: a user turn `text` and the next answer's header.
 
         Appended to the ids of a conversation and its sampled answer, they form the next prompt without
-        encoding the answer again: sampled text may not encode to the sampled tokens. What stands for an
-        image or a clip is left out of `text`, because a reply has none.
+        encoding the answer again: sampled text may not encode to the sampled tokens. Placeholders of images
+        and clips are left out of `text`, because a reply has none.
 
         Raises:
             DataError: without a chat template, or if it renders earlier turns differently.

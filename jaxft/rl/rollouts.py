@@ -146,6 +146,15 @@ def side_by_side(xp, prompts, valid, tokens, mask, log_probs, sampler_log_probs)
     }
 
 
+def check_no_columns(columns: Collection[str], who: str) -> None:
+    """Raises ValueError if prompts have columns, such as images, that `who` would not show to a model."""
+    if columns:
+        raise ValueError(
+            f"{who}: the prompts have the columns {sorted(columns)}, but it reads token ids only; use "
+            "prompts of text, or rl.answers or rl.episodes."
+        )
+
+
 def columns_of(columns: Mapping[str, np.ndarray] | None) -> dict[str, Any]:
     """Returns the keyword argument `columns` of a sampler, if there are columns."""
     return {"columns": columns} if columns else {}

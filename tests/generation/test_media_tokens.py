@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from jaxft import rl
 from jaxft.generation import Beams, SamplingConfig, beam_search, generate, generate_continuously
@@ -33,13 +34,15 @@ KEY, HOT = jax.random.key(0), SamplingConfig(6, temperature=5.0)
 
 
 def test_no_sampler_writes_the_token_of_an_image():
-    """Of 8 equally likely ids, each of the others occurs among a hundred."""
+    """Every other one of 8 equally likely ids occurs in a hundred tokens."""
     for sampler in (generate, functools.partial(generate_continuously, places=16)):
         out = sampler(MODEL, PARAMS, PROMPTS, KEY, HOT, samples=8, columns=IMAGES)
         assert set(np.unique(out.tokens)) == {*range(8)} - {IMAGE}
         assert np.isfinite(out.log_probs).all()
     beams = SamplingConfig(2, temperature=0.0)
-    found = beam_search(MODEL, PARAMS, PROMPTS, Beams(8, num_return_sequences=8), beams, columns=IMAGES)
+    found = beam_search(
+        MODEL, PARAMS, PROMPTS, Beams(8, num_return_sequences=8), beams, columns=IMAGES
+    )
     assert IMAGE not in np.unique(found.tokens) and len(np.unique(found.tokens)) > 4
 
 
@@ -60,3 +63,14 @@ def test_an_update_sees_an_episode_with_an_image_as_its_sampler_did():
     )
     other = now(batch | {"images": batch["images"][::-1]})
     assert np.abs(other - batch["sampler_log_probs"])[wrote].max() > 0.01
+
+
+def test_samplers_that_show_no_images_refuse_them():
+    asked = rl.Asked(PROMPTS, [{}, {}], columns=IMAGES)
+    guided = rl.guided_answers(MODEL, None, None, None, lambda *_: True, size=4)
+    with pytest.raises(ValueError, match=r"guided_answers: .* columns \['images'\]"):
+        guided(PARAMS, asked, KEY)
+    sampled = rl.sampled_chances(MODEL, None, [6], SamplingConfig(4), 2)
+    for name, chances in ("exact", rl.exact_chances(MODEL, [6])), ("sampled", sampled):
+        with pytest.raises(ValueError, match=f"{name}_chances: the prompts have the columns"):
+            chances(IMAGES, np.zeros((2, 1)), PARAMS, KEY)

@@ -225,6 +225,12 @@ def expand(
     return Expanded("".join(pieces), moved_spans, shown, tuple(places))
 
 
+def without_placeholders(text: str, readers: Sequence[MediaReader]) -> str:
+    """The text without what stands for the model's images and clips, of a text that has none."""
+    forms = {form for reader in readers for form in (reader.placeholder, MARKERS[reader.kind])}
+    return re.sub("|".join(map(re.escape, forms)), "", text) if forms else text
+
+
 def check_kinds(media: Sequence[Media], readers: Sequence[MediaReader]) -> None:
     """Raises DataError for media of a kind that none of the readers reads: all, for a text model."""
     kinds = {reader.kind for reader in readers}

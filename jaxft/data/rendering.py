@@ -15,7 +15,14 @@ from jaxft.data.chat import NOTHING, Chat
 from jaxft.data.encode import Encoder, in_span, touches
 from jaxft.data.errors import DataError
 from jaxft.data.media import MEDIA
-from jaxft.data.media_rows import MediaReader, Shown, check_kinds, expand, refuse_unread
+from jaxft.data.media_rows import (
+    MediaReader,
+    Shown,
+    check_kinds,
+    expand,
+    refuse_unread,
+    without_placeholders,
+)
 from jaxft.data.records import Record, as_messages, context
 from jaxft.data.shown import refuse
 from jaxft.data.templates import (
@@ -162,12 +169,14 @@ class Renderer:
         """Returns the ids after an answer's stop token: a user turn `text` and the next answer's header.
 
         Appended to the ids of a conversation and its sampled answer, they form the next prompt without
-        encoding the answer again: sampled text may not encode to the sampled tokens.
+        encoding the answer again: sampled text may not encode to the sampled tokens. Placeholders of images
+        and clips are left out of `text`, because a reply has none.
 
         Raises:
             DataError: without a chat template, or if it renders earlier turns differently.
         """
         chat, before = self._need_chat(), self._example
+        text = without_placeholders(text, self.media)
         rendered, spans = chat.spans(before)
         whole = chat.text([*before, {"role": "user", "content": text}], prompt=True)
         last = len(before) - 1

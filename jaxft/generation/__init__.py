@@ -78,6 +78,7 @@ from jaxft.generation.sources import (
     split_prompts,
     with_rules,
     with_source,
+    without_media,
 )
 from jaxft.generation.speech import detect_language, first_ids, transcribe
 
@@ -105,6 +106,7 @@ __all__ = [
     "split_prompts",
     "with_rules",
     "with_source",
+    "without_media",
     "best_first_search",
     "bucket",
     "decode",

@@ -22,7 +22,7 @@ from jaxft.generation.sampler import (
     separate,
     written,
 )
-from jaxft.generation.sources import with_source
+from jaxft.generation.sources import with_source, without_media
 from jaxft.kernels.largest import largest
 from jaxft.models import Decoder, take_rows
 from jaxft.parallel import in_turn, to_host
@@ -152,7 +152,7 @@ def beam_search(
             "completions only at token ids; use stop_ids."
         )
     given = prompts
-    prompts, columns, config = with_source(model, given, columns, config)
+    prompts, columns, config = with_source(model, given, columns, without_media(model, config))
     forced = 0 if prompts is given else len(prompts[0]) - 1  # behind the decoder's start
     room = -(-config.max_new_tokens // CHUNK) * CHUNK
     state, shared = begin(model, params, prompts, config, room, columns, cache_dtype)

@@ -14,7 +14,7 @@ import numpy as np
 from jaxft.generation.decoding import SamplingConfig, process_logits, transform_logits
 from jaxft.generation.padding import left_pad, padded
 from jaxft.generation.requests import after_string, check_request, row_keys, sample_keys
-from jaxft.generation.sources import with_source
+from jaxft.generation.sources import with_source, without_media
 from jaxft.models import Cache, Decoder, layers_of, unstack_layers, virtual_tokens
 from jaxft.parallel import in_turn, to_host
 
@@ -373,6 +373,7 @@ def decode(
     Raises:
         ValueError: if a rule needs past tokens and the state has no history; see `remember`.
     """
+    config = without_media(model, config)
     if config.looks_back and state.history is None:
         raise ValueError(
             "decode: repetition_penalty, no_repeat_ngram_size and bad_words need the tokens so far; call "

@@ -53,6 +53,16 @@ def with_rules(model_config: EncoderDecoderConfig, config: SamplingConfig) -> Sa
     return dataclasses.replace(config, bad_words=words, bad_first=begins, forced_end=end)
 
 
+def without_media(model: Any, config: SamplingConfig) -> SamplingConfig:
+    """The rules, by which the tokens of images and audio of a model that reads them are never sampled.
+
+    A later forward finds no embedding for such a token in an answer, and is NaN.
+    """
+    towers = getattr(model.config, "towers", ())
+    new = {(tower.token,) for tower in towers}.difference(config.bad_words)
+    return dataclasses.replace(config, bad_words=(*config.bad_words, *new)) if new else config
+
+
 def split_prompts(
     config: EncoderDecoderConfig, prompts: Prompts
 ) -> tuple[list[list[int]], dict[str, np.ndarray]]:

@@ -21,7 +21,14 @@ from jaxft.generation.sampler import separate
 from jaxft.keys import stream
 from jaxft.models import Decoder, virtual_tokens
 from jaxft.rl.prompts import Asked
-from jaxft.rl.rollouts import Batch, Sample, check_policy, checked, interleaved
+from jaxft.rl.rollouts import (
+    Batch,
+    Sample,
+    check_no_columns,
+    check_policy,
+    checked,
+    interleaved,
+)
 from jaxft.rl.transforms import Transform
 
 Ends = Callable[[Batch], np.ndarray]  # batch -> [B, K + 1], see jaxft.rl.progress.separator_ends
@@ -87,6 +94,7 @@ def exact_chances(model: Decoder, forced: Sequence[int], column: str = "gold") -
     forced = jnp.asarray(forced, jnp.int32)
 
     def chances(batch, ends, params, key):
+        check_no_columns(_media_of(model, batch), "exact_chances")
         names = ("tokens", "segment_ids", "completion_mask", column)
         given = [jnp.asarray(batch[name]) for name in names]
         found = forced_log_probs(model, params, *given, jnp.asarray(ends), forced)
@@ -176,6 +184,7 @@ def sampled_chances(
     check_policy(config)
 
     def chances(batch, ends, params, key):
+        check_no_columns(_media_of(model, batch), "sampled_chances")
         rows, places = np.nonzero(ends >= 0)
         prefixes = prefixes_of(batch, rows, ends[rows, places])
         answers = forced_answers(
@@ -188,6 +197,12 @@ def sampled_chances(
         return found
 
     return chances
+
+
+def _media_of(model, batch):
+    """The columns of images and clips of a batch that the model reads."""
+    towers = getattr(model.config, "towers", ())
+    return {name for tower in towers for name in tower.columns} & batch.keys()
 
 
 def prefixes_of(batch: Batch, rows: Sequence[int], ends: Sequence[int]) -> list[list[int]]:

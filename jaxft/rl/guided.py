@@ -36,7 +36,7 @@ from jaxtyping import Array, Int
 from jaxft.generation import Generation, SamplingConfig, generate, left_pad
 from jaxft.keys import stream
 from jaxft.models import Decoder
-from jaxft.rl.rollouts import Sample, check_policy, padded, side_by_side
+from jaxft.rl.rollouts import Sample, check_no_columns, check_policy, padded, side_by_side
 from jaxft.rl.turns import GUIDE, POLICY
 
 # (params, contexts, limits [B], key) -> at most limits[i] new tokens after each context
@@ -210,6 +210,7 @@ def guided_answers(
     _check_share("guided_answers: mix", mix)
 
     def sample(params, asked, key):
+        check_no_columns(asked.columns, "guided_answers")
         begins, count = bool(schedule(asked.number, key)), len(asked.ids)
         pair = (guide, policy) if begins else (policy, guide)
         out = mixed_rollout(params, asked.ids, key, *pair, size, mix)

@@ -21,7 +21,7 @@ from jaxft.rl.algorithms import Credit
 from jaxft.rl.collection import Collector, drop_multiple, in_parts
 from jaxft.rl.groups import in_groups
 from jaxft.rl.prompts import Prompts
-from jaxft.rl.rollouts import check_policy, side_by_side, with_columns, writable
+from jaxft.rl.rollouts import check_policy, side_by_side, with_columns
 from jaxft.rl.transforms import add_old_policy, add_reference, add_values
 
 # (tokens [B, N], mask [B, N], which prompt [B]) -> rewards [B], traced
@@ -192,7 +192,7 @@ def _experience(
 
 def _sample(model, params, tokens, valid, key, chosen, config, samples, columns=None):
     """Returns (batch without rewards, the prompt number of each row)."""
-    size, config = config.max_new_tokens, writable(model, config, columns)
+    size = config.max_new_tokens
     keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(len(chosen)))
     slots = tokens.shape[1] + size
     state = prefill(model, params, tokens[chosen], valid[chosen], keys, slots, columns=columns)

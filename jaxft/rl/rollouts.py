@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ import jax
 import numpy as np
 
 from jaxft.checkpoints import check_tokenizer
-from jaxft.generation import SamplingConfig, bucket, generate, left_pad
+from jaxft.generation import SamplingConfig, bucket, generate, left_pad, without_media
 from jaxft.models import Decoder
 from jaxft.rewards.checked import checked_rewards
 from jaxft.rewards.pool import RewardFn
@@ -113,7 +112,8 @@ def sample_groups(
         ValueError: for greedy sampling, which has no policy gradient.
     """
     check_policy(config)
-    config = writable(model, config, columns)
+    # Other samplers than `generate` must not write the tokens of images either.
+    config = without_media(model, config) if columns else config
     out = sampler(
         model, params, prompts, key, config, samples=group_size, tokenizer=tokenizer,
         **columns_of(columns),
@@ -146,16 +146,13 @@ def side_by_side(xp, prompts, valid, tokens, mask, log_probs, sampler_log_probs)
     }
 
 
-def writable(
-    model: Any, config: SamplingConfig, columns: Mapping[str, Any] | None
-) -> SamplingConfig:
-    """The config that never samples the tokens of images and audio, if the prompts have columns.
-
-    An update finds no embedding for such a token in a response, and would be NaN.
-    """
-    towers = getattr(model.config, "towers", ()) if columns else ()
-    words = tuple((tower.token,) for tower in towers)
-    return dataclasses.replace(config, bad_words=config.bad_words + words) if words else config
+def check_no_columns(columns: Collection[str], who: str) -> None:
+    """Raises ValueError if prompts have columns, such as images, that `who` would not show to a model."""
+    if columns:
+        raise ValueError(
+            f"{who}: the prompts have the columns {sorted(columns)}, but it reads token ids only; use "
+            "prompts of text, or rl.answers or rl.episodes."
+        )
 
 
 def columns_of(columns: Mapping[str, np.ndarray] | None) -> dict[str, Any]:

@@ -131,6 +131,12 @@ def test_rendered_tokens_hold_each_image_and_train_only_on_the_answer(renderer):
     assert list(renderer.shown(record)) == list(part.media)
 
 
+def test_a_reply_to_an_answer_shows_no_image(renderer):
+    assert renderer.next_turn("a <image>b") == renderer.next_turn("a b")
+    image = renderer.tokenizer.convert_tokens_to_ids("<image>")
+    assert image not in renderer.next_turn("<image>")
+
+
 def test_spans_move_with_the_images_before_them():
     pictures = [Media("image", x) for x in IMAGES[:2]]
     made, spans, *_ = expand("a<image>bc<image>d", {(8, 10): 1.0, (17, 18): 2.0}, pictures, [TILED])

@@ -170,7 +170,7 @@ def test_the_step_of_every_objective_can_be_laid_out_and_traced(name, group, tmp
 def test_every_paper_has_a_full_preset_and_a_row_of_its_step():
     scripts = sources.scripts()
     assert set(scale.PAPERS) == set(scripts)
-    preset = re.compile(r'preset: Literal\["small", ("smollm2", )?"full"\]')
+    preset = re.compile(r'preset: Literal\["small", ("\w+", )?"full"\]')
     without = {slug for slug, path in scripts.items() if not preset.search(path.read_text("utf-8"))}
     assert not without
     page = scale.PAGE.read_text("utf-8")

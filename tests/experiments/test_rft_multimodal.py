@@ -13,7 +13,7 @@ from PIL import Image
 from experiments.cli import flags
 from experiments.papers.rft_multimodal import main as script
 from experiments.papers.rft_multimodal import methods, worlds
-from experiments.worlds import pictures
+from experiments.worlds import loaded, pictures
 from jaxft import data, rl
 from jaxft.data.media import media_in, read_media, with_media
 from jaxft.models import Prediction
@@ -152,7 +152,7 @@ def test_images_of_other_records():
     images = [read_media("image", np.full((2, 2, 3), i, np.uint8)) for i in range(4)]
     turn = lambda *media: {"messages": [{"role": "user", "content": "?", "_media": media}]}
     records = [turn(images[0]), turn(images[1], images[2]), turn(images[3]), {"question": "?"}]
-    made = worlds.others(records)
+    made = loaded.with_other_media(records)
     assert [media_in(x) for x in made] == [[images[3]], images[1:3], [images[0]], []]
     assert media_in(records[0]) == [images[0]]
     with pytest.raises(data.DataError, match="cannot take the places of"):

@@ -121,7 +121,10 @@ def world(config, settings, model, base, renderer, mesh, writer, known, new, see
     settings = flags.replace(settings, seed=seed)
     sizes, length = settings.rows.sizes, settings.rows.max_length
     judged = writer(base, known, config.samples, jax.random.key(seed))[0]
-    start = without_towers(model, shared.adapt_params(settings, model, base, mesh))
+    start = shared.adapt_params(settings, model, base, mesh)
+    if getattr(renderer, "media", ()):
+        print("the part for images is frozen:")
+        start = shared.announce(without_towers(model, start))
     score = functools.partial(train.reference_log_probs, model.forward, start, mesh=mesh, **sizes)
     pairs = data.render_pairs(judged.pairs, renderer, length)
     tokens = lambda i: float(np.mean([np.sum(group.parts[i].loss_mask > 0) for group in pairs]))

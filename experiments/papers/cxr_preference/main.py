@@ -7,8 +7,9 @@ shares its loophole: a true statement that is not in the reference has no cost, 
 reports.
 
     python experiments/papers/cxr_preference/main.py
+    python experiments/papers/cxr_preference/main.py --preset vision     X-rays in pixels
     python experiments/papers/cxr_preference/main.py --preset full --model runs/sft/model \
-        --data reports.jsonl --judge judge.py:score          prompt and completion: only texts
+        --data reports.jsonl --judge judge.py:score          image, indication and findings
 
 Images are twelve tokens of evidence, and reports name findings (reports.py); the model has 0.1 M
 parameters. Two baselines have the same number of steps and of tokens as the five methods: further
@@ -31,12 +32,19 @@ Departures from the paper: ORPO starts from the fine-tuned model as the others d
 has no separate SFT; each method has one β (0.1 for DPO and KTO, 0.5 for IPO, 2 with γ = 1 for
 SimPO, λ = 1 for ORPO), where the paper sweeps three.
 
-`--preset full` is the text side of the paper's pipeline, since jaxft has no model that reads images
-yet: a language model that was fine-tuned on reports (--model, by experiments/sft.py) writes four
-reports to each prompt of --data, --judge scores them against the reference, and the same methods
-train with the paper's rate, schedule and lengths (all params, 64 pairs a step). GREEN stands for
-that judge's score in all printed results. The F1 of findings needs their true list and is left out.
-One host.
+`--preset vision` has X-rays of 24 x 24 pixels (xrays.py), in which the same twelve findings are opacities,
+fluid, air, a wide heart and a device of random contrast under noise, and a model of SmolVLM's architecture
+with 0.2 M parameters. All of it trains on reports; its part for images is frozen from then on, as in the
+paper. Reports, judge, pairs, methods and claims are those of the default size. Its control shows the model
+the image of another case: reports must then be no better than the reference reports of other cases.
+
+`--preset full` reads the user's X-rays: --data has rows of `image` (a path), `indication` (may be absent)
+and `findings`; --model is a vision-language model that was fine-tuned on such rows by experiments/sft.py, or
+the paper's kind of model as it is (Qwen2.5-VL-3B by default). It writes four reports to each image, --judge
+scores them against the reference, and the same methods train with the paper's rate, schedule and lengths:
+all params but those of the part for images, 64 pairs a step. GREEN stands for that judge's score in all
+printed results. The F1 of findings needs their true list and is left out. A language model takes rows of
+`prompt` and `completion` instead: the text side of the pipeline. One host.
 """
 
 from __future__ import annotations
@@ -69,7 +77,7 @@ from jaxft.metrics import length_controlled_rate, standardised_mean
 
 _MEASURES = (("green", "GREEN"), ("f1", "F1"))
 PARTS = {"main": {}, "vision": {"preset": "vision"}}  # parts of the record
-VISION = dict(sft_steps=500, sft_rate=3e-3, images=1500, steps=150)
+VISION = dict(sft_steps=350, sft_rate=3e-3, steps=120, every=40)
 
 
 @dataclasses.dataclass(frozen=True)

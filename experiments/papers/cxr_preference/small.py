@@ -26,7 +26,7 @@ from jaxft.objectives import supervised
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """What the two small sizes differ in."""
+    """A small size: its cases and model, and its control."""
 
     draw: Callable[[np.random.Generator, int], reports.Cases]
     model: Callable[[Any, int], tuple[Decoder, Any]]  # (config, seed) -> model, first params

@@ -39,7 +39,8 @@ class World(NamedTuple):
 
 def without_towers(model: Any, params: Any) -> Any:
     """The params with the parts that read images frozen, as the paper trains on preferences."""
-    names = "|".join(re.escape(tower.name) for tower in model.config.towers)
+    towers = getattr(model.config, "towers", ())  # encoder-decoders have none
+    names = "|".join(re.escape(tower.name) for tower in towers)
     rules = {f"(?!({names})/).*": full()}
     return adapt(jax.random.key(0), params, rules) if names else params
 

@@ -33,10 +33,10 @@ has no separate SFT; each method has one β (0.1 for DPO and KTO, 0.5 for IPO, 2
 SimPO, λ = 1 for ORPO), where the paper sweeps three.
 
 `--preset vision` has X-rays of 24 x 24 pixels (xrays.py), in which the same twelve findings are opacities,
-fluid, air, a wide heart and a device of random contrast under noise, and a model of SmolVLM's architecture
-with 0.2 M parameters. All of it trains on reports; its part for images is frozen from then on, as in the
-paper. Reports, judge, pairs, methods and claims are those of the default size. Its control shows the model
-the image of another case: reports must then be no better than the reference reports of other cases.
+fluid, air, a wide heart and a device, faint where the evidence is unclear, and a model of SmolVLM's
+architecture with 0.2 M parameters. All of it trains on reports; its part for images is frozen from then on,
+as in the paper. Reports, judge, pairs, methods and claims are those of the default size. Its control shows
+the model the image of another case: reports must then be no better than the reference reports of other cases.
 
 `--preset full` reads the user's X-rays: --data has rows of `image` (a path), `indication` (may be absent)
 and `findings`; --model is a vision-language model that was fine-tuned on such rows by experiments/sft.py, or
@@ -77,7 +77,7 @@ from jaxft.metrics import length_controlled_rate, standardised_mean
 
 _MEASURES = (("green", "GREEN"), ("f1", "F1"))
 PARTS = {"main": {}, "vision": {"preset": "vision"}}  # parts of the record
-VISION = dict(sft_steps=350, sft_rate=3e-3, steps=120, every=40)
+VISION = dict(sft_steps=500, sft_rate=3e-3, steps=120, every=40)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """Synthetic chest X-rays in pixels for --preset vision, and the small model that reads them.
 
 Each of the twelve findings has its own place and form: opacities in six zones of the lungs, fluid at their
-two bases, a wide heart, air beside each lung, and the line of a device. Contrasts vary, and noise hides the
-faint ones. Reports and judge are those of reports.py.
+two bases, a wide heart, air beside each lung, and the line of a device. An image shows the evidence of
+reports.py: what is unclear there is faint here, whether it is present or not. Reports and judge are those of
+reports.py too.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from jaxft.models.vision import VisionTower
 SIZE, PATCH, SHUFFLE = 24, 6, 2  # pixels of a side, of a patch, patches of an image token's side
 SHOWN = (SIZE // PATCH // SHUFFLE) ** 2  # image tokens
 IMAGE = reports.VOCABULARY  # the id of an image token
-NOISE = 0.12  # standard deviation of the noise, of an intensity from 0 to 1
-FAINTEST, STRONGEST = 0.1, 0.35  # contrast of a finding
+NOISE = 0.08  # standard deviation of the noise, of an intensity from 0 to 1
+CLEAR, FAINT = (0.25, 0.4), (0.1, 0.15)  # contrasts of findings that are clear, and unclear
 # Findings 0 to 5: (row, column) of opacities in upper, middle and lower zones of the two lungs.
 ZONES = [(row, column) for column in (7, 16) for row in (6, 11, 16)]
 
@@ -30,18 +31,21 @@ ZONES = [(row, column) for column in (7, 16) for row in (6, 11, 16)]
 def draw(rng: np.random.Generator, count: int) -> reports.Cases:
     """New cases whose evidence is an image; a prompt is its tokens and the one that asks for a report."""
     cases = reports.draw(rng, count)
+    shown = images(rng, cases.prompts[:, : reports.FINDINGS])
     prompts = np.full((count, SHOWN + 1), IMAGE)
     prompts[:, -1] = reports.ASK
-    return cases._replace(prompts=prompts, images=images(rng, cases.truth))
+    return cases._replace(prompts=prompts, images=shown)
 
 
-def images(rng: np.random.Generator, truth: np.ndarray) -> np.ndarray:
-    """X-rays [N, 1, SIZE, SIZE, 3] from -1 to 1 with these findings [N, FINDINGS]."""
-    strength = truth * rng.uniform(FAINTEST, STRONGEST, truth.shape)
-    shift = rng.integers(-1, 2, (len(truth), 2))  # of the patient; no finding touches the border
+def images(rng: np.random.Generator, evidence: np.ndarray) -> np.ndarray:
+    """X-rays [N, 1, SIZE, SIZE, 3] from -1 to 1 that show this evidence [N, FINDINGS] of findings."""
+    clear, faint = (rng.uniform(*range_, evidence.shape) for range_ in (CLEAR, FAINT))
+    unclear = np.where(evidence == reports.UNKNOWN, faint, 0.0)
+    strength = np.where(evidence == reports.PRESENT, clear, unclear)
+    shift = rng.integers(-1, 2, (len(evidence), 2))  # of the patient; no finding touches the border
     made = _chest() + np.einsum("nf,fyx->nyx", strength, _forms())
     made = np.stack([np.roll(x, by, (0, 1)) for x, by in zip(made, shift, strict=True)])
-    made = made * rng.uniform(0.85, 1.15, (len(truth), 1, 1)) + rng.normal(0, NOISE, made.shape)
+    made = made * rng.uniform(0.85, 1.15, (len(evidence), 1, 1)) + rng.normal(0, NOISE, made.shape)
     grey = (2 * np.clip(made, 0, 1) - 1).astype(np.float32)
     return np.repeat(grey[:, None, :, :, None], 3, axis=-1)
 

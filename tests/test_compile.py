@@ -256,7 +256,7 @@ def test_presets_that_read_images_have_the_sizes_of_the_checkpoints():
 def test_every_paper_has_a_full_preset_and_a_row_of_its_step():
     scripts = sources.scripts()
     assert set(scale.PAPERS) == set(scripts)
-    preset = re.compile(r'preset: Literal\["small", ("smollm2", )?"full"\]')
+    preset = re.compile(r'preset: Literal\["small", ("\w+", )?"full"\]')
     without = {slug for slug, path in scripts.items() if not preset.search(path.read_text("utf-8"))}
     assert not without
     page = scale.PAGE.read_text("utf-8")

@@ -15,6 +15,7 @@ import numpy as np
 import tyro
 
 from experiments.cli import choices, flags
+from jaxft.data.media import media_in, with_media
 from jaxft.generation import Generation, SamplingConfig, generate
 from jaxft.rl.prompts import rows_of_column
 from jaxft.rl.rollouts import columns_of
@@ -114,3 +115,13 @@ def in_parts(
     ]
     *arrays, ends = zip(*parts, strict=True)
     return Generation(*map(np.concatenate, arrays), [end for part in ends for end in part])
+
+
+def with_other_media(records: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """The records with the images of the next record that has as many, in a circle: a control."""
+    made = list(records)
+    for count in {len(media_in(record)) for record in records} - {0}:
+        rows = [i for i, record in enumerate(records) if len(media_in(record)) == count]
+        for i, j in zip(rows, np.roll(rows, -1).tolist(), strict=True):
+            made[i] = with_media(records[i], media_in(records[j]))
+    return made

@@ -16,6 +16,7 @@ from jaxft.generation import SamplingConfig
 from jaxft.generation.sampler import decode, prefill
 from jaxft.models import Decoder, DecoderConfig
 from jaxft.objectives import supervised
+from jaxft.rl.rollouts import writable
 
 
 def decoder(
@@ -36,6 +37,8 @@ def sampler(
 ) -> Callable[..., Any]:
     """Returns sample(params, prompts [B, P], key) -> (completions [B, size], mask, log-probs of tokens).
 
+    A fourth argument, `columns`, has further inputs of the model's forward, [B, ...] each: images, whose
+    token is then never sampled.
     Compiles one program for each B. A completion ends after `stop`, which the mask counts. Temperature 0 is
     greedy, with log-probs at temperature 1.
     """
@@ -43,11 +46,12 @@ def sampler(
     config = SamplingConfig(max_new_tokens=size, temperature=temperature, stop_ids=stops)
 
     @jax.jit
-    def sample(params, prompts, key):
+    def sample(params, prompts, key, columns=None):
         keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(len(prompts)))
         valid = jnp.ones(prompts.shape, bool)
-        state = prefill(model, params, prompts, valid, keys, prompts.shape[1] + size)
-        _, part = decode(model, params, state, config, steps=size)
+        slots = prompts.shape[1] + size
+        state = prefill(model, params, prompts, valid, keys, slots, columns=columns)
+        _, part = decode(model, params, state, writable(model, config, columns), steps=size)
         return part.tokens, part.mask, part.log_probs
 
     return sample
@@ -67,11 +71,17 @@ def rows(prompts: Any, completions: Any, mask: Any = None) -> dict[str, jax.Arra
 
 
 def pretrain(
-    model: Decoder, draw: Callable[[np.random.Generator], Any], steps: int, rate: float, seed: int
+    model: Decoder,
+    draw: Callable[[np.random.Generator], Any],
+    steps: int,
+    rate: float,
+    seed: int,
+    params: Any = None,
 ) -> Any:
-    """Trains params with supervised steps on batches of `draw`, with Adam and a cosine schedule."""
+    """Trains params (None: new ones) with supervised steps on batches of `draw`: Adam, cosine schedule."""
     rng = np.random.default_rng(seed)
-    params = jax.jit(model.init)(jax.random.key(seed), model.example_input())["params"]
+    if params is None:
+        params = jax.jit(model.init)(jax.random.key(seed), model.example_input())["params"]
     optimizer = optax.adam(lambda count: rate * train.cosine(count / steps))
     batches = (draw(rng) for _ in range(steps))
     state, _ = train.fit(params, supervised(model.forward), optimizer, batches, steps=steps)

@@ -9,16 +9,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from experiments.cli import flags
+from experiments.papers.cxr_preference import full as full_cxr
 from experiments.papers.cxr_preference import main as cxr_preference
-from experiments.papers.cxr_preference import reports
+from experiments.papers.cxr_preference import reports, xrays
 from experiments.papers.dco import main as dco
 from experiments.papers.hypo import bandits, full, text
 from experiments.papers.hypo import main as hypo
+from jaxft.adapters import partition
 from jaxft.checkpoints import load_model, save_model
 from jaxft.data import DataError, GreenCounts, green_score
+from jaxft.data.media import media_in
 from jaxft.losses import leave_one_out, reverse_kl_surrogate
+from tests import vision_models
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +132,62 @@ def test_cxr_s_full_preset_trains_on_its_own_judged_reports(on_disk, tmp_path, m
     assert not any("F1" in claim["text"] for claim in metrics["claims"])
 
 
+def test_cxr_s_full_preset_reads_x_rays(tmp_path, monkeypatch):
+    vision_models.write_random(tmp_path / "model")
+    rows = []
+    for i in range(7):
+        Image.fromarray(vision_models.image(i, 16, 16)).save(tmp_path / f"{i}.png")
+        rows.append({"image": f"{i}.png", "indication": "cough", "findings": "clear"})
+    rows[0].pop("indication")
+    write = lambda name, rows: (tmp_path / name).write_text("\n".join(map(json.dumps, rows)))
+    write("rows.jsonl", rows[:4])
+    write("new.jsonl", rows[4:])
+    write("blind.jsonl", [rows[0], rows[1] | {"image": None}])
+    write("lost.jsonl", [rows[0], rows[1] | {"image": "nowhere.png"}])
+    judge = lambda texts, records: [sum(map(ord, text)) for text in texts]
+    opened = lambda *_: contextlib.nullcontext(judge)
+    monkeypatch.setattr(cxr_preference.full.rewards_cli, "opened", opened)
+    monkeypatch.setattr(cxr_preference.lengths, "measure", dict)
+    monkeypatch.setattr(cxr_preference.lengths, "judge", lambda _: [])
+    monkeypatch.setattr(cxr_preference, "_figure", lambda *_: None)
+    towers = []
+    train_method = cxr_preference.train_method
+
+    def spied(config, world, name):
+        curve, best = train_method(config, world, name)
+        pairs = zip(world.test, world.others(world.test), strict=True)
+        assert all(media_in(own) != media_in(other) for own, other in pairs)
+        for params in (world.start, best):
+            towers.append(jax.tree.leaves(params["vision"]))
+            assert not jax.tree.leaves(partition(params)[0]["vision"])
+        return curve, best
+
+    monkeypatch.setattr(cxr_preference, "train_method", spied)
+    given = dict(model=str(tmp_path / "model"), judge="operator:eq", output_dir=str(tmp_path))
+    given |= dict(eval_data=str(tmp_path / "new.jsonl"), preset="full", smoke=True)
+    run = lambda name: cxr_preference.main(
+        flags.replace(cxr_preference.Config(), data=str(tmp_path / name), **given)
+    )
+    with pytest.raises(DataError, match="1 of 5 records .* have no image, which .*model reads"):
+        run("blind.jsonl")
+    with pytest.raises(DataError, match="nowhere.png"):
+        run("lost.jsonl")
+    assert run("rows.jsonl") == 0
+    (found,) = json.loads((tmp_path / "metrics.json").read_text())["runs"]
+    assert found["pairs"] + found["undecided"] == 4 and found["other"]["prior"] is None
+    for leaves in towers[1:]:
+        chex.assert_trees_all_equal(leaves, towers[0])
+
+
+def test_cases_of_x_rays_are_questions_about_an_image():
+    raw = {"image": np.zeros((2, 2, 3), np.uint8), "why": "cough", "said": "Clear."}
+    read = full_cxr.read_case(raw, {"indication": "why", "findings": "said"})
+    asked, answer = read["messages"]
+    assert asked["content"] == f"<image>Indication: cough\n{full_cxr.ASK}"
+    assert answer["content"] == "Clear." and len(media_in(read)) == 1
+    assert full_cxr.read_case({"prompt": "Why?", "completion": "So."})["completion"] == "So."
+
+
 @pytest.mark.parametrize(
     "script, given, message",
     [
@@ -138,7 +199,12 @@ def test_cxr_s_full_preset_trains_on_its_own_judged_reports(on_disk, tmp_path, m
         (
             cxr_preference,
             {"preset": "full", "model": "tiny"},
-            "jaxft has no model that reads images",
+            "give --data FILE.jsonl with the columns image",
+        ),
+        (
+            cxr_preference,
+            {"preset": "vision", "judge": "operator:eq"},
+            "--judge operator:eq has no effect with --preset vision",
         ),
         (
             cxr_preference,
@@ -344,6 +410,35 @@ def test_cxr_preference_smoke(tmp_path):
     assert (tmp_path / "cxr_preference.png").stat().st_size > 1000
 
 
+def test_cxr_s_vision_preset_smoke(tmp_path):
+    config = cxr_preference.Config(preset="vision", smoke=True, output_dir=str(tmp_path))
+    assert cxr_preference.main(config) == 0
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    (run,) = metrics["runs"]
+    assert 0 < run["pairs"] <= 64 - run["undecided"] and "lengths" not in metrics
+    assert set(run["other"]) == {"SFT", "DPO", "prior"} and 0.1 < run["other"]["prior"]["f1"] < 0.4
+    assert metrics["claims"][-1]["text"].startswith("with the images of other cases")
+    assert (tmp_path / "cxr_preference.png").stat().st_size > 1000
+
+
+def test_cxr_s_x_rays_show_their_findings():
+    """A finding that is there changes its own place, and a linear reader of the pixels finds it."""
+    rng = np.random.default_rng(0)
+    cases = xrays.draw(rng, 1500)
+    assert cases.images.shape == (1500, 1, 24, 24, 3) and np.abs(cases.images).max() <= 1
+    assert (cases.prompts == [*[xrays.IMAGE] * xrays.SHOWN, reports.ASK]).all()
+    pixels = cases.images[:, 0, ..., 0].reshape(1500, -1)
+    pixels = np.concatenate([pixels, np.ones((1500, 1), np.float32)], axis=1)
+    fitted = np.linalg.lstsq(pixels[:1000], cases.truth[:1000].astype(float), rcond=None)[0]
+    scores, truth = pixels[1000:] @ fitted, cases.truth[1000:]
+    for finding in range(reports.FINDINGS):
+        there, absent = (scores[truth[:, finding] == x, finding] for x in (True, False))
+        assert (there[:, None] > absent).mean() > 0.75, finding  # AUC; 0.5 is chance
+    swapped = xrays.others(cases)
+    np.testing.assert_array_equal(swapped.images[1:], cases.images[:-1])
+    assert swapped.reports == cases.reports
+
+
 def test_cxr_s_judge_counts_as_green_does():
     truth = np.zeros(12, bool)
     truth[[1, 4]] = True
@@ -387,8 +482,9 @@ def test_cxr_s_cases():
         ("DPO", {"length": 6.0}, [5]),
         ("KTO", {"win_rate_at_equal_length": 0.45}, [6]),
         ("ORPO", {"f1": 0.5}, [7]),
-        ("lengths", {"length": 6.0}, [8]),
-        ("wrong", {"error": 0.1}, [9]),
+        ("other", {"f1": 0.3}, [8]),
+        ("lengths", {"length": 6.0}, [9]),
+        ("wrong", {"error": 0.1}, [10]),
     ],
 )
 def test_cxr_s_judge_can_fail(name, change, failing):
@@ -406,7 +502,11 @@ def test_cxr_s_judge_can_fail(name, change, failing):
         made["DPO"]["green"] = 0.65
         made |= {n: row | {"green": 0.52} for n in cxr_preference.BASELINES}
         made["SFT"] = row | {"green": 0.5, "f1": 0.65}
-        if name in made:
+        blind = {"green": 0.24, "f1": 0.2}
+        made["other"] = {n: dict(blind) for n in ("SFT", "DPO", "prior")}
+        if name == "other":
+            made["other"]["DPO"] |= {"f1": change["f1"] + 0.001 * seed}
+        elif name in made:
             made[name] |= change
         # A little noise, or intervals would have no width.
         noise = lambda x: {k: v + 0.001 * seed for k, v in x.items()} if isinstance(x, dict) else x

@@ -7,17 +7,18 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from PIL import Image
 
 from experiments.cli import flags
 from experiments.papers.rft_multimodal import main as script
 from experiments.papers.rft_multimodal import methods, worlds
-from experiments.worlds import pictures
-from jaxft import data, rl
+from experiments.worlds import loaded, pictures
+from jaxft import data, rl, train
 from jaxft.data.media import media_in, read_media, with_media
 from jaxft.models import Prediction
-from jaxft.objectives import policy_gradient
+from jaxft.objectives import policy_gradient, supervised
 from jaxft.rewards import read_boxes
 from jaxft.rl.rollouts import writable
 from tests import vision_models
@@ -152,7 +153,7 @@ def test_images_of_other_records():
     images = [read_media("image", np.full((2, 2, 3), i, np.uint8)) for i in range(4)]
     turn = lambda *media: {"messages": [{"role": "user", "content": "?", "_media": media}]}
     records = [turn(images[0]), turn(images[1], images[2]), turn(images[3]), {"question": "?"}]
-    made = worlds.others(records)
+    made = loaded.with_other_media(records)
     assert [media_in(x) for x in made] == [[images[3]], images[1:3], [images[0]], []]
     assert media_in(records[0]) == [images[0]]
     with pytest.raises(data.DataError, match="cannot take the places of"):
@@ -227,6 +228,30 @@ def test_judge_can_fail(change, fails):
         for rows in run["methods"].values():
             rows["accuracy"] += 0.01 * i
     assert [i for i, claim in enumerate(script.judge(runs)) if not claim.holds] == fails
+
+
+def test_a_model_that_learnt_from_pictures_answers_about_the_one_that_it_is_shown():
+    """With others' pictures it is right as often as answers agree; with blank ones, as one answer is."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 192)
+    images = np.eye(3)[labels][:, None, None, None] + rng.normal(0, 0.3, (192, 1, 16, 16, 3))
+    records = [{"kind": "choose", "question": "=rgb", "answer": "ABC"[i]} for i in labels]
+    some = pictures.Pictures(records, images.astype(np.float32))
+    model, params = pictures.small_model(jax.random.key(0), width=32, vision=16)
+    rows = pictures.rows_of(some)
+    batches = ({k: x[i : i + 32] for k, x in rows.items()} for i in [*range(0, 192, 32)] * 10)
+    objective, optimizer = supervised(model.forward), optax.adam(3e-3)
+    params = train.fit(params, objective, optimizer, batches)[0].params
+    given = pictures.rewards(records)
+    sample = rl.answers(model, pictures.Tokenizer(), given, pictures.sampling(), 1)
+
+    def accuracy(images):
+        return sample(params, pictures.asked(some, images), jax.random.key(1))["rewards"].mean()
+
+    assert accuracy(some.images) > 0.95
+    agree = np.mean(labels == np.roll(labels, 1))
+    assert abs(accuracy(np.roll(some.images, 1, axis=0)) - agree) < 0.05
+    assert accuracy(np.zeros_like(some.images)) < np.bincount(labels).max() / 192 + 0.1
 
 
 def test_rollouts_with_pictures_never_sample_the_token_of_one():

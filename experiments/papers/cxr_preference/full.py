@@ -1,14 +1,15 @@
-"""The text side of cxr_preference.py: reports that a language model writes from texts, --preset full.
+"""Reports that a vision-language model writes to the user's X-rays: --preset full of cxr_preference.py.
 
-The records are the user's: `prompt` (an indication, or the findings of a report) and `completion`, the
-reference report. So is the judge: score(report, record) -> a number or None, as of GREEN's language model.
+The records are the user's: `image` or `images`, `indication` (may be absent) and `findings`, the reference
+report. So is the judge: score(report, record) -> a number or None, as of GREEN's language model. A language
+model gets records without images, `prompt` and `completion`: the text side of the pipeline.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,18 +19,19 @@ from experiments import preference, sample_pairs
 from experiments.cli import flags, held_out
 from experiments.cli import rewards as rewards_cli
 from experiments.cli import training as shared
-from experiments.cli.models import stop_ids
-from experiments.papers.cxr_preference.worlds import World, objective
+from experiments.cli.models import renderer_of, stop_ids
+from experiments.papers.cxr_preference.worlds import World, objective, without_towers
 from experiments.worlds import loaded
 from jaxft import data, train
-from jaxft.checkpoints import load_tokenizer
+from jaxft.data.media import media_in
 from jaxft.generation import SamplingConfig
 from jaxft.objectives import supervised
 from jaxft.parallel import mesh_context
+from jaxft.rl.rollouts import writable
 
 # One epoch over about 60,000 pairs; the paper's rate, schedule and lengths.
 PAPER = dict(
-    model="meta-llama/Llama-3.2-3B-Instruct",
+    model="Qwen/Qwen2.5-VL-3B-Instruct",
     adapter="full",
     max_length=2048,
     max_new_tokens=512,
@@ -40,14 +42,50 @@ PAPER = dict(
 SIZES = dict(steps=1000, every=250, batch_size=64, learning_rate=1e-6, held_out=500, images=60_000)
 
 
+ASK = "Write the findings of this chest X-ray."
+
+
 def check(config: Any) -> None:
     """Refuses a full preset without records and a judge."""
     if config.source.data is None or not (config.rewards.judge or config.rewards.reward_model):
         raise ValueError(
-            "--preset full writes reports from texts, since jaxft has no model that reads images yet: give "
-            "--data FILE with the columns prompt and completion, and --judge FILE.py:FUNCTION."
+            "--preset full reads your X-rays: give --data FILE.jsonl with the columns image (a path), "
+            "indication and findings, --judge FILE.py:FUNCTION, and a vision-language model as --model."
         )
     rewards_cli.check(config.rewards, {})
+
+
+def read_case(raw: Mapping[str, Any], fields: Mapping[str, str] | None = None) -> data.Record:
+    """The record of an X-ray with its findings, as a question and its answer; other rows as `normalise`.
+
+    Args:
+        raw: the row as read: `image` or `images`, `indication` (may be absent or empty), `findings`.
+        fields: our name -> the row's.
+    """
+    names = dict(fields or {})
+    place = names.pop("findings", "findings")
+    if place not in raw:
+        return data.normalise(raw, fields)
+    asked = raw.get(names.pop("indication", "indication"))
+    text = f"Indication: {asked}\n{ASK}" if asked else ASK
+    turns = [("user", text), ("assistant", raw[place])]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    return data.normalise({**raw, "messages": messages}, names)
+
+
+def check_images(renderer: Any, records: Sequence[Mapping[str, Any]], model: str) -> None:
+    """Renders the prompts, so that unusable images are refused before the model is read.
+
+    Raises:
+        DataError: for images that are absent or unreadable, or that the model does not read.
+    """
+    lacking = [record for record in records if not media_in(record)]
+    if getattr(renderer, "media", ()) and lacking:
+        raise data.DataError(
+            f"{len(lacking)} of {len(records)} records ({lacking[0].get('_where')}, ...) have no image, "
+            f"which {model} reads; give each a column image, or a language model as --model."
+        )
+    data.render_prompts(records, renderer)
 
 
 @contextlib.contextmanager
@@ -61,14 +99,14 @@ def opened(config: Any) -> Iterator[Callable[[int], World]]:
         preference.Config(), config, PAPER, max_steps=config.steps, batch_size=config.batch_size,
         learning_rate=config.learning_rate,
     )  # fmt: skip
-    renderer = data.Renderer(load_tokenizer(settings.base.model))
-    load = lambda spec: data.load(spec, fields=settings.columns.fields)
-    parts = held_out.with_held_out(
-        settings, [load(spec) for spec in settings.data], load, data.whole_prompt
-    )
+    load = lambda spec: data.load(spec, fields=settings.columns.fields, form=read_case)
+    sources = [load(spec) for spec in settings.data]
+    parts = held_out.with_held_out(settings, sources, load, data.whole_prompt)
     known, new = parts.training[0][: config.images], parts.held_out[: config.held_out * 3 // 2]
     if len(new) < 2:
         raise data.DataError("preset full: give at least 2 held-out records, by --eval-data.")
+    renderer = renderer_of(settings.base)
+    check_images(renderer, [*known, *new], settings.base.model)
     mesh = shared.mesh_of(settings.mesh)
     model, base = shared.load_base(settings, mesh, keeps_start=True)
     with rewards_cli.opened(config.rewards, settings.base, known) as rewards:
@@ -84,6 +122,9 @@ def world(config, settings, model, base, renderer, mesh, writer, known, new, see
     sizes, length = settings.rows.sizes, settings.rows.max_length
     judged = writer(base, known, config.samples, jax.random.key(seed))[0]
     start = shared.adapt_params(settings, model, base, mesh)
+    if getattr(renderer, "media", ()):
+        print("the part for images is frozen:")
+        start = shared.announce(without_towers(model, start))
     score = functools.partial(train.reference_log_probs, model.forward, start, mesh=mesh, **sizes)
     pairs = data.render_pairs(judged.pairs, renderer, length)
     tokens = lambda i: float(np.mean([np.sum(group.parts[i].loss_mask > 0) for group in pairs]))
@@ -96,7 +137,7 @@ def world(config, settings, model, base, renderer, mesh, writer, known, new, see
             "max_length": length,
         }
         if name in ("more SFT", "best of 4"):
-            best = [{"prompt": p["prompt"], "completion": p["chosen"]} for p in judged.pairs]
+            best = [record for record in data.unpair(judged.pairs) if record["label"]]
             rows = data.render(best if name == "best of 4" else known, renderer, length)
             batches = data.batches(rows, **double(rows), packing=False, seed=seed)
             return supervised(model.forward), batches
@@ -123,18 +164,21 @@ def world(config, settings, model, base, renderer, mesh, writer, known, new, see
         start, judged, (tokens(0), tokens(1)), measure, new[::3], [r for i, r in enumerate(new) if i % 3],
         method, shared.make_optimizer(settings.optimisation),
         {"mesh": mesh, "microbatches": settings.optimisation.gradient_accumulation_steps},
+        loaded.with_other_media if getattr(renderer, "media", ()) else None,
     )  # fmt: skip
 
 
 def write(config, settings, model, renderer, mesh, rewards, params, records, samples, key):
     """(judged pairs or None, scores [B], tokens [B], reports without a score) of sampled reports."""
     ends = stop_ids(renderer, model)
-    sampling = SamplingConfig(settings.max_new_tokens, stop_ids=ends)
-    prompts = data.render_prompts(records, renderer)
+    prompts, columns = (
+        data.render_prompts(records, renderer),
+        data.prompt_columns(renderer, records),
+    )
+    sampling = writable(model, SamplingConfig(settings.max_new_tokens, stop_ids=ends), columns)
+    how = dict(at_once=config.batch_size, samples=samples, columns=columns)
     with mesh_context(mesh):
-        out = loaded.in_parts(
-            model, params, prompts, key, sampling, at_once=config.batch_size, samples=samples
-        )
+        out = loaded.in_parts(model, params, prompts, key, sampling, **how)
     lengths = np.array([len(ids) for ids in out.completions])
     if samples > 1:
         how = flags.replace(sample_pairs.Config(), samples=samples, keep_truncated=config.smoke)

@@ -7,8 +7,9 @@ shares its loophole: a true statement that is not in the reference has no cost, 
 reports.
 
     python experiments/papers/cxr_preference/main.py
+    python experiments/papers/cxr_preference/main.py --preset vision     X-rays in pixels
     python experiments/papers/cxr_preference/main.py --preset full --model runs/sft/model \
-        --data reports.jsonl --judge judge.py:score          prompt and completion: only texts
+        --data reports.jsonl --judge judge.py:score          image, indication and findings
 
 Images are twelve tokens of evidence, and reports name findings (reports.py); the model has 0.1 M
 parameters. Two baselines have the same number of steps and of tokens as the five methods: further
@@ -31,12 +32,19 @@ Departures from the paper: ORPO starts from the fine-tuned model as the others d
 has no separate SFT; each method has one β (0.1 for DPO and KTO, 0.5 for IPO, 2 with γ = 1 for
 SimPO, λ = 1 for ORPO), where the paper sweeps three.
 
-`--preset full` is the text side of the paper's pipeline, since jaxft has no model that reads images
-yet: a language model that was fine-tuned on reports (--model, by experiments/sft.py) writes four
-reports to each prompt of --data, --judge scores them against the reference, and the same methods
-train with the paper's rate, schedule and lengths (all params, 64 pairs a step). GREEN stands for
-that judge's score in all printed results. The F1 of findings needs their true list and is left out.
-One host.
+`--preset vision` has X-rays of 24 x 24 pixels (xrays.py), in which the same twelve findings are opacities,
+fluid, air, a wide heart and a device, faint where the evidence is unclear, and a model of SmolVLM's
+architecture with 0.2 M parameters. All of it trains on reports; its part for images is frozen from then on,
+as in the paper. Reports, judge, pairs, methods and claims are those of the default size. Its control shows
+the model the image of another case: reports must then be no better than the reference reports of other cases.
+
+`--preset full` reads the user's X-rays: --data has rows of `image` (a path), `indication` (may be absent)
+and `findings`; --model is a vision-language model that was fine-tuned on such rows by experiments/sft.py, or
+the paper's kind of model as it is (Qwen2.5-VL-3B by default). It writes four reports to each image, --judge
+scores them against the reference, and the same methods train with the paper's rate, schedule and lengths:
+all params but those of the part for images, 64 pairs a step. GREEN stands for that judge's score in all
+printed results. The F1 of findings needs their true list and is left out. A language model takes rows of
+`prompt` and `completion` instead: the text side of the pipeline. One host.
 """
 
 from __future__ import annotations
@@ -58,7 +66,7 @@ import tyro
 
 from experiments.cli import choices, flags, limits
 from experiments.lab.claims import Claim, interval, mean, show
-from experiments.lab.figures import plot_mean
+from experiments.lab.figures import bar_means, plot_mean
 from experiments.lab.seeds import begin
 from experiments.papers.cxr_preference import full, lengths, small
 from experiments.papers.cxr_preference.worlds import BASELINES, FIVE, World
@@ -66,6 +74,10 @@ from experiments.worlds import loaded
 from jaxft import train
 from jaxft.adapters import combine, partition
 from jaxft.metrics import length_controlled_rate, standardised_mean
+
+_MEASURES = (("green", "GREEN"), ("f1", "F1"))
+PARTS = {"main": {}, "vision": {"preset": "vision"}}  # parts of the record
+VISION = dict(sft_steps=500, sft_rate=3e-3, steps=120, every=40)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +87,7 @@ class Config:
     seeds: int = 3  # runs of each kind, each with its own seed
     first_seed: int = 0  # the seeds are first_seed, first_seed + 1, ...
     sft_steps: int = 700  # steps of supervised training before all methods
+    sft_rate: float = 2e-3  # its learning rate
     images: int = 3000  # images whose samples form pairs
     samples: int = 4  # samples per image
     steps: int = 200  # steps of each method
@@ -84,7 +97,8 @@ class Config:
     held_out: int = 1000  # test images; half as many select the checkpoint
     # directory for the figure, metrics.json and the cache of finished seeds
     output_dir: str = "runs/cxr_preference"
-    preset: Literal["small", "full"] = "small"  # full: texts, with a model from disk
+    # vision: X-rays in pixels; full: the user's, with a model from disk
+    preset: Literal["small", "vision", "full"] = "small"
     source: loaded.Source = loaded.Source()
     rewards: flags.Rewards = flags.Rewards()  # preset full: what judges reports
     record: flags.Record = flags.Record()
@@ -94,19 +108,21 @@ class Config:
 
 def main(config: Config) -> int:
     """Measures all claims; returns exit code 1 if one does not hold."""
-    this = begin(config)
+    this = begin(config, PARTS)
     config = _sized(config)
     train.keep_memory_warm()
     with opened(config) as world_of:
         runs = this.seeds(config, functools.partial(run_seed, config, world_of))
-    metrics = {"lengths": lengths.measure(), "runs": runs}
+    metrics = {"runs": runs}
+    if config.preset != "vision":  # The exact part has no images.
+        metrics["lengths"] = lengths.measure()
     _figure(metrics, this.output)
     return this.finish(judge(metrics), metrics)
 
 
 @contextlib.contextmanager
 def opened(config: Config) -> Iterator[Callable[[int], World]]:
-    """Yields seed -> World: synthetic images, or with --preset full the texts of --data."""
+    """Yields seed -> World: synthetic images, or with --preset full those of --data."""
     if config.preset != "full":
         yield functools.partial(small.world, config)
         return
@@ -120,6 +136,10 @@ def _sized(config):
     if config.preset == "full":
         full.check(config)
         config = flags.with_small(config, full.SIZES)
+    if config.preset == "vision":
+        unread = [*flags.flat(config.source), *flags.flat(config.rewards)]
+        choices.check_excluded(config, unread, "--preset vision")
+        config = flags.with_small(config, VISION)
     if config.smoke:
         sizes = dict(seeds=1, sft_steps=20, images=64, steps=4, every=2, batch_size=8, held_out=64)
         sizes |= dict(batch_size=2, steps=2, every=1) if config.preset == "full" else {}
@@ -146,6 +166,8 @@ def run_seed(config: Config, world_of: Callable[[int], World], seed: int) -> dic
         found = world.measure(best, world.test)
         first = max(curve, key=lambda row: row["green"])
         run[name] = against(found, start) | {"curve": curve, "best_step": first["step"]}
+        if name == "DPO" and world.others:
+            run["other"] = _on_others(world, {"SFT": world.start, "DPO": best})
         print(
             f"seed {seed}, {name}: GREEN {start['green']:.3f} -> {found['green']:.3f}, tokens "
             f"{start['length']:.2f} -> {found['length']:.2f}",
@@ -153,6 +175,14 @@ def run_seed(config: Config, world_of: Callable[[int], World], seed: int) -> dic
         )
     run["SFT"] = {k: v for k, v in start.items() if k not in ("greens", "tokens")}
     return run
+
+
+def _on_others(world, trained):
+    """Measures of models that are shown the images of other cases."""
+    cases = world.others(world.test)
+    found = {name: world.measure(params, cases) for name, params in trained.items()}
+    plain = lambda row: {k: v for k, v in row.items() if k not in ("greens", "tokens")}
+    return {name: plain(row) for name, row in found.items()} | {"prior": world.prior}
 
 
 def train_method(config: Config, world: World, name: str) -> tuple[list[dict[str, Any]], Any]:
@@ -199,10 +229,12 @@ def judge(metrics: dict[str, Any]) -> list[Claim]:
     runs = metrics["runs"]
     five, baselines = ([n for n in names if n in runs[0]] for names in (FIVE, BASELINES))
     column = lambda name, what: np.array([run[name][what] for run in runs])
+    exact = lengths.judge(metrics["lengths"]) if "lengths" in metrics else []
     return [
         *_gains(column, five, baselines),
         *_costs(runs, column, five),
-        *lengths.judge(metrics["lengths"]),
+        *(_control(runs) if "other" in runs[0] else []),
+        *exact,
     ]
 
 
@@ -278,6 +310,24 @@ def _f1(column, five):
     ]
 
 
+def _control(runs):
+    """The claim that reports are those of their images."""
+    of = lambda name, what: np.array([run["other"][name][what] for run in runs])
+    names, blind = ("SFT", "DPO"), runs[0]["other"]["prior"]
+    if blind is None:
+        lost = [of(n, "green") - np.array([run[n]["green"] for run in runs]) for n in names]
+        numbers = [mean(x, "below", 0, label=n) for n, x in zip(names, lost, strict=True)]
+        return [Claim("with the images of other records, GREEN is lower", "not given", numbers)]
+    numbers = [
+        mean(of(n, what) - of("prior", what), "below", 0.03, label=f"{n}, {shown}")
+        for n in names
+        for what, shown in _MEASURES
+    ]
+    text = "with the images of other cases, reports are no better than those of other cases"
+    detail = ", ".join(f"{shown} {show(of('prior', what))}" for what, shown in _MEASURES)
+    return [Claim(text, "not given", numbers, f"reports of other cases: {detail}")]
+
+
 def _listed(values):
     return ", ".join(f"{name} {value:+.3f}" for name, value in values.items())
 
@@ -298,13 +348,30 @@ def _figure(metrics, output):
         axes.set(xlabel="step", ylabel={"green": "GREEN", "length": "tokens"}[what])
     first.set(title="validation (grey: SFT, on test)")
     second.legend(fontsize=7)
-    width = 0.8 / len(metrics["lengths"])
-    for i, (name, row) in enumerate(metrics["lengths"].items()):
-        third.bar(np.arange(5) + i * width, row["policy"], width, label=name)
-    third.set(title="optima for labels that favour length", xlabel="tokens", ylabel="probability")
-    third.set_xticks(np.arange(5) + width, [f"{n:g}" for n in lengths.LENGTHS])
-    third.legend(fontsize=7)
+    if "lengths" in metrics:
+        _plot_exact(third, metrics["lengths"])
+    else:
+        _plot_control(third, runs)
     figure.savefig(output / "cxr_preference.png", dpi=150)
+
+
+def _plot_exact(axes, rows):
+    width = 0.8 / len(rows)
+    for i, (name, row) in enumerate(rows.items()):
+        axes.bar(np.arange(5) + i * width, row["policy"], width, label=name)
+    axes.set(title="optima for labels that favour length", xlabel="tokens", ylabel="probability")
+    axes.set_xticks(np.arange(5) + width, [f"{n:g}" for n in lengths.LENGTHS])
+    axes.legend(fontsize=7)
+
+
+def _plot_control(axes, runs):
+    rows = {}
+    for name in ("SFT", "DPO"):
+        rows[f"{name}, own image"] = [run[name]["green"] for run in runs]
+        rows[f"{name}, another's"] = [run["other"][name]["green"] for run in runs]
+    rows["report of another case"] = [run["other"]["prior"]["green"] for run in runs]
+    bar_means(axes, list(rows), np.transpose([*rows.values()]))
+    axes.set(title="GREEN on test cases", xlim=(0, 1))
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ class Cases(NamedTuple):
     prompts: np.ndarray  # [N, FINDINGS + 1] evidence, and the token that asks for a report
     truth: np.ndarray  # [N, FINDINGS] which findings are there
     reports: list[list[int]]  # reference reports, with END
+    images: np.ndarray | None = None  # [N, 1, H, W, C], of xrays.py
 
 
 def draw(rng: np.random.Generator, count: int) -> Cases:
@@ -48,12 +49,15 @@ def _report(rng, truth):
     return [*(POSITIVE + there), *(NEGATIVE + some), END]
 
 
-def rows(prompts: np.ndarray, reports: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """A batch of prompts and reports, padded."""
+def rows(
+    prompts: np.ndarray, reports: Sequence[Sequence[int]], images: np.ndarray | None = None
+) -> dict[str, Any]:
+    """A batch of prompts and reports, padded, with the images if there are any."""
     mask = np.arange(SIZE) < np.array([len(report) for report in reports])[:, None]
     tokens = np.zeros((len(reports), SIZE), np.int32)
     tokens[mask] = np.concatenate(reports)
-    return {name: np.asarray(x) for name, x in toy.rows(prompts, tokens, mask).items()}
+    made = {name: np.asarray(x) for name, x in toy.rows(prompts, tokens, mask).items()}
+    return made if images is None else made | {"images": images}
 
 
 def judge(report: Sequence[int], truth: np.ndarray, reference: Sequence[int]) -> GreenCounts | None:

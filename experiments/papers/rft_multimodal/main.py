@@ -5,7 +5,7 @@ in many tasks and with modest data, and algorithms without a critic are most com
 Here one small vision-language model is trained by algorithms and rewards of its taxonomy, all from one start.
 
     python experiments/papers/rft_multimodal/main.py
-    python experiments/papers/rft_multimodal/main.py --methods PPO GRPO CPPO GPG NFT --extra "noisy pictures"
+    python experiments/papers/rft_multimodal/main.py --methods GRPO GSPO CPPO GPG NFT --extra "noisy pictures"
     python experiments/papers/rft_multimodal/main.py --preset full      Qwen2.5-VL-3B, 8 GPUs of 80 GB
     python experiments/papers/rft_multimodal/main.py --preset full --data boxes.jsonl --reward box
 
@@ -24,7 +24,19 @@ noise, and trains on the clean ones: the data augmentation that the paper names 
 
 With exact labels at this size supervised fine-tuning is a strong baseline in domain: the comparison is
 printed, not claimed. The paper has no numbers of its own to compare with. `--preset full` has no skills, and
-so none of the controls but the picture of another record; its hyperparameters are ours.
+so none of the controls except the picture of another record; its hyperparameters are ours.
+
+Over seeds 0 to 2 (docs/results.md) four of six claims hold. GRPO raises the accuracy from 0.70 to 0.75, the
+other algorithms gain 0.04 each, and a random reward costs 0.10. With the picture of another record, GRPO's
+model is right in 0.15 of the answers, below the 0.19 of the best constant answers; so its gain comes from the
+pictures. Two claims fail. Algorithms without a critic gain 0.01 more than PPO, which three seeds do not tell
+from a loss of 0.03. And on the two skills that the second stage leaves out, GRPO and SFT both stay at the
+start's accuracy: 60 updates at this rate make neither forget, so there is nothing to compare. SFT on the
+right answers gains 0.08.
+
+Warm start and learning rate were chosen on seed 100. After 140 steps of warm start (accuracy 0.45), 40
+updates of GRPO at 5e-4 gained 0.01; after 320 steps (0.74), 60 updates gained 0.02 at 5e-4, 0.035 at 2e-4 and
+0.04 at 1e-4, which was measured too late for the record.
 """
 
 from __future__ import annotations
@@ -45,7 +57,7 @@ from rich.table import Table
 
 from experiments.cli import flags, limits
 from experiments.lab.claims import Claim, mean, show
-from experiments.lab.figures import bar_means, plot_band
+from experiments.lab.figures import bar_means
 from experiments.lab.seeds import begin, measure_claims
 from experiments.papers.rft_multimodal.methods import (
     EXTRA,
@@ -83,16 +95,16 @@ class Config:
     seeds: int = 3  # runs of each kind, each with its own seed
     first_seed: int = 0  # the seeds are first_seed, first_seed + 1, ...
     # algorithms, of the names in METHODS; GRPO must be among them
-    methods: tuple[str, ...] = ("PPO", "REINFORCE++", "RLOO", "GRPO", "DAPO", "GSPO")
+    methods: tuple[str, ...] = ("PPO", "RLOO", "GRPO", "DAPO")
     extra: tuple[str, ...] = EXTRA  # controls, and "noisy pictures"
-    pretrain_steps: int = 140  # steps of supervised fine-tuning before all methods
-    steps: int = 40  # updates of each method
+    pretrain_steps: int = 320  # steps of supervised fine-tuning before all methods
+    steps: int = 60  # updates of each method
     prompts_per_step: int = 32  # questions per rollout, which has two updates
     group_size: int = 8  # answers to each question
-    learning_rate: float = 5e-4  # learning rate of all methods
+    learning_rate: float = 2e-4  # learning rate of all methods
     known: int = 6000  # pictures to train on
-    held_out: int = 400  # held-out pictures
-    samples: int = 2  # answers to each of them
+    held_out: int = 600  # held-out pictures
+    samples: int = 4  # answers to each of them
     # with --preset full: the reward of --data; answer: the data's own verifier
     reward: Literal["answer", "box", "point", "count", "read", "choice"] = "answer"
     # directory for the figure, metrics.json and the cache of finished seeds
@@ -243,17 +255,27 @@ def _figure(runs, output):
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    names = list(runs[0]["methods"])
-    values = [
-        [run["start"]["accuracy"]] + [run["methods"][n]["accuracy"] for n in names] for run in runs
-    ]
-    bar_means(left, ["start", *names], values)
+    names, accuracy = list(runs[0]["methods"]), lambda rows: [row["accuracy"] for row in rows]
+    bars = {"start": accuracy([run["start"] for run in runs])}
+    bars |= {name: accuracy([run["methods"][name] for run in runs]) for name in names}
+    for shown in ("other", "blank"):
+        if shown in runs[0]:
+            bars[f"GRPO, {shown} picture"] = accuracy([run[shown] for run in runs])
+    if runs[0]["prior"]:
+        bars["text prior"] = [np.mean([*run["prior"].values()]) for run in runs]
+    bar_means(left, list(bars), np.transpose([*bars.values()]))
     left.set(xlabel="accuracy on held-out pictures", xlim=(0, 1))
+    left.invert_yaxis()
     for name in names:
-        curves = [run["methods"][name]["rewards"] for run in runs]
-        if curves[0] and name != RANDOM:
-            plot_band(right, range(1, len(curves[0]) + 1), curves, label=name)
-    right.set(xlabel="update", ylabel="reward of the rollouts")
+        curves = np.array([run["methods"][name]["rewards"] for run in runs])
+        size = min(
+            10, curves.shape[1]
+        )  # Rollouts differ in their questions, so average over several.
+        if size and name != RANDOM:
+            blocks = curves[:, : curves.shape[1] // size * size].reshape(len(runs), -1, size)
+            x = size * (np.arange(blocks.shape[1]) + 0.5)
+            right.plot(x, blocks.mean(axis=(0, 2)), ".-", label=name)
+    right.set(xlabel="update", ylabel="reward of the rollouts, mean of 10 updates")
     right.legend(fontsize=7)
     figure.savefig(output / "rft_multimodal.png", dpi=150)
 

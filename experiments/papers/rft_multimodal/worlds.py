@@ -16,10 +16,9 @@ import numpy as np
 import optax
 
 from experiments.papers.rft_multimodal.methods import NOISE, NOISY, PART, RANDOM, TRAINED, Method
-from experiments.worlds import arithmetic, documents, pictures, questions
+from experiments.worlds import arithmetic, documents, loaded, pictures, questions
 from jaxft import rewards as rewarding
 from jaxft import rl, train
-from jaxft.data.media import media_in, with_media
 from jaxft.keys import stream
 from jaxft.objectives import policy_gradient, supervised, with_value_head, without_value_head
 from jaxft.rl.rollouts import checked, interleaved, model_inputs
@@ -199,7 +198,7 @@ def of_source(config: Any, task: questions.Task, seed: int) -> World:
     def measure(params, shown):
         records = task.held_out.records[: config.held_out]
         if shown == "other":
-            records = others(records)
+            records = loaded.with_other_media(records)
         asked = questions.asked(task.settings, task.renderer, records)
         found = questions.texts(
             task, without_value_head(params), asked.ids, config.samples, seed, asked.columns
@@ -211,13 +210,3 @@ def of_source(config: Any, task: questions.Task, seed: int) -> World:
         return {"accuracy": float((given >= least).mean()), "reward": float(given.mean())}
 
     return World(task.params, reinforced, supervise, measure, {}, ())
-
-
-def others(records: list[Any]) -> list[Any]:
-    """The records with the images of the next record that has as many, in a circle."""
-    made = list(records)
-    for count in {len(media_in(record)) for record in records} - {0}:
-        rows = [i for i, record in enumerate(records) if len(media_in(record)) == count]
-        for i, j in zip(rows, np.roll(rows, -1).tolist(), strict=True):
-            made[i] = with_media(records[i], media_in(records[j]))
-    return made

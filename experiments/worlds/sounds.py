@@ -252,12 +252,12 @@ def rewards(clips: Clips, wanted: str) -> SeveralRewards:
     return SeveralRewards(parts, (1.0, 1.0))
 
 
-def others(clips: Clips) -> Clips:
-    """The clips of other records of the same skill, in turn, in the places of these."""
+def others(clips: Clips, by: int = 1) -> Clips:
+    """The clips of other records of the same skill, those `by` places before in a circle, in these places."""
     order = np.arange(len(clips.records))
     for kind in {record["kind"] for record in clips.records}:
         rows = [i for i, record in enumerate(clips.records) if record["kind"] == kind]
-        order[rows] = np.roll(rows, 1)
+        order[rows] = np.roll(rows, by)
     return clips.of(order)
 
 

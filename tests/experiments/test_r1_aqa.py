@@ -172,7 +172,7 @@ def test_reinforce_trains_qwen2_audio_on_a_file(place):
     given = dict(
         model=str(place / "model"), data=str(place / "asked.jsonl"), output_dir=str(place / "grpo"),
         prompts_per_step=2, group_size=2, max_steps=2, max_new_tokens=3, target="language",
-        save_steps=100, workers=1,
+        save_steps=100, workers=1, rank=2,
     )  # fmt: skip
     assert reinforce.main(flags.replace(reinforce.Config(), **given))["steps"] == 2
     assert (place / "grpo" / "adapter" / "adapter_config.json").exists()
@@ -252,6 +252,7 @@ def result(gain=0.1, left=0.5, think=0.0, other=0.25, fits=0.9):
     trained["grpo_think"] = row(0.5 + gain + think)
     return {
         "start": row(0.5), "start_think": row(0.5), "methods": trained, "other": row(other),
+        "sft_longer": row(0.8),
         "prior": dict.fromkeys("pnwl", 0.25), "skills": [["p", "n"], ["w", "l"]],
     }  # fmt: skip
 

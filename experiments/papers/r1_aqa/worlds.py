@@ -42,7 +42,8 @@ class World(NamedTuple):
     start: Any  # params
     skills: tuple[Sequence[str], Sequence[str]]  # those that train, and those that are left out
     reinforce: Callable[[str], tuple[Any, list[dict]]]  # method -> (params, history)
-    supervise: Callable[[], tuple[Any, list[dict]]]
+    # -> (params after as many updates, those after `epochs` or None, history)
+    supervise: Callable[[], tuple[Any, Any, list[dict]]]
     # (params, whether with thinking, "own" or "other" clips) -> "skills" and others, see `measured`
     measure: Callable[[Any, bool, str], dict[str, Any]]
     prior: dict[str, float]  # accuracy in each skill without a clip
@@ -106,11 +107,11 @@ def of_clips(config: Any, seed: int) -> World:
 
         steps = max(config.steps, config.epochs * config.known // config.prompts_per_step)
         batches = arithmetic.epochs(rows, seed, config.prompts_per_step)
-        _, history = train.fit(
+        state, history = train.fit(
             start, supervised(model.forward), optimizer, batches, steps=steps,
             callbacks=(curve, train.Callback(on_step=keep)),
         )  # fmt: skip
-        return kept[0], history
+        return kept[0], state.params, history
 
     measure = functools.partial(_measured, config, model, new, seed)
     prior = sounds.text_prior(early, new)
@@ -155,22 +156,32 @@ def _curve(config, model, rows, new, trained, rng):
 
 def _measured(config, model, new, seed, params, thinks, shown):
     """Measures samples at temperature 1 and greedy answers for held-out clips, or others in their places."""
-    kind = wanted(thinks)
-    asked = sounds.asked(new, kind, sounds.others(new) if shown == "other" else new)
-    found = {}
-    for name, samples in (("", config.samples), ("greedy_", 1)):
-        sampling = sounds.sampling(kind, 0.0 if name else 1.0)
+    kind, given = wanted(thinks), sounds.rewards(new, wanted(thinks))
+
+    def parts(clips, samples, temperature):
+        """[clips, 2] both rewards, means over samples."""
+        asked = sounds.asked(new, kind, clips)
         out = generate(
-            model, params, asked.ids, jax.random.key(seed), sampling, samples=samples,
-            columns=asked.columns,
+            model, params, asked.ids, jax.random.key(seed), sounds.sampling(kind, temperature),
+            samples=samples, columns=asked.columns,
         )  # fmt: skip
         texts = texts_of(sounds.Tokenizer(), out.completions)
         records = [record for record in new.records for _ in range(samples)]
-        parts = sounds.rewards(new, kind).parts(texts, records)
-        kinds = np.array([record["kind"] for record in records])
-        each = {k: float(parts[kinds == k, 0].mean()) for k in dict.fromkeys(kinds.tolist())}
-        found |= {f"{name}skills": each, f"{name}format": float(parts[:, 1].mean())}
-    return found
+        return given.parts(texts, records).reshape(len(new.records), samples, 2).mean(axis=1)
+
+    kinds = np.array([record["kind"] for record in new.records])
+    means = lambda prefix, x: {
+        f"{prefix}skills": {k: float(x[kinds == k, 0].mean()) for k in dict.fromkeys(kinds.tolist())},
+        f"{prefix}format": float(x[:, 1].mean()),
+    }  # fmt: skip
+    if (
+        shown == "other"
+    ):  # Several others for each, since a quarter of them has the same class by chance.
+        each = [
+            parts(sounds.others(new, by), config.samples, 1.0) for by in range(1, config.swaps + 1)
+        ]
+        return means("", np.mean(each, axis=0))
+    return means("", parts(new, config.samples, 1.0)) | means("greedy_", parts(new, 1, 0.0))
 
 
 def as_question(raw: Mapping[str, Any], fields: Mapping[str, str] | None = None) -> dict[str, Any]:
@@ -232,7 +243,7 @@ def of_source(config: Any, task: questions.Task, seed: int) -> World:
             documents.batches(task._replace(known=known), rows, seed), rows, steps=config.steps,
             key=jax.random.key(seed),
         )  # fmt: skip
-        return state.params, history
+        return state.params, None, history
 
     def measure(params, thinks, shown):
         own, found = tasks[wanted(thinks)], {}

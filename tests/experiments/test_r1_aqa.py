@@ -266,7 +266,7 @@ def result(gain=0.1, left=0.5, think=0.0, other=0.25, fits=0.9):
         (dict(left=0.3), [2]),
         (dict(think=0.1), [3]),
         (dict(other=0.4), [4]),
-        (dict(fits=0.5), [5]),
+        (dict(fits=0.55), [5]),
     ],
 )
 def test_judge_can_fail(change, fails):

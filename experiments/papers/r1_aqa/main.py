@@ -12,7 +12,7 @@ process first brings nothing.
 The small model has Qwen2-Audio's architecture and 0.3 M parameters. Clips are synthetic, with four skills
 (experiments/worlds/sounds.py). Supervised fine-tuning on all skills begins the model; then three methods
 train from it on other clips of two of the skills, in as many updates on as many clips: "sft" on the right
-answers, "grpo" on samples of its own, and "grpo_think" with prompts that ask for a field before the answer.
+answers, "grpo" on its own samples, and "grpo_think" with prompts that ask for a field before the answer.
 As in the paper, a rollout has one update, and a KL to the initial model has the weight 0.04. Accuracies are
 of samples at temperature 1 for held-out clips, and of greedy answers beside them.
 
@@ -21,10 +21,19 @@ frequent class (the text prior); the two skills that the second stage leaves out
 epochs of its clips, whose accuracy for these is compared with that for held-out ones.
 
 With exact labels and a small closed set of answers, a small model can gain as much from supervised
-fine-tuning; the comparison in domain is printed whatever its sign. The paper's numbers are of a model of 7
-billion parameters. `--preset full` reads questions about your own WAV files, one JSON object a line with
-question, options, answer and audio (AVQA's clips are no longer all to be had); it has no skills, and so no
-claims about those that are left out.
+fine-tuning; the comparison in domain is published whatever its sign. The paper's numbers are of a model of 7
+billion parameters. Three seeds of the default settings (docs/results.md) say: GRPO and "sft" gain alike in
+as many updates, and on the skills left out the interval of their difference includes 0. "sft" continued to
+20 epochs reaches 0.85 on held-out clips of the two skills, so 400 clips are enough for it here, and falls
+from 0.59 to 0.23 on the two others, which is the text prior. GRPO was not trained that long: its 80 updates
+are 2.4 epochs, with 8 samples for each clip. The field for thinking brings nothing.
+
+Departures from the paper besides the size: clips have 0.64 s; the answer is an option of one character; no
+comparison of formulas comes before that of texts; AdamW with a norm of at most 1 and the learning rate 5e-4.
+
+`--preset full` reads questions about your own WAV files, one JSON object a line with question, options,
+answer and audio (AVQA's clips are no longer all to be had); it has no skills, and so no claims about those
+that are left out. Its learning rate, KL weight, group size and prompts are the paper's.
 """
 
 from __future__ import annotations
@@ -211,25 +220,27 @@ def _controls(runs, number, of, at):
             f"prior {show(prior)}, accuracy {show(swapped)}",
         )
     ]
-    if all(run["methods"][SFT]["curve"] for run in runs):
-        gap = {name: np.array([_gap(run, name) for run in runs]) for name in (SFT, GRPO)}
-        best = [max(x["new"] for x in run["methods"][SFT]["curve"]) for run in runs]
+    steps = [{x["step"] for x in runs[0]["methods"][name]["curve"]} for name in (SFT, GRPO)]
+    if both := set.intersection(*steps):
+        step = max(both)
+        gap = {name: np.array([_gap(run, name, step) for run in runs]) for name in (SFT, GRPO)}
+        last = [run["methods"][SFT]["curve"][-1] for run in runs]
         claims.append(
             Claim(
-                "SFT for 20 epochs fits its clips better than held-out ones, by more than GRPO does",
+                "after as many updates, SFT fits its clips better than held-out ones, by more than GRPO does",
                 "SFT overfits",
                 [number(gap[SFT] - gap[GRPO], "above", 0)],
-                f"gap: SFT {show(gap[SFT])}, GRPO {show(gap[GRPO])}; best held-out one of SFT: "
-                f"{show(best)}",
+                f"gap: SFT {show(gap[SFT])}, GRPO {show(gap[GRPO])}; SFT after 20 epochs: gap "
+                f"{show([x['known'] - x['new'] for x in last])}, held-out {show([x['new'] for x in last])}",
             )
         )
     return claims
 
 
-def _gap(run, name):
-    """Accuracy for the clips that train minus that for held-out ones, at the end of the curve."""
-    last = run["methods"][name]["curve"][-1]
-    return last["known"] - last["new"]
+def _gap(run, name, step):
+    """Accuracy for the clips that train minus that for held-out ones, at a step of the curve."""
+    (point,) = (x for x in run["methods"][name]["curve"] if x["step"] == step)
+    return point["known"] - point["new"]
 
 
 def print_table(runs: list[dict]) -> None:

@@ -172,6 +172,9 @@ def test_cxr_s_full_preset_reads_x_rays(tmp_path, monkeypatch):
         run("blind.jsonl")
     with pytest.raises(DataError, match="nowhere.png"):
         run("lost.jsonl")
+    write("long.jsonl", [rows[0], rows[1] | {"indication": "cough " * 30}])
+    with pytest.raises(DataError, match="1 of 5 prompts have more than 124 tokens, the longest"):
+        run("long.jsonl")
     assert run("rows.jsonl") == 0
     (found,) = json.loads((tmp_path / "metrics.json").read_text())["runs"]
     assert found["pairs"] + found["undecided"] == 4 and found["other"]["prior"] is None

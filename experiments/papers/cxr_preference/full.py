@@ -40,9 +40,7 @@ PAPER = dict(
     warmup_ratio=0.1,
 )
 SIZES = dict(steps=1000, every=250, batch_size=64, learning_rate=1e-6, held_out=500, images=60_000)
-
-
-ASK = "Write the findings of this chest X-ray."
+ASK = "Write the findings of this chest X-ray."  # the question about each image
 
 
 def check(config: Any) -> None:
@@ -73,11 +71,16 @@ def read_case(raw: Mapping[str, Any], fields: Mapping[str, str] | None = None) -
     return data.normalise({**raw, "messages": messages}, names)
 
 
-def check_images(renderer: Any, records: Sequence[Mapping[str, Any]], model: str) -> None:
+def check_images(
+    renderer: Any, records: Sequence[Mapping[str, Any]], model: str, most: int
+) -> None:
     """Renders the prompts, so that unusable images are refused before the model is read.
 
+    Args:
+        most: tokens that a prompt may have.
+
     Raises:
-        DataError: for images that are absent or unreadable, or that the model does not read.
+        DataError: for images that are absent, unreadable or too large, or that the model does not read.
     """
     lacking = [record for record in records if not media_in(record)]
     if getattr(renderer, "media", ()) and lacking:
@@ -85,7 +88,12 @@ def check_images(renderer: Any, records: Sequence[Mapping[str, Any]], model: str
             f"{len(lacking)} of {len(records)} records ({lacking[0].get('_where')}, ...) have no image, "
             f"which {model} reads; give each a column image, or a language model as --model."
         )
-    data.render_prompts(records, renderer)
+    lengths = np.array([len(ids) for ids in data.render_prompts(records, renderer)])
+    if (long := int((lengths > most).sum())) > 0:
+        raise data.DataError(
+            f"{long} of {len(records)} prompts have more than {most} tokens, the longest {lengths.max()}; "
+            "give smaller images, or leave these records out."
+        )
 
 
 @contextlib.contextmanager
@@ -106,7 +114,8 @@ def opened(config: Any) -> Iterator[Callable[[int], World]]:
     if len(new) < 2:
         raise data.DataError("preset full: give at least 2 held-out records, by --eval-data.")
     renderer = renderer_of(settings.base)
-    check_images(renderer, [*known, *new], settings.base.model)
+    most = settings.rows.max_length - settings.max_new_tokens
+    check_images(renderer, [*known, *new], settings.base.model, most)
     mesh = shared.mesh_of(settings.mesh)
     model, base = shared.load_base(settings, mesh, keeps_start=True)
     with rewards_cli.opened(config.rewards, settings.base, known) as rewards:

@@ -37,6 +37,11 @@ fluid, air, a wide heart and a device, faint where the evidence is unclear, and 
 architecture with 0.2 M parameters. All of it trains on reports; its part for images is frozen from then on,
 as in the paper. Reports, judge, pairs, methods and claims are those of the default size. Its control shows
 the model the image of another case: reports must then be no better than the reference reports of other cases.
+Over seeds 0 to 2 all nine claims hold: GREEN rises from 0.495 by 0.057 (ORPO) to 0.081 (IPO), by 0.022 with
+more SFT and by 0.053 with the best of four reports, of which only IPO is clearly ahead; IPO's reports become
+6 % longer. With the images of other cases the GREEN of SFT and DPO is 0.22 and 0.20, that of other reports
+0.23. Noise, contrasts and steps were chosen on seed 100: with images in which no evidence was unclear or
+wrong, DPO gained 0.02 and IPO 0.04.
 
 `--preset full` reads the user's X-rays: --data has rows of `image` (a path), `indication` (may be absent)
 and `findings`; --model is a vision-language model that was fine-tuned on such rows by experiments/sft.py, or

@@ -41,12 +41,12 @@ class EmbeddedMedia:
 
     @property
     def kind(self) -> str:
-        """Of the reader."""
+        """The reader's kind."""
         return self.reader.kind
 
     @property
     def placeholder(self) -> str:
-        """Of the reader."""
+        """The reader's placeholder."""
         return self.reader.placeholder
 
     def text(self, media: Media) -> str:

@@ -73,6 +73,9 @@ class Config:
     router_z: float = 0.0
     # pack several short records into one row; none attends to another; clips have separate rows
     packing: bool = True
+    # compute the outputs of a frozen part for images or sounds once for each, and keep them in "memory" or
+    # in a directory
+    cache_tower: str | None = None
     mask: Literal["completion", "last_turn", "all", "per_message"] = "completion"  # trained tokens
     train_on: str | None = None  # regular expression that restricts --mask, such as "Answer: (.*)"
     # encoder-decoders learn to restore plain texts: T5's spans, or BART's infilling
@@ -104,6 +107,12 @@ def main(config: Config) -> dict[str, Any]:
         choices.check_excluded(config, ["max_new_tokens"], "--no-accuracy")
     config = shared.start(config, SMALL)
     choices.check_companions(config, {"weights_by": "weights"})
+    if config.cache_tower is not None:
+        if config.distil.teacher is not None or config.adapter == "intrinsic":
+            raise ValueError(
+                "--cache-tower works with neither --teacher nor --adapter intrinsic, which read images "
+                "through other params; leave it out."
+            )
     teachers.check(config, ("label_smoothing", "router_balance", "router_z"))
     renderer, training, kept, name = load_data(config)
     if config.rows.preview:
@@ -121,6 +130,7 @@ def main(config: Config) -> dict[str, Any]:
     bad = data.BadRecords()
     tokenised = data.render(kept, renderer, length, too_long="truncate", bad=bad)
     held_out.tell_of(bad, len(tokenised), len(kept), "held-out")
+    *training, tokenised = cached(config, model, params, [*training, tokenised])
     eval_batches = data.finite_batches(tokenised, **config.rows.sizes)
     batches = data.batches(
         *training,
@@ -156,6 +166,14 @@ def load_data(config: Config):
     for part in training[0][: 3 if config.rows.preview else 1]:
         print(data.explain(part, renderer.tokenizer, color=False), end="\n\n")
     return renderer, training, parts.held_out, parts.name
+
+
+def cached(config: Config, model: Any, params: Any, sources: list[Any]) -> list[Any]:
+    """Returns the records, by --cache-tower with the outputs of the part that reads their images."""
+    if config.cache_tower is None:
+        return sources
+    folder = None if config.cache_tower == "memory" else config.cache_tower
+    return data.cache_tower(model, params, sources, folder)
 
 
 def adapt_params(config: Config, model: Any, base: Any, mesh: Any) -> Any:

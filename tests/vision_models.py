@@ -81,10 +81,17 @@ QWEN_VISION = dict(
 )
 
 
+# Qwen2-VL's keys; the sizes are the same.
+QWEN2_VISION = dict(
+    depth=2, embed_dim=16, hidden_size=32, mlp_ratio=2, num_heads=2, patch_size=4, spatial_merge_size=2,
+    temporal_patch_size=2,
+)  # fmt: skip
+
+
 def tokenizer(kind="smolvlm"):
     """A byte tokenizer with SmolVLM's special tokens and the form of its template, or another kind's."""
     made = byte_tokenizer()
-    if kind == "qwen2_5_vl":
+    if kind in ("qwen2_vl", "qwen2_5_vl"):
         tokens = ["<|vision_start|>", "<|image_pad|>", "<|vision_end|>"]
         made.add_special_tokens({"extra_special_tokens": tokens})
         made.chat_template = QWEN_TEMPLATE
@@ -105,17 +112,18 @@ def torch_model(kind="smolvlm"):
 
     tokens = tokenizer(kind)
     image, text = tokens.convert_tokens_to_ids("<image>"), TEXT | {"vocab_size": len(tokens)}
-    if kind == "qwen2_5_vl":
+    if kind in ("qwen2_vl", "qwen2_5_vl"):
         rope = dict(rope_type="default", rope_theta=1e4, mrope_section=[2, 1, 1])
-        config = hf.Qwen2_5_VLConfig(
+        own = {} if kind == "qwen2_5_vl" else QWEN2_VISION
+        config = {"qwen2_vl": hf.Qwen2VLConfig, "qwen2_5_vl": hf.Qwen2_5_VLConfig}[kind](
             text_config={
                 **text,
-                "model_type": "qwen2_5_vl_text",
+                "model_type": f"{kind}_text",
                 "rope_parameters": rope,
                 "bos_token_id": 1,
                 "eos_token_id": 2,
             },
-            vision_config=QWEN_VISION,
+            vision_config=own or QWEN_VISION,
             image_token_id=tokens.convert_tokens_to_ids("<|image_pad|>"),
             vision_start_token_id=tokens.convert_tokens_to_ids("<|vision_start|>"),
             vision_end_token_id=tokens.convert_tokens_to_ids("<|vision_end|>"),
@@ -171,7 +179,9 @@ def write(path, kind="smolvlm"):
         model.save_pretrained(path)
     tokenizer(kind).save_pretrained(path)
     settings = SQUARES if kind.startswith("paligemma") else PROCESSOR
-    settings = {"qwen2_5_vl": GRID, "llava": CROPS, "llava_full": CROPS}.get(kind, settings)
+    settings = {"qwen2_vl": GRID, "qwen2_5_vl": GRID, "llava": CROPS, "llava_full": CROPS}.get(
+        kind, settings
+    )
     (path / "preprocessor_config.json").write_text(json.dumps(settings))
     return model
 

@@ -85,6 +85,7 @@ from jaxft.data.sources import load, local_files, reasoning_gym_task, split
 from jaxft.data.speech_rendering import SpeechRenderer, speech_renderer
 from jaxft.data.steps import normalise_steps, render_steps
 from jaxft.data.templates import TEMPLATES
+from jaxft.data.tower_cache import EmbeddedMedia, cache_tower
 
 __all__ = [
     "CONTEXT",
@@ -108,6 +109,7 @@ __all__ = [
     "Renderer",
     "Shown",
     "DenoisingRenderer",
+    "EmbeddedMedia",
     "Sound",
     "SourceRenderer",
     "SpeechRenderer",
@@ -117,6 +119,7 @@ __all__ = [
     "answered",
     "as_messages",
     "batches",
+    "cache_tower",
     "best_worst",
     "clean_report",
     "common_prompt",

@@ -177,4 +177,5 @@ def _clips(settings, tower, path) -> ClipReader:
 
 
 _READERS = {"idefics3": _tiled, "smolvlm": _tiled, "paligemma": _square, "qwen2_5_vl": _grid}
+_READERS |= {"qwen2_vl": _grid}
 _READERS |= {"llava": _cropped, "qwen2_audio": _clips}

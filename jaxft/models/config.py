@@ -371,6 +371,11 @@ class Tower(Protocol):
         """The smallest columns, for `init` and shapes."""
 
 
+def embeddings_column(tower: Tower) -> str:
+    """The column [B, K, D] of a batch that holds the outputs of a tower, which then is not run."""
+    return f"{tower.name}_embeddings"
+
+
 def tiny_config(vocab_size: int = 512, max_length: int = 512) -> DecoderConfig:
     """A Llama-like model of about 0.3 M parameters, for runs of seconds and for tests."""
     return DecoderConfig(

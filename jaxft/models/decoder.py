@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxft.kernels.branches import Branches
 from jaxft.models.blocks import Block, Layers
 from jaxft.models.cache import Cache, empty_cache, reserve
-from jaxft.models.config import DecoderConfig, Rope
+from jaxft.models.config import DecoderConfig, Rope, embeddings_column
 from jaxft.models.context import Context, LayerInputs, LayerKind
 from jaxft.models.delta import check_lead, empty_memories
 from jaxft.models.experts import Routing
@@ -101,7 +101,7 @@ class Decoder(nn.Module):
             branches: the layout of rows in which several texts continue one: see `Branches`. A row has one
                 segment, and `positions` are those of its texts.
             media: the columns [B, M, ...] of images or audio that `config.towers` read. A tower whose
-                columns are absent is not run.
+                columns are absent is not run; nor is one whose outputs are given (`embeddings_column`).
             prefix: [B, T], the tokens that see each other in both directions, of a config with
                 `prefix_attention`; None: all tokens. Later tokens of a cache see those before.
 
@@ -195,7 +195,11 @@ class Decoder(nn.Module):
         inputs = {name: batch.get(name) for name in names}
         inputs |= dict(cache=cache, noise=noise, branches=branches)
         if self.config.towers:
-            columns = (name for tower in self.config.towers for name in tower.columns)
+            columns = (
+                name
+                for tower in self.config.towers
+                for name in (*tower.columns, embeddings_column(tower))
+            )
             inputs["media"] = {name: batch[name] for name in columns if name in batch}
         if self.config.prefix_attention and cache is None:
             inputs["prefix"] = prefix_of(batch)
@@ -240,10 +244,14 @@ class Decoder(nn.Module):
         """The embedded tokens, with those of images and audio in their places."""
         for tower in self.config.towers:
             columns = tower.example(x.shape[0]) if self.is_initializing() else media
-            if all(name in columns for name in tower.columns):
+            if embeddings_column(tower) in columns:
+                embeddings = jnp.asarray(columns[embeddings_column(tower)])
+            elif all(name in columns for name in tower.columns):
                 module = tower.module(self.dtype, self.remat)
                 embeddings = module(*(columns[name] for name in tower.columns))
-                x = put_embeddings(x, tokens, tower.token, embeddings)
+            else:
+                continue
+            x = put_embeddings(x, tokens, tower.token, embeddings)
         return x
 
     def _grid(self, lead, tokens, segment_ids, media, cache):

@@ -32,6 +32,7 @@ from jaxft.models.qwen2 import QWEN2
 from jaxft.models.qwen2_5_vl import QWEN2_5_VL
 from jaxft.models.qwen2_audio import QWEN2_AUDIO
 from jaxft.models.qwen2_moe import QWEN2_MOE
+from jaxft.models.qwen2_vl import QWEN2_VL
 from jaxft.models.qwen3 import QWEN3
 from jaxft.models.qwen3_5 import QWEN3_5
 from jaxft.models.qwen3_5_moe import QWEN3_5_MOE
@@ -83,6 +84,7 @@ FAMILIES: tuple[Family, ...] = (
     SMOLVLM,
     PALIGEMMA,
     LLAVA,
+    QWEN2_VL,
     QWEN2_5_VL,
     QWEN2_AUDIO,
     *TEXT_PARTS,

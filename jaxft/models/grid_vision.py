@@ -1,7 +1,8 @@
-"""Qwen2.5-VL's part for images: a vision transformer over patches of images of any size.
+"""The part for images of Qwen2-VL and Qwen2.5-VL: a vision transformer over patches of images of any size.
 
-Bai et al., 2025, arxiv.org/abs/2502.13923, section 2.1. The patches of all images of a row stand side by
-side, and each has its place in its image beside it, so that rotary positions and windows need no reordering.
+Wang et al., 2024, arxiv.org/abs/2409.12191; Bai et al., 2025, arxiv.org/abs/2502.13923, section 2.1. The
+patches of all images of a row stand side by side, and each has its place in its image beside it, so that
+rotary positions and windows need no reordering.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ class GridTower:
         channels: of the images.
         theta: of the rotary positions.
         activation: of the MLPs.
+        gated_mlp: whether the MLPs have a gate.
+        norm: "rms" or "layer" (Qwen2-VL).
         name: of its params.
     """
 
@@ -59,12 +62,12 @@ class GridTower:
     channels: int = 3
     theta: float = 1e4
     activation: str = "silu"
+    gated_mlp: bool = True
+    norm: str = "rms"
     name: str = "vision"
 
     columns = ("patches", "places")
-    # The fields that the MLP, shared with decoders, reads.
-    gated_mlp = True
-    mlp_bias = True
+    mlp_bias = True  # The MLP, shared with decoders, reads it.
 
     def __post_init__(self):
         if self.hidden_size % self.num_heads or self.hidden_size // self.num_heads % 4:
@@ -126,7 +129,7 @@ class GridVision(nn.Module):
         x = GridPatches(config, name="patches")(flat(jnp.asarray(patches)).astype(self.dtype))
         block = remat_block(GridBlock, self.remat)
         x = GridLayers(config, block, self.remat, name=LAYERS)(x, table, whole, parts)
-        x = Norm("rms", 1e-6, name="final_norm")(x)
+        x = Norm(config.norm, 1e-6, name="final_norm")(x)
         x = jnp.reshape(x, (batch, blocks, joined * config.hidden_size))
         x = Dense(joined * config.hidden_size, bias=True, name="merge")(x)
         return Dense(config.width, bias=True, name="projection")(jax.nn.gelu(x, approximate=False))
@@ -171,7 +174,7 @@ class GridBlock(nn.Module):
     @nn.compact
     def __call__(self, x, table, segments):
         config = self.config
-        norm = functools.partial(Norm, "rms", 1e-6)
+        norm = functools.partial(Norm, config.norm, 1e-6)
         x = x + GridAttention(config, name="attention")(
             norm(name="attention_norm")(x), table, segments
         )

@@ -15,7 +15,6 @@ from jaxft.models.gemma3 import GEMMA3
 from jaxft.models.gemma4 import GEMMA4
 from jaxft.models.hf_keys import Keys
 from jaxft.models.mistral import MISTRAL
-from jaxft.models.qwen2 import QWEN2
 from jaxft.models.qwen3 import QWEN3
 from jaxft.models.qwen3_5 import QWEN3_5
 from jaxft.models.qwen3_5_moe import QWEN3_5_MOE
@@ -63,7 +62,7 @@ def _renamed(tensor: str) -> str:
 
 def _read(json: Json, tensors: Collection[str], name: str, decoder: Family) -> DecoderConfig:
     text = json["text_config"]
-    if text is None:  # Early files of Qwen2-VL have the keys of the text part beside vision_config.
+    if text is None:  # Early files have the keys of the text part beside vision_config.
         text = {key: json[key] for key in json if key not in ("text_config", "vision_config")}
     if not isinstance(text, dict):
         raise CheckpointError(f"config.json: text_config is {text!r:.40}, expected an object.")
@@ -93,7 +92,6 @@ def one_position(parameters: Mapping[str, Any]) -> dict[str, Any]:
 TEXT_PARTS: tuple[Family, ...] = (
     text_part("gemma3", GEMMA3),
     text_part("gemma4", GEMMA4),
-    text_part("qwen2_vl", QWEN2),
     text_part("qwen3_vl", QWEN3),
     text_part("qwen3_5", QWEN3_5),
     text_part("qwen3_5_moe", QWEN3_5_MOE),

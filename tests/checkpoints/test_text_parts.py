@@ -52,10 +52,6 @@ MODELS = {
         vision_config=IMAGES | dict(num_key_value_heads=2, head_dim=8, position_embedding_size=8),
         audio_config=dict(SOUNDS, subsampling_conv_channels=[4, 2], output_proj_dims=16),
     ),
-    "qwen2_vl": lambda: hf.Qwen2VLConfig(
-        text_config=dict(TEXT, rope_parameters=MROPE),
-        vision_config=dict(depth=1, embed_dim=16, hidden_size=32, num_heads=2), tie_word_embeddings=True,
-    ),
     "qwen3_vl": lambda: hf.Qwen3VLConfig(
         text_config=dict(TEXT, head_dim=8, rope_parameters=MROPE | dict(mrope_interleaved=True)),
         vision_config=dict(QWEN, deepstack_visual_indexes=[0]),
@@ -116,12 +112,12 @@ def test_rotary_parameters_of_images_mean_those_of_texts():
 
 def test_it_is_said_and_early_files_are_read():
     early = TEXT | dict(
-        model_type="qwen2_vl", tie_word_embeddings=True, vision_config={},
+        model_type="qwen3_vl", tie_word_embeddings=True, vision_config={},
         rope_scaling={"type": "mrope", "mrope_section": [16, 24, 24]},
     )  # fmt: skip
-    with pytest.warns(UserWarning, match="qwen2_vl: only the text part is loaded, a qwen2"):
+    with pytest.warns(UserWarning, match="qwen3_vl: only the text part is loaded, a qwen3"):
         config = config_of(early)
     plain = {k: v for k, v in early.items() if k not in ("vision_config", "rope_scaling")}
-    assert config == config_of(plain | {"model_type": "qwen2"})
+    assert config == config_of(plain | {"model_type": "qwen3"})
     with pytest.raises(CheckpointError, match="text_config is 3, expected an object"):
         config_of(json.loads('{"model_type": "gemma3", "text_config": 3}'))

@@ -28,6 +28,7 @@ from jaxft.models.llava import record as llava
 from jaxft.models.paligemma import record as paligemma
 from jaxft.models.prefixes import prefix_of
 from jaxft.models.qwen2_5_vl import record as qwen2_5_vl
+from jaxft.models.qwen2_vl import record as qwen2_vl
 from jaxft.objectives import supervised
 from tests import vision_models
 
@@ -40,7 +41,7 @@ SIZES = [[(9, 30)], [(16, 16), (40, 37)]]
 SMOLVLM = vision_models.smolvlm_json(300, 290)
 
 
-@pytest.fixture(scope="module", params=["smolvlm", "paligemma2", "qwen2_5_vl", "llava"])
+@pytest.fixture(scope="module", params=["smolvlm", "paligemma2", "qwen2_5_vl", "qwen2_vl", "llava"])
 def pair(request, tmp_path_factory):
     """(torch model, directory of its files, our model, our params)."""
     path = tmp_path_factory.mktemp(request.param)
@@ -102,7 +103,7 @@ def grid_inputs(theirs, batch):
 
 def inputs(theirs, batch):
     """The arguments of a torch model."""
-    if theirs.config.model_type == "qwen2_5_vl":
+    if theirs.config.model_type in ("qwen2_vl", "qwen2_5_vl"):
         mask = torch.tensor((batch["segment_ids"] > 0).astype(int))
         own = dict(input_ids=torch.tensor(batch["tokens"]).long(), attention_mask=mask)
         return own | grid_inputs(theirs, batch)
@@ -361,11 +362,18 @@ def test_positions_of_patches_are_those_that_torch_computes():
         assert found[0, :, 0].int().tolist() == list(ragged_positions(side))
 
 
-@pytest.mark.parametrize("name", ["smolvlm", "idefics3", "paligemma", "qwen2_5_vl", "llava"])
+@pytest.mark.parametrize(
+    "name", ["smolvlm", "idefics3", "paligemma", "qwen2_5_vl", "qwen2_vl", "llava"]
+)
 def test_the_tables_of_keys_are_those_of_transformers(name):
     """A key that a new transformers adds, or a default that it changes, fails here."""
     family = find_family(name, FAMILIES)
-    others = {"paligemma": paligemma, "qwen2_5_vl": qwen2_5_vl, "llava": llava}
+    others = {
+        "paligemma": paligemma,
+        "qwen2_5_vl": qwen2_5_vl,
+        "qwen2_vl": qwen2_vl,
+        "llava": llava,
+    }
     kinds = {"paligemma": "siglip_vision_model", "llava": "clip_vision_model"}
     module, vision = others.get(name, idefics3), kinds.get(name, f"{name}_vision")
     tables = [(family.huggingface.keys, hf.CONFIG_MAPPING[name])]

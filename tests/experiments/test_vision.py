@@ -55,6 +55,21 @@ def test_sft_learns_from_images_and_generate_and_evaluate_take_them(place):
     assert evaluate.main(config)["accuracy"] > 0.9
 
 
+def test_the_outputs_of_a_frozen_tower_are_computed_once(place):
+    rows = (str(place / "rows.jsonl"),)
+    how = dict(max_steps=2, eval_steps=2, max_length=64, batch_size=4, accuracy=False, data=rows)
+    how |= dict(target="language", cache_tower=str(place / "towers"))
+    plain = run(sft, place, "plain", **how | {"cache_tower": None})
+    cached = run(sft, place, "cached", **how)
+    for name in ("first_loss", "last_loss", "eval_loss"):
+        np.testing.assert_allclose(cached[name], plain[name], rtol=2e-5)
+    assert len(list((place / "towers").iterdir())) == 20
+    with pytest.raises(ValueError, match="vision/.* trains"):
+        run(sft, place, "trains", **how | {"target": "vision"})
+    with pytest.raises(ValueError, match="neither --teacher nor --adapter intrinsic"):
+        run(sft, place, "intrinsic", **how | {"adapter": "intrinsic", "target": "all-linear"})
+
+
 def test_preferences_and_rewards_of_images_train(place):
     pairs, rows = str(place / "pairs.jsonl"), str(place / "rows.jsonl")
     how = dict(max_length=64, batch_size=4, max_steps=4, eval_steps=4, target="vision")

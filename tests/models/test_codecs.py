@@ -120,6 +120,15 @@ FILES = {
             vision_end_token_id=5,
         )
     ],
+    "qwen2_vl": [
+        dict(
+            text_config=DECODER | dict(model_type="qwen2_vl_text", rope_parameters=TURNS),
+            vision_config=dict(
+                depth=1, embed_dim=16, hidden_size=32, num_heads=2, patch_size=4, mlp_ratio=2
+            ),
+            image_token_id=3,
+        )
+    ],
     "vit": [ENCODER],
     "deepseek_v2": [
         LATENT | dict(topk_method="greedy"),

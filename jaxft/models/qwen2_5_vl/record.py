@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 from jaxft.models import hf_config, names
@@ -21,8 +21,8 @@ from jaxft.models.qwen2 import QWEN2
 from jaxft.models.qwen2.config import write as write_qwen2
 from jaxft.models.towers import one_position
 
-_READS = frozenset("text_config vision_config image_token_id tie_word_embeddings".split())
-_KEYS = Keys(
+READS = frozenset("text_config vision_config image_token_id tie_word_embeddings".split())
+KEYS = Keys(
     COMMON
     | {
         "text_config": None,
@@ -74,10 +74,24 @@ _TEXT = {
 }
 _SECTIONS = [16, 24, 24]
 _VISION = r"vision/(layers/.*/(query|key|value|out|gate|up|down)|merge|projection)/kernel"
+TARGETS = part_targets("vision", _VISION)
+# MLPs with and without a gate.
+_GATED = {f"mlp.{name}_proj": (f"mlp/{name}",) for name in ("gate", "up", "down")}
+_PLAIN = {"mlp.fc1": ("mlp/up",), "mlp.fc2": ("mlp/down",)}
 
 
-def read(json: Json, tensors: Collection[str]) -> DecoderConfig:
+def read(
+    json: Json,
+    tensors: Collection[str],
+    family: str = "qwen2_5_vl",
+    read_tower: Callable[[Json, DecoderConfig], GridTower] | None = None,
+) -> DecoderConfig:
     """The DecoderConfig of a config.json: Qwen 2's, with a tower for images.
+
+    Args:
+        json, tensors: see `HuggingFace.read`.
+        family: the model_type.
+        read_tower: (config.json, config of the text part) -> the tower; None: that of Qwen2.5-VL.
 
     Raises:
         CheckpointError: for sizes that do not fit together.
@@ -103,40 +117,63 @@ def read(json: Json, tensors: Collection[str]) -> DecoderConfig:
             f"{config.head_dim // 2}, half of a head's features."
         )
     rope = dataclasses.replace(config.rope, sections=tuple(sections))
-    tower = _read_tower(json, config)
+    tower = (read_tower or _read_tower)(json, config)
     check_token("image_token_id", tower.token, config.vocab_size)
-    return dataclasses.replace(config, rope=rope, towers=(tower,), family="qwen2_5_vl", source="")
+    return dataclasses.replace(config, rope=rope, towers=(tower,), family=family, source="")
 
 
 def _read_tower(json, config):
+    vision = read_vision(json, _VISION_KEYS, _VISION_READS, "out_hidden_size", config.hidden_size)
+    return GridTower(
+        hidden_size=vision["hidden_size"],
+        intermediate_size=vision["intermediate_size"],
+        token=json["image_token_id"],
+        width=config.hidden_size,
+        full_layers=tuple(vision["fullatt_block_indexes"]),
+        window=vision["window_size"],
+        **common_fields(vision),
+    )
+
+
+def read_vision(json: Json, keys: Keys, reads: frozenset[str], out: str, width: int) -> Json:
+    """The vision_config of a config.json with the defaults of `keys`.
+
+    Args:
+        json: config.json.
+        keys, reads: of the vision_config.
+        out: the key of the width of embeddings.
+        width: of the text part.
+
+    Raises:
+        CheckpointError: if there is none, or for another width or other positions than the model has.
+    """
     vision = json["vision_config"]
     if not isinstance(vision, dict):
         raise CheckpointError(f"config.json: vision_config is {vision!r:.40}, expected an object.")
-    vision = complete(vision, _VISION_KEYS, _VISION_READS)
-    if vision["out_hidden_size"] != config.hidden_size:
+    vision = complete(vision, keys, reads)
+    if vision[out] != width:
         raise CheckpointError(
-            f"config.json: out_hidden_size is {vision['out_hidden_size']}, expected the text part's "
-            f"hidden_size {config.hidden_size}."
+            f"config.json: {out} of vision_config is {vision[out]}, expected the text part's hidden_size "
+            f"{width}."
         )
     rope = vision["rope_parameters"] or {}
     if rope.get("rope_type", "axial") != "axial":
         raise CheckpointError(
             f"config.json: the vision_config has the rope_type {rope['rope_type']!r}, expected 'axial'."
         )
-    return GridTower(
-        hidden_size=vision["hidden_size"],
-        intermediate_size=vision["intermediate_size"],
+    return vision
+
+
+def common_fields(vision: Json) -> dict[str, Any]:
+    """The fields of a GridTower that have the same keys in Qwen2-VL and Qwen2.5-VL."""
+    return dict(
         num_layers=vision["depth"],
         num_heads=vision["num_heads"],
-        token=json["image_token_id"],
-        width=config.hidden_size,
-        full_layers=tuple(vision["fullatt_block_indexes"]),
-        window=vision["window_size"],
         patch_size=square(vision, "patch_size"),
         merge=vision["spatial_merge_size"],
         frames=square(vision, "temporal_patch_size"),
         channels=vision["in_channels"],
-        theta=rope.get("rope_theta", 1e4),
+        theta=(vision["rope_parameters"] or {}).get("rope_theta", 1e4),
         activation=read_activation(vision["hidden_act"]),
     )
 
@@ -144,39 +181,50 @@ def _read_tower(json, config):
 def write(config: DecoderConfig) -> dict[str, Any]:
     """The config.json of a DecoderConfig with a tower."""
     (tower,) = config.towers
+    own = {
+        "hidden_size": tower.hidden_size,
+        "intermediate_size": tower.intermediate_size,
+        "window_size": tower.window,
+        "out_hidden_size": tower.width,
+        "fullatt_block_indexes": list(tower.full_layers),
+    }
+    return write_with(config, own)
+
+
+def write_with(config: DecoderConfig, own: dict[str, Any]) -> dict[str, Any]:
+    """The config.json whose vision_config has the keys `own` and those that all families have."""
+    (tower,) = config.towers
     text = write_qwen2(config)
     sections = {"mrope_section": list(config.rope.sections)}
     scaling = text["rope_scaling"] or {"rope_type": "default", "type": "mrope"}
     text |= {"rope_scaling": scaling | sections}
     text |= {"rope_parameters": text["rope_parameters"] | sections}
     return {
-        "text_config": {"model_type": "qwen2_5_vl_text"} | text,
+        "text_config": {"model_type": f"{config.family}_text"} | text,
         "vision_config": {
-            "model_type": "qwen2_5_vl_vision",
+            "model_type": f"{config.family}_vision",
             "depth": tower.num_layers,
-            "hidden_size": tower.hidden_size,
             "hidden_act": ACTIVATIONS[tower.activation],
-            "intermediate_size": tower.intermediate_size,
             "num_heads": tower.num_heads,
             "in_channels": tower.channels,
             "patch_size": tower.patch_size,
             "spatial_merge_size": tower.merge,
             "temporal_patch_size": tower.frames,
-            "window_size": tower.window,
-            "out_hidden_size": tower.width,
-            "fullatt_block_indexes": list(tower.full_layers),
             "rope_parameters": {"rope_type": "axial", "rope_theta": tower.theta},
-        },
+        }
+        | own,
         "image_token_id": tower.token,
         "tie_word_embeddings": config.tie_embeddings,
     }
 
 
 def entries(config: DecoderConfig) -> list[Entry]:
-    """The tensors of a Qwen2_5_VLForConditionalGeneration."""
+    """The tensors of a Qwen2_5_VLForConditionalGeneration, or of a Qwen2VLForConditionalGeneration."""
     (tower,) = config.towers
     text = text_entries(names.decoder_entries(config))
     p, width = tower.patch_size, tower.hidden_size
+    rms = lambda theirs, ours: [Entry(f"{theirs}.weight", (f"{ours}/scale",))]
+    norm = names.layer_norm if tower.norm == "layer" else rms
     found = [
         Entry(
             "model.visual.patch_embed.proj.weight",
@@ -189,16 +237,16 @@ def entries(config: DecoderConfig) -> list[Entry]:
         theirs, ours = f"model.visual.blocks.{i}.", f"vision/layers/{i}/"
         linear = {"attn.qkv": ("attention/query", "attention/key", "attention/value")}
         linear |= {"attn.proj": ("attention/out",)}
-        linear |= {f"mlp.{name}_proj": (f"mlp/{name}",) for name in ("gate", "up", "down")}
+        linear |= _GATED if tower.gated_mlp else _PLAIN
         for name, paths in linear.items():
             kernels, biases = (
                 tuple(f"{ours}{path}/{leaf}" for path in paths) for leaf in ("kernel", "bias")
             )
             found.append(Entry(f"{theirs}{name}.weight", kernels, True))
             found.append(Entry(f"{theirs}{name}.bias", biases))
-        found.append(Entry(f"{theirs}norm1.weight", (f"{ours}attention_norm/scale",)))
-        found.append(Entry(f"{theirs}norm2.weight", (f"{ours}mlp_norm/scale",)))
-    found.append(Entry("model.visual.merger.ln_q.weight", ("vision/final_norm/scale",)))
+        found += norm(f"{theirs}norm1", f"{ours}attention_norm")
+        found += norm(f"{theirs}norm2", f"{ours}mlp_norm")
+    found += norm("model.visual.merger.ln_q", "vision/final_norm")
     for name, path in (("0", "merge"), ("2", "projection")):
         theirs = f"model.visual.merger.mlp.{name}"
         found.append(Entry(f"{theirs}.weight", (f"vision/{path}/kernel",), True))
@@ -206,7 +254,7 @@ def entries(config: DecoderConfig) -> list[Entry]:
     return found + text
 
 
-def _rename(name: str) -> str:
+def rename(name: str) -> str:
     """Early files have the text part as `model.` and the part for images as `visual.`."""
     if name.startswith(("lm_head.", "score.")):
         return name
@@ -223,10 +271,10 @@ QWEN2_5_VL = Family(
         architecture="Qwen2_5_VLForConditionalGeneration",
         read=read,
         write=write,
-        reads=_READS,
-        keys=_KEYS,
+        reads=READS,
+        keys=KEYS,
         entries=entries,
-        rename=_rename,
+        rename=rename,
     ),
-    targets=part_targets("vision", _VISION),
+    targets=TARGETS,
 )

@@ -13,6 +13,7 @@ from jaxft import data
 from jaxft.data import DataError, Media
 from jaxft.data.images import Pixels, SquareImages, image_size, read_image
 from jaxft.data.media import media_in, read_media
+from jaxft.data.records import shown_text
 from tests import vision_models
 from tests.data.test_audio import RATE, tone, wav
 
@@ -262,3 +263,27 @@ def test_the_rate_of_a_clip_may_stand_beside_it():
     part = {"type": "audio", "audio": tone(0.1), "sampling_rate": RATE}
     (media,) = media_in(data.normalise(asked(part, WORDS)))
     assert media.rate == RATE and len(data.read_clip(media)) == len(tone(0.1))
+
+
+def test_records_of_media_written_as_json_are_the_same_records(tmp_path):
+    Image.fromarray(PICTURE).save(tmp_path / "a.png")
+    (tmp_path / "a.wav").write_bytes(wav(tone(0.1)))
+    sound = {"type": "audio", "audio": {"array": tone(0.1), "sampling_rate": RATE}}
+    rows = [
+        asked(sound, {"type": "text", "text": "what?"}),
+        asked(IMAGE, {"type": "image", "image": Image.fromarray(PICTURE).convert("P")}),
+        asked({"type": "image", "image": (tmp_path / "a.png").read_bytes()}),
+        {"prompt": "<image>a", "completion": "b", "images": ["a.png"]},
+        {"text": "<audio>a", "audio": "a.wav"},
+        {"question": "a", "answer": "b"},
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(
+        json.dumps(row) + "\n" for row in rows[3:]))  # fmt: skip
+    records = [data.normalise(row) for row in rows[:3]] + data.load(str(tmp_path / "rows.jsonl"))
+    for record in records:
+        again = data.normalise(json.loads(json.dumps(data.json_row(record))))
+        assert shown_text(again) == shown_text(record)
+        assert [one.kind for one in media_in(again)] == [one.kind for one in media_in(record)]
+        for one, other in zip(media_in(again), media_in(record), strict=True):
+            read = read_image if one.kind == "image" else data.read_clip
+            np.testing.assert_array_equal(np.asarray(read(one)), np.asarray(read(other)))

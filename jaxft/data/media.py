@@ -354,7 +354,7 @@ def _loaded(kind, image):
 
 
 def _beside_values(value):
-    """What the values of a PIL image do not tell of its picture; nothing for an array."""
+    """Yields the mode, palette, transparency and orientation of a PIL image; nothing for an array."""
     if not hasattr(value, "getbands"):
         return
     # An array and the image of its values are the same picture.

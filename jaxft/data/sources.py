@@ -225,7 +225,7 @@ def _clean(rows: Iterable[Any]) -> Iterable[Any]:
 def _with_files(rows: Any) -> Any:
     """The rows of `datasets` with the files of images and clips, which jaxft's processors read.
 
-    `datasets` decodes clips with a package of its own, and holds decoded images in memory.
+    `datasets` decodes clips with another package, and holds decoded images in memory.
     """
     streams = not hasattr(
         rows, "data"

@@ -46,12 +46,12 @@ def main(config: Config) -> list[str]:
     if isinstance(renderer, data.SpeechRenderer):
         raise ValueError(f"{config.trained.model} writes the texts of clips: use transcribe.py.")
     config.sampling.rules(renderer.tokenizer)  # an error before the model is loaded
-    if config.image or config.audio:
-        renderer.prompt(_shown(config, [{"role": "user", "content": "?"}]))
+    start = [{"role": "system", "content": config.system}] if config.system else []
+    for prompt in config.prompt or ("?",):
+        renderer.prompt(_shown(config, [*start, {"role": "user", "content": prompt}]))
     model, params = load_trained(config.trained)
     own_settings.tell(model, config)
     rules = config.sampling.rules(renderer.tokenizer, stop_ids(renderer, model))
-    start = [{"role": "system", "content": config.system}] if config.system else []
 
     def answer(messages, number):
         record = _shown(config, messages)

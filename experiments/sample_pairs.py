@@ -108,7 +108,7 @@ def main(config: Config) -> dict[str, Any]:
             counts.update(pairs=len(found.pairs), unscored=found.unscored)
             counts.update(undecided=found.undecided)
             with writing(part):
-                file.writelines(json.dumps(pair) + "\n" for pair in found.pairs)
+                file.writelines(json.dumps(data.json_row(pair)) + "\n" for pair in found.pairs)
                 file.flush()
     if not counts["pairs"] and not config.smoke:
         os.remove(part)

@@ -44,6 +44,7 @@ from jaxft.data.judged import (
 )
 from jaxft.data.log_mel import LogMel, read_log_mel
 from jaxft.data.media import Media, place_media
+from jaxft.data.media_json import json_row
 from jaxft.data.media_rows import (
     LateColumn,
     MediaReader,
@@ -134,6 +135,7 @@ __all__ = [
     "infer_type",
     "inspect",
     "judge_pairs",
+    "json_row",
     "late_columns",
     "load",
     "local_files",

@@ -33,7 +33,10 @@ _ANSWERS = (
     "completion response output solution generated_solution r1_solution_1 answer final_answer outputs "
     "targets target reply assistant answers summary highlights chosen"
 ).split()
-_TEXTS = "content body document passage sentence article code chosen chat conversation transcript".split()
+_TEXTS = (
+    "content body document passage sentence article code chosen chat conversation transcript transcription "
+    "caption normalized_text"
+).split()
 _TOKENS = ("input_ids", "token_ids")
 _ROLES = "role from speaker author sender user".split()
 _CONTENTS = "content value text message utterance".split()

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import dataclasses
 import functools
 import hashlib
+import json
 import os
 import pathlib
 import re
@@ -156,7 +158,11 @@ def read_part(part: Mapping[str, Any]) -> tuple[str, Media | None] | None:
         raise DataError(
             f"the part {part!r:.60} is an {kind} and has a text; give each its own part.", "schema"
         )
-    return kind, read_media(kind, given[0]) if given else None
+    if not given:
+        return kind, None
+    rate = part.get("sampling_rate")
+    bare = rate is not None and not isinstance(given[0], (str, bytes, Mapping, Media))
+    return kind, read_media(kind, {"array": given[0], "sampling_rate": rate} if bare else given[0])
 
 
 def media_in(record: Mapping[str, Any]) -> list[Media]:
@@ -305,6 +311,9 @@ def _merged(turn, own):
 
 
 def _listed(value):
+    if isinstance(value, str) and value.lstrip().startswith("["):  # as in the cells of a table
+        with contextlib.suppress(ValueError):
+            value = json.loads(value)
     if value is None or (isinstance(value, (str, list, tuple, Mapping)) and not len(value)):
         return []
     numbers = isinstance(value, (list, tuple)) and isinstance(value[0], (int, float, list))
@@ -345,7 +354,7 @@ def _loaded(kind, image):
 
 
 def _beside_values(value):
-    """What the values of a PIL image do not tell of its picture; nothing for an array."""
+    """Yields the mode, palette, transparency and orientation of a PIL image; nothing for an array."""
     if not hasattr(value, "getbands"):
         return
     # An array and the image of its values are the same picture.

@@ -259,7 +259,7 @@ def refuse_unread(record: Mapping[str, Any], readers: Sequence[MediaReader]) -> 
 
 
 def _holds(kind, value):
-    """Whether a value of a column is an image or clip: its values, bytes, or the name of its file."""
+    """Returns whether a value of a column is an image or clip: values, bytes, or the name of a file."""
     if isinstance(value, (list, tuple)):
         return bool(value) and _holds(kind, value[0])
     if isinstance(value, Mapping):

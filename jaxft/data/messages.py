@@ -372,8 +372,8 @@ def _joined_parts(content, i):
             )
         if held := [key for key in MEDIA_COLUMNS if part.get(key) is not None]:
             raise DataError(
-                f"message {i} has a text part with {held[0]!r}, which would not be shown; give it a part "
-                "of its own.",
+                f"message {i} has a text part with {held[0]!r}, which would not be shown; write two "
+                "parts.",
                 "schema",
             )
         texts.append(part["text"])

@@ -217,8 +217,24 @@ def _clean(rows: Iterable[Any]) -> Iterable[Any]:
     """Yields the rows; from rows of `datasets`, removes keys that Arrow's tables filled with null."""
     if not hasattr(rows, "features"):
         return rows
+    rows = _with_files(rows)
     schema = getattr(rows.features, "arrow_schema", None)  # A stream may lack it.
     return (arrow_row(row, schema) for row in rows)
+
+
+def _with_files(rows: Any) -> Any:
+    """The rows of `datasets` with the files of images and clips, which jaxft's processors read.
+
+    `datasets` decodes clips with another package, and holds decoded images in memory.
+    """
+    streams = not hasattr(
+        rows, "data"
+    )  # their images may be in archives that only `datasets` opens
+    for name, feature in (rows.features or {}).items():
+        kind = type(feature).__name__
+        if kind == "Audio" or (kind == "Image" and not streams):
+            rows = rows.cast_column(name, dataclasses.replace(feature, decode=False))
+    return rows
 
 
 def parse_options(spec: str) -> tuple[str, dict[str, Any]]:

@@ -13,6 +13,7 @@ from jaxft import data
 from jaxft.data import DataError, Media
 from jaxft.data.images import Pixels, SquareImages, image_size, read_image
 from jaxft.data.media import media_in, read_media
+from jaxft.data.records import shown_text
 from tests import vision_models
 from tests.data.test_audio import RATE, tone, wav
 
@@ -157,7 +158,9 @@ def rendered(renderer, row):
 
 @pytest.fixture(scope="module")
 def renderer():
-    return data.Renderer(vision_models.tokenizer(), media=[SquareImages(16, Pixels(1), "<image>" * 3)])
+    return data.Renderer(
+        vision_models.tokenizer(), media=[SquareImages(16, Pixels(1), "<image>" * 3)]
+    )
 
 
 def asked(*content, answer="b"):
@@ -215,6 +218,72 @@ def test_a_column_of_images_that_is_not_read_is_refused(renderer, name, value):
 
 
 def test_an_answered_question_keeps_its_images():
-    for row in (asked(IMAGE, WORDS), {"prompt": "<image>a", "completion": "b", "images": [PICTURE]}):
+    for row in (
+        asked(IMAGE, WORDS),
+        {"prompt": "<image>a", "completion": "b", "images": [PICTURE]},
+    ):
         record = data.normalise(row)
         assert media_in(data.answered(record, "c")) == media_in(record)
+
+
+def test_images_in_the_cells_of_a_table(tmp_path):
+    for name in ("a.png", "b.png"):
+        Image.fromarray(PICTURE).save(tmp_path / name)
+    cells = ["a.png", '"[""a.png"", ""b.png""]"', "", "[]"]
+    rows = ["question,answer,images", *(f"q{i},a,{cell}" for i, cell in enumerate(cells))]
+    (tmp_path / "rows.csv").write_text("\n".join(rows) + "\n")
+    found = data.load(str(tmp_path / "rows.csv"))
+    assert [len(media_in(record)) for record in found] == [1, 2, 0, 0]
+
+
+def test_data_sets_give_the_files_of_their_clips_and_images(tmp_path):
+    """Without the package that `datasets` decodes clips with."""
+    datasets = pytest.importorskip("datasets")
+    Image.fromarray(PICTURE).convert("P").save(tmp_path / "a.png")
+    row = {
+        "audio": {"bytes": wav(tone(0.1)), "path": None},
+        "image": {"bytes": None, "path": "a.png"},
+    }
+    kinds = {"audio": datasets.Audio(), "image": datasets.Image()}
+    row["image"]["path"] = str(tmp_path / "a.png")
+    for name, kind in kinds.items():
+        made = datasets.Dataset.from_list([{"text": "hello", name: row[name]}]).cast_column(
+            name, kind
+        )
+        made.save_to_disk(str(tmp_path / name))
+        for spec in (made, str(tmp_path / name), made.to_iterable_dataset()):
+            ((media,),) = [media_in(record) for record in data.load(spec)]
+            if name == "audio":
+                assert len(data.read_clip(media)) == len(tone(0.1))
+            else:
+                assert read_image(media).size == (40, 24)
+
+
+def test_the_rate_of_a_clip_may_stand_beside_it():
+    part = {"type": "audio", "audio": tone(0.1), "sampling_rate": RATE}
+    (media,) = media_in(data.normalise(asked(part, WORDS)))
+    assert media.rate == RATE and len(data.read_clip(media)) == len(tone(0.1))
+
+
+def test_records_of_media_written_as_json_are_the_same_records(tmp_path):
+    Image.fromarray(PICTURE).save(tmp_path / "a.png")
+    (tmp_path / "a.wav").write_bytes(wav(tone(0.1)))
+    sound = {"type": "audio", "audio": {"array": tone(0.1), "sampling_rate": RATE}}
+    rows = [
+        asked(sound, {"type": "text", "text": "what?"}),
+        asked(IMAGE, {"type": "image", "image": Image.fromarray(PICTURE).convert("P")}),
+        asked({"type": "image", "image": (tmp_path / "a.png").read_bytes()}),
+        {"prompt": "<image>a", "completion": "b", "images": ["a.png"]},
+        {"text": "<audio>a", "audio": "a.wav"},
+        {"question": "a", "answer": "b"},
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(
+        json.dumps(row) + "\n" for row in rows[3:]))  # fmt: skip
+    records = [data.normalise(row) for row in rows[:3]] + data.load(str(tmp_path / "rows.jsonl"))
+    for record in records:
+        again = data.normalise(json.loads(json.dumps(data.json_row(record))))
+        assert shown_text(again) == shown_text(record)
+        assert [one.kind for one in media_in(again)] == [one.kind for one in media_in(record)]
+        for one, other in zip(media_in(again), media_in(record), strict=True):
+            read = read_image if one.kind == "image" else data.read_clip
+            np.testing.assert_array_equal(np.asarray(read(one)), np.asarray(read(other)))

@@ -20,6 +20,8 @@ os.environ.setdefault(
     # One module for LLVM instead of 32: a quarter of the time to compile.
     "--xla_cpu_parallel_codegen_split_count=1",
 )
+# Images of containers forbid it; each of the processes that tests start would compile jaxft's source anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 _cache = pathlib.Path(__file__).parents[1] / ".jax_cache"

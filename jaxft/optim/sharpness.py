@@ -122,6 +122,7 @@ def in_groups(estimator: Estimator, groups: int) -> Estimator:
         def value_and_grad(params, batch, *rest):
             parts = in_parts(batch, groups)
             run = lambda part: jax.tree.map(jnp.asarray, one(params, part, *rest))
+            run = jax.jit(run, inline=True)  # traced once, for its shapes and in the scan
             shapes = jax.eval_shape(run, jax.tree.map(lambda x: x[0], parts))
             zeros = jax.tree.map(lambda s: wide(jnp.zeros(s.shape, s.dtype)), shapes)
             add = lambda total, x: (jax.tree.map(lambda t, y: t + wide(y), total, run(x)), None)

@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
 MOST = 1000  # boxes that are read from one text; what follows is ignored
 
@@ -108,6 +107,8 @@ def matched(scores: np.ndarray) -> np.ndarray:
     Returns:
         min(N, M) scores.
     """
+    from scipy.optimize import linear_sum_assignment  # half a second of each process of verifiers
+
     rows, columns = linear_sum_assignment(scores, maximize=True)
     return scores[rows, columns]
 

@@ -75,6 +75,7 @@ def accumulate(gradient: GradientEstimator, microbatches: int) -> GradientEstima
                 metrics = {k: m for k, m in as_means(metrics).items() if k not in whole}
                 return weight, scale(loss), metrics, jax.tree.map(scale, grads)
 
+            weighted = jax.jit(weighted, inline=True)  # traced once, for its shapes and in the scan
             shapes = jax.eval_shape(weighted, jax.tree.map(lambda x: x[0], slices))
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
             add = lambda total, part: (jax.tree.map(jnp.add, total, weighted(part)), None)
@@ -102,6 +103,7 @@ def _first_pass(metrics_of, slices):
         weights = [part.weight * 1.0 for part in loss.parts] if isinstance(loss, Terms) else []
         return jax.lax.stop_gradient((whole, weights))
 
+    found = jax.jit(found, inline=True)  # traced once, for its shapes and in the map
     shapes = jax.eval_shape(found, jax.tree.map(lambda x: x[0], slices))
     return combine_means(jax.lax.map(found, slices)) if jax.tree.leaves(shapes) else shapes
 

@@ -241,7 +241,8 @@ def _of_batch(fn, whole, batch, key, microbatches):
     """Returns (trainable, ...) -> fn(whole params, batch, key), with a Mean replaced by its value."""
 
     def run(*trees):
-        of = lambda batch, key: fn(*map(whole, trees), batch, key)
+        # Compiled as a part of the step; like this it is traced once, for its shapes and its values.
+        of = jax.jit(lambda batch, key: fn(*map(whole, trees), batch, key), inline=True)
         kind = jax.eval_shape(of, batch, key)
         if not isinstance(kind, Mean | Terms):
             return of(batch, key)

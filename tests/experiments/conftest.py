@@ -1,8 +1,13 @@
-"""No run of a script prints lines of other libraries: what the tests' runs print is looked through."""
+"""No run of a script prints lines of other libraries; runs with the same verifier share its process."""
 
+import contextlib
+import pickle
 import re
 
 import pytest
+
+from experiments.cli import rewards
+from jaxft.rewards import Failures, VerifierPool, verifier_for
 
 # Loggers of absl and XLA ("W0000 00:00:17 file.cc:1] ..."), of Python, warnings, progress bars of tqdm.
 FOREIGN = re.compile(
@@ -27,3 +32,44 @@ def pytest_runtest_makereport(item, call):
             f"{item.nodeid} printed lines of other libraries, see cli/quiet.py: {found}"
         )
     return report
+
+
+KEPT = {}  # what a script asked for, pickled -> its pool; at most one, because it takes memory
+
+
+def drop():
+    while KEPT:
+        KEPT.popitem()[1].close()
+
+
+@contextlib.contextmanager
+def kept_pool(make, **limits):
+    """A pool of one process, still there if the script before wanted the same; a judge may have a state."""
+    default = limits in (rewards.LIMITS, rewards.LIMITS | {"workers": 1})
+    if make.func is not verifier_for or not default:
+        with VerifierPool(make, **limits) as pool:
+            yield pool
+        return
+    asked = pickle.dumps(make)
+    if asked not in KEPT:
+        drop()
+        KEPT[asked] = VerifierPool(make, **limits | {"workers": 1})
+    pool = KEPT[asked]
+    pool.failures, pool._shown = Failures(), set()
+    try:
+        yield pool
+    except BaseException:  # in the middle of a verdict, perhaps
+        drop()
+        raise
+
+
+@pytest.fixture(autouse=True)
+def one_process_of_verifiers(monkeypatch):
+    """It takes seconds to start. tests/rewards/test_pool.py has pools of two, and what may happen to them."""
+    monkeypatch.setattr(rewards, "VerifierPool", kept_pool)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_verifiers_at_the_end():
+    yield
+    drop()

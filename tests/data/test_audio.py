@@ -135,6 +135,7 @@ def test_features_of_a_chirp_in_a_window_of_30_s_and_of_a_tone():
     np.testing.assert_allclose(found.T, exact, atol=1e-5)
     peaks = LogMel(seconds=1)(tone(1.0, hertz=440.0)).argmax(axis=1)
     centre = np.argmin(np.abs(mel_filters(80, 400, RATE).argmax(axis=0) * 40 - 440))
+    peaks = peaks[1:-1]  # the outer frames see the reflected samples
     assert (peaks == peaks[0]).all() and abs(int(peaks[0]) - centre) <= 1
 
 

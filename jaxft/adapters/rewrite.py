@@ -97,6 +97,14 @@ def adapt(
     return adapted
 
 
+def freeze_towers(params: Params, config: Any) -> Params:
+    """The params with the parts that read images or sounds frozen, for a model's `config`."""
+    towers = getattr(config, "towers", ())  # encoder-decoders have none
+    names = "|".join(re.escape(tower.name) for tower in towers)
+    rules = {f"(?!({names})/).*": as_it_is}
+    return adapt(jax.random.key(0), params, rules) if names else params
+
+
 def trainable_mask(params: Params) -> Params:
     """A tree like params with True for each leaf that trains.
 

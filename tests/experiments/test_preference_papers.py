@@ -425,18 +425,20 @@ def test_cxr_s_vision_preset_smoke(tmp_path):
 
 
 def test_cxr_s_x_rays_show_their_findings():
-    """A finding that is there changes its own place, and a linear reader of the pixels finds it."""
+    """A linear reader of the pixels finds each of them."""
     rng = np.random.default_rng(0)
     cases = xrays.draw(rng, 1500)
     assert cases.images.shape == (1500, 1, 24, 24, 3) and np.abs(cases.images).max() <= 1
     assert (cases.prompts == [*[xrays.IMAGE] * xrays.SHOWN, reports.ASK]).all()
     pixels = cases.images[:, 0, ..., 0].reshape(1500, -1)
     pixels = np.concatenate([pixels, np.ones((1500, 1), np.float32)], axis=1)
-    fitted = np.linalg.lstsq(pixels[:1000], cases.truth[:1000].astype(float), rcond=None)[0]
+    ridge = pixels[:1000].T @ pixels[:1000] + 100 * np.eye(pixels.shape[1])
+    fitted = np.linalg.solve(ridge, pixels[:1000].T @ cases.truth[:1000])
     scores, truth = pixels[1000:] @ fitted, cases.truth[1000:]
     for finding in range(reports.FINDINGS):
         there, absent = (scores[truth[:, finding] == x, finding] for x in (True, False))
-        assert (there[:, None] > absent).mean() > 0.75, finding  # AUC; 0.5 is chance
+        # Area under the ROC curve: 0.5 is chance, and the evidence itself gives about 0.94.
+        assert (there[:, None] > absent).mean() > 0.85, finding
     swapped = xrays.others(cases)
     np.testing.assert_array_equal(swapped.images[1:], cases.images[:-1])
     assert swapped.reports == cases.reports

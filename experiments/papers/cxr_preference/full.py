@@ -20,9 +20,10 @@ from experiments.cli import flags, held_out
 from experiments.cli import rewards as rewards_cli
 from experiments.cli import training as shared
 from experiments.cli.models import renderer_of, stop_ids
-from experiments.papers.cxr_preference.worlds import World, objective, without_towers
+from experiments.papers.cxr_preference.worlds import World, objective
 from experiments.worlds import loaded
 from jaxft import data, train
+from jaxft.adapters import freeze_towers
 from jaxft.data.media import media_in
 from jaxft.generation import SamplingConfig
 from jaxft.objectives import supervised
@@ -133,7 +134,7 @@ def world(config, settings, model, base, renderer, mesh, writer, known, new, see
     start = shared.adapt_params(settings, model, base, mesh)
     if getattr(renderer, "media", ()):
         print("the part for images is frozen:")
-        start = shared.announce(without_towers(model, start))
+        start = shared.announce(freeze_towers(start, model.config))
     score = functools.partial(train.reference_log_probs, model.forward, start, mesh=mesh, **sizes)
     pairs = data.render_pairs(judged.pairs, renderer, length)
     tokens = lambda i: float(np.mean([np.sum(group.parts[i].loss_mask > 0) for group in pairs]))

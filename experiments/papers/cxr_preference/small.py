@@ -17,8 +17,9 @@ import numpy as np
 import optax
 
 from experiments.papers.cxr_preference import reports, xrays
-from experiments.papers.cxr_preference.worlds import World, objective, without_towers
+from experiments.papers.cxr_preference.worlds import World, objective
 from experiments.worlds import toy_text as toy
+from jaxft.adapters import freeze_towers
 from jaxft.data import green_score, judge_pairs
 from jaxft.models import Decoder
 from jaxft.objectives import supervised
@@ -56,7 +57,7 @@ def world(config: Any, seed: int) -> World:
     model, params = kind.model(config, seed)
     batch = functools.partial(_sft_batch, kind, 2 * config.batch_size)
     base = toy.pretrain(model, batch, config.sft_steps, config.sft_rate, seed, params)
-    base = without_towers(model, base)
+    base = freeze_towers(base, model.config)
     rng = np.random.default_rng((seed, 1))
     images, validation, test = (
         kind.draw(rng, n) for n in (config.images, config.held_out // 2, config.held_out)

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
-
 from jaxft import losses
-from jaxft.adapters import adapt, full
 from jaxft.data import Judged
 from jaxft.models import Forward
 from jaxft.objectives import Objective, kto, preference
@@ -35,14 +31,6 @@ class World(NamedTuple):
         None  # cases -> with the images of other cases; None: no images
     )
     prior: dict[str, float] | None = None  # measures of reports that are written without an image
-
-
-def without_towers(model: Any, params: Any) -> Any:
-    """The params with the parts that read images frozen, as the paper trains on preferences."""
-    towers = getattr(model.config, "towers", ())  # encoder-decoders have none
-    names = "|".join(re.escape(tower.name) for tower in towers)
-    rules = {f"(?!({names})/).*": full()}
-    return adapt(jax.random.key(0), params, rules) if names else params
 
 
 def objective(

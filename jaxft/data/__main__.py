@@ -14,6 +14,7 @@ import tyro
 from jaxft.checkpoints import load_tokenizer, source_config
 from jaxft.data.inspection import Inspection, inspect
 from jaxft.data.length import TooLong
+from jaxft.data.readers import media_readers
 from jaxft.data.rendering import MaskMode, Renderer
 from jaxft.data.source_rendering import SourceRenderer
 from jaxft.data.speech_rendering import speech_renderer
@@ -41,7 +42,8 @@ def main(config: Config) -> Inspection:
     tokenizer, model = load_tokenizer(config.tokenizer), source_config(config.tokenizer)
     options = dict(template=config.template, mask=config.mask)
     if model is None:
-        renderer = Renderer(tokenizer, **options)
+        media = media_readers(config.tokenizer, tokenizer)
+        renderer = Renderer(tokenizer, media=media, **options)
     elif model.mel:
         renderer = speech_renderer(config.tokenizer, tokenizer, model, **options)
     else:

@@ -5,9 +5,11 @@ import shutil
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from jaxft import data
 from jaxft.data import DataError, Media
+from jaxft.data import __main__ as inspection
 from jaxft.models import config_of
 from jaxft.models.errors import CheckpointError
 from tests import vision_models
@@ -87,6 +89,19 @@ def test_a_wrong_setting_is_refused_when_it_is_read(place):
                 continue
             for array in made.arrays(PICTURE).values():
                 assert np.isfinite(array).all() and len(array) == max(made.counts(PICTURE).values())
+
+
+def test_the_inspection_of_a_file_reads_its_images(place):
+    reader(place, place[2])
+    path, tokenizer, _ = place
+    tokenizer.save_pretrained(path)
+    Image.fromarray(PICTURE.value).save(path / "a.png")
+    row = {"question": "What?", "answer": "A cat.", "images": ["a.png"]}
+    (path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    found = inspection.main(inspection.Config(str(path / "rows.jsonl"), str(path)))
+    assert tokenizer.decode(tokenizer(reader(place, place[2]).text(PICTURE))["input_ids"]) in str(
+        found
+    )
 
 
 def test_files_of_transformers_5_have_the_features_of_clips(tmp_path):

@@ -17,7 +17,8 @@ import tempfile
 
 from benchmarks.harness import MODELS, compare, serve, warm_memory
 
-SIZE, PATCH, SHRINK = 256, 16, 4  # pixels of a square and of a patch; patches that become one token, along a side
+SIZE, PATCH = 256, 16  # pixels of a square and of a patch, along a side
+SHRINK = 4  # patches along a side that become one token
 PLACES = (SIZE // PATCH // SHRINK) ** 2
 VISION = dict(
     hidden_size=384, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=6,
@@ -124,9 +125,7 @@ def transformers_side(args):
     if args.warm:
         warm_memory()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
-    model = hf.AutoModelForImageTextToText.from_pretrained(
-        args.weights, attn_implementation="sdpa"
-    )
+    model = hf.AutoModelForImageTextToText.from_pretrained(args.weights, attn_implementation="sdpa")
     part = "text_model" if args.target == "language" else "(text_model|vision_model)"
     names = "|".join(LAYERS if args.target == "language" else dict.fromkeys(LAYERS + TOWER))
     settings = LoraConfig(r=16, lora_alpha=32, target_modules=rf".*{part}.*\.({names})")

@@ -106,7 +106,8 @@ def load(config: Any, renderer: Any, mesh: Any, length: int) -> Loaded | None:
     Raises:
         CheckpointError: if its tokenizer is another than the student's.
         ServerError: if the server does not answer, or has another tokenizer.
-        ValueError: if it has too few positions, cannot fit in memory, or is no decoder where the student is.
+        ValueError: if it has too few positions, cannot fit in memory, is no decoder where the student is, or
+            does not read the images or clips that the student reads.
     """
     settings, source = config.distil, isinstance(renderer, data.SourceRenderer)
     if settings.teacher is None:
@@ -116,6 +117,11 @@ def load(config: Any, renderer: Any, mesh: Any, length: int) -> Loaded | None:
             raise ValueError(
                 f"--teacher {settings.teacher}: servers score no encoder-decoders such as "
                 f"{config.base.model}; give a model."
+            )
+        if seen := [reader.kind for reader in getattr(renderer, "media", ())]:
+            raise ValueError(
+                f"--teacher {settings.teacher}: servers are sent token ids, without the {seen[0]}s that "
+                f"{config.base.model} reads; give a model."
             )
         server = _server(settings)
         check_served_tokenizer(server, renderer.tokenizer, settings.distil_top_k)
@@ -128,6 +134,7 @@ def load(config: Any, renderer: Any, mesh: Any, length: int) -> Loaded | None:
     tokenizer = files.load_tokenizer(settings.teacher)
     names = config.base.model, settings.teacher
     files.check_same_tokenizer(renderer.tokenizer, tokenizer, names)
+    _check_media(renderer, data.media_readers(settings.teacher, tokenizer), names)
     model, params = _model(config, mesh)
     if length > model.config.max_length:
         raise ValueError(
@@ -135,6 +142,20 @@ def load(config: Any, renderer: Any, mesh: Any, length: int) -> Loaded | None:
             f"{length} tokens; shorten them (--max-length, --max-new-tokens) or choose another teacher."
         )
     return Loaded(model.forward, params, None)
+
+
+def _check_media(renderer, theirs, names):
+    """Raises ValueError unless the teacher reads the student's images or clips as the student does."""
+    given = getattr(renderer, "media", ())
+    clips = lambda reader: isinstance(reader, data.ClipReader)
+    plain = lambda one: dataclasses.replace(one, resample=False, mix=False) if clips(one) else one
+    own, theirs = ([plain(one) for one in readers] for readers in (given, theirs))
+    if own and own != theirs:
+        what = "otherwise" if theirs else "not at all"
+        raise ValueError(
+            f"--teacher {names[1]} reads {own[0].kind}s {what}, beside {names[0]}; choose a teacher with the "
+            "same processor."
+        )
 
 
 def beside(teacher: Loaded | None, params: Any) -> Any:

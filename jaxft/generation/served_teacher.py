@@ -23,6 +23,8 @@ import numpy as np
 from jaxft.generation.server import CONCURRENT, ServerError, post
 
 Batch = dict[str, Any]
+# Columns of encoder-decoders, and of models that read images and sounds.
+_BESIDE_TOKENS = ("source", "images", "patches", "audio")
 # (log-prob of the token or None, {id: log-prob} of the likeliest, {id: text}) at the place of each token
 Places = Iterator[tuple[Any, Mapping[int, Any], Mapping[int, Any]]]
 
@@ -103,7 +105,16 @@ def teacher_columns(teacher: ServedTeacher, batch: Batch, k: int) -> Batch:
     They are `teacher_ids` and `teacher_top_log_probs` [B, T, k] and, for experience, whose columns cover the
     response [B, N], also `teacher_log_probs` [B, N] of its tokens. Segments without a counted token are not
     asked for.
+
+    Raises:
+        ServerError: as `teacher_scores`.
+        ValueError: for a batch with a source, images or clips, which a server is not sent.
     """
+    if unsent := [n for n in batch if n in _BESIDE_TOKENS or n.endswith("_embeddings")]:
+        raise ValueError(
+            f"teacher_columns: the batch has {', '.join(unsent)}, and a server is sent token ids only; use a "
+            "teacher that is a model here."
+        )
     tokens = np.asarray(batch["tokens"])
     segments = np.asarray(batch.get("segment_ids", np.ones(tokens.shape)))
     counted, size = np.asarray(batch.get("loss_mask", np.ones(tokens.shape))) > 0, tokens.shape[1]

@@ -1,5 +1,8 @@
 """The teachers of sft.py and reinforce.py, whose runs are in test_scripts.py."""
 
+import dataclasses
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -10,7 +13,9 @@ from jaxft import data
 from jaxft.adapters import partition
 from jaxft.checkpoints import load_model, load_tokenizer, save_model
 from jaxft.generation import ScoredBatches, served_teacher
+from jaxft.models import Decoder
 from jaxft.parallel import make_mesh
+from tests import small_models, vision_models
 
 
 @pytest.fixture(scope="module")
@@ -75,3 +80,37 @@ def test_the_credit_of_a_model_is_a_transform_and_leaves_the_params(teacher):
     assert len(teachers.transforms(given, loaded)) == 1
     assert teachers.transforms(config(reinforce, teacher=teacher), loaded) == []
     assert teachers.load(config(sft), None, None, 1) is None
+
+
+def test_a_teacher_sees_what_the_student_sees(tmp_path):
+    """Otherwise the places of images would be read as text."""
+    student, other, text = (tmp_path / name for name in ("student", "other", "text"))
+    for path in (student, other):
+        vision_models.write_random(path)
+    settings = other / "preprocessor_config.json"
+    changed = json.loads(settings.read_text()) | {"image_mean": [0.1, 0.2, 0.3]}
+    settings.write_text(json.dumps(changed))
+    tokens = load_tokenizer(student)
+    config_of_text = dataclasses.replace(small_models.LLAMA, vocab_size=len(tokens))
+    model = Decoder(config_of_text)
+    save_model(text, model, model.init(jax.random.key(0), model.example_input())["params"])
+    tokens.save_pretrained(text)
+    renderer = data.Renderer(tokens, media=data.media_readers(student, tokens))
+    load = lambda **given: teachers.load(
+        config(sft, model=str(student), **given), renderer, None, 64
+    )
+    assert load(teacher=str(student)).forward is not None
+    with pytest.raises(ValueError, match="reads images not at all, beside"):
+        load(teacher=str(text))
+    with pytest.raises(ValueError, match="reads images otherwise, beside"):
+        load(teacher=str(other))
+    with pytest.raises(ValueError, match="token ids, without the images that"):
+        load(teacher="http://host/v1", teacher_model="m")
+
+
+@pytest.mark.parametrize("column", ["source", "images", "patches", "audio", "audio_embeddings"])
+def test_a_server_is_not_asked_about_half_of_a_prompt(column):
+    server = served_teacher.sglang_teacher("http://host")
+    batch = {"tokens": np.ones((1, 4), int), column: np.ones((1, 2, 3))}
+    with pytest.raises(ValueError, match=f"has {column}, and a server is sent token ids only"):
+        served_teacher.teacher_columns(server, batch, 4)

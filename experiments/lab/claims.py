@@ -147,8 +147,10 @@ def interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, 
 
 
 def show(values: Sequence[float], digits: int = 3) -> str:
-    """Formats mean and interval."""
+    """Formats mean and interval; of one value only this value."""
     mean, low, high = interval(values)
+    if len(values) < 2:
+        return f"{mean:.{digits}f}"
     return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxft.kernels.linear_log_probs import fused_log_probs
 from jaxft.losses.chunked import weighted_sum
-from jaxft.parallel.axes import length_axes
+from jaxft.parallel.axes import length_axes, row_axes
 from jaxft.weights import WeightLike, matmul_float32, stored
 
 CHUNK = 64  # tokens per row whose logits are in memory at once
@@ -105,7 +105,7 @@ def linear_log_probs(
     if dense is not None:
         options = dict(temperature=temperature, softcap=softcap, chunk=chunk)
         run = functools.partial(fused_log_probs, transposed=transposed, **options)
-        return _over_length(run, hidden, dense, targets)
+        return _by_device(run, hidden, dense, targets)
     score = lambda logits, targets: -cross_entropy(logits / temperature, targets)
     return scan_logits(score, hidden, head, targets, softcap=softcap, chunk=chunk)
 
@@ -120,20 +120,24 @@ def scan_logits(
 ) -> Float[Array, "B T"]:
     """function(logits [B, chunk, V], others' [B, chunk]) by chunks of T; the backward pass recomputes it."""
     scan = functools.partial(_scan_logits, function, softcap=softcap, chunk=chunk)
-    return _over_length(scan, hidden, head, *others)
+    return _by_device(scan, hidden, head, *others)
 
 
-def _over_length(run, hidden, head, *others):
-    """run(hidden, head, *others), with each device of "context" processing its own tokens."""
-    axes = length_axes(hidden.shape[1])
+def _by_device(run, hidden, head, *others):
+    """run(hidden, head, *others), with each device processing its own tokens.
+
+    The head is gathered once and its gradient summed once; XLA by itself would do both for every chunk.
+    """
+    rows, length = row_axes(hidden.shape[0]), length_axes(hidden.shape[1])
+    axes = {*rows, *length}
     if not axes:
         return run(hidden, head, *others)
-    tokens = PartitionSpec(None, axes)
+    tokens = PartitionSpec(rows, length)
     return jax.shard_map(
         run,
         in_specs=(tokens, PartitionSpec(), *[tokens] * len(others)),
         out_specs=tokens,
-        axis_names=set(axes),
+        axis_names=axes,
         check_vma=False,
     )(hidden, head, *others)
 

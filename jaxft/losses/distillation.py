@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxft.losses.chunked import weighted_sum
-from jaxft.losses.supervised import CHUNK
+from jaxft.losses.supervised import CHUNK, by_device
 from jaxft.weights import WeightLike, matmul_float32
 
 NOTHING = -1e30  # the log-prob of no mass; finite, because 0 x infinity would be NaN
@@ -164,13 +164,17 @@ def linear_top_log_probs(
     if not 1 <= k <= head.shape[-1]:
         raise ValueError(f"linear_top_log_probs: k must lie in 1..{head.shape[-1]}, got {k}.")
     check_divergence(0.0, temperature)
-    length = hidden.shape[1]
-    chunk = min(chunk, length)
-    parts = jnp.pad(hidden, ((0, 0), (0, -length % chunk), (0, 0)))
-    parts = jnp.moveaxis(parts.reshape(hidden.shape[0], -1, chunk, hidden.shape[2]), 1, 0)
-    top = lambda h: jax.lax.top_k(_log_probs(_logits(h, head, softcap), temperature), k)
-    whole = lambda x: jnp.moveaxis(x, 0, 1).reshape(hidden.shape[0], -1, k)[:, :length]
-    log_probs, ids = map(whole, jax.lax.map(top, parts))
+
+    def run(hidden, head):
+        rows, length = hidden.shape[:2]
+        size = min(chunk, length)
+        parts = jnp.pad(hidden, ((0, 0), (0, -length % size), (0, 0)))
+        parts = jnp.moveaxis(parts.reshape(rows, -1, size, hidden.shape[2]), 1, 0)
+        top = lambda h: jax.lax.top_k(_log_probs(_logits(h, head, softcap), temperature), k)
+        whole = lambda x: jnp.moveaxis(x, 0, 1).reshape(rows, -1, k)[:, :length]
+        return tuple(map(whole, jax.lax.map(top, parts)))
+
+    log_probs, ids = by_device(run, hidden, head)
     return ids, log_probs
 
 

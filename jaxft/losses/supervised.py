@@ -105,7 +105,7 @@ def linear_log_probs(
     if dense is not None:
         options = dict(temperature=temperature, softcap=softcap, chunk=chunk)
         run = functools.partial(fused_log_probs, transposed=transposed, **options)
-        return _by_device(run, hidden, dense, targets)
+        return by_device(run, hidden, dense, targets)
     score = lambda logits, targets: -cross_entropy(logits / temperature, targets)
     return scan_logits(score, hidden, head, targets, softcap=softcap, chunk=chunk)
 
@@ -120,11 +120,11 @@ def scan_logits(
 ) -> Float[Array, "B T"]:
     """function(logits [B, chunk, V], others' [B, chunk]) by chunks of T; the backward pass recomputes it."""
     scan = functools.partial(_scan_logits, function, softcap=softcap, chunk=chunk)
-    return _by_device(scan, hidden, head, *others)
+    return by_device(scan, hidden, head, *others)
 
 
-def _by_device(run, hidden, head, *others):
-    """run(hidden, head, *others), with each device processing its own tokens.
+def by_device(run, hidden, head, *others):
+    """run(hidden [B, T, D], head, *others [B, T, ...]), with each device processing its own tokens.
 
     The head is gathered once and its gradient summed once; XLA by itself would do both for every chunk.
     """

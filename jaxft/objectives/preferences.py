@@ -28,6 +28,7 @@ from jaxft.losses import (
     reverse_kl_surrogate,
     wpo_weights,
 )
+from jaxft.losses.supervised import scan_logits
 from jaxft.metrics import Mean, Terms, Undivided, WholeMean, terms_of, with_mean
 from jaxft.models import Forward, Prediction, as_rows, of_group, predict
 from jaxft.models.checks import check_column, check_group, check_labels
@@ -35,8 +36,6 @@ from jaxft.objectives.next_token import Objective, shift
 
 PairLoss = Callable[[Pairs], jax.Array]  # one of jaxft.losses with its hyperparameters
 Reference = Callable[[Any], Any]  # params -> the reference's params, such as adapters.base_params
-
-_CHUNK = 64  # tokens per row whose distributions are in memory at once
 
 
 class Sequences(NamedTuple):
@@ -343,15 +342,6 @@ def all_tokens(batch, total: Mean) -> Mean:
 
 def _log_collision_probs(found: Prediction):
     """log Σ_v π(v)² [N, T] at each position, a few positions at a time."""
-    hidden, length = found.hidden, found.hidden.shape[1]
-    chunk = min(_CHUNK, length)
-    padded = jnp.pad(hidden, ((0, 0), (0, -length % chunk), (0, 0)))
-    parts = jnp.moveaxis(padded.reshape(hidden.shape[0], -1, chunk, hidden.shape[2]), 1, 0)
-
-    def part(h):
-        logits = found.replace(hidden=h).logits
-        lse = jax.nn.logsumexp
-        return lse(2 * logits, axis=-1) - 2 * lse(logits, axis=-1)
-
-    values = jnp.moveaxis(jax.lax.map(part, parts), 0, 1)
-    return values.reshape(hidden.shape[0], -1)[:, :length]
+    lse = jax.nn.logsumexp
+    of = lambda logits: lse(2 * logits, axis=-1) - 2 * lse(logits, axis=-1)
+    return scan_logits(of, found.hidden, found.head, softcap=found.softcap)

@@ -4,8 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from jaxft import losses
 from jaxft.adapters import ALL_LINEAR, adapt, combine, lora, partition
 from jaxft.models import Decoder, stack_layers, tiny_config
 from jaxft.objectives import supervised
@@ -17,7 +18,9 @@ from jaxft.parallel import (
     param_shardings,
     shard_params,
 )
+from jaxft.parallel.compiled import exchanged_bytes
 from jaxft.train import evaluate, fit, make_eval_step
+from jaxft.weights import LoraWeight
 from tests.small_models import start
 
 
@@ -105,3 +108,40 @@ def test_a_step_and_an_evaluation_have_their_mesh_in_context():
     seen.clear()
     fit(jnp.ones(()), objective, optax.sgd(0.1), **run)
     assert all(mesh.empty for mesh in seen)
+
+
+HEAD_READERS = {
+    "cross-entropy": lambda h, w, t: losses.linear_cross_entropy(
+        h, w, t, jnp.ones(t.shape), chunk=4
+    ),
+    "log-probs": lambda h, w, t: losses.linear_log_probs(h, w, t, chunk=4),
+    "log-probs of an adapted head": lambda h, w, t: losses.linear_log_probs(
+        h, LoraWeight(w, jnp.ones((16, 2)), jnp.ones((2, 64)), 2.0), t, chunk=4
+    ),
+    "entropy": lambda h, w, t: losses.linear_entropy(h, w, chunk=4),
+    "likeliest tokens": lambda h, w, t: losses.linear_top_log_probs(h, w, 3, chunk=4)[1],
+}
+
+
+@pytest.mark.parametrize("name", HEAD_READERS)
+def test_a_head_is_gathered_once_for_all_chunks(name):
+    """And values and gradients are those of one device. XLA by itself gathers it for each of 8 chunks."""
+    mesh, rng = make_mesh(data=2, fsdp=4), np.random.default_rng(0)
+    args = (
+        rng.normal(size=(8, 32, 16)).astype(np.float32),
+        rng.normal(size=(16, 64)).astype(np.float32),
+        rng.integers(0, 64, (8, 32)),
+    )
+    total = lambda *args: jnp.sum(jnp.tanh(HEAD_READERS[name](*args)))
+    run = jax.jit(jax.value_and_grad(total, argnums=(0, 1)))
+    expected = run(*args)
+    specs = PartitionSpec(("data", "fsdp")), PartitionSpec("fsdp"), PartitionSpec(("data", "fsdp"))
+    with jax.set_mesh(mesh):
+        split = [
+            jax.device_put(x, NamedSharding(mesh, s)) for x, s in zip(args, specs, strict=True)
+        ]
+        compiled = run.lower(*split).compile()
+        chex.assert_trees_all_close(compiled(*split), expected, rtol=2e-5, atol=2e-5)
+    _, gathered = exchanged_bytes(compiled.as_text())["all-gather"]
+    # The gradient may be gathered too.
+    assert gathered <= 2 * args[1].nbytes

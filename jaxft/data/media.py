@@ -312,7 +312,7 @@ def _merged(turn, own):
 
 def _listed(value):
     if isinstance(value, str) and value.lstrip().startswith("["):  # as in the cells of a table
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             value = json.loads(value)
     if value is None or (isinstance(value, (str, list, tuple, Mapping)) and not len(value)):
         return []

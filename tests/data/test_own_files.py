@@ -234,6 +234,8 @@ def test_images_in_the_cells_of_a_table(tmp_path):
     (tmp_path / "rows.csv").write_text("\n".join(rows) + "\n")
     found = data.load(str(tmp_path / "rows.csv"))
     assert [len(media_in(record)) for record in found] == [1, 2, 0, 0]
+    deep = data.normalise({"question": "a", "answer": "b", "images": "[" * 100_000})
+    assert len(media_in(deep)) == 1  # the name of a file
 
 
 def test_data_sets_give_the_files_of_their_clips_and_images(tmp_path):

@@ -1,4 +1,4 @@
-"""What a process of verifiers that many scripts use one after another runs."""
+"""A verifier for processes that many scripts use one after another."""
 
 import functools
 import pickle

@@ -60,7 +60,7 @@ class Kept:
 
 @contextlib.contextmanager
 def kept_pool(make, **limits):
-    """A pool of the one process, but for a judge, which may have a state, and for limits that are given."""
+    """A pool of the one process. A judge, which may have a state, and limits that are given get their own."""
     default = limits in (rewards.LIMITS, rewards.LIMITS | {"workers": 1})
     if make.func is not verifier_for or not default:
         with VerifierPool(make, **limits) as pool:

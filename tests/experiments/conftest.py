@@ -8,6 +8,7 @@ import pytest
 
 from experiments.cli import rewards
 from jaxft.rewards import Failures, VerifierPool, verifier_for
+from tests.experiments.verifiers import any_verifier
 
 # Loggers of absl and XLA ("W0000 00:00:17 file.cc:1] ..."), of Python, warnings, progress bars of tqdm.
 FOREIGN = re.compile(
@@ -34,30 +35,41 @@ def pytest_runtest_makereport(item, call):
     return report
 
 
-KEPT = {}  # what a script asked for, pickled -> its pool; at most one, because it takes memory
+KEPT = []  # the pool that scripts share, once one has asked for it
 
 
 def drop():
     while KEPT:
-        KEPT.popitem()[1].close()
+        KEPT.pop().close()
+
+
+class Kept:
+    """Rewards of a script's verifier in the process that scripts share."""
+
+    def __init__(self, make):
+        self._make, self._before = pickle.dumps(make), KEPT[0].failures
+
+    @property
+    def failures(self):
+        counts = zip(KEPT[0].failures, self._before, strict=True)
+        return Failures(*(now - before for now, before in counts))
+
+    def __call__(self, completions, records):
+        return KEPT[0](completions, [(self._make, record) for record in records])
 
 
 @contextlib.contextmanager
 def kept_pool(make, **limits):
-    """A pool of one process, still there if the script before wanted the same; a judge may have a state."""
+    """A pool of the one process. A judge, which may have a state, and limits that are given get their own."""
     default = limits in (rewards.LIMITS, rewards.LIMITS | {"workers": 1})
     if make.func is not verifier_for or not default:
         with VerifierPool(make, **limits) as pool:
             yield pool
         return
-    asked = pickle.dumps(make)
-    if asked not in KEPT:
-        drop()
-        KEPT[asked] = VerifierPool(make, **limits | {"workers": 1})
-    pool = KEPT[asked]
-    pool.failures, pool._shown = Failures(), set()
+    if not KEPT:  # A first call imports what its verifier needs.
+        KEPT.append(VerifierPool(any_verifier, workers=1, timeout=60.0))
     try:
-        yield pool
+        yield Kept(make)
     except BaseException:  # in the middle of a verdict, perhaps
         drop()
         raise

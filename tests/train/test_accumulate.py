@@ -126,6 +126,18 @@ def test_an_objective_without_a_mean_has_weight_one():
     chex.assert_trees_all_close((loss, grads, metrics), (5.0, 2.5, {}))
 
 
+def test_the_objective_is_traced_once_for_its_weights_and_once_for_its_gradient():
+    traced = []
+
+    def objective(params, batch, key):
+        traced.append(batch.shape)
+        return jnp.sum(batch @ params), {}
+
+    step = jax.jit(accumulate(jax.value_and_grad, 2)(objective, has_aux=True))
+    step(jnp.ones(3), jnp.ones((4, 3)), jax.random.key(0))
+    assert traced == [(2, 3)] * 2
+
+
 def test_bfloat16_gradients_are_summed_in_float32():
     objective = lambda params, batch, key: (jnp.sum(params * batch.astype(params.dtype)), {})
     estimate = accumulate(jax.value_and_grad, 1024)(objective, has_aux=True)

@@ -103,8 +103,8 @@ The step that `--preset full` of each paper's script takes: its model, what trai
 - corpus-mining: all params of a decoder train on packed pairs; the preset's own model, OPUS-MT, is an
   encoder-decoder of half the size.
 - patent-summarization: LoRA of a decoder of BART-base's size, with description and abstract in one row.
-- cxr-preference: DPO, one of five losses, of a language model of the size of the paper's model; there is no
-  vision tower.
+- cxr-preference: DPO, one of five losses, of Qwen2.5-VL-3B with one image of 1,024 tokens in a row; the part
+  for images is frozen.
 - facttune: DPO's step of a model of Llama 2's size; sampling, splitting and checking responses take most
   of the time.
 - value-drifts: DPO of the second stage; SFT before it has half of its rows and no reference.
@@ -155,7 +155,8 @@ PAPERS = {
         length=1536, response=1024, remat="full",
     ),
     "cxr-preference": Config(
-        model="llama3-3b", adapter="full", objective="dpo", topology="h100:8", rows=1, length=2048
+        model="qwen2.5-vl-3b", adapter="full", target="language", objective="dpo", topology="h100:8",
+        rows=1, length=2048, media=1024,
     ),
     "value-drifts": Config(
         model="llama3-3b", adapter="full", objective="dpo", topology="h100:8", rows=2, length=1024,

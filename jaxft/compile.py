@@ -43,7 +43,9 @@ class Config:
     expert: int = 1  # mesh: shards of the experts and of the batch
     context: int = 1  # mesh: shards of each row's tokens
     adapter: str = "lora"  # see experiments/sft.py; full: all params are trained
-    target: str = "all-linear"  # kernels that the adapter adapts; language or vision: of one part
+    # kernels that the adapter adapts; language or vision: of one part. With adapter full, language: all
+    # params except those of the parts for images and sounds
+    target: str = "all-linear"
     rank: int = 16  # of the adapter, if it has one; the dimension of classify's random subspace
     optimizer: Literal["adamw", "lion"] = "adamw"  # its state is part of the memory
     quantise: Literal["nf4", "int8", "int4", "fp8"] | None = None  # of the frozen kernels
@@ -197,7 +199,7 @@ def _state(config, model, planned, optimizer, mesh):
     import optax
 
     from jaxft import train
-    from jaxft.adapters import apply_named, partition
+    from jaxft.adapters import apply_named, freeze_towers, partition
     from jaxft.models import family_of
     from jaxft.parallel import param_shardings, replicated
 
@@ -217,7 +219,10 @@ def _state(config, model, planned, optimizer, mesh):
             layers=family.layers,
             stacked=family.stacked_axes,
         )
-        params = planned.params(apply_named(params, config.adapter, **options))
+        params = apply_named(params, config.adapter, **options)
+        if config.adapter == "full" and config.target == "language":
+            params = freeze_towers(params, model.config)
+        params = planned.params(params)
         return train.init_state(params, optimizer, jax.random.key(0))
 
     state = jax.eval_shape(start, jax.random.key(0))

@@ -244,9 +244,28 @@ def test_the_step_of_a_model_that_reads_images(kind, name, target, tmp_path):
     )
 
 
+@pytest.mark.parametrize("kind", IMAGES)
+def test_the_step_on_pairs_about_images_has_them_once_a_pair(kind, tmp_path):
+    """All params train except those of the part for images, with --adapter full --target language."""
+    settings, media, shapes = IMAGES[kind]
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(settings))
+    config = compile_module.Config(
+        model=str(path), adapter="full", target="language", rows=1, length=16, topology="v5e:2x4",
+        objective="dpo", media=media,
+    )  # fmt: skip
+    step, state, batch, model = compile_module.lay_out_step(config, jax.devices())
+    assert {k: batch[k].shape for k in shapes} == {k: (8, media, *v) for k, v in shapes.items()}
+    with mesh_context(batch["tokens"].sharding.mesh):
+        _, metrics = jax.eval_shape(step, state, batch)
+    assert "loss" in metrics and batch["tokens"].shape == (8, 2, 16)
+    assert bounds.frozen_towers(model, state.params) == {"vision"}
+
+
 def test_presets_that_read_images_have_the_sizes_of_the_checkpoints():
     """Numbers of params as the hub counts them."""
-    for name, count in (("qwen2.5-vl-7b", 8_292_166_656), ("paligemma-3b", 2_923_466_480)):
+    counts = {"qwen2.5-vl-3b": 3_754_622_976, "qwen2.5-vl-7b": 8_292_166_656}
+    for name, count in (counts | {"paligemma-3b": 2_923_466_480}).items():
         config = config_of(PRESETS[name])
         model = family_of(config).module(config, scan_layers=True)
         shapes = jax.eval_shape(model.init, KEY, model.example_input())["params"]

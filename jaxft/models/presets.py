@@ -104,6 +104,17 @@ PRESETS: dict[str, dict[str, Any]] = {
             temporal_patch_size=2, window_size=112, fullatt_block_indexes=[7, 15, 23, 31],
         ),
     ),
+    "qwen2.5-vl-3b": dict(
+        model_type="qwen2_5_vl", vocab_size=151936, hidden_size=2048, intermediate_size=11008,
+        num_hidden_layers=36, num_attention_heads=16, num_key_value_heads=2,
+        max_position_embeddings=128000, rope_theta=1e6, rms_norm_eps=1e-6, tie_word_embeddings=True,
+        rope_scaling=dict(type="mrope", mrope_section=[16, 24, 24]), image_token_id=151655,
+        vision_config=dict(
+            depth=32, hidden_size=1280, hidden_act="silu", intermediate_size=3420, num_heads=16,
+            in_channels=3, out_hidden_size=2048, patch_size=14, spatial_merge_size=2,
+            temporal_patch_size=2, window_size=112, fullatt_block_indexes=[7, 15, 23, 31],
+        ),
+    ),
     # Of paligemma-3b-pt-224: one image of 224 x 224 pixels is 256 tokens.
     "paligemma-3b": dict(
         model_type="paligemma", image_token_index=257152, projection_dim=2048,

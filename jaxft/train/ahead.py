@@ -86,7 +86,8 @@ def plan(
         made, more = _classify(model, d), {"labels": ((rows,), jnp.int32)}
     else:
         made, more = _of_rows(name, model), {"loss_mask": (shape, jnp.float32)}
-    fields |= more | (_of_towers(model.config.towers, shape[:-1], media) if media else {})
+    # Images and sounds belong to the prompt, which the two sequences of a pair share.
+    fields |= more | (_of_towers(model.config.towers, lead, media) if media else {})
     if name in ("dpo", "hypo"):
         fields["ref_log_probs"] = (shape[:2], jnp.float32)
     batch = _placed(fields, mesh)

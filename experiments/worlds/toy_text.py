@@ -16,7 +16,6 @@ from jaxft.generation import SamplingConfig
 from jaxft.generation.sampler import decode, prefill
 from jaxft.models import Decoder, DecoderConfig
 from jaxft.objectives import supervised
-from jaxft.rl.rollouts import writable
 
 
 def decoder(
@@ -51,7 +50,7 @@ def sampler(
         valid = jnp.ones(prompts.shape, bool)
         slots = prompts.shape[1] + size
         state = prefill(model, params, prompts, valid, keys, slots, columns=columns)
-        _, part = decode(model, params, state, writable(model, config, columns), steps=size)
+        _, part = decode(model, params, state, config, steps=size)
         return part.tokens, part.mask, part.log_probs
 
     return sample

@@ -130,8 +130,13 @@ def _wave(name, content):
         raise _bad(
             f"{name}: a damaged WAV file (it ends too early); record or convert it again."
         ) from None
-    if block != channels * width:  # such as 24 bits in 4 bytes, which `wave` takes apart wrongly
-        return None
+    if (
+        block != channels * width
+    ):  # such as 24 bits in 4 bytes, which no reader here takes apart
+        raise _bad(
+            f"{name}: a damaged WAV file ({block} bytes for {channels} samples of {8 * width} bits); "
+            "convert it again."
+        )
     if len(raw) != count * channels * width:
         raise _bad(
             f"{name}: a damaged WAV file (its header tells of {count} samples, "

@@ -131,13 +131,10 @@ def test_sounds_that_would_be_misread_are_refused():
         (of(samples, True), "sampling_rate"),
         (wav(samples, rate=1), "correct its rate"),
         (wav(samples, rate=1 << 30), "correct its rate"),
+        (wide, "4 bytes for 1 samples of 24 bits"),
     ]:
         with pytest.raises(DataError, match=message):
             data.read_clip(clip, resample=True, mix=True)
-    try:  # 24 bits in 4 bytes, which the module wave takes for 3 bytes
-        assert len(data.read_clip(wide)) == len(samples)
-    except ModuleNotFoundError as error:
-        assert "soundfile" in str(error)
 
 
 def test_a_damaged_pillow_image_is_refused_where_it_is_read(tmp_path):

@@ -12,8 +12,8 @@ from jaxft.data import DataError, Media
 from jaxft.data import __main__ as inspection
 from jaxft.models import config_of
 from jaxft.models.errors import CheckpointError
-from tests import vision_models
-from tests.checkpoints import test_qwen2_audio as sound
+from tests import audio_models, vision_models
+from tests.data.test_audio import RATE, tone
 
 KINDS = {"smolvlm": vision_models.PROCESSOR, "qwen2_5_vl": vision_models.GRID}
 PICTURE = Media("image", vision_models.image(0, 24, 40))
@@ -106,22 +106,21 @@ def test_the_inspection_of_a_file_reads_its_images(place):
 
 def test_files_of_transformers_5_have_the_features_of_clips(tmp_path):
     hf = pytest.importorskip("transformers")
-    tokenizer = sound.byte_tokenizer()
-    tokenizer.add_special_tokens({"extra_special_tokens": ["<|AUDIO|>"]})
+    tokenizer = audio_models.tokenizer()
     extract = hf.WhisperFeatureExtractor(feature_size=8, chunk_length=1, n_fft=320)
-    hf.Qwen2AudioProcessor(extract, tokenizer, chat_template=sound.TEMPLATE).save_pretrained(
+    hf.Qwen2AudioProcessor(extract, tokenizer, chat_template=audio_models.TEMPLATE).save_pretrained(
         tmp_path
     )
     assert not (tmp_path / "preprocessor_config.json").exists()
-    text = sound.TEXT | {"vocab_size": len(tokenizer)}
+    text = audio_models.TEXT | {"vocab_size": len(tokenizer)}
     token = tokenizer.convert_tokens_to_ids("<|AUDIO|>")
-    settings = dict(model_type="qwen2_audio", audio_config=sound.AUDIO, text_config=text)
+    settings = dict(model_type="qwen2_audio", audio_config=audio_models.AUDIO, text_config=text)
     (tmp_path / "config.json").write_text(json.dumps(settings | {"audio_token_index": token}))
     (tower,) = config_of(json.loads((tmp_path / "config.json").read_text())).towers
     (found,) = data.media_readers(tmp_path, tokenizer)
     assert found.features == data.read_log_mel(tmp_path, tower.mel, tower.places)
     assert (found.features.window, found.features.seconds) == (320, 1)
-    samples = sound.tone(0.3).astype(np.float32)
-    theirs = extract(samples, sampling_rate=sound.RATE, return_tensors="np").input_features[0].T
+    samples = tone(0.3).astype(np.float32)
+    theirs = extract(samples, sampling_rate=RATE, return_tensors="np").input_features[0].T
     np.testing.assert_allclose(found.features(samples), theirs, atol=2e-5)
     shutil.rmtree(tmp_path)

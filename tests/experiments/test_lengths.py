@@ -7,13 +7,13 @@ import pytest
 
 HERE = pathlib.Path(__file__).parents[2] / "experiments"
 # Lines of each script when what it shares with others moved to experiments/cli; merge.py's with the
-# GGUF files and LoRA that it writes since then, sft.py's with the flags of experts, label smoothing and
-# clips, and evaluate.py's with beam search and clips.
+# GGUF files and LoRA that it writes since then, sft.py's with the flags of experts, label smoothing,
+# clips and the cache of a tower, and evaluate.py's with beam search and clips.
 LONGEST = {"demo_rl": 203, "evaluate": 90, "generate": 103, "merge": 95, "preference": 234}
 LONGEST |= {
     "reinforce": 390,
     "sample_pairs": 151,
-    "sft": 246,
+    "sft": 249,
     "embed": 160,
     "rerank": 150,
     "transcribe": 94,

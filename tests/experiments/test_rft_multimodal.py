@@ -20,7 +20,6 @@ from jaxft.data.media import media_in, read_media, with_media
 from jaxft.models import Prediction
 from jaxft.objectives import policy_gradient, supervised
 from jaxft.rewards import read_boxes
-from jaxft.rl.rollouts import writable
 from tests import vision_models
 
 
@@ -252,12 +251,3 @@ def test_a_model_that_learnt_from_pictures_answers_about_the_one_that_it_is_show
     agree = np.mean(labels == np.roll(labels, 1))
     assert abs(accuracy(np.roll(some.images, 1, axis=0)) - agree) < 0.05
     assert accuracy(np.zeros_like(some.images)) < np.bincount(labels).max() / 192 + 0.1
-
-
-def test_rollouts_with_pictures_never_sample_the_token_of_one():
-    """An update would find no embedding for it; the smoke run, of a random model, would diverge."""
-    model, _ = pictures.small_model(jax.random.key(0), width=16, vision=16)
-    columns = {"images": np.zeros((1, 1, 16, 16, 3), np.float32)}
-    found = writable(model, pictures.sampling(), columns)
-    assert found.bad_words == ((pictures.TOKENS.index(pictures.IMAGE),),)
-    assert writable(model, pictures.sampling(), {}) == pictures.sampling()

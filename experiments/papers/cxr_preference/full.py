@@ -28,7 +28,6 @@ from jaxft.data.media import media_in
 from jaxft.generation import SamplingConfig
 from jaxft.objectives import supervised
 from jaxft.parallel import mesh_context
-from jaxft.rl.rollouts import writable
 
 # One epoch over about 60,000 pairs; the paper's rate, schedule and lengths.
 PAPER = dict(
@@ -185,7 +184,7 @@ def write(config, settings, model, renderer, mesh, rewards, params, records, sam
         data.render_prompts(records, renderer),
         data.prompt_columns(renderer, records),
     )
-    sampling = writable(model, SamplingConfig(settings.max_new_tokens, stop_ids=ends), columns)
+    sampling = SamplingConfig(settings.max_new_tokens, stop_ids=ends)
     how = dict(at_once=config.batch_size, samples=samples, columns=columns)
     with mesh_context(mesh):
         out = loaded.in_parts(model, params, prompts, key, sampling, **how)

@@ -130,9 +130,8 @@ def _wave(name, content):
         raise _bad(
             f"{name}: a damaged WAV file (it ends too early); record or convert it again."
         ) from None
-    if (
-        block != channels * width
-    ):  # such as 24 bits in 4 bytes, which no reader here takes apart
+    # Such as 24 bits in 4 bytes, which no reader here takes apart.
+    if block != channels * width:
         raise _bad(
             f"{name}: a damaged WAV file ({block} bytes for {channels} samples of {8 * width} bits); "
             "convert it again."

@@ -13,7 +13,7 @@ LONGEST = {"demo_rl": 203, "evaluate": 90, "generate": 103, "merge": 95, "prefer
 LONGEST |= {
     "reinforce": 390,
     "sample_pairs": 151,
-    "sft": 249,
+    "sft": 251,
     "embed": 160,
     "rerank": 150,
     "transcribe": 94,

@@ -30,8 +30,8 @@ all-to-alls, forward and backward. A device is assumed to receive as many rows a
 room for the rows of all. The bound is the longest of three times: computing at the peak rate, reading memory,
 and exchanging at the full rate of the links. A real step takes longer.
 
-Collectives that a TPU overlaps with other work are counted since 2026-11-30. The rows of llama3-70b and that of
-rows of 65,536 tokens were compiled before, and may exchange more than they say.
+Collectives that a TPU overlaps with other work are counted since 2026-11-30. The rows of llama3-70b and
+that of rows of 65,536 tokens were compiled before, and may exchange more than they say.
 
 Rows of models that read images have one image each, whose tokens are part of theirs: 224 x 224 pixels (256
 tokens) with PaliGemma, 896 x 896 (1,024) with Qwen2.5-VL. Adapters are on the text part; the part for
